@@ -1,0 +1,112 @@
+//! The thread that holds the models: it writes completions and does nothing else.
+
+use std::{sync::Arc, thread::JoinHandle};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use messages::WeightsVersion;
+use model::{Finished, LanguageModel, ModelError, Request, Sampler, Weights};
+use tokio::sync::mpsc;
+
+/// What the thread can be told. When the channel closes it ends.
+pub(crate) enum Command {
+    /// Answer these prompts, all admitted before the next token is written.
+    Answer(Vec<Request>),
+    /// Become this version. Told only when nothing is being written.
+    Load(WeightsVersion, Arc<Vec<u8>>),
+}
+
+/// What the thread tells.
+pub(crate) enum Event {
+    /// A prompt's completions have ended.
+    Finished(Finished),
+    /// A prompt cannot be answered, and why.
+    Refused(u64, String),
+    /// New weights are in place.
+    Loaded(WeightsVersion),
+    /// The model does not work; the thread has ended.
+    Failed(ModelError),
+}
+
+/// Starts the thread `name` around `sampler`.
+pub(crate) fn spawn(
+    name: &str,
+    sampler: Sampler,
+    policy: LanguageModel,
+) -> std::io::Result<(Sender<Command>, mpsc::UnboundedReceiver<Event>, JoinHandle<()>)> {
+    // Bounded by what the supply lets in: one answer per prompt in hand, one load at a time.
+    let (commands, inbox) = crossbeam_channel::unbounded();
+    let (events, outbox) = mpsc::unbounded_channel();
+    let engine = Engine { sampler, policy, inbox, events };
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || engine.run())?;
+    Ok((commands, outbox, thread))
+}
+
+struct Engine {
+    sampler: Sampler,
+    /// The shape that new weights are laid into.
+    policy: LanguageModel,
+    inbox: Receiver<Command>,
+    events: mpsc::UnboundedSender<Event>,
+}
+
+impl Engine {
+    fn run(mut self) {
+        loop {
+            match self.turn() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    self.tell(Event::Failed(error));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Obeys every command that is there, waiting for one when there is nothing to write, then writes
+    /// one token of every completion. False when nobody commands any more.
+    fn turn(&mut self) -> Result<bool, ModelError> {
+        if self.sampler.is_idle() {
+            let Ok(command) = self.inbox.recv() else { return Ok(false) };
+            self.obey(command)?;
+        }
+        loop {
+            match self.inbox.try_recv() {
+                Ok(command) => self.obey(command)?,
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return Ok(false),
+            }
+        }
+        for finished in self.sampler.step()? {
+            self.tell(Event::Finished(finished));
+        }
+        Ok(true)
+    }
+
+    fn obey(&mut self, command: Command) -> Result<(), ModelError> {
+        match command {
+            Command::Answer(requests) => {
+                for request in requests {
+                    let key = request.key;
+                    if let Err(error) = self.sampler.admit(request) {
+                        self.tell(Event::Refused(key, error.to_string()));
+                    }
+                }
+            }
+            Command::Load(version, blob) => {
+                let (config, dtype) = (self.policy.config(), self.policy.dtype());
+                let weights = Weights::from_blob(&blob, config, dtype, self.policy.device())?;
+                self.policy = LanguageModel::new(config.clone(), weights)?;
+                self.sampler.set_policy(self.policy.clone())?;
+                self.tell(Event::Loaded(version));
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&self, event: Event) {
+        if self.events.send(event).is_err() {
+            tracing::debug!("an actor left before its thread had told it everything");
+        }
+    }
+}

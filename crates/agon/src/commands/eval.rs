@@ -1,0 +1,165 @@
+//! `agon eval`: two models head to head.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use learner::Interval;
+use messages::{Completion, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
+use model::{LanguageModel, ModelFolder, Request, Sampler};
+use preference::{Comparison, Verdict, both_orders};
+use serde_json::json;
+use settings::{Override, Settings, resolve_file};
+
+use crate::{failure::Misuse, roles, world};
+
+/// Compare two models on held-out prompts under a judge.
+///
+/// A and B are Hugging Face folders, checkpoints or run directories (their latest checkpoint). Prompts,
+/// sampling and judge come from --config, or from the configuration of the first run directory. Every
+/// pair is judged in both orders; ties count one half.
+///
+/// Example: agon eval runs/quickstart runs/base/0123456789abcdef --prompts 1024
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The first model, whose win rate is told.
+    a: PathBuf,
+    /// The second.
+    b: PathBuf,
+    /// The configuration that names prompts, sampling and judge.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Change one setting, VALUE being TOML; may be given again.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<Override>,
+    /// How many held-out prompts; evaluation.prompts when not given.
+    #[arg(long, value_name = "N")]
+    prompts: Option<usize>,
+    /// One JSON object in place of words.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let config = arguments
+        .config
+        .clone()
+        .or_else(|| [&arguments.a, &arguments.b].map(|p| p.join("config.toml")).into_iter().find(|p| p.exists()))
+        .ok_or_else(|| Misuse("neither model is a run directory: name a configuration with --config FILE".into()))?;
+    let settings = resolve_file(&config, &arguments.set)?.settings;
+    let count = arguments.prompts.unwrap_or(settings.evaluation.prompts);
+    let (a, b) = (load(&settings, &arguments.a)?, load(&settings, &arguments.b)?);
+    let pairs = answer(&settings, (&a, &b), count)?;
+    let mut judge = world::judge(&settings)?;
+    let comparisons: Vec<Comparison<'_>> =
+        pairs.iter().map(|(prompt, [first, second])| Comparison { prompt, first, second }).collect();
+    let mut wins = Vec::new();
+    let mut abstained = 0;
+    for batch in comparisons.chunks(settings.preference.max_batch) {
+        for ruling in both_orders(judge.as_mut(), batch).map_err(|error| anyhow::anyhow!("{error}"))? {
+            match ruling.verdict {
+                Verdict::Preference(p) if p.get() > 0.5 => wins.push(1.0),
+                Verdict::Preference(p) if p.get() < 0.5 => wins.push(0.0),
+                Verdict::Preference(_) => wins.push(0.5),
+                Verdict::Abstained { .. } => abstained += 1,
+            }
+        }
+    }
+    let rate = Interval::wilson(wins.iter().sum::<f64>() / wins.len().max(1) as f64, wins.len());
+    tell(arguments, rate, wins.len(), abstained);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize) {
+    if arguments.json {
+        let row = json!({
+            "a": arguments.a, "b": arguments.b, "prompts": prompts, "abstained": abstained,
+            "win_rate": rate.mean, "win_rate_ci_low": rate.low, "win_rate_ci_high": rate.high,
+        });
+        println!("{row}");
+        return;
+    }
+    println!(
+        "{} is preferred to {} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
+        arguments.a.display(),
+        arguments.b.display(),
+        100.0 * rate.mean,
+        100.0 * rate.low,
+        100.0 * rate.high,
+        if abstained > 0 { format!("; the judge abstained {abstained} times") } else { String::new() }
+    );
+}
+
+/// The folder of a model: itself, or the latest checkpoint of a run.
+fn folder(path: &Path) -> anyhow::Result<PathBuf> {
+    if !path.join("config.toml").exists() || !path.join("checkpoints").exists() {
+        return Ok(path.to_owned());
+    }
+    learner::latest_checkpoint(&path.join("checkpoints"))?
+        .ok_or_else(|| Misuse(format!("the run {} holds no checkpoint yet", path.display())).into())
+}
+
+fn load(settings: &Settings, path: &Path) -> anyhow::Result<(ModelFolder, LanguageModel)> {
+    let (device, dtype) = world::device(settings)?;
+    let folder = ModelFolder::open(&folder(path)?, settings.model.chat_template.as_deref())?;
+    let weights = folder.weights(dtype, &device)?;
+    let model = world::language_model(&folder, &weights)?;
+    Ok((folder, model))
+}
+
+type Answered = (Prompt, [Completion; 2]);
+
+/// One completion of each model to every held-out prompt.
+fn answer(
+    settings: &Settings,
+    (a, b): (&(ModelFolder, LanguageModel), &(ModelFolder, LanguageModel)),
+    count: usize,
+) -> anyhow::Result<Vec<Answered>> {
+    let scratch = std::env::temp_dir();
+    let mut of_a = settings.clone();
+    of_a.model.path = Some(a.0.path.clone());
+    let world = world::build(&of_a, &scratch)?;
+    let capacity = settings.actor.max_prompt_length + settings.actor.max_new_tokens;
+    let sampling = roles::sampling(settings);
+    let mut sampler = Sampler::new(a.1.clone(), b.1.clone(), sampling, settings.actor.slots, capacity)?;
+    let mut prompts: Vec<Option<Prompt>> = Vec::new();
+    for index in 0..count as u64 {
+        let row = world.set.held_out(index);
+        let id = PromptId(index);
+        let seed = Seed(settings.run.seed).derive(1 << 63 | index);
+        sampler.admit(Request {
+            key: index,
+            ids: row.ids.clone(),
+            seed,
+            mixture_coefs: vec![0.0, 1.0],
+            max_new_tokens: sampling.max_new_tokens,
+        })?;
+        prompts.push(Some(Prompt {
+            id,
+            release: Release::single(id),
+            purpose: Purpose::Evaluate,
+            version: WeightsVersion(0),
+            seed,
+            ids: row.ids,
+            text: row.text,
+            golden: row.golden,
+            answer: row.answer,
+        }));
+    }
+    let mut answered = Vec::new();
+    while !sampler.is_idle() {
+        for finished in sampler.step()? {
+            let Some(prompt) = prompts[finished.key as usize].take() else { continue };
+            let mut completions = finished.completions;
+            for completion in &mut completions {
+                completion.text = a.0.tokenizer.decode(&completion.ids);
+            }
+            if let Ok(two) = <[Completion; 2]>::try_from(completions) {
+                answered.push((prompt, two));
+            }
+        }
+    }
+    answered.sort_by_key(|(prompt, _)| prompt.id);
+    Ok(answered)
+}

@@ -1,0 +1,310 @@
+//! `agon export`: the policy of a checkpoint as a clean Hugging Face folder.
+//!
+//! A checkpoint is such a folder already, with the state of the run beside it; an export leaves that out,
+//! may change the number format, and says what came out. It does not lock the run, so that one can be
+//! exported while it goes on.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, bail};
+use learner::LearnerError;
+use model::{DType, Device, ModelError, ModelFolder};
+use serde_json::Value;
+
+use super::score::Dtype;
+use crate::failure::Misuse;
+
+/// Files that would speak for another model when they stayed beside the exported one.
+const OF_A_MODEL: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+];
+
+/// The policy of a run or a checkpoint as a Hugging Face folder.
+///
+/// Writes config.json, model.safetensors and the tokenizer's files, which transformers and other
+/// programs load, and leaves out the optimiser and the state of the run. Of a run the newest checkpoint
+/// is taken, also while it goes on. Prints the SHA-256 digest of the weights as `sha256sum -c` reads it.
+///
+/// Example: agon export --run runs/quickstart --output models/aligned --dtype bf16
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// A run directory, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+    /// Where to write; must be missing or empty.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// The numbers to write; those of the checkpoint when not given.
+    #[arg(long, value_enum)]
+    dtype: Option<Dtype>,
+    /// Write into a folder that is not empty: a model there is replaced, other files stay.
+    #[arg(long)]
+    force: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let checkpoint = checkpoint(&arguments.run)?;
+    check_output(arguments, &checkpoint)?;
+    let folder = ModelFolder::open(&checkpoint, None)?;
+    let dtype = arguments
+        .dtype
+        .map_or_else(|| saved_dtype(&folder.config.raw), DType::from);
+    let weights = folder.weights(dtype, &Device::Cpu)?;
+    if !weights.is_finite()? {
+        bail!(
+            "failed to export {}: its weights are not all finite",
+            checkpoint.display()
+        );
+    }
+    model::save_folder(&arguments.output, &folder, &weights)?;
+    remove_strangers(&arguments.output, &checkpoint)?;
+    eprintln!(
+        "exported {} to {}",
+        checkpoint.display(),
+        arguments.output.display()
+    );
+    let file = arguments.output.join("model.safetensors");
+    println!("{}  {}", weights.digest()?, file.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The newest checkpoint of the run in `path`, or `path` itself when it is a model's folder.
+fn checkpoint(path: &Path) -> anyhow::Result<PathBuf> {
+    let unreadable = |source| LearnerError::Unreadable {
+        path: path.to_owned(),
+        source,
+    };
+    fs::metadata(path).map_err(unreadable)?;
+    let of_run = learner::latest_checkpoint(&path.join("checkpoints"))?;
+    if let Some(checkpoint) = of_run {
+        return Ok(checkpoint);
+    }
+    if path.join("model.safetensors").exists() {
+        return Ok(path.to_owned());
+    }
+    let reason = if path.join("config.toml").exists() {
+        "the run has saved no checkpoint yet; see learner.save_steps"
+    } else {
+        "it is neither a run directory (with checkpoints/step_N) nor a checkpoint (with model.safetensors)"
+    };
+    Err(ModelError::Malformed {
+        path: path.to_owned(),
+        reason: reason.into(),
+    }
+    .into())
+}
+
+/// That nothing is overwritten unasked, and the checkpoint never.
+fn check_output(arguments: &Arguments, checkpoint: &Path) -> anyhow::Result<()> {
+    let output = &arguments.output;
+    let entries = match fs::read_dir(output) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => {
+            return Err(error).with_context(|| format!("failed to write to {}", output.display()));
+        }
+    };
+    let same = |path: &Path| path.canonicalize().ok();
+    let message = if same(output) == same(checkpoint) {
+        "is the checkpoint itself: name another folder with --output"
+    } else if entries && !arguments.force {
+        "is not empty: name another folder with --output, or add --force to replace the model in it"
+    } else {
+        return Ok(());
+    };
+    Err(Misuse(format!("{} {message}", output.display())).into())
+}
+
+/// The number format that a configuration names.
+fn saved_dtype(config: &Value) -> DType {
+    let name = config["dtype"].as_str().or(config["torch_dtype"].as_str());
+    match name {
+        Some("bfloat16") => DType::BF16,
+        _ => DType::F32,
+    }
+}
+
+/// Removes what a former model left in `output` and the model of `from` does not have.
+fn remove_strangers(output: &Path, from: &Path) -> anyhow::Result<()> {
+    for name in OF_A_MODEL {
+        let (stranger, own) = (output.join(name), from.join(name));
+        let written = own.exists() && !name.ends_with("index.json");
+        if stranger.exists() && !written {
+            fs::remove_file(&stranger)
+                .with_context(|| format!("failed to remove {}", stranger.display()))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use playground::Bandit;
+    use serde_json::json;
+
+    use super::*;
+
+    /// A run with the checkpoints of these steps, each a bandit's model.
+    fn run_with(steps: &[u64]) -> tempfile::TempDir {
+        let run = tempfile::tempdir().unwrap();
+        fs::write(run.path().join("config.toml"), "").unwrap();
+        fs::create_dir(run.path().join("checkpoints")).unwrap();
+        for step in steps {
+            let folder = run.path().join(format!("checkpoints/step_{step}"));
+            fs::create_dir(&folder).unwrap();
+            Bandit::new(&[0.5, 0.5])
+                .unwrap()
+                .write_model(&folder)
+                .unwrap();
+            fs::write(folder.join("state.json"), "{}").unwrap();
+        }
+        run
+    }
+
+    fn arguments(run: &Path, output: &Path, force: bool) -> Arguments {
+        Arguments {
+            run: run.to_owned(),
+            output: output.to_owned(),
+            dtype: None,
+            force,
+        }
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn the_newest_checkpoint_of_a_run_or_the_one_that_is_named() {
+        let run = run_with(&[2, 10, 9]);
+        let newest = run.path().join("checkpoints/step_10");
+        assert_eq!(checkpoint(run.path()).unwrap(), newest);
+        assert_eq!(checkpoint(&newest).unwrap(), newest);
+        let (empty, unsaved) = (tempfile::tempdir().unwrap(), run_with(&[]));
+        let missing = empty.path().join("missing");
+        let cases = [
+            (missing.as_path(), "failed to read"),
+            (unsaved.path(), "the run has saved no checkpoint yet"),
+            (empty.path(), "neither a run directory"),
+        ];
+        for (path, expected) in cases {
+            let refused = checkpoint(path).unwrap_err().to_string();
+            assert!(refused.contains(expected), "{refused}");
+        }
+    }
+
+    #[test]
+    fn an_export_is_the_model_and_nothing_of_the_run() {
+        let run = run_with(&[1]);
+        let target = tempfile::tempdir().unwrap();
+        let output = target.path().join("made/here");
+        super::run(&arguments(run.path(), &output, false)).unwrap();
+        let files = [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ];
+        assert_eq!(names(&output), files);
+        let read = |folder: &Path| {
+            let folder = ModelFolder::open(folder, None).unwrap();
+            folder
+                .weights(DType::F32, &Device::Cpu)
+                .unwrap()
+                .digest()
+                .unwrap()
+        };
+        assert_eq!(read(&output), read(&run.path().join("checkpoints/step_1")));
+    }
+
+    #[test]
+    fn another_number_format_is_written_and_named() {
+        let run = run_with(&[1]);
+        let target = tempfile::tempdir().unwrap();
+        let mut arguments = arguments(run.path(), target.path(), false);
+        arguments.dtype = Some(Dtype::Bf16);
+        super::run(&arguments).unwrap();
+        let folder = ModelFolder::open(target.path(), None).unwrap();
+        assert_eq!(saved_dtype(&folder.config.raw), DType::BF16);
+        let size = |folder: &Path| {
+            fs::metadata(folder.join("model.safetensors"))
+                .unwrap()
+                .len()
+        };
+        let whole = size(&run.path().join("checkpoints/step_1"));
+        assert!(
+            size(target.path()) < whole * 2 / 3,
+            "half the numbers, the same header"
+        );
+    }
+
+    #[test]
+    fn a_folder_that_is_not_empty_is_left_alone_unless_forced() {
+        let (run, target) = (run_with(&[1]), tempfile::tempdir().unwrap());
+        for name in [
+            "notes.txt",
+            "chat_template.jinja",
+            "model.safetensors.index.json",
+        ] {
+            fs::write(target.path().join(name), "{}").unwrap();
+        }
+        let before = names(target.path());
+        let refused = super::run(&arguments(run.path(), target.path(), false)).unwrap_err();
+        assert!(
+            refused.is::<Misuse>() && refused.to_string().contains("--force"),
+            "{refused}"
+        );
+        assert_eq!(names(target.path()), before);
+
+        super::run(&arguments(run.path(), target.path(), true)).unwrap();
+        let files = [
+            "config.json",
+            "model.safetensors",
+            "notes.txt",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ];
+        assert_eq!(names(target.path()), files);
+    }
+
+    #[test]
+    fn a_checkpoint_is_never_its_own_export() {
+        let run = run_with(&[1]);
+        let output = run.path().join("checkpoints/step_1");
+        let refused = super::run(&arguments(run.path(), &output, true)).unwrap_err();
+        assert!(
+            refused.to_string().contains("is the checkpoint itself"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn the_number_format_of_a_configuration() {
+        let cases = [
+            (json!({"torch_dtype": "bfloat16"}), DType::BF16),
+            (
+                json!({"dtype": "bfloat16", "torch_dtype": "float32"}),
+                DType::BF16,
+            ),
+            (json!({"torch_dtype": "float32"}), DType::F32),
+            (json!({}), DType::F32),
+        ];
+        for (config, expected) in cases {
+            assert_eq!(saved_dtype(&config), expected, "{config}");
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! One command a file: its arguments with their help, and what it does.
+
+pub(crate) mod check;
+pub(crate) mod doctor;
+pub(crate) mod eval;
+pub(crate) mod export;
+pub(crate) mod generate;
+pub(crate) mod score;
+pub(crate) mod sft;
+pub(crate) mod train;

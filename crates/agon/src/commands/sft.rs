@@ -1,0 +1,75 @@
+//! `agon sft`: supervised fine-tuning.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use learner::sft::{self, ExampleIds};
+use messages::Seed;
+use model::ModelFolder;
+use settings::{Override, Settings, resolve_file};
+
+use crate::{failure::Misuse, world};
+
+/// Fine-tune a model on prompts and completions, the step before alignment.
+///
+/// Reads rows {"prompt", "completion"} from sft.path (prompts as text or messages, .gz too) and trains
+/// model.path on them with the settings of [sft]; without sft.path it makes the playground's base. The
+/// result is a Hugging Face folder.
+///
+/// Example: agon sft my.toml --set sft.path=rows.jsonl --output models/base
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The configuration; only [run], [model], [playground] and [sft] matter here.
+    config: PathBuf,
+    /// Change one setting, VALUE being TOML; may be given again.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<Override>,
+    /// Where the fine-tuned model goes; needed with sft.path.
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
+    if settings.sft.path.is_none() {
+        let base = world::playground_base(&settings)?;
+        println!("{}", base.path.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let output = arguments.output.as_ref().ok_or_else(|| {
+        Misuse("name the folder of the fine-tuned model: --output DIR".into())
+    })?;
+    if output.exists() {
+        return Err(Misuse(format!("{} is there already; name another --output", output.display())).into());
+    }
+    fine_tune(&settings, output)?;
+    println!("{}", output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()> {
+    let path = settings.model.path.as_ref().ok_or_else(|| {
+        Misuse("model.path must name the Hugging Face folder to fine-tune".into())
+    })?;
+    let rows = settings.sft.path.as_ref().context("sft.path is set")?;
+    let (device, dtype) = world::device(settings)?;
+    let folder = ModelFolder::open(path, settings.model.chat_template.as_deref())?;
+    let weights = folder.weights(dtype, &device)?;
+    let eos = folder.config.eos.first().copied();
+    let longest = settings.sft.max_length.min(folder.config.max_positions);
+    let examples = sft::read_examples(rows, &folder.tokenizer, eos, longest)?;
+    let model = world::language_model(&folder, &weights)?;
+    let (seed, batch) = (Seed(settings.run.seed), settings.sft.train_batch_size as u64);
+    let (weights, summary) = sft::train(&model, &settings.sft, "fine-tuning", |step| {
+        (step * batch..(step + 1) * batch).map(|index| pick(&examples, seed, index)).collect()
+    })?;
+    model::save_folder(output, &folder, &weights)?;
+    tracing::info!(loss = summary.loss, seconds = summary.seconds, "fine-tuned");
+    Ok(())
+}
+
+/// The example at place `index` of an endless shuffled reading.
+fn pick(examples: &[ExampleIds], seed: Seed, index: u64) -> ExampleIds {
+    let place = learner::shuffled(index, examples.len() as u64, seed);
+    examples[place as usize].clone()
+}

@@ -1,0 +1,115 @@
+//! `agon train`: the whole system in one process.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::Context;
+use learner::Ending;
+use settings::{Override, Resolved, Settings, resolve_file};
+use telemetry::{Exporter, RunDirectory, write_atomically};
+
+use crate::{
+    failure::{Code, Misuse},
+    interrupt,
+    report::Report,
+    roles, world,
+};
+
+/// Align a model by self-play, from a configuration file.
+///
+/// Runs actors, preference service and learner side by side and writes a run directory: the resolved
+/// configuration, metrics.jsonl, samples.jsonl, checkpoints (each a Hugging Face folder) and, at the end,
+/// report.json and report.md. SIGTERM or Ctrl-C saves and leaves with exit code 5; --resume goes on.
+///
+/// Example: agon train configs/quickstart.toml --set learner.steps=100
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The configuration. `configs/default.toml` explains every key.
+    config: PathBuf,
+    /// Change one setting, VALUE being TOML; may be given again.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<Override>,
+    /// The run directory, in place of <run.output_dir>/<run.name>.
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Go on from a checkpoint: `latest` (when no value is given), `auto` (the latest if there is one,
+    /// else begin), or a checkpoint's folder.
+    #[arg(long, value_name = "WHICH", num_args = 0..=1, default_missing_value = "latest")]
+    resume: Option<String>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let resolved = resolve_file(&arguments.config, &arguments.set)?;
+    let run = &resolved.settings.run;
+    let path = arguments.run_dir.clone().unwrap_or_else(|| run.output_dir.join(&run.name));
+    let (directory, resume) = open(&path, &resolved, arguments.resume.as_deref())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("agon-wait")
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?;
+    runtime.block_on(align(&resolved.settings, Arc::new(directory), resume))
+}
+
+/// Makes the run directory, or opens it and finds the checkpoint to go on from.
+fn open(
+    path: &std::path::Path,
+    resolved: &Resolved,
+    resume: Option<&str>,
+) -> anyhow::Result<(RunDirectory, Option<PathBuf>)> {
+    let resume = match resume {
+        None => return Ok((RunDirectory::create(path, &resolved.toml)?, None)),
+        Some("auto") if !path.join("config.toml").exists() => {
+            return Ok((RunDirectory::create(path, &resolved.toml)?, None));
+        }
+        Some(which) => which,
+    };
+    let directory = RunDirectory::open(path)?;
+    let checkpoint = match resume {
+        "latest" | "auto" => learner::latest_checkpoint(&directory.checkpoints())?,
+        path => Some(PathBuf::from(path)),
+    };
+    if checkpoint.is_none() && resume == "latest" {
+        return Err(Misuse(format!(
+            "{} holds no checkpoint to resume; begin again in another directory, or use --resume auto",
+            path.display()
+        ))
+        .into());
+    }
+    let before = std::fs::read_to_string(directory.config()).context("failed to read the run's configuration")?;
+    if before != resolved.toml {
+        tracing::warn!("the configuration differs from the one this run began with; going on with the one given");
+        write_atomically(&directory.config(), resolved.toml.as_bytes())?;
+    }
+    Ok((directory, checkpoint))
+}
+
+async fn align(
+    settings: &Settings,
+    directory: Arc<RunDirectory>,
+    resume: Option<PathBuf>,
+) -> anyhow::Result<ExitCode> {
+    let exporter = Exporter::start(settings.telemetry.listen)?;
+    tracing::info!(
+        run = %directory.root().display(),
+        metrics = format!("http://{}/metrics", exporter.address()),
+        "agon {}",
+        env!("CARGO_PKG_VERSION")
+    );
+    let (_stop, stopping) = interrupt::on_signal()?;
+    let world = tokio::task::block_in_place(|| world::build(settings, directory.root()))?;
+    tracing::info!(
+        model = %world.folder.path.display(),
+        parameters = world.folder.config.parameter_count(),
+        objective = settings.learner.objective.name(),
+        actors = settings.actor.count,
+        steps = settings.learner.steps,
+        "aligning"
+    );
+    let outcome = roles::run(settings, &world, &directory, resume, stopping).await?;
+    Report::new(settings, &world, &outcome)?.tell(&directory)?;
+    Ok(match outcome.summary.ending {
+        Ending::Finished => ExitCode::SUCCESS,
+        Ending::Interrupted => Code::Interrupted.into(),
+    })
+}

@@ -1,0 +1,94 @@
+//! From errors to exit codes that scripts can rely on.
+
+use std::{io::ErrorKind, process::ExitCode};
+
+use learner::LearnerError;
+use model::ModelError;
+use settings::SettingsError;
+
+/// The documented exit codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Code {
+    /// None of the others.
+    Failed = 1,
+    /// The configuration or the command line holds mistakes.
+    Configuration = 2,
+    /// A file, a folder, a device or a port is missing, or is not what it should be.
+    MissingResource = 3,
+    /// The run diverged.
+    Diverged = 4,
+    /// The run was interrupted and has saved.
+    Interrupted = 5,
+}
+
+impl From<Code> for ExitCode {
+    fn from(code: Code) -> Self {
+        Self::from(code as u8)
+    }
+}
+
+/// A command that was given what it cannot use: the configuration's kind of mistake.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Misuse(pub(crate) String);
+
+/// Says what went wrong, with all its causes, and gives the exit code.
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {}", sentence(error));
+    code(error).into()
+}
+
+/// The error and its causes in one line, without saying anything twice.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+fn code(error: &anyhow::Error) -> Code {
+    error.chain().find_map(code_of).unwrap_or(Code::Failed)
+}
+
+fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
+    if let Some(error) = cause.downcast_ref::<SettingsError>() {
+        return Some(match error {
+            SettingsError::Unreadable { .. } => Code::MissingResource,
+            _ => Code::Configuration,
+        });
+    }
+    if cause.is::<Misuse>() {
+        return Some(Code::Configuration);
+    }
+    if let Some(error) = cause.downcast_ref::<LearnerError>() {
+        return match error {
+            LearnerError::Diverged { .. } => Some(Code::Diverged),
+            LearnerError::Unreadable { .. }
+            | LearnerError::Row { .. }
+            | LearnerError::Checkpoint { .. }
+            | LearnerError::NoGolden { .. } => Some(Code::MissingResource),
+            LearnerError::Model(error) => code_of_model(error),
+            LearnerError::Telemetry(_) => Some(Code::MissingResource),
+            _ => None,
+        };
+    }
+    if let Some(error) = cause.downcast_ref::<ModelError>() {
+        return code_of_model(error);
+    }
+    if cause.is::<telemetry::Error>() {
+        return Some(Code::MissingResource);
+    }
+    let io = cause.downcast_ref::<std::io::Error>()?;
+    (io.kind() == ErrorKind::NotFound).then_some(Code::MissingResource)
+}
+
+fn code_of_model(error: &ModelError) -> Option<Code> {
+    match error {
+        ModelError::Compute(_) | ModelError::Unwritable { .. } => None,
+        _ => Some(Code::MissingResource),
+    }
+}

@@ -1,0 +1,64 @@
+//! `agon`: aligns language models by online self-play.
+//!
+//! The binary knows how to build the roles, run them side by side, stop them, and say how it went. What
+//! an actor, a judge or a learner does, their crates know.
+
+mod commands;
+mod failure;
+mod interrupt;
+mod logging;
+mod memory;
+mod report;
+mod roles;
+mod world;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use commands::{check, doctor, eval, export, generate, score, sft, train};
+
+/// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
+/// is better, a learner moves the policy toward it.
+///
+/// First steps: `agon train configs/quickstart.toml`. Every command explains itself with --help.
+/// Exit codes: 0 done, 1 failed, 2 bad configuration, 3 missing resource, 4 diverged, 5 interrupted and
+/// saved.
+#[derive(Parser)]
+#[command(name = "agon", version, max_term_width = 100)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Train(train::Arguments),
+    Sft(sft::Arguments),
+    Eval(eval::Arguments),
+    Generate(generate::Arguments),
+    Score(score::Arguments),
+    Check(check::Arguments),
+    Doctor(doctor::Arguments),
+    Export(export::Arguments),
+}
+
+fn main() -> ExitCode {
+    memory::keep_pages();
+    let command = CommandLine::parse().command;
+    logging::start();
+    let ended = match command {
+        Command::Train(arguments) => train::run(&arguments),
+        Command::Sft(arguments) => sft::run(&arguments),
+        Command::Eval(arguments) => eval::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments),
+        Command::Score(arguments) => score::run(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Export(arguments) => export::run(&arguments),
+    };
+    match ended {
+        Ok(code) => code,
+        Err(error) => failure::report(&error),
+    }
+}

@@ -1,0 +1,239 @@
+//! What a run leaves behind: `report.json` for programs, `report.md` and a few lines for people.
+
+use std::fmt::Write as _;
+
+use learner::{Ending, Evaluation};
+use model::decode::{Cache, Prefill};
+use model::{LanguageModel, Weights};
+use serde_json::{Map, Value, json};
+use settings::{PromptsSettings, Settings};
+use telemetry::{RunDirectory, write_atomically};
+
+use crate::{roles::Outcome, world::{self, World}};
+
+/// A finished or interrupted run, ready to be told.
+pub(crate) struct Report {
+    json: Value,
+    text: String,
+}
+
+impl Report {
+    pub(crate) fn new(settings: &Settings, world: &World, outcome: &Outcome) -> anyhow::Result<Self> {
+        let bandit = match settings.prompts {
+            PromptsSettings::Bandit {} => Some(arms(settings, world, outcome)?),
+            _ => None,
+        };
+        let json = in_json(settings, world, outcome, bandit.as_ref());
+        let text = in_words(settings, world, outcome, bandit.as_ref())?;
+        Ok(Self { json, text })
+    }
+
+    /// Writes both forms into the run directory and the words to standard output.
+    pub(crate) fn tell(&self, directory: &RunDirectory) -> anyhow::Result<()> {
+        let mut json = serde_json::to_vec_pretty(&self.json)?;
+        json.push(b'\n');
+        write_atomically(&directory.report_json(), &json)?;
+        write_atomically(&directory.report_markdown(), self.text.as_bytes())?;
+        println!("{}", self.text);
+        println!("Report: {}", directory.report_markdown().display());
+        Ok(())
+    }
+}
+
+/// A bandit's probabilities over its arms.
+struct Arms {
+    reference: Vec<f64>,
+    policy: Vec<f64>,
+    mixture: Vec<f64>,
+}
+
+fn arms(settings: &Settings, world: &World, outcome: &Outcome) -> anyhow::Result<Arms> {
+    let (device, dtype) = world::device(settings)?;
+    let weights = Weights::load(&outcome.summary.checkpoint, &world.folder.config, dtype, &device)?;
+    let of = |weights: &Weights| probabilities(&world::language_model(&world.folder, weights)?, &[0]);
+    let (policy, reference) = (of(&weights)?, of(&world.weights)?);
+    let mixture = playground::mixture(&policy, &reference, settings.actor.mixture_coef);
+    Ok(Arms { reference, policy, mixture })
+}
+
+/// The distribution of the token that follows these.
+fn probabilities(model: &LanguageModel, ids: &[u32]) -> anyhow::Result<Vec<f64>> {
+    let mut cache = Cache::new(model, 1, ids.len())?;
+    let logits = model.prefill(&mut cache, &[Prefill { ids, slots: &[0] }])?;
+    let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = logits.iter().map(|&z| f64::from(z - most).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    Ok(weights.into_iter().map(|w| w / total).collect())
+}
+
+fn in_json(settings: &Settings, world: &World, outcome: &Outcome, bandit: Option<&Arms>) -> Value {
+    let summary = &outcome.summary;
+    let last = summary.evaluations.last();
+    let of = |f: &dyn Fn(&Evaluation) -> f64| last.map_or(Value::Null, |e| json!(f(e)));
+    let gold = last.and_then(|e| e.gold_win_rate);
+    let mut report = json!({
+        "finished": summary.ending == Ending::Finished,
+        "objective": settings.learner.objective,
+        "judge": settings.preference.judge,
+        "win_rate": of(&|e| e.win_rate.mean),
+        "win_rate_ci_low": of(&|e| e.win_rate.low),
+        "win_rate_ci_high": of(&|e| e.win_rate.high),
+        "soft_win_rate": of(&|e| e.soft_win_rate),
+        "gold_win_rate": gold.map(|g| g.mean),
+        "gold_win_rate_ci_low": gold.map(|g| g.low),
+        "gold_win_rate_ci_high": gold.map(|g| g.high),
+        "kl": of(&|e| e.kl),
+        "entropy": of(&|e| e.entropy),
+        "response_length": of(&|e| e.response_length),
+        "reference_length": of(&|e| e.reference_length),
+        "eval_prompts": last.map(|e| e.prompts),
+        "steps": summary.steps,
+        "pairs": summary.pairs,
+        "tokens": summary.tokens,
+        "pairs_per_second": summary.pairs as f64 / summary.wall_seconds.max(1e-9),
+        "wall_seconds": summary.wall_seconds,
+        "base_seconds": world.base.as_ref().and_then(|base| base.seconds),
+        "peak_memory_bytes": telemetry::peak_memory_bytes(),
+        "nonfinite_steps": summary.nonfinite,
+        "rollbacks": summary.rollbacks,
+        "weights_digest": summary.weights_digest.to_string(),
+        "checkpoint": summary.checkpoint,
+        "stations": stations(outcome),
+        "evaluations": summary.evaluations,
+    });
+    if let Some(arms) = bandit {
+        report["reference"] = json!(arms.reference);
+        report["policy"] = json!(arms.policy);
+        report["mixture"] = json!(arms.mixture);
+    }
+    report
+}
+
+fn stations(outcome: &Outcome) -> Value {
+    let mut stations = Map::new();
+    for (station, snapshot) in &outcome.stations {
+        let mut value = json!(snapshot);
+        value["conserved"] = json!(snapshot.is_conserved());
+        stations.insert(station.name().to_owned(), value);
+    }
+    Value::Object(stations)
+}
+
+fn in_words(
+    settings: &Settings,
+    world: &World,
+    outcome: &Outcome,
+    bandit: Option<&Arms>,
+) -> Result<String, std::fmt::Error> {
+    let summary = &outcome.summary;
+    let mut text = format!("# {}\n\n", settings.run.name);
+    match summary.evaluations.last() {
+        Some(last) => verdict(&mut text, last, summary.ending)?,
+        None => writeln!(text, "The run ended before its first evaluation.")?,
+    }
+    writeln!(
+        text,
+        "\n{} steps on {} pairs in {:.0} s ({:.1} pairs/s){}.",
+        summary.steps,
+        summary.pairs,
+        summary.wall_seconds,
+        summary.pairs as f64 / summary.wall_seconds.max(1e-9),
+        world.base.as_ref().and_then(|b| b.seconds).map_or(String::new(), |s| format!(", after {s:.0} s for the base policy")),
+    )?;
+    course(&mut text, &summary.evaluations)?;
+    if let Some(arms) = bandit {
+        writeln!(text, "\n| arm | reference | policy | mixture |\n|---|---|---|---|")?;
+        for arm in 0..arms.policy.len() {
+            let [r, p, m] = [&arms.reference, &arms.policy, &arms.mixture].map(|v| v[arm]);
+            writeln!(text, "| {arm} | {r:.4} | {p:.4} | {m:.4} |")?;
+        }
+    } else if let Some(last) = summary.evaluations.last() {
+        examples(&mut text, last)?;
+    }
+    flow(&mut text, outcome)?;
+    writeln!(text, "\nPolicy: `{}` (a Hugging Face folder). Weights: `{}`.", summary.checkpoint.display(), summary.weights_digest)?;
+    Ok(text)
+}
+
+fn verdict(text: &mut String, last: &Evaluation, ending: Ending) -> std::fmt::Result {
+    let rate = &last.win_rate;
+    if ending == Ending::Interrupted {
+        writeln!(text, "**Interrupted and saved.** Go on with `--resume`.\n")?;
+    }
+    let judgement = if rate.low > 0.5 {
+        "The policy beats its reference"
+    } else if rate.high < 0.5 {
+        "The policy loses against its reference"
+    } else {
+        "The policy cannot be told from its reference"
+    };
+    writeln!(
+        text,
+        "{judgement}: its answer is preferred on {:.1} % of {} held-out prompts (95 % interval {:.1} to {:.1} %).",
+        100.0 * rate.mean,
+        last.prompts,
+        100.0 * rate.low,
+        100.0 * rate.high
+    )?;
+    if let Some(gold) = last.gold_win_rate {
+        writeln!(
+            text,
+            "Under the gold preference of this world: {:.1} % ({:.1} to {:.1} %).",
+            100.0 * gold.mean,
+            100.0 * gold.low,
+            100.0 * gold.high
+        )?;
+    }
+    writeln!(
+        text,
+        "It moved {:.2} nats (KL) from the reference; answers have {:.1} tokens, the reference's {:.1}.",
+        last.kl, last.response_length, last.reference_length
+    )
+}
+
+fn course(text: &mut String, evaluations: &[Evaluation]) -> std::fmt::Result {
+    if evaluations.len() < 2 {
+        return Ok(());
+    }
+    writeln!(text, "\n| step | win rate | interval | KL | length | entropy |\n|---|---|---|---|---|---|")?;
+    for e in evaluations {
+        writeln!(
+            text,
+            "| {} | {:.3} | {:.3}–{:.3} | {:.2} | {:.1} | {:.3} |",
+            e.step, e.win_rate.mean, e.win_rate.low, e.win_rate.high, e.kl, e.response_length, e.entropy
+        )?;
+    }
+    Ok(())
+}
+
+fn examples(text: &mut String, last: &Evaluation) -> std::fmt::Result {
+    writeln!(text, "\n## Side by side")?;
+    for example in &last.examples {
+        writeln!(text, "\n> {}\n", one_line(&example.prompt))?;
+        writeln!(text, "- reference: {}", one_line(&example.reference))?;
+        writeln!(text, "- policy: {}", one_line(&example.policy))?;
+        writeln!(text, "- preferred: {}", preferred(example.p))?;
+    }
+    Ok(())
+}
+
+fn preferred(p: f64) -> String {
+    let whose = if p > 0.5 { "the policy's" } else if p < 0.5 { "the reference's" } else { "neither" };
+    format!("{whose} (p = {p:.2})")
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn flow(text: &mut String, outcome: &Outcome) -> std::fmt::Result {
+    writeln!(text, "\n| station | taken | given | dropped | in hand |\n|---|---|---|---|---|")?;
+    for (station, s) in &outcome.stations {
+        let reasons: Vec<String> =
+            s.dropped.iter().map(|(reason, n)| format!("{n} {}", reason.name())).collect();
+        let dropped = if reasons.is_empty() { "0".into() } else { reasons.join(", ") };
+        writeln!(text, "| {} | {} | {} | {dropped} | {} |", station.name(), s.taken, s.given, s.in_hand)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,188 @@
+//! The three roles of one process, joined by streams in memory, and what happens when one of them ends.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use actor::{Actor, ActorParts, IdenticalPairs};
+use anyhow::{Context, anyhow};
+use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Summary};
+use messages::{Seed, Station};
+use model::SamplingSettings;
+use preference::{Preference, PreferenceParts};
+use settings::{ObjectiveSettings, Settings};
+use telemetry::{RunDirectory, StationCounters, StationSnapshot};
+use tokio::{sync::watch, task::JoinSet};
+use transport::{WeightsShelf, stream};
+
+use crate::world::{self, World};
+
+/// How long actors and judge may take to finish what they have in hand.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// How a run went.
+pub(crate) struct Outcome {
+    /// What the learner says.
+    pub(crate) summary: Summary,
+    /// What every station took, gave, dropped and still holds.
+    pub(crate) stations: Vec<(Station, StationSnapshot)>,
+}
+
+/// Builds all roles, runs them side by side until the learner is done or told to stop, then lets the
+/// others finish.
+pub(crate) async fn run(
+    settings: &Settings,
+    world: &World,
+    directory: &Arc<RunDirectory>,
+    resume: Option<PathBuf>,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<Outcome> {
+    let batch = settings.learner.train_batch_size;
+    let window = (settings.learner.max_staleness as usize + 1) * batch;
+    // Room for every credit there can be: a full stream is a defect, not a state.
+    let capacity = window + EVALUATION_WINDOW;
+    let (prompts, for_actors) = stream("prompts", capacity);
+    let (pairs, for_judge) = stream("pairs", capacity);
+    let (labelled, for_learner) = stream("labelled pairs", capacity);
+    let (drops, dropped) = stream("dropped prompts", capacity);
+    let shelf = WeightsShelf::default();
+    let counters = [Station::Actor, Station::Preference, Station::Learner].map(StationCounters::new);
+    let [of_actors, of_preference, of_learner] = &counters;
+
+    let (quit, quitting) = watch::channel(false);
+    let mut others = JoinSet::new();
+    for index in 0..settings.actor.count {
+        let streams = (for_actors.clone(), pairs.clone(), drops.clone());
+        let actor = actor(settings, world, index, streams, (&shelf, of_actors))?;
+        let quitting = quitting.clone();
+        others.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
+    }
+    let preference = Preference::new(PreferenceParts {
+        judge: world::judge(settings)?,
+        gold: world::gold(settings),
+        pairs: for_judge,
+        labelled,
+        drops,
+        counters: Arc::new(of_preference.clone()),
+        max_batch: settings.preference.max_batch,
+        max_wait: Duration::from_millis(settings.preference.max_wait_ms),
+    });
+    others.spawn(async move { preference.run(quitting).await.map_err(anyhow::Error::from) });
+    drop((pairs, for_actors));
+
+    let learner = Learner::new(LearnerParts {
+        settings: settings.learner.clone(),
+        evaluation: settings.evaluation.clone(),
+        telemetry: settings.telemetry.clone(),
+        seed: Seed(settings.run.seed),
+        folder: Arc::clone(&world.folder),
+        weights: world.weights.clone(),
+        set: Arc::clone(&world.set),
+        pacing: learner_pacing(settings),
+        prompts,
+        labelled: for_learner,
+        drops: dropped,
+        shelf,
+        directory: Arc::clone(directory),
+        counters: of_learner.clone(),
+        stations: counters.to_vec(),
+        resume,
+    })
+    .await?;
+    let summary = supervise(learner, others, quit, stop).await?;
+    let stations = counters.iter().map(|c| (c.station(), c.snapshot())).collect();
+    Ok(Outcome { summary, stations })
+}
+
+/// Waits for the learner; if another role ends first, the run ends with its reason.
+async fn supervise(
+    learner: Learner,
+    mut others: JoinSet<anyhow::Result<()>>,
+    quit: watch::Sender<bool>,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<Summary> {
+    let mut learning = tokio::spawn(learner.run(stop));
+    let summary = tokio::select! {
+        ended = &mut learning => ended.context("the learner panicked")??,
+        Some(ended) = others.join_next() => {
+            learning.abort();
+            ended.context("a role panicked")??;
+            return Err(anyhow!("a role ended although it was not told to"));
+        }
+    };
+    quit.send_replace(true);
+    let finish = async {
+        while let Some(ended) = others.join_next().await {
+            ended.context("a role panicked")??;
+        }
+        anyhow::Ok(())
+    };
+    tokio::time::timeout(GRACE, finish)
+        .await
+        .map_err(|_| anyhow!("actors or judge did not finish within {} s", GRACE.as_secs()))??;
+    Ok(summary)
+}
+
+type ActorStreams = (
+    transport::Receiver<messages::Prompt>,
+    transport::Sender<messages::Pair>,
+    transport::Sender<messages::Dropped>,
+);
+
+fn actor(
+    settings: &Settings,
+    world: &World,
+    index: usize,
+    (prompts, pairs, drops): ActorStreams,
+    (shelf, counters): (&WeightsShelf, &StationCounters),
+) -> anyhow::Result<Actor> {
+    let lone = learner_pacing(settings) == learner::Pacing::WholeReleases;
+    Ok(Actor::new(ActorParts {
+        name: format!("actor-{index}"),
+        reference: world::language_model(&world.folder, &world.weights)?,
+        tokenizer: world.folder.tokenizer.clone(),
+        sampling: sampling(settings),
+        mixture_coefs: mixture_coefs(settings),
+        slots: settings.actor.slots,
+        max_prompt_length: settings.actor.max_prompt_length,
+        pacing: if lone { actor::Pacing::WholeReleases } else { actor::Pacing::EachPrompt },
+        identical: match settings.learner.objective {
+            ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rpo { .. } => IdenticalPairs::Keep,
+            _ => IdenticalPairs::Drop,
+        },
+        prompts,
+        pairs,
+        drops,
+        shelf: shelf.clone(),
+        counters: counters.clone(),
+    })?)
+}
+
+/// A lone actor that is strictly on-policy works release by release, so that a seed repeats.
+fn learner_pacing(settings: &Settings) -> learner::Pacing {
+    if settings.learner.max_staleness == 0 && settings.actor.count == 1 {
+        learner::Pacing::WholeReleases
+    } else {
+        learner::Pacing::EachPrompt
+    }
+}
+
+/// How tokens are drawn.
+pub(crate) fn sampling(settings: &Settings) -> SamplingSettings {
+    let actor = &settings.actor;
+    SamplingSettings {
+        temperature: actor.temperature,
+        top_k: actor.top_k,
+        top_p: actor.top_p,
+        min_p: actor.min_p,
+        max_new_tokens: actor.max_new_tokens,
+    }
+}
+
+/// The weight on the reference of every completion: Nash-MD by policy gradient compares a completion of
+/// the policy with one of the mixture, all other objectives compare completions of the mixture.
+fn mixture_coefs(settings: &Settings) -> Vec<f32> {
+    let mixture = settings.actor.mixture_coef as f32;
+    match settings.learner.objective {
+        ObjectiveSettings::NashMdPg { .. } => vec![0.0, mixture],
+        _ => vec![mixture; settings.actor.num_generations],
+    }
+}

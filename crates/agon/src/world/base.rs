@@ -1,0 +1,86 @@
+//! The playground's base policy: made once by supervised fine-tuning, kept, and found again.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::Context;
+use learner::sft::{self, ExampleIds};
+use messages::{Digest, Seed};
+use model::{LanguageModel, ModelConfig, ModelFolder, Weights};
+use playground::{base_config_json, sft_target, train_post, train_seed};
+use settings::Settings;
+
+/// Fine-tuning reads other posts than any run that follows it.
+const WORLD: u64 = 0x5f7;
+
+/// A base policy, and what it cost if it was made just now.
+pub(crate) struct Base {
+    /// Its folder.
+    pub(crate) path: PathBuf,
+    /// Seconds of fine-tuning; `None` when it was found.
+    pub(crate) seconds: Option<f64>,
+}
+
+/// The base of these settings: found under the digest of everything that decides it, or made.
+pub(crate) fn playground_base(settings: &Settings) -> anyhow::Result<Base> {
+    let world = &settings.playground;
+    let recipe = serde_json::to_string(&(
+        (world.hidden_size, world.layers, world.heads, world.intermediate_size),
+        &settings.sft,
+        settings.run.seed,
+        env!("CARGO_PKG_VERSION"),
+    ))?;
+    let name = Digest::of(recipe.as_bytes()).to_string();
+    let path = world.base_dir.join(&name[..16]);
+    if path.join("config.json").exists() {
+        tracing::info!(path = %path.display(), "the base policy is there already");
+        return Ok(Base { path, seconds: None });
+    }
+    tracing::info!(path = %path.display(), "making the base policy by supervised fine-tuning");
+    let aside = world.base_dir.join(format!(".{}.{}", &name[..16], std::process::id()));
+    let seconds = make(settings, &aside)?;
+    if let Err(error) = fs::rename(&aside, &path) {
+        // Another run made the same base meanwhile: theirs is as good.
+        fs::remove_dir_all(&aside).with_context(|| format!("failed to remove {}", aside.display()))?;
+        if !path.exists() {
+            return Err(error).with_context(|| format!("failed to make {}", path.display()));
+        }
+    }
+    Ok(Base { path, seconds: Some(seconds) })
+}
+
+fn make(settings: &Settings, aside: &std::path::Path) -> anyhow::Result<f64> {
+    fs::create_dir_all(aside).with_context(|| format!("failed to make {}", aside.display()))?;
+    let world = &settings.playground;
+    let config = base_config_json(world.hidden_size, world.layers, world.heads, world.intermediate_size);
+    fs::write(aside.join("config.json"), serde_json::to_vec_pretty(&config)?)
+        .with_context(|| format!("failed to write into {}", aside.display()))?;
+    playground::write_tokenizer(aside)?;
+    let folder = ModelFolder::open(aside, None)?;
+    let (device, dtype) = super::device(settings)?;
+    let seed = Seed(settings.run.seed);
+    let model = random_model(&folder.config, seed, dtype, &device)?;
+    let batch = settings.sft.train_batch_size as u64;
+    let (weights, summary) = sft::train(&model, &settings.sft, "making the base", |step| {
+        (step * batch..(step + 1) * batch).map(|index| playground_example(seed, index)).collect()
+    })?;
+    model::save_folder(aside, &folder, &weights)?;
+    Ok(summary.seconds)
+}
+
+fn random_model(
+    config: &ModelConfig,
+    seed: Seed,
+    dtype: model::DType,
+    device: &model::Device,
+) -> anyhow::Result<LanguageModel> {
+    let weights = Weights::initialise(config, seed, dtype, device)?;
+    Ok(LanguageModel::new(config.clone(), weights)?)
+}
+
+/// The playground's example `index` for fine-tuning.
+fn playground_example(seed: Seed, index: u64) -> ExampleIds {
+    let world = seed.derive(WORLD).0;
+    let post = train_post(world, index);
+    let target = sft_target(&post, train_seed(world, index));
+    ExampleIds { prompt: post.prompt_ids(), completion: target.ids }
+}

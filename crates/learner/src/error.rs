@@ -1,0 +1,100 @@
+//! Why a learner ends before its last step.
+
+use std::path::PathBuf;
+
+use model::ModelError;
+use thiserror::Error;
+use transport::{Closed, TransportError};
+
+/// Why a learner ends before its last step.
+#[derive(Debug, Error)]
+pub enum LearnerError {
+    /// The model fails.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A stream has no other end any more.
+    #[error(transparent)]
+    Closed(#[from] Closed),
+    /// Weights cannot be published.
+    #[error("failed to publish weights: {0}")]
+    Shelf(#[from] TransportError),
+    /// The run directory cannot be written.
+    #[error(transparent)]
+    Telemetry(#[from] telemetry::Error),
+    /// The thread that trains is gone.
+    #[error("the thread that trains ended unexpectedly (it panicked; see the log)")]
+    EngineGone,
+    /// A thread cannot be started.
+    #[error("failed to start the thread that trains: {0}")]
+    Thread(std::io::Error),
+    /// A file cannot be read.
+    #[error("failed to read {path}: {source}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// A checkpoint cannot be written; the ones before it are as they were.
+    #[error("failed to write the checkpoint {path}: {reason}; earlier checkpoints are untouched")]
+    Unwritable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        reason: String,
+    },
+    /// A data file is there, but a row of it is not what it should be.
+    #[error("{path}, line {line}: {reason}")]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+    /// A checkpoint does not hold what it should.
+    #[error("the checkpoint {path} cannot be resumed: {reason}")]
+    Checkpoint {
+        /// Its folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Pairs do not come.
+    #[error("no step for {seconds} s: waited for {reason} with {outstanding} prompts on their way and {in_hand} pairs in hand; see learner.batch_timeout_seconds")]
+    Overdue {
+        /// The wait's name.
+        reason: &'static str,
+        /// How long it waited.
+        seconds: u64,
+        /// Prompts that were sent and have not come back.
+        outstanding: usize,
+        /// Pairs that have.
+        in_hand: usize,
+    },
+    /// The run diverges and going back to a checkpoint has not helped.
+    #[error("diverged: {rollbacks} times {consecutive} non-finite steps in a row; the batches are in {quarantine}; lower learner.learning_rate")]
+    Diverged {
+        /// How often the run went back to a checkpoint.
+        rollbacks: u64,
+        /// Steps in a row before each.
+        consecutive: u64,
+        /// Where the batches are.
+        quarantine: PathBuf,
+    },
+    /// The objective wants what the prompt set does not have.
+    #[error("the objective {objective} needs a golden answer for every prompt, {prompt} has none")]
+    NoGolden {
+        /// The objective.
+        objective: &'static str,
+        /// The prompt without one.
+        prompt: messages::PromptId,
+    },
+}
+
+impl From<candle_core::Error> for LearnerError {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Model(ModelError::Compute(error))
+    }
+}

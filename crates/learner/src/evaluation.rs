@@ -1,0 +1,159 @@
+//! How often the policy beats its reference on held-out prompts, and how far it has moved.
+
+use messages::{Finish, LabelledPair};
+use serde::{Deserialize, Serialize};
+use telemetry::Measurements;
+
+/// A mean and its 95 % interval.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Interval {
+    /// The mean.
+    pub mean: f64,
+    /// The interval's lower end.
+    pub low: f64,
+    /// The interval's upper end.
+    pub high: f64,
+}
+
+impl Interval {
+    /// Wilson's score interval (1927) for a mean of `n` outcomes in [0, 1]; conservative when ties
+    /// count one half, since their variance is smaller than a coin's.
+    #[must_use]
+    pub fn wilson(mean: f64, n: usize) -> Self {
+        if n == 0 {
+            return Self { mean: 0.5, low: 0.0, high: 1.0 };
+        }
+        const Z: f64 = 1.959_963_984_540_054;
+        let n = n as f64;
+        let centre = (mean + Z * Z / (2.0 * n)) / (1.0 + Z * Z / n);
+        let half = Z / (1.0 + Z * Z / n) * (mean * (1.0 - mean) / n + Z * Z / (4.0 * n * n)).sqrt();
+        Self { mean, low: (centre - half).max(0.0), high: (centre + half).min(1.0) }
+    }
+}
+
+/// A held-out prompt with both answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Example {
+    /// What was asked.
+    pub prompt: String,
+    /// The policy's answer.
+    pub policy: String,
+    /// The reference's answer.
+    pub reference: String,
+    /// The judge's probability that the policy's is better.
+    pub p: f64,
+}
+
+/// One evaluation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// The learner step it was made at.
+    pub step: u64,
+    /// Prompts that were judged.
+    pub prompts: usize,
+    /// How often the policy's answer is preferred under the run's judge; ties count one half.
+    pub win_rate: Interval,
+    /// The mean of the judge's p.
+    pub soft_win_rate: f64,
+    /// The same as `win_rate` under the gold preference, where the world has one.
+    pub gold_win_rate: Option<Interval>,
+    /// KL(policy ‖ reference) per completion, in nats, from the policy's samples.
+    pub kl: f64,
+    /// Mean length of the policy's completions, in tokens.
+    pub response_length: f64,
+    /// Mean length of the reference's completions, in tokens.
+    pub reference_length: f64,
+    /// The policy's entropy per token, in nats, from its samples.
+    pub entropy: f64,
+    /// Share of the policy's completions that ended by themselves.
+    pub ended: f64,
+    /// A few of the prompts with both answers.
+    pub examples: Vec<Example>,
+}
+
+/// An evaluation in the making.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    pairs: Vec<LabelledPair>,
+}
+
+impl Tally {
+    /// Adds a judged pair: the policy's completion first, the reference's second.
+    pub(crate) fn add(&mut self, labelled: LabelledPair) {
+        self.pairs.push(labelled);
+    }
+
+    /// The evaluation of all that was added, the first `show` prompts as examples. `None` when nothing
+    /// was.
+    pub(crate) fn finish(mut self, step: u64, show: usize) -> Option<Evaluation> {
+        // The order of arrival is an accident; sums and examples must not depend on it.
+        self.pairs.sort_by_key(|labelled| labelled.pair.id());
+        let n = self.pairs.len();
+        if n == 0 {
+            return None;
+        }
+        let mean = |f: &dyn Fn(&LabelledPair) -> f64| self.pairs.iter().map(f).sum::<f64>() / n as f64;
+        let p = |l: &LabelledPair| l.labels.first().map_or(0.5, |label| f64::from(label.p.get()));
+        let win = |p: f64| if p > 0.5 { 1.0 } else if p < 0.5 { 0.0 } else { 0.5 };
+        fn policy(labelled: &LabelledPair) -> &messages::Completion {
+            &labelled.pair.completions[0]
+        }
+        let tokens = mean(&|l| policy(l).ids.len() as f64);
+        let golds: Vec<f64> = self.pairs.iter().filter_map(|l| Some(win(f64::from(l.gold?.get())))).collect();
+        let gold = (golds.len() == n).then(|| Interval::wilson(golds.iter().sum::<f64>() / n as f64, n));
+        Some(Evaluation {
+            step,
+            prompts: n,
+            win_rate: Interval::wilson(mean(&|l| win(p(l))), n),
+            soft_win_rate: mean(&p),
+            gold_win_rate: gold,
+            kl: mean(&|l| policy(l).sum_logp() - policy(l).sum_ref_logp()),
+            response_length: tokens,
+            reference_length: mean(&|l| l.pair.completions[1].ids.len() as f64),
+            entropy: -mean(&|l| policy(l).sum_logp()) / tokens.max(1.0),
+            ended: mean(&|l| f64::from(u8::from(policy(l).finish == Finish::EndOfText))),
+            examples: self.pairs.iter().take(show).map(|l| example(l, p(l))).collect(),
+        })
+    }
+}
+
+fn example(labelled: &LabelledPair, p: f64) -> Example {
+    let [policy, reference] = [0, 1].map(|i| labelled.pair.completions[i].text.clone());
+    Example { prompt: labelled.pair.prompt.text.clone(), policy, reference, p }
+}
+
+impl Evaluation {
+    /// The evaluation under the names of the field.
+    #[must_use]
+    pub fn measurements(&self) -> Measurements {
+        let mut measurements = Measurements::new();
+        measurements.set("eval/win_rate", self.win_rate.mean);
+        measurements.set("eval/win_rate_ci_low", self.win_rate.low);
+        measurements.set("eval/win_rate_ci_high", self.win_rate.high);
+        measurements.set("eval/kl", self.kl);
+        measurements.set("eval/response_length", self.response_length);
+        if let Some(gold) = self.gold_win_rate {
+            measurements.set("eval/gold_win_rate", gold.mean);
+        }
+        measurements
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wilsons_interval_has_the_textbooks_numbers() {
+        let close = |found: f64, expected: f64| assert!((found - expected).abs() < 5e-4, "{found} {expected}");
+        let interval = Interval::wilson(0.8, 512);
+        close(interval.low, 0.7633);
+        close(interval.high, 0.8323);
+        let none = Interval::wilson(0.0, 10);
+        close(none.low, 0.0);
+        close(none.high, 0.2775);
+        let all = Interval::wilson(1.0, 10);
+        close(all.low, 0.7225);
+        close(all.high, 1.0);
+    }
+}

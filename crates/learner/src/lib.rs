@@ -1,0 +1,29 @@
+//! Labelled pairs in, weights out.
+//!
+//! A [`Learner`] sends prompts as credits, takes labelled pairs, decides which are fresh enough, takes
+//! optimiser steps on a thread of its own, publishes weights, evaluates the policy against its
+//! reference through the same streams, and writes checkpoints that are the whole run. Who answers and who
+//! judges it does not know. [`sft`] trains on given completions with the same optimiser.
+
+mod batch;
+mod checkpoint;
+mod engine;
+mod error;
+mod evaluation;
+mod feed;
+mod intake;
+pub mod objective;
+mod prompts;
+mod quarantine;
+mod run;
+mod schedule;
+pub mod sft;
+mod step;
+
+pub use checkpoint::latest as latest_checkpoint;
+pub use error::LearnerError;
+pub use evaluation::{Evaluation, Example, Interval};
+pub use feed::Pacing;
+pub use prompts::{Jsonl, PromptRow, PromptSet, shuffled};
+pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Summary};
+pub use schedule::Schedule;

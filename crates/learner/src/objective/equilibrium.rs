@@ -1,0 +1,269 @@
+//! Tests: where self-play must come to rest.
+//!
+//! A bandit's samples are enumerated with their probabilities, so the gradients are exact and the only
+//! question is the loss. Online IPO must find `π ∝ ref·exp(p(y ≻ π)/τ)`, IPO-MD and Nash-MD-PG
+//! `π ∝ ref·exp(p(y ≻ mixture)/τ)`, the regularised Nash equilibrium of the preference model; online
+//! DPO rests elsewhere.
+
+use candle_core::Result;
+use messages::Seed;
+
+use super::bandit::{Row, close, loss_and_gradient, random_preferences, uniforms};
+use super::{Dpo, Ipo, IpoScale, NashMdPg, Objective, Slic};
+
+/// A preference model over actions and the reference policy.
+struct Bandit {
+    /// `beats[i][j]`: the probability that i is preferred to j.
+    beats: Vec<Vec<f64>>,
+    reference: Vec<f64>,
+}
+
+/// Who writes the two completions.
+#[derive(Debug, Clone, Copy)]
+enum Samples {
+    /// Both come from the mixture with this weight on the reference; 0 is the policy.
+    Both(f64),
+    /// The first comes from the policy, the second from the mixture.
+    SecondOnly(f64),
+}
+
+fn softmax(logits: &[f64]) -> Vec<f64> {
+    let total: f64 = logits.iter().map(|z| z.exp()).sum();
+    logits.iter().map(|z| z.exp() / total).collect()
+}
+
+impl Bandit {
+    /// Each action beats another: no scalar reward explains it.
+    fn cycle() -> Self {
+        Self {
+            beats: vec![
+                vec![0.5, 0.8, 0.3],
+                vec![0.2, 0.5, 0.9],
+                vec![0.7, 0.1, 0.5],
+            ],
+            reference: vec![0.5, 0.3, 0.2],
+        }
+    }
+
+    fn random(arms: usize, seed: Seed) -> Self {
+        let logits: Vec<f64> = uniforms(seed.derive(1))
+            .take(arms)
+            .map(|u| 2.0 * u)
+            .collect();
+        Self {
+            beats: random_preferences(arms, seed.derive(0)),
+            reference: softmax(&logits),
+        }
+    }
+
+    /// `softmax((1−m)·z_π + m·z_ref)`.
+    fn mixture(&self, theta: &[f64], mixture_coef: f64) -> Vec<f64> {
+        let log_policy = softmax(theta).into_iter().map(f64::ln);
+        let mixed = log_policy.zip(&self.reference).map(|(policy, reference)| {
+            (1.0 - mixture_coef) * policy + mixture_coef * reference.ln()
+        });
+        softmax(&mixed.collect::<Vec<_>>())
+    }
+
+    /// Every pair of actions with its probability at `theta`, labelled softly.
+    fn rows(&self, theta: &[f64], samples: Samples) -> Vec<Row> {
+        let (first, second) = match samples {
+            Samples::Both(m) => (self.mixture(theta, m), self.mixture(theta, m)),
+            Samples::SecondOnly(m) => (softmax(theta), self.mixture(theta, m)),
+        };
+        let mut rows = Vec::new();
+        for (i, of_first) in first.iter().enumerate() {
+            for (j, of_second) in second.iter().enumerate() {
+                let weight = of_first * of_second;
+                rows.push(Row {
+                    first: i as u32,
+                    second: j as u32,
+                    p: self.beats[i][j],
+                    weight,
+                });
+            }
+        }
+        rows
+    }
+
+    /// Where gradient descent from the reference comes to rest.
+    fn rest(&self, objective: &dyn Objective, samples: Samples, rate: f64) -> Result<Vec<f64>> {
+        let mut theta: Vec<f64> = self.reference.iter().map(|r| r.ln()).collect();
+        for _ in 0..5000 {
+            let rows = self.rows(&theta, samples);
+            let (_, gradient) = loss_and_gradient(objective, &theta, &self.reference, &rows, None)?;
+            theta
+                .iter_mut()
+                .zip(&gradient)
+                .for_each(|(z, g)| *z -= rate * g);
+            if gradient.iter().all(|g| (rate * g).abs() < 1e-9) {
+                return Ok(theta);
+            }
+        }
+        panic!(
+            "{} with {samples:?} does not come to rest: {:?}",
+            objective.name(),
+            softmax(&theta)
+        );
+    }
+
+    /// How far `theta` is from `π ∝ ref·exp(p(y ≻ mixture)/τ)`: the largest difference in log π.
+    fn residual(&self, theta: &[f64], tau: f64, mixture_coef: f64) -> f64 {
+        let opponent = self.mixture(theta, mixture_coef);
+        let answer = self
+            .beats
+            .iter()
+            .zip(&self.reference)
+            .map(|(beats, reference)| {
+                let wins: f64 = beats
+                    .iter()
+                    .zip(&opponent)
+                    .map(|(p, weight)| p * weight)
+                    .sum();
+                reference.ln() + wins / tau
+            });
+        let answer = softmax(&answer.collect::<Vec<_>>());
+        let differences = softmax(theta)
+            .into_iter()
+            .zip(answer)
+            .map(|(a, b)| (a / b).ln().abs());
+        differences.fold(0.0, f64::max)
+    }
+}
+
+fn ipo(tau: f64) -> Ipo {
+    Ipo {
+        tau,
+        scale: IpoScale::Square,
+    }
+}
+
+/// (τ, m, policy, mixture) for [`Bandit::cycle`].
+const TABLE: [(f64, f64, [f64; 3], [f64; 3]); 5] = [
+    (
+        1.0,
+        0.0,
+        [0.523000, 0.278052, 0.198948],
+        [0.523000, 0.278052, 0.198948],
+    ),
+    (
+        0.5,
+        0.0,
+        [0.540314, 0.256488, 0.203198],
+        [0.540314, 0.256488, 0.203198],
+    ),
+    (
+        0.1,
+        0.0,
+        [0.530186, 0.192368, 0.277445],
+        [0.530186, 0.192368, 0.277445],
+    ),
+    (
+        0.5,
+        0.5,
+        [0.545601, 0.257024, 0.197375],
+        [0.523000, 0.278052, 0.198948],
+    ),
+    (0.5, 1.0, [0.549535, 0.259368, 0.191097], [0.5, 0.3, 0.2]),
+];
+
+#[test]
+fn the_exact_expected_gradient_of_ipo() -> Result<()> {
+    let world = Bandit::cycle();
+    let theta = [0.3, -0.2, 0.1];
+    for (m, expected) in [
+        (0.0, [-0.4280536, -0.2564531, 0.6845067]),
+        (0.5, [-0.4643973, -0.1278198, 0.5922172]),
+    ] {
+        let rows = world.rows(&theta, Samples::Both(m));
+        let (_, gradient) = loss_and_gradient(&ipo(0.5), &theta, &world.reference, &rows, None)?;
+        close(&gradient, &expected, 1e-7);
+    }
+    Ok(())
+}
+
+#[test]
+fn ipo_finds_the_equilibrium_of_the_cycle() -> Result<()> {
+    let world = Bandit::cycle();
+    for (tau, m, policy, mixture) in TABLE {
+        for (scale, rate) in [(IpoScale::Square, 0.3), (IpoScale::Scaled, 0.3 / tau)] {
+            let theta = world.rest(&Ipo { tau, scale }, Samples::Both(m), rate)?;
+            close(&softmax(&theta), &policy, 1e-6);
+            close(&world.mixture(&theta, m), &mixture, 1e-6);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nash_md_pg_finds_the_same_policy() -> Result<()> {
+    let world = Bandit::cycle();
+    for (tau, m, policy, _) in TABLE {
+        let theta = world.rest(&NashMdPg { tau }, Samples::SecondOnly(m), 1.0 / tau)?;
+        close(&softmax(&theta), &policy, 1e-6);
+    }
+    Ok(())
+}
+
+#[test]
+fn online_dpo_rests_elsewhere() -> Result<()> {
+    let world = Bandit::cycle();
+    let theta = world.rest(&Dpo { beta: 0.5 }, Samples::Both(0.0), 10.0)?;
+    close(&softmax(&theta), &[0.541511, 0.195309, 0.263181], 1e-6);
+    assert!(world.residual(&theta, 0.5, 0.0) > 0.1);
+    Ok(())
+}
+
+#[test]
+fn ipo_solves_the_fixed_point_of_any_preference_model() -> Result<()> {
+    for (arms, seed) in [(4, 1), (4, 2), (5, 3), (5, 4)] {
+        let world = Bandit::random(arms, Seed(seed));
+        for (tau, m) in [(1.0, 0.0), (0.3, 0.0), (0.3, 0.5), (0.5, 0.125)] {
+            let theta = world.rest(&ipo(tau), Samples::Both(m), 0.3)?;
+            let residual = world.residual(&theta, tau, m);
+            assert!(residual < 1e-6, "{arms} arms, τ={tau}, m={m}: {residual:e}");
+            // The mixture is the equilibrium at temperature τ/(1−m).
+            let mixture: Vec<f64> = world.mixture(&theta, m).into_iter().map(f64::ln).collect();
+            let residual = world.residual(&mixture, tau / (1.0 - m), 0.0);
+            assert!(
+                residual < 1e-6,
+                "{arms} arms, τ={tau}, m={m}, mixture: {residual:e}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_preference_model_of_ties_leaves_the_policy_at_the_reference() -> Result<()> {
+    let world = Bandit {
+        beats: vec![vec![0.5; 3]; 3],
+        ..Bandit::cycle()
+    };
+    let theta: [f64; 3] = [0.3, -0.2, 0.1];
+    let objectives: [(&dyn Objective, f64); 3] = [
+        (&ipo(0.5), 0.3),
+        (&Dpo { beta: 0.5 }, 5.0),
+        (&Slic { beta: 5.0 }, 0.005),
+    ];
+    for (objective, rate) in objectives {
+        let mut theta = theta.to_vec();
+        for _ in 0..2000 {
+            let rows = world.rows(&theta, Samples::Both(0.0));
+            let (_, gradient) =
+                loss_and_gradient(objective, &theta, &world.reference, &rows, None)?;
+            theta
+                .iter_mut()
+                .zip(gradient)
+                .for_each(|(z, g)| *z -= rate * g);
+        }
+        // SLiC asks no more than |h| < 1/β.
+        let tolerance = if objective.name() == "slic" {
+            0.06
+        } else {
+            1e-6
+        };
+        close(&softmax(&theta), &world.reference, tolerance);
+    }
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! From the judge's preference to the label a loss is trained on.
+//!
+//! Promises that a label depends on the seed, the pair and the row alone: whoever computes it again, in
+//! whatever order, finds the same. Does not know where preferences come from.
+
+use messages::{Label, PromptId, Seed};
+
+/// What becomes of a judge's preference p.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LabelKind {
+    /// p itself: the expectation over what follows, without its noise.
+    Soft,
+    /// 1 with probability p, else 0: what a single annotator would have said.
+    Sampled,
+    /// 1 above ½, 0 below, and ½ for a tie. Forgets by how much.
+    Hard,
+}
+
+/// How labels are made.
+///
+/// Smoothing ε in [0, 1] comes last: `label → label·(1 − ε) + ε/2`, a step of size ε towards even odds,
+/// so that a certain 1 becomes 1 − ε/2 and 0 becomes ε/2. It is symmetric: smoothing 1 − p gives one
+/// minus the smoothing of p. Where ε is instead the probability that a hard label is wrong (conservative
+/// DPO), half of this ε is meant.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Labelling {
+    /// What becomes of p.
+    pub kind: LabelKind,
+    /// Label smoothing ε, from 0 (none) to 1 (every label is ½).
+    pub smoothing: f64,
+    /// The seed of [`LabelKind::Sampled`].
+    pub seed: Seed,
+}
+
+impl Labelling {
+    /// The label in [0, 1] of one row of a pair: how much the first completion is preferred.
+    #[must_use]
+    pub fn label(&self, pair: PromptId, row: &Label) -> f64 {
+        let p = f64::from(row.p.get());
+        let label = match self.kind {
+            LabelKind::Soft => p,
+            LabelKind::Sampled => f64::from(u8::from(self.uniform(pair, row) < p)),
+            LabelKind::Hard if p > 0.5 => 1.0,
+            LabelKind::Hard if p < 0.5 => 0.0,
+            LabelKind::Hard => 0.5,
+        };
+        label * (1.0 - self.smoothing) + self.smoothing / 2.0
+    }
+
+    /// The row's own number, uniform in [0, 1) over seeds, pairs and rows.
+    fn uniform(&self, pair: PromptId, row: &Label) -> f64 {
+        let stream = u64::from(row.first) << 16 | u64::from(row.second);
+        let bits = self.seed.derive(pair.0).derive(stream).0;
+        // The upper 53 bits, as many as an f64 keeps.
+        (bits >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use messages::Probability;
+
+    use super::*;
+
+    fn row(first: u16, second: u16, p: f32) -> Label {
+        Label {
+            first,
+            second,
+            p: Probability::new(p).expect("the table holds probabilities"),
+        }
+    }
+
+    fn labelling(kind: LabelKind, smoothing: f64) -> Labelling {
+        Labelling {
+            kind,
+            smoothing,
+            seed: Seed(7),
+        }
+    }
+
+    #[test]
+    fn soft_and_hard_labels_by_hand() {
+        for (kind, smoothing, p, expected) in [
+            (LabelKind::Soft, 0.0, 0.25, 0.25),
+            (LabelKind::Soft, 0.5, 0.25, 0.375),
+            (LabelKind::Soft, 1.0, 0.25, 0.5),
+            (LabelKind::Hard, 0.0, 0.51, 1.0),
+            (LabelKind::Hard, 0.0, 0.49, 0.0),
+            (LabelKind::Hard, 0.0, 0.5, 0.5),
+            (LabelKind::Hard, 0.25, 0.9, 0.875),
+            (LabelKind::Hard, 0.25, 0.1, 0.125),
+            (LabelKind::Hard, 0.25, 0.5, 0.5),
+            (LabelKind::Sampled, 0.25, 1.0, 0.875),
+            (LabelKind::Sampled, 0.25, 0.0, 0.125),
+        ] {
+            let label = labelling(kind, smoothing).label(PromptId(3), &row(0, 1, p));
+            assert_eq!(label, expected, "{kind:?} smoothing {smoothing} of {p}");
+        }
+    }
+
+    #[test]
+    fn smoothing_treats_both_sides_alike() {
+        for kind in [LabelKind::Soft, LabelKind::Hard] {
+            for p in [0.0, 0.125, 0.5, 0.75] {
+                let of = |p| labelling(kind, 0.3).label(PromptId(3), &row(0, 1, p));
+                assert!((of(p) + of(1.0 - p) - 1.0).abs() < 1e-15, "{kind:?} {p}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_sampled_label_is_the_same_whenever_it_is_asked_for() {
+        let sampled = labelling(LabelKind::Sampled, 0.0);
+        let ask = |pair| sampled.label(PromptId(pair), &row(0, 1, 0.5));
+        let forward: Vec<f64> = (0..256).map(ask).collect();
+        let mut backward: Vec<f64> = (0..256).rev().map(ask).collect();
+        backward.reverse();
+        assert_eq!(forward, backward);
+        let other = Labelling {
+            seed: Seed(8),
+            ..sampled
+        };
+        assert!((0..256).any(|pair| other.label(PromptId(pair), &row(0, 1, 0.5)) != ask(pair)));
+    }
+
+    #[test]
+    fn sampled_labels_follow_p_and_rows_are_independent() {
+        let sampled = labelling(LabelKind::Sampled, 0.0);
+        let count = 20_000u32;
+        for p in [0.1, 0.5, 0.8] {
+            let [mut ones, mut both] = [0.0; 2];
+            for pair in 0..u64::from(count) {
+                let label = sampled.label(PromptId(pair), &row(0, 1, p));
+                ones += label;
+                both += label * sampled.label(PromptId(pair), &row(0, 2, p));
+            }
+            // Four standard deviations of the mean of 20 000 coins are at most .0142.
+            let (ones, both) = (ones / f64::from(count), both / f64::from(count));
+            let p = f64::from(p);
+            assert!((ones - p).abs() < 0.0142, "{ones} is not {p}");
+            assert!((both - p * p).abs() < 0.0142, "{both} is not {}", p * p);
+        }
+    }
+}

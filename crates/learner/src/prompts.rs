@@ -1,0 +1,230 @@
+//! Where prompts come from: any set that can be asked for its n-th prompt, and a JSONL file as one.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+};
+
+use flate2::read::MultiGzDecoder;
+use messages::Seed;
+use model::{PromptText, Tokenizer};
+use serde_json::Value;
+use settings::JsonlPrompts;
+
+use crate::LearnerError;
+
+/// A prompt of a set.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptRow {
+    /// Its tokens, special tokens included.
+    pub ids: Vec<u32>,
+    /// The same for people.
+    pub text: String,
+    /// The golden answer's tokens, end-of-text included.
+    pub golden: Option<Vec<u32>>,
+    /// The same as text.
+    pub answer: Option<String>,
+}
+
+/// A set of prompts: the same number always gives the same prompt, so that a cursor is all there is to
+/// resume.
+pub trait PromptSet: Send + Sync {
+    /// The prompt at place `index` of training.
+    fn train(&self, index: u64) -> PromptRow;
+    /// The prompt at place `index` of evaluation; never one of training.
+    fn held_out(&self, index: u64) -> PromptRow;
+}
+
+/// The prompts of a file, in a new order every epoch.
+#[derive(Debug)]
+pub struct Jsonl {
+    train: Vec<PromptRow>,
+    held_out: Vec<PromptRow>,
+    shuffle: Option<Seed>,
+}
+
+impl Jsonl {
+    /// Reads the file, or both files, and tokenises every row.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or a row is malformed, has no prompt, or has a prompt of more than
+    /// `max_prompt_length` tokens: with file and line.
+    pub fn load(
+        settings: &JsonlPrompts,
+        seed: Seed,
+        max_prompt_length: usize,
+        tokenizer: &Tokenizer,
+        eos: Option<u32>,
+    ) -> Result<Self, LearnerError> {
+        let reader = Reader { settings, max_prompt_length, tokenizer, eos };
+        let mut train = reader.rows(&settings.path)?;
+        let held_out = if settings.held_out_path.as_os_str().is_empty() {
+            if settings.held_out == 0 || settings.held_out >= train.len() {
+                let reason = format!(
+                    "prompts.held_out = {} leaves nothing of {} rows: hold out fewer, or name prompts.held_out_path",
+                    settings.held_out,
+                    train.len()
+                );
+                return Err(LearnerError::Row { path: settings.path.clone(), line: train.len(), reason });
+            }
+            train.split_off(train.len() - settings.held_out)
+        } else {
+            reader.rows(&settings.held_out_path)?
+        };
+        Ok(Self { train, held_out, shuffle: settings.shuffle.then_some(seed) })
+    }
+}
+
+impl PromptSet for Jsonl {
+    fn train(&self, index: u64) -> PromptRow {
+        let count = self.train.len() as u64;
+        let place = match self.shuffle {
+            Some(seed) => shuffled(index, count, seed),
+            None => index % count,
+        };
+        self.train[place as usize].clone()
+    }
+
+    fn held_out(&self, index: u64) -> PromptRow {
+        self.held_out[(index % self.held_out.len() as u64) as usize].clone()
+    }
+}
+
+/// Which of `count` rows stands at place `index` of an endless reading that takes every row once an
+/// epoch, in a new order every epoch.
+#[must_use]
+pub fn shuffled(index: u64, count: u64, seed: Seed) -> u64 {
+    permuted(index % count, count, seed.derive(index / count))
+}
+
+/// Place `place` of a permutation of `0..count`, computed without the others: a Feistel network over
+/// the next power of four, walked until it is inside.
+fn permuted(place: u64, count: u64, seed: Seed) -> u64 {
+    let half = (64 - count.saturating_sub(1).leading_zeros()).div_ceil(2).max(1);
+    let mask = (1u64 << half) - 1;
+    let mut place = place;
+    loop {
+        let (mut left, mut right) = (place >> half, place & mask);
+        for round in 0..4u64 {
+            let mixed = seed.derive(round << 32 | right).0 & mask;
+            (left, right) = (right, left ^ mixed);
+        }
+        place = left << half | right;
+        if place < count {
+            return place;
+        }
+    }
+}
+
+struct Reader<'a> {
+    settings: &'a JsonlPrompts,
+    max_prompt_length: usize,
+    tokenizer: &'a Tokenizer,
+    eos: Option<u32>,
+}
+
+impl Reader<'_> {
+    fn rows(&self, path: &Path) -> Result<Vec<PromptRow>, LearnerError> {
+        let rows = read_rows(path)?
+            .into_iter()
+            .map(|(line, row)| {
+                self.row(&row).map_err(|reason| LearnerError::Row { path: path.to_owned(), line, reason })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        if rows.is_empty() {
+            let reason = "the file holds no prompts".into();
+            return Err(LearnerError::Row { path: path.to_owned(), line: 1, reason });
+        }
+        Ok(rows)
+    }
+
+    fn row(&self, row: &Value) -> Result<PromptRow, String> {
+        let column = self.settings.prompt_column.as_str();
+        let prompt = row.get(column).ok_or_else(|| format!("there is no column {column:?}; see prompts.prompt_column"))?;
+        let prompt: PromptText = serde_json::from_value(prompt.clone())
+            .map_err(|_| format!("{column:?} is neither text nor messages"))?;
+        let ids = self.tokenizer.encode_prompt(&prompt).map_err(|error| error.to_string())?;
+        if ids.len() > self.max_prompt_length {
+            return Err(format!(
+                "the prompt has {} tokens, more than actor.max_prompt_length = {}",
+                ids.len(),
+                self.max_prompt_length
+            ));
+        }
+        let golden = self.settings.golden_column.as_str();
+        let answer = match (golden, row.get(golden)) {
+            ("", _) => None,
+            (_, Some(Value::String(answer))) => Some(answer.clone()),
+            _ => return Err(format!("there is no text in column {golden:?}; see prompts.golden_column")),
+        };
+        let golden = answer
+            .as_ref()
+            .map(|answer| self.tokenizer.encode_completion(&prompt, &ids, answer))
+            .transpose()
+            .map_err(|error| error.to_string())?
+            .map(|answer| answer.into_iter().chain(self.eos).collect());
+        Ok(PromptRow { text: self.tokenizer.decode(&ids), ids, golden, answer })
+    }
+}
+
+/// The JSON objects of a file, one a line, with their line numbers; `.gz` is read too. Empty lines are
+/// passed over.
+///
+/// # Errors
+/// When the file cannot be read or a line is not a JSON object: with file and line.
+pub(crate) fn read_rows(path: &Path) -> Result<Vec<(usize, Value)>, LearnerError> {
+    let unreadable = |source| LearnerError::Unreadable { path: PathBuf::from(path), source };
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    let gz = path.extension().is_some_and(|extension| extension == "gz");
+    let reader: Box<dyn Read> = if gz { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+    let mut rows = Vec::new();
+    for (index, line) in BufReader::new(reader).lines().enumerate() {
+        let line = line.map_err(unreadable)?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let malformed =
+            |reason| LearnerError::Row { path: path.to_owned(), line: index + 1, reason };
+        let row: Value = serde_json::from_str(&line).map_err(|error| malformed(format!("not JSON: {error}")))?;
+        if !row.is_object() {
+            return Err(malformed("a row must be a JSON object, as in {\"prompt\": \"...\"}".into()));
+        }
+        rows.push((index + 1, row));
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_epoch_is_a_permutation_and_another_one() {
+        for count in [1u64, 2, 7, 64, 100] {
+            let of = |epoch| {
+                let seed = Seed(5).derive(epoch);
+                (0..count).map(|place| permuted(place, count, seed)).collect::<Vec<_>>()
+            };
+            let mut sorted = of(0);
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..count).collect::<Vec<_>>(), "{count}");
+            assert!(count < 7 || of(0) != of(1), "{count}");
+        }
+    }
+
+    #[test]
+    fn a_malformed_line_is_named() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("rows.jsonl");
+        for (text, expected) in [
+            ("{\"prompt\": \"a\"}\n\n{\"prompt\": \n", "rows.jsonl, line 3: not JSON"),
+            ("[1]\n", "rows.jsonl, line 1: a row must be a JSON object"),
+        ] {
+            std::fs::write(&path, text).expect("a file");
+            let error = read_rows(&path).expect_err(expected).to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        let missing = read_rows(&folder.path().join("none.jsonl")).expect_err("no such file");
+        assert!(missing.to_string().contains("none.jsonl"));
+    }
+}

@@ -1,0 +1,556 @@
+//! A learner's life: take pairs, step, publish, evaluate, save; and how it ends.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use messages::{Digest, DropReason, Dropped, LabelledPair, Prompt, Purpose, Seed, WeightsManifest, WeightsVersion};
+use model::{ModelFolder, Weights};
+use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
+use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog, StationCounters, Waits};
+use tokio::sync::watch;
+use transport::{Receiver, Sender, WeightsShelf};
+
+use crate::{
+    Evaluation, LearnerError, Pacing, PromptSet,
+    checkpoint::{self, Checkpoint, State},
+    engine::Engine,
+    evaluation::Tally,
+    feed::Feed,
+    intake::{self, InHand, Intake},
+    quarantine,
+    step::{StepOutcome, Trainer},
+};
+
+/// Held-out prompts on their way at once.
+pub const EVALUATION_WINDOW: usize = 128;
+
+/// Going back to a checkpoint more often than this does not help.
+const MOST_ROLLBACKS: u64 = 3;
+
+/// What a learner is made of.
+pub struct LearnerParts {
+    /// How it learns.
+    pub settings: LearnerSettings,
+    /// How it evaluates.
+    pub evaluation: EvaluationSettings,
+    /// What it tells.
+    pub telemetry: TelemetrySettings,
+    /// The seed of prompts, completions and sampled labels.
+    pub seed: Seed,
+    /// The folder of the policy at the start.
+    pub folder: Arc<ModelFolder>,
+    /// Its weights: those of the reference.
+    pub weights: Weights,
+    /// What is asked.
+    pub set: Arc<dyn PromptSet>,
+    /// How it is asked.
+    pub pacing: Pacing,
+    /// Where prompts go.
+    pub prompts: Sender<Prompt>,
+    /// Where labelled pairs come from.
+    pub labelled: Receiver<LabelledPair>,
+    /// Where the notes of dropped prompts come from.
+    pub drops: Receiver<Dropped>,
+    /// Where weights go.
+    pub shelf: WeightsShelf,
+    /// Where everything is written.
+    pub directory: Arc<RunDirectory>,
+    /// What it took, gave and dropped.
+    pub counters: StationCounters,
+    /// The counters of all stations, its own included: part of every checkpoint.
+    pub stations: Vec<StationCounters>,
+    /// The checkpoint to take up.
+    pub resume: Option<PathBuf>,
+}
+
+/// How a run of the learner ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// All steps are taken.
+    Finished,
+    /// It was told to stop and has saved.
+    Interrupted,
+}
+
+/// What a learner has to say at the end.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// How it ended.
+    pub ending: Ending,
+    /// Steps taken.
+    pub steps: u64,
+    /// Pairs trained on.
+    pub pairs: u64,
+    /// Response tokens trained on.
+    pub tokens: u64,
+    /// Seconds it worked, earlier sessions included.
+    pub wall_seconds: f64,
+    /// The digest of the final weights.
+    pub weights_digest: Digest,
+    /// Every evaluation, oldest first.
+    pub evaluations: Vec<Evaluation>,
+    /// Non-finite steps.
+    pub nonfinite: u64,
+    /// How often it went back to a checkpoint.
+    pub rollbacks: u64,
+    /// The last checkpoint.
+    pub checkpoint: PathBuf,
+}
+
+/// A learner, ready to run.
+pub struct Learner {
+    settings: LearnerSettings,
+    evaluation: EvaluationSettings,
+    telemetry: TelemetrySettings,
+    labelled: Receiver<LabelledPair>,
+    drops: Receiver<Dropped>,
+    shelf: WeightsShelf,
+    directory: Arc<RunDirectory>,
+    counters: StationCounters,
+    stations: Vec<StationCounters>,
+    engine: Engine,
+    feed: Feed,
+    intake: Intake,
+    tally: Tally,
+    journal: Journal,
+    samples: SampleLog,
+    progress: Progress,
+    waits: Waits,
+    started: Instant,
+    waited: Duration,
+    state: State,
+    resumed: Option<Checkpoint>,
+}
+
+/// What a wait for pairs ended with.
+enum Arrival {
+    /// Something came; it has been dealt with.
+    Something,
+    /// The run is to stop.
+    Shutdown,
+}
+
+impl Learner {
+    /// Makes a learner and starts its thread.
+    ///
+    /// # Errors
+    /// When the model cannot be trained, the checkpoint cannot be read or the run directory cannot be
+    /// written.
+    pub async fn new(parts: LearnerParts) -> Result<Self, LearnerError> {
+        let trainer = Trainer::new(Arc::clone(&parts.folder), &parts.weights, &parts.settings, parts.seed)?;
+        let engine = Engine::spawn(trainer)?;
+        let window = (parts.settings.max_staleness as usize + 1) * parts.settings.train_batch_size;
+        let feed = Feed::new(parts.prompts, parts.set, parts.seed, parts.pacing, window);
+        let mut journal = Journal::open(&parts.directory.metrics())?;
+        let mut samples = SampleLog::open(&parts.directory.samples())?;
+        let resumed = match &parts.resume {
+            Some(path) => {
+                engine.restore(path.clone()).await?;
+                Some(checkpoint::read(path)?)
+            }
+            None => None,
+        };
+        let state = resumed.as_ref().map_or_else(|| State::beginning(&feed), |c| c.state.clone());
+        journal.truncate_after(state.step)?;
+        samples.truncate_after(state.step)?;
+        for counters in &parts.stations {
+            if let Some(snapshot) = state.stations.get(counters.station().name()) {
+                counters.restore(snapshot.clone());
+            }
+        }
+        Ok(Self {
+            progress: Progress::new("aligning", parts.settings.steps),
+            settings: parts.settings,
+            evaluation: parts.evaluation,
+            telemetry: parts.telemetry,
+            labelled: parts.labelled,
+            drops: parts.drops,
+            shelf: parts.shelf,
+            directory: parts.directory,
+            counters: parts.counters,
+            stations: parts.stations,
+            engine,
+            feed,
+            intake: Intake::default(),
+            tally: Tally::default(),
+            journal,
+            samples,
+            waits: Waits::new("learner"),
+            started: Instant::now(),
+            waited: Duration::ZERO,
+            state,
+            resumed,
+        })
+    }
+
+    /// Takes every step that is left, or as many as there are before `shutdown` turns true.
+    ///
+    /// # Errors
+    /// When pairs do not come, the run diverges, or something cannot be read or written.
+    pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<Summary, LearnerError> {
+        self.begin(&mut shutdown).await?;
+        while self.state.step < self.settings.steps {
+            let Some(batch) = self.take(&mut shutdown).await? else {
+                return self.end(Ending::Interrupted).await;
+            };
+            self.train(batch).await?;
+            if self.state.step.is_multiple_of(self.settings.weight_sync_steps) {
+                self.publish().await?;
+            }
+            if due(self.state.step, self.evaluation.eval_steps) && self.state.step < self.settings.steps {
+                self.evaluate(&mut shutdown).await?;
+            }
+            if due(self.state.step, self.settings.save_steps) && self.state.step < self.settings.steps {
+                self.save().await?;
+            }
+        }
+        self.evaluate(&mut shutdown).await?;
+        self.end(Ending::Finished).await
+    }
+
+    /// Takes up a checkpoint's pairs and prompts, or begins with an evaluation and a checkpoint to go
+    /// back to.
+    async fn begin(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<(), LearnerError> {
+        let Some(Checkpoint { state, in_hand }) = self.resumed.take() else {
+            if self.evaluation.eval_steps > 0 {
+                self.evaluate(shutdown).await?;
+            }
+            return self.save().await;
+        };
+        if state.step > 0 {
+            self.publish().await?;
+        }
+        for labelled in in_hand {
+            self.intake.add(labelled, None);
+        }
+        let intake = &mut self.intake;
+        self.feed.restore(state.feed, self.state.version, |id| intake.forget(id)).await?;
+        // What is asked for again will be taken again; only the rest is in hand already.
+        self.counters.taken(self.intake.len() as u64);
+        self.counters.set_in_hand(self.intake.len() as u64);
+        tracing::info!(step = state.step, in_hand = self.intake.len(), "resumed");
+        Ok(())
+    }
+
+    /// Waits for a batch of pairs that are fresh enough. `None` when the run is to stop.
+    async fn take(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<Option<Vec<InHand>>, LearnerError> {
+        let before = Instant::now();
+        loop {
+            let step = self.state.step;
+            for stale in self.intake.stale(step, self.settings.max_staleness) {
+                self.drop_pair(stale, DropReason::Stale);
+            }
+            let batch = self.intake.batch(self.settings.train_batch_size);
+            let left = (self.settings.steps - step) as usize * self.settings.train_batch_size;
+            let taken = batch.as_ref().map_or(0, Vec::len);
+            // The batch that is about to be trained on still holds its credits: what is asked for now
+            // is answered by weights at least as new as those before its step.
+            self.feed.top_up(self.state.version, self.intake.len() + taken, left).await?;
+            if let Some(batch) = batch {
+                self.waited += before.elapsed();
+                return Ok(Some(batch));
+            }
+            if let Arrival::Shutdown = self.arrival("labelled pairs", shutdown).await? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for a pair or for a note that a prompt was dropped, and deals with it.
+    async fn arrival(
+        &mut self,
+        reason: &'static str,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<Arrival, LearnerError> {
+        if *shutdown.borrow() {
+            return Ok(Arrival::Shutdown);
+        }
+        let seconds = self.settings.batch_timeout_seconds;
+        let _wait = self.waits.enter(reason);
+        let overdue = LearnerError::Overdue {
+            reason,
+            seconds,
+            outstanding: self.feed.outstanding() + self.feed.evaluating(),
+            in_hand: self.intake.len(),
+        };
+        tokio::select! {
+            delivery = self.labelled.receive() => {
+                let (labelled, receipt) = delivery?.take();
+                self.receive(labelled, receipt);
+            }
+            delivery = self.drops.receive() => {
+                let delivery = delivery?;
+                self.feed.returned(delivery.message().prompt);
+                delivery.acknowledge();
+            }
+            _ = shutdown.changed() => return Ok(Arrival::Shutdown),
+            () = tokio::time::sleep(Duration::from_secs(seconds)) => return Err(overdue),
+        }
+        self.counters.set_in_hand(self.intake.len() as u64);
+        Ok(Arrival::Something)
+    }
+
+    fn receive(&mut self, labelled: LabelledPair, receipt: transport::Receipt) {
+        self.counters.taken(1);
+        let in_hand = InHand { labelled, receipt: Some(receipt) };
+        if !self.feed.returned(in_hand.labelled.pair.id()) {
+            return self.drop_pair(in_hand, DropReason::Duplicate);
+        }
+        if let Some(reason) = intake::unsound(&in_hand.labelled) {
+            tracing::warn!(prompt = in_hand.labelled.pair.id().0, "a pair holds numbers that are not finite");
+            return self.drop_pair(in_hand, reason);
+        }
+        match in_hand.labelled.pair.prompt.purpose {
+            Purpose::Train => self.intake.add(in_hand.labelled, in_hand.receipt),
+            Purpose::Evaluate => {
+                self.settle(in_hand.receipt);
+                self.counters.given(1);
+                self.tally.add(in_hand.labelled);
+            }
+        }
+    }
+
+    fn drop_pair(&mut self, in_hand: InHand, reason: DropReason) {
+        self.settle(in_hand.receipt);
+        self.counters.dropped(reason, 1);
+    }
+
+    fn settle(&self, receipt: Option<transport::Receipt>) {
+        if let Some(receipt) = receipt {
+            receipt.acknowledge();
+        }
+    }
+
+    /// Takes one step on these pairs, or refuses it when it is not finite.
+    async fn train(&mut self, batch: Vec<InHand>) -> Result<(), LearnerError> {
+        let before = Instant::now();
+        let step = self.state.step;
+        let (pairs, receipts): (Vec<_>, Vec<_>) = batch.into_iter().map(|b| (b.labelled, b.receipt)).unzip();
+        self.counters.set_in_hand((self.intake.len() + pairs.len()) as u64);
+        let (outcome, pairs) = self.engine.step(pairs, step).await?;
+        for receipt in receipts {
+            self.settle(receipt);
+        }
+        self.counters.set_in_hand(self.intake.len() as u64);
+        match outcome {
+            StepOutcome::Taken(mut measurements) => {
+                self.counters.given(pairs.len() as u64);
+                self.state.step += 1;
+                self.state.consecutive_nonfinite = 0;
+                self.state.pairs += pairs.len() as u64;
+                let tokens = pairs.iter().flat_map(|l| &l.pair.completions).map(|c| c.ids.len() as u64);
+                self.state.tokens += tokens.sum::<u64>();
+                measurements.merge(self.flow(&pairs, step, before.elapsed()));
+                self.report(&measurements, &pairs)
+            }
+            StepOutcome::Refused(measurements) => {
+                self.counters.dropped(DropReason::Poisoned, pairs.len() as u64);
+                self.journal.append(step, self.wall_seconds(), &measurements)?;
+                self.refused(&pairs).await
+            }
+        }
+    }
+
+    /// A step changed nothing: its batch is kept for people, and after too many in a row the run goes
+    /// back to its last checkpoint.
+    async fn refused(&mut self, pairs: &[LabelledPair]) -> Result<(), LearnerError> {
+        self.state.nonfinite += 1;
+        self.state.consecutive_nonfinite += 1;
+        let (step, nonfinite) = (self.state.step, self.state.nonfinite);
+        let path = quarantine::write(&self.directory, step, nonfinite, pairs)?;
+        tracing::warn!(step, batch = %path.display(), "a step was not finite and changed nothing");
+        if self.state.consecutive_nonfinite < self.settings.rollback_after {
+            return Ok(());
+        }
+        self.roll_back().await
+    }
+
+    async fn roll_back(&mut self) -> Result<(), LearnerError> {
+        let consecutive = std::mem::take(&mut self.state.consecutive_nonfinite);
+        self.state.rollbacks += 1;
+        let last = checkpoint::latest(&self.directory.checkpoints())?;
+        let Some(last) = last.filter(|_| self.state.rollbacks <= MOST_ROLLBACKS) else {
+            let (rollbacks, quarantine) = (self.state.rollbacks, self.directory.quarantine());
+            return Err(LearnerError::Diverged { rollbacks, consecutive, quarantine });
+        };
+        tracing::warn!(checkpoint = %last.display(), "going back to the last checkpoint");
+        self.engine.restore(last).await
+    }
+
+    /// Staleness, waits, throughput and health of a step.
+    fn flow(&mut self, pairs: &[LabelledPair], step: u64, busy: Duration) -> Measurements {
+        let mut m = Measurements::new();
+        let staleness: Vec<u64> = pairs.iter().map(|labelled| intake::staleness(labelled, step)).collect();
+        let waited = std::mem::take(&mut self.waited).as_secs_f64();
+        let seconds = waited + busy.as_secs_f64();
+        let tokens: usize = pairs.iter().flat_map(|l| &l.pair.completions).map(|c| c.ids.len()).sum();
+        m.set("staleness/mean", staleness.iter().sum::<u64>() as f64 / pairs.len().max(1) as f64);
+        m.set("staleness/max", staleness.iter().max().map_or(0.0, |&s| s as f64));
+        let dropped = self.counters.snapshot().dropped;
+        m.set("staleness/dropped", dropped.get(&DropReason::Stale).map_or(0.0, |&n| n as f64));
+        m.set("staleness/in_flight", self.feed.outstanding() as f64);
+        m.set("policy_version", self.state.version.0 as f64);
+        m.set("time/step", seconds);
+        m.set("time/wait_for_batch", waited);
+        m.set("idle_ratio", waited / seconds.max(1e-9));
+        m.set("perf/pairs_per_second", pairs.len() as f64 / seconds.max(1e-9));
+        m.set("perf/tokens_per_second", tokens as f64 / seconds.max(1e-9));
+        if let Some(bytes) = telemetry::peak_memory_bytes() {
+            m.set("perf/peak_memory_bytes", bytes as f64);
+        }
+        m.set("num_tokens", self.state.tokens as f64);
+        m.set("health/nonfinite_steps", self.state.nonfinite as f64);
+        m.set("health/rollbacks", self.state.rollbacks as f64);
+        m
+    }
+
+    fn report(&mut self, measurements: &Measurements, pairs: &[LabelledPair]) -> Result<(), LearnerError> {
+        let step = self.state.step;
+        self.journal.append(step, self.wall_seconds(), measurements)?;
+        telemetry::publish(measurements, &[("role", "learner")]);
+        for labelled in pairs.iter().take(self.telemetry.samples_per_step) {
+            self.samples.append(step, labelled)?;
+        }
+        let of = |name| measurements.get(name).unwrap_or(f64::NAN);
+        let note = format!(
+            "loss {:.4}  kl {:.3}  margin {:.3}  {:.0} pairs/s{}",
+            of("loss"),
+            of("objective/kl"),
+            of("rewards/margins"),
+            of("perf/pairs_per_second"),
+            self.state.evaluations.last().map_or(String::new(), |e| format!("  win rate {:.3}", e.win_rate.mean)),
+        );
+        if due(step, self.telemetry.logging_steps) || step == self.settings.steps {
+            self.progress.advance_to(step, &note);
+        }
+        Ok(())
+    }
+
+    /// Puts the weights on the shelf as the version of this step, unless they are there already.
+    async fn publish(&mut self) -> Result<(), LearnerError> {
+        let version = WeightsVersion(self.state.step);
+        if self.shelf.latest().map_or(version.0 == 0, |manifest| manifest.version >= version) {
+            return Ok(());
+        }
+        let before = Instant::now();
+        let Some(blob) = self.engine.weights().await? else {
+            tracing::warn!(step = version.0, "the weights are not finite and are not published");
+            return self.roll_back().await;
+        };
+        let manifest = WeightsManifest::of(version, &blob);
+        let bytes = manifest.bytes;
+        self.shelf.publish(manifest, blob).await?;
+        self.state.version = version;
+        let mut measurements = Measurements::new();
+        measurements.set("weight_sync/seconds", before.elapsed().as_secs_f64());
+        measurements.set("weight_sync/bytes", bytes as f64);
+        measurements.set("weight_sync/version", version.0 as f64);
+        telemetry::publish(&measurements, &[("role", "learner")]);
+        Ok(())
+    }
+
+    /// Compares the policy with its reference on held-out prompts, through the same actors and judge.
+    async fn evaluate(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<(), LearnerError> {
+        self.publish().await?;
+        let (version, prompts) = (self.state.version, self.evaluation.prompts as u64);
+        let mut sent = 0;
+        while sent < prompts || self.feed.evaluating() > 0 {
+            while sent < prompts && self.feed.evaluating() < EVALUATION_WINDOW {
+                self.feed.send_held_out(sent, version).await?;
+                sent += 1;
+            }
+            if let Arrival::Shutdown = self.arrival("evaluation pairs", shutdown).await? {
+                self.tally = Tally::default();
+                return Ok(());
+            }
+        }
+        let tally = std::mem::take(&mut self.tally);
+        if let Some(evaluation) = tally.finish(self.state.step, self.evaluation.show) {
+            let measurements = evaluation.measurements();
+            self.journal.append(self.state.step, self.wall_seconds(), &measurements)?;
+            telemetry::publish(&measurements, &[("role", "learner")]);
+            tracing::info!(
+                step = evaluation.step,
+                win_rate = format!("{:.3}", evaluation.win_rate.mean),
+                kl = format!("{:.3}", evaluation.kl),
+                length = format!("{:.1}", evaluation.response_length),
+                "evaluated"
+            );
+            self.state.evaluations.push(evaluation);
+        }
+        Ok(())
+    }
+
+    async fn save(&mut self) -> Result<(), LearnerError> {
+        let mut state = self.state.clone();
+        state.wall_seconds = self.wall_seconds();
+        state.feed = self.feed.state();
+        for counters in &self.stations {
+            // What a station has in hand now, it will be given again.
+            let mut snapshot = counters.snapshot();
+            snapshot.taken = snapshot.given + snapshot.total_dropped();
+            snapshot.in_hand = 0;
+            state.stations.insert(counters.station().name().to_owned(), snapshot);
+        }
+        let path = self.directory.checkpoint(state.step);
+        let checkpoint = Checkpoint { state, in_hand: self.intake.pairs() };
+        self.engine.save(path.clone(), checkpoint).await?;
+        checkpoint::prune(&self.directory.checkpoints(), self.settings.save_total_limit)?;
+        tracing::debug!(path = %path.display(), "saved");
+        Ok(())
+    }
+
+    async fn end(mut self, ending: Ending) -> Result<Summary, LearnerError> {
+        self.save().await?;
+        let blob = self.engine.weights().await?.unwrap_or_default();
+        let note = match ending {
+            Ending::Finished => "done",
+            Ending::Interrupted => "interrupted; saved",
+        };
+        let summary = Summary {
+            ending,
+            steps: self.state.step,
+            pairs: self.state.pairs,
+            tokens: self.state.tokens,
+            wall_seconds: self.wall_seconds(),
+            weights_digest: Digest::of(&blob),
+            checkpoint: self.directory.checkpoint(self.state.step),
+            nonfinite: self.state.nonfinite,
+            rollbacks: self.state.rollbacks,
+            evaluations: self.state.evaluations,
+        };
+        self.progress.finish(note);
+        self.engine.join()?;
+        Ok(summary)
+    }
+
+    fn wall_seconds(&self) -> f64 {
+        self.state.wall_seconds + self.started.elapsed().as_secs_f64()
+    }
+}
+
+impl State {
+    fn beginning(feed: &Feed) -> Self {
+        Self {
+            step: 0,
+            version: WeightsVersion(0),
+            pairs: 0,
+            tokens: 0,
+            wall_seconds: 0.0,
+            consecutive_nonfinite: 0,
+            nonfinite: 0,
+            rollbacks: 0,
+            feed: feed.state(),
+            stations: std::collections::BTreeMap::new(),
+            evaluations: Vec::new(),
+        }
+    }
+}
+
+/// Whether something that happens every `every` steps happens after step `step`.
+fn due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}

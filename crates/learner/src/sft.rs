@@ -1,0 +1,140 @@
+//! Supervised fine-tuning: the token-mean negative log-likelihood of given completions.
+
+use std::{path::Path, time::Instant};
+
+use model::{AdamWSettings, Gradients, LanguageModel, Optimizer, PromptText, Sequence, Tokenizer, Weights};
+use serde_json::Value;
+use settings::SftSettings;
+use telemetry::Progress;
+
+use crate::{LearnerError, Schedule, prompts::read_rows};
+
+/// A prompt and the completion that is to be learned, as tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExampleIds {
+    /// What the model reads.
+    pub prompt: Vec<u32>,
+    /// What it is to write, end-of-text included.
+    pub completion: Vec<u32>,
+}
+
+/// What fine-tuning has to say at the end.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SftSummary {
+    /// The loss of the last step, in nats per token.
+    pub loss: f64,
+    /// Steps taken.
+    pub steps: u64,
+    /// Seconds they took.
+    pub seconds: f64,
+}
+
+/// Trains `weights` on `examples(step)`, a batch for every step; returns the trained weights.
+///
+/// # Errors
+/// When an example does not fit the model, or a loss is not finite.
+pub fn train(
+    model: &LanguageModel,
+    settings: &SftSettings,
+    title: &str,
+    mut examples: impl FnMut(u64) -> Vec<ExampleIds>,
+) -> Result<(Weights, SftSummary), LearnerError> {
+    let (weights, vars) = model.weights().trainable()?;
+    let model = LanguageModel::new(model.config().clone(), weights)?;
+    let mut optimizer = Optimizer::new(vars, adamw(settings))?;
+    let schedule = schedule(settings);
+    let mut progress = Progress::new(title, settings.steps);
+    let started = Instant::now();
+    let mut loss = f64::NAN;
+    for step in 0..settings.steps {
+        loss = self::step(&model, &mut optimizer, &examples(step), schedule.at(step))?;
+        progress.advance_to(step + 1, &format!("loss {loss:.3}"));
+    }
+    progress.finish(&format!("loss {loss:.3}"));
+    let summary = SftSummary { loss, steps: settings.steps, seconds: started.elapsed().as_secs_f64() };
+    Ok((model.weights().clone(), summary))
+}
+
+/// One step on a batch: the mean over all completion tokens.
+fn step(
+    model: &LanguageModel,
+    optimizer: &mut Optimizer,
+    examples: &[ExampleIds],
+    learning_rate: f64,
+) -> Result<f64, LearnerError> {
+    let sequences: Vec<Sequence<'_>> =
+        examples.iter().map(|e| Sequence { prompt: &e.prompt, completion: &e.completion }).collect();
+    let loss = model.score(&sequences)?.logp.mean_all()?.neg()?;
+    let mut gradients = Gradients::default();
+    gradients.add(&loss.backward()?, optimizer.vars())?;
+    let norm = gradients.norm()?;
+    let loss = f64::from(loss.to_scalar::<f32>()?);
+    if !loss.is_finite() || !norm.is_finite() {
+        let reason = "supervised fine-tuning diverged: the loss is not finite; lower sft.learning_rate";
+        return Err(LearnerError::Model(model::ModelError::Weights { reason: reason.into() }));
+    }
+    optimizer.step(&gradients, norm, learning_rate)?;
+    Ok(loss)
+}
+
+fn adamw(settings: &SftSettings) -> AdamWSettings {
+    AdamWSettings {
+        beta1: settings.adam_beta1,
+        beta2: settings.adam_beta2,
+        epsilon: 1e-8,
+        weight_decay: settings.weight_decay,
+        max_grad_norm: settings.max_grad_norm,
+    }
+}
+
+fn schedule(settings: &SftSettings) -> Schedule {
+    Schedule {
+        learning_rate: settings.learning_rate,
+        kind: settings.lr_scheduler_type,
+        warmup_ratio: settings.warmup_ratio,
+        min_lr_ratio: settings.min_lr_ratio,
+        steps: settings.steps,
+    }
+}
+
+/// Reads rows of `prompt` and `completion` (or `chosen`); `.gz` is read too.
+///
+/// # Errors
+/// When the file cannot be read, or a row is malformed or longer than `max_length` tokens.
+pub fn read_examples(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    eos: Option<u32>,
+    max_length: usize,
+) -> Result<Vec<ExampleIds>, LearnerError> {
+    let example = |row: &Value| -> Result<ExampleIds, String> {
+        let prompt = row.get("prompt").ok_or("there is no column \"prompt\"")?;
+        let prompt: PromptText = serde_json::from_value(prompt.clone())
+            .map_err(|_| "\"prompt\" is neither text nor messages".to_owned())?;
+        let completion = row.get("completion").or_else(|| row.get("chosen")).and_then(Value::as_str);
+        let completion = completion.ok_or("there is no text in column \"completion\"")?;
+        let ids = tokenizer.encode_prompt(&prompt).map_err(|error| error.to_string())?;
+        let completion =
+            tokenizer.encode_completion(&prompt, &ids, completion).map_err(|error| error.to_string())?;
+        let completion: Vec<u32> = completion.into_iter().chain(eos).collect();
+        if completion.is_empty() {
+            return Err("the completion is empty".into());
+        }
+        let length = ids.len() + completion.len();
+        if length > max_length {
+            return Err(format!("{length} tokens are more than sft.max_length = {max_length}"));
+        }
+        Ok(ExampleIds { prompt: ids, completion })
+    };
+    let examples = read_rows(path)?
+        .iter()
+        .map(|(line, row)| {
+            example(row).map_err(|reason| LearnerError::Row { path: path.to_owned(), line: *line, reason })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    if examples.is_empty() {
+        let reason = "the file holds no examples".into();
+        return Err(LearnerError::Row { path: path.to_owned(), line: 1, reason });
+    }
+    Ok(examples)
+}

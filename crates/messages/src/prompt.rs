@@ -1,0 +1,57 @@
+//! What a learner asks for: one prompt, to be answered under given weights or newer ones.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{PromptId, Seed, WeightsVersion};
+
+/// A prompt on its way to an actor. It is also a credit: the learner sends no more of them than it is
+/// ready to train on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Prompt {
+    /// Its place in the run's order.
+    pub id: PromptId,
+    /// Which prompts were sent together with it.
+    pub release: Release,
+    /// What the answers are for.
+    pub purpose: Purpose,
+    /// The oldest weights that may answer it.
+    pub version: WeightsVersion,
+    /// The seed of its completions' random streams.
+    pub seed: Seed,
+    /// The prompt's tokens, special tokens included.
+    pub ids: Vec<u32>,
+    /// The same for people and for judges that read text.
+    pub text: String,
+    /// A golden answer's tokens, end-of-text included, when the prompt set has one.
+    pub golden: Option<Vec<u32>>,
+    /// The same as text: what an exact-match rule compares with.
+    pub answer: Option<String>,
+}
+
+/// What a pair is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Purpose {
+    /// Training: completions from the behaviour policies of the settings.
+    Train,
+    /// Evaluation: the first completion from the policy, the second from the reference.
+    Evaluate,
+}
+
+/// A run of consecutive prompts that were sent at one moment. An actor that works alone and strictly
+/// on-policy starts a release only when it has all of it, which makes its batches, and so the last bit
+/// of every logarithm, independent of timing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Release {
+    /// The first prompt of the release.
+    pub first: PromptId,
+    /// How many prompts it holds.
+    pub count: u32,
+}
+
+impl Release {
+    /// The release of a prompt that waits for no other.
+    #[must_use]
+    pub fn single(id: PromptId) -> Self {
+        Self { first: id, count: 1 }
+    }
+}

@@ -1,0 +1,289 @@
+//! A model as a folder, in the layout of Hugging Face: opened, and saved so that others can open it.
+//!
+//! Saving promises that a file is either the old one or the whole new one, on disk when the call
+//! returns. The folder as a whole it does not promise: whoever needs that saves aside and renames.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use crate::{DType, Device, ModelConfig, ModelError, Tokenizer, Weights};
+
+/// What a saved model takes over from the one that it was trained from, when that has it.
+const COPIED: [&str; 5] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+
+/// A model on disk: all of it but the weights, which are read when they are asked for.
+#[derive(Debug, Clone)]
+pub struct ModelFolder {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Its tokens.
+    pub tokenizer: Tokenizer,
+}
+
+impl ModelFolder {
+    /// Opens the model in the folder `path`, with another chat template than its own when
+    /// `chat_template` names a file.
+    ///
+    /// # Errors
+    /// When the folder or a file in it is missing, or does not fit the others.
+    pub fn open(path: &Path, chat_template: Option<&Path>) -> Result<Self, ModelError> {
+        let kind = fs::metadata(path).map_err(|source| ModelError::Unreadable {
+            path: path.to_owned(),
+            source,
+        })?;
+        if !kind.is_dir() {
+            let reason = "it is a file; a model is a folder with config.json, tokenizer.json and model.safetensors";
+            return Err(ModelError::Malformed {
+                path: path.to_owned(),
+                reason: reason.into(),
+            });
+        }
+        let config = ModelConfig::load(path)?;
+        let tokenizer = Tokenizer::load(path, &config, chat_template)?;
+        Ok(Self {
+            path: path.to_owned(),
+            config,
+            tokenizer,
+        })
+    }
+
+    /// Reads the weights as `dtype` onto `device`.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn weights(&self, dtype: DType, device: &Device) -> Result<Weights, ModelError> {
+        Weights::load(&self.path, &self.config, dtype, device)
+    }
+}
+
+/// Saves `weights` in the folder `to`, which is made when it is missing, with the configuration and the
+/// tokenizer's files of `from`. Files that are there are replaced; others stay.
+///
+/// # Errors
+/// When a file cannot be read or written, or a tensor cannot be read from its device.
+pub fn save_folder(to: &Path, from: &ModelFolder, weights: &Weights) -> Result<(), ModelError> {
+    fs::create_dir_all(to).map_err(|source| ModelError::Unwritable {
+        path: to.to_owned(),
+        source,
+    })?;
+    write(&to.join("model.safetensors"), &weights.to_blob()?)?;
+    for file in COPIED {
+        let source = from.path.join(file);
+        if source.exists() {
+            let bytes = fs::read(&source).map_err(|error| ModelError::Unreadable {
+                path: source,
+                source: error,
+            })?;
+            write(&to.join(file), &bytes)?;
+        }
+    }
+    let config = format!("{:#}\n", config_for(from, weights));
+    write(&to.join("config.json"), config.as_bytes())?;
+    // The renames are on disk once the folder is.
+    File::open(to)
+        .and_then(|folder| folder.sync_all())
+        .map_err(|source| ModelError::Unwritable {
+            path: to.to_owned(),
+            source,
+        })
+}
+
+/// The configuration of `from`, saying what numbers `weights` are made of, under whichever name it had.
+fn config_for(from: &ModelFolder, weights: &Weights) -> Value {
+    let mut config = from.config.raw.clone();
+    if let Some(tensor) = weights.tensors.values().next() {
+        let name = match tensor.dtype() {
+            DType::BF16 => "bfloat16",
+            DType::F16 => "float16",
+            DType::F32 => "float32",
+            DType::F64 => "float64",
+            other => other.as_str(),
+        };
+        let old_style = config.get("torch_dtype").is_some() || config.get("dtype").is_none();
+        if old_style {
+            config["torch_dtype"] = name.into();
+        }
+        if config.get("dtype").is_some() {
+            config["dtype"] = name.into();
+        }
+    }
+    config
+}
+
+/// Writes a file beside its place, syncs it, and puts it in its place.
+fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    let partial = path.with_added_extension("partial");
+    let written = || -> io::Result<()> {
+        let mut file = File::create(&partial)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&partial, path)
+    };
+    written().map_err(|source| ModelError::Unwritable {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        config::read_json,
+        fixtures::{folder, shared},
+        tokenizer::PromptText,
+    };
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_saved_model_is_the_same_model() {
+        let source = folder();
+        fs::write(
+            source.path().join("generation_config.json"),
+            r#"{"eos_token_id": [1, 2]}"#,
+        )
+        .unwrap();
+        let from = ModelFolder::open(source.path(), None).unwrap();
+        let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
+        let target = tempfile::tempdir().unwrap();
+        let to = target.path().join("made/on/the/way");
+        save_folder(&to, &from, &weights).unwrap();
+
+        let files = [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+        ];
+        assert_eq!(names(&to), files);
+        for file in &files[1..] {
+            assert_eq!(
+                fs::read(to.join(file)).unwrap(),
+                fs::read(source.path().join(file)).unwrap(),
+                "{file}"
+            );
+        }
+        let saved = ModelFolder::open(&to, None).unwrap();
+        assert_eq!(saved.config.raw, from.config.raw);
+        assert_eq!(saved.config.eos, [1, 2]);
+        let again = saved.weights(DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(again.digest().unwrap(), weights.digest().unwrap());
+    }
+
+    #[test]
+    fn saving_replaces_what_is_there_and_says_the_dtype() {
+        let cases = [
+            (
+                json!({"torch_dtype": "float32"}),
+                json!({"torch_dtype": "bfloat16"}),
+            ),
+            (json!({"dtype": "float32"}), json!({"dtype": "bfloat16"})),
+            (json!({}), json!({"torch_dtype": "bfloat16"})),
+        ];
+        for (before, expected) in cases {
+            let source = folder();
+            let mut from = ModelFolder::open(source.path(), None).unwrap();
+            from.config.raw = before;
+            let weights = from.weights(DType::BF16, &Device::Cpu).unwrap();
+            fs::write(source.path().join("notes.txt"), "mine").unwrap();
+            save_folder(source.path(), &from, &weights).unwrap();
+            assert_eq!(
+                read_json(&source.path().join("config.json")).unwrap(),
+                expected
+            );
+            assert_eq!(
+                fs::read(source.path().join("model.safetensors")).unwrap(),
+                weights.to_blob().unwrap()
+            );
+            let files = [
+                "config.json",
+                "model.safetensors",
+                "notes.txt",
+                "tokenizer.json",
+            ];
+            assert_eq!(names(source.path()), files);
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_named() {
+        let source = folder();
+        let from = ModelFolder::open(source.path(), None).unwrap();
+        let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
+        let target = tempfile::tempdir().unwrap();
+        let blocked = target.path().join("tokenizer.json");
+        fs::create_dir(&blocked).unwrap();
+        let error = save_folder(target.path(), &from, &weights).unwrap_err();
+        assert!(
+            matches!(&error, ModelError::Unwritable { path, .. } if *path == blocked),
+            "{error}"
+        );
+
+        let file = target.path().join("a_file");
+        fs::write(&file, "").unwrap();
+        let error = save_folder(&file, &from, &weights).unwrap_err();
+        assert!(
+            matches!(&error, ModelError::Unwritable { path, .. } if *path == file),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_is_not_a_model_is_refused_by_name() {
+        let source = folder();
+        let open = |path: &Path| ModelFolder::open(path, None).unwrap_err().to_string();
+        let missing = open(&source.path().join("nowhere"));
+        assert!(
+            missing.contains("failed to read") && missing.contains("nowhere"),
+            "{missing}"
+        );
+        let file = open(&source.path().join("config.json"));
+        assert!(
+            file.contains("config.json") && file.contains("it is a file"),
+            "{file}"
+        );
+        fs::remove_file(source.path().join("tokenizer.json")).unwrap();
+        let bare = open(source.path());
+        assert!(bare.contains("tokenizer.json"), "{bare}");
+    }
+
+    #[test]
+    fn a_real_model_opens() {
+        let Some(path) = shared("data/models/stories260K") else {
+            return;
+        };
+        let model = ModelFolder::open(&path, None).unwrap();
+        assert_eq!((model.config.vocab_size, model.config.layers), (512, 5));
+        assert!(!model.tokenizer.has_chat_template());
+        let ids = model
+            .tokenizer
+            .encode_prompt(&PromptText::Text("Tom and his dog".into()))
+            .unwrap();
+        assert_eq!(ids, [1, 274, 287, 269, 345, 400, 428]);
+        let weights = model.weights(DType::F32, &Device::Cpu).unwrap();
+        assert!(weights.is_finite().unwrap());
+    }
+}

@@ -1,0 +1,57 @@
+//! The language model: load, tokenise, score, sample, differentiate, save.
+//!
+//! A [`LanguageModel`] is a decoder-only transformer read from a Hugging Face folder. It has two paths
+//! over the same weights: [`LanguageModel::score`] is differentiable and takes packed ragged batches;
+//! the cached path of [`decode`] writes one token of many sequences at once, and the [`Sampler`] drives
+//! it for a policy and its reference together. Tokens go in, log-probabilities come out; what they are
+//! for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
+//! operation.
+
+mod chat;
+mod config;
+pub mod decode;
+mod error;
+#[cfg(test)]
+mod fixtures;
+mod folder;
+mod network;
+pub mod ops;
+mod optimizer;
+mod packed;
+#[cfg(test)]
+mod reference;
+mod rope;
+pub mod sampling;
+mod score;
+mod tokenizer;
+mod weights;
+
+pub use candle_core::{DType, Device, Tensor};
+pub use chat::Message;
+pub use config::{Architecture, ModelConfig, SUPPORTED_ARCHITECTURES};
+pub use error::ModelError;
+pub use folder::{ModelFolder, save_folder};
+pub use network::LanguageModel;
+pub use optimizer::{AdamWSettings, Gradients, Optimizer};
+pub use packed::{Packed, Sequence};
+pub use sampling::{Finished, Request, Sampler, SamplingSettings};
+pub use score::Scores;
+pub use tokenizer::{PromptText, Tokenizer};
+pub use weights::Weights;
+
+/// The device that a setting names: `cpu`, `cuda`, `cuda:N` or `metal`.
+///
+/// # Errors
+/// When the name is none of these, or the device cannot be had in this build on this machine.
+pub fn device(name: &str) -> Result<Device, ModelError> {
+    let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
+    let unavailable = |reason: String| ModelError::Device { name: name.to_owned(), reason };
+    let ordinal: usize =
+        ordinal.parse().map_err(|_| unavailable("the number after ':' is not one".into()))?;
+    match kind {
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Device::new_cuda(ordinal).map_err(|error| unavailable(error.to_string())),
+        "metal" => Device::new_metal(ordinal).map_err(|error| unavailable(error.to_string())),
+        _ => Err(unavailable("it is not one of cpu, cuda, cuda:N, metal".into())),
+    }
+}

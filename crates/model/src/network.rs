@@ -1,0 +1,174 @@
+//! The decoder itself: embedding, blocks, final norm. One forward pass serves both paths; they differ
+//! only in how a block's queries meet keys and values.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::{ModelConfig, ModelError, Weights, ops, rope::RopeTable};
+
+/// A decoder-only transformer with its weights.
+#[derive(Debug, Clone)]
+pub struct LanguageModel {
+    pub(crate) config: ModelConfig,
+    weights: Weights,
+    embedding: Tensor,
+    blocks: Vec<Block>,
+    final_norm: Tensor,
+    pub(crate) head: Tensor,
+    rope: RopeTable,
+}
+
+/// How one block's queries meet the keys and values: in a packed batch or through a cache.
+pub(crate) trait Attend {
+    /// `q` [N, heads, head_dim], `k` and `v` [N, kv_heads, head_dim] → [N, heads, head_dim].
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor>;
+}
+
+#[derive(Debug, Clone)]
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+#[derive(Debug, Clone)]
+struct Block {
+    attention_norm: Tensor,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    query_norm: Option<Tensor>,
+    key_norm: Option<Tensor>,
+    feed_forward_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl LanguageModel {
+    /// A model of this shape with these weights.
+    ///
+    /// # Errors
+    /// When a tensor is missing.
+    pub fn new(config: ModelConfig, weights: Weights) -> Result<Self, ModelError> {
+        let embedding = weights.get("model.embed_tokens.weight")?;
+        let head = if config.tied_head { embedding.clone() } else { weights.get("lm_head.weight")? };
+        let blocks = (0..config.layers)
+            .map(|layer| Block::new(layer, &config, &weights))
+            .collect::<Result<_, _>>()?;
+        let rope = RopeTable::new(&config, embedding.dtype(), embedding.device())?;
+        let final_norm = weights.get("model.norm.weight")?;
+        Ok(Self { config, weights, embedding, blocks, final_norm, head, rope })
+    }
+
+    /// The shape of the model.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The weights.
+    #[must_use]
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Where the weights lie.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    /// The numbers of the weights.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.embedding.dtype()
+    }
+
+    /// The final normed hidden states of tokens `ids` [N] at `positions` [N]: [N, hidden_size].
+    pub(crate) fn forward(
+        &self,
+        ids: &Tensor,
+        positions: &Tensor,
+        attention: &mut dyn Attend,
+    ) -> candle_core::Result<Tensor> {
+        let rotation = self.rope.at(positions)?;
+        let mut x = self.embedding.index_select(ids, 0)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let rows = block.attention(&x, &rotation, &self.config, &mut |q, k, v| {
+                attention.attend(layer, q, k, v)
+            })?;
+            x = (x + rows)?;
+            let rows = block.feed_forward(&x, self.config.rms_norm_eps)?;
+            x = (x + rows)?;
+        }
+        ops::rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)
+    }
+
+    /// The logits of hidden states [N, hidden_size], in f32: [N, vocab_size].
+    pub(crate) fn logits(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
+        hidden.matmul(&self.head.t()?)?.to_dtype(DType::F32)
+    }
+}
+
+impl Linear {
+    fn new(name: &str, biased: bool, weights: &Weights) -> Result<Self, ModelError> {
+        let bias = biased.then(|| weights.get(&format!("{name}.bias"))).transpose()?;
+        Ok(Self { weight: weights.get(&format!("{name}.weight"))?, bias })
+    }
+
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let y = x.matmul(&self.weight.t()?)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+type AttendFn<'a> = dyn FnMut(&Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor> + 'a;
+
+impl Block {
+    fn new(layer: usize, config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let linear = |part: &str, biased: bool| Linear::new(&name(part), biased, weights);
+        let head_norm = |part: &str| config.qk_norm.then(|| weights.get(&name(part))).transpose();
+        Ok(Self {
+            attention_norm: weights.get(&name("input_layernorm.weight"))?,
+            query: linear("self_attn.q_proj", config.qkv_bias)?,
+            key: linear("self_attn.k_proj", config.qkv_bias)?,
+            value: linear("self_attn.v_proj", config.qkv_bias)?,
+            output: linear("self_attn.o_proj", config.output_bias)?,
+            query_norm: head_norm("self_attn.q_norm.weight")?,
+            key_norm: head_norm("self_attn.k_norm.weight")?,
+            feed_forward_norm: weights.get(&name("post_attention_layernorm.weight"))?,
+            gate: linear("mlp.gate_proj", false)?,
+            up: linear("mlp.up_proj", false)?,
+            down: linear("mlp.down_proj", false)?,
+        })
+    }
+
+    fn attention(
+        &self,
+        x: &Tensor,
+        (cos, sin): &(Tensor, Tensor),
+        config: &ModelConfig,
+        attend: &mut AttendFn<'_>,
+    ) -> candle_core::Result<Tensor> {
+        let (n, eps) = (x.dim(0)?, config.rms_norm_eps);
+        let x = ops::rms_norm(x, &self.attention_norm, eps)?;
+        let heads = |linear: &Linear, count: usize, norm: Option<&Tensor>| {
+            let y = linear.forward(&x)?.reshape((n, count, config.head_dim))?;
+            norm.map_or(Ok(y.clone()), |weight| ops::rms_norm(&y, weight, eps))
+        };
+        let q = ops::rope(&heads(&self.query, config.heads, self.query_norm.as_ref())?, cos, sin)?;
+        let k = ops::rope(&heads(&self.key, config.kv_heads, self.key_norm.as_ref())?, cos, sin)?;
+        let v = heads(&self.value, config.kv_heads, None)?;
+        let y = attend(&q, &k, &v)?;
+        self.output.forward(&y.reshape((n, config.heads * config.head_dim))?)
+    }
+
+    fn feed_forward(&self, x: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
+        let x = ops::rms_norm(x, &self.feed_forward_norm, eps)?;
+        self.down.forward(&ops::swiglu(&self.gate.forward(&x)?, &self.up.forward(&x)?)?)
+    }
+}

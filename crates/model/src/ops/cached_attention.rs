@@ -1,0 +1,274 @@
+//! Attention of one new token per sequence to that sequence's cached keys and values (no backward).
+
+use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::attention::Attention;
+use super::storage::{argument, fusible, result};
+use super::vector::{Arithmetic, Kernel, dispatch, dot, exp, largest};
+
+/// Where the cached rows of each of n sequences lie: `capacity` rows to a slot, slot after slot.
+#[derive(Clone, Debug)]
+pub struct CacheRows {
+    /// The slot of each sequence, [n].
+    pub slots: Vec<usize>,
+    /// How many rows of its slot each sequence has filled, the new token's included, [n].
+    pub lengths: Vec<usize>,
+    /// Rows to a slot.
+    pub capacity: usize,
+}
+
+impl CacheRows {
+    /// The rows that sequence `index` sees, given the window.
+    fn seen(&self, index: usize, window: Option<usize>) -> std::ops::Range<usize> {
+        let (start, length) = (self.slots[index] * self.capacity, self.lengths[index]);
+        let hidden = window.map_or(0, |window| length.saturating_sub(window));
+        start + hidden..start + length
+    }
+}
+
+/// softmax(scale · q kᵀ) v, each sequence over its own rows.
+///
+/// `q` [n, heads, head_dim]; `keys` and `values` [slots · capacity, kv_heads, head_dim]; the result is
+/// [n, heads, head_dim]. A sequence's result does not depend on the others. Without gradient.
+///
+/// # Errors
+/// If the shapes do not fit one another.
+pub fn cached_attention(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    rows: &CacheRows,
+    options: Attention,
+) -> Result<Tensor> {
+    let (n, heads, head_dim) = q.dims3()?;
+    let (total, kv_heads, width) = keys.dims3()?;
+    let fits = n == rows.slots.len() && n == rows.lengths.len() && width == head_dim;
+    let inside =
+        (0..n).all(|i| rows.seen(i, None).end <= total && rows.lengths[i] <= rows.capacity);
+    if !fits || !inside || keys.dims() != values.dims() || !heads.is_multiple_of(kv_heads) {
+        bail!(
+            "cached attention: {:?} queries do not fit keys {:?}",
+            q.dims(),
+            keys.dims()
+        );
+    }
+    if fusible(&[q, keys, values]) {
+        let op = CachedAttention {
+            rows: rows.clone(),
+            options,
+            heads,
+            kv_heads,
+            head_dim,
+        };
+        return q.contiguous()?.apply_op3_no_bwd(keys, values, &op);
+    }
+    composed(q, keys, values, rows, options)
+}
+
+/// The same of candle's operations: rows gathered into a rectangle, masked, softmax in f32.
+pub(crate) fn composed(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    rows: &CacheRows,
+    options: Attention,
+) -> Result<Tensor> {
+    let (n, heads, head_dim) = q.dims3()?;
+    let kv_heads = keys.dim(1)?;
+    let longest = rows.lengths.iter().copied().max().unwrap_or(0);
+    let (mut index, mut mask) = (Vec::new(), Vec::new());
+    for i in 0..n {
+        let seen = rows.seen(i, options.window);
+        for step in 0..longest {
+            let row = seen.start + step;
+            index.push(if row < seen.end {
+                row as u32
+            } else {
+                seen.start as u32
+            });
+            mask.push(if row < seen.end {
+                0f32
+            } else {
+                f32::NEG_INFINITY
+            });
+        }
+    }
+    let device: &Device = q.device();
+    let index = Tensor::from_vec(index, n * longest, device)?;
+    let mask = Tensor::from_vec(mask, (n, 1, 1, longest), device)?;
+    let gather = |cache: &Tensor| {
+        let rows = cache
+            .index_select(&index, 0)?
+            .reshape((n, longest, kv_heads, head_dim))?;
+        rows.transpose(1, 2)?.contiguous()
+    };
+    let q = q.reshape((n, kv_heads, heads / kv_heads, head_dim))?;
+    let scores = (q.matmul(&gather(keys)?.t()?)?.to_dtype(DType::F32)? * f64::from(options.scale))?;
+    let weights = candle_nn::ops::softmax_last_dim(&scores.broadcast_add(&mask)?)?;
+    let mixed = weights.to_dtype(values.dtype())?.matmul(&gather(values)?)?;
+    mixed.reshape((n, heads, head_dim))
+}
+
+struct CachedAttention {
+    rows: CacheRows,
+    options: Attention,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl CustomOp3 for CachedAttention {
+    fn name(&self) -> &'static str {
+        "cached-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (q, keys, values) = (argument(s1, l1)?, argument(s2, l2)?, argument(s3, l3)?);
+        let row = self.heads * self.head_dim;
+        let mut out = vec![0f32; q.len()];
+        out.par_chunks_mut(row)
+            .zip(q.par_chunks(row))
+            .enumerate()
+            .for_each(|(index, (out, q))| {
+                dispatch(Sequence {
+                    op: self,
+                    index,
+                    q,
+                    keys,
+                    values,
+                    out,
+                });
+            });
+        Ok(result(out, l1.shape()))
+    }
+}
+
+/// One sequence's heads.
+struct Sequence<'a> {
+    op: &'a CachedAttention,
+    index: usize,
+    q: &'a [f32],
+    keys: &'a [f32],
+    values: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Sequence<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let CachedAttention {
+            rows,
+            options,
+            heads,
+            kv_heads,
+            head_dim,
+        } = self.op;
+        let seen = rows.seen(self.index, options.window);
+        let mut weights = vec![0f32; seen.len()];
+        for head in 0..*heads {
+            let q = &self.q[head * head_dim..][..*head_dim];
+            let out = &mut self.out[head * head_dim..][..*head_dim];
+            let at = |row: usize| (row * kv_heads + head / (heads / kv_heads)) * head_dim;
+            for (weight, row) in weights.iter_mut().zip(seen.clone()) {
+                *weight = options.scale * dot::<A>(q, &self.keys[at(row)..][..*head_dim]);
+            }
+            let most = largest(&weights);
+            let mut sum = 0f32;
+            for weight in &mut weights {
+                *weight = exp::<A>(*weight - most);
+                sum += *weight;
+            }
+            for (weight, row) in weights.iter().zip(seen.clone()) {
+                let value = &self.values[at(row)..][..*head_dim];
+                for (out, value) in out.iter_mut().zip(value) {
+                    *out = A::mul_add(*weight, *value, *out);
+                }
+            }
+            out.iter_mut().for_each(|x| *x /= sum);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn noise(shape: (usize, usize, usize), seed: f32) -> Tensor {
+        let count = shape.0 * shape.1 * shape.2;
+        let values: Vec<f32> = (0..count)
+            .map(|i| ((i as f32 + seed) * 12.9898).sin())
+            .collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn agrees_with_its_composed_version_and_rows_are_alone() {
+        let rows = CacheRows {
+            slots: vec![3, 0, 2],
+            lengths: vec![7, 1, 5],
+            capacity: 8,
+        };
+        let (q, keys, values) = (
+            noise((3, 4, 6), 0.),
+            noise((32, 2, 6), 1.),
+            noise((32, 2, 6), 2.),
+        );
+        for window in [None, Some(3)] {
+            let options = Attention { scale: 0.4, window };
+            let fused = cached_attention(&q, &keys, &values, &rows, options).unwrap();
+            let plain = composed(&q, &keys, &values, &rows, options).unwrap();
+            let gap = (&fused - &plain).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(gap.to_scalar::<f32>().unwrap() < 1e-6);
+            let alone = CacheRows {
+                slots: vec![2],
+                lengths: vec![5],
+                capacity: 8,
+            };
+            let q = q.narrow(0, 2, 1).unwrap();
+            let alone = cached_attention(&q, &keys, &values, &alone, options).unwrap();
+            let fused = fused.narrow(0, 2, 1).unwrap();
+            assert_eq!(
+                alone.to_vec3::<f32>().unwrap(),
+                fused.to_vec3::<f32>().unwrap()
+            );
+        }
+    }
+
+    #[test]
+    fn one_cached_row_is_its_value_and_rows_out_of_reach_are_refused() {
+        let (q, keys, values) = (
+            noise((1, 1, 4), 0.),
+            noise((4, 1, 4), 1.),
+            noise((4, 1, 4), 2.),
+        );
+        let options = Attention {
+            scale: 1.0,
+            window: None,
+        };
+        let mut rows = CacheRows {
+            slots: vec![1],
+            lengths: vec![1],
+            capacity: 2,
+        };
+        let out = cached_attention(&q, &keys, &values, &rows, options).unwrap();
+        assert_eq!(
+            out.to_vec3::<f32>().unwrap()[0],
+            values.to_vec3::<f32>().unwrap()[2]
+        );
+        rows.lengths[0] = 3;
+        assert!(cached_attention(&q, &keys, &values, &rows, options).is_err());
+    }
+}

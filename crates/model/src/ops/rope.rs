@@ -1,0 +1,200 @@
+//! Rotary position embedding (Su et al. 2021, eq. 34), halves rotated as in Hugging Face's Llama.
+
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::storage::{argument, fusible, result};
+use super::vector::{Arithmetic, Kernel, dispatch};
+
+/// Tokens to a task.
+const TOKENS: usize = 16;
+
+/// Rotates each head of each token by the token's angles:
+/// `[x1 cos - x2 sin, x2 cos + x1 sin]`, x1 and x2 being the halves of a head.
+///
+/// `x` is `[N, H, hd]`, `cos` and `sin` are `[N, hd/2]`. Differentiable in `x` alone.
+///
+/// # Errors
+/// If `hd` is odd or 0, or the angles are not one row of `hd/2` for each token.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (tokens, heads, width) = x.dims3()?;
+    let angles = [tokens, width / 2];
+    if width == 0 || width % 2 == 1 || heads == 0 {
+        bail!("rope: {heads} heads of {width}, which is none or odd");
+    }
+    if cos.dims() != angles || sin.dims() != angles {
+        let (cos, sin) = (cos.dims(), sin.dims());
+        bail!("rope: angles {cos:?} and {sin:?} where x wants {angles:?}");
+    }
+    let (cos, sin) = (cos.detach(), sin.detach());
+    if !fusible(&[x, &cos, &sin]) {
+        return composed(x, &cos, &sin);
+    }
+    let op = Rope {
+        direction: 1.0,
+        heads,
+    };
+    x.contiguous()?
+        .apply_op3(&cos.contiguous()?, &sin.contiguous()?, op)
+}
+
+/// The same from candle's operations.
+pub(crate) fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let half = x.dim(D::Minus1)? / 2;
+    let (x1, x2) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let cos = cos.to_dtype(x.dtype())?.unsqueeze(1)?;
+    let sin = sin.to_dtype(x.dtype())?.unsqueeze(1)?;
+    let first = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
+    let second = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[first, second], 2)
+}
+
+struct Rope {
+    /// 1 to rotate, -1 to rotate back: a rotation's gradient is turned the other way.
+    direction: f32,
+    heads: usize,
+}
+
+impl CustomOp3 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        cos: &CpuStorage,
+        cos_layout: &Layout,
+        sin: &CpuStorage,
+        sin_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let x = argument(x, x_layout)?;
+        let cos = argument(cos, cos_layout)?;
+        let sin = argument(sin, sin_layout)?;
+        let half = x_layout.dims()[2] / 2;
+        let chunk = TOKENS * self.heads * half * 2;
+        let mut out = vec![0.0; x.len()];
+        let angles = cos
+            .par_chunks(TOKENS * half)
+            .zip(sin.par_chunks(TOKENS * half));
+        out.par_chunks_mut(chunk)
+            .zip(x.par_chunks(chunk))
+            .zip(angles)
+            .for_each(|((out, x), (cos, sin))| {
+                let op = self;
+                dispatch(Rotate {
+                    op,
+                    half,
+                    x,
+                    angles: (cos, sin),
+                    out,
+                });
+            });
+        Ok(result(out, x_layout.shape()))
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let back = Rope {
+            direction: -self.direction,
+            heads: self.heads,
+        };
+        let dx = gradient.contiguous()?.apply_op3_no_bwd(cos, sin, &back)?;
+        Ok((Some(dx), None, None))
+    }
+}
+
+struct Rotate<'a> {
+    op: &'a Rope,
+    half: usize,
+    x: &'a [f32],
+    angles: (&'a [f32], &'a [f32]),
+    out: &'a mut [f32],
+}
+
+impl Kernel for Rotate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let (half, direction) = (self.half, self.op.direction);
+        let heads = self.x.chunks_exact(2 * half);
+        for (head, (out, x)) in self.out.chunks_exact_mut(2 * half).zip(heads).enumerate() {
+            let token = head / self.op.heads;
+            let cos = &self.angles.0[token * half..][..half];
+            let sin = &self.angles.1[token * half..][..half];
+            let (x1, x2) = x.split_at(half);
+            let (out1, out2) = out.split_at_mut(half);
+            for i in 0..half {
+                let sin = direction * sin[i];
+                out1[i] = x1[i] * cos[i] - x2[i] * sin;
+                out2[i] = x2[i] * cos[i] + x1[i] * sin;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::check::{assert_differentiates, assert_same, bits, noise};
+    use super::*;
+
+    fn angles(tokens: usize, half: usize) -> (Tensor, Tensor) {
+        let angles = (noise((tokens, half), 7) * 3.0).unwrap();
+        (angles.cos().unwrap(), angles.sin().unwrap())
+    }
+
+    #[test]
+    fn by_hand() -> Result<()> {
+        let x = Tensor::new(&[[[1f32, 2., 3., 4.]]], &Device::Cpu)?;
+        // A quarter turn of the first pair (1, 3), none of the second (2, 4).
+        let cos = Tensor::new(&[[0f32, 1.]], &Device::Cpu)?;
+        let sin = Tensor::new(&[[1f32, 0.]], &Device::Cpu)?;
+        let y = rope(&x, &cos, &sin)?;
+        assert_eq!(y.to_vec3::<f32>()?, [[[-3., 2., 1., 4.]]]);
+        Ok(())
+    }
+
+    #[test]
+    fn agrees_with_its_composed_version() {
+        for (tokens, heads, width) in [(1, 1, 2), (5, 3, 6), (37, 6, 48), (16, 2, 128)] {
+            let (cos, sin) = angles(tokens, width / 2);
+            assert_same(
+                &[noise((tokens, heads, width), 1)],
+                |t| rope(&t[0], &cos, &sin),
+                |t| composed(&t[0], &cos, &sin),
+            );
+        }
+        let (cos, sin) = angles(3, 2);
+        assert_differentiates(&[noise((3, 2, 4), 1)], |t| rope(&t[0], &cos, &sin));
+    }
+
+    #[test]
+    fn a_token_is_alone() -> Result<()> {
+        let (x, (cos, sin)) = (noise((40, 3, 10), 1), angles(40, 5));
+        let all = rope(&x, &cos, &sin)?;
+        for token in [0, 15, 16, 39] {
+            let one = |t: &Tensor| t.narrow(0, token, 1);
+            let alone = rope(&one(&x)?, &one(&cos)?, &one(&sin)?)?;
+            assert_eq!(bits(&alone), bits(&one(&all)?));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn wrong_shapes_are_refused() {
+        let (cos, sin) = angles(2, 2);
+        for shape in [(2, 1, 5), (2, 1, 6), (3, 1, 4), (2, 1, 0)] {
+            assert!(rope(&noise(shape, 1), &cos, &sin).is_err(), "{shape:?}");
+        }
+    }
+}

@@ -1,0 +1,455 @@
+//! Log-probabilities of chosen tokens under a language head, without the logits.
+//!
+//! The logits of a batch are its largest tensor by far. Here they exist one tile at a time: the
+//! forward keeps an online log-sum-exp of each row (Milakov and Gimelshein 2018), the backward
+//! computes each tile again.
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::storage::{edit, floats, fusible, wide};
+use super::vector::{Arithmetic, Kernel, LANES, dispatch, exp, fold, largest};
+
+/// Rows of hidden states to a tile.
+const ROWS: usize = 512;
+/// Words of the vocabulary to a tile.
+const WORDS: usize = 1024;
+/// Rows of a tile to a task.
+const TASK: usize = 16;
+
+/// What [`token_logprobs()`] finds, one number a row.
+#[derive(Clone, Debug)]
+pub struct TokenLogprobs {
+    /// ln π(target), `[R]`, in nats; at most 0 up to rounding. Differentiable.
+    pub logp: Tensor,
+    /// Entropy of π, `[R]`, in nats. Detached: no gradient passes through it.
+    pub entropy: Tensor,
+}
+
+/// `log_softmax(hidden · headᵀ)` at each row's target, and the entropy of the row's distribution.
+///
+/// `hidden` is `[R, D]`, `head` `[V, D]`, `targets` R ids below V. Differentiable in `hidden` and
+/// `head`; a head that is not trained costs no gradient.
+///
+/// # Errors
+/// If there are no rows, the shapes do not fit, or a target is outside the vocabulary.
+pub fn token_logprobs(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<TokenLogprobs> {
+    let (rows, width) = hidden.dims2()?;
+    let (words, head_width) = head.dims2()?;
+    if rows == 0 || rows != targets.len() || width == 0 || width != head_width {
+        let (targets, hidden, head) = (targets.len(), hidden.dims(), head.dims());
+        bail!("token_logprobs: hidden {hidden:?}, head {head:?} and {targets} targets do not fit");
+    }
+    if let Some(target) = targets.iter().find(|&&target| target as usize >= words) {
+        bail!("token_logprobs: target {target} is outside a vocabulary of {words}");
+    }
+    if !fusible(&[hidden, head]) {
+        return composed(hidden, head, targets);
+    }
+    let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
+    let op = PickedLogprobs {
+        packed: forward(&hidden.detach(), &head.detach(), targets)?,
+        targets: targets.to_vec(),
+    };
+    let packed = hidden.apply_op2(&head, op)?;
+    Ok(TokenLogprobs {
+        logp: packed.get(0)?,
+        entropy: packed.detach().get(1)?,
+    })
+}
+
+/// The same from candle's operations, holding all logits, in `f32` at least.
+pub(crate) fn composed(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<TokenLogprobs> {
+    let logits = hidden.matmul(&head.t()?)?.to_dtype(wide(hidden.dtype()))?;
+    let logps = candle_nn::ops::log_softmax(&logits, 1)?;
+    let targets = Tensor::new(targets, hidden.device())?.unsqueeze(1)?;
+    let detached = logps.detach();
+    Ok(TokenLogprobs {
+        logp: logps.gather(&targets, 1)?.squeeze(1)?,
+        entropy: (detached.exp()? * detached)?.sum(1)?.neg()?,
+    })
+}
+
+/// The result is `[3, R]`: log-probabilities, entropies, log-sum-exps. The first row alone has a
+/// gradient; the last is for the backward.
+struct PickedLogprobs {
+    packed: Vec<f32>,
+    targets: Vec<u32>,
+}
+
+impl CustomOp2 for PickedLogprobs {
+    fn name(&self) -> &'static str {
+        "token-logprobs"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let shape = Shape::from((3, self.targets.len()));
+        Ok((CpuStorage::F32(self.packed.clone()), shape))
+    }
+
+    fn bwd(
+        &self,
+        hidden: &Tensor,
+        head: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let wanted = |input: &Tensor| input.track_op().then(|| vec![0.0; input.elem_count()]);
+        let (mut dhidden, mut dhead) = (wanted(hidden), wanted(head));
+        let rows = self.targets.len();
+        let gradient = gradient.get(0)?.contiguous()?;
+        let gradient = floats(&gradient)?;
+        let (hidden, head) = (hidden.detach(), head.detach());
+        for words in tiles(head.dim(0)?, WORDS) {
+            let head_tile = head.narrow(0, words.start, words.len())?;
+            for tile in tiles(rows, ROWS) {
+                let hidden_tile = hidden.narrow(0, tile.start, tile.len())?;
+                let slopes = hidden_tile.matmul(&head_tile.t()?)?;
+                let rows = Rows {
+                    targets: &self.targets[tile.clone()],
+                    log_sums: &self.packed[2 * rows..][tile.clone()],
+                    gradient: &gradient[tile.clone()],
+                };
+                edit(&slopes, |logits| {
+                    rows.differentiate(logits, &words);
+                    Ok(())
+                })?;
+                if let Some(dhidden) = &mut dhidden {
+                    add_rows(dhidden, &tile, &slopes.matmul(&head_tile)?)?;
+                }
+                if let Some(dhead) = &mut dhead {
+                    add_rows(dhead, &words, &slopes.t()?.matmul(&hidden_tile)?)?;
+                }
+            }
+        }
+        let tensor =
+            |numbers, like: &Tensor| Tensor::from_vec(numbers, like.shape(), like.device());
+        Ok((
+            dhidden
+                .map(|numbers| tensor(numbers, &hidden))
+                .transpose()?,
+            dhead.map(|numbers| tensor(numbers, &head)).transpose()?,
+        ))
+    }
+}
+
+/// `0..total` in pieces of `size`, the last one shorter.
+fn tiles(total: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..total)
+        .step_by(size)
+        .map(move |start| start..(start + size).min(total))
+}
+
+/// Adds `part`, `[rows, width]`, to those rows of `sum`.
+fn add_rows(sum: &mut [f32], rows: &Range<usize>, part: &Tensor) -> Result<()> {
+    let width = part.dim(1)?;
+    let part = floats(part)?;
+    sum[rows.start * width..rows.end * width]
+        .par_chunks_mut(TASK * width)
+        .zip(part.par_chunks(TASK * width))
+        .for_each(|(sum, part)| {
+            for (sum, part) in sum.iter_mut().zip(part) {
+                *sum += part;
+            }
+        });
+    Ok(())
+}
+
+/// Log-probability, entropy and log-sum-exp of every row: `[3, R]`.
+fn forward(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+    let mut running: Vec<Running> = targets.iter().copied().map(Running::new).collect();
+    for words in tiles(head.dim(0)?, WORDS) {
+        let head = head.narrow(0, words.start, words.len())?.t()?;
+        for tile in tiles(targets.len(), ROWS) {
+            let logits = hidden.narrow(0, tile.start, tile.len())?.matmul(&head)?;
+            let logits = floats(&logits)?;
+            running[tile]
+                .par_chunks_mut(TASK)
+                .zip(logits.par_chunks(TASK * words.len()))
+                .for_each(|(running, logits)| {
+                    let words = words.clone();
+                    dispatch(Accumulate {
+                        running,
+                        logits,
+                        words,
+                    });
+                });
+        }
+    }
+    let part = |of: fn(&Running) -> f64| running.iter().map(move |row| of(row) as f32);
+    Ok(part(Running::logp)
+        .chain(part(Running::entropy))
+        .chain(part(Running::log_sum))
+        .collect())
+}
+
+/// One row's distribution over the words seen so far, from logits l.
+struct Running {
+    target: usize,
+    /// l of the target, once seen.
+    target_logit: f32,
+    /// M, the largest l.
+    most: f32,
+    /// Σ e^(l-M).
+    sum: f64,
+    /// Σ e^(l-M) (l-M).
+    weighted: f64,
+}
+
+impl Running {
+    fn new(target: u32) -> Self {
+        Self {
+            target: target as usize,
+            target_logit: f32::NAN,
+            most: f32::NEG_INFINITY,
+            sum: 0.0,
+            weighted: 0.0,
+        }
+    }
+
+    fn logp(&self) -> f64 {
+        f64::from(self.target_logit) - f64::from(self.most) - self.sum.ln()
+    }
+
+    /// H = ln Σ - Σ p (l - M).
+    fn entropy(&self) -> f64 {
+        self.sum.ln() - self.weighted / self.sum
+    }
+
+    fn log_sum(&self) -> f64 {
+        f64::from(self.most) + self.sum.ln()
+    }
+
+    /// Takes in the logits of `words`.
+    #[inline(always)]
+    fn take<A: Arithmetic>(&mut self, logits: &[f32], words: &Range<usize>) {
+        if words.contains(&self.target) {
+            self.target_logit = logits[self.target - words.start];
+        }
+        let most = largest(logits);
+        if most > self.most {
+            if self.most > f32::NEG_INFINITY {
+                let drop = f64::from(self.most) - f64::from(most);
+                self.weighted = (self.weighted + self.sum * drop) * drop.exp();
+                self.sum *= drop.exp();
+            }
+            self.most = most;
+        }
+        let (sum, weighted) = moments::<A>(logits, self.most);
+        self.sum += f64::from(sum);
+        self.weighted += f64::from(weighted);
+    }
+}
+
+/// Σ e^(l-M) and Σ e^(l-M) (l-M).
+#[inline(always)]
+fn moments<A: Arithmetic>(logits: &[f32], most: f32) -> (f32, f32) {
+    let (mut sums, mut weighted) = ([0.0; LANES], [0.0; LANES]);
+    let mut take = |lane: usize, logit: f32| {
+        let shifted = logit - most;
+        let e = exp::<A>(shifted);
+        sums[lane] += e;
+        weighted[lane] = A::mul_add(e, shifted, weighted[lane]);
+    };
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &logit) in chunk.iter().enumerate() {
+            take(lane, logit);
+        }
+    }
+    for (lane, &logit) in rest.iter().enumerate() {
+        take(lane, logit);
+    }
+    (fold(sums), fold(weighted))
+}
+
+struct Accumulate<'a> {
+    running: &'a mut [Running],
+    logits: &'a [f32],
+    words: Range<usize>,
+}
+
+impl Kernel for Accumulate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let rows = self.logits.chunks_exact(self.words.len());
+        for (running, logits) in self.running.iter_mut().zip(rows) {
+            running.take::<A>(logits, &self.words);
+        }
+    }
+}
+
+/// Rows of a tile, as the backward sees them.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    targets: &'a [u32],
+    log_sums: &'a [f32],
+    gradient: &'a [f32],
+}
+
+impl Rows<'_> {
+    /// Turns the logits of `words` into their gradient: g (onehot - softmax).
+    fn differentiate(self, logits: &mut [f32], words: &Range<usize>) {
+        logits
+            .par_chunks_mut(TASK * words.len())
+            .zip(self.targets.par_chunks(TASK))
+            .zip(self.log_sums.par_chunks(TASK))
+            .zip(self.gradient.par_chunks(TASK))
+            .for_each(|(((logits, targets), log_sums), gradient)| {
+                dispatch(Differentiate {
+                    rows: Rows {
+                        targets,
+                        log_sums,
+                        gradient,
+                    },
+                    logits,
+                    words,
+                });
+            });
+    }
+}
+
+struct Differentiate<'a> {
+    rows: Rows<'a>,
+    logits: &'a mut [f32],
+    words: &'a Range<usize>,
+}
+
+impl Kernel for Differentiate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let logits = self.logits.chunks_exact_mut(self.words.len());
+        for (row, logits) in logits.enumerate() {
+            let (gradient, log_sum) = (self.rows.gradient[row], self.rows.log_sums[row]);
+            for logit in logits.iter_mut() {
+                *logit = -gradient * exp::<A>(*logit - log_sum);
+            }
+            let target = self.rows.targets[row] as usize;
+            if self.words.contains(&target) {
+                logits[target - self.words.start] += gradient;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+
+    use super::super::check::{
+        assert_close, assert_differentiates, assert_same, bits, noise, value_and_gradients,
+    };
+    use super::*;
+
+    fn inputs(rows: usize, words: usize, width: usize) -> ([Tensor; 2], Vec<u32>) {
+        let hidden = (noise((rows, width), 1) * 4.0).unwrap();
+        let targets = (0..rows).map(|row| ((row * 7919 + words - 1) % words) as u32);
+        ([hidden, noise((words, width), 2)], targets.collect())
+    }
+
+    #[test]
+    fn by_hand() -> Result<()> {
+        let ln_2 = std::f32::consts::LN_2;
+        let hidden = Tensor::new(&[[1f32], [0.]], &Device::Cpu)?;
+        let head = Tensor::new(&[[0f32], [ln_2], [0.]], &Device::Cpu)?;
+        // The first row's distribution is (1/4, 1/2, 1/4), the second's is even.
+        let found = token_logprobs(&hidden, &head, &[2, 0])?;
+        let expected = Tensor::new(&[-2.0 * ln_2, -(3f32.ln())], &Device::Cpu)?;
+        assert_close(&found.logp, &expected, 1e-6);
+        let expected = Tensor::new(&[1.5 * ln_2, 3f32.ln()], &Device::Cpu)?;
+        assert_close(&found.entropy, &expected, 1e-6);
+        Ok(())
+    }
+
+    #[test]
+    fn agrees_with_its_composed_version() -> Result<()> {
+        let cases = [
+            (1, 3, 2),
+            (1, 1, 1),
+            (17, 1000, 24),
+            (515, 1025, 8),
+            (40, 3001, 33),
+        ];
+        for (rows, words, width) in cases {
+            let (inputs, targets) = inputs(rows, words, width);
+            assert_same(
+                &inputs,
+                |t| Ok(token_logprobs(&t[0], &t[1], &targets)?.logp),
+                |t| Ok(composed(&t[0], &t[1], &targets)?.logp),
+            );
+            let fused = token_logprobs(&inputs[0], &inputs[1], &targets)?.entropy;
+            let expected = composed(&inputs[0], &inputs[1], &targets)?.entropy;
+            assert_close(&fused, &expected, 2e-5);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn differentiates() {
+        let (inputs, targets) = inputs(4, 5, 3);
+        assert_differentiates(
+            &inputs,
+            |t| Ok(token_logprobs(&t[0], &t[1], &targets)?.logp),
+        );
+    }
+
+    #[test]
+    fn a_frozen_head_and_the_entropy_have_no_gradient() -> Result<()> {
+        let ([hidden, head], targets) = inputs(6, 9, 4);
+        let expected = value_and_gradients(&[hidden.clone(), head.clone()], |t| {
+            Ok(token_logprobs(&t[0], &t[1], &targets)?.logp)
+        });
+        let (alone, gradients) = value_and_gradients(std::slice::from_ref(&hidden), |t| {
+            Ok(token_logprobs(&t[0], &head, &targets)?.logp)
+        });
+        assert_eq!(bits(&alone), bits(&expected.0));
+        assert_eq!(bits(&gradients[0]), bits(&expected.1[0]));
+        let hidden = Var::from_tensor(&hidden)?;
+        let entropy = token_logprobs(hidden.as_tensor(), &head, &targets)?.entropy;
+        assert!(entropy.sum_all()?.backward()?.get(&hidden).is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn large_logits_and_nan() -> Result<()> {
+        let hidden = Tensor::new(&[[1f32], [-1.], [f32::NAN]], &Device::Cpu)?;
+        let head = Tensor::arange(0f32, 3000., &Device::Cpu)?.reshape((3000, 1))?;
+        let found = token_logprobs(&hidden, &head, &[0, 0, 0])?;
+        let logp = found.logp.to_vec1::<f32>()?;
+        // Σ e^-i is e / (e - 1): its logarithm is 0.458675.
+        assert!((logp[0] + 2999.4587).abs() < 1e-3);
+        assert!((logp[1] + 0.458_675).abs() < 1e-6);
+        assert!(logp[2].is_nan());
+        let entropy = found.entropy.to_vec1::<f32>()?;
+        // Geometric: 0.458675 + 1 / (e - 1).
+        assert!((entropy[0] - 1.040_652).abs() < 1e-5);
+        assert!((entropy[1] - 1.040_652).abs() < 1e-5);
+        assert!(entropy[2].is_nan());
+        Ok(())
+    }
+
+    #[test]
+    fn other_types_are_composed_and_misfits_refused() -> Result<()> {
+        let ([hidden, head], targets) = inputs(5, 7, 3);
+        let found = token_logprobs(&hidden, &head, &targets)?.logp;
+        let (hidden64, head64) = (hidden.to_dtype(DType::F64)?, head.to_dtype(DType::F64)?);
+        let double = token_logprobs(&hidden64, &head64, &targets)?.logp;
+        assert_close(&found, &double.to_dtype(DType::F32)?, 1e-6);
+        assert!(token_logprobs(&hidden, &head, &targets[1..]).is_err());
+        assert!(token_logprobs(&hidden, &head, &[0, 1, 2, 3, 7]).is_err());
+        assert!(token_logprobs(&hidden, &noise((7, 4), 1), &targets).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,234 @@
+//! Loops over `f32` compiled for the widest vectors of the machine they run on.
+//!
+//! A [`Kernel`] is a loop written once over an [`Arithmetic`]; [`dispatch`] runs the copy compiled
+//! for AVX-512, for AVX2 with FMA, or for the build's own target. Sums run over [`LANES`] partial
+//! sums, always added in the same order, so one machine gives one answer. Machines with and
+//! without fused multiply-add may differ in the last bits.
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+/// Partial sums a reduction keeps: one 512-bit vector.
+pub(super) const LANES: usize = 16;
+
+/// How a machine multiplies and adds.
+pub(super) trait Arithmetic {
+    /// Whether 32 vector registers of 512 bits are there to hold accumulators.
+    const WIDE: bool;
+
+    /// [`LANES`] numbers, in registers if the machine has them.
+    type Vector: Copy;
+
+    /// `a * b + c`.
+    fn mul_add(a: f32, b: f32, c: f32) -> f32;
+
+    fn load(numbers: &[f32; LANES]) -> Self::Vector;
+
+    fn store(vector: Self::Vector, numbers: &mut [f32; LANES]);
+
+    /// `a * x + sum` in every lane, rounded as [`Arithmetic::mul_add`] does.
+    fn accumulate(a: f32, x: Self::Vector, sum: Self::Vector) -> Self::Vector;
+}
+
+/// Product and sum rounded separately: the build's own target.
+pub(super) struct Separate;
+
+impl Arithmetic for Separate {
+    const WIDE: bool = false;
+
+    type Vector = [f32; LANES];
+
+    #[inline(always)]
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+
+    #[inline(always)]
+    fn load(numbers: &[f32; LANES]) -> Self::Vector {
+        *numbers
+    }
+
+    #[inline(always)]
+    fn store(vector: Self::Vector, numbers: &mut [f32; LANES]) {
+        *numbers = vector;
+    }
+
+    #[inline(always)]
+    fn accumulate(a: f32, x: Self::Vector, mut sum: Self::Vector) -> Self::Vector {
+        for (sum, x) in sum.iter_mut().zip(x) {
+            *sum += a * x;
+        }
+        sum
+    }
+}
+
+/// A loop to be compiled once per kind of machine. `run` must be `#[inline(always)]`, and so must
+/// whatever it calls in its inner loop.
+pub(super) trait Kernel {
+    type Output;
+
+    fn run<A: Arithmetic>(self) -> Self::Output;
+}
+
+/// Runs `kernel` as compiled for this machine.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    x86::dispatch(kernel)
+}
+
+/// Runs `kernel` as compiled for this machine.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Separate>()
+}
+
+/// `e^x` to within 2 units in the last place for x in [-87, 88]; beyond, the value at the bound
+/// (1.6e-38, 1.7e38). NaN stays NaN. Branch-free, so that a loop over it becomes vectors.
+///
+/// x = n ln 2 + r with |r| ≤ ln 2 / 2; the polynomial for e^r is Cephes' `expf`.
+#[inline(always)]
+pub(super) fn exp<A: Arithmetic>(x: f32) -> f32 {
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    /// 1.5 · 2^23: adding it rounds to an integer, left in the low bits of the mantissa.
+    const ROUND: f32 = 12_582_912.0;
+    // Comparisons rather than clamp(), min() or max(): these keep NaN.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let rounded = A::mul_add(x, std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
+    let r = A::mul_add(n, -LN_2_HIGH, x);
+    let r = A::mul_add(n, -LN_2_LOW, r);
+    let p = A::mul_add(1.987_569_1e-4, r, 1.398_199_9e-3);
+    let p = A::mul_add(p, r, 8.333_452e-3);
+    let p = A::mul_add(p, r, 4.166_579_6e-2);
+    let p = A::mul_add(p, r, 1.666_666_5e-1);
+    let p = A::mul_add(p, r, 0.5);
+    let power = A::mul_add(p, r * r, r) + 1.0;
+    power * f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23))
+}
+
+/// 1 / (1 + e^-x).
+#[inline(always)]
+pub(super) fn sigmoid<A: Arithmetic>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<A>(-x))
+}
+
+/// The sum of [`LANES`] partial sums, as a fixed tree.
+#[inline(always)]
+pub(super) fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Σ x·y over slices of equal length.
+#[inline(always)]
+pub(super) fn dot<A: Arithmetic>(x: &[f32], y: &[f32]) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let (xs, x_rest) = x.as_chunks::<LANES>();
+    let (ys, y_rest) = y.as_chunks::<LANES>();
+    for (x, y) in xs.iter().zip(ys) {
+        for lane in 0..LANES {
+            lanes[lane] = A::mul_add(x[lane], y[lane], lanes[lane]);
+        }
+    }
+    for (lane, (&x, &y)) in lanes.iter_mut().zip(x_rest.iter().zip(y_rest)) {
+        *lane = A::mul_add(x, y, *lane);
+    }
+    fold(lanes)
+}
+
+/// The largest of `x`, NaN passed over; -∞ if there is none.
+#[inline(always)]
+pub(super) fn largest(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = larger(lanes[lane], chunk[lane]);
+        }
+    }
+    let most = lanes.into_iter().fold(f32::NEG_INFINITY, larger);
+    rest.iter().copied().fold(most, larger)
+}
+
+#[inline(always)]
+fn larger(most: f32, x: f32) -> f32 {
+    if x > most { x } else { most }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Exponentials<'a>(&'a mut [f32]);
+
+    impl Kernel for Exponentials<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<A: Arithmetic>(self) {
+            for x in self.0 {
+                *x = exp::<A>(*x);
+            }
+        }
+    }
+
+    struct Dot<'a>(&'a [f32], &'a [f32]);
+
+    impl Kernel for Dot<'_> {
+        type Output = f32;
+
+        #[inline(always)]
+        fn run<A: Arithmetic>(self) -> f32 {
+            dot::<A>(self.0, self.1)
+        }
+    }
+
+    #[test]
+    fn exp_is_right_to_the_last_places_on_every_kind_of_machine() {
+        let arguments: Vec<f32> = (0..35_001).map(|i| -87.0 + i as f32 * 0.005).collect();
+        let worst = |results: &[f32]| {
+            arguments
+                .iter()
+                .zip(results)
+                .map(|(&x, &y)| (f64::from(y) / f64::from(x).exp() - 1.0).abs())
+                .fold(0.0, f64::max)
+        };
+        let mut here = arguments.clone();
+        dispatch(Exponentials(&mut here));
+        let mut plain = arguments.clone();
+        Exponentials(&mut plain).run::<Separate>();
+        assert!(worst(&here) < 2.0 * f64::from(f32::EPSILON));
+        assert!(worst(&plain) < 2.0 * f64::from(f32::EPSILON));
+    }
+
+    #[test]
+    fn exp_at_its_bounds() {
+        assert_eq!(exp::<Separate>(0.0), 1.0);
+        assert!(exp::<Separate>(f32::NAN).is_nan());
+        assert!(exp::<Separate>(f32::NEG_INFINITY) < 2e-38);
+        assert!(exp::<Separate>(f32::INFINITY) > 1e38);
+    }
+
+    #[test]
+    fn reductions_of_ragged_lengths() {
+        for length in [0usize, 1, 15, 16, 17, 40] {
+            let x: Vec<f32> = (0..length).map(|i| i as f32).collect();
+            let ones = vec![1.0; length];
+            let sum = (length * length.saturating_sub(1) / 2) as f32;
+            assert_eq!(dot::<Separate>(&x, &ones), sum);
+            assert_eq!(dispatch(Dot(&x, &ones)), sum);
+            let most = length
+                .checked_sub(1)
+                .map_or(f32::NEG_INFINITY, |i| i as f32);
+            assert_eq!(largest(&x), most);
+        }
+    }
+}

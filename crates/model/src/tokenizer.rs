@@ -1,0 +1,501 @@
+//! From text to token ids and back, for one model.
+//!
+//! A [`Tokenizer`] is the `tokenizer.json` of a Hugging Face folder together with its chat template. It
+//! promises that every id it gives is one the model has, and that a prompt and its completion are split
+//! the same way here as when the model wrote them. How long a sequence may be, and which tokens end one,
+//! it does not know: that is the configuration's.
+
+use std::{borrow::Cow, fmt, path::Path, sync::Arc};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{
+    ModelConfig, ModelError,
+    chat::{ChatTemplate, Message},
+};
+
+/// A prompt as people write it: in JSON a string, or a list of objects with `role` and `content`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "Value")]
+pub enum PromptText {
+    /// Text that the model continues as it stands.
+    Text(String),
+    /// A dialogue whose next turn is the assistant's; it needs a chat template.
+    Messages(Vec<Message>),
+}
+
+impl TryFrom<Value> for PromptText {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        match value {
+            Value::String(text) => Ok(Self::Text(text)),
+            Value::Array(turns) if turns.is_empty() => Err("the list of messages is empty".into()),
+            Value::Array(turns) => turns
+                .into_iter()
+                .enumerate()
+                .map(|(index, turn)| {
+                    serde_json::from_value(turn)
+                        .map_err(|error| format!("message {index}: {error}"))
+                })
+                .collect::<Result<_, _>>()
+                .map(Self::Messages),
+            other => Err(format!(
+                "a prompt is a string or a list of messages, not {other}"
+            )),
+        }
+    }
+}
+
+/// The tokenizer of a model. Clones share it.
+#[derive(Clone)]
+pub struct Tokenizer {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    tokenizer: tokenizers::Tokenizer,
+    chat: Option<ChatTemplate>,
+    bos: Option<u32>,
+}
+
+/// Who puts `<s>` and its like around a text.
+#[derive(Clone, Copy)]
+enum SpecialTokens {
+    /// The tokenizer's post-processor.
+    Added,
+    /// Whoever wrote the text.
+    Written,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of `folder`, with the chat template in the file `chat_template`, else in the
+    /// folder's `chat_template.jinja`, else in its `tokenizer_config.json`. Limits on length and padding
+    /// that `tokenizer.json` sets are ignored.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed, the template does not compile, or the tokenizer has ids that
+    /// the model of `config` does not.
+    pub fn load(
+        folder: &Path,
+        config: &ModelConfig,
+        chat_template: Option<&Path>,
+    ) -> Result<Self, ModelError> {
+        let tokenizer = read(&folder.join("tokenizer.json"))?;
+        let largest = tokenizer.get_vocab(true).into_values().max();
+        if let Some(largest) = largest.filter(|&id| id as usize >= config.vocab_size) {
+            let reason = format!(
+                "its largest token id is {largest} but the model's vocab_size is {}; \
+                 use the tokenizer.json that the model was published with",
+                config.vocab_size
+            );
+            return Err(ModelError::Tokenizer {
+                path: folder.to_owned(),
+                reason,
+            });
+        }
+        let chat = ChatTemplate::load(folder, chat_template)?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                tokenizer,
+                chat,
+                bos: config.bos,
+            }),
+        })
+    }
+
+    /// The ids of a prompt, at least one. Text gets the special tokens that the tokenizer adds; a dialogue
+    /// is rendered and has those that the template wrote. An empty text is the model's first token.
+    ///
+    /// # Errors
+    /// When the template is missing or refuses the dialogue, or nothing is left to begin with.
+    pub fn encode_prompt(&self, prompt: &PromptText) -> Result<Vec<u32>, ModelError> {
+        let (text, special) = self.written(prompt)?;
+        let ids = self.encode(&text, special)?;
+        match self.shared.bos {
+            _ if !ids.is_empty() => Ok(ids),
+            Some(bos) => Ok(vec![bos]),
+            None => Err(ModelError::Tokens {
+                reason: "the prompt is empty and the model names no token to begin with (bos_token_id); \
+                         give it some text"
+                    .into(),
+            }),
+        }
+    }
+
+    /// The ids of `completion` where it follows `prompt`, whose own ids are `prompt_ids`: those of both
+    /// together after the prompt's, or, where the seam would be split otherwise, those of `completion`
+    /// alone. No token that ends a text is added.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn encode_completion(
+        &self,
+        prompt: &PromptText,
+        prompt_ids: &[u32],
+        completion: &str,
+    ) -> Result<Vec<u32>, ModelError> {
+        let (text, special) = self.written(prompt)?;
+        let both = self.encode(&format!("{text}{completion}"), special)?;
+        match both.strip_prefix(prompt_ids) {
+            Some(following) if !prompt_ids.is_empty() => Ok(following.to_vec()),
+            _ => self.encode(completion, SpecialTokens::Written),
+        }
+    }
+
+    /// The text of `ids` without special tokens, for people. Ids that do not exist are left out.
+    #[must_use]
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.shared
+            .tokenizer
+            .decode(ids, true)
+            .unwrap_or_else(|_| self.pieces(ids))
+    }
+
+    /// The text of `ids` with special tokens, for people who look for a mistake.
+    #[must_use]
+    pub fn decode_all(&self, ids: &[u32]) -> String {
+        self.shared
+            .tokenizer
+            .decode(ids, false)
+            .unwrap_or_else(|_| self.pieces(ids))
+    }
+
+    /// The token of an id as the vocabulary writes it, which may be part of a character.
+    #[must_use]
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.shared.tokenizer.id_to_token(id)
+    }
+
+    /// Whether dialogues can be rendered.
+    #[must_use]
+    pub fn has_chat_template(&self) -> bool {
+        self.shared.chat.is_some()
+    }
+
+    /// The text of a dialogue, ending where the assistant's next turn begins.
+    ///
+    /// # Errors
+    /// When there is no template, or it refuses the dialogue.
+    pub fn render(&self, messages: &[Message]) -> Result<String, ModelError> {
+        let Some(chat) = &self.shared.chat else {
+            let reason = "the model has none; give the prompt as text, or name a template file";
+            return Err(ModelError::ChatTemplate {
+                reason: reason.into(),
+            });
+        };
+        chat.render(messages)
+    }
+
+    /// The text of a prompt, and who writes its special tokens.
+    fn written<'a>(
+        &self,
+        prompt: &'a PromptText,
+    ) -> Result<(Cow<'a, str>, SpecialTokens), ModelError> {
+        match prompt {
+            PromptText::Text(text) => Ok((text.into(), SpecialTokens::Added)),
+            PromptText::Messages(messages) => {
+                Ok((self.render(messages)?.into(), SpecialTokens::Written))
+            }
+        }
+    }
+
+    fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, ModelError> {
+        let added = matches!(special, SpecialTokens::Added);
+        let encoding = self
+            .shared
+            .tokenizer
+            .encode_fast(text, added)
+            .map_err(|error| ModelError::Tokens {
+                reason: format!("failed to split a text into tokens: {error}"),
+            })?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// What is shown when the tokenizer's own decoder fails.
+    fn pieces(&self, ids: &[u32]) -> String {
+        ids.iter().filter_map(|&id| self.token(id)).collect()
+    }
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("tokens", &self.shared.tokenizer.get_vocab_size(true))
+            .field("has_chat_template", &self.has_chat_template())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads `tokenizer.json` so that no text is cut or padded.
+fn read(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
+    let bytes = std::fs::read(path).map_err(|source| ModelError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    let malformed = |error: tokenizers::Error| ModelError::Malformed {
+        path: path.to_owned(),
+        reason: format!("it is not a tokenizer.json of the tokenizers library ({error})"),
+    };
+    let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?;
+    tokenizer
+        .with_padding(None)
+        .with_truncation(None)
+        .map_err(malformed)?;
+    Ok(tokenizer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::fixtures::{WORDS, config, shared};
+
+    const RAISING: &str = "{{ raise_exception('roles must alternate') }}";
+
+    fn words(template: &str) -> Tokenizer {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("tokenizer.json"), WORDS).unwrap();
+        fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+        Tokenizer::load(folder.path(), &config(8), None).unwrap()
+    }
+
+    fn real(folder: &str, vocab_size: usize) -> Option<Tokenizer> {
+        Some(Tokenizer::load(&shared(folder)?, &config(vocab_size), None).unwrap())
+    }
+
+    fn text(text: &str) -> PromptText {
+        PromptText::Text(text.into())
+    }
+
+    #[test]
+    fn real_tokenizers_round_trip() {
+        let cases: [(&str, usize, &str, &[u32]); 5] = [
+            ("data/tokenizers/gpt2", 50257, "Hello world", &[15496, 995]),
+            ("data/tokenizers/gpt2", 50257, "  naïve 日本\n\tend ", &[]),
+            (
+                "data/tokenizers/phi-3-mini",
+                32064,
+                "Hello world",
+                &[15043, 3186],
+            ),
+            (
+                "data/models/stories260K",
+                512,
+                "Once upon a time",
+                &[1, 403, 407, 261, 378],
+            ),
+            (
+                "data/models/stories260K",
+                512,
+                "Lily wanted a red ball.",
+                &[1, 317, 391, 266, 261, 352, 266, 268, 388, 426],
+            ),
+        ];
+        for (folder, vocab_size, words, expected) in cases {
+            let Some(tokenizer) = real(folder, vocab_size) else {
+                continue;
+            };
+            let ids = tokenizer.encode_prompt(&text(words)).unwrap();
+            assert_eq!(tokenizer.decode(&ids), words, "{folder}");
+            if !expected.is_empty() {
+                assert_eq!(ids, expected, "{folder}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_real_dialogue_has_the_special_tokens_of_its_template() {
+        let Some(tokenizer) = real("data/tokenizers/phi-3-mini", 32064) else {
+            return;
+        };
+        let prompt: PromptText =
+            serde_json::from_value(json!([{"role": "user", "content": "Hello world"}])).unwrap();
+        let ids = tokenizer.encode_prompt(&prompt).unwrap();
+        // <|user|> Hello world <|end|> <|assistant|>: the first three special tokens swallow the newline.
+        assert_eq!(ids, [32010, 15043, 3186, 32007, 32001]);
+        assert_eq!(tokenizer.decode_all(&ids[3..]), "<|end|><|assistant|>");
+        assert_eq!(tokenizer.token(32007).as_deref(), Some("<|end|>"));
+        assert_eq!(
+            tokenizer
+                .encode_completion(&prompt, &ids, "Hello world")
+                .unwrap(),
+            [15043, 3186]
+        );
+    }
+
+    #[test]
+    fn a_completion_is_split_as_it_follows_its_prompt() {
+        let Some(tokenizer) = real("data/models/stories260K", 512) else {
+            return;
+        };
+        let whole = tokenizer
+            .encode_prompt(&text("Once upon a time, there was a little girl"))
+            .unwrap();
+        let prompt = text("Once upon a time");
+        let ids = tokenizer.encode_prompt(&prompt).unwrap();
+        let completion = tokenizer
+            .encode_completion(&prompt, &ids, ", there was a little girl")
+            .unwrap();
+        assert_eq!(completion, whole[5..]);
+        assert_eq!(completion[..2], [432, 383]);
+        let empty = tokenizer.encode_completion(&prompt, &ids, "").unwrap();
+        assert!(empty.is_empty());
+    }
+
+    #[test]
+    fn a_seam_that_would_be_split_otherwise_leaves_the_prompt_alone() {
+        let Some(tokenizer) = real("data/tokenizers/gpt2", 50257) else {
+            return;
+        };
+        let prompt = text("Hello wor");
+        let ids = tokenizer.encode_prompt(&prompt).unwrap();
+        let completion = tokenizer.encode_completion(&prompt, &ids, "ld").unwrap();
+        let both = tokenizer.encode_prompt(&text("Hello world")).unwrap();
+        assert!(
+            !both.starts_with(&ids),
+            "the seam must fall inside a token: {ids:?}"
+        );
+        assert_eq!(tokenizer.decode(&[ids, completion].concat()), "Hello world");
+    }
+
+    #[test]
+    fn words_are_encoded_with_what_the_tokenizer_adds() {
+        let tokenizer = words("<s> {{ messages[0].content }}");
+        let dialogue: PromptText =
+            serde_json::from_value(json!([{"role": "user", "content": "the cat"}])).unwrap();
+        let cases: [(&PromptText, &[u32]); 4] = [
+            (&text("the cat sat on a mat"), &[1, 2, 3, 4, 5, 6, 7]),
+            (&text(""), &[1]),
+            (&text("the dog"), &[1, 2, 0]),
+            (&dialogue, &[1, 2, 3]),
+        ];
+        for (prompt, expected) in cases {
+            assert_eq!(
+                tokenizer.encode_prompt(prompt).unwrap(),
+                expected,
+                "{prompt:?}"
+            );
+        }
+        assert_eq!(
+            tokenizer
+                .encode_completion(&text("the cat"), &[1, 2, 3], " sat")
+                .unwrap(),
+            [4]
+        );
+        assert_eq!(
+            tokenizer
+                .encode_completion(&text("the cat"), &[], "sat")
+                .unwrap(),
+            [4]
+        );
+        assert_eq!(
+            tokenizer
+                .encode_completion(&dialogue, &[1, 2, 3], " sat")
+                .unwrap(),
+            [4]
+        );
+        assert_eq!(tokenizer.decode(&[1, 2, 3]), "the cat");
+        assert_eq!(tokenizer.decode_all(&[1, 2, 3, 99]), "<s> the cat");
+        assert_eq!(
+            (tokenizer.token(7).as_deref(), tokenizer.token(8)),
+            (Some("mat"), None)
+        );
+    }
+
+    #[test]
+    fn an_empty_prompt_needs_a_token_to_begin_with() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut bare: Value = serde_json::from_str(WORDS).unwrap();
+        bare["post_processor"] = Value::Null;
+        fs::write(folder.path().join("tokenizer.json"), bare.to_string()).unwrap();
+        let mut config = config(8);
+        let tokenizer = Tokenizer::load(folder.path(), &config, None).unwrap();
+        assert_eq!(tokenizer.encode_prompt(&text(" ")).unwrap(), [1]);
+        config.bos = None;
+        let tokenizer = Tokenizer::load(folder.path(), &config, None).unwrap();
+        assert!(matches!(
+            tokenizer.encode_prompt(&text(" ")),
+            Err(ModelError::Tokens { .. })
+        ));
+        assert!(!tokenizer.has_chat_template());
+        let error = tokenizer
+            .render(&[Message::new("user", "the cat")])
+            .unwrap_err();
+        assert!(error.to_string().contains("the model has none"), "{error}");
+    }
+
+    #[test]
+    fn a_template_that_raises_is_heard() {
+        let tokenizer = words(RAISING);
+        let prompt = PromptText::Messages(vec![Message::new("user", "the cat")]);
+        let error = tokenizer.encode_prompt(&prompt).unwrap_err().to_string();
+        assert!(error.contains("roles must alternate"), "{error}");
+        assert_eq!(
+            tokenizer.encode_prompt(&text("the cat")).unwrap(),
+            [1, 2, 3]
+        );
+    }
+
+    #[test]
+    fn unusable_folders_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let load = |vocab_size| {
+            Tokenizer::load(folder.path(), &config(vocab_size), None)
+                .unwrap_err()
+                .to_string()
+        };
+        let missing = load(8);
+        assert!(
+            missing.contains("tokenizer.json") && missing.contains("No such file"),
+            "{missing}"
+        );
+        fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+        assert!(
+            load(8).contains("is not usable: it is not a tokenizer.json"),
+            "{}",
+            load(8)
+        );
+        fs::write(folder.path().join("tokenizer.json"), WORDS).unwrap();
+        let large = load(7);
+        assert!(
+            large.contains("largest token id is 7") && large.contains("vocab_size is 7"),
+            "{large}"
+        );
+        assert!(Tokenizer::load(folder.path(), &config(8), None).is_ok());
+    }
+
+    #[test]
+    fn prompts_are_read_from_json() {
+        let read = |json: Value| {
+            serde_json::from_value::<PromptText>(json).map_err(|error| error.to_string())
+        };
+        assert_eq!(read(json!("Once")), Ok(text("Once")));
+        let named = read(json!([{"role": "user", "content": "Hi", "name": "Ann"}])).unwrap();
+        let PromptText::Messages(messages) = named else {
+            panic!("a list is a dialogue")
+        };
+        assert_eq!(
+            (messages[0].role.as_str(), &messages[0].extra["name"]),
+            ("user", &json!("Ann"))
+        );
+        let refused = [
+            (
+                json!(3),
+                "a prompt is a string or a list of messages, not 3",
+            ),
+            (json!([]), "the list of messages is empty"),
+            (
+                json!([{"role": "user"}, {"content": "Hi"}]),
+                "message 1: missing field `role`",
+            ),
+        ];
+        for (value, expected) in refused {
+            assert_eq!(read(value), Err(expected.to_owned()));
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Named tensors: read from a folder or a blob, checked against a configuration, written again.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+};
+
+use candle_core::{DType, Device, Tensor, Var};
+use messages::{Digest, Seed};
+use rand::Rng;
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use serde_json::Value;
+
+use crate::{ModelConfig, ModelError, config::read_json};
+
+/// The tensors of a model under their names in the folder, in the order of the names.
+#[derive(Debug, Clone)]
+pub struct Weights {
+    pub(crate) tensors: BTreeMap<String, Tensor>,
+}
+
+impl Weights {
+    /// Reads the single or sharded safetensors of `folder` as `dtype`.
+    ///
+    /// # Errors
+    /// When a file is missing or torn, or a tensor is missing or of another shape.
+    pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+        let mut found = HashMap::new();
+        for path in shards(folder)? {
+            let bytes = std::fs::read(&path)
+                .map_err(|source| ModelError::Unreadable { path: path.clone(), source })?;
+            let tensors = candle_core::safetensors::load_buffer(&bytes, device)
+                .map_err(|error| ModelError::Malformed { path, reason: torn(&error) })?;
+            found.extend(tensors);
+        }
+        Self::checked(found, config, dtype)
+    }
+
+    /// Reads what [`Self::to_blob`] wrote.
+    ///
+    /// # Errors
+    /// When the blob is torn or belongs to another configuration.
+    pub fn from_blob(blob: &[u8], config: &ModelConfig, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+        let found = candle_core::safetensors::load_buffer(blob, device)
+            .map_err(|error| ModelError::Weights { reason: torn(&error) })?;
+        Self::checked(found, config, dtype)
+    }
+
+    /// Random weights for a model that is to be trained from nothing: normal with deviation
+    /// 0.7/√fan-in for projections and 0.02 for the embedding, ones for norms, zeros for biases.
+    ///
+    /// # Errors
+    /// When the device cannot hold them.
+    pub fn initialise(config: &ModelConfig, seed: Seed, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+        let mut tensors = BTreeMap::new();
+        for (index, (name, shape)) in config.tensors().into_iter().enumerate() {
+            let mut random = ChaCha8Rng::seed_from_u64(seed.derive(index as u64).0);
+            let count: usize = shape.iter().product();
+            let values: Vec<f32> = match shape.as_slice() {
+                [_] if name.ends_with("bias") => vec![0.0; count],
+                [_] => vec![1.0; count],
+                [_, fan_in] => {
+                    let embedding = name == "model.embed_tokens.weight";
+                    let deviation = if embedding { 0.02 } else { 0.7 / (*fan_in as f64).sqrt() };
+                    (0..count).map(|_| (normal(&mut random) * deviation) as f32).collect()
+                }
+                _ => unreachable!("a decoder's tensors have one or two dimensions"),
+            };
+            let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
+            tensors.insert(name, tensor.to_dtype(dtype)?.to_device(device)?);
+        }
+        Ok(Self { tensors })
+    }
+
+    fn checked(mut found: HashMap<String, Tensor>, config: &ModelConfig, dtype: DType) -> Result<Self, ModelError> {
+        let mut tensors = BTreeMap::new();
+        for (name, shape) in config.tensors() {
+            let tensor = found.remove(&name).ok_or_else(|| ModelError::Weights {
+                reason: format!("the tensor {name} of shape {shape:?} is missing"),
+            })?;
+            if tensor.dims() != shape {
+                let reason = format!("{name} has shape {:?}, the configuration says {shape:?}", tensor.dims());
+                return Err(ModelError::Weights { reason });
+            }
+            tensors.insert(name, tensor.to_dtype(dtype)?);
+        }
+        Ok(Self { tensors })
+    }
+
+    /// The same weights as variables, copied, to be differentiated and trained.
+    ///
+    /// # Errors
+    /// When the device cannot hold them.
+    pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>), ModelError> {
+        let mut vars = BTreeMap::new();
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            let var = Var::from_tensor(&tensor.copy()?)?;
+            tensors.insert(name.clone(), var.as_tensor().clone());
+            vars.insert(name.clone(), var);
+        }
+        Ok((Self { tensors }, vars))
+    }
+
+    /// The weights as the bytes of one safetensors file. Equal weights give equal bytes.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read from its device.
+    pub fn to_blob(&self) -> Result<Vec<u8>, ModelError> {
+        let on_cpu = self
+            .tensors
+            .iter()
+            .map(|(name, tensor)| Ok((name.as_str(), tensor.to_device(&Device::Cpu)?)))
+            .collect::<Result<Vec<_>, candle_core::Error>>()?;
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        safetensors::serialize(on_cpu, Some(metadata))
+            .map_err(|error| ModelError::Weights { reason: error.to_string() })
+    }
+
+    /// The digest of [`Self::to_blob`].
+    ///
+    /// # Errors
+    /// When a tensor cannot be read from its device.
+    pub fn digest(&self) -> Result<Digest, ModelError> {
+        Ok(Digest::of(&self.to_blob()?))
+    }
+
+    /// Whether every number is finite.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read from its device.
+    pub fn is_finite(&self) -> Result<bool, ModelError> {
+        for tensor in self.tensors.values() {
+            if !crate::ops::squared_norm(tensor)?.is_finite() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Result<Tensor, ModelError> {
+        self.tensors
+            .get(name)
+            .cloned()
+            .ok_or_else(|| ModelError::Weights { reason: format!("the tensor {name} is missing") })
+    }
+}
+
+/// One draw of the standard normal distribution (Box & Muller 1958).
+fn normal(random: &mut ChaCha8Rng) -> f64 {
+    let u: f64 = 1.0 - random.random::<f64>();
+    let v: f64 = random.random();
+    (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+}
+
+fn torn(error: &candle_core::Error) -> String {
+    format!("it is truncated or not a safetensors file ({error})")
+}
+
+/// The safetensors files of a folder: one, or those that the index names.
+fn shards(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let single = folder.join("model.safetensors");
+    let index = folder.join("model.safetensors.index.json");
+    if single.exists() || !index.exists() {
+        return Ok(vec![single]);
+    }
+    let map = read_json(&index)?;
+    let Some(map) = map["weight_map"].as_object() else {
+        return Err(ModelError::Malformed { path: index, reason: "it has no \"weight_map\"".into() });
+    };
+    let mut files: Vec<&str> = map.values().filter_map(Value::as_str).collect();
+    files.sort_unstable();
+    files.dedup();
+    Ok(files.into_iter().map(|file| folder.join(file)).collect())
+}
+
+#[cfg(test)]
+impl Weights {
+    /// The same weights with one tensor multiplied.
+    pub(crate) fn scaled(mut self, name: &str, factor: f64) -> Self {
+        if let Some(tensor) = self.tensors.get_mut(name) {
+            *tensor = (&*tensor * factor).unwrap();
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::tiny_model;
+
+    #[test]
+    fn a_blob_gives_the_same_weights_back_and_equal_weights_the_same_digest() {
+        let model = tiny_model(7, 1);
+        let blob = model.weights().to_blob().unwrap();
+        let again = Weights::from_blob(&blob, model.config(), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(again.digest().unwrap(), tiny_model(7, 1).weights().digest().unwrap());
+        assert_ne!(again.digest().unwrap(), tiny_model(7, 2).weights().digest().unwrap());
+    }
+
+    #[test]
+    fn torn_foreign_and_incomplete_weights_are_refused_with_the_reason() {
+        let model = tiny_model(7, 1);
+        let blob = model.weights().to_blob().unwrap();
+        let load = |blob: &[u8], config: &ModelConfig| {
+            Weights::from_blob(blob, config, DType::F32, &Device::Cpu).unwrap_err().to_string()
+        };
+        assert!(load(&blob[..blob.len() - 4], model.config()).contains("truncated"));
+        let other = load(&blob, tiny_model(8, 1).config());
+        assert!(other.contains("[7, 16]") && other.contains("[8, 16]"), "{other}");
+        let mut fewer = model.weights().clone();
+        fewer.tensors.remove("model.norm.weight");
+        let missing = load(&fewer.to_blob().unwrap(), model.config());
+        assert!(missing.contains("model.norm.weight of shape [16] is missing"), "{missing}");
+    }
+
+    #[test]
+    fn a_truncated_file_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = tiny_model(7, 1);
+        let blob = model.weights().to_blob().unwrap();
+        let path = folder.path().join("model.safetensors");
+        std::fs::write(&path, &blob[..blob.len() / 2]).unwrap();
+        let load = || Weights::load(folder.path(), model.config(), DType::F32, &Device::Cpu);
+        let error = load().unwrap_err().to_string();
+        assert!(error.contains("model.safetensors") && error.contains("truncated"), "{error}");
+        std::fs::remove_file(&path).unwrap();
+        assert!(load().unwrap_err().to_string().contains("failed to read"));
+    }
+
+    #[test]
+    fn shards_are_read_through_their_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = tiny_model(7, 1);
+        let mut map = serde_json::Map::new();
+        for (index, name) in model.weights().tensors.keys().enumerate() {
+            map.insert(name.clone(), format!("part-{}.safetensors", index % 2).into());
+        }
+        for part in 0..2 {
+            let tensors = model.weights().tensors.iter().enumerate();
+            let tensors = tensors.filter(|(i, _)| i % 2 == part).map(|(_, (n, t))| (n.clone(), t.clone()));
+            let half = Weights { tensors: tensors.collect() };
+            let path = folder.path().join(format!("part-{part}.safetensors"));
+            std::fs::write(path, half.to_blob().unwrap()).unwrap();
+        }
+        let index = serde_json::json!({ "weight_map": map }).to_string();
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+        let whole = Weights::load(folder.path(), model.config(), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(whole.digest().unwrap(), model.weights().digest().unwrap());
+    }
+
+    #[test]
+    fn weights_with_a_nan_are_not_finite() {
+        let model = tiny_model(5, 1);
+        assert!(model.weights().is_finite().unwrap());
+        let broken = model.weights().clone().scaled("model.norm.weight", f64::NAN);
+        assert!(!broken.is_finite().unwrap());
+    }
+}

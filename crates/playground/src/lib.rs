@@ -1,0 +1,38 @@
+//! The synthetic summarisation world with a known gold preference, and the bandit world.
+//!
+//! Everything here is generated from a seed and pure: no downloads, no clock, no tensors. Because the preference
+//! is known exactly, over-optimisation, calibration and intransitivity can be measured instead of guessed.
+//! The crate knows nothing of models beyond the files it writes, and nothing of the roles that play in it.
+
+mod bandit;
+mod base;
+mod error;
+mod facts;
+mod fixed_point;
+mod gold;
+mod grammar;
+mod llama;
+mod pairs;
+mod post;
+mod seed;
+mod stream;
+mod style;
+mod summary;
+mod target;
+mod template;
+mod tokenizer;
+mod vocabulary;
+
+pub use bandit::Bandit;
+pub use base::base_config_json;
+pub use error::Error;
+pub use facts::Facts;
+pub use fixed_point::{fixed_point, mixture};
+pub use gold::{SUMMARY_CAP, Utility, preference, utility};
+pub use pairs::{FLIP, noisy_label};
+pub use post::Post;
+pub use stream::{held_out_post, held_out_seed, train_post, train_seed};
+pub use style::{Style, exploitability, style_of, style_preference};
+pub use target::{Kind, Target, sft_target};
+pub use tokenizer::write_tokenizer;
+pub use vocabulary::{BOS, EOS, PAD, SEP, Tag, VOCABULARY_SIZE, Vocabulary};

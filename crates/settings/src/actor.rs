@@ -1,0 +1,29 @@
+//! `[actor]`.
+
+use serde::{Deserialize, Serialize};
+
+/// How completions are sampled.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActorSettings {
+    /// Actors in this process.
+    pub count: usize,
+    /// Completions that one actor writes at once.
+    pub slots: usize,
+    /// Completions of a prompt.
+    pub num_generations: usize,
+    /// Weight on the reference in the behaviour policy.
+    pub mixture_coef: f64,
+    /// Divides the mixed logits.
+    pub temperature: f64,
+    /// Only so many of the likeliest tokens; 0: all.
+    pub top_k: usize,
+    /// Only the likeliest tokens that together have this probability; 1: all.
+    pub top_p: f64,
+    /// Only tokens at least so likely, relative to the likeliest; 0: all.
+    pub min_p: f64,
+    /// The longest completion, in tokens.
+    pub max_new_tokens: usize,
+    /// The longest prompt, in tokens.
+    pub max_prompt_length: usize,
+}

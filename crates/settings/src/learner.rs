@@ -1,0 +1,160 @@
+//! `[learner]`.
+
+use serde::{Deserialize, Serialize};
+
+/// How the policy learns.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LearnerSettings {
+    /// Optimiser steps of the run.
+    pub steps: u64,
+    /// Prompts in a step.
+    pub train_batch_size: usize,
+    /// Passes that a step is split into.
+    pub gradient_accumulation_steps: usize,
+    /// The learning rate at its height.
+    pub learning_rate: f64,
+    /// How it falls.
+    pub lr_scheduler_type: LrSchedulerType,
+    /// Share of the steps over which it rises.
+    pub warmup_ratio: f64,
+    /// The share of it that linear and cosine leave at the end.
+    pub min_lr_ratio: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Decay of the gradient's mean.
+    pub adam_beta1: f64,
+    /// Decay of the squared gradient's mean.
+    pub adam_beta2: f64,
+    /// Keeps the division finite.
+    pub adam_epsilon: f64,
+    /// The gradient's norm is clipped to it.
+    pub max_grad_norm: f64,
+    /// Steps between two publications of weights.
+    pub weight_sync_steps: u64,
+    /// The oldest pair that is trained on, in learner steps, inclusive.
+    pub max_staleness: u64,
+    /// Steps between two checkpoints; 0: only at the end.
+    pub save_steps: u64,
+    /// Checkpoints kept.
+    pub save_total_limit: usize,
+    /// What becomes of the judge's p.
+    pub label: LabelKind,
+    /// Labels move this share of the way to ½.
+    pub label_smoothing: f64,
+    /// How token log-probabilities become a completion's.
+    pub logp_reduction: LogpReduction,
+    /// Non-finite steps in a row before the run goes back to its last checkpoint.
+    pub rollback_after: u64,
+    /// How long a step waits for its pairs, in seconds.
+    pub batch_timeout_seconds: u64,
+    /// The loss.
+    pub objective: ObjectiveSettings,
+}
+
+/// How the learning rate falls after its warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LrSchedulerType {
+    /// It does not.
+    Constant,
+    /// In a straight line.
+    Linear,
+    /// Along half a cosine.
+    Cosine,
+}
+
+/// What becomes of the judge's p before it is trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LabelKind {
+    /// Nothing.
+    Soft,
+    /// 1 with probability p, else 0.
+    Sampled,
+    /// 1 above ½, 0 below.
+    Hard,
+}
+
+/// How token log-probabilities become a completion's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogpReduction {
+    /// Their sum.
+    Sum,
+    /// Their mean.
+    Mean,
+}
+
+/// The loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum ObjectiveSettings {
+    /// Identity preference optimisation; with `actor.mixture_coef` above 0, IPO-MD.
+    Ipo {
+        /// KL temperature.
+        tau: f64,
+        /// Which of the two forms.
+        scale: IpoScale,
+    },
+    /// Direct preference optimisation.
+    Dpo {
+        /// KL temperature.
+        beta: f64,
+    },
+    /// Sequence likelihood calibration.
+    Slic {
+        /// KL temperature.
+        beta: f64,
+    },
+    /// Regularised preference optimisation.
+    Rpo {
+        /// KL temperature.
+        beta: f64,
+        /// Weight of the golden answer, times `beta`.
+        eta: f64,
+        /// Which of the two forms.
+        nll: RpoNll,
+        /// The weight in the form `mean`.
+        nll_coef: f64,
+    },
+    /// Nash-MD by policy gradient.
+    NashMdPg {
+        /// KL temperature.
+        tau: f64,
+    },
+}
+
+/// The scale of the IPO loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IpoScale {
+    /// `(h − (p − ½)/τ)²`.
+    Square,
+    /// `τh² − (2p − 1)h`.
+    Scaled,
+}
+
+/// The regulariser of RPO.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RpoNll {
+    /// `η·β` times the summed negative log-probability.
+    Sum,
+    /// `nll_coef` times the token mean.
+    Mean,
+}
+
+impl ObjectiveSettings {
+    /// The kind, as the settings name it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Ipo { .. } => "ipo",
+            Self::Dpo { .. } => "dpo",
+            Self::Slic { .. } => "slic",
+            Self::Rpo { .. } => "rpo",
+            Self::NashMdPg { .. } => "nash-md-pg",
+        }
+    }
+}

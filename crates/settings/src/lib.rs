@@ -1,0 +1,53 @@
+//! The configuration: structs, one commented default file, validation in sentences.
+//!
+//! [`resolve`] lays a user's file and the command line's overrides over `configs/default.toml` and
+//! reports every mistake at once, each with its path and, for an unknown key, the nearest valid one.
+//! Nothing reads a file, the environment or a default anywhere else. This crate knows what a setting
+//! may be, not what is done with it.
+
+mod actor;
+mod choice;
+mod error;
+mod evaluation;
+mod learner;
+mod model;
+mod playground;
+mod preference;
+mod prompts;
+mod repair;
+mod resolve;
+mod run;
+mod validate;
+
+use serde::{Deserialize, Serialize};
+
+pub use actor::ActorSettings;
+pub use error::{Problem, SettingsError};
+pub use evaluation::{EvaluationSettings, TelemetrySettings};
+pub use learner::{
+    IpoScale, LabelKind, LearnerSettings, LogpReduction, LrSchedulerType, ObjectiveSettings, RpoNll,
+};
+pub use model::{DtypeSetting, ModelSettings};
+pub use playground::{PlaygroundSettings, SftSettings};
+pub use preference::{JudgeSettings, PreferenceSettings, RuleSettings};
+pub use prompts::{JsonlPrompts, PromptsSettings};
+pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
+pub use run::{RunSettings, TransportSettings};
+
+/// Everything that can be set. See `configs/default.toml` for what each key means.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each section's type says what it is")]
+pub struct Settings {
+    pub run: RunSettings,
+    pub transport: TransportSettings,
+    pub model: ModelSettings,
+    pub prompts: PromptsSettings,
+    pub playground: PlaygroundSettings,
+    pub sft: SftSettings,
+    pub actor: ActorSettings,
+    pub preference: PreferenceSettings,
+    pub learner: LearnerSettings,
+    pub evaluation: EvaluationSettings,
+    pub telemetry: TelemetrySettings,
+}

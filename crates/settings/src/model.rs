@@ -1,0 +1,34 @@
+//! `[model]`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Which language model is trained, in which numbers, where.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSettings {
+    /// A Hugging Face folder. Without it the world of `prompts.kind` makes the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// The reference probabilities of a bandit's arms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference_probabilities: Option<Vec<f64>>,
+    /// The numbers of the weights.
+    pub dtype: DtypeSetting,
+    /// `cpu`, `cuda`, `cuda:N` or `metal`.
+    pub device: String,
+    /// A chat template in place of the tokenizer's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<PathBuf>,
+}
+
+/// A number format for weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DtypeSetting {
+    /// 32-bit floating point.
+    F32,
+    /// 16-bit brain floating point.
+    Bf16,
+}

@@ -1,0 +1,408 @@
+//! What no type can say: ranges, and settings that contradict each other.
+
+use crate::{JudgeSettings, ObjectiveSettings, Problem, PromptsSettings, Settings, SftSettings};
+
+/// Every contradiction and every number out of its range.
+pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
+    let mut checks = Checks {
+        problems: Vec::new(),
+    };
+    checks.sampling(settings);
+    checks.learning(settings);
+    checks.schedule(settings);
+    checks.supervised(&settings.sft);
+    checks.worlds(settings);
+    checks.judge(settings);
+    checks.objective(settings);
+    checks.problems
+}
+
+struct Checks {
+    problems: Vec<Problem>,
+}
+
+impl Checks {
+    fn require(&mut self, holds: bool, path: &str, message: impl Into<String>) {
+        if !holds {
+            self.problems.push(Problem::new(path, message));
+        }
+    }
+
+    fn positive(&mut self, value: f64, path: &str) {
+        let holds = value > 0.0 && value.is_finite();
+        self.require(holds, path, format!("{value} must be greater than 0"));
+    }
+
+    fn share(&mut self, value: f64, path: &str) {
+        self.require(
+            (0.0..=1.0).contains(&value),
+            path,
+            format!("{value} must be from 0 to 1"),
+        );
+    }
+
+    fn at_least(&mut self, value: u64, least: u64, path: &str) {
+        self.require(
+            value >= least,
+            path,
+            format!("{value} must be at least {least}"),
+        );
+    }
+
+    fn decay(&mut self, value: f64, path: &str) {
+        let holds = (0.0..1.0).contains(&value);
+        self.require(holds, path, format!("{value} must be from 0 to below 1"));
+    }
+
+    fn sampling(&mut self, settings: &Settings) {
+        let actor = &settings.actor;
+        self.at_least(actor.count as u64, 1, "actor.count");
+        self.at_least(actor.num_generations as u64, 2, "actor.num_generations");
+        self.at_least(actor.max_new_tokens as u64, 1, "actor.max_new_tokens");
+        self.at_least(actor.max_prompt_length as u64, 1, "actor.max_prompt_length");
+        self.require(
+            actor.slots >= actor.num_generations,
+            "actor.slots",
+            format!(
+                "{} slots cannot hold the {} completions of one prompt (actor.num_generations)",
+                actor.slots, actor.num_generations
+            ),
+        );
+        self.share(actor.mixture_coef, "actor.mixture_coef");
+        self.positive(actor.temperature, "actor.temperature");
+        self.positive(actor.top_p, "actor.top_p");
+        self.share(actor.top_p, "actor.top_p");
+        self.decay(actor.min_p, "actor.min_p");
+    }
+
+    fn learning(&mut self, settings: &Settings) {
+        let learner = &settings.learner;
+        self.at_least(
+            learner.train_batch_size as u64,
+            1,
+            "learner.train_batch_size",
+        );
+        self.at_least(learner.steps, 1, "learner.steps");
+        let passes = learner.gradient_accumulation_steps;
+        self.at_least(passes as u64, 1, "learner.gradient_accumulation_steps");
+        self.require(
+            passes == 0 || learner.train_batch_size.is_multiple_of(passes),
+            "learner.gradient_accumulation_steps",
+            format!(
+                "{passes} does not divide learner.train_batch_size = {}",
+                learner.train_batch_size
+            ),
+        );
+        self.positive(learner.learning_rate, "learner.learning_rate");
+        self.share(learner.warmup_ratio, "learner.warmup_ratio");
+        self.share(learner.min_lr_ratio, "learner.min_lr_ratio");
+        self.decay(learner.adam_beta1, "learner.adam_beta1");
+        self.decay(learner.adam_beta2, "learner.adam_beta2");
+        self.positive(learner.adam_epsilon, "learner.adam_epsilon");
+        self.positive(learner.max_grad_norm, "learner.max_grad_norm");
+        self.require(
+            learner.weight_decay >= 0.0 && learner.weight_decay.is_finite(),
+            "learner.weight_decay",
+            format!("{} must not be negative", learner.weight_decay),
+        );
+        self.share(learner.label_smoothing, "learner.label_smoothing");
+    }
+
+    fn schedule(&mut self, settings: &Settings) {
+        let learner = &settings.learner;
+        self.at_least(learner.weight_sync_steps, 1, "learner.weight_sync_steps");
+        self.at_least(learner.rollback_after, 1, "learner.rollback_after");
+        self.at_least(
+            learner.save_total_limit as u64,
+            1,
+            "learner.save_total_limit",
+        );
+        self.at_least(
+            learner.batch_timeout_seconds,
+            1,
+            "learner.batch_timeout_seconds",
+        );
+        self.require(
+            learner.weight_sync_steps <= learner.max_staleness.saturating_add(1),
+            "learner.max_staleness",
+            format!(
+                "{} cannot be kept when weights are published only every {} steps \
+                 (learner.weight_sync_steps): raise it to {} or publish more often",
+                learner.max_staleness,
+                learner.weight_sync_steps,
+                learner.weight_sync_steps.saturating_sub(1)
+            ),
+        );
+        self.at_least(settings.evaluation.prompts as u64, 1, "evaluation.prompts");
+        self.at_least(
+            settings.telemetry.logging_steps,
+            1,
+            "telemetry.logging_steps",
+        );
+        self.at_least(
+            settings.preference.max_batch as u64,
+            1,
+            "preference.max_batch",
+        );
+    }
+
+    fn supervised(&mut self, sft: &SftSettings) {
+        self.at_least(sft.steps, 1, "sft.steps");
+        self.at_least(sft.train_batch_size as u64, 1, "sft.train_batch_size");
+        self.at_least(sft.max_length as u64, 2, "sft.max_length");
+        self.positive(sft.learning_rate, "sft.learning_rate");
+        self.share(sft.warmup_ratio, "sft.warmup_ratio");
+        self.share(sft.min_lr_ratio, "sft.min_lr_ratio");
+        self.decay(sft.adam_beta1, "sft.adam_beta1");
+        self.decay(sft.adam_beta2, "sft.adam_beta2");
+        self.positive(sft.max_grad_norm, "sft.max_grad_norm");
+    }
+
+    fn worlds(&mut self, settings: &Settings) {
+        let (model, prompts) = (&settings.model, &settings.prompts);
+        let world = &settings.playground;
+        self.require(
+            world.heads > 0 && world.hidden_size.is_multiple_of(2 * world.heads.max(1)),
+            "playground.hidden_size",
+            format!(
+                "{} must be an even multiple of playground.heads = {}",
+                world.hidden_size, world.heads
+            ),
+        );
+        self.require(
+            model.path.is_none() || model.reference_probabilities.is_none(),
+            "model.reference_probabilities",
+            "a model is either read from model.path or made from these probabilities, not both",
+        );
+        let is_bandit = matches!(prompts, PromptsSettings::Bandit {});
+        self.require(
+            is_bandit == model.reference_probabilities.is_some(),
+            "model.reference_probabilities",
+            "these belong to prompts.kind = \"bandit\", and a bandit needs them: one per arm",
+        );
+        self.require(
+            !is_bandit || settings.actor.max_new_tokens == 1,
+            "actor.max_new_tokens",
+            "a bandit's completion is one arm: set it to 1",
+        );
+        if let PromptsSettings::Jsonl(jsonl) = prompts {
+            self.require(
+                !jsonl.path.as_os_str().is_empty(),
+                "prompts.path",
+                "name the file of prompts",
+            );
+            self.require(
+                model.path.is_some(),
+                "model.path",
+                "prompts.kind = \"jsonl\" needs a model: name a Hugging Face folder",
+            );
+        }
+        if let Some(probabilities) = &model.reference_probabilities {
+            self.probabilities(probabilities);
+        }
+    }
+
+    fn probabilities(&mut self, probabilities: &[f64]) {
+        let path = "model.reference_probabilities";
+        let sum: f64 = probabilities.iter().sum();
+        self.require(
+            probabilities.len() >= 2,
+            path,
+            "a bandit has at least two arms",
+        );
+        self.require(
+            probabilities.iter().all(|&p| p > 0.0 && p < 1.0),
+            path,
+            "every arm's probability must lie between 0 and 1",
+        );
+        self.require(
+            (sum - 1.0).abs() < 1e-6,
+            path,
+            format!("they add up to {sum}, not to 1"),
+        );
+    }
+
+    fn judge(&mut self, settings: &Settings) {
+        match &settings.preference.judge {
+            JudgeSettings::Gold { cycle } => {
+                self.require(
+                    matches!(settings.prompts, PromptsSettings::Playground {}),
+                    "preference.judge.kind",
+                    "\"gold\" judges the playground's summaries only; use \"rule\" for other prompts",
+                );
+                self.require(
+                    cycle.is_finite(),
+                    "preference.judge.cycle",
+                    "it must be a finite number",
+                );
+            }
+            JudgeSettings::Matrix { matrix } => self.matrix(matrix, settings),
+            JudgeSettings::Rule { temperature, rules } => {
+                let path = "preference.judge.temperature";
+                let holds = *temperature >= 0.0 && temperature.is_finite();
+                self.require(holds, path, format!("{temperature} must not be negative"));
+                self.require(
+                    !rules.is_empty(),
+                    "preference.judge.rules",
+                    "name at least one rule",
+                );
+            }
+        }
+    }
+
+    fn matrix(&mut self, matrix: &[Vec<f64>], settings: &Settings) {
+        let path = "preference.judge.matrix";
+        let arms = matrix.len();
+        let expected = settings
+            .model
+            .reference_probabilities
+            .as_ref()
+            .map_or(arms, Vec::len);
+        self.require(
+            settings.model.reference_probabilities.is_some(),
+            path,
+            "a matrix judges a bandit's arms: set prompts.kind = \"bandit\"",
+        );
+        if arms == 0 || arms != expected || matrix.iter().any(|row| row.len() != arms) {
+            let message =
+                format!("it must have {expected} rows of {expected} numbers, one per arm");
+            self.require(false, path, message);
+            return;
+        }
+        for (i, row) in matrix.iter().enumerate() {
+            for (j, &p) in row.iter().enumerate().skip(i) {
+                self.require(
+                    (0.0..=1.0).contains(&p) && (p + matrix[j][i] - 1.0).abs() < 1e-6,
+                    path,
+                    format!(
+                        "[{i}][{j}] = {p} and [{j}][{i}] = {} must add up to 1",
+                        matrix[j][i]
+                    ),
+                );
+            }
+        }
+    }
+
+    fn objective(&mut self, settings: &Settings) {
+        let path = |key: &str| format!("learner.objective.{key}");
+        match &settings.learner.objective {
+            ObjectiveSettings::Ipo { tau, .. } => self.positive(*tau, &path("tau")),
+            ObjectiveSettings::Dpo { beta } | ObjectiveSettings::Slic { beta } => {
+                self.positive(*beta, &path("beta"));
+            }
+            ObjectiveSettings::Rpo {
+                beta,
+                eta,
+                nll_coef,
+                ..
+            } => {
+                self.positive(*beta, &path("beta"));
+                self.require(
+                    *eta >= 0.0,
+                    &path("eta"),
+                    format!("{eta} must not be negative"),
+                );
+                self.require(
+                    *nll_coef >= 0.0,
+                    &path("nll_coef"),
+                    format!("{nll_coef} must not be negative"),
+                );
+                let golden = match &settings.prompts {
+                    PromptsSettings::Playground {} => true,
+                    PromptsSettings::Bandit {} => false,
+                    PromptsSettings::Jsonl(jsonl) => !jsonl.golden_column.is_empty(),
+                };
+                self.require(
+                    golden,
+                    &path("kind"),
+                    "\"rpo\" needs a golden answer for every prompt: name prompts.golden_column",
+                );
+            }
+            ObjectiveSettings::NashMdPg { tau } => {
+                self.positive(*tau, &path("tau"));
+                self.require(
+                    settings.actor.num_generations == 2,
+                    "actor.num_generations",
+                    "\"nash-md-pg\" compares one completion of the policy with one of the mixture: set it to 2",
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{SettingsError, resolve};
+
+    fn mistakes(text: &str) -> Vec<String> {
+        match resolve(text, "test.toml", &[]) {
+            Ok(_) => Vec::new(),
+            Err(SettingsError::Problems { problems, .. }) => {
+                problems.iter().map(ToString::to_string).collect()
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn contradictions_are_named_with_both_keys() {
+        let cases = [
+            (
+                "[learner]\nweight_sync_steps = 4\nmax_staleness = 1",
+                "raise it to 3",
+            ),
+            (
+                "[learner]\ntrain_batch_size = 10\ngradient_accumulation_steps = 4",
+                "does not divide",
+            ),
+            ("[actor]\nslots = 1", "actor.num_generations"),
+            (
+                "[actor]\nmixture_coef = 1.5",
+                "actor.mixture_coef: 1.5 must be from 0 to 1",
+            ),
+            (
+                "[model]\nreference_probabilities = [0.5, 0.5]",
+                "belong to prompts.kind = \"bandit\"",
+            ),
+            ("[prompts]\nkind = \"jsonl\"\npath = \"x\"", "model.path"),
+            (
+                "[preference.judge]\nkind = \"matrix\"\nmatrix = [[0.5]]",
+                "a matrix judges a bandit's arms",
+            ),
+            (
+                "[learner.objective]\nkind = \"nash-md-pg\"\n[actor]\nnum_generations = 4",
+                "set it to 2",
+            ),
+            (
+                "[learner.objective]\nkind = \"dpo\"\nbeta = 0",
+                "learner.objective.beta",
+            ),
+            (
+                "[model]\npath = \"m\"\n[prompts]\nkind = \"jsonl\"\npath = \"p\"\n\
+                 [preference.judge]\nkind = \"rule\"\nrules = [{ kind = \"ended\", weight = 1 }]\n\
+                 [learner.objective]\nkind = \"rpo\"",
+                "prompts.golden_column",
+            ),
+        ];
+        for (text, expected) in cases {
+            let mistakes = mistakes(text);
+            assert!(
+                mistakes.iter().any(|m| m.contains(expected)),
+                "{text:?} gave {mistakes:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_bandit_needs_a_matrix_that_is_a_preference() {
+        let bandit = |matrix: &str| {
+            mistakes(&format!(
+                "[prompts]\nkind = \"bandit\"\n[model]\nreference_probabilities = [0.4, 0.6]\n\
+                 [actor]\nmax_new_tokens = 1\n[preference.judge]\nkind = \"matrix\"\nmatrix = {matrix}"
+            ))
+        };
+        assert_eq!(bandit("[[0.5, 0.7], [0.3, 0.5]]"), Vec::<String>::new());
+        assert!(bandit("[[0.5, 0.7], [0.4, 0.5]]")[0].contains("[0][1] = 0.7 and [1][0] = 0.4"));
+        assert!(bandit("[[0.5]]")[0].contains("2 rows of 2 numbers"));
+    }
+}

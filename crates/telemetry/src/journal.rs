@@ -1,0 +1,227 @@
+//! The run's numbers, step by step: `metrics.jsonl`.
+//!
+//! Every line is one valid JSON object, `{"step":…,"wall_seconds":…,"loss":…}`. A number that is not
+//! finite is written as null and its name is listed under `nonfinite`, so that the line stays JSON
+//! and the accident stays visible.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::lines::{LineFile, read_lines};
+use crate::{Error, Measurements};
+
+const STEP: &str = "step";
+const WALL_SECONDS: &str = "wall_seconds";
+const NONFINITE: &str = "nonfinite";
+
+/// The writer of `metrics.jsonl`; one process appends, anyone may read.
+#[derive(Debug)]
+pub struct Journal {
+    lines: LineFile,
+}
+
+/// A line of `metrics.jsonl`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "Map<String, Value>")]
+pub struct JournalLine {
+    /// The learner step.
+    pub step: u64,
+    /// Seconds since the run began, pauses between resumes left out.
+    pub wall_seconds: f64,
+    /// The numbers; one that was not finite is NaN here.
+    pub measurements: Measurements,
+}
+
+impl Journal {
+    /// Opens the journal at `path` for appending; a last line torn by a crash is cut off.
+    ///
+    /// # Errors
+    /// When the file cannot be created, read or mended.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Ok(Self {
+            lines: LineFile::open(path)?,
+        })
+    }
+
+    /// Appends one line, which is with the operating system when this returns. `wall_seconds` is
+    /// the time since the run began.
+    ///
+    /// # Errors
+    /// When a measurement is called `step`, `wall_seconds` or `nonfinite`, or the file refuses.
+    pub fn append(
+        &mut self,
+        step: u64,
+        wall_seconds: f64,
+        measurements: &Measurements,
+    ) -> Result<(), Error> {
+        let mut row = Map::new();
+        row.insert(STEP.into(), step.into());
+        row.insert(WALL_SECONDS.into(), wall_seconds.into());
+        for (name, value) in measurements.iter() {
+            if [STEP, WALL_SECONDS, NONFINITE].contains(&name) {
+                return Err(Error::ReservedName { name: name.into() });
+            }
+            // `Value::from` makes null of a number that is not finite.
+            row.insert(name.into(), value.into());
+        }
+        let is_wrong = |&(_, value): &(&str, f64)| !value.is_finite();
+        let nonfinite: Vec<_> = measurements
+            .iter()
+            .filter(is_wrong)
+            .map(|(name, _)| name)
+            .collect();
+        if !nonfinite.is_empty() {
+            row.insert(NONFINITE.into(), nonfinite.into());
+        }
+        self.lines.append(&row)
+    }
+
+    /// Drops the lines of steps later than `step`, which a resumed run takes again; says how many.
+    ///
+    /// # Errors
+    /// When the file cannot be read or replaced; it is then as it was.
+    pub fn truncate_after(&mut self, step: u64) -> Result<usize, Error> {
+        self.lines.truncate_after(step)
+    }
+
+    /// Every line of the journal at `path`; a line that is still being written is left out.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or a line is not one of a journal.
+    pub fn read(path: &Path) -> Result<Vec<JournalLine>, Error> {
+        read_lines(path)
+    }
+}
+
+impl TryFrom<Map<String, Value>> for JournalLine {
+    type Error = String;
+
+    fn try_from(mut row: Map<String, Value>) -> Result<Self, String> {
+        let mut take = |name: &str| row.shift_remove(name).unwrap_or_default();
+        let step = take(STEP).as_u64().ok_or("`step` is not a whole number")?;
+        let wall_seconds = take(WALL_SECONDS).as_f64().unwrap_or(f64::NAN);
+        take(NONFINITE);
+        let number = |(name, value): (String, Value)| match value {
+            Value::Null => Ok((name, f64::NAN)),
+            value => value
+                .as_f64()
+                .map(|x| (name.clone(), x))
+                .ok_or(format!("`{name}` is not a number")),
+        };
+        let measurements = row.into_iter().map(number).collect::<Result<_, _>>()?;
+        Ok(Self {
+            step,
+            wall_seconds,
+            measurements,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn measured(values: &[(&'static str, f64)]) -> Measurements {
+        values.iter().copied().collect()
+    }
+
+    #[test]
+    fn a_line_is_valid_json_whatever_the_numbers_are() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let mut journal = Journal::open(&path).unwrap();
+        journal
+            .append(1, 0.5, &measured(&[("loss", 0.25), ("loss/ipo", 1e-9)]))
+            .unwrap();
+        let broken = [
+            ("loss", f64::NAN),
+            ("tau", 0.1),
+            ("grad_norm", f64::NEG_INFINITY),
+        ];
+        journal.append(2, 1.0, &measured(&broken)).unwrap();
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            "{\"step\":1,\"wall_seconds\":0.5,\"loss\":0.25,\"loss/ipo\":1e-9}\n\
+             {\"step\":2,\"wall_seconds\":1.0,\"loss\":null,\"tau\":0.1,\"grad_norm\":null,\
+             \"nonfinite\":[\"loss\",\"grad_norm\"]}\n"
+        );
+        let lines = Journal::read(&path).unwrap();
+        assert_eq!(
+            lines[0].measurements,
+            measured(&[("loss", 0.25), ("loss/ipo", 1e-9)])
+        );
+        assert_eq!(
+            (
+                lines[1].step,
+                lines[1].wall_seconds,
+                lines[1].measurements.len()
+            ),
+            (2, 1.0, 3)
+        );
+        assert!(lines[1].measurements.get("grad_norm").unwrap().is_nan());
+        assert_eq!(lines[1].measurements.get("tau"), Some(0.1));
+    }
+
+    #[test]
+    fn a_measurement_cannot_take_the_place_of_a_column() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let mut journal = Journal::open(&path).unwrap();
+        for name in ["step", "wall_seconds", "nonfinite"] {
+            let message = journal
+                .append(1, 0.0, &measured(&[(name, 1.0)]))
+                .unwrap_err()
+                .to_string();
+            assert!(message.contains(&format!("`{name}`")), "{message}");
+        }
+        assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn a_resumed_run_takes_its_later_steps_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let mut journal = Journal::open(&path).unwrap();
+        for step in 1..=5u32 {
+            journal
+                .append(step.into(), 0.0, &measured(&[("loss", step.into())]))
+                .unwrap();
+        }
+        drop(journal);
+        let whole = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("{whole}{{\"step\":6,\"wall")).unwrap();
+
+        let mut journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.truncate_after(3).unwrap(), 2);
+        journal
+            .append(4, 0.0, &measured(&[("loss", 40.0)]))
+            .unwrap();
+        let lines = Journal::read(&path).unwrap();
+        let losses: Vec<_> = lines
+            .iter()
+            .map(|l| (l.step, l.measurements.get("loss").unwrap()))
+            .collect();
+        assert_eq!(losses, [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]);
+    }
+
+    #[test]
+    fn a_line_of_something_else_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let cases = [
+            "{\"loss\":1}",
+            "{\"step\":-1}",
+            "{\"step\":1,\"loss\":\"low\"}",
+            "[1]",
+        ];
+        for line in cases {
+            fs::write(&path, format!("{line}\n")).unwrap();
+            let message = Journal::read(&path).unwrap_err().to_string();
+            assert!(message.starts_with("read line 1 of "), "{line}: {message}");
+        }
+    }
+}

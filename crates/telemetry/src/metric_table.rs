@@ -1,0 +1,361 @@
+//! Every metric of the field, declared once: its name, what it is, and what it says.
+//!
+//! A metric that is not here is not published. The names are those of `metrics.jsonl`.
+
+use crate::registry::MetricUnit::{
+    Bytes, Count, Nats, Number, PairsPerSecond, Ratio, Seconds, Steps, Tokens, TokensPerSecond,
+};
+use crate::registry::{MetricInfo, MetricKind, MetricUnit};
+
+/// Every metric there is, topic by topic.
+pub const METRICS: &[MetricInfo] = &[
+    // The loss.
+    gauge("loss", Number, "the step's loss, all its terms together"),
+    gauge("loss/ipo", Number, "the IPO term"),
+    gauge("loss/dpo", Number, "the DPO term"),
+    gauge("loss/slic", Number, "the SLiC hinge term"),
+    gauge("loss/rpo", Number, "the RPO likelihood term"),
+    gauge(
+        "loss/nash_md_pg",
+        Number,
+        "the Nash-MD policy-gradient surrogate; its gradient means more than its value",
+    ),
+    gauge("loss/ganpo", Number, "the GANPO generator term"),
+    gauge(
+        "loss/preference",
+        Number,
+        "the preference model's training loss",
+    ),
+    // Implicit rewards.
+    gauge(
+        "rewards/chosen",
+        Nats,
+        "beta times log pi over ref of the preferred completions, mean",
+    ),
+    gauge(
+        "rewards/rejected",
+        Nats,
+        "beta times log pi over ref of the other completions, mean",
+    ),
+    gauge(
+        "rewards/margins",
+        Nats,
+        "chosen minus rejected implicit reward, mean",
+    ),
+    gauge(
+        "rewards/accuracies",
+        Ratio,
+        "share of pairs whose chosen implicit reward is the larger",
+    ),
+    gauge(
+        "logps/chosen",
+        Nats,
+        "log-probability of the preferred completions, mean",
+    ),
+    gauge(
+        "logps/rejected",
+        Nats,
+        "log-probability of the other completions, mean",
+    ),
+    // The objective.
+    gauge(
+        "objective/kl",
+        Nats,
+        "KL of the policy from the reference, per completion",
+    ),
+    gauge(
+        "objective/entropy",
+        Nats,
+        "entropy of the policy, estimated from its completions",
+    ),
+    gauge("objective/scores", Number, "the judge's scores, mean"),
+    gauge(
+        "objective/scores_margin",
+        Number,
+        "difference of the judge's scores within a pair, mean",
+    ),
+    // Completions.
+    gauge(
+        "completions/mean_length",
+        Tokens,
+        "mean length of the step's completions",
+    ),
+    gauge(
+        "completions/min_length",
+        Tokens,
+        "length of the shortest completion",
+    ),
+    gauge(
+        "completions/max_length",
+        Tokens,
+        "length of the longest completion",
+    ),
+    gauge(
+        "completions/clipped_ratio",
+        Ratio,
+        "share of completions that reached max_new_tokens",
+    ),
+    gauge(
+        "val/contain_eos_token",
+        Ratio,
+        "share of completions that hold an end-of-text token",
+    ),
+    // The judge.
+    seconds(
+        "judge/latency_seconds",
+        "time from a pair's arrival at the judge to its label",
+    ),
+    gauge("judge/batch_size", Count, "pairs judged together, mean"),
+    gauge(
+        "judge/timeouts",
+        Count,
+        "calls of the judge that took too long, since the run began",
+    ),
+    gauge(
+        "judge/retries",
+        Count,
+        "calls of the judge made again, since the run began",
+    ),
+    gauge("judge/tie_rate", Ratio, "share of labels that are ties"),
+    gauge(
+        "judge/order_inconsistency",
+        Ratio,
+        "share of pairs whose label changes with the order of the completions",
+    ),
+    gauge(
+        "preference/accuracy",
+        Ratio,
+        "share of held-out pairs the preference model orders rightly",
+    ),
+    gauge(
+        "preference/ece",
+        Ratio,
+        "expected calibration error of the preference model",
+    ),
+    gauge(
+        "preference/brier",
+        Number,
+        "Brier score of the preference model",
+    ),
+    gauge(
+        "preference/drift",
+        Number,
+        "change of the preference model's answers since its last version",
+    ),
+    // Actors.
+    gauge(
+        "actor/gen_throughput",
+        TokensPerSecond,
+        "tokens generated per second",
+    ),
+    seconds(
+        "actor/generate_seconds",
+        "time to generate a batch of pairs",
+    ),
+    gauge(
+        "actor/in_flight",
+        Count,
+        "prompts an actor has taken and not yet answered",
+    ),
+    gauge(
+        "actor/restarts",
+        Count,
+        "restarts of this actor, since the run began",
+    ),
+    // Staleness.
+    gauge("staleness/mean", Steps, "mean age of the pairs a step took"),
+    gauge("staleness/max", Steps, "age of the oldest pair a step took"),
+    gauge(
+        "staleness/dropped",
+        Count,
+        "pairs dropped as too old, since the run began",
+    ),
+    gauge(
+        "staleness/in_flight",
+        Count,
+        "prompts sent and not yet trained on",
+    ),
+    gauge(
+        "policy_version",
+        Count,
+        "the weights version of the learner's policy",
+    ),
+    // Weight sync.
+    seconds("weight_sync/seconds", "time to publish or to load weights"),
+    gauge(
+        "weight_sync/bytes",
+        Bytes,
+        "size of the weights last published or loaded",
+    ),
+    gauge(
+        "weight_sync/version",
+        Count,
+        "the weights version last published or loaded",
+    ),
+    gauge(
+        "weight_sync/failures",
+        Count,
+        "publications or loads that failed, since the run began",
+    ),
+    // Waiting.
+    seconds("time/step", "time of a learner step, waiting included"),
+    seconds(
+        "time/wait_for_batch",
+        "time the learner waited for labelled pairs",
+    ),
+    seconds("time/wait_for_judge", "time a pair waited for its label"),
+    seconds("time/forward", "time of the forward pass"),
+    seconds("time/backward", "time of the backward pass"),
+    seconds("time/optimizer", "time of the optimiser's update"),
+    gauge("idle_ratio", Ratio, "share of the step spent waiting"),
+    // Throughput.
+    gauge(
+        "perf/pairs_per_second",
+        PairsPerSecond,
+        "pairs trained on per second",
+    ),
+    gauge(
+        "perf/tokens_per_second",
+        TokensPerSecond,
+        "tokens trained on per second",
+    ),
+    gauge("perf/mfu", Ratio, "model FLOP utilisation"),
+    gauge(
+        "perf/peak_memory_bytes",
+        Bytes,
+        "largest resident memory of this process",
+    ),
+    // Mismatch: the actor's against the learner's log-probabilities of the same tokens, same version.
+    gauge("mismatch/kl", Nats, "mean log-ratio per token"),
+    gauge(
+        "mismatch/k3_kl",
+        Nats,
+        "the k3 estimate of the KL per token: never negative",
+    ),
+    gauge(
+        "mismatch/logp_abs_diff",
+        Nats,
+        "mean absolute difference per token",
+    ),
+    gauge(
+        "mismatch/ess",
+        Ratio,
+        "effective sample size of the importance weights, as a share",
+    ),
+    // Evaluation.
+    gauge(
+        "eval/win_rate",
+        Ratio,
+        "share of prompts on which the policy beats the reference",
+    ),
+    gauge(
+        "eval/win_rate_ci_low",
+        Ratio,
+        "lower end of the win rate's 95 % interval",
+    ),
+    gauge(
+        "eval/win_rate_ci_high",
+        Ratio,
+        "upper end of the win rate's 95 % interval",
+    ),
+    gauge(
+        "eval/win_rate_lc",
+        Ratio,
+        "win rate with length controlled for",
+    ),
+    gauge(
+        "eval/kl",
+        Nats,
+        "KL of the policy from the reference on evaluation prompts, per completion",
+    ),
+    gauge(
+        "eval/response_length",
+        Tokens,
+        "mean length of the policy's evaluation completions",
+    ),
+    gauge(
+        "eval/gold_win_rate",
+        Ratio,
+        "win rate under the world's known preference",
+    ),
+    // Health.
+    gauge(
+        "health/nonfinite_steps",
+        Count,
+        "steps with a non-finite loss or gradient, since the run began",
+    ),
+    gauge(
+        "health/skipped_steps",
+        Count,
+        "steps that changed nothing, since the run began",
+    ),
+    gauge(
+        "health/rollbacks",
+        Count,
+        "returns to the last good checkpoint, since the run began",
+    ),
+    gauge(
+        "health/actor_restarts",
+        Count,
+        "restarts of all actors, since the run began",
+    ),
+    gauge(
+        "health/judge_circuit_open",
+        Number,
+        "1 while the judge's circuit breaker is open, else 0",
+    ),
+    // Adversaries.
+    gauge("ganpo/d_loss", Number, "the discriminators' loss"),
+    gauge(
+        "ganpo/g_loss",
+        Number,
+        "the generator's loss against the discriminators",
+    ),
+    gauge(
+        "ganpo/d_accuracy",
+        Ratio,
+        "share of inputs the discriminators tell rightly",
+    ),
+    gauge("apo/round", Count, "the adversarial round"),
+    gauge(
+        "apo/loss",
+        Number,
+        "the preference model's adversarial loss",
+    ),
+    gauge("apo/pairs", Count, "pairs of the adversarial round"),
+    // Echoes of the settings, and where the run is.
+    gauge("beta", Number, "the regularisation strength beta in force"),
+    gauge("tau", Number, "the regularisation strength tau in force"),
+    gauge(
+        "mixture_coef",
+        Ratio,
+        "the weight on the reference in the mixture policy",
+    ),
+    gauge("learning_rate", Number, "the learning rate in force"),
+    gauge("grad_norm", Number, "norm of the gradient before clipping"),
+    gauge("epoch", Number, "passes over the prompt set"),
+    gauge(
+        "num_tokens",
+        Tokens,
+        "tokens trained on, since the run began",
+    ),
+];
+
+const fn gauge(name: &'static str, unit: MetricUnit, help: &'static str) -> MetricInfo {
+    MetricInfo {
+        name,
+        kind: MetricKind::Gauge,
+        unit,
+        help,
+    }
+}
+
+/// A time: its distribution is worth more than its last value.
+const fn seconds(name: &'static str, help: &'static str) -> MetricInfo {
+    MetricInfo {
+        name,
+        kind: MetricKind::Histogram,
+        unit: Seconds,
+        help,
+    }
+}

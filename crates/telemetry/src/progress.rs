@@ -1,0 +1,162 @@
+//! How far a long piece of work has come, for the person who started it.
+//!
+//! On a terminal it is a bar; elsewhere it is a plain line every ten seconds and one at the end, so
+//! that a log stays short. This part writes to standard error only.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// The least time between two plain lines.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The progress of one piece of work, in whatever it counts.
+#[derive(Debug)]
+pub struct Progress(Display);
+
+#[derive(Debug)]
+enum Display {
+    Bar(ProgressBar),
+    Lines(Lines),
+}
+
+/// What the plain lines are made of; it is told the time and only makes text.
+#[derive(Debug)]
+struct Lines {
+    title: String,
+    total: u64,
+    done: u64,
+    began: Instant,
+    last: Instant,
+}
+
+impl Progress {
+    /// Nothing of `total` is done yet.
+    #[must_use]
+    pub fn new(title: &str, total: u64) -> Self {
+        if io::stderr().is_terminal() {
+            Self(Display::Bar(bar(title, total)))
+        } else {
+            Self(Display::Lines(Lines::new(title, total, Instant::now())))
+        }
+    }
+
+    /// `done` of the total is done; `note` says something of the last of it.
+    pub fn advance_to(&mut self, done: u64, note: &str) {
+        match &mut self.0 {
+            Display::Bar(bar) => {
+                bar.set_message(note.to_owned());
+                bar.set_position(done);
+            }
+            Display::Lines(lines) => {
+                if let Some(line) = lines.advance_to(done, note, Instant::now()) {
+                    say(&line);
+                }
+            }
+        }
+    }
+
+    /// The work has ended, all of it done or not; `note` says how.
+    pub fn finish(self, note: &str) {
+        match self.0 {
+            Display::Bar(bar) => bar.abandon_with_message(note.to_owned()),
+            Display::Lines(lines) => say(&lines.line(note, Instant::now())),
+        }
+    }
+}
+
+fn bar(title: &str, total: u64) -> ProgressBar {
+    let template = "{prefix} {wide_bar} {pos}/{len} {elapsed} left {eta} {msg}";
+    let style = ProgressStyle::with_template(template).expect("the template names known keys only");
+    ProgressBar::new(total)
+        .with_style(style)
+        .with_prefix(title.to_owned())
+}
+
+fn say(line: &str) {
+    // Standard error may be closed, and then there is no one to tell.
+    writeln!(io::stderr().lock(), "{line}").ok();
+}
+
+impl Lines {
+    fn new(title: &str, total: u64, began: Instant) -> Self {
+        Self {
+            title: title.to_owned(),
+            total,
+            done: 0,
+            began,
+            last: began,
+        }
+    }
+
+    fn advance_to(&mut self, done: u64, note: &str, now: Instant) -> Option<String> {
+        self.done = done;
+        if now.saturating_duration_since(self.last) < LINE_INTERVAL {
+            return None;
+        }
+        self.last = now;
+        Some(self.line(note, now))
+    }
+
+    fn line(&self, note: &str, now: Instant) -> String {
+        let Self {
+            title, total, done, ..
+        } = self;
+        let seconds = now.saturating_duration_since(self.began).as_secs();
+        let percent = (100 * u128::from(*done))
+            .checked_div(u128::from(*total))
+            .unwrap_or(100);
+        let line = format!("{title} {done}/{total} ({percent} %) after {seconds} s {note}");
+        line.trim_end().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_lines_come_every_ten_seconds_at_most() {
+        let began = Instant::now();
+        let mut lines = Lines::new("train", 200, began);
+        let cases = [
+            (0, 0, None),
+            (9, 10, None),
+            (10, 11, Some("train 11/200 (5 %) after 10 s loss 0.5")),
+            (11, 12, None),
+            (19, 20, None),
+            (25, 30, Some("train 30/200 (15 %) after 25 s loss 0.5")),
+            (34, 40, None),
+            (35, 41, Some("train 41/200 (20 %) after 35 s loss 0.5")),
+        ];
+        for (second, done, expected) in cases {
+            let now = began + Duration::from_secs(second);
+            let line = lines.advance_to(done, "loss 0.5", now);
+            assert_eq!(line.as_deref(), expected, "at {second} s");
+        }
+        let end = lines.line("", began + Duration::from_secs(36));
+        assert_eq!(end, "train 41/200 (20 %) after 36 s");
+    }
+
+    #[test]
+    fn no_work_at_all_is_all_done() {
+        let lines = Lines::new("fit", 0, Instant::now());
+        assert_eq!(
+            lines.line("nothing to do", lines.began),
+            "fit 0/0 (100 %) after 0 s nothing to do"
+        );
+    }
+
+    #[test]
+    fn the_bar_shows_position_and_note() {
+        let bar = bar("train", 200);
+        bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
+        let mut progress = Progress(Display::Bar(bar.clone()));
+        progress.advance_to(41, "loss 0.5");
+        assert_eq!((bar.position(), bar.message().as_str()), (41, "loss 0.5"));
+        progress.finish("stopped");
+        assert_eq!((bar.position(), bar.message().as_str()), (41, "stopped"));
+        assert!(bar.is_finished());
+    }
+}

@@ -1,0 +1,263 @@
+//! The names of metrics, and their way to the exporter.
+//!
+//! A name of `metrics.jsonl` has one Prometheus name: `agon_` in front, `_` for `/`, and `_seconds`
+//! or `_bytes` behind when the unit is that and the name does not say so. This part promises that
+//! nothing undeclared is published; it does not know who measures.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use metrics::Label;
+
+use crate::{METRICS, Measurements};
+
+/// What is known of a metric before it is ever measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MetricInfo {
+    /// The name in the journal, such as `eval/win_rate`.
+    pub name: &'static str,
+    /// How it is published.
+    pub kind: MetricKind,
+    /// What its numbers count.
+    pub unit: MetricUnit,
+    /// What it says, for people.
+    pub help: &'static str,
+}
+
+/// How a metric is published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MetricKind {
+    /// The last value.
+    Gauge,
+    /// The distribution of all values: `_bucket`, `_sum` and `_count`.
+    Histogram,
+}
+
+/// What a metric's numbers count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MetricUnit {
+    /// A plain number.
+    Number,
+    /// A share, from 0 to 1.
+    Ratio,
+    /// Natural-logarithm units of information.
+    Nats,
+    /// Seconds.
+    Seconds,
+    /// Bytes.
+    Bytes,
+    /// Tokens.
+    Tokens,
+    /// Learner steps.
+    Steps,
+    /// Things, counted.
+    Count,
+    /// Tokens per second.
+    TokensPerSecond,
+    /// Pairs per second.
+    PairsPerSecond,
+}
+
+struct Declared {
+    info: &'static MetricInfo,
+    prometheus: String,
+}
+
+static DECLARED: LazyLock<HashMap<&'static str, Declared>> = LazyLock::new(|| {
+    let declared = |info: &'static MetricInfo| {
+        (
+            info.name,
+            Declared {
+                info,
+                prometheus: info.prometheus_name(),
+            },
+        )
+    };
+    METRICS.iter().map(declared).collect()
+});
+
+impl MetricInfo {
+    /// The name in Prometheus, such as `agon_eval_win_rate` or `agon_time_step_seconds`.
+    #[must_use]
+    pub fn prometheus_name(&self) -> String {
+        let name = format!("agon_{}", self.name.replace('/', "_"));
+        let suffix = match self.unit {
+            MetricUnit::Seconds => "_seconds",
+            MetricUnit::Bytes => "_bytes",
+            _ => "",
+        };
+        if name.ends_with(suffix) {
+            name
+        } else {
+            name + suffix
+        }
+    }
+}
+
+/// The metric of this journal name.
+#[must_use]
+pub fn metric(name: &str) -> Option<&'static MetricInfo> {
+    DECLARED.get(name).map(|declared| declared.info)
+}
+
+/// Hands the measurements to this process's exporter, each with `labels` (`role`, `actor`, `judge`);
+/// without an exporter this does nothing. A gauge shows every number as it is; a histogram leaves out
+/// one that is not finite, which would spoil its sum for good. A name outside [`METRICS`] is not
+/// published, and is warned of once.
+///
+/// # Panics
+/// In debug builds, on a name outside [`METRICS`].
+pub fn publish(measurements: &Measurements, labels: &[(&'static str, &str)]) {
+    let labels: Vec<_> = labels
+        .iter()
+        .map(|&(key, value)| Label::new(key, value.to_owned()))
+        .collect();
+    for (name, value) in measurements.iter() {
+        let Some(declared) = DECLARED.get(name) else {
+            warn_once(name);
+            debug_assert!(false, "the metric `{name}` is not declared in METRICS");
+            continue;
+        };
+        let prometheus = declared.prometheus.as_str();
+        match declared.info.kind {
+            MetricKind::Gauge => metrics::gauge!(prometheus, labels.clone()).set(value),
+            MetricKind::Histogram if value.is_finite() => {
+                metrics::histogram!(prometheus, labels.clone()).record(value);
+            }
+            MetricKind::Histogram => {}
+        }
+    }
+}
+
+/// Tells the current recorder what every declared metric is.
+pub(crate) fn describe() {
+    for Declared { info, prometheus } in DECLARED.values() {
+        let prometheus = prometheus.as_str();
+        match info.kind {
+            MetricKind::Gauge => metrics::describe_gauge!(prometheus, info.help),
+            MetricKind::Histogram => metrics::describe_histogram!(prometheus, info.help),
+        }
+    }
+}
+
+fn warn_once(name: &str) {
+    static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if WARNED
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .insert(name.to_owned())
+    {
+        tracing::warn!(metric = name, "metric is not declared and is not published");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Exporter;
+
+    /// The table of names that the field uses, as it is written down there.
+    const FIELD: &str = "loss loss/{ipo,dpo,slic,rpo,nash_md_pg,ganpo,preference} \
+        rewards/{chosen,rejected,margins,accuracies} logps/{chosen,rejected} \
+        objective/{kl,entropy,scores,scores_margin} completions/{mean_length,min_length,max_length} \
+        completions/clipped_ratio val/contain_eos_token \
+        judge/{latency_seconds,batch_size,timeouts,retries,tie_rate,order_inconsistency} \
+        preference/{accuracy,ece,brier,drift} actor/{gen_throughput,generate_seconds,in_flight,restarts} \
+        staleness/{mean,max,dropped,in_flight} policy_version \
+        weight_sync/{seconds,bytes,version,failures} \
+        time/{step,wait_for_batch,wait_for_judge,forward,backward,optimizer} idle_ratio \
+        perf/{pairs_per_second,tokens_per_second,mfu,peak_memory_bytes} \
+        mismatch/{kl,k3_kl,logp_abs_diff,ess} \
+        eval/{win_rate,win_rate_ci_low,win_rate_ci_high,win_rate_lc,kl,response_length,gold_win_rate} \
+        health/{nonfinite_steps,skipped_steps,rollbacks,actor_restarts,judge_circuit_open} \
+        ganpo/{d_loss,g_loss,d_accuracy} apo/{round,loss,pairs} \
+        beta tau mixture_coef learning_rate grad_norm epoch num_tokens";
+
+    fn spelled_out(pattern: &str) -> Vec<String> {
+        match pattern.split_once('{') {
+            None => vec![pattern.to_owned()],
+            Some((topic, names)) => names
+                .trim_end_matches('}')
+                .split(',')
+                .map(|name| format!("{topic}{name}"))
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn the_registry_is_the_table_of_the_field() {
+        let field: BTreeSet<_> = FIELD.split_whitespace().flat_map(spelled_out).collect();
+        let registry: BTreeSet<_> = METRICS.iter().map(|info| info.name.to_owned()).collect();
+        assert_eq!(registry, field);
+        assert_eq!(METRICS.len(), field.len(), "a name is declared twice");
+    }
+
+    #[test]
+    fn prometheus_names_are_valid_distinct_and_end_in_their_unit() {
+        let names: BTreeSet<_> = METRICS.iter().map(MetricInfo::prometheus_name).collect();
+        assert_eq!(names.len(), METRICS.len());
+        for name in &names {
+            assert!(
+                name.bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+            );
+        }
+        let cases = [
+            ("loss", "agon_loss"),
+            ("eval/win_rate", "agon_eval_win_rate"),
+            ("time/step", "agon_time_step_seconds"),
+            ("judge/latency_seconds", "agon_judge_latency_seconds"),
+            ("weight_sync/bytes", "agon_weight_sync_bytes"),
+            ("perf/peak_memory_bytes", "agon_perf_peak_memory_bytes"),
+        ];
+        for (name, expected) in cases {
+            assert_eq!(metric(name).unwrap().prometheus_name(), expected);
+        }
+        assert_eq!(metric("no/such"), None);
+    }
+
+    #[test]
+    fn what_is_published_is_rendered_with_its_labels_and_its_help() {
+        let recording = Exporter::recorder_only();
+        let step = [
+            ("eval/win_rate", 0.75),
+            ("time/step", 0.2),
+            ("loss", f64::NAN),
+        ];
+        let slow = [("time/step", f64::NAN), ("time/step", 40.0)];
+        recording.during(|| {
+            publish(&step.into_iter().collect(), &[("role", "learner")]);
+            for (name, value) in slow {
+                publish(
+                    &[(name, value)].into_iter().collect(),
+                    &[("role", "learner")],
+                );
+            }
+        });
+        let page = recording.render();
+        for line in [
+            "# HELP agon_eval_win_rate share of prompts on which the policy beats the reference",
+            "# TYPE agon_eval_win_rate gauge",
+            "agon_eval_win_rate{role=\"learner\"} 0.75",
+            "agon_loss{role=\"learner\"} NaN",
+            "# TYPE agon_time_step_seconds histogram",
+            "agon_time_step_seconds_bucket{role=\"learner\",le=\"0.1\"} 0",
+            "agon_time_step_seconds_bucket{role=\"learner\",le=\"0.3\"} 1",
+            "agon_time_step_seconds_bucket{role=\"learner\",le=\"100\"} 2",
+            "agon_time_step_seconds_sum{role=\"learner\"} 40.2",
+            "agon_time_step_seconds_count{role=\"learner\"} 2",
+        ] {
+            assert!(
+                page.lines().any(|l| l == line),
+                "no line {line:?} in\n{page}"
+            );
+        }
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "the metric `no/such` is not declared")]
+    fn an_undeclared_name_is_a_mistake_of_the_programmer() {
+        publish(&[("no/such", 1.0)].into_iter().collect(), &[]);
+    }
+}

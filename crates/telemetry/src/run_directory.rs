@@ -1,0 +1,251 @@
+//! The directory of one run: where its files lie, and that no two processes share it.
+//!
+//! A directory holds a run when it holds `config.toml`, which is written last. The operating system
+//! locks `run.lock` for as long as the value lives, and lets go when the process dies, however it
+//! dies. This part does not know what the files say.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, Write};
+use std::path::{Path, PathBuf};
+use std::process;
+
+use crate::{Error, write_atomically};
+
+/// A run's directory, held by this process alone:
+/// `{config.toml, metrics.jsonl, samples.jsonl, checkpoints/, quarantine/, report.json, report.md, logs/, run.lock}`.
+#[derive(Debug)]
+pub struct RunDirectory {
+    root: PathBuf,
+    /// Never read: the lock is held while the file is open.
+    _lock: File,
+}
+
+impl RunDirectory {
+    /// Makes `path` the directory of a new run with these resolved settings.
+    ///
+    /// # Errors
+    /// When `path` holds a run already, another process holds it, or the file system refuses.
+    pub fn create(path: impl Into<PathBuf>, resolved_toml: &str) -> Result<Self, Error> {
+        let root = path.into();
+        fs::create_dir_all(&root).map_err(Error::file("create the directory", &root))?;
+        let run = Self {
+            _lock: lock(&root)?,
+            root,
+        };
+        if run.config().exists() {
+            return Err(Error::RunExists {
+                directory: run.root,
+            });
+        }
+        run.create_directories()?;
+        write_atomically(&run.config(), resolved_toml.as_bytes())?;
+        Ok(run)
+    }
+
+    /// Opens the directory of a run to resume.
+    ///
+    /// # Errors
+    /// When `path` holds no run, another process holds it, or the file system refuses.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
+        let root = path.into();
+        if !root.join("config.toml").exists() {
+            return Err(Error::RunMissing { directory: root });
+        }
+        let run = Self {
+            _lock: lock(&root)?,
+            root,
+        };
+        run.create_directories()?;
+        Ok(run)
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The resolved settings of the run.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.root.join("config.toml")
+    }
+
+    /// The journal, [`crate::Journal`].
+    #[must_use]
+    pub fn metrics(&self) -> PathBuf {
+        self.root.join("metrics.jsonl")
+    }
+
+    /// The samples, [`crate::SampleLog`].
+    #[must_use]
+    pub fn samples(&self) -> PathBuf {
+        self.root.join("samples.jsonl")
+    }
+
+    /// The directory of all checkpoints; there from the start.
+    #[must_use]
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
+    /// The place of the checkpoint after `step`, `checkpoints/step_N`; whoever saves it creates it.
+    #[must_use]
+    pub fn checkpoint(&self, step: u64) -> PathBuf {
+        self.checkpoints().join(format!("step_{step}"))
+    }
+
+    /// The directory of batches that made a loss or a gradient non-finite; there from the start.
+    #[must_use]
+    pub fn quarantine(&self) -> PathBuf {
+        self.root.join("quarantine")
+    }
+
+    /// The run's report for programs.
+    #[must_use]
+    pub fn report_json(&self) -> PathBuf {
+        self.root.join("report.json")
+    }
+
+    /// The run's report for people.
+    #[must_use]
+    pub fn report_markdown(&self) -> PathBuf {
+        self.root.join("report.md")
+    }
+
+    /// The directory of log files; there from the start.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.root.join("logs")
+    }
+
+    fn create_directories(&self) -> Result<(), Error> {
+        for directory in [self.checkpoints(), self.quarantine(), self.logs()] {
+            fs::create_dir_all(&directory)
+                .map_err(Error::file("create the directory", &directory))?;
+        }
+        Ok(())
+    }
+}
+
+/// Locks the directory's `run.lock` and leaves our process id in it for whoever comes next.
+fn lock(root: &Path) -> Result<File, Error> {
+    let path = root.join("run.lock");
+    let mut file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(Error::file("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(Error::RunInUse {
+                directory: root.into(),
+                holder: holder(&mut file),
+            });
+        }
+        Err(TryLockError::Error(source)) => return Err(Error::file("lock", &path)(source)),
+    }
+    file.set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| writeln!(file, "{}", process::id()))
+        .map_err(Error::file("write", &path))?;
+    Ok(file)
+}
+
+fn holder(file: &mut File) -> String {
+    let mut text = String::new();
+    // Some systems let no one read a locked file: then only the process id is unknown.
+    file.read_to_string(&mut text).ok();
+    match text.trim().parse::<u32>() {
+        Ok(pid) => format!("pid {pid}"),
+        Err(_) => "its pid is not known".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_run_has_its_settings_and_its_directories() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("runs").join("first");
+        let run = RunDirectory::create(&path, "seed = 1\n").unwrap();
+        assert_eq!(fs::read_to_string(run.config()).unwrap(), "seed = 1\n");
+        for directory in [run.checkpoints(), run.quarantine(), run.logs()] {
+            assert!(directory.is_dir(), "{}", directory.display());
+        }
+        let places = [
+            (run.root().to_path_buf(), ""),
+            (run.metrics(), "metrics.jsonl"),
+            (run.samples(), "samples.jsonl"),
+            (run.checkpoint(12), "checkpoints/step_12"),
+            (run.report_json(), "report.json"),
+            (run.report_markdown(), "report.md"),
+        ];
+        for (place, expected) in places {
+            assert_eq!(place.strip_prefix(&path).unwrap(), Path::new(expected));
+        }
+    }
+
+    #[test]
+    fn a_directory_that_holds_a_run_is_resumed_and_never_created_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        drop(RunDirectory::create(&path, "seed = 1\n").unwrap());
+        let message = RunDirectory::create(&path, "seed = 2\n")
+            .unwrap_err()
+            .to_string();
+        for part in [
+            path.to_str().unwrap(),
+            "`--resume`",
+            "`run.name`",
+            "`--run-dir`",
+        ] {
+            assert!(message.contains(part), "{message:?} does not say {part:?}");
+        }
+        fs::remove_dir(path.join("logs")).unwrap();
+        let run = RunDirectory::open(&path).unwrap();
+        assert_eq!(fs::read_to_string(run.config()).unwrap(), "seed = 1\n");
+        assert!(run.logs().is_dir());
+    }
+
+    #[test]
+    fn a_directory_without_a_run_is_not_resumed_and_stays_as_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = RunDirectory::open(directory.path()).unwrap_err();
+        assert!(matches!(error, Error::RunMissing { .. }), "{error}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_run_has_one_holder_and_the_next_one_is_told_which() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        let held = RunDirectory::create(&path, "").unwrap();
+        for refused in [RunDirectory::open(&path), RunDirectory::create(&path, "")] {
+            let message = refused.unwrap_err().to_string();
+            let expected = format!("in use by another process (pid {})", process::id());
+            assert!(
+                message.contains(&expected),
+                "{message:?} does not say {expected:?}"
+            );
+        }
+        drop(held);
+        RunDirectory::open(&path).unwrap();
+    }
+
+    #[test]
+    fn a_start_that_failed_before_the_settings_were_written_can_be_repeated() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        fs::create_dir_all(path.join("checkpoints")).unwrap();
+        fs::write(path.join("run.lock"), "a torn or longer text\n").unwrap();
+        let run = RunDirectory::create(&path, "seed = 3\n").unwrap();
+        let pid = fs::read_to_string(run.root().join("run.lock")).unwrap();
+        assert_eq!(pid, format!("{}\n", process::id()));
+    }
+}

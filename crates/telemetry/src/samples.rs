@@ -1,0 +1,235 @@
+//! What was written and how it was judged, for people to look at: `samples.jsonl`.
+//!
+//! One flat row a labelled pair: text, lengths, sums; no tokens and no tensors.
+
+use std::path::Path;
+
+use messages::{Completion, Finish, LabelledPair, Purpose};
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+use crate::lines::{LineFile, read_lines};
+
+/// The writer of `samples.jsonl`; one process appends, anyone may read.
+#[derive(Debug)]
+pub struct SampleLog {
+    lines: LineFile,
+}
+
+/// A row of `samples.jsonl`. The lists have one entry per completion, in the pair's order;
+/// log-probabilities are natural logarithms, null where they are not finite.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SampleRow {
+    /// The learner step that took the pair.
+    pub step: u64,
+    /// The prompt's place in the run's order.
+    pub prompt_id: u64,
+    /// `train` or `evaluate`.
+    pub purpose: String,
+    /// The weights version that answered.
+    pub version: u64,
+    /// The prompt's text.
+    pub prompt: String,
+    /// The completions' texts.
+    pub completions: Vec<String>,
+    /// The completions' lengths in tokens, end-of-text included.
+    pub lengths: Vec<usize>,
+    /// `end_of_text` or `length`: why each completion ended.
+    pub finish: Vec<String>,
+    /// The probability of the first label: that the first completion is preferred to the second;
+    /// null when the judge gave no label.
+    pub p: Option<f32>,
+    /// The known preference for the first completion over the second, where there is one.
+    pub gold: Option<f32>,
+    /// The judge's name.
+    pub judge: String,
+    /// The judge's version.
+    pub judge_version: u64,
+    /// log π(y|x) of each completion, summed over its tokens.
+    pub sum_logp: Vec<Option<f64>>,
+    /// log ref(y|x) of each completion, summed over its tokens.
+    pub sum_ref_logp: Vec<Option<f64>>,
+}
+
+impl SampleLog {
+    /// Opens the log at `path` for appending; a last line torn by a crash is cut off.
+    ///
+    /// # Errors
+    /// When the file cannot be created, read or mended.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Ok(Self {
+            lines: LineFile::open(path)?,
+        })
+    }
+
+    /// Appends the row of a pair that the learner took at `step`.
+    ///
+    /// # Errors
+    /// When the file refuses.
+    pub fn append(&mut self, step: u64, labelled: &LabelledPair) -> Result<(), Error> {
+        self.lines.append(&SampleRow::of(step, labelled))
+    }
+
+    /// Drops the rows of steps later than `step`, which a resumed run takes again; says how many.
+    ///
+    /// # Errors
+    /// When the file cannot be read or replaced; it is then as it was.
+    pub fn truncate_after(&mut self, step: u64) -> Result<usize, Error> {
+        self.lines.truncate_after(step)
+    }
+
+    /// Every row of the log at `path`; a row that is still being written is left out.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or a line is not a row.
+    pub fn read(path: &Path) -> Result<Vec<SampleRow>, Error> {
+        read_lines(path)
+    }
+}
+
+impl SampleRow {
+    /// The row of a pair that the learner took at `step`.
+    #[must_use]
+    pub fn of(step: u64, labelled: &LabelledPair) -> Self {
+        let LabelledPair {
+            pair,
+            labels,
+            judge,
+            judge_version,
+            gold,
+        } = labelled;
+        Self {
+            step,
+            prompt_id: pair.id().0,
+            purpose: purpose_name(pair.prompt.purpose).into(),
+            version: pair.version.0,
+            prompt: pair.prompt.text.clone(),
+            completions: each(&pair.completions, |c| c.text.clone()),
+            lengths: each(&pair.completions, |c| c.ids.len()),
+            finish: each(&pair.completions, |c| finish_name(c.finish).into()),
+            p: labels.first().map(|label| label.p.get()),
+            gold: gold.map(messages::Probability::get),
+            judge: judge.clone(),
+            judge_version: judge_version.0,
+            sum_logp: each(&pair.completions, |c| finite(c.sum_logp())),
+            sum_ref_logp: each(&pair.completions, |c| finite(c.sum_ref_logp())),
+        }
+    }
+}
+
+fn each<T>(completions: &[Completion], of: impl Fn(&Completion) -> T) -> Vec<T> {
+    completions.iter().map(of).collect()
+}
+
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
+fn purpose_name(purpose: Purpose) -> &'static str {
+    match purpose {
+        Purpose::Train => "train",
+        Purpose::Evaluate => "evaluate",
+    }
+}
+
+fn finish_name(finish: Finish) -> &'static str {
+    match finish {
+        Finish::EndOfText => "end_of_text",
+        Finish::Length => "length",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use messages::{
+        JudgeVersion, Label, Pair, Probability, Prompt, PromptId, Release, Seed, WeightsVersion,
+    };
+
+    use super::*;
+
+    fn completion(text: &str, logp: &[f32], finish: Finish) -> Completion {
+        Completion {
+            ids: vec![5; logp.len()],
+            finish,
+            mixture_coef: 0.0,
+            logp: logp.to_vec(),
+            ref_logp: vec![-2.0; logp.len()],
+            behaviour_logp: logp.to_vec(),
+            text: text.into(),
+        }
+    }
+
+    fn labelled(id: u64) -> LabelledPair {
+        let prompt = Prompt {
+            id: PromptId(id),
+            release: Release::single(PromptId(id)),
+            purpose: Purpose::Evaluate,
+            version: WeightsVersion(3),
+            seed: Seed(11),
+            ids: vec![1, 2],
+            text: "sum up:\n\"a\"".into(),
+            golden: None,
+            answer: None,
+        };
+        let completions = vec![
+            completion("short", &[-0.5, -0.25], Finish::EndOfText),
+            completion("long", &[-1.0, f32::NAN, -1.0], Finish::Length),
+        ];
+        let pair = Pair {
+            prompt,
+            version: WeightsVersion(4),
+            completions,
+            actor: "actor-0".into(),
+        };
+        LabelledPair {
+            pair,
+            labels: vec![Label {
+                first: 0,
+                second: 1,
+                p: Probability::new(0.75).unwrap(),
+            }],
+            judge: "gold".into(),
+            judge_version: JudgeVersion(2),
+            gold: None,
+        }
+    }
+
+    #[test]
+    fn a_row_says_who_wrote_what_and_how_it_was_judged() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("samples.jsonl");
+        SampleLog::open(&path)
+            .unwrap()
+            .append(9, &labelled(7))
+            .unwrap();
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            "{\"step\":9,\"prompt_id\":7,\"purpose\":\"evaluate\",\"version\":4,\
+             \"prompt\":\"sum up:\\n\\\"a\\\"\",\"completions\":[\"short\",\"long\"],\
+             \"lengths\":[2,3],\"finish\":[\"end_of_text\",\"length\"],\"p\":0.75,\"gold\":null,\
+             \"judge\":\"gold\",\"judge_version\":2,\"sum_logp\":[-0.75,null],\
+             \"sum_ref_logp\":[-4.0,-6.0]}\n"
+        );
+        assert_eq!(
+            SampleLog::read(&path).unwrap(),
+            [SampleRow::of(9, &labelled(7))]
+        );
+    }
+
+    #[test]
+    fn a_resumed_run_logs_its_later_samples_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("samples.jsonl");
+        let mut log = SampleLog::open(&path).unwrap();
+        for step in [1, 2, 2, 3] {
+            log.append(step, &labelled(step)).unwrap();
+        }
+        assert_eq!(log.truncate_after(2).unwrap(), 1);
+        log.append(3, &labelled(8)).unwrap();
+        let rows = SampleLog::read(&path).unwrap();
+        let ids: Vec<_> = rows.iter().map(|row| (row.step, row.prompt_id)).collect();
+        assert_eq!(ids, [(1, 1), (2, 2), (2, 2), (3, 8)]);
+    }
+}
