@@ -1,1 +1,19 @@
-//! Tests of the whole house.
+//! Tests of the whole house: what they share.
+//!
+//! The tests run the program as its users do, in a [`Workplace`] of their own, and look at what it says,
+//! leaves behind and ends with. This part builds the program, starts it, waits for it with a deadline,
+//! and reads its records. It knows nothing of what is inside the program.
+
+mod binary;
+mod ended;
+mod records;
+mod shared;
+mod workplace;
+mod worlds;
+
+pub use binary::agon_binary;
+pub use ended::Ended;
+pub use records::{column, metrics, number, report, steps};
+pub use shared::shared;
+pub use workplace::{Running, Workplace, wait_until, workspace_root};
+pub use worlds::{config, tiny_bandit, tiny_playground};

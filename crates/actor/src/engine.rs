@@ -32,12 +32,23 @@ pub(crate) fn spawn(
     name: &str,
     sampler: Sampler,
     policy: LanguageModel,
-) -> std::io::Result<(Sender<Command>, mpsc::UnboundedReceiver<Event>, JoinHandle<()>)> {
+) -> std::io::Result<(
+    Sender<Command>,
+    mpsc::UnboundedReceiver<Event>,
+    JoinHandle<()>,
+)> {
     // Bounded by what the supply lets in: one answer per prompt in hand, one load at a time.
     let (commands, inbox) = crossbeam_channel::unbounded();
     let (events, outbox) = mpsc::unbounded_channel();
-    let engine = Engine { sampler, policy, inbox, events };
-    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || engine.run())?;
+    let engine = Engine {
+        sampler,
+        policy,
+        inbox,
+        events,
+    };
+    let thread = std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || engine.run())?;
     Ok((commands, outbox, thread))
 }
 
@@ -67,7 +78,9 @@ impl Engine {
     /// one token of every completion. False when nobody commands any more.
     fn turn(&mut self) -> Result<bool, ModelError> {
         if self.sampler.is_idle() {
-            let Ok(command) = self.inbox.recv() else { return Ok(false) };
+            let Ok(command) = self.inbox.recv() else {
+                return Ok(false);
+            };
             self.obey(command)?;
         }
         loop {

@@ -16,7 +16,9 @@ pub enum ActorError {
         source: ModelError,
     },
     /// The thread that writes completions is gone.
-    #[error("{actor}: the thread that writes completions ended unexpectedly (it panicked; see the log)")]
+    #[error(
+        "{actor}: the thread that writes completions ended unexpectedly (it panicked; see the log)"
+    )]
     EngineGone {
         /// Which actor.
         actor: String,

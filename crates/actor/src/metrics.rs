@@ -18,12 +18,20 @@ const READ_EVERY: usize = 32;
 
 impl Throughput {
     pub(crate) fn new(actor: &str) -> Self {
-        Self { actor: actor.to_owned(), since: Instant::now(), tokens: 0, pairs: 0 }
+        Self {
+            actor: actor.to_owned(),
+            since: Instant::now(),
+            tokens: 0,
+            pairs: 0,
+        }
     }
 
     /// Counts a pair, and publishes once in a while.
     pub(crate) fn wrote(&mut self, completions: &[Completion], in_flight: usize) {
-        self.tokens += completions.iter().map(|completion| completion.ids.len()).sum::<usize>();
+        self.tokens += completions
+            .iter()
+            .map(|completion| completion.ids.len())
+            .sum::<usize>();
         self.pairs += 1;
         if self.pairs < READ_EVERY {
             return;

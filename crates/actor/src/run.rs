@@ -86,13 +86,25 @@ impl Actor {
     /// # Errors
     /// When the caches do not fit the device or the thread cannot be started.
     pub fn new(parts: ActorParts) -> Result<Self, ActorError> {
-        let failed = |source| ActorError::Model { actor: parts.name.clone(), source };
+        let failed = |source| ActorError::Model {
+            actor: parts.name.clone(),
+            source,
+        };
         let policy = parts.reference.clone();
         let capacity = parts.max_prompt_length + parts.sampling.max_new_tokens;
-        let sampler = Sampler::new(policy.clone(), parts.reference, parts.sampling, parts.slots, capacity)
-            .map_err(failed)?;
-        let (commands, events, thread) = engine::spawn(&parts.name, sampler, policy)
-            .map_err(|source| ActorError::Thread { actor: parts.name.clone(), source })?;
+        let sampler = Sampler::new(
+            policy.clone(),
+            parts.reference,
+            parts.sampling,
+            parts.slots,
+            capacity,
+        )
+        .map_err(failed)?;
+        let (commands, events, thread) =
+            engine::spawn(&parts.name, sampler, policy).map_err(|source| ActorError::Thread {
+                actor: parts.name.clone(),
+                source,
+            })?;
         Ok(Self {
             throughput: Throughput::new(&parts.name),
             name: parts.name,
@@ -152,13 +164,17 @@ impl Actor {
         self.supply.give_back();
         self.counters.set_in_hand(self.supply.len() as u64);
         drop(self.commands);
-        self.thread.join().map_err(|_| ActorError::EngineGone { actor: self.name })
+        self.thread
+            .join()
+            .map_err(|_| ActorError::EngineGone { actor: self.name })
     }
 
     fn take(&mut self, prompt: Prompt, receipt: transport::Receipt) {
         self.counters.taken(1);
         self.supply.take(prompt, receipt);
-        while self.has_room() && let Some(delivery) = self.prompts.try_receive() {
+        while self.has_room()
+            && let Some(delivery) = self.prompts.try_receive()
+        {
             let (prompt, receipt) = delivery.take();
             self.counters.taken(1);
             self.supply.take(prompt, receipt);
@@ -195,12 +211,18 @@ impl Actor {
 
     fn start(&mut self) -> Result<(), ActorError> {
         let busy = self.supply.answering() * self.mixture_coefs.len();
-        let most = self.slots.saturating_sub(busy).div_ceil(self.mixture_coefs.len());
+        let most = self
+            .slots
+            .saturating_sub(busy)
+            .div_ceil(self.mixture_coefs.len());
         let prompts = self.supply.start(self.version, most);
         if prompts.is_empty() {
             return Ok(());
         }
-        let requests = prompts.into_iter().map(|prompt| self.request(prompt)).collect();
+        let requests = prompts
+            .into_iter()
+            .map(|prompt| self.request(prompt))
+            .collect();
         self.command(Command::Answer(requests))
     }
 
@@ -229,8 +251,13 @@ impl Actor {
                 self.loading = None;
                 Ok(())
             }
-            Some(Event::Failed(source)) => Err(ActorError::Model { actor: self.name.clone(), source }),
-            None => Err(ActorError::EngineGone { actor: self.name.clone() }),
+            Some(Event::Failed(source)) => Err(ActorError::Model {
+                actor: self.name.clone(),
+                source,
+            }),
+            None => Err(ActorError::EngineGone {
+                actor: self.name.clone(),
+            }),
         }
     }
 
@@ -243,14 +270,28 @@ impl Actor {
             completion.text = self.tokenizer.decode(&completion.ids);
         }
         self.throughput.wrote(&completions, self.supply.answering());
-        let pair = Pair { prompt, version: self.version, completions, actor: self.name.clone() };
-        let droppable = self.identical == IdenticalPairs::Drop && pair.prompt.purpose == Purpose::Train;
+        let pair = Pair {
+            prompt,
+            version: self.version,
+            completions,
+            actor: self.name.clone(),
+        };
+        let droppable =
+            self.identical == IdenticalPairs::Drop && pair.prompt.purpose == Purpose::Train;
         if droppable && pair.is_identical() {
             let detail = "all completions have the same tokens".to_owned();
-            let held = Held { prompt: pair.prompt, receipt };
-            return self.drop_prompt(Some(held), DropReason::Identical, detail).await;
+            let held = Held {
+                prompt: pair.prompt,
+                receipt,
+            };
+            return self
+                .drop_prompt(Some(held), DropReason::Identical, detail)
+                .await;
         }
-        self.pairs.send(pair).await.map_err(|source| self.closed(source))?;
+        self.pairs
+            .send(pair)
+            .await
+            .map_err(|source| self.closed(source))?;
         receipt.acknowledge();
         self.counters.given(1);
         Ok(())
@@ -262,26 +303,51 @@ impl Actor {
         reason: DropReason,
         detail: String,
     ) -> Result<(), ActorError> {
-        let Some(Held { prompt, receipt }) = held else { return Ok(()) };
+        let Some(Held { prompt, receipt }) = held else {
+            return Ok(());
+        };
         if reason == DropReason::Failed {
-            tracing::warn!(actor = self.name, prompt = prompt.id.0, detail, "a prompt was dropped");
+            tracing::warn!(
+                actor = self.name,
+                prompt = prompt.id.0,
+                detail,
+                "a prompt was dropped"
+            );
         }
-        let note = Dropped { prompt: prompt.id, station: Station::Actor, reason, detail };
-        self.drops.send(note).await.map_err(|source| self.closed(source))?;
+        let note = Dropped {
+            prompt: prompt.id,
+            station: Station::Actor,
+            reason,
+            detail,
+        };
+        self.drops
+            .send(note)
+            .await
+            .map_err(|source| self.closed(source))?;
         receipt.acknowledge();
         self.counters.dropped(reason, 1);
         Ok(())
     }
 
     fn command(&self, command: Command) -> Result<(), ActorError> {
-        self.commands.send(command).map_err(|_| ActorError::EngineGone { actor: self.name.clone() })
+        self.commands
+            .send(command)
+            .map_err(|_| ActorError::EngineGone {
+                actor: self.name.clone(),
+            })
     }
 
     fn closed(&self, source: transport::Closed) -> ActorError {
-        ActorError::Closed { actor: self.name.clone(), source }
+        ActorError::Closed {
+            actor: self.name.clone(),
+            source,
+        }
     }
 
     fn unloadable(&self, source: transport::TransportError) -> ActorError {
-        ActorError::Weights { actor: self.name.clone(), source }
+        ActorError::Weights {
+            actor: self.name.clone(),
+            source,
+        }
     }
 }

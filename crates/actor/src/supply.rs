@@ -65,7 +65,10 @@ impl Supply {
             self.ready.push_back(held);
             return;
         }
-        let (_, gathered) = self.gathering.entry(release.first).or_insert((release, Vec::new()));
+        let (_, gathered) = self
+            .gathering
+            .entry(release.first)
+            .or_insert((release, Vec::new()));
         gathered.retain(|other| other.prompt.id != held.prompt.id);
         gathered.push(held);
         if gathered.len() == release.count as usize
@@ -79,10 +82,21 @@ impl Supply {
     /// Takes up to `most` prompts that `version` may answer; they count as being answered from now on.
     /// Whole releases are taken whole.
     pub(crate) fn start(&mut self, version: WeightsVersion, most: usize) -> Vec<Prompt> {
-        let most = if self.pacing == Pacing::WholeReleases { usize::MAX } else { most };
+        let most = if self.pacing == Pacing::WholeReleases {
+            usize::MAX
+        } else {
+            most
+        };
         let mut started = Vec::new();
-        while started.len() < most && self.ready.front().is_some_and(|held| held.prompt.version <= version) {
-            let Some(held) = self.ready.pop_front() else { break };
+        while started.len() < most
+            && self
+                .ready
+                .front()
+                .is_some_and(|held| held.prompt.version <= version)
+        {
+            let Some(held) = self.ready.pop_front() else {
+                break;
+            };
             started.push(held.prompt.clone());
             self.answering.insert(held.prompt.id, held);
         }
@@ -125,7 +139,9 @@ mod tests {
         let (sender, receiver) = transport::stream("prompts", 16);
         let mut supply = Supply::new(pacing);
         for prompt in prompts {
-            sender.send_blocking(prompt.clone()).expect("the stream is open");
+            sender
+                .send_blocking(prompt.clone())
+                .expect("the stream is open");
             let delivery = receiver.receive_blocking().expect("a prompt was sent");
             let (prompt, receipt) = delivery.take();
             supply.take(prompt, receipt);
@@ -139,8 +155,15 @@ mod tests {
 
     #[test]
     fn a_release_starts_only_when_it_is_whole_and_in_the_order_of_its_ids() {
-        let release = Release { first: PromptId(4), count: 3 };
-        let three = [prompt(6, release, 0), prompt(4, release, 0), prompt(5, release, 0)];
+        let release = Release {
+            first: PromptId(4),
+            count: 3,
+        };
+        let three = [
+            prompt(6, release, 0),
+            prompt(4, release, 0),
+            prompt(5, release, 0),
+        ];
         let (mut part, _stream) = supply(Pacing::WholeReleases, &three[..2]);
         assert_eq!(ids(&part.start(WeightsVersion(0), 1)), Vec::<u64>::new());
         assert_eq!(part.len(), 2);
@@ -155,7 +178,10 @@ mod tests {
         let asked = [prompt(0, Release::single(PromptId(0)), 2)];
         let (mut supply, stream) = supply(Pacing::EachPrompt, &asked);
         assert!(supply.start(WeightsVersion(1), 8).is_empty());
-        assert_eq!((supply.len(), supply.answering(), supply.ready()), (1, 0, 1));
+        assert_eq!(
+            (supply.len(), supply.answering(), supply.ready()),
+            (1, 0, 1)
+        );
         assert_eq!(ids(&supply.start(WeightsVersion(2), 8)), vec![0]);
         assert_eq!((supply.len(), supply.answering()), (1, 1));
         let held = supply.finish(PromptId(0)).expect("it was being answered");

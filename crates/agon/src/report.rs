@@ -9,7 +9,10 @@ use serde_json::{Map, Value, json};
 use settings::{PromptsSettings, Settings};
 use telemetry::{RunDirectory, write_atomically};
 
-use crate::{roles::Outcome, world::{self, World}};
+use crate::{
+    roles::Outcome,
+    world::{self, World},
+};
 
 /// A finished or interrupted run, ready to be told.
 pub(crate) struct Report {
@@ -18,7 +21,11 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    pub(crate) fn new(settings: &Settings, world: &World, outcome: &Outcome) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        settings: &Settings,
+        world: &World,
+        outcome: &Outcome,
+    ) -> anyhow::Result<Self> {
         let bandit = match settings.prompts {
             PromptsSettings::Bandit {} => Some(arms(settings, world, outcome)?),
             _ => None,
@@ -49,11 +56,21 @@ struct Arms {
 
 fn arms(settings: &Settings, world: &World, outcome: &Outcome) -> anyhow::Result<Arms> {
     let (device, dtype) = world::device(settings)?;
-    let weights = Weights::load(&outcome.summary.checkpoint, &world.folder.config, dtype, &device)?;
-    let of = |weights: &Weights| probabilities(&world::language_model(&world.folder, weights)?, &[0]);
+    let weights = Weights::load(
+        &outcome.summary.checkpoint,
+        &world.folder.config,
+        dtype,
+        &device,
+    )?;
+    let of =
+        |weights: &Weights| probabilities(&world::language_model(&world.folder, weights)?, &[0]);
     let (policy, reference) = (of(&weights)?, of(&world.weights)?);
     let mixture = playground::mixture(&policy, &reference, settings.actor.mixture_coef);
-    Ok(Arms { reference, policy, mixture })
+    Ok(Arms {
+        reference,
+        policy,
+        mixture,
+    })
 }
 
 /// The distribution of the token that follows these.
@@ -139,11 +156,20 @@ fn in_words(
         summary.pairs,
         summary.wall_seconds,
         summary.pairs as f64 / summary.wall_seconds.max(1e-9),
-        world.base.as_ref().and_then(|b| b.seconds).map_or(String::new(), |s| format!(", after {s:.0} s for the base policy")),
+        world
+            .base
+            .as_ref()
+            .and_then(|b| b.seconds)
+            .map_or(String::new(), |s| format!(
+                ", after {s:.0} s for the base policy"
+            )),
     )?;
     course(&mut text, &summary.evaluations)?;
     if let Some(arms) = bandit {
-        writeln!(text, "\n| arm | reference | policy | mixture |\n|---|---|---|---|")?;
+        writeln!(
+            text,
+            "\n| arm | reference | policy | mixture |\n|---|---|---|---|"
+        )?;
         for arm in 0..arms.policy.len() {
             let [r, p, m] = [&arms.reference, &arms.policy, &arms.mixture].map(|v| v[arm]);
             writeln!(text, "| {arm} | {r:.4} | {p:.4} | {m:.4} |")?;
@@ -152,7 +178,12 @@ fn in_words(
         examples(&mut text, last)?;
     }
     flow(&mut text, outcome)?;
-    writeln!(text, "\nPolicy: `{}` (a Hugging Face folder). Weights: `{}`.", summary.checkpoint.display(), summary.weights_digest)?;
+    writeln!(
+        text,
+        "\nPolicy: `{}` (a Hugging Face folder). Weights: `{}`.",
+        summary.checkpoint.display(),
+        summary.weights_digest
+    )?;
     Ok(text)
 }
 
@@ -196,12 +227,21 @@ fn course(text: &mut String, evaluations: &[Evaluation]) -> std::fmt::Result {
     if evaluations.len() < 2 {
         return Ok(());
     }
-    writeln!(text, "\n| step | win rate | interval | KL | length | entropy |\n|---|---|---|---|---|---|")?;
+    writeln!(
+        text,
+        "\n| step | win rate | interval | KL | length | entropy |\n|---|---|---|---|---|---|"
+    )?;
     for e in evaluations {
         writeln!(
             text,
             "| {} | {:.3} | {:.3}–{:.3} | {:.2} | {:.1} | {:.3} |",
-            e.step, e.win_rate.mean, e.win_rate.low, e.win_rate.high, e.kl, e.response_length, e.entropy
+            e.step,
+            e.win_rate.mean,
+            e.win_rate.low,
+            e.win_rate.high,
+            e.kl,
+            e.response_length,
+            e.entropy
         )?;
     }
     Ok(())
@@ -219,7 +259,13 @@ fn examples(text: &mut String, last: &Evaluation) -> std::fmt::Result {
 }
 
 fn preferred(p: f64) -> String {
-    let whose = if p > 0.5 { "the policy's" } else if p < 0.5 { "the reference's" } else { "neither" };
+    let whose = if p > 0.5 {
+        "the policy's"
+    } else if p < 0.5 {
+        "the reference's"
+    } else {
+        "neither"
+    };
     format!("{whose} (p = {p:.2})")
 }
 
@@ -228,12 +274,29 @@ fn one_line(text: &str) -> String {
 }
 
 fn flow(text: &mut String, outcome: &Outcome) -> std::fmt::Result {
-    writeln!(text, "\n| station | taken | given | dropped | in hand |\n|---|---|---|---|---|")?;
+    writeln!(
+        text,
+        "\n| station | taken | given | dropped | in hand |\n|---|---|---|---|---|"
+    )?;
     for (station, s) in &outcome.stations {
-        let reasons: Vec<String> =
-            s.dropped.iter().map(|(reason, n)| format!("{n} {}", reason.name())).collect();
-        let dropped = if reasons.is_empty() { "0".into() } else { reasons.join(", ") };
-        writeln!(text, "| {} | {} | {} | {dropped} | {} |", station.name(), s.taken, s.given, s.in_hand)?;
+        let reasons: Vec<String> = s
+            .dropped
+            .iter()
+            .map(|(reason, n)| format!("{n} {}", reason.name()))
+            .collect();
+        let dropped = if reasons.is_empty() {
+            "0".into()
+        } else {
+            reasons.join(", ")
+        };
+        writeln!(
+            text,
+            "| {} | {} | {} | {dropped} | {} |",
+            station.name(),
+            s.taken,
+            s.given,
+            s.in_hand
+        )?;
     }
     Ok(())
 }

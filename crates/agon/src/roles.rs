@@ -44,7 +44,8 @@ pub(crate) async fn run(
     let (labelled, for_learner) = stream("labelled pairs", capacity);
     let (drops, dropped) = stream("dropped prompts", capacity);
     let shelf = WeightsShelf::default();
-    let counters = [Station::Actor, Station::Preference, Station::Learner].map(StationCounters::new);
+    let counters =
+        [Station::Actor, Station::Preference, Station::Learner].map(StationCounters::new);
     let [of_actors, of_preference, of_learner] = &counters;
 
     let (quit, quitting) = watch::channel(false);
@@ -88,7 +89,10 @@ pub(crate) async fn run(
     })
     .await?;
     let summary = supervise(learner, others, quit, stop).await?;
-    let stations = counters.iter().map(|c| (c.station(), c.snapshot())).collect();
+    let stations = counters
+        .iter()
+        .map(|c| (c.station(), c.snapshot()))
+        .collect();
     Ok(Outcome { summary, stations })
 }
 
@@ -115,9 +119,12 @@ async fn supervise(
         }
         anyhow::Ok(())
     };
-    tokio::time::timeout(GRACE, finish)
-        .await
-        .map_err(|_| anyhow!("actors or judge did not finish within {} s", GRACE.as_secs()))??;
+    tokio::time::timeout(GRACE, finish).await.map_err(|_| {
+        anyhow!(
+            "actors or judge did not finish within {} s",
+            GRACE.as_secs()
+        )
+    })??;
     Ok(summary)
 }
 
@@ -143,9 +150,15 @@ fn actor(
         mixture_coefs: mixture_coefs(settings),
         slots: settings.actor.slots,
         max_prompt_length: settings.actor.max_prompt_length,
-        pacing: if lone { actor::Pacing::WholeReleases } else { actor::Pacing::EachPrompt },
+        pacing: if lone {
+            actor::Pacing::WholeReleases
+        } else {
+            actor::Pacing::EachPrompt
+        },
         identical: match settings.learner.objective {
-            ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rpo { .. } => IdenticalPairs::Keep,
+            ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rpo { .. } => {
+                IdenticalPairs::Keep
+            }
             _ => IdenticalPairs::Drop,
         },
         prompts,

@@ -71,7 +71,12 @@ pub(crate) fn build(settings: &Settings, scratch: &Path) -> anyhow::Result<World
         }
     };
     fits_positions(settings, &folder)?;
-    Ok(World { folder: Arc::new(folder), weights, set, base })
+    Ok(World {
+        folder: Arc::new(folder),
+        weights,
+        set,
+        base,
+    })
 }
 
 /// The judge of the settings.
@@ -89,12 +94,17 @@ pub(crate) fn gold(settings: &Settings) -> Option<Box<dyn Judge>> {
         JudgeSettings::Gold { cycle } => cycle,
         _ => 0.0,
     };
-    matches!(settings.prompts, PromptsSettings::Playground {}).then(|| Box::new(Gold::new(cycle)) as _)
+    matches!(settings.prompts, PromptsSettings::Playground {})
+        .then(|| Box::new(Gold::new(cycle)) as _)
 }
 
 /// A model whose probabilities over the arms are those of the settings.
 fn bandit(settings: &Settings, scratch: &Path) -> anyhow::Result<PathBuf> {
-    let probabilities = settings.model.reference_probabilities.as_deref().unwrap_or_default();
+    let probabilities = settings
+        .model
+        .reference_probabilities
+        .as_deref()
+        .unwrap_or_default();
     let path = scratch.join("bandit");
     std::fs::create_dir_all(&path).with_context(|| format!("failed to make {}", path.display()))?;
     Bandit::new(probabilities)?.write_model(&path)?;
@@ -145,7 +155,12 @@ impl Posts {
     fn row(post: &playground::Post, golden_seed: u64) -> PromptRow {
         let golden = post.golden(golden_seed);
         let answer = playground::Vocabulary::shared().text(&golden[..golden.len() - 1]);
-        PromptRow { ids: post.prompt_ids(), text: post.text(), golden: Some(golden), answer: Some(answer) }
+        PromptRow {
+            ids: post.prompt_ids(),
+            text: post.text(),
+            golden: Some(golden),
+            answer: Some(answer),
+        }
     }
 }
 
@@ -155,7 +170,10 @@ impl PromptSet for Posts {
     }
 
     fn held_out(&self, index: u64) -> PromptRow {
-        Self::row(&held_out_post(self.seed, index), held_out_seed(self.seed, index))
+        Self::row(
+            &held_out_post(self.seed, index),
+            held_out_seed(self.seed, index),
+        )
     }
 }
 
@@ -164,7 +182,12 @@ struct OnePrompt;
 
 impl PromptSet for OnePrompt {
     fn train(&self, _index: u64) -> PromptRow {
-        PromptRow { ids: vec![0], text: "which arm?".into(), golden: None, answer: None }
+        PromptRow {
+            ids: vec![0],
+            text: "which arm?".into(),
+            golden: None,
+            answer: None,
+        }
     }
 
     fn held_out(&self, index: u64) -> PromptRow {
@@ -173,6 +196,9 @@ impl PromptSet for OnePrompt {
 }
 
 /// A model with these weights.
-pub(crate) fn language_model(folder: &ModelFolder, weights: &Weights) -> anyhow::Result<LanguageModel> {
+pub(crate) fn language_model(
+    folder: &ModelFolder,
+    weights: &Weights,
+) -> anyhow::Result<LanguageModel> {
     Ok(LanguageModel::new(folder.config.clone(), weights.clone())?)
 }

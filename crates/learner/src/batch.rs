@@ -32,11 +32,15 @@ impl<'a> MicroBatch<'a> {
         };
         for labelled in pairs {
             let base = batch.lengths.len() as u32;
-            batch.lengths.extend(labelled.pair.completions.iter().map(|c| c.ids.len()));
+            batch
+                .lengths
+                .extend(labelled.pair.completions.iter().map(|c| c.ids.len()));
             for row in &labelled.labels {
                 batch.first.push(base + u32::from(row.first));
                 batch.second.push(base + u32::from(row.second));
-                batch.p.push(labelling.label(labelled.pair.id(), row) as f32);
+                batch
+                    .p
+                    .push(labelling.label(labelled.pair.id(), row) as f32);
                 batch.pair_weight.push(1.0 / labelled.labels.len() as f32);
             }
         }
@@ -47,7 +51,10 @@ impl<'a> MicroBatch<'a> {
     pub(crate) fn completions(&self) -> Vec<Sequence<'a>> {
         let of = |labelled: &'a LabelledPair| {
             let prompt = labelled.pair.prompt.ids.as_slice();
-            labelled.pair.completions.iter().map(move |c| Sequence { prompt, completion: &c.ids })
+            labelled.pair.completions.iter().map(move |c| Sequence {
+                prompt,
+                completion: &c.ids,
+            })
         };
         self.pairs.iter().flat_map(of).collect()
     }
@@ -56,14 +63,23 @@ impl<'a> MicroBatch<'a> {
     ///
     /// # Errors
     /// When a prompt has none.
-    pub(crate) fn golden(&self, objective: &'static str) -> Result<Vec<Sequence<'a>>, LearnerError> {
+    pub(crate) fn golden(
+        &self,
+        objective: &'static str,
+    ) -> Result<Vec<Sequence<'a>>, LearnerError> {
         self.pairs
             .iter()
             .map(|labelled| {
                 let prompt = &labelled.pair.prompt;
-                let missing = LearnerError::NoGolden { objective, prompt: prompt.id };
+                let missing = LearnerError::NoGolden {
+                    objective,
+                    prompt: prompt.id,
+                };
                 let completion = prompt.golden.as_deref().ok_or(missing)?;
-                Ok(Sequence { prompt: &prompt.ids, completion })
+                Ok(Sequence {
+                    prompt: &prompt.ids,
+                    completion,
+                })
             })
             .collect()
     }
@@ -79,7 +95,10 @@ impl<'a> MicroBatch<'a> {
     }
 
     fn collect(&self, of: impl Fn(&messages::Completion) -> &Vec<f32>) -> Vec<f32> {
-        let completions = self.pairs.iter().flat_map(|labelled| &labelled.pair.completions);
+        let completions = self
+            .pairs
+            .iter()
+            .flat_map(|labelled| &labelled.pair.completions);
         completions.flat_map(|c| of(c).iter().copied()).collect()
     }
 }

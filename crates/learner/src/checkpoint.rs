@@ -50,11 +50,17 @@ pub(crate) struct Checkpoint {
 }
 
 /// Writes a checkpoint to the folder `to`: complete under another name first.
-pub(crate) fn write(to: &Path, checkpoint: &Checkpoint, trainer: &Trainer) -> Result<(), LearnerError> {
+pub(crate) fn write(
+    to: &Path,
+    checkpoint: &Checkpoint,
+    trainer: &Trainer,
+) -> Result<(), LearnerError> {
     let aside = aside(to);
     let written = write_aside(&aside, checkpoint, trainer);
     let placed = written.and_then(|()| place(&aside, to));
-    if placed.is_err() && let Err(error) = fs::remove_dir_all(&aside) {
+    if placed.is_err()
+        && let Err(error) = fs::remove_dir_all(&aside)
+    {
         tracing::warn!(path = %aside.display(), %error, "an unfinished checkpoint could not be removed");
     }
     placed
@@ -62,21 +68,36 @@ pub(crate) fn write(to: &Path, checkpoint: &Checkpoint, trainer: &Trainer) -> Re
 
 /// The name a checkpoint has until it is complete.
 fn aside(to: &Path) -> PathBuf {
-    let name = to.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = to
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
     to.with_file_name(format!(".{name}.unfinished"))
 }
 
-fn write_aside(aside: &Path, checkpoint: &Checkpoint, trainer: &Trainer) -> Result<(), LearnerError> {
+fn write_aside(
+    aside: &Path,
+    checkpoint: &Checkpoint,
+    trainer: &Trainer,
+) -> Result<(), LearnerError> {
     if aside.exists() {
         fs::remove_dir_all(aside).map_err(|error| unwritable(aside, &error))?;
     }
     fs::create_dir_all(aside).map_err(|error| unwritable(aside, &error))?;
-    model::save_folder(aside, trainer.folder(), trainer.weights()).map_err(|error| match error {
-        model::ModelError::Unwritable { path, source } => unwritable(&path, &source),
-        other => LearnerError::Model(other),
-    })?;
-    write_synced(&aside.join("optimizer.safetensors"), &trainer.optimizer_blob()?)?;
-    write_synced(&aside.join("in_hand.pairs"), &encode_pairs(&checkpoint.in_hand))?;
+    model::save_folder(aside, trainer.folder(), trainer.weights()).map_err(
+        |error| match error {
+            model::ModelError::Unwritable { path, source } => unwritable(&path, &source),
+            other => LearnerError::Model(other),
+        },
+    )?;
+    write_synced(
+        &aside.join("optimizer.safetensors"),
+        &trainer.optimizer_blob()?,
+    )?;
+    write_synced(
+        &aside.join("in_hand.pairs"),
+        &encode_pairs(&checkpoint.in_hand),
+    )?;
     let state = serde_json::to_vec_pretty(&checkpoint.state)
         .map_err(|error| unwritable(&aside.join("state.json"), &error))?;
     write_synced(&aside.join("state.json"), &state)
@@ -101,11 +122,16 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), LearnerError> {
 }
 
 fn sync_folder(path: &Path) -> Result<(), LearnerError> {
-    File::open(path).and_then(|folder| folder.sync_all()).map_err(|error| unwritable(path, &error))
+    File::open(path)
+        .and_then(|folder| folder.sync_all())
+        .map_err(|error| unwritable(path, &error))
 }
 
 fn unwritable(path: &Path, reason: &dyn std::fmt::Display) -> LearnerError {
-    LearnerError::Unwritable { path: path.to_owned(), reason: reason.to_string() }
+    LearnerError::Unwritable {
+        path: path.to_owned(),
+        reason: reason.to_string(),
+    }
 }
 
 /// Reads everything of a checkpoint but its tensors.
@@ -114,10 +140,14 @@ pub(crate) fn read(path: &Path) -> Result<Checkpoint, LearnerError> {
         let path = path.join(name);
         fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })
     };
-    let broken = |reason: String| LearnerError::Checkpoint { path: path.to_owned(), reason };
+    let broken = |reason: String| LearnerError::Checkpoint {
+        path: path.to_owned(),
+        reason,
+    };
     let state = serde_json::from_slice(&file("state.json")?)
         .map_err(|error| broken(format!("state.json: {error}")))?;
-    let in_hand = decode_pairs(&file("in_hand.pairs")?).map_err(|e| broken(format!("in_hand.pairs: {e}")))?;
+    let in_hand =
+        decode_pairs(&file("in_hand.pairs")?).map_err(|e| broken(format!("in_hand.pairs: {e}")))?;
     Ok(Checkpoint { state, in_hand })
 }
 
@@ -141,15 +171,24 @@ pub(crate) fn prune(checkpoints: &Path, keep: usize) -> Result<(), LearnerError>
 
 /// The complete checkpoints of a run, oldest first.
 fn all(folder: &Path) -> Result<Vec<(u64, PathBuf)>, LearnerError> {
-    let unreadable = |source| LearnerError::Unreadable { path: folder.to_owned(), source };
+    let unreadable = |source| LearnerError::Unreadable {
+        path: folder.to_owned(),
+        source,
+    };
     if !folder.exists() {
         return Ok(Vec::new());
     }
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if let Some(step) = name.strip_prefix("step_").and_then(|step| step.parse().ok()) {
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
+        if let Some(step) = name
+            .strip_prefix("step_")
+            .and_then(|step| step.parse().ok())
+        {
             found.push((step, path));
         }
     }
@@ -176,5 +215,9 @@ fn decode_pairs(mut bytes: &[u8]) -> Result<Vec<LabelledPair>, String> {
         pairs.push(wire::decode(message).map_err(|error| error.to_string())?);
         bytes = &rest[length..];
     }
-    if bytes.is_empty() { Ok(pairs) } else { Err("the file is torn".into()) }
+    if bytes.is_empty() {
+        Ok(pairs)
+    } else {
+        Err("the file is torn".into())
+    }
 }

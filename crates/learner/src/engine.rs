@@ -16,10 +16,23 @@ type Reply<T> = oneshot::Sender<Result<T, LearnerError>>;
 
 /// What the thread can be told.
 enum Command {
-    Step { pairs: Vec<LabelledPair>, step: u64, reply: Reply<(StepOutcome, Vec<LabelledPair>)> },
-    Weights { reply: Reply<Option<Vec<u8>>> },
-    Save { to: PathBuf, checkpoint: Box<Checkpoint>, reply: Reply<()> },
-    Restore { from: PathBuf, reply: Reply<()> },
+    Step {
+        pairs: Vec<LabelledPair>,
+        step: u64,
+        reply: Reply<(StepOutcome, Vec<LabelledPair>)>,
+    },
+    Weights {
+        reply: Reply<Option<Vec<u8>>>,
+    },
+    Save {
+        to: PathBuf,
+        checkpoint: Box<Checkpoint>,
+        reply: Reply<()>,
+    },
+    Restore {
+        from: PathBuf,
+        reply: Reply<()>,
+    },
 }
 
 /// The async end of the thread.
@@ -45,7 +58,8 @@ impl Engine {
         pairs: Vec<LabelledPair>,
         step: u64,
     ) -> Result<(StepOutcome, Vec<LabelledPair>), LearnerError> {
-        self.call(|reply| Command::Step { pairs, step, reply }).await
+        self.call(|reply| Command::Step { pairs, step, reply })
+            .await
     }
 
     /// The weights as a blob; `None` when they are not finite.
@@ -54,9 +68,18 @@ impl Engine {
     }
 
     /// Writes a checkpoint into the folder `to`, which must not exist.
-    pub(crate) async fn save(&self, to: PathBuf, checkpoint: Checkpoint) -> Result<(), LearnerError> {
+    pub(crate) async fn save(
+        &self,
+        to: PathBuf,
+        checkpoint: Checkpoint,
+    ) -> Result<(), LearnerError> {
         let checkpoint = Box::new(checkpoint);
-        self.call(|reply| Command::Save { to, checkpoint, reply }).await
+        self.call(|reply| Command::Save {
+            to,
+            checkpoint,
+            reply,
+        })
+        .await
     }
 
     /// Goes back to the weights and the optimiser of a checkpoint.
@@ -73,7 +96,9 @@ impl Engine {
     async fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, LearnerError> {
         let (reply, answer) = oneshot::channel();
         // One caller, one command at a time: there is always room.
-        self.commands.send(command(reply)).map_err(|_| LearnerError::EngineGone)?;
+        self.commands
+            .send(command(reply))
+            .map_err(|_| LearnerError::EngineGone)?;
         answer.await.map_err(|_| LearnerError::EngineGone)?
     }
 }
@@ -86,7 +111,11 @@ fn obey(mut trainer: Trainer, inbox: &Receiver<Command>) {
                 answer(reply, outcome.map(|outcome| (outcome, pairs)));
             }
             Command::Weights { reply } => answer(reply, weights(&trainer)),
-            Command::Save { to, checkpoint, reply } => {
+            Command::Save {
+                to,
+                checkpoint,
+                reply,
+            } => {
                 answer(reply, checkpoint::write(&to, &checkpoint, &trainer));
             }
             Command::Restore { from, reply } => answer(reply, trainer.restore(&from)),
@@ -96,7 +125,11 @@ fn obey(mut trainer: Trainer, inbox: &Receiver<Command>) {
 
 fn weights(trainer: &Trainer) -> Result<Option<Vec<u8>>, LearnerError> {
     let weights = trainer.weights();
-    Ok(if weights.is_finite()? { Some(weights.to_blob()?) } else { None })
+    Ok(if weights.is_finite()? {
+        Some(weights.to_blob()?)
+    } else {
+        None
+    })
 }
 
 fn answer<T>(reply: Reply<T>, result: Result<T, LearnerError>) {

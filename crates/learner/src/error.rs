@@ -62,7 +62,9 @@ pub enum LearnerError {
         reason: String,
     },
     /// Pairs do not come.
-    #[error("no step for {seconds} s: waited for {reason} with {outstanding} prompts on their way and {in_hand} pairs in hand; see learner.batch_timeout_seconds")]
+    #[error(
+        "no step for {seconds} s: waited for {reason} with {outstanding} prompts on their way and {in_hand} pairs in hand; see learner.batch_timeout_seconds"
+    )]
     Overdue {
         /// The wait's name.
         reason: &'static str,
@@ -74,7 +76,9 @@ pub enum LearnerError {
         in_hand: usize,
     },
     /// The run diverges and going back to a checkpoint has not helped.
-    #[error("diverged: {rollbacks} times {consecutive} non-finite steps in a row; the batches are in {quarantine}; lower learner.learning_rate")]
+    #[error(
+        "diverged: {rollbacks} times {consecutive} non-finite steps in a row; the batches are in {quarantine}; lower learner.learning_rate"
+    )]
     Diverged {
         /// How often the run went back to a checkpoint.
         rollbacks: u64,

@@ -21,13 +21,21 @@ impl Interval {
     #[must_use]
     pub fn wilson(mean: f64, n: usize) -> Self {
         if n == 0 {
-            return Self { mean: 0.5, low: 0.0, high: 1.0 };
+            return Self {
+                mean: 0.5,
+                low: 0.0,
+                high: 1.0,
+            };
         }
         const Z: f64 = 1.959_963_984_540_054;
         let n = n as f64;
         let centre = (mean + Z * Z / (2.0 * n)) / (1.0 + Z * Z / n);
         let half = Z / (1.0 + Z * Z / n) * (mean * (1.0 - mean) / n + Z * Z / (4.0 * n * n)).sqrt();
-        Self { mean, low: (centre - half).max(0.0), high: (centre + half).min(1.0) }
+        Self {
+            mean,
+            low: (centre - half).max(0.0),
+            high: (centre + half).min(1.0),
+        }
     }
 }
 
@@ -92,15 +100,33 @@ impl Tally {
         if n == 0 {
             return None;
         }
-        let mean = |f: &dyn Fn(&LabelledPair) -> f64| self.pairs.iter().map(f).sum::<f64>() / n as f64;
-        let p = |l: &LabelledPair| l.labels.first().map_or(0.5, |label| f64::from(label.p.get()));
-        let win = |p: f64| if p > 0.5 { 1.0 } else if p < 0.5 { 0.0 } else { 0.5 };
+        let mean =
+            |f: &dyn Fn(&LabelledPair) -> f64| self.pairs.iter().map(f).sum::<f64>() / n as f64;
+        let p = |l: &LabelledPair| {
+            l.labels
+                .first()
+                .map_or(0.5, |label| f64::from(label.p.get()))
+        };
+        let win = |p: f64| {
+            if p > 0.5 {
+                1.0
+            } else if p < 0.5 {
+                0.0
+            } else {
+                0.5
+            }
+        };
         fn policy(labelled: &LabelledPair) -> &messages::Completion {
             &labelled.pair.completions[0]
         }
         let tokens = mean(&|l| policy(l).ids.len() as f64);
-        let golds: Vec<f64> = self.pairs.iter().filter_map(|l| Some(win(f64::from(l.gold?.get())))).collect();
-        let gold = (golds.len() == n).then(|| Interval::wilson(golds.iter().sum::<f64>() / n as f64, n));
+        let golds: Vec<f64> = self
+            .pairs
+            .iter()
+            .filter_map(|l| Some(win(f64::from(l.gold?.get()))))
+            .collect();
+        let gold =
+            (golds.len() == n).then(|| Interval::wilson(golds.iter().sum::<f64>() / n as f64, n));
         Some(Evaluation {
             step,
             prompts: n,
@@ -112,14 +138,24 @@ impl Tally {
             reference_length: mean(&|l| l.pair.completions[1].ids.len() as f64),
             entropy: -mean(&|l| policy(l).sum_logp()) / tokens.max(1.0),
             ended: mean(&|l| f64::from(u8::from(policy(l).finish == Finish::EndOfText))),
-            examples: self.pairs.iter().take(show).map(|l| example(l, p(l))).collect(),
+            examples: self
+                .pairs
+                .iter()
+                .take(show)
+                .map(|l| example(l, p(l)))
+                .collect(),
         })
     }
 }
 
 fn example(labelled: &LabelledPair, p: f64) -> Example {
     let [policy, reference] = [0, 1].map(|i| labelled.pair.completions[i].text.clone());
-    Example { prompt: labelled.pair.prompt.text.clone(), policy, reference, p }
+    Example {
+        prompt: labelled.pair.prompt.text.clone(),
+        policy,
+        reference,
+        p,
+    }
 }
 
 impl Evaluation {
@@ -145,7 +181,9 @@ mod tests {
 
     #[test]
     fn wilsons_interval_has_the_textbooks_numbers() {
-        let close = |found: f64, expected: f64| assert!((found - expected).abs() < 5e-4, "{found} {expected}");
+        let close = |found: f64, expected: f64| {
+            assert!((found - expected).abs() < 5e-4, "{found} {expected}")
+        };
         let interval = Interval::wilson(0.8, 512);
         close(interval.low, 0.7633);
         close(interval.high, 0.8323);

@@ -50,7 +50,15 @@ impl Feed {
         pacing: Pacing,
         window: usize,
     ) -> Self {
-        Self { prompts, set, seed, pacing, window, cursor: 0, outstanding: BTreeMap::new() }
+        Self {
+            prompts,
+            set,
+            seed,
+            pacing,
+            window,
+            cursor: 0,
+            outstanding: BTreeMap::new(),
+        }
     }
 
     /// Whether the prompt was sent and has not come back; from now on it has.
@@ -60,12 +68,18 @@ impl Feed {
 
     /// Training prompts on their way.
     pub(crate) fn outstanding(&self) -> usize {
-        self.outstanding.keys().filter(|id| id.0 < EVALUATION).count()
+        self.outstanding
+            .keys()
+            .filter(|id| id.0 < EVALUATION)
+            .count()
     }
 
     /// Prompts of evaluations on their way.
     pub(crate) fn evaluating(&self) -> usize {
-        self.outstanding.keys().filter(|id| id.0 >= EVALUATION).count()
+        self.outstanding
+            .keys()
+            .filter(|id| id.0 >= EVALUATION)
+            .count()
     }
 
     /// Sends as many training prompts as there are credits: `in_hand` pairs wait already, `needed` more
@@ -77,7 +91,10 @@ impl Feed {
         needed: usize,
     ) -> Result<(), Closed> {
         let on_their_way = self.outstanding();
-        let credits = self.window.min(needed).saturating_sub(in_hand + on_their_way);
+        let credits = self
+            .window
+            .min(needed)
+            .saturating_sub(in_hand + on_their_way);
         if credits == 0 || (self.pacing == Pacing::WholeReleases && on_their_way > 0) {
             return Ok(());
         }
@@ -86,7 +103,10 @@ impl Feed {
             let id = PromptId(self.cursor);
             let release = match self.pacing {
                 Pacing::EachPrompt => Release::single(id),
-                Pacing::WholeReleases => Release { first, count: credits as u32 },
+                Pacing::WholeReleases => Release {
+                    first,
+                    count: credits as u32,
+                },
             };
             self.cursor += 1;
             self.send_training(id, release, version).await?;
@@ -118,7 +138,11 @@ impl Feed {
 
     /// Sends the held-out prompt `index` of the evaluation at `version`. Its seed is the same in every
     /// evaluation, so that the reference's answers, and luck, are shared between them.
-    pub(crate) async fn send_held_out(&mut self, index: u64, version: WeightsVersion) -> Result<(), Closed> {
+    pub(crate) async fn send_held_out(
+        &mut self,
+        index: u64,
+        version: WeightsVersion,
+    ) -> Result<(), Closed> {
         let row = self.set.held_out(index);
         let id = PromptId(EVALUATION | version.0 << 24 | index);
         let prompt = Prompt {
@@ -138,9 +162,15 @@ impl Feed {
 
     /// What a checkpoint keeps. Evaluations are not resumed: they are done again.
     pub(crate) fn state(&self) -> FeedState {
-        let outstanding =
-            self.outstanding.iter().filter(|(id, _)| id.0 < EVALUATION).map(|(&id, &r)| (id, r));
-        FeedState { cursor: self.cursor, outstanding: outstanding.collect() }
+        let outstanding = self
+            .outstanding
+            .iter()
+            .filter(|(id, _)| id.0 < EVALUATION)
+            .map(|(&id, &r)| (id, r));
+        FeedState {
+            cursor: self.cursor,
+            outstanding: outstanding.collect(),
+        }
     }
 
     /// Takes up where a checkpoint left off: what was on its way is sent again, with the same seeds. A
@@ -176,7 +206,12 @@ mod tests {
 
     impl PromptSet for Counting {
         fn train(&self, index: u64) -> PromptRow {
-            PromptRow { ids: vec![index as u32], text: String::new(), golden: None, answer: None }
+            PromptRow {
+                ids: vec![index as u32],
+                text: String::new(),
+                golden: None,
+                answer: None,
+            }
         }
         fn held_out(&self, index: u64) -> PromptRow {
             self.train(1000 + index)
@@ -185,7 +220,10 @@ mod tests {
 
     fn feed(pacing: Pacing) -> (Feed, transport::Receiver<Prompt>) {
         let (sender, receiver) = transport::stream("prompts", 64);
-        (Feed::new(sender, Arc::new(Counting), Seed(1), pacing, 6), receiver)
+        (
+            Feed::new(sender, Arc::new(Counting), Seed(1), pacing, 6),
+            receiver,
+        )
     }
 
     fn sent(receiver: &transport::Receiver<Prompt>) -> Vec<Prompt> {
@@ -210,20 +248,33 @@ mod tests {
         assert_eq!(ids(&sent(&receiver)), vec![0, 1, 2, 3, 4, 5]);
         assert!(feed.returned(PromptId(3)) && !feed.returned(PromptId(3)));
         feed.top_up(version, 1, 100).await.expect("open");
-        assert!(sent(&receiver).is_empty(), "the pair in hand still holds its credit");
+        assert!(
+            sent(&receiver).is_empty(),
+            "the pair in hand still holds its credit"
+        );
         feed.top_up(version, 0, 100).await.expect("open");
         assert_eq!(ids(&sent(&receiver)), vec![6]);
         assert!(feed.returned(PromptId(0)));
         feed.top_up(version, 0, 5).await.expect("open");
-        assert!(sent(&receiver).is_empty(), "no more than the run still needs");
+        assert!(
+            sent(&receiver).is_empty(),
+            "no more than the run still needs"
+        );
     }
 
     #[tokio::test]
     async fn whole_releases_are_sent_when_nothing_is_on_its_way() {
         let (mut feed, receiver) = feed(Pacing::WholeReleases);
         feed.top_up(WeightsVersion(0), 0, 4).await.expect("open");
-        let release = Release { first: PromptId(0), count: 4 };
-        assert!(sent(&receiver).iter().all(|prompt| prompt.release == release));
+        let release = Release {
+            first: PromptId(0),
+            count: 4,
+        };
+        assert!(
+            sent(&receiver)
+                .iter()
+                .all(|prompt| prompt.release == release)
+        );
         for id in 0..3 {
             assert!(feed.returned(PromptId(id)));
         }
@@ -243,7 +294,10 @@ mod tests {
         let state = feed.state();
         let (mut resumed, receiver) = self::feed(Pacing::WholeReleases);
         let mut forgotten = Vec::new();
-        resumed.restore(state, WeightsVersion(2), |id| forgotten.push(id.0)).await.expect("open");
+        resumed
+            .restore(state, WeightsVersion(2), |id| forgotten.push(id.0))
+            .await
+            .expect("open");
         assert_eq!(sent(&receiver), before);
         assert_eq!((forgotten, resumed.outstanding()), (vec![0, 1, 2], 3));
     }

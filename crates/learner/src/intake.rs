@@ -41,12 +41,16 @@ impl Intake {
 
     /// Takes out the pair of this prompt, if it is there.
     pub(crate) fn forget(&mut self, id: PromptId) {
-        self.pairs.retain(|in_hand| in_hand.labelled.pair.id() != id);
+        self.pairs
+            .retain(|in_hand| in_hand.labelled.pair.id() != id);
     }
 
     /// What a checkpoint keeps.
     pub(crate) fn pairs(&self) -> Vec<LabelledPair> {
-        self.pairs.iter().map(|in_hand| in_hand.labelled.clone()).collect()
+        self.pairs
+            .iter()
+            .map(|in_hand| in_hand.labelled.clone())
+            .collect()
     }
 }
 
@@ -58,8 +62,14 @@ pub(crate) fn staleness(labelled: &LabelledPair, step: u64) -> u64 {
 /// Why a pair that has come cannot be trained on at all.
 pub(crate) fn unsound(labelled: &LabelledPair) -> Option<DropReason> {
     let completions = &labelled.pair.completions;
-    let sound = completions.len() > 1 && completions.iter().all(|c| !c.ids.is_empty() && c.is_sound());
+    let sound = completions.len() > 1
+        && completions
+            .iter()
+            .all(|c| !c.ids.is_empty() && c.is_sound());
     let rows = !labelled.labels.is_empty()
-        && labelled.labels.iter().all(|l| l.first < l.second && usize::from(l.second) < completions.len());
+        && labelled
+            .labels
+            .iter()
+            .all(|l| l.first < l.second && usize::from(l.second) < completions.len());
     (!sound || !rows).then_some(DropReason::Poisoned)
 }

@@ -56,7 +56,12 @@ impl Jsonl {
         tokenizer: &Tokenizer,
         eos: Option<u32>,
     ) -> Result<Self, LearnerError> {
-        let reader = Reader { settings, max_prompt_length, tokenizer, eos };
+        let reader = Reader {
+            settings,
+            max_prompt_length,
+            tokenizer,
+            eos,
+        };
         let mut train = reader.rows(&settings.path)?;
         let held_out = if settings.held_out_path.as_os_str().is_empty() {
             if settings.held_out == 0 || settings.held_out >= train.len() {
@@ -65,13 +70,21 @@ impl Jsonl {
                     settings.held_out,
                     train.len()
                 );
-                return Err(LearnerError::Row { path: settings.path.clone(), line: train.len(), reason });
+                return Err(LearnerError::Row {
+                    path: settings.path.clone(),
+                    line: train.len(),
+                    reason,
+                });
             }
             train.split_off(train.len() - settings.held_out)
         } else {
             reader.rows(&settings.held_out_path)?
         };
-        Ok(Self { train, held_out, shuffle: settings.shuffle.then_some(seed) })
+        Ok(Self {
+            train,
+            held_out,
+            shuffle: settings.shuffle.then_some(seed),
+        })
     }
 }
 
@@ -100,7 +113,9 @@ pub fn shuffled(index: u64, count: u64, seed: Seed) -> u64 {
 /// Place `place` of a permutation of `0..count`, computed without the others: a Feistel network over
 /// the next power of four, walked until it is inside.
 fn permuted(place: u64, count: u64, seed: Seed) -> u64 {
-    let half = (64 - count.saturating_sub(1).leading_zeros()).div_ceil(2).max(1);
+    let half = (64 - count.saturating_sub(1).leading_zeros())
+        .div_ceil(2)
+        .max(1);
     let mask = (1u64 << half) - 1;
     let mut place = place;
     loop {
@@ -128,22 +143,35 @@ impl Reader<'_> {
         let rows = read_rows(path)?
             .into_iter()
             .map(|(line, row)| {
-                self.row(&row).map_err(|reason| LearnerError::Row { path: path.to_owned(), line, reason })
+                self.row(&row).map_err(|reason| LearnerError::Row {
+                    path: path.to_owned(),
+                    line,
+                    reason,
+                })
             })
             .collect::<Result<Vec<_>, _>>()?;
         if rows.is_empty() {
             let reason = "the file holds no prompts".into();
-            return Err(LearnerError::Row { path: path.to_owned(), line: 1, reason });
+            return Err(LearnerError::Row {
+                path: path.to_owned(),
+                line: 1,
+                reason,
+            });
         }
         Ok(rows)
     }
 
     fn row(&self, row: &Value) -> Result<PromptRow, String> {
         let column = self.settings.prompt_column.as_str();
-        let prompt = row.get(column).ok_or_else(|| format!("there is no column {column:?}; see prompts.prompt_column"))?;
+        let prompt = row
+            .get(column)
+            .ok_or_else(|| format!("there is no column {column:?}; see prompts.prompt_column"))?;
         let prompt: PromptText = serde_json::from_value(prompt.clone())
             .map_err(|_| format!("{column:?} is neither text nor messages"))?;
-        let ids = self.tokenizer.encode_prompt(&prompt).map_err(|error| error.to_string())?;
+        let ids = self
+            .tokenizer
+            .encode_prompt(&prompt)
+            .map_err(|error| error.to_string())?;
         if ids.len() > self.max_prompt_length {
             return Err(format!(
                 "the prompt has {} tokens, more than actor.max_prompt_length = {}",
@@ -155,7 +183,11 @@ impl Reader<'_> {
         let answer = match (golden, row.get(golden)) {
             ("", _) => None,
             (_, Some(Value::String(answer))) => Some(answer.clone()),
-            _ => return Err(format!("there is no text in column {golden:?}; see prompts.golden_column")),
+            _ => {
+                return Err(format!(
+                    "there is no text in column {golden:?}; see prompts.golden_column"
+                ));
+            }
         };
         let golden = answer
             .as_ref()
@@ -163,7 +195,12 @@ impl Reader<'_> {
             .transpose()
             .map_err(|error| error.to_string())?
             .map(|answer| answer.into_iter().chain(self.eos).collect());
-        Ok(PromptRow { text: self.tokenizer.decode(&ids), ids, golden, answer })
+        Ok(PromptRow {
+            text: self.tokenizer.decode(&ids),
+            ids,
+            golden,
+            answer,
+        })
     }
 }
 
@@ -173,21 +210,34 @@ impl Reader<'_> {
 /// # Errors
 /// When the file cannot be read or a line is not a JSON object: with file and line.
 pub(crate) fn read_rows(path: &Path) -> Result<Vec<(usize, Value)>, LearnerError> {
-    let unreadable = |source| LearnerError::Unreadable { path: PathBuf::from(path), source };
+    let unreadable = |source| LearnerError::Unreadable {
+        path: PathBuf::from(path),
+        source,
+    };
     let file = std::fs::File::open(path).map_err(unreadable)?;
     let gz = path.extension().is_some_and(|extension| extension == "gz");
-    let reader: Box<dyn Read> = if gz { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+    let reader: Box<dyn Read> = if gz {
+        Box::new(MultiGzDecoder::new(file))
+    } else {
+        Box::new(file)
+    };
     let mut rows = Vec::new();
     for (index, line) in BufReader::new(reader).lines().enumerate() {
         let line = line.map_err(unreadable)?;
         if line.trim().is_empty() {
             continue;
         }
-        let malformed =
-            |reason| LearnerError::Row { path: path.to_owned(), line: index + 1, reason };
-        let row: Value = serde_json::from_str(&line).map_err(|error| malformed(format!("not JSON: {error}")))?;
+        let malformed = |reason| LearnerError::Row {
+            path: path.to_owned(),
+            line: index + 1,
+            reason,
+        };
+        let row: Value =
+            serde_json::from_str(&line).map_err(|error| malformed(format!("not JSON: {error}")))?;
         if !row.is_object() {
-            return Err(malformed("a row must be a JSON object, as in {\"prompt\": \"...\"}".into()));
+            return Err(malformed(
+                "a row must be a JSON object, as in {\"prompt\": \"...\"}".into(),
+            ));
         }
         rows.push((index + 1, row));
     }
@@ -203,7 +253,9 @@ mod tests {
         for count in [1u64, 2, 7, 64, 100] {
             let of = |epoch| {
                 let seed = Seed(5).derive(epoch);
-                (0..count).map(|place| permuted(place, count, seed)).collect::<Vec<_>>()
+                (0..count)
+                    .map(|place| permuted(place, count, seed))
+                    .collect::<Vec<_>>()
             };
             let mut sorted = of(0);
             sorted.sort_unstable();
@@ -217,7 +269,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("rows.jsonl");
         for (text, expected) in [
-            ("{\"prompt\": \"a\"}\n\n{\"prompt\": \n", "rows.jsonl, line 3: not JSON"),
+            (
+                "{\"prompt\": \"a\"}\n\n{\"prompt\": \n",
+                "rows.jsonl, line 3: not JSON",
+            ),
             ("[1]\n", "rows.jsonl, line 1: a row must be a JSON object"),
         ] {
             std::fs::write(&path, text).expect("a file");

@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use messages::{Digest, DropReason, Dropped, LabelledPair, Prompt, Purpose, Seed, WeightsManifest, WeightsVersion};
+use messages::{
+    Digest, DropReason, Dropped, LabelledPair, Prompt, Purpose, Seed, WeightsManifest,
+    WeightsVersion,
+};
 use model::{ModelFolder, Weights};
 use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
 use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog, StationCounters, Waits};
@@ -140,7 +143,12 @@ impl Learner {
     /// When the model cannot be trained, the checkpoint cannot be read or the run directory cannot be
     /// written.
     pub async fn new(parts: LearnerParts) -> Result<Self, LearnerError> {
-        let trainer = Trainer::new(Arc::clone(&parts.folder), &parts.weights, &parts.settings, parts.seed)?;
+        let trainer = Trainer::new(
+            Arc::clone(&parts.folder),
+            &parts.weights,
+            &parts.settings,
+            parts.seed,
+        )?;
         let engine = Engine::spawn(trainer)?;
         let window = (parts.settings.max_staleness as usize + 1) * parts.settings.train_batch_size;
         let feed = Feed::new(parts.prompts, parts.set, parts.seed, parts.pacing, window);
@@ -153,7 +161,9 @@ impl Learner {
             }
             None => None,
         };
-        let state = resumed.as_ref().map_or_else(|| State::beginning(&feed), |c| c.state.clone());
+        let state = resumed
+            .as_ref()
+            .map_or_else(|| State::beginning(&feed), |c| c.state.clone());
         journal.truncate_after(state.step)?;
         samples.truncate_after(state.step)?;
         for counters in &parts.stations {
@@ -190,20 +200,31 @@ impl Learner {
     ///
     /// # Errors
     /// When pairs do not come, the run diverges, or something cannot be read or written.
-    pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<Summary, LearnerError> {
+    pub async fn run(
+        mut self,
+        mut shutdown: watch::Receiver<bool>,
+    ) -> Result<Summary, LearnerError> {
         self.begin(&mut shutdown).await?;
         while self.state.step < self.settings.steps {
             let Some(batch) = self.take(&mut shutdown).await? else {
                 return self.end(Ending::Interrupted).await;
             };
             self.train(batch).await?;
-            if self.state.step.is_multiple_of(self.settings.weight_sync_steps) {
+            if self
+                .state
+                .step
+                .is_multiple_of(self.settings.weight_sync_steps)
+            {
                 self.publish().await?;
             }
-            if due(self.state.step, self.evaluation.eval_steps) && self.state.step < self.settings.steps {
+            if due(self.state.step, self.evaluation.eval_steps)
+                && self.state.step < self.settings.steps
+            {
                 self.evaluate(&mut shutdown).await?;
             }
-            if due(self.state.step, self.settings.save_steps) && self.state.step < self.settings.steps {
+            if due(self.state.step, self.settings.save_steps)
+                && self.state.step < self.settings.steps
+            {
                 self.save().await?;
             }
         }
@@ -227,7 +248,9 @@ impl Learner {
             self.intake.add(labelled, None);
         }
         let intake = &mut self.intake;
-        self.feed.restore(state.feed, self.state.version, |id| intake.forget(id)).await?;
+        self.feed
+            .restore(state.feed, self.state.version, |id| intake.forget(id))
+            .await?;
         // What is asked for again will be taken again; only the rest is in hand already.
         self.counters.taken(self.intake.len() as u64);
         self.counters.set_in_hand(self.intake.len() as u64);
@@ -236,7 +259,10 @@ impl Learner {
     }
 
     /// Waits for a batch of pairs that are fresh enough. `None` when the run is to stop.
-    async fn take(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<Option<Vec<InHand>>, LearnerError> {
+    async fn take(
+        &mut self,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<Option<Vec<InHand>>, LearnerError> {
         let before = Instant::now();
         loop {
             let step = self.state.step;
@@ -248,7 +274,9 @@ impl Learner {
             let taken = batch.as_ref().map_or(0, Vec::len);
             // The batch that is about to be trained on still holds its credits: what is asked for now
             // is answered by weights at least as new as those before its step.
-            self.feed.top_up(self.state.version, self.intake.len() + taken, left).await?;
+            self.feed
+                .top_up(self.state.version, self.intake.len() + taken, left)
+                .await?;
             if let Some(batch) = batch {
                 self.waited += before.elapsed();
                 return Ok(Some(batch));
@@ -295,12 +323,18 @@ impl Learner {
 
     fn receive(&mut self, labelled: LabelledPair, receipt: transport::Receipt) {
         self.counters.taken(1);
-        let in_hand = InHand { labelled, receipt: Some(receipt) };
+        let in_hand = InHand {
+            labelled,
+            receipt: Some(receipt),
+        };
         if !self.feed.returned(in_hand.labelled.pair.id()) {
             return self.drop_pair(in_hand, DropReason::Duplicate);
         }
         if let Some(reason) = intake::unsound(&in_hand.labelled) {
-            tracing::warn!(prompt = in_hand.labelled.pair.id().0, "a pair holds numbers that are not finite");
+            tracing::warn!(
+                prompt = in_hand.labelled.pair.id().0,
+                "a pair holds numbers that are not finite"
+            );
             return self.drop_pair(in_hand, reason);
         }
         match in_hand.labelled.pair.prompt.purpose {
@@ -328,8 +362,10 @@ impl Learner {
     async fn train(&mut self, batch: Vec<InHand>) -> Result<(), LearnerError> {
         let before = Instant::now();
         let step = self.state.step;
-        let (pairs, receipts): (Vec<_>, Vec<_>) = batch.into_iter().map(|b| (b.labelled, b.receipt)).unzip();
-        self.counters.set_in_hand((self.intake.len() + pairs.len()) as u64);
+        let (pairs, receipts): (Vec<_>, Vec<_>) =
+            batch.into_iter().map(|b| (b.labelled, b.receipt)).unzip();
+        self.counters
+            .set_in_hand((self.intake.len() + pairs.len()) as u64);
         let (outcome, pairs) = self.engine.step(pairs, step).await?;
         for receipt in receipts {
             self.settle(receipt);
@@ -341,14 +377,19 @@ impl Learner {
                 self.state.step += 1;
                 self.state.consecutive_nonfinite = 0;
                 self.state.pairs += pairs.len() as u64;
-                let tokens = pairs.iter().flat_map(|l| &l.pair.completions).map(|c| c.ids.len() as u64);
+                let tokens = pairs
+                    .iter()
+                    .flat_map(|l| &l.pair.completions)
+                    .map(|c| c.ids.len() as u64);
                 self.state.tokens += tokens.sum::<u64>();
                 measurements.merge(self.flow(&pairs, step, before.elapsed()));
                 self.report(&measurements, &pairs)
             }
             StepOutcome::Refused(measurements) => {
-                self.counters.dropped(DropReason::Poisoned, pairs.len() as u64);
-                self.journal.append(step, self.wall_seconds(), &measurements)?;
+                self.counters
+                    .dropped(DropReason::Poisoned, pairs.len() as u64);
+                self.journal
+                    .append(step, self.wall_seconds(), &measurements)?;
                 self.refused(&pairs).await
             }
         }
@@ -374,7 +415,11 @@ impl Learner {
         let last = checkpoint::latest(&self.directory.checkpoints())?;
         let Some(last) = last.filter(|_| self.state.rollbacks <= MOST_ROLLBACKS) else {
             let (rollbacks, quarantine) = (self.state.rollbacks, self.directory.quarantine());
-            return Err(LearnerError::Diverged { rollbacks, consecutive, quarantine });
+            return Err(LearnerError::Diverged {
+                rollbacks,
+                consecutive,
+                quarantine,
+            });
         };
         tracing::warn!(checkpoint = %last.display(), "going back to the last checkpoint");
         self.engine.restore(last).await
@@ -383,20 +428,39 @@ impl Learner {
     /// Staleness, waits, throughput and health of a step.
     fn flow(&mut self, pairs: &[LabelledPair], step: u64, busy: Duration) -> Measurements {
         let mut m = Measurements::new();
-        let staleness: Vec<u64> = pairs.iter().map(|labelled| intake::staleness(labelled, step)).collect();
+        let staleness: Vec<u64> = pairs
+            .iter()
+            .map(|labelled| intake::staleness(labelled, step))
+            .collect();
         let waited = std::mem::take(&mut self.waited).as_secs_f64();
         let seconds = waited + busy.as_secs_f64();
-        let tokens: usize = pairs.iter().flat_map(|l| &l.pair.completions).map(|c| c.ids.len()).sum();
-        m.set("staleness/mean", staleness.iter().sum::<u64>() as f64 / pairs.len().max(1) as f64);
-        m.set("staleness/max", staleness.iter().max().map_or(0.0, |&s| s as f64));
+        let tokens: usize = pairs
+            .iter()
+            .flat_map(|l| &l.pair.completions)
+            .map(|c| c.ids.len())
+            .sum();
+        m.set(
+            "staleness/mean",
+            staleness.iter().sum::<u64>() as f64 / pairs.len().max(1) as f64,
+        );
+        m.set(
+            "staleness/max",
+            staleness.iter().max().map_or(0.0, |&s| s as f64),
+        );
         let dropped = self.counters.snapshot().dropped;
-        m.set("staleness/dropped", dropped.get(&DropReason::Stale).map_or(0.0, |&n| n as f64));
+        m.set(
+            "staleness/dropped",
+            dropped.get(&DropReason::Stale).map_or(0.0, |&n| n as f64),
+        );
         m.set("staleness/in_flight", self.feed.outstanding() as f64);
         m.set("policy_version", self.state.version.0 as f64);
         m.set("time/step", seconds);
         m.set("time/wait_for_batch", waited);
         m.set("idle_ratio", waited / seconds.max(1e-9));
-        m.set("perf/pairs_per_second", pairs.len() as f64 / seconds.max(1e-9));
+        m.set(
+            "perf/pairs_per_second",
+            pairs.len() as f64 / seconds.max(1e-9),
+        );
         m.set("perf/tokens_per_second", tokens as f64 / seconds.max(1e-9));
         if let Some(bytes) = telemetry::peak_memory_bytes() {
             m.set("perf/peak_memory_bytes", bytes as f64);
@@ -407,9 +471,14 @@ impl Learner {
         m
     }
 
-    fn report(&mut self, measurements: &Measurements, pairs: &[LabelledPair]) -> Result<(), LearnerError> {
+    fn report(
+        &mut self,
+        measurements: &Measurements,
+        pairs: &[LabelledPair],
+    ) -> Result<(), LearnerError> {
         let step = self.state.step;
-        self.journal.append(step, self.wall_seconds(), measurements)?;
+        self.journal
+            .append(step, self.wall_seconds(), measurements)?;
         telemetry::publish(measurements, &[("role", "learner")]);
         for labelled in pairs.iter().take(self.telemetry.samples_per_step) {
             self.samples.append(step, labelled)?;
@@ -421,7 +490,13 @@ impl Learner {
             of("objective/kl"),
             of("rewards/margins"),
             of("perf/pairs_per_second"),
-            self.state.evaluations.last().map_or(String::new(), |e| format!("  win rate {:.3}", e.win_rate.mean)),
+            self.state
+                .evaluations
+                .last()
+                .map_or(String::new(), |e| format!(
+                    "  win rate {:.3}",
+                    e.win_rate.mean
+                )),
         );
         if due(step, self.telemetry.logging_steps) || step == self.settings.steps {
             self.progress.advance_to(step, &note);
@@ -432,12 +507,19 @@ impl Learner {
     /// Puts the weights on the shelf as the version of this step, unless they are there already.
     async fn publish(&mut self) -> Result<(), LearnerError> {
         let version = WeightsVersion(self.state.step);
-        if self.shelf.latest().map_or(version.0 == 0, |manifest| manifest.version >= version) {
+        if self
+            .shelf
+            .latest()
+            .map_or(version.0 == 0, |manifest| manifest.version >= version)
+        {
             return Ok(());
         }
         let before = Instant::now();
         let Some(blob) = self.engine.weights().await? else {
-            tracing::warn!(step = version.0, "the weights are not finite and are not published");
+            tracing::warn!(
+                step = version.0,
+                "the weights are not finite and are not published"
+            );
             return self.roll_back().await;
         };
         let manifest = WeightsManifest::of(version, &blob);
@@ -470,7 +552,8 @@ impl Learner {
         let tally = std::mem::take(&mut self.tally);
         if let Some(evaluation) = tally.finish(self.state.step, self.evaluation.show) {
             let measurements = evaluation.measurements();
-            self.journal.append(self.state.step, self.wall_seconds(), &measurements)?;
+            self.journal
+                .append(self.state.step, self.wall_seconds(), &measurements)?;
             telemetry::publish(&measurements, &[("role", "learner")]);
             tracing::info!(
                 step = evaluation.step,
@@ -493,12 +576,20 @@ impl Learner {
             let mut snapshot = counters.snapshot();
             snapshot.taken = snapshot.given + snapshot.total_dropped();
             snapshot.in_hand = 0;
-            state.stations.insert(counters.station().name().to_owned(), snapshot);
+            state
+                .stations
+                .insert(counters.station().name().to_owned(), snapshot);
         }
         let path = self.directory.checkpoint(state.step);
-        let checkpoint = Checkpoint { state, in_hand: self.intake.pairs() };
+        let checkpoint = Checkpoint {
+            state,
+            in_hand: self.intake.pairs(),
+        };
         self.engine.save(path.clone(), checkpoint).await?;
-        checkpoint::prune(&self.directory.checkpoints(), self.settings.save_total_limit)?;
+        checkpoint::prune(
+            &self.directory.checkpoints(),
+            self.settings.save_total_limit,
+        )?;
         tracing::debug!(path = %path.display(), "saved");
         Ok(())
     }

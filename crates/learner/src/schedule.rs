@@ -44,11 +44,20 @@ mod tests {
     #[test]
     fn the_rate_rises_in_a_line_and_falls_as_its_kind_says() {
         let of = |kind, step| {
-            let schedule =
-                Schedule { learning_rate: 2.0, kind, warmup_ratio: 0.2, min_lr_ratio: 0.1, steps: 10 };
+            let schedule = Schedule {
+                learning_rate: 2.0,
+                kind,
+                warmup_ratio: 0.2,
+                min_lr_ratio: 0.1,
+                steps: 10,
+            };
             schedule.at(step)
         };
-        for kind in [LrSchedulerType::Constant, LrSchedulerType::Linear, LrSchedulerType::Cosine] {
+        for kind in [
+            LrSchedulerType::Constant,
+            LrSchedulerType::Linear,
+            LrSchedulerType::Cosine,
+        ] {
             assert_eq!((of(kind, 0), of(kind, 1), of(kind, 2)), (1.0, 2.0, 2.0));
         }
         assert_eq!(of(LrSchedulerType::Constant, 9), 2.0);

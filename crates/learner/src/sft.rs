@@ -2,7 +2,9 @@
 
 use std::{path::Path, time::Instant};
 
-use model::{AdamWSettings, Gradients, LanguageModel, Optimizer, PromptText, Sequence, Tokenizer, Weights};
+use model::{
+    AdamWSettings, Gradients, LanguageModel, Optimizer, PromptText, Sequence, Tokenizer, Weights,
+};
 use serde_json::Value;
 use settings::SftSettings;
 use telemetry::Progress;
@@ -51,7 +53,11 @@ pub fn train(
         progress.advance_to(step + 1, &format!("loss {loss:.3}"));
     }
     progress.finish(&format!("loss {loss:.3}"));
-    let summary = SftSummary { loss, steps: settings.steps, seconds: started.elapsed().as_secs_f64() };
+    let summary = SftSummary {
+        loss,
+        steps: settings.steps,
+        seconds: started.elapsed().as_secs_f64(),
+    };
     Ok((model.weights().clone(), summary))
 }
 
@@ -62,16 +68,24 @@ fn step(
     examples: &[ExampleIds],
     learning_rate: f64,
 ) -> Result<f64, LearnerError> {
-    let sequences: Vec<Sequence<'_>> =
-        examples.iter().map(|e| Sequence { prompt: &e.prompt, completion: &e.completion }).collect();
+    let sequences: Vec<Sequence<'_>> = examples
+        .iter()
+        .map(|e| Sequence {
+            prompt: &e.prompt,
+            completion: &e.completion,
+        })
+        .collect();
     let loss = model.score(&sequences)?.logp.mean_all()?.neg()?;
     let mut gradients = Gradients::default();
     gradients.add(&loss.backward()?, optimizer.vars())?;
     let norm = gradients.norm()?;
     let loss = f64::from(loss.to_scalar::<f32>()?);
     if !loss.is_finite() || !norm.is_finite() {
-        let reason = "supervised fine-tuning diverged: the loss is not finite; lower sft.learning_rate";
-        return Err(LearnerError::Model(model::ModelError::Weights { reason: reason.into() }));
+        let reason =
+            "supervised fine-tuning diverged: the loss is not finite; lower sft.learning_rate";
+        return Err(LearnerError::Model(model::ModelError::Weights {
+            reason: reason.into(),
+        }));
     }
     optimizer.step(&gradients, norm, learning_rate)?;
     Ok(loss)
@@ -111,30 +125,49 @@ pub fn read_examples(
         let prompt = row.get("prompt").ok_or("there is no column \"prompt\"")?;
         let prompt: PromptText = serde_json::from_value(prompt.clone())
             .map_err(|_| "\"prompt\" is neither text nor messages".to_owned())?;
-        let completion = row.get("completion").or_else(|| row.get("chosen")).and_then(Value::as_str);
+        let completion = row
+            .get("completion")
+            .or_else(|| row.get("chosen"))
+            .and_then(Value::as_str);
         let completion = completion.ok_or("there is no text in column \"completion\"")?;
-        let ids = tokenizer.encode_prompt(&prompt).map_err(|error| error.to_string())?;
-        let completion =
-            tokenizer.encode_completion(&prompt, &ids, completion).map_err(|error| error.to_string())?;
+        let ids = tokenizer
+            .encode_prompt(&prompt)
+            .map_err(|error| error.to_string())?;
+        let completion = tokenizer
+            .encode_completion(&prompt, &ids, completion)
+            .map_err(|error| error.to_string())?;
         let completion: Vec<u32> = completion.into_iter().chain(eos).collect();
         if completion.is_empty() {
             return Err("the completion is empty".into());
         }
         let length = ids.len() + completion.len();
         if length > max_length {
-            return Err(format!("{length} tokens are more than sft.max_length = {max_length}"));
+            return Err(format!(
+                "{length} tokens are more than sft.max_length = {max_length}"
+            ));
         }
-        Ok(ExampleIds { prompt: ids, completion })
+        Ok(ExampleIds {
+            prompt: ids,
+            completion,
+        })
     };
     let examples = read_rows(path)?
         .iter()
         .map(|(line, row)| {
-            example(row).map_err(|reason| LearnerError::Row { path: path.to_owned(), line: *line, reason })
+            example(row).map_err(|reason| LearnerError::Row {
+                path: path.to_owned(),
+                line: *line,
+                reason,
+            })
         })
         .collect::<Result<Vec<_>, _>>()?;
     if examples.is_empty() {
         let reason = "the file holds no examples".into();
-        return Err(LearnerError::Row { path: path.to_owned(), line: 1, reason });
+        return Err(LearnerError::Row {
+            path: path.to_owned(),
+            line: 1,
+            reason,
+        });
     }
     Ok(examples)
 }

@@ -3,18 +3,14 @@
 use std::{path::Path, sync::Arc};
 
 use messages::{LabelledPair, Seed};
-use model::{
-    AdamWSettings, Gradients, LanguageModel, ModelFolder, Optimizer, Tensor, Weights,
-};
+use model::{AdamWSettings, Gradients, LanguageModel, ModelFolder, Optimizer, Tensor, Weights};
 use settings::{self, LearnerSettings, ObjectiveSettings};
 use telemetry::Measurements;
 
 use crate::{
     LearnerError, Schedule,
     batch::MicroBatch,
-    objective::{
-        self, Baseline, Batch, LabelKind, Labelling, LogpReduction, Objective,
-    },
+    objective::{self, Baseline, Batch, LabelKind, Labelling, LogpReduction, Objective},
 };
 
 /// The policy in training, with everything that moves it.
@@ -92,7 +88,11 @@ impl Trainer {
     }
 
     /// Step `step`, counted from 0, on these pairs.
-    pub(crate) fn step(&mut self, pairs: &[LabelledPair], step: u64) -> Result<StepOutcome, LearnerError> {
+    pub(crate) fn step(
+        &mut self,
+        pairs: &[LabelledPair],
+        step: u64,
+    ) -> Result<StepOutcome, LearnerError> {
         let mut gradients = Gradients::default();
         let mut sums = Sums::default();
         let clock = std::time::Instant::now();
@@ -121,7 +121,12 @@ impl Trainer {
     }
 
     /// The part's share of the batch's mean loss, a scalar with gradient.
-    fn forward(&self, part: &[LabelledPair], batch_size: usize, sums: &mut Sums) -> Result<Tensor, LearnerError> {
+    fn forward(
+        &self,
+        part: &[LabelledPair],
+        batch_size: usize,
+        sums: &mut Sums,
+    ) -> Result<Tensor, LearnerError> {
         let micro = MicroBatch::new(part, &self.labelling);
         let mut sequences = micro.completions();
         let completions = sequences.len();
@@ -135,11 +140,13 @@ impl Trainer {
         let token_ref_logp = micro.token_ref_logp(device)?;
         let logp = self.reduction.reduce(&token_logp, &micro.lengths)?;
         let ref_logp = self.reduction.reduce(&token_ref_logp, &micro.lengths)?;
-        let golden = scores.logp.narrow(0, response, scores.logp.dim(0)? - response)?;
-        let baseline = self
-            .objective
-            .needs_baseline()
-            .then_some(Baseline { token_logp: &golden, lengths: &scores.lengths[completions..] });
+        let golden = scores
+            .logp
+            .narrow(0, response, scores.logp.dim(0)? - response)?;
+        let baseline = self.objective.needs_baseline().then_some(Baseline {
+            token_logp: &golden,
+            lengths: &scores.lengths[completions..],
+        });
         let batch = Batch {
             token_logp: &token_logp,
             token_ref_logp: &token_ref_logp,
@@ -153,14 +160,22 @@ impl Trainer {
             baseline,
         };
         let loss = (self.objective.loss(&batch)? / batch_size as f64)?;
-        sums.add(&micro, &token_logp, &scores.entropy.narrow(0, 0, response)?, &loss)?;
+        sums.add(
+            &micro,
+            &token_logp,
+            &scores.entropy.narrow(0, 0, response)?,
+            &loss,
+        )?;
         Ok(loss)
     }
 
     fn measure(&self, sums: &Sums, pairs: &[LabelledPair], step: u64) -> Measurements {
         let mut m = Measurements::new();
         m.set("loss", sums.loss);
-        m.set(format!("loss/{}", self.objective.name().replace('-', "_")), sums.loss);
+        m.set(
+            format!("loss/{}", self.objective.name().replace('-', "_")),
+            sums.loss,
+        );
         sums.rewards(self.temperature, &mut m);
         sums.completions(pairs, &mut m);
         // At the same version both sides computed the same numbers; what differs is the arithmetic.
@@ -185,7 +200,8 @@ impl Trainer {
         let (dtype, device) = (self.model.dtype(), self.model.device().clone());
         let weights = Weights::load(checkpoint, self.model.config(), dtype, &device)?;
         let path = checkpoint.join("optimizer.safetensors");
-        let blob = std::fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })?;
+        let blob =
+            std::fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })?;
         self.optimizer.restore(&blob)?;
         Ok(self.optimizer.assign(&weights)?)
     }
@@ -209,13 +225,20 @@ impl Sums {
         let reference: Vec<f32> = micro.token_ref_logp(token_logp.device())?.to_vec1()?;
         let mut start = 0;
         for &length in &micro.lengths {
-            let sum = |l: &[f32]| l[start..start + length].iter().map(|&x| f64::from(x)).sum::<f64>();
+            let sum = |l: &[f32]| {
+                l[start..start + length]
+                    .iter()
+                    .map(|&x| f64::from(x))
+                    .sum::<f64>()
+            };
             self.logp.push(sum(&tokens));
             self.ref_logp.push(sum(&reference));
             start += length;
         }
         let rows = micro.first.iter().zip(&micro.second).zip(&micro.p);
-        self.rows.extend(rows.map(|((&a, &b), &p)| (base + a as usize, base + b as usize, f64::from(p))));
+        self.rows.extend(
+            rows.map(|((&a, &b), &p)| (base + a as usize, base + b as usize, f64::from(p))),
+        );
         self.lengths.extend(&micro.lengths);
         self.actor_tokens.extend(micro.actor_logp());
         self.entropy.extend(entropy.to_vec1::<f32>()?);
@@ -238,38 +261,86 @@ impl Sums {
         };
         m.set("rewards/chosen", mean(&|&(chosen, _)| reward(chosen)));
         m.set("rewards/rejected", mean(&|&(_, rejected)| reward(rejected)));
-        m.set("rewards/margins", mean(&|&(chosen, rejected)| reward(chosen) - reward(rejected)));
-        let right = |&(chosen, rejected): &(usize, usize)| f64::from(u8::from(reward(chosen) > reward(rejected)));
+        m.set(
+            "rewards/margins",
+            mean(&|&(chosen, rejected)| reward(chosen) - reward(rejected)),
+        );
+        let right = |&(chosen, rejected): &(usize, usize)| {
+            f64::from(u8::from(reward(chosen) > reward(rejected)))
+        };
         m.set("rewards/accuracies", mean(&right));
         m.set("logps/chosen", mean(&|&(chosen, _)| self.logp[chosen]));
-        m.set("logps/rejected", mean(&|&(_, rejected)| self.logp[rejected]));
+        m.set(
+            "logps/rejected",
+            mean(&|&(_, rejected)| self.logp[rejected]),
+        );
         let rows = self.rows.len().max(1) as f64;
-        m.set("objective/scores", self.rows.iter().map(|r| r.2).sum::<f64>() / rows);
-        m.set("objective/scores_margin", self.rows.iter().map(|r| (2.0 * r.2 - 1.0).abs()).sum::<f64>() / rows);
+        m.set(
+            "objective/scores",
+            self.rows.iter().map(|r| r.2).sum::<f64>() / rows,
+        );
+        m.set(
+            "objective/scores_margin",
+            self.rows
+                .iter()
+                .map(|r| (2.0 * r.2 - 1.0).abs())
+                .sum::<f64>()
+                / rows,
+        );
     }
 
     fn completions(&self, pairs: &[LabelledPair], m: &mut Measurements) {
         let count = self.lengths.len().max(1) as f64;
-        let kl: f64 = self.logp.iter().zip(&self.ref_logp).map(|(p, r)| p - r).sum();
+        let kl: f64 = self
+            .logp
+            .iter()
+            .zip(&self.ref_logp)
+            .map(|(p, r)| p - r)
+            .sum();
         m.set("objective/kl", kl / count);
         let entropy: f64 = self.entropy.iter().map(|&e| f64::from(e)).sum();
-        m.set("objective/entropy", entropy / self.entropy.len().max(1) as f64);
-        m.set("completions/mean_length", self.lengths.iter().sum::<usize>() as f64 / count);
-        m.set("completions/min_length", self.lengths.iter().min().map_or(0.0, |&l| l as f64));
-        m.set("completions/max_length", self.lengths.iter().max().map_or(0.0, |&l| l as f64));
+        m.set(
+            "objective/entropy",
+            entropy / self.entropy.len().max(1) as f64,
+        );
+        m.set(
+            "completions/mean_length",
+            self.lengths.iter().sum::<usize>() as f64 / count,
+        );
+        m.set(
+            "completions/min_length",
+            self.lengths.iter().min().map_or(0.0, |&l| l as f64),
+        );
+        m.set(
+            "completions/max_length",
+            self.lengths.iter().max().map_or(0.0, |&l| l as f64),
+        );
         let completions = pairs.iter().flat_map(|labelled| &labelled.pair.completions);
-        let clipped = completions.filter(|c| c.finish == messages::Finish::Length).count() as f64;
+        let clipped = completions
+            .filter(|c| c.finish == messages::Finish::Length)
+            .count() as f64;
         m.set("completions/clipped_ratio", clipped / count);
         m.set("val/contain_eos_token", 1.0 - clipped / count);
     }
 
     /// How far the actors' log-probabilities are from the learner's for the same tokens.
     fn mismatch(&self, m: &mut Measurements) {
-        let gaps = || self.tokens.iter().zip(&self.actor_tokens).map(|(&l, &a)| f64::from(l) - f64::from(a));
+        let gaps = || {
+            self.tokens
+                .iter()
+                .zip(&self.actor_tokens)
+                .map(|(&l, &a)| f64::from(l) - f64::from(a))
+        };
         let n = self.tokens.len().max(1) as f64;
-        m.set("mismatch/logp_abs_diff", gaps().map(f64::abs).sum::<f64>() / n);
+        m.set(
+            "mismatch/logp_abs_diff",
+            gaps().map(f64::abs).sum::<f64>() / n,
+        );
         m.set("mismatch/kl", gaps().map(|gap| -gap).sum::<f64>() / n);
-        m.set("mismatch/k3_kl", gaps().map(|gap| gap.exp() - 1.0 - gap).sum::<f64>() / n);
+        m.set(
+            "mismatch/k3_kl",
+            gaps().map(|gap| gap.exp() - 1.0 - gap).sum::<f64>() / n,
+        );
         let gaps: Vec<f64> = gaps().collect();
         let mut start = 0;
         let weights: Vec<f64> = self
@@ -280,8 +351,13 @@ impl Sums {
                 gaps[start - length..start].iter().sum::<f64>().exp()
             })
             .collect();
-        let (sum, squares) = weights.iter().fold((0.0, 0.0), |(s, q), w| (s + w, q + w * w));
-        m.set("mismatch/ess", sum * sum / (squares * weights.len().max(1) as f64));
+        let (sum, squares) = weights
+            .iter()
+            .fold((0.0, 0.0), |(s, q), w| (s + w, q + w * w));
+        m.set(
+            "mismatch/ess",
+            sum * sum / (squares * weights.len().max(1) as f64),
+        );
     }
 }
 
@@ -297,10 +373,17 @@ fn objective(settings: &ObjectiveSettings) -> (Box<dyn Objective>, f64) {
         }
         ObjectiveSettings::Dpo { beta } => (Box::new(objective::Dpo { beta }), beta),
         ObjectiveSettings::Slic { beta } => (Box::new(objective::Slic { beta }), beta),
-        ObjectiveSettings::Rpo { beta, eta, nll, nll_coef } => {
+        ObjectiveSettings::Rpo {
+            beta,
+            eta,
+            nll,
+            nll_coef,
+        } => {
             let nll = match nll {
                 settings::RpoNll::Sum => objective::RpoBaseline::Sum,
-                settings::RpoNll::Mean => objective::RpoBaseline::Mean { coefficient: nll_coef },
+                settings::RpoNll::Mean => objective::RpoBaseline::Mean {
+                    coefficient: nll_coef,
+                },
             };
             (Box::new(objective::Rpo { beta, eta, nll }), beta)
         }
@@ -314,5 +397,9 @@ fn labelling(settings: &LearnerSettings, seed: Seed) -> Labelling {
         settings::LabelKind::Sampled => LabelKind::Sampled,
         settings::LabelKind::Hard => LabelKind::Hard,
     };
-    Labelling { kind, smoothing: settings.label_smoothing, seed }
+    Labelling {
+        kind,
+        smoothing: settings.label_smoothing,
+        seed,
+    }
 }

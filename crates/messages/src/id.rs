@@ -85,7 +85,10 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         for parent in 0..64 {
             for stream in 0..64 {
-                assert!(seen.insert(Seed(parent).derive(stream)), "{parent} {stream}");
+                assert!(
+                    seen.insert(Seed(parent).derive(stream)),
+                    "{parent} {stream}"
+                );
             }
         }
     }

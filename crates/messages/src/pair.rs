@@ -178,6 +178,8 @@ impl Pair {
     /// Whether all completions have the same tokens.
     #[must_use]
     pub fn is_identical(&self) -> bool {
-        self.completions.windows(2).all(|two| two[0].ids == two[1].ids)
+        self.completions
+            .windows(2)
+            .all(|two| two[0].ids == two[1].ids)
     }
 }

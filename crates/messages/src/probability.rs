@@ -34,7 +34,10 @@ impl Probability {
     /// # Errors
     /// When `log_odds` is NaN.
     pub fn from_log_odds(log_odds: f64) -> Result<Self, InvalidProbability> {
-        #[expect(clippy::cast_possible_truncation, reason = "a probability needs no more than f32")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a probability needs no more than f32"
+        )]
         Self::new((1.0 / (1.0 + (-log_odds).exp())) as f32)
     }
 
@@ -77,6 +80,9 @@ mod tests {
             assert!(Probability::new(bad).is_err(), "{bad}");
         }
         assert!(Probability::from_log_odds(f64::NAN).is_err());
-        assert_eq!(Probability::from_log_odds(f64::INFINITY).map(Probability::get), Ok(1.0));
+        assert_eq!(
+            Probability::from_log_odds(f64::INFINITY).map(Probability::get),
+            Ok(1.0)
+        );
     }
 }

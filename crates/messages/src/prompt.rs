@@ -52,6 +52,9 @@ impl Release {
     /// The release of a prompt that waits for no other.
     #[must_use]
     pub fn single(id: PromptId) -> Self {
-        Self { first: id, count: 1 }
+        Self {
+            first: id,
+            count: 1,
+        }
     }
 }

@@ -19,7 +19,11 @@ impl WeightsManifest {
     /// The manifest of `blob` as `version`.
     #[must_use]
     pub fn of(version: WeightsVersion, blob: &[u8]) -> Self {
-        Self { version, digest: Digest::of(blob), bytes: blob.len() as u64 }
+        Self {
+            version,
+            digest: Digest::of(blob),
+            bytes: blob.len() as u64,
+        }
     }
 
     /// Whether `blob` is what was announced: the length, then the digest.

@@ -27,7 +27,13 @@ macro_rules! messages {
     };
 }
 
-messages!(Prompt = 1, Pair = 2, LabelledPair = 3, Dropped = 4, WeightsManifest = 5);
+messages!(
+    Prompt = 1,
+    Pair = 2,
+    LabelledPair = 3,
+    Dropped = 4,
+    WeightsManifest = 5
+);
 
 /// Why bytes are not the message that was expected.
 #[derive(Debug, Error)]
@@ -41,7 +47,9 @@ pub enum WireError {
         length: usize,
     },
     /// Another build's encoding.
-    #[error("{expected}: encoded as version {found}, this build reads version {VERSION}; run one build everywhere")]
+    #[error(
+        "{expected}: encoded as version {found}, this build reads version {VERSION}; run one build everywhere"
+    )]
     Version {
         /// What was expected.
         expected: &'static str,
@@ -82,20 +90,33 @@ pub fn encode<M: Message>(message: &M) -> Vec<u8> {
 pub fn decode<M: Message>(bytes: &[u8]) -> Result<M, WireError> {
     let expected = M::NAME;
     let [version, kind, body @ ..] = bytes else {
-        return Err(WireError::Short { expected, length: bytes.len() });
+        return Err(WireError::Short {
+            expected,
+            length: bytes.len(),
+        });
     };
     if *version != VERSION {
-        return Err(WireError::Version { expected, found: *version });
+        return Err(WireError::Version {
+            expected,
+            found: *version,
+        });
     }
     if *kind != M::KIND {
-        return Err(WireError::Kind { expected, found: *kind });
+        return Err(WireError::Kind {
+            expected,
+            found: *kind,
+        });
     }
     match postcard::take_from_bytes(body) {
         Ok((message, [])) => Ok(message),
-        Ok((_, rest)) => {
-            Err(WireError::Body { expected, reason: format!("{} bytes too many", rest.len()) })
-        }
-        Err(error) => Err(WireError::Body { expected, reason: error.to_string() }),
+        Ok((_, rest)) => Err(WireError::Body {
+            expected,
+            reason: format!("{} bytes too many", rest.len()),
+        }),
+        Err(error) => Err(WireError::Body {
+            expected,
+            reason: error.to_string(),
+        }),
     }
 }
 
@@ -136,7 +157,11 @@ mod tests {
         let p = Probability::new(p).expect("a probability");
         LabelledPair {
             pair,
-            labels: vec![Label { first: 0, second: 1, p }],
+            labels: vec![Label {
+                first: 0,
+                second: 1,
+                p,
+            }],
             judge: "gold".into(),
             judge_version: JudgeVersion(1),
             gold: Some(p),
@@ -167,14 +192,25 @@ mod tests {
         let longer = [good.as_slice(), &[0]].concat();
         let cases = [
             (vec![], "too few"),
-            (with(0, 9), "encoded as version 9, this build reads version 1"),
-            (with(1, 1), "holds a message of kind 1".trim_start_matches("holds ")),
+            (
+                with(0, 9),
+                "encoded as version 9, this build reads version 1",
+            ),
+            (
+                with(1, 1),
+                "holds a message of kind 1".trim_start_matches("holds "),
+            ),
             (good[..good.len() - 1].to_vec(), "LabelledPair: "),
             (longer, "1 bytes too many"),
         ];
         for (bytes, expected) in cases {
-            let message = decode::<LabelledPair>(&bytes).expect_err(expected).to_string();
-            assert!(message.contains(expected), "{message:?} does not say {expected:?}");
+            let message = decode::<LabelledPair>(&bytes)
+                .expect_err(expected)
+                .to_string();
+            assert!(
+                message.contains(expected),
+                "{message:?} does not say {expected:?}"
+            );
         }
     }
 
@@ -182,7 +218,10 @@ mod tests {
     fn a_probability_outside_its_range_is_refused() {
         let mut bytes = encode(&pair(&[], "", 0.5));
         let half = 0.5f32.to_le_bytes();
-        let at = bytes.windows(4).rposition(|w| w == half).expect("the gold preference is there");
+        let at = bytes
+            .windows(4)
+            .rposition(|w| w == half)
+            .expect("the gold preference is there");
         bytes[at..at + 4].copy_from_slice(&2.0f32.to_le_bytes());
         assert!(decode::<LabelledPair>(&bytes).is_err());
     }

@@ -13,8 +13,12 @@ use serde_json::{Value, json};
 use crate::ModelError;
 
 /// The architectures that can be loaded, as `config.json` names them.
-pub const SUPPORTED_ARCHITECTURES: [&str; 4] =
-    ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+pub const SUPPORTED_ARCHITECTURES: [&str; 4] = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+];
 
 /// Which family of decoders a model belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +109,9 @@ impl ModelConfig {
             Architecture::Qwen2 => from_qwen2(&parse(&flat, path)?),
             Architecture::Qwen3 => from_qwen3(&parse(&flat, path)?),
         };
-        config.tied_head = flat["tie_word_embeddings"].as_bool().unwrap_or(config.tied_head);
+        config.tied_head = flat["tie_word_embeddings"]
+            .as_bool()
+            .unwrap_or(config.tied_head);
         config.bos = tokens(&flat["bos_token_id"]).first().copied();
         config.eos = tokens(&flat["eos_token_id"]);
         config.raw = raw;
@@ -120,13 +126,22 @@ impl ModelConfig {
         } else if self.raw["mlp_bias"].as_bool() == Some(true) {
             "mlp_bias = true is not known".into()
         } else if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
-            format!("num_key_value_heads = {} does not divide {} heads", self.kv_heads, self.heads)
+            format!(
+                "num_key_value_heads = {} does not divide {} heads",
+                self.kv_heads, self.heads
+            )
         } else if !self.head_dim.is_multiple_of(2) {
-            format!("head_dim = {} is odd, rotary positions need an even one", self.head_dim)
+            format!(
+                "head_dim = {} is odd, rotary positions need an even one",
+                self.head_dim
+            )
         } else {
             return Ok(());
         };
-        Err(ModelError::Malformed { path: path.to_owned(), reason })
+        Err(ModelError::Malformed {
+            path: path.to_owned(),
+            reason,
+        })
     }
 
     /// Every tensor of the model: its name in the folder and its shape.
@@ -134,7 +149,10 @@ impl ModelConfig {
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (d, f, hd) = (self.hidden_size, self.intermediate_size, self.head_dim);
         let (q, kv) = (self.heads * hd, self.kv_heads * hd);
-        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, d])];
+        let mut tensors = vec![(
+            "model.embed_tokens.weight".to_owned(),
+            vec![self.vocab_size, d],
+        )];
         for layer in 0..self.layers {
             let mut add = |name: &str, shape: &[usize]| {
                 tensors.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
@@ -169,20 +187,29 @@ impl ModelConfig {
     /// How many numbers the weights hold.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+        self.tensors()
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum()
     }
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ModelError::Unreadable { path: path.to_owned(), source })?;
-    serde_json::from_str(&text)
-        .map_err(|error| ModelError::Malformed { path: path.to_owned(), reason: error.to_string() })
+    let text = std::fs::read_to_string(path).map_err(|source| ModelError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    serde_json::from_str(&text).map_err(|error| ModelError::Malformed {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })
 }
 
 fn parse<T: DeserializeOwned>(value: &Value, path: &Path) -> Result<T, ModelError> {
-    T::deserialize(value)
-        .map_err(|error| ModelError::Malformed { path: path.to_owned(), reason: error.to_string() })
+    T::deserialize(value).map_err(|error| ModelError::Malformed {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })
 }
 
 /// One token or several, or null.
@@ -212,14 +239,21 @@ fn architecture(raw: &Value, path: &Path) -> Result<Architecture, ModelError> {
 /// without nulls where candle's types want numbers.
 fn old_style(raw: &Value, path: &Path) -> Result<Value, ModelError> {
     let mut flat = raw.clone();
-    let rope = if raw["rope_parameters"].is_object() { &raw["rope_parameters"] } else { &raw["rope_scaling"] };
+    let rope = if raw["rope_parameters"].is_object() {
+        &raw["rope_parameters"]
+    } else {
+        &raw["rope_scaling"]
+    };
     if let Some(theta) = rope.get("rope_theta") {
         flat["rope_theta"] = theta.clone();
     }
     if flat["rope_theta"].is_null() {
         flat["rope_theta"] = json!(10_000.0);
     }
-    let kind = rope["rope_type"].as_str().or(rope["type"].as_str()).unwrap_or("default");
+    let kind = rope["rope_type"]
+        .as_str()
+        .or(rope["type"].as_str())
+        .unwrap_or("default");
     flat["rope_scaling"] = match kind {
         "default" => Value::Null,
         "llama3" => {
@@ -228,8 +262,13 @@ fn old_style(raw: &Value, path: &Path) -> Result<Value, ModelError> {
             scaling
         }
         other => {
-            let reason = format!("rotary scaling {other:?} is not known, only \"default\" and \"llama3\" are");
-            return Err(ModelError::Malformed { path: path.to_owned(), reason });
+            let reason = format!(
+                "rotary scaling {other:?} is not known, only \"default\" and \"llama3\" are"
+            );
+            return Err(ModelError::Malformed {
+                path: path.to_owned(),
+                reason,
+            });
         }
     };
     fill_missing(&mut flat);
@@ -261,7 +300,10 @@ fn fill_missing(flat: &mut Value) {
 
 fn from_llama(c: &LlamaConfig, flat: &Value) -> ModelConfig {
     let bias = flat["attention_bias"].as_bool().unwrap_or(false);
-    let scaling = c.rope_scaling.clone().filter(|s| matches!(s.rope_type, Llama3RopeType::Llama3));
+    let scaling = c
+        .rope_scaling
+        .clone()
+        .filter(|s| matches!(s.rope_type, Llama3RopeType::Llama3));
     ModelConfig {
         architecture: Architecture::Llama,
         hidden_size: c.hidden_size,
@@ -294,7 +336,9 @@ fn from_mistral(c: &mistral::Config) -> ModelConfig {
         layers: c.num_hidden_layers,
         heads: c.num_attention_heads,
         kv_heads: c.num_key_value_heads,
-        head_dim: c.head_dim.unwrap_or(c.hidden_size / c.num_attention_heads.max(1)),
+        head_dim: c
+            .head_dim
+            .unwrap_or(c.hidden_size / c.num_attention_heads.max(1)),
         vocab_size: c.vocab_size,
         max_positions: c.max_position_embeddings,
         rms_norm_eps: c.rms_norm_eps,
@@ -325,7 +369,8 @@ fn from_qwen2(c: &qwen2::Config) -> ModelConfig {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta: c.rope_theta,
         rope_scaling: None,
-        sliding_window: (c.use_sliding_window && c.max_window_layers == 0).then_some(c.sliding_window),
+        sliding_window: (c.use_sliding_window && c.max_window_layers == 0)
+            .then_some(c.sliding_window),
         qkv_bias: true,
         output_bias: false,
         qk_norm: false,

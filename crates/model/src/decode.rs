@@ -29,7 +29,11 @@ impl Cache {
         let layers = (0..config.layers)
             .map(|_| Ok((empty()?, empty()?)))
             .collect::<Result<_, candle_core::Error>>()?;
-        Ok(Self { layers, capacity, lengths: vec![0; slots] })
+        Ok(Self {
+            layers,
+            capacity,
+            lengths: vec![0; slots],
+        })
     }
 
     /// How many tokens the slot holds.
@@ -42,7 +46,10 @@ impl Cache {
         if self.lengths[slot] + tokens <= self.capacity {
             return Ok(());
         }
-        let reason = format!("a slot with room for {} tokens cannot take {tokens} more", self.capacity);
+        let reason = format!(
+            "a slot with room for {} tokens cannot take {tokens} more",
+            self.capacity
+        );
         Err(ModelError::Tokens { reason })
     }
 }
@@ -62,7 +69,11 @@ impl LanguageModel {
     ///
     /// # Errors
     /// When a prompt is empty, too long for a slot or holds an unknown token.
-    pub fn prefill(&self, cache: &mut Cache, prompts: &[Prefill<'_>]) -> Result<Tensor, ModelError> {
+    pub fn prefill(
+        &self,
+        cache: &mut Cache,
+        prompts: &[Prefill<'_>],
+    ) -> Result<Tensor, ModelError> {
         let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.ids.to_vec()).collect();
         let packed = Packed::new(&ids, self.config(), self.device())?;
         let (mut from, mut to) = (Vec::new(), Vec::new());
@@ -76,11 +87,19 @@ impl LanguageModel {
                 cache.lengths[slot] = prompt.ids.len();
             }
         }
-        let last: Vec<u32> = (0..prompts.len()).map(|i| packed.segments.range(i).end as u32 - 1).collect();
+        let last: Vec<u32> = (0..prompts.len())
+            .map(|i| packed.segments.range(i).end as u32 - 1)
+            .collect();
         let from = Tensor::new(from, self.device())?;
         let to = Destination::new(&to, self)?;
         let options = self.attention_options();
-        let mut attention = Prefilling { packed: &packed, cache, from, to, options };
+        let mut attention = Prefilling {
+            packed: &packed,
+            cache,
+            from,
+            to,
+            options,
+        };
         let hidden = self.forward(&packed.ids, &packed.positions, &mut attention)?;
         let last = Tensor::new(last, self.device())?;
         Ok(self.logits(&hidden.index_select(&last, 0)?)?)
@@ -91,9 +110,19 @@ impl LanguageModel {
     ///
     /// # Errors
     /// When a slot is full or a token is unknown.
-    pub fn extend(&self, cache: &mut Cache, slots: &[usize], tokens: &[u32]) -> Result<Tensor, ModelError> {
-        if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.config().vocab_size) {
-            return Err(ModelError::Tokens { reason: format!("token {id} is not in the vocabulary") });
+    pub fn extend(
+        &self,
+        cache: &mut Cache,
+        slots: &[usize],
+        tokens: &[u32],
+    ) -> Result<Tensor, ModelError> {
+        if let Some(id) = tokens
+            .iter()
+            .find(|&&id| id as usize >= self.config().vocab_size)
+        {
+            return Err(ModelError::Tokens {
+                reason: format!("token {id} is not in the vocabulary"),
+            });
         }
         let mut positions = Vec::with_capacity(slots.len());
         for &slot in slots {
@@ -101,8 +130,11 @@ impl LanguageModel {
             positions.push(cache.lengths[slot] as u32);
             cache.lengths[slot] += 1;
         }
-        let to: Vec<u32> =
-            slots.iter().zip(&positions).map(|(&s, &p)| (s * cache.capacity) as u32 + p).collect();
+        let to: Vec<u32> = slots
+            .iter()
+            .zip(&positions)
+            .map(|(&s, &p)| (s * cache.capacity) as u32 + p)
+            .collect();
         let rows = CacheRows {
             slots: slots.to_vec(),
             lengths: slots.iter().map(|&slot| cache.lengths[slot]).collect(),
@@ -111,7 +143,12 @@ impl LanguageModel {
         let ids = Tensor::new(tokens, self.device())?;
         let positions = Tensor::new(positions, self.device())?;
         let to = Destination::new(&to, self)?;
-        let mut attention = Extending { cache, rows, to, options: self.attention_options() };
+        let mut attention = Extending {
+            cache,
+            rows,
+            to,
+            options: self.attention_options(),
+        };
         let hidden = self.forward(&ids, &positions, &mut attention)?;
         Ok(self.logits(&hidden)?)
     }
@@ -127,12 +164,19 @@ impl Destination {
     fn new(rows: &[u32], model: &LanguageModel) -> Result<Self, ModelError> {
         let width = model.config().kv_heads * model.config().head_dim;
         let index = Tensor::new(rows, model.device())?.reshape((rows.len(), 1))?;
-        Ok(Self { index: index.broadcast_as((rows.len(), width))?.contiguous()?, width })
+        Ok(Self {
+            index: index.broadcast_as((rows.len(), width))?.contiguous()?,
+            width,
+        })
     }
 
     fn write(&self, cache: &Tensor, rows: &Tensor) -> candle_core::Result<()> {
         let flat = cache.reshape(((), self.width))?;
-        flat.scatter_set(&self.index, &rows.reshape(((), self.width))?.contiguous()?, 0)
+        flat.scatter_set(
+            &self.index,
+            &rows.reshape(((), self.width))?.contiguous()?,
+            0,
+        )
     }
 }
 
@@ -145,7 +189,13 @@ struct Prefilling<'a> {
 }
 
 impl Attend for Prefilling<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> candle_core::Result<Tensor> {
         let (keys, values) = &self.cache.layers[layer];
         self.to.write(keys, &k.index_select(&self.from, 0)?)?;
         self.to.write(values, &v.index_select(&self.from, 0)?)?;
@@ -161,7 +211,13 @@ struct Extending<'a> {
 }
 
 impl Attend for Extending<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> candle_core::Result<Tensor> {
         let (keys, values) = &self.cache.layers[layer];
         self.to.write(keys, k)?;
         self.to.write(values, v)?;

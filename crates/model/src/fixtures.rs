@@ -90,7 +90,8 @@ pub(crate) fn tiny_model(vocab: usize, seed: u64) -> crate::LanguageModel {
     });
     let config = crate::ModelConfig::from_json(raw, std::path::Path::new("config.json")).unwrap();
     let (dtype, device) = (crate::DType::F32, crate::Device::Cpu);
-    let weights = crate::Weights::initialise(&config, messages::Seed(seed), dtype, &device).unwrap();
+    let weights =
+        crate::Weights::initialise(&config, messages::Seed(seed), dtype, &device).unwrap();
     // Random heads are timid; tests of distributions want opinions.
     let weights = weights.scaled("lm_head.weight", 3.0);
     crate::LanguageModel::new(config, weights).unwrap()

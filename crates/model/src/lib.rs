@@ -45,13 +45,19 @@ pub use weights::Weights;
 /// When the name is none of these, or the device cannot be had in this build on this machine.
 pub fn device(name: &str) -> Result<Device, ModelError> {
     let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
-    let unavailable = |reason: String| ModelError::Device { name: name.to_owned(), reason };
-    let ordinal: usize =
-        ordinal.parse().map_err(|_| unavailable("the number after ':' is not one".into()))?;
+    let unavailable = |reason: String| ModelError::Device {
+        name: name.to_owned(),
+        reason,
+    };
+    let ordinal: usize = ordinal
+        .parse()
+        .map_err(|_| unavailable("the number after ':' is not one".into()))?;
     match kind {
         "cpu" => Ok(Device::Cpu),
         "cuda" => Device::new_cuda(ordinal).map_err(|error| unavailable(error.to_string())),
         "metal" => Device::new_metal(ordinal).map_err(|error| unavailable(error.to_string())),
-        _ => Err(unavailable("it is not one of cpu, cuda, cuda:N, metal".into())),
+        _ => Err(unavailable(
+            "it is not one of cpu, cuda, cuda:N, metal".into(),
+        )),
     }
 }

@@ -20,7 +20,13 @@ pub struct LanguageModel {
 /// How one block's queries meet the keys and values: in a packed batch or through a cache.
 pub(crate) trait Attend {
     /// `q` [N, heads, head_dim], `k` and `v` [N, kv_heads, head_dim] → [N, heads, head_dim].
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor>;
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> candle_core::Result<Tensor>;
 }
 
 #[derive(Debug, Clone)]
@@ -51,13 +57,25 @@ impl LanguageModel {
     /// When a tensor is missing.
     pub fn new(config: ModelConfig, weights: Weights) -> Result<Self, ModelError> {
         let embedding = weights.get("model.embed_tokens.weight")?;
-        let head = if config.tied_head { embedding.clone() } else { weights.get("lm_head.weight")? };
+        let head = if config.tied_head {
+            embedding.clone()
+        } else {
+            weights.get("lm_head.weight")?
+        };
         let blocks = (0..config.layers)
             .map(|layer| Block::new(layer, &config, &weights))
             .collect::<Result<_, _>>()?;
         let rope = RopeTable::new(&config, embedding.dtype(), embedding.device())?;
         let final_norm = weights.get("model.norm.weight")?;
-        Ok(Self { config, weights, embedding, blocks, final_norm, head, rope })
+        Ok(Self {
+            config,
+            weights,
+            embedding,
+            blocks,
+            final_norm,
+            head,
+            rope,
+        })
     }
 
     /// The shape of the model.
@@ -112,8 +130,13 @@ impl LanguageModel {
 
 impl Linear {
     fn new(name: &str, biased: bool, weights: &Weights) -> Result<Self, ModelError> {
-        let bias = biased.then(|| weights.get(&format!("{name}.bias"))).transpose()?;
-        Ok(Self { weight: weights.get(&format!("{name}.weight"))?, bias })
+        let bias = biased
+            .then(|| weights.get(&format!("{name}.bias")))
+            .transpose()?;
+        Ok(Self {
+            weight: weights.get(&format!("{name}.weight"))?,
+            bias,
+        })
     }
 
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
@@ -160,15 +183,27 @@ impl Block {
             let y = linear.forward(&x)?.reshape((n, count, config.head_dim))?;
             norm.map_or(Ok(y.clone()), |weight| ops::rms_norm(&y, weight, eps))
         };
-        let q = ops::rope(&heads(&self.query, config.heads, self.query_norm.as_ref())?, cos, sin)?;
-        let k = ops::rope(&heads(&self.key, config.kv_heads, self.key_norm.as_ref())?, cos, sin)?;
+        let q = ops::rope(
+            &heads(&self.query, config.heads, self.query_norm.as_ref())?,
+            cos,
+            sin,
+        )?;
+        let k = ops::rope(
+            &heads(&self.key, config.kv_heads, self.key_norm.as_ref())?,
+            cos,
+            sin,
+        )?;
         let v = heads(&self.value, config.kv_heads, None)?;
         let y = attend(&q, &k, &v)?;
-        self.output.forward(&y.reshape((n, config.heads * config.head_dim))?)
+        self.output
+            .forward(&y.reshape((n, config.heads * config.head_dim))?)
     }
 
     fn feed_forward(&self, x: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
         let x = ops::rms_norm(x, &self.feed_forward_norm, eps)?;
-        self.down.forward(&ops::swiglu(&self.gate.forward(&x)?, &self.up.forward(&x)?)?)
+        self.down.forward(&ops::swiglu(
+            &self.gate.forward(&x)?,
+            &self.up.forward(&x)?,
+        )?)
     }
 }

@@ -36,11 +36,19 @@ impl Gradients {
     ///
     /// # Errors
     /// When a variable got no gradient: it would silently stay as it is.
-    pub fn add(&mut self, found: &GradStore, vars: &BTreeMap<String, Var>) -> Result<(), ModelError> {
+    pub fn add(
+        &mut self,
+        found: &GradStore,
+        vars: &BTreeMap<String, Var>,
+    ) -> Result<(), ModelError> {
         for (name, var) in vars {
-            let gradient = found.get(var.as_tensor()).ok_or_else(|| ModelError::Weights {
-                reason: format!("the variable {name} got no gradient, so it would never be trained"),
-            })?;
+            let gradient = found
+                .get(var.as_tensor())
+                .ok_or_else(|| ModelError::Weights {
+                    reason: format!(
+                        "the variable {name} got no gradient, so it would never be trained"
+                    ),
+                })?;
             let sum = match self.sums.remove(name) {
                 Some(sum) => (sum + gradient)?,
                 None => gradient.clone(),
@@ -55,7 +63,11 @@ impl Gradients {
     /// # Errors
     /// When a tensor operation fails.
     pub fn norm(&self) -> Result<f64, ModelError> {
-        let squares = self.sums.values().map(squared_norm).collect::<Result<Vec<_>, _>>()?;
+        let squares = self
+            .sums
+            .values()
+            .map(squared_norm)
+            .collect::<Result<Vec<_>, _>>()?;
         Ok(squares.iter().sum::<f64>().sqrt())
     }
 }
@@ -79,7 +91,12 @@ impl Optimizer {
             .iter()
             .map(|(name, var)| Ok((name.clone(), Moments::zeros(var)?)))
             .collect::<Result<_, candle_core::Error>>()?;
-        Ok(Self { vars, moments, settings, steps: 0 })
+        Ok(Self {
+            vars,
+            moments,
+            settings,
+            steps: 0,
+        })
     }
 
     /// The variables that are trained.
@@ -104,9 +121,20 @@ impl Optimizer {
     ///
     /// # Errors
     /// When a variable has no gradient or a tensor operation fails.
-    pub fn step(&mut self, gradients: &Gradients, norm: f64, learning_rate: f64) -> Result<(), ModelError> {
+    pub fn step(
+        &mut self,
+        gradients: &Gradients,
+        norm: f64,
+        learning_rate: f64,
+    ) -> Result<(), ModelError> {
         self.steps += 1;
-        let AdamWSettings { beta1, beta2, epsilon, weight_decay, max_grad_norm } = self.settings;
+        let AdamWSettings {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            max_grad_norm,
+        } = self.settings;
         let correction = |beta: f64| 1.0 - beta.powf(self.steps as f64);
         let step = AdamWStep {
             learning_rate,
@@ -116,10 +144,16 @@ impl Optimizer {
             weight_decay,
             bias1: correction(beta1),
             bias2: correction(beta2),
-            grad_scale: if norm > max_grad_norm { max_grad_norm / norm } else { 1.0 },
+            grad_scale: if norm > max_grad_norm {
+                max_grad_norm / norm
+            } else {
+                1.0
+            },
         };
         for (name, var) in &self.vars {
-            let missing = || ModelError::Weights { reason: format!("no gradient for {name}") };
+            let missing = || ModelError::Weights {
+                reason: format!("no gradient for {name}"),
+            };
             let gradient = gradients.sums.get(name).ok_or_else(missing)?;
             let moments = self.moments.get_mut(name).ok_or_else(missing)?;
             adamw_step(var, gradient, moments, &step)?;
@@ -134,12 +168,19 @@ impl Optimizer {
     pub fn to_blob(&self) -> Result<Vec<u8>, ModelError> {
         let mut tensors = Vec::new();
         for (name, moments) in &self.moments {
-            tensors.push((format!("{name}.first"), moments.first.to_device(&Device::Cpu)?));
-            tensors.push((format!("{name}.second"), moments.second.to_device(&Device::Cpu)?));
+            tensors.push((
+                format!("{name}.first"),
+                moments.first.to_device(&Device::Cpu)?,
+            ));
+            tensors.push((
+                format!("{name}.second"),
+                moments.second.to_device(&Device::Cpu)?,
+            ));
         }
         let metadata = HashMap::from([("steps".to_owned(), self.steps.to_string())]);
-        safetensors::serialize(tensors, Some(metadata))
-            .map_err(|error| ModelError::Weights { reason: error.to_string() })
+        safetensors::serialize(tensors, Some(metadata)).map_err(|error| ModelError::Weights {
+            reason: error.to_string(),
+        })
     }
 
     /// Takes back what [`Self::to_blob`] wrote.
@@ -147,21 +188,38 @@ impl Optimizer {
     /// # Errors
     /// When the blob is torn or belongs to other variables; nothing has changed then.
     pub fn restore(&mut self, blob: &[u8]) -> Result<(), ModelError> {
-        let foreign = |reason: String| ModelError::Weights { reason: format!("optimiser state: {reason}") };
-        let (_, header) =
-            safetensors::SafeTensors::read_metadata(blob).map_err(|error| foreign(error.to_string()))?;
-        let steps = header.metadata().as_ref().and_then(|m| m.get("steps")?.parse().ok());
-        let steps = steps.ok_or_else(|| foreign("it does not say how many steps were taken".into()))?;
+        let foreign = |reason: String| ModelError::Weights {
+            reason: format!("optimiser state: {reason}"),
+        };
+        let (_, header) = safetensors::SafeTensors::read_metadata(blob)
+            .map_err(|error| foreign(error.to_string()))?;
+        let steps = header
+            .metadata()
+            .as_ref()
+            .and_then(|m| m.get("steps")?.parse().ok());
+        let steps =
+            steps.ok_or_else(|| foreign("it does not say how many steps were taken".into()))?;
         let mut found = candle_core::safetensors::load_buffer(blob, &Device::Cpu)?;
         let mut moments = BTreeMap::new();
         for (name, var) in &self.vars {
             let mut take = |part: &str| {
                 let key = format!("{name}.{part}");
                 let tensor = found.remove(&key).filter(|t| t.dims() == var.dims());
-                let tensor = tensor.ok_or_else(|| foreign(format!("{key} is missing or of another shape")))?;
-                Ok::<_, ModelError>(tensor.to_dtype(wide(var.dtype()))?.to_device(var.device())?)
+                let tensor = tensor
+                    .ok_or_else(|| foreign(format!("{key} is missing or of another shape")))?;
+                Ok::<_, ModelError>(
+                    tensor
+                        .to_dtype(wide(var.dtype()))?
+                        .to_device(var.device())?,
+                )
             };
-            moments.insert(name.clone(), Moments { first: take("first")?, second: take("second")? });
+            moments.insert(
+                name.clone(),
+                Moments {
+                    first: take("first")?,
+                    second: take("second")?,
+                },
+            );
         }
         (self.moments, self.steps) = (moments, steps);
         Ok(())
@@ -169,5 +227,9 @@ impl Optimizer {
 }
 
 fn wide(dtype: DType) -> DType {
-    if matches!(dtype, DType::F16 | DType::BF16) { DType::F32 } else { dtype }
+    if matches!(dtype, DType::F16 | DType::BF16) {
+        DType::F32
+    } else {
+        dtype
+    }
 }

@@ -32,7 +32,11 @@ impl Packed {
     /// # Errors
     /// When a sequence is empty, longer than the model's positions, or holds a token that is not in the
     /// vocabulary.
-    pub fn new(sequences: &[Vec<u32>], config: &ModelConfig, device: &Device) -> Result<Self, ModelError> {
+    pub fn new(
+        sequences: &[Vec<u32>],
+        config: &ModelConfig,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         for ids in sequences {
             check(ids, config)?;
         }
@@ -53,9 +57,16 @@ fn check(ids: &[u32], config: &ModelConfig) -> Result<(), ModelError> {
     let reason = if ids.is_empty() {
         "a sequence without tokens cannot be scored".to_owned()
     } else if ids.len() > config.max_positions {
-        format!("{} tokens are more than the model's {} positions", ids.len(), config.max_positions)
+        format!(
+            "{} tokens are more than the model's {} positions",
+            ids.len(),
+            config.max_positions
+        )
     } else if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
-        format!("token {id} is not in the model's vocabulary of {}", config.vocab_size)
+        format!(
+            "token {id} is not in the model's vocabulary of {}",
+            config.vocab_size
+        )
     } else {
         return Ok(());
     };

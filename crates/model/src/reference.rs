@@ -10,31 +10,63 @@ use crate::{
     fixtures::shared,
 };
 
-const TRANSFORMERS: [&str; 4] = ["random-llama3", "random-mistral", "random-qwen2", "random-qwen3"];
+const TRANSFORMERS: [&str; 4] = [
+    "random-llama3",
+    "random-mistral",
+    "random-qwen2",
+    "random-qwen3",
+];
 const NUMPY: [&str; 2] = ["stories260K", "babyllama-tok361"];
 
 fn load(path: &Path) -> (LanguageModel, Value) {
     let folder = ModelFolder::open(path, None).unwrap();
     let weights = folder.weights(DType::F32, &Device::Cpu).unwrap();
     let reference = std::fs::read_to_string(path.join("reference.json")).unwrap();
-    (LanguageModel::new(folder.config, weights).unwrap(), serde_json::from_str(&reference).unwrap())
+    (
+        LanguageModel::new(folder.config, weights).unwrap(),
+        serde_json::from_str(&reference).unwrap(),
+    )
 }
 
 fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect()
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_f64().unwrap())
+        .collect()
 }
 
 /// log p(ids[t+1] | ids[..=t]) of every sequence by the scoring path, all in one packed batch.
 fn scored(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
-    let split: Vec<Sequence<'_>> =
-        sequences.iter().map(|ids| Sequence { prompt: &ids[..1], completion: &ids[1..] }).collect();
+    let split: Vec<Sequence<'_>> = sequences
+        .iter()
+        .map(|ids| Sequence {
+            prompt: &ids[..1],
+            completion: &ids[1..],
+        })
+        .collect();
     let scores = model.score(&split).unwrap();
-    let mut flat = scores.logp.to_vec1::<f32>().unwrap().into_iter().map(f64::from);
-    scores.lengths.iter().map(|&n| flat.by_ref().take(n).collect()).collect()
+    let mut flat = scores
+        .logp
+        .to_vec1::<f32>()
+        .unwrap()
+        .into_iter()
+        .map(f64::from);
+    scores
+        .lengths
+        .iter()
+        .map(|&n| flat.by_ref().take(n).collect())
+        .collect()
 }
 
 /// The same by the cached path: the first half of each sequence as a prompt, the rest token by token,
@@ -45,7 +77,10 @@ fn cached(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
     let prompts: Vec<Prefill<'_>> = sequences
         .iter()
         .zip(&slots)
-        .map(|(ids, slot)| Prefill { ids: &ids[..ids.len() / 2], slots: std::slice::from_ref(slot) })
+        .map(|(ids, slot)| Prefill {
+            ids: &ids[..ids.len() / 2],
+            slots: std::slice::from_ref(slot),
+        })
         .collect();
     let mut found: Vec<Vec<f64>> = vec![Vec::new(); sequences.len()];
     let mut rows: Vec<usize> = (0..sequences.len()).collect();
@@ -72,19 +107,29 @@ fn cached(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
 fn close(found: &[f64], expected: &[f64], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (t, (f, e)) in found.iter().zip(expected).enumerate() {
-        assert!((f - e).abs() < 1e-3, "{what}: entry {t} is {f}, the reference says {e}");
+        assert!(
+            (f - e).abs() < 1e-3,
+            "{what}: entry {t} is {f}, the reference says {e}"
+        );
     }
 }
 
 #[test]
 fn both_paths_agree_with_transformers() {
     for name in TRANSFORMERS {
-        let Some(path) = shared(&format!("data/models/{name}")) else { return };
+        let Some(path) = shared(&format!("data/models/{name}")) else {
+            return;
+        };
         let (model, reference) = load(&path);
         let rows = reference["ids"].as_array().unwrap().len();
-        let real = |row: usize| numbers(&reference["attention_mask"][row]).iter().sum::<f64>() as usize;
-        let sequences: Vec<Vec<u32>> =
-            (0..rows).map(|row| ids(&reference["ids"][row])[..real(row)].to_vec()).collect();
+        let real = |row: usize| {
+            numbers(&reference["attention_mask"][row])
+                .iter()
+                .sum::<f64>() as usize
+        };
+        let sequences: Vec<Vec<u32>> = (0..rows)
+            .map(|row| ids(&reference["ids"][row])[..real(row)].to_vec())
+            .collect();
         let expected: Vec<Vec<f64>> = (0..rows)
             .map(|row| numbers(&reference["logprobs"][row])[..sequences[row].len() - 1].to_vec())
             .collect();
@@ -93,7 +138,11 @@ fn both_paths_agree_with_transformers() {
         }
         for (row, found) in cached(&model, &sequences).iter().enumerate() {
             let from = sequences[row].len() / 2 - 1;
-            close(found, &expected[row][from..], &format!("{name}, cached, row {row}"));
+            close(
+                found,
+                &expected[row][from..],
+                &format!("{name}, cached, row {row}"),
+            );
         }
     }
 }
@@ -101,21 +150,44 @@ fn both_paths_agree_with_transformers() {
 #[test]
 fn both_paths_agree_with_numpy_on_pretrained_models() {
     for name in NUMPY {
-        let Some(path) = shared(&format!("data/models/{name}")) else { return };
+        let Some(path) = shared(&format!("data/models/{name}")) else {
+            return;
+        };
         let (model, reference) = load(&path);
         let text = ids(&reference["scored"]["ids"]);
         let found: f64 = scored(&model, std::slice::from_ref(&text))[0].iter().sum();
         let expected = reference["scored"]["sum_logprob"].as_f64().unwrap();
-        assert!((found - expected).abs() < 1e-3 * text.len() as f64, "{name}: {found}, not {expected}");
+        assert!(
+            (found - expected).abs() < 1e-3 * text.len() as f64,
+            "{name}: {found}, not {expected}"
+        );
         for prompt in reference["prompts"].as_array().unwrap() {
             let (start, greedy) = (ids(&prompt["ids"]), ids(&prompt["greedy_ids"]));
-            assert_eq!(greedily(&model, &start, greedy.len() - start.len()), greedy, "{name}");
+            assert_eq!(
+                greedily(&model, &start, greedy.len() - start.len()),
+                greedy,
+                "{name}"
+            );
             let mut cache = Cache::new(&model, 1, 64).unwrap();
-            let logits = model.prefill(&mut cache, &[Prefill { ids: &start, slots: &[0] }]).unwrap();
+            let logits = model
+                .prefill(
+                    &mut cache,
+                    &[Prefill {
+                        ids: &start,
+                        slots: &[0],
+                    }],
+                )
+                .unwrap();
             let logits = logits.to_vec2::<f32>().unwrap().remove(0);
             for pair in prompt["last_logits_top8"].as_array().unwrap() {
-                let (token, logit) = (pair[0].as_u64().unwrap() as usize, pair[1].as_f64().unwrap());
-                assert!((f64::from(logits[token]) - logit).abs() < 1e-3, "{name}: token {token}");
+                let (token, logit) = (
+                    pair[0].as_u64().unwrap() as usize,
+                    pair[1].as_f64().unwrap(),
+                );
+                assert!(
+                    (f64::from(logits[token]) - logit).abs() < 1e-3,
+                    "{name}: token {token}"
+                );
             }
         }
     }
@@ -124,7 +196,15 @@ fn both_paths_agree_with_numpy_on_pretrained_models() {
 fn greedily(model: &LanguageModel, start: &[u32], count: usize) -> Vec<u32> {
     let mut cache = Cache::new(model, 1, start.len() + count).unwrap();
     let mut text = start.to_vec();
-    let mut logits = model.prefill(&mut cache, &[Prefill { ids: start, slots: &[0] }]).unwrap();
+    let mut logits = model
+        .prefill(
+            &mut cache,
+            &[Prefill {
+                ids: start,
+                slots: &[0],
+            }],
+        )
+        .unwrap();
     for _ in 0..count {
         let next = logits.argmax(1).unwrap().to_vec1::<u32>().unwrap()[0];
         text.push(next);
@@ -135,16 +215,26 @@ fn greedily(model: &LanguageModel, start: &[u32], count: usize) -> Vec<u32> {
 
 #[test]
 fn bf16_stays_near_f32() {
-    let Some(path) = shared("data/models/random-llama3") else { return };
+    let Some(path) = shared("data/models/random-llama3") else {
+        return;
+    };
     let folder = ModelFolder::open(&path, None).unwrap();
     let of = |dtype| {
         let weights = folder.weights(dtype, &Device::Cpu).unwrap();
         let model = LanguageModel::new(folder.config.clone(), weights).unwrap();
         let sequences = vec![vec![1, 95, 138, 5, 366, 6, 345, 458], vec![1, 339, 343]];
-        (scored(&model, &sequences).concat(), cached(&model, &sequences).concat())
+        (
+            scored(&model, &sequences).concat(),
+            cached(&model, &sequences).concat(),
+        )
     };
     let (wide, narrow) = (of(DType::F32), of(DType::BF16));
-    for (w, n) in wide.0.iter().zip(&narrow.0).chain(wide.1.iter().zip(&narrow.1)) {
+    for (w, n) in wide
+        .0
+        .iter()
+        .zip(&narrow.0)
+        .chain(wide.1.iter().zip(&narrow.1))
+    {
         assert!((w - n).abs() < 0.15, "{w} in f32, {n} in bf16");
     }
 }

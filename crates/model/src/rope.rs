@@ -12,7 +12,11 @@ pub(crate) struct RopeTable {
 }
 
 impl RopeTable {
-    pub(crate) fn new(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+    pub(crate) fn new(
+        config: &ModelConfig,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let frequencies = frequencies(config);
         let shape = (config.max_positions, frequencies.len());
         let angles: Vec<f64> = (0..config.max_positions)
@@ -20,14 +24,22 @@ impl RopeTable {
             .collect();
         let table = |f: fn(f64) -> f64| -> Result<Tensor, ModelError> {
             let values: Vec<f64> = angles.iter().map(|&a| f(a)).collect();
-            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?
+                .to_dtype(dtype)?
+                .to_device(device)?)
         };
-        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
+        Ok(Self {
+            cos: table(f64::cos)?,
+            sin: table(f64::sin)?,
+        })
     }
 
     /// The rows of these positions: cos and sin, both [N, head_dim / 2].
     pub(crate) fn at(&self, positions: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-        Ok((self.cos.index_select(positions, 0)?, self.sin.index_select(positions, 0)?))
+        Ok((
+            self.cos.index_select(positions, 0)?,
+            self.sin.index_select(positions, 0)?,
+        ))
     }
 }
 
@@ -35,10 +47,17 @@ impl RopeTable {
 /// stretched by `factor`, short ones kept, those between blended.
 fn frequencies(config: &ModelConfig) -> Vec<f64> {
     let dim = config.head_dim as f64;
-    let plain = (0..config.head_dim).step_by(2).map(|i| config.rope_theta.powf(-(i as f64) / dim));
-    let Some(scaling) = &config.rope_scaling else { return plain.collect() };
+    let plain = (0..config.head_dim)
+        .step_by(2)
+        .map(|i| config.rope_theta.powf(-(i as f64) / dim));
+    let Some(scaling) = &config.rope_scaling else {
+        return plain.collect();
+    };
     let factor = f64::from(scaling.factor);
-    let (low, high) = (f64::from(scaling.low_freq_factor), f64::from(scaling.high_freq_factor));
+    let (low, high) = (
+        f64::from(scaling.low_freq_factor),
+        f64::from(scaling.high_freq_factor),
+    );
     let original = scaling.original_max_position_embeddings as f64;
     plain
         .map(|f| {

@@ -21,7 +21,13 @@ struct PackedAttention<'a> {
 }
 
 impl Attend for PackedAttention<'_> {
-    fn attend(&mut self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+    fn attend(
+        &mut self,
+        _layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> candle_core::Result<Tensor> {
         ops::causal_attention(q, k, v, &self.packed.segments, self.options)
     }
 }
@@ -42,8 +48,12 @@ impl LanguageModel {
     /// # Errors
     /// When a prompt or completion is empty, a sequence is too long or a token is unknown.
     pub fn score(&self, sequences: &[Sequence<'_>]) -> Result<Scores, ModelError> {
-        if sequences.iter().any(|s| s.prompt.is_empty() || s.completion.is_empty()) {
-            let reason = "a prompt and a completion need at least one token each to be scored".into();
+        if sequences
+            .iter()
+            .any(|s| s.prompt.is_empty() || s.completion.is_empty())
+        {
+            let reason =
+                "a prompt and a completion need at least one token each to be scored".into();
             return Err(ModelError::Tokens { reason });
         }
         // The last token is only predicted, never read.
@@ -52,9 +62,19 @@ impl LanguageModel {
             .map(|s| [s.prompt, &s.completion[..s.completion.len() - 1]].concat())
             .collect();
         let packed = Packed::new(&inputs, &self.config, self.device())?;
-        let targets: Vec<u32> = sequences.iter().flat_map(|s| s.completion).copied().collect();
-        if let Some(id) = targets.iter().find(|&&id| id as usize >= self.config.vocab_size) {
-            let reason = format!("token {id} is not in the model's vocabulary of {}", self.config.vocab_size);
+        let targets: Vec<u32> = sequences
+            .iter()
+            .flat_map(|s| s.completion)
+            .copied()
+            .collect();
+        if let Some(id) = targets
+            .iter()
+            .find(|&&id| id as usize >= self.config.vocab_size)
+        {
+            let reason = format!(
+                "token {id} is not in the model's vocabulary of {}",
+                self.config.vocab_size
+            );
             return Err(ModelError::Tokens { reason });
         }
         let rows: Vec<u32> = sequences

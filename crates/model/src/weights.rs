@@ -24,13 +24,25 @@ impl Weights {
     ///
     /// # Errors
     /// When a file is missing or torn, or a tensor is missing or of another shape.
-    pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+    pub fn load(
+        folder: &Path,
+        config: &ModelConfig,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let mut found = HashMap::new();
         for path in shards(folder)? {
-            let bytes = std::fs::read(&path)
-                .map_err(|source| ModelError::Unreadable { path: path.clone(), source })?;
-            let tensors = candle_core::safetensors::load_buffer(&bytes, device)
-                .map_err(|error| ModelError::Malformed { path, reason: torn(&error) })?;
+            let bytes = std::fs::read(&path).map_err(|source| ModelError::Unreadable {
+                path: path.clone(),
+                source,
+            })?;
+            let tensors =
+                candle_core::safetensors::load_buffer(&bytes, device).map_err(|error| {
+                    ModelError::Malformed {
+                        path,
+                        reason: torn(&error),
+                    }
+                })?;
             found.extend(tensors);
         }
         Self::checked(found, config, dtype)
@@ -40,9 +52,17 @@ impl Weights {
     ///
     /// # Errors
     /// When the blob is torn or belongs to another configuration.
-    pub fn from_blob(blob: &[u8], config: &ModelConfig, dtype: DType, device: &Device) -> Result<Self, ModelError> {
-        let found = candle_core::safetensors::load_buffer(blob, device)
-            .map_err(|error| ModelError::Weights { reason: torn(&error) })?;
+    pub fn from_blob(
+        blob: &[u8],
+        config: &ModelConfig,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        let found = candle_core::safetensors::load_buffer(blob, device).map_err(|error| {
+            ModelError::Weights {
+                reason: torn(&error),
+            }
+        })?;
         Self::checked(found, config, dtype)
     }
 
@@ -51,7 +71,12 @@ impl Weights {
     ///
     /// # Errors
     /// When the device cannot hold them.
-    pub fn initialise(config: &ModelConfig, seed: Seed, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+    pub fn initialise(
+        config: &ModelConfig,
+        seed: Seed,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let mut tensors = BTreeMap::new();
         for (index, (name, shape)) in config.tensors().into_iter().enumerate() {
             let mut random = ChaCha8Rng::seed_from_u64(seed.derive(index as u64).0);
@@ -61,8 +86,14 @@ impl Weights {
                 [_] => vec![1.0; count],
                 [_, fan_in] => {
                     let embedding = name == "model.embed_tokens.weight";
-                    let deviation = if embedding { 0.02 } else { 0.7 / (*fan_in as f64).sqrt() };
-                    (0..count).map(|_| (normal(&mut random) * deviation) as f32).collect()
+                    let deviation = if embedding {
+                        0.02
+                    } else {
+                        0.7 / (*fan_in as f64).sqrt()
+                    };
+                    (0..count)
+                        .map(|_| (normal(&mut random) * deviation) as f32)
+                        .collect()
                 }
                 _ => unreachable!("a decoder's tensors have one or two dimensions"),
             };
@@ -72,14 +103,21 @@ impl Weights {
         Ok(Self { tensors })
     }
 
-    fn checked(mut found: HashMap<String, Tensor>, config: &ModelConfig, dtype: DType) -> Result<Self, ModelError> {
+    fn checked(
+        mut found: HashMap<String, Tensor>,
+        config: &ModelConfig,
+        dtype: DType,
+    ) -> Result<Self, ModelError> {
         let mut tensors = BTreeMap::new();
         for (name, shape) in config.tensors() {
             let tensor = found.remove(&name).ok_or_else(|| ModelError::Weights {
                 reason: format!("the tensor {name} of shape {shape:?} is missing"),
             })?;
             if tensor.dims() != shape {
-                let reason = format!("{name} has shape {:?}, the configuration says {shape:?}", tensor.dims());
+                let reason = format!(
+                    "{name} has shape {:?}, the configuration says {shape:?}",
+                    tensor.dims()
+                );
                 return Err(ModelError::Weights { reason });
             }
             tensors.insert(name, tensor.to_dtype(dtype)?);
@@ -113,8 +151,9 @@ impl Weights {
             .map(|(name, tensor)| Ok((name.as_str(), tensor.to_device(&Device::Cpu)?)))
             .collect::<Result<Vec<_>, candle_core::Error>>()?;
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        safetensors::serialize(on_cpu, Some(metadata))
-            .map_err(|error| ModelError::Weights { reason: error.to_string() })
+        safetensors::serialize(on_cpu, Some(metadata)).map_err(|error| ModelError::Weights {
+            reason: error.to_string(),
+        })
     }
 
     /// The digest of [`Self::to_blob`].
@@ -142,7 +181,9 @@ impl Weights {
         self.tensors
             .get(name)
             .cloned()
-            .ok_or_else(|| ModelError::Weights { reason: format!("the tensor {name} is missing") })
+            .ok_or_else(|| ModelError::Weights {
+                reason: format!("the tensor {name} is missing"),
+            })
     }
 }
 
@@ -166,7 +207,10 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     }
     let map = read_json(&index)?;
     let Some(map) = map["weight_map"].as_object() else {
-        return Err(ModelError::Malformed { path: index, reason: "it has no \"weight_map\"".into() });
+        return Err(ModelError::Malformed {
+            path: index,
+            reason: "it has no \"weight_map\"".into(),
+        });
     };
     let mut files: Vec<&str> = map.values().filter_map(Value::as_str).collect();
     files.sort_unstable();
@@ -195,8 +239,14 @@ mod tests {
         let model = tiny_model(7, 1);
         let blob = model.weights().to_blob().unwrap();
         let again = Weights::from_blob(&blob, model.config(), DType::F32, &Device::Cpu).unwrap();
-        assert_eq!(again.digest().unwrap(), tiny_model(7, 1).weights().digest().unwrap());
-        assert_ne!(again.digest().unwrap(), tiny_model(7, 2).weights().digest().unwrap());
+        assert_eq!(
+            again.digest().unwrap(),
+            tiny_model(7, 1).weights().digest().unwrap()
+        );
+        assert_ne!(
+            again.digest().unwrap(),
+            tiny_model(7, 2).weights().digest().unwrap()
+        );
     }
 
     #[test]
@@ -204,15 +254,23 @@ mod tests {
         let model = tiny_model(7, 1);
         let blob = model.weights().to_blob().unwrap();
         let load = |blob: &[u8], config: &ModelConfig| {
-            Weights::from_blob(blob, config, DType::F32, &Device::Cpu).unwrap_err().to_string()
+            Weights::from_blob(blob, config, DType::F32, &Device::Cpu)
+                .unwrap_err()
+                .to_string()
         };
         assert!(load(&blob[..blob.len() - 4], model.config()).contains("truncated"));
         let other = load(&blob, tiny_model(8, 1).config());
-        assert!(other.contains("[7, 16]") && other.contains("[8, 16]"), "{other}");
+        assert!(
+            other.contains("[7, 16]") && other.contains("[8, 16]"),
+            "{other}"
+        );
         let mut fewer = model.weights().clone();
         fewer.tensors.remove("model.norm.weight");
         let missing = load(&fewer.to_blob().unwrap(), model.config());
-        assert!(missing.contains("model.norm.weight of shape [16] is missing"), "{missing}");
+        assert!(
+            missing.contains("model.norm.weight of shape [16] is missing"),
+            "{missing}"
+        );
     }
 
     #[test]
@@ -224,7 +282,10 @@ mod tests {
         std::fs::write(&path, &blob[..blob.len() / 2]).unwrap();
         let load = || Weights::load(folder.path(), model.config(), DType::F32, &Device::Cpu);
         let error = load().unwrap_err().to_string();
-        assert!(error.contains("model.safetensors") && error.contains("truncated"), "{error}");
+        assert!(
+            error.contains("model.safetensors") && error.contains("truncated"),
+            "{error}"
+        );
         std::fs::remove_file(&path).unwrap();
         assert!(load().unwrap_err().to_string().contains("failed to read"));
     }
@@ -235,12 +296,19 @@ mod tests {
         let model = tiny_model(7, 1);
         let mut map = serde_json::Map::new();
         for (index, name) in model.weights().tensors.keys().enumerate() {
-            map.insert(name.clone(), format!("part-{}.safetensors", index % 2).into());
+            map.insert(
+                name.clone(),
+                format!("part-{}.safetensors", index % 2).into(),
+            );
         }
         for part in 0..2 {
             let tensors = model.weights().tensors.iter().enumerate();
-            let tensors = tensors.filter(|(i, _)| i % 2 == part).map(|(_, (n, t))| (n.clone(), t.clone()));
-            let half = Weights { tensors: tensors.collect() };
+            let tensors = tensors
+                .filter(|(i, _)| i % 2 == part)
+                .map(|(_, (n, t))| (n.clone(), t.clone()));
+            let half = Weights {
+                tensors: tensors.collect(),
+            };
             let path = folder.path().join(format!("part-{part}.safetensors"));
             std::fs::write(path, half.to_blob().unwrap()).unwrap();
         }
@@ -254,7 +322,10 @@ mod tests {
     fn weights_with_a_nan_are_not_finite() {
         let model = tiny_model(5, 1);
         assert!(model.weights().is_finite().unwrap());
-        let broken = model.weights().clone().scaled("model.norm.weight", f64::NAN);
+        let broken = model
+            .weights()
+            .clone()
+            .scaled("model.norm.weight", f64::NAN);
         assert!(!broken.is_finite().unwrap());
     }
 }

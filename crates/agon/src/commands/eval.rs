@@ -45,19 +45,39 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let config = arguments
         .config
         .clone()
-        .or_else(|| [&arguments.a, &arguments.b].map(|p| p.join("config.toml")).into_iter().find(|p| p.exists()))
-        .ok_or_else(|| Misuse("neither model is a run directory: name a configuration with --config FILE".into()))?;
+        .or_else(|| {
+            [&arguments.a, &arguments.b]
+                .map(|p| p.join("config.toml"))
+                .into_iter()
+                .find(|p| p.exists())
+        })
+        .ok_or_else(|| {
+            Misuse(
+                "neither model is a run directory: name a configuration with --config FILE".into(),
+            )
+        })?;
     let settings = resolve_file(&config, &arguments.set)?.settings;
     let count = arguments.prompts.unwrap_or(settings.evaluation.prompts);
-    let (a, b) = (load(&settings, &arguments.a)?, load(&settings, &arguments.b)?);
+    let (a, b) = (
+        load(&settings, &arguments.a)?,
+        load(&settings, &arguments.b)?,
+    );
     let pairs = answer(&settings, (&a, &b), count)?;
     let mut judge = world::judge(&settings)?;
-    let comparisons: Vec<Comparison<'_>> =
-        pairs.iter().map(|(prompt, [first, second])| Comparison { prompt, first, second }).collect();
+    let comparisons: Vec<Comparison<'_>> = pairs
+        .iter()
+        .map(|(prompt, [first, second])| Comparison {
+            prompt,
+            first,
+            second,
+        })
+        .collect();
     let mut wins = Vec::new();
     let mut abstained = 0;
     for batch in comparisons.chunks(settings.preference.max_batch) {
-        for ruling in both_orders(judge.as_mut(), batch).map_err(|error| anyhow::anyhow!("{error}"))? {
+        for ruling in
+            both_orders(judge.as_mut(), batch).map_err(|error| anyhow::anyhow!("{error}"))?
+        {
             match ruling.verdict {
                 Verdict::Preference(p) if p.get() > 0.5 => wins.push(1.0),
                 Verdict::Preference(p) if p.get() < 0.5 => wins.push(0.0),
@@ -66,7 +86,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    let rate = Interval::wilson(wins.iter().sum::<f64>() / wins.len().max(1) as f64, wins.len());
+    let rate = Interval::wilson(
+        wins.iter().sum::<f64>() / wins.len().max(1) as f64,
+        wins.len(),
+    );
     tell(arguments, rate, wins.len(), abstained);
     Ok(ExitCode::SUCCESS)
 }
@@ -87,7 +110,11 @@ fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize)
         100.0 * rate.mean,
         100.0 * rate.low,
         100.0 * rate.high,
-        if abstained > 0 { format!("; the judge abstained {abstained} times") } else { String::new() }
+        if abstained > 0 {
+            format!("; the judge abstained {abstained} times")
+        } else {
+            String::new()
+        }
     );
 }
 
@@ -96,8 +123,13 @@ fn folder(path: &Path) -> anyhow::Result<PathBuf> {
     if !path.join("config.toml").exists() || !path.join("checkpoints").exists() {
         return Ok(path.to_owned());
     }
-    learner::latest_checkpoint(&path.join("checkpoints"))?
-        .ok_or_else(|| Misuse(format!("the run {} holds no checkpoint yet", path.display())).into())
+    learner::latest_checkpoint(&path.join("checkpoints"))?.ok_or_else(|| {
+        Misuse(format!(
+            "the run {} holds no checkpoint yet",
+            path.display()
+        ))
+        .into()
+    })
 }
 
 fn load(settings: &Settings, path: &Path) -> anyhow::Result<(ModelFolder, LanguageModel)> {
@@ -122,7 +154,13 @@ fn answer(
     let world = world::build(&of_a, &scratch)?;
     let capacity = settings.actor.max_prompt_length + settings.actor.max_new_tokens;
     let sampling = roles::sampling(settings);
-    let mut sampler = Sampler::new(a.1.clone(), b.1.clone(), sampling, settings.actor.slots, capacity)?;
+    let mut sampler = Sampler::new(
+        a.1.clone(),
+        b.1.clone(),
+        sampling,
+        settings.actor.slots,
+        capacity,
+    )?;
     let mut prompts: Vec<Option<Prompt>> = Vec::new();
     for index in 0..count as u64 {
         let row = world.set.held_out(index);
@@ -150,7 +188,9 @@ fn answer(
     let mut answered = Vec::new();
     while !sampler.is_idle() {
         for finished in sampler.step()? {
-            let Some(prompt) = prompts[finished.key as usize].take() else { continue };
+            let Some(prompt) = prompts[finished.key as usize].take() else {
+                continue;
+            };
             let mut completions = finished.completions;
             for completion in &mut completions {
                 completion.text = a.0.tokenizer.decode(&completion.ids);

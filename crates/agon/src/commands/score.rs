@@ -482,7 +482,7 @@ mod tests {
     #[test]
     fn the_log_probabilities_are_the_models() {
         let (_directory, folder, model) = bandit();
-        let text = "{\"ids\": [0, 1]}\n{\"prompt\": \"arm0\", \"completion\": \"arm2\"}\n\
+        let text = "{\"ids\": [0, 1]}\n{\"prompt\": \"arm0\", \"completion\": \" arm2\"}\n\
                     {\"ids\": [0, 0, 1]}\n";
         let rows: Vec<Row> = read(&folder, text.as_bytes())
             .into_iter()

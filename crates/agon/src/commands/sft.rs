@@ -36,11 +36,16 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         println!("{}", base.path.display());
         return Ok(ExitCode::SUCCESS);
     }
-    let output = arguments.output.as_ref().ok_or_else(|| {
-        Misuse("name the folder of the fine-tuned model: --output DIR".into())
-    })?;
+    let output = arguments
+        .output
+        .as_ref()
+        .ok_or_else(|| Misuse("name the folder of the fine-tuned model: --output DIR".into()))?;
     if output.exists() {
-        return Err(Misuse(format!("{} is there already; name another --output", output.display())).into());
+        return Err(Misuse(format!(
+            "{} is there already; name another --output",
+            output.display()
+        ))
+        .into());
     }
     fine_tune(&settings, output)?;
     println!("{}", output.display());
@@ -59,9 +64,14 @@ fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()
     let longest = settings.sft.max_length.min(folder.config.max_positions);
     let examples = sft::read_examples(rows, &folder.tokenizer, eos, longest)?;
     let model = world::language_model(&folder, &weights)?;
-    let (seed, batch) = (Seed(settings.run.seed), settings.sft.train_batch_size as u64);
+    let (seed, batch) = (
+        Seed(settings.run.seed),
+        settings.sft.train_batch_size as u64,
+    );
     let (weights, summary) = sft::train(&model, &settings.sft, "fine-tuning", |step| {
-        (step * batch..(step + 1) * batch).map(|index| pick(&examples, seed, index)).collect()
+        (step * batch..(step + 1) * batch)
+            .map(|index| pick(&examples, seed, index))
+            .collect()
     })?;
     model::save_folder(output, &folder, &weights)?;
     tracing::info!(loss = summary.loss, seconds = summary.seconds, "fine-tuned");

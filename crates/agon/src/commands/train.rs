@@ -40,7 +40,10 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let resolved = resolve_file(&arguments.config, &arguments.set)?;
     let run = &resolved.settings.run;
-    let path = arguments.run_dir.clone().unwrap_or_else(|| run.output_dir.join(&run.name));
+    let path = arguments
+        .run_dir
+        .clone()
+        .unwrap_or_else(|| run.output_dir.join(&run.name));
     let (directory, resume) = open(&path, &resolved, arguments.resume.as_deref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -76,9 +79,12 @@ fn open(
         ))
         .into());
     }
-    let before = std::fs::read_to_string(directory.config()).context("failed to read the run's configuration")?;
+    let before = std::fs::read_to_string(directory.config())
+        .context("failed to read the run's configuration")?;
     if before != resolved.toml {
-        tracing::warn!("the configuration differs from the one this run began with; going on with the one given");
+        tracing::warn!(
+            "the configuration differs from the one this run began with; going on with the one given"
+        );
         write_atomically(&directory.config(), resolved.toml.as_bytes())?;
     }
     Ok((directory, checkpoint))

@@ -24,7 +24,12 @@ pub(crate) struct Base {
 pub(crate) fn playground_base(settings: &Settings) -> anyhow::Result<Base> {
     let world = &settings.playground;
     let recipe = serde_json::to_string(&(
-        (world.hidden_size, world.layers, world.heads, world.intermediate_size),
+        (
+            world.hidden_size,
+            world.layers,
+            world.heads,
+            world.intermediate_size,
+        ),
         &settings.sft,
         settings.run.seed,
         env!("CARGO_PKG_VERSION"),
@@ -33,27 +38,44 @@ pub(crate) fn playground_base(settings: &Settings) -> anyhow::Result<Base> {
     let path = world.base_dir.join(&name[..16]);
     if path.join("config.json").exists() {
         tracing::info!(path = %path.display(), "the base policy is there already");
-        return Ok(Base { path, seconds: None });
+        return Ok(Base {
+            path,
+            seconds: None,
+        });
     }
     tracing::info!(path = %path.display(), "making the base policy by supervised fine-tuning");
-    let aside = world.base_dir.join(format!(".{}.{}", &name[..16], std::process::id()));
+    let aside = world
+        .base_dir
+        .join(format!(".{}.{}", &name[..16], std::process::id()));
     let seconds = make(settings, &aside)?;
     if let Err(error) = fs::rename(&aside, &path) {
         // Another run made the same base meanwhile: theirs is as good.
-        fs::remove_dir_all(&aside).with_context(|| format!("failed to remove {}", aside.display()))?;
+        fs::remove_dir_all(&aside)
+            .with_context(|| format!("failed to remove {}", aside.display()))?;
         if !path.exists() {
             return Err(error).with_context(|| format!("failed to make {}", path.display()));
         }
     }
-    Ok(Base { path, seconds: Some(seconds) })
+    Ok(Base {
+        path,
+        seconds: Some(seconds),
+    })
 }
 
 fn make(settings: &Settings, aside: &std::path::Path) -> anyhow::Result<f64> {
     fs::create_dir_all(aside).with_context(|| format!("failed to make {}", aside.display()))?;
     let world = &settings.playground;
-    let config = base_config_json(world.hidden_size, world.layers, world.heads, world.intermediate_size);
-    fs::write(aside.join("config.json"), serde_json::to_vec_pretty(&config)?)
-        .with_context(|| format!("failed to write into {}", aside.display()))?;
+    let config = base_config_json(
+        world.hidden_size,
+        world.layers,
+        world.heads,
+        world.intermediate_size,
+    );
+    fs::write(
+        aside.join("config.json"),
+        serde_json::to_vec_pretty(&config)?,
+    )
+    .with_context(|| format!("failed to write into {}", aside.display()))?;
     playground::write_tokenizer(aside)?;
     let folder = ModelFolder::open(aside, None)?;
     let (device, dtype) = super::device(settings)?;
@@ -61,7 +83,9 @@ fn make(settings: &Settings, aside: &std::path::Path) -> anyhow::Result<f64> {
     let model = random_model(&folder.config, seed, dtype, &device)?;
     let batch = settings.sft.train_batch_size as u64;
     let (weights, summary) = sft::train(&model, &settings.sft, "making the base", |step| {
-        (step * batch..(step + 1) * batch).map(|index| playground_example(seed, index)).collect()
+        (step * batch..(step + 1) * batch)
+            .map(|index| playground_example(seed, index))
+            .collect()
     })?;
     model::save_folder(aside, &folder, &weights)?;
     Ok(summary.seconds)
@@ -82,5 +106,8 @@ fn playground_example(seed: Seed, index: u64) -> ExampleIds {
     let world = seed.derive(WORLD).0;
     let post = train_post(world, index);
     let target = sft_target(&post, train_seed(world, index));
-    ExampleIds { prompt: post.prompt_ids(), completion: target.ids }
+    ExampleIds {
+        prompt: post.prompt_ids(),
+        completion: target.ids,
+    }
 }

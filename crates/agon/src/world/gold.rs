@@ -18,19 +18,29 @@ impl Gold {
     fn verdict(&self, comparison: &Comparison<'_>) -> Verdict {
         let facts = match Post::parse(&comparison.prompt.ids) {
             Ok(facts) => facts,
-            Err(error) => return Verdict::Abstained { reason: error.to_string() },
+            Err(error) => {
+                return Verdict::Abstained {
+                    reason: error.to_string(),
+                };
+            }
         };
         let [a, b] = [comparison.first, comparison.second].map(|c| judged(&facts, c));
         let p = playground::preference(a.value, a.style, b.value, b.style, self.cycle);
         match Probability::new(p as f32) {
             Ok(p) => Verdict::Preference(p),
-            Err(error) => Verdict::Abstained { reason: error.to_string() },
+            Err(error) => Verdict::Abstained {
+                reason: error.to_string(),
+            },
         }
     }
 }
 
 fn judged(facts: &Facts, completion: &Completion) -> Utility {
-    utility(facts, &completion.ids, completion.finish == Finish::EndOfText)
+    utility(
+        facts,
+        &completion.ids,
+        completion.finish == Finish::EndOfText,
+    )
 }
 
 impl Judge for Gold {
@@ -47,6 +57,9 @@ impl Judge for Gold {
     }
 
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
-        Ok(batch.iter().map(|comparison| self.verdict(comparison)).collect())
+        Ok(batch
+            .iter()
+            .map(|comparison| self.verdict(comparison))
+            .collect())
     }
 }

@@ -44,11 +44,20 @@ pub(crate) fn log_softmax_at(logits: &[f32], token: u32) -> f32 {
 ///
 /// Truncation follows the field's order: top-k, then top-p, then min-p, each on what is left; the
 /// likeliest token always stays. `None` when a logit is NaN: such a row has no distribution.
-pub fn draw(mixed: &[f32], settings: &SamplingSettings, uniform: f64, scratch: &mut Scratch) -> Option<Draw> {
+pub fn draw(
+    mixed: &[f32],
+    settings: &SamplingSettings,
+    uniform: f64,
+    scratch: &mut Scratch,
+) -> Option<Draw> {
     let most = f64::from(mixed.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let probabilities = &mut scratch.probabilities;
     probabilities.clear();
-    probabilities.extend(mixed.iter().map(|&z| ((f64::from(z) - most) / settings.temperature).exp()));
+    probabilities.extend(
+        mixed
+            .iter()
+            .map(|&z| ((f64::from(z) - most) / settings.temperature).exp()),
+    );
     if settings.truncates() {
         truncate(probabilities, &mut scratch.order, settings);
     }
@@ -58,7 +67,10 @@ pub fn draw(mixed: &[f32], settings: &SamplingSettings, uniform: f64, scratch: &
     }
     let token = inverse(probabilities, uniform * total)?;
     let behaviour_logp = (probabilities[token] / total).ln() as f32;
-    Some(Draw { token: u32::try_from(token).ok()?, behaviour_logp })
+    Some(Draw {
+        token: u32::try_from(token).ok()?,
+        behaviour_logp,
+    })
 }
 
 /// The first token at which the running sum passes `target`; never one without probability.
@@ -94,7 +106,11 @@ fn truncate(probabilities: &mut [f64], order: &mut Vec<u32>, settings: &Sampling
     let kept = nucleus.count().max(1);
     order.truncate(kept);
     let least = settings.min_p * order.first().map_or(0.0, |&token| at(token));
-    let kept = order.iter().take_while(|&&token| at(token) >= least).count().max(1);
+    let kept = order
+        .iter()
+        .take_while(|&&token| at(token) >= least)
+        .count()
+        .max(1);
     order.truncate(kept);
     let survivors: Vec<(u32, f64)> = order.iter().map(|&token| (token, at(token))).collect();
     probabilities.fill(0.0);
@@ -137,15 +153,38 @@ mod tests {
     #[test]
     fn truncation_by_hand() {
         let z = logits(&[0.1, 0.4, 0.2, 0.3]);
-        let with = |top_k, top_p, min_p| SamplingSettings { top_k, top_p, min_p, ..plain() };
+        let with = |top_k, top_p, min_p| SamplingSettings {
+            top_k,
+            top_p,
+            min_p,
+            ..plain()
+        };
         close(&distribution(&z, &plain()), &[0.1, 0.4, 0.2, 0.3]);
-        close(&distribution(&z, &with(2, 1.0, 0.0)), &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
-        close(&distribution(&z, &with(0, 0.6, 0.0)), &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
-        close(&distribution(&z, &with(0, 1e-9, 0.0)), &[0.0, 1.0, 0.0, 0.0]);
-        close(&distribution(&z, &with(0, 1.0, 0.45)), &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
+        close(
+            &distribution(&z, &with(2, 1.0, 0.0)),
+            &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        );
+        close(
+            &distribution(&z, &with(0, 0.6, 0.0)),
+            &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        );
+        close(
+            &distribution(&z, &with(0, 1e-9, 0.0)),
+            &[0.0, 1.0, 0.0, 0.0],
+        );
+        close(
+            &distribution(&z, &with(0, 1.0, 0.45)),
+            &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0],
+        );
         close(&distribution(&z, &with(1, 1.0, 1.0)), &[0.0, 1.0, 0.0, 0.0]);
-        let half = SamplingSettings { temperature: 0.5, ..plain() };
-        close(&distribution(&z, &half), &[0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]);
+        let half = SamplingSettings {
+            temperature: 0.5,
+            ..plain()
+        };
+        close(
+            &distribution(&z, &half),
+            &[0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3],
+        );
     }
 
     #[test]
@@ -156,9 +195,13 @@ mod tests {
             distribution(&mixed, &plain())
         };
         let first = step(&[0.9, 0.1], &[0.4, 0.6]);
-        let second = [step(&[0.5, 0.5], &[0.2, 0.8]), step(&[0.99, 0.01], &[0.3, 0.7])];
-        let joint: Vec<f64> =
-            (0..4).map(|i| first[i / 2] * second[i / 2][i % 2]).collect();
+        let second = [
+            step(&[0.5, 0.5], &[0.2, 0.8]),
+            step(&[0.99, 0.01], &[0.3, 0.7]),
+        ];
+        let joint: Vec<f64> = (0..4)
+            .map(|i| first[i / 2] * second[i / 2][i % 2])
+            .collect();
         close(&joint, &[0.236_701, 0.473_401, 0.251_315, 0.038_582]);
     }
 
@@ -176,7 +219,10 @@ mod tests {
     fn a_row_without_a_distribution_draws_nothing() {
         let mut scratch = Scratch::default();
         assert_eq!(draw(&[0.0, f32::NAN], &plain(), 0.5, &mut scratch), None);
-        assert_eq!(draw(&[f32::NEG_INFINITY; 2], &plain(), 0.5, &mut scratch), None);
+        assert_eq!(
+            draw(&[f32::NEG_INFINITY; 2], &plain(), 0.5, &mut scratch),
+            None
+        );
         let drawn = draw(&[f32::NEG_INFINITY, 1.0], &plain(), 0.0, &mut scratch).unwrap();
         assert_eq!((drawn.token, drawn.behaviour_logp), (1, 0.0));
     }

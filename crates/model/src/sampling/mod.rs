@@ -29,7 +29,13 @@ impl SamplingSettings {
     /// The whole distribution at temperature 1, for which the theory of self-play holds.
     #[must_use]
     pub fn plain(max_new_tokens: usize) -> Self {
-        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, max_new_tokens }
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            max_new_tokens,
+        }
     }
 
     fn truncates(&self) -> bool {

@@ -94,12 +94,17 @@ impl Sampler {
     ) -> Result<Self, ModelError> {
         let (a, b) = (policy.config().vocab_size, reference.config().vocab_size);
         if a != b {
-            let reason = format!("the policy has {a} tokens, the reference {b}: they must share a vocabulary");
+            let reason = format!(
+                "the policy has {a} tokens, the reference {b}: they must share a vocabulary"
+            );
             return Err(ModelError::Weights { reason });
         }
         let side = |model: LanguageModel| -> Result<Side, ModelError> {
             let capacity = capacity.min(model.config().max_positions);
-            Ok(Side { cache: Cache::new(&model, slots, capacity)?, model })
+            Ok(Side {
+                cache: Cache::new(&model, slots, capacity)?,
+                model,
+            })
         };
         Ok(Self {
             policy: side(policy)?,
@@ -142,7 +147,11 @@ impl Sampler {
     #[must_use]
     pub fn free_slots(&self) -> usize {
         let promised: usize = self.waiting.iter().map(|r| r.mixture_coefs.len()).sum();
-        self.slots.iter().filter(|slot| slot.is_none()).count().saturating_sub(promised)
+        self.slots
+            .iter()
+            .filter(|slot| slot.is_none())
+            .count()
+            .saturating_sub(promised)
     }
 
     /// Adds a prompt; it is read at the next [`Self::step`] that finds enough free slots.
@@ -158,7 +167,9 @@ impl Sampler {
         } else if request.ids.is_empty() || request.max_new_tokens == 0 {
             "a prompt and its completions need at least one token each".to_owned()
         } else if length > longest {
-            format!("{length} tokens of prompt and completion are more than the model's {longest} positions")
+            format!(
+                "{length} tokens of prompt and completion are more than the model's {longest} positions"
+            )
         } else {
             self.waiting.push_back(request);
             return Ok(());
@@ -173,7 +184,9 @@ impl Sampler {
     /// When a tensor operation fails or a model gives no distribution (its weights hold a NaN).
     pub fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
         self.read_prompts()?;
-        let active: Vec<usize> = (0..self.slots.len()).filter(|&s| self.slots[s].is_some()).collect();
+        let active: Vec<usize> = (0..self.slots.len())
+            .filter(|&s| self.slots[s].is_some())
+            .collect();
         let pending: Vec<(usize, u32)> = active
             .iter()
             .filter_map(|&slot| Some((slot, *self.slots[slot].as_ref()?.completion.ids.last()?)))
@@ -190,24 +203,36 @@ impl Sampler {
 
     /// Reads as many waiting prompts as have free slots and writes their first tokens.
     fn read_prompts(&mut self) -> Result<(), ModelError> {
-        let mut free: VecDeque<usize> = (0..self.slots.len()).filter(|&s| self.slots[s].is_none()).collect();
+        let mut free: VecDeque<usize> = (0..self.slots.len())
+            .filter(|&s| self.slots[s].is_none())
+            .collect();
         let mut admitted: Vec<(Request, Vec<usize>)> = Vec::new();
         while let Some(request) = self.waiting.front() {
             let count = request.mixture_coefs.len();
             if count > free.len() {
                 break;
             }
-            let Some(request) = self.waiting.pop_front() else { break };
+            let Some(request) = self.waiting.pop_front() else {
+                break;
+            };
             admitted.push((request, free.drain(..count).collect()));
         }
         if admitted.is_empty() {
             return Ok(());
         }
-        let prompts: Vec<Prefill<'_>> =
-            admitted.iter().map(|(request, slots)| Prefill { ids: &request.ids, slots }).collect();
+        let prompts: Vec<Prefill<'_>> = admitted
+            .iter()
+            .map(|(request, slots)| Prefill {
+                ids: &request.ids,
+                slots,
+            })
+            .collect();
         let logits = self.logits(|side| side.model.prefill(&mut side.cache, &prompts))?;
         for (row, (request, slots)) in admitted.iter().enumerate() {
-            self.groups.push(Group { key: request.key, completions: slots.iter().map(|_| None).collect() });
+            self.groups.push(Group {
+                key: request.key,
+                completions: slots.iter().map(|_| None).collect(),
+            });
             for (index, &slot) in slots.iter().enumerate() {
                 self.slots[slot] = Some(Stream::new(request, index));
                 self.write(slot, &logits, row)?;
@@ -223,34 +248,56 @@ impl Sampler {
         let vocab = self.policy.model.config().vocab_size;
         let policy = forward(&mut self.policy)?.flatten_all()?.to_vec1()?;
         let reference = forward(&mut self.reference)?.flatten_all()?.to_vec1()?;
-        Ok(Logits { policy, reference, vocab })
+        Ok(Logits {
+            policy,
+            reference,
+            vocab,
+        })
     }
 
     /// Draws the next token of the stream in `slot` from row `row` of the logits.
     fn write(&mut self, slot: usize, logits: &Logits, row: usize) -> Result<(), ModelError> {
-        let Some(stream) = self.slots[slot].as_mut() else { return Ok(()) };
+        let Some(stream) = self.slots[slot].as_mut() else {
+            return Ok(());
+        };
         let range = row * logits.vocab..(row + 1) * logits.vocab;
         let (policy, reference) = (&logits.policy[range.clone()], &logits.reference[range]);
-        mix(policy, reference, stream.completion.mixture_coef, &mut self.mixed);
+        mix(
+            policy,
+            reference,
+            stream.completion.mixture_coef,
+            &mut self.mixed,
+        );
         let uniform = stream.random.random::<f64>();
-        let drawn = draw(&self.mixed, &self.settings, uniform, &mut self.scratch).ok_or_else(|| {
-            ModelError::Weights { reason: "the logits of a token are not finite".into() }
-        })?;
+        let drawn =
+            draw(&self.mixed, &self.settings, uniform, &mut self.scratch).ok_or_else(|| {
+                ModelError::Weights {
+                    reason: "the logits of a token are not finite".into(),
+                }
+            })?;
         let completion = &mut stream.completion;
         completion.ids.push(drawn.token);
         completion.behaviour_logp.push(drawn.behaviour_logp);
         completion.logp.push(log_softmax_at(policy, drawn.token));
-        completion.ref_logp.push(log_softmax_at(reference, drawn.token));
+        completion
+            .ref_logp
+            .push(log_softmax_at(reference, drawn.token));
         let ended = self.policy.model.config().eos.contains(&drawn.token);
         if ended || completion.ids.len() == stream.max_new_tokens {
-            completion.finish = if ended { Finish::EndOfText } else { Finish::Length };
+            completion.finish = if ended {
+                Finish::EndOfText
+            } else {
+                Finish::Length
+            };
             self.end(slot);
         }
         Ok(())
     }
 
     fn end(&mut self, slot: usize) {
-        let Some(stream) = self.slots[slot].take() else { return };
+        let Some(stream) = self.slots[slot].take() else {
+            return;
+        };
         if let Some(group) = self.groups.iter_mut().find(|group| group.key == stream.key) {
             group.completions[stream.index] = Some(stream.completion);
         }
@@ -263,7 +310,10 @@ impl Sampler {
                 return true;
             }
             let completions = group.completions.drain(..).flatten().collect();
-            finished.push(Finished { key: group.key, completions });
+            finished.push(Finished {
+                key: group.key,
+                completions,
+            });
             false
         });
         finished
@@ -297,7 +347,13 @@ mod tests {
 
     fn request(key: u64, ids: &[u32], mixture_coefs: &[f32], max_new_tokens: usize) -> Request {
         let seed = Seed(77).derive(key);
-        Request { key, ids: ids.to_vec(), seed, mixture_coefs: mixture_coefs.to_vec(), max_new_tokens }
+        Request {
+            key,
+            ids: ids.to_vec(),
+            seed,
+            mixture_coefs: mixture_coefs.to_vec(),
+            max_new_tokens,
+        }
     }
 
     fn sampler(policy: u64, reference: u64, slots: usize) -> Sampler {
@@ -318,7 +374,10 @@ mod tests {
     }
 
     fn scored(model: &LanguageModel, prompt: &[u32], completion: &Completion) -> Vec<f32> {
-        let sequence = Sequence { prompt, completion: &completion.ids };
+        let sequence = Sequence {
+            prompt,
+            completion: &completion.ids,
+        };
         model.score(&[sequence]).unwrap().logp.to_vec1().unwrap()
     }
 
@@ -331,17 +390,28 @@ mod tests {
 
     #[test]
     fn what_is_recorded_is_what_the_uncached_models_say() {
-        let requests: Vec<Request> =
-            (0..6).map(|key| request(key, &[0, 2, 3 + key as u32 % 5], &[0.25, 0.25, 1.0], 12)).collect();
+        let requests: Vec<Request> = (0..6)
+            .map(|key| request(key, &[0, 2, 3 + key as u32 % 5], &[0.25, 0.25, 1.0], 12))
+            .collect();
         for finished in answers(sampler(1, 2, 7), &requests) {
             let prompt = &requests[finished.key as usize].ids;
             for completion in &finished.completions {
-                close(&completion.logp, &scored(&tiny_model(9, 1), prompt, completion));
-                close(&completion.ref_logp, &scored(&tiny_model(9, 2), prompt, completion));
+                close(
+                    &completion.logp,
+                    &scored(&tiny_model(9, 1), prompt, completion),
+                );
+                close(
+                    &completion.ref_logp,
+                    &scored(&tiny_model(9, 2), prompt, completion),
+                );
                 assert!(completion.is_sound());
                 let ended = completion.ids.last() == Some(&1);
                 assert_eq!(completion.finish == Finish::EndOfText, ended);
-                assert!(completion.ids[..completion.ids.len() - 1].iter().all(|&id| id != 1));
+                assert!(
+                    completion.ids[..completion.ids.len() - 1]
+                        .iter()
+                        .all(|&id| id != 1)
+                );
                 assert!(ended || completion.ids.len() == 12);
             }
         }
@@ -349,16 +419,29 @@ mod tests {
 
     #[test]
     fn the_ends_of_the_mixture_are_the_policy_and_the_reference() {
-        let requests: Vec<Request> = (0..8).map(|key| request(key, &[0, 4], &[0.0, 1.0], 12)).collect();
+        let requests: Vec<Request> = (0..8)
+            .map(|key| request(key, &[0, 4], &[0.0, 1.0], 12))
+            .collect();
         for finished in answers(sampler(1, 2, 16), &requests) {
-            let [policy, reference] = &finished.completions[..] else { panic!("two completions") };
+            let [policy, reference] = &finished.completions[..] else {
+                panic!("two completions")
+            };
             close(&policy.behaviour_logp, &policy.logp);
             close(&reference.behaviour_logp, &reference.ref_logp);
-            assert!(policy.logp.iter().zip(&policy.ref_logp).any(|(a, b)| (a - b).abs() > 1e-2));
+            assert!(
+                policy
+                    .logp
+                    .iter()
+                    .zip(&policy.ref_logp)
+                    .any(|(a, b)| (a - b).abs() > 1e-2)
+            );
         }
         // The same seed gives the reference's completion whatever the policy is, and the other way round.
         let ids = |policy, reference, m: f32| {
-            let finished = answers(sampler(policy, reference, 4), &[request(3, &[0, 4], &[m], 12)]);
+            let finished = answers(
+                sampler(policy, reference, 4),
+                &[request(3, &[0, 4], &[m], 12)],
+            );
             finished[0].completions[0].ids.clone()
         };
         assert_eq!(ids(1, 2, 1.0), ids(5, 2, 1.0));
@@ -368,14 +451,18 @@ mod tests {
 
     #[test]
     fn a_completion_depends_on_its_seed_not_on_its_slot_or_its_company() {
-        let requests: Vec<Request> =
-            (0..9).map(|key| request(key, &[0, 2 + key as u32 % 6], &[0.5, 0.5], 12)).collect();
+        let requests: Vec<Request> = (0..9)
+            .map(|key| request(key, &[0, 2 + key as u32 % 6], &[0.5, 0.5], 12))
+            .collect();
         let crowded = answers(sampler(1, 2, 18), &requests);
         let cramped = answers(sampler(1, 2, 4), &requests);
         let reversed: Vec<Request> = requests.iter().rev().cloned().collect();
         let backwards = answers(sampler(1, 2, 7), &reversed);
         let ids = |finished: &[Finished]| -> Vec<Vec<u32>> {
-            finished.iter().flat_map(|f| f.completions.iter().map(|c| c.ids.clone())).collect()
+            finished
+                .iter()
+                .flat_map(|f| f.completions.iter().map(|c| c.ids.clone()))
+                .collect()
         };
         assert_eq!(ids(&crowded), ids(&cramped));
         assert_eq!(ids(&crowded), ids(&backwards));
@@ -386,22 +473,43 @@ mod tests {
         let (policy, reference, m) = (tiny_model(9, 1), tiny_model(9, 2), 0.3);
         let logits = |model: &LanguageModel| -> Vec<f32> {
             let mut cache = Cache::new(model, 1, 4).unwrap();
-            let logits = model.prefill(&mut cache, &[Prefill { ids: &[0, 5], slots: &[0] }]).unwrap();
+            let logits = model
+                .prefill(
+                    &mut cache,
+                    &[Prefill {
+                        ids: &[0, 5],
+                        slots: &[0],
+                    }],
+                )
+                .unwrap();
             logits.to_vec2().unwrap().remove(0)
         };
         let mut mixed = Vec::new();
         mix(&logits(&policy), &logits(&reference), m, &mut mixed);
-        let expected: Vec<f64> = (0..9).map(|id| f64::from(log_softmax_at(&mixed, id)).exp()).collect();
+        let expected: Vec<f64> = (0..9)
+            .map(|id| f64::from(log_softmax_at(&mixed, id)).exp())
+            .collect();
         let draws = 4000;
-        let requests: Vec<Request> = (0..draws / 40).map(|key| request(key, &[0, 5], &[m; 40], 1)).collect();
+        let requests: Vec<Request> = (0..draws / 40)
+            .map(|key| request(key, &[0, 5], &[m; 40], 1))
+            .collect();
         let mut counts = [0f64; 9];
         for finished in answers(sampler(1, 2, 80), &requests) {
-            finished.completions.iter().for_each(|c| counts[c.ids[0] as usize] += 1.0);
+            finished
+                .completions
+                .iter()
+                .for_each(|c| counts[c.ids[0] as usize] += 1.0);
         }
-        let squares = counts.iter().zip(&expected).map(|(n, p)| (n - p * draws as f64).powi(2) / (p * draws as f64));
+        let squares = counts
+            .iter()
+            .zip(&expected)
+            .map(|(n, p)| (n - p * draws as f64).powi(2) / (p * draws as f64));
         let chi_square: f64 = squares.sum();
         // 8 degrees of freedom: 26.1 is passed once in a thousand; the seed is fixed.
-        assert!(chi_square < 26.1, "{chi_square}: {counts:?} against {expected:?}");
+        assert!(
+            chi_square < 26.1,
+            "{chi_square}: {counts:?} against {expected:?}"
+        );
     }
 
     #[test]
