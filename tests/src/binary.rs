@@ -9,13 +9,17 @@ use std::{
 
 use crate::workspace_root;
 
-/// Where `agon` lies, built from the working tree with the profile of the tests.
+/// Where `agon` lies: built from the working tree with the profile of the tests, unless `AGON_BINARY`
+/// names one.
 ///
 /// # Panics
 /// When it does not build: with what the compiler says.
 pub fn agon_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(build)
+    BINARY.get_or_init(|| match env::var_os("AGON_BINARY") {
+        Some(path) => workspace_root().join(path),
+        None => build(),
+    })
 }
 
 /// The folder of the profile, `<target>/<profile>`: two above this executable, `deps/<test>-<hash>`.
@@ -35,7 +39,8 @@ fn build() -> PathBuf {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
-        .args(["build", "--quiet", "--package", "agon", "--target-dir"])
+        .args(["build", "--quiet", "--package", "agon", "--package", "house"])
+        .arg("--target-dir")
         .arg(target)
         .current_dir(workspace_root());
     if folder.ends_with("release") {

@@ -31,7 +31,7 @@ const TINY: [&str; 17] = [
 
 /// The bandit of `configs/bandit.toml`, for the paths it takes and not for where it arrives.
 const SHORT: [&str; 4] = [
-    "learner.steps=40",
+    "learner.steps=100",
     "learner.train_batch_size=32",
     "evaluation.prompts=32",
     "actor.slots=64",

@@ -375,8 +375,8 @@ fn a_torn_checkpoint_is_not_resumed() {
     let workplace = Workplace::new();
     let run = workplace.path("run");
     workplace.run(&tiny_bandit(&run, &[])).succeeded();
-    let checkpoint = run.join("checkpoints/step_40");
-    let mut resume = tiny_bandit(&run, &["learner.steps=50"]);
+    let checkpoint = run.join("checkpoints/step_100");
+    let mut resume = tiny_bandit(&run, &["learner.steps=110"]);
     resume.push("--resume".into());
     for file in ["state.json", "model.safetensors", "optimizer.safetensors"] {
         let path = checkpoint.join(file);
@@ -384,7 +384,7 @@ fn a_torn_checkpoint_is_not_resumed() {
         fs::write(&path, &whole[..whole.len() / 2]).expect("the run is ours");
         workplace
             .run(&resume)
-            .check(3, &["step_40", file])
+            .check(3, &["step_100", file])
             .without_panic();
         fs::write(&path, whole).expect("the run is ours");
     }
@@ -402,4 +402,18 @@ fn a_taken_port_is_named_by_its_key() {
         .run(&arguments)
         .check(3, &[&address, "telemetry.listen"])
         .without_panic();
+}
+
+#[test]
+fn what_was_refused_runs_when_it_is_mended() {
+    let Some(model) = shared("what_was_refused_runs", "data/models/random-llama3") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let file = workplace.write("prompts.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \n");
+    let call = train_on(&model, &file, &workplace.path("run"));
+    workplace.run(&call).check(3, &["prompts.jsonl, line 2"]);
+    prompts(&workplace);
+    // Nothing has begun, so that there is nothing to resume and no directory to give up.
+    workplace.run(&call).succeeded();
 }

@@ -166,7 +166,7 @@ fn a_completion_is_scored_after_its_prompt() {
         let scored = floats(&answer["logprobs"]);
         assert_eq!(scored.len(), completion.len());
         // The same tokens as one row of ids have the same log-probabilities.
-        let whole = json!({"ids": [list(&prompt), completion].concat()});
+        let whole = json!({"ids": ([list(&prompt), completion].concat())});
         let all = log_probabilities(score(&workplace, &model, &[whole]));
         let tail = &all[0][all[0].len() - completion.len()..];
         for (a, b) in scored.iter().zip(tail) {
@@ -242,7 +242,7 @@ fn what_was_generated_scores_as_it_was_told() {
     let prompt = read(&model.join("reference.json"))["prompts"][0]["ids"].clone();
     let rows: Vec<Value> = lines
         .iter()
-        .map(|line| json!({"ids": [list(&prompt), list(&line["ids"])].concat()}))
+        .map(|line| json!({"ids": ([list(&prompt), list(&line["ids"])].concat())}))
         .collect();
     for (line, all) in lines
         .iter()

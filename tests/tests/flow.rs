@@ -36,20 +36,22 @@ fn conserved(report: &Value) {
         assert!(given > 0.0, "{station} gave nothing: {books:#}");
         assert_eq!(books["conserved"], true, "{station}: {books:#}");
     }
-    let given = |station: &str| number(report, &format!("/stations/{station}/given"));
-    let taken = |station: &str| number(report, &format!("/stations/{station}/taken"));
+}
+
+/// That what a station gave, the next one took: nothing is left in a stream when a run is finished.
+#[track_caller]
+fn nothing_on_the_way(report: &Value) {
+    let of = |station: &str, what: &str| number(report, &format!("/stations/{station}/{what}"));
+    let books = &report["stations"];
+    assert_eq!(of("preference", "taken"), of("actor", "given"), "{books:#}");
     assert_eq!(
-        taken("preference"),
-        given("actor"),
-        "{:#}",
-        report["stations"]
+        of("learner", "taken"),
+        of("preference", "given"),
+        "{books:#}"
     );
-    assert_eq!(
-        taken("learner"),
-        given("preference"),
-        "{:#}",
-        report["stations"]
-    );
+    for station in ["actor", "preference", "learner"] {
+        assert_eq!(of(station, "in_hand"), 0.0, "{books:#}");
+    }
 }
 
 #[track_caller]
@@ -100,6 +102,7 @@ fn an_asynchronous_run_loses_nothing_and_trains_on_nothing_too_old() {
     }
     let report = report(&run);
     conserved(&report);
+    nothing_on_the_way(&report);
     assert_eq!(number(&report, "/pairs"), 12.0 * 8.0);
 }
 
@@ -111,6 +114,7 @@ fn books_balance_in_every_kind_of_run() {
         .run(&tiny_playground(&synchronous, &[]))
         .succeeded();
     conserved(&report(&synchronous));
+    nothing_on_the_way(&report(&synchronous));
     // On a bandit many pairs are identical, and are dropped.
     let bandit = workplace.path("bandit");
     workplace
@@ -121,6 +125,7 @@ fn books_balance_in_every_kind_of_run() {
         .succeeded();
     let report = report(&bandit);
     conserved(&report);
+    nothing_on_the_way(&report);
     assert!(
         number(&report, "/stations/actor/dropped/identical") > 0.0,
         "{:#}",

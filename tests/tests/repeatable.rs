@@ -9,7 +9,7 @@ use serde_json::Value;
 /// One of the small worlds, as arguments.
 type World = fn(&Path, &[&str]) -> Vec<String>;
 
-const WORLDS: [(World, u64); 2] = [(tiny_bandit, 40), (tiny_playground, 12)];
+const WORLDS: [(World, u64); 2] = [(tiny_bandit, 100), (tiny_playground, 12)];
 
 fn digest(run: &Path) -> String {
     let report = report(run);
@@ -119,7 +119,7 @@ fn stopping_again_and_again_changes_nothing() {
     let run = workplace.path("stopped");
     let arguments = tiny_bandit(&run, &[]);
     let mut times = 0;
-    for step in [1, 9, 17, 25] {
+    for step in [1, 15, 30, 45] {
         let call = if times == 0 {
             arguments.clone()
         } else {
@@ -133,7 +133,7 @@ fn stopping_again_and_again_changes_nothing() {
     }
     workplace.run(&resume(arguments)).succeeded();
     assert_eq!((digest(&run), losses(&run)), expected);
-    every_step_once(&run, 40);
+    every_step_once(&run, 100);
 }
 
 #[test]

@@ -34,8 +34,17 @@ pub(crate) struct Misuse(pub(crate) String);
 
 /// Says what went wrong, with all its causes, and gives the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    if error.chain().any(is_broken_pipe) {
+        // Whoever read our output has read enough.
+        return ExitCode::SUCCESS;
+    }
     eprintln!("error: {}", sentence(error));
     code(error).into()
+}
+
+fn is_broken_pipe(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let io = cause.downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
 }
 
 /// The error and its causes in one line, without saying anything twice.
@@ -67,6 +76,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     if let Some(error) = cause.downcast_ref::<LearnerError>() {
         return match error {
             LearnerError::Diverged { .. } => Some(Code::Diverged),
+            LearnerError::Interrupted { .. } => Some(Code::Interrupted),
             LearnerError::Unreadable { .. }
             | LearnerError::Row { .. }
             | LearnerError::Checkpoint { .. }

@@ -41,15 +41,19 @@ pub(crate) fn device(settings: &Settings) -> anyhow::Result<(Device, DType)> {
 }
 
 /// Makes or loads everything the settings name. Models that the world makes for this run only go to
-/// `scratch`.
-pub(crate) fn build(settings: &Settings, scratch: &Path) -> anyhow::Result<World> {
+/// `scratch`. Making a base takes a while: it ends early when `stopped` turns true.
+pub(crate) fn build(
+    settings: &Settings,
+    scratch: &Path,
+    stopped: &dyn Fn() -> bool,
+) -> anyhow::Result<World> {
     let (device, dtype) = device(settings)?;
     let mut base = None;
     let path = match (&settings.model.path, &settings.prompts) {
         (Some(path), _) => path.clone(),
         (None, PromptsSettings::Bandit {}) => bandit(settings, scratch)?,
         (None, _) => {
-            let made = playground_base(settings)?;
+            let made = playground_base(settings, stopped)?;
             let path = made.path.clone();
             base = Some(made);
             path

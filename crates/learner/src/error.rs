@@ -87,6 +87,12 @@ pub enum LearnerError {
         /// Where the batches are.
         quarantine: PathBuf,
     },
+    /// Told to stop before there was anything to save.
+    #[error("interrupted while {work}; nothing was saved, begin again with --resume auto")]
+    Interrupted {
+        /// What was being done.
+        work: &'static str,
+    },
     /// The objective wants what the prompt set does not have.
     #[error("the objective {objective} needs a golden answer for every prompt, {prompt} has none")]
     NoGolden {

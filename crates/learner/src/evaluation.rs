@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn wilsons_interval_has_the_textbooks_numbers() {
         let close = |found: f64, expected: f64| {
-            assert!((found - expected).abs() < 5e-4, "{found} {expected}")
+            assert!((found - expected).abs() < 5e-4, "{found} {expected}");
         };
         let interval = Interval::wilson(0.8, 512);
         close(interval.low, 0.7633);

@@ -406,9 +406,12 @@ impl Learner {
         if self.state.consecutive_nonfinite < self.settings.rollback_after {
             return Ok(());
         }
-        self.roll_back().await
+        self.roll_back().await?;
+        self.publish().await
     }
 
+    /// Goes back to the last checkpoint. That takes a step number of its own, so that the weights of the
+    /// checkpoint get a version newer than those that are given up.
     async fn roll_back(&mut self) -> Result<(), LearnerError> {
         let consecutive = std::mem::take(&mut self.state.consecutive_nonfinite);
         self.state.rollbacks += 1;
@@ -422,7 +425,9 @@ impl Learner {
             });
         };
         tracing::warn!(checkpoint = %last.display(), "going back to the last checkpoint");
-        self.engine.restore(last).await
+        self.engine.restore(last).await?;
+        self.state.step += 1;
+        Ok(())
     }
 
     /// Staleness, waits, throughput and health of a step.
@@ -505,23 +510,35 @@ impl Learner {
     }
 
     /// Puts the weights on the shelf as the version of this step, unless they are there already.
+    /// Weights that are not finite are never published: the run goes back first.
     async fn publish(&mut self) -> Result<(), LearnerError> {
-        let version = WeightsVersion(self.state.step);
-        if self
-            .shelf
-            .latest()
-            .map_or(version.0 == 0, |manifest| manifest.version >= version)
-        {
-            return Ok(());
-        }
-        let before = Instant::now();
-        let Some(blob) = self.engine.weights().await? else {
+        loop {
+            let version = WeightsVersion(self.state.step);
+            let newest = self
+                .shelf
+                .latest()
+                .map_or(WeightsVersion(0), |manifest| manifest.version);
+            if newest >= version {
+                return Ok(());
+            }
+            let before = Instant::now();
+            if let Some(blob) = self.engine.weights().await? {
+                return self.announce(version, blob, before).await;
+            }
             tracing::warn!(
                 step = version.0,
                 "the weights are not finite and are not published"
             );
-            return self.roll_back().await;
-        };
+            self.roll_back().await?;
+        }
+    }
+
+    async fn announce(
+        &mut self,
+        version: WeightsVersion,
+        blob: Vec<u8>,
+        before: Instant,
+    ) -> Result<(), LearnerError> {
         let manifest = WeightsManifest::of(version, &blob);
         let bytes = manifest.bytes;
         self.shelf.publish(manifest, blob).await?;

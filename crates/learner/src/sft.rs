@@ -31,15 +31,16 @@ pub struct SftSummary {
     pub seconds: f64,
 }
 
-/// Trains `weights` on `examples(step)`, a batch for every step; returns the trained weights.
+/// Trains the model's weights on `examples(step)`, a batch for every step; returns the trained weights.
+/// `examples` gives `None` when the work is to stop.
 ///
 /// # Errors
-/// When an example does not fit the model, or a loss is not finite.
+/// When an example does not fit the model, a loss is not finite, or the work was stopped.
 pub fn train(
     model: &LanguageModel,
     settings: &SftSettings,
-    title: &str,
-    mut examples: impl FnMut(u64) -> Vec<ExampleIds>,
+    title: &'static str,
+    mut examples: impl FnMut(u64) -> Option<Vec<ExampleIds>>,
 ) -> Result<(Weights, SftSummary), LearnerError> {
     let (weights, vars) = model.weights().trainable()?;
     let model = LanguageModel::new(model.config().clone(), weights)?;
@@ -49,7 +50,8 @@ pub fn train(
     let started = Instant::now();
     let mut loss = f64::NAN;
     for step in 0..settings.steps {
-        loss = self::step(&model, &mut optimizer, &examples(step), schedule.at(step))?;
+        let batch = examples(step).ok_or(LearnerError::Interrupted { work: title })?;
+        loss = self::step(&model, &mut optimizer, &batch, schedule.at(step))?;
         progress.advance_to(step + 1, &format!("loss {loss:.3}"));
     }
     progress.finish(&format!("loss {loss:.3}"));

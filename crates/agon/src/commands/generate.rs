@@ -93,28 +93,39 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 
     let slots = SLOTS.min(prompts.len().saturating_mul(arguments.num));
     let mut sampler = Sampler::new(policy, reference, arguments.sampling(), slots, capacity)?;
-    let parts = parts(prompts.len(), arguments.num);
-    for (key, part) in (0..).zip(&parts) {
-        sampler.admit(arguments.request(key, *part, &prompts[part.prompt]))?;
-    }
     let mut output = io::stdout().lock();
-    let mut teller = Teller {
-        prompts: &prompts,
-        tokenizer: &folder.tokenizer,
-        arguments,
-        next: 0,
-        ended: BTreeMap::new(),
-    };
-    while !sampler.is_idle() {
-        for finished in sampler.step()? {
-            teller.ended.insert(finished.key, finished.completions);
-        }
+    for told in tell(arguments, &prompts, &folder.tokenizer, &mut sampler)? {
         output
-            .write_all(teller.tell(&parts)?.as_bytes())
+            .write_all(told?.as_bytes())
             .and_then(|()| output.flush())
             .context("failed to write to standard output")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks `sampler` for everything. Gives what there is to tell after every token, most often nothing,
+/// until all completions have ended.
+fn tell<'a>(
+    arguments: &'a Arguments,
+    prompts: &'a [Prompt],
+    tokenizer: &'a Tokenizer,
+    sampler: &'a mut Sampler,
+) -> anyhow::Result<impl Iterator<Item = anyhow::Result<String>> + 'a> {
+    let parts = parts(prompts.len(), arguments.num);
+    for (key, part) in (0..).zip(&parts) {
+        sampler.admit(arguments.request(key, *part, &prompts[part.prompt]))?;
+    }
+    let mut teller = Teller {
+        prompts,
+        tokenizer,
+        arguments,
+        parts,
+        next: 0,
+        ended: BTreeMap::new(),
+    };
+    Ok(std::iter::from_fn(move || {
+        (!sampler.is_idle()).then(|| teller.step(sampler))
+    }))
 }
 
 /// A prompt as it was given, and its tokens.
@@ -253,6 +264,7 @@ struct Teller<'a> {
     prompts: &'a [Prompt],
     tokenizer: &'a Tokenizer,
     arguments: &'a Arguments,
+    parts: Vec<Part>,
     /// The part that is to be told next.
     next: u64,
     /// Parts that have ended and wait for their turn.
@@ -273,10 +285,14 @@ struct Line<'a> {
 }
 
 impl Teller<'_> {
-    fn tell(&mut self, parts: &[Part]) -> anyhow::Result<String> {
+    /// Lets `sampler` write one token of every completion.
+    fn step(&mut self, sampler: &mut Sampler) -> anyhow::Result<String> {
+        for finished in sampler.step()? {
+            self.ended.insert(finished.key, finished.completions);
+        }
         let mut told = String::new();
         while let Some(completions) = self.ended.remove(&self.next) {
-            let part = parts[usize::try_from(self.next)?];
+            let part = self.parts[usize::try_from(self.next)?];
             self.next += 1;
             for (number, completion) in (part.first..).zip(&completions) {
                 let place = Place {
@@ -454,28 +470,12 @@ mod tests {
         let (folder, model) = score::open(directory.path(), model::DType::F32, &device).unwrap();
         let arguments = arguments(extra);
         let prompts = arguments.encode(&folder).unwrap();
-        let parts = parts(prompts.len(), arguments.num);
         let sampling = arguments.sampling();
         let mut sampler = Sampler::new(model.clone(), model, sampling, SLOTS, 4).unwrap();
-        for (key, part) in (0..).zip(&parts) {
-            let request = arguments.request(key, *part, &prompts[part.prompt]);
-            sampler.admit(request).unwrap();
-        }
-        let mut teller = Teller {
-            prompts: &prompts,
-            tokenizer: &folder.tokenizer,
-            arguments: &arguments,
-            next: 0,
-            ended: BTreeMap::new(),
-        };
-        let mut told = String::new();
-        while !sampler.is_idle() {
-            for finished in sampler.step().unwrap() {
-                teller.ended.insert(finished.key, finished.completions);
-            }
-            told += &teller.tell(&parts).unwrap();
-        }
-        told
+        tell(&arguments, &prompts, &folder.tokenizer, &mut sampler)
+            .unwrap()
+            .map(Result::unwrap)
+            .collect()
     }
 
     #[test]

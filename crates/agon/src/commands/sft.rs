@@ -32,7 +32,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
     if settings.sft.path.is_none() {
-        let base = world::playground_base(&settings)?;
+        let base = world::playground_base(&settings, &|| false)?;
         println!("{}", base.path.display());
         return Ok(ExitCode::SUCCESS);
     }
@@ -69,9 +69,8 @@ fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()
         settings.sft.train_batch_size as u64,
     );
     let (weights, summary) = sft::train(&model, &settings.sft, "fine-tuning", |step| {
-        (step * batch..(step + 1) * batch)
-            .map(|index| pick(&examples, seed, index))
-            .collect()
+        let places = step * batch..(step + 1) * batch;
+        Some(places.map(|index| pick(&examples, seed, index)).collect())
     })?;
     model::save_folder(output, &folder, &weights)?;
     tracing::info!(loss = summary.loss, seconds = summary.seconds, "fine-tuned");

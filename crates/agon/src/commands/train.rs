@@ -103,7 +103,9 @@ async fn align(
         env!("CARGO_PKG_VERSION")
     );
     let (_stop, stopping) = interrupt::on_signal()?;
-    let world = tokio::task::block_in_place(|| world::build(settings, directory.root()))?;
+    let world = tokio::task::block_in_place(|| {
+        world::build(settings, directory.root(), &|| *stopping.borrow())
+    })?;
     tracing::info!(
         model = %world.folder.path.display(),
         parameters = world.folder.config.parameter_count(),

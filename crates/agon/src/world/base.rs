@@ -20,8 +20,12 @@ pub(crate) struct Base {
     pub(crate) seconds: Option<f64>,
 }
 
-/// The base of these settings: found under the digest of everything that decides it, or made.
-pub(crate) fn playground_base(settings: &Settings) -> anyhow::Result<Base> {
+/// The base of these settings: found under the digest of everything that decides it, or made, unless
+/// `stopped` turns true meanwhile.
+pub(crate) fn playground_base(
+    settings: &Settings,
+    stopped: &dyn Fn() -> bool,
+) -> anyhow::Result<Base> {
     let world = &settings.playground;
     let recipe = serde_json::to_string(&(
         (
@@ -47,7 +51,12 @@ pub(crate) fn playground_base(settings: &Settings) -> anyhow::Result<Base> {
     let aside = world
         .base_dir
         .join(format!(".{}.{}", &name[..16], std::process::id()));
-    let seconds = make(settings, &aside)?;
+    let made = make(settings, &aside, stopped);
+    if made.is_err() && aside.exists() {
+        fs::remove_dir_all(&aside)
+            .with_context(|| format!("failed to remove {}", aside.display()))?;
+    }
+    let seconds = made?;
     if let Err(error) = fs::rename(&aside, &path) {
         // Another run made the same base meanwhile: theirs is as good.
         fs::remove_dir_all(&aside)
@@ -62,7 +71,11 @@ pub(crate) fn playground_base(settings: &Settings) -> anyhow::Result<Base> {
     })
 }
 
-fn make(settings: &Settings, aside: &std::path::Path) -> anyhow::Result<f64> {
+fn make(
+    settings: &Settings,
+    aside: &std::path::Path,
+    stopped: &dyn Fn() -> bool,
+) -> anyhow::Result<f64> {
     fs::create_dir_all(aside).with_context(|| format!("failed to make {}", aside.display()))?;
     let world = &settings.playground;
     let config = base_config_json(
@@ -83,9 +96,12 @@ fn make(settings: &Settings, aside: &std::path::Path) -> anyhow::Result<f64> {
     let model = random_model(&folder.config, seed, dtype, &device)?;
     let batch = settings.sft.train_batch_size as u64;
     let (weights, summary) = sft::train(&model, &settings.sft, "making the base", |step| {
-        (step * batch..(step + 1) * batch)
-            .map(|index| playground_example(seed, index))
-            .collect()
+        let indices = step * batch..(step + 1) * batch;
+        (!stopped()).then(|| {
+            indices
+                .map(|index| playground_example(seed, index))
+                .collect()
+        })
     })?;
     model::save_folder(aside, &folder, &weights)?;
     Ok(summary.seconds)
