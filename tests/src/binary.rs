@@ -39,7 +39,14 @@ fn build() -> PathBuf {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
-        .args(["build", "--quiet", "--package", "agon", "--package", "house"])
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "agon",
+            "--package",
+            "house",
+        ])
         .arg("--target-dir")
         .arg(target)
         .current_dir(workspace_root());

@@ -303,7 +303,7 @@ fn torn_or_foreign_weights_are_refused() {
     }
     let folder = workplace.copy_of(&model, "narrow");
     edit_config(&folder, |config| {
-        config["intermediate_size"] = Value::from(8)
+        config["intermediate_size"] = Value::from(8);
     });
     let arguments = train_on(&folder, &prompts, &workplace.path("run-narrow"));
     workplace

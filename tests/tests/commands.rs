@@ -406,7 +406,7 @@ fn an_exported_policy_is_a_model_like_any_other() {
     );
     let rows = [
         json!({"ids": [1, 20, 30, 40, 50]}),
-        json!({"prompt": "my friend ana", "completion": "went"}),
+        json!({"prompt": "my friend ana", "completion": " went"}),
     ];
     let of_run = score(&workplace, &run.join("checkpoints/step_3"), &rows).succeeded();
     assert_eq!(

@@ -3,8 +3,8 @@
 use std::fs;
 
 use house::config;
+use serde_json::Value;
 use settings::{ObjectiveSettings, Override, resolve, resolve_file};
-use toml::{Table, Value};
 
 /// What can be set from the command line on the quickstart, with a value that differs from its own.
 const SETTABLE: [(&str, &str); 17] = [
@@ -33,21 +33,16 @@ fn overrides(sets: &[&str]) -> Vec<Override> {
         .collect()
 }
 
-/// The quickstart with these settings changed, as a table.
-fn quickstart(sets: &[&str]) -> Table {
+/// The quickstart with these settings changed, every key of it.
+fn quickstart(sets: &[&str]) -> Value {
     let resolved = resolve_file(&config("quickstart.toml"), &overrides(sets));
     let resolved = resolved.unwrap_or_else(|e| panic!("{sets:?}: {e}"));
-    resolved.toml.parse().expect("what is resolved is TOML")
+    serde_json::to_value(&resolved.settings).expect("settings are a tree of plain values")
 }
 
-fn at<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
-    let (first, rest) = key.split_once('.').unwrap_or((key, ""));
-    let value = table.get(first)?;
-    if rest.is_empty() {
-        Some(value)
-    } else {
-        at(value.as_table()?, rest)
-    }
+/// The value of a dotted key.
+fn at<'a>(settings: &'a Value, key: &str) -> Option<&'a Value> {
+    settings.pointer(&format!("/{}", key.replace('.', "/")))
 }
 
 #[test]
@@ -87,30 +82,26 @@ fn the_quickstart_is_ipo_md() {
 fn every_key_can_be_set_alone_and_changes_nothing_else() {
     let before = quickstart(&[]);
     for (key, text) in SETTABLE {
-        let after = quickstart(&[&format!("{key}={text}")]);
-        let expected: Table = format!("value = {text}")
-            .parse()
-            .expect("the table holds TOML");
-        assert_eq!(at(&after, key), expected.get("value"), "{key}");
+        let mut after = quickstart(&[&format!("{key}={text}")]);
+        let expected: Value = serde_json::from_str(text).expect("the table's values are JSON too");
+        assert_eq!(at(&after, key), Some(&expected), "{key}");
         assert_ne!(
             at(&before, key),
-            at(&after, key),
+            Some(&expected),
             "{key} = {text} is its value already"
         );
-        let mut restored = after.clone();
-        let path: Vec<&str> = key.split('.').collect();
-        let (last, sections) = path.split_last().expect("a key has parts");
-        let mut table = &mut restored;
-        for section in sections {
-            table = table[*section]
-                .as_table_mut()
-                .expect("a section is a table");
-        }
+        let (section, last) = key.rsplit_once('.').expect("every key is in a section");
+        let place = format!("/{}", section.replace('.', "/"));
+        let section = after
+            .pointer_mut(&place)
+            .and_then(Value::as_object_mut)
+            .expect("it was read above");
         match at(&before, key) {
-            Some(value) => table.insert((*last).to_owned(), value.clone()),
-            None => table.remove(*last),
+            Some(own) => section.insert(last.to_owned(), own.clone()),
+            // Without a value of its own it is not written at all.
+            None => section.remove(last),
         };
-        assert_eq!(restored, before, "{key} changed more than itself");
+        assert_eq!(after, before, "{key} changed more than itself");
     }
 }
 

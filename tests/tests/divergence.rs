@@ -14,14 +14,26 @@ fn bandit(place: &Workplace, sets: &[&str]) -> house::Ended {
 fn a_loss_that_is_not_finite_is_quarantined_and_in_the_end_the_run_says_that_it_diverged() {
     let place = Workplace::new();
     let says = ["diverged", "quarantine", "lower learner.learning_rate"];
-    bandit(&place, &["learner.objective.tau=1e-30"]).check(4, &says).without_panic();
+    bandit(&place, &["learner.objective.tau=1e-30"])
+        .check(4, &says)
+        .without_panic();
     let entries = fs::read_dir(place.path("run/quarantine")).expect("a quarantine");
     let names: Vec<String> = entries
-        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .map(|entry| {
+            entry
+                .expect("an entry")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
         .collect();
     let ending_in = |end: &str| names.iter().filter(|name| name.ends_with(end)).count();
     // Three in a row before each of three returns to a checkpoint, and before the end.
-    assert_eq!((ending_in(".pairs"), ending_in(".jsonl")), (12, 12), "{names:?}");
+    assert_eq!(
+        (ending_in(".pairs"), ending_in(".jsonl")),
+        (12, 12),
+        "{names:?}"
+    );
     let metrics = fs::read_to_string(place.path("run/metrics.jsonl")).expect("metrics");
     assert!(metrics.contains("\"nonfinite\":[\"loss\""), "{metrics}");
 }
@@ -29,10 +41,21 @@ fn a_loss_that_is_not_finite_is_quarantined_and_in_the_end_the_run_says_that_it_
 #[test]
 fn weights_that_are_not_finite_are_not_published_and_the_run_goes_back() {
     let place = Workplace::new();
-    let sets = ["learner.learning_rate=1e38", "learner.lr_scheduler_type=constant"];
-    let says = ["the weights are not finite", "going back to the last checkpoint", "diverged"];
+    let sets = [
+        "learner.learning_rate=1e38",
+        "learner.lr_scheduler_type=constant",
+    ];
+    let says = [
+        "the weights are not finite",
+        "going back to the last checkpoint",
+        "diverged",
+    ];
     let ended = bandit(&place, &sets).check(4, &says).without_panic();
-    assert!(!ended.err.contains("the logits of a token"), "an actor got them: {}", ended.err);
+    assert!(
+        !ended.err.contains("the logits of a token"),
+        "an actor got them: {}",
+        ended.err
+    );
 }
 
 #[test]

@@ -27,19 +27,16 @@ pub(crate) enum Event {
     Failed(ModelError),
 }
 
-/// Starts the thread `name` around `sampler`.
+/// Starts the thread `name` around `sampler`, which has so many slots.
 pub(crate) fn spawn(
     name: &str,
     sampler: Sampler,
     policy: LanguageModel,
-) -> std::io::Result<(
-    Sender<Command>,
-    mpsc::UnboundedReceiver<Event>,
-    JoinHandle<()>,
-)> {
-    // Bounded by what the supply lets in: one answer per prompt in hand, one load at a time.
-    let (commands, inbox) = crossbeam_channel::unbounded();
-    let (events, outbox) = mpsc::unbounded_channel();
+    slots: usize,
+) -> std::io::Result<(Sender<Command>, mpsc::Receiver<Event>, JoinHandle<()>)> {
+    // An answer takes a slot at least, and there is one load at a time: commands never wait for room.
+    let (commands, inbox) = crossbeam_channel::bounded(slots + 1);
+    let (events, outbox) = mpsc::channel(slots + 1);
     let engine = Engine {
         sampler,
         policy,
@@ -57,7 +54,7 @@ struct Engine {
     /// The shape that new weights are laid into.
     policy: LanguageModel,
     inbox: Receiver<Command>,
-    events: mpsc::UnboundedSender<Event>,
+    events: mpsc::Sender<Event>,
 }
 
 impl Engine {
@@ -118,7 +115,7 @@ impl Engine {
     }
 
     fn tell(&self, event: Event) {
-        if self.events.send(event).is_err() {
+        if self.events.blocking_send(event).is_err() {
             tracing::debug!("an actor left before its thread had told it everything");
         }
     }

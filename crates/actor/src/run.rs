@@ -7,7 +7,7 @@ use messages::{DropReason, Dropped, Pair, Prompt, PromptId, Purpose, Station, We
 use model::{Finished, LanguageModel, Request, Sampler, SamplingSettings, Tokenizer};
 use telemetry::StationCounters;
 use tokio::sync::{mpsc, watch};
-use transport::{Announcements, Receiver, Sender, WeightsShelf};
+use transport::{Announcements, Receiver, Sender, TransportError, WeightsShelf};
 
 use crate::{
     ActorError, Pacing,
@@ -75,7 +75,7 @@ pub struct Actor {
     version: WeightsVersion,
     loading: Option<WeightsVersion>,
     commands: Commands<Command>,
-    events: mpsc::UnboundedReceiver<Event>,
+    events: mpsc::Receiver<Event>,
     thread: JoinHandle<()>,
     throughput: Throughput,
 }
@@ -100,11 +100,11 @@ impl Actor {
             capacity,
         )
         .map_err(failed)?;
-        let (commands, events, thread) =
-            engine::spawn(&parts.name, sampler, policy).map_err(|source| ActorError::Thread {
-                actor: parts.name.clone(),
-                source,
-            })?;
+        let (commands, events, thread) = engine::spawn(&parts.name, sampler, policy, parts.slots)
+            .map_err(|source| ActorError::Thread {
+            actor: parts.name.clone(),
+            source,
+        })?;
         Ok(Self {
             throughput: Throughput::new(&parts.name),
             name: parts.name,
@@ -156,14 +156,13 @@ impl Actor {
                 changed = shutdown.changed(), if open => {
                     if changed.is_err() || *shutdown.borrow() {
                         open = false;
-                        self.supply.give_back();
                     }
                 }
             }
         }
-        self.supply.give_back();
+        // What was not started is still in hand as we leave; dropped with us, it goes back to the stream.
         self.counters.set_in_hand(self.supply.len() as u64);
-        drop(self.commands);
+        drop((self.commands, self.events));
         self.thread
             .join()
             .map_err(|_| ActorError::EngineGone { actor: self.name })
@@ -189,22 +188,26 @@ impl Actor {
     /// Loads newer weights if nothing is being written; else, and only while no newer weights wait,
     /// starts on prompts.
     async fn advance(&mut self) -> Result<(), ActorError> {
-        match self.loading {
-            Some(_) if self.supply.answering() > 0 => {}
-            Some(version) if version > self.version => {
-                let blob = match self.shelf.fetch(version).await {
-                    // Superseded while we were writing: the newer one is announced already.
-                    Err(transport::TransportError::Pruned { .. }) => {
-                        self.loading = self.announcements.latest().map(|manifest| manifest.version);
-                        return Ok(());
-                    }
-                    fetched => fetched.map_err(|source| self.unloadable(source))?,
-                };
-                self.version = version;
-                self.command(Command::Load(version, blob))?;
+        if self.loading.is_none() {
+            return self.start();
+        }
+        if self.supply.answering() > 0 {
+            return Ok(());
+        }
+        while let Some(version) = self.loading
+            && version > self.version
+        {
+            match self.shelf.fetch(version).await {
+                Ok(blob) => {
+                    self.version = version;
+                    self.command(Command::Load(version, blob))?;
+                }
+                // Superseded while we were writing: a newer one is announced already.
+                Err(TransportError::Pruned { .. }) => {
+                    self.loading = self.announcements.latest().map(|manifest| manifest.version);
+                }
+                Err(source) => return Err(self.unloadable(source)),
             }
-            Some(_) => {}
-            None => self.start()?,
         }
         Ok(())
     }
@@ -344,7 +347,7 @@ impl Actor {
         }
     }
 
-    fn unloadable(&self, source: transport::TransportError) -> ActorError {
+    fn unloadable(&self, source: TransportError) -> ActorError {
         ActorError::Weights {
             actor: self.name.clone(),
             source,

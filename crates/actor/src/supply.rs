@@ -107,12 +107,6 @@ impl Supply {
     pub(crate) fn finish(&mut self, id: PromptId) -> Option<Held> {
         self.answering.remove(&id)
     }
-
-    /// Gives back what has not been started: the stream delivers it again, to whoever is there.
-    pub(crate) fn give_back(&mut self) {
-        self.gathering.clear();
-        self.ready.clear();
-    }
 }
 
 #[cfg(test)]
@@ -191,10 +185,10 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_started_goes_back_to_the_stream() {
+    fn what_an_actor_leaves_behind_goes_back_to_the_stream() {
         let asked = [prompt(0, Release::single(PromptId(0)), 9)];
-        let (mut supply, stream) = supply(Pacing::EachPrompt, &asked);
-        supply.give_back();
-        assert_eq!((supply.len(), stream.depth(), stream.in_hand()), (0, 1, 0));
+        let (supply, stream) = supply(Pacing::EachPrompt, &asked);
+        drop(supply);
+        assert_eq!((stream.depth(), stream.in_hand()), (1, 0));
     }
 }

@@ -13,10 +13,10 @@ const IMPATIENT: usize = 2;
 ///
 /// # Errors
 /// When the system refuses to tell of signals.
-pub(crate) fn on_signal() -> anyhow::Result<(watch::Sender<bool>, watch::Receiver<bool>)> {
+pub(crate) fn on_signal() -> anyhow::Result<watch::Sender<bool>> {
     let mut term = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
-    let (sender, receiver) = watch::channel(false);
+    let sender = watch::Sender::new(false);
     let told = sender.clone();
     tokio::spawn(async move {
         for count in 1.. {
@@ -34,5 +34,5 @@ pub(crate) fn on_signal() -> anyhow::Result<(watch::Sender<bool>, watch::Receive
             told.send_replace(true);
         }
     });
-    Ok((sender, receiver))
+    Ok(sender)
 }

@@ -33,7 +33,7 @@ pub(crate) async fn run(
     world: &World,
     directory: &Arc<RunDirectory>,
     resume: Option<PathBuf>,
-    stop: watch::Receiver<bool>,
+    stop: &watch::Sender<bool>,
 ) -> anyhow::Result<Outcome> {
     let batch = settings.learner.train_batch_size;
     let window = (settings.learner.max_staleness as usize + 1) * batch;
@@ -47,6 +47,15 @@ pub(crate) async fn run(
     let counters =
         [Station::Actor, Station::Preference, Station::Learner].map(StationCounters::new);
     let [of_actors, of_preference, of_learner] = &counters;
+
+    // Both ends of every stream stay open until all roles have left: none fails because another is
+    // done before it.
+    let _open = (
+        prompts.clone(),
+        for_judge.clone(),
+        for_learner.clone(),
+        dropped.clone(),
+    );
 
     let (quit, quitting) = watch::channel(false);
     let mut others = JoinSet::new();
@@ -67,7 +76,6 @@ pub(crate) async fn run(
         max_wait: Duration::from_millis(settings.preference.max_wait_ms),
     });
     others.spawn(async move { preference.run(quitting).await.map_err(anyhow::Error::from) });
-    drop((pairs, for_actors));
 
     let learner = Learner::new(LearnerParts {
         settings: settings.learner.clone(),
@@ -96,22 +104,31 @@ pub(crate) async fn run(
     Ok(Outcome { summary, stations })
 }
 
-/// Waits for the learner; if another role ends first, the run ends with its reason.
+/// Waits for the learner, then lets the others finish. If another role fails, the learner saves and the
+/// run ends with that role's reason.
 async fn supervise(
     learner: Learner,
     mut others: JoinSet<anyhow::Result<()>>,
     quit: watch::Sender<bool>,
-    stop: watch::Receiver<bool>,
+    stop: &watch::Sender<bool>,
 ) -> anyhow::Result<Summary> {
-    let mut learning = tokio::spawn(learner.run(stop));
+    let mut learning = tokio::spawn(learner.run(stop.subscribe()));
+    let mut failed = None;
     let summary = tokio::select! {
-        ended = &mut learning => ended.context("the learner panicked")??,
+        ended = &mut learning => ended,
         Some(ended) = others.join_next() => {
-            learning.abort();
-            ended.context("a role panicked")??;
-            return Err(anyhow!("a role ended although it was not told to"));
+            // Without a failure its streams were closed: the learner is just leaving.
+            failed = ended.context("a role panicked").and_then(|ended| ended).err();
+            if failed.is_some() {
+                stop.send_replace(true);
+            }
+            within(GRACE, "the learner", learning).await?
         }
     };
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let summary = summary.context("the learner panicked")??;
     quit.send_replace(true);
     let finish = async {
         while let Some(ended) = others.join_next().await {
@@ -119,13 +136,13 @@ async fn supervise(
         }
         anyhow::Ok(())
     };
-    tokio::time::timeout(GRACE, finish).await.map_err(|_| {
-        anyhow!(
-            "actors or judge did not finish within {} s",
-            GRACE.as_secs()
-        )
-    })??;
+    within(GRACE, "actors or judge", finish).await??;
     Ok(summary)
+}
+
+async fn within<T>(grace: Duration, who: &str, end: impl Future<Output = T>) -> anyhow::Result<T> {
+    let late = |_| anyhow!("{who} did not finish within {} s", grace.as_secs());
+    tokio::time::timeout(grace, end).await.map_err(late)
 }
 
 type ActorStreams = (

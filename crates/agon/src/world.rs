@@ -3,12 +3,8 @@
 mod base;
 mod gold;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::PathBuf, sync::Arc};
 
-use anyhow::Context;
 use learner::{Jsonl, PromptRow, PromptSet};
 use messages::Seed;
 use model::{DType, Device, LanguageModel, ModelFolder, Weights};
@@ -40,18 +36,14 @@ pub(crate) fn device(settings: &Settings) -> anyhow::Result<(Device, DType)> {
     Ok((model::device(&settings.model.device)?, dtype))
 }
 
-/// Makes or loads everything the settings name. Models that the world makes for this run only go to
-/// `scratch`. Making a base takes a while: it ends early when `stopped` turns true.
-pub(crate) fn build(
-    settings: &Settings,
-    scratch: &Path,
-    stopped: &dyn Fn() -> bool,
-) -> anyhow::Result<World> {
+/// Makes or loads everything the settings name. Making a base takes a while: it ends early when
+/// `stopped` turns true.
+pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::Result<World> {
     let (device, dtype) = device(settings)?;
     let mut base = None;
     let path = match (&settings.model.path, &settings.prompts) {
         (Some(path), _) => path.clone(),
-        (None, PromptsSettings::Bandit {}) => bandit(settings, scratch)?,
+        (None, PromptsSettings::Bandit {}) => bandit(settings)?,
         (None, _) => {
             let made = playground_base(settings, stopped)?;
             let path = made.path.clone();
@@ -102,17 +94,22 @@ pub(crate) fn gold(settings: &Settings) -> Option<Box<dyn Judge>> {
         .then(|| Box::new(Gold::new(cycle)) as _)
 }
 
-/// A model whose probabilities over the arms are those of the settings.
-fn bandit(settings: &Settings, scratch: &Path) -> anyhow::Result<PathBuf> {
+/// A model whose probabilities over the arms are those of the settings, kept beside the bases.
+fn bandit(settings: &Settings) -> anyhow::Result<PathBuf> {
     let probabilities = settings
         .model
         .reference_probabilities
         .as_deref()
         .unwrap_or_default();
-    let path = scratch.join("bandit");
-    std::fs::create_dir_all(&path).with_context(|| format!("failed to make {}", path.display()))?;
-    Bandit::new(probabilities)?.write_model(&path)?;
-    Ok(path)
+    let bandit = Bandit::new(probabilities)?;
+    base::kept(
+        &settings.playground.base_dir,
+        &("bandit", probabilities),
+        |aside| {
+            bandit.write_model(aside)?;
+            Ok(())
+        },
+    )
 }
 
 /// The playground's judge reads token ids: they must mean the playground's words.

@@ -88,7 +88,7 @@ pub enum LearnerError {
         quarantine: PathBuf,
     },
     /// Told to stop before there was anything to save.
-    #[error("interrupted while {work}; nothing was saved, begin again with --resume auto")]
+    #[error("interrupted while {work}; nothing was saved, begin again")]
     Interrupted {
         /// What was being done.
         work: &'static str,

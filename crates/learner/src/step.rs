@@ -3,7 +3,9 @@
 use std::{path::Path, sync::Arc};
 
 use messages::{LabelledPair, Seed};
-use model::{AdamWSettings, Gradients, LanguageModel, ModelFolder, Optimizer, Tensor, Weights};
+use model::{
+    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Tensor, Weights,
+};
 use settings::{self, LearnerSettings, ObjectiveSettings};
 use telemetry::Measurements;
 
@@ -197,13 +199,18 @@ impl Trainer {
 
     /// Goes back to the weights and the optimiser of a checkpoint.
     pub(crate) fn restore(&mut self, checkpoint: &Path) -> Result<(), LearnerError> {
-        let (dtype, device) = (self.model.dtype(), self.model.device().clone());
-        let weights = Weights::load(checkpoint, self.model.config(), dtype, &device)?;
+        let broken = |error: ModelError| LearnerError::Checkpoint {
+            path: checkpoint.to_owned(),
+            reason: error.to_string(),
+        };
+        let (dtype, device) = (self.model.dtype(), self.model.device());
+        let weights =
+            Weights::load(checkpoint, self.model.config(), dtype, device).map_err(broken)?;
         let path = checkpoint.join("optimizer.safetensors");
         let blob =
             std::fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })?;
-        self.optimizer.restore(&blob)?;
-        Ok(self.optimizer.assign(&weights)?)
+        self.optimizer.restore(&blob).map_err(broken)?;
+        self.optimizer.assign(&weights).map_err(broken)
     }
 
     /// The folder that the policy came from.

@@ -148,10 +148,9 @@ fn answer(
     (a, b): (&(ModelFolder, LanguageModel), &(ModelFolder, LanguageModel)),
     count: usize,
 ) -> anyhow::Result<Vec<Answered>> {
-    let scratch = std::env::temp_dir();
     let mut of_a = settings.clone();
     of_a.model.path = Some(a.0.path.clone());
-    let world = world::build(&of_a, &scratch, &|| false)?;
+    let world = world::build(&of_a, &|| false)?;
     let capacity = settings.actor.max_prompt_length + settings.actor.max_new_tokens;
     let sampling = roles::sampling(settings);
     let mut sampler = Sampler::new(

@@ -1,10 +1,14 @@
 //! `agon train`: the whole system in one process.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::Context;
 use learner::Ending;
-use settings::{Override, Resolved, Settings, resolve_file};
+use settings::{Override, Resolved, resolve_file};
 use telemetry::{Exporter, RunDirectory, write_atomically};
 
 use crate::{
@@ -44,19 +48,18 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .run_dir
         .clone()
         .unwrap_or_else(|| run.output_dir.join(&run.name));
-    let (directory, resume) = open(&path, &resolved, arguments.resume.as_deref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("agon-wait")
         .enable_all()
         .build()
         .context("failed to start the runtime")?;
-    runtime.block_on(align(&resolved.settings, Arc::new(directory), resume))
+    runtime.block_on(align(&path, &resolved, arguments.resume.as_deref()))
 }
 
 /// Makes the run directory, or opens it and finds the checkpoint to go on from.
 fn open(
-    path: &std::path::Path,
+    path: &Path,
     resolved: &Resolved,
     resume: Option<&str>,
 ) -> anyhow::Result<(RunDirectory, Option<PathBuf>)> {
@@ -90,22 +93,23 @@ fn open(
     Ok((directory, checkpoint))
 }
 
-async fn align(
-    settings: &Settings,
-    directory: Arc<RunDirectory>,
-    resume: Option<PathBuf>,
-) -> anyhow::Result<ExitCode> {
+/// Makes the world first: a mistake in it must not claim a run directory.
+async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow::Result<ExitCode> {
+    let settings = &resolved.settings;
+    if resume.is_none() && path.join("config.toml").exists() {
+        RunDirectory::create(path, &resolved.toml)?;
+    }
     let exporter = Exporter::start(settings.telemetry.listen)?;
     tracing::info!(
-        run = %directory.root().display(),
+        run = %path.display(),
         metrics = format!("http://{}/metrics", exporter.address()),
         "agon {}",
         env!("CARGO_PKG_VERSION")
     );
-    let (_stop, stopping) = interrupt::on_signal()?;
-    let world = tokio::task::block_in_place(|| {
-        world::build(settings, directory.root(), &|| *stopping.borrow())
-    })?;
+    let stop = interrupt::on_signal()?;
+    let world = tokio::task::block_in_place(|| world::build(settings, &|| *stop.borrow()))?;
+    let (directory, resume) = open(path, resolved, resume)?;
+    let directory = Arc::new(directory);
     tracing::info!(
         model = %world.folder.path.display(),
         parameters = world.folder.config.parameter_count(),
@@ -114,7 +118,7 @@ async fn align(
         steps = settings.learner.steps,
         "aligning"
     );
-    let outcome = roles::run(settings, &world, &directory, resume, stopping).await?;
+    let outcome = roles::run(settings, &world, &directory, resume, &stop).await?;
     Report::new(settings, &world, &outcome)?.tell(&directory)?;
     Ok(match outcome.summary.ending {
         Ending::Finished => ExitCode::SUCCESS,

@@ -1,12 +1,16 @@
 //! The playground's base policy: made once by supervised fine-tuning, kept, and found again.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context;
 use learner::sft::{self, ExampleIds};
 use messages::{Digest, Seed};
 use model::{LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{base_config_json, sft_target, train_post, train_seed};
+use serde::Serialize;
 use settings::Settings;
 
 /// Fine-tuning reads other posts than any run that follows it.
@@ -27,56 +31,56 @@ pub(crate) fn playground_base(
     stopped: &dyn Fn() -> bool,
 ) -> anyhow::Result<Base> {
     let world = &settings.playground;
-    let recipe = serde_json::to_string(&(
-        (
-            world.hidden_size,
-            world.layers,
-            world.heads,
-            world.intermediate_size,
-        ),
+    let shape = (
+        world.hidden_size,
+        world.layers,
+        world.heads,
+        world.intermediate_size,
+    );
+    let recipe = (
+        shape,
         &settings.sft,
         settings.run.seed,
         env!("CARGO_PKG_VERSION"),
-    ))?;
-    let name = Digest::of(recipe.as_bytes()).to_string();
-    let path = world.base_dir.join(&name[..16]);
-    if path.join("config.json").exists() {
-        tracing::info!(path = %path.display(), "the base policy is there already");
-        return Ok(Base {
-            path,
-            seconds: None,
-        });
-    }
-    tracing::info!(path = %path.display(), "making the base policy by supervised fine-tuning");
-    let aside = world
-        .base_dir
-        .join(format!(".{}.{}", &name[..16], std::process::id()));
-    let made = make(settings, &aside, stopped);
-    if made.is_err() && aside.exists() {
-        fs::remove_dir_all(&aside)
-            .with_context(|| format!("failed to remove {}", aside.display()))?;
-    }
-    let seconds = made?;
-    if let Err(error) = fs::rename(&aside, &path) {
-        // Another run made the same base meanwhile: theirs is as good.
-        fs::remove_dir_all(&aside)
-            .with_context(|| format!("failed to remove {}", aside.display()))?;
-        if !path.exists() {
-            return Err(error).with_context(|| format!("failed to make {}", path.display()));
-        }
-    }
-    Ok(Base {
-        path,
-        seconds: Some(seconds),
-    })
+    );
+    let mut seconds = None;
+    let path = kept(&world.base_dir, &recipe, |aside| {
+        tracing::info!("making the base policy by supervised fine-tuning");
+        seconds = Some(make(settings, aside, stopped)?);
+        Ok(())
+    })?;
+    Ok(Base { path, seconds })
 }
 
-fn make(
-    settings: &Settings,
-    aside: &std::path::Path,
-    stopped: &dyn Fn() -> bool,
-) -> anyhow::Result<f64> {
-    fs::create_dir_all(aside).with_context(|| format!("failed to make {}", aside.display()))?;
+/// The folder in `base_dir` that belongs to `recipe`: found, or made by `make` under another name and
+/// then renamed, so that what is found is whole.
+pub(crate) fn kept(
+    base_dir: &Path,
+    recipe: &impl Serialize,
+    make: impl FnOnce(&Path) -> anyhow::Result<()>,
+) -> anyhow::Result<PathBuf> {
+    let recipe = serde_json::to_string(recipe)?;
+    let name = Digest::of(recipe.as_bytes()).to_string();
+    let path = base_dir.join(&name[..16]);
+    if path.exists() {
+        tracing::info!(path = %path.display(), "the model is there already");
+        return Ok(path);
+    }
+    let aside = base_dir.join(format!(".{}.{}", &name[..16], std::process::id()));
+    fs::create_dir_all(&aside).with_context(|| format!("failed to make {}", aside.display()))?;
+    let placed = make(&aside).and_then(|()| match fs::rename(&aside, &path) {
+        // Another run made the same meanwhile: theirs is as good.
+        Err(_) if path.exists() => Ok(()),
+        renamed => renamed.with_context(|| format!("failed to make {}", path.display())),
+    });
+    if aside.exists() {
+        fs::remove_dir_all(&aside)
+            .with_context(|| format!("failed to remove {}", aside.display()))?;
+    }
+    placed.map(|()| path)
+}
+
+fn make(settings: &Settings, aside: &Path, stopped: &dyn Fn() -> bool) -> anyhow::Result<f64> {
     let world = &settings.playground;
     let config = base_config_json(
         world.hidden_size,
