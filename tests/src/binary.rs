@@ -1,24 +1,29 @@
-//! The program under test: built once for every process of tests, and found.
+//! The program under test: built by the command that runs these tests, and found.
 
 use std::{
     env,
     path::{Path, PathBuf},
-    process::Command,
     sync::OnceLock,
 };
 
 use crate::workspace_root;
 
-/// Where `agon` lies: built from the working tree with the profile of the tests, unless `AGON_BINARY`
+/// Where `agon` lies: beside the tests, where `cargo test --workspace` puts it, unless `AGON_BINARY`
 /// names one.
 ///
 /// # Panics
-/// When it does not build: with what the compiler says.
+/// When it is not there.
 pub fn agon_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| match env::var_os("AGON_BINARY") {
-        Some(path) => workspace_root().join(path),
-        None => build(),
+    BINARY.get_or_init(|| {
+        let beside = profile_folder().join(format!("agon{}", env::consts::EXE_SUFFIX));
+        let binary = env::var_os("AGON_BINARY").map_or(beside, |path| workspace_root().join(path));
+        assert!(
+            binary.exists(),
+            "{} is not there: run cargo test --workspace, which builds it, or name it with AGON_BINARY",
+            binary.display()
+        );
+        binary
     })
 }
 
@@ -29,37 +34,4 @@ pub(crate) fn profile_folder() -> PathBuf {
     folder
         .expect("cargo puts tests two folders deep")
         .to_owned()
-}
-
-fn build() -> PathBuf {
-    let folder = profile_folder();
-    let target = folder
-        .parent()
-        .expect("the profile lies in the target folder");
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            "agon",
-            "--package",
-            "house",
-        ])
-        .arg("--target-dir")
-        .arg(target)
-        .current_dir(workspace_root());
-    if folder.ends_with("release") {
-        command.arg("--release");
-    }
-    let output = command
-        .output()
-        .expect("cargo, which runs this test, starts");
-    assert!(
-        output.status.success(),
-        "agon does not build:\n{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    folder.join(format!("agon{}", env::consts::EXE_SUFFIX))
 }

@@ -1,7 +1,7 @@
 //! Tests of the whole house: what they share.
 //!
 //! The tests run the program as its users do, in a [`Workplace`] of their own, and look at what it says,
-//! leaves behind and ends with. This part builds the program, starts it, waits for it with a deadline,
+//! leaves behind and ends with. This part finds the program, starts it, waits for it with a deadline,
 //! and reads its records. It knows nothing of what is inside the program.
 
 mod binary;

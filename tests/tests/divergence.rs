@@ -42,7 +42,7 @@ fn a_loss_that_is_not_finite_is_quarantined_and_in_the_end_the_run_says_that_it_
 fn weights_that_are_not_finite_are_not_published_and_the_run_goes_back() {
     let place = Workplace::new();
     let sets = [
-        "learner.learning_rate=1e38",
+        "learner.learning_rate=1e39",
         "learner.lr_scheduler_type=constant",
     ];
     let says = [

@@ -77,13 +77,11 @@ pub enum LearnerError {
     },
     /// The run diverges and going back to a checkpoint has not helped.
     #[error(
-        "diverged: {rollbacks} times {consecutive} non-finite steps in a row; the batches are in {quarantine}; lower learner.learning_rate"
+        "diverged: the run went back to a checkpoint {rollbacks} times and its numbers are not finite again; its batches are in {quarantine}; lower learner.learning_rate"
     )]
     Diverged {
         /// How often the run went back to a checkpoint.
         rollbacks: u64,
-        /// Steps in a row before each.
-        consecutive: u64,
         /// Where the batches are.
         quarantine: PathBuf,
     },

@@ -413,19 +413,19 @@ impl Learner {
     /// Goes back to the last checkpoint. That takes a step number of its own, so that the weights of the
     /// checkpoint get a version newer than those that are given up.
     async fn roll_back(&mut self) -> Result<(), LearnerError> {
-        let consecutive = std::mem::take(&mut self.state.consecutive_nonfinite);
-        self.state.rollbacks += 1;
+        let rollbacks = self.state.rollbacks;
         let last = checkpoint::latest(&self.directory.checkpoints())?;
-        let Some(last) = last.filter(|_| self.state.rollbacks <= MOST_ROLLBACKS) else {
-            let (rollbacks, quarantine) = (self.state.rollbacks, self.directory.quarantine());
+        let Some(last) = last.filter(|_| rollbacks < MOST_ROLLBACKS) else {
+            let quarantine = self.directory.quarantine();
             return Err(LearnerError::Diverged {
                 rollbacks,
-                consecutive,
                 quarantine,
             });
         };
         tracing::warn!(checkpoint = %last.display(), "going back to the last checkpoint");
         self.engine.restore(last).await?;
+        self.state.rollbacks += 1;
+        self.state.consecutive_nonfinite = 0;
         self.state.step += 1;
         Ok(())
     }

@@ -203,13 +203,17 @@ impl Trainer {
             path: checkpoint.to_owned(),
             reason: error.to_string(),
         };
+        let torn = |error: ModelError| LearnerError::Checkpoint {
+            path: checkpoint.join("optimizer.safetensors"),
+            reason: error.to_string(),
+        };
         let (dtype, device) = (self.model.dtype(), self.model.device());
         let weights =
             Weights::load(checkpoint, self.model.config(), dtype, device).map_err(broken)?;
         let path = checkpoint.join("optimizer.safetensors");
         let blob =
             std::fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })?;
-        self.optimizer.restore(&blob).map_err(broken)?;
+        self.optimizer.restore(&blob).map_err(torn)?;
         self.optimizer.assign(&weights).map_err(broken)
     }
 
