@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use crossbeam_channel::Sender as Commands;
 use messages::{DropReason, Dropped, Pair, Prompt, PromptId, Purpose, Station, WeightsVersion};
 use model::{Finished, LanguageModel, Request, Sampler, SamplingSettings, Tokenizer};
-use telemetry::StationCounters;
+use telemetry::{Holder, StationCounters};
 use tokio::sync::{mpsc, watch};
 use transport::{Announcements, Receiver, Sender, TransportError, WeightsShelf};
 
@@ -71,6 +71,7 @@ pub struct Actor {
     shelf: WeightsShelf,
     announcements: Announcements,
     counters: StationCounters,
+    in_hand: Holder,
     supply: Supply,
     version: WeightsVersion,
     loading: Option<WeightsVersion>,
@@ -118,6 +119,7 @@ impl Actor {
             drops: parts.drops,
             announcements: parts.shelf.subscribe(),
             shelf: parts.shelf,
+            in_hand: parts.counters.holder(),
             counters: parts.counters,
             supply: Supply::new(parts.pacing),
             version: WeightsVersion(0),
@@ -139,7 +141,7 @@ impl Actor {
             if open {
                 self.advance().await?;
             }
-            self.counters.set_in_hand(self.supply.len() as u64);
+            self.in_hand.set(self.supply.len() as u64);
             tokio::select! {
                 event = self.events.recv() => self.on_event(event).await?,
                 delivery = self.prompts.receive(), if open && fed && self.has_room() => match delivery {
@@ -161,7 +163,7 @@ impl Actor {
             }
         }
         // What was not started is still in hand as we leave; dropped with us, it goes back to the stream.
-        self.counters.set_in_hand(self.supply.len() as u64);
+        self.in_hand.set(self.supply.len() as u64);
         drop((self.commands, self.events));
         self.thread
             .join()

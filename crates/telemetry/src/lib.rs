@@ -32,5 +32,5 @@ pub use progress::Progress;
 pub use registry::{MetricInfo, MetricKind, MetricUnit, metric, publish};
 pub use run_directory::RunDirectory;
 pub use samples::{SampleLog, SampleRow};
-pub use station::{StationCounters, StationSnapshot};
+pub use station::{Holder, StationCounters, StationSnapshot};
 pub use waits::{Wait, WaitGuard, Waits};

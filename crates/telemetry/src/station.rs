@@ -46,6 +46,23 @@ pub struct StationSnapshot {
     pub in_hand: u64,
 }
 
+/// What one of several owners of a station holds.
+#[derive(Debug)]
+pub struct Holder {
+    counters: StationCounters,
+    held: u64,
+}
+
+impl Holder {
+    /// Sets how many messages this owner holds: the length of its own container.
+    pub fn set(&mut self, messages: u64) {
+        let before = std::mem::replace(&mut self.held, messages);
+        self.counters.change(|counts| {
+            counts.in_hand = (counts.in_hand + messages).saturating_sub(before);
+        });
+    }
+}
+
 impl StationCounters {
     /// Counters at zero.
     #[must_use]
@@ -83,6 +100,15 @@ impl StationCounters {
     /// difference of the other counts.
     pub fn set_in_hand(&self, messages: u64) {
         self.change(|counts| counts.in_hand = messages);
+    }
+
+    /// One owner among several of the same station: what each holds is added up.
+    #[must_use]
+    pub fn holder(&self) -> Holder {
+        Holder {
+            counters: self.clone(),
+            held: 0,
+        }
     }
 
     /// The counts now, all of one moment.
@@ -235,6 +261,17 @@ mod tests {
                 page.lines().any(|l| l == line),
                 "no line {line:?} in\n{page}"
             );
+        }
+    }
+
+    #[test]
+    fn what_several_owners_hold_is_added_up() {
+        let counters = StationCounters::new(Station::Actor);
+        let (mut first, mut second) = (counters.holder(), counters.holder());
+        for (one, two, sum) in [(3, 0, 3), (3, 4, 7), (1, 4, 5), (0, 0, 0)] {
+            first.set(one);
+            second.set(two);
+            assert_eq!(counters.snapshot().in_hand, sum);
         }
     }
 }
