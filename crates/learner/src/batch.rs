@@ -84,7 +84,7 @@ impl<'a> MicroBatch<'a> {
             .collect()
     }
 
-    /// log ref of every response token as the actors saw it, [R].
+    /// log ref of every response token as the actors saw it, `[R]`.
     pub(crate) fn token_ref_logp(&self, device: &Device) -> Result<Tensor, LearnerError> {
         Ok(Tensor::new(self.collect(|c| &c.ref_logp), device)?)
     }

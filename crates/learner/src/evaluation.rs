@@ -16,7 +16,7 @@ pub struct Interval {
 }
 
 impl Interval {
-    /// Wilson's score interval (1927) for a mean of `n` outcomes in [0, 1]; conservative when ties
+    /// Wilson's score interval (1927) for a mean of `n` outcomes in `[0, 1]`; conservative when ties
     /// count one half, since their variance is smaller than a coin's.
     #[must_use]
     pub fn wilson(mean: f64, n: usize) -> Self {

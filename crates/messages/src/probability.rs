@@ -1,9 +1,9 @@
-//! A number in [0, 1] that has been checked once and is believed ever after.
+//! A number in `[0, 1]` that has been checked once and is believed ever after.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// A finite number in [0, 1].
+/// A finite number in `[0, 1]`.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Serialize, Deserialize)]
 #[serde(try_from = "f32", into = "f32")]
 pub struct Probability(f32);
@@ -20,7 +20,7 @@ impl Probability {
     /// Checks `value`.
     ///
     /// # Errors
-    /// When `value` is not finite or lies outside [0, 1].
+    /// When `value` is not finite or lies outside `[0, 1]`.
     pub fn new(value: f32) -> Result<Self, InvalidProbability> {
         if (0.0..=1.0).contains(&value) {
             Ok(Self(value))

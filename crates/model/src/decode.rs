@@ -11,7 +11,7 @@ use crate::{
 /// Keys and values of a fixed number of slots, each with room for `capacity` tokens.
 #[derive(Debug)]
 pub struct Cache {
-    /// Per layer, both [slots · capacity, kv_heads, head_dim].
+    /// Per layer, both `[slots · capacity, kv_heads, head_dim]`.
     layers: Vec<(Tensor, Tensor)>,
     capacity: usize,
     lengths: Vec<usize>,
@@ -65,7 +65,7 @@ pub struct Prefill<'a> {
 
 impl LanguageModel {
     /// Reads prompts into the cache, replacing what their slots held. Returns the logits of the token
-    /// that follows each prompt, [P, vocab_size], f32.
+    /// that follows each prompt, `[P, vocab_size]`, f32.
     ///
     /// # Errors
     /// When a prompt is empty, too long for a slot or holds an unknown token.
@@ -106,7 +106,7 @@ impl LanguageModel {
     }
 
     /// Appends one token to each of these slots, n of them, all different. Returns the logits of the
-    /// tokens that follow, [n, vocab_size], f32.
+    /// tokens that follow, `[n, vocab_size]`, f32.
     ///
     /// # Errors
     /// When a slot is full or a token is unknown.

@@ -19,7 +19,7 @@ pub struct LanguageModel {
 
 /// How one block's queries meet the keys and values: in a packed batch or through a cache.
 pub(crate) trait Attend {
-    /// `q` [N, heads, head_dim], `k` and `v` [N, kv_heads, head_dim] → [N, heads, head_dim].
+    /// `q` `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]` → `[N, heads, head_dim]`.
     fn attend(
         &mut self,
         layer: usize,
@@ -102,7 +102,7 @@ impl LanguageModel {
         self.embedding.dtype()
     }
 
-    /// The final normed hidden states of tokens `ids` [N] at `positions` [N]: [N, hidden_size].
+    /// The final normed hidden states of tokens `ids` `[N]` at `positions` `[N]`: `[N, hidden_size]`.
     pub(crate) fn forward(
         &self,
         ids: &Tensor,
@@ -122,7 +122,7 @@ impl LanguageModel {
         ops::rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)
     }
 
-    /// The logits of hidden states [N, hidden_size], in f32: [N, vocab_size].
+    /// The logits of hidden states `[N, hidden_size]`, in f32: `[N, vocab_size]`.
     pub(crate) fn logits(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
         hidden.matmul(&self.head.t()?)?.to_dtype(DType::F32)
     }

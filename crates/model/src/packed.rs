@@ -18,9 +18,9 @@ pub struct Sequence<'a> {
 /// Sequences laid end to end, N tokens in all.
 #[derive(Debug)]
 pub struct Packed {
-    /// The tokens, [N], u32.
+    /// The tokens, `[N]`, u32.
     pub(crate) ids: Tensor,
-    /// Each token's place in its own sequence, [N], u32.
+    /// Each token's place in its own sequence, `[N]`, u32.
     pub(crate) positions: Tensor,
     /// Where each sequence lies.
     pub(crate) segments: Arc<Segments>,

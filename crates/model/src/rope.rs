@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::{ModelConfig, ModelError};
 
-/// cos and sin for every position and frequency, both [max_positions, head_dim / 2].
+/// cos and sin for every position and frequency, both `[max_positions, head_dim / 2]`.
 #[derive(Debug, Clone)]
 pub(crate) struct RopeTable {
     cos: Tensor,
@@ -34,7 +34,7 @@ impl RopeTable {
         })
     }
 
-    /// The rows of these positions: cos and sin, both [N, head_dim / 2].
+    /// The rows of these positions: cos and sin, both `[N, head_dim / 2]`.
     pub(crate) fn at(&self, positions: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         Ok((
             self.cos.index_select(positions, 0)?,

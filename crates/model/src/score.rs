@@ -7,9 +7,9 @@ use crate::{LanguageModel, ModelError, Packed, Sequence, network::Attend, ops};
 /// What a model says of completions: R response tokens in all, in the order of the sequences.
 #[derive(Debug, Clone)]
 pub struct Scores {
-    /// log π of each token given all before it, [R], f32, with gradient.
+    /// log π of each token given all before it, `[R]`, f32, with gradient.
     pub logp: Tensor,
-    /// The entropy of the distribution each token was scored under, [R], in nats, without gradient.
+    /// The entropy of the distribution each token was scored under, `[R]`, in nats, without gradient.
     pub entropy: Tensor,
     /// How many tokens each completion has; their sum is R.
     pub lengths: Vec<usize>,
@@ -33,7 +33,7 @@ impl Attend for PackedAttention<'_> {
 }
 
 impl LanguageModel {
-    /// The final normed hidden states of a packed batch of N tokens, [N, hidden_size], with gradient.
+    /// The final normed hidden states of a packed batch of N tokens, `[N, hidden_size]`, with gradient.
     ///
     /// # Errors
     /// When a tensor operation fails.

@@ -18,7 +18,7 @@ pub enum LabelKind {
 
 /// How labels are made.
 ///
-/// Smoothing ε in [0, 1] comes last: `label → label·(1 − ε) + ε/2`, a step of size ε towards even odds,
+/// Smoothing ε in `[0, 1]` comes last: `label → label·(1 − ε) + ε/2`, a step of size ε towards even odds,
 /// so that a certain 1 becomes 1 − ε/2 and 0 becomes ε/2. It is symmetric: smoothing 1 − p gives one
 /// minus the smoothing of p. Where ε is instead the probability that a hard label is wrong (conservative
 /// DPO), half of this ε is meant.
@@ -33,7 +33,7 @@ pub struct Labelling {
 }
 
 impl Labelling {
-    /// The label in [0, 1] of one row of a pair: how much the first completion is preferred.
+    /// The label in `[0, 1]` of one row of a pair: how much the first completion is preferred.
     #[must_use]
     pub fn label(&self, pair: PromptId, row: &Label) -> f64 {
         let p = f64::from(row.p.get());

@@ -10,9 +10,9 @@ use super::vector::{Arithmetic, Kernel, dispatch, dot, exp, largest};
 /// Where the cached rows of each of n sequences lie: `capacity` rows to a slot, slot after slot.
 #[derive(Clone, Debug)]
 pub struct CacheRows {
-    /// The slot of each sequence, [n].
+    /// The slot of each sequence, `[n]`.
     pub slots: Vec<usize>,
-    /// How many rows of its slot each sequence has filled, the new token's included, [n].
+    /// How many rows of its slot each sequence has filled, the new token's included, `[n]`.
     pub lengths: Vec<usize>,
     /// Rows to a slot.
     pub capacity: usize,
@@ -29,8 +29,8 @@ impl CacheRows {
 
 /// softmax(scale · q kᵀ) v, each sequence over its own rows.
 ///
-/// `q` [n, heads, head_dim]; `keys` and `values` [slots · capacity, kv_heads, head_dim]; the result is
-/// [n, heads, head_dim]. A sequence's result does not depend on the others. Without gradient.
+/// `q` `[n, heads, head_dim]`; `keys` and `values` `[slots · capacity, kv_heads, head_dim]`; the result is
+/// `[n, heads, head_dim]`. A sequence's result does not depend on the others. Without gradient.
 ///
 /// # Errors
 /// If the shapes do not fit one another.

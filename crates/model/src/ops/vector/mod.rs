@@ -82,7 +82,7 @@ pub(super) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Separate>()
 }
 
-/// `e^x` to within 2 units in the last place for x in [-87, 88]; beyond, the value at the bound
+/// `e^x` to within 2 units in the last place for x in `[-87, 88]`; beyond, the value at the bound
 /// (1.6e-38, 1.7e38). NaN stays NaN. Branch-free, so that a loop over it becomes vectors.
 ///
 /// x = n ln 2 + r with |r| ≤ ln 2 / 2; the polynomial for e^r is Cephes' `expf`.
