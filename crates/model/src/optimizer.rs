@@ -3,11 +3,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
+use candle_core::{Device, Tensor, Var, backprop::GradStore};
 
 use crate::{
     ModelError, Weights,
-    ops::{AdamWStep, Moments, adamw_step, squared_norm},
+    ops::{AdamWStep, Moments, adamw_step, squared_norm, wide},
 };
 
 /// What does not change from step to step.
@@ -223,13 +223,5 @@ impl Optimizer {
         }
         (self.moments, self.steps) = (moments, steps);
         Ok(())
-    }
-}
-
-fn wide(dtype: DType) -> DType {
-    if matches!(dtype, DType::F16 | DType::BF16) {
-        DType::F32
-    } else {
-        dtype
     }
 }

@@ -36,6 +36,7 @@ pub use cached_attention::{CacheRows, cached_attention};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use squared_norm::squared_norm;
+pub(crate) use storage::wide;
 pub use swiglu::swiglu;
 pub use token_logprobs::{TokenLogprobs, token_logprobs};
 

@@ -15,7 +15,7 @@ pub(super) fn fusible(tensors: &[&Tensor]) -> bool {
 }
 
 /// The type in which sums over a tensor of this type are taken: half precision is widened.
-pub(super) fn wide(dtype: DType) -> DType {
+pub(crate) fn wide(dtype: DType) -> DType {
     match dtype {
         DType::F16 | DType::BF16 => DType::F32,
         other => other,
