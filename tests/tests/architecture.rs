@@ -10,9 +10,10 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
 use house::workspace_root;
 
 /// Whom a crate of the house may know. A role knows no other role, and only the program knows roles.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("messages", &[]),
     ("settings", &[]),
+    ("dataset", &["messages"]),
     ("playground", &[]),
     ("transport", &["messages"]),
     ("telemetry", &["messages", "settings"]),
@@ -24,6 +25,7 @@ const ARROWS: [(&str, &[&str]); 11] = [
         "agon",
         &[
             "actor",
+            "dataset",
             "learner",
             "messages",
             "model",
@@ -37,7 +39,14 @@ const ARROWS: [(&str, &[&str]); 11] = [
     ("house", &["playground", "settings"]),
 ];
 
-const ROLE: &[&str] = &["messages", "settings", "model", "transport", "telemetry"];
+const ROLE: &[&str] = &[
+    "messages",
+    "settings",
+    "dataset",
+    "model",
+    "transport",
+    "telemetry",
+];
 
 /// Who alone may depend on whose crates, for normal and build dependencies.
 const ONLYS: [(&str, &[&str]); 10] = [

@@ -2,6 +2,7 @@
 
 use std::{io::ErrorKind, process::ExitCode};
 
+use dataset::DatasetError;
 use learner::LearnerError;
 use model::ModelError;
 use settings::SettingsError;
@@ -78,13 +79,16 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
             LearnerError::Diverged { .. } => Some(Code::Diverged),
             LearnerError::Interrupted { .. } => Some(Code::Interrupted),
             LearnerError::Unreadable { .. }
-            | LearnerError::Row { .. }
+            | LearnerError::Dataset(_)
             | LearnerError::Checkpoint { .. }
             | LearnerError::NoGolden { .. } => Some(Code::MissingResource),
             LearnerError::Model(error) => code_of_model(error),
             LearnerError::Telemetry(_) => Some(Code::MissingResource),
             _ => None,
         };
+    }
+    if cause.is::<DatasetError>() {
+        return Some(Code::MissingResource);
     }
     if let Some(error) = cause.downcast_ref::<ModelError>() {
         return code_of_model(error);

@@ -77,10 +77,18 @@ pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::
 
 /// The judge of the settings.
 pub(crate) fn judge(settings: &Settings) -> anyhow::Result<Box<dyn Judge>> {
-    Ok(match &settings.preference.judge {
+    let judge = &settings.preference.judge;
+    Ok(match judge {
         JudgeSettings::Gold { cycle } => Box::new(Gold::new(*cycle)),
         JudgeSettings::Matrix { matrix } => Box::new(Matrix::new(matrix.clone())?),
         JudgeSettings::Rule { temperature, rules } => Box::new(Rules::new(*temperature, rules)?),
+        other => {
+            return Err(crate::failure::Misuse(format!(
+                "preference.judge.kind = {:?} is not built yet",
+                other.name()
+            ))
+            .into());
+        }
     })
 }
 

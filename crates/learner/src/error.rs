@@ -43,16 +43,9 @@ pub enum LearnerError {
         /// What the system says.
         reason: String,
     },
-    /// A data file is there, but a row of it is not what it should be.
-    #[error("{path}, line {line}: {reason}")]
-    Row {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What is wrong, and what would be right.
-        reason: String,
-    },
+    /// A file of rows cannot be used.
+    #[error(transparent)]
+    Dataset(#[from] dataset::DatasetError),
     /// A checkpoint does not hold what it should.
     #[error("the checkpoint {path} cannot be resumed: {reason}")]
     Checkpoint {

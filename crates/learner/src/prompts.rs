@@ -1,13 +1,10 @@
 //! Where prompts come from: any set that can be asked for its n-th prompt, and a JSONL file as one.
 
-use std::{
-    io::{BufRead, BufReader, Read},
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
-use flate2::read::MultiGzDecoder;
-use messages::Seed;
-use model::{PromptText, Tokenizer};
+use dataset::{DatasetError, read_rows};
+use messages::{PromptText, Seed};
+use model::Tokenizer;
 use serde_json::Value;
 use settings::JsonlPrompts;
 
@@ -70,11 +67,12 @@ impl Jsonl {
                     settings.held_out,
                     train.len()
                 );
-                return Err(LearnerError::Row {
+                return Err(DatasetError::Row {
                     path: settings.path.clone(),
                     line: train.len(),
                     reason,
-                });
+                }
+                .into());
             }
             train.split_off(train.len() - settings.held_out)
         } else {
@@ -139,11 +137,11 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn rows(&self, path: &Path) -> Result<Vec<PromptRow>, LearnerError> {
+    fn rows(&self, path: &Path) -> Result<Vec<PromptRow>, DatasetError> {
         let rows = read_rows(path)?
             .into_iter()
             .map(|(line, row)| {
-                self.row(&row).map_err(|reason| LearnerError::Row {
+                self.row(&row).map_err(|reason| DatasetError::Row {
                     path: path.to_owned(),
                     line,
                     reason,
@@ -152,7 +150,7 @@ impl Reader<'_> {
             .collect::<Result<Vec<_>, _>>()?;
         if rows.is_empty() {
             let reason = "the file holds no prompts".into();
-            return Err(LearnerError::Row {
+            return Err(DatasetError::Row {
                 path: path.to_owned(),
                 line: 1,
                 reason,
@@ -204,46 +202,6 @@ impl Reader<'_> {
     }
 }
 
-/// The JSON objects of a file, one a line, with their line numbers; `.gz` is read too. Empty lines are
-/// passed over.
-///
-/// # Errors
-/// When the file cannot be read or a line is not a JSON object: with file and line.
-pub(crate) fn read_rows(path: &Path) -> Result<Vec<(usize, Value)>, LearnerError> {
-    let unreadable = |source| LearnerError::Unreadable {
-        path: PathBuf::from(path),
-        source,
-    };
-    let file = std::fs::File::open(path).map_err(unreadable)?;
-    let gz = path.extension().is_some_and(|extension| extension == "gz");
-    let reader: Box<dyn Read> = if gz {
-        Box::new(MultiGzDecoder::new(file))
-    } else {
-        Box::new(file)
-    };
-    let mut rows = Vec::new();
-    for (index, line) in BufReader::new(reader).lines().enumerate() {
-        let line = line.map_err(unreadable)?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let malformed = |reason| LearnerError::Row {
-            path: path.to_owned(),
-            line: index + 1,
-            reason,
-        };
-        let row: Value =
-            serde_json::from_str(&line).map_err(|error| malformed(format!("not JSON: {error}")))?;
-        if !row.is_object() {
-            return Err(malformed(
-                "a row must be a JSON object, as in {\"prompt\": \"...\"}".into(),
-            ));
-        }
-        rows.push((index + 1, row));
-    }
-    Ok(rows)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -262,24 +220,5 @@ mod tests {
             assert_eq!(sorted, (0..count).collect::<Vec<_>>(), "{count}");
             assert!(count < 7 || of(0) != of(1), "{count}");
         }
-    }
-
-    #[test]
-    fn a_malformed_line_is_named() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let path = folder.path().join("rows.jsonl");
-        for (text, expected) in [
-            (
-                "{\"prompt\": \"a\"}\n\n{\"prompt\": \n",
-                "rows.jsonl, line 3: not JSON",
-            ),
-            ("[1]\n", "rows.jsonl, line 1: a row must be a JSON object"),
-        ] {
-            std::fs::write(&path, text).expect("a file");
-            let error = read_rows(&path).expect_err(expected).to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-        let missing = read_rows(&folder.path().join("none.jsonl")).expect_err("no such file");
-        assert!(missing.to_string().contains("none.jsonl"));
     }
 }

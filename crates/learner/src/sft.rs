@@ -2,14 +2,14 @@
 
 use std::{path::Path, time::Instant};
 
-use model::{
-    AdamWSettings, Gradients, LanguageModel, Optimizer, PromptText, Sequence, Tokenizer, Weights,
-};
+use dataset::{DatasetError, read_rows};
+use messages::PromptText;
+use model::{AdamWSettings, Gradients, LanguageModel, Optimizer, Sequence, Tokenizer, Weights};
 use serde_json::Value;
 use settings::SftSettings;
 use telemetry::Progress;
 
-use crate::{LearnerError, Schedule, prompts::read_rows};
+use crate::{LearnerError, Schedule};
 
 /// A prompt and the completion that is to be learned, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -156,7 +156,7 @@ pub fn read_examples(
     let examples = read_rows(path)?
         .iter()
         .map(|(line, row)| {
-            example(row).map_err(|reason| LearnerError::Row {
+            example(row).map_err(|reason| DatasetError::Row {
                 path: path.to_owned(),
                 line: *line,
                 reason,
@@ -165,11 +165,12 @@ pub fn read_examples(
         .collect::<Result<Vec<_>, _>>()?;
     if examples.is_empty() {
         let reason = "the file holds no examples".into();
-        return Err(LearnerError::Row {
+        return Err(DatasetError::Row {
             path: path.to_owned(),
             line: 1,
             reason,
-        });
+        }
+        .into());
     }
     Ok(examples)
 }

@@ -3,6 +3,7 @@
 //!
 //! Token ids travel; text is for people. This crate knows no tensor, no stream and no file.
 
+mod dialogue;
 mod id;
 mod pair;
 mod probability;
@@ -10,6 +11,7 @@ mod prompt;
 mod weights;
 pub mod wire;
 
+pub use dialogue::{Message, PromptText};
 pub use id::{Digest, JudgeVersion, PromptId, Seed, WeightsVersion};
 pub use pair::{Completion, DropReason, Dropped, Finish, Label, LabelledPair, Pair, Station};
 pub use probability::{InvalidProbability, Probability};

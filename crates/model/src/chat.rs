@@ -16,38 +16,15 @@ use minijinja::{
     Environment, Error, ErrorKind, Value, context,
     value::{Enumerator, Kwargs, Object},
 };
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{
-    Map, Value as Json,
+    Value as Json,
     ser::{Formatter, PrettyFormatter, Serializer},
 };
 
+use messages::Message;
+
 use crate::{ModelError, config::read_json};
-
-/// One turn of a dialogue.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct Message {
-    /// Who speaks; which names are known is the template's affair.
-    pub role: String,
-    /// What is said: mostly a string. Null when the turn has none, as one that only calls a tool.
-    #[serde(default)]
-    pub content: Json,
-    /// Whatever else the turn carries (`tool_calls`, `name`, `reasoning_content`), for the template.
-    #[serde(flatten)]
-    pub extra: Map<String, Json>,
-}
-
-impl Message {
-    /// A turn that only says something.
-    #[must_use]
-    pub fn new(role: &str, content: &str) -> Self {
-        Self {
-            role: role.to_owned(),
-            content: content.into(),
-            extra: Map::new(),
-        }
-    }
-}
 
 /// A compiled template, with the special tokens that it may name.
 pub(crate) struct ChatTemplate {

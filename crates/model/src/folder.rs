@@ -140,13 +140,13 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
 
 #[cfg(test)]
 mod tests {
+    use messages::PromptText;
     use serde_json::json;
 
     use super::*;
     use crate::{
         config::read_json,
         fixtures::{folder, shared},
-        tokenizer::PromptText,
     };
 
     fn names(folder: &Path) -> Vec<String> {

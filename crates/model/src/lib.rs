@@ -27,7 +27,6 @@ mod tokenizer;
 mod weights;
 
 pub use candle_core::{DType, Device, Tensor};
-pub use chat::Message;
 pub use config::{Architecture, ModelConfig, SUPPORTED_ARCHITECTURES};
 pub use error::ModelError;
 pub use folder::{ModelFolder, save_folder};
@@ -36,7 +35,7 @@ pub use optimizer::{AdamWSettings, Gradients, Optimizer};
 pub use packed::{Packed, Sequence};
 pub use sampling::{Finished, Request, Sampler, SamplingSettings};
 pub use score::Scores;
-pub use tokenizer::{PromptText, Tokenizer};
+pub use tokenizer::Tokenizer;
 pub use weights::Weights;
 
 /// The device that a setting names: `cpu`, `cuda`, `cuda:N` or `metal`.

@@ -7,46 +7,9 @@
 
 use std::{borrow::Cow, fmt, path::Path, sync::Arc};
 
-use serde::Deserialize;
-use serde_json::Value;
+use messages::{Message, PromptText};
 
-use crate::{
-    ModelConfig, ModelError,
-    chat::{ChatTemplate, Message},
-};
-
-/// A prompt as people write it: in JSON a string, or a list of objects with `role` and `content`.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(try_from = "Value")]
-pub enum PromptText {
-    /// Text that the model continues as it stands.
-    Text(String),
-    /// A dialogue whose next turn is the assistant's; it needs a chat template.
-    Messages(Vec<Message>),
-}
-
-impl TryFrom<Value> for PromptText {
-    type Error = String;
-
-    fn try_from(value: Value) -> Result<Self, String> {
-        match value {
-            Value::String(text) => Ok(Self::Text(text)),
-            Value::Array(turns) if turns.is_empty() => Err("the list of messages is empty".into()),
-            Value::Array(turns) => turns
-                .into_iter()
-                .enumerate()
-                .map(|(index, turn)| {
-                    serde_json::from_value(turn)
-                        .map_err(|error| format!("message {index}: {error}"))
-                })
-                .collect::<Result<_, _>>()
-                .map(Self::Messages),
-            other => Err(format!(
-                "a prompt is a string or a list of messages, not {other}"
-            )),
-        }
-    }
-}
+use crate::{ModelConfig, ModelError, chat::ChatTemplate};
 
 /// The tokenizer of a model. Clones share it.
 #[derive(Clone)]
@@ -250,7 +213,7 @@ fn read(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
 mod tests {
     use std::fs;
 
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::fixtures::{WORDS, config, shared};

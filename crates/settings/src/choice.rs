@@ -34,20 +34,30 @@ pub(crate) fn fill_in(settings: &mut Table) {
 
 fn fill_in_from(choices: &Table, settings: &mut Table) {
     for (key, value) in settings.iter_mut() {
-        let (Some(choices), Value::Table(table)) =
+        if let (Some(choices), Value::Table(table)) =
             (choices.get(key).and_then(Value::as_table), value)
-        else {
-            continue;
-        };
-        let kind = table.get("kind").and_then(Value::as_str);
-        if let Some(defaults) = kind
-            .and_then(|kind| choices.get(kind))
-            .and_then(Value::as_table)
         {
-            for (key, default) in defaults {
-                table.entry(key).or_insert_with(|| default.clone());
-            }
+            fill_in_choice(choices, table);
         }
-        fill_in_from(choices, table);
     }
+}
+
+/// Gives one choice, and the members it may consist of, the defaults of their kinds.
+fn fill_in_choice(choices: &Table, table: &mut Table) {
+    let kind = table.get("kind").and_then(Value::as_str);
+    if let Some(defaults) = kind
+        .and_then(|kind| choices.get(kind))
+        .and_then(Value::as_table)
+    {
+        for (key, default) in defaults {
+            table.entry(key).or_insert_with(|| default.clone());
+        }
+    }
+    let members = table.get_mut("members").and_then(Value::as_array_mut);
+    for member in members.into_iter().flatten() {
+        if let Value::Table(member) = member {
+            fill_in_choice(choices, member);
+        }
+    }
+    fill_in_from(choices, table);
 }

@@ -9,6 +9,8 @@ mod actor;
 mod choice;
 mod error;
 mod evaluation;
+mod fit;
+mod judge;
 mod learner;
 mod model;
 mod playground;
@@ -24,12 +26,14 @@ use serde::{Deserialize, Serialize};
 pub use actor::ActorSettings;
 pub use error::{Problem, SettingsError};
 pub use evaluation::{EvaluationSettings, TelemetrySettings};
+pub use fit::{ApoForm, ApoSettings, FitKind, FitSettings, PairsSettings, PoolingSetting};
+pub use judge::{ChatJudgeSettings, Combine, JudgeSettings, RuleSettings};
 pub use learner::{
     IpoScale, LabelKind, LearnerSettings, LogpReduction, LrSchedulerType, ObjectiveSettings, RpoNll,
 };
 pub use model::{DtypeSetting, ModelSettings};
 pub use playground::{PlaygroundSettings, SftSettings};
-pub use preference::{JudgeSettings, PreferenceSettings, RuleSettings};
+pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
 pub use prompts::{JsonlPrompts, PromptsSettings};
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::{RunSettings, TransportSettings};

@@ -1,82 +1,76 @@
-//! `[preference]`.
+//! `[preference]`: the service and its circuit; its judges are in `judge`, its models in `fit`.
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use crate::{ApoSettings, FitSettings, JudgeSettings};
 
 /// How pairs are judged.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PreferenceSettings {
-    /// Pairs judged at once.
+    /// Judges of the configured kind side by side in this process; a judge of several URLs has one for
+    /// each besides.
+    pub replicas: usize,
+    /// Comparisons judged at once.
     pub max_batch: usize,
     /// How long a batch waits for company, in milliseconds.
     pub max_wait_ms: u64,
+    /// Questions that may wait for a judge; who comes later waits at the door or is told to come again.
+    pub max_queue: usize,
+    /// In how many orders a comparison is asked.
+    pub orders: OrdersSetting,
+    /// A p nearer to ½ than this is a tie: ½.
+    pub tie_margin: f64,
+    /// A comparison whose two orders are further apart than this is abstained from; 1: none is.
+    pub max_order_gap: f64,
+    /// Verdicts remembered by judge version and content; 0: none.
+    pub cache_size: usize,
+    /// How long one question to a judge may take, in seconds.
+    pub timeout_seconds: f64,
+    /// How often a question that failed is asked again.
+    pub max_retries: usize,
+    /// The pause before the first retry in milliseconds, doubled for each one after it, with jitter.
+    pub retry_base_ms: u64,
+    /// Failures in a row after which a replica is left alone for a while.
+    pub circuit_failures: usize,
+    /// How long it is left alone before one question is tried, in seconds.
+    pub circuit_probe_seconds: f64,
     /// Who judges.
     pub judge: JudgeSettings,
+    /// The service over HTTP.
+    pub http: HttpServiceSettings,
+    /// How preference models are made.
+    pub fit: FitSettings,
+    /// The adversarial game.
+    pub apo: ApoSettings,
 }
 
-/// Who judges.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum JudgeSettings {
-    /// The playground's own preference.
-    Gold {
-        /// Strength of the cyclic preference between styles.
-        cycle: f64,
-    },
-    /// A bandit's matrix.
-    Matrix {
-        /// `matrix[i][j]`: the probability that arm i beats arm j.
-        matrix: Vec<Vec<f64>>,
-    },
-    /// A weighted sum of rules.
-    Rule {
-        /// Divides the difference of two scores; 0: the higher score wins.
-        temperature: f64,
-        /// What scores.
-        rules: Vec<RuleSettings>,
-    },
+/// In how many orders a comparison is asked, unless the judge is antisymmetric by construction: then once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OrdersSetting {
+    /// Both in evaluations and over HTTP, one in training.
+    Auto,
+    /// As given.
+    One,
+    /// Both, and the mean is taken.
+    Both,
 }
 
-/// One rule and its weight in the score.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum RuleSettings {
-    /// Per match of a pattern.
-    Regex {
-        /// The pattern, in the syntax of the regex crate.
-        pattern: String,
-        /// Its weight.
-        weight: f64,
-    },
-    /// Per word that occurs at least once.
-    Keyword {
-        /// The words; upper and lower case are one.
-        words: Vec<String>,
-        /// Its weight.
-        weight: f64,
-    },
-    /// Per word missing from `min` or in excess of `max`, taken off.
-    Length {
-        /// The fewest words that cost nothing.
-        min: usize,
-        /// The most words that cost nothing.
-        max: usize,
-        /// Its weight.
-        weight: f64,
-    },
-    /// When the completion is a JSON document.
-    JsonValid {
-        /// Its weight.
-        weight: f64,
-    },
-    /// When the completion is the prompt's golden answer, white space at the ends aside.
-    ExactMatch {
-        /// Its weight.
-        weight: f64,
-    },
-    /// When the completion ended by itself.
-    Ended {
-        /// Its weight.
-        weight: f64,
-    },
+/// `POST /v1/preferences`, for other trainers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpServiceSettings {
+    /// Where it listens, `host:port`; empty: nowhere.
+    pub listen: String,
+    /// A file that holds the bearer token clients must show; empty: none is asked for.
+    pub token_path: PathBuf,
+    /// Comparisons in one request.
+    pub max_pairs: usize,
+    /// Bytes in one request.
+    pub max_bytes: usize,
+    /// Characters in one prompt or response.
+    pub max_characters: usize,
 }

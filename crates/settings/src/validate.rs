@@ -1,6 +1,8 @@
 //! What no type can say: ranges, and settings that contradict each other.
 
-use crate::{JudgeSettings, ObjectiveSettings, Problem, PromptsSettings, Settings, SftSettings};
+mod preference;
+
+use crate::{ObjectiveSettings, Problem, PromptsSettings, Settings, SftSettings};
 
 /// Every contradiction and every number out of its range.
 pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
@@ -12,7 +14,7 @@ pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
     checks.schedule(settings);
     checks.supervised(&settings.sft);
     checks.worlds(settings);
-    checks.judge(settings);
+    checks.preference(settings);
     checks.objective(settings);
     checks.problems
 }
@@ -139,11 +141,6 @@ impl Checks {
             1,
             "telemetry.logging_steps",
         );
-        self.at_least(
-            settings.preference.max_batch as u64,
-            1,
-            "preference.max_batch",
-        );
     }
 
     fn supervised(&mut self, sft: &SftSettings) {
@@ -220,67 +217,6 @@ impl Checks {
             path,
             format!("they add up to {sum}, not to 1"),
         );
-    }
-
-    fn judge(&mut self, settings: &Settings) {
-        match &settings.preference.judge {
-            JudgeSettings::Gold { cycle } => {
-                self.require(
-                    matches!(settings.prompts, PromptsSettings::Playground {}),
-                    "preference.judge.kind",
-                    "\"gold\" judges the playground's summaries only; use \"rule\" for other prompts",
-                );
-                self.require(
-                    cycle.is_finite(),
-                    "preference.judge.cycle",
-                    "it must be a finite number",
-                );
-            }
-            JudgeSettings::Matrix { matrix } => self.matrix(matrix, settings),
-            JudgeSettings::Rule { temperature, rules } => {
-                let path = "preference.judge.temperature";
-                let holds = *temperature >= 0.0 && temperature.is_finite();
-                self.require(holds, path, format!("{temperature} must not be negative"));
-                self.require(
-                    !rules.is_empty(),
-                    "preference.judge.rules",
-                    "name at least one rule",
-                );
-            }
-        }
-    }
-
-    fn matrix(&mut self, matrix: &[Vec<f64>], settings: &Settings) {
-        let path = "preference.judge.matrix";
-        let arms = matrix.len();
-        let expected = settings
-            .model
-            .reference_probabilities
-            .as_ref()
-            .map_or(arms, Vec::len);
-        self.require(
-            settings.model.reference_probabilities.is_some(),
-            path,
-            "a matrix judges a bandit's arms: set prompts.kind = \"bandit\"",
-        );
-        if arms == 0 || arms != expected || matrix.iter().any(|row| row.len() != arms) {
-            let message =
-                format!("it must have {expected} rows of {expected} numbers, one per arm");
-            self.require(false, path, message);
-            return;
-        }
-        for (i, row) in matrix.iter().enumerate() {
-            for (j, &p) in row.iter().enumerate().skip(i) {
-                self.require(
-                    (0.0..=1.0).contains(&p) && (p + matrix[j][i] - 1.0).abs() < 1e-6,
-                    path,
-                    format!(
-                        "[{i}][{j}] = {p} and [{j}][{i}] = {} must add up to 1",
-                        matrix[j][i]
-                    ),
-                );
-            }
-        }
     }
 
     fn objective(&mut self, settings: &Settings) {

@@ -11,10 +11,8 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use messages::{Completion, Finish, Seed};
-use model::{
-    LanguageModel, Message, ModelFolder, PromptText, Request, Sampler, SamplingSettings, Tokenizer,
-};
+use messages::{Completion, Finish, Message, PromptText, Seed};
+use model::{LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Tokenizer};
 use serde::Serialize;
 
 use super::score::{self, ModelArguments};

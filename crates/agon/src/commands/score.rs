@@ -13,11 +13,11 @@ use std::{
 };
 
 use anyhow::Context;
+use dataset::DatasetError;
 use flate2::read::MultiGzDecoder;
-use learner::LearnerError;
+use messages::PromptText;
 use model::{
-    DType, Device, LanguageModel, ModelConfig, ModelError, ModelFolder, PromptText, Sequence,
-    Tokenizer,
+    DType, Device, LanguageModel, ModelConfig, ModelError, ModelFolder, Sequence, Tokenizer,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -115,11 +115,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 /// The lines of the file `path`, or of standard input, and what to call them in errors.
-fn open_input(path: &Path) -> Result<(PathBuf, Box<dyn BufRead>), LearnerError> {
+fn open_input(path: &Path) -> Result<(PathBuf, Box<dyn BufRead>), DatasetError> {
     if path.as_os_str() == "-" {
         return Ok(("standard input".into(), Box::new(io::stdin().lock())));
     }
-    let file = File::open(path).map_err(|source| LearnerError::Unreadable {
+    let file = File::open(path).map_err(|source| DatasetError::Unreadable {
         path: path.to_owned(),
         source,
     })?;
@@ -168,7 +168,7 @@ struct Answer {
 
 impl Source<'_> {
     /// The rows of `input`; empty lines are passed over.
-    fn rows(&self, input: impl BufRead) -> impl Iterator<Item = Result<Row, LearnerError>> {
+    fn rows(&self, input: impl BufRead) -> impl Iterator<Item = Result<Row, DatasetError>> {
         input.lines().enumerate().filter_map(|(index, text)| {
             let line = index + 1;
             let row = match text {
@@ -263,8 +263,8 @@ impl Row {
     }
 }
 
-fn refusal(name: &Path, line: usize, reason: String) -> LearnerError {
-    LearnerError::Row {
+fn refusal(name: &Path, line: usize, reason: String) -> DatasetError {
+    DatasetError::Row {
         path: name.to_owned(),
         line,
         reason,
