@@ -37,6 +37,8 @@ pub struct ActorParts {
     pub sampling: SamplingSettings,
     /// The weight on the reference of every completion of a training prompt.
     pub mixture_coefs: Vec<f32>,
+    /// The policy's samples of a prompt of the adversarial game.
+    pub contest_samples: usize,
     /// Completions written at once.
     pub slots: usize,
     /// The longest prompt, in tokens.
@@ -63,6 +65,7 @@ pub struct Actor {
     tokenizer: Tokenizer,
     sampling: SamplingSettings,
     mixture_coefs: Vec<f32>,
+    contest_samples: usize,
     slots: usize,
     identical: IdenticalPairs,
     prompts: Receiver<Prompt>,
@@ -112,6 +115,7 @@ impl Actor {
             tokenizer: parts.tokenizer,
             sampling: parts.sampling,
             mixture_coefs: parts.mixture_coefs,
+            contest_samples: parts.contest_samples,
             slots: parts.slots,
             identical: parts.identical,
             prompts: parts.prompts,
@@ -238,6 +242,7 @@ impl Actor {
             mixture_coefs: match prompt.purpose {
                 Purpose::Train => self.mixture_coefs.clone(),
                 Purpose::Evaluate => vec![0.0, 1.0],
+                Purpose::Contest => vec![0.0; self.contest_samples],
             },
             max_new_tokens: self.sampling.max_new_tokens,
             ids: prompt.ids,

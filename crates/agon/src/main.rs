@@ -8,6 +8,7 @@ mod failure;
 mod interrupt;
 mod logging;
 mod memory;
+mod plot;
 mod report;
 mod roles;
 mod world;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{check, doctor, eval, export, generate, score, sft, train};
+use commands::{check, doctor, eval, export, fit_preference, generate, score, sft, train};
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
 /// is better, a learner moves the policy toward it.
@@ -35,6 +36,7 @@ struct CommandLine {
 enum Command {
     Train(train::Arguments),
     Sft(sft::Arguments),
+    FitPreference(fit_preference::Arguments),
     Eval(eval::Arguments),
     Generate(generate::Arguments),
     Score(score::Arguments),
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
     let ended = match command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Sft(arguments) => sft::run(&arguments),
+        Command::FitPreference(arguments) => fit_preference::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Score(arguments) => score::run(&arguments),

@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use actor::{Actor, ActorParts, IdenticalPairs};
 use anyhow::{Context, anyhow};
-use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Summary};
+use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
 use messages::{Seed, Station};
 use model::SamplingSettings;
 use preference::{Preference, PreferenceParts};
@@ -66,7 +66,7 @@ pub(crate) async fn run(
         others.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
     }
     let preference = Preference::new(PreferenceParts {
-        judge: world::judge(settings)?,
+        judge: world.judge.make()?,
         gold: world::gold(settings),
         pairs: for_judge,
         labelled,
@@ -80,6 +80,7 @@ pub(crate) async fn run(
     let learner = Learner::new(LearnerParts {
         settings: settings.learner.clone(),
         evaluation: settings.evaluation.clone(),
+        rounds: rounds(settings),
         telemetry: settings.telemetry.clone(),
         seed: Seed(settings.run.seed),
         folder: Arc::clone(&world.folder),
@@ -104,8 +105,8 @@ pub(crate) async fn run(
     Ok(Outcome { summary, stations })
 }
 
-/// Waits for the learner, then lets the others finish. If another role fails, the learner saves and the
-/// run ends with that role's reason.
+/// Waits for the learner, then lets the others finish. A role that ends before it is told to, with or
+/// without a reason, is a failure: the learner saves and the run ends with that role's reason.
 async fn supervise(
     learner: Learner,
     mut others: JoinSet<anyhow::Result<()>>,
@@ -113,22 +114,19 @@ async fn supervise(
     stop: &watch::Sender<bool>,
 ) -> anyhow::Result<Summary> {
     let mut learning = tokio::spawn(learner.run(stop.subscribe()));
-    let mut failed = None;
     let summary = tokio::select! {
-        ended = &mut learning => ended,
+        ended = &mut learning => ended.context("the learner panicked")??,
         Some(ended) = others.join_next() => {
-            // Without a failure its streams were closed: the learner is just leaving.
-            failed = ended.context("a role panicked").and_then(|ended| ended).err();
-            if failed.is_some() {
-                stop.send_replace(true);
+            let unasked = || Err(anyhow!("an actor or the preference service ended without being told to"));
+            let failed = ended.context("a role panicked").and_then(|ended| ended);
+            let failed = failed.and_then(|()| unasked());
+            stop.send_replace(true);
+            if let Err(late) = within(GRACE, "the learner", learning).await {
+                tracing::error!("{late}; what it did since its last checkpoint is lost");
             }
-            within(GRACE, "the learner", learning).await?
+            return failed;
         }
     };
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    let summary = summary.context("the learner panicked")??;
     quit.send_replace(true);
     let finish = async {
         while let Some(ended) = others.join_next().await {
@@ -165,6 +163,7 @@ fn actor(
         tokenizer: world.folder.tokenizer.clone(),
         sampling: sampling(settings),
         mixture_coefs: mixture_coefs(settings),
+        contest_samples: settings.preference.apo.samples,
         slots: settings.actor.slots,
         max_prompt_length: settings.actor.max_prompt_length,
         pacing: if lone {
@@ -193,6 +192,16 @@ fn learner_pacing(settings: &Settings) -> learner::Pacing {
     } else {
         learner::Pacing::EachPrompt
     }
+}
+
+/// When the adversarial game is played, if it is.
+fn rounds(settings: &Settings) -> Option<Rounds> {
+    let apo = &settings.preference.apo;
+    (apo.refresh_steps > 0).then(|| Rounds {
+        every: apo.refresh_steps,
+        most: apo.max_rounds,
+        prompts: apo.prompts,
+    })
 }
 
 /// How tokens are drawn.

@@ -1,19 +1,29 @@
 //! What a run is about: the model it starts from, the prompts it asks, the judges that know it.
 
 mod base;
+mod game;
 mod gold;
+mod judges;
+mod pairs;
+mod preference;
 
 use std::{path::PathBuf, sync::Arc};
 
+use ::preference::Judge;
 use learner::{Jsonl, PromptRow, PromptSet};
 use messages::Seed;
-use model::{DType, Device, LanguageModel, ModelFolder, Weights};
+use model::{DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
-use preference::{Judge, Matrix, Rules};
 use settings::{DtypeSetting, JudgeSettings, PromptsSettings, Settings};
 
+use crate::failure::Misuse;
+
 pub(crate) use base::{Base, playground_base};
+pub(crate) use game::Judging;
 pub(crate) use gold::Gold;
+pub(crate) use judges::{JudgeSource, check as check_judge};
+pub(crate) use pairs::{Annotated, annotated};
+pub(crate) use preference::{Opened, Trunk, preference_model};
 
 /// The model at the start and the prompts of a run.
 pub(crate) struct World {
@@ -21,6 +31,8 @@ pub(crate) struct World {
     pub(crate) folder: Arc<ModelFolder>,
     /// Its weights.
     pub(crate) weights: Weights,
+    /// Who judges.
+    pub(crate) judge: JudgeSource,
     /// What is asked.
     pub(crate) set: Arc<dyn PromptSet>,
     /// What it cost to make the model, when this run made it.
@@ -36,23 +48,57 @@ pub(crate) fn device(settings: &Settings) -> anyhow::Result<(Device, DType)> {
     Ok((model::device(&settings.model.device)?, dtype))
 }
 
-/// Makes or loads everything the settings name. Making a base takes a while: it ends early when
-/// `stopped` turns true.
+/// The policy at the start, which is the reference.
+pub(crate) struct Start {
+    /// Its folder.
+    pub(crate) folder: ModelFolder,
+    /// Its weights.
+    pub(crate) weights: Weights,
+    /// What it cost to make it, when it was made just now.
+    base: Option<Base>,
+}
+
+impl Start {
+    /// Loads the policy that the settings name, or makes it. That may take a while: it ends early when
+    /// `stopped` turns true.
+    pub(crate) fn open(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::Result<Self> {
+        let mut base = None;
+        let path = match (&settings.model.path, &settings.prompts) {
+            (Some(path), _) => path.clone(),
+            (None, PromptsSettings::Bandit {}) => bandit(settings)?,
+            (None, _) => {
+                let made = playground_base(settings, stopped)?;
+                let path = made.path.clone();
+                base = Some(made);
+                path
+            }
+        };
+        let (device, dtype) = device(settings)?;
+        let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
+        let weights = folder.weights(dtype, &device)?;
+        Ok(Self {
+            folder,
+            weights,
+            base,
+        })
+    }
+
+    /// Both, for whoever needs no more.
+    pub(crate) fn policy(&self) -> (&ModelFolder, &Weights) {
+        (&self.folder, &self.weights)
+    }
+}
+
+/// Makes or loads everything the settings name: the policy, the judge, the prompts. Making takes a while:
+/// it ends early when `stopped` turns true.
 pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::Result<World> {
-    let (device, dtype) = device(settings)?;
-    let mut base = None;
-    let path = match (&settings.model.path, &settings.prompts) {
-        (Some(path), _) => path.clone(),
-        (None, PromptsSettings::Bandit {}) => bandit(settings)?,
-        (None, _) => {
-            let made = playground_base(settings, stopped)?;
-            let path = made.path.clone();
-            base = Some(made);
-            path
-        }
-    };
-    let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
-    let weights = folder.weights(dtype, &device)?;
+    let start = Start::open(settings, stopped)?;
+    let judge = JudgeSource::open(settings, start.policy(), stopped)?;
+    let Start {
+        folder,
+        weights,
+        base,
+    } = start;
     let seed = Seed(settings.run.seed);
     let set: Arc<dyn PromptSet> = match &settings.prompts {
         PromptsSettings::Playground {} => {
@@ -66,29 +112,13 @@ pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::
             Arc::new(Jsonl::load(jsonl, seed, longest, &folder.tokenizer, eos)?)
         }
     };
-    fits_positions(settings, &folder)?;
+    fits_positions(settings, &folder.config)?;
     Ok(World {
         folder: Arc::new(folder),
         weights,
+        judge,
         set,
         base,
-    })
-}
-
-/// The judge of the settings.
-pub(crate) fn judge(settings: &Settings) -> anyhow::Result<Box<dyn Judge>> {
-    let judge = &settings.preference.judge;
-    Ok(match judge {
-        JudgeSettings::Gold { cycle } => Box::new(Gold::new(*cycle)),
-        JudgeSettings::Matrix { matrix } => Box::new(Matrix::new(matrix.clone())?),
-        JudgeSettings::Rule { temperature, rules } => Box::new(Rules::new(*temperature, rules)?),
-        other => {
-            return Err(crate::failure::Misuse(format!(
-                "preference.judge.kind = {:?} is not built yet",
-                other.name()
-            ))
-            .into());
-        }
     })
 }
 
@@ -138,21 +168,23 @@ fn fits_playground(folder: &ModelFolder) -> anyhow::Result<()> {
     }
 }
 
-fn fits_positions(settings: &Settings, folder: &ModelFolder) -> anyhow::Result<()> {
-    let (actor, positions) = (&settings.actor, folder.config.max_positions);
-    let longest_prompt = match settings.prompts {
+/// Whether the longest prompt and the longest completion fit the model's positions together.
+///
+/// # Errors
+/// When they do not.
+pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Result<(), Misuse> {
+    let (actor, positions) = (&settings.actor, config.max_positions);
+    let prompt = match settings.prompts {
         PromptsSettings::Jsonl(_) => actor.max_prompt_length,
         PromptsSettings::Playground {} | PromptsSettings::Bandit {} => 0,
     };
-    if longest_prompt + actor.max_new_tokens > positions {
-        return Err(crate::failure::Misuse(format!(
-            "actor.max_prompt_length = {longest_prompt} and actor.max_new_tokens = {} together exceed the {positions} positions of {}: lower one of them",
-            actor.max_new_tokens,
-            folder.path.display()
-        ))
-        .into());
+    if prompt.saturating_add(actor.max_new_tokens) <= positions {
+        return Ok(());
     }
-    Ok(())
+    Err(Misuse(format!(
+        "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {positions} positions: lower one of them",
+        actor.max_new_tokens,
+    )))
 }
 
 /// The playground's posts, a fresh one for every prompt.

@@ -6,9 +6,11 @@
 //! and messages; what a token is, and what rows are for, it does not know.
 
 mod error;
+mod order;
 mod pair;
 mod rows;
 
 pub use error::DatasetError;
+pub use order::shuffled;
 pub use pair::{Columns, Pair};
 pub use rows::read_rows;

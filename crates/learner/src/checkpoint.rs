@@ -39,6 +39,8 @@ pub(crate) struct State {
     pub(crate) feed: FeedState,
     /// The counters of every station.
     pub(crate) stations: BTreeMap<String, StationSnapshot>,
+    /// The step of the last round of the adversarial game whose samples were all given; 0: none.
+    pub(crate) played: u64,
     /// Evaluations so far.
     pub(crate) evaluations: Vec<Evaluation>,
 }

@@ -6,10 +6,13 @@ use messages::{Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
 use serde::{Deserialize, Serialize};
 use transport::{Closed, Sender};
 
-use crate::PromptSet;
+use crate::{PromptRow, PromptSet};
 
 /// Ids from here on belong to evaluations.
 const EVALUATION: u64 = 1 << 63;
+
+/// Ids from here up to evaluations belong to the adversarial game.
+const CONTEST: u64 = 1 << 62;
 
 /// How prompts are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +31,17 @@ pub(crate) struct FeedState {
     cursor: u64,
     /// Training prompts on their way.
     outstanding: Vec<(PromptId, Release)>,
+}
+
+/// The game reads training prompts from this place on, far from those that are trained on.
+const CONTEST_ROWS: u64 = 1 << 40;
+
+/// What a prompt is asked as.
+struct Asked {
+    id: PromptId,
+    release: Release,
+    purpose: Purpose,
+    seed: Seed,
 }
 
 /// Sends prompts and remembers which have not come back.
@@ -68,18 +82,12 @@ impl Feed {
 
     /// Training prompts on their way.
     pub(crate) fn outstanding(&self) -> usize {
-        self.outstanding
-            .keys()
-            .filter(|id| id.0 < EVALUATION)
-            .count()
+        self.outstanding.keys().filter(|id| id.0 < CONTEST).count()
     }
 
-    /// Prompts of evaluations on their way.
-    pub(crate) fn evaluating(&self) -> usize {
-        self.outstanding
-            .keys()
-            .filter(|id| id.0 >= EVALUATION)
-            .count()
+    /// Prompts on their way that are not trained on: of an evaluation, or of a round of the game.
+    pub(crate) fn asking(&self) -> usize {
+        self.outstanding.len() - self.outstanding()
     }
 
     /// Sends as many training prompts as there are credits: `in_hand` pairs wait already, `needed` more
@@ -120,13 +128,33 @@ impl Feed {
         release: Release,
         version: WeightsVersion,
     ) -> Result<(), Closed> {
-        let row = self.set.train(id.0);
-        let prompt = Prompt {
+        let asked = Asked {
             id,
             release,
             purpose: Purpose::Train,
-            version,
             seed: self.seed.derive(id.0),
+        };
+        self.send(asked, self.set.train(id.0), version).await
+    }
+
+    async fn send(
+        &mut self,
+        asked: Asked,
+        row: PromptRow,
+        version: WeightsVersion,
+    ) -> Result<(), Closed> {
+        let Asked {
+            id,
+            release,
+            purpose,
+            seed,
+        } = asked;
+        let prompt = Prompt {
+            id,
+            release,
+            purpose,
+            version,
+            seed,
             ids: row.ids,
             text: row.text,
             golden: row.golden,
@@ -143,21 +171,32 @@ impl Feed {
         index: u64,
         version: WeightsVersion,
     ) -> Result<(), Closed> {
-        let row = self.set.held_out(index);
         let id = PromptId(EVALUATION | version.0 << 24 | index);
-        let prompt = Prompt {
+        let asked = Asked {
             id,
             release: Release::single(id),
             purpose: Purpose::Evaluate,
-            version,
             seed: self.seed.derive(EVALUATION | index),
-            ids: row.ids,
-            text: row.text,
-            golden: row.golden,
-            answer: row.answer,
         };
-        self.outstanding.insert(id, prompt.release);
-        self.prompts.send(prompt).await
+        self.send(asked, self.set.held_out(index), version).await
+    }
+
+    /// Sends the prompt `index` of the round of the adversarial game that is played at `version`: a
+    /// training prompt, other ones in every round, with a seed of its own.
+    pub(crate) async fn send_contest(
+        &mut self,
+        index: u64,
+        version: WeightsVersion,
+    ) -> Result<(), Closed> {
+        let id = PromptId(CONTEST | version.0 << 24 | index);
+        let asked = Asked {
+            id,
+            release: Release::single(id),
+            purpose: Purpose::Contest,
+            seed: self.seed.derive(id.0),
+        };
+        let row = self.set.train(CONTEST_ROWS + (version.0 << 20) + index);
+        self.send(asked, row, version).await
     }
 
     /// What a checkpoint keeps. Evaluations are not resumed: they are done again.
@@ -165,7 +204,7 @@ impl Feed {
         let outstanding = self
             .outstanding
             .iter()
-            .filter(|(id, _)| id.0 < EVALUATION)
+            .filter(|(id, _)| id.0 < CONTEST)
             .map(|(&id, &r)| (id, r));
         FeedState {
             cursor: self.cursor,
@@ -200,7 +239,6 @@ impl Feed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::PromptRow;
 
     struct Counting;
 

@@ -1,12 +1,20 @@
 //! Labelled pairs in hand, and which of them a step may train on.
 
-use messages::{DropReason, LabelledPair, PromptId};
+use messages::{DropReason, JudgeVersion, LabelledPair, PromptId};
 use transport::Receipt;
 
 /// Labelled pairs that wait for their step, in the order of their prompts.
 #[derive(Default)]
 pub(crate) struct Intake {
     pairs: Vec<InHand>,
+    judge: Succession,
+}
+
+/// The newest judge whose labels were seen, and the step at which they were seen first.
+#[derive(Clone, Copy, Default)]
+struct Succession {
+    newest: JudgeVersion,
+    since: u64,
 }
 
 /// A pair and what acknowledges it; a pair from a checkpoint was acknowledged then.
@@ -24,9 +32,19 @@ impl Intake {
         self.pairs.push(InHand { labelled, receipt });
     }
 
-    /// Takes out what is too old at learner step `step`: step − version > `max_staleness`.
+    /// Takes out what is too old at learner step `step`: step − version > `max_staleness`, or labelled by
+    /// a judge that a newer one took over from more than `max_staleness` steps ago.
     pub(crate) fn stale(&mut self, step: u64, max_staleness: u64) -> Vec<InHand> {
-        let stale = |in_hand: &mut InHand| staleness(&in_hand.labelled, step) > max_staleness;
+        for in_hand in &self.pairs {
+            self.judge.see(in_hand.labelled.judge_version, step);
+        }
+        let judge = self.judge;
+        let superseded = step.saturating_sub(judge.since) > max_staleness;
+        let stale = |in_hand: &mut InHand| {
+            let labelled = &in_hand.labelled;
+            staleness(labelled, step) > max_staleness
+                || superseded && labelled.judge_version < judge.newest
+        };
         self.pairs.extract_if(.., stale).collect()
     }
 
@@ -51,6 +69,17 @@ impl Intake {
             .iter()
             .map(|in_hand| in_hand.labelled.clone())
             .collect()
+    }
+}
+
+impl Succession {
+    fn see(&mut self, judge: JudgeVersion, step: u64) {
+        if judge > self.newest {
+            *self = Self {
+                newest: judge,
+                since: step,
+            };
+        }
     }
 }
 

@@ -15,8 +15,8 @@ mod intake;
 pub mod objective;
 mod prompts;
 mod quarantine;
+mod rounds;
 mod run;
-mod schedule;
 pub mod sft;
 mod step;
 
@@ -24,6 +24,6 @@ pub use checkpoint::latest as latest_checkpoint;
 pub use error::LearnerError;
 pub use evaluation::{Evaluation, Example, Interval};
 pub use feed::Pacing;
-pub use prompts::{Jsonl, PromptRow, PromptSet, shuffled};
+pub use prompts::{Jsonl, PromptRow, PromptSet};
+pub use rounds::Rounds;
 pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Summary};
-pub use schedule::Schedule;

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use transport::{Receiver, Sender, WeightsShelf};
 
 use crate::{
-    Evaluation, LearnerError, Pacing, PromptSet,
+    Evaluation, LearnerError, Pacing, PromptSet, Rounds,
     checkpoint::{self, Checkpoint, State},
     engine::Engine,
     evaluation::Tally,
@@ -26,6 +26,9 @@ use crate::{
     quarantine,
     step::{StepOutcome, Trainer},
 };
+
+mod asking;
+mod telling;
 
 /// Held-out prompts on their way at once.
 pub const EVALUATION_WINDOW: usize = 128;
@@ -39,6 +42,8 @@ pub struct LearnerParts {
     pub settings: LearnerSettings,
     /// How it evaluates.
     pub evaluation: EvaluationSettings,
+    /// When the adversarial game is played, if it is.
+    pub rounds: Option<Rounds>,
     /// What it tells.
     pub telemetry: TelemetrySettings,
     /// The seed of prompts, completions and sampled labels.
@@ -107,6 +112,7 @@ pub struct Summary {
 pub struct Learner {
     settings: LearnerSettings,
     evaluation: EvaluationSettings,
+    rounds: Option<Rounds>,
     telemetry: TelemetrySettings,
     labelled: Receiver<LabelledPair>,
     drops: Receiver<Dropped>,
@@ -118,6 +124,7 @@ pub struct Learner {
     feed: Feed,
     intake: Intake,
     tally: Tally,
+    contested: usize,
     journal: Journal,
     samples: SampleLog,
     progress: Progress,
@@ -175,6 +182,7 @@ impl Learner {
             progress: Progress::new("aligning", parts.settings.steps),
             settings: parts.settings,
             evaluation: parts.evaluation,
+            rounds: parts.rounds,
             telemetry: parts.telemetry,
             labelled: parts.labelled,
             drops: parts.drops,
@@ -186,6 +194,7 @@ impl Learner {
             feed,
             intake: Intake::default(),
             tally: Tally::default(),
+            contested: 0,
             journal,
             samples,
             waits: Waits::new("learner"),
@@ -206,6 +215,7 @@ impl Learner {
     ) -> Result<Summary, LearnerError> {
         self.begin(&mut shutdown).await?;
         while self.state.step < self.settings.steps {
+            self.play(&mut shutdown).await?;
             let Some(batch) = self.take(&mut shutdown).await? else {
                 return self.end(Ending::Interrupted).await;
             };
@@ -301,7 +311,7 @@ impl Learner {
         let overdue = LearnerError::Overdue {
             reason,
             seconds,
-            outstanding: self.feed.outstanding() + self.feed.evaluating(),
+            outstanding: self.feed.outstanding() + self.feed.asking(),
             in_hand: self.intake.len(),
         };
         tokio::select! {
@@ -343,6 +353,11 @@ impl Learner {
                 self.settle(in_hand.receipt);
                 self.counters.given(1);
                 self.tally.add(in_hand.labelled);
+            }
+            Purpose::Contest => {
+                self.settle(in_hand.receipt);
+                self.counters.given(1);
+                self.contested += 1;
             }
         }
     }
@@ -430,85 +445,6 @@ impl Learner {
         Ok(())
     }
 
-    /// Staleness, waits, throughput and health of a step.
-    fn flow(&mut self, pairs: &[LabelledPair], step: u64, busy: Duration) -> Measurements {
-        let mut m = Measurements::new();
-        let staleness: Vec<u64> = pairs
-            .iter()
-            .map(|labelled| intake::staleness(labelled, step))
-            .collect();
-        let waited = std::mem::take(&mut self.waited).as_secs_f64();
-        let seconds = waited + busy.as_secs_f64();
-        let tokens: usize = pairs
-            .iter()
-            .flat_map(|l| &l.pair.completions)
-            .map(|c| c.ids.len())
-            .sum();
-        m.set(
-            "staleness/mean",
-            staleness.iter().sum::<u64>() as f64 / pairs.len().max(1) as f64,
-        );
-        m.set(
-            "staleness/max",
-            staleness.iter().max().map_or(0.0, |&s| s as f64),
-        );
-        let dropped = self.counters.snapshot().dropped;
-        m.set(
-            "staleness/dropped",
-            dropped.get(&DropReason::Stale).map_or(0.0, |&n| n as f64),
-        );
-        m.set("staleness/in_flight", self.feed.outstanding() as f64);
-        m.set("policy_version", self.state.version.0 as f64);
-        m.set("time/step", seconds);
-        m.set("time/wait_for_batch", waited);
-        m.set("idle_ratio", waited / seconds.max(1e-9));
-        m.set(
-            "perf/pairs_per_second",
-            pairs.len() as f64 / seconds.max(1e-9),
-        );
-        m.set("perf/tokens_per_second", tokens as f64 / seconds.max(1e-9));
-        if let Some(bytes) = telemetry::peak_memory_bytes() {
-            m.set("perf/peak_memory_bytes", bytes as f64);
-        }
-        m.set("num_tokens", self.state.tokens as f64);
-        m.set("health/nonfinite_steps", self.state.nonfinite as f64);
-        m.set("health/rollbacks", self.state.rollbacks as f64);
-        m
-    }
-
-    fn report(
-        &mut self,
-        measurements: &Measurements,
-        pairs: &[LabelledPair],
-    ) -> Result<(), LearnerError> {
-        let step = self.state.step;
-        self.journal
-            .append(step, self.wall_seconds(), measurements)?;
-        telemetry::publish(measurements, &[("role", "learner")]);
-        for labelled in pairs.iter().take(self.telemetry.samples_per_step) {
-            self.samples.append(step, labelled)?;
-        }
-        let of = |name| measurements.get(name).unwrap_or(f64::NAN);
-        let note = format!(
-            "loss {:.4}  kl {:.3}  margin {:.3}  {:.0} pairs/s{}",
-            of("loss"),
-            of("objective/kl"),
-            of("rewards/margins"),
-            of("perf/pairs_per_second"),
-            self.state
-                .evaluations
-                .last()
-                .map_or(String::new(), |e| format!(
-                    "  win rate {:.3}",
-                    e.win_rate.mean
-                )),
-        );
-        if due(step, self.telemetry.logging_steps) || step == self.settings.steps {
-            self.progress.advance_to(step, &note);
-        }
-        Ok(())
-    }
-
     /// Puts the weights on the shelf as the version of this step, unless they are there already.
     /// Weights that are not finite are never published: the run goes back first.
     async fn publish(&mut self) -> Result<(), LearnerError> {
@@ -548,39 +484,6 @@ impl Learner {
         measurements.set("weight_sync/bytes", bytes as f64);
         measurements.set("weight_sync/version", version.0 as f64);
         telemetry::publish(&measurements, &[("role", "learner")]);
-        Ok(())
-    }
-
-    /// Compares the policy with its reference on held-out prompts, through the same actors and judge.
-    async fn evaluate(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<(), LearnerError> {
-        self.publish().await?;
-        let (version, prompts) = (self.state.version, self.evaluation.prompts as u64);
-        let mut sent = 0;
-        while sent < prompts || self.feed.evaluating() > 0 {
-            while sent < prompts && self.feed.evaluating() < EVALUATION_WINDOW {
-                self.feed.send_held_out(sent, version).await?;
-                sent += 1;
-            }
-            if let Arrival::Shutdown = self.arrival("evaluation pairs", shutdown).await? {
-                self.tally = Tally::default();
-                return Ok(());
-            }
-        }
-        let tally = std::mem::take(&mut self.tally);
-        if let Some(evaluation) = tally.finish(self.state.step, self.evaluation.show) {
-            let measurements = evaluation.measurements();
-            self.journal
-                .append(self.state.step, self.wall_seconds(), &measurements)?;
-            telemetry::publish(&measurements, &[("role", "learner")]);
-            tracing::info!(
-                step = evaluation.step,
-                win_rate = format!("{:.3}", evaluation.win_rate.mean),
-                kl = format!("{:.3}", evaluation.kl),
-                length = format!("{:.1}", evaluation.response_length),
-                "evaluated"
-            );
-            self.state.evaluations.push(evaluation);
-        }
         Ok(())
     }
 
@@ -651,6 +554,7 @@ impl State {
             consecutive_nonfinite: 0,
             nonfinite: 0,
             rollbacks: 0,
+            played: 0,
             feed: feed.state(),
             stations: std::collections::BTreeMap::new(),
             evaluations: Vec::new(),

@@ -4,12 +4,14 @@ use std::{path::Path, time::Instant};
 
 use dataset::{DatasetError, read_rows};
 use messages::PromptText;
-use model::{AdamWSettings, Gradients, LanguageModel, Optimizer, Sequence, Tokenizer, Weights};
+use model::{
+    AdamWSettings, Gradients, LanguageModel, Optimizer, Schedule, Sequence, Tokenizer, Weights,
+};
 use serde_json::Value;
 use settings::SftSettings;
 use telemetry::Progress;
 
-use crate::{LearnerError, Schedule};
+use crate::LearnerError;
 
 /// A prompt and the completion that is to be learned, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,13 +4,14 @@ use std::{path::Path, sync::Arc};
 
 use messages::{LabelledPair, Seed};
 use model::{
-    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Tensor, Weights,
+    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule, Tensor,
+    Weights,
 };
 use settings::{self, LearnerSettings, ObjectiveSettings};
 use telemetry::Measurements;
 
 use crate::{
-    LearnerError, Schedule,
+    LearnerError,
     batch::MicroBatch,
     objective::{self, Baseline, Batch, LabelKind, Labelling, LogpReduction, Objective},
 };

@@ -35,6 +35,8 @@ pub enum Purpose {
     Train,
     /// Evaluation: the first completion from the policy, the second from the reference.
     Evaluate,
+    /// A round of the adversarial game: the policy's own samples, to be held against the golden answer.
+    Contest,
 }
 
 /// A run of consecutive prompts that were sent at one moment. An actor that works alone and strictly

@@ -56,6 +56,55 @@ pub enum PreferenceError {
         /// What the panic says.
         message: String,
     },
+    /// A preference model cannot be read, asked or fitted.
+    #[error(transparent)]
+    Model(#[from] model::ModelError),
+    /// There is neither an annotated pair nor a golden answer.
+    #[error("fit a preference model: there are no pairs; see preference.fit.pairs")]
+    NothingToFit,
+    /// The loss of a preference model is not finite.
+    #[error(
+        "fit a preference model: the loss is not finite at step {step}; lower preference.fit.learning_rate"
+    )]
+    FitDiverged {
+        /// The step, from 1.
+        step: u64,
+    },
+    /// The thread that fits has panicked.
+    #[error("fit a preference model: its thread panicked; see the log")]
+    FitPanicked,
+    /// A preference model gives numbers that are not.
+    #[error("ask the preference model: its scores are not finite; its weights are damaged")]
+    NotFinite,
+    /// Fitting was told to stop.
+    #[error("fit a preference model: interrupted; begin again with the same command")]
+    FitStopped,
+    /// What earlier rounds left behind cannot be read.
+    #[error("read {path}: {source}")]
+    Unreadable {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A line of what earlier rounds left behind is not one.
+    #[error("read {path}, line {line}: {reason}; remove the line to go on without that round")]
+    Torn {
+        /// The file.
+        path: std::path::PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// What a round of the game leaves behind cannot be written.
+    #[error("write {path}: {source}")]
+    Unwritable {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
     /// Nobody takes labels or drop notes any more. The pairs in hand are back in their stream.
     #[error(transparent)]
     Closed(#[from] Closed),

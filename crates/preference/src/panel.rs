@@ -58,7 +58,7 @@ impl Orders {
     pub(crate) fn of(purpose: Purpose, is_antisymmetric: bool) -> Self {
         match purpose {
             Purpose::Evaluate if !is_antisymmetric => Self::Both,
-            Purpose::Evaluate | Purpose::Train => Self::One,
+            Purpose::Evaluate | Purpose::Train | Purpose::Contest => Self::One,
         }
     }
 }

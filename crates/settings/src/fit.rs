@@ -117,6 +117,9 @@ pub struct ApoSettings {
     pub coef: f64,
     /// The golden answers' term.
     pub form: ApoForm,
+    /// Whether labels wait for the round's model, which makes a run repeatable; without it the model before
+    /// judges until the new one is there.
+    pub wait: bool,
     /// Whether the annotated pairs take part; without them the game has no finite optimum.
     pub annotated: bool,
     /// A model whose accuracy on held-out annotated pairs is below this is refused.

@@ -129,6 +129,7 @@ fn purpose_name(purpose: Purpose) -> &'static str {
     match purpose {
         Purpose::Train => "train",
         Purpose::Evaluate => "evaluate",
+        Purpose::Contest => "contest",
     }
 }
 

@@ -71,15 +71,16 @@ impl Summary {
         let mut summary = Self::default();
         if let Some(config) = summary.model(settings) {
             summary.memory(&memory(settings, &config));
-            if let Err(reason) = fits_positions(settings, &config) {
-                summary.problem(&reason);
+            if let Err(reason) = world::fits_positions(settings, &config) {
+                summary.problem(&reason.to_string());
             }
         }
         for (key, path) in files(settings) {
             summary.file(key, path);
         }
-        match world::judge(settings) {
-            Ok(judge) => summary.line("ok", &format!("judge {}", judge.name())),
+        let judge = &settings.preference.judge;
+        match world::check_judge(judge) {
+            Ok(()) => summary.line("ok", &format!("judge {}", judge.name())),
             Err(error) => summary.problem(&format!("judge: {error:#}")),
         }
         summary
@@ -200,21 +201,6 @@ fn shape(config: &ModelConfig) -> String {
 }
 
 /// Prompts of a file may be as long as is allowed; those of the other worlds are short.
-fn fits_positions(settings: &Settings, config: &ModelConfig) -> Result<(), String> {
-    let actor = &settings.actor;
-    let prompt = match settings.prompts {
-        PromptsSettings::Jsonl(_) => actor.max_prompt_length,
-        PromptsSettings::Playground {} | PromptsSettings::Bandit {} => 0,
-    };
-    if prompt.saturating_add(actor.max_new_tokens) <= config.max_positions {
-        return Ok(());
-    }
-    Err(format!(
-        "actor.max_prompt_length = {} and actor.max_new_tokens = {} exceed the model's {} positions: lower one of them",
-        actor.max_prompt_length, actor.max_new_tokens, config.max_positions
-    ))
-}
-
 /// The files that the settings name, under their keys. The model's folder is opened, not only looked for.
 fn files(settings: &Settings) -> Vec<(&'static str, &Path)> {
     let mut files = Vec::new();

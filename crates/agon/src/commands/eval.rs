@@ -63,7 +63,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         load(&settings, &arguments.b)?,
     );
     let pairs = answer(&settings, (&a, &b), count)?;
-    let mut judge = world::judge(&settings)?;
+    let start = world::Start::open(&settings, &|| false)?;
+    let mut judge = world::JudgeSource::open(&settings, start.policy(), &|| false)?.make()?;
     let comparisons: Vec<Comparison<'_>> = pairs
         .iter()
         .map(|(prompt, [first, second])| Comparison {

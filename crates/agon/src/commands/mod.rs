@@ -4,6 +4,7 @@ pub(crate) mod check;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;
+pub(crate) mod fit_preference;
 pub(crate) mod generate;
 pub(crate) mod score;
 pub(crate) mod sft;

@@ -79,6 +79,6 @@ fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()
 
 /// The example at place `index` of an endless shuffled reading.
 fn pick(examples: &[ExampleIds], seed: Seed, index: u64) -> ExampleIds {
-    let place = learner::shuffled(index, examples.len() as u64, seed);
+    let place = dataset::shuffled(index, examples.len() as u64, seed);
     examples[place as usize].clone()
 }

@@ -4,6 +4,9 @@
 //! A judge knows one prompt and two completions at a time. It does not know pairs, streams or what its
 //! answers are used for.
 
+mod encoder;
+mod ensemble;
+mod learned;
 mod matrix;
 mod rule;
 
@@ -14,6 +17,9 @@ use messages::{Completion, JudgeVersion, Probability, Prompt};
 
 use crate::JudgeError;
 
+pub use encoder::EncoderJudge;
+pub use ensemble::Ensemble;
+pub use learned::{Learned, Reads};
 pub use matrix::Matrix;
 pub use rule::Rules;
 

@@ -1,0 +1,182 @@
+//! `agon fit-preference`: a preference model from annotated pairs.
+
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use preference::Calibration;
+use serde_json::json;
+use settings::{Override, Settings, resolve_file};
+use telemetry::{Journal, Measurements, RunDirectory, write_atomically};
+
+use crate::{interrupt, plot, world};
+
+/// Fit a preference model to annotated pairs, and measure how far it can be trusted.
+///
+/// Reads the pairs of preference.fit.pairs (the playground's own, made by a noisy annotator, or a file of
+/// {"prompt", "chosen", "rejected"} rows in any of the field's forms, .gz too), holds a share of them out,
+/// and trains a head on the trunk. The run directory gets the model (a Hugging Face folder), metrics.jsonl,
+/// report.json, report.md and reliability.svg: accuracy, calibration error over 10 bins in both orders,
+/// Brier score, and how much the model likes length. Judge with it by
+/// --set preference.judge.kind=bradley-terry --set preference.judge.path=RUN/model.
+///
+/// Example: agon fit-preference configs/quickstart.toml --run-dir runs/rm
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The configuration; only [run], [model], [playground], [sft] and [preference.fit] matter here.
+    config: PathBuf,
+    /// Change one setting, VALUE being TOML; may be given again.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<Override>,
+    /// The run directory, in place of <run.output_dir>/<run.name>.
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let resolved = resolve_file(&arguments.config, &arguments.set)?;
+    let settings = &resolved.settings;
+    let run = &settings.run;
+    let path = arguments
+        .run_dir
+        .clone()
+        .unwrap_or_else(|| run.output_dir.join(&run.name));
+    if path.join("config.toml").exists() {
+        RunDirectory::create(&path, &resolved.toml)?;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let stop = {
+        let _inside = runtime.enter();
+        interrupt::on_signal()?
+    };
+    // Signals are heard on a thread of their own while this one computes.
+    std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
+    let stopped = || *stop.borrow();
+    let start = world::Start::open(settings, &stopped)?;
+    let trunk = world::Trunk::open(settings, start.policy())?;
+    let pairs = world::annotated(settings, &trunk.folder, start.policy(), &stopped)?;
+    let directory = RunDirectory::create(&path, &resolved.toml)?;
+    let mut journal = Journal::open(&directory.metrics())?;
+    tracing::info!(
+        run = %path.display(),
+        trunk = %trunk.folder.path.display(),
+        pairs = pairs.fitting.len(),
+        validation = pairs.validation.len(),
+        left_out = pairs.left_out,
+        "fitting a preference model"
+    );
+    let started = Instant::now();
+    let mut written = Ok(());
+    let (model, calibration) = trunk.fit(settings, &pairs, |step| {
+        let mut m = Measurements::new();
+        m.set("loss/preference", step.annotated.unwrap_or(f64::NAN));
+        m.set("grad_norm", step.grad_norm);
+        written = journal.append(step.step, started.elapsed().as_secs_f64(), &m);
+        written.is_ok() && !stopped()
+    })?;
+    written?;
+    let to = directory.root().join("model");
+    model.save(&to, &trunk.folder)?;
+    let fitted = Fitted {
+        calibration: &calibration,
+        fitting: pairs.fitting.len(),
+        left_out: pairs.left_out,
+        seconds: started.elapsed().as_secs_f64(),
+        model: &to,
+    };
+    tell(settings, &fitted, &directory)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What there is to tell.
+struct Fitted<'a> {
+    calibration: &'a Calibration,
+    fitting: usize,
+    left_out: usize,
+    seconds: f64,
+    model: &'a Path,
+}
+
+fn tell(settings: &Settings, fitted: &Fitted<'_>, directory: &RunDirectory) -> anyhow::Result<()> {
+    let picture = directory.root().join("reliability.svg");
+    plot::reliability(&picture, fitted.calibration)?;
+    let report = json!({
+        "kind": settings.preference.fit.kind,
+        "pairs": fitted.fitting,
+        "left_out": fitted.left_out,
+        "seconds": fitted.seconds,
+        "model": fitted.model,
+        "validation": fitted.calibration,
+        "peak_memory_bytes": telemetry::peak_memory_bytes(),
+    });
+    let mut bytes = serde_json::to_vec_pretty(&report)?;
+    bytes.push(b'\n');
+    write_atomically(&directory.report_json(), &bytes)?;
+    let text = in_words(fitted)?;
+    write_atomically(&directory.report_markdown(), text.as_bytes())?;
+    println!("{text}");
+    println!("Report: {}", directory.report_markdown().display());
+    Ok(())
+}
+
+fn in_words(fitted: &Fitted<'_>) -> Result<String, std::fmt::Error> {
+    let found = fitted.calibration;
+    let mut text = String::new();
+    writeln!(text, "# A preference model\n")?;
+    writeln!(
+        text,
+        "Fitted to {} pairs in {:.0} s; {} were too long and left out.\n",
+        fitted.fitting, fitted.seconds, fitted.left_out
+    )?;
+    writeln!(text, "| on {} held-out pairs | | |", found.pairs)?;
+    writeln!(text, "|---|---|---|")?;
+    for (name, value, meaning) in [
+        (
+            "accuracy",
+            found.accuracy,
+            "how often it prefers the response that was preferred",
+        ),
+        (
+            "ECE",
+            found.ece,
+            "how far its p is from the share that it stands for, both orders",
+        ),
+        (
+            "Brier score",
+            found.brier,
+            "mean squared error of p; 0.25 for a coin",
+        ),
+        ("log loss", found.log_loss, "nats; 0.693 for a coin"),
+        (
+            "length bias",
+            found.length_bias,
+            "how much more than the annotators it prefers the longer one",
+        ),
+    ] {
+        writeln!(text, "| {name} | {value:.3} | {meaning} |")?;
+    }
+    writeln!(
+        text,
+        "\n| difference in length up to (tokens) | longer preferred: model | annotators |"
+    )?;
+    writeln!(text, "|---|---|---|")?;
+    for quarter in &found.length_quarters {
+        writeln!(
+            text,
+            "| {} | {:.3} | {:.3} |",
+            quarter.up_to, quarter.mean_p, quarter.mean_label
+        )?;
+    }
+    writeln!(text, "\n![reliability](reliability.svg)\n")?;
+    writeln!(
+        text,
+        "Model: `{}` (a Hugging Face folder).",
+        fitted.model.display()
+    )?;
+    Ok(text)
+}

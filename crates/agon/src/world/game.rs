@@ -1,0 +1,88 @@
+//! The adversarial game of a run, ready for its next round.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use messages::{JudgeVersion, Seed};
+use preference::apo::{Game, GameParts, History};
+use settings::{JudgeSettings, Settings};
+use telemetry::RunDirectory;
+
+use super::{Opened, Trunk, World, annotated};
+
+/// Where the rounds of a run lie.
+pub(crate) fn rounds(directory: &RunDirectory) -> PathBuf {
+    directory.root().join("preference")
+}
+
+/// The model that judges at learner step `step` of a run that has a game, and its version.
+pub(crate) struct Judging {
+    /// The model.
+    pub(crate) model: model::RewardModel,
+    /// 1 for the initial one, one more for every round.
+    pub(crate) version: JudgeVersion,
+    /// The rounds so far.
+    history: History,
+}
+
+impl Judging {
+    /// Finds it: the newest that was accepted, or the initial one.
+    pub(crate) fn find(
+        settings: &Settings,
+        world: &World,
+        directory: &RunDirectory,
+        step: u64,
+    ) -> anyhow::Result<Self> {
+        let history = History::take_up(&rounds(directory), step)?;
+        let initial = world.judge.model().context("the judge is a model")?;
+        let model = match &history.model {
+            Some(path) => Opened::open(path, &world.folder, &super::device(settings)?)?.model,
+            None => initial.model.clone(),
+        };
+        Ok(Self {
+            model,
+            version: version(history.judging_round()),
+            history,
+        })
+    }
+
+    /// The game, before its next round.
+    pub(crate) fn game(
+        self,
+        settings: &Settings,
+        world: &World,
+        directory: &RunDirectory,
+        stopped: &dyn Fn() -> bool,
+    ) -> anyhow::Result<Game> {
+        let initial = world.judge.model().context("the judge is a model")?;
+        let mut settings = settings.clone();
+        let fit = &mut settings.preference.fit;
+        if let JudgeSettings::Pairwise { .. } = settings.preference.judge {
+            fit.kind = settings::FitKind::Pairwise;
+        } else {
+            fit.kind = settings::FitKind::BradleyTerry;
+        }
+        let policy = (&*world.folder, &world.weights);
+        let trunk = Trunk::open(&settings, policy)?;
+        let pairs = annotated(&settings, &trunk.folder, policy, stopped)?;
+        Ok(Game::new(GameParts {
+            trunk: trunk.model,
+            folder: trunk.folder,
+            initial: initial.model.clone(),
+            current: self.model,
+            last_round: self.history.last_round(),
+            annotated: pairs.fitting,
+            held_out: pairs.validation,
+            gold: super::gold(&settings),
+            directory: rounds(directory),
+            seed: Seed(settings.run.seed),
+            settings: settings.preference.apo,
+            fit: settings.preference.fit,
+        }))
+    }
+}
+
+/// The version of the model of a round; round 0 is the initial one.
+pub(crate) fn version(round: u64) -> JudgeVersion {
+    JudgeVersion(round + 1)
+}

@@ -1,0 +1,138 @@
+//! Whoever judges a run, opened once and made as often as there are replicas.
+
+use std::path::Path;
+
+use messages::JudgeVersion;
+use model::{Device, Encoder, ModelFolder, RewardFolder, Weights};
+use preference::{EncoderJudge, Ensemble, Judge, Matrix, Rules};
+use settings::{Combine, FitKind, JudgeSettings, Settings};
+
+use super::{Gold, preference::Opened, preference_model};
+use crate::failure::Misuse;
+
+/// The judge of the settings. Models are read once; every replica shares their weights.
+pub(crate) enum JudgeSource {
+    /// It is all in the settings.
+    Plain(JudgeSettings),
+    /// A decoder that gives scores.
+    Model(Box<Opened>),
+    /// An encoder that gives scores, and what it reads.
+    Encoder(Box<Encoder>, String),
+    /// Several of these.
+    Ensemble {
+        members: Vec<JudgeSource>,
+        combine: Combine,
+        deviations: f64,
+    },
+}
+
+impl JudgeSource {
+    /// Opens the judge of the settings for this policy at the start; a preference model without a path is
+    /// fitted first, which takes a while and ends early when `stopped` turns true.
+    pub(crate) fn open(
+        settings: &Settings,
+        policy: (&ModelFolder, &Weights),
+        stopped: &dyn Fn() -> bool,
+    ) -> anyhow::Result<Self> {
+        Self::of(&settings.preference.judge, settings, policy, stopped)
+    }
+
+    fn of(
+        judge: &JudgeSettings,
+        settings: &Settings,
+        policy: (&ModelFolder, &Weights),
+        stopped: &dyn Fn() -> bool,
+    ) -> anyhow::Result<Self> {
+        let model = |path: &Path, kind| {
+            let path = preference_model(settings, (path, kind), policy, stopped)?;
+            let opened = Opened::open(&path, policy.0, &super::device(settings)?)?;
+            opened.is(kind)?;
+            Ok(Self::Model(Box::new(opened)))
+        };
+        match judge {
+            JudgeSettings::BradleyTerry { path } => model(path, FitKind::BradleyTerry),
+            JudgeSettings::Pairwise { path } => model(path, FitKind::Pairwise),
+            JudgeSettings::Encoder { path, template } => {
+                let encoder = Encoder::load(path, &super::device(settings)?.0)?;
+                Ok(Self::Encoder(Box::new(encoder), template.clone()))
+            }
+            JudgeSettings::Ensemble {
+                members,
+                combine,
+                deviations,
+            } => {
+                let member = |judge| Self::of(judge, settings, policy, stopped);
+                Ok(Self::Ensemble {
+                    members: members.iter().map(member).collect::<Result<_, _>>()?,
+                    combine: *combine,
+                    deviations: *deviations,
+                })
+            }
+            plain => Ok(Self::Plain(plain.clone())),
+        }
+    }
+
+    /// The model that may play the adversarial game, where the judge is one.
+    pub(crate) fn model(&self) -> Option<&Opened> {
+        match self {
+            Self::Model(opened) => Some(opened),
+            _ => None,
+        }
+    }
+
+    /// A judge.
+    pub(crate) fn make(&self) -> anyhow::Result<Box<dyn Judge>> {
+        Ok(match self {
+            Self::Plain(settings) => plain(settings)?,
+            Self::Model(opened) => opened.judge(opened.model.clone(), JudgeVersion(1)),
+            Self::Encoder(encoder, template) => {
+                Box::new(EncoderJudge::new((**encoder).clone(), template.clone()))
+            }
+            Self::Ensemble {
+                members,
+                combine,
+                deviations,
+            } => {
+                let members = members.iter().map(Self::make).collect::<Result<_, _>>()?;
+                Box::new(Ensemble::new(members, *combine, *deviations))
+            }
+        })
+    }
+}
+
+/// Whether the judge of the settings can be had, without reading weights or asking anyone.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn check(judge: &JudgeSettings) -> anyhow::Result<()> {
+    match judge {
+        JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => {
+            if !path.as_os_str().is_empty() {
+                RewardFolder::open(path, None)?;
+            }
+        }
+        JudgeSettings::Encoder { path, .. } => {
+            Encoder::load(path, &Device::Cpu)?;
+        }
+        JudgeSettings::Ensemble { members, .. } => members.iter().try_for_each(check)?,
+        JudgeSettings::Http(_) | JudgeSettings::Service { .. } => {}
+        simple => drop(plain(simple)?),
+    }
+    Ok(())
+}
+
+/// A judge that needs no file.
+fn plain(settings: &JudgeSettings) -> anyhow::Result<Box<dyn Judge>> {
+    Ok(match settings {
+        JudgeSettings::Gold { cycle } => Box::new(Gold::new(*cycle)),
+        JudgeSettings::Matrix { matrix } => Box::new(Matrix::new(matrix.clone())?),
+        JudgeSettings::Rule { temperature, rules } => Box::new(Rules::new(*temperature, rules)?),
+        other => {
+            let name = other.name();
+            return Err(Misuse(format!(
+                "a judge of the kind {name:?} does not compute in this process"
+            ))
+            .into());
+        }
+    })
+}

@@ -1,0 +1,179 @@
+//! Preference models: read from a folder, or fitted to annotated pairs, kept and found again.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use messages::{JudgeVersion, Seed};
+use model::{
+    DType, Device, LanguageModel, ModelFolder, RewardFolder, RewardKind, RewardModel, Weights,
+};
+use preference::{
+    Calibration, Judge, Learned, Reads,
+    fit::{FitStep, Material, calibrate, fit},
+};
+use settings::{FitKind, Settings};
+use telemetry::Progress;
+
+use super::{annotated, base::kept};
+use crate::failure::Misuse;
+
+/// What a fit leaves in the model's folder beside the model.
+pub(crate) const CALIBRATION: &str = "calibration.json";
+
+/// The trunk that preference models are fitted from.
+pub(crate) struct Trunk {
+    /// Its folder.
+    pub(crate) folder: ModelFolder,
+    /// Its weights.
+    pub(crate) model: LanguageModel,
+}
+
+impl Trunk {
+    /// The trunk of `[preference.fit]`: the folder it names, or else the policy at the start.
+    pub(crate) fn open(
+        settings: &Settings,
+        (folder, weights): (&ModelFolder, &Weights),
+    ) -> anyhow::Result<Self> {
+        let Some(path) = &settings.preference.fit.path else {
+            return Ok(Self {
+                folder: folder.clone(),
+                model: super::language_model(folder, weights)?,
+            });
+        };
+        let folder = ModelFolder::open(path, settings.model.chat_template.as_deref())?;
+        let (device, dtype) = super::device(settings)?;
+        let model = super::language_model(&folder, &folder.weights(dtype, &device)?)?;
+        Ok(Self { folder, model })
+    }
+
+    /// A model of these pairs on this trunk, and how it does on the held-out ones.
+    pub(crate) fn fit(
+        &self,
+        settings: &Settings,
+        pairs: &super::Annotated,
+        mut watch: impl FnMut(FitStep) -> bool,
+    ) -> anyhow::Result<(RewardModel, Calibration)> {
+        let material = Material {
+            examples: &pairs.fitting,
+            contests: &[],
+            apo: &settings.preference.apo,
+        };
+        let how = &settings.preference.fit;
+        let mut progress: Option<Progress> = None;
+        let model = fit(
+            &self.model,
+            how,
+            material,
+            Seed(settings.run.seed),
+            |step| {
+                let progress = progress
+                    .get_or_insert_with(|| Progress::new("fitting a preference model", step.steps));
+                progress.advance_to(
+                    step.step,
+                    &format!("loss {:.3}", step.annotated.unwrap_or(f64::NAN)),
+                );
+                watch(step)
+            },
+        )?;
+        let calibration = calibrate(&model, &pairs.validation, how.train_batch_size)?
+            .context("there are no pairs to validate on; see preference.fit.validation")?;
+        if let Some(progress) = progress {
+            progress.finish(&format!(
+                "accuracy {:.3}, ECE {:.3}",
+                calibration.accuracy, calibration.ece
+            ));
+        }
+        Ok((model, calibration))
+    }
+}
+
+/// The folder of the preference model that judges at the start: the one that is named, or one that is
+/// fitted by `[preference.fit]` as this kind, kept, and found again.
+pub(crate) fn preference_model(
+    settings: &Settings,
+    (named, kind): (&Path, FitKind),
+    base: (&ModelFolder, &Weights),
+    stopped: &dyn Fn() -> bool,
+) -> anyhow::Result<PathBuf> {
+    if !named.as_os_str().is_empty() {
+        return Ok(named.to_owned());
+    }
+    let mut settings = settings.clone();
+    settings.preference.fit.kind = kind;
+    let trunk = Trunk::open(&settings, base)?;
+    let recipe = (
+        "preference model",
+        &settings.preference.fit,
+        trunk.model.weights().digest()?.to_string(),
+        base.1.digest()?.to_string(),
+        settings.run.seed,
+        env!("CARGO_PKG_VERSION"),
+    );
+    kept(&settings.playground.base_dir, &recipe, |aside| {
+        let pairs = annotated(&settings, &trunk.folder, base, stopped)?;
+        let (model, calibration) = trunk.fit(&settings, &pairs, |_| !stopped())?;
+        model.save(aside, &trunk.folder)?;
+        let text = serde_json::to_vec_pretty(&calibration)?;
+        std::fs::write(aside.join(CALIBRATION), text)
+            .with_context(|| format!("failed to write into {}", aside.display()))
+    })
+}
+
+/// A preference model of a folder, ready to judge a policy with this tokenizer.
+pub(crate) struct Opened {
+    /// The model.
+    pub(crate) model: RewardModel,
+    folder: RewardFolder,
+    shares_tokens: bool,
+}
+
+impl Opened {
+    /// Whether it is what the settings call it.
+    pub(crate) fn is(&self, kind: FitKind) -> Result<(), Misuse> {
+        let fits = match self.model.config().kind {
+            RewardKind::BradleyTerry => kind == FitKind::BradleyTerry,
+            RewardKind::Pairwise { .. } => kind == FitKind::Pairwise,
+        };
+        if fits {
+            return Ok(());
+        }
+        let (is, says) = match kind {
+            FitKind::BradleyTerry => ("pairwise", "bradley-terry"),
+            FitKind::Pairwise => ("bradley-terry", "pairwise"),
+        };
+        Err(Misuse(format!(
+            "{} holds a {is} model, not a {says} one: set preference.judge.kind = {is:?}",
+            self.folder.folder.path.display()
+        )))
+    }
+
+    /// Reads the folder.
+    pub(crate) fn open(
+        path: &Path,
+        policy: &ModelFolder,
+        (device, dtype): &(Device, DType),
+    ) -> anyhow::Result<Self> {
+        let folder = RewardFolder::open(path, None)?;
+        let model = folder.model(*dtype, device)?;
+        let tokenizer = |path: &Path| std::fs::read(path.join("tokenizer.json"));
+        let shares_tokens = match (tokenizer(path), tokenizer(&policy.path)) {
+            (Ok(own), Ok(policy)) => own == policy,
+            _ => false,
+        };
+        Ok(Self {
+            model,
+            folder,
+            shares_tokens,
+        })
+    }
+
+    /// A judge of this model, or of one that was fitted in its place.
+    pub(crate) fn judge(&self, model: RewardModel, version: JudgeVersion) -> Box<dyn Judge> {
+        let reads = if self.shares_tokens {
+            Reads::Tokens
+        } else {
+            Reads::Text(Box::new(self.folder.folder.tokenizer.clone()))
+        };
+        Box::new(Learned::new(model, version, reads))
+    }
+}

@@ -1,0 +1,95 @@
+//! What a learner tells of its steps: to the journal, to Prometheus, and to whoever looks on.
+
+use std::time::Duration;
+
+use messages::{DropReason, LabelledPair};
+use telemetry::Measurements;
+
+use super::{Learner, due};
+use crate::{LearnerError, intake};
+
+impl Learner {
+    /// Staleness, waits, throughput and health of a step.
+    pub(super) fn flow(
+        &mut self,
+        pairs: &[LabelledPair],
+        step: u64,
+        busy: Duration,
+    ) -> Measurements {
+        let mut m = Measurements::new();
+        let staleness: Vec<u64> = pairs
+            .iter()
+            .map(|labelled| intake::staleness(labelled, step))
+            .collect();
+        let waited = std::mem::take(&mut self.waited).as_secs_f64();
+        let seconds = waited + busy.as_secs_f64();
+        let tokens: usize = pairs
+            .iter()
+            .flat_map(|l| &l.pair.completions)
+            .map(|c| c.ids.len())
+            .sum();
+        m.set(
+            "staleness/mean",
+            staleness.iter().sum::<u64>() as f64 / pairs.len().max(1) as f64,
+        );
+        m.set(
+            "staleness/max",
+            staleness.iter().max().map_or(0.0, |&s| s as f64),
+        );
+        let dropped = self.counters.snapshot().dropped;
+        m.set(
+            "staleness/dropped",
+            dropped.get(&DropReason::Stale).map_or(0.0, |&n| n as f64),
+        );
+        m.set("staleness/in_flight", self.feed.outstanding() as f64);
+        m.set("policy_version", self.state.version.0 as f64);
+        m.set("time/step", seconds);
+        m.set("time/wait_for_batch", waited);
+        m.set("idle_ratio", waited / seconds.max(1e-9));
+        m.set(
+            "perf/pairs_per_second",
+            pairs.len() as f64 / seconds.max(1e-9),
+        );
+        m.set("perf/tokens_per_second", tokens as f64 / seconds.max(1e-9));
+        if let Some(bytes) = telemetry::peak_memory_bytes() {
+            m.set("perf/peak_memory_bytes", bytes as f64);
+        }
+        m.set("num_tokens", self.state.tokens as f64);
+        m.set("health/nonfinite_steps", self.state.nonfinite as f64);
+        m.set("health/rollbacks", self.state.rollbacks as f64);
+        m
+    }
+
+    pub(super) fn report(
+        &mut self,
+        measurements: &Measurements,
+        pairs: &[LabelledPair],
+    ) -> Result<(), LearnerError> {
+        let step = self.state.step;
+        self.journal
+            .append(step, self.wall_seconds(), measurements)?;
+        telemetry::publish(measurements, &[("role", "learner")]);
+        for labelled in pairs.iter().take(self.telemetry.samples_per_step) {
+            self.samples.append(step, labelled)?;
+        }
+        let of = |name| measurements.get(name).unwrap_or(f64::NAN);
+        let note = format!(
+            "loss {:.4}  kl {:.3}  margin {:.3}  {:.0} pairs/s{}",
+            of("loss"),
+            of("objective/kl"),
+            of("rewards/margins"),
+            of("perf/pairs_per_second"),
+            self.state
+                .evaluations
+                .last()
+                .map_or(String::new(), |e| format!(
+                    "  win rate {:.3}",
+                    e.win_rate.mean
+                )),
+        );
+        if due(step, self.telemetry.logging_steps) || step == self.settings.steps {
+            self.progress.advance_to(step, &note);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,81 @@
+//! What earlier rounds of a run left behind, for one that goes on.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::RoundReport;
+use crate::PreferenceError;
+
+/// The file of reports: one line a round.
+pub(super) const ROUNDS: &str = "rounds.jsonl";
+
+/// The rounds of a run up to a step of its learner.
+#[derive(Debug, Clone, PartialEq)]
+pub struct History {
+    /// Every round, oldest first.
+    pub rounds: Vec<RoundReport>,
+    /// The folder of the model that judges after them; `None` when it is still the initial one.
+    pub model: Option<PathBuf>,
+}
+
+impl History {
+    /// Reads the rounds in `directory` that were played up to learner step `step`, and forgets later ones:
+    /// a run that went back plays them again.
+    ///
+    /// # Errors
+    /// When the file of reports cannot be read or is torn.
+    pub fn take_up(directory: &Path, step: u64) -> Result<Self, PreferenceError> {
+        let path = directory.join(ROUNDS);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(source) => return Err(PreferenceError::Unreadable { path, source }),
+        };
+        let mut rounds = Vec::new();
+        for (line, text) in (1..).zip(text.lines()) {
+            let round: RoundReport =
+                serde_json::from_str(text).map_err(|error| PreferenceError::Torn {
+                    path: path.clone(),
+                    line,
+                    reason: error.to_string(),
+                })?;
+            rounds.push(round);
+        }
+        let all = rounds.len();
+        rounds.retain(|round| round.step <= step);
+        if rounds.len() < all {
+            let lines: String = rounds.iter().map(|round| round.line() + "\n").collect();
+            fs::write(&path, lines)
+                .map_err(|source| PreferenceError::Unwritable { path, source })?;
+        }
+        let last = rounds.iter().rev().find(|round| round.refused.is_none());
+        Ok(Self {
+            model: last.map(|round| folder(directory, round.round)),
+            rounds,
+        })
+    }
+
+    /// The number of the last round; 0 when none was played.
+    #[must_use]
+    pub fn last_round(&self) -> u64 {
+        self.rounds.last().map_or(0, |round| round.round)
+    }
+
+    /// The number of the round whose model judges; 0 when it is the initial one.
+    #[must_use]
+    pub fn judging_round(&self) -> u64 {
+        let accepted = self
+            .rounds
+            .iter()
+            .rev()
+            .find(|round| round.refused.is_none());
+        accepted.map_or(0, |round| round.round)
+    }
+}
+
+/// Where the model of a round lies.
+pub(super) fn folder(directory: &Path, round: u64) -> PathBuf {
+    directory.join(format!("round_{round}"))
+}

@@ -1,0 +1,71 @@
+//! A ready-made encoder classifier as a judge: p = σ(r − r′) of its scores.
+
+use std::collections::HashMap;
+
+use messages::{Completion, JudgeVersion, Probability, Prompt};
+use model::Encoder;
+
+use super::{Comparison, Judge, Verdict};
+use crate::JudgeError;
+
+/// An encoder reward model that judges, reading text through its own tokenizer.
+pub struct EncoderJudge {
+    encoder: Encoder,
+    template: String,
+}
+
+impl EncoderJudge {
+    /// `template` says what is read, with `{prompt}` and `{response}`.
+    #[must_use]
+    pub fn new(encoder: Encoder, template: String) -> Self {
+        Self { encoder, template }
+    }
+
+    fn text(&self, prompt: &Prompt, completion: &Completion) -> String {
+        let fill = |part: &str| part.replace("{prompt}", &prompt.text);
+        // One pass: what a response says is never taken for a place in the template.
+        let parts: Vec<String> = self.template.split("{response}").map(fill).collect();
+        parts.join(&completion.text)
+    }
+}
+
+impl Judge for EncoderJudge {
+    fn name(&self) -> &'static str {
+        "encoder"
+    }
+
+    fn version(&self) -> JudgeVersion {
+        JudgeVersion(1)
+    }
+
+    fn is_antisymmetric(&self) -> bool {
+        true
+    }
+
+    fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
+        let (mut places, mut texts) = (HashMap::new(), Vec::new());
+        let mut place = |prompt: &Prompt, completion: &Completion| {
+            let text = self.text(prompt, completion);
+            *places.entry(text.clone()).or_insert_with(|| {
+                texts.push(text);
+                texts.len() - 1
+            })
+        };
+        let asked: Vec<_> = batch
+            .iter()
+            .map(|c| (place(c.prompt, c.first), place(c.prompt, c.second)))
+            .collect();
+        let scores = self.encoder.score_texts(&texts);
+        let scores = scores.map_err(|error| JudgeError::new(error.to_string()))?;
+        let verdict = |(first, second): (usize, usize)| {
+            let odds = f64::from(scores[first]) - f64::from(scores[second]);
+            match Probability::from_log_odds(odds) {
+                Ok(p) => Verdict::Preference(p),
+                Err(_) => Verdict::Abstained {
+                    reason: "the encoder's scores are not finite".into(),
+                },
+            }
+        };
+        Ok(asked.into_iter().map(verdict).collect())
+    }
+}
