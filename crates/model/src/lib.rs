@@ -33,7 +33,7 @@ pub use error::ModelError;
 pub use folder::{ModelFolder, save_folder};
 pub use network::LanguageModel;
 pub use optimizer::{AdamWSettings, Gradients, Optimizer};
-pub use packed::{Packed, Sequence};
+pub use packed::{Fork, Packed, Sequence};
 pub use sampling::{Finished, Request, Sampler, SamplingSettings};
 pub use schedule::Schedule;
 pub use score::Scores;

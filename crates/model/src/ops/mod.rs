@@ -31,7 +31,7 @@ mod vector;
 mod check;
 
 pub use adamw::{AdamWStep, Moments, adamw_step};
-pub use attention::{Attention, Segments, causal_attention};
+pub use attention::{Attention, Segment, Segments, causal_attention};
 pub use cached_attention::{CacheRows, cached_attention};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
@@ -52,7 +52,8 @@ mod tests {
     type Operation = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
 
     fn operations() -> Vec<(&'static str, Vec<Tensor>, Operation)> {
-        let (angles, segments) = (noise((300, 8), 5), Arc::new(Segments::new(&[100, 37, 163])));
+        let lengths = [(100, vec![]), (20, vec![17, 0, 30]), (133, vec![])];
+        let (angles, segments) = (noise((300, 8), 5), Arc::new(Segments::branching(lengths)));
         let heads = |heads: usize, seed| noise((300, heads, 16), seed);
         let options = Attention {
             scale: 0.25,

@@ -5,7 +5,8 @@ use candle_core::{D, Result, Tensor};
 use super::super::storage::wide;
 use super::{Attention, Segments};
 
-/// The same from candle's operations, the segments padded to a rectangle.
+/// The same from candle's operations, every sequence padded to the longest: those that share a prefix
+/// each have a copy of it.
 pub(crate) fn composed(
     q: &Tensor,
     k: &Tensor,
@@ -14,11 +15,11 @@ pub(crate) fn composed(
     options: Attention,
 ) -> Result<Tensor> {
     let (_, heads, width) = q.dims3()?;
-    let (count, longest) = (segments.count(), segments.longest());
-    if longest == 0 {
+    if segments.total() == 0 {
         return q.zeros_like();
     }
     let places = Places::of(segments, q)?;
+    let (count, longest) = (places.count, places.longest);
     // [N, heads, hd] to [B, H, T, hd], a key head repeated for each of its queries.
     let spread = |x: &Tensor| -> Result<Tensor> {
         let own = x.dim(1)?;
@@ -55,27 +56,37 @@ fn mask(longest: usize, options: Attention, like: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(mask, (longest, longest), like.device())?.to_dtype(like.dtype())
 }
 
-/// Where tokens go when segments are padded to the longest, and where they come back from.
+/// Where tokens go when sequences are padded to the longest, and where they come back from.
 struct Places {
+    /// Sequences, prefixes included.
+    count: usize,
+    /// Tokens in the longest.
+    longest: usize,
     /// For each place of the rectangle its packed row; row 0 where there is none.
     packed: Tensor,
-    /// For each packed row its place in the rectangle.
+    /// For each packed row a place in the rectangle: copies of a prefix see the same.
     padded: Tensor,
 }
 
 impl Places {
     fn of(segments: &Segments, like: &Tensor) -> Result<Self> {
-        let longest = segments.longest();
-        let mut packed = vec![0u32; segments.count() * longest];
-        let mut padded = Vec::with_capacity(segments.total());
-        for (index, range) in segments.ranges().enumerate() {
-            for (t, row) in range.enumerate() {
+        let paths: Vec<Vec<usize>> = segments
+            .iter()
+            .flat_map(|segment| segment.paths().map(Iterator::collect))
+            .collect();
+        let longest = paths.iter().map(Vec::len).max().unwrap_or(0);
+        let mut packed = vec![0u32; paths.len() * longest];
+        let mut padded = vec![0u32; segments.total()];
+        for (index, rows) in paths.iter().enumerate() {
+            for (t, &row) in rows.iter().enumerate() {
                 packed[index * longest + t] = row as u32;
-                padded.push((index * longest + t) as u32);
+                padded[row] = (index * longest + t) as u32;
             }
         }
         let device = like.device();
         Ok(Self {
+            count: paths.len(),
+            longest,
             packed: Tensor::new(packed, device)?,
             padded: Tensor::new(padded, device)?,
         })

@@ -1,7 +1,9 @@
-//! Causal attention over packed sequences of different lengths, with grouped queries.
+//! Causal attention over packed sequences of different lengths, with grouped queries. Sequences may
+//! share a prefix, which then lies in the batch once.
 //!
 //! The fused version never holds more scores than 64 queries by one sequence (the block scheme of
 //! Dao et al. 2022): it keeps each query's log-sum-exp and recomputes its scores in the backward.
+//! Its numbers for a token do not depend on whether the token's prefix is shared.
 
 mod composed;
 mod segments;
@@ -13,7 +15,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use self::composed::composed;
-pub use self::segments::Segments;
+pub use self::segments::{Segment, Segments};
 use self::task::{Backward, Forward, Task};
 use super::storage::{argument, floats, fusible, result};
 use super::vector::dispatch;
@@ -23,11 +25,13 @@ use super::vector::dispatch;
 pub struct Attention {
     /// Multiplies q·k; usually 1/√hd.
     pub scale: f32,
-    /// The token at t sees keys j ≤ t with t - j < window; all of them if `None`.
+    /// The token at t sees keys j ≤ t with t - j < window; all of them if `None`. Both are places in
+    /// the token's own sequence, of which a shared prefix is the beginning.
     pub window: Option<usize>,
 }
 
-/// `softmax(scale · q kᵀ) v`, each token seeing itself and what came before it in its own segment.
+/// `softmax(scale · q kᵀ) v`, each token seeing itself and what came before it in its own sequence: in
+/// its prefix or branch, and for a branch in the prefix of its segment.
 ///
 /// `q` is `[N, H, hd]`, `k` and `v` are `[N, KV, hd]`, N being `segments.total()`; the result is
 /// `[N, H, hd]`. Query head h reads key head h / (H / KV). Differentiable in `q`, `k` and `v`.
@@ -100,14 +104,13 @@ struct CausalAttention {
 
 impl CausalAttention {
     /// One task a segment and key head, so that each gradient of a key has one owner.
-    fn tasks(&self) -> Vec<Task> {
+    fn tasks(&self) -> Vec<Task<'_>> {
         let heads = 0..self.geometry.kv_heads;
         self.segments
-            .ranges()
-            .filter(|rows| !rows.is_empty())
-            .flat_map(|rows| heads.clone().map(move |kv_head| (rows.clone(), kv_head)))
-            .map(|(rows, kv_head)| Task {
-                rows,
+            .iter()
+            .flat_map(|segment| heads.clone().map(move |kv_head| (segment, kv_head)))
+            .map(|(segment, kv_head)| Task {
+                segment,
                 kv_head,
                 geometry: self.geometry,
             })
@@ -119,7 +122,7 @@ impl CausalAttention {
         let kv_heads = self.geometry.kv_heads;
         let mut whole = vec![0.0; self.segments.total() * kv_heads * run];
         for (task, part) in self.tasks().iter().zip(parts) {
-            for (row, part) in task.rows.clone().zip(part.chunks_exact(run)) {
+            for (row, part) in task.segment.rows().zip(part.chunks_exact(run)) {
                 whole[(row * kv_heads + task.kv_head) * run..][..run].copy_from_slice(part);
             }
         }
@@ -221,11 +224,18 @@ mod tests {
         [q, kv(2), kv(3)]
     }
 
+    fn branching(shapes: &[(usize, &[usize])]) -> Arc<Segments> {
+        let shapes = shapes
+            .iter()
+            .map(|&(prefix, branches)| (prefix, branches.to_vec()));
+        Arc::new(Segments::branching(shapes))
+    }
+
     #[test]
     fn by_hand() -> Result<()> {
         let column = |x: &[f32]| Tensor::new(x, &Device::Cpu)?.reshape((4, 1, 1));
-        let q = column(&[1., 1., 1., 5.])?;
-        let k = column(&[0., 3f32.ln(), 0., 7.])?;
+        let q = column(&[1., 1., 1., 1.])?;
+        let k = column(&[0., 3f32.ln(), 0., 4f32.ln()])?;
         let v = column(&[4., 8., 16., 32.])?;
         let segments = Arc::new(Segments::new(&[3, 1]));
         // Weights of the first three: 1; 1/4, 3/4; 1/5, 3/5, 1/5. The fourth is by itself.
@@ -239,6 +249,14 @@ mod tests {
         };
         let y = causal_attention(&q, &k, &v, &segments, window)?;
         let expected = Tensor::new(&[4f32, 7., 10., 32.], &Device::Cpu)?;
+        assert_close(&y.flatten_all()?, &expected, 1e-6);
+        // The last two as branches of the first two: the fourth has weights 1/8, 3/8, 4/8.
+        let branches = branching(&[(2, &[1, 1])]);
+        let y = causal_attention(&q, &k, &v, &branches, full(1.0))?;
+        let expected = Tensor::new(&[4f32, 7., 8.8, 19.5], &Device::Cpu)?;
+        assert_close(&y.flatten_all()?, &expected, 1e-6);
+        let y = causal_attention(&q, &k, &v, &branches, window)?;
+        let expected = Tensor::new(&[4f32, 7., 10., 152. / 7.], &Device::Cpu)?;
         assert_close(&y.flatten_all()?, &expected, 1e-6);
         Ok(())
     }
@@ -271,12 +289,79 @@ mod tests {
     }
 
     #[test]
+    fn branches_agree_with_the_composed_version() {
+        type Case<'a> = (
+            &'a [(usize, &'a [usize])],
+            usize,
+            usize,
+            usize,
+            Option<usize>,
+        );
+        // Prefixes with their branches, query heads, key heads, head width, window.
+        let cases: [Case<'_>; 6] = [
+            (&[(1, &[1])], 1, 1, 8, None),
+            (&[(37, &[15, 0, 3, 15])], 4, 2, 24, None),
+            (
+                &[(70, &[66, 130, 1]), (5, &[]), (0, &[3, 2])],
+                4,
+                2,
+                20,
+                None,
+            ),
+            (&[(130, &[0, 70])], 2, 1, 16, Some(1)),
+            (&[(150, &[90, 5]), (20, &[40])], 2, 2, 16, Some(37)),
+            (&[(66, &[80, 9])], 3, 1, 128, Some(200)),
+        ];
+        for (shapes, heads, kv_heads, width, window) in cases {
+            let segments = branching(shapes);
+            let options = Attention {
+                scale: 1.0 / (width as f32).sqrt(),
+                window,
+            };
+            assert_same(
+                &inputs(segments.total(), heads, kv_heads, width),
+                |t| causal_attention(&t[0], &t[1], &t[2], &segments, options),
+                |t| composed(&t[0], &t[1], &t[2], &segments, options),
+            );
+        }
+    }
+
+    /// Sharing a prefix is repeating it, to the last bit.
+    #[test]
+    fn a_shared_prefix_is_a_repeated_prefix() -> Result<()> {
+        let segments = branching(&[(70, &[66, 0, 15]), (9, &[4]), (21, &[])]);
+        let apart = Arc::new(Segments::new(&[136, 70, 85, 13, 21]));
+        let rows: Vec<u32> = segments
+            .iter()
+            .flat_map(|segment| segment.paths().flatten())
+            .map(|row| row as u32)
+            .collect();
+        let rows = Tensor::new(rows, &Device::Cpu)?;
+        let shared = inputs(segments.total(), 4, 2, 24);
+        let repeated = shared.each_ref().map(|x| x.index_select(&rows, 0).unwrap());
+        for window in [None, Some(30)] {
+            let options = Attention { scale: 0.3, window };
+            let attend =
+                |[q, k, v]: &[Tensor; 3], segments| causal_attention(q, k, v, segments, options);
+            let once = attend(&shared, &segments)?.index_select(&rows, 0)?;
+            assert_eq!(bits(&once), bits(&attend(&repeated, &apart)?));
+        }
+        Ok(())
+    }
+
+    #[test]
     fn differentiates() {
-        let segments = Arc::new(Segments::new(&[3, 2]));
-        for window in [None, Some(2)] {
+        let plain = Arc::new(Segments::new(&[3, 2]));
+        let branched = branching(&[(2, &[2, 0, 1])]);
+        for (segments, window) in [
+            (&plain, None),
+            (&plain, Some(2)),
+            (&branched, None),
+            (&branched, Some(2)),
+        ] {
             let options = Attention { scale: 0.7, window };
             assert_differentiates(&inputs(5, 2, 1, 3), |t| {
-                causal_attention(&t[0], &t[1], &t[2], &segments, options)
+                causal_attention(&t[0], &t[1], &t[2], segments, options)
             });
         }
     }

@@ -1,50 +1,94 @@
-//! Where one sequence ends and the next begins in a packed batch.
+//! Where the sequences of a packed batch lie, and which of them share their beginning.
 
 use std::ops::Range;
 
-/// Lengths of sequences laid end to end without padding, as their running sum.
+/// A prefix and the branches that continue it, in packed rows that follow one another: first the
+/// prefix, then each branch. A token of a branch comes after the prefix and the branch's tokens
+/// before it, and knows nothing of other branches. A sequence by itself is a prefix without branches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The rows that all branches continue; may be empty.
+    pub prefix: Range<usize>,
+    /// The rows of each branch; any may be empty.
+    pub branches: Vec<Range<usize>>,
+}
+
+impl Segment {
+    /// The packed rows of the prefix and all branches.
+    pub fn rows(&self) -> Range<usize> {
+        let end = self
+            .branches
+            .last()
+            .map_or(self.prefix.end, |last| last.end);
+        self.prefix.start..end
+    }
+
+    /// The rows of every whole sequence: the prefix and one branch, or the prefix alone if there is none.
+    pub(super) fn paths(&self) -> impl Iterator<Item = impl Iterator<Item = usize>> {
+        let end = self.prefix.end;
+        let alone = self.branches.is_empty().then_some(end..end);
+        let branches = self.branches.iter().cloned().chain(alone);
+        branches.map(|branch| self.prefix.clone().chain(branch))
+    }
+
+    /// Tokens in the longest branch; 0 if there is none.
+    pub(super) fn longest_branch(&self) -> usize {
+        self.branches.iter().map(Range::len).max().unwrap_or(0)
+    }
+}
+
+/// Segments laid end to end without padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segments {
-    /// 0, then the end of each segment.
-    bounds: Vec<usize>,
+    segments: Vec<Segment>,
 }
 
 impl Segments {
-    /// Segments of these lengths, in tokens, in this order. A length may be 0.
+    /// Sequences of these lengths, in tokens, in this order, sharing nothing. A length may be 0.
     pub fn new(lengths: &[usize]) -> Self {
-        let mut bounds = Vec::with_capacity(lengths.len() + 1);
-        bounds.push(0);
+        Self::branching(lengths.iter().map(|&length| (length, Vec::new())))
+    }
+
+    /// For each segment the length of its prefix and of every branch, in tokens, in this order. A length
+    /// may be 0.
+    pub fn branching(lengths: impl IntoIterator<Item = (usize, Vec<usize>)>) -> Self {
         let mut end = 0;
-        for length in lengths {
+        let mut next = |length: usize| {
             end += length;
-            bounds.push(end);
+            end - length..end
+        };
+        let segment = |(prefix, branches): (usize, Vec<usize>)| Segment {
+            prefix: next(prefix),
+            branches: branches.into_iter().map(&mut next).collect(),
+        };
+        Self {
+            segments: lengths.into_iter().map(segment).collect(),
         }
-        Self { bounds }
     }
 
     /// How many segments there are.
     pub fn count(&self) -> usize {
-        self.bounds.len() - 1
+        self.segments.len()
+    }
+
+    /// The segments in turn.
+    pub fn iter(&self) -> impl Iterator<Item = &Segment> {
+        self.segments.iter()
     }
 
     /// The packed rows of segment `index`; panics if there is no such segment.
     pub fn range(&self, index: usize) -> Range<usize> {
-        self.bounds[index]..self.bounds[index + 1]
+        self.segments[index].rows()
     }
 
     /// The packed rows of each segment in turn.
     pub fn ranges(&self) -> impl Iterator<Item = Range<usize>> + '_ {
-        self.bounds.windows(2).map(|ends| ends[0]..ends[1])
+        self.iter().map(Segment::rows)
     }
 
-    /// Tokens in all segments together.
+    /// Tokens in all segments together, those of a prefix counted once.
     pub fn total(&self) -> usize {
-        self.bounds[self.count()]
-    }
-
-    /// Tokens in the longest segment; 0 if there is none.
-    pub fn longest(&self) -> usize {
-        self.ranges().map(|range| range.len()).max().unwrap_or(0)
+        self.segments.last().map_or(0, |last| last.rows().end)
     }
 }
 
@@ -53,14 +97,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bounds_of_packed_sequences() {
+    fn rows_of_sequences_that_share_nothing() {
         let segments = Segments::new(&[3, 0, 5]);
         assert_eq!(segments.count(), 3);
         let ranges: Vec<_> = segments.ranges().collect();
         assert_eq!(ranges, [0..3, 3..3, 3..8]);
-        assert_eq!(segments.range(2), 3..8);
-        assert_eq!((segments.total(), segments.longest()), (8, 5));
+        assert_eq!((segments.range(2), segments.total()), (3..8, 8));
         let none = Segments::new(&[]);
-        assert_eq!((none.count(), none.total(), none.longest()), (0, 0, 0));
+        assert_eq!((none.count(), none.total()), (0, 0));
+    }
+
+    #[test]
+    fn rows_of_prefixes_and_branches() {
+        let segments = Segments::branching([(3, vec![2, 0, 1]), (2, vec![]), (0, vec![2])]);
+        let expected = [
+            (0..3, vec![3..5, 5..5, 5..6]),
+            (6..8, vec![]),
+            (8..8, vec![8..10]),
+        ];
+        for (segment, (prefix, branches)) in segments.iter().zip(expected) {
+            assert_eq!((&segment.prefix, &segment.branches), (&prefix, &branches));
+        }
+        let ranges: Vec<_> = segments.ranges().collect();
+        assert_eq!(ranges, [0..6, 6..8, 8..10]);
+        let paths: Vec<Vec<usize>> = segments
+            .iter()
+            .flat_map(|segment| segment.paths().map(Iterator::collect))
+            .collect();
+        let expected: [&[usize]; 5] = [
+            &[0, 1, 2, 3, 4],
+            &[0, 1, 2],
+            &[0, 1, 2, 5],
+            &[6, 7],
+            &[8, 9],
+        ];
+        assert_eq!(paths, expected);
+        let longest: Vec<_> = segments.iter().map(Segment::longest_branch).collect();
+        assert_eq!(longest, [2, 0, 2]);
     }
 }

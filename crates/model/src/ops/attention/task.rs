@@ -4,32 +4,62 @@ use std::ops::Range;
 
 use super::super::product::{Left, Right, Sizes, add_product};
 use super::super::vector::{Arithmetic, Kernel, LANES, dot, exp, fold, largest};
-use super::Geometry;
+use super::{Geometry, Segment};
 
 /// Queries scored at a time.
 const BLOCK: usize = 64;
 
-/// One segment and one key head.
-pub(super) struct Task {
-    /// The segment's packed rows; not empty.
-    pub rows: Range<usize>,
+/// One segment and one key head. Its rows are counted from the segment's first.
+pub(super) struct Task<'a> {
+    pub segment: &'a Segment,
     pub kv_head: usize,
     pub geometry: Geometry,
 }
 
-/// Queries of one segment, by place in the segment, and the keys any of them sees.
+/// The prefix of a segment or one of its branches.
+#[derive(Clone, Copy)]
+struct Part {
+    /// Its first row.
+    row: usize,
+    /// The place of its first token in the sequence: what a branch sees of the prefix comes before.
+    start: usize,
+    /// The place after its last token.
+    end: usize,
+}
+
+/// Queries of one part, by place in the sequence, and the keys any of them sees.
 struct Block {
+    part: Part,
     queries: Range<usize>,
     keys: Range<usize>,
     window: usize,
 }
 
 impl Block {
+    /// The row of query `index` of the block.
+    fn row(&self, index: usize) -> usize {
+        self.part.row + (self.queries.start - self.part.start) + index
+    }
+
     /// Keys seen by query `index` of the block, counted from the block's first key.
     fn seen(&self, index: usize) -> Range<usize> {
         let end = self.queries.start + index + 1;
         end.saturating_sub(self.window).max(self.keys.start) - self.keys.start
             ..end - self.keys.start
+    }
+
+    /// The keys, counted from the block's first, in spans whose rows follow one another, each with its
+    /// first row: those in the prefix, then those in the queries' own part.
+    fn spans(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let own = self.keys.start.max(self.part.start);
+        let own_row = self.part.row + (own - self.part.start);
+        let shared = own - self.keys.start;
+        [
+            (0..shared, self.keys.start),
+            (shared..self.keys.len(), own_row),
+        ]
+        .into_iter()
+        .filter(|(keys, _)| !keys.is_empty())
     }
 
     /// Row length of the scores: the keys, padded to whole vectors.
@@ -43,86 +73,116 @@ impl Block {
     }
 }
 
-impl Task {
+impl Task<'_> {
     /// Head width padded to whole vectors.
     fn padded(&self) -> usize {
         self.geometry.width.next_multiple_of(LANES)
     }
 
-    /// Row length of a transposed head: the segment, padded to whole vectors.
+    /// Row length of transposed keys: the longest sequence, padded to whole vectors.
     fn length(&self) -> usize {
-        self.rows.len().next_multiple_of(LANES)
+        let longest = self.segment.prefix.len() + self.segment.longest_branch();
+        longest.next_multiple_of(LANES)
     }
 
     /// Room for the scores of any block.
     fn room(&self) -> Vec<f32> {
-        vec![0.0; BLOCK.min(self.rows.len()) * self.length()]
+        let longest = self.segment.longest_branch().max(self.segment.prefix.len());
+        vec![0.0; BLOCK.min(longest) * self.length()]
     }
 
-    fn blocks(&self) -> impl Iterator<Item = Block> {
-        let length = self.rows.len();
-        let window = self.geometry.options.window.unwrap_or(length);
-        (0..length).step_by(BLOCK).map(move |start| {
-            let end = (start + BLOCK).min(length);
+    /// Room for a key head across: by width and by place in the sequence, `[width, length]`.
+    fn across(&self) -> Vec<f32> {
+        vec![0.0; self.geometry.width * self.length()]
+    }
+
+    /// The prefix and then the branches, none of them empty.
+    fn parts(&self) -> impl Iterator<Item = Part> {
+        let Segment { prefix, branches } = self.segment;
+        let branches = branches.iter().map(|rows| (rows, prefix.len()));
+        let part = |(rows, start): (&Range<usize>, usize)| Part {
+            row: rows.start - prefix.start,
+            start,
+            end: start + rows.len(),
+        };
+        std::iter::once((prefix, 0))
+            .chain(branches)
+            .filter(|(rows, _)| !rows.is_empty())
+            .map(part)
+    }
+
+    /// The blocks of a part, once for every query head of this key head.
+    fn blocks(&self, part: Part) -> impl Iterator<Item = (usize, Block)> {
+        let window = self.geometry.options.window.unwrap_or(part.end);
+        let block = move |start: usize| {
+            let end = (start + BLOCK).min(part.end);
             let first_key = (start + 1).saturating_sub(window) / LANES * LANES;
             Block {
+                part,
                 queries: start..end,
                 keys: first_key..end,
                 window,
             }
-        })
+        };
+        let starts = (part.start..part.end).step_by(BLOCK);
+        (0..self.geometry.group)
+            .flat_map(move |member| starts.clone().map(move |start| (member, block(start))))
     }
 
-    /// Key head `kv_head` of packed keys or values, transposed: `[width, length]`.
-    fn transposed(&self, source: &[f32]) -> Vec<f32> {
-        let Geometry {
-            kv_heads, width, ..
-        } = self.geometry;
+    /// Writes a part of the packed keys or values to its places in `across`. The places of the prefix
+    /// stay for every branch; those of a branch are the next one's.
+    fn transpose(&self, across: &mut [f32], source: &[f32], part: Part) {
         let length = self.length();
-        let mut out = vec![0.0; width * length];
-        for (t, row) in self.rows.clone().enumerate() {
-            let head = &source[(row * kv_heads + self.kv_head) * width..][..width];
+        for t in part.start..part.end {
+            let head = self.key(source, part.row + (t - part.start));
             for (d, &x) in head.iter().enumerate() {
-                out[d * length + t] = x;
+                across[d * length + t] = x;
             }
         }
-        out
     }
 
     /// Key head `kv_head` of packed keys or values, its rows padded: `[rows, padded]`.
     fn gathered(&self, source: &[f32]) -> Vec<f32> {
-        let Geometry {
-            kv_heads, width, ..
-        } = self.geometry;
         let padded = self.padded();
-        let mut out = vec![0.0; self.rows.len() * padded];
-        for (row, out) in self.rows.clone().zip(out.chunks_exact_mut(padded)) {
-            let head = &source[(row * kv_heads + self.kv_head) * width..][..width];
-            out[..width].copy_from_slice(head);
+        let mut out = vec![0.0; self.segment.rows().len() * padded];
+        for (row, out) in out.chunks_exact_mut(padded).enumerate() {
+            out[..self.geometry.width].copy_from_slice(self.key(source, row));
         }
         out
     }
 
-    /// Where the packed `[N, H]` has query `t` of head `member` of this group.
-    fn query(&self, t: usize, member: usize) -> usize {
+    /// The numbers of a row's key or value in a packed `[N, KV, hd]`.
+    fn key<'a>(&self, source: &'a [f32], row: usize) -> &'a [f32] {
+        let Geometry {
+            kv_heads, width, ..
+        } = self.geometry;
+        let row = self.segment.prefix.start + row;
+        &source[(row * kv_heads + self.kv_head) * width..][..width]
+    }
+
+    /// Where the packed `[N, H]` has query `row` of head `member` of this group.
+    fn query(&self, row: usize, member: usize) -> usize {
         let Geometry {
             kv_heads, group, ..
         } = self.geometry;
-        ((self.rows.start + t) * kv_heads + self.kv_head) * group + member
+        ((self.segment.prefix.start + row) * kv_heads + self.kv_head) * group + member
     }
 
     /// That query's numbers in a packed `[N, H, hd]`.
-    fn head<'a>(&self, source: &'a [f32], t: usize, member: usize) -> &'a [f32] {
+    fn head<'a>(&self, source: &'a [f32], row: usize, member: usize) -> &'a [f32] {
         let width = self.geometry.width;
-        &source[self.query(t, member) * width..][..width]
+        &source[self.query(row, member) * width..][..width]
     }
 
     /// Head `member` of a block of queries times `factor`, its rows padded: `[queries, padded]`.
     fn block(&self, source: &[f32], block: &Block, member: usize, factor: f32) -> Vec<f32> {
         let padded = self.padded();
         let mut out = vec![0.0; block.queries.len() * padded];
-        for (t, out) in block.queries.clone().zip(out.chunks_exact_mut(padded)) {
-            for (out, x) in out.iter_mut().zip(self.head(source, t, member)) {
+        for (index, out) in out.chunks_exact_mut(padded).enumerate() {
+            for (out, x) in out
+                .iter_mut()
+                .zip(self.head(source, block.row(index), member))
+            {
                 *out = x * factor;
             }
         }
@@ -130,7 +190,7 @@ impl Task {
     }
 
     /// `out = left · rightᵀ` over the block's keys: `left` is `[queries, padded]`, `right` a
-    /// transposed head.
+    /// key head across.
     #[inline(always)]
     fn score<A: Arithmetic>(&self, out: &mut [f32], left: &[f32], right: &[f32], block: &Block) {
         out.fill(0.0);
@@ -156,20 +216,22 @@ impl Task {
     fn mix<A: Arithmetic>(&self, weights: &[f32], keys: &[f32], block: &Block) -> Vec<f32> {
         let padded = self.padded();
         let mut out = vec![0.0; block.queries.len() * padded];
-        let left = Left::Rows {
-            data: weights,
-            stride: block.stride(),
-        };
-        let right = Right {
-            data: &keys[block.keys.start * padded..],
-            stride: padded,
-        };
-        let sizes = Sizes {
-            m: block.queries.len(),
-            k: block.keys.len(),
-            n: padded,
-        };
-        add_product::<A>(&mut out, left, right, sizes);
+        for (span, row) in block.spans() {
+            let left = Left::Rows {
+                data: &weights[span.start..],
+                stride: block.stride(),
+            };
+            let right = Right {
+                data: &keys[row * padded..],
+                stride: padded,
+            };
+            let sizes = Sizes {
+                m: block.queries.len(),
+                k: span.len(),
+                n: padded,
+            };
+            add_product::<A>(&mut out, left, right, sizes);
+        }
         out
     }
 
@@ -183,20 +245,22 @@ impl Task {
         block: &Block,
     ) {
         let padded = self.padded();
-        let left = Left::Columns {
-            data: weights,
-            stride: block.stride(),
-        };
-        let right = Right {
-            data: queries,
-            stride: padded,
-        };
-        let sizes = Sizes {
-            m: block.keys.len(),
-            k: block.queries.len(),
-            n: padded,
-        };
-        add_product::<A>(&mut out[block.keys.start * padded..], left, right, sizes);
+        for (span, row) in block.spans() {
+            let left = Left::Columns {
+                data: &weights[span.start..],
+                stride: block.stride(),
+            };
+            let right = Right {
+                data: queries,
+                stride: padded,
+            };
+            let sizes = Sizes {
+                m: span.len(),
+                k: block.queries.len(),
+                n: padded,
+            };
+            add_product::<A>(&mut out[row * padded..], left, right, sizes);
+        }
     }
 
     /// A gathered head without its padding: `[rows, width]`.
@@ -231,7 +295,7 @@ fn exponentiate<A: Arithmetic>(scores: &mut [f32], seen: Range<usize>, shift: f3
 
 /// The outputs `[rows, group, hd]` and log-sum-exps `[rows, group]` of one task.
 pub(super) struct Forward<'a> {
-    pub task: &'a Task,
+    pub task: &'a Task<'a>,
     pub q: &'a [f32],
     pub k: &'a [f32],
     pub v: &'a [f32],
@@ -242,41 +306,35 @@ impl Kernel for Forward<'_> {
 
     #[inline(always)]
     fn run<A: Arithmetic>(self) -> Self::Output {
-        let Geometry {
-            group,
-            width,
-            options,
-            ..
-        } = self.task.geometry;
-        let keys = self.task.transposed(self.k);
-        let values = self.task.gathered(self.v);
-        let padded = self.task.padded();
-        let mut room = self.task.room();
-        let mut out = vec![0.0; self.task.rows.len() * group * width];
-        let mut log_sums = vec![0.0; self.task.rows.len() * group];
-        for (member, block) in (0..group).flat_map(|m| self.task.blocks().map(move |b| (m, b))) {
-            let queries = self.task.block(self.q, &block, member, options.scale);
-            let scores = &mut room[..block.scores()];
-            self.task.score::<A>(scores, &queries, &keys, &block);
-            let mut sums = [0.0; BLOCK];
-            let rows = scores.chunks_exact_mut(block.stride());
-            for (index, (scores, sum)) in rows.zip(&mut sums).enumerate() {
-                let seen = block.seen(index);
-                let most = largest(&scores[seen.clone()]);
-                *sum = exponentiate::<A>(scores, seen, most);
-                let query = (block.queries.start + index) * group + member;
-                log_sums[query] = most + sum.ln();
-            }
-            let mixed = self.task.mix::<A>(scores, &values, &block);
-            for (t, (mixed, sum)) in block
-                .queries
-                .clone()
-                .zip(mixed.chunks_exact(padded).zip(sums))
-            {
-                let inverse = 1.0 / sum;
-                let out = &mut out[(t * group + member) * width..][..width];
-                for (out, mixed) in out.iter_mut().zip(mixed) {
-                    *out = mixed * inverse;
+        let task = self.task;
+        let Geometry { group, width, .. } = task.geometry;
+        let rows = task.segment.rows().len();
+        let values = task.gathered(self.v);
+        let (mut keys, mut room) = (task.across(), task.room());
+        let mut out = vec![0.0; rows * group * width];
+        let mut log_sums = vec![0.0; rows * group];
+        for part in task.parts() {
+            task.transpose(&mut keys, self.k, part);
+            for (member, block) in task.blocks(part) {
+                let queries = task.block(self.q, &block, member, task.geometry.options.scale);
+                let scores = &mut room[..block.scores()];
+                task.score::<A>(scores, &queries, &keys, &block);
+                let mut sums = [0.0; BLOCK];
+                let score_rows = scores.chunks_exact_mut(block.stride());
+                for (index, (scores, sum)) in score_rows.zip(&mut sums).enumerate() {
+                    let seen = block.seen(index);
+                    let most = largest(&scores[seen.clone()]);
+                    *sum = exponentiate::<A>(scores, seen, most);
+                    log_sums[block.row(index) * group + member] = most + sum.ln();
+                }
+                let mixed = task.mix::<A>(scores, &values, &block);
+                let mixed = mixed.chunks_exact(task.padded());
+                for (index, (mixed, sum)) in mixed.zip(sums).enumerate() {
+                    let inverse = 1.0 / sum;
+                    let out = &mut out[(block.row(index) * group + member) * width..][..width];
+                    for (out, mixed) in out.iter_mut().zip(mixed) {
+                        *out = mixed * inverse;
+                    }
                 }
             }
         }
@@ -286,7 +344,7 @@ impl Kernel for Forward<'_> {
 
 /// The gradients of one task: dq `[rows, group, hd]`, dk and dv `[rows, hd]`.
 pub(super) struct Backward<'a> {
-    pub task: &'a Task,
+    pub task: &'a Task<'a>,
     pub qkv: [&'a [f32]; 3],
     pub out: &'a [f32],
     pub log_sums: &'a [f32],
@@ -301,33 +359,33 @@ impl Kernel for Backward<'_> {
     #[inline(always)]
     fn run<A: Arithmetic>(self) -> Self::Output {
         let task = self.task;
-        let Geometry {
-            group,
-            width,
-            options,
-            ..
-        } = task.geometry;
+        let Geometry { group, width, .. } = task.geometry;
+        let scale = task.geometry.options.scale;
         let [q, k, v] = self.qkv;
         let keys = task.gathered(k);
-        let (keys_across, values_across) = (task.transposed(k), task.transposed(v));
+        let (mut keys_across, mut values_across) = (task.across(), task.across());
         let (mut room, mut slope_room) = (task.room(), task.room());
-        let mut dq = vec![0.0; task.rows.len() * group * width];
+        let mut dq = vec![0.0; task.segment.rows().len() * group * width];
         let (mut dk, mut dv) = (vec![0.0; keys.len()], vec![0.0; keys.len()]);
-        for (member, block) in (0..group).flat_map(|m| task.blocks().map(move |b| (m, b))) {
-            let queries = task.block(q, &block, member, options.scale);
-            let gradients = task.block(self.gradient, &block, member, 1.0);
-            let weights = &mut room[..block.scores()];
-            task.score::<A>(weights, &queries, &keys_across, &block);
-            let slopes = &mut slope_room[..block.scores()];
-            task.score::<A>(slopes, &gradients, &values_across, &block);
-            self.weigh::<A>(weights, slopes, &block, member);
-            task.spread::<A>(&mut dv, weights, &gradients, &block);
-            task.spread::<A>(&mut dk, slopes, &queries, &block);
-            let mixed = task.mix::<A>(slopes, &keys, &block);
-            for (t, mixed) in block.queries.zip(mixed.chunks_exact(task.padded())) {
-                let dq = &mut dq[(t * group + member) * width..][..width];
-                for (dq, mixed) in dq.iter_mut().zip(mixed) {
-                    *dq = options.scale * mixed;
+        for part in task.parts() {
+            task.transpose(&mut keys_across, k, part);
+            task.transpose(&mut values_across, v, part);
+            for (member, block) in task.blocks(part) {
+                let queries = task.block(q, &block, member, scale);
+                let gradients = task.block(self.gradient, &block, member, 1.0);
+                let weights = &mut room[..block.scores()];
+                task.score::<A>(weights, &queries, &keys_across, &block);
+                let slopes = &mut slope_room[..block.scores()];
+                task.score::<A>(slopes, &gradients, &values_across, &block);
+                self.weigh::<A>(weights, slopes, &block, member);
+                task.spread::<A>(&mut dv, weights, &gradients, &block);
+                task.spread::<A>(&mut dk, slopes, &queries, &block);
+                let mixed = task.mix::<A>(slopes, &keys, &block);
+                for (index, mixed) in mixed.chunks_exact(task.padded()).enumerate() {
+                    let dq = &mut dq[(block.row(index) * group + member) * width..][..width];
+                    for (dq, mixed) in dq.iter_mut().zip(mixed) {
+                        *dq = scale * mixed;
+                    }
                 }
             }
         }
@@ -349,11 +407,11 @@ impl Backward<'_> {
             .chunks_exact_mut(block.stride())
             .zip(slopes.chunks_exact_mut(block.stride()));
         for (index, (scores, slopes)) in rows.enumerate() {
-            let t = block.queries.start + index;
-            let log_sum = self.log_sums[self.task.query(t, member)];
+            let row = block.row(index);
+            let log_sum = self.log_sums[self.task.query(row, member)];
             exponentiate::<A>(scores, block.seen(index), log_sum);
-            let gradient = self.task.head(self.gradient, t, member);
-            let pull = dot::<A>(gradient, self.task.head(self.out, t, member));
+            let gradient = self.task.head(self.gradient, row, member);
+            let pull = dot::<A>(gradient, self.task.head(self.out, row, member));
             for (slope, weight) in slopes.iter_mut().zip(scores) {
                 *slope = *weight * (*slope - pull);
             }
