@@ -5,11 +5,13 @@ use std::fmt::Write as _;
 use learner::{Ending, Evaluation};
 use model::decode::{Cache, Prefill};
 use model::{LanguageModel, Weights};
+use preference::apo::{PolicySamples, Quality, RoundReport};
 use serde_json::{Map, Value, json};
 use settings::{PromptsSettings, Settings};
 use telemetry::{RunDirectory, write_atomically};
 
 use crate::{
+    plot,
     roles::Outcome,
     world::{self, World},
 };
@@ -18,7 +20,11 @@ use crate::{
 pub(crate) struct Report {
     json: Value,
     text: String,
+    evaluations: Vec<Evaluation>,
 }
+
+/// The picture of the run's win rates.
+const PICTURE: &str = "win_rate.svg";
 
 impl Report {
     pub(crate) fn new(
@@ -32,7 +38,11 @@ impl Report {
         };
         let json = in_json(settings, world, outcome, bandit.as_ref());
         let text = in_words(settings, world, outcome, bandit.as_ref())?;
-        Ok(Self { json, text })
+        Ok(Self {
+            json,
+            text,
+            evaluations: outcome.summary.evaluations.clone(),
+        })
     }
 
     /// Writes both forms into the run directory and the words to standard output.
@@ -41,6 +51,9 @@ impl Report {
         json.push(b'\n');
         write_atomically(&directory.report_json(), &json)?;
         write_atomically(&directory.report_markdown(), self.text.as_bytes())?;
+        if self.evaluations.len() > 1 {
+            plot::win_rates(&directory.root().join(PICTURE), &self.evaluations)?;
+        }
         println!("{}", self.text);
         println!("Report: {}", directory.report_markdown().display());
         Ok(())
@@ -118,6 +131,7 @@ fn in_json(settings: &Settings, world: &World, outcome: &Outcome, bandit: Option
         "checkpoint": summary.checkpoint,
         "stations": stations(outcome),
         "evaluations": summary.evaluations,
+        "rounds": outcome.rounds,
     });
     if let Some(arms) = bandit {
         report["reference"] = json!(arms.reference);
@@ -177,6 +191,7 @@ fn in_words(
     } else if let Some(last) = summary.evaluations.last() {
         examples(&mut text, last)?;
     }
+    rounds(&mut text, &outcome.rounds)?;
     flow(&mut text, outcome)?;
     writeln!(
         text,
@@ -229,12 +244,13 @@ fn course(text: &mut String, evaluations: &[Evaluation]) -> std::fmt::Result {
     }
     writeln!(
         text,
-        "\n| step | win rate | interval | KL | length | entropy |\n|---|---|---|---|---|---|"
+        "\n| step | win rate | interval | gold | KL | length | entropy |\n|---|---|---|---|---|---|---|"
     )?;
     for e in evaluations {
+        let gold = e.gold_win_rate.map_or("–".into(), |g| format!("{:.3}", g.mean));
         writeln!(
             text,
-            "| {} | {:.3} | {:.3}–{:.3} | {:.2} | {:.1} | {:.3} |",
+            "| {} | {:.3} | {:.3}–{:.3} | {gold} | {:.2} | {:.1} | {:.3} |",
             e.step,
             e.win_rate.mean,
             e.win_rate.low,
@@ -242,6 +258,40 @@ fn course(text: &mut String, evaluations: &[Evaluation]) -> std::fmt::Result {
             e.kl,
             e.response_length,
             e.entropy
+        )?;
+    }
+    writeln!(text, "\n![win rate]({PICTURE})")
+}
+
+/// The rounds of the adversarial game: what the preference model was worth before and after each.
+fn rounds(text: &mut String, rounds: &[RoundReport]) -> std::fmt::Result {
+    if rounds.is_empty() {
+        return Ok(());
+    }
+    writeln!(text, "\n## The preference model's rounds\n")?;
+    writeln!(
+        text,
+        "| round | step | golden answer wins | accuracy, ECE on annotated pairs | on the policy's samples: initial | before | after | |"
+    )?;
+    writeln!(text, "|---|---|---|---|---|---|---|---|")?;
+    for r in rounds {
+        let quality = |q: &Quality| format!("{:.3}, {:.3}", q.accuracy, q.ece);
+        let known = |of: &dyn Fn(&PolicySamples) -> Quality| {
+            r.policy.as_ref().map_or("–".into(), |p| quality(&of(p)))
+        };
+        writeln!(
+            text,
+            "| {} | {} | {:.3} → {:.3} | {} → {} | {} | {} | {} | {} |",
+            r.round,
+            r.step,
+            r.golden_wins.before,
+            r.golden_wins.after,
+            quality(&r.held_out.before),
+            quality(&r.held_out.after),
+            known(&|p| p.initial),
+            known(&|p| p.before),
+            known(&|p| p.after),
+            r.refused.as_deref().unwrap_or("accepted"),
         )?;
     }
     Ok(())

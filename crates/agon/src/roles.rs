@@ -7,7 +7,10 @@ use anyhow::{Context, anyhow};
 use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
 use messages::{Seed, Station};
 use model::SamplingSettings;
-use preference::{Preference, PreferenceParts};
+use preference::{
+    Preference, PreferenceParts,
+    apo::{History, RoundReport},
+};
 use settings::{ObjectiveSettings, Settings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
 use tokio::{sync::watch, task::JoinSet};
@@ -24,6 +27,8 @@ pub(crate) struct Outcome {
     pub(crate) summary: Summary,
     /// What every station took, gave, dropped and still holds.
     pub(crate) stations: Vec<(Station, StationSnapshot)>,
+    /// The rounds of the adversarial game.
+    pub(crate) rounds: Vec<RoundReport>,
 }
 
 /// Builds all roles, runs them side by side until the learner is done or told to stop, then lets the
@@ -102,7 +107,12 @@ pub(crate) async fn run(
         .iter()
         .map(|c| (c.station(), c.snapshot()))
         .collect();
-    Ok(Outcome { summary, stations })
+    let rounds = History::take_up(&world::rounds(directory), summary.steps)?.rounds;
+    Ok(Outcome {
+        summary,
+        stations,
+        rounds,
+    })
 }
 
 /// Waits for the learner, then lets the others finish. A role that ends before it is told to, with or

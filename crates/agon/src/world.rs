@@ -10,19 +10,21 @@ mod preference;
 use std::{path::PathBuf, sync::Arc};
 
 use ::preference::Judge;
+use dataset::shuffled;
 use learner::{Jsonl, PromptRow, PromptSet};
 use messages::Seed;
 use model::{DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
-use settings::{DtypeSetting, JudgeSettings, PromptsSettings, Settings};
+use settings::{DtypeSetting, JudgeSettings, PlaygroundGolden, PromptsSettings, Settings};
 
 use crate::failure::Misuse;
 
 pub(crate) use base::{Base, playground_base};
-pub(crate) use game::Judging;
+pub(crate) use game::{Judging, rounds};
 pub(crate) use gold::Gold;
 pub(crate) use judges::{JudgeSource, check as check_judge};
 pub(crate) use pairs::{Annotated, annotated};
+use pairs::{GeneratedPair, generated};
 pub(crate) use preference::{Opened, Trunk, preference_model};
 
 /// The model at the start and the prompts of a run.
@@ -101,9 +103,16 @@ pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::
     } = start;
     let seed = Seed(settings.run.seed);
     let set: Arc<dyn PromptSet> = match &settings.prompts {
-        PromptsSettings::Playground {} => {
+        PromptsSettings::Playground { golden } => {
             fits_playground(&folder)?;
-            Arc::new(Posts { seed: seed.0 })
+            let chosen = match golden {
+                PlaygroundGolden::Summary => Vec::new(),
+                PlaygroundGolden::Chosen => chosen(settings, (&folder, &weights), stopped)?,
+            };
+            Arc::new(Posts {
+                seed: seed.0,
+                chosen,
+            })
         }
         PromptsSettings::Bandit {} => Arc::new(OnePrompt),
         PromptsSettings::Jsonl(jsonl) => {
@@ -128,7 +137,7 @@ pub(crate) fn gold(settings: &Settings) -> Option<Box<dyn Judge>> {
         JudgeSettings::Gold { cycle } => cycle,
         _ => 0.0,
     };
-    matches!(settings.prompts, PromptsSettings::Playground {})
+    matches!(settings.prompts, PromptsSettings::Playground { .. })
         .then(|| Box::new(Gold::new(cycle)) as _)
 }
 
@@ -176,7 +185,7 @@ pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Resul
     let (actor, positions) = (&settings.actor, config.max_positions);
     let prompt = match settings.prompts {
         PromptsSettings::Jsonl(_) => actor.max_prompt_length,
-        PromptsSettings::Playground {} | PromptsSettings::Bandit {} => 0,
+        PromptsSettings::Playground { .. } | PromptsSettings::Bandit {} => 0,
     };
     if prompt.saturating_add(actor.max_new_tokens) <= positions {
         return Ok(());
@@ -187,9 +196,20 @@ pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Resul
     )))
 }
 
-/// The playground's posts, a fresh one for every prompt.
+/// The posts of the annotated pairs with their chosen answers.
+fn chosen(
+    settings: &Settings,
+    policy: (&ModelFolder, &Weights),
+    stopped: &dyn Fn() -> bool,
+) -> anyhow::Result<Vec<PromptRow>> {
+    let pairs = generated(settings, policy.0, policy.1, stopped)?;
+    Ok(pairs.into_iter().map(GeneratedPair::chosen).collect())
+}
+
+/// The playground's posts: a fresh one for every prompt, or those of annotated pairs, in turn.
 struct Posts {
     seed: u64,
+    chosen: Vec<PromptRow>,
 }
 
 impl Posts {
@@ -207,6 +227,10 @@ impl Posts {
 
 impl PromptSet for Posts {
     fn train(&self, index: u64) -> PromptRow {
+        if !self.chosen.is_empty() {
+            let place = shuffled(index, self.chosen.len() as u64, Seed(self.seed));
+            return self.chosen[place as usize].clone();
+        }
         Self::row(&train_post(self.seed, index), train_seed(self.seed, index))
     }
 

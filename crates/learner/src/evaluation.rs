@@ -65,6 +65,8 @@ pub struct Evaluation {
     pub soft_win_rate: f64,
     /// The same as `win_rate` under the gold preference, where the world has one.
     pub gold_win_rate: Option<Interval>,
+    /// How often the run's judge and the gold preference prefer the same answer, where both prefer one.
+    pub judge_accuracy: Option<f64>,
     /// KL(policy ‖ reference) per completion, in nats, from the policy's samples.
     pub kl: f64,
     /// Mean length of the policy's completions, in tokens.
@@ -133,6 +135,7 @@ impl Tally {
             win_rate: Interval::wilson(mean(&|l| win(p(l))), n),
             soft_win_rate: mean(&p),
             gold_win_rate: gold,
+            judge_accuracy: judge_accuracy(&self.pairs),
             kl: mean(&|l| policy(l).sum_logp() - policy(l).sum_ref_logp()),
             response_length: tokens,
             reference_length: mean(&|l| l.pair.completions[1].ids.len() as f64),
@@ -146,6 +149,17 @@ impl Tally {
                 .collect(),
         })
     }
+}
+
+fn judge_accuracy(pairs: &[LabelledPair]) -> Option<f64> {
+    let agree = |labelled: &LabelledPair| {
+        let judge = f64::from(labelled.labels.first()?.p.get()) - 0.5;
+        let gold = f64::from(labelled.gold?.get()) - 0.5;
+        (judge * gold != 0.0).then(|| f64::from(u8::from(judge * gold > 0.0)))
+    };
+    let agreements: Vec<f64> = pairs.iter().filter_map(agree).collect();
+    (!agreements.is_empty())
+        .then(|| agreements.iter().sum::<f64>() / agreements.len() as f64)
 }
 
 fn example(labelled: &LabelledPair, p: f64) -> Example {

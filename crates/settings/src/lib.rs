@@ -34,7 +34,7 @@ pub use learner::{
 pub use model::{DtypeSetting, ModelSettings};
 pub use playground::{PlaygroundSettings, SftSettings};
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
-pub use prompts::{JsonlPrompts, PromptsSettings};
+pub use prompts::{JsonlPrompts, PlaygroundGolden, PromptsSettings};
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::{RunSettings, TransportSettings};
 

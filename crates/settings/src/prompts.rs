@@ -9,11 +9,24 @@ use serde::{Deserialize, Serialize};
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum PromptsSettings {
     /// Posts of the synthetic summarisation world, a fresh one for every prompt.
-    Playground {},
+    Playground {
+        /// What is held up as the answer to a post, for `rpo` and for the adversarial game.
+        golden: PlaygroundGolden,
+    },
     /// The one prompt of a bandit.
     Bandit {},
     /// A file of prompts, one JSON object a line.
     Jsonl(JsonlPrompts),
+}
+
+/// What is held up as the answer to a post.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PlaygroundGolden {
+    /// The golden summary.
+    Summary,
+    /// The annotated pairs' chosen one; the posts are then those of `[preference.fit.pairs]`.
+    Chosen,
 }
 
 /// A file of prompts.

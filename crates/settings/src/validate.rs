@@ -244,7 +244,7 @@ impl Checks {
                     format!("{nll_coef} must not be negative"),
                 );
                 let golden = match &settings.prompts {
-                    PromptsSettings::Playground {} => true,
+                    PromptsSettings::Playground { .. } => true,
                     PromptsSettings::Bandit {} => false,
                     PromptsSettings::Jsonl(jsonl) => !jsonl.golden_column.is_empty(),
                 };

@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::Context;
 use dataset::{Columns, DatasetError, Pair, read_rows, shuffled};
+use learner::PromptRow;
 use messages::{Completion, Finish, Seed};
 use model::{LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Weights};
 use playground::{Post, noisy_label, preference, train_post, train_seed, utility};
@@ -50,10 +51,22 @@ pub(crate) struct GeneratedPair {
     chosen: String,
     rejected: String,
     /// The true probability that the chosen one is preferred.
-    pub(crate) gold: f64,
-    pub(crate) prompt_ids: Vec<u32>,
-    pub(crate) chosen_ids: Vec<u32>,
-    pub(crate) rejected_ids: Vec<u32>,
+    gold: f64,
+    prompt_ids: Vec<u32>,
+    chosen_ids: Vec<u32>,
+    rejected_ids: Vec<u32>,
+}
+
+impl GeneratedPair {
+    /// The post with its chosen answer.
+    pub(crate) fn chosen(self) -> PromptRow {
+        PromptRow {
+            ids: self.prompt_ids,
+            text: self.prompt,
+            golden: Some(self.chosen_ids),
+            answer: Some(self.chosen),
+        }
+    }
 }
 
 /// The annotated pairs of `[preference.fit]`, for a trunk with this folder; `base` is the policy that the

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use super::Checks;
 use crate::{
-    ApoSettings, ChatJudgeSettings, FitSettings, JudgeSettings, PairsSettings, PreferenceSettings,
-    PromptsSettings, Settings,
+    ApoSettings, ChatJudgeSettings, FitSettings, JudgeSettings, PairsSettings, PlaygroundGolden,
+    PreferenceSettings, PromptsSettings, Settings,
 };
 
 impl Checks {
@@ -14,6 +14,15 @@ impl Checks {
         self.service(preference);
         self.judge(&preference.judge, settings);
         self.fit(&preference.fit);
+        let chosen = PromptsSettings::Playground {
+            golden: PlaygroundGolden::Chosen,
+        };
+        self.require(
+            settings.prompts != chosen
+                || matches!(preference.fit.pairs, PairsSettings::Playground { .. }),
+            "prompts.golden",
+            "\"chosen\" are the playground's annotated pairs: set preference.fit.pairs.kind = \"playground\"",
+        );
         if preference.apo.refresh_steps > 0 {
             self.apo(&preference.apo, settings);
         }
@@ -55,7 +64,7 @@ impl Checks {
         match judge {
             JudgeSettings::Gold { cycle } => {
                 self.require(
-                    matches!(settings.prompts, PromptsSettings::Playground {}),
+                    matches!(settings.prompts, PromptsSettings::Playground { .. }),
                     "preference.judge.kind",
                     "\"gold\" judges the playground's summaries only; use \"rule\" for other prompts",
                 );
@@ -247,7 +256,7 @@ impl Checks {
             "only a model can be fitted again: set preference.judge.kind to \"bradley-terry\" or \"pairwise\"",
         );
         let golden = match &settings.prompts {
-            PromptsSettings::Playground {} => true,
+            PromptsSettings::Playground { .. } => true,
             PromptsSettings::Bandit {} => false,
             PromptsSettings::Jsonl(jsonl) => !jsonl.golden_column.is_empty(),
         };
