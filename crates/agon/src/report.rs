@@ -247,7 +247,9 @@ fn course(text: &mut String, evaluations: &[Evaluation]) -> std::fmt::Result {
         "\n| step | win rate | interval | gold | KL | length | entropy |\n|---|---|---|---|---|---|---|"
     )?;
     for e in evaluations {
-        let gold = e.gold_win_rate.map_or("–".into(), |g| format!("{:.3}", g.mean));
+        let gold = e
+            .gold_win_rate
+            .map_or("–".into(), |g| format!("{:.3}", g.mean));
         writeln!(
             text,
             "| {} | {:.3} | {:.3}–{:.3} | {gold} | {:.2} | {:.1} | {:.3} |",

@@ -158,8 +158,7 @@ fn judge_accuracy(pairs: &[LabelledPair]) -> Option<f64> {
         (judge * gold != 0.0).then(|| f64::from(u8::from(judge * gold > 0.0)))
     };
     let agreements: Vec<f64> = pairs.iter().filter_map(agree).collect();
-    (!agreements.is_empty())
-        .then(|| agreements.iter().sum::<f64>() / agreements.len() as f64)
+    (!agreements.is_empty()).then(|| agreements.iter().sum::<f64>() / agreements.len() as f64)
 }
 
 fn example(labelled: &LabelledPair, p: f64) -> Example {

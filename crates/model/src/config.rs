@@ -20,6 +20,33 @@ pub const SUPPORTED_ARCHITECTURES: [&str; 4] = [
     "Qwen3ForCausalLM",
 ];
 
+/// The architectures of decoders with a head that scores, as `config.json` names them.
+pub const SUPPORTED_REWARD_ARCHITECTURES: [&str; 4] = [
+    "LlamaForSequenceClassification",
+    "MistralForSequenceClassification",
+    "Qwen2ForSequenceClassification",
+    "Qwen3ForSequenceClassification",
+];
+
+/// What a decoder's hidden states are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Task {
+    /// The next token.
+    Language,
+    /// A score.
+    Reward,
+}
+
+impl Task {
+    /// How `config.json` names the architectures for it.
+    pub(crate) fn architectures(self) -> &'static [&'static str] {
+        match self {
+            Self::Language => &SUPPORTED_ARCHITECTURES,
+            Self::Reward => &SUPPORTED_REWARD_ARCHITECTURES,
+        }
+    }
+}
+
 /// Which family of decoders a model belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
@@ -84,8 +111,13 @@ impl ModelConfig {
     /// # Errors
     /// When a file is missing or malformed, or the architecture is not supported.
     pub fn load(folder: &Path) -> Result<Self, ModelError> {
+        Self::load_for(Task::Language, folder)
+    }
+
+    /// As [`Self::load`], of a folder that is for `task`.
+    pub(crate) fn load_for(task: Task, folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
-        let mut config = Self::from_json(read_json(&path)?, &path)?;
+        let mut config = Self::read(task, read_json(&path)?, &path)?;
         let generation = folder.join("generation_config.json");
         if generation.exists() {
             let eos = tokens(&read_json(&generation)?["eos_token_id"]);
@@ -101,7 +133,11 @@ impl ModelConfig {
     /// # Errors
     /// When it is malformed or the architecture is not supported.
     pub fn from_json(raw: Value, path: &Path) -> Result<Self, ModelError> {
-        let architecture = architecture(&raw, path)?;
+        Self::read(Task::Language, raw, path)
+    }
+
+    fn read(task: Task, raw: Value, path: &Path) -> Result<Self, ModelError> {
+        let architecture = architecture(task, &raw, path)?;
         let flat = old_style(&raw, path)?;
         let mut config = match architecture {
             Architecture::Llama => from_llama(&parse(&flat, path)?, &flat),
@@ -221,17 +257,35 @@ fn tokens(value: &Value) -> Vec<u32> {
     }
 }
 
-fn architecture(raw: &Value, path: &Path) -> Result<Architecture, ModelError> {
+/// The families in the order in which every list of architectures names them.
+const FAMILIES: [(Architecture, &str); 4] = [
+    (Architecture::Llama, "llama"),
+    (Architecture::Mistral, "mistral"),
+    (Architecture::Qwen2, "qwen2"),
+    (Architecture::Qwen3, "qwen3"),
+];
+
+fn architecture(task: Task, raw: &Value, path: &Path) -> Result<Architecture, ModelError> {
     let named = raw["architectures"][0].as_str();
-    match (named, raw["model_type"].as_str()) {
-        (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => Ok(Architecture::Llama),
-        (Some("MistralForCausalLM"), _) | (None, Some("mistral")) => Ok(Architecture::Mistral),
-        (Some("Qwen2ForCausalLM"), _) | (None, Some("qwen2")) => Ok(Architecture::Qwen2),
-        (Some("Qwen3ForCausalLM"), _) | (None, Some("qwen3")) => Ok(Architecture::Qwen3),
-        (named, kind) => Err(ModelError::Architecture {
-            path: path.to_owned(),
-            found: named.or(kind).unwrap_or("(none is named)").to_owned(),
-        }),
+    // A model that names no architecture is one for the next token.
+    let kind = raw["model_type"].as_str();
+    let unnamed = kind.filter(|_| named.is_none() && task == Task::Language);
+    let mut families = FAMILIES.iter().zip(task.architectures());
+    let family = families
+        .find(|((_, kind), name)| named == Some(**name) || unnamed == Some(*kind))
+        .map(|((architecture, _), _)| *architecture);
+    family.ok_or_else(|| ModelError::Architecture {
+        path: path.to_owned(),
+        found: named.or(kind).unwrap_or("(none is named)").to_owned(),
+        supported: task.architectures(),
+    })
+}
+
+impl Architecture {
+    /// How `config.json` names this family's model for `task`.
+    pub(crate) fn name_for(self, task: Task) -> &'static str {
+        let place = FAMILIES.iter().position(|(family, _)| *family == self);
+        task.architectures()[place.expect("every family is in the list")]
     }
 }
 

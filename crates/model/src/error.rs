@@ -32,12 +32,14 @@ pub enum ModelError {
         reason: String,
     },
     /// A model of a kind that is not supported.
-    #[error("the architecture {found} of {path} is not supported; supported are {}", crate::SUPPORTED_ARCHITECTURES.join(", "))]
+    #[error("the architecture {found} of {path} is not supported; supported are {}", supported.join(", "))]
     Architecture {
         /// The configuration file.
         path: PathBuf,
         /// What it names.
         found: String,
+        /// What would do in its place.
+        supported: &'static [&'static str],
     },
     /// Weights that do not belong to the configuration.
     #[error("the weights do not fit the model: {reason}")]

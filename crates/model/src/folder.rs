@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{DType, Device, ModelConfig, ModelError, Tokenizer, Weights};
+use crate::{DType, Device, ModelConfig, ModelError, Tokenizer, Weights, config::Task};
 
 /// What a saved model takes over from the one that it was trained from, when that has it.
 const COPIED: [&str; 5] = [
@@ -40,6 +40,15 @@ impl ModelFolder {
     /// # Errors
     /// When the folder or a file in it is missing, or does not fit the others.
     pub fn open(path: &Path, chat_template: Option<&Path>) -> Result<Self, ModelError> {
+        Self::open_for(Task::Language, path, chat_template)
+    }
+
+    /// As [`Self::open`], a model that is for `task`.
+    pub(crate) fn open_for(
+        task: Task,
+        path: &Path,
+        chat_template: Option<&Path>,
+    ) -> Result<Self, ModelError> {
         let kind = fs::metadata(path).map_err(|source| ModelError::Unreadable {
             path: path.to_owned(),
             source,
@@ -51,7 +60,7 @@ impl ModelFolder {
                 reason: reason.into(),
             });
         }
-        let config = ModelConfig::load(path)?;
+        let config = ModelConfig::load_for(task, path)?;
         let tokenizer = Tokenizer::load(path, &config, chat_template)?;
         Ok(Self {
             path: path.to_owned(),

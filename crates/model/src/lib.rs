@@ -3,13 +3,14 @@
 //! A [`LanguageModel`] is a decoder-only transformer read from a Hugging Face folder. It has two paths
 //! over the same weights: [`LanguageModel::score`] is differentiable and takes packed ragged batches;
 //! the cached path of [`decode`] writes one token of many sequences at once, and the [`Sampler`] drives
-//! it for a policy and its reference together. Tokens go in, log-probabilities come out; what they are
-//! for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
+//! it for a policy and its reference together. Tokens go in, log-probabilities come out. A
+//! [`RewardModel`] is the same decoder with a head that gives a score instead. What either is for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
 //! operation.
 
 mod chat;
 mod config;
 pub mod decode;
+mod encoder;
 mod error;
 #[cfg(test)]
 mod fixtures;
@@ -20,6 +21,7 @@ mod optimizer;
 mod packed;
 #[cfg(test)]
 mod reference;
+mod reward;
 mod rope;
 pub mod sampling;
 mod schedule;
@@ -28,12 +30,16 @@ mod tokenizer;
 mod weights;
 
 pub use candle_core::{DType, Device, Tensor};
-pub use config::{Architecture, ModelConfig, SUPPORTED_ARCHITECTURES};
+pub use config::{
+    Architecture, ModelConfig, SUPPORTED_ARCHITECTURES, SUPPORTED_REWARD_ARCHITECTURES,
+};
+pub use encoder::Encoder;
 pub use error::ModelError;
 pub use folder::{ModelFolder, save_folder};
 pub use network::LanguageModel;
 pub use optimizer::{AdamWSettings, Gradients, Optimizer};
 pub use packed::{Fork, Packed, Sequence};
+pub use reward::{Pooling, RewardConfig, RewardFolder, RewardKind, RewardModel};
 pub use sampling::{Finished, Request, Sampler, SamplingSettings};
 pub use schedule::Schedule;
 pub use score::Scores;

@@ -30,6 +30,16 @@ impl Weights {
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
+        Self::load_tensors(folder, config.tensors(), dtype, device)
+    }
+
+    /// As [`Self::load`], the tensors of these names and shapes.
+    pub(crate) fn load_tensors(
+        folder: &Path,
+        expected: Vec<(String, Vec<usize>)>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let mut found = HashMap::new();
         for path in shards(folder)? {
             let bytes = std::fs::read(&path).map_err(|source| ModelError::Unreadable {
@@ -45,7 +55,7 @@ impl Weights {
                 })?;
             found.extend(tensors);
         }
-        Self::checked(found, config, dtype)
+        Self::checked(found, expected, dtype)
     }
 
     /// Reads what [`Self::to_blob`] wrote.
@@ -63,7 +73,7 @@ impl Weights {
                 reason: torn(&error),
             }
         })?;
-        Self::checked(found, config, dtype)
+        Self::checked(found, config.tensors(), dtype)
     }
 
     /// Random weights for a model that is to be trained from nothing: normal with deviation
@@ -105,11 +115,11 @@ impl Weights {
 
     fn checked(
         mut found: HashMap<String, Tensor>,
-        config: &ModelConfig,
+        expected: Vec<(String, Vec<usize>)>,
         dtype: DType,
     ) -> Result<Self, ModelError> {
         let mut tensors = BTreeMap::new();
-        for (name, shape) in config.tensors() {
+        for (name, shape) in expected {
             let tensor = found.remove(&name).ok_or_else(|| ModelError::Weights {
                 reason: format!("the tensor {name} of shape {shape:?} is missing"),
             })?;
@@ -188,7 +198,7 @@ impl Weights {
 }
 
 /// One draw of the standard normal distribution (Box & Muller 1958).
-fn normal(random: &mut ChaCha8Rng) -> f64 {
+pub(crate) fn normal(random: &mut ChaCha8Rng) -> f64 {
     let u: f64 = 1.0 - random.random::<f64>();
     let v: f64 = random.random();
     (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()

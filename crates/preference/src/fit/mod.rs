@@ -79,7 +79,7 @@ pub fn fit(
     seed: Seed,
     mut watch: impl FnMut(FitStep) -> bool,
 ) -> Result<RewardModel, PreferenceError> {
-    let model = RewardModel::from_trunk(trunk, &reward_config(settings), seed)?;
+    let model = RewardModel::from_trunk(trunk, reward_config(settings), seed)?;
     let (model, vars) = model.trainable()?;
     let mut optimizer = Optimizer::new(vars, adamw(settings))?;
     let order = Order::new(settings, material, seed)?;
@@ -168,10 +168,10 @@ pub(crate) fn probability(
 
 /// Every example's two responses, one after the other.
 fn sequences(examples: &[Example]) -> Vec<Sequence<'_>> {
-    let of = |example: &'_ Example| {
+    fn of(example: &Example) -> [Sequence<'_>; 2] {
         let prompt = example.prompt.as_slice();
         [&example.first, &example.second].map(|completion| Sequence { prompt, completion })
-    };
+    }
     examples.iter().flat_map(of).collect()
 }
 

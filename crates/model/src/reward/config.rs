@@ -1,0 +1,254 @@
+//! What a reward model gives and how: kept in its `config.json` under a key of our own, beside the keys
+//! by which transformers knows a classifier.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::{ModelConfig, ModelError, config::Task};
+
+/// The key in `config.json`.
+const KEY: &str = "agon_reward";
+/// The name of the head's weight, `[outputs, hidden_size]`, as transformers has it.
+pub(crate) const HEAD: &str = "score.weight";
+/// The name of the likelihood's coefficient, `[1]`.
+pub(crate) const COEFFICIENT: &str = "likelihood.coefficient";
+
+/// What a reward model gives and how. The default is what every classifier of transformers does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewardConfig {
+    /// What its outputs are.
+    pub kind: RewardKind,
+    /// How the response's hidden states become one row.
+    pub pooling: Pooling,
+    /// Whether the trunk's own mean log-likelihood of the response adds to the score, by a coefficient
+    /// that is trained.
+    pub likelihood: bool,
+}
+
+/// What the outputs of a reward model are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum RewardKind {
+    /// A score r; p(a ≻ b) = σ(r_a − r_b) (Bradley and Terry 1952).
+    #[default]
+    BradleyTerry,
+    /// A score and an embedding that meets another's in a skew-symmetric form, so that preferences may
+    /// go in circles (General Preference Model, Zhang et al. 2410.02197).
+    Pairwise {
+        /// Planes of the embedding, two numbers each; at least one.
+        planes: usize,
+    },
+}
+
+/// How the hidden states of a response's tokens, end-of-text included, become one row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pooling {
+    /// The last token's.
+    #[default]
+    Last,
+    /// Their mean.
+    Mean,
+    /// An eighth of their sum.
+    Sum,
+}
+
+impl RewardKind {
+    /// How many numbers a response gets: one, and two for every plane.
+    #[must_use]
+    pub fn outputs(self) -> usize {
+        match self {
+            Self::BradleyTerry => 1,
+            Self::Pairwise { planes } => 1 + 2 * planes,
+        }
+    }
+}
+
+impl RewardConfig {
+    /// What `raw` says, the `config.json` at `path`.
+    pub(crate) fn read(raw: &Value, path: &Path) -> Result<Self, ModelError> {
+        let malformed = |reason: String| ModelError::Malformed {
+            path: path.to_owned(),
+            reason,
+        };
+        let config = match raw.get(KEY) {
+            Some(own) => {
+                Self::deserialize(own).map_err(|error| malformed(format!("{KEY}: {error}")))?
+            }
+            None => Self::default(),
+        };
+        config.check().map_err(&malformed)?;
+        let (outputs, labels) = (config.kind.outputs(), labels(raw));
+        if labels.is_some_and(|labels| labels != outputs) {
+            let labels = labels.unwrap_or(0);
+            let reason = format!("it has {labels} labels where a reward model has {outputs}");
+            return Err(malformed(reason));
+        }
+        Ok(config)
+    }
+
+    /// Whether such a model can be.
+    pub(crate) fn check(self) -> Result<(), String> {
+        match self.kind {
+            RewardKind::Pairwise { planes: 0 } => {
+                Err("a pairwise model needs at least one plane".into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The shape of a reward model on the decoder of `trunk`.
+    pub(crate) fn shape(self, trunk: &ModelConfig) -> ModelConfig {
+        let mut shape = self.headless(trunk.clone());
+        let names: Map<String, Value> = (0..self.kind.outputs())
+            .map(|output| (output.to_string(), format!("LABEL_{output}").into()))
+            .collect();
+        let places: Map<String, Value> = (0..self.kind.outputs())
+            .map(|output| (format!("LABEL_{output}"), output.into()))
+            .collect();
+        shape.raw["architectures"] = json!([shape.architecture.name_for(Task::Reward)]);
+        shape.raw["num_labels"] = self.kind.outputs().into();
+        shape.raw["id2label"] = names.into();
+        shape.raw["label2id"] = places.into();
+        shape.raw[KEY] = json!(self);
+        shape
+    }
+
+    /// A decoder that nobody asks for a next token has no language head; where one must stand, it is
+    /// the embedding.
+    pub(crate) fn headless(self, mut trunk: ModelConfig) -> ModelConfig {
+        trunk.tied_head |= !self.likelihood;
+        trunk
+    }
+
+    /// Every tensor of the model on a trunk that is [`Self::headless`]: its name and its shape.
+    pub(crate) fn tensors(self, trunk: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+        let mut tensors = trunk.tensors();
+        tensors.push((
+            HEAD.to_owned(),
+            vec![self.kind.outputs(), trunk.hidden_size],
+        ));
+        if self.likelihood {
+            tensors.push((COEFFICIENT.to_owned(), vec![1]));
+        }
+        tensors
+    }
+}
+
+/// How many labels a classifier says it has, if it does.
+fn labels(raw: &Value) -> Option<usize> {
+    let named = raw["id2label"].as_object().map(Map::len);
+    let counted = || usize::try_from(raw["num_labels"].as_u64()?).ok();
+    named.or_else(counted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::config;
+
+    fn read(raw: &Value) -> Result<RewardConfig, String> {
+        RewardConfig::read(raw, Path::new("config.json")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let kinds = [
+            RewardKind::BradleyTerry,
+            RewardKind::Pairwise { planes: 1 },
+            RewardKind::Pairwise { planes: 3 },
+        ];
+        for (kind, outputs) in kinds.into_iter().zip([1, 3, 7]) {
+            for pooling in [Pooling::Last, Pooling::Mean, Pooling::Sum] {
+                for likelihood in [false, true] {
+                    let reward = RewardConfig {
+                        kind,
+                        pooling,
+                        likelihood,
+                    };
+                    let raw = reward.shape(&config(8)).raw;
+                    assert_eq!(read(&raw), Ok(reward));
+                    assert_eq!(
+                        raw["architectures"],
+                        json!(["LlamaForSequenceClassification"])
+                    );
+                    assert_eq!(raw["num_labels"], outputs);
+                    assert_eq!(raw["id2label"].as_object().unwrap().len(), outputs);
+                    assert_eq!(raw["a_key_of_its_own"], json!([1, 2]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_classifier_of_another_house_scores_by_its_last_token() {
+        for labels in [
+            json!({"id2label": {"0": "LABEL_0"}}),
+            json!({"num_labels": 1}),
+            json!({}),
+        ] {
+            assert_eq!(read(&labels), Ok(RewardConfig::default()));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_the_reason() {
+        let own = |value: Value| json!({ "agon_reward": value });
+        let cases = [
+            (
+                json!({"num_labels": 3}),
+                "it has 3 labels where a reward model has 1",
+            ),
+            (
+                json!({"id2label": {"0": "a", "1": "b"}, "num_labels": 1}),
+                "it has 2 labels where a reward model has 1",
+            ),
+            (
+                own(
+                    json!({"kind": {"pairwise": {"planes": 0}}, "pooling": "last", "likelihood": false}),
+                ),
+                "at least one plane",
+            ),
+            (
+                own(json!({"kind": "bradley-terry", "pooling": "max", "likelihood": false})),
+                "agon_reward: unknown variant `max`",
+            ),
+            (
+                own(
+                    json!({"kind": "bradley-terry", "pooling": "sum", "likelihood": false, "bias": 1}),
+                ),
+                "agon_reward: unknown field `bias`",
+            ),
+            (
+                own(
+                    json!({"kind": {"pairwise": {"planes": 1, "plane": 2}}, "pooling": "sum", "likelihood": false}),
+                ),
+                "agon_reward: unknown field `plane`",
+            ),
+        ];
+        for (raw, expected) in cases {
+            let refused = read(&raw).unwrap_err();
+            assert!(refused.contains(expected), "{refused:?} for {raw}");
+        }
+    }
+
+    #[test]
+    fn the_language_head_is_kept_only_where_it_is_asked() {
+        let mut trunk = config(8);
+        trunk.tied_head = false;
+        let names = |likelihood: bool| {
+            let reward = RewardConfig {
+                likelihood,
+                ..RewardConfig::default()
+            };
+            let tensors = reward.tensors(&reward.shape(&trunk));
+            let names: Vec<String> = tensors.into_iter().map(|(name, _)| name).collect();
+            ["lm_head.weight", HEAD, COEFFICIENT].map(|name| names.iter().any(|n| n == name))
+        };
+        assert_eq!(names(false), [false, true, false]);
+        assert_eq!(names(true), [true, true, true]);
+    }
+}

@@ -1,0 +1,355 @@
+//! The forward pass of a reward model: packed sequences in, a row of outputs each.
+
+use std::ops::Range;
+
+use candle_core::{DType, Tensor};
+
+use super::{Pooling, RewardModel};
+use crate::{ModelError, Packed, Sequence, ops};
+
+/// What a sum of hidden states is divided by, so that its size is that of a mean.
+const SUM_DIVISOR: f64 = 8.0;
+/// What a mean log-likelihood is multiplied by, so that its size is that of a short sum.
+const LIKELIHOOD_FACTOR: f64 = 16.0;
+
+impl RewardModel {
+    /// The outputs for every response, `[n, outputs]` in f32, with gradient. A prompt may be empty: then
+    /// the whole sequence is the response, and of its likelihood the first token, which nothing
+    /// predicts, has no part.
+    ///
+    /// # Errors
+    /// When there is no sequence, a response is empty, a sequence is too long or a token is unknown; with
+    /// `likelihood` also when a response without a prompt has one token only.
+    pub fn score(&self, sequences: &[Sequence<'_>]) -> Result<Tensor, ModelError> {
+        self.check(sequences)?;
+        let inputs: Vec<Vec<u32>> = sequences
+            .iter()
+            .map(|s| [s.prompt, s.completion].concat())
+            .collect();
+        let packed = Packed::new(&inputs, self.trunk.config(), self.device())?;
+        let hidden = self.trunk.hidden(&packed)?;
+        let scores = self.pooled(&hidden, &responses(sequences))?;
+        match &self.coefficient {
+            None => Ok(scores),
+            Some(coefficient) => {
+                let likelihood = self.mean_log_likelihood(&hidden, sequences)?;
+                let scaled = (likelihood * LIKELIHOOD_FACTOR)?
+                    .broadcast_mul(&coefficient.to_dtype(DType::F32)?)?;
+                let others = self.config.kind.outputs() - 1;
+                Ok((scores + scaled.pad_with_zeros(1, 0, others)?)?)
+            }
+        }
+    }
+
+    fn check(&self, sequences: &[Sequence<'_>]) -> Result<(), ModelError> {
+        let unscored = |s: &&Sequence<'_>| {
+            let alone = s.prompt.is_empty() && s.completion.len() == 1;
+            s.completion.is_empty() || (self.config.likelihood && alone)
+        };
+        let reason = match sequences.iter().find(unscored) {
+            _ if sequences.is_empty() => "no sequence was given to be scored",
+            None => return Ok(()),
+            Some(s) if s.completion.is_empty() => "a response without tokens cannot be scored",
+            Some(_) => "a response of one token and no prompt has no likelihood; give its prompt",
+        };
+        Err(ModelError::Tokens {
+            reason: reason.into(),
+        })
+    }
+
+    /// The head's outputs of the pooled hidden states, `[n, outputs]` in f32. The head is linear, so what
+    /// is pooled are its outputs.
+    fn pooled(&self, hidden: &Tensor, responses: &[Range<usize>]) -> Result<Tensor, ModelError> {
+        let outputs = |rows: Vec<u32>| -> Result<Tensor, ModelError> {
+            let rows = Tensor::new(rows, self.device())?;
+            let rows = hidden.index_select(&rows, 0)?.to_dtype(DType::F32)?;
+            Ok(rows.matmul(&self.head.to_dtype(DType::F32)?.t()?)?)
+        };
+        let all = || responses.iter().cloned().flatten().map(|row| row as u32);
+        let lengths: Vec<usize> = responses.iter().map(Range::len).collect();
+        match self.config.pooling {
+            Pooling::Last => outputs(responses.iter().map(|r| r.end as u32 - 1).collect()),
+            Pooling::Mean => means(&outputs(all().collect())?, &lengths),
+            Pooling::Sum => Ok((sums(&outputs(all().collect())?, &lengths)? / SUM_DIVISOR)?),
+        }
+    }
+
+    /// The mean of the trunk's own log p over the tokens of each response, `[n, 1]` in f32, in nats.
+    fn mean_log_likelihood(
+        &self,
+        hidden: &Tensor,
+        sequences: &[Sequence<'_>],
+    ) -> Result<Tensor, ModelError> {
+        let (mut rows, mut targets, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        for (sequence, response) in sequences.iter().zip(responses(sequences)) {
+            // A token is predicted by the row before it; the first of all by none.
+            let unpredicted = usize::from(sequence.prompt.is_empty());
+            rows.extend((response.start + unpredicted..response.end).map(|row| row as u32 - 1));
+            targets.extend_from_slice(&sequence.completion[unpredicted..]);
+            lengths.push(response.len() - unpredicted);
+        }
+        let rows = Tensor::new(rows, self.device())?;
+        let hidden = hidden.index_select(&rows, 0)?;
+        let logp = ops::token_logprobs(&hidden, &self.trunk.head, &targets)?.logp;
+        means(&logp.to_dtype(DType::F32)?.unsqueeze(1)?, &lengths)
+    }
+}
+
+/// The rows of each response in the packed batch.
+fn responses(sequences: &[Sequence<'_>]) -> Vec<Range<usize>> {
+    let mut end = 0;
+    sequences
+        .iter()
+        .map(|s| {
+            let start = end + s.prompt.len();
+            end = start + s.completion.len();
+            start..end
+        })
+        .collect()
+}
+
+/// The sums of the first `lengths[0]` rows of `[R, k]`, of the next `lengths[1]`, …: `[n, k]`.
+fn sums(rows: &Tensor, lengths: &[usize]) -> Result<Tensor, ModelError> {
+    let owners: Vec<u32> = lengths
+        .iter()
+        .enumerate()
+        .flat_map(|(owner, &length)| std::iter::repeat_n(owner as u32, length))
+        .collect();
+    let owners = Tensor::new(owners, rows.device())?;
+    let none = Tensor::zeros((lengths.len(), rows.dim(1)?), rows.dtype(), rows.device())?;
+    Ok(none.index_add(&owners, rows, 0)?)
+}
+
+/// As [`sums`], divided by the lengths.
+fn means(rows: &Tensor, lengths: &[usize]) -> Result<Tensor, ModelError> {
+    let counts: Vec<f32> = lengths.iter().map(|&length| length as f32).collect();
+    let counts = Tensor::from_vec(counts, (lengths.len(), 1), rows.device())?;
+    Ok(sums(rows, lengths)?.broadcast_div(&counts)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        LanguageModel, RewardConfig, RewardKind,
+        fixtures::tiny_model,
+        reward::{
+            config::{COEFFICIENT, HEAD},
+            tests::{close, reward},
+        },
+    };
+
+    const SEQUENCES: [Sequence<'static>; 4] = [
+        Sequence {
+            prompt: &[0, 3, 4],
+            completion: &[2, 6, 1],
+        },
+        Sequence {
+            prompt: &[0],
+            completion: &[5],
+        },
+        Sequence {
+            prompt: &[],
+            completion: &[4, 4, 2, 1],
+        },
+        Sequence {
+            prompt: &[2, 2],
+            completion: &[3, 1],
+        },
+    ];
+    const PAIRWISE: RewardKind = RewardKind::Pairwise { planes: 1 };
+
+    fn scores(model: &RewardModel, sequences: &[Sequence<'_>]) -> Vec<Vec<f32>> {
+        model.score(sequences).unwrap().to_vec2().unwrap()
+    }
+
+    /// The head's outputs of every response token, one sequence after the other, each read alone.
+    fn by_token(model: &RewardModel) -> Vec<Vec<Vec<f32>>> {
+        let head: Vec<Vec<f32>> = model.weights().get(HEAD).unwrap().to_vec2().unwrap();
+        let dot = |h: &[f32]| -> Vec<f32> {
+            let output = |w: &Vec<f32>| h.iter().zip(w).map(|(h, w)| h * w).sum();
+            head.iter().map(output).collect()
+        };
+        let alone = |s: &Sequence<'_>| {
+            let ids = [s.prompt, s.completion].concat();
+            let packed = Packed::new(&[ids], model.trunk.config(), model.device()).unwrap();
+            let hidden: Vec<Vec<f32>> = model.trunk.hidden(&packed).unwrap().to_vec2().unwrap();
+            hidden[s.prompt.len()..].iter().map(|h| dot(h)).collect()
+        };
+        SEQUENCES.iter().map(alone).collect()
+    }
+
+    #[test]
+    fn pooling_is_what_it_says() {
+        for kind in [RewardKind::BradleyTerry, PAIRWISE] {
+            for pooling in [Pooling::Last, Pooling::Mean, Pooling::Sum] {
+                let config = RewardConfig {
+                    kind,
+                    pooling,
+                    likelihood: false,
+                };
+                let model = reward(&tiny_model(7, 1), config);
+                for (found, tokens) in scores(&model, &SEQUENCES).iter().zip(by_token(&model)) {
+                    let sum = |output: usize| tokens.iter().map(|t| t[output]).sum::<f32>();
+                    let expected: Vec<f32> = (0..kind.outputs())
+                        .map(|output| match pooling {
+                            Pooling::Last => tokens[tokens.len() - 1][output],
+                            Pooling::Mean => sum(output) / tokens.len() as f32,
+                            Pooling::Sum => sum(output) / 8.0,
+                        })
+                        .collect();
+                    close(found, &expected, 1e-5);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_likelihood_is_the_language_models_mean() {
+        let trunk = tiny_model(7, 1);
+        let config = |likelihood| RewardConfig {
+            kind: PAIRWISE,
+            pooling: Pooling::Mean,
+            likelihood,
+        };
+        let (with, without) = (reward(&trunk, config(true)), reward(&trunk, config(false)));
+        let (with, without) = (scores(&with, &SEQUENCES), scores(&without, &SEQUENCES));
+        for ((with, without), sequence) in with.iter().zip(&without).zip(SEQUENCES) {
+            let added = with[0] - without[0];
+            let expected = 0.05 * 16.0 * mean_logp(&trunk, sequence);
+            assert!((added - expected).abs() < 1e-5, "{added}, not {expected}");
+            assert_eq!(with[1..], without[1..]);
+        }
+    }
+
+    fn mean_logp(trunk: &LanguageModel, sequence: Sequence<'_>) -> f32 {
+        let (prompt, completion) = match sequence.prompt {
+            [] => sequence.completion.split_at(1),
+            prompt => (prompt, sequence.completion),
+        };
+        let scores = trunk.score(&[Sequence { prompt, completion }]).unwrap();
+        let logp = scores.logp.to_vec1::<f32>().unwrap();
+        logp.iter().sum::<f32>() / logp.len() as f32
+    }
+
+    #[test]
+    fn what_cannot_be_scored_is_refused() {
+        let trunk = tiny_model(7, 1);
+        let model = |likelihood| {
+            let config = RewardConfig {
+                likelihood,
+                ..RewardConfig::default()
+            };
+            reward(&trunk, config)
+        };
+        let (plain, with_likelihood) = (model(false), model(true));
+        let alone = Sequence {
+            prompt: &[],
+            completion: &[3],
+        };
+        let long = [0; 65];
+        let cases = [
+            (&plain, vec![], "no sequence"),
+            (
+                &plain,
+                vec![
+                    SEQUENCES[0],
+                    Sequence {
+                        prompt: &[1],
+                        completion: &[],
+                    },
+                ],
+                "a response without tokens",
+            ),
+            (
+                &with_likelihood,
+                vec![SEQUENCES[0], alone],
+                "has no likelihood",
+            ),
+            (
+                &plain,
+                vec![Sequence {
+                    prompt: &[],
+                    completion: &long,
+                }],
+                "65 tokens are more",
+            ),
+            (
+                &plain,
+                vec![Sequence {
+                    prompt: &[7],
+                    completion: &[1],
+                }],
+                "token 7 is not in",
+            ),
+        ];
+        for (model, sequences, expected) in cases {
+            let refused = model.score(&sequences).unwrap_err().to_string();
+            assert!(refused.contains(expected), "{refused}");
+        }
+        assert_eq!(scores(&plain, &[alone]).len(), 1);
+    }
+
+    /// A number that depends on every part of the model, and where `name` has moved at `place`.
+    fn loss(model: &RewardModel, moved: Option<(&str, usize, f32)>) -> Tensor {
+        let model = match moved {
+            None => model.clone(),
+            Some((name, place, by)) => {
+                let mut weights = model.weights().clone();
+                let tensor = weights.get(name).unwrap();
+                let mut numbers: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+                numbers[place] += by;
+                let tensor = Tensor::from_vec(numbers, tensor.shape(), tensor.device()).unwrap();
+                weights.tensors.insert(name.to_owned(), tensor);
+                let trunk = model.trunk.config().clone();
+                RewardModel::new(trunk, model.config, weights).unwrap()
+            }
+        };
+        let features = model.score(&SEQUENCES).unwrap();
+        let margins = model.margins(&features, &[0, 1, 3], &[2, 0, 1]).unwrap();
+        let weights = Tensor::new(&[0.3f32, -0.5, 0.7], model.device()).unwrap();
+        let of_margins = (margins.sqr().unwrap() * weights).unwrap().sum_all();
+        (of_margins.unwrap() + features.sum_all().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn gradients_are_finite_differences() {
+        let step = 1e-2;
+        for pooling in [Pooling::Last, Pooling::Mean, Pooling::Sum] {
+            let config = RewardConfig {
+                kind: RewardKind::Pairwise { planes: 2 },
+                pooling,
+                likelihood: true,
+            };
+            let model = reward(&tiny_model(7, 1), config);
+            let (trainable, vars) = model.trainable().unwrap();
+            let gradients = loss(&trainable, None).backward().unwrap();
+            for name in [
+                HEAD,
+                COEFFICIENT,
+                "lm_head.weight",
+                "model.layers.0.mlp.up_proj.weight",
+            ] {
+                let gradient = gradients.get(vars[name].as_tensor()).unwrap();
+                let gradient: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
+                assert!(
+                    gradient.iter().any(|g| g.abs() > 1e-2),
+                    "{name}: {gradient:?}"
+                );
+                for place in (0..gradient.len()).step_by(gradient.len().div_ceil(24)) {
+                    let at = |by| {
+                        let loss = loss(&model, Some((name, place, by)));
+                        loss.to_scalar::<f32>().unwrap()
+                    };
+                    let difference = (at(step) - at(-step)) / (2.0 * step);
+                    let tolerance = 3e-3 * (1.0 + difference.abs());
+                    assert!(
+                        (gradient[place] - difference).abs() < tolerance,
+                        "{name} at {place}: {} is not {difference}",
+                        gradient[place]
+                    );
+                }
+            }
+        }
+    }
+}
