@@ -5,7 +5,11 @@ use crate::{Device, ModelError};
 pub struct Encoder;
 impl Encoder {
     /// Loads.
-    pub fn load(_: &std::path::Path, _: &Device) -> Result<Self, ModelError> { Ok(Self) }
+    pub fn load(_: &std::path::Path, _: &Device) -> Result<Self, ModelError> {
+        Ok(Self)
+    }
     /// Scores.
-    pub fn score_texts(&self, texts: &[String]) -> Result<Vec<f32>, ModelError> { Ok(vec![0.0; texts.len()]) }
+    pub fn score_texts(&self, texts: &[String]) -> Result<Vec<f32>, ModelError> {
+        Ok(vec![0.0; texts.len()])
+    }
 }

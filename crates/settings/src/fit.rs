@@ -11,7 +11,7 @@ use crate::LrSchedulerType;
 #[serde(deny_unknown_fields)]
 pub struct FitSettings {
     /// What it becomes.
-    pub kind: FitKind,
+    pub head: Head,
     /// The trunk it starts from; without it, the policy at the start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
@@ -54,7 +54,7 @@ pub struct FitSettings {
 /// What a fitted preference model is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum FitKind {
+pub enum Head {
     /// One score; p = σ(r − r′).
     BradleyTerry,
     /// A score and a skew-symmetric form of embeddings; it can hold cycles.

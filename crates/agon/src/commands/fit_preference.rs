@@ -106,7 +106,7 @@ fn tell(settings: &Settings, fitted: &Fitted<'_>, directory: &RunDirectory) -> a
     let picture = directory.root().join("reliability.svg");
     plot::reliability(&picture, fitted.calibration)?;
     let report = json!({
-        "kind": settings.preference.fit.kind,
+        "head": settings.preference.fit.head,
         "pairs": fitted.fitting,
         "left_out": fitted.left_out,
         "seconds": fitted.seconds,

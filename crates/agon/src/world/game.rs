@@ -58,9 +58,9 @@ impl Judging {
         let mut settings = settings.clone();
         let fit = &mut settings.preference.fit;
         if let JudgeSettings::Pairwise { .. } = settings.preference.judge {
-            fit.kind = settings::FitKind::Pairwise;
+            fit.head = settings::Head::Pairwise;
         } else {
-            fit.kind = settings::FitKind::BradleyTerry;
+            fit.head = settings::Head::BradleyTerry;
         }
         let policy = (&*world.folder, &world.weights);
         let trunk = Trunk::open(&settings, policy)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use messages::JudgeVersion;
 use model::{Device, Encoder, ModelFolder, RewardFolder, Weights};
 use preference::{EncoderJudge, Ensemble, Judge, Matrix, Rules};
-use settings::{Combine, FitKind, JudgeSettings, Settings};
+use settings::{Combine, Head, JudgeSettings, Settings};
 
 use super::{Gold, preference::Opened, preference_model};
 use crate::failure::Misuse;
@@ -50,8 +50,8 @@ impl JudgeSource {
             Ok(Self::Model(Box::new(opened)))
         };
         match judge {
-            JudgeSettings::BradleyTerry { path } => model(path, FitKind::BradleyTerry),
-            JudgeSettings::Pairwise { path } => model(path, FitKind::Pairwise),
+            JudgeSettings::BradleyTerry { path } => model(path, Head::BradleyTerry),
+            JudgeSettings::Pairwise { path } => model(path, Head::Pairwise),
             JudgeSettings::Encoder { path, template } => {
                 let encoder = Encoder::load(path, &super::device(settings)?.0)?;
                 Ok(Self::Encoder(Box::new(encoder), template.clone()))

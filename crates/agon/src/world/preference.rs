@@ -11,7 +11,7 @@ use preference::{
     Calibration, Judge, Learned, Reads,
     fit::{FitStep, Material, calibrate, fit},
 };
-use settings::{FitKind, Settings};
+use settings::{Head, Settings};
 use telemetry::Progress;
 
 use super::{annotated, base::kept};
@@ -91,7 +91,7 @@ impl Trunk {
 /// fitted by `[preference.fit]` as this kind, kept, and found again.
 pub(crate) fn preference_model(
     settings: &Settings,
-    (named, kind): (&Path, FitKind),
+    (named, kind): (&Path, Head),
     base: (&ModelFolder, &Weights),
     stopped: &dyn Fn() -> bool,
 ) -> anyhow::Result<PathBuf> {
@@ -99,7 +99,7 @@ pub(crate) fn preference_model(
         return Ok(named.to_owned());
     }
     let mut settings = settings.clone();
-    settings.preference.fit.kind = kind;
+    settings.preference.fit.head = kind;
     let trunk = Trunk::open(&settings, base)?;
     let recipe = (
         "preference model",
@@ -129,17 +129,17 @@ pub(crate) struct Opened {
 
 impl Opened {
     /// Whether it is what the settings call it.
-    pub(crate) fn is(&self, kind: FitKind) -> Result<(), Misuse> {
+    pub(crate) fn is(&self, kind: Head) -> Result<(), Misuse> {
         let fits = match self.model.config().kind {
-            RewardKind::BradleyTerry => kind == FitKind::BradleyTerry,
-            RewardKind::Pairwise { .. } => kind == FitKind::Pairwise,
+            RewardKind::BradleyTerry => kind == Head::BradleyTerry,
+            RewardKind::Pairwise { .. } => kind == Head::Pairwise,
         };
         if fits {
             return Ok(());
         }
         let (is, says) = match kind {
-            FitKind::BradleyTerry => ("pairwise", "bradley-terry"),
-            FitKind::Pairwise => ("bradley-terry", "pairwise"),
+            Head::BradleyTerry => ("pairwise", "bradley-terry"),
+            Head::Pairwise => ("bradley-terry", "pairwise"),
         };
         Err(Misuse(format!(
             "{} holds a {is} model, not a {says} one: set preference.judge.kind = {is:?}",

@@ -16,7 +16,7 @@ struct Table {
 impl Table {
     fn set() -> Self {
         let tiny = tiny();
-        let settings = settings("epochs = 20");
+        let settings = settings(&["fit.epochs=20"]);
         let examples = against(6, 5, 1.0);
         let material = Material {
             examples: &examples,
@@ -31,7 +31,7 @@ impl Table {
         }
     }
 
-    fn game(&self, changes: &str, annotated: Vec<Example>) -> Game {
+    fn game(&self, changes: &[&str], annotated: Vec<Example>) -> Game {
         let settings = settings(changes);
         let gold = FakeJudge::answering(|asked| {
             // 5 is truly better than 6.
@@ -69,12 +69,12 @@ fn samples(id: u64, golden: Option<Vec<u32>>) -> Pair {
     pair
 }
 
-const SETTINGS: &str = "epochs = 20\n[preference.apo]\nprompts = 4\ncoef = 1.0\n";
+const ROUND: [&str; 3] = ["fit.epochs=20", "apo.prompts=4", "apo.coef=1.0"];
 
 #[tokio::test]
 async fn a_round_puts_golden_answers_first_and_leaves_a_model_and_a_report() {
     let table = Table::set();
-    let mut game = table.game(SETTINGS, against(8, 9, 1.0));
+    let mut game = table.game(&ROUND, against(8, 9, 1.0));
     for id in 0..4 {
         assert!(!game.is_fitting());
         game.take(&samples(id, Some(vec![5, 1]))).unwrap();
@@ -128,7 +128,7 @@ async fn a_round_puts_golden_answers_first_and_leaves_a_model_and_a_report() {
 async fn a_model_beyond_the_bounds_is_refused_and_the_old_one_judges_on() {
     let table = Table::set();
     // The golden answers' term alone, held against pairs that say the opposite.
-    let changes = format!("{SETTINGS}annotated = false\nmin_accuracy = 0.8\n");
+    let changes = [&ROUND[..], &["apo.annotated=false", "apo.min_accuracy=0.8"]].concat();
     let mut game = table.game(&changes, against(6, 5, 1.0));
     for id in 0..4 {
         game.take(&samples(id, Some(vec![5, 1]))).unwrap();
@@ -151,7 +151,7 @@ async fn a_model_beyond_the_bounds_is_refused_and_the_old_one_judges_on() {
 #[tokio::test]
 async fn prompts_without_a_golden_answer_are_counted() {
     let table = Table::set();
-    let mut game = table.game(SETTINGS, against(8, 9, 1.0));
+    let mut game = table.game(&ROUND, against(8, 9, 1.0));
     for id in 0..4 {
         game.take(&samples(id, (id > 0).then(|| vec![5, 1])))
             .unwrap();

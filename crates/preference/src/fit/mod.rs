@@ -12,7 +12,7 @@ use model::{
     AdamWSettings, Gradients, LanguageModel, Optimizer, Pooling, RewardConfig, RewardKind,
     RewardModel, Schedule, Sequence, Tensor,
 };
-use settings::{ApoSettings, FitKind, FitSettings, PoolingSetting};
+use settings::{ApoSettings, FitSettings, Head, PoolingSetting};
 
 use self::order::Order;
 use crate::{Calibration, Judged, PreferenceError};
@@ -261,9 +261,9 @@ impl<'a> Batch<'a> {
 
 fn reward_config(settings: &FitSettings) -> RewardConfig {
     RewardConfig {
-        kind: match settings.kind {
-            FitKind::BradleyTerry => RewardKind::BradleyTerry,
-            FitKind::Pairwise => RewardKind::Pairwise {
+        kind: match settings.head {
+            Head::BradleyTerry => RewardKind::BradleyTerry,
+            Head::Pairwise => RewardKind::Pairwise {
                 planes: settings.planes,
             },
         },

@@ -39,12 +39,20 @@ pub(crate) fn tiny() -> Tiny {
     }
 }
 
-pub(crate) fn settings(changes: &str) -> settings::PreferenceSettings {
-    let base = "[preference.fit]\npooling = \"mean\"\nlikelihood = false\ntrain_batch_size = 8\nlearning_rate = 1e-2\n";
-    resolve(&format!("{base}{changes}"), "t", &[])
-        .unwrap()
-        .settings
-        .preference
+/// The settings of a quick fit, with these changes: `key=value` below `preference`.
+pub(crate) fn settings(changes: &[&str]) -> settings::PreferenceSettings {
+    let quick = [
+        "fit.pooling=mean",
+        "fit.likelihood=false",
+        "fit.train_batch_size=8",
+        "fit.learning_rate=1e-2",
+    ];
+    let sets = quick
+        .iter()
+        .chain(changes)
+        .map(|set| format!("preference.{set}").parse().unwrap());
+    let sets: Vec<_> = sets.collect();
+    resolve("", "test", &sets).unwrap().settings.preference
 }
 
 /// `first` against `second`, one token each before the end, after every one of a few prompts.
@@ -60,7 +68,7 @@ pub(crate) fn against(first: u32, second: u32, label: f32) -> Vec<Example> {
 
 fn fitted(
     examples: &[Example],
-    changes: &str,
+    changes: &[&str],
     watch: impl FnMut(FitStep) -> bool,
 ) -> Result<RewardModel, PreferenceError> {
     let settings = settings(changes);
@@ -84,7 +92,7 @@ fn sides(model: &RewardModel, comparisons: &[(u32, u32)]) -> usize {
 fn a_fit_learns_what_is_preferred_and_a_seed_repeats_it() {
     let examples = [against(5, 6, 1.0), against(6, 7, 1.0), against(8, 5, 0.0)].concat();
     let mut losses = Vec::new();
-    let one = fitted(&examples, "epochs = 12", |step| {
+    let one = fitted(&examples, &["fit.epochs=12"], |step| {
         losses.push(step.annotated.unwrap());
         true
     });
@@ -101,7 +109,7 @@ fn a_fit_learns_what_is_preferred_and_a_seed_repeats_it() {
         4,
         "the third was never shown"
     );
-    let other = fitted(&examples, "epochs = 12", |_| true).unwrap();
+    let other = fitted(&examples, &["fit.epochs=12"], |_| true).unwrap();
     assert_eq!(one.digest().unwrap(), other.digest().unwrap());
 }
 
@@ -113,7 +121,8 @@ fn a_pairwise_model_holds_a_cycle_and_a_score_cannot() {
         .flat_map(|&(a, b)| against(a, b, 1.0))
         .collect();
     let sides_of = |kind: &str| {
-        let changes = format!("epochs = 40\nkind = \"{kind}\"\nplanes = 2");
+        let kind = format!("fit.head={kind}");
+        let changes = ["fit.epochs=40", "fit.planes=2", &kind];
         sides(&fitted(&examples, &changes, |_| true).unwrap(), &cycle)
     };
     assert_eq!(sides_of("pairwise"), 3);
@@ -123,7 +132,7 @@ fn a_pairwise_model_holds_a_cycle_and_a_score_cannot() {
 #[test]
 fn soft_labels_are_met_in_the_middle() {
     let examples = against(5, 6, 0.7);
-    let model = fitted(&examples, "epochs = 80", |_| true).unwrap();
+    let model = fitted(&examples, &["fit.epochs=80"], |_| true).unwrap();
     let found = calibrate(&model, &examples, 4).unwrap().unwrap();
     assert!(found.ece < 0.03, "{found:?}");
 }
@@ -135,15 +144,12 @@ fn what_cannot_be_fitted_says_so() {
         Err(error) => error.to_string(),
     };
     let examples = against(5, 6, 1.0);
-    let none = refusal(fitted(&[], "", |_| true));
+    let none = refusal(fitted(&[], &[], |_| true));
     assert!(none.contains("preference.fit.pairs"), "{none}");
-    let stopped = refusal(fitted(&examples, "", |_| false));
+    let stopped = refusal(fitted(&examples, &[], |_| false));
     assert!(stopped.contains("interrupted"), "{stopped}");
-    let wild = refusal(fitted(
-        &examples,
-        "learning_rate = 1e30\nepochs = 4\nwarmup_ratio = 0.0",
-        |_| true,
-    ));
+    let wild = ["fit.learning_rate=1e30", "fit.epochs=4"];
+    let wild = refusal(fitted(&examples, &wild, |_| true));
     assert!(
         wild.contains("lower preference.fit.learning_rate"),
         "{wild}"
@@ -152,6 +158,6 @@ fn what_cannot_be_fitted_says_so() {
         first: vec![3; 40],
         ..examples[0].clone()
     };
-    let long = refusal(fitted(&[long], "", |_| true));
+    let long = refusal(fitted(&[long], &[], |_| true));
     assert!(long.contains("positions"), "{long}");
 }
