@@ -146,9 +146,10 @@ mod tests {
 
     #[test]
     fn what_a_model_cannot_read_is_refused() {
+        type Case<'a> = (&'a [u32], Vec<&'a [u32]>, &'a str);
         let config = fixtures::config(8);
         let (long, short) = ([1; 9], [1; 8]);
-        let cases: [(&[u32], Vec<&[u32]>, &str); 4] = [
+        let cases: [Case<'_>; 4] = [
             (&[], vec![&[1]], "without tokens"),
             (
                 &long,

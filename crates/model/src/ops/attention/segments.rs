@@ -109,27 +109,28 @@ mod tests {
 
     #[test]
     fn rows_of_prefixes_and_branches() {
-        let segments = Segments::branching([(3, vec![2, 0, 1]), (2, vec![]), (0, vec![2])]);
+        let segments = Segments::branching([(3, vec![2, 0, 1]), (2, vec![]), (0, vec![2, 1])]);
         let expected = [
             (0..3, vec![3..5, 5..5, 5..6]),
             (6..8, vec![]),
-            (8..8, vec![8..10]),
+            (8..8, vec![8..10, 10..11]),
         ];
         for (segment, (prefix, branches)) in segments.iter().zip(expected) {
             assert_eq!((&segment.prefix, &segment.branches), (&prefix, &branches));
         }
         let ranges: Vec<_> = segments.ranges().collect();
-        assert_eq!(ranges, [0..6, 6..8, 8..10]);
+        assert_eq!(ranges, [0..6, 6..8, 8..11]);
         let paths: Vec<Vec<usize>> = segments
             .iter()
             .flat_map(|segment| segment.paths().map(Iterator::collect))
             .collect();
-        let expected: [&[usize]; 5] = [
+        let expected: [&[usize]; 6] = [
             &[0, 1, 2, 3, 4],
             &[0, 1, 2],
             &[0, 1, 2, 5],
             &[6, 7],
             &[8, 9],
+            &[10],
         ];
         assert_eq!(paths, expected);
         let longest: Vec<_> = segments.iter().map(Segment::longest_branch).collect();

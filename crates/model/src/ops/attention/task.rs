@@ -4,73 +4,14 @@ use std::ops::Range;
 
 use super::super::product::{Left, Right, Sizes, add_product};
 use super::super::vector::{Arithmetic, Kernel, LANES, dot, exp, fold, largest};
+use super::block::{BLOCK, Block, Part};
 use super::{Geometry, Segment};
-
-/// Queries scored at a time.
-const BLOCK: usize = 64;
 
 /// One segment and one key head. Its rows are counted from the segment's first.
 pub(super) struct Task<'a> {
     pub segment: &'a Segment,
     pub kv_head: usize,
     pub geometry: Geometry,
-}
-
-/// The prefix of a segment or one of its branches.
-#[derive(Clone, Copy)]
-struct Part {
-    /// Its first row.
-    row: usize,
-    /// The place of its first token in the sequence: what a branch sees of the prefix comes before.
-    start: usize,
-    /// The place after its last token.
-    end: usize,
-}
-
-/// Queries of one part, by place in the sequence, and the keys any of them sees.
-struct Block {
-    part: Part,
-    queries: Range<usize>,
-    keys: Range<usize>,
-    window: usize,
-}
-
-impl Block {
-    /// The row of query `index` of the block.
-    fn row(&self, index: usize) -> usize {
-        self.part.row + (self.queries.start - self.part.start) + index
-    }
-
-    /// Keys seen by query `index` of the block, counted from the block's first key.
-    fn seen(&self, index: usize) -> Range<usize> {
-        let end = self.queries.start + index + 1;
-        end.saturating_sub(self.window).max(self.keys.start) - self.keys.start
-            ..end - self.keys.start
-    }
-
-    /// The keys, counted from the block's first, in spans whose rows follow one another, each with its
-    /// first row: those in the prefix, then those in the queries' own part.
-    fn spans(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let own = self.keys.start.max(self.part.start);
-        let own_row = self.part.row + (own - self.part.start);
-        let shared = own - self.keys.start;
-        [
-            (0..shared, self.keys.start),
-            (shared..self.keys.len(), own_row),
-        ]
-        .into_iter()
-        .filter(|(keys, _)| !keys.is_empty())
-    }
-
-    /// Row length of the scores: the keys, padded to whole vectors.
-    fn stride(&self) -> usize {
-        self.keys.len().next_multiple_of(LANES)
-    }
-
-    /// How many scores there are, padding included.
-    fn scores(&self) -> usize {
-        self.queries.len() * self.stride()
-    }
 }
 
 impl Task<'_> {
@@ -113,20 +54,9 @@ impl Task<'_> {
 
     /// The blocks of a part, once for every query head of this key head.
     fn blocks(&self, part: Part) -> impl Iterator<Item = (usize, Block)> {
-        let window = self.geometry.options.window.unwrap_or(part.end);
-        let block = move |start: usize| {
-            let end = (start + BLOCK).min(part.end);
-            let first_key = (start + 1).saturating_sub(window) / LANES * LANES;
-            Block {
-                part,
-                queries: start..end,
-                keys: first_key..end,
-                window,
-            }
-        };
-        let starts = (part.start..part.end).step_by(BLOCK);
-        (0..self.geometry.group)
-            .flat_map(move |member| starts.clone().map(move |start| (member, block(start))))
+        let window = self.geometry.options.window;
+        let of = move |member| part.blocks(window).map(move |block| (member, block));
+        (0..self.geometry.group).flat_map(of)
     }
 
     /// Writes a part of the packed keys or values to its places in `across`. The places of the prefix
