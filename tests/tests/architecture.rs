@@ -49,7 +49,7 @@ const ROLE: &[&str] = &[
 ];
 
 /// Who alone may depend on whose crates, for normal and build dependencies.
-const ONLYS: [(&str, &[&str]); 10] = [
+const ONLYS: [(&str, &[&str]); 13] = [
     ("candle-core", &["model", "learner"]),
     ("candle-nn", &["model"]),
     ("candle-transformers", &["model"]),
@@ -57,6 +57,9 @@ const ONLYS: [(&str, &[&str]); 10] = [
     ("minijinja", &["model"]),
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),
+    ("axum", &["preference"]),
+    ("plotters", &["agon"]),
+    ("reqwest", &["preference"]),
     ("metrics", &["telemetry"]),
     ("metrics-exporter-prometheus", &["telemetry"]),
     ("toml", &["settings", "agon"]),

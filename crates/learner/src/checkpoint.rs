@@ -161,6 +161,14 @@ pub fn latest(checkpoints: &Path) -> Result<Option<PathBuf>, LearnerError> {
     Ok(all(checkpoints)?.pop().map(|(_, path)| path))
 }
 
+/// The learner step of a checkpoint.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn step_of(path: &Path) -> Result<u64, LearnerError> {
+    Ok(read(path)?.state.step)
+}
+
 /// Removes all but the newest `keep` checkpoints.
 pub(crate) fn prune(checkpoints: &Path, keep: usize) -> Result<(), LearnerError> {
     let mut old = all(checkpoints)?;

@@ -20,7 +20,7 @@ mod run;
 pub mod sft;
 mod step;
 
-pub use checkpoint::latest as latest_checkpoint;
+pub use checkpoint::{latest as latest_checkpoint, step_of as checkpoint_step};
 pub use error::LearnerError;
 pub use evaluation::{Evaluation, Example, Interval};
 pub use feed::Pacing;
