@@ -277,7 +277,7 @@ fn architecture(task: Task, raw: &Value, path: &Path) -> Result<Architecture, Mo
     family.ok_or_else(|| ModelError::Architecture {
         path: path.to_owned(),
         found: named.or(kind).unwrap_or("(none is named)").to_owned(),
-        supported: task.architectures(),
+        supported: task.architectures().to_vec(),
     })
 }
 

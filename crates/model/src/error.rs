@@ -39,7 +39,7 @@ pub enum ModelError {
         /// What it names.
         found: String,
         /// What would do in its place.
-        supported: &'static [&'static str],
+        supported: Vec<&'static str>,
     },
     /// Weights that do not belong to the configuration.
     #[error("the weights do not fit the model: {reason}")]

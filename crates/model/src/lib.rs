@@ -4,7 +4,8 @@
 //! over the same weights: [`LanguageModel::score`] is differentiable and takes packed ragged batches;
 //! the cached path of [`decode`] writes one token of many sequences at once, and the [`Sampler`] drives
 //! it for a policy and its reference together. Tokens go in, log-probabilities come out. A
-//! [`RewardModel`] is the same decoder with a head that gives a score instead. What either is for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
+//! [`RewardModel`] is the same decoder with a head that gives a score instead; an [`Encoder`] is a ready-made model that gives
+//! one. What they are for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
 //! operation.
 
 mod chat;
@@ -33,13 +34,15 @@ pub use candle_core::{DType, Device, Tensor};
 pub use config::{
     Architecture, ModelConfig, SUPPORTED_ARCHITECTURES, SUPPORTED_REWARD_ARCHITECTURES,
 };
-pub use encoder::Encoder;
+pub use encoder::{Encoder, SUPPORTED_ENCODERS};
 pub use error::ModelError;
 pub use folder::{ModelFolder, save_folder};
 pub use network::LanguageModel;
 pub use optimizer::{AdamWSettings, Gradients, Optimizer};
 pub use packed::{Fork, Packed, Sequence};
-pub use reward::{Pooling, RewardConfig, RewardFolder, RewardKind, RewardModel};
+pub use reward::{
+    Pooling, RewardArchitecture, RewardConfig, RewardFolder, RewardKind, RewardModel,
+};
 pub use sampling::{Finished, Request, Sampler, SamplingSettings};
 pub use schedule::Schedule;
 pub use score::Scores;

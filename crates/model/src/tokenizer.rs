@@ -45,19 +45,7 @@ impl Tokenizer {
         config: &ModelConfig,
         chat_template: Option<&Path>,
     ) -> Result<Self, ModelError> {
-        let tokenizer = read(&folder.join("tokenizer.json"))?;
-        let largest = tokenizer.get_vocab(true).into_values().max();
-        if let Some(largest) = largest.filter(|&id| id as usize >= config.vocab_size) {
-            let reason = format!(
-                "its largest token id is {largest} but the model's vocab_size is {}; \
-                 use the tokenizer.json that the model was published with",
-                config.vocab_size
-            );
-            return Err(ModelError::Tokenizer {
-                path: folder.to_owned(),
-                reason,
-            });
-        }
+        let tokenizer = read_fitting(folder, config.vocab_size)?;
         let chat = ChatTemplate::load(folder, chat_template)?;
         Ok(Self {
             shared: Arc::new(Shared {
@@ -189,6 +177,26 @@ impl fmt::Debug for Tokenizer {
             .field("has_chat_template", &self.has_chat_template())
             .finish_non_exhaustive()
     }
+}
+
+/// Reads `tokenizer.json` of `folder`, whose ids are to be below `vocab_size`. No text is cut or padded.
+pub(crate) fn read_fitting(
+    folder: &Path,
+    vocab_size: usize,
+) -> Result<tokenizers::Tokenizer, ModelError> {
+    let tokenizer = read(&folder.join("tokenizer.json"))?;
+    let largest = tokenizer.get_vocab(true).into_values().max();
+    if let Some(largest) = largest.filter(|&id| id as usize >= vocab_size) {
+        let reason = format!(
+            "its largest token id is {largest} but the model's vocab_size is {vocab_size}; \
+             use the tokenizer.json that the model was published with"
+        );
+        return Err(ModelError::Tokenizer {
+            path: folder.to_owned(),
+            reason,
+        });
+    }
+    Ok(tokenizer)
 }
 
 /// Reads `tokenizer.json` so that no text is cut or padded.

@@ -40,22 +40,7 @@ impl Weights {
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let mut found = HashMap::new();
-        for path in shards(folder)? {
-            let bytes = std::fs::read(&path).map_err(|source| ModelError::Unreadable {
-                path: path.clone(),
-                source,
-            })?;
-            let tensors =
-                candle_core::safetensors::load_buffer(&bytes, device).map_err(|error| {
-                    ModelError::Malformed {
-                        path,
-                        reason: torn(&error),
-                    }
-                })?;
-            found.extend(tensors);
-        }
-        Self::checked(found, expected, dtype)
+        Self::checked(read_tensors(folder, device)?, expected, dtype)
     }
 
     /// Reads what [`Self::to_blob`] wrote.
@@ -206,6 +191,28 @@ pub(crate) fn normal(random: &mut ChaCha8Rng) -> f64 {
 
 fn torn(error: &candle_core::Error) -> String {
     format!("it is truncated or not a safetensors file ({error})")
+}
+
+/// All tensors in the single or sharded safetensors of `folder`.
+pub(crate) fn read_tensors(
+    folder: &Path,
+    device: &Device,
+) -> Result<HashMap<String, Tensor>, ModelError> {
+    let mut found = HashMap::new();
+    for path in shards(folder)? {
+        let bytes = std::fs::read(&path).map_err(|source| ModelError::Unreadable {
+            path: path.clone(),
+            source,
+        })?;
+        let tensors = candle_core::safetensors::load_buffer(&bytes, device).map_err(|error| {
+            ModelError::Malformed {
+                path,
+                reason: torn(&error),
+            }
+        })?;
+        found.extend(tensors);
+    }
+    Ok(found)
 }
 
 /// The safetensors files of a folder: one, or those that the index names.

@@ -5,6 +5,7 @@
 //! by the same network as the language model. They promise that exchanging two responses exactly
 //! exchanges their odds. How a score is trained, and what is done with it, they do not know.
 
+mod architecture;
 mod config;
 mod preference;
 mod score;
@@ -15,6 +16,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use messages::{Digest, Seed};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
+pub use architecture::RewardArchitecture;
 use config::{COEFFICIENT, HEAD};
 pub use config::{Pooling, RewardConfig, RewardKind};
 

@@ -1,0 +1,105 @@
+//! `agon score`: what a model says of given tokens. Rows in, rows out.
+//!
+//! Rows are read, grouped and answered group by group, so that a file of any size passes through, and
+//! answers keep the order of the rows ([`rows`]). What is asked of a model is the log-probability of every
+//! token ([`log_probabilities`]) or one score ([`reward`]). A row that cannot be answered is an error with
+//! its line, never a gap.
+
+mod log_probabilities;
+mod reward;
+mod rows;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use model::{DType, Device, LanguageModel, ModelError, ModelFolder};
+
+/// Log-probabilities or scores of given tokens under a model, from JSONL to JSONL.
+///
+/// A row {"ids": [...]} is answered by {"logprobs": [...]} with one entry less: entry t is
+/// log p(ids[t+1] | ids[..=t]), in nats. A row {"prompt": ..., "completion": "..."}, the prompt being
+/// text or a list of messages, is answered by {"logprobs": [...], "ids": [...]} with one entry for
+/// every token of the completion; no end-of-text token is added. Other columns are ignored. One answer
+/// a row, in their order; a row that cannot be answered ends the command with its line.
+///
+/// With --reward the same rows are answered by {"score": ...}, for a reward model: a decoder
+/// (...ForSequenceClassification of Llama, Mistral, Qwen2 or Qwen3, or one that was fitted here), or
+/// an encoder (DeBERTa-v2 and -v3, ModernBERT). "ids" are then scored as they are; an encoder reads
+/// prompt and completion as one text, with a new line between them.
+///
+/// Example: echo '{"prompt": "Once upon", "completion": " a time"}' | agon score --model models/base
+///
+/// Example: agon score --reward --model models/judge --input rows.jsonl
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// The model is a reward model: one score a row.
+    #[arg(long)]
+    reward: bool,
+    /// The rows, one JSON object a line; a name that ends in `.gz` is unpacked; `-` is standard input.
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    input: PathBuf,
+}
+
+// No doc comment: clap would show it in place of the command's own.
+#[derive(clap::Args)]
+pub(crate) struct ModelArguments {
+    /// The model: a Hugging Face folder, such as a run's checkpoint.
+    #[arg(long = "model", value_name = "DIR")]
+    path: PathBuf,
+    /// Where to compute: `cpu`, `cuda`, `cuda:N` or `metal`.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// The numbers to compute in.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+}
+
+/// A number format for weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Dtype {
+    /// 32-bit floating point.
+    F32,
+    /// 16-bit brain floating point.
+    Bf16,
+}
+
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::BF16,
+        }
+    }
+}
+
+impl ModelArguments {
+    /// The model that is named.
+    pub(crate) fn open(&self) -> Result<(ModelFolder, LanguageModel), ModelError> {
+        open(&self.path, self.dtype.into(), &model::device(&self.device)?)
+    }
+}
+
+/// The model in the folder `path`, its weights as `dtype` on `device`.
+pub(crate) fn open(
+    path: &Path,
+    dtype: DType,
+    device: &Device,
+) -> Result<(ModelFolder, LanguageModel), ModelError> {
+    let folder = ModelFolder::open(path, None)?;
+    let weights = folder.weights(dtype, device)?;
+    let model = LanguageModel::new(folder.config.clone(), weights)?;
+    Ok((folder, model))
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let (name, input) = rows::open_input(&arguments.input)?;
+    if arguments.reward {
+        reward::run(&arguments.model, &name, input)
+    } else {
+        log_probabilities::run(&arguments.model, &name, input)
+    }
+}

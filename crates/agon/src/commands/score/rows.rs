@@ -1,0 +1,277 @@
+//! Rows of tokens in, answers out: one JSON object a line. Which model is asked, and what, is not known
+//! here.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Write},
+    iter::Peekable,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Context;
+use dataset::DatasetError;
+use flate2::read::MultiGzDecoder;
+use messages::PromptText;
+use model::{ModelError, Tokenizer};
+use serde::Serialize;
+use serde_json::Value;
+
+/// Tokens that are scored at once; a longer row is scored alone.
+const TOKEN_BUDGET: usize = 4096;
+
+/// A row as it was written.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Given {
+    /// As token ids.
+    Ids(Vec<u32>),
+    /// As a prompt and a completion.
+    Text(PromptText, String),
+}
+
+/// What the model reads and what it is asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Row {
+    /// From 1.
+    pub(super) line: usize,
+    pub(super) prompt: Vec<u32>,
+    pub(super) completion: Vec<u32>,
+    /// Whether the completion's ids are news to whoever wrote the row.
+    pub(super) form: Form,
+}
+
+/// How a row was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// As token ids.
+    Ids,
+    /// As a prompt and a completion.
+    Text,
+}
+
+impl Row {
+    pub(super) fn tokens(&self) -> usize {
+        self.prompt.len() + self.completion.len()
+    }
+
+    /// Whether a model of so many tokens and positions takes the row, of which it reads the first `read`
+    /// tokens. What the model would refuse, it would refuse for the whole group.
+    pub(super) fn fits(&self, read: usize, vocab: usize, positions: usize) -> Result<(), String> {
+        let mut ids = self.prompt.iter().chain(&self.completion);
+        if let Some(id) = ids.find(|&&id| id as usize >= vocab) {
+            return Err(format!(
+                "token {id} is not in the model's vocabulary of {vocab}"
+            ));
+        }
+        if read > positions {
+            return Err(format!(
+                "it has {} tokens, more than fit the model's {positions} positions",
+                self.tokens()
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The lines of the file `path`, or of standard input, and what to call them in errors.
+pub(super) fn open_input(path: &Path) -> Result<(PathBuf, Box<dyn BufRead>), DatasetError> {
+    if path.as_os_str() == "-" {
+        return Ok(("standard input".into(), Box::new(io::stdin().lock())));
+    }
+    let file = File::open(path).map_err(|source| DatasetError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    let packed = path.extension().is_some_and(|extension| extension == "gz");
+    let input: Box<dyn BufRead> = if packed {
+        Box::new(BufReader::new(MultiGzDecoder::new(file)))
+    } else {
+        Box::new(BufReader::new(file))
+    };
+    Ok((path.to_owned(), input))
+}
+
+/// The rows of `input`, which errors call `name`, as `row` makes them of a line's number and content;
+/// empty lines are passed over.
+pub(super) fn read<'a>(
+    name: &'a Path,
+    input: impl BufRead + 'a,
+    row: impl Fn(usize, Given) -> Result<Row, String> + 'a,
+) -> impl Iterator<Item = Result<Row, DatasetError>> + 'a {
+    input.lines().enumerate().filter_map(move |(index, text)| {
+        let line = index + 1;
+        let row = match text {
+            Ok(text) if text.trim().is_empty() => return None,
+            Ok(text) => given(&text).and_then(|given| row(line, given)),
+            Err(error) => Err(format!("the line cannot be read: {error}")),
+        };
+        Some(row.map_err(|reason| refusal(name, line, reason)))
+    })
+}
+
+fn given(text: &str) -> Result<Given, String> {
+    let row: Value =
+        serde_json::from_str(text).map_err(|error| format!("it is not JSON: {error}"))?;
+    match (row.get("ids"), row.get("prompt"), row.get("completion")) {
+        (Some(ids), None, None) => serde_json::from_value(ids.clone())
+            .map(Given::Ids)
+            .map_err(|error| format!("\"ids\" is not a list of token ids: {error}")),
+        (None, Some(prompt), Some(completion)) => {
+            let text = completion
+                .as_str()
+                .ok_or_else(|| format!("\"completion\" is not text but {completion}"))?;
+            let prompt = serde_json::from_value(prompt.clone())
+                .map_err(|error| format!("\"prompt\" cannot be used: {error}"))?;
+            Ok(Given::Text(prompt, text.to_owned()))
+        }
+        _ => Err(
+            "a row is either {\"ids\": [...]} or {\"prompt\": ..., \"completion\": \"...\"}".into(),
+        ),
+    }
+}
+
+/// A row of a prompt and a completion in the tokens of a decoder.
+pub(super) fn text_row(
+    tokenizer: &Tokenizer,
+    line: usize,
+    prompt: &PromptText,
+    completion: &str,
+) -> Result<Row, String> {
+    let told = |error: ModelError| error.to_string();
+    let prompt_ids = tokenizer.encode_prompt(prompt).map_err(told)?;
+    let completion = tokenizer
+        .encode_completion(prompt, &prompt_ids, completion)
+        .map_err(told)?;
+    if completion.is_empty() {
+        return Err("\"completion\" has no token to score".into());
+    }
+    Ok(Row {
+        line,
+        prompt: prompt_ids,
+        completion,
+        form: Form::Text,
+    })
+}
+
+pub(super) fn refusal(name: &Path, line: usize, reason: String) -> DatasetError {
+    DatasetError::Row {
+        path: name.to_owned(),
+        line,
+        reason,
+    }
+}
+
+/// Writes what `answer` says of the rows, group by group.
+pub(super) fn answer_all<A: Serialize>(
+    rows: impl Iterator<Item = Result<Row, DatasetError>>,
+    mut answer: impl FnMut(&[Row]) -> anyhow::Result<Vec<A>>,
+) -> anyhow::Result<ExitCode> {
+    let mut rows = rows.peekable();
+    let mut output = io::stdout().lock();
+    loop {
+        let group = next_group(&mut rows, TOKEN_BUDGET)?;
+        if group.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        write_lines(&mut output, &answer(&group)?)?;
+    }
+}
+
+/// The next rows that have at most `budget` tokens together, or one that is longer; none at the end. An
+/// error waits until the rows before it have been taken.
+fn next_group<E>(
+    rows: &mut Peekable<impl Iterator<Item = Result<Row, E>>>,
+    budget: usize,
+) -> Result<Vec<Row>, E> {
+    let Some(first) = rows.next().transpose()? else {
+        return Ok(Vec::new());
+    };
+    let mut tokens = first.tokens();
+    let mut group = vec![first];
+    while let Some(Ok(row)) =
+        rows.next_if(|next| matches!(next, Ok(row) if tokens + row.tokens() <= budget))
+    {
+        tokens += row.tokens();
+        group.push(row);
+    }
+    Ok(group)
+}
+
+pub(super) fn write_lines(
+    output: &mut impl Write,
+    answers: &[impl Serialize],
+) -> anyhow::Result<()> {
+    let mut lines = Vec::new();
+    for answer in answers {
+        serde_json::to_writer(&mut lines, answer)?;
+        lines.push(b'\n');
+    }
+    output
+        .write_all(&lines)
+        .and_then(|()| output.flush())
+        .context("failed to write to standard output")
+}
+
+#[cfg(test)]
+mod tests {
+    use flate2::{Compression, write::GzEncoder};
+
+    use super::*;
+
+    #[test]
+    fn rows_are_grouped_in_order_within_the_budget() {
+        let row = |line: usize, tokens: usize| Row {
+            line,
+            prompt: vec![0],
+            completion: vec![0; tokens - 1],
+            form: Form::Ids,
+        };
+        let groups = |lengths: &[usize], budget: usize| {
+            let rows = lengths.iter().enumerate();
+            let mut rows = rows
+                .map(|(line, &tokens)| Ok::<_, ()>(row(line, tokens)))
+                .peekable();
+            let mut groups = Vec::new();
+            loop {
+                let group = next_group(&mut rows, budget).unwrap();
+                if group.is_empty() {
+                    return groups;
+                }
+                groups.push(group.iter().map(|row| row.line).collect::<Vec<_>>());
+            }
+        };
+        assert_eq!(groups(&[], 4), Vec::<Vec<usize>>::new());
+        assert_eq!(groups(&[2, 2, 2], 4), [vec![0, 1], vec![2]]);
+        assert_eq!(groups(&[9, 2, 9, 2], 4), [[0], [1], [2], [3]]);
+        assert_eq!(groups(&[3, 2, 2, 3], 5), [vec![0, 1], vec![2, 3]]);
+
+        let mut broken = [Ok(row(1, 2)), Err("torn")].into_iter().peekable();
+        assert_eq!(next_group(&mut broken, 8), Ok(vec![row(1, 2)]));
+        assert_eq!(next_group(&mut broken, 8), Err("torn"));
+    }
+
+    #[test]
+    fn a_packed_file_reads_as_the_plain_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let (plain, packed) = (
+            directory.path().join("a.jsonl"),
+            directory.path().join("a.jsonl.gz"),
+        );
+        std::fs::write(&plain, "one\ntwo\n").unwrap();
+        let mut encoder = GzEncoder::new(File::create(&packed).unwrap(), Compression::fast());
+        encoder.write_all(b"one\ntwo\n").unwrap();
+        encoder.finish().unwrap();
+        for path in [plain, packed] {
+            let (name, input) = open_input(&path).unwrap();
+            let lines: Vec<String> = input.lines().map(Result::unwrap).collect();
+            assert_eq!(
+                (lines.as_slice(), &name),
+                (&["one", "two"].map(String::from)[..], &path)
+            );
+        }
+        let missing = open_input(Path::new("nowhere.jsonl")).err().unwrap();
+        assert!(missing.to_string().contains("nowhere.jsonl"));
+        let (name, _) = open_input(Path::new("-")).unwrap();
+        assert_eq!(name, Path::new("standard input"));
+    }
+}

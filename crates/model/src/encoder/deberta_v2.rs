@@ -1,0 +1,84 @@
+//! DeBERTa version 2 and 3, by candle's own classifier.
+
+use candle_nn::VarBuilder;
+use candle_transformers::models::debertav2::{Config, DebertaV2SeqClassificationModel};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Network, Unfit};
+
+pub(super) fn build(raw: &Value, tensors: VarBuilder<'_>) -> Result<Network, Unfit> {
+    let config = config(raw)?;
+    let model = DebertaV2SeqClassificationModel::load(tensors.pp("deberta"), &config, None)?;
+    Ok(Network::DebertaV2(Box::new(model)))
+}
+
+/// The configuration with the defaults of transformers where candle insists on what a file may leave out.
+fn config(raw: &Value) -> Result<Config, String> {
+    if raw["conv_kernel_size"].as_u64().unwrap_or(0) > 0 {
+        let reason = "conv_kernel_size > 0, as in the xlarge models of version 2, is not known; \
+                      use a model of version 3";
+        return Err(reason.into());
+    }
+    let mut flat = raw.clone();
+    let defaults = [
+        ("id2label", json!({"0": "LABEL_0"})),
+        // No number here matters: candle asks for the key.
+        ("label2id", json!({})),
+        ("pooler_hidden_size", raw["hidden_size"].clone()),
+        ("pooler_dropout", json!(0.0)),
+        ("pooler_hidden_act", json!("gelu")),
+        ("hidden_dropout_prob", json!(0.0)),
+        ("attention_probs_dropout_prob", json!(0.0)),
+        ("initializer_range", json!(0.02)),
+        ("layer_norm_eps", json!(1e-7)),
+        ("type_vocab_size", json!(0)),
+        ("relative_attention", json!(false)),
+        ("max_relative_positions", json!(-1)),
+        ("position_biased_input", json!(true)),
+        ("pos_att_type", json!([])),
+    ];
+    for (key, default) in defaults {
+        if flat[key].is_null() {
+            flat[key] = default;
+        }
+    }
+    Config::deserialize(&flat).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw() -> Value {
+        json!({
+            "vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 4, "hidden_act": "gelu", "max_position_embeddings": 16,
+            "label2id": {"LABEL_0": 0}, "pos_att_type": "p2c|c2p", "position_buckets": 4
+        })
+    }
+
+    #[test]
+    fn what_a_file_leaves_out_is_what_transformers_takes() {
+        let config = config(&raw()).unwrap();
+        assert_eq!(config.pos_att_type, ["p2c", "c2p"]);
+        assert_eq!(config.pooler_hidden_size, Some(4));
+        assert_eq!(config.max_relative_positions, -1);
+        assert_eq!(config.id2label.unwrap().len(), 1);
+        assert!(config.position_biased_input && !config.relative_attention);
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused() {
+        for (key, value, expected) in [
+            ("conv_kernel_size", json!(3), "conv_kernel_size > 0"),
+            ("hidden_act", json!("swish"), "unknown variant `swish`"),
+            ("hidden_size", json!("4"), "invalid type"),
+        ] {
+            let mut raw = raw();
+            raw[key] = value;
+            let refused = config(&raw).unwrap_err();
+            assert!(refused.contains(expected), "{refused}");
+        }
+    }
+}

@@ -1,0 +1,486 @@
+//! Ready-made encoder classifiers as judges: texts in, one score each. They are not trained here.
+//!
+//! The networks are those of candle-transformers, in f32. Padding is put in and masked here, and changes
+//! no score beyond rounding. What the scores are for, this module does not know.
+
+mod deberta_v2;
+mod modern_bert;
+
+use std::{fmt, path::Path};
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::debertav2::DebertaV2SeqClassificationModel;
+use serde_json::{Map, Value};
+
+use crate::{ModelError, config::read_json, tokenizer::read_fitting, weights::read_tensors};
+use modern_bert::ModernBertClassifier;
+
+/// The encoders that can be loaded, as `config.json` names them.
+pub const SUPPORTED_ENCODERS: [&str; 2] = [
+    "DebertaV2ForSequenceClassification",
+    "ModernBertForSequenceClassification",
+];
+
+/// Tokens in a forward pass, padding included; a longer text is alone in one.
+const PASS: usize = 8192;
+
+/// An encoder with a classifier of one label, and its tokenizer.
+pub struct Encoder {
+    network: Network,
+    tokenizer: tokenizers::Tokenizer,
+    vocab_size: usize,
+    max_positions: usize,
+    device: Device,
+}
+
+/// The network, by architecture.
+enum Network {
+    DebertaV2(Box<DebertaV2SeqClassificationModel>),
+    ModernBert(Box<ModernBertClassifier>),
+}
+
+impl Encoder {
+    /// Reads the model in the folder `path` onto `device`.
+    ///
+    /// # Errors
+    /// When a file is missing, torn or does not fit the others, the architecture or a setting of it is
+    /// not supported, or the classifier has not one label.
+    pub fn load(path: &Path, device: &Device) -> Result<Self, ModelError> {
+        let file = path.join("config.json");
+        let raw = read_json(&file)?;
+        let build = build_of(&raw, &file)?;
+        let malformed = |reason: String| ModelError::Malformed {
+            path: file.clone(),
+            reason,
+        };
+        let number = |key: &str| {
+            let number = raw[key].as_u64().and_then(|n| usize::try_from(n).ok());
+            number.ok_or_else(|| malformed(format!("{key} is missing or not a number")))
+        };
+        let (vocab_size, max_positions) =
+            (number("vocab_size")?, number("max_position_embeddings")?);
+        one_label(&raw).map_err(malformed)?;
+        let tokenizer = read_fitting(path, vocab_size)?;
+        let tensors = VarBuilder::from_tensors(read_tensors(path, device)?, DType::F32, device);
+        let network = build(&raw, tensors).map_err(|unfit| match unfit {
+            Unfit::Config(reason) => malformed(reason),
+            Unfit::Weights(error) => ModelError::Malformed {
+                path: path.to_owned(),
+                reason: format!("its weights do not fit its config.json: {error}"),
+            },
+        })?;
+        Ok(Self {
+            network,
+            tokenizer,
+            vocab_size,
+            max_positions,
+            device: device.clone(),
+        })
+    }
+
+    /// Tokens in the vocabulary.
+    #[must_use]
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The longest text, in tokens.
+    #[must_use]
+    pub fn max_positions(&self) -> usize {
+        self.max_positions
+    }
+
+    /// The ids of a text, with the special tokens that the tokenizer adds.
+    ///
+    /// # Errors
+    /// When the tokenizer refuses the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        let encoding = self.tokenizer.encode_fast(text, true);
+        let encoding = encoding.map_err(|error| ModelError::Tokens {
+            reason: format!("failed to split a text into tokens: {error}"),
+        })?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// One score a text, in their order; special tokens are added.
+    ///
+    /// # Errors
+    /// As [`Self::encode`] and [`Self::score_ids`].
+    pub fn score_texts(&self, texts: &[String]) -> Result<Vec<f32>, ModelError> {
+        let ids: Result<Vec<_>, _> = texts.iter().map(|text| self.encode(text)).collect();
+        self.score_ids(&ids?)
+    }
+
+    /// One score a sequence, in their order; special tokens are part of the sequences.
+    ///
+    /// # Errors
+    /// When a sequence is empty, too long, or holds a token that is not in the vocabulary.
+    pub fn score_ids(&self, sequences: &[Vec<u32>]) -> Result<Vec<f32>, ModelError> {
+        for ids in sequences {
+            self.check(ids)
+                .map_err(|reason| ModelError::Tokens { reason })?;
+        }
+        let mut scores = Vec::with_capacity(sequences.len());
+        let mut rest = sequences;
+        while !rest.is_empty() {
+            let (pass, others) = rest.split_at(pass_of(rest));
+            scores.extend(self.forward(pass)?);
+            rest = others;
+        }
+        Ok(scores)
+    }
+
+    fn check(&self, ids: &[u32]) -> Result<(), String> {
+        let (vocab, positions) = (self.vocab_size, self.max_positions);
+        if ids.is_empty() {
+            Err("a text without tokens cannot be scored".into())
+        } else if ids.len() > positions {
+            let count = ids.len();
+            Err(format!(
+                "{count} tokens are more than the model's {positions} positions"
+            ))
+        } else if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            Err(format!(
+                "token {id} is not in the model's vocabulary of {vocab}"
+            ))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The scores of these sequences in one padded pass.
+    fn forward(&self, sequences: &[Vec<u32>]) -> Result<Vec<f32>, ModelError> {
+        let width = longest(sequences);
+        let padded = |of: &dyn Fn(&[u32]) -> Vec<u32>| {
+            let rows = sequences.iter().map(|ids| {
+                let mut row = of(ids);
+                // Any token would do where the mask is 0.
+                row.resize(width, 0);
+                row
+            });
+            let numbers: Vec<u32> = rows.flatten().collect();
+            Tensor::from_vec(numbers, (sequences.len(), width), &self.device)
+        };
+        let ids = padded(&<[u32]>::to_vec)?;
+        let mask = padded(&|ids| vec![1; ids.len()])?;
+        let scores = match &self.network {
+            Network::DebertaV2(model) => model.forward(&ids, None, Some(mask))?,
+            Network::ModernBert(model) => model.forward(&ids, &mask)?,
+        };
+        Ok(scores.squeeze(1)?.to_vec1()?)
+    }
+}
+
+impl fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let architecture = match self.network {
+            Network::DebertaV2(_) => SUPPORTED_ENCODERS[0],
+            Network::ModernBert(_) => SUPPORTED_ENCODERS[1],
+        };
+        f.debug_struct("Encoder")
+            .field("architecture", &architecture)
+            .field("vocab_size", &self.vocab_size)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a network cannot be built: something in `config.json`, or the tensors.
+enum Unfit {
+    Config(String),
+    Weights(candle_core::Error),
+}
+
+impl From<String> for Unfit {
+    fn from(reason: String) -> Self {
+        Self::Config(reason)
+    }
+}
+
+impl From<candle_core::Error> for Unfit {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Weights(error)
+    }
+}
+
+/// Builds a network from its `config.json` and its tensors.
+type Build = fn(&Value, VarBuilder<'_>) -> Result<Network, Unfit>;
+
+/// How the architecture that `raw` names is built; `file` is where it was read from.
+fn build_of(raw: &Value, file: &Path) -> Result<Build, ModelError> {
+    let named = raw["architectures"][0].as_str();
+    let place = SUPPORTED_ENCODERS
+        .iter()
+        .position(|name| named == Some(*name));
+    match place {
+        Some(0) => Ok(deberta_v2::build),
+        Some(1) => Ok(modern_bert::build),
+        _ => Err(ModelError::Architecture {
+            path: file.to_owned(),
+            found: named.unwrap_or("(none is named)").to_owned(),
+            supported: SUPPORTED_ENCODERS.to_vec(),
+        }),
+    }
+}
+
+fn one_label(raw: &Value) -> Result<(), String> {
+    let named = raw["id2label"].as_object().map(Map::len);
+    match named.or_else(|| usize::try_from(raw["num_labels"].as_u64()?).ok()) {
+        None | Some(1) => Ok(()),
+        Some(labels) => Err(format!(
+            "it has {labels} labels; a judge has one, whose logit is the score"
+        )),
+    }
+}
+
+fn longest(sequences: &[Vec<u32>]) -> usize {
+    sequences.iter().map(Vec::len).max().unwrap_or(0)
+}
+
+/// How many of the first sequences fit a pass together; at least one.
+fn pass_of(sequences: &[Vec<u32>]) -> usize {
+    let mut longest = 0;
+    let fits = |(before, ids): &(usize, &Vec<u32>)| {
+        longest = longest.max(ids.len());
+        (before + 1) * longest <= PASS
+    };
+    sequences.iter().enumerate().take_while(fits).count().max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, fs};
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::fixtures::{WORDS, shared};
+
+    fn close(found: &[f32], expected: &[f32], tolerance: f32) {
+        assert_eq!(found.len(), expected.len());
+        for (f, e) in found.iter().zip(expected) {
+            assert!((f - e).abs() <= tolerance, "{f} is not {e}");
+        }
+    }
+
+    #[test]
+    fn deberta_scores_are_those_of_transformers() {
+        let Some(path) = shared("data/models/random-deberta-reward") else {
+            return;
+        };
+        let encoder = Encoder::load(&path, &Device::Cpu).unwrap();
+        let text = fs::read_to_string(path.join("reference.json")).unwrap();
+        let reference: Value = serde_json::from_str(&text).unwrap();
+        let numbers = |key: &str| -> Vec<Vec<u32>> {
+            serde_json::from_value(reference[key].clone()).unwrap()
+        };
+        let kept: Vec<Vec<u32>> = numbers("ids")
+            .iter()
+            .zip(numbers("attention_mask"))
+            .map(|(ids, mask)| ids[..mask.iter().sum::<u32>() as usize].to_vec())
+            .collect();
+        let expected: Vec<f32> = serde_json::from_value(reference["scores"].clone()).unwrap();
+        close(&encoder.score_ids(&kept).unwrap(), &expected, 1e-4);
+        // Whatever else is in the batch, and so however much padding.
+        for (ids, score) in kept.iter().zip(expected) {
+            let alone = encoder.score_ids(std::slice::from_ref(ids)).unwrap();
+            close(&alone, &[score], 1e-4);
+        }
+        let text = "Tom and his dog".to_owned();
+        let ids = encoder.encode(&text).unwrap();
+        assert_eq!(ids, [1, 274, 287, 269, 345, 400, 428]);
+        assert_eq!(
+            encoder.score_texts(&[text]).unwrap(),
+            encoder.score_ids(&[ids]).unwrap()
+        );
+    }
+
+    /// A number for each element of each tensor that any language computes alike.
+    fn number(tensor: usize, element: usize) -> f32 {
+        let (t, i) = (tensor as u64, element as u64);
+        ((t * 7919 + i * 104_729 + i * i * 31) % 997) as f32 / 997.0 - 0.5
+    }
+
+    /// A ModernBERT of four layers, the second and third with a window of 4 tokens to each side. The
+    /// tensors are numbered by name.
+    fn modern_bert(change: impl Fn(&mut Value)) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = json!({
+            "architectures": ["ModernBertForSequenceClassification"], "vocab_size": 24,
+            "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 4,
+            "num_attention_heads": 2, "max_position_embeddings": 40, "local_attention": 8,
+            "norm_eps": 1e-5, "global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0,
+            "local_rope_theta": 10_000.0, "pad_token_id": 2, "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0}, "classifier_pooling": "cls"
+        });
+        change(&mut config);
+        let mut shapes: Vec<(String, Vec<usize>)> = vec![
+            ("classifier.bias".into(), vec![1]),
+            ("classifier.weight".into(), vec![1, 16]),
+            ("head.dense.weight".into(), vec![16, 16]),
+            ("head.norm.weight".into(), vec![16]),
+            ("model.embeddings.norm.weight".into(), vec![16]),
+            (
+                "model.embeddings.tok_embeddings.weight".into(),
+                vec![24, 16],
+            ),
+            ("model.final_norm.weight".into(), vec![16]),
+        ];
+        for layer in 0..4 {
+            let mut add = |name: &str, shape: &[usize]| {
+                shapes.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+            };
+            add("attn.Wo.weight", &[16, 16]);
+            add("attn.Wqkv.weight", &[48, 16]);
+            if layer > 0 {
+                add("attn_norm.weight", &[16]);
+            }
+            add("mlp.Wi.weight", &[24, 16]);
+            add("mlp.Wo.weight", &[16, 12]);
+            add("mlp_norm.weight", &[16]);
+        }
+        let tensors: HashMap<String, Tensor> = shapes
+            .into_iter()
+            .enumerate()
+            .map(|(tensor, (name, shape))| {
+                let base = if shape.len() == 1 { 1.0 } else { 0.0 };
+                let numbers: Vec<f32> = (0..shape.iter().product())
+                    .map(|element| base + number(tensor, element))
+                    .collect();
+                let values = Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap();
+                (name, values)
+            })
+            .collect();
+        let weights = folder.path().join("model.safetensors");
+        candle_core::safetensors::save(&tensors, weights).unwrap();
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        fs::write(folder.path().join("tokenizer.json"), WORDS).unwrap();
+        folder
+    }
+
+    /// Sequences of 30, 1 and 11 tokens: longer than the window, and not.
+    fn sequences() -> Vec<Vec<u32>> {
+        [30u32, 1, 11]
+            .map(|length| (0..length).map(|i| (i * i + 5 * i + length) % 24).collect())
+            .to_vec()
+    }
+
+    /// What transformers 5.23 gives for the same weights and sequences.
+    const MODERN_BERT: [(&str, [f32; 3]); 2] = [
+        ("cls", [1.349_434, -2.400_463, 1.382_954]),
+        ("mean", [-1.784_403, -2.400_463, 0.395_866]),
+    ];
+
+    #[test]
+    fn modern_bert_scores_are_those_of_transformers() {
+        for (pooling, expected) in MODERN_BERT {
+            let folder = modern_bert(|config| config["classifier_pooling"] = json!(pooling));
+            let encoder = Encoder::load(folder.path(), &Device::Cpu).unwrap();
+            close(&encoder.score_ids(&sequences()).unwrap(), &expected, 1e-4);
+            for (ids, score) in sequences().into_iter().zip(expected) {
+                close(&encoder.score_ids(&[ids]).unwrap(), &[score], 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_loaded_is_named_with_the_remedy() {
+        let refused = |change: &dyn Fn(&mut Value)| {
+            let folder = modern_bert(change);
+            Encoder::load(folder.path(), &Device::Cpu)
+                .unwrap_err()
+                .to_string()
+        };
+        let cases: [(&str, Value, &[&str]); 6] = [
+            (
+                "architectures",
+                json!(["BertForSequenceClassification"]),
+                &[
+                    "BertForSequenceClassification",
+                    "config.json",
+                    "DebertaV2For",
+                    "ModernBertFor",
+                ],
+            ),
+            (
+                "vocab_size",
+                json!(null),
+                &["config.json", "vocab_size is missing"],
+            ),
+            (
+                "vocab_size",
+                json!(7),
+                &["largest token id is 7", "vocab_size is 7"],
+            ),
+            (
+                "id2label",
+                json!({"0": "a", "1": "b"}),
+                &["it has 2 labels"],
+            ),
+            ("mlp_bias", json!(true), &["config.json", "mlp_bias = true"]),
+            (
+                "num_hidden_layers",
+                json!(5),
+                &[
+                    "weights do not fit its config.json",
+                    "model.layers.4.attn.Wqkv.weight",
+                ],
+            ),
+        ];
+        for (key, value, expected) in cases {
+            let error = refused(&|config| config[key] = value.clone());
+            for part in expected {
+                assert!(error.contains(part), "{part:?} is not in {error}");
+            }
+        }
+        let folder = modern_bert(|_| {});
+        fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+        let error = Encoder::load(folder.path(), &Device::Cpu)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("failed to read") && error.contains("model.safetensors"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_scored_is_refused() {
+        let folder = modern_bert(|_| {});
+        let encoder = Encoder::load(folder.path(), &Device::Cpu).unwrap();
+        for (ids, expected) in [
+            (vec![], "a text without tokens"),
+            (
+                vec![0; 41],
+                "41 tokens are more than the model's 40 positions",
+            ),
+            (
+                vec![3, 24],
+                "token 24 is not in the model's vocabulary of 24",
+            ),
+        ] {
+            let refused = encoder.score_ids(&[vec![1], ids]).unwrap_err().to_string();
+            assert!(refused.contains(expected), "{refused}");
+        }
+        assert_eq!(encoder.score_ids(&[]).unwrap(), [0f32; 0]);
+        let words = encoder.score_texts(&["the cat".into()]).unwrap();
+        assert_eq!(words, encoder.score_ids(&[vec![1, 2, 3]]).unwrap());
+    }
+
+    #[test]
+    fn a_pass_holds_what_fits_with_its_padding() {
+        let passes = |lengths: &[usize]| {
+            let sequences: Vec<Vec<u32>> = lengths.iter().map(|&n| vec![0; n]).collect();
+            let (mut rest, mut passes) = (&sequences[..], Vec::new());
+            while !rest.is_empty() {
+                passes.push(pass_of(rest));
+                rest = &rest[passes[passes.len() - 1]..];
+            }
+            passes
+        };
+        assert_eq!(passes(&[PASS / 2, 1, 1]), [2, 1]);
+        assert_eq!(passes(&[2 * PASS, 1, 1]), [1, 2]);
+        assert_eq!(passes(&[1, 2 * PASS, 1]), [1, 1, 1]);
+        assert_eq!(passes(&[4; 5]), [5]);
+    }
+}

@@ -1,0 +1,99 @@
+//! `agon score --reward` against the scores that transformers gave, and what it refuses.
+
+use std::path::Path;
+
+use house::{Ended, Workplace, shared};
+use serde_json::{Value, json};
+
+fn score(workplace: &Workplace, model: &Path, rows: &str) -> Ended {
+    let file = workplace.write("rows.jsonl", rows);
+    let (model, file) = (model.display().to_string(), file.display().to_string());
+    workplace.run(&["score", "--reward", "--model", &model, "--input", &file])
+}
+
+fn scores(ended: Ended) -> Vec<f64> {
+    let answers = ended.succeeded().json_lines();
+    let score = |answer: &Value| answer["score"].as_f64().expect("every row has a score");
+    answers.iter().map(score).collect()
+}
+
+#[test]
+fn every_kind_of_reward_model_scores_as_transformers_does() {
+    let workplace = Workplace::new();
+    for name in [
+        "random-llama-reward",
+        "random-qwen2-reward",
+        "random-deberta-reward",
+    ] {
+        let Some(model) = shared("reward_score", &format!("data/models/{name}")) else {
+            return;
+        };
+        let reference = std::fs::read(model.join("reference.json")).expect("a reference");
+        let reference: Value = serde_json::from_slice(&reference).expect("the reference is JSON");
+        let numbers = |key: &str| -> Vec<Vec<usize>> {
+            serde_json::from_value(reference[key].clone()).expect("rows of numbers")
+        };
+        // Padding stands on the right.
+        let rows = numbers("ids").into_iter().zip(numbers("attention_mask"));
+        let rows = rows.map(|(ids, mask)| json!({"ids": ids[..mask.iter().sum()]}).to_string());
+        let rows: Vec<String> = rows.collect();
+        let found = scores(score(&workplace, &model, &rows.join("\n")));
+        let expected: Vec<f64> =
+            serde_json::from_value(reference["scores"].clone()).expect("scores");
+        assert_eq!(found.len(), expected.len());
+        for (f, e) in found.iter().zip(&expected) {
+            assert!((f - e).abs() < 1e-3, "{name}: {f} is not {e}");
+        }
+    }
+}
+
+#[test]
+fn a_completion_is_scored_after_its_prompt() {
+    let Some(decoder) = shared("reward_text", "data/models/random-llama-reward") else {
+        return;
+    };
+    let Some(encoder) = shared("reward_text", "data/models/random-deberta-reward") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let text = json!({"prompt": "Tom and", "completion": " his dog"}).to_string();
+    let ids = json!({"ids": [1, 274, 287, 269, 345, 400, 428]}).to_string();
+    let found = scores(score(&workplace, &decoder, &format!("{text}\n{ids}\n")));
+    // Pooled over the last token alone, it is all one where the prompt ends.
+    assert!((found[0] - found[1]).abs() < 1e-5, "{found:?}");
+    let dialogue = json!({
+        "prompt": [{"role": "user", "content": "Tom and"}], "completion": " his dog"
+    });
+    let found = scores(score(
+        &workplace,
+        &encoder,
+        &format!("{text}\n{dialogue}\n{ids}\n"),
+    ));
+    assert_eq!(found[0], found[1]);
+    assert!(
+        (found[0] - found[2]).abs() > 1e-6,
+        "the new line was lost: {found:?}"
+    );
+}
+
+#[test]
+fn a_model_of_the_other_kind_is_refused_with_the_remedy() {
+    let (Some(policy), Some(reward)) = (
+        shared("reward_kind", "data/models/stories260K"),
+        shared("reward_kind", "data/models/random-llama-reward"),
+    ) else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let rows = "{\"ids\": [1, 2]}\n";
+    let says = ["LlamaForCausalLM", "ModernBertForSequenceClassification"];
+    score(&workplace, &policy, rows)
+        .check(3, &says)
+        .without_panic();
+    let file = workplace.write("rows.jsonl", rows).display().to_string();
+    let reward = reward.display().to_string();
+    workplace
+        .run(&["score", "--model", &reward, "--input", &file])
+        .check(2, &["is a reward model", "--reward"])
+        .without_panic();
+}
