@@ -14,9 +14,10 @@ mod world;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
-use commands::{check, doctor, eval, export, generate, score, sft, train};
+use commands::{check, doctor, eval, export, generate, preference, score, sft, train};
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
 /// is better, a learner moves the policy toward it.
@@ -34,6 +35,7 @@ struct CommandLine {
 #[derive(Subcommand)]
 enum Command {
     Train(train::Arguments),
+    Preference(preference::Arguments),
     Sft(sft::Arguments),
     Eval(eval::Arguments),
     Generate(generate::Arguments),
@@ -43,12 +45,23 @@ enum Command {
     Export(export::Arguments),
 }
 
+/// The runtime in which everything waits; what computes has threads of its own.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("agon-wait")
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")
+}
+
 fn main() -> ExitCode {
     memory::keep_pages();
     let command = CommandLine::parse().command;
     logging::start();
     let ended = match command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Preference(arguments) => preference::run(&arguments),
         Command::Sft(arguments) => sft::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),

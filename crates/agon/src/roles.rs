@@ -65,15 +65,20 @@ pub(crate) async fn run(
         let quitting = quitting.clone();
         others.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
     }
+    let bench = world::bench(settings)?;
+    if !settings.preference.http.listen.is_empty() {
+        let server = world::server(settings, bench.clone()).await?;
+        let quitting = quitting.clone();
+        others.spawn(async move { server.run(quitting).await.map_err(anyhow::Error::from) });
+    }
     let preference = Preference::new(PreferenceParts {
-        judge: world::judge(settings)?,
-        gold: world::gold(settings),
+        judge: bench,
+        gold: world::gold_bench(settings)?,
+        orders: settings.preference.orders,
         pairs: for_judge,
         labelled,
         drops,
         counters: Arc::new(of_preference.clone()),
-        max_batch: settings.preference.max_batch,
-        max_wait: Duration::from_millis(settings.preference.max_wait_ms),
     });
     others.spawn(async move { preference.run(quitting).await.map_err(anyhow::Error::from) });
 

@@ -1,7 +1,9 @@
 //! What a run is about: the model it starts from, the prompts it asks, the judges that know it.
 
 mod base;
+mod bench;
 mod gold;
+mod words;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -13,7 +15,9 @@ use preference::{Judge, Matrix, Rules};
 use settings::{DtypeSetting, JudgeSettings, PromptsSettings, Settings};
 
 pub(crate) use base::{Base, playground_base};
+pub(crate) use bench::{bench, gold_bench, judges, server};
 pub(crate) use gold::Gold;
+pub(crate) use words::texts;
 
 /// The model at the start and the prompts of a run.
 pub(crate) struct World {
@@ -75,7 +79,7 @@ pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::
     })
 }
 
-/// The judge of the settings.
+/// The judge of the settings, one that computes in this process.
 pub(crate) fn judge(settings: &Settings) -> anyhow::Result<Box<dyn Judge>> {
     let judge = &settings.preference.judge;
     Ok(match judge {

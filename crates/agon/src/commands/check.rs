@@ -78,8 +78,8 @@ impl Summary {
         for (key, path) in files(settings) {
             summary.file(key, path);
         }
-        match world::judge(settings) {
-            Ok(judge) => summary.line("ok", &format!("judge {}", judge.name())),
+        match world::judges(settings) {
+            Ok(judges) => summary.line("ok", &format!("judge {}", judges.name)),
             Err(error) => summary.problem(&format!("judge: {error:#}")),
         }
         summary

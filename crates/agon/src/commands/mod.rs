@@ -5,6 +5,7 @@ pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod generate;
+pub(crate) mod preference;
 pub(crate) mod score;
 pub(crate) mod sft;
 pub(crate) mod train;
