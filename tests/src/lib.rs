@@ -6,6 +6,7 @@
 
 mod binary;
 mod ended;
+mod http;
 mod records;
 mod shared;
 mod workplace;
@@ -13,6 +14,7 @@ mod worlds;
 
 pub use binary::agon_binary;
 pub use ended::Ended;
+pub use http::http;
 pub use records::{column, metrics, number, report, steps};
 pub use shared::shared;
 pub use workplace::{Running, Workplace, wait_until, workspace_root};

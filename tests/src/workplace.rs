@@ -182,6 +182,11 @@ impl Running {
         })
     }
 
+    /// The files with its words: standard output and standard error.
+    pub fn files(&self) -> [PathBuf; 2] {
+        [self.out.clone(), self.err.clone()]
+    }
+
     /// What it said on standard error so far.
     pub fn err(&self) -> String {
         words(&self.err)

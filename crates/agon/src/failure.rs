@@ -5,6 +5,7 @@ use std::{io::ErrorKind, process::ExitCode};
 use dataset::DatasetError;
 use learner::LearnerError;
 use model::ModelError;
+use preference::PreferenceError;
 use settings::SettingsError;
 
 /// The documented exit codes.
@@ -92,6 +93,18 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     }
     if let Some(error) = cause.downcast_ref::<ModelError>() {
         return code_of_model(error);
+    }
+    if let Some(error) = cause.downcast_ref::<PreferenceError>() {
+        return match error {
+            PreferenceError::Pattern { .. }
+            | PreferenceError::Weight { .. }
+            | PreferenceError::Temperature(_)
+            | PreferenceError::Matrix { .. } => Some(Code::Configuration),
+            PreferenceError::Key { .. } | PreferenceError::Listen { .. } => {
+                Some(Code::MissingResource)
+            }
+            _ => None,
+        };
     }
     if cause.is::<telemetry::Error>() {
         return Some(Code::MissingResource);

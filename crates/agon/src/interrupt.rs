@@ -28,9 +28,7 @@ pub(crate) fn on_signal() -> anyhow::Result<watch::Sender<bool>> {
                 eprintln!("interrupted twice: leaving without saving");
                 std::process::exit(130);
             }
-            eprintln!(
-                "stopping: finishing the step in hand and saving; once more to leave at once"
-            );
+            eprintln!("stopping: finishing what is in hand; once more to leave at once");
             told.send_replace(true);
         }
     });

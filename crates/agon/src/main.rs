@@ -15,9 +15,12 @@ mod world;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
-use commands::{check, doctor, eval, export, fit_preference, generate, score, sft, train};
+use commands::{
+    check, doctor, eval, export, fit_preference, generate, preference, score, sft, train,
+};
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
 /// is better, a learner moves the policy toward it.
@@ -35,6 +38,7 @@ struct CommandLine {
 #[derive(Subcommand)]
 enum Command {
     Train(train::Arguments),
+    Preference(preference::Arguments),
     Sft(sft::Arguments),
     FitPreference(fit_preference::Arguments),
     Eval(eval::Arguments),
@@ -45,12 +49,23 @@ enum Command {
     Export(export::Arguments),
 }
 
+/// The runtime in which everything waits; what computes has threads of its own.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("agon-wait")
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")
+}
+
 fn main() -> ExitCode {
     memory::keep_pages();
     let command = CommandLine::parse().command;
     logging::start();
     let ended = match command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Preference(arguments) => preference::run(&arguments),
         Command::Sft(arguments) => sft::run(&arguments),
         Command::FitPreference(arguments) => fit_preference::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments),

@@ -8,15 +8,15 @@ use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
 use messages::{Seed, Station};
 use model::SamplingSettings;
 use preference::{
-    Preference, PreferenceParts,
-    apo::{History, RoundReport},
+    Preference, PreferenceError, PreferenceParts,
+    apo::{History, Player, RoundReport, Seats},
 };
 use settings::{ObjectiveSettings, Settings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
 use tokio::{sync::watch, task::JoinSet};
 use transport::{WeightsShelf, stream};
 
-use crate::world::{self, World};
+use crate::world::{self, JudgeSource, Judging, World};
 
 /// How long actors and judge may take to finish what they have in hand.
 const GRACE: Duration = Duration::from_secs(60);
@@ -70,15 +70,26 @@ pub(crate) async fn run(
         let quitting = quitting.clone();
         others.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
     }
+    let step = resume
+        .as_deref()
+        .map(learner::checkpoint_step)
+        .transpose()?;
+    let (judge, player) = judges(settings, world, directory, step.unwrap_or(0), stop)?;
+    let bench = world::bench(settings, &judge)?;
+    if !settings.preference.http.listen.is_empty() {
+        let server = world::server(settings, &judge, bench.clone()).await?;
+        let quitting = quitting.clone();
+        others.spawn(async move { server.run(quitting).await.map_err(anyhow::Error::from) });
+    }
     let preference = Preference::new(PreferenceParts {
-        judge: world.judge.make()?,
-        gold: world::gold(settings),
+        judge: bench,
+        gold: world::gold_bench(settings)?,
+        orders: settings.preference.orders,
+        player,
         pairs: for_judge,
         labelled,
         drops,
         counters: Arc::new(of_preference.clone()),
-        max_batch: settings.preference.max_batch,
-        max_wait: Duration::from_millis(settings.preference.max_wait_ms),
     });
     others.spawn(async move { preference.run(quitting).await.map_err(anyhow::Error::from) });
 
@@ -202,6 +213,30 @@ fn learner_pacing(settings: &Settings) -> learner::Pacing {
     } else {
         learner::Pacing::EachPrompt
     }
+}
+
+/// Who judges from this step on, and the game that will replace them, where it is played.
+fn judges(
+    settings: &Settings,
+    world: &World,
+    directory: &RunDirectory,
+    step: u64,
+    stop: &watch::Sender<bool>,
+) -> anyhow::Result<(Arc<JudgeSource>, Option<Player>)> {
+    if settings.preference.apo.refresh_steps == 0 {
+        return Ok((Arc::clone(&world.judge), None));
+    }
+    let judging = Judging::find(settings, world, directory, step)?;
+    let judge = judging.source(world)?;
+    let stopped = || *stop.borrow();
+    let game = tokio::task::block_in_place(|| judging.game(settings, world, directory, &stopped))?;
+    let (first, preference) = (Arc::clone(&world.judge), settings.preference.clone());
+    let seats: Seats = Box::new(move |model, round| {
+        let judge = first.succeeded_by(model, world::version(round));
+        let seats = judge.and_then(|judge| world::seats(&preference, &Arc::new(judge)));
+        seats.map_err(|error| PreferenceError::Seats(format!("{error:#}")))
+    });
+    Ok((judge, Some(Player { game, seats })))
 }
 
 /// When the adversarial game is played, if it is.

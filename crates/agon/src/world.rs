@@ -1,11 +1,13 @@
 //! What a run is about: the model it starts from, the prompts it asks, the judges that know it.
 
 mod base;
+mod bench;
 mod game;
 mod gold;
 mod judges;
 mod pairs;
 mod preference;
+mod words;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -20,12 +22,14 @@ use settings::{DtypeSetting, JudgeSettings, PlaygroundGolden, PromptsSettings, S
 use crate::failure::Misuse;
 
 pub(crate) use base::{Base, playground_base};
-pub(crate) use game::{Judging, rounds};
+pub(crate) use bench::{bench, gold_bench, seats, server};
+pub(crate) use game::{Judging, rounds, version};
 pub(crate) use gold::Gold;
 pub(crate) use judges::{JudgeSource, check as check_judge};
 pub(crate) use pairs::{Annotated, annotated};
 use pairs::{GeneratedPair, generated};
 pub(crate) use preference::{Opened, Trunk, preference_model};
+pub(crate) use words::texts;
 
 /// The model at the start and the prompts of a run.
 pub(crate) struct World {
@@ -34,7 +38,7 @@ pub(crate) struct World {
     /// Its weights.
     pub(crate) weights: Weights,
     /// Who judges.
-    pub(crate) judge: JudgeSource,
+    pub(crate) judge: Arc<JudgeSource>,
     /// What is asked.
     pub(crate) set: Arc<dyn PromptSet>,
     /// What it cost to make the model, when this run made it.
@@ -95,7 +99,7 @@ impl Start {
 /// it ends early when `stopped` turns true.
 pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::Result<World> {
     let start = Start::open(settings, stopped)?;
-    let judge = JudgeSource::open(settings, start.policy(), stopped)?;
+    let judge = Arc::new(JudgeSource::open(settings, Some(start.policy()), stopped)?);
     let Start {
         folder,
         weights,

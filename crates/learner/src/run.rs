@@ -340,14 +340,17 @@ impl Learner {
         if !self.feed.returned(in_hand.labelled.pair.id()) {
             return self.drop_pair(in_hand, DropReason::Duplicate);
         }
-        if let Some(reason) = intake::unsound(&in_hand.labelled) {
+        let purpose = in_hand.labelled.pair.prompt.purpose;
+        if purpose != Purpose::Contest
+            && let Some(reason) = intake::unsound(&in_hand.labelled)
+        {
             tracing::warn!(
                 prompt = in_hand.labelled.pair.id().0,
                 "a pair holds numbers that are not finite"
             );
             return self.drop_pair(in_hand, reason);
         }
-        match in_hand.labelled.pair.prompt.purpose {
+        match purpose {
             Purpose::Train => self.intake.add(in_hand.labelled, in_hand.receipt),
             Purpose::Evaluate => {
                 self.settle(in_hand.receipt);

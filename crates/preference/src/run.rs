@@ -1,30 +1,38 @@
-//! The preference service: takes pairs, has them judged in batches, gives labelled pairs.
+//! The preference service: takes pairs, has them judged, gives labelled pairs.
 //!
 //! A pair is acknowledged after its label or its drop note is stored, so a service that ends at any
-//! moment loses nothing: what it held is delivered again. The service does not know what its judge is,
-//! and never asks it the same again after a failure.
+//! moment loses nothing: what it held is delivered again. Many pairs are with the judges together; they
+//! leave in the order in which they came. The service does not know who its judges are.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
 
-use messages::{DropReason, Dropped, LabelledPair, Pair, PromptId, Station};
-use telemetry::{StationCounters, Waits};
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesOrdered;
+use messages::{DropReason, Dropped, LabelledPair, Pair, PromptId, Purpose, Station};
+use settings::OrdersSetting;
+use telemetry::{StationCounters, WaitGuard, Waits};
 use tokio::sync::watch;
-use transport::{Receiver, Sender};
+use transport::{Delivery, Receipt, Receiver, Sender};
 
-use crate::intake::{BatchLimits, Held, Intake};
-use crate::judge_thread::JudgeThread;
-use crate::metrics::JudgeMetrics;
-use crate::panel::{Answer, Judgement, Panel, Refusal};
-use crate::{Judge, JudgeError, PreferenceError};
+use crate::apo::Player;
+use crate::bench::{Bench, Outage};
+use crate::labelling::{Judgement, Labelling, Refusal};
+use crate::{PreferenceError, RulingError};
 
 /// All that the service is made of.
 pub struct PreferenceParts {
     /// Who labels pairs.
-    pub judge: Box<dyn Judge>,
+    pub judge: Bench,
     /// Who knows the true preference, in a world that has one: asked too about the first two completions
     /// of every pair for evaluation.
-    pub gold: Option<Box<dyn Judge>>,
+    pub gold: Option<Bench>,
+    /// In how many orders a comparison is asked.
+    pub orders: OrdersSetting,
+    /// The adversarial game, where it is played.
+    pub player: Option<Player>,
     /// Where pairs come from.
     pub pairs: Receiver<Pair>,
     /// Where labelled pairs go.
@@ -33,11 +41,6 @@ pub struct PreferenceParts {
     pub drops: Sender<Dropped>,
     /// The books of [`Station::Preference`], which one service at a time keeps.
     pub counters: Arc<StationCounters>,
-    /// The most comparisons in one call of a judge. A comparison in both orders counts as two, and is
-    /// one call even when the limit is 1; 0 counts as 1.
-    pub max_batch: usize,
-    /// How long the first pair of a batch waits for others.
-    pub max_wait: Duration,
 }
 
 /// The preference service, ready to [run](Self::run).
@@ -56,7 +59,8 @@ impl Preference {
         }
     }
 
-    /// What the service waits for while it runs: "pairs", "verdicts", or "room for labels".
+    /// What the service waits for while it runs: "pairs", "verdicts", "a judge: every circuit is open",
+    /// "a round of the game", or "room for labels".
     #[must_use]
     pub fn waits(&self) -> Waits {
         self.waits.clone()
@@ -67,14 +71,12 @@ impl Preference {
     /// their stream instead.
     ///
     /// # Errors
-    /// When the judge's thread cannot be started, when the judge panics, or when nobody takes labels or
-    /// drop notes any more while no shutdown was asked for. A judge that merely fails costs its batch.
+    /// When no judge is left to ask, or when nobody takes labels or drop notes any more while no
+    /// shutdown was asked for. A judge that merely fails is asked again, or waited for.
     pub async fn run(self, mut shutdown: watch::Receiver<bool>) -> Result<(), PreferenceError> {
-        let mut service = Service::start(self)?;
-        let judge = service.thread.judge_name().to_owned();
+        let judge = self.parts.judge.name();
         tracing::info!(judge, "preference service started");
-        let ended = service.work(&mut shutdown).await;
-        service.thread.finish().await;
+        let ended = Service::new(self).work(&mut shutdown).await;
         match ended {
             Err(PreferenceError::Closed(closed)) if asked_to_stop(&shutdown) => {
                 tracing::warn!(%closed, "pairs in hand are returned: nobody takes their labels");
@@ -92,12 +94,25 @@ fn asked_to_stop(shutdown: &watch::Receiver<bool>) -> bool {
 
 /// The service while it runs.
 struct Service {
-    intake: Intake,
-    thread: JudgeThread,
+    pairs: Receiver<Pair>,
+    labelling: Arc<Labelling>,
+    player: Option<Player>,
+    outage: watch::Receiver<Option<Outage>>,
+    /// The pairs in hand, oldest first, and what becomes of each, in the same order.
+    held: VecDeque<Held>,
+    judgements: FuturesOrdered<BoxFuture<'static, Result<Judgement, RulingError>>>,
+    /// The sum over `held`, and how many there may be before no more pairs are taken.
+    questions: usize,
+    max_questions: usize,
     outlet: Outlet,
-    metrics: JudgeMetrics,
     waits: Waits,
-    has_failed: bool,
+}
+
+/// A pair that was taken and is not yet acknowledged.
+struct Held {
+    pair: Arc<Pair>,
+    receipt: Receipt,
+    questions: usize,
 }
 
 /// Where pairs go: on as labels, or out with a note.
@@ -108,120 +123,164 @@ struct Outlet {
 }
 
 impl Service {
-    fn start(preference: Preference) -> Result<Self, PreferenceError> {
+    fn new(preference: Preference) -> Self {
         let Preference { parts, waits } = preference;
-        let max_batch = parts.max_batch.max(1);
-        let thread = JudgeThread::start(Panel::new(parts.judge, parts.gold, max_batch))?;
-        let limits = BatchLimits {
-            max_batch,
-            max_wait: parts.max_wait,
-            is_antisymmetric: thread.is_antisymmetric(),
-        };
-        Ok(Self {
-            intake: Intake::new(parts.pairs, limits, Arc::clone(&parts.counters)),
-            metrics: JudgeMetrics::new(thread.judge_name()),
-            thread,
+        Self {
+            pairs: parts.pairs,
+            player: parts.player,
+            outage: parts.judge.outage(),
+            max_questions: parts.judge.settings().max_queue.max(1),
+            labelling: Arc::new(Labelling {
+                judge: parts.judge,
+                gold: parts.gold,
+                orders: parts.orders,
+                gold_failed: AtomicBool::new(false),
+            }),
+            held: VecDeque::new(),
+            judgements: FuturesOrdered::new(),
+            questions: 0,
             outlet: Outlet {
                 labelled: parts.labelled,
                 drops: parts.drops,
                 counters: parts.counters,
             },
             waits,
-            has_failed: false,
-        })
+        }
     }
 
     async fn work(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<(), PreferenceError> {
+        let mut is_open = true;
+        let mut wait: Option<(&str, WaitGuard)> = None;
         loop {
             self.note_given_up().await?;
-            self.intake.collect(shutdown, &self.waits).await;
-            let batch: Vec<_> = self
-                .intake
-                .batch()
-                .map(|held| Arc::clone(&held.pair))
-                .collect();
-            if batch.is_empty() {
+            if !is_open && self.held.is_empty() {
                 return Ok(());
             }
-            let size = batch.len();
-            let judged = {
-                let _wait = self.waits.enter("verdicts");
-                self.thread.judge(batch).await?
-            };
-            let _wait = self.waits.enter("room for labels");
-            match judged {
-                Ok(answer) => self.label(answer).await?,
-                Err(error) => self.fail(size, &error).await?,
+            let reason = self.waits_for();
+            if wait.as_ref().is_none_or(|(named, _)| *named != reason) {
+                wait = Some((reason, self.waits.enter(reason)));
             }
-        }
-    }
-
-    /// Sends on what was judged, in the order in which it came.
-    async fn label(&mut self, answer: Answer) -> Result<(), PreferenceError> {
-        let latencies: Vec<_> = self
-            .intake
-            .batch()
-            .map(|held| held.arrived.elapsed())
-            .collect();
-        self.metrics.batch(&answer.judgements, &latencies);
-        let judge = self.thread.judge_name().to_owned();
-        for judgement in answer.judgements {
-            let Judgement { labels, gold, .. } = judgement;
-            let Held { pair, receipt, .. } = self.intake.pop().expect("a judged pair is in hand");
-            match labels {
-                Ok(labels) => {
-                    let labelled = LabelledPair {
-                        pair: Arc::unwrap_or_clone(pair),
-                        labels,
-                        judge: judge.clone(),
-                        judge_version: answer.version,
-                        gold,
-                    };
-                    self.outlet.give(labelled).await?;
+            let has_room = self.questions < self.max_questions;
+            tokio::select! {
+                biased;
+                () = stopped(shutdown), if is_open => is_open = false,
+                Some(judgement) = self.judgements.next() => {
+                    wait = None;
+                    self.settle(judgement, shutdown).await?;
                 }
-                Err(refusal) => self.outlet.drop_pair(pair.id(), refusal).await?,
+                seated = Player::seated(&mut self.player, &self.labelling.judge) => seated?,
+                // The bench lives as long as this service: there is always something to be told.
+                _changed = self.outage.changed() => {}
+                received = self.pairs.receive(), if is_open && has_room => match received {
+                    Ok(delivery) => self.take(delivery),
+                    Err(_ended) => is_open = false,
+                },
             }
-            receipt.acknowledge();
-            self.intake.count();
         }
+    }
+
+    /// What the service waits for now.
+    fn waits_for(&mut self) -> &'static str {
+        if self.held.is_empty() {
+            "pairs"
+        } else if self.outage.borrow_and_update().is_some() {
+            "a judge: every circuit is open"
+        } else {
+            "verdicts"
+        }
+    }
+
+    fn take(&mut self, delivery: Delivery<Pair>) {
+        // A pair that comes again has been counted when it came first.
+        if delivery.deliveries() == 1 {
+            self.outlet.counters.taken(1);
+        }
+        let (pair, receipt) = delivery.take();
+        let pair = Arc::new(pair);
+        let questions = self.labelling.questions(&pair);
+        let (labelling, asked) = (Arc::clone(&self.labelling), Arc::clone(&pair));
+        self.judgements
+            .push_back(Box::pin(async move { labelling.judge(asked).await }));
+        self.questions += questions;
+        self.held.push_back(Held {
+            pair,
+            receipt,
+            questions,
+        });
+        self.count();
+    }
+
+    /// Sends on the oldest pair, of which this was said.
+    async fn settle(
+        &mut self,
+        judgement: Result<Judgement, RulingError>,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<(), PreferenceError> {
+        let judgement = judgement.map_err(PreferenceError::NoJudge)?;
+        let held = self.held.pop_front().expect("a judged pair is in hand");
+        self.questions -= held.questions;
+        if held.pair.prompt.purpose == Purpose::Contest {
+            self.play(&held.pair, shutdown).await?;
+        }
+        let _wait = self.waits.enter("room for labels");
+        match judgement.labels {
+            Ok(labels) => {
+                let labelled = LabelledPair {
+                    pair: Arc::unwrap_or_clone(held.pair),
+                    labels,
+                    judge: self.labelling.judge.name(),
+                    judge_version: judgement.version,
+                    gold: judgement.gold,
+                };
+                self.outlet.give(labelled).await?;
+            }
+            Err(refusal) => self.outlet.drop_pair(held.pair.id(), refusal).await?,
+        }
+        held.receipt.acknowledge();
+        self.count();
         Ok(())
     }
 
-    /// Drops the oldest `size` pairs, because the judge could not answer them.
-    async fn fail(&mut self, size: usize, error: &JudgeError) -> Result<(), PreferenceError> {
-        let judge = self.thread.judge_name();
-        if self.has_failed {
-            tracing::debug!(judge, %error, pairs = size, "judge failed again");
-        } else {
-            tracing::error!(judge, %error, pairs = size, "judge failed; its pairs are dropped");
-        }
-        self.has_failed = true;
-        let refusal = Refusal {
-            reason: DropReason::Failed,
-            detail: format!("the judge {judge} failed: {error}"),
+    /// Takes the policy's samples for a round of the game. Where labels wait for the round's model, this
+    /// pair, the last of the round, does.
+    async fn play(
+        &mut self,
+        pair: &Pair,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<(), PreferenceError> {
+        let Some(player) = &mut self.player else {
+            return Ok(());
         };
-        for _ in 0..size {
-            let Held { pair, receipt, .. } = self.intake.pop().expect("a refused pair is in hand");
-            self.outlet.drop_pair(pair.id(), refusal.clone()).await?;
-            receipt.acknowledge();
-            self.intake.count();
+        player.game.take(pair)?;
+        if !player.game.is_fitting() || !player.game.holds_labels() {
+            return Ok(());
         }
-        Ok(())
+        let _wait = self.waits.enter("a round of the game");
+        tokio::select! {
+            biased;
+            () = stopped(shutdown) => Ok(()),
+            seated = Player::seated(&mut self.player, &self.labelling.judge) => seated,
+        }
     }
 
     /// Drops pairs that no service could label in as many deliveries as their stream allows: a pair on
     /// which every judge panics does not hold up the run, and its credit is not lost.
-    async fn note_given_up(&self) -> Result<(), PreferenceError> {
-        for letter in self.intake.given_up() {
+    async fn note_given_up(&mut self) -> Result<(), PreferenceError> {
+        for letter in self.pairs.dead_letters() {
             let refusal = Refusal {
                 reason: DropReason::Failed,
                 detail: format!("no label after {} deliveries", letter.deliveries),
             };
             self.outlet.drop_pair(letter.message.id(), refusal).await?;
             // The service that held it last may have ended without counting it out.
-            self.intake.count();
+            self.count();
         }
         Ok(())
+    }
+
+    /// Counts what is in hand.
+    fn count(&self) {
+        self.outlet.counters.set_in_hand(self.held.len() as u64);
     }
 }
 
@@ -245,6 +304,11 @@ impl Outlet {
         self.counters.dropped(reason, 1);
         Ok(())
     }
+}
+
+/// Waits until the caller asks to stop. A caller that is gone asks for it too.
+async fn stopped(shutdown: &mut watch::Receiver<bool>) {
+    drop(shutdown.wait_for(|stop| *stop).await);
 }
 
 #[cfg(test)]

@@ -103,9 +103,13 @@ pub const METRICS: &[MetricInfo] = &[
     // The judge.
     seconds(
         "judge/latency_seconds",
-        "time from a pair's arrival at the judge to its label",
+        "time from a comparison's arrival at the judge to its ruling",
     ),
-    gauge("judge/batch_size", Count, "pairs judged together, mean"),
+    gauge(
+        "judge/batch_size",
+        Count,
+        "comparisons asked together, mean",
+    ),
     gauge(
         "judge/timeouts",
         Count,
@@ -118,9 +122,20 @@ pub const METRICS: &[MetricInfo] = &[
     ),
     gauge("judge/tie_rate", Ratio, "share of labels that are ties"),
     gauge(
+        "judge/abstained",
+        Count,
+        "comparisons the judge declined to answer, since the run began",
+    ),
+    gauge(
+        "judge/cache_hits",
+        Count,
+        "questions answered from memory, since the run began",
+    ),
+    gauge("judge/queue", Count, "questions that wait for a judge"),
+    gauge(
         "judge/order_inconsistency",
         Ratio,
-        "share of pairs whose label changes with the order of the completions",
+        "share of pairs whose winner changes with the order of the completions",
     ),
     gauge(
         "preference/accuracy",

@@ -162,6 +162,7 @@ mod tests {
         objective/{kl,entropy,scores,scores_margin} completions/{mean_length,min_length,max_length} \
         completions/clipped_ratio val/contain_eos_token \
         judge/{latency_seconds,batch_size,timeouts,retries,tie_rate,order_inconsistency} \
+        judge/{abstained,cache_hits,queue} \
         preference/{accuracy,ece,brier,drift} actor/{gen_throughput,generate_seconds,in_flight,restarts} \
         staleness/{mean,max,dropped,in_flight} policy_version \
         weight_sync/{seconds,bytes,version,failures} \

@@ -3,12 +3,13 @@
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use learner::Interval;
-use messages::{Completion, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
+use messages::{Pair, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
 use model::{LanguageModel, ModelFolder, Request, Sampler};
-use preference::{Comparison, Verdict, both_orders};
+use preference::{Orders, Question, Ruling, RulingError, Verdict};
 use serde_json::json;
 use settings::{Override, Settings, resolve_file};
 
@@ -63,28 +64,14 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         load(&settings, &arguments.b)?,
     );
     let pairs = answer(&settings, (&a, &b), count)?;
-    let start = world::Start::open(&settings, &|| false)?;
-    let mut judge = world::JudgeSource::open(&settings, start.policy(), &|| false)?.make()?;
-    let comparisons: Vec<Comparison<'_>> = pairs
-        .iter()
-        .map(|(prompt, [first, second])| Comparison {
-            prompt,
-            first,
-            second,
-        })
-        .collect();
     let mut wins = Vec::new();
     let mut abstained = 0;
-    for batch in comparisons.chunks(settings.preference.max_batch) {
-        for ruling in
-            both_orders(judge.as_mut(), batch).map_err(|error| anyhow::anyhow!("{error}"))?
-        {
-            match ruling.verdict {
-                Verdict::Preference(p) if p.get() > 0.5 => wins.push(1.0),
-                Verdict::Preference(p) if p.get() < 0.5 => wins.push(0.0),
-                Verdict::Preference(_) => wins.push(0.5),
-                Verdict::Abstained { .. } => abstained += 1,
-            }
+    for ruling in rulings(&settings, pairs)? {
+        match ruling?.verdict {
+            Verdict::Preference(p) if p.get() > 0.5 => wins.push(1.0),
+            Verdict::Preference(p) if p.get() < 0.5 => wins.push(0.0),
+            Verdict::Preference(_) => wins.push(0.5),
+            Verdict::Abstained { .. } => abstained += 1,
         }
     }
     let rate = Interval::wilson(
@@ -93,6 +80,22 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     );
     tell(arguments, rate, wins.len(), abstained);
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the judge of the settings says of every pair, in both orders.
+fn rulings(
+    settings: &Settings,
+    pairs: Vec<Pair>,
+) -> anyhow::Result<Vec<Result<Ruling, RulingError>>> {
+    let questions: Vec<_> = pairs
+        .into_iter()
+        .map(|pair| Question::new(Arc::new(pair), 0, 1))
+        .collect();
+    crate::runtime()?.block_on(async {
+        let judge = world::JudgeSource::open(settings, None, &|| false)?;
+        let bench = world::bench(settings, &Arc::new(judge))?;
+        Ok(bench.rule_all(&questions, Orders::Both).await)
+    })
 }
 
 fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize) {
@@ -141,14 +144,12 @@ fn load(settings: &Settings, path: &Path) -> anyhow::Result<(ModelFolder, Langua
     Ok((folder, model))
 }
 
-type Answered = (Prompt, [Completion; 2]);
-
 /// One completion of each model to every held-out prompt.
 fn answer(
     settings: &Settings,
     (a, b): (&(ModelFolder, LanguageModel), &(ModelFolder, LanguageModel)),
     count: usize,
-) -> anyhow::Result<Vec<Answered>> {
+) -> anyhow::Result<Vec<Pair>> {
     let mut of_a = settings.clone();
     of_a.model.path = Some(a.0.path.clone());
     let world = world::build(&of_a, &|| false)?;
@@ -195,11 +196,14 @@ fn answer(
             for completion in &mut completions {
                 completion.text = a.0.tokenizer.decode(&completion.ids);
             }
-            if let Ok(two) = <[Completion; 2]>::try_from(completions) {
-                answered.push((prompt, two));
-            }
+            answered.push(Pair {
+                prompt,
+                version: WeightsVersion(0),
+                completions,
+                actor: "eval".into(),
+            });
         }
     }
-    answered.sort_by_key(|(prompt, _)| prompt.id);
+    answered.sort_by_key(Pair::id);
     Ok(answered)
 }

@@ -6,6 +6,7 @@ pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod fit_preference;
 pub(crate) mod generate;
+pub(crate) mod preference;
 pub(crate) mod score;
 pub(crate) mod sft;
 pub(crate) mod train;

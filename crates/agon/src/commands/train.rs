@@ -48,13 +48,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .run_dir
         .clone()
         .unwrap_or_else(|| run.output_dir.join(&run.name));
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("agon-wait")
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")?;
-    runtime.block_on(align(&path, &resolved, arguments.resume.as_deref()))
+    crate::runtime()?.block_on(align(&path, &resolved, arguments.resume.as_deref()))
 }
 
 /// Makes the run directory, or opens it and finds the checkpoint to go on from.

@@ -1,6 +1,6 @@
 //! The adversarial game of a run, ready for its next round.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
@@ -8,7 +8,7 @@ use preference::apo::{Game, GameParts, History};
 use settings::{JudgeSettings, Settings};
 use telemetry::RunDirectory;
 
-use super::{Opened, Trunk, World, annotated};
+use super::{JudgeSource, Opened, Trunk, World, annotated};
 
 /// Where the rounds of a run lie.
 pub(crate) fn rounds(directory: &RunDirectory) -> PathBuf {
@@ -17,10 +17,9 @@ pub(crate) fn rounds(directory: &RunDirectory) -> PathBuf {
 
 /// The model that judges at learner step `step` of a run that has a game, and its version.
 pub(crate) struct Judging {
-    /// The model.
-    pub(crate) model: model::RewardModel,
+    model: model::RewardModel,
     /// 1 for the initial one, one more for every round.
-    pub(crate) version: JudgeVersion,
+    version: JudgeVersion,
     /// The rounds so far.
     history: History,
 }
@@ -36,7 +35,7 @@ impl Judging {
         let history = History::take_up(&rounds(directory), step)?;
         let initial = world.judge.model().context("the judge is a model")?;
         let model = match &history.model {
-            Some(path) => Opened::open(path, &world.folder, &super::device(settings)?)?.model,
+            Some(path) => Opened::open(path, None, &super::device(settings)?)?.model,
             None => initial.model.clone(),
         };
         Ok(Self {
@@ -44,6 +43,12 @@ impl Judging {
             version: version(history.judging_round()),
             history,
         })
+    }
+
+    /// The judge of the run with this model.
+    pub(crate) fn source(&self, world: &World) -> anyhow::Result<Arc<JudgeSource>> {
+        let source = world.judge.succeeded_by(self.model.clone(), self.version)?;
+        Ok(Arc::new(source))
     }
 
     /// The game, before its next round.

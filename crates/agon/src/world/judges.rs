@@ -1,13 +1,14 @@
 //! Whoever judges a run, opened once and made as often as there are replicas.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
+use anyhow::Context;
 use messages::JudgeVersion;
-use model::{Device, Encoder, ModelFolder, RewardFolder, Weights};
+use model::{Device, Encoder, ModelFolder, RewardFolder, RewardModel, Weights};
 use preference::{EncoderJudge, Ensemble, Judge, Matrix, Rules};
 use settings::{Combine, Head, JudgeSettings, Settings};
 
-use super::{Gold, preference::Opened, preference_model};
+use super::{Gold, Opened, Start, preference_model};
 use crate::failure::Misuse;
 
 /// The judge of the settings. Models are read once; every replica shares their weights.
@@ -17,7 +18,7 @@ pub(crate) enum JudgeSource {
     /// A decoder that gives scores.
     Model(Box<Opened>),
     /// An encoder that gives scores, and what it reads.
-    Encoder(Box<Encoder>, String),
+    Encoder(Arc<Encoder>, String),
     /// Several of these.
     Ensemble {
         members: Vec<JudgeSource>,
@@ -27,11 +28,12 @@ pub(crate) enum JudgeSource {
 }
 
 impl JudgeSource {
-    /// Opens the judge of the settings for this policy at the start; a preference model without a path is
-    /// fitted first, which takes a while and ends early when `stopped` turns true.
+    /// Opens the judge of the settings, for this policy at the start where there is one. A preference
+    /// model without a path is fitted first, from that policy, which takes a while and ends early when
+    /// `stopped` turns true.
     pub(crate) fn open(
         settings: &Settings,
-        policy: (&ModelFolder, &Weights),
+        policy: Option<(&ModelFolder, &Weights)>,
         stopped: &dyn Fn() -> bool,
     ) -> anyhow::Result<Self> {
         Self::of(&settings.preference.judge, settings, policy, stopped)
@@ -40,13 +42,21 @@ impl JudgeSource {
     fn of(
         judge: &JudgeSettings,
         settings: &Settings,
-        policy: (&ModelFolder, &Weights),
+        policy: Option<(&ModelFolder, &Weights)>,
         stopped: &dyn Fn() -> bool,
     ) -> anyhow::Result<Self> {
-        let model = |path: &Path, kind| {
-            let path = preference_model(settings, (path, kind), policy, stopped)?;
-            let opened = Opened::open(&path, policy.0, &super::device(settings)?)?;
-            opened.is(kind)?;
+        let model = |path: &Path, head| {
+            let path = match (path.as_os_str().is_empty(), policy) {
+                (false, _) => path.to_owned(),
+                (true, Some(policy)) => preference_model(settings, head, policy, stopped)?,
+                (true, None) => {
+                    let start = Start::open(settings, stopped)?;
+                    preference_model(settings, head, start.policy(), stopped)?
+                }
+            };
+            let policy = policy.map(|(folder, _)| folder);
+            let opened = Opened::open(&path, policy, &super::device(settings)?)?;
+            opened.is(head)?;
             Ok(Self::Model(Box::new(opened)))
         };
         match judge {
@@ -54,7 +64,7 @@ impl JudgeSource {
             JudgeSettings::Pairwise { path } => model(path, Head::Pairwise),
             JudgeSettings::Encoder { path, template } => {
                 let encoder = Encoder::load(path, &super::device(settings)?.0)?;
-                Ok(Self::Encoder(Box::new(encoder), template.clone()))
+                Ok(Self::Encoder(Arc::new(encoder), template.clone()))
             }
             JudgeSettings::Ensemble {
                 members,
@@ -80,13 +90,36 @@ impl JudgeSource {
         }
     }
 
+    /// The same judge with a model that was fitted since.
+    ///
+    /// # Errors
+    /// When it is not a model.
+    pub(crate) fn succeeded_by(
+        &self,
+        model: RewardModel,
+        version: JudgeVersion,
+    ) -> anyhow::Result<Self> {
+        let before = self.model().context("the judge is not a model")?;
+        Ok(Self::Model(Box::new(before.succeeded_by(model, version))))
+    }
+
+    /// Whether it reads tokens rather than texts.
+    pub(crate) fn reads_tokens(&self) -> bool {
+        match self {
+            Self::Plain(JudgeSettings::Gold { .. } | JudgeSettings::Matrix { .. }) => true,
+            Self::Model(_) => true,
+            Self::Ensemble { members, .. } => members.iter().any(Self::reads_tokens),
+            Self::Plain(_) | Self::Encoder(..) => false,
+        }
+    }
+
     /// A judge.
     pub(crate) fn make(&self) -> anyhow::Result<Box<dyn Judge>> {
         Ok(match self {
             Self::Plain(settings) => plain(settings)?,
-            Self::Model(opened) => opened.judge(opened.model.clone(), JudgeVersion(1)),
+            Self::Model(opened) => opened.judge(),
             Self::Encoder(encoder, template) => {
-                Box::new(EncoderJudge::new((**encoder).clone(), template.clone()))
+                Box::new(EncoderJudge::new(Arc::clone(encoder), template.clone()))
             }
             Self::Ensemble {
                 members,

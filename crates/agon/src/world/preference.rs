@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
 use model::{
-    DType, Device, LanguageModel, ModelFolder, RewardFolder, RewardKind, RewardModel, Weights,
+    DType, Device, LanguageModel, ModelFolder, RewardFolder, RewardKind, RewardModel, Tokenizer,
+    Weights,
 };
 use preference::{
     Calibration, Judge, Learned, Reads,
@@ -87,19 +88,16 @@ impl Trunk {
     }
 }
 
-/// The folder of the preference model that judges at the start: the one that is named, or one that is
-/// fitted by `[preference.fit]` as this kind, kept, and found again.
+/// The folder of a preference model that is fitted by `[preference.fit]` with this head, kept, and found
+/// again.
 pub(crate) fn preference_model(
     settings: &Settings,
-    (named, kind): (&Path, Head),
+    head: Head,
     base: (&ModelFolder, &Weights),
     stopped: &dyn Fn() -> bool,
 ) -> anyhow::Result<PathBuf> {
-    if !named.as_os_str().is_empty() {
-        return Ok(named.to_owned());
-    }
     let mut settings = settings.clone();
-    settings.preference.fit.head = kind;
+    settings.preference.fit.head = head;
     let trunk = Trunk::open(&settings, base)?;
     let recipe = (
         "preference model",
@@ -119,11 +117,14 @@ pub(crate) fn preference_model(
     })
 }
 
-/// A preference model of a folder, ready to judge a policy with this tokenizer.
+/// A preference model of a folder, ready to judge a policy.
 pub(crate) struct Opened {
     /// The model.
     pub(crate) model: RewardModel,
+    /// Its version as a judge.
+    version: JudgeVersion,
     folder: RewardFolder,
+    /// Whether the policy's tokens are its own.
     shares_tokens: bool,
 }
 
@@ -147,33 +148,47 @@ impl Opened {
         )))
     }
 
-    /// Reads the folder.
+    /// Reads the folder, for a policy with this one; without, tokens are taken to be the model's.
     pub(crate) fn open(
         path: &Path,
-        policy: &ModelFolder,
+        policy: Option<&ModelFolder>,
         (device, dtype): &(Device, DType),
     ) -> anyhow::Result<Self> {
         let folder = RewardFolder::open(path, None)?;
         let model = folder.model(*dtype, device)?;
-        let tokenizer = |path: &Path| std::fs::read(path.join("tokenizer.json"));
-        let shares_tokens = match (tokenizer(path), tokenizer(&policy.path)) {
-            (Ok(own), Ok(policy)) => own == policy,
-            _ => false,
-        };
+        let tokenizer = |path: &Path| std::fs::read(path.join("tokenizer.json")).ok();
+        let shares_tokens = policy.is_none_or(|policy| tokenizer(path) == tokenizer(&policy.path));
         Ok(Self {
             model,
+            version: JudgeVersion(1),
             folder,
             shares_tokens,
         })
     }
 
-    /// A judge of this model, or of one that was fitted in its place.
-    pub(crate) fn judge(&self, model: RewardModel, version: JudgeVersion) -> Box<dyn Judge> {
+    /// The judge that takes its place with a model that was fitted since.
+    pub(crate) fn succeeded_by(&self, model: RewardModel, version: JudgeVersion) -> Self {
+        Self {
+            model,
+            version,
+            folder: self.folder.clone(),
+            shares_tokens: self.shares_tokens,
+        }
+    }
+
+    /// Its tokenizer and the tokens that end its texts.
+    pub(crate) fn tokens(&self) -> (Tokenizer, Vec<u32>) {
+        let folder = &self.folder.folder;
+        (folder.tokenizer.clone(), folder.config.eos.clone())
+    }
+
+    /// A judge of this model.
+    pub(crate) fn judge(&self) -> Box<dyn Judge> {
         let reads = if self.shares_tokens {
             Reads::Tokens
         } else {
             Reads::Text(Box::new(self.folder.folder.tokenizer.clone()))
         };
-        Box::new(Learned::new(model, version, reads))
+        Box::new(Learned::new(self.model.clone(), self.version, reads))
     }
 }

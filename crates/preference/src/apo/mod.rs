@@ -7,6 +7,7 @@
 //! waits for it meanwhile; who judges, and when labels are given, is the service's affair.
 
 mod history;
+mod player;
 mod round;
 
 use std::{path::PathBuf, sync::Arc, thread};
@@ -20,6 +21,7 @@ use crate::fit::{Contest, Example};
 use crate::{Comparison, Judge, PreferenceError, Verdict};
 
 pub use history::History;
+pub use player::{Player, Seats};
 use round::Round;
 pub use round::{PolicySamples, Quality, RoundReport, Share};
 
@@ -238,6 +240,7 @@ impl Game {
                 drop(reply.send(play));
             })
             .map_err(|source| PreferenceError::Thread {
+                thread: "preference-fit".into(),
                 judge: "preference model in the making".into(),
                 source,
             })?;

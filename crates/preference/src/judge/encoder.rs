@@ -1,6 +1,6 @@
 //! A ready-made encoder classifier as a judge: p = σ(r − r′) of its scores.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use messages::{Completion, JudgeVersion, Probability, Prompt};
 use model::Encoder;
@@ -10,14 +10,14 @@ use crate::JudgeError;
 
 /// An encoder reward model that judges, reading text through its own tokenizer.
 pub struct EncoderJudge {
-    encoder: Encoder,
+    encoder: Arc<Encoder>,
     template: String,
 }
 
 impl EncoderJudge {
     /// `template` says what is read, with `{prompt}` and `{response}`.
     #[must_use]
-    pub fn new(encoder: Encoder, template: String) -> Self {
+    pub fn new(encoder: Arc<Encoder>, template: String) -> Self {
         Self { encoder, template }
     }
 

@@ -137,17 +137,15 @@ mod tests {
     }
 
     #[test]
-    fn a_matrix_without_antisymmetry_is_asked_in_both_orders() {
-        let mut matrix = Matrix::new(vec![vec![0.5, 1.0], vec![0.5, 0.5]]).unwrap();
-        assert!(!matrix.is_antisymmetric());
-        let comparison = Comparison {
-            prompt: &prompt(),
-            first: &completion("", &[0]),
-            second: &completion("", &[1]),
-        };
-        let rulings = crate::both_orders(&mut matrix, &[comparison]).unwrap();
-        assert_eq!(rulings[0].verdict, preferred(0.75));
-        assert_eq!(rulings[0].order_gap(), Some(0.5));
+    fn a_matrix_is_antisymmetric_when_both_orders_of_all_arms_add_up() {
+        for (matrix, expected) in [
+            (vec![vec![0.5, 0.7], vec![0.3, 0.5]], true),
+            (vec![vec![0.5, 1.0], vec![0.5, 0.5]], false),
+            (vec![vec![0.6]], false),
+        ] {
+            let seen = Matrix::new(matrix.clone()).unwrap().is_antisymmetric();
+            assert_eq!(seen, expected, "{matrix:?}");
+        }
     }
 
     #[test]

@@ -2,13 +2,18 @@
 
 use std::num::{NonZeroU32, NonZeroUsize};
 
+use std::time::Duration;
+
 use messages::{JudgeVersion, Purpose};
 use telemetry::Exporter;
 use tokio::time::sleep;
 use transport::{ClosedBy, Limits, stream, stream_within};
 
 use super::*;
-use crate::judge::fake::{Calls, FakeJudge, abstained, pair, preferred};
+use crate::bench::fake::{self, FakeReplica, bench};
+use crate::bench::{BenchSettings, Judges, Rebuild};
+use crate::judge::fake::{FakeJudge, abstained, pair, preferred};
+use crate::{Judge, JudgeError};
 
 /// The streams around a service, and what is needed to start one.
 struct House {
@@ -55,21 +60,25 @@ impl House {
         self.pairs = None;
     }
 
-    fn parts(&self, judge: FakeJudge, max_batch: usize) -> PreferenceParts {
+    fn parts(&self, judge: Bench) -> PreferenceParts {
         PreferenceParts {
-            judge: Box::new(judge),
+            player: None,
+            judge,
             gold: None,
+            orders: OrdersSetting::Auto,
             pairs: self.intake.clone(),
             labelled: self.labelled.0.clone(),
             drops: self.drops.0.clone(),
             counters: Arc::clone(&self.counters),
-            max_batch,
-            max_wait: Duration::from_millis(2),
         }
     }
 
     async fn run(&self, judge: FakeJudge, max_batch: usize) -> Result<(), PreferenceError> {
-        let service = Preference::new(self.parts(judge, max_batch));
+        self.run_with(computing(judge, max_batch)).await
+    }
+
+    async fn run_with(&self, judge: Bench) -> Result<(), PreferenceError> {
+        let service = Preference::new(self.parts(judge));
         service.run(self.shutdown.subscribe()).await
     }
 
@@ -117,6 +126,20 @@ where
         .collect()
 }
 
+/// A bench with one judge on its thread, which is not made again.
+fn computing(judge: FakeJudge, max_batch: usize) -> Bench {
+    let judges = Judges::computing(vec![Box::new(judge)], None).expect("a thread");
+    Bench::new(judges, settings(max_batch))
+}
+
+/// No verdict is remembered: all these pairs look alike.
+fn settings(max_batch: usize) -> BenchSettings {
+    BenchSettings {
+        max_batch,
+        ..fake::settings()
+    }
+}
+
 fn even() -> FakeJudge {
     FakeJudge::answering(|_| preferred(0.5))
 }
@@ -145,8 +168,8 @@ async fn pairs_that_wait_are_judged_in_batches_up_to_the_limit_and_keep_their_or
         ("ten comparisons by four", 10, &["a", "b"], 4, &[4, 4, 2]),
         ("one by one", 3, &["a", "b"], 1, &[1, 1, 1]),
         ("all at once", 10, &["a", "b"], 64, &[10]),
-        ("a pair is not parted for company", 5, &three, 7, &[6, 6, 3]),
-        ("a pair larger than a batch", 2, &three, 2, &[2, 1, 2, 1]),
+        ("a pair is parted for company", 5, &three, 7, &[7, 7, 1]),
+        ("a pair larger than a batch", 2, &three, 2, &[2, 2, 2]),
     ];
     for (name, count, texts, max_batch, expected) in cases {
         let mut house = House::new();
@@ -169,14 +192,14 @@ async fn pairs_that_wait_are_judged_in_batches_up_to_the_limit_and_keep_their_or
 #[tokio::test(start_paused = true)]
 async fn a_batch_waits_for_company_no_longer_than_it_may() {
     let house = House::new();
-    let judge = even();
-    let calls: Calls = judge.calls();
+    let judge = FakeReplica::even();
+    let asked = judge.asked();
     let visitors = async {
         house.send_all(0..1);
         sleep(Duration::from_millis(1)).await;
         house.send_all(1..2);
         // Later than the first may wait, though not than the second might.
-        sleep(Duration::from_micros(1500)).await;
+        sleep(Duration::from_micros(2500)).await;
         house.send_all(2..3);
         for id in 0..3 {
             let labelled = house.labelled.1.receive().await.expect("the service runs");
@@ -185,9 +208,9 @@ async fn a_batch_waits_for_company_no_longer_than_it_may() {
         }
         house.shutdown.send_replace(true);
     };
-    let (ended, ()) = tokio::join!(house.run(judge, 64), visitors);
+    let (ended, ()) = tokio::join!(house.run_with(bench([judge], settings(64))), visitors);
     ended.expect("it was stopped");
-    assert_eq!(calls.recorded(), [2, 1]);
+    assert_eq!(asked.sizes(), [2, 1]);
 }
 
 #[tokio::test]
@@ -205,8 +228,8 @@ async fn a_labelled_pair_carries_all_that_was_said_of_it() {
     });
     let gold = FakeJudge::answering(|_| preferred(0.125)).antisymmetric();
     let parts = PreferenceParts {
-        gold: Some(Box::new(gold)),
-        ..house.parts(judge, 64)
+        gold: Some(computing(gold, 64)),
+        ..house.parts(computing(judge, 64))
     };
     let service = Preference::new(parts);
     service
@@ -243,16 +266,15 @@ async fn a_labelled_pair_carries_all_that_was_said_of_it() {
 #[tokio::test]
 async fn what_is_not_judged_is_dropped_with_its_reason_and_never_asked_again() {
     let mut house = House::new();
-    house.send_all(0..2);
+    house.send(pair(0, &["a", "!"]));
+    house.send_all(1..2);
     house.send(pair(2, &["a", "?"]));
     house.send(pair(3, &["alone"]));
     house.send_all(4..6);
     house.close();
-    let mut asked = 0;
-    let judge = FakeJudge::new(move |batch| {
-        asked += 1;
-        if asked == 1 {
-            return Err(JudgeError::new("out of memory"));
+    let judge = FakeJudge::new(|batch| {
+        if batch.iter().any(|c| c.second.text == "!") {
+            return Err(JudgeError::permanent("too loud"));
         }
         let verdict = |second: &str| match second {
             "?" => abstained("no words"),
@@ -264,26 +286,28 @@ async fn what_is_not_judged_is_dropped_with_its_reason_and_never_asked_again() {
     house
         .run(judge, 2)
         .await
-        .expect("failures cost only their batch");
+        .expect("failures cost their pairs");
 
-    let failed = "the judge fake failed: out of memory";
     let single = "the pair has 1 completions; from 2 to 65535 can be compared";
     let expected = [
-        (0, DropReason::Failed, failed),
-        (1, DropReason::Failed, failed),
+        (0, DropReason::Abstained, "completions 0 and 1: too loud"),
         (2, DropReason::Abstained, "completions 0 and 1: no words"),
         (3, DropReason::Failed, single),
     ];
     let expected = expected.map(|(id, reason, detail)| (id, reason, detail.to_owned()));
     assert_eq!(house.notes(), expected);
-    assert_eq!(house.labelled_ids(), [4, 5]);
-    assert_eq!(calls.recorded(), [2, 2, 1]);
-    assert_eq!(house.books(), [6, 2, 4, 0]);
+    assert_eq!(house.labelled_ids(), [1, 4, 5]);
+    assert_eq!(
+        calls.recorded(),
+        [2, 2, 1, 1, 1],
+        "the two of the first batch again, each alone"
+    );
+    assert_eq!(house.books(), [6, 3, 3, 0]);
     assert_eq!(house.intake.counts().acknowledged, 6);
 }
 
 #[tokio::test]
-async fn a_panic_ends_the_service_and_its_pairs_wait_for_the_next() {
+async fn a_panic_of_the_last_judge_ends_the_service_and_its_pairs_wait_for_the_next() {
     let mut house = House::new();
     house.send_all(0..3);
     house.close();
@@ -299,7 +323,7 @@ async fn a_panic_ends_the_service_and_its_pairs_wait_for_the_next() {
         .expect_err("it panicked")
         .to_string();
     assert!(
-        error.contains("the judge fake panicked: asked 2 times"),
+        error.contains("the judge fake is gone: preference-judge: it panicked: asked 2 times"),
         "{error}"
     );
     assert_eq!(house.books(), [3, 2, 0, 1]);
@@ -330,6 +354,84 @@ async fn a_pair_on_which_every_judge_panics_is_given_up_with_a_note() {
 }
 
 #[tokio::test]
+async fn a_judge_that_is_made_again_spares_all_pairs_but_the_one_on_which_it_panics() {
+    let mut house = House::new();
+    house.send_all(0..2);
+    house.send(pair(2, &["a", "!"]));
+    house.send_all(3..4);
+    house.close();
+    let judge = || {
+        FakeJudge::answering(|comparison| {
+            assert!(comparison.second.text != "!", "too loud");
+            preferred(0.5)
+        })
+    };
+    let rebuild: Rebuild = Arc::new(move || Ok(Box::new(judge()) as Box<dyn Judge>));
+    let judges = Judges::computing(vec![Box::new(judge())], Some(&rebuild)).expect("a thread");
+    let settings = BenchSettings {
+        max_retries: 1,
+        circuit_probe: Duration::from_millis(1),
+        ..settings(4)
+    };
+    house
+        .run_with(Bench::new(judges, settings))
+        .await
+        .expect("the stream ended");
+    let note = "the judge fake failed: it panicked: too loud".to_owned();
+    assert_eq!(house.notes(), [(2, DropReason::Failed, note)]);
+    assert_eq!(house.labelled_ids(), [0, 1, 3]);
+    assert_eq!(house.books(), [4, 3, 1, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_every_circuit_is_open_pairs_wait_and_the_wait_has_its_name() {
+    let mut house = House::new();
+    house.send_all(0..40);
+    house.close();
+    let away = (0..12).map(|_| JudgeError::new("no route"));
+    let judge = bench([FakeReplica::failing(away)], settings(8));
+    let mut outage = judge.outage();
+    let service = Preference::new(house.parts(judge));
+    let waits = service.waits();
+    let watching = async {
+        outage.wait_for(Option::is_some).await.expect("it goes on");
+        // The service is told with us.
+        tokio::task::yield_now().await;
+        let reasons: Vec<_> = waits.current().iter().map(|wait| wait.reason).collect();
+        assert_eq!(reasons, ["a judge: every circuit is open"]);
+        outage.wait_for(Option::is_none).await.expect("it goes on");
+    };
+    let (ended, ()) = tokio::join!(service.run(house.shutdown.subscribe()), watching);
+    ended.expect("the stream ended");
+    assert_eq!(house.notes(), []);
+    assert_eq!(house.labelled_ids(), (0..40).collect::<Vec<_>>());
+    assert_eq!(house.books(), [40, 40, 0, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_more_pairs_are_taken_than_questions_may_wait() {
+    let house = House::new();
+    house.send_all(0..10);
+    let narrow = BenchSettings {
+        max_queue: 3,
+        ..settings(1)
+    };
+    let judge = FakeReplica::even().delay(Duration::from_secs(1));
+    let service = Preference::new(house.parts(bench([judge], narrow)));
+    let watching = async {
+        for _ in 0..10 {
+            assert!(house.intake.in_hand() <= 3, "{}", house.intake.in_hand());
+            let labelled = house.labelled.1.receive().await.expect("the service runs");
+            labelled.acknowledge();
+        }
+        house.shutdown.send_replace(true);
+    };
+    let (ended, ()) = tokio::join!(service.run(house.shutdown.subscribe()), watching);
+    ended.expect("it was stopped");
+    assert_eq!(house.books(), [10, 10, 0, 0]);
+}
+
+#[tokio::test]
 async fn a_service_that_is_cancelled_in_the_middle_of_a_batch_loses_nothing() {
     let mut house = House::new();
     house.send_all(0..4);
@@ -354,7 +456,7 @@ async fn a_shutdown_finishes_the_work_in_hand_and_takes_no_more() {
     let house = House::new();
     house.send_all(0..2);
     let (judge, mut is_asked, gate) = gated();
-    let service = Preference::new(house.parts(judge, 2));
+    let service = Preference::new(house.parts(computing(judge, 2)));
     let waits = service.waits();
     let stop = async {
         is_asked.recv().await.expect("the judge is asked");
@@ -375,7 +477,6 @@ async fn a_shutdown_finishes_the_work_in_hand_and_takes_no_more() {
 #[tokio::test]
 async fn a_pair_that_was_taken_beyond_a_batch_is_judged_too_before_the_end() {
     let house = House::new();
-    // The second pair does not fit into the first's batch, and is in hand when the judge is asked.
     (0..2).for_each(|id| house.send(pair(id, &["a", "b", "c"])));
     let (judge, mut is_asked, gate) = gated();
     let calls = judge.calls();
@@ -387,7 +488,7 @@ async fn a_pair_that_was_taken_beyond_a_batch_is_judged_too_before_the_end() {
     };
     let (ended, ()) = tokio::join!(house.run(judge, 4), stop);
     ended.expect("it was stopped");
-    assert_eq!(calls.recorded(), [3, 3]);
+    assert_eq!(calls.recorded(), [4, 2]);
     assert_eq!(house.labelled_ids(), [0, 1]);
 }
 
@@ -396,7 +497,7 @@ async fn a_caller_that_is_gone_stops_the_service() {
     let house = House::new();
     let (shutdown, receiver) = watch::channel(false);
     drop(shutdown);
-    let service = Preference::new(house.parts(even(), 4));
+    let service = Preference::new(house.parts(computing(even(), 4)));
     let task = tokio::spawn(service.run(receiver));
     task.await.expect("no panic").expect("it was stopped");
 }
@@ -448,7 +549,7 @@ fn the_judges_metrics_are_published_while_it_works() {
         "agon_judge_tie_rate{role=\"preference\",judge=\"fake\"} 1",
         "agon_judge_latency_seconds_count{role=\"preference\",judge=\"fake\"} 3",
         "agon_station_given_total{station=\"preference\"} 3",
-        "agon_wait_seconds_count{role=\"preference\",reason=\"verdicts\"} 2",
+        "agon_wait_seconds_count{role=\"preference\",reason=\"room for labels\"} 3",
     ] {
         assert!(
             page.lines().any(|l| l == line),

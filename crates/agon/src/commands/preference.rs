@@ -1,0 +1,56 @@
+//! `agon preference`: the preference service alone, over HTTP.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use settings::{Override, Settings, resolve_file};
+use telemetry::Exporter;
+
+use crate::{failure::Misuse, interrupt, world};
+
+/// Serve the judge of a configuration over HTTP, for other trainers.
+///
+/// POST /v1/preferences with {"pairs": [{"prompt", "first", "second"}]} tells for every pair the
+/// probability that the first response is preferred to the second. GET /healthz tells that the process
+/// lives, GET /readyz that a judge can be asked. The address stands on standard output; SIGTERM or Ctrl-C
+/// answers what is in hand and leaves.
+///
+/// Example: agon preference configs/default.toml --set 'preference.http.listen="127.0.0.1:8000"'
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The configuration, of which `[preference]` counts and what its judge needs.
+    config: PathBuf,
+    /// Change one setting, VALUE being TOML; may be given again.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<Override>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
+    if settings.preference.http.listen.is_empty() {
+        let reason = "preference.http.listen is empty: say where to listen, as in \
+                      --set 'preference.http.listen=\"127.0.0.1:8000\"'";
+        return Err(Misuse(reason.into()).into());
+    }
+    crate::runtime()?.block_on(serve(&settings))
+}
+
+async fn serve(settings: &Settings) -> anyhow::Result<ExitCode> {
+    let exporter = Exporter::start(settings.telemetry.listen)?;
+    let stop = interrupt::on_signal()?;
+    let judge = tokio::task::block_in_place(|| {
+        world::JudgeSource::open(settings, None, &|| *stop.borrow())
+    })?;
+    let judge = Arc::new(judge);
+    let bench = world::bench(settings, &judge)?;
+    let name = bench.name();
+    let server = world::server(settings, &judge, bench).await?;
+    tracing::info!(
+        judge = name,
+        metrics = format!("http://{}/metrics", exporter.address()),
+        "agon {}",
+        env!("CARGO_PKG_VERSION")
+    );
+    println!("http://{}", server.address());
+    server.run(stop.subscribe()).await?;
+    Ok(ExitCode::SUCCESS)
+}

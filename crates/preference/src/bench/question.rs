@@ -1,0 +1,160 @@
+//! What a judge is asked: two completions of a pair, in an order.
+
+use std::sync::Arc;
+
+use messages::{Completion, Digest, Finish, Pair, Prompt};
+use sha2::{Digest as _, Sha256};
+
+use crate::Comparison;
+
+/// Two completions of a pair, in the order in which a judge sees them. It shares the pair, so that it
+/// can cross threads and wait without a copy of what it asks about.
+#[derive(Debug, Clone)]
+pub struct Question {
+    pair: Arc<Pair>,
+    first: usize,
+    second: usize,
+}
+
+impl Question {
+    /// Whether completion `first` of `pair` is preferred to completion `second`.
+    ///
+    /// # Panics
+    /// When the pair has no such completions.
+    #[must_use]
+    pub fn new(pair: Arc<Pair>, first: u16, second: u16) -> Self {
+        let [first, second] = [first, second].map(usize::from);
+        let count = pair.completions.len();
+        assert!(
+            first < count && second < count,
+            "completions {first} and {second} of a pair with {count}"
+        );
+        Self {
+            pair,
+            first,
+            second,
+        }
+    }
+
+    /// The question as a judge sees it.
+    #[must_use]
+    pub fn comparison(&self) -> Comparison<'_> {
+        Comparison {
+            prompt: &self.pair.prompt,
+            first: &self.pair.completions[self.first],
+            second: &self.pair.completions[self.second],
+        }
+    }
+
+    /// The same two completions in the other order.
+    #[must_use]
+    pub fn swapped(&self) -> Self {
+        Self {
+            pair: Arc::clone(&self.pair),
+            first: self.second,
+            second: self.first,
+        }
+    }
+
+    /// A digest of all that a judge may read, and of who is asked: `judge` and its version.
+    pub(super) fn digest(&self, judge: &str, version: u64) -> Digest {
+        let Comparison {
+            prompt,
+            first,
+            second,
+        } = self.comparison();
+        let mut hasher = Hasher(Sha256::new());
+        hasher.bytes(judge.as_bytes());
+        hasher.number(version);
+        hasher.prompt(prompt);
+        hasher.completion(first);
+        hasher.completion(second);
+        Digest(hasher.0.finalize().into())
+    }
+}
+
+/// Every part goes in behind its length: no two different questions are the same bytes.
+struct Hasher(Sha256);
+
+impl Hasher {
+    fn number(&mut self, number: u64) {
+        self.0.update(number.to_le_bytes());
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.number(bytes.len() as u64);
+        self.0.update(bytes);
+    }
+
+    fn ids(&mut self, ids: &[u32]) {
+        self.number(ids.len() as u64);
+        ids.iter().for_each(|id| self.0.update(id.to_le_bytes()));
+    }
+
+    fn prompt(&mut self, prompt: &Prompt) {
+        self.ids(&prompt.ids);
+        self.bytes(prompt.text.as_bytes());
+        self.number(u64::from(prompt.golden.is_some()));
+        self.ids(prompt.golden.as_deref().unwrap_or_default());
+        self.number(u64::from(prompt.answer.is_some()));
+        self.bytes(prompt.answer.as_deref().unwrap_or_default().as_bytes());
+    }
+
+    fn completion(&mut self, completion: &Completion) {
+        self.ids(&completion.ids);
+        self.bytes(completion.text.as_bytes());
+        self.number(u64::from(completion.finish == Finish::EndOfText));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::judge::fake::pair;
+
+    #[test]
+    fn the_digest_is_of_all_that_a_judge_reads_and_of_nothing_else() {
+        let asked = |change: &dyn Fn(&mut Pair)| {
+            let mut pair = pair(0, &["ab", "c"]);
+            change(&mut pair);
+            Question::new(Arc::new(pair), 0, 1).digest("rule", 1)
+        };
+        let plain = asked(&|_| {});
+        type Change = fn(&mut Pair);
+        let changes: [(&str, Change); 7] = [
+            ("the prompt's text", |p| p.prompt.text.push('!')),
+            ("the prompt's ids", |p| p.prompt.ids.push(7)),
+            ("the answer", |p| p.prompt.answer = Some(String::new())),
+            ("the golden ids", |p| p.prompt.golden = Some(vec![])),
+            ("where a text ends", |p| {
+                p.completions[0].text = "a".into();
+                p.completions[1].text = "bc".into();
+            }),
+            ("the ids", |p| p.completions[1].ids = vec![2]),
+            ("the finish", |p| p.completions[1].finish = Finish::Length),
+        ];
+        for (name, change) in changes {
+            assert_ne!(asked(&change), plain, "{name}");
+        }
+        let unread: Change = |p| {
+            p.prompt.id = messages::PromptId(9);
+            p.actor = "another".into();
+            p.completions[0].logp = vec![0.0];
+        };
+        assert_eq!(asked(&unread), plain);
+    }
+
+    #[test]
+    fn the_digest_tells_judges_versions_and_orders_apart() {
+        let question = Question::new(Arc::new(pair(0, &["a", "b"])), 0, 1);
+        let digests = [
+            question.digest("rule", 1),
+            question.digest("rule", 2),
+            question.digest("gold", 1),
+            question.swapped().digest("rule", 1),
+        ];
+        let distinct: std::collections::HashSet<_> = digests.iter().collect();
+        assert_eq!(distinct.len(), 4);
+        assert_eq!(question.swapped().swapped().digest("rule", 1), digests[0]);
+    }
+}
