@@ -1,5 +1,6 @@
 //! DeBERTa version 2 and 3, by candle's own classifier.
 
+use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use candle_transformers::models::debertav2::{Config, DebertaV2SeqClassificationModel};
 use serde::Deserialize;
@@ -7,10 +8,34 @@ use serde_json::{Value, json};
 
 use super::{Network, Unfit};
 
-pub(super) fn build(raw: &Value, tensors: VarBuilder<'_>) -> Result<Network, Unfit> {
+/// The network, and what of its configuration the forward pass needs.
+pub(super) struct DebertaV2Classifier {
+    network: DebertaV2SeqClassificationModel,
+    absolute_positions: bool,
+}
+
+pub(super) fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
     let config = config(raw)?;
-    let model = DebertaV2SeqClassificationModel::load(tensors.pp("deberta"), &config, None)?;
-    Ok(Network::DebertaV2(Box::new(model)))
+    Ok(Network::DebertaV2(Box::new(DebertaV2Classifier {
+        network: DebertaV2SeqClassificationModel::load(tensors.pp("deberta"), &config, None)?,
+        absolute_positions: config.position_biased_input,
+    })))
+}
+
+impl DebertaV2Classifier {
+    /// The logits of padded `ids` `[n, width]`, of which `mask` keeps those that are 1: `[n, 1]`.
+    pub(super) fn forward(&self, ids: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
+        if !self.absolute_positions {
+            return self.network.forward(ids, None, Some(mask.clone()));
+        }
+        // Candle cannot add absolute positions to more texts than one.
+        let logits = (0..ids.dim(0)?).map(|row| {
+            let mask = mask.narrow(0, row, 1)?;
+            self.network
+                .forward(&ids.narrow(0, row, 1)?, None, Some(mask))
+        });
+        Tensor::cat(&logits.collect::<candle_core::Result<Vec<_>>>()?, 0)
+    }
 }
 
 /// The configuration with the defaults of transformers where candle insists on what a file may leave out.

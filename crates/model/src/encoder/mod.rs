@@ -4,16 +4,18 @@
 //! no score beyond rounding. What the scores are for, this module does not know.
 
 mod deberta_v2;
+#[cfg(test)]
+mod fixtures;
 mod modern_bert;
 
 use std::{fmt, path::Path};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::debertav2::DebertaV2SeqClassificationModel;
 use serde_json::{Map, Value};
 
 use crate::{ModelError, config::read_json, tokenizer::read_fitting, weights::read_tensors};
+use deberta_v2::DebertaV2Classifier;
 use modern_bert::ModernBertClassifier;
 
 /// The encoders that can be loaded, as `config.json` names them.
@@ -36,7 +38,7 @@ pub struct Encoder {
 
 /// The network, by architecture.
 enum Network {
-    DebertaV2(Box<DebertaV2SeqClassificationModel>),
+    DebertaV2(Box<DebertaV2Classifier>),
     ModernBert(Box<ModernBertClassifier>),
 }
 
@@ -63,7 +65,7 @@ impl Encoder {
         one_label(&raw).map_err(malformed)?;
         let tokenizer = read_fitting(path, vocab_size)?;
         let tensors = VarBuilder::from_tensors(read_tensors(path, device)?, DType::F32, device);
-        let network = build(&raw, tensors).map_err(|unfit| match unfit {
+        let network = build(&raw, &tensors).map_err(|unfit| match unfit {
             Unfit::Config(reason) => malformed(reason),
             Unfit::Weights(error) => ModelError::Malformed {
                 path: path.to_owned(),
@@ -165,7 +167,7 @@ impl Encoder {
         let ids = padded(&<[u32]>::to_vec)?;
         let mask = padded(&|ids| vec![1; ids.len()])?;
         let scores = match &self.network {
-            Network::DebertaV2(model) => model.forward(&ids, None, Some(mask))?,
+            Network::DebertaV2(model) => model.forward(&ids, &mask)?,
             Network::ModernBert(model) => model.forward(&ids, &mask)?,
         };
         Ok(scores.squeeze(1)?.to_vec1()?)
@@ -204,7 +206,7 @@ impl From<candle_core::Error> for Unfit {
 }
 
 /// Builds a network from its `config.json` and its tensors.
-type Build = fn(&Value, VarBuilder<'_>) -> Result<Network, Unfit>;
+type Build = fn(&Value, &VarBuilder<'_>) -> Result<Network, Unfit>;
 
 /// How the architecture that `raw` names is built; `file` is where it was read from.
 fn build_of(raw: &Value, file: &Path) -> Result<Build, ModelError> {
@@ -249,12 +251,15 @@ fn pass_of(sequences: &[Vec<u32>]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::HashMap, fs};
+    use std::fs;
 
     use serde_json::json;
 
-    use super::*;
-    use crate::fixtures::{WORDS, shared};
+    use super::{
+        fixtures::{modern_bert, sequences},
+        *,
+    };
+    use crate::fixtures::shared;
 
     fn close(found: &[f32], expected: &[f32], tolerance: f32) {
         assert_eq!(found.len(), expected.len());
@@ -263,12 +268,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn deberta_scores_are_those_of_transformers() {
-        let Some(path) = shared("data/models/random-deberta-reward") else {
-            return;
-        };
-        let encoder = Encoder::load(&path, &Device::Cpu).unwrap();
+    /// The sequences of a fixture and what transformers gives for them.
+    fn reference(path: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
         let text = fs::read_to_string(path.join("reference.json")).unwrap();
         let reference: Value = serde_json::from_str(&text).unwrap();
         let numbers = |key: &str| -> Vec<Vec<u32>> {
@@ -280,6 +281,16 @@ mod tests {
             .map(|(ids, mask)| ids[..mask.iter().sum::<u32>() as usize].to_vec())
             .collect();
         let expected: Vec<f32> = serde_json::from_value(reference["scores"].clone()).unwrap();
+        (kept, expected)
+    }
+
+    #[test]
+    fn deberta_scores_are_those_of_transformers() {
+        let Some(path) = shared("data/models/random-deberta-reward") else {
+            return;
+        };
+        let (kept, expected) = reference(&path);
+        let encoder = Encoder::load(&path, &Device::Cpu).unwrap();
         close(&encoder.score_ids(&kept).unwrap(), &expected, 1e-4);
         // Whatever else is in the batch, and so however much padding.
         for (ids, score) in kept.iter().zip(expected) {
@@ -295,74 +306,30 @@ mod tests {
         );
     }
 
-    /// A number for each element of each tensor that any language computes alike.
-    fn number(tensor: usize, element: usize) -> f32 {
-        let (t, i) = (tensor as u64, element as u64);
-        ((t * 7919 + i * 104_729 + i * i * 31) % 997) as f32 / 997.0 - 0.5
-    }
-
-    /// A ModernBERT of four layers, the second and third with a window of 4 tokens to each side. The
-    /// tensors are numbered by name.
-    fn modern_bert(change: impl Fn(&mut Value)) -> tempfile::TempDir {
+    #[test]
+    fn absolute_positions_are_added_to_every_text_of_a_batch() {
+        let Some(path) = shared("data/models/random-deberta-reward") else {
+            return;
+        };
+        // Positions that are all zero change nothing.
         let folder = tempfile::tempdir().unwrap();
-        let mut config = json!({
-            "architectures": ["ModernBertForSequenceClassification"], "vocab_size": 24,
-            "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 4,
-            "num_attention_heads": 2, "max_position_embeddings": 40, "local_attention": 8,
-            "norm_eps": 1e-5, "global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0,
-            "local_rope_theta": 10_000.0, "pad_token_id": 2, "id2label": {"0": "LABEL_0"},
-            "label2id": {"LABEL_0": 0}, "classifier_pooling": "cls"
-        });
-        change(&mut config);
-        let mut shapes: Vec<(String, Vec<usize>)> = vec![
-            ("classifier.bias".into(), vec![1]),
-            ("classifier.weight".into(), vec![1, 16]),
-            ("head.dense.weight".into(), vec![16, 16]),
-            ("head.norm.weight".into(), vec![16]),
-            ("model.embeddings.norm.weight".into(), vec![16]),
-            (
-                "model.embeddings.tok_embeddings.weight".into(),
-                vec![24, 16],
-            ),
-            ("model.final_norm.weight".into(), vec![16]),
-        ];
-        for layer in 0..4 {
-            let mut add = |name: &str, shape: &[usize]| {
-                shapes.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
-            };
-            add("attn.Wo.weight", &[16, 16]);
-            add("attn.Wqkv.weight", &[48, 16]);
-            if layer > 0 {
-                add("attn_norm.weight", &[16]);
-            }
-            add("mlp.Wi.weight", &[24, 16]);
-            add("mlp.Wo.weight", &[16, 12]);
-            add("mlp_norm.weight", &[16]);
-        }
-        let tensors: HashMap<String, Tensor> = shapes
-            .into_iter()
-            .enumerate()
-            .map(|(tensor, (name, shape))| {
-                let base = if shape.len() == 1 { 1.0 } else { 0.0 };
-                let numbers: Vec<f32> = (0..shape.iter().product())
-                    .map(|element| base + number(tensor, element))
-                    .collect();
-                let values = Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap();
-                (name, values)
-            })
-            .collect();
+        let mut config = read_json(&path.join("config.json")).unwrap();
+        config["position_biased_input"] = json!(true);
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        fs::copy(
+            path.join("tokenizer.json"),
+            folder.path().join("tokenizer.json"),
+        )
+        .unwrap();
+        let mut tensors = read_tensors(&path, &Device::Cpu).unwrap();
+        let positions = Tensor::zeros((256, 64), DType::F32, &Device::Cpu).unwrap();
+        let name = "deberta.embeddings.position_embeddings.weight";
+        tensors.insert(name.into(), positions);
         let weights = folder.path().join("model.safetensors");
         candle_core::safetensors::save(&tensors, weights).unwrap();
-        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-        fs::write(folder.path().join("tokenizer.json"), WORDS).unwrap();
-        folder
-    }
-
-    /// Sequences of 30, 1 and 11 tokens: longer than the window, and not.
-    fn sequences() -> Vec<Vec<u32>> {
-        [30u32, 1, 11]
-            .map(|length| (0..length).map(|i| (i * i + 5 * i + length) % 24).collect())
-            .to_vec()
+        let encoder = Encoder::load(folder.path(), &Device::Cpu).unwrap();
+        let (kept, expected) = reference(&path);
+        close(&encoder.score_ids(&kept).unwrap(), &expected, 1e-4);
     }
 
     /// What transformers 5.23 gives for the same weights and sequences.

@@ -30,7 +30,7 @@ enum Pooling {
     Mean,
 }
 
-pub(super) fn build(raw: &Value, tensors: VarBuilder<'_>) -> Result<Network, Unfit> {
+pub(super) fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
     let (config, pooling) = (config(raw)?, pooling(raw)?);
     let (width, eps) = (config.hidden_size, config.layer_norm_eps);
     Ok(Network::ModernBert(Box::new(ModernBertClassifier {

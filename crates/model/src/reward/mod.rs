@@ -7,21 +7,23 @@
 
 mod architecture;
 mod config;
+mod folder;
 mod preference;
 mod score;
 
 use std::{collections::BTreeMap, path::Path};
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use messages::{Digest, Seed};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 pub use architecture::RewardArchitecture;
 use config::{COEFFICIENT, HEAD};
 pub use config::{Pooling, RewardConfig, RewardKind};
+pub use folder::RewardFolder;
 
 use crate::{
-    LanguageModel, ModelConfig, ModelError, ModelFolder, Weights, config::Task, folder,
+    LanguageModel, ModelConfig, ModelError, ModelFolder, Weights, folder::save_folder,
     weights::normal,
 };
 
@@ -32,41 +34,6 @@ const SCORE_DEVIATION: f64 = 0.02;
 /// The same of its embeddings. Nothing would ever move one that starts at zero: the skew form is flat
 /// there.
 const EMBEDDING_DEVIATION: f64 = 0.2;
-
-/// A reward model on disk: all of it but the weights.
-#[derive(Debug, Clone)]
-pub struct RewardFolder {
-    /// Where it lies, the shape of its trunk and its tokens.
-    pub folder: ModelFolder,
-    /// What it gives and how.
-    pub config: RewardConfig,
-}
-
-impl RewardFolder {
-    /// Opens the reward model in the folder `path`, a `…ForSequenceClassification` with one label, or one
-    /// that [`RewardModel::save`] wrote; with another chat template than its own when `chat_template`
-    /// names a file.
-    ///
-    /// # Errors
-    /// When the folder or a file in it is missing, does not fit the others, or is no reward model.
-    pub fn open(path: &Path, chat_template: Option<&Path>) -> Result<Self, ModelError> {
-        let mut folder = ModelFolder::open_for(Task::Reward, path, chat_template)?;
-        let config = RewardConfig::read(&folder.config.raw, &path.join("config.json"))?;
-        folder.config = config.headless(folder.config);
-        Ok(Self { folder, config })
-    }
-
-    /// Reads the model as `dtype` onto `device`.
-    ///
-    /// # Errors
-    /// When a file is missing or torn, or a tensor is missing or of another shape.
-    pub fn model(&self, dtype: DType, device: &Device) -> Result<RewardModel, ModelError> {
-        let trunk = &self.folder.config;
-        let tensors = self.config.tensors(trunk);
-        let weights = Weights::load_tensors(&self.folder.path, tensors, dtype, device)?;
-        RewardModel::new(trunk.clone(), self.config, weights)
-    }
-}
 
 /// A decoder with a head that scores. Clones share the weights.
 #[derive(Debug, Clone)]
@@ -190,7 +157,7 @@ impl RewardModel {
             config: self.trunk.config().clone(),
             tokenizer: like.tokenizer.clone(),
         };
-        folder::save_folder(to, &from, self.weights())
+        save_folder(to, &from, self.weights())
     }
 }
 
@@ -217,7 +184,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::{
-        AdamWSettings, Gradients, Optimizer, Sequence,
+        AdamWSettings, DType, Gradients, Optimizer, Sequence,
         fixtures::{config_json, folder as policy_folder, shared, tiny_model},
     };
 

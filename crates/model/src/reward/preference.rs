@@ -161,7 +161,8 @@ mod tests {
     #[test]
     #[should_panic(expected = "rows of 3 and 1 numbers")]
     fn rows_of_another_model_are_a_mistake_of_the_caller() {
-        let _ = RewardKind::Pairwise { planes: 1 }.logit(&[0.0; 3], &[0.0]);
+        let kind = RewardKind::Pairwise { planes: 1 };
+        assert_eq!(kind.logit(&[0.0; 3], &[0.0]), 0.0);
     }
 
     #[test]

@@ -41,7 +41,7 @@ struct Answer {
 /// A model that gives one score.
 enum Scorer {
     Decoder(Box<RewardFolder>, Box<RewardModel>),
-    Encoder(Encoder),
+    Encoder(Box<Encoder>),
 }
 
 impl Scorer {
@@ -51,7 +51,7 @@ impl Scorer {
         match RewardArchitecture::of(path)? {
             RewardArchitecture::Decoder => Ok(Self::decoder(path, arguments.dtype, &device)?),
             RewardArchitecture::Encoder if arguments.dtype == Dtype::F32 => {
-                Ok(Self::Encoder(Encoder::load(path, &device)?))
+                Ok(Self::Encoder(Box::new(Encoder::load(path, &device)?)))
             }
             RewardArchitecture::Encoder => {
                 let path = path.display();
