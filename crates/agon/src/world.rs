@@ -7,6 +7,7 @@ mod gold;
 mod judges;
 mod pairs;
 mod preference;
+mod styles;
 mod words;
 
 use std::{path::PathBuf, sync::Arc};
@@ -29,6 +30,7 @@ pub(crate) use judges::{JudgeSource, check as check_judge};
 pub(crate) use pairs::{Annotated, annotated};
 use pairs::{GeneratedPair, generated};
 pub(crate) use preference::{Opened, Trunk, preference_model};
+pub(crate) use styles::{StyleComparison, styles};
 pub(crate) use words::texts;
 
 /// The model at the start and the prompts of a run.

@@ -7,12 +7,16 @@ use std::{
     time::Instant,
 };
 
+use messages::Seed;
 use preference::Calibration;
 use serde_json::json;
-use settings::{Override, Settings, resolve_file};
+use settings::{Override, PairsSettings, Settings, resolve_file};
 use telemetry::{Journal, Measurements, RunDirectory, write_atomically};
 
-use crate::{interrupt, plot, world};
+use crate::{
+    interrupt, plot,
+    world::{self, StyleComparison},
+};
 
 /// Fit a preference model to annotated pairs, and measure how far it can be trusted.
 ///
@@ -82,8 +86,15 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     written?;
     let to = directory.root().join("model");
     model.save(&to, &trunk.folder)?;
+    let styles = match settings.preference.fit.pairs {
+        PairsSettings::Playground { cycle, .. } => {
+            world::styles(&model, Seed(settings.run.seed), cycle)?
+        }
+        PairsSettings::Jsonl { .. } => Vec::new(),
+    };
     let fitted = Fitted {
         calibration: &calibration,
+        styles: &styles,
         fitting: pairs.fitting.len(),
         left_out: pairs.left_out,
         seconds: started.elapsed().as_secs_f64(),
@@ -96,6 +107,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 /// What there is to tell.
 struct Fitted<'a> {
     calibration: &'a Calibration,
+    styles: &'a [StyleComparison],
     fitting: usize,
     left_out: usize,
     seconds: f64,
@@ -112,6 +124,7 @@ fn tell(settings: &Settings, fitted: &Fitted<'_>, directory: &RunDirectory) -> a
         "seconds": fitted.seconds,
         "model": fitted.model,
         "validation": fitted.calibration,
+        "styles": fitted.styles,
         "peak_memory_bytes": telemetry::peak_memory_bytes(),
     });
     let mut bytes = serde_json::to_vec_pretty(&report)?;
@@ -170,6 +183,19 @@ fn in_words(fitted: &Fitted<'_>) -> Result<String, std::fmt::Error> {
             text,
             "| {} | {:.3} | {:.3} |",
             quarter.up_to, quarter.mean_p, quarter.mean_label
+        )?;
+    }
+    if !fitted.styles.is_empty() {
+        writeln!(
+            text,
+            "\n| style, all else equal | model | true preference |\n|---|---|---|"
+        )?;
+    }
+    for s in fitted.styles {
+        writeln!(
+            text,
+            "| {} over {} | {:.3} | {:.3} |",
+            s.style, s.over, s.mean_p, s.gold
         )?;
     }
     writeln!(text, "\n![reliability](reliability.svg)\n")?;
