@@ -22,11 +22,15 @@ impl EncoderJudge {
     }
 
     fn text(&self, prompt: &Prompt, completion: &Completion) -> String {
-        let fill = |part: &str| part.replace("{prompt}", &prompt.text);
-        // One pass: what a response says is never taken for a place in the template.
-        let parts: Vec<String> = self.template.split("{response}").map(fill).collect();
-        parts.join(&completion.text)
+        fill(&self.template, &prompt.text, &completion.text)
     }
+}
+
+/// The template with both in their places. What a prompt or a response says is never taken for a place.
+fn fill(template: &str, prompt: &str, response: &str) -> String {
+    let parts = template.split("{response}");
+    let parts: Vec<String> = parts.map(|part| part.replace("{prompt}", prompt)).collect();
+    parts.join(response)
 }
 
 impl Judge for EncoderJudge {
@@ -67,5 +71,24 @@ impl Judge for EncoderJudge {
             }
         };
         Ok(asked.into_iter().map(verdict).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_is_filled_once() {
+        for (template, expected) in [
+            ("{prompt}\n{response}", "a {response} b\nc {prompt}"),
+            (
+                "[{response}] to [{prompt}]",
+                "[c {prompt}] to [a {response} b]",
+            ),
+            ("{response}{response}", "c {prompt}c {prompt}"),
+        ] {
+            assert_eq!(fill(template, "a {response} b", "c {prompt}"), expected);
+        }
     }
 }

@@ -128,3 +128,141 @@ impl Judge for Learned {
         Ok(asked.into_iter().map(verdict).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fit::{
+        Material,
+        tests::{Tiny, against, settings, tiny},
+    };
+    use crate::judge::fake::{abstained, completion, prompt};
+
+    fn fitted(tiny: &Tiny, epochs: &str) -> RewardModel {
+        let settings = settings(&["fit.head=pairwise", epochs]);
+        let examples = against(5, 6, 1.0);
+        let material = Material {
+            examples: &examples,
+            contests: &[],
+            apo: &settings.apo,
+        };
+        fit::fit(
+            &tiny.model,
+            &settings.fit,
+            material,
+            messages::Seed(1),
+            |_| true,
+        )
+        .unwrap()
+    }
+
+    fn p(verdict: &Verdict) -> f32 {
+        match verdict {
+            Verdict::Preference(p) => p.get(),
+            Verdict::Abstained { reason } => panic!("{reason}"),
+        }
+    }
+
+    #[test]
+    fn a_model_judges_as_it_was_fitted_and_exactly_the_other_way_round() {
+        let tiny = tiny();
+        let model = fitted(&tiny, "fit.epochs=20");
+        let mut judge = Learned::new(model, JudgeVersion(3), Reads::Tokens);
+        assert_eq!(
+            (judge.name(), judge.version()),
+            ("pairwise", JudgeVersion(3))
+        );
+        let prompt = prompt();
+        let [a, b, c] = [5, 6, 7].map(|token| completion("", &[token, 1]));
+        let about = |first, second| Comparison {
+            prompt: &prompt,
+            first,
+            second,
+        };
+        let verdicts = judge
+            .judge(&[about(&a, &b), about(&b, &a), about(&a, &a), about(&a, &c)])
+            .unwrap();
+        assert!(p(&verdicts[0]) > 0.8, "{verdicts:?}");
+        assert_eq!(p(&verdicts[0]) + p(&verdicts[1]), 1.0);
+        assert_eq!(p(&verdicts[2]), 0.5);
+        let alone = judge.judge(&[about(&a, &c)]).unwrap();
+        assert!(
+            (p(&alone[0]) - p(&verdicts[3])).abs() < 1e-6,
+            "whatever else is asked"
+        );
+    }
+
+    #[test]
+    fn a_model_with_words_of_its_own_reads_text() {
+        let tiny = tiny();
+        let model = fitted(&tiny, "fit.epochs=1");
+        let tokenizer = Box::new(tiny.folder.tokenizer.clone());
+        let mut of_texts = Learned::new(model.clone(), JudgeVersion(1), Reads::Text(tokenizer));
+        let mut of_tokens = Learned::new(model, JudgeVersion(1), Reads::Tokens);
+        let mut prompt = prompt();
+        // The tokens of another vocabulary; the text says w0 w4.
+        let (text, tokens) = ("w0 w4", vec![0, 4]);
+        prompt.text = text.into();
+        prompt.ids = vec![11; 3];
+        let [a, b] = ["w5", "w6 w7"].map(|text| completion(text, &[11, 11, 11]));
+        let asked = Comparison {
+            prompt: &prompt,
+            first: &a,
+            second: &b,
+        };
+        let by_text = of_texts.judge(&[asked]).unwrap();
+        prompt.ids = tokens;
+        let [a, b] = [&[5, 1][..], &[6, 7, 1]].map(|ids| completion("", ids));
+        let asked = Comparison {
+            prompt: &prompt,
+            first: &a,
+            second: &b,
+        };
+        assert_eq!(by_text, of_tokens.judge(&[asked]).unwrap());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_abstained_from_alone() {
+        let tiny = tiny();
+        let mut judge = Learned::new(
+            fitted(&tiny, "fit.epochs=1"),
+            JudgeVersion(1),
+            Reads::Tokens,
+        );
+        let prompt = prompt();
+        let (fine, empty) = (completion("", &[5, 1]), completion("", &[]));
+        let long = completion("", &[5; 32]);
+        let about = |second| Comparison {
+            prompt: &prompt,
+            first: &fine,
+            second,
+        };
+        let verdicts = judge
+            .judge(&[about(&empty), about(&fine), about(&long)])
+            .unwrap();
+        assert_eq!(verdicts[0], abstained("the response is empty"));
+        assert_eq!(p(&verdicts[1]), 0.5);
+        let too_long = "prompt and response have 33 tokens, the model reads 32";
+        assert_eq!(verdicts[2], abstained(too_long));
+    }
+
+    #[test]
+    fn scores_that_are_no_numbers_are_abstained_from() {
+        let tiny = tiny();
+        let (weights, vars) = tiny.model.weights().trainable().unwrap();
+        let norm = &vars["model.norm.weight"];
+        norm.set(&(norm.as_tensor() * f64::NAN).unwrap()).unwrap();
+        let broken = model::LanguageModel::new(tiny.folder.config.clone(), weights).unwrap();
+        let config = fitted(&tiny, "fit.epochs=1").config();
+        let model = RewardModel::from_trunk(&broken, config, messages::Seed(1)).unwrap();
+        let mut judge = Learned::new(model, JudgeVersion(1), Reads::Tokens);
+        let (prompt, a, b) = (prompt(), completion("", &[5]), completion("", &[6]));
+        let asked = Comparison {
+            prompt: &prompt,
+            first: &a,
+            second: &b,
+        };
+        let verdicts = judge.judge(&[asked]).unwrap();
+        assert_eq!(verdicts, [abstained("the model's scores are not finite")]);
+    }
+}
