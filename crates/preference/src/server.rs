@@ -186,7 +186,7 @@ impl Shared {
             .bench
             .rule_within(settings.timeout, &questions, orders)
             .await
-            .map_err(|error| Refused::unruled(error, settings.circuit_probe))?;
+            .map_err(|error| Refused::unruled(&error, settings.circuit_probe))?;
         let newest = rulings.iter().map(|ruling| ruling.version).max();
         let version = self.bench.version().or(newest).unwrap_or_default();
         Ok(Preferences {

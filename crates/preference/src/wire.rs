@@ -21,7 +21,7 @@ use settings::OrdersSetting;
 
 /// What is asked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with pairs")]
 pub(crate) struct PreferencesRequest {
     /// The comparisons.
     pub pairs: Vec<AskedPair>,
@@ -32,7 +32,10 @@ pub(crate) struct PreferencesRequest {
 
 /// One comparison.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "an object with prompt, first and second"
+)]
 pub(crate) struct AskedPair {
     /// Text or messages.
     pub prompt: Value,

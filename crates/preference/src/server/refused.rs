@@ -87,7 +87,7 @@ impl Refused {
     }
 
     /// There is no ruling; `probe` is how long an open circuit stays so.
-    pub(super) fn unruled(error: RulingError, probe: Duration) -> Self {
+    pub(super) fn unruled(error: &RulingError, probe: Duration) -> Self {
         let message = error.to_string();
         match error {
             RulingError::Full { .. } => Self::busy(message),
@@ -168,7 +168,7 @@ mod tests {
                 None,
             ),
         ] {
-            let response = Refused::unruled(error.clone(), probe).into_response();
+            let response = Refused::unruled(&error, probe).into_response();
             let header = response.headers().get(RETRY_AFTER);
             let told = header.map(|value| value.to_str().unwrap());
             assert_eq!(

@@ -96,8 +96,9 @@ impl Reader {
         let prompt = PromptText::try_from(asked.prompt).map_err(at("prompt"))?;
         self.within(prompt_characters(&prompt))
             .map_err(at("prompt"))?;
-        let (text, made) = self.texts.prompt(&prompt).map_err(at("prompt"))?;
-        let ids = asked.prompt_ids.unwrap_or(made);
+        let (text, ids) = self
+            .prompt(&prompt, asked.prompt_ids)
+            .map_err(at("prompt"))?;
         let response = |text, given| self.completion((&prompt, &ids), text, given);
         let first = response(asked.first, asked.first_ids).map_err(at("first"))?;
         let second = response(asked.second, asked.second_ids).map_err(at("second"))?;
@@ -108,6 +109,20 @@ impl Reader {
             actor: "http".into(),
         };
         Ok(Question::new(Arc::new(pair), 0, 1))
+    }
+
+    fn prompt(
+        &self,
+        prompt: &PromptText,
+        given: Option<Vec<u32>>,
+    ) -> Result<(String, Vec<u32>), String> {
+        match (prompt, given) {
+            (PromptText::Text(text), Some(ids)) => Ok((text.clone(), ids)),
+            (prompt, given) => {
+                let (text, made) = self.texts.prompt(prompt)?;
+                Ok((text, given.unwrap_or(made)))
+            }
+        }
     }
 
     fn completion(

@@ -156,7 +156,13 @@ async fn a_request_that_cannot_be_answered_is_refused_by_the_name_of_its_fault()
             "trailing",
         ),
         ("nothing", String::new(), 400, "malformed", "EOF"),
-        ("another thing", "[]".into(), 422, "invalid", "pairs"),
+        (
+            "another thing",
+            "[]".into(),
+            422,
+            "invalid",
+            "expected an object with pairs",
+        ),
         (
             "no pairs",
             json!({"pairs": []}).to_string(),

@@ -229,7 +229,7 @@ async fn what_may_pass_is_asked_again_and_a_bad_request_is_not() {
     let server = FakeOpenAi::start(move |before, said| match (before, said) {
         (_, "say|odd|-") => fails(400),
         (0, _) => fails(500),
-        (1, _) => says("").into_body().into_response(),
+        (1, _) => "no JSON".into_response(),
         (2, _) => "{}".into_response(),
         (3 | 4, _) => busy(),
         (5, _) => fails(401),
