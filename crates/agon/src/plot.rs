@@ -29,6 +29,7 @@ pub(crate) fn reliability(path: &Path, calibration: &Calibration) -> anyhow::Res
             .build_cartesian_2d(0.0..1.0, 0.0..1.0)?;
         chart
             .configure_mesh()
+            .max_light_lines(0)
             .x_desc("p of the model")
             .y_desc("share preferred")
             .draw()?;
@@ -67,6 +68,7 @@ pub(crate) fn win_rates(path: &Path, evaluations: &[Evaluation]) -> anyhow::Resu
             .build_cartesian_2d(0.0..last, 0.0..1.0)?;
         chart
             .configure_mesh()
+            .max_light_lines(0)
             .x_desc("step")
             .y_desc("win rate")
             .draw()?;
