@@ -59,7 +59,7 @@ const ONLYS: [(&str, &[&str]); 13] = [
     ("async-nats", &["transport"]),
     ("axum", &["preference"]),
     ("plotters", &["agon"]),
-    ("reqwest", &["preference"]),
+    ("reqwest", &["preference", "agon"]),
     ("metrics", &["telemetry"]),
     ("metrics-exporter-prometheus", &["telemetry"]),
     ("toml", &["settings", "agon"]),

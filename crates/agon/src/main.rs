@@ -19,7 +19,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    check, doctor, eval, export, fit_preference, generate, preference, score, sft, train,
+    bench, check, doctor, eval, export, fit_preference, generate, preference, score, sft, train,
 };
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
@@ -47,6 +47,7 @@ enum Command {
     Check(check::Arguments),
     Doctor(doctor::Arguments),
     Export(export::Arguments),
+    Bench(bench::Arguments),
 }
 
 /// The runtime in which everything waits; what computes has threads of its own.
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
     };
     match ended {
         Ok(code) => code,

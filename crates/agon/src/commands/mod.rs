@@ -1,5 +1,6 @@
 //! One command a file: its arguments with their help, and what it does.
 
+pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod doctor;
 pub(crate) mod eval;

@@ -76,7 +76,7 @@ impl Trunk {
                 watch(step)
             },
         )?;
-        let calibration = calibrate(&model, &pairs.validation, how.train_batch_size)?
+        let calibration = calibrate(&model, &pairs.validation)?
             .context("there are no pairs to validate on; see preference.fit.validation")?;
         if let Some(progress) = progress {
             progress.finish(&format!(

@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use model::{RewardModel, Sequence};
+use model::RewardModel;
 use serde::{Deserialize, Serialize};
 use telemetry::{Measurements, publish};
 
@@ -16,7 +16,7 @@ use super::{
     Fixed, Outcome,
     history::{ROUNDS, folder},
 };
-use crate::fit::{Contest, Example, FitStep, Material, calibrate, features, fit, probability};
+use crate::fit::{Contest, Example, FitStep, Material, calibrate, fit, judge};
 use crate::{Calibration, PreferenceError};
 
 /// A round's material and the model it starts against.
@@ -122,10 +122,9 @@ impl Round {
         model: &RewardModel,
         last: Option<FitStep>,
     ) -> Result<RoundReport, PreferenceError> {
-        let batch = self.fixed.fit.train_batch_size;
         let held_out = &self.fixed.held_out;
         let of = |model: &RewardModel, examples: &[Example]| {
-            Ok::<_, PreferenceError>(Quality::of(calibrate(model, examples, batch)?))
+            Ok::<_, PreferenceError>(Quality::of(calibrate(model, examples)?))
         };
         let held_out_quality = Share {
             before: of(&self.before, held_out)?,
@@ -249,27 +248,18 @@ impl Quality {
 
 /// How often golden answers are preferred to samples; ties count one half.
 fn golden_wins(model: &RewardModel, contests: &[Contest]) -> Result<f64, PreferenceError> {
-    let (mut wins, mut rows) = (0.0, 0usize);
-    for contest in contests {
-        let all = std::iter::once(&contest.golden).chain(&contest.samples);
-        let sequences: Vec<_> = all
-            .map(|completion| Sequence {
-                prompt: &contest.prompt,
-                completion,
-            })
-            .collect();
-        let features = features(model, &sequences)?;
-        for sample in &features[1..] {
-            let p = probability(model, &features[0], sample)?;
-            wins += if p == 0.5 {
-                0.5
-            } else {
-                f64::from(u8::from(p > 0.5))
-            };
-            rows += 1;
-        }
-    }
-    Ok(wins / rows.max(1) as f64)
+    let against = |contest: &Contest| {
+        let example = |sample: &Vec<u32>| Example {
+            prompt: contest.prompt.clone(),
+            first: contest.golden.clone(),
+            second: sample.clone(),
+            label: 1.0,
+        };
+        contest.samples.iter().map(example).collect::<Vec<_>>()
+    };
+    let examples: Vec<_> = contests.iter().flat_map(against).collect();
+    let calibration = calibrate(model, &examples)?;
+    Ok(calibration.map_or(0.5, |found| found.accuracy))
 }
 
 /// How far two models are apart.
@@ -278,17 +268,7 @@ fn drift(
     other: &RewardModel,
     examples: &[Example],
 ) -> Result<f64, PreferenceError> {
-    let mut sum = 0.0;
-    for example in examples {
-        let sequences = [&example.first, &example.second].map(|completion| Sequence {
-            prompt: &example.prompt,
-            completion,
-        });
-        let p = |model: &RewardModel| {
-            let features = features(model, &sequences)?;
-            probability(model, &features[0], &features[1])
-        };
-        sum += (p(one)? - p(other)?).abs();
-    }
-    Ok(sum / examples.len().max(1) as f64)
+    let (one, other) = (judge(one, examples)?, judge(other, examples)?);
+    let apart = one.iter().zip(&other).map(|(a, b)| (a.p - b.p).abs());
+    Ok(apart.sum::<f64>() / examples.len().max(1) as f64)
 }

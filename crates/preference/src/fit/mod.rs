@@ -7,6 +7,8 @@
 mod loss;
 mod order;
 
+use std::collections::HashMap;
+
 use messages::Seed;
 use model::{
     AdamWSettings, Gradients, LanguageModel, Optimizer, Pooling, RewardConfig, RewardKind,
@@ -16,6 +18,9 @@ use settings::{ApoSettings, FitSettings, Head, PoolingSetting};
 
 use self::order::Order;
 use crate::{Calibration, Judged, PreferenceError};
+
+/// Pairs that are measured in one pass.
+const JUDGED_AT_ONCE: usize = 64;
 
 /// Two responses to a prompt and an annotator's word, as tokens.
 #[derive(Debug, Clone, PartialEq)]
@@ -120,24 +125,48 @@ pub fn fit(
 /// How a model does on annotated pairs; `None` when there are none.
 ///
 /// # Errors
-/// When a pair does not fit the model.
+/// When a pair does not fit the model, or its numbers are not finite.
 pub fn calibrate(
     model: &RewardModel,
     examples: &[Example],
-    batch: usize,
 ) -> Result<Option<Calibration>, PreferenceError> {
+    Ok(Calibration::of(&judge(model, examples)?))
+}
+
+/// What a model says of these pairs. A response that stands in several pairs that follow one another is
+/// read once.
+///
+/// # Errors
+/// When a pair does not fit the model, or its numbers are not finite.
+pub(crate) fn judge(
+    model: &RewardModel,
+    examples: &[Example],
+) -> Result<Vec<Judged>, PreferenceError> {
     let mut judged = Vec::with_capacity(examples.len());
-    for part in examples.chunks(batch.max(1)) {
-        let features = features(model, &sequences(part))?;
-        for (two, example) in features.chunks(2).zip(part) {
+    for part in examples.chunks(JUDGED_AT_ONCE) {
+        let (mut places, mut unique) = (HashMap::new(), Vec::new());
+        for (prompt, completion) in part.iter().flat_map(responses) {
+            places.entry((prompt, completion)).or_insert_with(|| {
+                unique.push(Sequence { prompt, completion });
+                unique.len() - 1
+            });
+        }
+        let rows = features(model, &unique)?;
+        for example in part {
+            let [first, second] = responses(example).map(|response| &rows[places[&response]]);
             judged.push(Judged {
-                p: probability(model, &two[0], &two[1])?,
+                p: probability(model, first, second)?,
                 label: f64::from(example.label),
                 longer: example.first.len() as i64 - example.second.len() as i64,
             });
         }
     }
-    Ok(Calibration::of(&judged))
+    Ok(judged)
+}
+
+/// An example's two responses, each after its prompt.
+fn responses(example: &Example) -> [(&[u32], &[u32]); 2] {
+    [&example.first, &example.second].map(|response| (&*example.prompt, &**response))
 }
 
 /// A model's numbers for every sequence: the rows of [`RewardModel::score`].
@@ -164,15 +193,6 @@ pub(crate) fn probability(
     let p = model.config().kind.probability(a, b);
     p.map(|p| f64::from(p.get()))
         .map_err(|_| PreferenceError::NotFinite)
-}
-
-/// Every example's two responses, one after the other.
-fn sequences(examples: &[Example]) -> Vec<Sequence<'_>> {
-    fn of(example: &Example) -> [Sequence<'_>; 2] {
-        let prompt = example.prompt.as_slice();
-        [&example.first, &example.second].map(|completion| Sequence { prompt, completion })
-    }
-    examples.iter().flat_map(of).collect()
 }
 
 /// One step's rows: every response once, and which two of them make a margin.

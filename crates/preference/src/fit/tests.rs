@@ -83,7 +83,7 @@ fn fitted(
 fn sides(model: &RewardModel, comparisons: &[(u32, u32)]) -> usize {
     let right = |&(a, b): &(u32, u32)| {
         let examples = against(a, b, 1.0);
-        calibrate(model, &examples, 4).unwrap().unwrap().accuracy == 1.0
+        calibrate(model, &examples).unwrap().unwrap().accuracy == 1.0
     };
     comparisons.iter().filter(|c| right(c)).count()
 }
@@ -133,7 +133,7 @@ fn a_pairwise_model_holds_a_cycle_and_a_score_cannot() {
 fn soft_labels_are_met_in_the_middle() {
     let examples = against(5, 6, 0.7);
     let model = fitted(&examples, &["fit.epochs=80"], |_| true).unwrap();
-    let found = calibrate(&model, &examples, 4).unwrap().unwrap();
+    let found = calibrate(&model, &examples).unwrap().unwrap();
     assert!(found.ece < 0.03, "{found:?}");
 }
 
