@@ -16,6 +16,7 @@ use std::{collections::BTreeMap, path::Path};
 use candle_core::{Device, Tensor, Var};
 use messages::{Digest, Seed};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use serde_json::json;
 
 pub use architecture::RewardArchitecture;
 use config::{COEFFICIENT, HEAD};
@@ -124,13 +125,14 @@ impl RewardModel {
         tensors.map(Tensor::elem_count).sum()
     }
 
-    /// The digest of the weights and of how they are used: equal digests give equal scores.
+    /// The digest of the weights and of what [`Self::config`] says: on trunks of one shape, equal digests
+    /// give equal scores.
     ///
     /// # Errors
     /// When a tensor cannot be read from its device.
     pub fn digest(&self) -> Result<Digest, ModelError> {
         let mut bytes = self.weights().to_blob()?;
-        bytes.extend_from_slice(format!("{:?}", self.config).as_bytes());
+        bytes.extend_from_slice(json!(self.config).to_string().as_bytes());
         Ok(Digest::of(&bytes))
     }
 
