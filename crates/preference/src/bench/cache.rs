@@ -1,7 +1,9 @@
 //! Verdicts that are remembered, so that the same question costs one answer.
 //!
 //! Only preferences are: an abstention may be chance. What is remembered is found by the judge, its
-//! version and the content alone, so a new version never answers with an old verdict.
+//! version and the content alone, so a new version never answers with an old verdict. An antisymmetric
+//! judge is asked about two completions in one order only, whichever was wanted: an answer is then the
+//! same to the last bit, remembered or not.
 
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, PoisonError};
@@ -18,6 +20,16 @@ pub(super) struct VerdictCache {
     verdicts: Option<Mutex<LruCache<Digest, Probability>>>,
 }
 
+/// A question as it is asked and remembered.
+pub(super) struct Entry {
+    /// What the judge is asked.
+    pub(super) question: Question,
+    /// Whether that is the other order than was wanted.
+    is_swapped: bool,
+    /// Under which it is remembered, and of which version; `None` when it is not.
+    key: Option<(Digest, JudgeVersion)>,
+}
+
 impl VerdictCache {
     pub(super) fn new(size: usize) -> Self {
         let size = NonZeroUsize::new(size);
@@ -26,32 +38,66 @@ impl VerdictCache {
         }
     }
 
-    /// What `judges` said of `question` before, or of the other order where that tells as much.
-    pub(super) fn get(&self, judges: &Judges, question: &Question) -> Option<Answer> {
-        let (verdicts, version) = (self.verdicts.as_ref()?, judges.version?);
+    /// Where `question` to `judges` has its place.
+    pub(super) fn entry(&self, judges: &Judges, question: &Question) -> Entry {
+        let (question, swapped) = (question.clone(), question.swapped());
+        let Some(version) = judges.version.filter(|_| self.verdicts.is_some()) else {
+            return Entry {
+                question,
+                is_swapped: false,
+                key: None,
+            };
+        };
         let digest = |question: &Question| question.digest(&judges.name, version.0);
-        let mut verdicts = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut remembered = verdicts.get(&digest(question)).copied();
-        if remembered.is_none() && judges.is_antisymmetric {
-            let swapped = verdicts.get(&digest(&question.swapped()));
-            remembered = swapped.map(|p| p.complement());
+        let key = digest(&question);
+        let other = judges.is_antisymmetric.then(|| digest(&swapped));
+        match other.filter(|other| other.0 < key.0) {
+            Some(other) => Entry {
+                question: swapped,
+                is_swapped: true,
+                key: Some((other, version)),
+            },
+            None => Entry {
+                question,
+                is_swapped: false,
+                key: Some((key, version)),
+            },
         }
-        remembered.map(|p| Answer {
-            verdict: Verdict::Preference(p),
-            version,
-        })
     }
 
-    /// Remembers a preference that the expected version gave.
-    pub(super) fn put(&self, judges: &Judges, question: &Question, answer: &Answer) {
-        let (Some(verdicts), &Verdict::Preference(p)) = (&self.verdicts, &answer.verdict) else {
-            return;
-        };
-        if judges.version == Some(answer.version) {
-            let JudgeVersion(version) = answer.version;
-            let digest = question.digest(&judges.name, version);
+    /// What was said of it before, in the order that was wanted.
+    pub(super) fn get(&self, entry: &Entry) -> Option<Answer> {
+        let (verdicts, (key, version)) = (self.verdicts.as_ref()?, entry.key?);
+        let mut verdicts = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+        let p = *verdicts.get(&key)?;
+        Some(entry.turn(Answer {
+            verdict: Verdict::Preference(p),
+            version,
+        }))
+    }
+
+    /// Remembers a preference that the expected version gave to what was asked, and gives the answer in
+    /// the order that was wanted.
+    pub(super) fn put(&self, entry: &Entry, answer: Answer) -> Answer {
+        if let (Some(verdicts), Some((key, version)), &Verdict::Preference(p)) =
+            (&self.verdicts, entry.key, &answer.verdict)
+            && version == answer.version
+        {
             let mut verdicts = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
-            verdicts.put(digest, p);
+            verdicts.put(key, p);
+        }
+        entry.turn(answer)
+    }
+}
+
+impl Entry {
+    fn turn(&self, answer: Answer) -> Answer {
+        match answer.verdict {
+            Verdict::Preference(p) if self.is_swapped => Answer {
+                verdict: Verdict::Preference(p.complement()),
+                ..answer
+            },
+            _ => answer,
         }
     }
 }
@@ -83,16 +129,22 @@ mod tests {
         }
     }
 
+    /// What is remembered of `question` to `judges`.
+    fn known(cache: &VerdictCache, judges: &Judges, question: &Question) -> Option<Answer> {
+        cache.get(&cache.entry(judges, question))
+    }
+
     #[test]
     fn a_preference_is_remembered_for_its_judge_version_and_content() {
         let cache = VerdictCache::new(8);
         let asked = question(&["a", "b"]);
-        cache.put(&judges(Some(1)), &asked, &answer(preferred(0.75), 1));
+        let hit = answer(preferred(0.75), 1);
+        let given = cache.put(&cache.entry(&judges(Some(1)), &asked), hit.clone());
+        assert_eq!(given, hit);
         let another = Judges {
             name: "gold".into(),
             ..judges(Some(1))
         };
-        let hit = answer(preferred(0.75), 1);
         for (name, judges, question, expected) in [
             ("the same", judges(Some(1)), asked.clone(), Some(hit)),
             ("a newer version", judges(Some(2)), asked.clone(), None),
@@ -101,21 +153,32 @@ mod tests {
             ("the other order", judges(Some(1)), asked.swapped(), None),
             ("another pair", judges(Some(1)), question(&["a", "c"]), None),
         ] {
-            assert_eq!(cache.get(&judges, &question), expected, "{name}");
+            assert_eq!(known(&cache, &judges, &question), expected, "{name}");
         }
     }
 
     #[test]
-    fn the_other_order_counts_for_an_antisymmetric_judge() {
+    fn an_antisymmetric_judge_is_asked_in_one_order_whichever_is_wanted() {
         let cache = VerdictCache::new(8);
         let judges = Judges {
             is_antisymmetric: true,
             ..judges(Some(1))
         };
         let asked = question(&["a", "b"]);
-        cache.put(&judges, &asked, &answer(preferred(0.75), 1));
-        let swapped = cache.get(&judges, &asked.swapped());
-        assert_eq!(swapped, Some(answer(preferred(0.25), 1)));
+        let wanted = [asked.clone(), asked.swapped()];
+        let entries = wanted.each_ref().map(|q| cache.entry(&judges, q));
+        let texts = |entry: &Entry| entry.question.comparison().first.text.clone();
+        assert_eq!(texts(&entries[0]), texts(&entries[1]));
+        assert_ne!(entries[0].is_swapped, entries[1].is_swapped);
+        let said = |entry: &Entry| {
+            let p = if entry.is_swapped { 0.25 } else { 0.75 };
+            Some(answer(preferred(p), 1))
+        };
+        let given = cache.put(&entries[0], answer(preferred(0.75), 1));
+        assert_eq!(Some(given), said(&entries[0]));
+        for (entry, question) in entries.iter().zip(&wanted) {
+            assert_eq!(known(&cache, &judges, question), said(entry));
+        }
     }
 
     #[test]
@@ -127,8 +190,9 @@ mod tests {
         ] {
             let cache = VerdictCache::new(size);
             let asked = question(&["a", "b"]);
-            cache.put(&judges(Some(1)), &asked, &given);
-            assert_eq!(cache.get(&judges(Some(1)), &asked), None, "{name}");
+            let entry = cache.entry(&judges(Some(1)), &asked);
+            assert_eq!(cache.put(&entry, given.clone()), given, "{name}");
+            assert_eq!(known(&cache, &judges(Some(1)), &asked), None, "{name}");
         }
     }
 
@@ -137,12 +201,15 @@ mod tests {
         let cache = VerdictCache::new(2);
         let judges = judges(Some(1));
         let [a, b, c] = ["a", "b", "c"].map(|text| question(&[text, "z"]));
-        let given = answer(preferred(0.75), 1);
-        cache.put(&judges, &a, &given);
-        cache.put(&judges, &b, &given);
-        assert!(cache.get(&judges, &a).is_some());
-        cache.put(&judges, &c, &given);
-        let known = [&a, &b, &c].map(|q| cache.get(&judges, q).is_some());
-        assert_eq!(known, [true, false, true]);
+        let put = |q: &Question| {
+            let given = answer(preferred(0.75), 1);
+            cache.put(&cache.entry(&judges, q), given);
+        };
+        put(&a);
+        put(&b);
+        assert!(known(&cache, &judges, &a).is_some());
+        put(&c);
+        let remembered = [&a, &b, &c].map(|q| known(&cache, &judges, q).is_some());
+        assert_eq!(remembered, [true, false, true]);
     }
 }

@@ -264,7 +264,8 @@ impl Inner {
         question: &Question,
         place: Place,
     ) -> Result<Answer, RulingError> {
-        if let Some(answer) = self.cache.get(&generation.judges, question) {
+        let entry = self.cache.entry(&generation.judges, question);
+        if let Some(answer) = self.cache.get(&entry) {
             self.metrics.cache_hit();
             return Ok(answer);
         }
@@ -277,7 +278,7 @@ impl Inner {
             }
         };
         let (reply, answer) = oneshot::channel();
-        let asked = Asked::new(question.clone(), place, reply);
+        let asked = Asked::new(entry.question.clone(), place, reply);
         // Without an usher the reply is dropped with the question.
         drop(generation.line.send(asked).await);
         let answer = answer.await.unwrap_or_else(|_| {
@@ -286,7 +287,6 @@ impl Inner {
                 reason: "the runtime of the bench has ended".into(),
             })
         })?;
-        self.cache.put(&generation.judges, question, &answer);
-        Ok(answer)
+        Ok(self.cache.put(&entry, answer))
     }
 }

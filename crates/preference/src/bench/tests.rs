@@ -403,7 +403,7 @@ async fn many_callers_at_once_are_all_answered_by_flaky_replicas() {
     let replica = || {
         let calls = Arc::clone(&calls);
         let replica = FakeReplica::new(move |batch| {
-            if calls.fetch_add(1, Ordering::Relaxed) % 5 == 0 {
+            if calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(5) {
                 return Err(failure());
             }
             Ok(vec![preferred(0.5); batch.len()])

@@ -130,132 +130,70 @@ async fn pairs_are_answered_in_their_order_and_in_the_orders_asked_for() {
     }
 }
 
-#[tokio::test]
-async fn a_request_that_cannot_be_answered_is_refused_by_the_name_of_its_fault() {
-    let house = House::new(bench(larger()), limits()).await;
-    let with = |key: &str, value: Value| {
-        let mut pair = one();
-        pair[key] = value;
-        json!({"pairs": [one(), pair]}).to_string()
-    };
-    let long = "ä".repeat(101);
-    for (name, body, status, code, message) in [
-        ("no JSON", "what?".into(), 400, "malformed", "line 1"),
-        (
-            "half of it",
-            r#"{"pairs": ["#.into(),
-            400,
-            "malformed",
-            "EOF",
-        ),
-        (
-            "too much of it",
-            format!("{} x", json!({"pairs": [one()]})),
-            400,
-            "malformed",
-            "trailing",
-        ),
-        ("nothing", String::new(), 400, "malformed", "EOF"),
-        (
-            "another thing",
-            "[]".into(),
-            422,
-            "invalid",
-            "expected an object with pairs",
-        ),
-        (
-            "no pairs",
-            json!({"pairs": []}).to_string(),
-            422,
-            "invalid",
-            "pairs: there are none",
-        ),
-        (
-            "an unknown field",
-            with("frist", "1".into()),
-            422,
-            "invalid",
-            "pairs[1].frist",
-        ),
-        (
-            "another type",
-            with("second", 2.into()),
-            422,
-            "invalid",
-            "pairs[1].second",
-        ),
-        (
-            "no prompt",
-            with("prompt", json!({})),
-            422,
-            "invalid",
-            "pairs[1].prompt: a prompt is",
-        ),
-        (
-            "no message",
-            with("prompt", json!([])),
-            422,
-            "invalid",
-            "pairs[1].prompt: the list",
-        ),
-        (
-            "empty",
-            with("first", "".into()),
-            422,
-            "invalid",
-            "pairs[1].first: it is empty",
-        ),
-        (
-            "too long",
-            with("second", long.into()),
-            422,
-            "invalid",
-            "pairs[1].second: 101 char",
-        ),
-        (
-            "odd orders",
-            json!({"pairs": [one()], "orders": "three"}).to_string(),
-            422,
-            "invalid",
-            "orders: ",
-        ),
-        (
-            "too many",
-            json!({"pairs": vec![one(); 4]}).to_string(),
-            422,
-            "invalid",
-            "pairs: 4 are more",
-        ),
-        (
-            "too large",
-            " ".repeat(5000),
-            413,
-            "too_large",
-            "preference.http.max_bytes = 4096",
-        ),
-    ] {
-        let (seen, answer) = house.post(body).await;
-        assert_eq!(
-            (seen, &answer["error"]["code"]),
-            (status, &code.into()),
-            "{name}: {answer}"
-        );
-        let told = answer["error"]["message"].as_str().expect("a sentence");
-        assert!(told.contains(message), "{name}: {told}");
+impl House {
+    /// That this request is refused, and that the service goes on.
+    async fn refuses(&self, body: String, status: u16, code: &str, says: &str) {
+        let (seen, answer) = self.post(body.clone()).await;
+        let error = &answer["error"];
+        let expected = (status, &Value::from(code));
+        assert_eq!((seen, &error["code"]), expected, "{body}: {answer}");
+        let told = error["message"].as_str().expect("a sentence");
+        assert!(told.contains(says), "{body}: {told}");
+        let (status, _) = self.post(json!({"pairs": [one()]}).to_string()).await;
+        assert_eq!(status, 200, "it goes on");
     }
+}
+
+#[tokio::test]
+async fn what_is_no_request_is_refused() {
+    let house = House::new(bench(larger()), limits()).await;
+    let trailing = format!("{} x", json!({"pairs": [one()]}));
+    for (body, says) in [
+        ("what?", "line 1"),
+        (r#"{"pairs": ["#, "EOF"),
+        (&trailing, "trailing"),
+        ("", "EOF"),
+    ] {
+        house.refuses(body.into(), 400, "malformed", says).await;
+    }
+    let large = " ".repeat(5000);
+    let says = "preference.http.max_bytes = 4096";
+    house.refuses(large, 413, "too_large", says).await;
     for (path, status, code) in [
         ("/", 404, "not_found"),
         ("/v1/preferences", 405, "method_not_allowed"),
     ] {
         let (seen, answer) = house.get(path).await;
-        assert_eq!(
-            (seen, &answer["error"]["code"]),
-            (status, &code.into()),
-            "{path}"
-        );
+        let code = Value::from(code);
+        assert_eq!((seen, &answer["error"]["code"]), (status, &code), "{path}");
     }
-    let (status, _) = house.post(json!({"pairs": [one()]}).to_string()).await;
-    assert_eq!(status, 200, "it goes on");
+}
+
+#[tokio::test]
+async fn a_request_that_cannot_be_answered_is_refused_by_the_name_of_its_field() {
+    let house = House::new(bench(larger()), limits()).await;
+    let with = |key: &str, value: Value| {
+        let mut pair = one();
+        pair[key] = value;
+        json!({"pairs": [one(), pair]})
+    };
+    let long = "ä".repeat(101);
+    let odd = json!({"pairs": [one()], "orders": "three"});
+    for (request, says) in [
+        (json!([]), "expected an object with pairs"),
+        (json!({"pairs": []}), "pairs: there are none"),
+        (json!({"pairs": vec![one(); 4]}), "pairs: 4 are more"),
+        (odd, "orders: "),
+        (with("frist", "1".into()), "pairs[1].frist"),
+        (with("second", 2.into()), "pairs[1].second"),
+        (with("prompt", json!({})), "pairs[1].prompt: a prompt is"),
+        (with("prompt", json!([])), "pairs[1].prompt: the list"),
+        (with("first", "".into()), "pairs[1].first: it is empty"),
+        (with("second", long.into()), "pairs[1].second: 101 char"),
+    ] {
+        let request = request.to_string();
+        house.refuses(request, 422, "invalid", says).await;
+    }
 }
 
 #[tokio::test]
