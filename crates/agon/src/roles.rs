@@ -242,7 +242,7 @@ fn judges(
 /// When the adversarial game is played, if it is.
 fn rounds(settings: &Settings) -> Option<Rounds> {
     let apo = &settings.preference.apo;
-    (apo.refresh_steps > 0).then(|| Rounds {
+    (apo.refresh_steps > 0).then_some(Rounds {
         every: apo.refresh_steps,
         most: apo.max_rounds,
         prompts: apo.prompts,

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{BufWriter, Write as _},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use anyhow::Context;
@@ -291,7 +291,7 @@ fn from_files(fit: &FitSettings, folder: &ModelFolder, seed: Seed) -> anyhow::Re
 
 /// The pairs of a file that are not too long, and how many are.
 fn examples(
-    path: &PathBuf,
+    path: &Path,
     fit: &FitSettings,
     folder: &ModelFolder,
 ) -> anyhow::Result<(Vec<Example>, usize)> {
@@ -311,7 +311,7 @@ fn examples(
     };
     let longest = fit.max_length.min(folder.config.max_positions);
     let refused = |line: usize, reason: String| DatasetError::Row {
-        path: path.clone(),
+        path: path.to_owned(),
         line,
         reason,
     };
