@@ -30,7 +30,7 @@ use crate::{
 /// Example: agon fit-preference configs/quickstart.toml --run-dir runs/rm
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration; only [run], [model], [playground], [sft] and [preference.fit] matter here.
+    /// The configuration; its sections on the run, the model, the playground and preference.fit matter here.
     config: PathBuf,
     /// Change one setting, VALUE being TOML; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
