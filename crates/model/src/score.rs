@@ -9,7 +9,7 @@ use crate::{
 
 /// Completions that share one reading of their prompt, at most: attention takes the completions of one
 /// reading in turn, so a batch that all begins with one token would leave it to a single thread.
-const SHARED: usize = 8;
+pub(crate) const SHARED: usize = 8;
 
 /// What a model says of completions: R response tokens in all, in the order of the sequences.
 #[derive(Debug, Clone)]

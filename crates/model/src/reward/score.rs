@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Tensor};
 
 use super::{Pooling, RewardModel};
-use crate::{ModelError, Packed, Sequence, ops};
+use crate::{Fork, ModelError, Packed, Sequence, ops, score::SHARED};
 
 /// What a sum of hidden states is divided by, so that its size is that of a mean.
 const SUM_DIVISOR: f64 = 8.0;
@@ -22,17 +22,14 @@ impl RewardModel {
     /// `likelihood` also when a response without a prompt has one token only.
     pub fn score(&self, sequences: &[Sequence<'_>]) -> Result<Tensor, ModelError> {
         self.check(sequences)?;
-        let inputs: Vec<Vec<u32>> = sequences
-            .iter()
-            .map(|s| [s.prompt, s.completion].concat())
-            .collect();
-        let packed = Packed::new(&inputs, self.trunk.config(), self.device())?;
+        let packed = Packed::forked(&forks(sequences), self.trunk.config(), self.device())?;
+        let responses = responses(&packed.segments);
         let hidden = self.trunk.hidden(&packed)?;
-        let scores = self.pooled(&hidden, &responses(sequences))?;
+        let scores = self.pooled(&hidden, &responses)?;
         match &self.coefficient {
             None => Ok(scores),
             Some(coefficient) => {
-                let likelihood = self.mean_log_likelihood(&hidden, sequences)?;
+                let likelihood = self.mean_log_likelihood(&hidden, sequences, &responses)?;
                 let scaled = (likelihood * LIKELIHOOD_FACTOR)?
                     .broadcast_mul(&coefficient.to_dtype(DType::F32)?)?;
                 let others = self.config.kind.outputs() - 1;
@@ -59,16 +56,17 @@ impl RewardModel {
 
     /// The head's outputs of the pooled hidden states, `[n, outputs]` in f32. The head is linear, so what
     /// is pooled are its outputs.
-    fn pooled(&self, hidden: &Tensor, responses: &[Range<usize>]) -> Result<Tensor, ModelError> {
+    fn pooled(&self, hidden: &Tensor, responses: &[Response]) -> Result<Tensor, ModelError> {
         let outputs = |rows: Vec<u32>| -> Result<Tensor, ModelError> {
             let rows = Tensor::new(rows, self.device())?;
             let rows = hidden.index_select(&rows, 0)?.to_dtype(DType::F32)?;
             Ok(rows.matmul(&self.head.to_dtype(DType::F32)?.t()?)?)
         };
-        let all = || responses.iter().cloned().flatten().map(|row| row as u32);
-        let lengths: Vec<usize> = responses.iter().map(Range::len).collect();
+        let rows = |response: &Response| response.rows.clone().map(|row| row as u32);
+        let all = || responses.iter().flat_map(rows);
+        let lengths: Vec<usize> = responses.iter().map(|r| r.rows.len()).collect();
         match self.config.pooling {
-            Pooling::Last => outputs(responses.iter().map(|r| r.end as u32 - 1).collect()),
+            Pooling::Last => outputs(responses.iter().map(|r| r.rows.end as u32 - 1).collect()),
             Pooling::Mean => means(&outputs(all().collect())?, &lengths),
             Pooling::Sum => Ok((sums(&outputs(all().collect())?, &lengths)? / SUM_DIVISOR)?),
         }
@@ -79,14 +77,22 @@ impl RewardModel {
         &self,
         hidden: &Tensor,
         sequences: &[Sequence<'_>],
+        responses: &[Response],
     ) -> Result<Tensor, ModelError> {
         let (mut rows, mut targets, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
-        for (sequence, response) in sequences.iter().zip(responses(sequences)) {
+        for (sequence, response) in sequences.iter().zip(responses) {
             // A token is predicted by the row before it; the first of all by none.
-            let unpredicted = usize::from(sequence.prompt.is_empty());
-            rows.extend((response.start + unpredicted..response.end).map(|row| row as u32 - 1));
+            let unpredicted = usize::from(response.before.is_none());
+            let read = response.rows.start..response.rows.end - 1;
+            rows.extend(
+                response
+                    .before
+                    .into_iter()
+                    .chain(read)
+                    .map(|row| row as u32),
+            );
             targets.extend_from_slice(&sequence.completion[unpredicted..]);
-            lengths.push(response.len() - unpredicted);
+            lengths.push(response.rows.len() - unpredicted);
         }
         let rows = Tensor::new(rows, self.device())?;
         let hidden = hidden.index_select(&rows, 0)?;
@@ -95,17 +101,48 @@ impl RewardModel {
     }
 }
 
-/// The rows of each response in the packed batch.
-fn responses(sequences: &[Sequence<'_>]) -> Vec<Range<usize>> {
-    let mut end = 0;
+/// Where a response lies in the packed batch.
+struct Response {
+    /// The rows of its tokens.
+    rows: Range<usize>,
+    /// The row that predicts its first token: the prompt's last.
+    before: Option<usize>,
+}
+
+/// The prompts, each with the responses that share a reading of it, in the order of the sequences. A
+/// response without a prompt stands alone.
+fn forks<'a>(sequences: &[Sequence<'a>]) -> Vec<Fork<'a>> {
+    let fork = |alike: &[Sequence<'a>]| match alike[0].prompt {
+        [] => Fork {
+            prompt: alike[0].completion,
+            branches: Vec::new(),
+        },
+        prompt => Fork {
+            prompt,
+            branches: alike.iter().map(|s| s.completion).collect(),
+        },
+    };
     sequences
-        .iter()
-        .map(|s| {
-            let start = end + s.prompt.len();
-            end = start + s.completion.len();
-            start..end
-        })
+        .chunk_by(|a, b| !a.prompt.is_empty() && a.prompt == b.prompt)
+        .flat_map(|alike| alike.chunks(SHARED))
+        .map(fork)
         .collect()
+}
+
+/// The responses of the packed batch, in the order of the sequences.
+fn responses(segments: &ops::Segments) -> Vec<Response> {
+    let of = |segment: &ops::Segment| {
+        let (prefix, before) = (segment.prefix.clone(), segment.prefix.end.checked_sub(1));
+        let alone = segment.branches.is_empty().then_some(Response {
+            rows: prefix,
+            before: None,
+        });
+        let branches = segment.branches.clone().into_iter();
+        alone
+            .into_iter()
+            .chain(branches.map(move |rows| Response { rows, before }))
+    };
+    segments.iter().flat_map(of).collect()
 }
 
 /// The sums of the first `lengths[0]` rows of `[R, k]`, of the next `lengths[1]`, …: `[n, k]`.
@@ -177,6 +214,28 @@ mod tests {
             hidden[s.prompt.len()..].iter().map(|h| dot(h)).collect()
         };
         SEQUENCES.iter().map(alone).collect()
+    }
+
+    #[test]
+    fn responses_that_share_a_reading_of_their_prompt_get_what_they_get_alone() {
+        let prompt: &[u32] = &[0, 3, 4];
+        let completions: [&[u32]; 3] = [&[2, 6, 1], &[5], &[6, 6, 6, 1]];
+        let mut together: Vec<_> = completions
+            .map(|completion| Sequence { prompt, completion })
+            .to_vec();
+        together.extend(SEQUENCES);
+        for pooling in [Pooling::Last, Pooling::Mean, Pooling::Sum] {
+            let config = RewardConfig {
+                kind: PAIRWISE,
+                pooling,
+                likelihood: true,
+            };
+            let model = reward(&tiny_model(7, 1), config);
+            let found = scores(&model, &together);
+            for (found, sequence) in found.iter().zip(&together) {
+                close(found, &scores(&model, &[*sequence])[0], 1e-5);
+            }
+        }
     }
 
     #[test]

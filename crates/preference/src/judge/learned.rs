@@ -55,6 +55,11 @@ impl Learned {
             ids.0.len() + ids.1.len(),
             self.model.trunk_config().max_positions,
         );
+        let vocabulary = self.model.trunk_config().vocab_size;
+        let mut all = ids.0.iter().chain(&ids.1);
+        if let Some(id) = all.find(|&&id| id as usize >= vocabulary) {
+            return Err(format!("token {id} is not in the model's vocabulary of {vocabulary}"));
+        }
         if ids.1.is_empty() {
             return Err("the response is empty".into());
         }
@@ -231,19 +236,21 @@ mod tests {
         );
         let prompt = prompt();
         let (fine, empty) = (completion("", &[5, 1]), completion("", &[]));
-        let long = completion("", &[5; 32]);
+        let (long, foreign) = (completion("", &[5; 32]), completion("", &[12]));
         let about = |second| Comparison {
             prompt: &prompt,
             first: &fine,
             second,
         };
         let verdicts = judge
-            .judge(&[about(&empty), about(&fine), about(&long)])
+            .judge(&[about(&empty), about(&fine), about(&long), about(&foreign)])
             .unwrap();
         assert_eq!(verdicts[0], abstained("the response is empty"));
         assert_eq!(p(&verdicts[1]), 0.5);
         let too_long = "prompt and response have 33 tokens, the model reads 32";
         assert_eq!(verdicts[2], abstained(too_long));
+        let foreign = "token 12 is not in the model's vocabulary of 12";
+        assert_eq!(verdicts[3], abstained(foreign));
     }
 
     #[test]
