@@ -63,6 +63,10 @@ impl Seat {
     fn is_usable(&self) -> bool {
         !self.is_dead && !self.circuit.is_open()
     }
+
+    fn rests(&self, now: Instant) -> bool {
+        self.rests_until.is_some_and(|until| until > now)
+    }
 }
 
 impl Seats {
@@ -84,15 +88,18 @@ impl Seats {
         &mut self.seats[index]
     }
 
-    /// The seat with the least in hand among those that may be asked, but not `avoided` while another
-    /// may be asked.
+    /// The seat with the least in hand among those that may be asked. While another can answer,
+    /// `avoided` is not asked, even if the other has no time now: who has just failed fails fastest, and
+    /// would get every attempt.
     pub(super) fn choose(&self, now: Instant, avoided: Option<usize>) -> Choice {
         let count = self.seats.len();
         let order = (0..count).map(|place| (self.next + place) % count);
+        let passed_over = avoided.filter(|&index| self.has_other(index, now));
         let free = order.filter_map(|index| {
             let room = self.seats[index].room(now).ok()?;
             let is_avoided = avoided == Some(index);
-            Some((is_avoided, self.seats[index].in_hand, index, room))
+            let seat = (is_avoided, self.seats[index].in_hand, index, room);
+            (passed_over != Some(index)).then_some(seat)
         });
         // Of equals the first in turn.
         match free.min_by_key(|&(is_avoided, in_hand, ..)| (is_avoided, in_hand)) {
@@ -112,10 +119,10 @@ impl Seats {
         self.next = (index + 1) % self.seats.len();
     }
 
-    /// Whether another seat than `index` can answer.
-    pub(super) fn has_other(&self, index: usize) -> bool {
+    /// Whether another seat than `index` can answer, if not at once.
+    pub(super) fn has_other(&self, index: usize, now: Instant) -> bool {
         let mut others = self.seats.iter().enumerate().filter(|&(i, _)| i != index);
-        others.any(|(_, seat)| seat.is_usable())
+        others.any(|(_, seat)| seat.is_usable() && !seat.rests(now))
     }
 
     /// Whether none can answer now.
@@ -208,15 +215,21 @@ mod tests {
     }
 
     #[test]
-    fn an_avoided_seat_is_asked_only_when_there_is_no_other() {
+    fn an_avoided_seat_is_asked_only_when_no_other_can_answer() {
         let now = Instant::now();
         let mut seats = seats(2);
         assert_eq!(ask(&mut seats, now, Some(0)), Some(1));
         assert_eq!(ask(&mut seats, now, Some(0)), Some(1));
-        assert_eq!(ask(&mut seats, now, Some(0)), Some(0), "the other is full");
-        assert!(seats.has_other(0));
+        assert_eq!(ask(&mut seats, now, Some(0)), None, "the other is full");
+        assert_eq!(ask(&mut seats, now, None), Some(0));
+        seats.get_mut(1).rest(now, Duration::from_secs(1));
+        assert_eq!(ask(&mut seats, now, Some(0)), Some(0), "the other rests");
+        seats.get_mut(0).in_hand = 0;
+        let rested = now + Duration::from_secs(1);
+        assert!(seats.has_other(0, rested));
         seats.get_mut(1).is_dead = true;
-        assert!(!seats.has_other(0));
+        assert!(!seats.has_other(0, rested));
+        assert_eq!(ask(&mut seats, rested, Some(0)), Some(0));
     }
 
     #[test]

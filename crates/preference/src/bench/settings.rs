@@ -23,7 +23,7 @@ pub struct BenchSettings {
     pub cache_size: usize,
     /// How long a replica may take over a batch.
     pub timeout: Duration,
-    /// How often a question that failed is asked again, once the judge answers others.
+    /// How often a question that failed is asked again, while the judge answers others.
     pub max_retries: usize,
     /// The longest pause before the first retry.
     pub retry_base: Duration,

@@ -175,15 +175,35 @@ async fn a_question_is_given_up_only_when_the_judge_answers_others() {
         sleep(20 * SECOND).await;
         let tries = asked.sizes().len();
         assert!(tries > 4, "more than its retries: {tries}");
-        verdicts(&bench, &all[1..]).await
+        loop {
+            let others = verdicts(&bench, &all[1..]).await;
+            assert_eq!(others, [Ok(preferred(0.5))]);
+            sleep(SECOND).await;
+        }
     };
-    let (odd, others) = tokio::join!(verdicts(&bench, &all[..1]), others);
-    assert_eq!(others, [Ok(preferred(0.5))]);
     let failed = RulingError::Failed {
         judge: "fake".into(),
         reason: "out of memory".into(),
     };
-    assert_eq!(odd, [Err(failed)]);
+    tokio::select! {
+        odd = verdicts(&bench, &all[..1]) => assert_eq!(odd, [Err(failed)]),
+        () = others => {}
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_costs_no_question_its_retries() {
+    let once_back = FakeReplica::failing((0..12).map(|_| failure()));
+    let never_back = || FakeReplica::new(|_| Err(failure()));
+    let replicas = [never_back(), once_back.delay(SECOND / 10), never_back()];
+    let hasty = BenchSettings {
+        max_retries: 0,
+        circuit_probe: SECOND / 100,
+        ..settings()
+    };
+    let bench = bench(replicas, hasty);
+    let seen = verdicts(&bench, &questions(40)).await;
+    assert_eq!(seen, vec![Ok(preferred(0.5)); 40]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -28,9 +28,11 @@ pub(super) struct Asked {
     /// Its place in the queue, until it is handed to a replica for the first time.
     place: Option<OwnedSemaphorePermit>,
     since: Instant,
-    /// How often it got no answer for which it may be at fault.
+    /// How often it got no answer.
     failures: usize,
-    /// How many batches had been answered when it failed first.
+    /// How many of them it may be at fault for.
+    faults: usize,
+    /// How many batches had been answered when it failed last, or was asked first.
     answered_before: Option<u64>,
     /// The seat that failed last.
     avoided: Option<usize>,
@@ -50,6 +52,7 @@ impl Asked {
             place,
             since: Instant::now(),
             failures: 0,
+            faults: 0,
             answered_before: None,
             avoided: None,
             is_alone: false,
@@ -82,8 +85,17 @@ pub(super) struct Usher {
 /// What became of a batch.
 struct Judged {
     seat: usize,
+    /// Whether it was to see if the replica is back.
+    is_probe: bool,
     batch: Vec<Asked>,
     answers: Result<Vec<Answer>, JudgeError>,
+}
+
+/// An attempt that failed.
+struct Attempt<'a> {
+    seat: usize,
+    is_probe: bool,
+    error: &'a JudgeError,
 }
 
 impl Usher {
@@ -178,7 +190,7 @@ impl Usher {
         if batch.iter().any(|asked| asked.is_alone) {
             return batch;
         }
-        let has_other = self.seats.has_other(seat);
+        let has_other = self.seats.has_other(seat, Instant::now());
         let mut kept = VecDeque::new();
         while batch.len() < limit
             && let Some(asked) = self.waiting.pop_front()
@@ -195,6 +207,7 @@ impl Usher {
     }
 
     fn ask(&mut self, seat: usize, mut batch: Vec<Asked>) {
+        let is_probe = self.seats.get_mut(seat).circuit.is_open();
         self.seats.asked(seat);
         self.metrics.batch(batch.len());
         let replica = Arc::clone(&self.seats.get_mut(seat).replica);
@@ -202,6 +215,7 @@ impl Usher {
         let metrics = Arc::clone(&self.metrics);
         for asked in &mut batch {
             asked.place = None;
+            asked.answered_before.get_or_insert(self.answered);
         }
         self.at_work.push(Box::pin(async move {
             let questions: Vec<_> = batch.iter().map(|asked| asked.question.clone()).collect();
@@ -215,6 +229,7 @@ impl Usher {
             };
             Judged {
                 seat,
+                is_probe,
                 batch,
                 answers,
             }
@@ -224,6 +239,7 @@ impl Usher {
     fn settle(&mut self, judged: Judged) {
         let Judged {
             seat,
+            is_probe,
             batch,
             answers,
         } = judged;
@@ -238,11 +254,16 @@ impl Usher {
             }
             Err(error) => {
                 self.failed(seat, &error);
+                let attempt = Attempt {
+                    seat,
+                    is_probe,
+                    error: &error,
+                };
                 let is_one = batch.len() == 1;
                 for asked in batch {
                     match error.kind() {
                         JudgeErrorKind::Permanent if is_one => self.abstain(asked, &error),
-                        _ => self.again(asked, seat, &error),
+                        _ => self.again(asked, &attempt),
                     }
                 }
             }
@@ -269,11 +290,10 @@ impl Usher {
         self.last_failure = format!("{replica}: {error}");
     }
 
-    /// Has the question wait for another attempt, or gives it up: when it failed too often though the
-    /// judge answers others, or has brought too many judges down.
-    fn again(&mut self, mut asked: Asked, seat: usize, error: &JudgeError) {
-        let kind = error.kind();
-        asked.avoided = Some(seat);
+    /// Has the question wait for another attempt, or gives it up: when it was at fault too often.
+    fn again(&mut self, mut asked: Asked, attempt: &Attempt<'_>) {
+        let kind = attempt.error.kind();
+        asked.avoided = Some(attempt.seat);
         asked.is_alone |= matches!(
             kind,
             JudgeErrorKind::Permanent | JudgeErrorKind::Panicked | JudgeErrorKind::Dead
@@ -283,16 +303,12 @@ impl Usher {
             return;
         }
         asked.failures += 1;
-        let answered_before = *asked.answered_before.get_or_insert(self.answered);
-        let others_do = self.answered > answered_before || kind != JudgeErrorKind::Transient;
-        if asked.failures > self.settings.max_retries && others_do {
+        asked.faults += usize::from(self.may_be_at_fault(&asked, attempt));
+        asked.answered_before = Some(self.answered);
+        if asked.faults > self.settings.max_retries {
             let judge = self.judges.name.clone();
-            let reason = error.to_string();
-            tracing::warn!(
-                judge,
-                reason,
-                "a question is given up: the judge answers others"
-            );
+            let reason = attempt.error.to_string();
+            tracing::warn!(judge, reason, "a question is given up");
             asked.answer(Err(RulingError::Failed { judge, reason }));
             return;
         }
@@ -305,6 +321,19 @@ impl Usher {
             }));
         } else {
             self.waiting.push_back(asked);
+        }
+    }
+
+    /// Whether a failure may be the question's fault. A panic is. Else it is not while the judge answers
+    /// nobody, nor at a replica that was known to be away: no question is lost by an outage.
+    fn may_be_at_fault(&self, asked: &Asked, attempt: &Attempt<'_>) -> bool {
+        let answers_others = asked
+            .answered_before
+            .is_some_and(|before| self.answered > before);
+        match attempt.error.kind() {
+            JudgeErrorKind::Transient => answers_others && !attempt.is_probe,
+            JudgeErrorKind::Panicked | JudgeErrorKind::Dead => true,
+            JudgeErrorKind::Busy | JudgeErrorKind::Permanent => false,
         }
     }
 
