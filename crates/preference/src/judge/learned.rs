@@ -58,7 +58,9 @@ impl Learned {
         let vocabulary = self.model.trunk_config().vocab_size;
         let mut all = ids.0.iter().chain(&ids.1);
         if let Some(id) = all.find(|&&id| id as usize >= vocabulary) {
-            return Err(format!("token {id} is not in the model's vocabulary of {vocabulary}"));
+            return Err(format!(
+                "token {id} is not in the model's vocabulary of {vocabulary}"
+            ));
         }
         if ids.1.is_empty() {
             return Err("the response is empty".into());
