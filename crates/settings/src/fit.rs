@@ -117,7 +117,7 @@ pub struct ApoSettings {
     pub coef: f64,
     /// The golden answers' term.
     pub form: ApoForm,
-    /// Whether labels wait for the round's model, which makes a run repeatable; without it the model before
+    /// Whether labels wait for the round's model, which keeps rounds at their steps; without it the model before
     /// judges until the new one is there.
     pub wait: bool,
     /// Whether the annotated pairs take part; without them the game has no finite optimum.
