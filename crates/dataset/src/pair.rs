@@ -48,7 +48,8 @@ impl Pair {
     /// Reads a row in one of these forms, each side as text or as messages (`role` and `content`, or
     /// ShareGPT's `from` and `value`):
     /// `{"prompt", "chosen", "rejected"}`; `{"chosen", "rejected"}`, whole dialogues, whose prompt is what
-    /// both begin with, up to the last turn of the assistant; `{"conversations", "chosen", "rejected"}`.
+    /// both begin with, up to the last turn of the assistant; `{"conversations", "chosen", "rejected"}`. A
+    /// response may be empty, as some in real data are.
     ///
     /// # Errors
     /// What is missing or malformed, in words.
@@ -63,27 +64,14 @@ impl Pair {
         let prompt = row
             .get(&columns.prompt)
             .or_else(|| row.get("conversations"));
-        let pair = match prompt {
-            Some(prompt) => {
-                let prompt = prompt_of(prompt).map_err(|reason| format!("the prompt: {reason}"))?;
-                let (chosen, rejected) = (chosen.response(&prompt)?, rejected.response(&prompt)?);
-                Self {
-                    prompt,
-                    chosen,
-                    rejected,
-                }
-            }
-            None => implicit(chosen, rejected)?,
-        };
-        for (column, response) in [
-            (&columns.chosen, &pair.chosen),
-            (&columns.rejected, &pair.rejected),
-        ] {
-            if response.trim().is_empty() {
-                return Err(format!("the response in column {column:?} is empty"));
-            }
+        match prompt {
+            Some(prompt) => Ok(Self {
+                prompt: prompt_of(prompt).map_err(|reason| format!("the prompt: {reason}"))?,
+                chosen: chosen.response()?,
+                rejected: rejected.response()?,
+            }),
+            None => implicit(chosen, rejected),
         }
-        Ok(pair)
     }
 }
 
@@ -98,13 +86,10 @@ impl Side {
     }
 
     /// The response alone, where the prompt stands in a column of its own.
-    fn response(self, prompt: &PromptText) -> Result<String, String> {
-        match (self, prompt) {
-            (Self::Text(text), _) => Ok(text),
-            (Self::Messages(mut turns), _) => {
-                let last = turns.pop().ok_or("there is no turn")?;
-                said(&last)
-            }
+    fn response(self) -> Result<String, String> {
+        match self {
+            Self::Text(text) => Ok(text),
+            Self::Messages(mut turns) => said(&turns.pop().ok_or("there is no turn")?),
         }
     }
 }
@@ -251,10 +236,6 @@ mod tests {
             (
                 json!({"prompt": "q", "chosen": "a"}),
                 "no column \"rejected\"",
-            ),
-            (
-                json!({"prompt": "q", "chosen": "a", "rejected": " "}),
-                "\"rejected\" is empty",
             ),
             (
                 json!({"prompt": 1, "chosen": "a", "rejected": "b"}),

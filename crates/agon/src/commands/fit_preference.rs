@@ -143,7 +143,7 @@ fn in_words(fitted: &Fitted<'_>) -> Result<String, std::fmt::Error> {
     writeln!(text, "# A preference model\n")?;
     writeln!(
         text,
-        "Fitted to {} pairs in {:.0} s; {} were too long and left out.\n",
+        "Fitted to {} pairs in {:.0} s; {} were too long or empty and left out.\n",
         fitted.fitting, fitted.seconds, fitted.left_out
     )?;
     writeln!(text, "| on {} held-out pairs | | |", found.pairs)?;

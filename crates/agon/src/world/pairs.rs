@@ -39,7 +39,7 @@ pub(crate) struct Annotated {
     /// Those to measure on; in the playground their labels are the true preference, without the
     /// annotator's noise.
     pub(crate) validation: Vec<Example>,
-    /// Pairs that were longer than `preference.fit.max_length`.
+    /// Pairs that were longer than `preference.fit.max_length`, or had an empty response.
     pub(crate) left_out: usize,
 }
 
@@ -289,7 +289,7 @@ fn from_files(fit: &FitSettings, folder: &ModelFolder, seed: Seed) -> anyhow::Re
     })
 }
 
-/// The pairs of a file that are not too long, and how many are.
+/// The pairs of a file that are neither too long nor empty, and how many are.
 fn examples(
     path: &Path,
     fit: &FitSettings,
@@ -319,7 +319,9 @@ fn examples(
     for (line, row) in read_rows(path)? {
         let pair = Pair::from_row(&row, &columns).map_err(|reason| refused(line, reason))?;
         let example = tokens(&pair, folder).map_err(|error| refused(line, error.to_string()))?;
-        if example.prompt.len() + example.first.len().max(example.second.len()) > longest {
+        let length = example.prompt.len() + example.first.len().max(example.second.len());
+        let empty = [&pair.chosen, &pair.rejected].map(|response| response.trim().is_empty());
+        if length > longest || empty.contains(&true) {
             left_out += 1;
         } else {
             kept.push(example);
@@ -327,7 +329,7 @@ fn examples(
     }
     if kept.len() < 2 {
         let reason = format!(
-            "{} pairs are left of {}: the others have more than {longest} tokens; see preference.fit.max_length",
+            "{} pairs are left of {}: the others have more than {longest} tokens or an empty response; see preference.fit.max_length",
             kept.len(),
             kept.len() + left_out
         );

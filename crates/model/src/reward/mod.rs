@@ -34,7 +34,7 @@ const FIRST_COEFFICIENT: f32 = 0.05;
 const SCORE_DEVIATION: f64 = 0.02;
 /// The same of its embeddings. Nothing would ever move one that starts at zero: the skew form is flat
 /// there.
-const EMBEDDING_DEVIATION: f64 = 0.2;
+const EMBEDDING_DEVIATION: f64 = 1.0;
 
 /// A decoder with a head that scores. Clones share the weights.
 #[derive(Debug, Clone)]
