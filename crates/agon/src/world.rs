@@ -18,7 +18,9 @@ use learner::{Jsonl, PromptRow, PromptSet};
 use messages::Seed;
 use model::{DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
-use settings::{DtypeSetting, JudgeSettings, PlaygroundGolden, PromptsSettings, Settings};
+use settings::{
+    DtypeSetting, JudgeSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
+};
 
 use crate::failure::Misuse;
 
@@ -107,13 +109,34 @@ pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::
         weights,
         base,
     } = start;
+    let set = prompts(settings, (&folder, &weights), stopped)?;
+    fits_positions(settings, &folder.config)?;
+    Ok(World {
+        folder: Arc::new(folder),
+        weights,
+        judge,
+        set,
+        base,
+    })
+}
+
+/// What the settings ask, as tokens of this policy.
+pub(crate) fn prompts(
+    settings: &Settings,
+    (folder, weights): (&ModelFolder, &Weights),
+    stopped: &dyn Fn() -> bool,
+) -> anyhow::Result<Arc<dyn PromptSet>> {
     let seed = Seed(settings.run.seed);
-    let set: Arc<dyn PromptSet> = match &settings.prompts {
+    Ok(match &settings.prompts {
         PromptsSettings::Playground { golden } => {
-            fits_playground(&folder)?;
-            let chosen = match golden {
-                PlaygroundGolden::Summary => Vec::new(),
-                PlaygroundGolden::Chosen => chosen(settings, (&folder, &weights), stopped)?,
+            fits_playground(folder)?;
+            let pairs = &settings.preference.fit.pairs;
+            let chosen = match (golden, pairs) {
+                (PlaygroundGolden::Chosen, PairsSettings::Playground(how)) => {
+                    let pairs = generated(settings, *how, (folder, weights), stopped)?;
+                    pairs.into_iter().map(GeneratedPair::chosen).collect()
+                }
+                _ => Vec::new(),
             };
             Arc::new(Posts {
                 seed: seed.0,
@@ -126,14 +149,6 @@ pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::
             let longest = settings.actor.max_prompt_length;
             Arc::new(Jsonl::load(jsonl, seed, longest, &folder.tokenizer, eos)?)
         }
-    };
-    fits_positions(settings, &folder.config)?;
-    Ok(World {
-        folder: Arc::new(folder),
-        weights,
-        judge,
-        set,
-        base,
     })
 }
 
@@ -200,16 +215,6 @@ pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Resul
         "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {positions} positions: lower one of them",
         actor.max_new_tokens,
     )))
-}
-
-/// The posts of the annotated pairs with their chosen answers.
-fn chosen(
-    settings: &Settings,
-    policy: (&ModelFolder, &Weights),
-    stopped: &dyn Fn() -> bool,
-) -> anyhow::Result<Vec<PromptRow>> {
-    let pairs = generated(settings, policy.0, policy.1, stopped)?;
-    Ok(pairs.into_iter().map(GeneratedPair::chosen).collect())
 }
 
 /// The playground's posts: a fresh one for every prompt, or those of annotated pairs, in turn.

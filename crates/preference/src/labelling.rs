@@ -41,7 +41,7 @@ pub(crate) struct Refusal {
 
 /// All i < j of a pair's completions in lexicographic order; none where two cannot be told by `u16`
 /// indices or there are no two.
-fn couples(pair: &Pair) -> impl Iterator<Item = (u16, u16)> {
+pub(crate) fn couples(pair: &Pair) -> impl Iterator<Item = (u16, u16)> {
     let count = u16::try_from(pair.completions.len()).unwrap_or(0);
     (0..count).flat_map(move |i| (i + 1..count).map(move |j| (i, j)))
 }

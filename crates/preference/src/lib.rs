@@ -8,6 +8,7 @@
 pub mod apo;
 mod bench;
 mod calibration;
+mod distinct;
 mod error;
 pub mod fit;
 mod judge;

@@ -78,27 +78,37 @@ pub enum PoolingSetting {
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum PairsSettings {
     /// Two completions of the base for each of fresh posts, labelled by a noisy annotator.
-    Playground {
-        /// How many.
-        count: usize,
-        /// The share of the labels that is flipped.
-        flip: f64,
-        /// Strength of the annotator's cyclic preference between styles.
-        cycle: f64,
-    },
+    Playground(PlaygroundPairs),
     /// A file of pairs, one JSON object a line.
-    Jsonl {
-        /// The file; `.gz` is read too.
-        path: PathBuf,
-        /// The column of the prompt; where rows have none, it is what both dialogues begin with.
-        prompt_column: String,
-        /// The column of the preferred response or dialogue.
-        chosen_column: String,
-        /// The column of the other.
-        rejected_column: String,
-        /// The pairs of validation; empty: a share of `path`.
-        validation_path: PathBuf,
-    },
+    Jsonl(JsonlPairs),
+}
+
+/// Generated pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlaygroundPairs {
+    /// How many.
+    pub count: usize,
+    /// The share of the labels that is flipped.
+    pub flip: f64,
+    /// Strength of the annotator's cyclic preference between styles.
+    pub cycle: f64,
+}
+
+/// A file of pairs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JsonlPairs {
+    /// The file; `.gz` is read too.
+    pub path: PathBuf,
+    /// The column of the prompt; where rows have none, it is what both dialogues begin with.
+    pub prompt_column: String,
+    /// The column of the preferred response or dialogue.
+    pub chosen_column: String,
+    /// The column of the other.
+    pub rejected_column: String,
+    /// The pairs of validation; empty: a share of `path`.
+    pub validation_path: PathBuf,
 }
 
 /// The adversarial game: the preference model is fitted again on the policy's own samples.

@@ -26,7 +26,10 @@ use serde::{Deserialize, Serialize};
 pub use actor::ActorSettings;
 pub use error::{Problem, SettingsError};
 pub use evaluation::{EvaluationSettings, TelemetrySettings};
-pub use fit::{ApoForm, ApoSettings, FitSettings, Head, PairsSettings, PoolingSetting};
+pub use fit::{
+    ApoForm, ApoSettings, FitSettings, Head, JsonlPairs, PairsSettings, PlaygroundPairs,
+    PoolingSetting,
+};
 pub use judge::{ChatJudgeSettings, Combine, JudgeSettings, RuleSettings};
 pub use learner::{
     IpoScale, LabelKind, LearnerSettings, LogpReduction, LrSchedulerType, ObjectiveSettings, RpoNll,

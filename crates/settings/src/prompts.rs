@@ -46,3 +46,14 @@ pub struct JsonlPrompts {
     /// Whether every epoch has an order of its own.
     pub shuffle: bool,
 }
+
+impl PromptsSettings {
+    /// Whether every prompt comes with a golden answer.
+    pub(crate) fn has_golden(&self) -> bool {
+        match self {
+            Self::Playground { .. } => true,
+            Self::Bandit {} => false,
+            Self::Jsonl(jsonl) => !jsonl.golden_column.is_empty(),
+        }
+    }
+}

@@ -243,13 +243,8 @@ impl Checks {
                     &path("nll_coef"),
                     format!("{nll_coef} must not be negative"),
                 );
-                let golden = match &settings.prompts {
-                    PromptsSettings::Playground { .. } => true,
-                    PromptsSettings::Bandit {} => false,
-                    PromptsSettings::Jsonl(jsonl) => !jsonl.golden_column.is_empty(),
-                };
                 self.require(
-                    golden,
+                    settings.prompts.has_golden(),
                     &path("kind"),
                     "\"rpo\" needs a golden answer for every prompt: name prompts.golden_column",
                 );

@@ -150,9 +150,8 @@ fn answer(
     (a, b): (&(ModelFolder, LanguageModel), &(ModelFolder, LanguageModel)),
     count: usize,
 ) -> anyhow::Result<Vec<Pair>> {
-    let mut of_a = settings.clone();
-    of_a.model.path = Some(a.0.path.clone());
-    let world = world::build(&of_a, &|| false)?;
+    let prompts = world::prompts(settings, (&a.0, a.1.weights()), &|| false)?;
+    world::fits_positions(settings, &a.0.config)?;
     let capacity = settings.actor.max_prompt_length + settings.actor.max_new_tokens;
     let sampling = roles::sampling(settings);
     let mut sampler = Sampler::new(
@@ -162,9 +161,9 @@ fn answer(
         settings.actor.slots,
         capacity,
     )?;
-    let mut prompts: Vec<Option<Prompt>> = Vec::new();
+    let mut asked: Vec<Option<Prompt>> = Vec::new();
     for index in 0..count as u64 {
-        let row = world.set.held_out(index);
+        let row = prompts.held_out(index);
         let id = PromptId(index);
         let seed = Seed(settings.run.seed).derive(1 << 63 | index);
         sampler.admit(Request {
@@ -174,7 +173,7 @@ fn answer(
             mixture_coefs: vec![0.0, 1.0],
             max_new_tokens: sampling.max_new_tokens,
         })?;
-        prompts.push(Some(Prompt {
+        asked.push(Some(Prompt {
             id,
             release: Release::single(id),
             purpose: Purpose::Evaluate,
@@ -189,7 +188,7 @@ fn answer(
     let mut answered = Vec::new();
     while !sampler.is_idle() {
         for finished in sampler.step()? {
-            let Some(prompt) = prompts[finished.key as usize].take() else {
+            let Some(prompt) = asked[finished.key as usize].take() else {
                 continue;
             };
             let mut completions = finished.completions;

@@ -51,15 +51,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     if path.join("config.toml").exists() {
         RunDirectory::create(&path, &resolved.toml)?;
     }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let stop = {
-        let _inside = runtime.enter();
-        interrupt::on_signal()?
-    };
-    // Signals are heard on a thread of their own while this one computes.
-    std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
+    // Its threads hear signals while this one computes.
+    let runtime = crate::runtime()?;
+    let stop = runtime.block_on(async { interrupt::on_signal() })?;
     let stopped = || *stop.borrow();
     let start = world::Start::open(settings, &stopped)?;
     let trunk = world::Trunk::open(settings, start.policy())?;
@@ -86,11 +80,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     written?;
     let to = directory.root().join("model");
     model.save(&to, &trunk.folder)?;
-    let styles = match settings.preference.fit.pairs {
-        PairsSettings::Playground { cycle, .. } => {
-            world::styles(&model, Seed(settings.run.seed), cycle)?
+    let styles = match &settings.preference.fit.pairs {
+        PairsSettings::Playground(how) => {
+            world::styles(&model, Seed(settings.run.seed), how.cycle)?
         }
-        PairsSettings::Jsonl { .. } => Vec::new(),
+        PairsSettings::Jsonl(_) => Vec::new(),
     };
     let fitted = Fitted {
         calibration: &calibration,

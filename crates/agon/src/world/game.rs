@@ -34,7 +34,7 @@ impl Judging {
     ) -> anyhow::Result<Self> {
         let history = History::take_up(&rounds(directory), step)?;
         let initial = world.judge.model().context("the judge is a model")?;
-        let model = match &history.model {
+        let model = match &history.model() {
             Some(path) => Opened::open(path, None, &super::device(settings)?)?.model,
             None => initial.model.clone(),
         };

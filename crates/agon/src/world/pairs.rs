@@ -15,7 +15,7 @@ use model::{LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Weig
 use playground::{Post, noisy_label, preference, train_post, train_seed, utility};
 use preference::fit::Example;
 use serde::{Deserialize, Serialize};
-use settings::{FitSettings, PairsSettings, Settings};
+use settings::{FitSettings, JsonlPairs, PairsSettings, PlaygroundPairs, Settings};
 
 use super::base::kept;
 
@@ -32,7 +32,7 @@ const SPLIT: u64 = 0x5917;
 const SLOTS: usize = 64;
 
 /// Annotated pairs, as tokens of the trunk.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Annotated {
     /// Those to fit to.
     pub(crate) fitting: Vec<Example>,
@@ -79,26 +79,25 @@ pub(crate) fn annotated(
 ) -> anyhow::Result<Annotated> {
     let fit = &settings.preference.fit;
     match &fit.pairs {
-        PairsSettings::Playground { .. } => {
-            let pairs = generated(settings, base.0, base.1, stopped)?;
+        PairsSettings::Playground(how) => {
+            let pairs = generated(settings, *how, base, stopped)?;
             Ok(split_generated(&pairs, fit))
         }
-        PairsSettings::Jsonl { .. } => from_files(fit, folder, Seed(settings.run.seed)),
+        PairsSettings::Jsonl(files) => from_files(files, fit, folder, Seed(settings.run.seed)),
     }
 }
 
 /// The playground's annotated pairs: found, or made and kept.
 pub(crate) fn generated(
     settings: &Settings,
-    folder: &ModelFolder,
-    weights: &Weights,
+    how: PlaygroundPairs,
+    (folder, weights): (&ModelFolder, &Weights),
     stopped: &dyn Fn() -> bool,
 ) -> anyhow::Result<Vec<GeneratedPair>> {
     super::fits_playground(folder)?;
-    let pairs = &settings.preference.fit.pairs;
     let recipe = (
         "pairs",
-        pairs,
+        how,
         weights.digest()?.to_string(),
         settings.run.seed,
         env!("CARGO_PKG_VERSION"),
@@ -107,7 +106,7 @@ pub(crate) fn generated(
         tracing::info!(
             "making annotated pairs: samples of the base, labelled by a noisy annotator"
         );
-        let made = make(settings, folder, weights, stopped)?;
+        let made = make(settings, how, (folder, weights), stopped)?;
         write(&aside.join("pairs.jsonl"), &made)
     })?;
     read(&path.join("pairs.jsonl"))
@@ -140,13 +139,10 @@ fn read(path: &Path) -> anyhow::Result<Vec<GeneratedPair>> {
 
 fn make(
     settings: &Settings,
-    folder: &ModelFolder,
-    weights: &Weights,
+    PlaygroundPairs { count, flip, cycle }: PlaygroundPairs,
+    (folder, weights): (&ModelFolder, &Weights),
     stopped: &dyn Fn() -> bool,
 ) -> anyhow::Result<Vec<GeneratedPair>> {
-    let PairsSettings::Playground { count, flip, cycle } = settings.preference.fit.pairs else {
-        return Ok(Vec::new());
-    };
     let world = Seed(settings.run.seed).derive(WORLD);
     let posts: Vec<Post> = (0..count as u64)
         .map(|index| train_post(world.0, index))
@@ -257,18 +253,16 @@ fn held_out(count: usize, share: f64) -> usize {
     ((count as f64 * share).round() as usize).clamp(1, count.saturating_sub(1).max(1))
 }
 
-fn from_files(fit: &FitSettings, folder: &ModelFolder, seed: Seed) -> anyhow::Result<Annotated> {
-    let PairsSettings::Jsonl {
-        path,
-        validation_path,
-        ..
-    } = &fit.pairs
-    else {
-        return Ok(Annotated::default());
-    };
-    let (fitting, left_out) = examples(path, fit, folder)?;
-    if !validation_path.as_os_str().is_empty() {
-        let (validation, longer) = examples(validation_path, fit, folder)?;
+fn from_files(
+    files: &JsonlPairs,
+    fit: &FitSettings,
+    folder: &ModelFolder,
+    seed: Seed,
+) -> anyhow::Result<Annotated> {
+    let longest = fit.max_length.min(folder.config.max_positions);
+    let (fitting, left_out) = examples(&files.path, files, longest, folder)?;
+    if !files.validation_path.as_os_str().is_empty() {
+        let (validation, longer) = examples(&files.validation_path, files, longest, folder)?;
         return Ok(Annotated {
             fitting,
             validation,
@@ -292,24 +286,15 @@ fn from_files(fit: &FitSettings, folder: &ModelFolder, seed: Seed) -> anyhow::Re
 /// The pairs of a file that are neither too long nor empty, and how many are.
 fn examples(
     path: &Path,
-    fit: &FitSettings,
+    files: &JsonlPairs,
+    longest: usize,
     folder: &ModelFolder,
 ) -> anyhow::Result<(Vec<Example>, usize)> {
-    let PairsSettings::Jsonl {
-        prompt_column,
-        chosen_column,
-        rejected_column,
-        ..
-    } = &fit.pairs
-    else {
-        return Ok((Vec::new(), 0));
-    };
     let columns = Columns {
-        prompt: prompt_column.clone(),
-        chosen: chosen_column.clone(),
-        rejected: rejected_column.clone(),
+        prompt: files.prompt_column.clone(),
+        chosen: files.chosen_column.clone(),
+        rejected: files.rejected_column.clone(),
     };
-    let longest = fit.max_length.min(folder.config.max_positions);
     let refused = |line: usize, reason: String| DatasetError::Row {
         path: path.to_owned(),
         line,

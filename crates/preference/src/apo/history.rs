@@ -16,8 +16,7 @@ pub(super) const ROUNDS: &str = "rounds.jsonl";
 pub struct History {
     /// Every round, oldest first.
     pub rounds: Vec<RoundReport>,
-    /// The folder of the model that judges after them; `None` when it is still the initial one.
-    pub model: Option<PathBuf>,
+    directory: PathBuf,
 }
 
 impl History {
@@ -50,11 +49,17 @@ impl History {
             fs::write(&path, lines)
                 .map_err(|source| PreferenceError::Unwritable { path, source })?;
         }
-        let last = rounds.iter().rev().find(|round| round.refused.is_none());
         Ok(Self {
-            model: last.map(|round| folder(directory, round.round)),
             rounds,
+            directory: directory.to_owned(),
         })
+    }
+
+    /// The folder of the model that judges after them; `None` when it is still the initial one.
+    #[must_use]
+    pub fn model(&self) -> Option<PathBuf> {
+        let round = self.judging_round();
+        (round > 0).then(|| folder(&self.directory, round))
     }
 
     /// The number of the last round; 0 when none was played.

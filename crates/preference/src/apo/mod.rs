@@ -18,6 +18,7 @@ use settings::{ApoSettings, FitSettings};
 use tokio::sync::oneshot;
 
 use crate::fit::{Contest, Example};
+use crate::labelling::couples;
 use crate::{Comparison, Judge, PreferenceError, Verdict};
 
 pub use history::History;
@@ -182,8 +183,8 @@ impl Game {
             return Vec::new();
         };
         let completions = &pair.completions;
-        let couples: Vec<_> = (0..completions.len())
-            .flat_map(|i| (i + 1..completions.len()).map(move |j| (i, j)))
+        let couples: Vec<_> = couples(pair)
+            .map(|(i, j)| (usize::from(i), usize::from(j)))
             .collect();
         let comparison = |&(i, j): &(usize, usize)| Comparison {
             prompt: &pair.prompt,

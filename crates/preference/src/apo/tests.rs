@@ -109,10 +109,10 @@ async fn a_round_puts_golden_answers_first_and_leaves_a_model_and_a_report() {
         (history.rounds.clone(), history.judging_round()),
         (vec![report], 1)
     );
-    assert_eq!(history.model, Some(table.place.path().join("round_1")));
+    assert_eq!(history.model(), Some(table.place.path().join("round_1")));
     let before = History::take_up(table.place.path(), 49).unwrap();
     assert_eq!(
-        (before.last_round(), before.model),
+        (before.last_round(), before.model()),
         (0, None),
         "a run that went back forgets it"
     );
@@ -143,7 +143,11 @@ async fn a_model_beyond_the_bounds_is_refused_and_the_old_one_judges_on() {
     assert_eq!(report.annotated_loss, None);
     let history = History::take_up(table.place.path(), 50).unwrap();
     assert_eq!(
-        (history.last_round(), history.judging_round(), history.model),
+        (
+            history.last_round(),
+            history.judging_round(),
+            history.model()
+        ),
         (1, 0, None)
     );
 }

@@ -7,8 +7,6 @@
 mod loss;
 mod order;
 
-use std::collections::HashMap;
-
 use messages::Seed;
 use model::{
     AdamWSettings, Gradients, LanguageModel, Optimizer, Pooling, RewardConfig, RewardKind,
@@ -17,7 +15,7 @@ use model::{
 use settings::{ApoSettings, FitSettings, Head, PoolingSetting};
 
 use self::order::Order;
-use crate::{Calibration, Judged, PreferenceError};
+use crate::{Calibration, Judged, PreferenceError, distinct::Distinct};
 
 /// Pairs that are measured in one pass.
 const JUDGED_AT_ONCE: usize = 64;
@@ -144,18 +142,20 @@ pub(crate) fn judge(
 ) -> Result<Vec<Judged>, PreferenceError> {
     let mut judged = Vec::with_capacity(examples.len());
     for part in examples.chunks(JUDGED_AT_ONCE) {
-        let (mut places, mut unique) = (HashMap::new(), Vec::new());
-        for (prompt, completion) in part.iter().flat_map(responses) {
-            places.entry((prompt, completion)).or_insert_with(|| {
-                unique.push(Sequence { prompt, completion });
-                unique.len() - 1
-            });
-        }
-        let rows = features(model, &unique)?;
-        for example in part {
-            let [first, second] = responses(example).map(|response| &rows[places[&response]]);
+        let mut read = Distinct::default();
+        let places: Vec<_> = part
+            .iter()
+            .map(|example| responses(example).map(|response| read.place(response)))
+            .collect();
+        let sequences: Vec<_> = read
+            .items()
+            .iter()
+            .map(|&(prompt, completion)| Sequence { prompt, completion })
+            .collect();
+        let rows = features(model, &sequences)?;
+        for (example, [first, second]) in part.iter().zip(places) {
             judged.push(Judged {
-                p: probability(model, first, second)?,
+                p: probability(model, &rows[first], &rows[second])?,
                 label: f64::from(example.label),
                 longer: example.first.len() as i64 - example.second.len() as i64,
             });

@@ -1,12 +1,12 @@
 //! A ready-made encoder classifier as a judge: p = σ(r − r′) of its scores.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use messages::{Completion, JudgeVersion, Probability, Prompt};
 use model::Encoder;
 
 use super::{Comparison, Judge, Verdict};
-use crate::JudgeError;
+use crate::{JudgeError, distinct::Distinct};
 
 /// An encoder reward model that judges, reading text through its own tokenizer.
 pub struct EncoderJudge {
@@ -47,19 +47,14 @@ impl Judge for EncoderJudge {
     }
 
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
-        let (mut places, mut texts) = (HashMap::new(), Vec::new());
-        let mut place = |prompt: &Prompt, completion: &Completion| {
-            let text = self.text(prompt, completion);
-            *places.entry(text.clone()).or_insert_with(|| {
-                texts.push(text);
-                texts.len() - 1
-            })
-        };
+        let mut texts = Distinct::default();
+        let mut place =
+            |prompt: &Prompt, completion: &Completion| texts.place(self.text(prompt, completion));
         let asked: Vec<_> = batch
             .iter()
             .map(|c| (place(c.prompt, c.first), place(c.prompt, c.second)))
             .collect();
-        let scores = self.encoder.score_texts(&texts);
+        let scores = self.encoder.score_texts(texts.items());
         let scores = scores.map_err(|error| JudgeError::new(error.to_string()))?;
         let verdict = |(first, second): (usize, usize)| {
             let odds = f64::from(scores[first]) - f64::from(scores[second]);

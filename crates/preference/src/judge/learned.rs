@@ -1,12 +1,10 @@
 //! A decoder preference model as a judge: Bradley–Terry or pairwise, fitted or ready-made.
 
-use std::collections::HashMap;
-
 use messages::{Completion, JudgeVersion, Prompt, PromptText};
 use model::{RewardKind, RewardModel, Sequence, Tokenizer};
 
 use super::{Comparison, Judge, Verdict};
-use crate::{JudgeError, fit};
+use crate::{JudgeError, distinct::Distinct, fit};
 
 /// Sequences that are scored at once.
 const SEQUENCES: usize = 256;
@@ -107,20 +105,15 @@ impl Judge for Learned {
 
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
         // Every response is read once, in however many comparisons it stands.
-        let mut places = HashMap::new();
-        let mut ids: Vec<Ids> = Vec::new();
+        let mut ids = Distinct::default();
         let mut place = |prompt: &Prompt, completion: &Completion| {
-            let read = self.read(prompt, completion)?;
-            Ok::<usize, String>(*places.entry(read.clone()).or_insert_with(|| {
-                ids.push(read);
-                ids.len() - 1
-            }))
+            Ok::<usize, String>(ids.place(self.read(prompt, completion)?))
         };
         let asked: Vec<Result<(usize, usize), String>> = batch
             .iter()
             .map(|c| Ok((place(c.prompt, c.first)?, place(c.prompt, c.second)?)))
             .collect();
-        let rows = self.scores(&ids)?;
+        let rows = self.scores(ids.items())?;
         let kind = self.model.config().kind;
         let verdict = |asked: Result<(usize, usize), String>| {
             let answer = asked.and_then(|(first, second)| {

@@ -19,7 +19,7 @@ impl Checks {
         };
         self.require(
             settings.prompts != chosen
-                || matches!(preference.fit.pairs, PairsSettings::Playground { .. }),
+                || matches!(preference.fit.pairs, PairsSettings::Playground(_)),
             "prompts.golden",
             "\"chosen\" are the playground's annotated pairs: set preference.fit.pairs.kind = \"playground\"",
         );
@@ -230,14 +230,14 @@ impl Checks {
             format!("{} must lie between 0 and 1", fit.validation),
         );
         match &fit.pairs {
-            PairsSettings::Playground { count, flip, cycle } => {
-                self.at_least(*count as u64, 10, &path("pairs.count"));
-                self.share(*flip, &path("pairs.flip"));
+            PairsSettings::Playground(made) => {
+                self.at_least(made.count as u64, 10, &path("pairs.count"));
+                self.share(made.flip, &path("pairs.flip"));
                 let message = "it must be a finite number";
-                self.require(cycle.is_finite(), &path("pairs.cycle"), message);
+                self.require(made.cycle.is_finite(), &path("pairs.cycle"), message);
             }
-            PairsSettings::Jsonl { path: file, .. } => self.require(
-                !file.as_os_str().is_empty(),
+            PairsSettings::Jsonl(file) => self.require(
+                !file.path.as_os_str().is_empty(),
                 &path("pairs.path"),
                 "name the file of pairs",
             ),
@@ -255,13 +255,8 @@ impl Checks {
             &path("refresh_steps"),
             "only a model can be fitted again: set preference.judge.kind to \"bradley-terry\" or \"pairwise\"",
         );
-        let golden = match &settings.prompts {
-            PromptsSettings::Playground { .. } => true,
-            PromptsSettings::Bandit {} => false,
-            PromptsSettings::Jsonl(jsonl) => !jsonl.golden_column.is_empty(),
-        };
         self.require(
-            golden,
+            settings.prompts.has_golden(),
             &path("refresh_steps"),
             "the game needs golden answers: name prompts.golden_column",
         );
