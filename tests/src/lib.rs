@@ -5,6 +5,7 @@
 //! and reads its records. It knows nothing of what is inside the program.
 
 mod binary;
+mod cluster;
 mod ended;
 mod http;
 mod records;
@@ -13,6 +14,7 @@ mod workplace;
 mod worlds;
 
 pub use binary::agon_binary;
+pub use cluster::{has_nats_server, present, signal, status, status_now};
 pub use ended::Ended;
 pub use http::http;
 pub use records::{column, metrics, number, report, steps};

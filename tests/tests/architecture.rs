@@ -15,7 +15,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("settings", &[]),
     ("dataset", &["messages"]),
     ("playground", &[]),
-    ("transport", &["messages"]),
+    ("transport", &["messages", "settings"]),
     ("telemetry", &["messages", "settings"]),
     ("model", &["messages", "settings"]),
     ("actor", ROLE),

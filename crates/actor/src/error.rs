@@ -2,7 +2,7 @@
 
 use model::ModelError;
 use thiserror::Error;
-use transport::{Closed, TransportError};
+use transport::TransportError;
 
 /// Why an actor ends before it is told to.
 #[derive(Debug, Error)]
@@ -39,12 +39,12 @@ pub enum ActorError {
         /// What is wrong with them.
         source: TransportError,
     },
-    /// Nobody takes what the actor makes.
+    /// A stream has no other end any more, or the server is gone.
     #[error("{actor}: {source}")]
-    Closed {
+    Stream {
         /// Which actor.
         actor: String,
         /// Which stream.
-        source: Closed,
+        source: TransportError,
     },
 }

@@ -1,13 +1,13 @@
 //! An actor's life: take prompts, have them answered, give pairs; take newer weights when idle.
 
-use std::thread::JoinHandle;
+use std::{thread::JoinHandle, time::Duration};
 
 use crossbeam_channel::Sender as Commands;
-use messages::{DropReason, Dropped, Pair, Prompt, PromptId, Purpose, Station, WeightsVersion};
+use messages::{DropReason, Dropped, Pair, Prompt, Purpose, Station, WeightsVersion};
 use model::{Finished, LanguageModel, Request, Sampler, SamplingSettings, Tokenizer};
-use telemetry::{Holder, StationCounters};
+use telemetry::{Holder, StationCounters, WaitGuard, Waits};
 use tokio::sync::{mpsc, watch};
-use transport::{Announcements, Receiver, Sender, TransportError, WeightsShelf};
+use transport::{Announcements, Delivery, Receiver, Sender, TransportError, WeightsShelf};
 
 use crate::{
     ActorError, Pacing,
@@ -15,6 +15,9 @@ use crate::{
     metrics::Throughput,
     supply::{Held, Supply},
 };
+
+/// The pause before weights that were torn are fetched again.
+const BEFORE_ANOTHER_FETCH: Duration = Duration::from_millis(500);
 
 /// What becomes of a training pair whose completions are all the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,11 +80,16 @@ pub struct Actor {
     in_hand: Holder,
     supply: Supply,
     version: WeightsVersion,
+    /// The newest session that was heard of.
+    session: u64,
     loading: Option<WeightsVersion>,
     commands: Commands<Command>,
     events: mpsc::Receiver<Event>,
     thread: JoinHandle<()>,
     throughput: Throughput,
+    waits: Waits,
+    wait: Option<(&'static str, WaitGuard)>,
+    loaded: watch::Sender<WeightsVersion>,
 }
 
 impl Actor {
@@ -126,12 +134,29 @@ impl Actor {
             in_hand: parts.counters.holder(),
             counters: parts.counters,
             supply: Supply::new(parts.pacing),
-            version: WeightsVersion(0),
+            version: WeightsVersion::REFERENCE,
+            session: 0,
             loading: None,
             commands,
             events,
             thread,
+            waits: Waits::new("actor"),
+            wait: None,
+            loaded: watch::Sender::new(WeightsVersion::REFERENCE),
         })
+    }
+
+    /// What it waits for while it runs: "prompts", "the rest of a release" or "weights"; nothing while it
+    /// writes.
+    #[must_use]
+    pub fn waits(&self) -> Waits {
+        self.waits.clone()
+    }
+
+    /// The weights it answers with, as they are loaded.
+    #[must_use]
+    pub fn loaded(&self) -> watch::Receiver<WeightsVersion> {
+        self.loaded.subscribe()
     }
 
     /// Works until `shutdown` turns true or there will be no more prompts, then finishes what it is
@@ -146,18 +171,19 @@ impl Actor {
                 self.advance().await?;
             }
             self.in_hand.set(self.supply.len() as u64);
+            self.prompts.prefetch(self.room());
+            self.note_wait();
             tokio::select! {
                 event = self.events.recv() => self.on_event(event).await?,
                 delivery = self.prompts.receive(), if open && fed && self.has_room() => match delivery {
-                    Ok(delivery) => {
-                        let (prompt, receipt) = delivery.take();
-                        self.take(prompt, receipt);
-                    }
-                    Err(_) => fed = false,
+                    Ok(delivery) => self.take(delivery).await?,
+                    Err(TransportError::Closed(_)) => fed = false,
+                    Err(source) => return Err(self.lost(source)),
                 },
                 newer = self.announcements.newer_than(self.version), if open && self.loading.is_none() => {
                     let manifest = newer.map_err(|source| self.unloadable(source))?;
                     self.loading = Some(manifest.version);
+                    self.enter(manifest.version.session).await?;
                 },
                 changed = shutdown.changed(), if open => {
                     if changed.is_err() || *shutdown.borrow() {
@@ -166,29 +192,84 @@ impl Actor {
                 }
             }
         }
-        // What was not started is still in hand as we leave; dropped with us, it goes back to the stream.
-        self.in_hand.set(self.supply.len() as u64);
+        // What was not started goes back to the stream.
+        self.counters.returned(self.supply.len() as u64);
+        self.in_hand.set(0);
         drop((self.commands, self.events));
         self.thread
             .join()
             .map_err(|_| ActorError::EngineGone { actor: self.name })
     }
 
-    fn take(&mut self, prompt: Prompt, receipt: transport::Receipt) {
-        self.counters.taken(1);
-        self.supply.take(prompt, receipt);
-        while self.has_room()
-            && let Some(delivery) = self.prompts.try_receive()
-        {
-            let (prompt, receipt) = delivery.take();
-            self.counters.taken(1);
-            self.supply.take(prompt, receipt);
+    fn note_wait(&mut self) {
+        let reason = if self.supply.answering() > 0 {
+            None
+        } else if self.loading.is_some() || self.supply.ready() > 0 {
+            Some("weights")
+        } else if self.supply.len() > 0 {
+            Some("the rest of a release")
+        } else {
+            Some("prompts")
+        };
+        if self.wait.as_ref().map(|(named, _)| *named) != reason {
+            self.wait = None;
+            self.wait = reason.map(|reason| (reason, self.waits.enter(reason)));
         }
+    }
+
+    /// Takes this prompt, and the others that are here as long as there is room.
+    async fn take(&mut self, delivery: Delivery<Prompt>) -> Result<(), ActorError> {
+        let mut next = Some(delivery);
+        while let Some(delivery) = next {
+            self.counters.taken(1);
+            let (given_up, deliveries) = (delivery.is_given_up(), delivery.deliveries());
+            let (prompt, receipt) = delivery.take();
+            self.enter(prompt.version.session).await?;
+            if given_up {
+                let detail = format!("no answer after {} deliveries", deliveries - 1);
+                let held = Held { prompt, receipt };
+                self.drop_prompt(Some(held), DropReason::Failed, detail)
+                    .await?;
+            } else if prompt.version.session < self.session {
+                self.supersede(Held { prompt, receipt }).await?;
+            } else {
+                self.supply.take(prompt, receipt);
+            }
+            next = self
+                .has_room()
+                .then(|| self.prompts.try_receive())
+                .flatten();
+        }
+        Ok(())
+    }
+
+    /// Gives up what earlier sessions had sent, once a later one is heard of.
+    async fn enter(&mut self, session: u64) -> Result<(), ActorError> {
+        if session <= self.session {
+            return Ok(());
+        }
+        self.session = session;
+        for held in self.supply.superseded(session) {
+            self.supersede(held).await?;
+        }
+        Ok(())
+    }
+
+    async fn supersede(&mut self, held: Held) -> Result<(), ActorError> {
+        let detail = "sent by a session that was given up".to_owned();
+        self.drop_prompt(Some(held), DropReason::Superseded, detail)
+            .await
     }
 
     /// An actor holds no more prompts ready than its slots could take next: the others are for others.
     fn has_room(&self) -> bool {
-        self.supply.ready() * self.mixture_coefs.len() < self.slots
+        self.room() > 0
+    }
+
+    /// How many more prompts it may hold ready.
+    fn room(&self) -> usize {
+        let most = self.slots.div_ceil(self.mixture_coefs.len());
+        most.saturating_sub(self.supply.ready())
     }
 
     /// Loads newer weights if nothing is being written; else, and only while no newer weights wait,
@@ -212,6 +293,12 @@ impl Actor {
                 Err(TransportError::Pruned { .. }) => {
                     self.loading = self.announcements.latest().map(|manifest| manifest.version);
                 }
+                // Its publisher has been told, and lays it down again.
+                Err(torn @ TransportError::Torn { .. }) => {
+                    tracing::warn!(actor = self.name, %torn, "weights are fetched again");
+                    tokio::time::sleep(BEFORE_ANOTHER_FETCH).await;
+                    self.loading = self.announcements.latest().map(|manifest| manifest.version);
+                }
                 Err(source) => return Err(self.unloadable(source)),
             }
         }
@@ -230,14 +317,14 @@ impl Actor {
         }
         let requests = prompts
             .into_iter()
-            .map(|prompt| self.request(prompt))
+            .map(|(number, prompt)| self.request(number, prompt))
             .collect();
         self.command(Command::Answer(requests))
     }
 
-    fn request(&self, prompt: Prompt) -> Request {
+    fn request(&self, number: u64, prompt: Prompt) -> Request {
         Request {
-            key: prompt.id.0,
+            key: number,
             seed: prompt.seed,
             mixture_coefs: match prompt.purpose {
                 Purpose::Train => self.mixture_coefs.clone(),
@@ -253,12 +340,13 @@ impl Actor {
         match event {
             Some(Event::Finished(finished)) => self.give(finished).await,
             Some(Event::Refused(key, detail)) => {
-                let held = self.supply.finish(PromptId(key));
+                let held = self.supply.finish(key);
                 self.drop_prompt(held, DropReason::Failed, detail).await
             }
             Some(Event::Loaded(version)) => {
-                tracing::debug!(actor = self.name, version = version.0, "weights loaded");
+                tracing::debug!(actor = self.name, %version, "weights loaded");
                 self.loading = None;
+                self.loaded.send_replace(version);
                 Ok(())
             }
             Some(Event::Failed(source)) => Err(ActorError::Model {
@@ -272,7 +360,7 @@ impl Actor {
     }
 
     async fn give(&mut self, finished: Finished) -> Result<(), ActorError> {
-        let Some(Held { prompt, receipt }) = self.supply.finish(PromptId(finished.key)) else {
+        let Some(Held { prompt, receipt }) = self.supply.finish(finished.key) else {
             return Ok(());
         };
         let mut completions = finished.completions;
@@ -301,7 +389,7 @@ impl Actor {
         self.pairs
             .send(pair)
             .await
-            .map_err(|source| self.closed(source))?;
+            .map_err(|source| self.lost(source))?;
         receipt.acknowledge();
         self.counters.given(1);
         Ok(())
@@ -326,6 +414,7 @@ impl Actor {
         }
         let note = Dropped {
             prompt: prompt.id,
+            session: prompt.version.session,
             station: Station::Actor,
             reason,
             detail,
@@ -333,7 +422,7 @@ impl Actor {
         self.drops
             .send(note)
             .await
-            .map_err(|source| self.closed(source))?;
+            .map_err(|source| self.lost(source))?;
         receipt.acknowledge();
         self.counters.dropped(reason, 1);
         Ok(())
@@ -347,8 +436,8 @@ impl Actor {
             })
     }
 
-    fn closed(&self, source: transport::Closed) -> ActorError {
-        ActorError::Closed {
+    fn lost(&self, source: TransportError) -> ActorError {
+        ActorError::Stream {
             actor: self.name.clone(),
             source,
         }

@@ -7,6 +7,7 @@ use learner::LearnerError;
 use model::ModelError;
 use preference::PreferenceError;
 use settings::SettingsError;
+use transport::TransportError;
 
 /// The documented exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +89,17 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
             _ => None,
         };
     }
+    if let Some(error) = cause.downcast_ref::<TransportError>() {
+        return match error {
+            TransportError::Unreachable { .. } | TransportError::Unreadable { .. } => {
+                Some(Code::MissingResource)
+            }
+            TransportError::Claimed { .. } | TransportError::Foreign { .. } => {
+                Some(Code::Configuration)
+            }
+            _ => None,
+        };
+    }
     if cause.is::<DatasetError>() {
         return Some(Code::MissingResource);
     }
@@ -103,6 +115,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
             PreferenceError::Key { .. } | PreferenceError::Listen { .. } => {
                 Some(Code::MissingResource)
             }
+            PreferenceError::FitStopped => Some(Code::Interrupted),
             _ => None,
         };
     }

@@ -34,3 +34,24 @@ pub(crate) fn on_signal() -> anyhow::Result<watch::Sender<bool>> {
     });
     Ok(sender)
 }
+
+/// As [`on_signal`]; and where `with_stdin` says so, standard input's end counts as a signal: whoever started
+/// this process is gone, or asks it to end.
+///
+/// # Errors
+/// As [`on_signal`].
+pub(crate) fn on_signal_or_end(with_stdin: bool) -> anyhow::Result<watch::Sender<bool>> {
+    let sender = on_signal()?;
+    if with_stdin {
+        let told = sender.clone();
+        // A thread of its own: the runtime would wait at its end for a read that may never return.
+        std::thread::Builder::new()
+            .name("stdin".into())
+            .spawn(move || {
+                drop(std::io::copy(&mut std::io::stdin(), &mut std::io::sink()));
+                told.send_replace(true);
+            })
+            .context("failed to watch standard input")?;
+    }
+    Ok(sender)
+}

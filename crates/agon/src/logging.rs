@@ -7,8 +7,9 @@ use tracing_subscriber::EnvFilter;
 /// Starts the log: warnings and the story of a run, or what `AGON_LOG` asks for (as in
 /// `AGON_LOG=learner=debug`). Read once, here.
 pub(crate) fn start() {
-    let filter = EnvFilter::try_from_env("AGON_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("info,candle_core=warn,tokenizers=warn"));
+    let filter = EnvFilter::try_from_env("AGON_LOG").unwrap_or_else(|_| {
+        EnvFilter::new("info,async_nats=warn,candle_core=warn,tokenizers=warn")
+    });
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -6,9 +6,11 @@
 mod commands;
 mod failure;
 mod interrupt;
+mod launch;
 mod logging;
 mod memory;
 mod plot;
+mod presence;
 mod report;
 mod roles;
 mod world;
@@ -19,7 +21,8 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, check, doctor, eval, export, fit_preference, generate, preference, score, sft, train,
+    actor, bench, check, doctor, eval, export, fit_preference, generate, learner, manifests,
+    preference, score, sft, status, train,
 };
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
@@ -38,7 +41,11 @@ struct CommandLine {
 #[derive(Subcommand)]
 enum Command {
     Train(train::Arguments),
+    Learner(learner::Arguments),
+    Actor(actor::Arguments),
     Preference(preference::Arguments),
+    Status(status::Arguments),
+    Manifests(manifests::Arguments),
     Sft(sft::Arguments),
     FitPreference(fit_preference::Arguments),
     Eval(eval::Arguments),
@@ -66,6 +73,10 @@ fn main() -> ExitCode {
     logging::start();
     let ended = match command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Learner(arguments) => learner::run(&arguments),
+        Command::Actor(arguments) => actor::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
+        Command::Manifests(arguments) => manifests::run(&arguments),
         Command::Preference(arguments) => preference::run(&arguments),
         Command::Sft(arguments) => sft::run(&arguments),
         Command::FitPreference(arguments) => fit_preference::run(&arguments),

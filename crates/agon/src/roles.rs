@@ -1,25 +1,27 @@
-//! The three roles of one process, joined by streams in memory, and what happens when one of them ends.
+//! The three roles, built from the settings: each knows its streams and nothing of the others.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+mod alone;
+mod together;
+
+use std::{path::PathBuf, sync::Arc};
 
 use actor::{Actor, ActorParts, IdenticalPairs};
-use anyhow::{Context, anyhow};
 use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
-use messages::{Seed, Station};
-use model::SamplingSettings;
+use messages::{Dropped, LabelledPair, Pair, Prompt, Seed, Station};
+use model::{DType, ModelFolder, SamplingSettings, Weights};
 use preference::{
-    Preference, PreferenceError, PreferenceParts,
-    apo::{History, Player, RoundReport, Seats},
+    Bench, Preference, PreferenceError, PreferenceParts,
+    apo::{Player, RoundReport, Seats},
 };
-use settings::{ObjectiveSettings, Settings};
+use settings::{DtypeSetting, ObjectiveSettings, Settings, TransportSettings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
-use tokio::{sync::watch, task::JoinSet};
-use transport::{WeightsShelf, stream};
+use tokio::sync::watch;
+use transport::{Counts, Hub, Receiver, Sender, TransportError, WeightsShelf};
 
 use crate::world::{self, JudgeSource, Judging, World};
 
-/// How long actors and judge may take to finish what they have in hand.
-const GRACE: Duration = Duration::from_secs(60);
+pub(crate) use alone::{Joined, join_actor, join_preference, lead};
+pub(crate) use together::run;
 
 /// How a run went.
 pub(crate) struct Outcome {
@@ -31,69 +33,108 @@ pub(crate) struct Outcome {
     pub(crate) rounds: Vec<RoundReport>,
 }
 
-/// Builds all roles, runs them side by side until the learner is done or told to stop, then lets the
-/// others finish.
-pub(crate) async fn run(
+/// What lies between the roles, both ends of each.
+pub(crate) struct Streams {
+    prompts: (Sender<Prompt>, Receiver<Prompt>),
+    pairs: (Sender<Pair>, Receiver<Pair>),
+    labelled: (Sender<LabelledPair>, Receiver<LabelledPair>),
+    drops: (Sender<Dropped>, Receiver<Dropped>),
+    shelf: WeightsShelf,
+}
+
+impl Streams {
+    /// Those of this run, made where they are missing.
+    pub(crate) async fn open(hub: &Hub, settings: &Settings) -> Result<Self, TransportError> {
+        let batch = settings.learner.train_batch_size;
+        let window = (settings.learner.max_staleness as usize + 1) * batch;
+        // Room for every credit there can be: a full stream is a defect, not a state. What a session that
+        // was given up left behind finds room too.
+        let capacity = 2 * (window + EVALUATION_WINDOW);
+        Ok(Self {
+            prompts: hub.stream("prompts", capacity).await?,
+            pairs: hub.stream("pairs", capacity).await?,
+            labelled: hub.stream("labelled pairs", capacity).await?,
+            drops: hub.stream("dropped prompts", capacity).await?,
+            shelf: hub.shelf().await?,
+        })
+    }
+}
+
+impl Streams {
+    /// What has happened to the messages of each.
+    pub(crate) async fn counts(&self) -> Result<Vec<(&'static str, Counts)>, TransportError> {
+        Ok(vec![
+            (self.prompts.0.name(), self.prompts.0.counts().await?),
+            (self.pairs.0.name(), self.pairs.0.counts().await?),
+            (self.labelled.0.name(), self.labelled.0.counts().await?),
+            (self.drops.0.name(), self.drops.0.counts().await?),
+        ])
+    }
+}
+
+/// An actor with this name, of the model at the start.
+fn actor(
     settings: &Settings,
-    world: &World,
-    directory: &Arc<RunDirectory>,
-    resume: Option<PathBuf>,
-    stop: &watch::Sender<bool>,
-) -> anyhow::Result<Outcome> {
-    let batch = settings.learner.train_batch_size;
-    let window = (settings.learner.max_staleness as usize + 1) * batch;
-    // Room for every credit there can be: a full stream is a defect, not a state.
-    let capacity = window + EVALUATION_WINDOW;
-    let (prompts, for_actors) = stream("prompts", capacity);
-    let (pairs, for_judge) = stream("pairs", capacity);
-    let (labelled, for_learner) = stream("labelled pairs", capacity);
-    let (drops, dropped) = stream("dropped prompts", capacity);
-    let shelf = WeightsShelf::default();
-    let counters =
-        [Station::Actor, Station::Preference, Station::Learner].map(StationCounters::new);
-    let [of_actors, of_preference, of_learner] = &counters;
+    name: String,
+    (folder, weights): (&ModelFolder, &Weights),
+    streams: &Streams,
+    counters: &StationCounters,
+) -> anyhow::Result<Actor> {
+    Ok(Actor::new(ActorParts {
+        name,
+        reference: world::language_model(folder, weights)?,
+        tokenizer: folder.tokenizer.clone(),
+        sampling: sampling(settings),
+        mixture_coefs: mixture_coefs(settings),
+        contest_samples: settings.preference.apo.samples,
+        slots: settings.actor.slots,
+        max_prompt_length: settings.actor.max_prompt_length,
+        pacing: match pacing(settings) {
+            learner::Pacing::WholeReleases => actor::Pacing::WholeReleases,
+            learner::Pacing::EachPrompt => actor::Pacing::EachPrompt,
+        },
+        identical: match settings.learner.objective {
+            ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rpo { .. } => {
+                IdenticalPairs::Keep
+            }
+            _ => IdenticalPairs::Drop,
+        },
+        prompts: streams.prompts.1.clone(),
+        pairs: streams.pairs.0.clone(),
+        drops: streams.drops.0.clone(),
+        shelf: streams.shelf.clone(),
+        counters: counters.clone(),
+    })?)
+}
 
-    // Both ends of every stream stay open until all roles have left: none fails because another is
-    // done before it.
-    let _open = (
-        prompts.clone(),
-        for_judge.clone(),
-        for_learner.clone(),
-        dropped.clone(),
-    );
-
-    let (quit, quitting) = watch::channel(false);
-    let mut others = JoinSet::new();
-    for index in 0..settings.actor.count {
-        let streams = (for_actors.clone(), pairs.clone(), drops.clone());
-        let actor = actor(settings, world, index, streams, (&shelf, of_actors))?;
-        let quitting = quitting.clone();
-        others.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
-    }
-    let step = resume
-        .as_deref()
-        .map(learner::checkpoint_step)
-        .transpose()?;
-    let (judge, player) = judges(settings, world, directory, step.unwrap_or(0), stop)?;
-    let bench = world::bench(settings, &judge)?;
-    if !settings.preference.http.listen.is_empty() {
-        let server = world::server(settings, &judge, bench.clone()).await?;
-        let quitting = quitting.clone();
-        others.spawn(async move { server.run(quitting).await.map_err(anyhow::Error::from) });
-    }
-    let preference = Preference::new(PreferenceParts {
-        judge: bench,
+/// The preference service with these judges on its bench.
+fn preference(
+    settings: &Settings,
+    (judge, player): (Bench, Option<Player>),
+    streams: &Streams,
+    counters: &StationCounters,
+) -> anyhow::Result<Preference> {
+    Ok(Preference::new(PreferenceParts {
+        judge,
         gold: world::gold_bench(settings)?,
         orders: settings.preference.orders,
         player,
-        pairs: for_judge,
-        labelled,
-        drops,
-        counters: Arc::new(of_preference.clone()),
-    });
-    others.spawn(async move { preference.run(quitting).await.map_err(anyhow::Error::from) });
+        pairs: streams.pairs.1.clone(),
+        labelled: streams.labelled.0.clone(),
+        drops: streams.drops.0.clone(),
+        counters: Arc::new(counters.clone()),
+    }))
+}
 
-    let learner = Learner::new(LearnerParts {
+/// The learner of this world, from its beginning or a checkpoint.
+async fn learner(
+    settings: &Settings,
+    world: &World,
+    (directory, resume): (&Arc<RunDirectory>, Option<PathBuf>),
+    streams: &Streams,
+    (own, stations): (&StationCounters, &[StationCounters]),
+) -> anyhow::Result<Learner> {
+    let parts = LearnerParts {
         settings: settings.learner.clone(),
         evaluation: settings.evaluation.clone(),
         rounds: rounds(settings),
@@ -102,141 +143,68 @@ pub(crate) async fn run(
         folder: Arc::clone(&world.folder),
         weights: world.weights.clone(),
         set: Arc::clone(&world.set),
-        pacing: learner_pacing(settings),
-        prompts,
-        labelled: for_learner,
-        drops: dropped,
-        shelf,
+        pacing: pacing(settings),
+        prompts: streams.prompts.0.clone(),
+        labelled: streams.labelled.1.clone(),
+        drops: streams.drops.1.clone(),
+        weights_dtype: weights_dtype(settings),
+        shelf: streams.shelf.clone(),
         directory: Arc::clone(directory),
-        counters: of_learner.clone(),
-        stations: counters.to_vec(),
+        counters: own.clone(),
+        stations: stations.to_vec(),
         resume,
-    })
-    .await?;
-    let summary = supervise(learner, others, quit, stop).await?;
-    let stations = counters
-        .iter()
-        .map(|c| (c.station(), c.snapshot()))
-        .collect();
-    let rounds = History::take_up(&world::rounds(directory), summary.steps)?.rounds;
-    Ok(Outcome {
-        summary,
-        stations,
-        rounds,
-    })
-}
-
-/// Waits for the learner, then lets the others finish. A role that ends before it is told to, with or
-/// without a reason, is a failure: the learner saves and the run ends with that role's reason.
-async fn supervise(
-    learner: Learner,
-    mut others: JoinSet<anyhow::Result<()>>,
-    quit: watch::Sender<bool>,
-    stop: &watch::Sender<bool>,
-) -> anyhow::Result<Summary> {
-    let mut learning = tokio::spawn(learner.run(stop.subscribe()));
-    let summary = tokio::select! {
-        ended = &mut learning => ended.context("the learner panicked")??,
-        Some(ended) = others.join_next() => {
-            let unasked = || Err(anyhow!("an actor or the preference service ended without being told to"));
-            let failed = ended.context("a role panicked").and_then(|ended| ended);
-            let failed = failed.and_then(|()| unasked());
-            stop.send_replace(true);
-            if let Err(late) = within(GRACE, "the learner", learning).await {
-                tracing::error!("{late}; what it did since its last checkpoint is lost");
-            }
-            return failed;
-        }
     };
-    quit.send_replace(true);
-    let finish = async {
-        while let Some(ended) = others.join_next().await {
-            ended.context("a role panicked")??;
-        }
-        anyhow::Ok(())
-    };
-    within(GRACE, "actors or judge", finish).await??;
-    Ok(summary)
-}
-
-async fn within<T>(grace: Duration, who: &str, end: impl Future<Output = T>) -> anyhow::Result<T> {
-    let late = |_| anyhow!("{who} did not finish within {} s", grace.as_secs());
-    tokio::time::timeout(grace, end).await.map_err(late)
-}
-
-type ActorStreams = (
-    transport::Receiver<messages::Prompt>,
-    transport::Sender<messages::Pair>,
-    transport::Sender<messages::Dropped>,
-);
-
-fn actor(
-    settings: &Settings,
-    world: &World,
-    index: usize,
-    (prompts, pairs, drops): ActorStreams,
-    (shelf, counters): (&WeightsShelf, &StationCounters),
-) -> anyhow::Result<Actor> {
-    let lone = learner_pacing(settings) == learner::Pacing::WholeReleases;
-    Ok(Actor::new(ActorParts {
-        name: format!("actor-{index}"),
-        reference: world::language_model(&world.folder, &world.weights)?,
-        tokenizer: world.folder.tokenizer.clone(),
-        sampling: sampling(settings),
-        mixture_coefs: mixture_coefs(settings),
-        contest_samples: settings.preference.apo.samples,
-        slots: settings.actor.slots,
-        max_prompt_length: settings.actor.max_prompt_length,
-        pacing: if lone {
-            actor::Pacing::WholeReleases
-        } else {
-            actor::Pacing::EachPrompt
-        },
-        identical: match settings.learner.objective {
-            ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rpo { .. } => {
-                IdenticalPairs::Keep
-            }
-            _ => IdenticalPairs::Drop,
-        },
-        prompts,
-        pairs,
-        drops,
-        shelf: shelf.clone(),
-        counters: counters.clone(),
-    })?)
+    Ok(Learner::new(parts).await?)
 }
 
 /// A lone actor that is strictly on-policy works release by release, so that a seed repeats.
-fn learner_pacing(settings: &Settings) -> learner::Pacing {
-    if settings.learner.max_staleness == 0 && settings.actor.count == 1 {
+fn pacing(settings: &Settings) -> learner::Pacing {
+    let actors = match settings.transport {
+        TransportSettings::Memory {} => 1,
+        TransportSettings::Jetstream(_) => settings.topology.actors,
+    };
+    if settings.learner.max_staleness == 0 && actors * settings.actor.count == 1 {
         learner::Pacing::WholeReleases
     } else {
         learner::Pacing::EachPrompt
     }
 }
 
-/// Who judges from this step on, and the game that will replace them, where it is played.
+/// The number format in which weights travel: in one process, as they are.
+fn weights_dtype(settings: &Settings) -> DType {
+    let dtype = match &settings.transport {
+        TransportSettings::Memory {} => settings.model.dtype,
+        TransportSettings::Jetstream(jetstream) => jetstream.weights_dtype,
+    };
+    match dtype {
+        DtypeSetting::F32 => DType::F32,
+        DtypeSetting::Bf16 => DType::BF16,
+    }
+}
+
+/// Who judges from learner step `step` on, and the game that will replace them, where it is played. The
+/// rounds of the game lie in `rounds`.
 fn judges(
     settings: &Settings,
-    world: &World,
-    directory: &RunDirectory,
-    step: u64,
-    stop: &watch::Sender<bool>,
+    policy: (&ModelFolder, &Weights),
+    judge: &Arc<JudgeSource>,
+    (rounds, step): (PathBuf, u64),
+    stop: &watch::Receiver<bool>,
 ) -> anyhow::Result<(Arc<JudgeSource>, Option<Player>)> {
     if settings.preference.apo.refresh_steps == 0 {
-        return Ok((Arc::clone(&world.judge), None));
+        return Ok((Arc::clone(judge), None));
     }
-    let judging = Judging::find(settings, world, directory, step)?;
-    let judge = judging.source(world)?;
+    let judging = Judging::find(settings, judge, rounds, step)?;
+    let seated = judging.source(judge)?;
     let stopped = || *stop.borrow();
-    let game = tokio::task::block_in_place(|| judging.game(settings, world, directory, &stopped))?;
-    let (first, preference) = (Arc::clone(&world.judge), settings.preference.clone());
+    let game = tokio::task::block_in_place(|| judging.game(settings, policy, judge, &stopped))?;
+    let (first, preference) = (Arc::clone(judge), settings.preference.clone());
     let seats: Seats = Box::new(move |model, round| {
         let judge = first.succeeded_by(model, world::version(round));
         let seats = judge.and_then(|judge| world::seats(&preference, &Arc::new(judge)));
         seats.map_err(|error| PreferenceError::Seats(format!("{error:#}")))
     });
-    Ok((judge, Some(Player { game, seats })))
+    Ok((seated, Some(Player { game, seats })))
 }
 
 /// When the adversarial game is played, if it is.

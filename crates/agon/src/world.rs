@@ -41,12 +41,17 @@ pub(crate) struct World {
     pub(crate) folder: Arc<ModelFolder>,
     /// Its weights.
     pub(crate) weights: Weights,
-    /// Who judges.
-    pub(crate) judge: Arc<JudgeSource>,
     /// What is asked.
     pub(crate) set: Arc<dyn PromptSet>,
     /// What it cost to make the model, when this run made it.
     pub(crate) base: Option<Base>,
+}
+
+impl World {
+    /// The policy at the start.
+    pub(crate) fn policy(&self) -> (&ModelFolder, &Weights) {
+        (&self.folder, &self.weights)
+    }
 }
 
 /// The device and the number format of the settings.
@@ -99,22 +104,19 @@ impl Start {
     }
 }
 
-/// Makes or loads everything the settings name: the policy, the judge, the prompts. Making takes a while:
-/// it ends early when `stopped` turns true.
+/// Makes or loads the policy and the prompts that the settings name. Making takes a while: it ends early
+/// when `stopped` turns true.
 pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::Result<World> {
-    let start = Start::open(settings, stopped)?;
-    let judge = Arc::new(JudgeSource::open(settings, Some(start.policy()), stopped)?);
     let Start {
         folder,
         weights,
         base,
-    } = start;
+    } = Start::open(settings, stopped)?;
     let set = prompts(settings, (&folder, &weights), stopped)?;
     fits_positions(settings, &folder.config)?;
     Ok(World {
         folder: Arc::new(folder),
         weights,
-        judge,
         set,
         base,
     })

@@ -22,6 +22,9 @@ use crate::{Evaluation, LearnerError, feed::FeedState, step::Trainer};
 pub(crate) struct State {
     /// Steps taken.
     pub(crate) step: u64,
+    /// The session that works on it, and the last version of each earlier one that it goes on from.
+    pub(crate) session: u64,
+    pub(crate) ancestors: Vec<WeightsVersion>,
     /// The version last published.
     pub(crate) version: WeightsVersion,
     /// Pairs trained on.
@@ -43,6 +46,26 @@ pub(crate) struct State {
     pub(crate) played: u64,
     /// Evaluations so far.
     pub(crate) evaluations: Vec<Evaluation>,
+}
+
+impl State {
+    /// What the next session takes up.
+    pub(crate) fn resumed(mut self, session: u64) -> Self {
+        self.ancestors.push(WeightsVersion {
+            session: self.session,
+            step: self.step,
+        });
+        self.session = session;
+        self
+    }
+
+    /// Whether the run's weights were once those: published by this session, or by an earlier one before
+    /// this one went on from it.
+    pub(crate) fn descends_from(&self, version: WeightsVersion) -> bool {
+        let before =
+            |last: &WeightsVersion| last.session == version.session && version.step <= last.step;
+        version.session == self.session || self.ancestors.iter().any(before)
+    }
 }
 
 /// What is to be written.

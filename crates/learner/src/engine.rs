@@ -4,6 +4,7 @@ use std::{path::PathBuf, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender};
 use messages::LabelledPair;
+use model::DType;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -22,6 +23,7 @@ enum Command {
         reply: Reply<(StepOutcome, Vec<LabelledPair>)>,
     },
     Weights {
+        dtype: DType,
         reply: Reply<Option<Vec<u8>>>,
     },
     Save {
@@ -62,9 +64,9 @@ impl Engine {
             .await
     }
 
-    /// The weights as a blob; `None` when they are not finite.
-    pub(crate) async fn weights(&self) -> Result<Option<Vec<u8>>, LearnerError> {
-        self.call(|reply| Command::Weights { reply }).await
+    /// The weights as a blob in this number format; `None` when they are not finite.
+    pub(crate) async fn weights(&self, dtype: DType) -> Result<Option<Vec<u8>>, LearnerError> {
+        self.call(|reply| Command::Weights { dtype, reply }).await
     }
 
     /// Writes a checkpoint into the folder `to`, which must not exist.
@@ -110,7 +112,7 @@ fn obey(mut trainer: Trainer, inbox: &Receiver<Command>) {
                 let outcome = trainer.step(&pairs, step);
                 answer(reply, outcome.map(|outcome| (outcome, pairs)));
             }
-            Command::Weights { reply } => answer(reply, weights(&trainer)),
+            Command::Weights { dtype, reply } => answer(reply, weights(&trainer, dtype)),
             Command::Save {
                 to,
                 checkpoint,
@@ -123,10 +125,10 @@ fn obey(mut trainer: Trainer, inbox: &Receiver<Command>) {
     }
 }
 
-fn weights(trainer: &Trainer) -> Result<Option<Vec<u8>>, LearnerError> {
+fn weights(trainer: &Trainer, dtype: DType) -> Result<Option<Vec<u8>>, LearnerError> {
     let weights = trainer.weights();
     Ok(if weights.is_finite()? {
-        Some(weights.to_blob()?)
+        Some(weights.converted(dtype)?.to_blob()?)
     } else {
         None
     })

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use model::ModelError;
 use thiserror::Error;
-use transport::{Closed, TransportError};
+use transport::TransportError;
 
 /// Why a learner ends before its last step.
 #[derive(Debug, Error)]
@@ -12,12 +12,9 @@ pub enum LearnerError {
     /// The model fails.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A stream has no other end any more.
+    /// A stream has no other end any more, weights cannot be published, or the server is gone.
     #[error(transparent)]
-    Closed(#[from] Closed),
-    /// Weights cannot be published.
-    #[error("failed to publish weights: {0}")]
-    Shelf(#[from] TransportError),
+    Transport(#[from] TransportError),
     /// The run directory cannot be written.
     #[error(transparent)]
     Telemetry(#[from] telemetry::Error),

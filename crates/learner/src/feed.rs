@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use messages::{Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
 use serde::{Deserialize, Serialize};
-use transport::{Closed, Sender};
+use transport::{Sender, TransportError};
 
 use crate::{PromptRow, PromptSet};
 
@@ -75,6 +75,10 @@ impl Feed {
         }
     }
 
+    pub(crate) fn pacing(&self) -> Pacing {
+        self.pacing
+    }
+
     /// Whether the prompt was sent and has not come back; from now on it has.
     pub(crate) fn returned(&mut self, id: PromptId) -> bool {
         self.outstanding.remove(&id).is_some()
@@ -97,7 +101,7 @@ impl Feed {
         version: WeightsVersion,
         in_hand: usize,
         needed: usize,
-    ) -> Result<(), Closed> {
+    ) -> Result<(), TransportError> {
         let on_their_way = self.outstanding();
         let credits = self
             .window
@@ -127,7 +131,7 @@ impl Feed {
         id: PromptId,
         release: Release,
         version: WeightsVersion,
-    ) -> Result<(), Closed> {
+    ) -> Result<(), TransportError> {
         let asked = Asked {
             id,
             release,
@@ -142,7 +146,7 @@ impl Feed {
         asked: Asked,
         row: PromptRow,
         version: WeightsVersion,
-    ) -> Result<(), Closed> {
+    ) -> Result<(), TransportError> {
         let Asked {
             id,
             release,
@@ -170,8 +174,8 @@ impl Feed {
         &mut self,
         index: u64,
         version: WeightsVersion,
-    ) -> Result<(), Closed> {
-        let id = PromptId(EVALUATION | version.0 << 24 | index);
+    ) -> Result<(), TransportError> {
+        let id = PromptId(EVALUATION | version.step << 24 | index);
         let asked = Asked {
             id,
             release: Release::single(id),
@@ -187,15 +191,15 @@ impl Feed {
         &mut self,
         index: u64,
         version: WeightsVersion,
-    ) -> Result<(), Closed> {
-        let id = PromptId(CONTEST | version.0 << 24 | index);
+    ) -> Result<(), TransportError> {
+        let id = PromptId(CONTEST | version.step << 24 | index);
         let asked = Asked {
             id,
             release: Release::single(id),
             purpose: Purpose::Contest,
             seed: self.seed.derive(id.0),
         };
-        let row = self.set.train(CONTEST_ROWS + (version.0 << 20) + index);
+        let row = self.set.train(CONTEST_ROWS + (version.step << 20) + index);
         self.send(asked, row, version).await
     }
 
@@ -220,7 +224,7 @@ impl Feed {
         state: FeedState,
         version: WeightsVersion,
         mut forget: impl FnMut(PromptId),
-    ) -> Result<(), Closed> {
+    ) -> Result<(), TransportError> {
         self.cursor = state.cursor;
         let mut again = BTreeMap::new();
         for (id, release) in state.outstanding {
@@ -281,7 +285,7 @@ mod tests {
     #[tokio::test]
     async fn credits_are_the_window_less_what_is_on_its_way_and_in_hand() {
         let (mut feed, receiver) = feed(Pacing::EachPrompt);
-        let version = WeightsVersion(0);
+        let version = WeightsVersion::REFERENCE;
         feed.top_up(version, 0, 100).await.expect("open");
         assert_eq!(ids(&sent(&receiver)), vec![0, 1, 2, 3, 4, 5]);
         assert!(feed.returned(PromptId(3)) && !feed.returned(PromptId(3)));
@@ -303,7 +307,9 @@ mod tests {
     #[tokio::test]
     async fn whole_releases_are_sent_when_nothing_is_on_its_way() {
         let (mut feed, receiver) = feed(Pacing::WholeReleases);
-        feed.top_up(WeightsVersion(0), 0, 4).await.expect("open");
+        feed.top_up(WeightsVersion::REFERENCE, 0, 4)
+            .await
+            .expect("open");
         let release = Release {
             first: PromptId(0),
             count: 4,
@@ -316,24 +322,30 @@ mod tests {
         for id in 0..3 {
             assert!(feed.returned(PromptId(id)));
         }
-        feed.top_up(WeightsVersion(0), 1, 4).await.expect("open");
+        feed.top_up(WeightsVersion::REFERENCE, 1, 4)
+            .await
+            .expect("open");
         assert!(sent(&receiver).is_empty());
         assert!(feed.returned(PromptId(3)));
-        feed.top_up(WeightsVersion(0), 1, 4).await.expect("open");
+        feed.top_up(WeightsVersion::REFERENCE, 1, 4)
+            .await
+            .expect("open");
         assert_eq!(ids(&sent(&receiver)), vec![4, 5, 6]);
     }
 
     #[tokio::test]
     async fn a_restored_feed_sends_an_unfinished_release_again_with_the_same_seeds() {
         let (mut feed, receiver) = feed(Pacing::WholeReleases);
-        feed.top_up(WeightsVersion(2), 0, 3).await.expect("open");
+        feed.top_up(WeightsVersion::at(2), 0, 3)
+            .await
+            .expect("open");
         let before = sent(&receiver);
         assert!(feed.returned(PromptId(1)));
         let state = feed.state();
         let (mut resumed, receiver) = self::feed(Pacing::WholeReleases);
         let mut forgotten = Vec::new();
         resumed
-            .restore(state, WeightsVersion(2), |id| forgotten.push(id.0))
+            .restore(state, WeightsVersion::at(2), |id| forgotten.push(id.0))
             .await
             .expect("open");
         assert_eq!(sent(&receiver), before);

@@ -85,7 +85,7 @@ impl Succession {
 
 /// How many steps ago the pair's weights were the newest.
 pub(crate) fn staleness(labelled: &LabelledPair, step: u64) -> u64 {
-    step.saturating_sub(labelled.pair.version.0)
+    step.saturating_sub(labelled.pair.version.step)
 }
 
 /// Why a pair that has come cannot be trained on at all.

@@ -10,11 +10,11 @@ use messages::{
     Digest, DropReason, Dropped, LabelledPair, Prompt, Purpose, Seed, WeightsManifest,
     WeightsVersion,
 };
-use model::{ModelFolder, Weights};
+use model::{DType, ModelFolder, Weights};
 use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
 use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog, StationCounters, Waits};
-use tokio::sync::watch;
-use transport::{Receiver, Sender, WeightsShelf};
+use tokio::{sync::watch, task::JoinHandle};
+use transport::{Delivery, Receiver, Sender, WeightsShelf};
 
 use crate::{
     Evaluation, LearnerError, Pacing, PromptSet, Rounds,
@@ -62,6 +62,8 @@ pub struct LearnerParts {
     pub labelled: Receiver<LabelledPair>,
     /// Where the notes of dropped prompts come from.
     pub drops: Receiver<Dropped>,
+    /// The number format in which weights travel.
+    pub weights_dtype: DType,
     /// Where weights go.
     pub shelf: WeightsShelf,
     /// Where everything is written.
@@ -117,6 +119,8 @@ pub struct Learner {
     labelled: Receiver<LabelledPair>,
     drops: Receiver<Dropped>,
     shelf: WeightsShelf,
+    weights_dtype: DType,
+    publication: Option<Publication>,
     directory: Arc<RunDirectory>,
     counters: StationCounters,
     stations: Vec<StationCounters>,
@@ -129,11 +133,15 @@ pub struct Learner {
     samples: SampleLog,
     progress: Progress,
     waits: Waits,
+    steps: watch::Sender<u64>,
     started: Instant,
     waited: Duration,
     state: State,
     resumed: Option<Checkpoint>,
 }
+
+/// Weights on their way to the shelf.
+type Publication = JoinHandle<Result<(), LearnerError>>;
 
 /// What a wait for pairs ended with.
 enum Arrival {
@@ -168,9 +176,11 @@ impl Learner {
             }
             None => None,
         };
-        let state = resumed
-            .as_ref()
-            .map_or_else(|| State::beginning(&feed), |c| c.state.clone());
+        let session = parts.directory.session();
+        let state = match &resumed {
+            Some(checkpoint) => checkpoint.state.clone().resumed(session),
+            None => State::beginning(&feed, session),
+        };
         journal.truncate_after(state.step)?;
         samples.truncate_after(state.step)?;
         for counters in &parts.stations {
@@ -187,6 +197,8 @@ impl Learner {
             labelled: parts.labelled,
             drops: parts.drops,
             shelf: parts.shelf,
+            weights_dtype: parts.weights_dtype,
+            publication: None,
             directory: parts.directory,
             counters: parts.counters,
             stations: parts.stations,
@@ -198,11 +210,24 @@ impl Learner {
             journal,
             samples,
             waits: Waits::new("learner"),
+            steps: watch::Sender::new(state.step),
             started: Instant::now(),
             waited: Duration::ZERO,
             state,
             resumed,
         })
+    }
+
+    /// What it waits for while it runs.
+    #[must_use]
+    pub fn waits(&self) -> Waits {
+        self.waits.clone()
+    }
+
+    /// The steps it has taken, as they are taken.
+    #[must_use]
+    pub fn steps(&self) -> watch::Receiver<u64> {
+        self.steps.subscribe()
     }
 
     /// Takes every step that is left, or as many as there are before `shutdown` turns true.
@@ -245,15 +270,16 @@ impl Learner {
     /// Takes up a checkpoint's pairs and prompts, or begins with an evaluation and a checkpoint to go
     /// back to.
     async fn begin(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<(), LearnerError> {
+        if self.state.session > 0 {
+            // Whatever earlier sessions published is older than this.
+            self.publish().await?;
+        }
         let Some(Checkpoint { state, in_hand }) = self.resumed.take() else {
             if self.evaluation.eval_steps > 0 {
                 self.evaluate(shutdown).await?;
             }
             return self.save().await;
         };
-        if state.step > 0 {
-            self.publish().await?;
-        }
         for labelled in in_hand {
             self.intake.add(labelled, None);
         }
@@ -316,14 +342,17 @@ impl Learner {
         };
         tokio::select! {
             delivery = self.labelled.receive() => {
-                let (labelled, receipt) = delivery?.take();
-                self.receive(labelled, receipt);
+                self.receive(delivery?);
             }
             delivery = self.drops.receive() => {
                 let delivery = delivery?;
-                self.feed.returned(delivery.message().prompt);
+                let note = delivery.message();
+                if note.session == self.state.session {
+                    self.feed.returned(note.prompt);
+                }
                 delivery.acknowledge();
             }
+            ended = published(&mut self.publication) => ended?,
             _ = shutdown.changed() => return Ok(Arrival::Shutdown),
             () = tokio::time::sleep(Duration::from_secs(seconds)) => return Err(overdue),
         }
@@ -331,12 +360,16 @@ impl Learner {
         Ok(Arrival::Something)
     }
 
-    fn receive(&mut self, labelled: LabelledPair, receipt: transport::Receipt) {
+    fn receive(&mut self, delivery: Delivery<LabelledPair>) {
         self.counters.taken(1);
+        let (labelled, receipt) = delivery.take();
         let in_hand = InHand {
             labelled,
             receipt: Some(receipt),
         };
+        if !self.is_of_this_run(&in_hand.labelled) {
+            return self.drop_pair(in_hand, DropReason::Superseded);
+        }
         if !self.feed.returned(in_hand.labelled.pair.id()) {
             return self.drop_pair(in_hand, DropReason::Duplicate);
         }
@@ -363,6 +396,14 @@ impl Learner {
                 self.contested += 1;
             }
         }
+    }
+
+    /// Whether a pair may be trained on although sessions were given up: its weights must be ones this
+    /// session goes on from, and where a seed is to repeat, this session must have asked for it.
+    fn is_of_this_run(&self, labelled: &LabelledPair) -> bool {
+        let asked_now = labelled.pair.prompt.version.session == self.state.session;
+        let whole = self.feed.pacing() == Pacing::WholeReleases;
+        asked_now || !whole && self.state.descends_from(labelled.pair.version)
     }
 
     fn drop_pair(&mut self, in_hand: InHand, reason: DropReason) {
@@ -393,6 +434,7 @@ impl Learner {
             StepOutcome::Taken(mut measurements) => {
                 self.counters.given(pairs.len() as u64);
                 self.state.step += 1;
+                self.steps.send_replace(self.state.step);
                 self.state.consecutive_nonfinite = 0;
                 self.state.pairs += pairs.len() as u64;
                 let tokens = pairs
@@ -452,42 +494,58 @@ impl Learner {
     /// Weights that are not finite are never published: the run goes back first.
     async fn publish(&mut self) -> Result<(), LearnerError> {
         loop {
-            let version = WeightsVersion(self.state.step);
-            let newest = self
-                .shelf
-                .latest()
-                .map_or(WeightsVersion(0), |manifest| manifest.version);
-            if newest >= version {
+            let version = WeightsVersion {
+                session: self.state.session,
+                step: self.state.step,
+            };
+            if self.state.version >= version {
                 return Ok(());
             }
             let before = Instant::now();
-            if let Some(blob) = self.engine.weights().await? {
+            if let Some(blob) = self.engine.weights(self.weights_dtype).await? {
                 return self.announce(version, blob, before).await;
             }
             tracing::warn!(
-                step = version.0,
+                step = version.step,
                 "the weights are not finite and are not published"
             );
             self.roll_back().await?;
         }
     }
 
+    /// Has the blob laid down and announced while the learner goes on: a step waits for the copy out of
+    /// the optimiser, not for what becomes of it. Only one publication is on its way at a time.
     async fn announce(
         &mut self,
         version: WeightsVersion,
         blob: Vec<u8>,
         before: Instant,
     ) -> Result<(), LearnerError> {
-        let manifest = WeightsManifest::of(version, &blob);
-        let bytes = manifest.bytes;
-        self.shelf.publish(manifest, blob).await?;
+        self.settle_publication().await?;
         self.state.version = version;
-        let mut measurements = Measurements::new();
-        measurements.set("weight_sync/seconds", before.elapsed().as_secs_f64());
-        measurements.set("weight_sync/bytes", bytes as f64);
-        measurements.set("weight_sync/version", version.0 as f64);
-        telemetry::publish(&measurements, &[("role", "learner")]);
+        let shelf = self.shelf.clone();
+        self.publication = Some(tokio::spawn(async move {
+            let manifest =
+                tokio::task::spawn_blocking(move || (WeightsManifest::of(version, &blob), blob));
+            let (manifest, blob) = manifest.await.map_err(|_| LearnerError::EngineGone)?;
+            let bytes = manifest.bytes;
+            shelf.publish(manifest, blob).await?;
+            let mut measurements = Measurements::new();
+            measurements.set("weight_sync/seconds", before.elapsed().as_secs_f64());
+            measurements.set("weight_sync/bytes", bytes as f64);
+            measurements.set("weight_sync/version", version.step as f64);
+            telemetry::publish(&measurements, &[("role", "learner")]);
+            Ok(())
+        }));
         Ok(())
+    }
+
+    /// Waits until the publication that is on its way, if there is one, has ended.
+    async fn settle_publication(&mut self) -> Result<(), LearnerError> {
+        match &mut self.publication {
+            Some(_) => published(&mut self.publication).await,
+            None => Ok(()),
+        }
     }
 
     async fn save(&mut self) -> Result<(), LearnerError> {
@@ -518,8 +576,9 @@ impl Learner {
     }
 
     async fn end(mut self, ending: Ending) -> Result<Summary, LearnerError> {
+        self.settle_publication().await?;
         self.save().await?;
-        let blob = self.engine.weights().await?.unwrap_or_default();
+        let blob = self.engine.weights(DType::F32).await?.unwrap_or_default();
         let note = match ending {
             Ending::Finished => "done",
             Ending::Interrupted => "interrupted; saved",
@@ -547,10 +606,12 @@ impl Learner {
 }
 
 impl State {
-    fn beginning(feed: &Feed) -> Self {
+    fn beginning(feed: &Feed, session: u64) -> Self {
         Self {
             step: 0,
-            version: WeightsVersion(0),
+            session,
+            ancestors: Vec::new(),
+            version: WeightsVersion::REFERENCE,
             pairs: 0,
             tokens: 0,
             wall_seconds: 0.0,
@@ -563,6 +624,16 @@ impl State {
             evaluations: Vec::new(),
         }
     }
+}
+
+/// Ends when a publication that is on its way has ended; never when there is none.
+async fn published(publication: &mut Option<Publication>) -> Result<(), LearnerError> {
+    let Some(on_its_way) = publication else {
+        return std::future::pending().await;
+    };
+    let ended = on_its_way.await;
+    *publication = None;
+    ended.map_err(|_| LearnerError::EngineGone)?
 }
 
 /// Whether something that happens every `every` steps happens after step `step`.

@@ -182,7 +182,10 @@ impl Trainer {
         sums.rewards(self.temperature, &mut m);
         sums.completions(pairs, &mut m);
         // At the same version both sides computed the same numbers; what differs is the arithmetic.
-        if pairs.iter().all(|labelled| labelled.pair.version.0 == step) {
+        if pairs
+            .iter()
+            .all(|labelled| labelled.pair.version.step == step)
+        {
             sums.mismatch(&mut m);
         }
         m

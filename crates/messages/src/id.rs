@@ -10,11 +10,28 @@ use sha2::{Digest as _, Sha256};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PromptId(pub u64);
 
-/// The learner step after which weights were taken; 0 is the reference itself. Versions only grow.
+/// Which weights: of which of a run's sessions, after how many steps. Versions only grow: what a resumed
+/// learner publishes is newer than all that was published before it, whatever the step.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
-pub struct WeightsVersion(pub u64);
+pub struct WeightsVersion {
+    /// 0 in a run's first session, one more each time the run is resumed.
+    pub session: u64,
+    /// The learner step after which the weights were taken.
+    pub step: u64,
+}
+
+impl WeightsVersion {
+    /// The reference itself: every run begins with it.
+    pub const REFERENCE: Self = Self::at(0);
+
+    /// The version after `step` in a run that was never resumed.
+    #[must_use]
+    pub const fn at(step: u64) -> Self {
+        Self { session: 0, step }
+    }
+}
 
 /// The version of a judge: it changes whenever the same question may be answered differently.
 #[derive(
@@ -72,7 +89,11 @@ impl fmt::Display for PromptId {
 
 impl fmt::Display for WeightsVersion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "version {}", self.0)
+        write!(f, "version {}", self.step)?;
+        match self.session {
+            0 => Ok(()),
+            session => write!(f, " of session {session}"),
+        }
     }
 }
 

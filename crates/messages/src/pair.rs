@@ -104,6 +104,8 @@ pub enum DropReason {
     Duplicate,
     /// The pair holds a number that is not finite.
     Poisoned,
+    /// A session that was given up had sent the prompt, or had published the weights that answered.
+    Superseded,
 }
 
 /// The note that takes a dropped prompt's credit back to the learner.
@@ -111,6 +113,8 @@ pub enum DropReason {
 pub struct Dropped {
     /// What was dropped.
     pub prompt: PromptId,
+    /// The session that had sent it.
+    pub session: u64,
     /// Where.
     pub station: Station,
     /// Why.
@@ -142,6 +146,7 @@ impl DropReason {
             Self::Stale => "stale",
             Self::Duplicate => "duplicate",
             Self::Poisoned => "poisoned",
+            Self::Superseded => "superseded",
         }
     }
 }

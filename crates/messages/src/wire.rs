@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::{Dropped, LabelledPair, Pair, Prompt, WeightsManifest};
 
 /// The version of the encoding. It changes with any change to any message.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
 /// A noun with a place in the encoding.
 pub trait Message: Serialize + DeserializeOwned {
@@ -16,23 +16,32 @@ pub trait Message: Serialize + DeserializeOwned {
     const KIND: u8;
     /// Its name in errors.
     const NAME: &'static str;
+
+    /// What tells this message from all others of its kind in a run: a message that is sent again has
+    /// the same id.
+    fn id(&self) -> String;
 }
 
 macro_rules! messages {
-    ($($noun:ident = $kind:literal),* $(,)?) => {
+    ($($noun:ident = $kind:literal: |$message:ident| $id:expr),* $(,)?) => {
         $(impl Message for $noun {
             const KIND: u8 = $kind;
             const NAME: &'static str = stringify!($noun);
+
+            fn id(&self) -> String {
+                let $message = self;
+                $id
+            }
         })*
     };
 }
 
 messages!(
-    Prompt = 1,
-    Pair = 2,
-    LabelledPair = 3,
-    Dropped = 4,
-    WeightsManifest = 5
+    Prompt = 1: |prompt| format!("{}-{}", prompt.version.session, prompt.id.0),
+    Pair = 2: |pair| pair.prompt.id(),
+    LabelledPair = 3: |labelled| labelled.pair.prompt.id(),
+    Dropped = 4: |note| format!("{}-{}-{}", note.session, note.prompt.0, note.station.name()),
+    WeightsManifest = 5: |manifest| format!("{}-{}", manifest.version.session, manifest.version.step),
 );
 
 /// Why bytes are not the message that was expected.
@@ -132,7 +141,7 @@ mod tests {
             id: PromptId(7),
             release: Release::single(PromptId(7)),
             purpose: Purpose::Train,
-            version: WeightsVersion(3),
+            version: WeightsVersion::at(3),
             seed: Seed(11),
             ids: ids.to_vec(),
             text: text.into(),
@@ -150,7 +159,7 @@ mod tests {
         };
         let pair = Pair {
             prompt,
-            version: WeightsVersion(4),
+            version: WeightsVersion::at(4),
             completions: vec![completion.clone(), completion],
             actor: "actor-0".into(),
         };
@@ -194,7 +203,7 @@ mod tests {
             (vec![], "too few"),
             (
                 with(0, 9),
-                "encoded as version 9, this build reads version 1",
+                "encoded as version 9, this build reads version 2",
             ),
             (
                 with(1, 1),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
-use transport::Closed;
+use transport::TransportError;
 
 /// Why a judge cannot be made, or the service cannot go on. Every message reads after "failed to";
 /// the cause, where there is one, is the error's source.
@@ -128,9 +128,10 @@ pub enum PreferenceError {
     /// No judge is left to ask. Its pairs are back in their stream; the service needs a new bench.
     #[error("judge pairs: {0}; start the service again with a new judge")]
     NoJudge(RulingError),
-    /// Nobody takes labels or drop notes any more. The pairs in hand are back in their stream.
+    /// Nobody takes labels or drop notes any more, or the server is gone. The pairs in hand are back in
+    /// their stream.
     #[error(transparent)]
-    Closed(#[from] Closed),
+    Transport(#[from] TransportError),
 }
 
 /// Why a judge could not answer a batch at all, in words for people, and what may be done about it.

@@ -78,6 +78,19 @@ impl Labelling {
         Judgement::new(&pair, rulings, gold)
     }
 
+    /// What is said about a pair that no service could label in `deliveries` before this one: a pair on
+    /// which every judge panics does not hold up the run, and its credit is not lost.
+    pub(crate) fn given_up(&self, deliveries: u32) -> Judgement {
+        Judgement {
+            labels: Err(Refusal {
+                reason: DropReason::Failed,
+                detail: format!("no label after {} deliveries", deliveries - 1),
+            }),
+            version: self.judge.version().unwrap_or_default(),
+            gold: None,
+        }
+    }
+
     /// The gold preference between the first two completions of a pair that is for evaluation, where it
     /// can be had.
     async fn gold(&self, pair: &Pair, question: Option<&Question>) -> Option<Probability> {

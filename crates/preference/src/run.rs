@@ -11,11 +11,11 @@ use std::sync::atomic::AtomicBool;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesOrdered;
-use messages::{DropReason, Dropped, LabelledPair, Pair, PromptId, Purpose, Station};
+use messages::{Dropped, LabelledPair, Pair, Prompt, Purpose, Station};
 use settings::OrdersSetting;
 use telemetry::{StationCounters, WaitGuard, Waits};
 use tokio::sync::watch;
-use transport::{Delivery, Receipt, Receiver, Sender};
+use transport::{Delivery, Receipt, Receiver, Sender, TransportError};
 
 use crate::apo::Player;
 use crate::bench::{Bench, Outage};
@@ -76,9 +76,13 @@ impl Preference {
     pub async fn run(self, mut shutdown: watch::Receiver<bool>) -> Result<(), PreferenceError> {
         let judge = self.parts.judge.name();
         tracing::info!(judge, "preference service started");
-        let ended = Service::new(self).work(&mut shutdown).await;
+        let mut service = Service::new(self);
+        let ended = service.work(&mut shutdown).await;
+        service.leave();
         match ended {
-            Err(PreferenceError::Closed(closed)) if asked_to_stop(&shutdown) => {
+            Err(PreferenceError::Transport(TransportError::Closed(closed)))
+                if asked_to_stop(&shutdown) =>
+            {
                 tracing::warn!(%closed, "pairs in hand are returned: nobody takes their labels");
             }
             ended => ended?,
@@ -104,6 +108,7 @@ struct Service {
     /// The sum over `held`, and how many there may be before no more pairs are taken.
     questions: usize,
     max_questions: usize,
+    max_prefetch: usize,
     outlet: Outlet,
     waits: Waits,
 }
@@ -130,6 +135,8 @@ impl Service {
             player: parts.player,
             outage: parts.judge.outage(),
             max_questions: parts.judge.settings().max_queue.max(1),
+            // One batch while another is judged: the rest is for other services.
+            max_prefetch: 2 * parts.judge.settings().max_batch,
             labelling: Arc::new(Labelling {
                 judge: parts.judge,
                 gold: parts.gold,
@@ -152,7 +159,6 @@ impl Service {
         let mut is_open = true;
         let mut wait: Option<(&str, WaitGuard)> = None;
         loop {
-            self.note_given_up().await?;
             if !is_open && self.held.is_empty() {
                 return Ok(());
             }
@@ -160,7 +166,9 @@ impl Service {
             if wait.as_ref().is_none_or(|(named, _)| *named != reason) {
                 wait = Some((reason, self.waits.enter(reason)));
             }
-            let has_room = self.questions < self.max_questions;
+            let room = self.max_questions.saturating_sub(self.questions);
+            let has_room = room > 0;
+            self.pairs.prefetch(room.min(self.max_prefetch));
             tokio::select! {
                 biased;
                 () = stopped(shutdown), if is_open => is_open = false,
@@ -179,6 +187,13 @@ impl Service {
         }
     }
 
+    /// Counts out what goes back to its stream with the service.
+    fn leave(&self) {
+        let counters = &self.outlet.counters;
+        counters.returned(self.held.len() as u64);
+        counters.set_in_hand(0);
+    }
+
     /// What the service waits for now.
     fn waits_for(&mut self) -> &'static str {
         if self.held.is_empty() {
@@ -191,16 +206,18 @@ impl Service {
     }
 
     fn take(&mut self, delivery: Delivery<Pair>) {
-        // A pair that comes again has been counted when it came first.
-        if delivery.deliveries() == 1 {
-            self.outlet.counters.taken(1);
-        }
+        self.outlet.counters.taken(1);
+        let (given_up, deliveries) = (delivery.is_given_up(), delivery.deliveries());
         let (pair, receipt) = delivery.take();
         let pair = Arc::new(pair);
         let questions = self.labelling.questions(&pair);
         let (labelling, asked) = (Arc::clone(&self.labelling), Arc::clone(&pair));
-        self.judgements
-            .push_back(Box::pin(async move { labelling.judge(asked).await }));
+        self.judgements.push_back(Box::pin(async move {
+            if given_up {
+                return Ok(labelling.given_up(deliveries));
+            }
+            labelling.judge(asked).await
+        }));
         self.questions += questions;
         self.held.push_back(Held {
             pair,
@@ -234,7 +251,7 @@ impl Service {
                 };
                 self.outlet.give(labelled).await?;
             }
-            Err(refusal) => self.outlet.drop_pair(held.pair.id(), refusal).await?,
+            Err(refusal) => self.outlet.drop_pair(&held.pair.prompt, refusal).await?,
         }
         held.receipt.acknowledge();
         self.count();
@@ -263,21 +280,6 @@ impl Service {
         }
     }
 
-    /// Drops pairs that no service could label in as many deliveries as their stream allows: a pair on
-    /// which every judge panics does not hold up the run, and its credit is not lost.
-    async fn note_given_up(&mut self) -> Result<(), PreferenceError> {
-        for letter in self.pairs.dead_letters() {
-            let refusal = Refusal {
-                reason: DropReason::Failed,
-                detail: format!("no label after {} deliveries", letter.deliveries),
-            };
-            self.outlet.drop_pair(letter.message.id(), refusal).await?;
-            // The service that held it last may have ended without counting it out.
-            self.count();
-        }
-        Ok(())
-    }
-
     /// Counts what is in hand.
     fn count(&self) {
         self.outlet.counters.set_in_hand(self.held.len() as u64);
@@ -291,11 +293,12 @@ impl Outlet {
         Ok(())
     }
 
-    async fn drop_pair(&self, prompt: PromptId, refusal: Refusal) -> Result<(), PreferenceError> {
+    async fn drop_pair(&self, prompt: &Prompt, refusal: Refusal) -> Result<(), PreferenceError> {
         let Refusal { reason, detail } = refusal;
         self.drops
             .send(Dropped {
-                prompt,
+                prompt: prompt.id,
+                session: prompt.version.session,
                 station: Station::Preference,
                 reason,
                 detail,

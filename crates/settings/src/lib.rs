@@ -39,7 +39,9 @@ pub use playground::{PlaygroundSettings, SftSettings};
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
 pub use prompts::{JsonlPrompts, PlaygroundGolden, PromptsSettings};
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
-pub use run::{RunSettings, TransportSettings};
+pub use run::{
+    JetStreamSettings, RunSettings, TopologySettings, TransportSettings, WeightsEncoding,
+};
 
 /// Everything that can be set. See `configs/default.toml` for what each key means.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -48,6 +50,7 @@ pub use run::{RunSettings, TransportSettings};
 pub struct Settings {
     pub run: RunSettings,
     pub transport: TransportSettings,
+    pub topology: TopologySettings,
     pub model: ModelSettings,
     pub prompts: PromptsSettings,
     pub playground: PlaygroundSettings,

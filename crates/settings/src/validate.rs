@@ -1,6 +1,7 @@
 //! What no type can say: ranges, and settings that contradict each other.
 
 mod preference;
+mod transport;
 
 use crate::{ObjectiveSettings, Problem, PromptsSettings, Settings, SftSettings};
 
@@ -16,6 +17,7 @@ pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
     checks.worlds(settings);
     checks.preference(settings);
     checks.objective(settings);
+    checks.transport(settings);
     checks.problems
 }
 

@@ -12,10 +12,11 @@ use std::process;
 use crate::{Error, write_atomically};
 
 /// A run's directory, held by this process alone:
-/// `{config.toml, metrics.jsonl, samples.jsonl, checkpoints/, quarantine/, report.json, report.md, logs/, run.lock}`.
+/// `{config.toml, metrics.jsonl, samples.jsonl, checkpoints/, quarantine/, report.json, report.md, logs/, session, run.lock}`.
 #[derive(Debug)]
 pub struct RunDirectory {
     root: PathBuf,
+    session: u64,
     /// Never read: the lock is held while the file is open.
     _lock: File,
 }
@@ -31,6 +32,7 @@ impl RunDirectory {
         let run = Self {
             _lock: lock(&root)?,
             root,
+            session: 0,
         };
         if run.config().exists() {
             return Err(Error::RunExists {
@@ -38,11 +40,12 @@ impl RunDirectory {
             });
         }
         run.create_directories()?;
+        run.note_session()?;
         write_atomically(&run.config(), resolved_toml.as_bytes())?;
         Ok(run)
     }
 
-    /// Opens the directory of a run to resume.
+    /// Opens the directory of a run for its next session.
     ///
     /// # Errors
     /// When `path` holds no run, another process holds it, or the file system refuses.
@@ -51,12 +54,39 @@ impl RunDirectory {
         if !root.join("config.toml").exists() {
             return Err(Error::RunMissing { directory: root });
         }
-        let run = Self {
+        let mut run = Self {
             _lock: lock(&root)?,
             root,
+            session: 0,
         };
         run.create_directories()?;
+        let before = fs::read_to_string(run.session_file())
+            .map_err(Error::file("read", &run.session_file()))?;
+        let before: u64 = before.trim().parse().map_err(|_| {
+            let strange = std::io::Error::other("it does not hold a number");
+            Error::file("read", &run.session_file())(strange)
+        })?;
+        run.session = before + 1;
+        run.note_session()?;
         Ok(run)
+    }
+
+    /// How often the run had been taken up before: 0 in its first session.
+    #[must_use]
+    pub fn session(&self) -> u64 {
+        self.session
+    }
+
+    fn session_file(&self) -> PathBuf {
+        self.root.join("session")
+    }
+
+    /// Written before anything is sent, so that no two sessions have the same number however they end.
+    fn note_session(&self) -> Result<(), Error> {
+        write_atomically(
+            &self.session_file(),
+            format!("{}\n", self.session).as_bytes(),
+        )
     }
 
     /// The directory itself.

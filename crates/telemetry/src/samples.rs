@@ -102,7 +102,7 @@ impl SampleRow {
             step,
             prompt_id: pair.id().0,
             purpose: purpose_name(pair.prompt.purpose).into(),
-            version: pair.version.0,
+            version: pair.version.step,
             prompt: pair.prompt.text.clone(),
             completions: each(&pair.completions, |c| c.text.clone()),
             lengths: each(&pair.completions, |c| c.ids.len()),
@@ -167,7 +167,7 @@ mod tests {
             id: PromptId(id),
             release: Release::single(PromptId(id)),
             purpose: Purpose::Evaluate,
-            version: WeightsVersion(3),
+            version: WeightsVersion::at(3),
             seed: Seed(11),
             ids: vec![1, 2],
             text: "sum up:\n\"a\"".into(),
@@ -180,7 +180,7 @@ mod tests {
         ];
         let pair = Pair {
             prompt,
-            version: WeightsVersion(4),
+            version: WeightsVersion::at(4),
             completions,
             actor: "actor-0".into(),
         };

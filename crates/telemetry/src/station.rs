@@ -16,13 +16,14 @@ const DROPPED: &str = "agon_station_dropped_total";
 const IN_HAND: &str = "agon_station_in_hand";
 
 /// Every reason has its series from the start, so that sums over reasons are never absent.
-const REASONS: [DropReason; 6] = [
+const REASONS: [DropReason; 7] = [
     DropReason::Identical,
     DropReason::Failed,
     DropReason::Abstained,
     DropReason::Stale,
     DropReason::Duplicate,
     DropReason::Poisoned,
+    DropReason::Superseded,
 ];
 
 /// The counters of one station, also as metrics with the label `station`. Clones count together; a
@@ -94,6 +95,11 @@ impl StationCounters {
     /// Counts `messages` that will go no further, because of `reason`.
     pub fn dropped(&self, reason: DropReason, messages: u64) {
         self.change(|counts| *counts.dropped.entry(reason).or_default() += messages);
+    }
+
+    /// Counts out `messages` that were taken and are given back as they were: somebody else takes them.
+    pub fn returned(&self, messages: u64) {
+        self.change(|counts| counts.taken = counts.taken.saturating_sub(messages));
     }
 
     /// Sets how many messages the station holds: the length of the owner's own container, never a

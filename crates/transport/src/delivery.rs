@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use crate::jetstream::Lease;
 use crate::memory::Held;
 
 /// A received message that is not yet acknowledged. Dropping it returns it for redelivery.
@@ -13,6 +14,7 @@ pub struct Delivery<T> {
 
 enum Kind<T> {
     Memory(Held<T>),
+    JetStream(T, Lease),
 }
 
 /// What is left of a [`Delivery`] whose message was taken: the right to acknowledge it. Dropping it
@@ -20,12 +22,7 @@ enum Kind<T> {
 #[derive(Debug)]
 #[must_use = "a message whose receipt is dropped is delivered again"]
 pub struct Receipt {
-    kind: ReceiptKind,
-}
-
-#[derive(Debug)]
-enum ReceiptKind {
-    Memory(Box<dyn Settle>),
+    kind: Box<dyn Settle>,
 }
 
 /// A delivery whose message type is forgotten; dropping it returns the message.
@@ -39,13 +36,10 @@ impl<T: Send + Sync> Settle for Held<T> {
     }
 }
 
-/// A message that was delivered as often as its stream allows and never acknowledged.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeadLetter<T> {
-    /// The message itself.
-    pub message: T,
-    /// How often it was delivered.
-    pub deliveries: u32,
+impl Settle for Lease {
+    fn acknowledge(self: Box<Self>) {
+        Self::acknowledge(*self);
+    }
 }
 
 impl<T> Delivery<T> {
@@ -55,11 +49,18 @@ impl<T> Delivery<T> {
         }
     }
 
+    pub(crate) fn jetstream(message: T, lease: Lease) -> Self {
+        Self {
+            kind: Kind::JetStream(message, lease),
+        }
+    }
+
     /// The message, which stays in the stream's care.
     #[must_use]
     pub fn message(&self) -> &T {
         match &self.kind {
             Kind::Memory(held) => held.message(),
+            Kind::JetStream(message, _) => message,
         }
     }
 
@@ -68,6 +69,17 @@ impl<T> Delivery<T> {
     pub fn deliveries(&self) -> u32 {
         match &self.kind {
             Kind::Memory(held) => held.deliveries(),
+            Kind::JetStream(_, lease) => lease.deliveries(),
+        }
+    }
+
+    /// Whether the message was delivered as often as its stream allows and returned each time. Nobody
+    /// is to work on it any more: it only waits to be noted and acknowledged.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        match &self.kind {
+            Kind::Memory(held) => held.is_given_up(),
+            Kind::JetStream(_, lease) => lease.is_given_up(),
         }
     }
 
@@ -76,6 +88,7 @@ impl<T> Delivery<T> {
     pub fn acknowledge(self) {
         match self.kind {
             Kind::Memory(held) => held.acknowledge(),
+            Kind::JetStream(_, lease) => lease.acknowledge(),
         }
     }
 
@@ -86,29 +99,21 @@ impl<T> Delivery<T> {
 }
 
 impl<T: Clone + Send + Sync + 'static> Delivery<T> {
-    /// The message by value, and the receipt that acknowledges it. The stream keeps the original until
-    /// then, so this costs a clone.
+    /// The message by value, and the receipt that acknowledges it. A stream in memory keeps the original
+    /// until then, so there this costs a clone.
     pub fn take(self) -> (T, Receipt) {
-        match self.kind {
-            Kind::Memory(held) => {
-                let message = held.message().clone();
-                (
-                    message,
-                    Receipt {
-                        kind: ReceiptKind::Memory(Box::new(held)),
-                    },
-                )
-            }
-        }
+        let (message, kind): (T, Box<dyn Settle>) = match self.kind {
+            Kind::Memory(held) => (held.message().clone(), Box::new(held)),
+            Kind::JetStream(message, lease) => (message, Box::new(lease)),
+        };
+        (message, Receipt { kind })
     }
 }
 
 impl Receipt {
     /// As [`Delivery::acknowledge`].
     pub fn acknowledge(self) {
-        match self.kind {
-            ReceiptKind::Memory(held) => held.acknowledge(),
-        }
+        self.kind.acknowledge();
     }
 
     /// As [`Delivery::return_for_redelivery`].
@@ -119,7 +124,10 @@ impl Receipt {
 
 impl<T> fmt::Debug for Delivery<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Kind::Memory(held) = &self.kind;
+        let held: &dyn fmt::Debug = match &self.kind {
+            Kind::Memory(held) => held,
+            Kind::JetStream(_, lease) => lease,
+        };
         f.debug_tuple("Delivery").field(held).finish()
     }
 }

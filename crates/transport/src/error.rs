@@ -26,17 +26,6 @@ pub enum ClosedBy {
     Receivers,
 }
 
-/// A message that was not sent because sending would have had to wait, or because the stream is closed.
-#[derive(Debug, Error)]
-pub enum Unsent<M> {
-    /// Every place is taken by an unacknowledged message.
-    #[error("send without waiting: every place is taken; acknowledge messages or wait with `send`")]
-    Full(M),
-    /// The stream takes no more messages.
-    #[error("{1}")]
-    Closed(M, Closed),
-}
-
 /// All that transport refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -100,5 +89,49 @@ pub enum TransportError {
         action: &'static str,
         /// To which weights.
         version: WeightsVersion,
+    },
+    /// The server cannot be reached.
+    #[error(
+        "connect to NATS at {url}: {reason}; start a nats-server with JetStream, or set transport.url"
+    )]
+    Unreachable {
+        /// Where it should be.
+        url: String,
+        /// What went wrong.
+        reason: String,
+    },
+    /// The server does not do what it is asked, and has not for as long as the settings allow.
+    #[error("{action} at {url}: {reason}")]
+    Refused {
+        /// What it was asked.
+        action: String,
+        /// Where it is.
+        url: String,
+        /// What it says.
+        reason: String,
+    },
+    /// A file of the connection's secrets.
+    #[error("read {path}: {reason}")]
+    Unreadable {
+        /// Which file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Another process has it, and lives.
+    #[error("claim the part of the {what}: {holder} has it and is alive; end that process first")]
+    Claimed {
+        /// What was claimed.
+        what: String,
+        /// Who has it.
+        holder: String,
+    },
+    /// Something on the server was written by another build.
+    #[error("read {what}: {reason}")]
+    Foreign {
+        /// What was read.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
     },
 }

@@ -12,6 +12,7 @@ use messages::{WeightsManifest, WeightsVersion};
 use tokio::sync::watch;
 
 use crate::TransportError;
+use crate::jetstream::{Connection, JetShelf, Register};
 use crate::memory::{Announced, Shelf};
 
 /// A handle on the shelf; clones are handles on the same one.
@@ -23,17 +24,13 @@ pub struct WeightsShelf {
 #[derive(Debug, Clone)]
 enum Kind {
     Memory(Arc<Shelf>),
+    JetStream(Arc<JetShelf>),
 }
 
 /// A reader's view of what the shelf announces.
 #[derive(Debug, Clone)]
 pub struct Announcements {
-    kind: AnnouncementsKind,
-}
-
-#[derive(Debug, Clone)]
-enum AnnouncementsKind {
-    Memory(watch::Receiver<Announced>),
+    announced: watch::Receiver<Announced>,
 }
 
 impl WeightsShelf {
@@ -50,36 +47,39 @@ impl WeightsShelf {
         }
     }
 
+    pub(crate) async fn over_jetstream(
+        connection: &Arc<Connection>,
+        register: &Register,
+    ) -> Result<Self, TransportError> {
+        let shelf = JetShelf::open(connection, register, Self::KEEP).await?;
+        Ok(Self {
+            kind: Kind::JetStream(shelf),
+        })
+    }
+
     /// Lays `blob` on the shelf, then announces `manifest`. The digest is computed on the runtime's
     /// blocking threads; a call that is cancelled may still take effect.
     ///
     /// # Errors
     /// When the blob is not the one the manifest describes, when the version is not newer than the
-    /// announced one, or when the shelf is closed; the shelf is then unchanged.
+    /// announced one, or when the shelf is closed; the shelf is then unchanged. Over JetStream, when the
+    /// server cannot be had.
     ///
     /// # Panics
-    /// Outside a tokio runtime: there, use [`Self::publish_blocking`].
+    /// Outside a tokio runtime.
     pub async fn publish(
         &self,
         manifest: WeightsManifest,
         blob: impl Into<Arc<Vec<u8>>>,
     ) -> Result<(), TransportError> {
-        let (shelf, blob, version) = (self.clone(), blob.into(), manifest.version);
-        let publish = move || shelf.publish_blocking(manifest, blob);
-        on_blocking_thread("publish", version, publish).await
-    }
-
-    /// As [`Self::publish`], for compute threads: the digest is computed on the caller's.
-    ///
-    /// # Errors
-    /// As [`Self::publish`].
-    pub fn publish_blocking(
-        &self,
-        manifest: WeightsManifest,
-        blob: impl Into<Arc<Vec<u8>>>,
-    ) -> Result<(), TransportError> {
+        let (blob, version) = (blob.into(), manifest.version);
         match &self.kind {
-            Kind::Memory(shelf) => shelf.publish(manifest, blob.into()),
+            Kind::Memory(shelf) => {
+                let shelf = Arc::clone(shelf);
+                let publish = move || shelf.publish(manifest, blob);
+                on_blocking_thread("publish", version, publish).await
+            }
+            Kind::JetStream(shelf) => shelf.publish(manifest, blob).await,
         }
     }
 
@@ -87,21 +87,18 @@ impl WeightsShelf {
     ///
     /// # Errors
     /// When that version is no longer on the shelf, was never published, or is not what was announced.
+    /// Over JetStream, when the server cannot be had; a blob that is not what was announced is laid down
+    /// again by whoever published it.
     ///
     /// # Panics
-    /// Outside a tokio runtime: there, use [`Self::fetch_blocking`].
+    /// Outside a tokio runtime.
     pub async fn fetch(&self, version: WeightsVersion) -> Result<Arc<Vec<u8>>, TransportError> {
-        let shelf = self.clone();
-        on_blocking_thread("fetch", version, move || shelf.fetch_blocking(version)).await
-    }
-
-    /// As [`Self::fetch`], for compute threads: the digest is computed on the caller's.
-    ///
-    /// # Errors
-    /// As [`Self::fetch`].
-    pub fn fetch_blocking(&self, version: WeightsVersion) -> Result<Arc<Vec<u8>>, TransportError> {
         match &self.kind {
-            Kind::Memory(shelf) => shelf.fetch(version),
+            Kind::Memory(shelf) => {
+                let shelf = Arc::clone(shelf);
+                on_blocking_thread("fetch", version, move || shelf.fetch(version)).await
+            }
+            Kind::JetStream(shelf) => shelf.fetch(version).await,
         }
     }
 
@@ -110,24 +107,49 @@ impl WeightsShelf {
     pub fn latest(&self) -> Option<WeightsManifest> {
         match &self.kind {
             Kind::Memory(shelf) => shelf.latest(),
+            Kind::JetStream(shelf) => shelf.latest(),
         }
     }
 
     /// What the shelf announces from now on, the current weights included.
     #[must_use]
     pub fn subscribe(&self) -> Announcements {
-        match &self.kind {
-            Kind::Memory(shelf) => Announcements {
-                kind: AnnouncementsKind::Memory(shelf.subscribe()),
-            },
-        }
+        let announced = match &self.kind {
+            Kind::Memory(shelf) => shelf.subscribe(),
+            Kind::JetStream(shelf) => shelf.subscribe(),
+        };
+        Announcements { announced }
     }
 
-    /// Ends publication and wakes whoever waits for newer weights. What lies there can still be
-    /// fetched.
+    /// Ends publication and wakes whoever waits for newer weights in this process. What lies there can
+    /// still be fetched.
     pub fn close(&self) {
         match &self.kind {
             Kind::Memory(shelf) => shelf.close(),
+            Kind::JetStream(shelf) => shelf.close(),
+        }
+    }
+
+    /// Lays down a file of the run that is no weights, over JetStream; in memory there is nobody to read
+    /// it.
+    ///
+    /// # Errors
+    /// When the server cannot be had.
+    pub async fn put_file(&self, name: &str, bytes: Vec<u8>) -> Result<(), TransportError> {
+        match &self.kind {
+            Kind::Memory(_) => Ok(()),
+            Kind::JetStream(shelf) => shelf.put_file(name, bytes).await,
+        }
+    }
+
+    /// A file of the run that is no weights; `None` in memory.
+    ///
+    /// # Errors
+    /// When the server cannot be had, or does not have it.
+    pub async fn get_file(&self, name: &str) -> Result<Option<Vec<u8>>, TransportError> {
+        match &self.kind {
+            Kind::Memory(_) => Ok(None),
+            Kind::JetStream(shelf) => shelf.get_file(name).await.map(Some),
         }
     }
 }
@@ -142,9 +164,7 @@ impl Announcements {
     /// The newest weights, as [`WeightsShelf::latest`].
     #[must_use]
     pub fn latest(&self) -> Option<WeightsManifest> {
-        match &self.kind {
-            AnnouncementsKind::Memory(announced) => announced.borrow().latest.clone(),
-        }
+        self.announced.borrow().latest.clone()
     }
 
     /// The newest weights as soon as they are newer than `version`: at once when they are already. A
@@ -175,8 +195,7 @@ impl Announcements {
         &self,
         wanted: impl Fn(&WeightsManifest) -> bool,
     ) -> Result<WeightsManifest, TransportError> {
-        let AnnouncementsKind::Memory(announced) = &self.kind;
-        let mut announced = announced.clone();
+        let mut announced = self.announced.clone();
         let is_wanted = |now: &Announced| now.latest.as_ref().is_some_and(&wanted);
         let now = announced
             .wait_for(|now| now.closed || is_wanted(now))
@@ -215,15 +234,17 @@ mod tests {
     }
 
     fn manifest(version: u64) -> WeightsManifest {
-        WeightsManifest::of(WeightsVersion(version), &blob(version))
+        WeightsManifest::of(WeightsVersion::at(version), &blob(version))
     }
 
     fn shelf_with(versions: &[u64]) -> WeightsShelf {
         let shelf = WeightsShelf::default();
         for &version in versions {
-            shelf
-                .publish_blocking(manifest(version), blob(version))
-                .expect("newer and whole");
+            let Kind::Memory(inner) = &shelf.kind else {
+                unreachable!("a shelf is in memory unless told otherwise");
+            };
+            let published = inner.publish(manifest(version), Arc::new(blob(version)));
+            published.expect("newer and whole");
         }
         shelf
     }
@@ -246,7 +267,10 @@ mod tests {
             .expect("the first is newer than nothing");
         assert_eq!(shelf.latest(), Some(manifest(0)));
         assert_eq!(
-            *shelf.fetch(WeightsVersion(0)).await.expect("it lies there"),
+            *shelf
+                .fetch(WeightsVersion::REFERENCE)
+                .await
+                .expect("it lies there"),
             blob(0)
         );
     }
@@ -257,11 +281,11 @@ mod tests {
         assert_eq!(announcements.latest(), Some(manifest(4)));
         assert_eq!(announcements.newer_than(None).await, Ok(manifest(4)));
         assert_eq!(
-            announcements.newer_than(WeightsVersion(3)).await,
+            announcements.newer_than(WeightsVersion::at(3)).await,
             Ok(manifest(4))
         );
         assert_eq!(
-            announcements.at_least(WeightsVersion(4)).await,
+            announcements.at_least(WeightsVersion::at(4)).await,
             Ok(manifest(4))
         );
     }
@@ -270,8 +294,8 @@ mod tests {
     async fn a_publication_wakes_whoever_waits_for_it_and_nobody_else() {
         let shelf = shelf_with(&[1]);
         let announcements = shelf.subscribe();
-        let mut newer = pin!(announcements.newer_than(WeightsVersion(1)));
-        let mut much_newer = pin!(announcements.at_least(WeightsVersion(3)));
+        let mut newer = pin!(announcements.newer_than(WeightsVersion::at(1)));
+        let mut much_newer = pin!(announcements.at_least(WeightsVersion::at(3)));
         assert!(waits(newer.as_mut()).await);
         shelf
             .publish(manifest(2), blob(2))
@@ -289,8 +313,8 @@ mod tests {
     #[tokio::test]
     async fn a_refused_publication_changes_nothing() {
         let not_newer = |offered| TransportError::NotNewer {
-            offered: WeightsVersion(offered),
-            current: WeightsVersion(7),
+            offered: WeightsVersion::at(offered),
+            current: WeightsVersion::at(7),
         };
         let torn = |found| TransportError::Mismatched {
             manifest: manifest(8),
@@ -310,29 +334,35 @@ mod tests {
             );
             assert_eq!(shelf.latest(), Some(manifest(7)));
             assert_eq!(
-                *shelf.fetch(WeightsVersion(7)).await.expect("still there"),
+                *shelf
+                    .fetch(WeightsVersion::at(7))
+                    .await
+                    .expect("still there"),
                 blob(7)
             );
             let eight = TransportError::Unpublished {
-                version: WeightsVersion(8),
+                version: WeightsVersion::at(8),
             };
-            assert_eq!(shelf.fetch(WeightsVersion(8)).await, Err(eight));
+            assert_eq!(shelf.fetch(WeightsVersion::at(8)).await, Err(eight));
         }
     }
 
     #[tokio::test]
     async fn superseded_weights_are_pruned_but_not_from_hands_that_hold_them() {
         let shelf = shelf_with(&[0, 2]);
-        let held = shelf.fetch(WeightsVersion(0)).await.expect("two are kept");
+        let held = shelf
+            .fetch(WeightsVersion::REFERENCE)
+            .await
+            .expect("two are kept");
         shelf
             .publish(manifest(4), blob(4))
             .await
             .expect("newer and whole");
         let gone = shelf
-            .fetch(WeightsVersion(0))
+            .fetch(WeightsVersion::REFERENCE)
             .await
             .expect_err("two are kept");
-        let (version, newest) = (WeightsVersion(0), WeightsVersion(4));
+        let (version, newest) = (WeightsVersion::REFERENCE, WeightsVersion::at(4));
         assert_eq!(gone, TransportError::Pruned { version, newest });
         assert_eq!(
             gone.to_string(),
@@ -340,7 +370,10 @@ mod tests {
         );
         assert_eq!(*held, blob(0));
         assert_eq!(
-            *shelf.fetch(WeightsVersion(2)).await.expect("two are kept"),
+            *shelf
+                .fetch(WeightsVersion::at(2))
+                .await
+                .expect("two are kept"),
             blob(2)
         );
     }
@@ -349,7 +382,7 @@ mod tests {
     async fn a_closed_shelf_wakes_its_readers_and_takes_nothing_more() {
         let shelf = shelf_with(&[1]);
         let announcements = shelf.subscribe();
-        let mut newer = pin!(announcements.newer_than(WeightsVersion(1)));
+        let mut newer = pin!(announcements.newer_than(WeightsVersion::at(1)));
         assert!(waits(newer.as_mut()).await);
         shelf.close();
         assert_eq!(newer.await, Err(TransportError::ShelfClosed));
@@ -359,7 +392,10 @@ mod tests {
             Err(TransportError::ShelfClosed)
         );
         assert_eq!(
-            *shelf.fetch(WeightsVersion(1)).await.expect("still there"),
+            *shelf
+                .fetch(WeightsVersion::at(1))
+                .await
+                .expect("still there"),
             blob(1)
         );
     }
@@ -368,7 +404,7 @@ mod tests {
     async fn readers_learn_that_no_handle_on_the_shelf_is_left() {
         let announcements = shelf_with(&[1]).subscribe();
         assert_eq!(
-            announcements.newer_than(WeightsVersion(1)).await,
+            announcements.newer_than(WeightsVersion::at(1)).await,
             Err(TransportError::ShelfClosed)
         );
     }

@@ -1,22 +1,19 @@
-//! The two ends of a stream. Both may be cloned, and either may be used by an async task or by a
-//! compute thread: every wait has an async and a blocking form.
+//! The two ends of a stream, whatever lies between them. Both may be cloned.
 
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
-use std::time::Duration;
 
 use messages::wire::Message;
 
 use crate::memory::{Downstream, Queue, Upstream};
-use crate::{Closed, ClosedBy, DeadLetter, Delivery, Unsent};
+use crate::{ClosedBy, Delivery, TransportError, jetstream};
 
 /// How many messages a stream holds, and how often it tries to deliver one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// How many messages may be unacknowledged, queued and in hand together. As many dead letters are
-    /// kept besides.
+    /// How many messages may be unacknowledged, queued and in hand together.
     pub capacity: NonZeroUsize,
-    /// How often one message is delivered before it becomes a dead letter.
+    /// How often one message is delivered before it is [given up](Delivery::is_given_up).
     pub max_deliveries: NonZeroU32,
 }
 
@@ -35,26 +32,26 @@ impl Limits {
 }
 
 /// Everything that has happened to a stream's messages, seen at one moment. Each number is counted by
-/// itself, so `sent = acknowledged + dead + queued + in_hand` says that nothing was lost.
+/// itself, so `sent = acknowledged + queued + in_hand` says that nothing was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
     /// Messages taken from senders.
     pub sent: u64,
-    /// Messages whose stay ended well.
+    /// Messages whose stay ended.
     pub acknowledged: u64,
-    /// Returns to the queue: one message may be returned several times.
-    pub redelivered: u64,
-    /// Messages that became dead letters.
-    pub dead: u64,
-    /// Dead letters that nobody fetched before newer ones needed their room; part of `dead`.
-    pub discarded: u64,
     /// Messages that wait for a receiver.
     pub queued: u64,
     /// Messages delivered and not yet acknowledged.
     pub in_hand: u64,
+    /// Returns to the queue: one message may be returned several times. Over JetStream: messages that
+    /// are being delivered again.
+    pub redelivered: u64,
+    /// Messages that were delivered as often as the stream allows and returned each time. Over
+    /// JetStream: those that lie among the dead letters.
+    pub given_up: u64,
 }
 
-/// The end of a stream that messages enter. The stream closes when the last clone is gone.
+/// The end of a stream that messages enter. In memory the stream closes when the last clone is gone.
 #[derive(Debug)]
 pub struct Sender<T> {
     kind: SenderKind<T>,
@@ -63,10 +60,11 @@ pub struct Sender<T> {
 #[derive(Debug)]
 enum SenderKind<T> {
     Memory(Arc<Upstream<T>>),
+    JetStream(Arc<jetstream::Upstream>),
 }
 
 /// The end of a stream that messages leave. Clones share the messages: each is delivered to one of
-/// them at a time. When the last clone is gone the stream takes no more messages.
+/// them at a time. In memory, when the last clone is gone the stream takes no more messages.
 #[derive(Debug)]
 pub struct Receiver<T> {
     kind: ReceiverKind<T>,
@@ -75,6 +73,7 @@ pub struct Receiver<T> {
 #[derive(Debug)]
 enum ReceiverKind<T> {
     Memory(Arc<Downstream<T>>),
+    JetStream(Arc<jetstream::Downstream<T>>),
 }
 
 /// A stream in memory for `capacity` unacknowledged messages. `name` appears in errors and logs.
@@ -103,152 +102,119 @@ where
 }
 
 impl<T: Message + Clone + Send + Sync + 'static> Sender<T> {
-    /// Sends `message`, waiting while every place is taken by an unacknowledged one. A call that is
-    /// cancelled while it waits has sent nothing.
-    ///
-    /// # Errors
-    /// When the stream is closed, before the call or during it; the message was not sent.
-    pub async fn send(&self, message: T) -> Result<(), Closed> {
-        self.memory().send(message).await
+    pub(crate) fn over_jetstream(upstream: Arc<jetstream::Upstream>) -> Self {
+        Self {
+            kind: SenderKind::JetStream(upstream),
+        }
     }
 
-    /// As [`Self::send`], for compute threads: blocks the thread.
+    /// Sends `message` and returns once it is stored, waiting while every place is taken by an
+    /// unacknowledged one. In memory, a call that is cancelled while it waits has sent nothing; over
+    /// JetStream it may have, and sending the same message again stores it once.
     ///
     /// # Errors
-    /// As [`Self::send`].
-    pub fn send_blocking(&self, message: T) -> Result<(), Closed> {
-        self.memory().send_blocking(message)
+    /// When the stream is closed, before the call or during it, or the server cannot be had; the message
+    /// was not sent, as far as is known.
+    pub async fn send(&self, message: T) -> Result<(), TransportError> {
+        match &self.kind {
+            SenderKind::Memory(upstream) => Ok(upstream.0.send(message).await?),
+            SenderKind::JetStream(upstream) => upstream.send(&message).await,
+        }
     }
 
-    /// Sends `message` if there is a place for it now.
-    ///
-    /// # Errors
-    /// When there is none or the stream is closed; the message comes back.
-    pub fn try_send(&self, message: T) -> Result<(), Unsent<T>> {
-        self.memory().try_send(message)
-    }
-
-    /// Ends the stream for all its senders. What was sent is still delivered, and redelivered, until
-    /// all of it is settled.
+    /// Ends a stream in memory for all its senders. What was sent is still delivered, and redelivered,
+    /// until all of it is settled. A stream over JetStream outlives its senders and is not closed.
     pub fn close(&self) {
-        self.memory().close(ClosedBy::Senders);
+        if let SenderKind::Memory(upstream) = &self.kind {
+            upstream.0.close(ClosedBy::Senders);
+        }
     }
 }
 
 impl<T: Message + Clone + Send + Sync + 'static> Receiver<T> {
+    pub(crate) fn over_jetstream(downstream: Arc<jetstream::Downstream<T>>) -> Self {
+        Self {
+            kind: ReceiverKind::JetStream(downstream),
+        }
+    }
+
     /// The next message: the oldest that is queued, returned ones included. A call that is cancelled
-    /// while it waits has taken nothing.
+    /// while it waits has lost nothing.
     ///
     /// # Errors
-    /// When the stream is closed and all that was sent is settled. While any message is in another
-    /// receiver's hands the call waits, since that message may come back.
-    pub async fn receive(&self) -> Result<Delivery<T>, Closed> {
-        self.memory().receive().await.map(Delivery::memory)
+    /// When the stream is closed and all that was sent is settled: while any message is in another
+    /// receiver's hands the call waits, since that message may come back. Over JetStream, when the server
+    /// cannot be had.
+    pub async fn receive(&self) -> Result<Delivery<T>, TransportError> {
+        match &self.kind {
+            ReceiverKind::Memory(downstream) => Ok(Delivery::memory(downstream.0.receive().await?)),
+            ReceiverKind::JetStream(downstream) => downstream.receive().await,
+        }
     }
 
-    /// As [`Self::receive`], for compute threads: blocks the thread.
-    ///
-    /// # Errors
-    /// As [`Self::receive`].
-    pub fn receive_blocking(&self) -> Result<Delivery<T>, Closed> {
-        self.memory().receive_blocking().map(Delivery::memory)
-    }
-
-    /// As [`Self::receive_blocking`], but gives up with `None` after `timeout`. In async code, put a
-    /// timeout around [`Self::receive`] instead.
-    ///
-    /// # Errors
-    /// As [`Self::receive`].
-    pub fn receive_timeout(&self, timeout: Duration) -> Result<Option<Delivery<T>>, Closed> {
-        Ok(self
-            .memory()
-            .receive_timeout(timeout)?
-            .map(Delivery::memory))
-    }
-
-    /// The next message if one is queued now; `None` also when the stream has ended.
+    /// The next message if one is here now; `None` also when the stream has ended.
     pub fn try_receive(&self) -> Option<Delivery<T>> {
-        self.memory().try_receive().map(Delivery::memory)
-    }
-
-    /// The messages that were given up since the last call, oldest first; each is handed out once. Of
-    /// those nobody fetches, the newest `capacity` are kept.
-    #[must_use = "a dead letter is handed out once"]
-    pub fn dead_letters(&self) -> Vec<DeadLetter<T>> {
-        self.memory().take_dead_letters()
-    }
-}
-
-impl<T> Sender<T> {
-    fn memory(&self) -> &Arc<Queue<T>> {
         match &self.kind {
-            SenderKind::Memory(upstream) => &upstream.0,
+            ReceiverKind::Memory(downstream) => downstream.0.try_receive().map(Delivery::memory),
+            ReceiverKind::JetStream(downstream) => downstream.try_receive(),
+        }
+    }
+
+    /// Says that up to `messages` could be taken at once from here on: over JetStream so many are fetched
+    /// together.
+    pub fn prefetch(&self, messages: usize) {
+        if let ReceiverKind::JetStream(downstream) = &self.kind {
+            downstream.prefetch(messages);
         }
     }
 }
 
-impl<T> Receiver<T> {
-    fn memory(&self) -> &Arc<Queue<T>> {
-        match &self.kind {
-            ReceiverKind::Memory(downstream) => &downstream.0,
-        }
-    }
-}
-
-/// What both ends can tell about their stream, for metrics.
+/// What both ends can tell about their stream.
 macro_rules! gauges {
-    ($($end:ident),*) => {
+    ($($end:ident, $kind:ident);*) => {
         $(impl<T> $end<T> {
             /// The stream's name.
             #[must_use]
             pub fn name(&self) -> &'static str {
-                self.memory().name()
-            }
-
-            /// How many messages may be unacknowledged.
-            #[must_use]
-            pub fn capacity(&self) -> usize {
-                self.memory().limits().capacity.get()
-            }
-
-            /// How many messages wait for a receiver.
-            #[must_use]
-            pub fn depth(&self) -> u64 {
-                self.counts().queued
-            }
-
-            /// How many messages are delivered and not yet acknowledged.
-            #[must_use]
-            pub fn in_hand(&self) -> u64 {
-                self.counts().in_hand
+                match &self.kind {
+                    $kind::Memory(end) => end.0.name(),
+                    $kind::JetStream(end) => end.name(),
+                }
             }
 
             /// All counts, at one moment.
-            #[must_use]
-            pub fn counts(&self) -> Counts {
-                self.memory().counts()
+            ///
+            /// # Errors
+            /// When the server does not answer.
+            pub async fn counts(&self) -> Result<Counts, TransportError> {
+                match &self.kind {
+                    $kind::Memory(end) => Ok(end.0.counts()),
+                    $kind::JetStream(end) => end.counts().await,
+                }
             }
         })*
     };
 }
 
-gauges!(Sender, Receiver);
+gauges!(Sender, SenderKind; Receiver, ReceiverKind);
 
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
-        let SenderKind::Memory(upstream) = &self.kind;
-        Self {
-            kind: SenderKind::Memory(Arc::clone(upstream)),
-        }
+        let kind = match &self.kind {
+            SenderKind::Memory(upstream) => SenderKind::Memory(Arc::clone(upstream)),
+            SenderKind::JetStream(upstream) => SenderKind::JetStream(Arc::clone(upstream)),
+        };
+        Self { kind }
     }
 }
 
 impl<T> Clone for Receiver<T> {
     fn clone(&self) -> Self {
-        let ReceiverKind::Memory(downstream) = &self.kind;
-        Self {
-            kind: ReceiverKind::Memory(Arc::clone(downstream)),
-        }
+        let kind = match &self.kind {
+            ReceiverKind::Memory(downstream) => ReceiverKind::Memory(Arc::clone(downstream)),
+            ReceiverKind::JetStream(downstream) => ReceiverKind::JetStream(Arc::clone(downstream)),
+        };
+        Self { kind }
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
     failure::Misuse,
-    world::{self, World},
+    world::{self, JudgeSource, World},
 };
 
 /// Prompts whose golden answers are compared, in turn.
@@ -63,13 +63,15 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     settings.preference.http.listen = "127.0.0.1:0".into();
     settings.preference.http.token_path = PathBuf::new();
     let world = world::build(&settings, &|| false)?;
+    let judge = JudgeSource::open(&settings, Some(world.policy()), &|| false)?;
+    let judge = Arc::new(judge);
     let rows = rows(&world)?;
     let time = Duration::from_secs_f64(arguments.seconds);
-    let own = alone(&settings, &world, &rows, time)?;
+    let own = alone(&settings, &judge, &rows, time)?;
     let runtime = crate::runtime()?;
-    let served = runtime.block_on(serve(&settings, &world, &rows, (arguments.clients, time)))?;
+    let served = runtime.block_on(serve(&settings, &judge, &rows, (arguments.clients, time)))?;
     settings.preference.max_batch = 1;
-    let single = runtime.block_on(serve(&settings, &world, &rows, (arguments.clients, time)))?;
+    let single = runtime.block_on(serve(&settings, &judge, &rows, (arguments.clients, time)))?;
     let report = json!({
         "judge": settings.preference.judge.name(),
         "clients": arguments.clients,
@@ -122,7 +124,7 @@ fn rows(world: &World) -> anyhow::Result<Vec<Row>> {
                 id,
                 release: Release::single(id),
                 purpose: Purpose::Train,
-                version: WeightsVersion(0),
+                version: WeightsVersion::REFERENCE,
                 seed: Seed(0),
                 ids: asked.ids,
                 text: asked.text,
@@ -136,8 +138,13 @@ fn rows(world: &World) -> anyhow::Result<Vec<Row>> {
 }
 
 /// Pairs a second of the judge by itself, in full batches, one after the other.
-fn alone(settings: &Settings, world: &World, rows: &[Row], time: Duration) -> anyhow::Result<f64> {
-    let mut judge: Box<dyn Judge> = world.judge.make()?;
+fn alone(
+    settings: &Settings,
+    judge: &JudgeSource,
+    rows: &[Row],
+    time: Duration,
+) -> anyhow::Result<f64> {
+    let mut judge: Box<dyn Judge> = judge.make()?;
     let comparisons: Vec<_> = rows
         .iter()
         .map(|row| Comparison {
@@ -178,12 +185,12 @@ impl Served {
 /// The service with so many clients, each asking again as soon as it is answered.
 async fn serve(
     settings: &Settings,
-    world: &World,
+    judge: &Arc<JudgeSource>,
     rows: &[Row],
     (clients, time): (usize, Duration),
 ) -> anyhow::Result<Served> {
-    let bench = world::bench(settings, &world.judge)?;
-    let server = world::server(settings, &world.judge, bench).await?;
+    let bench = world::bench(settings, judge)?;
+    let server = world::server(settings, judge, bench).await?;
     let url = format!("http://{}/v1/preferences", server.address());
     let (quit, quitting) = watch::channel(false);
     let serving = tokio::spawn(server.run(quitting));

@@ -177,7 +177,7 @@ fn answer(
             id,
             release: Release::single(id),
             purpose: Purpose::Evaluate,
-            version: WeightsVersion(0),
+            version: WeightsVersion::REFERENCE,
             seed,
             ids: row.ids,
             text: row.text,
@@ -197,7 +197,7 @@ fn answer(
             }
             answered.push(Pair {
                 prompt,
-                version: WeightsVersion(0),
+                version: WeightsVersion::REFERENCE,
                 completions,
                 actor: "eval".into(),
             });

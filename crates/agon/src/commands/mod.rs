@@ -1,5 +1,6 @@
 //! One command a file: its arguments with their help, and what it does.
 
+pub(crate) mod actor;
 pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod doctor;
@@ -7,7 +8,10 @@ pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod fit_preference;
 pub(crate) mod generate;
+pub(crate) mod learner;
+pub(crate) mod manifests;
 pub(crate) mod preference;
 pub(crate) mod score;
 pub(crate) mod sft;
+pub(crate) mod status;
 pub(crate) mod train;

@@ -1,14 +1,22 @@
-//! `agon preference`: the preference service alone, over HTTP.
+//! `agon preference`: the preference service alone, over HTTP or as a part of a run over JetStream.
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
-use settings::{Override, Settings, resolve_file};
+use settings::{Override, Settings, TransportSettings, resolve_file};
 use telemetry::Exporter;
 
-use crate::{failure::Misuse, interrupt, world};
+use crate::{
+    failure::Misuse,
+    interrupt,
+    presence::host,
+    roles::{self, Joined},
+    world,
+};
 
-/// Serve the judge of a configuration over HTTP, for other trainers.
+/// Serve the judge of a configuration: to a run over JetStream, or over HTTP to other trainers.
 ///
+/// With transport.kind = "jetstream" it joins the run, labels its pairs until the run is done, and serves
+/// HTTP besides where preference.http.listen says. Without, it serves HTTP alone:
 /// POST /v1/preferences with {"pairs": [{"prompt", "first", "second"}]} tells for every pair the
 /// probability that the first response is preferred to the second. GET /healthz tells that the process
 /// lives, GET /readyz that a judge can be asked. The address stands on standard output; SIGTERM or Ctrl-C
@@ -22,16 +30,42 @@ pub(crate) struct Arguments {
     /// Change one setting, VALUE being TOML; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<Override>,
+    /// The service's name in the run's status; this machine's name and a process id by default.
+    #[arg(long)]
+    name: Option<String>,
+    /// The run directory, where the adversarial game keeps its rounds; <run.output_dir>/<run.name> by default.
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Leave when standard input ends, as on SIGTERM: for whoever starts this process and watches it.
+    #[arg(long, hide = true)]
+    end_with_stdin: bool,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
+    if let TransportSettings::Jetstream(_) = settings.transport {
+        return crate::runtime()?.block_on(join(arguments, &settings));
+    }
     if settings.preference.http.listen.is_empty() {
         let reason = "preference.http.listen is empty: say where to listen, as in \
                       --set 'preference.http.listen=\"127.0.0.1:8000\"'";
         return Err(Misuse(reason.into()).into());
     }
     crate::runtime()?.block_on(serve(&settings))
+}
+
+async fn join(arguments: &Arguments, settings: &Settings) -> anyhow::Result<ExitCode> {
+    let exporter = Exporter::start(settings.telemetry.listen)?;
+    let metrics = format!("http://{}/metrics", exporter.address());
+    let name = arguments.name.clone();
+    let name = name.unwrap_or_else(|| format!("{}-{}", host(), std::process::id()));
+    tracing::info!(name, metrics, "agon {}", env!("CARGO_PKG_VERSION"));
+    let stop = interrupt::on_signal_or_end(arguments.end_with_stdin)?;
+    let run_dir = arguments.run_dir.clone();
+    let run_dir = run_dir.unwrap_or_else(|| settings.run.output_dir.join(&settings.run.name));
+    let joined = Joined::connect(settings, name, metrics).await?;
+    roles::join_preference(&joined, settings, &run_dir, &stop).await?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn serve(settings: &Settings) -> anyhow::Result<ExitCode> {

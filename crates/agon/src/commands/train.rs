@@ -1,4 +1,4 @@
-//! `agon train`: the whole system in one process.
+//! `agon train`: the whole system, in one process or in many.
 
 use std::{
     path::{Path, PathBuf},
@@ -8,51 +8,62 @@ use std::{
 
 use anyhow::Context;
 use learner::Ending;
-use settings::{Override, Resolved, resolve_file};
+use settings::{Override, Resolved, Settings, TransportSettings, resolve_file};
 use telemetry::{Exporter, RunDirectory, write_atomically};
 
 use crate::{
     failure::{Code, Misuse},
-    interrupt,
+    interrupt, launch,
     report::Report,
-    roles, world,
+    roles,
+    world::{self, JudgeSource, World},
 };
 
 /// Align a model by self-play, from a configuration file.
 ///
 /// Runs actors, preference service and learner side by side and writes a run directory: the resolved
 /// configuration, metrics.jsonl, samples.jsonl, checkpoints (each a Hugging Face folder) and, at the end,
-/// report.json and report.md. SIGTERM or Ctrl-C saves and leaves with exit code 5; --resume goes on.
+/// report.json and report.md. SIGTERM or Ctrl-C saves and leaves with exit code 5; --resume goes on. With
+/// transport.kind = "jetstream" the roles are processes, started and watched by this one.
 ///
 /// Example: agon train configs/quickstart.toml --set learner.steps=100
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// The configuration. `configs/default.toml` explains every key.
-    config: PathBuf,
+    pub(super) config: PathBuf,
     /// Change one setting, VALUE being TOML; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    pub(super) set: Vec<Override>,
     /// The run directory, in place of <run.output_dir>/<run.name>.
     #[arg(long, value_name = "DIR")]
-    run_dir: Option<PathBuf>,
+    pub(super) run_dir: Option<PathBuf>,
     /// Go on from a checkpoint: `latest` (when no value is given), `auto` (the latest if there is one,
     /// else begin), or a checkpoint's folder.
     #[arg(long, value_name = "WHICH", num_args = 0..=1, default_missing_value = "latest")]
-    resume: Option<String>,
+    pub(super) resume: Option<String>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let resolved = resolve_file(&arguments.config, &arguments.set)?;
-    let run = &resolved.settings.run;
-    let path = arguments
-        .run_dir
-        .clone()
-        .unwrap_or_else(|| run.output_dir.join(&run.name));
-    crate::runtime()?.block_on(align(&path, &resolved, arguments.resume.as_deref()))
+    let path = arguments.path(&resolved.settings);
+    let resume = arguments.resume.as_deref();
+    let runtime = crate::runtime()?;
+    match resolved.settings.transport {
+        TransportSettings::Memory {} => runtime.block_on(align(&path, &resolved, resume)),
+        TransportSettings::Jetstream(_) => runtime.block_on(launch::run(&path, &resolved, resume)),
+    }
+}
+
+impl Arguments {
+    /// The run directory.
+    pub(super) fn path(&self, settings: &Settings) -> PathBuf {
+        let named = || settings.run.output_dir.join(&settings.run.name);
+        self.run_dir.clone().unwrap_or_else(named)
+    }
 }
 
 /// Makes the run directory, or opens it and finds the checkpoint to go on from.
-fn open(
+pub(super) fn open(
     path: &Path,
     resolved: &Resolved,
     resume: Option<&str>,
@@ -102,8 +113,33 @@ async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow
     );
     let stop = interrupt::on_signal()?;
     let world = tokio::task::block_in_place(|| world::build(settings, &|| *stop.borrow()))?;
+    let judge = tokio::task::block_in_place(|| {
+        JudgeSource::open(settings, Some(world.policy()), &|| *stop.borrow())
+    })?;
     let (directory, resume) = open(path, resolved, resume)?;
     let directory = Arc::new(directory);
+    announce(settings, &world);
+    let outcome = roles::run(
+        settings,
+        (&world, &Arc::new(judge)),
+        &directory,
+        resume,
+        &stop,
+    )
+    .await?;
+    Report::new(settings, &world, &outcome)?.tell(&directory)?;
+    Ok(code_of(outcome.summary.ending))
+}
+
+pub(super) fn code_of(ending: Ending) -> ExitCode {
+    match ending {
+        Ending::Finished => ExitCode::SUCCESS,
+        Ending::Interrupted => Code::Interrupted.into(),
+    }
+}
+
+/// Says that a run begins.
+pub(super) fn announce(settings: &Settings, world: &World) {
     tracing::info!(
         model = %world.folder.path.display(),
         parameters = world.folder.config.parameter_count(),
@@ -112,10 +148,4 @@ async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow
         steps = settings.learner.steps,
         "aligning"
     );
-    let outcome = roles::run(settings, &world, &directory, resume, &stop).await?;
-    Report::new(settings, &world, &outcome)?.tell(&directory)?;
-    Ok(match outcome.summary.ending {
-        Ending::Finished => ExitCode::SUCCESS,
-        Ending::Interrupted => Code::Interrupted.into(),
-    })
 }

@@ -1,18 +1,21 @@
 //! The adversarial game of a run, ready for its next round.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
+use model::{ModelFolder, Weights};
 use preference::apo::{Game, GameParts, History};
 use settings::{JudgeSettings, Settings};
-use telemetry::RunDirectory;
 
-use super::{JudgeSource, Opened, Trunk, World, annotated};
+use super::{JudgeSource, Opened, Trunk, annotated};
 
 /// Where the rounds of a run lie.
-pub(crate) fn rounds(directory: &RunDirectory) -> PathBuf {
-    directory.root().join("preference")
+pub(crate) fn rounds(run: &Path) -> PathBuf {
+    run.join("preference")
 }
 
 /// The model that judges at learner step `step` of a run that has a game, and its version.
@@ -20,20 +23,21 @@ pub(crate) struct Judging {
     model: model::RewardModel,
     /// 1 for the initial one, one more for every round.
     version: JudgeVersion,
-    /// The rounds so far.
+    /// The rounds so far, and where they lie.
     history: History,
+    rounds: PathBuf,
 }
 
 impl Judging {
     /// Finds it: the newest that was accepted, or the initial one.
     pub(crate) fn find(
         settings: &Settings,
-        world: &World,
-        directory: &RunDirectory,
+        judge: &JudgeSource,
+        rounds: PathBuf,
         step: u64,
     ) -> anyhow::Result<Self> {
-        let history = History::take_up(&rounds(directory), step)?;
-        let initial = world.judge.model().context("the judge is a model")?;
+        let history = History::take_up(&rounds, step)?;
+        let initial = judge.model().context("the judge is a model")?;
         let model = match &history.model() {
             Some(path) => Opened::open(path, None, &super::device(settings)?)?.model,
             None => initial.model.clone(),
@@ -42,12 +46,13 @@ impl Judging {
             model,
             version: version(history.judging_round()),
             history,
+            rounds,
         })
     }
 
     /// The judge of the run with this model.
-    pub(crate) fn source(&self, world: &World) -> anyhow::Result<Arc<JudgeSource>> {
-        let source = world.judge.succeeded_by(self.model.clone(), self.version)?;
+    pub(crate) fn source(&self, judge: &JudgeSource) -> anyhow::Result<Arc<JudgeSource>> {
+        let source = judge.succeeded_by(self.model.clone(), self.version)?;
         Ok(Arc::new(source))
     }
 
@@ -55,11 +60,11 @@ impl Judging {
     pub(crate) fn game(
         self,
         settings: &Settings,
-        world: &World,
-        directory: &RunDirectory,
+        policy: (&ModelFolder, &Weights),
+        judge: &JudgeSource,
         stopped: &dyn Fn() -> bool,
     ) -> anyhow::Result<Game> {
-        let initial = world.judge.model().context("the judge is a model")?;
+        let initial = judge.model().context("the judge is a model")?;
         let mut settings = settings.clone();
         let fit = &mut settings.preference.fit;
         if let JudgeSettings::Pairwise { .. } = settings.preference.judge {
@@ -67,7 +72,6 @@ impl Judging {
         } else {
             fit.head = settings::Head::BradleyTerry;
         }
-        let policy = (&*world.folder, &world.weights);
         let trunk = Trunk::open(&settings, policy)?;
         let pairs = annotated(&settings, &trunk.folder, policy, stopped)?;
         Ok(Game::new(GameParts {
@@ -79,7 +83,7 @@ impl Judging {
             annotated: pairs.fitting,
             held_out: pairs.validation,
             gold: super::gold(&settings),
-            directory: rounds(directory),
+            directory: self.rounds,
             seed: Seed(settings.run.seed),
             settings: settings.preference.apo,
             fit: settings.preference.fit,

@@ -42,7 +42,7 @@ impl Learner {
             dropped.get(&DropReason::Stale).map_or(0.0, |&n| n as f64),
         );
         m.set("staleness/in_flight", self.feed.outstanding() as f64);
-        m.set("policy_version", self.state.version.0 as f64);
+        m.set("policy_version", self.state.version.step as f64);
         m.set("time/step", seconds);
         m.set("time/wait_for_batch", waited);
         m.set("idle_ratio", waited / seconds.max(1e-9));

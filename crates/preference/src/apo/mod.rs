@@ -220,7 +220,7 @@ impl Game {
             collected.into_iter().map(|c| (c.contest, c.known)).unzip();
         let round = Round {
             number: self.round,
-            step: version.0,
+            step: version.step,
             contests,
             known: known.concat(),
             without_golden: std::mem::take(&mut self.without_golden),
@@ -230,7 +230,7 @@ impl Game {
         let (reply, fitting) = oneshot::channel();
         tracing::info!(
             round = self.round,
-            step = version.0,
+            step = version.step,
             "fitting a preference model on the policy's samples"
         );
         thread::Builder::new()

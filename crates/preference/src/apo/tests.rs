@@ -61,7 +61,7 @@ impl Table {
 /// Two samples of the policy: 6, and 7.
 fn samples(id: u64, golden: Option<Vec<u32>>) -> Pair {
     let mut pair = pair(id, &["", ""]);
-    pair.version = WeightsVersion(50);
+    pair.version = WeightsVersion::at(50);
     pair.prompt.purpose = Purpose::Contest;
     pair.prompt.ids = vec![0, 4 + id as u32, 2];
     pair.prompt.golden = golden;

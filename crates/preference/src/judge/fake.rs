@@ -113,7 +113,7 @@ pub(crate) fn prompt() -> Prompt {
         id: PromptId(0),
         release: Release::single(PromptId(0)),
         purpose: Purpose::Train,
-        version: WeightsVersion(0),
+        version: WeightsVersion::REFERENCE,
         seed: Seed(0),
         ids: vec![0],
         text: "say".into(),
@@ -129,7 +129,7 @@ pub(crate) fn pair(id: u64, texts: &[&str]) -> Pair {
             id: PromptId(id),
             ..prompt()
         },
-        version: WeightsVersion(0),
+        version: WeightsVersion::REFERENCE,
         completions: texts.iter().map(|text| completion(text, &[1])).collect(),
         actor: "actor-0".into(),
     }

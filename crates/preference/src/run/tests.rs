@@ -4,10 +4,11 @@ use std::num::{NonZeroU32, NonZeroUsize};
 
 use std::time::Duration;
 
-use messages::{JudgeVersion, Purpose};
+use futures_util::FutureExt;
+use messages::{DropReason, JudgeVersion, PromptId, Purpose};
 use telemetry::Exporter;
 use tokio::time::sleep;
-use transport::{ClosedBy, Limits, stream, stream_within};
+use transport::{ClosedBy, Counts, Limits, stream, stream_within};
 
 use super::*;
 use crate::bench::fake::{self, FakeReplica, bench};
@@ -48,12 +49,19 @@ impl House {
 
     fn send(&self, pair: Pair) {
         let pairs = self.pairs.as_ref().expect("the stream is open");
-        pairs.try_send(pair).expect("there is a place");
+        let sent = pairs.send(pair).now_or_never();
+        sent.expect("there is a place").expect("the stream is open");
     }
 
     /// Sends pairs of the completions "a" and "b" with these ids.
     fn send_all(&self, ids: std::ops::Range<u64>) {
         ids.for_each(|id| self.send(pair(id, &["a", "b"])));
+    }
+
+    /// What the stream of pairs says of itself.
+    fn intake(&self) -> Counts {
+        let counts = self.intake.counts().now_or_never();
+        counts.expect("at once").expect("it is in memory")
     }
 
     fn close(&mut self) {
@@ -185,7 +193,7 @@ async fn pairs_that_wait_are_judged_in_batches_up_to_the_limit_and_keep_their_or
             "{name}"
         );
         assert_eq!(house.books(), [count, count, 0, 0], "{name}");
-        assert_eq!(house.intake.counts().acknowledged, count, "{name}");
+        assert_eq!(house.intake().acknowledged, count, "{name}");
     }
 }
 
@@ -303,7 +311,7 @@ async fn what_is_not_judged_is_dropped_with_its_reason_and_never_asked_again() {
         "the two of the first batch again, each alone"
     );
     assert_eq!(house.books(), [6, 3, 3, 0]);
-    assert_eq!(house.intake.counts().acknowledged, 6);
+    assert_eq!(house.intake().acknowledged, 6);
 }
 
 #[tokio::test]
@@ -326,7 +334,7 @@ async fn a_panic_of_the_last_judge_ends_the_service_and_its_pairs_wait_for_the_n
         error.contains("the judge fake is gone: preference-judge: it panicked: asked 2 times"),
         "{error}"
     );
-    assert_eq!(house.books(), [3, 2, 0, 1]);
+    assert_eq!(house.books(), [2, 2, 0, 0]);
 
     house.run(even(), 2).await.expect("the stream ended");
     assert_eq!(house.labelled_ids(), [0, 1, 2]);
@@ -420,7 +428,7 @@ async fn no_more_pairs_are_taken_than_questions_may_wait() {
     let service = Preference::new(house.parts(bench([judge], narrow)));
     let watching = async {
         for _ in 0..10 {
-            assert!(house.intake.in_hand() <= 3, "{}", house.intake.in_hand());
+            assert!(house.intake().in_hand <= 3, "{:?}", house.intake());
             let labelled = house.labelled.1.receive().await.expect("the service runs");
             labelled.acknowledge();
         }
@@ -444,7 +452,7 @@ async fn a_service_that_is_cancelled_in_the_middle_of_a_batch_loses_nothing() {
     }
     drop(gate);
     assert_eq!(house.labelled_ids(), [0; 0]);
-    assert_eq!((house.intake.in_hand(), house.intake.depth()), (0, 4));
+    assert_eq!((house.intake().in_hand, house.intake().queued), (0, 4));
 
     house.run(even(), 3).await.expect("the stream ended");
     assert_eq!(house.labelled_ids(), [0, 1, 2, 3]);
@@ -470,7 +478,7 @@ async fn a_shutdown_finishes_the_work_in_hand_and_takes_no_more() {
     ended.expect("it was stopped");
     assert_eq!(house.labelled_ids(), [0, 1]);
     assert_eq!(house.books(), [2, 2, 0, 0]);
-    assert_eq!(house.intake.depth(), 1, "the third was not taken");
+    assert_eq!(house.intake().queued, 1, "the third was not taken");
     assert!(waits.current().is_empty());
 }
 
@@ -518,13 +526,13 @@ async fn a_pair_whose_label_nobody_takes_is_not_acknowledged() {
         };
         let (ended, ()) = tokio::join!(house.run(judge, 2), stop);
         let cause = ended.err().map(|error| match error {
-            PreferenceError::Closed(closed) => closed.cause,
+            PreferenceError::Transport(TransportError::Closed(closed)) => closed.cause,
             other => panic!("{other}"),
         });
         assert_eq!(cause, expected);
-        let counts = house.intake.counts();
+        let counts = house.intake.counts().await.expect("it is in memory");
         assert_eq!((counts.acknowledged, counts.queued), (0, 2));
-        assert_eq!(house.books(), [2, 0, 0, 2], "taken, and not settled");
+        assert_eq!(house.books(), [0; 4], "given back");
     }
 }
 

@@ -104,7 +104,7 @@ impl Reader {
         let second = response(asked.second, asked.second_ids).map_err(at("second"))?;
         let pair = Pair {
             prompt: of_text(index, text, ids),
-            version: WeightsVersion(0),
+            version: WeightsVersion::REFERENCE,
             completions: vec![first, second],
             actor: "http".into(),
         };
@@ -199,7 +199,7 @@ fn of_text(index: usize, text: String, ids: Vec<u32>) -> Prompt {
         id,
         release: Release::single(id),
         purpose: Purpose::Evaluate,
-        version: WeightsVersion(0),
+        version: WeightsVersion::REFERENCE,
         seed: Seed(0),
         ids,
         text,

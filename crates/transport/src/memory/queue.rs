@@ -4,12 +4,11 @@
 //! Waiting is for tokens, which flume hands to async tasks and to threads alike: one `place` for every
 //! letter that may still be posted, one `ticket` for every letter that lies queued.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
-use crate::{Closed, ClosedBy, Counts, DeadLetter, Limits, Unsent};
+use crate::{Closed, ClosedBy, Counts, Limits};
 
 /// The queue that senders, receivers and deliveries share.
 pub(crate) struct Queue<T> {
@@ -26,13 +25,11 @@ struct Ledger<T> {
     /// By the order of sending. What is returned is older than all that was never delivered, so the
     /// smallest key is the next letter in either case.
     queued: BTreeMap<u64, Letter<T>>,
-    dead_letters: VecDeque<DeadLetter<T>>,
     in_hand: u64,
     sent: u64,
     acknowledged: u64,
     redelivered: u64,
-    dead: u64,
-    discarded: u64,
+    given_up: u64,
     closed: Option<ClosedBy>,
     /// Gone once the queue is closed, which wakes whoever waits for a place.
     free_places: Option<flume::Sender<()>>,
@@ -69,13 +66,11 @@ impl<T> Queue<T> {
         let (new_tickets, tickets) = flume::unbounded();
         let ledger = Ledger {
             queued: BTreeMap::new(),
-            dead_letters: VecDeque::new(),
             in_hand: 0,
             sent: 0,
             acknowledged: 0,
             redelivered: 0,
-            dead: 0,
-            discarded: 0,
+            given_up: 0,
             closed: None,
             free_places: Some(free_places),
             new_tickets: Some(new_tickets),
@@ -94,28 +89,9 @@ impl<T> Queue<T> {
         self.name
     }
 
-    pub(crate) fn limits(&self) -> Limits {
-        self.limits
-    }
-
     pub(crate) async fn send(&self, message: T) -> Result<(), Closed> {
         self.places.recv_async().await.map_err(|_| self.ended())?;
         self.post(message).map_err(|_| self.ended())
-    }
-
-    pub(crate) fn send_blocking(&self, message: T) -> Result<(), Closed> {
-        self.places.recv().map_err(|_| self.ended())?;
-        self.post(message).map_err(|_| self.ended())
-    }
-
-    pub(crate) fn try_send(&self, message: T) -> Result<(), Unsent<T>> {
-        match self.places.try_recv() {
-            Ok(()) => self
-                .post(message)
-                .map_err(|message| Unsent::Closed(message, self.ended())),
-            Err(flume::TryRecvError::Empty) => Err(Unsent::Full(message)),
-            Err(flume::TryRecvError::Disconnected) => Err(Unsent::Closed(message, self.ended())),
-        }
     }
 
     /// Posts `message` into a place that the caller has taken; a closed queue gives it back.
@@ -139,22 +115,6 @@ impl<T> Queue<T> {
         Ok(self.hand_out())
     }
 
-    pub(crate) fn receive_blocking(self: &Arc<Self>) -> Result<Held<T>, Closed> {
-        self.tickets.recv().map_err(|_| self.ended())?;
-        Ok(self.hand_out())
-    }
-
-    pub(crate) fn receive_timeout(
-        self: &Arc<Self>,
-        timeout: Duration,
-    ) -> Result<Option<Held<T>>, Closed> {
-        match self.tickets.recv_timeout(timeout) {
-            Ok(()) => Ok(Some(self.hand_out())),
-            Err(flume::RecvTimeoutError::Timeout) => Ok(None),
-            Err(flume::RecvTimeoutError::Disconnected) => Err(self.ended()),
-        }
-    }
-
     pub(crate) fn try_receive(self: &Arc<Self>) -> Option<Held<T>> {
         self.tickets.try_recv().ok().map(|()| self.hand_out())
     }
@@ -167,6 +127,9 @@ impl<T> Queue<T> {
             .pop_first()
             .expect("there is a queued letter for every ticket");
         letter.deliveries += 1;
+        if letter.deliveries == self.limits.max_deliveries.get() + 1 {
+            ledger.given_up += 1;
+        }
         ledger.in_hand += 1;
         Held {
             queue: Arc::clone(self),
@@ -181,41 +144,10 @@ impl<T> Queue<T> {
     }
 
     fn take_back(&self, letter: Letter<T>) {
-        if letter.deliveries >= self.limits.max_deliveries.get() {
-            return self.bury(letter);
-        }
         let mut ledger = self.ledger();
         ledger.in_hand -= 1;
         ledger.redelivered += 1;
         ledger.enqueue(letter);
-    }
-
-    fn bury(&self, letter: Letter<T>) {
-        let Letter {
-            deliveries,
-            message,
-            ..
-        } = letter;
-        tracing::warn!(
-            stream = self.name,
-            deliveries,
-            "message given up: it is now a dead letter"
-        );
-        let mut ledger = self.ledger();
-        if ledger.dead_letters.len() == self.limits.capacity.get() {
-            ledger.dead_letters.pop_front();
-            ledger.discarded += 1;
-        }
-        ledger.dead_letters.push_back(DeadLetter {
-            message,
-            deliveries,
-        });
-        ledger.dead += 1;
-        ledger.leave_hand();
-    }
-
-    pub(crate) fn take_dead_letters(&self) -> Vec<DeadLetter<T>> {
-        self.ledger().dead_letters.drain(..).collect()
     }
 
     pub(crate) fn close(&self, by: ClosedBy) {
@@ -231,8 +163,7 @@ impl<T> Queue<T> {
             sent: ledger.sent,
             acknowledged: ledger.acknowledged,
             redelivered: ledger.redelivered,
-            dead: ledger.dead,
-            discarded: ledger.discarded,
+            given_up: ledger.given_up,
             queued: ledger.queued.len() as u64,
             in_hand: ledger.in_hand,
         }
@@ -292,6 +223,10 @@ impl<T> Held<T> {
 
     pub(crate) fn deliveries(&self) -> u32 {
         self.letter().deliveries
+    }
+
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.deliveries() > self.queue.limits.max_deliveries.get()
     }
 
     pub(crate) fn acknowledge(mut self) {

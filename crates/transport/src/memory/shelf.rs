@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn a_blob_that_was_torn_on_the_shelf_is_not_handed_out() {
-        let version = WeightsVersion(1);
+        let version = WeightsVersion::at(1);
         let manifest = WeightsManifest::of(version, b"weights");
         for torn in [b"weight".to_vec(), b"weighty".to_vec()] {
             let shelf = Shelf::new(NonZeroUsize::MIN);

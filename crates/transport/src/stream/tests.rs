@@ -1,16 +1,19 @@
-//! The promises of a stream, seen from its two ends.
+//! The promises of a stream in memory, seen from its two ends.
 
 use std::collections::BTreeSet;
 use std::pin::pin;
 
+use futures_util::FutureExt;
 use messages::{DropReason, Dropped, PromptId, Station};
 
 use super::*;
+use crate::Closed;
 
 /// The smallest message there is, told apart by its number.
 fn note(number: u64) -> Dropped {
     Dropped {
         prompt: PromptId(number),
+        session: 0,
         station: Station::Actor,
         reason: DropReason::Failed,
         detail: String::new(),
@@ -25,10 +28,22 @@ fn open(capacity: usize) -> (Sender<Dropped>, Receiver<Dropped>) {
     stream("notes", capacity)
 }
 
-fn closed(cause: ClosedBy) -> Closed {
-    Closed {
+fn closed(cause: ClosedBy) -> TransportError {
+    TransportError::Closed(Closed {
         stream: "notes",
         cause,
+    })
+}
+
+async fn counts(receiver: &Receiver<Dropped>) -> Counts {
+    receiver.counts().await.expect("it is in memory")
+}
+
+/// Sends these where there is room for all of them.
+async fn send(sender: &Sender<Dropped>, numbers: std::ops::Range<u64>) {
+    for number in numbers {
+        let sent = sender.send(note(number)).now_or_never();
+        sent.expect("there is a place").expect("it is open");
     }
 }
 
@@ -55,10 +70,8 @@ async fn a_message_keeps_its_place_until_it_is_acknowledged() {
     assert!(waits(second.as_mut()).await, "queued");
 
     let delivery = receiver.receive().await.expect("one is queued");
-    assert_eq!(
-        (receiver.depth(), receiver.in_hand(), receiver.capacity()),
-        (0, 1, 1)
-    );
+    let now = counts(&receiver).await;
+    assert_eq!((now.queued, now.in_hand), (0, 1));
     assert!(waits(second.as_mut()).await, "in hand");
 
     delivery.return_for_redelivery();
@@ -95,40 +108,41 @@ async fn only_an_acknowledgement_keeps_a_message_from_coming_back() {
             .try_receive()
             .map(|delivery| (number(&delivery), delivery.deliveries()));
         assert_eq!(again, (!settles).then_some((7, 2)), "{name}");
-        assert_eq!(receiver.counts().acknowledged, u64::from(settles), "{name}");
+        let settled = counts(&receiver).await.acknowledged;
+        assert_eq!(settled, u64::from(settles), "{name}");
     }
 }
 
-#[test]
-fn a_consumer_that_panics_loses_nothing() {
+#[tokio::test]
+async fn a_consumer_that_panics_loses_nothing() {
     let (sender, receiver) = open(2);
-    sender.send_blocking(note(3)).expect("there is a place");
+    send(&sender, 3..4).await;
     let consumer = receiver.clone();
-    std::thread::spawn(move || {
-        let _held = consumer.receive_blocking().expect("one is queued");
+    tokio::spawn(async move {
+        let _held = consumer.receive().await.expect("one is queued");
         std::panic::resume_unwind(Box::new("the consumer fails"));
     })
-    .join()
+    .await
     .expect_err("it panicked");
     let delivery = receiver.try_receive().expect("it came back");
     assert_eq!((number(&delivery), delivery.deliveries()), (3, 2));
 }
 
-#[test]
-fn a_message_taken_by_value_is_the_one_that_was_sent() {
+#[tokio::test]
+async fn a_message_taken_by_value_is_the_one_that_was_sent() {
     let (sender, receiver) = open(1);
-    sender.try_send(note(9)).expect("there is a place");
+    send(&sender, 9..10).await;
     let (message, receipt) = receiver.try_receive().expect("one is queued").take();
     assert_eq!(message, note(9));
-    assert_eq!(receiver.in_hand(), 1);
+    assert_eq!(counts(&receiver).await.in_hand, 1);
     receipt.acknowledge();
-    assert_eq!(receiver.in_hand(), 0);
+    assert_eq!(counts(&receiver).await.in_hand, 0);
 }
 
-#[test]
-fn what_is_returned_comes_before_what_is_new_in_the_order_it_was_sent() {
+#[tokio::test]
+async fn what_is_returned_comes_before_what_is_new_in_the_order_it_was_sent() {
     let (sender, receiver) = open(4);
-    (0..4).for_each(|n| sender.send_blocking(note(n)).expect("there is a place"));
+    send(&sender, 0..4).await;
     let held: Vec<_> = (0..3)
         .map(|_| receiver.try_receive().expect("four were sent"))
         .collect();
@@ -143,65 +157,27 @@ fn what_is_returned_comes_before_what_is_new_in_the_order_it_was_sent() {
     assert_eq!(order, [(0, 2), (1, 2), (2, 2), (3, 1)]);
 }
 
-#[test]
-fn a_message_nobody_acknowledges_becomes_a_dead_letter_and_frees_its_place() {
-    let (sender, receiver) = open(1);
-    let give_up = |n| {
-        sender.try_send(note(n)).expect("the place is free");
-        let deliveries = std::iter::from_fn(|| receiver.try_receive()).map(|d| d.deliveries());
-        assert_eq!(
-            deliveries.collect::<Vec<_>>(),
-            [1, 2, 3, 4, 5],
-            "message {n}"
-        );
-    };
-    give_up(0);
-    assert_eq!(
-        receiver.dead_letters(),
-        [DeadLetter {
-            message: note(0),
-            deliveries: 5
-        }]
-    );
-    assert_eq!(receiver.dead_letters(), [], "each is handed out once");
-
-    (1..=3).for_each(give_up);
-    assert_eq!(
-        receiver.dead_letters(),
-        [DeadLetter {
-            message: note(3),
-            deliveries: 5
-        }]
-    );
-    let counts = receiver.counts();
-    assert_eq!(
-        (
-            counts.sent,
-            counts.dead,
-            counts.discarded,
-            counts.redelivered
-        ),
-        (4, 4, 2, 16)
-    );
-}
-
-#[test]
-fn the_limits_say_how_often_a_message_is_delivered() {
-    let once = Limits {
-        max_deliveries: NonZeroU32::MIN,
-        ..Limits::of(NonZeroUsize::MIN)
-    };
-    let (sender, receiver) = stream_within("notes", once);
-    sender.try_send(note(0)).expect("there is a place");
-    drop(receiver.try_receive().expect("one is queued"));
-    assert!(receiver.try_receive().is_none());
-    assert_eq!(
-        receiver.dead_letters(),
-        [DeadLetter {
-            message: note(0),
-            deliveries: 1
-        }]
-    );
+#[tokio::test]
+async fn a_message_nobody_acknowledges_is_given_up_after_as_many_deliveries_as_the_limits_say() {
+    for most in [1, 2, 5] {
+        let limits = Limits {
+            max_deliveries: NonZeroU32::new(most).expect("not zero"),
+            ..Limits::of(NonZeroUsize::MIN)
+        };
+        let (sender, receiver) = stream_within("notes", limits);
+        send(&sender, 0..1).await;
+        for delivery in 1..=most {
+            let held = receiver.try_receive().expect("it came back");
+            assert_eq!((held.deliveries(), held.is_given_up()), (delivery, false));
+        }
+        for _ in 0..2 {
+            assert!(receiver.try_receive().expect("to be noted").is_given_up());
+        }
+        let noted = receiver.try_receive().expect("to be noted");
+        noted.acknowledge();
+        let now = counts(&receiver).await;
+        assert_eq!((now.given_up, now.acknowledged, now.queued), (1, 1, 0));
+    }
 }
 
 #[test]
@@ -227,15 +203,8 @@ async fn closing_loses_nothing_that_was_sent() {
         let again = end.await.expect("it came back");
         assert_eq!(again.deliveries(), 2, "{name}");
         again.acknowledge();
-        assert_eq!(
-            receiver.receive().await.err(),
-            Some(closed(ClosedBy::Senders)),
-            "{name}"
-        );
-        assert_eq!(
-            receiver.receive_timeout(Duration::ZERO).err(),
-            Some(closed(ClosedBy::Senders))
-        );
+        let ended = receiver.receive().await.err();
+        assert_eq!(ended, Some(closed(ClosedBy::Senders)), "{name}");
     }
 }
 
@@ -246,13 +215,13 @@ async fn the_last_acknowledgement_wakes_whoever_waits_for_the_end() {
     drop(sender);
     let delivery = receiver.receive().await.expect("it was sent before");
     let consumer = receiver.clone();
-    let thread = std::thread::spawn(move || consumer.receive_blocking().err());
+    let task = tokio::spawn(async move { consumer.receive().await.err() });
     let mut end = pin!(receiver.receive());
     assert!(waits(end.as_mut()).await);
     delivery.acknowledge();
     assert_eq!(end.await.err(), Some(closed(ClosedBy::Senders)));
     assert_eq!(
-        thread.join().expect("no panic"),
+        task.await.expect("no panic"),
         Some(closed(ClosedBy::Senders))
     );
 }
@@ -271,8 +240,8 @@ async fn a_closed_stream_takes_nothing_and_wakes_whoever_waits_to_send() {
         .await
         .expect("it was sent before")
         .acknowledge();
-    assert_eq!(other.send_blocking(note(2)), Err(closed(ClosedBy::Senders)));
-    assert_eq!(receiver.counts().sent, 1);
+    assert_eq!(other.send(note(2)).await, Err(closed(ClosedBy::Senders)));
+    assert_eq!(counts(&receiver).await.sent, 1);
 }
 
 #[tokio::test]
@@ -284,13 +253,9 @@ async fn senders_learn_that_every_receiver_is_gone() {
     assert!(waits(waiting.as_mut()).await, "one receiver is left");
     drop(receiver);
     assert_eq!(waiting.await, Err(closed(ClosedBy::Receivers)));
-    match sender.try_send(note(2)) {
-        Err(Unsent::Closed(message, why)) => {
-            assert_eq!((message, why), (note(2), closed(ClosedBy::Receivers)));
-            assert_eq!(why.to_string(), "use stream notes: every receiver is gone");
-        }
-        other => panic!("{other:?}"),
-    }
+    let why = sender.send(note(2)).await.expect_err("nobody is left");
+    assert_eq!(why, closed(ClosedBy::Receivers));
+    assert_eq!(why.to_string(), "use stream notes: every receiver is gone");
 }
 
 #[tokio::test]
@@ -299,36 +264,25 @@ async fn a_cancelled_wait_takes_nothing() {
     {
         let mut receive = pin!(receiver.receive());
         assert!(waits(receive.as_mut()).await);
-        sender.try_send(note(0)).expect("there is a place");
-        let mut send = pin!(sender.send(note(1)));
-        assert!(waits(send.as_mut()).await);
+        send(&sender, 0..1).await;
+        let mut sending = pin!(sender.send(note(1)));
+        assert!(waits(sending.as_mut()).await);
     }
     receiver
         .try_receive()
         .expect("the cancelled receive left it")
         .acknowledge();
-    sender
-        .try_send(note(2))
-        .expect("the cancelled send left the place");
-    assert_eq!(receiver.counts().sent, 2);
-}
-
-#[test]
-fn an_empty_stream_gives_nothing_and_says_so() {
-    let (_sender, receiver) = open(1);
-    assert!(receiver.try_receive().is_none());
-    assert!(
-        receiver
-            .receive_timeout(Duration::ZERO)
-            .expect("open")
-            .is_none()
-    );
+    send(&sender, 2..3).await;
+    assert_eq!(counts(&receiver).await.sent, 2);
+    assert_eq!(number(&receiver.try_receive().expect("one is queued")), 2);
+    let (_sender, empty) = open(1);
+    assert!(empty.try_receive().is_none());
 }
 
 /// Takes everything, failing once at every third message; returns what it acknowledged.
-fn consume(deliveries: impl Iterator<Item = Delivery<Dropped>>) -> Vec<u64> {
+async fn consume(receiver: Receiver<Dropped>) -> Vec<u64> {
     let mut done = Vec::new();
-    for delivery in deliveries {
+    while let Ok(delivery) = receiver.receive().await {
         if number(&delivery).is_multiple_of(3) && delivery.deliveries() == 1 {
             continue;
         }
@@ -339,33 +293,27 @@ fn consume(deliveries: impl Iterator<Item = Delivery<Dropped>>) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tasks_and_threads_share_a_stream_and_every_message_is_settled_once() {
+async fn tasks_share_a_stream_and_every_message_is_settled_once() {
     const EACH: u64 = 2_000;
     let (sender, receiver) = open(3);
-    let thread_sender = sender.clone();
-    let thread = std::thread::spawn(move || {
-        (0..EACH).try_for_each(|n| thread_sender.send_blocking(note(n)))
+    let senders = [(0..EACH), (EACH..2 * EACH)].map(|numbers| {
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            for n in numbers {
+                sender.send(note(n)).await?;
+            }
+            Ok::<_, TransportError>(())
+        })
     });
-    let task = tokio::spawn(async move {
-        for n in EACH..2 * EACH {
-            sender.send(note(n)).await?;
-        }
-        Ok::<_, Closed>(())
-    });
-    let thread_receiver = receiver.clone();
-    let consumer = std::thread::spawn(move || {
-        consume(std::iter::from_fn(|| {
-            thread_receiver.receive_blocking().ok()
-        }))
-    });
-    let mut done = Vec::new();
-    while let Ok(delivery) = receiver.receive().await {
-        done.extend(consume(std::iter::once(delivery)));
+    drop(sender);
+    let consumers = [0, 1].map(|_| tokio::spawn(consume(receiver.clone())));
+    for sender in senders {
+        sender.await.expect("no panic").expect("open to the end");
     }
-    task.await.expect("no panic").expect("open to the end");
-    thread.join().expect("no panic").expect("open to the end");
-    done.extend(consumer.join().expect("no panic"));
-
+    let mut done = Vec::new();
+    for consumer in consumers {
+        done.extend(consumer.await.expect("no panic"));
+    }
     assert_eq!(done.len() as u64, 2 * EACH, "none twice");
     assert_eq!(BTreeSet::from_iter(done), BTreeSet::from_iter(0..2 * EACH));
     let expected = Counts {
@@ -374,5 +322,5 @@ async fn tasks_and_threads_share_a_stream_and_every_message_is_settled_once() {
         redelivered: (2 * EACH).div_ceil(3),
         ..Counts::default()
     };
-    assert_eq!(receiver.counts(), expected);
+    assert_eq!(counts(&receiver).await, expected);
 }

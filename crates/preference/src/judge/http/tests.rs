@@ -293,7 +293,9 @@ async fn with_all_three_away_the_service_waits_by_name_until_one_returns() {
         counters: Arc::clone(&counters),
     });
     let waits = service.waits();
-    (0..20).for_each(|id| pairs.try_send(pair(id, &["a", "b"])).unwrap());
+    for id in 0..20 {
+        pairs.send(pair(id, &["a", "b"])).await.unwrap();
+    }
     drop(pairs);
     let returning = async {
         let told = outage.wait_for(Option::is_some).await.expect("it goes on");
@@ -307,14 +309,14 @@ async fn with_all_three_away_the_service_waits_by_name_until_one_returns() {
         while !is_named() {
             tokio::task::yield_now().await;
         }
-        assert_eq!(labels.counts().sent, 0);
+        assert_eq!(labels.counts().await.unwrap().sent, 0);
         FakeOpenAi::start_at(&addresses[1].to_string(), |_, _| says("[[B]]")).await
     };
     let (_shutdown, running) = watch::channel(false);
     let (ended, server) = tokio::join!(service.run(running), returning);
     ended.expect("the stream ended");
-    assert_eq!(labels.counts().sent, 20, "nothing is lost");
-    assert_eq!(dropped.counts().sent, 0);
+    assert_eq!(labels.counts().await.unwrap().sent, 20, "nothing is lost");
+    assert_eq!(dropped.counts().await.unwrap().sent, 0);
     assert_eq!(counters.snapshot().given, 20);
     assert!(server.asked.lock().unwrap().len() >= 20);
     assert_eq!(counters.snapshot().dropped.get(&DropReason::Failed), None);

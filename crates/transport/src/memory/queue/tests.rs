@@ -1,8 +1,9 @@
 //! The queue against a twin that keeps its books with sets, over random interleavings.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::{NonZeroU32, NonZeroUsize};
 
+use futures_util::FutureExt;
 use proptest::prelude::*;
 
 use super::*;
@@ -36,7 +37,7 @@ struct Twin {
     sent: u64,
     queued: BTreeSet<u64>,
     acknowledged: BTreeSet<u64>,
-    dead: BTreeSet<u64>,
+    deliveries: BTreeMap<u64, u32>,
     closed: bool,
 }
 
@@ -52,7 +53,7 @@ impl Twin {
             sent: 0,
             queued: BTreeSet::new(),
             acknowledged: BTreeSet::new(),
-            dead: BTreeSet::new(),
+            deliveries: BTreeMap::new(),
             closed: false,
         }
     }
@@ -68,13 +69,7 @@ impl Twin {
             }
             Step::Return(at) if !self.held.is_empty() => {
                 let held = self.held.swap_remove(at % self.held.len());
-                let last = held.deliveries() == MAX_DELIVERIES;
-                let to = if last {
-                    &mut self.dead
-                } else {
-                    &mut self.queued
-                };
-                assert!(to.insert(*held.message()));
+                assert!(self.queued.insert(*held.message()));
             }
             Step::Acknowledge(_) | Step::Return(_) => {}
             Step::Close => {
@@ -86,20 +81,14 @@ impl Twin {
 
     fn send(&mut self) {
         let full = self.held.len() + self.queued.len() == CAPACITY;
-        match self.queue.try_send(self.sent) {
-            Ok(()) => {
+        match self.queue.send(self.sent).now_or_never() {
+            Some(Ok(())) => {
                 assert!(!full && !self.closed);
                 self.queued.insert(self.sent);
                 self.sent += 1;
             }
-            Err(Unsent::Full(message)) => {
-                assert!(full && !self.closed);
-                assert_eq!(message, self.sent);
-            }
-            Err(Unsent::Closed(message, _)) => {
-                assert!(self.closed);
-                assert_eq!(message, self.sent);
-            }
+            None => assert!(full && !self.closed),
+            Some(Err(_)) => assert!(self.closed),
         }
     }
 
@@ -109,7 +98,13 @@ impl Twin {
             held.as_ref().map(|held| *held.message()),
             self.queued.pop_first()
         );
-        self.held.extend(held);
+        if let Some(held) = held {
+            let deliveries = self.deliveries.entry(*held.message()).or_default();
+            *deliveries += 1;
+            assert_eq!(held.deliveries(), *deliveries);
+            assert_eq!(held.is_given_up(), *deliveries > MAX_DELIVERIES);
+            self.held.push(held);
+        }
     }
 
     fn agree(&self) {
@@ -118,8 +113,9 @@ impl Twin {
         assert_eq!(counts.queued, self.queued.len() as u64);
         assert_eq!(counts.in_hand, self.held.len() as u64);
         assert_eq!(counts.acknowledged, self.acknowledged.len() as u64);
-        assert_eq!(counts.dead, self.dead.len() as u64);
-        let settled = counts.acknowledged + counts.dead;
+        let given_up = self.deliveries.values().filter(|&&d| d > MAX_DELIVERIES);
+        assert_eq!(counts.given_up, given_up.count() as u64);
+        let settled = counts.acknowledged;
         assert_eq!(counts.sent, settled + counts.queued + counts.in_hand);
         assert!(counts.queued + counts.in_hand <= CAPACITY as u64);
         assert_eq!(self.queue.tickets.len() as u64, counts.queued);
@@ -149,9 +145,9 @@ proptest! {
         }
         twin.drain();
         let ended = Closed { stream: "twin", cause: ClosedBy::Senders };
-        prop_assert_eq!(twin.queue.receive_blocking().err(), Some(ended));
-        prop_assert!(twin.acknowledged.is_disjoint(&twin.dead));
-        let settled: Vec<u64> = twin.acknowledged.union(&twin.dead).copied().collect();
+        let received = twin.queue.receive().now_or_never().expect("at once");
+        prop_assert_eq!(received.err(), Some(ended));
+        let settled: Vec<u64> = twin.acknowledged.iter().copied().collect();
         prop_assert_eq!(settled, (0..twin.sent).collect::<Vec<_>>());
     }
 }

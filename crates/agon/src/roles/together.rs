@@ -1,0 +1,107 @@
+//! All roles in one process, joined by streams in memory, and what happens when one of them ends.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context, anyhow};
+use learner::{Learner, Summary};
+use messages::Station;
+use preference::apo::History;
+use settings::Settings;
+use telemetry::{RunDirectory, StationCounters};
+use tokio::{sync::watch, task::JoinSet};
+use transport::Hub;
+
+use super::{Outcome, Streams};
+use crate::world::{self, JudgeSource, World};
+
+/// How long actors and judge may take to finish what they have in hand.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// Builds all roles, runs them side by side until the learner is done or told to stop, then lets the
+/// others finish.
+pub(crate) async fn run(
+    settings: &Settings,
+    (world, judge): (&World, &Arc<JudgeSource>),
+    directory: &Arc<RunDirectory>,
+    resume: Option<PathBuf>,
+    stop: &watch::Sender<bool>,
+) -> anyhow::Result<Outcome> {
+    // Both ends of every stream stay open until all roles have left: none fails because another is
+    // done before it.
+    let streams = Streams::open(&Hub::in_memory(), settings).await?;
+    let counters =
+        [Station::Actor, Station::Preference, Station::Learner].map(StationCounters::new);
+    let [of_actors, of_preference, of_learner] = &counters;
+    let policy = world.policy();
+
+    let (quit, quitting) = watch::channel(false);
+    let mut others = JoinSet::new();
+    for index in 0..settings.actor.count {
+        let name = format!("actor-{index}");
+        let actor = super::actor(settings, name, policy, &streams, of_actors)?;
+        let quitting = quitting.clone();
+        others.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
+    }
+    let step = resume
+        .as_deref()
+        .map(learner::checkpoint_step)
+        .transpose()?;
+    let since = (world::rounds(directory.root()), step.unwrap_or(0));
+    let (judge, player) = super::judges(settings, policy, judge, since, &stop.subscribe())?;
+    let bench = world::bench(settings, &judge)?;
+    if !settings.preference.http.listen.is_empty() {
+        let server = world::server(settings, &judge, bench.clone()).await?;
+        let quitting = quitting.clone();
+        others.spawn(async move { server.run(quitting).await.map_err(anyhow::Error::from) });
+    }
+    let preference = super::preference(settings, (bench, player), &streams, of_preference)?;
+    others.spawn(async move { preference.run(quitting).await.map_err(anyhow::Error::from) });
+
+    let place = (directory, resume);
+    let learner = super::learner(settings, world, place, &streams, (of_learner, &counters)).await?;
+    let summary = supervise(learner, others, quit, stop).await?;
+    let stations = counters.iter().map(|c| (c.station(), c.snapshot()));
+    Ok(Outcome {
+        stations: stations.collect(),
+        rounds: History::take_up(&world::rounds(directory.root()), summary.steps)?.rounds,
+        summary,
+    })
+}
+
+/// Waits for the learner, then lets the others finish. A role that ends before it is told to, with or
+/// without a reason, is a failure: the learner saves and the run ends with that role's reason.
+async fn supervise(
+    learner: Learner,
+    mut others: JoinSet<anyhow::Result<()>>,
+    quit: watch::Sender<bool>,
+    stop: &watch::Sender<bool>,
+) -> anyhow::Result<Summary> {
+    let mut learning = tokio::spawn(learner.run(stop.subscribe()));
+    let summary = tokio::select! {
+        ended = &mut learning => ended.context("the learner panicked")??,
+        Some(ended) = others.join_next() => {
+            let unasked = || Err(anyhow!("an actor or the preference service ended without being told to"));
+            let failed = ended.context("a role panicked").and_then(|ended| ended);
+            let failed = failed.and_then(|()| unasked());
+            stop.send_replace(true);
+            if let Err(late) = within(GRACE, "the learner", learning).await {
+                tracing::error!("{late}; what it did since its last checkpoint is lost");
+            }
+            return failed;
+        }
+    };
+    quit.send_replace(true);
+    let finish = async {
+        while let Some(ended) = others.join_next().await {
+            ended.context("a role panicked")??;
+        }
+        anyhow::Ok(())
+    };
+    within(GRACE, "actors or judge", finish).await??;
+    Ok(summary)
+}
+
+async fn within<T>(grace: Duration, who: &str, end: impl Future<Output = T>) -> anyhow::Result<T> {
+    let late = |_| anyhow!("{who} did not finish within {} s", grace.as_secs());
+    tokio::time::timeout(grace, end).await.map_err(late)
+}

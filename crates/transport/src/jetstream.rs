@@ -1,0 +1,231 @@
+//! The transport between processes: NATS JetStream. Streams, the shelf and the register of a run live on
+//! the server and outlive every process.
+//!
+//! Everything of a run has the run's name in its own: runs that share a server do not meet. Whoever comes
+//! first makes what is missing. A server that goes away is waited for, as long as the settings say.
+
+mod keeper;
+mod register;
+mod shelf;
+mod stream;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream::{self, Context};
+use async_nats::{ConnectErrorKind, ConnectOptions, Event};
+use settings::JetStreamSettings;
+use tokio::time::{Instant, sleep};
+
+use crate::TransportError;
+use keeper::Keeper;
+
+pub(crate) use keeper::Lease;
+pub(crate) use shelf::JetShelf;
+pub(crate) use stream::{Downstream, Upstream};
+
+pub use register::{Claim, Entry, Register};
+
+/// How long the server may take for one answer before it is asked again.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// The pause before a server that could not be reached is tried again.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// A run's connection to its server.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    context: Context,
+    run: String,
+    settings: JetStreamSettings,
+    keeper: Keeper,
+}
+
+impl Connection {
+    /// Connects for the run of this name.
+    pub(crate) async fn open(
+        settings: &JetStreamSettings,
+        run: &str,
+    ) -> Result<Arc<Self>, TransportError> {
+        let deadline = Instant::now() + Duration::from_secs(settings.timeout_seconds);
+        let client = loop {
+            let error = match options(settings).await?.connect(&settings.url).await {
+                Ok(client) => break client,
+                Err(error) => error,
+            };
+            let hopeless = matches!(
+                error.kind(),
+                ConnectErrorKind::ServerParse
+                    | ConnectErrorKind::Authentication
+                    | ConnectErrorKind::AuthorizationViolation
+                    | ConnectErrorKind::Tls
+            );
+            if hopeless || Instant::now() > deadline {
+                return Err(TransportError::Unreachable {
+                    url: settings.url.clone(),
+                    reason: sentence(&error),
+                });
+            }
+            sleep(PAUSE).await;
+        };
+        let mut context = jetstream::new(client.clone());
+        context.set_timeout(ANSWER);
+        let lease = Duration::from_secs(settings.lease_seconds);
+        Ok(Arc::new(Self {
+            keeper: Keeper::start(client, lease),
+            context,
+            run: run.to_owned(),
+            settings: settings.clone(),
+        }))
+    }
+
+    /// What `part` of this run is called on the server.
+    fn name(&self, part: &str) -> String {
+        format!("agon-{}-{}", self.run, part.replace(' ', "-"))
+    }
+
+    /// How often a message is delivered before it is given up.
+    pub(crate) fn max_deliveries(&self) -> u32 {
+        self.settings.max_deliveries
+    }
+
+    /// How long a process may be silent before it counts as gone.
+    pub(crate) fn lease(&self) -> Duration {
+        Duration::from_secs(self.settings.lease_seconds)
+    }
+
+    /// Asks the server until it answers, or has not for as long as the settings allow.
+    async fn insist<T, E, F>(&self, action: &str, ask: impl Fn() -> F) -> Result<T, TransportError>
+    where
+        E: std::error::Error,
+        F: Future<Output = Result<T, E>>,
+    {
+        let deadline = Instant::now() + Duration::from_secs(self.settings.timeout_seconds);
+        loop {
+            match ask().await {
+                Ok(answer) => return Ok(answer),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(self.refused(action, &error));
+                }
+                Err(error) => tracing::debug!(action, error = sentence(&error), "asked again"),
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
+    fn refused(&self, action: &str, error: &dyn std::error::Error) -> TransportError {
+        TransportError::Refused {
+            action: action.to_owned(),
+            url: self.settings.url.clone(),
+            reason: sentence(error),
+        }
+    }
+
+    /// Waits until everything that was acknowledged is on its way.
+    pub(crate) async fn flush(&self) {
+        self.keeper.flush().await;
+    }
+
+    /// Removes everything of this run from the server.
+    pub(crate) async fn remove(&self) -> Result<(), TransportError> {
+        use futures_util::TryStreamExt;
+        let prefix = self.name("");
+        let parts = [
+            prefix.clone(),
+            format!("KV_{prefix}"),
+            format!("OBJ_{prefix}"),
+        ];
+        let listed = self.context.stream_names().try_collect::<Vec<_>>().await;
+        let names = listed.map_err(|error| self.refused("list streams", &error))?;
+        for name in names {
+            if parts.iter().any(|part| name.starts_with(part)) {
+                let deleted = self.context.delete_stream(&name).await;
+                deleted.map_err(|error| self.refused("delete a stream", &error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, TransportError> {
+    let mut options = ConnectOptions::new()
+        .name("agon")
+        .connection_timeout(ANSWER)
+        .request_timeout(Some(ANSWER))
+        .ping_interval(Duration::from_secs(5))
+        .max_reconnects(None)
+        .reconnect_delay_callback(|_| PAUSE)
+        .event_callback(async |event| match event {
+            Event::Disconnected => tracing::warn!("the connection to the server is lost"),
+            Event::Connected => tracing::debug!("connected to the server"),
+            other => tracing::debug!(%other, "the server"),
+        });
+    if let Some(pair) = secret(&settings.password_path)? {
+        let (user, password) = pair
+            .split_once(':')
+            .ok_or_else(|| TransportError::Unreadable {
+                path: settings.password_path.clone(),
+                reason: "it must hold user:password".into(),
+            })?;
+        options = options.user_and_password(user.to_owned(), password.to_owned());
+    }
+    if let Some(token) = secret(&settings.token_path)? {
+        options = options.token(token);
+    }
+    if let Some(seed) = secret(&settings.nkey_path)? {
+        options = options.nkey(seed);
+    }
+    if let Some(credentials) = secret(&settings.credentials_path)? {
+        options =
+            options
+                .credentials(&credentials)
+                .map_err(|error| TransportError::Unreadable {
+                    path: settings.credentials_path.clone(),
+                    reason: error.to_string(),
+                })?;
+    }
+    if settings.tls {
+        options = options.require_tls(true);
+    }
+    if is_set(&settings.ca_path) {
+        options = options.add_root_certificates(settings.ca_path.clone());
+    }
+    if is_set(&settings.certificate_path) {
+        let (certificate, key) = (&settings.certificate_path, &settings.key_path);
+        options = options.add_client_certificate(certificate.clone(), key.clone());
+    }
+    Ok(options)
+}
+
+fn is_set(path: &Path) -> bool {
+    !path.as_os_str().is_empty()
+}
+
+/// What the file says, without the white space around it; `None` when no file is named.
+fn secret(path: &Path) -> Result<Option<String>, TransportError> {
+    if !is_set(path) {
+        return Ok(None);
+    }
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text.trim().to_owned())),
+        Err(error) => Err(TransportError::Unreadable {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        }),
+    }
+}
+
+/// An error and its causes in one line.
+fn sentence(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
+}

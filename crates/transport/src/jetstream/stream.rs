@@ -1,0 +1,431 @@
+//! The two ends of a stream on the server: a work queue, bounded, from which a message goes when it is
+//! acknowledged.
+//!
+//! A message is stored once however often it is sent, since its id goes with it. A full stream refuses,
+//! and whoever sends waits. A message that cannot be read, or was delivered too often, is copied to the
+//! run's dead letters, where people find it.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{self, AckPolicy, PullConsumer};
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::message::PublishMessage;
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use messages::wire::{self, Message};
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{Connection, PAUSE, sentence};
+use crate::{Counts, Delivery, Limits, TransportError};
+
+/// The one reader of a stream: all receivers share it, each message goes to one of them.
+const READERS: &str = "readers";
+
+/// How long a request for messages stands before it is made again.
+const STANDING: Duration = Duration::from_secs(5);
+
+/// The longest pause before a message is offered to a full stream again.
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a second sending of a message is recognised by the server. Later ones are recognised by
+/// whoever takes them, by their ids.
+const RECOGNISED: Duration = Duration::from_secs(600);
+
+/// Dead letters that are kept.
+const DEAD_LETTERS: i64 = 1000;
+
+/// Where a stream is on the server.
+#[derive(Debug, Clone)]
+struct Place {
+    connection: Arc<Connection>,
+    name: &'static str,
+    stream: String,
+    subject: String,
+}
+
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    place: Place,
+}
+
+#[derive(Debug)]
+pub(crate) struct Downstream<T> {
+    place: Place,
+    arrived: flume::Receiver<Result<Delivery<T>, TransportError>>,
+    wanted: Arc<Wanted>,
+    pump: AbortHandle,
+}
+
+/// What receivers ask of the pump.
+#[derive(Debug)]
+struct Wanted {
+    asked: Notify,
+    waiting: AtomicUsize,
+    messages: AtomicUsize,
+}
+
+impl Place {
+    /// Makes the stream unless it is there.
+    async fn make(
+        connection: &Arc<Connection>,
+        name: &'static str,
+        limits: Limits,
+    ) -> Result<Self, TransportError> {
+        let stream = connection.name(name);
+        let place = Self {
+            connection: Arc::clone(connection),
+            name,
+            subject: stream.replacen('-', ".", 1),
+            stream,
+        };
+        let capacity = i64::try_from(limits.capacity.get()).unwrap_or(i64::MAX);
+        let config = Config {
+            name: place.stream.clone(),
+            subjects: vec![place.subject.clone()],
+            retention: RetentionPolicy::WorkQueue,
+            discard: DiscardPolicy::New,
+            max_messages: capacity,
+            duplicate_window: RECOGNISED,
+            num_replicas: connection.settings.replicas,
+            ..Config::default()
+        };
+        place.create(&config).await?;
+        let dead = connection.name("dead letters");
+        let config = Config {
+            subjects: vec![format!("{}.*", dead.replacen('-', ".", 1))],
+            name: dead,
+            max_messages: DEAD_LETTERS,
+            duplicate_window: RECOGNISED,
+            num_replicas: connection.settings.replicas,
+            ..Config::default()
+        };
+        place.create(&config).await?;
+        Ok(place)
+    }
+
+    async fn create(&self, config: &Config) -> Result<(), TransportError> {
+        let context = &self.connection.context;
+        let create = || context.create_or_update_stream(config.clone());
+        self.connection.insist("make a stream", create).await?;
+        Ok(())
+    }
+
+    async fn consumer(&self) -> Result<PullConsumer, TransportError> {
+        let config = consumer::pull::Config {
+            durable_name: Some(READERS.into()),
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: self.connection.lease(),
+            max_ack_pending: -1,
+            max_deliver: -1,
+            ..consumer::pull::Config::default()
+        };
+        let context = &self.connection.context;
+        let create = || context.create_consumer_on_stream(config.clone(), &self.stream);
+        self.connection.insist("read a stream", create).await
+    }
+
+    async fn counts(&self) -> Result<Counts, TransportError> {
+        let context = &self.connection.context;
+        let ask = || context.get_stream(&self.stream);
+        let stream = self.connection.insist("ask about a stream", ask).await?;
+        let state = &stream.cached_info().state;
+        let ask = || stream.consumer_info(READERS);
+        let reader = self.connection.insist("ask about a stream", ask).await?;
+        let dead = self.connection.name("dead letters");
+        let ask = || context.get_stream(&dead);
+        let dead = self
+            .connection
+            .insist("ask about dead letters", ask)
+            .await?;
+        let in_hand = reader.num_ack_pending as u64;
+        Ok(Counts {
+            sent: state.last_sequence,
+            acknowledged: state.last_sequence.saturating_sub(state.messages),
+            queued: state.messages.saturating_sub(in_hand),
+            in_hand,
+            redelivered: reader.num_redelivered as u64,
+            given_up: dead.cached_info().state.last_sequence,
+        })
+    }
+
+    async fn publish(&self, subject: &str, id: &str, payload: Bytes) -> Result<(), PublishError> {
+        let message = PublishMessage::build().message_id(id).payload(payload);
+        let context = &self.connection.context;
+        context
+            .send_publish(subject.to_owned(), message)
+            .await?
+            .await?;
+        Ok(())
+    }
+
+    /// Keeps a copy of what nobody will work on.
+    async fn bury(&self, id: &str, payload: Bytes) {
+        let dead = self.connection.name("dead letters").replacen('-', ".", 1);
+        let subject = format!("{dead}.{}", self.name.replace(' ', "-"));
+        if let Err(error) = self.publish(&subject, id, payload).await {
+            tracing::warn!(
+                stream = self.name,
+                %error,
+                "no copy of a dead letter could be kept"
+            );
+        }
+    }
+}
+
+impl Upstream {
+    pub(crate) async fn open(
+        connection: &Arc<Connection>,
+        name: &'static str,
+        limits: Limits,
+    ) -> Result<Self, TransportError> {
+        let place = Place::make(connection, name, limits).await?;
+        Ok(Self { place })
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.place.name
+    }
+
+    pub(crate) async fn counts(&self) -> Result<Counts, TransportError> {
+        self.place.counts().await
+    }
+
+    /// Sends until the server has stored the message: while the stream or the server's store is full,
+    /// however long that takes; while the server does not answer, for as long as the settings allow.
+    pub(crate) async fn send<T: Message>(&self, message: &T) -> Result<(), TransportError> {
+        let connection = &self.place.connection;
+        let (payload, id) = (Bytes::from(wire::encode(message)), message.id());
+        let allowed = Duration::from_secs(connection.settings.timeout_seconds);
+        let mut deadline = Instant::now() + allowed;
+        let mut pause = Duration::from_millis(2);
+        let mut warned = false;
+        loop {
+            let sent = self
+                .place
+                .publish(&self.place.subject, &id, payload.clone());
+            let Err(error) = sent.await else {
+                return Ok(());
+            };
+            match trouble(&error) {
+                Trouble::Full => deadline = Instant::now() + allowed,
+                Trouble::StoreFull => {
+                    deadline = Instant::now() + allowed;
+                    if !std::mem::replace(&mut warned, true) {
+                        let (stream, error) = (self.place.name, sentence(&error));
+                        tracing::warn!(stream, error, "the server's store is full: waiting");
+                    }
+                }
+                Trouble::Silent if Instant::now() < deadline => {}
+                Trouble::Silent | Trouble::Hopeless => {
+                    let action = format!("send to stream {}", self.place.name);
+                    return Err(connection.refused(&action, &error));
+                }
+            }
+            sleep(pause).await;
+            pause = LONGEST_PAUSE.min(2 * pause);
+        }
+    }
+}
+
+/// What to do about a message that was not stored.
+enum Trouble {
+    /// Wait for a place.
+    Full,
+    /// Wait for room on the server's disk.
+    StoreFull,
+    /// Try again for a while.
+    Silent,
+    /// Nothing.
+    Hopeless,
+}
+
+fn trouble(error: &PublishError) -> Trouble {
+    let text = sentence(error);
+    if text.contains("maximum messages exceeded") {
+        return Trouble::Full;
+    }
+    let full = ["resource", "no space", "maximum bytes"];
+    if full.iter().any(|part| text.contains(part)) {
+        return Trouble::StoreFull;
+    }
+    match error.kind() {
+        PublishErrorKind::MaxPayloadExceeded => Trouble::Hopeless,
+        _ => Trouble::Silent,
+    }
+}
+
+impl<T: Message + Send + Sync + 'static> Downstream<T> {
+    pub(crate) async fn open(
+        connection: &Arc<Connection>,
+        name: &'static str,
+        limits: Limits,
+    ) -> Result<Self, TransportError> {
+        let place = Place::make(connection, name, limits).await?;
+        let (arrive, arrived) = flume::unbounded();
+        let wanted = Arc::new(Wanted {
+            asked: Notify::new(),
+            waiting: AtomicUsize::new(0),
+            messages: AtomicUsize::new(1),
+        });
+        let pump = Pump {
+            consumer: place.consumer().await?,
+            place: place.clone(),
+            arrive,
+            wanted: Arc::clone(&wanted),
+            max_deliveries: limits.max_deliveries,
+        };
+        Ok(Self {
+            place,
+            arrived,
+            wanted,
+            pump: tokio::spawn(pump.run()).abort_handle(),
+        })
+    }
+
+    pub(crate) async fn receive(&self) -> Result<Delivery<T>, TransportError> {
+        if let Ok(delivery) = self.arrived.try_recv() {
+            return delivery;
+        }
+        let _waiting = Waiting::among(&self.wanted);
+        self.wanted.asked.notify_one();
+        let arrived = self.arrived.recv_async().await;
+        arrived.unwrap_or_else(|_| {
+            Err(TransportError::Refused {
+                action: format!("read stream {}", self.place.name),
+                url: self.place.connection.settings.url.clone(),
+                reason: "the runtime is shutting down".into(),
+            })
+        })
+    }
+
+    pub(crate) fn try_receive(&self) -> Option<Delivery<T>> {
+        self.arrived.try_recv().ok()?.ok()
+    }
+
+    pub(crate) fn prefetch(&self, messages: usize) {
+        self.wanted
+            .messages
+            .store(messages.max(1), Ordering::Relaxed);
+    }
+}
+
+impl<T> Downstream<T> {
+    pub(crate) fn name(&self) -> &'static str {
+        self.place.name
+    }
+
+    pub(crate) async fn counts(&self) -> Result<Counts, TransportError> {
+        self.place.counts().await
+    }
+}
+
+impl<T> Drop for Downstream<T> {
+    fn drop(&mut self) {
+        // What has arrived and was not asked for goes back with the queue.
+        self.pump.abort();
+    }
+}
+
+/// A receiver that waits; it may stop waiting at any moment.
+struct Waiting<'a>(&'a Wanted);
+
+impl<'a> Waiting<'a> {
+    fn among(wanted: &'a Wanted) -> Self {
+        wanted.waiting.fetch_add(1, Ordering::Relaxed);
+        Self(wanted)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Fetches messages when somebody waits for them, never more than were asked for.
+struct Pump<T> {
+    place: Place,
+    consumer: PullConsumer,
+    arrive: flume::Sender<Result<Delivery<T>, TransportError>>,
+    wanted: Arc<Wanted>,
+    max_deliveries: NonZeroU32,
+}
+
+impl<T: Message + Send + Sync + 'static> Pump<T> {
+    async fn run(self) {
+        let allowed = Duration::from_secs(self.place.connection.settings.timeout_seconds);
+        let mut answered = Instant::now();
+        loop {
+            self.wanted.asked.notified().await;
+            match self.fetch().await {
+                Ok(()) => answered = Instant::now(),
+                Err(error) if answered.elapsed() > allowed => {
+                    let action = format!("read stream {}", self.place.name);
+                    let refused = self.place.connection.refused(&action, &*error);
+                    drop(self.arrive.send(Err(refused)));
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(stream = self.place.name, %error, "asked again");
+                    sleep(PAUSE).await;
+                }
+            }
+            if self.wanted.waiting.load(Ordering::Relaxed) > 0 {
+                self.wanted.asked.notify_one();
+            }
+        }
+    }
+
+    /// One request: ends when it is answered in full, or has stood for a while.
+    async fn fetch(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let messages = self.wanted.messages.load(Ordering::Relaxed);
+        let request = self.consumer.batch().max_messages(messages);
+        let mut batch = request.expires(STANDING).messages().await?;
+        // The server ends a request in time; a connection that is gone does not.
+        while let Some(message) = timeout(2 * STANDING, batch.next()).await? {
+            self.take(message?).await?;
+        }
+        Ok(())
+    }
+
+    async fn take(
+        &self,
+        message: async_nats::jetstream::Message,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let (deliveries, sequence) = {
+            let info = message.info()?;
+            (
+                u32::try_from(info.delivered).unwrap_or(u32::MAX),
+                info.stream_sequence,
+            )
+        };
+        let message = message.message;
+        let reply = message.reply.ok_or("a message without a way to answer")?;
+        let most = self.max_deliveries.get();
+        let lease = self.place.connection.keeper.hold(reply, deliveries, most);
+        let id = format!("{}-{sequence}", self.place.stream);
+        match wire::decode::<T>(&message.payload) {
+            Ok(decoded) => {
+                if lease.is_given_up() {
+                    let stream = self.place.name;
+                    tracing::warn!(stream, deliveries, "a message is given up");
+                    self.place.bury(&id, message.payload).await;
+                }
+                drop(self.arrive.send(Ok(Delivery::jetstream(decoded, lease))));
+            }
+            Err(error) => {
+                let stream = self.place.name;
+                tracing::error!(stream, sequence, %error, "a message cannot be read: it is put aside");
+                self.place.bury(&id, message.payload).await;
+                lease.terminate();
+            }
+        }
+        Ok(())
+    }
+}
