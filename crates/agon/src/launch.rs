@@ -21,7 +21,7 @@ use tokio::{sync::watch, task::JoinSet, time::timeout};
 
 use crate::{failure::Code, interrupt};
 use child::{Child, Plan};
-use server::Server;
+pub(crate) use server::Server;
 
 /// How long the others may take to leave once the learner has ended.
 const GRACE: Duration = Duration::from_secs(90);

@@ -25,7 +25,7 @@ const TO_LISTEN: Duration = Duration::from_secs(20);
 const MAX_PAYLOAD: &str = "8MB";
 
 /// A NATS server with JetStream that listens on this machine alone.
-pub(super) struct Server {
+pub(crate) struct Server {
     program: String,
     config: PathBuf,
     log: PathBuf,
@@ -36,7 +36,7 @@ pub(super) struct Server {
 impl Server {
     /// Starts `program` with its store in the run directory `path`, on the port it had before where that is
     /// free.
-    pub(super) async fn start(program: &str, path: &Path) -> anyhow::Result<Self> {
+    pub(crate) async fn start(program: &str, path: &Path) -> anyhow::Result<Self> {
         let store = path.join("jetstream");
         std::fs::create_dir_all(&store)
             .with_context(|| format!("failed to make the folder {}", store.display()))?;
@@ -73,21 +73,21 @@ impl Server {
         Ok(server)
     }
 
-    pub(super) fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
     /// Starts it again, on the same port and with the same store.
-    pub(super) async fn again(&mut self) -> anyhow::Result<()> {
+    pub(crate) async fn again(&mut self) -> anyhow::Result<()> {
         self.process = spawn(&self.program, &self.config, &self.log)?;
         self.listens().await
     }
 
-    pub(super) async fn ended(&mut self) -> ExitStatus {
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
         self.process.wait().await.unwrap_or_default()
     }
 
-    pub(super) async fn end(&mut self) {
+    pub(crate) async fn end(&mut self) {
         if let Err(error) = self.process.kill().await {
             tracing::debug!(%error, "the NATS server had ended already");
         }

@@ -376,7 +376,8 @@ impl<T: Message + Send + Sync + 'static> Pump<T> {
                     sleep(PAUSE).await;
                 }
             }
-            if self.wanted.waiting.load(Ordering::Relaxed) > 0 {
+            // What is here already serves as many of them.
+            if self.wanted.waiting.load(Ordering::Relaxed) > self.arrive.len() {
                 self.wanted.asked.notify_one();
             }
         }
