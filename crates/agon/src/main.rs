@@ -19,7 +19,8 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, check, doctor, eval, export, fit_preference, generate, preference, score, sft, train,
+    bench, check, doctor, eval, export, fit_preference, generate, metrics, preference, samples,
+    score, sft, train, view,
 };
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
@@ -44,6 +45,10 @@ enum Command {
     Eval(eval::Arguments),
     Generate(generate::Arguments),
     Score(score::Arguments),
+    View(view::Arguments),
+    Samples(samples::Arguments),
+    Report(commands::report::Arguments),
+    Metrics(metrics::Arguments),
     Check(check::Arguments),
     Doctor(doctor::Arguments),
     Export(export::Arguments),
@@ -72,6 +77,10 @@ fn main() -> ExitCode {
         Command::Eval(arguments) => eval::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Score(arguments) => score::run(&arguments),
+        Command::View(arguments) => view::run(&arguments),
+        Command::Samples(arguments) => samples::run(&arguments),
+        Command::Report(arguments) => commands::report::run(&arguments),
+        Command::Metrics(arguments) => metrics::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),

@@ -10,7 +10,7 @@ use messages::{
     Digest, DropReason, Dropped, LabelledPair, Prompt, Purpose, Seed, WeightsManifest,
     WeightsVersion,
 };
-use model::{ModelFolder, Weights};
+use model::{ModelFolder, Tokenizer, Weights};
 use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
 use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog, StationCounters, Waits};
 use tokio::sync::watch;
@@ -28,6 +28,7 @@ use crate::{
 };
 
 mod asking;
+mod outlook;
 mod telling;
 
 /// Held-out prompts on their way at once.
@@ -127,6 +128,7 @@ pub struct Learner {
     contested: usize,
     journal: Journal,
     samples: SampleLog,
+    tokenizer: Tokenizer,
     progress: Progress,
     waits: Waits,
     started: Instant,
@@ -173,6 +175,9 @@ impl Learner {
             .map_or_else(|| State::beginning(&feed), |c| c.state.clone());
         journal.truncate_after(state.step)?;
         samples.truncate_after(state.step)?;
+        if parts.telemetry.tensorboard {
+            journal.tell_tensorboard(&parts.directory.tensorboard(), state.step)?;
+        }
         for counters in &parts.stations {
             if let Some(snapshot) = state.stations.get(counters.station().name()) {
                 counters.restore(snapshot.clone());
@@ -197,6 +202,7 @@ impl Learner {
             contested: 0,
             journal,
             samples,
+            tokenizer: parts.folder.tokenizer.clone(),
             waits: Waits::new("learner"),
             started: Instant::now(),
             waited: Duration::ZERO,
