@@ -3,7 +3,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    net::TcpListener,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -225,6 +226,16 @@ fn every_alert_has_a_runbook_and_fires_when_it_is_provoked() {
     }
 }
 
+/// Whether a Prometheus answers questions: for a moment it listens and does not.
+fn ready(port: u16) -> Option<()> {
+    let mut client = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    let request = "GET /-/ready HTTP/1.1\r\nHost: prometheus\r\nConnection: close\r\n\r\n";
+    client.write_all(request.as_bytes()).ok()?;
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).ok()?;
+    answer.starts_with("HTTP/1.1 200").then_some(())
+}
+
 /// A Prometheus, ended when the value goes.
 struct Prometheus {
     process: Child,
@@ -255,9 +266,7 @@ impl Prometheus {
             .stderr(Stdio::null())
             .spawn()
             .expect("Prometheus starts");
-        wait_until("Prometheus", || {
-            std::net::TcpStream::connect(("127.0.0.1", port)).ok()
-        });
+        wait_until("Prometheus", || ready(port));
         Self { process, base }
     }
 

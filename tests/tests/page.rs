@@ -113,9 +113,12 @@ fn a_run_is_watched_while_it_goes_on() {
 
     browser.click("#tab-samples");
     browser.until("document.querySelectorAll('#rows article').length > 3");
-    browser.until(
-        "document.querySelectorAll('#rows .token.u1, #rows .token.d1, #rows .token.u2').length > 0",
-    );
+    browser.until("document.querySelectorAll('#rows .token[title^=\"log\"]').length > 20");
+    browser.until("!document.querySelector('#fresh').hidden");
+    let newest = "Number(document.querySelector('#rows article').dataset.number)";
+    let before = browser.value(newest);
+    browser.click("#fresh");
+    browser.until(&format!("{newest} > {before}"));
     clean(&browser);
 
     running.terminate();
@@ -236,6 +239,10 @@ fn a_hundred_thousand_samples_are_browsed_filtered_and_searched_on_a_phone() {
     browser.look(PHONE);
     browser.open(&format!("{url}#samples"));
     browser.until("document.querySelector('#count').textContent.startsWith('20 shown of 100000')");
+    assert_eq!(
+        browser.value("document.querySelectorAll('#rows .token.u3').length"),
+        20
+    );
     browser.click("#older");
     browser.until("document.querySelector('#count').textContent.startsWith('40 shown of 100000')");
     browser.click("#last_step");

@@ -44,10 +44,12 @@ fn samples_are_shown_by_step_and_by_what_they_say() {
                 .collect();
             let length = row["lengths"][i].as_u64().expect("a number");
             assert_eq!(tokens.len() as u64, length, "{row}");
-            assert!(
-                tokens.concat().contains(text.as_str().expect("a text")),
-                "{tokens:?} {text}"
-            );
+            let words: String = tokens
+                .iter()
+                .copied()
+                .filter(|token| !token.contains('<'))
+                .collect();
+            assert_eq!(words.trim(), text.as_str().expect("a text"), "{tokens:?}");
             let sum: f64 = row["logp"][i]
                 .as_array()
                 .expect("a list")

@@ -162,8 +162,13 @@ impl SampleRow {
     }
 }
 
+/// Rounded, and without the sign of a nought.
 fn thousandths(values: &[f32]) -> Vec<Option<f32>> {
-    let rounded = |value: &f32| value.is_finite().then(|| (value * 1000.0).round() / 1000.0);
+    let rounded = |value: &f32| {
+        value
+            .is_finite()
+            .then(|| (value * 1000.0).round() / 1000.0 + 0.0)
+    };
     values.iter().map(rounded).collect()
 }
 

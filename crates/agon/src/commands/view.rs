@@ -26,15 +26,15 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
     /// A file with the token that the page asks for; needed where others reach the address.
-    #[arg(long, value_name = "FILE", default_value = "")]
-    token_path: PathBuf,
+    #[arg(long, value_name = "FILE")]
+    token_path: Option<PathBuf>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let runs = arguments.runs.iter().map(RunView::open);
     let parts = PageParts {
         listen: arguments.listen,
-        token: page_token(&arguments.token_path)?,
+        token: page_token(arguments.token_path.as_deref().unwrap_or(Path::new("")))?,
         runs: runs.collect::<Result<_, _>>()?,
         live: None,
     };

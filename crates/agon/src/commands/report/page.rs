@@ -131,25 +131,23 @@ fn verdict(page: &mut String, view: &RunView, report: &Value) -> std::fmt::Resul
             status.step
         )?;
     }
+    let last = |name: &str| {
+        let value = view.curves().get(name).and_then(|curve| curve.last);
+        value.map_or("–".into(), |value| format!("{value:.3}"))
+    };
+    let (low, high) = (last("eval/win_rate_ci_low"), last("eval/win_rate_ci_high"));
     let figures = [
-        ("win rate", short(&report["win_rate"])),
-        (
-            "95 % interval",
-            format!(
-                "{} to {}",
-                short(&report["win_rate_ci_low"]),
-                short(&report["win_rate_ci_high"])
-            ),
-        ),
-        ("gold win rate", short(&report["gold_win_rate"])),
-        ("KL, nats", short(&report["kl"])),
+        ("win rate", last("eval/win_rate")),
+        ("95 % interval", format!("{low} to {high}")),
+        ("gold win rate", last("eval/gold_win_rate")),
+        ("KL, nats", last("eval/kl")),
         ("steps", status.step.to_string()),
         ("pairs", short(&report["pairs"])),
         ("pairs per second", short(&report["pairs_per_second"])),
         ("seconds", format!("{:.0}", status.wall_seconds)),
     ];
     page.push_str("<dl>\n");
-    for (name, value) in figures {
+    for (name, value) in figures.iter().filter(|(_, value)| value != "–") {
         writeln!(page, "<div><dt>{name}</dt><dd>{value}</dd></div>")?;
     }
     page.push_str("</dl>\n");

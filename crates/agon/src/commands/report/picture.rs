@@ -37,6 +37,7 @@ pub(super) fn svg(
             .configure_mesh()
             .max_light_lines(0)
             .x_desc("step")
+            .x_label_formatter(&|step| format!("{step:.0}"))
             .draw()?;
         if let Some((low, high)) = band {
             let back = points(low).into_iter().rev();
@@ -83,7 +84,8 @@ fn extent(
     let wider = |(low, high): (f64, f64), y: f64| (low.min(y), high.max(y));
     let (low, high) = all.iter().map(|point| point.1).fold(begun, wider);
     if high > low {
-        return (steps, (low, high));
+        let room = 0.04 * (high - low);
+        return (steps, (low - room, high + room));
     }
     let middle = if low.is_finite() { low } else { 0.0 };
     (steps, (middle - 1.0, middle + 1.0))
