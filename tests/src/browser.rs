@@ -132,14 +132,16 @@ impl Browser {
         answer["result"]["value"].clone()
     }
 
-    /// Looks at the page until the expression is true.
+    /// Looks at the page until the expression is true; while it throws, it is not.
     ///
     /// # Panics
     /// When it has not been for minutes.
     #[track_caller]
     pub fn until(&mut self, expression: &str) {
+        let tried =
+            format!("(() => {{ try {{ return {expression}; }} catch {{ return false; }} }})()");
         wait_until(expression, || {
-            (self.value(expression) == Value::Bool(true)).then_some(())
+            (self.value(&tried) == Value::Bool(true)).then_some(())
         });
     }
 
