@@ -285,84 +285,23 @@ mod tests {
             row(3, None, [1, 1], "ÜBER the dog"),
             row(4, Some(0.0), [5, 6], "<script>"),
         ]);
-        let all = SampleQuery::default;
-        let cases = [
-            (all(), vec![4, 3, 2, 1], 4),
-            (
-                SampleQuery {
-                    first_step: Some(2),
-                    last_step: Some(3),
-                    ..all()
-                },
-                vec![3, 2],
-                2,
-            ),
-            (
-                SampleQuery {
-                    least_confidence: 0.7,
-                    ..all()
-                },
-                vec![4, 2],
-                2,
-            ),
-            (
-                SampleQuery {
-                    most_confidence: 0.5,
-                    ..all()
-                },
-                vec![1],
-                1,
-            ),
-            (
-                SampleQuery {
-                    shortest: 4,
-                    longest: Some(6),
-                    ..all()
-                },
-                vec![4, 1],
-                2,
-            ),
-            (
-                SampleQuery {
-                    search: " dog\"".into(),
-                    ..all()
-                },
-                vec![1],
-                4,
-            ),
-            (
-                SampleQuery {
-                    search: "über".into(),
-                    ..all()
-                },
-                vec![3],
-                4,
-            ),
-            (
-                SampleQuery {
-                    search: "PROMPT 2".into(),
-                    ..all()
-                },
-                vec![2],
-                4,
-            ),
-            (
-                SampleQuery {
-                    search: "step".into(),
-                    ..all()
-                },
-                vec![],
-                4,
-            ),
+        // As a browser asks: the names of the fields are part of the page.
+        let cases: [(&str, &[u64], usize); 9] = [
+            (r#"{}"#, &[4, 3, 2, 1], 4),
+            (r#"{"first_step":2,"last_step":3}"#, &[3, 2], 2),
+            (r#"{"least_confidence":0.7}"#, &[4, 2], 2),
+            (r#"{"most_confidence":0.5}"#, &[1], 1),
+            (r#"{"shortest":4,"longest":6}"#, &[4, 1], 2),
+            (r#"{"search":" dog\""}"#, &[1], 4),
+            (r#"{"search":"über"}"#, &[3], 4),
+            (r#"{"search":"PROMPT 2"}"#, &[2], 4),
+            (r#"{"search":"step"}"#, &[], 4),
         ];
         for (query, expected, matching) in cases {
-            let page = index.page(&query).unwrap();
-            assert_eq!(steps(&page), expected, "{query:?}");
-            assert_eq!(
-                (page.matching, page.total, page.next),
-                (matching, 4, None),
-                "{query:?}"
-            );
+            let page = index.page(&serde_json::from_str(query).unwrap()).unwrap();
+            assert_eq!(steps(&page), expected, "{query}");
+            let counts = (page.matching, page.total, page.next);
+            assert_eq!(counts, (matching, 4, None), "{query}");
         }
     }
 

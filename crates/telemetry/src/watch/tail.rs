@@ -122,8 +122,8 @@ mod tests {
             let old = fs::read_to_string(&path).unwrap_or_default();
             fs::write(&path, old + text).unwrap();
         };
-        type Change<'a> = &'a dyn Fn();
-        let cases: [(Change<'_>, usize, &[(u64, &str)]); 7] = [
+        type Case<'a> = (&'a dyn Fn(), usize, &'a [(u64, &'a str)]);
+        let cases: [Case<'_>; 7] = [
             (&|| (), 0, &[]),
             (&|| appended("a\nbb\nc"), 0, &[(0, "a"), (2, "bb")]),
             (&|| (), 0, &[(0, "a"), (2, "bb")]),
