@@ -46,7 +46,7 @@ mod tests {
             "version": "1.0",
             "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false,
                               "rstrip": false, "normalized": false, "special": true}],
-            "decoder": {"type": "ByteLevel"},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
             "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "."}
         });
         let folder = tempfile::tempdir().unwrap();
