@@ -19,8 +19,16 @@ const PHONE: Screen = Screen {
 
 /// `agon view` of these runs, and its address.
 fn view(workplace: &Workplace, runs: &[&Path]) -> (Running, String) {
-    let runs = runs.iter().map(|run| run.display().to_string());
-    let arguments: Vec<_> = ["view".to_owned()].into_iter().chain(runs).collect();
+    let runs: Vec<_> = runs.iter().map(|run| run.display().to_string()).collect();
+    view_with(
+        workplace,
+        &runs.iter().map(String::as_str).collect::<Vec<_>>(),
+    )
+}
+
+/// `agon view` with these arguments, and its address.
+fn view_with(workplace: &Workplace, arguments: &[&str]) -> (Running, String) {
+    let arguments = [&["view"], arguments].concat();
     let mut running = workplace.start(&arguments);
     let [out, _] = running.files();
     let url = running.until("the address of the page", || {
@@ -30,12 +38,12 @@ fn view(workplace: &Workplace, runs: &[&Path]) -> (Running, String) {
     (running, url)
 }
 
-/// The address of the page that a run prints.
-fn page(running: &mut Running) -> String {
+/// The address that a run prints of its `page` or of its `metrics`.
+fn told(running: &mut Running, what: &str) -> String {
     let [_, err] = running.files();
-    running.until("the address of the page", || {
+    running.until("an address", || {
         let words = fs::read_to_string(&err).ok()?;
-        let (_, rest) = words.split_once("page=\"")?;
+        let (_, rest) = words.split_once(&format!("{what}=\""))?;
         Some(rest.split_once('"')?.0.to_owned())
     })
 }
@@ -90,7 +98,7 @@ fn a_run_is_watched_while_it_goes_on() {
         "telemetry.samples_per_step=2",
     ];
     let mut running = workplace.start(&tiny_playground(&run, &sets));
-    let url = page(&mut running);
+    let url = told(&mut running, "page");
     browser.look(DESK);
     browser.open(&url);
     browser.until("document.querySelector('#link')?.textContent === 'live'");
@@ -121,6 +129,18 @@ fn a_run_is_watched_while_it_goes_on() {
     browser.until(&format!("{newest} > {before}"));
     clean(&browser);
 
+    // The same from another process, which asks this one.
+    let metrics = told(&mut running, "metrics");
+    let path = run.display().to_string();
+    let (watcher, url) = view_with(&workplace, &[&path, "--metrics", &metrics]);
+    browser.open(&format!("{url}#flow"));
+    browser.until("/taken [1-9]/.test(document.querySelector('[data-station=actor]').textContent)");
+    clean(&browser);
+    watcher.terminate();
+    watcher.wait().succeeded();
+
+    browser.open(&format!("{}#flow", told(&mut running, "page")));
+    browser.until("document.querySelector('#link').textContent === 'live'");
     running.terminate();
     running.wait().check(5, &[]).without_panic();
     browser.until("document.querySelector('#link').textContent.startsWith('no connection')");

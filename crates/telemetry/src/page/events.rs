@@ -10,6 +10,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::{Stream, stream};
 use serde::Serialize;
 use tokio::sync::{Notify, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::{Shared, routes};
@@ -91,7 +92,11 @@ async fn look(shared: &Shared) -> String {
             runs.push(status);
         }
     }
-    let live = shared.live.as_ref();
-    let live = live.map(|page| readings(&page(), &|name| LIVE.contains(&name)));
+    let live = match shared.live.clone() {
+        // The page may come from afar.
+        Some(page) => spawn_blocking(move || page()).await.ok(),
+        None => None,
+    };
+    let live = live.map(|page| readings(&page, &|name| LIVE.contains(&name)));
     serde_json::to_string(&Look { runs, live }).expect("a look has text keys and finite numbers")
 }

@@ -23,7 +23,7 @@ use door::Door;
 /// How many files are read at a time.
 const READERS: usize = 4;
 
-/// A page of metrics, made anew each time: what a process says of itself.
+/// A page of metrics, made anew each time: what a process says of itself, or several one after another.
 pub type MetricsPage = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// What a page is made of.
@@ -34,7 +34,7 @@ pub struct PageParts {
     pub token: Option<String>,
     /// The runs it shows, at least one.
     pub runs: Vec<RunView>,
-    /// What the process of the first run says of itself, when it is this one.
+    /// What the processes of the first run say of themselves, when they can be asked; it may wait.
     pub live: Option<MetricsPage>,
 }
 

@@ -146,7 +146,7 @@ impl SampleIndex {
         self.entries.rows.is_empty()
     }
 
-    /// A page of what was read so far. A search that found too little in [`SEARCHED_AT_ONCE`] rows gives
+    /// A page of what was read so far. A search that found too little in twenty thousand rows gives
     /// what it found and where to go on.
     ///
     /// # Errors
