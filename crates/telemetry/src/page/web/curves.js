@@ -24,7 +24,7 @@ export class Curves {
     this.others = [];
     this.smoothing = el("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: 0, id: "smoothing", oninput: () => this.draw() });
     this.more = el("select", { id: "more", onchange: () => this.add(this.more.value) }, el("option", { value: "" }, "choose a metric"));
-    this.figures = el("div", { class: "figures" });
+    this.figures = el("div", { class: "figures", role: "group" });
     this.grid = el("div", { class: "grid" }, this.charts.map(({ chart }) => chart.element));
     this.note = el("div", {});
     this.element = el("div", {}, this.figures,
@@ -111,6 +111,7 @@ export class Curves {
       ["oldest pair, steps", short(last("staleness/max"))],
       ["time", duration(run.wall_seconds)],
     ];
+    this.figures.setAttribute("aria-label", `The newest numbers of ${run.name}`);
     this.figures.replaceChildren(...figures.filter(([, value]) => value !== "–")
       .map(([name, value]) => el("div", {}, el("b", {}, value), el("span", {}, name))));
     if (run.unreadable > 0) this.figures.append(el("div", {}, el("b", { class: "bad" }, run.unreadable), el("span", {}, "lines could not be read")));
