@@ -187,6 +187,12 @@ fn runs_are_laid_over_one_another_and_their_settings_compared() {
         browser.text("main tbody")
     );
 
+    // Skipping to the content opens no other view.
+    browser.value("document.querySelector('.skip').click()");
+    browser.until("location.hash === '#view'");
+    browser
+        .until("document.querySelector('#tab-settings').getAttribute('aria-selected') === 'true'");
+
     browser.click("#theme");
     browser.click("#theme");
     assert_eq!(

@@ -2,7 +2,7 @@
 
 use std::future::IntoFuture;
 use std::net::TcpListener;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::Router;
 use axum::extract::{Path, Query, Request, State};
@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use super::door::{Answer, TOKEN_COOKIE};
 use super::{Shared, events, files};
-use crate::{Error, RunView, SamplePage, SampleQuery};
+use crate::{Error, RunStatus, RunView, SamplePage, SampleQuery};
 
 /// The most rows of one page of samples.
 const MOST_ROWS: usize = 100;
@@ -173,15 +173,33 @@ impl Shared {
     }
 }
 
+/// A run in a few numbers, on a thread that may wait for files. Of one that cannot be read, what was read
+/// before.
+pub(super) async fn status(run: &Arc<Mutex<RunView>>) -> RunStatus {
+    let again = Arc::clone(run);
+    let looking = tokio::task::spawn_blocking(move || {
+        let mut view = locked(&again);
+        if let Err(error) = view.refresh() {
+            tracing::debug!(%error, "a run cannot be read");
+        }
+        view.status()
+    });
+    looking.await.unwrap_or_else(|_| locked(run).status())
+}
+
+fn locked(run: &Mutex<RunView>) -> MutexGuard<'_, RunView> {
+    // What is read of files may be read again after a panic.
+    run.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Looks at a run on a thread that may wait for files.
-pub(super) async fn read<T: Send + 'static>(
+async fn read<T: Send + 'static>(
     run: &Arc<Mutex<RunView>>,
     of: impl FnOnce(&RunView) -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Refusal> {
     let run = Arc::clone(run);
     let reading = tokio::task::spawn_blocking(move || {
-        // What is read of files may be read again after a panic.
-        let mut view = run.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut view = locked(&run);
         view.refresh()?;
         of(&view)
     });

@@ -4,6 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use telemetry::{RunView, write_atomically};
 
+mod markup;
 mod page;
 mod picture;
 

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde_json::Value;
 use telemetry::{Curves, RunView};
 
+use super::markup::{escaped, list, short, table};
 use super::picture::{self, Line};
 
 const STYLE: &str = include_str!("page.css");
@@ -80,48 +81,6 @@ pub(super) fn html(view: &RunView) -> anyhow::Result<String> {
     Ok(page)
 }
 
-/// A text as it is shown, whatever it says.
-fn escaped(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => safe.push_str("&amp;"),
-            '<' => safe.push_str("&lt;"),
-            '>' => safe.push_str("&gt;"),
-            '"' => safe.push_str("&quot;"),
-            '\'' => safe.push_str("&#39;"),
-            plain => safe.push(plain),
-        }
-    }
-    safe
-}
-
-/// A number for people, or a dash.
-fn short(value: &Value) -> String {
-    match value {
-        Value::Number(number) if number.is_f64() => {
-            format!("{:.3}", number.as_f64().unwrap_or(f64::NAN))
-        }
-        Value::Null => "–".into(),
-        Value::String(text) => escaped(text),
-        other => escaped(&other.to_string()),
-    }
-}
-
-fn table(page: &mut String, heads: &[&str], rows: &[Vec<String>]) -> std::fmt::Result {
-    page.push_str("<div class=\"wide\"><table><thead><tr>");
-    for head in heads {
-        write!(page, "<th scope=\"col\">{head}</th>")?;
-    }
-    page.push_str("</tr></thead><tbody>\n");
-    for row in rows {
-        let cells: String = row.iter().map(|cell| format!("<td>{cell}</td>")).collect();
-        writeln!(page, "<tr>{cells}</tr>")?;
-    }
-    page.push_str("</tbody></table></div>\n");
-    Ok(())
-}
-
 fn verdict(page: &mut String, view: &RunView, report: &Value) -> std::fmt::Result {
     let status = view.status();
     if report.is_null() {
@@ -184,10 +143,6 @@ fn pictures(page: &mut String, curves: &Curves) -> anyhow::Result<()> {
     }
     page.push_str("</div>\n");
     Ok(())
-}
-
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
 }
 
 fn evaluations(page: &mut String, report: &Value) -> std::fmt::Result {

@@ -93,7 +93,10 @@ for (const [index, tab] of tabs.entries()) {
     show(next.dataset.view);
   });
 }
-addEventListener("hashchange", () => show(location.hash.slice(1)));
+addEventListener("hashchange", () => {
+  const view = location.hash.slice(1);
+  if (view in views) show(view);
+});
 themes();
 show(location.hash.slice(1) || "curves");
 listen();
