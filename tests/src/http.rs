@@ -22,8 +22,9 @@ pub fn http(base: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
     stream
         .set_read_timeout(Some(DEADLINE))
         .expect("a time to wait");
+    // As version 1.0: the answer comes in one piece and then ends.
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.0\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
     stream

@@ -5,19 +5,23 @@
 //! and reads its records. It knows nothing of what is inside the program.
 
 mod binary;
+mod browser;
 mod cluster;
 mod ended;
 mod http;
 mod records;
 mod shared;
+mod tools;
 mod workplace;
 mod worlds;
 
 pub use binary::agon_binary;
+pub use browser::{Browser, Screen};
 pub use cluster::{has_nats_server, present, signal, status, status_now};
 pub use ended::Ended;
 pub use http::http;
 pub use records::{column, metrics, number, report, steps};
 pub use shared::shared;
+pub use tools::tool;
 pub use workplace::{Running, Workplace, wait_until, workspace_root};
 pub use worlds::{config, tiny_bandit, tiny_playground};

@@ -57,12 +57,12 @@ const ONLYS: [(&str, &[&str]); 13] = [
     ("minijinja", &["model"]),
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),
-    ("axum", &["preference"]),
+    ("axum", &["preference", "telemetry"]),
     ("plotters", &["agon"]),
     ("reqwest", &["preference", "agon"]),
     ("metrics", &["telemetry"]),
     ("metrics-exporter-prometheus", &["telemetry"]),
-    ("toml", &["settings", "agon"]),
+    ("toml", &["settings", "telemetry", "agon"]),
 ];
 
 /// What the house is built on.

@@ -22,7 +22,7 @@ use clap::{Parser, Subcommand};
 
 use commands::{
     actor, bench, check, doctor, eval, export, fit_preference, generate, learner, manifests,
-    preference, score, sft, status, train,
+    metrics, preference, samples, score, sft, status, train, view,
 };
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
@@ -51,6 +51,10 @@ enum Command {
     Eval(eval::Arguments),
     Generate(generate::Arguments),
     Score(score::Arguments),
+    View(view::Arguments),
+    Samples(samples::Arguments),
+    Report(commands::report::Arguments),
+    Metrics(metrics::Arguments),
     Check(check::Arguments),
     Doctor(doctor::Arguments),
     Export(export::Arguments),
@@ -83,6 +87,10 @@ fn main() -> ExitCode {
         Command::Eval(arguments) => eval::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Score(arguments) => score::run(&arguments),
+        Command::View(arguments) => view::run(&arguments),
+        Command::Samples(arguments) => samples::run(&arguments),
+        Command::Report(arguments) => commands::report::run(&arguments),
+        Command::Metrics(arguments) => metrics::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),

@@ -129,6 +129,7 @@ fn in_json(settings: &Settings, world: &World, outcome: &Outcome, bandit: Option
         "rollbacks": summary.rollbacks,
         "weights_digest": summary.weights_digest.to_string(),
         "checkpoint": summary.checkpoint,
+        "environment": environment(),
         "stations": stations(outcome),
         "evaluations": summary.evaluations,
         "rounds": outcome.rounds,
@@ -139,6 +140,16 @@ fn in_json(settings: &Settings, world: &World, outcome: &Outcome, bandit: Option
         report["mixture"] = json!(arms.mixture);
     }
     report
+}
+
+/// What ran, and on what.
+fn environment() -> Value {
+    let mut environment = json!({"version": env!("CARGO_PKG_VERSION")});
+    let machine = json!(telemetry::describe_machine());
+    for (name, value) in machine.as_object().into_iter().flatten() {
+        environment[name] = value.clone();
+    }
+    environment
 }
 
 fn stations(outcome: &Outcome) -> Value {

@@ -15,7 +15,8 @@ fn agon(arguments: &[&str]) -> Output {
 fn help_names_every_command_and_every_exit_code() {
     let help = String::from_utf8(agon(&["--help"]).stdout).expect("text");
     let commands = [
-        "train", "sft", "eval", "generate", "score", "check", "doctor", "export",
+        "train", "sft", "eval", "generate", "score", "view", "samples", "report", "metrics",
+        "check", "doctor", "export",
     ];
     let codes = [
         "2 bad configuration",
@@ -32,7 +33,7 @@ fn help_names_every_command_and_every_exit_code() {
 #[test]
 fn every_command_teaches_by_an_example() {
     for command in [
-        "train", "sft", "eval", "generate", "score", "check", "export",
+        "train", "sft", "eval", "generate", "score", "view", "samples", "report", "check", "export",
     ] {
         let help = String::from_utf8(agon(&[command, "--help"]).stdout).expect("text");
         assert!(

@@ -4,6 +4,8 @@ use messages::{Finish, LabelledPair};
 use serde::{Deserialize, Serialize};
 use telemetry::Measurements;
 
+use crate::length_control;
+
 /// A mean and its 95 % interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
@@ -67,6 +69,9 @@ pub struct Evaluation {
     pub gold_win_rate: Option<Interval>,
     /// How often the run's judge and the gold preference prefer the same answer, where both prefer one.
     pub judge_accuracy: Option<f64>,
+    /// `win_rate` with length controlled for; evaluations of older builds have none.
+    #[serde(default)]
+    pub win_rate_lc: Option<f64>,
     /// KL(policy ‖ reference) per completion, in nats, from the policy's samples.
     pub kl: f64,
     /// Mean length of the policy's completions, in tokens.
@@ -136,6 +141,7 @@ impl Tally {
             soft_win_rate: mean(&p),
             gold_win_rate: gold,
             judge_accuracy: judge_accuracy(&self.pairs),
+            win_rate_lc: Some(length_controlled(&self.pairs, &|l| win(p(l)))),
             kl: mean(&|l| policy(l).sum_logp() - policy(l).sum_ref_logp()),
             response_length: tokens,
             reference_length: mean(&|l| l.pair.completions[1].ids.len() as f64),
@@ -161,6 +167,13 @@ fn judge_accuracy(pairs: &[LabelledPair]) -> Option<f64> {
     (!agreements.is_empty()).then(|| agreements.iter().sum::<f64>() / agreements.len() as f64)
 }
 
+fn length_controlled(pairs: &[LabelledPair], win: &dyn Fn(&LabelledPair) -> f64) -> f64 {
+    let wins: Vec<f64> = pairs.iter().map(win).collect();
+    let length = |l: &LabelledPair, i: usize| l.pair.completions[i].ids.len() as f64;
+    let longer = |l: &LabelledPair| length(l, 0) - length(l, 1);
+    length_control::win_rate(&wins, &pairs.iter().map(longer).collect::<Vec<_>>())
+}
+
 fn example(labelled: &LabelledPair, p: f64) -> Example {
     let [policy, reference] = [0, 1].map(|i| labelled.pair.completions[i].text.clone());
     Example {
@@ -179,6 +192,9 @@ impl Evaluation {
         measurements.set("eval/win_rate", self.win_rate.mean);
         measurements.set("eval/win_rate_ci_low", self.win_rate.low);
         measurements.set("eval/win_rate_ci_high", self.win_rate.high);
+        if let Some(rate) = self.win_rate_lc {
+            measurements.set("eval/win_rate_lc", rate);
+        }
         measurements.set("eval/kl", self.kl);
         measurements.set("eval/response_length", self.response_length);
         if let Some(gold) = self.gold_win_rate {

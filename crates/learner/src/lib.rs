@@ -12,6 +12,7 @@ mod error;
 mod evaluation;
 mod feed;
 mod intake;
+mod length_control;
 pub mod objective;
 mod prompts;
 mod quarantine;

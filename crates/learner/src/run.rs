@@ -10,7 +10,7 @@ use messages::{
     Digest, DropReason, Dropped, LabelledPair, Prompt, Purpose, Seed, WeightsManifest,
     WeightsVersion,
 };
-use model::{DType, ModelFolder, Weights};
+use model::{DType, ModelFolder, Tokenizer, Weights};
 use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
 use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog, StationCounters, Waits};
 use tokio::{sync::watch, task::JoinHandle};
@@ -28,6 +28,7 @@ use crate::{
 };
 
 mod asking;
+mod outlook;
 mod telling;
 
 /// Held-out prompts on their way at once.
@@ -131,6 +132,7 @@ pub struct Learner {
     contested: usize,
     journal: Journal,
     samples: SampleLog,
+    tokenizer: Tokenizer,
     progress: Progress,
     waits: Waits,
     steps: watch::Sender<u64>,
@@ -183,6 +185,9 @@ impl Learner {
         };
         journal.truncate_after(state.step)?;
         samples.truncate_after(state.step)?;
+        if parts.telemetry.tensorboard {
+            journal.tell_tensorboard(&parts.directory.tensorboard(), state.step)?;
+        }
         for counters in &parts.stations {
             if let Some(snapshot) = state.stations.get(counters.station().name()) {
                 counters.restore(snapshot.clone());
@@ -209,6 +214,7 @@ impl Learner {
             contested: 0,
             journal,
             samples,
+            tokenizer: parts.folder.tokenizer.clone(),
             waits: Waits::new("learner"),
             steps: watch::Sender::new(state.step),
             started: Instant::now(),

@@ -27,6 +27,7 @@ mod rope;
 pub mod sampling;
 mod schedule;
 mod score;
+mod token_texts;
 mod tokenizer;
 mod weights;
 

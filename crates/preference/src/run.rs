@@ -7,13 +7,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesOrdered;
 use messages::{Dropped, LabelledPair, Pair, Prompt, Purpose, Station};
 use settings::OrdersSetting;
-use telemetry::{StationCounters, WaitGuard, Waits};
+use telemetry::{StationCounters, WaitGuard, Waits, publish};
 use tokio::sync::watch;
 use transport::{Delivery, Receipt, Receiver, Sender, TransportError};
 
@@ -118,6 +119,7 @@ struct Held {
     pair: Arc<Pair>,
     receipt: Receipt,
     questions: usize,
+    since: Instant,
 }
 
 /// Where pairs go: on as labels, or out with a note.
@@ -223,6 +225,7 @@ impl Service {
             pair,
             receipt,
             questions,
+            since: Instant::now(),
         });
         self.count();
     }
@@ -236,6 +239,7 @@ impl Service {
         let judgement = judgement.map_err(PreferenceError::NoJudge)?;
         let held = self.held.pop_front().expect("a judged pair is in hand");
         self.questions -= held.questions;
+        tell_wait(held.since.elapsed());
         if held.pair.prompt.purpose == Purpose::Contest {
             self.play(&held.pair, shutdown).await?;
         }
@@ -307,6 +311,11 @@ impl Outlet {
         self.counters.dropped(reason, 1);
         Ok(())
     }
+}
+
+fn tell_wait(waited: Duration) {
+    let waited = [("time/wait_for_judge", waited.as_secs_f64())];
+    publish(&waited.into_iter().collect(), &[("role", "preference")]);
 }
 
 /// Waits until the caller asks to stop. A caller that is gone asks for it too.

@@ -1,6 +1,6 @@
 //! `[evaluation]` and `[telemetry]`.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,8 +22,23 @@ pub struct EvaluationSettings {
 pub struct TelemetrySettings {
     /// Where Prometheus finds `/metrics`.
     pub listen: SocketAddr,
+    /// Where the live page is served, `host:port`; empty: nowhere.
+    pub page: String,
+    /// A file that holds the token which the page asks for; empty: none, and the page is for this machine.
+    pub token_path: PathBuf,
+    /// Whether the numbers of `metrics.jsonl` are written as TensorBoard's event files too.
+    pub tensorboard: bool,
     /// Steps between two lines on the terminal.
     pub logging_steps: u64,
     /// Pairs of every step that go to `samples.jsonl`.
     pub samples_per_step: usize,
+}
+
+impl TelemetrySettings {
+    /// Where the page is served; `None` when it is not, or when `page` is no address, which no settings
+    /// that were resolved hold.
+    #[must_use]
+    pub fn page_address(&self) -> Option<SocketAddr> {
+        self.page.parse().ok()
+    }
 }

@@ -1,6 +1,7 @@
 //! What no type can say: ranges, and settings that contradict each other.
 
 mod preference;
+mod telemetry;
 mod transport;
 
 use crate::{ObjectiveSettings, Problem, PromptsSettings, Settings, SftSettings};
@@ -16,6 +17,7 @@ pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
     checks.supervised(&settings.sft);
     checks.worlds(settings);
     checks.preference(settings);
+    checks.telemetry(&settings.telemetry);
     checks.objective(settings);
     checks.transport(settings);
     checks.problems
@@ -138,11 +140,6 @@ impl Checks {
             ),
         );
         self.at_least(settings.evaluation.prompts as u64, 1, "evaluation.prompts");
-        self.at_least(
-            settings.telemetry.logging_steps,
-            1,
-            "telemetry.logging_steps",
-        );
     }
 
     fn supervised(&mut self, sft: &SftSettings) {

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::fs;
+use std::path::Path;
 use std::thread;
 
 use serde::Serialize;
@@ -27,6 +28,13 @@ pub struct Machine {
 #[must_use]
 pub fn peak_memory_bytes() -> Option<u64> {
     kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM")
+}
+
+/// What is free on the disk that holds `path`, in bytes, to those who are not its administrator.
+#[must_use]
+pub fn free_bytes(path: &Path) -> Option<u64> {
+    let disk = rustix::fs::statvfs(path).ok()?;
+    disk.f_bavail.checked_mul(disk.f_frsize)
 }
 
 /// Asks the operating system what this machine is.
@@ -201,6 +209,13 @@ mod tests {
             "system    Debian 12 x86_64\nprocessor not known\ncores     2\n\
              features  avx2 fma\nmemory    1.5 GiB"
         );
+    }
+
+    #[test]
+    fn a_disk_has_room_and_no_disk_has_none() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(free_bytes(directory.path()).unwrap() > 4096);
+        assert_eq!(free_bytes(&directory.path().join("none")), None);
     }
 
     #[test]

@@ -37,6 +37,48 @@ pub enum Error {
         /// What the lock file says of the holder: `pid N`, or that it says nothing.
         holder: String,
     },
+    /// The directory of a run to look at holds none.
+    #[error("look at the run in {}: it holds neither config.toml nor metrics.jsonl; name a run directory, such as runs/quickstart", directory.display())]
+    NoRun {
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// The settings of a run are not TOML.
+    #[error("read {}: it is not the configuration of a run", path.display())]
+    Settings {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<toml::de::Error>,
+    },
+    /// The page's address is taken or is not this machine's.
+    #[error(
+        "serve the page on {address}: set `telemetry.page` (or `--listen`) to a free address of this machine (port 0 picks a free port), or stop what holds this one"
+    )]
+    PageListen {
+        /// The address.
+        address: SocketAddr,
+        /// Why it was refused.
+        source: io::Error,
+    },
+    /// The page would be open to everyone who reaches this machine.
+    #[error(
+        "serve the page on {address}: an address that others reach needs a token; name its file with `telemetry.token_path` (or `--token-path`), or listen on 127.0.0.1"
+    )]
+    PageExposed {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The file of the page's token is missing or holds no token.
+    #[error(
+        "read the page's token from {}: it must hold one line of printable characters without spaces", path.display()
+    )]
+    PageToken {
+        /// The file.
+        path: PathBuf,
+        /// Why it could not be read, where it could not.
+        source: Option<io::Error>,
+    },
     /// The operating system refused a file operation.
     #[error("{action} {}", path.display())]
     File {
@@ -81,7 +123,7 @@ pub enum Error {
     )]
     RecorderInstalled,
     /// The operating system refused a thread.
-    #[error("start the exporter's thread {name}")]
+    #[error("start the thread {name}")]
     Thread {
         /// The thread's name.
         name: String,

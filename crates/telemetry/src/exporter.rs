@@ -8,23 +8,28 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
 use crate::server::Server;
-use crate::{Error, registry, station, waits};
+use crate::{Error, MetricsPage, registry, station, waits};
 
 /// The upper ends of the buckets of every `…_seconds` histogram: from a fused operation to a hang.
 const SECONDS_BUCKETS: [f64; 13] = [
     0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0,
 ];
 
+/// The upper ends of the buckets of ages in learner steps: every bound that is in use, and beyond.
+const STEPS_BUCKETS: [f64; 10] = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0];
+
 /// How often recorded times are folded into their buckets when no one asks for the page; until then
 /// each of them takes memory.
 const UPKEEP: Duration = Duration::from_secs(5);
+
+const PROCESS_START: &str = "process_start_time_seconds";
 
 static STARTED: AtomicBool = AtomicBool::new(false);
 
@@ -59,6 +64,7 @@ impl Exporter {
         let server = Server::start(listen, &(Arc::new(move || shown.render()) as _))?;
         let upkeep = Upkeep::start(handle.clone())?;
         metrics::set_global_recorder(recorder).map_err(|_| Error::RecorderInstalled)?;
+        tell_start();
         STARTED.store(true, Ordering::Release);
         Ok(Self {
             server,
@@ -86,6 +92,13 @@ impl Exporter {
     pub fn render(&self) -> String {
         self.handle.render()
     }
+
+    /// Makes that page, for whoever shows this process.
+    #[must_use]
+    pub fn page(&self) -> MetricsPage {
+        let handle = self.handle.clone();
+        Arc::new(move || handle.render())
+    }
 }
 
 impl Recording {
@@ -104,14 +117,28 @@ impl Recording {
 fn build_recorder() -> PrometheusRecorder {
     let recorder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS_BUCKETS)
+        .and_then(|builder| {
+            builder.set_buckets_for_metric(Matcher::Suffix("_steps".into()), &STEPS_BUCKETS)
+        })
         .expect("there are buckets")
         .build_recorder();
     metrics::with_local_recorder(&recorder, || {
         registry::describe();
         station::describe();
         waits::describe();
+        metrics::describe_gauge!(
+            PROCESS_START,
+            "when the process began, in seconds since 1970"
+        );
     });
     recorder
+}
+
+/// When this process began to tell, under the name that every exporter of the field uses: a change of it
+/// is a restart.
+fn tell_start() {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    metrics::gauge!(PROCESS_START).set(since_1970.unwrap_or_default().as_secs_f64());
 }
 
 /// The thread that folds times into buckets; it ends when this is dropped.

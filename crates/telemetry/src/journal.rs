@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::lines::{LineFile, read_lines};
+use crate::tensorboard::EventFile;
 use crate::{Error, Measurements};
 
 const STEP: &str = "step";
@@ -20,6 +21,7 @@ const NONFINITE: &str = "nonfinite";
 #[derive(Debug)]
 pub struct Journal {
     lines: LineFile,
+    events: Option<EventFile>,
 }
 
 /// A line of `metrics.jsonl`.
@@ -42,7 +44,18 @@ impl Journal {
     pub fn open(path: &Path) -> Result<Self, Error> {
         Ok(Self {
             lines: LineFile::open(path)?,
+            events: None,
         })
+    }
+
+    /// From now on writes every measurement into a new event file of TensorBoard in `directory` too, for a
+    /// session that goes on after `step`.
+    ///
+    /// # Errors
+    /// When the file cannot be created.
+    pub fn tell_tensorboard(&mut self, directory: &Path, step: u64) -> Result<(), Error> {
+        self.events = Some(EventFile::create(directory, step)?);
+        Ok(())
     }
 
     /// Appends one line, which is with the operating system when this returns. `wall_seconds` is
@@ -75,7 +88,11 @@ impl Journal {
         if !nonfinite.is_empty() {
             row.insert(NONFINITE.into(), nonfinite.into());
         }
-        self.lines.append(&row)
+        self.lines.append(&row)?;
+        match &mut self.events {
+            Some(events) => events.append(step, measurements),
+            None => Ok(()),
+        }
     }
 
     /// Drops the lines of steps later than `step`, which a resumed run takes again; says how many.

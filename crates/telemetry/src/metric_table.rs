@@ -178,6 +178,12 @@ pub const METRICS: &[MetricInfo] = &[
         "restarts of this actor, since the run began",
     ),
     // Staleness.
+    MetricInfo {
+        name: "staleness/steps",
+        kind: MetricKind::Histogram,
+        unit: Steps,
+        help: "age of every pair that was trained on; not in metrics.jsonl",
+    },
     gauge("staleness/mean", Steps, "mean age of the pairs a step took"),
     gauge("staleness/max", Steps, "age of the oldest pair a step took"),
     gauge(
@@ -234,7 +240,6 @@ pub const METRICS: &[MetricInfo] = &[
         TokensPerSecond,
         "tokens trained on per second",
     ),
-    gauge("perf/mfu", Ratio, "model FLOP utilisation"),
     gauge(
         "perf/peak_memory_bytes",
         Bytes,
@@ -319,6 +324,11 @@ pub const METRICS: &[MetricInfo] = &[
         Number,
         "1 while the judge's circuit breaker is open, else 0",
     ),
+    gauge(
+        "disk/free_bytes",
+        Bytes,
+        "what is free on the disk of the run directory",
+    ),
     // Adversaries.
     gauge("ganpo/d_loss", Number, "the discriminators' loss"),
     gauge(
@@ -348,7 +358,6 @@ pub const METRICS: &[MetricInfo] = &[
     ),
     gauge("learning_rate", Number, "the learning rate in force"),
     gauge("grad_norm", Number, "norm of the gradient before clipping"),
-    gauge("epoch", Number, "passes over the prompt set"),
     gauge(
         "num_tokens",
         Tokens,

@@ -1,6 +1,6 @@
 //! How far a long piece of work has come, for the person who started it.
 //!
-//! On a terminal it is a bar; elsewhere it is a plain line every ten seconds and one at the end, so
+//! On a terminal it is a bar with a line below it; elsewhere it is a plain line every ten seconds and one at the end, so
 //! that a log stays short. This part writes to standard error only.
 
 use std::io::{self, IsTerminal, Write};
@@ -67,7 +67,7 @@ impl Progress {
 }
 
 fn bar(title: &str, total: u64) -> ProgressBar {
-    let template = "{prefix} {wide_bar} {pos}/{len} {elapsed} left {eta} {msg}";
+    let template = "{prefix} {wide_bar} {pos}/{len}  {elapsed}, left {eta}\n  {msg}";
     let style = ProgressStyle::with_template(template).expect("the template names known keys only");
     ProgressBar::new(total)
         .with_style(style)

@@ -58,6 +58,25 @@ pub enum MetricUnit {
     PairsPerSecond,
 }
 
+impl MetricUnit {
+    /// The unit for people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Number => "number",
+            Self::Ratio => "share",
+            Self::Nats => "nats",
+            Self::Seconds => "seconds",
+            Self::Bytes => "bytes",
+            Self::Tokens => "tokens",
+            Self::Steps => "steps",
+            Self::Count => "count",
+            Self::TokensPerSecond => "tokens per second",
+            Self::PairsPerSecond => "pairs per second",
+        }
+    }
+}
+
 struct Declared {
     info: &'static MetricInfo,
     prometheus: String,
@@ -84,6 +103,7 @@ impl MetricInfo {
         let suffix = match self.unit {
             MetricUnit::Seconds => "_seconds",
             MetricUnit::Bytes => "_bytes",
+            MetricUnit::Steps if self.kind == MetricKind::Histogram => "_steps",
             _ => "",
         };
         if name.ends_with(suffix) {
@@ -164,15 +184,15 @@ mod tests {
         judge/{latency_seconds,batch_size,timeouts,retries,tie_rate,order_inconsistency} \
         judge/{abstained,cache_hits,queue} \
         preference/{accuracy,ece,brier,drift} actor/{gen_throughput,generate_seconds,in_flight,restarts} \
-        staleness/{mean,max,dropped,in_flight} policy_version \
+        staleness/{steps,mean,max,dropped,in_flight} policy_version \
         weight_sync/{seconds,bytes,version,failures} \
         time/{step,wait_for_batch,wait_for_judge,forward,backward,optimizer} idle_ratio \
-        perf/{pairs_per_second,tokens_per_second,mfu,peak_memory_bytes} \
+        perf/{pairs_per_second,tokens_per_second,peak_memory_bytes} \
         mismatch/{kl,k3_kl,logp_abs_diff,ess} \
         eval/{win_rate,win_rate_ci_low,win_rate_ci_high,win_rate_lc,kl,response_length,gold_win_rate} \
         health/{nonfinite_steps,skipped_steps,rollbacks,actor_restarts,judge_circuit_open} \
         ganpo/{d_loss,g_loss,d_accuracy} apo/{round,loss,pairs} \
-        beta tau mixture_coef learning_rate grad_norm epoch num_tokens";
+        beta tau mixture_coef learning_rate grad_norm num_tokens disk/free_bytes";
 
     fn spelled_out(pattern: &str) -> Vec<String> {
         match pattern.split_once('{') {

@@ -12,7 +12,8 @@ use std::process;
 use crate::{Error, write_atomically};
 
 /// A run's directory, held by this process alone:
-/// `{config.toml, metrics.jsonl, samples.jsonl, checkpoints/, quarantine/, report.json, report.md, logs/, session, run.lock}`.
+/// `{config.toml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, quarantine/, report.json,
+/// report.md, logs/, session, run.lock}`.
 #[derive(Debug)]
 pub struct RunDirectory {
     root: PathBuf,
@@ -111,6 +112,12 @@ impl RunDirectory {
     #[must_use]
     pub fn samples(&self) -> PathBuf {
         self.root.join("samples.jsonl")
+    }
+
+    /// The directory of TensorBoard's event files; there when they are written.
+    #[must_use]
+    pub fn tensorboard(&self) -> PathBuf {
+        self.root.join("tensorboard")
     }
 
     /// The directory of all checkpoints; there from the start.

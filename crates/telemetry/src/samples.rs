@@ -1,6 +1,7 @@
 //! What was written and how it was judged, for people to look at: `samples.jsonl`.
 //!
-//! One flat row a labelled pair: text, lengths, sums; no tokens and no tensors.
+//! One flat row a labelled pair: text, lengths, sums, and the completions' tokens as text with their
+//! log-probabilities; no ids and no tensors.
 
 use std::path::Path;
 
@@ -18,7 +19,7 @@ pub struct SampleLog {
 
 /// A row of `samples.jsonl`. The lists have one entry per completion, in the pair's order;
 /// log-probabilities are natural logarithms, null where they are not finite.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SampleRow {
     /// The learner step that took the pair.
     pub step: u64,
@@ -49,7 +50,23 @@ pub struct SampleRow {
     pub sum_logp: Vec<Option<f64>>,
     /// log ref(y|x) of each completion, summed over its tokens.
     pub sum_ref_logp: Vec<Option<f64>>,
+    /// Each completion's tokens as text, which joined are the text with its special tokens; empty in rows
+    /// of older builds and where nobody knew the texts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tokens: Vec<Vec<String>>,
+    /// log π of each of them, rounded to thousandths.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logp: Vec<Vec<Option<f32>>>,
+    /// log ref of each of them, rounded alike.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ref_logp: Vec<Vec<Option<f32>>>,
+    /// Who wrote the completions.
+    #[serde(default)]
+    pub actor: String,
 }
+
+/// The texts of tokens, one for each id.
+pub type TokenTexts<'a> = &'a dyn Fn(&[u32]) -> Vec<String>;
 
 impl SampleLog {
     /// Opens the log at `path` for appending; a last line torn by a crash is cut off.
@@ -68,6 +85,20 @@ impl SampleLog {
     /// When the file refuses.
     pub fn append(&mut self, step: u64, labelled: &LabelledPair) -> Result<(), Error> {
         self.lines.append(&SampleRow::of(step, labelled))
+    }
+
+    /// Appends the same row with the completions' tokens, whose texts `texts` knows.
+    ///
+    /// # Errors
+    /// When the file refuses.
+    pub fn append_with_tokens(
+        &mut self,
+        step: u64,
+        labelled: &LabelledPair,
+        texts: TokenTexts<'_>,
+    ) -> Result<(), Error> {
+        let row = SampleRow::of(step, labelled).with_tokens(labelled, texts);
+        self.lines.append(&row)
     }
 
     /// Drops the rows of steps later than `step`, which a resumed run takes again; says how many.
@@ -113,8 +144,32 @@ impl SampleRow {
             judge_version: judge_version.0,
             sum_logp: each(&pair.completions, |c| finite(c.sum_logp())),
             sum_ref_logp: each(&pair.completions, |c| finite(c.sum_ref_logp())),
+            actor: pair.actor.clone(),
+            ..Self::default()
         }
     }
+
+    /// This row with the tokens of the pair's completions.
+    #[must_use]
+    pub fn with_tokens(self, labelled: &LabelledPair, texts: TokenTexts<'_>) -> Self {
+        let completions = &labelled.pair.completions;
+        Self {
+            tokens: each(completions, |c| texts(&c.ids)),
+            logp: each(completions, |c| thousandths(&c.logp)),
+            ref_logp: each(completions, |c| thousandths(&c.ref_logp)),
+            ..self
+        }
+    }
+}
+
+/// Rounded, and without the sign of a nought.
+fn thousandths(values: &[f32]) -> Vec<Option<f32>> {
+    let rounded = |value: &f32| {
+        value
+            .is_finite()
+            .then(|| (value * 1000.0).round() / 1000.0 + 0.0)
+    };
+    values.iter().map(rounded).collect()
 }
 
 fn each<T>(completions: &[Completion], of: impl Fn(&Completion) -> T) -> Vec<T> {
@@ -211,12 +266,31 @@ mod tests {
              \"prompt\":\"sum up:\\n\\\"a\\\"\",\"completions\":[\"short\",\"long\"],\
              \"lengths\":[2,3],\"finish\":[\"end_of_text\",\"length\"],\"p\":0.75,\"gold\":null,\
              \"judge\":\"gold\",\"judge_version\":2,\"sum_logp\":[-0.75,null],\
-             \"sum_ref_logp\":[-4.0,-6.0]}\n"
+             \"sum_ref_logp\":[-4.0,-6.0],\"actor\":\"actor-0\"}\n"
         );
         assert_eq!(
             SampleLog::read(&path).unwrap(),
             [SampleRow::of(9, &labelled(7))]
         );
+    }
+
+    #[test]
+    fn tokens_are_logged_with_their_texts_and_log_probabilities() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("samples.jsonl");
+        let texts = |ids: &[u32]| ids.iter().map(|id| format!("<{id}>")).collect();
+        let mut log = SampleLog::open(&path).unwrap();
+        log.append_with_tokens(9, &labelled(7), &texts).unwrap();
+        let row = SampleLog::read(&path).unwrap().remove(0);
+        let expected = [vec!["<5>"; 2], vec!["<5>"; 3]];
+        assert_eq!(row.tokens, expected);
+        let logp = [
+            vec![Some(-0.5), Some(-0.25)],
+            vec![Some(-1.0), None, Some(-1.0)],
+        ];
+        assert_eq!(row.logp, logp);
+        assert_eq!(row.ref_logp, [vec![Some(-2.0); 2], vec![Some(-2.0); 3]]);
+        assert_eq!(thousandths(&[-0.123_456]), [Some(-0.123)]);
     }
 
     #[test]

@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use messages::{DropReason, Station};
 use serde::{Deserialize, Serialize};
 
+use crate::metrics_page::ProcessMetric;
+
 const TAKEN: &str = "agon_station_taken_total";
 const GIVEN: &str = "agon_station_given_total";
 const DROPPED: &str = "agon_station_dropped_total";
@@ -170,12 +172,51 @@ impl StationSnapshot {
     }
 }
 
+/// What stations publish.
+pub(crate) const METRICS: &[ProcessMetric] = &[
+    counter(
+        TAKEN,
+        "station",
+        "messages a station took, since the run began",
+    ),
+    counter(
+        GIVEN,
+        "station",
+        "messages a station gave, since the run began",
+    ),
+    counter(
+        DROPPED,
+        "station, reason",
+        "messages a station dropped, since the run began",
+    ),
+    ProcessMetric {
+        name: IN_HAND,
+        kind: "gauge",
+        labels: "station",
+        help: "messages a station holds",
+    },
+];
+
+const fn counter(name: &'static str, labels: &'static str, help: &'static str) -> ProcessMetric {
+    ProcessMetric {
+        name,
+        kind: "counter",
+        labels,
+        help,
+    }
+}
+
 /// Tells the current recorder what the stations' metrics are.
 pub(crate) fn describe() {
-    metrics::describe_counter!(TAKEN, "messages a station took, since the run began");
-    metrics::describe_counter!(GIVEN, "messages a station gave, since the run began");
-    metrics::describe_counter!(DROPPED, "messages a station dropped, since the run began");
-    metrics::describe_gauge!(IN_HAND, "messages a station holds");
+    for ProcessMetric {
+        name, kind, help, ..
+    } in METRICS
+    {
+        match *kind {
+            "counter" => metrics::describe_counter!(*name, *help),
+            _ => metrics::describe_gauge!(*name, *help),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -5,9 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::metrics_page::ProcessMetric;
 
 const WAIT_SECONDS: &str = "agon_wait_seconds";
+const WAIT_OPEN_SINCE: &str = "agon_wait_open_since_seconds";
 
 /// The waits of one role; clones share them.
 #[derive(Debug, Clone)]
@@ -52,7 +55,9 @@ impl Waits {
     }
 
     /// Begins to wait for `reason`, a noun: "labelled pairs". When the guard is dropped the time is
-    /// added to the histogram `agon_wait_seconds{role, reason}`.
+    /// added to the histogram `agon_wait_seconds{role, reason}`. Meanwhile the gauge
+    /// `agon_wait_open_since_seconds{role, reason}` tells when the oldest such wait began, in seconds since
+    /// 1970; it is 0 while there is none.
     pub fn enter(&self, reason: &'static str) -> WaitGuard {
         self.enter_at(reason, Instant::now())
     }
@@ -74,6 +79,8 @@ impl Waits {
         let id = open.next;
         open.next += 1;
         open.waits.insert(id, (reason, since));
+        self.publish(&open, reason);
+        drop(open);
         WaitGuard {
             waits: self.clone(),
             id,
@@ -97,6 +104,16 @@ impl Waits {
         (longest.elapsed > limit).then_some((longest.reason, longest.elapsed))
     }
 
+    fn publish(&self, open: &Open, reason: &'static str) {
+        let mut same = open.waits.values().filter(|(other, _)| *other == reason);
+        let began = same.next().map_or(0.0, |(_, since)| {
+            let began = SystemTime::now().checked_sub(since.elapsed());
+            let since_1970 = began.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+            since_1970.unwrap_or_default().as_secs_f64()
+        });
+        metrics::gauge!(WAIT_OPEN_SINCE, "role" => self.role, "reason" => reason).set(began);
+    }
+
     fn open(&self) -> MutexGuard<'_, Open> {
         // Each change is one insertion or one removal: the list is sound even after a panic.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
@@ -113,16 +130,39 @@ impl WaitGuard {
 
 impl Drop for WaitGuard {
     fn drop(&mut self) {
-        self.waits.open().waits.remove(&self.id);
+        let mut open = self.waits.open();
+        open.waits.remove(&self.id);
         let (role, reason) = (self.waits.role, self.reason);
+        self.waits.publish(&open, reason);
+        drop(open);
         metrics::histogram!(WAIT_SECONDS, "role" => role, "reason" => reason)
             .record(self.elapsed().as_secs_f64());
     }
 }
 
-/// Tells the current recorder what the waits' metric is.
+/// What waits publish.
+pub(crate) const METRICS: &[ProcessMetric] = &[
+    ProcessMetric {
+        name: WAIT_SECONDS,
+        kind: "histogram",
+        labels: "role, reason",
+        help: "time a role waited, by what it waited for",
+    },
+    ProcessMetric {
+        name: WAIT_OPEN_SINCE,
+        kind: "gauge",
+        labels: "role, reason",
+        help: "when the oldest wait that goes on began, in seconds since 1970; 0 while there is none",
+    },
+];
+
+/// Tells the current recorder what the waits' metrics are.
 pub(crate) fn describe() {
-    metrics::describe_histogram!(WAIT_SECONDS, "time a role waited, by what it waited for");
+    let [ended, open] = METRICS else {
+        unreachable!("waits publish two metrics")
+    };
+    metrics::describe_histogram!(ended.name, ended.help);
+    metrics::describe_gauge!(open.name, open.help);
 }
 
 #[cfg(test)]
@@ -174,9 +214,19 @@ mod tests {
             let line = "agon_wait_seconds_count{role=\"actor\",reason=\"prompts\"} 2\n";
             assert!(page.contains(line), "no line {line:?} in\n{page}");
             assert!(
-                !page.contains("weights"),
+                !page.contains("agon_wait_seconds_count{role=\"actor\",reason=\"weights\"}"),
                 "a wait that goes on is recorded in\n{page}"
             );
+            let since = |reason: &str| {
+                let name =
+                    format!("agon_wait_open_since_seconds{{role=\"actor\",reason=\"{reason}\"}} ");
+                let value = page
+                    .lines()
+                    .find_map(|line| line.strip_prefix(name.as_str()));
+                value.unwrap().parse::<f64>().unwrap()
+            };
+            assert_eq!(since("prompts"), 0.0);
+            assert!(since("weights") > 1.6e9, "{page}");
         });
     }
 }

@@ -3,9 +3,9 @@
 use std::{process::ExitCode, sync::Arc};
 
 use settings::resolve_file;
-use telemetry::Exporter;
+use telemetry::{Exporter, PageServer};
 
-use super::train;
+use super::{train, view};
 use crate::{
     interrupt,
     presence::host,
@@ -41,7 +41,14 @@ async fn lead(arguments: &train::Arguments, end_with_stdin: bool) -> anyhow::Res
     let (path, resume) = (arguments.path(settings), arguments.resume.as_deref());
     let exporter = Exporter::start(settings.telemetry.listen)?;
     let metrics = format!("http://{}/metrics", exporter.address());
-    tracing::info!(run = %path.display(), metrics, "agon {}", env!("CARGO_PKG_VERSION"));
+    let page = view::beside(&settings.telemetry, &path, &exporter)?;
+    tracing::info!(
+        run = %path.display(),
+        page = page.as_ref().map_or("none", PageServer::address),
+        metrics,
+        "agon {}",
+        env!("CARGO_PKG_VERSION")
+    );
     let stop = interrupt::on_signal_or_end(end_with_stdin)?;
     let resuming = resume.is_some() && path.join("config.toml").exists();
     let (joined, claim) = loop {

@@ -9,8 +9,9 @@ use std::{
 use anyhow::Context;
 use learner::Ending;
 use settings::{Override, Resolved, Settings, TransportSettings, resolve_file};
-use telemetry::{Exporter, RunDirectory, write_atomically};
+use telemetry::{Exporter, PageServer, RunDirectory, write_atomically};
 
+use super::view;
 use crate::{
     failure::{Code, Misuse},
     interrupt, launch,
@@ -23,8 +24,9 @@ use crate::{
 ///
 /// Runs actors, preference service and learner side by side and writes a run directory: the resolved
 /// configuration, metrics.jsonl, samples.jsonl, checkpoints (each a Hugging Face folder) and, at the end,
-/// report.json and report.md. SIGTERM or Ctrl-C saves and leaves with exit code 5; --resume goes on. With
-/// transport.kind = "jetstream" the roles are processes, started and watched by this one.
+/// report.json and report.md. Prints the address of a page that shows the run while it lasts. SIGTERM or
+/// Ctrl-C saves and leaves with exit code 5; --resume goes on. With transport.kind = "jetstream" the roles
+/// are processes, started and watched by this one.
 ///
 /// Example: agon train configs/quickstart.toml --set learner.steps=100
 #[derive(clap::Args)]
@@ -105,8 +107,10 @@ async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow
         RunDirectory::create(path, &resolved.toml)?;
     }
     let exporter = Exporter::start(settings.telemetry.listen)?;
+    let page = view::beside(&settings.telemetry, path, &exporter)?;
     tracing::info!(
         run = %path.display(),
+        page = page.as_ref().map_or("none", PageServer::address),
         metrics = format!("http://{}/metrics", exporter.address()),
         "agon {}",
         env!("CARGO_PKG_VERSION")

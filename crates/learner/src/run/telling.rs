@@ -5,7 +5,7 @@ use std::time::Duration;
 use messages::{DropReason, LabelledPair};
 use telemetry::Measurements;
 
-use super::{Learner, due};
+use super::{Learner, due, outlook};
 use crate::{LearnerError, intake};
 
 impl Learner {
@@ -55,7 +55,13 @@ impl Learner {
             m.set("perf/peak_memory_bytes", bytes as f64);
         }
         m.set("num_tokens", self.state.tokens as f64);
+        m.merge(outlook::echoes(&self.settings.objective, pairs));
+        outlook::ages(&staleness);
+        if let Some(bytes) = telemetry::free_bytes(self.directory.root()) {
+            m.set("disk/free_bytes", bytes as f64);
+        }
         m.set("health/nonfinite_steps", self.state.nonfinite as f64);
+        m.set("health/skipped_steps", self.state.nonfinite as f64);
         m.set("health/rollbacks", self.state.rollbacks as f64);
         m
     }
@@ -69,25 +75,12 @@ impl Learner {
         self.journal
             .append(step, self.wall_seconds(), measurements)?;
         telemetry::publish(measurements, &[("role", "learner")]);
+        let texts = |ids: &[u32]| self.tokenizer.token_texts(ids);
         for labelled in pairs.iter().take(self.telemetry.samples_per_step) {
-            self.samples.append(step, labelled)?;
+            self.samples.append_with_tokens(step, labelled, &texts)?;
         }
-        let of = |name| measurements.get(name).unwrap_or(f64::NAN);
-        let note = format!(
-            "loss {:.4}  kl {:.3}  margin {:.3}  {:.0} pairs/s{}",
-            of("loss"),
-            of("objective/kl"),
-            of("rewards/margins"),
-            of("perf/pairs_per_second"),
-            self.state
-                .evaluations
-                .last()
-                .map_or(String::new(), |e| format!(
-                    "  win rate {:.3}",
-                    e.win_rate.mean
-                )),
-        );
         if due(step, self.telemetry.logging_steps) || step == self.settings.steps {
+            let note = outlook::note(measurements, self.state.evaluations.last());
             self.progress.advance_to(step, &note);
         }
         Ok(())

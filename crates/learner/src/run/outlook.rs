@@ -1,0 +1,77 @@
+//! What is told of a step beside what it computed: the settings in force, how old its pairs were, and the
+//! few numbers that fit on a terminal.
+
+use messages::LabelledPair;
+use settings::ObjectiveSettings;
+use telemetry::{Measurements, publish};
+
+use crate::Evaluation;
+
+/// The temperature of the objective under its own name, and the mean weight on the reference in the
+/// policies that wrote these pairs.
+pub(super) fn echoes(objective: &ObjectiveSettings, pairs: &[LabelledPair]) -> Measurements {
+    let temperature = match objective {
+        ObjectiveSettings::Ipo { tau, .. } | ObjectiveSettings::NashMdPg { tau } => ("tau", *tau),
+        ObjectiveSettings::Dpo { beta }
+        | ObjectiveSettings::Slic { beta }
+        | ObjectiveSettings::Rpo { beta, .. } => ("beta", *beta),
+    };
+    let written = || pairs.iter().flat_map(|labelled| &labelled.pair.completions);
+    let sum: f64 = written().map(|c| f64::from(c.mixture_coef)).sum();
+    let mean = sum / written().count().max(1) as f64;
+    [temperature, ("mixture_coef", mean)].into_iter().collect()
+}
+
+/// The age of every pair of a step, for the histogram.
+pub(super) fn ages(steps: &[u64]) {
+    for &age in steps {
+        let age = [("staleness/steps", age as f64)].into_iter().collect();
+        publish(&age, &[("role", "learner")]);
+    }
+}
+
+/// A step on one line: how it learns, how fast, how old its pairs were, and what share of it was waiting.
+pub(super) fn note(step: &Measurements, last: Option<&Evaluation>) -> String {
+    let of = |name| step.get(name).unwrap_or(f64::NAN);
+    let win_rate = last.map_or(String::new(), |e| {
+        format!("win rate {:.3} (step {})  ", e.win_rate.mean, e.step)
+    });
+    format!(
+        "{win_rate}loss {:.4}  kl {:.3}  margin {:.3}  {:.0} pairs/s  stale {:.1}  waits {:.0} %",
+        of("loss"),
+        of("objective/kl"),
+        of("rewards/margins"),
+        of("perf/pairs_per_second"),
+        of("staleness/mean"),
+        100.0 * of("idle_ratio"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_told_on_one_line() {
+        let step = [
+            ("loss", 0.25),
+            ("objective/kl", 1.5),
+            ("rewards/margins", -0.125),
+            ("perf/pairs_per_second", 93.6),
+            ("staleness/mean", 0.75),
+            ("idle_ratio", 0.336),
+        ];
+        assert_eq!(
+            note(&step.into_iter().collect(), None),
+            "loss 0.2500  kl 1.500  margin -0.125  94 pairs/s  stale 0.8  waits 34 %"
+        );
+    }
+
+    #[test]
+    fn the_objectives_temperature_has_its_own_name() {
+        let dpo = echoes(&ObjectiveSettings::Dpo { beta: 0.25 }, &[]);
+        assert_eq!((dpo.get("beta"), dpo.get("tau")), (Some(0.25), None));
+        let nash = echoes(&ObjectiveSettings::NashMdPg { tau: 0.5 }, &[]);
+        assert_eq!((nash.get("beta"), nash.get("tau")), (None, Some(0.5)));
+    }
+}

@@ -1,0 +1,240 @@
+//! The page as a browser asks for it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::*;
+use crate::{Journal, SampleRow};
+
+fn run(directory: &Path) -> RunView {
+    fs::write(directory.join("config.toml"), "[run]\nname = \"one\"\n").unwrap();
+    let mut journal = Journal::open(&directory.join("metrics.jsonl")).unwrap();
+    for (step, loss) in [(1, 2.0), (2, 1.0)] {
+        journal
+            .append(step, 0.5, &[("loss", loss)].into_iter().collect())
+            .unwrap();
+    }
+    let row = SampleRow {
+        step: 2,
+        prompt: "<script>alert(1)</script>".into(),
+        completions: vec!["a".into(), "b".into()],
+        p: Some(0.75),
+        ..SampleRow::default()
+    };
+    let line = serde_json::to_string(&row).unwrap() + "\n";
+    fs::write(directory.join("samples.jsonl"), line).unwrap();
+    RunView::open(directory).unwrap()
+}
+
+fn served(directory: &Path, token: Option<&str>) -> PageServer {
+    let parts = PageParts {
+        listen: (Ipv4Addr::LOCALHOST, 0).into(),
+        token: token.map(str::to_owned),
+        runs: vec![run(directory)],
+        live: Some(Arc::new(|| {
+            "agon_station_in_hand{station=\"actor\"} 3\nagon_loss 1\n".into()
+        })),
+    };
+    PageServer::start(parts).unwrap()
+}
+
+fn connect(server: &PageServer) -> TcpStream {
+    let address = server
+        .url()
+        .strip_prefix("http://")
+        .unwrap()
+        .split('/')
+        .next()
+        .unwrap();
+    let client = TcpStream::connect(address).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    client
+}
+
+/// Head and body of the answer to a GET.
+fn get(server: &PageServer, path: &str, header: &str) -> (String, String) {
+    let mut client = connect(server);
+    let request =
+        format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{header}\r\n");
+    client.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.to_owned(), body.to_owned())
+}
+
+#[test]
+fn a_run_is_told_in_parts() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = served(directory.path(), None);
+    let json = |path: &str| -> Value {
+        let (head, body) = get(&server, path, "");
+        assert!(head.starts_with("HTTP/1.1 200"), "{path}: {head}\n{body}");
+        serde_json::from_str(&body).unwrap()
+    };
+    let curves = json("/api/runs/0/curves?names=loss,eval/win_rate");
+    assert_eq!(
+        curves["curves"]["loss"]["values"],
+        serde_json::json!([2.0, 1.0])
+    );
+    assert_eq!(curves["names"], serde_json::json!(["loss"]));
+    let samples = json("/api/runs/0/samples?search=SCRIPT&limit=5");
+    assert_eq!(samples["rows"][0][1]["prompt"], "<script>alert(1)</script>");
+    assert_eq!(samples["total"], 1);
+    assert_eq!(json("/api/runs/0/config")["run"]["name"], "one");
+    assert_eq!(json("/api/runs/0/rounds"), serde_json::json!([]));
+    assert_eq!(json("/api/runs/0/report"), Value::Null);
+}
+
+#[test]
+fn what_is_not_there_is_refused_and_every_answer_is_protected() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = served(directory.path(), None);
+    for (path, status) in [
+        ("/", "200"),
+        ("/main.js", "200"),
+        ("/main.js.map", "404"),
+        ("/../config.toml", "404"),
+        ("/api/runs/1/config", "404"),
+        ("/api/runs/x/config", "400"),
+        ("/api/runs/0/samples?colour=red", "400"),
+    ] {
+        let (head, _) = get(&server, path, "");
+        assert!(
+            head.starts_with(&format!("HTTP/1.1 {status}")),
+            "{path}: {head}"
+        );
+        let head = head.to_lowercase();
+        for header in [
+            "content-security-policy: default-src 'none'",
+            "x-content-type-options: nosniff",
+        ] {
+            assert!(head.contains(header), "{path}: {head}");
+        }
+    }
+}
+
+#[test]
+fn a_token_is_asked_for_and_leaves_the_address() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = served(directory.path(), Some("sesame"));
+    assert!(server.url().ends_with("/?token=sesame"), "{}", server.url());
+    assert!(get(&server, "/", "").0.starts_with("HTTP/1.1 401"));
+    assert!(
+        get(&server, "/api/runs/0/config", "")
+            .0
+            .starts_with("HTTP/1.1 401")
+    );
+    let (head, _) = get(&server, "/?token=sesame", "");
+    let head = head.to_lowercase();
+    assert!(
+        head.starts_with("http/1.1 303") && head.contains("location: /\r\n"),
+        "{head}"
+    );
+    assert!(
+        head.contains("set-cookie: agon_token=sesame; path=/; httponly; samesite=strict"),
+        "{head}"
+    );
+    let (head, _) = get(
+        &server,
+        "/api/runs/0/config",
+        "Cookie: agon_token=sesame\r\n",
+    );
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+}
+
+#[test]
+fn open_pages_are_told_what_changes() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = served(directory.path(), None);
+    let mut client = connect(&server);
+    client
+        .write_all(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .unwrap();
+    let mut seen = String::new();
+    let mut data = || loop {
+        let mut block = [0; 4096];
+        let count = client.read(&mut block).unwrap();
+        assert!(count > 0, "the events end: {seen}");
+        seen.push_str(std::str::from_utf8(&block[..count]).unwrap());
+        if let Some((before, rest)) = seen.split_once("\n\n")
+            && let Some((_, data)) = before.split_once("data: ")
+        {
+            let look: Value = serde_json::from_str(data).unwrap();
+            seen = rest.to_owned();
+            return look;
+        }
+    };
+    let look = data();
+    assert_eq!(
+        (&look["runs"][0]["step"], &look["runs"][0]["samples"]),
+        (&2.into(), &1.into())
+    );
+    assert_eq!(look["live"].as_array().unwrap().len(), 1);
+    assert_eq!(look["live"][0]["value"], 3.0);
+    let mut journal = Journal::open(&directory.path().join("metrics.jsonl")).unwrap();
+    journal
+        .append(3, 1.0, &[("loss", 0.5)].into_iter().collect())
+        .unwrap();
+    let grown = (0..10)
+        .map(|_| data())
+        .find(|look| look["runs"][0]["step"] == 3);
+    assert!(grown.is_some(), "the third step is never told");
+    drop(server);
+}
+
+#[test]
+fn others_are_let_in_only_by_a_token() {
+    let parts = |listen: &str, token: Option<&str>| PageParts {
+        listen: listen.parse().unwrap(),
+        token: token.map(str::to_owned),
+        runs: Vec::new(),
+        live: None,
+    };
+    let exposed = PageServer::start(parts("0.0.0.0:0", None))
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(exposed.contains("`telemetry.token_path`"), "{exposed}");
+    let server = PageServer::start(parts("0.0.0.0:0", Some("sesame"))).unwrap();
+    let port = server
+        .url()
+        .trim_end_matches("/?token=sesame")
+        .rsplit(':')
+        .next()
+        .unwrap();
+    let taken = PageServer::start(parts(&format!("0.0.0.0:{port}"), Some("x")))
+        .err()
+        .unwrap();
+    assert!(matches!(taken, Error::PageListen { .. }), "{taken}");
+}
+
+#[test]
+fn a_token_file_holds_one_plain_word() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("token");
+    assert_eq!(page_token(Path::new("")).unwrap(), None);
+    for (text, expected) in [
+        (" se-same_1.x~\n", Some("se-same_1.x~")),
+        ("", None),
+        ("two words", None),
+        ("a&b", None),
+    ] {
+        fs::write(&path, text).unwrap();
+        assert_eq!(
+            page_token(&path).ok().flatten().as_deref(),
+            expected,
+            "{text:?}"
+        );
+    }
+    let message = page_token(&directory.path().join("none"))
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("none"), "{message}");
+}

@@ -1,0 +1,86 @@
+// The adversarial game's rounds, and the settings of every chosen run.
+
+import { ask, el, failed } from "./elements.js";
+import { duration, short } from "./numbers.js";
+
+function table(caption, heads, rows) {
+  return el("div", { class: "wide" }, el("table", {}, el("caption", {}, caption),
+    el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))), el("tbody", {}, rows)));
+}
+
+export class Rounds {
+  constructor(state) {
+    this.state = state;
+    this.element = el("div", { id: "rounds" });
+  }
+
+  async update() {
+    try {
+      const cards = await Promise.all(this.state.chosen.map((run) => this.card(run)));
+      const text = JSON.stringify(cards.map(({ rounds }) => rounds)) + this.state.chosen;
+      if (text === this.text) return;
+      this.text = text;
+      this.element.replaceChildren(...cards.map(({ element }) => element));
+    } catch (error) {
+      this.element.replaceChildren(failed(error));
+    }
+  }
+
+  async card(run) {
+    const rounds = await ask(`/api/runs/${run}/rounds`);
+    const both = (share, of) => `${short(of(share.before))} → ${short(of(share.after))}`;
+    const rows = rounds.map((round) => el("tr", {},
+      el("th", { scope: "row" }, round.round), el("td", {}, round.step), el("td", {}, round.pairs),
+      el("td", {}, both(round.golden_wins, (wins) => wins)),
+      el("td", {}, both(round.held_out, (quality) => quality.accuracy)),
+      el("td", {}, both(round.held_out, (quality) => quality.ece)),
+      el("td", {}, round.policy ? both(round.policy, (quality) => quality.accuracy) : "–"),
+      el("td", {}, short(round.drift)), el("td", {}, duration(round.seconds)),
+      el("td", { class: round.refused ? "bad" : "good" }, round.refused ?? "accepted")));
+    const heads = ["round", "step", "pairs", "golden answer wins", "accuracy", "calibration error", "accuracy on the policy's samples", "drift", "took", ""];
+    const body = rows.length ? table("The preference model before and after each round", heads, rows)
+      : el("p", { class: "soft" }, "No round of the adversarial game has been played.");
+    return { rounds, element: el("section", { class: "card" }, el("h2", {}, this.state.runs[run].name), body) };
+  }
+}
+
+function flat(tree, path = "") {
+  if (tree === null || typeof tree !== "object" || Array.isArray(tree)) return [[path, JSON.stringify(tree)]];
+  return Object.entries(tree).flatMap(([key, value]) => flat(value, path ? `${path}.${key}` : key));
+}
+
+export class Settings {
+  constructor(state) {
+    this.state = state;
+    this.filter = el("input", { type: "search", id: "filter", oninput: () => this.draw() });
+    this.differing = el("input", { type: "checkbox", id: "differing", onchange: () => this.draw() });
+    this.place = el("div", { class: "card" });
+    this.element = el("div", {}, el("div", { class: "bar" }, el("label", {}, "Key or value", this.filter),
+      el("label", {}, "Differing only", this.differing)), this.place);
+  }
+
+  async update() {
+    if (String(this.state.chosen) === this.key && this.configs?.every(Boolean)) return;
+    this.key = String(this.state.chosen);
+    try {
+      this.configs = await Promise.all(this.state.chosen.map((run) => ask(`/api/runs/${run}/config`)));
+      this.draw();
+    } catch (error) {
+      this.place.replaceChildren(failed(error));
+    }
+  }
+
+  draw() {
+    const columns = (this.configs ?? []).map((config) => new Map(flat(config ?? {})));
+    const keys = [...new Set(columns.flatMap((column) => [...column.keys()]))].filter(Boolean);
+    const needle = this.filter.value.toLowerCase();
+    const rows = keys.flatMap((key) => {
+      const values = columns.map((column) => column.get(key) ?? "–");
+      const differs = new Set(values).size > 1;
+      const found = [key, ...values].some((text) => text.toLowerCase().includes(needle));
+      if (!found || (this.differing.checked && !differs)) return [];
+      return [el("tr", { class: differs ? "differs" : null }, el("th", { scope: "row" }, el("code", {}, key)), values.map((value) => el("td", {}, el("code", {}, value))))];
+    });
+    this.place.replaceChildren(table("Every setting, as resolved", ["setting", ...this.state.chosen.map((run) => this.state.runs[run]?.name)], rows));
+  }
+}

@@ -1,0 +1,372 @@
+//! Dashboards and alerts: they name metrics that exist, and on a live run every panel shows something.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use house::{
+    Running, Workplace, http, tiny_bandit, tiny_playground, tool, wait_until, workspace_root,
+};
+use serde_json::Value;
+
+/// Expressions that may show nothing on the runs of these tests, by a part of them, each with its reason.
+const MAY_BE_EMPTY: [(&str, &str); 2] = [
+    ("agon_beta", "the temperature of IPO is called tau"),
+    (
+        "agon_judge_order_inconsistency",
+        "these judges are antisymmetric by construction, and asked once",
+    ),
+];
+
+fn folder() -> PathBuf {
+    workspace_root().join("dashboards")
+}
+
+/// Every dashboard: its file's name and its content.
+fn dashboards() -> BTreeMap<String, Value> {
+    let files = fs::read_dir(folder().join("grafana/dashboards")).expect("there are dashboards");
+    let read = |entry: std::io::Result<fs::DirEntry>| {
+        let path = entry.expect("an entry of a folder").path();
+        let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let name = path
+            .file_name()
+            .expect("a file has a name")
+            .to_string_lossy()
+            .into_owned();
+        (
+            name,
+            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display())),
+        )
+    };
+    files.map(read).collect()
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+/// Every expression of every panel, with where it stands.
+fn panel_expressions() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for (file, dashboard) in dashboards() {
+        for panel in list(&dashboard["panels"]) {
+            for target in list(&panel["targets"]) {
+                let expression = target["expr"].as_str().expect("a target has an expression");
+                found.push((format!("{file}, {}", panel["title"]), expression.to_owned()));
+            }
+        }
+    }
+    found
+}
+
+/// The lines of the rules after `key:`, each with the alert that they belong to. A folded expression is
+/// joined.
+fn rules(key: &str) -> Vec<(String, String)> {
+    let text =
+        fs::read_to_string(folder().join("prometheus/alerts.yml")).expect("there are alerts");
+    let mut found: Vec<(String, String)> = Vec::new();
+    let (mut alert, mut is_folded) = (String::new(), false);
+    for line in text.lines() {
+        let line = line.trim();
+        if let Some(name) = line.strip_prefix("- alert: ") {
+            name.clone_into(&mut alert);
+        } else if let Some(value) = line.strip_prefix(&format!("{key}: ")) {
+            is_folded = value == ">-";
+            let value = if is_folded { "" } else { value };
+            found.push((alert.clone(), value.to_owned()));
+        } else if is_folded && !line.starts_with("for:") && !line.starts_with("labels:") {
+            let (_, whole) = found.last_mut().expect("a folded value has begun");
+            *whole = format!("{whole} {line}");
+        } else {
+            is_folded = false;
+        }
+    }
+    found
+}
+
+/// The metrics that an expression names.
+fn metrics_in(expression: &str) -> BTreeSet<String> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let words = expression.split(|c| !is_part(c));
+    let is_metric = |word: &&str| word.starts_with("agon_") || word.starts_with("process_");
+    words.filter(is_metric).map(str::to_owned).collect()
+}
+
+/// Every series name that the program knows, by what it says itself.
+fn known(workplace: &Workplace) -> BTreeSet<String> {
+    let page = workplace.run(&["metrics"]).succeeded().out;
+    let mut known = BTreeSet::new();
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let name = line.split('`').nth(1).expect("a row begins with a name");
+        known.insert(name.to_owned());
+        if line.contains("| histogram |") {
+            known.extend(["bucket", "sum", "count"].map(|part| format!("{name}_{part}")));
+        }
+    }
+    known
+}
+
+#[test]
+fn every_metric_of_a_panel_or_an_alert_exists() {
+    let known = known(&Workplace::new());
+    assert!(known.len() > 100, "{known:?}");
+    let all = panel_expressions().into_iter().chain(rules("expr"));
+    let mut seen = 0;
+    for (place, expression) in all {
+        let metrics = metrics_in(&expression);
+        assert!(
+            !metrics.is_empty() || expression.starts_with("up{"),
+            "{place}: {expression}"
+        );
+        for metric in metrics {
+            assert!(
+                known.contains(&metric),
+                "{place} names {metric}, which is not published"
+            );
+            seen += 1;
+        }
+    }
+    assert!(seen > 100, "only {seen} metrics are named");
+}
+
+#[test]
+fn dashboards_are_whole() {
+    let dashboards = dashboards();
+    assert_eq!(dashboards.len(), 4);
+    let mut uids = BTreeSet::new();
+    for (file, dashboard) in &dashboards {
+        assert!(
+            uids.insert(dashboard["uid"].as_str().expect("a dashboard has a uid")),
+            "{file}"
+        );
+        assert!(
+            dashboard["schemaVersion"]
+                .as_u64()
+                .expect("a schema has a version")
+                >= 41
+        );
+        assert_eq!(
+            dashboard["templating"]["list"][0]["type"], "datasource",
+            "{file}"
+        );
+        let (mut ids, mut taken) = (BTreeSet::new(), BTreeSet::new());
+        for panel in list(&dashboard["panels"]) {
+            let title = &panel["title"];
+            assert!(
+                ids.insert(panel["id"].as_u64()),
+                "{file}, {title}: its id is another's"
+            );
+            let of = |key: &str| panel["gridPos"][key].as_u64().expect("a panel has a place");
+            for x in of("x")..of("x") + of("w") {
+                assert!(x < 24, "{file}, {title} leaves the page");
+                for y in of("y")..of("y") + of("h") {
+                    assert!(taken.insert((x, y)), "{file}, {title} covers another panel");
+                }
+            }
+            if panel["type"] != "row" {
+                assert_ne!(
+                    panel["description"].as_str().unwrap_or_default(),
+                    "",
+                    "{file}, {title}"
+                );
+                assert_eq!(
+                    panel["datasource"]["uid"], "${datasource}",
+                    "{file}, {title}"
+                );
+                assert!(
+                    !list(&panel["targets"]).is_empty(),
+                    "{file}, {title} asks nothing"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn every_alert_has_a_runbook_and_fires_when_it_is_provoked() {
+    let alerts: Vec<_> = rules("expr").into_iter().map(|(alert, _)| alert).collect();
+    assert!(alerts.len() >= 8, "{alerts:?}");
+    for key in ["summary", "runbook", "severity"] {
+        let of: Vec<_> = rules(key).into_iter().map(|(alert, _)| alert).collect();
+        assert_eq!(of, alerts, "every alert has its {key}");
+    }
+    let tests = fs::read_to_string(folder().join("prometheus/alerts_test.yml"));
+    let tests = tests.expect("there are tests of the alerts");
+    for alert in &alerts {
+        assert!(
+            tests.contains(&format!("alertname: {alert}}}")),
+            "{alert} is never silent"
+        );
+        assert!(
+            tests.contains(&format!("alertname=\"{alert}\"")),
+            "{alert} never fires"
+        );
+    }
+    let test = "every_alert_has_a_runbook_and_fires_when_it_is_provoked";
+    let Some(promtool) = tool(test, &["promtool"]) else {
+        return;
+    };
+    for arguments in [
+        ["check", "config", "prometheus.yml"],
+        ["test", "rules", "alerts_test.yml"],
+    ] {
+        let checked = Command::new(&promtool)
+            .args(arguments)
+            .current_dir(folder().join("prometheus"))
+            .output()
+            .expect("promtool starts");
+        let words =
+            String::from_utf8_lossy(&checked.stdout) + String::from_utf8_lossy(&checked.stderr);
+        assert!(checked.status.success(), "promtool {arguments:?}: {words}");
+    }
+}
+
+/// Whether a Prometheus answers questions: for a moment it listens and does not.
+fn ready(port: u16) -> Option<()> {
+    let mut client = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    let request = "GET /-/ready HTTP/1.1\r\nHost: prometheus\r\nConnection: close\r\n\r\n";
+    client.write_all(request.as_bytes()).ok()?;
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).ok()?;
+    answer.starts_with("HTTP/1.1 200").then_some(())
+}
+
+/// A Prometheus, ended when the value goes.
+struct Prometheus {
+    process: Child,
+    base: String,
+}
+
+impl Prometheus {
+    /// One that looks at these addresses every second and at our alerts.
+    fn start(program: &Path, workplace: &Workplace, targets: &[String]) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
+        let port = port.expect("there is a free port").port();
+        let config = format!(
+            "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: [{:?}]\n\
+             scrape_configs: [{{job_name: agon, static_configs: [{{targets: {targets:?}}}]}}]\n",
+            folder().join("prometheus/alerts.yml")
+        );
+        let config = workplace.write("prometheus.yml", config);
+        let base = format!("http://127.0.0.1:{port}");
+        let process = Command::new(program)
+            .arg(format!("--config.file={}", config.display()))
+            .arg(format!(
+                "--storage.tsdb.path={}",
+                workplace.path("prometheus").display()
+            ))
+            .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("Prometheus starts");
+        wait_until("Prometheus", || ready(port));
+        Self { process, base }
+    }
+
+    /// The series that an expression has now.
+    fn ask(&self, expression: &str) -> Vec<Value> {
+        let escape = |byte: u8| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' => char::from(byte).to_string(),
+            other => format!("%{other:02X}"),
+        };
+        let query: String = expression.bytes().map(escape).collect();
+        let (status, answer) = http(
+            &self.base,
+            "GET",
+            &format!("/api/v1/query?query={query}"),
+            "",
+        );
+        assert_eq!(status, 200, "{expression}: {answer}");
+        list(&answer["data"]["result"]).to_vec()
+    }
+}
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        // One that has ended already is as good.
+        self.process.kill().ok();
+        self.process.wait().ok();
+    }
+}
+
+/// Where a run says that it serves its metrics.
+fn metrics_address(running: &mut Running) -> String {
+    let [_, err] = running.files();
+    running.until("the address of the metrics", || {
+        let words = fs::read_to_string(&err).ok()?;
+        let (_, rest) = words.split_once("metrics=\"http://")?;
+        Some(rest.split_once("/metrics")?.0.to_owned())
+    })
+}
+
+#[test]
+fn on_live_runs_every_panel_shows_something_and_no_alert_lacks_its_metric() {
+    let test = "on_live_runs_every_panel_shows_something";
+    let Some(program) = tool(test, &["prometheus"]) else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let bandit = workplace.path("bandit");
+    let mut bandit = workplace.start(&tiny_bandit(
+        &bandit,
+        &["learner.steps=1000000", "evaluation.eval_steps=50"],
+    ));
+    let game = workplace.path("game");
+    let mut game = workplace.start(&tiny_playground(
+        &game,
+        &[
+            "learner.steps=1000000",
+            "learner.max_staleness=2",
+            "evaluation.eval_steps=10",
+            "preference.judge.kind=bradley-terry",
+            "preference.fit.pairs.count=60",
+            "preference.fit.train_batch_size=16",
+            "preference.apo.refresh_steps=20",
+            "preference.apo.prompts=6",
+            "preference.apo.samples=3",
+            "preference.apo.min_accuracy=0",
+            "preference.apo.max_ece=1",
+        ],
+    ));
+    let targets = [metrics_address(&mut bandit), metrics_address(&mut game)];
+    let prometheus = Prometheus::start(&program, &workplace, &targets);
+    let expected = |expression: &str| {
+        !MAY_BE_EMPTY
+            .iter()
+            .any(|(part, _)| expression.contains(part))
+    };
+    for (place, expression) in panel_expressions() {
+        let asked = expression
+            .replace("$instance", ".*")
+            .replace("$__rate_interval", "10s");
+        if !expected(&expression) {
+            prometheus.ask(&asked);
+            continue;
+        }
+        wait_until(&format!("{place}: {asked}"), || {
+            (!prometheus.ask(&asked).is_empty()).then_some(())
+        });
+    }
+    for (alert, expression) in rules("expr") {
+        prometheus.ask(&expression);
+        for metric in metrics_in(&expression) {
+            assert!(
+                !prometheus.ask(&metric).is_empty(),
+                "{alert} asks for {metric}"
+            );
+        }
+    }
+    let firing = prometheus.ask("ALERTS{alertstate=\"firing\", alertname!=\"AgonEceDrift\", alertname!=\"AgonDiskFilling\"}");
+    assert!(firing.is_empty(), "{firing:?}");
+    for running in [bandit, game] {
+        running.terminate();
+        running.wait().check(5, &[]).without_panic();
+    }
+}

@@ -1,0 +1,301 @@
+//! The live page in a real browser, clicked through as its readers do.
+
+use std::{fs, path::Path};
+
+use house::{Browser, Running, Screen, Workplace, steps, tiny_playground};
+use serde_json::{Value, json};
+
+const DESK: Screen = Screen {
+    width: 1280,
+    height: 900,
+    scheme: "light",
+};
+
+const PHONE: Screen = Screen {
+    width: 390,
+    height: 844,
+    scheme: "dark",
+};
+
+/// `agon view` of these runs, and its address.
+fn view(workplace: &Workplace, runs: &[&Path]) -> (Running, String) {
+    let runs: Vec<_> = runs.iter().map(|run| run.display().to_string()).collect();
+    view_with(
+        workplace,
+        &runs.iter().map(String::as_str).collect::<Vec<_>>(),
+    )
+}
+
+/// `agon view` with these arguments, and its address.
+fn view_with(workplace: &Workplace, arguments: &[&str]) -> (Running, String) {
+    let arguments = [&["view"], arguments].concat();
+    let mut running = workplace.start(&arguments);
+    let [out, _] = running.files();
+    let url = running.until("the address of the page", || {
+        let words = fs::read_to_string(&out).ok()?;
+        Some(words.split_once('\n')?.0.to_owned())
+    });
+    (running, url)
+}
+
+/// The address that a run prints of its `page` or of its `metrics`.
+fn told(running: &mut Running, what: &str) -> String {
+    let [_, err] = running.files();
+    running.until("an address", || {
+        let words = fs::read_to_string(&err).ok()?;
+        let (_, rest) = words.split_once(&format!("{what}=\""))?;
+        Some(rest.split_once('"')?.0.to_owned())
+    })
+}
+
+fn clean(browser: &Browser) {
+    assert!(browser.wrongs().is_empty(), "{:#?}", browser.wrongs());
+}
+
+/// A finished run that nobody trained: curves and samples of these texts.
+fn written(workplace: &Workplace, name: &str, rows: &[Value]) -> std::path::PathBuf {
+    let run = workplace.path(name);
+    fs::create_dir_all(&run).expect("a folder in a temporary directory");
+    let lines = |rows: &[Value]| {
+        rows.iter()
+            .map(|row| format!("{row}\n"))
+            .collect::<String>()
+    };
+    let metrics: Vec<_> = (1..=50)
+        .map(|step| json!({"step": step, "wall_seconds": step, "loss": 1.0 / f64::from(step)}))
+        .collect();
+    fs::write(run.join("metrics.jsonl"), lines(&metrics)).expect("a file");
+    fs::write(run.join("samples.jsonl"), lines(rows)).expect("a file");
+    fs::write(
+        run.join("config.toml"),
+        format!("[run]\nname = {name:?}\nseed = 0\n"),
+    )
+    .expect("a file");
+    run
+}
+
+fn row(step: u32, prompt: &str, text: &str) -> Value {
+    json!({
+        "step": step, "prompt_id": step, "purpose": "train", "version": 1, "prompt": prompt,
+        "completions": [text, "another"], "lengths": [2, 1], "finish": ["end_of_text", "length"],
+        "p": 0.9, "gold": null, "judge": "rule", "judge_version": 1,
+        "sum_logp": [-2.0, -1.0], "sum_ref_logp": [-4.0, -1.0],
+        "tokens": [[text, ""], ["another"]], "logp": [[-1.0, -1.0], [-1.0]],
+        "ref_logp": [[-3.0, -1.0], [-0.7]],
+    })
+}
+
+#[test]
+fn a_run_is_watched_while_it_goes_on() {
+    let Some(mut browser) = Browser::start("a_run_is_watched_while_it_goes_on") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let run = workplace.path("watched");
+    let sets = [
+        "learner.steps=100000",
+        "evaluation.eval_steps=5",
+        "telemetry.samples_per_step=2",
+    ];
+    let mut running = workplace.start(&tiny_playground(&run, &sets));
+    let url = told(&mut running, "page");
+    browser.look(DESK);
+    browser.open(&url);
+    browser.until("document.querySelector('#link')?.textContent === 'live'");
+    browser.until("document.querySelector('[data-chart=\"Loss\"] path.stroke')?.getAttribute('d').length > 20");
+    browser.until("document.querySelector('[data-chart=\"Win rate\"] path.band') !== null");
+    assert!(
+        browser.text("#runs").contains("watched running"),
+        "{}",
+        browser.text("#runs")
+    );
+    let before = browser.text("#runs");
+    browser.until(&format!(
+        "document.querySelector('#runs').innerText !== {before:?}"
+    ));
+
+    browser.click("#tab-flow");
+    browser.until("document.querySelectorAll('#pipeline [data-station]').length === 3");
+    browser
+        .until("/taken [1-9]/.test(document.querySelector('[data-station=learner]')?.textContent)");
+
+    browser.click("#tab-samples");
+    browser.until("document.querySelectorAll('#rows article').length > 3");
+    browser.until("document.querySelectorAll('#rows .token[title^=\"log\"]').length > 20");
+    browser.until("!document.querySelector('#fresh').hidden");
+    let newest = "Number(document.querySelector('#rows article').dataset.number)";
+    let before = browser.value(newest);
+    browser.click("#fresh");
+    browser.until(&format!("{newest} > {before}"));
+    clean(&browser);
+
+    // The same from another process, which asks this one.
+    let metrics = told(&mut running, "metrics");
+    let path = run.display().to_string();
+    let (watcher, url) = view_with(&workplace, &[&path, "--metrics", &metrics]);
+    browser.open(&format!("{url}#flow"));
+    browser.until("/taken [1-9]/.test(document.querySelector('[data-station=actor]').textContent)");
+    clean(&browser);
+    watcher.terminate();
+    watcher.wait().succeeded();
+
+    browser.open(&format!("{}#flow", told(&mut running, "page")));
+    browser.until("document.querySelector('#link').textContent === 'live'");
+    running.terminate();
+    running.wait().check(5, &[]).without_panic();
+    browser.until("document.querySelector('#link').textContent.startsWith('no connection')");
+    assert!(steps(&run).len() > 5);
+}
+
+#[test]
+fn runs_are_laid_over_one_another_and_their_settings_compared() {
+    let Some(mut browser) = Browser::start("runs_are_laid_over_one_another") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let [one, two] = ["one", "two"].map(|name| written(&workplace, name, &[row(1, "p", "t")]));
+    let (running, url) = view(&workplace, &[&one, &two]);
+    browser.look(DESK);
+    browser.open(&url);
+    let lines =
+        "document.querySelectorAll('[data-chart=\"Loss\"] svg[role=img] path.stroke').length";
+    browser.until(&format!("{lines} === 2"));
+    browser.click("[data-run=\"1\"]");
+    browser.until(&format!("{lines} === 1"));
+    browser.click("[data-run=\"1\"]");
+
+    // With the keyboard alone: along the tabs, and along a curve.
+    browser.click("#tab-curves");
+    browser.value("document.querySelector('[data-chart=\"Loss\"] svg[role=img]').focus()");
+    for _ in 0..2 {
+        browser.press("ArrowLeft");
+    }
+    let said = browser.text("[data-chart=\"Loss\"] output");
+    assert!(said.contains("one loss 0.021 at step 48"), "{said}");
+    browser.value("document.querySelector('#tab-curves').focus()");
+    for _ in 0..4 {
+        browser.press("ArrowRight");
+    }
+    browser
+        .until("document.querySelector('#tab-settings').getAttribute('aria-selected') === 'true'");
+    browser.until("document.querySelectorAll('main tr.differs').length === 1");
+    browser.click("#differing");
+    browser.until("document.querySelectorAll('main tbody tr').length === 1");
+    assert!(
+        browser.text("main tbody").contains("run.name"),
+        "{}",
+        browser.text("main tbody")
+    );
+
+    // Skipping to the content opens no other view.
+    browser.value("document.querySelector('.skip').click()");
+    browser.until("location.hash === '#view'");
+    browser
+        .until("document.querySelector('#tab-settings').getAttribute('aria-selected') === 'true'");
+
+    browser.click("#theme");
+    browser.click("#theme");
+    assert_eq!(
+        browser.value("document.documentElement.dataset.theme"),
+        "dark"
+    );
+    clean(&browser);
+    running.terminate();
+    running.wait().succeeded();
+}
+
+#[test]
+fn hostile_texts_are_shown_and_never_run() {
+    let Some(mut browser) = Browser::start("hostile_texts_are_shown_and_never_run") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let hostile = [
+        "<script>window.hit = 1</script>",
+        "<img src=x onerror=\"window.hit = 1\">",
+        "</div><svg onload=window.hit=1>",
+        "\" onmouseover=\"window.hit=1",
+        "javascript:window.hit=1",
+    ];
+    let rows: Vec<_> = (1..)
+        .zip(hostile)
+        .map(|(step, text)| row(step, text, text))
+        .collect();
+    let name = "<img src=x onerror=window.hit=1>";
+    let run = written(&workplace, name, &rows);
+    let (running, url) = view(&workplace, &[&run]);
+    browser.look(DESK);
+    browser.open(&format!("{url}#samples"));
+    browser.until(&format!(
+        "document.querySelectorAll('#rows article').length === {}",
+        hostile.len()
+    ));
+    for (step, text) in (1..).zip(hostile) {
+        let place = hostile.len() - step;
+        let shown = format!(
+            "document.querySelectorAll('#rows article')[{place}].querySelector('.prompt').textContent"
+        );
+        assert_eq!(browser.value(&shown), text);
+    }
+    for tab in ["curves", "flow", "rounds", "settings"] {
+        browser.click(&format!("#tab-{tab}"));
+    }
+    browser.until("document.querySelector('main').innerText.includes('onerror=window.hit')");
+    assert_eq!(browser.value("window.hit === undefined"), true);
+    assert_eq!(
+        browser.value("document.querySelectorAll('main img, main script').length"),
+        0
+    );
+    clean(&browser);
+    running.terminate();
+    running.wait().succeeded();
+}
+
+#[test]
+fn a_hundred_thousand_samples_are_browsed_filtered_and_searched_on_a_phone() {
+    let Some(mut browser) = Browser::start("a_hundred_thousand_samples_are_browsed") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let rows: Vec<_> = (1..=100_000)
+        .map(|step| row(step, &format!("prompt {step}"), "text"))
+        .collect();
+    let run = written(&workplace, "many", &rows);
+    let (running, url) = view(&workplace, &[&run]);
+    browser.look(PHONE);
+    browser.open(&format!("{url}#samples"));
+    browser.until("document.querySelector('#count').textContent.startsWith('20 shown of 100000')");
+    assert_eq!(
+        browser.value("document.querySelectorAll('#rows .token.u3').length"),
+        20
+    );
+    browser.click("#older");
+    browser.until("document.querySelector('#count').textContent.startsWith('40 shown of 100000')");
+    browser.click("#last_step");
+    browser.type_text("50000");
+    browser.click("#find");
+    browser.until("document.querySelector('#rows article')?.dataset.number === '49999'");
+    browser.click("#search");
+    browser.type_text("PROMPT 123");
+    browser.press("Enter");
+    // Found among the oldest rows: 123, 1230 to 1239, and so on.
+    browser.until("document.querySelectorAll('#rows article').length === 20");
+    let all = "[...document.querySelectorAll('#rows .prompt')].every((p) => p.textContent.startsWith('prompt 123'))";
+    assert_eq!(browser.value(all), true);
+    // A phone scrolls down, never sideways.
+    assert_eq!(
+        browser.value("document.documentElement.scrollWidth <= innerWidth"),
+        true
+    );
+    for tab in ["curves", "flow", "rounds", "settings"] {
+        browser.click(&format!("#tab-{tab}"));
+        assert_eq!(
+            browser.value("document.documentElement.scrollWidth <= innerWidth"),
+            true,
+            "{tab}"
+        );
+    }
+    clean(&browser);
+    running.terminate();
+    running.wait().succeeded();
+}
