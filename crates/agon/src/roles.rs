@@ -100,7 +100,7 @@ pub(crate) async fn run(
         telemetry: settings.telemetry.clone(),
         seed: Seed(settings.run.seed),
         folder: Arc::clone(&world.folder),
-        weights: world.weights.clone(),
+        policy: world.policy()?,
         set: Arc::clone(&world.set),
         pacing: learner_pacing(settings),
         prompts,
@@ -180,6 +180,7 @@ fn actor(
     let lone = learner_pacing(settings) == learner::Pacing::WholeReleases;
     Ok(Actor::new(ActorParts {
         name: format!("actor-{index}"),
+        policy: world.policy()?,
         reference: world::language_model(&world.folder, &world.weights)?,
         tokenizer: world.folder.tokenizer.clone(),
         sampling: sampling(settings),
