@@ -106,8 +106,8 @@ mod tests {
         );
         // It follows the weight: one step at a time is enough when the weight moves slowly.
         let mut moved = weight;
-        for step in 0..40 {
-            let angle = 0.01 * step as f32;
+        let angle = 0.01f32;
+        for _ in 0..40 {
             let turn = Tensor::new(
                 &[[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]],
                 &Device::Cpu,
