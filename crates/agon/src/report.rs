@@ -183,9 +183,13 @@ fn in_words(
     }
     rounds(&mut text, &outcome.rounds)?;
     flow(&mut text, outcome)?;
+    let kind = match settings.model.lora_rank {
+        0 => "a Hugging Face folder",
+        _ => "PEFT's folder of an adapter; `agon export --merge` makes a model of it",
+    };
     writeln!(
         text,
-        "\nPolicy: `{}` (a Hugging Face folder). Weights: `{}`.",
+        "\nPolicy: `{}` ({kind}). Weights: `{}`.",
         summary.checkpoint.display(),
         summary.weights_digest
     )?;

@@ -453,6 +453,7 @@ fn labelling(settings: &LearnerSettings, seed: Seed) -> Labelling {
     };
     Labelling {
         kind,
+        flip: settings.label_flip,
         smoothing: settings.label_smoothing,
         seed,
     }

@@ -40,6 +40,8 @@ pub struct LearnerSettings {
     pub save_total_limit: usize,
     /// What becomes of the judge's p.
     pub label: LabelKind,
+    /// The share of the labels that is turned round.
+    pub label_flip: f64,
     /// Labels move this share of the way to ½.
     pub label_smoothing: f64,
     /// How token log-probabilities become a completion's.

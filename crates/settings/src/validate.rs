@@ -112,6 +112,7 @@ impl Checks {
             "learner.weight_decay",
             format!("{} must not be negative", learner.weight_decay),
         );
+        self.share(learner.label_flip, "learner.label_flip");
         self.share(learner.label_smoothing, "learner.label_smoothing");
     }
 
