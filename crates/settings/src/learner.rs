@@ -62,7 +62,7 @@ pub struct LearnerSettings {
 pub struct GanpoSettings {
     /// Its weight; 0: off.
     pub lambda: f64,
-    /// The discriminators' width; 0: the paper's, no wider than the policy.
+    /// The discriminators' width; 0: a quarter of the policy's, within bounds.
     pub hidden_size: usize,
     /// Encoder layers of a discriminator.
     pub layers: usize,

@@ -46,15 +46,21 @@ impl Features {
     }
 
     /// Several as one, without gradient.
-    pub(super) fn joined(parts: &[Self]) -> Result<Self> {
-        let tokens: Vec<Tensor> = parts.iter().map(|part| part.tokens.detach()).collect();
+    pub(super) fn joined<'a>(parts: impl Iterator<Item = &'a Self>) -> Result<Self> {
+        let (mut tokens, mut lengths) = (Vec::new(), Vec::new());
+        for part in parts {
+            tokens.push(part.tokens.detach());
+            lengths.extend(&part.lengths);
+        }
         Ok(Self {
             tokens: Tensor::cat(&tokens, 0)?,
-            lengths: parts
-                .iter()
-                .flat_map(|p| p.lengths.iter().copied())
-                .collect(),
+            lengths,
         })
+    }
+
+    /// How many completions they are.
+    pub(super) fn completions(&self) -> usize {
+        self.lengths.len()
     }
 
     /// These completions, the first `longest` tokens of each.
@@ -159,7 +165,7 @@ mod tests {
             cut.tokens.to_vec3::<f32>()?,
             [[[3., 4.], [5., 6.]], [[9., 10.], [11., 12.]]]
         );
-        let twice = Features::joined(&[features.clone(), features.clone()])?;
+        let twice = Features::joined([&features, &features].into_iter())?;
         let second = twice.stream(&[3 + 2, 3, 3 + 1], 8)?;
         assert_eq!(second.tokens.to_vec3::<f32>()?, expected);
         assert!(Features::new(&tokens, &[1, 3]).is_err());

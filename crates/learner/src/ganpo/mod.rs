@@ -29,6 +29,8 @@ use spectral::Spectral;
 
 /// The widest discriminator, that of the paper.
 const WIDEST: usize = 512;
+/// The narrowest, beside a policy that is not narrower still.
+const NARROWEST: usize = 32;
 /// The two discriminators, in the order of everything that is per side.
 const SIDES: [&str; 2] = ["chosen", "rejected"];
 /// Where the running means lie among the saved tensors.
@@ -160,16 +162,14 @@ impl Ganpo {
             return Ok(None);
         }
         let before = self.save()?;
-        let all = |of: fn(&Observed) -> &Features| {
-            let parts: Vec<Features> = observed.iter().map(|pass| of(pass).clone()).collect();
-            Features::joined(&parts)
-        };
-        let (policy, reference) = (all(|o| &o.policy)?, all(|o| &o.reference)?);
+        // The policy's completions, then the reference's hidden states of the same.
+        let policy = observed.iter().map(|pass| &pass.policy);
+        let seen = Features::joined(policy.chain(observed.iter().map(|pass| &pass.reference)))?;
         for name in followed() {
             let weight = self.weights.get(&name)?;
             self.spectral.follow(&name, &weight)?;
         }
-        let told = self.step((&policy, &reference), &rows, learning_rate)?;
+        let told = self.step(&seen, &rows, learning_rate)?;
         if told.is_none() {
             self.restore(&before)?;
         } else {
@@ -180,35 +180,19 @@ impl Ganpo {
 
     fn step(
         &mut self,
-        (policy, reference): (&Features, &Features),
+        seen: &Features,
         rows: &Rows,
         learning_rate: f64,
     ) -> Result<Option<Told>, LearnerError> {
-        let longest = self.settings.max_length;
         let weights = rows.shares(rows.total(), &self.weights.get("chosen.positions")?)?;
-        let stream = |features: &Features, side: usize| {
-            features.stream(
-                if side == 0 {
-                    &rows.chosen
-                } else {
-                    &rows.rejected
-                },
-                longest,
-            )
-        };
         let mut means = [Streams::default(); 2];
         let mut losses = Vec::new();
         let mut accuracy = 0.0;
-        for side in 0..2 {
-            let discriminator = self.discriminator(side, &self.weights);
-            let scores = Streams {
-                policy: discriminator.score(&stream(policy, side)?)?,
-                reference: discriminator.score(&stream(reference, side)?)?,
-                opposite: discriminator.score(&stream(reference, 1 - side)?)?,
-            };
-            means[side] = self.moved_means(side, &scores, &weights)?;
-            losses.push(loss::discriminator(&scores, means[side].wide(), &weights)?);
-            accuracy += loss::accuracy(&scores, means[side].wide(), &weights)? / 2.0;
+        for (side, mean) in means.iter_mut().enumerate() {
+            let scores = self.scores(side, seen, rows)?;
+            *mean = self.moved_means(side, &scores, &weights)?;
+            losses.push(loss::discriminator(&scores, mean.wide(), &weights)?);
+            accuracy += loss::accuracy(&scores, mean.wide(), &weights)? / 2.0;
         }
         let both = (&losses[0] + &losses[1])?;
         let loss = f64::from(both.to_scalar::<f32>()?) / 2.0;
@@ -222,6 +206,33 @@ impl Ganpo {
         self.optimizer.step(&gradients, norm, learning_rate)?;
         self.means = Some(means);
         Ok(Some(Told { loss, accuracy }))
+    }
+
+    /// What one discriminator says of its three streams, all read together. `seen` holds the policy's
+    /// hidden states of all completions, then the reference's.
+    fn scores(
+        &self,
+        side: usize,
+        seen: &Features,
+        rows: &Rows,
+    ) -> Result<Streams<Tensor>, LearnerError> {
+        let (own, opposite) = match side {
+            0 => (&rows.chosen, &rows.rejected),
+            _ => (&rows.rejected, &rows.chosen),
+        };
+        let of_reference = seen.completions() / 2;
+        let moved = |indices: &[usize]| -> Vec<usize> {
+            indices.iter().map(|index| index + of_reference).collect()
+        };
+        let completions = [own.clone(), moved(own), moved(opposite)].concat();
+        let stream = seen.stream(&completions, self.settings.max_length)?;
+        let scores = self.discriminator(side, &self.weights).score(&stream)?;
+        let part = |index: usize| scores.narrow(0, index * own.len(), own.len());
+        Ok(Streams {
+            policy: part(0)?,
+            reference: part(1)?,
+            opposite: part(2)?,
+        })
     }
 
     /// The running means after this batch; the first batch's are its own.
@@ -382,11 +393,13 @@ fn followed() -> impl Iterator<Item = String> {
     SIDES.into_iter().flat_map(of_side)
 }
 
-/// The discriminators' width: that of the settings, or the paper's, no wider than the policy.
+/// The discriminators' width: that of the settings, or a quarter of the policy's, as the paper's 512 is
+/// about a quarter of its smaller policy's, within bounds and a multiple of the heads.
 fn width(settings: &GanpoSettings, features: usize) -> usize {
     if settings.hidden_size > 0 {
         return settings.hidden_size;
     }
     let heads = settings.heads;
-    (features.min(WIDEST) / heads).max(1) * heads
+    let scaled = (features / 4).clamp(NARROWEST.min(features), WIDEST);
+    (scaled / heads).max(1) * heads
 }

@@ -298,8 +298,9 @@ fn the_settings_say_when_and_how_wide() {
     assert_eq!(of(2, 0), [(true, false), (true, true), (true, true)]);
     assert_eq!(of(0, 5), [(true, true), (true, true), (false, true)]);
     let widths = [
-        (0, 96, 96),
-        (0, 100, 96),
+        (0, 96, 32),
+        (0, 16, 16),
+        (0, 1000, 248),
         (0, 4096, 512),
         (0, 3, 8),
         (64, 96, 64),
