@@ -159,8 +159,50 @@ fn a_run_trains_the_adapter_alone_and_its_checkpoint_is_pefts_folder() {
     let beside = log_probabilities(score(&workplace, &base, &rows(), &with));
     assert_eq!(beside, of_run);
 
+    mixes_both_ends(&workplace, &base, &checkpoint);
     exports_both_ways(&workplace, &run, &of_run);
     begins_where_another_ended(&workplace, &checkpoint, &of_run);
+}
+
+/// Generation beside an adapter: its base is the reference, and both ends of the mixture are the two.
+fn mixes_both_ends(workplace: &Workplace, base: &Path, adapter: &Path) {
+    let (base, adapter) = (text(base), text(adapter));
+    let written = |model: &str, more: &[&str]| -> Vec<Value> {
+        let call = [
+            "generate",
+            "--json",
+            "--prompt",
+            "my friend ana",
+            "--seed",
+            "5",
+        ];
+        let call = [
+            &call[..],
+            &["--max-new-tokens", "12", "--num", "6", "--model", model],
+            more,
+        ];
+        workplace.run(&call.concat()).succeeded().json_lines()
+    };
+    let ids = |lines: &[Value]| -> Vec<Value> { lines.iter().map(|l| l["ids"].clone()).collect() };
+    let mixed = |m: &str| written(&base, &["--adapter", &adapter, "--mixture-coef", m]);
+    let (policy, reference) = (mixed("0"), mixed("1"));
+    assert_eq!(ids(&policy), ids(&written(&adapter, &[])));
+    assert_eq!(ids(&reference), ids(&written(&base, &[])));
+    assert_ne!(
+        ids(&policy),
+        ids(&reference),
+        "the models are too near to tell anything"
+    );
+    for (lines, drawn_from) in [(policy, "/logp"), (reference, "/ref_logp")] {
+        for line in &lines {
+            let gap = number(line, "/behaviour_logp") - number(line, drawn_from);
+            assert!(gap.abs() < 1e-3, "{line}");
+            assert!(
+                (number(line, "/logp") - number(line, "/ref_logp")).abs() > 1e-3,
+                "{line}"
+            );
+        }
+    }
 }
 
 /// The adapter by itself, and merged into a plain model; both say what the run's policy says.

@@ -82,6 +82,11 @@ impl From<Dtype> for DType {
 }
 
 impl ModelArguments {
+    /// Whether an adapter is named beside the model.
+    pub(crate) fn has_adapter(&self) -> bool {
+        self.adapter.is_some()
+    }
+
     /// The model that is named.
     pub(crate) fn open(&self) -> Result<(ModelFolder, LanguageModel), ModelError> {
         let device = model::device(&self.device)?;
@@ -102,7 +107,7 @@ pub(crate) fn open(
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (name, input) = rows::open_input(&arguments.input)?;
     if arguments.reward {
-        if arguments.model.adapter.is_some() {
+        if arguments.model.has_adapter() {
             let advice = "--adapter belongs to a language model: leave out --reward";
             return Err(Misuse(advice.into()).into());
         }
