@@ -24,4 +24,4 @@ pub use records::{column, metrics, number, report, steps};
 pub use shared::shared;
 pub use tools::tool;
 pub use workplace::{Running, Workplace, wait_until, workspace_root};
-pub use worlds::{config, tiny_bandit, tiny_playground};
+pub use worlds::{config, tiny_adapted, tiny_bandit, tiny_playground};

@@ -29,6 +29,17 @@ const TINY: [&str; 17] = [
     "telemetry.samples_per_step=1",
 ];
 
+/// An adapter with dropout in place of the whole weights, and discriminators beside the objective, in two
+/// passes a step.
+const ADAPTED: [&str; 6] = [
+    "model.lora_rank=4",
+    "model.lora_dropout=0.1",
+    "learner.ganpo.lambda=0.5",
+    "learner.ganpo.heads=2",
+    "learner.ganpo.layers=1",
+    "learner.gradient_accumulation_steps=2",
+];
+
 /// The bandit of `configs/bandit.toml`, for the paths it takes and not for where it arrives.
 const SHORT: [&str; 4] = [
     "learner.steps=100",
@@ -51,6 +62,11 @@ pub fn tiny_playground(run: &Path, sets: &[&str]) -> Vec<String> {
         .chain([base.as_str()])
         .chain(sets.iter().copied());
     train("default.toml", run, sets)
+}
+
+/// As [`tiny_playground`], training an adapter with a latent-space regulariser.
+pub fn tiny_adapted(run: &Path, sets: &[&str]) -> Vec<String> {
+    tiny_playground(run, &[&ADAPTED, sets].concat())
 }
 
 /// `agon train` on a short bandit into the run directory `run`, with these settings changed.

@@ -3,13 +3,17 @@
 
 use std::path::Path;
 
-use house::{Workplace, report, steps, tiny_bandit, tiny_playground};
+use house::{Workplace, report, steps, tiny_adapted, tiny_bandit, tiny_playground};
 use serde_json::Value;
 
 /// One of the small worlds, as arguments.
 type World = fn(&Path, &[&str]) -> Vec<String>;
 
-const WORLDS: [(World, u64); 2] = [(tiny_bandit, 100), (tiny_playground, 12)];
+const WORLDS: [(World, u64); 3] = [
+    (tiny_bandit, 100),
+    (tiny_playground, 12),
+    (tiny_adapted, 12),
+];
 
 fn digest(run: &Path) -> String {
     let report = report(run);

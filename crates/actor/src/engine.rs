@@ -4,7 +4,7 @@ use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use messages::WeightsVersion;
-use model::{Finished, LanguageModel, ModelError, Request, Sampler, Weights};
+use model::{Finished, LanguageModel, ModelError, Request, Sampler};
 use tokio::sync::mpsc;
 
 /// What the thread can be told. When the channel closes it ends.
@@ -51,7 +51,7 @@ pub(crate) fn spawn(
 
 struct Engine {
     sampler: Sampler,
-    /// The shape that new weights are laid into.
+    /// What new weights are laid into: an adapter's beside its base.
     policy: LanguageModel,
     inbox: Receiver<Command>,
     events: mpsc::Sender<Event>,
@@ -104,9 +104,7 @@ impl Engine {
                 }
             }
             Command::Load(version, blob) => {
-                let (config, dtype) = (self.policy.config(), self.policy.dtype());
-                let weights = Weights::from_blob(&blob, config, dtype, self.policy.device())?;
-                self.policy = LanguageModel::new(config.clone(), weights)?;
+                self.policy = self.policy.with_blob(&blob)?;
                 self.sampler.set_policy(self.policy.clone())?;
                 self.tell(Event::Loaded(version));
             }

@@ -32,7 +32,9 @@ pub enum IdenticalPairs {
 pub struct ActorParts {
     /// Its name in pairs, metrics and logs.
     pub name: String,
-    /// The fixed reference, which is also the policy at version 0.
+    /// The policy at version 0: the reference, or the reference with an adapter beside it.
+    pub policy: LanguageModel,
+    /// The fixed reference.
     pub reference: LanguageModel,
     /// Turns completions into text for people.
     pub tokenizer: Tokenizer,
@@ -102,7 +104,7 @@ impl Actor {
             actor: parts.name.clone(),
             source,
         };
-        let policy = parts.reference.clone();
+        let policy = parts.policy;
         let capacity = parts.max_prompt_length + parts.sampling.max_new_tokens;
         let sampler = Sampler::new(
             policy.clone(),

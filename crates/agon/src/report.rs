@@ -3,18 +3,14 @@
 use std::fmt::Write as _;
 
 use learner::{Ending, Evaluation};
+use model::LanguageModel;
 use model::decode::{Cache, Prefill};
-use model::{LanguageModel, Weights};
 use preference::apo::{PolicySamples, Quality, RoundReport};
 use serde_json::{Map, Value, json};
 use settings::{PromptsSettings, Settings};
 use telemetry::{RunDirectory, write_atomically};
 
-use crate::{
-    plot,
-    roles::Outcome,
-    world::{self, World},
-};
+use crate::{plot, roles::Outcome, world::World};
 
 /// A finished or interrupted run, ready to be told.
 pub(crate) struct Report {
@@ -68,16 +64,10 @@ struct Arms {
 }
 
 fn arms(settings: &Settings, world: &World, outcome: &Outcome) -> anyhow::Result<Arms> {
-    let (device, dtype) = world::device(settings)?;
-    let weights = Weights::load(
-        &outcome.summary.checkpoint,
-        &world.folder.config,
-        dtype,
-        &device,
-    )?;
-    let of =
-        |weights: &Weights| probabilities(&world::language_model(&world.folder, weights)?, &[0]);
-    let (policy, reference) = (of(&weights)?, of(&world.weights)?);
+    let beginning = world.policy()?;
+    let policy = beginning.as_saved(&outcome.summary.checkpoint)?;
+    let policy = probabilities(&policy, &[0])?;
+    let reference = probabilities(&beginning.without_adapter(), &[0])?;
     let mixture = playground::mixture(&policy, &reference, settings.actor.mixture_coef);
     Ok(Arms {
         reference,
@@ -204,9 +194,13 @@ fn in_words(
     }
     rounds(&mut text, &outcome.rounds)?;
     flow(&mut text, outcome)?;
+    let kind = match settings.model.lora_rank {
+        0 => "a Hugging Face folder",
+        _ => "PEFT's folder of an adapter; `agon export --merge` makes a model of it",
+    };
     writeln!(
         text,
-        "\nPolicy: `{}` (a Hugging Face folder). Weights: `{}`.",
+        "\nPolicy: `{}` ({kind}). Weights: `{}`.",
         summary.checkpoint.display(),
         summary.weights_digest
     )?;

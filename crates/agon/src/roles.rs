@@ -8,7 +8,7 @@ use std::{path::PathBuf, sync::Arc};
 use actor::{Actor, ActorParts, IdenticalPairs};
 use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
 use messages::{Dropped, LabelledPair, Pair, Prompt, Seed, Station};
-use model::{DType, ModelFolder, SamplingSettings, Weights};
+use model::{DType, LanguageModel, ModelFolder, SamplingSettings, Weights};
 use preference::{
     Bench, Preference, PreferenceError, PreferenceParts,
     apo::{Player, RoundReport, Seats},
@@ -72,16 +72,17 @@ impl Streams {
     }
 }
 
-/// An actor with this name, of the model at the start.
+/// An actor with this name, of this policy at the start and the reference it starts from.
 fn actor(
     settings: &Settings,
     name: String,
-    (folder, weights): (&ModelFolder, &Weights),
+    (folder, weights, policy): (&ModelFolder, &Weights, LanguageModel),
     streams: &Streams,
     counters: &StationCounters,
 ) -> anyhow::Result<Actor> {
     Ok(Actor::new(ActorParts {
         name,
+        policy,
         reference: world::language_model(folder, weights)?,
         tokenizer: folder.tokenizer.clone(),
         sampling: sampling(settings),
@@ -141,7 +142,7 @@ async fn learner(
         telemetry: settings.telemetry.clone(),
         seed: Seed(settings.run.seed),
         folder: Arc::clone(&world.folder),
-        weights: world.weights.clone(),
+        policy: world.policy()?,
         set: Arc::clone(&world.set),
         pacing: pacing(settings),
         prompts: streams.prompts.0.clone(),

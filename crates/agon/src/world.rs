@@ -1,5 +1,6 @@
 //! What a run is about: the model it starts from, the prompts it asks, the judges that know it.
 
+mod adapter;
 mod base;
 mod bench;
 mod game;
@@ -16,7 +17,7 @@ use ::preference::Judge;
 use dataset::shuffled;
 use learner::{Jsonl, PromptRow, PromptSet};
 use messages::Seed;
-use model::{DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
+use model::{Adapter, DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
 use settings::{
     DtypeSetting, JudgeSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
@@ -24,6 +25,7 @@ use settings::{
 
 use crate::failure::Misuse;
 
+pub(crate) use adapter::{adapter, fresh_adapter};
 pub(crate) use base::{Base, playground_base};
 pub(crate) use bench::{bench, gold_bench, seats, server};
 pub(crate) use game::{Judging, rounds, version};
@@ -37,10 +39,12 @@ pub(crate) use words::texts;
 
 /// The model at the start and the prompts of a run.
 pub(crate) struct World {
-    /// The folder of the policy at the start, which is the reference.
+    /// The folder of the reference.
     pub(crate) folder: Arc<ModelFolder>,
     /// Its weights.
     pub(crate) weights: Weights,
+    /// What is trained beside them, if not they themselves.
+    adapter: Option<Adapter>,
     /// What is asked.
     pub(crate) set: Arc<dyn PromptSet>,
     /// What it cost to make the model, when this run made it.
@@ -48,9 +52,15 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// The policy at the start.
-    pub(crate) fn policy(&self) -> (&ModelFolder, &Weights) {
+    /// The model at the start.
+    pub(crate) fn start(&self) -> (&ModelFolder, &Weights) {
         (&self.folder, &self.weights)
+    }
+
+    /// The policy at the start: the reference, with the adapter beside it where one is trained. All
+    /// copies share the weights.
+    pub(crate) fn policy(&self) -> anyhow::Result<LanguageModel> {
+        policy(&self.folder, &self.weights, self.adapter.clone())
     }
 }
 
@@ -114,9 +124,11 @@ pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::
     } = Start::open(settings, stopped)?;
     let set = prompts(settings, (&folder, &weights), stopped)?;
     fits_positions(settings, &folder.config)?;
+    let adapter = adapter(settings, &folder, &weights)?;
     Ok(World {
         folder: Arc::new(folder),
         weights,
+        adapter,
         set,
         base,
     })
@@ -271,6 +283,19 @@ impl PromptSet for OnePrompt {
     fn held_out(&self, index: u64) -> PromptRow {
         self.train(index)
     }
+}
+
+/// The policy of these weights: themselves, or with an adapter beside them.
+pub(crate) fn policy(
+    folder: &ModelFolder,
+    weights: &Weights,
+    adapter: Option<Adapter>,
+) -> anyhow::Result<LanguageModel> {
+    let reference = language_model(folder, weights)?;
+    Ok(match adapter {
+        Some(adapter) => reference.with_adapter(adapter)?,
+        None => reference,
+    })
 }
 
 /// A model with these weights.

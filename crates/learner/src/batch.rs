@@ -102,3 +102,20 @@ impl<'a> MicroBatch<'a> {
         completions.flat_map(|c| of(c).iter().copied()).collect()
     }
 }
+
+#[cfg(test)]
+impl MicroBatch<'static> {
+    /// Completions of these lengths, the even ones against the odd ones, preferred with these
+    /// probabilities.
+    pub(crate) fn of_lengths(lengths: &[usize], p: &[f32]) -> Self {
+        let rows = p.len() as u32;
+        Self {
+            pairs: &[],
+            lengths: lengths.to_vec(),
+            first: (0..rows).map(|row| 2 * row).collect(),
+            second: (0..rows).map(|row| 2 * row + 1).collect(),
+            p: p.to_vec(),
+            pair_weight: vec![1.0; p.len()],
+        }
+    }
+}

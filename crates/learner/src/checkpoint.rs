@@ -1,6 +1,6 @@
 //! A checkpoint is the whole run: written aside, synced, renamed.
 //!
-//! Its folder is also a Hugging Face folder of the policy. Beside the model lie the optimiser's state,
+//! Its folder is also a Hugging Face folder of the policy, or PEFT's of its adapter. Beside the model lie the optimiser's state,
 //! `state.json` with every counter and the feed's cursor, and `in_hand.pairs` with labelled pairs that
 //! were not yet trained on.
 
@@ -109,16 +109,17 @@ fn write_aside(
         fs::remove_dir_all(aside).map_err(|error| unwritable(aside, &error))?;
     }
     fs::create_dir_all(aside).map_err(|error| unwritable(aside, &error))?;
-    model::save_folder(aside, trainer.folder(), trainer.weights()).map_err(
-        |error| match error {
-            model::ModelError::Unwritable { path, source } => unwritable(&path, &source),
-            other => LearnerError::Model(other),
-        },
-    )?;
+    model::save_policy(aside, trainer.folder(), trainer.policy()).map_err(|error| match error {
+        model::ModelError::Unwritable { path, source } => unwritable(&path, &source),
+        other => LearnerError::Model(other),
+    })?;
     write_synced(
         &aside.join("optimizer.safetensors"),
         &trainer.optimizer_blob()?,
     )?;
+    for (name, bytes) in trainer.more_files()? {
+        write_synced(&aside.join(name), &bytes)?;
+    }
     write_synced(
         &aside.join("in_hand.pairs"),
         &encode_pairs(&checkpoint.in_hand),

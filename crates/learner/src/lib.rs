@@ -11,6 +11,7 @@ mod engine;
 mod error;
 mod evaluation;
 mod feed;
+mod ganpo;
 mod intake;
 mod length_control;
 pub mod objective;

@@ -10,7 +10,7 @@ use messages::{
     Digest, DropReason, Dropped, LabelledPair, Prompt, Purpose, Seed, WeightsManifest,
     WeightsVersion,
 };
-use model::{DType, ModelFolder, Tokenizer, Weights};
+use model::{DType, LanguageModel, ModelFolder, Tokenizer};
 use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
 use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog, StationCounters, Waits};
 use tokio::{sync::watch, task::JoinHandle};
@@ -49,10 +49,10 @@ pub struct LearnerParts {
     pub telemetry: TelemetrySettings,
     /// The seed of prompts, completions and sampled labels.
     pub seed: Seed,
-    /// The folder of the policy at the start.
+    /// The folder of the reference.
     pub folder: Arc<ModelFolder>,
-    /// Its weights: those of the reference.
-    pub weights: Weights,
+    /// The policy at the start: the reference, or the reference with an adapter beside it.
+    pub policy: LanguageModel,
     /// What is asked.
     pub set: Arc<dyn PromptSet>,
     /// How it is asked.
@@ -162,7 +162,7 @@ impl Learner {
     pub async fn new(parts: LearnerParts) -> Result<Self, LearnerError> {
         let trainer = Trainer::new(
             Arc::clone(&parts.folder),
-            &parts.weights,
+            &parts.policy,
             &parts.settings,
             parts.seed,
         )?;

@@ -3,10 +3,8 @@
 use std::{path::Path, time::Instant};
 
 use dataset::{DatasetError, read_rows};
-use messages::PromptText;
-use model::{
-    AdamWSettings, Gradients, LanguageModel, Optimizer, Schedule, Sequence, Tokenizer, Weights,
-};
+use messages::{PromptText, Seed};
+use model::{AdamWSettings, Gradients, LanguageModel, Optimizer, Schedule, Sequence, Tokenizer};
 use serde_json::Value;
 use settings::SftSettings;
 use telemetry::Progress;
@@ -33,8 +31,9 @@ pub struct SftSummary {
     pub seconds: f64,
 }
 
-/// Trains the model's weights on `examples(step)`, a batch for every step; returns the trained weights.
-/// `examples` gives `None` when the work is to stop.
+/// Trains the model's weights, or its adapter where it has one, on `examples(step)`, a batch for every
+/// step; returns the trained model. `examples` gives `None` when the work is to stop. An adapter's dropout
+/// is drawn from `seed`.
 ///
 /// # Errors
 /// When an example does not fit the model, a loss is not finite, or the work was stopped.
@@ -42,10 +41,10 @@ pub fn train(
     model: &LanguageModel,
     settings: &SftSettings,
     title: &'static str,
+    seed: Seed,
     mut examples: impl FnMut(u64) -> Option<Vec<ExampleIds>>,
-) -> Result<(Weights, SftSummary), LearnerError> {
-    let (weights, vars) = model.weights().trainable()?;
-    let model = LanguageModel::new(model.config().clone(), weights)?;
+) -> Result<(LanguageModel, SftSummary), LearnerError> {
+    let (model, vars) = model.trainable()?;
     let mut optimizer = Optimizer::new(vars, adamw(settings))?;
     let schedule = schedule(settings);
     let mut progress = Progress::new(title, settings.steps);
@@ -53,7 +52,8 @@ pub fn train(
     let mut loss = f64::NAN;
     for step in 0..settings.steps {
         let batch = examples(step).ok_or(LearnerError::Interrupted { work: title })?;
-        loss = self::step(&model, &mut optimizer, &batch, schedule.at(step))?;
+        let dropping = model.dropping(seed.derive(step));
+        loss = self::step(&dropping, &mut optimizer, &batch, schedule.at(step))?;
         progress.advance_to(step + 1, &format!("loss {loss:.3}"));
     }
     progress.finish(&format!("loss {loss:.3}"));
@@ -62,7 +62,7 @@ pub fn train(
         steps: settings.steps,
         seconds: started.elapsed().as_secs_f64(),
     };
-    Ok((model.weights().clone(), summary))
+    Ok((model, summary))
 }
 
 /// One step on a batch: the mean over all completion tokens.

@@ -4,8 +4,8 @@ use std::{path::Path, sync::Arc};
 
 use messages::{LabelledPair, Seed};
 use model::{
-    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule, Tensor,
-    Weights,
+    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule, Scores,
+    Tensor,
 };
 use settings::{self, LearnerSettings, ObjectiveSettings};
 use telemetry::Measurements;
@@ -15,6 +15,12 @@ use crate::{
     batch::MicroBatch,
     objective::{self, Baseline, Batch, LabelKind, Labelling, LogpReduction, Objective},
 };
+pub(crate) use game::Game;
+
+mod game;
+
+/// The stream of an adapter's dropout, among those of the run's seed.
+const DROPOUT: u64 = 0xd709;
 
 /// The policy in training, with everything that moves it.
 pub(crate) struct Trainer {
@@ -28,6 +34,8 @@ pub(crate) struct Trainer {
     reduction: LogpReduction,
     schedule: Schedule,
     passes: usize,
+    dropout: Seed,
+    game: Option<Game>,
 }
 
 /// What became of a step.
@@ -41,7 +49,10 @@ pub(crate) enum StepOutcome {
 /// Sums over the passes of a step.
 #[derive(Default)]
 struct Sums {
+    /// Of everything that is minimised.
     loss: f64,
+    /// Of the objective alone.
+    objective: f64,
     tokens: Vec<f32>,
     actor_tokens: Vec<f32>,
     entropy: Vec<f32>,
@@ -54,12 +65,11 @@ struct Sums {
 impl Trainer {
     pub(crate) fn new(
         folder: Arc<ModelFolder>,
-        weights: &Weights,
+        policy: &LanguageModel,
         settings: &LearnerSettings,
         seed: Seed,
     ) -> Result<Self, LearnerError> {
-        let (weights, vars) = weights.trainable()?;
-        let model = LanguageModel::new(folder.config.clone(), weights)?;
+        let (model, vars) = policy.trainable()?;
         let adamw = AdamWSettings {
             beta1: settings.adam_beta1,
             beta2: settings.adam_beta2,
@@ -68,6 +78,7 @@ impl Trainer {
             max_grad_norm: settings.max_grad_norm,
         };
         let (objective, temperature) = objective(&settings.objective);
+        let game = Game::new(settings, policy, adamw, seed)?;
         Ok(Self {
             folder,
             model,
@@ -87,6 +98,8 @@ impl Trainer {
                 steps: settings.steps,
             },
             passes: settings.gradient_accumulation_steps,
+            dropout: seed.derive(DROPOUT),
+            game,
         })
     }
 
@@ -100,8 +113,19 @@ impl Trainer {
         let mut sums = Sums::default();
         let clock = std::time::Instant::now();
         let mut backward_seconds = 0.0;
-        for part in pairs.chunks(pairs.len().div_ceil(self.passes)) {
-            let loss = self.forward(part, pairs.len(), &mut sums)?;
+        let passes = pairs.chunks(pairs.len().div_ceil(self.passes));
+        let micros: Vec<MicroBatch<'_>> = passes
+            .map(|part| MicroBatch::new(part, &self.labelling))
+            .collect();
+        let mut round = self.play(&micros, step)?;
+        for (pass, micro) in (0..).zip(&micros) {
+            let scores = match round.scores.take() {
+                Some(scores) => scores,
+                None => self.score(micro, (step, pass))?,
+            };
+            let loss = self.loss(micro, &scores, pairs.len(), &mut sums)?;
+            let loss = self.regularised(loss, micro, &scores, &mut round)?;
+            sums.loss += f64::from(loss.to_scalar::<f32>()?);
             let before = clock.elapsed().as_secs_f64();
             gradients.add(&loss.backward()?, self.optimizer.vars())?;
             backward_seconds += clock.elapsed().as_secs_f64() - before;
@@ -110,11 +134,13 @@ impl Trainer {
         let norm = gradients.norm()?;
         let learning_rate = self.schedule.at(step);
         let mut measurements = self.measure(&sums, pairs, step);
+        round.measure(&mut measurements);
         measurements.set("grad_norm", norm);
         measurements.set("learning_rate", learning_rate);
         measurements.set("time/forward", forward_seconds);
         measurements.set("time/backward", backward_seconds);
         if !sums.loss.is_finite() || !norm.is_finite() {
+            self.take_back()?;
             return Ok(StepOutcome::Refused(measurements));
         }
         let before = clock.elapsed().as_secs_f64();
@@ -123,20 +149,29 @@ impl Trainer {
         Ok(StepOutcome::Taken(measurements))
     }
 
-    /// The part's share of the batch's mean loss, a scalar with gradient.
-    fn forward(
+    /// What the policy in training says of a pass: its completions, then its golden answers.
+    fn score(
         &self,
-        part: &[LabelledPair],
-        batch_size: usize,
-        sums: &mut Sums,
-    ) -> Result<Tensor, LearnerError> {
-        let micro = MicroBatch::new(part, &self.labelling);
+        micro: &MicroBatch<'_>,
+        (step, pass): (u64, u64),
+    ) -> Result<Scores, LearnerError> {
         let mut sequences = micro.completions();
-        let completions = sequences.len();
         if self.objective.needs_baseline() {
             sequences.extend(micro.golden(self.objective.name())?);
         }
-        let scores = self.model.score(&sequences)?;
+        let model = self.model.dropping(self.dropout.derive(step).derive(pass));
+        Ok(model.score(&sequences)?)
+    }
+
+    /// The pass's share of the batch's mean loss, a scalar with gradient.
+    fn loss(
+        &self,
+        micro: &MicroBatch<'_>,
+        scores: &Scores,
+        batch_size: usize,
+        sums: &mut Sums,
+    ) -> Result<Tensor, LearnerError> {
+        let completions = micro.lengths.len();
         let response: usize = micro.lengths.iter().sum();
         let device = self.model.device();
         let token_logp = scores.logp.narrow(0, 0, response)?;
@@ -164,7 +199,7 @@ impl Trainer {
         };
         let loss = (self.objective.loss(&batch)? / batch_size as f64)?;
         sums.add(
-            &micro,
+            micro,
             &token_logp,
             &scores.entropy.narrow(0, 0, response)?,
             &loss,
@@ -177,7 +212,7 @@ impl Trainer {
         m.set("loss", sums.loss);
         m.set(
             format!("loss/{}", self.objective.name().replace('-', "_")),
-            sums.loss,
+            sums.objective,
         );
         sums.rewards(self.temperature, &mut m);
         sums.completions(pairs, &mut m);
@@ -191,9 +226,9 @@ impl Trainer {
         m
     }
 
-    /// The weights as they are now.
-    pub(crate) fn weights(&self) -> &Weights {
-        self.model.weights()
+    /// The policy as it is now.
+    pub(crate) fn policy(&self) -> &LanguageModel {
+        &self.model
     }
 
     /// The optimiser's state.
@@ -211,14 +246,21 @@ impl Trainer {
             path: checkpoint.join("optimizer.safetensors"),
             reason: error.to_string(),
         };
-        let (dtype, device) = (self.model.dtype(), self.model.device());
-        let weights =
-            Weights::load(checkpoint, self.model.config(), dtype, device).map_err(broken)?;
+        let weights = self.model.read_trained(checkpoint).map_err(broken)?;
         let path = checkpoint.join("optimizer.safetensors");
         let blob =
             std::fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })?;
         self.optimizer.restore(&blob).map_err(torn)?;
-        self.optimizer.assign(&weights).map_err(broken)
+        self.optimizer.assign(&weights).map_err(broken)?;
+        match &mut self.game {
+            Some(game) => game.read(checkpoint),
+            None => Ok(()),
+        }
+    }
+
+    /// What else the checkpoint holds: names of files and their bytes.
+    pub(crate) fn more_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>, LearnerError> {
+        self.game.as_ref().map_or(Ok(Vec::new()), Game::files)
     }
 
     /// The folder that the policy came from.
@@ -258,7 +300,7 @@ impl Sums {
         self.actor_tokens.extend(micro.actor_logp());
         self.entropy.extend(entropy.to_vec1::<f32>()?);
         self.tokens.extend(tokens);
-        self.loss += f64::from(loss.to_scalar::<f32>()?);
+        self.objective += f64::from(loss.to_scalar::<f32>()?);
         Ok(())
     }
 
@@ -414,6 +456,7 @@ fn labelling(settings: &LearnerSettings, seed: Seed) -> Labelling {
     };
     Labelling {
         kind,
+        flip: settings.label_flip,
         smoothing: settings.label_smoothing,
         seed,
     }

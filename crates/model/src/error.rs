@@ -47,6 +47,12 @@ pub enum ModelError {
         /// Which tensor, what is expected, what was found.
         reason: String,
     },
+    /// An adapter that does not belong to the model.
+    #[error("the adapter does not fit the model: {reason}")]
+    Adapter {
+        /// Which module or tensor, what is expected, what was found.
+        reason: String,
+    },
     /// A tokenizer that does not belong to the model.
     #[error("the tokenizer of {path} does not fit the model: {reason}")]
     Tokenizer {

@@ -96,3 +96,29 @@ pub(crate) fn tiny_model(vocab: usize, seed: u64) -> crate::LanguageModel {
     let weights = weights.scaled("lm_head.weight", 3.0);
     crate::LanguageModel::new(config, weights).unwrap()
 }
+
+/// A fresh adapter of rank 2 beside [`tiny_model`], its B no longer zero: it changes what the model says.
+pub(crate) fn adapted(vocab: usize, seed: u64, targets: &[&str]) -> crate::LanguageModel {
+    let base = tiny_model(vocab, seed);
+    let config = crate::LoraConfig {
+        rank: 2,
+        alpha: 4.0,
+        dropout: 0.0,
+        target_modules: targets.iter().map(|&name| name.to_owned()).collect(),
+        rank_stabilised: false,
+        base_model: "a/base".into(),
+    };
+    let (seed, device) = (messages::Seed(seed).derive(1), base.device());
+    let adapter = crate::Adapter::fresh(config, base.config(), seed, device).unwrap();
+    let model = base.with_adapter(adapter).unwrap();
+    let (model, vars) = model.trainable().unwrap();
+    for (name, var) in vars.iter().filter(|(name, _)| name.contains("lora_B")) {
+        let count = var.elem_count();
+        let wave = |i: usize| 0.3 * ((i * 7 + name.len()) as f32).sin();
+        let numbers: Vec<f32> = (0..count).map(wave).collect();
+        let moved = crate::Tensor::from_vec(numbers, var.shape(), device).unwrap();
+        var.set(&moved).unwrap();
+    }
+    let blob = model.trained().to_blob().unwrap();
+    model.with_blob(&blob).unwrap()
+}

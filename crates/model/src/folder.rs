@@ -84,11 +84,24 @@ impl ModelFolder {
 /// # Errors
 /// When a file cannot be read or written, or a tensor cannot be read from its device.
 pub fn save_folder(to: &Path, from: &ModelFolder, weights: &Weights) -> Result<(), ModelError> {
+    make(to)?;
+    write(&to.join("model.safetensors"), &weights.to_blob()?)?;
+    copy_tokenizer(to, from)?;
+    let config = format!("{:#}\n", config_for(from, weights));
+    write(&to.join("config.json"), config.as_bytes())?;
+    sync(to)
+}
+
+/// Makes the folder `to`, unless it is there.
+pub(crate) fn make(to: &Path) -> Result<(), ModelError> {
     fs::create_dir_all(to).map_err(|source| ModelError::Unwritable {
         path: to.to_owned(),
         source,
-    })?;
-    write(&to.join("model.safetensors"), &weights.to_blob()?)?;
+    })
+}
+
+/// Copies what a saved model takes over from `from`.
+pub(crate) fn copy_tokenizer(to: &Path, from: &ModelFolder) -> Result<(), ModelError> {
     for file in COPIED {
         let source = from.path.join(file);
         if source.exists() {
@@ -99,9 +112,11 @@ pub fn save_folder(to: &Path, from: &ModelFolder, weights: &Weights) -> Result<(
             write(&to.join(file), &bytes)?;
         }
     }
-    let config = format!("{:#}\n", config_for(from, weights));
-    write(&to.join("config.json"), config.as_bytes())?;
-    // The renames are on disk once the folder is.
+    Ok(())
+}
+
+/// The renames are on disk once the folder is.
+pub(crate) fn sync(to: &Path) -> Result<(), ModelError> {
     File::open(to)
         .and_then(|folder| folder.sync_all())
         .map_err(|source| ModelError::Unwritable {
@@ -133,7 +148,7 @@ fn config_for(from: &ModelFolder, weights: &Weights) -> Value {
 }
 
 /// Writes a file beside its place, syncs it, and puts it in its place.
-fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     let partial = path.with_added_extension("partial");
     let written = || -> io::Result<()> {
         let mut file = File::create(&partial)?;

@@ -3,7 +3,8 @@
 //! A [`LanguageModel`] is a decoder-only transformer read from a Hugging Face folder. It has two paths
 //! over the same weights: [`LanguageModel::score`] is differentiable and takes packed ragged batches;
 //! the cached path of [`decode`] writes one token of many sequences at once, and the [`Sampler`] drives
-//! it for a policy and its reference together. Tokens go in, log-probabilities come out. A
+//! it for a policy and its reference together. An [`Adapter`] stands beside the weights and is trained in their
+//! place. Tokens go in, log-probabilities come out. A
 //! [`RewardModel`] is the same decoder with a head that gives a score instead; an [`Encoder`] is a ready-made model that gives
 //! one. What they are for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
 //! operation.
@@ -16,6 +17,7 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 mod folder;
+mod lora;
 mod network;
 pub mod ops;
 mod optimizer;
@@ -38,6 +40,7 @@ pub use config::{
 pub use encoder::{Encoder, SUPPORTED_ENCODERS};
 pub use error::ModelError;
 pub use folder::{ModelFolder, save_folder};
+pub use lora::{Adapter, AdapterFolder, LoraConfig, open_policy, save_policy};
 pub use network::LanguageModel;
 pub use optimizer::{AdamWSettings, Gradients, Optimizer};
 pub use packed::{Fork, Packed, Sequence};

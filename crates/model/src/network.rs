@@ -3,9 +3,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::{ModelConfig, ModelError, Weights, ops, rope::RopeTable};
+use crate::{Adapter, ModelConfig, ModelError, Weights, lora::LowRank, ops, rope::RopeTable};
 
-/// A decoder-only transformer with its weights.
+/// A decoder-only transformer with its weights, and an adapter beside them where it has one. Clones
+/// share the weights.
 #[derive(Debug, Clone)]
 pub struct LanguageModel {
     pub(crate) config: ModelConfig,
@@ -15,6 +16,7 @@ pub struct LanguageModel {
     final_norm: Tensor,
     pub(crate) head: Tensor,
     rope: RopeTable,
+    pub(crate) adapter: Option<Adapter>,
 }
 
 /// How one block's queries meet the keys and values: in a packed batch or through a cache.
@@ -30,9 +32,11 @@ pub(crate) trait Attend {
 }
 
 #[derive(Debug, Clone)]
-struct Linear {
+pub(crate) struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    /// What an adapter adds.
+    pub(crate) low_rank: Option<LowRank>,
 }
 
 #[derive(Debug, Clone)]
@@ -75,6 +79,7 @@ impl LanguageModel {
             final_norm,
             head,
             rope,
+            adapter: None,
         })
     }
 
@@ -84,7 +89,7 @@ impl LanguageModel {
         &self.config
     }
 
-    /// The weights.
+    /// The weights; where there is an adapter, those it stands beside.
     #[must_use]
     pub fn weights(&self) -> &Weights {
         &self.weights
@@ -100,6 +105,17 @@ impl LanguageModel {
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.embedding.dtype()
+    }
+
+    /// The linear maps of the blocks, which an adapter may stand beside, under their names.
+    pub(crate) fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+        let mut linears = Vec::new();
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            for (name, linear) in block.linears_mut() {
+                linears.push((format!("model.layers.{layer}.{name}"), linear));
+            }
+        }
+        linears
     }
 
     /// The final normed hidden states of tokens `ids` `[N]` at `positions` `[N]`: `[N, hidden_size]`.
@@ -136,13 +152,21 @@ impl Linear {
         Ok(Self {
             weight: weights.get(&format!("{name}.weight"))?,
             bias,
+            low_rank: None,
         })
     }
 
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let y = x.matmul(&self.weight.t()?)?;
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
+        let mut y = if self.weight.track_op() {
+            x.matmul(&self.weight.t()?)?
+        } else {
+            ops::frozen_linear(x, &self.weight)?
+        };
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        match &self.low_rank {
+            Some(low_rank) => y + low_rank.forward(x)?,
             None => Ok(y),
         }
     }
@@ -168,6 +192,18 @@ impl Block {
             up: linear("mlp.up_proj", false)?,
             down: linear("mlp.down_proj", false)?,
         })
+    }
+
+    fn linears_mut(&mut self) -> [(&'static str, &mut Linear); 7] {
+        [
+            ("self_attn.q_proj", &mut self.query),
+            ("self_attn.k_proj", &mut self.key),
+            ("self_attn.v_proj", &mut self.value),
+            ("self_attn.o_proj", &mut self.output),
+            ("mlp.gate_proj", &mut self.gate),
+            ("mlp.up_proj", &mut self.up),
+            ("mlp.down_proj", &mut self.down),
+        ]
     }
 
     fn attention(

@@ -8,6 +8,7 @@ use crate::{
     DType, Device, LanguageModel, ModelFolder, Sequence,
     decode::{Cache, Prefill},
     fixtures::shared,
+    open_policy,
 };
 
 const TRANSFORMERS: [&str; 4] = [
@@ -121,29 +122,56 @@ fn both_paths_agree_with_transformers() {
             return;
         };
         let (model, reference) = load(&path);
-        let rows = reference["ids"].as_array().unwrap().len();
-        let real = |row: usize| {
-            numbers(&reference["attention_mask"][row])
-                .iter()
-                .sum::<f64>() as usize
-        };
-        let sequences: Vec<Vec<u32>> = (0..rows)
-            .map(|row| ids(&reference["ids"][row])[..real(row)].to_vec())
-            .collect();
-        let expected: Vec<Vec<f64>> = (0..rows)
-            .map(|row| numbers(&reference["logprobs"][row])[..sequences[row].len() - 1].to_vec())
-            .collect();
-        for (row, found) in scored(&model, &sequences).iter().enumerate() {
-            close(found, &expected[row], &format!("{name}, scored, row {row}"));
-        }
-        for (row, found) in cached(&model, &sequences).iter().enumerate() {
-            let from = sequences[row].len() / 2 - 1;
-            close(
-                found,
-                &expected[row][from..],
-                &format!("{name}, cached, row {row}"),
-            );
-        }
+        agrees(&model, &reference, name);
+    }
+}
+
+#[test]
+fn both_paths_agree_with_peft_beside_an_adapter() {
+    let name = "random-llama3-lora";
+    let (Some(base), Some(adapter)) = (
+        shared("data/models/random-llama3"),
+        shared(&format!("data/models/{name}")),
+    ) else {
+        return;
+    };
+    let (_, model) = open_policy(&base, Some(&adapter), None, (DType::F32, &Device::Cpu)).unwrap();
+    let reference = std::fs::read_to_string(adapter.join("reference.json")).unwrap();
+    let reference: Value = serde_json::from_str(&reference).unwrap();
+    agrees(&model, &reference, name);
+    let merged = LanguageModel::new(model.config().clone(), model.merged().unwrap()).unwrap();
+    agrees(&merged, &reference, "merged");
+    // The adapter is what makes the difference.
+    let (_, of_base) = load(&base);
+    agrees(&model.without_adapter(), &of_base, "without the adapter");
+    let first = |reference: &Value| numbers(&reference["logprobs"][0])[0];
+    assert!((first(&reference) - first(&of_base)).abs() > 1e-2);
+}
+
+/// Panics unless both paths give the log-probabilities that the reference has for its sequences.
+fn agrees(model: &LanguageModel, reference: &Value, name: &str) {
+    let rows = reference["ids"].as_array().unwrap().len();
+    let real = |row: usize| {
+        numbers(&reference["attention_mask"][row])
+            .iter()
+            .sum::<f64>() as usize
+    };
+    let sequences: Vec<Vec<u32>> = (0..rows)
+        .map(|row| ids(&reference["ids"][row])[..real(row)].to_vec())
+        .collect();
+    let expected: Vec<Vec<f64>> = (0..rows)
+        .map(|row| numbers(&reference["logprobs"][row])[..sequences[row].len() - 1].to_vec())
+        .collect();
+    for (row, found) in scored(model, &sequences).iter().enumerate() {
+        close(found, &expected[row], &format!("{name}, scored, row {row}"));
+    }
+    for (row, found) in cached(model, &sequences).iter().enumerate() {
+        let from = sequences[row].len() / 2 - 1;
+        close(
+            found,
+            &expected[row][from..],
+            &format!("{name}, cached, row {row}"),
+        );
     }
 }
 

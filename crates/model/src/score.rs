@@ -18,6 +18,9 @@ pub struct Scores {
     pub logp: Tensor,
     /// The entropy of the distribution each token was scored under, `[R]`, in nats, without gradient.
     pub entropy: Tensor,
+    /// The final normed hidden state that each token was predicted from, `[R, hidden_size]`, with
+    /// gradient.
+    pub hidden: Tensor,
     /// How many tokens each completion has; their sum is R.
     pub lengths: Vec<usize>,
 }
@@ -56,6 +59,25 @@ impl LanguageModel {
     /// # Errors
     /// When a prompt or completion is empty, a sequence is too long or a token is unknown.
     pub fn score(&self, sequences: &[Sequence<'_>]) -> Result<Scores, ModelError> {
+        let hidden = self.hidden_of(sequences)?;
+        let targets = sequences.iter().flat_map(|s| s.completion);
+        let targets: Vec<u32> = targets.copied().collect();
+        check_tokens(&targets, &self.config)?;
+        let scored = ops::token_logprobs(&hidden, &self.head, &targets)?;
+        Ok(Scores {
+            logp: scored.logp,
+            entropy: scored.entropy,
+            hidden,
+            lengths: sequences.iter().map(|s| s.completion.len()).collect(),
+        })
+    }
+
+    /// The final normed hidden state that each completion's tokens are predicted from: R response tokens
+    /// in all, `[R, hidden_size]`, with gradient. It is what [`Self::score`] sees, without the head.
+    ///
+    /// # Errors
+    /// When a prompt or completion is empty, a sequence is too long or a token that is read is unknown.
+    pub fn hidden_of(&self, sequences: &[Sequence<'_>]) -> Result<Tensor, ModelError> {
         if sequences
             .iter()
             .any(|s| s.prompt.is_empty() || s.completion.is_empty())
@@ -64,19 +86,9 @@ impl LanguageModel {
                 "a prompt and a completion need at least one token each to be scored".into();
             return Err(ModelError::Tokens { reason });
         }
-        let targets = sequences.iter().flat_map(|s| s.completion);
-        let targets: Vec<u32> = targets.copied().collect();
-        check_tokens(&targets, &self.config)?;
         let packed = Packed::forked(&forks(sequences), &self.config, self.device())?;
-        let rows = predicting(&packed.segments);
-        let rows = Tensor::new(rows, self.device())?;
-        let hidden = self.hidden(&packed)?.index_select(&rows, 0)?;
-        let scored = ops::token_logprobs(&hidden, &self.head, &targets)?;
-        Ok(Scores {
-            logp: scored.logp,
-            entropy: scored.entropy,
-            lengths: sequences.iter().map(|s| s.completion.len()).collect(),
-        })
+        let rows = Tensor::new(predicting(&packed.segments), self.device())?;
+        Ok(self.hidden(&packed)?.index_select(&rows, 0)?)
     }
 
     pub(crate) fn attention_options(&self) -> ops::Attention {
@@ -219,6 +231,9 @@ mod tests {
                 shared.lengths.iter().sum::<usize>()
             );
             assert!(difference(&shared.logp, &expected) < 1e-5);
+            let hidden = model.hidden_of(&sequences).unwrap();
+            assert_eq!(difference(&shared.hidden, &hidden), 0.0);
+            assert_eq!(hidden.dims(), [expected.elem_count(), 32]);
             let weights = Tensor::arange(0f32, expected.elem_count() as f32, &Device::Cpu)
                 .and_then(|x| x.sin())
                 .unwrap();

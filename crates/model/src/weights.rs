@@ -53,12 +53,31 @@ impl Weights {
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
+        Self::from_blob_of(blob, config.tensors(), dtype, device)
+    }
+
+    /// Tensors under these names, whatever they belong to.
+    #[must_use]
+    pub fn of(tensors: BTreeMap<String, Tensor>) -> Self {
+        Self { tensors }
+    }
+
+    /// As [`Self::from_blob`], the tensors of these names and shapes.
+    ///
+    /// # Errors
+    /// When the blob is torn, or a tensor is missing or of another shape.
+    pub fn from_blob_of(
+        blob: &[u8],
+        expected: Vec<(String, Vec<usize>)>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let found = candle_core::safetensors::load_buffer(blob, device).map_err(|error| {
             ModelError::Weights {
                 reason: torn(&error),
             }
         })?;
-        Self::checked(found, config.tensors(), dtype)
+        Self::checked(found, expected, dtype)
     }
 
     /// Random weights for a model that is to be trained from nothing: normal with deviation
@@ -135,17 +154,46 @@ impl Weights {
         Ok((Self { tensors }, vars))
     }
 
+    /// The same weights in other numbers.
+    ///
+    /// # Errors
+    /// When the device cannot hold them.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self, ModelError> {
+        let converted =
+            |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?));
+        let tensors = self.tensors.iter().map(converted);
+        Ok(Self {
+            tensors: tensors.collect::<Result<_, candle_core::Error>>()?,
+        })
+    }
+
+    /// How many numbers they are.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        self.tensors.values().map(Tensor::elem_count).sum()
+    }
+
     /// The weights as the bytes of one safetensors file. Equal weights give equal bytes.
     ///
     /// # Errors
     /// When a tensor cannot be read from its device.
     pub fn to_blob(&self) -> Result<Vec<u8>, ModelError> {
+        self.to_blob_saying(&[])
+    }
+
+    /// As [`Self::to_blob`], with these words in the file's metadata.
+    pub(crate) fn to_blob_saying(&self, words: &[(&str, String)]) -> Result<Vec<u8>, ModelError> {
         let on_cpu = self
             .tensors
             .iter()
             .map(|(name, tensor)| Ok((name.as_str(), tensor.to_device(&Device::Cpu)?)))
             .collect::<Result<Vec<_>, candle_core::Error>>()?;
-        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let mut metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        metadata.extend(
+            words
+                .iter()
+                .map(|(key, word)| ((*key).to_owned(), word.clone())),
+        );
         safetensors::serialize(on_cpu, Some(metadata)).map_err(|error| ModelError::Weights {
             reason: error.to_string(),
         })
@@ -185,7 +233,21 @@ impl Weights {
         Ok(true)
     }
 
-    pub(crate) fn get(&self, name: &str) -> Result<Tensor, ModelError> {
+    /// The same tensors, not copied, as constants: nothing that is computed from them is differentiated
+    /// in them.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        let detached = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.detach());
+        Self {
+            tensors: self.tensors.iter().map(detached).collect(),
+        }
+    }
+
+    /// The tensor of this name, not copied.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn get(&self, name: &str) -> Result<Tensor, ModelError> {
         self.tensors
             .get(name)
             .cloned()
@@ -202,7 +264,7 @@ pub(crate) fn normal(random: &mut ChaCha8Rng) -> f64 {
     (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
 }
 
-fn torn(error: &candle_core::Error) -> String {
+pub(crate) fn torn(error: &candle_core::Error) -> String {
     format!("it is truncated or not a safetensors file ({error})")
 }
 

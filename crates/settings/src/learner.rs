@@ -40,6 +40,8 @@ pub struct LearnerSettings {
     pub save_total_limit: usize,
     /// What becomes of the judge's p.
     pub label: LabelKind,
+    /// The share of the labels that is turned round.
+    pub label_flip: f64,
     /// Labels move this share of the way to ½.
     pub label_smoothing: f64,
     /// How token log-probabilities become a completion's.
@@ -50,6 +52,32 @@ pub struct LearnerSettings {
     pub batch_timeout_seconds: u64,
     /// The loss.
     pub objective: ObjectiveSettings,
+    /// What is added to it.
+    pub ganpo: GanpoSettings,
+}
+
+/// A latent-space regulariser beside the objective.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GanpoSettings {
+    /// Its weight; 0: off.
+    pub lambda: f64,
+    /// The discriminators' width; 0: a quarter of the policy's, within bounds.
+    pub hidden_size: usize,
+    /// Encoder layers of a discriminator.
+    pub layers: usize,
+    /// Heads of a layer.
+    pub heads: usize,
+    /// Tokens of a response that a discriminator reads.
+    pub max_length: usize,
+    /// Of the running means of the discriminators' scores.
+    pub momentum: f64,
+    /// The discriminators' learning rate, as a share of the policy's.
+    pub lr_ratio: f64,
+    /// Steps in which only the discriminators learn.
+    pub warmup_steps: u64,
+    /// Steps after which the discriminators no longer learn; 0: never.
+    pub freeze_after: u64,
 }
 
 /// How the learning rate falls after its warm-up.

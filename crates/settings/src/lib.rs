@@ -32,7 +32,8 @@ pub use fit::{
 };
 pub use judge::{ChatJudgeSettings, Combine, JudgeSettings, RuleSettings};
 pub use learner::{
-    IpoScale, LabelKind, LearnerSettings, LogpReduction, LrSchedulerType, ObjectiveSettings, RpoNll,
+    GanpoSettings, IpoScale, LabelKind, LearnerSettings, LogpReduction, LrSchedulerType,
+    ObjectiveSettings, RpoNll,
 };
 pub use model::{DtypeSetting, ModelSettings};
 pub use playground::{PlaygroundSettings, SftSettings};

@@ -21,6 +21,17 @@ pub struct ModelSettings {
     /// A chat template in place of the tokenizer's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<PathBuf>,
+    /// The rank of the adapter that is trained in place of the weights; 0: none.
+    pub lora_rank: usize,
+    /// What a fresh adapter's product is scaled by, over its rank.
+    pub lora_alpha: f64,
+    /// The share of its inputs that training leaves out.
+    pub lora_dropout: f64,
+    /// The modules that a fresh adapter stands beside.
+    pub target_modules: Vec<String>,
+    /// The PEFT folder of the adapter to start from, in place of a fresh one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<PathBuf>,
 }
 
 /// A number format for weights and activations.

@@ -4,7 +4,10 @@ mod preference;
 mod telemetry;
 mod transport;
 
-use crate::{ObjectiveSettings, Problem, PromptsSettings, Settings, SftSettings};
+use crate::{
+    GanpoSettings, ModelSettings, ObjectiveSettings, Problem, PromptsSettings, Settings,
+    SftSettings,
+};
 
 /// Every contradiction and every number out of its range.
 pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
@@ -15,11 +18,13 @@ pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
     checks.learning(settings);
     checks.schedule(settings);
     checks.supervised(&settings.sft);
+    checks.adapter(&settings.model);
     checks.worlds(settings);
     checks.preference(settings);
     checks.telemetry(&settings.telemetry);
     checks.objective(settings);
     checks.transport(settings);
+    checks.ganpo(&settings.learner.ganpo);
     checks.problems
 }
 
@@ -111,6 +116,7 @@ impl Checks {
             "learner.weight_decay",
             format!("{} must not be negative", learner.weight_decay),
         );
+        self.share(learner.label_flip, "learner.label_flip");
         self.share(learner.label_smoothing, "learner.label_smoothing");
     }
 
@@ -152,6 +158,51 @@ impl Checks {
         self.decay(sft.adam_beta1, "sft.adam_beta1");
         self.decay(sft.adam_beta2, "sft.adam_beta2");
         self.positive(sft.max_grad_norm, "sft.max_grad_norm");
+    }
+
+    fn adapter(&mut self, model: &ModelSettings) {
+        self.positive(model.lora_alpha, "model.lora_alpha");
+        self.decay(model.lora_dropout, "model.lora_dropout");
+        self.require(
+            model.lora_rank == 0 || !model.target_modules.is_empty(),
+            "model.target_modules",
+            "name the modules to adapt, or \"all-linear\"",
+        );
+        self.require(
+            model.lora_rank > 0 || model.adapter.is_none(),
+            "model.lora_rank",
+            "0 trains the whole weights, but model.adapter names an adapter: set it to the \"r\" of its adapter_config.json",
+        );
+    }
+
+    fn ganpo(&mut self, ganpo: &GanpoSettings) {
+        let path = |key: &str| format!("learner.ganpo.{key}");
+        self.require(
+            ganpo.lambda >= 0.0 && ganpo.lambda.is_finite(),
+            &path("lambda"),
+            format!("{} must not be negative", ganpo.lambda),
+        );
+        self.at_least(ganpo.heads as u64, 1, &path("heads"));
+        self.at_least(ganpo.layers as u64, 1, &path("layers"));
+        self.at_least(ganpo.max_length as u64, 1, &path("max_length"));
+        self.require(
+            ganpo.hidden_size.is_multiple_of(ganpo.heads.max(1)),
+            &path("hidden_size"),
+            format!(
+                "{} must be a multiple of learner.ganpo.heads = {}",
+                ganpo.hidden_size, ganpo.heads
+            ),
+        );
+        self.decay(ganpo.momentum, &path("momentum"));
+        self.positive(ganpo.lr_ratio, &path("lr_ratio"));
+        self.require(
+            ganpo.freeze_after == 0 || ganpo.freeze_after > ganpo.warmup_steps,
+            &path("freeze_after"),
+            format!(
+                "{} is over before learner.ganpo.warmup_steps = {}",
+                ganpo.freeze_after, ganpo.warmup_steps
+            ),
+        );
     }
 
     fn worlds(&mut self, settings: &Settings) {
@@ -293,6 +344,30 @@ mod tests {
             (
                 "[model]\nreference_probabilities = [0.5, 0.5]",
                 "belong to prompts.kind = \"bandit\"",
+            ),
+            (
+                "[learner.ganpo]\nhidden_size = 20",
+                "20 must be a multiple of learner.ganpo.heads = 8",
+            ),
+            (
+                "[learner.ganpo]\nwarmup_steps = 9\nfreeze_after = 9",
+                "9 is over before learner.ganpo.warmup_steps = 9",
+            ),
+            (
+                "[learner.ganpo]\nlambda = -1",
+                "learner.ganpo.lambda: -1 must not be negative",
+            ),
+            (
+                "[model]\nadapter = \"a\"",
+                "model.lora_rank: 0 trains the whole weights",
+            ),
+            (
+                "[model]\nlora_rank = 4\ntarget_modules = []",
+                "model.target_modules: name the modules",
+            ),
+            (
+                "[model]\nlora_dropout = 1.0",
+                "model.lora_dropout: 1 must be from 0 to below 1",
             ),
             ("[prompts]\nkind = \"jsonl\"\npath = \"x\"", "model.path"),
             (

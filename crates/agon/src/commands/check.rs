@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::Context;
-use model::{ModelConfig, ModelFolder};
+use model::{AdapterFolder, ModelConfig, ModelFolder};
 use playground::{Bandit, base_config_json};
 use settings::{
     DtypeSetting, ObjectiveSettings, Override, PromptsSettings, Settings, resolve_file,
@@ -23,6 +23,8 @@ use crate::{failure::Code, world};
 
 /// Adam's moments are kept in f32 whatever the weights are.
 const MOMENT_BYTES: usize = 4;
+/// An adapter is f32 whatever the weights are.
+const ADAPTER_BYTES: usize = 4;
 /// Logits are computed in f32.
 const LOGIT_BYTES: usize = 4;
 
@@ -70,6 +72,7 @@ impl Summary {
     fn of(settings: &Settings) -> Self {
         let mut summary = Self::default();
         if let Some(config) = summary.model(settings) {
+            summary.adapter(settings, &config);
             summary.memory(&memory(settings, &config));
             if let Err(reason) = world::fits_positions(settings, &config) {
                 summary.problem(&reason.to_string());
@@ -111,6 +114,25 @@ impl Summary {
                 self.problem(&format!("model: {error:#}"));
                 None
             }
+        }
+    }
+
+    /// Tells of the adapter, where one is trained.
+    fn adapter(&mut self, settings: &Settings, config: &ModelConfig) {
+        let read = settings.model.adapter.as_deref().map(AdapterFolder::open);
+        let adapter = match read.transpose() {
+            Ok(read) => read
+                .map(|read| read.config)
+                .or_else(|| world::fresh_adapter(settings, String::new())),
+            Err(error) => return self.problem(&format!("adapter: {error}")),
+        };
+        let Some(adapter) = adapter else { return };
+        match adapter.parameter_count(config) {
+            Ok(count) => self.line(
+                "ok",
+                &format!("adapter: rank {}, {count} parameters", adapter.rank),
+            ),
+            Err(error) => self.problem(&format!("adapter: {error}")),
         }
     }
 
@@ -234,6 +256,11 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
         DtypeSetting::Bf16 => 2,
     };
     let weights = [config.parameter_count(), bytes];
+    // An adapter is trained in f32 beside weights that the policy and its reference share.
+    let (trained, of_trained) = match adapter_parameters(settings, config) {
+        Some(count) => ([count, ADAPTER_BYTES], count),
+        None => (weights, config.parameter_count()),
+    };
     // As the sampler's caches: no sequence outgrows the model's positions.
     let longest = actor
         .max_prompt_length
@@ -249,18 +276,15 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
         completions_per_prompt(settings),
     ];
     let parts = [
-        ("policy's weights", product(&[&weights])),
-        ("gradients", product(&[&weights])),
-        (
-            "Adam's moments",
-            product(&[&[2, config.parameter_count(), MOMENT_BYTES]]),
-        ),
+        ("policy's weights", product(&[&trained])),
+        ("gradients", product(&[&trained])),
+        ("Adam's moments", product(&[&[2, of_trained, MOMENT_BYTES]])),
         ("reference's weights", product(&[&weights])),
         (
             "actors' copies of the policy",
-            product(&[&weights, &[actor.count]]),
+            product(&[&trained, &[actor.count]]),
         ),
-        ("weights on the shelf", product(&[&weights])),
+        ("weights on the shelf", product(&[&trained])),
         (
             "caches of keys and values",
             product(&[&slots, &keys_and_values]),
@@ -288,6 +312,13 @@ fn activations(config: &ModelConfig) -> usize {
     );
     let block = 6 * config.hidden_size + 3 * queries + 3 * keys + 3 * config.intermediate_size;
     config.layers * block
+}
+
+/// How many numbers an adapter trains, where one is; `None` where the whole weights are trained.
+fn adapter_parameters(settings: &Settings, config: &ModelConfig) -> Option<usize> {
+    world::fresh_adapter(settings, String::new())?
+        .parameter_count(config)
+        .ok()
 }
 
 /// On the processor in f32 the head is fused and its logits never exist; elsewhere they and their

@@ -8,7 +8,7 @@ use std::{
 
 use learner::Interval;
 use messages::{Pair, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
-use model::{LanguageModel, ModelFolder, Request, Sampler};
+use model::{LanguageModel, ModelFolder, Request, Sampler, open_policy};
 use preference::{Orders, Question, Ruling, RulingError, Verdict};
 use serde_json::json;
 use settings::{Override, Settings, resolve_file};
@@ -17,7 +17,8 @@ use crate::{failure::Misuse, roles, world};
 
 /// Compare two models on held-out prompts under a judge.
 ///
-/// A and B are Hugging Face folders, checkpoints or run directories (their latest checkpoint). Prompts,
+/// A and B are Hugging Face folders, PEFT folders that name their model, checkpoints or run directories
+/// (their latest checkpoint). Prompts,
 /// sampling and judge come from --config, or from the configuration of the first run directory. Every
 /// pair is judged in both orders; ties count one half.
 ///
@@ -138,10 +139,13 @@ fn folder(path: &Path) -> anyhow::Result<PathBuf> {
 
 fn load(settings: &Settings, path: &Path) -> anyhow::Result<(ModelFolder, LanguageModel)> {
     let (device, dtype) = world::device(settings)?;
-    let folder = ModelFolder::open(&folder(path)?, settings.model.chat_template.as_deref())?;
-    let weights = folder.weights(dtype, &device)?;
-    let model = world::language_model(&folder, &weights)?;
-    Ok((folder, model))
+    let template = settings.model.chat_template.as_deref();
+    Ok(open_policy(
+        &folder(path)?,
+        None,
+        template,
+        (dtype, &device),
+    )?)
 }
 
 /// One completion of each model to every held-out prompt.

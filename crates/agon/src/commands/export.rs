@@ -1,7 +1,7 @@
 //! `agon export`: the policy of a checkpoint as a clean Hugging Face folder.
 //!
-//! A checkpoint is such a folder already, with the state of the run beside it; an export leaves that out,
-//! may change the number format, and says what came out. It does not lock the run, so that one can be
+//! A checkpoint is such a folder already, or PEFT's folder of an adapter, with the state of the run beside
+//! it; an export leaves that out, may change the number format or merge the adapter, and says what came out. It does not lock the run, so that one can be
 //! exported while it goes on.
 
 use std::{
@@ -12,14 +12,21 @@ use std::{
 
 use anyhow::{Context, bail};
 use learner::LearnerError;
-use model::{DType, Device, ModelError, ModelFolder};
+use messages::Digest;
+use model::{
+    AdapterFolder, DType, Device, LanguageModel, ModelError, ModelFolder, open_policy, save_policy,
+};
 use serde_json::Value;
 
 use super::score::Dtype;
 use crate::failure::Misuse;
 
 /// Files that would speak for another model when they stayed beside the exported one.
-const OF_A_MODEL: [&str; 6] = [
+const OF_A_MODEL: [&str; 10] = [
+    "config.json",
+    "model.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -34,6 +41,9 @@ const OF_A_MODEL: [&str; 6] = [
 /// programs load, and leaves out the optimiser and the state of the run. Of a run the newest checkpoint
 /// is taken, also while it goes on. Prints the SHA-256 digest of the weights as `sha256sum -c` reads it.
 ///
+/// The checkpoint of an adapter (model.lora_rank) is written as PEFT's folder, with a path to its model;
+/// with --merge as a model by itself, added up and written in f32 unless --dtype says otherwise.
+///
 /// Example: agon export --run runs/quickstart --output models/aligned --dtype bf16
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -46,6 +56,9 @@ pub(crate) struct Arguments {
     /// The numbers to write; those of the checkpoint when not given.
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
+    /// Merge an adapter into its model.
+    #[arg(long)]
+    merge: bool,
     /// Write into a folder that is not empty: a model there is replaced, other files stay.
     #[arg(long)]
     force: bool,
@@ -54,27 +67,87 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let checkpoint = checkpoint(&arguments.run)?;
     check_output(arguments, &checkpoint)?;
-    let folder = ModelFolder::open(&checkpoint, None)?;
-    let dtype = arguments
-        .dtype
-        .map_or_else(|| saved_dtype(&folder.config.raw), DType::from);
-    let weights = folder.weights(dtype, &Device::Cpu)?;
-    if !weights.is_finite()? {
+    let exported = Exported::open(arguments, &checkpoint)?;
+    if !exported.model.trained().is_finite()? {
         bail!(
             "failed to export {}: its weights are not all finite",
             checkpoint.display()
         );
     }
-    model::save_folder(&arguments.output, &folder, &weights)?;
-    remove_strangers(&arguments.output, &checkpoint)?;
+    save_policy(&arguments.output, &exported.folder, &exported.model)?;
+    remove_strangers(&arguments.output, &exported)?;
     eprintln!(
         "exported {} to {}",
         checkpoint.display(),
         arguments.output.display()
     );
-    let file = arguments.output.join("model.safetensors");
-    println!("{}  {}", weights.digest()?, file.display());
+    let file = arguments.output.join(exported.tensors());
+    let bytes = fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
+    println!("{}  {}", Digest::of(&bytes), file.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is to be written.
+struct Exported {
+    /// The base's folder, or the checkpoint's where it is a model by itself.
+    folder: ModelFolder,
+    model: LanguageModel,
+}
+
+impl Exported {
+    fn open(arguments: &Arguments, checkpoint: &Path) -> anyhow::Result<Self> {
+        if !AdapterFolder::is_at(checkpoint) {
+            return Self::whole(arguments, checkpoint);
+        }
+        if arguments.dtype.is_some() && !arguments.merge {
+            let advice = "an adapter is written in f32: --dtype needs --merge";
+            return Err(Misuse(advice.into()).into());
+        }
+        let (folder, model) = open_policy(checkpoint, None, None, (DType::F32, &Device::Cpu))?;
+        if !arguments.merge {
+            return Ok(Self { folder, model });
+        }
+        let dtype = arguments.dtype.map_or(DType::F32, DType::from);
+        let merged = model.merged()?.to_dtype(dtype)?;
+        let model = LanguageModel::new(folder.config.clone(), merged)?;
+        Ok(Self { folder, model })
+    }
+
+    fn whole(arguments: &Arguments, checkpoint: &Path) -> anyhow::Result<Self> {
+        if arguments.merge {
+            return Err(Misuse(format!(
+                "{} holds a whole model and no adapter: leave out --merge",
+                checkpoint.display()
+            ))
+            .into());
+        }
+        let folder = ModelFolder::open(checkpoint, None)?;
+        let dtype = arguments
+            .dtype
+            .map_or_else(|| saved_dtype(&folder.config.raw), DType::from);
+        let weights = folder.weights(dtype, &Device::Cpu)?;
+        let model = LanguageModel::new(folder.config.clone(), weights)?;
+        Ok(Self { folder, model })
+    }
+
+    /// The file of the tensors.
+    fn tensors(&self) -> &'static str {
+        match self.model.adapter() {
+            Some(_) => "adapter_model.safetensors",
+            None => "model.safetensors",
+        }
+    }
+
+    /// Whether the file `name` is written with it.
+    fn has(&self, name: &str) -> bool {
+        let adapter = self.model.adapter().is_some();
+        match name {
+            "config.json" | "model.safetensors" => !adapter,
+            "adapter_config.json" | "adapter_model.safetensors" => adapter,
+            "model.safetensors.index.json" => false,
+            other => self.folder.path.join(other).exists(),
+        }
+    }
 }
 
 /// The newest checkpoint of the run in `path`, or `path` itself when it is a model's folder.
@@ -88,13 +161,13 @@ fn checkpoint(path: &Path) -> anyhow::Result<PathBuf> {
     if let Some(checkpoint) = of_run {
         return Ok(checkpoint);
     }
-    if path.join("model.safetensors").exists() {
+    if path.join("model.safetensors").exists() || AdapterFolder::is_at(path) {
         return Ok(path.to_owned());
     }
     let reason = if path.join("config.toml").exists() {
         "the run has saved no checkpoint yet; see learner.save_steps"
     } else {
-        "it is neither a run directory (with checkpoints/step_N) nor a checkpoint (with model.safetensors)"
+        "it is neither a run directory (with checkpoints/step_N) nor a checkpoint (with model.safetensors or adapter_config.json)"
     };
     Err(ModelError::Malformed {
         path: path.to_owned(),
@@ -133,12 +206,11 @@ fn saved_dtype(config: &Value) -> DType {
     }
 }
 
-/// Removes what a former model left in `output` and the model of `from` does not have.
-fn remove_strangers(output: &Path, from: &Path) -> anyhow::Result<()> {
+/// Removes what a former model left in `output` and this one does not have.
+fn remove_strangers(output: &Path, exported: &Exported) -> anyhow::Result<()> {
     for name in OF_A_MODEL {
-        let (stranger, own) = (output.join(name), from.join(name));
-        let written = own.exists() && !name.ends_with("index.json");
-        if stranger.exists() && !written {
+        let stranger = output.join(name);
+        if stranger.exists() && !exported.has(name) {
             fs::remove_file(&stranger)
                 .with_context(|| format!("failed to remove {}", stranger.display()))?;
         }
@@ -175,6 +247,7 @@ mod tests {
             run: run.to_owned(),
             output: output.to_owned(),
             dtype: None,
+            merge: false,
             force,
         }
     }

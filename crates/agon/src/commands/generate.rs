@@ -24,9 +24,9 @@ const SLOTS: usize = 64;
 /// Completions of prompts, sampled from a model or from its mixture with a reference.
 ///
 /// Every --prompt is continued --num times. The text is continued as it stands; with --chat it is one
-/// message of a user, sent through the model's chat template. With --reference every completion is also
-/// scored under the reference, and --mixture-coef draws from the two models' geometric mixture, as the
-/// actors of Nash-MD and IPO-MD do. With --json there is one line a completion: prompt, completion, ids,
+/// message of a user, sent through the model's chat template. With --reference, or with --adapter, whose
+/// model is then the reference, every completion is also scored under the reference, and --mixture-coef
+/// draws from the two models' geometric mixture, as the actors of Nash-MD and IPO-MD do. With --json there is one line a completion: prompt, completion, ids,
 /// finish ("eos" or "length"), the sums logp, ref_logp and behaviour_logp, and logprobs, one a token.
 ///
 /// Example: agon generate --model runs/base --prompt "Once upon a time" --num 2 --seed 7
@@ -65,7 +65,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "DIR")]
     reference: Option<PathBuf>,
     /// The weight ON THE REFERENCE in the mixture that tokens are drawn from: 0 is the model alone (when
-    /// not given), 1 the reference alone; the papers use 0.125. Needs --reference.
+    /// not given), 1 the reference alone; the papers use 0.125. Needs --reference or --adapter.
     #[arg(long, value_name = "WEIGHT")]
     mixture_coef: Option<f32>,
     /// JSON for programs, one line a completion.
@@ -78,7 +78,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (folder, policy) = arguments.model.open()?;
     let reference = match &arguments.reference {
         Some(path) => score::open(path, policy.dtype(), policy.device())?.1,
-        None => policy.clone(),
+        // Beside an adapter its base; else the policy itself.
+        None => policy.without_adapter(),
     };
     let prompts = arguments.encode(&folder)?;
     let longest = prompts
@@ -203,14 +204,19 @@ impl Arguments {
             ),
             (share(mixture), "--mixture-coef must be from 0 to 1"),
             (
-                self.mixture_coef.is_none() || self.reference.is_some(),
-                "--mixture-coef is the weight on the reference: name one with --reference",
+                self.mixture_coef.is_none() || self.has_reference(),
+                "--mixture-coef is the weight on the reference: name one with --reference, or an --adapter, whose base it is",
             ),
         ];
         match requirements.into_iter().find(|(holds, _)| !holds) {
             Some((_, message)) => Err(Misuse(message.into())),
             None => Ok(()),
         }
+    }
+
+    /// Whether there is a second model to tell of.
+    fn has_reference(&self) -> bool {
+        self.reference.is_some() || self.model.has_adapter()
     }
 
     fn encode(&self, folder: &ModelFolder) -> anyhow::Result<Vec<Prompt>> {
@@ -332,12 +338,7 @@ impl Teller<'_> {
     }
 
     fn in_words(&self, place: Place, line: &Line<'_>) -> String {
-        let Arguments {
-            num,
-            prompts,
-            reference,
-            ..
-        } = self.arguments;
+        let Arguments { num, prompts, .. } = self.arguments;
         let mut text = String::new();
         if place.number == 0 {
             text += &format!(
@@ -358,7 +359,7 @@ impl Teller<'_> {
             line.ids.len(),
             line.logp
         );
-        if reference.is_some() {
+        if self.arguments.has_reference() {
             text += &format!(", under the reference {:.2}", line.ref_logp);
         }
         text += &format!("\n{}\n", line.completion);
@@ -429,9 +430,10 @@ mod tests {
             let Misuse(message) = arguments(extra).check().unwrap_err();
             assert!(message.contains(expected), "{message:?} for {extra:?}");
         }
-        arguments(&["--reference", "r", "--mixture-coef", "1"])
-            .check()
-            .unwrap();
+        for second in ["--reference", "--adapter"] {
+            let given = [second, "r", "--mixture-coef", "1"];
+            arguments(&given).check().unwrap();
+        }
     }
 
     #[test]

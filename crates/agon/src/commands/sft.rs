@@ -14,7 +14,7 @@ use crate::{failure::Misuse, world};
 ///
 /// Reads rows {"prompt", "completion"} from sft.path (prompts as text or messages, .gz too) and trains
 /// model.path on them with the settings of [sft]; without sft.path it makes the playground's base. The
-/// result is a Hugging Face folder.
+/// result is a Hugging Face folder, or with model.lora_rank above 0 the PEFT folder of an adapter.
 ///
 /// Example: agon sft my.toml --set sft.path=rows.jsonl --output models/base
 #[derive(clap::Args)]
@@ -63,16 +63,19 @@ fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()
     let eos = folder.config.eos.first().copied();
     let longest = settings.sft.max_length.min(folder.config.max_positions);
     let examples = sft::read_examples(rows, &folder.tokenizer, eos, longest)?;
-    let model = world::language_model(&folder, &weights)?;
+    let mut model = world::language_model(&folder, &weights)?;
+    if let Some(adapter) = world::adapter(settings, &folder, &weights)? {
+        model = model.with_adapter(adapter)?;
+    }
     let (seed, batch) = (
         Seed(settings.run.seed),
         settings.sft.train_batch_size as u64,
     );
-    let (weights, summary) = sft::train(&model, &settings.sft, "fine-tuning", |step| {
+    let (trained, summary) = sft::train(&model, &settings.sft, "fine-tuning", seed, |step| {
         let places = step * batch..(step + 1) * batch;
         Some(places.map(|index| pick(&examples, seed, index)).collect())
     })?;
-    model::save_folder(output, &folder, &weights)?;
+    model::save_policy(output, &folder, &trained)?;
     tracing::info!(loss = summary.loss, seconds = summary.seconds, "fine-tuned");
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, anyhow};
 use learner::Ending;
 use messages::{Digest, Station};
-use model::{ModelFolder, Weights};
+use model::{LanguageModel, ModelFolder, Weights};
 use preference::apo::History;
 use settings::{Settings, TransportSettings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
@@ -152,7 +152,7 @@ pub(crate) async fn join_actor(
             1 => joined.name.clone(),
             _ => format!("{}.{index}", joined.name),
         };
-        let actor = super::actor(settings, name, model.policy(), &streams, &counters)?;
+        let actor = super::actor(settings, name, model.whole(settings)?, &streams, &counters)?;
         waits.push(actor.waits());
         loaded = Some(actor.loaded());
         let quitting = quitting.clone();
@@ -183,7 +183,7 @@ pub(crate) async fn join_preference(
         };
         let streams = Streams::open(&joined.hub, settings).await?;
         let model = FetchedModel::fetch(settings, &record, &streams.shelf).await?;
-        let policy = model.policy();
+        let policy = model.start();
         let stopped = || *stop.borrow();
         let judge =
             tokio::task::block_in_place(|| JudgeSource::open(settings, Some(policy), &stopped))?;
@@ -449,8 +449,18 @@ struct FetchedModel {
 }
 
 impl FetchedModel {
-    fn policy(&self) -> (&ModelFolder, &Weights) {
+    fn start(&self) -> (&ModelFolder, &Weights) {
         (&self.folder, &self.weights)
+    }
+
+    /// With the policy, an adapter beside the reference where one is trained.
+    fn whole(
+        &self,
+        settings: &Settings,
+    ) -> anyhow::Result<(&ModelFolder, &Weights, LanguageModel)> {
+        let adapter = world::adapter(settings, &self.folder, &self.weights)?;
+        let policy = world::policy(&self.folder, &self.weights, adapter)?;
+        Ok((&self.folder, &self.weights, policy))
     }
 
     /// The folder that the settings name where it is the same, else the shelf's.

@@ -32,13 +32,14 @@ pub(crate) async fn run(
     let counters =
         [Station::Actor, Station::Preference, Station::Learner].map(StationCounters::new);
     let [of_actors, of_preference, of_learner] = &counters;
-    let policy = world.policy();
+    let start = world.start();
 
     let (quit, quitting) = watch::channel(false);
     let mut others = JoinSet::new();
     for index in 0..settings.actor.count {
         let name = format!("actor-{index}");
-        let actor = super::actor(settings, name, policy, &streams, of_actors)?;
+        let model = (start.0, start.1, world.policy()?);
+        let actor = super::actor(settings, name, model, &streams, of_actors)?;
         let quitting = quitting.clone();
         others.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
     }
@@ -47,7 +48,7 @@ pub(crate) async fn run(
         .map(learner::checkpoint_step)
         .transpose()?;
     let since = (world::rounds(directory.root()), step.unwrap_or(0));
-    let (judge, player) = super::judges(settings, policy, judge, since, &stop.subscribe())?;
+    let (judge, player) = super::judges(settings, start, judge, since, &stop.subscribe())?;
     let bench = world::bench(settings, &judge)?;
     if !settings.preference.http.listen.is_empty() {
         let server = world::server(settings, &judge, bench.clone()).await?;

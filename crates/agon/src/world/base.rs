@@ -99,7 +99,7 @@ fn make(settings: &Settings, aside: &Path, stopped: &dyn Fn() -> bool) -> anyhow
     let seed = Seed(settings.run.seed);
     let model = random_model(&folder.config, seed, dtype, &device)?;
     let batch = settings.sft.train_batch_size as u64;
-    let (weights, summary) = sft::train(&model, &settings.sft, "making the base", |step| {
+    let (trained, summary) = sft::train(&model, &settings.sft, "making the base", seed, |step| {
         let indices = step * batch..(step + 1) * batch;
         (!stopped()).then(|| {
             indices
@@ -107,7 +107,7 @@ fn make(settings: &Settings, aside: &Path, stopped: &dyn Fn() -> bool) -> anyhow
                 .collect()
         })
     })?;
-    model::save_folder(aside, &folder, &weights)?;
+    model::save_policy(aside, &folder, &trained)?;
     Ok(summary.seconds)
 }
 

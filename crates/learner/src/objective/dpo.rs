@@ -42,7 +42,7 @@ pub fn dpo(h: &Tensor, p: &Tensor, beta: f64) -> Result<Tensor> {
 ///
 /// Nothing overflows. The terms in `|x|` are even and smooth together, so that the slope at zero is ½
 /// whichever slope the tensor library gives `|x|` there.
-fn softplus(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn softplus(x: &Tensor) -> Result<Tensor> {
     let size = x.abs()?;
     let positive_part = ((&size + x)? * 0.5)?;
     positive_part + (size.neg()?.exp()? + 1.0)?.log()?

@@ -22,13 +22,17 @@ pub enum LabelKind {
 /// so that a certain 1 becomes 1 − ε/2 and 0 becomes ε/2. It is symmetric: smoothing 1 − p gives one
 /// minus the smoothing of p. Where ε is instead the probability that a hard label is wrong (conservative
 /// DPO), half of this ε is meant.
+///
+/// Flips come before it: they are the noise of an annotator who mistakes one response for the other.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Labelling {
     /// What becomes of p.
     pub kind: LabelKind,
+    /// The share of rows whose label is turned round, from 0 to 1.
+    pub flip: f64,
     /// Label smoothing ε, from 0 (none) to 1 (every label is ½).
     pub smoothing: f64,
-    /// The seed of [`LabelKind::Sampled`].
+    /// The seed of [`LabelKind::Sampled`] and of the flips.
     pub seed: Seed,
 }
 
@@ -39,21 +43,26 @@ impl Labelling {
         let p = f64::from(row.p.get());
         let label = match self.kind {
             LabelKind::Soft => p,
-            LabelKind::Sampled => f64::from(u8::from(self.uniform(pair, row) < p)),
+            LabelKind::Sampled => f64::from(u8::from(uniform(self.seed, pair, row) < p)),
             LabelKind::Hard if p > 0.5 => 1.0,
             LabelKind::Hard if p < 0.5 => 0.0,
             LabelKind::Hard => 0.5,
         };
+        let flipped = self.flip > 0.0 && uniform(self.seed.derive(FLIPS), pair, row) < self.flip;
+        let label = if flipped { 1.0 - label } else { label };
         label * (1.0 - self.smoothing) + self.smoothing / 2.0
     }
+}
 
-    /// The row's own number, uniform in [0, 1) over seeds, pairs and rows.
-    fn uniform(&self, pair: PromptId, row: &Label) -> f64 {
-        let stream = u64::from(row.first) << 16 | u64::from(row.second);
-        let bits = self.seed.derive(pair.0).derive(stream).0;
-        // The upper 53 bits, as many as an f64 keeps.
-        (bits >> 11) as f64 / (1u64 << 53) as f64
-    }
+/// The stream of flips, among those of the run's seed.
+const FLIPS: u64 = 0xf11b;
+
+/// A row's own number, uniform in [0, 1) over seeds, pairs and rows.
+fn uniform(seed: Seed, pair: PromptId, row: &Label) -> f64 {
+    let stream = u64::from(row.first) << 16 | u64::from(row.second);
+    let bits = seed.derive(pair.0).derive(stream).0;
+    // The upper 53 bits, as many as an f64 keeps.
+    (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
 #[cfg(test)]
@@ -73,6 +82,7 @@ mod tests {
     fn labelling(kind: LabelKind, smoothing: f64) -> Labelling {
         Labelling {
             kind,
+            flip: 0.0,
             smoothing,
             seed: Seed(7),
         }
@@ -140,5 +150,37 @@ mod tests {
             assert!((ones - p).abs() < 0.0142, "{ones} is not {p}");
             assert!((both - p * p).abs() < 0.0142, "{both} is not {}", p * p);
         }
+    }
+
+    #[test]
+    fn flips_turn_that_share_of_the_labels_round_and_always_the_same() {
+        let noisy = Labelling {
+            flip: 0.2,
+            ..labelling(LabelKind::Soft, 0.0)
+        };
+        let count = 20_000u64;
+        let flipped = |id: u64| {
+            let label = noisy.label(PromptId(id), &row(0, 1, 0.9));
+            assert_eq!(label, noisy.label(PromptId(id), &row(0, 1, 0.9)));
+            let was = f64::from(0.9f32);
+            assert!(label == was || label == 1.0 - was, "{label}");
+            label < 0.5
+        };
+        let share = (0..count).filter(|&id| flipped(id)).count() as f64 / count as f64;
+        // Three deviations of the mean of 20,000 draws are .0085.
+        assert!((share - 0.2).abs() < 0.0085, "{share}");
+        let sampled = |flip| Labelling {
+            flip,
+            ..labelling(LabelKind::Sampled, 0.0)
+        };
+        let apart = (0..count).filter(|&id| {
+            let of = |flip| sampled(flip).label(PromptId(id), &row(0, 1, 0.5));
+            of(0.0) != of(0.2)
+        });
+        let share = apart.count() as f64 / count as f64;
+        assert!(
+            (share - 0.2).abs() < 0.0085,
+            "draws and flips are not independent: {share}"
+        );
     }
 }

@@ -17,6 +17,7 @@
 mod adamw;
 mod attention;
 mod cached_attention;
+mod frozen_linear;
 mod rms_norm;
 mod rope;
 mod squared_norm;
@@ -33,6 +34,7 @@ mod check;
 pub use adamw::{AdamWStep, Moments, adamw_step};
 pub use attention::{Attention, Segment, Segments, causal_attention};
 pub use cached_attention::{CacheRows, cached_attention};
+pub use frozen_linear::frozen_linear;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use squared_norm::squared_norm;

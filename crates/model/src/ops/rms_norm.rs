@@ -11,7 +11,8 @@ const ROWS: usize = 32;
 
 /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension.
 ///
-/// `x` is `[.., D]` and `weight` `[D]`; the result has the shape of `x`. Differentiable in both.
+/// `x` is `[.., D]` and `weight` `[D]`; the result has the shape of `x`. Differentiable in both; a weight
+/// that is not trained gets no gradient.
 ///
 /// # Errors
 /// If `weight` is not as wide as the rows of `x`, or `D` is 0.
@@ -83,8 +84,9 @@ impl CustomOp2 for RmsNorm {
         let gradient = gradient.contiguous()?;
         let (dx, dweight) = self.backward(&floats(x)?, &floats(weight)?, &floats(&gradient)?);
         let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
-        let dweight = Tensor::from_vec(dweight, weight.shape(), x.device())?;
-        Ok((Some(dx), Some(dweight)))
+        let of_weight = || Tensor::from_vec(dweight, weight.shape(), x.device());
+        let dweight = weight.track_op().then(of_weight).transpose()?;
+        Ok((Some(dx), dweight))
     }
 }
 

@@ -121,8 +121,7 @@ impl RewardModel {
     /// How many numbers the weights hold.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        let tensors = self.weights().tensors.values();
-        tensors.map(Tensor::elem_count).sum()
+        self.weights().parameter_count()
     }
 
     /// The digest of the weights and of what [`Self::config`] says: on trunks of one shape, equal digests

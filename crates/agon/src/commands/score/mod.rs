@@ -14,7 +14,9 @@ use std::{
     process::ExitCode,
 };
 
-use model::{DType, Device, LanguageModel, ModelError, ModelFolder};
+use model::{DType, Device, LanguageModel, ModelError, ModelFolder, open_policy};
+
+use crate::failure::Misuse;
 
 /// Log-probabilities or scores of given tokens under a model, from JSONL to JSONL.
 ///
@@ -50,6 +52,9 @@ pub(crate) struct ModelArguments {
     /// The model: a Hugging Face folder, such as a run's checkpoint.
     #[arg(long = "model", value_name = "DIR")]
     path: PathBuf,
+    /// A PEFT folder: a LoRA adapter beside the model. A run's checkpoint that is one names its model.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Where to compute: `cpu`, `cuda`, `cuda:N` or `metal`.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -77,27 +82,35 @@ impl From<Dtype> for DType {
 }
 
 impl ModelArguments {
+    /// Whether an adapter is named beside the model.
+    pub(crate) fn has_adapter(&self) -> bool {
+        self.adapter.is_some()
+    }
+
     /// The model that is named.
     pub(crate) fn open(&self) -> Result<(ModelFolder, LanguageModel), ModelError> {
-        open(&self.path, self.dtype.into(), &model::device(&self.device)?)
+        let device = model::device(&self.device)?;
+        let numbers = (self.dtype.into(), &device);
+        open_policy(&self.path, self.adapter.as_deref(), None, numbers)
     }
 }
 
-/// The model in the folder `path`, its weights as `dtype` on `device`.
+/// The model in the folder `path`, or the one of the adapter in it, its weights as `dtype` on `device`.
 pub(crate) fn open(
     path: &Path,
     dtype: DType,
     device: &Device,
 ) -> Result<(ModelFolder, LanguageModel), ModelError> {
-    let folder = ModelFolder::open(path, None)?;
-    let weights = folder.weights(dtype, device)?;
-    let model = LanguageModel::new(folder.config.clone(), weights)?;
-    Ok((folder, model))
+    open_policy(path, None, None, (dtype, device))
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (name, input) = rows::open_input(&arguments.input)?;
     if arguments.reward {
+        if arguments.model.has_adapter() {
+            let advice = "--adapter belongs to a language model: leave out --reward";
+            return Err(Misuse(advice.into()).into());
+        }
         reward::run(&arguments.model, &name, input)
     } else {
         log_probabilities::run(&arguments.model, &name, input)

@@ -201,6 +201,7 @@ mod tests {
     fn open(directory: &TempDir, dtype: Dtype) -> anyhow::Result<Scorer> {
         Scorer::open(&ModelArguments {
             path: directory.path().to_owned(),
+            adapter: None,
             device: "cpu".into(),
             dtype,
         })

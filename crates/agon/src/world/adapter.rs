@@ -1,0 +1,67 @@
+//! The adapter that a run trains beside its model: fresh, or read from a folder.
+
+use std::path::Path;
+
+use messages::Seed;
+use model::{Adapter, AdapterFolder, LanguageModel, LoraConfig, ModelFolder, Weights};
+use settings::Settings;
+
+use crate::failure::Misuse;
+
+/// The stream of a fresh adapter's numbers, among those of the run's seed.
+const FRESH: u64 = 0x107a;
+
+/// The adapter of the settings, if they want one, beside these weights.
+pub(crate) fn adapter(
+    settings: &Settings,
+    folder: &ModelFolder,
+    weights: &Weights,
+) -> anyhow::Result<Option<Adapter>> {
+    let how = &settings.model;
+    let Some(fresh) = fresh_adapter(settings, base_name(folder)) else {
+        return Ok(None);
+    };
+    let base = super::language_model(folder, weights)?;
+    let adapter = match &how.adapter {
+        Some(path) => read(path, fresh.rank, &base)?.with_base_model(fresh.base_model),
+        None => {
+            let seed = Seed(settings.run.seed).derive(FRESH);
+            Adapter::fresh(fresh, &folder.config, seed, base.device())
+                .map_err(|error| Misuse(format!("model.target_modules: {error}")))?
+        }
+    };
+    Ok(Some(adapter.with_dropout(how.lora_dropout)))
+}
+
+/// The adapter in the folder `path`, which must have this rank.
+fn read(path: &Path, rank: usize, base: &LanguageModel) -> anyhow::Result<Adapter> {
+    let opened = AdapterFolder::open(path)?;
+    if opened.config.rank != rank {
+        return Err(Misuse(format!(
+            "model.lora_rank = {rank}, but the adapter {} has r = {}: set it to that",
+            path.display(),
+            opened.config.rank
+        ))
+        .into());
+    }
+    Ok(opened.adapter(base)?)
+}
+
+/// The shape of a fresh adapter beside `base_model`, if the settings want an adapter.
+pub(crate) fn fresh_adapter(settings: &Settings, base_model: String) -> Option<LoraConfig> {
+    let how = &settings.model;
+    (how.lora_rank > 0).then(|| LoraConfig {
+        rank: how.lora_rank,
+        alpha: how.lora_alpha,
+        dropout: how.lora_dropout,
+        target_modules: how.target_modules.clone(),
+        rank_stabilised: false,
+        base_model,
+    })
+}
+
+/// How a saved adapter names its base: by a path that holds wherever it is read from.
+fn base_name(folder: &ModelFolder) -> String {
+    let whole = folder.path.canonicalize();
+    whole.as_ref().unwrap_or(&folder.path).display().to_string()
+}

@@ -1,0 +1,223 @@
+//! An adapter as a folder, in the layout of PEFT, and a policy as whichever folder it is.
+//!
+//! The safetensors file also holds a print of the base's weights. PEFT passes over it; here an adapter
+//! that has one is refused beside any other base.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{DType, Device, Tensor};
+use messages::Digest;
+use safetensors::SafeTensors;
+
+use super::{Adapter, LoraConfig, config};
+use crate::{
+    LanguageModel, ModelError, ModelFolder, Weights,
+    config::read_json,
+    folder::{copy_tokenizer, make, save_folder, sync, write},
+    weights::torn,
+};
+
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+/// Where the base's print stands in the metadata.
+const PRINT: &str = "base_print";
+/// Numbers of each tensor that go into the print.
+const PRINTED: usize = 16;
+
+/// An adapter on disk: all of it but the tensors.
+#[derive(Debug, Clone)]
+pub struct AdapterFolder {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// How it is shaped and scaled.
+    pub config: LoraConfig,
+}
+
+impl AdapterFolder {
+    /// Whether the folder `path` is an adapter's.
+    #[must_use]
+    pub fn is_at(path: &Path) -> bool {
+        path.join(CONFIG).exists()
+    }
+
+    /// Opens the adapter in the folder `path`.
+    ///
+    /// # Errors
+    /// When the folder or its configuration is missing or malformed, or wants what is not supported.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let file = path.join(CONFIG);
+        let config = LoraConfig::read(&read_json(&file)?, &file)?;
+        Ok(Self {
+            path: path.to_owned(),
+            config,
+        })
+    }
+
+    /// The folder of the model that it was made for.
+    ///
+    /// # Errors
+    /// When there is none at the path that it names.
+    pub fn base(&self) -> Result<PathBuf, ModelError> {
+        let named = Path::new(&self.config.base_model);
+        let candidates = [named.to_owned(), self.path.join(named)];
+        let found = candidates
+            .into_iter()
+            .find(|path| path.join("config.json").exists());
+        found.ok_or_else(|| ModelError::Adapter {
+            reason: format!(
+                "the base model {:?} of {} is not there; name the base's folder as the model and this one as the adapter",
+                self.config.base_model,
+                self.path.display()
+            ),
+        })
+    }
+
+    /// Reads the tensors, for the model `base`, onto its device.
+    ///
+    /// # Errors
+    /// When the file is missing or torn, or the adapter belongs to another base.
+    pub fn adapter(&self, base: &LanguageModel) -> Result<Adapter, ModelError> {
+        let path = self.path.join(TENSORS);
+        let bytes = fs::read(&path).map_err(|source| ModelError::Unreadable {
+            path: path.clone(),
+            source,
+        })?;
+        let malformed = |error: &candle_core::Error| ModelError::Malformed {
+            path: path.clone(),
+            reason: torn(error),
+        };
+        let found = candle_core::safetensors::load_buffer(&bytes, base.device())
+            .map_err(|error| malformed(&error))?;
+        let expected = self.config.tensors(base.config())?;
+        let narrow = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
+        let tensors = found.into_iter().map(narrow);
+        let weights = Weights {
+            tensors: tensors.collect::<Result<_, candle_core::Error>>()?,
+        };
+        config::fits(&weights, &expected).map_err(|error| self.made_for(&error))?;
+        self.is_print(base, &bytes)?;
+        Ok(Adapter {
+            config: self.config.clone(),
+            weights,
+        })
+    }
+
+    /// The error with the name of the base.
+    fn made_for(&self, error: &ModelError) -> ModelError {
+        let (path, base) = (self.path.display(), &self.config.base_model);
+        match error {
+            ModelError::Adapter { reason } => ModelError::Adapter {
+                reason: format!("{reason} ({path} was made for {base:?})"),
+            },
+            other => ModelError::Adapter {
+                reason: other.to_string(),
+            },
+        }
+    }
+
+    /// Whether the base is the one whose print was saved with the adapter, if one was.
+    fn is_print(&self, base: &LanguageModel, bytes: &[u8]) -> Result<(), ModelError> {
+        let Ok((_, header)) = SafeTensors::read_metadata(bytes) else {
+            return Ok(());
+        };
+        let saved = header.metadata().as_ref().and_then(|m| m.get(PRINT));
+        match saved {
+            Some(saved) if *saved != print(base.weights())? => {
+                let reason = "the model's weights are not those it was trained beside".into();
+                Err(self.made_for(&ModelError::Adapter { reason }))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A policy from disk: the model in the folder `path` with the adapter in the folder `adapter`, or the
+/// adapter in `path` with the base that it names. The folder that comes back is the base's.
+///
+/// # Errors
+/// When a folder or a file in it is missing, or the two do not belong together.
+pub fn open_policy(
+    path: &Path,
+    adapter: Option<&Path>,
+    chat_template: Option<&Path>,
+    (dtype, device): (DType, &Device),
+) -> Result<(ModelFolder, LanguageModel), ModelError> {
+    let (base, adapter) = match adapter {
+        Some(adapter) => (path.to_owned(), Some(AdapterFolder::open(adapter)?)),
+        None if AdapterFolder::is_at(path) => {
+            let adapter = AdapterFolder::open(path)?;
+            (adapter.base()?, Some(adapter))
+        }
+        None => (path.to_owned(), None),
+    };
+    let folder = ModelFolder::open(&base, chat_template)?;
+    let weights = folder.weights(dtype, device)?;
+    let mut model = LanguageModel::new(folder.config.clone(), weights)?;
+    if let Some(adapter) = adapter {
+        model = model.with_adapter(adapter.adapter(&model)?)?;
+    }
+    Ok((folder, model))
+}
+
+/// Saves the policy `model`, whose base is `from`, in the folder `to`: its adapter in PEFT's layout
+/// where it has one, with the tokenizer's files; else as [`save_folder`] does.
+///
+/// # Errors
+/// When a file cannot be read or written, or a tensor cannot be read from its device.
+pub fn save_policy(to: &Path, from: &ModelFolder, model: &LanguageModel) -> Result<(), ModelError> {
+    let Some(adapter) = model.adapter() else {
+        return save_folder(to, from, model.weights());
+    };
+    make(to)?;
+    let print = [(PRINT, print(model.weights())?)];
+    write(&to.join(TENSORS), &adapter.weights.to_blob_saying(&print)?)?;
+    copy_tokenizer(to, from)?;
+    let config = format!("{:#}\n", adapter.config.to_json(&from.config)?);
+    write(&to.join(CONFIG), config.as_bytes())?;
+    sync(to)
+}
+
+impl LanguageModel {
+    /// What [`Self::trained`] is in the folder that [`save_policy`] wrote of this model at another time.
+    ///
+    /// # Errors
+    /// When a file is missing or torn, or belongs to another model.
+    pub fn read_trained(&self, folder: &Path) -> Result<Weights, ModelError> {
+        if self.adapter().is_none() {
+            return Weights::load(folder, self.config(), self.dtype(), self.device());
+        }
+        let saved = AdapterFolder::open(folder)?.adapter(self)?;
+        let expected = self
+            .adapter()
+            .map(|adapter| adapter.config.tensors(self.config()));
+        config::fits(&saved.weights, &expected.transpose()?.unwrap_or_default())?;
+        Ok(saved.weights)
+    }
+
+    /// The same model as it was when [`save_policy`] wrote it to `folder`.
+    ///
+    /// # Errors
+    /// As [`Self::read_trained`].
+    pub fn as_saved(&self, folder: &Path) -> Result<Self, ModelError> {
+        self.with_trained(self.read_trained(folder)?)
+    }
+}
+
+/// A print of weights: the digest of the names, shapes and first numbers of all tensors, as bf16, so
+/// that weights have one print in whatever numbers they are read.
+fn print(weights: &Weights) -> Result<String, ModelError> {
+    let mut bytes = Vec::new();
+    for (name, tensor) in &weights.tensors {
+        let flat = tensor.flatten_all()?;
+        let first = flat.narrow(0, 0, flat.dim(0)?.min(PRINTED))?;
+        let first = first.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+        bytes.extend_from_slice(format!("{name} {:?} ", tensor.dims()).as_bytes());
+        for number in first.to_vec1::<f32>()? {
+            bytes.extend(number.to_le_bytes());
+        }
+    }
+    Ok(Digest::of(&bytes).to_string())
+}

@@ -1,0 +1,70 @@
+//! What an adapter adds to one linear map.
+
+use candle_core::{DType, Tensor};
+use messages::Seed;
+use rand::Rng;
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+
+/// `s·B·A·x`, computed as two small products.
+#[derive(Debug, Clone)]
+pub(crate) struct LowRank {
+    /// `[r, in]`.
+    pub(super) a: Tensor,
+    /// `[out, r]`.
+    pub(super) b: Tensor,
+    pub(super) scale: f64,
+    dropout: Option<Dropout>,
+}
+
+/// Which inputs training leaves out.
+#[derive(Debug, Clone, Copy)]
+struct Dropout {
+    rate: f64,
+    seed: Seed,
+}
+
+impl LowRank {
+    pub(super) fn new(a: Tensor, b: Tensor, scale: f64) -> Self {
+        Self {
+            a,
+            b,
+            scale,
+            dropout: None,
+        }
+    }
+
+    /// Leaves inputs out from now on: the same ones for the same seed.
+    pub(super) fn drop_out(&mut self, rate: f64, seed: Seed) {
+        self.dropout = (rate > 0.0).then_some(Dropout { rate, seed });
+    }
+
+    /// Of rows `x`, `[N, in]`: `[N, out]`, in the type of `x`.
+    pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let dtype = x.dtype();
+        let mut x = x.to_dtype(self.a.dtype())?;
+        if let Some(dropout) = &self.dropout {
+            x = (&x * dropout.mask(&x)?)?;
+        }
+        let low = (x.matmul(&self.a.t()?)? * self.scale)?;
+        low.matmul(&self.b.t()?)?.to_dtype(dtype)
+    }
+}
+
+impl Dropout {
+    /// Zeros at this rate, the rest raised so that the mean stays.
+    fn mask(&self, like: &Tensor) -> candle_core::Result<Tensor> {
+        let mut random = ChaCha8Rng::seed_from_u64(self.seed.0);
+        let kept = (1.0 / (1.0 - self.rate)) as f32;
+        let mask: Vec<f32> = (0..like.elem_count())
+            .map(|_| {
+                if random.random::<f64>() < self.rate {
+                    0.0
+                } else {
+                    kept
+                }
+            })
+            .collect();
+        debug_assert_eq!(like.dtype(), DType::F32, "adapters are f32");
+        Tensor::from_vec(mask, like.shape(), like.device())
+    }
+}

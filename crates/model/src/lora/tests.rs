@@ -1,0 +1,434 @@
+use std::{collections::BTreeSet, fs, path::Path};
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{
+    AdamWSettings, Gradients, ModelFolder, Optimizer, Request, Sampler, SamplingSettings, Sequence,
+    config::read_json,
+    fixtures::{adapted, folder, tiny_model},
+};
+
+const SEQUENCES: [Sequence<'static>; 2] = [
+    Sequence {
+        prompt: &[0, 3],
+        completion: &[4, 2, 1],
+    },
+    Sequence {
+        prompt: &[0, 5, 6],
+        completion: &[7, 1],
+    },
+];
+
+fn config(targets: &[&str]) -> LoraConfig {
+    LoraConfig {
+        rank: 2,
+        alpha: 4.0,
+        dropout: 0.0,
+        target_modules: targets.iter().map(|&name| name.to_owned()).collect(),
+        rank_stabilised: false,
+        base_model: "a/base".into(),
+    }
+}
+
+fn fresh(base: &LanguageModel, config: LoraConfig, seed: u64) -> Adapter {
+    Adapter::fresh(config, base.config(), Seed(seed), base.device()).unwrap()
+}
+
+fn scores(model: &LanguageModel) -> Vec<f32> {
+    model.score(&SEQUENCES).unwrap().logp.to_vec1().unwrap()
+}
+
+fn apart(a: &[f32], b: &[f32]) -> f32 {
+    let gaps = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    gaps.fold(0.0, f32::max)
+}
+
+#[test]
+fn a_fresh_adapter_changes_no_bit_and_begins_as_peft_does() {
+    let base = tiny_model(9, 1);
+    let adapter = fresh(&base, config(&["all-linear"]), 5);
+    // Seven modules in each of two blocks, two factors each.
+    assert_eq!(adapter.weights.tensors.len(), 28);
+    for (name, tensor) in &adapter.weights.tensors {
+        let numbers: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+        if name.contains("lora_B") {
+            assert!(numbers.iter().all(|&x| x == 0.0), "{name}");
+        } else {
+            let bound = 1.0 / (tensor.dim(1).unwrap() as f32).sqrt();
+            assert!(numbers.iter().all(|x| x.abs() <= bound), "{name}");
+            // Uniform in both directions: a variance of bound²/3.
+            let variance = numbers.iter().map(|x| x * x).sum::<f32>() / numbers.len() as f32;
+            assert!(
+                (0.5..1.5).contains(&(variance * 3.0 / bound.powi(2))),
+                "{name}"
+            );
+        }
+    }
+    let adapted = base.with_adapter(adapter.clone()).unwrap();
+    assert_eq!(scores(&adapted), scores(&base));
+    let digest = |seed| {
+        fresh(&base, config(&["all-linear"]), seed)
+            .weights
+            .digest()
+            .unwrap()
+    };
+    assert_eq!(digest(5), adapter.weights.digest().unwrap());
+    assert_ne!(digest(6), digest(5));
+}
+
+#[test]
+fn a_merged_model_says_what_the_adapted_one_does_and_the_base_stays() {
+    for targets in [&["q_proj", "v_proj", "down_proj"][..], &["all-linear"]] {
+        let model = adapted(9, 1, targets);
+        let base = tiny_model(9, 1);
+        assert_eq!(scores(&model.without_adapter()), scores(&base));
+        assert!(apart(&scores(&model), &scores(&base)) > 1e-2, "{targets:?}");
+        let merged = LanguageModel::new(model.config().clone(), model.merged().unwrap()).unwrap();
+        assert!(
+            apart(&scores(&model), &scores(&merged)) < 1e-5,
+            "{targets:?}"
+        );
+    }
+}
+
+#[test]
+fn the_scale_is_alpha_over_the_rank_or_over_its_root() {
+    let plain = LoraConfig {
+        rank: 16,
+        alpha: 8.0,
+        ..config(&["q_proj"])
+    };
+    let stabilised = LoraConfig {
+        rank_stabilised: true,
+        ..plain.clone()
+    };
+    assert_eq!((plain.scale(), stabilised.scale()), (0.5, 2.0));
+}
+
+#[test]
+fn training_moves_the_adapter_alone_and_no_gradient_of_the_base_is_computed() {
+    let settings = AdamWSettings {
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-8,
+        weight_decay: 0.0,
+        max_grad_norm: 1.0,
+    };
+    let base = tiny_model(9, 1);
+    let start = base
+        .with_adapter(fresh(&base, config(&["q_proj", "up_proj"]), 5))
+        .unwrap();
+    let (model, vars) = start.trainable().unwrap();
+    let names: BTreeSet<&str> = vars.keys().map(String::as_str).collect();
+    assert_eq!(names.len(), 8);
+    assert!(names.contains("base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"));
+    let mut optimizer = Optimizer::new(vars, settings).unwrap();
+    let before = (base.weights().digest().unwrap(), scores(&base));
+    for step in 0..20 {
+        let loss = model
+            .score(&SEQUENCES)
+            .unwrap()
+            .logp
+            .sum_all()
+            .unwrap()
+            .neg()
+            .unwrap();
+        let found = loss.backward().unwrap();
+        for (name, tensor) in &model.weights().tensors {
+            assert!(
+                found.get(tensor).is_none(),
+                "step {step}: {name} got a gradient"
+            );
+        }
+        let mut gradients = Gradients::default();
+        gradients.add(&found, optimizer.vars()).unwrap();
+        let norm = gradients.norm().unwrap();
+        optimizer.step(&gradients, norm, 3e-2).unwrap();
+    }
+    assert_eq!((base.weights().digest().unwrap(), scores(&base)), before);
+    let sum = |model: &LanguageModel| scores(model).iter().sum::<f32>();
+    assert!(
+        sum(&model) > sum(&base) + 0.5,
+        "{} after {}",
+        sum(&model),
+        sum(&base)
+    );
+    assert_eq!(sum(&start), sum(&base));
+}
+
+#[test]
+fn dropout_is_its_seeds_and_only_in_training() {
+    let model = adapted(9, 1, &["all-linear"]);
+    let adapter = model.adapter().unwrap().clone();
+    let half = model.with_adapter(adapter.with_dropout(0.5)).unwrap();
+    assert_eq!(scores(&half), scores(&model));
+    let dropped = |seed| scores(&half.dropping(Seed(seed)));
+    assert_eq!(dropped(1), dropped(1));
+    assert!(apart(&dropped(1), &dropped(2)) > 1e-3);
+    assert!(apart(&dropped(1), &scores(&model)) > 1e-3);
+    assert_eq!(scores(&model.dropping(Seed(1))), scores(&model));
+    // What is left out is made up for: the mean over masks is near the whole.
+    let base = scores(&model.without_adapter());
+    let rare = model.adapter().unwrap().clone().with_dropout(0.1);
+    let rare = model.with_adapter(rare).unwrap();
+    let count = 200;
+    let mut mean = vec![0.0; base.len()];
+    for seed in 0..count {
+        for (mean, score) in mean.iter_mut().zip(scores(&rare.dropping(Seed(seed)))) {
+            *mean += score / count as f32;
+        }
+    }
+    let (off, whole) = (apart(&mean, &scores(&model)), apart(&base, &scores(&model)));
+    assert!(off < 0.2 * whole, "{off} of {whole}");
+}
+
+#[test]
+fn a_blob_holds_the_adapter_alone_and_gives_it_back() {
+    let model = adapted(9, 1, &["q_proj", "v_proj"]);
+    let blob = model.trained().to_blob().unwrap();
+    assert!(blob.len() * 4 < model.weights().to_blob().unwrap().len());
+    let base = tiny_model(9, 1);
+    let idle = base
+        .with_adapter(fresh(&base, config(&["q_proj", "v_proj"]), 5))
+        .unwrap();
+    let loaded = idle.with_blob(&blob).unwrap();
+    assert_eq!(scores(&loaded), scores(&model));
+    // One copy of the base: the very tensors.
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let id = |model: &LanguageModel| model.weights().get(name).unwrap().id();
+    assert_eq!(id(&loaded), id(&base));
+    assert_eq!(id(&loaded.without_adapter()), id(&base));
+    // The two kinds of blobs are not taken for one another.
+    let whole = base.weights().to_blob().unwrap();
+    let refused = idle.with_blob(&whole).unwrap_err().to_string();
+    assert!(refused.contains("lora_A.weight"), "{refused}");
+    let refused = base.with_blob(&blob).unwrap_err().to_string();
+    assert!(refused.contains("model.embed_tokens.weight"), "{refused}");
+}
+
+#[test]
+fn the_ends_of_the_mixture_are_the_adapted_model_and_its_base() {
+    let policy = adapted(9, 1, &["all-linear"]);
+    let reference = policy.without_adapter();
+    let settings = SamplingSettings::plain(12);
+    let mut sampler = Sampler::new(policy.clone(), reference.clone(), settings, 16, 32).unwrap();
+    for key in 0..8 {
+        let request = Request {
+            key,
+            ids: vec![0, 4],
+            seed: Seed(77).derive(key),
+            mixture_coefs: vec![0.0, 1.0],
+            max_new_tokens: 12,
+        };
+        sampler.admit(request).unwrap();
+    }
+    let mut finished = Vec::new();
+    while !sampler.is_idle() {
+        finished.extend(sampler.step().unwrap());
+    }
+    let mut differ = 0.0;
+    for completion in finished.iter().flat_map(|f| &f.completions) {
+        let sequence = Sequence {
+            prompt: &[0, 4],
+            completion: &completion.ids,
+        };
+        let of = |model: &LanguageModel| -> Vec<f32> {
+            model.score(&[sequence]).unwrap().logp.to_vec1().unwrap()
+        };
+        let (of_policy, of_reference) = (of(&policy), of(&reference));
+        let drawn_from = if completion.mixture_coef == 0.0 {
+            &of_policy
+        } else {
+            &of_reference
+        };
+        assert!(apart(&completion.behaviour_logp, drawn_from) < 1e-4);
+        assert!(apart(&completion.logp, &of_policy) < 1e-4);
+        assert!(apart(&completion.ref_logp, &of_reference) < 1e-4);
+        differ = f32::max(differ, apart(&of_policy, &of_reference));
+    }
+    assert_eq!(finished.len(), 8);
+    assert!(differ > 1e-2, "the adapter makes no difference");
+}
+
+/// A model's folder, and an adapted model on it.
+fn on_disk() -> (tempfile::TempDir, ModelFolder, LanguageModel) {
+    let source = folder();
+    let from = ModelFolder::open(source.path(), None).unwrap();
+    let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
+    let base = LanguageModel::new(from.config.clone(), weights).unwrap();
+    let config = LoraConfig {
+        base_model: source.path().display().to_string(),
+        alpha: 3.5,
+        dropout: 0.25,
+        ..config(&["all-linear"])
+    };
+    let model = base.with_adapter(fresh(&base, config, 3)).unwrap();
+    (source, from, model)
+}
+
+#[test]
+fn a_saved_adapter_is_the_same_adapter_and_finds_its_base() {
+    let (_source, from, model) = on_disk();
+    let target = tempfile::tempdir().unwrap();
+    save_policy(target.path(), &from, &model).unwrap();
+    let saved = read_json(&target.path().join("adapter_config.json")).unwrap();
+    assert_eq!(saved["peft_type"], "LORA");
+    assert_eq!(saved["lora_alpha"], 3.5);
+    assert_eq!(
+        saved["target_modules"],
+        json!([
+            "down_proj",
+            "gate_proj",
+            "k_proj",
+            "o_proj",
+            "q_proj",
+            "up_proj",
+            "v_proj"
+        ])
+    );
+    assert!(!target.path().join("model.safetensors").exists());
+    let numbers = (DType::F32, &Device::Cpu);
+    let (base, again) = open_policy(target.path(), None, None, numbers).unwrap();
+    assert_eq!(base.path, from.path);
+    assert_eq!(again.adapter().unwrap().config().dropout, 0.25);
+    assert_eq!(
+        again.trained().digest().unwrap(),
+        model.trained().digest().unwrap()
+    );
+    // Written again, the files are the same.
+    let second = tempfile::tempdir().unwrap();
+    save_policy(second.path(), &base, &again).unwrap();
+    for file in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    ] {
+        let read = |folder: &Path| fs::read(folder.join(file)).unwrap();
+        assert_eq!(read(second.path()), read(target.path()), "{file}");
+    }
+    assert_eq!(
+        model
+            .as_saved(target.path())
+            .unwrap()
+            .trained()
+            .digest()
+            .unwrap(),
+        model.trained().digest().unwrap()
+    );
+}
+
+#[test]
+fn an_adapter_of_another_base_is_refused() {
+    let (_source, from, model) = on_disk();
+    let target = tempfile::tempdir().unwrap();
+    save_policy(target.path(), &from, &model).unwrap();
+    let opened = AdapterFolder::open(target.path()).unwrap();
+    let refused = |base: &LanguageModel| opened.adapter(base).unwrap_err().to_string();
+    let wider = refused(&tiny_model(9, 1));
+    assert!(
+        wider.contains("lora_A.weight") && wider.contains("was made for"),
+        "{wider}"
+    );
+    // The same shape, other weights.
+    let others = Weights::initialise(&from.config, Seed(8), DType::F32, &Device::Cpu).unwrap();
+    let other = LanguageModel::new(from.config.clone(), others).unwrap();
+    let moved = refused(&other);
+    assert!(moved.contains("not those it was trained beside"), "{moved}");
+    // The same weights in other numbers.
+    let narrow = model.weights().to_dtype(DType::BF16).unwrap();
+    let narrow = LanguageModel::new(from.config.clone(), narrow).unwrap();
+    assert!(opened.adapter(&narrow).is_ok());
+    fs::remove_file(target.path().join("adapter_model.safetensors")).unwrap();
+    let missing = refused(&model);
+    assert!(missing.contains("adapter_model.safetensors"), "{missing}");
+    let gone = AdapterFolder {
+        config: LoraConfig {
+            base_model: "nowhere/at-all".into(),
+            ..opened.config
+        },
+        ..opened
+    };
+    let gone = gone.base().unwrap_err().to_string();
+    assert!(
+        gone.contains("\"nowhere/at-all\"") && gone.contains("is not there"),
+        "{gone}"
+    );
+}
+
+#[test]
+fn what_peft_can_and_we_cannot_is_refused_by_name() {
+    let good = json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none",
+        "target_modules": ["q_proj"], "use_rslora": true, "megatron_core": "megatron.core",
+        "rank_pattern": {}, "a_key_of_tomorrow": null, "inference_mode": true,
+    });
+    let read = |changes: Value| {
+        let mut raw = good.clone();
+        let changes = changes.as_object().unwrap().clone();
+        raw.as_object_mut().unwrap().extend(changes);
+        LoraConfig::read(&raw, Path::new("adapter_config.json"))
+    };
+    let config = read(json!({})).unwrap();
+    assert_eq!((config.rank, config.alpha, config.scale()), (4, 8.0, 4.0));
+    let cases = [
+        (json!({"peft_type": "IA3"}), "peft_type is IA3"),
+        (json!({"task_type": "SEQ_CLS"}), "task_type is SEQ_CLS"),
+        (json!({"use_dora": true}), "use_dora = true"),
+        (json!({"bias": "lora_only"}), "bias is \"lora_only\""),
+        (json!({"modules_to_save": ["lm_head"]}), "modules_to_save"),
+        (json!({"rank_pattern": {"q_proj": 8}}), "rank_pattern"),
+        (json!({"layers_to_transform": [0]}), "layers_to_transform"),
+        (json!({"fan_in_fan_out": true}), "fan_in_fan_out"),
+        (json!({"a_key_of_tomorrow": 3}), "a_key_of_tomorrow = 3"),
+        (json!({"init_lora_weights": "pissa"}), "init_lora_weights"),
+        (json!({"target_modules": ".*_proj"}), "a pattern"),
+        (json!({"target_modules": null}), "target_modules is missing"),
+        (json!({"r": 0}), "r is 0"),
+        (json!({"r": "four"}), "r is not a number"),
+    ];
+    for (changes, expected) in cases {
+        let refused = read(changes).unwrap_err().to_string();
+        assert!(refused.contains(expected), "{refused} lacks {expected}");
+    }
+}
+
+#[test]
+fn modules_are_named_by_their_ends() {
+    let base = tiny_model(9, 1);
+    let modules = |targets: &[&str]| {
+        let found = config(targets).modules(base.config());
+        found
+            .map(|found| found.len())
+            .map_err(|error| error.to_string())
+    };
+    assert_eq!(modules(&["q_proj"]), Ok(2));
+    assert_eq!(
+        modules(&["layers.1.self_attn.q_proj", "mlp.down_proj"]),
+        Ok(3)
+    );
+    assert_eq!(modules(&["all-linear"]), Ok(14));
+    let unknown = modules(&["q_proj", "query"]).unwrap_err();
+    assert!(
+        unknown.contains("\"query\"")
+            && unknown.contains("q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
+        "{unknown}"
+    );
+    assert!(modules(&["lm_head"]).is_err() && modules(&["proj"]).is_err());
+    assert!(modules(&[]).unwrap_err().contains("all-linear"));
+    let none = LoraConfig {
+        rank: 0,
+        ..config(&["q_proj"])
+    };
+    let refused = none.modules(base.config()).unwrap_err().to_string();
+    assert!(refused.contains("rank of at least 1"), "{refused}");
+    // What is adapted in one block only is saved by its full name.
+    let json = |targets: &[&str]| {
+        config(targets).to_json(base.config()).unwrap()["target_modules"].clone()
+    };
+    assert_eq!(
+        json(&["layers.1.self_attn.q_proj"]),
+        json!(["layers.1.self_attn.q_proj"])
+    );
+    assert_eq!(json(&["self_attn.q_proj"]), json!(["q_proj"]));
+}
