@@ -206,38 +206,6 @@ fn a_page_tells_of_its_own_run_and_only_to_those_who_may_know() {
     );
 }
 
-/// Declared and not measured by a run of this version, each with its reason.
-const UNMEASURED: [(&str, &str); 7] = [
-    (
-        "loss/ganpo",
-        "of the regulariser by discriminators, where it is built in",
-    ),
-    (
-        "ganpo/d_loss",
-        "of the regulariser by discriminators, where it is built in",
-    ),
-    (
-        "ganpo/g_loss",
-        "of the regulariser by discriminators, where it is built in",
-    ),
-    (
-        "ganpo/d_accuracy",
-        "of the regulariser by discriminators, where it is built in",
-    ),
-    (
-        "actor/restarts",
-        "in one process an actor that fails ends the run",
-    ),
-    (
-        "health/actor_restarts",
-        "in one process an actor that fails ends the run",
-    ),
-    (
-        "weight_sync/failures",
-        "in one process weights that cannot be loaded end the run",
-    ),
-];
-
 #[test]
 fn every_declared_metric_is_measured_somewhere() {
     let mut sources = String::new();
@@ -268,11 +236,7 @@ fn every_declared_metric_is_measured_somewhere() {
             .map(|kind| format!("{:?}", kind.replace('_', "-")));
         let is_measured = sources.contains(&format!("{name:?}"))
             || objective.is_some_and(|kind| sources.contains(&kind));
-        let is_listed = UNMEASURED.iter().any(|(listed, _)| *listed == name);
-        assert!(
-            is_measured || is_listed,
-            "{name} is declared, and nothing measures it"
-        );
+        assert!(is_measured, "{name} is declared, and nothing measures it");
     }
     assert!(declared > 80, "only {declared} metrics are declared");
 }

@@ -5,7 +5,7 @@ use std::{thread::JoinHandle, time::Duration};
 use crossbeam_channel::Sender as Commands;
 use messages::{DropReason, Dropped, Pair, Prompt, Purpose, Station, WeightsVersion};
 use model::{Finished, LanguageModel, Request, Sampler, SamplingSettings, Tokenizer};
-use telemetry::{Holder, StationCounters, WaitGuard, Waits};
+use telemetry::{Holder, Measurements, StationCounters, WaitGuard, Waits};
 use tokio::sync::{mpsc, watch};
 use transport::{Announcements, Delivery, Receiver, Sender, TransportError, WeightsShelf};
 
@@ -89,6 +89,8 @@ pub struct Actor {
     events: mpsc::Receiver<Event>,
     thread: JoinHandle<()>,
     throughput: Throughput,
+    /// Fetches of weights that were torn.
+    failures: u32,
     waits: Waits,
     wait: Option<(&'static str, WaitGuard)>,
     loaded: watch::Sender<WeightsVersion>,
@@ -142,6 +144,7 @@ impl Actor {
             commands,
             events,
             thread,
+            failures: 0,
             waits: Waits::new("actor"),
             wait: None,
             loaded: watch::Sender::new(WeightsVersion::REFERENCE),
@@ -298,6 +301,10 @@ impl Actor {
                 // Its publisher has been told, and lays it down again.
                 Err(torn @ TransportError::Torn { .. }) => {
                     tracing::warn!(actor = self.name, %torn, "weights are fetched again");
+                    self.failures += 1;
+                    let mut measurements = Measurements::new();
+                    measurements.set("weight_sync/failures", f64::from(self.failures));
+                    telemetry::publish(&measurements, &[("actor", &self.name)]);
                     tokio::time::sleep(BEFORE_ANOTHER_FETCH).await;
                     self.loading = self.announcements.latest().map(|manifest| manifest.version);
                 }

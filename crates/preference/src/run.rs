@@ -77,9 +77,7 @@ impl Preference {
     pub async fn run(self, mut shutdown: watch::Receiver<bool>) -> Result<(), PreferenceError> {
         let judge = self.parts.judge.name();
         tracing::info!(judge, "preference service started");
-        let mut service = Service::new(self);
-        let ended = service.work(&mut shutdown).await;
-        service.leave();
+        let ended = Service::new(self).work(&mut shutdown).await;
         match ended {
             Err(PreferenceError::Transport(TransportError::Closed(closed)))
                 if asked_to_stop(&shutdown) =>
@@ -189,13 +187,6 @@ impl Service {
         }
     }
 
-    /// Counts out what goes back to its stream with the service.
-    fn leave(&self) {
-        let counters = &self.outlet.counters;
-        counters.returned(self.held.len() as u64);
-        counters.set_in_hand(0);
-    }
-
     /// What the service waits for now.
     fn waits_for(&mut self) -> &'static str {
         if self.held.is_empty() {
@@ -244,7 +235,7 @@ impl Service {
             self.play(&held.pair, shutdown).await?;
         }
         let _wait = self.waits.enter("room for labels");
-        match judgement.labels {
+        let sent = match judgement.labels {
             Ok(labels) => {
                 let labelled = LabelledPair {
                     pair: Arc::unwrap_or_clone(held.pair),
@@ -253,10 +244,14 @@ impl Service {
                     judge_version: judgement.version,
                     gold: judgement.gold,
                 };
-                self.outlet.give(labelled).await?;
+                self.outlet.give(labelled).await
             }
-            Err(refusal) => self.outlet.drop_pair(&held.pair.prompt, refusal).await?,
+            Err(refusal) => self.outlet.drop_pair(&held.pair.prompt, refusal).await,
+        };
+        if sent.is_err() {
+            self.outlet.counters.returned(1);
         }
+        sent?;
         held.receipt.acknowledge();
         self.count();
         Ok(())
@@ -287,6 +282,15 @@ impl Service {
     /// Counts what is in hand.
     fn count(&self) {
         self.outlet.counters.set_in_hand(self.held.len() as u64);
+    }
+}
+
+impl Drop for Service {
+    /// Counts out what goes back to its stream with the service.
+    fn drop(&mut self) {
+        let counters = &self.outlet.counters;
+        counters.returned(self.held.len() as u64);
+        counters.set_in_hand(0);
     }
 }
 

@@ -23,7 +23,7 @@ pub enum TransportSettings {
     /// In one process, through bounded queues.
     Memory {},
     /// In many, over NATS JetStream.
-    Jetstream(JetStreamSettings),
+    Jetstream(Box<JetStreamSettings>),
 }
 
 /// A NATS server and how to use it.

@@ -64,7 +64,7 @@ impl Server {
         );
         let resolved = resolve(&text, "test", &[]).expect("they are sound");
         match resolved.settings.transport {
-            TransportSettings::Jetstream(settings) => settings,
+            TransportSettings::Jetstream(settings) => *settings,
             TransportSettings::Memory {} => unreachable!("it says jetstream"),
         }
     }

@@ -22,7 +22,7 @@ const RENEWALS: u32 = 5;
 #[derive(Debug, Clone)]
 pub struct Register {
     connection: Arc<Connection>,
-    store: Store,
+    store: Arc<Store>,
 }
 
 /// An entry as it was read.
@@ -66,7 +66,7 @@ impl Register {
         connection.insist("make the run's register", make).await?;
         let open = || context.get_key_value(&bucket);
         Ok(Self {
-            store: connection.insist("open the run's register", open).await?,
+            store: Arc::new(connection.insist("open the run's register", open).await?),
             connection: Arc::clone(connection),
         })
     }
@@ -145,18 +145,10 @@ impl Register {
         let store = self.store.clone();
         tokio::spawn(async move {
             while !changes.is_closed() {
-                if let Ok(mut entries) = store.watch(key).await {
-                    let each = async {
-                        while let Ok(Some(_)) = entries.try_next().await {
-                            changes.send_modify(|changes| *changes += 1);
-                        }
-                    };
-                    tokio::select! {
-                        () = each => {}
-                        () = changes.closed() => return,
-                    }
+                tokio::select! {
+                    () = tell_changes(&store, key, &changes) => sleep(PAUSE).await,
+                    () = changes.closed() => return,
                 }
-                sleep(PAUSE).await;
             }
         });
         followed
@@ -231,6 +223,16 @@ impl Register {
             register: self.clone(),
             key: key.to_owned(),
         })
+    }
+}
+
+/// Counts the changes of an entry until the server is away.
+async fn tell_changes(store: &Store, key: &str, changes: &watch::Sender<u64>) {
+    let Ok(mut entries) = store.watch(key).await else {
+        return;
+    };
+    while let Ok(Some(_)) = entries.try_next().await {
+        changes.send_modify(|changes| *changes += 1);
     }
 }
 

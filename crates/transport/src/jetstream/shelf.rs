@@ -439,10 +439,10 @@ mod tests {
         let story = [
             (1, None, vec![]),
             (2, Some(1), vec![]),
-            (3, Some(1), vec![2]),
-            (4, None, vec![]),
+            (3, Some(1), vec![]),
+            (4, None, vec![2]),
             (5, Some(4), vec![1, 3]),
-            (6, Some(4), vec![5]),
+            (6, Some(4), vec![]),
         ];
         for (step, base, gone) in story {
             published.lying.insert(at(step), base.map(at));

@@ -86,7 +86,7 @@ fn jetstream(url: &str, weights: WeightsEncoding) -> anyhow::Result<JetStreamSet
     match resolve(&text, "bench", &[])?.settings.transport {
         TransportSettings::Jetstream(settings) => Ok(JetStreamSettings {
             weights,
-            ..settings
+            ..*settings
         }),
         TransportSettings::Memory {} => unreachable!("it says jetstream"),
     }
