@@ -181,22 +181,22 @@ impl Weights {
         self.to_blob_saying(&[])
     }
 
-    /// As [`Self::to_blob`], with these words in the file's metadata.
+    /// As [`Self::to_blob`], with these words in the file's metadata, in this order.
     pub(crate) fn to_blob_saying(&self, words: &[(&str, String)]) -> Result<Vec<u8>, ModelError> {
         let on_cpu = self
             .tensors
             .iter()
             .map(|(name, tensor)| Ok((name.as_str(), tensor.to_device(&Device::Cpu)?)))
             .collect::<Result<Vec<_>, candle_core::Error>>()?;
-        let mut metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        metadata.extend(
-            words
-                .iter()
-                .map(|(key, word)| ((*key).to_owned(), word.clone())),
-        );
-        safetensors::serialize(on_cpu, Some(metadata)).map_err(|error| ModelError::Weights {
-            reason: error.to_string(),
-        })
+        // One word: of several, the library's map would choose another order every time.
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let refused = |reason: String| ModelError::Weights { reason };
+        let blob = safetensors::serialize(on_cpu, Some(metadata));
+        let blob = blob.map_err(|error| refused(error.to_string()))?;
+        if words.is_empty() {
+            return Ok(blob);
+        }
+        with_words(&blob, words).ok_or_else(|| refused("its header is no JSON".into()))
     }
 
     /// The same weights in another number format.
@@ -319,6 +319,24 @@ impl Weights {
         }
         self
     }
+}
+
+/// The file with further words in its metadata: eight bytes with the header's length, the header in JSON,
+/// padded to eight bytes, and the numbers.
+fn with_words(blob: &[u8], words: &[(&str, String)]) -> Option<Vec<u8>> {
+    let (length, rest) = blob.split_first_chunk::<8>()?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+    let (header, numbers) = rest.split_at_checked(length)?;
+    let mut header: serde_json::Value = serde_json::from_slice(header).ok()?;
+    for (key, word) in words {
+        header["__metadata__"][*key] = word.as_str().into();
+    }
+    let mut header = serde_json::to_vec(&header).ok()?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header);
+    file.extend(numbers);
+    Some(file)
 }
 
 #[cfg(test)]
