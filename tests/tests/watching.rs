@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::TcpStream,
+    path::PathBuf,
 };
 
 use house::{Workplace, column, metrics, tiny_playground, workspace_root};
@@ -11,13 +12,19 @@ use serde_json::Value;
 
 const EVALUATED: [&str; 2] = ["evaluation.eval_steps=6", "telemetry.samples_per_step=2"];
 
-#[test]
-fn samples_are_shown_by_step_and_by_what_they_say() {
-    let workplace = Workplace::new();
+/// A finished run with evaluations and samples.
+fn evaluated(workplace: &Workplace) -> PathBuf {
     let run = workplace.path("run");
     workplace
         .run(&tiny_playground(&run, &EVALUATED))
         .succeeded();
+    run
+}
+
+#[test]
+fn samples_are_shown_by_step_and_by_what_they_say() {
+    let workplace = Workplace::new();
+    let run = evaluated(&workplace);
     let path = run.display().to_string();
     let rows = workplace
         .run(&["samples", &path, "--json", "--limit", "100"])
@@ -78,10 +85,7 @@ fn samples_are_shown_by_step_and_by_what_they_say() {
 #[test]
 fn a_report_is_one_file_with_everything_in_it() {
     let workplace = Workplace::new();
-    let run = workplace.path("run");
-    workplace
-        .run(&tiny_playground(&run, &EVALUATED))
-        .succeeded();
+    let run = evaluated(&workplace);
     let path = run.display().to_string();
     let said = workplace.run(&["report", &path]).succeeded().out;
     assert_eq!(said.trim(), run.join("report.html").display().to_string());
@@ -125,10 +129,7 @@ fn scalars(bytes: &[u8], tag: &str) -> Vec<f32> {
 #[test]
 fn tensorboard_has_the_numbers_of_the_journal_unless_it_is_not_wanted() {
     let workplace = Workplace::new();
-    let run = workplace.path("run");
-    workplace
-        .run(&tiny_playground(&run, &EVALUATED))
-        .succeeded();
+    let run = evaluated(&workplace);
     let files: Vec<_> = fs::read_dir(run.join("tensorboard"))
         .expect("there are event files")
         .collect();

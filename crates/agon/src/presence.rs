@@ -243,8 +243,11 @@ pub(crate) struct Teller {
     /// What it waits for: one for each of its roles.
     pub(crate) waits: Vec<Waits>,
     /// Where it is.
-    pub(crate) step: Option<watch::Receiver<u64>>,
+    pub(crate) step: Option<Step>,
 }
+
+/// Tells the learner's step, or the step of the weights an actor answers with.
+pub(crate) type Step = Box<dyn Fn() -> u64 + Send + Sync>;
 
 /// A process that gives signs of life until it leaves.
 pub(crate) struct Presence {
@@ -298,7 +301,7 @@ impl Teller {
             host: host(),
             pid: std::process::id(),
             left,
-            step: self.step.as_ref().map(|step| *step.borrow()),
+            step: self.step.as_ref().map(|step| step()),
             waits: waits
                 .map(|wait| (wait.reason.to_owned(), wait.elapsed.as_secs_f64()))
                 .collect(),

@@ -97,17 +97,22 @@ pub(crate) fn tiny_model(vocab: usize, seed: u64) -> crate::LanguageModel {
     crate::LanguageModel::new(config, weights).unwrap()
 }
 
-/// A fresh adapter of rank 2 beside [`tiny_model`], its B no longer zero: it changes what the model says.
-pub(crate) fn adapted(vocab: usize, seed: u64, targets: &[&str]) -> crate::LanguageModel {
-    let base = tiny_model(vocab, seed);
-    let config = crate::LoraConfig {
+/// An adapter of rank 2 for these modules.
+pub(crate) fn lora_config(targets: &[&str]) -> crate::LoraConfig {
+    crate::LoraConfig {
         rank: 2,
         alpha: 4.0,
         dropout: 0.0,
         target_modules: targets.iter().map(|&name| name.to_owned()).collect(),
         rank_stabilised: false,
         base_model: "a/base".into(),
-    };
+    }
+}
+
+/// A fresh adapter of rank 2 beside [`tiny_model`], its B no longer zero: it changes what the model says.
+pub(crate) fn adapted(vocab: usize, seed: u64, targets: &[&str]) -> crate::LanguageModel {
+    let base = tiny_model(vocab, seed);
+    let config = lora_config(targets);
     let (seed, device) = (messages::Seed(seed).derive(1), base.device());
     let adapter = crate::Adapter::fresh(config, base.config(), seed, device).unwrap();
     let model = base.with_adapter(adapter).unwrap();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use messages::wire::Message;
 use settings::JetStreamSettings;
 
-use crate::jetstream::{Connection, Downstream, Register, Upstream};
+use crate::jetstream::{Connection, Downstream, Place, Register, Upstream, make_dead_letters};
 use crate::{Limits, Receiver, Sender, TransportError, WeightsShelf, stream};
 
 /// Where the roles of a run meet; clones are the same place.
@@ -35,9 +35,25 @@ impl Hub {
     pub async fn connect(settings: &JetStreamSettings, run: &str) -> Result<Self, TransportError> {
         let connection = Connection::open(settings, run).await?;
         let register = Register::open(&connection).await?;
+        make_dead_letters(&connection).await?;
         Ok(Self {
             kind: Kind::JetStream(connection, register),
         })
+    }
+
+    /// As [`Self::connect`], for a run that is there already: `None` when it is not, and nothing is made.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn find(
+        settings: &JetStreamSettings,
+        run: &str,
+    ) -> Result<Option<Self>, TransportError> {
+        let connection = Connection::open(settings, run).await?;
+        let register = Register::find(&connection).await?;
+        Ok(register.map(|register| Self {
+            kind: Kind::JetStream(connection, register),
+        }))
     }
 
     /// A stream for `capacity` unacknowledged messages. In memory each call makes another stream; on a
@@ -65,10 +81,10 @@ impl Hub {
             capacity,
             max_deliveries: deliveries.unwrap_or(Limits::MAX_DELIVERIES),
         };
-        let upstream = Upstream::open(connection, name, limits).await?;
-        let downstream = Downstream::open(connection, name, limits).await?;
+        let place = Place::make(connection, name, limits).await?;
+        let downstream = Downstream::open(place.clone()).await?;
         Ok((
-            Sender::over_jetstream(Arc::new(upstream)),
+            Sender::over_jetstream(Arc::new(Upstream::of(place))),
             Receiver::over_jetstream(Arc::new(downstream)),
         ))
     }

@@ -23,7 +23,7 @@ use keeper::Keeper;
 
 pub(crate) use keeper::Lease;
 pub(crate) use shelf::JetShelf;
-pub(crate) use stream::{Downstream, Upstream};
+pub(crate) use stream::{Downstream, Place, Upstream, make_dead_letters};
 
 pub use register::{Claim, Entry, Register};
 
@@ -83,6 +83,11 @@ impl Connection {
     /// What `part` of this run is called on the server.
     fn name(&self, part: &str) -> String {
         format!("agon-{}-{}", self.run, part.replace(' ', "-"))
+    }
+
+    /// The subject of `part`'s messages.
+    fn subject(&self, part: &str) -> String {
+        self.name(part).replacen('-', ".", 1)
     }
 
     /// How often a message is delivered before it is given up.

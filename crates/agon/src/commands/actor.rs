@@ -3,13 +3,9 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use settings::{Override, resolve_file};
-use telemetry::Exporter;
 
-use crate::{
-    interrupt,
-    presence::host,
-    roles::{self, Joined},
-};
+use super::membership::Membership;
+use crate::roles;
 
 /// Join a run over JetStream as an actor: answer prompts until the run is done.
 ///
@@ -25,25 +21,15 @@ pub(crate) struct Arguments {
     /// Change one setting, VALUE being TOML; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<Override>,
-    /// The actor's name in pairs, metrics and status; this machine's name and a process id by default.
-    #[arg(long)]
-    name: Option<String>,
-    /// Leave when standard input ends, as on SIGTERM: for whoever starts this process and watches it.
-    #[arg(long, hide = true)]
-    end_with_stdin: bool,
+    #[command(flatten)]
+    membership: Membership,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
-    let name = arguments.name.clone();
-    let name = name.unwrap_or_else(|| format!("{}-{}", host(), std::process::id()));
     crate::runtime()?.block_on(async {
-        let exporter = Exporter::start(settings.telemetry.listen)?;
-        let metrics = format!("http://{}/metrics", exporter.address());
-        tracing::info!(name, metrics, "agon {}", env!("CARGO_PKG_VERSION"));
-        let stop = interrupt::on_signal_or_end(arguments.end_with_stdin)?;
-        let joined = Joined::connect(&settings, name, metrics).await?;
-        roles::join_actor(&joined, &settings, &stop).await?;
+        let member = arguments.membership.connect(&settings).await?;
+        roles::join_actor(&member.joined, &settings, &member.stop).await?;
         Ok(ExitCode::SUCCESS)
     })
 }

@@ -10,6 +10,7 @@ pub(crate) mod fit_preference;
 pub(crate) mod generate;
 pub(crate) mod learner;
 pub(crate) mod manifests;
+mod membership;
 pub(crate) mod metrics;
 pub(crate) mod preference;
 pub(crate) mod report;

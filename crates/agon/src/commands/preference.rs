@@ -5,13 +5,8 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 use settings::{Override, Settings, TransportSettings, resolve_file};
 use telemetry::Exporter;
 
-use crate::{
-    failure::Misuse,
-    interrupt,
-    presence::host,
-    roles::{self, Joined},
-    world,
-};
+use super::membership::Membership;
+use crate::{failure::Misuse, interrupt, roles, world};
 
 /// Serve the judge of a configuration: to a run over JetStream, or over HTTP to other trainers.
 ///
@@ -30,15 +25,11 @@ pub(crate) struct Arguments {
     /// Change one setting, VALUE being TOML; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<Override>,
-    /// The service's name in the run's status; this machine's name and a process id by default.
-    #[arg(long)]
-    name: Option<String>,
+    #[command(flatten)]
+    membership: Membership,
     /// The run directory, where the adversarial game keeps its rounds; <run.output_dir>/<run.name> by default.
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
-    /// Leave when standard input ends, as on SIGTERM: for whoever starts this process and watches it.
-    #[arg(long, hide = true)]
-    end_with_stdin: bool,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
@@ -55,16 +46,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 async fn join(arguments: &Arguments, settings: &Settings) -> anyhow::Result<ExitCode> {
-    let exporter = Exporter::start(settings.telemetry.listen)?;
-    let metrics = format!("http://{}/metrics", exporter.address());
-    let name = arguments.name.clone();
-    let name = name.unwrap_or_else(|| format!("{}-{}", host(), std::process::id()));
-    tracing::info!(name, metrics, "agon {}", env!("CARGO_PKG_VERSION"));
-    let stop = interrupt::on_signal_or_end(arguments.end_with_stdin)?;
+    let member = arguments.membership.connect(settings).await?;
     let run_dir = arguments.run_dir.clone();
     let run_dir = run_dir.unwrap_or_else(|| settings.run.output_dir.join(&settings.run.name));
-    let joined = Joined::connect(settings, name, metrics).await?;
-    roles::join_preference(&joined, settings, &run_dir, &stop).await?;
+    roles::join_preference(&member.joined, settings, &run_dir, &member.stop).await?;
     Ok(ExitCode::SUCCESS)
 }
 

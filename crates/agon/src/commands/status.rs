@@ -52,7 +52,14 @@ async fn tell(arguments: &Arguments, settings: &Settings) -> anyhow::Result<Exit
         )
         .into());
     };
-    let hub = Hub::connect(jetstream, &settings.run.name).await?;
+    let absent = || {
+        Misuse(format!(
+            "there is no run {} at {}: it has not begun, or it is over and was cleared away",
+            settings.run.name, jetstream.url
+        ))
+    };
+    let hub = Hub::find(jetstream, &settings.run.name).await?;
+    let hub = hub.ok_or_else(absent)?;
     if arguments.remove {
         hub.remove().await?;
         println!("{} is removed from {}", settings.run.name, jetstream.url);
@@ -61,14 +68,7 @@ async fn tell(arguments: &Arguments, settings: &Settings) -> anyhow::Result<Exit
     let Some(register) = hub.register() else {
         return Ok(ExitCode::SUCCESS);
     };
-    let Some(record) = RunRecord::read(register).await? else {
-        hub.remove().await?;
-        return Err(Misuse(format!(
-            "there is no run {} at {}: it has not begun, or it is over and was cleared away",
-            settings.run.name, jetstream.url
-        ))
-        .into());
-    };
+    let record = RunRecord::read(register).await?.ok_or_else(absent)?;
     let everyone = presence::everyone(register).await?;
     let streams = Streams::open(&hub, settings).await?.counts().await?;
     if arguments.json {

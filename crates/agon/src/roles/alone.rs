@@ -24,7 +24,7 @@ use transport::{Claim, Hub, Register, WeightsShelf};
 use super::{Outcome, Streams};
 use crate::{
     failure::Misuse,
-    presence::{self, ModelFile, Presence, RunRecord, RunState, Seen, Teller},
+    presence::{self, ModelFile, Presence, RunRecord, RunState, Seen, Step, Teller},
     world::{self, JudgeSource, World},
 };
 
@@ -118,7 +118,7 @@ impl Joined {
         &self,
         counters: &StationCounters,
         waits: Vec<telemetry::Waits>,
-        step: Option<watch::Receiver<u64>>,
+        step: Option<Step>,
     ) -> Presence {
         let teller = Teller {
             station: counters.station(),
@@ -146,7 +146,7 @@ pub(crate) async fn join_actor(
     let model = FetchedModel::fetch(settings, &record, &streams.shelf).await?;
     let counters = StationCounters::new(Station::Actor);
     let (quit, quitting) = watch::channel(false);
-    let (mut playing, mut waits, mut loaded) = (JoinSet::new(), Vec::new(), None);
+    let (mut playing, mut waits, mut step) = (JoinSet::new(), Vec::new(), None);
     for index in 0..settings.actor.count {
         let name = match settings.actor.count {
             1 => joined.name.clone(),
@@ -154,12 +154,12 @@ pub(crate) async fn join_actor(
         };
         let actor = super::actor(settings, name, model.whole(settings)?, &streams, &counters)?;
         waits.push(actor.waits());
-        loaded = Some(actor.loaded());
+        let loaded = actor.loaded();
+        step = Some(Box::new(move || loaded.borrow().step) as Step);
         let quitting = quitting.clone();
         playing.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
     }
-    let steps = loaded.map(steps_of);
-    let presence = joined.present(&counters, waits, steps);
+    let presence = joined.present(&counters, waits, step);
     tracing::info!(actor = joined.name, "joined the run");
     let ended = play(joined, &mut playing, &quit, &mut stopping, None).await;
     presence.end().await;
@@ -276,16 +276,6 @@ async fn until_over(register: &Register, session: Option<u64>) -> anyhow::Result
     }
 }
 
-fn steps_of(mut loaded: watch::Receiver<messages::WeightsVersion>) -> watch::Receiver<u64> {
-    let (steps, told) = watch::channel(loaded.borrow().step);
-    tokio::spawn(async move {
-        while loaded.changed().await.is_ok() {
-            steps.send_replace(loaded.borrow_and_update().step);
-        }
-    });
-    told
-}
-
 /// Leads the run: claims it, lays down its model, learns, and clears up when all steps are taken.
 pub(crate) async fn lead(
     joined: &Joined,
@@ -300,20 +290,24 @@ pub(crate) async fn lead(
         .as_deref()
         .map(learner::checkpoint_step)
         .transpose()?;
+    let known = RunRecord::read(register).await?;
+    let known = known.map(|before| before.model).unwrap_or_default();
     let mut record = RunRecord {
         state: RunState::Running,
         build: presence::build(),
         home: home(directory.root()),
         session: directory.session(),
         step: step.unwrap_or(0),
-        model: lay_down_model(&world.folder.path, &streams.shelf).await?,
+        model: lay_down_model(&world.folder.path, &streams.shelf, &known).await?,
         settings: resolved.to_owned(),
     };
     record.write(register).await?;
     let counters = StationCounters::new(Station::Learner);
     let own = (&counters, std::slice::from_ref(&counters));
     let learner = super::learner(settings, world, (directory, resume), &streams, own).await?;
-    let presence = joined.present(&counters, vec![learner.waits()], Some(learner.steps()));
+    let steps = learner.steps();
+    let step: Step = Box::new(move || *steps.borrow());
+    let presence = joined.present(&counters, vec![learner.waits()], Some(step));
     let ended = learner.run(stop.subscribe()).await;
     record.state = match &ended {
         Ok(summary) if summary.ending == Ending::Finished => RunState::Done,
@@ -410,8 +404,12 @@ fn home(directory: &Path) -> String {
 }
 
 /// Lays the files of the model at the start on the shelf, so that whoever joins needs nothing but the
-/// server.
-async fn lay_down_model(folder: &Path, shelf: &WeightsShelf) -> anyhow::Result<Vec<ModelFile>> {
+/// server; those that are `known` lie there since an earlier session.
+async fn lay_down_model(
+    folder: &Path,
+    shelf: &WeightsShelf,
+    known: &[ModelFile],
+) -> anyhow::Result<Vec<ModelFile>> {
     let mut files = Vec::new();
     let mut names: Vec<_> = std::fs::read_dir(folder)
         .with_context(|| format!("failed to read {}", folder.display()))?
@@ -424,8 +422,11 @@ async fn lay_down_model(folder: &Path, shelf: &WeightsShelf) -> anyhow::Result<V
         let bytes =
             std::fs::read(&path).with_context(|| format!("failed to read {}", path.display()))?;
         let digest = Digest::of(&bytes);
-        shelf.put_file(&stored_as(&name, digest), bytes).await?;
-        files.push(ModelFile { name, digest });
+        let file = ModelFile { name, digest };
+        if !known.contains(&file) {
+            shelf.put_file(&stored_as(&file), bytes).await?;
+        }
+        files.push(file);
     }
     Ok(files)
 }
@@ -436,8 +437,8 @@ fn is_of_a_model(name: &str) -> bool {
         .any(|end| name.rsplit('.').next() == Some(end))
 }
 
-fn stored_as(name: &str, digest: Digest) -> String {
-    format!("{digest}-{name}")
+fn stored_as(file: &ModelFile) -> String {
+    format!("{}-{}", file.digest, file.name)
 }
 
 /// The model at the start, as this process has it.
@@ -487,7 +488,7 @@ impl FetchedModel {
         }
         let place = tempfile::tempdir().context("failed to make a folder for the model")?;
         for file in &record.model {
-            let bytes = shelf.get_file(&stored_as(&file.name, file.digest)).await?;
+            let bytes = shelf.get_file(&stored_as(file)).await?;
             let bytes = bytes.context("a server has a shelf of files")?;
             if Digest::of(&bytes) != file.digest {
                 return Err(anyhow!("{} came torn from the server", file.name));

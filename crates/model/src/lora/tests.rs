@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     AdamWSettings, Gradients, ModelFolder, Optimizer, Request, Sampler, SamplingSettings, Sequence,
     config::read_json,
-    fixtures::{adapted, folder, tiny_model},
+    fixtures::{adapted, folder, lora_config as config, tiny_model},
 };
 
 const SEQUENCES: [Sequence<'static>; 2] = [
@@ -19,17 +19,6 @@ const SEQUENCES: [Sequence<'static>; 2] = [
         completion: &[7, 1],
     },
 ];
-
-fn config(targets: &[&str]) -> LoraConfig {
-    LoraConfig {
-        rank: 2,
-        alpha: 4.0,
-        dropout: 0.0,
-        target_modules: targets.iter().map(|&name| name.to_owned()).collect(),
-        rank_stabilised: false,
-        base_model: "a/base".into(),
-    }
-}
 
 fn fresh(base: &LanguageModel, config: LoraConfig, seed: u64) -> Adapter {
     Adapter::fresh(config, base.config(), Seed(seed), base.device()).unwrap()

@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use async_nats::jetstream::ErrorCode;
+use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::kv::{self, Operation, Store, UpdateErrorKind};
 use async_nats::jetstream::stream::{Config, DiscardPolicy};
 use futures_util::TryStreamExt;
@@ -14,6 +16,9 @@ use tokio::time::{Instant, sleep};
 
 use super::{Connection, PAUSE};
 use crate::TransportError;
+
+/// What the register is called on the server.
+const REGISTER: &str = "register";
 
 /// Renewals of a claim before it ends.
 const RENEWALS: u32 = 5;
@@ -47,7 +52,7 @@ pub struct Claim {
 
 impl Register {
     pub(crate) async fn open(connection: &Arc<Connection>) -> Result<Self, TransportError> {
-        let bucket = connection.name("register");
+        let bucket = connection.name(REGISTER);
         // The bucket's stream is made by hand: the client asks for the account's limits before it makes one,
         // and does not understand what servers before 2.10 answer.
         let config = Config {
@@ -61,12 +66,36 @@ impl Register {
             num_replicas: connection.settings.replicas,
             ..Config::default()
         };
-        let context = &connection.context;
-        let make = || context.get_or_create_stream(config.clone());
+        let make = || connection.context.get_or_create_stream(config.clone());
         connection.insist("make the run's register", make).await?;
-        let open = || context.get_key_value(&bucket);
+        Self::of(connection).await
+    }
+
+    /// The register of a run that is there already.
+    pub(crate) async fn find(connection: &Arc<Connection>) -> Result<Option<Self>, TransportError> {
+        let stream = format!("KV_{}", connection.name(REGISTER));
+        let ask = || async {
+            match connection.context.get_stream(&stream).await {
+                Ok(_) => Ok(true),
+                Err(error) if is_missing(&error) => Ok(false),
+                Err(error) => Err(error),
+            }
+        };
+        match connection
+            .insist("look for the run's register", ask)
+            .await?
+        {
+            true => Self::of(connection).await.map(Some),
+            false => Ok(None),
+        }
+    }
+
+    async fn of(connection: &Arc<Connection>) -> Result<Self, TransportError> {
+        let bucket = connection.name(REGISTER);
+        let open = || connection.context.get_key_value(&bucket);
+        let store = connection.insist("open the run's register", open).await?;
         Ok(Self {
-            store: Arc::new(connection.insist("open the run's register", open).await?),
+            store: Arc::new(store),
             connection: Arc::clone(connection),
         })
     }
@@ -154,30 +183,6 @@ impl Register {
         followed
     }
 
-    /// Waits until the entry `key` satisfies `wanted`, or `deadline` has passed: then `None`.
-    ///
-    /// # Errors
-    /// As [`Self::get`].
-    pub async fn wait_for(
-        &self,
-        key: &str,
-        wanted: impl Fn(&[u8]) -> bool,
-        deadline: Duration,
-    ) -> Result<Option<Entry>, TransportError> {
-        let deadline = Instant::now() + deadline;
-        loop {
-            if let Some(entry) = self.get(key).await?
-                && wanted(&entry.value)
-            {
-                return Ok(Some(entry));
-            }
-            if Instant::now() > deadline {
-                return Ok(None);
-            }
-            sleep(PAUSE).await;
-        }
-    }
-
     /// Claims `key` for this process, which calls itself `owner`. A claim that another process holds is
     /// watched for as long as a lease lasts: if it is not renewed meanwhile its holder is gone, and the
     /// claim is taken over.
@@ -223,6 +228,13 @@ impl Register {
             register: self.clone(),
             key: key.to_owned(),
         })
+    }
+}
+
+fn is_missing(error: &GetStreamError) -> bool {
+    match error.kind() {
+        GetStreamErrorKind::JetStream(error) => error.error_code() == ErrorCode::STREAM_NOT_FOUND,
+        _ => false,
     }
 }
 

@@ -45,14 +45,13 @@ pub(crate) struct JetShelf {
     keep: NonZeroUsize,
     announced: watch::Sender<Announced>,
     /// What was last published from here: for deltas, and to be laid down again.
-    published: Arc<Mutex<Published>>,
+    published: Mutex<Published>,
     /// The whole blob that deltas refer to, as it was last read.
     read: Mutex<Option<(WeightsVersion, Arc<Vec<u8>>)>>,
     watch: Mutex<Option<AbortHandle>>,
 }
 
 /// The object store, which says nothing of itself.
-#[derive(Clone)]
 struct Store(ObjectStore);
 
 #[derive(Debug, Default)]
@@ -92,7 +91,7 @@ impl JetShelf {
             store: Store(store),
             keep,
             announced: watch::Sender::new(Announced::default()),
-            published: Arc::default(),
+            published: Mutex::default(),
             read: Mutex::default(),
             watch: Mutex::default(),
         });

@@ -5,7 +5,6 @@
 //! and whoever sends waits. A message that cannot be read, or was delivered too often, is copied to the
 //! run's dead letters, where people find it.
 
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -37,14 +36,18 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// whoever takes them, by their ids.
 const RECOGNISED: Duration = Duration::from_secs(600);
 
+/// What lies there, nobody works on any more.
+const DEAD: &str = "dead letters";
+
 /// Dead letters that are kept.
 const DEAD_LETTERS: i64 = 1000;
 
 /// Where a stream is on the server.
 #[derive(Debug, Clone)]
-struct Place {
+pub(crate) struct Place {
     connection: Arc<Connection>,
     name: &'static str,
+    limits: Limits,
     stream: String,
     subject: String,
 }
@@ -70,50 +73,56 @@ struct Wanted {
     messages: AtomicUsize,
 }
 
+/// Makes the run's dead letters unless they are there.
+pub(crate) async fn make_dead_letters(connection: &Connection) -> Result<(), TransportError> {
+    let config = Config {
+        name: connection.name(DEAD),
+        subjects: vec![format!("{}.*", connection.subject(DEAD))],
+        max_messages: DEAD_LETTERS,
+        ..made(connection)
+    };
+    make(connection, &config).await
+}
+
+/// What all streams of a run have in common.
+fn made(connection: &Connection) -> Config {
+    Config {
+        duplicate_window: RECOGNISED,
+        num_replicas: connection.settings.replicas,
+        ..Config::default()
+    }
+}
+
+async fn make(connection: &Connection, config: &Config) -> Result<(), TransportError> {
+    let create = || connection.context.create_or_update_stream(config.clone());
+    connection.insist("make a stream", create).await?;
+    Ok(())
+}
+
 impl Place {
     /// Makes the stream unless it is there.
-    async fn make(
+    pub(crate) async fn make(
         connection: &Arc<Connection>,
         name: &'static str,
         limits: Limits,
     ) -> Result<Self, TransportError> {
-        let stream = connection.name(name);
         let place = Self {
             connection: Arc::clone(connection),
             name,
-            subject: stream.replacen('-', ".", 1),
-            stream,
+            limits,
+            stream: connection.name(name),
+            subject: connection.subject(name),
         };
-        let capacity = i64::try_from(limits.capacity.get()).unwrap_or(i64::MAX);
         let config = Config {
             name: place.stream.clone(),
             subjects: vec![place.subject.clone()],
             retention: RetentionPolicy::WorkQueue,
             discard: DiscardPolicy::New,
-            max_messages: capacity,
-            duplicate_window: RECOGNISED,
-            num_replicas: connection.settings.replicas,
-            ..Config::default()
+            max_messages: i64::try_from(limits.capacity.get()).unwrap_or(i64::MAX),
+            ..made(connection)
         };
-        place.create(&config).await?;
-        let dead = connection.name("dead letters");
-        let config = Config {
-            subjects: vec![format!("{}.*", dead.replacen('-', ".", 1))],
-            name: dead,
-            max_messages: DEAD_LETTERS,
-            duplicate_window: RECOGNISED,
-            num_replicas: connection.settings.replicas,
-            ..Config::default()
-        };
-        place.create(&config).await?;
+        make(connection, &config).await?;
         Ok(place)
-    }
-
-    async fn create(&self, config: &Config) -> Result<(), TransportError> {
-        let context = &self.connection.context;
-        let create = || context.create_or_update_stream(config.clone());
-        self.connection.insist("make a stream", create).await?;
-        Ok(())
     }
 
     async fn consumer(&self) -> Result<PullConsumer, TransportError> {
@@ -137,7 +146,7 @@ impl Place {
         let state = &stream.cached_info().state;
         let ask = || stream.consumer_info(READERS);
         let reader = self.connection.insist("ask about a stream", ask).await?;
-        let dead = self.connection.name("dead letters");
+        let dead = self.connection.name(DEAD);
         let ask = || context.get_stream(&dead);
         let dead = self
             .connection
@@ -166,7 +175,7 @@ impl Place {
 
     /// Keeps a copy of what nobody will work on.
     async fn bury(&self, id: &str, payload: Bytes) {
-        let dead = self.connection.name("dead letters").replacen('-', ".", 1);
+        let dead = self.connection.subject(DEAD);
         let subject = format!("{dead}.{}", self.name.replace(' ', "-"));
         if let Err(error) = self.publish(&subject, id, payload).await {
             tracing::warn!(
@@ -179,13 +188,8 @@ impl Place {
 }
 
 impl Upstream {
-    pub(crate) async fn open(
-        connection: &Arc<Connection>,
-        name: &'static str,
-        limits: Limits,
-    ) -> Result<Self, TransportError> {
-        let place = Place::make(connection, name, limits).await?;
-        Ok(Self { place })
+    pub(crate) fn of(place: Place) -> Self {
+        Self { place }
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -261,12 +265,7 @@ fn trouble(error: &PublishError) -> Trouble {
 }
 
 impl<T: Message + Send + Sync + 'static> Downstream<T> {
-    pub(crate) async fn open(
-        connection: &Arc<Connection>,
-        name: &'static str,
-        limits: Limits,
-    ) -> Result<Self, TransportError> {
-        let place = Place::make(connection, name, limits).await?;
+    pub(crate) async fn open(place: Place) -> Result<Self, TransportError> {
         let (arrive, arrived) = flume::unbounded();
         let wanted = Arc::new(Wanted {
             asked: Notify::new(),
@@ -278,7 +277,6 @@ impl<T: Message + Send + Sync + 'static> Downstream<T> {
             place: place.clone(),
             arrive,
             wanted: Arc::clone(&wanted),
-            max_deliveries: limits.max_deliveries,
         };
         Ok(Self {
             place,
@@ -354,7 +352,6 @@ struct Pump<T> {
     consumer: PullConsumer,
     arrive: flume::Sender<Result<Delivery<T>, TransportError>>,
     wanted: Arc<Wanted>,
-    max_deliveries: NonZeroU32,
 }
 
 impl<T: Message + Send + Sync + 'static> Pump<T> {
@@ -408,7 +405,7 @@ impl<T: Message + Send + Sync + 'static> Pump<T> {
         };
         let message = message.message;
         let reply = message.reply.ok_or("a message without a way to answer")?;
-        let most = self.max_deliveries.get();
+        let most = self.place.limits.max_deliveries.get();
         let lease = self.place.connection.keeper.hold(reply, deliveries, most);
         let id = format!("{}-{sequence}", self.place.stream);
         match wire::decode::<T>(&message.payload) {
