@@ -27,11 +27,11 @@ pub fn agon_binary() -> &'static Path {
     })
 }
 
-/// The folder of the profile, `<target>/<profile>`: two above this executable, `deps/<test>-<hash>`.
+/// The folder of the profile, `<target>/<profile>`: this executable lies there, or in its `deps` when it is
+/// a test.
 pub(crate) fn profile_folder() -> PathBuf {
-    let executable = env::current_exe().expect("a running test has an executable");
-    let folder = executable.ancestors().nth(2);
-    folder
-        .expect("cargo puts tests two folders deep")
-        .to_owned()
+    let executable = env::current_exe().expect("a running program has an executable");
+    let folder = executable.parent().expect("an executable lies in a folder");
+    let above = folder.parent().filter(|_| folder.ends_with("deps"));
+    above.unwrap_or(folder).to_owned()
 }

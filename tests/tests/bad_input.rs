@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use house::{Workplace, config, shared, steps, tiny_bandit, tiny_playground};
+use house::{Workplace, config, report, shared, steps, tiny_bandit, tiny_playground};
 use serde_json::Value;
 
 fn words(arguments: &[&str]) -> Vec<String> {
@@ -389,6 +389,30 @@ fn a_torn_checkpoint_is_not_resumed() {
         fs::write(&path, whole).expect("the run is ours");
     }
     workplace.run(&resume).succeeded();
+}
+
+#[test]
+fn a_checkpoint_whose_weights_are_not_finite_is_not_resumed() {
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    let sets = ["learner.save_steps=50"];
+    workplace.run(&tiny_bandit(&run, &sets)).succeeded();
+    let path = run.join("checkpoints/step_100/model.safetensors");
+    let mut bytes = fs::read(&path).expect("a checkpoint has weights");
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&path, bytes).expect("the run is ours");
+    let resume = |which: &str| {
+        let mut words = tiny_bandit(&run, &["learner.steps=110", sets[0]]);
+        words.push(format!("--resume{which}"));
+        workplace.run(&words)
+    };
+    resume("")
+        .check(3, &["step_100", "not finite", "--resume=FOLDER"])
+        .without_panic();
+    let earlier = run.join("checkpoints/step_50");
+    resume(&format!("={}", earlier.display())).succeeded();
+    assert_eq!(report(&run)["steps"], 110);
 }
 
 #[test]

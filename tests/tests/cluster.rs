@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command, thread::sleep, time::Duration};
 
 use house::{
     Running, Workplace, config, has_nats_server, number, present, report, signal, status,
-    status_now, steps, tiny_bandit, wait_until,
+    status_now, steps, tiny_bandit, tiny_playground, wait_until,
 };
 use serde_json::Value;
 
@@ -153,6 +153,119 @@ fn a_learner_that_is_killed_goes_on_from_its_checkpoint() {
     is_whole(&run, 600);
     let sessions = fs::read_to_string(run.join("session")).expect("a run counts its sessions");
     assert_eq!(sessions.trim(), "2");
+}
+
+#[test]
+fn a_learner_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before() {
+    if !has_nats_server() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    let mut arguments = long(&run, "saving");
+    arguments.extend(["--set".into(), "learner.save_steps=2".into()]);
+    let mut running = workplace.start(&arguments);
+    let checkpoints = run.join("checkpoints");
+    let unfinished = || {
+        let entries = fs::read_dir(&checkpoints).ok()?.flatten();
+        let mut names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.find(|name| name.ends_with(".unfinished"))
+    };
+    let mut torn = 0;
+    while torn < 2 {
+        goes_on(&mut running, &run, 5);
+        let who = running.until("a learner", || {
+            present(&status(&workplace, &run), "learner").pop()
+        });
+        running.until("a checkpoint that is being written", unfinished);
+        signal(who.1, "KILL");
+        running.until("the end of the learner", || {
+            (!Path::new(&format!("/proc/{}", who.1)).exists()).then_some(())
+        });
+        // It may have been done a moment before.
+        torn += usize::from(unfinished().is_some());
+        running.until("the next session", || {
+            let now = status_now(&workplace, &run)?;
+            let other = present(&now, "learner").pop()?;
+            (other.1 != who.1).then_some(())
+        });
+    }
+    running.wait().succeeded();
+    is_whole(&run, 600);
+    assert_eq!(unfinished(), None, "what was not finished is cleared away");
+}
+
+#[test]
+fn weights_that_are_not_finite_reach_no_actor_and_the_run_says_that_it_diverged() {
+    if !has_nats_server() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    let sets = [
+        "topology.actors=2",
+        "learner.learning_rate=1e39",
+        "learner.lr_scheduler_type=constant",
+    ];
+    let ended = workplace.run(&over_jetstream(&run, "diverging", &sets));
+    ended.check(4, &[]).without_panic();
+    let log = |name: &str| {
+        let path = run.join("logs").join(format!("{name}.log"));
+        fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    };
+    let said = log("learner");
+    for part in [
+        "the weights are not finite",
+        "going back to the last checkpoint",
+        "diverged",
+    ] {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+    for name in ["actor-0", "actor-1"] {
+        let said = log(name);
+        assert!(said.contains("joined the run"), "{said}");
+        assert!(!said.contains("the logits of a token"), "{said}");
+    }
+}
+
+#[test]
+fn the_game_is_played_over_jetstream_though_its_service_is_killed() {
+    if !has_nats_server() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    let sets = [
+        "run.name=game",
+        "transport.kind=jetstream",
+        "transport.lease_seconds=2",
+        "transport.timeout_seconds=60",
+        "topology.actors=2",
+        "topology.preference=1",
+        "topology.max_restarts=50",
+        "learner.steps=24",
+        "learner.max_staleness=1",
+        "learner.save_steps=2",
+        "preference.judge.kind=bradley-terry",
+        "preference.fit.pairs.count=60",
+        "preference.fit.train_batch_size=16",
+        "preference.apo.refresh_steps=8",
+        "preference.apo.prompts=6",
+        "preference.apo.samples=3",
+        "preference.apo.wait=true",
+        "preference.apo.min_accuracy=0",
+        "preference.apo.max_ece=1",
+    ];
+    let mut running = workplace.start(&tiny_playground(&run, &sets));
+    running.until("the first round", || (step_of(&run) >= 10).then_some(()));
+    let who = running.until("a preference service", || {
+        present(&status(&workplace, &run), "preference").pop()
+    });
+    signal(who.1, "KILL");
+    running.wait().succeeded();
+    is_whole(&run, 24);
+    let rounds = report(&run)["rounds"].as_array().map_or(0, Vec::len);
+    assert_eq!(rounds, 2);
 }
 
 #[test]

@@ -10,7 +10,8 @@ use std::{
 };
 
 use house::{
-    Running, Workplace, http, tiny_bandit, tiny_playground, tool, wait_until, workspace_root,
+    Running, Workplace, has_nats_server, http, present, signal, status, status_now, tiny_bandit,
+    tiny_playground, tool, wait_until, workspace_root,
 };
 use serde_json::Value;
 
@@ -243,14 +244,18 @@ struct Prometheus {
 }
 
 impl Prometheus {
-    /// One that looks at these addresses every second and at our alerts.
-    fn start(program: &Path, workplace: &Workplace, targets: &[String]) -> Self {
+    /// One that is told by each of these addresses where to look, looks there every second, and at our
+    /// alerts.
+    fn start(program: &Path, workplace: &Workplace, leading: &[String]) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
         let port = port.expect("there is a free port").port();
+        let asked = |address| format!("{{url: http://{address}/targets, refresh_interval: 1s}}");
+        let leading: Vec<_> = leading.iter().map(asked).collect();
         let config = format!(
             "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: [{:?}]\n\
-             scrape_configs: [{{job_name: agon, static_configs: [{{targets: {targets:?}}}]}}]\n",
-            folder().join("prometheus/alerts.yml")
+             scrape_configs: [{{job_name: agon, http_sd_configs: [{}]}}]\n",
+            folder().join("prometheus/alerts.yml"),
+            leading.join(", ")
         );
         let config = workplace.write("prometheus.yml", config);
         let base = format!("http://127.0.0.1:{port}");
@@ -335,8 +340,8 @@ fn on_live_runs_every_panel_shows_something_and_no_alert_lacks_its_metric() {
             "preference.apo.max_ece=1",
         ],
     ));
-    let targets = [metrics_address(&mut bandit), metrics_address(&mut game)];
-    let prometheus = Prometheus::start(&program, &workplace, &targets);
+    let leading = [metrics_address(&mut bandit), metrics_address(&mut game)];
+    let prometheus = Prometheus::start(&program, &workplace, &leading);
     let expected = |expression: &str| {
         !MAY_BE_EMPTY
             .iter()
@@ -369,4 +374,80 @@ fn on_live_runs_every_panel_shows_something_and_no_alert_lacks_its_metric() {
         running.terminate();
         running.wait().check(5, &[]).without_panic();
     }
+}
+
+#[test]
+fn of_a_run_of_many_processes_all_are_found_and_their_books_are_summed() {
+    let test = "of_a_run_of_many_processes_all_are_found";
+    let Some(program) = tool(test, &["prometheus"]) else {
+        return;
+    };
+    if !has_nats_server() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
+    let leading = port.expect("there is a free port").to_string();
+    let running = workplace.start(&tiny_bandit(
+        &run,
+        &[
+            "run.name=watched",
+            "learner.steps=1000000",
+            "learner.max_staleness=2",
+            "transport.kind=jetstream",
+            "transport.lease_seconds=2",
+            "topology.actors=2",
+            "topology.preference=2",
+            &format!("telemetry.listen={leading}"),
+        ],
+    ));
+    wait_until("a learner", || status_now(&workplace, &run));
+    let prometheus = Prometheus::start(&program, &workplace, &[leading]);
+    let value = |expression: &str| -> Option<f64> {
+        let found = prometheus.ask(expression);
+        found.first()?["value"][1].as_str()?.parse().ok()
+    };
+    let who = [
+        "actor-0",
+        "actor-1",
+        "preference-0",
+        "preference-1",
+        "launcher",
+    ];
+    for process in who {
+        wait_until(process, || {
+            value(&format!(
+                "up{{run=\"watched\", process=\"{process}\"}} == 1"
+            ))
+        });
+    }
+    // The learner is named by its machine.
+    wait_until("six processes", || value("count(up == 1) == 6"));
+    for station in ["actor", "preference", "learner"] {
+        let given = format!("sum(agon_station_given_total{{station=\"{station}\"}}) > 100");
+        wait_until(&given, || value(&given));
+    }
+    for stream in ["prompts", "pairs", "labelled pairs", "dropped prompts"] {
+        let fill = format!("agon_stream_fill{{stream=\"{stream}\"}} <= 1");
+        wait_until(&fill, || value(&fill));
+    }
+    // Who is started again is found again, and counted.
+    let now = status(&workplace, &run);
+    let (name, pid) = present(&now, "actor").remove(0);
+    signal(pid, "KILL");
+    wait_until("the restart", || {
+        value("sum(agon_health_actor_restarts) == 1")
+    });
+    wait_until("the actor", || {
+        let again = present(&status_now(&workplace, &run)?, "actor");
+        again
+            .iter()
+            .any(|one| one.0 == name && one.1 != pid)
+            .then_some(())
+    });
+    let up = format!("up{{process=\"{name}\"}} == 1");
+    wait_until(&up, || value(&up));
+    running.terminate();
+    running.wait().check(5, &[]).without_panic();
 }

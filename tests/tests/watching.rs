@@ -7,7 +7,10 @@ use std::{
     path::PathBuf,
 };
 
-use house::{Workplace, column, metrics, tiny_playground, workspace_root};
+use house::{
+    Workplace, column, config, metrics, number, present, status, status_now, tiny_bandit,
+    tiny_playground, wait_until, workspace_root,
+};
 use serde_json::Value;
 
 const EVALUATED: [&str; 2] = ["evaluation.eval_steps=6", "telemetry.samples_per_step=2"];
@@ -240,4 +243,43 @@ fn every_declared_metric_is_measured_somewhere() {
         assert!(is_measured, "{name} is declared, and nothing measures it");
     }
     assert!(declared > 80, "only {declared} metrics are declared");
+}
+
+#[test]
+fn a_run_in_one_process_has_a_status_while_it_lasts_and_after() {
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    workplace
+        .run(&["status", &config("bandit.toml").display().to_string()])
+        .check(2, &["runs/bandit", "no learner has begun there"])
+        .without_panic();
+    let running = workplace.start(&tiny_bandit(&run, &["learner.steps=1000000"]));
+    wait_until("some steps", || {
+        let now = status_now(&workplace, &run)?;
+        (number(&now, "/streams/0/acknowledged") > 100.0).then_some(())
+    });
+    let now = status(&workplace, &run);
+    assert_eq!(now["state"], "running");
+    for role in ["actor", "preference", "learner"] {
+        assert_eq!(present(&now, role).len(), 1, "{now:#}");
+    }
+    let names = ["prompts", "pairs", "labelled pairs", "dropped prompts"];
+    for (stream, name) in now["streams"].as_array().expect("a list").iter().zip(names) {
+        assert_eq!(stream["name"], name);
+        let of = |key: &str| number(stream, key);
+        assert!(
+            of("/queued") + of("/in_hand") <= of("/capacity"),
+            "{stream}"
+        );
+    }
+    let said = workplace
+        .run(&["status", &run.display().to_string()])
+        .succeeded()
+        .out;
+    assert!(said.contains("| learner learner ("), "{said}");
+    running.terminate();
+    running.wait().check(5, &[]).without_panic();
+    let after = status(&workplace, &run);
+    assert_eq!(after["state"], "interrupted");
+    assert!(present(&after, "learner").is_empty(), "{after:#}");
 }

@@ -19,7 +19,7 @@ use settings::{Resolved, Settings, TransportSettings};
 use telemetry::{Exporter, Measurements, RunDirectory, write_atomically};
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 
-use crate::{failure::Code, interrupt};
+use crate::{failure::Code, interrupt, overview::LauncherTarget};
 use child::{Child, Plan};
 pub(crate) use server::Server;
 
@@ -61,11 +61,17 @@ pub(crate) async fn run(
         TransportSettings::Jetstream(jetstream) => (None, jetstream.url.clone()),
         TransportSettings::Memory {} => bail!("roles in memory need no processes"),
     };
+    let watched = LauncherTarget::write(
+        path,
+        &resolved.settings.run.name,
+        &exporter.address().to_string(),
+    )?;
     let config = path.join("launch.toml");
     write_atomically(&config, resolved.toml.as_bytes())?;
     let mut house = House::new(resolved, (path, &config, &url), resume, server)?;
     let ended = house.watch(stop.subscribe()).await;
     house.end().await;
+    drop(watched);
     ended
 }
 

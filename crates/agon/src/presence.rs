@@ -1,13 +1,16 @@
 //! What the processes of a run tell one another through its register: what the run is, and who is there.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use learner::Ending;
 use messages::{Digest, Station, wire};
 use serde::{Deserialize, Serialize};
 use settings::Settings;
-use telemetry::{StationCounters, StationSnapshot, Waits};
+use telemetry::{RunDirectory, StationCounters, StationSnapshot, Waits};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use transport::Register;
 
@@ -74,7 +77,31 @@ pub(crate) fn build() -> String {
     )
 }
 
+impl RunState {
+    /// Where a run stands after its learner ended so; `None` when it failed.
+    pub(crate) fn after(ending: Option<Ending>) -> Self {
+        match ending {
+            Some(Ending::Finished) => Self::Done,
+            Some(Ending::Interrupted) | None => Self::Interrupted,
+        }
+    }
+}
+
 impl RunRecord {
+    /// A run that begins, or goes on, at learner step `step` in this directory, with these resolved
+    /// settings.
+    pub(crate) fn led_from(directory: &RunDirectory, settings: &str, step: u64) -> Self {
+        Self {
+            state: RunState::Running,
+            build: build(),
+            home: home(directory.root()),
+            session: directory.session(),
+            step,
+            model: Vec::new(),
+            settings: settings.to_owned(),
+        }
+    }
+
     /// The record of the run, if there is one.
     pub(crate) async fn read(register: &Register) -> anyhow::Result<Option<Self>> {
         let Some(entry) = register.get(RUN).await? else {
@@ -292,8 +319,18 @@ impl Presence {
     }
 }
 
+impl Sign {
+    /// Where it serves its metrics, `host:port`.
+    pub(crate) fn metrics_address(&self) -> Option<&str> {
+        self.metrics
+            .strip_prefix("http://")?
+            .strip_suffix("/metrics")
+    }
+}
+
 impl Teller {
-    fn sign(&self, left: bool) -> Sign {
+    /// What it tells now.
+    pub(crate) fn sign(&self, left: bool) -> Sign {
         let waits = self.waits.iter().flat_map(Waits::current);
         Sign {
             role: self.station.name().to_owned(),
@@ -315,6 +352,21 @@ impl Teller {
 fn born() -> u128 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.unwrap_or_default().as_millis()
+}
+
+/// The host and the directory of a run.
+pub(crate) fn home(directory: &Path) -> String {
+    let path = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    format!("{}:{}", host(), path.display())
+}
+
+/// Where Prometheus finds the metrics that are served at this address: one that stands for all of a
+/// machine's is told by the machine's name.
+pub(crate) fn metrics_url(address: SocketAddr) -> String {
+    match address.ip().is_unspecified() {
+        true => format!("http://{}:{}/metrics", host(), address.port()),
+        false => format!("http://{address}/metrics"),
+    }
 }
 
 /// The name of this machine.

@@ -34,7 +34,9 @@ pub(crate) struct Outcome {
 }
 
 /// What lies between the roles, both ends of each.
+#[derive(Clone)]
 pub(crate) struct Streams {
+    capacity: usize,
     prompts: (Sender<Prompt>, Receiver<Prompt>),
     pairs: (Sender<Pair>, Receiver<Pair>),
     labelled: (Sender<LabelledPair>, Receiver<LabelledPair>),
@@ -51,6 +53,7 @@ impl Streams {
         // was given up left behind finds room too.
         let capacity = 2 * (window + EVALUATION_WINDOW);
         Ok(Self {
+            capacity,
             prompts: hub.stream("prompts", capacity).await?,
             pairs: hub.stream("pairs", capacity).await?,
             labelled: hub.stream("labelled pairs", capacity).await?,
@@ -61,6 +64,11 @@ impl Streams {
 }
 
 impl Streams {
+    /// For how many messages each has room.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// What has happened to the messages of each.
     pub(crate) async fn counts(&self) -> Result<Vec<(&'static str, Counts)>, TransportError> {
         Ok(vec![

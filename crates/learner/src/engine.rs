@@ -26,6 +26,9 @@ enum Command {
         dtype: DType,
         reply: Reply<Option<Vec<u8>>>,
     },
+    IsFinite {
+        reply: Reply<bool>,
+    },
     Save {
         to: PathBuf,
         checkpoint: Box<Checkpoint>,
@@ -67,6 +70,11 @@ impl Engine {
     /// The weights as a blob in this number format; `None` when they are not finite.
     pub(crate) async fn weights(&self, dtype: DType) -> Result<Option<Vec<u8>>, LearnerError> {
         self.call(|reply| Command::Weights { dtype, reply }).await
+    }
+
+    /// Whether every weight is finite.
+    pub(crate) async fn is_finite(&self) -> Result<bool, LearnerError> {
+        self.call(|reply| Command::IsFinite { reply }).await
     }
 
     /// Writes a checkpoint into the folder `to`, which must not exist.
@@ -113,6 +121,10 @@ fn obey(mut trainer: Trainer, inbox: &Receiver<Command>) {
                 answer(reply, outcome.map(|outcome| (outcome, pairs)));
             }
             Command::Weights { dtype, reply } => answer(reply, weights(&trainer, dtype)),
+            Command::IsFinite { reply } => {
+                let finite = trainer.policy().trained().is_finite();
+                answer(reply, finite.map_err(LearnerError::from));
+            }
             Command::Save {
                 to,
                 checkpoint,

@@ -130,6 +130,10 @@ pub struct Learner {
     intake: Intake,
     tally: Tally,
     contested: usize,
+    /// Prompts since the last step whose completions were all the same, and that were dropped for it.
+    identical: u64,
+    /// Whether it was said that nearly all are.
+    collapsed: bool,
     journal: Journal,
     samples: SampleLog,
     tokenizer: Tokenizer,
@@ -212,6 +216,8 @@ impl Learner {
             intake: Intake::default(),
             tally: Tally::default(),
             contested: 0,
+            identical: 0,
+            collapsed: false,
             journal,
             samples,
             tokenizer: parts.folder.tokenizer.clone(),
@@ -355,6 +361,7 @@ impl Learner {
                 let note = delivery.message();
                 if note.session == self.state.session {
                     self.feed.returned(note.prompt);
+                    self.identical += u64::from(note.reason == DropReason::Identical);
                 }
                 delivery.acknowledge();
             }
@@ -554,7 +561,15 @@ impl Learner {
         }
     }
 
+    /// Writes a checkpoint. Weights that are not finite are never saved: the run goes back first.
     async fn save(&mut self) -> Result<(), LearnerError> {
+        while !self.engine.is_finite().await? {
+            tracing::warn!(
+                step = self.state.step,
+                "the weights are not finite and are not saved"
+            );
+            self.roll_back().await?;
+        }
         let mut state = self.state.clone();
         state.wall_seconds = self.wall_seconds();
         state.feed = self.feed.state();

@@ -247,6 +247,12 @@ impl Trainer {
             reason: error.to_string(),
         };
         let weights = self.model.read_trained(checkpoint).map_err(broken)?;
+        if !weights.is_finite()? {
+            return Err(LearnerError::Checkpoint {
+                path: checkpoint.to_owned(),
+                reason: "its weights are not finite; resume an earlier one: --resume=FOLDER".into(),
+            });
+        }
         let path = checkpoint.join("optimizer.safetensors");
         let blob =
             std::fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })?;

@@ -4,12 +4,15 @@
 //! shows it. This part does not know which metrics there are beyond how a time is best divided.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
+use axum::Router;
+use axum::http::{StatusCode, header::CONTENT_TYPE};
+use axum::routing::get;
 use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
@@ -29,6 +32,12 @@ const STEPS_BUCKETS: [f64; 10] = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0,
 /// each of them takes memory.
 const UPKEEP: Duration = Duration::from_secs(5);
 
+/// The form of the page of metrics.
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Says where all processes of a run are, once somebody knows.
+type Targets = Arc<OnceLock<MetricsPage>>;
+
 const PROCESS_START: &str = "process_start_time_seconds";
 
 static STARTED: AtomicBool = AtomicBool::new(false);
@@ -37,6 +46,7 @@ static STARTED: AtomicBool = AtomicBool::new(false);
 pub struct Exporter {
     server: Server,
     handle: PrometheusHandle,
+    targets: Targets,
     _upkeep: Upkeep,
 }
 
@@ -60,8 +70,13 @@ impl Exporter {
         }
         let recorder = build_recorder();
         let handle = recorder.handle();
-        let shown = handle.clone();
-        let server = Server::start(listen, &(Arc::new(move || shown.render()) as _))?;
+        let refused = |source| Error::Listen {
+            address: listen,
+            source,
+        };
+        let targets = Arc::default();
+        let router = router(handle.clone(), Arc::clone(&targets));
+        let server = Server::start("exporter", listen, refused, router, async {})?;
         let upkeep = Upkeep::start(handle.clone())?;
         metrics::set_global_recorder(recorder).map_err(|_| Error::RecorderInstalled)?;
         tell_start();
@@ -69,6 +84,7 @@ impl Exporter {
         Ok(Self {
             server,
             handle,
+            targets,
             _upkeep: upkeep,
         })
     }
@@ -85,6 +101,12 @@ impl Exporter {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.server.address()
+    }
+
+    /// Says from here on at `/targets` where all processes of a run are, as Prometheus' HTTP service
+    /// discovery reads it.
+    pub fn tell_targets(&self, page: MetricsPage) {
+        self.targets.set(page).ok();
     }
 
     /// The page as it would be served now.
@@ -112,6 +134,21 @@ impl Recording {
     pub fn render(&self) -> String {
         self.recorder.handle().render()
     }
+}
+
+/// What Prometheus may ask.
+fn router(handle: PrometheusHandle, targets: Targets) -> Router {
+    let metrics = move || async move { ([(CONTENT_TYPE, TEXT)], handle.render()) };
+    let told = move || async move {
+        let page = targets
+            .get()
+            .ok_or((StatusCode::NOT_FOUND, "see /metrics\n"))?;
+        Ok::<_, (StatusCode, &str)>(([(CONTENT_TYPE, "application/json")], page()))
+    };
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/targets", get(told))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "see /metrics\n") })
 }
 
 fn build_recorder() -> PrometheusRecorder {
@@ -202,16 +239,33 @@ mod tests {
             );
         };
         thread::spawn(publishing).join().unwrap();
-        let mut client = TcpStream::connect(exporter.address()).unwrap();
-        client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).unwrap();
-        for page in [answer, exporter.render()] {
+        let ask = |path: &str| {
+            let mut client = TcpStream::connect(exporter.address()).unwrap();
+            write!(
+                client,
+                "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            )
+            .unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            answer
+        };
+        for page in [ask("/metrics"), exporter.render()] {
             assert!(
                 page.contains("\nagon_beta{role=\"exported\"} 0.125\n"),
                 "{page}"
             );
         }
+
+        assert!(ask("/").starts_with("HTTP/1.1 404"));
+        assert!(ask("/targets").starts_with("HTTP/1.1 404"));
+        exporter.tell_targets(Arc::new(|| "[]".into()));
+        let told = ask("/targets");
+        assert!(
+            told.contains("content-type: application/json\r\n"),
+            "{told}"
+        );
+        assert!(told.ends_with("\r\n\r\n[]"), "{told}");
 
         for listen in [exporter.address(), (Ipv4Addr::LOCALHOST, 0).into()] {
             let second = Exporter::start(listen).err().unwrap();

@@ -91,6 +91,11 @@ pub const METRICS: &[MetricInfo] = &[
         "length of the longest completion",
     ),
     gauge(
+        "completions/identical_ratio",
+        Ratio,
+        "share of prompts since the last step that were dropped because their completions were the same",
+    ),
+    gauge(
         "completions/clipped_ratio",
         Ratio,
         "share of completions that reached max_new_tokens",
@@ -323,6 +328,32 @@ pub const METRICS: &[MetricInfo] = &[
         "health/judge_circuit_open",
         Number,
         "1 while the judge's circuit breaker is open, else 0",
+    ),
+    // What lies between the roles.
+    gauge(
+        "stream/queued",
+        Count,
+        "messages of a stream that wait to be taken",
+    ),
+    gauge(
+        "stream/in_hand",
+        Count,
+        "messages of a stream that were taken and not yet acknowledged",
+    ),
+    gauge(
+        "stream/fill",
+        Ratio,
+        "share of a stream's places that are taken; who sends into a full one waits",
+    ),
+    gauge(
+        "stream/redelivered",
+        Count,
+        "messages of a stream that came back from who had taken them",
+    ),
+    gauge(
+        "stream/given_up",
+        Count,
+        "messages of a stream that came back as often as it allows",
     ),
     gauge(
         "disk/free_bytes",

@@ -72,6 +72,7 @@ fn row(page: &mut String, info: &MetricInfo) -> std::fmt::Result {
     let labels = match (topic, info.name) {
         ("judge", _) | (_, "health/judge_circuit_open") => "role, judge",
         ("actor", _) => "role, actor",
+        ("stream", _) => "role, stream",
         _ => "role",
     };
     writeln!(

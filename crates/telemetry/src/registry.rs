@@ -120,7 +120,7 @@ pub fn metric(name: &str) -> Option<&'static MetricInfo> {
     DECLARED.get(name).map(|declared| declared.info)
 }
 
-/// Hands the measurements to this process's exporter, each with `labels` (`role`, `actor`, `judge`);
+/// Hands the measurements to this process's exporter, each with `labels` (`role`, `actor`, `judge`, `stream`);
 /// without an exporter this does nothing. A gauge shows every number as it is; a histogram leaves out
 /// one that is not finite, which would spoil its sum for good. A name outside [`METRICS`] is not
 /// published, and is warned of once.
@@ -180,7 +180,7 @@ mod tests {
     const FIELD: &str = "loss loss/{ipo,dpo,slic,rpo,nash_md_pg,ganpo,preference} \
         rewards/{chosen,rejected,margins,accuracies} logps/{chosen,rejected} \
         objective/{kl,entropy,scores,scores_margin} completions/{mean_length,min_length,max_length} \
-        completions/clipped_ratio val/contain_eos_token \
+        completions/{clipped_ratio,identical_ratio} val/contain_eos_token \
         judge/{latency_seconds,batch_size,timeouts,retries,tie_rate,order_inconsistency} \
         judge/{abstained,cache_hits,queue} \
         preference/{accuracy,ece,brier,drift} actor/{gen_throughput,generate_seconds,in_flight,restarts} \
@@ -192,7 +192,8 @@ mod tests {
         eval/{win_rate,win_rate_ci_low,win_rate_ci_high,win_rate_lc,kl,response_length,gold_win_rate} \
         health/{nonfinite_steps,skipped_steps,rollbacks,actor_restarts,judge_circuit_open} \
         ganpo/{d_loss,g_loss,d_accuracy} apo/{round,loss,pairs} \
-        beta tau mixture_coef learning_rate grad_norm num_tokens disk/free_bytes";
+        beta tau mixture_coef learning_rate grad_norm num_tokens disk/free_bytes \
+        stream/{queued,in_hand,fill,redelivered,given_up}";
 
     fn spelled_out(pattern: &str) -> Vec<String> {
         match pattern.split_once('{') {

@@ -8,7 +8,7 @@ use telemetry::{Exporter, PageServer};
 use super::{train, view};
 use crate::{
     interrupt,
-    presence::host,
+    presence::{host, metrics_url},
     report::Report,
     roles::{self, Joined},
     world,
@@ -40,7 +40,7 @@ async fn lead(arguments: &train::Arguments, end_with_stdin: bool) -> anyhow::Res
     let settings = &resolved.settings;
     let (path, resume) = (arguments.path(settings), arguments.resume.as_deref());
     let exporter = Exporter::start(settings.telemetry.listen)?;
-    let metrics = format!("http://{}/metrics", exporter.address());
+    let metrics = metrics_url(exporter.address());
     let page = view::beside(&settings.telemetry, &path, &exporter)?;
     tracing::info!(
         run = %path.display(),

@@ -5,7 +5,11 @@ use settings::Settings;
 use telemetry::Exporter;
 use tokio::sync::watch;
 
-use crate::{interrupt, presence::host, roles::Joined};
+use crate::{
+    interrupt,
+    presence::{host, metrics_url},
+    roles::Joined,
+};
 
 /// The arguments of a process that joins a run.
 #[derive(clap::Args)]
@@ -32,7 +36,7 @@ impl Membership {
     /// Shows metrics, listens for signals and connects.
     pub(super) async fn connect(&self, settings: &Settings) -> anyhow::Result<Member> {
         let exporter = Exporter::start(settings.telemetry.listen)?;
-        let metrics = format!("http://{}/metrics", exporter.address());
+        let metrics = metrics_url(exporter.address());
         let name = self.name.clone();
         let name = name.unwrap_or_else(|| format!("{}-{}", host(), std::process::id()));
         tracing::info!(name, metrics, "agon {}", env!("CARGO_PKG_VERSION"));

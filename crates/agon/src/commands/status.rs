@@ -2,17 +2,16 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use messages::Station;
 use settings::{Override, Settings, TransportSettings, resolve_file};
-use transport::{Counts, Hub};
+use transport::Hub;
 
 use crate::{
     failure::Misuse,
-    presence::{self, RunRecord, Seen},
+    overview::{Overview, Participant, Source, Standing},
     roles::Streams,
 };
 
-/// Tell who takes part in a run over JetStream, how far each is, and what it waits for.
+/// Tell who takes part in a run, how far each is, and what it waits for.
 ///
 /// A process that is slow still gives signs of life: it is present, and says what it waits for and since
 /// when. One that gives none for longer than transport.lease_seconds is gone, and what it held is with
@@ -44,94 +43,103 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 async fn tell(arguments: &Arguments, settings: &Settings) -> anyhow::Result<ExitCode> {
-    let TransportSettings::Jetstream(jetstream) = &settings.transport else {
-        return Err(Misuse(
-            "the run's roles meet in memory: its own log and metrics tell how it is; \
-             agon status is for transport.kind = \"jetstream\""
-                .into(),
-        )
-        .into());
+    let overview = match &settings.transport {
+        TransportSettings::Memory {} => here(arguments, settings)?,
+        TransportSettings::Jetstream(jetstream) => {
+            let absent = || {
+                Misuse(format!(
+                    "there is no run {} at {}: it has not begun, or it is over and was cleared away",
+                    settings.run.name, jetstream.url
+                ))
+            };
+            let hub = Hub::find(jetstream, &settings.run.name).await?;
+            let hub = hub.ok_or_else(absent)?;
+            if arguments.remove {
+                hub.remove().await?;
+                println!("{} is removed from {}", settings.run.name, jetstream.url);
+                return Ok(ExitCode::SUCCESS);
+            }
+            let register = hub.register().ok_or_else(absent)?.clone();
+            let streams = Streams::open(&hub, settings).await?;
+            Overview::now(&Source::Server(register), settings, &streams)
+                .await?
+                .ok_or_else(absent)?
+        }
     };
-    let absent = || {
-        Misuse(format!(
-            "there is no run {} at {}: it has not begun, or it is over and was cleared away",
-            settings.run.name, jetstream.url
-        ))
-    };
-    let hub = Hub::find(jetstream, &settings.run.name).await?;
-    let hub = hub.ok_or_else(absent)?;
-    if arguments.remove {
-        hub.remove().await?;
-        println!("{} is removed from {}", settings.run.name, jetstream.url);
-        return Ok(ExitCode::SUCCESS);
-    }
-    let Some(register) = hub.register() else {
-        return Ok(ExitCode::SUCCESS);
-    };
-    let record = RunRecord::read(register).await?.ok_or_else(absent)?;
-    let everyone = presence::everyone(register).await?;
-    let streams = Streams::open(&hub, settings).await?.counts().await?;
     if arguments.json {
-        let people: Vec<_> = everyone
-            .iter()
-            .map(|seen| in_json(seen, register.lease()))
-            .collect();
-        let streams: serde_json::Map<_, _> = streams
-            .iter()
-            .map(|(name, counts)| ((*name).to_owned(), stream_in_json(counts)))
-            .collect();
-        let stations: serde_json::Map<_, _> = [Station::Actor, Station::Preference]
-            .iter()
-            .map(|station| {
-                let books = presence::books(&everyone, *station);
-                (station.name().to_owned(), serde_json::json!(books))
-            })
-            .collect();
-        let document = serde_json::json!({
-            "run": settings.run.name,
-            "state": record.state,
-            "session": record.session,
-            "present": people,
-            "streams": streams,
-            "stations": stations,
-        });
-        println!("{document:#}");
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!(
-        "{}: {:?}, session {}, led from {}\n",
-        settings.run.name, record.state, record.session, record.home
-    );
-    println!(
-        "| process | state | step | in hand | waits for | metrics |\n|---|---|---|---|---|---|"
-    );
-    for seen in &everyone {
-        println!("{}", row(seen, register.lease()));
-    }
-    println!("\n| stream | sent | acknowledged | queued | in hand |\n|---|---|---|---|---|");
-    for (name, counts) in &streams {
-        println!(
-            "| {name} | {} | {} | {} | {} |",
-            counts.sent, counts.acknowledged, counts.queued, counts.in_hand
-        );
+        println!("{}", serde_json::to_string_pretty(&overview)?);
+    } else {
+        show(&overview);
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// "present", "left", or "gone" for one that is silent for too long.
-fn state(seen: &Seen, lease: std::time::Duration) -> &'static str {
-    match () {
-        () if seen.sign.left => "left",
-        () if seen.ago > lease => "gone",
-        () => "present",
+/// A run whose roles meet in memory: its process writes how it is.
+fn here(arguments: &Arguments, settings: &Settings) -> anyhow::Result<Overview> {
+    if arguments.remove {
+        return Err(Misuse(
+            "the run's roles meet in memory: there is nothing of it on a server to remove".into(),
+        )
+        .into());
+    }
+    let directory = match arguments.run.is_dir() {
+        true => arguments.run.clone(),
+        false => settings.run.output_dir.join(&settings.run.name),
+    };
+    let absent = || {
+        Misuse(format!(
+            "{} does not say how its run is: no learner has begun there",
+            directory.display()
+        ))
+    };
+    Ok(Overview::written(&directory)?.ok_or_else(absent)?)
+}
+
+fn show(overview: &Overview) {
+    println!(
+        "{}: {:?}, session {}, led from {}\n",
+        overview.run, overview.state, overview.session, overview.home
+    );
+    println!(
+        "| process | state | step | in hand | waits for | metrics |\n|---|---|---|---|---|---|"
+    );
+    // Of those who came again, only this life is of interest.
+    let again = |one: &Participant| {
+        let same = |other: &&Participant| {
+            (&other.sign.role, &other.sign.name) == (&one.sign.role, &one.sign.name)
+        };
+        one.state != Standing::Present
+            && overview
+                .present
+                .iter()
+                .filter(same)
+                .any(|other| other.state == Standing::Present)
+    };
+    for one in overview.present.iter().filter(|one| !again(one)) {
+        println!("{}", row(one));
+    }
+    println!(
+        "\n| stream | sent | acknowledged | queued | in hand | room |\n|---|---|---|---|---|---|"
+    );
+    for stream in &overview.streams {
+        println!(
+            "| {} | {} | {} | {} | {} | {} |",
+            stream.name,
+            stream.sent,
+            stream.acknowledged,
+            stream.queued,
+            stream.in_hand,
+            stream.capacity
+        );
     }
 }
 
-fn row(seen: &Seen, lease: std::time::Duration) -> String {
-    let sign = &seen.sign;
-    let state = match state(seen, lease) {
-        "gone" => format!("gone: silent for {} s", seen.ago.as_secs()),
-        other => other.to_owned(),
+fn row(one: &Participant) -> String {
+    let sign = &one.sign;
+    let state = match one.state {
+        Standing::Present => "present".to_owned(),
+        Standing::Left => "left".to_owned(),
+        Standing::Gone => format!("gone: silent for {:.0} s", one.silent_seconds),
     };
     let waits: Vec<_> = sign
         .waits
@@ -155,22 +163,4 @@ fn row(seen: &Seen, lease: std::time::Duration) -> String {
         },
         sign.metrics
     )
-}
-
-fn in_json(seen: &Seen, lease: std::time::Duration) -> serde_json::Value {
-    let mut value = serde_json::json!(seen.sign);
-    value["state"] = state(seen, lease).into();
-    value["silent_seconds"] = seen.ago.as_secs_f64().into();
-    value
-}
-
-fn stream_in_json(counts: &Counts) -> serde_json::Value {
-    serde_json::json!({
-        "sent": counts.sent,
-        "acknowledged": counts.acknowledged,
-        "queued": counts.queued,
-        "in_hand": counts.in_hand,
-        "redelivered": counts.redelivered,
-        "given_up": counts.given_up,
-    })
 }

@@ -15,6 +15,7 @@ use super::view;
 use crate::{
     failure::{Code, Misuse},
     interrupt, launch,
+    presence::metrics_url,
     report::Report,
     roles,
     world::{self, JudgeSource, World},
@@ -107,11 +108,12 @@ async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow
         RunDirectory::create(path, &resolved.toml)?;
     }
     let exporter = Exporter::start(settings.telemetry.listen)?;
+    let metrics = metrics_url(exporter.address());
     let page = view::beside(&settings.telemetry, path, &exporter)?;
     tracing::info!(
         run = %path.display(),
         page = page.as_ref().map_or("none", PageServer::address),
-        metrics = format!("http://{}/metrics", exporter.address()),
+        metrics,
         "agon {}",
         env!("CARGO_PKG_VERSION")
     );
@@ -124,7 +126,7 @@ async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow
     let directory = Arc::new(directory);
     announce(settings, &world);
     let outcome = roles::run(
-        settings,
+        (settings, &resolved.toml, &metrics),
         (&world, &Arc::new(judge)),
         &directory,
         resume,

@@ -8,12 +8,13 @@ use std::{
     time::Duration,
 };
 
-use reqwest::{Client, Url};
+use futures_util::future::join_all;
+use reqwest::Client;
 use settings::TelemetrySettings;
 use telemetry::{Exporter, MetricsPage, PageParts, PageServer, RunView, page_token};
 use tokio::runtime::Handle;
 
-use crate::{failure::Misuse, interrupt};
+use crate::{interrupt, overview};
 
 /// How long a process may take to say what it holds: the page is told once a second.
 const PATIENCE: Duration = Duration::from_millis(800);
@@ -33,7 +34,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
     /// Where a process of the first run serves its metrics, as it printed: shows what it holds and waits for
-    /// now. Give one for every process.
+    /// now. Give one for every process, where the run's targets.json does not tell.
     #[arg(long, value_name = "URL")]
     metrics: Vec<String>,
     /// A file with the token that the page asks for; needed where others reach the address.
@@ -48,7 +49,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         listen: arguments.listen,
         token: page_token(arguments.token_path.as_deref().unwrap_or(Path::new("")))?,
         runs: runs.collect::<Result<_, _>>()?,
-        live: elsewhere(&arguments.metrics, runtime.handle().clone())?,
+        live: Some(match arguments.metrics.as_slice() {
+            [] => everyone(&arguments.runs[0], None, runtime.handle().clone())?,
+            urls => {
+                let urls = urls.to_vec();
+                elsewhere(runtime.handle().clone(), move || urls.clone())?
+            }
+        }),
     };
     runtime.block_on(async {
         let mut stopped = interrupt::on_signal()?.subscribe();
@@ -60,30 +67,46 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// What processes elsewhere say of themselves; those that do not answer say nothing.
-fn elsewhere(urls: &[String], runtime: Handle) -> anyhow::Result<Option<MetricsPage>> {
-    if urls.is_empty() {
-        return Ok(None);
-    }
-    let client = Client::builder().timeout(PATIENCE).build()?;
-    let mut asked = Vec::new();
-    for url in urls {
-        let misuse = |why| Misuse(format!("--metrics {url:?} is no address: {why}"));
-        asked.push(Url::parse(url).map_err(misuse)?);
-    }
-    Ok(Some(Arc::new(move || {
-        let page = async |url: &Url| client.get(url.clone()).send().await?.text().await;
-        let pages = asked.iter().map(|url| runtime.block_on(page(url)));
-        pages.map(Result::unwrap_or_default).collect()
-    })))
+/// What all processes of a run say of themselves: this one directly, when it is one of them, the others as
+/// the run's directory tells where they are.
+fn everyone(run: &Path, this: Option<&Exporter>, runtime: Handle) -> anyhow::Result<MetricsPage> {
+    let (run, own) = (run.to_owned(), this.map(|this| this.address().to_string()));
+    let others = elsewhere(runtime, move || {
+        let known = overview::watched(&run).into_iter();
+        let others = known.filter(|address| Some(address) != own.as_ref());
+        others
+            .map(|address| format!("http://{address}/metrics"))
+            .collect()
+    })?;
+    let this = this.map(Exporter::page);
+    Ok(Arc::new(move || {
+        let this = this.as_ref().map(|page| page()).unwrap_or_default();
+        this + &others()
+    }))
 }
 
-/// The page of a run of this process, where the settings want one.
+/// What processes elsewhere say of themselves; those that do not answer say nothing.
+fn elsewhere(
+    runtime: Handle,
+    urls: impl Fn() -> Vec<String> + Send + Sync + 'static,
+) -> anyhow::Result<MetricsPage> {
+    let client = Client::builder().timeout(PATIENCE).build()?;
+    Ok(Arc::new(move || {
+        let page = async |url: String| client.get(url).send().await?.text().await;
+        let pages = join_all(urls().into_iter().map(page));
+        let pages = runtime.block_on(pages);
+        pages.into_iter().map(Result::unwrap_or_default).collect()
+    }))
+}
+
+/// The page of a run that this process leads, where the settings want one. Prometheus is told from here on
+/// where the run's processes are.
 pub(crate) fn beside(
     telemetry: &TelemetrySettings,
     run: &Path,
     exporter: &Exporter,
 ) -> anyhow::Result<Option<PageServer>> {
+    exporter.tell_targets(overview::discovery(run));
     let Some(listen) = telemetry.page_address() else {
         return Ok(None);
     };
@@ -91,7 +114,7 @@ pub(crate) fn beside(
         listen,
         token: page_token(&telemetry.token_path)?,
         runs: vec![RunView::new(run)],
-        live: Some(exporter.page()),
+        live: Some(everyone(run, Some(exporter), Handle::current())?),
     };
     Ok(Some(PageServer::start(parts)?))
 }

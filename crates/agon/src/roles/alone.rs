@@ -24,7 +24,8 @@ use transport::{Claim, Hub, Register, WeightsShelf};
 use super::{Outcome, Streams};
 use crate::{
     failure::Misuse,
-    presence::{self, ModelFile, Presence, RunRecord, RunState, Seen, Step, Teller},
+    overview::{Lookout, Source},
+    presence::{self, ModelFile, Presence, RunRecord, RunState, Seen, Step, Teller, home},
     world::{self, JudgeSource, World},
 };
 
@@ -292,15 +293,8 @@ pub(crate) async fn lead(
         .transpose()?;
     let known = RunRecord::read(register).await?;
     let known = known.map(|before| before.model).unwrap_or_default();
-    let mut record = RunRecord {
-        state: RunState::Running,
-        build: presence::build(),
-        home: home(directory.root()),
-        session: directory.session(),
-        step: step.unwrap_or(0),
-        model: lay_down_model(&world.folder.path, &streams.shelf, &known).await?,
-        settings: resolved.to_owned(),
-    };
+    let mut record = RunRecord::led_from(directory, resolved, step.unwrap_or(0));
+    record.model = lay_down_model(&world.folder.path, &streams.shelf, &known).await?;
     record.write(register).await?;
     let counters = StationCounters::new(Station::Learner);
     let own = (&counters, std::slice::from_ref(&counters));
@@ -308,13 +302,13 @@ pub(crate) async fn lead(
     let steps = learner.steps();
     let step: Step = Box::new(move || *steps.borrow());
     let presence = joined.present(&counters, vec![learner.waits()], Some(step));
+    let source = Source::Server(register.clone());
+    let lookout = Lookout::start(directory, settings, streams.clone(), source);
     let ended = learner.run(stop.subscribe()).await;
-    record.state = match &ended {
-        Ok(summary) if summary.ending == Ending::Finished => RunState::Done,
-        _ => RunState::Interrupted,
-    };
+    record.state = RunState::after(ended.as_ref().ok().map(|summary| summary.ending));
     record.write(register).await?;
     presence.end().await;
+    lookout.end(record.state).await;
     joined.hub.flush().await;
     let summary = ended?;
     let everyone = match summary.ending {
@@ -395,12 +389,6 @@ async fn all_gone(register: &Register) -> anyhow::Result<Vec<Seen>> {
             presence::everyone(register).await
         }
     }
-}
-
-/// The host and the directory of a run.
-fn home(directory: &Path) -> String {
-    let path = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
-    format!("{}:{}", presence::host(), path.display())
 }
 
 /// Lays the files of the model at the start on the shelf, so that whoever joins needs nothing but the

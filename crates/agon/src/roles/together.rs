@@ -12,15 +12,21 @@ use tokio::{sync::watch, task::JoinSet};
 use transport::Hub;
 
 use super::{Outcome, Streams};
-use crate::world::{self, JudgeSource, World};
+use crate::{
+    overview::{Lookout, Source},
+    presence::{RunRecord, RunState, Step, Teller},
+    world::{self, JudgeSource, World},
+};
 
 /// How long actors and judge may take to finish what they have in hand.
 const GRACE: Duration = Duration::from_secs(60);
 
 /// Builds all roles, runs them side by side until the learner is done or told to stop, then lets the
 /// others finish.
+///
+/// `resolved` is the text of the settings, `metrics` where Prometheus finds this process.
 pub(crate) async fn run(
-    settings: &Settings,
+    (settings, resolved, metrics): (&Settings, &str, &str),
     (world, judge): (&World, &Arc<JudgeSource>),
     directory: &Arc<RunDirectory>,
     resume: Option<PathBuf>,
@@ -35,19 +41,32 @@ pub(crate) async fn run(
     let start = world.start();
 
     let (quit, quitting) = watch::channel(false);
-    let mut others = JoinSet::new();
+    let (mut others, mut tellers) = (JoinSet::new(), Vec::new());
+    let teller = |counters: &StationCounters, name: String, waits, step| Teller {
+        station: counters.station(),
+        name,
+        metrics: metrics.to_owned(),
+        counters: counters.clone(),
+        waits,
+        step,
+    };
+    let (mut waits, mut step) = (Vec::new(), None);
     for index in 0..settings.actor.count {
         let name = format!("actor-{index}");
         let model = (start.0, start.1, world.policy()?);
         let actor = super::actor(settings, name, model, &streams, of_actors)?;
+        waits.push(actor.waits());
+        let loaded = actor.loaded();
+        step = Some(Box::new(move || loaded.borrow().step) as Step);
         let quitting = quitting.clone();
         others.spawn(async move { actor.run(quitting).await.map_err(anyhow::Error::from) });
     }
-    let step = resume
+    tellers.push(teller(of_actors, "actors".into(), waits, step));
+    let begun = resume
         .as_deref()
         .map(learner::checkpoint_step)
         .transpose()?;
-    let since = (world::rounds(directory.root()), step.unwrap_or(0));
+    let since = (world::rounds(directory.root()), begun.unwrap_or(0));
     let (judge, player) = super::judges(settings, start, judge, since, &stop.subscribe())?;
     let bench = world::bench(settings, &judge)?;
     if !settings.preference.http.listen.is_empty() {
@@ -56,11 +75,30 @@ pub(crate) async fn run(
         others.spawn(async move { server.run(quitting).await.map_err(anyhow::Error::from) });
     }
     let preference = super::preference(settings, (bench, player), &streams, of_preference)?;
+    let waits = vec![preference.waits()];
+    tellers.push(teller(of_preference, "preference".into(), waits, None));
     others.spawn(async move { preference.run(quitting).await.map_err(anyhow::Error::from) });
 
     let place = (directory, resume);
     let learner = super::learner(settings, world, place, &streams, (of_learner, &counters)).await?;
-    let summary = supervise(learner, others, quit, stop).await?;
+    let steps = learner.steps();
+    let step: Step = Box::new(move || *steps.borrow());
+    tellers.push(teller(
+        of_learner,
+        "learner".into(),
+        vec![learner.waits()],
+        Some(step),
+    ));
+    let record = RunRecord::led_from(directory, resolved, begun.unwrap_or(0));
+    let source = Source::Here { record, tellers };
+    let lookout = Lookout::start(directory, settings, streams.clone(), source);
+    let ended = supervise(learner, others, quit, stop).await;
+    lookout
+        .end(RunState::after(
+            ended.as_ref().ok().map(|summary| summary.ending),
+        ))
+        .await;
+    let summary = ended?;
     let stations = counters.iter().map(|c| (c.station(), c.snapshot()));
     Ok(Outcome {
         stations: stations.collect(),

@@ -36,8 +36,13 @@ pub(super) fn note(step: &Measurements, last: Option<&Evaluation>) -> String {
     let win_rate = last.map_or(String::new(), |e| {
         format!("win rate {:.3} (step {})  ", e.win_rate.mean, e.step)
     });
+    let same = of("completions/identical_ratio");
+    let same = match same > 0.5 {
+        true => format!("  same answers {:.0} %", 100.0 * same),
+        false => String::new(),
+    };
     format!(
-        "{win_rate}loss {:.4}  kl {:.3}  margin {:.3}  {:.0} pairs/s  stale {:.1}  waits {:.0} %",
+        "{win_rate}loss {:.4}  kl {:.3}  margin {:.3}  {:.0} pairs/s  stale {:.1}  waits {:.0} %{same}",
         of("loss"),
         of("objective/kl"),
         of("rewards/margins"),

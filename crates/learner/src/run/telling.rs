@@ -8,6 +8,9 @@ use telemetry::Measurements;
 use super::{Learner, due, outlook};
 use crate::{LearnerError, intake};
 
+/// A share of prompts with identical completions beyond which there is little left to learn from.
+const COLLAPSED: f64 = 0.9;
+
 impl Learner {
     /// Staleness, waits, throughput and health of a step.
     pub(super) fn flow(
@@ -54,6 +57,7 @@ impl Learner {
         if let Some(bytes) = telemetry::peak_memory_bytes() {
             m.set("perf/peak_memory_bytes", bytes as f64);
         }
+        m.set("completions/identical_ratio", self.sameness(pairs.len()));
         m.set("num_tokens", self.state.tokens as f64);
         m.merge(outlook::echoes(&self.settings.objective, pairs));
         outlook::ages(&staleness);
@@ -64,6 +68,25 @@ impl Learner {
         m.set("health/skipped_steps", self.state.nonfinite as f64);
         m.set("health/rollbacks", self.state.rollbacks as f64);
         m
+    }
+
+    /// The share of the prompts since the last step that were dropped because their completions were the
+    /// same. A policy that has collapsed onto one answer takes ever longer to give a pair to learn from.
+    fn sameness(&mut self, pairs: usize) -> f64 {
+        let identical = std::mem::take(&mut self.identical) as f64;
+        let ratio = identical / (identical + pairs as f64).max(1.0);
+        let collapsed = ratio > COLLAPSED;
+        if collapsed && !self.collapsed {
+            tracing::warn!(
+                step = self.state.step,
+                "{:.0} % of the prompts were answered with the same tokens each time: the policy has all but \
+                 collapsed onto single answers, and pairs to learn from are rare; raise tau or beta, \
+                 actor.mixture_coef or actor.temperature, or lower learner.learning_rate",
+                100.0 * ratio
+            );
+        }
+        self.collapsed = collapsed;
+        ratio
     }
 
     pub(super) fn report(

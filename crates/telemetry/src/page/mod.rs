@@ -10,18 +10,13 @@ mod events;
 mod files;
 mod routes;
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
 
-use tokio::sync::oneshot;
-
+use crate::server::Server;
 use crate::{Error, RunView};
 use door::Door;
-
-/// How many files are read at a time.
-const READERS: usize = 4;
 
 /// A page of metrics, made anew each time: what a process says of itself, or several one after another.
 pub type MetricsPage = Arc<dyn Fn() -> String + Send + Sync>;
@@ -42,8 +37,7 @@ pub struct PageParts {
 pub struct PageServer {
     address: String,
     url: String,
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    _server: Server,
 }
 
 /// What all requests share.
@@ -74,13 +68,7 @@ impl PageServer {
             address: listen,
             source,
         };
-        let listener = TcpListener::bind(listen).map_err(refused)?;
-        listener.set_nonblocking(true).map_err(refused)?;
-        let address = listener.local_addr().map_err(refused)?;
-        let address = format!("http://{address}/");
-        let shown = token.as_deref().map(|token| format!("?token={token}"));
-        let url = address.clone() + &shown.unwrap_or_default();
-        let shared = Shared {
+        let shared = Arc::new(Shared {
             door: Door::new(token.as_deref()),
             runs: runs
                 .into_iter()
@@ -88,14 +76,15 @@ impl PageServer {
                 .collect(),
             live,
             events: events::Events::default(),
-        };
-        let (stop, stopped) = oneshot::channel();
-        let thread = spawn(listener, Arc::new(shared), stopped)?;
+        });
+        let telling = events::tell(Arc::clone(&shared));
+        let server = Server::start("page", listen, refused, routes::router(shared), telling)?;
+        let address = format!("http://{}/", server.address());
+        let shown = token.as_deref().map(|token| format!("?token={token}"));
         Ok(Self {
+            url: address.clone() + &shown.unwrap_or_default(),
             address,
-            url,
-            stop: Some(stop),
-            thread: Some(thread),
+            _server: server,
         })
     }
 
@@ -109,16 +98,6 @@ impl PageServer {
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
-    }
-}
-
-impl Drop for PageServer {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so itself.
-            thread.join().ok();
-        }
     }
 }
 
@@ -142,39 +121,6 @@ pub fn page_token(path: &Path) -> Result<Option<String>, Error> {
     is_sound
         .then(|| Some(token.to_owned()))
         .ok_or_else(|| refuse(None))
-}
-
-fn spawn(
-    listener: TcpListener,
-    shared: Arc<Shared>,
-    stopped: oneshot::Receiver<()>,
-) -> Result<JoinHandle<()>, Error> {
-    let name = "page";
-    let refused = |source| Error::Thread {
-        name: name.into(),
-        source,
-    };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .thread_name("page-reader")
-        .max_blocking_threads(READERS)
-        .build()
-        .map_err(refused)?;
-    let serve = move || {
-        runtime.block_on(async {
-            tokio::select! {
-                () = routes::serve(listener, shared) => {}
-                // Nothing is ever sent: the sender goes, and that is the sign.
-                _ = stopped => {}
-            }
-        });
-        // Who still listens for events is left; a file that is being read is not waited for.
-        runtime.shutdown_background();
-    };
-    thread::Builder::new()
-        .name(name.into())
-        .spawn(serve)
-        .map_err(refused)
 }
 
 #[cfg(test)]

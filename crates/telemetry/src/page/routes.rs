@@ -1,7 +1,5 @@
 //! What a browser may ask, and what it is answered.
 
-use std::future::IntoFuture;
-use std::net::TcpListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::Router;
@@ -31,23 +29,8 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
 /// A refusal, as text for people.
 type Refusal = (StatusCode, String);
 
-/// Answers until it is cancelled.
-pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
-    let listener = match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => return tracing::error!(%error, "the page cannot be served"),
-    };
-    tokio::select! {
-        ended = axum::serve(listener, router(Arc::clone(&shared))).into_future() => {
-            if let Err(error) = ended {
-                tracing::error!(%error, "the page is served no more");
-            }
-        }
-        () = events::tell(shared) => {}
-    }
-}
-
-fn router(shared: Arc<Shared>) -> Router {
+/// Everything that may be asked.
+pub(super) fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/api/events", get(told))
         .route("/api/runs/{run}/curves", get(curves))
