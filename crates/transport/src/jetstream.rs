@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::{self, Context};
-use async_nats::{ConnectErrorKind, ConnectOptions, Event};
+use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, Event};
 use settings::JetStreamSettings;
 use tokio::time::{Instant, sleep};
 
@@ -54,14 +54,7 @@ impl Connection {
                 Ok(client) => break client,
                 Err(error) => error,
             };
-            let hopeless = matches!(
-                error.kind(),
-                ConnectErrorKind::ServerParse
-                    | ConnectErrorKind::Authentication
-                    | ConnectErrorKind::AuthorizationViolation
-                    | ConnectErrorKind::Tls
-            );
-            if hopeless || Instant::now() > deadline {
+            if is_final(&error) || Instant::now() > deadline {
                 return Err(TransportError::Unreachable {
                     url: settings.url.clone(),
                     reason: sentence(&error),
@@ -182,13 +175,13 @@ async fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, Transpo
         options = options.nkey(seed);
     }
     if let Some(credentials) = secret(&settings.credentials_path)? {
-        options =
-            options
-                .credentials(&credentials)
-                .map_err(|error| TransportError::Unreadable {
-                    path: settings.credentials_path.clone(),
-                    reason: error.to_string(),
-                })?;
+        // Its last line must end.
+        options = options
+            .credentials(&format!("{credentials}\n"))
+            .map_err(|error| TransportError::Unreadable {
+                path: settings.credentials_path.clone(),
+                reason: error.to_string(),
+            })?;
     }
     if settings.tls {
         options = options.require_tls(true);
@@ -201,6 +194,29 @@ async fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, Transpo
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
     Ok(options)
+}
+
+/// Whether trying again would not help: the server is there and does not let this process in, or is not to be
+/// trusted.
+fn is_final(error: &ConnectError) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(of) = cause {
+        // What rustls makes of a certificate, its own or the other side's.
+        if of
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::InvalidData)
+        {
+            return true;
+        }
+        cause = of.source();
+    }
+    matches!(
+        error.kind(),
+        ConnectErrorKind::ServerParse
+            | ConnectErrorKind::Authentication
+            | ConnectErrorKind::AuthorizationViolation
+            | ConnectErrorKind::Tls
+    )
 }
 
 fn is_set(path: &Path) -> bool {

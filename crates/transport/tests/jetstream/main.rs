@@ -1,116 +1,24 @@
 //! The promises of the transport over a real NATS server, which is stopped, started again, filled up and
 //! lied to.
 
+mod entry;
+mod server;
+
 use std::collections::BTreeSet;
-use std::net::TcpListener;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use messages::{
     DropReason, Dropped, PromptId, Station, WeightsManifest, WeightsVersion, wire::Message,
 };
-use settings::{JetStreamSettings, TransportSettings, WeightsEncoding, resolve};
+use settings::WeightsEncoding;
 use tokio::time::{sleep, timeout};
 use transport::{Delivery, Hub, Receiver, TransportError};
 
+use server::Server;
+
 /// No step of these tests takes near so long.
 const DEADLINE: Duration = Duration::from_secs(30);
-
-/// A server of one test, on a port and with a store of its own.
-struct Server {
-    store: tempfile::TempDir,
-    port: u16,
-    limits: &'static str,
-    process: Child,
-}
-
-impl Server {
-    /// `None` where there is no nats-server, which is told, and in continuous integration an error.
-    fn start() -> Option<Self> {
-        Self::within("")
-    }
-
-    /// A server with these further lines in its configuration of JetStream.
-    fn within(limits: &'static str) -> Option<Self> {
-        let version = Command::new("nats-server").arg("--version").output();
-        if version.is_err() {
-            assert!(
-                std::env::var_os("CI").is_none(),
-                "nats-server is missing: apt install nats-server"
-            );
-            eprintln!("SKIPPED: nats-server is missing: apt install nats-server");
-            return None;
-        }
-        let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let port = free.local_addr().expect("it has an address").port();
-        drop(free);
-        let store = tempfile::tempdir().expect("a folder");
-        let process = spawn(store.path(), port, limits);
-        Some(Self {
-            store,
-            port,
-            limits,
-            process,
-        })
-    }
-
-    fn settings(&self, more: &str) -> JetStreamSettings {
-        let text = format!(
-            "[transport]\nkind = \"jetstream\"\nurl = \"nats://127.0.0.1:{}\"\nlease_seconds = 1\n\
-             timeout_seconds = 20\n{more}",
-            self.port
-        );
-        let resolved = resolve(&text, "test", &[]).expect("they are sound");
-        match resolved.settings.transport {
-            TransportSettings::Jetstream(settings) => *settings,
-            TransportSettings::Memory {} => unreachable!("it says jetstream"),
-        }
-    }
-
-    async fn hub(&self, run: &str) -> Hub {
-        self.hub_with(run, "").await
-    }
-
-    async fn hub_with(&self, run: &str, more: &str) -> Hub {
-        let settings = self.settings(more);
-        let hub = Hub::connect(&settings, run).await;
-        hub.expect("the server runs")
-    }
-
-    fn kill(&mut self) {
-        self.process.kill().expect("it runs");
-        self.process.wait().expect("it ends");
-    }
-
-    fn again(&mut self) {
-        self.process = spawn(self.store.path(), self.port, self.limits);
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.process.kill().ok();
-        self.process.wait().ok();
-    }
-}
-
-fn spawn(store: &Path, port: u16, limits: &str) -> Child {
-    let config = store.join("server.conf");
-    let text = format!(
-        "listen: \"127.0.0.1:{port}\"\njetstream {{\n store_dir: {:?}\n {limits}\n}}\n",
-        store.join("jetstream").display().to_string()
-    );
-    std::fs::write(&config, text).expect("it can be written");
-    Command::new("nats-server")
-        .arg("-c")
-        .arg(config)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("it starts")
-}
 
 fn note(number: u64) -> Dropped {
     Dropped {
