@@ -334,7 +334,8 @@ fn since_1970() -> Duration {
     now.unwrap_or_default()
 }
 
-/// Looks at a run every few seconds, and writes what there is to see into its directory.
+/// Looks at a run every few seconds, writes what there is to see into its directory, and has delivered again
+/// what the server has forgotten.
 pub(crate) struct Lookout {
     end: watch::Sender<Option<RunState>>,
     looking: JoinHandle<()>,
@@ -387,6 +388,7 @@ async fn look(
         return Ok(());
     };
     overview.tell_streams();
+    streams.reclaim().await?;
     let targets = serde_json::to_vec_pretty(&overview.targets())?;
     // Prometheus reads it again whenever it changes.
     if std::fs::read(targets_file(directory)).ok().as_ref() != Some(&targets) {

@@ -69,6 +69,15 @@ impl Streams {
         self.capacity
     }
 
+    /// Has delivered again what a server that was killed would deliver to nobody.
+    pub(crate) async fn reclaim(&self) -> Result<(), TransportError> {
+        self.prompts.1.reclaim().await?;
+        self.pairs.1.reclaim().await?;
+        self.labelled.1.reclaim().await?;
+        self.drops.1.reclaim().await?;
+        Ok(())
+    }
+
     /// What has happened to the messages of each.
     pub(crate) async fn counts(&self) -> Result<Vec<(&'static str, Counts)>, TransportError> {
         Ok(vec![

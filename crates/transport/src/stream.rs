@@ -160,6 +160,19 @@ impl<T: Message + Clone + Send + Sync + 'static> Receiver<T> {
         }
     }
 
+    /// Has delivered again what a server that was killed came back with, keeps, and would deliver to nobody.
+    /// Call it now and then, from one process of a run: what is found twice in a row is reclaimed. In
+    /// memory nothing is ever stranded. Says whether anything was.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn reclaim(&self) -> Result<bool, TransportError> {
+        match &self.kind {
+            ReceiverKind::Memory(_) => Ok(false),
+            ReceiverKind::JetStream(downstream) => downstream.reclaim().await,
+        }
+    }
+
     /// Says that up to `messages` could be taken at once from here on: over JetStream so many are fetched
     /// together.
     pub fn prefetch(&self, messages: usize) {

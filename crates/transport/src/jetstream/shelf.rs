@@ -11,6 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use async_nats::jetstream::object_store::{Config, ObjectMetadata, ObjectStore};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE;
+use futures_util::StreamExt;
 use messages::{WeightsManifest, WeightsVersion, wire};
 use settings::WeightsEncoding;
 use tokio::io::AsyncReadExt;
@@ -62,6 +65,8 @@ struct Published {
     /// The newest, as it lies in the store.
     newest: Option<(WeightsVersion, ObjectMetadata, Arc<Vec<u8>>)>,
     mends: u32,
+    /// Whether what earlier sessions left is known.
+    stocked: bool,
     /// What lies in the store, and the whole blob each needs.
     lying: BTreeMap<WeightsVersion, Option<WeightsVersion>>,
 }
@@ -169,6 +174,7 @@ impl JetShelf {
             });
         }
         let version = manifest.version;
+        self.take_stock().await;
         let (meta, bytes) = self.encode(version, blob).await;
         self.lay_down(meta.clone(), Arc::clone(&bytes)).await?;
         self.register.put(NEWEST, wire::encode(&manifest)).await?;
@@ -183,12 +189,47 @@ impl JetShelf {
             published.prune(self.keep)
         };
         for version in pruned {
-            // What stays behind is in nobody's way, and goes with the run.
-            if let Err(error) = self.store.0.delete(name(version)).await {
+            // What stays behind is taken stock of by the next session, and goes with the run.
+            if let Err(error) = self.take_away(&name(version)).await {
                 tracing::debug!(%error, %version, "superseded weights stay on the shelf");
             }
         }
         Ok(())
+    }
+
+    /// Removes a blob, and the note that the store keeps of what was removed.
+    async fn take_away(&self, name: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.store.0.delete(name).await?;
+        let bucket = self.connection.name("weights");
+        let note = format!("$O.{bucket}.M.{}", URL_SAFE.encode(name));
+        let context = &self.connection.context;
+        let stream = context.get_stream(format!("OBJ_{bucket}")).await?;
+        stream.purge().filter(note).await?;
+        Ok(())
+    }
+
+    /// Finds, before the first publication, what earlier sessions left on the shelf, so that it goes when
+    /// it is superseded.
+    async fn take_stock(&self) {
+        if std::mem::replace(&mut self.published().stocked, true) {
+            return;
+        }
+        let found = async {
+            let mut found = BTreeMap::new();
+            let mut objects = self.store.0.list().await?;
+            while let Some(object) = objects.next().await {
+                let object = object?;
+                if let Some(version) = version(&object.name) {
+                    let base = object.metadata.get("base");
+                    found.insert(version, base.and_then(|base| self::version(base)));
+                }
+            }
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(found)
+        };
+        match found.await {
+            Ok(found) => self.published().lying.extend(found),
+            Err(error) => tracing::warn!(%error, "weights of earlier sessions stay on the shelf"),
+        }
     }
 
     /// The blob as it travels: whole, or what changed since the last whole one where that is less.

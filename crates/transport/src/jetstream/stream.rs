@@ -6,7 +6,7 @@
 //! run's dead letters, where people find it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy, PullConsumer};
@@ -63,6 +63,8 @@ pub(crate) struct Downstream<T> {
     arrived: flume::Receiver<Result<Delivery<T>, TransportError>>,
     wanted: Arc<Wanted>,
     pump: AbortHandle,
+    /// The first message that was found stranded last time; 0: none.
+    stranded: AtomicU64,
 }
 
 /// What receivers ask of the pump.
@@ -137,6 +139,31 @@ impl Place {
         let context = &self.connection.context;
         let create = || context.create_consumer_on_stream(config.clone(), &self.stream);
         self.connection.insist("read a stream", create).await
+    }
+
+    /// The first message of the stream, when the server counts it as read and keeps it all the same. A server
+    /// that was killed may come back with such messages: they take places for ever and reach nobody.
+    async fn stranded(&self) -> Result<Option<u64>, TransportError> {
+        let context = &self.connection.context;
+        let ask = || context.get_stream(&self.stream);
+        let stream = self.connection.insist("ask about a stream", ask).await?;
+        let state = &stream.cached_info().state;
+        let ask = || stream.consumer_info(READERS);
+        let reader = self.connection.insist("ask about a stream", ask).await?;
+        let is_stranded =
+            state.messages > 0 && state.first_sequence <= reader.ack_floor.stream_sequence;
+        Ok(is_stranded.then_some(state.first_sequence))
+    }
+
+    /// Has everything that the stream holds delivered again, whatever the server remembers of it. Who has
+    /// some of it in hand, or had acknowledged it, is known by the messages' ids.
+    async fn read_anew(&self) -> Result<(), TransportError> {
+        let context = &self.connection.context;
+        let forgotten = context.delete_consumer_from_stream(READERS, &self.stream);
+        if let Err(error) = forgotten.await {
+            tracing::debug!(stream = self.name, %error, "not forgotten; it is tried again");
+        }
+        self.consumer().await.map(drop)
     }
 
     async fn counts(&self) -> Result<Counts, TransportError> {
@@ -283,6 +310,7 @@ impl<T: Message + Send + Sync + 'static> Downstream<T> {
             arrived,
             wanted,
             pump: tokio::spawn(pump.run()).abort_handle(),
+            stranded: AtomicU64::new(0),
         })
     }
 
@@ -304,6 +332,23 @@ impl<T: Message + Send + Sync + 'static> Downstream<T> {
 
     pub(crate) fn try_receive(&self) -> Option<Delivery<T>> {
         self.arrived.try_recv().ok()?.ok()
+    }
+
+    /// Has delivered again what the server keeps and would deliver to nobody, when it is found for the
+    /// second time; whether there was any.
+    pub(crate) async fn reclaim(&self) -> Result<bool, TransportError> {
+        let stranded = self.place.stranded().await?.unwrap_or(0);
+        let before = self.stranded.swap(stranded, Ordering::Relaxed);
+        if stranded == 0 || stranded != before {
+            return Ok(false);
+        }
+        let stream = self.place.name;
+        tracing::warn!(
+            stream,
+            "the server kept messages that it delivered to nobody: they are delivered again"
+        );
+        self.place.read_anew().await?;
+        Ok(true)
     }
 
     pub(crate) fn prefetch(&self, messages: usize) {

@@ -5,6 +5,7 @@ mod entry;
 mod server;
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -422,4 +423,109 @@ fn ids_tell_a_message_that_is_sent_again_from_a_new_one() {
     assert_eq!(note(7).id(), note(7).id());
     assert_ne!(note(7).id(), again.id());
     assert_ne!(note(7).id(), note(8).id());
+}
+
+fn copy(from: &Path, to: &Path) {
+    if to.exists() {
+        std::fs::remove_dir_all(to).expect("it is ours");
+    }
+    std::fs::create_dir_all(to).expect("it is ours");
+    for entry in std::fs::read_dir(from).expect("the server keeps messages") {
+        let path = entry.expect("an entry of a folder").path();
+        let name = path.file_name().expect("an entry has a name");
+        std::fs::copy(&path, to.join(name)).expect("it is ours");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_comes_back_with_and_delivers_to_nobody_is_delivered_again() {
+    let Some(mut server) = Server::start() else {
+        return;
+    };
+    let hub = server.hub("run").await;
+    let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
+    for number in 1..=5 {
+        sender.send(note(number)).await.expect("there is a place");
+    }
+    // The messages as they were before they were read, beside a reader that has read them.
+    let (messages, saved) = (server.messages_of("agon-run-notes"), tempfile::tempdir());
+    let saved = saved.expect("a folder");
+    server.stop();
+    copy(&messages, saved.path());
+    server.again();
+    for _ in 1..=5 {
+        next(&receiver).await.acknowledge();
+    }
+    hub.flush().await;
+    until("all is settled", async || {
+        receiver
+            .counts()
+            .await
+            .is_ok_and(|counts| counts.acknowledged == 5)
+    })
+    .await;
+    server.stop();
+    copy(saved.path(), &messages);
+    server.again();
+    until("they are back", async || {
+        receiver
+            .counts()
+            .await
+            .is_ok_and(|counts| counts.queued == 5)
+    })
+    .await;
+    sender.send(note(6)).await.expect("there is a place");
+    let new = next(&receiver).await;
+    assert_eq!(number(&new), 6, "the others are delivered to nobody");
+    new.acknowledge();
+    hub.flush().await;
+    assert!(!receiver.reclaim().await.expect("it answers"), "seen once");
+    assert!(receiver.reclaim().await.expect("it answers"));
+    let mut again = BTreeSet::new();
+    while again.len() < 5 {
+        let delivery = next(&receiver).await;
+        again.insert(number(&delivery));
+        delivery.acknowledge();
+    }
+    assert_eq!(again, (1..=5).collect());
+    hub.flush().await;
+    until("nothing is left", async || {
+        let counts = receiver.counts().await.expect("it answers");
+        counts.queued + counts.in_hand == 0
+    })
+    .await;
+    assert!(!receiver.reclaim().await.expect("it answers"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn superseded_weights_leave_nothing_behind_not_even_those_of_a_session_that_was_killed() {
+    let Some(server) = Server::start() else {
+        return;
+    };
+    let held = async || {
+        let client = async_nats::connect(format!("127.0.0.1:{}", server.port));
+        let context = async_nats::jetstream::new(client.await.expect("the server runs"));
+        let stream = context.get_stream("OBJ_agon-run-weights").await;
+        stream
+            .expect("there is a shelf")
+            .cached_info()
+            .state
+            .messages
+    };
+    let publish = async |session: u64, steps: std::ops::Range<u64>| {
+        let hub = server.hub("run").await;
+        let shelf = hub.shelf().await.expect("it is made");
+        for step in steps {
+            let (version, blob) = (WeightsVersion { session, step }, vec![step as u8; 100]);
+            let manifest = WeightsManifest::of(version, &blob);
+            shelf.publish(manifest, blob).await.expect("it is newer");
+        }
+    };
+    publish(0, 1..3).await;
+    let two = held().await;
+    publish(0, 3..9).await;
+    assert_eq!(held().await, two, "one goes for one that comes");
+    // Another learner knows nothing of what this one laid down.
+    publish(1, 5..15).await;
+    assert_eq!(held().await, two);
 }

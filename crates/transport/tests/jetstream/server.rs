@@ -1,7 +1,7 @@
 //! A nats-server of one test.
 
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use settings::{JetStreamSettings, TransportSettings, resolve};
@@ -82,6 +82,20 @@ impl Server {
     pub fn kill(&mut self) {
         self.process.kill().expect("it runs");
         self.process.wait().expect("it ends");
+    }
+
+    /// Asks the server to end, so that nothing it has in memory is lost.
+    pub fn stop(&mut self) {
+        let kill = format!("kill -TERM {}", self.process.id());
+        let asked = Command::new("sh").args(["-c", &kill]).status();
+        assert!(asked.expect("a shell").success(), "it runs");
+        self.process.wait().expect("it ends");
+    }
+
+    /// Where the server keeps the messages of a stream.
+    pub fn messages_of(&self, stream: &str) -> PathBuf {
+        let streams = self.store.path().join("jetstream/jetstream/$G/streams");
+        streams.join(stream).join("msgs")
     }
 
     pub fn again(&mut self) {
