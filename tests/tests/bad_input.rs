@@ -31,7 +31,7 @@ fn train_on(folder: &Path, prompts: &Path, run: &Path) -> Vec<String> {
     ]);
     for set in [
         format!("model.path={folder:?}"),
-        "prompts.kind=jsonl".into(),
+        "prompts.kind=dataset".into(),
         format!("prompts.path={prompts:?}"),
         "prompts.held_out=1".into(),
         "actor.max_prompt_length=32".into(),
@@ -216,7 +216,7 @@ fn a_malformed_row_of_prompts_is_named_by_file_and_line() {
         ),
         (
             "{\"prompt\": 7}\n",
-            &["prompts.jsonl, line 1", "neither text nor messages"],
+            &["prompts.jsonl, line 1", "a string or a list of messages"],
         ),
         ("", &["prompts.jsonl", "no prompts"]),
         (

@@ -151,8 +151,8 @@ impl Actor {
         })
     }
 
-    /// What it waits for while it runs: "prompts", "the rest of a release" or "weights"; nothing while it
-    /// writes.
+    /// What it waits for while it runs: "prompts", "the rest of a release", "weights", or room for what it
+    /// gives; nothing while it writes.
     #[must_use]
     pub fn waits(&self) -> Waits {
         self.waits.clone()
@@ -395,10 +395,10 @@ impl Actor {
                 .drop_prompt(Some(held), DropReason::Identical, detail)
                 .await;
         }
-        self.pairs
-            .send(pair)
-            .await
-            .map_err(|source| self.lost(source))?;
+        let wait = self.waits.enter("room for pairs");
+        let sent = self.pairs.send(pair).await;
+        drop(wait);
+        sent.map_err(|source| self.lost(source))?;
         receipt.acknowledge();
         self.counters.given(1);
         Ok(())
@@ -428,10 +428,10 @@ impl Actor {
             reason,
             detail,
         };
-        self.drops
-            .send(note)
-            .await
-            .map_err(|source| self.lost(source))?;
+        let wait = self.waits.enter("room for notes");
+        let sent = self.drops.send(note).await;
+        drop(wait);
+        sent.map_err(|source| self.lost(source))?;
         receipt.acknowledge();
         self.counters.dropped(reason, 1);
         Ok(())

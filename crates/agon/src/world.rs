@@ -15,7 +15,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use ::preference::Judge;
 use dataset::shuffled;
-use learner::{Jsonl, PromptRow, PromptSet};
+use learner::{PromptFiles, PromptRow, PromptSet};
 use messages::Seed;
 use model::{Adapter, DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
@@ -158,10 +158,11 @@ pub(crate) fn prompts(
             })
         }
         PromptsSettings::Bandit {} => Arc::new(OnePrompt),
-        PromptsSettings::Jsonl(jsonl) => {
+        PromptsSettings::Dataset(dataset) => {
             let eos = folder.config.eos.first().copied();
             let longest = settings.actor.max_prompt_length;
-            Arc::new(Jsonl::load(jsonl, seed, longest, &folder.tokenizer, eos)?)
+            let text = (&folder.tokenizer, eos);
+            Arc::new(PromptFiles::load(dataset, seed, longest, text)?)
         }
     })
 }
@@ -219,7 +220,7 @@ fn fits_playground(folder: &ModelFolder) -> anyhow::Result<()> {
 pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Result<(), Misuse> {
     let (actor, positions) = (&settings.actor, config.max_positions);
     let prompt = match settings.prompts {
-        PromptsSettings::Jsonl(_) => actor.max_prompt_length,
+        PromptsSettings::Dataset(_) => actor.max_prompt_length,
         PromptsSettings::Playground { .. } | PromptsSettings::Bandit {} => 0,
     };
     if prompt.saturating_add(actor.max_new_tokens) <= positions {

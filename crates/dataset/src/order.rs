@@ -11,7 +11,7 @@ pub fn shuffled(index: u64, count: u64, seed: Seed) -> u64 {
 
 /// Place `place` of a permutation of `0..count`, computed without the others: a Feistel network over
 /// the next power of four, walked until it is inside.
-fn permuted(place: u64, count: u64, seed: Seed) -> u64 {
+pub(crate) fn permuted(place: u64, count: u64, seed: Seed) -> u64 {
     let half = (64 - count.saturating_sub(1).leading_zeros())
         .div_ceil(2)
         .max(1);

@@ -94,6 +94,11 @@ impl Side {
     }
 }
 
+/// A response as text, or as messages that end with it.
+pub(crate) fn response_of(value: &Value) -> Result<String, String> {
+    Side::read(value)?.response()
+}
+
 /// The prompt that two dialogues share: all before the last turn of the assistant.
 fn implicit(chosen: Side, rejected: Side) -> Result<Pair, String> {
     match (chosen, rejected) {
@@ -131,14 +136,15 @@ fn implicit(chosen: Side, rejected: Side) -> Result<Pair, String> {
     }
 }
 
-fn prompt_of(value: &Value) -> Result<PromptText, String> {
+/// A prompt as text or as messages.
+pub(crate) fn prompt_of(value: &Value) -> Result<PromptText, String> {
     match value {
         Value::Array(turns) if !turns.is_empty() => Ok(PromptText::Messages(messages(turns)?)),
         other => PromptText::try_from(other.clone()),
     }
 }
 
-fn messages(turns: &[Value]) -> Result<Vec<Message>, String> {
+pub(crate) fn messages(turns: &[Value]) -> Result<Vec<Message>, String> {
     turns.iter().map(message).collect()
 }
 
@@ -158,7 +164,8 @@ fn message(turn: &Value) -> Result<Message, String> {
     serde_json::from_value(turn.clone()).map_err(|error| error.to_string())
 }
 
-fn said(turn: &Message) -> Result<String, String> {
+/// What a turn says.
+pub(crate) fn said(turn: &Message) -> Result<String, String> {
     let text = turn.content.as_str();
     text.map(str::to_owned)
         .ok_or_else(|| format!("the last turn says {}, which is not text", turn.content))

@@ -11,11 +11,18 @@ use serde_json::Value;
 use crate::DatasetError;
 
 /// The JSON objects of a file with their line numbers: one a line, or one list of them (then the number
-/// is the place in the list, from 1). `.gz` is read too. Empty lines are passed over.
+/// is the place in the list, from 1). `.gz` is read too. Empty lines are passed over. The rows of a
+/// `.parquet` file are numbered from 1.
 ///
 /// # Errors
 /// When the file cannot be read or a row is not a JSON object: with file and line.
 pub fn read_rows(path: &Path) -> Result<Vec<(usize, Value)>, DatasetError> {
+    if path
+        .extension()
+        .is_some_and(|extension| extension == "parquet")
+    {
+        return crate::parquet::read(path);
+    }
     let unreadable = |source| DatasetError::Unreadable {
         path: path.to_owned(),
         source,

@@ -65,6 +65,14 @@ pub enum LearnerError {
         /// Pairs that have.
         in_hand: usize,
     },
+    /// Prompts are not taken.
+    #[error(
+        "no room for a prompt for {seconds} s: its stream is full and nobody takes from it; see agon status and learner.batch_timeout_seconds"
+    )]
+    NoRoom {
+        /// How long it waited.
+        seconds: u64,
+    },
     /// The run diverges and going back to a checkpoint has not helped.
     #[error(
         "diverged: the run went back to a checkpoint {rollbacks} times and its numbers are not finite again; its batches are in {quarantine}; lower learner.learning_rate"

@@ -1,12 +1,14 @@
 //! Prompts as credits: never more on their way and in hand than the learner will train on in time.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use messages::{Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
 use serde::{Deserialize, Serialize};
-use transport::{Sender, TransportError};
+use telemetry::Waits;
+use tokio::time::timeout;
+use transport::Sender;
 
-use crate::{PromptRow, PromptSet};
+use crate::{LearnerError, PromptRow, PromptSet};
 
 /// Ids from here on belong to evaluations.
 const EVALUATION: u64 = 1 << 63;
@@ -47,6 +49,8 @@ struct Asked {
 /// Sends prompts and remembers which have not come back.
 pub(crate) struct Feed {
     prompts: Sender<Prompt>,
+    waits: Waits,
+    patience: Duration,
     set: Arc<dyn PromptSet>,
     seed: Seed,
     pacing: Pacing,
@@ -56,9 +60,10 @@ pub(crate) struct Feed {
 }
 
 impl Feed {
-    /// `window`: (max_staleness + 1) · train_batch_size.
+    /// `window`: (max_staleness + 1) · train_batch_size. A prompt waits at most `patience` for room in its
+    /// stream, under that name among `waits`.
     pub(crate) fn new(
-        prompts: Sender<Prompt>,
+        (prompts, waits, patience): (Sender<Prompt>, Waits, Duration),
         set: Arc<dyn PromptSet>,
         seed: Seed,
         pacing: Pacing,
@@ -66,6 +71,8 @@ impl Feed {
     ) -> Self {
         Self {
             prompts,
+            waits,
+            patience,
             set,
             seed,
             pacing,
@@ -101,7 +108,7 @@ impl Feed {
         version: WeightsVersion,
         in_hand: usize,
         needed: usize,
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), LearnerError> {
         let on_their_way = self.outstanding();
         let credits = self
             .window
@@ -131,7 +138,7 @@ impl Feed {
         id: PromptId,
         release: Release,
         version: WeightsVersion,
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), LearnerError> {
         let asked = Asked {
             id,
             release,
@@ -146,7 +153,7 @@ impl Feed {
         asked: Asked,
         row: PromptRow,
         version: WeightsVersion,
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), LearnerError> {
         let Asked {
             id,
             release,
@@ -165,7 +172,12 @@ impl Feed {
             answer: row.answer,
         };
         self.outstanding.insert(id, release);
-        self.prompts.send(prompt).await
+        let _wait = self.waits.enter("room for prompts");
+        let sent = timeout(self.patience, self.prompts.send(prompt)).await;
+        sent.map_err(|_| LearnerError::NoRoom {
+            seconds: self.patience.as_secs(),
+        })??;
+        Ok(())
     }
 
     /// Sends the held-out prompt `index` of the evaluation at `version`. Its seed is the same in every
@@ -174,7 +186,7 @@ impl Feed {
         &mut self,
         index: u64,
         version: WeightsVersion,
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), LearnerError> {
         let id = PromptId(EVALUATION | version.step << 24 | index);
         let asked = Asked {
             id,
@@ -191,7 +203,7 @@ impl Feed {
         &mut self,
         index: u64,
         version: WeightsVersion,
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), LearnerError> {
         let id = PromptId(CONTEST | version.step << 24 | index);
         let asked = Asked {
             id,
@@ -224,7 +236,7 @@ impl Feed {
         state: FeedState,
         version: WeightsVersion,
         mut forget: impl FnMut(PromptId),
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), LearnerError> {
         self.cursor = state.cursor;
         let mut again = BTreeMap::new();
         for (id, release) in state.outstanding {
@@ -261,11 +273,30 @@ mod tests {
     }
 
     fn feed(pacing: Pacing) -> (Feed, transport::Receiver<Prompt>) {
-        let (sender, receiver) = transport::stream("prompts", 64);
-        (
-            Feed::new(sender, Arc::new(Counting), Seed(1), pacing, 6),
-            receiver,
-        )
+        of_room(pacing, 64)
+    }
+
+    fn of_room(pacing: Pacing, room: usize) -> (Feed, transport::Receiver<Prompt>) {
+        let (sender, receiver) = transport::stream("prompts", room);
+        let way = (sender, Waits::new("learner"), Duration::from_secs(60));
+        let feed = Feed::new(way, Arc::new(Counting), Seed(1), pacing, 6);
+        (feed, receiver)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_prompt_for_which_there_is_no_room_is_not_waited_for_for_ever() {
+        let (mut feed, receiver) = of_room(Pacing::EachPrompt, 2);
+        let waits = feed.waits.clone();
+        let mut topping = Box::pin(feed.top_up(WeightsVersion::REFERENCE, 0, 9));
+        assert!(timeout(Duration::from_secs(1), &mut topping).await.is_err());
+        assert_eq!(waits.current()[0].reason, "room for prompts");
+        let error = topping.await.expect_err("nobody takes any");
+        assert!(
+            matches!(error, LearnerError::NoRoom { seconds: 60 }),
+            "{error}"
+        );
+        assert_eq!(sent(&receiver).len(), 2);
+        assert!(waits.current().is_empty());
     }
 
     fn sent(receiver: &transport::Receiver<Prompt>) -> Vec<Prompt> {

@@ -26,6 +26,6 @@ pub use checkpoint::{latest as latest_checkpoint, step_of as checkpoint_step};
 pub use error::LearnerError;
 pub use evaluation::{Evaluation, Example, Interval};
 pub use feed::Pacing;
-pub use prompts::{Jsonl, PromptRow, PromptSet};
+pub use prompts::{PromptFiles, PromptRow, PromptSet};
 pub use rounds::Rounds;
 pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Summary};

@@ -1,12 +1,12 @@
-//! Where prompts come from: any set that can be asked for its n-th prompt, and a JSONL file as one.
+//! Where prompts come from: any set that can be asked for its n-th prompt, and files as one.
 
-use std::path::Path;
+use std::{collections::HashSet, path::Path};
 
-use dataset::{DatasetError, read_rows, shuffled};
-use messages::{PromptText, Seed};
+use dataset::{DatasetError, Mix, read_rows, shuffled};
+use messages::Seed;
 use model::Tokenizer;
 use serde_json::Value;
-use settings::JsonlPrompts;
+use settings::{DatasetPrompts, TooLong};
 
 use crate::LearnerError;
 
@@ -32,132 +32,207 @@ pub trait PromptSet: Send + Sync {
     fn held_out(&self, index: u64) -> PromptRow;
 }
 
-/// The prompts of a file, in a new order every epoch.
+/// The prompts of files: mixed by weight, each file in a new order every epoch.
 #[derive(Debug)]
-pub struct Jsonl {
-    train: Vec<PromptRow>,
-    held_out: Vec<PromptRow>,
+pub struct PromptFiles {
+    files: Vec<File>,
+    mix: Mix,
     shuffle: Option<Seed>,
 }
 
-impl Jsonl {
-    /// Reads the file, or both files, and tokenises every row.
+#[derive(Debug)]
+struct File {
+    train: Vec<PromptRow>,
+    /// Empty when one file holds the prompts of all evaluations.
+    held_out: Vec<PromptRow>,
+}
+
+impl PromptFiles {
+    /// Reads all files, tokenises every row, and says how many were left out and why.
     ///
     /// # Errors
     /// When a file cannot be read, or a row is malformed, has no prompt, or has a prompt of more than
-    /// `max_prompt_length` tokens: with file and line.
+    /// `max_prompt_length` tokens that is not to be dropped: with file and line.
     pub fn load(
-        settings: &JsonlPrompts,
+        settings: &DatasetPrompts,
         seed: Seed,
         max_prompt_length: usize,
-        tokenizer: &Tokenizer,
-        eos: Option<u32>,
+        (tokenizer, eos): (&Tokenizer, Option<u32>),
     ) -> Result<Self, LearnerError> {
-        let reader = Reader {
+        let mut reader = Reader {
             settings,
             max_prompt_length,
             tokenizer,
             eos,
+            seen: HashSet::new(),
         };
-        let mut train = reader.rows(&settings.path)?;
-        let held_out = if settings.held_out_path.as_os_str().is_empty() {
-            if settings.held_out == 0 || settings.held_out >= train.len() {
-                let reason = format!(
-                    "prompts.held_out = {} leaves nothing of {} rows: hold out fewer, or name prompts.held_out_path",
-                    settings.held_out,
-                    train.len()
-                );
-                return Err(DatasetError::Row {
-                    path: settings.path.clone(),
-                    line: train.len(),
-                    reason,
-                }
-                .into());
-            }
-            train.split_off(train.len() - settings.held_out)
-        } else {
-            reader.rows(&settings.held_out_path)?
+        let named = settings.files();
+        let weights: Vec<f64> = named.iter().map(|file| file.weight).collect();
+        let mix = Mix::new(&weights, seed.derive(MIX)).map_err(|reason| DatasetError::Row {
+            path: named[0].path.clone(),
+            line: 1,
+            reason: format!("prompts.mix: {reason}"),
+        })?;
+        // First, so that none of them is trained on.
+        let held_out = match settings.held_out_path.as_os_str().is_empty() {
+            true => Vec::new(),
+            false => reader.rows(&settings.held_out_path)?,
         };
+        let mut files = Vec::new();
+        for (index, file) in named.iter().enumerate() {
+            let mut train = reader.rows(&file.path)?;
+            let held_out = match held_out.is_empty() {
+                true => split(&mut train, settings, mix.share(index), &file.path)?,
+                false => Vec::new(),
+            };
+            files.push(File { train, held_out });
+        }
+        files[0].held_out.extend(held_out);
         Ok(Self {
-            train,
-            held_out,
+            files,
+            mix,
             shuffle: settings.shuffle.then_some(seed),
         })
     }
 }
 
-impl PromptSet for Jsonl {
+/// Takes this file's share of the held-out rows off its end.
+fn split(
+    train: &mut Vec<PromptRow>,
+    settings: &DatasetPrompts,
+    share: f64,
+    path: &Path,
+) -> Result<Vec<PromptRow>, DatasetError> {
+    let count = (settings.held_out as f64 * share).ceil() as usize;
+    if count == 0 || count >= train.len() {
+        return Err(DatasetError::Row {
+            path: path.to_owned(),
+            line: train.len(),
+            reason: format!(
+                "prompts.held_out = {} leaves nothing of {} rows: hold out fewer, or name prompts.held_out_path",
+                settings.held_out,
+                train.len()
+            ),
+        });
+    }
+    Ok(train.split_off(train.len() - count))
+}
+
+impl PromptSet for PromptFiles {
     fn train(&self, index: u64) -> PromptRow {
-        let count = self.train.len() as u64;
+        let (file, place) = self.mix.place(index);
+        let rows = &self.files[file].train;
+        let count = rows.len() as u64;
         let place = match self.shuffle {
-            Some(seed) => shuffled(index, count, seed),
-            None => index % count,
+            Some(seed) if self.files.len() > 1 => shuffled(place, count, seed.derive(file as u64)),
+            Some(seed) => shuffled(place, count, seed),
+            None => place % count,
         };
-        self.train[place as usize].clone()
+        rows[place as usize].clone()
     }
 
     fn held_out(&self, index: u64) -> PromptRow {
-        self.held_out[(index % self.held_out.len() as u64) as usize].clone()
+        let (file, place) = self.mix.place(index);
+        let (rows, place) = match self.files[file].held_out.as_slice() {
+            // All are with the first file.
+            [] => (&self.files[0].held_out[..], index),
+            rows => (rows, place),
+        };
+        rows[(place % rows.len() as u64) as usize].clone()
     }
 }
 
+/// The seed of the order in which files are read, apart from those of the rows.
+const MIX: u64 = 0x313;
+
 struct Reader<'a> {
-    settings: &'a JsonlPrompts,
+    settings: &'a DatasetPrompts,
     max_prompt_length: usize,
     tokenizer: &'a Tokenizer,
     eos: Option<u32>,
+    /// The prompts that came before, in any file.
+    seen: HashSet<Vec<u32>>,
+}
+
+/// How many rows of a file were left out, by reason.
+#[derive(Debug, Default)]
+struct LeftOut {
+    duplicates: usize,
+    short: usize,
+    long: usize,
 }
 
 impl Reader<'_> {
-    fn rows(&self, path: &Path) -> Result<Vec<PromptRow>, DatasetError> {
-        let rows = read_rows(path)?
-            .into_iter()
-            .map(|(line, row)| {
-                self.row(&row).map_err(|reason| DatasetError::Row {
-                    path: path.to_owned(),
-                    line,
-                    reason,
-                })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        if rows.is_empty() {
-            let reason = "the file holds no prompts".into();
-            return Err(DatasetError::Row {
-                path: path.to_owned(),
-                line: 1,
-                reason,
-            });
+    fn rows(&mut self, path: &Path) -> Result<Vec<PromptRow>, DatasetError> {
+        let refused = |line, reason| DatasetError::Row {
+            path: path.to_owned(),
+            line,
+            reason,
+        };
+        let (mut kept, mut left_out) = (Vec::new(), LeftOut::default());
+        for (line, row) in read_rows(path)? {
+            let row = self.row(&row).map_err(|reason| refused(line, reason))?;
+            let length = row.ids.len();
+            if length > self.max_prompt_length {
+                if self.settings.too_long == TooLong::Refuse {
+                    return Err(refused(line, self.too_long(length)));
+                }
+                left_out.long += 1;
+            } else if length < self.settings.min_length {
+                left_out.short += 1;
+            } else if self.settings.deduplicate && !self.seen.insert(row.ids.clone()) {
+                left_out.duplicates += 1;
+            } else {
+                kept.push(row);
+            }
         }
-        Ok(rows)
+        let LeftOut {
+            duplicates,
+            short,
+            long,
+        } = left_out;
+        let out = duplicates + short + long;
+        if kept.is_empty() {
+            let reason = format!(
+                "the file holds no prompts: of {out} rows {duplicates} came before, {short} are too short and {long} too long"
+            );
+            return Err(refused(1, reason));
+        }
+        if out > 0 {
+            tracing::warn!(
+                path = %path.display(),
+                kept = kept.len(),
+                duplicates,
+                too_short = short,
+                too_long = long,
+                "prompts were left out"
+            );
+        }
+        Ok(kept)
+    }
+
+    fn too_long(&self, length: usize) -> String {
+        format!(
+            "the prompt has {length} tokens, more than actor.max_prompt_length = {}; prompts.too_long = \"drop\" leaves such rows out",
+            self.max_prompt_length
+        )
     }
 
     fn row(&self, row: &Value) -> Result<PromptRow, String> {
-        let column = self.settings.prompt_column.as_str();
-        let prompt = row
-            .get(column)
-            .ok_or_else(|| format!("there is no column {column:?}; see prompts.prompt_column"))?;
-        let prompt: PromptText = serde_json::from_value(prompt.clone())
-            .map_err(|_| format!("{column:?} is neither text nor messages"))?;
+        let settings = self.settings;
+        let prompt = dataset::prompt(row, &settings.prompt_column)
+            .map_err(|reason| format!("{reason}; see prompts.prompt_column"))?;
         let ids = self
             .tokenizer
             .encode_prompt(&prompt)
             .map_err(|error| error.to_string())?;
-        if ids.len() > self.max_prompt_length {
-            return Err(format!(
-                "the prompt has {} tokens, more than actor.max_prompt_length = {}",
-                ids.len(),
-                self.max_prompt_length
-            ));
-        }
-        let golden = self.settings.golden_column.as_str();
-        let answer = match (golden, row.get(golden)) {
-            ("", _) => None,
-            (_, Some(Value::String(answer))) => Some(answer.clone()),
-            _ => {
-                return Err(format!(
-                    "there is no text in column {golden:?}; see prompts.golden_column"
-                ));
-            }
+        let golden = settings.golden_column.as_str();
+        let answer = match golden {
+            "" => None,
+            golden => Some(
+                dataset::response(row, golden)
+                    .map_err(|reason| format!("{reason}; see prompts.golden_column"))?,
+            ),
         };
         let golden = answer
             .as_ref()

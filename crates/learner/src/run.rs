@@ -172,7 +172,10 @@ impl Learner {
         )?;
         let engine = Engine::spawn(trainer)?;
         let window = (parts.settings.max_staleness as usize + 1) * parts.settings.train_batch_size;
-        let feed = Feed::new(parts.prompts, parts.set, parts.seed, parts.pacing, window);
+        let waits = Waits::new("learner");
+        let patience = Duration::from_secs(parts.settings.batch_timeout_seconds);
+        let way = (parts.prompts, waits.clone(), patience);
+        let feed = Feed::new(way, parts.set, parts.seed, parts.pacing, window);
         let mut journal = Journal::open(&parts.directory.metrics())?;
         let mut samples = SampleLog::open(&parts.directory.samples())?;
         let resumed = match &parts.resume {
@@ -221,7 +224,7 @@ impl Learner {
             journal,
             samples,
             tokenizer: parts.folder.tokenizer.clone(),
-            waits: Waits::new("learner"),
+            waits,
             steps: watch::Sender::new(state.step),
             started: Instant::now(),
             waited: Duration::ZERO,

@@ -2,8 +2,8 @@
 
 use std::{path::Path, time::Instant};
 
-use dataset::{DatasetError, read_rows};
-use messages::{PromptText, Seed};
+use dataset::{Answered, DatasetError, read_rows};
+use messages::Seed;
 use model::{AdamWSettings, Gradients, LanguageModel, Optimizer, Schedule, Sequence, Tokenizer};
 use serde_json::Value;
 use settings::SftSettings;
@@ -115,7 +115,7 @@ fn schedule(settings: &SftSettings) -> Schedule {
     }
 }
 
-/// Reads rows of `prompt` and `completion` (or `chosen`); `.gz` is read too.
+/// Reads rows of `prompt` and `completion` (or `chosen`), each as text or messages, or of `messages`.
 ///
 /// # Errors
 /// When the file cannot be read, or a row is malformed or longer than `max_length` tokens.
@@ -126,19 +126,12 @@ pub fn read_examples(
     max_length: usize,
 ) -> Result<Vec<ExampleIds>, LearnerError> {
     let example = |row: &Value| -> Result<ExampleIds, String> {
-        let prompt = row.get("prompt").ok_or("there is no column \"prompt\"")?;
-        let prompt: PromptText = serde_json::from_value(prompt.clone())
-            .map_err(|_| "\"prompt\" is neither text nor messages".to_owned())?;
-        let completion = row
-            .get("completion")
-            .or_else(|| row.get("chosen"))
-            .and_then(Value::as_str);
-        let completion = completion.ok_or("there is no text in column \"completion\"")?;
+        let Answered { prompt, answer } = Answered::from_row(row)?;
         let ids = tokenizer
             .encode_prompt(&prompt)
             .map_err(|error| error.to_string())?;
         let completion = tokenizer
-            .encode_completion(&prompt, &ids, completion)
+            .encode_completion(&prompt, &ids, &answer)
             .map_err(|error| error.to_string())?;
         let completion: Vec<u32> = completion.into_iter().chain(eos).collect();
         if completion.is_empty() {

@@ -79,8 +79,8 @@ pub enum PoolingSetting {
 pub enum PairsSettings {
     /// Two completions of the base for each of fresh posts, labelled by a noisy annotator.
     Playground(PlaygroundPairs),
-    /// A file of pairs, one JSON object a line.
-    Jsonl(JsonlPairs),
+    /// A file of pairs.
+    Dataset(DatasetPairs),
 }
 
 /// Generated pairs.
@@ -98,8 +98,8 @@ pub struct PlaygroundPairs {
 /// A file of pairs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct JsonlPairs {
-    /// The file; `.gz` is read too.
+pub struct DatasetPairs {
+    /// The file: JSON Lines, a JSON list or Parquet.
     pub path: PathBuf,
     /// The column of the prompt; where rows have none, it is what both dialogues begin with.
     pub prompt_column: String,

@@ -27,7 +27,7 @@ pub use actor::ActorSettings;
 pub use error::{Problem, SettingsError};
 pub use evaluation::{EvaluationSettings, TelemetrySettings};
 pub use fit::{
-    ApoForm, ApoSettings, FitSettings, Head, JsonlPairs, PairsSettings, PlaygroundPairs,
+    ApoForm, ApoSettings, DatasetPairs, FitSettings, Head, PairsSettings, PlaygroundPairs,
     PoolingSetting,
 };
 pub use judge::{ChatJudgeSettings, Combine, JudgeSettings, RuleSettings};
@@ -38,7 +38,7 @@ pub use learner::{
 pub use model::{DtypeSetting, ModelSettings};
 pub use playground::{PlaygroundSettings, SftSettings};
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
-pub use prompts::{JsonlPrompts, PlaygroundGolden, PromptsSettings};
+pub use prompts::{DatasetPrompts, MixedFile, PlaygroundGolden, PromptsSettings, TooLong};
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::{
     JetStreamSettings, RunSettings, TopologySettings, TransportSettings, WeightsEncoding,

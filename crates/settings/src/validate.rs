@@ -232,16 +232,19 @@ impl Checks {
             "actor.max_new_tokens",
             "a bandit's completion is one arm: set it to 1",
         );
-        if let PromptsSettings::Jsonl(jsonl) = prompts {
+        if let PromptsSettings::Dataset(dataset) = prompts {
             self.require(
-                !jsonl.path.as_os_str().is_empty(),
+                dataset.path.as_os_str().is_empty() != dataset.mix.is_empty(),
                 "prompts.path",
-                "name the file of prompts",
+                "name the file of prompts, or several in prompts.mix, not both",
             );
+            for file in &dataset.mix {
+                self.positive(file.weight, "prompts.mix");
+            }
             self.require(
                 model.path.is_some(),
                 "model.path",
-                "prompts.kind = \"jsonl\" needs a model: name a Hugging Face folder",
+                "prompts.kind = \"dataset\" needs a model: name a Hugging Face folder",
             );
         }
         if let Some(probabilities) = &model.reference_probabilities {
@@ -369,7 +372,7 @@ mod tests {
                 "[model]\nlora_dropout = 1.0",
                 "model.lora_dropout: 1 must be from 0 to below 1",
             ),
-            ("[prompts]\nkind = \"jsonl\"\npath = \"x\"", "model.path"),
+            ("[prompts]\nkind = \"dataset\"\npath = \"x\"", "model.path"),
             (
                 "[preference.judge]\nkind = \"matrix\"\nmatrix = [[0.5]]",
                 "a matrix judges a bandit's arms",
@@ -383,7 +386,7 @@ mod tests {
                 "learner.objective.beta",
             ),
             (
-                "[model]\npath = \"m\"\n[prompts]\nkind = \"jsonl\"\npath = \"p\"\n\
+                "[model]\npath = \"m\"\n[prompts]\nkind = \"dataset\"\npath = \"p\"\n\
                  [preference.judge]\nkind = \"rule\"\nrules = [{ kind = \"ended\", weight = 1 }]\n\
                  [learner.objective]\nkind = \"rpo\"",
                 "prompts.golden_column",

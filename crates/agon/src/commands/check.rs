@@ -222,14 +222,18 @@ fn shape(config: &ModelConfig) -> String {
     )
 }
 
-/// Prompts of a file may be as long as is allowed; those of the other worlds are short.
 /// The files that the settings name, under their keys. The model's folder is opened, not only looked for.
 fn files(settings: &Settings) -> Vec<(&'static str, &Path)> {
     let mut files = Vec::new();
-    if let PromptsSettings::Jsonl(jsonl) = &settings.prompts {
-        files.push(("prompts.path", jsonl.path.as_path()));
-        if !jsonl.held_out_path.as_os_str().is_empty() {
-            files.push(("prompts.held_out_path", jsonl.held_out_path.as_path()));
+    if let PromptsSettings::Dataset(dataset) = &settings.prompts {
+        let mixed = dataset.mix.iter().map(|file| file.path.as_path());
+        files.extend(mixed.map(|path| ("prompts.mix", path)));
+        let alone = [
+            ("prompts.path", &dataset.path),
+            ("prompts.held_out_path", &dataset.held_out_path),
+        ];
+        for (key, path) in alone {
+            files.extend((!path.as_os_str().is_empty()).then_some((key, path.as_path())));
         }
     }
     if let Some(path) = &settings.sft.path {
@@ -486,7 +490,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().display();
         let sets = [
-            "prompts.kind=jsonl".to_owned(),
+            "prompts.kind=dataset".to_owned(),
             format!("prompts.path={path}"),
             format!("prompts.held_out_path={path}/held.jsonl"),
             format!("model.path={path}/base"),
@@ -522,7 +526,7 @@ mod tests {
         std::fs::write(&prompts, "{\"prompt\": \"arm0\"}\n").unwrap();
         let with = |length: usize| {
             let sets = [
-                "prompts.kind=jsonl".to_owned(),
+                "prompts.kind=dataset".to_owned(),
                 format!("prompts.path={}", prompts.display()),
                 format!("model.path={}", folder.path().display()),
                 format!("actor.max_prompt_length={length}"),

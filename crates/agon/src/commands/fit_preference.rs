@@ -84,7 +84,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         PairsSettings::Playground(how) => {
             world::styles(&model, Seed(settings.run.seed), how.cycle)?
         }
-        PairsSettings::Jsonl(_) => Vec::new(),
+        PairsSettings::Dataset(_) => Vec::new(),
     };
     let fitted = Fitted {
         calibration: &calibration,

@@ -15,7 +15,7 @@ use model::{LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Weig
 use playground::{Post, noisy_label, preference, train_post, train_seed, utility};
 use preference::fit::Example;
 use serde::{Deserialize, Serialize};
-use settings::{FitSettings, JsonlPairs, PairsSettings, PlaygroundPairs, Settings};
+use settings::{DatasetPairs, FitSettings, PairsSettings, PlaygroundPairs, Settings};
 
 use super::base::kept;
 
@@ -83,7 +83,7 @@ pub(crate) fn annotated(
             let pairs = generated(settings, *how, base, stopped)?;
             Ok(split_generated(&pairs, fit))
         }
-        PairsSettings::Jsonl(files) => from_files(files, fit, folder, Seed(settings.run.seed)),
+        PairsSettings::Dataset(files) => from_files(files, fit, folder, Seed(settings.run.seed)),
     }
 }
 
@@ -254,7 +254,7 @@ fn held_out(count: usize, share: f64) -> usize {
 }
 
 fn from_files(
-    files: &JsonlPairs,
+    files: &DatasetPairs,
     fit: &FitSettings,
     folder: &ModelFolder,
     seed: Seed,
@@ -286,7 +286,7 @@ fn from_files(
 /// The pairs of a file that are neither too long nor empty, and how many are.
 fn examples(
     path: &Path,
-    files: &JsonlPairs,
+    files: &DatasetPairs,
     longest: usize,
     folder: &ModelFolder,
 ) -> anyhow::Result<(Vec<Example>, usize)> {

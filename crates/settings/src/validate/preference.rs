@@ -236,7 +236,7 @@ impl Checks {
                 let message = "it must be a finite number";
                 self.require(made.cycle.is_finite(), &path("pairs.cycle"), message);
             }
-            PairsSettings::Jsonl(file) => self.require(
+            PairsSettings::Dataset(file) => self.require(
                 !file.path.as_os_str().is_empty(),
                 &path("pairs.path"),
                 "name the file of pairs",

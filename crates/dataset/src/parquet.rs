@@ -1,0 +1,149 @@
+//! Parquet files as rows.
+
+use std::{fs::File, io, path::Path};
+
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use serde_json::Value;
+
+use crate::DatasetError;
+
+/// The rows of a Parquet file as JSON objects, numbered from 1; lists and structs within them too. What is
+/// null is absent.
+pub(crate) fn read(path: &Path) -> Result<Vec<(usize, Value)>, DatasetError> {
+    let unreadable = |source| DatasetError::Unreadable {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(unreadable)?;
+    let torn = |what: String| {
+        move |error: ParquetError| unreadable(io::Error::other(format!("{what}: {error}")))
+    };
+    let reader =
+        SerializedFileReader::new(file).map_err(torn("not a whole Parquet file".into()))?;
+    let mut rows = Vec::new();
+    for group in 0..reader.num_row_groups() {
+        let what = || format!("row group {group} is corrupt");
+        let group = reader.get_row_group(group).map_err(torn(what()))?;
+        for row in group.get_row_iter(None).map_err(torn(what()))? {
+            let row = row.map_err(torn(what()))?;
+            rows.push((rows.len() + 1, present(row.to_json_value())));
+        }
+    }
+    Ok(rows)
+}
+
+fn present(mut row: Value) -> Value {
+    if let Value::Object(columns) = &mut row {
+        columns.retain(|_, value| !value.is_null());
+    }
+    row
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use parquet::basic::Compression;
+    use parquet::data_type::{ByteArray, ByteArrayType};
+    use parquet::file::properties::WriterProperties;
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+    use serde_json::json;
+
+    use super::*;
+
+    const SCHEMA: &str = "message rows {
+        optional binary prompt (UTF8);
+        optional group turns (LIST) { repeated group list { required group element {
+            required binary role (UTF8);
+            required binary content (UTF8);
+        } } }
+    }";
+
+    /// A file of row groups of two rows: one with a prompt, one with turns.
+    fn written(path: &Path, groups: usize, compression: Compression) {
+        let schema = Arc::new(parse_message_type(SCHEMA).expect("a schema"));
+        let properties = WriterProperties::builder()
+            .set_compression(compression)
+            .build();
+        let file = File::create(path).expect("a file");
+        let mut writer =
+            SerializedFileWriter::new(file, schema, Arc::new(properties)).expect("a writer");
+        let texts = |words: &[&str]| -> Vec<ByteArray> {
+            words.iter().map(|word| ByteArray::from(*word)).collect()
+        };
+        for group in 0..groups {
+            let mut rows = writer.next_row_group().expect("a row group");
+            let prompt = format!("prompt {group}");
+            // Values, definition levels, repetition levels of each column.
+            let columns = [
+                (texts(&[&prompt]), vec![1, 0], None),
+                (
+                    texts(&["user", "assistant"]),
+                    vec![0, 2, 2],
+                    Some(vec![0, 0, 1]),
+                ),
+                (texts(&["hi", "hello"]), vec![0, 2, 2], Some(vec![0, 0, 1])),
+            ];
+            for (values, defined, repeated) in columns {
+                let mut column = rows.next_column().expect("no error").expect("a column");
+                column
+                    .typed::<ByteArrayType>()
+                    .write_batch(&values, Some(&defined), repeated.as_deref())
+                    .expect("they fit");
+                column.close().expect("whole");
+            }
+            rows.close().expect("whole");
+        }
+        writer.close().expect("whole");
+    }
+
+    #[test]
+    fn rows_come_as_json_with_their_lists() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("rows.parquet");
+        let kinds = [
+            Compression::UNCOMPRESSED,
+            Compression::SNAPPY,
+            Compression::ZSTD(Default::default()),
+            Compression::GZIP(Default::default()),
+            Compression::LZ4_RAW,
+        ];
+        for compression in kinds {
+            written(&path, 2, compression);
+            let rows = read(&path).unwrap_or_else(|error| panic!("{compression}: {error}"));
+            let turns = json!([
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "hello"},
+            ]);
+            let expected = [
+                (1, json!({"prompt": "prompt 0"})),
+                (2, json!({"turns": turns})),
+                (3, json!({"prompt": "prompt 1"})),
+                (4, json!({"turns": turns})),
+            ];
+            assert_eq!(rows, expected, "{compression}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_torn_or_corrupt_is_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("rows.parquet");
+        written(&path, 3, Compression::SNAPPY);
+        let whole = std::fs::read(&path).expect("a file");
+        std::fs::write(&path, &whole[..whole.len() - 9]).expect("a file");
+        let torn = read(&path).expect_err("torn").to_string();
+        assert!(
+            torn.contains("rows.parquet") && torn.contains("not a whole Parquet file"),
+            "{torn}"
+        );
+        // The pages of the first row group begin behind the four letters at the start.
+        let mut corrupt = whole;
+        corrupt[4..24].fill(0xff);
+        std::fs::write(&path, corrupt).expect("a file");
+        let corrupt = read(&path).expect_err("corrupt").to_string();
+        assert!(corrupt.contains("row group 0 is corrupt"), "{corrupt}");
+    }
+}
