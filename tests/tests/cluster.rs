@@ -257,15 +257,26 @@ fn the_game_is_played_over_jetstream_though_its_service_is_killed() {
         "preference.apo.max_ece=1",
     ];
     let mut running = workplace.start(&tiny_playground(&run, &sets));
-    running.until("the first round", || (step_of(&run) >= 10).then_some(()));
     let who = running.until("a preference service", || {
         present(&status(&workplace, &run), "preference").pop()
     });
+    // While it fits the second round's model: its successor has to play that round, and to know the first.
+    let log = run.join("logs/preference-0.log");
+    running.until("the second round", || {
+        let said = fs::read_to_string(&log).ok()?;
+        said.contains("samples round=2 step=16").then_some(())
+    });
     signal(who.1, "KILL");
-    running.wait().succeeded();
+    let ended = running.wait().succeeded();
+    assert!(ended.err.contains("it is started again"), "{}", ended.err);
     is_whole(&run, 24);
-    let rounds = report(&run)["rounds"].as_array().map_or(0, Vec::len);
-    assert_eq!(rounds, 2);
+    let rounds = report(&run)["rounds"].as_array().cloned();
+    let rounds: Vec<_> = rounds
+        .expect("a report has rounds")
+        .iter()
+        .map(|round| (round["round"].as_u64(), round["step"].as_u64()))
+        .collect();
+    assert_eq!(rounds, [(Some(1), Some(8)), (Some(2), Some(16))]);
 }
 
 #[test]

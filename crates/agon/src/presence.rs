@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use learner::Ending;
-use messages::{Digest, Station, wire};
+use messages::{Digest, Station, WeightsVersion, wire};
 use serde::{Deserialize, Serialize};
 use settings::Settings;
 use telemetry::{RunDirectory, StationCounters, StationSnapshot, Waits};
@@ -111,6 +111,14 @@ impl RunRecord {
         Ok(Some(record.context(
             "the run on the server was written by another build; run one build everywhere",
         )?))
+    }
+
+    /// Where this session of the run began.
+    pub(crate) fn since(&self) -> WeightsVersion {
+        WeightsVersion {
+            session: self.session,
+            step: self.step,
+        }
     }
 
     pub(crate) async fn write(&self, register: &Register) -> anyhow::Result<()> {

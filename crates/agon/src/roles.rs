@@ -7,11 +7,11 @@ use std::{path::PathBuf, sync::Arc};
 
 use actor::{Actor, ActorParts, IdenticalPairs};
 use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
-use messages::{Dropped, LabelledPair, Pair, Prompt, Seed, Station};
+use messages::{Dropped, LabelledPair, Pair, Prompt, Seed, Station, WeightsVersion};
 use model::{DType, LanguageModel, ModelFolder, SamplingSettings, Weights};
 use preference::{
     Bench, Preference, PreferenceError, PreferenceParts,
-    apo::{Player, RoundReport, Seats},
+    apo::{History, Player, RoundReport, Seats},
 };
 use settings::{DtypeSetting, ObjectiveSettings, Settings, TransportSettings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
@@ -50,8 +50,14 @@ impl Streams {
         let batch = settings.learner.train_batch_size;
         let window = (settings.learner.max_staleness as usize + 1) * batch;
         // Room for every credit there can be: a full stream is a defect, not a state. What a session that
-        // was given up left behind finds room too.
-        let capacity = 2 * (window + EVALUATION_WINDOW);
+        // was given up left behind finds room too. The samples of a round stay until it is played.
+        let apo = &settings.preference.apo;
+        let round = if apo.refresh_steps > 0 {
+            apo.prompts
+        } else {
+            0
+        };
+        let capacity = 2 * (window + EVALUATION_WINDOW + round);
         Ok(Self {
             capacity,
             prompts: hub.stream("prompts", capacity).await?,
@@ -200,19 +206,19 @@ fn weights_dtype(settings: &Settings) -> DType {
     }
 }
 
-/// Who judges from learner step `step` on, and the game that will replace them, where it is played. The
-/// rounds of the game lie in `rounds`.
+/// Who judges in the session that began at `since`, and the game that will replace them, where it is played.
+/// The rounds of the game lie in `rounds`.
 fn judges(
     settings: &Settings,
     policy: (&ModelFolder, &Weights),
     judge: &Arc<JudgeSource>,
-    (rounds, step): (PathBuf, u64),
+    (rounds, since): (PathBuf, WeightsVersion),
     stop: &watch::Receiver<bool>,
 ) -> anyhow::Result<(Arc<JudgeSource>, Option<Player>)> {
     if settings.preference.apo.refresh_steps == 0 {
         return Ok((Arc::clone(judge), None));
     }
-    let judging = Judging::find(settings, judge, rounds, step)?;
+    let judging = Judging::find(settings, judge, rounds, since)?;
     let seated = judging.source(judge)?;
     let stopped = || *stop.borrow();
     let game = tokio::task::block_in_place(|| judging.game(settings, policy, judge, &stopped))?;
@@ -223,6 +229,15 @@ fn judges(
         seats.map_err(|error| PreferenceError::Seats(format!("{error:#}")))
     });
     Ok((seated, Some(Player { game, seats })))
+}
+
+/// The rounds of the game that a run has played when it ends, or is left, after `steps`.
+fn rounds_of(directory: &RunDirectory, steps: u64) -> anyhow::Result<Vec<RoundReport>> {
+    let now = WeightsVersion {
+        session: directory.session(),
+        step: steps,
+    };
+    Ok(History::take_up(&world::rounds(directory.root()), now)?.rounds)
 }
 
 /// When the adversarial game is played, if it is.

@@ -108,8 +108,34 @@ struct Service {
     questions: usize,
     max_questions: usize,
     max_prefetch: usize,
+    material: Material,
     outlet: Outlet,
     waits: Waits,
+}
+
+/// What holds the samples of a round with this service until the round's model is written: one that dies
+/// before leaves them to its successor, which plays the round.
+#[derive(Default)]
+struct Material {
+    collected: Vec<Receipt>,
+    fitting: Vec<Receipt>,
+}
+
+impl Material {
+    /// Keeps the receipt of samples; `begun`: they were the last of their round.
+    fn keep(&mut self, receipt: Receipt, begun: bool) {
+        self.collected.push(receipt);
+        if begun {
+            self.fitting.append(&mut self.collected);
+        }
+    }
+
+    /// The round that was being fitted has ended.
+    fn settle(&mut self) {
+        for receipt in self.fitting.drain(..) {
+            receipt.acknowledge();
+        }
+    }
 }
 
 /// A pair that was taken and is not yet acknowledged.
@@ -146,6 +172,7 @@ impl Service {
             held: VecDeque::new(),
             judgements: FuturesOrdered::new(),
             questions: 0,
+            material: Material::default(),
             outlet: Outlet {
                 labelled: parts.labelled,
                 drops: parts.drops,
@@ -176,7 +203,10 @@ impl Service {
                     wait = None;
                     self.settle(judgement, shutdown).await?;
                 }
-                seated = Player::seated(&mut self.player, &self.labelling.judge) => seated?,
+                seated = Player::seated(&mut self.player, &self.labelling.judge) => {
+                    seated?;
+                    self.material.settle();
+                }
                 // The bench lives as long as this service: there is always something to be told.
                 _changed = self.outage.changed() => {}
                 received = self.pairs.receive(), if is_open && has_room => match received {
@@ -231,14 +261,16 @@ impl Service {
         let held = self.held.pop_front().expect("a judged pair is in hand");
         self.questions -= held.questions;
         tell_wait(held.since.elapsed());
-        if held.pair.prompt.purpose == Purpose::Contest {
-            self.play(&held.pair, shutdown).await?;
-        }
+        let Held { pair, receipt, .. } = held;
+        let receipt = match pair.prompt.purpose {
+            Purpose::Contest => self.play(&pair, receipt, shutdown).await?,
+            _ => Some(receipt),
+        };
         let _wait = self.waits.enter("room for labels");
         let sent = match judgement.labels {
             Ok(labels) => {
                 let labelled = LabelledPair {
-                    pair: Arc::unwrap_or_clone(held.pair),
+                    pair: Arc::unwrap_or_clone(pair),
                     labels,
                     judge: self.labelling.judge.name(),
                     judge_version: judgement.version,
@@ -246,37 +278,47 @@ impl Service {
                 };
                 self.outlet.give(labelled).await
             }
-            Err(refusal) => self.outlet.drop_pair(&held.pair.prompt, refusal).await,
+            Err(refusal) => self.outlet.drop_pair(&pair.prompt, refusal).await,
         };
         if sent.is_err() {
             self.outlet.counters.returned(1);
         }
         sent?;
-        held.receipt.acknowledge();
+        if let Some(receipt) = receipt {
+            receipt.acknowledge();
+        }
         self.count();
         Ok(())
     }
 
-    /// Takes the policy's samples for a round of the game. Where labels wait for the round's model, this
-    /// pair, the last of the round, does.
+    /// Takes the policy's samples for a round of the game, and keeps their receipt until the round is
+    /// played. Where labels wait for the round's model, this pair, the last of the round, does. Without a
+    /// game the receipt comes back.
     async fn play(
         &mut self,
         pair: &Pair,
+        receipt: Receipt,
         shutdown: &mut watch::Receiver<bool>,
-    ) -> Result<(), PreferenceError> {
+    ) -> Result<Option<Receipt>, PreferenceError> {
         let Some(player) = &mut self.player else {
-            return Ok(());
+            return Ok(Some(receipt));
         };
-        player.game.take(pair)?;
-        if !player.game.is_fitting() || !player.game.holds_labels() {
-            return Ok(());
+        let begun = player.game.take(pair)?;
+        let waits = player.game.is_fitting() && player.game.holds_labels();
+        self.material.keep(receipt, begun);
+        if !waits {
+            return Ok(None);
         }
         let _wait = self.waits.enter("a round of the game");
         tokio::select! {
             biased;
-            () = stopped(shutdown) => Ok(()),
-            seated = Player::seated(&mut self.player, &self.labelling.judge) => seated,
+            () = stopped(shutdown) => {}
+            seated = Player::seated(&mut self.player, &self.labelling.judge) => {
+                seated?;
+                self.material.settle();
+            }
         }
+        Ok(None)
     }
 
     /// Counts what is in hand.

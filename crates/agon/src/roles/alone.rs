@@ -10,7 +10,6 @@ use anyhow::{Context, anyhow};
 use learner::Ending;
 use messages::{Digest, Station};
 use model::{LanguageModel, ModelFolder, Weights};
-use preference::apo::History;
 use settings::{Settings, TransportSettings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
 use tempfile::TempDir;
@@ -189,7 +188,7 @@ pub(crate) async fn join_preference(
         let judge =
             tokio::task::block_in_place(|| JudgeSource::open(settings, Some(policy), &stopped))?;
         let judge = Arc::new(judge);
-        let since = (world::rounds(run_dir), record.step);
+        let since = (world::rounds(run_dir), record.since());
         let (judge, player) = super::judges(settings, policy, &judge, since, &stopping)?;
         let plays = player.is_some();
         let bench = world::bench(settings, &judge)?;
@@ -321,7 +320,7 @@ pub(crate) async fn lead(
     stations.push((Station::Learner, counters.snapshot()));
     Ok(Outcome {
         stations,
-        rounds: History::take_up(&world::rounds(directory.root()), summary.steps)?.rounds,
+        rounds: super::rounds_of(directory, summary.steps)?,
         summary,
     })
 }

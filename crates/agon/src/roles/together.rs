@@ -4,8 +4,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow};
 use learner::{Learner, Summary};
-use messages::Station;
-use preference::apo::History;
+use messages::{Station, WeightsVersion};
 use settings::Settings;
 use telemetry::{RunDirectory, StationCounters};
 use tokio::{sync::watch, task::JoinSet};
@@ -66,7 +65,11 @@ pub(crate) async fn run(
         .as_deref()
         .map(learner::checkpoint_step)
         .transpose()?;
-    let since = (world::rounds(directory.root()), begun.unwrap_or(0));
+    let begun = WeightsVersion {
+        session: directory.session(),
+        step: begun.unwrap_or(0),
+    };
+    let since = (world::rounds(directory.root()), begun);
     let (judge, player) = super::judges(settings, start, judge, since, &stop.subscribe())?;
     let bench = world::bench(settings, &judge)?;
     if !settings.preference.http.listen.is_empty() {
@@ -89,7 +92,7 @@ pub(crate) async fn run(
         vec![learner.waits()],
         Some(step),
     ));
-    let record = RunRecord::led_from(directory, resolved, begun.unwrap_or(0));
+    let record = RunRecord::led_from(directory, resolved, begun.step);
     let source = Source::Here { record, tellers };
     let lookout = Lookout::start(directory, settings, streams.clone(), source);
     let ended = supervise(learner, others, quit, stop).await;
@@ -102,7 +105,7 @@ pub(crate) async fn run(
     let stations = counters.iter().map(|c| (c.station(), c.snapshot()));
     Ok(Outcome {
         stations: stations.collect(),
-        rounds: History::take_up(&world::rounds(directory.root()), summary.steps)?.rounds,
+        rounds: super::rounds_of(directory, summary.steps)?,
         summary,
     })
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Context;
-use messages::{JudgeVersion, Seed};
+use messages::{JudgeVersion, Seed, WeightsVersion};
 use model::{ModelFolder, Weights};
 use preference::apo::{Game, GameParts, History};
 use settings::{JudgeSettings, Settings};
@@ -18,7 +18,7 @@ pub(crate) fn rounds(run: &Path) -> PathBuf {
     run.join("preference")
 }
 
-/// The model that judges at learner step `step` of a run that has a game, and its version.
+/// The model that judges in a session of a run that has a game, and its version.
 pub(crate) struct Judging {
     model: model::RewardModel,
     /// 1 for the initial one, one more for every round.
@@ -29,14 +29,14 @@ pub(crate) struct Judging {
 }
 
 impl Judging {
-    /// Finds it: the newest that was accepted, or the initial one.
+    /// Finds it: the newest that was accepted, or the initial one. The session began at `since`.
     pub(crate) fn find(
         settings: &Settings,
         judge: &JudgeSource,
         rounds: PathBuf,
-        step: u64,
+        since: WeightsVersion,
     ) -> anyhow::Result<Self> {
-        let history = History::take_up(&rounds, step)?;
+        let history = History::take_up(&rounds, since)?;
         let initial = judge.model().context("the judge is a model")?;
         let model = match &history.model() {
             Some(path) => Opened::open(path, None, &super::device(settings)?)?.model,
@@ -79,7 +79,7 @@ impl Judging {
             folder: trunk.folder,
             initial: initial.model.clone(),
             current: self.model,
-            last_round: self.history.last_round(),
+            last: self.history.last(),
             annotated: pairs.fitting,
             held_out: pairs.validation,
             gold: super::gold(&settings),

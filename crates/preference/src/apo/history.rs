@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use messages::WeightsVersion;
+
 use super::RoundReport;
 use crate::PreferenceError;
 
@@ -20,12 +22,13 @@ pub struct History {
 }
 
 impl History {
-    /// Reads the rounds in `directory` that were played up to learner step `step`, and forgets later ones:
-    /// a run that went back plays them again.
+    /// Reads the rounds in `directory` of a run whose session began at `since`: those of this session, and
+    /// of earlier ones those played up to there. Others are forgotten: a run that went back plays them
+    /// again.
     ///
     /// # Errors
     /// When the file of reports cannot be read or is torn.
-    pub fn take_up(directory: &Path, step: u64) -> Result<Self, PreferenceError> {
+    pub fn take_up(directory: &Path, since: WeightsVersion) -> Result<Self, PreferenceError> {
         let path = directory.join(ROUNDS);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
@@ -43,7 +46,7 @@ impl History {
             rounds.push(round);
         }
         let all = rounds.len();
-        rounds.retain(|round| round.step <= step);
+        rounds.retain(|round| round.session == since.session || round.step <= since.step);
         if rounds.len() < all {
             let lines: String = rounds.iter().map(|round| round.line() + "\n").collect();
             fs::write(&path, lines)
@@ -62,10 +65,12 @@ impl History {
         (round > 0).then(|| folder(&self.directory, round))
     }
 
-    /// The number of the last round; 0 when none was played.
+    /// The last round and the weights whose samples it was played on; `None` when none was played.
     #[must_use]
-    pub fn last_round(&self) -> u64 {
-        self.rounds.last().map_or(0, |round| round.round)
+    pub fn last(&self) -> Option<(u64, WeightsVersion)> {
+        self.rounds
+            .last()
+            .map(|round| (round.round, round.version()))
     }
 
     /// The number of the round whose model judges; 0 when it is the initial one.

@@ -10,9 +10,9 @@ mod history;
 mod player;
 mod round;
 
-use std::{path::PathBuf, sync::Arc, thread};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, thread};
 
-use messages::{Pair, Probability, Seed, WeightsVersion};
+use messages::{Pair, Probability, PromptId, Seed, WeightsVersion};
 use model::{LanguageModel, ModelFolder, RewardModel};
 use settings::{ApoSettings, FitSettings};
 use tokio::sync::oneshot;
@@ -40,8 +40,8 @@ pub struct GameParts {
     pub initial: RewardModel,
     /// The model that judges now.
     pub current: RewardModel,
-    /// The number of the last round that was played; 0: none.
-    pub last_round: u64,
+    /// The last round that was played, and the weights whose samples it was played on.
+    pub last: Option<(u64, WeightsVersion)>,
     /// Annotated pairs to fit to.
     pub annotated: Vec<Example>,
     /// Annotated pairs to measure on.
@@ -60,7 +60,11 @@ pub struct Game {
     wanted: usize,
     collected: Vec<Collected>,
     without_golden: usize,
+    /// The prompts of the round that is being collected.
+    prompts: BTreeSet<PromptId>,
     round: u64,
+    /// The weights of the last round.
+    last: Option<WeightsVersion>,
     fixed: Arc<Fixed>,
     current: RewardModel,
     fitting: Option<oneshot::Receiver<Result<Outcome, PreferenceError>>>,
@@ -102,7 +106,9 @@ impl Game {
             wanted: parts.settings.prompts,
             collected: Vec::new(),
             without_golden: 0,
-            round: parts.last_round,
+            prompts: BTreeSet::new(),
+            round: parts.last.map_or(0, |(round, _)| round),
+            last: parts.last.map(|(_, version)| version),
             current: parts.current,
             fitting: None,
             fixed: Arc::new(Fixed {
@@ -132,11 +138,18 @@ impl Game {
     }
 
     /// Takes the policy's samples of one prompt; with the last of a round, fitting begins. A prompt
-    /// without a golden answer counts toward the round, is told of once, and takes no part.
+    /// without a golden answer counts toward the round, is told of once, and takes no part. Samples that
+    /// were taken before, or are of a round that was played, are passed over.
+    ///
+    /// Says whether fitting has begun.
     ///
     /// # Errors
     /// When the thread that fits cannot be started.
-    pub fn take(&mut self, pair: &Pair) -> Result<(), PreferenceError> {
+    pub fn take(&mut self, pair: &Pair) -> Result<bool, PreferenceError> {
+        let is_played = self.last.is_some_and(|last| pair.prompt.version <= last);
+        if is_played || !self.prompts.insert(pair.id()) {
+            return Ok(false);
+        }
         match &pair.prompt.golden {
             Some(golden) => {
                 let known = self.known(pair);
@@ -157,10 +170,11 @@ impl Game {
                 self.without_golden += 1;
             }
         }
-        if self.collected.len() + self.without_golden >= self.wanted {
-            self.begin(pair.version)?;
+        let begins = self.collected.len() + self.without_golden >= self.wanted;
+        if begins {
+            self.begin(pair.prompt.version)?;
         }
-        Ok(())
+        Ok(begins)
     }
 
     /// The end of the round that is being fitted; never, when none is.
@@ -215,12 +229,14 @@ impl Game {
     /// takes its place: its samples are newer.
     fn begin(&mut self, version: WeightsVersion) -> Result<(), PreferenceError> {
         self.round += 1;
+        self.last = Some(version);
+        self.prompts.clear();
         let collected = std::mem::take(&mut self.collected);
         let (contests, known): (Vec<_>, Vec<_>) =
             collected.into_iter().map(|c| (c.contest, c.known)).unzip();
         let round = Round {
             number: self.round,
-            step: version.step,
+            version,
             contests,
             known: known.concat(),
             without_golden: std::mem::take(&mut self.without_golden),

@@ -8,6 +8,7 @@ use std::{
     time::Instant,
 };
 
+use messages::WeightsVersion;
 use model::RewardModel;
 use serde::{Deserialize, Serialize};
 use telemetry::{Measurements, publish};
@@ -22,7 +23,7 @@ use crate::{Calibration, PreferenceError};
 /// A round's material and the model it starts against.
 pub(super) struct Round {
     pub(super) number: u64,
-    pub(super) step: u64,
+    pub(super) version: WeightsVersion,
     pub(super) contests: Vec<Contest>,
     /// Every two samples of a prompt, where the true preference is known.
     pub(super) known: Vec<Example>,
@@ -36,6 +37,8 @@ pub(super) struct Round {
 pub struct RoundReport {
     /// Its number, from 1.
     pub round: u64,
+    /// The session of the run in which it was played.
+    pub session: u64,
     /// The learner step whose policy gave the samples.
     pub step: u64,
     /// Golden answers against samples: the rows of the game's term.
@@ -141,7 +144,8 @@ impl Round {
         };
         Ok(RoundReport {
             round: self.number,
-            step: self.step,
+            session: self.version.session,
+            step: self.version.step,
             pairs: self.contests.iter().map(|c| c.samples.len()).sum(),
             without_golden: self.without_golden,
             annotated_loss: last.and_then(|step| step.annotated),
@@ -225,6 +229,14 @@ impl Round {
 }
 
 impl RoundReport {
+    /// The weights whose samples it was played on.
+    pub(crate) fn version(&self) -> WeightsVersion {
+        WeightsVersion {
+            session: self.session,
+            step: self.step,
+        }
+    }
+
     /// The report as a line of `rounds.jsonl`, without its end.
     pub(super) fn line(&self) -> String {
         serde_json::to_string(self).expect("a report is a tree of plain values")

@@ -48,7 +48,7 @@ impl Table {
             folder: self.tiny.folder.clone(),
             initial: self.initial.clone(),
             current: self.initial.clone(),
-            last_round: 0,
+            last: None,
             held_out: annotated.clone(),
             annotated,
             gold: Some(Box::new(gold)),
@@ -62,11 +62,16 @@ impl Table {
 fn samples(id: u64, golden: Option<Vec<u32>>) -> Pair {
     let mut pair = pair(id, &["", ""]);
     pair.version = WeightsVersion::at(50);
+    pair.prompt.version = pair.version;
     pair.prompt.purpose = Purpose::Contest;
     pair.prompt.ids = vec![0, 4 + id as u32, 2];
     pair.prompt.golden = golden;
     pair.completions = [6, 7].map(|token| completion("", &[token, 1])).to_vec();
     pair
+}
+
+fn after(session: u64, step: u64) -> WeightsVersion {
+    WeightsVersion { session, step }
 }
 
 const ROUND: [&str; 3] = ["fit.epochs=20", "apo.prompts=4", "apo.coef=1.0"];
@@ -104,23 +109,27 @@ async fn a_round_puts_golden_answers_first_and_leaves_a_model_and_a_report() {
         kept.digest().unwrap(),
         model.expect("it was accepted").digest().unwrap()
     );
-    let history = History::take_up(table.place.path(), 50).unwrap();
+    let history = History::take_up(table.place.path(), after(1, 50)).unwrap();
     assert_eq!(
         (history.rounds.clone(), history.judging_round()),
         (vec![report], 1)
     );
     assert_eq!(history.model(), Some(table.place.path().join("round_1")));
-    let before = History::take_up(table.place.path(), 49).unwrap();
+    assert_eq!(history.last(), Some((1, WeightsVersion::at(50))));
+    // Another service of the same session, whichever step that began at, goes on from it.
+    let again = History::take_up(table.place.path(), after(0, 0)).unwrap();
+    assert_eq!(again.judging_round(), 1);
+    let before = History::take_up(table.place.path(), after(1, 49)).unwrap();
     assert_eq!(
-        (before.last_round(), before.model()),
-        (0, None),
+        (before.last(), before.model()),
+        (None, None),
         "a run that went back forgets it"
     );
     assert_eq!(
-        History::take_up(table.place.path(), 50)
+        History::take_up(table.place.path(), after(1, 50))
             .unwrap()
-            .last_round(),
-        0
+            .last(),
+        None
     );
 }
 
@@ -141,15 +150,31 @@ async fn a_model_beyond_the_bounds_is_refused_and_the_old_one_judges_on() {
         "{refused}"
     );
     assert_eq!(report.annotated_loss, None);
-    let history = History::take_up(table.place.path(), 50).unwrap();
+    let history = History::take_up(table.place.path(), after(1, 50)).unwrap();
     assert_eq!(
         (
-            history.last_round(),
+            history.last().map(|(round, _)| round),
             history.judging_round(),
             history.model()
         ),
-        (1, 0, None)
+        (Some(1), 0, None)
     );
+}
+
+#[tokio::test]
+async fn samples_that_come_twice_or_of_a_round_that_was_played_are_passed_over() {
+    let table = Table::set();
+    let mut game = table.game(&ROUND, against(8, 9, 1.0));
+    for id in [0, 1, 1, 0, 2] {
+        assert!(!game.take(&samples(id, Some(vec![5, 1]))).unwrap());
+    }
+    assert!(game.take(&samples(3, Some(vec![5, 1]))).unwrap());
+    assert_eq!(game.outcome().await.unwrap().report.pairs, 8);
+    // As after its service died before it could acknowledge them.
+    for id in 0..4 {
+        assert!(!game.take(&samples(id, Some(vec![5, 1]))).unwrap());
+    }
+    assert!(!game.is_fitting());
 }
 
 #[tokio::test]
