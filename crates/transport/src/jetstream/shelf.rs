@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_secs(2);
 const CHUNK: usize = 512 << 10;
 
 /// How often one blob is laid down again before its readers are left to wait for the next.
-const MENDS: u32 = 3;
+const MENDS: u32 = 8;
 
 #[derive(Debug)]
 pub(crate) struct JetShelf {
@@ -140,7 +140,6 @@ impl JetShelf {
         if complaint.is_none_or(|entry| entry.value != name(version).as_bytes()) {
             return Ok(());
         }
-        self.register.put(TORN, Vec::new()).await?;
         let again = {
             let mut published = self.published();
             published.mends += 1;
@@ -149,7 +148,11 @@ impl JetShelf {
         if again {
             tracing::warn!(%version, "weights were torn on the shelf: laid down again");
             self.lay_down(meta, bytes).await?;
+        } else {
+            tracing::error!(%version, "weights are torn on the shelf again and again, and stay so");
         }
+        // Only now: many readers complain of one blob, again and again until it is whole.
+        self.register.put(TORN, Vec::new()).await?;
         Ok(())
     }
 
