@@ -367,12 +367,16 @@ impl JetShelf {
         let info = object.info();
         let base = info.metadata.get("base").and_then(|base| version(base));
         let mut bytes = Vec::with_capacity(info.size);
-        let read = object.read_to_end(&mut bytes);
+        // However long it takes as a whole: a connection that is lost is taken up where it broke off, and only
+        // a server that sends nothing for so long is given up.
         let allowed = Duration::from_secs(self.connection.settings.timeout_seconds);
-        let read = tokio::time::timeout(allowed, read).await;
-        read.map_err(|_| "the server stopped sending".to_owned())?
-            .map_err(|error| told(&error))?;
-        Ok((bytes, base))
+        loop {
+            let read = timeout(allowed, object.read_buf(&mut bytes)).await;
+            let read = read.map_err(|_| "the server stopped sending".to_owned())?;
+            if read.map_err(|error| told(&error))? == 0 {
+                return Ok((bytes, base));
+            }
+        }
     }
 
     pub(crate) fn latest(&self) -> Option<WeightsManifest> {
