@@ -3,12 +3,11 @@
 use std::{process::ExitCode, sync::Arc};
 
 use settings::resolve_file;
-use telemetry::{Exporter, PageServer};
 
 use super::{train, view};
 use crate::{
     interrupt,
-    presence::{host, metrics_url},
+    presence::host,
     report::Report,
     roles::{self, Joined},
     world,
@@ -39,20 +38,11 @@ async fn lead(arguments: &train::Arguments, end_with_stdin: bool) -> anyhow::Res
     let resolved = resolve_file(&arguments.config, &arguments.set)?;
     let settings = &resolved.settings;
     let (path, resume) = (arguments.path(settings), arguments.resume.as_deref());
-    let exporter = Exporter::start(settings.telemetry.listen)?;
-    let metrics = metrics_url(exporter.address());
-    let page = view::beside(&settings.telemetry, &path, &exporter)?;
-    tracing::info!(
-        run = %path.display(),
-        page = page.as_ref().map_or("none", PageServer::address),
-        metrics,
-        "agon {}",
-        env!("CARGO_PKG_VERSION")
-    );
+    let shown = view::beside(&settings.telemetry, &path)?;
     let stop = interrupt::on_signal_or_end(end_with_stdin)?;
     let resuming = resume.is_some() && path.join("config.toml").exists();
     let (joined, claim) = loop {
-        let joined = Joined::connect(settings, host(), metrics.clone()).await?;
+        let joined = Joined::connect(settings, host(), shown.metrics.clone()).await?;
         if let Some(claim) = joined.claim(settings, &path, resuming).await? {
             break (joined, claim);
         }

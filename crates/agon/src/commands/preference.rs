@@ -6,7 +6,7 @@ use settings::{Override, Settings, TransportSettings, resolve_file};
 use telemetry::Exporter;
 
 use super::membership::Membership;
-use crate::{failure::Misuse, interrupt, roles, world};
+use crate::{failure::Misuse, interrupt, presence::metrics_url, roles, world};
 
 /// Serve the judge of a configuration: to a run over JetStream, or over HTTP to other trainers.
 ///
@@ -65,7 +65,7 @@ async fn serve(settings: &Settings) -> anyhow::Result<ExitCode> {
     let server = world::server(settings, &judge, bench).await?;
     tracing::info!(
         judge = name,
-        metrics = format!("http://{}/metrics", exporter.address()),
+        metrics = metrics_url(exporter.address()),
         "agon {}",
         env!("CARGO_PKG_VERSION")
     );

@@ -9,13 +9,12 @@ use std::{
 use anyhow::Context;
 use learner::Ending;
 use settings::{Override, Resolved, Settings, TransportSettings, resolve_file};
-use telemetry::{Exporter, PageServer, RunDirectory, write_atomically};
+use telemetry::{RunDirectory, write_atomically};
 
 use super::view;
 use crate::{
     failure::{Code, Misuse},
     interrupt, launch,
-    presence::metrics_url,
     report::Report,
     roles,
     world::{self, JudgeSource, World},
@@ -107,16 +106,7 @@ async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow
     if resume.is_none() && path.join("config.toml").exists() {
         RunDirectory::create(path, &resolved.toml)?;
     }
-    let exporter = Exporter::start(settings.telemetry.listen)?;
-    let metrics = metrics_url(exporter.address());
-    let page = view::beside(&settings.telemetry, path, &exporter)?;
-    tracing::info!(
-        run = %path.display(),
-        page = page.as_ref().map_or("none", PageServer::address),
-        metrics,
-        "agon {}",
-        env!("CARGO_PKG_VERSION")
-    );
+    let shown = view::beside(&settings.telemetry, path)?;
     let stop = interrupt::on_signal()?;
     let world = tokio::task::block_in_place(|| world::build(settings, &|| *stop.borrow()))?;
     let judge = tokio::task::block_in_place(|| {
@@ -126,7 +116,7 @@ async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow
     let directory = Arc::new(directory);
     announce(settings, &world);
     let outcome = roles::run(
-        (settings, &resolved.toml, &metrics),
+        (settings, &resolved.toml, &shown.metrics),
         (&world, &Arc::new(judge)),
         &directory,
         resume,

@@ -9,12 +9,12 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use reqwest::Client;
+use reqwest::{Client, Url};
 use settings::TelemetrySettings;
 use telemetry::{Exporter, MetricsPage, PageParts, PageServer, RunView, page_token};
 use tokio::runtime::Handle;
 
-use crate::{interrupt, overview};
+use crate::{failure::Misuse, interrupt, overview, presence::metrics_url};
 
 /// How long a process may take to say what it holds: the page is told once a second.
 const PATIENCE: Duration = Duration::from_millis(800);
@@ -52,6 +52,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         live: Some(match arguments.metrics.as_slice() {
             [] => everyone(&arguments.runs[0], None, runtime.handle().clone())?,
             urls => {
+                for url in urls {
+                    let misuse = |why| Misuse(format!("--metrics {url:?} is no address: {why}"));
+                    Url::parse(url).map_err(misuse)?;
+                }
                 let urls = urls.to_vec();
                 elsewhere(runtime.handle().clone(), move || urls.clone())?
             }
@@ -99,22 +103,48 @@ fn elsewhere(
     }))
 }
 
-/// The page of a run that this process leads, where the settings want one. Prometheus is told from here on
-/// where the run's processes are.
-pub(crate) fn beside(
+/// What shows a run that this process leads, as long as it is kept.
+pub(crate) struct Shown {
+    /// Where Prometheus finds this process.
+    pub(crate) metrics: String,
+    _page: Option<PageServer>,
+    _exporter: Exporter,
+}
+
+/// Shows a run that this process leads: its metrics, its page where the settings want one, and to Prometheus
+/// where all its processes are; and says where.
+pub(crate) fn beside(telemetry: &TelemetrySettings, run: &Path) -> anyhow::Result<Shown> {
+    let exporter = Exporter::start(telemetry.listen)?;
+    let metrics = metrics_url(exporter.address());
+    exporter.tell_targets(overview::discovery(run));
+    let page = telemetry
+        .page_address()
+        .map(|listen| page(telemetry, listen, run, &exporter))
+        .transpose()?;
+    tracing::info!(
+        run = %run.display(),
+        page = page.as_ref().map_or("none", PageServer::address),
+        metrics,
+        "agon {}",
+        env!("CARGO_PKG_VERSION")
+    );
+    Ok(Shown {
+        metrics,
+        _page: page,
+        _exporter: exporter,
+    })
+}
+
+fn page(
     telemetry: &TelemetrySettings,
+    listen: SocketAddr,
     run: &Path,
     exporter: &Exporter,
-) -> anyhow::Result<Option<PageServer>> {
-    exporter.tell_targets(overview::discovery(run));
-    let Some(listen) = telemetry.page_address() else {
-        return Ok(None);
-    };
-    let parts = PageParts {
+) -> anyhow::Result<PageServer> {
+    Ok(PageServer::start(PageParts {
         listen,
         token: page_token(&telemetry.token_path)?,
         runs: vec![RunView::new(run)],
         live: Some(everyone(run, Some(exporter), Handle::current())?),
-    };
-    Ok(Some(PageServer::start(parts)?))
+    })?)
 }

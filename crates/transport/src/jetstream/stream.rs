@@ -12,7 +12,7 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{self, AckPolicy, PullConsumer};
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::message::PublishMessage;
-use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, State};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use messages::wire::{self, Message};
@@ -141,15 +141,20 @@ impl Place {
         self.connection.insist("read a stream", create).await
     }
 
-    /// The first message of the stream, when the server counts it as read and keeps it all the same. A server
-    /// that was killed may come back with such messages: they take places for ever and reach nobody.
-    async fn stranded(&self) -> Result<Option<u64>, TransportError> {
+    /// What the server knows of the stream, and of its one reader.
+    async fn look(&self) -> Result<(State, consumer::Info), TransportError> {
         let context = &self.connection.context;
         let ask = || context.get_stream(&self.stream);
         let stream = self.connection.insist("ask about a stream", ask).await?;
-        let state = &stream.cached_info().state;
         let ask = || stream.consumer_info(READERS);
         let reader = self.connection.insist("ask about a stream", ask).await?;
+        Ok((stream.cached_info().state.clone(), reader))
+    }
+
+    /// The first message of the stream, when the server counts it as read and keeps it all the same. A server
+    /// that was killed may come back with such messages: they take places for ever and reach nobody.
+    async fn stranded(&self) -> Result<Option<u64>, TransportError> {
+        let (state, reader) = self.look().await?;
         let is_stranded =
             state.messages > 0 && state.first_sequence <= reader.ack_floor.stream_sequence;
         Ok(is_stranded.then_some(state.first_sequence))
@@ -167,12 +172,8 @@ impl Place {
     }
 
     async fn counts(&self) -> Result<Counts, TransportError> {
+        let (state, reader) = self.look().await?;
         let context = &self.connection.context;
-        let ask = || context.get_stream(&self.stream);
-        let stream = self.connection.insist("ask about a stream", ask).await?;
-        let state = &stream.cached_info().state;
-        let ask = || stream.consumer_info(READERS);
-        let reader = self.connection.insist("ask about a stream", ask).await?;
         let dead = self.connection.name(DEAD);
         let ask = || context.get_stream(&dead);
         let dead = self
