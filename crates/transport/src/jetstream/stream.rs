@@ -6,7 +6,7 @@
 //! run's dead letters, where people find it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy, PullConsumer};
@@ -71,8 +71,29 @@ pub(crate) struct Downstream<T> {
 #[derive(Debug)]
 struct Wanted {
     asked: Notify,
-    waiting: AtomicUsize,
+    /// The receivers that wait less the messages that are here: one number, so that no message is ever
+    /// fetched, and kept from other processes, for a receiver that has already been served.
+    demand: AtomicI64,
     messages: AtomicUsize,
+}
+
+impl Wanted {
+    fn one_more(&self) {
+        if self.demand.fetch_add(1, Ordering::AcqRel) >= 0 {
+            self.asked.notify_one();
+        }
+    }
+
+    fn one_less(&self) {
+        self.demand.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Until more receivers wait than messages are here.
+    async fn demand(&self) {
+        while self.demand.load(Ordering::Acquire) <= 0 {
+            self.asked.notified().await;
+        }
+    }
 }
 
 /// Makes the run's dead letters unless they are there.
@@ -297,7 +318,7 @@ impl<T: Message + Send + Sync + 'static> Downstream<T> {
         let (arrive, arrived) = flume::unbounded();
         let wanted = Arc::new(Wanted {
             asked: Notify::new(),
-            waiting: AtomicUsize::new(0),
+            demand: AtomicI64::new(0),
             messages: AtomicUsize::new(1),
         });
         let pump = Pump {
@@ -316,12 +337,9 @@ impl<T: Message + Send + Sync + 'static> Downstream<T> {
     }
 
     pub(crate) async fn receive(&self) -> Result<Delivery<T>, TransportError> {
-        if let Ok(delivery) = self.arrived.try_recv() {
-            return delivery;
-        }
-        let _waiting = Waiting::among(&self.wanted);
-        self.wanted.asked.notify_one();
+        let waiting = Waiting::among(&self.wanted);
         let arrived = self.arrived.recv_async().await;
+        waiting.served();
         arrived.unwrap_or_else(|_| {
             Err(TransportError::Refused {
                 action: format!("read stream {}", self.place.name),
@@ -332,7 +350,9 @@ impl<T: Message + Send + Sync + 'static> Downstream<T> {
     }
 
     pub(crate) fn try_receive(&self) -> Option<Delivery<T>> {
-        self.arrived.try_recv().ok()?.ok()
+        let arrived = self.arrived.try_recv().ok()?;
+        self.wanted.one_more();
+        arrived.ok()
     }
 
     /// Has delivered again what the server keeps and would deliver to nobody, when it is found for the
@@ -381,14 +401,19 @@ struct Waiting<'a>(&'a Wanted);
 
 impl<'a> Waiting<'a> {
     fn among(wanted: &'a Wanted) -> Self {
-        wanted.waiting.fetch_add(1, Ordering::Relaxed);
+        wanted.one_more();
         Self(wanted)
+    }
+
+    /// The message that it waited for is taken, and no longer here either.
+    fn served(self) {
+        std::mem::forget(self);
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.0.one_less();
     }
 }
 
@@ -405,13 +430,13 @@ impl<T: Message + Send + Sync + 'static> Pump<T> {
         let allowed = Duration::from_secs(self.place.connection.settings.timeout_seconds);
         let mut answered = Instant::now();
         loop {
-            self.wanted.asked.notified().await;
+            self.wanted.demand().await;
             match self.fetch().await {
                 Ok(()) => answered = Instant::now(),
                 Err(error) if answered.elapsed() > allowed => {
                     let action = format!("read stream {}", self.place.name);
                     let refused = self.place.connection.refused(&action, &*error);
-                    drop(self.arrive.send(Err(refused)));
+                    self.hand_over(Err(refused));
                     return;
                 }
                 Err(error) => {
@@ -419,11 +444,13 @@ impl<T: Message + Send + Sync + 'static> Pump<T> {
                     sleep(PAUSE).await;
                 }
             }
-            // What is here already serves as many of them.
-            if self.wanted.waiting.load(Ordering::Relaxed) > self.arrive.len() {
-                self.wanted.asked.notify_one();
-            }
         }
+    }
+
+    fn hand_over(&self, arrived: Result<Delivery<T>, TransportError>) {
+        self.wanted.one_less();
+        // Nobody is there to take it when the receiver has gone.
+        drop(self.arrive.send(arrived));
     }
 
     /// One request: ends when it is answered in full, or has stood for a while.
@@ -461,7 +488,7 @@ impl<T: Message + Send + Sync + 'static> Pump<T> {
                     tracing::warn!(stream, deliveries, "a message is given up");
                     self.place.bury(&id, message.payload).await;
                 }
-                drop(self.arrive.send(Ok(Delivery::jetstream(decoded, lease))));
+                self.hand_over(Ok(Delivery::jetstream(decoded, lease)));
             }
             Err(error) => {
                 let stream = self.place.name;
