@@ -110,7 +110,7 @@ impl Actor {
         let capacity = parts.max_prompt_length + parts.sampling.max_new_tokens;
         let sampler = Sampler::new(
             policy.clone(),
-            parts.reference,
+            Some(parts.reference),
             parts.sampling,
             parts.slots,
             capacity,

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     DType, Device, LanguageModel, ModelFolder, Sequence,
-    decode::{Cache, Prefill},
+    decode::{Decoder, Precision, Prefill},
     fixtures::shared,
     open_policy,
 };
@@ -74,7 +74,7 @@ fn scored(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
 /// all sequences side by side and ending at different times.
 fn cached(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
     let slots: Vec<usize> = (0..sequences.len()).rev().collect();
-    let mut cache = Cache::new(model, slots.len(), 256).unwrap();
+    let mut decoder = Decoder::new(model.clone(), Precision::F32, slots.len(), 256).unwrap();
     let prompts: Vec<Prefill<'_>> = sequences
         .iter()
         .zip(&slots)
@@ -85,12 +85,15 @@ fn cached(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
         .collect();
     let mut found: Vec<Vec<f64>> = vec![Vec::new(); sequences.len()];
     let mut rows: Vec<usize> = (0..sequences.len()).collect();
-    let mut logits = model.prefill(&mut cache, &prompts).unwrap();
+    let mut logits = decoder.prefill(&prompts).unwrap();
     loop {
-        for (row, logits) in rows.iter().zip(logits.to_vec2::<f32>().unwrap()) {
+        for (index, row) in rows.iter().enumerate() {
             let ids = &sequences[*row];
             let target = ids[ids.len() / 2 + found[*row].len()];
-            found[*row].push(f64::from(crate::sampling::log_softmax_at(&logits, target)));
+            found[*row].push(f64::from(crate::sampling::log_softmax_at(
+                logits.row(index),
+                target,
+            )));
         }
         rows.retain(|&row| sequences[row].len() / 2 + found[row].len() < sequences[row].len());
         if rows.is_empty() {
@@ -101,7 +104,7 @@ fn cached(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
             (slots[row], ids[ids.len() / 2 + found[row].len() - 1])
         };
         let (slots, tokens): (Vec<usize>, Vec<u32>) = rows.iter().map(step).unzip();
-        logits = model.extend(&mut cache, &slots, &tokens).unwrap();
+        logits = decoder.extend(&slots, &tokens).unwrap();
     }
 }
 
@@ -196,17 +199,13 @@ fn both_paths_agree_with_numpy_on_pretrained_models() {
                 greedy,
                 "{name}"
             );
-            let mut cache = Cache::new(&model, 1, 64).unwrap();
-            let logits = model
-                .prefill(
-                    &mut cache,
-                    &[Prefill {
-                        ids: &start,
-                        slots: &[0],
-                    }],
-                )
-                .unwrap();
-            let logits = logits.to_vec2::<f32>().unwrap().remove(0);
+            let mut decoder = Decoder::new(model.clone(), Precision::F32, 1, 64).unwrap();
+            let read = Prefill {
+                ids: &start,
+                slots: &[0],
+            };
+            let logits = decoder.prefill(&[read]).unwrap();
+            let logits = logits.row(0);
             for pair in prompt["last_logits_top8"].as_array().unwrap() {
                 let (token, logit) = (
                     pair[0].as_u64().unwrap() as usize,
@@ -222,21 +221,20 @@ fn both_paths_agree_with_numpy_on_pretrained_models() {
 }
 
 fn greedily(model: &LanguageModel, start: &[u32], count: usize) -> Vec<u32> {
-    let mut cache = Cache::new(model, 1, start.len() + count).unwrap();
+    let capacity = start.len() + count;
+    let mut decoder = Decoder::new(model.clone(), Precision::F32, 1, capacity).unwrap();
     let mut text = start.to_vec();
-    let mut logits = model
-        .prefill(
-            &mut cache,
-            &[Prefill {
-                ids: start,
-                slots: &[0],
-            }],
-        )
-        .unwrap();
+    let prompt = Prefill {
+        ids: start,
+        slots: &[0],
+    };
+    let mut logits = decoder.prefill(&[prompt]).unwrap();
     for _ in 0..count {
-        let next = logits.argmax(1).unwrap().to_vec1::<u32>().unwrap()[0];
+        let likeliest = logits.row(0).iter().enumerate();
+        let likeliest = likeliest.max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+        let next = likeliest.0 as u32;
         text.push(next);
-        logits = model.extend(&mut cache, &[0], &[next]).unwrap();
+        logits = decoder.extend(&[0], &[next]).unwrap();
     }
     text
 }

@@ -22,8 +22,22 @@ pub struct ActorSettings {
     pub top_p: f64,
     /// Only tokens at least so likely, relative to the likeliest; 0: all.
     pub min_p: f64,
+    /// How weights are kept while completions are written.
+    pub precision: PrecisionSetting,
     /// The longest completion, in tokens.
     pub max_new_tokens: usize,
     /// The longest prompt, in tokens.
     pub max_prompt_length: usize,
+}
+
+/// How the weights of policy and reference are kept while completions are written, on the CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrecisionSetting {
+    /// As they are trained.
+    F32,
+    /// The upper half of each number.
+    Bf16,
+    /// Bytes, with a scale for every column and every row.
+    Int8,
 }

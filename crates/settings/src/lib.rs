@@ -23,7 +23,7 @@ mod validate;
 
 use serde::{Deserialize, Serialize};
 
-pub use actor::ActorSettings;
+pub use actor::{ActorSettings, PrecisionSetting};
 pub use error::{Problem, SettingsError};
 pub use evaluation::{EvaluationSettings, TelemetrySettings};
 pub use fit::{

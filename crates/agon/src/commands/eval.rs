@@ -160,7 +160,7 @@ fn answer(
     let sampling = roles::sampling(settings);
     let mut sampler = Sampler::new(
         a.1.clone(),
-        b.1.clone(),
+        Some(b.1.clone()),
         sampling,
         settings.actor.slots,
         capacity,

@@ -77,9 +77,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     arguments.check()?;
     let (folder, policy) = arguments.model.open()?;
     let reference = match &arguments.reference {
-        Some(path) => score::open(path, policy.dtype(), policy.device())?.1,
+        Some(path) => Some(score::open(path, policy.dtype(), policy.device())?.1),
         // Beside an adapter its base; else the policy itself.
-        None => policy.without_adapter(),
+        None => policy.adapter().map(|_| policy.without_adapter()),
     };
     let prompts = arguments.encode(&folder)?;
     let longest = prompts
@@ -88,7 +88,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .max()
         .unwrap_or(0);
     let capacity = longest + arguments.max_new_tokens;
-    fits(capacity, longest, &[&policy, &reference])?;
+    let models: Vec<&LanguageModel> = std::iter::once(&policy).chain(&reference).collect();
+    fits(capacity, longest, &models)?;
 
     let slots = SLOTS.min(prompts.len().saturating_mul(arguments.num));
     let mut sampler = Sampler::new(policy, reference, arguments.sampling(), slots, capacity)?;
@@ -248,7 +249,7 @@ impl Arguments {
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
-            max_new_tokens: self.max_new_tokens,
+            ..SamplingSettings::plain(self.max_new_tokens)
         }
     }
 
@@ -471,7 +472,7 @@ mod tests {
         let arguments = arguments(extra);
         let prompts = arguments.encode(&folder).unwrap();
         let sampling = arguments.sampling();
-        let mut sampler = Sampler::new(model.clone(), model, sampling, SLOTS, 4).unwrap();
+        let mut sampler = Sampler::new(model, None, sampling, SLOTS, 4).unwrap();
         tell(&arguments, &prompts, &folder.tokenizer, &mut sampler)
             .unwrap()
             .map(Result::unwrap)

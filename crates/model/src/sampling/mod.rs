@@ -5,6 +5,7 @@ mod sampler;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::ops::Precision;
 #[cfg(test)]
 pub(crate) use distribution::log_softmax_at;
 pub use distribution::{Draw, Scratch, draw, mix};
@@ -23,6 +24,8 @@ pub struct SamplingSettings {
     pub min_p: f64,
     /// The longest completion, in tokens.
     pub max_new_tokens: usize,
+    /// How the weights are kept while tokens are drawn.
+    pub precision: Precision,
 }
 
 impl SamplingSettings {
@@ -35,6 +38,7 @@ impl SamplingSettings {
             top_p: 1.0,
             min_p: 0.0,
             max_new_tokens,
+            precision: Precision::F32,
         }
     }
 

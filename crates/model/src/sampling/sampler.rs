@@ -6,15 +6,15 @@
 
 use std::collections::VecDeque;
 
-use candle_core::Tensor;
 use messages::{Completion, Finish, Seed};
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use rayon::prelude::*;
 
 use super::{SamplingSettings, Scratch, distribution::log_softmax_at, draw, mix};
 use crate::{
     LanguageModel, ModelError,
-    decode::{Cache, Prefill},
+    decode::{Decoder, Logits, Prefill},
 };
 
 /// A prompt to be answered.
@@ -43,19 +43,38 @@ pub struct Finished {
 
 /// A policy and its reference, writing.
 pub struct Sampler {
-    policy: Side,
-    reference: Side,
+    policy: Decoder,
+    /// None: the policy is its own.
+    reference: Option<Decoder>,
     settings: SamplingSettings,
+    /// The longest sequence of either model.
+    longest: usize,
     slots: Vec<Option<Stream>>,
     groups: Vec<Group>,
     waiting: VecDeque<Request>,
-    scratch: Scratch,
-    mixed: Vec<f32>,
 }
 
-struct Side {
-    model: LanguageModel,
-    cache: Cache,
+/// Numbers of rows of logits that are worth a thread.
+const DRAWN: usize = 16 * 1024;
+
+/// What the models say of the tokens that come next, row by row.
+struct Both {
+    policy: Logits,
+    reference: Option<Logits>,
+}
+
+impl Both {
+    fn rows(&self, index: usize) -> (&[f32], &[f32]) {
+        let reference = self.reference.as_ref().unwrap_or(&self.policy);
+        (self.policy.row(index), reference.row(index))
+    }
+}
+
+/// Room for one row of logits, kept between draws.
+#[derive(Default)]
+struct Room {
+    mixed: Vec<f32>,
+    scratch: Scratch,
 }
 
 /// One completion in the making.
@@ -73,48 +92,39 @@ struct Group {
     completions: Vec<Option<Completion>>,
 }
 
-/// Logits of both models, row by row.
-struct Logits {
-    policy: Vec<f32>,
-    reference: Vec<f32>,
-    vocab: usize,
-}
-
 impl Sampler {
-    /// A sampler with so many slots, each with room for `capacity` tokens of prompt and completion.
+    /// A sampler with so many slots, each with room for `capacity` tokens of prompt and completion. Without
+    /// a reference the policy is its own, and is asked once.
     ///
     /// # Errors
     /// When the models' vocabularies differ or the device cannot hold the caches.
     pub fn new(
         policy: LanguageModel,
-        reference: LanguageModel,
+        reference: Option<LanguageModel>,
         settings: SamplingSettings,
         slots: usize,
         capacity: usize,
     ) -> Result<Self, ModelError> {
-        let (a, b) = (policy.config().vocab_size, reference.config().vocab_size);
+        let of_reference = reference.as_ref().unwrap_or(&policy).config();
+        let (a, b) = (policy.config().vocab_size, of_reference.vocab_size);
         if a != b {
             let reason = format!(
                 "the policy has {a} tokens, the reference {b}: they must share a vocabulary"
             );
             return Err(ModelError::Weights { reason });
         }
-        let side = |model: LanguageModel| -> Result<Side, ModelError> {
-            let capacity = capacity.min(model.config().max_positions);
-            Ok(Side {
-                cache: Cache::new(&model, slots, capacity)?,
-                model,
-            })
-        };
+        let longest = policy.config().max_positions;
+        let longest = longest.min(of_reference.max_positions);
+        let capacity = capacity.min(longest);
+        let decoder = |model| Decoder::new(model, settings.precision, slots, capacity);
         Ok(Self {
-            policy: side(policy)?,
-            reference: side(reference)?,
+            policy: decoder(policy)?,
+            reference: reference.map(decoder).transpose()?,
             settings,
+            longest,
             slots: (0..slots).map(|_| None).collect(),
             groups: Vec::new(),
             waiting: VecDeque::new(),
-            scratch: Scratch::default(),
-            mixed: Vec::new(),
         })
     }
 
@@ -127,8 +137,7 @@ impl Sampler {
             let reason = "the policy changes only between completions".into();
             return Err(ModelError::Weights { reason });
         }
-        self.policy.model = policy;
-        Ok(())
+        self.policy.set_model(policy)
     }
 
     /// Whether nothing is being written and nothing waits.
@@ -160,7 +169,7 @@ impl Sampler {
     /// When it asks for no completion, or for more than there are slots, or cannot fit a slot.
     pub fn admit(&mut self, request: Request) -> Result<(), ModelError> {
         let (count, slots) = (request.mixture_coefs.len(), self.slots.len());
-        let longest = self.policy.model.config().max_positions;
+        let longest = self.longest;
         let length = request.ids.len() + request.max_new_tokens;
         let reason = if count == 0 || count > slots {
             format!("{count} completions of one prompt do not fit {slots} slots")
@@ -193,10 +202,9 @@ impl Sampler {
             .collect();
         if !pending.is_empty() {
             let (slots, tokens): (Vec<usize>, Vec<u32>) = pending.into_iter().unzip();
-            let logits = self.logits(|side| side.model.extend(&mut side.cache, &slots, &tokens))?;
-            for (row, &slot) in slots.iter().enumerate() {
-                self.write(slot, &logits, row)?;
-            }
+            let logits = self.logits(|model| model.extend(&slots, &tokens))?;
+            let rows: Vec<(usize, usize)> = slots.into_iter().enumerate().collect();
+            self.write(&rows, &logits)?;
         }
         Ok(self.take_finished())
     }
@@ -227,7 +235,8 @@ impl Sampler {
                 slots,
             })
             .collect();
-        let logits = self.logits(|side| side.model.prefill(&mut side.cache, &prompts))?;
+        let logits = self.logits(|model| model.prefill(&prompts))?;
+        let mut rows = Vec::new();
         for (row, (request, slots)) in admitted.iter().enumerate() {
             self.groups.push(Group {
                 key: request.key,
@@ -235,60 +244,54 @@ impl Sampler {
             });
             for (index, &slot) in slots.iter().enumerate() {
                 self.slots[slot] = Some(Stream::new(request, index));
-                self.write(slot, &logits, row)?;
+                rows.push((row, slot));
             }
         }
-        Ok(())
+        rows.sort_unstable_by_key(|&(_, slot)| slot);
+        self.write(&rows, &logits)
     }
 
+    /// The logits of the policy, and of the reference where it is another model.
     fn logits(
         &mut self,
-        mut forward: impl FnMut(&mut Side) -> Result<Tensor, ModelError>,
-    ) -> Result<Logits, ModelError> {
-        let vocab = self.policy.model.config().vocab_size;
-        let policy = forward(&mut self.policy)?.flatten_all()?.to_vec1()?;
-        let reference = forward(&mut self.reference)?.flatten_all()?.to_vec1()?;
-        Ok(Logits {
-            policy,
-            reference,
-            vocab,
+        mut forward: impl FnMut(&mut Decoder) -> Result<Logits, ModelError>,
+    ) -> Result<Both, ModelError> {
+        Ok(Both {
+            policy: forward(&mut self.policy)?,
+            reference: self.reference.as_mut().map(forward).transpose()?,
         })
     }
 
-    /// Draws the next token of the stream in `slot` from row `row` of the logits.
-    fn write(&mut self, slot: usize, logits: &Logits, row: usize) -> Result<(), ModelError> {
-        let Some(stream) = self.slots[slot].as_mut() else {
-            return Ok(());
-        };
-        let range = row * logits.vocab..(row + 1) * logits.vocab;
-        let (policy, reference) = (&logits.policy[range.clone()], &logits.reference[range]);
-        mix(
-            policy,
-            reference,
-            stream.completion.mixture_coef,
-            &mut self.mixed,
-        );
-        let uniform = stream.random.random::<f64>();
-        let drawn =
-            draw(&self.mixed, &self.settings, uniform, &mut self.scratch).ok_or_else(|| {
-                ModelError::Weights {
-                    reason: "the logits of a token are not finite".into(),
-                }
+    /// Draws the next token of streams: of each the row of its logits and its slot, slots ascending.
+    fn write(&mut self, rows: &[(usize, usize)], logits: &Both) -> Result<(), ModelError> {
+        let mut rest = rows;
+        let mut streams = Vec::with_capacity(rows.len());
+        for (slot, stream) in self.slots.iter_mut().enumerate() {
+            if let (Some(stream), Some((&(row, _), later))) =
+                (stream, rest.split_first().filter(|(row, _)| row.1 == slot))
+            {
+                streams.push((row, stream));
+                rest = later;
+            }
+        }
+        let settings = &self.settings;
+        streams
+            .into_par_iter()
+            .with_min_len((DRAWN / logits.policy.width()).max(1))
+            .try_for_each_init(Room::default, |room, (row, stream)| {
+                stream.draw(logits.rows(row), settings, room)
             })?;
-        let completion = &mut stream.completion;
-        completion.ids.push(drawn.token);
-        completion.behaviour_logp.push(drawn.behaviour_logp);
-        completion.logp.push(log_softmax_at(policy, drawn.token));
-        completion
-            .ref_logp
-            .push(log_softmax_at(reference, drawn.token));
-        let ended = self.policy.model.config().eos.contains(&drawn.token);
-        if ended || completion.ids.len() == stream.max_new_tokens {
-            completion.finish = if ended {
-                Finish::EndOfText
-            } else {
-                Finish::Length
-            };
+        let eos = &self.policy.model().config().eos;
+        let ended: Vec<usize> = rows
+            .iter()
+            .filter(|&&(_, slot)| {
+                self.slots[slot]
+                    .as_mut()
+                    .is_some_and(|stream| stream.ends(eos))
+            })
+            .map(|&(_, slot)| slot)
+            .collect();
+        for slot in ended {
             self.end(slot);
         }
         Ok(())
@@ -340,10 +343,46 @@ impl Stream {
     }
 }
 
+impl Stream {
+    /// Draws its next token from these rows of logits.
+    fn draw(
+        &mut self,
+        (policy, reference): (&[f32], &[f32]),
+        settings: &SamplingSettings,
+        room: &mut Room,
+    ) -> Result<(), ModelError> {
+        let completion = &mut self.completion;
+        mix(policy, reference, completion.mixture_coef, &mut room.mixed);
+        let uniform = self.random.random::<f64>();
+        let drawn = draw(&room.mixed, settings, uniform, &mut room.scratch);
+        let drawn = drawn.ok_or_else(|| ModelError::Weights {
+            reason: "the logits of a token are not finite".into(),
+        })?;
+        completion.ids.push(drawn.token);
+        completion.behaviour_logp.push(drawn.behaviour_logp);
+        completion.logp.push(log_softmax_at(policy, drawn.token));
+        let ref_logp = log_softmax_at(reference, drawn.token);
+        completion.ref_logp.push(ref_logp);
+        Ok(())
+    }
+
+    /// Whether its last token was its last, and why.
+    fn ends(&mut self, eos: &[u32]) -> bool {
+        let completion = &mut self.completion;
+        let ended = completion.ids.last().is_some_and(|last| eos.contains(last));
+        completion.finish = if ended {
+            Finish::EndOfText
+        } else {
+            Finish::Length
+        };
+        ended || completion.ids.len() == self.max_new_tokens
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Sequence, fixtures::tiny_model};
+    use crate::{Sequence, decode::Precision, fixtures::tiny_model};
 
     fn request(key: u64, ids: &[u32], mixture_coefs: &[f32], max_new_tokens: usize) -> Request {
         let seed = Seed(77).derive(key);
@@ -358,7 +397,14 @@ mod tests {
 
     fn sampler(policy: u64, reference: u64, slots: usize) -> Sampler {
         let (policy, reference) = (tiny_model(9, policy), tiny_model(9, reference));
-        Sampler::new(policy, reference, SamplingSettings::plain(12), slots, 32).unwrap()
+        Sampler::new(
+            policy,
+            Some(reference),
+            SamplingSettings::plain(12),
+            slots,
+            32,
+        )
+        .unwrap()
     }
 
     fn answers(mut sampler: Sampler, requests: &[Request]) -> Vec<Finished> {
@@ -472,17 +518,12 @@ mod tests {
     fn frequencies_match_the_mixture() {
         let (policy, reference, m) = (tiny_model(9, 1), tiny_model(9, 2), 0.3);
         let logits = |model: &LanguageModel| -> Vec<f32> {
-            let mut cache = Cache::new(model, 1, 4).unwrap();
-            let logits = model
-                .prefill(
-                    &mut cache,
-                    &[Prefill {
-                        ids: &[0, 5],
-                        slots: &[0],
-                    }],
-                )
-                .unwrap();
-            logits.to_vec2().unwrap().remove(0)
+            let mut decoder = Decoder::new(model.clone(), Precision::F32, 1, 4).unwrap();
+            let prompt = Prefill {
+                ids: &[0, 5],
+                slots: &[0],
+            };
+            decoder.prefill(&[prompt]).unwrap().row(0).to_vec()
         };
         let mut mixed = Vec::new();
         mix(&logits(&policy), &logits(&reference), m, &mut mixed);
