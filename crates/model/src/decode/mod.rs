@@ -31,7 +31,7 @@ pub struct Decoder {
 }
 
 enum Engine {
-    Packed(packed::Engine),
+    Packed(Box<packed::Engine>),
     Tensors(tensors::Cache),
 }
 
@@ -82,7 +82,8 @@ impl Decoder {
         capacity: usize,
     ) -> Result<Self, ModelError> {
         let engine = if model.device().is_cpu() {
-            Engine::Packed(packed::Engine::new(&model, precision, slots, capacity)?)
+            let engine = packed::Engine::new(&model, precision, slots, capacity)?;
+            Engine::Packed(Box::new(engine))
         } else {
             Engine::Tensors(tensors::Cache::new(&model, slots, capacity)?)
         };

@@ -265,7 +265,7 @@ impl Weights {
                 let rows = rows.chunks_exact_mut(of_all);
                 let cache = &mut sequence.slot.0[layer];
                 for (i, (row, out)) in rows.zip(out.chunks_exact_mut(of_queries)).enumerate() {
-                    self.attend_one(block, cache, sequence.start + i, row, out);
+                    self.attend_one(block, cache, sequence.start + i, (row, out));
                 }
             });
         out
@@ -276,8 +276,7 @@ impl Weights {
         block: &Block,
         cache: &mut KeyValues,
         place: usize,
-        row: &mut [f32],
-        out: &mut [f32],
+        (row, out): (&mut [f32], &mut [f32]),
     ) {
         let Heads {
             queries,

@@ -20,7 +20,7 @@ fn of_tensors(model: &LanguageModel, slots: usize, capacity: usize) -> Decoder {
 }
 
 /// Two blocks of grouped queries with these keys of its configuration changed.
-fn model(changes: Value) -> LanguageModel {
+fn model(changes: &Value) -> LanguageModel {
     let mut raw = json!({
         "architectures": ["LlamaForCausalLM"], "hidden_size": 24, "intermediate_size": 40,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -83,7 +83,7 @@ fn both_engines_agree_on_every_architecture_and_packing_makes_them_differ_little
         json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9, "use_sliding_window": false, "max_window_layers": 2}),
         json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}),
     ] {
-        let model = model(changes.clone());
+        let model = model(&changes);
         let expected = logits(&mut of_tensors(&model, 5, 40));
         let found = |precision| logits(&mut Decoder::new(model.clone(), precision, 5, 40).unwrap());
         let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
@@ -122,7 +122,7 @@ fn an_adapter_is_merged_and_another_model_replaces_it() {
 
 #[test]
 fn a_sequence_depends_on_no_other_and_many_threads_change_no_bit() {
-    let model = model(json!({}));
+    let model = model(&json!({}));
     let slots: Vec<usize> = (0..40).collect();
     let written = |slots: &[usize], threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new()

@@ -49,6 +49,7 @@ pub(crate) use storage::wide;
 pub use swiglu::swiglu;
 pub(crate) use swiglu::swiglu_rows;
 pub use token_logprobs::{TokenLogprobs, token_logprobs};
+pub use vector::vectors;
 
 #[cfg(test)]
 mod tests {

@@ -9,7 +9,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::matrix::{Factor, Precision, product};
+use super::matrix::{Begin, Factor, Precision, product};
 use super::storage::{floats, fusible, wide};
 use super::vector::{Arithmetic, Kernel, LANES, dispatch, exp, fold, largest};
 
@@ -123,7 +123,8 @@ impl CustomOp2 for PickedLogprobs {
             for tile in tiles(rows, ROWS) {
                 let hidden = rows_of(&hidden_, width, &tile);
                 let mut slopes = vec![0.0; tile.len() * words.len()];
-                product(hidden, head.transposed(), self.precision, &mut slopes);
+                let into = (Begin::Anew, slopes.as_mut_slice());
+                product(hidden, head.transposed(), self.precision, into);
                 let rows = Rows {
                     targets: &self.targets[tile.clone()],
                     log_sums: &self.packed[2 * rows..][tile.clone()],
@@ -133,11 +134,13 @@ impl CustomOp2 for PickedLogprobs {
                 let slopes = Factor::new(&slopes, tile.len(), words.len());
                 let part = |rows: &Range<usize>| rows.start * width..rows.end * width;
                 if let Some(dhidden) = &mut dhidden {
-                    product(slopes, head, self.precision, &mut dhidden[part(&tile)]);
+                    let into = (Begin::There, &mut dhidden[part(&tile)]);
+                    product(slopes, head, self.precision, into);
                 }
                 if let Some(dhead) = &mut dhead {
                     let slopes = slopes.transposed();
-                    product(slopes, hidden, self.precision, &mut dhead[part(&words)]);
+                    let into = (Begin::There, &mut dhead[part(&words)]);
+                    product(slopes, hidden, self.precision, into);
                 }
             }
         }
@@ -172,7 +175,8 @@ fn forward(hidden: &[f32], head: &[f32], targets: &[u32], precision: Precision) 
         for tile in tiles(targets.len(), ROWS) {
             let mut logits = vec![0.0; tile.len() * words.len()];
             let hidden = rows_of(hidden, width, &tile);
-            product(hidden, head.transposed(), precision, &mut logits);
+            let into = (Begin::Anew, logits.as_mut_slice());
+            product(hidden, head.transposed(), precision, into);
             running[tile]
                 .par_chunks_mut(TASK)
                 .zip(logits.par_chunks(TASK * words.len()))

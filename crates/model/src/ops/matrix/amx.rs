@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 
 use super::super::vector::{LANES, Level, Line, level};
 use super::DEEP;
-use super::tile::Part;
+use super::tile::{Begin, Part};
 
 /// Rows that are multiplied together: two tiles.
 pub(super) const ROWS: usize = 2 * LANES;
@@ -41,6 +41,27 @@ impl Configuration {
     };
 }
 
+/// Copies as many numbers as `to` and `from` both have; two vectors at once where there are as many.
+#[inline(always)]
+fn copy(from: &[f32], to: &mut [f32]) {
+    let whole = (from.first_chunk::<{ 2 * LANES }>(), to.first_chunk_mut());
+    if let (Some(from), Some(to)) = whole {
+        *to = *from;
+        return;
+    }
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = *from;
+    }
+}
+
+/// All panels of a matrix, one after the other.
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a> {
+    pub lines: &'a [Line<u32>],
+    /// Lines to a panel.
+    pub depth: usize,
+}
+
 /// Leave to use the tile registers.
 #[derive(Clone, Copy)]
 pub(super) struct Tiles(());
@@ -53,9 +74,10 @@ impl Tiles {
         here.then_some(Self(()))
     }
 
-    /// Adds the product of the part's rows with its panels to what is there: `x` is rows of `depth` words,
-    /// as many as a multiple of [`ROWS`], the part's beginning at such a one; `lines` are all panels.
-    pub fn multiply(self, x: &[u32], lines: &[Line<u32>], depth: usize, mut part: Part<'_>) {
+    /// The product of the part's rows with its panels: `x` is rows of as many words as a panel has lines,
+    /// their number a multiple of [`ROWS`], and the part begins at such a one.
+    pub fn multiply(self, x: &[u32], panels: Panels<'_>, begin: Begin, mut part: Part<'_>) {
+        let Panels { lines, depth } = panels;
         assert!(depth.is_multiple_of(DEEP) && part.rows.start.is_multiple_of(ROWS));
         let mut block = Block([[0.0; 2 * LANES]; ROWS]);
         let of_panels = part.columns.start / LANES..part.columns.end.div_ceil(LANES);
@@ -67,14 +89,16 @@ impl Tiles {
             for first in part.rows.clone().step_by(ROWS) {
                 let rows = first..(first + ROWS).min(part.rows.end);
                 for (row, sums) in rows.clone().zip(&mut block.0) {
-                    let there = part.of_row(row, panel * LANES, 2 * LANES);
-                    sums[..there.len()].copy_from_slice(there);
+                    match (begin, part.of_row(row, panel * LANES, 2 * LANES)) {
+                        (Begin::Anew, _) => *sums = [0.0; 2 * LANES],
+                        (Begin::There, there) => copy(there, &mut sums[..]),
+                    }
                 }
                 let x = &x[first * depth..][..ROWS * depth];
                 self.block(x, [of_panel(panel), of_panel(second)], depth, &mut block);
                 for (row, sums) in rows.zip(&block.0) {
                     let out = part.of_row(row, panel * LANES, 2 * LANES);
-                    out.copy_from_slice(&sums[..out.len()]);
+                    copy(sums, out);
                 }
             }
         }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use self::panels::{Columns, bytes, floats, pairs};
 use self::rows::{Bytes, halves, halves_across};
+pub(super) use self::tile::Begin;
 use self::tile::{Bf16, F32, Format, Int8, Left, Part, Task};
 use super::vector::{LANES, Line, dispatch};
 
@@ -64,12 +65,17 @@ impl<'a> Factor<'a> {
     }
 }
 
-/// `out += left · right`, out `[left.rows, right.columns]` row-major, in f32 or bf16.
-pub(super) fn product(left: Factor<'_>, right: Factor<'_>, precision: Precision, out: &mut [f32]) {
+/// `left · right`, `[left.rows, right.columns]` row-major, in f32 or bf16: into `out`, or added to it.
+pub(super) fn product(
+    left: Factor<'_>,
+    right: Factor<'_>,
+    precision: Precision,
+    (begin, out): (Begin, &mut [f32]),
+) {
     assert_eq!(left.columns, right.rows);
     assert_eq!(out.len(), left.rows * right.columns);
     let packed = PackedMatrix::of(right, precision);
-    packed.add(left, out);
+    packed.put(left, begin, out);
 }
 
 /// A right factor `[in, out]`, ready for products with rows of `in` numbers.
@@ -133,12 +139,12 @@ impl PackedMatrix {
     pub fn multiply(&self, x: &[f32]) -> Vec<f32> {
         let rows = x.len() / self.width;
         let mut out = vec![0.0; rows * self.out];
-        self.add(Factor::new(x, rows, self.width), &mut out);
+        self.put(Factor::new(x, rows, self.width), Begin::Anew, &mut out);
         out
     }
 
-    /// `out += left · self`; where bytes are multiplied `out = left · self`.
-    fn add(&self, left: Factor<'_>, out: &mut [f32]) {
+    /// `left · self` into `out`, or, unless bytes are multiplied, added to it.
+    fn put(&self, left: Factor<'_>, begin: Begin, out: &mut [f32]) {
         match &self.lines {
             Lines::F32(lines) => {
                 let words = left.numbers;
@@ -149,28 +155,36 @@ impl PackedMatrix {
                     let stride = left.columns;
                     Left::Rows { words, stride }
                 };
-                self.run(&F32, left, lines, out);
+                self.run((&F32, begin), left, lines, out);
             }
-            Lines::Bf16(lines) => self.add_halves(left, lines, out),
+            Lines::Bf16(lines) => self.put_halves(left, lines, begin, out),
             Lines::Int8(lines, columns) => {
-                assert!(!left.across, "bytes are for rows");
+                assert!(
+                    !left.across && begin == Begin::Anew,
+                    "bytes are for writing"
+                );
                 let x = Bytes::of(left.numbers, self.width, self.depth);
                 let rows = &x.scales;
-                self.run(&Int8 { rows, columns }, self.rows(&x.words), lines, out);
+                let format = Int8 { rows, columns };
+                self.run((&format, begin), self.rows(&x.words), lines, out);
             }
         }
     }
 
-    fn add_halves(&self, left: Factor<'_>, lines: &[Line<u32>], out: &mut [f32]) {
+    fn put_halves(&self, left: Factor<'_>, lines: &[Line<u32>], begin: Begin, out: &mut [f32]) {
         let round = if left.across { halves_across } else { halves };
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if let Some(tiles) = amx::Tiles::here() {
             let x = round(left.numbers, self.width, self.depth, amx::ROWS);
-            self.spread(out, |part| tiles.multiply(&x, lines, self.depth, part));
+            let panels = amx::Panels {
+                lines,
+                depth: self.depth,
+            };
+            self.spread(out, |part| tiles.multiply(&x, panels, begin, part));
             return;
         }
         let x = round(left.numbers, self.width, self.depth, 1);
-        self.run(&Bf16, self.rows(&x), lines, out);
+        self.run((&Bf16, begin), self.rows(&x), lines, out);
     }
 
     fn rows<'a>(&self, words: &'a [u32]) -> Left<'a, u32> {
@@ -180,7 +194,7 @@ impl PackedMatrix {
 
     fn run<F: Format>(
         &self,
-        format: &F,
+        (format, begin): (&F, Begin),
         left: Left<'_, F::Word>,
         lines: &[Line<F::Word>],
         out: &mut [f32],
@@ -189,6 +203,7 @@ impl PackedMatrix {
         self.spread(out, |part| {
             dispatch(Task {
                 format,
+                begin,
                 left,
                 lines,
                 depth,

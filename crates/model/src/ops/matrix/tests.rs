@@ -133,6 +133,7 @@ fn at<F: Format>(
     for part in tile::split(&mut out, matrix.out, (5, 48)) {
         level.run(Task {
             format,
+            begin: Begin::Anew,
             left,
             lines,
             depth: matrix.depth,
@@ -166,10 +167,16 @@ fn factors_that_lie_across_and_sums_that_are_added_to() {
             let mut first: Option<Vec<f32>> = None;
             for (left, right) in lefts.into_iter().flat_map(|l| rights.map(|r| (l, r))) {
                 let mut out = vec![1.0; m * n];
-                product(left, right, precision, &mut out);
+                product(left, right, precision, (Begin::There, &mut out));
                 let gap = worst(&out, &expected);
                 assert!(gap < 4e-6 * k as f64, "{precision:?} {m} {n} {k}: {gap}");
                 assert_eq!(first.get_or_insert(out.clone()), &out, "the same bits");
+                product(left, right, precision, (Begin::Anew, &mut out));
+                let gap = worst(&out, &expected.iter().map(|x| x - 1.0).collect::<Vec<_>>());
+                assert!(
+                    gap < 4e-6 * k as f64,
+                    "anew {precision:?} {m} {n} {k}: {gap}"
+                );
             }
         }
     }

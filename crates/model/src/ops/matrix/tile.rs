@@ -179,9 +179,19 @@ pub(super) enum Left<'a, W> {
     Across { words: &'a [W], stride: usize },
 }
 
-/// The product of the part's rows with its panels, added to what is there.
+/// What sums begin with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Begin {
+    /// Nothing, whatever is there.
+    Anew,
+    /// What is there: the product is added to it.
+    There,
+}
+
+/// The product of the part's rows with its panels.
 pub(super) struct Task<'a, F: Format> {
     pub format: &'a F,
+    pub begin: Begin,
     pub left: Left<'a, F::Word>,
     /// Of the whole matrix: panel after panel, `depth` lines each.
     pub lines: &'a [Line<F::Word>],
@@ -268,6 +278,10 @@ impl<F: Format> Task<'_, F> {
     /// The sums of the block, `x` being its part of the left factor from the first of `lines` on.
     ///
     /// Loops, not closures: a closure would not be compiled for the vectors of the function around it.
+    #[expect(
+        clippy::needless_range_loop,
+        reason = "blocks of sums are read and written by place"
+    )]
     #[inline(always)]
     fn sums<A: Arithmetic, const M: usize, const N: usize>(
         &mut self,
@@ -279,10 +293,12 @@ impl<F: Format> Task<'_, F> {
         let panels: [&[Line<F::Word>]; N] =
             std::array::from_fn(|n| &self.lines[(panel + n) * self.depth + lines.start..][..count]);
         let mut sums = [[F::begin::<A>(&[0.0; LANES]); N]; M];
-        for (m, sums) in sums.iter_mut().enumerate() {
-            for (n, sum) in sums.iter_mut().enumerate() {
-                let there = self.there(row + m, panel + n);
-                *sum = F::begin::<A>(&there);
+        if self.begin == Begin::There || lines.start > 0 {
+            for (m, sums) in sums.iter_mut().enumerate() {
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    let there = self.there(row + m, panel + n);
+                    *sum = F::begin::<A>(&there);
+                }
             }
         }
         for k in 0..count {

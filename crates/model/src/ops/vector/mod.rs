@@ -173,15 +173,32 @@ fn detect() -> Level {
 /// The level of this process: the widest that the machine has, unless `AGON_VECTORS` names a lower one.
 pub(super) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| {
-        let asked = std::env::var("AGON_VECTORS").unwrap_or_default();
-        let named = match asked.as_str() {
-            "plain" => Level::Plain,
-            "avx2" => Level::Avx2,
-            "avx512" => Level::Avx512,
-            _ => Level::Avx512Dots,
-        };
-        named.min(detect())
+    *LEVEL.get_or_init(|| asked().unwrap_or(Level::Avx512Dots).min(detect()))
+}
+
+/// What `AGON_VECTORS` names; all there is when it is not set.
+fn asked() -> Result<Level, String> {
+    let asked = std::env::var("AGON_VECTORS").unwrap_or_default();
+    match asked.as_str() {
+        "" => Ok(Level::Avx512Dots),
+        "plain" => Ok(Level::Plain),
+        "avx2" => Ok(Level::Avx2),
+        "avx512" => Ok(Level::Avx512),
+        other => Err(other.to_owned()),
+    }
+}
+
+/// What the loops of this process are compiled for: "plain", "avx2", "avx512" or "avx512 with dot products".
+///
+/// # Errors
+/// With what the environment variable `AGON_VECTORS` says, when it is none of the first three.
+pub fn vectors() -> Result<&'static str, String> {
+    asked()?;
+    Ok(match level() {
+        Level::Plain => "plain",
+        Level::Avx2 => "avx2",
+        Level::Avx512 => "avx512",
+        Level::Avx512Dots => "avx512 with dot products",
     })
 }
 
