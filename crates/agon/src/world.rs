@@ -227,8 +227,9 @@ pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Resul
         return Ok(());
     }
     Err(Misuse(format!(
-        "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {positions} positions: lower one of them",
+        "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {}: lower one of them",
         actor.max_new_tokens,
+        config.positions(),
     )))
 }
 

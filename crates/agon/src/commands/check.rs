@@ -210,14 +210,14 @@ fn subject(settings: &Settings) -> anyhow::Result<Subject> {
 
 fn shape(config: &ModelConfig) -> String {
     format!(
-        "{:?} of {} blocks of width {}, {} heads ({} of keys and values), {} tokens, {} positions: {} parameters",
+        "{:?} of {} blocks of width {}, {} heads ({} of keys and values), {} tokens, {}: {} parameters",
         config.architecture,
         config.layers,
         config.hidden_size,
         config.heads,
         config.kv_heads,
         config.vocab_size,
-        config.max_positions,
+        config.positions(),
         config.parameter_count()
     )
 }

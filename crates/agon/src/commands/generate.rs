@@ -166,14 +166,12 @@ fn parts(prompts: usize, num: usize) -> Vec<Part> {
 
 /// That both models can hold a sequence of `capacity` tokens, `longest` of them a prompt's.
 fn fits(capacity: usize, longest: usize, models: &[&LanguageModel]) -> Result<(), Misuse> {
-    let positions = models
-        .iter()
-        .map(|model| model.config().max_positions)
-        .min();
-    match positions {
-        Some(positions) if capacity > positions => Err(Misuse(format!(
-            "a prompt of {longest} tokens and --max-new-tokens {} exceed the model's {positions} positions: lower one of them",
-            capacity - longest
+    let configs = models.iter().map(|model| model.config());
+    match configs.min_by_key(|config| config.max_positions) {
+        Some(config) if capacity > config.max_positions => Err(Misuse(format!(
+            "a prompt of {longest} tokens and --max-new-tokens {} exceed the model's {}: lower one of them",
+            capacity - longest,
+            config.positions()
         ))),
         _ => Ok(()),
     }
