@@ -22,7 +22,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    actor, bench, check, doctor, eval, export, fit_preference, generate, learner, manifests,
+    actor, bench, check, doctor, eval, export, fit_preference, generate, guard, learner, manifests,
     metrics, preference, samples, score, sft, status, train, view,
 };
 
@@ -60,6 +60,7 @@ enum Command {
     Doctor(doctor::Arguments),
     Export(export::Arguments),
     Bench(bench::Arguments),
+    Guard(guard::Arguments),
 }
 
 /// The runtime in which everything waits; what computes has threads of its own.
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Guard(arguments) => guard::run(&arguments),
     };
     match ended {
         Ok(code) => code,
