@@ -8,17 +8,16 @@ use std::{
     fmt::Write as _,
     fs::File,
     io::{self, Write as _},
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
 };
 
 use anyhow::Context;
 use model::{AdapterFolder, ModelConfig, ModelFolder};
 use playground::{Bandit, base_config_json};
-use settings::{
-    DtypeSetting, ObjectiveSettings, Override, PromptsSettings, Settings, resolve_file,
-};
+use settings::{DtypeSetting, ObjectiveSettings, PromptsSettings, Settings};
 
+use super::configuration::Configuration;
 use crate::{failure::Code, world};
 
 /// Adam's moments are kept in f32 whatever the weights are.
@@ -38,15 +37,12 @@ const LOGIT_BYTES: usize = 4;
 /// Example: agon check configs/quickstart.toml --set actor.slots=128 > resolved.toml
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration. `configs/default.toml` explains every key.
-    config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    #[command(flatten)]
+    configuration: Configuration,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let resolved = resolve_file(&arguments.config, &arguments.set)?;
+    let resolved = arguments.configuration.resolve()?;
     let mut output = io::stdout().lock();
     output
         .write_all(resolved.toml.as_bytes())
@@ -365,6 +361,8 @@ fn mebibytes(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use settings::Override;
+
     use super::*;
 
     fn settings(sets: &[&str]) -> Settings {

@@ -3,6 +3,7 @@
 pub(crate) mod actor;
 pub(crate) mod bench;
 pub(crate) mod check;
+mod configuration;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;

@@ -6,8 +6,9 @@ use anyhow::Context;
 use learner::sft::{self, ExampleIds};
 use messages::Seed;
 use model::ModelFolder;
-use settings::{Override, Settings, resolve_file};
+use settings::Settings;
 
+use super::configuration::Configuration;
 use crate::{failure::Misuse, world};
 
 /// Fine-tune a model on prompts and completions, the step before alignment.
@@ -19,18 +20,15 @@ use crate::{failure::Misuse, world};
 /// Example: agon sft my.toml --set sft.path=rows.jsonl --output models/base
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration; only [run], [model], [playground] and [sft] matter here.
-    config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    #[command(flatten)]
+    configuration: Configuration,
     /// Where the fine-tuned model goes; needed with sft.path.
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
+    let settings = arguments.configuration.resolve()?.settings;
     if settings.sft.path.is_none() {
         let base = world::playground_base(&settings, &|| false)?;
         println!("{}", base.path.display());
