@@ -9,6 +9,7 @@ mod interrupt;
 mod launch;
 mod logging;
 mod memory;
+mod model_hub;
 mod overview;
 mod plot;
 mod presence;

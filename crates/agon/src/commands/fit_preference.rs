@@ -54,7 +54,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let stop = runtime.block_on(async { interrupt::on_signal() })?;
     let stopped = || *stop.borrow();
     let start = world::Start::open(settings, &stopped)?;
-    let trunk = world::Trunk::open(settings, start.policy())?;
+    let trunk = world::Trunk::open(settings, start.policy(), &stopped)?;
     let pairs = world::annotated(settings, &trunk.folder, start.policy(), &stopped)?;
     let directory = RunDirectory::create(&path, &resolved.toml)?;
     let mut journal = Journal::open(&directory.metrics())?;

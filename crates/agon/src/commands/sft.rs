@@ -9,7 +9,7 @@ use model::ModelFolder;
 use settings::Settings;
 
 use super::configuration::Configuration;
-use crate::{failure::Misuse, world};
+use crate::{failure::Misuse, model_hub, world};
 
 /// Fine-tune a model on prompts and completions, the step before alignment.
 ///
@@ -51,18 +51,23 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()> {
-    let path = settings.model.path.as_ref().ok_or_else(|| {
-        Misuse("model.path must name the Hugging Face folder to fine-tune".into())
+    let source = settings.model.path.as_ref().ok_or_else(|| {
+        Misuse(
+            "model.path must name the model to fine-tune, a Hugging Face folder or hf:ORG/NAME"
+                .into(),
+        )
     })?;
     let rows = settings.sft.path.as_ref().context("sft.path is set")?;
     let (device, dtype) = world::device(settings)?;
-    let folder = ModelFolder::open(path, settings.model.chat_template.as_deref())?;
+    let path = model_hub::folder(source, &|| false)?;
+    let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
     let weights = folder.weights(dtype, &device)?;
     let eos = folder.config.eos.first().copied();
     let longest = settings.sft.max_length.min(folder.config.max_positions);
     let examples = sft::read_examples(rows, &folder.tokenizer, eos, longest)?;
     let mut model = world::language_model(&folder, &weights)?;
-    if let Some(adapter) = world::adapter(settings, &folder, &weights)? {
+    let saved = world::adapter_folder(settings, &|| false)?;
+    if let Some(adapter) = world::adapter(settings, (&folder, &weights), saved.as_deref())? {
         model = model.with_adapter(adapter)?;
     }
     let (seed, batch) = (
