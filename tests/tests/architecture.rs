@@ -49,7 +49,7 @@ const ROLE: &[&str] = &[
 ];
 
 /// Who alone may depend on whose crates, for normal and build dependencies.
-const ONLYS: [(&str, &[&str]); 13] = [
+const ONLYS: [(&str, &[&str]); 14] = [
     ("candle-core", &["model", "learner"]),
     ("candle-nn", &["model"]),
     ("candle-transformers", &["model"]),
@@ -58,6 +58,7 @@ const ONLYS: [(&str, &[&str]); 13] = [
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),
     ("axum", &["preference", "telemetry"]),
+    ("hf-hub", &["agon"]),
     ("plotters", &["agon"]),
     ("reqwest", &["preference", "agon"]),
     ("metrics", &["telemetry"]),

@@ -9,6 +9,7 @@ mod interrupt;
 mod launch;
 mod logging;
 mod memory;
+mod model_hub;
 mod overview;
 mod plot;
 mod presence;
@@ -22,7 +23,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    actor, bench, check, doctor, eval, export, fit_preference, generate, learner, manifests,
+    actor, bench, check, doctor, eval, export, fit_preference, generate, guard, learner, manifests,
     metrics, preference, samples, score, sft, status, train, view,
 };
 use failure::Misuse;
@@ -61,6 +62,7 @@ enum Command {
     Doctor(doctor::Arguments),
     Export(export::Arguments),
     Bench(bench::Arguments),
+    Guard(guard::Arguments),
 }
 
 /// The runtime in which everything waits; what computes has threads of its own.
@@ -114,5 +116,6 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Guard(arguments) => guard::run(&arguments),
     }
 }

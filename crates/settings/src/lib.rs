@@ -19,6 +19,7 @@ mod prompts;
 mod repair;
 mod resolve;
 mod run;
+mod source;
 mod validate;
 
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,7 @@ pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::{
     JetStreamSettings, RunSettings, TopologySettings, TransportSettings, WeightsEncoding,
 };
+pub use source::{HubModel, ModelSource, NotAHubModel};
 
 /// Everything that can be set. See `configs/default.toml` for what each key means.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -6,7 +6,6 @@
 use std::{
     collections::BTreeMap,
     io::{self, Write},
-    path::PathBuf,
     process::ExitCode,
 };
 
@@ -14,9 +13,10 @@ use anyhow::{Context, ensure};
 use messages::{Completion, Finish, Message, PromptText, Seed};
 use model::{LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Tokenizer};
 use serde::Serialize;
+use settings::ModelSource;
 
 use super::score::{self, ModelArguments};
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub};
 
 /// Completions written at once.
 const SLOTS: usize = 64;
@@ -62,8 +62,8 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// A second model with the same vocabulary, in the same layout.
-    #[arg(long, value_name = "DIR")]
-    reference: Option<PathBuf>,
+    #[arg(long, value_name = "MODEL")]
+    reference: Option<ModelSource>,
     /// The weight ON THE REFERENCE in the mixture that tokens are drawn from: 0 is the model alone (when
     /// not given), 1 the reference alone; the papers use 0.125. Needs --reference or --adapter.
     #[arg(long, value_name = "WEIGHT")]
@@ -75,9 +75,12 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     arguments.check()?;
-    let (folder, policy) = arguments.model.open()?;
+    let (folder, policy) = arguments.model.find()?.open()?;
     let reference = match &arguments.reference {
-        Some(path) => Some(score::open(path, policy.dtype(), policy.device())?.1),
+        Some(source) => {
+            let path = model_hub::folder(source, &|| false)?;
+            Some(score::open(&path, policy.dtype(), policy.device())?.1)
+        }
         // Beside an adapter its base; else the policy itself.
         None => policy.adapter().map(|_| policy.without_adapter()),
     };
@@ -167,14 +170,12 @@ fn parts(prompts: usize, num: usize) -> Vec<Part> {
 
 /// That both models can hold a sequence of `capacity` tokens, `longest` of them a prompt's.
 fn fits(capacity: usize, longest: usize, models: &[&LanguageModel]) -> Result<(), Misuse> {
-    let positions = models
-        .iter()
-        .map(|model| model.config().max_positions)
-        .min();
-    match positions {
-        Some(positions) if capacity > positions => Err(Misuse(format!(
-            "a prompt of {longest} tokens and --max-new-tokens {} exceed the model's {positions} positions: lower one of them",
-            capacity - longest
+    let configs = models.iter().map(|model| model.config());
+    match configs.min_by_key(|config| config.max_positions) {
+        Some(config) if capacity > config.max_positions => Err(Misuse(format!(
+            "a prompt of {longest} tokens and --max-new-tokens {} exceed the model's {}: lower one of them",
+            capacity - longest,
+            config.positions()
         ))),
         _ => Ok(()),
     }

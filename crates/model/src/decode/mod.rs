@@ -70,7 +70,8 @@ impl Logits {
 }
 
 impl Decoder {
-    /// An empty decoder with so many slots, each with room for `capacity` tokens. On the CPU it keeps the
+    /// An empty decoder with so many slots, each with room for `capacity` tokens, or for as many as the model
+    /// has positions. On the CPU it keeps the
     /// weights in `precision`, an adapter merged into them; elsewhere as they are.
     ///
     /// # Errors
@@ -81,6 +82,7 @@ impl Decoder {
         slots: usize,
         capacity: usize,
     ) -> Result<Self, ModelError> {
+        let capacity = capacity.min(model.config().max_positions);
         let engine = if model.device().is_cpu() {
             let engine = packed::Engine::new(&model, precision, slots, capacity)?;
             Engine::Packed(Box::new(engine))

@@ -115,7 +115,6 @@ impl Sampler {
         }
         let longest = policy.config().max_positions;
         let longest = longest.min(of_reference.max_positions);
-        let capacity = capacity.min(longest);
         let decoder = |model| Decoder::new(model, settings.precision, slots, capacity);
         Ok(Self {
             policy: decoder(policy)?,

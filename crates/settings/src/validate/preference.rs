@@ -1,11 +1,9 @@
 //! What no type can say about judges, preference models and the service.
 
-use std::path::Path;
-
 use super::Checks;
 use crate::{
-    ApoSettings, ChatJudgeSettings, FitSettings, JudgeSettings, PairsSettings, PlaygroundGolden,
-    PreferenceSettings, PromptsSettings, Settings,
+    ApoSettings, ChatJudgeSettings, FitSettings, JudgeSettings, ModelSource, PairsSettings,
+    PlaygroundGolden, PreferenceSettings, PromptsSettings, Settings,
 };
 
 impl Checks {
@@ -130,9 +128,9 @@ impl Checks {
         }
     }
 
-    fn encoder(&mut self, path: &Path, template: &str) {
+    fn encoder(&mut self, path: &ModelSource, template: &str) {
         self.require(
-            !path.as_os_str().is_empty(),
+            !path.is_empty(),
             "preference.judge.path",
             "name the folder of the encoder",
         );
