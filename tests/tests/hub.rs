@@ -162,67 +162,45 @@ fn a_cache_that_others_filled_is_used_and_completed() {
     );
 }
 
+/// A hub, a model of it, variables, and what is said when it cannot be had.
+type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], &'a [&'a str]);
+
+fn are_refused(workplace: &Workplace, cases: &[Case<'_>]) {
+    for (url, model, variables, says) in cases {
+        let ended = scored(workplace, url, model, variables);
+        let ended = ended.check(3, says).without_panic();
+        for (_, value) in variables.iter().filter(|(name, _)| *name == "HF_TOKEN") {
+            assert!(!ended.err.contains(value), "{}", ended.err);
+        }
+    }
+}
+
 #[test]
-fn what_cannot_be_had_is_told_with_its_remedy() {
+fn what_is_not_there_is_told_with_its_remedy() {
     let workplace = Workplace::new();
     let folder = model(&workplace);
-    let (open, gated) = (
-        FakeHub::start(&folder, None),
-        FakeHub::start(&folder, Some("hf_right")),
-    );
+    let whole = FakeHub::start(&folder, None).url();
     fs::remove_file(folder.join("model.safetensors")).expect("it was written");
     fs::write(folder.join("pytorch_model.bin"), "x").expect("a file");
-    let bare = FakeHub::start(&folder, None);
-    let (open, gated, bare) = (open.url(), gated.url(), bare.url());
+    let bare = FakeHub::start(&folder, None).url();
     let cache = workplace.path("hf").join("hub").display().to_string();
-    let wrong = [("HF_TOKEN", "hf_wrong")];
-    let offline = [("HF_HUB_OFFLINE", "1")];
-    let cases: [(&str, &str, &[(&str, &str)], &[&str]); 9] = [
+    let absent = "hf:org/tiny@main is not in the cache at";
+    let away = [absent, &cache, "refused", "name its folder, or set HF_HOME"];
+    let offline = [absent, "HF_HUB_OFFLINE is set"];
+    let cases: [Case<'_>; 5] = [
+        (NOWHERE, MODEL, &[], &away),
+        (&whole, MODEL, &[("HF_HUB_OFFLINE", "1")], &offline),
         (
-            NOWHERE,
-            MODEL,
-            &[],
-            &[
-                "is not in the cache at",
-                &cache,
-                "refused",
-                "name its folder, or set HF_HOME",
-            ],
-        ),
-        (
-            &open,
-            MODEL,
-            &offline,
-            &["is not in the cache at", "HF_HUB_OFFLINE is set"],
-        ),
-        (
-            &open,
+            &whole,
             "hf:org/other",
             &[],
             &["has no model org/other", "HF_TOKEN"],
         ),
         (
-            &open,
+            &whole,
             "hf:org/tiny@v9",
             &[],
             &["org/tiny has no branch, tag or commit v9"],
-        ),
-        (
-            &gated,
-            MODEL,
-            &[],
-            &[
-                "org/tiny is gated",
-                "401",
-                "HF_TOKEN is not set",
-                "/org/tiny",
-            ],
-        ),
-        (
-            &gated,
-            MODEL,
-            &wrong,
-            &["org/tiny is gated", "403", "the token in HF_TOKEN has none"],
         ),
         (
             &bare,
@@ -230,25 +208,34 @@ fn what_cannot_be_had_is_told_with_its_remedy() {
             &[],
             &["has no safetensors (it has pytorch_model.bin)"],
         ),
+    ];
+    are_refused(&workplace, &cases);
+    let unnamed = scored(&workplace, &whole, "hf:tiny", &[]);
+    unnamed.check(2, &["hf:ORG/NAME@REVISION"]).without_panic();
+}
+
+#[test]
+fn a_gated_model_asks_for_a_token_that_has_access() {
+    let workplace = Workplace::new();
+    let hub = FakeHub::start(&model(&workplace), Some("hf_right")).url();
+    let without = [
+        "org/tiny is gated",
+        "401",
+        "HF_TOKEN is not set",
+        "/org/tiny",
+    ];
+    let wrong = ["org/tiny is gated", "403", "the token in HF_TOKEN has none"];
+    let cases: [Case<'_>; 3] = [
+        (&hub, MODEL, &[], &without),
+        (&hub, MODEL, &[("HF_TOKEN", "hf_wrong")], &wrong),
         (
-            &open,
+            &hub,
             MODEL,
             &[("HF_TOKEN", "hf_a b")],
             &["HF_TOKEN is not a token"],
         ),
-        (&open, "hf:tiny", &[], &["hf:ORG/NAME@REVISION"]),
     ];
-    for (url, model, variables, says) in cases {
-        let code = if model == "hf:tiny" { 2 } else { 3 };
-        let ended = scored(&workplace, url, model, variables)
-            .check(code, says)
-            .without_panic();
-        assert!(
-            !ended.err.contains("hf_wrong") && !ended.err.contains("hf_a"),
-            "{}",
-            ended.err
-        );
-    }
+    are_refused(&workplace, &cases);
 }
 
 #[test]

@@ -43,7 +43,7 @@ pub(super) fn wanted(
         Some(single) => vec![single.to_owned()],
         None => Vec::new(),
     };
-    let adapter = ADAPTER.iter().all(|name| has(name));
+    let adapter = ADAPTER.iter().all(has);
     if weights.is_empty() && !adapter {
         return Err(no_safetensors(model, names));
     }
