@@ -140,7 +140,7 @@ fn obey(mut trainer: Trainer, inbox: &Receiver<Command>) {
 fn weights(trainer: &Trainer, dtype: DType) -> Result<Option<Vec<u8>>, LearnerError> {
     let weights = trainer.policy().trained();
     Ok(if weights.is_finite()? {
-        Some(weights.converted(dtype)?.to_blob()?)
+        Some(weights.to_dtype(dtype)?.to_blob()?)
     } else {
         None
     })

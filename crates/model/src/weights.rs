@@ -199,19 +199,6 @@ impl Weights {
         with_words(&blob, words).ok_or_else(|| refused("its header is no JSON".into()))
     }
 
-    /// The same weights in another number format.
-    ///
-    /// # Errors
-    /// When a tensor cannot be converted.
-    pub fn converted(&self, dtype: DType) -> Result<Self, ModelError> {
-        let converted =
-            |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?));
-        let tensors = self.tensors.iter().map(converted);
-        Ok(Self {
-            tensors: tensors.collect::<Result<_, candle_core::Error>>()?,
-        })
-    }
-
     /// The digest of [`Self::to_blob`].
     ///
     /// # Errors

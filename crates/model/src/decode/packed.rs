@@ -158,15 +158,10 @@ impl Weights {
             .map(|layer| Block::new(layer, &config, precision, &numbers))
             .collect::<Result<_, _>>()?;
         let embedding = numbers("model.embed_tokens.weight")?;
-        let head = if config.tied_head {
-            PackedMatrix::stacked(&[&embedding], config.hidden_size, precision)
-        } else {
-            PackedMatrix::stacked(
-                &[&numbers("lm_head.weight")?],
-                config.hidden_size,
-                precision,
-            )
-        };
+        let untied = (!config.tied_head).then(|| numbers("lm_head.weight"));
+        let untied = untied.transpose()?;
+        let head = untied.as_ref().unwrap_or(&embedding);
+        let head = PackedMatrix::stacked(&[head], config.hidden_size, precision);
         let heads = Heads {
             queries: config.heads,
             keys: config.kv_heads,

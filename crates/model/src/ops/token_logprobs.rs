@@ -2,23 +2,24 @@
 //!
 //! The logits of a batch are its largest tensor by far. Here they exist one tile at a time: the
 //! forward keeps an online log-sum-exp of each row (Milakov and Gimelshein 2018), the backward
-//! computes each tile again.
+//! computes each tile again. A task takes a few rows through a tile of the vocabulary, so that their logits
+//! never leave the processor's cache.
 
 use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::matrix::{Begin, Factor, Precision, product};
+use super::matrix::{Begin, Factor, PackedMatrix, PackedRows, Precision, Threads};
 use super::storage::{floats, fusible, wide};
 use super::vector::{Arithmetic, Kernel, LANES, dispatch, exp, fold, largest};
 
-/// Rows of hidden states to a tile.
-const ROWS: usize = 1024;
 /// Words of the vocabulary to a tile.
 const WORDS: usize = 512;
-/// Rows of a tile to a task.
-const TASK: usize = 16;
+/// Rows of hidden states whose slopes in a tile are kept at once, for the gradient of the head.
+const ROWS: usize = 2048;
+/// Rows to a task.
+const TASK: usize = 64;
 
 /// What [`token_logprobs()`] finds, one number a row.
 #[derive(Clone, Debug)]
@@ -48,6 +49,9 @@ pub fn token_logprobs(
     if rows == 0 || rows != targets.len() || width == 0 || width != head_width {
         let (targets, hidden, head) = (targets.len(), hidden.dims(), head.dims());
         bail!("token_logprobs: hidden {hidden:?}, head {head:?} and {targets} targets do not fit");
+    }
+    if precision == Precision::Int8 {
+        bail!("token_logprobs: bytes are for writing, not for training: use f32 or bf16");
     }
     if let Some(target) = targets.iter().find(|&&target| target as usize >= words) {
         bail!("token_logprobs: target {target} is outside a vocabulary of {words}");
@@ -111,43 +115,55 @@ impl CustomOp2 for PickedLogprobs {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let wanted = |input: &Tensor| input.track_op().then(|| vec![0.0; input.elem_count()]);
-        let (mut dhidden, mut dhead) = (wanted(hidden), wanted(head));
-        let rows = self.targets.len();
+        let (rows, width, precision) = (self.targets.len(), hidden.dim(1)?, self.precision);
         let gradient = gradient.get(0)?.contiguous()?;
         let gradient = floats(&gradient)?;
-        let width = hidden.dim(1)?;
         let (hidden_, head_) = (floats(hidden)?, floats(head)?);
-        for words in tiles(head.dim(0)?, WORDS) {
-            let head = rows_of(&head_, width, &words);
-            for tile in tiles(rows, ROWS) {
-                let hidden = rows_of(&hidden_, width, &tile);
-                let mut slopes = vec![0.0; tile.len() * words.len()];
-                let into = (Begin::Anew, slopes.as_mut_slice());
-                product(hidden, head.transposed(), self.precision, into);
-                let rows = Rows {
-                    targets: &self.targets[tile.clone()],
-                    log_sums: &self.packed[2 * rows..][tile.clone()],
-                    gradient: &gradient[tile.clone()],
-                };
-                rows.differentiate(&mut slopes, &words);
-                let slopes = Factor::new(&slopes, tile.len(), words.len());
-                let part = |rows: &Range<usize>| rows.start * width..rows.end * width;
-                if let Some(dhidden) = &mut dhidden {
-                    let into = (Begin::There, &mut dhidden[part(&tile)]);
-                    product(slopes, head, self.precision, into);
-                }
-                if let Some(dhead) = &mut dhead {
-                    let slopes = slopes.transposed();
-                    let into = (Begin::There, &mut dhead[part(&words)]);
-                    product(slopes, hidden, self.precision, into);
+        let mut dhidden = vec![0.0; hidden_.len()];
+        let mut dhead = head.track_op().then(|| vec![0.0; head_.len()]);
+        let mut slopes = vec![0.0; rows.min(ROWS) * WORDS.min(head_.len() / width)];
+        for tile in tiles(rows, ROWS) {
+            let few = few_rows(&hidden_[part(&tile, width)], width, precision);
+            let hidden = rows_of(&hidden_, width, &tile);
+            let hidden = dhead.is_some().then(|| PackedMatrix::of(hidden, precision));
+            let rows = Rows {
+                targets: &self.targets[tile.clone()],
+                log_sums: &self.packed[2 * rows..][tile.clone()],
+                gradient: &gradient[tile.clone()],
+            };
+            for words in tiles(head_.len() / width, WORDS) {
+                let head = rows_of(&head_, width, &words);
+                let slopes = &mut slopes[..tile.len() * words.len()];
+                let head = [head.transposed(), head].map(|head| PackedMatrix::of(head, precision));
+                slopes
+                    .par_chunks_mut(TASK * words.len())
+                    .zip(dhidden[part(&tile, width)].par_chunks_mut(TASK * width))
+                    .zip(few.par_iter().zip(rows.few()))
+                    .for_each(|((slopes, dhidden), (hidden, rows))| {
+                        let [head, back] = &head;
+                        head.put_on(Threads::This, hidden, Begin::Anew, slopes);
+                        let logits = &mut *slopes;
+                        let words = &words;
+                        dispatch(Differentiate {
+                            rows,
+                            logits,
+                            words,
+                        });
+                        let slopes = Factor::new(slopes, rows.targets.len(), words.len());
+                        let slopes = PackedRows::of(slopes, precision);
+                        back.put_on(Threads::This, &slopes, Begin::There, dhidden);
+                    });
+                if let (Some(dhead), Some(hidden)) = (&mut dhead, &hidden) {
+                    let slopes = Factor::new(slopes, tile.len(), words.len()).transposed();
+                    let slopes = PackedRows::of(slopes, precision);
+                    hidden.put(&slopes, Begin::There, &mut dhead[part(&words, width)]);
                 }
             }
         }
         let tensor =
             |numbers, like: &Tensor| Tensor::from_vec(numbers, like.shape(), like.device());
         Ok((
-            dhidden.map(|numbers| tensor(numbers, hidden)).transpose()?,
+            Some(tensor(dhidden, hidden)?),
             dhead.map(|numbers| tensor(numbers, head)).transpose()?,
         ))
     }
@@ -160,35 +176,42 @@ fn tiles(total: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
         .map(move |start| start..(start + size).min(total))
 }
 
+/// Where these rows of a matrix lie.
+fn part(rows: &Range<usize>, width: usize) -> Range<usize> {
+    rows.start * width..rows.end * width
+}
+
 /// Some rows of a matrix.
 fn rows_of<'a>(numbers: &'a [f32], width: usize, rows: &Range<usize>) -> Factor<'a> {
-    let part = &numbers[rows.start * width..rows.end * width];
-    Factor::new(part, rows.len(), width)
+    Factor::new(&numbers[part(rows, width)], rows.len(), width)
+}
+
+/// The rows of each task.
+fn few_rows(hidden: &[f32], width: usize, precision: Precision) -> Vec<PackedRows<'_>> {
+    let few = |rows| PackedRows::of(Factor::new(rows, rows.len() / width, width), precision);
+    hidden.par_chunks(TASK * width).map(few).collect()
 }
 
 /// Log-probability, entropy and log-sum-exp of every row: `[3, R]`.
 fn forward(hidden: &[f32], head: &[f32], targets: &[u32], precision: Precision) -> Vec<f32> {
     let width = hidden.len() / targets.len();
     let mut running: Vec<Running> = targets.iter().copied().map(Running::new).collect();
+    let few = few_rows(hidden, width, precision);
     for words in tiles(head.len() / width, WORDS) {
-        let head = rows_of(head, width, &words);
-        for tile in tiles(targets.len(), ROWS) {
-            let mut logits = vec![0.0; tile.len() * words.len()];
-            let hidden = rows_of(hidden, width, &tile);
-            let into = (Begin::Anew, logits.as_mut_slice());
-            product(hidden, head.transposed(), precision, into);
-            running[tile]
-                .par_chunks_mut(TASK)
-                .zip(logits.par_chunks(TASK * words.len()))
-                .for_each(|(running, logits)| {
-                    let words = words.clone();
-                    dispatch(Accumulate {
-                        running,
-                        logits,
-                        words,
-                    });
+        let head = PackedMatrix::of(rows_of(head, width, &words).transposed(), precision);
+        running.par_chunks_mut(TASK).zip(&few).for_each_init(
+            Vec::new,
+            |logits, (running, hidden)| {
+                logits.resize(running.len() * words.len(), 0.0);
+                head.put_on(Threads::This, hidden, Begin::Anew, logits);
+                let words = words.clone();
+                dispatch(Accumulate {
+                    running,
+                    logits,
+                    words,
                 });
-        }
+            },
+        );
     }
     let part = |of: fn(&Running) -> f64| running.iter().map(move |row| of(row) as f32);
     part(Running::logp)
@@ -303,28 +326,25 @@ struct Rows<'a> {
     gradient: &'a [f32],
 }
 
-impl Rows<'_> {
-    /// Turns the logits of `words` into their gradient: g (onehot - softmax).
-    fn differentiate(self, logits: &mut [f32], words: &Range<usize>) {
-        logits
-            .par_chunks_mut(TASK * words.len())
-            .zip(self.targets.par_chunks(TASK))
-            .zip(self.log_sums.par_chunks(TASK))
-            .zip(self.gradient.par_chunks(TASK))
-            .for_each(|(((logits, targets), log_sums), gradient)| {
-                dispatch(Differentiate {
-                    rows: Rows {
-                        targets,
-                        log_sums,
-                        gradient,
-                    },
-                    logits,
-                    words,
-                });
-            });
+impl<'a> Rows<'a> {
+    /// The rows of each task.
+    fn few(self) -> impl IndexedParallelIterator<Item = Rows<'a>> {
+        let targets = self.targets.par_chunks(TASK);
+        let numbers = self
+            .log_sums
+            .par_chunks(TASK)
+            .zip(self.gradient.par_chunks(TASK));
+        targets
+            .zip(numbers)
+            .map(|(targets, (log_sums, gradient))| Rows {
+                targets,
+                log_sums,
+                gradient,
+            })
     }
 }
 
+/// Turns the logits of `words` into their gradient: g (onehot - softmax).
 struct Differentiate<'a> {
     rows: Rows<'a>,
     logits: &'a mut [f32],

@@ -10,18 +10,29 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, __get_cpuid_max};
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::super::vector::{LANES, Level, Line, level};
-use super::DEEP;
 use super::tile::{Begin, Part};
+use super::{BLOCK, DEEP};
 
-/// Rows that are multiplied together: two tiles.
-pub(super) const ROWS: usize = 2 * LANES;
+/// Panels that are multiplied together: two tiles.
+pub(super) const GROUP: usize = 2;
 
-/// A block of sums: two tiles by two.
+/// Columns of a block.
+const WIDE: usize = GROUP * LANES;
+
+/// Lines of a panel that are taken together, so that they stay near while all rows meet them.
+const LINES: usize = 256;
+
+/// A block of sums, two tiles by two, where the result has none as large.
 #[repr(C, align(64))]
-struct Block([[f32; 2 * LANES]; ROWS]);
+struct Block([[f32; WIDE]; BLOCK]);
+
+/// Where a block of sums lies: its first number, and numbers from row to row.
+#[derive(Clone, Copy)]
+struct Sums(*mut f32, usize);
 
 /// How the tile registers are cut: palette 1, all eight of 16 rows of 64 bytes.
 #[repr(C, align(64))]
@@ -39,19 +50,6 @@ impl Configuration {
         }
         Self(bytes)
     };
-}
-
-/// Copies as many numbers as `to` and `from` both have; two vectors at once where there are as many.
-#[inline(always)]
-fn copy(from: &[f32], to: &mut [f32]) {
-    let whole = (from.first_chunk::<{ 2 * LANES }>(), to.first_chunk_mut());
-    if let (Some(from), Some(to)) = whole {
-        *to = *from;
-        return;
-    }
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = *from;
-    }
 }
 
 /// All panels of a matrix, one after the other.
@@ -74,35 +72,64 @@ impl Tiles {
         here.then_some(Self(()))
     }
 
-    /// The product of the part's rows with its panels: `x` is rows of as many words as a panel has lines,
-    /// their number a multiple of [`ROWS`], and the part begins at such a one.
+    /// The product of the part's rows with its panels: `x` is rows of as many words as a panel has lines, in
+    /// tiles, their number a multiple of [`BLOCK`], and the part begins at such a one.
     pub fn multiply(self, x: &[u32], panels: Panels<'_>, begin: Begin, mut part: Part<'_>) {
-        let Panels { lines, depth } = panels;
-        assert!(depth.is_multiple_of(DEEP) && part.rows.start.is_multiple_of(ROWS));
-        let mut block = Block([[0.0; 2 * LANES]; ROWS]);
-        let of_panels = part.columns.start / LANES..part.columns.end.div_ceil(LANES);
+        let depth = panels.depth;
+        assert!(depth.is_multiple_of(DEEP) && part.rows.start.is_multiple_of(BLOCK));
+        let pieces = depth.div_ceil(LINES).max(1);
+        let piece = depth.div_ceil(pieces).next_multiple_of(DEEP);
         self.begin();
-        for panel in of_panels.clone().step_by(2) {
+        for first in (0..depth).step_by(piece) {
+            let lines = first..(first + piece).min(depth);
+            let begin = if first > 0 { Begin::There } else { begin };
+            self.lines(x, (panels, &lines), begin, &mut part);
+        }
+        self.end();
+    }
+
+    /// The same with some lines.
+    fn lines(
+        self,
+        x: &[u32],
+        (panels, lines): (Panels<'_>, &Range<usize>),
+        begin: Begin,
+        part: &mut Part<'_>,
+    ) {
+        let depth = panels.depth;
+        let mut block = Block([[0.0; WIDE]; BLOCK]);
+        let of_panels = part.columns.start / LANES..part.columns.end.div_ceil(LANES);
+        let of_panel = |panel: usize| &panels.lines[panel * depth..][lines.clone()];
+        for panel in of_panels.clone().step_by(GROUP) {
             // An odd one at the end is multiplied twice.
             let second = (panel + 1).min(of_panels.end - 1);
-            let of_panel = |panel: usize| &lines[panel * depth..][..depth];
-            for first in part.rows.clone().step_by(ROWS) {
-                let rows = first..(first + ROWS).min(part.rows.end);
-                for (row, sums) in rows.clone().zip(&mut block.0) {
-                    match (begin, part.of_row(row, panel * LANES, 2 * LANES)) {
-                        (Begin::Anew, _) => *sums = [0.0; 2 * LANES],
-                        (Begin::There, there) => copy(there, &mut sums[..]),
+            let right = [of_panel(panel), of_panel(second)];
+            for first in part.rows.clone().step_by(BLOCK) {
+                let of_rows = |first: usize| &x[first * depth..][lines.start * LANES..];
+                let left = [of_rows(first), of_rows(first + LANES)];
+                if let Some((sums, stride)) = part.block((first, BLOCK), (panel * LANES, WIDE)) {
+                    self.block(left, right, begin, Sums(sums, stride));
+                    continue;
+                }
+                let rows = first..(first + BLOCK).min(part.rows.end);
+                if begin == Begin::There {
+                    for (row, sums) in rows.clone().zip(&mut block.0) {
+                        let there = part.of_row(row, panel * LANES, WIDE);
+                        sums[..there.len()].copy_from_slice(there);
                     }
                 }
-                let x = &x[first * depth..][..ROWS * depth];
-                self.block(x, [of_panel(panel), of_panel(second)], depth, &mut block);
+                self.block(
+                    left,
+                    right,
+                    begin,
+                    Sums(block.0.as_flattened_mut().as_mut_ptr(), WIDE),
+                );
                 for (row, sums) in rows.zip(&block.0) {
-                    let out = part.of_row(row, panel * LANES, 2 * LANES);
-                    copy(sums, out);
+                    let out = part.of_row(row, panel * LANES, WIDE);
+                    out.copy_from_slice(&sums[..out.len()]);
                 }
             }
         }
-        self.end();
     }
 
     /// Cuts this thread's registers.
@@ -118,48 +145,59 @@ impl Tiles {
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
 
-    /// Adds the sums of 32 rows and two panels to the block.
+    /// The sums of twice 16 rows and two panels. The block is 32 rows of 32 numbers that nobody else reaches
+    /// meanwhile.
     #[inline(always)]
-    fn block(self, x: &[u32], panels: [&[Line<u32>]; 2], depth: usize, block: &mut Block) {
-        assert!(x.len() == ROWS * depth && panels.iter().all(|lines| lines.len() == depth));
-        let stride = 4 * depth;
-        // SAFETY: tiles are there, lent and cut by `begin`. Every turn reads 16 rows of 64 bytes from each
-        // of two places of `x`, `stride` bytes from row to row, and 16 lines of each panel; there are
-        // `depth` / 16 turns, which the lengths asserted above allow for. The block is 32 rows of 128 bytes.
+    fn block(self, left: [&[u32]; 2], panels: [&[Line<u32>]; 2], begin: Begin, sums: Sums) {
+        let depth = panels[0].len();
+        assert!(depth.is_multiple_of(DEEP) && depth > 0 && panels[1].len() == depth);
+        assert!(left.iter().all(|words| words.len() >= LANES * depth));
+        // SAFETY: tiles are there, lent and cut by `begin`. Every turn reads 16 rows of 64 bytes that follow
+        // one another from each of two places on the left, and 16 lines of each panel; there are `depth` / 16
+        // turns, which the lengths asserted above allow for. The block is there, as the caller says.
         unsafe {
             asm!(
+                "test {anew:e}, {anew:e}",
+                "jnz 3f",
                 "tileloadd tmm0, [{out} + {row}]",
                 "tileloadd tmm1, [{out} + {row} + 64]",
-                "tileloadd tmm2, [{out} + {row} + 2048]",
-                "tileloadd tmm3, [{out} + {row} + 2112]",
+                "tileloadd tmm2, [{below} + {row}]",
+                "tileloadd tmm3, [{below} + {row} + 64]",
+                "jmp 2f",
+                "3:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "2:",
-                "tileloadd tmm4, [{upper} + {stride}]",
+                "tileloadd tmm4, [{upper} + {line}]",
                 "tileloadd tmm6, [{first} + {line}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{second} + {line}]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{lower} + {stride}]",
+                "tileloadd tmm5, [{lower} + {line}]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {upper}, 64",
-                "add {lower}, 64",
+                "add {upper}, 1024",
+                "add {lower}, 1024",
                 "add {first}, 1024",
                 "add {second}, 1024",
                 "dec {turns}",
                 "jnz 2b",
                 "tilestored [{out} + {row}], tmm0",
                 "tilestored [{out} + {row} + 64], tmm1",
-                "tilestored [{out} + {row} + 2048], tmm2",
-                "tilestored [{out} + {row} + 2112], tmm3",
-                upper = inout(reg) x.as_ptr() => _,
-                lower = inout(reg) x[LANES * depth..].as_ptr() => _,
+                "tilestored [{below} + {row}], tmm2",
+                "tilestored [{below} + {row} + 64], tmm3",
+                anew = in(reg) u32::from(begin == Begin::Anew),
+                upper = inout(reg) left[0].as_ptr() => _,
+                lower = inout(reg) left[1].as_ptr() => _,
                 first = inout(reg) panels[0].as_ptr() => _,
                 second = inout(reg) panels[1].as_ptr() => _,
                 turns = inout(reg) depth / DEEP => _,
-                out = in(reg) block.0.as_mut_ptr(),
-                stride = in(reg) stride,
+                out = in(reg) sums.0,
+                below = in(reg) sums.0.add(LANES * sums.1),
                 line = in(reg) 64usize,
-                row = in(reg) 128usize,
+                row = in(reg) 4 * sums.1,
                 options(nostack),
             );
         }

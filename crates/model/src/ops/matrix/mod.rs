@@ -12,11 +12,13 @@ mod panels;
 mod rows;
 mod tile;
 
+use std::ops::RangeInclusive;
+
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use self::panels::{Columns, bytes, floats, pairs};
-use self::rows::{Bytes, halves, halves_across};
+use self::rows::{Bytes, Layout, halves};
 pub(super) use self::tile::Begin;
 use self::tile::{Bf16, F32, Format, Int8, Left, Part, Task};
 use super::vector::{LANES, Line, dispatch};
@@ -75,7 +77,61 @@ pub(super) fn product(
     assert_eq!(left.columns, right.rows);
     assert_eq!(out.len(), left.rows * right.columns);
     let packed = PackedMatrix::of(right, precision);
-    packed.put(left, begin, out);
+    packed.put(&PackedRows::of(left, precision), begin, out);
+}
+
+/// A left factor, ready for products with packed matrices of the same precision.
+pub(super) struct PackedRows<'a> {
+    rows: usize,
+    words: Words<'a>,
+}
+
+enum Words<'a> {
+    F32(Left<'a, f32>),
+    /// As [`layout`] says.
+    Bf16(Vec<u32>),
+    Int8(Bytes),
+}
+
+impl<'a> PackedRows<'a> {
+    pub fn of(left: Factor<'a>, precision: Precision) -> Self {
+        let (numbers, depth) = (left.numbers, depth(left.columns, precision));
+        let words = match precision {
+            Precision::F32 if left.across => Words::F32(Left::Across {
+                words: numbers,
+                stride: left.rows,
+            }),
+            Precision::F32 => Words::F32(Left::Rows {
+                words: numbers,
+                stride: left.columns,
+            }),
+            Precision::Bf16 => Words::Bf16(halves(left, depth, layout(), BLOCK)),
+            Precision::Int8 => {
+                assert!(!left.across, "bytes are for writing");
+                Words::Int8(Bytes::of(numbers, left.columns, depth))
+            }
+        };
+        let rows = left.rows;
+        Self { rows, words }
+    }
+}
+
+/// Words to a row, which are the lines to a panel, of so many numbers.
+fn depth(width: usize, precision: Precision) -> usize {
+    match precision {
+        Precision::F32 => width,
+        Precision::Bf16 => width.div_ceil(2).next_multiple_of(DEEP),
+        Precision::Int8 => width.div_ceil(4),
+    }
+}
+
+/// How rows of bf16 lie on this machine.
+fn layout() -> Layout {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if amx::Tiles::here().is_some() {
+        return Layout::Tiles;
+    }
+    Layout::Rows
 }
 
 /// A right factor `[in, out]`, ready for products with rows of `in` numbers.
@@ -98,11 +154,27 @@ enum Lines {
 /// Lines of bf16 to a panel come in multiples of this: a whole tile of AMX.
 const DEEP: usize = 16;
 
+/// Rows of bf16 come in multiples of this: two tiles. Parts of a product begin at such a row.
+const BLOCK: usize = 32;
+
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 512 * 1024;
 
-/// Rows of the result to a task at most.
-const ROWS: usize = 256;
+/// Tasks for every thread, so that one that is late does not hold up the others.
+const SHARE: usize = 4;
+
+/// Rows of the result to a task: as many as stay near while panel after panel meets them, and as few as let a
+/// panel stay near while they meet it.
+const ROWS: RangeInclusive<usize> = 64..=256;
+
+/// On which threads a product is computed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Threads {
+    /// This one alone: for tasks that share their work out otherwise.
+    This,
+    /// All there are, if it is worth it.
+    All,
+}
 
 impl PackedMatrix {
     /// Lays out weights `[out, in]` row-major, one below the other: their rows are the columns of the
@@ -113,18 +185,16 @@ impl PackedMatrix {
         Self::of(weight.transposed(), precision)
     }
 
-    fn of(right: Factor<'_>, precision: Precision) -> Self {
+    /// Lays out a factor `[in, out]`.
+    pub(super) fn of(right: Factor<'_>, precision: Precision) -> Self {
         let width = right.rows;
-        let (depth, lines) = match precision {
-            Precision::F32 => (width, Lines::F32(floats(right))),
-            Precision::Bf16 => {
-                let depth = width.div_ceil(2).next_multiple_of(DEEP);
-                (depth, Lines::Bf16(pairs(right, depth)))
-            }
+        let depth = depth(width, precision);
+        let lines = match precision {
+            Precision::F32 => Lines::F32(floats(right)),
+            Precision::Bf16 => Lines::Bf16(pairs(right, depth)),
             Precision::Int8 => {
-                let depth = width.div_ceil(4);
                 let (lines, columns) = bytes(right, depth);
-                (depth, Lines::Int8(lines, columns))
+                Lines::Int8(lines, columns)
             }
         };
         Self {
@@ -135,72 +205,82 @@ impl PackedMatrix {
         }
     }
 
+    fn precision(&self) -> Precision {
+        match self.lines {
+            Lines::F32(_) => Precision::F32,
+            Lines::Bf16(_) => Precision::Bf16,
+            Lines::Int8(..) => Precision::Int8,
+        }
+    }
+
     /// `x · weightᵀ`: `x` is `[n, in]`, the result `[n, out]`. NaN in a row gives NaN in its result.
     pub fn multiply(&self, x: &[f32]) -> Vec<f32> {
         let rows = x.len() / self.width;
         let mut out = vec![0.0; rows * self.out];
-        self.put(Factor::new(x, rows, self.width), Begin::Anew, &mut out);
+        let rows = PackedRows::of(Factor::new(x, rows, self.width), self.precision());
+        self.put(&rows, Begin::Anew, &mut out);
         out
     }
 
     /// `left · self` into `out`, or, unless bytes are multiplied, added to it.
-    fn put(&self, left: Factor<'_>, begin: Begin, out: &mut [f32]) {
-        match &self.lines {
-            Lines::F32(lines) => {
-                let words = left.numbers;
-                let left = if left.across {
-                    let stride = left.rows;
-                    Left::Across { words, stride }
-                } else {
-                    let stride = left.columns;
-                    Left::Rows { words, stride }
+    pub(super) fn put(&self, left: &PackedRows<'_>, begin: Begin, out: &mut [f32]) {
+        self.put_on(Threads::All, left, begin, out);
+    }
+
+    /// The same on these threads.
+    pub(super) fn put_on(
+        &self,
+        threads: Threads,
+        left: &PackedRows<'_>,
+        begin: Begin,
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), left.rows * self.out);
+        let depth = self.depth;
+        match (&self.lines, &left.words) {
+            (Lines::F32(lines), Words::F32(left)) => {
+                self.run((&F32, begin, threads), *left, lines, out);
+            }
+            (Lines::Bf16(lines), Words::Bf16(words)) => {
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                if let Some(tiles) = amx::Tiles::here() {
+                    let panels = amx::Panels { lines, depth };
+                    self.spread(threads, amx::GROUP, out, |part| {
+                        tiles.multiply(words, panels, begin, part);
+                    });
+                    return;
+                }
+                let left = Left::Rows {
+                    words,
+                    stride: depth,
                 };
-                self.run((&F32, begin), left, lines, out);
+                self.run((&Bf16, begin, threads), left, lines, out);
             }
-            Lines::Bf16(lines) => self.put_halves(left, lines, begin, out),
-            Lines::Int8(lines, columns) => {
-                assert!(
-                    !left.across && begin == Begin::Anew,
-                    "bytes are for writing"
-                );
-                let x = Bytes::of(left.numbers, self.width, self.depth);
-                let rows = &x.scales;
-                let format = Int8 { rows, columns };
-                self.run((&format, begin), self.rows(&x.words), lines, out);
+            (Lines::Int8(lines, columns), Words::Int8(Bytes { words, scales })) => {
+                assert!(begin == Begin::Anew, "bytes are for writing");
+                let format = Int8 {
+                    rows: scales,
+                    columns,
+                };
+                let left = Left::Rows {
+                    words,
+                    stride: depth,
+                };
+                self.run((&format, begin, threads), left, lines, out);
             }
+            _ => unreachable!("factors of one product have one precision"),
         }
-    }
-
-    fn put_halves(&self, left: Factor<'_>, lines: &[Line<u32>], begin: Begin, out: &mut [f32]) {
-        let round = if left.across { halves_across } else { halves };
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if let Some(tiles) = amx::Tiles::here() {
-            let x = round(left.numbers, self.width, self.depth, amx::ROWS);
-            let panels = amx::Panels {
-                lines,
-                depth: self.depth,
-            };
-            self.spread(out, |part| tiles.multiply(&x, panels, begin, part));
-            return;
-        }
-        let x = round(left.numbers, self.width, self.depth, 1);
-        self.run((&Bf16, begin), self.rows(&x), lines, out);
-    }
-
-    fn rows<'a>(&self, words: &'a [u32]) -> Left<'a, u32> {
-        let stride = self.depth;
-        Left::Rows { words, stride }
     }
 
     fn run<F: Format>(
         &self,
-        (format, begin): (&F, Begin),
+        (format, begin, threads): (&F, Begin, Threads),
         left: Left<'_, F::Word>,
         lines: &[Line<F::Word>],
         out: &mut [f32],
     ) {
         let depth = self.depth;
-        self.spread(out, |part| {
+        self.spread(threads, tile::GROUP, out, |part| {
             dispatch(Task {
                 format,
                 begin,
@@ -212,15 +292,27 @@ impl PackedMatrix {
         });
     }
 
-    /// Cuts `out` into as many parts as are worth a task.
-    fn spread(&self, out: &mut [f32], work: impl Fn(Part<'_>) + Sync) {
+    /// Cuts `out` into as many parts as are worth a task, of whole groups of panels.
+    fn spread(
+        &self,
+        threads: Threads,
+        group: usize,
+        out: &mut [f32],
+        work: impl Fn(Part<'_>) + Sync,
+    ) {
         let rows = out.len() / self.out.max(1);
-        let tasks = (rows.min(ROWS) * self.out * self.width).div_ceil(TASK);
+        let most = match threads {
+            Threads::This => 1,
+            Threads::All => SHARE * rayon::current_num_threads(),
+        };
+        let tasks = (rows * self.out * self.width / TASK).clamp(1, most);
+        let height = rows.div_ceil(tasks).next_multiple_of(BLOCK);
+        let height = height.clamp(*ROWS.start(), *ROWS.end());
+        let beside = tasks.div_ceil(rows.div_ceil(height).max(1));
         let panels = self.out.div_ceil(LANES).max(1);
-        // Whole groups of panels, as the kernels take them.
-        let each = panels.div_ceil(tasks.max(1)).next_multiple_of(tile::GROUP);
-        let parts = tile::split(out, self.out.max(1), (ROWS, each * LANES));
-        if parts.len() == 1 {
+        let wide = panels.div_ceil(beside).next_multiple_of(group);
+        let parts = tile::split(out, self.out.max(1), (height, wide * LANES));
+        if tasks == 1 {
             parts.into_iter().for_each(&work);
         } else {
             parts.into_par_iter().for_each(&work);

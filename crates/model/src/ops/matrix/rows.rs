@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::super::vector::{Arithmetic, Kernel, LANES, dispatch};
+use super::Factor;
 
 /// The upper half of `x`, rounded to the nearest even. NaN stays NaN.
 #[inline(always)]
@@ -19,80 +20,132 @@ pub(super) fn pair(first: f32, second: f32) -> u32 {
     half(first) | half(second) << 16
 }
 
-/// Rows `[n, width]` as bf16, `depth` words to a row, zeros behind them; as many rows of zeros as make n a
-/// multiple of `rows`.
-pub(super) fn halves(x: &[f32], width: usize, depth: usize, rows: usize) -> Vec<u32> {
-    let count = (x.len() / width).next_multiple_of(rows);
-    let mut words = vec![0; count * depth];
-    let tasks = words.par_chunks_mut(depth).zip(x.par_chunks(width));
-    tasks
-        .with_min_len(1 + 16 * 1024 / width)
-        .for_each(|(words, x)| dispatch(Halve { x, words }));
-    words
+/// How the words of bf16 lie that are multiplied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// One row after the other.
+    Rows,
+    /// 16 words of each of 16 rows one after the other, and so the next 16 words of the same rows: as tile
+    /// registers take them.
+    Tiles,
 }
 
-struct Halve<'a> {
-    x: &'a [f32],
-    words: &'a mut [u32],
-}
-
-impl Kernel for Halve<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<A: Arithmetic>(self) {
-        let (pairs, rest) = self.x.as_chunks::<2>();
-        for (word, &[first, second]) in self.words.iter_mut().zip(pairs) {
-            *word = pair(first, second);
-        }
-        if let [last] = rest {
-            self.words[pairs.len()] = pair(*last, 0.0);
-        }
-    }
-}
-
-/// The same of columns: `x` is `[width, n]`, and its columns become the rows.
-pub(super) fn halves_across(x: &[f32], width: usize, depth: usize, rows: usize) -> Vec<u32> {
-    let columns = x.len() / width;
-    let mut words = vec![0; columns.next_multiple_of(rows) * depth];
+/// A left factor as bf16, `depth` words to a row, a multiple of 16, zeros behind them; as many rows of zeros
+/// as make their number a multiple of `rows`, which is one of 16.
+pub(super) fn halves(left: Factor<'_>, depth: usize, layout: Layout, rows: usize) -> Vec<u32> {
+    let mut words = vec![0; left.rows.next_multiple_of(rows) * depth];
     words
         .par_chunks_mut(LANES * depth)
-        .zip((0..columns).into_par_iter().step_by(LANES))
+        .zip((0..left.rows).into_par_iter().step_by(LANES))
+        .with_min_len(1 + 1024 / depth)
         .for_each(|(words, first)| {
-            dispatch(HalveAcross {
-                x,
-                columns,
+            dispatch(Halve {
+                left,
                 first,
                 depth,
+                layout,
                 words,
             });
         });
     words
 }
 
-/// 16 columns or fewer, from `first` on.
-struct HalveAcross<'a> {
-    x: &'a [f32],
-    columns: usize,
+/// 16 rows of a factor or fewer, from `first` on.
+struct Halve<'a> {
+    left: Factor<'a>,
     first: usize,
     depth: usize,
+    layout: Layout,
     words: &'a mut [u32],
 }
 
-impl Kernel for HalveAcross<'_> {
+/// 16 words of each of 16 rows.
+type Tile = [[u32; LANES]; LANES];
+
+impl Kernel for Halve<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
-        let count = LANES.min(self.columns - self.first);
-        for (k, rows) in self.x.chunks(2 * self.columns).enumerate() {
-            let (even, odd) = rows.split_at(self.columns);
-            for lane in 0..count {
-                let odd = odd.get(self.first + lane).copied().unwrap_or(0.0);
-                self.words[lane * self.depth + k] = pair(even[self.first + lane], odd);
+        let count = LANES.min(self.left.rows - self.first);
+        for tile in 0..self.depth / LANES {
+            let words = if self.left.across {
+                self.columns(tile, count)
+            } else {
+                self.rows(tile, count)
+            };
+            for (row, words) in words[..count].iter().enumerate() {
+                let at = match self.layout {
+                    Layout::Rows => row * self.depth + tile * LANES,
+                    Layout::Tiles => (tile * LANES + row) * LANES,
+                };
+                self.words[at..at + LANES].copy_from_slice(words);
             }
         }
     }
+}
+
+impl Halve<'_> {
+    #[inline(always)]
+    fn rows(&self, tile: usize, count: usize) -> Tile {
+        let (numbers, width) = (self.left.numbers, self.left.columns);
+        let mut words = [[0; LANES]; LANES];
+        let start = tile * 2 * LANES;
+        if start >= width {
+            return words;
+        }
+        let end = (start + 2 * LANES).min(width);
+        for (row, words) in words[..count].iter_mut().enumerate() {
+            let x = &numbers[(self.first + row) * width..][start..end];
+            if let Some(x) = x.first_chunk::<{ 2 * LANES }>() {
+                for k in 0..LANES {
+                    words[k] = pair(x[2 * k], x[2 * k + 1]);
+                }
+            } else {
+                for (word, x) in words.iter_mut().zip(x.chunks(2)) {
+                    *word = pair(x[0], x.get(1).copied().unwrap_or(0.0));
+                }
+            }
+        }
+        words
+    }
+
+    /// Where the factor lies across.
+    #[inline(always)]
+    fn columns(&self, tile: usize, count: usize) -> Tile {
+        let (numbers, stride) = (self.left.numbers, self.left.rows);
+        let mut across = [[0; LANES]; LANES];
+        let lines = numbers.chunks(2 * stride).skip(tile * LANES);
+        for (words, two) in across.iter_mut().zip(lines) {
+            let (even, odd) = two.split_at(stride);
+            let (even, odd) = (&even[self.first..], odd.get(self.first..));
+            let odd = odd.filter(|odd| !odd.is_empty());
+            if let (Some(even), Some(odd)) = (even.first_chunk(), odd.and_then(|o| o.first_chunk()))
+            {
+                *words = pairs(even, odd);
+            } else {
+                for lane in 0..count {
+                    words[lane] = pair(even[lane], odd.map_or(0.0, |odd| odd[lane]));
+                }
+            }
+        }
+        let mut words = [[0; LANES]; LANES];
+        for row in 0..LANES {
+            for k in 0..LANES {
+                words[row][k] = across[k][row];
+            }
+        }
+        words
+    }
+}
+
+#[inline(always)]
+fn pairs(even: &[f32; LANES], odd: &[f32; LANES]) -> [u32; LANES] {
+    let mut words = [0; LANES];
+    for lane in 0..LANES {
+        words[lane] = pair(even[lane], odd[lane]);
+    }
+    words
 }
 
 /// What one of a byte stands for, so that the largest of `x` is 127. NaN where `x` holds what is not finite.

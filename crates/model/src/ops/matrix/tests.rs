@@ -107,8 +107,12 @@ fn every_level_gives_the_same_within_rounding_and_bytes_the_same_exactly() {
     let Lines::Bf16(lines) = &halves.lines else {
         unreachable!()
     };
-    let words = rows::halves(&x, width, halves.depth, 1);
-    let left = halves.rows(&words);
+    let left = Factor::new(&x, x.len() / width, width);
+    let words = rows::halves(left, halves.depth, Layout::Rows, LANES);
+    let left = Left::Rows {
+        words: &words[..],
+        stride: halves.depth,
+    };
     of(&|level| at(level, &halves, &Bf16, left, lines), 1e-4);
     let rounded = Bytes::of(&x, width, bytes.depth);
     let Lines::Int8(lines, columns) = &bytes.lines else {
@@ -118,7 +122,10 @@ fn every_level_gives_the_same_within_rounding_and_bytes_the_same_exactly() {
         rows: &rounded.scales,
         columns,
     };
-    let left = bytes.rows(&rounded.words);
+    let left = Left::Rows {
+        words: &rounded.words[..],
+        stride: bytes.depth,
+    };
     of(&|level| at(level, &bytes, &format, left, lines), 0.0);
 }
 

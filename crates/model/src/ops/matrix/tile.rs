@@ -9,9 +9,12 @@ use super::Columns;
 /// Panels that are multiplied together where registers are wide.
 pub(super) const GROUP: usize = 3;
 
+/// Rows of a left factor that lies across, laid side by side.
+const STRIP: usize = 8;
+
 /// A kind of word, and how it is multiplied.
 pub(super) trait Format: Sync {
-    type Word: Copy + Send + Sync;
+    type Word: Copy + Default + Send + Sync;
     type Sum<A: Arithmetic>: Copy;
 
     /// Lines of a panel that are taken together, so that they stay near while all rows meet them.
@@ -36,7 +39,7 @@ impl Format for F32 {
     type Word = f32;
     type Sum<A: Arithmetic> = A::Vector;
 
-    const LINES: usize = 192;
+    const LINES: usize = 320;
 
     #[inline(always)]
     fn begin<A: Arithmetic>(numbers: &[f32; LANES]) -> A::Vector {
@@ -139,20 +142,20 @@ pub(super) fn split(
     let height = matrix.len().checked_div(stride).unwrap_or(0);
     assert_eq!(matrix.len(), height * stride, "whole rows");
     let first = matrix.as_mut_ptr();
-    let across = move |start: usize| (start..(start + columns).min(stride), start);
-    (0..stride)
-        .step_by(columns)
-        .map(across)
-        .flat_map(|(columns, _)| {
-            (0..height).step_by(rows).map(move |start| Part {
-                first,
-                stride,
-                rows: start..(start + rows).min(height),
-                columns: columns.clone(),
-                matrix: PhantomData,
-            })
-        })
-        .collect()
+    let part = |row: usize, column: usize| Part {
+        first,
+        stride,
+        rows: row..(row + rows).min(height),
+        columns: column..(column + columns).min(stride),
+        matrix: PhantomData,
+    };
+    // A thread that takes neighbours keeps their rows near: the panels are met again in every part.
+    let across = |row| {
+        (0..stride)
+            .step_by(columns)
+            .map(move |column| part(row, column))
+    };
+    (0..height).step_by(rows).flat_map(across).collect()
 }
 
 impl Part<'_> {
@@ -169,6 +172,25 @@ impl Part<'_> {
             let at = self.first.add(row * self.stride + column);
             std::slice::from_raw_parts_mut(at, count)
         }
+    }
+
+    /// Where a block of so many rows and columns begins, and the numbers from row to row, if all of it is in
+    /// this part: only the part's owner reaches it.
+    #[inline(always)]
+    pub fn block(
+        &mut self,
+        (row, rows): (usize, usize),
+        (column, columns): (usize, usize),
+    ) -> Option<(*mut f32, usize)> {
+        let inside = self.rows.start <= row && row + rows <= self.rows.end;
+        if !inside || column < self.columns.start || column + columns > self.columns.end {
+            return None;
+        }
+        // No pointer is followed here, and this one stays inside the matrix.
+        Some((
+            self.first.wrapping_add(row * self.stride + column),
+            self.stride,
+        ))
     }
 }
 
@@ -204,54 +226,83 @@ impl<F: Format> Kernel for Task<'_, F> {
 
     #[inline(always)]
     fn run<A: Arithmetic>(mut self) {
-        let Range { start, end } = self.part.columns;
-        let (mut panel, panels) = (start / LANES, end.div_ceil(LANES));
-        while A::WIDE && panel + GROUP <= panels {
-            self.panels::<A, 8, GROUP>(panel);
-            panel += GROUP;
-        }
-        while panel < panels {
-            if A::WIDE {
-                self.panels::<A, 8, 1>(panel);
-            } else {
-                self.panels::<A, 4, 1>(panel);
+        let mut strips = Vec::new();
+        let pieces = self.depth.div_ceil(F::LINES).max(1);
+        let piece = self.depth.div_ceil(pieces);
+        let mut first = 0;
+        while first < self.depth {
+            let lines = first..(first + piece).min(self.depth);
+            if let Left::Across { words, stride } = self.left {
+                let words = &words[lines.start * stride..lines.end * stride];
+                lay(words, stride, &self.part.rows, &mut strips);
             }
-            panel += 1;
+            self.columns::<A>(&lines, &strips);
+            first = lines.end;
+        }
+    }
+}
+
+/// Lays some columns of a left factor that lies across into strips of [`STRIP`], one strip after the other.
+fn lay<W: Copy + Default>(
+    words: &[W],
+    stride: usize,
+    columns: &Range<usize>,
+    strips: &mut Vec<[W; STRIP]>,
+) {
+    let lines = words.len() / stride;
+    strips.clear();
+    strips.resize(columns.len().div_ceil(STRIP) * lines, [W::default(); STRIP]);
+    for (k, line) in words.chunks_exact(stride).enumerate() {
+        let (whole, rest) = line[columns.clone()].as_chunks::<STRIP>();
+        for (strip, words) in whole.iter().enumerate() {
+            strips[strip * lines + k] = *words;
+        }
+        if !rest.is_empty() {
+            strips[whole.len() * lines + k][..rest.len()].copy_from_slice(rest);
         }
     }
 }
 
 impl<F: Format> Task<'_, F> {
-    /// All rows with the `N` panels from `panel` on.
+    /// The part's panels, as many at a time as registers hold the sums of.
     #[inline(always)]
-    fn panels<A: Arithmetic, const M: usize, const N: usize>(&mut self, panel: usize) {
-        let mut first = 0;
-        while first < self.depth {
-            let lines = first..first + F::LINES.min(self.depth - first);
-            self.rows::<A, M, N>(panel, &lines);
-            first = lines.end;
+    fn columns<A: Arithmetic>(&mut self, lines: &Range<usize>, strips: &[[F::Word; STRIP]]) {
+        let Range { start, end } = self.part.columns;
+        let (mut panel, panels) = (start / LANES, end.div_ceil(LANES));
+        while A::WIDE && panel + GROUP <= panels {
+            self.rows::<A, 8, GROUP>(panel, lines, strips);
+            panel += GROUP;
+        }
+        while panel < panels {
+            if A::WIDE {
+                self.rows::<A, 8, 1>(panel, lines, strips);
+            } else {
+                self.rows::<A, 4, 1>(panel, lines, strips);
+            }
+            panel += 1;
         }
     }
 
-    /// All rows with some lines, `M` rows at a time as long as there are as many.
+    /// All rows with some lines of `N` panels, `M` rows at a time as long as there are as many.
     #[inline(always)]
     fn rows<A: Arithmetic, const M: usize, const N: usize>(
         &mut self,
         panel: usize,
         lines: &Range<usize>,
+        strips: &[[F::Word; STRIP]],
     ) {
         let Range { start, end } = self.part.rows;
         let mut row = start;
         while row + M <= end {
-            self.block::<A, M, N>(row, panel, lines);
+            self.block::<A, M, N>(row, panel, lines, strips);
             row += M;
         }
         while row + 2 <= end {
-            self.block::<A, 2, N>(row, panel, lines);
+            self.block::<A, 2, N>(row, panel, lines, strips);
             row += 2;
         }
         if row < end {
-            self.block::<A, 1, N>(row, panel, lines);
+            self.block::<A, 1, N>(row, panel, lines, strips);
         }
     }
 
@@ -261,6 +312,7 @@ impl<F: Format> Task<'_, F> {
         row: usize,
         panel: usize,
         lines: &Range<usize>,
+        strips: &[[F::Word; STRIP]],
     ) {
         match self.left {
             Left::Rows { words, stride } => {
@@ -268,9 +320,11 @@ impl<F: Format> Task<'_, F> {
                 let rows = RowsOf(std::array::from_fn(row_of));
                 self.sums::<A, M, N>((row, panel), lines, rows);
             }
-            Left::Across { words, stride } => {
-                let words = &words[lines.start * stride + row..];
-                self.sums::<A, M, N>((row, panel), lines, AcrossOf { words, stride });
+            Left::Across { .. } => {
+                let place = row - self.part.rows.start;
+                let strip = &strips[place / STRIP * lines.len()..][..lines.len()];
+                let first = place % STRIP;
+                self.sums::<A, M, N>((row, panel), lines, StripOf { strip, first });
             }
         }
     }
@@ -302,10 +356,10 @@ impl<F: Format> Task<'_, F> {
             }
         }
         for k in 0..count {
-            let x = x.column(k);
             for m in 0..M {
+                let x = x.word(m, k);
                 for n in 0..N {
-                    sums[m][n] = F::accumulate::<A>(x[m], &panels[n][k], sums[m][n]);
+                    sums[m][n] = F::accumulate::<A>(x, &panels[n][k], sums[m][n]);
                 }
             }
         }
@@ -336,9 +390,9 @@ impl<F: Format> Task<'_, F> {
     }
 }
 
-/// `M` rows of the left factor, column by column.
+/// `M` rows of the left factor.
 trait Block<W, const M: usize>: Copy {
-    fn column(self, k: usize) -> [W; M];
+    fn word(self, row: usize, k: usize) -> W;
 }
 
 #[derive(Clone, Copy)]
@@ -346,25 +400,21 @@ struct RowsOf<'a, W, const M: usize>([&'a [W]; M]);
 
 impl<W: Copy, const M: usize> Block<W, M> for RowsOf<'_, W, M> {
     #[inline(always)]
-    fn column(self, k: usize) -> [W; M] {
-        let mut column = [self.0[0][k]; M];
-        for (word, row) in column.iter_mut().zip(self.0) {
-            *word = row[k];
-        }
-        column
+    fn word(self, row: usize, k: usize) -> W {
+        self.0[row][k]
     }
 }
 
+/// Neighbours of a strip, from `first` on.
 #[derive(Clone, Copy)]
-struct AcrossOf<'a, W> {
-    words: &'a [W],
-    stride: usize,
+struct StripOf<'a, W> {
+    strip: &'a [[W; STRIP]],
+    first: usize,
 }
 
-impl<W: Copy, const M: usize> Block<W, M> for AcrossOf<'_, W> {
+impl<W: Copy, const M: usize> Block<W, M> for StripOf<'_, W> {
     #[inline(always)]
-    fn column(self, k: usize) -> [W; M] {
-        let words = self.words[k * self.stride..].first_chunk();
-        *words.expect("a column has all rows of the block")
+    fn word(self, row: usize, k: usize) -> W {
+        self.strip[k][self.first + row]
     }
 }
