@@ -22,8 +22,8 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    actor, bench, check, doctor, eval, export, fit_preference, generate, learner, manifests,
-    metrics, preference, samples, score, sft, status, train, view,
+    actor, bench, check, doctor, eval, export, fit_preference, generate, golden, learner,
+    manifests, metrics, preference, samples, score, sft, status, train, view,
 };
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
@@ -51,6 +51,7 @@ enum Command {
     FitPreference(fit_preference::Arguments),
     Eval(eval::Arguments),
     Generate(generate::Arguments),
+    Golden(golden::Arguments),
     Score(score::Arguments),
     View(view::Arguments),
     Samples(samples::Arguments),
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
         Command::FitPreference(arguments) => fit_preference::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),
+        Command::Golden(arguments) => golden::run(&arguments),
         Command::Score(arguments) => score::run(&arguments),
         Command::View(arguments) => view::run(&arguments),
         Command::Samples(arguments) => samples::run(&arguments),

@@ -11,9 +11,10 @@ pub struct Draw {
     pub behaviour_logp: f32,
 }
 
-/// Room for one row of the vocabulary, kept between draws.
+/// Room for rows of the vocabulary, kept between draws.
 #[derive(Debug, Default)]
 pub struct Scratch {
+    pub(super) mixed: Vec<f32>,
     probabilities: Vec<f64>,
     order: Vec<u32>,
 }

@@ -7,39 +7,13 @@
 use std::collections::VecDeque;
 
 use candle_core::Tensor;
-use messages::{Completion, Finish, Seed};
-use rand::Rng;
-use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-
-use super::{SamplingSettings, Scratch, distribution::log_softmax_at, draw, mix};
+use super::{
+    CompletionWriter, Continuation, Finished, Groups, Request, SamplingSettings, Scratch,
+};
 use crate::{
     LanguageModel, ModelError,
     decode::{Cache, Prefill},
 };
-
-/// A prompt to be answered.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Request {
-    /// The caller's name for it.
-    pub key: u64,
-    /// The prompt's tokens.
-    pub ids: Vec<u32>,
-    /// The seed of its completions' streams.
-    pub seed: Seed,
-    /// One entry a completion: the weight on the reference.
-    pub mixture_coefs: Vec<f32>,
-    /// The longest completion, in tokens.
-    pub max_new_tokens: usize,
-}
-
-/// A prompt whose completions have all ended.
-#[derive(Debug)]
-pub struct Finished {
-    /// The caller's name for it.
-    pub key: u64,
-    /// Its completions, in the order of the request's `mixture_coefs`, without text.
-    pub completions: Vec<Completion>,
-}
 
 /// A policy and its reference, writing.
 pub struct Sampler {
@@ -47,10 +21,9 @@ pub struct Sampler {
     reference: Side,
     settings: SamplingSettings,
     slots: Vec<Option<Stream>>,
-    groups: Vec<Group>,
+    groups: Groups,
     waiting: VecDeque<Request>,
     scratch: Scratch,
-    mixed: Vec<f32>,
 }
 
 struct Side {
@@ -62,15 +35,7 @@ struct Side {
 struct Stream {
     key: u64,
     index: usize,
-    random: ChaCha8Rng,
-    max_new_tokens: usize,
-    completion: Completion,
-}
-
-/// The completions of one prompt, as they end.
-struct Group {
-    key: u64,
-    completions: Vec<Option<Completion>>,
+    continuation: Continuation,
 }
 
 /// Logits of both models, row by row.
@@ -92,13 +57,7 @@ impl Sampler {
         slots: usize,
         capacity: usize,
     ) -> Result<Self, ModelError> {
-        let (a, b) = (policy.config().vocab_size, reference.config().vocab_size);
-        if a != b {
-            let reason = format!(
-                "the policy has {a} tokens, the reference {b}: they must share a vocabulary"
-            );
-            return Err(ModelError::Weights { reason });
-        }
+        super::share_vocabulary(&policy, &reference)?;
         let side = |model: LanguageModel| -> Result<Side, ModelError> {
             let capacity = capacity.min(model.config().max_positions);
             Ok(Side {
@@ -111,30 +70,10 @@ impl Sampler {
             reference: side(reference)?,
             settings,
             slots: (0..slots).map(|_| None).collect(),
-            groups: Vec::new(),
+            groups: Groups::default(),
             waiting: VecDeque::new(),
             scratch: Scratch::default(),
-            mixed: Vec::new(),
         })
-    }
-
-    /// Replaces the policy. Only an idle sampler may: no completion mixes versions.
-    ///
-    /// # Errors
-    /// When completions are being written.
-    pub fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
-        if !self.is_idle() {
-            let reason = "the policy changes only between completions".into();
-            return Err(ModelError::Weights { reason });
-        }
-        self.policy.model = policy;
-        Ok(())
-    }
-
-    /// Whether nothing is being written and nothing waits.
-    #[must_use]
-    pub fn is_idle(&self) -> bool {
-        self.groups.is_empty() && self.waiting.is_empty()
     }
 
     /// How many prompts are being answered or wait for slots.
@@ -152,53 +91,6 @@ impl Sampler {
             .filter(|slot| slot.is_none())
             .count()
             .saturating_sub(promised)
-    }
-
-    /// Adds a prompt; it is read at the next [`Self::step`] that finds enough free slots.
-    ///
-    /// # Errors
-    /// When it asks for no completion, or for more than there are slots, or cannot fit a slot.
-    pub fn admit(&mut self, request: Request) -> Result<(), ModelError> {
-        let (count, slots) = (request.mixture_coefs.len(), self.slots.len());
-        let longest = self.policy.model.config().max_positions;
-        let length = request.ids.len() + request.max_new_tokens;
-        let reason = if count == 0 || count > slots {
-            format!("{count} completions of one prompt do not fit {slots} slots")
-        } else if request.ids.is_empty() || request.max_new_tokens == 0 {
-            "a prompt and its completions need at least one token each".to_owned()
-        } else if length > longest {
-            format!(
-                "{length} tokens of prompt and completion are more than the model's {longest} positions"
-            )
-        } else {
-            self.waiting.push_back(request);
-            return Ok(());
-        };
-        Err(ModelError::Tokens { reason })
-    }
-
-    /// Reads waiting prompts into free slots, then writes one token of every completion. Returns the
-    /// prompts whose completions have all ended.
-    ///
-    /// # Errors
-    /// When a tensor operation fails or a model gives no distribution (its weights hold a NaN).
-    pub fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
-        self.read_prompts()?;
-        let active: Vec<usize> = (0..self.slots.len())
-            .filter(|&s| self.slots[s].is_some())
-            .collect();
-        let pending: Vec<(usize, u32)> = active
-            .iter()
-            .filter_map(|&slot| Some((slot, *self.slots[slot].as_ref()?.completion.ids.last()?)))
-            .collect();
-        if !pending.is_empty() {
-            let (slots, tokens): (Vec<usize>, Vec<u32>) = pending.into_iter().unzip();
-            let logits = self.logits(|side| side.model.extend(&mut side.cache, &slots, &tokens))?;
-            for (row, &slot) in slots.iter().enumerate() {
-                self.write(slot, &logits, row)?;
-            }
-        }
-        Ok(self.take_finished())
     }
 
     /// Reads as many waiting prompts as have free slots and writes their first tokens.
@@ -229,10 +121,7 @@ impl Sampler {
             .collect();
         let logits = self.logits(|side| side.model.prefill(&mut side.cache, &prompts))?;
         for (row, (request, slots)) in admitted.iter().enumerate() {
-            self.groups.push(Group {
-                key: request.key,
-                completions: slots.iter().map(|_| None).collect(),
-            });
+            self.groups.begin(request);
             for (index, &slot) in slots.iter().enumerate() {
                 self.slots[slot] = Some(Stream::new(request, index));
                 self.write(slot, &logits, row)?;
@@ -261,62 +150,55 @@ impl Sampler {
             return Ok(());
         };
         let range = row * logits.vocab..(row + 1) * logits.vocab;
-        let (policy, reference) = (&logits.policy[range.clone()], &logits.reference[range]);
-        mix(
-            policy,
-            reference,
-            stream.completion.mixture_coef,
-            &mut self.mixed,
-        );
-        let uniform = stream.random.random::<f64>();
-        let drawn =
-            draw(&self.mixed, &self.settings, uniform, &mut self.scratch).ok_or_else(|| {
-                ModelError::Weights {
-                    reason: "the logits of a token are not finite".into(),
-                }
-            })?;
-        let completion = &mut stream.completion;
-        completion.ids.push(drawn.token);
-        completion.behaviour_logp.push(drawn.behaviour_logp);
-        completion.logp.push(log_softmax_at(policy, drawn.token));
-        completion
-            .ref_logp
-            .push(log_softmax_at(reference, drawn.token));
-        let ended = self.policy.model.config().eos.contains(&drawn.token);
-        if ended || completion.ids.len() == stream.max_new_tokens {
-            completion.finish = if ended {
-                Finish::EndOfText
-            } else {
-                Finish::Length
-            };
+        let rows = (&logits.policy[range.clone()], &logits.reference[range]);
+        let eos = &self.policy.model.config().eos;
+        let continuation = &mut stream.continuation;
+        continuation.write(rows, &self.settings, eos, &mut self.scratch)?;
+        if continuation.has_ended() {
             self.end(slot);
         }
         Ok(())
     }
 
     fn end(&mut self, slot: usize) {
-        let Some(stream) = self.slots[slot].take() else {
-            return;
-        };
-        if let Some(group) = self.groups.iter_mut().find(|group| group.key == stream.key) {
-            group.completions[stream.index] = Some(stream.completion);
+        if let Some(stream) = self.slots[slot].take() {
+            let completion = stream.continuation.into_completion();
+            self.groups.end(stream.key, stream.index, completion);
         }
     }
+}
 
-    fn take_finished(&mut self) -> Vec<Finished> {
-        let mut finished = Vec::new();
-        self.groups.retain_mut(|group| {
-            if group.completions.iter().any(Option::is_none) {
-                return true;
+impl CompletionWriter for Sampler {
+    fn admit(&mut self, request: Request) -> Result<(), ModelError> {
+        request.fits(self.slots.len(), self.policy.model.config().max_positions)?;
+        self.waiting.push_back(request);
+        Ok(())
+    }
+
+    /// Reads waiting prompts into free slots, then writes one token of every completion.
+    fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
+        self.read_prompts()?;
+        let last = |stream: &Stream| stream.continuation.ids().last().copied();
+        let (slots, tokens): (Vec<usize>, Vec<u32>) = (0..self.slots.len())
+            .filter_map(|slot| Some((slot, last(self.slots[slot].as_ref()?)?)))
+            .unzip();
+        if !slots.is_empty() {
+            let logits = self.logits(|side| side.model.extend(&mut side.cache, &slots, &tokens))?;
+            for (row, &slot) in slots.iter().enumerate() {
+                self.write(slot, &logits, row)?;
             }
-            let completions = group.completions.drain(..).flatten().collect();
-            finished.push(Finished {
-                key: group.key,
-                completions,
-            });
-            false
-        });
-        finished
+        }
+        Ok(self.groups.take_finished())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.groups.is_empty() && self.waiting.is_empty()
+    }
+
+    fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
+        super::only_idle(self)?;
+        self.policy.model = policy;
+        Ok(())
     }
 }
 
@@ -325,23 +207,15 @@ impl Stream {
         Self {
             key: request.key,
             index,
-            random: ChaCha8Rng::seed_from_u64(request.seed.derive(index as u64).0),
-            max_new_tokens: request.max_new_tokens,
-            completion: Completion {
-                ids: Vec::new(),
-                finish: Finish::Length,
-                mixture_coef: request.mixture_coefs[index],
-                logp: Vec::new(),
-                ref_logp: Vec::new(),
-                behaviour_logp: Vec::new(),
-                text: String::new(),
-            },
+            continuation: Continuation::new(request, index),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use messages::{Completion, Finish, Seed};
+
     use super::*;
     use crate::{Sequence, fixtures::tiny_model};
 
