@@ -7,7 +7,8 @@
 use std::{
     num::NonZeroUsize,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, Mutex, Once, PoisonError, mpsc},
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
@@ -30,6 +31,9 @@ use crate::{Asked, MistralError, Numbers, Source, TokenWriter};
 
 /// How long loading may take: far more than any disk needs for what fits into memory.
 const LOADING: Duration = Duration::from_secs(3600);
+
+/// The thread on which a model is loaded.
+const LOADER: &str = "mistral-load";
 
 /// How long a prompt may wait to be put into tokens: behind all that is being written.
 const ENCODING: Duration = Duration::from_secs(600);
@@ -67,7 +71,8 @@ impl Engine {
             reason,
         };
         let (done, loaded) = mpsc::channel();
-        let thread = std::thread::Builder::new().name("mistral-load".into());
+        tell_no_panics_of_the_loader();
+        let thread = thread::Builder::new().name(LOADER.into());
         let loading = source.clone();
         let thread = thread.spawn(move || {
             // Nobody listens any more when loading took too long.
@@ -366,8 +371,21 @@ fn engine(source: &Source, pipeline: &SharedPipeline, parallel: usize) -> Result
     })
 }
 
+/// mistral.rs panics on files that are not what it expects. Such a panic becomes an error, told once.
+fn tell_no_panics_of_the_loader() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let told_before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if thread::current().name() != Some(LOADER) {
+                told_before(panic);
+            }
+        }));
+    });
+}
+
 /// What a thread that panicked said.
-fn panic_of(thread: std::thread::JoinHandle<()>) -> String {
+fn panic_of(thread: JoinHandle<()>) -> String {
     let Err(said) = thread.join() else {
         return "its thread ended without an answer".into();
     };
