@@ -61,9 +61,24 @@ fn generated(
     let (model, reference) = (text(model), text(reference));
     let call = [
         &[
-            "generate", "--json", "--engine", engine, "--model", &model, "--reference", &reference,
-            "--prompt", "Once upon a time", "--prompt", "Tom and his dog", "--num", "3", "--seed",
-            "11", "--max-new-tokens", "40",
+            "generate",
+            "--json",
+            "--engine",
+            engine,
+            "--model",
+            &model,
+            "--reference",
+            &reference,
+            "--prompt",
+            "Once upon a time",
+            "--prompt",
+            "Tom and his dog",
+            "--num",
+            "3",
+            "--seed",
+            "11",
+            "--max-new-tokens",
+            "40",
         ],
         more,
     ];
@@ -75,7 +90,9 @@ fn generated(
 }
 
 fn sum(line: &Value, key: &str) -> f64 {
-    line[key].as_f64().unwrap_or_else(|| panic!("{key}: {line}"))
+    line[key]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{key}: {line}"))
 }
 
 fn floats(value: &Value) -> Vec<f64> {
@@ -142,7 +159,10 @@ fn the_ends_of_the_mixture_are_the_policy_and_the_reference() {
         assert!(apart > 0.1, "policy and reference are the same");
         // What was recorded is what the uncached models say of the same tokens.
         for (folder, key) in [(&model, "logp"), (&reference, "ref_logp")] {
-            let rows: String = found.iter().map(|line| row(&workplace, folder, line)).collect();
+            let rows: String = found
+                .iter()
+                .map(|line| row(&workplace, folder, line))
+                .collect();
             let file = text(&workplace.write("rows.jsonl", rows));
             let call = ["score", "--model", &text(folder), "--input", &file];
             let scores = workplace.run(&call).succeeded().json_lines();
@@ -212,7 +232,11 @@ fn a_local_chat_model_judges_in_both_orders() {
         let (happy, sad) = ("Tom was happy.", "Lily was sad and cried.");
         let body = json!({"pairs": [pair(happy, sad), pair(sad, happy)]}).to_string();
         let (status, answer) = http(&base, "POST", "/v1/preferences", &body);
-        assert_eq!((status, &answer["judge"]), (200, &"mistral".into()), "{answer}");
+        assert_eq!(
+            (status, &answer["judge"]),
+            (200, &"mistral".into()),
+            "{answer}"
+        );
         running.terminate();
         running.wait().succeeded().without_panic();
         let results = answer["results"].as_array().expect("results");
@@ -261,10 +285,24 @@ fn train(model: &Path, prompts: &Path, run: &Path, sets: &[&str]) -> Vec<String>
 
 /// Prompts of one word each.
 fn prompts(workplace: &Workplace) -> PathBuf {
-    let words = ["Tom", "Lily", "Once", "The dog", "A cat", "One day", "Sam", "Mom", "Dad"];
-    let also = ["Ben", "Anna", "The sun", "Her friend", "They", "He", "She", "A bird", "We"];
+    let words = [
+        "Tom", "Lily", "Once", "The dog", "A cat", "One day", "Sam", "Mom", "Dad",
+    ];
+    let also = [
+        "Ben",
+        "Anna",
+        "The sun",
+        "Her friend",
+        "They",
+        "He",
+        "She",
+        "A bird",
+        "We",
+    ];
     let rows = words.into_iter().chain(also);
-    let rows: String = rows.map(|word| json!({"prompt": word}).to_string() + "\n").collect();
+    let rows: String = rows
+        .map(|word| json!({"prompt": word}).to_string() + "\n")
+        .collect();
     workplace.write("prompts.jsonl", rows)
 }
 
@@ -277,7 +315,10 @@ fn a_run_has_its_actor_write_with_every_new_version() {
     let prompts = prompts(&workplace);
     for (name, sets) in [
         ("whole", &[][..]),
-        ("adapter", &["model.lora_rank=4", "learner.learning_rate=1e-1"]),
+        (
+            "adapter",
+            &["model.lora_rank=4", "learner.learning_rate=1e-1"],
+        ),
     ] {
         let run = workplace.path(name);
         let ended = workplace.run(&train(&model, &prompts, &run, sets));
@@ -288,8 +329,12 @@ fn a_run_has_its_actor_write_with_every_new_version() {
         assert!(apart.iter().all(|d| *d < CLOSE), "{name}: {apart:?}");
         // And these were others with every step: the policy's own log-probabilities moved away.
         let moved = column(&run, "objective/kl");
-        assert!(moved.last() > Some(&0.01), "{name}: {moved:?}");
-        assert_eq!(report(&run)["stations"]["actor"]["dropped"], json!({}), "{name}");
+        assert!(moved.iter().any(|kl| kl.abs() > 0.05), "{name}: {moved:?}");
+        assert_eq!(
+            report(&run)["stations"]["actor"]["dropped"],
+            json!({}),
+            "{name}"
+        );
     }
 }
 
@@ -310,7 +355,15 @@ fn golden_answers_are_written_into_the_rows() {
     let call = |more: &[&str]| {
         let named = text(&output);
         let call = [
-            &["golden", "--model", &model, "--prompts", &prompts, "--output", &named],
+            &[
+                "golden",
+                "--model",
+                &model,
+                "--prompts",
+                &prompts,
+                "--output",
+                &named,
+            ],
             more,
         ];
         workplace.run(&call.concat())
@@ -330,7 +383,8 @@ fn golden_answers_are_written_into_the_rows() {
     assert_eq!(first[0]["id"], 7);
     call(&[]).check(2, &["golden.jsonl is there already"]);
     fs::remove_file(&output).expect("it was written");
-    call(&["--max-new-tokens", "4"]).check(0, &["wrote 0 golden answers", "3 prompts were left out"]);
+    call(&["--max-new-tokens", "4"])
+        .check(0, &["wrote 0 golden answers", "3 prompts were left out"]);
     assert_eq!(fs::read_to_string(&output).expect("an empty file"), "");
 }
 
@@ -345,13 +399,24 @@ fn what_mistral_rs_cannot_load_is_told_with_the_file_and_the_remedy() {
         let output = text(&workplace.path("golden.jsonl"));
         let model = text(model);
         let call = [
-            &["golden", "--model", &model, "--prompts", &prompts, "--output", &output],
+            &[
+                "golden",
+                "--model",
+                &model,
+                "--prompts",
+                &prompts,
+                "--output",
+                &output,
+            ],
             more,
         ];
         let ended = workplace.run(&call.concat());
         ended.check(3, says).without_panic();
     };
-    for (name, content) in [("torn.gguf", &b"GGUF\x03\0\0\0\xff\xff"[..]), ("other.gguf", b"no gguf")] {
+    for (name, content) in [
+        ("torn.gguf", &b"GGUF\x03\0\0\0\xff\xff"[..]),
+        ("other.gguf", b"no gguf"),
+    ] {
         let torn = workplace.write(name, content);
         golden(&torn, &[], &[name, "fetch or convert the file again"]);
     }
@@ -375,7 +440,11 @@ fn what_mistral_rs_cannot_load_is_told_with_the_file_and_the_remedy() {
 
     let silent = workplace.copy_of(&model, "silent");
     fs::write(silent.join("tokenizer_config.json"), "{}").expect("it was copied");
-    golden(&silent, &["--chat"], &["silent has no chat template", "--chat-template"]);
+    golden(
+        &silent,
+        &["--chat"],
+        &["silent has no chat template", "--chat-template"],
+    );
     refused_as_a_judge(&workplace, &silent);
 }
 

@@ -106,12 +106,14 @@ impl Chat {
             });
             Ok(())
         };
-        waiting.by_ref().take(self.parallel).try_for_each(&mut start)?;
+        waiting
+            .by_ref()
+            .take(self.parallel)
+            .try_for_each(&mut start)?;
         for _ in prompts {
             let late = |_| MistralError::Late(self.patience);
-            let (index, writer, result) = ended
-                .recv_timeout(self.patience + MARGIN)
-                .map_err(late)?;
+            let (index, writer, result) =
+                ended.recv_timeout(self.patience + MARGIN).map_err(late)?;
             result?;
             answers[index] = Some(self.words(writer)?);
             waiting.by_ref().take(1).try_for_each(&mut start)?;

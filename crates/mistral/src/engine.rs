@@ -59,11 +59,7 @@ impl Engine {
     ///
     /// # Errors
     /// When a file is missing or mistral.rs does not load it, with the file and what may help.
-    pub fn load(
-        source: &Source,
-        numbers: Numbers,
-        parallel: usize,
-    ) -> Result<Self, MistralError> {
+    pub fn load(source: &Source, numbers: Numbers, parallel: usize) -> Result<Self, MistralError> {
         source.check()?;
         let refused = |reason: String| MistralError::Load {
             path: source.path.clone(),
@@ -110,7 +106,9 @@ impl Engine {
                     reason: format!("{} has no chat template", self.path.display()),
                 });
             }
-            PromptText::Messages(messages) => Either::Left(dialogue(messages)?),
+            PromptText::Messages(messages) => {
+                Either::Left(dialogue(messages)?.messages_ref().to_vec())
+            }
         };
         let (response, mut ids) = tokio::sync::mpsc::channel(1);
         let request = Request::Tokenize(TokenizationRequest {
@@ -166,7 +164,8 @@ impl Engine {
             ..SamplingParams::neutral()
         };
         let mut request = NormalRequest::new_simple(messages, sampling, response, 0, None, None);
-        request.logits_processors = Some(vec![Arc::new(processor)]);
+        request.logits_processors =
+            Some(vec![Arc::new(processor) as Arc<dyn CustomLogitsProcessor>]);
         let requests = self.requests.clone();
         self.runtime().spawn(async move {
             let answered = timeout(asked.patience, async {
@@ -248,16 +247,20 @@ fn outcome(response: Response) -> Result<(), MistralError> {
 }
 
 /// A dialogue as mistral.rs takes it: turns that only say something.
-fn dialogue(messages: &[Message]) -> Result<Vec<Turn>, MistralError> {
+fn dialogue(messages: &[Message]) -> Result<TextMessages, MistralError> {
     let mut turns = TextMessages::new();
     for message in messages {
-        let said = message.content.as_str().filter(|_| message.extra.is_empty());
+        let said = message
+            .content
+            .as_str()
+            .filter(|_| message.extra.is_empty());
         let said = said.ok_or_else(|| MistralError::Prompt {
-            reason: "a turn is more than a role and a text, which mistral.rs is not given here".into(),
+            reason: "a turn is more than a role and a text, which mistral.rs is not given here"
+                .into(),
         })?;
         turns = turns.add_message(TextMessageRole::Custom(message.role.clone()), said);
     }
-    Ok(turns.messages_ref().to_vec())
+    Ok(turns)
 }
 
 /// Loads on a thread of its own. The inner error is what mistral.rs says.
@@ -267,8 +270,7 @@ fn open(
     parallel: usize,
 ) -> Result<Result<Engine, String>, MistralError> {
     let weights = source.weights()?;
-    Ok(pipeline(source, weights, numbers)
-        .and_then(|pipeline| engine(source, &pipeline, parallel)))
+    Ok(pipeline(source, weights, numbers).and_then(|pipeline| engine(source, &pipeline, parallel)))
 }
 
 fn pipeline(
@@ -362,7 +364,9 @@ fn engine(source: &Source, pipeline: &SharedPipeline, parallel: usize) -> Result
         .map_err(|error| error.to_string())?;
     Ok(Engine {
         path: source.path.clone(),
-        requests: mistral.get_sender(None).map_err(|error| error.to_string())?,
+        requests: mistral
+            .get_sender(None)
+            .map_err(|error| error.to_string())?,
         decode: Box::new(move |ids, plain| tokenizer.decode(ids, plain).unwrap_or_default()),
         end_tokens,
         has_chat_template,
@@ -396,7 +400,8 @@ fn panic_of(thread: JoinHandle<()>) -> String {
 
 /// What may help, by what mistral.rs says.
 fn remedy(source: &Source, reason: &str) -> &'static str {
-    if reason.to_lowercase().contains("unsupported") || reason.to_lowercase().contains("architecture")
+    if reason.to_lowercase().contains("unsupported")
+        || reason.to_lowercase().contains("architecture")
     {
         "take a model of an architecture that it knows, such as Llama, Mistral, Qwen2 or Qwen3"
     } else if reason.starts_with("ISQ") {

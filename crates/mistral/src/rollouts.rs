@@ -220,11 +220,7 @@ impl Ended {
 }
 
 /// Has mistral.rs load this policy, an adapter merged into it, from a folder made for it.
-fn load(
-    folder: &ModelFolder,
-    policy: &LanguageModel,
-    slots: usize,
-) -> Result<Loaded, ModelError> {
+fn load(folder: &ModelFolder, policy: &LanguageModel, slots: usize) -> Result<Loaded, ModelError> {
     let temporary = tempfile::Builder::new().prefix("agon-policy-").tempdir();
     let temporary = temporary.map_err(|source| ModelError::Unwritable {
         path: std::env::temp_dir(),

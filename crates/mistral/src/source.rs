@@ -127,7 +127,9 @@ impl Source {
 fn shards(index: &Path) -> Result<Vec<String>, MistralError> {
     let text = fs::read_to_string(index).map_err(|source| unreadable(index, source))?;
     let read: Option<Value> = serde_json::from_str(&text).ok();
-    let names = read.as_ref().and_then(|read| read["weight_map"].as_object());
+    let names = read
+        .as_ref()
+        .and_then(|read| read["weight_map"].as_object());
     let names = names.ok_or_else(|| MistralError::Unusable {
         path: index.to_owned(),
         reason: "it has no \"weight_map\"".into(),
@@ -224,7 +226,8 @@ mod tests {
     fn shards_are_found_through_their_index() {
         let (_folder, source) = folder(&["config.json", "tokenizer.json", "a.safetensors"]);
         let index = source.path.join("model.safetensors.index.json");
-        let map = r#"{"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}"#;
+        let map =
+            r#"{"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}"#;
         fs::write(&index, map).expect("a file");
         let refused = source.check().expect_err("b is missing").to_string();
         assert!(refused.contains("b.safetensors"), "{refused}");

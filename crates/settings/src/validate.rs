@@ -5,8 +5,8 @@ mod telemetry;
 mod transport;
 
 use crate::{
-    EngineSettings, GanpoSettings, ModelSettings, ObjectiveSettings, Problem, PromptsSettings, Settings,
-    SftSettings,
+    EngineSettings, GanpoSettings, ModelSettings, ObjectiveSettings, Problem, PromptsSettings,
+    Settings, SftSettings,
 };
 
 /// Every contradiction and every number out of its range.

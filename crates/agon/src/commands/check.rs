@@ -16,11 +16,14 @@ use anyhow::Context;
 use model::{AdapterFolder, ModelConfig, ModelFolder};
 use playground::{Bandit, base_config_json};
 use settings::{
-    DtypeSetting, ObjectiveSettings, Override, PromptsSettings, Settings, resolve_file,
+    DtypeSetting, EngineSettings, ObjectiveSettings, Override, PromptsSettings, Settings,
+    resolve_file,
 };
 
 use crate::{failure::Code, world};
 
+/// mistral.rs computes in f32 whatever the weights are.
+const MISTRAL_BYTES: usize = 4;
 /// Adam's moments are kept in f32 whatever the weights are.
 const MOMENT_BYTES: usize = 4;
 /// An adapter is f32 whatever the weights are.
@@ -273,6 +276,11 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
     let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
     // A cache of the policy and one of the reference in each actor.
     let slots = [2, actor.count, actor.slots, longest];
+    let beside = match actor.engine {
+        EngineSettings::Own {} => 0,
+        EngineSettings::Mistral { .. } => actor.count,
+    };
+    let beside = [config.parameter_count(), MISTRAL_BYTES, beside];
     let sequences = [
         learner
             .train_batch_size
@@ -288,6 +296,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
             "actors' copies of the policy",
             product(&[&trained, &[actor.count]]),
         ),
+        ("mistral.rs's copies of the policy", product(&[&beside])),
         ("weights on the shelf", product(&[&trained])),
         (
             "caches of keys and values",

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use messages::{Completion, Finish, Message, PromptText, Seed};
-use model::{CompletionWriter, DType, Device, LanguageModel, ModelFolder, Request, SamplingSettings, Tokenizer};
+use model::{CompletionWriter, LanguageModel, ModelFolder, Request, SamplingSettings, Tokenizer};
 use serde::Serialize;
 use settings::EngineSettings;
 
@@ -112,6 +112,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         // Beside an adapter its base; else the policy itself.
         None => policy.without_adapter(),
     };
+    if arguments.engine == EngineName::Mistral && !policy.device().is_cpu() {
+        let message = "--engine mistral computes on the CPU: leave out --device";
+        return Err(Misuse(message.into()).into());
+    }
     let prompts = arguments.encode(&folder)?;
     let longest = prompts
         .iter()

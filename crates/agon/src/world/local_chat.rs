@@ -75,7 +75,11 @@ impl ChatModel for Asking {
         max_tokens: usize,
         alternatives: usize,
     ) -> Result<Vec<Said>, JudgeError> {
-        let prompts: Vec<_> = dialogues.iter().cloned().map(PromptText::Messages).collect();
+        let prompts: Vec<_> = dialogues
+            .iter()
+            .cloned()
+            .map(PromptText::Messages)
+            .collect();
         let likeliest = SamplingSettings {
             top_k: 1,
             ..SamplingSettings::plain(max_tokens)

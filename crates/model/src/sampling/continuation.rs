@@ -68,12 +68,7 @@ impl Continuation {
         scratch: &mut Scratch,
     ) -> Result<u32, ModelError> {
         let mut mixed = std::mem::take(&mut scratch.mixed);
-        mix(
-            policy,
-            reference,
-            self.completion.mixture_coef,
-            &mut mixed,
-        );
+        mix(policy, reference, self.completion.mixture_coef, &mut mixed);
         let drawn = draw(&mixed, settings, self.random.random(), scratch);
         scratch.mixed = mixed;
         let drawn = drawn.ok_or_else(|| ModelError::Weights {
@@ -89,8 +84,8 @@ impl Continuation {
         if eos.contains(&drawn.token) {
             completion.finish = Finish::EndOfText;
         }
-        self.has_ended = completion.finish == Finish::EndOfText
-            || completion.ids.len() == self.max_new_tokens;
+        self.has_ended =
+            completion.finish == Finish::EndOfText || completion.ids.len() == self.max_new_tokens;
         Ok(drawn.token)
     }
 }

@@ -6,14 +6,12 @@
 
 use std::collections::VecDeque;
 
-use candle_core::Tensor;
-use super::{
-    CompletionWriter, Continuation, Finished, Groups, Request, SamplingSettings, Scratch,
-};
+use super::{CompletionWriter, Continuation, Finished, Groups, Request, SamplingSettings, Scratch};
 use crate::{
     LanguageModel, ModelError,
     decode::{Cache, Prefill},
 };
+use candle_core::Tensor;
 
 /// A policy and its reference, writing.
 pub struct Sampler {

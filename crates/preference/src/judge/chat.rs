@@ -150,7 +150,10 @@ impl Judge for ChatJudge {
         let longest = self.question.settings.max_tokens;
         let alternatives = self.question.alternatives();
         let said = self.model.answer(&dialogues, longest, alternatives)?;
-        Ok(said.iter().map(|said| self.question.verdict(said)).collect())
+        Ok(said
+            .iter()
+            .map(|said| self.question.verdict(said))
+            .collect())
     }
 }
 
@@ -171,7 +174,6 @@ fn fill(template: &str, texts: &[(&str, &str)]) -> String {
     }
     filled + rest
 }
-
 
 #[cfg(test)]
 pub(super) mod tests {

@@ -83,7 +83,8 @@ impl RemoteChat {
     fn request(&self, question: &Question) -> Value {
         let chat = &self.question.settings;
         let messages = self.question.dialogue(&question.comparison());
-        let turn = |message: &messages::Message| json!({"role": message.role, "content": message.content});
+        let turn =
+            |message: &messages::Message| json!({"role": message.role, "content": message.content});
         let mut request = json!({
             "model": self.settings.model,
             "messages": messages.iter().map(turn).collect::<Vec<_>>(),
