@@ -15,9 +15,9 @@ use std::{
 use either::Either;
 use messages::{Message, PromptText};
 use mistralrs::{
-    CustomLogitsProcessor, DefaultSchedulerMethod, Device, DeviceMapSetting, MistralRs, ModelDType,
-    NormalRequest, Request, RequestLike, RequestMessage, Response, SamplingParams, SchedulerConfig,
-    Tensor, TextMessageRole, TextMessages,
+    CustomLogitsProcessor, DefaultSchedulerMethod, Device, DeviceMapSetting, IsqType, MistralRs,
+    ModelDType, NormalRequest, Request, RequestLike, RequestMessage, Response, SamplingParams,
+    SchedulerConfig, Tensor, TextMessageRole, TextMessages,
     core::{
         AdapterPaths, GGUFLoaderBuilder, GGUFSpecificConfig, Loader, LocalModelPaths,
         MistralRsBuilder, ModelPaths, NormalLoaderBuilder, NormalSpecificConfig, Pipeline,
@@ -61,9 +61,10 @@ impl Engine {
     /// When a file is missing or mistral.rs does not load it, with the file and what may help.
     pub fn load(source: &Source, numbers: Numbers, parallel: usize) -> Result<Self, MistralError> {
         source.check()?;
+        let isq = isq(source)?;
         let refused = |reason: String| MistralError::Load {
             path: source.path.clone(),
-            remedy: remedy(source, &reason),
+            remedy: remedy(source),
             reason,
         };
         let (done, loaded) = mpsc::channel();
@@ -72,7 +73,7 @@ impl Engine {
         let loading = source.clone();
         let thread = thread.spawn(move || {
             // Nobody listens any more when loading took too long.
-            drop(done.send(open(&loading, numbers, parallel)));
+            drop(done.send(open(&loading, (numbers, isq), parallel)));
         });
         let thread = thread.map_err(|error| refused(error.to_string()))?;
         match loaded.recv_timeout(LOADING) {
@@ -120,10 +121,14 @@ impl Engine {
             reasoning_effort: None,
             response,
         });
-        let answered = self.runtime().block_on(timeout(ENCODING, async {
+        let answer = async {
             self.requests.send(request).await.ok()?;
             ids.recv().await
-        }));
+        };
+        // A clock can only be set inside the runtime.
+        let answered = self
+            .runtime()
+            .block_on(async { timeout(ENCODING, answer).await });
         let answered = answered.map_err(|_| MistralError::Late(ENCODING))?;
         let ids = answered.ok_or(MistralError::Gone)?;
         ids.map_err(|error| MistralError::Prompt {
@@ -263,10 +268,20 @@ fn dialogue(messages: &[Message]) -> Result<TextMessages, MistralError> {
     Ok(turns)
 }
 
+/// How the weights are to be quantised.
+fn isq(source: &Source) -> Result<Option<IsqType>, MistralError> {
+    let named = source.isq.as_deref();
+    let read = named.map(|name| parse_isq_value(name, Some(&Device::Cpu)));
+    read.transpose().map_err(|reason| MistralError::Unusable {
+        path: source.path.clone(),
+        reason,
+    })
+}
+
 /// Loads on a thread of its own. The inner error is what mistral.rs says.
 fn open(
     source: &Source,
-    numbers: Numbers,
+    numbers: (Numbers, Option<IsqType>),
     parallel: usize,
 ) -> Result<Result<Engine, String>, MistralError> {
     let weights = source.weights()?;
@@ -276,11 +291,8 @@ fn open(
 fn pipeline(
     source: &Source,
     weights: Vec<PathBuf>,
-    numbers: Numbers,
+    (numbers, isq): (Numbers, Option<IsqType>),
 ) -> Result<SharedPipeline, String> {
-    let isq = source.isq.as_deref();
-    let isq = isq.map(|name| parse_isq_value(name, Some(&Device::Cpu)));
-    let isq = isq.transpose()?;
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let template = source.chat_template.as_deref().map(text);
     let model = text(&source.path);
@@ -398,17 +410,11 @@ fn panic_of(thread: JoinHandle<()>) -> String {
     text.unwrap_or("it panicked").to_owned()
 }
 
-/// What may help, by what mistral.rs says.
-fn remedy(source: &Source, reason: &str) -> &'static str {
-    if reason.to_lowercase().contains("unsupported")
-        || reason.to_lowercase().contains("architecture")
-    {
-        "take a model of an architecture that it knows, such as Llama, Mistral, Qwen2 or Qwen3"
-    } else if reason.starts_with("ISQ") {
-        "name one of these, or none"
-    } else if source.is_gguf() {
-        "fetch or convert the file again: it may be damaged, or of a kind that mistral.rs does not know"
+/// What may help.
+fn remedy(source: &Source) -> &'static str {
+    if source.is_gguf() {
+        "fetch or convert the file again, from a model of an architecture that mistral.rs knows"
     } else {
-        "its files may be damaged, or of a kind that mistral.rs does not know"
+        "take a folder whose files are whole, of an architecture that mistral.rs knows, such as Llama, Mistral, Qwen2 or Qwen3"
     }
 }

@@ -188,7 +188,7 @@ impl CompletionWriter for Rollouts {
 
     fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
         only_idle(self)?;
-        // The former goes first: there is room for one.
+        // The former is let go first: there may be room for one.
         self.policy = None;
         self.policy = Some(load(&self.folder, &policy, self.slots)?);
         Ok(())
