@@ -9,6 +9,7 @@ mod browser;
 mod cluster;
 mod ended;
 mod http;
+mod hub;
 mod records;
 mod shared;
 mod tools;
@@ -20,6 +21,9 @@ pub use browser::{Browser, Screen};
 pub use cluster::{has_nats_server, present, signal, status, status_now};
 pub use ended::Ended;
 pub use http::http;
+pub use hub::{
+    COMMIT as HUB_COMMIT, FakeHub, REPOSITORY as HUB_REPOSITORY, agon_at_hub, run_at_hub,
+};
 pub use records::{column, metrics, number, report, steps};
 pub use shared::shared;
 pub use tools::tool;

@@ -61,6 +61,7 @@ const ONLYS: [(&str, &[&str]); 14] = [
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),
     ("axum", &["preference", "telemetry"]),
+    ("hf-hub", &["agon"]),
     ("plotters", &["agon"]),
     ("reqwest", &["preference", "agon"]),
     ("metrics", &["telemetry"]),

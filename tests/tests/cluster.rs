@@ -1,13 +1,26 @@
 //! Runs of many processes over a real NATS server: they end where a run in one process ends, and go on
 //! whatever befalls one of them.
 
-use std::{fs, path::Path, process::Command, thread::sleep, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    thread::sleep,
+    time::Duration,
+};
 
 use house::{
     Running, Workplace, config, has_nats_server, number, present, report, signal, status,
     status_now, steps, tiny_bandit, tiny_playground, wait_until,
 };
 use serde_json::Value;
+
+/// A place for a run over a NATS server, and the run's directory in it; `None` where there is no such server.
+fn opened() -> Option<(Workplace, PathBuf)> {
+    let workplace = has_nats_server().then(Workplace::new)?;
+    let run = workplace.path("run");
+    Some((workplace, run))
+}
 
 /// A short bandit over JetStream, with a name of its own.
 fn over_jetstream(run: &Path, name: &str, sets: &[&str]) -> Vec<String> {
@@ -73,11 +86,10 @@ fn goes_on(running: &mut Running, run: &Path, more: u64) {
 
 #[test]
 fn a_seed_ends_over_jetstream_where_it_ends_in_memory() {
-    if !has_nats_server() {
+    let Some((workplace, there)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let (here, there) = (workplace.path("here"), workplace.path("there"));
+    };
+    let here = workplace.path("here");
     workplace.run(&tiny_bandit(&here, &[])).succeeded();
     workplace
         .run(&over_jetstream(&there, "same", &[]))
@@ -98,11 +110,9 @@ type Fault = (&'static str, &'static str, Option<&'static str>);
 
 #[test]
 fn a_run_goes_on_whatever_befalls_its_actors_and_judges() {
-    if !has_nats_server() {
+    let Some((workplace, run)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+    };
     let mut running = workplace.start(&long(&run, "faults"));
     let faults: [Fault; 5] = [
         ("actor", "KILL", None),
@@ -131,11 +141,9 @@ fn a_run_goes_on_whatever_befalls_its_actors_and_judges() {
 
 #[test]
 fn a_learner_that_is_killed_goes_on_from_its_checkpoint() {
-    if !has_nats_server() {
+    let Some((workplace, run)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+    };
     let mut running = workplace.start(&long(&run, "learner"));
     for _ in 0..2 {
         goes_on(&mut running, &run, 25);
@@ -157,11 +165,9 @@ fn a_learner_that_is_killed_goes_on_from_its_checkpoint() {
 
 #[test]
 fn a_learner_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before() {
-    if !has_nats_server() {
+    let Some((workplace, run)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+    };
     let mut arguments = long(&run, "saving");
     arguments.extend(["--set".into(), "learner.save_steps=2".into()]);
     let mut running = workplace.start(&arguments);
@@ -197,11 +203,9 @@ fn a_learner_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before() 
 
 #[test]
 fn weights_that_are_not_finite_reach_no_actor_and_the_run_says_that_it_diverged() {
-    if !has_nats_server() {
+    let Some((workplace, run)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+    };
     let sets = [
         "topology.actors=2",
         "learner.learning_rate=1e39",
@@ -230,11 +234,9 @@ fn weights_that_are_not_finite_reach_no_actor_and_the_run_says_that_it_diverged(
 
 #[test]
 fn the_game_is_played_over_jetstream_though_its_service_is_killed() {
-    if !has_nats_server() {
+    let Some((workplace, run)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+    };
     let sets = [
         "run.name=game",
         "transport.kind=jetstream",
@@ -281,11 +283,10 @@ fn the_game_is_played_over_jetstream_though_its_service_is_killed() {
 
 #[test]
 fn a_seed_repeats_over_jetstream_when_its_learner_is_killed() {
-    if !has_nats_server() {
+    let Some((workplace, there)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let (here, there) = (workplace.path("here"), workplace.path("there"));
+    };
+    let here = workplace.path("here");
     let sets = ["learner.steps=300", "learner.save_steps=10"];
     workplace.run(&tiny_bandit(&here, &sets)).succeeded();
     let mut running = workplace.start(&over_jetstream(&there, "killed", &sets));
@@ -300,33 +301,55 @@ fn a_seed_repeats_over_jetstream_when_its_learner_is_killed() {
     is_whole(&there, 300);
 }
 
-#[test]
-fn a_server_that_is_killed_is_started_again_with_its_store() {
-    if !has_nats_server() {
-        return;
-    }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
-    let mut running = workplace.start(&long(&run, "server"));
-    goes_on(&mut running, &run, 10);
+/// The process of the server that the launcher of a run has started.
+fn server_of(run: &Path) -> u32 {
     let config = run.join("jetstream/server.conf");
     let found = Command::new("pgrep")
         .args(["-f", &config.to_string_lossy()])
         .output();
     let found = String::from_utf8(found.expect("pgrep").stdout).expect("process ids");
-    signal(found.trim().parse().expect("one process id"), "KILL");
+    found.trim().parse().expect("one process id")
+}
+
+#[test]
+fn a_server_that_is_killed_is_started_again_with_its_store() {
+    let Some((workplace, run)) = opened() else {
+        return;
+    };
+    let mut running = workplace.start(&long(&run, "server"));
+    goes_on(&mut running, &run, 10);
+    signal(server_of(&run), "KILL");
     goes_on(&mut running, &run, 10);
     running.wait().succeeded();
     is_whole(&run, 600);
 }
 
 #[test]
-fn a_run_that_is_asked_to_stop_saves_and_is_resumed() {
-    if !has_nats_server() {
+fn a_server_ends_with_its_launcher_once_nobody_needs_it() {
+    let Some((workplace, run)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+    };
+    let mut running = workplace.start(&long(&run, "orphans"));
+    goes_on(&mut running, &run, 10);
+    // The guard of a server that was started again holds the new one.
+    signal(server_of(&run), "KILL");
+    goes_on(&mut running, &run, 10);
+    let port = fs::read_to_string(run.join("jetstream/port")).expect("a server has a port");
+    let port: u16 = port.trim().parse().expect("a number");
+    let listens = || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
+    assert!(listens());
+    running.kill();
+    wait_until("the end of the server", || (!listens()).then_some(()));
+    // It was there until the learner had saved and left.
+    let report = report(&run);
+    assert_eq!(report["finished"], false, "{report:#}");
+}
+
+#[test]
+fn a_run_that_is_asked_to_stop_saves_and_is_resumed() {
+    let Some((workplace, run)) = opened() else {
+        return;
+    };
     let arguments = long(&run, "stopped");
     let mut running = workplace.start(&arguments);
     goes_on(&mut running, &run, 10);
@@ -402,11 +425,10 @@ fn role(name: &str, run: &Path, server: &Server, sets: &[&str]) -> Vec<String> {
 
 #[test]
 fn roles_join_one_by_one_and_who_does_not_belong_is_refused() {
-    if !has_nats_server() {
+    let Some((workplace, run)) = opened() else {
         return;
-    }
-    let workplace = Workplace::new();
-    let (server, run) = (Server::start(&workplace), workplace.path("run"));
+    };
+    let server = Server::start(&workplace);
     let more = [
         "learner.steps=2000",
         "learner.max_staleness=2",

@@ -10,6 +10,8 @@ use preference::PreferenceError;
 use settings::SettingsError;
 use transport::TransportError;
 
+use crate::model_hub::HubError;
+
 /// The documented exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Code {
@@ -100,6 +102,12 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
             }
             _ => None,
         };
+    }
+    if let Some(error) = cause.downcast_ref::<HubError>() {
+        return Some(match error {
+            HubError::Stopped { .. } => Code::Interrupted,
+            _ => Code::MissingResource,
+        });
     }
     if cause.is::<DatasetError>() {
         return Some(Code::MissingResource);

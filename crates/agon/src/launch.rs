@@ -2,9 +2,11 @@
 //! together.
 //!
 //! Every process is this program with another command, joined by a NATS server that is started too when
-//! the settings name none. A process ends when its standard input does, so none outlives this one.
+//! the settings name none. A process ends when its standard input does, and the server has a guard that does so: none
+//! outlives this one.
 
 mod child;
+mod guard;
 mod server;
 
 use std::{
@@ -144,6 +146,7 @@ impl House {
     async fn watch(&mut self, mut stop: watch::Receiver<bool>) -> anyhow::Result<ExitCode> {
         let mut stopping = false;
         loop {
+            self.tell_guard().await;
             tokio::select! {
                 status = self.learner.child.ended() => {
                     let code = status.code().and_then(|code| u8::try_from(code).ok());
@@ -172,6 +175,16 @@ impl House {
                 }
             }
         }
+    }
+
+    /// Says who needs the server, should this process be killed.
+    async fn tell_guard(&mut self) {
+        let Some(server) = &mut self.server else {
+            return;
+        };
+        let everyone = self.others.iter().chain([&self.learner]);
+        let ids: Vec<u32> = everyone.filter_map(|one| one.child.id()).collect();
+        server.needed_by(&ids).await;
     }
 
     async fn learner_again(&mut self, status: ExitStatus) -> anyhow::Result<()> {

@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 pub(crate) fn start() {
     let filter = EnvFilter::try_from_env("AGON_LOG").unwrap_or_else(|_| {
         EnvFilter::new(
-            "info,async_nats=warn,candle_core=warn,tokenizers=warn,mistralrs_core=warn,mistralrs_quant=warn",
+            "info,async_nats=warn,candle_core=warn,hf_hub=warn,tokenizers=warn,mistralrs_core=warn,mistralrs_quant=warn",
         )
     });
     tracing_subscriber::fmt()

@@ -9,6 +9,7 @@ mod interrupt;
 mod launch;
 mod logging;
 mod memory;
+mod model_hub;
 mod overview;
 mod plot;
 mod presence;
@@ -22,9 +23,10 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    actor, bench, check, doctor, eval, export, fit_preference, generate, golden, learner,
+    actor, bench, check, doctor, eval, export, fit_preference, generate, golden, guard, learner,
     manifests, metrics, preference, samples, score, sft, status, train, view,
 };
+use failure::Misuse;
 
 /// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
 /// is better, a learner moves the policy toward it.
@@ -61,6 +63,7 @@ enum Command {
     Doctor(doctor::Arguments),
     Export(export::Arguments),
     Bench(bench::Arguments),
+    Guard(guard::Arguments),
 }
 
 /// The runtime in which everything waits; what computes has threads of its own.
@@ -77,7 +80,24 @@ fn main() -> ExitCode {
     memory::keep_pages();
     let command = CommandLine::parse().command;
     logging::start();
-    let ended = match command {
+    match check_vectors().and_then(|()| run(command)) {
+        Ok(code) => code,
+        Err(error) => failure::report(&error),
+    }
+}
+
+/// An error if the environment asks for vectors that nothing is compiled for.
+fn check_vectors() -> anyhow::Result<()> {
+    let misuse = |asked| {
+        Misuse(format!(
+            "AGON_VECTORS is {asked:?}: it may be plain, avx2 or avx512"
+        ))
+    };
+    Ok(model::ops::vectors().map(drop).map_err(misuse)?)
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Learner(arguments) => learner::run(&arguments),
         Command::Actor(arguments) => actor::run(&arguments),
@@ -98,9 +118,6 @@ fn main() -> ExitCode {
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
-    };
-    match ended {
-        Ok(code) => code,
-        Err(error) => failure::report(&error),
+        Command::Guard(arguments) => guard::run(&arguments),
     }
 }

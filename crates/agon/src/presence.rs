@@ -55,6 +55,8 @@ pub(crate) struct RunRecord {
     pub(crate) step: u64,
     /// The files of the model at the start, which lie beside the weights.
     pub(crate) model: Vec<ModelFile>,
+    /// Those of the adapter at the start, where it is not a fresh one.
+    pub(crate) adapter: Vec<ModelFile>,
     /// Its resolved settings.
     pub(crate) settings: String,
 }
@@ -98,6 +100,7 @@ impl RunRecord {
             session: directory.session(),
             step,
             model: Vec::new(),
+            adapter: Vec::new(),
             settings: settings.to_owned(),
         }
     }
@@ -404,6 +407,7 @@ mod tests {
             session: 0,
             step: 0,
             model: Vec::new(),
+            adapter: Vec::new(),
             settings: settings(text).1,
         }
     }

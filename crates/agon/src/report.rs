@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use learner::{Ending, Evaluation};
 use model::LanguageModel;
-use model::decode::{Cache, Prefill};
+use model::decode::{Decoder, Precision, Prefill};
 use preference::apo::{PolicySamples, Quality, RoundReport};
 use serde_json::{Map, Value, json};
 use settings::{PromptsSettings, Settings};
@@ -78,9 +78,9 @@ fn arms(settings: &Settings, world: &World, outcome: &Outcome) -> anyhow::Result
 
 /// The distribution of the token that follows these.
 fn probabilities(model: &LanguageModel, ids: &[u32]) -> anyhow::Result<Vec<f64>> {
-    let mut cache = Cache::new(model, 1, ids.len())?;
-    let logits = model.prefill(&mut cache, &[Prefill { ids, slots: &[0] }])?;
-    let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+    let mut decoder = Decoder::new(model.clone(), Precision::F32, 1, ids.len())?;
+    let logits = decoder.prefill(&[Prefill { ids, slots: &[0] }])?;
+    let logits = logits.row(0);
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f64> = logits.iter().map(|&z| f64::from(z - most).exp()).collect();
     let total: f64 = weights.iter().sum();

@@ -8,12 +8,12 @@ use std::{path::PathBuf, sync::Arc};
 use actor::{Actor, ActorParts, IdenticalPairs};
 use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
 use messages::{Dropped, LabelledPair, Pair, Prompt, Seed, Station, WeightsVersion};
-use model::{DType, LanguageModel, ModelFolder, SamplingSettings, Weights};
+use model::{DType, LanguageModel, ModelFolder, Precision, SamplingSettings, Weights};
 use preference::{
     Bench, Preference, PreferenceError, PreferenceParts,
     apo::{History, Player, RoundReport, Seats},
 };
-use settings::{DtypeSetting, ObjectiveSettings, Settings, TransportSettings};
+use settings::{DtypeSetting, ObjectiveSettings, PrecisionSetting, Settings, TransportSettings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
 use tokio::sync::watch;
 use transport::{Counts, Hub, Receiver, Sender, TransportError, WeightsShelf};
@@ -266,6 +266,11 @@ pub(crate) fn sampling(settings: &Settings) -> SamplingSettings {
         top_p: actor.top_p,
         min_p: actor.min_p,
         max_new_tokens: actor.max_new_tokens,
+        precision: match actor.precision {
+            PrecisionSetting::F32 => Precision::F32,
+            PrecisionSetting::Bf16 => Precision::Bf16,
+            PrecisionSetting::Int8 => Precision::Int8,
+        },
     }
 }
 

@@ -25,7 +25,7 @@ use settings::{
     DtypeSetting, JudgeSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
 };
 
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub};
 
 pub(crate) use adapter::{adapter, fresh_adapter};
 pub(crate) use base::{Base, playground_base};
@@ -48,6 +48,8 @@ pub(crate) struct World {
     pub(crate) weights: Weights,
     /// What is trained beside them, if not they themselves.
     adapter: Option<Adapter>,
+    /// The folder that it was read from, if it is not a fresh one.
+    pub(crate) adapter_folder: Option<PathBuf>,
     /// What is asked.
     pub(crate) set: Arc<dyn PromptSet>,
     /// What it cost to make the model, when this run made it.
@@ -92,7 +94,7 @@ impl Start {
     pub(crate) fn open(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::Result<Self> {
         let mut base = None;
         let path = match (&settings.model.path, &settings.prompts) {
-            (Some(path), _) => path.clone(),
+            (Some(source), _) => model_hub::folder(source, stopped)?,
             (None, PromptsSettings::Bandit {}) => bandit(settings)?,
             (None, _) => {
                 let made = playground_base(settings, stopped)?;
@@ -128,14 +130,27 @@ pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::
     } = Start::open(settings, stopped)?;
     let set = prompts(settings, (&folder, &weights), stopped)?;
     fits_positions(settings, &folder.config)?;
-    let adapter = adapter(settings, &folder, &weights)?;
+    let adapter_folder = adapter_folder(settings, stopped)?;
+    let adapter = adapter(settings, (&folder, &weights), adapter_folder.as_deref())?;
     Ok(World {
         folder: Arc::new(folder),
         weights,
         adapter,
+        adapter_folder,
         set,
         base,
     })
+}
+
+/// The folder of the adapter that the settings start from, if they name one; fetched first where it is the hub's.
+pub(crate) fn adapter_folder(
+    settings: &Settings,
+    stopped: &dyn Fn() -> bool,
+) -> anyhow::Result<Option<PathBuf>> {
+    let source = settings.model.adapter.as_ref();
+    Ok(source
+        .map(|source| model_hub::folder(source, stopped))
+        .transpose()?)
 }
 
 /// What the settings ask, as tokens of this policy.
@@ -231,8 +246,9 @@ pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Resul
         return Ok(());
     }
     Err(Misuse(format!(
-        "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {positions} positions: lower one of them",
+        "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {}: lower one of them",
         actor.max_new_tokens,
+        config.positions(),
     )))
 }
 

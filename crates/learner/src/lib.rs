@@ -29,3 +29,4 @@ pub use feed::Pacing;
 pub use prompts::{PromptFiles, PromptRow, PromptSet};
 pub use rounds::Rounds;
 pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Summary};
+pub use step::{StepOutcome, Trainer};

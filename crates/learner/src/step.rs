@@ -4,8 +4,8 @@ use std::{path::Path, sync::Arc};
 
 use messages::{LabelledPair, Seed};
 use model::{
-    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule, Scores,
-    Tensor,
+    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Precision,
+    Schedule, Scores, Tensor,
 };
 use settings::{self, LearnerSettings, ObjectiveSettings};
 use telemetry::Measurements;
@@ -23,7 +23,7 @@ mod game;
 const DROPOUT: u64 = 0xd709;
 
 /// The policy in training, with everything that moves it.
-pub(crate) struct Trainer {
+pub struct Trainer {
     folder: Arc<ModelFolder>,
     model: LanguageModel,
     optimizer: Optimizer,
@@ -39,7 +39,7 @@ pub(crate) struct Trainer {
 }
 
 /// What became of a step.
-pub(crate) enum StepOutcome {
+pub enum StepOutcome {
     /// It was taken.
     Taken(Measurements),
     /// The loss or the gradient was not finite; nothing has changed.
@@ -63,13 +63,21 @@ struct Sums {
 }
 
 impl Trainer {
-    pub(crate) fn new(
+    /// A trainer of a copy of `policy`, which has taken no step. `folder` is what its checkpoints are made of.
+    ///
+    /// # Errors
+    /// When the device cannot hold it.
+    pub fn new(
         folder: Arc<ModelFolder>,
         policy: &LanguageModel,
         settings: &LearnerSettings,
         seed: Seed,
     ) -> Result<Self, LearnerError> {
         let (model, vars) = policy.trainable()?;
+        let model = model.with_products_in(match settings.precision {
+            settings::DtypeSetting::F32 => Precision::F32,
+            settings::DtypeSetting::Bf16 => Precision::Bf16,
+        });
         let adamw = AdamWSettings {
             beta1: settings.adam_beta1,
             beta2: settings.adam_beta2,
@@ -104,11 +112,10 @@ impl Trainer {
     }
 
     /// Step `step`, counted from 0, on these pairs.
-    pub(crate) fn step(
-        &mut self,
-        pairs: &[LabelledPair],
-        step: u64,
-    ) -> Result<StepOutcome, LearnerError> {
+    ///
+    /// # Errors
+    /// When a pair cannot be scored, or the device cannot hold what that takes.
+    pub fn step(&mut self, pairs: &[LabelledPair], step: u64) -> Result<StepOutcome, LearnerError> {
         let mut gradients = Gradients::default();
         let mut sums = Sums::default();
         let clock = std::time::Instant::now();

@@ -12,7 +12,7 @@ use messages::Completion;
 use model::{
     CompletionWriter, Continuation, DType, Finished, LanguageModel, ModelError, ModelFolder,
     Request, SamplingSettings,
-    decode::{Cache, Prefill},
+    decode::{Decoder, Logits, Prefill},
     sampling::{Groups, Scratch, only_idle, share_vocabulary},
     save_folder,
 };
@@ -50,7 +50,8 @@ pub struct RolloutsParts {
 /// A policy that mistral.rs computes and its reference, writing.
 pub struct Rollouts {
     folder: ModelFolder,
-    reference: LanguageModel,
+    /// Without slots: every completion has one of its own.
+    reference: Decoder,
     sampling: SamplingSettings,
     slots: usize,
     patience: Duration,
@@ -90,15 +91,17 @@ impl Rollouts {
         let (told, ended) = mpsc::channel();
         let loaded = load(&parts.folder, &parts.policy, parts.slots)?;
         let positions = [&parts.policy, &parts.reference].map(|m| m.config().max_positions);
+        let positions = positions[0].min(positions[1]);
+        let precision = parts.sampling.precision;
         Ok(Self {
             eos: parts.policy.config().eos.clone(),
             folder: parts.folder,
-            reference: parts.reference,
+            reference: Decoder::new(parts.reference, precision, 0, positions)?,
             sampling: parts.sampling,
             slots: parts.slots,
             patience: parts.patience,
             policy: Some(loaded),
-            positions: positions[0].min(positions[1]),
+            positions,
             waiting: VecDeque::new(),
             groups: Groups::default(),
             free: parts.slots,
@@ -119,7 +122,7 @@ impl Rollouts {
             self.free -= request.mixture_coefs.len();
             self.groups.begin(&request);
             for index in 0..request.mixture_coefs.len() {
-                let mixing = self.mixing(&request, index);
+                let mixing = self.mixing(&request, index)?;
                 let asked = Asked {
                     ids: request.ids.clone(),
                     max_new_tokens: request.max_new_tokens,
@@ -141,18 +144,17 @@ impl Rollouts {
         Ok(())
     }
 
-    fn mixing(&self, request: &Request, index: usize) -> Mixing {
-        Mixing {
+    fn mixing(&self, request: &Request, index: usize) -> Result<Mixing, ModelError> {
+        let capacity = request.ids.len() + request.max_new_tokens;
+        Ok(Mixing {
             prompt: request.ids.clone(),
             continuation: Continuation::new(request, index),
-            reference: self.reference.clone(),
-            cache: None,
-            capacity: request.ids.len() + request.max_new_tokens,
+            reference: self.reference.with_slots(1, capacity)?,
             sampling: self.sampling,
             eos: self.eos.clone(),
             scratch: Scratch::default(),
             failure: None,
-        }
+        })
     }
 
     fn end(&mut self, ended: Ended) -> Result<(), ModelError> {
@@ -250,11 +252,8 @@ fn load(folder: &ModelFolder, policy: &LanguageModel, slots: usize) -> Result<Lo
 struct Mixing {
     prompt: Vec<u32>,
     continuation: Continuation,
-    reference: LanguageModel,
-    /// Made with the first token: many completions may wait.
-    cache: Option<Cache>,
-    /// Tokens of prompt and completion.
-    capacity: usize,
+    /// One slot.
+    reference: Decoder,
     sampling: SamplingSettings,
     eos: Vec<u32>,
     scratch: Scratch,
@@ -270,6 +269,7 @@ impl Mixing {
             return Err(ModelError::Engine(reason.into()));
         }
         let reference = self.reference_logits()?;
+        let reference = reference.row(0);
         if reference.len() != policy.len() {
             let reason = format!(
                 "write a completion: mistral.rs gives {} logits, the vocabulary has {}",
@@ -278,25 +278,19 @@ impl Mixing {
             );
             return Err(ModelError::Engine(reason));
         }
-        let rows = (policy, reference.as_slice());
         self.continuation
-            .write(rows, &self.sampling, &self.eos, &mut self.scratch)
+            .write((policy, reference), &self.sampling, &self.eos, &mut self.scratch)
     }
 
     /// The reference's logits of the next token.
-    fn reference_logits(&mut self) -> Result<Vec<f32>, ModelError> {
-        let logits = match (&mut self.cache, self.continuation.ids().last()) {
-            (Some(cache), Some(&last)) => self.reference.extend(cache, &[0], &[last])?,
-            (cache, _) => {
-                let cache = cache.insert(Cache::new(&self.reference, 1, self.capacity)?);
-                let prompt = Prefill {
-                    ids: &self.prompt,
-                    slots: &[0],
-                };
-                self.reference.prefill(cache, &[prompt])?
-            }
-        };
-        Ok(logits.flatten_all()?.to_vec1()?)
+    fn reference_logits(&mut self) -> Result<Logits, ModelError> {
+        match self.continuation.ids().last() {
+            Some(&last) => self.reference.extend(&[0], &[last]),
+            None => self.reference.prefill(&[Prefill {
+                ids: &self.prompt,
+                slots: &[0],
+            }]),
+        }
     }
 }
 

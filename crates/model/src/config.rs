@@ -79,7 +79,8 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
-    /// The longest sequence, prompt and completion together.
+    /// The longest sequence, prompt and completion together: the model's own, or, where only some of its layers
+    /// have a window, that window, within which there is no difference.
     pub max_positions: usize,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
@@ -145,6 +146,11 @@ impl ModelConfig {
             Architecture::Qwen2 => from_qwen2(&parse(&flat, path)?),
             Architecture::Qwen3 => from_qwen3(&parse(&flat, path)?),
         };
+        match window(architecture, &raw, config.layers) {
+            (_, 0) => {}
+            (window, windowed) if windowed == config.layers => config.sliding_window = Some(window),
+            (window, _) => config.max_positions = config.max_positions.min(window),
+        }
         config.tied_head = flat["tie_word_embeddings"]
             .as_bool()
             .unwrap_or(config.tied_head);
@@ -178,6 +184,19 @@ impl ModelConfig {
             path: path.to_owned(),
             reason,
         })
+    }
+
+    /// The longest sequence in words, with the reason where it is not the model's own.
+    #[must_use]
+    pub fn positions(&self) -> String {
+        let positions = self.max_positions;
+        match self.raw["max_position_embeddings"].as_u64() {
+            Some(own) if own > positions as u64 => format!(
+                "{positions} positions (it has {own}, but only some of its layers have a window of {positions} \
+                 tokens, which is not supported beyond the window)"
+            ),
+            _ => format!("{positions} positions"),
+        }
     }
 
     /// Every tensor of the model: its name in the folder and its shape.
@@ -255,6 +274,26 @@ fn tokens(value: &Value) -> Vec<u32> {
         Value::Array(ids) => ids.iter().filter_map(one).collect(),
         other => one(other).into_iter().collect(),
     }
+}
+
+/// The tokens of a sliding window, and how many of the layers have it, as transformers reads it.
+fn window(architecture: Architecture, raw: &Value, layers: usize) -> (usize, usize) {
+    let number = |key: &str, default: usize| match raw.get(key) {
+        None => Some(default),
+        Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()),
+    };
+    let Some(window) = number("sliding_window", 4096) else {
+        return (0, 0);
+    };
+    let is_sliding = |kind: &&Value| **kind == "sliding_attention";
+    let windowed = match (architecture, &raw["layer_types"]) {
+        (Architecture::Llama, _) => 0,
+        (Architecture::Mistral, _) => layers,
+        _ if raw["use_sliding_window"] != true => 0,
+        (_, Value::Array(types)) => types.iter().filter(is_sliding).count(),
+        _ => layers.saturating_sub(number("max_window_layers", 28).unwrap_or(0)),
+    };
+    (window, windowed)
 }
 
 /// The families in the order in which every list of architectures names them.
@@ -398,7 +437,7 @@ fn from_mistral(c: &mistral::Config) -> ModelConfig {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta: c.rope_theta,
         rope_scaling: None,
-        sliding_window: c.sliding_window,
+        sliding_window: None,
         qkv_bias: false,
         output_bias: false,
         qk_norm: false,
@@ -423,8 +462,7 @@ fn from_qwen2(c: &qwen2::Config) -> ModelConfig {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta: c.rope_theta,
         rope_scaling: None,
-        sliding_window: (c.use_sliding_window && c.max_window_layers == 0)
-            .then_some(c.sliding_window),
+        sliding_window: None,
         qkv_bias: true,
         output_bias: false,
         qk_norm: false,
@@ -449,9 +487,7 @@ fn from_qwen3(c: &qwen3::Config) -> ModelConfig {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta: c.rope_theta,
         rope_scaling: None,
-        sliding_window: (c.use_sliding_window && c.max_window_layers == 0)
-            .then_some(c.sliding_window)
-            .flatten(),
+        sliding_window: None,
         qkv_bias: c.attention_bias,
         output_bias: c.attention_bias,
         qk_norm: true,

@@ -3,7 +3,9 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::{Adapter, ModelConfig, ModelError, Weights, lora::LowRank, ops, rope::RopeTable};
+use crate::{
+    Adapter, ModelConfig, ModelError, Precision, Weights, lora::LowRank, ops, rope::RopeTable,
+};
 
 /// A decoder-only transformer with its weights, and an adapter beside them where it has one. Clones
 /// share the weights.
@@ -15,8 +17,18 @@ pub struct LanguageModel {
     blocks: Vec<Block>,
     final_norm: Tensor,
     pub(crate) head: Tensor,
-    rope: RopeTable,
+    pub(crate) rope: RopeTable,
     pub(crate) adapter: Option<Adapter>,
+    /// Of the products with weights.
+    pub(crate) precision: Precision,
+}
+
+/// What all blocks of a pass have in common.
+struct Pass<'a> {
+    config: &'a ModelConfig,
+    /// cos and sin of every token's place.
+    rotation: (Tensor, Tensor),
+    precision: Precision,
 }
 
 /// How one block's queries meet the keys and values: in a packed batch or through a cache.
@@ -80,7 +92,17 @@ impl LanguageModel {
             head,
             rope,
             adapter: None,
+            precision: Precision::F32,
         })
+    }
+
+    /// The same weights, not copied, with the products of [`Self::score`] and [`Self::hidden`] taken in this
+    /// precision on the CPU; sums, and all that is trained, stay f32.
+    #[must_use]
+    pub fn with_products_in(&self, precision: Precision) -> Self {
+        let mut model = self.clone();
+        model.precision = precision;
+        model
     }
 
     /// The shape of the model.
@@ -125,14 +147,17 @@ impl LanguageModel {
         positions: &Tensor,
         attention: &mut dyn Attend,
     ) -> candle_core::Result<Tensor> {
-        let rotation = self.rope.at(positions)?;
+        let pass = Pass {
+            config: &self.config,
+            rotation: self.rope.at(positions)?,
+            precision: self.precision,
+        };
         let mut x = self.embedding.index_select(ids, 0)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            let rows = block.attention(&x, &rotation, &self.config, &mut |q, k, v| {
-                attention.attend(layer, q, k, v)
-            })?;
+            let rows =
+                block.attention(&x, &pass, &mut |q, k, v| attention.attend(layer, q, k, v))?;
             x = (x + rows)?;
-            let rows = block.feed_forward(&x, self.config.rms_norm_eps)?;
+            let rows = block.feed_forward(&x, &pass)?;
             x = (x + rows)?;
         }
         ops::rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)
@@ -156,12 +181,8 @@ impl Linear {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let mut y = if self.weight.track_op() {
-            x.matmul(&self.weight.t()?)?
-        } else {
-            ops::frozen_linear(x, &self.weight)?
-        };
+    fn forward(&self, x: &Tensor, precision: Precision) -> candle_core::Result<Tensor> {
+        let mut y = ops::linear(x, &self.weight, precision)?;
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
         }
@@ -209,14 +230,19 @@ impl Block {
     fn attention(
         &self,
         x: &Tensor,
-        (cos, sin): &(Tensor, Tensor),
-        config: &ModelConfig,
+        pass: &Pass<'_>,
         attend: &mut AttendFn<'_>,
     ) -> candle_core::Result<Tensor> {
+        let Pass {
+            config,
+            rotation: (cos, sin),
+            precision,
+        } = pass;
         let (n, eps) = (x.dim(0)?, config.rms_norm_eps);
         let x = ops::rms_norm(x, &self.attention_norm, eps)?;
         let heads = |linear: &Linear, count: usize, norm: Option<&Tensor>| {
-            let y = linear.forward(&x)?.reshape((n, count, config.head_dim))?;
+            let y = linear.forward(&x, *precision)?;
+            let y = y.reshape((n, count, config.head_dim))?;
             norm.map_or(Ok(y.clone()), |weight| ops::rms_norm(&y, weight, eps))
         };
         let q = ops::rope(
@@ -231,15 +257,14 @@ impl Block {
         )?;
         let v = heads(&self.value, config.kv_heads, None)?;
         let y = attend(&q, &k, &v)?;
-        self.output
-            .forward(&y.reshape((n, config.heads * config.head_dim))?)
+        let y = y.reshape((n, config.heads * config.head_dim))?;
+        self.output.forward(&y, *precision)
     }
 
-    fn feed_forward(&self, x: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
-        let x = ops::rms_norm(x, &self.feed_forward_norm, eps)?;
-        self.down.forward(&ops::swiglu(
-            &self.gate.forward(&x)?,
-            &self.up.forward(&x)?,
-        )?)
+    fn feed_forward(&self, x: &Tensor, pass: &Pass<'_>) -> candle_core::Result<Tensor> {
+        let x = ops::rms_norm(x, &self.feed_forward_norm, pass.config.rms_norm_eps)?;
+        let gate = self.gate.forward(&x, pass.precision)?;
+        let up = self.up.forward(&x, pass.precision)?;
+        self.down.forward(&ops::swiglu(&gate, &up)?, pass.precision)
     }
 }

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
-    DType, Device, LanguageModel, ModelFolder, Sequence,
-    decode::{Cache, Prefill},
+    DType, Device, LanguageModel, ModelConfig, ModelFolder, Sequence, Tensor, Weights,
+    decode::{Decoder, Precision, Prefill},
     fixtures::shared,
     open_policy,
 };
@@ -74,7 +74,7 @@ fn scored(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
 /// all sequences side by side and ending at different times.
 fn cached(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
     let slots: Vec<usize> = (0..sequences.len()).rev().collect();
-    let mut cache = Cache::new(model, slots.len(), 256).unwrap();
+    let mut decoder = Decoder::new(model.clone(), Precision::F32, slots.len(), 256).unwrap();
     let prompts: Vec<Prefill<'_>> = sequences
         .iter()
         .zip(&slots)
@@ -85,12 +85,15 @@ fn cached(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
         .collect();
     let mut found: Vec<Vec<f64>> = vec![Vec::new(); sequences.len()];
     let mut rows: Vec<usize> = (0..sequences.len()).collect();
-    let mut logits = model.prefill(&mut cache, &prompts).unwrap();
+    let mut logits = decoder.prefill(&prompts).unwrap();
     loop {
-        for (row, logits) in rows.iter().zip(logits.to_vec2::<f32>().unwrap()) {
+        for (index, row) in rows.iter().enumerate() {
             let ids = &sequences[*row];
             let target = ids[ids.len() / 2 + found[*row].len()];
-            found[*row].push(f64::from(crate::sampling::log_softmax_at(&logits, target)));
+            found[*row].push(f64::from(crate::sampling::log_softmax_at(
+                logits.row(index),
+                target,
+            )));
         }
         rows.retain(|&row| sequences[row].len() / 2 + found[row].len() < sequences[row].len());
         if rows.is_empty() {
@@ -101,7 +104,7 @@ fn cached(model: &LanguageModel, sequences: &[Vec<u32>]) -> Vec<Vec<f64>> {
             (slots[row], ids[ids.len() / 2 + found[row].len() - 1])
         };
         let (slots, tokens): (Vec<usize>, Vec<u32>) = rows.iter().map(step).unzip();
-        logits = model.extend(&mut cache, &slots, &tokens).unwrap();
+        logits = decoder.extend(&slots, &tokens).unwrap();
     }
 }
 
@@ -196,17 +199,13 @@ fn both_paths_agree_with_numpy_on_pretrained_models() {
                 greedy,
                 "{name}"
             );
-            let mut cache = Cache::new(&model, 1, 64).unwrap();
-            let logits = model
-                .prefill(
-                    &mut cache,
-                    &[Prefill {
-                        ids: &start,
-                        slots: &[0],
-                    }],
-                )
-                .unwrap();
-            let logits = logits.to_vec2::<f32>().unwrap().remove(0);
+            let mut decoder = Decoder::new(model.clone(), Precision::F32, 1, 64).unwrap();
+            let read = Prefill {
+                ids: &start,
+                slots: &[0],
+            };
+            let logits = decoder.prefill(&[read]).unwrap();
+            let logits = logits.row(0);
             for pair in prompt["last_logits_top8"].as_array().unwrap() {
                 let (token, logit) = (
                     pair[0].as_u64().unwrap() as usize,
@@ -222,23 +221,159 @@ fn both_paths_agree_with_numpy_on_pretrained_models() {
 }
 
 fn greedily(model: &LanguageModel, start: &[u32], count: usize) -> Vec<u32> {
-    let mut cache = Cache::new(model, 1, start.len() + count).unwrap();
+    let capacity = start.len() + count;
+    let mut decoder = Decoder::new(model.clone(), Precision::F32, 1, capacity).unwrap();
     let mut text = start.to_vec();
-    let mut logits = model
-        .prefill(
-            &mut cache,
-            &[Prefill {
-                ids: start,
-                slots: &[0],
-            }],
-        )
-        .unwrap();
+    let prompt = Prefill {
+        ids: start,
+        slots: &[0],
+    };
+    let mut logits = decoder.prefill(&[prompt]).unwrap();
     for _ in 0..count {
-        let next = logits.argmax(1).unwrap().to_vec1::<u32>().unwrap()[0];
+        let likeliest = logits.row(0).iter().enumerate();
+        let likeliest = likeliest.max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+        let next = likeliest.0 as u32;
         text.push(next);
-        logits = model.extend(&mut cache, &[0], &[next]).unwrap();
+        logits = decoder.extend(&[0], &[next]).unwrap();
     }
     text
+}
+
+/// A decoder of two layers whose numbers are waves, so that they need no file: what `changes` make of it.
+fn wavy(changes: &Value) -> LanguageModel {
+    let mut raw = json!({
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 11, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "sliding_window": WINDOW,
+    });
+    for (key, value) in changes.as_object().unwrap() {
+        raw[key] = value.clone();
+    }
+    let config = ModelConfig::from_json(raw, Path::new("config.json")).unwrap();
+    let tensors = config.tensors().into_iter().enumerate();
+    let tensors = tensors.map(|(k, (name, shape))| {
+        let wave = |i: usize| 0.5 * (0.37 * (i * i) as f64 + 1.3 * k as f64).sin();
+        let is_norm = shape.len() == 1 && !name.ends_with("bias");
+        let number = |i| {
+            if is_norm {
+                1.0 + 0.2 * wave(i)
+            } else {
+                wave(i)
+            }
+        };
+        let numbers: Vec<f32> = (0..shape.iter().product())
+            .map(|i| number(i) as f32)
+            .collect();
+        (
+            name,
+            Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap(),
+        )
+    });
+    let weights = Weights::of(tensors.collect());
+    LanguageModel::new(config, weights).unwrap()
+}
+
+/// Tokens that each layer of [`wavy`] sees, where it has a window.
+const WINDOW: usize = 5;
+
+/// What transformers 5.23 gives in f32 for these ids, under models with [`wavy`]'s numbers.
+const WAVY_IDS: [u32; 20] = [3, 10, 7, 5, 3, 2, 2, 2, 3, 5, 7, 10, 3, 7, 1, 7, 2, 9, 6, 3];
+const MISTRAL: [f64; 19] = [
+    -3.2282, -1.7039, -2.3451, -0.4275, -2.6335, -3.1496, -2.8385, -2.2058, -4.2300, -1.0817,
+    -3.6216, -0.8570, -2.5334, -3.8968, -3.5806, -2.0548, -1.7985, -1.9055, -1.5341,
+];
+const MISTRAL_WITHOUT: [f64; 19] = [
+    -3.2282, -1.7039, -2.3451, -0.4275, -2.6335, -2.4564, -2.1132, -2.1425, -5.4927, -2.0903,
+    -3.2926, -0.3625, -2.8219, -4.8257, -2.8041, -2.2336, -2.4768, -3.1568, -0.7916,
+];
+const QWEN2: [f64; 19] = [
+    -2.2316, -5.2714, -3.9935, -5.9924, -3.2816, -1.4419, -3.1138, -3.6269, -3.1008, -3.8145,
+    -2.4055, -3.8055, -4.2634, -0.9171, -7.6356, -2.8332, -0.7989, -2.1389, -5.1990,
+];
+const QWEN2_WITHOUT: [f64; 19] = [
+    -2.2316, -5.2714, -3.9935, -5.9924, -3.2816, -1.8537, -2.2675, -4.3614, -3.7866, -3.9957,
+    -2.4753, -5.2803, -3.9134, -1.8880, -4.3798, -3.4115, -3.0945, -2.5210, -5.0486,
+];
+const QWEN3: [f64; 19] = [
+    -5.1775, -4.4363, -4.5910, -3.5366, -2.8219, -2.5556, -1.7915, -3.8992, -4.6602, -5.8065,
+    -3.7147, -2.8812, -3.6691, -2.0798, -1.5574, -4.1215, -3.6401, -4.8115, -2.9599,
+];
+
+#[test]
+fn windows_of_all_layers_are_those_of_transformers() {
+    let mistral = |window: Value| json!({"architectures": ["MistralForCausalLM"], "sliding_window": window, "head_dim": 4});
+    let qwen2 = |uses: bool, first: usize| {
+        json!({
+            "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": true,
+            "use_sliding_window": uses, "max_window_layers": first,
+        })
+    };
+    let qwen3 = json!({
+        "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": true, "head_dim": 8,
+        "use_sliding_window": true, "layer_types": ["sliding_attention", "sliding_attention"],
+    });
+    let cases = [
+        (mistral(WINDOW.into()), MISTRAL),
+        (mistral(Value::Null), MISTRAL_WITHOUT),
+        (qwen2(true, 0), QWEN2),
+        // No layer is left for the window.
+        (qwen2(true, 2), QWEN2_WITHOUT),
+        (qwen2(false, 0), QWEN2_WITHOUT),
+        (qwen3, QWEN3),
+    ];
+    for (changes, expected) in cases {
+        let model = wavy(&changes);
+        let sequences = [WAVY_IDS.to_vec()];
+        close(
+            &scored(&model, &sequences)[0],
+            &expected,
+            &format!("{changes}, scored"),
+        );
+        let found = cached(&model, &sequences).remove(0);
+        close(
+            &found,
+            &expected[expected.len() - found.len()..],
+            &format!("{changes}, cached"),
+        );
+    }
+}
+
+#[test]
+fn where_only_some_layers_have_a_window_nothing_may_be_longer() {
+    let changes = [
+        json!({"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": true, "max_window_layers": 1}),
+        json!({
+            "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": true, "head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }),
+    ];
+    for (mut changes, expected) in changes.into_iter().zip([QWEN2, QWEN3]) {
+        changes["use_sliding_window"] = true.into();
+        let model = wavy(&changes);
+        // The last token is only predicted.
+        let within = WAVY_IDS[..=WINDOW].to_vec();
+        let found = scored(&model, &[within]).remove(0);
+        close(&found, &expected[..WINDOW], &changes.to_string());
+        let beyond = Sequence {
+            prompt: &WAVY_IDS[..1],
+            completion: &WAVY_IDS[1..WINDOW + 2],
+        };
+        let refused = model.score(&[beyond]).unwrap_err().to_string();
+        assert!(
+            refused.contains("only some of its layers have a window of 5"),
+            "{refused}"
+        );
+        let slots = [0];
+        let prompt = [Prefill {
+            ids: &WAVY_IDS[..WINDOW + 1],
+            slots: &slots,
+        }];
+        let mut decoder = Decoder::new(model, Precision::F32, 1, 64).unwrap();
+        assert!(decoder.prefill(&prompt).is_err());
+        // Settings that nothing can outgrow are not restricted.
+        changes["sliding_window"] = 64.into();
+        assert_eq!(wavy(&changes).config().max_positions, 64);
+    }
 }
 
 #[test]

@@ -34,6 +34,17 @@ impl RopeTable {
         })
     }
 
+    /// The rows of the first `count` positions, or of all there are: cos and sin, `head_dim / 2` numbers a
+    /// position.
+    pub(crate) fn rows(&self, count: usize) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
+        let count = count.min(self.cos.dim(0)?);
+        let rows = |table: &Tensor| {
+            let rows = table.narrow(0, 0, count)?.to_dtype(DType::F32)?;
+            rows.flatten_all()?.to_vec1()
+        };
+        Ok((rows(&self.cos)?, rows(&self.sin)?))
+    }
+
     /// The rows of these positions: cos and sin, both `[N, head_dim / 2]`.
     pub(crate) fn at(&self, positions: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         Ok((

@@ -63,7 +63,7 @@ impl LanguageModel {
         let targets = sequences.iter().flat_map(|s| s.completion);
         let targets: Vec<u32> = targets.copied().collect();
         check_tokens(&targets, &self.config)?;
-        let scored = ops::token_logprobs(&hidden, &self.head, &targets)?;
+        let scored = ops::token_logprobs(&hidden, &self.head, &targets, self.precision)?;
         Ok(Scores {
             logp: scored.logp,
             entropy: scored.entropy,
@@ -185,6 +185,7 @@ mod tests {
             &hidden.index_select(&rows, 0).unwrap(),
             &model.head,
             &targets,
+            model.precision,
         )
         .unwrap()
         .logp

@@ -429,6 +429,68 @@ mod tests {
     }
 
     #[test]
+    fn half_numbers_are_read_as_they_are_rounded() {
+        // What torch makes of these numbers in f16 and in bf16.
+        let numbers = [0.1f32, -1.0 / 3.0, std::f32::consts::PI, 1e-5, -10_000.0];
+        let cases = [
+            (
+                DType::F16,
+                [
+                    0.099_975_586,
+                    -0.333_251_95,
+                    3.140_625,
+                    1.001_358e-5,
+                    -10_000.0,
+                ],
+            ),
+            (
+                DType::BF16,
+                [
+                    0.100_097_656,
+                    -0.333_984_38,
+                    3.140_625,
+                    1.001_358e-5,
+                    -9_984.0,
+                ],
+            ),
+        ];
+        let expected = vec![("x".to_owned(), vec![5])];
+        for (dtype, rounded) in cases {
+            let tensor = Tensor::new(&numbers, &Device::Cpu)
+                .unwrap()
+                .to_dtype(dtype)
+                .unwrap();
+            let half = Weights::of(BTreeMap::from([("x".to_owned(), tensor)]));
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(
+                folder.path().join("model.safetensors"),
+                half.to_blob().unwrap(),
+            )
+            .unwrap();
+            let read =
+                Weights::load_tensors(folder.path(), expected.clone(), DType::F32, &Device::Cpu);
+            let read = read.unwrap().get("x").unwrap();
+            assert_eq!(read.to_vec1::<f32>().unwrap(), rounded, "{dtype:?}");
+        }
+    }
+
+    #[test]
+    fn a_tied_head_is_the_embedding_whatever_else_lies_there() {
+        let mut model = tiny_model(7, 1);
+        let untied = model.weights().clone();
+        model.config.tied_head = true;
+        let blob = untied.to_blob().unwrap();
+        let weights = Weights::from_blob(&blob, model.config(), DType::F32, &Device::Cpu).unwrap();
+        assert!(!weights.tensors.contains_key("lm_head.weight"));
+        let model = crate::LanguageModel::new(model.config().clone(), weights).unwrap();
+        let embedding = untied.get("model.embed_tokens.weight").unwrap();
+        assert_eq!(
+            model.head.to_vec2::<f32>().unwrap(),
+            embedding.to_vec2::<f32>().unwrap()
+        );
+    }
+
+    #[test]
     fn weights_with_a_nan_are_not_finite() {
         let model = tiny_model(5, 1);
         assert!(model.weights().is_finite().unwrap());

@@ -22,6 +22,8 @@ pub struct ActorSettings {
     pub top_p: f64,
     /// Only tokens at least so likely, relative to the likeliest; 0: all.
     pub min_p: f64,
+    /// How weights are kept while completions are written.
+    pub precision: PrecisionSetting,
     /// The longest completion, in tokens.
     pub max_new_tokens: usize,
     /// The longest prompt, in tokens.
@@ -41,4 +43,16 @@ pub enum EngineSettings {
         /// How long one completion may take, in seconds.
         timeout_seconds: f64,
     },
+}
+
+/// How the weights of policy and reference are kept while completions are written, on the CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrecisionSetting {
+    /// As they are trained.
+    F32,
+    /// The upper half of each number.
+    Bf16,
+    /// Bytes, with a scale for every column and every row.
+    Int8,
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::LrSchedulerType;
+use crate::{LrSchedulerType, ModelSource};
 
 /// How a preference model is fitted to pairs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -14,7 +14,7 @@ pub struct FitSettings {
     pub head: Head,
     /// The trunk it starts from; without it, the policy at the start.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
+    pub path: Option<ModelSource>,
     /// How the response's hidden states become the head's input.
     pub pooling: PoolingSetting,
     /// Whether the trunk's own mean log-likelihood of the response is a feature.

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::ModelSource;
+
 /// Who judges.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
@@ -27,18 +29,18 @@ pub enum JudgeSettings {
     },
     /// A decoder with a scalar head.
     BradleyTerry {
-        /// Its folder; empty: one is fitted at the start, by `[preference.fit]`.
-        path: PathBuf,
+        /// Where it comes from; empty: one is fitted at the start, by `[preference.fit]`.
+        path: ModelSource,
     },
     /// A decoder with a general preference head.
     Pairwise {
-        /// Its folder; empty: one is fitted at the start, by `[preference.fit]`.
-        path: PathBuf,
+        /// Where it comes from; empty: one is fitted at the start, by `[preference.fit]`.
+        path: ModelSource,
     },
     /// A ready-made encoder classifier.
     Encoder {
-        /// Its folder.
-        path: PathBuf,
+        /// Where it comes from.
+        path: ModelSource,
         /// What it reads, with `{prompt}` and `{response}`.
         template: String,
     },

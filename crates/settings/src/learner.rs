@@ -10,6 +10,8 @@ pub struct LearnerSettings {
     pub steps: u64,
     /// Prompts in a step.
     pub train_batch_size: usize,
+    /// The numbers that products with weights are taken of; weights, sums and the optimiser are f32.
+    pub precision: crate::DtypeSetting,
     /// Passes that a step is split into.
     pub gradient_accumulation_steps: usize,
     /// The learning rate at its height.

@@ -19,11 +19,12 @@ mod prompts;
 mod repair;
 mod resolve;
 mod run;
+mod source;
 mod validate;
 
 use serde::{Deserialize, Serialize};
 
-pub use actor::{ActorSettings, EngineSettings};
+pub use actor::{ActorSettings, EngineSettings, PrecisionSetting};
 pub use error::{Problem, SettingsError};
 pub use evaluation::{EvaluationSettings, TelemetrySettings};
 pub use fit::{
@@ -45,6 +46,7 @@ pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::{
     JetStreamSettings, RunSettings, TopologySettings, TransportSettings, WeightsEncoding,
 };
+pub use source::{HubModel, ModelSource, NotAHubModel};
 
 /// Everything that can be set. See `configs/default.toml` for what each key means.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -4,13 +4,15 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::ModelSource;
+
 /// Which language model is trained, in which numbers, where.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSettings {
-    /// A Hugging Face folder. Without it the world of `prompts.kind` makes the model.
+    /// Where it comes from. Without it the world of `prompts.kind` makes the model.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
+    pub path: Option<ModelSource>,
     /// The reference probabilities of a bandit's arms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference_probabilities: Option<Vec<f64>>,
@@ -29,9 +31,9 @@ pub struct ModelSettings {
     pub lora_dropout: f64,
     /// The modules that a fresh adapter stands beside.
     pub target_modules: Vec<String>,
-    /// The PEFT folder of the adapter to start from, in place of a fresh one.
+    /// Where the adapter to start from comes from, in place of a fresh one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub adapter: Option<PathBuf>,
+    pub adapter: Option<ModelSource>,
 }
 
 /// A number format for weights and activations.

@@ -252,7 +252,7 @@ impl Checks {
             self.require(
                 model.path.is_some(),
                 "model.path",
-                "prompts.kind = \"dataset\" needs a model: name a Hugging Face folder",
+                "prompts.kind = \"dataset\" needs a model: name a Hugging Face folder, or hf:ORG/NAME",
             );
         }
         if let Some(probabilities) = &model.reference_probabilities {

@@ -1,10 +1,8 @@
 //! `agon actor`: actors that join a run over JetStream.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::process::ExitCode;
 
-use settings::{Override, resolve_file};
-
-use super::membership::Membership;
+use super::{configuration::Configuration, membership::Membership};
 use crate::roles;
 
 /// Join a run over JetStream as an actor: answer prompts until the run is done.
@@ -16,17 +14,14 @@ use crate::roles;
 /// Example: agon actor configs/cluster.toml --set transport.url=nats://10.0.0.1:4222
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The run's configuration: its config.toml, or the file it was started from.
-    config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    #[command(flatten)]
+    configuration: Configuration,
     #[command(flatten)]
     membership: Membership,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
+    let settings = arguments.configuration.resolve()?.settings;
     crate::runtime()?.block_on(async {
         let member = arguments.membership.connect(&settings).await?;
         roles::join_actor(&member.joined, &settings, &member.stop).await?;

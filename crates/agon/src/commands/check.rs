@@ -8,19 +8,21 @@ use std::{
     fmt::Write as _,
     fs::File,
     io::{self, Write as _},
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
 };
 
 use anyhow::Context;
-use model::{AdapterFolder, ModelConfig, ModelFolder};
+use model::{AdapterFolder, LoraConfig, ModelConfig, ModelFolder};
 use playground::{Bandit, base_config_json};
-use settings::{
-    DtypeSetting, EngineSettings, ObjectiveSettings, Override, PromptsSettings, Settings,
-    resolve_file,
-};
+use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, PromptsSettings, Settings};
 
-use crate::{failure::Code, world};
+use super::configuration::Configuration;
+use crate::{
+    failure::Code,
+    model_hub::{self, Look},
+    world,
+};
 
 /// mistral.rs computes in f32 whatever the weights are.
 const MISTRAL_BYTES: usize = 4;
@@ -36,20 +38,18 @@ const LOGIT_BYTES: usize = 4;
 /// Prints the resolved configuration, every key of it, to standard output, and to standard error the
 /// model's shape, an estimate of the memory a run needs and whether the files it names are there.
 /// Writes no file. Exit code 2 when the configuration holds mistakes (all are named), 3 when a file is
-/// missing or does not fit.
+/// missing or does not fit. A model of the hub (hf:ORG/NAME) is looked for in its cache, and else at the
+/// hub; it is not fetched.
 ///
 /// Example: agon check configs/quickstart.toml --set actor.slots=128 > resolved.toml
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration. `configs/default.toml` explains every key.
-    config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    #[command(flatten)]
+    configuration: Configuration,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let resolved = resolve_file(&arguments.config, &arguments.set)?;
+    let resolved = arguments.configuration.resolve()?;
     let mut output = io::stdout().lock();
     output
         .write_all(resolved.toml.as_bytes())
@@ -109,6 +109,10 @@ impl Summary {
                 self.line("ok", &format!("model: a bandit of {arms} arms, made when the run starts; its memory is negligible"));
                 None
             }
+            Ok(Subject::Unfetched { origin }) => {
+                self.line("ok", &format!("model: {origin}; its shape is known then"));
+                None
+            }
             Ok(Subject::Decoder { origin, config }) => {
                 self.line("ok", &format!("model: {origin}, {}", shape(&config)));
                 Some(*config)
@@ -122,20 +126,17 @@ impl Summary {
 
     /// Tells of the adapter, where one is trained.
     fn adapter(&mut self, settings: &Settings, config: &ModelConfig) {
-        let read = settings.model.adapter.as_deref().map(AdapterFolder::open);
-        let adapter = match read.transpose() {
-            Ok(read) => read
-                .map(|read| read.config)
-                .or_else(|| world::fresh_adapter(settings, String::new())),
-            Err(error) => return self.problem(&format!("adapter: {error}")),
-        };
-        let Some(adapter) = adapter else { return };
-        match adapter.parameter_count(config) {
-            Ok(count) => self.line(
-                "ok",
-                &format!("adapter: rank {}, {count} parameters", adapter.rank),
-            ),
-            Err(error) => self.problem(&format!("adapter: {error}")),
+        let told = adapter_of(settings).and_then(|(origin, adapter)| {
+            let Some(adapter) = adapter else {
+                return Ok(origin);
+            };
+            let count = adapter.parameter_count(config)?;
+            Ok(format!("{origin}rank {}, {count} parameters", adapter.rank))
+        });
+        match told {
+            Ok(told) if told.is_empty() => {}
+            Ok(told) => self.line("ok", &format!("adapter: {told}")),
+            Err(error) => self.problem(&format!("adapter: {error:#}")),
         }
     }
 
@@ -171,6 +172,10 @@ enum Subject {
     Bandit {
         arms: usize,
     },
+    /// A model of the hub that is not here.
+    Unfetched {
+        origin: String,
+    },
     Decoder {
         origin: String,
         config: Box<ModelConfig>,
@@ -178,16 +183,19 @@ enum Subject {
 }
 
 fn subject(settings: &Settings) -> anyhow::Result<Subject> {
-    if let Some(path) = &settings.model.path {
+    if let Some(source) = &settings.model.path {
+        let Look { folder, origin } = model_hub::look(source)?;
+        let Some(path) = folder else {
+            return Ok(Subject::Unfetched { origin });
+        };
         // The tokenizer is opened too: it must fit the model, and its chat template must compile.
-        let folder = ModelFolder::open(path, settings.model.chat_template.as_deref())?;
+        let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
         let weights = ["model.safetensors", "model.safetensors.index.json"];
         anyhow::ensure!(
             weights.iter().any(|name| path.join(name).exists()),
             "{} has no model.safetensors",
             path.display()
         );
-        let origin = path.display().to_string();
         return Ok(Subject::Decoder {
             origin,
             config: Box::new(folder.config),
@@ -211,16 +219,31 @@ fn subject(settings: &Settings) -> anyhow::Result<Subject> {
     })
 }
 
+/// Where the adapter of the settings comes from, in words that may be empty, and its shape where it is known.
+fn adapter_of(settings: &Settings) -> anyhow::Result<(String, Option<LoraConfig>)> {
+    let Some(source) = &settings.model.adapter else {
+        return Ok((String::new(), world::fresh_adapter(settings, String::new())));
+    };
+    let Look { folder, origin } = model_hub::look(source)?;
+    let opened = folder
+        .map(|folder| AdapterFolder::open(&folder))
+        .transpose()?;
+    Ok(match opened {
+        Some(opened) => (format!("{origin}, "), Some(opened.config)),
+        None => (origin, None),
+    })
+}
+
 fn shape(config: &ModelConfig) -> String {
     format!(
-        "{:?} of {} blocks of width {}, {} heads ({} of keys and values), {} tokens, {} positions: {} parameters",
+        "{:?} of {} blocks of width {}, {} heads ({} of keys and values), {} tokens, {}: {} parameters",
         config.architecture,
         config.layers,
         config.hidden_size,
         config.heads,
         config.kv_heads,
         config.vocab_size,
-        config.max_positions,
+        config.positions(),
         config.parameter_count()
     )
 }
@@ -374,6 +397,8 @@ fn mebibytes(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use settings::Override;
+
     use super::*;
 
     fn settings(sets: &[&str]) -> Settings {
@@ -384,7 +409,7 @@ mod tests {
     fn playground(settings: &Settings) -> ModelConfig {
         match subject(settings).unwrap() {
             Subject::Decoder { config, .. } => *config,
-            Subject::Bandit { .. } => panic!("a bandit has no shape to know"),
+            Subject::Bandit { .. } | Subject::Unfetched { .. } => panic!("it has a shape"),
         }
     }
 

@@ -17,7 +17,7 @@ use anyhow::Context;
 use model::{Device, ModelError, Tensor};
 use telemetry::{Machine, describe_machine};
 
-use crate::failure::Code;
+use crate::{failure::Code, model_hub};
 
 /// How long matrix products are measured.
 const MEASURED: Duration = Duration::from_millis(500);
@@ -29,8 +29,9 @@ const SCANT_BYTES: u64 = 1 << 30;
 /// What this machine and this build have, to paste into an issue.
 ///
 /// Looks at the build, the system, the processor, memory and disk, tries the devices, measures matrix
-/// products for half a second, and does once what every run does: read the default configuration, bind
-/// a port on loopback, write a file. Nothing is kept. Exit code 0 unless a line begins with `fail`.
+/// products for half a second, does once what every run does (read the default configuration, bind a port
+/// on loopback, write a file), and says where models of the hub come from. Nothing is kept, nobody
+/// asked. Exit code 0 unless a line begins with `fail`.
 ///
 /// Example: agon doctor
 #[derive(clap::Args)]
@@ -107,13 +108,14 @@ fn findings() -> impl Iterator<Item = Finding> {
         processor(&machine),
         memory(machine.memory_bytes),
     ];
-    let tried: [fn() -> Finding; 7] = [
+    let tried: [fn() -> Finding; 8] = [
         || disk(free_bytes()),
         || Finding::essential("device cpu", matrix_products()),
         || device("cuda", "device cuda"),
         || device("metal", "device metal"),
         || Finding::essential("defaults", defaults()),
         || Finding::essential("loopback port", loopback()),
+        models_of_the_hub,
         || writable(Path::new(".")),
     ];
     first
@@ -207,8 +209,9 @@ fn matrix_products() -> Result<String, ModelError> {
         products += 1;
     }
     let rate = gigaflops(SIDE, products, clock.elapsed());
+    let vectors = model::ops::vectors().unwrap_or_default();
     Ok(format!(
-        "usable, {rate:.1} GFLOP/s in f32 matrix products of {SIDE} x {SIDE}"
+        "usable, {rate:.1} GFLOP/s in f32 matrix products of {SIDE} x {SIDE}, own loops for {vectors}"
     ))
 }
 
@@ -242,6 +245,14 @@ fn defaults() -> Result<String, settings::SettingsError> {
 fn loopback() -> io::Result<String> {
     let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
     Ok(format!("{} can be bound, for /metrics", address.ip()))
+}
+
+/// Folders can be lived with, so nothing here ends a run.
+fn models_of_the_hub() -> Finding {
+    match model_hub::describe() {
+        Ok(text) => Finding::new(Grade::Ok, "hub", text),
+        Err(error) => Finding::new(Grade::Warn, "hub", error.to_string()),
+    }
 }
 
 /// Runs go to `runs/` unless they are told otherwise, so this can be lived without.

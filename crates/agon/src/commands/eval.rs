@@ -11,24 +11,24 @@ use messages::{Pair, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
 use model::{CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler, open_policy};
 use preference::{Orders, Question, Ruling, RulingError, Verdict};
 use serde_json::json;
-use settings::{Override, Settings, resolve_file};
+use settings::{ModelSource, Override, Settings, resolve_file};
 
-use crate::{failure::Misuse, roles, world};
+use crate::{failure::Misuse, model_hub, roles, world};
 
 /// Compare two models on held-out prompts under a judge.
 ///
-/// A and B are Hugging Face folders, PEFT folders that name their model, checkpoints or run directories
-/// (their latest checkpoint). Prompts,
-/// sampling and judge come from --config, or from the configuration of the first run directory. Every
-/// pair is judged in both orders; ties count one half.
+/// A and B are Hugging Face folders, models of the hub (hf:ORG/NAME@REVISION), PEFT folders that name their
+/// model, checkpoints or run directories (their latest checkpoint). Prompts, sampling and judge come from
+/// --config, or from the configuration of the first run directory. Every pair is judged in both orders;
+/// ties count one half.
 ///
 /// Example: agon eval runs/quickstart runs/base/0123456789abcdef --prompts 1024
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// The first model, whose win rate is told.
-    a: PathBuf,
+    a: ModelSource,
     /// The second.
-    b: PathBuf,
+    b: ModelSource,
     /// The configuration that names prompts, sampling and judge.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -48,10 +48,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .config
         .clone()
         .or_else(|| {
-            [&arguments.a, &arguments.b]
-                .map(|p| p.join("config.toml"))
-                .into_iter()
-                .find(|p| p.exists())
+            let models = [&arguments.a, &arguments.b];
+            models.into_iter().find_map(run_config)
         })
         .ok_or_else(|| {
             Misuse(
@@ -102,7 +100,7 @@ fn rulings(
 fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize) {
     if arguments.json {
         let row = json!({
-            "a": arguments.a, "b": arguments.b, "prompts": prompts, "abstained": abstained,
+            "a": arguments.a.to_string(), "b": arguments.b.to_string(), "prompts": prompts, "abstained": abstained,
             "win_rate": rate.mean, "win_rate_ci_low": rate.low, "win_rate_ci_high": rate.high,
         });
         println!("{row}");
@@ -110,8 +108,8 @@ fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize)
     }
     println!(
         "{} is preferred to {} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
-        arguments.a.display(),
-        arguments.b.display(),
+        arguments.a,
+        arguments.b,
         100.0 * rate.mean,
         100.0 * rate.low,
         100.0 * rate.high,
@@ -121,6 +119,14 @@ fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize)
             String::new()
         }
     );
+}
+
+/// The configuration of a run directory.
+fn run_config(source: &ModelSource) -> Option<PathBuf> {
+    let ModelSource::Folder(path) = source else {
+        return None;
+    };
+    Some(path.join("config.toml")).filter(|config| config.exists())
 }
 
 /// The folder of a model: itself, or the latest checkpoint of a run.
@@ -137,11 +143,11 @@ fn folder(path: &Path) -> anyhow::Result<PathBuf> {
     })
 }
 
-fn load(settings: &Settings, path: &Path) -> anyhow::Result<(ModelFolder, LanguageModel)> {
+fn load(settings: &Settings, source: &ModelSource) -> anyhow::Result<(ModelFolder, LanguageModel)> {
     let (device, dtype) = world::device(settings)?;
     let template = settings.model.chat_template.as_deref();
     Ok(open_policy(
-        &folder(path)?,
+        &folder(&model_hub::folder(source, &|| false)?)?,
         None,
         template,
         (dtype, &device),
@@ -160,7 +166,7 @@ fn answer(
     let sampling = roles::sampling(settings);
     let mut sampler = Sampler::new(
         a.1.clone(),
-        b.1.clone(),
+        Some(b.1.clone()),
         sampling,
         settings.actor.slots,
         capacity,

@@ -10,9 +10,10 @@ use std::{
 use messages::Seed;
 use preference::Calibration;
 use serde_json::json;
-use settings::{Override, PairsSettings, Settings, resolve_file};
+use settings::{PairsSettings, Settings};
 use telemetry::{Journal, Measurements, RunDirectory, write_atomically};
 
+use super::configuration::Configuration;
 use crate::{
     interrupt, plot,
     world::{self, StyleComparison},
@@ -30,18 +31,15 @@ use crate::{
 /// Example: agon fit-preference configs/quickstart.toml --run-dir runs/rm
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration; its sections on the run, the model, the playground and preference.fit matter here.
-    config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    #[command(flatten)]
+    configuration: Configuration,
     /// The run directory, in place of <run.output_dir>/<run.name>.
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let resolved = resolve_file(&arguments.config, &arguments.set)?;
+    let resolved = arguments.configuration.resolve()?;
     let settings = &resolved.settings;
     let run = &settings.run;
     let path = arguments
@@ -56,7 +54,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let stop = runtime.block_on(async { interrupt::on_signal() })?;
     let stopped = || *stop.borrow();
     let start = world::Start::open(settings, &stopped)?;
-    let trunk = world::Trunk::open(settings, start.policy())?;
+    let trunk = world::Trunk::open(settings, start.policy(), &stopped)?;
     let pairs = world::annotated(settings, &trunk.folder, start.policy(), &stopped)?;
     let directory = RunDirectory::create(&path, &resolved.toml)?;
     let mut journal = Journal::open(&directory.metrics())?;

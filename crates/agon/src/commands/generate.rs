@@ -6,7 +6,6 @@
 use std::{
     collections::BTreeMap,
     io::{self, Write},
-    path::PathBuf,
     process::ExitCode,
 };
 
@@ -14,11 +13,12 @@ use anyhow::{Context, ensure};
 use messages::{Completion, Finish, Message, PromptText, Seed};
 use model::{CompletionWriter, LanguageModel, ModelFolder, Request, SamplingSettings, Tokenizer};
 use serde::Serialize;
-use settings::EngineSettings;
+use settings::{EngineSettings, ModelSource};
 
 use super::score::{self, ModelArguments};
 use crate::{
     failure::Misuse,
+    model_hub,
     world::{self, WriterParts},
 };
 
@@ -69,8 +69,8 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// A second model with the same vocabulary, in the same layout.
-    #[arg(long, value_name = "DIR")]
-    reference: Option<PathBuf>,
+    #[arg(long, value_name = "MODEL")]
+    reference: Option<ModelSource>,
     /// The weight ON THE REFERENCE in the mixture that tokens are drawn from: 0 is the model alone (when
     /// not given), 1 the reference alone; the papers use 0.125. Needs --reference or --adapter.
     #[arg(long, value_name = "WEIGHT")]
@@ -106,11 +106,14 @@ impl From<EngineName> for EngineSettings {
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     arguments.check()?;
-    let (folder, policy) = arguments.model.open()?;
+    let (folder, policy) = arguments.model.find()?.open()?;
     let reference = match &arguments.reference {
-        Some(path) => score::open(path, policy.dtype(), policy.device())?.1,
+        Some(source) => {
+            let path = model_hub::folder(source, &|| false)?;
+            Some(score::open(&path, policy.dtype(), policy.device())?.1)
+        }
         // Beside an adapter its base; else the policy itself.
-        None => policy.without_adapter(),
+        None => policy.adapter().map(|_| policy.without_adapter()),
     };
     if arguments.engine == EngineName::Mistral && !policy.device().is_cpu() {
         let message = "--engine mistral computes on the CPU: leave out --device";
@@ -123,7 +126,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .max()
         .unwrap_or(0);
     let capacity = longest + arguments.max_new_tokens;
-    fits(capacity, longest, &[&policy, &reference])?;
+    let models: Vec<&LanguageModel> = std::iter::once(&policy).chain(&reference).collect();
+    fits(capacity, longest, &models)?;
 
     let parts = WriterParts {
         folder: folder.clone(),
@@ -208,14 +212,12 @@ fn parts(prompts: usize, num: usize) -> Vec<Part> {
 
 /// That both models can hold a sequence of `capacity` tokens, `longest` of them a prompt's.
 fn fits(capacity: usize, longest: usize, models: &[&LanguageModel]) -> Result<(), Misuse> {
-    let positions = models
-        .iter()
-        .map(|model| model.config().max_positions)
-        .min();
-    match positions {
-        Some(positions) if capacity > positions => Err(Misuse(format!(
-            "a prompt of {longest} tokens and --max-new-tokens {} exceed the model's {positions} positions: lower one of them",
-            capacity - longest
+    let configs = models.iter().map(|model| model.config());
+    match configs.min_by_key(|config| config.max_positions) {
+        Some(config) if capacity > config.max_positions => Err(Misuse(format!(
+            "a prompt of {longest} tokens and --max-new-tokens {} exceed the model's {}: lower one of them",
+            capacity - longest,
+            config.positions()
         ))),
         _ => Ok(()),
     }
@@ -290,7 +292,7 @@ impl Arguments {
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
-            max_new_tokens: self.max_new_tokens,
+            ..SamplingSettings::plain(self.max_new_tokens)
         }
     }
 
@@ -514,7 +516,7 @@ mod tests {
         let arguments = arguments(extra);
         let prompts = arguments.encode(&folder).unwrap();
         let sampling = arguments.sampling();
-        let mut sampler = Sampler::new(model.clone(), model, sampling, SLOTS, 4).unwrap();
+        let mut sampler = Sampler::new(model, None, sampling, SLOTS, 4).unwrap();
         tell(&arguments, &prompts, &folder.tokenizer, &mut sampler)
             .unwrap()
             .map(Result::unwrap)

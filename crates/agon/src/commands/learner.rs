@@ -2,8 +2,6 @@
 
 use std::{process::ExitCode, sync::Arc};
 
-use settings::resolve_file;
-
 use super::{train, view};
 use crate::{
     interrupt,
@@ -35,7 +33,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 async fn lead(arguments: &train::Arguments, end_with_stdin: bool) -> anyhow::Result<ExitCode> {
-    let resolved = resolve_file(&arguments.config, &arguments.set)?;
+    let resolved = arguments.configuration.resolve()?;
     let settings = &resolved.settings;
     let (path, resume) = (arguments.path(settings), arguments.resume.as_deref());
     let shown = view::beside(&settings.telemetry, &path)?;

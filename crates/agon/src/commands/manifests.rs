@@ -1,6 +1,6 @@
 //! `agon manifests`: what a cluster needs to run a configuration.
 
-use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+use std::{collections::BTreeMap, process::ExitCode};
 
 use k8s_openapi::{
     api::{
@@ -18,8 +18,9 @@ use k8s_openapi::{
     },
 };
 use serde_json::{Value, json};
-use settings::{Override, Settings, TransportSettings, resolve_file};
+use settings::{Settings, TransportSettings};
 
+use super::configuration::Configuration;
 use crate::failure::Misuse;
 
 /// Where every process shows its metrics.
@@ -38,11 +39,8 @@ const GRACE: i64 = 300;
 /// Example: agon manifests configs/cluster.toml --image registry.example.com/agon:0.1.0 | kubectl apply -f -
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration.
-    config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    #[command(flatten)]
+    configuration: Configuration,
     /// The container image with the agon program.
     #[arg(long, default_value = "agon:latest")]
     image: String,
@@ -55,7 +53,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let resolved = resolve_file(&arguments.config, &arguments.set)?;
+    let resolved = arguments.configuration.resolve()?;
     let settings = &resolved.settings;
     match &settings.transport {
         TransportSettings::Jetstream(jetstream) if !jetstream.url.is_empty() => {}
@@ -312,8 +310,10 @@ mod tests {
                     url = \"nats://nats:4222\"\n[topology]\nactors = 7\npreference = 2\n";
         let resolved = resolve(text, "test", &[]).expect("they are sound");
         let arguments = Arguments {
-            config: PathBuf::new(),
-            set: Vec::new(),
+            configuration: Configuration {
+                config: "a.toml".into(),
+                set: Vec::new(),
+            },
             image: "agon:test".into(),
             storage: "9Gi".into(),
             systemd: false,

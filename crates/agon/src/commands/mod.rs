@@ -3,12 +3,14 @@
 pub(crate) mod actor;
 pub(crate) mod bench;
 pub(crate) mod check;
+mod configuration;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod fit_preference;
 pub(crate) mod generate;
 pub(crate) mod golden;
+pub(crate) mod guard;
 pub(crate) mod learner;
 pub(crate) mod manifests;
 mod membership;

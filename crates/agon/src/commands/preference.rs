@@ -2,10 +2,10 @@
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
-use settings::{Override, Settings, TransportSettings, resolve_file};
+use settings::{Settings, TransportSettings};
 use telemetry::Exporter;
 
-use super::membership::Membership;
+use super::{configuration::Configuration, membership::Membership};
 use crate::{failure::Misuse, interrupt, presence::metrics_url, roles, world};
 
 /// Serve the judge of a configuration: to a run over JetStream, or over HTTP to other trainers.
@@ -20,11 +20,8 @@ use crate::{failure::Misuse, interrupt, presence::metrics_url, roles, world};
 /// Example: agon preference configs/default.toml --set 'preference.http.listen="127.0.0.1:8000"'
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration, of which `[preference]` counts and what its judge needs.
-    config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    #[command(flatten)]
+    configuration: Configuration,
     #[command(flatten)]
     membership: Membership,
     /// The run directory, where the adversarial game keeps its rounds; <run.output_dir>/<run.name> by default.
@@ -33,7 +30,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
+    let settings = arguments.configuration.resolve()?.settings;
     if let TransportSettings::Jetstream(_) = settings.transport {
         return crate::runtime()?.block_on(join(arguments, &settings));
     }

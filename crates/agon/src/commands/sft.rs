@@ -6,9 +6,10 @@ use anyhow::Context;
 use learner::sft::{self, ExampleIds};
 use messages::Seed;
 use model::ModelFolder;
-use settings::{Override, Settings, resolve_file};
+use settings::Settings;
 
-use crate::{failure::Misuse, world};
+use super::configuration::Configuration;
+use crate::{failure::Misuse, model_hub, world};
 
 /// Fine-tune a model on prompts and completions, the step before alignment.
 ///
@@ -19,18 +20,15 @@ use crate::{failure::Misuse, world};
 /// Example: agon sft my.toml --set sft.path=rows.jsonl --output models/base
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration; only [run], [model], [playground] and [sft] matter here.
-    config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<Override>,
+    #[command(flatten)]
+    configuration: Configuration,
     /// Where the fine-tuned model goes; needed with sft.path.
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let settings = resolve_file(&arguments.config, &arguments.set)?.settings;
+    let settings = arguments.configuration.resolve()?.settings;
     if settings.sft.path.is_none() {
         let base = world::playground_base(&settings, &|| false)?;
         println!("{}", base.path.display());
@@ -53,18 +51,23 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()> {
-    let path = settings.model.path.as_ref().ok_or_else(|| {
-        Misuse("model.path must name the Hugging Face folder to fine-tune".into())
+    let source = settings.model.path.as_ref().ok_or_else(|| {
+        Misuse(
+            "model.path must name the model to fine-tune, a Hugging Face folder or hf:ORG/NAME"
+                .into(),
+        )
     })?;
     let rows = settings.sft.path.as_ref().context("sft.path is set")?;
     let (device, dtype) = world::device(settings)?;
-    let folder = ModelFolder::open(path, settings.model.chat_template.as_deref())?;
+    let path = model_hub::folder(source, &|| false)?;
+    let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
     let weights = folder.weights(dtype, &device)?;
     let eos = folder.config.eos.first().copied();
     let longest = settings.sft.max_length.min(folder.config.max_positions);
     let examples = sft::read_examples(rows, &folder.tokenizer, eos, longest)?;
     let mut model = world::language_model(&folder, &weights)?;
-    if let Some(adapter) = world::adapter(settings, &folder, &weights)? {
+    let saved = world::adapter_folder(settings, &|| false)?;
+    if let Some(adapter) = world::adapter(settings, (&folder, &weights), saved.as_deref())? {
         model = model.with_adapter(adapter)?;
     }
     let (seed, batch) = (

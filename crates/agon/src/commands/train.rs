@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::Context;
 use learner::Ending;
-use settings::{Override, Resolved, Settings, TransportSettings, resolve_file};
+use settings::{Resolved, Settings, TransportSettings};
 use telemetry::{RunDirectory, write_atomically};
 
-use super::view;
+use super::{configuration::Configuration, view};
 use crate::{
     failure::{Code, Misuse},
     interrupt, launch,
@@ -31,11 +31,8 @@ use crate::{
 /// Example: agon train configs/quickstart.toml --set learner.steps=100
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The configuration. `configs/default.toml` explains every key.
-    pub(super) config: PathBuf,
-    /// Change one setting, VALUE being TOML; may be given again.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub(super) set: Vec<Override>,
+    #[command(flatten)]
+    pub(super) configuration: Configuration,
     /// The run directory, in place of <run.output_dir>/<run.name>.
     #[arg(long, value_name = "DIR")]
     pub(super) run_dir: Option<PathBuf>,
@@ -46,7 +43,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let resolved = resolve_file(&arguments.config, &arguments.set)?;
+    let resolved = arguments.configuration.resolve()?;
     let path = arguments.path(&resolved.settings);
     let resume = arguments.resume.as_deref();
     let runtime = crate::runtime()?;

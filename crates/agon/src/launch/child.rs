@@ -68,6 +68,11 @@ impl Child {
         })
     }
 
+    /// Its process id, while it lives.
+    pub(super) fn id(&self) -> Option<u32> {
+        self.process.id()
+    }
+
     /// Waits until it has ended; may be asked again.
     pub(super) async fn ended(&mut self) -> ExitStatus {
         if let Some(status) = self.ended {

@@ -16,6 +16,7 @@ use tokio::{
     time::sleep,
 };
 
+use super::guard::Guard;
 use crate::failure::Misuse;
 
 /// How long it may take to listen.
@@ -31,6 +32,7 @@ pub(crate) struct Server {
     log: PathBuf,
     port: u16,
     process: Child,
+    guard: Option<Guard>,
 }
 
 impl Server {
@@ -68,7 +70,9 @@ impl Server {
             config,
             log,
             port,
+            guard: None,
         };
+        server.guard().await?;
         server.listens().await?;
         Ok(server)
     }
@@ -80,6 +84,7 @@ impl Server {
     /// Starts it again, on the same port and with the same store.
     pub(crate) async fn again(&mut self) -> anyhow::Result<()> {
         self.process = spawn(&self.program, &self.config, &self.log)?;
+        self.guard().await?;
         self.listens().await
     }
 
@@ -91,6 +96,25 @@ impl Server {
         if let Err(error) = self.process.kill().await {
             tracing::debug!(%error, "the NATS server had ended already");
         }
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss().await;
+        }
+    }
+
+    /// Says which processes need it, should this one be killed.
+    pub(crate) async fn needed_by(&mut self, processes: &[u32]) {
+        if let Some(guard) = &mut self.guard {
+            guard.needed_by(processes).await;
+        }
+    }
+
+    /// Has the process of the server guarded, in place of the one before.
+    async fn guard(&mut self) -> anyhow::Result<()> {
+        let guard = self.process.id().map(Guard::start).transpose()?;
+        if let Some(before) = std::mem::replace(&mut self.guard, guard) {
+            before.dismiss().await;
+        }
+        Ok(())
     }
 
     async fn listens(&mut self) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use anyhow::{Context, anyhow};
 use learner::Ending;
 use messages::{Digest, Station};
 use model::{LanguageModel, ModelFolder, Weights};
-use settings::{Settings, TransportSettings};
+use settings::{ModelSource, Settings, TransportSettings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
 use tempfile::TempDir;
 use tokio::{
@@ -23,6 +23,7 @@ use transport::{Claim, Hub, Register, WeightsShelf};
 use super::{Outcome, Streams};
 use crate::{
     failure::Misuse,
+    model_hub,
     overview::{Lookout, Source},
     presence::{self, ModelFile, Presence, RunRecord, RunState, Seen, Step, Teller, home},
     world::{self, JudgeSource, World},
@@ -291,9 +292,13 @@ pub(crate) async fn lead(
         .map(learner::checkpoint_step)
         .transpose()?;
     let known = RunRecord::read(register).await?;
-    let known = known.map(|before| before.model).unwrap_or_default();
+    let known = known.map(|before| [before.model, before.adapter].concat());
+    let known = known.unwrap_or_default();
     let mut record = RunRecord::led_from(directory, resolved, step.unwrap_or(0));
-    record.model = lay_down_model(&world.folder.path, &streams.shelf, &known).await?;
+    record.model = lay_down(&world.folder.path, is_of_a_model, &streams.shelf, &known).await?;
+    if let Some(folder) = &world.adapter_folder {
+        record.adapter = lay_down(folder, is_of_an_adapter, &streams.shelf, &known).await?;
+    }
     record.write(register).await?;
     let counters = StationCounters::new(Station::Learner);
     let own = (&counters, std::slice::from_ref(&counters));
@@ -390,10 +395,11 @@ async fn all_gone(register: &Register) -> anyhow::Result<Vec<Seen>> {
     }
 }
 
-/// Lays the files of the model at the start on the shelf, so that whoever joins needs nothing but the
-/// server; those that are `known` lie there since an earlier session.
-async fn lay_down_model(
+/// Lays the files of a folder that the model at the start is made of on the shelf, so that whoever joins needs
+/// nothing but the server; those that are `known` lie there since an earlier session.
+async fn lay_down(
     folder: &Path,
+    belongs: fn(&str) -> bool,
     shelf: &WeightsShelf,
     known: &[ModelFile],
 ) -> anyhow::Result<Vec<ModelFile>> {
@@ -401,7 +407,7 @@ async fn lay_down_model(
     let mut names: Vec<_> = std::fs::read_dir(folder)
         .with_context(|| format!("failed to read {}", folder.display()))?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| is_of_a_model(name))
+        .filter(|name| belongs(name))
         .collect();
     names.sort();
     for name in names {
@@ -424,6 +430,10 @@ fn is_of_a_model(name: &str) -> bool {
         .any(|end| name.rsplit('.').next() == Some(end))
 }
 
+fn is_of_an_adapter(name: &str) -> bool {
+    ["adapter_config.json", "adapter_model.safetensors"].contains(&name)
+}
+
 fn stored_as(file: &ModelFile) -> String {
     format!("{}-{}", file.digest, file.name)
 }
@@ -432,8 +442,10 @@ fn stored_as(file: &ModelFile) -> String {
 struct FetchedModel {
     folder: ModelFolder,
     weights: Weights,
-    /// Where its files lie as long as it is used, when they are the shelf's.
-    _place: Option<TempDir>,
+    /// The adapter at the start, where it is not a fresh one.
+    adapter: Option<Place>,
+    /// Where its files lie as long as it is used.
+    _place: Place,
 }
 
 impl FetchedModel {
@@ -446,35 +458,68 @@ impl FetchedModel {
         &self,
         settings: &Settings,
     ) -> anyhow::Result<(&ModelFolder, &Weights, LanguageModel)> {
-        let adapter = world::adapter(settings, &self.folder, &self.weights)?;
+        let saved = self.adapter.as_ref().map(Place::path);
+        let adapter = world::adapter(settings, self.start(), saved)?;
         let policy = world::policy(&self.folder, &self.weights, adapter)?;
         Ok((&self.folder, &self.weights, policy))
     }
 
-    /// The folder that the settings name where it is the same, else the shelf's.
+    /// The files of this machine where they are the run's, else the shelf's.
     async fn fetch(
         settings: &Settings,
         record: &RunRecord,
         shelf: &WeightsShelf,
     ) -> anyhow::Result<Self> {
         let (device, dtype) = world::device(settings)?;
-        let template = settings.model.chat_template.as_deref();
-        if let Some(path) = &settings.model.path
-            && record.model.iter().all(|file| {
-                std::fs::read(path.join(&file.name))
-                    .is_ok_and(|bytes| Digest::of(&bytes) == file.digest)
-            })
-        {
-            let folder = ModelFolder::open(path, template)?;
-            let weights = folder.weights(dtype, &device)?;
-            return Ok(Self {
-                folder,
-                weights,
-                _place: None,
-            });
+        let how = &settings.model;
+        let place = Place::find(how.path.as_ref(), &record.model, shelf).await?;
+        let adapter = match record.adapter.as_slice() {
+            [] => None,
+            files => Some(Place::find(how.adapter.as_ref(), files, shelf).await?),
+        };
+        let folder = ModelFolder::open(place.path(), how.chat_template.as_deref())?;
+        let weights = folder.weights(dtype, &device)?;
+        Ok(Self {
+            folder,
+            weights,
+            adapter,
+            _place: place,
+        })
+    }
+}
+
+/// Where files of the model at the start lie in this process.
+enum Place {
+    /// Where the settings say.
+    Own(PathBuf),
+    /// In a folder of their own, from the shelf.
+    Fetched(TempDir),
+}
+
+impl Place {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Own(path) => path,
+            Self::Fetched(folder) => folder.path(),
+        }
+    }
+
+    /// The folder of this machine that `source` names if it has these files, else one with those of the shelf.
+    async fn find(
+        source: Option<&ModelSource>,
+        files: &[ModelFile],
+        shelf: &WeightsShelf,
+    ) -> anyhow::Result<Self> {
+        let is_here = |folder: &Path, file: &ModelFile| {
+            let bytes = std::fs::read(folder.join(&file.name));
+            bytes.is_ok_and(|bytes| Digest::of(&bytes) == file.digest)
+        };
+        let own = source.and_then(model_hub::folder_here);
+        if let Some(own) = own.filter(|own| files.iter().all(|file| is_here(own, file))) {
+            return Ok(Self::Own(own));
         }
         let place = tempfile::tempdir().context("failed to make a folder for the model")?;
-        for file in &record.model {
+        for file in files {
             let bytes = shelf.get_file(&stored_as(file)).await?;
             let bytes = bytes.context("a server has a shelf of files")?;
             if Digest::of(&bytes) != file.digest {
@@ -483,12 +528,6 @@ impl FetchedModel {
             std::fs::write(place.path().join(&file.name), bytes)
                 .with_context(|| format!("failed to write into {}", place.path().display()))?;
         }
-        let folder = ModelFolder::open(place.path(), template)?;
-        let weights = folder.weights(dtype, &device)?;
-        Ok(Self {
-            folder,
-            weights,
-            _place: Some(place),
-        })
+        Ok(Self::Fetched(place))
     }
 }

@@ -11,18 +11,19 @@ use crate::failure::Misuse;
 /// The stream of a fresh adapter's numbers, among those of the run's seed.
 const FRESH: u64 = 0x107a;
 
-/// The adapter of the settings, if they want one, beside these weights.
+/// The adapter of the settings, if they want one, beside these weights: the one in the folder `saved`, or a fresh
+/// one.
 pub(crate) fn adapter(
     settings: &Settings,
-    folder: &ModelFolder,
-    weights: &Weights,
+    (folder, weights): (&ModelFolder, &Weights),
+    saved: Option<&Path>,
 ) -> anyhow::Result<Option<Adapter>> {
     let how = &settings.model;
     let Some(fresh) = fresh_adapter(settings, base_name(folder)) else {
         return Ok(None);
     };
     let base = super::language_model(folder, weights)?;
-    let adapter = match &how.adapter {
+    let adapter = match saved {
         Some(path) => read(path, fresh.rank, &base)?.with_base_model(fresh.base_model),
         None => {
             let seed = Seed(settings.run.seed).derive(FRESH);

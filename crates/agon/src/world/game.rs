@@ -72,7 +72,7 @@ impl Judging {
         } else {
             fit.head = settings::Head::BradleyTerry;
         }
-        let trunk = Trunk::open(&settings, policy)?;
+        let trunk = Trunk::open(&settings, policy, stopped)?;
         let pairs = annotated(&settings, &trunk.folder, policy, stopped)?;
         Ok(Game::new(GameParts {
             trunk: trunk.model,

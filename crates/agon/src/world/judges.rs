@@ -1,19 +1,19 @@
 //! Whoever judges a run, opened once and made as often as there are replicas.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use anyhow::Context;
 use messages::JudgeVersion;
 use model::{Device, Encoder, ModelFolder, RewardFolder, RewardModel, Weights};
 use preference::{EncoderJudge, Ensemble, Judge, Matrix, Rules};
-use settings::{Combine, Head, JudgeSettings, Settings};
+use settings::{Combine, Head, JudgeSettings, ModelSource, Settings};
 
 use super::{
     Gold, Opened, Start,
     local_chat::{self, LocalChat},
     preference_model,
 };
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub};
 
 /// The judge of the settings. Models are read once; every replica shares their weights.
 pub(crate) enum JudgeSource {
@@ -51,9 +51,9 @@ impl JudgeSource {
         policy: Option<(&ModelFolder, &Weights)>,
         stopped: &dyn Fn() -> bool,
     ) -> anyhow::Result<Self> {
-        let model = |path: &Path, head| {
-            let path = match (path.as_os_str().is_empty(), policy) {
-                (false, _) => path.to_owned(),
+        let model = |source: &ModelSource, head| {
+            let path = match (source.is_empty(), policy) {
+                (false, _) => model_hub::folder(source, stopped)?,
                 (true, Some(policy)) => preference_model(settings, head, policy, stopped)?,
                 (true, None) => {
                     let start = Start::open(settings, stopped)?;
@@ -69,7 +69,8 @@ impl JudgeSource {
             JudgeSettings::BradleyTerry { path } => model(path, Head::BradleyTerry),
             JudgeSettings::Pairwise { path } => model(path, Head::Pairwise),
             JudgeSettings::Encoder { path, template } => {
-                let encoder = Encoder::load(path, &super::device(settings)?.0)?;
+                let path = model_hub::folder(path, stopped)?;
+                let encoder = Encoder::load(&path, &super::device(settings)?.0)?;
                 Ok(Self::Encoder(Arc::new(encoder), template.clone()))
             }
             JudgeSettings::Ensemble {
@@ -144,19 +145,24 @@ impl JudgeSource {
     }
 }
 
-/// Whether the judge of the settings can be had, without reading weights or asking anyone.
+/// Whether the judge of the settings can be had, without reading weights or asking anyone but the hub for a model
+/// that is not here.
 ///
 /// # Errors
 /// What is wrong with it.
 pub(crate) fn check(judge: &JudgeSettings) -> anyhow::Result<()> {
     match judge {
         JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => {
-            if !path.as_os_str().is_empty() {
-                RewardFolder::open(path, None)?;
+            if !path.is_empty()
+                && let Some(folder) = model_hub::look(path)?.folder
+            {
+                RewardFolder::open(&folder, None)?;
             }
         }
         JudgeSettings::Encoder { path, .. } => {
-            Encoder::load(path, &Device::Cpu)?;
+            if let Some(folder) = model_hub::look(path)?.folder {
+                Encoder::load(&folder, &Device::Cpu)?;
+            }
         }
         JudgeSettings::Mistral(model) => {
             mistral::is_built()?;

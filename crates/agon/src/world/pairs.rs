@@ -192,13 +192,7 @@ fn sample_twice(
     max_new_tokens: usize,
     stopped: &dyn Fn() -> bool,
 ) -> anyhow::Result<Vec<Vec<Completion>>> {
-    let sampling = SamplingSettings {
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        max_new_tokens,
-    };
+    let sampling = SamplingSettings::plain(max_new_tokens);
     let longest = posts
         .iter()
         .map(|post| post.prompt_ids().len())
@@ -206,7 +200,7 @@ fn sample_twice(
         .unwrap_or(0);
     let mut sampler = Sampler::new(
         model.clone(),
-        model.clone(),
+        None,
         sampling,
         SLOTS,
         longest + max_new_tokens,

@@ -16,7 +16,7 @@ use settings::{Head, Settings};
 use telemetry::Progress;
 
 use super::{annotated, base::kept};
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub};
 
 /// What a fit leaves in the model's folder beside the model.
 pub(crate) const CALIBRATION: &str = "calibration.json";
@@ -30,18 +30,20 @@ pub(crate) struct Trunk {
 }
 
 impl Trunk {
-    /// The trunk of `[preference.fit]`: the folder it names, or else the policy at the start.
+    /// The trunk of `[preference.fit]`: the model it names, or else the policy at the start.
     pub(crate) fn open(
         settings: &Settings,
         (folder, weights): (&ModelFolder, &Weights),
+        stopped: &dyn Fn() -> bool,
     ) -> anyhow::Result<Self> {
-        let Some(path) = &settings.preference.fit.path else {
+        let Some(source) = &settings.preference.fit.path else {
             return Ok(Self {
                 folder: folder.clone(),
                 model: super::language_model(folder, weights)?,
             });
         };
-        let folder = ModelFolder::open(path, settings.model.chat_template.as_deref())?;
+        let path = model_hub::folder(source, stopped)?;
+        let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
         let (device, dtype) = super::device(settings)?;
         let model = super::language_model(&folder, &folder.weights(dtype, &device)?)?;
         Ok(Self { folder, model })
@@ -98,7 +100,7 @@ pub(crate) fn preference_model(
 ) -> anyhow::Result<PathBuf> {
     let mut settings = settings.clone();
     settings.preference.fit.head = head;
-    let trunk = Trunk::open(&settings, base)?;
+    let trunk = Trunk::open(&settings, base, stopped)?;
     let recipe = (
         "preference model",
         &settings.preference.fit,

@@ -30,7 +30,7 @@ pub(crate) fn writer(
     Ok(match *engine {
         EngineSettings::Own {} => Box::new(Sampler::new(
             parts.policy,
-            parts.reference,
+            Some(parts.reference),
             parts.sampling,
             parts.slots,
             parts.capacity,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{D, Device, Result, Tensor};
 use messages::Seed;
-use model::{ModelError, Weights, ops::frozen_linear};
+use model::{ModelError, Precision, Weights, ops::linear};
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
@@ -165,11 +165,7 @@ impl Discriminator<'_> {
         let part = format!("{name}.weight");
         let weight = self.tensor(&part)?;
         let weight = self.spectral.normed(&self.full(&part), &weight)?;
-        let product = if weight.track_op() {
-            x.matmul(&weight.t()?)?
-        } else {
-            frozen_linear(x, &weight)?
-        };
+        let product = linear(x, &weight, Precision::F32)?;
         Ok(product.broadcast_add(&self.tensor(&format!("{name}.bias"))?)?)
     }
 

@@ -202,7 +202,8 @@ fn the_ends_of_the_mixture_are_the_adapted_model_and_its_base() {
     let policy = adapted(9, 1, &["all-linear"]);
     let reference = policy.without_adapter();
     let settings = SamplingSettings::plain(12);
-    let mut sampler = Sampler::new(policy.clone(), reference.clone(), settings, 16, 32).unwrap();
+    let mut sampler =
+        Sampler::new(policy.clone(), Some(reference.clone()), settings, 16, 32).unwrap();
     for key in 0..8 {
         let request = Request {
             key,

@@ -8,22 +8,24 @@
 //! - the same inputs give the same bits on the same machine, whatever the number of threads: every
 //!   output row is computed by one task in a fixed order, and sums over rows are taken over chunks
 //!   of a fixed size, added in order;
-//! - one row (one segment, for attention) does not depend on what else is in the batch, except in
-//!   [`token_logprobs()`], whose products belong to candle;
+//! - one row (one segment, for attention) does not depend on what else is in the batch;
 //! - NaN in gives NaN out, never a plausible number.
 //!
 //! They know nothing of models, weights or optimiser schedules. Second derivatives are not offered.
 
 mod adamw;
 mod attention;
+mod cache;
 mod cached_attention;
-mod frozen_linear;
+mod linear;
 mod rms_norm;
 mod rope;
+mod softmax;
 mod squared_norm;
 mod swiglu;
 mod token_logprobs;
 
+mod matrix;
 mod product;
 mod storage;
 mod vector;
@@ -33,14 +35,21 @@ mod check;
 
 pub use adamw::{AdamWStep, Moments, adamw_step};
 pub use attention::{Attention, Segment, Segments, causal_attention};
+pub(crate) use cache::{Heads, KeyValues};
 pub use cached_attention::{CacheRows, cached_attention};
-pub use frozen_linear::frozen_linear;
+pub use linear::linear;
+pub use matrix::{PackedMatrix, Precision};
 pub use rms_norm::rms_norm;
+pub(crate) use rms_norm::rms_norm_rows;
 pub use rope::rope;
+pub(crate) use rope::rotate;
+pub(crate) use softmax::{PART, exponentials, largest_of, log_sum_exp};
 pub use squared_norm::squared_norm;
 pub(crate) use storage::wide;
 pub use swiglu::swiglu;
+pub(crate) use swiglu::swiglu_rows;
 pub use token_logprobs::{TokenLogprobs, token_logprobs};
+pub use vector::vectors;
 
 #[cfg(test)]
 mod tests {
@@ -86,7 +95,7 @@ mod tests {
             (
                 "token_logprobs",
                 vec![noise((700, 24), 1), noise((1500, 24), 2)],
-                Box::new(move |t| Ok(token_logprobs(&t[0], &t[1], &targets)?.logp)),
+                Box::new(move |t| Ok(token_logprobs(&t[0], &t[1], &targets, Precision::F32)?.logp)),
             ),
         ]
     }

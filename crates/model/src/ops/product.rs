@@ -84,8 +84,11 @@ fn block<A: Arithmetic, const M: usize>(
     sizes: Sizes,
 ) {
     for j in (0..sizes.n).step_by(LANES) {
-        let mut sums: [A::Vector; M] =
-            std::array::from_fn(|i| A::load(lanes(&out[i * sizes.n + j..])));
+        // A loop, not a closure: that would not be compiled for the vectors of the function around it.
+        let mut sums = [A::load(lanes(&out[j..])); M];
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum = A::load(lanes(&out[i * sizes.n + j..]));
+        }
         for k in 0..sizes.k {
             let row = A::load(lanes(&right.data[k * right.stride + j..]));
             for (sum, factor) in sums.iter_mut().zip(column(k)) {

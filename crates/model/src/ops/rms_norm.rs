@@ -31,6 +31,18 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     x.contiguous()?.apply_op2(&weight.contiguous()?, op)
 }
 
+/// The same of rows that lie one after the other, for those who keep no tensors.
+pub(crate) fn rms_norm_rows(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    dispatch(Forward {
+        x,
+        weight,
+        eps,
+        out: &mut out,
+    });
+    out
+}
+
 /// The same from candle's operations.
 pub(crate) fn composed(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let dtype = x.dtype();

@@ -38,6 +38,17 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         .apply_op3(&cos.contiguous()?, &sin.contiguous()?, op)
 }
 
+/// The same of one token's heads, in place, for those who keep no tensors: `angles` are the token's cos and
+/// sin, `hd/2` each.
+pub(crate) fn rotate(heads: &mut [f32], (cos, sin): (&[f32], &[f32])) {
+    for head in heads.chunks_exact_mut(2 * cos.len()) {
+        let (first, second) = head.split_at_mut(cos.len());
+        for ((x1, x2), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
+            (*x1, *x2) = (*x1 * cos - *x2 * sin, *x2 * cos + *x1 * sin);
+        }
+    }
+}
+
 /// The same from candle's operations.
 pub(crate) fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let half = x.dim(D::Minus1)? / 2;

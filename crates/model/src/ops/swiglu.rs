@@ -26,6 +26,19 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu)
 }
 
+/// The same of rows that hold a gate and then its `up`, `width` numbers each, for those who keep no tensors.
+pub(crate) fn swiglu_rows(rows: &[f32], width: usize) -> Vec<f32> {
+    let mut out = vec![0.0; rows.len() / 2];
+    out.par_chunks_mut(width)
+        .zip(rows.par_chunks(2 * width))
+        .with_min_len(1 + CHUNK / width)
+        .for_each(|(out, row)| {
+            let (gate, up) = row.split_at(width);
+            dispatch(Forward { gate, up, out });
+        });
+    out
+}
+
 /// The same from candle's operations.
 pub(crate) fn composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.silu()? * up

@@ -9,13 +9,14 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::storage::{edit, floats, fusible, wide};
+use super::matrix::{Begin, Factor, Precision, product};
+use super::storage::{floats, fusible, wide};
 use super::vector::{Arithmetic, Kernel, LANES, dispatch, exp, fold, largest};
 
 /// Rows of hidden states to a tile.
-const ROWS: usize = 512;
+const ROWS: usize = 1024;
 /// Words of the vocabulary to a tile.
-const WORDS: usize = 1024;
+const WORDS: usize = 512;
 /// Rows of a tile to a task.
 const TASK: usize = 16;
 
@@ -31,11 +32,17 @@ pub struct TokenLogprobs {
 /// `log_softmax(hidden · headᵀ)` at each row's target, and the entropy of the row's distribution.
 ///
 /// `hidden` is `[R, D]`, `head` `[V, D]`, `targets` R ids below V. Differentiable in `hidden` and
-/// `head`; a head that is not trained costs no gradient.
+/// `head`; a head that is not trained costs no gradient. `precision` is that of the products, as in
+/// [`linear()`](super::linear()).
 ///
 /// # Errors
 /// If there are no rows, the shapes do not fit, or a target is outside the vocabulary.
-pub fn token_logprobs(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<TokenLogprobs> {
+pub fn token_logprobs(
+    hidden: &Tensor,
+    head: &Tensor,
+    targets: &[u32],
+    precision: Precision,
+) -> Result<TokenLogprobs> {
     let (rows, width) = hidden.dims2()?;
     let (words, head_width) = head.dims2()?;
     if rows == 0 || rows != targets.len() || width == 0 || width != head_width {
@@ -50,8 +57,9 @@ pub fn token_logprobs(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result
     }
     let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
     let op = PickedLogprobs {
-        packed: forward(&hidden.detach(), &head.detach(), targets)?,
+        packed: forward(&floats(&hidden)?, &floats(&head)?, targets, precision),
         targets: targets.to_vec(),
+        precision,
     };
     let packed = hidden.apply_op2(&head, op)?;
     Ok(TokenLogprobs {
@@ -77,6 +85,7 @@ pub(crate) fn composed(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Resul
 struct PickedLogprobs {
     packed: Vec<f32>,
     targets: Vec<u32>,
+    precision: Precision,
 }
 
 impl CustomOp2 for PickedLogprobs {
@@ -107,36 +116,39 @@ impl CustomOp2 for PickedLogprobs {
         let rows = self.targets.len();
         let gradient = gradient.get(0)?.contiguous()?;
         let gradient = floats(&gradient)?;
-        let (hidden, head) = (hidden.detach(), head.detach());
+        let width = hidden.dim(1)?;
+        let (hidden_, head_) = (floats(hidden)?, floats(head)?);
         for words in tiles(head.dim(0)?, WORDS) {
-            let head_tile = head.narrow(0, words.start, words.len())?;
+            let head = rows_of(&head_, width, &words);
             for tile in tiles(rows, ROWS) {
-                let hidden_tile = hidden.narrow(0, tile.start, tile.len())?;
-                let slopes = hidden_tile.matmul(&head_tile.t()?)?;
+                let hidden = rows_of(&hidden_, width, &tile);
+                let mut slopes = vec![0.0; tile.len() * words.len()];
+                let into = (Begin::Anew, slopes.as_mut_slice());
+                product(hidden, head.transposed(), self.precision, into);
                 let rows = Rows {
                     targets: &self.targets[tile.clone()],
                     log_sums: &self.packed[2 * rows..][tile.clone()],
                     gradient: &gradient[tile.clone()],
                 };
-                edit(&slopes, |logits| {
-                    rows.differentiate(logits, &words);
-                    Ok(())
-                })?;
+                rows.differentiate(&mut slopes, &words);
+                let slopes = Factor::new(&slopes, tile.len(), words.len());
+                let part = |rows: &Range<usize>| rows.start * width..rows.end * width;
                 if let Some(dhidden) = &mut dhidden {
-                    add_rows(dhidden, &tile, &slopes.matmul(&head_tile)?)?;
+                    let into = (Begin::There, &mut dhidden[part(&tile)]);
+                    product(slopes, head, self.precision, into);
                 }
                 if let Some(dhead) = &mut dhead {
-                    add_rows(dhead, &words, &slopes.t()?.matmul(&hidden_tile)?)?;
+                    let slopes = slopes.transposed();
+                    let into = (Begin::There, &mut dhead[part(&words)]);
+                    product(slopes, hidden, self.precision, into);
                 }
             }
         }
         let tensor =
             |numbers, like: &Tensor| Tensor::from_vec(numbers, like.shape(), like.device());
         Ok((
-            dhidden
-                .map(|numbers| tensor(numbers, &hidden))
-                .transpose()?,
-            dhead.map(|numbers| tensor(numbers, &head)).transpose()?,
+            dhidden.map(|numbers| tensor(numbers, hidden)).transpose()?,
+            dhead.map(|numbers| tensor(numbers, head)).transpose()?,
         ))
     }
 }
@@ -148,29 +160,23 @@ fn tiles(total: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
         .map(move |start| start..(start + size).min(total))
 }
 
-/// Adds `part`, `[rows, width]`, to those rows of `sum`.
-fn add_rows(sum: &mut [f32], rows: &Range<usize>, part: &Tensor) -> Result<()> {
-    let width = part.dim(1)?;
-    let part = floats(part)?;
-    sum[rows.start * width..rows.end * width]
-        .par_chunks_mut(TASK * width)
-        .zip(part.par_chunks(TASK * width))
-        .for_each(|(sum, part)| {
-            for (sum, part) in sum.iter_mut().zip(part) {
-                *sum += part;
-            }
-        });
-    Ok(())
+/// Some rows of a matrix.
+fn rows_of<'a>(numbers: &'a [f32], width: usize, rows: &Range<usize>) -> Factor<'a> {
+    let part = &numbers[rows.start * width..rows.end * width];
+    Factor::new(part, rows.len(), width)
 }
 
 /// Log-probability, entropy and log-sum-exp of every row: `[3, R]`.
-fn forward(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+fn forward(hidden: &[f32], head: &[f32], targets: &[u32], precision: Precision) -> Vec<f32> {
+    let width = hidden.len() / targets.len();
     let mut running: Vec<Running> = targets.iter().copied().map(Running::new).collect();
-    for words in tiles(head.dim(0)?, WORDS) {
-        let head = head.narrow(0, words.start, words.len())?.t()?;
+    for words in tiles(head.len() / width, WORDS) {
+        let head = rows_of(head, width, &words);
         for tile in tiles(targets.len(), ROWS) {
-            let logits = hidden.narrow(0, tile.start, tile.len())?.matmul(&head)?;
-            let logits = floats(&logits)?;
+            let mut logits = vec![0.0; tile.len() * words.len()];
+            let hidden = rows_of(hidden, width, &tile);
+            let into = (Begin::Anew, logits.as_mut_slice());
+            product(hidden, head.transposed(), precision, into);
             running[tile]
                 .par_chunks_mut(TASK)
                 .zip(logits.par_chunks(TASK * words.len()))
@@ -185,10 +191,10 @@ fn forward(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<f32>> 
         }
     }
     let part = |of: fn(&Running) -> f64| running.iter().map(move |row| of(row) as f32);
-    Ok(part(Running::logp)
+    part(Running::logp)
         .chain(part(Running::entropy))
         .chain(part(Running::log_sum))
-        .collect())
+        .collect()
 }
 
 /// One row's distribution over the words seen so far, from logits l.
@@ -365,7 +371,7 @@ mod tests {
         let hidden = Tensor::new(&[[1f32], [0.]], &Device::Cpu)?;
         let head = Tensor::new(&[[0f32], [ln_2], [0.]], &Device::Cpu)?;
         // The first row's distribution is (1/4, 1/2, 1/4), the second's is even.
-        let found = token_logprobs(&hidden, &head, &[2, 0])?;
+        let found = token_logprobs(&hidden, &head, &[2, 0], Precision::F32)?;
         let expected = Tensor::new(&[-2.0 * ln_2, -(3f32.ln())], &Device::Cpu)?;
         assert_close(&found.logp, &expected, 1e-6);
         let expected = Tensor::new(&[1.5 * ln_2, 3f32.ln()], &Device::Cpu)?;
@@ -386,10 +392,10 @@ mod tests {
             let (inputs, targets) = inputs(rows, words, width);
             assert_same(
                 &inputs,
-                |t| Ok(token_logprobs(&t[0], &t[1], &targets)?.logp),
+                |t| Ok(token_logprobs(&t[0], &t[1], &targets, Precision::F32)?.logp),
                 |t| Ok(composed(&t[0], &t[1], &targets)?.logp),
             );
-            let fused = token_logprobs(&inputs[0], &inputs[1], &targets)?.entropy;
+            let fused = token_logprobs(&inputs[0], &inputs[1], &targets, Precision::F32)?.entropy;
             let expected = composed(&inputs[0], &inputs[1], &targets)?.entropy;
             assert_close(&fused, &expected, 2e-5);
         }
@@ -399,25 +405,24 @@ mod tests {
     #[test]
     fn differentiates() {
         let (inputs, targets) = inputs(4, 5, 3);
-        assert_differentiates(
-            &inputs,
-            |t| Ok(token_logprobs(&t[0], &t[1], &targets)?.logp),
-        );
+        assert_differentiates(&inputs, |t| {
+            Ok(token_logprobs(&t[0], &t[1], &targets, Precision::F32)?.logp)
+        });
     }
 
     #[test]
     fn a_frozen_head_and_the_entropy_have_no_gradient() -> Result<()> {
         let ([hidden, head], targets) = inputs(6, 9, 4);
         let expected = value_and_gradients(&[hidden.clone(), head.clone()], |t| {
-            Ok(token_logprobs(&t[0], &t[1], &targets)?.logp)
+            Ok(token_logprobs(&t[0], &t[1], &targets, Precision::F32)?.logp)
         });
         let (alone, gradients) = value_and_gradients(std::slice::from_ref(&hidden), |t| {
-            Ok(token_logprobs(&t[0], &head, &targets)?.logp)
+            Ok(token_logprobs(&t[0], &head, &targets, Precision::F32)?.logp)
         });
         assert_eq!(bits(&alone), bits(&expected.0));
         assert_eq!(bits(&gradients[0]), bits(&expected.1[0]));
         let hidden = Var::from_tensor(&hidden)?;
-        let entropy = token_logprobs(hidden.as_tensor(), &head, &targets)?.entropy;
+        let entropy = token_logprobs(hidden.as_tensor(), &head, &targets, Precision::F32)?.entropy;
         assert!(entropy.sum_all()?.backward()?.get(&hidden).is_none());
         Ok(())
     }
@@ -426,7 +431,7 @@ mod tests {
     fn large_logits_and_nan() -> Result<()> {
         let hidden = Tensor::new(&[[1f32], [-1.], [f32::NAN]], &Device::Cpu)?;
         let head = Tensor::arange(0f32, 3000., &Device::Cpu)?.reshape((3000, 1))?;
-        let found = token_logprobs(&hidden, &head, &[0, 0, 0])?;
+        let found = token_logprobs(&hidden, &head, &[0, 0, 0], Precision::F32)?;
         let logp = found.logp.to_vec1::<f32>()?;
         // Σ e^-i is e / (e - 1): its logarithm is 0.458675.
         assert!((logp[0] + 2999.4587).abs() < 1e-3);
@@ -443,13 +448,13 @@ mod tests {
     #[test]
     fn other_types_are_composed_and_misfits_refused() -> Result<()> {
         let ([hidden, head], targets) = inputs(5, 7, 3);
-        let found = token_logprobs(&hidden, &head, &targets)?.logp;
+        let found = token_logprobs(&hidden, &head, &targets, Precision::F32)?.logp;
         let (hidden64, head64) = (hidden.to_dtype(DType::F64)?, head.to_dtype(DType::F64)?);
-        let double = token_logprobs(&hidden64, &head64, &targets)?.logp;
+        let double = token_logprobs(&hidden64, &head64, &targets, Precision::F32)?.logp;
         assert_close(&found, &double.to_dtype(DType::F32)?, 1e-6);
-        assert!(token_logprobs(&hidden, &head, &targets[1..]).is_err());
-        assert!(token_logprobs(&hidden, &head, &[0, 1, 2, 3, 7]).is_err());
-        assert!(token_logprobs(&hidden, &noise((7, 4), 1), &targets).is_err());
+        assert!(token_logprobs(&hidden, &head, &targets[1..], Precision::F32).is_err());
+        assert!(token_logprobs(&hidden, &head, &[0, 1, 2, 3, 7], Precision::F32).is_err());
+        assert!(token_logprobs(&hidden, &noise((7, 4), 1), &targets, Precision::F32).is_err());
         Ok(())
     }
 }

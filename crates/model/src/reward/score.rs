@@ -96,7 +96,8 @@ impl RewardModel {
         }
         let rows = Tensor::new(rows, self.device())?;
         let hidden = hidden.index_select(&rows, 0)?;
-        let logp = ops::token_logprobs(&hidden, &self.trunk.head, &targets)?.logp;
+        let logp =
+            ops::token_logprobs(&hidden, &self.trunk.head, &targets, self.trunk.precision)?.logp;
         means(&logp.to_dtype(DType::F32)?.unsqueeze(1)?, &lengths)
     }
 }

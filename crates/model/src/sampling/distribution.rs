@@ -1,6 +1,7 @@
 //! One token: mix two rows of logits, temper, truncate, draw.
 
 use super::SamplingSettings;
+use crate::ops::{PART, exponentials, largest_of, log_sum_exp};
 
 /// A drawn token and what is known of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -14,9 +15,14 @@ pub struct Draw {
 /// Room for rows of the vocabulary, kept between draws.
 #[derive(Debug, Default)]
 pub struct Scratch {
+    /// The mixed logits.
     pub(super) mixed: Vec<f32>,
-    probabilities: Vec<f64>,
-    order: Vec<u32>,
+    /// Of every token, up to a factor.
+    weights: Vec<f32>,
+    /// Their sums, a part of the vocabulary each.
+    sums: Vec<f64>,
+    /// Tokens that truncation leaves.
+    kept: Vec<u32>,
 }
 
 /// The geometric mixture `(1 − m)·z_π + m·z_ref` into `mixed`, m being the weight on the reference
@@ -34,11 +40,9 @@ pub fn mix(policy: &[f32], reference: &[f32], mixture_coef: f32, mixed: &mut Vec
     }
 }
 
-/// log softmax(`logits`)[`token`], summed in f64.
+/// log softmax(`logits`)[`token`].
 pub(crate) fn log_softmax_at(logits: &[f32], token: u32) -> f32 {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&z| f64::from(z - most).exp()).sum();
-    (f64::from(logits[token as usize] - most) - sum.ln()) as f32
+    (f64::from(logits[token as usize]) - log_sum_exp(logits)) as f32
 }
 
 /// Draws a token from softmax(`mixed` / T), truncated as the settings say, with `uniform` in [0, 1).
@@ -51,73 +55,107 @@ pub fn draw(
     uniform: f64,
     scratch: &mut Scratch,
 ) -> Option<Draw> {
-    let most = f64::from(mixed.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let probabilities = &mut scratch.probabilities;
-    probabilities.clear();
-    probabilities.extend(
-        mixed
-            .iter()
-            .map(|&z| ((f64::from(z) - most) / settings.temperature).exp()),
-    );
-    if settings.truncates() {
-        truncate(probabilities, &mut scratch.order, settings);
-    }
-    let total: f64 = probabilities.iter().sum();
+    let most = largest_of(mixed);
+    let scale = (most, settings.temperature);
+    exponentials(mixed, scale, &mut scratch.weights, &mut scratch.sums);
+    let mut total: f64 = scratch.sums.iter().sum();
     if !total.is_finite() || total <= 0.0 {
         return None;
     }
-    let token = inverse(probabilities, uniform * total)?;
-    let behaviour_logp = (probabilities[token] / total).ln() as f32;
+    let token = if settings.truncates() {
+        truncate(scratch, total, settings);
+        let weights = || {
+            scratch
+                .kept
+                .iter()
+                .map(|&token| (token, scratch.weight(token)))
+        };
+        total = weights().map(|(_, weight)| weight).sum();
+        inverse(weights(), uniform * total)?
+    } else {
+        let (part, before) = scratch.part(uniform * total);
+        let weights = scratch
+            .weights
+            .iter()
+            .enumerate()
+            .skip(part * PART)
+            .take(PART);
+        let weights = weights.map(|(token, &weight)| (token as u32, f64::from(weight)));
+        inverse(weights, uniform * total - before)?
+    };
+    let logit = f64::from(mixed[token as usize]) - f64::from(most);
     Some(Draw {
-        token: u32::try_from(token).ok()?,
-        behaviour_logp,
+        token,
+        behaviour_logp: (logit / settings.temperature - total.ln()) as f32,
     })
 }
 
-/// The first token at which the running sum passes `target`; never one without probability.
-fn inverse(probabilities: &[f64], target: f64) -> Option<usize> {
-    let mut sum = 0.0;
-    for (token, &p) in probabilities.iter().enumerate() {
-        sum += p;
-        if p > 0.0 && sum > target {
-            return Some(token);
-        }
+impl Scratch {
+    fn weight(&self, token: u32) -> f64 {
+        f64::from(self.weights[token as usize])
     }
-    probabilities.iter().rposition(|&p| p > 0.0)
+
+    /// The part of the vocabulary in which the running sum passes `target`, and the sum before it.
+    fn part(&self, target: f64) -> (usize, f64) {
+        let mut before = 0.0;
+        for (part, sum) in self.sums.iter().enumerate() {
+            if before + sum > target {
+                return (part, before);
+            }
+            before += sum;
+        }
+        let last = self.sums.iter().rposition(|&sum| sum > 0.0).unwrap_or(0);
+        (last, self.sums[..last].iter().sum())
+    }
 }
 
-/// Sets what truncation drops to zero. `probabilities` need not add up to one.
-fn truncate(probabilities: &mut [f64], order: &mut Vec<u32>, settings: &SamplingSettings) {
-    order.clear();
-    order.extend(0..probabilities.len() as u32);
-    let at = |token: u32| probabilities[token as usize];
-    let descending = |a: &u32, b: &u32| at(*b).total_cmp(&at(*a)).then(a.cmp(b));
-    if settings.top_k > 0 && settings.top_k < order.len() {
-        order.select_nth_unstable_by(settings.top_k - 1, descending);
-        order.truncate(settings.top_k);
+/// The first token at which the running sum passes `target`, or the last one; never one without weight.
+fn inverse(weights: impl Iterator<Item = (u32, f64)>, target: f64) -> Option<u32> {
+    let (mut sum, mut last) = (0.0, None);
+    for (token, weight) in weights.filter(|&(_, weight)| weight > 0.0) {
+        sum += weight;
+        last = Some(token);
+        if sum > target {
+            break;
+        }
     }
-    order.sort_unstable_by(descending);
-    let total: f64 = order.iter().map(|&token| at(token)).sum();
-    let mut sum = 0.0;
-    let nucleus = order.iter().take_while(|&&token| {
-        let before = sum;
-        sum += at(token);
-        before < settings.top_p * total
-    });
-    let kept = nucleus.count().max(1);
-    order.truncate(kept);
-    let least = settings.min_p * order.first().map_or(0.0, |&token| at(token));
-    let kept = order
-        .iter()
-        .take_while(|&&token| at(token) >= least)
-        .count()
-        .max(1);
-    order.truncate(kept);
-    let survivors: Vec<(u32, f64)> = order.iter().map(|&token| (token, at(token))).collect();
-    probabilities.fill(0.0);
-    for (token, p) in survivors {
-        probabilities[token as usize] = p;
+    last
+}
+
+/// Leaves in `kept`, in the order of the vocabulary, the tokens that truncation leaves. `total` is the sum
+/// of all weights.
+///
+/// Nothing is sorted but what may be in the nucleus: the tokens below (1 − top-p) / V of the total have
+/// together no more than what lies outside it.
+fn truncate(scratch: &mut Scratch, mut total: f64, settings: &SamplingSettings) {
+    let (weights, kept) = (&scratch.weights, &mut scratch.kept);
+    let weight = |token: u32| f64::from(weights[token as usize]);
+    let descending = |a: &u32, b: &u32| weight(*b).total_cmp(&weight(*a)).then(a.cmp(b));
+    kept.clear();
+    if settings.top_k > 0 && settings.top_k < weights.len() {
+        kept.extend(0..weights.len() as u32);
+        kept.select_nth_unstable_by(settings.top_k - 1, descending);
+        kept.truncate(settings.top_k);
+        total = kept.iter().map(|&token| weight(token)).sum();
+    } else {
+        let least = (1.0 - settings.top_p) * total / weights.len() as f64;
+        let candidates = (0..weights.len() as u32).filter(|&token| weight(token) >= least);
+        kept.extend(candidates);
     }
+    if settings.top_p < 1.0 {
+        kept.sort_unstable_by(descending);
+        let mut sum = 0.0;
+        let nucleus = kept.iter().take_while(|&&token| {
+            let before = sum;
+            sum += weight(token);
+            before < settings.top_p * total
+        });
+        let count = nucleus.count().max(1);
+        kept.truncate(count);
+    }
+    let most = kept.iter().map(|&token| weight(token)).fold(0.0, f64::max);
+    kept.retain(|&token| weight(token) >= settings.min_p * most);
+    kept.sort_unstable();
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod sampler;
 use messages::{Completion, Seed};
 use serde::{Deserialize, Serialize};
 
+pub use crate::ops::Precision;
 use crate::{LanguageModel, ModelError};
 
 pub use continuation::Continuation;
@@ -130,6 +131,8 @@ pub struct SamplingSettings {
     pub min_p: f64,
     /// The longest completion, in tokens.
     pub max_new_tokens: usize,
+    /// How the weights are kept while tokens are drawn.
+    pub precision: Precision,
 }
 
 impl SamplingSettings {
@@ -142,6 +145,7 @@ impl SamplingSettings {
             top_p: 1.0,
             min_p: 0.0,
             max_new_tokens,
+            precision: Precision::F32,
         }
     }
 

@@ -1,32 +1,46 @@
 //! Continuous batching: a fixed number of slots, filled again as soon as completions end.
 //!
-//! A prompt's completions share one reading of the prompt and hold neighbouring slots; the caches of
-//! policy and reference step together. Each completion draws from a stream of its own, seeded by its
+//! A prompt's completions share one reading of the prompt and hold neighbouring slots; policy and
+//! reference step together. Each completion draws from a stream of its own, seeded by its
 //! message, so that neither slots nor batches decide what is written.
 
 use std::collections::VecDeque;
 
+use rayon::prelude::*;
+
 use super::{CompletionWriter, Continuation, Finished, Groups, Request, SamplingSettings, Scratch};
 use crate::{
     LanguageModel, ModelError,
-    decode::{Cache, Prefill},
+    decode::{Decoder, Logits, Prefill},
 };
-use candle_core::Tensor;
 
 /// A policy and its reference, writing.
 pub struct Sampler {
-    policy: Side,
-    reference: Side,
+    policy: Decoder,
+    /// None: the policy is its own.
+    reference: Option<Decoder>,
     settings: SamplingSettings,
+    /// The longest sequence of either model.
+    longest: usize,
     slots: Vec<Option<Stream>>,
     groups: Groups,
     waiting: VecDeque<Request>,
-    scratch: Scratch,
 }
 
-struct Side {
-    model: LanguageModel,
-    cache: Cache,
+/// Numbers of rows of logits that are worth a thread.
+const DRAWN: usize = 16 * 1024;
+
+/// What the models say of the tokens that come next, row by row.
+struct Both {
+    policy: Logits,
+    reference: Option<Logits>,
+}
+
+impl Both {
+    fn rows(&self, index: usize) -> (&[f32], &[f32]) {
+        let reference = self.reference.as_ref().unwrap_or(&self.policy);
+        (self.policy.row(index), reference.row(index))
+    }
 }
 
 /// One completion in the making.
@@ -36,41 +50,33 @@ struct Stream {
     continuation: Continuation,
 }
 
-/// Logits of both models, row by row.
-struct Logits {
-    policy: Vec<f32>,
-    reference: Vec<f32>,
-    vocab: usize,
-}
-
 impl Sampler {
-    /// A sampler with so many slots, each with room for `capacity` tokens of prompt and completion.
+    /// A sampler with so many slots, each with room for `capacity` tokens of prompt and completion. Without
+    /// a reference the policy is its own, and is asked once.
     ///
     /// # Errors
     /// When the models' vocabularies differ or the device cannot hold the caches.
     pub fn new(
         policy: LanguageModel,
-        reference: LanguageModel,
+        reference: Option<LanguageModel>,
         settings: SamplingSettings,
         slots: usize,
         capacity: usize,
     ) -> Result<Self, ModelError> {
-        super::share_vocabulary(&policy, &reference)?;
-        let side = |model: LanguageModel| -> Result<Side, ModelError> {
-            let capacity = capacity.min(model.config().max_positions);
-            Ok(Side {
-                cache: Cache::new(&model, slots, capacity)?,
-                model,
-            })
-        };
+        let mut longest = policy.config().max_positions;
+        if let Some(reference) = &reference {
+            super::share_vocabulary(&policy, reference)?;
+            longest = longest.min(reference.config().max_positions);
+        }
+        let decoder = |model| Decoder::new(model, settings.precision, slots, capacity);
         Ok(Self {
-            policy: side(policy)?,
-            reference: side(reference)?,
+            policy: decoder(policy)?,
+            reference: reference.map(decoder).transpose()?,
             settings,
+            longest,
             slots: (0..slots).map(|_| None).collect(),
             groups: Groups::default(),
             waiting: VecDeque::new(),
-            scratch: Scratch::default(),
         })
     }
 
@@ -117,49 +123,60 @@ impl Sampler {
                 slots,
             })
             .collect();
-        let logits = self.logits(|side| side.model.prefill(&mut side.cache, &prompts))?;
+        let logits = self.logits(|model| model.prefill(&prompts))?;
+        let mut rows = Vec::new();
         for (row, (request, slots)) in admitted.iter().enumerate() {
             self.groups.begin(request);
             for (index, &slot) in slots.iter().enumerate() {
                 self.slots[slot] = Some(Stream::new(request, index));
-                self.write(slot, &logits, row)?;
+                rows.push((row, slot));
             }
         }
-        Ok(())
+        rows.sort_unstable_by_key(|&(_, slot)| slot);
+        self.write(&rows, &logits)
     }
 
+    /// The logits of the policy, and of the reference where it is another model.
     fn logits(
         &mut self,
-        mut forward: impl FnMut(&mut Side) -> Result<Tensor, ModelError>,
-    ) -> Result<Logits, ModelError> {
-        let vocab = self.policy.model.config().vocab_size;
-        let policy = forward(&mut self.policy)?.flatten_all()?.to_vec1()?;
-        let reference = forward(&mut self.reference)?.flatten_all()?.to_vec1()?;
-        Ok(Logits {
-            policy,
-            reference,
-            vocab,
+        mut forward: impl FnMut(&mut Decoder) -> Result<Logits, ModelError>,
+    ) -> Result<Both, ModelError> {
+        Ok(Both {
+            policy: forward(&mut self.policy)?,
+            reference: self.reference.as_mut().map(forward).transpose()?,
         })
     }
 
-    /// Draws the next token of the stream in `slot` from row `row` of the logits.
-    fn write(&mut self, slot: usize, logits: &Logits, row: usize) -> Result<(), ModelError> {
-        let Some(stream) = self.slots[slot].as_mut() else {
-            return Ok(());
-        };
-        let range = row * logits.vocab..(row + 1) * logits.vocab;
-        let rows = (&logits.policy[range.clone()], &logits.reference[range]);
-        let eos = &self.policy.model.config().eos;
-        let continuation = &mut stream.continuation;
-        continuation.write(rows, &self.settings, eos, &mut self.scratch)?;
-        if continuation.has_ended() {
+    /// Draws the next token of streams: of each the row of its logits and its slot, slots ascending.
+    fn write(&mut self, rows: &[(usize, usize)], logits: &Both) -> Result<(), ModelError> {
+        let mut rest = rows;
+        let mut streams = Vec::with_capacity(rows.len());
+        for (slot, stream) in self.slots.iter_mut().enumerate() {
+            if let (Some(stream), Some((&(row, _), later))) =
+                (stream, rest.split_first().filter(|(row, _)| row.1 == slot))
+            {
+                streams.push((row, &mut stream.continuation));
+                rest = later;
+            }
+        }
+        let (settings, eos) = (&self.settings, &self.policy.model().config().eos);
+        streams
+            .into_par_iter()
+            .with_min_len((DRAWN / logits.policy.width()).max(1))
+            .try_for_each_init(Scratch::default, |scratch, (row, continuation)| {
+                let drawn = continuation.write(logits.rows(row), settings, eos, scratch);
+                drawn.map(drop)
+            })?;
+        for &(_, slot) in rows {
             self.end(slot);
         }
         Ok(())
     }
 
+    /// Empties the slot if its completion has ended.
     fn end(&mut self, slot: usize) {
-        if let Some(stream) = self.slots[slot].take() {
+        let ended = self.slots[slot].take_if(|stream| stream.continuation.has_ended());
+        if let Some(stream) = ended {
             let completion = stream.continuation.into_completion();
             self.groups.end(stream.key, stream.index, completion);
         }
@@ -168,7 +185,7 @@ impl Sampler {
 
 impl CompletionWriter for Sampler {
     fn admit(&mut self, request: Request) -> Result<(), ModelError> {
-        request.fits(self.slots.len(), self.policy.model.config().max_positions)?;
+        request.fits(self.slots.len(), self.longest)?;
         self.waiting.push_back(request);
         Ok(())
     }
@@ -181,10 +198,9 @@ impl CompletionWriter for Sampler {
             .filter_map(|slot| Some((slot, last(self.slots[slot].as_ref()?)?)))
             .unzip();
         if !slots.is_empty() {
-            let logits = self.logits(|side| side.model.extend(&mut side.cache, &slots, &tokens))?;
-            for (row, &slot) in slots.iter().enumerate() {
-                self.write(slot, &logits, row)?;
-            }
+            let logits = self.logits(|model| model.extend(&slots, &tokens))?;
+            let rows: Vec<(usize, usize)> = slots.into_iter().enumerate().collect();
+            self.write(&rows, &logits)?;
         }
         Ok(self.groups.take_finished())
     }
@@ -195,8 +211,7 @@ impl CompletionWriter for Sampler {
 
     fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
         super::only_idle(self)?;
-        self.policy.model = policy;
-        Ok(())
+        self.policy.set_model(policy)
     }
 }
 
@@ -215,7 +230,11 @@ mod tests {
     use messages::{Completion, Finish, Seed};
 
     use super::*;
-    use crate::{Sequence, fixtures::tiny_model};
+    use crate::{
+        Precision, Sequence,
+        fixtures::tiny_model,
+        sampling::{log_softmax_at, mix},
+    };
 
     fn request(key: u64, ids: &[u32], mixture_coefs: &[f32], max_new_tokens: usize) -> Request {
         let seed = Seed(77).derive(key);
@@ -230,7 +249,14 @@ mod tests {
 
     fn sampler(policy: u64, reference: u64, slots: usize) -> Sampler {
         let (policy, reference) = (tiny_model(9, policy), tiny_model(9, reference));
-        Sampler::new(policy, reference, SamplingSettings::plain(12), slots, 32).unwrap()
+        Sampler::new(
+            policy,
+            Some(reference),
+            SamplingSettings::plain(12),
+            slots,
+            32,
+        )
+        .unwrap()
     }
 
     fn answers(mut sampler: Sampler, requests: &[Request]) -> Vec<Finished> {
@@ -344,17 +370,12 @@ mod tests {
     fn frequencies_match_the_mixture() {
         let (policy, reference, m) = (tiny_model(9, 1), tiny_model(9, 2), 0.3);
         let logits = |model: &LanguageModel| -> Vec<f32> {
-            let mut cache = Cache::new(model, 1, 4).unwrap();
-            let logits = model
-                .prefill(
-                    &mut cache,
-                    &[Prefill {
-                        ids: &[0, 5],
-                        slots: &[0],
-                    }],
-                )
-                .unwrap();
-            logits.to_vec2().unwrap().remove(0)
+            let mut decoder = Decoder::new(model.clone(), Precision::F32, 1, 4).unwrap();
+            let prompt = Prefill {
+                ids: &[0, 5],
+                slots: &[0],
+            };
+            decoder.prefill(&[prompt]).unwrap().row(0).to_vec()
         };
         let mut mixed = Vec::new();
         mix(&logits(&policy), &logits(&reference), m, &mut mixed);

@@ -1,11 +1,9 @@
 //! What no type can say about judges, preference models and the service.
 
-use std::path::Path;
-
 use super::Checks;
 use crate::{
     ApoSettings, ChatSettings, EndpointSettings, FitSettings, JudgeSettings, LocalChatSettings,
-    PairsSettings, PlaygroundGolden, PreferenceSettings, PromptsSettings, Settings,
+    ModelSource, PairsSettings, PlaygroundGolden, PreferenceSettings, PromptsSettings, Settings,
 };
 
 impl Checks {
@@ -132,9 +130,9 @@ impl Checks {
         }
     }
 
-    fn encoder(&mut self, path: &Path, template: &str) {
+    fn encoder(&mut self, path: &ModelSource, template: &str) {
         self.require(
-            !path.as_os_str().is_empty(),
+            !path.is_empty(),
             "preference.judge.path",
             "name the folder of the encoder",
         );

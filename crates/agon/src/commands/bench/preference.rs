@@ -2,7 +2,6 @@
 
 use std::{
     path::PathBuf,
-    process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,10 +24,10 @@ const ROWS: u64 = 256;
 /// The preference service under load: the judge of a configuration alone in full batches, then behind HTTP
 /// with many clients of one pair a request, then the same with batches of 1.
 ///
-/// Prints one line of JSON: pairs a second of each, the service's share of the judge's own, the gain over
+/// Tells pairs a second of each, the service's share of the judge's own, the gain over
 /// batches of 1, and the latency that clients see (p50 and p99, in milliseconds). The cache is off.
 ///
-/// Example: agon bench preference configs/overoptimization.toml --clients 200
+/// Example: agon bench preference configs/overoptimization.toml --clients 200 --json
 #[derive(clap::Args)]
 #[group(skip)]
 pub(super) struct Arguments {
@@ -45,7 +44,7 @@ pub(super) struct Arguments {
     seconds: f64,
 }
 
-pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let mut settings = resolve_file(&arguments.config, &arguments.set)?.settings;
     settings.preference.cache_size = 0;
     settings.preference.http.listen = "127.0.0.1:0".into();
@@ -60,7 +59,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let served = runtime.block_on(serve(&settings, &judge, &rows, (arguments.clients, time)))?;
     settings.preference.max_batch = 1;
     let single = runtime.block_on(serve(&settings, &judge, &rows, (arguments.clients, time)))?;
-    let report = json!({
+    Ok(json!({
         "judge": settings.preference.judge.name(),
         "clients": arguments.clients,
         "judge_pairs_per_second": own,
@@ -74,9 +73,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         "unbatched_p99_milliseconds": single.percentile(0.99),
         "gain_over_batch_1": served.rate / single.rate,
         "peak_memory_bytes": telemetry::peak_memory_bytes(),
-    });
-    println!("{report}");
-    Ok(ExitCode::SUCCESS)
+    }))
 }
 
 /// A prompt with two answers to compare.

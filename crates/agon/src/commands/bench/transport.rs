@@ -4,7 +4,6 @@ use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     num::NonZeroUsize,
-    process::ExitCode,
     thread,
     time::{Duration, Instant},
 };
@@ -29,12 +28,12 @@ const WINDOW: usize = 512;
 
 /// How the roles meet, with fake compute: in memory, and over a NATS server of its own.
 ///
-/// Prints one line of JSON: pairs a second through prompt, pair, label and learner; whether anything was
+/// Tells pairs a second through prompt, pair, label and learner; whether anything was
 /// lost; the largest memory of this process; and what it costs to publish and to fetch weights, as a ratio
 /// to a plain copy of the same bytes over loopback, whole and as a delta after a step that moved every
 /// weight a little.
 ///
-/// Example: agon bench transport --pairs 20000 --actors 1000 --weights-mib 256
+/// Example: agon bench transport --pairs 20000 --actors 1000 --weights-mib 256 --json
 #[derive(clap::Args)]
 #[group(skip)]
 pub(super) struct Arguments {
@@ -52,11 +51,9 @@ pub(super) struct Arguments {
     server: String,
 }
 
-pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     ensure!(arguments.actors > 0, "--actors must be at least 1");
-    let report = crate::runtime()?.block_on(measure(arguments))?;
-    println!("{report}");
-    Ok(ExitCode::SUCCESS)
+    crate::runtime()?.block_on(measure(arguments))
 }
 
 async fn measure(arguments: &Arguments) -> anyhow::Result<Value> {

@@ -7,23 +7,23 @@ use model::{LanguageModel, ModelFolder, RewardArchitecture, Sequence};
 use serde::Serialize;
 
 use super::{
-    ModelArguments,
+    FoundModel,
     rows::{Form, Given, Row, answer_all, read, refusal, text_row},
 };
 use crate::failure::Misuse;
 
 pub(super) fn run(
-    arguments: &ModelArguments,
+    found: &FoundModel,
     name: &Path,
     input: impl BufRead,
 ) -> anyhow::Result<ExitCode> {
-    if RewardArchitecture::of(&arguments.path).is_ok() {
-        let path = arguments.path.display();
+    if RewardArchitecture::of(&found.path).is_ok() {
+        let path = found.path.display();
         let advice =
             format!("{path} is a reward model, which gives no log-probabilities; add --reward");
         return Err(Misuse(advice).into());
     }
-    let (folder, model) = arguments.open()?;
+    let (folder, model) = found.open()?;
     let rows = read(name, input, |line, given| row(&folder, line, given));
     answer_all(rows, |rows| log_probabilities(&model, rows, name))
 }

@@ -15,8 +15,9 @@ use std::{
 };
 
 use model::{DType, Device, LanguageModel, ModelError, ModelFolder, open_policy};
+use settings::ModelSource;
 
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub};
 
 /// Log-probabilities or scores of given tokens under a model, from JSONL to JSONL.
 ///
@@ -49,12 +50,12 @@ pub(crate) struct Arguments {
 // No doc comment: clap would show it in place of the command's own.
 #[derive(clap::Args)]
 pub(crate) struct ModelArguments {
-    /// The model: a Hugging Face folder, such as a run's checkpoint.
-    #[arg(long = "model", value_name = "DIR")]
-    path: PathBuf,
+    /// The model: a Hugging Face folder, such as a run's checkpoint, or hf:ORG/NAME@REVISION.
+    #[arg(long, value_name = "MODEL")]
+    model: ModelSource,
     /// A PEFT folder: a LoRA adapter beside the model. A run's checkpoint that is one names its model.
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    #[arg(long, value_name = "MODEL")]
+    adapter: Option<ModelSource>,
     /// Where to compute: `cpu`, `cuda`, `cuda:N` or `metal`.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -87,10 +88,30 @@ impl ModelArguments {
         self.adapter.is_some()
     }
 
-    /// The model that is named.
+    /// The model that is named, fetched first where it is the hub's.
+    pub(crate) fn find(&self) -> anyhow::Result<FoundModel> {
+        let found = |source| model_hub::folder(source, &|| false);
+        Ok(FoundModel {
+            path: found(&self.model)?,
+            adapter: self.adapter.as_ref().map(found).transpose()?,
+            device: model::device(&self.device)?,
+            dtype: self.dtype,
+        })
+    }
+}
+
+/// A model in a folder, and how to compute with it.
+pub(crate) struct FoundModel {
+    path: PathBuf,
+    adapter: Option<PathBuf>,
+    device: Device,
+    dtype: Dtype,
+}
+
+impl FoundModel {
+    /// Reads it as a language model.
     pub(crate) fn open(&self) -> Result<(ModelFolder, LanguageModel), ModelError> {
-        let device = model::device(&self.device)?;
-        let numbers = (self.dtype.into(), &device);
+        let numbers = (self.dtype.into(), &self.device);
         open_policy(&self.path, self.adapter.as_deref(), None, numbers)
     }
 }
@@ -106,13 +127,13 @@ pub(crate) fn open(
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (name, input) = rows::open_input(&arguments.input)?;
-    if arguments.reward {
-        if arguments.model.has_adapter() {
-            let advice = "--adapter belongs to a language model: leave out --reward";
-            return Err(Misuse(advice.into()).into());
-        }
-        reward::run(&arguments.model, &name, input)
-    } else {
-        log_probabilities::run(&arguments.model, &name, input)
+    if arguments.reward && arguments.model.has_adapter() {
+        let advice = "--adapter belongs to a language model: leave out --reward";
+        return Err(Misuse(advice.into()).into());
+    }
+    let model = arguments.model.find()?;
+    match arguments.reward {
+        true => reward::run(&model, &name, input),
+        false => log_probabilities::run(&model, &name, input),
     }
 }

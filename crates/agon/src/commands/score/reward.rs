@@ -10,17 +10,17 @@ use model::{
 use serde::Serialize;
 
 use super::{
-    Dtype, ModelArguments,
+    Dtype, FoundModel,
     rows::{Form, Given, Row, answer_all, read, refusal, text_row},
 };
 use crate::failure::Misuse;
 
 pub(super) fn run(
-    arguments: &ModelArguments,
+    found: &FoundModel,
     name: &Path,
     input: impl BufRead,
 ) -> anyhow::Result<ExitCode> {
-    let scorer = Scorer::open(arguments)?;
+    let scorer = Scorer::open(found)?;
     let rows = read(name, input, |line, given| scorer.row(line, given));
     answer_all(rows, |rows| {
         let scores = scorer.scores(rows)?;
@@ -45,13 +45,12 @@ enum Scorer {
 }
 
 impl Scorer {
-    fn open(arguments: &ModelArguments) -> anyhow::Result<Self> {
-        let device = model::device(&arguments.device)?;
-        let path = &arguments.path;
+    fn open(found: &FoundModel) -> anyhow::Result<Self> {
+        let FoundModel { path, device, .. } = found;
         match RewardArchitecture::of(path)? {
-            RewardArchitecture::Decoder => Ok(Self::decoder(path, arguments.dtype, &device)?),
-            RewardArchitecture::Encoder if arguments.dtype == Dtype::F32 => {
-                Ok(Self::Encoder(Box::new(Encoder::load(path, &device)?)))
+            RewardArchitecture::Decoder => Ok(Self::decoder(path, found.dtype, device)?),
+            RewardArchitecture::Encoder if found.dtype == Dtype::F32 => {
+                Ok(Self::Encoder(Box::new(Encoder::load(path, device)?)))
             }
             RewardArchitecture::Encoder => {
                 let path = path.display();
@@ -199,10 +198,10 @@ mod tests {
     }
 
     fn open(directory: &TempDir, dtype: Dtype) -> anyhow::Result<Scorer> {
-        Scorer::open(&ModelArguments {
+        Scorer::open(&FoundModel {
             path: directory.path().to_owned(),
             adapter: None,
-            device: "cpu".into(),
+            device: Device::Cpu,
             dtype,
         })
     }

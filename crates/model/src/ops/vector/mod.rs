@@ -5,11 +5,18 @@
 //! sums, always added in the same order, so one machine gives one answer. Machines with and
 //! without fused multiply-add may differ in the last bits.
 
+use std::sync::OnceLock;
+
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 /// Partial sums a reduction keeps: one 512-bit vector.
 pub(super) const LANES: usize = 16;
+
+/// One word for each of [`LANES`] columns, a cache line of them: an `f32`, two bf16 or four `i8`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Line<W>(pub [W; LANES]);
 
 /// How a machine multiplies and adds.
 pub(super) trait Arithmetic {
@@ -18,6 +25,9 @@ pub(super) trait Arithmetic {
 
     /// [`LANES`] numbers, in registers if the machine has them.
     type Vector: Copy;
+
+    /// [`LANES`] whole numbers.
+    type Counts: Copy;
 
     /// `a * b + c`.
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
@@ -28,6 +38,36 @@ pub(super) trait Arithmetic {
 
     /// `a * x + sum` in every lane, rounded as [`Arithmetic::mul_add`] does.
     fn accumulate(a: f32, x: Self::Vector, sum: Self::Vector) -> Self::Vector;
+
+    /// `sum + a₀ x₀ + a₁ x₁` in every lane: two bf16 to a word, the low half first. The products are
+    /// exact; how the sums are rounded is the machine's affair.
+    #[inline(always)]
+    fn dot_pairs(a: u32, x: &Line<u32>, sum: Self::Vector) -> Self::Vector {
+        let low = |word: u32| f32::from_bits(word << 16);
+        let high = |word: u32| f32::from_bits(word & 0xffff_0000);
+        let sum = Self::accumulate(low(a), Self::load(&x.0.map(low)), sum);
+        Self::accumulate(high(a), Self::load(&x.0.map(high)), sum)
+    }
+
+    fn zero_counts() -> Self::Counts;
+
+    fn counts(counts: Self::Counts) -> [i32; LANES];
+
+    /// `sum + Σ aᵢ xᵢ` in every lane, exactly: four `u8` in `a`, four `i8` in each word of `x`.
+    fn dot_quads(a: u32, x: &Line<u32>, sum: Self::Counts) -> Self::Counts;
+}
+
+/// [`Arithmetic::dot_quads`] where the machine has no instruction for it.
+#[inline(always)]
+fn dot_quads(a: u32, x: &Line<u32>, mut sum: [i32; LANES]) -> [i32; LANES] {
+    let a = a.to_le_bytes();
+    for (sum, x) in sum.iter_mut().zip(x.0) {
+        let products = a.iter().zip(x.to_le_bytes());
+        *sum += products
+            .map(|(&a, x)| i32::from(a) * i32::from(x.cast_signed()))
+            .sum::<i32>();
+    }
+    sum
 }
 
 /// Product and sum rounded separately: the build's own target.
@@ -37,6 +77,7 @@ impl Arithmetic for Separate {
     const WIDE: bool = false;
 
     type Vector = [f32; LANES];
+    type Counts = [i32; LANES];
 
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
@@ -60,6 +101,21 @@ impl Arithmetic for Separate {
         }
         sum
     }
+
+    #[inline(always)]
+    fn zero_counts() -> [i32; LANES] {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn counts(counts: [i32; LANES]) -> [i32; LANES] {
+        counts
+    }
+
+    #[inline(always)]
+    fn dot_quads(a: u32, x: &Line<u32>, sum: [i32; LANES]) -> [i32; LANES] {
+        dot_quads(a, x, sum)
+    }
 }
 
 /// A loop to be compiled once per kind of machine. `run` must be `#[inline(always)]`, and so must
@@ -70,16 +126,85 @@ pub(super) trait Kernel {
     fn run<A: Arithmetic>(self) -> Self::Output;
 }
 
-/// Runs `kernel` as compiled for this machine.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
-    x86::dispatch(kernel)
+/// What loops are compiled for, the widest last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Level {
+    /// The build's own target.
+    Plain,
+    /// 256 bits, fused multiply-add.
+    Avx2,
+    /// 512 bits.
+    Avx512,
+    /// 512 bits, and instructions for dot products of bf16 and of bytes.
+    Avx512Dots,
 }
 
-/// Runs `kernel` as compiled for this machine.
+impl Level {
+    /// Those that work on this machine.
+    #[cfg(test)]
+    pub fn here() -> impl Iterator<Item = Self> {
+        let all = [Self::Plain, Self::Avx2, Self::Avx512, Self::Avx512Dots];
+        all.into_iter().filter(|&level| level <= detect())
+    }
+
+    /// Runs `kernel` as compiled for this, or for the widest below it that the machine has.
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "only what was detected is run")]
+        // SAFETY: the level is at most what was detected.
+        unsafe {
+            x86::run(kernel, self.min(detect()))
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        kernel.run::<Separate>()
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect() -> Level {
+    x86::detect()
+}
+
 #[cfg(not(target_arch = "x86_64"))]
+fn detect() -> Level {
+    Level::Plain
+}
+
+/// The level of this process: the widest that the machine has, unless `AGON_VECTORS` names a lower one.
+pub(super) fn level() -> Level {
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| asked().unwrap_or(Level::Avx512Dots).min(detect()))
+}
+
+/// What `AGON_VECTORS` names; all there is when it is not set.
+fn asked() -> Result<Level, String> {
+    let asked = std::env::var("AGON_VECTORS").unwrap_or_default();
+    match asked.as_str() {
+        "" => Ok(Level::Avx512Dots),
+        "plain" => Ok(Level::Plain),
+        "avx2" => Ok(Level::Avx2),
+        "avx512" => Ok(Level::Avx512),
+        other => Err(other.to_owned()),
+    }
+}
+
+/// What the loops of this process are compiled for: "plain", "avx2", "avx512" or "avx512 with dot products".
+///
+/// # Errors
+/// With what the environment variable `AGON_VECTORS` says, when it is none of the first three.
+pub fn vectors() -> Result<&'static str, String> {
+    asked()?;
+    Ok(match level() {
+        Level::Plain => "plain",
+        Level::Avx2 => "avx2",
+        Level::Avx512 => "avx512",
+        Level::Avx512Dots => "avx512 with dot products",
+    })
+}
+
+/// Runs `kernel` as compiled for this process.
 pub(super) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Separate>()
+    level().run(kernel)
 }
 
 /// `e^x` to within 2 units in the last place for x in `[-87, 88]`; beyond, the value at the bound
@@ -201,12 +326,12 @@ mod tests {
                 .map(|(&x, &y)| (f64::from(y) / f64::from(x).exp() - 1.0).abs())
                 .fold(0.0, f64::max)
         };
-        let mut here = arguments.clone();
-        dispatch(Exponentials(&mut here));
-        let mut plain = arguments.clone();
-        Exponentials(&mut plain).run::<Separate>();
-        assert!(worst(&here) < 2.0 * f64::from(f32::EPSILON));
-        assert!(worst(&plain) < 2.0 * f64::from(f32::EPSILON));
+        for level in Level::here() {
+            let mut found = arguments.clone();
+            level.run(Exponentials(&mut found));
+            let worst = worst(&found);
+            assert!(worst < 2.0 * f64::from(f32::EPSILON), "{level:?}: {worst}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The vectors of x86-64 beyond its baseline, found at run time.
 //!
 //! [`Avx512`] and [`Avx2`] are named nowhere outside this file, and in it only by the functions
-//! compiled for their instructions, which [`dispatch`] calls after detecting them. A kernel thus
+//! compiled for their instructions, which [`run`] calls where they were detected. A kernel thus
 //! meets them only where they work: that is the safety argument of every block below.
 #![expect(
     unsafe_code,
@@ -9,33 +9,54 @@
 )]
 
 use std::arch::x86_64::{
-    __m256, __m512, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_storeu_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_storeu_ps,
+    __m256, __m512, __m512bh, __m512i, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
+    _mm256_storeu_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32,
+    _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
-use super::{Arithmetic, Kernel, LANES, Separate};
+use super::{Arithmetic, Kernel, LANES, Level, Line, Separate};
 
-/// Runs `kernel` as compiled for the widest vectors this machine has.
-pub(super) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+/// The widest vectors this machine has.
+pub(super) fn detect() -> Level {
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
     let avx512 = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    if avx2 && avx512 {
-        // SAFETY: every feature `run_avx512` enables was just detected.
-        unsafe { run_avx512(kernel) }
-    } else if avx2 {
-        // SAFETY: every feature `run_avx2` enables was just detected.
-        unsafe { run_avx2(kernel) }
-    } else {
-        kernel.run::<Separate>()
+    let dots = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+    match (avx2, avx512, dots) {
+        (true, true, true) => Level::Avx512Dots,
+        (true, true, false) => Level::Avx512,
+        (true, false, _) => Level::Avx2,
+        (false, _, _) => Level::Plain,
     }
+}
+
+/// Runs `kernel` as compiled for `level`.
+///
+/// # Safety
+/// The machine must have it: it is at most what [`detect`] found.
+pub(super) unsafe fn run<K: Kernel>(kernel: K, level: Level) -> K::Output {
+    match level {
+        Level::Plain => kernel.run::<Separate>(),
+        // SAFETY: the machine has what the function is compiled for, says the caller; so below.
+        Level::Avx2 => unsafe { run_avx2(kernel) },
+        // SAFETY: as above.
+        Level::Avx512 => unsafe { run_avx512(kernel) },
+        // SAFETY: as above.
+        Level::Avx512Dots => unsafe { run_avx512_dots(kernel) },
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")]
+fn run_avx512_dots<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx512<true>>()
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512>()
+    kernel.run::<Avx512<false>>()
 }
 
 #[target_feature(enable = "avx2,fma")]
@@ -43,13 +64,15 @@ fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx2>()
 }
 
-/// Product and sum rounded once, 16 lanes to a register.
-struct Avx512;
+/// Product and sum rounded once, 16 lanes to a register. `DOTS`: with the instructions for dot products
+/// of bf16 and of bytes.
+struct Avx512<const DOTS: bool>;
 
-impl Arithmetic for Avx512 {
+impl<const DOTS: bool> Arithmetic for Avx512<DOTS> {
     const WIDE: bool = true;
 
     type Vector = __m512;
+    type Counts = __m512i;
 
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
@@ -73,6 +96,71 @@ impl Arithmetic for Avx512 {
         // SAFETY: AVX-512 is there, as the module says.
         unsafe { _mm512_fmadd_ps(_mm512_set1_ps(a), x, sum) }
     }
+
+    #[inline(always)]
+    fn dot_pairs(a: u32, x: &Line<u32>, sum: __m512) -> __m512 {
+        if !DOTS {
+            return halves(a, x, sum);
+        }
+        // SAFETY: AVX-512 with BF16 is there, as the module says; a line is 64 bytes, aligned to them. The
+        // two vector types are the same 512 bits.
+        unsafe {
+            let a = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(a.cast_signed()));
+            let x = std::mem::transmute::<__m512i, __m512bh>(line(x));
+            _mm512_dpbf16_ps(sum, a, x)
+        }
+    }
+
+    #[inline(always)]
+    fn zero_counts() -> __m512i {
+        // SAFETY: AVX-512 is there, as the module says.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    fn counts(counts: __m512i) -> [i32; LANES] {
+        let mut numbers = [0; LANES];
+        // SAFETY: AVX-512 is there, as the module says; 16 numbers are written to as many.
+        unsafe { _mm512_storeu_si512(numbers.as_mut_ptr().cast(), counts) };
+        numbers
+    }
+
+    #[inline(always)]
+    fn dot_quads(a: u32, x: &Line<u32>, sum: __m512i) -> __m512i {
+        if DOTS {
+            // SAFETY: AVX-512 with VNNI is there, as the module says.
+            return unsafe {
+                _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(a.cast_signed()), line(x))
+            };
+        }
+        let sums = super::dot_quads(a, x, Self::counts(sum));
+        // SAFETY: AVX-512 is there, as the module says; 16 numbers are read of as many.
+        unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) }
+    }
+}
+
+/// The two halves of every word as products of their own.
+#[inline(always)]
+fn halves(a: u32, x: &Line<u32>, sum: __m512) -> __m512 {
+    // SAFETY: AVX-512 is there, as the module says.
+    unsafe {
+        let words = line(x);
+        let low = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words));
+        let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+        let high = _mm512_castsi512_ps(_mm512_and_si512(words, mask));
+        let sum = _mm512_fmadd_ps(_mm512_set1_ps(f32::from_bits(a << 16)), low, sum);
+        _mm512_fmadd_ps(_mm512_set1_ps(f32::from_bits(a & 0xffff_0000)), high, sum)
+    }
+}
+
+/// The words of a line.
+///
+/// # Safety
+/// AVX-512 must be there.
+#[inline(always)]
+unsafe fn line(words: &Line<u32>) -> __m512i {
+    // SAFETY: a line is 64 bytes, aligned to them.
+    unsafe { _mm512_load_si512(words.0.as_ptr().cast()) }
 }
 
 /// Product and sum rounded once, 8 lanes to a register.
@@ -82,6 +170,7 @@ impl Arithmetic for Avx2 {
     const WIDE: bool = false;
 
     type Vector = [__m256; 2];
+    type Counts = [i32; LANES];
 
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
@@ -121,6 +210,21 @@ impl Arithmetic for Avx2 {
             ]
         }
     }
+
+    #[inline(always)]
+    fn zero_counts() -> [i32; LANES] {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn counts(counts: [i32; LANES]) -> [i32; LANES] {
+        counts
+    }
+
+    #[inline(always)]
+    fn dot_quads(a: u32, x: &Line<u32>, sum: [i32; LANES]) -> [i32; LANES] {
+        super::dot_quads(a, x, sum)
+    }
 }
 
 #[cfg(test)]
@@ -145,17 +249,10 @@ mod tests {
         let start: [f32; LANES] = std::array::from_fn(|lane| lane as f32 + 1.0);
         let mut expected = start.map(|x| 4.0 * x);
         expected[0] = 41.0;
-        let mut numbers = start;
-        Chain(&mut numbers).run::<Separate>();
-        assert_eq!(numbers, expected);
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        for level in Level::here() {
             let mut numbers = start;
-            // SAFETY: just detected.
-            unsafe { run_avx2(Chain(&mut numbers)) };
-            assert_eq!(numbers, expected);
+            level.run(Chain(&mut numbers));
+            assert_eq!(numbers, expected, "{level:?}");
         }
-        let mut numbers = start;
-        dispatch(Chain(&mut numbers));
-        assert_eq!(numbers, expected);
     }
 }

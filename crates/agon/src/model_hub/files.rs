@@ -1,0 +1,195 @@
+//! Which files of a repository a model is made of.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use hf_hub::api::RepoInfo;
+use serde_json::Value;
+use settings::HubModel;
+
+use super::HubError;
+
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
+/// Read beside the weights, where there are such files.
+const BESIDE: [&str; 6] = [
+    CONFIG,
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+
+/// The names of all files of a repository.
+pub(super) fn names(info: &RepoInfo) -> BTreeSet<String> {
+    let files = info.siblings.iter();
+    files.map(|file| file.rfilename.clone()).collect()
+}
+
+/// The files that are wanted of a repository with files of these names: what stands beside the weights, the weights,
+/// and an adapter's. Which shards there are is known once their index lies in `folder`.
+pub(super) fn wanted(
+    model: &HubModel,
+    names: &BTreeSet<String>,
+    folder: &Path,
+) -> Result<Vec<String>, HubError> {
+    let has = |name: &&str| names.contains(*name);
+    let weights: Vec<String> = match [WEIGHTS, INDEX].into_iter().find(has) {
+        Some(INDEX) => shards(model, names, folder)?,
+        Some(single) => vec![single.to_owned()],
+        None => Vec::new(),
+    };
+    let adapter = ADAPTER.iter().all(has);
+    if weights.is_empty() && !adapter {
+        return Err(no_safetensors(model, names));
+    }
+    let beside = BESIDE.into_iter().filter(has).map(str::to_owned);
+    let adapter = adapter.then_some(ADAPTER).into_iter().flatten();
+    let adapter = adapter.map(str::to_owned);
+    // The weights come last: who has them has all.
+    Ok(beside.chain(adapter).chain(weights).collect())
+}
+
+/// The index, and the shards that it names.
+fn shards(
+    model: &HubModel,
+    names: &BTreeSet<String>,
+    folder: &Path,
+) -> Result<Vec<String>, HubError> {
+    let mut files = vec![INDEX.to_owned()];
+    let Some(shards) = of_index(&folder.join(INDEX)) else {
+        return Ok(files);
+    };
+    if let Some(missing) = shards.iter().find(|name| !names.contains(*name)) {
+        return Err(HubError::Failed {
+            model: model.clone(),
+            reason: format!("its {INDEX} names {missing:?}, which the repository does not have"),
+        });
+    }
+    files.extend(shards);
+    Ok(files)
+}
+
+/// The files that an index names; `None` where it is missing or no index.
+fn of_index(index: &Path) -> Option<BTreeSet<String>> {
+    let index: Value = serde_json::from_slice(&fs::read(index).ok()?).ok()?;
+    let map = index["weight_map"].as_object()?;
+    map.values()
+        .map(|file| file.as_str().map(str::to_owned))
+        .collect()
+}
+
+fn no_safetensors(model: &HubModel, names: &BTreeSet<String>) -> HubError {
+    let others = [".bin", ".gguf", ".pth", ".pt", ".msgpack", ".h5"];
+    let other = |name: &&String| others.iter().any(|end| name.ends_with(end));
+    let found = names.iter().find(other);
+    HubError::NoSafetensors {
+        model: model.clone(),
+        found: found.map_or(String::new(), |name| format!(" (it has {name})")),
+    }
+}
+
+/// Whether a folder has all that a model, or an adapter, cannot do without.
+pub(super) fn is_whole(folder: &Path) -> bool {
+    let has = |name: &str| folder.join(name).exists();
+    let shards = || of_index(&folder.join(INDEX));
+    let weights = || has(WEIGHTS) || shards().is_some_and(|all| all.iter().all(|name| has(name)));
+    let model = has(CONFIG) && has(TOKENIZER) && weights();
+    model || (!has(CONFIG) && ADAPTER.into_iter().all(has))
+}
+
+#[cfg(test)]
+mod tests {
+    use settings::ModelSource;
+
+    use super::*;
+
+    fn model() -> HubModel {
+        match "hf:org/name".parse() {
+            Ok(ModelSource::Hub(model)) => model,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn wanted_of(names: &[&str], folder: &Path) -> Result<Vec<String>, String> {
+        let names = names.iter().map(|name| (*name).to_owned()).collect();
+        wanted(&model(), &names, folder).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_repository_gives_what_is_read_and_no_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let cases: [(&[&str], &[&str]); 4] = [
+            (
+                &[
+                    "README.md",
+                    CONFIG,
+                    TOKENIZER,
+                    WEIGHTS,
+                    "pytorch_model.bin",
+                    "onnx/model.onnx",
+                ],
+                &[CONFIG, TOKENIZER, WEIGHTS],
+            ),
+            (&[CONFIG, INDEX, WEIGHTS], &[CONFIG, WEIGHTS]),
+            (&[CONFIG, INDEX, "a.safetensors"], &[CONFIG, INDEX]),
+            (
+                &["adapter_config.json", "adapter_model.safetensors"],
+                &ADAPTER,
+            ),
+        ];
+        for (names, expected) in cases {
+            assert_eq!(
+                wanted_of(names, folder.path()).unwrap(),
+                expected,
+                "{names:?}"
+            );
+        }
+        let bare = wanted_of(&[CONFIG, "pytorch_model.bin"], folder.path()).unwrap_err();
+        assert!(
+            bare.contains("no safetensors (it has pytorch_model.bin)"),
+            "{bare}"
+        );
+    }
+
+    #[test]
+    fn shards_are_those_of_the_index_and_of_the_repository() {
+        let folder = tempfile::tempdir().unwrap();
+        let index =
+            r#"{"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"}}"#;
+        fs::write(folder.path().join(INDEX), index).unwrap();
+        let names = [INDEX, "a.safetensors", "b.safetensors", "c.safetensors"];
+        assert_eq!(wanted_of(&names, folder.path()).unwrap(), &names[..3]);
+        // So no name of an index leads out of the cache.
+        let foreign = wanted_of(&names[..2], folder.path()).unwrap_err();
+        assert!(foreign.contains("b.safetensors"), "{foreign}");
+    }
+
+    #[test]
+    fn a_folder_is_whole_with_its_last_file() {
+        let index = r#"{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}"#;
+        let cases: [&[(&str, &str)]; 3] = [
+            &[(CONFIG, ""), (TOKENIZER, ""), (WEIGHTS, "")],
+            &[
+                (CONFIG, ""),
+                (TOKENIZER, ""),
+                (INDEX, index),
+                ("a.safetensors", ""),
+                ("b.safetensors", ""),
+            ],
+            &[(ADAPTER[0], ""), (ADAPTER[1], "")],
+        ];
+        for files in cases {
+            let folder = tempfile::tempdir().unwrap();
+            for (name, content) in files {
+                assert!(!is_whole(folder.path()), "{files:?} before {name}");
+                fs::write(folder.path().join(name), content).unwrap();
+            }
+            assert!(is_whole(folder.path()), "{files:?}");
+        }
+    }
+}

@@ -1,0 +1,175 @@
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{
+    DType, Device, ModelConfig, Weights,
+    fixtures::{adapted, tiny_model},
+    sampling::log_softmax_at,
+};
+
+/// A decoder of tensors, as other devices have them.
+fn of_tensors(model: &LanguageModel, slots: usize, capacity: usize) -> Decoder {
+    let cache = tensors::Cache::new(model, slots, capacity).unwrap();
+    Decoder {
+        model: model.clone(),
+        precision: Precision::F32,
+        capacity,
+        lengths: vec![0; slots],
+        engine: Engine::Tensors(cache),
+    }
+}
+
+/// Two blocks of grouped queries with these keys of its configuration changed.
+fn model(changes: &Value) -> LanguageModel {
+    let mut raw = json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 24, "intermediate_size": 40,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 50, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    });
+    raw.as_object_mut()
+        .unwrap()
+        .extend(changes.as_object().unwrap().clone());
+    let config = ModelConfig::from_json(raw, std::path::Path::new("config.json")).unwrap();
+    let weights = Weights::initialise(&config, messages::Seed(3), DType::F32, &Device::Cpu);
+    LanguageModel::new(config, weights.unwrap()).unwrap()
+}
+
+/// All logits while five sequences are written, two of one prompt, slots in disorder.
+fn logits(decoder: &mut Decoder) -> Vec<f32> {
+    let long: Vec<u32> = (0..23).map(|i| (i * 7) % 50).collect();
+    let prompts = [
+        Prefill {
+            ids: &[3, 1, 4],
+            slots: &[4, 1],
+        },
+        Prefill {
+            ids: &long,
+            slots: &[0],
+        },
+        Prefill {
+            ids: &[5],
+            slots: &[3, 2],
+        },
+    ];
+    let mut all = decoder.prefill(&prompts).unwrap().numbers;
+    let mut slots = vec![1, 0, 4, 2, 3];
+    for step in 0..8u32 {
+        let tokens: Vec<u32> = slots
+            .iter()
+            .map(|&slot| (slot as u32 * 11 + step) % 50)
+            .collect();
+        all.extend(decoder.extend(&slots, &tokens).unwrap().numbers);
+        if step == 4 {
+            slots.remove(1);
+        }
+    }
+    all
+}
+
+fn gap(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
+}
+
+#[test]
+fn both_engines_agree_on_every_architecture_and_packing_makes_them_differ_little() {
+    for changes in [
+        json!({}),
+        json!({"tie_word_embeddings": true}),
+        json!({"architectures": ["MistralForCausalLM"], "sliding_window": 9}),
+        json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9, "use_sliding_window": false, "max_window_layers": 2}),
+        json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}),
+    ] {
+        let model = model(&changes);
+        let expected = logits(&mut of_tensors(&model, 5, 40));
+        let found = |precision| logits(&mut Decoder::new(model.clone(), precision, 5, 40).unwrap());
+        let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let exact = gap(&found(Precision::F32), &expected);
+        assert!(exact < 1e-5 * (1.0 + most), "{changes}: {exact}");
+        for precision in [Precision::Bf16, Precision::Int8] {
+            let gap = gap(&found(precision), &expected);
+            assert!(
+                gap > 1e-4 && gap < 0.1 * most,
+                "{changes} {precision:?}: {gap} of {most}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_adapter_is_merged_and_another_model_replaces_it() {
+    let adapted = adapted(9, 1, &["q_proj", "down_proj"]);
+    let last = |decoder: &mut Decoder| {
+        let prompt = Prefill {
+            ids: &[0, 4, 2],
+            slots: &[0],
+        };
+        decoder.prefill(&[prompt]).unwrap().row(0).to_vec()
+    };
+    let mut decoder = Decoder::new(adapted.clone(), Precision::F32, 1, 8).unwrap();
+    assert!(gap(&last(&mut decoder), &last(&mut of_tensors(&adapted, 1, 8))) < 1e-5);
+    let other = tiny_model(9, 2);
+    decoder.set_model(other.clone()).unwrap();
+    assert_eq!(decoder.length(0), 0);
+    let fresh = last(&mut Decoder::new(other, Precision::F32, 1, 8).unwrap());
+    assert_eq!(last(&mut decoder), fresh);
+    assert!(fresh.iter().all(|x| x.is_finite()));
+    assert!(log_softmax_at(&fresh, 3) < 0.0);
+}
+
+#[test]
+fn a_sequence_depends_on_no_other_and_many_threads_change_no_bit() {
+    let model = model(&json!({}));
+    let slots: Vec<usize> = (0..40).collect();
+    let written = |slots: &[usize], threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let mut decoder = Decoder::new(model.clone(), Precision::F32, 40, 16).unwrap();
+            for slot in slots {
+                let ids = [*slot as u32, 7];
+                let prompt = Prefill {
+                    ids: &ids,
+                    slots: &[*slot],
+                };
+                decoder.prefill(&[prompt]).unwrap();
+            }
+            let tokens: Vec<u32> = slots.iter().map(|&slot| slot as u32 + 1).collect();
+            decoder.extend(slots, &tokens).unwrap()
+        })
+    };
+    let all = written(&slots, 1);
+    assert_eq!(all.numbers, written(&slots, 3).numbers);
+    for slot in [0, 17, 39] {
+        assert_eq!(written(&[slot], 2).row(0), all.row(slot));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut decoder = Decoder::new(tiny_model(9, 1), Precision::F32, 2, 4).unwrap();
+    let refused = |decoder: &mut Decoder, ids: &[u32], slots: &[usize]| {
+        let prompt = Prefill { ids, slots };
+        decoder.prefill(&[prompt]).unwrap_err().to_string()
+    };
+    assert!(refused(&mut decoder, &[], &[0]).contains("at least one token"));
+    assert!(refused(&mut decoder, &[1], &[]).contains("one slot"));
+    assert!(refused(&mut decoder, &[9], &[0]).contains("token 9"));
+    assert!(refused(&mut decoder, &[1; 5], &[0]).contains("room for 4 tokens"));
+    decoder
+        .prefill(&[Prefill {
+            ids: &[1; 4],
+            slots: &[0],
+        }])
+        .unwrap();
+    let full = decoder.extend(&[0], &[1]).unwrap_err().to_string();
+    assert!(
+        full.contains("room for 4 tokens cannot take 1 more"),
+        "{full}"
+    );
+}

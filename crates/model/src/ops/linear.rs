@@ -1,0 +1,147 @@
+//! A linear map, in `f32` or with its products taken of bf16.
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+
+use super::matrix::{Begin, Factor, Precision, product};
+use super::storage::{argument, floats, fusible, result};
+
+/// `x · weightᵀ`: `x` is `[N, in]`, `weight` `[out, in]`, the result `[N, out]`.
+///
+/// Differentiable in both; a weight that is not trained costs no gradient. With [`Precision::Bf16`] the
+/// factors of the product and of both its gradients are rounded to bf16 and their sums taken in `f32`, as
+/// mixed precision has it (Micikevicius et al. 2018); on other devices the product is candle's own.
+///
+/// # Errors
+/// If the shapes do not fit, or bytes are asked for.
+pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
+    let ((_, width), (out, expected)) = (x.dims2()?, weight.dims2()?);
+    if width != expected {
+        bail!("linear: rows of {width} for a weight [{out}, {expected}]");
+    }
+    if precision == Precision::Int8 {
+        bail!("linear: bytes are for writing, not for training: use f32 or bf16");
+    }
+    if !fusible(&[x, weight]) {
+        return x.matmul(&weight.t()?);
+    }
+    x.contiguous()?
+        .apply_op2(&weight.contiguous()?, Linear { precision })
+}
+
+struct Linear {
+    precision: Precision,
+}
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((rows, width), (columns, _)) =
+            (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
+        let x = Factor::new(argument(x, x_layout)?, rows, width);
+        let weight = Factor::new(argument(weight, weight_layout)?, columns, width);
+        let mut out = vec![0.0; rows * columns];
+        let into = (Begin::Anew, out.as_mut_slice());
+        product(x, weight.transposed(), self.precision, into);
+        Ok(result(out, &Shape::from((rows, columns))))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let ((rows, width), (columns, _)) = (x.dims2()?, weight.dims2()?);
+        let gradient = gradient.contiguous()?;
+        let gradient = floats(&gradient)?;
+        let gradient = Factor::new(&gradient, rows, columns);
+        let mut dx = vec![0.0; rows * width];
+        let of_weight = floats(weight)?;
+        let of_weight = Factor::new(&of_weight, columns, width);
+        product(gradient, of_weight, self.precision, (Begin::Anew, &mut dx));
+        let dweight = || {
+            let mut dweight = vec![0.0; columns * width];
+            let x = floats(x)?;
+            let x = Factor::new(&x, rows, width);
+            let into = (Begin::Anew, dweight.as_mut_slice());
+            product(gradient.transposed(), x, self.precision, into);
+            Tensor::from_vec(dweight, weight.shape(), weight.device())
+        };
+        let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
+        Ok((Some(dx), weight.track_op().then(dweight).transpose()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Var;
+
+    use super::super::check::{
+        assert_close, assert_differentiates, assert_same, noise, value_and_gradients,
+    };
+    use super::*;
+
+    #[test]
+    fn agrees_with_candles_product_and_differentiates() {
+        for (rows, width, out) in [(1, 1, 1), (37, 24, 19), (300, 200, 130)] {
+            let inputs = [noise((rows, width), 1), noise((out, width), 2)];
+            assert_same(
+                &inputs,
+                |t| linear(&t[0], &t[1], Precision::F32),
+                |t| t[0].matmul(&t[1].t()?),
+            );
+        }
+        assert_differentiates(&[noise((4, 7), 4), noise((5, 7), 3)], |t| {
+            linear(&t[0], &t[1], Precision::F32)
+        });
+    }
+
+    #[test]
+    fn bf16_rounds_the_factors_of_all_three_products() -> Result<()> {
+        let inputs = [noise((70, 40), 1), noise((33, 40), 2)];
+        let rounded = |x: &Tensor| {
+            let half = x.to_dtype(candle_core::DType::BF16)?;
+            half.to_dtype(candle_core::DType::F32)
+        };
+        let (value, gradients) =
+            value_and_gradients(&inputs, |t| linear(&t[0], &t[1], Precision::Bf16));
+        let (x, weight) = (rounded(&inputs[0])?, rounded(&inputs[1])?);
+        assert_close(&value, &x.matmul(&weight.t()?)?, 1e-5);
+        let exact = value_and_gradients(&inputs, |t| linear(&t[0], &t[1], Precision::F32));
+        for (found, exact) in gradients.iter().zip(&exact.1) {
+            assert_close(found, exact, 0.02);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_weight_that_is_not_trained_has_no_gradient() -> Result<()> {
+        let (x, weight) = (Var::from_tensor(&noise((37, 24), 1))?, noise((19, 24), 2));
+        let gradients = linear(&x, &weight, Precision::F32)?.sqr()?.backward()?;
+        assert!(gradients.get(&x).is_some() && gradients.get(&weight).is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let x = noise((4, 7), 4);
+        let refused = |weight: &Tensor, precision| {
+            let refused = linear(&x, weight, precision).unwrap_err();
+            refused.to_string()
+        };
+        let misfit = refused(&noise((5, 6), 1), Precision::F32);
+        assert!(misfit.contains("rows of 7 for a weight [5, 6]"), "{misfit}");
+        let bytes = refused(&noise((5, 7), 1), Precision::Int8);
+        assert!(bytes.contains("not for training"), "{bytes}");
+    }
+}

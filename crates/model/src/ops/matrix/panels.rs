@@ -1,0 +1,168 @@
+//! The right factor of a product, laid out in panels.
+
+use rayon::prelude::*;
+
+use super::super::vector::{Arithmetic, Kernel, LANES, Line, dispatch};
+use super::{Factor, rows};
+
+/// How the bytes of a panel's columns are read.
+#[derive(Clone, Copy)]
+pub(super) struct Columns {
+    /// The number that one stands for.
+    pub scales: [f32; LANES],
+    /// What rows that begin at 128 add to each sum: 128 times the sum of the column's bytes.
+    pub excess: [i32; LANES],
+}
+
+/// A panel to be filled: the columns of the factor from `first` on, at most 16.
+struct Panel<'a, W> {
+    right: Factor<'a>,
+    first: usize,
+    lines: &'a mut [Line<W>],
+}
+
+impl<'a, W> Panel<'a, W> {
+    fn count(&self) -> usize {
+        LANES.min(self.right.columns - self.first)
+    }
+
+    /// Where the factor lies across: the panel's columns.
+    fn columns(&self) -> impl Iterator<Item = &'a [f32]> + use<'a, W> {
+        let columns = self.right.numbers.chunks(self.right.rows);
+        columns.skip(self.first).take(self.count())
+    }
+}
+
+/// Makes panels of `depth` lines.
+fn lay<W: Copy + Default + Send + Sync>(
+    right: Factor<'_>,
+    depth: usize,
+    fill: impl Fn(Panel<'_, W>) + Sync,
+) -> Vec<Line<W>> {
+    let panels = right.columns.div_ceil(LANES);
+    let mut lines = vec![Line([W::default(); LANES]); panels * depth];
+    lines
+        .par_chunks_mut(depth.max(1))
+        .zip((0..right.columns).into_par_iter().step_by(LANES))
+        .with_min_len(1 + 1024 / depth.max(1))
+        .for_each(|(lines, first)| {
+            fill(Panel {
+                right,
+                first,
+                lines,
+            });
+        });
+    lines
+}
+
+pub(super) fn floats(right: Factor<'_>) -> Vec<Line<f32>> {
+    lay(right, right.rows, |panel| dispatch(Floats(panel)))
+}
+
+pub(super) fn pairs(right: Factor<'_>, depth: usize) -> Vec<Line<u32>> {
+    lay(right, depth, |panel| dispatch(Pairs(panel)))
+}
+
+/// Of a factor that lies across: weights.
+pub(super) fn bytes(right: Factor<'_>, depth: usize) -> (Vec<Line<u32>>, Vec<Columns>) {
+    assert!(right.across, "bytes are for weights");
+    let of_panel = |columns: &[f32]| {
+        let (mut scales, mut excess) = ([0.0; LANES], [0; LANES]);
+        for (lane, column) in columns.chunks(right.rows).enumerate() {
+            scales[lane] = rows::scale(column);
+            let steps = column.iter().map(|&x| rows::byte(x, scales[lane]));
+            excess[lane] = 128 * steps.map(i32::from).sum::<i32>();
+        }
+        Columns { scales, excess }
+    };
+    let panels = right.numbers.par_chunks(LANES * right.rows);
+    let columns: Vec<Columns> = panels.map(of_panel).collect();
+    let lines = lay(right, depth, |panel| {
+        let scales = &columns[panel.first / LANES].scales;
+        dispatch(Bytes { panel, scales });
+    });
+    (lines, columns)
+}
+
+struct Floats<'a>(Panel<'a, f32>);
+
+impl Kernel for Floats<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let (panel, count) = (&self.0, self.0.count());
+        let (right, first) = (panel.right, panel.first);
+        if right.across {
+            for (lane, column) in panel.columns().enumerate() {
+                for (line, &x) in self.0.lines.iter_mut().zip(column) {
+                    line.0[lane] = x;
+                }
+            }
+            return;
+        }
+        let rows = right.numbers.chunks(right.columns);
+        for (line, row) in self.0.lines.iter_mut().zip(rows) {
+            line.0[..count].copy_from_slice(&row[first..first + count]);
+        }
+    }
+}
+
+struct Pairs<'a>(Panel<'a, u32>);
+
+impl Kernel for Pairs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let (panel, count) = (&self.0, self.0.count());
+        let (right, first) = (panel.right, panel.first);
+        if right.across {
+            for (lane, column) in panel.columns().enumerate() {
+                let (pairs, rest) = column.as_chunks::<2>();
+                for (line, &[even, odd]) in self.0.lines.iter_mut().zip(pairs) {
+                    line.0[lane] = rows::pair(even, odd);
+                }
+                if let [last] = rest {
+                    self.0.lines[pairs.len()].0[lane] = rows::pair(*last, 0.0);
+                }
+            }
+            return;
+        }
+        let zeros = [0.0; LANES];
+        let two = right.numbers.chunks(2 * right.columns);
+        for (line, two) in self.0.lines.iter_mut().zip(two) {
+            let even = &two[first..first + count];
+            // An odd row at the end stands alone.
+            let odd = match two.split_at_checked(right.columns) {
+                Some((_, odd)) if !odd.is_empty() => &odd[first..],
+                _ => &zeros[..],
+            };
+            for ((word, &even), &odd) in line.0.iter_mut().zip(even).zip(odd) {
+                *word = rows::pair(even, odd);
+            }
+        }
+    }
+}
+
+struct Bytes<'a> {
+    panel: Panel<'a, u32>,
+    scales: &'a [f32; LANES],
+}
+
+impl Kernel for Bytes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        for (lane, column) in self.panel.columns().enumerate() {
+            for (line, x) in self.panel.lines.iter_mut().zip(column.chunks(4)) {
+                let mut bytes = [0; 4];
+                for (byte, &x) in bytes.iter_mut().zip(x) {
+                    *byte = rows::byte(x, self.scales[lane]).cast_unsigned();
+                }
+                line.0[lane] = u32::from_le_bytes(bytes);
+            }
+        }
+    }
+}

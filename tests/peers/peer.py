@@ -1,0 +1,148 @@
+"""The same work as `agon bench`, done by what else there is: transformers, PyTorch and TRL.
+
+Prints one line of JSON. Token ids are random, and no token ends a text, so that both sides do the same work.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+
+os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", WANDB_DISABLED="true")
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+
+def load(folder, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def median_seconds(work, rounds):
+    work()
+    taken = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def make_model(arguments):
+    """A Llama of 15 million parameters with random weights and the tokenizer of another folder."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    config = LlamaConfig(
+        vocab_size=32064, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=32000, pad_token_id=32000,
+    )
+    LlamaForCausalLM(config).save_pretrained(arguments.model)
+    tokenizer.save_pretrained(arguments.model)
+    return {"peer": "none", "made": arguments.model}
+
+
+def rollout(arguments):
+    """transformers' generate, plain sampling."""
+    model = load(arguments.model).eval()
+    ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.prompt))
+
+    def generate():
+        with torch.no_grad():
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, pad_token_id=0,
+                max_new_tokens=arguments.new_tokens, min_new_tokens=arguments.new_tokens,
+            )
+
+    seconds = median_seconds(generate, 3)
+    return {"peer": "transformers", "tokens_per_second": arguments.batch * arguments.new_tokens / seconds}
+
+
+def learner(arguments):
+    """One IPO step of PyTorch on 16 completions of 128 tokens, all scored, clipped, AdamW."""
+    model = load(arguments.model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(3, model.config.vocab_size, (16, 129))
+    reference = torch.full((16,), -1280.0)
+
+    def step():
+        logps = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2).sum(1)
+        ratios = logps - reference
+        loss = ((ratios[0::2] - ratios[1::2] - 1 / (2 * 0.1)) ** 2).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"peer": "PyTorch", "tokens_per_second": 16 * 128 / median_seconds(step, 3)}
+
+
+def train(arguments):
+    """TRL's online IPO, or its Nash-MD when there is a weight on the reference."""
+    from datasets import Dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = tokenizer.chat_template or "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    policy, reference = load(arguments.model), load(arguments.model)
+    prompt = "Once upon a time there was a little girl who liked to"
+    rows = Dataset.from_list([{"prompt": f"{prompt} {i}"} for i in range(256)])
+    common = dict(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=arguments.batch, max_steps=5,
+        max_new_tokens=arguments.new_tokens, max_length=256, learning_rate=1e-5, beta=0.1, temperature=1.0,
+        report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, bf16=False, disable_dropout=True,
+        missing_eos_penalty=None, gradient_checkpointing=False,
+    )
+    shared = dict(model=policy, ref_model=reference, processing_class=tokenizer, train_dataset=rows)
+    if arguments.mixture_coef == 0:
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+        def judge(completions, **_):
+            return [float(len(completion)) for completion in completions]
+
+        trainer = OnlineDPOTrainer(args=OnlineDPOConfig(loss_type="ipo", **common), reward_funcs=judge, **shared)
+    else:
+        from transformers import LlamaForSequenceClassification
+        from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
+
+        config = policy.config.__class__(**{**policy.config.to_dict(), "num_labels": 1})
+        trainer = NashMDTrainer(
+            args=NashMDConfig(mixture_coef=arguments.mixture_coef, **common),
+            reward_funcs=LlamaForSequenceClassification(config), **shared,
+        )
+    taken, plain = [], trainer.training_step
+
+    def timed(*args, **kwargs):
+        started = time.perf_counter()
+        result = plain(*args, **kwargs)
+        taken.append(time.perf_counter() - started)
+        return result
+
+    trainer.training_step = timed
+    trainer.train()
+    seconds = statistics.median(taken[1:])
+    return {"peer": "TRL", "pairs_per_second": arguments.batch / seconds}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["make_model", "rollout", "learner", "train"])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokenizer", help="of make_model: where the tokenizer is taken from")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--mixture-coef", type=float, default=0.0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count())
+    report = globals()[arguments.part](arguments)
+    report["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps(report))
+
+
+main()

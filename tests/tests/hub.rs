@@ -1,0 +1,361 @@
+//! Models of the Hugging Face hub, wherever one may be named: fetched once, found again, and told of in sentences when
+//! they cannot be had. The hub is one of the test's own.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use house::{
+    Ended, FakeHub, HUB_COMMIT, HUB_REPOSITORY, Workplace, agon_at_hub, config, has_nats_server,
+    report, run_at_hub,
+};
+use playground::Bandit;
+use serde_json::Value;
+
+const MODEL: &str = "hf:org/tiny";
+
+/// Where nobody listens.
+const NOWHERE: &str = "http://127.0.0.1:1";
+
+/// A model of two words.
+fn model(workplace: &Workplace) -> PathBuf {
+    let folder = workplace.path("published");
+    fs::create_dir_all(&folder).expect("a folder in a temporary directory");
+    let bandit = Bandit::new(&[0.7, 0.3]).expect("two probabilities");
+    bandit.write_model(&folder).expect("it is written");
+    folder
+}
+
+/// Its one file of weights as two shards with an index.
+fn shard(folder: &Path) {
+    let single = folder.join("model.safetensors");
+    let bytes = fs::read(&single).expect("it was written");
+    let (length, rest) = bytes.split_first_chunk::<8>().expect("a length");
+    let (header, numbers) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let header: Value = serde_json::from_slice(header).expect("a header");
+    let mut map = serde_json::Map::new();
+    let mut shards = [(serde_json::Map::new(), Vec::new()), Default::default()];
+    let tensors = header.as_object().expect("tensors by name").iter();
+    let tensors = tensors.filter(|(name, _)| *name != "__metadata__");
+    for (index, (name, tensor)) in tensors.enumerate() {
+        let place = |end: usize| tensor["data_offsets"][end].as_u64().expect("a place") as usize;
+        let (header, data) = &mut shards[index % 2];
+        let begin = data.len();
+        data.extend_from_slice(&numbers[place(0)..place(1)]);
+        let mut tensor = tensor.clone();
+        tensor["data_offsets"] = serde_json::json!([begin, data.len()]);
+        header.insert(name.clone(), tensor);
+        map.insert(
+            name.clone(),
+            format!("model-{}.safetensors", index % 2).into(),
+        );
+    }
+    for (index, (header, data)) in shards.into_iter().enumerate() {
+        let header = Value::Object(header).to_string();
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.extend(data);
+        fs::write(folder.join(format!("model-{index}.safetensors")), bytes).expect("a shard");
+    }
+    let index = serde_json::json!({ "weight_map": map }).to_string();
+    fs::write(folder.join("model.safetensors.index.json"), index).expect("an index");
+    fs::remove_file(single).expect("it was written");
+}
+
+/// `agon score` of some tokens under `model`.
+fn score(workplace: &Workplace, model: &str) -> Vec<String> {
+    let rows = workplace.write("rows.jsonl", "{\"ids\": [0, 1, 1, 0]}\n");
+    let rows = rows.display().to_string();
+    let words = ["score", "--model", model, "--input", &rows];
+    words.map(str::to_owned).to_vec()
+}
+
+/// What it says, at this hub.
+fn scored(workplace: &Workplace, url: &str, model: &str, variables: &[(&str, &str)]) -> Ended {
+    run_at_hub(workplace, url, &score(workplace, model), variables)
+}
+
+#[test]
+fn a_model_of_the_hub_is_fetched_once_and_found_again_without_it() {
+    for sharded in [false, true] {
+        let workplace = Workplace::new();
+        let folder = model(&workplace);
+        let here = workplace.run(&score(&workplace, &folder.display().to_string()));
+        let expected = here.succeeded().out;
+        if sharded {
+            shard(&folder);
+        }
+        fs::write(folder.join("pytorch_model.bin"), "not wanted").expect("a file");
+        let hub = FakeHub::start(&folder, None);
+        let first =
+            scored(&workplace, &hub.url(), MODEL, &[]).check(0, &[HUB_COMMIT, "fetching a model"]);
+        assert_eq!(first.out, expected, "sharded: {sharded}");
+        let files = |asked: &[String]| {
+            asked
+                .iter()
+                .filter(|path| !path.starts_with("/api/"))
+                .count()
+        };
+        let asked = hub.asked();
+        assert!(
+            asked.iter().all(|path| !path.contains("pytorch_model")),
+            "{asked:?}"
+        );
+
+        // What is there is not fetched again, under whichever name.
+        for name in [MODEL, "hf:org/tiny@v1"] {
+            let again = scored(&workplace, &hub.url(), name, &[]).succeeded();
+            assert_eq!(again.out, expected);
+        }
+        assert_eq!(files(&hub.asked()), files(&asked));
+
+        // Nor is anybody asked who must not be, or cannot be: the second is said.
+        let before = hub.asked().len();
+        let offline = [("HF_HUB_OFFLINE", "1")];
+        let quiet = scored(&workplace, &hub.url(), "hf:org/tiny@main", &offline).succeeded();
+        assert_eq!((quiet.out, hub.asked().len()), (expected.clone(), before));
+        let alone =
+            scored(&workplace, NOWHERE, MODEL, &[]).check(0, &["the hub cannot be reached"]);
+        assert_eq!(alone.out, expected);
+        let commit = format!("{MODEL}@{HUB_COMMIT}");
+        assert_eq!(
+            scored(&workplace, NOWHERE, &commit, &[]).succeeded().out,
+            expected
+        );
+    }
+}
+
+#[test]
+fn a_cache_that_others_filled_is_used_and_completed() {
+    let workplace = Workplace::new();
+    let folder = model(&workplace);
+    let hub = FakeHub::start(&folder, None);
+    // As Python's huggingface_hub leaves it, in the place that HF_HUB_CACHE names.
+    let cache = workplace.path("elsewhere");
+    let repository = cache.join("models--org--tiny");
+    let snapshot = repository.join("snapshots").join(HUB_COMMIT);
+    fs::create_dir_all(&snapshot).expect("a folder");
+    fs::create_dir_all(repository.join("refs")).expect("a folder");
+    fs::write(repository.join("refs/main"), HUB_COMMIT).expect("a reference");
+    for file in ["config.json", "tokenizer.json"] {
+        fs::copy(folder.join(file), snapshot.join(file)).expect("a copy");
+    }
+    let cache = cache.display().to_string();
+    let named = [("HF_HUB_CACHE", cache.as_str())];
+    // Half a model is none.
+    scored(&workplace, NOWHERE, MODEL, &named)
+        .check(3, &["hf:org/tiny@main is not in the cache at", &cache])
+        .without_panic();
+    scored(&workplace, &hub.url(), MODEL, &named).succeeded();
+    let asked = hub.asked();
+    let had = |path: &String| path.ends_with("/config.json") || path.ends_with("/tokenizer.json");
+    assert!(!asked.iter().any(had), "{asked:?}");
+    for missing in ["/tokenizer_config.json", "/model.safetensors"] {
+        let came = asked.iter().any(|path| path.ends_with(missing));
+        assert!(came, "{missing}: {asked:?}");
+    }
+    scored(&workplace, NOWHERE, MODEL, &named).succeeded();
+    assert!(
+        !workplace.path("hf").exists(),
+        "HF_HUB_CACHE goes before HF_HOME"
+    );
+}
+
+/// A hub, a model of it, variables, and what is said when it cannot be had.
+type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], &'a [&'a str]);
+
+fn are_refused(workplace: &Workplace, cases: &[Case<'_>]) {
+    for (url, model, variables, says) in cases {
+        let ended = scored(workplace, url, model, variables);
+        let ended = ended.check(3, says).without_panic();
+        for (_, value) in variables.iter().filter(|(name, _)| *name == "HF_TOKEN") {
+            assert!(!ended.err.contains(value), "{}", ended.err);
+        }
+    }
+}
+
+#[test]
+fn what_is_not_there_is_told_with_its_remedy() {
+    let workplace = Workplace::new();
+    let folder = model(&workplace);
+    let whole = FakeHub::start(&folder, None).url();
+    fs::remove_file(folder.join("model.safetensors")).expect("it was written");
+    fs::write(folder.join("pytorch_model.bin"), "x").expect("a file");
+    let bare = FakeHub::start(&folder, None).url();
+    let cache = workplace.path("hf").join("hub").display().to_string();
+    let absent = "hf:org/tiny@main is not in the cache at";
+    let away = [absent, &cache, "refused", "name its folder, or set HF_HOME"];
+    let offline = [absent, "HF_HUB_OFFLINE is set"];
+    let cases: [Case<'_>; 5] = [
+        (NOWHERE, MODEL, &[], &away),
+        (&whole, MODEL, &[("HF_HUB_OFFLINE", "1")], &offline),
+        (
+            &whole,
+            "hf:org/other",
+            &[],
+            &["has no model org/other", "HF_TOKEN"],
+        ),
+        (
+            &whole,
+            "hf:org/tiny@v9",
+            &[],
+            &["org/tiny has no branch, tag or commit v9"],
+        ),
+        (
+            &bare,
+            MODEL,
+            &[],
+            &["has no safetensors (it has pytorch_model.bin)"],
+        ),
+    ];
+    are_refused(&workplace, &cases);
+    let unnamed = scored(&workplace, &whole, "hf:tiny", &[]);
+    unnamed.check(2, &["hf:ORG/NAME@REVISION"]).without_panic();
+}
+
+#[test]
+fn a_gated_model_asks_for_a_token_that_has_access() {
+    let workplace = Workplace::new();
+    let hub = FakeHub::start(&model(&workplace), Some("hf_right")).url();
+    let without = [
+        "org/tiny is gated",
+        "401",
+        "HF_TOKEN is not set",
+        "/org/tiny",
+    ];
+    let wrong = ["org/tiny is gated", "403", "the token in HF_TOKEN has none"];
+    let cases: [Case<'_>; 3] = [
+        (&hub, MODEL, &[], &without),
+        (&hub, MODEL, &[("HF_TOKEN", "hf_wrong")], &wrong),
+        (
+            &hub,
+            MODEL,
+            &[("HF_TOKEN", "hf_a b")],
+            &["HF_TOKEN is not a token"],
+        ),
+    ];
+    are_refused(&workplace, &cases);
+}
+
+#[test]
+fn the_token_is_shown_to_the_hub_and_to_nobody_else() {
+    let workplace = Workplace::new();
+    let hub = FakeHub::start(&model(&workplace), Some("hf_right"));
+    let words = score(&workplace, MODEL);
+    let mut command = agon_at_hub(&workplace, &hub.url(), &words);
+    command.env("HF_TOKEN", "hf_right").env("AGON_LOG", "trace");
+    let ended = command.output().expect("it starts");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{said}");
+    // Everything is told, and the token is not.
+    assert!(said.contains("TRACE") || said.contains("DEBUG"), "{said}");
+    assert!(!said.contains("hf_right"), "{said}");
+    let doctor = run_at_hub(
+        &workplace,
+        &hub.url(),
+        &["doctor"],
+        &[("HF_TOKEN", "hf_right")],
+    );
+    let line = doctor.out.lines().find(|line| line.contains(" hub "));
+    let line = line.expect("a line on the hub");
+    assert!(
+        line.contains(&hub.url()) && line.contains("HF_TOKEN is set"),
+        "{line}"
+    );
+    assert!(!line.contains("hf_right"), "{line}");
+}
+
+/// The settings of a short run on `model`.
+fn sets(workplace: &Workplace, model: &str) -> Vec<String> {
+    let prompts = workplace.write(
+        "prompts.jsonl",
+        "{\"prompt\": \"arm0\"}\n{\"prompt\": \"arm1\"}\n",
+    );
+    let sets = [
+        format!("model.path={model}"),
+        "prompts.kind=dataset".into(),
+        format!("prompts.path={prompts:?}"),
+        "prompts.held_out=1".into(),
+        "actor.max_prompt_length=4".into(),
+        "actor.max_new_tokens=4".into(),
+        "preference.judge.kind=rule".into(),
+        "preference.judge.rules=[{ kind = \"keyword\", words = [\"arm1\"], weight = 1.0 }]".into(),
+        "learner.steps=2".into(),
+        "learner.train_batch_size=2".into(),
+        "evaluation.prompts=2".into(),
+    ];
+    sets.into_iter()
+        .flat_map(|set| ["--set".into(), set])
+        .collect()
+}
+
+/// `agon COMMAND` on the default configuration with these settings.
+fn on_default(command: &str, sets: &[String]) -> Vec<String> {
+    let default = config("default.toml").display().to_string();
+    [&[command.to_owned(), default], sets].concat()
+}
+
+#[test]
+fn a_check_says_where_a_model_comes_from_and_fetches_nothing() {
+    let workplace = Workplace::new();
+    let hub = FakeHub::start(&model(&workplace), None);
+    let words = on_default("check", &sets(&workplace, MODEL));
+    let check = |url: &str| run_at_hub(&workplace, url, &words, &[]);
+    let url = hub.url();
+    check(&url).check(0, &["hf:org/tiny@main", HUB_COMMIT, &url, "fetched into"]);
+    assert!(!workplace.path("hf").exists());
+    check(NOWHERE).check(3, &["model: hf:org/tiny@main is not in the cache"]);
+    scored(&workplace, &url, MODEL, &[]).succeeded();
+    // Known with its shape, and nobody need be asked.
+    check(NOWHERE).check(
+        0,
+        &[
+            "hf:org/tiny@main, commit",
+            HUB_COMMIT,
+            "in the cache",
+            "parameters",
+        ],
+    );
+}
+
+#[test]
+fn a_run_starts_from_a_model_of_the_hub() {
+    let workplace = Workplace::new();
+    let hub = FakeHub::start(&model(&workplace), None);
+    let run = workplace.path("run");
+    let mut words = on_default("train", &sets(&workplace, MODEL));
+    words.extend(["--run-dir".into(), run.display().to_string()]);
+    run_at_hub(&workplace, &hub.url(), &words, &[]).succeeded();
+    assert_eq!(report(&run)["steps"], 2);
+    let kept = fs::read_to_string(run.join("config.toml")).expect("a configuration");
+    assert!(kept.contains(&format!("path = \"{MODEL}@main\"")), "{kept}");
+    let asked = hub.asked();
+    let infos = asked.iter().filter(|path| path.starts_with("/api/"));
+    assert_eq!(infos.count(), 1, "{asked:?}");
+    assert!(asked.iter().any(|path| path.contains(HUB_REPOSITORY)));
+}
+
+#[test]
+fn only_the_process_that_leads_a_run_asks_the_hub() {
+    if !has_nats_server() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let hub = FakeHub::start(&model(&workplace), None);
+    let run = workplace.path("run");
+    let mut words = on_default("train", &sets(&workplace, MODEL));
+    words.extend(["--run-dir".into(), run.display().to_string()]);
+    for set in [
+        "run.name=hub",
+        "transport.kind=jetstream",
+        "topology.actors=2",
+    ] {
+        words.extend(["--set".into(), set.into()]);
+    }
+    run_at_hub(&workplace, &hub.url(), &words, &[]).succeeded();
+    assert_eq!(report(&run)["steps"], 2);
+    let asked = hub.asked();
+    let infos = asked.iter().filter(|path| path.starts_with("/api/"));
+    assert_eq!(infos.count(), 1, "{asked:?}");
+}
