@@ -106,7 +106,7 @@ fn actor(
     let parts = WriterParts {
         folder: folder.clone(),
         policy: policy.clone(),
-        reference: world::language_model(folder, weights)?,
+        reference: Some(world::language_model(folder, weights)?),
         sampling: sampling(settings),
         slots: settings.actor.slots,
         capacity: settings.actor.max_prompt_length + settings.actor.max_new_tokens,

@@ -115,14 +115,14 @@ impl Chat {
             let (index, writer, result) =
                 ended.recv_timeout(self.patience + MARGIN).map_err(late)?;
             result?;
-            answers[index] = Some(self.words(writer)?);
+            answers[index] = Some(self.words(&writer)?);
             waiting.by_ref().take(1).try_for_each(&mut start)?;
         }
         Ok(answers.into_iter().flatten().collect())
     }
 
     /// What was drawn, as text.
-    fn words(&self, drawing: Drawing) -> Result<Answer, MistralError> {
+    fn words(&self, drawing: &Drawing) -> Result<Answer, MistralError> {
         if drawing.has_failed {
             let reason = "its logits are not finite; the weights may be damaged";
             return Err(MistralError::Failed(reason.into()));

@@ -42,7 +42,7 @@ const ENCODING: Duration = Duration::from_secs(600);
 pub struct Engine {
     path: PathBuf,
     requests: Sender<Request>,
-    decode: Box<dyn Fn(&[u32], bool) -> String + Send + Sync>,
+    decode: Decode,
     end_tokens: Vec<u32>,
     has_chat_template: bool,
     /// Waits for answers; none in a moment of [`Drop`] only.
@@ -50,6 +50,9 @@ pub struct Engine {
     /// Ends mistral.rs's thread with the engine.
     _mistral: Arc<MistralRs>,
 }
+
+/// Puts tokens into text, without special ones if so told.
+type Decode = Box<dyn Fn(&[u32], bool) -> String + Send + Sync>;
 
 /// What loading leaves.
 type SharedPipeline = Arc<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>;

@@ -37,8 +37,8 @@ pub struct RolloutsParts {
     pub folder: ModelFolder,
     /// The policy at the start.
     pub policy: LanguageModel,
-    /// The fixed reference.
-    pub reference: LanguageModel,
+    /// The fixed reference, unless it is the policy itself.
+    pub reference: Option<LanguageModel>,
     /// How tokens are drawn.
     pub sampling: SamplingSettings,
     /// Completions written at once.
@@ -50,8 +50,8 @@ pub struct RolloutsParts {
 /// A policy that mistral.rs computes and its reference, writing.
 pub struct Rollouts {
     folder: ModelFolder,
-    /// Without slots: every completion has one of its own.
-    reference: Decoder,
+    /// Without slots: every completion has one of its own. None: the reference is the policy.
+    reference: Option<Decoder>,
     sampling: SamplingSettings,
     slots: usize,
     patience: Duration,
@@ -87,16 +87,19 @@ impl Rollouts {
     /// # Errors
     /// When mistral.rs cannot have it, or the models' vocabularies differ.
     pub fn new(parts: RolloutsParts) -> Result<Self, ModelError> {
-        share_vocabulary(&parts.policy, &parts.reference)?;
+        let mut positions = parts.policy.config().max_positions;
+        if let Some(reference) = &parts.reference {
+            share_vocabulary(&parts.policy, reference)?;
+            positions = positions.min(reference.config().max_positions);
+        }
+        let precision = parts.sampling.precision;
+        let decoder = |model| Decoder::new(model, precision, 0, positions);
         let (told, ended) = mpsc::channel();
         let loaded = load(&parts.folder, &parts.policy, parts.slots)?;
-        let positions = [&parts.policy, &parts.reference].map(|m| m.config().max_positions);
-        let positions = positions[0].min(positions[1]);
-        let precision = parts.sampling.precision;
         Ok(Self {
             eos: parts.policy.config().eos.clone(),
             folder: parts.folder,
-            reference: Decoder::new(parts.reference, precision, 0, positions)?,
+            reference: parts.reference.map(decoder).transpose()?,
             sampling: parts.sampling,
             slots: parts.slots,
             patience: parts.patience,
@@ -146,10 +149,11 @@ impl Rollouts {
 
     fn mixing(&self, request: &Request, index: usize) -> Result<Mixing, ModelError> {
         let capacity = request.ids.len() + request.max_new_tokens;
+        let beside = |reference: &Decoder| reference.with_slots(1, capacity);
         Ok(Mixing {
             prompt: request.ids.clone(),
             continuation: Continuation::new(request, index),
-            reference: self.reference.with_slots(1, capacity)?,
+            reference: self.reference.as_ref().map(beside).transpose()?,
             sampling: self.sampling,
             eos: self.eos.clone(),
             scratch: Scratch::default(),
@@ -253,7 +257,7 @@ struct Mixing {
     prompt: Vec<u32>,
     continuation: Continuation,
     /// One slot.
-    reference: Decoder,
+    reference: Option<Decoder>,
     sampling: SamplingSettings,
     eos: Vec<u32>,
     scratch: Scratch,
@@ -269,7 +273,7 @@ impl Mixing {
             return Err(ModelError::Engine(reason.into()));
         }
         let reference = self.reference_logits()?;
-        let reference = reference.row(0);
+        let reference = reference.as_ref().map_or(policy, |logits| logits.row(0));
         if reference.len() != policy.len() {
             let reason = format!(
                 "write a completion: mistral.rs gives {} logits, the vocabulary has {}",
@@ -278,19 +282,27 @@ impl Mixing {
             );
             return Err(ModelError::Engine(reason));
         }
-        self.continuation
-            .write((policy, reference), &self.sampling, &self.eos, &mut self.scratch)
+        self.continuation.write(
+            (policy, reference),
+            &self.sampling,
+            &self.eos,
+            &mut self.scratch,
+        )
     }
 
     /// The reference's logits of the next token.
-    fn reference_logits(&mut self) -> Result<Logits, ModelError> {
-        match self.continuation.ids().last() {
-            Some(&last) => self.reference.extend(&[0], &[last]),
-            None => self.reference.prefill(&[Prefill {
+    fn reference_logits(&mut self) -> Result<Option<Logits>, ModelError> {
+        let Some(reference) = &mut self.reference else {
+            return Ok(None);
+        };
+        let logits = match self.continuation.ids().last() {
+            Some(&last) => reference.extend(&[0], &[last])?,
+            None => reference.prefill(&[Prefill {
                 ids: &self.prompt,
                 slots: &[0],
-            }]),
-        }
+            }])?,
+        };
+        Ok(Some(logits))
     }
 }
 

@@ -12,8 +12,8 @@ pub(crate) struct WriterParts {
     pub(crate) folder: ModelFolder,
     /// The policy at the start.
     pub(crate) policy: LanguageModel,
-    /// The fixed reference.
-    pub(crate) reference: LanguageModel,
+    /// The fixed reference, unless it is the policy itself.
+    pub(crate) reference: Option<LanguageModel>,
     /// How tokens are drawn.
     pub(crate) sampling: SamplingSettings,
     /// Completions written at once.
@@ -30,7 +30,7 @@ pub(crate) fn writer(
     Ok(match *engine {
         EngineSettings::Own {} => Box::new(Sampler::new(
             parts.policy,
-            Some(parts.reference),
+            parts.reference,
             parts.sampling,
             parts.slots,
             parts.capacity,

@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use transport::stream;
 
 use super::*;
+use crate::Verdict;
 use crate::bench::fake::{question, settings as bench_settings};
 use crate::bench::{Bench, BenchSettings, Orders};
 use crate::judge::chat::tests::settings;
