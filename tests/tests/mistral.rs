@@ -145,6 +145,26 @@ fn a_seed_writes_what_it_writes_with_agons_own_sampler() {
 }
 
 #[test]
+fn other_architectures_write_the_same() {
+    let workplace = Workplace::new();
+    for name in [
+        "random-llama3",
+        "random-mistral",
+        "random-qwen2",
+        "random-qwen3",
+    ] {
+        let Some(model) = shared("mistral_architectures", &format!("data/models/{name}")) else {
+            return;
+        };
+        let of = |engine| generated(&workplace, engine, &model, &model, &[]);
+        for (own, found) in of("own").iter().zip(&of("mistral")) {
+            assert_eq!(own["ids"], found["ids"], "{name}");
+            close(found, sum(found, "logp"), sum(own, "logp"));
+        }
+    }
+}
+
+#[test]
 fn the_ends_of_the_mixture_are_the_policy_and_the_reference() {
     let workplace = Workplace::new();
     let Some(model) = stories("mistral_ends", &workplace) else {
@@ -192,11 +212,11 @@ fn judge(model: &Path) -> Vec<String> {
         "preference.judge.kind=mistral".into(),
         format!("preference.judge.path={model:?}"),
         "preference.chat.system=\"\"".into(),
-        "preference.chat.template=\"{prompt} {first} {second} One day,\"".into(),
+        "preference.chat.template=\"{prompt} {first} {second} Tom saw\"".into(),
         "preference.chat.first_verdict=\"the\"".into(),
         "preference.chat.second_verdict=\"a\"".into(),
         "preference.chat.tie_verdict=\"\"".into(),
-        "preference.chat.max_tokens=24".into(),
+        "preference.chat.max_tokens=1".into(),
     ]
     .into()
 }
@@ -345,10 +365,12 @@ fn golden_answers_are_written_into_the_rows() {
     let rows = [
         json!({"prompt": "Once upon a time", "id": 7}),
         json!({"messages": [{"role": "user", "content": "Tom and his dog"}]}),
-        json!({"prompt": "Lily"}),
+        json!({"prompt": "Lily", "id": 8}),
+        json!({"prompt": "Sam had a red car", "id": 9}),
+        json!({"prompt": "One day", "id": 10}),
     ];
     let rows: String = rows.iter().map(|row| row.to_string() + "\n").collect();
-    let prompts = text(&workplace.write("prompts.jsonl", rows));
+    let prompts = text(&workplace.write("prompts.jsonl", rows.clone()));
     let (model, output) = (text(&model), workplace.path("golden.jsonl"));
     let call = |more: &[&str]| {
         let named = text(&output);
@@ -367,22 +389,34 @@ fn golden_answers_are_written_into_the_rows() {
         workplace.run(&call.concat())
     };
     let whole = ["--max-new-tokens", "480", "--temperature", "0.7"];
-    call(&whole).succeeded().without_panic();
+    let ended = call(&whole).succeeded().without_panic();
     let written = fs::read_to_string(&output).expect("it was written");
     let first: Vec<Value> = written
         .lines()
         .map(|line| serde_json::from_str(line).expect("a row"))
         .collect();
-    assert_eq!(first.len(), 3, "{written}");
+    // A story that runs on for 480 tokens is no golden answer.
+    assert!(first.len() >= 2, "{written}");
+    ended.check(0, &[&format!("wrote {} golden answers", first.len())]);
     for row in &first {
         let golden = row["golden"].as_str().expect("an answer");
         assert!(golden.len() > 20 && golden.trim() == golden, "{row}");
     }
-    assert_eq!(first[0]["id"], 7);
+    let asked: Vec<Value> = rows
+        .lines()
+        .map(|row| serde_json::from_str(row).expect("a row"))
+        .collect();
+    for row in first.iter().filter(|row| row["id"].is_u64()) {
+        let asked = asked.iter().find(|asked| asked["id"] == row["id"]);
+        assert_eq!(
+            asked.expect("a row that was given")["prompt"],
+            row["prompt"]
+        );
+    }
     call(&[]).check(2, &["golden.jsonl is there already"]);
     fs::remove_file(&output).expect("it was written");
     call(&["--max-new-tokens", "4"])
-        .check(0, &["wrote 0 golden answers", "3 prompts were left out"]);
+        .check(0, &["wrote 0 golden answers", "5 prompts were left out"]);
     assert_eq!(fs::read_to_string(&output).expect("an empty file"), "");
 }
 

@@ -13,7 +13,7 @@ impl Engine {
     ///
     /// # Errors
     /// Always.
-    pub fn load(_: &Source, _: Numbers, _: usize) -> Result<Self, MistralError> {
+    pub fn load(_: &Source, _: Numbers) -> Result<Self, MistralError> {
         Err(MistralError::NotBuilt)
     }
 

@@ -18,8 +18,6 @@ const MARGIN: Duration = Duration::from_secs(10);
 /// A model that answers.
 pub struct Chat {
     engine: Engine,
-    /// Answers that are written side by side.
-    parallel: usize,
     /// How long one answer may take.
     patience: Duration,
 }
@@ -56,18 +54,13 @@ pub struct Alternative {
 }
 
 impl Chat {
-    /// Loads a model for so many answers side by side, each of which may take so long.
+    /// Loads a model whose answers may take so long each.
     ///
     /// # Errors
     /// When it cannot be loaded.
-    pub fn open(
-        source: &Source,
-        parallel: usize,
-        patience: Duration,
-    ) -> Result<Self, MistralError> {
+    pub fn open(source: &Source, patience: Duration) -> Result<Self, MistralError> {
         Ok(Self {
-            engine: Engine::load(source, Numbers::Fitting, parallel)?,
-            parallel,
+            engine: Engine::load(source, Numbers::Fitting)?,
             patience,
         })
     }
@@ -78,47 +71,32 @@ impl Chat {
         self.engine.has_chat_template()
     }
 
-    /// One answer to every prompt, in their order, each with so many `alternatives` a token. The one at
-    /// index i is drawn with seed i of `seed`; `sampling` with `top_k = 1` always takes the likeliest token.
+    /// The answer to a prompt, drawn with `seed`, each token with so many `alternatives`; `sampling` with
+    /// `top_k = 1` always takes the likeliest token.
     ///
     /// # Errors
-    /// When a prompt cannot be put into tokens, or an answer does not come.
+    /// When the prompt cannot be put into tokens, or the answer does not come.
     pub fn answer(
         &self,
-        prompts: &[PromptText],
+        prompt: &PromptText,
         (sampling, seed): (&SamplingSettings, Seed),
         alternatives: usize,
-    ) -> Result<Vec<Answer>, MistralError> {
+    ) -> Result<Answer, MistralError> {
         let (told, ended) = mpsc::channel();
-        let mut answers: Vec<Option<Answer>> = prompts.iter().map(|_| None).collect();
-        let mut waiting = prompts.iter().enumerate();
-        let mut start = |(index, prompt): (usize, &PromptText)| {
-            let asked = Asked {
-                ids: self.engine.encode(prompt)?,
-                max_new_tokens: sampling.max_new_tokens,
-                patience: self.patience,
-            };
-            let writer = Drawing::new(*sampling, seed.derive(index as u64), alternatives);
-            let told = told.clone();
-            self.engine.start(asked, writer, move |writer, result| {
-                // Nobody listens any more when another answer has failed.
-                drop(told.send((index, writer, result)));
-            });
-            Ok(())
+        let asked = Asked {
+            ids: self.engine.encode(prompt)?,
+            max_new_tokens: sampling.max_new_tokens,
+            patience: self.patience,
         };
-        waiting
-            .by_ref()
-            .take(self.parallel)
-            .try_for_each(&mut start)?;
-        for _ in prompts {
-            let late = |_| MistralError::Late(self.patience);
-            let (index, writer, result) =
-                ended.recv_timeout(self.patience + MARGIN).map_err(late)?;
-            result?;
-            answers[index] = Some(self.words(&writer)?);
-            waiting.by_ref().take(1).try_for_each(&mut start)?;
-        }
-        Ok(answers.into_iter().flatten().collect())
+        let writer = Drawing::new(*sampling, seed, alternatives);
+        self.engine.start(asked, writer, move |writer, result| {
+            // Nobody listens any more when it came too late.
+            drop(told.send((writer, result)));
+        });
+        let late = |_| MistralError::Late(self.patience);
+        let (writer, result) = ended.recv_timeout(self.patience + MARGIN).map_err(late)?;
+        result?;
+        self.words(&writer)
     }
 
     /// What was drawn, as text.

@@ -58,11 +58,11 @@ type Decode = Box<dyn Fn(&[u32], bool) -> String + Send + Sync>;
 type SharedPipeline = Arc<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>;
 
 impl Engine {
-    /// Loads `source` for so many completions side by side. What panics in mistral.rs is an error here.
+    /// Loads `source`. What panics in mistral.rs is an error here.
     ///
     /// # Errors
     /// When a file is missing or mistral.rs does not load it, with the file and what may help.
-    pub fn load(source: &Source, numbers: Numbers, parallel: usize) -> Result<Self, MistralError> {
+    pub fn load(source: &Source, numbers: Numbers) -> Result<Self, MistralError> {
         source.check()?;
         let isq = isq(source)?;
         let refused = |reason: String| MistralError::Load {
@@ -76,7 +76,7 @@ impl Engine {
         let loading = source.clone();
         let thread = thread.spawn(move || {
             // Nobody listens any more when loading took too long.
-            drop(done.send(open(&loading, (numbers, isq), parallel)));
+            drop(done.send(open(&loading, (numbers, isq))));
         });
         let thread = thread.map_err(|error| refused(error.to_string()))?;
         match loaded.recv_timeout(LOADING) {
@@ -151,7 +151,8 @@ impl Engine {
         (self.decode)(ids, false)
     }
 
-    /// Has `writer` write a completion, and tells `then` when it has ended, on another thread.
+    /// Has `writer` write a completion, and tells `then` when it has ended, on another thread. Completions are
+    /// written one after the other, and one that waits for another uses up its patience.
     pub fn start<W: TokenWriter>(
         &self,
         asked: Asked,
@@ -285,15 +286,15 @@ fn isq(source: &Source) -> Result<Option<IsqType>, MistralError> {
 fn open(
     source: &Source,
     numbers: (Numbers, Option<IsqType>),
-    parallel: usize,
 ) -> Result<Result<Engine, String>, MistralError> {
-    let weights = source.weights()?;
-    Ok(pipeline(source, weights, numbers).and_then(|pipeline| engine(source, &pipeline, parallel)))
+    let (weights, config) = (source.weights()?, source.config()?);
+    let config = config.as_ref().map(|file| file.path());
+    Ok(pipeline(source, (weights, config), numbers).and_then(|pipeline| engine(source, &pipeline)))
 }
 
 fn pipeline(
     source: &Source,
-    weights: Vec<PathBuf>,
+    files: (Vec<PathBuf>, Option<&Path>),
     (numbers, isq): (Numbers, Option<IsqType>),
 ) -> Result<SharedPipeline, String> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -315,7 +316,7 @@ fn pipeline(
     };
     loader
         .load_model_from_path(
-            &paths(source, weights),
+            &paths(source, files),
             &dtype,
             &Device::Cpu,
             true,
@@ -327,7 +328,10 @@ fn pipeline(
 }
 
 /// The model's files, so that mistral.rs looks for none.
-fn paths(source: &Source, filenames: Vec<PathBuf>) -> Box<dyn ModelPaths> {
+fn paths(
+    source: &Source,
+    (filenames, config): (Vec<PathBuf>, Option<&Path>),
+) -> Box<dyn ModelPaths> {
     let own = if source.is_gguf() {
         PathBuf::new()
     } else {
@@ -335,7 +339,7 @@ fn paths(source: &Source, filenames: Vec<PathBuf>) -> Box<dyn ModelPaths> {
     };
     Box::new(LocalModelPaths {
         tokenizer_filename: source.tokenizer.clone().unwrap_or(own),
-        config_filename: source.path.join("config.json"),
+        config_filename: config.map_or_else(|| source.path.join("config.json"), Path::to_owned),
         template_filename: source
             .optional("chat_template.jinja")
             .or_else(|| source.optional("tokenizer_config.json")),
@@ -348,7 +352,7 @@ fn paths(source: &Source, filenames: Vec<PathBuf>) -> Box<dyn ModelPaths> {
     })
 }
 
-fn engine(source: &Source, pipeline: &SharedPipeline, parallel: usize) -> Result<Engine, String> {
+fn engine(source: &Source, pipeline: &SharedPipeline) -> Result<Engine, String> {
     let (tokenizer, end_tokens, has_chat_template) = {
         let pipeline = pipeline.blocking_lock();
         let template = pipeline.get_chat_template();
@@ -358,9 +362,10 @@ fn engine(source: &Source, pipeline: &SharedPipeline, parallel: usize) -> Result
             template.is_some_and(|template| template.has_chat_template()),
         )
     };
-    let parallel = NonZeroUsize::new(parallel).unwrap_or(NonZeroUsize::MIN);
+    // One completion after the other: on the CPU mistral.rs 0.8.1 gives every member of a batch the attention
+    // of its last one.
     let method = SchedulerConfig::DefaultScheduler {
-        method: DefaultSchedulerMethod::Fixed(parallel),
+        method: DefaultSchedulerMethod::Fixed(NonZeroUsize::MIN),
     };
     let mistral = MistralRsBuilder::new(pipeline.clone(), method, false, None);
     let mistral = mistral.with_no_prefix_cache(true);

@@ -6,7 +6,12 @@
 //! wherever the two agree on the policy's logits, which they do up to rounding. The policy lies in a temporary
 //! folder and is loaded anew with every version.
 
-use std::{collections::VecDeque, fs, sync::mpsc, time::Duration};
+use std::{
+    collections::VecDeque,
+    fs,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
 
 use messages::Completion;
 use model::{
@@ -41,7 +46,7 @@ pub struct RolloutsParts {
     pub reference: Option<LanguageModel>,
     /// How tokens are drawn.
     pub sampling: SamplingSettings,
-    /// Completions written at once.
+    /// Completions of one prompt at most.
     pub slots: usize,
     /// How long one completion may take.
     pub patience: Duration,
@@ -60,9 +65,11 @@ pub struct Rollouts {
     positions: usize,
     /// The tokens that end texts.
     eos: Vec<u32>,
-    waiting: VecDeque<Request>,
+    /// Completions to be written: of which request, and which of its completions.
+    waiting: VecDeque<(Arc<Request>, usize)>,
     groups: Groups,
-    free: usize,
+    /// Whether a completion is being written.
+    is_writing: bool,
     told: mpsc::Sender<Ended>,
     ended: mpsc::Receiver<Ended>,
 }
@@ -95,7 +102,7 @@ impl Rollouts {
         let precision = parts.sampling.precision;
         let decoder = |model| Decoder::new(model, precision, 0, positions);
         let (told, ended) = mpsc::channel();
-        let loaded = load(&parts.folder, &parts.policy, parts.slots)?;
+        let loaded = load(&parts.folder, &parts.policy)?;
         Ok(Self {
             eos: parts.policy.config().eos.clone(),
             folder: parts.folder,
@@ -107,43 +114,41 @@ impl Rollouts {
             positions,
             waiting: VecDeque::new(),
             groups: Groups::default(),
-            free: parts.slots,
+            is_writing: false,
             told,
             ended,
         })
     }
 
-    /// Starts on waiting prompts while there are slots for all completions of the next.
+    /// Starts on the next completion when none is being written.
     fn start(&mut self) -> Result<(), ModelError> {
         let policy = self.policy.as_ref().ok_or_else(|| {
             ModelError::Engine("write completions: the policy was not loaded".into())
         })?;
-        while let Some(request) = self.waiting.front()
-            && request.mixture_coefs.len() <= self.free
-            && let Some(request) = self.waiting.pop_front()
-        {
-            self.free -= request.mixture_coefs.len();
-            self.groups.begin(&request);
-            for index in 0..request.mixture_coefs.len() {
-                let mixing = self.mixing(&request, index)?;
-                let asked = Asked {
-                    ids: request.ids.clone(),
-                    max_new_tokens: request.max_new_tokens,
-                    patience: self.patience,
-                };
-                let (told, key) = (self.told.clone(), request.key);
-                policy.engine.start(asked, mixing, move |mixing, result| {
-                    let ended = Ended {
-                        key,
-                        index,
-                        mixing,
-                        result,
-                    };
-                    // Nobody listens any more when the rollouts are gone.
-                    drop(told.send(ended));
-                });
-            }
+        if self.is_writing {
+            return Ok(());
         }
+        let Some((request, index)) = self.waiting.pop_front() else {
+            return Ok(());
+        };
+        let mixing = self.mixing(&request, index)?;
+        let asked = Asked {
+            ids: request.ids.clone(),
+            max_new_tokens: request.max_new_tokens,
+            patience: self.patience,
+        };
+        let (told, key) = (self.told.clone(), request.key);
+        policy.engine.start(asked, mixing, move |mixing, result| {
+            let ended = Ended {
+                key,
+                index,
+                mixing,
+                result,
+            };
+            // Nobody listens any more when the rollouts are gone.
+            drop(told.send(ended));
+        });
+        self.is_writing = true;
         Ok(())
     }
 
@@ -162,7 +167,7 @@ impl Rollouts {
     }
 
     fn end(&mut self, ended: Ended) -> Result<(), ModelError> {
-        self.free += 1;
+        self.is_writing = false;
         let (key, index) = (ended.key, ended.index);
         self.groups.end(key, index, ended.completion()?);
         Ok(())
@@ -172,31 +177,32 @@ impl Rollouts {
 impl CompletionWriter for Rollouts {
     fn admit(&mut self, request: Request) -> Result<(), ModelError> {
         request.fits(self.slots, self.positions)?;
-        self.waiting.push_back(request);
+        self.groups.begin(&request);
+        let request = Arc::new(request);
+        for index in 0..request.mixture_coefs.len() {
+            self.waiting.push_back((Arc::clone(&request), index));
+        }
         Ok(())
     }
 
-    /// Starts on waiting prompts, then waits a moment for completions to end.
+    /// Starts on the next completion, then waits a moment for it to end.
     fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
         self.start()?;
         if let Ok(ended) = self.ended.recv_timeout(MOMENT) {
-            self.end(ended)?;
-        }
-        while let Ok(ended) = self.ended.try_recv() {
             self.end(ended)?;
         }
         Ok(self.groups.take_finished())
     }
 
     fn is_idle(&self) -> bool {
-        self.groups.is_empty() && self.waiting.is_empty()
+        self.groups.is_empty()
     }
 
     fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
         only_idle(self)?;
         // The former is let go first: there may be room for one.
         self.policy = None;
-        self.policy = Some(load(&self.folder, &policy, self.slots)?);
+        self.policy = Some(load(&self.folder, &policy)?);
         Ok(())
     }
 }
@@ -226,7 +232,7 @@ impl Ended {
 }
 
 /// Has mistral.rs load this policy, an adapter merged into it, from a folder made for it.
-fn load(folder: &ModelFolder, policy: &LanguageModel, slots: usize) -> Result<Loaded, ModelError> {
+fn load(folder: &ModelFolder, policy: &LanguageModel) -> Result<Loaded, ModelError> {
     let temporary = tempfile::Builder::new().prefix("agon-policy-").tempdir();
     let temporary = temporary.map_err(|source| ModelError::Unwritable {
         path: std::env::temp_dir(),
@@ -245,7 +251,7 @@ fn load(folder: &ModelFolder, policy: &LanguageModel, slots: usize) -> Result<Lo
             fs::remove_file(path.join(name)).map_err(unwritable)?;
         }
     }
-    let engine = Engine::load(&Source::folder(path), Numbers::F32, slots);
+    let engine = Engine::load(&Source::folder(path), Numbers::F32);
     Ok(Loaded {
         engine: engine.map_err(|error| ModelError::Engine(format!("load the policy: {error}")))?,
         _folder: temporary,

@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::{self, Read},
+    io::{self, Read, Write},
     path::{Path, PathBuf},
 };
 
 use messages::Digest;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use tempfile::NamedTempFile;
 
 use crate::MistralError;
 
@@ -81,6 +82,24 @@ impl Source {
         files.collect()
     }
 
+    /// The folder's configuration as mistral.rs 0.8.1 reads it, where it does not read it as it is: transformers
+    /// 5 writes what turns the positions into `rope_parameters`, and no longer beside the other numbers.
+    pub(crate) fn config(&self) -> Result<Option<NamedTempFile>, MistralError> {
+        if self.is_gguf() {
+            return Ok(None);
+        }
+        let path = self.path.join("config.json");
+        let text = fs::read_to_string(&path).map_err(|source| unreadable(&path, source))?;
+        let Some(rewritten) = with_rope(&text) else {
+            return Ok(None);
+        };
+        let file = NamedTempFile::with_suffix(".json").and_then(|mut file| {
+            file.write_all(rewritten.as_bytes())?;
+            Ok(file)
+        });
+        Ok(Some(file.map_err(|source| unreadable(&path, source))?))
+    }
+
     /// A file of the folder that may be missing.
     pub(crate) fn optional(&self, name: &str) -> Option<PathBuf> {
         Some(self.path.join(name)).filter(|path| !self.is_gguf() && path.exists())
@@ -123,6 +142,22 @@ impl Source {
     }
 }
 
+/// A configuration with `rope_theta` and `rope_scaling` beside its `rope_parameters`. None where there are none
+/// such, or `rope_theta` is there already.
+fn with_rope(text: &str) -> Option<String> {
+    let mut config: Map<String, Value> = serde_json::from_str(text).ok()?;
+    let rope = config.get("rope_parameters")?.as_object()?.clone();
+    let theta = rope.get("rope_theta")?.clone();
+    if config.contains_key("rope_theta") {
+        return None;
+    }
+    config.insert("rope_theta".into(), theta);
+    if rope.get("rope_type").is_some_and(|kind| kind != "default") {
+        config.insert("rope_scaling".into(), rope.into());
+    }
+    Some(Value::from(config).to_string())
+}
+
 /// The names of the shards in an index, each once.
 fn shards(index: &Path) -> Result<Vec<String>, MistralError> {
     let text = fs::read_to_string(index).map_err(|source| unreadable(index, source))?;
@@ -158,7 +193,11 @@ fn digest_of(path: &Path) -> io::Result<Vec<u8>> {
     let (mut digests, mut chunk) = (Vec::new(), Vec::new());
     loop {
         chunk.clear();
-        if file.by_ref().take(CHUNK).read_to_end(&mut chunk)? == 0 {
+        if Read::by_ref(&mut file)
+            .take(CHUNK)
+            .read_to_end(&mut chunk)?
+            == 0
+        {
             return Ok(digests);
         }
         digests.extend(Digest::of(&chunk).0);
@@ -237,6 +276,32 @@ mod tests {
         fs::write(&index, "[]").expect("a file");
         let refused = source.check().expect_err("no index").to_string();
         assert!(refused.contains("weight_map"), "{refused}");
+    }
+
+    #[test]
+    fn rope_parameters_are_read_as_before() {
+        let config =
+            r#"{"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8}}"#;
+        let read: Value =
+            serde_json::from_str(&with_rope(config).expect("rewritten")).expect("JSON");
+        assert_eq!(read["rope_theta"], 5e5);
+        assert_eq!(read["rope_scaling"]["factor"], 8);
+        let plain = r#"{"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}"#;
+        let read: Value =
+            serde_json::from_str(&with_rope(plain).expect("rewritten")).expect("JSON");
+        assert_eq!(
+            (&read["rope_theta"], &read["rope_scaling"]),
+            (&1e4.into(), &Value::Null)
+        );
+        for whole in [
+            r#"{"rope_theta": 1e4}"#,
+            r#"{"rope_theta": 1, "rope_parameters": {"rope_theta": 1}}"#,
+            "no JSON",
+        ] {
+            assert_eq!(with_rope(whole), None);
+        }
+        let (_folder, source) = folder(&WHOLE);
+        assert!(source.config().expect("it is there").is_none());
     }
 
     #[test]

@@ -68,9 +68,6 @@ pub(crate) struct Arguments {
     /// Repeats the same answers.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Answers written side by side.
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    parallel: usize,
     /// How long one answer may take, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u64,
@@ -82,7 +79,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let rows = arguments.rows()?;
     let source = arguments.source();
     let patience = Duration::from_secs(arguments.timeout);
-    let chat = Chat::open(&source, arguments.parallel, patience)?;
+    let chat = Chat::open(&source, patience)?;
     let talks = |(_, prompt): &(Value, PromptText)| matches!(prompt, PromptText::Messages(_));
     if rows.iter().any(talks) && !chat.has_chat_template() {
         return Err(MistralError::NoTemplate {
@@ -117,10 +114,6 @@ impl Arguments {
             (
                 self.temperature >= 0.0 && self.temperature.is_finite(),
                 "--temperature must not be negative".to_owned(),
-            ),
-            (
-                self.parallel > 0,
-                "--parallel must be at least 1".to_owned(),
             ),
             (
                 self.prompt_column != self.golden_column,
@@ -195,24 +188,19 @@ impl Arguments {
             Err(error) => return Ok(Err(error)),
         };
         let (sampling, mut kept) = (self.sampling(), 0);
-        for (number, chunk) in (0..).zip(rows.chunks(self.parallel)) {
-            let prompts: Vec<_> = chunk.iter().map(|(_, prompt)| prompt.clone()).collect();
+        for (number, (row, prompt)) in (0..).zip(rows) {
             let seed = Seed(self.seed).derive(number);
-            let answers = chat.answer(&prompts, (&sampling, seed), 0)?;
-            let golden = answers.into_iter().map(|answer| {
-                let text = answer.text.trim();
-                let is_whole = answer.finish == Finish::EndOfText && !text.is_empty();
-                is_whole.then(|| text.to_owned())
-            });
-            for ((row, _), golden) in chunk.iter().zip(golden) {
-                let Some(golden) = golden else { continue };
-                let mut row = row.clone();
-                row[&self.golden_column] = golden.into();
-                if let Err(error) = writeln!(file, "{row}") {
-                    return Ok(Err(error));
-                }
-                kept += 1;
+            let answer = chat.answer(prompt, (&sampling, seed), 0)?;
+            let golden = answer.text.trim();
+            if answer.finish != Finish::EndOfText || golden.is_empty() {
+                continue;
             }
+            let mut row = row.clone();
+            row[&self.golden_column] = golden.into();
+            if let Err(error) = writeln!(file, "{row}") {
+                return Ok(Err(error));
+            }
+            kept += 1;
         }
         Ok(file.flush().map(|()| kept))
     }

@@ -34,7 +34,7 @@ impl LocalChat {
     ) -> Result<Self, MistralError> {
         let source = source(model);
         let patience = Duration::from_secs_f64(settings.timeout_seconds);
-        let chat = Chat::open(&source, settings.max_batch, patience)?;
+        let chat = Chat::open(&source, patience)?;
         if !chat.has_chat_template() {
             return Err(MistralError::NoTemplate {
                 path: source.path,
@@ -75,24 +75,20 @@ impl ChatModel for Asking {
         max_tokens: usize,
         alternatives: usize,
     ) -> Result<Vec<Said>, JudgeError> {
-        let prompts: Vec<_> = dialogues
-            .iter()
-            .cloned()
-            .map(PromptText::Messages)
-            .collect();
         let likeliest = SamplingSettings {
             top_k: 1,
             ..SamplingSettings::plain(max_tokens)
         };
-        let answers = self
-            .0
-            .chat
-            .answer(&prompts, (&likeliest, Seed(0)), alternatives);
-        let answers = answers.map_err(|error| match error {
-            MistralError::Prompt { .. } => JudgeError::permanent(error.to_string()),
-            other => JudgeError::new(other.to_string()),
-        })?;
-        Ok(answers.into_iter().map(said).collect())
+        let answer = |dialogue: &Vec<Message>| {
+            let prompt = PromptText::Messages(dialogue.clone());
+            let chat = &self.0.chat;
+            let answer = chat.answer(&prompt, (&likeliest, Seed(0)), alternatives);
+            answer.map(said).map_err(|error| match error {
+                MistralError::Prompt { .. } => JudgeError::permanent(error.to_string()),
+                other => JudgeError::new(other.to_string()),
+            })
+        };
+        dialogues.iter().map(answer).collect()
     }
 }
 
