@@ -10,7 +10,7 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
 use house::workspace_root;
 
 /// Whom a crate of the house may know. A role knows no other role, and only the program knows roles.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("messages", &[]),
     ("settings", &[]),
     ("dataset", &["messages"]),
@@ -18,6 +18,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("transport", &["messages", "settings"]),
     ("telemetry", &["messages", "settings"]),
     ("model", &["messages", "settings"]),
+    ("mistral", &["messages", "model"]),
     ("actor", ROLE),
     ("preference", ROLE),
     ("learner", ROLE),
@@ -28,6 +29,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
             "dataset",
             "learner",
             "messages",
+            "mistral",
             "model",
             "playground",
             "preference",
@@ -49,12 +51,13 @@ const ROLE: &[&str] = &[
 ];
 
 /// Who alone may depend on whose crates, for normal and build dependencies.
-const ONLYS: [(&str, &[&str]); 14] = [
+const ONLYS: [(&str, &[&str]); 15] = [
     ("candle-core", &["model", "learner"]),
     ("candle-nn", &["model"]),
     ("candle-transformers", &["model"]),
     ("tokenizers", &["model"]),
     ("minijinja", &["model"]),
+    ("mistralrs", &["mistral"]),
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),
     ("axum", &["preference", "telemetry"]),
@@ -162,6 +165,18 @@ fn candle_comes_through_no_other_door() {
             "{} depends on {candles:?}",
             package.name
         );
+    }
+}
+
+#[test]
+fn mistral_rs_is_compiled_only_when_it_is_asked_for() {
+    for package in metadata().workspace_packages() {
+        let named = package.dependencies.iter();
+        for dependency in named.filter(|d| d.name.starts_with("mistralrs")) {
+            assert!(dependency.optional, "{} always builds it", package.name);
+        }
+        let by_default = package.features.get("default");
+        assert!(by_default.is_none_or(Vec::is_empty), "{}", package.name);
     }
 }
 

@@ -441,3 +441,22 @@ fn what_was_refused_runs_when_it_is_mended() {
     // Nothing has begun, so that there is nothing to resume and no directory to give up.
     workplace.run(&call).succeeded();
 }
+
+#[cfg(not(feature = "mistral"))]
+#[test]
+fn a_build_without_mistral_rs_says_how_to_get_one() {
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    let remedy = ["without mistral.rs", "--features mistral"];
+    for set in [
+        "actor.engine.kind=mistral",
+        "preference.judge={ kind = \"mistral\", path = \"m\" }",
+    ] {
+        let call = tiny_playground(&run, &[set]);
+        workplace.run(&call).check(2, &remedy).without_panic();
+        assert!(!run.exists(), "no run has begun");
+    }
+    let golden = "golden --model m --prompts p --output o";
+    let golden: Vec<&str> = golden.split(' ').collect();
+    workplace.run(&golden).check(2, &remedy);
+}

@@ -4,7 +4,7 @@ use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use messages::WeightsVersion;
-use model::{Finished, LanguageModel, ModelError, Request, Sampler};
+use model::{CompletionWriter, Finished, LanguageModel, ModelError, Request};
 use tokio::sync::mpsc;
 
 /// What the thread can be told. When the channel closes it ends.
@@ -27,10 +27,10 @@ pub(crate) enum Event {
     Failed(ModelError),
 }
 
-/// Starts the thread `name` around `sampler`, which has so many slots.
+/// Starts the thread `name` around `writer`, which has so many slots.
 pub(crate) fn spawn(
     name: &str,
-    sampler: Sampler,
+    writer: Box<dyn CompletionWriter>,
     policy: LanguageModel,
     slots: usize,
 ) -> std::io::Result<(Sender<Command>, mpsc::Receiver<Event>, JoinHandle<()>)> {
@@ -38,7 +38,7 @@ pub(crate) fn spawn(
     let (commands, inbox) = crossbeam_channel::bounded(slots + 1);
     let (events, outbox) = mpsc::channel(slots + 1);
     let engine = Engine {
-        sampler,
+        writer,
         policy,
         inbox,
         events,
@@ -50,7 +50,7 @@ pub(crate) fn spawn(
 }
 
 struct Engine {
-    sampler: Sampler,
+    writer: Box<dyn CompletionWriter>,
     /// What new weights are laid into: an adapter's beside its base.
     policy: LanguageModel,
     inbox: Receiver<Command>,
@@ -74,7 +74,7 @@ impl Engine {
     /// Obeys every command that is there, waiting for one when there is nothing to write, then writes
     /// one token of every completion. False when nobody commands any more.
     fn turn(&mut self) -> Result<bool, ModelError> {
-        if self.sampler.is_idle() {
+        if self.writer.is_idle() {
             let Ok(command) = self.inbox.recv() else {
                 return Ok(false);
             };
@@ -87,7 +87,7 @@ impl Engine {
                 Err(TryRecvError::Disconnected) => return Ok(false),
             }
         }
-        for finished in self.sampler.step()? {
+        for finished in self.writer.step()? {
             self.tell(Event::Finished(finished));
         }
         Ok(true)
@@ -98,14 +98,14 @@ impl Engine {
             Command::Answer(requests) => {
                 for request in requests {
                     let key = request.key;
-                    if let Err(error) = self.sampler.admit(request) {
+                    if let Err(error) = self.writer.admit(request) {
                         self.tell(Event::Refused(key, error.to_string()));
                     }
                 }
             }
             Command::Load(version, blob) => {
                 self.policy = self.policy.with_blob(&blob)?;
-                self.sampler.set_policy(self.policy.clone())?;
+                self.writer.set_policy(self.policy.clone())?;
                 self.tell(Event::Loaded(version));
             }
         }

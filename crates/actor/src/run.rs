@@ -4,7 +4,7 @@ use std::{thread::JoinHandle, time::Duration};
 
 use crossbeam_channel::Sender as Commands;
 use messages::{DropReason, Dropped, Pair, Prompt, Purpose, Station, WeightsVersion};
-use model::{Finished, LanguageModel, Request, Sampler, SamplingSettings, Tokenizer};
+use model::{CompletionWriter, Finished, LanguageModel, Request, Tokenizer};
 use telemetry::{Holder, Measurements, StationCounters, WaitGuard, Waits};
 use tokio::sync::{mpsc, watch};
 use transport::{Announcements, Delivery, Receiver, Sender, TransportError, WeightsShelf};
@@ -34,20 +34,18 @@ pub struct ActorParts {
     pub name: String,
     /// The policy at version 0: the reference, or the reference with an adapter beside it.
     pub policy: LanguageModel,
-    /// The fixed reference.
-    pub reference: LanguageModel,
+    /// What writes completions of this policy and its reference, in so many slots.
+    pub writer: Box<dyn CompletionWriter>,
     /// Turns completions into text for people.
     pub tokenizer: Tokenizer,
-    /// How tokens are drawn.
-    pub sampling: SamplingSettings,
     /// The weight on the reference of every completion of a training prompt.
     pub mixture_coefs: Vec<f32>,
     /// The policy's samples of a prompt of the adversarial game.
     pub contest_samples: usize,
     /// Completions written at once.
     pub slots: usize,
-    /// The longest prompt, in tokens.
-    pub max_prompt_length: usize,
+    /// The longest completion, in tokens.
+    pub max_new_tokens: usize,
     /// When it starts on a prompt.
     pub pacing: Pacing,
     /// What becomes of pairs without a difference.
@@ -68,7 +66,7 @@ pub struct ActorParts {
 pub struct Actor {
     name: String,
     tokenizer: Tokenizer,
-    sampling: SamplingSettings,
+    max_new_tokens: usize,
     mixture_coefs: Vec<f32>,
     contest_samples: usize,
     slots: usize,
@@ -100,24 +98,10 @@ impl Actor {
     /// Makes an actor and starts its thread.
     ///
     /// # Errors
-    /// When the caches do not fit the device or the thread cannot be started.
+    /// When the thread cannot be started.
     pub fn new(parts: ActorParts) -> Result<Self, ActorError> {
-        let failed = |source| ActorError::Model {
-            actor: parts.name.clone(),
-            source,
-        };
-        let policy = parts.policy;
-        let capacity = parts.max_prompt_length + parts.sampling.max_new_tokens;
-        let sampler = Sampler::new(
-            policy.clone(),
-            Some(parts.reference),
-            parts.sampling,
-            parts.slots,
-            capacity,
-        )
-        .map_err(failed)?;
-        let (commands, events, thread) = engine::spawn(&parts.name, sampler, policy, parts.slots)
-            .map_err(|source| ActorError::Thread {
+        let engine = engine::spawn(&parts.name, parts.writer, parts.policy, parts.slots);
+        let (commands, events, thread) = engine.map_err(|source| ActorError::Thread {
             actor: parts.name.clone(),
             source,
         })?;
@@ -125,7 +109,7 @@ impl Actor {
             throughput: Throughput::new(&parts.name),
             name: parts.name,
             tokenizer: parts.tokenizer,
-            sampling: parts.sampling,
+            max_new_tokens: parts.max_new_tokens,
             mixture_coefs: parts.mixture_coefs,
             contest_samples: parts.contest_samples,
             slots: parts.slots,
@@ -340,7 +324,7 @@ impl Actor {
                 Purpose::Evaluate => vec![0.0, 1.0],
                 Purpose::Contest => vec![0.0; self.contest_samples],
             },
-            max_new_tokens: self.sampling.max_new_tokens,
+            max_new_tokens: self.max_new_tokens,
             ids: prompt.ids,
         }
     }

@@ -4,6 +4,7 @@ use std::{io::ErrorKind, process::ExitCode};
 
 use dataset::DatasetError;
 use learner::LearnerError;
+use mistral::MistralError;
 use model::ModelError;
 use preference::PreferenceError;
 use settings::SettingsError;
@@ -127,6 +128,16 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
             _ => None,
         };
     }
+    if let Some(error) = cause.downcast_ref::<MistralError>() {
+        return match error {
+            MistralError::NotBuilt => Some(Code::Configuration),
+            MistralError::Unreadable { .. }
+            | MistralError::Unusable { .. }
+            | MistralError::Load { .. }
+            | MistralError::NoTemplate { .. } => Some(Code::MissingResource),
+            _ => None,
+        };
+    }
     if cause.is::<telemetry::Error>() {
         return Some(Code::MissingResource);
     }
@@ -136,7 +147,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
 
 fn code_of_model(error: &ModelError) -> Option<Code> {
     match error {
-        ModelError::Compute(_) | ModelError::Unwritable { .. } => None,
+        ModelError::Compute(_) | ModelError::Unwritable { .. } | ModelError::Engine(_) => None,
         _ => Some(Code::MissingResource),
     }
 }

@@ -8,7 +8,9 @@ use tracing_subscriber::EnvFilter;
 /// `AGON_LOG=learner=debug`). Read once, here.
 pub(crate) fn start() {
     let filter = EnvFilter::try_from_env("AGON_LOG").unwrap_or_else(|_| {
-        EnvFilter::new("info,async_nats=warn,candle_core=warn,hf_hub=warn,tokenizers=warn")
+        EnvFilter::new(
+            "info,async_nats=warn,candle_core=warn,hf_hub=warn,tokenizers=warn,mistralrs_core=warn,mistralrs_quant=warn",
+        )
     });
     tracing_subscriber::fmt()
         .with_env_filter(filter)

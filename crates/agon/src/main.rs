@@ -23,8 +23,8 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    actor, bench, check, doctor, eval, export, fit_preference, generate, guard, learner, manifests,
-    metrics, preference, samples, score, sft, status, train, view,
+    actor, bench, check, doctor, eval, export, fit_preference, generate, golden, guard, learner,
+    manifests, metrics, preference, samples, score, sft, status, train, view,
 };
 use failure::Misuse;
 
@@ -53,6 +53,7 @@ enum Command {
     FitPreference(fit_preference::Arguments),
     Eval(eval::Arguments),
     Generate(generate::Arguments),
+    Golden(golden::Arguments),
     Score(score::Arguments),
     View(view::Arguments),
     Samples(samples::Arguments),
@@ -107,6 +108,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::FitPreference(arguments) => fit_preference::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),
+        Command::Golden(arguments) => golden::run(&arguments),
         Command::Score(arguments) => score::run(&arguments),
         Command::View(arguments) => view::run(&arguments),
         Command::Samples(arguments) => samples::run(&arguments),

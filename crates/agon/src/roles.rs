@@ -18,7 +18,7 @@ use telemetry::{RunDirectory, StationCounters, StationSnapshot};
 use tokio::sync::watch;
 use transport::{Counts, Hub, Receiver, Sender, TransportError, WeightsShelf};
 
-use crate::world::{self, JudgeSource, Judging, World};
+use crate::world::{self, JudgeSource, Judging, World, WriterParts};
 
 pub(crate) use alone::{Joined, join_actor, join_preference, lead};
 pub(crate) use together::run;
@@ -103,16 +103,23 @@ fn actor(
     streams: &Streams,
     counters: &StationCounters,
 ) -> anyhow::Result<Actor> {
+    let parts = WriterParts {
+        folder: folder.clone(),
+        policy: policy.clone(),
+        reference: Some(world::language_model(folder, weights)?),
+        sampling: sampling(settings),
+        slots: settings.actor.slots,
+        capacity: settings.actor.max_prompt_length + settings.actor.max_new_tokens,
+    };
     Ok(Actor::new(ActorParts {
         name,
         policy,
-        reference: world::language_model(folder, weights)?,
+        writer: world::writer(&settings.actor.engine, parts)?,
         tokenizer: folder.tokenizer.clone(),
-        sampling: sampling(settings),
         mixture_coefs: mixture_coefs(settings),
         contest_samples: settings.preference.apo.samples,
         slots: settings.actor.slots,
-        max_prompt_length: settings.actor.max_prompt_length,
+        max_new_tokens: settings.actor.max_new_tokens,
         pacing: match pacing(settings) {
             learner::Pacing::WholeReleases => actor::Pacing::WholeReleases,
             learner::Pacing::EachPrompt => actor::Pacing::EachPrompt,

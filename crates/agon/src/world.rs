@@ -6,10 +6,12 @@ mod bench;
 mod game;
 mod gold;
 mod judges;
+mod local_chat;
 mod pairs;
 mod preference;
 mod styles;
 mod words;
+mod writer;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -36,6 +38,7 @@ use pairs::{GeneratedPair, generated};
 pub(crate) use preference::{Opened, Trunk, preference_model};
 pub(crate) use styles::{StyleComparison, styles};
 pub(crate) use words::texts;
+pub(crate) use writer::{WriterParts, is_built, writer};
 
 /// The model at the start and the prompts of a run.
 pub(crate) struct World {
@@ -119,6 +122,7 @@ impl Start {
 /// Makes or loads the policy and the prompts that the settings name. Making takes a while: it ends early
 /// when `stopped` turns true.
 pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::Result<World> {
+    is_built(settings)?;
     let Start {
         folder,
         weights,

@@ -67,6 +67,9 @@ pub enum ModelError {
         /// What the template engine says.
         reason: String,
     },
+    /// An engine beside this crate that computes for it fails.
+    #[error("failed to {0}")]
+    Engine(String),
     /// Tokens that the model cannot take.
     #[error("{reason}")]
     Tokens {

@@ -47,7 +47,9 @@ pub use packed::{Fork, Packed, Sequence};
 pub use reward::{
     Pooling, RewardArchitecture, RewardConfig, RewardFolder, RewardKind, RewardModel,
 };
-pub use sampling::{Finished, Precision, Request, Sampler, SamplingSettings};
+pub use sampling::{
+    CompletionWriter, Continuation, Finished, Precision, Request, Sampler, SamplingSettings,
+};
 pub use schedule::Schedule;
 pub use score::Scores;
 pub use tokenizer::Tokenizer;

@@ -25,7 +25,8 @@ pub use bench::{
 pub use calibration::{BINS, Bin, Calibration, Judged, LengthQuarter};
 pub use error::{JudgeError, JudgeErrorKind, PreferenceError, RulingError};
 pub use judge::{
-    Comparison, EncoderJudge, Ensemble, Judge, Learned, Matrix, Reads, Rules, Verdict,
+    Alternative, ChatJudge, ChatModel, Comparison, EncoderJudge, Ensemble, Judge, Learned, Matrix,
+    Reads, Rules, Said, ScoredToken, Verdict,
 };
 pub use run::{Preference, PreferenceParts};
 pub use server::{Server, ServerParts};

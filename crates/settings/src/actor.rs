@@ -28,6 +28,21 @@ pub struct ActorSettings {
     pub max_new_tokens: usize,
     /// The longest prompt, in tokens.
     pub max_prompt_length: usize,
+    /// What writes completions.
+    pub engine: EngineSettings,
+}
+
+/// What writes completions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum EngineSettings {
+    /// Agon's own sampler.
+    Own {},
+    /// mistral.rs for the policy, with Agon's own reference beside it.
+    Mistral {
+        /// How long one completion may take, in seconds.
+        timeout_seconds: f64,
+    },
 }
 
 /// How the weights of policy and reference are kept while completions are written, on the CPU.

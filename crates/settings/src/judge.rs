@@ -53,8 +53,10 @@ pub enum JudgeSettings {
         /// Standard deviations that `lower-bound` takes off, toward ½.
         deviations: f64,
     },
-    /// Chat endpoints in the manner of OpenAI.
-    Http(ChatJudgeSettings),
+    /// Chat endpoints in the manner of OpenAI; what they are asked is in `preference.chat`.
+    Http(EndpointSettings),
+    /// A chat model in this process, by mistral.rs; what it is asked is in `preference.chat`.
+    Mistral(LocalChatSettings),
     /// Other Agon preference services.
     Service {
         /// Their addresses, as in `http://host:8000`.
@@ -77,7 +79,7 @@ pub enum Combine {
 /// Chat endpoints in the manner of OpenAI.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ChatJudgeSettings {
+pub struct EndpointSettings {
     /// Up to and without `/chat/completions`, as in `http://host:8000/v1`; each is a replica.
     pub urls: Vec<String>,
     /// The model's name there.
@@ -86,6 +88,26 @@ pub struct ChatJudgeSettings {
     pub api_key_path: PathBuf,
     /// Questions to one address at a time.
     pub concurrency: usize,
+}
+
+/// A chat model in this process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalChatSettings {
+    /// A Hugging Face folder, or a `.gguf` file.
+    pub path: PathBuf,
+    /// A `tokenizer.json` instead of the model's own; empty: its own.
+    pub tokenizer_path: PathBuf,
+    /// A `.jinja` file instead of the model's own; empty: its own.
+    pub chat_template: PathBuf,
+    /// How a folder's weights are quantised as they are loaded, as mistral.rs names it; empty: not at all.
+    pub isq: String,
+}
+
+/// What chat models are asked that judge, and how they answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChatSettings {
     /// What the system's turn says; empty: there is none.
     pub system: String,
     /// What is asked, with `{prompt}`, `{first}` and `{second}`.
@@ -159,6 +181,7 @@ impl JudgeSettings {
             Self::Encoder { .. } => "encoder",
             Self::Ensemble { .. } => "ensemble",
             Self::Http(_) => "http",
+            Self::Mistral(_) => "mistral",
             Self::Service { .. } => "service",
         }
     }

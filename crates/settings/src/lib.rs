@@ -24,14 +24,16 @@ mod validate;
 
 use serde::{Deserialize, Serialize};
 
-pub use actor::{ActorSettings, PrecisionSetting};
+pub use actor::{ActorSettings, EngineSettings, PrecisionSetting};
 pub use error::{Problem, SettingsError};
 pub use evaluation::{EvaluationSettings, TelemetrySettings};
 pub use fit::{
     ApoForm, ApoSettings, DatasetPairs, FitSettings, Head, PairsSettings, PlaygroundPairs,
     PoolingSetting,
 };
-pub use judge::{ChatJudgeSettings, Combine, JudgeSettings, RuleSettings};
+pub use judge::{
+    ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, RuleSettings,
+};
 pub use learner::{
     GanpoSettings, IpoScale, LabelKind, LearnerSettings, LogpReduction, LrSchedulerType,
     ObjectiveSettings, RpoNll,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ApoSettings, FitSettings, JudgeSettings};
+use crate::{ApoSettings, ChatSettings, FitSettings, JudgeSettings};
 
 /// How pairs are judged.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +39,8 @@ pub struct PreferenceSettings {
     pub circuit_probe_seconds: f64,
     /// Who judges.
     pub judge: JudgeSettings,
+    /// What a judge that is a chat model is asked.
+    pub chat: ChatSettings,
     /// The service over HTTP.
     pub http: HttpServiceSettings,
     /// How preference models are made.

@@ -5,8 +5,8 @@ mod telemetry;
 mod transport;
 
 use crate::{
-    GanpoSettings, ModelSettings, ObjectiveSettings, Problem, PromptsSettings, Settings,
-    SftSettings,
+    EngineSettings, GanpoSettings, ModelSettings, ObjectiveSettings, Problem, PromptsSettings,
+    Settings, SftSettings,
 };
 
 /// Every contradiction and every number out of its range.
@@ -84,6 +84,14 @@ impl Checks {
         self.positive(actor.top_p, "actor.top_p");
         self.share(actor.top_p, "actor.top_p");
         self.decay(actor.min_p, "actor.min_p");
+        if let EngineSettings::Mistral { timeout_seconds } = actor.engine {
+            self.positive(timeout_seconds, "actor.engine.timeout_seconds");
+            self.require(
+                settings.model.device == "cpu",
+                "actor.engine.kind",
+                "\"mistral\" computes on the CPU: set model.device = \"cpu\"",
+            );
+        }
     }
 
     fn learning(&mut self, settings: &Settings) {

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::{self, Context};
+use async_nats::rustls::crypto::ring;
 use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, Event};
 use settings::JetStreamSettings;
 use tokio::time::{Instant, sleep};
@@ -183,6 +184,9 @@ async fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, Transpo
                 reason: error.to_string(),
             })?;
     }
+    // Said aloud, for rustls does not choose where a build has several, and panics. An error means that it has
+    // been said before.
+    ring::default_provider().install_default().ok();
     if settings.tls {
         options = options.require_tls(true);
     }

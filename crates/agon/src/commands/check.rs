@@ -15,7 +15,7 @@ use std::{
 use anyhow::Context;
 use model::{AdapterFolder, LoraConfig, ModelConfig, ModelFolder};
 use playground::{Bandit, base_config_json};
-use settings::{DtypeSetting, ObjectiveSettings, PromptsSettings, Settings};
+use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, PromptsSettings, Settings};
 
 use super::configuration::Configuration;
 use crate::{
@@ -24,6 +24,8 @@ use crate::{
     world,
 };
 
+/// mistral.rs computes in f32 whatever the weights are.
+const MISTRAL_BYTES: usize = 4;
 /// Adam's moments are kept in f32 whatever the weights are.
 const MOMENT_BYTES: usize = 4;
 /// An adapter is f32 whatever the weights are.
@@ -297,6 +299,11 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
     let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
     // A cache of the policy and one of the reference in each actor.
     let slots = [2, actor.count, actor.slots, longest];
+    let beside = match actor.engine {
+        EngineSettings::Own {} => 0,
+        EngineSettings::Mistral { .. } => actor.count,
+    };
+    let beside = [config.parameter_count(), MISTRAL_BYTES, beside];
     let sequences = [
         learner
             .train_batch_size
@@ -312,6 +319,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
             "actors' copies of the policy",
             product(&[&trained, &[actor.count]]),
         ),
+        ("mistral.rs's copies of the policy", product(&[&beside])),
         ("weights on the shelf", product(&[&trained])),
         (
             "caches of keys and values",

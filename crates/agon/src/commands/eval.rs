@@ -8,7 +8,7 @@ use std::{
 
 use learner::Interval;
 use messages::{Pair, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
-use model::{LanguageModel, ModelFolder, Request, Sampler, open_policy};
+use model::{CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler, open_policy};
 use preference::{Orders, Question, Ruling, RulingError, Verdict};
 use serde_json::json;
 use settings::{ModelSource, Override, Settings, resolve_file};

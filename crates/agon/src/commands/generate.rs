@@ -11,15 +11,22 @@ use std::{
 
 use anyhow::{Context, ensure};
 use messages::{Completion, Finish, Message, PromptText, Seed};
-use model::{LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Tokenizer};
+use model::{CompletionWriter, LanguageModel, ModelFolder, Request, SamplingSettings, Tokenizer};
 use serde::Serialize;
-use settings::ModelSource;
+use settings::{EngineSettings, ModelSource};
 
 use super::score::{self, ModelArguments};
-use crate::{failure::Misuse, model_hub};
+use crate::{
+    failure::Misuse,
+    model_hub,
+    world::{self, WriterParts},
+};
 
 /// Completions written at once.
 const SLOTS: usize = 64;
+
+/// How long mistral.rs may take for one completion, in seconds.
+const TIMEOUT: f64 = 600.0;
 
 /// Completions of prompts, sampled from a model or from its mixture with a reference.
 ///
@@ -68,9 +75,33 @@ pub(crate) struct Arguments {
     /// not given), 1 the reference alone; the papers use 0.125. Needs --reference or --adapter.
     #[arg(long, value_name = "WEIGHT")]
     mixture_coef: Option<f32>,
+    /// What computes: `mistral` is mistral.rs for the model, in f32 on the CPU, in a build with
+    /// `--features mistral`; the reference is Agon's own in either.
+    #[arg(long, value_enum, default_value = "own")]
+    engine: EngineName,
     /// JSON for programs, one line a completion.
     #[arg(long)]
     json: bool,
+}
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum EngineName {
+    /// Agon's own sampler.
+    Own,
+    /// mistral.rs.
+    Mistral,
+}
+
+impl From<EngineName> for EngineSettings {
+    fn from(name: EngineName) -> Self {
+        match name {
+            EngineName::Own => Self::Own {},
+            EngineName::Mistral => Self::Mistral {
+                timeout_seconds: TIMEOUT,
+            },
+        }
+    }
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
@@ -84,6 +115,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         // Beside an adapter its base; else the policy itself.
         None => policy.adapter().map(|_| policy.without_adapter()),
     };
+    if arguments.engine == EngineName::Mistral && !policy.device().is_cpu() {
+        let message = "--engine mistral computes on the CPU: leave out --device";
+        return Err(Misuse(message.into()).into());
+    }
     let prompts = arguments.encode(&folder)?;
     let longest = prompts
         .iter()
@@ -94,10 +129,17 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let models: Vec<&LanguageModel> = std::iter::once(&policy).chain(&reference).collect();
     fits(capacity, longest, &models)?;
 
-    let slots = SLOTS.min(prompts.len().saturating_mul(arguments.num));
-    let mut sampler = Sampler::new(policy, reference, arguments.sampling(), slots, capacity)?;
+    let parts = WriterParts {
+        folder: folder.clone(),
+        policy,
+        reference,
+        sampling: arguments.sampling(),
+        slots: SLOTS.min(prompts.len().saturating_mul(arguments.num)),
+        capacity,
+    };
+    let mut writer = world::writer(&arguments.engine.into(), parts)?;
     let mut output = io::stdout().lock();
-    for told in tell(arguments, &prompts, &folder.tokenizer, &mut sampler)? {
+    for told in tell(arguments, &prompts, &folder.tokenizer, writer.as_mut())? {
         output
             .write_all(told?.as_bytes())
             .and_then(|()| output.flush())
@@ -106,17 +148,17 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Asks `sampler` for everything. Gives what there is to tell after every token, most often nothing,
-/// until all completions have ended.
+/// Asks `writer` for everything. Gives what there is to tell after every step, most often nothing, until
+/// all completions have ended.
 fn tell<'a>(
     arguments: &'a Arguments,
     prompts: &'a [Prompt],
     tokenizer: &'a Tokenizer,
-    sampler: &'a mut Sampler,
+    writer: &'a mut dyn CompletionWriter,
 ) -> anyhow::Result<impl Iterator<Item = anyhow::Result<String>> + 'a> {
     let parts = parts(prompts.len(), arguments.num);
     for (key, part) in (0..).zip(&parts) {
-        sampler.admit(arguments.request(key, *part, &prompts[part.prompt]))?;
+        writer.admit(arguments.request(key, *part, &prompts[part.prompt]))?;
     }
     let mut teller = Teller {
         prompts,
@@ -127,7 +169,7 @@ fn tell<'a>(
         ended: BTreeMap::new(),
     };
     Ok(std::iter::from_fn(move || {
-        (!sampler.is_idle()).then(|| teller.step(sampler))
+        (!writer.is_idle()).then(|| teller.step(writer))
     }))
 }
 
@@ -291,9 +333,9 @@ struct Line<'a> {
 }
 
 impl Teller<'_> {
-    /// Lets `sampler` write one token of every completion.
-    fn step(&mut self, sampler: &mut Sampler) -> anyhow::Result<String> {
-        for finished in sampler.step()? {
+    /// Lets `writer` go on for a moment.
+    fn step(&mut self, writer: &mut dyn CompletionWriter) -> anyhow::Result<String> {
+        for finished in writer.step()? {
             self.ended.insert(finished.key, finished.completions);
         }
         let mut told = String::new();
@@ -395,6 +437,7 @@ mod tests {
     use std::collections::HashSet;
 
     use clap::Parser;
+    use model::Sampler;
     use playground::Bandit;
 
     use super::*;

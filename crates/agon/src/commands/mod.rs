@@ -9,6 +9,7 @@ pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod fit_preference;
 pub(crate) mod generate;
+pub(crate) mod golden;
 pub(crate) mod guard;
 pub(crate) mod learner;
 pub(crate) mod manifests;

@@ -36,7 +36,7 @@ pub(crate) fn seats(
     judge: &Arc<JudgeSource>,
 ) -> anyhow::Result<Judges> {
     match &settings.judge {
-        JudgeSettings::Http(chat) => Ok(Judges::chat(chat)?),
+        JudgeSettings::Http(endpoints) => Ok(Judges::chat(endpoints, &settings.chat)?),
         JudgeSettings::Service { urls, token_path } => Ok(Judges::services(urls, token_path)?),
         _ => {
             let replicas = (0..settings.replicas).map(|_| judge.make());

@@ -8,7 +8,11 @@ use model::{Device, Encoder, ModelFolder, RewardFolder, RewardModel, Weights};
 use preference::{EncoderJudge, Ensemble, Judge, Matrix, Rules};
 use settings::{Combine, Head, JudgeSettings, ModelSource, Settings};
 
-use super::{Gold, Opened, Start, preference_model};
+use super::{
+    Gold, Opened, Start,
+    local_chat::{self, LocalChat},
+    preference_model,
+};
 use crate::{failure::Misuse, model_hub};
 
 /// The judge of the settings. Models are read once; every replica shares their weights.
@@ -19,6 +23,8 @@ pub(crate) enum JudgeSource {
     Model(Box<Opened>),
     /// An encoder that gives scores, and what it reads.
     Encoder(Arc<Encoder>, String),
+    /// A chat model of mistral.rs.
+    Chat(Arc<LocalChat>),
     /// Several of these.
     Ensemble {
         members: Vec<JudgeSource>,
@@ -79,6 +85,10 @@ impl JudgeSource {
                     deviations: *deviations,
                 })
             }
+            JudgeSettings::Mistral(model) => {
+                let chat = LocalChat::open(model, &settings.preference)?;
+                Ok(Self::Chat(Arc::new(chat)))
+            }
             plain => Ok(Self::Plain(plain.clone())),
         }
     }
@@ -110,7 +120,7 @@ impl JudgeSource {
             Self::Plain(JudgeSettings::Gold { .. } | JudgeSettings::Matrix { .. }) => true,
             Self::Model(_) => true,
             Self::Ensemble { members, .. } => members.iter().any(Self::reads_tokens),
-            Self::Plain(_) | Self::Encoder(..) => false,
+            Self::Plain(_) | Self::Encoder(..) | Self::Chat(_) => false,
         }
     }
 
@@ -122,6 +132,7 @@ impl JudgeSource {
             Self::Encoder(encoder, template) => {
                 Box::new(EncoderJudge::new(Arc::clone(encoder), template.clone()))
             }
+            Self::Chat(chat) => chat.judge(),
             Self::Ensemble {
                 members,
                 combine,
@@ -152,6 +163,10 @@ pub(crate) fn check(judge: &JudgeSettings) -> anyhow::Result<()> {
             if let Some(folder) = model_hub::look(path)?.folder {
                 Encoder::load(&folder, &Device::Cpu)?;
             }
+        }
+        JudgeSettings::Mistral(model) => {
+            mistral::is_built()?;
+            local_chat::source(model).check()?;
         }
         JudgeSettings::Ensemble { members, .. } => members.iter().try_for_each(check)?,
         JudgeSettings::Http(_) | JudgeSettings::Service { .. } => {}

@@ -11,7 +11,9 @@ use anyhow::Context;
 use dataset::{Columns, DatasetError, Pair, read_rows, shuffled};
 use learner::PromptRow;
 use messages::{Completion, Finish, Seed};
-use model::{LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Weights};
+use model::{
+    CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Weights,
+};
 use playground::{Post, noisy_label, preference, train_post, train_seed, utility};
 use preference::fit::Example;
 use serde::{Deserialize, Serialize};

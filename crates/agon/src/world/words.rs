@@ -31,7 +31,9 @@ pub(crate) fn texts(settings: &Settings, judge: &JudgeSource) -> anyhow::Result<
             Some(member) => texts(settings, member)?,
             None => Arc::new(TextsAlone),
         },
-        JudgeSource::Plain(_) | JudgeSource::Encoder(..) => Arc::new(TextsAlone),
+        JudgeSource::Plain(_) | JudgeSource::Encoder(..) | JudgeSource::Chat(_) => {
+            Arc::new(TextsAlone)
+        }
     })
 }
 

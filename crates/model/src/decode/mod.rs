@@ -98,6 +98,28 @@ impl Decoder {
         })
     }
 
+    /// The same weights, not copied, with empty slots of its own, each with room for `capacity` tokens, at
+    /// most for as many as here.
+    ///
+    /// # Errors
+    /// When the device cannot hold it.
+    pub fn with_slots(&self, slots: usize, capacity: usize) -> Result<Self, ModelError> {
+        let capacity = capacity.min(self.capacity);
+        let engine = match &self.engine {
+            Engine::Packed(engine) => Engine::Packed(Box::new(engine.with_slots(slots, capacity))),
+            Engine::Tensors(_) => {
+                Engine::Tensors(tensors::Cache::new(&self.model, slots, capacity)?)
+            }
+        };
+        Ok(Self {
+            model: self.model.clone(),
+            precision: self.precision,
+            capacity,
+            lengths: vec![0; slots],
+            engine,
+        })
+    }
+
     /// The model that writes.
     #[must_use]
     pub fn model(&self) -> &LanguageModel {

@@ -1,6 +1,8 @@
 //! Decoding on the CPU: weights packed for products with few rows, keys and values laid out for queries that
 //! come alone, nothing between them but slices.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::{Prefill, Step};
@@ -21,7 +23,7 @@ const SEQUENCES: usize = 4;
 
 /// Packed weights, and the keys and values of all slots.
 pub(super) struct Engine {
-    weights: Weights,
+    weights: Arc<Weights>,
     slots: Vec<Slot>,
 }
 
@@ -74,10 +76,19 @@ impl Engine {
         capacity: usize,
     ) -> Result<Self, ModelError> {
         let weights = Weights::new(model, precision, capacity)?;
+        Ok(Self::of(Arc::new(weights), slots, capacity))
+    }
+
+    /// The same weights, not copied, and empty slots of its own.
+    pub fn with_slots(&self, slots: usize, capacity: usize) -> Self {
+        Self::of(Arc::clone(&self.weights), slots, capacity)
+    }
+
+    fn of(weights: Arc<Weights>, slots: usize, capacity: usize) -> Self {
         let layer = |_| KeyValues::new(weights.heads, capacity);
         let slot = |_| Slot((0..weights.config.layers).map(layer).collect());
         let slots = (0..slots).map(slot).collect();
-        Ok(Self { weights, slots })
+        Self { weights, slots }
     }
 
     /// Takes the weights of another model of the same shape.
@@ -87,7 +98,7 @@ impl Engine {
         precision: Precision,
         capacity: usize,
     ) -> Result<(), ModelError> {
-        self.weights = Weights::new(model, precision, capacity)?;
+        self.weights = Arc::new(Weights::new(model, precision, capacity)?);
         Ok(())
     }
 

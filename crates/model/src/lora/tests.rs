@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    AdamWSettings, Gradients, ModelFolder, Optimizer, Request, Sampler, SamplingSettings, Sequence,
+    AdamWSettings, CompletionWriter as _, Gradients, ModelFolder, Optimizer, Request, Sampler,
+    SamplingSettings, Sequence,
     config::read_json,
     fixtures::{adapted, folder, lora_config as config, tiny_model},
 };

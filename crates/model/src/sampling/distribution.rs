@@ -12,9 +12,11 @@ pub struct Draw {
     pub behaviour_logp: f32,
 }
 
-/// Room for one row of the vocabulary, kept between draws.
+/// Room for rows of the vocabulary, kept between draws.
 #[derive(Debug, Default)]
 pub struct Scratch {
+    /// The mixed logits.
+    pub(super) mixed: Vec<f32>,
     /// Of every token, up to a factor.
     weights: Vec<f32>,
     /// Their sums, a part of the vocabulary each.

@@ -1,45 +1,18 @@
 //! Continuous batching: a fixed number of slots, filled again as soon as completions end.
 //!
-//! A prompt's completions share one reading of the prompt and hold neighbouring slots; the caches of
-//! policy and reference step together. Each completion draws from a stream of its own, seeded by its
+//! A prompt's completions share one reading of the prompt and hold neighbouring slots; policy and
+//! reference step together. Each completion draws from a stream of its own, seeded by its
 //! message, so that neither slots nor batches decide what is written.
 
 use std::collections::VecDeque;
 
-use messages::{Completion, Finish, Seed};
-use rand::Rng;
-use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rayon::prelude::*;
 
-use super::{SamplingSettings, Scratch, distribution::log_softmax_at, draw, mix};
+use super::{CompletionWriter, Continuation, Finished, Groups, Request, SamplingSettings, Scratch};
 use crate::{
     LanguageModel, ModelError,
     decode::{Decoder, Logits, Prefill},
 };
-
-/// A prompt to be answered.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Request {
-    /// The caller's name for it.
-    pub key: u64,
-    /// The prompt's tokens.
-    pub ids: Vec<u32>,
-    /// The seed of its completions' streams.
-    pub seed: Seed,
-    /// One entry a completion: the weight on the reference.
-    pub mixture_coefs: Vec<f32>,
-    /// The longest completion, in tokens.
-    pub max_new_tokens: usize,
-}
-
-/// A prompt whose completions have all ended.
-#[derive(Debug)]
-pub struct Finished {
-    /// The caller's name for it.
-    pub key: u64,
-    /// Its completions, in the order of the request's `mixture_coefs`, without text.
-    pub completions: Vec<Completion>,
-}
 
 /// A policy and its reference, writing.
 pub struct Sampler {
@@ -50,7 +23,7 @@ pub struct Sampler {
     /// The longest sequence of either model.
     longest: usize,
     slots: Vec<Option<Stream>>,
-    groups: Vec<Group>,
+    groups: Groups,
     waiting: VecDeque<Request>,
 }
 
@@ -70,26 +43,11 @@ impl Both {
     }
 }
 
-/// Room for one row of logits, kept between draws.
-#[derive(Default)]
-struct Room {
-    mixed: Vec<f32>,
-    scratch: Scratch,
-}
-
 /// One completion in the making.
 struct Stream {
     key: u64,
     index: usize,
-    random: ChaCha8Rng,
-    max_new_tokens: usize,
-    completion: Completion,
-}
-
-/// The completions of one prompt, as they end.
-struct Group {
-    key: u64,
-    completions: Vec<Option<Completion>>,
+    continuation: Continuation,
 }
 
 impl Sampler {
@@ -105,16 +63,11 @@ impl Sampler {
         slots: usize,
         capacity: usize,
     ) -> Result<Self, ModelError> {
-        let of_reference = reference.as_ref().unwrap_or(&policy).config();
-        let (a, b) = (policy.config().vocab_size, of_reference.vocab_size);
-        if a != b {
-            let reason = format!(
-                "the policy has {a} tokens, the reference {b}: they must share a vocabulary"
-            );
-            return Err(ModelError::Weights { reason });
+        let mut longest = policy.config().max_positions;
+        if let Some(reference) = &reference {
+            super::share_vocabulary(&policy, reference)?;
+            longest = longest.min(reference.config().max_positions);
         }
-        let longest = policy.config().max_positions;
-        let longest = longest.min(of_reference.max_positions);
         let decoder = |model| Decoder::new(model, settings.precision, slots, capacity);
         Ok(Self {
             policy: decoder(policy)?,
@@ -122,27 +75,9 @@ impl Sampler {
             settings,
             longest,
             slots: (0..slots).map(|_| None).collect(),
-            groups: Vec::new(),
+            groups: Groups::default(),
             waiting: VecDeque::new(),
         })
-    }
-
-    /// Replaces the policy. Only an idle sampler may: no completion mixes versions.
-    ///
-    /// # Errors
-    /// When completions are being written.
-    pub fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
-        if !self.is_idle() {
-            let reason = "the policy changes only between completions".into();
-            return Err(ModelError::Weights { reason });
-        }
-        self.policy.set_model(policy)
-    }
-
-    /// Whether nothing is being written and nothing waits.
-    #[must_use]
-    pub fn is_idle(&self) -> bool {
-        self.groups.is_empty() && self.waiting.is_empty()
     }
 
     /// How many prompts are being answered or wait for slots.
@@ -160,52 +95,6 @@ impl Sampler {
             .filter(|slot| slot.is_none())
             .count()
             .saturating_sub(promised)
-    }
-
-    /// Adds a prompt; it is read at the next [`Self::step`] that finds enough free slots.
-    ///
-    /// # Errors
-    /// When it asks for no completion, or for more than there are slots, or cannot fit a slot.
-    pub fn admit(&mut self, request: Request) -> Result<(), ModelError> {
-        let (count, slots) = (request.mixture_coefs.len(), self.slots.len());
-        let longest = self.longest;
-        let length = request.ids.len() + request.max_new_tokens;
-        let reason = if count == 0 || count > slots {
-            format!("{count} completions of one prompt do not fit {slots} slots")
-        } else if request.ids.is_empty() || request.max_new_tokens == 0 {
-            "a prompt and its completions need at least one token each".to_owned()
-        } else if length > longest {
-            format!(
-                "{length} tokens of prompt and completion are more than the model's {longest} positions"
-            )
-        } else {
-            self.waiting.push_back(request);
-            return Ok(());
-        };
-        Err(ModelError::Tokens { reason })
-    }
-
-    /// Reads waiting prompts into free slots, then writes one token of every completion. Returns the
-    /// prompts whose completions have all ended.
-    ///
-    /// # Errors
-    /// When a tensor operation fails or a model gives no distribution (its weights hold a NaN).
-    pub fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
-        self.read_prompts()?;
-        let active: Vec<usize> = (0..self.slots.len())
-            .filter(|&s| self.slots[s].is_some())
-            .collect();
-        let pending: Vec<(usize, u32)> = active
-            .iter()
-            .filter_map(|&slot| Some((slot, *self.slots[slot].as_ref()?.completion.ids.last()?)))
-            .collect();
-        if !pending.is_empty() {
-            let (slots, tokens): (Vec<usize>, Vec<u32>) = pending.into_iter().unzip();
-            let logits = self.logits(|model| model.extend(&slots, &tokens))?;
-            let rows: Vec<(usize, usize)> = slots.into_iter().enumerate().collect();
-            self.write(&rows, &logits)?;
-        }
-        Ok(self.take_finished())
     }
 
     /// Reads as many waiting prompts as have free slots and writes their first tokens.
@@ -237,10 +126,7 @@ impl Sampler {
         let logits = self.logits(|model| model.prefill(&prompts))?;
         let mut rows = Vec::new();
         for (row, (request, slots)) in admitted.iter().enumerate() {
-            self.groups.push(Group {
-                key: request.key,
-                completions: slots.iter().map(|_| None).collect(),
-            });
+            self.groups.begin(request);
             for (index, &slot) in slots.iter().enumerate() {
                 self.slots[slot] = Some(Stream::new(request, index));
                 rows.push((row, slot));
@@ -269,56 +155,63 @@ impl Sampler {
             if let (Some(stream), Some((&(row, _), later))) =
                 (stream, rest.split_first().filter(|(row, _)| row.1 == slot))
             {
-                streams.push((row, stream));
+                streams.push((row, &mut stream.continuation));
                 rest = later;
             }
         }
-        let settings = &self.settings;
+        let (settings, eos) = (&self.settings, &self.policy.model().config().eos);
         streams
             .into_par_iter()
             .with_min_len((DRAWN / logits.policy.width()).max(1))
-            .try_for_each_init(Room::default, |room, (row, stream)| {
-                stream.draw(logits.rows(row), settings, room)
+            .try_for_each_init(Scratch::default, |scratch, (row, continuation)| {
+                let drawn = continuation.write(logits.rows(row), settings, eos, scratch);
+                drawn.map(drop)
             })?;
-        let eos = &self.policy.model().config().eos;
-        let ended: Vec<usize> = rows
-            .iter()
-            .filter(|&&(_, slot)| {
-                self.slots[slot]
-                    .as_mut()
-                    .is_some_and(|stream| stream.ends(eos))
-            })
-            .map(|&(_, slot)| slot)
-            .collect();
-        for slot in ended {
+        for &(_, slot) in rows {
             self.end(slot);
         }
         Ok(())
     }
 
+    /// Empties the slot if its completion has ended.
     fn end(&mut self, slot: usize) {
-        let Some(stream) = self.slots[slot].take() else {
-            return;
-        };
-        if let Some(group) = self.groups.iter_mut().find(|group| group.key == stream.key) {
-            group.completions[stream.index] = Some(stream.completion);
+        let ended = self.slots[slot].take_if(|stream| stream.continuation.has_ended());
+        if let Some(stream) = ended {
+            let completion = stream.continuation.into_completion();
+            self.groups.end(stream.key, stream.index, completion);
         }
     }
+}
 
-    fn take_finished(&mut self) -> Vec<Finished> {
-        let mut finished = Vec::new();
-        self.groups.retain_mut(|group| {
-            if group.completions.iter().any(Option::is_none) {
-                return true;
-            }
-            let completions = group.completions.drain(..).flatten().collect();
-            finished.push(Finished {
-                key: group.key,
-                completions,
-            });
-            false
-        });
-        finished
+impl CompletionWriter for Sampler {
+    fn admit(&mut self, request: Request) -> Result<(), ModelError> {
+        request.fits(self.slots.len(), self.longest)?;
+        self.waiting.push_back(request);
+        Ok(())
+    }
+
+    /// Reads waiting prompts into free slots, then writes one token of every completion.
+    fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
+        self.read_prompts()?;
+        let last = |stream: &Stream| stream.continuation.ids().last().copied();
+        let (slots, tokens): (Vec<usize>, Vec<u32>) = (0..self.slots.len())
+            .filter_map(|slot| Some((slot, last(self.slots[slot].as_ref()?)?)))
+            .unzip();
+        if !slots.is_empty() {
+            let logits = self.logits(|model| model.extend(&slots, &tokens))?;
+            let rows: Vec<(usize, usize)> = slots.into_iter().enumerate().collect();
+            self.write(&rows, &logits)?;
+        }
+        Ok(self.groups.take_finished())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.groups.is_empty() && self.waiting.is_empty()
+    }
+
+    fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
+        super::only_idle(self)?;
+        self.policy.set_model(policy)
     }
 }
 
@@ -327,61 +220,21 @@ impl Stream {
         Self {
             key: request.key,
             index,
-            random: ChaCha8Rng::seed_from_u64(request.seed.derive(index as u64).0),
-            max_new_tokens: request.max_new_tokens,
-            completion: Completion {
-                ids: Vec::new(),
-                finish: Finish::Length,
-                mixture_coef: request.mixture_coefs[index],
-                logp: Vec::new(),
-                ref_logp: Vec::new(),
-                behaviour_logp: Vec::new(),
-                text: String::new(),
-            },
+            continuation: Continuation::new(request, index),
         }
-    }
-}
-
-impl Stream {
-    /// Draws its next token from these rows of logits.
-    fn draw(
-        &mut self,
-        (policy, reference): (&[f32], &[f32]),
-        settings: &SamplingSettings,
-        room: &mut Room,
-    ) -> Result<(), ModelError> {
-        let completion = &mut self.completion;
-        mix(policy, reference, completion.mixture_coef, &mut room.mixed);
-        let uniform = self.random.random::<f64>();
-        let drawn = draw(&room.mixed, settings, uniform, &mut room.scratch);
-        let drawn = drawn.ok_or_else(|| ModelError::Weights {
-            reason: "the logits of a token are not finite".into(),
-        })?;
-        completion.ids.push(drawn.token);
-        completion.behaviour_logp.push(drawn.behaviour_logp);
-        completion.logp.push(log_softmax_at(policy, drawn.token));
-        let ref_logp = log_softmax_at(reference, drawn.token);
-        completion.ref_logp.push(ref_logp);
-        Ok(())
-    }
-
-    /// Whether its last token was its last, and why.
-    fn ends(&mut self, eos: &[u32]) -> bool {
-        let completion = &mut self.completion;
-        let ended = completion.ids.last().is_some_and(|last| eos.contains(last));
-        completion.finish = if ended {
-            Finish::EndOfText
-        } else {
-            Finish::Length
-        };
-        ended || completion.ids.len() == self.max_new_tokens
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use messages::{Completion, Finish, Seed};
+
     use super::*;
-    use crate::{Sequence, decode::Precision, fixtures::tiny_model};
+    use crate::{
+        Precision, Sequence,
+        fixtures::tiny_model,
+        sampling::{log_softmax_at, mix},
+    };
 
     fn request(key: u64, ids: &[u32], mixture_coefs: &[f32], max_new_tokens: usize) -> Request {
         let seed = Seed(77).derive(key);

@@ -1,29 +1,26 @@
 //! Chat models behind endpoints in the manner of OpenAI as judges.
 //!
-//! Each URL is a replica that answers one question at a time, several side by side. What is sent is the
-//! template with the texts in it; what comes back is a verdict in words, with log-probabilities or
-//! without.
+//! Each URL is a replica that answers one question at a time, several side by side. What is sent and how the
+//! answer is read is any chat judge's; log-probabilities may come back or not.
 
 use std::sync::Arc;
 
 use futures_util::future::{BoxFuture, try_join_all};
-use messages::{Digest, JudgeVersion};
+use messages::JudgeVersion;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use settings::ChatJudgeSettings;
+use settings::{ChatSettings, EndpointSettings};
 
+use super::chat::{ChatQuestion, Said};
 use super::endpoint::Endpoint;
-use super::verdict_text::{ScoredToken, VerdictWords};
+use super::verdict_text::ScoredToken;
 use crate::bench::{Answer, Judges, Question, Replica};
-use crate::{JudgeError, PreferenceError, Verdict};
-
-/// How many likeliest tokens are asked for: the verdicts and some more, as few as every server grants.
-const TOP_LOGPROBS: usize = 5;
+use crate::{JudgeError, PreferenceError};
 
 /// One endpoint.
-struct ChatJudge {
-    settings: Arc<ChatJudgeSettings>,
-    words: Arc<VerdictWords>,
+struct RemoteChat {
+    settings: Arc<EndpointSettings>,
+    question: Arc<ChatQuestion>,
     endpoint: Endpoint,
     version: JudgeVersion,
 }
@@ -36,13 +33,13 @@ struct ChatCompletion {
 
 #[derive(Deserialize)]
 struct Choice {
-    message: Said,
+    message: Message,
     #[serde(default)]
     logprobs: Option<LogProbs>,
 }
 
 #[derive(Deserialize)]
-struct Said {
+struct Message {
     #[serde(default)]
     content: Option<String>,
 }
@@ -54,19 +51,19 @@ struct LogProbs {
 }
 
 impl Judges {
-    /// Chat models behind the settings' URLs, one replica each.
+    /// Chat models behind the settings' URLs, one replica each, asked as `chat` says.
     ///
     /// # Errors
     /// When the API key cannot be read or no client can be made.
-    pub fn chat(settings: &ChatJudgeSettings) -> Result<Self, PreferenceError> {
+    pub fn chat(settings: &EndpointSettings, chat: &ChatSettings) -> Result<Self, PreferenceError> {
         let settings = Arc::new(settings.clone());
-        let words = Arc::new(VerdictWords::new(&settings));
-        let version = version(&settings);
+        let question = Arc::new(ChatQuestion::new(chat));
+        let version = question.version(&settings.model);
         let replica = |url: &String| {
             let endpoint = Endpoint::new(url, "/chat/completions", &settings.api_key_path)?;
-            let judge = ChatJudge {
+            let judge = RemoteChat {
                 settings: Arc::clone(&settings),
-                words: Arc::clone(&words),
+                question: Arc::clone(&question),
                 endpoint,
                 version,
             };
@@ -82,51 +79,21 @@ impl Judges {
     }
 }
 
-/// Whatever changes what a model is asked, or how its answer is read, is another version.
-fn version(settings: &ChatJudgeSettings) -> JudgeVersion {
-    let asked = json!([
-        settings.model,
-        settings.system,
-        settings.template,
-        settings.first_verdict,
-        settings.second_verdict,
-        settings.tie_verdict,
-        settings.logprobs,
-        settings.max_tokens,
-    ]);
-    let Digest(digest) = Digest::of(asked.to_string().as_bytes());
-    let mut first = [0; 8];
-    first.copy_from_slice(&digest[..8]);
-    JudgeVersion(u64::from_le_bytes(first))
-}
-
-impl ChatJudge {
+impl RemoteChat {
     fn request(&self, question: &Question) -> Value {
-        let settings = &self.settings;
-        let comparison = question.comparison();
-        let asked = fill(
-            &settings.template,
-            &[
-                ("{prompt}", &comparison.prompt.text),
-                ("{first}", &comparison.first.text),
-                ("{second}", &comparison.second.text),
-            ],
-        );
-        let system = (!settings.system.is_empty())
-            .then(|| json!({"role": "system", "content": settings.system}));
-        let messages: Vec<_> = system
-            .into_iter()
-            .chain([json!({"role": "user", "content": asked})])
-            .collect();
+        let chat = &self.question.settings;
+        let messages = self.question.dialogue(&question.comparison());
+        let turn =
+            |message: &messages::Message| json!({"role": message.role, "content": message.content});
         let mut request = json!({
-            "model": settings.model,
-            "messages": messages,
-            "max_tokens": settings.max_tokens,
+            "model": self.settings.model,
+            "messages": messages.iter().map(turn).collect::<Vec<_>>(),
+            "max_tokens": chat.max_tokens,
             "temperature": 0,
         });
-        if settings.logprobs {
+        if chat.logprobs {
             request["logprobs"] = true.into();
-            request["top_logprobs"] = TOP_LOGPROBS.into();
+            request["top_logprobs"] = self.question.alternatives().into();
         }
         request
     }
@@ -135,21 +102,19 @@ impl ChatJudge {
         let completion: ChatCompletion = self.endpoint.post(&self.request(question)).await?;
         let choice = completion.choices.into_iter().next();
         let choice = choice.ok_or_else(|| JudgeError::new("it answered without a choice"))?;
+        let tokens = choice.logprobs.and_then(|logprobs| logprobs.content);
+        let said = Said {
+            text: choice.message.content.unwrap_or_default(),
+            tokens: tokens.unwrap_or_default(),
+        };
         Ok(Answer {
-            verdict: self.verdict(choice),
+            verdict: self.question.verdict(&said),
             version: self.version,
         })
     }
-
-    fn verdict(&self, choice: Choice) -> Verdict {
-        let text = choice.message.content.unwrap_or_default();
-        let tokens = choice.logprobs.and_then(|logprobs| logprobs.content);
-        let tokens = tokens.filter(|_| self.settings.logprobs);
-        self.words.read(&text, &tokens.unwrap_or_default())
-    }
 }
 
-impl Replica for ChatJudge {
+impl Replica for RemoteChat {
     fn name(&self) -> &str {
         self.endpoint.url()
     }
@@ -168,23 +133,5 @@ impl Replica for ChatJudge {
     }
 }
 
-/// The template with every name replaced by its text. What a text says is never replaced again.
-fn fill(template: &str, texts: &[(&str, &str)]) -> String {
-    let mut filled = String::with_capacity(template.len());
-    let mut rest = template;
-    let next = |rest: &str| {
-        let found = texts
-            .iter()
-            .filter_map(|&(name, text)| Some((rest.find(name)?, name, text)));
-        found.min_by_key(|&(place, ..)| place)
-    };
-    while let Some((place, name, text)) = next(rest) {
-        filled.push_str(&rest[..place]);
-        filled.push_str(text);
-        rest = &rest[place + name.len()..];
-    }
-    filled + rest
-}
-
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;

@@ -3,6 +3,7 @@
 //! A judge knows one prompt and two completions at a time. It does not know pairs, streams or what its
 //! answers are used for.
 
+mod chat;
 mod encoder;
 mod endpoint;
 mod ensemble;
@@ -20,12 +21,14 @@ use messages::{Completion, JudgeVersion, Probability, Prompt};
 
 use crate::JudgeError;
 
+pub use chat::{ChatJudge, ChatModel, Said};
 pub use encoder::EncoderJudge;
 pub(crate) use endpoint::key;
 pub use ensemble::Ensemble;
 pub use learned::{Learned, Reads};
 pub use matrix::Matrix;
 pub use rule::Rules;
+pub use verdict_text::{Alternative, ScoredToken};
 
 /// Says which of two completions is better, many at a time. It is asked from one thread, one batch
 /// after the other.

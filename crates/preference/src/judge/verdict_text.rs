@@ -2,7 +2,7 @@
 //! log-probabilities of its verdict where they are given, else from the verdict's words.
 
 use serde::Deserialize;
-use settings::ChatJudgeSettings;
+use settings::ChatSettings;
 
 use crate::Verdict;
 
@@ -19,22 +19,27 @@ pub(super) struct VerdictWords {
 
 /// One token of an answer and what might have stood in its place.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-pub(super) struct ScoredToken {
-    token: String,
-    logprob: f64,
+pub struct ScoredToken {
+    /// Its text.
+    pub token: String,
+    /// Its natural log-probability.
+    pub logprob: f64,
+    /// The likeliest tokens in its place.
     #[serde(default)]
-    top_logprobs: Vec<Alternative>,
+    pub top_logprobs: Vec<Alternative>,
 }
 
 /// What might have stood in a token's place.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-pub(super) struct Alternative {
-    token: String,
-    logprob: f64,
+pub struct Alternative {
+    /// Its text.
+    pub token: String,
+    /// Its natural log-probability.
+    pub logprob: f64,
 }
 
 impl VerdictWords {
-    pub(super) fn new(settings: &ChatJudgeSettings) -> Self {
+    pub(super) fn new(settings: &ChatSettings) -> Self {
         let words = [
             &settings.first_verdict,
             &settings.second_verdict,
@@ -148,11 +153,11 @@ mod tests {
     use crate::judge::fake::{abstained, preferred};
 
     fn words(first: &str, second: &str, tie: &str) -> VerdictWords {
-        VerdictWords::new(&ChatJudgeSettings {
+        VerdictWords::new(&ChatSettings {
             first_verdict: first.into(),
             second_verdict: second.into(),
             tie_verdict: tie.into(),
-            ..crate::judge::http::tests::settings()
+            ..crate::judge::chat::tests::settings()
         })
     }
 

@@ -2,8 +2,8 @@
 
 use super::Checks;
 use crate::{
-    ApoSettings, ChatJudgeSettings, FitSettings, JudgeSettings, ModelSource, PairsSettings,
-    PlaygroundGolden, PreferenceSettings, PromptsSettings, Settings,
+    ApoSettings, ChatSettings, EndpointSettings, FitSettings, JudgeSettings, LocalChatSettings,
+    ModelSource, PairsSettings, PlaygroundGolden, PreferenceSettings, PromptsSettings, Settings,
 };
 
 impl Checks {
@@ -11,6 +11,7 @@ impl Checks {
         let preference = &settings.preference;
         self.service(preference);
         self.judge(&preference.judge, settings);
+        self.chat(&preference.chat);
         self.fit(&preference.fit);
         let chosen = PromptsSettings::Playground {
             golden: PlaygroundGolden::Chosen,
@@ -90,7 +91,8 @@ impl Checks {
                 deviations,
                 ..
             } => self.ensemble(members, *deviations, settings),
-            JudgeSettings::Http(chat) => self.chat(chat),
+            JudgeSettings::Http(endpoints) => self.endpoints(endpoints),
+            JudgeSettings::Mistral(model) => self.local_chat(model),
             JudgeSettings::Service { urls, .. } => self.urls(urls),
         }
     }
@@ -171,15 +173,30 @@ impl Checks {
         }
     }
 
-    fn chat(&mut self, chat: &ChatJudgeSettings) {
-        self.urls(&chat.urls);
-        let path = |key: &str| format!("preference.judge.{key}");
+    fn endpoints(&mut self, endpoints: &EndpointSettings) {
+        self.urls(&endpoints.urls);
         self.require(
-            !chat.model.is_empty(),
-            &path("model"),
+            !endpoints.model.is_empty(),
+            "preference.judge.model",
             "name the model to ask",
         );
-        self.at_least(chat.concurrency as u64, 1, &path("concurrency"));
+        self.at_least(
+            endpoints.concurrency as u64,
+            1,
+            "preference.judge.concurrency",
+        );
+    }
+
+    fn local_chat(&mut self, model: &LocalChatSettings) {
+        self.require(
+            !model.path.as_os_str().is_empty(),
+            "preference.judge.path",
+            "name a Hugging Face folder or a .gguf file",
+        );
+    }
+
+    fn chat(&mut self, chat: &ChatSettings) {
+        let path = |key: &str| format!("preference.chat.{key}");
         self.at_least(chat.max_tokens as u64, 1, &path("max_tokens"));
         for place in ["{first}", "{second}"] {
             self.require(

@@ -1,7 +1,7 @@
 //! `agon bench rollout`: how fast completions are written.
 
 use messages::Seed;
-use model::{Precision, Request, Sampler, SamplingSettings};
+use model::{CompletionWriter, Precision, Request, Sampler, SamplingSettings};
 use serde_json::{Value, json};
 
 use super::{

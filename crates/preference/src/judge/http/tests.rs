@@ -17,25 +17,20 @@ use tokio::task::JoinHandle;
 use transport::stream;
 
 use super::*;
+use crate::Verdict;
 use crate::bench::fake::{question, settings as bench_settings};
 use crate::bench::{Bench, BenchSettings, Orders};
+use crate::judge::chat::tests::settings;
 use crate::judge::fake::{abstained, pair, preferred};
 use crate::{Preference, PreferenceParts, RulingError};
 
-/// Settings of a judge without an address.
-pub(in crate::judge) fn settings() -> ChatJudgeSettings {
-    ChatJudgeSettings {
-        urls: Vec::new(),
+/// Settings of a judge at these addresses.
+fn endpoints(urls: &[String]) -> EndpointSettings {
+    EndpointSettings {
+        urls: urls.to_vec(),
         model: "some-judge".into(),
         api_key_path: std::path::PathBuf::new(),
         concurrency: 8,
-        system: "Judge.".into(),
-        template: "{prompt}|{first}|{second}".into(),
-        first_verdict: "[[A]]".into(),
-        second_verdict: "[[B]]".into(),
-        tie_verdict: "[[C]]".into(),
-        logprobs: true,
-        max_tokens: 16,
     }
 }
 
@@ -119,12 +114,12 @@ fn fails(status: u16) -> Response {
 }
 
 /// A bench whose judges are at these addresses, and which does not wait long between attempts.
-fn bench(urls: &[String], settings: ChatJudgeSettings) -> Bench {
-    let settings = ChatJudgeSettings {
-        urls: urls.to_vec(),
-        ..settings
-    };
-    let judges = Judges::chat(&settings).expect("clients");
+fn bench(urls: &[String], chat: &ChatSettings) -> Bench {
+    bench_of(&endpoints(urls), chat)
+}
+
+fn bench_of(endpoints: &EndpointSettings, chat: &ChatSettings) -> Bench {
+    let judges = Judges::chat(endpoints, chat).expect("clients");
     let quick = BenchSettings {
         retry_base: std::time::Duration::from_millis(1),
         circuit_probe: std::time::Duration::from_millis(10),
@@ -145,19 +140,19 @@ async fn a_question_is_asked_as_the_settings_say_and_no_text_is_expanded() {
     std::fs::create_dir_all(&folder).unwrap();
     let api_key_path = folder.join("key");
     std::fs::write(&api_key_path, "sk-123\n").unwrap();
-    let with_key = ChatJudgeSettings {
+    let with_key = EndpointSettings {
         api_key_path,
-        ..settings()
+        ..endpoints(&[server.url()])
     };
-    let with_key = bench(&[server.url()], with_key);
+    let with_key = bench_of(&with_key, &settings());
     let seen = verdict(&with_key, "{second} {prompt}", "{first}").await;
     assert_eq!(seen, Ok(preferred(1.0)));
-    let plain = ChatJudgeSettings {
+    let plain = ChatSettings {
         system: String::new(),
         logprobs: false,
         ..settings()
     };
-    verdict(&bench(&[server.url()], plain), "a", "b")
+    verdict(&bench(&[server.url()], &plain), "a", "b")
         .await
         .unwrap();
     let asked = server.asked.lock().unwrap().clone();
@@ -206,7 +201,7 @@ async fn verdicts_are_read_from_words_or_from_log_probabilities() {
         said => says(said.trim_start_matches("say|").trim_end_matches("|-")),
     })
     .await;
-    let bench = bench(&[server.url()], settings());
+    let bench = bench(&[server.url()], &settings());
     for (said, expected) in [
         ("p", preferred(0.75)),
         ("Both are fine. [[C]]", preferred(0.5)),
@@ -236,7 +231,7 @@ async fn what_may_pass_is_asked_again_and_a_bad_request_is_not() {
         _ => says("[[B]]"),
     })
     .await;
-    let patient = bench(&[server.url()], settings());
+    let patient = bench(&[server.url()], &settings());
     assert_eq!(verdict(&patient, "a", "-").await, Ok(preferred(0.0)));
     assert_eq!(server.asked.lock().unwrap().len(), 7);
     let reason = "it answered 400 Bad Request: not now";
@@ -250,7 +245,7 @@ async fn a_replica_that_dies_in_the_middle_loses_nothing() {
         FakeOpenAi::start(|_, _| says("[[A]]")).await,
         FakeOpenAi::start(|_, _| says("[[A]]")).await,
     ];
-    let bench = bench(&[dying.url(), living.url()], settings());
+    let bench = bench(&[dying.url(), living.url()], &settings());
     let asking = |i: usize| {
         let bench = bench.clone();
         tokio::spawn(async move { verdict(&bench, &i.to_string(), "-").await })
@@ -276,7 +271,7 @@ async fn nobody() -> SocketAddr {
 async fn with_all_three_away_the_service_waits_by_name_until_one_returns() {
     let addresses = [nobody().await, nobody().await, nobody().await];
     let urls = addresses.map(|address| format!("http://{address}/v1"));
-    let bench = bench(&urls, settings());
+    let bench = bench(&urls, &settings());
     let mut outage = bench.outage();
     let (pairs, intake) = stream("pairs", 64);
     let (labelled, labels) = stream::<LabelledPair>("labelled pairs", 64);
@@ -375,12 +370,12 @@ async fn the_pair_templates_of_fastchat_work_once_their_places_have_our_names() 
         ))
     })
     .await;
-    let settings = ChatJudgeSettings {
+    let settings = ChatSettings {
         system: of("system_prompt"),
         template: ours,
         ..settings()
     };
-    let bench = bench(&[server.url()], settings);
+    let bench = bench(&[server.url()], &settings);
     let seen = verdict(&bench, "the first answer", "{first}").await;
     assert_eq!(seen, Ok(preferred(1.0)));
     let system = &server.asked.lock().unwrap()[0].1["messages"][0]["content"];

@@ -1,0 +1,323 @@
+//! The files of a model: a Hugging Face folder or a `.gguf` file. Nothing is ever fetched from elsewhere.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+};
+
+use messages::Digest;
+use serde_json::{Map, Value};
+use tempfile::NamedTempFile;
+
+use crate::MistralError;
+
+/// Bytes of a file that are read at once for its digest.
+const CHUNK: u64 = 1 << 26;
+
+/// Where a model comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// A Hugging Face folder, or a `.gguf` file.
+    pub path: PathBuf,
+    /// A `tokenizer.json` instead of the model's own.
+    pub tokenizer: Option<PathBuf>,
+    /// A `.jinja` file instead of the model's own chat template.
+    pub chat_template: Option<PathBuf>,
+    /// How a folder's weights are quantised as they are loaded, as mistral.rs names it.
+    pub isq: Option<String>,
+}
+
+impl Source {
+    /// The model in this folder, as it is.
+    #[must_use]
+    pub fn folder(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            tokenizer: None,
+            chat_template: None,
+            isq: None,
+        }
+    }
+
+    /// Whether it is a `.gguf` file.
+    #[must_use]
+    pub fn is_gguf(&self) -> bool {
+        self.path.is_file()
+    }
+
+    /// Whether all files are there, without reading weights.
+    ///
+    /// # Errors
+    /// Which are not, or what does not fit.
+    pub fn check(&self) -> Result<(), MistralError> {
+        self.files().map(drop)
+    }
+
+    /// A digest of all its files and of how they are read.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn digest(&self) -> Result<Digest, MistralError> {
+        let mut parts = format!("{:?}", self.isq).into_bytes();
+        for path in self.files()? {
+            parts.extend(digest_of(&path).map_err(|source| unreadable(&path, source))?);
+        }
+        Ok(Digest::of(&parts))
+    }
+
+    /// The files with the weights.
+    pub(crate) fn weights(&self) -> Result<Vec<PathBuf>, MistralError> {
+        if self.is_gguf() {
+            return Ok(vec![self.path.clone()]);
+        }
+        let index = self.path.join("model.safetensors.index.json");
+        let files = if index.exists() {
+            shards(&index)?
+        } else {
+            vec!["model.safetensors".to_owned()]
+        };
+        let files = files.iter().map(|name| found(self.path.join(name)));
+        files.collect()
+    }
+
+    /// The folder's configuration as mistral.rs 0.8.1 reads it, where it does not read it as it is: transformers
+    /// 5 writes what turns the positions into `rope_parameters`, and no longer beside the other numbers.
+    pub(crate) fn config(&self) -> Result<Option<NamedTempFile>, MistralError> {
+        if self.is_gguf() {
+            return Ok(None);
+        }
+        let path = self.path.join("config.json");
+        let text = fs::read_to_string(&path).map_err(|source| unreadable(&path, source))?;
+        let Some(rewritten) = with_rope(&text) else {
+            return Ok(None);
+        };
+        let file = NamedTempFile::with_suffix(".json").and_then(|mut file| {
+            file.write_all(rewritten.as_bytes())?;
+            Ok(file)
+        });
+        Ok(Some(file.map_err(|source| unreadable(&path, source))?))
+    }
+
+    /// A file of the folder that may be missing.
+    pub(crate) fn optional(&self, name: &str) -> Option<PathBuf> {
+        Some(self.path.join(name)).filter(|path| !self.is_gguf() && path.exists())
+    }
+
+    /// All files that are read, each of them there.
+    fn files(&self) -> Result<Vec<PathBuf>, MistralError> {
+        found(self.path.clone())?;
+        let unusable = |path: &Path, reason: &str| MistralError::Unusable {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+        };
+        if let Some(template) = &self.chat_template
+            && template.extension().is_none_or(|end| end != "jinja")
+        {
+            let reason = "mistral.rs takes a chat template whose name ends in .jinja";
+            return Err(unusable(template, reason));
+        }
+        if self.is_gguf() && self.isq.is_some() {
+            let reason = "a .gguf file is quantised already: leave out isq";
+            return Err(unusable(&self.path, reason));
+        }
+        let mut files = self.weights()?;
+        if !self.is_gguf() {
+            files.push(found(self.path.join("config.json"))?);
+            if self.tokenizer.is_none() {
+                files.push(found(self.path.join("tokenizer.json"))?);
+            }
+            let optional = [
+                "generation_config.json",
+                "tokenizer_config.json",
+                "chat_template.jinja",
+            ];
+            files.extend(optional.iter().filter_map(|name| self.optional(name)));
+        }
+        for given in [&self.tokenizer, &self.chat_template] {
+            files.extend(given.clone().map(found).transpose()?);
+        }
+        Ok(files)
+    }
+}
+
+/// A configuration with `rope_theta` and `rope_scaling` beside its `rope_parameters`. None where there are none
+/// such, or `rope_theta` is there already.
+fn with_rope(text: &str) -> Option<String> {
+    let mut config: Map<String, Value> = serde_json::from_str(text).ok()?;
+    let rope = config.get("rope_parameters")?.as_object()?.clone();
+    let theta = rope.get("rope_theta")?.clone();
+    if config.contains_key("rope_theta") {
+        return None;
+    }
+    config.insert("rope_theta".into(), theta);
+    if rope.get("rope_type").is_some_and(|kind| kind != "default") {
+        config.insert("rope_scaling".into(), rope.into());
+    }
+    Some(Value::from(config).to_string())
+}
+
+/// The names of the shards in an index, each once.
+fn shards(index: &Path) -> Result<Vec<String>, MistralError> {
+    let text = fs::read_to_string(index).map_err(|source| unreadable(index, source))?;
+    let read: Option<Value> = serde_json::from_str(&text).ok();
+    let names = read
+        .as_ref()
+        .and_then(|read| read["weight_map"].as_object());
+    let names = names.ok_or_else(|| MistralError::Unusable {
+        path: index.to_owned(),
+        reason: "it has no \"weight_map\"".into(),
+    })?;
+    let names: BTreeSet<&str> = names.values().filter_map(Value::as_str).collect();
+    Ok(names.into_iter().map(str::to_owned).collect())
+}
+
+fn found(path: PathBuf) -> Result<PathBuf, MistralError> {
+    match fs::metadata(&path) {
+        Ok(_) => Ok(path),
+        Err(source) => Err(unreadable(&path, source)),
+    }
+}
+
+fn unreadable(path: &Path, source: io::Error) -> MistralError {
+    MistralError::Unreadable {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// The digests of a file's chunks, one after the other.
+fn digest_of(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let (mut digests, mut chunk) = (Vec::new(), Vec::new());
+    loop {
+        chunk.clear();
+        if Read::by_ref(&mut file)
+            .take(CHUNK)
+            .read_to_end(&mut chunk)?
+            == 0
+        {
+            return Ok(digests);
+        }
+        digests.extend(Digest::of(&chunk).0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder with these files, each of them holding `{}`.
+    fn folder(names: &[&str]) -> (tempfile::TempDir, Source) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        for name in names {
+            fs::write(folder.path().join(name), "{}").expect("a file");
+        }
+        let source = Source::folder(folder.path());
+        (folder, source)
+    }
+
+    const WHOLE: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
+
+    #[test]
+    fn what_is_missing_is_named() {
+        for missing in WHOLE {
+            let (_folder, source) = folder(&WHOLE);
+            source.check().expect("all files are there");
+            fs::remove_file(source.path.join(missing)).expect("it was there");
+            let refused = source.check().expect_err(missing).to_string();
+            assert!(refused.contains(missing), "{refused}");
+        }
+        let nowhere = Source::folder(Path::new("/nowhere/model"));
+        let refused = nowhere.check().expect_err("it is not there").to_string();
+        assert!(refused.contains("/nowhere/model"), "{refused}");
+        assert!(refused.contains("name a Hugging Face folder"), "{refused}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let (folder, source) = folder(&["model.gguf", "template.txt"]);
+        let gguf = folder.path().join("model.gguf");
+        for (refused, says) in [
+            (
+                Source {
+                    isq: Some("q4k".into()),
+                    ..Source::folder(&gguf)
+                },
+                "leave out isq",
+            ),
+            (
+                Source {
+                    chat_template: Some(folder.path().join("template.txt")),
+                    ..source.clone()
+                },
+                "ends in .jinja",
+            ),
+        ] {
+            let refused = refused.check().expect_err(says).to_string();
+            assert!(refused.contains(says), "{refused}");
+        }
+        Source::folder(&gguf).check().expect("a file is enough");
+    }
+
+    #[test]
+    fn shards_are_found_through_their_index() {
+        let (_folder, source) = folder(&["config.json", "tokenizer.json", "a.safetensors"]);
+        let index = source.path.join("model.safetensors.index.json");
+        let map =
+            r#"{"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}"#;
+        fs::write(&index, map).expect("a file");
+        let refused = source.check().expect_err("b is missing").to_string();
+        assert!(refused.contains("b.safetensors"), "{refused}");
+        fs::write(source.path.join("b.safetensors"), "").expect("a file");
+        let names = ["a.safetensors", "b.safetensors"].map(|name| source.path.join(name));
+        assert_eq!(source.weights().expect("both are there"), names);
+        fs::write(&index, "[]").expect("a file");
+        let refused = source.check().expect_err("no index").to_string();
+        assert!(refused.contains("weight_map"), "{refused}");
+    }
+
+    #[test]
+    fn rope_parameters_are_read_as_before() {
+        let config =
+            r#"{"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8}}"#;
+        let read: Value =
+            serde_json::from_str(&with_rope(config).expect("rewritten")).expect("JSON");
+        assert_eq!(read["rope_theta"], 5e5);
+        assert_eq!(read["rope_scaling"]["factor"], 8);
+        let plain = r#"{"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}"#;
+        let read: Value =
+            serde_json::from_str(&with_rope(plain).expect("rewritten")).expect("JSON");
+        assert_eq!(
+            (&read["rope_theta"], &read["rope_scaling"]),
+            (&1e4.into(), &Value::Null)
+        );
+        for whole in [
+            r#"{"rope_theta": 1e4}"#,
+            r#"{"rope_theta": 1, "rope_parameters": {"rope_theta": 1}}"#,
+            "no JSON",
+        ] {
+            assert_eq!(with_rope(whole), None);
+        }
+        let (_folder, source) = folder(&WHOLE);
+        assert!(source.config().expect("it is there").is_none());
+    }
+
+    #[test]
+    fn a_digest_changes_with_every_file_and_with_how_they_are_read() {
+        let (_folder, source) = folder(&WHOLE);
+        let digest = source.digest().expect("readable files");
+        assert_eq!(source.digest().expect("the same files"), digest);
+        let quantised = Source {
+            isq: Some("q8_0".into()),
+            ..source.clone()
+        };
+        assert_ne!(quantised.digest().expect("the same files"), digest);
+        for name in WHOLE {
+            let before = source.digest().expect("readable files");
+            fs::write(source.path.join(name), name).expect("a file");
+            assert_ne!(source.digest().expect("readable files"), before, "{name}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! One completion in the making, whoever computes the policy's logits.
+
+use messages::{Completion, Finish};
+use rand::Rng;
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+
+use super::{Request, SamplingSettings, Scratch, distribution::log_softmax_at, draw, mix};
+use crate::ModelError;
+
+/// A completion that grows by a token at a time, drawn from a random stream of its own: neither slots nor
+/// batches nor engines decide what is written.
+#[derive(Debug)]
+pub struct Continuation {
+    random: ChaCha8Rng,
+    max_new_tokens: usize,
+    has_ended: bool,
+    completion: Completion,
+}
+
+impl Continuation {
+    /// The beginning of the completion of `request` at `index` in its `mixture_coefs`.
+    #[must_use]
+    pub fn new(request: &Request, index: usize) -> Self {
+        Self {
+            random: ChaCha8Rng::seed_from_u64(request.seed.derive(index as u64).0),
+            max_new_tokens: request.max_new_tokens,
+            has_ended: false,
+            completion: Completion {
+                ids: Vec::new(),
+                finish: Finish::Length,
+                mixture_coef: request.mixture_coefs[index],
+                logp: Vec::new(),
+                ref_logp: Vec::new(),
+                behaviour_logp: Vec::new(),
+                text: String::new(),
+            },
+        }
+    }
+
+    /// The tokens so far.
+    #[must_use]
+    pub fn ids(&self) -> &[u32] {
+        &self.completion.ids
+    }
+
+    /// Whether it ended, with a token that ends texts or because it is long enough.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.has_ended
+    }
+
+    /// The completion, without text.
+    #[must_use]
+    pub fn into_completion(self) -> Completion {
+        self.completion
+    }
+
+    /// Draws the next token from the mixture of both rows of logits and records what is known of it. A
+    /// token of `eos` ends it.
+    ///
+    /// # Errors
+    /// When the logits are no distribution: the weights hold a NaN.
+    pub fn write(
+        &mut self,
+        (policy, reference): (&[f32], &[f32]),
+        settings: &SamplingSettings,
+        eos: &[u32],
+        scratch: &mut Scratch,
+    ) -> Result<u32, ModelError> {
+        let mut mixed = std::mem::take(&mut scratch.mixed);
+        mix(policy, reference, self.completion.mixture_coef, &mut mixed);
+        let drawn = draw(&mixed, settings, self.random.random(), scratch);
+        scratch.mixed = mixed;
+        let drawn = drawn.ok_or_else(|| ModelError::Weights {
+            reason: "the logits of a token are not finite".into(),
+        })?;
+        let completion = &mut self.completion;
+        completion.ids.push(drawn.token);
+        completion.behaviour_logp.push(drawn.behaviour_logp);
+        completion.logp.push(log_softmax_at(policy, drawn.token));
+        completion
+            .ref_logp
+            .push(log_softmax_at(reference, drawn.token));
+        if eos.contains(&drawn.token) {
+            completion.finish = Finish::EndOfText;
+        }
+        self.has_ended =
+            completion.finish == Finish::EndOfText || completion.ids.len() == self.max_new_tokens;
+        Ok(drawn.token)
+    }
+}
