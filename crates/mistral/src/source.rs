@@ -3,12 +3,15 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
 use messages::Digest;
-use serde_json::{Map, Value};
+#[cfg(any(test, feature = "engine"))]
+use serde_json::Map;
+use serde_json::Value;
+#[cfg(any(test, feature = "engine"))]
 use tempfile::NamedTempFile;
 
 use crate::MistralError;
@@ -84,6 +87,7 @@ impl Source {
 
     /// The folder's configuration as mistral.rs 0.8.1 reads it, where it does not read it as it is: transformers
     /// 5 writes what turns the positions into `rope_parameters`, and no longer beside the other numbers.
+    #[cfg(any(test, feature = "engine"))]
     pub(crate) fn config(&self) -> Result<Option<NamedTempFile>, MistralError> {
         if self.is_gguf() {
             return Ok(None);
@@ -94,7 +98,7 @@ impl Source {
             return Ok(None);
         };
         let file = NamedTempFile::with_suffix(".json").and_then(|mut file| {
-            file.write_all(rewritten.as_bytes())?;
+            io::Write::write_all(&mut file, rewritten.as_bytes())?;
             Ok(file)
         });
         Ok(Some(file.map_err(|source| unreadable(&path, source))?))
@@ -144,6 +148,7 @@ impl Source {
 
 /// A configuration with `rope_theta` and `rope_scaling` beside its `rope_parameters`. None where there are none
 /// such, or `rope_theta` is there already.
+#[cfg(any(test, feature = "engine"))]
 fn with_rope(text: &str) -> Option<String> {
     let mut config: Map<String, Value> = serde_json::from_str(text).ok()?;
     let rope = config.get("rope_parameters")?.as_object()?.clone();

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use super::matrix::{Begin, Factor, Precision, product};
+use super::matrix::{Factor, Precision, product};
 use super::storage::{argument, floats, fusible, result};
 
 /// `x · weightᵀ`: `x` is `[N, in]`, `weight` `[out, in]`, the result `[N, out]`.
@@ -48,9 +48,7 @@ impl CustomOp2 for Linear {
             (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
         let x = Factor::new(argument(x, x_layout)?, rows, width);
         let weight = Factor::new(argument(weight, weight_layout)?, columns, width);
-        let mut out = vec![0.0; rows * columns];
-        let into = (Begin::Anew, out.as_mut_slice());
-        product(x, weight.transposed(), self.precision, into);
+        let out = product(x, weight.transposed(), self.precision);
         Ok(result(out, &Shape::from((rows, columns))))
     }
 
@@ -65,16 +63,13 @@ impl CustomOp2 for Linear {
         let gradient = gradient.contiguous()?;
         let gradient = floats(&gradient)?;
         let gradient = Factor::new(&gradient, rows, columns);
-        let mut dx = vec![0.0; rows * width];
         let of_weight = floats(weight)?;
         let of_weight = Factor::new(&of_weight, columns, width);
-        product(gradient, of_weight, self.precision, (Begin::Anew, &mut dx));
+        let dx = product(gradient, of_weight, self.precision);
         let dweight = || {
-            let mut dweight = vec![0.0; columns * width];
             let x = floats(x)?;
             let x = Factor::new(&x, rows, width);
-            let into = (Begin::Anew, dweight.as_mut_slice());
-            product(gradient.transposed(), x, self.precision, into);
+            let dweight = product(gradient.transposed(), x, self.precision);
             Tensor::from_vec(dweight, weight.shape(), weight.device())
         };
         let dx = Tensor::from_vec(dx, x.shape(), x.device())?;

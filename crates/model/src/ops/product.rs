@@ -37,16 +37,16 @@ pub(super) fn add_product<A: Arithmetic>(
     sizes: Sizes,
 ) {
     let first = if A::WIDE {
-        blocks::<A, 8>(out, left, right, sizes, 0)
+        rows::<A, 8>(out, left, right, sizes, 0)
     } else {
-        blocks::<A, 4>(out, left, right, sizes, 0)
+        rows::<A, 4>(out, left, right, sizes, 0)
     };
-    blocks::<A, 1>(out, left, right, sizes, first);
+    rows::<A, 1>(out, left, right, sizes, first);
 }
 
 /// All blocks of `M` rows from row `first` on; returns the row after the last.
 #[inline(always)]
-fn blocks<A: Arithmetic, const M: usize>(
+fn rows<A: Arithmetic, const M: usize>(
     out: &mut [f32],
     left: Left<'_>,
     right: Right<'_>,
@@ -55,49 +55,59 @@ fn blocks<A: Arithmetic, const M: usize>(
 ) -> usize {
     while first + M <= sizes.m {
         let out = &mut out[first * sizes.n..][..M * sizes.n];
-        match left {
-            Left::Rows { data, stride } => {
-                let rows: [&[f32]; M] =
-                    std::array::from_fn(|i| &data[(first + i) * stride..][..sizes.k]);
-                let column = |k: usize| std::array::from_fn(|i| rows[i][k]);
-                block::<A, M>(out, column, right, sizes);
-            }
-            Left::Columns { data, stride } => {
-                let column = |k: usize| {
-                    let rows = &data[k * stride + first..][..M];
-                    std::array::from_fn(|i| rows[i])
-                };
-                block::<A, M>(out, column, right, sizes);
-            }
+        // Where the block's part of the left factor begins, and its steps from row to row and from k to k.
+        let (data, down, across) = match left {
+            Left::Rows { data, stride } => (&data[first * stride..], stride, 1),
+            Left::Columns { data, stride } => (&data[first..], 1, stride),
+        };
+        let of_row = |i: usize| &data[i * down..];
+        let left: [&[f32]; M] = std::array::from_fn(of_row);
+        let mut j = 0;
+        while A::WIDE && j + 3 * LANES <= sizes.n {
+            block::<A, M, 3>(out, (left, across), right, sizes, j);
+            j += 3 * LANES;
+        }
+        while j < sizes.n {
+            block::<A, M, 1>(out, (left, across), right, sizes, j);
+            j += LANES;
         }
         first += M;
     }
     first
 }
 
-/// `M` rows of the product; `column(k)` is their part of column `k` of the left factor.
+/// `M` rows of the product in `N` vectors of columns from `j` on; `left` are their rows of the left factor,
+/// whose numbers are so far apart.
+///
+/// Loops, not closures: a closure would not be compiled for the vectors of the function around it.
 #[inline(always)]
-fn block<A: Arithmetic, const M: usize>(
+fn block<A: Arithmetic, const M: usize, const N: usize>(
     out: &mut [f32],
-    column: impl Fn(usize) -> [f32; M],
+    (left, across): ([&[f32]; M], usize),
     right: Right<'_>,
     sizes: Sizes,
+    j: usize,
 ) {
-    for j in (0..sizes.n).step_by(LANES) {
-        // A loop, not a closure: that would not be compiled for the vectors of the function around it.
-        let mut sums = [A::load(lanes(&out[j..])); M];
-        for (i, sum) in sums.iter_mut().enumerate() {
-            *sum = A::load(lanes(&out[i * sizes.n + j..]));
+    let mut sums = [[A::load(lanes(&out[j..])); N]; M];
+    for i in 0..M {
+        for n in 0..N {
+            sums[i][n] = A::load(lanes(&out[i * sizes.n + j + n * LANES..]));
         }
-        for k in 0..sizes.k {
-            let row = A::load(lanes(&right.data[k * right.stride + j..]));
-            for (sum, factor) in sums.iter_mut().zip(column(k)) {
-                *sum = A::accumulate(factor, row, *sum);
+    }
+    for k in 0..sizes.k {
+        let line = &right.data[k * right.stride + j..][..N * LANES];
+        for i in 0..M {
+            let factor = left[i][k * across];
+            for n in 0..N {
+                let row = A::load(lanes(&line[n * LANES..]));
+                sums[i][n] = A::accumulate(factor, row, sums[i][n]);
             }
         }
-        for (i, sum) in sums.into_iter().enumerate() {
-            let row = out[i * sizes.n + j..].first_chunk_mut();
-            A::store(sum, row.expect("n is a multiple of the lanes"));
+    }
+    for i in 0..M {
+        for n in 0..N {
+            let row = out[i * sizes.n + j + n * LANES..].first_chunk_mut();
+            A::store(sums[i][n], row.expect("n is a multiple of the lanes"));
         }
     }
 }

@@ -141,7 +141,7 @@ impl CustomOp2 for PickedLogprobs {
                     .zip(few.par_iter().zip(rows.few()))
                     .for_each(|((slopes, dhidden), (hidden, rows))| {
                         let [head, back] = &head;
-                        head.put_on(Threads::This, hidden, Begin::Anew, slopes);
+                        head.put(Threads::This, hidden, (Begin::Anew, slopes));
                         let logits = &mut *slopes;
                         let words = &words;
                         dispatch(Differentiate {
@@ -151,12 +151,13 @@ impl CustomOp2 for PickedLogprobs {
                         });
                         let slopes = Factor::new(slopes, rows.targets.len(), words.len());
                         let slopes = PackedRows::of(slopes, precision);
-                        back.put_on(Threads::This, &slopes, Begin::There, dhidden);
+                        back.put(Threads::This, &slopes, (Begin::There, dhidden));
                     });
                 if let (Some(dhead), Some(hidden)) = (&mut dhead, &hidden) {
                     let slopes = Factor::new(slopes, tile.len(), words.len()).transposed();
                     let slopes = PackedRows::of(slopes, precision);
-                    hidden.put(&slopes, Begin::There, &mut dhead[part(&words, width)]);
+                    let dhead = &mut dhead[part(&words, width)];
+                    hidden.put(Threads::All, &slopes, (Begin::There, dhead));
                 }
             }
         }
@@ -203,7 +204,7 @@ fn forward(hidden: &[f32], head: &[f32], targets: &[u32], precision: Precision) 
             Vec::new,
             |logits, (running, hidden)| {
                 logits.resize(running.len() * words.len(), 0.0);
-                head.put_on(Threads::This, hidden, Begin::Anew, logits);
+                head.put(Threads::This, hidden, (Begin::Anew, logits));
                 let words = words.clone();
                 dispatch(Accumulate {
                     running,

@@ -124,11 +124,20 @@ impl CausalAttention {
     fn assemble<'a>(&self, parts: impl Iterator<Item = &'a Vec<f32>>, run: usize) -> Vec<f32> {
         let kv_heads = self.geometry.kv_heads;
         let mut whole = vec![0.0; self.segments.total() * kv_heads * run];
-        for (task, part) in self.tasks().iter().zip(parts) {
-            for (row, part) in task.segment.rows().zip(part.chunks_exact(run)) {
-                whole[(row * kv_heads + task.kv_head) * run..][..run].copy_from_slice(part);
-            }
+        let (mut rest, mut segments) = (whole.as_mut_slice(), Vec::new());
+        for segment in self.segments.iter() {
+            let of_segment = rest.split_off_mut(..segment.rows().len() * kv_heads * run);
+            segments.extend(of_segment);
         }
+        let parts: Vec<&Vec<f32>> = parts.collect();
+        let segments = segments.into_par_iter().zip(parts.par_chunks(kv_heads));
+        segments.for_each(|(whole, parts)| {
+            for (row, whole) in whole.chunks_exact_mut(kv_heads * run).enumerate() {
+                for (part, whole) in parts.iter().zip(whole.chunks_exact_mut(run)) {
+                    whole.copy_from_slice(&part[row * run..][..run]);
+                }
+            }
+        });
         whole
     }
 }

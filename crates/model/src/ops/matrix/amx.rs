@@ -114,8 +114,7 @@ impl Tiles {
                 let rows = first..(first + BLOCK).min(part.rows.end);
                 if begin == Begin::There {
                     for (row, sums) in rows.clone().zip(&mut block.0) {
-                        let there = part.of_row(row, panel * LANES, WIDE);
-                        sums[..there.len()].copy_from_slice(there);
+                        part.get(row, panel * LANES, sums);
                     }
                 }
                 self.block(
@@ -125,8 +124,7 @@ impl Tiles {
                     Sums(block.0.as_flattened_mut().as_mut_ptr(), WIDE),
                 );
                 for (row, sums) in rows.zip(&block.0) {
-                    let out = part.of_row(row, panel * LANES, WIDE);
-                    out.copy_from_slice(&sums[..out.len()]);
+                    part.put(row, panel * LANES, sums);
                 }
             }
         }

@@ -12,6 +12,7 @@ mod panels;
 mod rows;
 mod tile;
 
+use std::mem::MaybeUninit;
 use std::ops::RangeInclusive;
 
 use rayon::prelude::*;
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use self::panels::{Columns, bytes, floats, pairs};
 use self::rows::{Bytes, Layout, halves};
 pub(super) use self::tile::Begin;
-use self::tile::{Bf16, F32, Format, Int8, Left, Part, Task};
+use self::tile::{Bf16, F32, Format, Int8, Left, Part, Target, Task};
 use super::vector::{LANES, Line, dispatch};
 
 /// How the factors of a product are kept. Sums are taken in `f32`, or exactly where bytes are multiplied.
@@ -67,17 +68,11 @@ impl<'a> Factor<'a> {
     }
 }
 
-/// `left · right`, `[left.rows, right.columns]` row-major, in f32 or bf16: into `out`, or added to it.
-pub(super) fn product(
-    left: Factor<'_>,
-    right: Factor<'_>,
-    precision: Precision,
-    (begin, out): (Begin, &mut [f32]),
-) {
+/// `left · right`, `[left.rows, right.columns]` row-major, in f32 or bf16.
+pub(super) fn product(left: Factor<'_>, right: Factor<'_>, precision: Precision) -> Vec<f32> {
     assert_eq!(left.columns, right.rows);
-    assert_eq!(out.len(), left.rows * right.columns);
     let packed = PackedMatrix::of(right, precision);
-    packed.put(&PackedRows::of(left, precision), begin, out);
+    packed.product(&PackedRows::of(left, precision))
 }
 
 /// A left factor, ready for products with packed matrices of the same precision.
@@ -114,6 +109,35 @@ impl<'a> PackedRows<'a> {
         let rows = left.rows;
         Self { rows, words }
     }
+}
+
+/// A vector of so many chunks, filled by all threads when there are more than `few` numbers. `fill` finds zeros.
+fn filled<T: Copy + Default + Send>(
+    chunks: usize,
+    chunk: usize,
+    few: usize,
+    fill: impl Fn(usize, &mut [T]) + Sync,
+) -> Vec<T> {
+    let mut numbers = Vec::with_capacity(chunks * chunk);
+    numbers.spare_capacity_mut()[..chunks * chunk]
+        .par_chunks_mut(chunk.max(1))
+        .enumerate()
+        .with_min_len(1 + few / chunk.max(1))
+        .for_each(|(index, memory)| {
+            memory.fill(MaybeUninit::new(T::default()));
+            #[expect(
+                unsafe_code,
+                reason = "one thread that writes all zeros costs as much as the rest"
+            )]
+            // SAFETY: it was filled just now.
+            fill(index, unsafe { memory.assume_init_mut() });
+        });
+    #[expect(unsafe_code, reason = "as above")]
+    // SAFETY: so much was asked for, and every chunk was filled.
+    unsafe {
+        numbers.set_len(chunks * chunk);
+    }
+    numbers
 }
 
 /// Words to a row, which are the lines to a panel, of so many numbers.
@@ -215,37 +239,56 @@ impl PackedMatrix {
 
     /// `x · weightᵀ`: `x` is `[n, in]`, the result `[n, out]`. NaN in a row gives NaN in its result.
     pub fn multiply(&self, x: &[f32]) -> Vec<f32> {
-        let rows = x.len() / self.width;
-        let mut out = vec![0.0; rows * self.out];
-        let rows = PackedRows::of(Factor::new(x, rows, self.width), self.precision());
-        self.put(&rows, Begin::Anew, &mut out);
+        let x = Factor::new(x, x.len() / self.width, self.width);
+        self.product(&PackedRows::of(x, self.precision()))
+    }
+
+    /// `left · self`.
+    fn product(&self, left: &PackedRows<'_>) -> Vec<f32> {
+        let count = left.rows * self.out;
+        if self.width == 0 {
+            return vec![0.0; count];
+        }
+        let mut out = Vec::with_capacity(count);
+        let memory = &mut out.spare_capacity_mut()[..count];
+        self.write(Threads::All, left, Target::into(memory));
+        #[expect(
+            unsafe_code,
+            reason = "zeros written before the numbers cost a tenth of a product"
+        )]
+        // SAFETY: so much was asked for, and a product writes every number of its target.
+        unsafe {
+            out.set_len(count);
+        }
         out
     }
 
     /// `left · self` into `out`, or, unless bytes are multiplied, added to it.
-    pub(super) fn put(&self, left: &PackedRows<'_>, begin: Begin, out: &mut [f32]) {
-        self.put_on(Threads::All, left, begin, out);
-    }
-
-    /// The same on these threads.
-    pub(super) fn put_on(
+    pub(super) fn put(
         &self,
         threads: Threads,
         left: &PackedRows<'_>,
-        begin: Begin,
-        out: &mut [f32],
+        (begin, out): (Begin, &mut [f32]),
     ) {
-        assert_eq!(out.len(), left.rows * self.out);
+        if self.width == 0 && begin == Begin::Anew {
+            out.fill(0.0);
+        }
+        self.write(threads, left, Target::over(out, begin));
+    }
+
+    fn write(&self, threads: Threads, left: &PackedRows<'_>, target: Target<'_>) {
+        assert_eq!(target.len(), left.rows * self.out);
+        let begin = target.begin;
         let depth = self.depth;
         match (&self.lines, &left.words) {
             (Lines::F32(lines), Words::F32(left)) => {
-                self.run((&F32, begin, threads), *left, lines, out);
+                self.run((&F32, threads), *left, lines, target);
             }
             (Lines::Bf16(lines), Words::Bf16(words)) => {
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 if let Some(tiles) = amx::Tiles::here() {
                     let panels = amx::Panels { lines, depth };
-                    self.spread(threads, amx::GROUP, out, |part| {
+                    self.spread((threads, amx::GROUP), target, |part| {
                         tiles.multiply(words, panels, begin, part);
                     });
                     return;
@@ -254,7 +297,7 @@ impl PackedMatrix {
                     words,
                     stride: depth,
                 };
-                self.run((&Bf16, begin, threads), left, lines, out);
+                self.run((&Bf16, threads), left, lines, target);
             }
             (Lines::Int8(lines, columns), Words::Int8(Bytes { words, scales })) => {
                 assert!(begin == Begin::Anew, "bytes are for writing");
@@ -266,7 +309,7 @@ impl PackedMatrix {
                     words,
                     stride: depth,
                 };
-                self.run((&format, begin, threads), left, lines, out);
+                self.run((&format, threads), left, lines, target);
             }
             _ => unreachable!("factors of one product have one precision"),
         }
@@ -274,13 +317,13 @@ impl PackedMatrix {
 
     fn run<F: Format>(
         &self,
-        (format, begin, threads): (&F, Begin, Threads),
+        (format, threads): (&F, Threads),
         left: Left<'_, F::Word>,
         lines: &[Line<F::Word>],
-        out: &mut [f32],
+        target: Target<'_>,
     ) {
-        let depth = self.depth;
-        self.spread(threads, tile::GROUP, out, |part| {
+        let (depth, begin) = (self.depth, target.begin);
+        self.spread((threads, tile::GROUP), target, |part| {
             dispatch(Task {
                 format,
                 begin,
@@ -292,15 +335,14 @@ impl PackedMatrix {
         });
     }
 
-    /// Cuts `out` into as many parts as are worth a task, of whole groups of panels.
+    /// Cuts the target into as many parts as are worth a task, of whole groups of panels.
     fn spread(
         &self,
-        threads: Threads,
-        group: usize,
-        out: &mut [f32],
+        (threads, group): (Threads, usize),
+        target: Target<'_>,
         work: impl Fn(Part<'_>) + Sync,
     ) {
-        let rows = out.len() / self.out.max(1);
+        let rows = target.len() / self.out.max(1);
         let most = match threads {
             Threads::This => 1,
             Threads::All => SHARE * rayon::current_num_threads(),
@@ -311,7 +353,7 @@ impl PackedMatrix {
         let beside = tasks.div_ceil(rows.div_ceil(height).max(1));
         let panels = self.out.div_ceil(LANES).max(1);
         let wide = panels.div_ceil(beside).next_multiple_of(group);
-        let parts = tile::split(out, self.out.max(1), (height, wide * LANES));
+        let parts = target.split(self.out.max(1), (height, wide * LANES));
         if tasks == 1 {
             parts.into_iter().for_each(&work);
         } else {

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::super::vector::{Arithmetic, Kernel, LANES, Line, dispatch};
-use super::{Factor, rows};
+use super::{Factor, filled, rows};
 
 /// How the bytes of a panel's columns are read.
 #[derive(Clone, Copy)]
@@ -34,25 +34,19 @@ impl<'a, W> Panel<'a, W> {
 }
 
 /// Makes panels of `depth` lines.
-fn lay<W: Copy + Default + Send + Sync>(
+fn lay<W: Copy + Default + Send>(
     right: Factor<'_>,
     depth: usize,
     fill: impl Fn(Panel<'_, W>) + Sync,
 ) -> Vec<Line<W>> {
     let panels = right.columns.div_ceil(LANES);
-    let mut lines = vec![Line([W::default(); LANES]); panels * depth];
-    lines
-        .par_chunks_mut(depth.max(1))
-        .zip((0..right.columns).into_par_iter().step_by(LANES))
-        .with_min_len(1 + 1024 / depth.max(1))
-        .for_each(|(lines, first)| {
-            fill(Panel {
-                right,
-                first,
-                lines,
-            });
+    filled(panels, depth, 1024, |panel, lines| {
+        fill(Panel {
+            right,
+            first: panel * LANES,
+            lines,
         });
-    lines
+    })
 }
 
 pub(super) fn floats(right: Factor<'_>) -> Vec<Line<f32>> {

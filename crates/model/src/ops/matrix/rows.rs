@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::super::vector::{Arithmetic, Kernel, LANES, dispatch};
-use super::Factor;
+use super::{Factor, filled};
 
 /// The upper half of `x`, rounded to the nearest even. NaN stays NaN.
 #[inline(always)]
@@ -33,12 +33,10 @@ pub(super) enum Layout {
 /// A left factor as bf16, `depth` words to a row, a multiple of 16, zeros behind them; as many rows of zeros
 /// as make their number a multiple of `rows`, which is one of 16.
 pub(super) fn halves(left: Factor<'_>, depth: usize, layout: Layout, rows: usize) -> Vec<u32> {
-    let mut words = vec![0; left.rows.next_multiple_of(rows) * depth];
-    words
-        .par_chunks_mut(LANES * depth)
-        .zip((0..left.rows).into_par_iter().step_by(LANES))
-        .with_min_len(1 + 1024 / depth)
-        .for_each(|(words, first)| {
+    let groups = left.rows.next_multiple_of(rows) / LANES;
+    filled(groups, LANES * depth, 16 * 1024, |group, words| {
+        let first = group * LANES;
+        if first < left.rows {
             dispatch(Halve {
                 left,
                 first,
@@ -46,8 +44,8 @@ pub(super) fn halves(left: Factor<'_>, depth: usize, layout: Layout, rows: usize
                 layout,
                 words,
             });
-        });
-    words
+        }
+    })
 }
 
 /// 16 rows of a factor or fewer, from `first` on.

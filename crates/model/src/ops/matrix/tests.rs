@@ -137,7 +137,7 @@ fn at<F: Format>(
     lines: &[Line<F::Word>],
 ) -> Vec<f32> {
     let mut out = vec![0.0; 13 * matrix.out];
-    for part in tile::split(&mut out, matrix.out, (5, 48)) {
+    for part in Target::over(&mut out, Begin::Anew).split(matrix.out, (5, 48)) {
         level.run(Task {
             format,
             begin: Begin::Anew,
@@ -174,11 +174,20 @@ fn factors_that_lie_across_and_sums_that_are_added_to() {
             let mut first: Option<Vec<f32>> = None;
             for (left, right) in lefts.into_iter().flat_map(|l| rights.map(|r| (l, r))) {
                 let mut out = vec![1.0; m * n];
-                product(left, right, precision, (Begin::There, &mut out));
+                let (rows, packed) = (
+                    PackedRows::of(left, precision),
+                    PackedMatrix::of(right, precision),
+                );
+                packed.put(Threads::All, &rows, (Begin::There, &mut out));
                 let gap = worst(&out, &expected);
                 assert!(gap < 4e-6 * k as f64, "{precision:?} {m} {n} {k}: {gap}");
                 assert_eq!(first.get_or_insert(out.clone()), &out, "the same bits");
-                product(left, right, precision, (Begin::Anew, &mut out));
+                packed.put(Threads::This, &rows, (Begin::Anew, &mut out));
+                assert_eq!(
+                    product(left, right, precision),
+                    out,
+                    "on all threads or on one"
+                );
                 let gap = worst(&out, &expected.iter().map(|x| x - 1.0).collect::<Vec<_>>());
                 assert!(
                     gap < 4e-6 * k as f64,

@@ -1,6 +1,7 @@
 //! The product of some rows with some panels of a packed matrix, one block of sums in registers at a time.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::super::vector::{Arithmetic, Kernel, LANES, Line};
@@ -119,6 +120,62 @@ impl Format for Int8<'_> {
     }
 }
 
+/// Where the result of a product goes: row-major numbers, which need not be numbers yet when sums begin anew.
+pub(super) struct Target<'a> {
+    first: *mut f32,
+    len: usize,
+    /// What sums begin with.
+    pub begin: Begin,
+    numbers: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Target<'a> {
+    /// Numbers that are there.
+    pub fn over(numbers: &'a mut [f32], begin: Begin) -> Self {
+        Self {
+            first: numbers.as_mut_ptr(),
+            len: numbers.len(),
+            begin,
+            numbers: PhantomData,
+        }
+    }
+
+    /// Memory that holds nothing yet: sums begin anew.
+    pub fn into(memory: &'a mut [MaybeUninit<f32>]) -> Self {
+        Self {
+            first: memory.as_mut_ptr().cast(),
+            len: memory.len(),
+            begin: Begin::Anew,
+            numbers: PhantomData,
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The matrix in parts of so many neighbouring rows and columns, the last maybe fewer; `stride` is the length
+    /// of a row.
+    pub fn split(self, stride: usize, (rows, columns): (usize, usize)) -> Vec<Part<'a>> {
+        let height = self.len.checked_div(stride).unwrap_or(0);
+        assert_eq!(self.len, height * stride, "whole rows");
+        let part = |row: usize, column: usize| Part {
+            first: self.first,
+            stride,
+            rows: row..(row + rows).min(height),
+            columns: column..(column + columns).min(stride),
+            matrix: PhantomData,
+        };
+        // A thread that takes neighbours keeps their rows near: the panels are met again in every part.
+        let across = |row| {
+            (0..stride)
+                .step_by(columns)
+                .map(move |column| part(row, column))
+        };
+        (0..height).step_by(rows).flat_map(across).collect()
+    }
+}
+
 /// Some neighbouring rows of some neighbouring columns of a row-major matrix. Its parts are written by
 /// different threads at once, no number by two of them.
 pub(super) struct Part<'a> {
@@ -133,44 +190,38 @@ pub(super) struct Part<'a> {
 // SAFETY: a part is the only one that reaches its numbers, as `split` makes them, and f32 may be sent.
 unsafe impl Send for Part<'_> {}
 
-/// The matrix in parts of so many neighbouring rows and columns, the last maybe fewer.
-pub(super) fn split(
-    matrix: &mut [f32],
-    stride: usize,
-    (rows, columns): (usize, usize),
-) -> Vec<Part<'_>> {
-    let height = matrix.len().checked_div(stride).unwrap_or(0);
-    assert_eq!(matrix.len(), height * stride, "whole rows");
-    let first = matrix.as_mut_ptr();
-    let part = |row: usize, column: usize| Part {
-        first,
-        stride,
-        rows: row..(row + rows).min(height),
-        columns: column..(column + columns).min(stride),
-        matrix: PhantomData,
-    };
-    // A thread that takes neighbours keeps their rows near: the panels are met again in every part.
-    let across = |row| {
-        (0..stride)
-            .step_by(columns)
-            .map(move |column| part(row, column))
-    };
-    (0..height).step_by(rows).flat_map(across).collect()
-}
-
 impl Part<'_> {
-    /// Of a row of the matrix the columns of the part from `column` on, at most `count` of them.
+    /// Where the part's numbers of a row from `column` on lie, and how many there are, at most `count`.
     #[inline(always)]
-    pub fn of_row(&mut self, row: usize, column: usize, count: usize) -> &mut [f32] {
+    fn place(&self, row: usize, column: usize, count: usize) -> (*mut f32, usize) {
         assert!(self.rows.contains(&row) && self.columns.start <= column);
         assert!(column <= self.columns.end);
         let count = count.min(self.columns.end - column);
+        // No pointer is followed here, and this one stays inside the matrix.
+        let at = self.first.wrapping_add(row * self.stride + column);
+        (at, count)
+    }
+
+    /// Writes numbers into a row from `column` on, as many as the part has there.
+    #[inline(always)]
+    pub fn put(&mut self, row: usize, column: usize, numbers: &[f32]) {
+        let (at, count) = self.place(row, column, numbers.len());
         #[expect(unsafe_code, reason = "columns of a matrix are not slices of it")]
-        // SAFETY: the numbers lie in a row and in columns of this part, which no other part reaches; the
-        // borrow of the part keeps them from being lent twice.
+        // SAFETY: the places lie in a row and in columns of this part, which no other part reaches.
         unsafe {
-            let at = self.first.add(row * self.stride + column);
-            std::slice::from_raw_parts_mut(at, count)
+            std::ptr::copy_nonoverlapping(numbers.as_ptr(), at, count);
+        }
+    }
+
+    /// Reads them back, or what was there before, if anything was.
+    #[inline(always)]
+    pub fn get(&self, row: usize, column: usize, numbers: &mut [f32]) {
+        let (at, count) = self.place(row, column, numbers.len());
+        #[expect(unsafe_code, reason = "columns of a matrix are not slices of it")]
+        // SAFETY: as in `put`; and there are numbers, for sums either begin with what is there, which a
+        // `Target::over` has, or they were put before.
+        unsafe {
+            std::ptr::copy_nonoverlapping(at, numbers.as_mut_ptr(), count);
         }
     }
 
@@ -350,7 +401,8 @@ impl<F: Format> Task<'_, F> {
         if self.begin == Begin::There || lines.start > 0 {
             for (m, sums) in sums.iter_mut().enumerate() {
                 for (n, sum) in sums.iter_mut().enumerate() {
-                    let there = self.there(row + m, panel + n);
+                    let mut there = [0.0; LANES];
+                    self.part.get(row + m, (panel + n) * LANES, &mut there);
                     *sum = F::begin::<A>(&there);
                 }
             }
@@ -366,25 +418,7 @@ impl<F: Format> Task<'_, F> {
         for (m, sums) in sums.into_iter().enumerate() {
             for (n, sum) in sums.into_iter().enumerate() {
                 let numbers = self.format.finish::<A>(sum, row + m, panel + n);
-                let out = self.part.of_row(row + m, (panel + n) * LANES, LANES);
-                match out.first_chunk_mut() {
-                    Some(out) => *out = numbers,
-                    None => out.copy_from_slice(&numbers[..out.len()]),
-                }
-            }
-        }
-    }
-
-    /// What is already there of `row` in the 16 columns of `panel`.
-    #[inline(always)]
-    fn there(&mut self, row: usize, panel: usize) -> [f32; LANES] {
-        let out = self.part.of_row(row, panel * LANES, LANES);
-        match out.first_chunk() {
-            Some(out) => *out,
-            None => {
-                let mut numbers = [0.0; LANES];
-                numbers[..out.len()].copy_from_slice(out);
-                numbers
+                self.part.put(row + m, (panel + n) * LANES, &numbers);
             }
         }
     }

@@ -14,7 +14,7 @@ mod x86;
 pub(super) const LANES: usize = 16;
 
 /// One word for each of [`LANES`] columns, a cache line of them: an `f32`, two bf16 or four `i8`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub(super) struct Line<W>(pub [W; LANES]);
 
