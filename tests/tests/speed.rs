@@ -139,6 +139,7 @@ fn every_bench_tells_what_it_measured() {
             &report,
             &["tokens_per_second", "roofline_share", "peak_gib"],
         );
+        positive(&report["seconds"], &["forward", "backward", "optimizer"]);
     }
     let run = [
         "--steps",

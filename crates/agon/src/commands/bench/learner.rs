@@ -1,6 +1,6 @@
 //! `agon bench learner`: how fast the policy is trained on pairs that are there.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use learner::{StepOutcome, Trainer};
 use messages::{
@@ -10,6 +10,7 @@ use messages::{
 use model::ModelConfig;
 use serde_json::{Value, json};
 use settings::resolve;
+use telemetry::Measurements;
 
 use super::{
     machine::Machine,
@@ -20,7 +21,7 @@ use super::{
 /// prompt shared by its two completions.
 ///
 /// Without further options 16 completions of 128 tokens, all of them scored. tokens_per_second counts the
-/// tokens of completions; roofline_share is the share of the rate of f32 products, measured now, that the
+/// tokens of completions; seconds are those of the last step's parts; roofline_share is the share of the rate of f32 products, measured now, that the
 /// operations of forward and backward come to.
 ///
 /// Example: agon bench learner --model DIR --batch 16 --prompt 16 --new-tokens 64 --json
@@ -52,12 +53,18 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let pairs: Vec<LabelledPair> = (0..arguments.batch / 2)
         .map(|index| pair(arguments, &config, index))
         .collect();
+    let mut last = Measurements::default();
     let seconds = arguments
         .subject
         .measure(|step| match trainer.step(&pairs, step)? {
-            StepOutcome::Taken(_) => Ok(()),
+            StepOutcome::Taken(measurements) => {
+                last = measurements;
+                Ok(())
+            }
             StepOutcome::Refused(_) => anyhow::bail!("a step was not finite"),
         })?;
+    let parts = ["forward", "backward", "optimizer"];
+    let parts = parts.map(|part| (part, last.get(&format!("time/{part}"))));
     let machine = Machine::measure()?;
     let (pairs, new) = (pairs.len() as f64, arguments.new_tokens as f64);
     let prompt = arguments.prompt as f64;
@@ -74,6 +81,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         "precision": arguments.precision,
         "tokens_per_second": 2.0 * pairs * new / seconds,
         "pairs_per_second": pairs / seconds,
+        "seconds": BTreeMap::from(parts),
         "roofline_share": operations / machine.products / seconds,
         "peak_gib": super::peak_gib(),
         "machine_gflops": machine.products / 1e9,

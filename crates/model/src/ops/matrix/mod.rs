@@ -11,6 +11,7 @@ mod amx;
 mod panels;
 mod rows;
 mod tile;
+mod transpose;
 
 use std::mem::MaybeUninit;
 use std::ops::RangeInclusive;
@@ -70,7 +71,6 @@ impl<'a> Factor<'a> {
 
 /// `left · right`, `[left.rows, right.columns]` row-major, in f32 or bf16.
 pub(super) fn product(left: Factor<'_>, right: Factor<'_>, precision: Precision) -> Vec<f32> {
-    assert_eq!(left.columns, right.rows);
     let packed = PackedMatrix::of(right, precision);
     packed.product(&PackedRows::of(left, precision))
 }
@@ -78,6 +78,7 @@ pub(super) fn product(left: Factor<'_>, right: Factor<'_>, precision: Precision)
 /// A left factor, ready for products with packed matrices of the same precision.
 pub(super) struct PackedRows<'a> {
     rows: usize,
+    width: usize,
     words: Words<'a>,
 }
 
@@ -106,8 +107,11 @@ impl<'a> PackedRows<'a> {
                 Words::Int8(Bytes::of(numbers, left.columns, depth))
             }
         };
-        let rows = left.rows;
-        Self { rows, words }
+        Self {
+            rows: left.rows,
+            width: left.columns,
+            words,
+        }
     }
 }
 
@@ -189,7 +193,7 @@ const SHARE: usize = 4;
 
 /// Rows of the result to a task: as many as stay near while panel after panel meets them, and as few as let a
 /// panel stay near while they meet it.
-const ROWS: RangeInclusive<usize> = 64..=256;
+const ROWS: RangeInclusive<usize> = BLOCK..=256;
 
 /// On which threads a product is computed.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -277,6 +281,7 @@ impl PackedMatrix {
     }
 
     fn write(&self, threads: Threads, left: &PackedRows<'_>, target: Target<'_>) {
+        assert_eq!(left.width, self.width);
         assert_eq!(target.len(), left.rows * self.out);
         let begin = target.begin;
         let depth = self.depth;
@@ -348,7 +353,7 @@ impl PackedMatrix {
             Threads::All => SHARE * rayon::current_num_threads(),
         };
         let tasks = (rows * self.out * self.width / TASK).clamp(1, most);
-        let height = rows.div_ceil(tasks).next_multiple_of(BLOCK);
+        let height = (rows / tasks + BLOCK / 2) / BLOCK * BLOCK;
         let height = height.clamp(*ROWS.start(), *ROWS.end());
         let beside = tasks.div_ceil(rows.div_ceil(height).max(1));
         let panels = self.out.div_ceil(LANES).max(1);

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::super::vector::{Arithmetic, Kernel, LANES, Line, dispatch};
+use super::transpose::{Square, transpose};
 use super::{Factor, filled, rows};
 
 /// How the bytes of a panel's columns are read.
@@ -28,8 +29,7 @@ impl<'a, W> Panel<'a, W> {
 
     /// Where the factor lies across: the panel's columns.
     fn columns(&self) -> impl Iterator<Item = &'a [f32]> + use<'a, W> {
-        let columns = self.right.numbers.chunks(self.right.rows);
-        columns.skip(self.first).take(self.count())
+        columns(self.right, self.first, self.count())
     }
 }
 
@@ -78,6 +78,30 @@ pub(super) fn bytes(right: Factor<'_>, depth: usize) -> (Vec<Line<u32>>, Vec<Col
     (lines, columns)
 }
 
+/// Some columns of a factor that lies across.
+fn columns(right: Factor<'_>, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
+    right.numbers.chunks(right.rows).skip(first).take(count)
+}
+
+/// As many numbers as there are.
+#[inline(always)]
+fn take<const N: usize>(numbers: &[f32], to: &mut [f32; N]) {
+    if let Some(numbers) = numbers.first_chunk() {
+        *to = *numbers;
+    } else {
+        to[..numbers.len()].copy_from_slice(numbers);
+    }
+}
+
+/// Rows of a square become columns of these lines.
+#[inline(always)]
+fn lay_down<W: Copy>(mut square: Square<W>, lines: &mut [Line<W>]) {
+    transpose(&mut square);
+    for (line, row) in lines.iter_mut().zip(square) {
+        line.0 = row;
+    }
+}
+
 struct Floats<'a>(Panel<'a, f32>);
 
 impl Kernel for Floats<'_> {
@@ -88,10 +112,13 @@ impl Kernel for Floats<'_> {
         let (panel, count) = (&self.0, self.0.count());
         let (right, first) = (panel.right, panel.first);
         if right.across {
-            for (lane, column) in panel.columns().enumerate() {
-                for (line, &x) in self.0.lines.iter_mut().zip(column) {
-                    line.0[lane] = x;
+            for (place, lines) in (0..).zip(self.0.lines.chunks_mut(LANES)) {
+                let mut square = [[0.0; LANES]; LANES];
+                for (lane, column) in columns(right, first, count).enumerate() {
+                    let words = &column[place * LANES..];
+                    take(words, &mut square[lane]);
                 }
+                lay_down(square, lines);
             }
             return;
         }
@@ -112,14 +139,17 @@ impl Kernel for Pairs<'_> {
         let (panel, count) = (&self.0, self.0.count());
         let (right, first) = (panel.right, panel.first);
         if right.across {
-            for (lane, column) in panel.columns().enumerate() {
-                let (pairs, rest) = column.as_chunks::<2>();
-                for (line, &[even, odd]) in self.0.lines.iter_mut().zip(pairs) {
-                    line.0[lane] = rows::pair(even, odd);
+            for (place, lines) in (0..).zip(self.0.lines.chunks_mut(LANES)) {
+                let mut square = [[0; LANES]; LANES];
+                for (lane, column) in columns(right, first, count).enumerate() {
+                    let numbers = column.get(place * 2 * LANES..).unwrap_or_default();
+                    let mut near = [0.0; 2 * LANES];
+                    take(numbers, &mut near);
+                    for k in 0..LANES {
+                        square[lane][k] = rows::pair(near[2 * k], near[2 * k + 1]);
+                    }
                 }
-                if let [last] = rest {
-                    self.0.lines[pairs.len()].0[lane] = rows::pair(*last, 0.0);
-                }
+                lay_down(square, lines);
             }
             return;
         }

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::super::vector::{Arithmetic, Kernel, LANES, dispatch};
+use super::transpose::{Square, transpose};
 use super::{Factor, filled};
 
 /// The upper half of `x`, rounded to the nearest even. NaN stays NaN.
@@ -57,9 +58,6 @@ struct Halve<'a> {
     words: &'a mut [u32],
 }
 
-/// 16 words of each of 16 rows.
-type Tile = [[u32; LANES]; LANES];
-
 impl Kernel for Halve<'_> {
     type Output = ();
 
@@ -85,7 +83,7 @@ impl Kernel for Halve<'_> {
 
 impl Halve<'_> {
     #[inline(always)]
-    fn rows(&self, tile: usize, count: usize) -> Tile {
+    fn rows(&self, tile: usize, count: usize) -> Square<u32> {
         let (numbers, width) = (self.left.numbers, self.left.columns);
         let mut words = [[0; LANES]; LANES];
         let start = tile * 2 * LANES;
@@ -110,7 +108,7 @@ impl Halve<'_> {
 
     /// Where the factor lies across.
     #[inline(always)]
-    fn columns(&self, tile: usize, count: usize) -> Tile {
+    fn columns(&self, tile: usize, count: usize) -> Square<u32> {
         let (numbers, stride) = (self.left.numbers, self.left.rows);
         let mut across = [[0; LANES]; LANES];
         let lines = numbers.chunks(2 * stride).skip(tile * LANES);
@@ -127,18 +125,13 @@ impl Halve<'_> {
                 }
             }
         }
-        let mut words = [[0; LANES]; LANES];
-        for row in 0..LANES {
-            for k in 0..LANES {
-                words[row][k] = across[k][row];
-            }
-        }
-        words
+        transpose(&mut across);
+        across
     }
 }
 
 #[inline(always)]
-fn pairs(even: &[f32; LANES], odd: &[f32; LANES]) -> [u32; LANES] {
+pub(super) fn pairs(even: &[f32; LANES], odd: &[f32; LANES]) -> [u32; LANES] {
     let mut words = [0; LANES];
     for lane in 0..LANES {
         words[lane] = pair(even[lane], odd[lane]);

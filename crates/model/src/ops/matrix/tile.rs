@@ -176,6 +176,23 @@ impl<'a> Target<'a> {
     }
 }
 
+/// Copies numbers, a whole vector of them without a call.
+///
+/// # Safety
+/// As [`std::ptr::copy_nonoverlapping`].
+#[expect(unsafe_code, reason = "columns of a matrix are not slices of it")]
+#[inline(always)]
+unsafe fn copy(from: *const f32, to: *mut f32, count: usize) {
+    // SAFETY: as the caller says.
+    unsafe {
+        if count == LANES {
+            std::ptr::copy_nonoverlapping(from, to, LANES);
+        } else {
+            std::ptr::copy_nonoverlapping(from, to, count);
+        }
+    }
+}
+
 /// Some neighbouring rows of some neighbouring columns of a row-major matrix. Its parts are written by
 /// different threads at once, no number by two of them.
 pub(super) struct Part<'a> {
@@ -209,7 +226,7 @@ impl Part<'_> {
         #[expect(unsafe_code, reason = "columns of a matrix are not slices of it")]
         // SAFETY: the places lie in a row and in columns of this part, which no other part reaches.
         unsafe {
-            std::ptr::copy_nonoverlapping(numbers.as_ptr(), at, count);
+            copy(numbers.as_ptr(), at, count);
         }
     }
 
@@ -221,7 +238,7 @@ impl Part<'_> {
         // SAFETY: as in `put`; and there are numbers, for sums either begin with what is there, which a
         // `Target::over` has, or they were put before.
         unsafe {
-            std::ptr::copy_nonoverlapping(at, numbers.as_mut_ptr(), count);
+            copy(at, numbers.as_mut_ptr(), count);
         }
     }
 
