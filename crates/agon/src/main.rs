@@ -5,10 +5,10 @@
 
 mod commands;
 mod failure;
+mod habits;
 mod interrupt;
 mod launch;
 mod logging;
-mod memory;
 mod model_hub;
 mod overview;
 mod plot;
@@ -77,7 +77,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 fn main() -> ExitCode {
-    memory::keep_pages();
+    habits::set();
     let command = CommandLine::parse().command;
     logging::start();
     match check_vectors().and_then(|()| run(command)) {

@@ -83,16 +83,6 @@ fn columns(right: Factor<'_>, first: usize, count: usize) -> impl Iterator<Item 
     right.numbers.chunks(right.rows).skip(first).take(count)
 }
 
-/// As many numbers as there are.
-#[inline(always)]
-fn take<const N: usize>(numbers: &[f32], to: &mut [f32; N]) {
-    if let Some(numbers) = numbers.first_chunk() {
-        *to = *numbers;
-    } else {
-        to[..numbers.len()].copy_from_slice(numbers);
-    }
-}
-
 /// Rows of a square become columns of these lines.
 #[inline(always)]
 fn lay_down<W: Copy>(mut square: Square<W>, lines: &mut [Line<W>]) {
@@ -115,8 +105,7 @@ impl Kernel for Floats<'_> {
             for (place, lines) in (0..).zip(self.0.lines.chunks_mut(LANES)) {
                 let mut square = [[0.0; LANES]; LANES];
                 for (lane, column) in columns(right, first, count).enumerate() {
-                    let words = &column[place * LANES..];
-                    take(words, &mut square[lane]);
+                    rows::take(&column[place * LANES..], &mut square[lane]);
                 }
                 lay_down(square, lines);
             }
@@ -142,12 +131,8 @@ impl Kernel for Pairs<'_> {
             for (place, lines) in (0..).zip(self.0.lines.chunks_mut(LANES)) {
                 let mut square = [[0; LANES]; LANES];
                 for (lane, column) in columns(right, first, count).enumerate() {
-                    let numbers = column.get(place * 2 * LANES..).unwrap_or_default();
-                    let mut near = [0.0; 2 * LANES];
-                    take(numbers, &mut near);
-                    for k in 0..LANES {
-                        square[lane][k] = rows::pair(near[2 * k], near[2 * k + 1]);
-                    }
+                    let numbers = column.get(place * 2 * LANES..);
+                    square[lane] = rows::pairs_of(numbers.unwrap_or_default());
                 }
                 lay_down(square, lines);
             }

@@ -15,6 +15,27 @@ fn half(x: f32) -> u32 {
     if x.is_nan() { quiet } else { rounded }
 }
 
+/// The first 32 numbers as 16 words, zeros where there are fewer.
+#[inline(always)]
+pub(super) fn pairs_of(numbers: &[f32]) -> [u32; LANES] {
+    let (mut near, mut words) = ([0.0; 2 * LANES], [0; LANES]);
+    take(numbers, &mut near);
+    for k in 0..LANES {
+        words[k] = pair(near[2 * k], near[2 * k + 1]);
+    }
+    words
+}
+
+/// As many numbers as there are, and as fit.
+#[inline(always)]
+pub(super) fn take<const N: usize>(numbers: &[f32], to: &mut [f32; N]) {
+    if let Some(numbers) = numbers.first_chunk() {
+        *to = *numbers;
+    } else {
+        to[..numbers.len()].copy_from_slice(numbers);
+    }
+}
+
 /// Two numbers as bf16 in one word, the first in the low half.
 #[inline(always)]
 pub(super) fn pair(first: f32, second: f32) -> u32 {
@@ -86,22 +107,9 @@ impl Halve<'_> {
     fn rows(&self, tile: usize, count: usize) -> Square<u32> {
         let (numbers, width) = (self.left.numbers, self.left.columns);
         let mut words = [[0; LANES]; LANES];
-        let start = tile * 2 * LANES;
-        if start >= width {
-            return words;
-        }
-        let end = (start + 2 * LANES).min(width);
         for (row, words) in words[..count].iter_mut().enumerate() {
-            let x = &numbers[(self.first + row) * width..][start..end];
-            if let Some(x) = x.first_chunk::<{ 2 * LANES }>() {
-                for k in 0..LANES {
-                    words[k] = pair(x[2 * k], x[2 * k + 1]);
-                }
-            } else {
-                for (word, x) in words.iter_mut().zip(x.chunks(2)) {
-                    *word = pair(x[0], x.get(1).copied().unwrap_or(0.0));
-                }
-            }
+            let x = &numbers[(self.first + row) * width..][..width];
+            *words = pairs_of(x.get(tile * 2 * LANES..).unwrap_or_default());
         }
         words
     }
@@ -131,7 +139,7 @@ impl Halve<'_> {
 }
 
 #[inline(always)]
-pub(super) fn pairs(even: &[f32; LANES], odd: &[f32; LANES]) -> [u32; LANES] {
+fn pairs(even: &[f32; LANES], odd: &[f32; LANES]) -> [u32; LANES] {
     let mut words = [0; LANES];
     for lane in 0..LANES {
         words[lane] = pair(even[lane], odd[lane]);
