@@ -15,6 +15,7 @@ mod plot;
 mod presence;
 mod report;
 mod roles;
+mod roofline;
 mod world;
 
 use std::process::ExitCode;

@@ -1,7 +1,6 @@
 //! `agon bench`: how fast the parts are on this machine.
 
 mod learner;
-mod machine;
 mod preference;
 mod rollout;
 mod shape;

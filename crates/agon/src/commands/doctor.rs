@@ -10,26 +10,21 @@ use std::{
     net::{Ipv4Addr, TcpListener},
     path::Path,
     process::{self, Command, ExitCode},
-    time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use model::{Device, ModelError, Tensor};
+use model::ModelError;
 use telemetry::{Machine, describe_machine};
 
-use crate::{failure::Code, model_hub};
+use crate::{failure::Code, model_hub, roofline};
 
-/// How long matrix products are measured.
-const MEASURED: Duration = Duration::from_millis(500);
-/// Rows and columns of the matrices.
-const SIDE: usize = 768;
 /// Less memory or disk than this is said aloud.
 const SCANT_BYTES: u64 = 1 << 30;
 
 /// What this machine and this build have, to paste into an issue.
 ///
 /// Looks at the build, the system, the processor, memory and disk, tries the devices, measures matrix
-/// products for half a second, does once what every run does (read the default configuration, bind a port
+/// products for a second, does once what every run does (read the default configuration, bind a port
 /// on loopback, write a file), and says where models of the hub come from. Nothing is kept, nobody
 /// asked. Exit code 0 unless a line begins with `fail`.
 ///
@@ -199,27 +194,12 @@ fn available(answer: &str) -> Option<u64> {
 }
 
 /// That the processor computes, and how fast.
-fn matrix_products() -> Result<String, ModelError> {
-    let matrix = Tensor::rand(-1f32, 1f32, (SIDE, SIDE), &Device::Cpu)?;
-    // The first product starts the threads.
-    drop(matrix.matmul(&matrix)?);
-    let (clock, mut products) = (Instant::now(), 0u32);
-    while clock.elapsed() < MEASURED {
-        drop(matrix.matmul(&matrix)?);
-        products += 1;
-    }
-    let rate = gigaflops(SIDE, products, clock.elapsed());
+fn matrix_products() -> anyhow::Result<String> {
+    let rate = roofline::products()? / 1e9;
     let vectors = model::ops::vectors().unwrap_or_default();
     Ok(format!(
-        "usable, {rate:.1} GFLOP/s in f32 matrix products of {SIDE} x {SIDE}, own loops for {vectors}"
+        "usable, {rate:.1} GFLOP/s in f32 matrix products, own loops for {vectors}"
     ))
-}
-
-/// 2n³ operations a product.
-fn gigaflops(side: usize, products: u32, elapsed: Duration) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "the side of a matrix is small")]
-    let operations = 2.0 * (side as f64).powi(3) * f64::from(products);
-    operations / elapsed.as_secs_f64() / 1e9
 }
 
 /// Whether a device other than the processor can be had; most machines and builds do without.
@@ -314,12 +294,6 @@ mod tests {
         for (finding, expected) in cases {
             assert_eq!(finding.to_string(), expected);
         }
-    }
-
-    #[test]
-    fn a_rate_counts_two_operations_a_cell() {
-        let rate = gigaflops(1000, 5, Duration::from_millis(500));
-        assert!((rate - 20.0).abs() < 1e-9, "{rate}");
     }
 
     #[test]

@@ -12,17 +12,15 @@ use serde_json::{Value, json};
 use settings::resolve;
 use telemetry::Measurements;
 
-use super::{
-    machine::Machine,
-    shape::{Cost, Subject, token},
-};
+use super::shape::{Cost, Subject, token};
+use crate::roofline::Roofline;
 
 /// How fast the policy is trained: whole optimiser steps of online IPO on pairs of random tokens, each pair's
 /// prompt shared by its two completions.
 ///
 /// Without further options 16 completions of 128 tokens, all of them scored. tokens_per_second counts the
-/// tokens of completions; seconds are those of the last step's parts; roofline_share is the share of the rate of f32 products, measured now, that the
-/// operations of forward and backward come to.
+/// tokens of completions; seconds are those of the last step's parts; roofline_share is the share of the rate
+/// of f32 products, measured now, that the operations of forward and backward come to.
 ///
 /// Example: agon bench learner --model DIR --batch 16 --prompt 16 --new-tokens 64 --json
 #[derive(clap::Args)]
@@ -65,7 +63,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         })?;
     let parts = ["forward", "backward", "optimizer"];
     let parts = parts.map(|part| (part, last.get(&format!("time/{part}"))));
-    let machine = Machine::measure()?;
+    let machine = Roofline::measure()?;
     let (pairs, new) = (pairs.len() as f64, arguments.new_tokens as f64);
     let prompt = arguments.prompt as f64;
     let read = pairs * (prompt + 2.0 * (new - 1.0));

@@ -4,10 +4,8 @@ use messages::Seed;
 use model::{CompletionWriter, Precision, Request, Sampler, SamplingSettings};
 use serde_json::{Value, json};
 
-use super::{
-    machine::Machine,
-    shape::{Cost, Numbers, Subject, token},
-};
+use super::shape::{Cost, Numbers, Subject, token};
+use crate::roofline::Roofline;
 
 /// How fast completions are written: prompts of random tokens, all completions at once and of full length.
 ///
@@ -65,7 +63,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         }
         Ok(())
     })?;
-    let machine = Machine::measure()?;
+    let machine = Roofline::measure()?;
     let cost = Cost::of(config);
     let tokens = (arguments.batch * arguments.new_tokens) as f64;
     let least = least(arguments, &cost, machine);
@@ -86,7 +84,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
 }
 
 /// The seconds that a batch takes at least.
-fn least(arguments: &Arguments, cost: &Cost, machine: Machine) -> f64 {
+fn least(arguments: &Arguments, cost: &Cost, machine: Roofline) -> f64 {
     let models = if arguments.mixture_coef > 0.0 {
         2.0
     } else {

@@ -10,10 +10,8 @@ use anyhow::{Context, ensure};
 use model::ModelFolder;
 use serde_json::{Value, json};
 
-use super::{
-    machine::Machine,
-    shape::{Cost, Numbers, token},
-};
+use super::shape::{Cost, Numbers, token};
+use crate::roofline::Roofline;
 
 /// Steps that do not count: everything is started and the first weights are on their way.
 const WARM_UP: u64 = 2;
@@ -71,7 +69,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let run = place.path().join("run");
     train(arguments, &config, &run)?;
     let measured = Measured::read(&run.join("metrics.jsonl"))?;
-    let machine = Machine::measure()?;
+    let machine = Roofline::measure()?;
     let cost = Cost::of(&folder.config);
     Ok(json!({
         "bench": "train",

@@ -6,7 +6,7 @@ use model::{Device, Precision, Tensor, ops::linear};
 use rayon::prelude::*;
 
 /// How long each is measured.
-const MEASURED: Duration = Duration::from_millis(700);
+const MEASURED: Duration = Duration::from_millis(500);
 
 /// The side of the matrices.
 const SIDE: usize = 1024;
@@ -16,15 +16,15 @@ const NUMBERS: usize = 64 << 20;
 
 /// What bounds everything that is computed here.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Machine {
+pub(crate) struct Roofline {
     /// Operations a second in f32 products, two to a multiplication.
     pub products: f64,
     /// Bytes read from memory a second, by all threads.
     pub bandwidth: f64,
 }
 
-impl Machine {
-    pub(super) fn measure() -> anyhow::Result<Self> {
+impl Roofline {
+    pub(crate) fn measure() -> anyhow::Result<Self> {
         Ok(Self {
             products: products()?,
             bandwidth: bandwidth()?,
@@ -32,13 +32,13 @@ impl Machine {
     }
 
     /// The least seconds for so many operations and bytes, the larger of the two.
-    pub(super) fn least(self, operations: f64, bytes: f64) -> f64 {
+    pub(crate) fn least(self, operations: f64, bytes: f64) -> f64 {
         (operations / self.products).max(bytes / self.bandwidth)
     }
 }
 
-/// By whichever of the two at hand is faster.
-fn products() -> anyhow::Result<f64> {
+/// Operations a second in f32 products, two to a multiplication, by whichever of the two ways at hand is faster.
+pub(crate) fn products() -> anyhow::Result<f64> {
     let matrix = Tensor::rand(-1f32, 1f32, (SIDE, SIDE), &Device::Cpu)?;
     let of_candle = best(|| Ok(matrix.matmul(&matrix)?))?;
     let of_ours = best(|| Ok(linear(&matrix, &matrix, Precision::F32)?))?;
