@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::super::vector::{Arithmetic, Kernel, LANES, Line, dispatch};
-use super::transpose::{Square, transpose};
+use super::transpose::transpose;
 use super::{Factor, filled, rows};
 
 /// How the bytes of a panel's columns are read.
@@ -22,14 +22,32 @@ struct Panel<'a, W> {
     lines: &'a mut [Line<W>],
 }
 
-impl<'a, W> Panel<'a, W> {
+impl<W> Panel<'_, W> {
     fn count(&self) -> usize {
         LANES.min(self.right.columns - self.first)
     }
 
-    /// Where the factor lies across: the panel's columns.
-    fn columns(&self) -> impl Iterator<Item = &'a [f32]> + use<'a, W> {
-        columns(self.right, self.first, self.count())
+    /// Fills the lines of a factor that lies across, 16 at a time; `words` gives those of a lane from its numbers
+    /// on, of which there are `each` to a word.
+    #[inline(always)]
+    fn fill(self, each: usize, words: impl Fn(usize, &[f32]) -> [W; LANES])
+    where
+        W: Copy + Default,
+    {
+        let count = self.count();
+        let columns = self.right.numbers.chunks(self.right.rows);
+        let columns = columns.skip(self.first).take(count);
+        for (place, lines) in (0..).zip(self.lines.chunks_mut(LANES)) {
+            let mut square = [[W::default(); LANES]; LANES];
+            for (lane, column) in columns.clone().enumerate() {
+                let numbers = column.get(place * each * LANES..);
+                square[lane] = words(lane, numbers.unwrap_or_default());
+            }
+            transpose(&mut square);
+            for (line, row) in lines.iter_mut().zip(square) {
+                line.0 = row;
+            }
+        }
     }
 }
 
@@ -78,20 +96,6 @@ pub(super) fn bytes(right: Factor<'_>, depth: usize) -> (Vec<Line<u32>>, Vec<Col
     (lines, columns)
 }
 
-/// Some columns of a factor that lies across.
-fn columns(right: Factor<'_>, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
-    right.numbers.chunks(right.rows).skip(first).take(count)
-}
-
-/// Rows of a square become columns of these lines.
-#[inline(always)]
-fn lay_down<W: Copy>(mut square: Square<W>, lines: &mut [Line<W>]) {
-    transpose(&mut square);
-    for (line, row) in lines.iter_mut().zip(square) {
-        line.0 = row;
-    }
-}
-
 struct Floats<'a>(Panel<'a, f32>);
 
 impl Kernel for Floats<'_> {
@@ -102,13 +106,7 @@ impl Kernel for Floats<'_> {
         let (panel, count) = (&self.0, self.0.count());
         let (right, first) = (panel.right, panel.first);
         if right.across {
-            for (place, lines) in (0..).zip(self.0.lines.chunks_mut(LANES)) {
-                let mut square = [[0.0; LANES]; LANES];
-                for (lane, column) in columns(right, first, count).enumerate() {
-                    rows::take(&column[place * LANES..], &mut square[lane]);
-                }
-                lay_down(square, lines);
-            }
+            self.0.fill(1, |_, numbers| rows::near(numbers));
             return;
         }
         let rows = right.numbers.chunks(right.columns);
@@ -128,14 +126,7 @@ impl Kernel for Pairs<'_> {
         let (panel, count) = (&self.0, self.0.count());
         let (right, first) = (panel.right, panel.first);
         if right.across {
-            for (place, lines) in (0..).zip(self.0.lines.chunks_mut(LANES)) {
-                let mut square = [[0; LANES]; LANES];
-                for (lane, column) in columns(right, first, count).enumerate() {
-                    let numbers = column.get(place * 2 * LANES..);
-                    square[lane] = rows::pairs_of(numbers.unwrap_or_default());
-                }
-                lay_down(square, lines);
-            }
+            self.0.fill(2, |_, numbers| rows::pairs_of(numbers));
             return;
         }
         let zeros = [0.0; LANES];
@@ -164,14 +155,16 @@ impl Kernel for Bytes<'_> {
 
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
-        for (lane, column) in self.panel.columns().enumerate() {
-            for (line, x) in self.panel.lines.iter_mut().zip(column.chunks(4)) {
+        self.panel.fill(4, |lane, numbers| {
+            let (numbers, mut words) = (rows::near::<{ 4 * LANES }>(numbers), [0; LANES]);
+            for k in 0..LANES {
                 let mut bytes = [0; 4];
-                for (byte, &x) in bytes.iter_mut().zip(x) {
-                    *byte = rows::byte(x, self.scales[lane]).cast_unsigned();
+                for i in 0..4 {
+                    bytes[i] = rows::byte(numbers[4 * k + i], self.scales[lane]).cast_unsigned();
                 }
-                line.0[lane] = u32::from_le_bytes(bytes);
+                words[k] = u32::from_le_bytes(bytes);
             }
-        }
+            words
+        });
     }
 }

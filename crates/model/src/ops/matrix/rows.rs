@@ -18,22 +18,22 @@ fn half(x: f32) -> u32 {
 /// The first 32 numbers as 16 words, zeros where there are fewer.
 #[inline(always)]
 pub(super) fn pairs_of(numbers: &[f32]) -> [u32; LANES] {
-    let (mut near, mut words) = ([0.0; 2 * LANES], [0; LANES]);
-    take(numbers, &mut near);
+    let (near, mut words) = (near::<{ 2 * LANES }>(numbers), [0; LANES]);
     for k in 0..LANES {
         words[k] = pair(near[2 * k], near[2 * k + 1]);
     }
     words
 }
 
-/// As many numbers as there are, and as fit.
+/// The first `N` numbers, zeros where there are fewer.
 #[inline(always)]
-pub(super) fn take<const N: usize>(numbers: &[f32], to: &mut [f32; N]) {
+pub(super) fn near<const N: usize>(numbers: &[f32]) -> [f32; N] {
     if let Some(numbers) = numbers.first_chunk() {
-        *to = *numbers;
-    } else {
-        to[..numbers.len()].copy_from_slice(numbers);
+        return *numbers;
     }
+    let mut near = [0.0; N];
+    near[..numbers.len()].copy_from_slice(numbers);
+    near
 }
 
 /// Two numbers as bf16 in one word, the first in the low half.
