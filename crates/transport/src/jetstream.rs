@@ -16,8 +16,9 @@ use std::time::Duration;
 use async_nats::jetstream::{self, Context};
 use async_nats::rustls::crypto::ring;
 use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, Event};
+use futures_util::TryStreamExt;
 use settings::JetStreamSettings;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::TransportError;
 use keeper::Keeper;
@@ -94,7 +95,8 @@ impl Connection {
         Duration::from_secs(self.settings.lease_seconds)
     }
 
-    /// Asks the server until it answers, or has not for as long as the settings allow.
+    /// Asks the server until it answers, or has not for as long as the settings allow, whatever a single
+    /// question waits for.
     async fn insist<T, E, F>(&self, action: &str, ask: impl Fn() -> F) -> Result<T, TransportError>
     where
         E: std::error::Error,
@@ -102,15 +104,35 @@ impl Connection {
     {
         let deadline = Instant::now() + Duration::from_secs(self.settings.timeout_seconds);
         loop {
-            match ask().await {
-                Ok(answer) => return Ok(answer),
-                Err(error) if Instant::now() > deadline => {
+            match timeout_at(deadline, ask()).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) if Instant::now() > deadline => {
                     return Err(self.refused(action, &error));
                 }
-                Err(error) => tracing::debug!(action, error = sentence(&error), "asked again"),
+                Ok(Err(error)) => tracing::debug!(action, error = sentence(&error), "asked again"),
+                Err(late) => return Err(self.refused(action, &late)),
             }
             sleep(PAUSE).await;
         }
+    }
+
+    /// What of a stream's subjects begins so, without that beginning. Asked for, not read from the messages:
+    /// a reader of a stream whose messages are replaced meanwhile may wait for ever for the last of them.
+    async fn subjects(
+        &self,
+        stream: String,
+        beginning: String,
+    ) -> Result<Vec<String>, TransportError> {
+        let listed = || async {
+            let stream = self.context.get_stream(&stream).await.map_err(Failed::of)?;
+            let found = stream.info_with_subjects(format!("{beginning}>")).await;
+            let found = found.map_err(Failed::of)?;
+            found.try_collect::<Vec<_>>().await.map_err(Failed::of)
+        };
+        let listed = self.insist("list what a stream holds", listed).await?;
+        let endings = listed.iter();
+        let endings = endings.filter_map(|(subject, _)| subject.strip_prefix(&beginning));
+        Ok(endings.map(str::to_owned).collect())
     }
 
     fn refused(&self, action: &str, error: &dyn std::error::Error) -> TransportError {
@@ -128,7 +150,6 @@ impl Connection {
 
     /// Removes everything of this run from the server.
     pub(crate) async fn remove(&self) -> Result<(), TransportError> {
-        use futures_util::TryStreamExt;
         let prefix = self.name("");
         let parts = [
             prefix.clone(),
@@ -253,4 +274,15 @@ fn sentence(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// An error of several kinds, as text.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Failed(String);
+
+impl Failed {
+    fn of(error: impl std::error::Error) -> Self {
+        Self(sentence(&error))
+    }
 }

@@ -131,16 +131,9 @@ impl Register {
     /// # Errors
     /// As [`Self::get`].
     pub async fn all(&self, prefix: &str) -> Result<Vec<Entry>, TransportError> {
-        let keys = || async {
-            match self.store.keys().await {
-                Ok(keys) => keys.try_collect::<Vec<_>>().await.map_err(Failed::of),
-                Err(error) => Err(Failed::of(error)),
-            }
-        };
-        let mut keys = self
-            .connection
-            .insist("read the run's register", keys)
-            .await?;
+        let bucket = self.connection.name(REGISTER);
+        let (stream, beginning) = (format!("KV_{bucket}"), format!("$KV.{bucket}."));
+        let mut keys = self.connection.subjects(stream, beginning).await?;
         keys.retain(|key| key.starts_with(prefix));
         keys.sort();
         let mut entries = Vec::with_capacity(keys.len());
@@ -308,16 +301,5 @@ impl Entry {
             value: entry.value.to_vec(),
             stored: entry.created.into(),
         })
-    }
-}
-
-/// An error of several kinds, as text.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Failed(String);
-
-impl Failed {
-    fn of(error: impl std::error::Error) -> Self {
-        Self(super::sentence(&error))
     }
 }

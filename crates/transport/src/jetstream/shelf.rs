@@ -13,7 +13,6 @@ use std::time::Duration;
 use async_nats::jetstream::object_store::{Config, ObjectMetadata, ObjectStore};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE;
-use futures_util::StreamExt;
 use messages::{WeightsManifest, WeightsVersion, wire};
 use settings::WeightsEncoding;
 use tokio::io::AsyncReadExt;
@@ -219,10 +218,12 @@ impl JetShelf {
         }
         let found = async {
             let mut found = BTreeMap::new();
-            let mut objects = self.store.0.list().await?;
-            while let Some(object) = objects.next().await {
-                let object = object?;
-                if let Some(version) = version(&object.name) {
+            let bucket = self.connection.name("weights");
+            let (stream, beginning) = (format!("OBJ_{bucket}"), format!("$O.{bucket}.M."));
+            for note in self.connection.subjects(stream, beginning).await? {
+                let name = String::from_utf8(URL_SAFE.decode(note)?)?;
+                if let Some(version) = version(&name) {
+                    let object = self.store.0.info(&name).await?;
                     let base = object.metadata.get("base");
                     found.insert(version, base.and_then(|base| self::version(base)));
                 }

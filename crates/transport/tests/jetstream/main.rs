@@ -392,6 +392,33 @@ async fn a_claim_is_refused_while_its_holder_lives_and_taken_over_after() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_register_is_read_while_its_entries_are_replaced() {
+    let Some(server) = Server::start() else {
+        return;
+    };
+    let [writer, reader] = [server.hub("run").await, server.hub("run").await];
+    let register = |hub: &Hub| hub.register().expect("a server keeps one").clone();
+    let (writer, reader) = (register(&writer), register(&reader));
+    let keys: Vec<_> = (0..8).map(|number| format!("present.{number}")).collect();
+    for key in &keys {
+        writer.put(key, b"0".to_vec()).await.expect("a server");
+    }
+    let replaced = keys.clone();
+    let writing = tokio::spawn(async move {
+        for key in replaced.iter().cycle() {
+            writer.put(key, b"1".to_vec()).await.expect("a server");
+        }
+    });
+    for _ in 0..300 {
+        let all = timeout(Duration::from_secs(20), reader.all("present."));
+        let all = all.await.expect("an answer").expect("a server");
+        let found: Vec<_> = all.into_iter().map(|entry| entry.key).collect();
+        assert_eq!(found, keys);
+    }
+    writing.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_not_there_or_refuses_is_told_with_the_remedy() {
     let Some(server) = Server::start() else {
         return;
