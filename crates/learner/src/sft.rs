@@ -81,7 +81,7 @@ fn step(
         .collect();
     let loss = model.score(&sequences)?.logp.mean_all()?.neg()?;
     let mut gradients = Gradients::default();
-    gradients.add(&loss.backward()?, optimizer.vars())?;
+    gradients.add(&model::ops::backward(&loss)?, optimizer.vars())?;
     let norm = gradients.norm()?;
     let loss = f64::from(loss.to_scalar::<f32>()?);
     if !loss.is_finite() || !norm.is_finite() {

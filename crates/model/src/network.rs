@@ -1,6 +1,8 @@
 //! The decoder itself: embedding, blocks, final norm. One forward pass serves both paths; they differ
 //! only in how a block's queries meet keys and values.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::{
@@ -21,6 +23,8 @@ pub struct LanguageModel {
     pub(crate) adapter: Option<Adapter>,
     /// Of the products with weights.
     pub(crate) precision: Precision,
+    /// Whether a backward pass computes what is between the blocks' ends again.
+    recompute: bool,
 }
 
 /// What all blocks of a pass have in common.
@@ -29,10 +33,16 @@ struct Pass<'a> {
     /// cos and sin of every token's place.
     rotation: (Tensor, Tensor),
     precision: Precision,
+    recompute: bool,
 }
 
 /// How one block's queries meet the keys and values: in a packed batch or through a cache.
 pub(crate) trait Attend {
+    /// The packed batch, where queries meet the keys of that batch and of nothing else.
+    fn packed(&self) -> Option<(&Arc<ops::Segments>, ops::Attention)> {
+        None
+    }
+
     /// `q` `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]` → `[N, heads, head_dim]`.
     fn attend(
         &mut self,
@@ -93,6 +103,7 @@ impl LanguageModel {
             rope,
             adapter: None,
             precision: Precision::F32,
+            recompute: false,
         })
     }
 
@@ -151,9 +162,16 @@ impl LanguageModel {
             config: &self.config,
             rotation: self.rope.at(positions)?,
             precision: self.precision,
+            recompute: self.recompute,
         };
-        let mut x = self.embedding.index_select(ids, 0)?;
+        let mut x = ops::embedding(&self.embedding, ids)?;
         for (layer, block) in self.blocks.iter().enumerate() {
+            if let Some((segments, options)) = attention.packed()
+                && let Some(whole) = block.whole(&x, &pass, segments, options)?
+            {
+                x = whole;
+                continue;
+            }
             let rows =
                 block.attention(&x, &pass, &mut |q, k, v| attention.attend(layer, q, k, v))?;
             x = (x + rows)?;
@@ -179,6 +197,14 @@ impl Linear {
             bias,
             low_rank: None,
         })
+    }
+
+    /// The map without what an adapter adds.
+    fn affine(&self) -> ops::Affine {
+        ops::Affine {
+            weight: self.weight.clone(),
+            bias: self.bias.clone(),
+        }
     }
 
     fn forward(&self, x: &Tensor, precision: Precision) -> candle_core::Result<Tensor> {
@@ -227,6 +253,52 @@ impl Block {
         ]
     }
 
+    /// The whole block as one operation; `None` where it has to be composed.
+    fn whole(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+        segments: &Arc<ops::Segments>,
+        attention: ops::Attention,
+    ) -> candle_core::Result<Option<Tensor>> {
+        let plain = [
+            &self.query,
+            &self.key,
+            &self.value,
+            &self.output,
+            &self.gate,
+            &self.up,
+            &self.down,
+        ];
+        if plain.iter().any(|linear| linear.low_rank.is_some()) {
+            return Ok(None);
+        }
+        let [query, key, value, output, gate, up, down] = plain.map(Linear::affine);
+        let weights = ops::BlockWeights {
+            attention_norm: self.attention_norm.clone(),
+            query,
+            key,
+            value,
+            output,
+            query_norm: self.query_norm.clone(),
+            key_norm: self.key_norm.clone(),
+            feed_forward_norm: self.feed_forward_norm.clone(),
+            gate,
+            up,
+            down,
+        };
+        let config = pass.config;
+        let options = ops::BlockOptions {
+            heads: (config.heads, config.kv_heads, config.head_dim),
+            eps: config.rms_norm_eps,
+            precision: pass.precision,
+            attention,
+            recompute: pass.recompute,
+        };
+        let (cos, sin) = &pass.rotation;
+        ops::block(x, &weights, (cos, sin), segments, options)
+    }
+
     fn attention(
         &self,
         x: &Tensor,
@@ -237,6 +309,7 @@ impl Block {
             config,
             rotation: (cos, sin),
             precision,
+            ..
         } = pass;
         let (n, eps) = (x.dim(0)?, config.rms_norm_eps);
         let x = ops::rms_norm(x, &self.attention_norm, eps)?;

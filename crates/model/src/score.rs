@@ -1,6 +1,8 @@
 //! The scoring path: log-probabilities of given completions, differentiable, over packed batches.
 //! Completions of one prompt that follow one another share one reading of it.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use crate::{
@@ -31,6 +33,10 @@ struct PackedAttention<'a> {
 }
 
 impl Attend for PackedAttention<'_> {
+    fn packed(&self) -> Option<(&Arc<ops::Segments>, ops::Attention)> {
+        Some((&self.packed.segments, self.options))
+    }
+
     fn attend(
         &mut self,
         _layer: usize,
@@ -239,7 +245,7 @@ mod tests {
                 .and_then(|x| x.sin())
                 .unwrap();
             let gradients =
-                |logp: &Tensor| (logp * &weights).unwrap().sum_all().unwrap().backward();
+                |logp: &Tensor| ops::backward(&(logp * &weights).unwrap().sum_all().unwrap());
             let (found, expected) = (
                 gradients(&shared.logp).unwrap(),
                 gradients(&expected).unwrap(),

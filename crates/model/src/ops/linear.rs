@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
+use super::gradients::give;
 use super::matrix::{Factor, Precision, product};
 use super::storage::{argument, floats, fusible, result};
 
@@ -69,11 +70,10 @@ impl CustomOp2 for Linear {
         let dweight = || {
             let x = floats(x)?;
             let x = Factor::new(&x, rows, width);
-            let dweight = product(gradient.transposed(), x, self.precision);
-            Tensor::from_vec(dweight, weight.shape(), weight.device())
+            give(weight, product(gradient.transposed(), x, self.precision))
         };
-        let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
-        Ok((Some(dx), weight.track_op().then(dweight).transpose()?))
+        let dweight = weight.track_op().then(dweight).transpose()?;
+        Ok((give(x, dx)?, dweight.flatten()))
     }
 }
 

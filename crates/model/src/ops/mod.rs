@@ -15,8 +15,11 @@
 
 mod adamw;
 mod attention;
+mod block;
 mod cache;
 mod cached_attention;
+mod embedding;
+mod gradients;
 mod linear;
 mod rms_norm;
 mod rope;
@@ -35,8 +38,11 @@ mod check;
 
 pub use adamw::{AdamWStep, Moments, adamw_step};
 pub use attention::{Attention, Segment, Segments, causal_attention};
+pub use block::{Affine, BlockOptions, BlockWeights, block};
 pub(crate) use cache::{Heads, KeyValues};
 pub use cached_attention::{CacheRows, cached_attention};
+pub use embedding::embedding;
+pub use gradients::backward;
 pub use linear::linear;
 pub use matrix::{PackedMatrix, Precision};
 pub use rms_norm::rms_norm;

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::gradients::give;
 use super::storage::{argument, floats, fusible, result, wide};
 use super::vector::{Arithmetic, Kernel, dispatch, dot};
 
@@ -24,10 +25,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if !fusible(&[x, weight]) {
         return composed(x, weight, eps);
     }
-    let op = RmsNorm {
-        width,
-        eps: eps as f32,
-    };
+    let op = RmsNorm { eps: eps as f32 };
     x.contiguous()?.apply_op2(&weight.contiguous()?, op)
 }
 
@@ -53,7 +51,6 @@ pub(crate) fn composed(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> 
 }
 
 struct RmsNorm {
-    width: usize,
     eps: f32,
 }
 
@@ -71,19 +68,7 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(CpuStorage, Shape)> {
         let x = argument(x, x_layout)?;
         let weight = argument(weight, weight_layout)?;
-        let mut out = vec![0.0; x.len()];
-        out.par_chunks_mut(ROWS * self.width)
-            .zip(x.par_chunks(ROWS * self.width))
-            .for_each(|(out, x)| {
-                let eps = self.eps;
-                dispatch(Forward {
-                    x,
-                    weight,
-                    eps,
-                    out,
-                });
-            });
-        Ok(result(out, x_layout.shape()))
+        Ok(result(forward(x, weight, self.eps), x_layout.shape()))
     }
 
     fn bwd(
@@ -94,39 +79,58 @@ impl CustomOp2 for RmsNorm {
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let gradient = gradient.contiguous()?;
-        let (dx, dweight) = self.backward(&floats(x)?, &floats(weight)?, &floats(&gradient)?);
-        let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
-        let of_weight = || Tensor::from_vec(dweight, weight.shape(), x.device());
-        let dweight = weight.track_op().then(of_weight).transpose()?;
-        Ok((Some(dx), dweight))
+        let (dx, dweight) = backward(&floats(x)?, &floats(weight)?, self.eps, &floats(&gradient)?);
+        let dweight = weight.track_op().then(|| give(weight, dweight));
+        Ok((give(x, dx)?, dweight.transpose()?.flatten()))
     }
 }
 
-impl RmsNorm {
-    fn backward(&self, x: &[f32], weight: &[f32], gradient: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let chunk = ROWS * self.width;
-        let mut dx = vec![0.0; x.len()];
-        let partial: Vec<Vec<f32>> = dx
-            .par_chunks_mut(chunk)
-            .zip(x.par_chunks(chunk).zip(gradient.par_chunks(chunk)))
-            .map(|(dx, (x, gradient))| {
-                dispatch(Backward {
-                    x,
-                    weight,
-                    gradient,
-                    eps: self.eps,
-                    dx,
-                })
+/// Of rows as long as `weight`.
+pub(super) fn forward(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let chunk = ROWS * weight.len();
+    let mut out = vec![0.0; x.len()];
+    out.par_chunks_mut(chunk)
+        .zip(x.par_chunks(chunk))
+        .for_each(|(out, x)| {
+            dispatch(Forward {
+                x,
+                weight,
+                eps,
+                out,
+            });
+        });
+    out
+}
+
+/// The gradients of `x` and of `weight`.
+pub(super) fn backward(
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    gradient: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
+    let chunk = ROWS * weight.len();
+    let mut dx = vec![0.0; x.len()];
+    let partial: Vec<Vec<f32>> = dx
+        .par_chunks_mut(chunk)
+        .zip(x.par_chunks(chunk).zip(gradient.par_chunks(chunk)))
+        .map(|(dx, (x, gradient))| {
+            dispatch(Backward {
+                x,
+                weight,
+                gradient,
+                eps,
+                dx,
             })
-            .collect();
-        let mut dweight = vec![0.0; self.width];
-        for partial in &partial {
-            for (sum, term) in dweight.iter_mut().zip(partial) {
-                *sum += term;
-            }
+        })
+        .collect();
+    let mut dweight = vec![0.0; weight.len()];
+    for partial in &partial {
+        for (sum, term) in dweight.iter_mut().zip(partial) {
+            *sum += term;
         }
-        (dx, dweight)
     }
+    (dx, dweight)
 }
 
 /// 1 / sqrt(mean(x²) + eps) of one row.

@@ -31,8 +31,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         return composed(x, &cos, &sin);
     }
     let op = Rope {
-        direction: 1.0,
-        heads,
+        direction: Direction::Forth,
     };
     x.contiguous()?
         .apply_op3(&cos.contiguous()?, &sin.contiguous()?, op)
@@ -61,9 +60,14 @@ pub(crate) fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor>
 }
 
 struct Rope {
-    /// 1 to rotate, -1 to rotate back: a rotation's gradient is turned the other way.
-    direction: f32,
-    heads: usize,
+    direction: Direction,
+}
+
+/// Which way heads are turned: a rotation's gradient is turned back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    Forth,
+    Back,
 }
 
 impl CustomOp3 for Rope {
@@ -84,24 +88,7 @@ impl CustomOp3 for Rope {
         let cos = argument(cos, cos_layout)?;
         let sin = argument(sin, sin_layout)?;
         let half = x_layout.dims()[2] / 2;
-        let chunk = TOKENS * self.heads * half * 2;
-        let mut out = vec![0.0; x.len()];
-        let angles = cos
-            .par_chunks(TOKENS * half)
-            .zip(sin.par_chunks(TOKENS * half));
-        out.par_chunks_mut(chunk)
-            .zip(x.par_chunks(chunk))
-            .zip(angles)
-            .for_each(|((out, x), (cos, sin))| {
-                let op = self;
-                dispatch(Rotate {
-                    op,
-                    half,
-                    x,
-                    angles: (cos, sin),
-                    out,
-                });
-            });
+        let out = rotated(x, (cos, sin), half, self.direction);
         Ok(result(out, x_layout.shape()))
     }
 
@@ -113,20 +100,56 @@ impl CustomOp3 for Rope {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let back = Rope {
-            direction: -self.direction,
-            heads: self.heads,
+        let direction = match self.direction {
+            Direction::Forth => Direction::Back,
+            Direction::Back => Direction::Forth,
         };
+        let back = Rope { direction };
         let dx = gradient.contiguous()?.apply_op3_no_bwd(cos, sin, &back)?;
         Ok((Some(dx), None, None))
     }
 }
 
-struct Rotate<'a> {
-    op: &'a Rope,
+/// Every head of every token turned by its token's angles, `half` of them: cos and sin are `[N, half]`, `x` is
+/// `[N, H, 2 half]`.
+pub(super) fn rotated(
+    x: &[f32],
+    (cos, sin): (&[f32], &[f32]),
     half: usize,
+    direction: Direction,
+) -> Vec<f32> {
+    let heads = x.len() / (2 * cos.len()).max(1);
+    let chunk = (TOKENS * heads * half * 2).max(1);
+    let mut out = vec![0.0; x.len()];
+    let angles = cos
+        .par_chunks(TOKENS * half)
+        .zip(sin.par_chunks(TOKENS * half));
+    out.par_chunks_mut(chunk)
+        .zip(x.par_chunks(chunk))
+        .zip(angles)
+        .for_each(|((out, x), angles)| {
+            dispatch(Rotate {
+                x,
+                angles,
+                heads,
+                half,
+                sign: if direction == Direction::Forth {
+                    1.0
+                } else {
+                    -1.0
+                },
+                out,
+            });
+        });
+    out
+}
+
+struct Rotate<'a> {
     x: &'a [f32],
     angles: (&'a [f32], &'a [f32]),
+    heads: usize,
+    half: usize,
+    sign: f32,
     out: &'a mut [f32],
 }
 
@@ -135,16 +158,16 @@ impl Kernel for Rotate<'_> {
 
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
-        let (half, direction) = (self.half, self.op.direction);
+        let (half, sign) = (self.half, self.sign);
         let heads = self.x.chunks_exact(2 * half);
         for (head, (out, x)) in self.out.chunks_exact_mut(2 * half).zip(heads).enumerate() {
-            let token = head / self.op.heads;
+            let token = head / self.heads;
             let cos = &self.angles.0[token * half..][..half];
             let sin = &self.angles.1[token * half..][..half];
             let (x1, x2) = x.split_at(half);
             let (out1, out2) = out.split_at_mut(half);
             for i in 0..half {
-                let sin = direction * sin[i];
+                let sin = sign * sin[i];
                 out1[i] = x1[i] * cos[i] - x2[i] * sin;
                 out2[i] = x2[i] * cos[i] + x1[i] * sin;
             }

@@ -60,11 +60,7 @@ impl CustomOp2 for SwiGlu {
     ) -> Result<(CpuStorage, Shape)> {
         let gate = argument(gate, gate_layout)?;
         let up = argument(up, up_layout)?;
-        let mut out = vec![0.0; gate.len()];
-        out.par_chunks_mut(CHUNK)
-            .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
-            .for_each(|(out, (gate, up))| dispatch(Forward { gate, up, out }));
-        Ok(result(out, gate_layout.shape()))
+        Ok(result(forward(gate, up), gate_layout.shape()))
     }
 
     fn bwd(
@@ -82,7 +78,16 @@ impl CustomOp2 for SwiGlu {
     }
 }
 
-fn backward(gate: &[f32], up: &[f32], gradient: &[f32]) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; gate.len()];
+    out.par_chunks_mut(CHUNK)
+        .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
+        .for_each(|(out, (gate, up))| dispatch(Forward { gate, up, out }));
+    out
+}
+
+/// The gradients of `gate` and of `up`.
+pub(super) fn backward(gate: &[f32], up: &[f32], gradient: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let mut dgate = vec![0.0; gate.len()];
     let mut dup = vec![0.0; gate.len()];
     let inputs = gate

@@ -10,9 +10,10 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::gradients::give;
 use super::matrix::{Begin, Factor, PackedMatrix, PackedRows, Precision, Threads};
 use super::storage::{floats, fusible, wide};
-use super::vector::{Arithmetic, Kernel, LANES, dispatch, exp, fold, largest};
+use super::vector::{Arithmetic, Kernel, LANES, dispatch, exp, flushed, fold, largest};
 
 /// Words of the vocabulary to a tile.
 const WORDS: usize = 512;
@@ -161,12 +162,8 @@ impl CustomOp2 for PickedLogprobs {
                 }
             }
         }
-        let tensor =
-            |numbers, like: &Tensor| Tensor::from_vec(numbers, like.shape(), like.device());
-        Ok((
-            Some(tensor(dhidden, hidden)?),
-            dhead.map(|numbers| tensor(numbers, head)).transpose()?,
-        ))
+        let dhead = dhead.map(|dhead| give(head, dhead)).transpose()?;
+        Ok((give(hidden, dhidden)?, dhead.flatten()))
     }
 }
 
@@ -361,7 +358,7 @@ impl Kernel for Differentiate<'_> {
         for (row, logits) in logits.enumerate() {
             let (gradient, log_sum) = (self.rows.gradient[row], self.rows.log_sums[row]);
             for logit in logits.iter_mut() {
-                *logit = -gradient * exp::<A>(*logit - log_sum);
+                *logit = flushed(-gradient * exp::<A>(*logit - log_sum));
             }
             let target = self.rows.targets[row] as usize;
             if self.words.contains(&target) {

@@ -340,7 +340,7 @@ pub(crate) mod tests {
             };
             let first = margin(&model);
             for _ in 0..5 {
-                let found = margin(&model).neg().unwrap().backward().unwrap();
+                let found = crate::ops::backward(&margin(&model).neg().unwrap()).unwrap();
                 let mut gradients = Gradients::default();
                 gradients.add(&found, optimizer.vars()).unwrap();
                 let norm = gradients.norm().unwrap();

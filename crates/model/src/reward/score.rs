@@ -383,7 +383,7 @@ mod tests {
             };
             let model = reward(&tiny_model(7, 1), config);
             let (trainable, vars) = model.trainable().unwrap();
-            let gradients = loss(&trainable, None).backward().unwrap();
+            let gradients = crate::ops::backward(&loss(&trainable, None)).unwrap();
             for name in [
                 HEAD,
                 COEFFICIENT,

@@ -100,7 +100,7 @@ pub fn fit(
             Batch::new(&examples, &contests, settings, material.apo).loss(&model, &mut told)?;
         let mut gradients = Gradients::default();
         gradients.add(
-            &loss.backward().map_err(model::ModelError::from)?,
+            &model::ops::backward(&loss).map_err(model::ModelError::from)?,
             optimizer.vars(),
         )?;
         told.grad_norm = gradients.norm()?;

@@ -57,8 +57,10 @@ pub fn causal_attention(
         return composed(q, k, v, segments, options);
     }
     let op = CausalAttention {
-        geometry,
-        segments: segments.clone(),
+        layer: Layer {
+            geometry,
+            segments: segments.clone(),
+        },
         log_sums: OnceLock::new(),
     };
     q.contiguous()?
@@ -99,13 +101,76 @@ impl Geometry {
 }
 
 struct CausalAttention {
-    geometry: Geometry,
-    segments: Arc<Segments>,
-    /// Of each query, ln Σ exp(score): `[N, H]`, left by the forward for the backward.
+    layer: Layer,
+    /// Left by the forward for the backward.
     log_sums: OnceLock<Vec<f32>>,
 }
 
-impl CausalAttention {
+/// Attention of packed sequences, on slices.
+pub(super) struct Layer {
+    geometry: Geometry,
+    segments: Arc<Segments>,
+}
+
+impl Layer {
+    /// Of `heads` query heads and `kv_heads` key heads, each so wide; they fit one another.
+    pub fn new(
+        (heads, kv_heads, width): (usize, usize, usize),
+        segments: &Arc<Segments>,
+        options: Attention,
+    ) -> Self {
+        Self {
+            geometry: Geometry {
+                kv_heads,
+                group: heads / kv_heads,
+                width,
+                options,
+            },
+            segments: segments.clone(),
+        }
+    }
+
+    /// The result, `[N, H, hd]`, and of each query ln Σ exp(score), `[N, H]`.
+    pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let parts: Vec<(Vec<f32>, Vec<f32>)> = self
+            .tasks()
+            .par_iter()
+            .with_max_len(1)
+            .map(|task| dispatch(Forward { task, q, k, v }))
+            .collect();
+        let Geometry { group, width, .. } = self.geometry;
+        let log_sums = self.assemble(parts.iter().map(|part| &part.1), group);
+        let out = self.assemble(parts.iter().map(|part| &part.0), group * width);
+        (out, log_sums)
+    }
+
+    /// The gradients of queries, keys and values, from what the forward gave.
+    pub fn backward(
+        &self,
+        qkv: [&[f32]; 3],
+        (out, log_sums): (&[f32], &[f32]),
+        gradient: &[f32],
+    ) -> [Vec<f32>; 3] {
+        let parts: Vec<[Vec<f32>; 3]> = self
+            .tasks()
+            .par_iter()
+            .with_max_len(1)
+            .map(|task| {
+                dispatch(Backward {
+                    task,
+                    qkv,
+                    out,
+                    log_sums,
+                    gradient,
+                })
+            })
+            .collect();
+        let Geometry { group, width, .. } = self.geometry;
+        let gather =
+            |index: usize, run: usize| self.assemble(parts.iter().map(|part| &part[index]), run);
+        [gather(0, group * width), gather(1, width), gather(2, width)]
+    }
+
     /// One task a segment and key head, so that each gradient of a key has one owner.
     fn tasks(&self) -> Vec<Task<'_>> {
         let heads = 0..self.geometry.kv_heads;
@@ -159,18 +224,10 @@ impl CustomOp3 for CausalAttention {
         let q = argument(q, q_layout)?;
         let k = argument(k, k_layout)?;
         let v = argument(v, v_layout)?;
-        let parts: Vec<(Vec<f32>, Vec<f32>)> = self
-            .tasks()
-            .par_iter()
-            .with_max_len(1)
-            .map(|task| dispatch(Forward { task, q, k, v }))
-            .collect();
-        let Geometry { group, width, .. } = self.geometry;
-        let log_sums = self.assemble(parts.iter().map(|part| &part.1), group);
+        let (out, log_sums) = self.layer.forward(q, k, v);
         if self.log_sums.set(log_sums).is_err() {
             bail!("attention: one operation ran forward twice");
         }
-        let out = self.assemble(parts.iter().map(|part| &part.0), group * width);
         Ok(result(out, q_layout.shape()))
     }
 
@@ -189,29 +246,12 @@ impl CustomOp3 for CausalAttention {
         let locked = [floats(q)?, floats(k)?, floats(v)?, floats(out)?];
         let [q_, k_, v_, out_] = &locked;
         let gradient = floats(&gradient)?;
-        let parts: Vec<[Vec<f32>; 3]> = self
-            .tasks()
-            .par_iter()
-            .with_max_len(1)
-            .map(|task| {
-                dispatch(Backward {
-                    task,
-                    qkv: [q_, k_, v_],
-                    out: out_,
-                    log_sums,
-                    gradient: &gradient,
-                })
-            })
-            .collect();
-        let Geometry { group, width, .. } = self.geometry;
-        let gather = |index: usize, run: usize, like: &Tensor| {
-            let numbers = self.assemble(parts.iter().map(|part| &part[index]), run);
+        let [dq, dk, dv] = self
+            .layer
+            .backward([q_, k_, v_], (out_, log_sums), &gradient);
+        let tensor = |numbers, like: &Tensor| {
             Tensor::from_vec(numbers, like.shape(), like.device()).map(Some)
         };
-        Ok((
-            gather(0, group * width, q)?,
-            gather(1, width, k)?,
-            gather(2, width, v)?,
-        ))
+        Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::super::product::{Left, Right, Sizes, add_product};
-use super::super::vector::{Arithmetic, Kernel, LANES, dot, exp, fold, largest};
+use super::super::vector::{Arithmetic, Kernel, LANES, dot, exp, flushed, fold, largest};
 use super::block::{BLOCK, Block, Part};
 use super::{Geometry, Segment};
 
@@ -212,12 +212,12 @@ fn exponentiate<A: Arithmetic>(scores: &mut [f32], seen: Range<usize>, shift: f3
     let (chunks, rest) = scores[seen].as_chunks_mut::<LANES>();
     for chunk in chunks {
         for lane in 0..LANES {
-            chunk[lane] = exp::<A>(chunk[lane] - shift);
+            chunk[lane] = flushed(exp::<A>(chunk[lane] - shift));
             lanes[lane] += chunk[lane];
         }
     }
     for (lane, score) in lanes.iter_mut().zip(rest) {
-        *score = exp::<A>(*score - shift);
+        *score = flushed(exp::<A>(*score - shift));
         *lane += *score;
     }
     fold(lanes)
@@ -343,7 +343,7 @@ impl Backward<'_> {
             let gradient = self.task.head(self.gradient, row, member);
             let pull = dot::<A>(gradient, self.task.head(self.out, row, member));
             for (slope, weight) in slopes.iter_mut().zip(scores) {
-                *slope = *weight * (*slope - pull);
+                *slope = flushed(*weight * (*slope - pull));
             }
         }
     }

@@ -248,7 +248,7 @@ impl PackedMatrix {
     }
 
     /// `left · self`.
-    fn product(&self, left: &PackedRows<'_>) -> Vec<f32> {
+    pub(super) fn product(&self, left: &PackedRows<'_>) -> Vec<f32> {
         let count = left.rows * self.out;
         if self.width == 0 {
             return vec![0.0; count];
