@@ -14,7 +14,6 @@ mod tile;
 mod transpose;
 
 use std::mem::MaybeUninit;
-use std::ops::RangeInclusive;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -191,9 +190,8 @@ const TASK: usize = 512 * 1024;
 /// Tasks for every thread, so that one that is late does not hold up the others.
 const SHARE: usize = 4;
 
-/// Rows of the result to a task: as many as stay near while panel after panel meets them, and as few as let a
-/// panel stay near while they meet it.
-const ROWS: RangeInclusive<usize> = BLOCK..=256;
+/// Rows of the result to a task, at most: as many as stay near while panel after panel meets them.
+const HEIGHT: usize = 256;
 
 /// On which threads a product is computed.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -293,7 +291,7 @@ impl PackedMatrix {
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 if let Some(tiles) = amx::Tiles::here() {
                     let panels = amx::Panels { lines, depth };
-                    self.spread((threads, amx::GROUP), target, |part| {
+                    self.spread((threads, (BLOCK, amx::GROUP)), target, |part| {
                         tiles.multiply(words, panels, begin, part);
                     });
                     return;
@@ -328,7 +326,7 @@ impl PackedMatrix {
         target: Target<'_>,
     ) {
         let (depth, begin) = (self.depth, target.begin);
-        self.spread((threads, tile::GROUP), target, |part| {
+        self.spread((threads, (tile::BLOCK, tile::GROUP)), target, |part| {
             dispatch(Task {
                 format,
                 begin,
@@ -340,22 +338,29 @@ impl PackedMatrix {
         });
     }
 
-    /// Cuts the target into as many parts as are worth a task, of whole groups of panels.
+    /// Cuts the target into as many parts as are worth a task, of whole blocks of rows and groups of panels.
     fn spread(
         &self,
-        (threads, group): (Threads, usize),
+        (threads, (block, group)): (Threads, (usize, usize)),
         target: Target<'_>,
         work: impl Fn(Part<'_>) + Sync,
     ) {
         let rows = target.len() / self.out.max(1);
-        let most = match threads {
+        let threads = match threads {
             Threads::This => 1,
-            Threads::All => SHARE * rayon::current_num_threads(),
+            Threads::All => rayon::current_num_threads(),
         };
-        let tasks = (rows * self.out * self.width / TASK).clamp(1, most);
-        let height = (rows / tasks + BLOCK / 2) / BLOCK * BLOCK;
-        let height = height.clamp(*ROWS.start(), *ROWS.end());
-        let beside = tasks.div_ceil(rows.div_ceil(height).max(1));
+        let tasks = rows * self.out * self.width / TASK;
+        let tasks = tasks.clamp(1, if threads == 1 { 1 } else { SHARE * threads });
+        let height = (rows / tasks + block / 2) / block * block;
+        let height = height.clamp(block, HEIGHT);
+        // Every part lays out its rows, where they lie across: panels are shared out when rows are too few.
+        let below = rows.div_ceil(height).max(1);
+        let beside = if below < 2 * threads {
+            tasks.div_ceil(below)
+        } else {
+            1
+        };
         let panels = self.out.div_ceil(LANES).max(1);
         let wide = panels.div_ceil(beside).next_multiple_of(group);
         let parts = target.split(self.out.max(1), (height, wide * LANES));

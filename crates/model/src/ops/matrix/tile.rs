@@ -10,6 +10,9 @@ use super::Columns;
 /// Panels that are multiplied together where registers are wide.
 pub(super) const GROUP: usize = 3;
 
+/// Rows that are multiplied at a time, twice: parts of a product begin at such a row.
+pub(super) const BLOCK: usize = 2 * STRIP;
+
 /// Rows of a left factor that lies across, laid side by side.
 const STRIP: usize = 8;
 
@@ -337,17 +340,20 @@ impl<F: Format> Task<'_, F> {
     fn columns<A: Arithmetic>(&mut self, lines: &Range<usize>, strips: &[[F::Word; STRIP]]) {
         let Range { start, end } = self.part.columns;
         let (mut panel, panels) = (start / LANES, end.div_ceil(LANES));
-        while A::WIDE && panel + GROUP <= panels {
-            self.rows::<A, 8, GROUP>(panel, lines, strips);
-            panel += GROUP;
-        }
         while panel < panels {
-            if A::WIDE {
-                self.rows::<A, 8, 1>(panel, lines, strips);
-            } else {
-                self.rows::<A, 4, 1>(panel, lines, strips);
+            // Two and two rather than three and one.
+            let group = match panels - panel {
+                _ if !A::WIDE => 1,
+                4 => 2,
+                left => left.min(GROUP),
+            };
+            match group {
+                GROUP => self.rows::<A, 8, GROUP>(panel, lines, strips),
+                2 => self.rows::<A, 8, 2>(panel, lines, strips),
+                _ if A::WIDE => self.rows::<A, 8, 1>(panel, lines, strips),
+                _ => self.rows::<A, 4, 1>(panel, lines, strips),
             }
-            panel += 1;
+            panel += group;
         }
     }
 
