@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use house::{Ended, Workplace, agon_binary, shared};
+use house::{Ended, Workplace, agon_binary, column, report, shared, tiny_playground};
 use serde_json::{Value, json};
 
 /// Every kind, the widest that the machine has last.
@@ -27,6 +27,43 @@ fn text(path: &Path) -> String {
 fn logprobs(answer: &Value) -> Vec<f64> {
     let numbers = answer["logprobs"].as_array().expect("log-probabilities");
     numbers.iter().filter_map(Value::as_f64).collect()
+}
+
+#[test]
+fn coarse_numbers_that_lead_too_far_are_left_for_f32() {
+    let workplace = Workplace::new();
+    let run = |name: &str, sets: &[&str]| {
+        let run = workplace.path(name);
+        let ended = workplace.run(&tiny_playground(&run, sets)).succeeded();
+        (column(&run, "mismatch/logp_abs_diff"), ended.err)
+    };
+    let coarse = ["actor.precision=int8", "actor.max_drift=0"];
+    let (gaps, told) = run("coarse", &coarse);
+    assert!(gaps.iter().all(|&gap| gap > 1e-4), "{gaps:?}");
+    assert!(!told.contains("actor.max_drift"), "{told}");
+    // Version 0 is looked at, and everything after it is written in f32.
+    let strict = ["actor.precision=int8", "actor.max_drift=1e-6"];
+    let (gaps, told) = run("strict", &strict);
+    assert!(gaps[0] > 1e-4, "{gaps:?}");
+    assert!(gaps[1..].iter().all(|&gap| gap < 1e-5), "{gaps:?}");
+    let warnings = told.matches("actor.max_drift").count();
+    assert_eq!(warnings, 1, "{told}");
+    let (gaps, told) = run("f32", &["actor.max_drift=1e-6"]);
+    assert!(gaps.iter().all(|&gap| gap < 1e-5), "{gaps:?}");
+    assert!(!told.contains("actor.max_drift"), "{told}");
+}
+
+#[test]
+fn checkpointing_ends_with_the_same_weights() {
+    let workplace = Workplace::new();
+    let digest = |sets: &[&str]| {
+        let run = workplace.path(&format!("run-{}", sets.len()));
+        workplace.run(&tiny_playground(&run, sets)).succeeded();
+        report(&run)["weights_digest"].clone()
+    };
+    let kept = digest(&[]);
+    assert!(kept.is_string());
+    assert_eq!(kept, digest(&["learner.gradient_checkpointing=true"]));
 }
 
 #[test]

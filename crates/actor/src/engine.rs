@@ -7,6 +7,8 @@ use messages::WeightsVersion;
 use model::{CompletionWriter, Finished, LanguageModel, ModelError, Request};
 use tokio::sync::mpsc;
 
+use crate::drift::Drift;
+
 /// What the thread can be told. When the channel closes it ends.
 pub(crate) enum Command {
     /// Answer these prompts, all admitted before the next token is written.
@@ -23,6 +25,9 @@ pub(crate) enum Event {
     Refused(u64, String),
     /// New weights are in place.
     Loaded(WeightsVersion),
+    /// How far the numbers that completions are written with lie from f32, in nats a token, and whether that
+    /// is too far.
+    Drifted { nats: f64, is_too_far: bool },
     /// The model does not work; the thread has ended.
     Failed(ModelError),
 }
@@ -32,6 +37,7 @@ pub(crate) fn spawn(
     name: &str,
     writer: Box<dyn CompletionWriter>,
     policy: LanguageModel,
+    drift: Drift,
     slots: usize,
 ) -> std::io::Result<(Sender<Command>, mpsc::Receiver<Event>, JoinHandle<()>)> {
     // An answer takes a slot at least, and there is one load at a time: commands never wait for room.
@@ -40,6 +46,7 @@ pub(crate) fn spawn(
     let engine = Engine {
         writer,
         policy,
+        drift,
         inbox,
         events,
     };
@@ -53,6 +60,7 @@ struct Engine {
     writer: Box<dyn CompletionWriter>,
     /// What new weights are laid into: an adapter's beside its base.
     policy: LanguageModel,
+    drift: Drift,
     inbox: Receiver<Command>,
     events: mpsc::Sender<Event>,
 }
@@ -88,6 +96,9 @@ impl Engine {
             }
         }
         for finished in self.writer.step()? {
+            if let Some((nats, is_too_far)) = self.drift.of(&self.policy, &finished)? {
+                self.tell(Event::Drifted { nats, is_too_far });
+            }
             self.tell(Event::Finished(finished));
         }
         Ok(true)
@@ -98,14 +109,17 @@ impl Engine {
             Command::Answer(requests) => {
                 for request in requests {
                     let key = request.key;
+                    self.drift.admit(&request);
                     if let Err(error) = self.writer.admit(request) {
+                        self.drift.refused(key);
                         self.tell(Event::Refused(key, error.to_string()));
                     }
                 }
             }
             Command::Load(version, blob) => {
                 self.policy = self.policy.with_blob(&blob)?;
-                self.writer.set_policy(self.policy.clone())?;
+                let precision = self.drift.renew();
+                self.writer.set_policy(self.policy.clone(), precision)?;
                 self.tell(Event::Loaded(version));
             }
         }

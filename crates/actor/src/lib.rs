@@ -6,6 +6,7 @@
 //! the note that it was dropped, is stored. Who judges the pairs and who learns from them, an actor does
 //! not know.
 
+mod drift;
 mod engine;
 mod error;
 mod metrics;

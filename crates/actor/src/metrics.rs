@@ -26,6 +26,13 @@ impl Throughput {
         }
     }
 
+    /// Tells how far coarse numbers lead.
+    pub(crate) fn drifted(&self, nats: f64) {
+        let mut measurements = Measurements::new();
+        measurements.set("actor/drift", nats);
+        telemetry::publish(&measurements, &[("role", "actor"), ("actor", &self.actor)]);
+    }
+
     /// Counts a pair, and publishes once in a while.
     pub(crate) fn wrote(&mut self, completions: &[Completion], in_flight: usize) {
         self.tokens += completions

@@ -4,13 +4,14 @@ use std::{thread::JoinHandle, time::Duration};
 
 use crossbeam_channel::Sender as Commands;
 use messages::{DropReason, Dropped, Pair, Prompt, Purpose, Station, WeightsVersion};
-use model::{CompletionWriter, Finished, LanguageModel, Request, Tokenizer};
+use model::{CompletionWriter, Finished, LanguageModel, Precision, Request, Tokenizer};
 use telemetry::{Holder, Measurements, StationCounters, WaitGuard, Waits};
 use tokio::sync::{mpsc, watch};
 use transport::{Announcements, Delivery, Receiver, Sender, TransportError, WeightsShelf};
 
 use crate::{
     ActorError, Pacing,
+    drift::Drift,
     engine::{self, Command, Event},
     metrics::Throughput,
     supply::{Held, Supply},
@@ -36,6 +37,10 @@ pub struct ActorParts {
     pub policy: LanguageModel,
     /// What writes completions of this policy and its reference, in so many slots.
     pub writer: Box<dyn CompletionWriter>,
+    /// In which numbers the writer keeps weights.
+    pub precision: Precision,
+    /// How far those may lead from f32, in nats a token, before weights are kept in f32; 0: however far.
+    pub max_drift: f64,
     /// Turns completions into text for people.
     pub tokenizer: Tokenizer,
     /// The weight on the reference of every completion of a training prompt.
@@ -100,7 +105,13 @@ impl Actor {
     /// # Errors
     /// When the thread cannot be started.
     pub fn new(parts: ActorParts) -> Result<Self, ActorError> {
-        let engine = engine::spawn(&parts.name, parts.writer, parts.policy, parts.slots);
+        let engine = engine::spawn(
+            &parts.name,
+            parts.writer,
+            parts.policy,
+            Drift::new(parts.precision, parts.max_drift),
+            parts.slots,
+        );
         let (commands, events, thread) = engine.map_err(|source| ActorError::Thread {
             actor: parts.name.clone(),
             source,
@@ -340,6 +351,18 @@ impl Actor {
                 tracing::debug!(actor = self.name, %version, "weights loaded");
                 self.loading = None;
                 self.loaded.send_replace(version);
+                Ok(())
+            }
+            Some(Event::Drifted { nats, is_too_far }) => {
+                self.throughput.drifted(nats);
+                if is_too_far {
+                    tracing::warn!(
+                        actor = self.name,
+                        nats_per_token = nats,
+                        "coarse numbers lead too far from the policy (actor.max_drift): the next \
+                         version is kept in f32"
+                    );
+                }
                 Ok(())
             }
             Some(Event::Failed(source)) => Err(ActorError::Model {

@@ -115,6 +115,8 @@ fn actor(
         name,
         policy,
         writer: world::writer(&settings.actor.engine, parts)?,
+        precision: sampling(settings).precision,
+        max_drift: settings.actor.max_drift,
         tokenizer: folder.tokenizer.clone(),
         mixture_coefs: mixture_coefs(settings),
         contest_samples: settings.preference.apo.samples,

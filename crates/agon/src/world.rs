@@ -19,7 +19,7 @@ use ::preference::Judge;
 use dataset::shuffled;
 use learner::{PromptFiles, PromptRow, PromptSet};
 use messages::Seed;
-use model::{Adapter, DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
+use model::{Adapter, DType, Device, LanguageModel, ModelConfig, ModelFolder, Precision, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
 use settings::{
     DtypeSetting, JudgeSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
@@ -76,6 +76,14 @@ pub(crate) fn device(settings: &Settings) -> anyhow::Result<(Device, DType)> {
         DtypeSetting::Bf16 => DType::BF16,
     };
     Ok((model::device(&settings.model.device)?, dtype))
+}
+
+/// The precision of products that a setting names.
+fn products(setting: DtypeSetting) -> Precision {
+    match setting {
+        DtypeSetting::F32 => Precision::F32,
+        DtypeSetting::Bf16 => Precision::Bf16,
+    }
 }
 
 /// The policy at the start, which is the reference.

@@ -78,6 +78,7 @@ impl Trainer {
             settings::DtypeSetting::F32 => Precision::F32,
             settings::DtypeSetting::Bf16 => Precision::Bf16,
         });
+        let model = model.with_checkpointing(settings.gradient_checkpointing);
         let adamw = AdamWSettings {
             beta1: settings.adam_beta1,
             beta2: settings.adam_beta2,

@@ -16,7 +16,7 @@ use std::{
 use messages::Completion;
 use model::{
     CompletionWriter, Continuation, DType, Finished, LanguageModel, ModelError, ModelFolder,
-    Request, SamplingSettings,
+    Precision, Request, SamplingSettings,
     decode::{Decoder, Logits, Prefill},
     sampling::{Groups, Scratch, only_idle, share_vocabulary},
     save_folder,
@@ -198,8 +198,15 @@ impl CompletionWriter for Rollouts {
         self.groups.is_empty()
     }
 
-    fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
+    fn set_policy(
+        &mut self,
+        policy: LanguageModel,
+        precision: Precision,
+    ) -> Result<(), ModelError> {
         only_idle(self)?;
+        if let Some(reference) = &mut self.reference {
+            reference.set_precision(precision)?;
+        }
         // The former is let go first: there may be room for one.
         self.policy = None;
         self.policy = Some(load(&self.folder, &policy)?);

@@ -116,6 +116,16 @@ impl LanguageModel {
         model
     }
 
+    /// The same weights, not copied; when it is on, a backward pass through [`Self::score`] or [`Self::hidden`]
+    /// finds only the ends of the blocks and computes what lies between them again (Chen et al. 2016). On the
+    /// CPU, without an adapter; elsewhere everything is kept.
+    #[must_use]
+    pub fn with_checkpointing(&self, on: bool) -> Self {
+        let mut model = self.clone();
+        model.recompute = on;
+        model
+    }
+
     /// The shape of the model.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {

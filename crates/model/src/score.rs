@@ -258,6 +258,25 @@ mod tests {
     }
 
     #[test]
+    fn checkpointing_changes_no_bit() {
+        let (kept, vars) = model(json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}));
+        let (prompt, completions) = (tokens(9, 1), [tokens(20, 2), tokens(3, 3)]);
+        let sequences = completions.each_ref().map(|completion| Sequence {
+            prompt: &prompt,
+            completion,
+        });
+        let of = |model: &LanguageModel| {
+            let logp = model.score(&sequences).unwrap().logp;
+            let found = ops::backward(&logp.sqr().unwrap().sum_all().unwrap()).unwrap();
+            let gradients = vars.values().map(|var| found.get(var).unwrap());
+            let all = std::iter::once(&logp).chain(gradients);
+            let numbers = all.map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            numbers.collect::<Vec<_>>()
+        };
+        assert!(of(&kept) == of(&kept.with_checkpointing(true)));
+    }
+
+    #[test]
     fn a_prompt_lies_in_the_batch_once_for_up_to_eight_completions() {
         let (a, b) = (tokens(5, 1), tokens(5, 2));
         let completion = tokens(4, 3);

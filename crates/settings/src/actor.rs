@@ -24,6 +24,8 @@ pub struct ActorSettings {
     pub min_p: f64,
     /// How weights are kept while completions are written.
     pub precision: PrecisionSetting,
+    /// How far coarse numbers may lead from f32, in nats a token, before weights are kept in f32; 0: however far.
+    pub max_drift: f64,
     /// The longest completion, in tokens.
     pub max_new_tokens: usize,
     /// The longest prompt, in tokens.

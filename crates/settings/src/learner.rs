@@ -12,6 +12,8 @@ pub struct LearnerSettings {
     pub train_batch_size: usize,
     /// The numbers that products with weights are taken of; weights, sums and the optimiser are f32.
     pub precision: crate::DtypeSetting,
+    /// Whether a backward pass computes what lies inside the blocks again.
+    pub gradient_checkpointing: bool,
     /// Passes that a step is split into.
     pub gradient_accumulation_steps: usize,
     /// The learning rate at its height.

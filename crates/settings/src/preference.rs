@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ApoSettings, ChatSettings, FitSettings, JudgeSettings};
+use crate::{ApoSettings, ChatSettings, DtypeSetting, FitSettings, JudgeSettings};
 
 /// How pairs are judged.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -13,6 +13,8 @@ pub struct PreferenceSettings {
     /// Judges of the configured kind side by side in this process; a judge of several URLs has one for
     /// each besides.
     pub replicas: usize,
+    /// The numbers that products with a preference model's weights are taken of while it judges.
+    pub precision: DtypeSetting,
     /// Comparisons judged at once.
     pub max_batch: usize,
     /// How long a batch waits for company, in milliseconds.

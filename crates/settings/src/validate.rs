@@ -84,6 +84,11 @@ impl Checks {
         self.positive(actor.top_p, "actor.top_p");
         self.share(actor.top_p, "actor.top_p");
         self.decay(actor.min_p, "actor.min_p");
+        self.require(
+            actor.max_drift >= 0.0 && actor.max_drift.is_finite(),
+            "actor.max_drift",
+            format!("{} must not be negative", actor.max_drift),
+        );
         if let EngineSettings::Mistral { timeout_seconds } = actor.engine {
             self.positive(timeout_seconds, "actor.engine.timeout_seconds");
             self.require(
@@ -125,6 +130,12 @@ impl Checks {
             format!("{} must not be negative", learner.weight_decay),
         );
         self.share(learner.label_flip, "learner.label_flip");
+        self.require(
+            !learner.gradient_checkpointing
+                || settings.model.device == "cpu" && settings.model.lora_rank == 0,
+            "learner.gradient_checkpointing",
+            "it is for whole models on the CPU: set model.device = \"cpu\" and model.lora_rank = 0",
+        );
         self.share(learner.label_smoothing, "learner.label_smoothing");
     }
 
@@ -363,6 +374,14 @@ mod tests {
             (
                 "[learner.ganpo]\nwarmup_steps = 9\nfreeze_after = 9",
                 "9 is over before learner.ganpo.warmup_steps = 9",
+            ),
+            (
+                "[actor]\nmax_drift = -1",
+                "actor.max_drift: -1 must not be negative",
+            ),
+            (
+                "[learner]\ngradient_checkpointing = true\n[model]\nlora_rank = 4",
+                "model.lora_rank = 0",
             ),
             (
                 "[learner.ganpo]\nlambda = -1",

@@ -173,6 +173,11 @@ pub const METRICS: &[MetricInfo] = &[
         "time to generate a batch of pairs",
     ),
     gauge(
+        "actor/drift",
+        Nats,
+        "mean distance per token of log-probabilities as written from those in f32, one prompt a version",
+    ),
+    gauge(
         "actor/in_flight",
         Count,
         "prompts an actor has taken and not yet answered",

@@ -63,6 +63,7 @@ impl JudgeSource {
             let policy = policy.map(|(folder, _)| folder);
             let opened = Opened::open(&path, policy, &super::device(settings)?)?;
             opened.is(head)?;
+            let opened = opened.judging_in(settings.preference.precision);
             Ok(Self::Model(Box::new(opened)))
         };
         match judge {

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
 use model::{
-    DType, Device, LanguageModel, ModelFolder, RewardFolder, RewardKind, RewardModel, Tokenizer,
-    Weights,
+    DType, Device, LanguageModel, ModelFolder, Precision, RewardFolder, RewardKind, RewardModel,
+    Tokenizer, Weights,
 };
 use preference::{
     Calibration, Judge, Learned, Reads,
     fit::{FitStep, Material, calibrate, fit},
 };
-use settings::{Head, Settings};
+use settings::{DtypeSetting, Head, Settings};
 use telemetry::Progress;
 
 use super::{annotated, base::kept};
@@ -128,6 +128,8 @@ pub(crate) struct Opened {
     folder: RewardFolder,
     /// Whether the policy's tokens are its own.
     shares_tokens: bool,
+    /// Of its products while it judges.
+    precision: Precision,
 }
 
 impl Opened {
@@ -165,7 +167,14 @@ impl Opened {
             version: JudgeVersion(1),
             folder,
             shares_tokens,
+            precision: Precision::F32,
         })
+    }
+
+    /// The same, its products taken in this precision while it judges.
+    pub(crate) fn judging_in(self, precision: DtypeSetting) -> Self {
+        let precision = super::products(precision);
+        Self { precision, ..self }
     }
 
     /// The judge that takes its place with a model that was fitted since.
@@ -175,6 +184,7 @@ impl Opened {
             version,
             folder: self.folder.clone(),
             shares_tokens: self.shares_tokens,
+            precision: self.precision,
         }
     }
 
@@ -191,6 +201,7 @@ impl Opened {
         } else {
             Reads::Text(Box::new(self.folder.folder.tokenizer.clone()))
         };
-        Box::new(Learned::new(self.model.clone(), self.version, reads))
+        let model = self.model.with_products_in(self.precision);
+        Box::new(Learned::new(model, self.version, reads))
     }
 }

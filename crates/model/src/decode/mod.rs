@@ -120,21 +120,36 @@ impl Decoder {
         })
     }
 
+    /// Keeps the same model in `precision` from now on, and empties all slots; nothing where it is already.
+    ///
+    /// # Errors
+    /// When the device cannot hold it.
+    pub fn set_precision(&mut self, precision: Precision) -> Result<(), ModelError> {
+        match precision == self.precision {
+            true => Ok(()),
+            false => self.set_model(self.model.clone(), precision),
+        }
+    }
+
     /// The model that writes.
     #[must_use]
     pub fn model(&self) -> &LanguageModel {
         &self.model
     }
 
-    /// Replaces the model by one of the same shape, and empties all slots.
+    /// Replaces the model by one of the same shape, kept in `precision` from now on, and empties all slots.
     ///
     /// # Errors
     /// When the device cannot hold it.
-    pub fn set_model(&mut self, model: LanguageModel) -> Result<(), ModelError> {
+    pub fn set_model(
+        &mut self,
+        model: LanguageModel,
+        precision: Precision,
+    ) -> Result<(), ModelError> {
         if let Engine::Packed(engine) = &mut self.engine {
-            engine.pack(&model, self.precision, self.capacity)?;
+            engine.pack(&model, precision, self.capacity)?;
         }
-        self.model = model;
+        (self.model, self.precision) = (model, precision);
         self.lengths.fill(0);
         Ok(())
     }

@@ -112,7 +112,7 @@ fn an_adapter_is_merged_and_another_model_replaces_it() {
     let mut decoder = Decoder::new(adapted.clone(), Precision::F32, 1, 8).unwrap();
     assert!(gap(&last(&mut decoder), &last(&mut of_tensors(&adapted, 1, 8))) < 1e-5);
     let other = tiny_model(9, 2);
-    decoder.set_model(other.clone()).unwrap();
+    decoder.set_model(other.clone(), Precision::F32).unwrap();
     assert_eq!(decoder.length(0), 0);
     let fresh = last(&mut Decoder::new(other, Precision::F32, 1, 8).unwrap());
     assert_eq!(last(&mut decoder), fresh);

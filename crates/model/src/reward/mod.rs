@@ -24,7 +24,7 @@ pub use config::{Pooling, RewardConfig, RewardKind};
 pub use folder::RewardFolder;
 
 use crate::{
-    LanguageModel, ModelConfig, ModelError, ModelFolder, Weights, folder::save_folder,
+    LanguageModel, ModelConfig, ModelError, ModelFolder, Precision, Weights, folder::save_folder,
     weights::normal,
 };
 
@@ -49,6 +49,15 @@ pub struct RewardModel {
 }
 
 impl RewardModel {
+    /// The same model, its weights not copied, with products taken in this precision on the CPU.
+    #[must_use]
+    pub fn with_products_in(&self, precision: Precision) -> Self {
+        Self {
+            trunk: self.trunk.with_products_in(precision),
+            ..self.clone()
+        }
+    }
+
     /// A fresh head on the decoder of `trunk`, whose tensors it shares. The head's first numbers are
     /// small and depend on `seed` alone.
     ///

@@ -169,7 +169,7 @@ fn means(rows: &Tensor, lengths: &[usize]) -> Result<Tensor, ModelError> {
 mod tests {
     use super::*;
     use crate::{
-        LanguageModel, RewardConfig, RewardKind,
+        LanguageModel, Precision, RewardConfig, RewardKind,
         fixtures::tiny_model,
         reward::{
             config::{COEFFICIENT, HEAD},
@@ -262,6 +262,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn coarser_products_change_scores_a_little() {
+        let config = RewardConfig {
+            kind: PAIRWISE,
+            pooling: Pooling::Last,
+            likelihood: false,
+        };
+        let model = reward(&tiny_model(7, 1), config);
+        let exact = scores(&model, &SEQUENCES).concat();
+        let coarse = scores(&model.with_products_in(Precision::Bf16), &SEQUENCES).concat();
+        close(&coarse, &exact, 0.05);
+        assert_ne!(coarse, exact);
     }
 
     #[test]

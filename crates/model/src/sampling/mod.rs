@@ -35,11 +35,13 @@ pub trait CompletionWriter: Send {
     /// Whether nothing is being written and nothing waits.
     fn is_idle(&self) -> bool;
 
-    /// Replaces the policy. Only an idle writer may: no completion mixes versions.
+    /// Replaces the policy; from now on it and its reference are kept in `precision`, as far as this writer keeps
+    /// them. Only an idle writer may: no completion mixes versions.
     ///
     /// # Errors
     /// When completions are being written, or the policy cannot be had.
-    fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError>;
+    fn set_policy(&mut self, policy: LanguageModel, precision: Precision)
+    -> Result<(), ModelError>;
 }
 
 /// A prompt to be answered.

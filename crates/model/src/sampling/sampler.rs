@@ -8,7 +8,9 @@ use std::collections::VecDeque;
 
 use rayon::prelude::*;
 
-use super::{CompletionWriter, Continuation, Finished, Groups, Request, SamplingSettings, Scratch};
+use super::{
+    CompletionWriter, Continuation, Finished, Groups, Precision, Request, SamplingSettings, Scratch,
+};
 use crate::{
     LanguageModel, ModelError,
     decode::{Decoder, Logits, Prefill},
@@ -209,9 +211,16 @@ impl CompletionWriter for Sampler {
         self.groups.is_empty() && self.waiting.is_empty()
     }
 
-    fn set_policy(&mut self, policy: LanguageModel) -> Result<(), ModelError> {
+    fn set_policy(
+        &mut self,
+        policy: LanguageModel,
+        precision: Precision,
+    ) -> Result<(), ModelError> {
         super::only_idle(self)?;
-        self.policy.set_model(policy)
+        if let Some(reference) = &mut self.reference {
+            reference.set_precision(precision)?;
+        }
+        self.policy.set_model(policy, precision)
     }
 }
 
@@ -417,7 +426,11 @@ mod tests {
             assert!(sampler.admit(bad).is_err());
         }
         sampler.admit(request(0, &[0], &[0.0], 4)).unwrap();
-        assert!(sampler.set_policy(tiny_model(9, 3)).is_err());
+        assert!(
+            sampler
+                .set_policy(tiny_model(9, 3), Precision::F32)
+                .is_err()
+        );
         assert_eq!((sampler.free_slots(), sampler.in_flight()), (3, 1));
     }
 }
