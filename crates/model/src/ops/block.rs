@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::attention::{self, Attention, Segments};
-use super::gradients::{add, give, must_gather};
+use super::gradients::{add, give, in_order, must_gather, plus};
 use super::matrix::{Begin, Factor, PackedMatrix, PackedRows, Precision, Threads};
 use super::rope::{Direction, rotated};
 use super::storage::{Floats, argument, floats, fusible, result};
@@ -495,9 +495,7 @@ impl<'a> Map<'a> {
             let bias: &[f32] = bias;
             y.par_chunks_mut(ROWS * self.out).for_each(|rows| {
                 for row in rows.chunks_exact_mut(self.out) {
-                    for (y, bias) in row.iter_mut().zip(bias) {
-                        *y += bias;
-                    }
+                    plus(row, bias);
                 }
             });
         }
@@ -541,19 +539,9 @@ impl<'a> Map<'a> {
 fn column_sums(numbers: &[f32], width: usize) -> Vec<f32> {
     let partial: Vec<Vec<f32>> = numbers
         .par_chunks(ROWS * width)
-        .map(|rows| {
-            let mut sums = vec![0.0; width];
-            for row in rows.chunks_exact(width) {
-                add(&mut sums, row);
-            }
-            sums
-        })
+        .map(|rows| in_order(rows.chunks_exact(width), width))
         .collect();
-    let mut sums = vec![0.0; width];
-    for partial in &partial {
-        add(&mut sums, partial);
-    }
-    sums
+    in_order(partial.iter().map(Vec::as_slice), width)
 }
 
 #[cfg(test)]

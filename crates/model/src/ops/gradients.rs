@@ -94,11 +94,23 @@ fn with(argument: &Tensor, work: impl FnOnce(&mut Option<Vec<f32>>)) {
 /// `sum += terms`, on all threads.
 pub(super) fn add(sum: &mut [f32], terms: &[f32]) {
     let chunks = sum.par_chunks_mut(CHUNK).zip(terms.par_chunks(CHUNK));
-    chunks.for_each(|(sum, terms)| {
-        for (sum, term) in sum.iter_mut().zip(terms) {
-            *sum += term;
-        }
-    });
+    chunks.for_each(|(sum, terms)| plus(sum, terms));
+}
+
+/// `sum += terms`, on this thread.
+pub(super) fn plus(sum: &mut [f32], terms: &[f32]) {
+    for (sum, term) in sum.iter_mut().zip(terms) {
+        *sum += term;
+    }
+}
+
+/// The sum of rows so wide, added in order.
+pub(super) fn in_order<'a>(rows: impl IntoIterator<Item = &'a [f32]>, width: usize) -> Vec<f32> {
+    let mut sums = vec![0.0; width];
+    for row in rows {
+        plus(&mut sums, row);
+    }
+    sums
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::gradients::give;
+use super::gradients::{give, in_order};
 use super::storage::{argument, floats, fusible, result, wide};
 use super::vector::{Arithmetic, Kernel, dispatch, dot};
 
@@ -124,13 +124,8 @@ pub(super) fn backward(
             })
         })
         .collect();
-    let mut dweight = vec![0.0; weight.len()];
-    for partial in &partial {
-        for (sum, term) in dweight.iter_mut().zip(partial) {
-            *sum += term;
-        }
-    }
-    (dx, dweight)
+    let partial = partial.iter().map(Vec::as_slice);
+    (dx, in_order(partial, weight.len()))
 }
 
 /// 1 / sqrt(mean(x²) + eps) of one row.
