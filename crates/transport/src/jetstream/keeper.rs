@@ -12,6 +12,8 @@ use tokio::time::{MissedTickBehavior, interval};
 
 const DONE: &[u8] = b"+ACK";
 const RETURNED: &[u8] = b"-NAK";
+/// Returned, and not to be delivered for a second: others come first.
+const POSTPONED: &[u8] = br#"-NAK {"delay": 1000000000}"#;
 const WORKING: &[u8] = b"+WPI";
 const NEVER: &[u8] = b"+TERM";
 
@@ -90,6 +92,11 @@ impl Lease {
     /// Takes the message out of the stream unused: it cannot be read.
     pub(crate) fn terminate(self) {
         self.settle(NEVER);
+    }
+
+    /// Gives the message back for later: what waits behind it comes first.
+    pub(crate) fn postpone(self) {
+        self.settle(POSTPONED);
     }
 
     fn settle(mut self, how: &'static [u8]) {

@@ -222,17 +222,20 @@ impl Place {
         Ok(())
     }
 
-    /// Keeps a copy of what nobody will work on.
-    async fn bury(&self, id: &str, payload: Bytes) {
+    /// Keeps a copy of what nobody will work on; whether it is stored.
+    async fn bury(&self, id: &str, payload: Bytes) -> bool {
         let dead = self.connection.subject(DEAD);
         let subject = format!("{dead}.{}", self.name.replace(' ', "-"));
-        if let Err(error) = self.publish(&subject, id, payload).await {
+        let stored = self.publish(&subject, id, payload).await;
+        if let Err(error) = &stored {
+            let (stream, error) = (self.name, sentence(error));
             tracing::warn!(
-                stream = self.name,
-                %error,
-                "no copy of a dead letter could be kept"
+                stream,
+                error,
+                "a dead letter could not be kept: it is tried again"
             );
         }
+        stored.is_ok()
     }
 }
 
@@ -481,19 +484,22 @@ impl<T: Message + Send + Sync + 'static> Pump<T> {
         let most = self.place.limits.max_deliveries.get();
         let lease = self.place.connection.keeper.hold(reply, deliveries, most);
         let id = format!("{}-{sequence}", self.place.stream);
-        match wire::decode::<T>(&message.payload) {
+        let decoded = wire::decode::<T>(&message.payload);
+        let is_dead = lease.is_given_up() || decoded.is_err();
+        if is_dead && !self.place.bury(&id, message.payload).await {
+            lease.postpone();
+            return Ok(());
+        }
+        let stream = self.place.name;
+        match decoded {
             Ok(decoded) => {
                 if lease.is_given_up() {
-                    let stream = self.place.name;
                     tracing::warn!(stream, deliveries, "a message is given up");
-                    self.place.bury(&id, message.payload).await;
                 }
                 self.hand_over(Ok(Delivery::jetstream(decoded, lease)));
             }
             Err(error) => {
-                let stream = self.place.name;
                 tracing::error!(stream, sequence, %error, "a message cannot be read: it is put aside");
-                self.place.bury(&id, message.payload).await;
                 lease.terminate();
             }
         }

@@ -176,9 +176,14 @@ async fn a_message_of_another_build_is_put_aside_and_the_next_one_is_read() {
     let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
     let client = async_nats::connect(format!("127.0.0.1:{}", server.port));
     let client = client.await.expect("the server runs");
+    // Stored, and so the first, before the next is sent.
+    let client = async_nats::jetstream::new(client);
     let foreign = client.publish("agon.foreign-notes", vec![9, 4, 0].into());
-    foreign.await.expect("it is sent");
-    client.flush().await.expect("it is sent");
+    foreign
+        .await
+        .expect("it is sent")
+        .await
+        .expect("it is stored");
     sender.send(note(2)).await.expect("there is a place");
     let delivery = next(&receiver).await;
     assert_eq!(number(&delivery), 2);
@@ -188,6 +193,55 @@ async fn a_message_of_another_build_is_put_aside_and_the_next_one_is_read() {
         (counts.sent, counts.acknowledged, counts.given_up) == (2, 2, 1)
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_kept_as_a_dead_letter_stays_where_it_is() {
+    let Some(server) = Server::start() else {
+        return;
+    };
+    let hub = server.hub("unkept").await;
+    let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
+    let client = async_nats::connect(format!("127.0.0.1:{}", server.port));
+    let client = async_nats::jetstream::new(client.await.expect("the server runs"));
+    let deleted = client.delete_stream("agon-unkept-dead-letters").await;
+    assert!(deleted.expect("it was there").success);
+    let foreign = client.publish("agon.unkept-notes", vec![9, 4, 0].into());
+    foreign
+        .await
+        .expect("it is sent")
+        .await
+        .expect("it is stored");
+    sender.send(note(2)).await.expect("there is a place");
+    let stream = client.get_stream("agon-unkept-notes").await;
+    let stream = stream.expect("it is there");
+    let reading = tokio::spawn(async move {
+        let delivery = next(&receiver).await;
+        let read = number(&delivery);
+        delivery.acknowledge();
+        // Asks for more, for the foreign one may come back after this.
+        let more = timeout(DEADLINE, receiver.receive()).await;
+        (read, more.is_ok())
+    });
+    until(
+        "it was offered again, and only the other is gone",
+        async || {
+            let reader = stream.consumer_info("readers").await.expect("it answers");
+            let state = stream.get_info().await.expect("it answers").state;
+            reader.num_redelivered > 0 && (state.messages, state.first_sequence) == (1, 1)
+        },
+    )
+    .await;
+    let again = server.hub("unkept").await;
+    let (sender, receiver) = again.stream("notes", 8).await.expect("it is made");
+    until("it is put aside", async || {
+        let counts = receiver.counts().await.expect("it answers");
+        (counts.sent, counts.acknowledged, counts.given_up) == (2, 2, 1)
+    })
+    .await;
+    sender.send(note(3)).await.expect("there is a place");
+    let read = timeout(DEADLINE, reading).await.expect("in time");
+    assert_eq!(read.expect("no panic"), (2, true));
 }
 
 #[tokio::test(flavor = "multi_thread")]
