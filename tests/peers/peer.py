@@ -48,9 +48,16 @@ def make_model(arguments):
 
 
 def rollout(arguments):
-    """transformers' generate, plain sampling."""
+    """transformers' generate, plain sampling; with a weight on the reference the sampler of TRL's Nash-MD."""
     model = load(arguments.model).eval()
     ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.prompt))
+    if arguments.mixture_coef > 0:
+        from trl.experimental.nash_md.nash_md_trainer import GeometricMixtureWrapper
+
+        reference = load(arguments.model).eval()
+        model = GeometricMixtureWrapper(
+            model, reference, model.generation_config, arguments.mixture_coef, model.device
+        )
 
     def generate():
         with torch.no_grad():
@@ -60,7 +67,8 @@ def rollout(arguments):
             )
 
     seconds = median_seconds(generate, 3)
-    return {"peer": "transformers", "tokens_per_second": arguments.batch * arguments.new_tokens / seconds}
+    peer = "TRL" if arguments.mixture_coef > 0 else "transformers"
+    return {"peer": peer, "tokens_per_second": arguments.batch * arguments.new_tokens / seconds}
 
 
 def learner(arguments):

@@ -6,11 +6,12 @@ pub(crate) fn set() {
     one_pool();
 }
 
-/// Keeps freed pages instead of returning them to the system.
+/// Keeps freed pages instead of returning them to the system, in as many arenas as there are cores.
 ///
 /// Training frees and allocates the same large tensors every step; by default each is a fresh mapping
-/// whose pages fault in one by one, which costs as much time as the arithmetic. Only glibc offers the
-/// switch; elsewhere nothing changes.
+/// whose pages fault in one by one, which costs as much time as the arithmetic. An arena keeps the most it
+/// ever held, so there should be few; with a single one threads wait for one another. Only glibc offers
+/// the switches; elsewhere nothing changes.
 fn keep_pages() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
@@ -19,6 +20,12 @@ fn keep_pages() {
         unsafe {
             libc::mallopt(libc::M_MMAP_MAX, 0);
             libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+            if std::env::var_os("MALLOC_ARENA_MAX").is_none()
+                && let Ok(cores) = std::thread::available_parallelism()
+                && let Ok(cores) = cores.get().try_into()
+            {
+                libc::mallopt(libc::M_ARENA_MAX, cores);
+            }
         }
     }
 }

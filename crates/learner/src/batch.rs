@@ -5,6 +5,48 @@ use model::{Device, Sequence, Tensor};
 
 use crate::{LearnerError, objective::Labelling};
 
+/// How a step's pairs are cut into passes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cut {
+    /// Passes, at least.
+    pub(crate) passes: usize,
+    /// Tokens of a pass, prompts and completions, unless a single prompt's are more; 0: any number.
+    pub(crate) max_tokens: usize,
+}
+
+impl Cut {
+    /// The pairs of every pass, in order.
+    pub(crate) fn passes<'a>(&self, pairs: &'a [LabelledPair]) -> Vec<&'a [LabelledPair]> {
+        let most = match self.max_tokens {
+            0 => usize::MAX,
+            tokens => tokens,
+        };
+        let mut passes = Vec::new();
+        for mut part in pairs.chunks(pairs.len().div_ceil(self.passes).max(1)) {
+            while !part.is_empty() {
+                let mut read = 0;
+                let fits = |pair: &&LabelledPair| {
+                    read += tokens(pair);
+                    read <= most
+                };
+                let count = part.iter().take_while(fits).count().max(1);
+                let (pass, rest) = part.split_at(count);
+                passes.push(pass);
+                part = rest;
+            }
+        }
+        passes
+    }
+}
+
+/// What is read of a prompt and its completions. A golden answer, where there is one, counts for every loss.
+fn tokens(labelled: &LabelledPair) -> usize {
+    let pair = &labelled.pair;
+    let completions = pair.completions.iter().map(|c| c.ids.len());
+    let golden = pair.prompt.golden.as_ref().map_or(0, Vec::len);
+    pair.prompt.ids.len() + completions.sum::<usize>() + golden
+}
+
 /// Pairs of one pass, laid out for scoring: all completions, pair by pair, then the golden answers.
 pub(crate) struct MicroBatch<'a> {
     pairs: &'a [LabelledPair],
@@ -117,5 +159,77 @@ impl MicroBatch<'static> {
             p: p.to_vec(),
             pair_weight: vec![1.0; p.len()],
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use messages::{
+        Completion, Finish, JudgeVersion, Pair, Prompt, PromptId, Purpose, Release, Seed,
+        WeightsVersion,
+    };
+
+    use super::*;
+
+    /// A prompt of one token, and two completions of this length.
+    fn of_length(length: usize) -> LabelledPair {
+        let completion = Completion {
+            ids: vec![1; length],
+            finish: Finish::Length,
+            mixture_coef: 0.0,
+            logp: vec![-1.0; length],
+            ref_logp: vec![-1.0; length],
+            behaviour_logp: vec![-1.0; length],
+            text: String::new(),
+        };
+        let prompt = Prompt {
+            id: PromptId(length as u64),
+            release: Release::single(PromptId(length as u64)),
+            purpose: Purpose::Train,
+            version: WeightsVersion::at(0),
+            seed: Seed(0),
+            ids: vec![1],
+            text: String::new(),
+            golden: None,
+            answer: None,
+        };
+        LabelledPair {
+            pair: Pair {
+                prompt,
+                version: WeightsVersion::at(0),
+                completions: vec![completion.clone(), completion],
+                actor: String::new(),
+            },
+            labels: Vec::new(),
+            judge: String::new(),
+            judge_version: JudgeVersion(0),
+            gold: None,
+        }
+    }
+
+    #[test]
+    fn passes_are_as_many_as_asked_and_none_reads_too_much() {
+        // Of 9, 3, 3, 21, 5 and 5 tokens.
+        let pairs = [4, 1, 1, 10, 2, 2].map(of_length);
+        let cut = |passes, max_tokens| {
+            let cut = Cut { passes, max_tokens }.passes(&pairs);
+            assert_eq!(cut.concat(), pairs, "in order, and nothing is lost");
+            cut.iter().map(|pass| pass.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(cut(1, 0), [6]);
+        assert_eq!(cut(3, 0), [2, 2, 2]);
+        assert_eq!(cut(1, 46), [6]);
+        assert_eq!(cut(1, 45), [5, 1]);
+        assert_eq!(cut(1, 12), [2, 1, 1, 2]);
+        assert_eq!(cut(2, 12), [2, 1, 1, 2]);
+        assert_eq!(cut(1, 1), [1; 6]);
+        assert!(
+            Cut {
+                passes: 2,
+                max_tokens: 9
+            }
+            .passes(&[])
+            .is_empty()
+        );
     }
 }

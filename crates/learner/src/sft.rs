@@ -81,8 +81,8 @@ fn step(
         .collect();
     let loss = model.score(&sequences)?.logp.mean_all()?.neg()?;
     let mut gradients = Gradients::default();
-    gradients.add(&model::ops::backward(&loss)?, optimizer.vars())?;
-    let norm = gradients.norm()?;
+    gradients.add(&loss)?;
+    let norm = optimizer.norm(&gradients)?;
     let loss = f64::from(loss.to_scalar::<f32>()?);
     if !loss.is_finite() || !norm.is_finite() {
         let reason =

@@ -12,7 +12,7 @@ use telemetry::Measurements;
 
 use crate::{
     LearnerError,
-    batch::MicroBatch,
+    batch::{Cut, MicroBatch},
     objective::{self, Baseline, Batch, LabelKind, Labelling, LogpReduction, Objective},
 };
 pub(crate) use game::Game;
@@ -33,7 +33,7 @@ pub struct Trainer {
     labelling: Labelling,
     reduction: LogpReduction,
     schedule: Schedule,
-    passes: usize,
+    cut: Cut,
     dropout: Seed,
     game: Option<Game>,
 }
@@ -106,7 +106,10 @@ impl Trainer {
                 min_lr_ratio: settings.min_lr_ratio,
                 steps: settings.steps,
             },
-            passes: settings.gradient_accumulation_steps,
+            cut: Cut {
+                passes: settings.gradient_accumulation_steps,
+                max_tokens: settings.max_tokens_per_pass,
+            },
             dropout: seed.derive(DROPOUT),
             game,
         })
@@ -121,8 +124,9 @@ impl Trainer {
         let mut sums = Sums::default();
         let clock = std::time::Instant::now();
         let mut backward_seconds = 0.0;
-        let passes = pairs.chunks(pairs.len().div_ceil(self.passes));
+        let passes = self.cut.passes(pairs);
         let micros: Vec<MicroBatch<'_>> = passes
+            .into_iter()
             .map(|part| MicroBatch::new(part, &self.labelling))
             .collect();
         let mut round = self.play(&micros, step)?;
@@ -135,11 +139,11 @@ impl Trainer {
             let loss = self.regularised(loss, micro, &scores, &mut round)?;
             sums.loss += f64::from(loss.to_scalar::<f32>()?);
             let before = clock.elapsed().as_secs_f64();
-            gradients.add(&model::ops::backward(&loss)?, self.optimizer.vars())?;
+            gradients.add(&loss)?;
             backward_seconds += clock.elapsed().as_secs_f64() - before;
         }
         let forward_seconds = clock.elapsed().as_secs_f64() - backward_seconds;
-        let norm = gradients.norm()?;
+        let norm = self.optimizer.norm(&gradients)?;
         let learning_rate = self.schedule.at(step);
         let mut measurements = self.measure(&sums, pairs, step);
         round.measure(&mut measurements);

@@ -42,7 +42,8 @@ pub use error::ModelError;
 pub use folder::{ModelFolder, save_folder};
 pub use lora::{Adapter, AdapterFolder, LoraConfig, open_policy, save_policy};
 pub use network::LanguageModel;
-pub use optimizer::{AdamWSettings, Gradients, Optimizer};
+pub use ops::Gradients;
+pub use optimizer::{AdamWSettings, Optimizer};
 pub use packed::{Fork, Packed, Sequence};
 pub use reward::{
     Pooling, RewardArchitecture, RewardConfig, RewardFolder, RewardKind, RewardModel,

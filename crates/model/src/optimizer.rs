@@ -1,13 +1,12 @@
-//! AdamW over the variables of a model, with gradient accumulation, clipping, and state that can be
-//! saved. What the loss was, the optimiser does not know.
+//! AdamW over the variables of a model, with clipping, and state that can be saved. What the loss was, the optimiser does not know.
 
 use std::collections::{BTreeMap, HashMap};
 
-use candle_core::{Device, Tensor, Var, backprop::GradStore};
+use candle_core::{Device, Tensor, Var};
 
 use crate::{
     ModelError, Weights,
-    ops::{AdamWStep, Moments, adamw_step, squared_norm, wide},
+    ops::{AdamWStep, Gradients, Moments, adamw_step, squared_norm, wide},
 };
 
 /// What does not change from step to step.
@@ -23,53 +22,6 @@ pub struct AdamWSettings {
     pub weight_decay: f64,
     /// The gradient's norm is clipped to it.
     pub max_grad_norm: f64,
-}
-
-/// Gradients of every variable, summed over the passes of a step.
-#[derive(Debug, Default)]
-pub struct Gradients {
-    sums: BTreeMap<String, Tensor>,
-}
-
-impl Gradients {
-    /// Adds what a backward pass found for these variables.
-    ///
-    /// # Errors
-    /// When a variable got no gradient: it would silently stay as it is.
-    pub fn add(
-        &mut self,
-        found: &GradStore,
-        vars: &BTreeMap<String, Var>,
-    ) -> Result<(), ModelError> {
-        for (name, var) in vars {
-            let gradient = found
-                .get(var.as_tensor())
-                .ok_or_else(|| ModelError::Weights {
-                    reason: format!(
-                        "the variable {name} got no gradient, so it would never be trained"
-                    ),
-                })?;
-            let sum = match self.sums.remove(name) {
-                Some(sum) => (sum + gradient)?,
-                None => gradient.clone(),
-            };
-            self.sums.insert(name.clone(), sum);
-        }
-        Ok(())
-    }
-
-    /// The Euclidean norm over all variables; not finite if any number is not.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn norm(&self) -> Result<f64, ModelError> {
-        let squares = self
-            .sums
-            .values()
-            .map(squared_norm)
-            .collect::<Result<Vec<_>, _>>()?;
-        Ok(squares.iter().sum::<f64>().sqrt())
-    }
 }
 
 /// Variables and what AdamW remembers of them.
@@ -116,8 +68,20 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Moves every variable one step against its gradient, whose norm (as [`Gradients::norm`] gives it)
-    /// is clipped first.
+    /// The Euclidean norm of all variables' gradients; not finite if any number is not.
+    ///
+    /// # Errors
+    /// When a variable has no gradient: it would silently stay as it is.
+    pub fn norm(&self, gradients: &Gradients) -> Result<f64, ModelError> {
+        let mut squares = 0.0;
+        for (name, var) in &self.vars {
+            squares += squared_norm(found(gradients, name, var)?)?;
+        }
+        Ok(squares.sqrt())
+    }
+
+    /// Moves every variable one step against its gradient, whose norm (as [`Self::norm`] gives it) is clipped
+    /// first.
     ///
     /// # Errors
     /// When a variable has no gradient or a tensor operation fails.
@@ -151,12 +115,10 @@ impl Optimizer {
             },
         };
         for (name, var) in &self.vars {
-            let missing = || ModelError::Weights {
-                reason: format!("no gradient for {name}"),
-            };
-            let gradient = gradients.sums.get(name).ok_or_else(missing)?;
-            let moments = self.moments.get_mut(name).ok_or_else(missing)?;
-            adamw_step(var, gradient, moments, &step)?;
+            let gradient = found(gradients, name, var)?;
+            if let Some(moments) = self.moments.get_mut(name) {
+                adamw_step(var, gradient, moments, &step)?;
+            }
         }
         Ok(())
     }
@@ -224,4 +186,10 @@ impl Optimizer {
         (self.moments, self.steps) = (moments, steps);
         Ok(())
     }
+}
+
+fn found<'a>(gradients: &'a Gradients, name: &str, var: &Var) -> Result<&'a Tensor, ModelError> {
+    gradients.get(var).ok_or_else(|| ModelError::Weights {
+        reason: format!("the variable {name} got no gradient, so it would never be trained"),
+    })
 }

@@ -14,8 +14,10 @@ pub struct LearnerSettings {
     pub precision: crate::DtypeSetting,
     /// Whether a backward pass computes what lies inside the blocks again.
     pub gradient_checkpointing: bool,
-    /// Passes that a step is split into.
+    /// Passes that a step is split into, at least.
     pub gradient_accumulation_steps: usize,
+    /// The tokens of a pass, prompts and completions, unless a single prompt's are more; 0: any number.
+    pub max_tokens_per_pass: usize,
     /// The learning rate at its height.
     pub learning_rate: f64,
     /// How it falls.

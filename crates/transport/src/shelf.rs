@@ -34,9 +34,9 @@ pub struct Announcements {
 }
 
 impl WeightsShelf {
-    /// How many blobs a shelf keeps unless told otherwise: the newest, and the one before it for
-    /// readers that are fetching it.
-    pub const KEEP: NonZeroUsize = NonZeroUsize::new(2).expect("two is not zero");
+    /// How many blobs a shelf on a server keeps: the newest, and the one before it for readers that are
+    /// fetching it.
+    const KEEP: NonZeroUsize = NonZeroUsize::new(2).expect("two is not zero");
 
     /// An empty shelf in memory that keeps the newest `keep` blobs. A blob that somebody has fetched
     /// lives on in their hands.
@@ -155,8 +155,9 @@ impl WeightsShelf {
 }
 
 impl Default for WeightsShelf {
+    /// A shelf in memory, where a fetch takes no time: the newest blob is enough.
     fn default() -> Self {
-        Self::in_memory(Self::KEEP)
+        Self::in_memory(NonZeroUsize::MIN)
     }
 }
 
@@ -349,11 +350,11 @@ mod tests {
 
     #[tokio::test]
     async fn superseded_weights_are_pruned_but_not_from_hands_that_hold_them() {
-        let shelf = shelf_with(&[0, 2]);
+        let shelf = shelf_with(&[0]);
         let held = shelf
             .fetch(WeightsVersion::REFERENCE)
             .await
-            .expect("two are kept");
+            .expect("it lies there");
         shelf
             .publish(manifest(4), blob(4))
             .await
@@ -361,7 +362,7 @@ mod tests {
         let gone = shelf
             .fetch(WeightsVersion::REFERENCE)
             .await
-            .expect_err("two are kept");
+            .expect_err("one is kept");
         let (version, newest) = (WeightsVersion::REFERENCE, WeightsVersion::at(4));
         assert_eq!(gone, TransportError::Pruned { version, newest });
         assert_eq!(
@@ -371,10 +372,10 @@ mod tests {
         assert_eq!(*held, blob(0));
         assert_eq!(
             *shelf
-                .fetch(WeightsVersion::at(2))
+                .fetch(WeightsVersion::at(4))
                 .await
-                .expect("two are kept"),
-            blob(2)
+                .expect("the newest is kept"),
+            blob(4)
         );
     }
 

@@ -304,12 +304,21 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
         EngineSettings::Mistral { .. } => actor.count,
     };
     let beside = [config.parameter_count(), MISTRAL_BYTES, beside];
-    let sequences = [
-        learner
-            .train_batch_size
-            .div_ceil(learner.gradient_accumulation_steps.max(1)),
+    let of_a_prompt = completions_per_prompt(settings).saturating_mul(longest);
+    let prompts = learner
+        .train_batch_size
+        .div_ceil(learner.gradient_accumulation_steps.max(1));
+    let in_a_pass = match learner.max_tokens_per_pass {
+        0 => usize::MAX,
+        most => most.max(of_a_prompt),
+    };
+    let in_a_pass = in_a_pass.min(prompts.saturating_mul(of_a_prompt));
+    let predicted = product(&[&[
+        prompts,
         completions_per_prompt(settings),
-    ];
+        actor.max_new_tokens,
+    ]]);
+    let predicted = usize::try_from(predicted).unwrap_or(usize::MAX);
     let parts = [
         ("policy's weights", product(&[&trained])),
         ("gradients", product(&[&trained])),
@@ -327,11 +336,11 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
         ),
         (
             "activations of a pass (rough)",
-            product(&[&sequences, &[longest, activations(config), bytes]]),
+            product(&[&[in_a_pass, activations(config), bytes]]),
         ),
         (
             "logits of a pass (rough)",
-            logits(settings, config, &sequences),
+            logits(settings, config, predicted.min(in_a_pass)),
         ),
     ];
     let parts = parts.into_iter().filter(|&(_, bytes)| bytes > 0);
@@ -359,18 +368,12 @@ fn adapter_parameters(settings: &Settings, config: &ModelConfig) -> Option<usize
 
 /// On the processor in f32 the head is fused and its logits never exist; elsewhere they and their
 /// logarithmic softmax do.
-fn logits(settings: &Settings, config: &ModelConfig, sequences: &[usize]) -> u64 {
+fn logits(settings: &Settings, config: &ModelConfig, predicted: usize) -> u64 {
     let fused = settings.model.device == "cpu" && settings.model.dtype == DtypeSetting::F32;
     if fused {
         return 0;
     }
-    let tokens = [
-        settings.actor.max_new_tokens,
-        config.vocab_size,
-        2,
-        LOGIT_BYTES,
-    ];
-    product(&[sequences, &tokens])
+    product(&[&[predicted, config.vocab_size, 2, LOGIT_BYTES]])
 }
 
 /// Nash-MD by policy gradient compares one completion of the policy with one of the mixture.

@@ -197,8 +197,8 @@ impl Ganpo {
         let both = (&losses[0] + &losses[1])?;
         let loss = f64::from(both.to_scalar::<f32>()?) / 2.0;
         let mut gradients = Gradients::default();
-        gradients.add(&model::ops::backward(&both)?, self.optimizer.vars())?;
-        let norm = gradients.norm()?;
+        gradients.add(&both)?;
+        let norm = self.optimizer.norm(&gradients)?;
         if !loss.is_finite() || !norm.is_finite() {
             return Ok(None);
         }

@@ -106,7 +106,7 @@ impl Decoder {
     pub fn with_slots(&self, slots: usize, capacity: usize) -> Result<Self, ModelError> {
         let capacity = capacity.min(self.capacity);
         let engine = match &self.engine {
-            Engine::Packed(engine) => Engine::Packed(Box::new(engine.with_slots(slots, capacity))),
+            Engine::Packed(engine) => Engine::Packed(Box::new(engine.with_slots(slots))),
             Engine::Tensors(_) => {
                 Engine::Tensors(tensors::Cache::new(&self.model, slots, capacity)?)
             }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::{Prefill, Step};
 use crate::{
     LanguageModel, ModelConfig, ModelError,
-    ops::{Heads, KeyValues, PackedMatrix, Precision, rms_norm_rows, rotate, swiglu_rows},
+    ops::{Fixed, Heads, KeyValues, PackedMatrix, Precision, rms_norm_rows, rotate, swiglu_rows},
 };
 
 /// Tokens of prompts that go through the network together, unless one prompt has more.
@@ -28,7 +28,7 @@ pub(super) struct Engine {
 }
 
 /// The keys and values of one sequence, layer by layer.
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct Slot(Vec<KeyValues>);
 
 /// A sequence in the making.
@@ -44,7 +44,7 @@ struct Weights {
     config: ModelConfig,
     heads: Heads,
     /// `[vocab_size, hidden_size]`.
-    embedding: Vec<f32>,
+    embedding: Fixed,
     blocks: Vec<Block>,
     final_norm: Vec<f32>,
     head: PackedMatrix,
@@ -76,18 +76,17 @@ impl Engine {
         capacity: usize,
     ) -> Result<Self, ModelError> {
         let weights = Weights::new(model, precision, capacity)?;
-        Ok(Self::of(Arc::new(weights), slots, capacity))
+        Ok(Self::of(Arc::new(weights), slots))
     }
 
     /// The same weights, not copied, and empty slots of its own.
-    pub fn with_slots(&self, slots: usize, capacity: usize) -> Self {
-        Self::of(Arc::clone(&self.weights), slots, capacity)
+    pub fn with_slots(&self, slots: usize) -> Self {
+        Self::of(Arc::clone(&self.weights), slots)
     }
 
-    fn of(weights: Arc<Weights>, slots: usize, capacity: usize) -> Self {
-        let layer = |_| KeyValues::new(weights.heads, capacity);
-        let slot = |_| Slot((0..weights.config.layers).map(layer).collect());
-        let slots = (0..slots).map(slot).collect();
+    fn of(weights: Arc<Weights>, slots: usize) -> Self {
+        let empty = || (0..weights.config.layers).map(|_| KeyValues::default());
+        let slots = (0..slots).map(|_| Slot(empty().collect())).collect();
         Self { weights, slots }
     }
 
@@ -125,7 +124,10 @@ impl Engine {
         let logits = self.weights.advance(&mut sequences);
         for (prompt, sequence) in prompts.iter().zip(sequences) {
             for &slot in &prompt.slots[1..] {
-                self.slots[slot].clone_from(&sequence.slot);
+                let layers = self.slots[slot].0.iter_mut().zip(&sequence.slot.0);
+                for (cache, read) in layers {
+                    cache.begin_as(read, self.weights.heads, prompt.ids.len());
+                }
             }
             self.slots[prompt.slots[0]] = sequence.slot;
         }
@@ -162,9 +164,8 @@ impl Weights {
     ) -> Result<Self, ModelError> {
         let config = model.config().clone();
         let weights = model.merged()?;
-        let numbers = |name: &str| -> Result<Vec<f32>, ModelError> {
-            Ok(weights.get(name)?.flatten_all()?.to_vec1()?)
-        };
+        let numbers =
+            |name: &str| -> Result<Fixed, ModelError> { Ok(Fixed::of(&weights.get(name)?)?) };
         let blocks = (0..config.layers)
             .map(|layer| Block::new(layer, &config, precision, &numbers))
             .collect::<Result<_, _>>()?;
@@ -172,7 +173,7 @@ impl Weights {
         let untied = (!config.tied_head).then(|| numbers("lm_head.weight"));
         let untied = untied.transpose()?;
         let head = untied.as_ref().unwrap_or(&embedding);
-        let head = PackedMatrix::stacked(&[head], config.hidden_size, precision);
+        let head = PackedMatrix::stacked(&[&head.numbers()], config.hidden_size, precision);
         let heads = Heads {
             queries: config.heads,
             keys: config.kv_heads,
@@ -184,7 +185,7 @@ impl Weights {
             blocks,
             head,
             embedding,
-            final_norm: numbers("model.norm.weight")?,
+            final_norm: numbers("model.norm.weight")?.numbers().to_vec(),
             angles: model.rope.rows(capacity)?,
             small: 4 * weights.parameter_count() <= SMALL,
             config,
@@ -209,11 +210,13 @@ impl Weights {
     fn pass(&self, sequences: &mut [Sequence<'_>]) -> Vec<f32> {
         let (width, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
         let mut x = Vec::new();
+        let embedding = self.embedding.numbers();
         for sequence in &*sequences {
             for &token in sequence.tokens {
-                x.extend_from_slice(&self.embedding[token as usize * width..][..width]);
+                x.extend_from_slice(&embedding[token as usize * width..][..width]);
             }
         }
+        drop(embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
             let normed = rms_norm_rows(&x, &block.attention_norm, eps);
             let mut projected = block.projections.multiply(&normed);
@@ -313,7 +316,7 @@ impl Weights {
     }
 }
 
-type Numbers<'a> = dyn Fn(&str) -> Result<Vec<f32>, ModelError> + 'a;
+type Numbers<'a> = dyn Fn(&str) -> Result<Fixed, ModelError> + 'a;
 
 impl Block {
     fn new(
@@ -324,20 +327,17 @@ impl Block {
     ) -> Result<Self, ModelError> {
         let of = |part: &str| numbers(&format!("model.layers.{layer}.{part}"));
         let (width, inner) = (config.hidden_size, config.intermediate_size);
-        let packed = |names: &[&str], width: usize| -> Result<PackedMatrix, ModelError> {
-            let weights: Vec<Vec<f32>> = names
-                .iter()
-                .map(|name| of(name))
-                .collect::<Result<_, _>>()?;
-            let weights: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();
+        let row = |part: &str| -> Result<Vec<f32>, ModelError> { Ok(of(part)?.numbers().to_vec()) };
+        let packed = |parts: &[&str], width: usize| -> Result<PackedMatrix, ModelError> {
+            let weights: Result<Vec<Fixed>, _> = parts.iter().map(|part| of(part)).collect();
+            let weights = weights?;
+            let weights: Vec<_> = weights.iter().map(Fixed::numbers).collect();
+            let weights: Vec<&[f32]> = weights.iter().map(|numbers| &**numbers).collect();
             Ok(PackedMatrix::stacked(&weights, width, precision))
         };
-        let biases = |names: &[&str]| -> Result<Vec<f32>, ModelError> {
-            let biases: Vec<Vec<f32>> = names
-                .iter()
-                .map(|name| of(name))
-                .collect::<Result<_, _>>()?;
-            Ok(biases.concat())
+        let rows = |parts: &[&str]| -> Result<Vec<f32>, ModelError> {
+            let rows: Result<Vec<_>, _> = parts.iter().map(|part| row(part)).collect();
+            Ok(rows?.concat())
         };
         let weights = [
             "self_attn.q_proj.weight",
@@ -349,19 +349,19 @@ impl Block {
             "self_attn.k_proj.bias",
             "self_attn.v_proj.bias",
         ];
-        let head_norm = |part: &str| config.qk_norm.then(|| of(part)).transpose();
+        let head_norm = |part: &str| config.qk_norm.then(|| row(part)).transpose();
         Ok(Self {
-            attention_norm: of("input_layernorm.weight")?,
+            attention_norm: row("input_layernorm.weight")?,
             projections: packed(&weights, width)?,
-            projections_bias: config.qkv_bias.then(|| biases(&of_bias)).transpose()?,
+            projections_bias: config.qkv_bias.then(|| rows(&of_bias)).transpose()?,
             query_norm: head_norm("self_attn.q_norm.weight")?,
             key_norm: head_norm("self_attn.k_norm.weight")?,
             output: packed(&["self_attn.o_proj.weight"], config.heads * config.head_dim)?,
             output_bias: config
                 .output_bias
-                .then(|| of("self_attn.o_proj.bias"))
+                .then(|| row("self_attn.o_proj.bias"))
                 .transpose()?,
-            feed_forward_norm: of("post_attention_layernorm.weight")?,
+            feed_forward_norm: row("post_attention_layernorm.weight")?,
             gate_and_up: packed(&["mlp.gate_proj.weight", "mlp.up_proj.weight"], width)?,
             down: packed(&["mlp.down_proj.weight"], inner)?,
         })

@@ -546,7 +546,7 @@ fn column_sums(numbers: &[f32], width: usize) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var, backprop::GradStore};
+    use candle_core::{Device, Var};
 
     use super::super::check::{assert_close, bits, noise};
     use super::super::{backward, causal_attention, linear, rope};
@@ -660,11 +660,12 @@ mod tests {
             let value = f(x.as_tensor()).unwrap();
             let weighted = (&value * noise(value.shape().clone(), 99)).unwrap();
             let found = backward(&weighted.sum_all().unwrap()).unwrap();
-            let of = |tensor: &Tensor, found: &GradStore| found.get(tensor).unwrap().clone();
             let weights = self.weights.all().into_iter();
             let gradients = weights.filter(|weight| weight.is_variable());
             let gradients = std::iter::once(x.as_tensor()).chain(gradients);
-            let gradients = gradients.map(|tensor| of(tensor, &found)).collect();
+            let gradients = gradients
+                .map(|tensor| found.get(tensor).unwrap().clone())
+                .collect();
             (value.detach(), gradients)
         }
     }

@@ -24,52 +24,77 @@ pub(crate) struct Heads {
     pub options: Attention,
 }
 
-/// The keys and values of one sequence in one layer.
-#[derive(Clone)]
+impl Heads {
+    /// Lines to a value.
+    fn depth(&self) -> usize {
+        self.width.div_ceil(LANES)
+    }
+
+    /// Lines to a block of places: of each key head, a line for each number of a key; then of each key head,
+    /// place after place, a value, padded with zeros to whole lines.
+    fn stride(&self) -> usize {
+        self.keys * (self.width + LANES * self.depth())
+    }
+
+    fn keys_at(&self, block: usize, head: usize) -> Range<usize> {
+        let start = block * self.stride() + head * self.width;
+        start..start + self.width
+    }
+
+    fn value_at(&self, place: usize, head: usize) -> Range<usize> {
+        let values = place / LANES * self.stride() + self.keys * self.width;
+        let start = values + (head * LANES + place % LANES) * self.depth();
+        start..start + self.depth()
+    }
+}
+
+/// The keys and values of one sequence in one layer: blocks of 16 places, as many as it has needed so far.
+#[derive(Default)]
 pub(crate) struct KeyValues {
-    /// Of each key head, block after block of 16 places: a line for each number of a key.
-    keys: Vec<Line<f32>>,
-    /// Of each key head, place after place: a value, padded with zeros to whole lines.
-    values: Vec<Line<f32>>,
-    /// Room, in blocks.
-    blocks: usize,
+    lines: Vec<Line<f32>>,
 }
 
 impl KeyValues {
-    /// Room for `capacity` places.
-    pub fn new(heads: Heads, capacity: usize) -> Self {
-        let blocks = capacity.div_ceil(LANES);
-        let empty = |lines: usize| vec![Line([0.0; LANES]); lines];
-        Self {
-            keys: empty(heads.keys * blocks * heads.width),
-            values: empty(heads.keys * blocks * LANES * heads.width.div_ceil(LANES)),
-            blocks,
+    /// Makes room for so many places. It grows by a quarter, so that little of it stays empty.
+    fn reach(&mut self, heads: Heads, places: usize) {
+        let wanted = places.div_ceil(LANES) * heads.stride();
+        if let Some(more) = wanted.checked_sub(self.lines.len()) {
+            if wanted > self.lines.capacity() {
+                self.lines.reserve_exact(more.max(self.lines.len() / 4));
+            }
+            self.lines.resize(wanted, Line([0.0; LANES]));
         }
     }
 
     /// Writes a key and a value, `[keys, width]` each, to `place`.
     pub fn write(&mut self, heads: Heads, place: usize, key: &[f32], value: &[f32]) {
-        let (block, lane) = (place / LANES, place % LANES);
-        let depth = heads.width.div_ceil(LANES);
+        self.reach(heads, place + 1);
         for head in 0..heads.keys {
             let key = &key[head * heads.width..][..heads.width];
-            let lines = &mut self.keys[(head * self.blocks + block) * heads.width..];
+            let lines = &mut self.lines[heads.keys_at(place / LANES, head)];
             for (line, &x) in lines.iter_mut().zip(key) {
-                line.0[lane] = x;
+                line.0[place % LANES] = x;
             }
             let value = &value[head * heads.width..][..heads.width];
-            let lines = &mut self.values[(head * self.blocks * LANES + place) * depth..];
+            let lines = &mut self.lines[heads.value_at(place, head)];
             for (line, x) in lines.iter_mut().zip(value.chunks(LANES)) {
                 line.0[..x.len()].copy_from_slice(x);
             }
         }
     }
 
+    /// Takes the first `places` of another sequence over.
+    pub fn begin_as(&mut self, other: &Self, heads: Heads, places: usize) {
+        self.reach(heads, places);
+        let lines = places.div_ceil(LANES) * heads.stride();
+        self.lines[..lines].copy_from_slice(&other.lines[..lines]);
+    }
+
     /// `softmax(scale · q kᵀ) v` of the query at `place`, `[queries, width]`, over the places up to its
     /// own: into `out`, of the same shape.
     pub fn attend(&self, heads: Heads, place: usize, query: &[f32], out: &mut [f32]) {
         dispatch(Attend {
-            cache: self,
+            lines: &self.lines,
             heads,
             place,
             query,
@@ -79,7 +104,7 @@ impl KeyValues {
 }
 
 struct Attend<'a> {
-    cache: &'a KeyValues,
+    lines: &'a [Line<f32>],
     heads: Heads,
     place: usize,
     query: &'a [f32],
@@ -99,49 +124,67 @@ impl Kernel for Attend<'_> {
         let group = self.heads.queries / self.heads.keys;
         for head in 0..self.heads.queries {
             let query = &self.query[head * width..][..width];
-            let keys = &self.cache.keys[head / group * self.cache.blocks * width..];
+            let keys = Keys {
+                lines: self.lines,
+                heads: self.heads,
+                head: head / group,
+            };
             score::<A>(query, keys, blocks.clone(), &mut weights);
             let offset = blocks.start * LANES;
-            let seen = seen.start - offset..seen.end - offset;
-            let sum = soften::<A>(&mut weights[seen.clone()], options.scale);
-            let depth = width.div_ceil(LANES);
-            let values = (head / group * self.cache.blocks * LANES + offset + seen.start) * depth;
-            let values = &self.cache.values[values..][..seen.len() * depth];
+            let weights = &mut weights[seen.start - offset..seen.end - offset];
+            let sum = soften::<A>(weights, options.scale);
             let out = &mut self.out[head * width..][..width];
-            blend::<A>(&weights[seen], values, depth, out);
+            blend::<A>(weights, keys, seen.start, out);
             out.iter_mut().for_each(|x| *x /= sum);
         }
     }
 }
 
+/// Keys and values of one head.
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    lines: &'a [Line<f32>],
+    heads: Heads,
+    head: usize,
+}
+
+impl<'a> Keys<'a> {
+    #[inline(always)]
+    fn block(self, block: usize) -> &'a [Line<f32>] {
+        &self.lines[self.heads.keys_at(block, self.head)]
+    }
+
+    /// The values from `place` on, `count` of them, all in one block.
+    #[inline(always)]
+    fn values(self, place: usize, count: usize) -> &'a [Line<f32>] {
+        let first = self.heads.value_at(place, self.head);
+        &self.lines[first.start..][..count * first.len()]
+    }
+}
+
 /// q·k of every place of these blocks.
 #[inline(always)]
-fn score<A: Arithmetic>(
-    query: &[f32],
-    keys: &[Line<f32>],
-    blocks: Range<usize>,
-    scores: &mut [f32],
-) {
-    let width = query.len();
+fn score<A: Arithmetic>(query: &[f32], keys: Keys<'_>, blocks: Range<usize>, scores: &mut [f32]) {
     let (scores, _) = scores.as_chunks_mut::<LANES>();
     let mut done = 0;
     while done + BLOCKS <= blocks.len() {
-        let keys = &keys[(blocks.start + done) * width..][..BLOCKS * width];
-        let scores = &mut scores[done..][..BLOCKS];
+        let first = blocks.start + done;
+        let [a, b, c, d]: [_; BLOCKS] = std::array::from_fn(|block| keys.block(first + block));
         let mut sums = [A::load(&[0.0; LANES]); BLOCKS];
-        for (d, &x) in query.iter().enumerate() {
-            for (block, sum) in sums.iter_mut().enumerate() {
-                *sum = A::accumulate(x, A::load(&keys[block * width + d].0), *sum);
-            }
+        for ((((&x, a), b), c), d) in query.iter().zip(a).zip(b).zip(c).zip(d) {
+            sums[0] = A::accumulate(x, A::load(&a.0), sums[0]);
+            sums[1] = A::accumulate(x, A::load(&b.0), sums[1]);
+            sums[2] = A::accumulate(x, A::load(&c.0), sums[2]);
+            sums[3] = A::accumulate(x, A::load(&d.0), sums[3]);
         }
-        for (scores, sum) in scores.iter_mut().zip(sums) {
+        for (scores, sum) in scores[done..].iter_mut().zip(sums) {
             A::store(sum, scores);
         }
         done += BLOCKS;
     }
     for (block, scores) in blocks.skip(done).zip(&mut scores[done..]) {
         let mut sum = A::load(&[0.0; LANES]);
-        for (&x, key) in query.iter().zip(&keys[block * width..][..width]) {
+        for (&x, key) in query.iter().zip(keys.block(block)) {
             sum = A::accumulate(x, A::load(&key.0), sum);
         }
         A::store(sum, scores);
@@ -162,17 +205,24 @@ fn soften<A: Arithmetic>(scores: &mut [f32], scale: f32) -> f32 {
     fold(sums)
 }
 
-/// Σ w v, `depth` lines to a value.
+/// Σ w v over the values from `place` on.
 #[inline(always)]
-fn blend<A: Arithmetic>(weights: &[f32], values: &[Line<f32>], depth: usize, out: &mut [f32]) {
+fn blend<A: Arithmetic>(weights: &[f32], keys: Keys<'_>, place: usize, out: &mut [f32]) {
+    let depth = keys.heads.depth();
     for (part, out) in out.chunks_mut(VECTORS * LANES).enumerate() {
         let first = part * VECTORS;
         let mut sums = [A::load(&[0.0; LANES]); VECTORS];
-        match (depth - first).min(VECTORS) {
-            1 => add::<A, 1>(weights, values, (first, depth), &mut sums),
-            2 => add::<A, 2>(weights, values, (first, depth), &mut sums),
-            3 => add::<A, 3>(weights, values, (first, depth), &mut sums),
-            _ => add::<A, VECTORS>(weights, values, (first, depth), &mut sums),
+        let (mut place, mut rest) = (place, weights);
+        while !rest.is_empty() {
+            let (weights, later) = rest.split_at(rest.len().min(LANES - place % LANES));
+            let values = keys.values(place, weights.len());
+            match (depth - first).min(VECTORS) {
+                1 => add::<A, 1>(weights, values, (first, depth), &mut sums),
+                2 => add::<A, 2>(weights, values, (first, depth), &mut sums),
+                3 => add::<A, 3>(weights, values, (first, depth), &mut sums),
+                _ => add::<A, VECTORS>(weights, values, (first, depth), &mut sums),
+            }
+            (place, rest) = (place + weights.len(), later);
         }
         for (out, sum) in out.chunks_mut(LANES).zip(sums) {
             let mut numbers = [0.0; LANES];
@@ -236,7 +286,7 @@ mod tests {
                         width,
                         options: Attention { scale, window },
                     };
-                    let mut cache = KeyValues::new(heads, 130);
+                    let mut cache = KeyValues::default();
                     let numbers = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
                     let rows = numbers(&k)?;
                     let values = numbers(&v)?;
@@ -266,7 +316,7 @@ mod tests {
                 window: None,
             },
         };
-        let mut cache = KeyValues::new(heads, 20);
+        let mut cache = KeyValues::default();
         for place in 0..20 {
             cache.write(heads, place, &[f32::NAN; 2], &[f32::NAN; 2]);
         }
@@ -274,5 +324,38 @@ mod tests {
         let mut out = [0.0; 2];
         cache.attend(heads, 0, &[0.5, 0.5], &mut out);
         assert_eq!(out, [3.0, 4.0]);
+    }
+
+    #[test]
+    fn a_beginning_is_taken_over_whatever_was_there() {
+        let heads = Heads {
+            queries: 2,
+            keys: 1,
+            width: 3,
+            options: Attention {
+                scale: 0.5,
+                window: None,
+            },
+        };
+        let row = |place: usize| [place as f32, 1.0, -0.5 * place as f32];
+        let (mut one, mut other) = (KeyValues::default(), KeyValues::default());
+        for place in 0..40 {
+            one.write(heads, place, &row(place), &row(place + 1));
+            other.write(heads, place, &[f32::NAN; 3], &[f32::NAN; 3]);
+        }
+        let query = [0.1, 0.2, 0.3, -0.1, 0.0, 0.2];
+        let attended = |cache: &KeyValues| {
+            let mut out = [0.0; 6];
+            cache.attend(heads, 18, &query, &mut out);
+            out
+        };
+        let expected = attended(&one);
+        let mut empty = KeyValues::default();
+        for begun in [&mut other, &mut empty] {
+            begun.begin_as(&one, heads, 18);
+            begun.write(heads, 18, &row(18), &row(19));
+            assert_eq!(attended(begun), expected);
+        }
+        assert!(empty.lines.len() < one.lines.len(), "only what is needed");
     }
 }

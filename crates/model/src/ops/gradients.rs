@@ -7,68 +7,112 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use candle_core::{Result, Tensor, TensorId, backprop::GradStore, bail};
+use candle_core::{Result, Tensor, TensorId, bail};
 use rayon::prelude::*;
+
+use super::storage::{self, fusible};
 
 /// Numbers to a task.
 const CHUNK: usize = 64 * 1024;
 
-type Gathered = HashMap<TensorId, (Tensor, Vec<f32>)>;
+/// Of each variable, the sum of its gradients.
+type Sums = HashMap<TensorId, Tensor>;
 
 thread_local! {
     /// Of the backward pass that this thread is in.
-    static GATHERED: RefCell<Option<Gathered>> = const { RefCell::new(None) };
+    static GATHERED: RefCell<Option<Sums>> = const { RefCell::new(None) };
 }
 
-/// The gradients of `loss`, a scalar, in all variables it was computed from.
-///
-/// What candle's own `backward` gives, at less cost. The operation of a whole block,
-/// [`block()`](super::block()), cannot be differentiated otherwise.
+/// The gradients of variables, summed over the backward passes of a step: one tensor a variable, into which
+/// every pass adds its own.
+#[derive(Debug, Default)]
+pub struct Gradients {
+    sums: Sums,
+}
+
+impl Gradients {
+    /// Adds the gradients of `loss`, a scalar, in all variables it was computed from.
+    ///
+    /// What candle's own `backward` gives, at less cost. The operation of a whole block,
+    /// [`block()`](super::block()), cannot be differentiated otherwise.
+    ///
+    /// # Errors
+    /// When an operation has no gradient, or memory runs out; what was summed before is gone then.
+    pub fn add(&mut self, loss: &Tensor) -> Result<()> {
+        let around = GATHERED.replace(Some(std::mem::take(&mut self.sums)));
+        let found = loss.backward();
+        let gathered = GATHERED.replace(around);
+        let (mut sums, found) = (gathered.unwrap_or_default(), found?);
+        for &id in found.get_ids() {
+            let Some(gradient) = found.get_id(id) else {
+                continue;
+            };
+            let sum = match sums.get(&id) {
+                Some(sum) => (sum + gradient)?,
+                // candle may have given the same tensor to another variable; sums are changed in place.
+                None if fusible(&[gradient]) => gradient.copy()?,
+                None => gradient.clone(),
+            };
+            sums.insert(id, sum);
+        }
+        self.sums = sums;
+        Ok(())
+    }
+
+    /// The sum of the variable's gradients, of its shape; `None` if no loss was computed from it.
+    #[must_use]
+    pub fn get(&self, variable: &Tensor) -> Option<&Tensor> {
+        self.sums.get(&variable.id())
+    }
+}
+
+/// The gradients of one loss, as [`Gradients::add`] finds them.
 ///
 /// # Errors
-/// When an operation has no gradient, or memory runs out.
-pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    let around = GATHERED.replace(Some(Gathered::new()));
-    let found = loss.backward();
-    let gathered = GATHERED.replace(around).unwrap_or_default();
-    let mut found = found?;
-    for (variable, numbers) in gathered.into_values() {
-        let mut gradient = Tensor::from_vec(numbers, variable.shape(), variable.device())?;
-        if let Some(other) = found.remove(&variable) {
-            gradient = (gradient + other)?;
-        }
-        found.insert(&variable, gradient);
-    }
-    Ok(found)
+/// As there.
+pub fn backward(loss: &Tensor) -> Result<Gradients> {
+    let mut gradients = Gradients::default();
+    gradients.add(loss)?;
+    Ok(gradients)
 }
 
-/// Whether this thread is in a [`backward`] pass that gathers the gradient of `argument`.
+/// Whether this thread is in a backward pass that gathers the gradient of `argument`.
 pub(super) fn gathers(argument: &Tensor) -> bool {
     argument.is_variable() && GATHERED.with_borrow(Option::is_some)
 }
 
 /// Lays the gradient of an argument down where it is gathered, or hands it to candle.
 pub(super) fn give(argument: &Tensor, gradient: Vec<f32>) -> Result<Option<Tensor>> {
-    if !gathers(argument) {
-        return Tensor::from_vec(gradient, argument.shape(), argument.device()).map(Some);
+    if gathers(argument)
+        && let Some(sum) = gathered(argument)
+    {
+        storage::edit(&sum, |sum| {
+            add(sum, &gradient);
+            Ok(())
+        })?;
+        return Ok(None);
     }
-    with(argument, |entry| match entry {
-        Some(sum) => add(sum, &gradient),
-        None => *entry = Some(gradient),
-    });
-    Ok(None)
+    hand(
+        argument,
+        Tensor::from_vec(gradient, argument.shape(), argument.device())?,
+    )
 }
 
 /// The same, for a gradient that is mostly zeros: `work` adds what is not.
 pub(super) fn edit(argument: &Tensor, work: impl FnOnce(&mut [f32])) -> Result<Option<Tensor>> {
-    let zeros = || vec![0.0; argument.elem_count()];
-    if !gathers(argument) {
-        let mut gradient = zeros();
-        work(&mut gradient);
-        return give(argument, gradient);
+    let begun = gathers(argument).then(|| gathered(argument)).flatten();
+    let sum = match &begun {
+        Some(sum) => sum.clone(),
+        None => argument.zeros_like()?,
+    };
+    storage::edit(&sum, |sum| {
+        work(sum);
+        Ok(())
+    })?;
+    match begun {
+        Some(_) => Ok(None),
+        None => hand(argument, sum),
     }
-    with(argument, |entry| work(entry.get_or_insert_with(zeros)));
-    Ok(None)
 }
 
 /// An error unless gradients are gathered.
@@ -79,16 +123,18 @@ pub(super) fn must_gather(operation: &str) -> Result<()> {
     Ok(())
 }
 
-/// Lends what was gathered for `argument` so far.
-fn with(argument: &Tensor, work: impl FnOnce(&mut Option<Vec<f32>>)) {
-    GATHERED.with_borrow_mut(|gathered| {
-        let gathered = gathered.get_or_insert_default();
-        let mut sum = gathered.remove(&argument.id()).map(|(_, sum)| sum);
-        work(&mut sum);
-        if let Some(sum) = sum {
-            gathered.insert(argument.id(), (argument.clone(), sum));
-        }
-    });
+/// What was gathered for `argument` so far.
+fn gathered(argument: &Tensor) -> Option<Tensor> {
+    GATHERED.with_borrow(|sums| sums.as_ref()?.get(&argument.id()).cloned())
+}
+
+/// Keeps the first gradient of a variable that is gathered; any other goes to candle.
+fn hand(argument: &Tensor, gradient: Tensor) -> Result<Option<Tensor>> {
+    if !gathers(argument) {
+        return Ok(Some(gradient));
+    }
+    GATHERED.with_borrow_mut(|sums| sums.get_or_insert_default().insert(argument.id(), gradient));
+    Ok(None)
 }
 
 /// `sum += terms`, on all threads.
@@ -133,8 +179,27 @@ mod tests {
         };
         let found = backward(&loss()?)?;
         let expected = loss()?.backward()?;
-        let of = |store: &GradStore| store.get(&weight).unwrap().clone();
-        assert_close(&of(&found), &of(&expected), 1e-5);
+        let found = found.get(&weight).unwrap();
+        assert_close(found, expected.get(&weight).unwrap(), 1e-5);
+        Ok(())
+    }
+
+    #[test]
+    fn passes_are_summed_and_what_candle_shares_is_not() -> Result<()> {
+        let [a, b] = [1, 2].map(|seed| Var::from_tensor(&noise((4, 4), seed)).unwrap());
+        // candle gives both variables one tensor.
+        let shared = || (a.as_tensor() + b.as_tensor())?.sum_all();
+        let of_one = || linear(&noise((3, 4), 3), &a, Precision::F32)?.sum_all();
+        let mut gradients = Gradients::default();
+        for _ in 0..2 {
+            gradients.add(&shared()?)?;
+            gradients.add(&of_one()?)?;
+        }
+        let expected = ((shared()? + of_one()?)? * 2.0)?.backward()?;
+        for variable in [&a, &b] {
+            let found = gradients.get(variable).unwrap();
+            assert_close(found, expected.get(variable).unwrap(), 1e-6);
+        }
         Ok(())
     }
 
@@ -144,8 +209,8 @@ mod tests {
         let doubled = (weight.as_tensor() * 2.0)?;
         let loss = linear(&x, &doubled, Precision::F32)?.sum_all()?;
         let (found, expected) = (backward(&loss)?, loss.backward()?);
-        let of = |store: &GradStore| store.get(&weight).unwrap().clone();
-        assert_close(&of(&found), &of(&expected), 1e-6);
+        let found = found.get(&weight).unwrap();
+        assert_close(found, expected.get(&weight).unwrap(), 1e-6);
         Ok(())
     }
 }

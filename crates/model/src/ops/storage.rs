@@ -23,7 +23,7 @@ pub(crate) fn wide(dtype: DType) -> DType {
 }
 
 /// The numbers of a contiguous `f32` tensor on the CPU, read under its lock.
-pub(super) struct Floats<'a> {
+pub(crate) struct Floats<'a> {
     storage: StorageRef<'a>,
     range: Range<usize>,
 }
@@ -50,6 +50,28 @@ pub(super) fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
         _ => bail!("fused operation on a tensor that is not on the cpu"),
     };
     Ok(Floats { storage, range })
+}
+
+/// A tensor's numbers, contiguous and `f32`, that nothing changes any more: not copied where they are so already.
+pub(crate) struct Fixed(Tensor);
+
+impl Fixed {
+    pub fn of(tensor: &Tensor) -> Result<Self> {
+        let tensor = match tensor.is_variable() {
+            true => tensor.copy()?,
+            false => tensor.clone(),
+        };
+        let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
+        floats(&tensor)?;
+        Ok(Self(tensor))
+    }
+
+    pub fn numbers(&self) -> Floats<'_> {
+        match floats(&self.0) {
+            Ok(numbers) => numbers,
+            Err(_) => unreachable!("they were read when it was made"),
+        }
+    }
 }
 
 /// The numbers behind one argument of a custom operation, in row-major order.
@@ -111,6 +133,20 @@ mod tests {
         assert_eq!(&*floats(&tensor.narrow(0, 1, 1)?)?, &[2., 3.]);
         assert!(floats(&tensor.t()?).is_err());
         assert!(floats(&tensor.to_dtype(DType::F64)?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_fixed_is_not_copied_unless_it_is_a_variable_or_of_another_type() -> Result<()> {
+        let tensor = Tensor::arange(0f32, 6., &Device::Cpu)?.reshape((3, 2))?;
+        let fixed = Fixed::of(&tensor)?;
+        assert_eq!(address(&fixed.0), address(&tensor));
+        let variable = candle_core::Var::from_tensor(&tensor)?;
+        let fixed = Fixed::of(&variable)?;
+        variable.set(&tensor.zeros_like()?)?;
+        assert_eq!(&*fixed.numbers(), &[0., 1., 2., 3., 4., 5.]);
+        let half = Fixed::of(&tensor.to_dtype(DType::BF16)?.t()?)?;
+        assert_eq!(&*half.numbers(), &[0., 2., 4., 1., 3., 5.]);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::gradients::give;
+use super::gradients::{edit, give};
 use super::matrix::{Begin, Factor, PackedMatrix, PackedRows, Precision, Threads};
 use super::storage::{floats, fusible, wide};
 use super::vector::{Arithmetic, Kernel, LANES, dispatch, exp, flushed, fold, largest};
@@ -116,24 +116,44 @@ impl CustomOp2 for PickedLogprobs {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (rows, width, precision) = (self.targets.len(), hidden.dim(1)?, self.precision);
         let gradient = gradient.get(0)?.contiguous()?;
-        let gradient = floats(&gradient)?;
-        let (hidden_, head_) = (floats(hidden)?, floats(head)?);
+        let (gradient, hidden_, head_) = (floats(&gradient)?, floats(hidden)?, floats(head)?);
         let mut dhidden = vec![0.0; hidden_.len()];
-        let mut dhead = head.track_op().then(|| vec![0.0; head_.len()]);
-        let mut slopes = vec![0.0; rows.min(ROWS) * WORDS.min(head_.len() / width)];
+        let mut differentiate = |dhead: Option<&mut [f32]>| {
+            self.differentiate([&hidden_, &head_, &gradient], &mut dhidden, dhead);
+        };
+        let dhead = if head.track_op() {
+            edit(head, |dhead| differentiate(Some(dhead)))?
+        } else {
+            differentiate(None);
+            None
+        };
+        Ok((give(hidden, dhidden)?, dhead))
+    }
+}
+
+impl PickedLogprobs {
+    /// Adds the gradients of `hidden`, `[R, D]`, and of `head`, `[V, D]`, where it is wanted.
+    fn differentiate(
+        &self,
+        [hidden, head, gradient]: [&[f32]; 3],
+        dhidden: &mut [f32],
+        mut dhead: Option<&mut [f32]>,
+    ) {
+        let (rows, precision) = (self.targets.len(), self.precision);
+        let width = hidden.len() / rows;
+        let mut slopes = vec![0.0; rows.min(ROWS) * WORDS.min(head.len() / width)];
         for tile in tiles(rows, ROWS) {
-            let few = few_rows(&hidden_[part(&tile, width)], width, precision);
-            let hidden = rows_of(&hidden_, width, &tile);
-            let hidden = dhead.is_some().then(|| PackedMatrix::of(hidden, precision));
+            let few = few_rows(&hidden[part(&tile, width)], width, precision);
+            let across = rows_of(hidden, width, &tile);
+            let across = dhead.is_some().then(|| PackedMatrix::of(across, precision));
             let rows = Rows {
                 targets: &self.targets[tile.clone()],
                 log_sums: &self.packed[2 * rows..][tile.clone()],
                 gradient: &gradient[tile.clone()],
             };
-            for words in tiles(head_.len() / width, WORDS) {
-                let head = rows_of(&head_, width, &words);
+            for words in tiles(head.len() / width, WORDS) {
+                let head = rows_of(head, width, &words);
                 let slopes = &mut slopes[..tile.len() * words.len()];
                 let head = [head.transposed(), head].map(|head| PackedMatrix::of(head, precision));
                 slopes
@@ -154,16 +174,14 @@ impl CustomOp2 for PickedLogprobs {
                         let slopes = PackedRows::of(slopes, precision);
                         back.put(Threads::This, &slopes, (Begin::There, dhidden));
                     });
-                if let (Some(dhead), Some(hidden)) = (&mut dhead, &hidden) {
+                if let (Some(dhead), Some(across)) = (&mut dhead, &across) {
                     let slopes = Factor::new(slopes, tile.len(), words.len()).transposed();
                     let slopes = PackedRows::of(slopes, precision);
                     let dhead = &mut dhead[part(&words, width)];
-                    hidden.put(Threads::All, &slopes, (Begin::There, dhead));
+                    across.put(Threads::All, &slopes, (Begin::There, dhead));
                 }
             }
         }
-        let dhead = dhead.map(|dhead| give(head, dhead)).transpose()?;
-        Ok((give(hidden, dhidden)?, dhead.flatten()))
     }
 }
 

@@ -194,7 +194,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::{
-        AdamWSettings, DType, Gradients, Optimizer, Sequence,
+        AdamWSettings, DType, Optimizer, Sequence,
         fixtures::{config_json, folder as policy_folder, shared, tiny_model},
     };
 
@@ -349,10 +349,9 @@ pub(crate) mod tests {
             };
             let first = margin(&model);
             for _ in 0..5 {
-                let found = crate::ops::backward(&margin(&model).neg().unwrap()).unwrap();
-                let mut gradients = Gradients::default();
-                gradients.add(&found, optimizer.vars()).unwrap();
-                let norm = gradients.norm().unwrap();
+                let loss = margin(&model).neg().unwrap();
+                let gradients = crate::ops::backward(&loss).unwrap();
+                let norm = optimizer.norm(&gradients).unwrap();
                 optimizer.step(&gradients, norm, 1e-3).unwrap();
             }
             let [first, last] = [first, margin(&model)].map(|m| m.to_scalar::<f32>().unwrap());

@@ -99,11 +99,8 @@ pub fn fit(
         let loss =
             Batch::new(&examples, &contests, settings, material.apo).loss(&model, &mut told)?;
         let mut gradients = Gradients::default();
-        gradients.add(
-            &model::ops::backward(&loss).map_err(model::ModelError::from)?,
-            optimizer.vars(),
-        )?;
-        told.grad_norm = gradients.norm()?;
+        gradients.add(&loss).map_err(model::ModelError::from)?;
+        told.grad_norm = optimizer.norm(&gradients)?;
         let losses = [told.annotated, told.golden, Some(told.grad_norm)];
         if losses
             .into_iter()

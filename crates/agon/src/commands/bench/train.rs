@@ -16,6 +16,9 @@ use crate::roofline::Roofline;
 /// Steps that do not count: everything is started and the first weights are on their way.
 const WARM_UP: u64 = 2;
 
+/// Completions written at once, at most: the default of actor.slots.
+const SLOTS: usize = 64;
+
 /// The whole loop: `agon train` in a process of its own on this model, prompts of random tokens and a judge
 /// that costs nothing.
 ///
@@ -139,7 +142,7 @@ fn configuration(arguments: &Arguments, prompts: &Path) -> anyhow::Result<String
          [telemetry]\nlisten = \"127.0.0.1:0\"\n",
         model = path(&arguments.model)?,
         prompts = path(prompts)?,
-        slots = 2 * batch,
+        slots = (2 * batch).min(SLOTS),
         longest = 4 * prompt,
         precision = arguments.precision.name(),
         trained = arguments.precision.of_training(),

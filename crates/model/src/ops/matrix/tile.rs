@@ -418,8 +418,15 @@ impl<F: Format> Task<'_, F> {
         x: impl Block<F::Word, M>,
     ) {
         let count = lines.len();
-        let panels: [&[Line<F::Word>]; N] =
-            std::array::from_fn(|n| &self.lines[(panel + n) * self.depth + lines.start..][..count]);
+        let panel_at = |panel: usize| &self.lines[panel * self.depth + lines.start..][..count];
+        let panels: [&[Line<F::Word>]; N] = std::array::from_fn(|n| panel_at(panel + n));
+        // While the first rows are multiplied, a panel each of the next group is on its way.
+        let ahead = (row - self.part.rows.start) / M;
+        let next = if ahead < N && (panel + N + ahead) * LANES < self.part.columns.end {
+            panel_at(panel + N + ahead)
+        } else {
+            &[]
+        };
         let mut sums = [[F::begin::<A>(&[0.0; LANES]); N]; M];
         if self.begin == Begin::There || lines.start > 0 {
             for (m, sums) in sums.iter_mut().enumerate() {
@@ -431,6 +438,9 @@ impl<F: Format> Task<'_, F> {
             }
         }
         for k in 0..count {
+            if let Some(line) = next.get(k) {
+                A::prefetch(line);
+            }
             for m in 0..M {
                 let x = x.word(m, k);
                 for n in 0..N {

@@ -29,6 +29,10 @@ pub(super) trait Arithmetic {
     /// [`LANES`] whole numbers.
     type Counts: Copy;
 
+    /// Has a line brought near, to be met soon.
+    #[inline(always)]
+    fn prefetch<W>(_: &Line<W>) {}
+
     /// `a * b + c`.
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
 

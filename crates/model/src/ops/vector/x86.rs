@@ -9,10 +9,11 @@
 )]
 
 use std::arch::x86_64::{
-    __m256, __m512, __m512bh, __m512i, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
-    _mm256_storeu_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32,
-    _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+    __m256, __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_set1_ps, _mm256_storeu_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps,
+    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps,
+    _mm512_storeu_si512,
 };
 
 use super::{Arithmetic, Kernel, LANES, Level, Line, Separate};
@@ -73,6 +74,12 @@ impl<const DOTS: bool> Arithmetic for Avx512<DOTS> {
 
     type Vector = __m512;
     type Counts = __m512i;
+
+    #[inline(always)]
+    fn prefetch<W>(line: &Line<W>) {
+        // SAFETY: every x86-64 has the instruction, and it changes no state of the program.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(line).cast()) }
+    }
 
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
@@ -171,6 +178,12 @@ impl Arithmetic for Avx2 {
 
     type Vector = [__m256; 2];
     type Counts = [i32; LANES];
+
+    #[inline(always)]
+    fn prefetch<W>(line: &Line<W>) {
+        // SAFETY: every x86-64 has the instruction, and it changes no state of the program.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(line).cast()) }
+    }
 
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
