@@ -8,12 +8,12 @@ use std::{path::PathBuf, sync::Arc};
 use actor::{Actor, ActorParts, IdenticalPairs};
 use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
 use messages::{Dropped, LabelledPair, Pair, Prompt, Seed, Station, WeightsVersion};
-use model::{DType, LanguageModel, ModelFolder, Precision, SamplingSettings, Weights};
+use model::{DType, LanguageModel, ModelFolder, SamplingSettings, Weights};
 use preference::{
     Bench, Preference, PreferenceError, PreferenceParts,
     apo::{History, Player, RoundReport, Seats},
 };
-use settings::{DtypeSetting, ObjectiveSettings, PrecisionSetting, Settings, TransportSettings};
+use settings::{ObjectiveSettings, Settings, TransportSettings};
 use telemetry::{RunDirectory, StationCounters, StationSnapshot};
 use tokio::sync::watch;
 use transport::{Counts, Hub, Receiver, Sender, TransportError, WeightsShelf};
@@ -205,14 +205,10 @@ fn pacing(settings: &Settings) -> learner::Pacing {
 
 /// The number format in which weights travel: in one process, as they are.
 fn weights_dtype(settings: &Settings) -> DType {
-    let dtype = match &settings.transport {
+    world::dtype(match &settings.transport {
         TransportSettings::Memory {} => settings.model.dtype,
         TransportSettings::Jetstream(jetstream) => jetstream.weights_dtype,
-    };
-    match dtype {
-        DtypeSetting::F32 => DType::F32,
-        DtypeSetting::Bf16 => DType::BF16,
-    }
+    })
 }
 
 /// Who judges in the session that began at `since`, and the game that will replace them, where it is played.
@@ -268,11 +264,7 @@ pub(crate) fn sampling(settings: &Settings) -> SamplingSettings {
         top_p: actor.top_p,
         min_p: actor.min_p,
         max_new_tokens: actor.max_new_tokens,
-        precision: match actor.precision {
-            PrecisionSetting::F32 => Precision::F32,
-            PrecisionSetting::Bf16 => Precision::Bf16,
-            PrecisionSetting::Int8 => Precision::Int8,
-        },
+        precision: actor.precision.into(),
     }
 }
 

@@ -19,7 +19,7 @@ use ::preference::Judge;
 use dataset::shuffled;
 use learner::{PromptFiles, PromptRow, PromptSet};
 use messages::Seed;
-use model::{Adapter, DType, Device, LanguageModel, ModelConfig, ModelFolder, Precision, Weights};
+use model::{Adapter, DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
 use settings::{
     DtypeSetting, JudgeSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
@@ -71,18 +71,15 @@ impl World {
 
 /// The device and the number format of the settings.
 pub(crate) fn device(settings: &Settings) -> anyhow::Result<(Device, DType)> {
-    let dtype = match settings.model.dtype {
-        DtypeSetting::F32 => DType::F32,
-        DtypeSetting::Bf16 => DType::BF16,
-    };
-    Ok((model::device(&settings.model.device)?, dtype))
+    let device = model::device(&settings.model.device)?;
+    Ok((device, dtype(settings.model.dtype)))
 }
 
-/// The precision of products that a setting names.
-fn products(setting: DtypeSetting) -> Precision {
+/// The number format that a setting names.
+pub(crate) fn dtype(setting: DtypeSetting) -> DType {
     match setting {
-        DtypeSetting::F32 => Precision::F32,
-        DtypeSetting::Bf16 => Precision::Bf16,
+        DtypeSetting::F32 => DType::F32,
+        DtypeSetting::Bf16 => DType::BF16,
     }
 }
 

@@ -4,8 +4,8 @@ use std::{path::Path, sync::Arc};
 
 use messages::{LabelledPair, Seed};
 use model::{
-    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Precision,
-    Schedule, Scores, Tensor,
+    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule, Scores,
+    Tensor,
 };
 use settings::{self, LearnerSettings, ObjectiveSettings};
 use telemetry::Measurements;
@@ -74,10 +74,7 @@ impl Trainer {
         seed: Seed,
     ) -> Result<Self, LearnerError> {
         let (model, vars) = policy.trainable()?;
-        let model = model.with_products_in(match settings.precision {
-            settings::DtypeSetting::F32 => Precision::F32,
-            settings::DtypeSetting::Bf16 => Precision::Bf16,
-        });
+        let model = model.with_products_in(settings.precision.into());
         let model = model.with_checkpointing(settings.gradient_checkpointing);
         let adamw = AdamWSettings {
             beta1: settings.adam_beta1,

@@ -173,7 +173,7 @@ impl Opened {
 
     /// The same, its products taken in this precision while it judges.
     pub(crate) fn judging_in(self, precision: DtypeSetting) -> Self {
-        let precision = super::products(precision);
+        let precision = precision.into();
         Self { precision, ..self }
     }
 

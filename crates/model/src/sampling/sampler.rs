@@ -138,14 +138,18 @@ impl Sampler {
         self.write(&rows, &logits)
     }
 
-    /// The logits of the policy, and of the reference where it is another model.
+    /// The logits of the policy, and of the reference where it is another model. Both are asked at once: what
+    /// one does on a single thread leaves the others to the other.
     fn logits(
         &mut self,
-        mut forward: impl FnMut(&mut Decoder) -> Result<Logits, ModelError>,
+        forward: impl Fn(&mut Decoder) -> Result<Logits, ModelError> + Sync,
     ) -> Result<Both, ModelError> {
+        let (policy, reference) = (&mut self.policy, self.reference.as_mut());
+        let (policy, reference) =
+            rayon::join(|| forward(policy), || reference.map(&forward).transpose());
         Ok(Both {
-            policy: forward(&mut self.policy)?,
-            reference: self.reference.as_mut().map(forward).transpose()?,
+            policy: policy?,
+            reference: reference?,
         })
     }
 

@@ -37,6 +37,25 @@ pub enum Precision {
     Int8,
 }
 
+impl From<settings::DtypeSetting> for Precision {
+    fn from(setting: settings::DtypeSetting) -> Self {
+        match setting {
+            settings::DtypeSetting::F32 => Self::F32,
+            settings::DtypeSetting::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl From<settings::PrecisionSetting> for Precision {
+    fn from(setting: settings::PrecisionSetting) -> Self {
+        match setting {
+            settings::PrecisionSetting::F32 => Self::F32,
+            settings::PrecisionSetting::Bf16 => Self::Bf16,
+            settings::PrecisionSetting::Int8 => Self::Int8,
+        }
+    }
+}
+
 /// A matrix as it lies in memory, row-major, or across: then its columns lie there as rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Factor<'a> {
