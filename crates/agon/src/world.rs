@@ -251,9 +251,8 @@ pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Resul
         return Ok(());
     }
     Err(Misuse(format!(
-        "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {}: lower one of them",
-        actor.max_new_tokens,
-        config.positions(),
+        "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {} positions: lower one of them",
+        actor.max_new_tokens, config.max_positions,
     )))
 }
 

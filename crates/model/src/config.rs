@@ -79,8 +79,7 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
-    /// The longest sequence, prompt and completion together: the model's own, or, where only some of its layers
-    /// have a window, that window, within which there is no difference.
+    /// The longest sequence, prompt and completion together.
     pub max_positions: usize,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
@@ -88,8 +87,8 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// Llama 3's scaling of the rotary frequencies.
     pub rope_scaling: Option<Llama3RopeConfig>,
-    /// A token sees so many tokens, itself included; none: all before it.
-    pub sliding_window: Option<usize>,
+    /// Of each layer: a token sees so many tokens, itself included; none: all before it.
+    pub windows: Vec<Option<usize>>,
     /// Whether queries, keys and values have biases.
     pub qkv_bias: bool,
     /// Whether the attention's output has a bias.
@@ -146,11 +145,11 @@ impl ModelConfig {
             Architecture::Qwen2 => from_qwen2(&parse(&flat, path)?),
             Architecture::Qwen3 => from_qwen3(&parse(&flat, path)?),
         };
-        match window(architecture, &raw, config.layers) {
-            (_, 0) => {}
-            (window, windowed) if windowed == config.layers => config.sliding_window = Some(window),
-            (window, _) => config.max_positions = config.max_positions.min(window),
-        }
+        config.windows =
+            windows(architecture, &raw, config.layers).map_err(|reason| ModelError::Malformed {
+                path: path.to_owned(),
+                reason,
+            })?;
         config.tied_head = flat["tie_word_embeddings"]
             .as_bool()
             .unwrap_or(config.tied_head);
@@ -184,19 +183,6 @@ impl ModelConfig {
             path: path.to_owned(),
             reason,
         })
-    }
-
-    /// The longest sequence in words, with the reason where it is not the model's own.
-    #[must_use]
-    pub fn positions(&self) -> String {
-        let positions = self.max_positions;
-        match self.raw["max_position_embeddings"].as_u64() {
-            Some(own) if own > positions as u64 => format!(
-                "{positions} positions (it has {own}, but only some of its layers have a window of {positions} \
-                 tokens, which is not supported beyond the window)"
-            ),
-            _ => format!("{positions} positions"),
-        }
     }
 
     /// Every tensor of the model: its name in the folder and its shape.
@@ -276,24 +262,43 @@ fn tokens(value: &Value) -> Vec<u32> {
     }
 }
 
-/// The tokens of a sliding window, and how many of the layers have it, as transformers reads it.
-fn window(architecture: Architecture, raw: &Value, layers: usize) -> (usize, usize) {
+/// The window of each layer, as transformers reads it.
+fn windows(
+    architecture: Architecture,
+    raw: &Value,
+    layers: usize,
+) -> Result<Vec<Option<usize>>, String> {
     let number = |key: &str, default: usize| match raw.get(key) {
         None => Some(default),
         Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()),
     };
-    let Some(window) = number("sliding_window", 4096) else {
-        return (0, 0);
-    };
-    let is_sliding = |kind: &&Value| **kind == "sliding_attention";
-    let windowed = match (architecture, &raw["layer_types"]) {
-        (Architecture::Llama, _) => 0,
-        (Architecture::Mistral, _) => layers,
-        _ if raw["use_sliding_window"] != true => 0,
-        (_, Value::Array(types)) => types.iter().filter(is_sliding).count(),
-        _ => layers.saturating_sub(number("max_window_layers", 28).unwrap_or(0)),
-    };
-    (window, windowed)
+    let window = number("sliding_window", 4096);
+    Ok(match (architecture, &raw["layer_types"]) {
+        (Architecture::Llama, _) => vec![None; layers],
+        (Architecture::Mistral, _) => vec![window; layers],
+        _ if raw["use_sliding_window"] != true => vec![None; layers],
+        (_, Value::Array(types)) if types.len() != layers => {
+            return Err(format!(
+                "layer_types names {} layers, num_hidden_layers is {layers}",
+                types.len()
+            ));
+        }
+        (_, Value::Array(types)) => types
+            .iter()
+            .map(|kind| match kind.as_str() {
+                Some("sliding_attention") => Ok(window),
+                Some("full_attention") => Ok(None),
+                _ => Err(format!(
+                    "layer_types names {kind}, only \"full_attention\" and \"sliding_attention\" are known"
+                )),
+            })
+            .collect::<Result<_, _>>()?,
+        _ => {
+            let first = number("max_window_layers", 28).unwrap_or(0);
+            let of = |layer: usize| window.filter(|_| layer >= first);
+            (0..layers).map(of).collect()
+        }
+    })
 }
 
 /// The families in the order in which every list of architectures names them.
@@ -410,7 +415,7 @@ fn from_llama(c: &LlamaConfig, flat: &Value) -> ModelConfig {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta: f64::from(c.rope_theta),
         rope_scaling: scaling,
-        sliding_window: None,
+        windows: Vec::new(),
         qkv_bias: bias,
         output_bias: bias,
         qk_norm: false,
@@ -437,7 +442,7 @@ fn from_mistral(c: &mistral::Config) -> ModelConfig {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta: c.rope_theta,
         rope_scaling: None,
-        sliding_window: None,
+        windows: Vec::new(),
         qkv_bias: false,
         output_bias: false,
         qk_norm: false,
@@ -462,7 +467,7 @@ fn from_qwen2(c: &qwen2::Config) -> ModelConfig {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta: c.rope_theta,
         rope_scaling: None,
-        sliding_window: None,
+        windows: Vec::new(),
         qkv_bias: true,
         output_bias: false,
         qk_norm: false,
@@ -487,7 +492,7 @@ fn from_qwen3(c: &qwen3::Config) -> ModelConfig {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta: c.rope_theta,
         rope_scaling: None,
-        sliding_window: None,
+        windows: Vec::new(),
         qkv_bias: c.attention_bias,
         output_bias: c.attention_bias,
         qk_norm: true,

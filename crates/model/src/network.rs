@@ -39,14 +39,14 @@ struct Pass<'a> {
 /// How one block's queries meet the keys and values: in a packed batch or through a cache.
 pub(crate) trait Attend {
     /// The packed batch, where queries meet the keys of that batch and of nothing else.
-    fn packed(&self) -> Option<(&Arc<ops::Segments>, ops::Attention)> {
+    fn packed(&self) -> Option<&Arc<ops::Segments>> {
         None
     }
 
-    /// `q` `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]` → `[N, heads, head_dim]`.
+    /// In this layer, which attends so: `q` `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]` → `[N, heads, head_dim]`.
     fn attend(
         &mut self,
-        layer: usize,
+        of: (usize, ops::Attention),
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
@@ -176,14 +176,16 @@ impl LanguageModel {
         };
         let mut x = ops::embedding(&self.embedding, ids)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            if let Some((segments, options)) = attention.packed()
+            let options = self.attention_in(layer);
+            if let Some(segments) = attention.packed()
                 && let Some(whole) = block.whole(&x, &pass, segments, options)?
             {
                 x = whole;
                 continue;
             }
-            let rows =
-                block.attention(&x, &pass, &mut |q, k, v| attention.attend(layer, q, k, v))?;
+            let rows = block.attention(&x, &pass, &mut |q, k, v| {
+                attention.attend((layer, options), q, k, v)
+            })?;
             x = (x + rows)?;
             let rows = block.feed_forward(&x, &pass)?;
             x = (x + rows)?;

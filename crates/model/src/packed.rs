@@ -97,8 +97,8 @@ fn check_lengths(
         "a sequence without tokens cannot be scored".to_owned()
     } else if longest > config.max_positions {
         format!(
-            "{longest} tokens are more than the model's {}",
-            config.positions()
+            "{longest} tokens are more than the model's {} positions",
+            config.max_positions
         )
     } else {
         return Ok(());

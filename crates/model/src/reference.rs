@@ -298,9 +298,17 @@ const QWEN3: [f64; 19] = [
     -5.1775, -4.4363, -4.5910, -3.5366, -2.8219, -2.5556, -1.7915, -3.8992, -4.6602, -5.8065,
     -3.7147, -2.8812, -3.6691, -2.0798, -1.5574, -4.1215, -3.6401, -4.8115, -2.9599,
 ];
+const QWEN2_SECOND: [f64; 19] = [
+    -2.2316, -5.2714, -3.9935, -5.9924, -3.2816, -1.6020, -2.1916, -4.0878, -3.8386, -4.1304,
+    -2.4506, -5.0581, -3.9094, -1.6454, -4.5732, -2.3368, -3.2268, -2.8315, -3.4770,
+];
+const QWEN3_FIRST: [f64; 19] = [
+    -5.1775, -4.4363, -4.5910, -3.5366, -2.8219, -2.6278, -1.7131, -3.8280, -3.7775, -5.3390,
+    -3.4117, -3.2505, -4.9818, -1.4327, -1.9503, -3.5688, -3.7747, -3.8257, -2.3926,
+];
 
 #[test]
-fn windows_of_all_layers_are_those_of_transformers() {
+fn the_windows_of_layers_are_those_of_transformers() {
     let mistral = |window: Value| json!({"architectures": ["MistralForCausalLM"], "sliding_window": window, "head_dim": 4});
     let qwen2 = |uses: bool, first: usize| {
         json!({
@@ -308,10 +316,12 @@ fn windows_of_all_layers_are_those_of_transformers() {
             "use_sliding_window": uses, "max_window_layers": first,
         })
     };
-    let qwen3 = json!({
-        "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": true, "head_dim": 8,
-        "use_sliding_window": true, "layer_types": ["sliding_attention", "sliding_attention"],
-    });
+    let qwen3 = |second: &str| {
+        json!({
+            "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": true, "head_dim": 8,
+            "use_sliding_window": true, "layer_types": ["sliding_attention", second],
+        })
+    };
     let cases = [
         (mistral(WINDOW.into()), MISTRAL),
         (mistral(Value::Null), MISTRAL_WITHOUT),
@@ -319,7 +329,9 @@ fn windows_of_all_layers_are_those_of_transformers() {
         // No layer is left for the window.
         (qwen2(true, 2), QWEN2_WITHOUT),
         (qwen2(false, 0), QWEN2_WITHOUT),
-        (qwen3, QWEN3),
+        (qwen2(true, 1), QWEN2_SECOND),
+        (qwen3("sliding_attention"), QWEN3),
+        (qwen3("full_attention"), QWEN3_FIRST),
     ];
     for (changes, expected) in cases {
         let model = wavy(&changes);
@@ -339,41 +351,27 @@ fn windows_of_all_layers_are_those_of_transformers() {
 }
 
 #[test]
-fn where_only_some_layers_have_a_window_nothing_may_be_longer() {
-    let changes = [
-        json!({"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": true, "max_window_layers": 1}),
-        json!({
-            "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": true, "head_dim": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-        }),
-    ];
-    for (mut changes, expected) in changes.into_iter().zip([QWEN2, QWEN3]) {
-        changes["use_sliding_window"] = true.into();
-        let model = wavy(&changes);
-        // The last token is only predicted.
-        let within = WAVY_IDS[..=WINDOW].to_vec();
-        let found = scored(&model, &[within]).remove(0);
-        close(&found, &expected[..WINDOW], &changes.to_string());
-        let beyond = Sequence {
-            prompt: &WAVY_IDS[..1],
-            completion: &WAVY_IDS[1..WINDOW + 2],
-        };
-        let refused = model.score(&[beyond]).unwrap_err().to_string();
-        assert!(
-            refused.contains("only some of its layers have a window of 5"),
-            "{refused}"
-        );
-        let slots = [0];
-        let prompt = [Prefill {
-            ids: &WAVY_IDS[..WINDOW + 1],
-            slots: &slots,
-        }];
-        let mut decoder = Decoder::new(model, Precision::F32, 1, 64).unwrap();
-        assert!(decoder.prefill(&prompt).is_err());
-        // Settings that nothing can outgrow are not restricted.
-        changes["sliding_window"] = 64.into();
-        assert_eq!(wavy(&changes).config().max_positions, 64);
-    }
+fn the_windows_of_layers_must_be_known_and_as_many_as_they() {
+    let refused = |types: Value| {
+        let raw = json!({
+            "architectures": ["Qwen3ForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "vocab_size": 11, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+            "sliding_window": 5, "use_sliding_window": true, "max_window_layers": 0, "layer_types": types,
+        });
+        let refused = ModelConfig::from_json(raw, Path::new("config.json"));
+        refused.unwrap_err().to_string()
+    };
+    let short = refused(json!(["full_attention"]));
+    assert!(
+        short.contains("layer_types names 1 layers, num_hidden_layers is 2"),
+        "{short}"
+    );
+    let unknown = refused(json!(["full_attention", "linear_attention"]));
+    assert!(
+        unknown.contains("layer_types names \"linear_attention\""),
+        "{unknown}"
+    );
 }
 
 #[test]

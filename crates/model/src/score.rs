@@ -29,22 +29,21 @@ pub struct Scores {
 
 struct PackedAttention<'a> {
     packed: &'a Packed,
-    options: ops::Attention,
 }
 
 impl Attend for PackedAttention<'_> {
-    fn packed(&self) -> Option<(&Arc<ops::Segments>, ops::Attention)> {
-        Some((&self.packed.segments, self.options))
+    fn packed(&self) -> Option<&Arc<ops::Segments>> {
+        Some(&self.packed.segments)
     }
 
     fn attend(
         &mut self,
-        _layer: usize,
+        (_, options): (usize, ops::Attention),
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
     ) -> candle_core::Result<Tensor> {
-        ops::causal_attention(q, k, v, &self.packed.segments, self.options)
+        ops::causal_attention(q, k, v, &self.packed.segments, options)
     }
 }
 
@@ -54,8 +53,7 @@ impl LanguageModel {
     /// # Errors
     /// When a tensor operation fails.
     pub fn hidden(&self, packed: &Packed) -> Result<Tensor, ModelError> {
-        let options = self.attention_options();
-        let mut attention = PackedAttention { packed, options };
+        let mut attention = PackedAttention { packed };
         Ok(self.forward(&packed.ids, &packed.positions, &mut attention)?)
     }
 
@@ -97,10 +95,11 @@ impl LanguageModel {
         Ok(self.hidden(&packed)?.index_select(&rows, 0)?)
     }
 
-    pub(crate) fn attention_options(&self) -> ops::Attention {
+    /// How this layer attends.
+    pub(crate) fn attention_in(&self, layer: usize) -> ops::Attention {
         ops::Attention {
             scale: 1.0 / (self.config.head_dim as f32).sqrt(),
-            window: self.config.sliding_window,
+            window: self.config.windows[layer],
         }
     }
 }

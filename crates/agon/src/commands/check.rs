@@ -236,14 +236,14 @@ fn adapter_of(settings: &Settings) -> anyhow::Result<(String, Option<LoraConfig>
 
 fn shape(config: &ModelConfig) -> String {
     format!(
-        "{:?} of {} blocks of width {}, {} heads ({} of keys and values), {} tokens, {}: {} parameters",
+        "{:?} of {} blocks of width {}, {} heads ({} of keys and values), {} tokens, {} positions: {} parameters",
         config.architecture,
         config.layers,
         config.hidden_size,
         config.heads,
         config.kv_heads,
         config.vocab_size,
-        config.positions(),
+        config.max_positions,
         config.parameter_count()
     )
 }

@@ -215,9 +215,9 @@ fn fits(capacity: usize, longest: usize, models: &[&LanguageModel]) -> Result<()
     let configs = models.iter().map(|model| model.config());
     match configs.min_by_key(|config| config.max_positions) {
         Some(config) if capacity > config.max_positions => Err(Misuse(format!(
-            "a prompt of {longest} tokens and --max-new-tokens {} exceed the model's {}: lower one of them",
+            "a prompt of {longest} tokens and --max-new-tokens {} exceed the model's {} positions: lower one of them",
             capacity - longest,
-            config.positions()
+            config.max_positions
         ))),
         _ => Ok(()),
     }

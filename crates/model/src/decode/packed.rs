@@ -8,7 +8,10 @@ use rayon::prelude::*;
 use super::{Prefill, Step};
 use crate::{
     LanguageModel, ModelConfig, ModelError,
-    ops::{Fixed, Heads, KeyValues, PackedMatrix, Precision, rms_norm_rows, rotate, swiglu_rows},
+    ops::{
+        Attention, Fixed, Heads, KeyValues, PackedMatrix, Precision, rms_norm_rows, rotate,
+        swiglu_rows,
+    },
 };
 
 /// Tokens of prompts that go through the network together, unless one prompt has more.
@@ -42,7 +45,6 @@ struct Sequence<'a> {
 
 struct Weights {
     config: ModelConfig,
-    heads: Heads,
     /// `[vocab_size, hidden_size]`.
     embedding: Fixed,
     blocks: Vec<Block>,
@@ -55,6 +57,7 @@ struct Weights {
 }
 
 struct Block {
+    heads: Heads,
     attention_norm: Vec<f32>,
     /// Queries, keys and values, one below the other.
     projections: PackedMatrix,
@@ -124,9 +127,9 @@ impl Engine {
         let logits = self.weights.advance(&mut sequences);
         for (prompt, sequence) in prompts.iter().zip(sequences) {
             for &slot in &prompt.slots[1..] {
-                let layers = self.slots[slot].0.iter_mut().zip(&sequence.slot.0);
-                for (cache, read) in layers {
-                    cache.begin_as(read, self.weights.heads, prompt.ids.len());
+                let caches = self.slots[slot].0.iter_mut().zip(&sequence.slot.0);
+                for ((cache, read), block) in caches.zip(&self.weights.blocks) {
+                    cache.begin_as(read, block.heads, prompt.ids.len());
                 }
             }
             self.slots[prompt.slots[0]] = sequence.slot;
@@ -167,21 +170,17 @@ impl Weights {
         let numbers =
             |name: &str| -> Result<Fixed, ModelError> { Ok(Fixed::of(&weights.get(name)?)?) };
         let blocks = (0..config.layers)
-            .map(|layer| Block::new(layer, &config, precision, &numbers))
+            .map(|layer| {
+                let attention = model.attention_in(layer);
+                Block::new((layer, attention), &config, precision, &numbers)
+            })
             .collect::<Result<_, _>>()?;
         let embedding = numbers("model.embed_tokens.weight")?;
         let untied = (!config.tied_head).then(|| numbers("lm_head.weight"));
         let untied = untied.transpose()?;
         let head = untied.as_ref().unwrap_or(&embedding);
         let head = PackedMatrix::stacked(&[&head.numbers()], config.hidden_size, precision);
-        let heads = Heads {
-            queries: config.heads,
-            keys: config.kv_heads,
-            width: config.head_dim,
-            options: model.attention_options(),
-        };
         Ok(Self {
-            heads,
             blocks,
             head,
             embedding,
@@ -254,7 +253,7 @@ impl Weights {
             keys,
             width,
             ..
-        } = self.heads;
+        } = block.heads;
         let (of_queries, of_all) = (queries * width, (queries + 2 * keys) * width);
         let mut out = vec![0.0; projected.len() / of_all * of_queries];
         let (mut rest, mut rest_out) = (projected, out.as_mut_slice());
@@ -292,7 +291,7 @@ impl Weights {
             keys,
             width,
             ..
-        } = self.heads;
+        } = block.heads;
         let eps = self.config.rms_norm_eps as f32;
         let (query, rest) = row.split_at_mut(queries * width);
         let (key, value) = rest.split_at_mut(keys * width);
@@ -311,8 +310,8 @@ impl Weights {
                 (&self.angles.0[angles.clone()], &self.angles.1[angles]),
             );
         }
-        cache.write(self.heads, place, key, value);
-        cache.attend(self.heads, place, query, out);
+        cache.write(block.heads, place, key, value);
+        cache.attend(block.heads, place, query, out);
     }
 }
 
@@ -320,7 +319,7 @@ type Numbers<'a> = dyn Fn(&str) -> Result<Fixed, ModelError> + 'a;
 
 impl Block {
     fn new(
-        layer: usize,
+        (layer, options): (usize, Attention),
         config: &ModelConfig,
         precision: Precision,
         numbers: &Numbers<'_>,
@@ -351,6 +350,12 @@ impl Block {
         ];
         let head_norm = |part: &str| config.qk_norm.then(|| row(part)).transpose();
         Ok(Self {
+            heads: Heads {
+                queries: config.heads,
+                keys: config.kv_heads,
+                width: config.head_dim,
+                options,
+            },
             attention_norm: row("input_layernorm.weight")?,
             projections: packed(&weights, width)?,
             projections_bias: config.qkv_bias.then(|| rows(&of_bias)).transpose()?,

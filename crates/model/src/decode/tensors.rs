@@ -52,7 +52,6 @@ impl Cache {
             cache: self,
             from: Tensor::new(from, model.device())?,
             to: Destination::new(&to, model)?,
-            options: model.attention_options(),
         };
         let hidden = model.forward(&packed.ids, &packed.positions, &mut attention)?;
         let last = Tensor::new(last, model.device())?;
@@ -75,7 +74,6 @@ impl Cache {
             cache: self,
             rows,
             to: Destination::new(&to, model)?,
-            options: model.attention_options(),
         };
         let ids = Tensor::new(ids, model.device())?;
         let positions = Tensor::new(positions, model.device())?;
@@ -115,13 +113,12 @@ struct Prefilling<'a> {
     cache: &'a Cache,
     from: Tensor,
     to: Destination,
-    options: ops::Attention,
 }
 
 impl Attend for Prefilling<'_> {
     fn attend(
         &mut self,
-        layer: usize,
+        (layer, options): (usize, ops::Attention),
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
@@ -129,7 +126,7 @@ impl Attend for Prefilling<'_> {
         let (keys, values) = &self.cache.layers[layer];
         self.to.write(keys, &k.index_select(&self.from, 0)?)?;
         self.to.write(values, &v.index_select(&self.from, 0)?)?;
-        ops::causal_attention(q, k, v, &self.packed.segments, self.options)
+        ops::causal_attention(q, k, v, &self.packed.segments, options)
     }
 }
 
@@ -137,13 +134,12 @@ struct Extending<'a> {
     cache: &'a Cache,
     rows: CacheRows,
     to: Destination,
-    options: ops::Attention,
 }
 
 impl Attend for Extending<'_> {
     fn attend(
         &mut self,
-        layer: usize,
+        (layer, options): (usize, ops::Attention),
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
@@ -151,6 +147,6 @@ impl Attend for Extending<'_> {
         let (keys, values) = &self.cache.layers[layer];
         self.to.write(keys, k)?;
         self.to.write(values, v)?;
-        ops::cached_attention(q, keys, values, &self.rows, self.options)
+        ops::cached_attention(q, keys, values, &self.rows, options)
     }
 }
