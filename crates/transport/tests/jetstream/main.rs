@@ -174,10 +174,8 @@ async fn a_message_of_another_build_is_put_aside_and_the_next_one_is_read() {
     };
     let hub = server.hub("foreign").await;
     let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
-    let client = async_nats::connect(format!("127.0.0.1:{}", server.port));
-    let client = client.await.expect("the server runs");
+    let client = server.client().await;
     // Stored, and so the first, before the next is sent.
-    let client = async_nats::jetstream::new(client);
     let foreign = client.publish("agon.foreign-notes", vec![9, 4, 0].into());
     foreign
         .await
@@ -202,8 +200,7 @@ async fn what_cannot_be_kept_as_a_dead_letter_stays_where_it_is() {
     };
     let hub = server.hub("unkept").await;
     let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
-    let client = async_nats::connect(format!("127.0.0.1:{}", server.port));
-    let client = async_nats::jetstream::new(client.await.expect("the server runs"));
+    let client = server.client().await;
     let deleted = client.delete_stream("agon-unkept-dead-letters").await;
     assert!(deleted.expect("it was there").success);
     let foreign = client.publish("agon.unkept-notes", vec![9, 4, 0].into());
@@ -384,8 +381,7 @@ async fn a_blob_that_was_torn_is_refused_and_laid_down_again() {
     let hub = server.hub("torn").await;
     let shelf = hub.shelf().await.expect("it is made");
     lay_down(&shelf, 1).await;
-    let client = async_nats::connect(format!("127.0.0.1:{}", server.port));
-    let context = async_nats::jetstream::new(client.await.expect("the server runs"));
+    let context = server.client().await;
     let store = context.get_object_store("agon-torn-weights");
     let store = store.await.expect("it is there");
     let other = weights(9);
@@ -584,8 +580,7 @@ async fn superseded_weights_leave_nothing_behind_not_even_those_of_a_session_tha
         return;
     };
     let held = async || {
-        let client = async_nats::connect(format!("127.0.0.1:{}", server.port));
-        let context = async_nats::jetstream::new(client.await.expect("the server runs"));
+        let context = server.client().await;
         let stream = context.get_stream("OBJ_agon-run-weights").await;
         stream
             .expect("there is a shelf")

@@ -79,6 +79,12 @@ impl Server {
         hub.expect("the server runs")
     }
 
+    /// What others than this project would use.
+    pub async fn client(&self) -> async_nats::jetstream::Context {
+        let client = async_nats::connect(format!("127.0.0.1:{}", self.port));
+        async_nats::jetstream::new(client.await.expect("the server runs"))
+    }
+
     pub fn kill(&mut self) {
         self.process.kill().expect("it runs");
         self.process.wait().expect("it ends");
