@@ -43,7 +43,8 @@ pub(crate) trait Attend {
         None
     }
 
-    /// In this layer, which attends so: `q` `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]` → `[N, heads, head_dim]`.
+    /// In this layer, which attends so: `q` `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]` →
+    /// `[N, heads, head_dim]`.
     fn attend(
         &mut self,
         of: (usize, ops::Attention),

@@ -1,4 +1,5 @@
-//! AdamW over the variables of a model, with clipping, and state that can be saved. What the loss was, the optimiser does not know.
+//! AdamW over the variables of a model, with clipping, and state that can be saved. What the loss was, the
+//! optimiser does not know.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -116,9 +117,11 @@ impl Optimizer {
         };
         for (name, var) in &self.vars {
             let gradient = found(gradients, name, var)?;
-            if let Some(moments) = self.moments.get_mut(name) {
-                adamw_step(var, gradient, moments, &step)?;
-            }
+            let missing = || ModelError::Weights {
+                reason: format!("no moments for {name}"),
+            };
+            let moments = self.moments.get_mut(name).ok_or_else(missing)?;
+            adamw_step(var, gradient, moments, &step)?;
         }
         Ok(())
     }
