@@ -85,9 +85,43 @@ fn rounds_are_played_at_their_steps_and_their_models_judge() {
 
 #[test]
 fn a_game_that_is_stopped_goes_on_with_the_judge_it_had() {
+    goes_on_after_a_stop(&Workplace::new(), &[]);
+}
+
+#[test]
+fn a_game_of_adapters_beside_one_trunk_goes_on_too() {
     let workplace = Workplace::new();
-    workplace.run(&game(&workplace, "whole", &[])).succeeded();
-    let arguments = game(&workplace, "stopped", &[]);
+    let beside = [
+        "model.lora_rank=4",
+        "preference.fit.lora_rank=2",
+        "preference.fit.lora_dropout=0.1",
+    ];
+    goes_on_after_a_stop(&workplace, &beside);
+    let round = workplace.path("stopped/preference/round_2");
+    assert!(!round.join("model.safetensors").exists());
+    let config = fs::read_to_string(round.join("adapter_config.json")).expect("PEFT's file");
+    assert!(config.contains("SEQ_CLS"), "{config}");
+    // It finds its base.
+    let rows = workplace.write("rows.jsonl", "{\"ids\": [3, 4, 5, 6]}\n");
+    let [round, rows] = [round, rows].map(|path| path.display().to_string());
+    let score = ["score", "--reward", "--model", &round, "--input", &rows];
+    let answers = workplace.run(&score).succeeded().json_lines();
+    assert!(
+        answers[0]["score"].as_f64().is_some_and(f64::is_finite),
+        "{answers:?}"
+    );
+    // It is no policy.
+    let score = ["score", "--model", &round, "--input", &rows];
+    workplace
+        .run(&score)
+        .check(3, &["SEQ_CLS", "adapter_config.json"])
+        .without_panic();
+}
+
+/// Plays a game with these settings to its end, and once more with a stop in between.
+fn goes_on_after_a_stop(workplace: &Workplace, sets: &[&str]) {
+    workplace.run(&game(workplace, "whole", sets)).succeeded();
+    let arguments = game(workplace, "stopped", sets);
     let run = workplace.path("stopped");
     let mut running = workplace.start(&arguments);
     running.until("step 5", || {

@@ -69,6 +69,13 @@ impl ModelFolder {
         })
     }
 
+    /// How an adapter names its base: by a path that holds wherever it is read from.
+    #[must_use]
+    pub fn whole_path(&self) -> String {
+        let whole = self.path.canonicalize();
+        whole.as_ref().unwrap_or(&self.path).display().to_string()
+    }
+
     /// Reads the weights as `dtype` onto `device`.
     ///
     /// # Errors

@@ -127,13 +127,7 @@ impl Weights {
             let tensor = found.remove(&name).ok_or_else(|| ModelError::Weights {
                 reason: format!("the tensor {name} of shape {shape:?} is missing"),
             })?;
-            if tensor.dims() != shape {
-                let reason = format!(
-                    "{name} has shape {:?}, the configuration says {shape:?}",
-                    tensor.dims()
-                );
-                return Err(ModelError::Weights { reason });
-            }
+            of_shape(&name, &tensor, &shape)?;
             tensors.insert(name, tensor.to_dtype(dtype)?);
         }
         Ok(Self { tensors })
@@ -230,6 +224,38 @@ impl Weights {
         }
     }
 
+    /// The tensors of these names and shapes, not copied.
+    ///
+    /// # Errors
+    /// When one is missing or of another shape.
+    pub(crate) fn part(&self, expected: Vec<(String, Vec<usize>)>) -> Result<Self, ModelError> {
+        let tensor = |(name, shape): (String, Vec<usize>)| {
+            let tensor = self.get(&name)?;
+            of_shape(&name, &tensor, &shape)?;
+            Ok((name, tensor))
+        };
+        Ok(Self {
+            tensors: expected
+                .into_iter()
+                .map(tensor)
+                .collect::<Result<_, ModelError>>()?,
+        })
+    }
+
+    /// These tensors and others, not copied.
+    #[must_use]
+    pub(crate) fn and(&self, others: &Self) -> Self {
+        let mut both = self.clone();
+        both.tensors.extend(others.tensors.clone());
+        both
+    }
+
+    /// Whether they are of this type on this device.
+    pub(crate) fn are(&self, dtype: DType, device: &Device) -> bool {
+        let is = |tensor: &Tensor| tensor.dtype() == dtype && tensor.device().same_device(device);
+        self.tensors.values().all(is)
+    }
+
     /// The tensor of this name, not copied.
     ///
     /// # Errors
@@ -242,6 +268,15 @@ impl Weights {
                 reason: format!("the tensor {name} is missing"),
             })
     }
+}
+
+fn of_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<(), ModelError> {
+    if tensor.dims() == shape {
+        return Ok(());
+    }
+    let found = tensor.dims();
+    let reason = format!("{name} has shape {found:?}, the configuration says {shape:?}");
+    Err(ModelError::Weights { reason })
 }
 
 /// One draw of the standard normal distribution (Box & Muller 1958).

@@ -15,6 +15,14 @@ pub struct FitSettings {
     /// The trunk it starts from; without it, the policy at the start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<ModelSource>,
+    /// The rank of the adapter that is trained in place of the trunk, which is then shared; 0: none.
+    pub lora_rank: usize,
+    /// What its product is scaled by, over its rank.
+    pub lora_alpha: f64,
+    /// The share of its inputs that training leaves out.
+    pub lora_dropout: f64,
+    /// The modules that it stands beside.
+    pub target_modules: Vec<String>,
     /// How the response's hidden states become the head's input.
     pub pooling: PoolingSetting,
     /// Whether the trunk's own mean log-likelihood of the response is a feature.

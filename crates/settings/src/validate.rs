@@ -179,14 +179,21 @@ impl Checks {
         self.positive(sft.max_grad_norm, "sft.max_grad_norm");
     }
 
-    fn adapter(&mut self, model: &ModelSettings) {
-        self.positive(model.lora_alpha, "model.lora_alpha");
-        self.decay(model.lora_dropout, "model.lora_dropout");
+    /// The keys of an adapter in `table`.
+    fn lora(&mut self, table: &str, (rank, alpha, dropout): (usize, f64, f64), modules: &[String]) {
+        let path = |key: &str| format!("{table}.{key}");
+        self.positive(alpha, &path("lora_alpha"));
+        self.decay(dropout, &path("lora_dropout"));
         self.require(
-            model.lora_rank == 0 || !model.target_modules.is_empty(),
-            "model.target_modules",
+            rank == 0 || !modules.is_empty(),
+            &path("target_modules"),
             "name the modules to adapt, or \"all-linear\"",
         );
+    }
+
+    fn adapter(&mut self, model: &ModelSettings) {
+        let shape = (model.lora_rank, model.lora_alpha, model.lora_dropout);
+        self.lora("model", shape, &model.target_modules);
         self.require(
             model.lora_rank > 0 || model.adapter.is_none(),
             "model.lora_rank",
@@ -394,6 +401,14 @@ mod tests {
             (
                 "[model]\nlora_rank = 4\ntarget_modules = []",
                 "model.target_modules: name the modules",
+            ),
+            (
+                "[preference.fit]\nlora_rank = 4\ntarget_modules = []",
+                "preference.fit.target_modules: name the modules",
+            ),
+            (
+                "[preference.fit]\nlora_alpha = 0.0",
+                "preference.fit.lora_alpha",
             ),
             (
                 "[model]\nlora_dropout = 1.0",

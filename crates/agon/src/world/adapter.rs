@@ -19,7 +19,7 @@ pub(crate) fn adapter(
     saved: Option<&Path>,
 ) -> anyhow::Result<Option<Adapter>> {
     let how = &settings.model;
-    let Some(fresh) = fresh_adapter(settings, base_name(folder)) else {
+    let Some(fresh) = fresh_adapter(settings, folder.whole_path()) else {
         return Ok(None);
     };
     let base = super::language_model(folder, weights)?;
@@ -59,10 +59,4 @@ pub(crate) fn fresh_adapter(settings: &Settings, base_model: String) -> Option<L
         rank_stabilised: false,
         base_model,
     })
-}
-
-/// How a saved adapter names its base: by a path that holds wherever it is read from.
-fn base_name(folder: &ModelFolder) -> String {
-    let whole = folder.path.canonicalize();
-    whole.as_ref().unwrap_or(&folder.path).display().to_string()
 }

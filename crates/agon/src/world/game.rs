@@ -7,11 +7,11 @@ use std::{
 
 use anyhow::Context;
 use messages::{JudgeVersion, Seed, WeightsVersion};
-use model::{ModelFolder, Weights};
+use model::{ModelFolder, RewardFolder, Weights};
 use preference::apo::{Game, GameParts, History};
 use settings::{JudgeSettings, Settings};
 
-use super::{JudgeSource, Opened, Trunk, annotated};
+use super::{JudgeSource, Trunk, annotated};
 
 /// Where the rounds of a run lie.
 pub(crate) fn rounds(run: &Path) -> PathBuf {
@@ -39,7 +39,11 @@ impl Judging {
         let history = History::take_up(&rounds, since)?;
         let initial = judge.model().context("the judge is a model")?;
         let model = match &history.model() {
-            Some(path) => Opened::open(path, None, &super::device(settings)?)?.model,
+            Some(path) => {
+                let (device, dtype) = super::device(settings)?;
+                let at_hand = initial.model.trunk().weights();
+                RewardFolder::open(path, None)?.model(dtype, &device, Some(at_hand))?
+            }
             None => initial.model.clone(),
         };
         Ok(Self {

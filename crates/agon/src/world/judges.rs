@@ -60,7 +60,6 @@ impl JudgeSource {
                     preference_model(settings, head, start.policy(), stopped)?
                 }
             };
-            let policy = policy.map(|(folder, _)| folder);
             let opened = Opened::open(&path, policy, &super::device(settings)?)?;
             opened.is(head)?;
             let opened = opened.judging_in(settings.preference.precision);

@@ -10,7 +10,7 @@ use model::{
 };
 use preference::{
     Calibration, Judge, Learned, Reads,
-    fit::{FitStep, Material, calibrate, fit},
+    fit::{self, FitStep, Material, calibrate, fit},
 };
 use settings::{DtypeSetting, Head, Settings};
 use telemetry::Progress;
@@ -36,16 +36,23 @@ impl Trunk {
         (folder, weights): (&ModelFolder, &Weights),
         stopped: &dyn Fn() -> bool,
     ) -> anyhow::Result<Self> {
-        let Some(source) = &settings.preference.fit.path else {
-            return Ok(Self {
-                folder: folder.clone(),
-                model: super::language_model(folder, weights)?,
-            });
+        let how = &settings.preference.fit;
+        let (folder, weights) = match &how.path {
+            None => (folder.clone(), weights.clone()),
+            Some(source) => {
+                let path = model_hub::folder(source, stopped)?;
+                let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
+                let (device, dtype) = super::device(settings)?;
+                let weights = folder.weights(dtype, &device)?;
+                (folder, weights)
+            }
         };
-        let path = model_hub::folder(source, stopped)?;
-        let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
-        let (device, dtype) = super::device(settings)?;
-        let model = super::language_model(&folder, &folder.weights(dtype, &device)?)?;
+        if let Some(adapter) = fit::adapter(how) {
+            adapter
+                .parameter_count(&folder.config)
+                .map_err(|error| Misuse(format!("preference.fit.target_modules: {error}")))?;
+        }
+        let model = super::language_model(&folder, &weights)?;
         Ok(Self { folder, model })
     }
 
@@ -148,20 +155,22 @@ impl Opened {
         };
         Err(Misuse(format!(
             "{} holds a {is} model, not a {says} one: set preference.judge.kind = {is:?}",
-            self.folder.folder.path.display()
+            self.folder.path().display()
         )))
     }
 
-    /// Reads the folder, for a policy with this one; without, tokens are taken to be the model's.
+    /// Reads the folder, for this policy at the start, whose weights a model that was trained beside them
+    /// shares; without one, tokens are taken to be the model's.
     pub(crate) fn open(
         path: &Path,
-        policy: Option<&ModelFolder>,
+        policy: Option<(&ModelFolder, &Weights)>,
         (device, dtype): &(Device, DType),
     ) -> anyhow::Result<Self> {
         let folder = RewardFolder::open(path, None)?;
-        let model = folder.model(*dtype, device)?;
-        let tokenizer = |path: &Path| std::fs::read(path.join("tokenizer.json")).ok();
-        let shares_tokens = policy.is_none_or(|policy| tokenizer(path) == tokenizer(&policy.path));
+        let model = folder.model(*dtype, device, policy.map(|(_, weights)| weights))?;
+        let tokenizer = |of: &ModelFolder| std::fs::read(of.path.join("tokenizer.json")).ok();
+        let is_own = |(policy, _)| tokenizer(&folder.folder) == tokenizer(policy);
+        let shares_tokens = policy.is_none_or(is_own);
         Ok(Self {
             model,
             version: JudgeVersion(1),

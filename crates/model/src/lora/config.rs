@@ -7,15 +7,17 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::{ModelConfig, ModelError, Weights};
+use crate::{ModelConfig, ModelError, Weights, config::Task};
 
 /// How PEFT calls the two factors of a module.
 pub(super) const A: &str = "lora_A.weight";
 pub(super) const B: &str = "lora_B.weight";
+/// What stands before the base's name of a module or a tensor.
+pub(super) const PREFIX: &str = "base_model.model.";
 /// Stands for every linear map but the head.
 const ALL_LINEAR: &str = "all-linear";
 /// Keys that say nothing about what an adapter computes, or that are read below.
-const READ: [&str; 22] = [
+const READ: [&str; 23] = [
     "peft_type",
     "task_type",
     "r",
@@ -32,6 +34,7 @@ const READ: [&str; 22] = [
     "megatron_core",
     "qalora_group_size",
     "ensure_weight_tying",
+    "modules_to_save",
     // How the factors began; what they are now stands in the file.
     "init_lora_weights",
     "loftq_config",
@@ -126,8 +129,8 @@ impl LoraConfig {
         Ok(self.modules(base)?.into_iter().flat_map(both).collect())
     }
 
-    /// Reads PEFT's configuration; `path` names it in errors.
-    pub(super) fn read(raw: &Value, path: &Path) -> Result<Self, ModelError> {
+    /// Reads PEFT's configuration of an adapter for `task`; `path` names it in errors.
+    pub(super) fn read(raw: &Value, path: &Path, task: Task) -> Result<Self, ModelError> {
         let malformed = |reason: String| ModelError::Malformed {
             path: path.to_owned(),
             reason,
@@ -135,7 +138,7 @@ impl LoraConfig {
         let keys = raw
             .as_object()
             .ok_or_else(|| malformed("it is not an object".into()))?;
-        supported(keys).map_err(malformed)?;
+        supported(keys, task).map_err(malformed)?;
         let number = |key: &str, default: Option<f64>| {
             let found = keys.get(key).filter(|value| !value.is_null());
             let number = found.map_or(default, Value::as_f64);
@@ -163,8 +166,8 @@ impl LoraConfig {
         Ok(config)
     }
 
-    /// The configuration as PEFT reads it.
-    pub(super) fn to_json(&self, base: &ModelConfig) -> Result<Value, ModelError> {
+    /// The configuration as PEFT reads it of an adapter for `task`.
+    pub(super) fn to_json(&self, base: &ModelConfig, task: Task) -> Result<Value, ModelError> {
         let modules = self.modules(base)?;
         let mut targets: Vec<&str> = modules.iter().map(|(name, ..)| last_word(name)).collect();
         targets.sort_unstable();
@@ -180,12 +183,12 @@ impl LoraConfig {
             json!(self.alpha)
         };
         Ok(json!({
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": true,
+            "peft_type": "LORA", "task_type": task_type(task), "inference_mode": true,
             "base_model_name_or_path": self.base_model, "revision": null,
             "r": self.rank, "lora_alpha": alpha, "lora_dropout": self.dropout,
             "use_rslora": self.rank_stabilised, "target_modules": targets,
             "bias": "none", "fan_in_fan_out": false, "init_lora_weights": true,
-            "modules_to_save": null, "layers_to_transform": null, "layers_pattern": null,
+            "modules_to_save": modules_to_save(task), "layers_to_transform": null, "layers_pattern": null,
             "rank_pattern": {}, "alpha_pattern": {}, "use_dora": false,
         }))
     }
@@ -193,7 +196,23 @@ impl LoraConfig {
 
 /// PEFT's name for a factor of a module.
 pub(super) fn tensor_name(module: &str, factor: &str) -> String {
-    format!("base_model.model.{module}.{factor}")
+    format!("{PREFIX}{module}.{factor}")
+}
+
+/// PEFT's word for what a model is for.
+fn task_type(task: Task) -> &'static str {
+    match task {
+        Task::Language => "CAUSAL_LM",
+        Task::Reward => "SEQ_CLS",
+    }
+}
+
+/// The modules that are whole in the file: PEFT's names for a classifier's head.
+fn modules_to_save(task: Task) -> Option<&'static [&'static str]> {
+    match task {
+        Task::Language => None,
+        Task::Reward => Some(&["classifier", "score"]),
+    }
 }
 
 /// The base's name for the weight of a module.
@@ -273,14 +292,25 @@ fn targets(value: Option<&Value>) -> Result<Vec<String>, String> {
 }
 
 /// Whether everything that is not read is switched off.
-fn supported(keys: &Map<String, Value>) -> Result<(), String> {
+fn supported(keys: &Map<String, Value>, task: Task) -> Result<(), String> {
     let word = |key: &str| keys.get(key).and_then(Value::as_str);
     if word("peft_type") != Some("LORA") {
         let found = word("peft_type").unwrap_or("(none)");
         return Err(format!("peft_type is {found}; only LORA is supported"));
     }
-    if let Some(task) = word("task_type").filter(|task| *task != "CAUSAL_LM") {
-        return Err(format!("task_type is {task}; only CAUSAL_LM is supported"));
+    let expected = task_type(task);
+    if let Some(found) = word("task_type").filter(|found| *found != expected) {
+        return Err(format!(
+            "task_type is {found}; only {expected} is supported here"
+        ));
+    }
+    let whole = keys.get("modules_to_save").and_then(Value::as_array);
+    let known =
+        |name: &Value| modules_to_save(task).is_some_and(|known| known.iter().any(|k| name == k));
+    if let Some(name) = whole.and_then(|names| names.iter().find(|name| !known(name))) {
+        return Err(format!(
+            "modules_to_save names {name}, which is not supported"
+        ));
     }
     if let Some(bias) = word("bias").filter(|bias| *bias != "none") {
         return Err(format!(

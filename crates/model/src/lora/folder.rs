@@ -15,7 +15,7 @@ use safetensors::SafeTensors;
 use super::{Adapter, LoraConfig, config};
 use crate::{
     LanguageModel, ModelError, ModelFolder, Weights,
-    config::read_json,
+    config::{Task, read_json},
     folder::{copy_tokenizer, make, save_folder, sync, write},
     weights::torn,
 };
@@ -43,13 +43,18 @@ impl AdapterFolder {
         path.join(CONFIG).exists()
     }
 
-    /// Opens the adapter in the folder `path`.
+    /// Opens the adapter of a language model in the folder `path`.
     ///
     /// # Errors
     /// When the folder or its configuration is missing or malformed, or wants what is not supported.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
+        Self::open_for(Task::Language, path)
+    }
+
+    /// As [`Self::open`], an adapter of a model that is for `task`.
+    pub(crate) fn open_for(task: Task, path: &Path) -> Result<Self, ModelError> {
         let file = path.join(CONFIG);
-        let config = LoraConfig::read(&read_json(&file)?, &file)?;
+        let config = LoraConfig::read(&read_json(&file)?, &file, task)?;
         Ok(Self {
             path: path.to_owned(),
             config,
@@ -80,29 +85,62 @@ impl AdapterFolder {
     /// # Errors
     /// When the file is missing or torn, or the adapter belongs to another base.
     pub fn adapter(&self, base: &LanguageModel) -> Result<Adapter, ModelError> {
-        let path = self.path.join(TENSORS);
-        let bytes = fs::read(&path).map_err(|source| ModelError::Unreadable {
-            path: path.clone(),
-            source,
-        })?;
-        let malformed = |error: &candle_core::Error| ModelError::Malformed {
-            path: path.clone(),
+        Ok(self.adapter_and(Vec::new(), base)?.0)
+    }
+
+    /// As [`Self::adapter`], with the tensors that lie beside it: `whole`, by the base's names for them and
+    /// their shapes.
+    pub(crate) fn adapter_and(
+        &self,
+        whole: Vec<(String, Vec<usize>)>,
+        base: &LanguageModel,
+    ) -> Result<(Adapter, Weights), ModelError> {
+        let bytes = self.tensors()?;
+        let torn = |error: &candle_core::Error| ModelError::Malformed {
+            path: self.path.join(TENSORS),
             reason: torn(error),
         };
         let found = candle_core::safetensors::load_buffer(&bytes, base.device())
-            .map_err(|error| malformed(&error))?;
-        let expected = self.config.tensors(base.config())?;
+            .map_err(|error| torn(&error))?;
+        let mut expected = self.config.tensors(base.config())?;
+        expected.extend(
+            whole
+                .iter()
+                .map(|(name, shape)| (prefixed(name), shape.clone())),
+        );
         let narrow = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
         let tensors = found.into_iter().map(narrow);
-        let weights = Weights {
+        let mut weights = Weights {
             tensors: tensors.collect::<Result<_, candle_core::Error>>()?,
         };
         config::fits(&weights, &expected).map_err(|error| self.made_for(&error))?;
-        self.is_print(base, &bytes)?;
-        Ok(Adapter {
-            config: self.config.clone(),
-            weights,
-        })
+        if let Some(saved) = saved_print(&bytes)
+            && saved != print(base.weights())?
+        {
+            let reason = "the model's weights are not those it was trained beside".into();
+            return Err(self.made_for(&ModelError::Adapter { reason }));
+        }
+        let beside = whole.into_iter().filter_map(|(name, _)| {
+            let tensor = weights.tensors.remove(&prefixed(&name))?;
+            Some((name, tensor))
+        });
+        let beside = Weights::of(beside.collect());
+        let config = self.config.clone();
+        Ok((Adapter { config, weights }, beside))
+    }
+
+    /// Whether it is known to have been trained beside these weights.
+    ///
+    /// # Errors
+    /// When its file is missing, or a tensor cannot be read from its device.
+    pub(crate) fn was_trained_beside(&self, weights: &Weights) -> Result<bool, ModelError> {
+        let saved = saved_print(&self.tensors()?);
+        Ok(saved.is_some_and(|saved| print(weights).is_ok_and(|print| print == saved)))
+    }
+
+    fn tensors(&self) -> Result<Vec<u8>, ModelError> {
+        let path = self.path.join(TENSORS);
+        fs::read(&path).map_err(|source| ModelError::Unreadable { path, source })
     }
 
     /// The error with the name of the base.
@@ -115,21 +153,6 @@ impl AdapterFolder {
             other => ModelError::Adapter {
                 reason: other.to_string(),
             },
-        }
-    }
-
-    /// Whether the base is the one whose print was saved with the adapter, if one was.
-    fn is_print(&self, base: &LanguageModel, bytes: &[u8]) -> Result<(), ModelError> {
-        let Ok((_, header)) = SafeTensors::read_metadata(bytes) else {
-            return Ok(());
-        };
-        let saved = header.metadata().as_ref().and_then(|m| m.get(PRINT));
-        match saved {
-            Some(saved) if *saved != print(base.weights())? => {
-                let reason = "the model's weights are not those it was trained beside".into();
-                Err(self.made_for(&ModelError::Adapter { reason }))
-            }
-            _ => Ok(()),
         }
     }
 }
@@ -168,14 +191,30 @@ pub fn open_policy(
 /// # Errors
 /// When a file cannot be read or written, or a tensor cannot be read from its device.
 pub fn save_policy(to: &Path, from: &ModelFolder, model: &LanguageModel) -> Result<(), ModelError> {
-    let Some(adapter) = model.adapter() else {
-        return save_folder(to, from, model.weights());
-    };
+    match model.adapter() {
+        None => save_folder(to, from, model.weights()),
+        Some(adapter) => save_adapter(to, from, (model.weights(), adapter), None),
+    }
+}
+
+/// Saves the adapter of a model with these weights, made from `from`, in the folder `to`, with the
+/// tokenizer's files; with the `head` of a classifier, by the base's names, where there is one.
+pub(crate) fn save_adapter(
+    to: &Path,
+    from: &ModelFolder,
+    (base, adapter): (&Weights, &Adapter),
+    head: Option<&Weights>,
+) -> Result<(), ModelError> {
     make(to)?;
-    let print = [(PRINT, print(model.weights())?)];
-    write(&to.join(TENSORS), &adapter.weights.to_blob_saying(&print)?)?;
+    let mut weights = adapter.weights.clone();
+    let head_tensors = head.iter().flat_map(|head| &head.tensors);
+    let beside = head_tensors.map(|(name, tensor)| (prefixed(name), tensor.clone()));
+    weights.tensors.extend(beside);
+    let print = [(PRINT, print(base)?)];
+    write(&to.join(TENSORS), &weights.to_blob_saying(&print)?)?;
     copy_tokenizer(to, from)?;
-    let config = format!("{:#}\n", adapter.config.to_json(&from.config)?);
+    let task = head.map_or(Task::Language, |_| Task::Reward);
+    let config = format!("{:#}\n", adapter.config.to_json(&from.config, task)?);
     write(&to.join(CONFIG), config.as_bytes())?;
     sync(to)
 }
@@ -204,6 +243,17 @@ impl LanguageModel {
     pub fn as_saved(&self, folder: &Path) -> Result<Self, ModelError> {
         self.with_trained(self.read_trained(folder)?)
     }
+}
+
+/// PEFT's name for a tensor that is whole in the file.
+fn prefixed(name: &str) -> String {
+    format!("{}{name}", config::PREFIX)
+}
+
+/// The base's print in the bytes of an adapter's file, if it was saved.
+fn saved_print(bytes: &[u8]) -> Option<String> {
+    let (_, header) = SafeTensors::read_metadata(bytes).ok()?;
+    header.metadata().as_ref()?.get(PRINT).cloned()
 }
 
 /// A print of weights: the digest of the names, shapes and first numbers of all tensors, as bf16, so

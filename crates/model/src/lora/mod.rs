@@ -18,6 +18,7 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 pub use config::LoraConfig;
+pub(crate) use folder::save_adapter;
 pub use folder::{AdapterFolder, open_policy, save_policy};
 pub(crate) use low_rank::LowRank;
 
@@ -195,7 +196,7 @@ impl LanguageModel {
         }
     }
 
-    fn with_trained(&self, weights: Weights) -> Result<Self, ModelError> {
+    pub(crate) fn with_trained(&self, weights: Weights) -> Result<Self, ModelError> {
         match &self.adapter {
             Some(adapter) => self.with_adapter(Adapter {
                 config: adapter.config.clone(),

@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     AdamWSettings, CompletionWriter as _, Gradients, ModelFolder, Optimizer, Request, Sampler,
     SamplingSettings, Sequence,
-    config::read_json,
+    config::{Task, read_json},
     fixtures::{adapted, folder, lora_config as config, tiny_model},
 };
 
@@ -357,7 +357,7 @@ fn what_peft_can_and_we_cannot_is_refused_by_name() {
         let mut raw = good.clone();
         let changes = changes.as_object().unwrap().clone();
         raw.as_object_mut().unwrap().extend(changes);
-        LoraConfig::read(&raw, Path::new("adapter_config.json"))
+        LoraConfig::read(&raw, Path::new("adapter_config.json"), Task::Language)
     };
     let config = read(json!({})).unwrap();
     assert_eq!((config.rank, config.alpha, config.scale()), (4, 8.0, 4.0));
@@ -414,11 +414,46 @@ fn modules_are_named_by_their_ends() {
     assert!(refused.contains("rank of at least 1"), "{refused}");
     // What is adapted in one block only is saved by its full name.
     let json = |targets: &[&str]| {
-        config(targets).to_json(base.config()).unwrap()["target_modules"].clone()
+        let json = config(targets).to_json(base.config(), Task::Language);
+        json.unwrap()["target_modules"].clone()
     };
     assert_eq!(
         json(&["layers.1.self_attn.q_proj"]),
         json!(["layers.1.self_attn.q_proj"])
     );
     assert_eq!(json(&["self_attn.q_proj"]), json!(["q_proj"]));
+}
+
+#[test]
+fn an_adapter_is_for_what_its_model_is_for() {
+    let base = tiny_model(9, 1);
+    let read = |raw: &Value, task| {
+        let read = LoraConfig::read(raw, Path::new("adapter_config.json"), task);
+        read.map(|_| ()).map_err(|error| error.to_string())
+    };
+    for (task, other, word) in [
+        (Task::Language, Task::Reward, "CAUSAL_LM"),
+        (Task::Reward, Task::Language, "SEQ_CLS"),
+    ] {
+        let raw = config(&["q_proj"]).to_json(base.config(), task).unwrap();
+        assert_eq!(raw["task_type"], word);
+        assert_eq!(read(&raw, task), Ok(()));
+        let refused = read(&raw, other).unwrap_err();
+        assert!(
+            refused.contains(&format!("task_type is {word}")),
+            "{refused}"
+        );
+    }
+    // PEFT itself names one of the two as a classifier's head, or both.
+    let mut raw = config(&["q_proj"])
+        .to_json(base.config(), Task::Reward)
+        .unwrap();
+    for (whole, fits) in [
+        (json!(["score"]), true),
+        (json!(null), true),
+        (json!(["score", "embed_tokens"]), false),
+    ] {
+        raw["modules_to_save"] = whole;
+        assert_eq!(read(&raw, Task::Reward).is_ok(), fits, "{raw}");
+    }
 }

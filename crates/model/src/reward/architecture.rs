@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use crate::{ModelError, SUPPORTED_ENCODERS, SUPPORTED_REWARD_ARCHITECTURES, config::read_json};
+use crate::{
+    AdapterFolder, ModelError, SUPPORTED_ENCODERS, SUPPORTED_REWARD_ARCHITECTURES,
+    config::read_json,
+};
 
 /// How a reward model reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,11 +17,14 @@ pub enum RewardArchitecture {
 }
 
 impl RewardArchitecture {
-    /// That of the model in the folder `path`, by its `config.json`.
+    /// That of the model in the folder `path`, by its `config.json`; an adapter's is a decoder.
     ///
     /// # Errors
     /// When the file cannot be read or names neither.
     pub fn of(path: &Path) -> Result<Self, ModelError> {
+        if AdapterFolder::is_at(path) {
+            return Ok(Self::Decoder);
+        }
         let path = path.join("config.json");
         let raw = read_json(&path)?;
         let named = raw["architectures"][0]

@@ -1,5 +1,5 @@
 //! What a reward model gives and how: kept in its `config.json` under a key of our own, beside the keys
-//! by which transformers knows a classifier.
+//! by which transformers knows a classifier; of an adapter in a file of its own.
 
 use std::path::Path;
 
@@ -70,24 +70,28 @@ impl RewardKind {
 impl RewardConfig {
     /// What `raw` says, the `config.json` at `path`.
     pub(crate) fn read(raw: &Value, path: &Path) -> Result<Self, ModelError> {
-        let malformed = |reason: String| ModelError::Malformed {
-            path: path.to_owned(),
-            reason,
-        };
         let config = match raw.get(KEY) {
-            Some(own) => {
-                Self::deserialize(own).map_err(|error| malformed(format!("{KEY}: {error}")))?
-            }
+            Some(own) => Self::parse(own, path)?,
             None => Self::default(),
         };
-        config.check().map_err(&malformed)?;
         let (outputs, labels) = (config.kind.outputs(), labels(raw));
-        if labels.is_some_and(|labels| labels != outputs) {
-            let labels = labels.unwrap_or(0);
-            let reason = format!("it has {labels} labels where a reward model has {outputs}");
-            return Err(malformed(reason));
+        match labels.filter(|&labels| labels != outputs) {
+            None => Ok(config),
+            Some(labels) => Err(ModelError::Malformed {
+                path: path.to_owned(),
+                reason: format!("it has {labels} labels where a reward model has {outputs}"),
+            }),
         }
-        Ok(config)
+    }
+
+    /// What `own` says, in the file at `path`.
+    pub(super) fn parse(own: &Value, path: &Path) -> Result<Self, ModelError> {
+        let config = Self::deserialize(own).map_err(|error| format!("{KEY}: {error}"));
+        let checked = config.and_then(|config| config.check().map(|()| config));
+        checked.map_err(|reason| ModelError::Malformed {
+            path: path.to_owned(),
+            reason,
+        })
     }
 
     /// Whether such a model can be.
@@ -124,17 +128,14 @@ impl RewardConfig {
         trunk
     }
 
-    /// Every tensor of the model on a trunk that is [`Self::headless`]: its name and its shape.
-    pub(crate) fn tensors(self, trunk: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-        let mut tensors = trunk.tensors();
-        tensors.push((
-            HEAD.to_owned(),
-            vec![self.kind.outputs(), trunk.hidden_size],
-        ));
-        if self.likelihood {
-            tensors.push((COEFFICIENT.to_owned(), vec![1]));
-        }
-        tensors
+    /// The tensors beside those of its trunk: their names and shapes.
+    pub(crate) fn head(self, trunk: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+        let score = vec![self.kind.outputs(), trunk.hidden_size];
+        let coefficient = self.likelihood.then(|| (COEFFICIENT.to_owned(), vec![1]));
+        [(HEAD.to_owned(), score)]
+            .into_iter()
+            .chain(coefficient)
+            .collect()
     }
 }
 
@@ -244,8 +245,9 @@ mod tests {
                 likelihood,
                 ..RewardConfig::default()
             };
-            let tensors = reward.tensors(&reward.shape(&trunk));
-            let names: Vec<String> = tensors.into_iter().map(|(name, _)| name).collect();
+            let shape = reward.shape(&trunk);
+            let tensors = shape.tensors().into_iter().chain(reward.head(&shape));
+            let names: Vec<String> = tensors.map(|(name, _)| name).collect();
             ["lm_head.weight", HEAD, COEFFICIENT].map(|name| names.iter().any(|n| n == name))
         };
         assert_eq!(names(false), [false, true, false]);

@@ -1,43 +1,144 @@
-//! A reward model as a folder, in the layout of Hugging Face.
+//! A reward model as a folder, in the layout of Hugging Face: a classifier, or PEFT's adapter of one.
+//!
+//! An adapter's folder holds what was trained and names its base. What the model gives and how stands in
+//! a file of its own there, since PEFT has no place for it.
 
 use std::path::Path;
 
 use candle_core::{DType, Device};
+use serde_json::json;
 
 use super::{RewardConfig, RewardModel};
-use crate::{ModelError, ModelFolder, Weights, config::Task};
+use crate::{
+    AdapterFolder, LanguageModel, ModelError, ModelFolder, Weights,
+    config::{Task, read_json},
+    folder::{save_folder, write},
+    lora::save_adapter,
+};
+
+/// Beside an adapter: what the model gives and how.
+const CONFIG: &str = "reward_config.json";
 
 /// A reward model on disk: all of it but the weights.
 #[derive(Debug, Clone)]
 pub struct RewardFolder {
-    /// Where it lies, the shape of its trunk and its tokens.
+    /// Where its trunk lies, the shape of that and its tokens: the model's own folder, or its base's.
     pub folder: ModelFolder,
     /// What it gives and how.
     pub config: RewardConfig,
+    /// What was trained, where it is not all.
+    adapter: Option<AdapterFolder>,
 }
 
 impl RewardFolder {
-    /// Opens the reward model in the folder `path`, a `…ForSequenceClassification` with one label, or one
-    /// that [`RewardModel::save`] wrote; with another chat template than its own when `chat_template`
-    /// names a file.
+    /// Opens the reward model in the folder `path`: a `…ForSequenceClassification` with one label, PEFT's
+    /// adapter of one, or what [`RewardModel::save`] wrote; with another chat template than its own when
+    /// `chat_template` names a file.
     ///
     /// # Errors
-    /// When the folder or a file in it is missing, does not fit the others, or is no reward model.
+    /// When the folder or a file in it is missing, does not fit the others, or is no reward model; or an
+    /// adapter's base is not where it says.
     pub fn open(path: &Path, chat_template: Option<&Path>) -> Result<Self, ModelError> {
-        let mut folder = ModelFolder::open_for(Task::Reward, path, chat_template)?;
-        let config = RewardConfig::read(&folder.config.raw, &path.join("config.json"))?;
+        let is_adapter = AdapterFolder::is_at(path);
+        let adapter = is_adapter
+            .then(|| AdapterFolder::open_for(Task::Reward, path))
+            .transpose()?;
+        let (mut folder, config) = match &adapter {
+            Some(adapter) => {
+                let folder = ModelFolder::open(&adapter.base()?, chat_template)?;
+                (folder, RewardConfig::read_beside(&path.join(CONFIG))?)
+            }
+            None => {
+                let folder = ModelFolder::open_for(Task::Reward, path, chat_template)?;
+                let config = RewardConfig::read(&folder.config.raw, &path.join("config.json"))?;
+                (folder, config)
+            }
+        };
         folder.config = config.headless(folder.config);
-        Ok(Self { folder, config })
+        Ok(Self {
+            folder,
+            config,
+            adapter,
+        })
     }
 
-    /// Reads the model as `dtype` onto `device`.
+    /// Where the model lies.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.adapter
+            .as_ref()
+            .map_or(&self.folder.path, |adapter| &adapter.path)
+    }
+
+    /// Reads the model as `dtype` onto `device`. An adapter that was trained beside the weights `at_hand`
+    /// shares them; else its base is read too.
     ///
     /// # Errors
-    /// When a file is missing or torn, or a tensor is missing or of another shape.
-    pub fn model(&self, dtype: DType, device: &Device) -> Result<RewardModel, ModelError> {
-        let trunk = &self.folder.config;
-        let tensors = self.config.tensors(trunk);
-        let weights = Weights::load_tensors(&self.folder.path, tensors, dtype, device)?;
-        RewardModel::new(trunk.clone(), self.config, weights)
+    /// When a file is missing or torn, a tensor is missing or of another shape, or an adapter belongs to
+    /// another base.
+    pub fn model(
+        &self,
+        dtype: DType,
+        device: &Device,
+        at_hand: Option<&Weights>,
+    ) -> Result<RewardModel, ModelError> {
+        let (config, shape) = (self.config, &self.folder.config);
+        let Some(adapter) = &self.adapter else {
+            let all = shape
+                .tensors()
+                .into_iter()
+                .chain(config.head(shape))
+                .collect();
+            let all = Weights::load_tensors(&self.folder.path, all, dtype, device)?;
+            return RewardModel::new(shape.clone(), config, &all);
+        };
+        let base = match at_hand.and_then(|weights| weights.part(shape.tensors()).ok()) {
+            Some(base) if base.are(dtype, device) && adapter.was_trained_beside(&base)? => base,
+            _ => Weights::load(&self.folder.path, shape, dtype, device)?,
+        };
+        let base = LanguageModel::new(shape.clone(), base)?;
+        let (adapter, head) = adapter.adapter_and(config.head(shape), &base)?;
+        Ok(RewardModel {
+            config,
+            trunk: base.with_adapter(adapter)?,
+            head,
+        })
+    }
+}
+
+impl RewardModel {
+    /// Saves the model, whose trunk is that of `like` or was trained from it, in the folder `to`, which is made
+    /// when it is missing, with the tokenizer's files of `like`: as a classifier that transformers loads or,
+    /// where the trunk has an adapter, as PEFT's adapter of one beside `like`. Where a likelihood is a feature
+    /// they do not know of it, and they pool the last token only. Files that are there are replaced; others
+    /// stay.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written, or a tensor cannot be read from its device.
+    pub fn save(&self, to: &Path, like: &ModelFolder) -> Result<(), ModelError> {
+        let Some(adapter) = self.trunk.adapter() else {
+            let from = ModelFolder {
+                path: like.path.clone(),
+                config: self.trunk.config().clone(),
+                tokenizer: like.tokenizer.clone(),
+            };
+            return save_folder(to, &from, &self.weights());
+        };
+        let adapter = adapter.clone().with_base_model(like.whole_path());
+        let trained = (self.trunk.weights(), &adapter);
+        save_adapter(to, like, trained, Some(&self.head))?;
+        let config = format!("{:#}\n", json!(self.config));
+        write(&to.join(CONFIG), config.as_bytes())
+    }
+}
+
+impl RewardConfig {
+    /// What the file at `path` says, beside an adapter; without it the model is as every classifier.
+    fn read_beside(path: &Path) -> Result<Self, ModelError> {
+        if path.exists() {
+            Self::parse(&read_json(path)?, path)
+        } else {
+            Ok(Self::default())
+        }
     }
 }

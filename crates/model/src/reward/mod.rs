@@ -11,7 +11,7 @@ mod folder;
 mod preference;
 mod score;
 
-use std::{collections::BTreeMap, path::Path};
+use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 use messages::{Digest, Seed};
@@ -19,14 +19,11 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde_json::json;
 
 pub use architecture::RewardArchitecture;
-use config::{COEFFICIENT, HEAD};
+use config::HEAD;
 pub use config::{Pooling, RewardConfig, RewardKind};
 pub use folder::RewardFolder;
 
-use crate::{
-    LanguageModel, ModelConfig, ModelError, ModelFolder, Precision, Weights, folder::save_folder,
-    weights::normal,
-};
+use crate::{LanguageModel, ModelConfig, ModelError, Precision, Weights, weights::normal};
 
 /// The likelihood's coefficient before it is trained.
 const FIRST_COEFFICIENT: f32 = 0.05;
@@ -37,15 +34,15 @@ const SCORE_DEVIATION: f64 = 0.02;
 const EMBEDDING_DEVIATION: f64 = 1.0;
 
 /// A decoder with a head that scores. Clones share the weights.
+///
+/// Where the trunk has an adapter, the trunk itself stays as it is and may be shared with other models:
+/// the adapter and the head are all that is trained, and saved.
 #[derive(Debug, Clone)]
 pub struct RewardModel {
     config: RewardConfig,
-    /// It carries all the weights, the head's too.
     trunk: LanguageModel,
-    /// `[outputs, hidden_size]`.
-    head: Tensor,
-    /// `[1]`, where the likelihood is a feature.
-    coefficient: Option<Tensor>,
+    /// `[outputs, hidden_size]` and, where the likelihood is a feature, its coefficient `[1]`.
+    head: Weights,
 }
 
 impl RewardModel {
@@ -58,8 +55,17 @@ impl RewardModel {
         }
     }
 
-    /// A fresh head on the decoder of `trunk`, whose tensors it shares. The head's first numbers are
-    /// small and depend on `seed` alone.
+    /// The same model as training runs it: see [`LanguageModel::dropping`].
+    #[must_use]
+    pub fn dropping(&self, seed: Seed) -> Self {
+        Self {
+            trunk: self.trunk.dropping(seed),
+            ..self.clone()
+        }
+    }
+
+    /// A fresh head on the decoder of `trunk`, whose tensors it shares, with the trunk's adapter where it has
+    /// one. The head's first numbers are small and depend on `seed` alone.
     ///
     /// # Errors
     /// When the configuration is not possible, or the device cannot hold the head.
@@ -71,35 +77,41 @@ impl RewardModel {
         config
             .check()
             .map_err(|reason| ModelError::Weights { reason })?;
-        let (dtype, device) = (trunk.dtype(), trunk.device());
         let shape = config.shape(trunk.config());
-        let mut tensors = BTreeMap::new();
-        for (name, dims) in config.tensors(&shape) {
-            let fresh = |numbers: Vec<f32>| {
-                let tensor = Tensor::from_vec(numbers, dims, &Device::Cpu)?;
-                tensor.to_dtype(dtype)?.to_device(device)
+        // Beside an adapter it is what is trained, whatever numbers the trunk is kept in.
+        let dtype = match trunk.adapter() {
+            Some(_) => DType::F32,
+            None => trunk.dtype(),
+        };
+        let mut head = BTreeMap::new();
+        for (name, dims) in config.head(&shape) {
+            let numbers = match name.as_str() {
+                HEAD => fresh_head(config.kind.outputs(), shape.hidden_size, seed),
+                _ => vec![FIRST_COEFFICIENT],
             };
-            let tensor = match name.as_str() {
-                HEAD => fresh(fresh_head(config.kind.outputs(), shape.hidden_size, seed))?,
-                COEFFICIENT => fresh(vec![FIRST_COEFFICIENT])?,
-                of_the_trunk => trunk.weights().get(of_the_trunk)?,
-            };
-            tensors.insert(name, tensor);
+            let tensor = Tensor::from_vec(numbers, dims, &Device::Cpu)?.to_dtype(dtype)?;
+            head.insert(name, tensor.to_device(trunk.device())?);
         }
-        Self::new(shape, config, Weights { tensors })
-    }
-
-    fn new(trunk: ModelConfig, config: RewardConfig, weights: Weights) -> Result<Self, ModelError> {
-        let head = weights.get(HEAD)?;
-        let coefficient = config
-            .likelihood
-            .then(|| weights.get(COEFFICIENT))
-            .transpose()?;
+        let weights = trunk.weights().part(shape.tensors())?;
+        let mut own = LanguageModel::new(shape, weights)?;
+        if let Some(adapter) = trunk.adapter() {
+            own = own.with_adapter(adapter.clone())?;
+        }
         Ok(Self {
             config,
-            trunk: LanguageModel::new(trunk, weights)?,
+            trunk: own,
+            head: Weights::of(head),
+        })
+    }
+
+    /// A model of these weights, those of the head among them.
+    fn new(shape: ModelConfig, config: RewardConfig, all: &Weights) -> Result<Self, ModelError> {
+        let head = all.part(config.head(&shape))?;
+        let trunk = LanguageModel::new(shape.clone(), all.part(shape.tensors())?)?;
+        Ok(Self {
+            config,
+            trunk,
             head,
-            coefficient,
         })
     }
 
@@ -109,16 +121,22 @@ impl RewardModel {
         self.config
     }
 
-    /// The shape of its trunk.
+    /// Its trunk, of the trunk's own shape.
     #[must_use]
-    pub fn trunk_config(&self) -> &ModelConfig {
-        self.trunk.config()
+    pub fn trunk(&self) -> &LanguageModel {
+        &self.trunk
     }
 
-    /// All weights, those of the trunk and of the head.
+    /// All weights under their names: those of the trunk, of its adapter where it has one, of the head.
     #[must_use]
-    pub fn weights(&self) -> &Weights {
-        self.trunk.weights()
+    pub fn weights(&self) -> Weights {
+        self.trunk.weights().and(&self.trained())
+    }
+
+    /// The tensors that training moves: all or, where there is an adapter, the adapter's and the head's.
+    #[must_use]
+    pub fn trained(&self) -> Weights {
+        self.trunk.trained().and(&self.head)
     }
 
     /// Where the weights lie.
@@ -144,30 +162,25 @@ impl RewardModel {
         Ok(Digest::of(&bytes))
     }
 
-    /// The same model with its weights copied, to be differentiated and trained, and its variables for
-    /// an [`crate::Optimizer`]. Every variable gets a gradient from [`Self::score`].
+    /// The same model with [`Self::trained`] copied, to be differentiated and moved, and its variables for
+    /// an [`crate::Optimizer`]. Every variable gets a gradient from [`Self::score`]; what is not trained is
+    /// shared.
     ///
     /// # Errors
     /// When the device cannot hold them.
     pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>), ModelError> {
-        let (weights, vars) = self.weights().trainable()?;
-        let model = Self::new(self.trunk.config().clone(), self.config, weights)?;
-        Ok((model, vars))
-    }
-
-    /// Saves the model in the folder `to`, which is made when it is missing, with the tokenizer's files
-    /// of `like`. Transformers loads it as a classifier; where a likelihood is a feature it does not know
-    /// of it, and it pools the last token only. Files that are there are replaced; others stay.
-    ///
-    /// # Errors
-    /// When a file cannot be read or written, or a tensor cannot be read from its device.
-    pub fn save(&self, to: &Path, like: &ModelFolder) -> Result<(), ModelError> {
-        let from = ModelFolder {
-            path: like.path.clone(),
-            config: self.trunk.config().clone(),
-            tokenizer: like.tokenizer.clone(),
-        };
-        save_folder(to, &from, self.weights())
+        let (trunk, mut vars) = self.trunk.trainable()?;
+        let (head, of_head) = self.head.trainable()?;
+        vars.extend(of_head);
+        let config = self.config;
+        Ok((
+            Self {
+                config,
+                trunk,
+                head,
+            },
+            vars,
+        ))
     }
 }
 
@@ -194,15 +207,15 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::{
-        AdamWSettings, DType, Optimizer, Sequence,
-        fixtures::{config_json, folder as policy_folder, shared, tiny_model},
+        AdamWSettings, Adapter, DType, ModelFolder, Optimizer, Sequence,
+        fixtures::{adapted, config_json, folder as policy_folder, shared, tiny_model},
     };
 
     /// A reward model whose head has opinions.
     pub(crate) fn reward(trunk: &LanguageModel, config: RewardConfig) -> RewardModel {
-        let fresh = RewardModel::from_trunk(trunk, config, Seed(3)).unwrap();
-        let weights = fresh.weights().clone().scaled(HEAD, 4.0);
-        RewardModel::new(fresh.trunk.config().clone(), config, weights).unwrap()
+        let mut fresh = RewardModel::from_trunk(trunk, config, Seed(3)).unwrap();
+        fresh.head = fresh.head.scaled(HEAD, 4.0);
+        fresh
     }
 
     pub(crate) fn close(found: &[f32], expected: &[f32], tolerance: f32) {
@@ -248,7 +261,7 @@ pub(crate) mod tests {
             };
             let opened = RewardFolder::open(&path, None).unwrap();
             assert_eq!(opened.config, RewardConfig::default());
-            let model = opened.model(DType::F32, &Device::Cpu).unwrap();
+            let model = opened.model(DType::F32, &Device::Cpu, None).unwrap();
             let text = std::fs::read_to_string(path.join("reference.json")).unwrap();
             let reference: Value = serde_json::from_str(&text).unwrap();
             let numbers = |key: &str| -> Vec<Vec<u32>> {
@@ -282,13 +295,9 @@ pub(crate) mod tests {
             model.save(target.path(), &like).unwrap();
             let opened = RewardFolder::open(target.path(), None).unwrap();
             assert_eq!(opened.config, config);
-            let again = opened.model(DType::F32, &Device::Cpu).unwrap();
+            let again = opened.model(DType::F32, &Device::Cpu, None).unwrap();
             assert_eq!(again.digest().unwrap(), model.digest().unwrap());
             assert_eq!(again.parameter_count(), model.parameter_count());
-            let scores = |model: &RewardModel| {
-                let scores = model.score(&SEQUENCES).unwrap();
-                scores.to_vec2::<f32>().unwrap()
-            };
             assert_eq!(scores(&again), scores(&model));
             // Saved again from what was loaded, nothing changes.
             again.save(target.path(), &opened.folder).unwrap();
@@ -327,6 +336,28 @@ pub(crate) mod tests {
 
     #[test]
     fn every_variable_is_trained_and_the_trunk_it_came_from_is_not() {
+        for trunk in [tiny_model(8, 1), adapted(8, 1, &["all-linear"])] {
+            let before = trunk.weights().digest().unwrap();
+            for config in configs() {
+                let (model, vars) = reward(&trunk, config).trainable().unwrap();
+                let first = margin(&model);
+                step(&model, vars);
+                let [first, last] = [first, margin(&model)].map(|m| m.to_scalar::<f32>().unwrap());
+                assert!(last > first + 1e-3, "{config:?}: from {first} to {last}");
+            }
+            assert_eq!(trunk.weights().digest().unwrap(), before);
+        }
+    }
+
+    /// By how much the first of the sequences is preferred to the second.
+    fn margin(model: &RewardModel) -> Tensor {
+        let features = model.score(&SEQUENCES).unwrap();
+        let margins = model.margins(&features, &[0], &[1]).unwrap();
+        margins.sum_all().unwrap()
+    }
+
+    /// Five steps toward a larger margin.
+    fn step(model: &RewardModel, vars: BTreeMap<String, Var>) {
         let settings = AdamWSettings {
             beta1: 0.9,
             beta2: 0.99,
@@ -334,30 +365,132 @@ pub(crate) mod tests {
             weight_decay: 0.0,
             max_grad_norm: 1.0,
         };
-        let trunk = tiny_model(8, 1);
-        let before = trunk.weights().digest().unwrap();
-        for config in configs() {
-            let (model, vars) = reward(&trunk, config).trainable().unwrap();
-            let mut optimizer = Optimizer::new(vars, settings).unwrap();
-            let margin = |model: &RewardModel| {
-                let features = model.score(&SEQUENCES).unwrap();
-                model
-                    .margins(&features, &[0], &[1])
-                    .unwrap()
-                    .sum_all()
-                    .unwrap()
-            };
-            let first = margin(&model);
-            for _ in 0..5 {
-                let loss = margin(&model).neg().unwrap();
-                let gradients = crate::ops::backward(&loss).unwrap();
-                let norm = optimizer.norm(&gradients).unwrap();
-                optimizer.step(&gradients, norm, 1e-3).unwrap();
-            }
-            let [first, last] = [first, margin(&model)].map(|m| m.to_scalar::<f32>().unwrap());
-            assert!(last > first + 1e-3, "{config:?}: from {first} to {last}");
+        let mut optimizer = Optimizer::new(vars, settings).unwrap();
+        for _ in 0..5 {
+            let gradients = crate::ops::backward(&margin(model).neg().unwrap()).unwrap();
+            let norm = optimizer.norm(&gradients).unwrap();
+            optimizer.step(&gradients, norm, 1e-3).unwrap();
         }
-        assert_eq!(trunk.weights().digest().unwrap(), before);
+    }
+
+    /// A reward model with an adapter, of the policy in a folder, and that policy's weights.
+    fn beside(config: RewardConfig, like: &ModelFolder) -> (RewardModel, Weights) {
+        let weights = like.weights(DType::F32, &Device::Cpu).unwrap();
+        let trunk = LanguageModel::new(like.config.clone(), weights.clone()).unwrap();
+        let shape = crate::fixtures::lora_config(&["all-linear"]);
+        let adapter = Adapter::fresh(shape, &like.config, Seed(4), &Device::Cpu).unwrap();
+        let trunk = trunk.with_adapter(adapter).unwrap();
+        (reward(&trunk, config), weights)
+    }
+
+    fn scores(model: &RewardModel) -> Vec<Vec<f32>> {
+        model.score(&SEQUENCES).unwrap().to_vec2().unwrap()
+    }
+
+    #[test]
+    fn an_adapter_and_the_head_are_saved_and_the_trunk_is_shared() {
+        let source = policy_folder();
+        let like = ModelFolder::open(source.path(), None).unwrap();
+        for config in configs() {
+            let (fresh, weights) = beside(config, &like);
+            let (model, vars) = fresh.trainable().unwrap();
+            assert!(
+                vars.keys()
+                    .all(|name| name.contains("lora_") || !weights.tensors.contains_key(name))
+            );
+            step(&model, vars);
+            assert_ne!(scores(&model), scores(&fresh));
+            let target = tempfile::tempdir().unwrap();
+            model.save(target.path(), &like).unwrap();
+            assert!(!target.path().join("model.safetensors").exists());
+            assert_eq!(
+                RewardArchitecture::of(target.path()).unwrap(),
+                RewardArchitecture::Decoder
+            );
+
+            let opened = RewardFolder::open(target.path(), None).unwrap();
+            assert_eq!((opened.config, opened.path()), (config, target.path()));
+            let open = |at_hand: Option<&Weights>| {
+                opened.model(DType::F32, &Device::Cpu, at_hand).unwrap()
+            };
+            let other = Weights::initialise(&like.config, Seed(8), DType::F32, &Device::Cpu);
+            let narrow = weights.to_dtype(DType::BF16).unwrap();
+            for (at_hand, shares) in [
+                (None, false),
+                (Some(&weights), true),
+                (Some(&other.unwrap()), false),
+                (Some(&narrow), false),
+            ] {
+                let again = open(at_hand);
+                assert_eq!(scores(&again), scores(&model));
+                assert_eq!(again.digest().unwrap(), model.digest().unwrap());
+                let name = "model.layers.0.mlp.up_proj.weight";
+                let same = again.weights().tensors[name].id() == weights.tensors[name].id();
+                assert_eq!(same, shares);
+            }
+            // Saved again from what was loaded, nothing changes.
+            open(Some(&weights))
+                .save(target.path(), &opened.folder)
+                .unwrap();
+            let third = RewardFolder::open(target.path(), None).unwrap();
+            assert_eq!(
+                scores(&third.model(DType::F32, &Device::Cpu, None).unwrap()),
+                scores(&model)
+            );
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_another_house_is_a_classifier_and_one_of_another_base_is_refused() {
+        let source = policy_folder();
+        let like = ModelFolder::open(source.path(), None).unwrap();
+        let (model, _) = beside(RewardConfig::default(), &like);
+        let target = tempfile::tempdir().unwrap();
+        model.save(target.path(), &like).unwrap();
+        let file = target.path().join("reward_config.json");
+        std::fs::write(&file, "{\"kind\": \"bradley-terry\", \"pooling\": \"max\"}").unwrap();
+        let refused = RewardFolder::open(target.path(), None)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("reward_config.json") && refused.contains("`max`"),
+            "{refused}"
+        );
+        std::fs::remove_file(file).unwrap();
+        let opened = RewardFolder::open(target.path(), None).unwrap();
+        assert_eq!(opened.config, RewardConfig::default());
+        let open = || opened.model(DType::F32, &Device::Cpu, None);
+        assert_eq!(scores(&open().unwrap()), scores(&model));
+        // It is no policy, and a policy's adapter is no reward model.
+        let numbers = (DType::F32, &Device::Cpu);
+        let refused = crate::open_policy(target.path(), None, None, numbers).unwrap_err();
+        assert!(
+            refused.to_string().contains("task_type is SEQ_CLS"),
+            "{refused}"
+        );
+        let policy = tempfile::tempdir().unwrap();
+        crate::save_policy(policy.path(), &like, model.trunk()).unwrap();
+        let refused = RewardFolder::open(policy.path(), None).unwrap_err();
+        assert!(
+            refused.to_string().contains("task_type is CAUSAL_LM"),
+            "{refused}"
+        );
+        // The base's weights have moved since.
+        let moved = Weights::initialise(&like.config, Seed(8), DType::F32, &Device::Cpu).unwrap();
+        crate::save_folder(source.path(), &like, &moved).unwrap();
+        let refused = open().unwrap_err().to_string();
+        assert!(
+            refused.contains("not those it was trained beside"),
+            "{refused}"
+        );
+        std::fs::remove_file(source.path().join("config.json")).unwrap();
+        let refused = RewardFolder::open(target.path(), None)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("the base model") && refused.contains("is not there"),
+            "{refused}"
+        );
     }
 
     #[test]
@@ -383,7 +516,7 @@ pub(crate) mod tests {
         );
         let headless = RewardFolder::open(policy.path(), None).unwrap();
         let error = headless
-            .model(DType::F32, &Device::Cpu)
+            .model(DType::F32, &Device::Cpu, None)
             .unwrap_err()
             .to_string();
         assert!(

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
-use super::{Pooling, RewardModel};
+use super::{
+    Pooling, RewardModel,
+    config::{COEFFICIENT, HEAD},
+};
 use crate::{Fork, ModelError, Packed, Sequence, ops, score::SHARED};
 
 /// What a sum of hidden states is divided by, so that its size is that of a mean.
@@ -26,16 +29,14 @@ impl RewardModel {
         let responses = responses(&packed.segments);
         let hidden = self.trunk.hidden(&packed)?;
         let scores = self.pooled(&hidden, &responses)?;
-        match &self.coefficient {
-            None => Ok(scores),
-            Some(coefficient) => {
-                let likelihood = self.mean_log_likelihood(&hidden, sequences, &responses)?;
-                let scaled = (likelihood * LIKELIHOOD_FACTOR)?
-                    .broadcast_mul(&coefficient.to_dtype(DType::F32)?)?;
-                let others = self.config.kind.outputs() - 1;
-                Ok((scores + scaled.pad_with_zeros(1, 0, others)?)?)
-            }
+        if !self.config.likelihood {
+            return Ok(scores);
         }
+        let likelihood = self.mean_log_likelihood(&hidden, sequences, &responses)?;
+        let coefficient = self.head.get(COEFFICIENT)?.to_dtype(DType::F32)?;
+        let scaled = (likelihood * LIKELIHOOD_FACTOR)?.broadcast_mul(&coefficient)?;
+        let others = self.config.kind.outputs() - 1;
+        Ok((scores + scaled.pad_with_zeros(1, 0, others)?)?)
     }
 
     fn check(&self, sequences: &[Sequence<'_>]) -> Result<(), ModelError> {
@@ -57,10 +58,11 @@ impl RewardModel {
     /// The head's outputs of the pooled hidden states, `[n, outputs]` in f32. The head is linear, so what
     /// is pooled are its outputs.
     fn pooled(&self, hidden: &Tensor, responses: &[Response]) -> Result<Tensor, ModelError> {
+        let head = self.head.get(HEAD)?.to_dtype(DType::F32)?.t()?;
         let outputs = |rows: Vec<u32>| -> Result<Tensor, ModelError> {
             let rows = Tensor::new(rows, self.device())?;
             let rows = hidden.index_select(&rows, 0)?.to_dtype(DType::F32)?;
-            Ok(rows.matmul(&self.head.to_dtype(DType::F32)?.t()?)?)
+            Ok(rows.matmul(&head)?)
         };
         let rows = |response: &Response| response.rows.clone().map(|row| row as u32);
         let all = || responses.iter().flat_map(rows);
@@ -170,7 +172,7 @@ mod tests {
     use super::*;
     use crate::{
         LanguageModel, Precision, RewardConfig, RewardKind,
-        fixtures::tiny_model,
+        fixtures::{adapted, tiny_model},
         reward::{
             config::{COEFFICIENT, HEAD},
             tests::{close, reward},
@@ -369,14 +371,22 @@ mod tests {
         let model = match moved {
             None => model.clone(),
             Some((name, place, by)) => {
-                let mut weights = model.weights().clone();
+                let mut weights = model.trained();
                 let tensor = weights.get(name).unwrap();
                 let mut numbers: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
                 numbers[place] += by;
                 let tensor = Tensor::from_vec(numbers, tensor.shape(), tensor.device()).unwrap();
                 weights.tensors.insert(name.to_owned(), tensor);
-                let trunk = model.trunk.config().clone();
-                RewardModel::new(trunk, model.config, weights).unwrap()
+                let of_head = model.config.head(model.trunk.config());
+                let head = weights.part(of_head).unwrap();
+                weights
+                    .tensors
+                    .retain(|name, _| !head.tensors.contains_key(name));
+                RewardModel {
+                    config: model.config,
+                    trunk: model.trunk.with_trained(weights).unwrap(),
+                    head,
+                }
             }
         };
         let features = model.score(&SEQUENCES).unwrap();
@@ -388,41 +398,56 @@ mod tests {
 
     #[test]
     fn gradients_are_finite_differences() {
-        let step = 1e-2;
         for pooling in [Pooling::Last, Pooling::Mean, Pooling::Sum] {
             let config = RewardConfig {
                 kind: RewardKind::Pairwise { planes: 2 },
                 pooling,
                 likelihood: true,
             };
-            let model = reward(&tiny_model(7, 1), config);
-            let (trainable, vars) = model.trainable().unwrap();
-            let gradients = crate::ops::backward(&loss(&trainable, None)).unwrap();
-            for name in [
+            let whole = [
                 HEAD,
                 COEFFICIENT,
                 "lm_head.weight",
                 "model.layers.0.mlp.up_proj.weight",
+            ];
+            let beside = [
+                HEAD,
+                COEFFICIENT,
+                "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+                "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight",
+            ];
+            for (trunk, names) in [
+                (tiny_model(7, 1), whole),
+                (adapted(7, 1, &["all-linear"]), beside),
             ] {
-                let gradient = gradients.get(vars[name].as_tensor()).unwrap();
-                let gradient: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
+                are_finite_differences(&reward(&trunk, config), names);
+            }
+        }
+    }
+
+    fn are_finite_differences(model: &RewardModel, names: [&str; 4]) {
+        let step = 1e-2;
+        let (trainable, vars) = model.trainable().unwrap();
+        let gradients = crate::ops::backward(&loss(&trainable, None)).unwrap();
+        for name in names {
+            let gradient = gradients.get(vars[name].as_tensor()).unwrap();
+            let gradient: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
+            assert!(
+                gradient.iter().any(|g| g.abs() > 1e-2),
+                "{name}: {gradient:?}"
+            );
+            for place in (0..gradient.len()).step_by(gradient.len().div_ceil(24)) {
+                let at = |by| {
+                    let loss = loss(model, Some((name, place, by)));
+                    loss.to_scalar::<f32>().unwrap()
+                };
+                let difference = (at(step) - at(-step)) / (2.0 * step);
+                let tolerance = 3e-3 * (1.0 + difference.abs());
                 assert!(
-                    gradient.iter().any(|g| g.abs() > 1e-2),
-                    "{name}: {gradient:?}"
+                    (gradient[place] - difference).abs() < tolerance,
+                    "{name} at {place}: {} is not {difference}",
+                    gradient[place]
                 );
-                for place in (0..gradient.len()).step_by(gradient.len().div_ceil(24)) {
-                    let at = |by| {
-                        let loss = loss(&model, Some((name, place, by)));
-                        loss.to_scalar::<f32>().unwrap()
-                    };
-                    let difference = (at(step) - at(-step)) / (2.0 * step);
-                    let tolerance = 3e-3 * (1.0 + difference.abs());
-                    assert!(
-                        (gradient[place] - difference).abs() < tolerance,
-                        "{name} at {place}: {} is not {difference}",
-                        gradient[place]
-                    );
-                }
             }
         }
     }

@@ -104,7 +104,7 @@ async fn a_round_puts_golden_answers_first_and_leaves_a_model_and_a_report() {
     );
 
     let folder = RewardFolder::open(&table.place.path().join("round_1"), None).unwrap();
-    let kept = folder.model(DType::F32, &Device::Cpu).unwrap();
+    let kept = folder.model(DType::F32, &Device::Cpu, None).unwrap();
     assert_eq!(
         kept.digest().unwrap(),
         model.expect("it was accepted").digest().unwrap()

@@ -9,14 +9,17 @@ mod order;
 
 use messages::Seed;
 use model::{
-    AdamWSettings, Gradients, LanguageModel, Optimizer, Pooling, RewardConfig, RewardKind,
-    RewardModel, Schedule, Sequence, Tensor,
+    AdamWSettings, Adapter, Gradients, LanguageModel, LoraConfig, Optimizer, Pooling, RewardConfig,
+    RewardKind, RewardModel, Schedule, Sequence, Tensor,
 };
 use settings::{ApoSettings, FitSettings, Head, PoolingSetting};
 
 use self::order::Order;
 use crate::{Calibration, Judged, PreferenceError, distinct::Distinct};
 
+/// The streams of a fresh adapter's numbers and of its dropout, among those of a fit's seed.
+const ADAPTER: u64 = 0x107a;
+const DROPOUT: u64 = 0xd209;
 /// Pairs that are measured in one pass.
 const JUDGED_AT_ONCE: usize = 64;
 
@@ -70,7 +73,8 @@ pub struct FitStep {
     pub grad_norm: f64,
 }
 
-/// Fits a model with a fresh head on `trunk`. `watch` is told of every step and answers whether to go on.
+/// Fits a model with a fresh head on `trunk`, which stays as it is: a copy of it is trained or, where the
+/// settings want one, an adapter beside it. `watch` is told of every step and answers whether to go on.
 ///
 /// # Errors
 /// When there is nothing to fit to, a pair does not fit the trunk, the loss is not finite, or `watch` says
@@ -82,7 +86,19 @@ pub fn fit(
     seed: Seed,
     mut watch: impl FnMut(FitStep) -> bool,
 ) -> Result<RewardModel, PreferenceError> {
-    let model = RewardModel::from_trunk(trunk, reward_config(settings), seed)?;
+    let trunk = match adapter(settings) {
+        None => trunk.without_adapter(),
+        Some(adapter) => {
+            let seed = seed.derive(ADAPTER);
+            trunk.with_adapter(Adapter::fresh(
+                adapter,
+                trunk.config(),
+                seed,
+                trunk.device(),
+            )?)?
+        }
+    };
+    let model = RewardModel::from_trunk(&trunk, reward_config(settings), seed)?;
     let (model, vars) = model.trainable()?;
     let mut optimizer = Optimizer::new(vars, adamw(settings))?;
     let order = Order::new(settings, material, seed)?;
@@ -96,8 +112,9 @@ pub fn fit(
             golden: None,
             grad_norm: 0.0,
         };
+        let running = model.dropping(seed.derive(DROPOUT).derive(step));
         let loss =
-            Batch::new(&examples, &contests, settings, material.apo).loss(&model, &mut told)?;
+            Batch::new(&examples, &contests, settings, material.apo).loss(&running, &mut told)?;
         let mut gradients = Gradients::default();
         gradients.add(&loss).map_err(model::ModelError::from)?;
         told.grad_norm = optimizer.norm(&gradients)?;
@@ -115,6 +132,19 @@ pub fn fit(
         }
     }
     Ok(model)
+}
+
+/// The adapter that is trained beside the trunk, where it is not the trunk itself; who saves it names its base.
+#[must_use]
+pub fn adapter(settings: &FitSettings) -> Option<LoraConfig> {
+    (settings.lora_rank > 0).then(|| LoraConfig {
+        rank: settings.lora_rank,
+        alpha: settings.lora_alpha,
+        dropout: settings.lora_dropout,
+        target_modules: settings.target_modules.clone(),
+        rank_stabilised: false,
+        base_model: String::new(),
+    })
 }
 
 /// How a model does on annotated pairs; `None` when there are none.

@@ -114,6 +114,37 @@ fn a_fit_learns_what_is_preferred_and_a_seed_repeats_it() {
 }
 
 #[test]
+fn an_adapter_learns_it_too_and_the_trunk_stays_and_is_shared() {
+    let examples = [against(5, 6, 1.0), against(6, 7, 1.0)].concat();
+    let tiny = tiny();
+    let trunk = tiny.model.weights().digest().unwrap();
+    let fitted = |changes: &[&str]| {
+        let beside = ["fit.lora_rank=4", "fit.epochs=12", "fit.lora_alpha=8.0"];
+        let settings = settings(&[&beside[..], changes].concat());
+        let material = Material {
+            examples: &examples,
+            contests: &[],
+            apo: &settings.apo,
+        };
+        fit(&tiny.model, &settings.fit, material, Seed(7), |_| true).unwrap()
+    };
+    let one = fitted(&[]);
+    assert_eq!(
+        sides(&one, &[(5, 6), (6, 7), (5, 7)]),
+        3,
+        "the third was never shown"
+    );
+    assert_eq!(one.trunk().weights().digest().unwrap(), trunk);
+    let digest = |model: &RewardModel| model.digest().unwrap();
+    assert_eq!(digest(&fitted(&[])), digest(&one));
+    let dropping = ["fit.lora_dropout=0.5"];
+    assert_eq!(digest(&fitted(&dropping)), digest(&fitted(&dropping)));
+    assert_ne!(digest(&fitted(&dropping)), digest(&one));
+    let some = fitted(&["fit.target_modules=[\"q_proj\"]"]);
+    assert!(some.parameter_count() < one.parameter_count());
+}
+
+#[test]
 fn a_pairwise_model_holds_a_cycle_and_a_score_cannot() {
     let cycle = [(5, 6), (6, 7), (7, 5)];
     let examples: Vec<_> = cycle

@@ -45,15 +45,15 @@ impl Learned {
                 let response = tokenizer
                     .encode_completion(&text, &ids, &completion.text)
                     .map_err(|e| e.to_string())?;
-                let eos = self.model.trunk_config().eos.first().copied();
+                let eos = self.model.trunk().config().eos.first().copied();
                 (ids, response.into_iter().chain(eos).collect())
             }
         };
         let (length, most) = (
             ids.0.len() + ids.1.len(),
-            self.model.trunk_config().max_positions,
+            self.model.trunk().config().max_positions,
         );
-        let vocabulary = self.model.trunk_config().vocab_size;
+        let vocabulary = self.model.trunk().config().vocab_size;
         let mut all = ids.0.iter().chain(&ids.1);
         if let Some(id) = all.find(|&&id| id as usize >= vocabulary) {
             return Err(format!(

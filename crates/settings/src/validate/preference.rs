@@ -228,6 +228,8 @@ impl Checks {
 
     fn fit(&mut self, fit: &FitSettings) {
         let path = |key: &str| format!("preference.fit.{key}");
+        let adapter = (fit.lora_rank, fit.lora_alpha, fit.lora_dropout);
+        self.lora("preference.fit", adapter, &fit.target_modules);
         self.at_least(fit.planes as u64, 1, &path("planes"));
         self.at_least(fit.epochs as u64, 1, &path("epochs"));
         self.at_least(fit.train_batch_size as u64, 1, &path("train_batch_size"));

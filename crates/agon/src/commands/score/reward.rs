@@ -65,11 +65,11 @@ impl Scorer {
         let folder = RewardFolder::open(path, None)?;
         if let RewardKind::Pairwise { .. } = folder.config.kind {
             return Err(ModelError::Malformed {
-                path: path.join("config.json"),
+                path: path.to_owned(),
                 reason: PAIRWISE.into(),
             });
         }
-        let model = folder.model(DType::from(dtype), device)?;
+        let model = folder.model(DType::from(dtype), device, None)?;
         Ok(Self::Decoder(Box::new(folder), Box::new(model)))
     }
 
