@@ -345,7 +345,7 @@ impl PackedMatrix {
         target: Target<'_>,
     ) {
         let (depth, begin) = (self.depth, target.begin);
-        self.spread((threads, (tile::BLOCK, tile::GROUP)), target, |part| {
+        self.spread((threads, (tile::block::<F>(), tile::GROUP)), target, |part| {
             dispatch(Task {
                 format,
                 begin,
@@ -372,7 +372,7 @@ impl PackedMatrix {
         let tasks = rows * self.out * self.width / TASK;
         let tasks = tasks.clamp(1, if threads == 1 { 1 } else { SHARE * threads });
         let height = (rows / tasks + block / 2) / block * block;
-        let height = height.clamp(block, HEIGHT);
+        let height = height.clamp(block, HEIGHT / block * block);
         // Every part lays out its rows, where they lie across: panels are shared out when rows are too few.
         let below = rows.div_ceil(height).max(1);
         let beside = if below < 2 * threads {

@@ -4,22 +4,37 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::super::vector::{Arithmetic, Kernel, LANES, Line};
+use super::super::vector::{Arithmetic, Kernel, LANES, Line, dispatch};
 use super::Columns;
 
 /// Panels that are multiplied together where registers are wide.
 pub(super) const GROUP: usize = 3;
 
 /// Rows that are multiplied at a time, twice: parts of a product begin at such a row.
-pub(super) const BLOCK: usize = 2 * STRIP;
+pub(super) fn block<F: Format>() -> usize {
+    struct Rows<F>(PhantomData<F>);
+    impl<F: Format> Kernel for Rows<F> {
+        type Output = usize;
 
-/// Rows of a left factor that lies across, laid side by side.
-const STRIP: usize = 8;
+        #[inline(always)]
+        fn run<A: Arithmetic>(self) -> usize {
+            const { rows_at_a_time::<F, A>() }
+        }
+    }
+    2 * dispatch(Rows::<F>(PhantomData))
+}
+
+const fn rows_at_a_time<F: Format, A: Arithmetic>() -> usize {
+    if F::PARTS { A::ROWS_OF_PARTS } else { A::ROWS }
+}
 
 /// A kind of word, and how it is multiplied.
 pub(super) trait Format: Sync {
     type Word: Copy + Default + Send + Sync;
     type Sum<A: Arithmetic>: Copy;
+
+    /// Whether a word holds several numbers.
+    const PARTS: bool = true;
 
     /// Lines of a panel that are taken together, so that they stay near while all rows meet them.
     const LINES: usize;
@@ -43,6 +58,7 @@ impl Format for F32 {
     type Word = f32;
     type Sum<A: Arithmetic> = A::Vector;
 
+    const PARTS: bool = false;
     const LINES: usize = 320;
 
     #[inline(always)]
@@ -117,7 +133,8 @@ impl Format for Int8<'_> {
         let scale = self.rows[row];
         let mut numbers = [0.0; LANES];
         for lane in 0..LANES {
-            numbers[lane] = (counts[lane] - excess[lane]) as f32 * (scale * scales[lane]);
+            let excess = if A::SIGNED { 0 } else { excess[lane] };
+            numbers[lane] = (counts[lane] - excess) as f32 * (scale * scales[lane]);
         }
         numbers
     }
@@ -296,7 +313,19 @@ impl<F: Format> Kernel for Task<'_, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<A: Arithmetic>(mut self) {
+    fn run<A: Arithmetic>(self) {
+        match const { rows_at_a_time::<F, A>() } {
+            8 => self.pieces::<A, 8>(),
+            6 => self.pieces::<A, 6>(),
+            _ => self.pieces::<A, 4>(),
+        }
+    }
+}
+
+impl<F: Format> Task<'_, F> {
+    /// `M` rows at a time, those of a left factor that lies across laid side by side.
+    #[inline(always)]
+    fn pieces<A: Arithmetic, const M: usize>(mut self) {
         let mut strips = Vec::new();
         let pieces = self.depth.div_ceil(F::LINES).max(1);
         let piece = self.depth.div_ceil(pieces);
@@ -307,14 +336,14 @@ impl<F: Format> Kernel for Task<'_, F> {
                 let words = &words[lines.start * stride..lines.end * stride];
                 lay(words, stride, &self.part.rows, &mut strips);
             }
-            self.columns::<A>(&lines, &strips);
+            self.columns::<A, M>(&lines, &strips);
             first = lines.end;
         }
     }
 }
 
-/// Lays some columns of a left factor that lies across into strips of [`STRIP`], one strip after the other.
-fn lay<W: Copy + Default>(
+/// Lays some columns of a left factor that lies across into strips, one strip after the other.
+fn lay<W: Copy + Default, const STRIP: usize>(
     words: &[W],
     stride: usize,
     columns: &Range<usize>,
@@ -337,7 +366,11 @@ fn lay<W: Copy + Default>(
 impl<F: Format> Task<'_, F> {
     /// The part's panels, as many at a time as registers hold the sums of.
     #[inline(always)]
-    fn columns<A: Arithmetic>(&mut self, lines: &Range<usize>, strips: &[[F::Word; STRIP]]) {
+    fn columns<A: Arithmetic, const M: usize>(
+        &mut self,
+        lines: &Range<usize>,
+        strips: &[[F::Word; M]],
+    ) {
         let Range { start, end } = self.part.columns;
         let (mut panel, panels) = (start / LANES, end.div_ceil(LANES));
         while panel < panels {
@@ -348,10 +381,9 @@ impl<F: Format> Task<'_, F> {
                 left => left.min(GROUP),
             };
             match group {
-                GROUP => self.rows::<A, 8, GROUP>(panel, lines, strips),
-                2 => self.rows::<A, 8, 2>(panel, lines, strips),
-                _ if A::WIDE => self.rows::<A, 8, 1>(panel, lines, strips),
-                _ => self.rows::<A, 4, 1>(panel, lines, strips),
+                GROUP => self.rows::<A, M, GROUP>(panel, lines, strips),
+                2 => self.rows::<A, M, 2>(panel, lines, strips),
+                _ => self.rows::<A, M, 1>(panel, lines, strips),
             }
             panel += group;
         }
@@ -363,25 +395,26 @@ impl<F: Format> Task<'_, F> {
         &mut self,
         panel: usize,
         lines: &Range<usize>,
-        strips: &[[F::Word; STRIP]],
+        strips: &[[F::Word; M]],
     ) {
         let Range { start, end } = self.part.rows;
         let mut row = start;
         while row + M <= end {
-            self.block::<A, M, N>(row, panel, lines, strips);
+            self.block::<A, M, M, N>(row, panel, lines, strips);
             row += M;
         }
         while row + 2 <= end {
-            self.block::<A, 2, N>(row, panel, lines, strips);
+            self.block::<A, M, 2, N>(row, panel, lines, strips);
             row += 2;
         }
         if row < end {
-            self.block::<A, 1, N>(row, panel, lines, strips);
+            self.block::<A, M, 1, N>(row, panel, lines, strips);
         }
     }
 
+    /// `M` rows, those of a factor that lies across found in strips of `STRIP`.
     #[inline(always)]
-    fn block<A: Arithmetic, const M: usize, const N: usize>(
+    fn block<A: Arithmetic, const STRIP: usize, const M: usize, const N: usize>(
         &mut self,
         row: usize,
         panel: usize,
@@ -474,12 +507,12 @@ impl<W: Copy, const M: usize> Block<W, M> for RowsOf<'_, W, M> {
 
 /// Neighbours of a strip, from `first` on.
 #[derive(Clone, Copy)]
-struct StripOf<'a, W> {
+struct StripOf<'a, W, const STRIP: usize> {
     strip: &'a [[W; STRIP]],
     first: usize,
 }
 
-impl<W: Copy, const M: usize> Block<W, M> for StripOf<'_, W> {
+impl<W: Copy, const STRIP: usize, const M: usize> Block<W, M> for StripOf<'_, W, STRIP> {
     #[inline(always)]
     fn word(self, row: usize, k: usize) -> W {
         self.strip[k][self.first + row]

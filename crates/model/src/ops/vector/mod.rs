@@ -23,6 +23,16 @@ pub(super) trait Arithmetic {
     /// Whether 32 vector registers of 512 bits are there to hold accumulators.
     const WIDE: bool;
 
+    /// Rows of a product that are multiplied at a time: as many as leave the registers room for a line and a
+    /// number beside the sums of 16 columns.
+    const ROWS: usize;
+
+    /// The same, of bf16 and bytes: what a line is taken apart into needs registers too.
+    const ROWS_OF_PARTS: usize;
+
+    /// Whether [`Arithmetic::dot_quads`] takes 128 off every byte of the row.
+    const SIGNED: bool = false;
+
     /// [`LANES`] numbers, in registers if the machine has them.
     type Vector: Copy;
 
@@ -57,7 +67,8 @@ pub(super) trait Arithmetic {
 
     fn counts(counts: Self::Counts) -> [i32; LANES];
 
-    /// `sum + Σ aᵢ xᵢ` in every lane, exactly: four `u8` in `a`, four `i8` in each word of `x`.
+    /// `sum + Σ aᵢ xᵢ` in every lane, exactly: four `u8` in `a`, four `i8` in each word of `x`, none of them
+    /// -128; `sum + Σ (aᵢ - 128) xᵢ` where it is [`Arithmetic::SIGNED`].
     fn dot_quads(a: u32, x: &Line<u32>, sum: Self::Counts) -> Self::Counts;
 }
 
@@ -79,6 +90,8 @@ pub(super) struct Separate;
 
 impl Arithmetic for Separate {
     const WIDE: bool = false;
+    const ROWS: usize = 4;
+    const ROWS_OF_PARTS: usize = 4;
 
     type Vector = [f32; LANES];
     type Counts = [i32; LANES];

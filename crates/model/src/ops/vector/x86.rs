@@ -9,8 +9,11 @@
 )]
 
 use std::arch::x86_64::{
-    __m256, __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_set1_ps, _mm256_storeu_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps,
+    __m256, __m256i, __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_abs_epi8,
+    _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_load_si256,
+    _mm256_loadu_ps, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi16, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setzero_si256, _mm256_sign_epi8, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm256_storeu_si256, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps,
     _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps, _mm512_loadu_si512,
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps,
     _mm512_storeu_si512,
@@ -71,6 +74,8 @@ struct Avx512<const DOTS: bool>;
 
 impl<const DOTS: bool> Arithmetic for Avx512<DOTS> {
     const WIDE: bool = true;
+    const ROWS: usize = 8;
+    const ROWS_OF_PARTS: usize = 8;
 
     type Vector = __m512;
     type Counts = __m512i;
@@ -175,9 +180,12 @@ struct Avx2;
 
 impl Arithmetic for Avx2 {
     const WIDE: bool = false;
+    const ROWS: usize = 6;
+    const ROWS_OF_PARTS: usize = 4;
+    const SIGNED: bool = true;
 
     type Vector = [__m256; 2];
-    type Counts = [i32; LANES];
+    type Counts = [__m256i; 2];
 
     #[inline(always)]
     fn prefetch<W>(line: &Line<W>) {
@@ -225,19 +233,71 @@ impl Arithmetic for Avx2 {
     }
 
     #[inline(always)]
-    fn zero_counts() -> [i32; LANES] {
-        [0; LANES]
+    fn dot_pairs(a: u32, x: &Line<u32>, sum: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: AVX2 and FMA are there, as the module says.
+        unsafe {
+            let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+            let a = _mm256_set1_epi32(a.cast_signed());
+            let [x0, x1] = eights(x);
+            let low = |words| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words));
+            let high = |words| _mm256_castsi256_ps(_mm256_and_si256(words, high));
+            let (a_low, a_high) = (low(a), high(a));
+            [
+                _mm256_fmadd_ps(a_high, high(x0), _mm256_fmadd_ps(a_low, low(x0), sum[0])),
+                _mm256_fmadd_ps(a_high, high(x1), _mm256_fmadd_ps(a_low, low(x1), sum[1])),
+            ]
+        }
     }
 
     #[inline(always)]
-    fn counts(counts: [i32; LANES]) -> [i32; LANES] {
-        counts
+    fn zero_counts() -> [__m256i; 2] {
+        // SAFETY: AVX2 is there, as the module says.
+        unsafe { [_mm256_setzero_si256(); 2] }
     }
 
     #[inline(always)]
-    fn dot_quads(a: u32, x: &Line<u32>, sum: [i32; LANES]) -> [i32; LANES] {
-        super::dot_quads(a, x, sum)
+    fn counts(counts: [__m256i; 2]) -> [i32; LANES] {
+        let mut numbers = [0; LANES];
+        let (low, high) = numbers.split_at_mut(LANES / 2);
+        // SAFETY: AVX2 is there, as the module says; 8 numbers are written to each slice of 8.
+        unsafe {
+            _mm256_storeu_si256(low.as_mut_ptr().cast(), counts[0]);
+            _mm256_storeu_si256(high.as_mut_ptr().cast(), counts[1]);
+        }
+        numbers
     }
+
+    /// The instruction for it takes bytes without a sign on one side and adds two products in 16 bits: sizes
+    /// on that side, of 128 at most, and their signs on the other keep it from overflowing.
+    #[inline(always)]
+    fn dot_quads(a: u32, x: &Line<u32>, sum: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: AVX2 is there, as the module says.
+        unsafe {
+            let a = _mm256_set1_epi32((a ^ 0x8080_8080).cast_signed());
+            let sizes = _mm256_abs_epi8(a);
+            let [x0, x1] = eights(x);
+            let ones = _mm256_set1_epi16(1);
+            let dot = |x| {
+                let two = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(x, a));
+                _mm256_madd_epi16(two, ones)
+            };
+            [
+                _mm256_add_epi32(sum[0], dot(x0)),
+                _mm256_add_epi32(sum[1], dot(x1)),
+            ]
+        }
+    }
+}
+
+/// The words of a line.
+///
+/// # Safety
+/// AVX2 must be there.
+#[inline(always)]
+unsafe fn eights(words: &Line<u32>) -> [__m256i; 2] {
+    let first = words.0.as_ptr().cast::<__m256i>();
+    // SAFETY: a line is 64 bytes, aligned to them: twice 32.
+    unsafe { [_mm256_load_si256(first), _mm256_load_si256(first.add(1))] }
 }
 
 #[cfg(test)]
