@@ -394,26 +394,6 @@ mod tests {
                 "[learner.ganpo]\nlambda = -1",
                 "learner.ganpo.lambda: -1 must not be negative",
             ),
-            (
-                "[model]\nadapter = \"a\"",
-                "model.lora_rank: 0 trains the whole weights",
-            ),
-            (
-                "[model]\nlora_rank = 4\ntarget_modules = []",
-                "model.target_modules: name the modules",
-            ),
-            (
-                "[preference.fit]\nlora_rank = 4\ntarget_modules = []",
-                "preference.fit.target_modules: name the modules",
-            ),
-            (
-                "[preference.fit]\nlora_alpha = 0.0",
-                "preference.fit.lora_alpha",
-            ),
-            (
-                "[model]\nlora_dropout = 1.0",
-                "model.lora_dropout: 1 must be from 0 to below 1",
-            ),
             ("[prompts]\nkind = \"dataset\"\npath = \"x\"", "model.path"),
             (
                 "[preference.judge]\nkind = \"matrix\"\nmatrix = [[0.5]]",
@@ -434,6 +414,10 @@ mod tests {
                 "prompts.golden_column",
             ),
         ];
+        are_named(&cases);
+    }
+
+    fn are_named(cases: &[(&str, &str)]) {
         for (text, expected) in cases {
             let mistakes = mistakes(text);
             assert!(
@@ -441,6 +425,32 @@ mod tests {
                 "{text:?} gave {mistakes:?}"
             );
         }
+    }
+
+    #[test]
+    fn what_an_adapter_cannot_be_is_named_in_either_table() {
+        are_named(&[
+            (
+                "[model]\nadapter = \"a\"",
+                "model.lora_rank: 0 trains the whole weights",
+            ),
+            (
+                "[model]\nlora_rank = 4\ntarget_modules = []",
+                "model.target_modules: name the modules",
+            ),
+            (
+                "[preference.fit]\nlora_rank = 4\ntarget_modules = []",
+                "preference.fit.target_modules: name the modules",
+            ),
+            (
+                "[model]\nlora_dropout = 1.0",
+                "model.lora_dropout: 1 must be from 0 to below 1",
+            ),
+            (
+                "[preference.fit]\nlora_alpha = 0.0",
+                "preference.fit.lora_alpha: 0 must be",
+            ),
+        ]);
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl RewardFolder {
                 .chain(config.head(shape))
                 .collect();
             let all = Weights::load_tensors(&self.folder.path, all, dtype, device)?;
-            return RewardModel::new(shape.clone(), config, &all);
+            return RewardModel::new(shape, config, &all);
         };
         let base = match at_hand.and_then(|weights| weights.part(shape.tensors()).ok()) {
             Some(base) if base.are(dtype, device) && adapter.was_trained_beside(&base)? => base,

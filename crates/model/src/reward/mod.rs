@@ -105,8 +105,8 @@ impl RewardModel {
     }
 
     /// A model of these weights, those of the head among them.
-    fn new(shape: ModelConfig, config: RewardConfig, all: &Weights) -> Result<Self, ModelError> {
-        let head = all.part(config.head(&shape))?;
+    fn new(shape: &ModelConfig, config: RewardConfig, all: &Weights) -> Result<Self, ModelError> {
+        let head = all.part(config.head(shape))?;
         let trunk = LanguageModel::new(shape.clone(), all.part(shape.tensors())?)?;
         Ok(Self {
             config,

@@ -4,8 +4,8 @@ use messages::{Completion, Finish};
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-use super::{Request, SamplingSettings, Scratch, distribution::log_softmax_at, draw, mix};
-use crate::ModelError;
+use super::{Request, SamplingSettings, Scratch, draw, mix};
+use crate::{ModelError, ops::log_sum_exp};
 
 /// A completion that grows by a token at a time, drawn from a random stream of its own: neither slots nor
 /// batches nor engines decide what is written.
@@ -67,20 +67,30 @@ impl Continuation {
         eos: &[u32],
         scratch: &mut Scratch,
     ) -> Result<u32, ModelError> {
-        let mut mixed = std::mem::take(&mut scratch.mixed);
-        mix(policy, reference, self.completion.mixture_coef, &mut mixed);
-        let drawn = draw(&mixed, settings, self.random.random(), scratch);
-        scratch.mixed = mixed;
+        let mut room = std::mem::take(&mut scratch.mixed);
+        let mixed = mix(policy, reference, self.completion.mixture_coef, &mut room);
+        let drawn = draw(mixed, settings, self.random.random(), scratch);
         let drawn = drawn.ok_or_else(|| ModelError::Weights {
             reason: "the logits of a token are not finite".into(),
         })?;
+        let logp = |logits: &[f32]| {
+            let known = drawn.log_sum.filter(|_| std::ptr::eq(logits, mixed));
+            let log_sum = known.unwrap_or_else(|| log_sum_exp(logits));
+            (f64::from(logits[drawn.token as usize]) - log_sum) as f32
+        };
+        let of_policy = logp(policy);
+        // Without a reference the policy is its own.
+        let of_reference = if std::ptr::eq(policy, reference) {
+            of_policy
+        } else {
+            logp(reference)
+        };
+        scratch.mixed = room;
         let completion = &mut self.completion;
         completion.ids.push(drawn.token);
         completion.behaviour_logp.push(drawn.behaviour_logp);
-        completion.logp.push(log_softmax_at(policy, drawn.token));
-        completion
-            .ref_logp
-            .push(log_softmax_at(reference, drawn.token));
+        completion.logp.push(of_policy);
+        completion.ref_logp.push(of_reference);
         if eos.contains(&drawn.token) {
             completion.finish = Finish::EndOfText;
         }

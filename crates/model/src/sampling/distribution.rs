@@ -1,7 +1,9 @@
 //! One token: mix two rows of logits, temper, truncate, draw.
 
 use super::SamplingSettings;
-use crate::ops::{PART, exponentials, largest_of, log_sum_exp};
+#[cfg(test)]
+use crate::ops::log_sum_exp;
+use crate::ops::{PART, exponentials, largest_of};
 
 /// A drawn token and what is known of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -10,6 +12,8 @@ pub struct Draw {
     pub token: u32,
     /// Its log-probability under the distribution it was drawn from.
     pub behaviour_logp: f32,
+    /// ln Σ e^z of the logits it was drawn from, where they were not tempered.
+    pub log_sum: Option<f64>,
 }
 
 /// Room for rows of the vocabulary, kept between draws.
@@ -25,22 +29,29 @@ pub struct Scratch {
     kept: Vec<u32>,
 }
 
-/// The geometric mixture `(1 − m)·z_π + m·z_ref` into `mixed`, m being the weight on the reference
-/// (Munos et al. 2023, Nash-MD; Calandriello et al. 2024, IPO-MD). m = 0 is the policy and m = 1 the
-/// reference to the last bit.
-pub fn mix(policy: &[f32], reference: &[f32], mixture_coef: f32, mixed: &mut Vec<f32>) {
-    mixed.clear();
+/// The geometric mixture `(1 − m)·z_π + m·z_ref`, m being the weight on the reference (Munos et al. 2023,
+/// Nash-MD; Calandriello et al. 2024, IPO-MD). m = 0 is the policy and m = 1 the reference themselves; what
+/// lies between is laid into `room`.
+pub fn mix<'a>(
+    policy: &'a [f32],
+    reference: &'a [f32],
+    mixture_coef: f32,
+    room: &'a mut Vec<f32>,
+) -> &'a [f32] {
     if mixture_coef == 0.0 {
-        mixed.extend_from_slice(policy);
-    } else if mixture_coef == 1.0 {
-        mixed.extend_from_slice(reference);
-    } else {
-        let blend = |(&p, &r): (&f32, &f32)| (1.0 - mixture_coef) * p + mixture_coef * r;
-        mixed.extend(policy.iter().zip(reference).map(blend));
+        return policy;
     }
+    if mixture_coef == 1.0 {
+        return reference;
+    }
+    let blend = |(&p, &r): (&f32, &f32)| (1.0 - mixture_coef) * p + mixture_coef * r;
+    room.clear();
+    room.extend(policy.iter().zip(reference).map(blend));
+    room
 }
 
 /// log softmax(`logits`)[`token`].
+#[cfg(test)]
 pub(crate) fn log_softmax_at(logits: &[f32], token: u32) -> f32 {
     (f64::from(logits[token as usize]) - log_sum_exp(logits)) as f32
 }
@@ -62,6 +73,8 @@ pub fn draw(
     if !total.is_finite() || total <= 0.0 {
         return None;
     }
+    let is_tempered = settings.temperature != 1.0;
+    let log_sum = (!is_tempered).then(|| f64::from(most) + total.ln());
     let token = if settings.truncates() {
         truncate(scratch, total, settings);
         let weights = || {
@@ -87,6 +100,7 @@ pub fn draw(
     Some(Draw {
         token,
         behaviour_logp: (logit / settings.temperature - total.ln()) as f32,
+        log_sum,
     })
 }
 
@@ -229,9 +243,8 @@ mod tests {
     #[test]
     fn the_token_level_mixture_of_two_steps_has_the_papers_numbers() {
         let step = |p: &[f64], r: &[f64]| {
-            let mut mixed = Vec::new();
-            mix(&logits(p), &logits(r), 0.5, &mut mixed);
-            distribution(&mixed, &plain())
+            let mut room = Vec::new();
+            distribution(mix(&logits(p), &logits(r), 0.5, &mut room), &plain())
         };
         let first = step(&[0.9, 0.1], &[0.4, 0.6]);
         let second = [
@@ -247,11 +260,9 @@ mod tests {
     #[test]
     fn the_ends_of_the_mixture_are_exact() {
         let (policy, reference) = (vec![0.1f32, -3.3, 7.0], vec![2.0f32, 1e-7, -40.0]);
-        let mut mixed = Vec::new();
-        mix(&policy, &reference, 0.0, &mut mixed);
-        assert_eq!(mixed, policy);
-        mix(&policy, &reference, 1.0, &mut mixed);
-        assert_eq!(mixed, reference);
+        for (coef, end) in [(0.0, &policy), (1.0, &reference)] {
+            assert_eq!(mix(&policy, &reference, coef, &mut Vec::new()), end);
+        }
     }
 
     #[test]
@@ -264,5 +275,23 @@ mod tests {
         );
         let drawn = draw(&[f32::NEG_INFINITY, 1.0], &plain(), 0.0, &mut scratch).unwrap();
         assert_eq!((drawn.token, drawn.behaviour_logp), (1, 0.0));
+        assert_eq!(drawn.log_sum, Some(1.0));
+    }
+
+    #[test]
+    fn the_sum_is_told_of_logits_as_they_are_and_whatever_is_cut_off() {
+        let z: Vec<f32> = (0..3000).map(|i| (i as f32 * 0.37).sin() * 9.0).collect();
+        let drawn = |temperature, top_k| {
+            let settings = SamplingSettings {
+                temperature,
+                top_k,
+                ..plain()
+            };
+            draw(&z, &settings, 0.4, &mut Scratch::default()).unwrap()
+        };
+        for top_k in [0, 5] {
+            assert_eq!(drawn(1.0, top_k).log_sum, Some(log_sum_exp(&z)));
+            assert_eq!(drawn(0.7, top_k).log_sum, None);
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::{LanguageModel, ModelError};
 
 pub use continuation::Continuation;
 #[cfg(test)]
+#[cfg(test)]
 pub(crate) use distribution::log_softmax_at;
 pub use distribution::{Draw, Scratch, draw, mix};
 pub use groups::Groups;

@@ -390,10 +390,11 @@ mod tests {
             };
             decoder.prefill(&[prompt]).unwrap().row(0).to_vec()
         };
-        let mut mixed = Vec::new();
-        mix(&logits(&policy), &logits(&reference), m, &mut mixed);
+        let mut room = Vec::new();
+        let (policy, reference) = (logits(&policy), logits(&reference));
+        let mixed = mix(&policy, &reference, m, &mut room);
         let expected: Vec<f64> = (0..9)
-            .map(|id| f64::from(log_softmax_at(&mixed, id)).exp())
+            .map(|id| f64::from(log_softmax_at(mixed, id)).exp())
             .collect();
         let draws = 4000;
         let requests: Vec<Request> = (0..draws / 40)

@@ -345,16 +345,20 @@ impl PackedMatrix {
         target: Target<'_>,
     ) {
         let (depth, begin) = (self.depth, target.begin);
-        self.spread((threads, (tile::block::<F>(), tile::GROUP)), target, |part| {
-            dispatch(Task {
-                format,
-                begin,
-                left,
-                lines,
-                depth,
-                part,
-            });
-        });
+        self.spread(
+            (threads, (tile::block::<F>(), tile::GROUP)),
+            target,
+            |part| {
+                dispatch(Task {
+                    format,
+                    begin,
+                    left,
+                    lines,
+                    depth,
+                    part,
+                });
+            },
+        );
     }
 
     /// Cuts the target into as many parts as are worth a task, of whole blocks of rows and groups of panels.

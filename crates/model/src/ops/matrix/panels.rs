@@ -81,9 +81,7 @@ pub(super) fn bytes(right: Factor<'_>, depth: usize) -> (Vec<Line<u32>>, Vec<Col
     let of_panel = |columns: &[f32]| {
         let (mut scales, mut excess) = ([0.0; LANES], [0; LANES]);
         for (lane, column) in columns.chunks(right.rows).enumerate() {
-            scales[lane] = rows::scale(column);
-            let steps = column.iter().map(|&x| rows::byte(x, scales[lane]));
-            excess[lane] = 128 * steps.map(i32::from).sum::<i32>();
+            (scales[lane], excess[lane]) = dispatch(Steps(column));
         }
         Columns { scales, excess }
     };
@@ -156,15 +154,25 @@ impl Kernel for Bytes<'_> {
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
         self.panel.fill(4, |lane, numbers| {
-            let (numbers, mut words) = (rows::near::<{ 4 * LANES }>(numbers), [0; LANES]);
-            for k in 0..LANES {
-                let mut bytes = [0; 4];
-                for i in 0..4 {
-                    bytes[i] = rows::byte(numbers[4 * k + i], self.scales[lane]).cast_unsigned();
-                }
-                words[k] = u32::from_le_bytes(bytes);
-            }
-            words
+            rows::quads(numbers, rows::inverse(self.scales[lane]))
         });
+    }
+}
+
+/// A column's scale, and 128 times the sum of its bytes.
+struct Steps<'a>(&'a [f32]);
+
+impl Kernel for Steps<'_> {
+    type Output = (f32, i32);
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) -> (f32, i32) {
+        let scale = rows::scale(self.0);
+        let inverse = rows::inverse(scale);
+        let mut sum = 0;
+        for &x in self.0 {
+            sum += i32::from(rows::byte(x, inverse));
+        }
+        (scale, 128 * sum)
     }
 }

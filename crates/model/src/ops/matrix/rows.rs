@@ -148,18 +148,50 @@ fn pairs(even: &[f32; LANES], odd: &[f32; LANES]) -> [u32; LANES] {
 }
 
 /// What one of a byte stands for, so that the largest of `x` is 127. NaN where `x` holds what is not finite.
+#[inline(always)]
 pub(super) fn scale(x: &[f32]) -> f32 {
-    let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
-    // The sum of what is not finite is not finite.
-    let finite = x.iter().map(|x| x * 0.0).sum::<f32>();
-    most / 127.0 + finite
+    // The sum of what is not finite, times zero, is not finite.
+    let (mut most, mut finite) = ([0f32; LANES], [0f32; LANES]);
+    for x in x.chunks(LANES) {
+        for (lane, x) in x.iter().enumerate() {
+            most[lane] = if x.abs() > most[lane] {
+                x.abs()
+            } else {
+                most[lane]
+            };
+            finite[lane] += x * 0.0;
+        }
+    }
+    most.into_iter().fold(0f32, f32::max) / 127.0 + finite.iter().sum::<f32>()
 }
 
-/// `x` in steps of `scale`, to the nearest.
+/// What numbers are multiplied by to be steps of `scale`; nothing, where there is none.
 #[inline(always)]
-pub(super) fn byte(x: f32, scale: f32) -> i8 {
-    let steps = if scale > 0.0 { x / scale } else { 0.0 };
-    steps.round_ties_even() as i8
+pub(super) fn inverse(scale: f32) -> f32 {
+    if scale > 0.0 { 1.0 / scale } else { 0.0 }
+}
+
+/// `x` in steps, of which one has this `inverse`, to the nearest.
+#[inline(always)]
+pub(super) fn byte(x: f32, inverse: f32) -> i8 {
+    /// 1.5 · 2^23: adding it rounds to an integer, left in the low bits of the mantissa.
+    const ROUND: f32 = 12_582_912.0;
+    ((x * inverse + ROUND).to_bits() as u8).cast_signed()
+}
+
+/// The first 64 numbers as words of four bytes, zeros where there are fewer.
+#[inline(always)]
+pub(super) fn quads(numbers: &[f32], inverse: f32) -> [u32; LANES] {
+    let (near, mut bytes) = (near::<{ 4 * LANES }>(numbers), [0; 4 * LANES]);
+    for (to, &x) in bytes.iter_mut().zip(&near) {
+        *to = byte(x, inverse).cast_unsigned();
+    }
+    let (quads, _) = bytes.as_chunks::<4>();
+    let mut words = [0; LANES];
+    for (word, &quad) in words.iter_mut().zip(quads) {
+        *word = u32::from_le_bytes(quad);
+    }
+    words
 }
 
 /// Rows as bytes from 128 on, four to a word.
@@ -197,12 +229,11 @@ impl Kernel for Quantise<'_> {
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
         *self.scale = scale(self.x);
-        for (word, x) in self.words.iter_mut().zip(self.x.chunks(4)) {
-            let mut bytes = [0; 4];
-            for (to, &x) in bytes.iter_mut().zip(x) {
-                *to = byte(x, *self.scale).cast_unsigned() ^ 0x80;
+        let inverse = inverse(*self.scale);
+        for (words, x) in self.words.chunks_mut(LANES).zip(self.x.chunks(4 * LANES)) {
+            for (word, quad) in words.iter_mut().zip(quads(x, inverse)) {
+                *word = quad ^ 0x8080_8080;
             }
-            *word = u32::from_le_bytes(bytes);
         }
     }
 }
