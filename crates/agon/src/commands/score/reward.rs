@@ -290,7 +290,8 @@ mod tests {
             ..RewardConfig::default()
         });
         let refused = open(&directory, Dtype::F32).err().unwrap().to_string();
-        for part in ["config.json", "no single score", "preference.judge.kind"] {
+        let place = directory.path().display().to_string();
+        for part in [&*place, "no single score", "preference.judge.kind"] {
             assert!(refused.contains(part), "{part:?} is not in {refused}");
         }
     }
