@@ -112,10 +112,8 @@ fn a_game_of_adapters_beside_one_trunk_goes_on_too() {
     );
     // It is no policy.
     let score = ["score", "--model", &round, "--input", &rows];
-    workplace
-        .run(&score)
-        .check(3, &["SEQ_CLS", "adapter_config.json"])
-        .without_panic();
+    let says = ["is a reward model", "--reward"];
+    workplace.run(&score).check(2, &says).without_panic();
 }
 
 /// Plays a game with these settings to its end, and once more with a stop in between.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{
     AdapterFolder, ModelError, SUPPORTED_ENCODERS, SUPPORTED_REWARD_ARCHITECTURES,
-    config::read_json,
+    config::{Task, read_json},
 };
 
 /// How a reward model reads.
@@ -17,13 +17,14 @@ pub enum RewardArchitecture {
 }
 
 impl RewardArchitecture {
-    /// That of the model in the folder `path`, by its `config.json`; an adapter's is a decoder.
+    /// That of the model in the folder `path`, by its `config.json`; an adapter of a classifier is one of a
+    /// decoder.
     ///
     /// # Errors
     /// When the file cannot be read or names neither.
     pub fn of(path: &Path) -> Result<Self, ModelError> {
         if AdapterFolder::is_at(path) {
-            return Ok(Self::Decoder);
+            return AdapterFolder::open_for(Task::Reward, path).map(|_| Self::Decoder);
         }
         let path = path.join("config.json");
         let raw = read_json(&path)?;

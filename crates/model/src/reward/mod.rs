@@ -470,11 +470,13 @@ pub(crate) mod tests {
         );
         let policy = tempfile::tempdir().unwrap();
         crate::save_policy(policy.path(), &like, model.trunk()).unwrap();
-        let refused = RewardFolder::open(policy.path(), None).unwrap_err();
-        assert!(
-            refused.to_string().contains("task_type is CAUSAL_LM"),
-            "{refused}"
-        );
+        for refused in [
+            RewardFolder::open(policy.path(), None).unwrap_err(),
+            RewardArchitecture::of(policy.path()).unwrap_err(),
+        ] {
+            let refused = refused.to_string();
+            assert!(refused.contains("task_type is CAUSAL_LM"), "{refused}");
+        }
         // The base's weights have moved since.
         let moved = Weights::initialise(&like.config, Seed(8), DType::F32, &Device::Cpu).unwrap();
         crate::save_folder(source.path(), &like, &moved).unwrap();

@@ -129,6 +129,35 @@ fn every_level_gives_the_same_within_rounding_and_bytes_the_same_exactly() {
     of(&|level| at(level, &bytes, &format, left, lines), 0.0);
 }
 
+#[test]
+fn bytes_at_their_bounds_do_not_overflow() {
+    let (rows, out, width) = (13, 100, 66);
+    let x: Vec<f32> = (0..rows * width).map(|i| [1.0, -1.0][i % 2]).collect();
+    for flip in [1.0, -1.0] {
+        let weight: Vec<f32> = (0..out * width)
+            .map(|i| flip * [1.0, -1.0][i % 2])
+            .collect();
+        let bytes = PackedMatrix::stacked(&[&weight], width, Precision::Int8);
+        let rounded = Bytes::of(&x, width, bytes.depth);
+        let Lines::Int8(lines, columns) = &bytes.lines else {
+            unreachable!()
+        };
+        let format = Int8 {
+            rows: &rounded.scales,
+            columns,
+        };
+        let left = Left::Rows {
+            words: &rounded.words[..],
+            stride: bytes.depth,
+        };
+        for level in Level::here() {
+            for sum in at(level, &bytes, &format, left, lines) {
+                assert!((sum - flip * width as f32).abs() < 1e-4, "{level:?}: {sum}");
+            }
+        }
+    }
+}
+
 fn at<F: Format>(
     level: Level,
     matrix: &PackedMatrix,
