@@ -15,13 +15,14 @@ const INDEX: &str = "model.safetensors.index.json";
 const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 /// Read beside the weights, where there are such files.
-const BESIDE: [&str; 6] = [
+const BESIDE: [&str; 7] = [
     CONFIG,
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
+    "reward_config.json",
 ];
 
 /// The names of all files of a repository.
@@ -123,7 +124,7 @@ mod tests {
     #[test]
     fn a_repository_gives_what_is_read_and_no_more() {
         let folder = tempfile::tempdir().unwrap();
-        let cases: [(&[&str], &[&str]); 4] = [
+        let cases: [(&[&str], &[&str]); 5] = [
             (
                 &[
                     "README.md",
@@ -140,6 +141,10 @@ mod tests {
             (
                 &["adapter_config.json", "adapter_model.safetensors"],
                 &ADAPTER,
+            ),
+            (
+                &[ADAPTER[0], ADAPTER[1], "reward_config.json"],
+                &["reward_config.json", ADAPTER[0], ADAPTER[1]],
             ),
         ];
         for (names, expected) in cases {

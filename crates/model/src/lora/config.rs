@@ -17,7 +17,7 @@ pub(super) const PREFIX: &str = "base_model.model.";
 /// Stands for every linear map but the head.
 const ALL_LINEAR: &str = "all-linear";
 /// Keys that say nothing about what an adapter computes, or that are read below.
-const READ: [&str; 23] = [
+const READ: [&str; 22] = [
     "peft_type",
     "task_type",
     "r",
@@ -34,7 +34,6 @@ const READ: [&str; 23] = [
     "megatron_core",
     "qalora_group_size",
     "ensure_weight_tying",
-    "modules_to_save",
     // How the factors began; what they are now stands in the file.
     "init_lora_weights",
     "loftq_config",
@@ -177,6 +176,7 @@ impl LoraConfig {
         if !everywhere {
             targets = self.target_modules.iter().map(String::as_str).collect();
         }
+        let whole = Some(modules_to_save(task)).filter(|modules| !modules.is_empty());
         let alpha = if self.alpha.fract() == 0.0 {
             json!(self.alpha as u64)
         } else {
@@ -188,7 +188,7 @@ impl LoraConfig {
             "r": self.rank, "lora_alpha": alpha, "lora_dropout": self.dropout,
             "use_rslora": self.rank_stabilised, "target_modules": targets,
             "bias": "none", "fan_in_fan_out": false, "init_lora_weights": true,
-            "modules_to_save": modules_to_save(task), "layers_to_transform": null, "layers_pattern": null,
+            "modules_to_save": whole, "layers_to_transform": null, "layers_pattern": null,
             "rank_pattern": {}, "alpha_pattern": {}, "use_dora": false,
         }))
     }
@@ -208,10 +208,10 @@ fn task_type(task: Task) -> &'static str {
 }
 
 /// The modules that are whole in the file: PEFT's names for a classifier's head.
-fn modules_to_save(task: Task) -> Option<&'static [&'static str]> {
+fn modules_to_save(task: Task) -> &'static [&'static str] {
     match task {
-        Task::Language => None,
-        Task::Reward => Some(&["classifier", "score"]),
+        Task::Language => &[],
+        Task::Reward => &["classifier", "score"],
     }
 }
 
@@ -304,14 +304,6 @@ fn supported(keys: &Map<String, Value>, task: Task) -> Result<(), String> {
             "task_type is {found}; only {expected} is supported here"
         ));
     }
-    let whole = keys.get("modules_to_save").and_then(Value::as_array);
-    let known =
-        |name: &Value| modules_to_save(task).is_some_and(|known| known.iter().any(|k| name == k));
-    if let Some(name) = whole.and_then(|names| names.iter().find(|name| !known(name))) {
-        return Err(format!(
-            "modules_to_save names {name}, which is not supported"
-        ));
-    }
     if let Some(bias) = word("bias").filter(|bias| *bias != "none") {
         return Err(format!(
             "bias is {bias:?}; trained biases are not supported"
@@ -321,7 +313,16 @@ fn supported(keys: &Map<String, Value>, task: Task) -> Result<(), String> {
         let reason = "it changes the base's weights, which is not supported";
         return Err(format!("init_lora_weights is {beginning:?}: {reason}"));
     }
-    let on = |(key, value): &(&String, &Value)| !READ.contains(&key.as_str()) && !is_off(value);
+    let of_head = |name: &Value| modules_to_save(task).iter().any(|known| name == known);
+    let is_head = |value: &Value| {
+        value
+            .as_array()
+            .is_some_and(|names| names.iter().all(of_head))
+    };
+    let on = |(key, value): &(&String, &Value)| match key.as_str() {
+        "modules_to_save" => !is_off(value) && !is_head(value),
+        key => !READ.contains(&key) && !is_off(value),
+    };
     match keys.iter().find(on) {
         None => Ok(()),
         Some((key, value)) => Err(format!("{key} = {value} is not supported")),

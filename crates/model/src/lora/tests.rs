@@ -452,6 +452,7 @@ fn an_adapter_is_for_what_its_model_is_for() {
         (json!(["score"]), true),
         (json!(null), true),
         (json!(["score", "embed_tokens"]), false),
+        (json!("score"), false),
     ] {
         raw["modules_to_save"] = whole;
         assert_eq!(read(&raw, Task::Reward).is_ok(), fits, "{raw}");

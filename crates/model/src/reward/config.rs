@@ -71,7 +71,7 @@ impl RewardConfig {
     /// What `raw` says, the `config.json` at `path`.
     pub(crate) fn read(raw: &Value, path: &Path) -> Result<Self, ModelError> {
         let config = match raw.get(KEY) {
-            Some(own) => Self::parse(own, path)?,
+            Some(own) => Self::parse(own, path, &format!("{KEY}: "))?,
             None => Self::default(),
         };
         let (outputs, labels) = (config.kind.outputs(), labels(raw));
@@ -84,9 +84,9 @@ impl RewardConfig {
         }
     }
 
-    /// What `own` says, in the file at `path`.
-    pub(super) fn parse(own: &Value, path: &Path) -> Result<Self, ModelError> {
-        let config = Self::deserialize(own).map_err(|error| format!("{KEY}: {error}"));
+    /// What `own` says, in the file at `path`, where `place` leads to it.
+    pub(super) fn parse(own: &Value, path: &Path, place: &str) -> Result<Self, ModelError> {
+        let config = Self::deserialize(own).map_err(|error| format!("{place}{error}"));
         let checked = config.and_then(|config| config.check().map(|()| config));
         checked.map_err(|reason| ModelError::Malformed {
             path: path.to_owned(),

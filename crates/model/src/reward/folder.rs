@@ -136,7 +136,7 @@ impl RewardConfig {
     /// What the file at `path` says, beside an adapter; without it the model is as every classifier.
     fn read_beside(path: &Path) -> Result<Self, ModelError> {
         if path.exists() {
-            Self::parse(&read_json(path)?, path)
+            Self::parse(&read_json(path)?, path, "")
         } else {
             Ok(Self::default())
         }

@@ -114,19 +114,7 @@ fn every_level_gives_the_same_within_rounding_and_bytes_the_same_exactly() {
         stride: halves.depth,
     };
     of(&|level| at(level, &halves, &Bf16, left, lines), 1e-4);
-    let rounded = Bytes::of(&x, width, bytes.depth);
-    let Lines::Int8(lines, columns) = &bytes.lines else {
-        unreachable!()
-    };
-    let format = Int8 {
-        rows: &rounded.scales,
-        columns,
-    };
-    let left = Left::Rows {
-        words: &rounded.words[..],
-        stride: bytes.depth,
-    };
-    of(&|level| at(level, &bytes, &format, left, lines), 0.0);
+    of(&|level| bytes_at(level, &bytes, &x), 0.0);
 }
 
 #[test]
@@ -138,24 +126,28 @@ fn bytes_at_their_bounds_do_not_overflow() {
             .map(|i| flip * [1.0, -1.0][i % 2])
             .collect();
         let bytes = PackedMatrix::stacked(&[&weight], width, Precision::Int8);
-        let rounded = Bytes::of(&x, width, bytes.depth);
-        let Lines::Int8(lines, columns) = &bytes.lines else {
-            unreachable!()
-        };
-        let format = Int8 {
-            rows: &rounded.scales,
-            columns,
-        };
-        let left = Left::Rows {
-            words: &rounded.words[..],
-            stride: bytes.depth,
-        };
         for level in Level::here() {
-            for sum in at(level, &bytes, &format, left, lines) {
+            for sum in bytes_at(level, &bytes, &x) {
                 assert!((sum - flip * width as f32).abs() < 1e-4, "{level:?}: {sum}");
             }
         }
     }
+}
+
+fn bytes_at(level: Level, matrix: &PackedMatrix, x: &[f32]) -> Vec<f32> {
+    let rounded = Bytes::of(x, matrix.width, matrix.depth);
+    let Lines::Int8(lines, columns) = &matrix.lines else {
+        unreachable!()
+    };
+    let format = Int8 {
+        rows: &rounded.scales,
+        columns,
+    };
+    let left = Left::Rows {
+        words: &rounded.words[..],
+        stride: matrix.depth,
+    };
+    at(level, matrix, &format, left, lines)
 }
 
 fn at<F: Format>(
