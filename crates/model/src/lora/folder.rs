@@ -134,8 +134,10 @@ impl AdapterFolder {
     /// # Errors
     /// When its file is missing, or a tensor cannot be read from its device.
     pub(crate) fn was_trained_beside(&self, weights: &Weights) -> Result<bool, ModelError> {
-        let saved = saved_print(&self.tensors()?);
-        Ok(saved.is_some_and(|saved| print(weights).is_ok_and(|print| print == saved)))
+        match saved_print(&self.tensors()?) {
+            Some(saved) => Ok(saved == print(weights)?),
+            None => Ok(false),
+        }
     }
 
     fn tensors(&self) -> Result<Vec<u8>, ModelError> {

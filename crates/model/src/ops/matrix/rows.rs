@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::super::vector::{Arithmetic, Kernel, LANES, dispatch};
+use super::super::vector::{Arithmetic, Kernel, LANES, ROUND, dispatch};
 use super::transpose::{Square, transpose};
 use super::{Factor, filled};
 
@@ -174,8 +174,6 @@ pub(super) fn inverse(scale: f32) -> f32 {
 /// `x` in steps, of which one has this `inverse`, to the nearest.
 #[inline(always)]
 pub(super) fn byte(x: f32, inverse: f32) -> i8 {
-    /// 1.5 · 2^23: adding it rounds to an integer, left in the low bits of the mantissa.
-    const ROUND: f32 = 12_582_912.0;
     ((x * inverse + ROUND).to_bits() as u8).cast_signed()
 }
 

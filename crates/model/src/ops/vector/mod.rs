@@ -224,6 +224,9 @@ pub(super) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     level().run(kernel)
 }
 
+/// 1.5 · 2^23: adding it rounds to an integer, left in the low bits of the mantissa.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
 /// `e^x` to within 2 units in the last place for x in `[-87, 88]`; beyond, the value at the bound
 /// (1.6e-38, 1.7e38). NaN stays NaN. Branch-free, so that a loop over it becomes vectors.
 ///
@@ -232,8 +235,6 @@ pub(super) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 pub(super) fn exp<A: Arithmetic>(x: f32) -> f32 {
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    /// 1.5 · 2^23: adding it rounds to an integer, left in the low bits of the mantissa.
-    const ROUND: f32 = 12_582_912.0;
     // Comparisons rather than clamp(), min() or max(): these keep NaN.
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if x > 88.0 { 88.0 } else { x };
