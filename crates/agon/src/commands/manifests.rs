@@ -1,22 +1,7 @@
 //! `agon manifests`: what a cluster needs to run a configuration.
 
-use std::{collections::BTreeMap, process::ExitCode};
+use std::process::ExitCode;
 
-use k8s_openapi::{
-    api::{
-        apps::v1::{Deployment, DeploymentSpec},
-        batch::v1::{Job, JobSpec},
-        core::v1::{
-            ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, HTTPGetAction,
-            PersistentVolumeClaim, PersistentVolumeClaimSpec, PersistentVolumeClaimVolumeSource,
-            PodSpec, PodTemplateSpec, Probe, Volume, VolumeMount, VolumeResourceRequirements,
-        },
-    },
-    apimachinery::pkg::{
-        api::resource::Quantity, apis::meta::v1::LabelSelector, apis::meta::v1::ObjectMeta,
-        util::intstr::IntOrString,
-    },
-};
 use serde_json::{Value, json};
 use settings::{Settings, TransportSettings};
 
@@ -78,7 +63,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
                 settings.run.name.to_lowercase().replace('_', "-")
             ),
         };
-        println!("{:#}", cluster.list()?);
+        println!("{:#}", cluster.list());
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -91,175 +76,129 @@ struct Cluster<'a> {
 }
 
 impl Cluster<'_> {
-    fn list(&self) -> anyhow::Result<Value> {
+    /// The `List` of all resources, as `kubectl apply -f -` takes it.
+    fn list(&self) -> Value {
         let topology = &self.settings.topology;
-        let items = [
-            serde_json::to_value(self.config())?,
-            serde_json::to_value(self.volume())?,
-            serde_json::to_value(self.learner())?,
-            serde_json::to_value(self.deployment("actor", topology.actors))?,
-            serde_json::to_value(self.deployment("preference", topology.preference))?,
-        ];
-        Ok(json!({"apiVersion": "v1", "kind": "List", "items": items}))
+        json!({
+            "apiVersion": "v1",
+            "kind": "List",
+            "items": [
+                self.config(),
+                self.volume(),
+                self.learner(),
+                self.deployment("actor", topology.actors),
+                self.deployment("preference", topology.preference),
+            ],
+        })
     }
 
-    fn metadata(&self, part: &str) -> ObjectMeta {
-        ObjectMeta {
-            name: Some(format!("{}-{part}", self.name)),
-            labels: Some(self.labels(part)),
-            ..ObjectMeta::default()
-        }
+    fn metadata(&self, part: &str) -> Value {
+        json!({"name": format!("{}-{part}", self.name), "labels": self.labels(part)})
     }
 
-    fn labels(&self, part: &str) -> BTreeMap<String, String> {
-        BTreeMap::from([
-            ("app.kubernetes.io/name".into(), "agon".into()),
-            ("app.kubernetes.io/instance".into(), self.name.clone()),
-            ("app.kubernetes.io/component".into(), part.into()),
-        ])
+    fn labels(&self, part: &str) -> Value {
+        json!({
+            "app.kubernetes.io/name": "agon",
+            "app.kubernetes.io/instance": self.name,
+            "app.kubernetes.io/component": part,
+        })
     }
 
-    fn config(&self) -> ConfigMap {
-        ConfigMap {
-            metadata: self.metadata("config"),
-            data: Some(BTreeMap::from([("config.toml".into(), self.toml.clone())])),
-            ..ConfigMap::default()
-        }
+    fn config(&self) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": self.metadata("config"),
+            "data": {"config.toml": self.toml},
+        })
     }
 
-    fn volume(&self) -> PersistentVolumeClaim {
-        let size = Quantity(self.arguments.storage.clone());
-        PersistentVolumeClaim {
-            metadata: self.metadata("run"),
-            spec: Some(PersistentVolumeClaimSpec {
-                access_modes: Some(vec!["ReadWriteOnce".into()]),
-                resources: Some(VolumeResourceRequirements {
-                    requests: Some(BTreeMap::from([("storage".into(), size)])),
-                    ..VolumeResourceRequirements::default()
-                }),
-                ..PersistentVolumeClaimSpec::default()
-            }),
-            ..PersistentVolumeClaim::default()
-        }
+    fn volume(&self) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": self.metadata("run"),
+            "spec": {
+                "accessModes": ["ReadWriteOnce"],
+                "resources": {"requests": {"storage": self.arguments.storage}},
+            },
+        })
     }
 
     /// The learner ends when the run does, and is started again, to resume, when it fails before.
-    fn learner(&self) -> Job {
+    fn learner(&self) -> Value {
         let extra = ["--run-dir", "/run-dir/run", "--resume=auto"];
-        Job {
-            metadata: self.metadata("learner"),
-            spec: Some(JobSpec {
-                backoff_limit: Some(1000),
-                template: self.pod("learner", &extra, "OnFailure"),
-                ..JobSpec::default()
-            }),
-            ..Job::default()
-        }
+        json!({
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": self.metadata("learner"),
+            "spec": {"backoffLimit": 1000, "template": self.pod("learner", &extra, "OnFailure")},
+        })
     }
 
-    fn deployment(&self, part: &str, replicas: usize) -> Deployment {
-        Deployment {
-            metadata: self.metadata(part),
-            spec: Some(DeploymentSpec {
-                replicas: Some(i32::try_from(replicas).unwrap_or(i32::MAX)),
-                selector: LabelSelector {
-                    match_labels: Some(self.labels(part)),
-                    ..LabelSelector::default()
+    fn deployment(&self, part: &str, replicas: usize) -> Value {
+        json!({
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": self.metadata(part),
+            "spec": {
+                "replicas": replicas,
+                "selector": {"matchLabels": self.labels(part)},
+                "template": self.pod(part, &[], "Always"),
+            },
+        })
+    }
+
+    fn pod(&self, part: &str, extra: &[&str], restart: &str) -> Value {
+        json!({
+            "metadata": {
+                "labels": self.labels(part),
+                "annotations": {
+                    "prometheus.io/scrape": "true",
+                    "prometheus.io/port": METRICS_PORT.to_string(),
                 },
-                template: self.pod(part, &[], "Always"),
-                ..DeploymentSpec::default()
-            }),
-            ..Deployment::default()
-        }
+            },
+            "spec": {
+                "containers": [self.container(part, extra)],
+                "restartPolicy": restart,
+                "terminationGracePeriodSeconds": GRACE,
+                "volumes": self.volumes(part),
+            },
+        })
     }
 
-    fn pod(&self, part: &str, extra: &[&str], restart: &str) -> PodTemplateSpec {
-        let scraped = BTreeMap::from([
-            ("prometheus.io/scrape".into(), "true".into()),
-            ("prometheus.io/port".into(), METRICS_PORT.to_string()),
-        ]);
-        let metadata = ObjectMeta {
-            labels: Some(self.labels(part)),
-            annotations: Some(scraped),
-            ..ObjectMeta::default()
-        };
-        let spec = PodSpec {
-            containers: vec![self.container(part, extra)],
-            restart_policy: Some(restart.into()),
-            termination_grace_period_seconds: Some(GRACE),
-            volumes: Some(self.volumes(part)),
-            ..PodSpec::default()
-        };
-        PodTemplateSpec {
-            metadata: Some(metadata),
-            spec: Some(spec),
-        }
-    }
-
-    fn container(&self, part: &str, extra: &[&str]) -> Container {
+    fn container(&self, part: &str, extra: &[&str]) -> Value {
         let listen = format!("telemetry.listen=0.0.0.0:{METRICS_PORT}");
-        let words = [part, "/etc/agon/config.toml", "--set", &listen];
-        let alive = HTTPGetAction {
-            path: Some("/metrics".into()),
-            port: IntOrString::Int(METRICS_PORT),
-            ..HTTPGetAction::default()
-        };
-        let mount = |name: &str, path: &str| VolumeMount {
-            name: name.into(),
-            mount_path: path.into(),
-            ..VolumeMount::default()
-        };
-        let mut mounts = vec![mount("config", "/etc/agon")];
+        let command = [part, "/etc/agon/config.toml", "--set", &listen];
+        let mut mounts = vec![json!({"name": "config", "mountPath": "/etc/agon"})];
         if part == "learner" {
-            mounts.push(mount("run", "/run-dir"));
+            mounts.push(json!({"name": "run", "mountPath": "/run-dir"}));
         }
-        Container {
-            name: part.into(),
-            image: Some(self.arguments.image.clone()),
-            args: Some(
-                words
-                    .iter()
-                    .chain(extra)
-                    .map(|&word| word.to_owned())
-                    .collect(),
-            ),
-            ports: Some(vec![ContainerPort {
-                name: Some("metrics".into()),
-                container_port: METRICS_PORT,
-                ..ContainerPort::default()
-            }]),
-            liveness_probe: Some(Probe {
-                http_get: Some(alive),
-                initial_delay_seconds: Some(30),
-                period_seconds: Some(30),
-                failure_threshold: Some(5),
-                ..Probe::default()
-            }),
-            volume_mounts: Some(mounts),
-            ..Container::default()
-        }
+        json!({
+            "name": part,
+            "image": self.arguments.image,
+            "args": [&command[..], extra].concat(),
+            "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],
+            "livenessProbe": {
+                "httpGet": {"path": "/metrics", "port": METRICS_PORT},
+                "initialDelaySeconds": 30,
+                "periodSeconds": 30,
+                "failureThreshold": 5,
+            },
+            "volumeMounts": mounts,
+        })
     }
 
-    fn volumes(&self, part: &str) -> Vec<Volume> {
-        let mut volumes = vec![Volume {
-            name: "config".into(),
-            config_map: Some(ConfigMapVolumeSource {
-                name: format!("{}-config", self.name),
-                ..ConfigMapVolumeSource::default()
-            }),
-            ..Volume::default()
-        }];
-        if part == "learner" {
-            volumes.push(Volume {
-                name: "run".into(),
-                persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
-                    claim_name: format!("{}-run", self.name),
-                    ..PersistentVolumeClaimVolumeSource::default()
-                }),
-                ..Volume::default()
-            });
+    fn volumes(&self, part: &str) -> Value {
+        let config = json!({
+            "name": "config",
+            "configMap": {"name": format!("{}-config", self.name)},
+        });
+        if part != "learner" {
+            return json!([config]);
         }
-        volumes
+        let claim = format!("{}-run", self.name);
+        json!([config, {"name": "run", "persistentVolumeClaim": {"claimName": claim}}])
     }
 }
 
@@ -324,7 +263,7 @@ mod tests {
             toml: resolved.toml,
             name: "agon-my-run".into(),
         };
-        cluster.list().expect("they can be written")
+        cluster.list()
     }
 
     #[test]
