@@ -144,6 +144,7 @@ mod tests {
             seed: Seed(id),
             ids: vec![1],
             text: String::new(),
+            dialogue: None,
             golden: None,
             answer: None,
         }

@@ -269,6 +269,7 @@ impl Posts {
         PromptRow {
             ids: post.prompt_ids(),
             text: post.text(),
+            dialogue: None,
             golden: Some(golden),
             answer: Some(answer),
         }
@@ -300,6 +301,7 @@ impl PromptSet for OnePrompt {
         PromptRow {
             ids: vec![0],
             text: "which arm?".into(),
+            dialogue: None,
             golden: None,
             answer: None,
         }

@@ -1,6 +1,6 @@
 //! A prompt, and a prompt with its answer.
 
-use ::messages::PromptText;
+use ::messages::{Dialogue, PromptText};
 use serde_json::Value;
 
 use crate::pair::{messages, prompt_of, response_of, said};
@@ -74,18 +74,17 @@ fn taken_apart(dialogue: &Value) -> Result<(PromptText, Option<String>), String>
     if turns.is_empty() {
         return Err("\"messages\" holds no turn before the answer".into());
     }
-    Ok((PromptText::Messages(turns), answer))
+    Ok((PromptText::Dialogue(Dialogue::new(turns)), answer))
 }
 
 #[cfg(test)]
 mod tests {
-    use ::messages::Message;
     use serde_json::json;
 
     use super::*;
 
     fn asked(text: &str) -> PromptText {
-        PromptText::Messages(vec![Message::new("user", text)])
+        PromptText::Dialogue(Dialogue::of_user(text))
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One prompt, a preferred response and another.
 
-use messages::{Message, PromptText};
+use messages::{Dialogue, Message, PromptText};
 use serde_json::Value;
 
 /// Where an assistant's turn begins in dialogues written as text (Anthropic's HH).
@@ -127,7 +127,7 @@ fn implicit(chosen: Side, rejected: Side) -> Result<Pair, String> {
             }
             let last = |turn: Option<Message>| said(&turn.ok_or("there is no turn")?);
             Ok(Pair {
-                prompt: PromptText::Messages(chosen),
+                prompt: PromptText::Dialogue(Dialogue::new(chosen)),
                 chosen: last(good)?,
                 rejected: last(bad)?,
             })
@@ -139,7 +139,9 @@ fn implicit(chosen: Side, rejected: Side) -> Result<Pair, String> {
 /// A prompt as text or as messages.
 pub(crate) fn prompt_of(value: &Value) -> Result<PromptText, String> {
     match value {
-        Value::Array(turns) if !turns.is_empty() => Ok(PromptText::Messages(messages(turns)?)),
+        Value::Array(turns) if !turns.is_empty() => {
+            Ok(PromptText::Dialogue(Dialogue::new(messages(turns)?)))
+        },
         other => PromptText::try_from(other.clone()),
     }
 }
@@ -192,7 +194,7 @@ mod tests {
 
     #[test]
     fn every_form_of_the_field_is_read() {
-        let asked = PromptText::Messages(vec![Message::new("user", "q")]);
+        let asked = PromptText::Dialogue(Dialogue::of_user("q"));
         let user = json!({"role": "user", "content": "q"});
         let says = |what: &str| json!({"role": "assistant", "content": what});
         let dialogues = (asked, "a".to_owned(), "b".to_owned());

@@ -190,6 +190,7 @@ mod tests {
             seed: Seed(0),
             ids: vec![1],
             text: String::new(),
+            dialogue: None,
             golden: None,
             answer: None,
         };

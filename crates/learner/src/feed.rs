@@ -168,6 +168,7 @@ impl Feed {
             seed,
             ids: row.ids,
             text: row.text,
+            dialogue: row.dialogue,
             golden: row.golden,
             answer: row.answer,
         };
@@ -263,6 +264,7 @@ mod tests {
             PromptRow {
                 ids: vec![index as u32],
                 text: String::new(),
+                dialogue: None,
                 golden: None,
                 answer: None,
             }

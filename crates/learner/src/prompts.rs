@@ -3,7 +3,7 @@
 use std::{collections::HashSet, path::Path};
 
 use dataset::{DatasetError, Mix, read_rows, shuffled};
-use messages::Seed;
+use messages::{Dialogue, PromptText, Seed};
 use model::Tokenizer;
 use serde_json::Value;
 use settings::{DatasetPrompts, TooLong};
@@ -17,6 +17,8 @@ pub struct PromptRow {
     pub ids: Vec<u32>,
     /// The same for people.
     pub text: String,
+    /// The dialogue that `ids` render; none when the prompt was text.
+    pub dialogue: Option<Dialogue>,
     /// The golden answer's tokens, end-of-text included.
     pub golden: Option<Vec<u32>>,
     /// The same as text.
@@ -243,6 +245,10 @@ impl Reader<'_> {
         Ok(PromptRow {
             text: self.tokenizer.decode(&ids),
             ids,
+            dialogue: match prompt {
+                PromptText::Dialogue(dialogue) => Some(dialogue),
+                PromptText::Text(_) => None,
+            },
             golden,
             answer,
         })

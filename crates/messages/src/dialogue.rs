@@ -1,10 +1,10 @@
 //! Prompts and dialogues as people write them, in JSON.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// One turn of a dialogue.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Message {
     /// Who speaks; which names are known is the template's affair.
     pub role: String,
@@ -28,14 +28,53 @@ impl Message {
     }
 }
 
+/// A dialogue and what else its chat template is given.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dialogue {
+    /// The turns, oldest first; at least one.
+    pub messages: Vec<Message>,
+    /// The tools that the assistant may call, as JSON schemas; none, the template's `tools` is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<Value>,
+    /// Further variables of the template, as transformers' `chat_template_kwargs`.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub template_kwargs: Map<String, Value>,
+}
+
+impl Dialogue {
+    /// A dialogue without tools.
+    #[must_use]
+    pub fn new(messages: Vec<Message>) -> Self {
+        Self {
+            messages,
+            ..Self::default()
+        }
+    }
+
+    /// A single turn of the user.
+    #[must_use]
+    pub fn of_user(content: &str) -> Self {
+        Self::new(vec![Message::new("user", content)])
+    }
+
+    /// Whether the last turn is the assistant's: then the completion continues it, as transformers'
+    /// `continue_final_message`, instead of beginning a turn.
+    #[must_use]
+    pub fn continues_final_message(&self) -> bool {
+        let last = self.messages.last();
+        last.is_some_and(|message| message.role == "assistant")
+    }
+}
+
 /// A prompt as people write it: in JSON a string, or a list of objects with `role` and `content`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(try_from = "Value")]
 pub enum PromptText {
     /// Text that the model continues as it stands.
     Text(String),
-    /// A dialogue whose next turn is the assistant's; it needs a chat template.
-    Messages(Vec<Message>),
+    /// A dialogue whose next words are the assistant's; it needs a chat template.
+    Dialogue(Dialogue),
 }
 
 impl TryFrom<Value> for PromptText {
@@ -53,10 +92,33 @@ impl TryFrom<Value> for PromptText {
                         .map_err(|error| format!("message {index}: {error}"))
                 })
                 .collect::<Result<_, _>>()
-                .map(Self::Messages),
+                .map(|messages| Self::Dialogue(Dialogue::new(messages))),
             other => Err(format!(
                 "a prompt is a string or a list of messages, not {other}"
             )),
         }
+    }
+}
+
+/// A dialogue in the wire encoding, which has no self-describing values: as one string of JSON.
+pub(crate) mod as_json {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
+
+    use super::Dialogue;
+
+    pub(crate) fn serialize<S: Serializer>(
+        dialogue: &Option<Dialogue>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let json = dialogue.as_ref().map(serde_json::to_string).transpose();
+        json.map_err(ser::Error::custom)?.serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Dialogue>, D::Error> {
+        let json = Option::<String>::deserialize(deserializer)?;
+        let read = |json: String| serde_json::from_str(&json).map_err(de::Error::custom);
+        json.map(read).transpose()
     }
 }

@@ -11,7 +11,7 @@ mod prompt;
 mod weights;
 pub mod wire;
 
-pub use dialogue::{Message, PromptText};
+pub use dialogue::{Dialogue, Message, PromptText};
 pub use id::{Digest, JudgeVersion, PromptId, Seed, WeightsVersion};
 pub use pair::{Completion, DropReason, Dropped, Finish, Label, LabelledPair, Pair, Station};
 pub use probability::{InvalidProbability, Probability};

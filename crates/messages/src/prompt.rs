@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{PromptId, Seed, WeightsVersion};
+use crate::{Dialogue, PromptId, Seed, WeightsVersion};
 
 /// A prompt on its way to an actor. It is also a credit: the learner sends no more of them than it is
 /// ready to train on.
@@ -22,6 +22,10 @@ pub struct Prompt {
     pub ids: Vec<u32>,
     /// The same for people and for judges that read text.
     pub text: String,
+    /// The dialogue that `ids` are the rendering of; none when the prompt was text. Judges with a chat
+    /// template of their own read this.
+    #[serde(with = "crate::dialogue::as_json")]
+    pub dialogue: Option<Dialogue>,
     /// A golden answer's tokens, end-of-text included, when the prompt set has one.
     pub golden: Option<Vec<u32>>,
     /// The same as text: what an exact-match rule compares with.

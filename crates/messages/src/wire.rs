@@ -145,6 +145,7 @@ mod tests {
             seed: Seed(11),
             ids: ids.to_vec(),
             text: text.into(),
+            dialogue: Some(crate::Dialogue::of_user("a \" b")),
             golden: Some(ids.to_vec()),
             answer: None,
         };

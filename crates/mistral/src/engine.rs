@@ -105,13 +105,13 @@ impl Engine {
     pub fn encode(&self, prompt: &PromptText) -> Result<Vec<u32>, MistralError> {
         let text = match prompt {
             PromptText::Text(text) => Either::Right(text.clone()),
-            PromptText::Messages(_) if !self.has_chat_template => {
+            PromptText::Dialogue(_) if !self.has_chat_template => {
                 return Err(MistralError::Prompt {
                     reason: format!("{} has no chat template", self.path.display()),
                 });
             }
-            PromptText::Messages(messages) => {
-                Either::Left(dialogue(messages)?.messages_ref().to_vec())
+            PromptText::Dialogue(asked) => {
+                Either::Left(dialogue(&asked.messages)?.messages_ref().to_vec())
             }
         };
         let (response, mut ids) = tokio::sync::mpsc::channel(1);

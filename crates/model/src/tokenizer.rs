@@ -7,7 +7,7 @@
 
 use std::{borrow::Cow, fmt, path::Path, sync::Arc};
 
-use messages::{Message, PromptText};
+use messages::{Dialogue, PromptText};
 
 use crate::{ModelConfig, ModelError, chat::ChatTemplate};
 
@@ -129,14 +129,14 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When there is no template, or it refuses the dialogue.
-    pub fn render(&self, messages: &[Message]) -> Result<String, ModelError> {
+    pub fn render(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
         let Some(chat) = &self.shared.chat else {
             let reason = "the model has none; give the prompt as text, or name a template file";
             return Err(ModelError::ChatTemplate {
                 reason: reason.into(),
             });
         };
-        chat.render(messages)
+        chat.render(&dialogue.messages)
     }
 
     /// The text of a prompt, and who writes its special tokens.
@@ -146,8 +146,8 @@ impl Tokenizer {
     ) -> Result<(Cow<'a, str>, SpecialTokens), ModelError> {
         match prompt {
             PromptText::Text(text) => Ok((text.into(), SpecialTokens::Added)),
-            PromptText::Messages(messages) => {
-                Ok((self.render(messages)?.into(), SpecialTokens::Written))
+            PromptText::Dialogue(dialogue) => {
+                Ok((self.render(dialogue)?.into(), SpecialTokens::Written))
             }
         }
     }
@@ -395,7 +395,7 @@ mod tests {
         ));
         assert!(!tokenizer.has_chat_template());
         let error = tokenizer
-            .render(&[Message::new("user", "the cat")])
+            .render(&Dialogue::of_user("the cat"))
             .unwrap_err();
         assert!(error.to_string().contains("the model has none"), "{error}");
     }
@@ -403,7 +403,7 @@ mod tests {
     #[test]
     fn a_template_that_raises_is_heard() {
         let tokenizer = words(RAISING);
-        let prompt = PromptText::Messages(vec![Message::new("user", "the cat")]);
+        let prompt = PromptText::Dialogue(Dialogue::of_user("the cat"));
         let error = tokenizer.encode_prompt(&prompt).unwrap_err().to_string();
         assert!(error.contains("roles must alternate"), "{error}");
         assert_eq!(
@@ -447,7 +447,7 @@ mod tests {
         };
         assert_eq!(read(json!("Once")), Ok(text("Once")));
         let named = read(json!([{"role": "user", "content": "Hi", "name": "Ann"}])).unwrap();
-        let PromptText::Messages(messages) = named else {
+        let PromptText::Dialogue(Dialogue { messages, .. }) = named else {
             panic!("a list is a dialogue")
         };
         assert_eq!(

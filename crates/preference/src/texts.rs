@@ -54,7 +54,7 @@ impl Texts for Tokens {
         let ids = encoded.map_err(|error| error.to_string())?;
         let text = match prompt {
             PromptText::Text(text) => text.clone(),
-            PromptText::Messages(_) => self.tokenizer.decode(&ids),
+            PromptText::Dialogue(_) => self.tokenizer.decode(&ids),
         };
         Ok((text, ids))
     }
@@ -83,7 +83,7 @@ impl Texts for TextsAlone {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
         let text = match prompt {
             PromptText::Text(text) => text.clone(),
-            PromptText::Messages(turns) => turns.iter().map(turn).collect::<Vec<_>>().join("\n\n"),
+            PromptText::Dialogue(dialogue) => dialogue.messages.iter().map(turn).collect::<Vec<_>>().join("\n\n"),
         };
         Ok((text, Vec::new()))
     }
@@ -113,10 +113,10 @@ mod tests {
 
     #[test]
     fn a_dialogue_is_written_turn_by_turn_for_judges_that_read_texts() {
-        let dialogue = PromptText::Messages(vec![
+        let dialogue = PromptText::Dialogue(Dialogue::new(vec![
             Message::new("system", "Be kind."),
             Message::new("user", "Hi"),
-        ]);
+        ]));
         let plain = PromptText::Text("Hi".into());
         for (prompt, expected) in [(dialogue, "system: Be kind.\n\nuser: Hi"), (plain, "Hi")] {
             assert_eq!(TextsAlone.prompt(&prompt), Ok((expected.into(), vec![])));

@@ -226,6 +226,7 @@ mod tests {
             seed: Seed(11),
             ids: vec![1, 2],
             text: "sum up:\n\"a\"".into(),
+            dialogue: None,
             golden: None,
             answer: None,
         };

@@ -191,6 +191,7 @@ fn answer(
             seed,
             ids: row.ids,
             text: row.text,
+            dialogue: row.dialogue,
             golden: row.golden,
             answer: row.answer,
         }));

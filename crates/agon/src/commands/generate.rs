@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use messages::{Completion, Finish, Message, PromptText, Seed};
+use messages::{Completion, Dialogue, Finish, PromptText, Seed};
 use model::{CompletionWriter, LanguageModel, ModelFolder, Request, SamplingSettings, Tokenizer};
 use serde::Serialize;
 use settings::{EngineSettings, ModelSource};
@@ -273,7 +273,7 @@ impl Arguments {
         }
         let encode = |text: &String| {
             let prompt = if self.chat {
-                PromptText::Messages(vec![Message::new("user", text)])
+                PromptText::Dialogue(Dialogue::of_user(text))
             } else {
                 PromptText::Text(text.clone())
             };

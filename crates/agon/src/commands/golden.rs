@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Context;
 use dataset::DatasetError;
-use messages::{Finish, Message, PromptText, Seed};
+use messages::{Dialogue, Finish, PromptText, Seed};
 use mistral::{Chat, MistralError, Source};
 use model::SamplingSettings;
 use serde_json::Value;
@@ -80,7 +80,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let source = arguments.source();
     let patience = Duration::from_secs(arguments.timeout);
     let chat = Chat::open(&source, patience)?;
-    let talks = |(_, prompt): &(Value, PromptText)| matches!(prompt, PromptText::Messages(_));
+    let talks = |(_, prompt): &(Value, PromptText)| matches!(prompt, PromptText::Dialogue(_));
     if rows.iter().any(talks) && !chat.has_chat_template() {
         return Err(MistralError::NoTemplate {
             path: source.path,
@@ -157,7 +157,7 @@ impl Arguments {
     fn sent(&self, prompt: PromptText) -> PromptText {
         match prompt {
             PromptText::Text(text) if self.chat => {
-                PromptText::Messages(vec![Message::new("user", &text)])
+                PromptText::Dialogue(Dialogue::of_user(&text))
             }
             other => other,
         }

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use messages::{Message, PromptText, Seed};
+use messages::{Dialogue, Message, PromptText, Seed};
 use mistral::{Chat, MistralError, Source};
 use model::SamplingSettings;
 use preference::{Alternative, ChatJudge, ChatModel, Judge, JudgeError, Said, ScoredToken};
@@ -80,7 +80,7 @@ impl ChatModel for Asking {
             ..SamplingSettings::plain(max_tokens)
         };
         let answer = |dialogue: &Vec<Message>| {
-            let prompt = PromptText::Messages(dialogue.clone());
+            let prompt = PromptText::Dialogue(Dialogue::new(dialogue.clone()));
             let chat = &self.0.chat;
             let answer = chat.answer(&prompt, (&likeliest, Seed(0)), alternatives);
             answer.map(said).map_err(|error| match error {

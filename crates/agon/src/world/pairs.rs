@@ -65,6 +65,7 @@ impl GeneratedPair {
         PromptRow {
             ids: self.prompt_ids,
             text: self.prompt,
+            dialogue: None,
             golden: Some(self.chosen_ids),
             answer: Some(self.chosen),
         }

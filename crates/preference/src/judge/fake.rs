@@ -117,6 +117,7 @@ pub(crate) fn prompt() -> Prompt {
         seed: Seed(0),
         ids: vec![0],
         text: "say".into(),
+        dialogue: None,
         golden: None,
         answer: None,
     }

@@ -189,7 +189,7 @@ fn prompt_characters(prompt: &PromptText) -> usize {
     };
     match prompt {
         PromptText::Text(text) => text.chars().count(),
-        PromptText::Messages(turns) => turns.iter().map(|turn| of_value(&turn.content)).sum(),
+        PromptText::Dialogue(dialogue) => dialogue.messages.iter().map(|turn| of_value(&turn.content)).sum(),
     }
 }
 
@@ -203,6 +203,7 @@ fn of_text(index: usize, text: String, ids: Vec<u32>) -> Prompt {
         seed: Seed(0),
         ids,
         text,
+        dialogue: None,
         golden: None,
         answer: None,
     }

@@ -384,7 +384,7 @@ impl Texts for Letters {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
         match prompt {
             PromptText::Text(text) => Ok((text.clone(), self.response(prompt, &[], text)?)),
-            PromptText::Messages(_) => Err("letters have no turns".into()),
+            PromptText::Dialogue(_) => Err("letters have no turns".into()),
         }
     }
 

@@ -112,6 +112,7 @@ fn pair(arguments: &Arguments, config: &ModelConfig, index: usize) -> LabelledPa
                 seed: Seed(0),
                 ids: tokens(0, arguments.prompt),
                 text: String::new(),
+                dialogue: None,
                 golden: None,
                 answer: None,
             },

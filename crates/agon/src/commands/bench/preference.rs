@@ -113,6 +113,7 @@ fn rows(world: &World) -> anyhow::Result<Vec<Row>> {
                 seed: Seed(0),
                 ids: asked.ids,
                 text: asked.text,
+                dialogue: None,
                 golden: None,
                 answer: None,
             },

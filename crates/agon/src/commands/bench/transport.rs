@@ -176,6 +176,7 @@ fn prompt(id: u64) -> Prompt {
         seed: Seed(id.0),
         ids: vec![7; TOKENS],
         text: "x ".repeat(TOKENS),
+        dialogue: None,
         golden: None,
         answer: None,
     }

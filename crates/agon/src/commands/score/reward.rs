@@ -154,8 +154,8 @@ fn tokens_row(line: usize, ids: Vec<u32>, form: Form) -> Row {
 fn plain(prompt: PromptText) -> Result<String, String> {
     match prompt {
         PromptText::Text(text) => Ok(text),
-        PromptText::Messages(messages) => {
-            let said = messages.iter().map(|message| {
+        PromptText::Dialogue(dialogue) => {
+            let said = dialogue.messages.iter().map(|message| {
                 let text = message.content.as_str();
                 text.ok_or_else(|| format!("the content {} is not text", message.content))
             });
