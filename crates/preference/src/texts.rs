@@ -109,6 +109,8 @@ fn turn(message: &Message) -> String {
 
 #[cfg(test)]
 mod tests {
+    use messages::Dialogue;
+
     use super::*;
 
     #[test]
