@@ -75,6 +75,19 @@ impl ModelFolder {
                 reason: reason.into(),
             });
         }
+        if let (Some(base), false) = (
+            BaseModel::of_adapter(path)?,
+            path.join("config.json").exists(),
+        ) {
+            let reason = format!(
+                "it holds an adapter and no model: name its base, {:?}, as the model and this folder as the adapter",
+                base.name
+            );
+            return Err(ModelError::Malformed {
+                path: path.to_owned(),
+                reason,
+            });
+        }
         let config = ModelConfig::load_for(task, path)?;
         let tokenizer = Tokenizer::load(path, &config, chat_template)?;
         Ok(Self {
@@ -355,6 +368,14 @@ mod tests {
         fs::remove_file(source.path().join("tokenizer.json")).unwrap();
         let bare = open(source.path());
         assert!(bare.contains("tokenizer.json"), "{bare}");
+        let adapter = tempfile::tempdir().unwrap();
+        let raw = json!({"base_model_name_or_path": "org/base"}).to_string();
+        fs::write(adapter.path().join("adapter_config.json"), raw).unwrap();
+        let adapter = open(adapter.path());
+        assert!(
+            adapter.contains("an adapter and no model") && adapter.contains("\"org/base\""),
+            "{adapter}"
+        );
     }
 
     #[test]
