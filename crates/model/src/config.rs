@@ -10,7 +10,7 @@ use candle_transformers::models::{
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::ModelError;
+use crate::{ModelError, reward};
 
 /// The architectures that can be loaded, as `config.json` names them.
 pub const SUPPORTED_ARCHITECTURES: [&str; 4] = [
@@ -117,7 +117,11 @@ impl ModelConfig {
     /// As [`Self::load`], of a folder that is for `task`.
     pub(crate) fn load_for(task: Task, folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
-        let mut config = Self::read(task, read_json(&path)?, &path)?;
+        let raw = match task {
+            Task::Language => read_json(&path)?,
+            Task::Reward => reward::from_disk(read_json(&path)?),
+        };
+        let mut config = Self::read(task, raw, &path)?;
         let generation = folder.join("generation_config.json");
         if generation.exists() {
             let eos = tokens(&read_json(&generation)?["eos_token_id"]);

@@ -39,8 +39,8 @@ pub use config::{
 };
 pub use encoder::{Encoder, SUPPORTED_ENCODERS};
 pub use error::ModelError;
-pub use folder::{ModelFolder, save_folder};
-pub use lora::{Adapter, AdapterFolder, LoraConfig, open_policy, save_policy};
+pub use folder::{ModelFolder, dtype_name, is_licence, save_folder};
+pub use lora::{Adapter, AdapterFolder, BaseModel, LoraConfig, open_policy, save_policy};
 pub use network::LanguageModel;
 pub use ops::Gradients;
 pub use optimizer::{AdamWSettings, Optimizer};

@@ -130,6 +130,9 @@ impl Summary {
             let Some(adapter) = adapter else {
                 return Ok(origin);
             };
+            if settings.model.adapter.is_none() {
+                adapter.check_targets(config)?;
+            }
             let count = adapter.parameter_count(config)?;
             Ok(format!("{origin}rank {}, {count} parameters", adapter.rank))
         });
@@ -222,7 +225,7 @@ fn subject(settings: &Settings) -> anyhow::Result<Subject> {
 /// Where the adapter of the settings comes from, in words that may be empty, and its shape where it is known.
 fn adapter_of(settings: &Settings) -> anyhow::Result<(String, Option<LoraConfig>)> {
     let Some(source) = &settings.model.adapter else {
-        return Ok((String::new(), world::fresh_adapter(settings, String::new())));
+        return Ok((String::new(), world::fresh_adapter(settings)));
     };
     let Look { folder, origin } = model_hub::look(source)?;
     let opened = folder
@@ -361,9 +364,7 @@ fn activations(config: &ModelConfig) -> usize {
 
 /// How many numbers an adapter trains, where one is; `None` where the whole weights are trained.
 fn adapter_parameters(settings: &Settings, config: &ModelConfig) -> Option<usize> {
-    world::fresh_adapter(settings, String::new())?
-        .parameter_count(config)
-        .ok()
+    world::fresh_adapter(settings)?.parameter_count(config).ok()
 }
 
 /// On the processor in f32 the head is fused and its logits never exist; elsewhere they and their

@@ -23,10 +23,14 @@ use crate::{
 ///
 /// Reads the pairs of preference.fit.pairs (the playground's own, made by a noisy annotator, or a file of
 /// {"prompt", "chosen", "rejected"} rows in any of the field's forms, .gz too), holds a share of them out,
-/// and trains a head on the trunk. The run directory gets the model (a Hugging Face folder), metrics.jsonl,
-/// report.json, report.md and reliability.svg: accuracy, calibration error over 10 bins in both orders,
-/// Brier score, and how much the model likes length. Judge with it by
+/// and trains a head on the trunk. The run directory gets the model, metrics.jsonl, report.json, report.md and
+/// reliability.svg: accuracy, calibration error over 10 bins in both orders, Brier score, and how much the
+/// model likes length. Judge with it by
 /// --set preference.judge.kind=bradley-terry --set preference.judge.path=RUN/model.
+///
+/// The model is a folder in Hugging Face's layout. transformers loads it, and computes the same scores, with
+/// preference.fit.head=bradley-terry, pooling=last and likelihood=false; every other head, the default among
+/// them, is Agon's own and has an architecture name that other programs refuse.
 ///
 /// Example: agon fit-preference configs/quickstart.toml --run-dir runs/rm
 #[derive(clap::Args)]
@@ -91,6 +95,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         left_out: pairs.left_out,
         seconds: started.elapsed().as_secs_f64(),
         model: &to,
+        readers: match model.config().is_transformers() {
+            true => "a Hugging Face folder; transformers computes the same scores",
+            false => "for Agon: other programs cannot compute its scores, and refuse it",
+        },
     };
     tell(settings, &fitted, &directory)?;
     Ok(ExitCode::SUCCESS)
@@ -104,6 +112,8 @@ struct Fitted<'a> {
     left_out: usize,
     seconds: f64,
     model: &'a Path,
+    /// Who can use it.
+    readers: &'static str,
 }
 
 fn tell(settings: &Settings, fitted: &Fitted<'_>, directory: &RunDirectory) -> anyhow::Result<()> {
@@ -193,8 +203,9 @@ fn in_words(fitted: &Fitted<'_>) -> Result<String, std::fmt::Error> {
     writeln!(text, "\n![reliability](reliability.svg)\n")?;
     writeln!(
         text,
-        "Model: `{}` (a Hugging Face folder).",
-        fitted.model.display()
+        "Model: `{}` ({}).",
+        fitted.model.display(),
+        fitted.readers
     )?;
     Ok(text)
 }

@@ -15,10 +15,10 @@ use model::{CompletionWriter, LanguageModel, ModelFolder, Request, SamplingSetti
 use serde::Serialize;
 use settings::{EngineSettings, ModelSource};
 
-use super::score::{self, ModelArguments};
+use super::score::ModelArguments;
 use crate::{
     failure::Misuse,
-    model_hub,
+    model_hub::Located,
     world::{self, WriterParts},
 };
 
@@ -109,8 +109,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (folder, policy) = arguments.model.find()?.open()?;
     let reference = match &arguments.reference {
         Some(source) => {
-            let path = model_hub::folder(source, &|| false)?;
-            Some(score::open(&path, policy.dtype(), policy.device())?.1)
+            let numbers = (policy.dtype(), policy.device());
+            Some(Located::find(source, &|| false)?.policy(None, numbers)?.1)
         }
         // Beside an adapter its base; else the policy itself.
         None => policy.adapter().map(|_| policy.without_adapter()),
@@ -512,7 +512,8 @@ mod tests {
             .write_model(directory.path())
             .unwrap();
         let device = model::Device::Cpu;
-        let (folder, model) = score::open(directory.path(), model::DType::F32, &device).unwrap();
+        let numbers = (model::DType::F32, &device);
+        let (folder, model) = model::open_policy(directory.path(), None, None, numbers).unwrap();
         let arguments = arguments(extra);
         let prompts = arguments.encode(&folder).unwrap();
         let sampling = arguments.sampling();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use messages::JudgeVersion;
-use model::{Device, Encoder, ModelFolder, RewardFolder, RewardModel, Weights};
+use model::{Device, Encoder, ModelFolder, RewardModel, Weights};
 use preference::{EncoderJudge, Ensemble, Judge, Matrix, Rules};
 use settings::{Combine, Head, JudgeSettings, ModelSource, Settings};
 
@@ -13,7 +13,10 @@ use super::{
     local_chat::{self, LocalChat},
     preference_model,
 };
-use crate::{failure::Misuse, model_hub};
+use crate::{
+    failure::Misuse,
+    model_hub::{self, Located, look_for_base},
+};
 
 /// The judge of the settings. Models are read once; every replica shares their weights.
 pub(crate) enum JudgeSource {
@@ -60,7 +63,8 @@ impl JudgeSource {
                     preference_model(settings, head, start.policy(), stopped)?
                 }
             };
-            let opened = Opened::open(&path, policy, &super::device(settings)?)?;
+            let located = Located::at(path, stopped)?;
+            let opened = Opened::open(&located, policy, &super::device(settings)?)?;
             opened.is(head)?;
             let opened = opened.judging_in(settings.preference.precision);
             Ok(Self::Model(Box::new(opened)))
@@ -155,8 +159,9 @@ pub(crate) fn check(judge: &JudgeSettings) -> anyhow::Result<()> {
         JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => {
             if !path.is_empty()
                 && let Some(folder) = model_hub::look(path)?.folder
+                && let Some(located) = look_for_base(folder)?
             {
-                RewardFolder::open(&folder, None)?;
+                located.reward()?;
             }
         }
         JudgeSettings::Encoder { path, .. } => {

@@ -1,6 +1,6 @@
 //! Preference models: read from a folder, or fitted to annotated pairs, kept and found again.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
@@ -16,7 +16,10 @@ use settings::{DtypeSetting, Head, Settings};
 use telemetry::Progress;
 
 use super::{annotated, base::kept};
-use crate::{failure::Misuse, model_hub};
+use crate::{
+    failure::Misuse,
+    model_hub::{self, Located},
+};
 
 /// What a fit leaves in the model's folder beside the model.
 pub(crate) const CALIBRATION: &str = "calibration.json";
@@ -49,7 +52,8 @@ impl Trunk {
         };
         if let Some(adapter) = fit::adapter(how) {
             adapter
-                .parameter_count(&folder.config)
+                .check_targets(&folder.config)
+                .and_then(|()| adapter.parameter_count(&folder.config))
                 .map_err(|error| Misuse(format!("preference.fit.target_modules: {error}")))?;
         }
         let model = super::language_model(&folder, &weights)?;
@@ -85,6 +89,12 @@ impl Trunk {
                 watch(step)
             },
         )?;
+        if model.config().passes_over_the_end(model.trunk().config()) {
+            tracing::warn!(
+                "pad_token_id of the trunk is also a token that ends its texts: the head reads the token before it, \
+                 as transformers does (preference.fit.pooling = \"sum\" reads all)"
+            );
+        }
         let calibration = calibrate(&model, &pairs.validation)?
             .context("there are no pairs to validate on; see preference.fit.validation")?;
         if let Some(progress) = progress {
@@ -162,11 +172,11 @@ impl Opened {
     /// Reads the folder, for this policy at the start, whose weights a model that was trained beside them
     /// shares; without one, tokens are taken to be the model's.
     pub(crate) fn open(
-        path: &Path,
+        located: &Located,
         policy: Option<(&ModelFolder, &Weights)>,
         (device, dtype): &(Device, DType),
     ) -> anyhow::Result<Self> {
-        let folder = RewardFolder::open(path, None)?;
+        let folder = located.reward()?;
         let model = folder.model(*dtype, device, policy.map(|(_, weights)| weights))?;
         let tokenizer = |of: &ModelFolder| std::fs::read(of.path.join("tokenizer.json")).ok();
         let is_own = |(policy, _)| tokenizer(&folder.folder) == tokenizer(policy);

@@ -10,10 +10,10 @@ use serde_json::json;
 
 use super::{RewardConfig, RewardModel};
 use crate::{
-    AdapterFolder, LanguageModel, ModelError, ModelFolder, Weights,
+    AdapterFolder, LanguageModel, ModelConfig, ModelError, ModelFolder, Weights,
     config::{Task, read_json},
     folder::{save_folder, write},
-    lora::save_adapter,
+    lora::{ClassifierHead, save_adapter},
 };
 
 /// Beside an adapter: what the model gives and how.
@@ -39,13 +39,26 @@ impl RewardFolder {
     /// When the folder or a file in it is missing, does not fit the others, or is no reward model; or an
     /// adapter's base is not where it says.
     pub fn open(path: &Path, chat_template: Option<&Path>) -> Result<Self, ModelError> {
+        Self::open_on(path, None, chat_template)
+    }
+
+    /// As [`Self::open`]; an adapter's base is in the folder `base` where that is given.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_on(
+        path: &Path,
+        base: Option<&Path>,
+        chat_template: Option<&Path>,
+    ) -> Result<Self, ModelError> {
         let is_adapter = AdapterFolder::is_at(path);
         let adapter = is_adapter
             .then(|| AdapterFolder::open_for(Task::Reward, path))
             .transpose()?;
         let (mut folder, config) = match &adapter {
             Some(adapter) => {
-                let folder = ModelFolder::open(&adapter.base()?, chat_template)?;
+                let base = base.map_or_else(|| adapter.base(), |base| Ok(base.to_owned()))?;
+                let folder = ModelFolder::open(&base, chat_template)?;
                 (folder, RewardConfig::read_beside(&path.join(CONFIG))?)
             }
             None => {
@@ -109,9 +122,9 @@ impl RewardFolder {
 impl RewardModel {
     /// Saves the model, whose trunk is that of `like` or was trained from it, in the folder `to`, which is made
     /// when it is missing, with the tokenizer's files of `like`: as a classifier that transformers loads or,
-    /// where the trunk has an adapter, as PEFT's adapter of one beside `like`. Where a likelihood is a feature
-    /// they do not know of it, and they pool the last token only. Files that are there are replaced; others
-    /// stay.
+    /// where the trunk has an adapter, as PEFT's adapter of one beside `like`. What they cannot compute, since they
+    /// know no more than one score of the last token, has names of our own there that they refuse. Files that are there
+    /// are replaced; others stay.
     ///
     /// # Errors
     /// When a file cannot be read or written, or a tensor cannot be read from its device.
@@ -119,20 +132,32 @@ impl RewardModel {
         let Some(adapter) = self.trunk.adapter() else {
             let from = ModelFolder {
                 path: like.path.clone(),
-                config: self.trunk.config().clone(),
+                config: self.config.saved(self.trunk.config()),
                 tokenizer: like.tokenizer.clone(),
+                base_model: like.base_model.clone(),
             };
             return save_folder(to, &from, &self.weights());
         };
-        let adapter = adapter.clone().with_base_model(like.whole_path());
+        let adapter = adapter.clone().with_base_model(like.base_model.clone());
         let trained = (self.trunk.weights(), &adapter);
-        save_adapter(to, like, trained, Some(&self.head))?;
+        let head = ClassifierHead {
+            weights: &self.head,
+            is_pefts: self.config.is_transformers(),
+        };
+        save_adapter(to, like, trained, Some(&head))?;
         let config = format!("{:#}\n", json!(self.config));
         write(&to.join(CONFIG), config.as_bytes())
     }
 }
 
 impl RewardConfig {
+    /// The shape `trunk` with the `config.json` that is saved of it.
+    fn saved(self, trunk: &ModelConfig) -> ModelConfig {
+        let mut saved = trunk.clone();
+        saved.raw = self.to_disk(saved.raw);
+        saved
+    }
+
     /// What the file at `path` says, beside an adapter; without it the model is as every classifier.
     fn read_beside(path: &Path) -> Result<Self, ModelError> {
         if path.exists() {

@@ -137,14 +137,9 @@ pub fn fit(
 /// The adapter that is trained beside the trunk, where it is not the trunk itself; who saves it names its base.
 #[must_use]
 pub fn adapter(settings: &FitSettings) -> Option<LoraConfig> {
-    (settings.lora_rank > 0).then(|| LoraConfig {
-        rank: settings.lora_rank,
-        alpha: settings.lora_alpha,
-        dropout: settings.lora_dropout,
-        target_modules: settings.target_modules.clone(),
-        rank_stabilised: false,
-        base_model: String::new(),
-    })
+    let (rank, alpha) = (settings.lora_rank, settings.lora_alpha);
+    (rank > 0)
+        .then(|| LoraConfig::new(rank, alpha, settings.lora_dropout, &settings.target_modules))
 }
 
 /// How a model does on annotated pairs; `None` when there are none.

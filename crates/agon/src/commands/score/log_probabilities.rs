@@ -17,8 +17,8 @@ pub(super) fn run(
     name: &Path,
     input: impl BufRead,
 ) -> anyhow::Result<ExitCode> {
-    if RewardArchitecture::of(&found.path).is_ok() {
-        let path = found.path.display();
+    if RewardArchitecture::of(&found.model.path).is_ok() {
+        let path = found.model.path.display();
         let advice =
             format!("{path} is a reward model, which gives no log-probabilities; add --reward");
         return Err(Misuse(advice).into());
@@ -111,7 +111,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::commands::score::{open, rows::write_lines};
+    use crate::commands::score::rows::write_lines;
 
     /// Three arms with these probabilities after the token 0.
     fn bandit() -> (TempDir, ModelFolder, LanguageModel) {
@@ -120,7 +120,8 @@ mod tests {
             .unwrap()
             .write_model(directory.path())
             .unwrap();
-        let (folder, model) = open(directory.path(), DType::F32, &Device::Cpu).unwrap();
+        let numbers = (DType::F32, &Device::Cpu);
+        let (folder, model) = model::open_policy(directory.path(), None, None, numbers).unwrap();
         (directory, folder, model)
     }
 

@@ -13,7 +13,7 @@ use super::{
     Dtype, FoundModel,
     rows::{Form, Given, Row, answer_all, read, refusal, text_row},
 };
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub::Located};
 
 pub(super) fn run(
     found: &FoundModel,
@@ -46,9 +46,10 @@ enum Scorer {
 
 impl Scorer {
     fn open(found: &FoundModel) -> anyhow::Result<Self> {
-        let FoundModel { path, device, .. } = found;
+        let FoundModel { model, device, .. } = found;
+        let path = &model.path;
         match RewardArchitecture::of(path)? {
-            RewardArchitecture::Decoder => Ok(Self::decoder(path, found.dtype, device)?),
+            RewardArchitecture::Decoder => Ok(Self::decoder(model, found.dtype, device)?),
             RewardArchitecture::Encoder if found.dtype == Dtype::F32 => {
                 Ok(Self::Encoder(Box::new(Encoder::load(path, device)?)))
             }
@@ -61,11 +62,15 @@ impl Scorer {
         }
     }
 
-    fn decoder(path: &Path, dtype: Dtype, device: &model::Device) -> Result<Self, ModelError> {
-        let folder = RewardFolder::open(path, None)?;
+    fn decoder(
+        located: &Located,
+        dtype: Dtype,
+        device: &model::Device,
+    ) -> Result<Self, ModelError> {
+        let folder = located.reward()?;
         if let RewardKind::Pairwise { .. } = folder.config.kind {
             return Err(ModelError::Malformed {
-                path: path.to_owned(),
+                path: located.path.clone(),
                 reason: PAIRWISE.into(),
             });
         }
@@ -199,7 +204,7 @@ mod tests {
 
     fn open(directory: &TempDir, dtype: Dtype) -> anyhow::Result<Scorer> {
         Scorer::open(&FoundModel {
-            path: directory.path().to_owned(),
+            model: Located::at(directory.path().to_owned(), &|| false)?,
             adapter: None,
             device: Device::Cpu,
             dtype,
