@@ -11,7 +11,9 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{DType, Device, ModelConfig, ModelError, Tokenizer, Weights, config::Task};
+use crate::{
+    DType, Device, ModelConfig, ModelError, Tokenizer, Weights, config::Task, shards::Shards,
+};
 
 /// What a saved model takes over from the one that it was trained from, when that has it.
 const COPIED: [&str; 5] = [
@@ -74,6 +76,15 @@ impl ModelFolder {
     pub fn whole_path(&self) -> String {
         let whole = self.path.canonicalize();
         whole.as_ref().unwrap_or(&self.path).display().to_string()
+    }
+
+    /// Checks the weights by the headers of their files: what [`Self::weights`] would refuse is refused, without
+    /// reading them.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn check_weights(&self) -> Result<(), ModelError> {
+        Shards::open(&self.path)?.check(&self.config.wanted())
     }
 
     /// Reads the weights as `dtype` onto `device`.

@@ -156,7 +156,7 @@ pub(crate) fn check(judge: &JudgeSettings) -> anyhow::Result<()> {
             if !path.is_empty()
                 && let Some(folder) = model_hub::look(path)?.folder
             {
-                RewardFolder::open(&folder, None)?;
+                RewardFolder::open(&folder, None)?.check_weights()?;
             }
         }
         JudgeSettings::Encoder { path, .. } => {
