@@ -213,9 +213,9 @@ impl ModelConfig {
     }
 
     fn check(&self, raw: &Value) -> Result<(), String> {
-        let act = raw["hidden_act"].as_str().unwrap_or("silu");
-        if !["silu", "swish"].contains(&act) {
-            Err(format!("hidden_act is {act:?}, only \"silu\" is known"))
+        let act = &raw["hidden_act"];
+        if !act.is_null() && act != "silu" && act != "swish" {
+            Err(format!("hidden_act is {act}, only \"silu\" is known"))
         } else if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             Err(format!(
                 "num_key_value_heads = {} does not divide {} heads",

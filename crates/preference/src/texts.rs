@@ -83,12 +83,7 @@ impl Texts for TextsAlone {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
         let text = match prompt {
             PromptText::Text(text) => text.clone(),
-            PromptText::Dialogue(dialogue) => dialogue
-                .messages
-                .iter()
-                .map(turn)
-                .collect::<Vec<_>>()
-                .join("\n\n"),
+            PromptText::Dialogue(dialogue) => dialogue.messages.iter().map(turn).collect::<Vec<_>>().join("\n\n"),
         };
         Ok((text, Vec::new()))
     }

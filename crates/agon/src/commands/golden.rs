@@ -156,7 +156,9 @@ impl Arguments {
 
     fn sent(&self, prompt: PromptText) -> PromptText {
         match prompt {
-            PromptText::Text(text) if self.chat => PromptText::Dialogue(Dialogue::of_user(&text)),
+            PromptText::Text(text) if self.chat => {
+                PromptText::Dialogue(Dialogue::of_user(&text))
+            }
             other => other,
         }
     }
