@@ -350,39 +350,40 @@ fn the_windows_of_layers_are_those_of_transformers() {
     }
 }
 
-/// The families, and of each kind of rotary scaling what transformers 5.23 gives for [`WAVY_IDS`] under models with
-/// [`wavy`]'s numbers: the sum of the log-probabilities and the last of them.
-const SCALED: [(&str, [(&str, f64, f64); 5]); 4] = [
-    ("LlamaForCausalLM", OF_LLAMA),
-    ("MistralForCausalLM", OF_LLAMA),
-    (
-        "Qwen2ForCausalLM",
-        [
-            ("default", -56.4242, -2.8565),
-            ("linear", -59.0458, -2.9829),
-            ("dynamic", -56.4242, -2.8565),
-            ("yarn", -57.0805, -2.8139),
-            ("llama3", -60.1543, -2.5482),
-        ],
-    ),
-    (
-        "Qwen3ForCausalLM",
-        [
-            ("default", -65.3806, -2.3126),
-            ("linear", -67.5944, -2.3478),
-            ("dynamic", -65.3806, -2.3126),
-            ("yarn", -64.9745, -2.3730),
-            ("llama3", -67.8661, -2.2093),
-        ],
-    ),
-];
+/// What transformers 5.23 gives for [`WAVY_IDS`] under a model with [`wavy`]'s numbers and a kind of rotary scaling.
+struct Scaled {
+    kind: &'static str,
+    /// Of the log-probabilities.
+    sum: f64,
+    /// The last of them.
+    last: f64,
+}
+
+const fn as_of(kind: &'static str, sum: f64, last: f64) -> Scaled {
+    Scaled { kind, sum, last }
+}
+
 /// Without its window Mistral is Llama.
-const OF_LLAMA: [(&str, f64, f64); 5] = [
-    ("default", -61.7621, -4.1505),
-    ("linear", -67.2225, -3.7956),
-    ("dynamic", -61.7621, -4.1505),
-    ("yarn", -65.0708, -4.2622),
-    ("llama3", -69.4374, -3.9427),
+const OF_LLAMA: [Scaled; 5] = [
+    as_of("default", -61.7621, -4.1505),
+    as_of("linear", -67.2225, -3.7956),
+    as_of("dynamic", -61.7621, -4.1505),
+    as_of("yarn", -65.0708, -4.2622),
+    as_of("llama3", -69.4374, -3.9427),
+];
+const OF_QWEN2: [Scaled; 5] = [
+    as_of("default", -56.4242, -2.8565),
+    as_of("linear", -59.0458, -2.9829),
+    as_of("dynamic", -56.4242, -2.8565),
+    as_of("yarn", -57.0805, -2.8139),
+    as_of("llama3", -60.1543, -2.5482),
+];
+const OF_QWEN3: [Scaled; 5] = [
+    as_of("default", -65.3806, -2.3126),
+    as_of("linear", -67.5944, -2.3478),
+    as_of("dynamic", -65.3806, -2.3126),
+    as_of("yarn", -64.9745, -2.3730),
+    as_of("llama3", -67.8661, -2.2093),
 ];
 
 /// A model of this family with [`wavy`]'s numbers, whose rotary frequencies are scaled so.
@@ -404,8 +405,14 @@ fn scaled(architecture: &str, kind: &str) -> LanguageModel {
 #[test]
 fn scaled_rotary_positions_are_those_of_transformers_in_every_family_and_on_both_paths() {
     let ids = [WAVY_IDS.to_vec()];
-    for (architecture, kinds) in SCALED {
-        for (kind, sum, last) in kinds {
+    let families = [
+        ("LlamaForCausalLM", OF_LLAMA),
+        ("MistralForCausalLM", OF_LLAMA),
+        ("Qwen2ForCausalLM", OF_QWEN2),
+        ("Qwen3ForCausalLM", OF_QWEN3),
+    ];
+    for (architecture, kinds) in families {
+        for Scaled { kind, sum, last } in kinds {
             let model = scaled(architecture, kind);
             let scored = scored(&model, &ids).remove(0);
             let what = format!("{architecture}, {kind}");

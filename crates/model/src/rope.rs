@@ -430,14 +430,12 @@ mod tests {
         json!({ "rope_scaling": keys })
     }
 
-    /// Configurations, and `inv_freq` and `attention_scaling` of the rotary embedding that transformers 5.23 makes
-    /// of them: `LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64,
-    /// ..))`.
-    fn cases() -> Vec<(Value, [f64; 8], f64)> {
-        let mut outside = yarn(&json!({}));
-        outside["original_max_position_embeddings"] = json!(32);
-        let mut llama3_outside = llama3(&json!({"original_max_position_embeddings": 16}));
-        llama3_outside["original_max_position_embeddings"] = json!(32);
+    /// A configuration, and `inv_freq` and `attention_scaling` of the rotary embedding that transformers 5.23 makes
+    /// of it: `LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64, ..))`.
+    type Case = (Value, [f64; 8], f64);
+
+    /// Which keys count.
+    fn precedence() -> Vec<Case> {
         vec![
             (json!({}), PLAIN, 1.0),
             (
@@ -496,6 +494,13 @@ mod tests {
                 PLAIN,
                 1.0,
             ),
+        ]
+    }
+
+    fn yarns() -> Vec<Case> {
+        let mut outside = yarn(&json!({}));
+        outside["original_max_position_embeddings"] = json!(32);
+        vec![
             (yarn(&json!({})), YARN, MSCALE),
             (yarn(&json!({"factor": null})), YARN, MSCALE),
             (
@@ -540,6 +545,13 @@ mod tests {
                 ],
                 1.0,
             ),
+        ]
+    }
+
+    fn llama3s() -> Vec<Case> {
+        let mut outside = llama3(&json!({"original_max_position_embeddings": 16}));
+        outside["original_max_position_embeddings"] = json!(32);
+        vec![
             (
                 llama3(&json!({"original_max_position_embeddings": 16})),
                 [
@@ -569,7 +581,7 @@ mod tests {
                 1.0,
             ),
             (
-                llama3_outside,
+                outside,
                 [
                     1.0,
                     0.09584,
@@ -587,7 +599,7 @@ mod tests {
 
     #[test]
     fn frequencies_are_those_of_transformers() {
-        for (raw, expected, factor) in cases() {
+        for (raw, expected, factor) in [precedence(), yarns(), llama3s()].concat() {
             let rope = Rope::read(&raw, POSITIONS).unwrap();
             let found = rope.frequencies(HEAD);
             assert_eq!(found.len(), expected.len(), "{raw}");

@@ -186,6 +186,7 @@ impl Shards {
                 ),
                 Some(_) => continue,
             };
+            let reason = format!("its weights do not fit its config.json: {reason}");
             return Err(malformed(&self.folder, reason));
         }
         let sources = wanted.tensors.iter();
