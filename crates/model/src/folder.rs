@@ -11,7 +11,10 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{BaseModel, DType, Device, ModelConfig, ModelError, Tokenizer, Weights, config::Task};
+use crate::{
+    BaseModel, DType, Device, ModelConfig, ModelError, Tokenizer, Weights, config::Task,
+    shards::Shards,
+};
 
 /// What a saved model takes over from the one that it was trained from, when that has it, beside licences.
 const COPIED: [&str; 5] = [
@@ -96,6 +99,15 @@ impl ModelFolder {
             tokenizer,
             base_model: BaseModel::of_folder(path),
         })
+    }
+
+    /// Checks the weights by the headers of their files: what [`Self::weights`] would refuse is refused, without
+    /// reading them.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn check_weights(&self) -> Result<(), ModelError> {
+        Shards::open(&self.path)?.check(&self.config.wanted())
     }
 
     /// Reads the weights as `dtype` onto `device`.

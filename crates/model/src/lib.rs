@@ -17,6 +17,7 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 mod folder;
+mod keys;
 mod lora;
 mod network;
 pub mod ops;
@@ -29,6 +30,7 @@ mod rope;
 pub mod sampling;
 mod schedule;
 mod score;
+mod shards;
 mod token_texts;
 mod tokenizer;
 mod weights;
@@ -48,6 +50,7 @@ pub use packed::{Fork, Packed, Sequence};
 pub use reward::{
     Pooling, RewardArchitecture, RewardConfig, RewardFolder, RewardKind, RewardModel,
 };
+pub use rope::{Llama3, Rope, RopeScaling, Yarn};
 pub use sampling::{
     CompletionWriter, Continuation, Finished, Precision, Request, Sampler, SamplingSettings,
 };

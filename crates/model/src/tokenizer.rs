@@ -9,7 +9,7 @@ use std::{borrow::Cow, fmt, path::Path, sync::Arc};
 
 use messages::{Dialogue, PromptText};
 
-use crate::{ModelConfig, ModelError, chat::ChatTemplate};
+use crate::{ModelConfig, ModelError, chat::ChatTemplate, shards::missing};
 
 /// The tokenizer of a model. Clones share it.
 #[derive(Clone)]
@@ -21,6 +21,7 @@ struct Shared {
     tokenizer: tokenizers::Tokenizer,
     chat: Option<ChatTemplate>,
     bos: Option<u32>,
+    vocab_size: usize,
 }
 
 /// Who puts `<s>` and its like around a text.
@@ -38,8 +39,9 @@ impl Tokenizer {
     /// that `tokenizer.json` sets are ignored.
     ///
     /// # Errors
-    /// When a file is missing or malformed, the template does not compile, or the tokenizer has ids that
-    /// the model of `config` does not.
+    /// When a file is missing or malformed, the template does not compile, or the tokenizer is another model's:
+    /// it has ids that the model of `config` does not. Added tokens beyond the vocabulary are no error but
+    /// a warning: only a text that holds one cannot be encoded.
     pub fn load(
         folder: &Path,
         config: &ModelConfig,
@@ -52,6 +54,7 @@ impl Tokenizer {
                 tokenizer,
                 chat,
                 bos: config.bos,
+                vocab_size: config.vocab_size,
             }),
         })
     }
@@ -161,7 +164,16 @@ impl Tokenizer {
             .map_err(|error| ModelError::Tokens {
                 reason: format!("failed to split a text into tokens: {error}"),
             })?;
-        Ok(encoding.get_ids().to_vec())
+        let (ids, vocab) = (encoding.get_ids(), self.shared.vocab_size);
+        match ids.iter().find(|&&id| id as usize >= vocab) {
+            None => Ok(ids.to_vec()),
+            Some(&id) => Err(ModelError::Tokens {
+                reason: format!(
+                    "a text has the token {:?} ({id}), which is not in the model's vocabulary of {vocab}",
+                    self.token(id).unwrap_or_default()
+                ),
+            }),
+        }
     }
 
     /// What is shown when the tokenizer's own decoder fails.
@@ -179,32 +191,50 @@ impl fmt::Debug for Tokenizer {
     }
 }
 
-/// Reads `tokenizer.json` of `folder`, whose ids are to be below `vocab_size`. No text is cut or padded.
+/// Reads `tokenizer.json` of `folder`, whose ids are to be below `vocab_size`; those of added tokens only where every
+/// text gets them. No text is cut or padded.
 pub(crate) fn read_fitting(
     folder: &Path,
     vocab_size: usize,
 ) -> Result<tokenizers::Tokenizer, ModelError> {
     let tokenizer = read(&folder.join("tokenizer.json"))?;
-    let largest = tokenizer.get_vocab(true).into_values().max();
-    if let Some(largest) = largest.filter(|&id| id as usize >= vocab_size) {
-        let reason = format!(
+    let unfit = |reason: String| ModelError::Tokenizer {
+        path: folder.to_owned(),
+        reason,
+    };
+    let is_beyond = |id: u32| id as usize >= vocab_size;
+    let added = tokenizer.get_added_tokens_decoder();
+    let own = tokenizer.get_vocab(false).into_values();
+    let largest = own.filter(|id| !added.contains_key(id)).max();
+    if let Some(largest) = largest.filter(|&id| is_beyond(id)) {
+        return Err(unfit(format!(
             "its largest token id is {largest} but the model's vocab_size is {vocab_size}; \
              use the tokenizer.json that the model was published with"
+        )));
+    }
+    let empty = tokenizer.encode_fast("", true);
+    let always = empty.map_or(Vec::new(), |encoding| encoding.get_ids().to_vec());
+    if let Some(id) = always.into_iter().find(|&id| is_beyond(id)) {
+        return Err(unfit(format!(
+            "every text gets the token {id} but the model's vocab_size is {vocab_size}; \
+             use the tokenizer.json that the model was published with"
+        )));
+    }
+    let mut unknown: Vec<_> = added.iter().filter(|(id, _)| is_beyond(**id)).collect();
+    unknown.sort_by_key(|(id, _)| **id);
+    if let Some((id, token)) = unknown.first() {
+        let (path, count, token) = (folder.display(), unknown.len(), &token.content);
+        tracing::warn!(
+            %path, vocab_size, count, id, token,
+            "the tokenizer has added tokens that the model has no embedding of: a text with one is refused"
         );
-        return Err(ModelError::Tokenizer {
-            path: folder.to_owned(),
-            reason,
-        });
     }
     Ok(tokenizer)
 }
 
 /// Reads `tokenizer.json` so that no text is cut or padded.
 fn read(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
-    let bytes = std::fs::read(path).map_err(|source| ModelError::Unreadable {
-        path: path.to_owned(),
-        source,
-    })?;
+    let bytes = std::fs::read(path).map_err(|source| missing(path, source))?;
     let malformed = |error: tokenizers::Error| ModelError::Malformed {
         path: path.to_owned(),
         reason: format!("it is not a tokenizer.json of the tokenizers library ({error})"),
@@ -436,6 +466,35 @@ mod tests {
             "{large}"
         );
         assert!(Tokenizer::load(folder.path(), &config(8), None).is_ok());
+    }
+
+    #[test]
+    fn added_tokens_beyond_the_vocabulary_matter_where_a_text_has_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut more: Value = serde_json::from_str(WORDS).unwrap();
+        let pad = json!({
+            "id": 8, "content": "<pad>", "special": true, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false
+        });
+        more["added_tokens"].as_array_mut().unwrap().push(pad);
+        let write = |content: &Value| {
+            fs::write(folder.path().join("tokenizer.json"), content.to_string()).unwrap();
+            Tokenizer::load(folder.path(), &config(8), None)
+        };
+        let tokenizer = write(&more).unwrap();
+        assert_eq!(
+            tokenizer.encode_prompt(&text("the cat")).unwrap(),
+            [1, 2, 3]
+        );
+        let refused = tokenizer.encode_prompt(&text("the <pad>")).unwrap_err();
+        let refused = refused.to_string();
+        assert!(
+            refused.contains("the token \"<pad>\" (8)") && refused.contains("vocabulary of 8"),
+            "{refused}"
+        );
+        more["post_processor"]["special_tokens"]["<s>"]["ids"] = json!([8]);
+        let always = write(&more).unwrap_err().to_string();
+        assert!(always.contains("every text gets the token 8"), "{always}");
     }
 
     #[test]

@@ -193,12 +193,7 @@ fn subject(settings: &Settings) -> anyhow::Result<Subject> {
         };
         // The tokenizer is opened too: it must fit the model, and its chat template must compile.
         let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
-        let weights = ["model.safetensors", "model.safetensors.index.json"];
-        anyhow::ensure!(
-            weights.iter().any(|name| path.join(name).exists()),
-            "{} has no model.safetensors",
-            path.display()
-        );
+        folder.check_weights()?;
         return Ok(Subject::Decoder {
             origin,
             config: Box::new(folder.config),
@@ -231,6 +226,9 @@ fn adapter_of(settings: &Settings) -> anyhow::Result<(String, Option<LoraConfig>
     let opened = folder
         .map(|folder| AdapterFolder::open(&folder))
         .transpose()?;
+    if let Some(opened) = &opened {
+        opened.check_file()?;
+    }
     Ok(match opened {
         Some(opened) => (format!("{origin}, "), Some(opened.config)),
         None => (origin, None),
@@ -587,7 +585,7 @@ mod tests {
         std::fs::remove_file(folder.path().join("model.safetensors")).unwrap();
         let bare = with(8);
         assert!(
-            bare.text.contains("has no model.safetensors"),
+            bare.text.contains("model.safetensors: No such file"),
             "{}",
             bare.text
         );

@@ -161,7 +161,7 @@ pub(crate) fn check(judge: &JudgeSettings) -> anyhow::Result<()> {
                 && let Some(folder) = model_hub::look(path)?.folder
                 && let Some(located) = look_for_base(folder)?
             {
-                located.reward()?;
+                located.reward()?.check_weights()?;
             }
         }
         JudgeSettings::Encoder { path, .. } => {

@@ -17,6 +17,7 @@ use crate::{
     LanguageModel, ModelError, ModelFolder, Weights,
     config::{Task, read_json},
     folder::{copy_beside, make, save_folder, sync, write},
+    shards::{check_file, missing},
     weights::torn,
 };
 
@@ -74,6 +75,14 @@ impl AdapterFolder {
                 self.path.display()
             ),
         })
+    }
+
+    /// Checks that the file of the tensors is there and whole, by its header.
+    ///
+    /// # Errors
+    /// When it is missing or torn.
+    pub fn check_file(&self) -> Result<(), ModelError> {
+        check_file(&self.path.join(TENSORS))
     }
 
     /// Reads the tensors, for the model `base`, onto its device.
@@ -138,7 +147,7 @@ impl AdapterFolder {
 
     fn tensors(&self) -> Result<Vec<u8>, ModelError> {
         let path = self.path.join(TENSORS);
-        fs::read(&path).map_err(|source| ModelError::Unreadable { path, source })
+        fs::read(&path).map_err(|source| missing(&path, source))
     }
 
     /// The error with the name of the base.

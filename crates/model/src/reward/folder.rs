@@ -8,12 +8,17 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use serde_json::json;
 
-use super::{RewardConfig, RewardModel};
+use super::{
+    RewardConfig, RewardModel,
+    config::{COEFFICIENT, HEAD as SCORE, from_disk},
+};
 use crate::{
-    AdapterFolder, LanguageModel, ModelConfig, ModelError, ModelFolder, Weights,
+    AdapterFolder, LanguageModel, ModelConfig, ModelError, ModelFolder,
+    SUPPORTED_REWARD_ARCHITECTURES, Weights,
     config::{Task, read_json},
     folder::{save_folder, write},
     lora::{ClassifierHead, save_adapter},
+    shards::{HEAD, Shards, Wanted},
 };
 
 /// Beside an adapter: what the model gives and how.
@@ -55,17 +60,22 @@ impl RewardFolder {
         let adapter = is_adapter
             .then(|| AdapterFolder::open_for(Task::Reward, path))
             .transpose()?;
-        let (mut folder, config) = match &adapter {
-            Some(adapter) => {
-                let base = base.map_or_else(|| adapter.base(), |base| Ok(base.to_owned()))?;
-                let folder = ModelFolder::open(&base, chat_template)?;
-                (folder, RewardConfig::read_beside(&path.join(CONFIG))?)
-            }
-            None => {
-                let folder = ModelFolder::open_for(Task::Reward, path, chat_template)?;
-                let config = RewardConfig::read(&folder.config.raw, &path.join("config.json"))?;
-                (folder, config)
-            }
+        let place = match (&adapter, base) {
+            (Some(_), Some(base)) => base.to_owned(),
+            (Some(adapter), None) => adapter.base()?,
+            (None, _) => path.to_owned(),
+        };
+        // An adapter's base is a language model, or a reward model whose head the adapter replaces.
+        let task = match adapter {
+            Some(_) if !is_classifier(&place)? => Task::Language,
+            _ => Task::Reward,
+        };
+        let mut folder = ModelFolder::open_for(task, &place, chat_template)?;
+        let own = path.join(CONFIG);
+        let config = match task {
+            _ if adapter.is_some() && own.exists() => RewardConfig::read_beside(&own)?,
+            Task::Reward => RewardConfig::read(&folder.config.raw, &place.join("config.json"))?,
+            Task::Language => RewardConfig::default(),
         };
         folder.config = config.headless(folder.config);
         Ok(Self {
@@ -73,6 +83,30 @@ impl RewardFolder {
             config,
             adapter,
         })
+    }
+
+    /// Checks the weights by the headers of their files, and of an adapter those of its base.
+    ///
+    /// # Errors
+    /// As [`Self::model`].
+    pub fn check_weights(&self) -> Result<(), ModelError> {
+        if let Some(adapter) = &self.adapter {
+            adapter.check_file()?;
+        }
+        Shards::open(&self.folder.path)?.check(&self.wanted())
+    }
+
+    /// What the folder of the trunk has to hold.
+    fn wanted(&self) -> Wanted {
+        let shape = &self.folder.config;
+        let mut wanted = shape.wanted();
+        match self.adapter {
+            None => wanted.tensors.extend(self.config.head(shape)),
+            Some(_) => wanted.spare.extend([SCORE, COEFFICIENT]),
+        }
+        // A head for the next token that no score is made of.
+        wanted.spare.push(HEAD);
+        wanted
     }
 
     /// Where the model lies.
@@ -97,17 +131,12 @@ impl RewardFolder {
     ) -> Result<RewardModel, ModelError> {
         let (config, shape) = (self.config, &self.folder.config);
         let Some(adapter) = &self.adapter else {
-            let all = shape
-                .tensors()
-                .into_iter()
-                .chain(config.head(shape))
-                .collect();
-            let all = Weights::load_tensors(&self.folder.path, all, dtype, device)?;
+            let all = Weights::load_wanted(&self.folder.path, &self.wanted(), dtype, device)?;
             return RewardModel::new(shape, config, &all);
         };
         let base = match at_hand.and_then(|weights| weights.part(shape.tensors()).ok()) {
             Some(base) if base.are(dtype, device) && adapter.was_trained_beside(&base)? => base,
-            _ => Weights::load(&self.folder.path, shape, dtype, device)?,
+            _ => Weights::load_wanted(&self.folder.path, &self.wanted(), dtype, device)?,
         };
         let base = LanguageModel::new(shape.clone(), base)?;
         let (adapter, head) = adapter.adapter_and(config.head(shape), &base)?;
@@ -158,12 +187,15 @@ impl RewardConfig {
         saved
     }
 
-    /// What the file at `path` says, beside an adapter; without it the model is as every classifier.
+    /// What the file at `path` says, beside an adapter.
     fn read_beside(path: &Path) -> Result<Self, ModelError> {
-        if path.exists() {
-            Self::parse(&read_json(path)?, path, "")
-        } else {
-            Ok(Self::default())
-        }
+        Self::parse(&read_json(path)?, path, "")
     }
+}
+
+/// Whether the model in the folder `path` is a classifier.
+fn is_classifier(path: &Path) -> Result<bool, ModelError> {
+    let raw = from_disk(read_json(&path.join("config.json"))?);
+    let named = raw["architectures"][0].as_str();
+    Ok(named.is_some_and(|named| SUPPORTED_REWARD_ARCHITECTURES.contains(&named)))
 }
