@@ -1,10 +1,9 @@
 //! How texts that come from elsewhere become what judges read: some read texts, some read tokens.
 
-use messages::{Message, PromptText};
+use messages::{Finish, PromptText};
 use model::Tokenizer;
-use serde_json::Value;
 
-/// The words that a judge's tokens stand for.
+/// The tokens that a judge reads for texts.
 pub trait Texts: Send + Sync {
     /// A prompt as text and as ids, special tokens included.
     ///
@@ -12,7 +11,8 @@ pub trait Texts: Send + Sync {
     /// When it cannot be written so: a lowercase fragment that says why.
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String>;
 
-    /// The ids of a whole response to `prompt`, whose own ids are `prompt_ids`; end-of-text included.
+    /// The ids of a response to `prompt`, whose own ids are `prompt_ids`; end-of-text included when it
+    /// ended by itself.
     ///
     /// # Errors
     /// As [`Self::prompt`].
@@ -21,6 +21,7 @@ pub trait Texts: Send + Sync {
         prompt: &PromptText,
         prompt_ids: &[u32],
         response: &str,
+        finish: Finish,
     ) -> Result<Vec<u32>, String>;
 
     /// Whether a response of these ids ended by itself.
@@ -48,15 +49,27 @@ impl Tokens {
     }
 }
 
+/// The prompt as a model with this tokenizer can read it: without a chat template a dialogue is its
+/// transcript, and the response follows as a turn of its own.
+pub(crate) fn readable(tokenizer: &Tokenizer, prompt: PromptText) -> PromptText {
+    match prompt {
+        PromptText::Dialogue(dialogue) if !tokenizer.has_chat_template() => {
+            let seam = match dialogue.continues_final_message() {
+                true => "",
+                false => "\n\n",
+            };
+            PromptText::Text(dialogue.transcript() + seam)
+        }
+        prompt => prompt,
+    }
+}
+
 impl Texts for Tokens {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
-        let encoded = self.tokenizer.encode_prompt(prompt);
-        let ids = encoded.map_err(|error| error.to_string())?;
-        let text = match prompt {
-            PromptText::Text(text) => text.clone(),
-            PromptText::Dialogue(_) => self.tokenizer.decode(&ids),
-        };
-        Ok((text, ids))
+        let text = transcript(prompt);
+        let prompt = readable(&self.tokenizer, prompt.clone());
+        let ids = self.tokenizer.encode_prompt(&prompt);
+        Ok((text, ids.map_err(|error| error.to_string())?))
     }
 
     fn response(
@@ -64,12 +77,16 @@ impl Texts for Tokens {
         prompt: &PromptText,
         prompt_ids: &[u32],
         response: &str,
+        finish: Finish,
     ) -> Result<Vec<u32>, String> {
+        let prompt = readable(&self.tokenizer, prompt.clone());
         let encoded = self
             .tokenizer
-            .encode_completion(prompt, prompt_ids, response);
+            .encode_completion(&prompt, prompt_ids, response);
         let mut ids = encoded.map_err(|error| error.to_string())?;
-        ids.extend(self.end_of_text.first());
+        if finish == Finish::EndOfText {
+            ids.extend(self.end_of_text.first());
+        }
         Ok(ids)
     }
 
@@ -81,14 +98,16 @@ impl Texts for Tokens {
 
 impl Texts for TextsAlone {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
-        let text = match prompt {
-            PromptText::Text(text) => text.clone(),
-            PromptText::Dialogue(dialogue) => dialogue.messages.iter().map(turn).collect::<Vec<_>>().join("\n\n"),
-        };
-        Ok((text, Vec::new()))
+        Ok((transcript(prompt), Vec::new()))
     }
 
-    fn response(&self, _: &PromptText, _: &[u32], _: &str) -> Result<Vec<u32>, String> {
+    fn response(
+        &self,
+        _: &PromptText,
+        _: &[u32],
+        _: &str,
+        _: Finish,
+    ) -> Result<Vec<u32>, String> {
         Ok(Vec::new())
     }
 
@@ -97,18 +116,18 @@ impl Texts for TextsAlone {
     }
 }
 
-/// A turn as people read it.
-fn turn(message: &Message) -> String {
-    let content = match &message.content {
-        Value::String(text) => text.clone(),
-        Value::Null => String::new(),
-        other => other.to_string(),
-    };
-    format!("{}: {content}", message.role)
+/// A prompt as people read it.
+fn transcript(prompt: &PromptText) -> String {
+    match prompt {
+        PromptText::Text(text) => text.clone(),
+        PromptText::Dialogue(dialogue) => dialogue.transcript(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use messages::{Dialogue, Message};
+
     use super::*;
 
     #[test]
