@@ -170,6 +170,7 @@ impl Cluster<'_> {
     fn container(&self, part: &str, extra: &[&str]) -> Value {
         let listen = format!("telemetry.listen=0.0.0.0:{METRICS_PORT}");
         let command = [part, "/etc/agon/config.toml", "--set", &listen];
+        let args = [&command[..], extra].concat();
         let mut mounts = vec![json!({"name": "config", "mountPath": "/etc/agon"})];
         if part == "learner" {
             mounts.push(json!({"name": "run", "mountPath": "/run-dir"}));
@@ -177,7 +178,7 @@ impl Cluster<'_> {
         json!({
             "name": part,
             "image": self.arguments.image,
-            "args": [&command[..], extra].concat(),
+            "args": args,
             "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],
             "livenessProbe": {
                 "httpGet": {"path": "/metrics", "port": METRICS_PORT},
