@@ -93,7 +93,8 @@ impl Hub {
         let variable = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
         let folder = |name: &str| variable(name).map(|path| without_tilde(&path, &variable));
         let caches = || {
-            folder("XDG_CACHE_HOME").or(variable("HOME").map(|home| Path::new(&home).join(".cache")))
+            folder("XDG_CACHE_HOME")
+                .or(variable("HOME").map(|home| Path::new(&home).join(".cache")))
         };
         let home = folder("HF_HOME").or_else(|| Some(caches()?.join("huggingface")));
         let cache = folder("HF_HUB_CACHE").or_else(|| Some(home.as_ref()?.join("hub")));
@@ -260,7 +261,9 @@ fn is_true(value: &str) -> bool {
 
 /// The path that a variable names, `~` at its beginning being `HOME`.
 fn without_tilde(path: &str, variable: impl Fn(&str) -> Option<String>) -> PathBuf {
-    let below = path.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with('/'));
+    let below = path
+        .strip_prefix('~')
+        .filter(|rest| rest.is_empty() || rest.starts_with('/'));
     match below.zip(variable("HOME")) {
         Some((rest, home)) => PathBuf::from(home + rest),
         None => PathBuf::from(path),

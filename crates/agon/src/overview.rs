@@ -208,7 +208,9 @@ impl Overview {
             if one.state != Standing::Present {
                 continue;
             }
-            let at = signs.iter().position(|sign| sign.metrics == one.sign.metrics);
+            let at = signs
+                .iter()
+                .position(|sign| sign.metrics == one.sign.metrics);
             if let Some(at) = at {
                 let of_process = |sign: &Sign| (sign.host.clone(), sign.pid);
                 if of_process(signs[at]) == of_process(&one.sign) {
@@ -462,8 +464,14 @@ mod tests {
         let targets = overview().targets();
         let addresses: Vec<_> = targets.iter().flat_map(|t| &t.targets).collect();
         assert_eq!(addresses, ["127.0.0.1:1", "127.0.0.1:4"]);
-        let names = targets.iter().map(|target| target.labels["process"].as_str());
-        assert_eq!(names.collect::<Vec<_>>(), ["train", "e"], "one process has several roles");
+        let names = targets
+            .iter()
+            .map(|target| target.labels["process"].as_str());
+        assert_eq!(
+            names.collect::<Vec<_>>(),
+            ["train", "e"],
+            "one process has several roles"
+        );
         assert_eq!(targets[1].labels["run"], "r");
     }
 

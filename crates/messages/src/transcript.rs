@@ -22,7 +22,11 @@ impl Dialogue {
             format!("tools: {tools}")
         });
         let turns = self.messages.iter().map(Message::turn);
-        tools.into_iter().chain(turns).collect::<Vec<_>>().join("\n\n")
+        tools
+            .into_iter()
+            .chain(turns)
+            .collect::<Vec<_>>()
+            .join("\n\n")
     }
 }
 
@@ -40,7 +44,10 @@ impl Message {
 
     /// The turn as `role: content`, with its tool calls.
     fn turn(&self) -> String {
-        let calls = self.extra.get("tool_calls").filter(|calls| !calls.is_null());
+        let calls = self
+            .extra
+            .get("tool_calls")
+            .filter(|calls| !calls.is_null());
         let calls = calls.map(Value::to_string);
         let said = Some(self.text()).filter(|text| !text.is_empty());
         let said: Vec<String> = said.into_iter().chain(calls).collect();
@@ -84,7 +91,11 @@ mod tests {
     fn a_single_question_is_its_text_and_a_dialogue_has_its_roles() {
         let call = json!([{"function": {"name": "look", "arguments": {"at": "it"}}}]);
         let cases = [
-            (json!([{"role": "user", "content": " Hi"}]), json!([]), " Hi"),
+            (
+                json!([{"role": "user", "content": " Hi"}]),
+                json!([]),
+                " Hi",
+            ),
             (
                 json!([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]),
                 json!([]),

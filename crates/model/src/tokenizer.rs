@@ -394,9 +394,7 @@ mod tests {
             Err(ModelError::Tokens { .. })
         ));
         assert!(!tokenizer.has_chat_template());
-        let error = tokenizer
-            .render(&Dialogue::of_user("the cat"))
-            .unwrap_err();
+        let error = tokenizer.render(&Dialogue::of_user("the cat")).unwrap_err();
         assert!(error.to_string().contains("the model has none"), "{error}");
     }
 

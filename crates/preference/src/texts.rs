@@ -1,7 +1,7 @@
 //! How texts that come from elsewhere become what judges read: some read texts, some read tokens.
 
 use messages::{Finish, PromptText};
-use model::Tokenizer;
+use model::{Pooling, RewardConfig, Tokenizer};
 
 /// The tokens that a judge reads for texts.
 pub trait Texts: Send + Sync {
@@ -32,19 +32,49 @@ pub trait Texts: Send + Sync {
 #[derive(Debug, Clone, Copy)]
 pub struct TextsAlone;
 
+/// Which responses are closed with the token that ends one, when texts become tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closing {
+    /// Those that ended by themselves.
+    WhenEnded,
+    /// All: the score is read at that token, and a model was trained to be read nowhere else.
+    Always,
+}
+
+impl Closing {
+    /// What a preference model of this kind needs. One that reads its score at the last token, as the
+    /// classifiers of transformers do, was trained on closed turns alone, and `apply_chat_template` closes a turn
+    /// whether or not it was cut off; one that pools a response reads what there is.
+    #[must_use]
+    pub fn of(config: RewardConfig) -> Self {
+        match config.pooling {
+            Pooling::Last => Self::Always,
+            Pooling::Mean | Pooling::Sum => Self::WhenEnded,
+        }
+    }
+
+    /// Whether a response that ended so is closed.
+    pub(crate) fn closes(self, finish: Finish) -> bool {
+        self == Self::Always || finish == Finish::EndOfText
+    }
+}
+
 /// For judges that read the tokens of a model.
 pub struct Tokens {
     tokenizer: Tokenizer,
     end_of_text: Vec<u32>,
+    closing: Closing,
 }
 
 impl Tokens {
-    /// The tokens of `tokenizer`, of which `end_of_text` end a response; the first of them is written.
+    /// The tokens of `tokenizer`, of which `end_of_text` end a response; the first of them is written where
+    /// `closing` says.
     #[must_use]
-    pub fn new(tokenizer: Tokenizer, end_of_text: Vec<u32>) -> Self {
+    pub fn new(tokenizer: Tokenizer, end_of_text: Vec<u32>, closing: Closing) -> Self {
         Self {
             tokenizer,
             end_of_text,
+            closing,
         }
     }
 }
@@ -84,7 +114,7 @@ impl Texts for Tokens {
             .tokenizer
             .encode_completion(&prompt, prompt_ids, response);
         let mut ids = encoded.map_err(|error| error.to_string())?;
-        if finish == Finish::EndOfText {
+        if self.closing.closes(finish) {
             ids.extend(self.end_of_text.first());
         }
         Ok(ids)
@@ -101,13 +131,7 @@ impl Texts for TextsAlone {
         Ok((transcript(prompt), Vec::new()))
     }
 
-    fn response(
-        &self,
-        _: &PromptText,
-        _: &[u32],
-        _: &str,
-        _: Finish,
-    ) -> Result<Vec<u32>, String> {
+    fn response(&self, _: &PromptText, _: &[u32], _: &str, _: Finish) -> Result<Vec<u32>, String> {
         Ok(Vec::new())
     }
 

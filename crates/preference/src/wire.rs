@@ -10,7 +10,7 @@
 //! `prompt` is text, or a dialogue as a list of messages with `role` and `content`; `tools` and
 //! `template_kwargs` may go with it. A judge with a chat template renders messages with its own.
 //! `first_finish` and `second_finish` are `"stop"` or `"length"`: a response that was cut off gets no
-//! end-of-text; without them it ended as its ids say, and where there are none by itself. The ids of
+//! end-of-text unless the judge's score is read there; without them it ended as its ids say, and where there are none by itself. The ids of
 //! prompt and responses may be given besides the texts, for judges that read tokens: they are read where
 //! the prompt's are what the judge's own tokenizer makes of the prompt, and where they are not, or none
 //! are given, the service makes them. `answer` is the golden answer, for `exact-match`. `orders` is `"one"`, `"both"` or `"auto"`; without it the service's own setting holds. A result

@@ -10,9 +10,11 @@ use std::io::{self, IsTerminal};
 /// line feed and tab, DEL, C1), bidirectional overrides and isolates, and separators of lines and paragraphs.
 #[must_use]
 pub fn printable(text: &str) -> Cow<'_, str> {
-    escaped(text, |c| !matches!(c, '\n' | '\t') && drives(c), |c| {
-        c.escape_default().to_string()
-    })
+    escaped(
+        text,
+        |c| !matches!(c, '\n' | '\t') && drives(c),
+        |c| c.escape_default().to_string(),
+    )
 }
 
 /// The same on one line: line feeds and tabs are escaped too.
@@ -77,7 +79,12 @@ mod tests {
     fn what_drives_a_terminal_is_shown_and_the_rest_stays() {
         let shown = "\\u{1b}[31m\\u{1b}]0;t\\u{7}\\u{0}\\u{9b}2J\\u{7f}\\r\\u{202e}a\\u{2066}";
         assert_eq!(printable(HOSTILE), shown);
-        for kept in ["", "a\n\tb", "é שלום 👩\u{200d}👩\u{200d}👧 日本", "\\u{1b}"] {
+        for kept in [
+            "",
+            "a\n\tb",
+            "é שלום 👩\u{200d}👩\u{200d}👧 日本",
+            "\\u{1b}",
+        ] {
             assert!(matches!(printable(kept), Cow::Borrowed(same) if same == kept));
         }
         assert_eq!(printable_line("a\n\tb"), "a\\n\\tb");
@@ -89,7 +96,10 @@ mod tests {
         for written in [json.to_string(), format!("{json:#}")] {
             let shown = printable_json(&written);
             assert!(!shown.chars().any(|c| c != '\n' && drives(c)), "{shown}");
-            assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).unwrap(), json);
+            assert_eq!(
+                serde_json::from_str::<serde_json::Value>(&shown).unwrap(),
+                json
+            );
             assert!(shown.contains('👧'));
         }
     }

@@ -305,10 +305,7 @@ mod tests {
         let line = fs::read_to_string(&path).unwrap();
         let messages = "\"dialogue\":{\"messages\":[{\"role\":\"user\",\"content\":\"sum up\"}]}";
         assert!(line.contains(messages), "{line}");
-        assert_eq!(
-            SampleLog::read(&path).unwrap()[0].dialogue,
-            Some(dialogue)
-        );
+        assert_eq!(SampleLog::read(&path).unwrap()[0].dialogue, Some(dialogue));
     }
 
     #[test]

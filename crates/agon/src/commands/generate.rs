@@ -377,7 +377,10 @@ impl Teller<'_> {
             prompt.text
         );
         if self.arguments.json {
-            return Ok(format!("{}\n", printable_json(&serde_json::to_string(&line)?)));
+            return Ok(format!(
+                "{}\n",
+                printable_json(&serde_json::to_string(&line)?)
+            ));
         }
         Ok(self.in_words(place, &line))
     }

@@ -101,7 +101,11 @@ impl fmt::Display for Token {
         match self {
             Self::Known { source, .. } => write!(f, "the token is that of {source}"),
             Self::Missing(file) => {
-                write!(f, "HF_TOKEN is not set and {} does not exist or is empty", file.display())
+                write!(
+                    f,
+                    "HF_TOKEN is not set and {} does not exist or is empty",
+                    file.display()
+                )
             }
             Self::Withheld => write!(f, "HF_HUB_DISABLE_IMPLICIT_TOKEN is set: no token is shown"),
         }
@@ -174,6 +178,9 @@ mod tests {
         std::fs::write(&file, "hf_sec ret").expect("it is written");
         let broken = Token::find(|_| None, home.path()).err().expect("no token");
         let said = broken.to_string();
-        assert!(said.contains(&file.display().to_string()) && !said.contains("sec"), "{said}");
+        assert!(
+            said.contains(&file.display().to_string()) && !said.contains("sec"),
+            "{said}"
+        );
     }
 }

@@ -186,8 +186,9 @@ pub(crate) async fn join_preference(
         let model = FetchedModel::fetch(settings, &record, &streams.shelf).await?;
         let policy = model.start();
         let stopped = || *stop.borrow();
-        let judge =
-            tokio::task::block_in_place(|| JudgeSource::open(settings, Judged::Policy(policy.0, policy.1), &stopped))?;
+        let judge = tokio::task::block_in_place(|| {
+            JudgeSource::open(settings, Judged::Policy(policy.0, policy.1), &stopped)
+        })?;
         let judge = Arc::new(judge);
         let since = (world::rounds(run_dir), record.since());
         let (judge, player) = super::judges(settings, policy, &judge, since, &stopping)?;

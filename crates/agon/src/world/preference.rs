@@ -209,6 +209,11 @@ impl Opened {
         self.folder.path()
     }
 
+    /// Whether its tokens are the playground's words.
+    pub(crate) fn is_of_playground(&self) -> bool {
+        super::fits_playground(&self.folder.folder).is_ok()
+    }
+
     /// Whether it reads tokens as they come; else messages and texts, through its own tokenizer.
     pub(crate) fn shares_tokens(&self) -> bool {
         self.shares_tokens
@@ -246,5 +251,44 @@ impl Opened {
         };
         let model = self.model.with_products_in(self.precision);
         Box::new(Learned::new(model, self.version, reads))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_read_as_they_come_only_by_a_model_with_the_same_tokenizer_and_template() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = |name: &str, files: &[(&str, &str)]| {
+            let folder = place.path().join(name);
+            std::fs::create_dir(&folder).unwrap();
+            for (file, text) in files {
+                std::fs::write(folder.join(file), text).unwrap();
+            }
+            folder
+        };
+        let (own, other) = (("tokenizer.json", "a"), ("tokenizer.json", "b"));
+        let template = |text| ("chat_template.jinja", text);
+        let within = ("tokenizer_config.json", "{\"chat_template\": \"x\"}");
+        let policy = folder("policy", &[own, template("x")]);
+        let bare = folder("bare", &[own]);
+        for (name, files, reads) in [
+            ("same", &[own, template("x")][..], true),
+            ("in tokenizer_config.json", &[own, within], true),
+            ("none", &[own], true),
+            ("another template", &[own, template("y")], false),
+            ("another tokenizer", &[other, template("x")], false),
+        ] {
+            let judge = folder(name, files);
+            assert_eq!(reads_as(&judge, &policy), reads, "{name}");
+            let of_bare = name == "none";
+            assert_eq!(
+                reads_as(&judge, &bare),
+                of_bare,
+                "{name}, without a template"
+            );
+        }
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use messages::{Finish, PromptText};
 use model::ModelFolder;
 use playground::{BOS, EOS, SEP, Vocabulary};
-use preference::{Texts, TextsAlone, Tokens};
-use settings::{JudgeSettings, PromptsSettings, Settings};
+use preference::{Closing, Texts, TextsAlone, Tokens};
+use settings::{JudgeSettings, Settings};
 
 use super::JudgeSource;
 
@@ -18,14 +18,14 @@ pub(crate) fn texts(settings: &Settings, judge: &JudgeSource) -> anyhow::Result<
         JudgeSource::Plain(JudgeSettings::Matrix { .. }) => {
             let folder = ModelFolder::open(&super::bandit(settings)?, None)?;
             // An arm is one token, and nothing ends it.
-            Arc::new(Tokens::new(folder.tokenizer, Vec::new()))
+            let closing = Closing::WhenEnded;
+            Arc::new(Tokens::new(folder.tokenizer, Vec::new(), closing))
         }
-        JudgeSource::Model(_) if matches!(settings.prompts, PromptsSettings::Playground { .. }) => {
-            Arc::new(PlaygroundWords)
-        }
+        JudgeSource::Model(opened) if opened.is_of_playground() => Arc::new(PlaygroundWords),
         JudgeSource::Model(opened) if opened.shares_tokens() => {
             let (tokenizer, ends) = opened.tokens();
-            Arc::new(Tokens::new(tokenizer, ends))
+            let closing = Closing::of(opened.model.config());
+            Arc::new(Tokens::new(tokenizer, ends, closing))
         }
         JudgeSource::Ensemble { members, .. } => match members.iter().find(|m| m.reads_tokens()) {
             Some(member) => texts(settings, member)?,

@@ -254,7 +254,9 @@ pub(super) mod tests {
         let mut dialogue = Dialogue::of_user("Where?");
         pair.prompt.dialogue = Some(dialogue.clone());
         assert_eq!(comparison(&pair), "Where?| the floor.|b");
-        dialogue.messages.insert(0, Message::new("system", "Be brief."));
+        dialogue
+            .messages
+            .insert(0, Message::new("system", "Be brief."));
         pair.prompt.dialogue = Some(dialogue);
         let turns = "system: Be brief.\n\nuser: Where?";
         assert_eq!(comparison(&pair), format!("{turns}| the floor.|b"));

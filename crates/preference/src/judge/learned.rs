@@ -2,11 +2,11 @@
 
 use std::sync::Once;
 
-use messages::{Completion, Finish, JudgeVersion, Prompt, PromptText};
+use messages::{Completion, JudgeVersion, Prompt, PromptText};
 use model::{RewardKind, RewardModel, Sequence, Tokenizer};
 
 use super::{Comparison, Judge, Verdict};
-use crate::{JudgeError, distinct::Distinct, fit, texts::readable};
+use crate::{Closing, JudgeError, distinct::Distinct, fit, texts::readable};
 
 /// Sequences that are scored at once.
 const SEQUENCES: usize = 256;
@@ -68,8 +68,8 @@ impl Learned {
         Ok(ids)
     }
 
-    /// What was asked and answered in the tokens of `tokenizer`: a dialogue by its own chat template, and
-    /// the token that ends a response only where the response ended by itself.
+    /// What was asked and answered in the tokens of `tokenizer`: a dialogue by its own chat template, and the
+    /// token that ends a response where the response ended by itself or the model needs it.
     fn own_tokens(
         &self,
         tokenizer: &Tokenizer,
@@ -88,7 +88,7 @@ impl Learned {
         let ids = tokenizer.encode_prompt(&asked).map_err(|e| e.to_string())?;
         let response = tokenizer.encode_completion(&asked, &ids, &completion.text);
         let mut response = response.map_err(|e| e.to_string())?;
-        if completion.finish == Finish::EndOfText {
+        if Closing::of(self.model.config()).closes(completion.finish) {
             response.extend(self.model.trunk().config().eos.first());
         }
         Ok((ids, response))
@@ -154,6 +154,9 @@ impl Judge for Learned {
 
 #[cfg(test)]
 mod tests {
+    use messages::Finish;
+    use model::{Pooling, RewardConfig};
+
     use super::*;
     use crate::fit::{
         Material,
@@ -245,40 +248,60 @@ mod tests {
     }
 
     /// What a model with a tokenizer of its own reads: with this chat template, or without one.
-    fn read_of(template: Option<&str>, prompt: &Prompt, response: &Completion) -> Ids {
+    fn read_of(
+        (template, pooling): (Option<&str>, Pooling),
+        prompt: &Prompt,
+        response: &Completion,
+    ) -> Ids {
         let tiny = tiny();
         if let Some(template) = template {
             let file = tiny.folder.path.join("chat_template.jinja");
             std::fs::write(file, template).unwrap();
         }
         let folder = model::ModelFolder::open(&tiny.folder.path, None).unwrap();
-        let model = RewardModel::from_trunk(&tiny.model, Default::default(), messages::Seed(1));
+        let config = RewardConfig {
+            pooling,
+            ..RewardConfig::default()
+        };
+        let model = RewardModel::from_trunk(&tiny.model, config, messages::Seed(1)).unwrap();
         let reads = Reads::Text(Box::new(folder.tokenizer));
-        let judge = Learned::new(model.unwrap(), JudgeVersion(1), reads);
+        let judge = Learned::new(model, JudgeVersion(1), reads);
         judge.read(prompt, response).unwrap()
     }
 
     #[test]
     fn messages_are_read_by_the_judges_own_chat_template() {
-        let template = "{% for m in messages %}w3 {{ m.content }} {% endfor %}w4";
+        let template = Some("{% for m in messages %}w3 {{ m.content }} {% endfor %}w4");
         let mut asked = prompt();
         // The policy's rendering, which is not to be read.
         asked.text = "w9 w9".into();
         asked.ids = vec![11; 3];
-        let response = completion(" w5", &[11, 11]);
+        let ended = completion(" w5", &[11, 11]);
         let cut = Completion {
             finish: Finish::Length,
-            ..response.clone()
+            ..ended.clone()
         };
-        let plain = read_of(Some(template), &asked, &response);
-        assert_eq!(plain, (vec![9, 9], vec![5, 1]), "a text is no dialogue");
+        let read = |how, asked: &_, response| read_of(how, asked, response);
+        let text = read((template, Pooling::Sum), &asked, &ended);
+        assert_eq!(text, (vec![9, 9], vec![5, 1]), "a text is no dialogue");
         asked.dialogue = Some(messages::Dialogue::of_user("w0"));
-        let read = read_of(Some(template), &asked, &response);
-        assert_eq!(read, (vec![3, 0, 4], vec![5, 1]));
-        let read = read_of(Some(template), &asked, &cut);
-        assert_eq!(read, (vec![3, 0, 4], vec![5]), "nothing ended it");
-        let read = read_of(None, &asked, &response);
-        assert_eq!(read, (vec![0], vec![5, 1]), "without a template");
+        for (how, response, expected) in [
+            (
+                (template, Pooling::Sum),
+                &ended,
+                (vec![3, 0, 4], vec![5, 1]),
+            ),
+            ((template, Pooling::Sum), &cut, (vec![3, 0, 4], vec![5])),
+            ((template, Pooling::Mean), &cut, (vec![3, 0, 4], vec![5])),
+            ((template, Pooling::Last), &cut, (vec![3, 0, 4], vec![5, 1])),
+            ((None, Pooling::Last), &ended, (vec![0], vec![5, 1])),
+        ] {
+            assert_eq!(
+                read(how, &asked, response),
+                expected,
+                "{how:?} {response:?}"
+            );
+        }
     }
 
     #[test]

@@ -103,7 +103,12 @@ impl Reader {
             .map_err(at("prompt"))?;
         let [first, second] = [
             ("first", asked.first, asked.first_ids, asked.first_finish),
-            ("second", asked.second, asked.second_ids, asked.second_finish),
+            (
+                "second",
+                asked.second,
+                asked.second_ids,
+                asked.second_finish,
+            ),
         ]
         .map(|(field, text, ids, finish)| {
             let finish = finish.map(Finish::from);
