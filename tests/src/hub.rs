@@ -92,7 +92,14 @@ impl FakeHub {
 /// `agon` with these arguments, models of the hub coming from `url` into the folder `hf` of the workplace.
 pub fn agon_at_hub<S: AsRef<OsStr>>(workplace: &Workplace, url: &str, arguments: &[S]) -> Command {
     let mut command = Command::new(agon_binary());
-    let own = ["HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"];
+    let own = [
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "HF_TOKEN",
+        "HF_TOKEN_PATH",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+    ];
     for name in PROXIES.into_iter().chain(own) {
         command.env_remove(name);
     }

@@ -239,6 +239,28 @@ fn a_gated_model_asks_for_a_token_that_has_access() {
 }
 
 #[test]
+fn the_token_of_a_login_is_shown_to_the_hub() {
+    let workplace = Workplace::new();
+    let hub = FakeHub::start(&model(&workplace), Some("hf_right")).url();
+    fs::create_dir_all(workplace.path("hf")).expect("a folder");
+    let file = workplace.write("hf/token", "hf_wrong\n");
+    let wrong = ["403", "the token in", "hf/token has none", "hf auth login"];
+    let cases: [Case<'_>; 2] = [
+        (&hub, MODEL, &[], &wrong),
+        (
+            &hub,
+            MODEL,
+            &[("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")],
+            &["401", "HF_HUB_DISABLE_IMPLICIT_TOKEN is set"],
+        ),
+    ];
+    are_refused(&workplace, &cases);
+    fs::write(file, "hf_right\n").expect("it is written");
+    let ended = scored(&workplace, &hub, MODEL, &[]);
+    ended.check(0, &[]).without_panic();
+}
+
+#[test]
 fn the_token_is_shown_to_the_hub_and_to_nobody_else() {
     let workplace = Workplace::new();
     let hub = FakeHub::start(&model(&workplace), Some("hf_right"));
@@ -260,7 +282,7 @@ fn the_token_is_shown_to_the_hub_and_to_nobody_else() {
     let line = doctor.out.lines().find(|line| line.contains(" hub "));
     let line = line.expect("a line on the hub");
     assert!(
-        line.contains(&hub.url()) && line.contains("HF_TOKEN is set"),
+        line.contains(&hub.url()) && line.contains("the token is that of HF_TOKEN"),
         "{line}"
     );
     assert!(!line.contains("hf_right"), "{line}");

@@ -180,3 +180,145 @@ fn a_fitted_model_bears_the_names_of_those_who_can_compute_it() {
         }
     }
 }
+
+/// The judge's p of every pair of a run that was trained on, by the prompt's last user turn or text; and its
+/// samples.
+fn judged(
+    workplace: &Workplace,
+    case: &Path,
+    policy: &str,
+    prompts: &str,
+    more: &[&str],
+) -> Vec<Value> {
+    let path = |name: &str| format!("{:?}", case.join(name).display().to_string());
+    let config = case.join("rm.toml").display().to_string();
+    let run = workplace.path("judged").display().to_string();
+    let sets = [
+        format!("model.path={}", path(policy)),
+        format!("prompts.path={}", path(prompts)),
+        format!("preference.judge.path={}", path("rw-other")),
+    ];
+    let mut call = vec!["train", &config, "--run-dir", &run];
+    let sets = sets.iter().map(String::as_str).chain(more.iter().copied());
+    call.extend(sets.flat_map(|set| ["--set", set]));
+    workplace.run(&call).succeeded();
+    let samples = workplace.run(&["samples", &run, "--json", "--limit", "100"]);
+    let samples = samples.succeeded().json_lines().into_iter();
+    samples.filter(|row| row["purpose"] == "train").collect()
+}
+
+/// That the judge's p are these, by what the prompt's text ends with.
+fn are_judged(rows: &[Value], expected: &[(&str, f64)]) {
+    for (ending, p) in expected {
+        let asked = |row: &&Value| {
+            row["prompt"]
+                .as_str()
+                .is_some_and(|text| text.contains(ending))
+        };
+        let row = rows
+            .iter()
+            .find(asked)
+            .unwrap_or_else(|| panic!("no {ending:?} in {rows:?}"));
+        let found = row["p"].as_f64().expect("a label");
+        assert!(
+            (found - p).abs() < 5e-5,
+            "{ending}: {found} is not {p}: {row}"
+        );
+    }
+}
+
+/// The numbers are transformers': σ of the difference of `LlamaForSequenceClassification`'s scores of
+/// `apply_chat_template(messages, add_generation_prompt=True)`, the completion and the end token.
+const OWN_TEMPLATE: [(&str, f64); 4] = [
+    ("The cat sat on", 0.444_73),
+    ("Once upon a time", 0.519_53),
+    ("Lily had a red", 0.560_63),
+    ("Tom went to the", 0.797_43),
+];
+
+#[test]
+fn a_judge_with_its_own_tokenizer_reads_messages_by_its_own_chat_template() {
+    let Some(case) = shared("own_template", "data/cases/A03") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let rows = judged(&workplace, &case, "chat-bos", "chatprompts.jsonl", &[]);
+    assert_eq!(rows.len(), 4, "{rows:?}");
+    are_judged(&rows, &OWN_TEMPLATE);
+    for row in &rows {
+        let messages = &row["dialogue"]["messages"];
+        assert_eq!(messages[0]["role"], "user", "{row}");
+    }
+}
+
+#[test]
+fn the_space_between_prompt_and_completion_is_a_part_of_the_completion() {
+    let Some(case) = shared("seam", "data/cases/A11") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let rows = judged(&workplace, &case, "eos-list-config", "plain.jsonl", &[]);
+    // As above, of the prompt's text followed by the completion and the end token.
+    let expected = [
+        ("The cat sat on", 0.709_67),
+        ("Once upon a time", 0.654_56),
+        ("Tom went to the", 0.172_75),
+        ("Lily had a red", 0.807_55),
+    ];
+    are_judged(&rows, &expected);
+    let cat = rows.iter().find(|row| row["prompt"] == "The cat sat on");
+    let cat = cat.expect("it was asked");
+    assert_eq!(cat["completions"][0], " the floor.");
+    let tokens = json!([" the", " f", "l", "o", "or", "."]);
+    assert_eq!(cat["tokens"][0], tokens);
+}
+
+#[test]
+fn a_judge_behind_a_service_reads_the_messages_too() {
+    let Some(case) = shared("service_template", "data/cases/A03") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let config = config("default.toml").display().to_string();
+    let judge = case.join("rw-other").display().to_string();
+    let path = format!("preference.judge.path={judge:?}");
+    let serve = [
+        "preference",
+        &config,
+        "--set",
+        "preference.http.listen=\"127.0.0.1:0\"",
+        "--set",
+        "preference.judge.kind=bradley-terry",
+        "--set",
+        &path,
+    ];
+    let mut service = workplace.start(&serve);
+    let [out, _] = service.files();
+    let address = service.until("its address", || {
+        let words = std::fs::read_to_string(&out).ok()?;
+        Some(words.split_once('\n')?.0.to_owned())
+    });
+    // One table instead of the keys of the configuration's judge.
+    let elsewhere = format!("preference.judge={{kind = \"service\", urls = [{address:?}]}}");
+    let text = std::fs::read_to_string(case.join("rm.toml")).expect("it is there");
+    let folder = workplace.path("case");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let judge = "[preference.judge]\nkind = \"bradley-terry\"\npath = \"models/rw-other\"\n";
+    assert!(text.contains(judge), "{text}");
+    std::fs::write(folder.join("rm.toml"), text.replace(judge, "")).expect("it is written");
+    let path = |name: &str| format!("{:?}", case.join(name).display().to_string());
+    let sets = [
+        format!("model.path={}", path("chat-bos")),
+        format!("prompts.path={}", path("chatprompts.jsonl")),
+        elsewhere,
+    ];
+    let run = workplace.path("judged").display().to_string();
+    let config = folder.join("rm.toml").display().to_string();
+    let mut call = vec!["train", &config, "--run-dir", &run];
+    call.extend(sets.iter().flat_map(|set| ["--set", set.as_str()]));
+    workplace.run(&call).succeeded();
+    let samples = workplace.run(&["samples", &run, "--json", "--limit", "100"]);
+    are_judged(&samples.succeeded().json_lines(), &OWN_TEMPLATE);
+    service.terminate();
+    service.wait().succeeded().without_panic();
+}

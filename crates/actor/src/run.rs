@@ -381,7 +381,7 @@ impl Actor {
         };
         let mut completions = finished.completions;
         for completion in &mut completions {
-            completion.text = self.tokenizer.decode(&completion.ids);
+            completion.text = self.tokenizer.completion_text(&prompt.ids, completion);
         }
         self.throughput.wrote(&completions, self.supply.answering());
         let pair = Pair {

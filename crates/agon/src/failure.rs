@@ -8,6 +8,7 @@ use mistral::MistralError;
 use model::ModelError;
 use preference::PreferenceError;
 use settings::SettingsError;
+use telemetry::printable;
 use transport::TransportError;
 
 use crate::model_hub::HubError;
@@ -44,7 +45,7 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         // Whoever read our output has read enough.
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {}", sentence(error));
+    eprintln!("error: {}", printable(&sentence(error)));
     code(error).into()
 }
 

@@ -1,8 +1,13 @@
 //! The program's own log, on standard error.
 
-use std::io::IsTerminal;
+use std::{fmt::Debug, io};
 
-use tracing_subscriber::EnvFilter;
+use telemetry::{printable_line, takes_ansi};
+use tracing_subscriber::{
+    EnvFilter,
+    field::MakeExt,
+    fmt::format::{Writer, debug_fn},
+};
 
 /// Starts the log: warnings and the story of a run, or what `AGON_LOG` asks for (as in
 /// `AGON_LOG=learner=debug`). Read once, here.
@@ -14,9 +19,31 @@ pub(crate) fn start() {
     });
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(io::stderr)
+        .with_ansi(takes_ansi(&io::stderr()))
         .with_target(false)
+        .fmt_fields(debug_fn(write_field).delimited(" "))
         .compact()
         .init();
+}
+
+/// A field of an event as `name=value`, the message alone without its name. Values may quote data: what would
+/// drive a terminal is escaped.
+fn write_field(
+    writer: &mut Writer<'_>,
+    field: &tracing::field::Field,
+    value: &dyn Debug,
+) -> std::fmt::Result {
+    let value = format!("{value:?}");
+    let value = printable_line(&value);
+    match field.name() {
+        "message" => write!(writer, "{value}"),
+        name => {
+            let name = name.strip_prefix("r#").unwrap_or(name);
+            match writer.has_ansi_escapes() {
+                true => write!(writer, "\u{1b}[3m{name}\u{1b}[0m\u{1b}[2m=\u{1b}[0m{value}"),
+                false => write!(writer, "{name}={value}"),
+            }
+        }
+    }
 }

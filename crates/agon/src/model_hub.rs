@@ -8,6 +8,7 @@ mod base;
 mod error;
 mod fetch;
 mod files;
+mod token;
 
 use std::{
     path::{Path, PathBuf},
@@ -25,6 +26,7 @@ use settings::{HubModel, ModelSource};
 
 pub(crate) use base::{Located, look_for_base};
 pub(crate) use error::HubError;
+use token::Token;
 
 /// How long the hub may take to say what a repository holds.
 const TO_ANSWER: Duration = Duration::from_secs(30);
@@ -79,7 +81,7 @@ struct Hub {
     endpoint: String,
     cache: PathBuf,
     /// Shown to the hub and to nobody else.
-    token: Option<String>,
+    token: Token,
     is_offline: bool,
 }
 
@@ -90,34 +92,24 @@ impl Hub {
 
     /// The hub of these variables, an empty one being none.
     fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self, HubError> {
-        let variable = |name| variable(name).filter(|value| !value.trim().is_empty());
-        let folder = |name| variable(name).map(PathBuf::from);
-        let home = || {
-            let caches =
-                folder("XDG_CACHE_HOME").or(folder("HOME").map(|home| home.join(".cache")));
-            caches.map(|caches| caches.join("huggingface"))
+        let variable = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
+        let folder = |name: &str| variable(name).map(|path| without_tilde(&path, &variable));
+        let caches = || {
+            folder("XDG_CACHE_HOME")
+                .or(variable("HOME").map(|home| Path::new(&home).join(".cache")))
         };
-        let cache = folder("HF_HUB_CACHE")
-            .or_else(|| Some(folder("HF_HOME").or_else(home)?.join("hub")))
-            .ok_or(HubError::NoCache)?;
-        let token = variable("HF_TOKEN").map(|token| token.trim().to_owned());
-        // A token that is no header would be told in the error of the request.
-        if token
-            .as_ref()
-            .is_some_and(|token| !token.chars().all(|c| c.is_ascii_graphic()))
-        {
-            return Err(HubError::Token);
-        }
+        let home = folder("HF_HOME").or_else(|| Some(caches()?.join("huggingface")));
+        let cache = folder("HF_HUB_CACHE").or_else(|| Some(home.as_ref()?.join("hub")));
+        let cache = cache.ok_or(HubError::NoCache)?;
+        let token = Token::find(&variable, home.as_deref().unwrap_or(Path::new("")))?;
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        let offline = variable("HF_HUB_OFFLINE")
-            .unwrap_or_default()
-            .to_uppercase();
+        let offline = variable("HF_HUB_OFFLINE").unwrap_or_default();
         Ok(Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             // Links in the cache lead from one absolute path to another.
             cache: std::path::absolute(&cache).unwrap_or(cache),
             token,
-            is_offline: ["1", "ON", "YES", "TRUE"].contains(&offline.as_str()),
+            is_offline: is_true(&offline),
         })
     }
 
@@ -186,7 +178,7 @@ impl Hub {
     fn api(&self, model: &HubModel) -> Result<Api, HubError> {
         ApiBuilder::from_cache(Cache::new(self.cache.clone()))
             .with_endpoint(self.endpoint.clone())
-            .with_token(self.token.clone())
+            .with_token(self.token.secret())
             .with_retries(3)
             .with_user_agent("agon", env!("CARGO_PKG_VERSION"))
             .build()
@@ -246,10 +238,7 @@ impl Hub {
                 model,
                 endpoint,
                 status,
-                token: match self.token {
-                    Some(_) => "the token in HF_TOKEN has none",
-                    None => "HF_TOKEN is not set",
-                },
+                token: self.token.lacks_access(),
             },
             _ => self.unreachable(&model, said),
         }
@@ -258,13 +247,28 @@ impl Hub {
 
 impl std::fmt::Display for Hub {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let token = if self.token.is_some() { "" } else { "not " };
-        let (endpoint, cache) = (&self.endpoint, self.cache.display());
-        write!(f, "{endpoint}, cache {cache}, HF_TOKEN is {token}set")?;
+        let (endpoint, cache, token) = (&self.endpoint, self.cache.display(), &self.token);
+        write!(f, "{endpoint}, cache {cache}, {token}")?;
         match self.is_offline {
             true => write!(f, "; not asked: HF_HUB_OFFLINE is set"),
             false => Ok(()),
         }
+    }
+}
+
+/// Whether a variable of Hugging Face is on.
+fn is_true(value: &str) -> bool {
+    ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str())
+}
+
+/// The path that a variable names, `~` at its beginning being `HOME`.
+fn without_tilde(path: &str, variable: impl Fn(&str) -> Option<String>) -> PathBuf {
+    let below = path
+        .strip_prefix('~')
+        .filter(|rest| rest.is_empty() || rest.starts_with('/'));
+    match below.zip(variable("HOME")) {
+        Some((rest, home)) => PathBuf::from(home + rest),
+        None => PathBuf::from(path),
     }
 }
 
@@ -301,6 +305,7 @@ mod tests {
             ),
             (&[("HOME", "/h"), ("HF_HOME", "/f")], "/f/hub"),
             (&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")], "/c"),
+            (&[("HOME", "/h"), ("HF_HOME", "~/f")], "/h/f/hub"),
             (
                 &[("HOME", "/h"), ("HF_HOME", " ")],
                 "/h/.cache/huggingface/hub",
@@ -328,12 +333,11 @@ mod tests {
             }
         };
         let offline = "; not asked: HF_HUB_OFFLINE is set";
-        let set = "http://hub, cache /h/.cache/huggingface/hub, HF_TOKEN is set";
-        assert_eq!(told("hf_secret\n"), format!("{set}{offline}"));
-        assert_eq!(
-            told(""),
-            format!("{}not set{offline}", &set[..set.len() - 3])
-        );
+        let home = "/h/.cache/huggingface";
+        let of = |token: &str| format!("http://hub, cache {home}/hub, {token}{offline}");
+        assert_eq!(told("hf_secret\n"), of("the token is that of HF_TOKEN"));
+        let none = format!("HF_TOKEN is not set and {home}/token does not exist or is empty");
+        assert_eq!(told(""), of(&none));
         let broken = told("hf_sec\nret");
         assert!(
             broken.contains("HF_TOKEN") && !broken.contains("sec"),

@@ -96,6 +96,9 @@ pub(crate) struct StreamState {
     pub(crate) given_up: u64,
 }
 
+/// What a process that plays all roles is called where Prometheus finds it: the command that it is.
+const SINGLE_PROCESS: &str = "train";
+
 /// Who knows who takes part in a run.
 pub(crate) enum Source {
     /// All its roles are in this process.
@@ -197,14 +200,26 @@ impl Overview {
     /// Where Prometheus finds everyone who is there, as its service discovery reads it.
     fn targets(&self) -> Vec<Target> {
         let mut targets: Vec<Target> = Vec::new();
+        let mut signs: Vec<&Sign> = Vec::new();
         for one in &self.present {
             let Some(address) = one.sign.metrics_address() else {
                 continue;
             };
-            let known = |target: &Target| target.targets.iter().any(|known| known == address);
-            if one.state != Standing::Present || targets.iter().any(known) {
+            if one.state != Standing::Present {
                 continue;
             }
+            let at = signs
+                .iter()
+                .position(|sign| sign.metrics == one.sign.metrics);
+            if let Some(at) = at {
+                let of_process = |sign: &Sign| (sign.host.clone(), sign.pid);
+                if of_process(signs[at]) == of_process(&one.sign) {
+                    let label = ("process".to_owned(), SINGLE_PROCESS.to_owned());
+                    targets[at].labels.extend([label]);
+                }
+                continue;
+            }
+            signs.push(&one.sign);
             targets.push(Target {
                 targets: vec![address.to_owned()],
                 labels: BTreeMap::from([
@@ -449,7 +464,14 @@ mod tests {
         let targets = overview().targets();
         let addresses: Vec<_> = targets.iter().flat_map(|t| &t.targets).collect();
         assert_eq!(addresses, ["127.0.0.1:1", "127.0.0.1:4"]);
-        assert_eq!(targets[1].labels["process"], "e");
+        let names = targets
+            .iter()
+            .map(|target| target.labels["process"].as_str());
+        assert_eq!(
+            names.collect::<Vec<_>>(),
+            ["train", "e"],
+            "one process has several roles"
+        );
         assert_eq!(targets[1].labels["run"], "r");
     }
 

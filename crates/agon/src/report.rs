@@ -8,7 +8,7 @@ use model::decode::{Decoder, Precision, Prefill};
 use preference::apo::{PolicySamples, Quality, RoundReport};
 use serde_json::{Map, Value, json};
 use settings::{PromptsSettings, Settings};
-use telemetry::{RunDirectory, write_atomically};
+use telemetry::{RunDirectory, printable, write_atomically};
 
 use crate::{plot, roles::Outcome, world::World};
 
@@ -36,7 +36,7 @@ impl Report {
         let text = in_words(settings, world, outcome, bandit.as_ref())?;
         Ok(Self {
             json,
-            text,
+            text: printable(&text).into_owned(),
             evaluations: outcome.summary.evaluations.clone(),
         })
     }

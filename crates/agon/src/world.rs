@@ -32,10 +32,10 @@ pub(crate) use base::{Base, playground_base};
 pub(crate) use bench::{bench, gold_bench, seats, server};
 pub(crate) use game::{Judging, rounds, version};
 pub(crate) use gold::Gold;
-pub(crate) use judges::{JudgeSource, check as check_judge};
+pub(crate) use judges::{JudgeSource, Judged, check as check_judge};
 pub(crate) use pairs::{Annotated, annotated};
 use pairs::{GeneratedPair, generated};
-pub(crate) use preference::{Opened, Trunk, preference_model};
+pub(crate) use preference::{Opened, Trunk, preference_model, share_tokenizer};
 pub(crate) use styles::{StyleComparison, styles};
 pub(crate) use words::texts;
 pub(crate) use writer::{WriterParts, is_built, writer};
@@ -60,6 +60,11 @@ impl World {
     /// The model at the start.
     pub(crate) fn start(&self) -> (&ModelFolder, &Weights) {
         (&self.folder, &self.weights)
+    }
+
+    /// Whose completions the judge of the run reads.
+    pub(crate) fn judged(&self) -> Judged<'_> {
+        Judged::Policy(&self.folder, &self.weights)
     }
 
     /// The policy at the start: the reference, with the adapter beside it where one is trained. All

@@ -177,7 +177,7 @@ fn length_controlled(pairs: &[LabelledPair], win: &dyn Fn(&LabelledPair) -> f64)
 fn example(labelled: &LabelledPair, p: f64) -> Example {
     let [policy, reference] = [0, 1].map(|i| labelled.pair.completions[i].text.clone());
     Example {
-        prompt: labelled.pair.prompt.text.clone(),
+        prompt: labelled.pair.prompt.transcript().into_owned(),
         policy,
         reference,
         p,

@@ -15,7 +15,7 @@ use crate::LearnerError;
 pub struct PromptRow {
     /// Its tokens, special tokens included.
     pub ids: Vec<u32>,
-    /// The same for people.
+    /// The same for people: a text as it was given, of a dialogue what the tokens say.
     pub text: String,
     /// The dialogue that `ids` render; none when the prompt was text.
     pub dialogue: Option<Dialogue>,
@@ -242,13 +242,14 @@ impl Reader<'_> {
             .transpose()
             .map_err(|error| error.to_string())?
             .map(|answer| answer.into_iter().chain(self.eos).collect());
+        let (text, dialogue) = match prompt {
+            PromptText::Text(text) => (text, None),
+            PromptText::Dialogue(dialogue) => (self.tokenizer.decode(&ids), Some(dialogue)),
+        };
         Ok(PromptRow {
-            text: self.tokenizer.decode(&ids),
+            text,
             ids,
-            dialogue: match prompt {
-                PromptText::Dialogue(dialogue) => Some(dialogue),
-                PromptText::Text(_) => None,
-            },
+            dialogue,
             golden,
             answer,
         })

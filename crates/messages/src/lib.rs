@@ -8,6 +8,7 @@ mod id;
 mod pair;
 mod probability;
 mod prompt;
+mod transcript;
 mod weights;
 pub mod wire;
 

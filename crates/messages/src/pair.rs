@@ -23,7 +23,8 @@ pub struct Completion {
     pub ref_logp: Vec<f32>,
     /// The log-probability of each token under the distribution it was drawn from.
     pub behaviour_logp: Vec<f32>,
-    /// The text without special tokens, for people and for judges that read text.
+    /// The text without special tokens, for people and for judges that read text: what follows the
+    /// prompt's text, a space between them included.
     pub text: String,
 }
 

@@ -20,7 +20,8 @@ pub struct Prompt {
     pub seed: Seed,
     /// The prompt's tokens, special tokens included.
     pub ids: Vec<u32>,
-    /// The same for people and for judges that read text.
+    /// The same for people: a text as it was given, of a dialogue what its tokens say, without special
+    /// tokens. What judges read is [`Self::transcript`] or the dialogue itself.
     pub text: String,
     /// The dialogue that `ids` are the rendering of; none when the prompt was text. Judges with a chat
     /// template of their own read this.

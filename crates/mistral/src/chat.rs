@@ -83,8 +83,9 @@ impl Chat {
         alternatives: usize,
     ) -> Result<Answer, MistralError> {
         let (told, ended) = mpsc::channel();
+        let ids = self.engine.encode(prompt)?;
         let asked = Asked {
-            ids: self.engine.encode(prompt)?,
+            ids: ids.clone(),
             max_new_tokens: sampling.max_new_tokens,
             patience: self.patience,
         };
@@ -96,38 +97,49 @@ impl Chat {
         let late = |_| MistralError::Late(self.patience);
         let (writer, result) = ended.recv_timeout(self.patience + MARGIN).map_err(late)?;
         result?;
-        self.words(&writer)
+        self.words(&ids, &writer)
     }
 
-    /// What was drawn, as text.
-    fn words(&self, drawing: &Drawing) -> Result<Answer, MistralError> {
+    /// What was drawn after the tokens of `prompt`, as text.
+    fn words(&self, prompt: &[u32], drawing: &Drawing) -> Result<Answer, MistralError> {
         if drawing.has_failed {
             let reason = "its logits are not finite; the weights may be damaged";
             return Err(MistralError::Failed(reason.into()));
         }
         let ids: Vec<u32> = drawing.drawn.iter().map(|token| token.id).collect();
         let ends = |id: &u32| self.engine.end_tokens().contains(id);
-        let text = |id: u32| self.engine.decode_all(&[id]);
-        let said = |token: &DrawnToken| SaidToken {
-            text: text(token.id),
-            logprob: token.logprob,
-            likeliest: token
-                .likeliest
-                .iter()
-                .map(|&(id, logprob)| Alternative {
-                    text: text(id),
-                    logprob,
-                })
-                .collect(),
+        let before = prompt.last().into_iter().chain(&ids).copied();
+        let said = |(before, token): (u32, &DrawnToken)| {
+            let text = |id| following(&[before], &[id], |ids| self.engine.decode_all(ids));
+            let likeliest = token.likeliest.iter();
+            SaidToken {
+                text: text(token.id),
+                logprob: token.logprob,
+                likeliest: likeliest
+                    .map(|&(id, logprob)| Alternative {
+                        text: text(id),
+                        logprob,
+                    })
+                    .collect(),
+            }
         };
         Ok(Answer {
-            text: self.engine.decode(&ids),
-            tokens: drawing.drawn.iter().map(said).collect(),
+            text: following(prompt, &ids, |ids| self.engine.decode(ids)),
+            tokens: before.zip(&drawing.drawn).map(said).collect(),
             finish: match ids.last().is_some_and(ends) {
                 true => Finish::EndOfText,
                 false => Finish::Length,
             },
         })
+    }
+}
+
+/// The text of `ids` where they follow `before`: some decoders drop the first space of a text.
+fn following(before: &[u32], ids: &[u32], decode: impl Fn(&[u32]) -> String) -> String {
+    let whole = decode(&[before, ids].concat());
+    match whole.strip_prefix(&decode(before)) {
+        Some(text) => text.to_owned(),
+        None => decode(ids),
     }
 }
 
@@ -205,6 +217,16 @@ fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_keeps_the_space_that_parts_it_from_the_prompt() {
+        let decode = |ids: &[u32]| {
+            let words: String = ids.iter().map(|id| format!(" w{id}")).collect();
+            words.strip_prefix(' ').unwrap_or_default().to_owned()
+        };
+        assert_eq!(following(&[1, 2], &[3, 4], decode), " w3 w4");
+        assert_eq!(following(&[], &[3], decode), "w3");
+    }
 
     #[test]
     fn the_likeliest_tokens_come_first_and_their_probabilities_add_up() {

@@ -30,4 +30,4 @@ pub use judge::{
 };
 pub use run::{Preference, PreferenceParts};
 pub use server::{Server, ServerParts};
-pub use texts::{Texts, TextsAlone, Tokens};
+pub use texts::{Closing, Texts, TextsAlone, Tokens};

@@ -1,10 +1,9 @@
 //! How texts that come from elsewhere become what judges read: some read texts, some read tokens.
 
-use messages::{Message, PromptText};
-use model::Tokenizer;
-use serde_json::Value;
+use messages::{Finish, PromptText};
+use model::{Pooling, RewardConfig, Tokenizer};
 
-/// The words that a judge's tokens stand for.
+/// The tokens that a judge reads for texts.
 pub trait Texts: Send + Sync {
     /// A prompt as text and as ids, special tokens included.
     ///
@@ -12,7 +11,8 @@ pub trait Texts: Send + Sync {
     /// When it cannot be written so: a lowercase fragment that says why.
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String>;
 
-    /// The ids of a whole response to `prompt`, whose own ids are `prompt_ids`; end-of-text included.
+    /// The ids of a response to `prompt`, whose own ids are `prompt_ids`; end-of-text included when it
+    /// ended by itself.
     ///
     /// # Errors
     /// As [`Self::prompt`].
@@ -21,6 +21,7 @@ pub trait Texts: Send + Sync {
         prompt: &PromptText,
         prompt_ids: &[u32],
         response: &str,
+        finish: Finish,
     ) -> Result<Vec<u32>, String>;
 
     /// Whether a response of these ids ended by itself.
@@ -31,32 +32,74 @@ pub trait Texts: Send + Sync {
 #[derive(Debug, Clone, Copy)]
 pub struct TextsAlone;
 
+/// Which responses are closed with the token that ends one, when texts become tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closing {
+    /// Those that ended by themselves.
+    WhenEnded,
+    /// All: the score is read at that token, and a model was trained to be read nowhere else.
+    Always,
+}
+
+impl Closing {
+    /// What a preference model of this kind needs. One that reads its score at the last token, as the
+    /// classifiers of transformers do, was trained on closed turns alone, and `apply_chat_template` closes a turn
+    /// whether or not it was cut off; one that pools a response reads what there is.
+    #[must_use]
+    pub fn of(config: RewardConfig) -> Self {
+        match config.pooling {
+            Pooling::Last => Self::Always,
+            Pooling::Mean | Pooling::Sum => Self::WhenEnded,
+        }
+    }
+
+    /// Whether a response that ended so is closed.
+    pub(crate) fn closes(self, finish: Finish) -> bool {
+        self == Self::Always || finish == Finish::EndOfText
+    }
+}
+
 /// For judges that read the tokens of a model.
 pub struct Tokens {
     tokenizer: Tokenizer,
     end_of_text: Vec<u32>,
+    closing: Closing,
 }
 
 impl Tokens {
-    /// The tokens of `tokenizer`, of which `end_of_text` end a response; the first of them is written.
+    /// The tokens of `tokenizer`, of which `end_of_text` end a response; the first of them is written where
+    /// `closing` says.
     #[must_use]
-    pub fn new(tokenizer: Tokenizer, end_of_text: Vec<u32>) -> Self {
+    pub fn new(tokenizer: Tokenizer, end_of_text: Vec<u32>, closing: Closing) -> Self {
         Self {
             tokenizer,
             end_of_text,
+            closing,
         }
+    }
+}
+
+/// The prompt as a model with this tokenizer can read it: without a chat template a dialogue is its
+/// transcript, and the response follows as a turn of its own.
+pub(crate) fn readable(tokenizer: &Tokenizer, prompt: PromptText) -> PromptText {
+    match prompt {
+        PromptText::Dialogue(dialogue) if !tokenizer.has_chat_template() => {
+            let seam = match dialogue.continues_final_message() {
+                true => "",
+                false => "\n\n",
+            };
+            PromptText::Text(dialogue.transcript() + seam)
+        }
+        prompt => prompt,
     }
 }
 
 impl Texts for Tokens {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
-        let encoded = self.tokenizer.encode_prompt(prompt);
-        let ids = encoded.map_err(|error| error.to_string())?;
-        let text = match prompt {
-            PromptText::Text(text) => text.clone(),
-            PromptText::Dialogue(_) => self.tokenizer.decode(&ids),
-        };
-        Ok((text, ids))
+        let text = transcript(prompt);
+        let prompt = readable(&self.tokenizer, prompt.clone());
+        let ids = self.tokenizer.encode_prompt(&prompt);
+        Ok((text, ids.map_err(|error| error.to_string())?))
     }
 
     fn response(
@@ -64,12 +107,16 @@ impl Texts for Tokens {
         prompt: &PromptText,
         prompt_ids: &[u32],
         response: &str,
+        finish: Finish,
     ) -> Result<Vec<u32>, String> {
+        let prompt = readable(&self.tokenizer, prompt.clone());
         let encoded = self
             .tokenizer
-            .encode_completion(prompt, prompt_ids, response);
+            .encode_completion(&prompt, prompt_ids, response);
         let mut ids = encoded.map_err(|error| error.to_string())?;
-        ids.extend(self.end_of_text.first());
+        if self.closing.closes(finish) {
+            ids.extend(self.end_of_text.first());
+        }
         Ok(ids)
     }
 
@@ -81,19 +128,10 @@ impl Texts for Tokens {
 
 impl Texts for TextsAlone {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
-        let text = match prompt {
-            PromptText::Text(text) => text.clone(),
-            PromptText::Dialogue(dialogue) => dialogue
-                .messages
-                .iter()
-                .map(turn)
-                .collect::<Vec<_>>()
-                .join("\n\n"),
-        };
-        Ok((text, Vec::new()))
+        Ok((transcript(prompt), Vec::new()))
     }
 
-    fn response(&self, _: &PromptText, _: &[u32], _: &str) -> Result<Vec<u32>, String> {
+    fn response(&self, _: &PromptText, _: &[u32], _: &str, _: Finish) -> Result<Vec<u32>, String> {
         Ok(Vec::new())
     }
 
@@ -102,19 +140,17 @@ impl Texts for TextsAlone {
     }
 }
 
-/// A turn as people read it.
-fn turn(message: &Message) -> String {
-    let content = match &message.content {
-        Value::String(text) => text.clone(),
-        Value::Null => String::new(),
-        other => other.to_string(),
-    };
-    format!("{}: {content}", message.role)
+/// A prompt as people read it.
+fn transcript(prompt: &PromptText) -> String {
+    match prompt {
+        PromptText::Text(text) => text.clone(),
+        PromptText::Dialogue(dialogue) => dialogue.transcript(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use messages::Dialogue;
+    use messages::{Dialogue, Message};
 
     use super::*;
 

@@ -7,16 +7,21 @@
 //! {"judge": "rule", "version": 0, "results": [{"p": 0.98, "version": 0, "order_gap": 0.02}]}
 //! ```
 //!
-//! `prompt` is text, or a dialogue as a list of messages with `role` and `content`. The ids of prompt
-//! and responses may be given besides the texts, for judges that read tokens; else the service makes
-//! them. `orders` is `"one"`, `"both"` or `"auto"`; without it the service's own setting holds. A result
+//! `prompt` is text, or a dialogue as a list of messages with `role` and `content`; `tools` and
+//! `template_kwargs` may go with it. A judge with a chat template renders messages with its own.
+//! `first_finish` and `second_finish` are `"stop"` or `"length"`: a response that was cut off gets no
+//! end-of-text unless the judge's score is read there; without them it ended as its ids say, and where there are none by itself. The ids of
+//! prompt and responses may be given besides the texts, for judges that read tokens: they are read where
+//! the prompt's are what the judge's own tokenizer makes of the prompt, and where they are not, or none
+//! are given, the service makes them. `answer` is the golden answer, for `exact-match`. `orders` is `"one"`, `"both"` or `"auto"`; without it the service's own setting holds. A result
 //! has `p`, the probability that `first` is preferred to `second`, or `abstained` with the reason.
 //!
 //! Whatever goes wrong is answered by a [`Refusal`]: `{"error": {"code": "invalid", "message":
 //! "pairs[3].first: it is empty"}}`.
 
+use messages::Finish;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use settings::OrdersSetting;
 
 /// What is asked.
@@ -39,10 +44,25 @@ pub(crate) struct PreferencesRequest {
 pub(crate) struct AskedPair {
     /// Text or messages.
     pub prompt: Value,
+    /// The tools of the dialogue, as JSON schemas.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<Value>,
+    /// Further variables of its chat template.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub template_kwargs: Map<String, Value>,
+    /// The golden answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer: Option<String>,
     /// The response whose preference is asked for.
     pub first: String,
     /// The one it is compared with.
     pub second: String,
+    /// How the first response ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_finish: Option<AskedFinish>,
+    /// How the second ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_finish: Option<AskedFinish>,
     /// The prompt's tokens, special tokens included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_ids: Option<Vec<u32>>,
@@ -52,6 +72,34 @@ pub(crate) struct AskedPair {
     /// The second's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_ids: Option<Vec<u32>>,
+}
+
+/// Why a response ended, in the words of OpenAI's `finish_reason`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum AskedFinish {
+    /// By itself.
+    Stop,
+    /// It was cut off.
+    Length,
+}
+
+impl From<Finish> for AskedFinish {
+    fn from(finish: Finish) -> Self {
+        match finish {
+            Finish::EndOfText => Self::Stop,
+            Finish::Length => Self::Length,
+        }
+    }
+}
+
+impl From<AskedFinish> for Finish {
+    fn from(finish: AskedFinish) -> Self {
+        match finish {
+            AskedFinish::Stop => Self::EndOfText,
+            AskedFinish::Length => Self::Length,
+        }
+    }
 }
 
 /// What is answered.

@@ -1,12 +1,14 @@
 //! How far a long piece of work has come, for the person who started it.
 //!
-//! On a terminal it is a bar with a line below it; elsewhere it is a plain line every ten seconds and one at the end, so
+//! On a terminal it is a bar with a line below it; elsewhere, and with `NO_COLOR`, it is a plain line every ten seconds and one at the end, so
 //! that a log stays short. This part writes to standard error only.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::printable::{printable_line, stderr_takes_ansi};
 
 /// The least time between two plain lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -35,7 +37,8 @@ impl Progress {
     /// Nothing of `total` is done yet.
     #[must_use]
     pub fn new(title: &str, total: u64) -> Self {
-        if io::stderr().is_terminal() {
+        let title = &printable_line(title);
+        if stderr_takes_ansi() {
             Self(Display::Bar(bar(title, total)))
         } else {
             Self(Display::Lines(Lines::new(title, total, Instant::now())))
@@ -44,6 +47,7 @@ impl Progress {
 
     /// `done` of the total is done; `note` says something of the last of it.
     pub fn advance_to(&mut self, done: u64, note: &str) {
+        let note = &*printable_line(note);
         match &mut self.0 {
             Display::Bar(bar) => {
                 bar.set_message(note.to_owned());
@@ -59,6 +63,7 @@ impl Progress {
 
     /// The work has ended, all of it done or not; `note` says how.
     pub fn finish(self, note: &str) {
+        let note = &*printable_line(note);
         match self.0 {
             Display::Bar(bar) => bar.abandon_with_message(note.to_owned()),
             Display::Lines(lines) => say(&lines.line(note, Instant::now())),

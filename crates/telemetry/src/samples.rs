@@ -3,9 +3,10 @@
 //! One flat row a labelled pair: text, lengths, sums, and the completions' tokens as text with their
 //! log-probabilities; no ids and no tensors.
 
+use std::borrow::Cow;
 use std::path::Path;
 
-use messages::{Completion, Finish, LabelledPair, Purpose};
+use messages::{Completion, Dialogue, Finish, LabelledPair, Pair, Purpose};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -29,9 +30,13 @@ pub struct SampleRow {
     pub purpose: String,
     /// The weights version that answered.
     pub version: u64,
-    /// The prompt's text.
+    /// The prompt's text: as it was given, or what the policy's tokens for a dialogue say, without special
+    /// tokens.
     pub prompt: String,
-    /// The completions' texts.
+    /// The dialogue that was asked; absent where the prompt was text, and in rows of older builds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dialogue: Option<Dialogue>,
+    /// The completions' texts, the space that parts them from the prompt included.
     pub completions: Vec<String>,
     /// The completions' lengths in tokens, end-of-text included.
     pub lengths: Vec<usize>,
@@ -65,8 +70,8 @@ pub struct SampleRow {
     pub actor: String,
 }
 
-/// The texts of tokens, one for each id.
-pub type TokenTexts<'a> = &'a dyn Fn(&[u32]) -> Vec<String>;
+/// The texts of tokens that follow those of a prompt, one for each of the second argument's ids.
+pub type TokenTexts<'a> = &'a dyn Fn(&[u32], &[u32]) -> Vec<String>;
 
 impl SampleLog {
     /// Opens the log at `path` for appending; a last line torn by a crash is cut off.
@@ -135,6 +140,7 @@ impl SampleRow {
             purpose: purpose_name(pair.prompt.purpose).into(),
             version: pair.version.step,
             prompt: pair.prompt.text.clone(),
+            dialogue: pair.prompt.dialogue.clone(),
             completions: each(&pair.completions, |c| c.text.clone()),
             lengths: each(&pair.completions, |c| c.ids.len()),
             finish: each(&pair.completions, |c| finish_name(c.finish).into()),
@@ -149,12 +155,25 @@ impl SampleRow {
         }
     }
 
+    /// What was asked, for people: the dialogue turn by turn, or the prompt's text.
+    #[must_use]
+    pub fn asked(&self) -> Cow<'_, str> {
+        match &self.dialogue {
+            Some(dialogue) => dialogue.transcript().into(),
+            None => self.prompt.as_str().into(),
+        }
+    }
+
     /// This row with the tokens of the pair's completions.
     #[must_use]
     pub fn with_tokens(self, labelled: &LabelledPair, texts: TokenTexts<'_>) -> Self {
-        let completions = &labelled.pair.completions;
+        let Pair {
+            prompt,
+            completions,
+            ..
+        } = &labelled.pair;
         Self {
-            tokens: each(completions, |c| texts(&c.ids)),
+            tokens: each(completions, |c| texts(&prompt.ids, &c.ids)),
             logp: each(completions, |c| thousandths(&c.logp)),
             ref_logp: each(completions, |c| thousandths(&c.ref_logp)),
             ..self
@@ -200,7 +219,7 @@ mod tests {
     use std::fs;
 
     use messages::{
-        JudgeVersion, Label, Pair, Probability, Prompt, PromptId, Release, Seed, WeightsVersion,
+        JudgeVersion, Label, Probability, Prompt, PromptId, Release, Seed, WeightsVersion,
     };
 
     use super::*;
@@ -276,10 +295,24 @@ mod tests {
     }
 
     #[test]
+    fn a_row_keeps_the_dialogue_that_was_asked() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("samples.jsonl");
+        let mut asked = labelled(7);
+        let dialogue = Dialogue::of_user("sum up");
+        asked.pair.prompt.dialogue = Some(dialogue.clone());
+        SampleLog::open(&path).unwrap().append(9, &asked).unwrap();
+        let line = fs::read_to_string(&path).unwrap();
+        let messages = "\"dialogue\":{\"messages\":[{\"role\":\"user\",\"content\":\"sum up\"}]}";
+        assert!(line.contains(messages), "{line}");
+        assert_eq!(SampleLog::read(&path).unwrap()[0].dialogue, Some(dialogue));
+    }
+
+    #[test]
     fn tokens_are_logged_with_their_texts_and_log_probabilities() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("samples.jsonl");
-        let texts = |ids: &[u32]| ids.iter().map(|id| format!("<{id}>")).collect();
+        let texts = |_: &[u32], ids: &[u32]| ids.iter().map(|id| format!("<{id}>")).collect();
         let mut log = SampleLog::open(&path).unwrap();
         log.append_with_tokens(9, &labelled(7), &texts).unwrap();
         let row = SampleLog::read(&path).unwrap().remove(0);

@@ -56,7 +56,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .and_then(|()| output.flush())
         .context("failed to write to standard output")?;
     let summary = Summary::of(&resolved.settings);
-    eprint!("{}", summary.text);
+    eprint!("{}", telemetry::printable(&summary.text));
     Ok(if summary.problems == 0 {
         ExitCode::SUCCESS
     } else {

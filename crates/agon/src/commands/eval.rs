@@ -12,6 +12,7 @@ use model::{CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler}
 use preference::{Orders, Question, Ruling, RulingError, Verdict};
 use serde_json::json;
 use settings::{ModelSource, Override, Settings, resolve_file};
+use telemetry::printable_json;
 
 use crate::{
     failure::Misuse,
@@ -69,7 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let pairs = answer(&settings, (&a, &b), count)?;
     let mut wins = Vec::new();
     let mut abstained = 0;
-    for ruling in rulings(&settings, pairs)? {
+    for ruling in rulings(&settings, &a.0, pairs)? {
         match ruling?.verdict {
             Verdict::Preference(p) if p.get() > 0.5 => wins.push(1.0),
             Verdict::Preference(p) if p.get() < 0.5 => wins.push(0.0),
@@ -85,9 +86,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the judge of the settings says of every pair, in both orders.
+/// What the judge of the settings says of every pair, in both orders; their tokens are those of the model
+/// in the folder `of`.
 fn rulings(
     settings: &Settings,
+    of: &ModelFolder,
     pairs: Vec<Pair>,
 ) -> anyhow::Result<Vec<Result<Ruling, RulingError>>> {
     let questions: Vec<_> = pairs
@@ -95,7 +98,7 @@ fn rulings(
         .map(|pair| Question::new(Arc::new(pair), 0, 1))
         .collect();
     crate::runtime()?.block_on(async {
-        let judge = world::JudgeSource::open(settings, None, &|| false)?;
+        let judge = world::JudgeSource::open(settings, world::Judged::Model(of), &|| false)?;
         let bench = world::bench(settings, &Arc::new(judge))?;
         Ok(bench.rule_all(&questions, Orders::Both).await)
     })
@@ -107,7 +110,7 @@ fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize)
             "a": arguments.a.to_string(), "b": arguments.b.to_string(), "prompts": prompts, "abstained": abstained,
             "win_rate": rate.mean, "win_rate_ci_low": rate.low, "win_rate_ci_high": rate.high,
         });
-        println!("{row}");
+        println!("{}", printable_json(&row.to_string()));
         return;
     }
     println!(
@@ -204,7 +207,7 @@ fn answer(
             };
             let mut completions = finished.completions;
             for completion in &mut completions {
-                completion.text = a.0.tokenizer.decode(&completion.ids);
+                completion.text = a.0.tokenizer.completion_text(&prompt.ids, completion);
             }
             answered.push(Pair {
                 prompt,

@@ -11,7 +11,7 @@ use messages::Seed;
 use preference::Calibration;
 use serde_json::json;
 use settings::{PairsSettings, Settings};
-use telemetry::{Journal, Measurements, RunDirectory, write_atomically};
+use telemetry::{Journal, Measurements, RunDirectory, printable, write_atomically};
 
 use super::configuration::Configuration;
 use crate::{
@@ -133,6 +133,7 @@ fn tell(settings: &Settings, fitted: &Fitted<'_>, directory: &RunDirectory) -> a
     bytes.push(b'\n');
     write_atomically(&directory.report_json(), &bytes)?;
     let text = in_words(fitted)?;
+    let text = printable(&text);
     write_atomically(&directory.report_markdown(), text.as_bytes())?;
     println!("{text}");
     println!("Report: {}", directory.report_markdown().display());

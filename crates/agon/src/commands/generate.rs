@@ -14,6 +14,7 @@ use messages::{Completion, Dialogue, Finish, PromptText, Seed};
 use model::{CompletionWriter, LanguageModel, ModelFolder, Request, SamplingSettings, Tokenizer};
 use serde::Serialize;
 use settings::{EngineSettings, ModelSource};
+use telemetry::{printable, printable_json};
 
 use super::score::ModelArguments;
 use crate::{
@@ -355,7 +356,7 @@ impl Teller<'_> {
 
     fn one(&self, place: Place, completion: &Completion) -> anyhow::Result<String> {
         let prompt = &self.prompts[place.prompt];
-        let text = continuation(self.tokenizer, &prompt.ids, &completion.ids);
+        let text = self.tokenizer.completion_text(&prompt.ids, completion);
         let line = Line {
             prompt: &prompt.text,
             completion: &text,
@@ -376,7 +377,10 @@ impl Teller<'_> {
             prompt.text
         );
         if self.arguments.json {
-            return Ok(serde_json::to_string(&line)? + "\n");
+            return Ok(format!(
+                "{}\n",
+                printable_json(&serde_json::to_string(&line)?)
+            ));
         }
         Ok(self.in_words(place, &line))
     }
@@ -389,7 +393,7 @@ impl Teller<'_> {
                 "=== prompt {} of {}\n{}\n",
                 place.prompt + 1,
                 prompts.len(),
-                line.prompt
+                printable(line.prompt)
             );
         }
         let ended = if line.finish == "eos" {
@@ -406,7 +410,7 @@ impl Teller<'_> {
         if self.arguments.has_reference() {
             text += &format!(", under the reference {:.2}", line.ref_logp);
         }
-        text += &format!("\n{}\n", line.completion);
+        text += &format!("\n{}\n", printable(line.completion));
         text
     }
 }
@@ -420,16 +424,6 @@ struct Place {
 
 fn sum(logps: &[f32]) -> f64 {
     logps.iter().copied().map(f64::from).sum()
-}
-
-/// The text of `ids` where they follow `prompt`. Some tokenizers drop a space at the start of a text, and
-/// a completion is none: it is what the two have beyond the prompt.
-fn continuation(tokenizer: &Tokenizer, prompt: &[u32], ids: &[u32]) -> String {
-    let whole = tokenizer.decode(&[prompt, ids].concat());
-    match whole.strip_prefix(&tokenizer.decode(prompt)) {
-        Some(text) => text.to_owned(),
-        None => tokenizer.decode(ids),
-    }
 }
 
 #[cfg(test)]

@@ -189,7 +189,7 @@ impl Arguments {
         for (number, (row, prompt)) in (0..).zip(rows) {
             let seed = Seed(self.seed).derive(number);
             let answer = chat.answer(prompt, (&sampling, seed), 0)?;
-            let golden = answer.text.trim();
+            let golden = golden(prompt, &answer.text);
             if answer.finish != Finish::EndOfText || golden.is_empty() {
                 continue;
             }
@@ -201,5 +201,28 @@ impl Arguments {
             kept += 1;
         }
         Ok(file.flush().map(|()| kept))
+    }
+}
+
+/// The golden answer in what the model said. The space that parts it from a text it continues is a part of
+/// it.
+fn golden<'a>(prompt: &PromptText, said: &'a str) -> &'a str {
+    match prompt {
+        PromptText::Text(_) => said.trim_end(),
+        PromptText::Dialogue(_) => said.trim(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_golden_answer_keeps_the_space_that_parts_it_from_its_prompt() {
+        let text = PromptText::Text("The cat sat on".into());
+        let dialogue = PromptText::Dialogue(Dialogue::of_user("Hi"));
+        assert_eq!(golden(&text, " the floor.\n"), " the floor.");
+        assert_eq!(golden(&text, " \n"), "");
+        assert_eq!(golden(&dialogue, " Hello.\n"), "Hello.");
     }
 }

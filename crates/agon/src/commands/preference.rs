@@ -54,7 +54,7 @@ async fn serve(settings: &Settings) -> anyhow::Result<ExitCode> {
     let exporter = Exporter::start(settings.telemetry.listen)?;
     let stop = interrupt::on_signal()?;
     let judge = tokio::task::block_in_place(|| {
-        world::JudgeSource::open(settings, None, &|| *stop.borrow())
+        world::JudgeSource::open(settings, world::Judged::Anyone, &|| *stop.borrow())
     })?;
     let judge = Arc::new(judge);
     let bench = world::bench(settings, &judge)?;

@@ -6,7 +6,7 @@ use std::{
     process::ExitCode,
 };
 
-use telemetry::{RunView, SampleQuery, SampleRow};
+use telemetry::{RunView, SampleQuery, SampleRow, printable, printable_json};
 
 /// Show pairs that a run logged, side by side with their labels: the newest first.
 ///
@@ -53,7 +53,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         let page = view.samples().page(&query)?;
         for (_, row) in &page.rows {
             if arguments.json {
-                writeln!(out, "{}", serde_json::to_string(row)?)?;
+                writeln!(out, "{}", printable_json(&serde_json::to_string(row)?))?;
             } else {
                 writeln!(out, "{}", told(row))?;
             }
@@ -76,7 +76,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A pair for people. Control characters are shown and not sent: a text must not drive the terminal.
+/// A pair for people.
 fn told(row: &SampleRow) -> String {
     let p = row.p.map_or("no label".into(), |p| format!("p = {p:.3}"));
     let gold = row.gold.map_or(String::new(), |p| format!(", gold {p:.3}"));
@@ -87,7 +87,7 @@ fn told(row: &SampleRow) -> String {
         row.version,
         row.judge,
         row.judge_version,
-        plain(&row.prompt),
+        shown(&row.asked()),
     );
     for (i, completion) in row.completions.iter().enumerate() {
         let won = match (i, row.p) {
@@ -102,24 +102,21 @@ fn told(row: &SampleRow) -> String {
         text += &format!(
             "{won} {}. {} [{length} tokens{ratio}]\n",
             i + 1,
-            plain(completion)
+            shown(completion)
         );
     }
     text
 }
 
-fn plain(text: &str) -> String {
-    let shown = |c: char| match c {
-        '\n' => "\n    ".to_owned(),
-        '\t' => " ".to_owned(),
-        c if c.is_control() => c.escape_default().to_string(),
-        c => c.to_string(),
-    };
-    text.chars().map(shown).collect()
+/// A text on lines of its own, without what would drive the terminal.
+fn shown(text: &str) -> String {
+    printable(text).replace('\n', "\n    ").replace('\t', " ")
 }
 
 #[cfg(test)]
 mod tests {
+    use messages::Dialogue;
+
     use super::*;
 
     #[test]
@@ -138,6 +135,11 @@ mod tests {
             sum_ref_logp: vec![Some(-1.5), Some(-1.0)],
             ..SampleRow::default()
         };
+        let asked = SampleRow {
+            dialogue: Some(Dialogue::of_user("what was asked")),
+            ..row.clone()
+        };
+        assert!(told(&asked).contains("\n  > what was asked\n"));
         assert_eq!(
             told(&row),
             "step 3, prompt 7, policy version 2, gold 1: p = 0.250\n  > one\n    two\n  \

@@ -107,7 +107,7 @@ async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow
     let stop = interrupt::on_signal()?;
     let world = tokio::task::block_in_place(|| world::build(settings, &|| *stop.borrow()))?;
     let judge = tokio::task::block_in_place(|| {
-        JudgeSource::open(settings, Some(world.start()), &|| *stop.borrow())
+        JudgeSource::open(settings, world.judged(), &|| *stop.borrow())
     })?;
     let (directory, resume) = open(path, resolved, resume)?;
     let directory = Arc::new(directory);

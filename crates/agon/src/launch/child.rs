@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
+use telemetry::printable;
 use tokio::{
     fs::File,
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -120,9 +121,9 @@ async fn collect(plan: Plan, stderr: ChildStderr, leads: bool, last: Arc<Mutex<V
         let matters =
             line.contains(" WARN ") || line.contains(" ERROR ") || line.starts_with("error: ");
         if leads {
-            eprintln!("{line}");
+            eprintln!("{}", printable(&line));
         } else if matters {
-            eprintln!("{}: {line}", plan.name);
+            eprintln!("{}: {}", plan.name, printable(&line));
         }
         let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.len() == LAST {

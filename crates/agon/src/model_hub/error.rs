@@ -20,7 +20,7 @@ pub(crate) enum HubError {
     },
     /// The hub does not know the model, or does not show it.
     #[error(
-        "{endpoint} has no model {}: see how it is written there, and set HF_TOKEN if it is private",
+        "{endpoint} has no model {}: see how it is written there, and log in with `hf auth login` or set HF_TOKEN if it is private",
         model.repository()
     )]
     NoRepository { model: HubModel, endpoint: String },
@@ -34,14 +34,14 @@ pub(crate) enum HubError {
     /// The model is not for everyone.
     #[error(
         "{} is gated or private (status {status}) and {token}: ask for access at {endpoint}/{0} and set \
-         HF_TOKEN to a token that has it",
+         HF_TOKEN to a token that has it, or log in with `hf auth login`",
         model.repository()
     )]
     Gated {
         model: HubModel,
         endpoint: String,
         status: u16,
-        token: &'static str,
+        token: String,
     },
     /// The model is there in a format that is not read.
     #[error(
@@ -63,7 +63,13 @@ pub(crate) enum HubError {
     /// There is no place for a cache.
     #[error("there is no place for models of the hub: set HF_HOME, or HOME")]
     NoCache,
-    /// The token cannot be one.
-    #[error("HF_TOKEN is not a token: it holds white space or other characters that no token has")]
-    Token,
+    /// The token that was found here cannot be one.
+    #[error("{0} is not a token: it holds white space or other characters that no token has")]
+    Token(String),
+    /// The token's file cannot be read.
+    #[error(
+        "failed to read the token in {}: {reason}; mend its permissions, or set HF_TOKEN_PATH or HF_TOKEN",
+        path.display()
+    )]
+    TokenFile { path: PathBuf, reason: String },
 }

@@ -26,7 +26,7 @@ use crate::{
     model_hub,
     overview::{Lookout, Source},
     presence::{self, ModelFile, Presence, RunRecord, RunState, Seen, Step, Teller, home},
-    world::{self, JudgeSource, World},
+    world::{self, JudgeSource, Judged, World},
 };
 
 /// How long a role waits for a run that it is to join. Making a base policy takes a while.
@@ -186,8 +186,9 @@ pub(crate) async fn join_preference(
         let model = FetchedModel::fetch(settings, &record, &streams.shelf).await?;
         let policy = model.start();
         let stopped = || *stop.borrow();
-        let judge =
-            tokio::task::block_in_place(|| JudgeSource::open(settings, Some(policy), &stopped))?;
+        let judge = tokio::task::block_in_place(|| {
+            JudgeSource::open(settings, Judged::Policy(policy.0, policy.1), &stopped)
+        })?;
         let judge = Arc::new(judge);
         let since = (world::rounds(run_dir), record.since());
         let (judge, player) = super::judges(settings, policy, &judge, since, &stopping)?;

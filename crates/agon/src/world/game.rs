@@ -11,8 +11,8 @@ use model::{ModelFolder, Weights};
 use preference::apo::{Game, GameParts, History};
 use settings::{JudgeSettings, Settings};
 
-use super::{JudgeSource, Trunk, annotated};
-use crate::model_hub::Located;
+use super::{JudgeSource, Trunk, annotated, share_tokenizer};
+use crate::{failure::Misuse, model_hub::Located};
 
 /// Where the rounds of a run lie.
 pub(crate) fn rounds(run: &Path) -> PathBuf {
@@ -79,6 +79,9 @@ impl Judging {
             fit.head = settings::Head::BradleyTerry;
         }
         let trunk = Trunk::open(&settings, policy, stopped)?;
+        for folder in [initial.path(), &trunk.folder.path] {
+            plays_in_tokens_of(&policy.0.path, folder)?;
+        }
         let pairs = annotated(&settings, &trunk.folder, policy, stopped)?;
         Ok(Game::new(GameParts {
             trunk: trunk.model,
@@ -95,6 +98,19 @@ impl Judging {
             fit: settings.preference.fit,
         }))
     }
+}
+
+/// Whether a preference model in `folder` can be fitted on the policy's own samples, which are tokens.
+fn plays_in_tokens_of(policy: &Path, folder: &Path) -> Result<(), Misuse> {
+    if share_tokenizer(policy, folder) {
+        return Ok(());
+    }
+    Err(Misuse(format!(
+        "{} has another tokenizer.json than the policy {}: the adversarial game fits preference models on the \
+         policy's tokens; name models with the policy's tokenizer in preference.judge.path and preference.fit.path",
+        folder.display(),
+        policy.display()
+    )))
 }
 
 /// The version of the model of a round; round 0 is the initial one.

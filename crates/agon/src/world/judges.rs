@@ -1,6 +1,6 @@
 //! Whoever judges a run, opened once and made as often as there are replicas.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use messages::JudgeVersion;
@@ -36,67 +36,100 @@ pub(crate) enum JudgeSource {
     },
 }
 
+/// Whose prompts and completions are judged.
+#[derive(Clone, Copy)]
+pub(crate) enum Judged<'a> {
+    /// Those of this policy at the start of a run.
+    Policy(&'a ModelFolder, &'a Weights),
+    /// Those of a model with this folder, which is not what a missing preference model is fitted from.
+    Model(&'a ModelFolder),
+    /// Anyone's, as they come over HTTP: of several judges the first that reads tokens says which.
+    Anyone,
+}
+
+/// A judge of the settings being opened.
+struct Opening<'a> {
+    settings: &'a Settings,
+    policy: Option<(&'a ModelFolder, &'a Weights)>,
+    /// Whose tokens prompts and completions come in, as far as that is known.
+    tokens: Option<PathBuf>,
+    stopped: &'a dyn Fn() -> bool,
+}
+
 impl JudgeSource {
-    /// Opens the judge of the settings, for this policy at the start where there is one. A preference
-    /// model without a path is fitted first, from that policy, which takes a while and ends early when
-    /// `stopped` turns true.
+    /// Opens the judge of the settings. A preference model without a path is fitted first, from the policy
+    /// at the start, which takes a while and ends early when `stopped` turns true.
     pub(crate) fn open(
         settings: &Settings,
-        policy: Option<(&ModelFolder, &Weights)>,
+        judged: Judged<'_>,
         stopped: &dyn Fn() -> bool,
     ) -> anyhow::Result<Self> {
-        Self::of(&settings.preference.judge, settings, policy, stopped)
-    }
-
-    fn of(
-        judge: &JudgeSettings,
-        settings: &Settings,
-        policy: Option<(&ModelFolder, &Weights)>,
-        stopped: &dyn Fn() -> bool,
-    ) -> anyhow::Result<Self> {
-        let model = |source: &ModelSource, head| {
-            let path = match (source.is_empty(), policy) {
-                (false, _) => model_hub::folder(source, stopped)?,
-                (true, Some(policy)) => preference_model(settings, head, policy, stopped)?,
-                (true, None) => {
-                    let start = Start::open(settings, stopped)?;
-                    preference_model(settings, head, start.policy(), stopped)?
-                }
-            };
-            let located = Located::at(path, stopped)?;
-            let opened = Opened::open(&located, policy, &super::device(settings)?)?;
-            opened.is(head)?;
-            let opened = opened.judging_in(settings.preference.precision);
-            Ok(Self::Model(Box::new(opened)))
+        let (policy, tokens) = match judged {
+            Judged::Policy(folder, weights) => (Some((folder, weights)), Some(folder)),
+            Judged::Model(folder) => (None, Some(folder)),
+            Judged::Anyone => (None, None),
         };
+        let mut opening = Opening {
+            settings,
+            policy,
+            tokens: tokens.map(|folder| folder.path.clone()),
+            stopped,
+        };
+        opening.judge(&settings.preference.judge)
+    }
+}
+
+impl Opening<'_> {
+    fn judge(&mut self, judge: &JudgeSettings) -> anyhow::Result<JudgeSource> {
         match judge {
-            JudgeSettings::BradleyTerry { path } => model(path, Head::BradleyTerry),
-            JudgeSettings::Pairwise { path } => model(path, Head::Pairwise),
+            JudgeSettings::BradleyTerry { path } => self.model(path, Head::BradleyTerry),
+            JudgeSettings::Pairwise { path } => self.model(path, Head::Pairwise),
             JudgeSettings::Encoder { path, template } => {
-                let path = model_hub::folder(path, stopped)?;
-                let encoder = Encoder::load(&path, &super::device(settings)?.0)?;
-                Ok(Self::Encoder(Arc::new(encoder), template.clone()))
+                let path = model_hub::folder(path, self.stopped)?;
+                let encoder = Encoder::load(&path, &super::device(self.settings)?.0)?;
+                Ok(JudgeSource::Encoder(Arc::new(encoder), template.clone()))
             }
             JudgeSettings::Ensemble {
                 members,
                 combine,
                 deviations,
-            } => {
-                let member = |judge| Self::of(judge, settings, policy, stopped);
-                Ok(Self::Ensemble {
-                    members: members.iter().map(member).collect::<Result<_, _>>()?,
-                    combine: *combine,
-                    deviations: *deviations,
-                })
-            }
+            } => Ok(JudgeSource::Ensemble {
+                members: members
+                    .iter()
+                    .map(|judge| self.judge(judge))
+                    .collect::<Result<_, _>>()?,
+                combine: *combine,
+                deviations: *deviations,
+            }),
             JudgeSettings::Mistral(model) => {
-                let chat = LocalChat::open(model, &settings.preference)?;
-                Ok(Self::Chat(Arc::new(chat)))
+                let chat = LocalChat::open(model, &self.settings.preference)?;
+                Ok(JudgeSource::Chat(Arc::new(chat)))
             }
-            plain => Ok(Self::Plain(plain.clone())),
+            plain => Ok(JudgeSource::Plain(plain.clone())),
         }
     }
 
+    fn model(&mut self, source: &ModelSource, head: Head) -> anyhow::Result<JudgeSource> {
+        let settings = self.settings;
+        let path = match (source.is_empty(), self.policy) {
+            (false, _) => model_hub::folder(source, self.stopped)?,
+            (true, Some(policy)) => preference_model(settings, head, policy, self.stopped)?,
+            (true, None) => {
+                let start = Start::open(settings, self.stopped)?;
+                preference_model(settings, head, start.policy(), self.stopped)?
+            }
+        };
+        let tokens = self.tokens.get_or_insert_with(|| path.clone());
+        let weights = self.policy.map(|(_, weights)| weights);
+        let located = Located::at(path, self.stopped)?;
+        let opened = Opened::open(&located, weights, tokens, &super::device(settings)?)?;
+        opened.is(head)?;
+        let opened = opened.judging_in(settings.preference.precision);
+        Ok(JudgeSource::Model(Box::new(opened)))
+    }
+}
+
+impl JudgeSource {
     /// The model that may play the adversarial game, where the judge is one.
     pub(crate) fn model(&self) -> Option<&Opened> {
         match self {
@@ -118,11 +151,11 @@ impl JudgeSource {
         Ok(Self::Model(Box::new(before.succeeded_by(model, version))))
     }
 
-    /// Whether it reads tokens rather than texts.
+    /// Whether it reads tokens as they come, rather than messages and texts.
     pub(crate) fn reads_tokens(&self) -> bool {
         match self {
             Self::Plain(JudgeSettings::Gold { .. } | JudgeSettings::Matrix { .. }) => true,
-            Self::Model(_) => true,
+            Self::Model(opened) => opened.shares_tokens(),
             Self::Ensemble { members, .. } => members.iter().any(Self::reads_tokens),
             Self::Plain(_) | Self::Encoder(..) | Self::Chat(_) => false,
         }

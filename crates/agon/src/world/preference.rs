@@ -12,6 +12,7 @@ use preference::{
     Calibration, Judge, Learned, Reads,
     fit::{self, FitStep, Material, calibrate, fit},
 };
+use serde_json::Value;
 use settings::{DtypeSetting, Head, Settings};
 use telemetry::Progress;
 
@@ -136,6 +137,30 @@ pub(crate) fn preference_model(
     })
 }
 
+/// Whether the model in the folder `judge` reads prompts and completions as the model in `policy` writes
+/// them: with the same tokenizer and, unless it has none, the same chat template.
+fn reads_as(judge: &Path, policy: &Path) -> bool {
+    let template = template_of(judge);
+    let renders_alike = template.is_none() || template == template_of(policy);
+    renders_alike && share_tokenizer(judge, policy)
+}
+
+/// Whether two folders hold the same tokenizer.
+pub(crate) fn share_tokenizer(a: &Path, b: &Path) -> bool {
+    let tokenizer = |folder: &Path| std::fs::read(folder.join("tokenizer.json")).ok();
+    tokenizer(a) == tokenizer(b)
+}
+
+/// The chat template that a folder holds: a text, or several by name.
+fn template_of(folder: &Path) -> Option<Value> {
+    let text = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
+    if let Some(template) = text("chat_template.jinja") {
+        return Some(template.into());
+    }
+    let config: Value = serde_json::from_str(&text("tokenizer_config.json")?).ok()?;
+    Some(config["chat_template"].clone()).filter(|template| !template.is_null())
+}
+
 /// A preference model of a folder, ready to judge a policy.
 pub(crate) struct Opened {
     /// The model.
@@ -143,7 +168,7 @@ pub(crate) struct Opened {
     /// Its version as a judge.
     version: JudgeVersion,
     folder: RewardFolder,
-    /// Whether the policy's tokens are its own.
+    /// Whether the policy's tokens are its own, and its chat template too.
     shares_tokens: bool,
     /// Of its products while it judges.
     precision: Precision,
@@ -169,18 +194,17 @@ impl Opened {
         )))
     }
 
-    /// Reads the folder, for this policy at the start, whose weights a model that was trained beside them
-    /// shares; without one, tokens are taken to be the model's.
+    /// Reads the folder. A model that was trained beside a policy's `weights` shares them. It reads tokens as
+    /// they come when the tokens of the model in the folder `tokens` are its own.
     pub(crate) fn open(
         located: &Located,
-        policy: Option<(&ModelFolder, &Weights)>,
+        weights: Option<&Weights>,
+        tokens: &Path,
         (device, dtype): &(Device, DType),
     ) -> anyhow::Result<Self> {
         let folder = located.reward()?;
-        let model = folder.model(*dtype, device, policy.map(|(_, weights)| weights))?;
-        let tokenizer = |of: &ModelFolder| std::fs::read(of.path.join("tokenizer.json")).ok();
-        let is_own = |(policy, _)| tokenizer(&folder.folder) == tokenizer(policy);
-        let shares_tokens = policy.is_none_or(is_own);
+        let model = folder.model(*dtype, device, weights)?;
+        let shares_tokens = reads_as(&folder.folder.path, tokens);
         Ok(Self {
             model,
             version: JudgeVersion(1),
@@ -188,6 +212,21 @@ impl Opened {
             shares_tokens,
             precision: Precision::F32,
         })
+    }
+
+    /// Its folder.
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Whether its tokens are the playground's words.
+    pub(crate) fn is_of_playground(&self) -> bool {
+        super::fits_playground(&self.folder.folder).is_ok()
+    }
+
+    /// Whether it reads tokens as they come; else messages and texts, through its own tokenizer.
+    pub(crate) fn shares_tokens(&self) -> bool {
+        self.shares_tokens
     }
 
     /// The same, its products taken in this precision while it judges.
@@ -222,5 +261,44 @@ impl Opened {
         };
         let model = self.model.with_products_in(self.precision);
         Box::new(Learned::new(model, self.version, reads))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_read_as_they_come_only_by_a_model_with_the_same_tokenizer_and_template() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = |name: &str, files: &[(&str, &str)]| {
+            let folder = place.path().join(name);
+            std::fs::create_dir(&folder).unwrap();
+            for (file, text) in files {
+                std::fs::write(folder.join(file), text).unwrap();
+            }
+            folder
+        };
+        let (own, other) = (("tokenizer.json", "a"), ("tokenizer.json", "b"));
+        let template = |text| ("chat_template.jinja", text);
+        let within = ("tokenizer_config.json", "{\"chat_template\": \"x\"}");
+        let policy = folder("policy", &[own, template("x")]);
+        let bare = folder("bare", &[own]);
+        for (name, files, reads) in [
+            ("same", &[own, template("x")][..], true),
+            ("in tokenizer_config.json", &[own, within], true),
+            ("none", &[own], true),
+            ("another template", &[own, template("y")], false),
+            ("another tokenizer", &[other, template("x")], false),
+        ] {
+            let judge = folder(name, files);
+            assert_eq!(reads_as(&judge, &policy), reads, "{name}");
+            let of_bare = name == "none";
+            assert_eq!(
+                reads_as(&judge, &bare),
+                of_bare,
+                "{name}, without a template"
+            );
+        }
     }
 }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use messages::PromptText;
+use messages::{Finish, PromptText};
 use model::ModelFolder;
 use playground::{BOS, EOS, SEP, Vocabulary};
-use preference::{Texts, TextsAlone, Tokens};
-use settings::{JudgeSettings, PromptsSettings, Settings};
+use preference::{Closing, Texts, TextsAlone, Tokens};
+use settings::{JudgeSettings, Settings};
 
 use super::JudgeSource;
 
@@ -18,22 +18,23 @@ pub(crate) fn texts(settings: &Settings, judge: &JudgeSource) -> anyhow::Result<
         JudgeSource::Plain(JudgeSettings::Matrix { .. }) => {
             let folder = ModelFolder::open(&super::bandit(settings)?, None)?;
             // An arm is one token, and nothing ends it.
-            Arc::new(Tokens::new(folder.tokenizer, Vec::new()))
+            let closing = Closing::WhenEnded;
+            Arc::new(Tokens::new(folder.tokenizer, Vec::new(), closing))
         }
-        JudgeSource::Model(_) if matches!(settings.prompts, PromptsSettings::Playground { .. }) => {
-            Arc::new(PlaygroundWords)
-        }
-        JudgeSource::Model(opened) => {
+        JudgeSource::Model(opened) if opened.is_of_playground() => Arc::new(PlaygroundWords),
+        JudgeSource::Model(opened) if opened.shares_tokens() => {
             let (tokenizer, ends) = opened.tokens();
-            Arc::new(Tokens::new(tokenizer, ends))
+            let closing = Closing::of(opened.model.config());
+            Arc::new(Tokens::new(tokenizer, ends, closing))
         }
         JudgeSource::Ensemble { members, .. } => match members.iter().find(|m| m.reads_tokens()) {
             Some(member) => texts(settings, member)?,
             None => Arc::new(TextsAlone),
         },
-        JudgeSource::Plain(_) | JudgeSource::Encoder(..) | JudgeSource::Chat(_) => {
-            Arc::new(TextsAlone)
-        }
+        JudgeSource::Model(_)
+        | JudgeSource::Plain(_)
+        | JudgeSource::Encoder(..)
+        | JudgeSource::Chat(_) => Arc::new(TextsAlone),
     })
 }
 
@@ -60,9 +61,17 @@ impl Texts for PlaygroundWords {
         Ok((text.clone(), [&[BOS], post.as_slice(), &[SEP]].concat()))
     }
 
-    fn response(&self, _: &PromptText, _: &[u32], response: &str) -> Result<Vec<u32>, String> {
+    fn response(
+        &self,
+        _: &PromptText,
+        _: &[u32],
+        response: &str,
+        finish: Finish,
+    ) -> Result<Vec<u32>, String> {
         let mut ids = Self::ids(response)?;
-        ids.push(EOS);
+        if finish == Finish::EndOfText {
+            ids.push(EOS);
+        }
         Ok(ids)
     }
 
@@ -83,11 +92,14 @@ mod tests {
         assert_eq!(read, Ok((post.text(), post.prompt_ids())));
         let golden = post.golden(5);
         let words = Vocabulary::shared().text(&golden[..golden.len() - 1]);
-        let response = PlaygroundWords.response(&text, &[], &words);
-        assert_eq!(response, Ok(golden.clone()), "end-of-text included");
+        let response = |words, finish| PlaygroundWords.response(&text, &[], words, finish);
+        let ended = response(&words, Finish::EndOfText);
+        assert_eq!(ended, Ok(golden.clone()), "end-of-text included");
+        let cut = response(&words, Finish::Length);
+        assert_eq!(cut.as_deref(), Ok(&golden[..golden.len() - 1]));
         assert!(PlaygroundWords.has_ended(&golden));
         assert!(!PlaygroundWords.has_ended(&golden[..3]));
-        let stranger = PlaygroundWords.response(&text, &[], "my xylophone");
+        let stranger = response("my xylophone", Finish::EndOfText);
         let told = "\"xylophone\" is not one of the playground's words";
         assert_eq!(stranger, Err(told.into()));
     }

@@ -98,7 +98,7 @@ impl Learner {
         self.journal
             .append(step, self.wall_seconds(), measurements)?;
         telemetry::publish(measurements, &[("role", "learner")]);
-        let texts = |ids: &[u32]| self.tokenizer.token_texts(ids);
+        let texts = |prompt: &[u32], ids: &[u32]| self.tokenizer.token_texts(prompt, ids);
         for labelled in pairs.iter().take(self.telemetry.samples_per_step) {
             self.samples.append_with_tokens(step, labelled, &texts)?;
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use messages::{Completion, Digest, Finish, Pair, Prompt};
+use messages::{Completion, Dialogue, Digest, Finish, Pair, Prompt};
 use sha2::{Digest as _, Sha256};
 
 use crate::Comparison;
@@ -94,6 +94,9 @@ impl Hasher {
     fn prompt(&mut self, prompt: &Prompt) {
         self.ids(&prompt.ids);
         self.bytes(prompt.text.as_bytes());
+        let dialogue = prompt.dialogue.as_ref();
+        self.number(u64::from(dialogue.is_some()));
+        self.bytes(&dialogue.map(dialogue_bytes).unwrap_or_default());
         self.number(u64::from(prompt.golden.is_some()));
         self.ids(prompt.golden.as_deref().unwrap_or_default());
         self.number(u64::from(prompt.answer.is_some()));
@@ -105,6 +108,11 @@ impl Hasher {
         self.bytes(completion.text.as_bytes());
         self.number(u64::from(completion.finish == Finish::EndOfText));
     }
+}
+
+/// A dialogue as JSON.
+fn dialogue_bytes(dialogue: &Dialogue) -> Vec<u8> {
+    serde_json::to_vec(dialogue).expect("a dialogue is JSON with strings as keys")
 }
 
 #[cfg(test)]
@@ -121,8 +129,11 @@ mod tests {
         };
         let plain = asked(&|_| {});
         type Change = fn(&mut Pair);
-        let changes: [(&str, Change); 7] = [
+        let changes: [(&str, Change); 8] = [
             ("the prompt's text", |p| p.prompt.text.push('!')),
+            ("the dialogue", |p| {
+                p.prompt.dialogue = Some(Dialogue::of_user(""));
+            }),
             ("the prompt's ids", |p| p.prompt.ids.push(7)),
             ("the answer", |p| p.prompt.answer = Some(String::new())),
             ("the golden ids", |p| p.prompt.golden = Some(vec![])),

@@ -87,7 +87,7 @@ impl ChatQuestion {
         let asked = fill(
             &self.settings.template,
             &[
-                ("{prompt}", &comparison.prompt.text),
+                ("{prompt}", &comparison.prompt.transcript()),
                 ("{first}", &comparison.first.text),
                 ("{second}", &comparison.second.text),
             ],
@@ -177,6 +177,8 @@ fn fill(template: &str, texts: &[(&str, &str)]) -> String {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use messages::Dialogue;
+
     use super::*;
     use crate::judge::fake::{abstained, pair, preferred};
     use crate::judge::verdict_text::Alternative;
@@ -234,6 +236,30 @@ pub(super) mod tests {
             };
             Ok(dialogues.iter().map(said).collect())
         }
+    }
+
+    #[test]
+    fn a_dialogue_is_asked_about_by_its_turns_and_a_response_keeps_its_space() {
+        let mut pair = pair(1, &[" the floor.", "b"]);
+        pair.prompt.text = "user\nWhere?\nassistant\n".into();
+        let comparison = |pair: &messages::Pair| {
+            let asked = Comparison {
+                prompt: &pair.prompt,
+                first: &pair.completions[0],
+                second: &pair.completions[1],
+            };
+            let dialogue = ChatQuestion::new(&settings()).dialogue(&asked);
+            dialogue[1].content.as_str().expect("text").to_owned()
+        };
+        let mut dialogue = Dialogue::of_user("Where?");
+        pair.prompt.dialogue = Some(dialogue.clone());
+        assert_eq!(comparison(&pair), "Where?| the floor.|b");
+        dialogue
+            .messages
+            .insert(0, Message::new("system", "Be brief."));
+        pair.prompt.dialogue = Some(dialogue);
+        let turns = "system: Be brief.\n\nuser: Where?";
+        assert_eq!(comparison(&pair), format!("{turns}| the floor.|b"));
     }
 
     fn verdicts(settings: &ChatSettings) -> Vec<Verdict> {

@@ -15,14 +15,15 @@ pub struct EncoderJudge {
 }
 
 impl EncoderJudge {
-    /// `template` says what is read, with `{prompt}` and `{response}`.
+    /// `template` says what is read, with `{prompt}` and `{response}`; of a dialogue the prompt is its
+    /// transcript.
     #[must_use]
     pub fn new(encoder: Arc<Encoder>, template: String) -> Self {
         Self { encoder, template }
     }
 
     fn text(&self, prompt: &Prompt, completion: &Completion) -> String {
-        fill(&self.template, &prompt.text, &completion.text)
+        fill(&self.template, &prompt.transcript(), &completion.text)
     }
 }
 

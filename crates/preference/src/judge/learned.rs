@@ -1,10 +1,12 @@
 //! A decoder preference model as a judge: Bradley–Terry or pairwise, fitted or ready-made.
 
+use std::sync::Once;
+
 use messages::{Completion, JudgeVersion, Prompt, PromptText};
 use model::{RewardKind, RewardModel, Sequence, Tokenizer};
 
 use super::{Comparison, Judge, Verdict};
-use crate::{JudgeError, distinct::Distinct, fit};
+use crate::{Closing, JudgeError, distinct::Distinct, fit, texts::readable};
 
 /// Sequences that are scored at once.
 const SEQUENCES: usize = 256;
@@ -14,13 +16,15 @@ pub struct Learned {
     model: RewardModel,
     version: JudgeVersion,
     reads: Reads,
+    /// Says once that dialogues are read as plain text.
+    without_template: Once,
 }
 
 /// What a preference model reads.
 pub enum Reads {
     /// The policy's tokens: its vocabulary is the policy's.
     Tokens,
-    /// Text, through a tokenizer and a chat template of its own.
+    /// Messages and text, through a tokenizer and a chat template of its own.
     Text(Box<Tokenizer>),
 }
 
@@ -32,6 +36,7 @@ impl Learned {
             model,
             version,
             reads,
+            without_template: Once::new(),
         }
     }
 
@@ -39,15 +44,7 @@ impl Learned {
     fn read(&self, prompt: &Prompt, completion: &Completion) -> Result<Ids, String> {
         let ids = match &self.reads {
             Reads::Tokens => (prompt.ids.clone(), completion.ids.clone()),
-            Reads::Text(tokenizer) => {
-                let text = PromptText::Text(prompt.text.clone());
-                let ids = tokenizer.encode_prompt(&text).map_err(|e| e.to_string())?;
-                let response = tokenizer
-                    .encode_completion(&text, &ids, &completion.text)
-                    .map_err(|e| e.to_string())?;
-                let eos = self.model.trunk().config().eos.first().copied();
-                (ids, response.into_iter().chain(eos).collect())
-            }
+            Reads::Text(tokenizer) => self.own_tokens(tokenizer, prompt, completion)?,
         };
         let (length, most) = (
             ids.0.len() + ids.1.len(),
@@ -69,6 +66,32 @@ impl Learned {
             ));
         }
         Ok(ids)
+    }
+
+    /// What was asked and answered in the tokens of `tokenizer`: a dialogue by its own chat template, and the
+    /// token that ends a response where the response ended by itself or the model needs it.
+    fn own_tokens(
+        &self,
+        tokenizer: &Tokenizer,
+        prompt: &Prompt,
+        completion: &Completion,
+    ) -> Result<Ids, String> {
+        if prompt.dialogue.is_some() && !tokenizer.has_chat_template() {
+            self.without_template.call_once(|| {
+                tracing::warn!(
+                    judge = self.name(),
+                    "the preference model has no chat template: it reads dialogues as plain text, turn by turn"
+                );
+            });
+        }
+        let asked = readable(tokenizer, PromptText::from(prompt));
+        let ids = tokenizer.encode_prompt(&asked).map_err(|e| e.to_string())?;
+        let response = tokenizer.encode_completion(&asked, &ids, &completion.text);
+        let mut response = response.map_err(|e| e.to_string())?;
+        if Closing::of(self.model.config()).closes(completion.finish) {
+            response.extend(self.model.trunk().config().eos.first());
+        }
+        Ok((ids, response))
     }
 
     fn scores(&self, ids: &[Ids]) -> Result<Vec<Vec<f32>>, JudgeError> {
@@ -131,6 +154,9 @@ impl Judge for Learned {
 
 #[cfg(test)]
 mod tests {
+    use messages::Finish;
+    use model::{Pooling, RewardConfig};
+
     use super::*;
     use crate::fit::{
         Material,
@@ -219,6 +245,63 @@ mod tests {
             second: &b,
         };
         assert_eq!(by_text, of_tokens.judge(&[asked]).unwrap());
+    }
+
+    /// What a model with a tokenizer of its own reads: with this chat template, or without one.
+    fn read_of(
+        (template, pooling): (Option<&str>, Pooling),
+        prompt: &Prompt,
+        response: &Completion,
+    ) -> Ids {
+        let tiny = tiny();
+        if let Some(template) = template {
+            let file = tiny.folder.path.join("chat_template.jinja");
+            std::fs::write(file, template).unwrap();
+        }
+        let folder = model::ModelFolder::open(&tiny.folder.path, None).unwrap();
+        let config = RewardConfig {
+            pooling,
+            ..RewardConfig::default()
+        };
+        let model = RewardModel::from_trunk(&tiny.model, config, messages::Seed(1)).unwrap();
+        let reads = Reads::Text(Box::new(folder.tokenizer));
+        let judge = Learned::new(model, JudgeVersion(1), reads);
+        judge.read(prompt, response).unwrap()
+    }
+
+    #[test]
+    fn messages_are_read_by_the_judges_own_chat_template() {
+        let template = Some("{% for m in messages %}w3 {{ m.content }} {% endfor %}w4");
+        let mut asked = prompt();
+        // The policy's rendering, which is not to be read.
+        asked.text = "w9 w9".into();
+        asked.ids = vec![11; 3];
+        let ended = completion(" w5", &[11, 11]);
+        let cut = Completion {
+            finish: Finish::Length,
+            ..ended.clone()
+        };
+        let read = |how, asked: &_, response| read_of(how, asked, response);
+        let text = read((template, Pooling::Sum), &asked, &ended);
+        assert_eq!(text, (vec![9, 9], vec![5, 1]), "a text is no dialogue");
+        asked.dialogue = Some(messages::Dialogue::of_user("w0"));
+        for (how, response, expected) in [
+            (
+                (template, Pooling::Sum),
+                &ended,
+                (vec![3, 0, 4], vec![5, 1]),
+            ),
+            ((template, Pooling::Sum), &cut, (vec![3, 0, 4], vec![5])),
+            ((template, Pooling::Mean), &cut, (vec![3, 0, 4], vec![5])),
+            ((template, Pooling::Last), &cut, (vec![3, 0, 4], vec![5, 1])),
+            ((None, Pooling::Last), &ended, (vec![0], vec![5, 1])),
+        ] {
+            assert_eq!(
+                read(how, &asked, response),
+                expected,
+                "{how:?} {response:?}"
+            );
+        }
     }
 
     #[test]

@@ -130,7 +130,7 @@ impl Measure {
     fn of(&self, prompt: &Prompt, completion: &Completion) -> f64 {
         let text = completion.text.as_str();
         match self {
-            Self::Matches(pattern) => pattern.find_iter(text).count() as f64,
+            Self::Matches(pattern) => matches(pattern, text) as f64,
             Self::Words(words) => words.iter().filter(|word| word.is_match(text)).count() as f64,
             Self::Length { min, max } => {
                 let words = text.split_whitespace().count();
@@ -144,6 +144,14 @@ impl Measure {
             Self::Ended => indicator(completion.finish == Finish::EndOfText),
         }
     }
+}
+
+/// How often the pattern is found. The first space of a text may only part it from the prompt: the pattern
+/// is looked for with it and without it, and what is found more often counts.
+fn matches(pattern: &Regex, text: &str) -> usize {
+    let count = |text| pattern.find_iter(text).count();
+    let within = text.strip_prefix(' ').map_or(0, count);
+    count(text).max(within)
 }
 
 /// The word in any case, where it is not part of a longer one. An end of it that is no letter, digit
@@ -227,6 +235,10 @@ mod tests {
         for (rule, text, score) in [
             (regex("a+"), "aa b a", 1.0),
             (regex("(?i)x"), "none", 0.0),
+            (regex("^a"), " a a", 0.5),
+            (regex("^ a"), " a a", 0.5),
+            (regex(" a"), " a a", 1.0),
+            (regex("^a"), "  a a", 0.0),
             (keyword(&["happy"]), "Happy, happy unhappy", 2.0),
             (keyword(&["happy"]), "unhappy happyness", 0.0),
             (keyword(&["happy", "HAPPY", "sad"]), "sad happy", 4.0),
@@ -240,6 +252,7 @@ mod tests {
             (keyword(&[""]), "anything", 0.0),
             (LENGTH, "one", -0.25),
             (LENGTH, " one\ttwo ", 0.0),
+            (keyword(&["happy"]), " happy", 2.0),
             (LENGTH, "one two three", 0.0),
             (LENGTH, "one two three four five", -0.5),
             (LENGTH, "", -0.5),

@@ -1,19 +1,21 @@
 //! Other Agon preference services as judges: each URL is a replica, asked in batches.
 //!
 //! The order of completions is taken care of here, by the bench that asks, so each question goes over
-//! in one order. Token ids travel with the texts: a judge there may read either.
+//! in one order. Messages, texts and token ids travel: a judge there reads the ids where they are its
+//! own tokenizer's, and else renders the messages itself.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
-use messages::JudgeVersion;
+use messages::{Dialogue, JudgeVersion};
+use serde_json::json;
 use settings::OrdersSetting;
 
 use super::endpoint::Endpoint;
 use crate::bench::{Answer, Judges, Question, Replica};
 use crate::wire::{AskedPair, Preferences, PreferencesRequest, Ruled};
-use crate::{JudgeError, PreferenceError, Verdict};
+use crate::{Comparison, JudgeError, PreferenceError, Verdict};
 
 /// Batches on their way to one address at a time: while one is judged there, others travel.
 const BATCHES: usize = 4;
@@ -63,14 +65,28 @@ impl ServiceJudge {
 }
 
 fn asked(question: &Question) -> AskedPair {
-    let comparison = question.comparison();
+    let Comparison {
+        prompt,
+        first,
+        second,
+    } = question.comparison();
+    let dialogue = prompt.dialogue.clone();
+    let (asked, dialogue) = match dialogue {
+        Some(dialogue) => (json!(dialogue.messages), dialogue),
+        None => (prompt.text.as_str().into(), Dialogue::default()),
+    };
     AskedPair {
-        prompt: comparison.prompt.text.clone().into(),
-        first: comparison.first.text.clone(),
-        second: comparison.second.text.clone(),
-        prompt_ids: Some(comparison.prompt.ids.clone()),
-        first_ids: Some(comparison.first.ids.clone()),
-        second_ids: Some(comparison.second.ids.clone()),
+        prompt: asked,
+        tools: dialogue.tools,
+        template_kwargs: dialogue.template_kwargs,
+        answer: prompt.answer.clone(),
+        first: first.text.clone(),
+        second: second.text.clone(),
+        first_finish: Some(first.finish.into()),
+        second_finish: Some(second.finish.into()),
+        prompt_ids: Some(prompt.ids.clone()),
+        first_ids: Some(first.ids.clone()),
+        second_ids: Some(second.ids.clone()),
     }
 }
 

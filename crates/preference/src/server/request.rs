@@ -7,9 +7,10 @@ use axum::body::{Bytes, to_bytes};
 use axum::extract::Request;
 use axum::http::header::CONTENT_LENGTH;
 use messages::{
-    Completion, Finish, Pair, Prompt, PromptId, PromptText, Purpose, Release, Seed, WeightsVersion,
+    Completion, Dialogue, Finish, Pair, Prompt, PromptId, PromptText, Purpose, Release, Seed,
+    WeightsVersion,
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 use settings::HttpServiceSettings;
 use tokio::time::timeout;
 
@@ -94,59 +95,79 @@ impl Reader {
             move |reason: String| Refused::invalid(format!("pairs[{index}].{field}: {reason}"))
         };
         let prompt = PromptText::try_from(asked.prompt).map_err(at("prompt"))?;
+        let prompt = with_tools(prompt, asked.tools, asked.template_kwargs).map_err(at("tools"))?;
         self.within(prompt_characters(&prompt))
             .map_err(at("prompt"))?;
-        let (text, ids) = self
-            .prompt(&prompt, asked.prompt_ids)
+        let read = self
+            .prompt(prompt, asked.prompt_ids)
             .map_err(at("prompt"))?;
-        let response = |text, given| self.completion((&prompt, &ids), text, given);
-        let first = response(asked.first, asked.first_ids).map_err(at("first"))?;
-        let second = response(asked.second, asked.second_ids).map_err(at("second"))?;
+        let [first, second] = [
+            ("first", asked.first, asked.first_ids, asked.first_finish),
+            (
+                "second",
+                asked.second,
+                asked.second_ids,
+                asked.second_finish,
+            ),
+        ]
+        .map(|(field, text, ids, finish)| {
+            let finish = finish.map(Finish::from);
+            let response = Response { text, ids, finish };
+            self.completion(&read, response).map_err(at(field))
+        });
+        let completions = vec![first?, second?];
         let pair = Pair {
-            prompt: of_text(index, text, ids),
+            prompt: read.into_prompt(index, asked.answer),
             version: WeightsVersion::REFERENCE,
-            completions: vec![first, second],
+            completions,
             actor: "http".into(),
         };
         Ok(Question::new(Arc::new(pair), 0, 1))
     }
 
-    fn prompt(
-        &self,
-        prompt: &PromptText,
-        given: Option<Vec<u32>>,
-    ) -> Result<(String, Vec<u32>), String> {
-        match (prompt, given) {
-            (PromptText::Text(text), Some(ids)) => Ok((text.clone(), ids)),
-            (prompt, given) => {
-                let (text, made) = self.texts.prompt(prompt)?;
-                Ok((text, given.unwrap_or(made)))
+    /// The prompt with its ids: the given ones where the judge's tokenizer makes the same of it, or cannot
+    /// make any.
+    fn prompt(&self, prompt: PromptText, given: Option<Vec<u32>>) -> Result<ReadPrompt, String> {
+        let (text, ids, takes_ids) = match (self.texts.prompt(&prompt), given, &prompt) {
+            (Err(_), Some(given), PromptText::Text(text)) => (text.clone(), given, true),
+            (made, given, _) => {
+                let (text, ids) = made?;
+                let takes_ids = ids.is_empty() || given.is_none_or(|given| given == ids);
+                (text, ids, takes_ids)
             }
-        }
+        };
+        Ok(ReadPrompt {
+            prompt,
+            text,
+            ids,
+            takes_ids,
+        })
     }
 
-    fn completion(
-        &self,
-        (prompt, prompt_ids): (&PromptText, &[u32]),
-        text: String,
-        given: Option<Vec<u32>>,
-    ) -> Result<Completion, String> {
+    fn completion(&self, prompt: &ReadPrompt, response: Response) -> Result<Completion, String> {
+        let Response { text, ids, finish } = response;
         self.within(text.chars().count())?;
-        let (ids, has_ended) = match given {
+        let (ids, finish) = match ids.filter(|_| prompt.takes_ids) {
             Some(ids) => {
                 let has_ended = self.texts.has_ended(&ids);
-                (ids, has_ended)
+                let as_ids_say = match has_ended {
+                    true => Finish::EndOfText,
+                    false => Finish::Length,
+                };
+                (ids, finish.unwrap_or(as_ids_say))
             }
-            None if text.is_empty() => return Err("it is empty".into()),
-            None => (self.texts.response(prompt, prompt_ids, &text)?, true),
+            None if text.is_empty() && finish.is_none() => return Err("it is empty".into()),
+            None => {
+                let finish = finish.unwrap_or(Finish::EndOfText);
+                let made = self
+                    .texts
+                    .response(&prompt.prompt, &prompt.ids, &text, finish)?;
+                (made, finish)
+            }
         };
         Ok(Completion {
             ids,
-            finish: if has_ended {
-                Finish::EndOfText
-            } else {
-                Finish::Length
-            },
+            finish,
             mixture_coef: 0.0,
             logp: Vec::new(),
             ref_logp: Vec::new(),
@@ -182,6 +203,25 @@ fn parse(body: &[u8]) -> Result<PreferencesRequest, Refused> {
     Ok(asked)
 }
 
+/// The prompt with the tools and variables of its template, which only a dialogue has.
+fn with_tools(
+    prompt: PromptText,
+    tools: Vec<Value>,
+    template_kwargs: Map<String, Value>,
+) -> Result<PromptText, String> {
+    match prompt {
+        PromptText::Dialogue(dialogue) => Ok(PromptText::Dialogue(Dialogue {
+            tools,
+            template_kwargs,
+            ..dialogue
+        })),
+        PromptText::Text(_) if !tools.is_empty() || !template_kwargs.is_empty() => {
+            Err("tools and template_kwargs go with a prompt of messages, not with text".into())
+        }
+        text @ PromptText::Text(_) => Ok(text),
+    }
+}
+
 fn prompt_characters(prompt: &PromptText) -> usize {
     let of_value = |value: &Value| match value {
         Value::String(text) => text.chars().count(),
@@ -189,26 +229,46 @@ fn prompt_characters(prompt: &PromptText) -> usize {
     };
     match prompt {
         PromptText::Text(text) => text.chars().count(),
-        PromptText::Dialogue(dialogue) => dialogue
-            .messages
-            .iter()
-            .map(|turn| of_value(&turn.content))
-            .sum(),
+        PromptText::Dialogue(dialogue) => {
+            let turns = dialogue.messages.iter().map(|turn| &turn.content);
+            turns.chain(&dialogue.tools).map(of_value).sum()
+        }
     }
 }
 
-fn of_text(index: usize, text: String, ids: Vec<u32>) -> Prompt {
-    let id = PromptId(index as u64);
-    Prompt {
-        id,
-        release: Release::single(id),
-        purpose: Purpose::Evaluate,
-        version: WeightsVersion::REFERENCE,
-        seed: Seed(0),
-        ids,
-        text,
-        dialogue: None,
-        golden: None,
-        answer: None,
+/// A prompt as the judge reads it.
+struct ReadPrompt {
+    prompt: PromptText,
+    text: String,
+    ids: Vec<u32>,
+    /// Whether ids that come with responses are the judge's tokens.
+    takes_ids: bool,
+}
+
+/// A response as it was sent.
+struct Response {
+    text: String,
+    ids: Option<Vec<u32>>,
+    finish: Option<Finish>,
+}
+
+impl ReadPrompt {
+    fn into_prompt(self, index: usize, answer: Option<String>) -> Prompt {
+        let id = PromptId(index as u64);
+        Prompt {
+            id,
+            release: Release::single(id),
+            purpose: Purpose::Evaluate,
+            version: WeightsVersion::REFERENCE,
+            seed: Seed(0),
+            ids: self.ids,
+            text: self.text,
+            dialogue: match self.prompt {
+                PromptText::Dialogue(dialogue) => Some(dialogue),
+                PromptText::Text(_) => None,
+            },
+            golden: None,
+            answer,
+        }
     }
 }

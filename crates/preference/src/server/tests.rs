@@ -1,8 +1,9 @@
 //! The service over HTTP, asked over real sockets.
 
+use std::path::Path;
 use std::time::Duration;
 
-use messages::PromptText;
+use messages::{Dialogue, Finish, PromptText};
 use reqwest::{Client, StatusCode};
 use tokio::task::JoinHandle;
 
@@ -383,19 +384,29 @@ struct Letters;
 impl Texts for Letters {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
         match prompt {
-            PromptText::Text(text) => Ok((text.clone(), self.response(prompt, &[], text)?)),
+            PromptText::Text(text) => {
+                let ids = self.response(prompt, &[], text, Finish::EndOfText)?;
+                Ok((text.clone(), ids))
+            }
             PromptText::Dialogue(_) => Err("letters have no turns".into()),
         }
     }
 
-    fn response(&self, _: &PromptText, _: &[u32], text: &str) -> Result<Vec<u32>, String> {
+    fn response(
+        &self,
+        _: &PromptText,
+        _: &[u32],
+        text: &str,
+        finish: Finish,
+    ) -> Result<Vec<u32>, String> {
         let id = |letter: char| {
             let is_known = letter.is_ascii_lowercase();
             is_known
                 .then(|| u32::from(letter) - u32::from('a') + 1)
                 .ok_or_else(|| format!("{letter:?} is no letter"))
         };
-        text.chars().map(id).chain([Ok(0)]).collect()
+        let end = (finish == Finish::EndOfText).then_some(Ok(0));
+        text.chars().map(id).chain(end).collect()
     }
 
     fn has_ended(&self, ids: &[u32]) -> bool {
@@ -404,7 +415,7 @@ impl Texts for Letters {
 }
 
 #[tokio::test]
-async fn texts_become_ids_unless_ids_are_given() {
+async fn texts_become_ids_unless_the_judges_own_ids_are_given() {
     let told = |batch: &[Question]| {
         let tell = |q: &Question| {
             let comparison = q.comparison();
@@ -414,31 +425,110 @@ async fn texts_become_ids_unless_ids_are_given() {
         Ok(batch.iter().map(tell).collect())
     };
     let house = House::with_texts(bench(FakeReplica::new(told)), limits(), Arc::new(Letters)).await;
-    let pair = json!({"prompt": "a", "first": "b", "second": "c"});
-    let with = |key: &str, value: Value| {
-        let mut pair = pair.clone();
-        pair[key] = value;
+    let with = |keys: &[(&str, Value)]| {
+        let mut pair = json!({"prompt": "a", "first": "b", "second": "c"});
+        for (key, value) in keys {
+            pair[*key] = value.clone();
+        }
         pair
     };
-    for (pair, status, expected) in [
-        (pair.clone(), 200, "[1, 0] [2, 0] EndOfText"),
-        (with("prompt_ids", json!([9])), 200, "[9] [2, 0] EndOfText"),
-        (with("first_ids", json!([7])), 200, "[1, 0] [7] Length"),
-        (with("first_ids", json!([0])), 200, "[1, 0] [0] EndOfText"),
+    let (own, foreign) = (json!([1, 0]), json!([9]));
+    for (keys, status, expected) in [
+        (&[][..], 200, "[1, 0] [2, 0] EndOfText"),
+        (&[("first_ids", json!([7]))], 200, "[1, 0] [7] Length"),
+        (&[("first_ids", json!([0]))], 200, "[1, 0] [0] EndOfText"),
         (
-            with("second", "C".into()),
+            &[("prompt_ids", own), ("first_ids", json!([7]))],
+            200,
+            "[1, 0] [7] Length",
+        ),
+        // The tokens of another tokenizer are not read.
+        (
+            &[
+                ("prompt_ids", foreign.clone()),
+                ("first_ids", json!([8, 8])),
+            ],
+            200,
+            "[1, 0] [2, 0] EndOfText",
+        ),
+        (
+            &[
+                ("prompt_ids", foreign),
+                ("first_ids", json!([8, 8])),
+                ("first_finish", "length".into()),
+            ],
+            200,
+            "[1, 0] [2] Length",
+        ),
+        (
+            &[("first_finish", "length".into())],
+            200,
+            "[1, 0] [2] Length",
+        ),
+        (
+            &[("first_finish", "stop".into())],
+            200,
+            "[1, 0] [2, 0] EndOfText",
+        ),
+        (
+            &[("second", "C".into())],
             422,
             "pairs[0].second: 'C' is no letter",
         ),
         (
-            with("prompt", json!([{"role": "user"}])),
+            &[("prompt", json!([{"role": "user"}]))],
             422,
             "pairs[0].prompt: letters have no turns",
         ),
+        (
+            &[("tools", json!([{}]))],
+            422,
+            "pairs[0].tools: tools and template_kwargs go with a prompt of messages, not with text",
+        ),
     ] {
-        let (seen, answer) = house.post(json!({"pairs": [pair]}).to_string()).await;
+        let (seen, answer) = house.post(json!({"pairs": [with(keys)]}).to_string()).await;
         let told = answer["results"][0]["abstained"].as_str();
         let told = told.or(answer["error"]["message"].as_str());
-        assert_eq!((seen, told), (status, Some(expected)));
+        assert_eq!((seen, told), (status, Some(expected)), "{keys:?}");
     }
+}
+
+#[tokio::test]
+async fn a_service_asks_another_with_messages_and_with_how_each_response_ended() {
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let keep = move |batch: &[Question]| {
+        for question in batch {
+            let asked = question.comparison();
+            tell.send((
+                asked.prompt.clone(),
+                asked.first.clone(),
+                asked.second.clone(),
+            ))
+            .expect("the test listens");
+        }
+        Ok(vec![preferred(0.5); batch.len()])
+    };
+    let house = House::new(bench(FakeReplica::new(keep)), limits()).await;
+    let elsewhere = Judges::services(std::slice::from_ref(&house.url), Path::new("")).unwrap();
+    let elsewhere = Bench::new(elsewhere, bench_settings());
+    let mut pair = pair(0, &[" the floor.", "b"]);
+    pair.completions[0].finish = Finish::Length;
+    pair.prompt.text = "the policy's rendering".into();
+    pair.prompt.answer = Some("b".into());
+    let dialogue = Dialogue {
+        tools: vec![json!({"name": "look"})],
+        template_kwargs: serde_json::from_value(json!({"enable_thinking": false})).unwrap(),
+        ..Dialogue::of_user("Where?")
+    };
+    pair.prompt.dialogue = Some(dialogue.clone());
+    let question = Question::new(Arc::new(pair), 0, 1);
+    elsewhere.rule(&question, Orders::One).await.unwrap();
+    let (prompt, first, second) = told.recv().await.expect("it was asked");
+    assert_eq!(prompt.dialogue, Some(dialogue));
+    assert_eq!(prompt.answer.as_deref(), Some("b"));
+    assert_eq!(first.text, " the floor.");
+    assert_eq!(
+        [first.finish, second.finish],
+        [Finish::Length, Finish::EndOfText]
+    );
 }

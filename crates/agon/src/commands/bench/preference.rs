@@ -50,7 +50,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     settings.preference.http.listen = "127.0.0.1:0".into();
     settings.preference.http.token_path = PathBuf::new();
     let world = world::build(&settings, &|| false)?;
-    let judge = JudgeSource::open(&settings, Some(world.start()), &|| false)?;
+    let judge = JudgeSource::open(&settings, world.judged(), &|| false)?;
     let judge = Arc::new(judge);
     let rows = rows(&world)?;
     let time = Duration::from_secs_f64(arguments.seconds);

@@ -8,6 +8,7 @@ use model::{
     DType, Encoder, ModelError, RewardArchitecture, RewardFolder, RewardKind, RewardModel, Sequence,
 };
 use serde::Serialize;
+use serde_json::Value;
 
 use super::{
     Dtype, FoundModel,
@@ -155,17 +156,23 @@ fn tokens_row(line: usize, ids: Vec<u32>, form: Form) -> Row {
     }
 }
 
-/// A prompt for a model without a chat template: of a dialogue, what was said, a line each.
+/// A prompt for a model without a chat template, as the `encoder` judge reads it.
 fn plain(prompt: PromptText) -> Result<String, String> {
-    match prompt {
-        PromptText::Text(text) => Ok(text),
-        PromptText::Dialogue(dialogue) => {
-            let said = dialogue.messages.iter().map(|message| {
-                let text = message.content.as_str();
-                text.ok_or_else(|| format!("the content {} is not text", message.content))
-            });
-            Ok(said.collect::<Result<Vec<_>, _>>()?.join("\n"))
-        }
+    let dialogue = match prompt {
+        PromptText::Text(text) => return Ok(text),
+        PromptText::Dialogue(dialogue) => dialogue,
+    };
+    let is_text = |part: &Value| part.is_string() || part["text"].is_string();
+    let parts = dialogue
+        .messages
+        .iter()
+        .flat_map(|message| match &message.content {
+            Value::Array(parts) => parts.as_slice(),
+            _ => &[],
+        });
+    match parts.into_iter().find(|part| !is_text(part)) {
+        Some(part) => Err(format!("the content {part} is not text")),
+        None => Ok(dialogue.transcript()),
     }
 }
 
@@ -317,7 +324,8 @@ mod tests {
             {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Tom."},
             {"role": "user", "content": "Where?"}
         ]);
-        assert_eq!(said(messages), Ok("Who?\nTom.\nWhere?".into()));
+        let turns = "user: Who?\n\nassistant: Tom.\n\nuser: Where?";
+        assert_eq!(said(messages), Ok(turns.into()));
         assert_eq!(said("Who?".into()), Ok("Who?".into()));
         let picture = serde_json::json!([{"role": "user", "content": [{"type": "image"}]}]);
         assert!(said(picture).unwrap_err().contains("is not text"));

@@ -89,8 +89,22 @@ function sample(number, row) {
       row.p === null ? el("span", {}, "no label")
         : el("span", {}, `p(first) ${row.p.toFixed(3)} `, el("meter", { min: 0, max: 1, value: row.p, "aria-label": "probability that the first is preferred" })),
       row.gold === null || row.gold === undefined ? null : el("span", {}, `gold ${row.gold.toFixed(3)}`)),
-    el("div", { class: "prompt" }, row.prompt),
+    el("div", { class: "prompt" }, asked(row)),
     el("div", { class: "sides" }, row.completions.map((text, i) => side(row, i, text, i === won))));
+}
+
+// What was asked: a lone question as it is, a dialogue turn by turn, or the prompt's text.
+function asked(row) {
+  const turns = row.dialogue?.messages;
+  if (!turns) return row.prompt;
+  const said = (turn) => {
+    const parts = Array.isArray(turn.content) ? turn.content : [turn.content ?? ""];
+    const text = parts.map((part) => typeof part === "string" ? part : part.text ?? JSON.stringify(part)).join("");
+    return turn.tool_calls ? `${text}${text ? "\n" : ""}${JSON.stringify(turn.tool_calls)}` : text;
+  };
+  if (turns.length === 1 && turns[0].role === "user" && !row.dialogue.tools) return said(turns[0]);
+  const tools = row.dialogue.tools ? [`tools: ${JSON.stringify(row.dialogue.tools)}`] : [];
+  return [...tools, ...turns.map((turn) => `${turn.role}: ${said(turn)}`)].join("\n\n");
 }
 
 function side(row, i, text, won) {

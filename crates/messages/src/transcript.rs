@@ -1,0 +1,133 @@
+//! Dialogues as plain text, for people and for judges that read text without a chat template.
+
+use std::borrow::Cow;
+
+use serde_json::Value;
+
+use crate::{Dialogue, Message, Prompt, PromptText};
+
+impl Dialogue {
+    /// The dialogue as plain text. A single turn of the user without tools is its content; otherwise the
+    /// tools come first, as JSON, and then every turn as `role: content`, parted by empty lines. The tool
+    /// calls of a turn follow its content as JSON.
+    #[must_use]
+    pub fn transcript(&self) -> String {
+        if let ([only], true) = (self.messages.as_slice(), self.tools.is_empty())
+            && only.role == "user"
+        {
+            return only.text();
+        }
+        let tools = (!self.tools.is_empty()).then(|| {
+            let tools = Value::from(self.tools.clone());
+            format!("tools: {tools}")
+        });
+        let turns = self.messages.iter().map(Message::turn);
+        tools
+            .into_iter()
+            .chain(turns)
+            .collect::<Vec<_>>()
+            .join("\n\n")
+    }
+}
+
+impl Message {
+    /// What the turn says: its content, the text of content parts joined, other parts as JSON.
+    #[must_use]
+    pub fn text(&self) -> String {
+        match &self.content {
+            Value::String(text) => text.clone(),
+            Value::Null => String::new(),
+            Value::Array(parts) => parts.iter().map(part).collect(),
+            other => other.to_string(),
+        }
+    }
+
+    /// The turn as `role: content`, with its tool calls.
+    fn turn(&self) -> String {
+        let calls = self
+            .extra
+            .get("tool_calls")
+            .filter(|calls| !calls.is_null());
+        let calls = calls.map(Value::to_string);
+        let said = Some(self.text()).filter(|text| !text.is_empty());
+        let said: Vec<String> = said.into_iter().chain(calls).collect();
+        format!("{}: {}", self.role, said.join("\n"))
+    }
+}
+
+fn part(part: &Value) -> String {
+    let text = part.as_str().or_else(|| part["text"].as_str());
+    text.map_or_else(|| part.to_string(), str::to_owned)
+}
+
+impl Prompt {
+    /// What was asked, as plain text: the transcript of its dialogue, or the text that was given.
+    #[must_use]
+    pub fn transcript(&self) -> Cow<'_, str> {
+        match &self.dialogue {
+            Some(dialogue) => dialogue.transcript().into(),
+            None => self.text.as_str().into(),
+        }
+    }
+}
+
+impl From<&Prompt> for PromptText {
+    /// What was asked, as it was asked.
+    fn from(prompt: &Prompt) -> Self {
+        match &prompt.dialogue {
+            Some(dialogue) => Self::Dialogue(dialogue.clone()),
+            None => Self::Text(prompt.text.clone()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_single_question_is_its_text_and_a_dialogue_has_its_roles() {
+        let call = json!([{"function": {"name": "look", "arguments": {"at": "it"}}}]);
+        let cases = [
+            (
+                json!([{"role": "user", "content": " Hi"}]),
+                json!([]),
+                " Hi",
+            ),
+            (
+                json!([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]),
+                json!([]),
+                "system: Be kind.\n\nuser: Hi",
+            ),
+            (
+                json!([{"role": "user", "content": [{"type": "text", "text": "a"}, "b", {"type": "image"}]}]),
+                json!([]),
+                "ab{\"type\":\"image\"}",
+            ),
+            (
+                json!([
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": null, "tool_calls": call},
+                    {"role": "assistant", "content": "So"},
+                ]),
+                json!([{"name": "look"}]),
+                "tools: [{\"name\":\"look\"}]\n\nuser: Hi\n\n\
+                 assistant: [{\"function\":{\"arguments\":{\"at\":\"it\"},\"name\":\"look\"}}]\n\n\
+                 assistant: So",
+            ),
+        ];
+        for (messages, tools, expected) in cases {
+            let dialogue: Dialogue =
+                serde_json::from_value(json!({"messages": messages, "tools": tools})).unwrap();
+            let seen = dialogue.transcript();
+            // Whether keys keep their order is serde_json's affair.
+            let seen = seen.replace(
+                "\"name\":\"look\",\"arguments\":{\"at\":\"it\"}",
+                "\"arguments\":{\"at\":\"it\"},\"name\":\"look\"",
+            );
+            assert_eq!(seen, expected);
+        }
+    }
+}
