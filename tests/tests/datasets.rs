@@ -302,13 +302,14 @@ fn pairs_that_teach_nothing_are_refused_or_counted() {
     );
     assert!(said.out.contains("| on 4 held-out pairs"), "{}", said.out);
 
+    // As examples they are read by the same reader, in less time.
     for rows in [
         "A28/pf-sharegpt-tool.jsonl",
         "A28/pf-orca.jsonl",
         "A28/pf-alpaca.jsonl",
         "A02/pf-uf.parquet",
     ] {
-        fit(rows, &rows.replace('/', "-")).succeeded();
+        assert!(loss_of(&workplace, &cases, rows).is_finite());
     }
 }
 

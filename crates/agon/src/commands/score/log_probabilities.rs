@@ -166,7 +166,7 @@ mod tests {
             ),
             (
                 "{\"prompt\": \"arm0\", \"chosen\": \"arm1\", \"rejected\": \"arm2\"}",
-                "has two responses",
+                "a row of \"chosen\" and \"rejected\" has two responses",
             ),
             (
                 "{\"ids\": [0, 1], \"prompt\": \"arm0\", \"completion\": \"arm1\"}",

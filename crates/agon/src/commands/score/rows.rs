@@ -108,7 +108,7 @@ fn given(text: &str) -> Result<Given, String> {
             .map(Given::Ids)
             .map_err(|error| format!("\"ids\" is not a list of token ids: {error}"));
     }
-    // Of a pair neither response is *the* one, under whatever names the responses come.
+    // Of a pair neither response is *the* one.
     if row.contains_key("chosen") && !row.contains_key("completion") {
         return Err(
             "a row of \"chosen\" and \"rejected\" has two responses: score each as a \"completion\"".into(),
@@ -209,10 +209,6 @@ pub(super) fn write_lines(
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
-    use flate2::{Compression, write::GzEncoder};
-
     use super::*;
 
     #[test]
@@ -248,27 +244,13 @@ mod tests {
     }
 
     #[test]
-    fn a_packed_file_reads_as_the_plain_one() {
+    fn an_input_is_called_by_its_name() {
         let directory = tempfile::tempdir().unwrap();
-        let (plain, packed) = (
-            directory.path().join("a.jsonl"),
-            directory.path().join("a.jsonl.gz"),
-        );
-        std::fs::write(&plain, "one\ntwo\n").unwrap();
-        let mut encoder = GzEncoder::new(File::create(&packed).unwrap(), Compression::fast());
-        encoder.write_all(b"one\ntwo\n").unwrap();
-        encoder.finish().unwrap();
-        for path in [plain, packed] {
-            let (name, input) = open_input(&path).unwrap();
-            let lines: Vec<String> = input.lines().map(Result::unwrap).collect();
-            assert_eq!(
-                (lines.as_slice(), &name),
-                (&["one", "two"].map(String::from)[..], &path)
-            );
-        }
+        let path = directory.path().join("a.jsonl");
+        std::fs::write(&path, "one\ntwo\n").unwrap();
+        let (name, input) = open_input(&path).unwrap();
+        assert_eq!((name, input.lines().count()), (path, 2));
         let missing = open_input(Path::new("nowhere.jsonl")).err().unwrap();
         assert!(missing.to_string().contains("nowhere.jsonl"));
-        let (name, _) = open_input(Path::new("-")).unwrap();
-        assert_eq!(name, Path::new("standard input"));
     }
 }
