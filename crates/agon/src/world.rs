@@ -33,7 +33,7 @@ pub(crate) use bench::{bench, gold_bench, seats, server};
 pub(crate) use game::{Judging, rounds, version};
 pub(crate) use gold::Gold;
 pub(crate) use judges::{JudgeSource, Judged, check as check_judge};
-pub(crate) use pairs::{Annotated, annotated};
+pub(crate) use pairs::{Annotated, LeftOut, annotated};
 use pairs::{GeneratedPair, generated};
 pub(crate) use preference::{Opened, Trunk, preference_model, share_tokenizer};
 pub(crate) use styles::{StyleComparison, styles};

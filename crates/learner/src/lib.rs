@@ -26,7 +26,7 @@ pub use checkpoint::{latest as latest_checkpoint, step_of as checkpoint_step};
 pub use error::LearnerError;
 pub use evaluation::{Evaluation, Example, Interval};
 pub use feed::Pacing;
-pub use prompts::{PromptFiles, PromptRow, PromptSet};
+pub use prompts::{PromptFiles, PromptRow, PromptSet, say_how_dialogues_are_used};
 pub use rounds::Rounds;
 pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Summary};
 pub use step::{StepOutcome, Trainer};

@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::Context;
+use dataset::DatasetError;
 use model::{AdapterFolder, LoraConfig, ModelConfig, ModelFolder};
 use playground::{Bandit, base_config_json};
 use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, PromptsSettings, Settings};
@@ -81,8 +82,11 @@ impl Summary {
                 summary.problem(&reason.to_string());
             }
         }
-        for (key, path) in files(settings) {
-            summary.file(key, path);
+        for (key, path) in rows(settings) {
+            summary.rows(key, path);
+        }
+        if let Some(path) = &settings.model.chat_template {
+            summary.file("model.chat_template", path);
         }
         let judge = &settings.preference.judge;
         match world::check_judge(judge) {
@@ -155,6 +159,22 @@ impl Summary {
         for part in parts {
             let (name, size) = (part.name, mebibytes(part.bytes));
             self.line("", &format!("  {size:>12}  {name}"));
+        }
+    }
+
+    /// Tells of the files of rows that `path` names.
+    fn rows(&mut self, key: &str, path: &Path) {
+        let text = format!("{key} = {}", path.display());
+        match dataset::files(path) {
+            Ok(files) if files.len() > 1 => {
+                self.line("ok", &format!("{text}: {} files", files.len()));
+            }
+            Ok(_) => self.line("ok", &text),
+            Err(DatasetError::Unreadable { source, .. }) => {
+                self.problem(&format!("{text}: {source}"));
+            }
+            Err(DatasetError::File { reason, .. }) => self.problem(&format!("{text}: {reason}")),
+            Err(error) => self.problem(&format!("{text}: {error}")),
         }
     }
 
@@ -249,8 +269,8 @@ fn shape(config: &ModelConfig) -> String {
     )
 }
 
-/// The files that the settings name, under their keys. The model's folder is opened, not only looked for.
-fn files(settings: &Settings) -> Vec<(&'static str, &Path)> {
+/// The rows that the settings name, under their keys.
+fn rows(settings: &Settings) -> Vec<(&'static str, &Path)> {
     let mut files = Vec::new();
     if let PromptsSettings::Dataset(dataset) = &settings.prompts {
         let mixed = dataset.mix.iter().map(|file| file.path.as_path());
@@ -265,9 +285,6 @@ fn files(settings: &Settings) -> Vec<(&'static str, &Path)> {
     }
     if let Some(path) = &settings.sft.path {
         files.push(("sft.path", path.as_path()));
-    }
-    if let Some(path) = &settings.model.chat_template {
-        files.push(("model.chat_template", path.as_path()));
     }
     files
 }
@@ -537,7 +554,7 @@ mod tests {
         let summary = Summary::of(&settings(&sets.each_ref().map(String::as_str)));
         assert_eq!(summary.problems, 5, "{}", summary.text);
         for expected in [
-            format!("fail prompts.path = {path}: it is a folder"),
+            format!("fail prompts.path = {path}: the folder holds no file of rows"),
             format!("fail prompts.held_out_path = {path}/held.jsonl: No such file"),
             format!("fail model: failed to read {path}/base"),
             format!("fail sft.path = {path}/sft.jsonl: No such file"),

@@ -42,7 +42,7 @@ pub(crate) struct Arguments {
     /// The model is a reward model: one score a row.
     #[arg(long)]
     reward: bool,
-    /// The rows, one JSON object a line; a name that ends in `.gz` is unpacked; `-` is standard input.
+    /// The rows, one JSON object a line, packed by gzip or zstd or not; `-` is standard input.
     #[arg(long, value_name = "FILE", default_value = "-")]
     input: PathBuf,
 }

@@ -286,7 +286,11 @@ mod tests {
                 long.as_str(),
                 "it has 17 tokens, more than fit the model's 16",
             ),
-            (&plain, "{\"prompt\": \"arm0\"}", "a row is either"),
+            (
+                &plain,
+                "{\"prompt\": \"arm0\"}",
+                "there is no column \"completion\"",
+            ),
         ] {
             let refused = answers(scorer, &format!("{{\"ids\": [0, 1]}}\n{line}\n")).unwrap_err();
             let expected = format!("rows.jsonl, line 2: {expected}");
