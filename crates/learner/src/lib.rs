@@ -28,5 +28,5 @@ pub use evaluation::{Evaluation, Example, Interval};
 pub use feed::Pacing;
 pub use prompts::{PromptFiles, PromptRow, PromptSet, say_how_dialogues_are_used};
 pub use rounds::Rounds;
-pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Summary};
-pub use step::{StepOutcome, Trainer};
+pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Sampling, Summary};
+pub use step::{PolicySamples, StepOutcome, Trainer};

@@ -184,6 +184,7 @@ fn answer(
             ids: row.ids.clone(),
             seed,
             mixture_coefs: vec![0.0, 1.0],
+            exact: 0,
             max_new_tokens: sampling.max_new_tokens,
         })?;
         asked.push(Some(Prompt {

@@ -303,6 +303,7 @@ impl Arguments {
             ids: prompt.ids.clone(),
             seed: part.seed(self.seed),
             mixture_coefs: vec![self.mixture_coef.unwrap_or(0.0); part.count],
+            exact: 0,
             max_new_tokens: self.max_new_tokens,
         }
     }

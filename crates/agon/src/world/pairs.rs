@@ -264,6 +264,7 @@ fn sample_twice(
             ids: post.prompt_ids(),
             seed: seed.derive(key),
             mixture_coefs: vec![0.0; 2],
+            exact: 0,
             max_new_tokens,
         })?;
     }

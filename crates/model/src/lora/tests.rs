@@ -211,6 +211,7 @@ fn the_ends_of_the_mixture_are_the_adapted_model_and_its_base() {
             ids: vec![0, 4],
             seed: Seed(77).derive(key),
             mixture_coefs: vec![0.0, 1.0],
+            exact: 0,
             max_new_tokens: 12,
         };
         sampler.admit(request).unwrap();

@@ -13,6 +13,7 @@ use crate::{ModelError, ops::log_sum_exp};
 pub struct Continuation {
     random: ChaCha8Rng,
     max_new_tokens: usize,
+    is_exact: bool,
     has_ended: bool,
     completion: Completion,
 }
@@ -24,6 +25,7 @@ impl Continuation {
         Self {
             random: ChaCha8Rng::seed_from_u64(request.seed.derive(index as u64).0),
             max_new_tokens: request.max_new_tokens,
+            is_exact: index + request.exact >= request.mixture_coefs.len(),
             has_ended: false,
             completion: Completion {
                 ids: Vec::new(),
@@ -67,6 +69,13 @@ impl Continuation {
         eos: &[u32],
         scratch: &mut Scratch,
     ) -> Result<u32, ModelError> {
+        let exact;
+        let settings = if self.is_exact {
+            exact = settings.exact();
+            &exact
+        } else {
+            settings
+        };
         let mut room = std::mem::take(&mut scratch.mixed);
         let mixed = mix(policy, reference, self.completion.mixture_coef, &mut room);
         let drawn = draw(mixed, settings, self.random.random(), scratch);

@@ -256,6 +256,7 @@ mod tests {
             ids: ids.to_vec(),
             seed,
             mixture_coefs: mixture_coefs.to_vec(),
+            exact: 0,
             max_new_tokens,
         }
     }

@@ -14,7 +14,7 @@ use model::{
 };
 use settings::{ApoSettings, FitSettings, Head, PoolingSetting};
 
-use self::order::Order;
+use self::order::{Order, StepRows};
 use crate::{Calibration, Judged, PreferenceError, distinct::Distinct};
 
 /// The streams of a fresh adapter's numbers and of its dropout, among those of a fit's seed.
@@ -104,7 +104,7 @@ pub fn fit(
     let order = Order::new(settings, material, seed)?;
     let schedule = schedule(settings, order.steps());
     for step in 0..order.steps() {
-        let (examples, contests) = order.step(step);
+        let rows = order.step(step);
         let mut told = FitStep {
             step: step + 1,
             steps: order.steps(),
@@ -114,7 +114,7 @@ pub fn fit(
         };
         let running = model.dropping(seed.derive(DROPOUT).derive(step));
         let loss =
-            Batch::new(&examples, &contests, settings, material.apo).loss(&running, &mut told)?;
+            Batch::new(&rows, settings, material.apo).loss(&running, &mut told)?;
         let mut gradients = Gradients::default();
         gradients.add(&loss).map_err(model::ModelError::from)?;
         told.grad_norm = optimizer.norm(&gradients)?;
@@ -224,24 +224,21 @@ struct Batch<'a> {
     second: Vec<u32>,
     labels: Vec<f32>,
     apo: &'a ApoSettings,
+    golden_weight: f64,
 }
 
 impl<'a> Batch<'a> {
-    fn new(
-        examples: &[&'a Example],
-        contests: &[&'a Contest],
-        settings: &FitSettings,
-        apo: &'a ApoSettings,
-    ) -> Self {
+    fn new(rows: &StepRows<'a>, settings: &FitSettings, apo: &'a ApoSettings) -> Self {
         let mut batch = Self {
             sequences: Vec::new(),
             first: Vec::new(),
             second: Vec::new(),
             labels: Vec::new(),
             apo,
+            golden_weight: rows.golden_weight,
         };
         let smooth = settings.label_smoothing as f32;
-        for example in examples {
+        for example in &rows.examples {
             let first = batch.add(&example.prompt, &example.first);
             let second = batch.add(&example.prompt, &example.second);
             batch.row(first, second);
@@ -249,7 +246,7 @@ impl<'a> Batch<'a> {
                 .labels
                 .push(example.label + smooth * (0.5 - example.label));
         }
-        for contest in contests {
+        for contest in &rows.contests {
             let golden = batch.add(&contest.prompt, &contest.golden);
             for sample in &contest.samples {
                 let sample = batch.add(&contest.prompt, sample);
@@ -291,7 +288,7 @@ impl<'a> Batch<'a> {
                 self.apo.form,
             )?;
             told.golden = Some(number(&loss)?);
-            let weighted = (loss * self.apo.coef)?;
+            let weighted = (loss * (self.apo.coef * self.golden_weight))?;
             total = Some(match total {
                 Some(total) => (total + weighted)?,
                 None => weighted,
