@@ -10,14 +10,15 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
 use house::workspace_root;
 
 /// Whom a crate of the house may know. A role knows no other role, and only the program knows roles.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("messages", &[]),
     ("settings", &[]),
     ("dataset", &["messages"]),
     ("playground", &[]),
     ("transport", &["messages", "settings"]),
     ("telemetry", &["messages", "settings"]),
-    ("model", &["messages", "settings"]),
+    ("jinja", &[]),
+    ("model", &["jinja", "messages", "settings"]),
     ("mistral", &["messages", "model"]),
     ("actor", ROLE),
     ("preference", ROLE),
@@ -51,12 +52,11 @@ const ROLE: &[&str] = &[
 ];
 
 /// Who alone may depend on whose crates, for normal and build dependencies.
-const ONLYS: [(&str, &[&str]); 15] = [
+const ONLYS: [(&str, &[&str]); 14] = [
     ("candle-core", &["model", "learner"]),
     ("candle-nn", &["model"]),
     ("candle-transformers", &["model"]),
     ("tokenizers", &["model"]),
-    ("minijinja", &["model"]),
     ("mistralrs", &["mistral"]),
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),

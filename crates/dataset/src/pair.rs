@@ -141,7 +141,7 @@ pub(crate) fn prompt_of(value: &Value) -> Result<PromptText, String> {
     match value {
         Value::Array(turns) if !turns.is_empty() => {
             Ok(PromptText::Dialogue(Dialogue::new(messages(turns)?)))
-        },
+        }
         other => PromptText::try_from(other.clone()),
     }
 }

@@ -59,13 +59,12 @@ impl PromptFiles {
         settings: &DatasetPrompts,
         seed: Seed,
         max_prompt_length: usize,
-        (tokenizer, eos): (&Tokenizer, Option<u32>),
+        tokenizer: &Tokenizer,
     ) -> Result<Self, LearnerError> {
         let mut reader = Reader {
             settings,
             max_prompt_length,
             tokenizer,
-            eos,
             seen: HashSet::new(),
         };
         let named = settings.files();
@@ -151,7 +150,6 @@ struct Reader<'a> {
     settings: &'a DatasetPrompts,
     max_prompt_length: usize,
     tokenizer: &'a Tokenizer,
-    eos: Option<u32>,
     /// The prompts that came before, in any file.
     seen: HashSet<Vec<u32>>,
 }
@@ -238,10 +236,9 @@ impl Reader<'_> {
         };
         let golden = answer
             .as_ref()
-            .map(|answer| self.tokenizer.encode_completion(&prompt, &ids, answer))
+            .map(|answer| self.tokenizer.encode_closed(&prompt, &ids, answer))
             .transpose()
-            .map_err(|error| error.to_string())?
-            .map(|answer| answer.into_iter().chain(self.eos).collect());
+            .map_err(|error| error.to_string())?;
         Ok(PromptRow {
             text: self.tokenizer.decode(&ids),
             ids,

@@ -10,7 +10,7 @@ use candle_transformers::models::{
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::ModelError;
+use crate::{ModelError, stop_tokens::StopTokens};
 
 /// The architectures that can be loaded, as `config.json` names them.
 pub const SUPPORTED_ARCHITECTURES: [&str; 4] = [
@@ -99,14 +99,14 @@ pub struct ModelConfig {
     pub tied_head: bool,
     /// The token that begins a text.
     pub bos: Option<u32>,
-    /// The tokens that end a text; may be empty.
-    pub eos: Vec<u32>,
+    /// The tokens that end a completion; the tokenizer's among them where the folder was opened with it.
+    pub stops: StopTokens,
     /// `config.json` as it was read, to be written again.
     pub raw: Value,
 }
 
 impl ModelConfig {
-    /// Reads `folder/config.json`, and `folder/generation_config.json` for the tokens that end a text.
+    /// Reads `folder/config.json`, and `folder/generation_config.json` for more tokens that end a completion.
     ///
     /// # Errors
     /// When a file is missing or malformed, or the architecture is not supported.
@@ -121,9 +121,7 @@ impl ModelConfig {
         let generation = folder.join("generation_config.json");
         if generation.exists() {
             let eos = tokens(&read_json(&generation)?["eos_token_id"]);
-            if !eos.is_empty() {
-                config.eos = eos;
-            }
+            config.stops = config.stops.and(&eos);
         }
         Ok(config)
     }
@@ -154,7 +152,7 @@ impl ModelConfig {
             .as_bool()
             .unwrap_or(config.tied_head);
         config.bos = tokens(&flat["bos_token_id"]).first().copied();
-        config.eos = tokens(&flat["eos_token_id"]);
+        config.stops = StopTokens::declared(&tokens(&flat["eos_token_id"]));
         config.raw = raw;
         config.check(path)?;
         Ok(config)
@@ -254,7 +252,7 @@ fn parse<T: DeserializeOwned>(value: &Value, path: &Path) -> Result<T, ModelErro
 }
 
 /// One token or several, or null.
-fn tokens(value: &Value) -> Vec<u32> {
+pub(crate) fn tokens(value: &Value) -> Vec<u32> {
     let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {
         Value::Array(ids) => ids.iter().filter_map(one).collect(),
@@ -421,7 +419,7 @@ fn from_llama(c: &LlamaConfig, flat: &Value) -> ModelConfig {
         qk_norm: false,
         tied_head: c.tie_word_embeddings.unwrap_or(false),
         bos: None,
-        eos: Vec::new(),
+        stops: StopTokens::default(),
         raw: Value::Null,
     }
 }
@@ -448,7 +446,7 @@ fn from_mistral(c: &mistral::Config) -> ModelConfig {
         qk_norm: false,
         tied_head: false,
         bos: None,
-        eos: Vec::new(),
+        stops: StopTokens::default(),
         raw: Value::Null,
     }
 }
@@ -473,7 +471,7 @@ fn from_qwen2(c: &qwen2::Config) -> ModelConfig {
         qk_norm: false,
         tied_head: c.tie_word_embeddings,
         bos: None,
-        eos: Vec::new(),
+        stops: StopTokens::default(),
         raw: Value::Null,
     }
 }
@@ -498,7 +496,7 @@ fn from_qwen3(c: &qwen3::Config) -> ModelConfig {
         qk_norm: true,
         tied_head: c.tie_word_embeddings,
         bos: None,
-        eos: Vec::new(),
+        stops: StopTokens::default(),
         raw: Value::Null,
     }
 }

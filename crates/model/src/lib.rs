@@ -29,6 +29,8 @@ mod rope;
 pub mod sampling;
 mod schedule;
 mod score;
+mod special;
+mod stop_tokens;
 mod token_texts;
 mod tokenizer;
 mod weights;
@@ -53,6 +55,7 @@ pub use sampling::{
 };
 pub use schedule::Schedule;
 pub use score::Scores;
+pub use stop_tokens::StopTokens;
 pub use tokenizer::Tokenizer;
 pub use weights::Weights;
 

@@ -34,17 +34,13 @@ pub struct TextsAlone;
 /// For judges that read the tokens of a model.
 pub struct Tokens {
     tokenizer: Tokenizer,
-    end_of_text: Vec<u32>,
 }
 
 impl Tokens {
-    /// The tokens of `tokenizer`, of which `end_of_text` end a response; the first of them is written.
+    /// The tokens of `tokenizer`; a response is closed with the one that ends it.
     #[must_use]
-    pub fn new(tokenizer: Tokenizer, end_of_text: Vec<u32>) -> Self {
-        Self {
-            tokenizer,
-            end_of_text,
-        }
+    pub fn new(tokenizer: Tokenizer) -> Self {
+        Self { tokenizer }
     }
 }
 
@@ -65,17 +61,13 @@ impl Texts for Tokens {
         prompt_ids: &[u32],
         response: &str,
     ) -> Result<Vec<u32>, String> {
-        let encoded = self
-            .tokenizer
-            .encode_completion(prompt, prompt_ids, response);
-        let mut ids = encoded.map_err(|error| error.to_string())?;
-        ids.extend(self.end_of_text.first());
-        Ok(ids)
+        let encoded = self.tokenizer.encode_closed(prompt, prompt_ids, response);
+        encoded.map_err(|error| error.to_string())
     }
 
     fn has_ended(&self, ids: &[u32]) -> bool {
-        ids.last()
-            .is_some_and(|last| self.end_of_text.contains(last))
+        let stops = self.tokenizer.stops();
+        ids.last().is_some_and(|&last| stops.contains(last))
     }
 }
 
@@ -83,7 +75,12 @@ impl Texts for TextsAlone {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
         let text = match prompt {
             PromptText::Text(text) => text.clone(),
-            PromptText::Dialogue(dialogue) => dialogue.messages.iter().map(turn).collect::<Vec<_>>().join("\n\n"),
+            PromptText::Dialogue(dialogue) => dialogue
+                .messages
+                .iter()
+                .map(turn)
+                .collect::<Vec<_>>()
+                .join("\n\n"),
         };
         Ok((text, Vec::new()))
     }

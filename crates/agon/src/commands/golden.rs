@@ -156,9 +156,7 @@ impl Arguments {
 
     fn sent(&self, prompt: PromptText) -> PromptText {
         match prompt {
-            PromptText::Text(text) if self.chat => {
-                PromptText::Dialogue(Dialogue::of_user(&text))
-            }
+            PromptText::Text(text) if self.chat => PromptText::Dialogue(Dialogue::of_user(&text)),
             other => other,
         }
     }

@@ -17,16 +17,12 @@ pub(crate) fn texts(settings: &Settings, judge: &JudgeSource) -> anyhow::Result<
         JudgeSource::Plain(JudgeSettings::Gold { .. }) => Arc::new(PlaygroundWords),
         JudgeSource::Plain(JudgeSettings::Matrix { .. }) => {
             let folder = ModelFolder::open(&super::bandit(settings)?, None)?;
-            // An arm is one token, and nothing ends it.
-            Arc::new(Tokens::new(folder.tokenizer, Vec::new()))
+            Arc::new(Tokens::new(folder.tokenizer))
         }
         JudgeSource::Model(_) if matches!(settings.prompts, PromptsSettings::Playground { .. }) => {
             Arc::new(PlaygroundWords)
         }
-        JudgeSource::Model(opened) => {
-            let (tokenizer, ends) = opened.tokens();
-            Arc::new(Tokens::new(tokenizer, ends))
-        }
+        JudgeSource::Model(opened) => Arc::new(Tokens::new(opened.tokenizer())),
         JudgeSource::Ensemble { members, .. } => match members.iter().find(|m| m.reads_tokens()) {
             Some(member) => texts(settings, member)?,
             None => Arc::new(TextsAlone),

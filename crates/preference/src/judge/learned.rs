@@ -42,11 +42,8 @@ impl Learned {
             Reads::Text(tokenizer) => {
                 let text = PromptText::Text(prompt.text.clone());
                 let ids = tokenizer.encode_prompt(&text).map_err(|e| e.to_string())?;
-                let response = tokenizer
-                    .encode_completion(&text, &ids, &completion.text)
-                    .map_err(|e| e.to_string())?;
-                let eos = self.model.trunk().config().eos.first().copied();
-                (ids, response.into_iter().chain(eos).collect())
+                let response = tokenizer.encode_closed(&text, &ids, &completion.text);
+                (ids, response.map_err(|e| e.to_string())?)
             }
         };
         let (length, most) = (

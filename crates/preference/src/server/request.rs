@@ -189,7 +189,11 @@ fn prompt_characters(prompt: &PromptText) -> usize {
     };
     match prompt {
         PromptText::Text(text) => text.chars().count(),
-        PromptText::Dialogue(dialogue) => dialogue.messages.iter().map(|turn| of_value(&turn.content)).sum(),
+        PromptText::Dialogue(dialogue) => dialogue
+            .messages
+            .iter()
+            .map(|turn| of_value(&turn.content))
+            .sum(),
     }
 }
 
