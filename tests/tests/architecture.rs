@@ -17,7 +17,8 @@ const ARROWS: [(&str, &[&str]); 14] = [
     ("playground", &[]),
     ("transport", &["messages", "settings"]),
     ("telemetry", &["messages", "settings"]),
-    ("model", &["messages", "settings"]),
+    ("jinja", &[]),
+    ("model", &["jinja", "messages", "settings"]),
     ("mistral", &["messages", "model"]),
     ("actor", ROLE),
     ("preference", ROLE),
@@ -56,12 +57,11 @@ const ROLE: &[&str] = &[
 ];
 
 /// Who alone may depend on whose crates, for normal and build dependencies.
-const ONLYS: [(&str, &[&str]); 15] = [
+const ONLYS: [(&str, &[&str]); 14] = [
     ("candle-core", &["model", "learner"]),
     ("candle-nn", &["model"]),
     ("candle-transformers", &["model"]),
     ("tokenizers", &["model"]),
-    ("minijinja", &["model"]),
     ("mistralrs", &["mistral"]),
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),

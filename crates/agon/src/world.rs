@@ -74,6 +74,16 @@ impl World {
     }
 }
 
+/// What is said of a model without stop tokens.
+pub(crate) const ENDLESS: &str = "no token ends a completion: each goes on to its limit of new tokens; name one as eos_token in tokenizer_config.json or eos_token_id in generation_config.json";
+
+/// Warns of a model that does not say which token ends a completion.
+pub(crate) fn warn_of_endless(folder: &ModelFolder) {
+    if folder.config.stops.is_empty() {
+        tracing::warn!(model = %folder.path.display(), "{ENDLESS}");
+    }
+}
+
 /// The device and the number format of the settings.
 pub(crate) fn device(settings: &Settings) -> anyhow::Result<(Device, DType)> {
     let device = model::device(&settings.model.device)?;
@@ -115,6 +125,9 @@ impl Start {
         };
         let (device, dtype) = device(settings)?;
         let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
+        if settings.model.path.is_some() {
+            warn_of_endless(&folder);
+        }
         let weights = folder.weights(dtype, &device)?;
         Ok(Self {
             folder,
@@ -188,10 +201,9 @@ pub(crate) fn prompts(
         }
         PromptsSettings::Bandit {} => Arc::new(OnePrompt),
         PromptsSettings::Dataset(dataset) => {
-            let eos = folder.config.eos.first().copied();
             let longest = settings.actor.max_prompt_length;
-            let text = (&folder.tokenizer, eos);
-            Arc::new(PromptFiles::load(dataset, seed, longest, text)?)
+            let files = PromptFiles::load(dataset, seed, longest, &folder.tokenizer)?;
+            Arc::new(files)
         }
     })
 }

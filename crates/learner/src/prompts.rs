@@ -59,7 +59,7 @@ impl PromptFiles {
         settings: &DatasetPrompts,
         seed: Seed,
         max_prompt_length: usize,
-        (tokenizer, eos): (&Tokenizer, Option<u32>),
+        tokenizer: &Tokenizer,
     ) -> Result<Self, LearnerError> {
         let named = settings.files();
         let weights: Vec<f64> = named.iter().map(|file| file.weight).collect();
@@ -72,7 +72,6 @@ impl PromptFiles {
             columns: columns(settings),
             max_prompt_length,
             tokenizer,
-            eos,
             seen: HashSet::new(),
         };
         // First, so that none of them is trained on.
@@ -207,7 +206,6 @@ struct Reader<'a> {
     columns: Columns,
     max_prompt_length: usize,
     tokenizer: &'a Tokenizer,
-    eos: Option<u32>,
     /// The prompts that came before, in any file.
     seen: HashSet<Vec<u32>>,
 }
@@ -293,9 +291,8 @@ impl Reader<'_> {
         let answer = golden;
         let golden = answer
             .as_ref()
-            .map(|answer| self.tokenizer.encode_completion(&prompt, &ids, answer))
-            .transpose()?
-            .map(|answer| answer.into_iter().chain(self.eos).collect());
+            .map(|answer| self.tokenizer.encode_closed(&prompt, &ids, answer))
+            .transpose()?;
         let (text, dialogue) = match prompt {
             PromptText::Text(text) => (text, None),
             PromptText::Dialogue(dialogue) => (self.tokenizer.decode(&ids), Some(dialogue)),

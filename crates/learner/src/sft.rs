@@ -122,7 +122,6 @@ pub fn read_examples(
     path: &Path,
     settings: &SftSettings,
     tokenizer: &Tokenizer,
-    eos: Option<u32>,
     max_length: usize,
 ) -> Result<Vec<ExampleIds>, LearnerError> {
     let columns = Columns {
@@ -135,9 +134,8 @@ pub fn read_examples(
             .encode_prompt(prompt)
             .map_err(|error| error.to_string())?;
         let completion = tokenizer
-            .encode_completion(prompt, &ids, answer)
+            .encode_closed(prompt, &ids, answer)
             .map_err(|error| error.to_string())?;
-        let completion: Vec<u32> = completion.into_iter().chain(eos).collect();
         if completion.is_empty() {
             return Err("the completion is empty".into());
         }

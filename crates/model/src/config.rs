@@ -12,6 +12,7 @@ use crate::{
     ModelError, keys, reward,
     rope::Rope,
     shards::{EMBEDDING, HEAD, Shards, Wanted, missing},
+    stop_tokens::StopTokens,
 };
 
 /// The architectures that can be loaded, as `config.json` names them.
@@ -107,14 +108,14 @@ pub struct ModelConfig {
     pub tied_head: bool,
     /// The token that begins a text.
     pub bos: Option<u32>,
-    /// The tokens that end a text; may be empty.
-    pub eos: Vec<u32>,
+    /// The tokens that end a completion; the tokenizer's among them where the folder was opened with it.
+    pub stops: StopTokens,
     /// `config.json` as it was read, to be written again.
     pub raw: Value,
 }
 
 impl ModelConfig {
-    /// Reads `folder/config.json`, and `folder/generation_config.json` for the tokens that end a text.
+    /// Reads `folder/config.json`, and `folder/generation_config.json` for more tokens that end a completion.
     ///
     /// # Errors
     /// When a file is missing or malformed, or the architecture is not supported.
@@ -133,9 +134,7 @@ impl ModelConfig {
         let generation = folder.join("generation_config.json");
         if generation.exists() {
             let eos = tokens(&read_json(&generation)?["eos_token_id"]);
-            if !eos.is_empty() {
-                config.eos = eos;
-            }
+            config.stops = config.stops.and(&eos);
         }
         if task == Task::Language {
             config.untie(folder)?;
@@ -209,7 +208,7 @@ impl ModelConfig {
             qk_norm: architecture == Architecture::Qwen3,
             tied_head: numbers.flag("tie_word_embeddings")?,
             bos: tokens(&raw["bos_token_id"]).first().copied(),
-            eos: tokens(&raw["eos_token_id"]),
+            stops: StopTokens::declared(&tokens(&raw["eos_token_id"])),
             raw: Value::Null,
         };
         config.check(&raw)?;
@@ -372,7 +371,7 @@ impl Numbers<'_> {
 }
 
 /// One token or several, or null.
-fn tokens(value: &Value) -> Vec<u32> {
+pub(crate) fn tokens(value: &Value) -> Vec<u32> {
     let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {
         Value::Array(ids) => ids.iter().filter_map(one).collect(),

@@ -12,16 +12,21 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    BaseModel, DType, Device, ModelConfig, ModelError, Tokenizer, Weights, config::Task,
+    BaseModel, DType, Device, ModelConfig, ModelError, Tokenizer, Weights,
+    config::{Task, tokens},
     shards::Shards,
+    special::optional_json,
 };
+
+/// The file in which transformers, vLLM and others look for the tokens that end a completion.
+const GENERATION: &str = "generation_config.json";
 
 /// What a saved model takes over from the one that it was trained from, when that has it, beside licences.
 const COPIED: [&str; 5] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
 ];
 
@@ -91,8 +96,9 @@ impl ModelFolder {
                 reason,
             });
         }
-        let config = ModelConfig::load_for(task, path)?;
+        let mut config = ModelConfig::load_for(task, path)?;
         let tokenizer = Tokenizer::load(path, &config, chat_template)?;
+        config.stops = tokenizer.stops().clone();
         Ok(Self {
             path: path.to_owned(),
             config,
@@ -154,7 +160,32 @@ pub(crate) fn copy_beside(to: &Path, from: &ModelFolder) -> Result<(), ModelErro
             write(&to.join(file), &bytes)?;
         }
     }
-    Ok(())
+    match generation_config(from)? {
+        Some(said) => write(&to.join(GENERATION), format!("{said:#}\n").as_bytes()),
+        None => Ok(()),
+    }
+}
+
+/// What `generation_config.json` must say so that others stop where this model closes its completions; none
+/// when the files of `from` say it already.
+fn generation_config(from: &ModelFolder) -> Result<Option<Value>, ModelError> {
+    let stops = &from.config.stops;
+    let mut said = optional_json(&from.path.join(GENERATION))?;
+    let mut declared = tokens(&said["eos_token_id"]);
+    if declared.is_empty() {
+        declared = tokens(&from.config.raw["eos_token_id"]);
+    }
+    let count = declared.len();
+    for closing in [stops.turn_end(), stops.text_end()].into_iter().flatten() {
+        if !declared.contains(&closing) {
+            declared.push(closing);
+        }
+    }
+    if declared.len() == count {
+        return Ok(None);
+    }
+    said["eos_token_id"] = declared.into();
+    Ok(Some(said))
 }
 
 /// Names of the licence files in a folder.
@@ -280,7 +311,7 @@ mod tests {
         let mut raw = from.config.raw.clone();
         raw["dtype"] = json!("float32");
         assert_eq!(saved.config.raw, raw);
-        assert_eq!(saved.config.eos, [1, 2]);
+        assert_eq!(saved.config.stops.ids().collect::<Vec<_>>(), [1, 2]);
         let again = saved.weights(DType::F32, &Device::Cpu).unwrap();
         assert_eq!(again.digest().unwrap(), weights.digest().unwrap());
     }

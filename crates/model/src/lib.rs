@@ -31,6 +31,8 @@ pub mod sampling;
 mod schedule;
 mod score;
 mod shards;
+mod special;
+mod stop_tokens;
 mod token_texts;
 mod tokenizer;
 mod weights;
@@ -56,6 +58,7 @@ pub use sampling::{
 };
 pub use schedule::Schedule;
 pub use score::Scores;
+pub use stop_tokens::StopTokens;
 pub use tokenizer::Tokenizer;
 pub use weights::Weights;
 

@@ -119,6 +119,9 @@ impl Summary {
             }
             Ok(Subject::Decoder { origin, config }) => {
                 self.line("ok", &format!("model: {origin}, {}", shape(&config)));
+                if config.stops.is_empty() {
+                    self.line("warn", &format!("model: {}", world::ENDLESS));
+                }
                 Some(*config)
             }
             Err(error) => {

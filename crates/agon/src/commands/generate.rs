@@ -108,6 +108,7 @@ impl From<EngineName> for EngineSettings {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     arguments.check()?;
     let (folder, policy) = arguments.model.find()?.open()?;
+    world::warn_of_endless(&folder);
     let reference = match &arguments.reference {
         Some(source) => {
             let numbers = (policy.dtype(), policy.device());

@@ -62,9 +62,8 @@ fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()
     let path = model_hub::folder(source, &|| false)?;
     let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
     let weights = folder.weights(dtype, &device)?;
-    let eos = folder.config.eos.first().copied();
     let longest = settings.sft.max_length.min(folder.config.max_positions);
-    let examples = sft::read_examples(rows, &settings.sft, &folder.tokenizer, eos, longest)?;
+    let examples = sft::read_examples(rows, &settings.sft, &folder.tokenizer, longest)?;
     let mut model = world::language_model(&folder, &weights)?;
     let saved = world::adapter_folder(settings, &|| false)?;
     if let Some(adapter) = world::adapter(settings, (&folder, &weights), saved.as_deref())? {

@@ -466,11 +466,7 @@ fn examples(
 fn tokens(pair: &Pair, folder: &ModelFolder) -> Result<Example, model::ModelError> {
     let tokenizer = &folder.tokenizer;
     let prompt = tokenizer.encode_prompt(&pair.prompt)?;
-    let eos = folder.config.eos.first().copied();
-    let response = |text: &str| {
-        let ids = tokenizer.encode_completion(&pair.prompt, &prompt, text)?;
-        Ok::<_, model::ModelError>(ids.into_iter().chain(eos).collect())
-    };
+    let response = |text: &str| tokenizer.encode_closed(&pair.prompt, &prompt, text);
     Ok(Example {
         first: response(&pair.chosen)?,
         second: response(&pair.rejected)?,

@@ -246,10 +246,9 @@ impl Opened {
         }
     }
 
-    /// Its tokenizer and the tokens that end its texts.
-    pub(crate) fn tokens(&self) -> (Tokenizer, Vec<u32>) {
-        let folder = &self.folder.folder;
-        (folder.tokenizer.clone(), folder.config.eos.clone())
+    /// Its tokenizer.
+    pub(crate) fn tokenizer(&self) -> Tokenizer {
+        self.folder.folder.tokenizer.clone()
     }
 
     /// A judge of this model.

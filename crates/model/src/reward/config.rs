@@ -114,7 +114,7 @@ impl RewardConfig {
     #[must_use]
     pub fn passes_over_the_end(self, trunk: &ModelConfig) -> bool {
         let padding = self.padding(trunk);
-        padding.is_some_and(|padding| trunk.eos.contains(&padding))
+        padding.is_some_and(|padding| trunk.stops.contains(padding))
     }
 
     /// The `config.json` to save of a model with the configuration `raw`: with names of our own where transformers

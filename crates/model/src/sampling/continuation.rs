@@ -5,7 +5,7 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use super::{Request, SamplingSettings, Scratch, draw, mix};
-use crate::{ModelError, ops::log_sum_exp};
+use crate::{ModelError, StopTokens, ops::log_sum_exp};
 
 /// A completion that grows by a token at a time, drawn from a random stream of its own: neither slots nor
 /// batches nor engines decide what is written.
@@ -58,7 +58,7 @@ impl Continuation {
     }
 
     /// Draws the next token from the mixture of both rows of logits and records what is known of it. A
-    /// token of `eos` ends it.
+    /// token of `stops` ends it.
     ///
     /// # Errors
     /// When the logits are no distribution: the weights hold a NaN.
@@ -66,7 +66,7 @@ impl Continuation {
         &mut self,
         (policy, reference): (&[f32], &[f32]),
         settings: &SamplingSettings,
-        eos: &[u32],
+        stops: &StopTokens,
         scratch: &mut Scratch,
     ) -> Result<u32, ModelError> {
         let exact;
@@ -100,7 +100,7 @@ impl Continuation {
         completion.behaviour_logp.push(drawn.behaviour_logp);
         completion.logp.push(of_policy);
         completion.ref_logp.push(of_reference);
-        if eos.contains(&drawn.token) {
+        if stops.contains(drawn.token) {
             completion.finish = Finish::EndOfText;
         }
         self.has_ended =

@@ -165,12 +165,12 @@ impl Sampler {
                 rest = later;
             }
         }
-        let (settings, eos) = (&self.settings, &self.policy.model().config().eos);
+        let (settings, stops) = (&self.settings, &self.policy.model().config().stops);
         streams
             .into_par_iter()
             .with_min_len((DRAWN / logits.policy.width()).max(1))
             .try_for_each_init(Scratch::default, |scratch, (row, continuation)| {
-                let drawn = continuation.write(logits.rows(row), settings, eos, scratch);
+                let drawn = continuation.write(logits.rows(row), settings, stops, scratch);
                 drawn.map(drop)
             })?;
         for &(_, slot) in rows {

@@ -86,12 +86,11 @@ impl Learned {
         }
         let asked = readable(tokenizer, PromptText::from(prompt));
         let ids = tokenizer.encode_prompt(&asked).map_err(|e| e.to_string())?;
-        let response = tokenizer.encode_completion(&asked, &ids, &completion.text);
-        let mut response = response.map_err(|e| e.to_string())?;
-        if Closing::of(self.model.config()).closes(completion.finish) {
-            response.extend(self.model.trunk().config().eos.first());
-        }
-        Ok((ids, response))
+        let response = match Closing::of(self.model.config()).closes(completion.finish) {
+            true => tokenizer.encode_closed(&asked, &ids, &completion.text),
+            false => tokenizer.encode_completion(&asked, &ids, &completion.text),
+        };
+        Ok((ids, response.map_err(|e| e.to_string())?))
     }
 
     fn scores(&self, ids: &[Ids]) -> Result<Vec<Vec<f32>>, JudgeError> {
