@@ -495,7 +495,7 @@ fn a_judge_that_is_an_adapter_of_a_hub_model_finds_it_too() {
     let workplace = Workplace::new();
     let hub = FakeHub::start(&model(&workplace), None);
     let run = workplace.path("judge");
-    let pair = "{\"prompt\": \"arm0\", \"chosen\": \"arm1\", \"rejected\": \"arm0\"}\n";
+    let pair = "{\"prompt\": \"arm0\", \"chosen\": \" arm1\", \"rejected\": \" arm0\"}\n";
     let pairs = workplace.write("pairs.jsonl", pair.repeat(8));
     let mut words = on_default("fit-preference", &sets(&workplace, MODEL));
     words.extend(["--run-dir".into(), run.display().to_string()]);
