@@ -1,6 +1,6 @@
 //! Preference models: read from a folder, or fitted to annotated pairs, kept and found again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
