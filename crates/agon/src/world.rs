@@ -3,6 +3,7 @@
 mod adapter;
 mod base;
 mod bench;
+mod conditions;
 mod game;
 mod gold;
 mod judges;
@@ -30,6 +31,7 @@ use crate::{failure::Misuse, model_hub};
 pub(crate) use adapter::{adapter, fresh_adapter};
 pub(crate) use base::{Base, playground_base};
 pub(crate) use bench::{bench, gold_bench, seats, server};
+pub(crate) use conditions::conditions;
 pub(crate) use game::{Judging, rounds, version};
 pub(crate) use gold::Gold;
 pub(crate) use judges::{JudgeSource, check as check_judge};
@@ -291,6 +293,10 @@ impl PromptSet for Posts {
             held_out_seed(self.seed, index),
         )
     }
+
+    fn held_out_count(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// The one prompt of a bandit.
@@ -309,6 +315,11 @@ impl PromptSet for OnePrompt {
 
     fn held_out(&self, index: u64) -> PromptRow {
         self.train(index)
+    }
+
+    /// What is sampled is the answers to the one prompt, each with a seed of its own.
+    fn held_out_count(&self) -> Option<usize> {
+        None
     }
 }
 

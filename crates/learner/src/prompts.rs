@@ -1,5 +1,7 @@
 //! Where prompts come from: any set that can be asked for its n-th prompt, and files as one.
 
+mod held_out;
+
 use std::{collections::HashSet, path::Path};
 
 use dataset::{DatasetError, Mix, read_rows, shuffled};
@@ -9,6 +11,7 @@ use serde_json::Value;
 use settings::{DatasetPrompts, TooLong};
 
 use crate::LearnerError;
+use held_out::HeldOut;
 
 /// A prompt of a set.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,21 +35,19 @@ pub trait PromptSet: Send + Sync {
     fn train(&self, index: u64) -> PromptRow;
     /// The prompt at place `index` of evaluation; never one of training.
     fn held_out(&self, index: u64) -> PromptRow;
+    /// Number of distinct held-out prompts, at places `0..count`; from there on they repeat. `None` when
+    /// every place is an independent draw.
+    fn held_out_count(&self) -> Option<usize>;
 }
 
 /// The prompts of files: mixed by weight, each file in a new order every epoch.
 #[derive(Debug)]
 pub struct PromptFiles {
-    files: Vec<File>,
+    /// The training rows of each file.
+    files: Vec<Vec<PromptRow>>,
+    held_out: HeldOut,
     mix: Mix,
     shuffle: Option<Seed>,
-}
-
-#[derive(Debug)]
-struct File {
-    train: Vec<PromptRow>,
-    /// Empty when one file holds the prompts of all evaluations.
-    held_out: Vec<PromptRow>,
 }
 
 impl PromptFiles {
@@ -76,22 +77,23 @@ impl PromptFiles {
             reason: format!("prompts.mix: {reason}"),
         })?;
         // First, so that none of them is trained on.
-        let held_out = match settings.held_out_path.as_os_str().is_empty() {
+        let mut held_out = match settings.held_out_path.as_os_str().is_empty() {
             true => Vec::new(),
-            false => reader.rows(&settings.held_out_path)?,
+            false => vec![reader.rows(&settings.held_out_path)?],
         };
+        let splits = held_out.is_empty();
         let mut files = Vec::new();
         for (index, file) in named.iter().enumerate() {
             let mut train = reader.rows(&file.path)?;
-            let held_out = match held_out.is_empty() {
-                true => split(&mut train, settings, mix.share(index), &file.path)?,
-                false => Vec::new(),
-            };
-            files.push(File { train, held_out });
+            if splits {
+                held_out.push(split(&mut train, settings, mix.share(index), &file.path)?);
+            }
+            files.push(train);
         }
-        files[0].held_out.extend(held_out);
+        held_out.resize(files.len(), Vec::new());
         Ok(Self {
             files,
+            held_out: HeldOut::interleaved(&mut held_out, &mix),
             mix,
             shuffle: settings.shuffle.then_some(seed),
         })
@@ -123,7 +125,7 @@ fn split(
 impl PromptSet for PromptFiles {
     fn train(&self, index: u64) -> PromptRow {
         let (file, place) = self.mix.place(index);
-        let rows = &self.files[file].train;
+        let rows = &self.files[file];
         let count = rows.len() as u64;
         let place = match self.shuffle {
             Some(seed) if self.files.len() > 1 => shuffled(place, count, seed.derive(file as u64)),
@@ -134,13 +136,11 @@ impl PromptSet for PromptFiles {
     }
 
     fn held_out(&self, index: u64) -> PromptRow {
-        let (file, place) = self.mix.place(index);
-        let (rows, place) = match self.files[file].held_out.as_slice() {
-            // All are with the first file.
-            [] => (&self.files[0].held_out[..], index),
-            rows => (rows, place),
-        };
-        rows[(place % rows.len() as u64) as usize].clone()
+        self.held_out.row(index)
+    }
+
+    fn held_out_count(&self) -> Option<usize> {
+        Some(self.held_out.len())
     }
 }
 

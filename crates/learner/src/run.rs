@@ -17,7 +17,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use transport::{Delivery, Receiver, Sender, WeightsShelf};
 
 use crate::{
-    Evaluation, LearnerError, Pacing, PromptSet, Rounds,
+    Evaluation, EvaluationConditions, LearnerError, Pacing, PromptSet, Rounds,
     checkpoint::{self, Checkpoint, State},
     engine::Engine,
     evaluation::Tally,
@@ -31,6 +31,8 @@ mod asking;
 mod outlook;
 mod telling;
 
+use asking::Evaluated;
+
 /// Held-out prompts on their way at once.
 pub const EVALUATION_WINDOW: usize = 128;
 
@@ -43,6 +45,8 @@ pub struct LearnerParts {
     pub settings: LearnerSettings,
     /// How it evaluates.
     pub evaluation: EvaluationSettings,
+    /// Stop tokens, chat template and sampling of the completions, recorded with every evaluation.
+    pub conditions: EvaluationConditions,
     /// When the adversarial game is played, if it is.
     pub rounds: Option<Rounds>,
     /// What it tells.
@@ -115,6 +119,7 @@ pub struct Summary {
 pub struct Learner {
     settings: LearnerSettings,
     evaluation: EvaluationSettings,
+    conditions: EvaluationConditions,
     rounds: Option<Rounds>,
     telemetry: TelemetrySettings,
     labelled: Receiver<LabelledPair>,
@@ -204,6 +209,7 @@ impl Learner {
             progress: Progress::new("aligning", parts.settings.steps),
             settings: parts.settings,
             evaluation: parts.evaluation,
+            conditions: parts.conditions,
             rounds: parts.rounds,
             telemetry: parts.telemetry,
             labelled: parts.labelled,
@@ -278,8 +284,10 @@ impl Learner {
                 self.save().await?;
             }
         }
-        self.evaluate(&mut shutdown).await?;
-        self.end(Ending::Finished).await
+        match self.evaluate(&mut shutdown).await? {
+            Evaluated::Completed => self.end(Ending::Finished).await,
+            Evaluated::Interrupted => self.end(Ending::Interrupted).await,
+        }
     }
 
     /// Takes up a checkpoint's pairs and prompts, or begins with an evaluation and a checkpoint to go

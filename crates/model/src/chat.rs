@@ -22,7 +22,7 @@ use serde_json::{
     ser::{Formatter, PrettyFormatter, Serializer},
 };
 
-use messages::Message;
+use messages::{Digest, Message};
 
 use crate::{ModelError, config::read_json};
 
@@ -73,6 +73,13 @@ impl ChatTemplate {
         }
         environment.add_template_owned("template", without_generation_tags(source))?;
         Ok(Self { environment })
+    }
+
+    /// Digest of the template's text: templates of one digest render alike.
+    pub(crate) fn digest(&self) -> Digest {
+        let template = self.environment.get_template("template");
+        let source = template.as_ref().map_or("", |template| template.source());
+        Digest::of(source.as_bytes())
     }
 
     /// The text of `messages`, ending where the assistant's next turn begins.

@@ -7,7 +7,7 @@
 
 use std::{borrow::Cow, fmt, path::Path, sync::Arc};
 
-use messages::{Dialogue, PromptText};
+use messages::{Dialogue, Digest, PromptText};
 
 use crate::{ModelConfig, ModelError, chat::ChatTemplate};
 
@@ -123,6 +123,12 @@ impl Tokenizer {
     #[must_use]
     pub fn has_chat_template(&self) -> bool {
         self.shared.chat.is_some()
+    }
+
+    /// Digest of the chat template; `None` when there is none.
+    #[must_use]
+    pub fn chat_template_digest(&self) -> Option<Digest> {
+        self.shared.chat.as_ref().map(ChatTemplate::digest)
     }
 
     /// The text of a dialogue, ending where the assistant's next turn begins.
@@ -241,6 +247,19 @@ mod tests {
 
     fn text(text: &str) -> PromptText {
         PromptText::Text(text.into())
+    }
+
+    #[test]
+    fn templates_that_render_otherwise_have_other_digests() {
+        let digest = |template: &str| words(template).chat_template_digest();
+        assert_eq!(
+            digest("{{ messages[0].content }}"),
+            digest("{{ messages[0].content }}")
+        );
+        assert_ne!(
+            digest("{{ messages[0].content }}"),
+            digest("{{ messages[0].role }}")
+        );
     }
 
     #[test]
@@ -394,9 +413,7 @@ mod tests {
             Err(ModelError::Tokens { .. })
         ));
         assert!(!tokenizer.has_chat_template());
-        let error = tokenizer
-            .render(&Dialogue::of_user("the cat"))
-            .unwrap_err();
+        let error = tokenizer.render(&Dialogue::of_user("the cat")).unwrap_err();
         assert!(error.to_string().contains("the model has none"), "{error}");
     }
 
