@@ -1,6 +1,6 @@
 //! What can be wrong with a file of rows.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -26,4 +26,14 @@ pub enum DatasetError {
         /// What is wrong, and what would be right.
         reason: String,
     },
+}
+
+impl DatasetError {
+    /// The file that it is about.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Unreadable { path, .. } | Self::Row { path, .. } => path,
+        }
+    }
 }

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
 use model::{
-    DType, Device, LanguageModel, ModelFolder, Precision, RewardFolder, RewardKind, RewardModel,
-    Tokenizer, Weights,
+    DType, Device, LanguageModel, ModelConfig, ModelFolder, Precision, RewardFolder, RewardKind,
+    RewardModel, Tokenizer, Weights,
 };
 use preference::{
     Calibration, Judge, Learned, Reads,
     fit::{self, FitStep, Material, calibrate, fit},
 };
-use settings::{DtypeSetting, Head, Settings};
+use settings::{DtypeSetting, FitSettings, Head, Settings};
 use telemetry::Progress;
 
 use super::{annotated, base::kept};
@@ -27,6 +27,16 @@ pub(crate) struct Trunk {
     pub(crate) folder: ModelFolder,
     /// Its weights.
     pub(crate) model: LanguageModel,
+}
+
+/// Whether the adapter of `[preference.fit]`, if it wants one, fits a trunk of this shape.
+pub(crate) fn fit_adapter(how: &FitSettings, trunk: &ModelConfig) -> Result<(), Misuse> {
+    if let Some(adapter) = fit::adapter(how) {
+        adapter
+            .parameter_count(trunk)
+            .map_err(|error| Misuse(format!("preference.fit.target_modules: {error}")))?;
+    }
+    Ok(())
 }
 
 impl Trunk {
@@ -47,11 +57,7 @@ impl Trunk {
                 (folder, weights)
             }
         };
-        if let Some(adapter) = fit::adapter(how) {
-            adapter
-                .parameter_count(&folder.config)
-                .map_err(|error| Misuse(format!("preference.fit.target_modules: {error}")))?;
-        }
+        fit_adapter(how, &folder.config)?;
         let model = super::language_model(&folder, &weights)?;
         Ok(Self { folder, model })
     }
@@ -126,6 +132,30 @@ pub(crate) fn preference_model(
     })
 }
 
+/// The preference model in the folder `path`, its weights not read.
+///
+/// # Errors
+/// When it cannot be opened, or is not what the settings call it.
+pub(crate) fn reward_folder(path: &Path, kind: Head) -> anyhow::Result<RewardFolder> {
+    let folder = RewardFolder::open(path, None)?;
+    let fits = match folder.config.kind {
+        RewardKind::BradleyTerry => kind == Head::BradleyTerry,
+        RewardKind::Pairwise { .. } => kind == Head::Pairwise,
+    };
+    if fits {
+        return Ok(folder);
+    }
+    let (is, says) = match kind {
+        Head::BradleyTerry => ("pairwise", "bradley-terry"),
+        Head::Pairwise => ("bradley-terry", "pairwise"),
+    };
+    Err(Misuse(format!(
+        "{} holds a {is} model, not a {says} one: set preference.judge.kind = {is:?}",
+        folder.path().display()
+    ))
+    .into())
+}
+
 /// A preference model of a folder, ready to judge a policy.
 pub(crate) struct Opened {
     /// The model.
@@ -140,33 +170,13 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Whether it is what the settings call it.
-    pub(crate) fn is(&self, kind: Head) -> Result<(), Misuse> {
-        let fits = match self.model.config().kind {
-            RewardKind::BradleyTerry => kind == Head::BradleyTerry,
-            RewardKind::Pairwise { .. } => kind == Head::Pairwise,
-        };
-        if fits {
-            return Ok(());
-        }
-        let (is, says) = match kind {
-            Head::BradleyTerry => ("pairwise", "bradley-terry"),
-            Head::Pairwise => ("bradley-terry", "pairwise"),
-        };
-        Err(Misuse(format!(
-            "{} holds a {is} model, not a {says} one: set preference.judge.kind = {is:?}",
-            self.folder.path().display()
-        )))
-    }
-
-    /// Reads the folder, for this policy at the start, whose weights a model that was trained beside them
-    /// shares; without one, tokens are taken to be the model's.
+    /// Reads the weights of a folder, for this policy at the start, whose weights a model that was trained
+    /// beside them shares; without one, tokens are taken to be the model's.
     pub(crate) fn open(
-        path: &Path,
+        folder: RewardFolder,
         policy: Option<(&ModelFolder, &Weights)>,
         (device, dtype): &(Device, DType),
     ) -> anyhow::Result<Self> {
-        let folder = RewardFolder::open(path, None)?;
         let model = folder.model(*dtype, device, policy.map(|(_, weights)| weights))?;
         let tokenizer = |of: &ModelFolder| std::fs::read(of.path.join("tokenizer.json")).ok();
         let is_own = |(policy, _)| tokenizer(&folder.folder) == tokenizer(policy);

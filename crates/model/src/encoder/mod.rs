@@ -42,13 +42,17 @@ enum Network {
     ModernBert(Box<ModernBertClassifier>),
 }
 
-impl Encoder {
-    /// Reads the model in the folder `path` onto `device`.
-    ///
-    /// # Errors
-    /// When a file is missing, torn or does not fit the others, the architecture or a setting of it is
-    /// not supported, or the classifier has not one label.
-    pub fn load(path: &Path, device: &Device) -> Result<Self, ModelError> {
+/// What a folder says of an encoder without its weights.
+struct Description {
+    raw: Value,
+    build: Build,
+    vocab_size: usize,
+    max_positions: usize,
+    tokenizer: tokenizers::Tokenizer,
+}
+
+impl Description {
+    fn read(path: &Path) -> Result<Self, ModelError> {
         let file = path.join("config.json");
         let raw = read_json(&file)?;
         let build = build_of(&raw, &file)?;
@@ -63,7 +67,42 @@ impl Encoder {
         let (vocab_size, max_positions) =
             (number("vocab_size")?, number("max_position_embeddings")?);
         one_label(&raw).map_err(malformed)?;
-        let tokenizer = read_fitting(path, vocab_size)?;
+        Ok(Self {
+            tokenizer: read_fitting(path, vocab_size)?,
+            raw,
+            build,
+            vocab_size,
+            max_positions,
+        })
+    }
+}
+
+impl Encoder {
+    /// Whether the folder `path` holds an encoder with its tokenizer, without reading its weights.
+    ///
+    /// # Errors
+    /// As [`Self::load`], except for what is wrong with the weights.
+    pub fn check_folder(path: &Path) -> Result<(), ModelError> {
+        Description::read(path).map(drop)
+    }
+
+    /// Reads the model in the folder `path` onto `device`.
+    ///
+    /// # Errors
+    /// When a file is missing, torn or does not fit the others, the architecture or a setting of it is
+    /// not supported, or the classifier has not one label.
+    pub fn load(path: &Path, device: &Device) -> Result<Self, ModelError> {
+        let Description {
+            raw,
+            build,
+            vocab_size,
+            max_positions,
+            tokenizer,
+        } = Description::read(path)?;
+        let malformed = |reason: String| ModelError::Malformed {
+            path: path.join("config.json"),
+            reason,
+        };
         let tensors = VarBuilder::from_tensors(read_tensors(path, device)?, DType::F32, device);
         let network = build(&raw, &tensors).map_err(|unfit| match unfit {
             Unfit::Config(reason) => malformed(reason),

@@ -4,7 +4,7 @@
 //! that has one is refused beside any other base.
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
 };
 
@@ -137,6 +137,22 @@ impl AdapterFolder {
         match saved_print(&self.tensors()?) {
             Some(saved) => Ok(saved == print(weights)?),
             None => Ok(false),
+        }
+    }
+
+    /// Whether its file of tensors can be read.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn has_tensors(&self) -> Result<(), ModelError> {
+        let path = self.path.join(TENSORS);
+        match File::open(&path).and_then(|file| file.metadata()) {
+            Ok(kind) if kind.is_file() => Ok(()),
+            Ok(_) => Err(ModelError::Malformed {
+                path,
+                reason: "it is a folder, not a file of tensors".into(),
+            }),
+            Err(source) => Err(ModelError::Unreadable { path, source }),
         }
     }
 
