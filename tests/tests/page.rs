@@ -154,12 +154,22 @@ fn runs_are_laid_over_one_another_and_their_settings_compared() {
     };
     let workplace = Workplace::new();
     let [one, two] = ["one", "two"].map(|name| written(&workplace, name, &[row(1, "p", "t")]));
+    for (run, stop) in [(&one, 1), (&two, 2)] {
+        let line = json!({"step": 50, "wall_seconds": 50, "eval/win_rate": 0.5, "conditions": {"stop_ids": [stop]}});
+        let lines = fs::read_to_string(run.join("metrics.jsonl")).expect("it was written");
+        fs::write(run.join("metrics.jsonl"), format!("{lines}{line}\n")).expect("a file");
+    }
     let (running, url) = view(&workplace, &[&one, &two]);
     browser.look(DESK);
     browser.open(&url);
     let lines =
         "document.querySelectorAll('[data-chart=\"Loss\"] svg[role=img] path.stroke').length";
     browser.until(&format!("{lines} === 2"));
+    let differences = browser.text("#differences");
+    assert!(
+        differences.contains("stop_ids: [1] in one, [2] in two"),
+        "{differences}"
+    );
     browser.click("[data-run=\"1\"]");
     browser.until(&format!("{lines} === 1"));
     browser.click("[data-run=\"1\"]");

@@ -39,6 +39,37 @@ impl From<Code> for ExitCode {
 #[error("{0}")]
 pub(crate) struct Misuse(pub(crate) String);
 
+/// A file, a folder or a program that is missing or is not what it should be.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Resource(pub(crate) String);
+
+/// Everything that a run cannot start with. It is shown as one error a line.
+#[derive(Debug)]
+pub(crate) struct Refused(pub(crate) Vec<anyhow::Error>);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let each: Vec<String> = self.0.iter().map(sentence).collect();
+        f.write_str(&each.join("\nerror: "))
+    }
+}
+
+impl std::error::Error for Refused {}
+
+impl Refused {
+    /// The exit code: that of a bad configuration where any of them is one.
+    pub(crate) fn code(&self) -> Code {
+        let codes: Vec<Code> = self.0.iter().map(code).collect();
+        let first = codes.first().copied().unwrap_or(Code::Failed);
+        let worst = [Code::Configuration, Code::MissingResource];
+        worst
+            .into_iter()
+            .find(|code| codes.contains(code))
+            .unwrap_or(first)
+    }
+}
+
 /// Says what went wrong, with all its causes, and gives the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(is_broken_pipe) {
@@ -55,7 +86,7 @@ fn is_broken_pipe(cause: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 /// The error and its causes in one line, without saying anything twice.
-fn sentence(error: &anyhow::Error) -> String {
+pub(crate) fn sentence(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
@@ -79,6 +110,12 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     }
     if cause.is::<Misuse>() {
         return Some(Code::Configuration);
+    }
+    if cause.is::<Resource>() {
+        return Some(Code::MissingResource);
+    }
+    if let Some(refused) = cause.downcast_ref::<Refused>() {
+        return Some(refused.code());
     }
     if let Some(error) = cause.downcast_ref::<LearnerError>() {
         return match error {

@@ -21,9 +21,14 @@ use settings::{Resolved, Settings, TransportSettings};
 use telemetry::{Exporter, Measurements, RunDirectory, write_atomically};
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 
-use crate::{failure::Code, interrupt, overview::LauncherTarget};
+use crate::{
+    failure::Code,
+    interrupt,
+    overview::LauncherTarget,
+    world::{Part, Preflight},
+};
 use child::{Child, Plan};
-pub(crate) use server::Server;
+pub(crate) use server::{Server, find as find_server};
 
 /// How long the others may take to leave once the learner has ended.
 const GRACE: Duration = Duration::from_secs(90);
@@ -43,6 +48,8 @@ pub(crate) async fn run(
     if resume.is_none() && path.join("config.toml").exists() {
         RunDirectory::create(path, &resolved.toml)?;
     }
+    // What a process of the run would refuse is refused before any is started.
+    tokio::task::block_in_place(|| Preflight::of(&resolved.settings, path, Part::Whole).passed())?;
     let stop = interrupt::on_signal()?;
     let exporter = Exporter::start(([127, 0, 0, 1], 0).into())?;
     tracing::info!(

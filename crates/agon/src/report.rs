@@ -1,5 +1,7 @@
 //! What a run leaves behind: `report.json` for programs, `report.md` and a few lines for people.
 
+pub(crate) mod verdict;
+
 use std::fmt::Write as _;
 
 use learner::{Ending, Evaluation};
@@ -108,6 +110,11 @@ fn in_json(settings: &Settings, world: &World, outcome: &Outcome, bandit: Option
         "response_length": of(&|e| e.response_length),
         "reference_length": of(&|e| e.reference_length),
         "eval_prompts": last.map(|e| e.prompts),
+        "eval_unjudged": last.map(|e| e.unjudged),
+        "evaluated_at_step": last.map(|e| e.step),
+        "truncation_rate": last.and_then(|e| e.truncation_rate),
+        "reference_truncation_rate": last.and_then(|e| e.reference_truncation_rate),
+        "evaluation_conditions": last.and_then(|e| e.conditions.as_ref()),
         "steps": summary.steps,
         "pairs": summary.pairs,
         "tokens": summary.tokens,
@@ -161,8 +168,8 @@ fn in_words(
     let summary = &outcome.summary;
     let mut text = format!("# {}\n\n", settings.run.name);
     match summary.evaluations.last() {
-        Some(last) => verdict(&mut text, last, summary.ending)?,
-        None => writeln!(text, "The run ended before its first evaluation.")?,
+        Some(last) => verdict::write(&mut text, settings, summary, last)?,
+        None => verdict::write_unevaluated(&mut text, summary)?,
     }
     writeln!(
         text,
@@ -207,57 +214,24 @@ fn in_words(
     Ok(text)
 }
 
-fn verdict(text: &mut String, last: &Evaluation, ending: Ending) -> std::fmt::Result {
-    let rate = &last.win_rate;
-    if ending == Ending::Interrupted {
-        writeln!(text, "**Interrupted and saved.** Go on with `--resume`.\n")?;
-    }
-    let judgement = if rate.low > 0.5 {
-        "The policy beats its reference"
-    } else if rate.high < 0.5 {
-        "The policy loses against its reference"
-    } else {
-        "The policy cannot be told from its reference"
-    };
-    writeln!(
-        text,
-        "{judgement}: its answer is preferred on {:.1} % of {} held-out prompts (95 % interval {:.1} to {:.1} %).",
-        100.0 * rate.mean,
-        last.prompts,
-        100.0 * rate.low,
-        100.0 * rate.high
-    )?;
-    if let Some(gold) = last.gold_win_rate {
-        writeln!(
-            text,
-            "Under the gold preference of this world: {:.1} % ({:.1} to {:.1} %).",
-            100.0 * gold.mean,
-            100.0 * gold.low,
-            100.0 * gold.high
-        )?;
-    }
-    writeln!(
-        text,
-        "It moved {:.2} nats (KL) from the reference; answers have {:.1} tokens, the reference's {:.1}.",
-        last.kl, last.response_length, last.reference_length
-    )
-}
-
 fn course(text: &mut String, evaluations: &[Evaluation]) -> std::fmt::Result {
     if evaluations.len() < 2 {
         return Ok(());
     }
     writeln!(
         text,
-        "\n| step | win rate | interval | gold | KL | length | entropy |\n|---|---|---|---|---|---|---|"
+        "\n| step | win rate | interval | gold | KL | length | cut off | entropy |\n|---|---|---|---|---|---|---|---|"
     )?;
     for e in evaluations {
         let gold = e
             .gold_win_rate
             .map_or("–".into(), |g| format!("{:.3}", g.mean));
+        let cut_off = e
+            .truncation_rate
+            .map_or("–".into(), |rate| format!("{rate:.3}"));
         writeln!(
             text,
-            "| {} | {:.3} | {:.3}–{:.3} | {gold} | {:.2} | {:.1} | {:.3} |",
+            "| {} | {:.3} | {:.3}–{:.3} | {gold} | {:.2} | {:.1} | {cut_off} | {:.3} |",
             e.step,
             e.win_rate.mean,
             e.win_rate.low,

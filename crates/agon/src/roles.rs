@@ -171,6 +171,7 @@ async fn learner(
     let parts = LearnerParts {
         settings: settings.learner.clone(),
         evaluation: settings.evaluation.clone(),
+        conditions: world::conditions(&world.folder, &sampling(settings)),
         rounds: rounds(settings),
         telemetry: settings.telemetry.clone(),
         seed: Seed(settings.run.seed),

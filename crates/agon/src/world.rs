@@ -3,17 +3,22 @@
 mod adapter;
 mod base;
 mod bench;
+mod conditions;
 mod game;
 mod gold;
 mod judges;
 mod local_chat;
 mod pairs;
 mod preference;
+mod preflight;
 mod styles;
 mod words;
 mod writer;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use ::preference::Judge;
 use dataset::shuffled;
@@ -22,20 +27,28 @@ use messages::Seed;
 use model::{Adapter, DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
 use settings::{
-    DtypeSetting, JudgeSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
+    DatasetPrompts, DtypeSetting, JudgeSettings, PairsSettings, PlaygroundGolden, PromptsSettings,
+    Settings,
 };
 
-use crate::{failure::Misuse, model_hub};
+use crate::{
+    failure::{Misuse, Resource},
+    model_hub,
+};
 
-pub(crate) use adapter::{adapter, fresh_adapter};
+pub(crate) use adapter::{adapter, adapter_shape, fresh_adapter};
 pub(crate) use base::{Base, playground_base};
 pub(crate) use bench::{bench, gold_bench, seats, server};
+pub(crate) use conditions::conditions;
 pub(crate) use game::{Judging, rounds, version};
 pub(crate) use gold::Gold;
-pub(crate) use judges::{JudgeSource, Judged, check as check_judge};
+pub(crate) use judges::{JudgeSource, Judged};
 pub(crate) use pairs::{Annotated, LeftOut, annotated};
 use pairs::{GeneratedPair, generated};
-pub(crate) use preference::{Opened, Trunk, preference_model, share_tokenizer};
+pub(crate) use preference::{
+    Opened, Trunk, fit_adapter, preference_model, reward_folder, share_tokenizer,
+};
+pub(crate) use preflight::{Finding, Part, Preflight};
 pub(crate) use styles::{StyleComparison, styles};
 pub(crate) use words::texts;
 pub(crate) use writer::{WriterParts, is_built, writer};
@@ -142,16 +155,23 @@ impl Start {
     }
 }
 
-/// Makes or loads the policy and the prompts that the settings name. Making takes a while: it ends early
-/// when `stopped` turns true.
-pub(crate) fn build(settings: &Settings, stopped: &dyn Fn() -> bool) -> anyhow::Result<World> {
+/// Makes or loads the policy and the prompts that the settings name, unless the prompts were `read` already.
+/// Making takes a while: it ends early when `stopped` turns true.
+pub(crate) fn build(
+    settings: &Settings,
+    read: Option<Arc<dyn PromptSet>>,
+    stopped: &dyn Fn() -> bool,
+) -> anyhow::Result<World> {
     is_built(settings)?;
     let Start {
         folder,
         weights,
         base,
     } = Start::open(settings, stopped)?;
-    let set = prompts(settings, (&folder, &weights), stopped)?;
+    let set = match read {
+        Some(set) => set,
+        None => prompts(settings, (&folder, &weights), stopped)?,
+    };
     fits_positions(settings, &folder.config)?;
     let adapter_folder = adapter_folder(settings, stopped)?;
     let adapter = adapter(settings, (&folder, &weights), adapter_folder.as_deref())?;
@@ -200,12 +220,19 @@ pub(crate) fn prompts(
             })
         }
         PromptsSettings::Bandit {} => Arc::new(OnePrompt),
-        PromptsSettings::Dataset(dataset) => {
-            let longest = settings.actor.max_prompt_length;
-            let files = PromptFiles::load(dataset, seed, longest, &folder.tokenizer)?;
-            Arc::new(files)
-        }
+        PromptsSettings::Dataset(dataset) => Arc::new(prompt_files(settings, dataset, folder)?),
     })
+}
+
+/// The prompts of files, as tokens of the policy in this folder.
+fn prompt_files(
+    settings: &Settings,
+    dataset: &DatasetPrompts,
+    folder: &ModelFolder,
+) -> anyhow::Result<PromptFiles> {
+    let longest = settings.actor.max_prompt_length;
+    let seed = Seed(settings.run.seed);
+    Ok(PromptFiles::load(dataset, seed, longest, &folder.tokenizer)?)
 }
 
 /// The known gold preference of the world, where there is one.
@@ -254,12 +281,22 @@ fn fits_playground(folder: &ModelFolder) -> anyhow::Result<()> {
     }
 }
 
-/// Whether the longest prompt and the longest completion fit the model's positions together.
+/// Whether the longest prompt and the longest completion fit the model's positions together, and the
+/// playground's prompts the actors' slots.
 ///
 /// # Errors
 /// When they do not.
 pub(crate) fn fits_positions(settings: &Settings, config: &ModelConfig) -> Result<(), Misuse> {
     let (actor, positions) = (&settings.actor, config.max_positions);
+    if let PromptsSettings::Playground { .. } = settings.prompts
+        && actor.max_prompt_length < playground::LONGEST_PROMPT
+    {
+        return Err(Misuse(format!(
+            "actor.max_prompt_length = {} is less than the {} tokens of the playground's longest post: raise it",
+            actor.max_prompt_length,
+            playground::LONGEST_PROMPT
+        )));
+    }
     let prompt = match settings.prompts {
         PromptsSettings::Dataset(_) => actor.max_prompt_length,
         PromptsSettings::Playground { .. } | PromptsSettings::Bandit {} => 0,
@@ -308,6 +345,10 @@ impl PromptSet for Posts {
             held_out_seed(self.seed, index),
         )
     }
+
+    fn held_out_count(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// The one prompt of a bandit.
@@ -326,6 +367,11 @@ impl PromptSet for OnePrompt {
 
     fn held_out(&self, index: u64) -> PromptRow {
         self.train(index)
+    }
+
+    /// What is sampled is the answers to the one prompt, each with a seed of its own.
+    fn held_out_count(&self) -> Option<usize> {
+        None
     }
 }
 

@@ -1,6 +1,9 @@
 //! What can be wrong with a file of rows.
 
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use thiserror::Error;
 
@@ -64,4 +67,17 @@ pub enum DatasetError {
         /// What is wrong, and what would be right.
         reason: String,
     },
+}
+
+impl DatasetError {
+    /// The file that it is about.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Unreadable { path, .. }
+            | Self::File { path, .. }
+            | Self::Json { path, .. }
+            | Self::Row { path, .. } => path,
+        }
+    }
 }

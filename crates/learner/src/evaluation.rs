@@ -54,13 +54,40 @@ pub struct Example {
     pub p: f64,
 }
 
+/// What the numbers of an evaluation depend on beside weights, prompts and judge. Runs that differ in it
+/// are not comparable: the same weights score twice as well with the right stop tokens as without.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationConditions {
+    /// Token ids that end a completion, ascending.
+    pub stop_ids: Vec<u32>,
+    /// Digest of the chat template that renders prompts made of messages; `None` when the model has none.
+    pub chat_template: Option<String>,
+    /// Longest completion, in tokens: a longer one is truncated.
+    pub max_new_tokens: usize,
+    /// Sampling temperature.
+    pub temperature: f64,
+    /// Sampling from the `top_k` likeliest tokens; 0: off.
+    pub top_k: usize,
+    /// Sampling from the likeliest tokens of this joint probability; 1: off.
+    pub top_p: f64,
+    /// Sampling from tokens at least this share as likely as the likeliest; 0: off.
+    pub min_p: f64,
+}
+
 /// One evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// The learner step it was made at.
     pub step: u64,
-    /// Prompts that were judged.
+    /// Prompts that were judged. Each is a distinct prompt or, where prompts are generated, an independent
+    /// draw: the number that the intervals are of.
     pub prompts: usize,
+    /// Prompts that were asked without a verdict coming back: the judge abstained.
+    #[serde(default)]
+    pub unjudged: usize,
+    /// Stop tokens, chat template and sampling; evaluations of older builds have none.
+    #[serde(default)]
+    pub conditions: Option<EvaluationConditions>,
     /// How often the policy's answer is preferred under the run's judge; ties count one half.
     pub win_rate: Interval,
     /// The mean of the judge's p.
@@ -83,6 +110,12 @@ pub struct Evaluation {
     pub entropy: f64,
     /// Share of the policy's completions that ended by themselves.
     pub ended: f64,
+    /// Share of the policy's completions cut off at `max_new_tokens`; evaluations of older builds have none.
+    #[serde(default)]
+    pub truncation_rate: Option<f64>,
+    /// The same of the reference's completions.
+    #[serde(default)]
+    pub reference_truncation_rate: Option<f64>,
     /// A few of the prompts with both answers.
     pub examples: Vec<Example>,
 }
@@ -93,6 +126,16 @@ pub(crate) struct Tally {
     pairs: Vec<LabelledPair>,
 }
 
+/// What an evaluation is of.
+pub(crate) struct Asked {
+    /// The learner step.
+    pub(crate) step: u64,
+    /// Prompts that were asked.
+    pub(crate) prompts: usize,
+    /// How they were answered.
+    pub(crate) conditions: EvaluationConditions,
+}
+
 impl Tally {
     /// Adds a judged pair: the policy's completion first, the reference's second.
     pub(crate) fn add(&mut self, labelled: LabelledPair) {
@@ -101,7 +144,7 @@ impl Tally {
 
     /// The evaluation of all that was added, the first `show` prompts as examples. `None` when nothing
     /// was.
-    pub(crate) fn finish(mut self, step: u64, show: usize) -> Option<Evaluation> {
+    pub(crate) fn finish(mut self, asked: Asked, show: usize) -> Option<Evaluation> {
         // The order of arrival is an accident; sums and examples must not depend on it.
         self.pairs.sort_by_key(|labelled| labelled.pair.id());
         let n = self.pairs.len();
@@ -136,9 +179,14 @@ impl Tally {
             .collect();
         let gold =
             (golds.len() == n).then(|| Interval::wilson(golds.iter().sum::<f64>() / n as f64, n));
+        let truncated = |i: usize| {
+            mean(&|l| f64::from(u8::from(l.pair.completions[i].finish == Finish::Length)))
+        };
         Some(Evaluation {
-            step,
+            step: asked.step,
             prompts: n,
+            unjudged: asked.prompts.saturating_sub(n),
+            conditions: Some(asked.conditions),
             win_rate: Interval::wilson(mean(&|l| win(p(l))), n),
             soft_win_rate: mean(&p),
             gold_win_rate: gold,
@@ -149,6 +197,8 @@ impl Tally {
             reference_length: mean(&|l| l.pair.completions[1].ids.len() as f64),
             entropy: -mean(&|l| exact(l).sum_logp()) / exact_tokens.max(1.0),
             ended: mean(&|l| f64::from(u8::from(policy(l).finish == Finish::EndOfText))),
+            truncation_rate: Some(truncated(0)),
+            reference_truncation_rate: Some(truncated(1)),
             examples: self
                 .pairs
                 .iter()
@@ -206,6 +256,14 @@ impl Evaluation {
         }
         measurements.set("eval/kl", self.kl);
         measurements.set("eval/response_length", self.response_length);
+        #[expect(clippy::cast_precision_loss, reason = "no evaluation has 2^53 prompts")]
+        measurements.set("eval/prompts", self.prompts as f64);
+        if let Some(rate) = self.truncation_rate {
+            measurements.set("eval/truncation_rate", rate);
+        }
+        if let Some(rate) = self.reference_truncation_rate {
+            measurements.set("eval/reference_truncation_rate", rate);
+        }
         if let Some(gold) = self.gold_win_rate {
             measurements.set("eval/gold_win_rate", gold.mean);
         }

@@ -86,6 +86,11 @@ impl Feed {
         self.pacing
     }
 
+    /// Number of distinct held-out prompts; `None` when every place is an independent draw.
+    pub(crate) fn held_out_count(&self) -> Option<usize> {
+        self.set.held_out_count()
+    }
+
     /// Whether the prompt was sent and has not come back; from now on it has.
     pub(crate) fn returned(&mut self, id: PromptId) -> bool {
         self.outstanding.remove(&id).is_some()
@@ -271,6 +276,9 @@ mod tests {
         }
         fn held_out(&self, index: u64) -> PromptRow {
             self.train(1000 + index)
+        }
+        fn held_out_count(&self) -> Option<usize> {
+            None
         }
     }
 

@@ -24,7 +24,7 @@ mod step;
 
 pub use checkpoint::{latest as latest_checkpoint, step_of as checkpoint_step};
 pub use error::LearnerError;
-pub use evaluation::{Evaluation, Example, Interval};
+pub use evaluation::{Evaluation, EvaluationConditions, Example, Interval};
 pub use feed::Pacing;
 pub use prompts::{PromptFiles, PromptRow, PromptSet, say_how_dialogues_are_used};
 pub use rounds::Rounds;

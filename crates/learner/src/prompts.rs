@@ -1,5 +1,7 @@
 //! Where prompts come from: any set that can be asked for its n-th prompt, and files as one.
 
+mod held_out;
+
 use std::{collections::HashSet, path::Path};
 
 use dataset::{Column, Columns, DatasetError, Mix, Sourced, shuffled};
@@ -8,6 +10,7 @@ use model::{ModelError, Tokenizer};
 use settings::{DatasetPrompts, TooLong};
 
 use crate::LearnerError;
+use held_out::HeldOut;
 
 /// A prompt of a set.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,21 +34,19 @@ pub trait PromptSet: Send + Sync {
     fn train(&self, index: u64) -> PromptRow;
     /// The prompt at place `index` of evaluation; never one of training.
     fn held_out(&self, index: u64) -> PromptRow;
+    /// Number of distinct held-out prompts, at places `0..count`; from there on they repeat. `None` when
+    /// every place is an independent draw.
+    fn held_out_count(&self) -> Option<usize>;
 }
 
 /// The prompts of files: mixed by weight, each file in a new order every epoch.
 #[derive(Debug)]
 pub struct PromptFiles {
-    files: Vec<File>,
+    /// The training rows of each file.
+    files: Vec<Vec<PromptRow>>,
+    held_out: HeldOut,
     mix: Mix,
     shuffle: Option<Seed>,
-}
-
-#[derive(Debug)]
-struct File {
-    train: Vec<PromptRow>,
-    /// Distinct prompts; empty when one file holds the prompts of all evaluations.
-    held_out: Vec<PromptRow>,
 }
 
 impl PromptFiles {
@@ -75,23 +76,25 @@ impl PromptFiles {
             seen: HashSet::new(),
         };
         // First, so that none of them is trained on.
-        let held_out = match settings.held_out_path.as_os_str().is_empty() {
+        let mut held_out = match settings.held_out_path.as_os_str().is_empty() {
             true => Vec::new(),
-            false => distinct(reader.rows(&settings.held_out_path)?),
+            false => vec![reader.rows(&settings.held_out_path)?],
         };
+        let splits = held_out.is_empty();
         let mut files = Vec::new();
         for (index, file) in named.iter().enumerate() {
             let train = reader.rows(&file.path)?;
-            let held_out = match held_out.is_empty() {
-                true => last_distinct(&train, settings, mix.share(index), &file.path)?,
-                false => Vec::new(),
-            };
-            files.push(File { train, held_out });
+            if splits {
+                let share = mix.share(index);
+                held_out.push(last_distinct(&train, settings, share, &file.path)?);
+            }
+            files.push(train);
         }
-        files[0].held_out.extend(held_out);
-        keep_apart(&mut files, settings)?;
+        held_out.resize(files.len(), Vec::new());
+        keep_apart(&mut files, &held_out, settings)?;
         Ok(Self {
             files,
+            held_out: HeldOut::interleaved(&mut held_out, &mix),
             mix,
             shuffle: settings.shuffle.then_some(seed),
         })
@@ -106,14 +109,6 @@ fn columns(settings: &DatasetPrompts) -> Columns {
         golden: (!golden.is_empty()).then(|| Column::named(golden, "prompts.golden_column")),
         ..Columns::default()
     }
-}
-
-/// The rows without those whose prompt came before.
-fn distinct(rows: Vec<PromptRow>) -> Vec<PromptRow> {
-    let mut seen = HashSet::new();
-    rows.into_iter()
-        .filter(|row| seen.insert(row.ids.clone()))
-        .collect()
 }
 
 /// A file's share of the held-out prompts: the last distinct ones.
@@ -145,18 +140,21 @@ fn leaves_nothing(settings: &DatasetPrompts, prompts: usize, path: &Path) -> Dat
     }
 }
 
-/// Takes out of training what is held out, from whatever file.
-fn keep_apart(files: &mut [File], settings: &DatasetPrompts) -> Result<(), DatasetError> {
-    let held_out = files.iter().flat_map(|file| &file.held_out);
-    let held_out: HashSet<Vec<u32>> = held_out.map(|row| row.ids.clone()).collect();
+/// Takes out of the training rows of each file what is held out, from whatever file.
+fn keep_apart(
+    files: &mut [Vec<PromptRow>],
+    held_out: &[Vec<PromptRow>],
+    settings: &DatasetPrompts,
+) -> Result<(), DatasetError> {
+    let ids: HashSet<&Vec<u32>> = held_out.iter().flatten().map(|row| &row.ids).collect();
     let are_of_files = settings.held_out_path.as_os_str().is_empty();
     let mut repeated = 0;
-    for (file, named) in files.iter_mut().zip(settings.files()) {
-        let rows = file.train.len();
-        file.train.retain(|row| !held_out.contains(&row.ids));
-        let moved = if are_of_files { file.held_out.len() } else { 0 };
-        repeated += rows - file.train.len() - moved;
-        if file.train.is_empty() {
+    for (index, (train, named)) in files.iter_mut().zip(settings.files()).enumerate() {
+        let rows = train.len();
+        train.retain(|row| !ids.contains(&row.ids));
+        let moved = if are_of_files { held_out[index].len() } else { 0 };
+        repeated += rows - train.len() - moved;
+        if train.is_empty() {
             return Err(DatasetError::File {
                 path: named.path,
                 reason: format!(
@@ -177,7 +175,7 @@ fn keep_apart(files: &mut [File], settings: &DatasetPrompts) -> Result<(), Datas
 impl PromptSet for PromptFiles {
     fn train(&self, index: u64) -> PromptRow {
         let (file, place) = self.mix.place(index);
-        let rows = &self.files[file].train;
+        let rows = &self.files[file];
         let count = rows.len() as u64;
         let place = match self.shuffle {
             Some(seed) if self.files.len() > 1 => shuffled(place, count, seed.derive(file as u64)),
@@ -188,13 +186,11 @@ impl PromptSet for PromptFiles {
     }
 
     fn held_out(&self, index: u64) -> PromptRow {
-        let (file, place) = self.mix.place(index);
-        let (rows, place) = match self.files[file].held_out.as_slice() {
-            // All are with the first file.
-            [] => (&self.files[0].held_out[..], index),
-            rows => (rows, place),
-        };
-        rows[(place % rows.len() as u64) as usize].clone()
+        self.held_out.row(index)
+    }
+
+    fn held_out_count(&self) -> Option<usize> {
+        Some(self.held_out.len())
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use transport::{Delivery, Receiver, Sender, WeightsShelf};
 
 use crate::{
-    Evaluation, LearnerError, Pacing, PromptSet, Rounds,
+    Evaluation, EvaluationConditions, LearnerError, Pacing, PromptSet, Rounds,
     checkpoint::{self, Checkpoint, State},
     engine::Engine,
     evaluation::Tally,
@@ -32,6 +32,7 @@ mod missing;
 mod outlook;
 mod telling;
 
+use asking::Evaluated;
 use missing::Missing;
 
 /// Held-out prompts on their way at once.
@@ -56,6 +57,8 @@ pub struct LearnerParts {
     pub settings: LearnerSettings,
     /// How it evaluates.
     pub evaluation: EvaluationSettings,
+    /// Stop tokens, chat template and sampling of the completions, recorded with every evaluation.
+    pub conditions: EvaluationConditions,
     /// When the adversarial game is played, if it is.
     pub rounds: Option<Rounds>,
     /// What it tells.
@@ -130,6 +133,7 @@ pub struct Summary {
 pub struct Learner {
     settings: LearnerSettings,
     evaluation: EvaluationSettings,
+    conditions: EvaluationConditions,
     rounds: Option<Rounds>,
     telemetry: TelemetrySettings,
     labelled: Receiver<LabelledPair>,
@@ -220,6 +224,7 @@ impl Learner {
             progress: Progress::new("aligning", parts.settings.steps),
             settings: parts.settings,
             evaluation: parts.evaluation,
+            conditions: parts.conditions,
             rounds: parts.rounds,
             telemetry: parts.telemetry,
             labelled: parts.labelled,
@@ -295,8 +300,10 @@ impl Learner {
                 self.save().await?;
             }
         }
-        self.evaluate(&mut shutdown).await?;
-        self.end(Ending::Finished).await
+        match self.evaluate(&mut shutdown).await? {
+            Evaluated::Completed => self.end(Ending::Finished).await,
+            Evaluated::Interrupted => self.end(Ending::Interrupted).await,
+        }
     }
 
     /// Takes up a checkpoint's pairs and prompts, or begins with an evaluation and a checkpoint to go

@@ -8,7 +8,7 @@
 
 use std::{borrow::Cow, fmt, path::Path, sync::Arc};
 
-use messages::{Dialogue, PromptText};
+use messages::{Dialogue, Digest, PromptText};
 
 use crate::{
     ModelConfig, ModelError, chat::ChatTemplate, shards::missing, special::SpecialTokens,
@@ -162,6 +162,12 @@ impl Tokenizer {
     #[must_use]
     pub fn has_chat_template(&self) -> bool {
         self.shared.chat.is_some()
+    }
+
+    /// Digest of the chat template; `None` when there is none.
+    #[must_use]
+    pub fn chat_template_digest(&self) -> Option<Digest> {
+        self.shared.chat.as_ref().map(ChatTemplate::digest)
     }
 
     /// The text of a dialogue, ending where the assistant's next turn begins or, where the last turn is the
@@ -323,6 +329,19 @@ mod tests {
 
     fn text(text: &str) -> PromptText {
         PromptText::Text(text.into())
+    }
+
+    #[test]
+    fn templates_that_render_otherwise_have_other_digests() {
+        let digest = |template: &str| words(template).chat_template_digest();
+        assert_eq!(
+            digest("{{ messages[0].content }}"),
+            digest("{{ messages[0].content }}")
+        );
+        assert_ne!(
+            digest("{{ messages[0].content }}"),
+            digest("{{ messages[0].role }}")
+        );
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub use facts::Facts;
 pub use fixed_point::{fixed_point, mixture};
 pub use gold::{SUMMARY_CAP, Utility, preference, utility};
 pub use pairs::{FLIP, noisy_label};
-pub use post::Post;
+pub use post::{LONGEST_PROMPT, Post};
 pub use stream::{held_out_post, held_out_seed, train_post, train_seed};
 pub use style::{Style, exploitability, style_of, style_preference};
 pub use target::{Kind, Target, sft_target};

@@ -38,6 +38,9 @@ const DISTRACTORS: [&str; 5] = [
 const DISTRACTOR_COUNTS: [usize; 4] = [0, 1, 1, 2];
 const FEELING_RATE: f64 = 0.7;
 
+/// Number of ids of the longest prompt there can be.
+pub const LONGEST_PROMPT: usize = 53;
+
 /// A post to be summarised.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Post {
@@ -91,7 +94,7 @@ impl Post {
         Vocabulary::shared().text(&self.ids)
     }
 
-    /// What a model is given: `<bos> post <sep>`, at most 53 ids.
+    /// What a model is given: `<bos> post <sep>`, at most [`LONGEST_PROMPT`] ids.
     pub fn prompt_ids(&self) -> Vec<u32> {
         [&[BOS], self.ids.as_slice(), &[SEP]].concat()
     }
@@ -159,7 +162,7 @@ mod tests {
         let lengths: Vec<usize> = posts.iter().map(|post| post.ids().len()).collect();
         assert_eq!(
             (lengths.iter().min(), lengths.iter().max()),
-            (Some(&21), Some(&51))
+            (Some(&21), Some(&(LONGEST_PROMPT - 2)))
         );
         let mean = lengths.iter().sum::<usize>() as f64 / 4000.0;
         assert!((mean - 35.0).abs() < 1.0, "mean length {mean}");

@@ -94,6 +94,20 @@ impl Server {
         })
     }
 
+    /// Whether the address can be listened on now.
+    ///
+    /// # Errors
+    /// When it cannot, as [`Self::bind`].
+    pub fn check(listen: &str) -> Result<(), PreferenceError> {
+        let refuse = |source| PreferenceError::Listen {
+            listen: listen.to_owned(),
+            source,
+        };
+        std::net::TcpListener::bind(listen)
+            .map(drop)
+            .map_err(refuse)
+    }
+
     /// Where it listens: with port 0, the port that was free.
     #[must_use]
     pub fn address(&self) -> SocketAddr {

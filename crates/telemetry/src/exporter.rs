@@ -3,7 +3,7 @@
 //! A process has one recorder, which takes in what every thread publishes, and one exporter, which
 //! shows it. This part does not know which metrics there are beyond how a time is best divided.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
@@ -87,6 +87,18 @@ impl Exporter {
             targets,
             _upkeep: upkeep,
         })
+    }
+
+    /// Whether the address can be listened on now.
+    ///
+    /// # Errors
+    /// When it cannot, as [`Self::start`].
+    pub fn check(listen: SocketAddr) -> Result<(), Error> {
+        let refused = |source| Error::Listen {
+            address: listen,
+            source,
+        };
+        TcpListener::bind(listen).map(drop).map_err(refused)
     }
 
     /// A recorder without a server that is not the process's: tests have one each.

@@ -2,7 +2,8 @@
 //!
 //! Every line is one valid JSON object, `{"step":…,"wall_seconds":…,"loss":…}`. A number that is not
 //! finite is written as null and its name is listed under `nonfinite`, so that the line stays JSON
-//! and the accident stays visible.
+//! and the accident stays visible. The line of an evaluation also holds `conditions`, an object: what its
+//! numbers depend on beside the weights.
 
 use std::path::Path;
 
@@ -16,6 +17,7 @@ use crate::{Error, Measurements};
 const STEP: &str = "step";
 const WALL_SECONDS: &str = "wall_seconds";
 const NONFINITE: &str = "nonfinite";
+const CONDITIONS: &str = "conditions";
 
 /// The writer of `metrics.jsonl`; one process appends, anyone may read.
 #[derive(Debug)]
@@ -34,6 +36,8 @@ pub struct JournalLine {
     pub wall_seconds: f64,
     /// The numbers; one that was not finite is NaN here.
     pub measurements: Measurements,
+    /// The conditions of an evaluation; `None` on other lines.
+    pub conditions: Option<Value>,
 }
 
 impl Journal {
@@ -62,18 +66,43 @@ impl Journal {
     /// the time since the run began.
     ///
     /// # Errors
-    /// When a measurement is called `step`, `wall_seconds` or `nonfinite`, or the file refuses.
+    /// When a measurement is called `step`, `wall_seconds`, `nonfinite` or `conditions`, or the file
+    /// refuses.
     pub fn append(
         &mut self,
         step: u64,
         wall_seconds: f64,
         measurements: &Measurements,
     ) -> Result<(), Error> {
+        self.append_row(Map::new(), (step, wall_seconds), measurements)
+    }
+
+    /// As [`Self::append`], the line of an evaluation made under these `conditions`.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub fn append_evaluation(
+        &mut self,
+        step: u64,
+        wall_seconds: f64,
+        measurements: &Measurements,
+        conditions: Value,
+    ) -> Result<(), Error> {
+        let row = [(CONDITIONS.to_owned(), conditions)].into_iter().collect();
+        self.append_row(row, (step, wall_seconds), measurements)
+    }
+
+    fn append_row(
+        &mut self,
+        beside: Map<String, Value>,
+        (step, wall_seconds): (u64, f64),
+        measurements: &Measurements,
+    ) -> Result<(), Error> {
         let mut row = Map::new();
         row.insert(STEP.into(), step.into());
         row.insert(WALL_SECONDS.into(), wall_seconds.into());
         for (name, value) in measurements.iter() {
-            if [STEP, WALL_SECONDS, NONFINITE].contains(&name) {
+            if [STEP, WALL_SECONDS, NONFINITE, CONDITIONS].contains(&name) {
                 return Err(Error::ReservedName { name: name.into() });
             }
             // `Value::from` makes null of a number that is not finite.
@@ -88,6 +117,7 @@ impl Journal {
         if !nonfinite.is_empty() {
             row.insert(NONFINITE.into(), nonfinite.into());
         }
+        row.extend(beside);
         self.lines.append(&row)?;
         match &mut self.events {
             Some(events) => events.append(step, measurements),
@@ -120,6 +150,7 @@ impl TryFrom<Map<String, Value>> for JournalLine {
         let step = take(STEP).as_u64().ok_or("`step` is not a whole number")?;
         let wall_seconds = take(WALL_SECONDS).as_f64().unwrap_or(f64::NAN);
         take(NONFINITE);
+        let conditions = Some(take(CONDITIONS)).filter(|conditions| !conditions.is_null());
         let number = |(name, value): (String, Value)| match value {
             Value::Null => Ok((name, f64::NAN)),
             value => value
@@ -132,6 +163,7 @@ impl TryFrom<Map<String, Value>> for JournalLine {
             step,
             wall_seconds,
             measurements,
+            conditions,
         })
     }
 }
@@ -184,11 +216,28 @@ mod tests {
     }
 
     #[test]
+    fn the_line_of_an_evaluation_holds_its_conditions() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let mut journal = Journal::open(&path).unwrap();
+        let conditions = serde_json::json!({"stop_ids": [1, 2], "chat_template": null});
+        let rate = measured(&[("eval/win_rate", 0.5)]);
+        journal
+            .append_evaluation(3, 1.0, &rate, conditions.clone())
+            .unwrap();
+        journal.append(4, 2.0, &measured(&[("loss", 1.0)])).unwrap();
+        let lines = Journal::read(&path).unwrap();
+        assert_eq!(lines[0].conditions, Some(conditions));
+        assert_eq!(lines[0].measurements, rate);
+        assert_eq!(lines[1].conditions, None);
+    }
+
+    #[test]
     fn a_measurement_cannot_take_the_place_of_a_column() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("metrics.jsonl");
         let mut journal = Journal::open(&path).unwrap();
-        for name in ["step", "wall_seconds", "nonfinite"] {
+        for name in ["step", "wall_seconds", "nonfinite", "conditions"] {
             let message = journal
                 .append(1, 0.0, &measured(&[(name, 1.0)]))
                 .unwrap_err()

@@ -43,6 +43,6 @@ pub use samples::{SampleLog, SampleRow, TokenTexts};
 pub use station::{Holder, StationCounters, StationSnapshot};
 pub use waits::{Wait, WaitGuard, Waits};
 pub use watch::{
-    Curve, Curves, Reading, RunState, RunStatus, RunView, SampleIndex, SamplePage, SampleQuery,
-    readings,
+    Curve, Curves, EvaluationRecord, Reading, RunState, RunStatus, RunView, SampleIndex,
+    SamplePage, SampleQuery, evaluation_differences, readings,
 };

@@ -343,6 +343,21 @@ pub const METRICS: &[MetricInfo] = &[
         Ratio,
         "win rate under the world's known preference",
     ),
+    gauge(
+        "eval/prompts",
+        Count,
+        "prompts of the evaluation that were judged, all distinct",
+    ),
+    gauge(
+        "eval/truncation_rate",
+        Ratio,
+        "share of the policy's evaluation completions cut off at the longest allowed",
+    ),
+    gauge(
+        "eval/reference_truncation_rate",
+        Ratio,
+        "share of the reference's evaluation completions cut off at the longest allowed",
+    ),
     // Health.
     gauge(
         "health/nonfinite_steps",

@@ -197,7 +197,7 @@ mod tests {
 
     /// What the field has no name for.
     const OWN: &str = "actor/drift objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
-        grad_clipped_share";
+        grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate}";
 
     fn spelled_out(pattern: &str) -> Vec<String> {
         match pattern.split_once('{') {

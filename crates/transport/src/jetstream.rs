@@ -52,7 +52,7 @@ impl Connection {
     ) -> Result<Arc<Self>, TransportError> {
         let deadline = Instant::now() + Duration::from_secs(settings.timeout_seconds);
         let client = loop {
-            let error = match options(settings).await?.connect(&settings.url).await {
+            let error = match options(settings)?.connect(&settings.url).await {
                 Ok(client) => break client,
                 Err(error) => error,
             };
@@ -168,7 +168,15 @@ impl Connection {
     }
 }
 
-async fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, TransportError> {
+/// Opens every file that the settings name, as a connection does, without connecting.
+///
+/// # Errors
+/// When one cannot be read or does not hold what it should.
+pub fn check_files(settings: &JetStreamSettings) -> Result<(), TransportError> {
+    options(settings).map(drop)
+}
+
+fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, TransportError> {
     let mut options = ConnectOptions::new()
         .name("agon")
         .connection_timeout(ANSWER)
@@ -210,6 +218,13 @@ async fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, Transpo
     ring::default_provider().install_default().ok();
     if settings.tls {
         options = options.require_tls(true);
+    }
+    for path in [
+        &settings.ca_path,
+        &settings.certificate_path,
+        &settings.key_path,
+    ] {
+        secret(path)?;
     }
     if is_set(&settings.ca_path) {
         options = options.add_root_certificates(settings.ca_path.clone());

@@ -30,6 +30,6 @@ mod stream;
 pub use delivery::{Delivery, Receipt};
 pub use error::{Closed, ClosedBy, TransportError};
 pub use hub::Hub;
-pub use jetstream::{Claim, Entry, Register};
+pub use jetstream::{Claim, Entry, Register, check_files};
 pub use shelf::{Announcements, WeightsShelf};
 pub use stream::{Counts, Limits, Receiver, Sender, stream, stream_within};

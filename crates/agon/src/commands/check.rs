@@ -6,23 +6,19 @@
 
 use std::{
     fmt::Write as _,
-    fs::File,
     io::{self, Write as _},
     path::Path,
     process::ExitCode,
 };
 
 use anyhow::Context;
-use dataset::DatasetError;
-use model::{AdapterFolder, LoraConfig, ModelConfig, ModelFolder};
-use playground::{Bandit, base_config_json};
-use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, PromptsSettings, Settings};
+use model::ModelConfig;
+use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, Settings};
 
 use super::configuration::Configuration;
 use crate::{
-    failure::Code,
-    model_hub::{self, Look},
-    world,
+    failure::{Refused, sentence},
+    world::{self, Finding, Part, Preflight},
 };
 
 /// mistral.rs computes in f32 whatever the weights are.
@@ -37,10 +33,12 @@ const LOGIT_BYTES: usize = 4;
 /// Resolve a configuration, say what it needs, start nothing.
 ///
 /// Prints the resolved configuration, every key of it, to standard output, and to standard error the
-/// model's shape, an estimate of the memory a run needs and whether the files it names are there.
-/// Writes no file. Exit code 2 when the configuration holds mistakes (all are named), 3 when a file is
-/// missing or does not fit. A model of the hub (hf:ORG/NAME) is looked for in its cache, and else at the
-/// hub; it is not fetched.
+/// model's shape, an estimate of the memory a run needs and what was found of everything that the
+/// configuration names: models, adapters, templates, the rows of prompts and pairs, judges, secrets,
+/// addresses. What it refuses `agon train` refuses, in the same words: exit code 2 when the configuration
+/// holds mistakes, 3 when something is missing or does not fit; all are named. Writes no file and reads no
+/// weights. A model of the hub (hf:ORG/NAME) is looked for in its cache, and else at the hub; it is not
+/// fetched.
 ///
 /// Example: agon check configs/quickstart.toml --set actor.slots=128 > resolved.toml
 #[derive(clap::Args)]
@@ -56,42 +54,52 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .write_all(resolved.toml.as_bytes())
         .and_then(|()| output.flush())
         .context("failed to write to standard output")?;
-    let summary = Summary::of(&resolved.settings);
+    let settings = &resolved.settings;
+    let path = settings.run.output_dir.join(&settings.run.name);
+    let summary = Summary::of(settings, &path);
     eprint!("{}", telemetry::printable(&summary.text));
-    Ok(if summary.problems == 0 {
-        ExitCode::SUCCESS
-    } else {
-        Code::MissingResource.into()
+    Ok(match summary.refused.0.as_slice() {
+        [] => ExitCode::SUCCESS,
+        _ => summary.refused.code().into(),
     })
 }
 
 /// What is told of a configuration.
-#[derive(Debug, Default)]
 struct Summary {
     text: String,
-    problems: usize,
+    refused: Refused,
 }
 
 impl Summary {
-    fn of(settings: &Settings) -> Self {
-        let mut summary = Self::default();
-        if let Some(config) = summary.model(settings) {
-            summary.adapter(settings, &config);
-            summary.memory(&memory(settings, &config));
-            if let Err(reason) = world::fits_positions(settings, &config) {
-                summary.problem(&reason.to_string());
+    /// What is told of a run in the directory `path`.
+    fn of(settings: &Settings, path: &Path) -> Self {
+        let mut summary = Self {
+            text: String::new(),
+            refused: Refused(Vec::new()),
+        };
+        let preflight = Preflight::of(settings, path, Part::Whole);
+        for finding in preflight.findings {
+            match finding {
+                Finding::Fits(what) => summary.line("ok", &what),
+                Finding::Unused(what) => summary.line("warn", &what),
+                Finding::Refused(error) => {
+                    summary.line("fail", &sentence(&error));
+                    summary.refused.0.push(error);
+                }
             }
         }
-        for (key, path) in rows(settings) {
-            summary.rows(key, path);
+        if let Some(config) = &preflight.config {
+            if config.stops.is_empty() {
+                summary.line("warn", &format!("model: {}", world::ENDLESS));
+            }
+            summary.memory(&memory(settings, config));
         }
-        if let Some(path) = &settings.model.chat_template {
-            summary.file("model.chat_template", path);
-        }
-        let judge = &settings.preference.judge;
-        match world::check_judge(judge) {
-            Ok(()) => summary.line("ok", &format!("judge {}", judge.name())),
-            Err(error) => summary.problem(&format!("judge: {error:#}")),
+        if path.join("config.toml").exists() {
+            let path = path.display();
+            summary.line(
+                "warn",
+                &format!("{path} holds a run: go on with --resume, or choose another run.name"),
+            );
         }
         summary
     }
@@ -101,56 +109,7 @@ impl Summary {
         writeln!(self.text, "{grade:<5}{text}").ok();
     }
 
-    fn problem(&mut self, text: &str) {
-        self.problems += 1;
-        self.line("fail", text);
-    }
-
-    /// Tells of the model; its shape when that can be known without making it.
-    fn model(&mut self, settings: &Settings) -> Option<ModelConfig> {
-        match subject(settings) {
-            Ok(Subject::Bandit { arms }) => {
-                self.line("ok", &format!("model: a bandit of {arms} arms, made when the run starts; its memory is negligible"));
-                None
-            }
-            Ok(Subject::Unfetched { origin }) => {
-                self.line("ok", &format!("model: {origin}; its shape is known then"));
-                None
-            }
-            Ok(Subject::Decoder { origin, config }) => {
-                self.line("ok", &format!("model: {origin}, {}", shape(&config)));
-                if config.stops.is_empty() {
-                    self.line("warn", &format!("model: {}", world::ENDLESS));
-                }
-                Some(*config)
-            }
-            Err(error) => {
-                self.problem(&format!("model: {error:#}"));
-                None
-            }
-        }
-    }
-
-    /// Tells of the adapter, where one is trained.
-    fn adapter(&mut self, settings: &Settings, config: &ModelConfig) {
-        let told = adapter_of(settings).and_then(|(origin, adapter)| {
-            let Some(adapter) = adapter else {
-                return Ok(origin);
-            };
-            if settings.model.adapter.is_none() {
-                adapter.check_targets(config)?;
-            }
-            let count = adapter.parameter_count(config)?;
-            Ok(format!("{origin}rank {}, {count} parameters", adapter.rank))
-        });
-        match told {
-            Ok(told) if told.is_empty() => {}
-            Ok(told) => self.line("ok", &format!("adapter: {told}")),
-            Err(error) => self.problem(&format!("adapter: {error:#}")),
-        }
-    }
-
-    fn memory(&mut self, parts: &[Part]) {
+    fn memory(&mut self, parts: &[MemoryPart]) {
         let total = parts
             .iter()
             .fold(0u64, |sum, part| sum.saturating_add(part.bytes));
@@ -164,143 +123,17 @@ impl Summary {
             self.line("", &format!("  {size:>12}  {name}"));
         }
     }
-
-    /// Tells of the files of rows that `path` names.
-    fn rows(&mut self, key: &str, path: &Path) {
-        let text = format!("{key} = {}", path.display());
-        match dataset::files(path) {
-            Ok(files) if files.len() > 1 => {
-                self.line("ok", &format!("{text}: {} files", files.len()));
-            }
-            Ok(_) => self.line("ok", &text),
-            Err(DatasetError::Unreadable { source, .. }) => {
-                self.problem(&format!("{text}: {source}"));
-            }
-            Err(DatasetError::File { reason, .. }) => self.problem(&format!("{text}: {reason}")),
-            Err(error) => self.problem(&format!("{text}: {error}")),
-        }
-    }
-
-    fn file(&mut self, key: &str, path: &Path) {
-        let text = format!("{key} = {}", path.display());
-        match File::open(path).and_then(|file| file.metadata()) {
-            Ok(metadata) if metadata.is_dir() => {
-                self.problem(&format!("{text}: it is a folder, not a file"));
-            }
-            Ok(_) => self.line("ok", &text),
-            Err(error) => self.problem(&format!("{text}: {error}")),
-        }
-    }
-}
-
-/// What a run would train.
-enum Subject {
-    Bandit {
-        arms: usize,
-    },
-    /// A model of the hub that is not here.
-    Unfetched {
-        origin: String,
-    },
-    Decoder {
-        origin: String,
-        config: Box<ModelConfig>,
-    },
-}
-
-fn subject(settings: &Settings) -> anyhow::Result<Subject> {
-    if let Some(source) = &settings.model.path {
-        let Look { folder, origin } = model_hub::look(source)?;
-        let Some(path) = folder else {
-            return Ok(Subject::Unfetched { origin });
-        };
-        // The tokenizer is opened too: it must fit the model, and its chat template must compile.
-        let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
-        folder.check_weights()?;
-        return Ok(Subject::Decoder {
-            origin,
-            config: Box::new(folder.config),
-        });
-    }
-    if let Some(probabilities) = &settings.model.reference_probabilities {
-        let arms = Bandit::new(probabilities)?.probabilities().len();
-        return Ok(Subject::Bandit { arms });
-    }
-    let world = &settings.playground;
-    let raw = base_config_json(
-        world.hidden_size,
-        world.layers,
-        world.heads,
-        world.intermediate_size,
-    );
-    let config = ModelConfig::from_json(raw, Path::new("[playground]"))?;
-    Ok(Subject::Decoder {
-        origin: "the playground's base".into(),
-        config: Box::new(config),
-    })
-}
-
-/// Where the adapter of the settings comes from, in words that may be empty, and its shape where it is known.
-fn adapter_of(settings: &Settings) -> anyhow::Result<(String, Option<LoraConfig>)> {
-    let Some(source) = &settings.model.adapter else {
-        return Ok((String::new(), world::fresh_adapter(settings)));
-    };
-    let Look { folder, origin } = model_hub::look(source)?;
-    let opened = folder
-        .map(|folder| AdapterFolder::open(&folder))
-        .transpose()?;
-    if let Some(opened) = &opened {
-        opened.check_file()?;
-    }
-    Ok(match opened {
-        Some(opened) => (format!("{origin}, "), Some(opened.config)),
-        None => (origin, None),
-    })
-}
-
-fn shape(config: &ModelConfig) -> String {
-    format!(
-        "{:?} of {} blocks of width {}, {} heads ({} of keys and values), {} tokens, {} positions: {} parameters",
-        config.architecture,
-        config.layers,
-        config.hidden_size,
-        config.heads,
-        config.kv_heads,
-        config.vocab_size,
-        config.max_positions,
-        config.parameter_count()
-    )
-}
-
-/// The rows that the settings name, under their keys.
-fn rows(settings: &Settings) -> Vec<(&'static str, &Path)> {
-    let mut files = Vec::new();
-    if let PromptsSettings::Dataset(dataset) = &settings.prompts {
-        let mixed = dataset.mix.iter().map(|file| file.path.as_path());
-        files.extend(mixed.map(|path| ("prompts.mix", path)));
-        let alone = [
-            ("prompts.path", &dataset.path),
-            ("prompts.held_out_path", &dataset.held_out_path),
-        ];
-        for (key, path) in alone {
-            files.extend((!path.as_os_str().is_empty()).then_some((key, path.as_path())));
-        }
-    }
-    if let Some(path) = &settings.sft.path {
-        files.push(("sft.path", path.as_path()));
-    }
-    files
 }
 
 /// A part of the memory that a run needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Part {
+struct MemoryPart {
     name: &'static str,
     bytes: u64,
 }
 
 /// What a run of all roles in one process holds at its height, by part.
-fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
+fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
     let (actor, learner) = (&settings.actor, &settings.learner);
     let bytes = match settings.model.dtype {
         DtypeSetting::F32 => 4,
@@ -365,7 +198,9 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<Part> {
         ),
     ];
     let parts = parts.into_iter().filter(|&(_, bytes)| bytes > 0);
-    parts.map(|(name, bytes)| Part { name, bytes }).collect()
+    parts
+        .map(|(name, bytes)| MemoryPart { name, bytes })
+        .collect()
 }
 
 /// Numbers that the backward pass keeps for a token, in all blocks: two residuals, two normed inputs and
@@ -419,20 +254,31 @@ fn mebibytes(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use playground::{Bandit, base_config_json};
     use settings::Override;
 
     use super::*;
+    use crate::failure::Code;
 
     fn settings(sets: &[&str]) -> Settings {
         let sets: Vec<Override> = sets.iter().map(|set| set.parse().unwrap()).collect();
         settings::resolve("", "test", &sets).unwrap().settings
     }
 
+    fn summary(sets: &[&str]) -> Summary {
+        let folder = tempfile::tempdir().unwrap();
+        Summary::of(&settings(sets), &folder.path().join("run"))
+    }
+
     fn playground(settings: &Settings) -> ModelConfig {
-        match subject(settings).unwrap() {
-            Subject::Decoder { config, .. } => *config,
-            Subject::Bandit { .. } | Subject::Unfetched { .. } => panic!("it has a shape"),
-        }
+        let world = &settings.playground;
+        let raw = base_config_json(
+            world.hidden_size,
+            world.layers,
+            world.heads,
+            world.intermediate_size,
+        );
+        ModelConfig::from_json(raw, Path::new("[playground]")).unwrap()
     }
 
     #[test]
@@ -509,12 +355,13 @@ mod tests {
 
     #[test]
     fn the_defaults_are_the_playground_and_nothing_is_missing() {
-        let summary = Summary::of(&settings(&[]));
-        assert_eq!(summary.problems, 0, "{}", summary.text);
+        let summary = summary(&[]);
+        assert!(summary.refused.0.is_empty(), "{}", summary.text);
         for expected in [
             "the playground's base",
             "Llama of 2 blocks of width 96",
             "ok   judge gold",
+            "memory: about",
         ] {
             assert!(
                 summary.text.contains(expected),
@@ -526,14 +373,14 @@ mod tests {
 
     #[test]
     fn a_bandit_is_known_by_its_arms() {
-        let summary = Summary::of(&settings(&[
+        let summary = summary(&[
             "prompts.kind=bandit",
             "actor.max_new_tokens=1",
             "model.reference_probabilities=[0.5, 0.3, 0.2]",
             "preference.judge.kind=matrix",
             "preference.judge.matrix=[[0.5,0.9,0.4],[0.1,0.5,0.8],[0.6,0.2,0.5]]",
-        ]));
-        assert_eq!(summary.problems, 0, "{}", summary.text);
+        ]);
+        assert!(summary.refused.0.is_empty(), "{}", summary.text);
         assert!(
             summary.text.contains("a bandit of 3 arms"),
             "{}",
@@ -544,24 +391,32 @@ mod tests {
     #[test]
     fn everything_that_is_missing_is_named_at_once() {
         let folder = tempfile::tempdir().unwrap();
+        Bandit::new(&[0.5, 0.5])
+            .unwrap()
+            .write_model(folder.path())
+            .unwrap();
         let path = folder.path().display();
         let sets = [
             "prompts.kind=dataset".to_owned(),
-            format!("prompts.path={path}"),
-            format!("prompts.held_out_path={path}/held.jsonl"),
-            format!("model.path={path}/base"),
+            format!("prompts.path={path}/prompts.jsonl"),
+            format!("model.path={path}"),
+            format!("model.chat_template={path}"),
             format!("sft.path={path}/sft.jsonl"),
+            format!("telemetry.token_path={path}/token"),
+            "actor.max_prompt_length=8".to_owned(),
+            "actor.max_new_tokens=8".to_owned(),
             "preference.judge.kind=rule".to_owned(),
             "preference.judge.rules=[{kind = \"regex\", pattern = \"(\", weight = 1.0}]".to_owned(),
         ];
-        let summary = Summary::of(&settings(&sets.each_ref().map(String::as_str)));
-        assert_eq!(summary.problems, 5, "{}", summary.text);
+        let summary = summary(&sets.each_ref().map(String::as_str));
+        assert_eq!(summary.refused.0.len(), 4, "{}", summary.text);
+        assert_eq!(summary.refused.code(), Code::Configuration, "the rule's");
         for expected in [
-            format!("fail prompts.path = {path}: the folder holds no file of rows"),
-            format!("fail prompts.held_out_path = {path}/held.jsonl: No such file"),
-            format!("fail model: failed to read {path}/base"),
-            format!("fail sft.path = {path}/sft.jsonl: No such file"),
-            "fail judge: ".to_owned(),
+            format!("fail model.chat_template: {path}: it is a folder"),
+            format!("fail prompts.path: failed to read {path}/prompts.jsonl: No such file"),
+            "fail preference.judge: ".to_owned(),
+            format!("fail telemetry.token_path: read the page's token from {path}/token"),
+            format!("warn sft.path = {path}/sft.jsonl: No such file"),
         ] {
             assert!(
                 summary.text.contains(&expected),
@@ -579,23 +434,24 @@ mod tests {
             .write_model(folder.path())
             .unwrap();
         let prompts = folder.path().join("prompts.jsonl");
-        std::fs::write(&prompts, "{\"prompt\": \"arm0\"}\n").unwrap();
+        std::fs::write(&prompts, "{\"prompt\": \"arm0\"}\n{\"prompt\": \"arm1\"}\n").unwrap();
         let with = |length: usize| {
             let sets = [
                 "prompts.kind=dataset".to_owned(),
                 format!("prompts.path={}", prompts.display()),
+                "prompts.held_out=1".to_owned(),
                 format!("model.path={}", folder.path().display()),
                 format!("actor.max_prompt_length={length}"),
                 "actor.max_new_tokens=8".to_owned(),
                 "preference.judge.kind=rule".to_owned(),
                 "preference.judge.rules=[{kind = \"ended\", weight = 1.0}]".to_owned(),
             ];
-            Summary::of(&settings(&sets.each_ref().map(String::as_str)))
+            summary(&sets.each_ref().map(String::as_str))
         };
         let fits = with(8);
-        assert_eq!(fits.problems, 0, "{}", fits.text);
+        assert!(fits.refused.0.is_empty(), "{}", fits.text);
         let exceeds = with(9);
-        assert_eq!(exceeds.problems, 1, "{}", exceeds.text);
+        assert_eq!(exceeds.refused.0.len(), 1, "{}", exceeds.text);
         assert!(
             exceeds.text.contains("exceed the model's 16 positions"),
             "{}",
@@ -609,6 +465,6 @@ mod tests {
             "{}",
             bare.text
         );
-        assert_eq!(bare.problems, 1);
+        assert_eq!(bare.refused.code(), Code::MissingResource);
     }
 }

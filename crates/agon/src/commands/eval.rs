@@ -6,17 +6,18 @@ use std::{
     sync::Arc,
 };
 
-use learner::Interval;
-use messages::{Pair, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
+use learner::{EvaluationConditions, Interval, PromptSet};
+use messages::{Finish, Pair, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
 use model::{CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler};
 use preference::{Orders, Question, Ruling, RulingError, Verdict};
 use serde_json::json;
 use settings::{ModelSource, Override, Settings, resolve_file};
-use telemetry::printable_json;
+use telemetry::{EvaluationRecord, RunView, evaluation_differences, printable_json};
 
 use crate::{
     failure::Misuse,
     model_hub::{self, Located},
+    report::verdict::sampled_with,
     roles, world,
 };
 
@@ -24,8 +25,9 @@ use crate::{
 ///
 /// A and B are Hugging Face folders, models of the hub (hf:ORG/NAME@REVISION), PEFT folders that name their
 /// model, checkpoints or run directories (their latest checkpoint). Prompts, sampling and judge come from
-/// --config, or from the configuration of the first run directory. Every pair is judged in both orders;
-/// ties count one half.
+/// --config, or from the configuration of the first run directory. Every distinct held-out prompt is asked
+/// once and every pair is judged in both orders; ties count one half. Stop tokens and chat template are those
+/// of A: where B has others, or a run was evaluated under others, a warning names them.
 ///
 /// Example: agon eval runs/quickstart runs/base/0123456789abcdef --prompts 1024
 #[derive(clap::Args)]
@@ -40,7 +42,8 @@ pub(crate) struct Arguments {
     /// Change one setting, VALUE being TOML; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<Override>,
-    /// How many held-out prompts; evaluation.prompts when not given.
+    /// How many held-out prompts, refused when there are fewer distinct ones; evaluation.prompts, or as many
+    /// as there are, when not given.
     #[arg(long, value_name = "N")]
     prompts: Option<usize>,
     /// One JSON object in place of words.
@@ -62,12 +65,19 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             )
         })?;
     let settings = resolve_file(&config, &arguments.set)?.settings;
-    let count = arguments.prompts.unwrap_or(settings.evaluation.prompts);
     let (a, b) = (
         load(&settings, &arguments.a)?,
         load(&settings, &arguments.b)?,
     );
-    let pairs = answer(&settings, (&a, &b), count)?;
+    let set = world::prompts(&settings, (&a.0, a.1.weights()), &|| false)?;
+    let count = count(arguments.prompts, &settings, set.as_ref())?;
+    let pairs = answer(&settings, (&a, &b), set.as_ref(), count)?;
+    let truncated = [0, 1].map(|index| truncation_rate(&pairs, index));
+    let conditions = world::conditions(&a.0, &roles::sampling(&settings));
+    let differences = differences(arguments, &settings, (&conditions, &b.0));
+    for difference in &differences {
+        tracing::warn!("evaluations that cannot be compared: {difference}");
+    }
     let mut wins = Vec::new();
     let mut abstained = 0;
     for ruling in rulings(&settings, &a.0, pairs)? {
@@ -82,8 +92,84 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         wins.iter().sum::<f64>() / wins.len().max(1) as f64,
         wins.len(),
     );
-    tell(arguments, rate, wins.len(), abstained);
+    tell(&Told {
+        arguments,
+        rate,
+        prompts: wins.len(),
+        abstained,
+        conditions,
+        truncated,
+        differences,
+    });
     Ok(ExitCode::SUCCESS)
+}
+
+/// The number of held-out prompts to ask: what was asked for on the command line, else what the settings want
+/// and there is.
+///
+/// # Errors
+/// When the command line asks for more distinct prompts than there are.
+fn count(
+    asked: Option<usize>,
+    settings: &Settings,
+    prompts: &dyn PromptSet,
+) -> Result<usize, Misuse> {
+    let wanted = asked.unwrap_or(settings.evaluation.prompts);
+    let Some(distinct) = prompts.held_out_count().filter(|&count| count < wanted) else {
+        return Ok(wanted);
+    };
+    if asked.is_some() {
+        return Err(Misuse(format!(
+            "--prompts {wanted} asks for more than the {distinct} distinct held-out prompts there are: ask for \
+             fewer, or hold out more (prompts.held_out, prompts.held_out_path)"
+        )));
+    }
+    tracing::warn!(
+        "evaluation.prompts = {wanted}, but there are {distinct} distinct held-out prompts: each is asked once"
+    );
+    Ok(distinct)
+}
+
+/// Share of the completions at place `index` of their pairs that were cut off at the longest allowed.
+fn truncation_rate(pairs: &[Pair], index: usize) -> f64 {
+    let cut_off = |pair: &&Pair| pair.completions[index].finish == Finish::Length;
+    pairs.iter().filter(cut_off).count() as f64 / pairs.len().max(1) as f64
+}
+
+/// Why this evaluation cannot be compared with how the two models are sampled elsewhere: B's own stop tokens
+/// and chat template against those in use, and what the runs among them recorded.
+fn differences(
+    arguments: &Arguments,
+    settings: &Settings,
+    (used, b): (&EvaluationConditions, &ModelFolder),
+) -> Vec<String> {
+    let record = |name: String, conditions: &EvaluationConditions| EvaluationRecord {
+        name,
+        conditions: Some(json!(conditions)),
+        truncation_rate: None,
+    };
+    let own = world::conditions(b, &roles::sampling(settings));
+    let mut records = vec![
+        record("this evaluation".into(), used),
+        record(arguments.b.to_string(), &own),
+    ];
+    for source in [&arguments.a, &arguments.b] {
+        let recorded = run_config(source).and_then(|config| recorded(config.parent()?));
+        // Truncation differs between policies: it is a result here, not a condition.
+        records.extend(recorded.map(|recorded| EvaluationRecord {
+            name: format!("the run {source}"),
+            truncation_rate: None,
+            ..recorded
+        }));
+    }
+    evaluation_differences(&records)
+}
+
+/// What the last evaluation of the run in this directory was made under.
+fn recorded(run: &Path) -> Option<EvaluationRecord> {
+    let mut view = RunView::open(run).ok()?;
+    view.refresh().ok()?;
+    view.evaluation()
 }
 
 /// What the judge of the settings says of every pair, in both orders; their tokens are those of the model
@@ -104,19 +190,34 @@ fn rulings(
     })
 }
 
-fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize) {
-    if arguments.json {
+/// What there is to say of an evaluation.
+struct Told<'a> {
+    arguments: &'a Arguments,
+    rate: Interval,
+    prompts: usize,
+    abstained: usize,
+    conditions: EvaluationConditions,
+    /// Shares of A's and of B's completions that were cut off.
+    truncated: [f64; 2],
+    differences: Vec<String>,
+}
+
+fn tell(told: &Told<'_>) {
+    let (rate, prompts, abstained) = (told.rate, told.prompts, told.abstained);
+    let (a, b) = (&told.arguments.a, &told.arguments.b);
+    let [truncated_a, truncated_b] = told.truncated;
+    if told.arguments.json {
         let row = json!({
-            "a": arguments.a.to_string(), "b": arguments.b.to_string(), "prompts": prompts, "abstained": abstained,
+            "a": a.to_string(), "b": b.to_string(), "prompts": prompts, "abstained": abstained,
             "win_rate": rate.mean, "win_rate_ci_low": rate.low, "win_rate_ci_high": rate.high,
+            "conditions": told.conditions, "truncation_rate_a": truncated_a,
+            "truncation_rate_b": truncated_b, "differences": told.differences,
         });
         println!("{}", printable_json(&row.to_string()));
         return;
     }
     println!(
-        "{} is preferred to {} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
-        arguments.a,
-        arguments.b,
+        "{a} is preferred to {b} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
         100.0 * rate.mean,
         100.0 * rate.low,
         100.0 * rate.high,
@@ -125,6 +226,12 @@ fn tell(arguments: &Arguments, rate: Interval, prompts: usize, abstained: usize)
         } else {
             String::new()
         }
+    );
+    println!(
+        "Evaluated with {}; {:.1} % of {a}'s answers were cut off there, {:.1} % of {b}'s.",
+        sampled_with(&told.conditions),
+        100.0 * truncated_a,
+        100.0 * truncated_b
     );
 }
 
@@ -161,9 +268,9 @@ fn load(settings: &Settings, source: &ModelSource) -> anyhow::Result<(ModelFolde
 fn answer(
     settings: &Settings,
     (a, b): (&(ModelFolder, LanguageModel), &(ModelFolder, LanguageModel)),
+    prompts: &dyn PromptSet,
     count: usize,
 ) -> anyhow::Result<Vec<Pair>> {
-    let prompts = world::prompts(settings, (&a.0, a.1.weights()), &|| false)?;
     world::fits_positions(settings, &a.0.config)?;
     let capacity = settings.actor.max_prompt_length + settings.actor.max_new_tokens;
     let sampling = roles::sampling(settings);

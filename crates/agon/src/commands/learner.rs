@@ -8,7 +8,7 @@ use crate::{
     presence::host,
     report::Report,
     roles::{self, Joined},
-    world,
+    world::{self, Part, Preflight},
 };
 
 /// Lead a run over JetStream: learn from labelled pairs, publish weights, write the run directory.
@@ -36,6 +36,8 @@ async fn lead(arguments: &train::Arguments, end_with_stdin: bool) -> anyhow::Res
     let resolved = arguments.configuration.resolve()?;
     let settings = &resolved.settings;
     let (path, resume) = (arguments.path(settings), arguments.resume.as_deref());
+    let read =
+        tokio::task::block_in_place(|| Preflight::of(settings, &path, Part::Learner).passed())?;
     let shown = view::beside(&settings.telemetry, &path)?;
     let stop = interrupt::on_signal_or_end(end_with_stdin)?;
     let resuming = resume.is_some() && path.join("config.toml").exists();
@@ -45,7 +47,7 @@ async fn lead(arguments: &train::Arguments, end_with_stdin: bool) -> anyhow::Res
             break (joined, claim);
         }
     };
-    let world = tokio::task::block_in_place(|| world::build(settings, &|| *stop.borrow()))?;
+    let world = tokio::task::block_in_place(|| world::build(settings, read, &|| *stop.borrow()))?;
     let (directory, resume) = train::open(&path, &resolved, resume)?;
     let directory = Arc::new(directory);
     train::announce(settings, &world);

@@ -17,7 +17,7 @@ use crate::{
     interrupt, launch,
     report::Report,
     roles,
-    world::{self, JudgeSource, World},
+    world::{self, JudgeSource, Part, Preflight, World},
 };
 
 /// Align a model by self-play, from a configuration file.
@@ -97,15 +97,16 @@ pub(super) fn open(
     Ok((directory, checkpoint))
 }
 
-/// Makes the world first: a mistake in it must not claim a run directory.
+/// Opens what the settings name and makes the world first: a mistake in it must not claim a run directory.
 async fn align(path: &Path, resolved: &Resolved, resume: Option<&str>) -> anyhow::Result<ExitCode> {
     let settings = &resolved.settings;
     if resume.is_none() && path.join("config.toml").exists() {
         RunDirectory::create(path, &resolved.toml)?;
     }
+    let read = tokio::task::block_in_place(|| Preflight::of(settings, path, Part::Whole).passed())?;
     let shown = view::beside(&settings.telemetry, path)?;
     let stop = interrupt::on_signal()?;
-    let world = tokio::task::block_in_place(|| world::build(settings, &|| *stop.borrow()))?;
+    let world = tokio::task::block_in_place(|| world::build(settings, read, &|| *stop.borrow()))?;
     let judge = tokio::task::block_in_place(|| {
         JudgeSource::open(settings, world.judged(), &|| *stop.borrow())
     })?;

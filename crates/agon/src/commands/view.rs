@@ -11,7 +11,9 @@ use std::{
 use futures_util::future::join_all;
 use reqwest::{Client, Url};
 use settings::TelemetrySettings;
-use telemetry::{Exporter, MetricsPage, PageParts, PageServer, RunView, page_token};
+use telemetry::{
+    Exporter, MetricsPage, PageParts, PageServer, RunView, evaluation_differences, page_token,
+};
 use tokio::runtime::Handle;
 
 use crate::{failure::Misuse, interrupt, overview, presence::metrics_url};
@@ -22,7 +24,8 @@ const PATIENCE: Duration = Duration::from_millis(800);
 /// Show runs in a browser: curves, the flow of messages, samples, rounds, settings.
 ///
 /// Reads run directories and changes nothing; a run that goes on is followed. Several runs are laid over
-/// one another. The address stands on standard output; SIGTERM or Ctrl-C ends it.
+/// one another; a warning says where their evaluations had other stop tokens, chat templates or sampling, or
+/// truncated more answers. The address stands on standard output; SIGTERM or Ctrl-C ends it.
 ///
 /// Example: agon view runs/quickstart runs/another
 #[derive(clap::Args)]
@@ -44,11 +47,13 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let runs = arguments.runs.iter().map(RunView::open);
+    let mut runs = runs.collect::<Result<Vec<_>, _>>()?;
+    warn_of_differences(&mut runs)?;
     let runtime = crate::runtime()?;
     let parts = PageParts {
         listen: arguments.listen,
         token: page_token(arguments.token_path.as_deref().unwrap_or(Path::new("")))?,
-        runs: runs.collect::<Result<_, _>>()?,
+        runs,
         live: Some(match arguments.metrics.as_slice() {
             [] => everyone(&arguments.runs[0], None, runtime.handle().clone())?,
             urls => {
@@ -69,6 +74,18 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         drop(stopped.wait_for(|stop| *stop).await);
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Warns when the last evaluations of these runs cannot be compared.
+fn warn_of_differences(runs: &mut [RunView]) -> Result<(), telemetry::Error> {
+    for run in runs.iter_mut() {
+        run.refresh()?;
+    }
+    let evaluations: Vec<_> = runs.iter().filter_map(RunView::evaluation).collect();
+    for difference in evaluation_differences(&evaluations) {
+        tracing::warn!("the win rates of these runs cannot be compared: {difference}");
+    }
+    Ok(())
 }
 
 /// What all processes of a run say of themselves: this one directly, when it is one of them, the others as

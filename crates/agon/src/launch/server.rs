@@ -136,6 +136,29 @@ impl Server {
     }
 }
 
+/// Whether the program is there, by its path or on the search path.
+pub(crate) fn find(program: &str) -> Result<(), Misuse> {
+    let is_here = |path: &Path| path.is_file();
+    let found = match program.contains('/') {
+        true => is_here(Path::new(program)),
+        false => {
+            let folders = std::env::var_os("PATH").unwrap_or_default();
+            std::env::split_paths(&folders).any(|folder| is_here(&folder.join(program)))
+        }
+    };
+    match found {
+        true => Ok(()),
+        false => Err(missing(program)),
+    }
+}
+
+fn missing(program: &str) -> Misuse {
+    Misuse(format!(
+        "{program} is not there: install a NATS server (apt install nats-server), name it with \
+         transport.server, or say where one runs with transport.url"
+    ))
+}
+
 fn spawn(program: &str, config: &Path, log: &Path) -> anyhow::Result<Child> {
     let log = std::fs::File::options()
         .create(true)
@@ -153,11 +176,7 @@ fn spawn(program: &str, config: &Path, log: &Path) -> anyhow::Result<Child> {
         .spawn();
     match spawned {
         Ok(process) => Ok(process),
-        Err(error) if error.kind() == ErrorKind::NotFound => Err(Misuse(format!(
-            "{program} is not there: install a NATS server (apt install nats-server), name it with \
-             transport.server, or say where one runs with transport.url"
-        ))
-        .into()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Err(missing(program).into()),
         Err(error) => Err(error).context(format!("failed to start {program}")),
     }
 }

@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use messages::Seed;
-use model::{Adapter, AdapterFolder, LanguageModel, LoraConfig, ModelFolder, Weights};
+use model::{
+    Adapter, AdapterFolder, LanguageModel, LoraConfig, ModelConfig, ModelError, ModelFolder,
+    Weights,
+};
 use settings::Settings;
 
 use crate::failure::Misuse;
@@ -27,8 +30,7 @@ pub(crate) fn adapter(
         Some(path) => read(path, fresh.rank, &base)?,
         None => {
             let seed = Seed(settings.run.seed).derive(FRESH);
-            Adapter::fresh(fresh, &folder.config, seed, base.device())
-                .map_err(|error| Misuse(format!("model.target_modules: {error}")))?
+            Adapter::fresh(fresh, &folder.config, seed, base.device()).map_err(misfit)?
         }
     };
     let adapter = adapter.with_base_model(folder.base_model.clone());
@@ -37,6 +39,11 @@ pub(crate) fn adapter(
 
 /// The adapter in the folder `path`, which must have this rank.
 fn read(path: &Path, rank: usize, base: &LanguageModel) -> anyhow::Result<Adapter> {
+    Ok(open(path, rank)?.adapter(base)?)
+}
+
+/// The folder `path` of an adapter of this rank, its tensors not read.
+fn open(path: &Path, rank: usize) -> anyhow::Result<AdapterFolder> {
     let opened = AdapterFolder::open(path)?;
     if opened.config.rank != rank {
         return Err(Misuse(format!(
@@ -46,7 +53,34 @@ fn read(path: &Path, rank: usize, base: &LanguageModel) -> anyhow::Result<Adapte
         ))
         .into());
     }
-    Ok(opened.adapter(base)?)
+    Ok(opened)
+}
+
+/// The shape of the adapter that the settings train beside a model of this shape, if they want one: that of
+/// the folder `saved`, or of a fresh one. Tensors are not read.
+///
+/// # Errors
+/// As [`adapter`], as far as shapes say.
+pub(crate) fn adapter_shape(
+    settings: &Settings,
+    base: &ModelConfig,
+    saved: Option<&Path>,
+) -> anyhow::Result<Option<LoraConfig>> {
+    let Some(fresh) = fresh_adapter(settings) else {
+        return Ok(None);
+    };
+    let Some(path) = saved else {
+        fresh.check_targets(base).map_err(misfit)?;
+        return Ok(Some(fresh));
+    };
+    let opened = open(path, fresh.rank)?;
+    opened.check_file()?;
+    opened.config.parameter_count(base)?;
+    Ok(Some(opened.config))
+}
+
+fn misfit(error: ModelError) -> Misuse {
+    Misuse(format!("model.target_modules: {error}"))
 }
 
 /// The shape of a fresh adapter, if the settings want an adapter.

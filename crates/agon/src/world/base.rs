@@ -80,7 +80,9 @@ pub(crate) fn kept(
     placed.map(|()| path)
 }
 
-fn make(settings: &Settings, aside: &Path, stopped: &dyn Fn() -> bool) -> anyhow::Result<f64> {
+/// Writes configuration and tokenizer of the playground's base into the folder `to`, and opens it; the weights
+/// are made later.
+pub(crate) fn base_shape(settings: &Settings, to: &Path) -> anyhow::Result<ModelFolder> {
     let world = &settings.playground;
     let config = base_config_json(
         world.hidden_size,
@@ -88,13 +90,14 @@ fn make(settings: &Settings, aside: &Path, stopped: &dyn Fn() -> bool) -> anyhow
         world.heads,
         world.intermediate_size,
     );
-    fs::write(
-        aside.join("config.json"),
-        serde_json::to_vec_pretty(&config)?,
-    )
-    .with_context(|| format!("failed to write into {}", aside.display()))?;
-    playground::write_tokenizer(aside)?;
-    let folder = ModelFolder::open(aside, None)?;
+    fs::write(to.join("config.json"), serde_json::to_vec_pretty(&config)?)
+        .with_context(|| format!("failed to write into {}", to.display()))?;
+    playground::write_tokenizer(to)?;
+    Ok(ModelFolder::open(to, None)?)
+}
+
+fn make(settings: &Settings, aside: &Path, stopped: &dyn Fn() -> bool) -> anyhow::Result<f64> {
+    let folder = base_shape(settings, aside)?;
     let (device, dtype) = super::device(settings)?;
     let seed = Seed(settings.run.seed);
     let model = random_model(&folder.config, seed, dtype, &device)?;

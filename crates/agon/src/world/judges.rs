@@ -4,14 +4,14 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use messages::JudgeVersion;
-use model::{Device, Encoder, ModelFolder, RewardModel, Weights};
-use preference::{EncoderJudge, Ensemble, Judge, Matrix, Rules};
-use settings::{Combine, Head, JudgeSettings, ModelSource, Settings};
+use model::{Encoder, ModelFolder, RewardModel, Weights};
+use preference::{EncoderJudge, Ensemble, Judge, Judges, Matrix, Rules};
+use settings::{ChatSettings, Combine, Head, JudgeSettings, ModelSource, Settings};
 
 use super::{
     Gold, Opened, Start,
     local_chat::{self, LocalChat},
-    preference_model,
+    preference_model, reward_folder,
 };
 use crate::{
     failure::Misuse,
@@ -122,8 +122,8 @@ impl Opening<'_> {
         let tokens = self.tokens.get_or_insert_with(|| path.clone());
         let weights = self.policy.map(|(_, weights)| weights);
         let located = Located::at(path, self.stopped)?;
-        let opened = Opened::open(&located, weights, tokens, &super::device(settings)?)?;
-        opened.is(head)?;
+        let folder = reward_folder(&located, head)?;
+        let opened = Opened::open(folder, weights, tokens, &super::device(settings)?)?;
         let opened = opened.judging_in(settings.preference.precision);
         Ok(JudgeSource::Model(Box::new(opened)))
     }
@@ -182,35 +182,50 @@ impl JudgeSource {
     }
 }
 
-/// Whether the judge of the settings can be had, without reading weights or asking anyone but the hub for a model
-/// that is not here.
+/// Whether the judge can be opened, without reading weights, fitting a model or asking anyone but the hub for a
+/// model that is not here.
 ///
 /// # Errors
-/// What is wrong with it.
-pub(crate) fn check(judge: &JudgeSettings) -> anyhow::Result<()> {
-    match judge {
-        JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => {
-            if !path.is_empty()
-                && let Some(folder) = model_hub::look(path)?.folder
-                && let Some(located) = look_for_base(folder)?
-            {
-                located.reward()?.check_weights()?;
-            }
+/// As [`JudgeSource::open`] and [`super::bench`], as far as that can be known.
+pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Result<()> {
+    let model = |path: &ModelSource, head| {
+        if !path.is_empty()
+            && let Some(folder) = model_hub::look(path)?.folder
+            && let Some(located) = look_for_base(folder)?
+        {
+            reward_folder(&located, head)?.check_weights()?;
         }
+        anyhow::Ok(())
+    };
+    match judge {
+        JudgeSettings::BradleyTerry { path } => model(path, Head::BradleyTerry)?,
+        JudgeSettings::Pairwise { path } => model(path, Head::Pairwise)?,
         JudgeSettings::Encoder { path, .. } => {
             if let Some(folder) = model_hub::look(path)?.folder {
-                Encoder::load(&folder, &Device::Cpu)?;
+                Encoder::check_folder(&folder)?;
             }
         }
         JudgeSettings::Mistral(model) => {
             mistral::is_built()?;
             local_chat::source(model).check()?;
         }
-        JudgeSettings::Ensemble { members, .. } => members.iter().try_for_each(check)?,
-        JudgeSettings::Http(_) | JudgeSettings::Service { .. } => {}
+        JudgeSettings::Ensemble { members, .. } => {
+            members.iter().try_for_each(|member| check(member, chat))?;
+        }
+        JudgeSettings::Http(endpoints) => drop(Judges::chat(endpoints, chat)?),
+        JudgeSettings::Service { urls, token_path } => drop(Judges::services(urls, token_path)?),
         simple => drop(plain(simple)?),
     }
     Ok(())
+}
+
+/// Whether a preference model is to be fitted before this judge can judge.
+pub(crate) fn is_fitted(judge: &JudgeSettings) -> bool {
+    match judge {
+        JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => path.is_empty(),
+        JudgeSettings::Ensemble { members, .. } => members.iter().any(is_fitted),
+        _ => false,
+    }
 }
 
 /// A judge that needs no file.

@@ -140,7 +140,7 @@ pub(crate) fn annotated(
             let pairs = generated(settings, *how, base, stopped)?;
             Ok(split_generated(&pairs, fit))
         }
-        PairsSettings::Dataset(files) => from_files(files, fit, folder, Seed(settings.run.seed)),
+        PairsSettings::Dataset(files) => annotated_files(settings, files, folder),
     }
 }
 
@@ -302,6 +302,16 @@ fn split_generated(pairs: &[GeneratedPair], fit: &FitSettings) -> Annotated {
 
 fn held_out(count: usize, share: f64) -> usize {
     ((count as f64 * share).round() as usize).clamp(1, count.saturating_sub(1).max(1))
+}
+
+/// The annotated pairs of files, for a trunk with this folder.
+pub(crate) fn annotated_files(
+    settings: &Settings,
+    files: &DatasetPairs,
+    trunk: &ModelFolder,
+) -> anyhow::Result<Annotated> {
+    let seed = Seed(settings.run.seed);
+    from_files(files, &settings.preference.fit, trunk, seed)
 }
 
 fn from_files(

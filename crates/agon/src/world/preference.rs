@@ -5,15 +5,15 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
 use model::{
-    DType, Device, LanguageModel, ModelFolder, Precision, RewardFolder, RewardKind, RewardModel,
-    Tokenizer, Weights,
+    DType, Device, LanguageModel, ModelConfig, ModelFolder, Precision, RewardFolder, RewardKind,
+    RewardModel, Tokenizer, Weights,
 };
 use preference::{
     Calibration, Judge, Learned, Reads,
     fit::{self, FitStep, Material, calibrate, fit},
 };
 use serde_json::Value;
-use settings::{DtypeSetting, Head, Settings};
+use settings::{DtypeSetting, FitSettings, Head, Settings};
 use telemetry::Progress;
 
 use super::{annotated, base::kept};
@@ -31,6 +31,16 @@ pub(crate) struct Trunk {
     pub(crate) folder: ModelFolder,
     /// Its weights.
     pub(crate) model: LanguageModel,
+}
+
+/// Whether the adapter of `[preference.fit]`, if it wants one, fits a trunk of this shape.
+pub(crate) fn fit_adapter(how: &FitSettings, trunk: &ModelConfig) -> Result<(), Misuse> {
+    if let Some(adapter) = fit::adapter(how) {
+        adapter
+            .parameter_count(trunk)
+            .map_err(|error| Misuse(format!("preference.fit.target_modules: {error}")))?;
+    }
+    Ok(())
 }
 
 impl Trunk {
@@ -51,12 +61,7 @@ impl Trunk {
                 (folder, weights)
             }
         };
-        if let Some(adapter) = fit::adapter(how) {
-            adapter
-                .check_targets(&folder.config)
-                .and_then(|()| adapter.parameter_count(&folder.config))
-                .map_err(|error| Misuse(format!("preference.fit.target_modules: {error}")))?;
-        }
+        fit_adapter(how, &folder.config)?;
         let model = super::language_model(&folder, &weights)?;
         Ok(Self { folder, model })
     }
@@ -161,6 +166,30 @@ fn template_of(folder: &Path) -> Option<Value> {
     Some(config["chat_template"].clone()).filter(|template| !template.is_null())
 }
 
+/// The preference model located at `located`, its weights not read.
+///
+/// # Errors
+/// When it cannot be opened, or is not what the settings call it.
+pub(crate) fn reward_folder(located: &Located, kind: Head) -> anyhow::Result<RewardFolder> {
+    let folder = located.reward()?;
+    let fits = match folder.config.kind {
+        RewardKind::BradleyTerry => kind == Head::BradleyTerry,
+        RewardKind::Pairwise { .. } => kind == Head::Pairwise,
+    };
+    if fits {
+        return Ok(folder);
+    }
+    let (is, says) = match kind {
+        Head::BradleyTerry => ("pairwise", "bradley-terry"),
+        Head::Pairwise => ("bradley-terry", "pairwise"),
+    };
+    Err(Misuse(format!(
+        "{} holds a {is} model, not a {says} one: set preference.judge.kind = {is:?}",
+        folder.path().display()
+    ))
+    .into())
+}
+
 /// A preference model of a folder, ready to judge a policy.
 pub(crate) struct Opened {
     /// The model.
@@ -175,34 +204,14 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Whether it is what the settings call it.
-    pub(crate) fn is(&self, kind: Head) -> Result<(), Misuse> {
-        let fits = match self.model.config().kind {
-            RewardKind::BradleyTerry => kind == Head::BradleyTerry,
-            RewardKind::Pairwise { .. } => kind == Head::Pairwise,
-        };
-        if fits {
-            return Ok(());
-        }
-        let (is, says) = match kind {
-            Head::BradleyTerry => ("pairwise", "bradley-terry"),
-            Head::Pairwise => ("bradley-terry", "pairwise"),
-        };
-        Err(Misuse(format!(
-            "{} holds a {is} model, not a {says} one: set preference.judge.kind = {is:?}",
-            self.folder.path().display()
-        )))
-    }
-
-    /// Reads the folder. A model that was trained beside a policy's `weights` shares them. It reads tokens as
-    /// they come when the tokens of the model in the folder `tokens` are its own.
+    /// Reads the weights of a folder. A model that was trained beside a policy's `weights` shares them. It reads
+    /// tokens as they come when the tokens of the model in the folder `tokens` are its own.
     pub(crate) fn open(
-        located: &Located,
+        folder: RewardFolder,
         weights: Option<&Weights>,
         tokens: &Path,
         (device, dtype): &(Device, DType),
     ) -> anyhow::Result<Self> {
-        let folder = located.reward()?;
         let model = folder.model(*dtype, device, weights)?;
         let shares_tokens = reads_as(&folder.folder.path, tokens);
         Ok(Self {

@@ -3,16 +3,29 @@
 use tokio::sync::watch;
 
 use super::{Arrival, EVALUATION_WINDOW, Learner};
-use crate::{LearnerError, evaluation::Tally};
+use crate::{
+    Evaluation, LearnerError,
+    evaluation::{Asked, Tally},
+};
+
+/// How an evaluation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Evaluated {
+    /// Every prompt came back.
+    Completed,
+    /// The run is to stop; what came back so far is discarded.
+    Interrupted,
+}
 
 impl Learner {
     /// Compares the policy with its reference on held-out prompts, through the same actors and judge.
+    /// Every distinct prompt is asked once.
     pub(super) async fn evaluate(
         &mut self,
         shutdown: &mut watch::Receiver<bool>,
-    ) -> Result<(), LearnerError> {
+    ) -> Result<Evaluated, LearnerError> {
         self.publish().await?;
-        let (version, prompts) = (self.state.version, self.evaluation.prompts as u64);
+        let (version, prompts) = (self.state.version, self.evaluation_prompts() as u64);
         let mut sent = 0;
         while sent < prompts || self.feed.asking() > 0 {
             while sent < prompts && self.feed.asking() < EVALUATION_WINDOW {
@@ -21,24 +34,55 @@ impl Learner {
             }
             if let Arrival::Shutdown = self.arrival("evaluation pairs", shutdown).await? {
                 self.tally = Tally::default();
-                return Ok(());
+                return Ok(Evaluated::Interrupted);
             }
         }
         let tally = std::mem::take(&mut self.tally);
-        if let Some(evaluation) = tally.finish(self.state.step, self.evaluation.show) {
-            let measurements = evaluation.measurements();
-            self.journal
-                .append(self.state.step, self.wall_seconds(), &measurements)?;
-            telemetry::publish(&measurements, &[("role", "learner")]);
-            tracing::info!(
-                step = evaluation.step,
-                win_rate = format!("{:.3}", evaluation.win_rate.mean),
-                kl = format!("{:.3}", evaluation.kl),
-                length = format!("{:.1}", evaluation.response_length),
-                "evaluated"
-            );
-            self.state.evaluations.push(evaluation);
+        let asked = Asked {
+            step: self.state.step,
+            prompts: sent as usize,
+            conditions: self.conditions.clone(),
+        };
+        if let Some(evaluation) = tally.finish(asked, self.evaluation.show) {
+            self.record(evaluation)?;
         }
+        Ok(Evaluated::Completed)
+    }
+
+    /// Number of prompts of an evaluation: as many as the settings want, of distinct ones no more than
+    /// there are.
+    fn evaluation_prompts(&self) -> usize {
+        let wanted = self.evaluation.prompts;
+        let Some(distinct) = self.feed.held_out_count().filter(|&count| count < wanted) else {
+            return wanted;
+        };
+        if self.state.evaluations.is_empty() {
+            tracing::warn!(
+                "evaluation.prompts = {wanted}, but there are {distinct} distinct held-out prompts: each is \
+                 asked once (prompts.held_out and prompts.held_out_path give more)"
+            );
+        }
+        distinct
+    }
+
+    /// Writes an evaluation into the journal, the metrics and the log.
+    fn record(&mut self, evaluation: Evaluation) -> Result<(), LearnerError> {
+        let measurements = evaluation.measurements();
+        let conditions = serde_json::json!(evaluation.conditions);
+        let (step, seconds) = (self.state.step, self.wall_seconds());
+        self.journal
+            .append_evaluation(step, seconds, &measurements, conditions)?;
+        telemetry::publish(&measurements, &[("role", "learner")]);
+        tracing::info!(
+            step = evaluation.step,
+            win_rate = format!("{:.3}", evaluation.win_rate.mean),
+            prompts = evaluation.prompts,
+            unjudged = evaluation.unjudged,
+            kl = format!("{:.3}", evaluation.kl),
+            length = format!("{:.1}", evaluation.response_length),
+            "evaluated"
+        );
+        self.state.evaluations.push(evaluation);
         Ok(())
     }
 

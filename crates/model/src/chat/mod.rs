@@ -11,7 +11,7 @@ mod continuation;
 use std::path::{Path, PathBuf};
 
 use jinja::Template;
-use messages::{Dialogue, Message};
+use messages::{Dialogue, Digest, Message};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -108,6 +108,13 @@ impl ChatTemplate {
             return text.map_err(failure);
         }
         self.ended(dialogue, Ending::GenerationPrompt)
+    }
+
+    /// Digest of the templates' texts: templates of one digest render alike.
+    pub(crate) fn digest(&self) -> Digest {
+        let sources = [&self.default, &self.tool_use].into_iter().flatten();
+        let texts: Vec<&str> = sources.map(|source| source.text.as_str()).collect();
+        Digest::of(texts.join("\0").as_bytes())
     }
 
     /// The text of `dialogue` as it is, its last turn closed.

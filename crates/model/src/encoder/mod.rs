@@ -50,14 +50,18 @@ enum Network {
     ModernBert(Box<ModernBertClassifier>),
 }
 
-impl Encoder {
-    /// Reads the model in the folder `path` onto `device`.
-    ///
-    /// # Errors
-    /// When a file is missing, torn or does not fit the others, the architecture or a setting of it is
-    /// not supported, the weights are quantised or hold a tensor that the network does not take, or the classifier
-    /// has not one label.
-    pub fn load(path: &Path, device: &Device) -> Result<Self, ModelError> {
+/// What a folder says of an encoder without its weights.
+struct Description {
+    raw: Value,
+    kind: Kind,
+    vocab_size: usize,
+    max_positions: usize,
+    tokenizer: tokenizers::Tokenizer,
+    shards: Shards,
+}
+
+impl Description {
+    fn read(path: &Path) -> Result<Self, ModelError> {
         let file = path.join("config.json");
         let raw = read_json(&file)?;
         let kind = kind_of(&raw, &file)?;
@@ -77,8 +81,45 @@ impl Encoder {
             let (path, keys) = (file.display(), ignored.join(", "));
             tracing::warn!(%path, keys, "the configuration has keys that are not read");
         }
-        let tokenizer = read_fitting(path, vocab_size)?;
-        let shards = Shards::open(path)?;
+        Ok(Self {
+            tokenizer: read_fitting(path, vocab_size)?,
+            shards: Shards::open(path)?,
+            raw,
+            kind,
+            vocab_size,
+            max_positions,
+        })
+    }
+}
+
+impl Encoder {
+    /// Whether the folder `path` holds an encoder with its tokenizer, by the headers of its weights' files.
+    ///
+    /// # Errors
+    /// As [`Self::load`], except for tensors that do not fit the network.
+    pub fn check_folder(path: &Path) -> Result<(), ModelError> {
+        Description::read(path).map(drop)
+    }
+
+    /// Reads the model in the folder `path` onto `device`.
+    ///
+    /// # Errors
+    /// When a file is missing, torn or does not fit the others, the architecture or a setting of it is
+    /// not supported, the weights are quantised or hold a tensor that the network does not take, or the classifier
+    /// has not one label.
+    pub fn load(path: &Path, device: &Device) -> Result<Self, ModelError> {
+        let Description {
+            raw,
+            kind,
+            vocab_size,
+            max_positions,
+            tokenizer,
+            shards,
+        } = Description::read(path)?;
+        let malformed = |reason: String| ModelError::Malformed {
+            path: path.join("config.json"),
+            reason,
+        };
         let (recorded, taken) = Recorded::new(shards.read_all(device)?);
         let tensors = VarBuilder::from_backend(Box::new(recorded), DType::F32, device.clone());
         let network = (kind.build)(&raw, &tensors).map_err(|unfit| match unfit {

@@ -68,11 +68,11 @@ impl Endpoint {
     }
 }
 
-/// The secret in a file: its one line.
+/// The secret in a file: its one line; `None` when the path is empty.
 ///
 /// # Errors
 /// When the file cannot be read, or what it holds cannot be a header.
-pub(crate) fn key(path: &Path) -> Result<Option<String>, PreferenceError> {
+pub fn key(path: &Path) -> Result<Option<String>, PreferenceError> {
     if path.as_os_str().is_empty() {
         return Ok(None);
     }

@@ -23,7 +23,7 @@ use crate::JudgeError;
 
 pub use chat::{ChatJudge, ChatModel, Said};
 pub use encoder::EncoderJudge;
-pub(crate) use endpoint::key;
+pub use endpoint::key;
 pub use ensemble::Ensemble;
 pub use learned::{Learned, Reads};
 pub use matrix::Matrix;

@@ -14,7 +14,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::{Shared, routes};
-use crate::{Reading, RunStatus, readings};
+use crate::{Reading, RunStatus, evaluation_differences, readings};
 
 /// Between two looks at the runs.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -47,6 +47,8 @@ pub(super) struct Events {
 #[derive(Serialize)]
 struct Look {
     runs: Vec<RunStatus>,
+    /// Why the evaluations of these runs cannot be compared, a sentence each.
+    differences: Vec<String>,
     /// `None` when this process is none of the runs.
     live: Option<Vec<Reading>>,
 }
@@ -86,15 +88,23 @@ pub(super) async fn tell(shared: Arc<Shared>) {
 
 /// The runs and this process as they are now.
 async fn look(shared: &Shared) -> String {
-    let mut runs = Vec::new();
+    let (mut runs, mut evaluations) = (Vec::new(), Vec::new());
     for run in &shared.runs {
-        runs.push(routes::status(run).await);
+        let (status, evaluation) = routes::status(run).await;
+        runs.push(status);
+        evaluations.extend(evaluation);
     }
+    let differences = evaluation_differences(&evaluations);
     let live = match shared.live.clone() {
         // The page may come from afar.
         Some(page) => spawn_blocking(move || page()).await.ok(),
         None => None,
     };
     let live = live.map(|page| readings(&page, &|name| LIVE.contains(&name)));
-    serde_json::to_string(&Look { runs, live }).expect("a look has text keys and finite numbers")
+    let look = Look {
+        runs,
+        differences,
+        live,
+    };
+    serde_json::to_string(&look).expect("a look has text keys and finite numbers")
 }

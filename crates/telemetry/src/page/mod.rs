@@ -10,7 +10,7 @@ mod events;
 mod files;
 mod routes;
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -61,9 +61,7 @@ impl PageServer {
             runs,
             live,
         } = parts;
-        if token.is_none() && !listen.ip().is_loopback() {
-            return Err(Error::PageExposed { address: listen });
-        }
+        protected(listen, token.as_deref())?;
         let refused = |source| Error::PageListen {
             address: listen,
             source,
@@ -88,6 +86,19 @@ impl PageServer {
         })
     }
 
+    /// Whether a page with this token can be served at the address now.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn check(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+        protected(listen, token)?;
+        let refused = |source| Error::PageListen {
+            address: listen,
+            source,
+        };
+        TcpListener::bind(listen).map(drop).map_err(refused)
+    }
+
     /// Where the page is, without the token: fit for a log.
     #[must_use]
     pub fn address(&self) -> &str {
@@ -98,6 +109,14 @@ impl PageServer {
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
+    }
+}
+
+/// Whether the address is this machine's alone, or a token is asked for.
+fn protected(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+    match token {
+        None if !listen.ip().is_loopback() => Err(Error::PageExposed { address: listen }),
+        _ => Ok(()),
     }
 }
 

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::door::{Answer, TOKEN_COOKIE};
 use super::{Shared, events, files};
-use crate::{Error, RunStatus, RunView, SamplePage, SampleQuery};
+use crate::{Error, EvaluationRecord, RunStatus, RunView, SamplePage, SampleQuery};
 
 /// The most rows of one page of samples.
 const MOST_ROWS: usize = 100;
@@ -156,18 +156,21 @@ impl Shared {
     }
 }
 
-/// A run in a few numbers, on a thread that may wait for files. Of one that cannot be read, what was read
-/// before.
-pub(super) async fn status(run: &Arc<Mutex<RunView>>) -> RunStatus {
+/// A run in a few numbers and what its last evaluation was made under, on a thread that may wait for files.
+/// Of one that cannot be read, what was read before.
+pub(super) async fn status(run: &Arc<Mutex<RunView>>) -> (RunStatus, Option<EvaluationRecord>) {
     let again = Arc::clone(run);
     let looking = tokio::task::spawn_blocking(move || {
         let mut view = locked(&again);
         if let Err(error) = view.refresh() {
             tracing::debug!(%error, "a run cannot be read");
         }
-        view.status()
+        (view.status(), view.evaluation())
     });
-    looking.await.unwrap_or_else(|_| locked(run).status())
+    looking.await.unwrap_or_else(|_| {
+        let view = locked(run);
+        (view.status(), view.evaluation())
+    })
 }
 
 fn locked(run: &Mutex<RunView>) -> MutexGuard<'_, RunView> {

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use serde_json::Value;
 
 use super::tail::Follow;
 use crate::JournalLine;
@@ -21,6 +22,7 @@ pub struct Curves {
     unreadable: u64,
     step: u64,
     wall_seconds: f64,
+    conditions: Option<Value>,
 }
 
 /// One number over learner steps. The two lists are of the same length.
@@ -82,8 +84,17 @@ impl Curves {
         self.wall_seconds
     }
 
+    /// The conditions of the last evaluation; `None` when there was none, or an older build made it.
+    #[must_use]
+    pub fn conditions(&self) -> Option<&Value> {
+        self.conditions.as_ref()
+    }
+
     fn add(&mut self, line: &JournalLine) {
         self.lines += 1;
+        if line.conditions.is_some() {
+            self.conditions.clone_from(&line.conditions);
+        }
         self.step = self.step.max(line.step);
         if line.wall_seconds.is_finite() {
             self.wall_seconds = line.wall_seconds;

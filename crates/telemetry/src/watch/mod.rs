@@ -5,12 +5,14 @@
 //! start when a resumed run has cut them back. Memory is bounded, however long the run is. This part does
 //! not know how what it reads is shown.
 
+mod comparability;
 mod curves;
 mod exposition;
 mod run_view;
 mod sample_index;
 mod tail;
 
+pub use comparability::{EvaluationRecord, evaluation_differences};
 pub use curves::{Curve, Curves};
 pub use exposition::{Reading, readings};
 pub use run_view::{RunState, RunStatus, RunView};

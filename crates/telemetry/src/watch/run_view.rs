@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::comparability::EvaluationRecord;
 use super::curves::Curves;
 use super::sample_index::SampleIndex;
 use super::tail::Tail;
@@ -131,6 +132,18 @@ impl RunView {
                 .and_then(since_1970)
                 .map(|time| time.as_secs()),
         }
+    }
+
+    /// What the last evaluation was made under, of the last [`Self::refresh`]; `None` before the first.
+    #[must_use]
+    pub fn evaluation(&self) -> Option<EvaluationRecord> {
+        self.curves.get("eval/win_rate")?;
+        let truncation_rate = self.curves.get("eval/truncation_rate");
+        Some(EvaluationRecord {
+            name: self.name(),
+            conditions: self.curves.conditions().cloned(),
+            truncation_rate: truncation_rate.and_then(|curve| curve.last),
+        })
     }
 
     /// The resolved settings as a tree; `None` when there are none yet.

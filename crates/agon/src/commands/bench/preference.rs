@@ -49,7 +49,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     settings.preference.cache_size = 0;
     settings.preference.http.listen = "127.0.0.1:0".into();
     settings.preference.http.token_path = PathBuf::new();
-    let world = world::build(&settings, &|| false)?;
+    let world = world::build(&settings, None, &|| false)?;
     let judge = JudgeSource::open(&settings, world.judged(), &|| false)?;
     let judge = Arc::new(judge);
     let rows = rows(&world)?;

@@ -95,9 +95,21 @@ fn verdict(page: &mut String, view: &RunView, report: &Value) -> std::fmt::Resul
         value.map_or("–".into(), |value| format!("{value:.3}"))
     };
     let (low, high) = (last("eval/win_rate_ci_low"), last("eval/win_rate_ci_high"));
+    let evaluated = view.curves().get("eval/win_rate");
+    let evaluated = evaluated.and_then(|curve| curve.steps.last());
+    let whole = |name: &str| {
+        let value = view.curves().get(name).and_then(|curve| curve.last);
+        value.map_or("–".into(), |value| format!("{value:.0}"))
+    };
     let figures = [
         ("win rate", last("eval/win_rate")),
         ("95 % interval", format!("{low} to {high}")),
+        (
+            "evaluated at step",
+            evaluated.map_or("–".into(), u64::to_string),
+        ),
+        ("held-out prompts", whole("eval/prompts")),
+        ("cut off, share", last("eval/truncation_rate")),
         ("gold win rate", last("eval/gold_win_rate")),
         ("KL, nats", last("eval/kl")),
         ("steps", status.step.to_string()),
@@ -159,6 +171,7 @@ fn evaluations(page: &mut String, report: &Value) -> std::fmt::Result {
             of("/gold_win_rate/mean"),
             of("/kl"),
             of("/response_length"),
+            of("/truncation_rate"),
             of("/entropy"),
         ]
     };
@@ -170,6 +183,7 @@ fn evaluations(page: &mut String, report: &Value) -> std::fmt::Result {
         "gold",
         "KL",
         "length",
+        "cut off",
         "entropy",
     ];
     table(
@@ -347,6 +361,7 @@ mod tests {
             "policy before</h3><p>young",
             "policy after</h3><p>old",
             "<dd>0.800</dd>",
+            "<dt>evaluated at step</dt><dd>2</dd>",
             "<td>2 identical</td>",
             "name = &quot;&lt;b&gt;&quot;",
             "at the end: loss 0.250",

@@ -46,6 +46,17 @@ function chips() {
   document.title = state.runs.length === 1 ? `${state.runs[0].name} · Agon` : "Agon";
 }
 
+// Runs whose evaluations cannot be compared are said to be so above every view.
+function differences(all) {
+  const place = document.getElementById("differences");
+  const text = JSON.stringify(all);
+  if (place.dataset.text === text) return;
+  place.dataset.text = text;
+  place.hidden = all.length === 0;
+  place.replaceChildren(el("p", {}, "These runs were evaluated differently: their win rates cannot be compared."),
+    el("ul", {}, all.map((difference) => el("li", {}, difference))));
+}
+
 function choose() {
   state.chosen = [...document.querySelectorAll("[data-run]:checked")].map((box) => Number(box.dataset.run));
   update();
@@ -59,6 +70,7 @@ function listen() {
     [state.runs, state.live] = [look.runs, look.live];
     link.textContent = look.live ? "live" : "following the files";
     chips();
+    differences(look.differences);
     update();
   });
   events.addEventListener("error", () => {

@@ -1,0 +1,270 @@
+//! What a run's last evaluation says of its policy, in sentences.
+
+use std::fmt::{self, Write as _};
+
+use learner::{Ending, Evaluation, EvaluationConditions, Summary};
+use settings::{PromptsSettings, Settings};
+
+/// Writes what the evaluation `last` says of the policy that `summary` is of.
+///
+/// An evaluation from before the first step says nothing of training, and one from an earlier step is said
+/// to be of that step.
+pub(super) fn write(
+    text: &mut String,
+    settings: &Settings,
+    summary: &Summary,
+    last: &Evaluation,
+) -> fmt::Result {
+    write_ending(text, summary)?;
+    if last.step == 0 {
+        writeln!(
+            text,
+            "Not evaluated since training began: the last evaluation is of step 0, before the first of {} steps.",
+            summary.steps
+        )?;
+    } else if last.step < summary.steps {
+        writeln!(
+            text,
+            "The last evaluation is of step {}, {} steps before the end.",
+            last.step,
+            summary.steps - last.step
+        )?;
+    }
+    let rate = &last.win_rate;
+    writeln!(
+        text,
+        "{}: its answer is preferred on {:.1} % of {} (95 % interval {:.1} to {:.1} %).",
+        judgement(last),
+        100.0 * rate.mean,
+        counted(settings, last),
+        100.0 * rate.low,
+        100.0 * rate.high
+    )?;
+    if let Some(gold) = last.gold_win_rate {
+        writeln!(
+            text,
+            "Under the gold preference of this world: {:.1} % ({:.1} to {:.1} %).",
+            100.0 * gold.mean,
+            100.0 * gold.low,
+            100.0 * gold.high
+        )?;
+    }
+    writeln!(
+        text,
+        "It moved {:.2} nats (KL) from the reference; answers have {:.1} tokens, the reference's {:.1}.",
+        last.kl, last.response_length, last.reference_length
+    )?;
+    write_prompts(text, settings, last)?;
+    write_conditions(text, last)
+}
+
+/// Writes that a run has no evaluation.
+pub(super) fn write_unevaluated(text: &mut String, summary: &Summary) -> fmt::Result {
+    write_ending(text, summary)?;
+    writeln!(text, "The run ended before its first evaluation.")
+}
+
+fn write_ending(text: &mut String, summary: &Summary) -> fmt::Result {
+    match summary.ending {
+        Ending::Interrupted => writeln!(
+            text,
+            "**Interrupted and saved after step {}.** Go on with `--resume`.\n",
+            summary.steps
+        ),
+        Ending::Finished => Ok(()),
+    }
+}
+
+/// What the interval of the win rate says, of the step that it is of.
+fn judgement(last: &Evaluation) -> String {
+    let rate = &last.win_rate;
+    let subject = match last.step {
+        0 => "At the start, before any training, the policy",
+        _ => "The policy",
+    };
+    let compared = if last.step == 0 {
+        "was compared with its reference"
+    } else if rate.low > 0.5 {
+        "beats its reference"
+    } else if rate.high < 0.5 {
+        "loses against its reference"
+    } else {
+        "cannot be told from its reference"
+    };
+    format!("{subject} {compared}")
+}
+
+/// What the win rate's prompts are.
+fn counted(settings: &Settings, last: &Evaluation) -> String {
+    match settings.prompts {
+        PromptsSettings::Bandit {} => {
+            format!("{} pairs of answers to the one prompt", last.prompts)
+        }
+        PromptsSettings::Playground { .. } | PromptsSettings::Dataset(_) => {
+            format!("{} held-out prompts", last.prompts)
+        }
+    }
+}
+
+/// Writes why fewer prompts count than `evaluation.prompts` wants.
+fn write_prompts(text: &mut String, settings: &Settings, last: &Evaluation) -> fmt::Result {
+    let (wanted, asked) = (settings.evaluation.prompts, last.prompts + last.unjudged);
+    if asked < wanted {
+        writeln!(
+            text,
+            "There are {asked} distinct held-out prompts, and each was asked once (evaluation.prompts = {wanted})."
+        )?;
+    }
+    if last.unjudged > 0 {
+        writeln!(
+            text,
+            "Of {asked} prompts {} have no verdict and are not counted.",
+            last.unjudged
+        )?;
+    }
+    Ok(())
+}
+
+fn write_conditions(text: &mut String, last: &Evaluation) -> fmt::Result {
+    let Some(conditions) = &last.conditions else {
+        return Ok(());
+    };
+    let share =
+        |rate: Option<f64>| rate.map_or("–".into(), |rate| format!("{:.1} %", 100.0 * rate));
+    writeln!(
+        text,
+        "Evaluated with {}; {} of the policy's answers were cut off there, {} of the reference's.",
+        sampled_with(conditions),
+        share(last.truncation_rate),
+        share(last.reference_truncation_rate)
+    )
+}
+
+/// Conditions as a phrase, the longest completion last.
+pub(crate) fn sampled_with(conditions: &EvaluationConditions) -> String {
+    let stops = match conditions.stop_ids.as_slice() {
+        [] => "no stop token".into(),
+        ids => format!("stop tokens {ids:?}"),
+    };
+    let template = match &conditions.chat_template {
+        None => "no chat template".into(),
+        Some(digest) => format!("chat template {digest}"),
+    };
+    format!(
+        "{stops}, {template}, at most {} tokens",
+        conditions.max_new_tokens
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use learner::Interval;
+    use messages::Digest;
+
+    use super::*;
+
+    fn settings(sets: &[&str]) -> Settings {
+        let sets: Vec<settings::Override> = sets.iter().map(|set| set.parse().unwrap()).collect();
+        settings::resolve("", "test", &sets).unwrap().settings
+    }
+
+    fn evaluation(step: u64) -> Evaluation {
+        Evaluation {
+            step,
+            prompts: 128,
+            unjudged: 0,
+            conditions: Some(EvaluationConditions {
+                stop_ids: vec![1, 2],
+                chat_template: None,
+                max_new_tokens: 64,
+                temperature: 1.0,
+                top_k: 0,
+                top_p: 1.0,
+                min_p: 0.0,
+            }),
+            win_rate: Interval::wilson(0.8, 128),
+            soft_win_rate: 0.8,
+            gold_win_rate: None,
+            judge_accuracy: None,
+            win_rate_lc: None,
+            kl: 0.5,
+            response_length: 10.0,
+            reference_length: 11.0,
+            entropy: 1.0,
+            ended: 0.75,
+            truncation_rate: Some(0.25),
+            reference_truncation_rate: Some(0.125),
+            examples: Vec::new(),
+        }
+    }
+
+    fn told(ending: Ending, last: &Evaluation, sets: &[&str]) -> String {
+        let summary = Summary {
+            ending,
+            steps: 40,
+            pairs: 0,
+            tokens: 0,
+            wall_seconds: 1.0,
+            weights_digest: Digest::of(b""),
+            evaluations: Vec::new(),
+            nonfinite: 0,
+            rollbacks: 0,
+            checkpoint: PathBuf::new(),
+        };
+        let mut text = String::new();
+        write(&mut text, &settings(sets), &summary, last).unwrap();
+        text
+    }
+
+    #[test]
+    fn an_interrupted_run_says_of_which_step_its_evaluation_is() {
+        let early = told(Ending::Interrupted, &evaluation(0), &[]);
+        assert!(!early.contains("beats"), "{early}");
+        assert!(
+            early.contains("of step 0, before the first of 40 steps"),
+            "{early}"
+        );
+        assert!(early.contains("saved after step 40"), "{early}");
+        let later = told(Ending::Interrupted, &evaluation(25), &[]);
+        assert!(later.contains("The policy beats its reference"), "{later}");
+        assert!(
+            later.contains("is of step 25, 15 steps before the end"),
+            "{later}"
+        );
+        let finished = told(Ending::Finished, &evaluation(40), &[]);
+        assert!(
+            finished.starts_with("The policy beats its reference: "),
+            "{finished}"
+        );
+        assert!(!finished.contains("last evaluation"), "{finished}");
+    }
+
+    #[test]
+    fn the_prompts_that_count_are_counted_out() {
+        let mut last = evaluation(40);
+        let fewer = told(Ending::Finished, &last, &["evaluation.prompts=512"]);
+        assert!(fewer.contains("of 128 held-out prompts"), "{fewer}");
+        assert!(
+            fewer.contains("There are 128 distinct held-out prompts"),
+            "{fewer}"
+        );
+        last.unjudged = 28;
+        last.prompts = 100;
+        let abstained = told(Ending::Finished, &last, &["evaluation.prompts=128"]);
+        assert!(
+            abstained.contains("Of 128 prompts 28 have no verdict"),
+            "{abstained}"
+        );
+        assert!(!abstained.contains("distinct"), "{abstained}");
+    }
+
+    #[test]
+    fn the_conditions_stand_beside_the_numbers() {
+        let text = told(Ending::Finished, &evaluation(40), &[]);
+        let says = "Evaluated with stop tokens [1, 2], no chat template, at most 64 tokens; \
+                    25.0 % of the policy's answers were cut off there, 12.5 % of the reference's.";
+        assert!(text.contains(says), "{text}");
+    }
+}

@@ -1,0 +1,27 @@
+//! What an evaluation of a model depends on beside its weights.
+
+use learner::EvaluationConditions;
+use model::{ModelFolder, SamplingSettings};
+
+/// Hexadecimal digits of a chat template's digest: enough to tell templates apart.
+const DIGEST_DIGITS: usize = 16;
+
+/// The conditions under which completions of the model in `folder` are sampled.
+pub(crate) fn conditions(
+    folder: &ModelFolder,
+    sampling: &SamplingSettings,
+) -> EvaluationConditions {
+    let mut stop_ids = folder.config.eos.clone();
+    stop_ids.sort_unstable();
+    stop_ids.dedup();
+    let digest = folder.tokenizer.chat_template_digest();
+    EvaluationConditions {
+        stop_ids,
+        chat_template: digest.map(|digest| digest.to_string()[..DIGEST_DIGITS].to_owned()),
+        max_new_tokens: sampling.max_new_tokens,
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+    }
+}
