@@ -149,7 +149,7 @@ fn a_run_trains_the_adapter_alone_and_its_checkpoint_is_pefts_folder() {
     assert!(tensors * 2 < whole, "{tensors} of {whole} bytes");
 
     // At the start it is the reference; then it moves away from it, while the reference stays.
-    let kl = column(&run, "objective/kl");
+    let kl = column(&run, "objective/log_ratio");
     assert!(kl[0].abs() < 1e-4, "{kl:?}");
     assert!(kl[11].abs() > 1e-3, "{kl:?}");
     let of_base = log_probabilities(score(&workplace, &base, &rows(), &[]));
@@ -255,7 +255,7 @@ fn begins_where_another_ended(workplace: &Workplace, adapter: &Path, of_run: &[V
     let found = log_probabilities(score(workplace, &checkpoint, &rows(), &[]));
     assert!(furthest(&found, of_run) < 1e-4);
     // The reference is the base without it.
-    assert!(column(&run, "objective/kl")[0].abs() > 1e-3);
+    assert!(column(&run, "objective/log_ratio")[0].abs() > 1e-3);
     let wrong = [from.as_str(), "model.lora_rank=3"];
     workplace
         .run(&tiny_adapted(&workplace.path("third"), &wrong))

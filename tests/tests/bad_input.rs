@@ -308,7 +308,7 @@ fn torn_or_foreign_weights_are_refused() {
     let arguments = train_on(&folder, &prompts, &workplace.path("run-narrow"));
     workplace
         .run(&arguments)
-        .check(3, &["the weights do not fit the model", "mlp"])
+        .check(3, &["weights do not fit its config.json", "mlp"])
         .without_panic();
     let folder = workplace.copy_of(&model, "bare");
     fs::remove_file(folder.join("model.safetensors")).expect("the copy is ours");

@@ -381,3 +381,156 @@ fn only_the_process_that_leads_a_run_asks_the_hub() {
     let infos = asked.iter().filter(|path| path.starts_with("/api/"));
     assert_eq!(infos.count(), 1, "{asked:?}");
 }
+
+fn json(path: &Path) -> Value {
+    let content = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&content).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// What an adapter says of its base, beside a model that is the hub's.
+fn names_the_hub(folder: &Path) {
+    let config = json(&folder.join("adapter_config.json"));
+    assert_eq!(config["base_model_name_or_path"], HUB_REPOSITORY);
+    assert_eq!(config["revision"], HUB_COMMIT);
+}
+
+/// Holds that a command finds the base that an adapter names: in the cache, or fetched into another; and says it where
+/// there is neither.
+fn finds_its_base(workplace: &Workplace, hub: &FakeHub, words: &[String]) -> String {
+    let offline = [("HF_HUB_OFFLINE", "1")];
+    let known = run_at_hub(workplace, NOWHERE, words, &offline).succeeded();
+    let other = tempfile::tempdir().expect("a temporary directory");
+    let cache = other.path().display().to_string();
+    let elsewhere = [("HF_HUB_CACHE", cache.as_str())];
+    let absent = format!("{MODEL}@{HUB_COMMIT} is not in the cache");
+    run_at_hub(workplace, NOWHERE, words, &elsewhere)
+        .check(3, &["the base model of the adapter", &absent])
+        .without_panic();
+    let fetched = run_at_hub(workplace, &hub.url(), words, &elsewhere).succeeded();
+    assert_eq!(fetched.out, known.out);
+    known.out
+}
+
+#[test]
+fn an_adapter_names_its_model_as_the_hub_does_and_finds_it_anywhere() {
+    let workplace = Workplace::new();
+    let folder = model(&workplace);
+    fs::write(folder.join("LICENSE.txt"), "as you like").expect("a file");
+    fs::write(folder.join("README.md"), "a model of two words").expect("a file");
+    let hub = FakeHub::start(&folder, None);
+    let run = workplace.path("run");
+    let mut words = on_default("train", &sets(&workplace, "hf:org/tiny@v1"));
+    words.extend(["--run-dir".into(), run.display().to_string()]);
+    words.extend(["--set".into(), "model.lora_rank=2".into()]);
+    words.extend(["--set".into(), "learner.learning_rate=0.1".into()]);
+    run_at_hub(&workplace, &hub.url(), &words, &[]).succeeded();
+    let checkpoint = run.join("checkpoints/step_2");
+    names_the_hub(&checkpoint);
+    assert!(checkpoint.join("LICENSE.txt").exists());
+    assert!(!checkpoint.join("README.md").exists());
+    let text = checkpoint.display().to_string();
+    let of_run = finds_its_base(&workplace, &hub, &score(&workplace, &text));
+    let of_base = scored(&workplace, &hub.url(), MODEL, &[]).succeeded().out;
+    assert_ne!(of_run, of_base, "the adapter makes no difference");
+
+    // A branch, as people write it, or nothing.
+    let mut config = json(&checkpoint.join("adapter_config.json"));
+    config["revision"] = Value::Null;
+    let unnamed = workplace.copy_of(&checkpoint, "unnamed");
+    fs::write(unnamed.join("adapter_config.json"), config.to_string()).expect("a copy");
+    let unnamed = unnamed.display().to_string();
+    let again = scored(&workplace, &hub.url(), &unnamed, &[]).succeeded();
+    assert_eq!(again.out, of_run);
+
+    exports_say_what_they_are(&workplace, &run, &of_run);
+}
+
+/// The adapter by itself and merged, each with the licence and its number format, the base coming from the cache.
+fn exports_say_what_they_are(workplace: &Workplace, run: &Path, of_run: &str) {
+    let run = run.display().to_string();
+    for (name, more, says) in [
+        ("adapter", &[][..], "an adapter of"),
+        ("merged", &["--merge"], "a model of"),
+        ("half", &["--merge", "--dtype", "bf16"], "a model of"),
+    ] {
+        let to = workplace.path(name);
+        let target = to.display().to_string();
+        let words = [&["export", "--run", &run, "--output", &target], more].concat();
+        let dtype = match name {
+            "half" => "in bfloat16",
+            _ => "in float32",
+        };
+        let offline = [("HF_HUB_OFFLINE", "1")];
+        run_at_hub(workplace, NOWHERE, &words, &offline).check(0, &[says, dtype]);
+        assert!(to.join("LICENSE.txt").exists(), "{name}");
+        if name == "adapter" {
+            names_the_hub(&to);
+        } else {
+            let written = json(&to.join("config.json"))["dtype"].clone();
+            assert_eq!(format!("in {}", written.as_str().expect("a name")), dtype);
+        }
+        if name != "half" {
+            let words = score(workplace, &target);
+            let found = run_at_hub(workplace, NOWHERE, &words, &offline).succeeded();
+            close(&found.out, of_run);
+        }
+    }
+}
+
+/// Log-probabilities that differ by rounding alone.
+fn close(found: &str, expected: &str) {
+    let numbers = |line: &str| -> Vec<f64> {
+        let row: Value = serde_json::from_str(line.trim()).expect("a row");
+        serde_json::from_value(row["logprobs"].clone()).expect("log-probabilities")
+    };
+    let gaps = numbers(found).into_iter().zip(numbers(expected));
+    assert!(
+        gaps.clone().all(|(a, b)| (a - b).abs() < 1e-4),
+        "{found} is not {expected}"
+    );
+}
+
+#[test]
+fn a_judge_that_is_an_adapter_of_a_hub_model_finds_it_too() {
+    let workplace = Workplace::new();
+    let hub = FakeHub::start(&model(&workplace), None);
+    let run = workplace.path("judge");
+    let pair = "{\"prompt\": \"arm0\", \"chosen\": \" arm1\", \"rejected\": \" arm0\"}\n";
+    let pairs = workplace.write("pairs.jsonl", pair.repeat(8));
+    let mut words = on_default("fit-preference", &sets(&workplace, MODEL));
+    words.extend(["--run-dir".into(), run.display().to_string()]);
+    for set in [
+        "preference.fit.pairs.kind=dataset".to_owned(),
+        format!("preference.fit.pairs.path={pairs:?}"),
+        "preference.fit.lora_rank=2".into(),
+        "preference.fit.validation=0.5".into(),
+    ] {
+        words.extend(["--set".into(), set]);
+    }
+    run_at_hub(&workplace, &hub.url(), &words, &[]).succeeded();
+    let judge = run.join("model");
+    names_the_hub(&judge);
+    let text = judge.display().to_string();
+    let mut scores = score(&workplace, &text);
+    scores.push("--reward".into());
+    finds_its_base(&workplace, &hub, &scores);
+    // A check asks, and fetches nothing.
+    let own = workplace.path("published").display().to_string();
+    let mut plain = sets(&workplace, &own);
+    plain.retain(|set| !set.starts_with("preference.judge.rules"));
+    plain.dedup();
+    let mut words = on_default("check", &plain);
+    for set in [
+        "preference.judge.kind=bradley-terry".to_owned(),
+        format!("preference.judge.path={judge:?}"),
+    ] {
+        words.extend(["--set".into(), set]);
+    }
+    let other = workplace.path("other");
+    let cache = other.display().to_string();
+    let elsewhere = [("HF_HUB_CACHE", cache.as_str())];
+    run_at_hub(&workplace, &hub.url(), &words, &elsewhere).check(0, &["judge bradley-terry"]);
+    assert!(!other.exists());
+    run_at_hub(&workplace, NOWHERE, &words, &elsewhere)
+        .check(3, &["judge: the base model of the adapter", HUB_COMMIT]);
+}

@@ -346,7 +346,7 @@ fn a_run_has_its_actor_write_with_every_new_version() {
         let apart = column(&run, "mismatch/logp_abs_diff");
         assert!(apart.iter().all(|d| *d < CLOSE), "{name}: {apart:?}");
         // And these were others with every step: the policy's own log-probabilities moved away.
-        let moved = column(&run, "objective/kl");
+        let moved = column(&run, "objective/log_ratio");
         assert!(moved.iter().any(|kl| kl.abs() > 0.05), "{name}: {moved:?}");
         assert_eq!(
             report(&run)["stations"]["actor"]["dropped"],

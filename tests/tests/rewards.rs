@@ -1,8 +1,9 @@
 //! `agon score --reward` against the scores that transformers gave, and what it refuses.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use house::{Ended, Workplace, config, shared};
+use playground::Bandit;
 use serde_json::{Value, json};
 
 fn score(workplace: &Workplace, model: &Path, rows: &str) -> Ended {
@@ -96,6 +97,88 @@ fn a_model_of_the_other_kind_is_refused_with_the_remedy() {
         .run(&["score", "--model", &reward, "--input", &file])
         .check(2, &["is a reward model", "--reward"])
         .without_panic();
+}
+
+/// A preference model of a model of two words, fitted with these settings: its folder.
+fn fitted(workplace: &Workplace, name: &str, sets: &[&str]) -> PathBuf {
+    let trunk = workplace.path("trunk");
+    std::fs::create_dir_all(&trunk).expect("a folder in a temporary directory");
+    let bandit = Bandit::new(&[0.7, 0.3]).expect("two probabilities");
+    bandit.write_model(&trunk).expect("it is written");
+    let pair = "{\"prompt\": \"arm0\", \"chosen\": \" arm1\", \"rejected\": \" arm0\"}\n";
+    let pairs = workplace.write("pairs.jsonl", pair.repeat(8));
+    let prompts = workplace.write("prompts.jsonl", "{\"prompt\": \"arm0\"}\n".repeat(2));
+    let run = workplace.path(name);
+    let mut words = vec!["fit-preference".to_owned(), default_config()];
+    words.extend(["--run-dir".into(), run.display().to_string()]);
+    let own = [
+        format!("model.path={trunk:?}"),
+        "prompts.kind=dataset".into(),
+        format!("prompts.path={prompts:?}"),
+        "prompts.held_out=1".into(),
+        "actor.max_prompt_length=4".into(),
+        "actor.max_new_tokens=4".into(),
+        "preference.judge.kind=bradley-terry".into(),
+        "preference.fit.pairs.kind=dataset".into(),
+        format!("preference.fit.pairs.path={pairs:?}"),
+        "preference.fit.validation=0.5".into(),
+    ];
+    let sets = sets.iter().map(|&set| set.to_owned());
+    for set in own.into_iter().chain(sets) {
+        words.extend(["--set".into(), set]);
+    }
+    workplace.run(&words).succeeded();
+    run.join("model")
+}
+
+fn default_config() -> String {
+    config("default.toml").display().to_string()
+}
+
+fn json_of(path: &Path) -> Value {
+    let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+#[test]
+fn a_fitted_model_bears_the_names_of_those_who_can_compute_it() {
+    let workplace = Workplace::new();
+    let plain = [
+        "preference.fit.pooling=last",
+        "preference.fit.likelihood=false",
+    ];
+    let beside = ["preference.fit.lora_rank=2"];
+    let pairwise = ["preference.fit.head=pairwise"];
+    let rows = "{\"ids\": [0, 1]}\n";
+    for (name, sets, is_plain) in [
+        ("default", Vec::new(), false),
+        ("plain", plain.to_vec(), true),
+        ("plain-pairwise", [plain, [pairwise[0]; 2]].concat(), false),
+        ("adapter", beside.to_vec(), false),
+        ("plain-adapter", [&plain[..], &beside].concat(), true),
+    ] {
+        let model = fitted(&workplace, name, &sets);
+        let adapter = model.join("adapter_config.json");
+        if adapter.exists() {
+            let kind = if is_plain { "LORA" } else { "AGON_LORA" };
+            assert_eq!(json_of(&adapter)["peft_type"], kind, "{name}");
+        } else {
+            let config = json_of(&model.join("config.json"));
+            let (architecture, kind) = match is_plain {
+                true => ("LlamaForSequenceClassification", "llama"),
+                false => ("AgonLlamaRewardModel", "agon_llama"),
+            };
+            assert_eq!(config["architectures"], json!([architecture]), "{name}");
+            assert_eq!(config["model_type"], kind, "{name}");
+        }
+        // Whatever it bears, it is read here.
+        let ended = score(&workplace, &model, rows);
+        if name == "plain-pairwise" {
+            ended.check(3, &["the model is pairwise"]);
+        } else {
+            assert_eq!(scores(ended).len(), 1, "{name}");
+        }
+    }
 }
 
 /// The judge's p of every pair of a run that was trained on, by the prompt's last user turn or text; and its

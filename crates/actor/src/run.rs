@@ -3,7 +3,7 @@
 use std::{thread::JoinHandle, time::Duration};
 
 use crossbeam_channel::Sender as Commands;
-use messages::{DropReason, Dropped, Pair, Prompt, Purpose, Station, WeightsVersion};
+use messages::{Completion, DropReason, Dropped, Pair, Prompt, Purpose, Station, WeightsVersion};
 use model::{CompletionWriter, Finished, LanguageModel, Precision, Request, Tokenizer};
 use telemetry::{Holder, Measurements, StationCounters, WaitGuard, Waits};
 use tokio::sync::{mpsc, watch};
@@ -29,6 +29,24 @@ pub enum IdenticalPairs {
     Drop,
 }
 
+/// Why a prompt gets no pair.
+struct Refusal {
+    reason: DropReason,
+    detail: String,
+    /// Of completions that were all the same.
+    log_ratio: Option<f32>,
+}
+
+impl Refusal {
+    fn new(reason: DropReason, detail: String) -> Self {
+        Self {
+            reason,
+            detail,
+            log_ratio: None,
+        }
+    }
+}
+
 /// What an actor is made of.
 pub struct ActorParts {
     /// Its name in pairs, metrics and logs.
@@ -47,6 +65,9 @@ pub struct ActorParts {
     pub mixture_coefs: Vec<f32>,
     /// The policy's samples of a prompt of the adversarial game.
     pub contest_samples: usize,
+    /// The policy's samples of a held-out prompt that are drawn from the whole distribution at temperature 1,
+    /// beside the pair that is judged: 1 where the writer's settings draw otherwise, else 0.
+    pub exact_samples: usize,
     /// Completions written at once.
     pub slots: usize,
     /// The longest completion, in tokens.
@@ -74,6 +95,7 @@ pub struct Actor {
     max_new_tokens: usize,
     mixture_coefs: Vec<f32>,
     contest_samples: usize,
+    exact_samples: usize,
     slots: usize,
     identical: IdenticalPairs,
     prompts: Receiver<Prompt>,
@@ -123,6 +145,7 @@ impl Actor {
             max_new_tokens: parts.max_new_tokens,
             mixture_coefs: parts.mixture_coefs,
             contest_samples: parts.contest_samples,
+            exact_samples: parts.exact_samples,
             slots: parts.slots,
             identical: parts.identical,
             prompts: parts.prompts,
@@ -228,7 +251,7 @@ impl Actor {
             if given_up {
                 let detail = format!("no answer after {} deliveries", deliveries - 1);
                 let held = Held { prompt, receipt };
-                self.drop_prompt(Some(held), DropReason::Failed, detail)
+                self.drop_prompt(Some(held), Refusal::new(DropReason::Failed, detail))
                     .await?;
             } else if prompt.version.session < self.session {
                 self.supersede(Held { prompt, receipt }).await?;
@@ -257,7 +280,7 @@ impl Actor {
 
     async fn supersede(&mut self, held: Held) -> Result<(), ActorError> {
         let detail = "sent by a session that was given up".to_owned();
-        self.drop_prompt(Some(held), DropReason::Superseded, detail)
+        self.drop_prompt(Some(held), Refusal::new(DropReason::Superseded, detail))
             .await
     }
 
@@ -327,14 +350,20 @@ impl Actor {
     }
 
     fn request(&self, number: u64, prompt: Prompt) -> Request {
+        let (mixture_coefs, exact) = match prompt.purpose {
+            Purpose::Train => (self.mixture_coefs.clone(), 0),
+            Purpose::Evaluate => {
+                let mut coefs = vec![0.0, 1.0];
+                coefs.resize(2 + self.exact_samples, 0.0);
+                (coefs, self.exact_samples)
+            }
+            Purpose::Contest => (vec![0.0; self.contest_samples], 0),
+        };
         Request {
             key: number,
             seed: prompt.seed,
-            mixture_coefs: match prompt.purpose {
-                Purpose::Train => self.mixture_coefs.clone(),
-                Purpose::Evaluate => vec![0.0, 1.0],
-                Purpose::Contest => vec![0.0; self.contest_samples],
-            },
+            mixture_coefs,
+            exact,
             max_new_tokens: self.max_new_tokens,
             ids: prompt.ids,
         }
@@ -345,7 +374,8 @@ impl Actor {
             Some(Event::Finished(finished)) => self.give(finished).await,
             Some(Event::Refused(key, detail)) => {
                 let held = self.supply.finish(key);
-                self.drop_prompt(held, DropReason::Failed, detail).await
+                self.drop_prompt(held, Refusal::new(DropReason::Failed, detail))
+                    .await
             }
             Some(Event::Loaded(version)) => {
                 tracing::debug!(actor = self.name, %version, "weights loaded");
@@ -394,13 +424,15 @@ impl Actor {
             self.identical == IdenticalPairs::Drop && pair.prompt.purpose == Purpose::Train;
         if droppable && pair.is_identical() {
             let detail = "all completions have the same tokens".to_owned();
+            let refusal = Refusal {
+                log_ratio: pair.completions.first().map(Completion::log_ratio),
+                ..Refusal::new(DropReason::Identical, detail)
+            };
             let held = Held {
                 prompt: pair.prompt,
                 receipt,
             };
-            return self
-                .drop_prompt(Some(held), DropReason::Identical, detail)
-                .await;
+            return self.drop_prompt(Some(held), refusal).await;
         }
         let wait = self.waits.enter("room for pairs");
         let sent = self.pairs.send(pair).await;
@@ -414,12 +446,16 @@ impl Actor {
     async fn drop_prompt(
         &mut self,
         held: Option<Held>,
-        reason: DropReason,
-        detail: String,
+        refusal: Refusal,
     ) -> Result<(), ActorError> {
         let Some(Held { prompt, receipt }) = held else {
             return Ok(());
         };
+        let Refusal {
+            reason,
+            detail,
+            log_ratio,
+        } = refusal;
         if reason == DropReason::Failed {
             tracing::warn!(
                 actor = self.name,
@@ -433,6 +469,7 @@ impl Actor {
             session: prompt.version.session,
             station: Station::Actor,
             reason,
+            log_ratio,
             detail,
         };
         let wait = self.waits.enter("room for notes");

@@ -4,6 +4,7 @@
 //! time which commit a revision is; where it cannot be reached, what the cache has under that name is taken as it is,
 //! which is said. All files of a model are of one commit. What a model is good for, this part does not know.
 
+mod base;
 mod error;
 mod fetch;
 mod files;
@@ -23,6 +24,7 @@ use hf_hub::{
 };
 use settings::{HubModel, ModelSource};
 
+pub(crate) use base::{Located, look_for_base};
 pub(crate) use error::HubError;
 use token::Token;
 

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use learner::Ending;
 use messages::{Digest, Station, WeightsVersion, wire};
+use model::BaseModel;
 use serde::{Deserialize, Serialize};
 use settings::Settings;
 use telemetry::{RunDirectory, StationCounters, StationSnapshot, Waits};
@@ -55,6 +56,8 @@ pub(crate) struct RunRecord {
     pub(crate) step: u64,
     /// The files of the model at the start, which lie beside the weights.
     pub(crate) model: Vec<ModelFile>,
+    /// How an adapter names that model as its base, wherever its files lie.
+    pub(crate) base_model: BaseModel,
     /// Those of the adapter at the start, where it is not a fresh one.
     pub(crate) adapter: Vec<ModelFile>,
     /// Its resolved settings.
@@ -100,6 +103,7 @@ impl RunRecord {
             session: directory.session(),
             step,
             model: Vec::new(),
+            base_model: BaseModel::default(),
             adapter: Vec::new(),
             settings: settings.to_owned(),
         }
@@ -407,6 +411,7 @@ mod tests {
             session: 0,
             step: 0,
             model: Vec::new(),
+            base_model: BaseModel::default(),
             adapter: Vec::new(),
             settings: settings(text).1,
         }

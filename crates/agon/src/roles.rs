@@ -6,9 +6,9 @@ mod together;
 use std::{path::PathBuf, sync::Arc};
 
 use actor::{Actor, ActorParts, IdenticalPairs};
-use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Summary};
+use learner::{EVALUATION_WINDOW, Learner, LearnerParts, Rounds, Sampling, Summary};
 use messages::{Dropped, LabelledPair, Pair, Prompt, Seed, Station, WeightsVersion};
-use model::{DType, LanguageModel, ModelFolder, SamplingSettings, Weights};
+use model::{DType, LanguageModel, ModelFolder, Precision, SamplingSettings, Weights};
 use preference::{
     Bench, Preference, PreferenceError, PreferenceParts,
     apo::{History, Player, RoundReport, Seats},
@@ -120,6 +120,7 @@ fn actor(
         tokenizer: folder.tokenizer.clone(),
         mixture_coefs: mixture_coefs(settings),
         contest_samples: settings.preference.apo.samples,
+        exact_samples: usize::from(!sampling(settings).is_exact()),
         slots: settings.actor.slots,
         max_new_tokens: settings.actor.max_new_tokens,
         pacing: match pacing(settings) {
@@ -177,6 +178,10 @@ async fn learner(
         policy: world.policy()?,
         set: Arc::clone(&world.set),
         pacing: pacing(settings),
+        sampling: match sampling(settings) {
+            law if law.is_exact() && law.precision == Precision::F32 => Sampling::Exact,
+            _ => Sampling::Altered,
+        },
         prompts: streams.prompts.0.clone(),
         labelled: streams.labelled.1.clone(),
         drops: streams.drops.1.clone(),

@@ -33,7 +33,7 @@ pub(crate) use bench::{bench, gold_bench, seats, server};
 pub(crate) use game::{Judging, rounds, version};
 pub(crate) use gold::Gold;
 pub(crate) use judges::{JudgeSource, Judged, check as check_judge};
-pub(crate) use pairs::{Annotated, annotated};
+pub(crate) use pairs::{Annotated, LeftOut, annotated};
 use pairs::{GeneratedPair, generated};
 pub(crate) use preference::{Opened, Trunk, preference_model, share_tokenizer};
 pub(crate) use styles::{StyleComparison, styles};
@@ -71,6 +71,16 @@ impl World {
     /// copies share the weights.
     pub(crate) fn policy(&self) -> anyhow::Result<LanguageModel> {
         policy(&self.folder, &self.weights, self.adapter.clone())
+    }
+}
+
+/// What is said of a model without stop tokens.
+pub(crate) const ENDLESS: &str = "no token ends a completion: each goes on to its limit of new tokens; name one as eos_token in tokenizer_config.json or eos_token_id in generation_config.json";
+
+/// Warns of a model that does not say which token ends a completion.
+pub(crate) fn warn_of_endless(folder: &ModelFolder) {
+    if folder.config.stops.is_empty() {
+        tracing::warn!(model = %folder.path.display(), "{ENDLESS}");
     }
 }
 
@@ -115,6 +125,9 @@ impl Start {
         };
         let (device, dtype) = device(settings)?;
         let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
+        if settings.model.path.is_some() {
+            warn_of_endless(&folder);
+        }
         let weights = folder.weights(dtype, &device)?;
         Ok(Self {
             folder,
@@ -188,10 +201,9 @@ pub(crate) fn prompts(
         }
         PromptsSettings::Bandit {} => Arc::new(OnePrompt),
         PromptsSettings::Dataset(dataset) => {
-            let eos = folder.config.eos.first().copied();
             let longest = settings.actor.max_prompt_length;
-            let text = (&folder.tokenizer, eos);
-            Arc::new(PromptFiles::load(dataset, seed, longest, text)?)
+            let files = PromptFiles::load(dataset, seed, longest, &folder.tokenizer)?;
+            Arc::new(files)
         }
     })
 }

@@ -1,22 +1,30 @@
 //! Rows of prompts, completions and preferences, from files.
 //!
-//! A file is JSON Lines, one object a line, or one JSON list of objects, either of them compressed or not
-//! (`.gz`); or Parquet. [`read_rows`] gives its rows with their lines; [`prompt`], [`Answered::from_row`] and
-//! [`Pair::from_row`] read a row in any of the forms in which the field writes prompts, examples and
-//! preferences. [`Mix`] reads several sets as one. What is wrong is told with file and line. This crate knows
-//! texts and messages; what a token is, and what rows are for, it does not know.
+//! [`files()`] finds the files that a path names: one file, a folder of shards, a glob. [`read_rows`] gives their
+//! rows (JSON Lines, a JSON list, Parquet, compressed or not) and where each comes from. [`Form::of`] recognises a
+//! row in any of the forms in which the field writes prompts, examples and preferences, and [`read`] does both for
+//! a whole path: it is the one reader of prompts, pairs, fine-tuning examples and golden answers. [`Mix`] reads
+//! several sets as one. What is wrong is told with file, line and remedy. This crate knows texts and messages; what
+//! a token is, and what rows are for, it does not know. `docs/data.md` shows every form.
 
-mod answered;
+mod columns;
 mod error;
+mod files;
+mod form;
+mod json;
 mod mix;
+mod open;
 mod order;
-mod pair;
 mod parquet;
 mod rows;
+mod turn;
 
-pub use answered::{Answered, prompt, response};
-pub use error::DatasetError;
+pub use columns::{Column, Columns};
+pub use error::{DatasetError, Place};
+pub use files::files;
+pub use form::{Answered, Form, Pair};
+pub use json::parse_row;
 pub use mix::Mix;
+pub use open::{open, unpacked};
 pub use order::shuffled;
-pub use pair::{Columns, Pair};
-pub use rows::read_rows;
+pub use rows::{Row, Source, Sourced, read, read_rows};

@@ -2,15 +2,21 @@
 
 use std::{fs::File, io, path::Path};
 
-use parquet::errors::ParquetError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use serde_json::Value;
+use parquet::{
+    basic::Compression,
+    errors::ParquetError,
+    file::{
+        metadata::ParquetMetaData,
+        reader::{FileReader, SerializedFileReader},
+    },
+    record::{Field, Row},
+};
+use serde_json::{Map, Value};
 
-use crate::DatasetError;
+use crate::error::{DatasetError, Place};
 
-/// The rows of a Parquet file as JSON objects, numbered from 1; lists and structs within them too. What is
-/// null is absent.
-pub(crate) fn read(path: &Path) -> Result<Vec<(usize, Value)>, DatasetError> {
+/// The rows of a Parquet file as JSON objects, numbered from 1; lists and structs within them too.
+pub(crate) fn read(path: &Path) -> Result<Vec<(Place, Value)>, DatasetError> {
     let unreadable = |source| DatasetError::Unreadable {
         path: path.to_owned(),
         source,
@@ -21,23 +27,72 @@ pub(crate) fn read(path: &Path) -> Result<Vec<(usize, Value)>, DatasetError> {
     };
     let reader =
         SerializedFileReader::new(file).map_err(torn("not a whole Parquet file".into()))?;
+    if let Some(codec) = unknown_codec(reader.metadata()) {
+        return Err(DatasetError::File {
+            path: path.to_owned(),
+            reason: format!(
+                "it is compressed by {codec}, which is not built in: write it with compression=\"zstd\", \"snappy\", \"gzip\" or \"lz4\""
+            ),
+        });
+    }
     let mut rows = Vec::new();
     for group in 0..reader.num_row_groups() {
         let what = || format!("row group {group} is corrupt");
         let group = reader.get_row_group(group).map_err(torn(what()))?;
         for row in group.get_row_iter(None).map_err(torn(what()))? {
             let row = row.map_err(torn(what()))?;
-            rows.push((rows.len() + 1, present(row.to_json_value())));
+            rows.push((Place::Row(rows.len() + 1), object(&row)));
         }
     }
     Ok(rows)
 }
 
-fn present(mut row: Value) -> Value {
-    if let Value::Object(columns) = &mut row {
-        columns.retain(|_, value| !value.is_null());
+/// The first codec of a column that cannot be unpacked here.
+fn unknown_codec(metadata: &ParquetMetaData) -> Option<&'static str> {
+    let columns = metadata
+        .row_groups()
+        .iter()
+        .flat_map(|group| group.columns());
+    columns
+        .filter_map(|column| match column.compression() {
+            Compression::BROTLI(_) => Some("brotli"),
+            Compression::LZO => Some("LZO"),
+            _ => None,
+        })
+        .next()
+}
+
+fn object(row: &Row) -> Value {
+    let fields = row.get_column_iter();
+    Value::Object(
+        fields
+            .map(|(name, field)| (name.clone(), value(field)))
+            .collect(),
+    )
+}
+
+fn value(field: &Field) -> Value {
+    match field {
+        Field::Group(row) => object(row),
+        Field::ListInternal(list) => list.elements().iter().map(value).collect(),
+        // Text of writers that do not say that it is one.
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => text.into(),
+            Err(_) => field.to_json_value(),
+        },
+        Field::MapInternal(map) => {
+            let entries = map
+                .entries()
+                .iter()
+                .map(|(key, of)| (text(&value(key)), value(of)));
+            Value::Object(entries.collect::<Map<_, _>>())
+        }
+        other => other.to_json_value(),
     }
-    row
+}
+
+fn text(key: &Value) -> String {
+    key.as_str().map_or_else(|| key.to_string(), str::to_owned)
 }
 
 #[cfg(test)]
@@ -118,10 +173,10 @@ mod tests {
                 {"role": "assistant", "content": "hello"},
             ]);
             let expected = [
-                (1, json!({"prompt": "prompt 0"})),
-                (2, json!({"turns": turns})),
-                (3, json!({"prompt": "prompt 1"})),
-                (4, json!({"turns": turns})),
+                (Place::Row(1), json!({"prompt": "prompt 0", "turns": null})),
+                (Place::Row(2), json!({"prompt": null, "turns": turns})),
+                (Place::Row(3), json!({"prompt": "prompt 1", "turns": null})),
+                (Place::Row(4), json!({"prompt": null, "turns": turns})),
             ];
             assert_eq!(rows, expected, "{compression}");
         }

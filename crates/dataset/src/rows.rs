@@ -1,104 +1,197 @@
-//! Files as rows.
+//! Files as rows, and as whatever a row is read as.
 
-use std::{
-    io::{BufRead, BufReader, Read},
-    path::Path,
+use std::{collections::BTreeSet, path::Path, sync::Arc};
+
+use serde_json::{Map, Value};
+
+use crate::{
+    columns::Columns,
+    error::{DatasetError, Place},
+    files::files,
+    form::Form,
+    json,
+    open::{self, Kind},
+    parquet,
 };
 
-use flate2::read::MultiGzDecoder;
-use serde_json::Value;
-
-use crate::DatasetError;
-
-/// The JSON objects of a file with their line numbers: one a line, or one list of them (then the number
-/// is the place in the list, from 1). `.gz` is read too. Empty lines are passed over. The rows of a
-/// `.parquet` file are numbered from 1.
-///
-/// # Errors
-/// When the file cannot be read or a row is not a JSON object: with file and line.
-pub fn read_rows(path: &Path) -> Result<Vec<(usize, Value)>, DatasetError> {
-    if path
-        .extension()
-        .is_some_and(|extension| extension == "parquet")
-    {
-        return crate::parquet::read(path);
-    }
-    let unreadable = |source| DatasetError::Unreadable {
-        path: path.to_owned(),
-        source,
-    };
-    let file = std::fs::File::open(path).map_err(unreadable)?;
-    let gz = path.extension().is_some_and(|extension| extension == "gz");
-    let reader: Box<dyn Read> = if gz {
-        Box::new(MultiGzDecoder::new(file))
-    } else {
-        Box::new(file)
-    };
-    let mut reader = BufReader::new(reader);
-    let begins_a_list = reader
-        .fill_buf()
-        .map_err(unreadable)?
-        .trim_ascii_start()
-        .first()
-        == Some(&b'[');
-    let mut text = String::new();
-    reader.read_to_string(&mut text).map_err(unreadable)?;
-    let list = if begins_a_list {
-        serde_json::from_str::<Vec<Value>>(&text).ok()
-    } else {
-        None
-    };
-    let rows: Vec<(usize, Result<Value, serde_json::Error>)> = match list {
-        Some(list) => (1..).zip(list.into_iter().map(Ok)).collect(),
-        None => (1..)
-            .zip(text.lines())
-            .filter(|(_, line)| !line.trim().is_empty())
-            .map(|(number, line)| (number, serde_json::from_str(line)))
-            .collect(),
-    };
-    rows.into_iter()
-        .map(|(line, row)| {
-            object(row)
-                .map(|row| (line, row))
-                .map_err(|reason| DatasetError::Row {
-                    path: path.to_owned(),
-                    line,
-                    reason,
-                })
-        })
-        .collect()
+/// Where a row comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    path: Arc<Path>,
+    place: Place,
 }
 
-fn object(row: Result<Value, serde_json::Error>) -> Result<Value, String> {
-    let row = row.map_err(|error| format!("not JSON: {error}"))?;
-    if row.is_object() {
-        Ok(row)
-    } else {
-        Err("a row must be a JSON object, as in {\"prompt\": \"...\"}".into())
+impl Source {
+    /// The error that the row cannot be used, with `reason`.
+    #[must_use]
+    pub fn refuse(&self, reason: impl Into<String>) -> DatasetError {
+        DatasetError::Row {
+            path: self.path.to_path_buf(),
+            place: self.place,
+            reason: reason.into(),
+        }
     }
+}
+
+/// A row of a file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// Where it comes from.
+    pub source: Source,
+    /// Its values, in their order.
+    pub columns: Map<String, Value>,
+}
+
+/// What a row was read as.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sourced<T> {
+    /// Where it comes from.
+    pub source: Source,
+    /// What it is.
+    pub value: T,
+}
+
+/// The rows of a file, of the files of a folder, or of those that a glob matches: JSON Lines, a JSON list, an
+/// object with one list of rows, or Parquet. What is packed by gzip or zstd, and what is Parquet, is known by its
+/// first bytes. A byte order mark is passed over; Python's `NaN` and `Infinity` are read as null.
+///
+/// # Errors
+/// When a file cannot be read, or a row is not a JSON object: with file and line.
+pub fn read_rows(path: &Path) -> Result<Vec<Row>, DatasetError> {
+    let mut rows = Vec::new();
+    for file in files(path)? {
+        let path: Arc<Path> = file.into();
+        for (place, value) in values(&path)? {
+            let source = Source {
+                path: Arc::clone(&path),
+                place,
+            };
+            let Value::Object(columns) = value else {
+                return Err(source.refuse(json::NOT_AN_OBJECT));
+            };
+            rows.push(Row { source, columns });
+        }
+    }
+    Ok(rows)
+}
+
+fn values(path: &Path) -> Result<Vec<(Place, Value)>, DatasetError> {
+    if open::kind(path)? == Kind::Parquet || path.extension().is_some_and(|e| e == "parquet") {
+        return parquet::read(path);
+    }
+    let mut bytes = Vec::new();
+    open::open(path)?
+        .read_to_end(&mut bytes)
+        .map_err(open::unreadable(path))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let good = error.utf8_error().valid_up_to();
+        let line = 1 + error.as_bytes()[..good]
+            .iter()
+            .filter(|&&b| b == b'\n')
+            .count();
+        DatasetError::Row {
+            path: path.to_owned(),
+            place: Place::Line(line),
+            reason: format!(
+                "byte {:#04x} is not UTF-8: write the file as UTF-8",
+                error.as_bytes()[good]
+            ),
+        }
+    })?;
+    json::rows(&text).map_err(|error| error.in_file(path))
+}
+
+/// What `take` reads in each row of `path`, in any of the forms. The names of the columns that no form reads are
+/// logged once.
+///
+/// # Errors
+/// As [`read_rows`], and what `take` or the form says of a row: with file and line.
+pub fn read<T>(
+    path: &Path,
+    columns: &Columns,
+    take: impl Fn(&Form<'_>) -> Result<T, String>,
+) -> Result<Vec<Sourced<T>>, DatasetError> {
+    let (mut read, mut unread) = (Vec::new(), BTreeSet::new());
+    for row in read_rows(path)? {
+        let form = Form::of(&row.columns, columns);
+        let taken = form.and_then(|form| Ok((take(&form)?, form.unread())));
+        let (value, more) = taken.map_err(|reason| row.source.refuse(reason))?;
+        let news: Vec<&str> = more
+            .into_iter()
+            .filter(|name| !unread.contains(*name))
+            .collect();
+        unread.extend(news.into_iter().map(str::to_owned));
+        read.push(Sourced {
+            source: row.source,
+            value,
+        });
+    }
+    if !unread.is_empty() {
+        let columns: Vec<&str> = unread.iter().map(String::as_str).collect();
+        tracing::info!(
+            path = %path.display(),
+            columns = columns.join(", "),
+            "columns that are not read"
+        );
+    }
+    Ok(read)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
-    #[test]
-    fn a_malformed_line_is_named() {
+    fn all(name: &str, content: &[u8]) -> Result<Vec<(Place, String)>, String> {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let path = folder.path().join("rows.jsonl");
+        let path = folder.path().join(name);
+        fs::write(&path, content).expect("a file");
+        let rows = read_rows(&path).map_err(|error| error.to_string())?;
+        let text = |row: Row| (row.source.place, Value::Object(row.columns).to_string());
+        Ok(rows.into_iter().map(text).collect())
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_with_its_place() {
         for (text, expected) in [
             (
-                "{\"prompt\": \"a\"}\n\n{\"prompt\": \n",
-                "rows.jsonl, line 3: not JSON",
+                &b"{\"prompt\": \"a\"}\n\n{\"prompt\": \n"[..],
+                "rows.jsonl, line 3, column 11: not JSON",
             ),
-            ("[1]\n", "rows.jsonl, line 1: a row must be a JSON object"),
-            ("[{}, 2]", "rows.jsonl, line 2: a row must be a JSON object"),
+            (b"[1]\n", "rows.jsonl, line 1: a row must be a JSON object"),
+            (
+                b"[{},\n 2]",
+                "rows.jsonl, line 2: a row must be a JSON object",
+            ),
+            (
+                b"{}\n{\"a\": \"\xff\"}\n",
+                "rows.jsonl, line 2: byte 0xff is not UTF-8",
+            ),
         ] {
-            std::fs::write(&path, text).expect("a file");
-            let error = read_rows(&path).expect_err(expected).to_string();
+            let error = all("rows.jsonl", text).expect_err(expected);
             assert!(error.contains(expected), "{error}");
         }
-        let missing = read_rows(&folder.path().join("none.jsonl")).expect_err("no such file");
-        assert!(missing.to_string().contains("none.jsonl"));
+        let missing = read_rows(Path::new("none.jsonl")).expect_err("no such file");
+        assert!(missing.to_string().contains("none.jsonl: No such file"));
+    }
+
+    #[test]
+    fn rows_of_several_files_know_theirs() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        fs::write(folder.path().join("b.jsonl"), "{\"prompt\": 3}\n").expect("a file");
+        fs::write(folder.path().join("a.json"), "[{\"prompt\": \"x\"}]").expect("a file");
+        let columns = Columns::default();
+        let error =
+            read(folder.path(), &columns, |form| form.prompt()).expect_err("3 is no prompt");
+        assert!(
+            error
+                .to_string()
+                .contains("b.jsonl, line 1: column \"prompt\""),
+            "{error}"
+        );
+        fs::remove_file(folder.path().join("b.jsonl")).expect("it is there");
+        let read = read(folder.path(), &columns, |form| form.prompt()).expect("a prompt");
+        assert_eq!(read.len(), 1);
     }
 }

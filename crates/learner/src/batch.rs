@@ -1,7 +1,7 @@
 //! From labelled pairs to the tensors that an objective is given.
 
 use messages::LabelledPair;
-use model::{Device, Sequence, Tensor};
+use model::Sequence;
 
 use crate::{LearnerError, objective::Labelling};
 
@@ -126,14 +126,24 @@ impl<'a> MicroBatch<'a> {
             .collect()
     }
 
-    /// log ref of every response token as the actors saw it, `[R]`.
-    pub(crate) fn token_ref_logp(&self, device: &Device) -> Result<Tensor, LearnerError> {
-        Ok(Tensor::new(self.collect(|c| &c.ref_logp), device)?)
+    /// log π of every response token as the actors recorded it, under the weights and in the precision that
+    /// wrote it.
+    pub(crate) fn recorded_logp(&self) -> Vec<f32> {
+        self.collect(|c| &c.logp)
     }
 
-    /// log π of every response token as the actors saw it.
-    pub(crate) fn actor_logp(&self) -> Vec<f32> {
-        self.collect(|c| &c.logp)
+    /// log ref of every response token as the actors recorded it.
+    pub(crate) fn recorded_ref_logp(&self) -> Vec<f32> {
+        self.collect(|c| &c.ref_logp)
+    }
+
+    /// Whether each completion was drawn from the policy alone, without the reference.
+    pub(crate) fn is_of_policy(&self) -> impl Iterator<Item = bool> {
+        let completions = self
+            .pairs
+            .iter()
+            .flat_map(|labelled| &labelled.pair.completions);
+        completions.map(|c| c.mixture_coef == 0.0)
     }
 
     fn collect(&self, of: impl Fn(&messages::Completion) -> &Vec<f32>) -> Vec<f32> {
@@ -163,7 +173,7 @@ impl MicroBatch<'static> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use messages::{
         Completion, Finish, JudgeVersion, Pair, Prompt, PromptId, Purpose, Release, Seed,
         WeightsVersion,
@@ -182,9 +192,16 @@ mod tests {
             behaviour_logp: vec![-1.0; length],
             text: String::new(),
         };
+        let mut labelled = labelled(vec![completion.clone(), completion]);
+        labelled.pair.prompt.id = PromptId(length as u64);
+        labelled
+    }
+
+    /// These completions of a prompt of one token, without a label.
+    pub(crate) fn labelled(completions: Vec<Completion>) -> LabelledPair {
         let prompt = Prompt {
-            id: PromptId(length as u64),
-            release: Release::single(PromptId(length as u64)),
+            id: PromptId(0),
+            release: Release::single(PromptId(0)),
             purpose: Purpose::Train,
             version: WeightsVersion::at(0),
             seed: Seed(0),
@@ -198,12 +215,13 @@ mod tests {
             pair: Pair {
                 prompt,
                 version: WeightsVersion::at(0),
-                completions: vec![completion.clone(), completion],
+                completions,
                 actor: String::new(),
             },
             labels: Vec::new(),
             judge: String::new(),
             judge_version: JudgeVersion(0),
+            scores: None,
             gold: None,
         }
     }

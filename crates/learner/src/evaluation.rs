@@ -72,13 +72,14 @@ pub struct Evaluation {
     /// `win_rate` with length controlled for; evaluations of older builds have none.
     #[serde(default)]
     pub win_rate_lc: Option<f64>,
-    /// KL(policy ‖ reference) per completion, in nats, from the policy's samples.
+    /// KL(policy ‖ reference) per completion, in nats: the mean of log π/ref, both as the actor computed them,
+    /// over samples of the policy's whole distribution at temperature 1.
     pub kl: f64,
     /// Mean length of the policy's completions, in tokens.
     pub response_length: f64,
     /// Mean length of the reference's completions, in tokens.
     pub reference_length: f64,
-    /// The policy's entropy per token, in nats, from its samples.
+    /// The policy's entropy per token, in nats, from the same samples as `kl`.
     pub entropy: f64,
     /// Share of the policy's completions that ended by themselves.
     pub ended: f64,
@@ -126,6 +127,7 @@ impl Tally {
         fn policy(labelled: &LabelledPair) -> &messages::Completion {
             &labelled.pair.completions[0]
         }
+        let exact_tokens = mean(&|l| exact(l).ids.len() as f64);
         let tokens = mean(&|l| policy(l).ids.len() as f64);
         let golds: Vec<f64> = self
             .pairs
@@ -142,10 +144,10 @@ impl Tally {
             gold_win_rate: gold,
             judge_accuracy: judge_accuracy(&self.pairs),
             win_rate_lc: Some(length_controlled(&self.pairs, &|l| win(p(l)))),
-            kl: mean(&|l| policy(l).sum_logp() - policy(l).sum_ref_logp()),
+            kl: mean(&|l| exact(l).sum_logp() - exact(l).sum_ref_logp()),
             response_length: tokens,
             reference_length: mean(&|l| l.pair.completions[1].ids.len() as f64),
-            entropy: -mean(&|l| policy(l).sum_logp()) / tokens.max(1.0),
+            entropy: -mean(&|l| exact(l).sum_logp()) / exact_tokens.max(1.0),
             ended: mean(&|l| f64::from(u8::from(policy(l).finish == Finish::EndOfText))),
             examples: self
                 .pairs
@@ -155,6 +157,13 @@ impl Tally {
                 .collect(),
         })
     }
+}
+
+/// The policy's sample from its whole distribution at temperature 1: one of its own where the settings draw
+/// otherwise, else the one that is judged.
+fn exact(labelled: &LabelledPair) -> &messages::Completion {
+    let completions = &labelled.pair.completions;
+    completions.get(2).unwrap_or(&completions[0])
 }
 
 fn judge_accuracy(pairs: &[LabelledPair]) -> Option<f64> {
@@ -207,6 +216,48 @@ impl Evaluation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A completion of one token, of which policy and reference said this.
+    fn arm(logp: f64, ref_logp: f64) -> messages::Completion {
+        messages::Completion {
+            ids: vec![0],
+            finish: Finish::EndOfText,
+            mixture_coef: 0.0,
+            logp: vec![logp as f32],
+            ref_logp: vec![ref_logp as f32],
+            behaviour_logp: vec![0.0],
+            text: String::new(),
+        }
+    }
+
+    /// A bandit with the policy (.5, .3, .2) and the reference (.2, .3, .5), sampled at temperature ½, where
+    /// arms are drawn 25 : 9 : 4 times. The third completion is drawn at temperature 1.
+    #[test]
+    fn kl_and_entropy_come_from_the_sample_at_temperature_1() {
+        let (policy, reference) = ([0.5f64, 0.3, 0.2], [0.2f64, 0.3, 0.5]);
+        let of = |arm: usize| self::arm(policy[arm].ln(), reference[arm].ln());
+        let mut tally = Tally::default();
+        let mut untempered = Tally::default();
+        // 380 draws of either law.
+        let arms = |counts: [usize; 3]| -> Vec<usize> {
+            let each = counts.into_iter().enumerate();
+            each.flat_map(|(arm, count)| vec![arm; count]).collect()
+        };
+        let tempered = arms([250, 90, 40]);
+        for (&judged, &exact) in tempered.iter().zip(&arms([190, 114, 76])) {
+            let with = |completions| crate::batch::tests::labelled(completions);
+            tally.add(with(vec![of(judged), of(0), of(exact)]));
+            untempered.add(with(vec![of(exact), of(0)]));
+        }
+        let kl = 0.3 * 2.5f64.ln();
+        let entropy: f64 = policy.iter().map(|p| -p * p.ln()).sum();
+        for tally in [tally, untempered] {
+            let evaluation = tally.finish(0, 0).expect("pairs");
+            assert!((evaluation.kl - kl).abs() < 1e-6, "{}", evaluation.kl);
+            assert!((evaluation.entropy - entropy).abs() < 1e-6);
+            assert_eq!(evaluation.prompts, 380);
+        }
+    }
 
     #[test]
     fn wilsons_interval_has_the_textbooks_numbers() {

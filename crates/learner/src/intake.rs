@@ -100,5 +100,7 @@ pub(crate) fn unsound(labelled: &LabelledPair) -> Option<DropReason> {
             .labels
             .iter()
             .all(|l| l.first < l.second && usize::from(l.second) < completions.len());
-    (!sound || !rows).then_some(DropReason::Poisoned)
+    let scores = labelled.scores.as_ref();
+    let scored = scores.is_none_or(|scores| scores.len() == completions.len());
+    (!sound || !rows || !scored).then_some(DropReason::Poisoned)
 }

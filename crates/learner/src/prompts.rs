@@ -2,10 +2,9 @@
 
 use std::{collections::HashSet, path::Path};
 
-use dataset::{DatasetError, Mix, read_rows, shuffled};
+use dataset::{Column, Columns, DatasetError, Mix, Sourced, shuffled};
 use messages::{Dialogue, PromptText, Seed};
-use model::Tokenizer;
-use serde_json::Value;
+use model::{ModelError, Tokenizer};
 use settings::{DatasetPrompts, TooLong};
 
 use crate::LearnerError;
@@ -45,12 +44,13 @@ pub struct PromptFiles {
 #[derive(Debug)]
 struct File {
     train: Vec<PromptRow>,
-    /// Empty when one file holds the prompts of all evaluations.
+    /// Distinct prompts; empty when one file holds the prompts of all evaluations.
     held_out: Vec<PromptRow>,
 }
 
 impl PromptFiles {
-    /// Reads all files, tokenises every row, and says how many were left out and why.
+    /// Reads all files, tokenises every row, and says how many were left out and why. No prompt is both held out
+    /// and trained on, however often it occurs in whatever file.
     ///
     /// # Errors
     /// When a file cannot be read, or a row is malformed, has no prompt, or has a prompt of more than
@@ -59,37 +59,37 @@ impl PromptFiles {
         settings: &DatasetPrompts,
         seed: Seed,
         max_prompt_length: usize,
-        (tokenizer, eos): (&Tokenizer, Option<u32>),
+        tokenizer: &Tokenizer,
     ) -> Result<Self, LearnerError> {
-        let mut reader = Reader {
-            settings,
-            max_prompt_length,
-            tokenizer,
-            eos,
-            seen: HashSet::new(),
-        };
         let named = settings.files();
         let weights: Vec<f64> = named.iter().map(|file| file.weight).collect();
-        let mix = Mix::new(&weights, seed.derive(MIX)).map_err(|reason| DatasetError::Row {
+        let mix = Mix::new(&weights, seed.derive(MIX)).map_err(|reason| DatasetError::File {
             path: named[0].path.clone(),
-            line: 1,
             reason: format!("prompts.mix: {reason}"),
         })?;
+        let mut reader = Reader {
+            settings,
+            columns: columns(settings),
+            max_prompt_length,
+            tokenizer,
+            seen: HashSet::new(),
+        };
         // First, so that none of them is trained on.
         let held_out = match settings.held_out_path.as_os_str().is_empty() {
             true => Vec::new(),
-            false => reader.rows(&settings.held_out_path)?,
+            false => distinct(reader.rows(&settings.held_out_path)?),
         };
         let mut files = Vec::new();
         for (index, file) in named.iter().enumerate() {
-            let mut train = reader.rows(&file.path)?;
+            let train = reader.rows(&file.path)?;
             let held_out = match held_out.is_empty() {
-                true => split(&mut train, settings, mix.share(index), &file.path)?,
+                true => last_distinct(&train, settings, mix.share(index), &file.path)?,
                 false => Vec::new(),
             };
             files.push(File { train, held_out });
         }
         files[0].held_out.extend(held_out);
+        keep_apart(&mut files, settings)?;
         Ok(Self {
             files,
             mix,
@@ -98,26 +98,80 @@ impl PromptFiles {
     }
 }
 
-/// Takes this file's share of the held-out rows off its end.
-fn split(
-    train: &mut Vec<PromptRow>,
+/// Where the settings say that prompts and golden answers are.
+fn columns(settings: &DatasetPrompts) -> Columns {
+    let golden = settings.golden_column.as_str();
+    Columns {
+        prompt: Column::named(&settings.prompt_column, "prompts.prompt_column"),
+        golden: (!golden.is_empty()).then(|| Column::named(golden, "prompts.golden_column")),
+        ..Columns::default()
+    }
+}
+
+/// The rows without those whose prompt came before.
+fn distinct(rows: Vec<PromptRow>) -> Vec<PromptRow> {
+    let mut seen = HashSet::new();
+    rows.into_iter()
+        .filter(|row| seen.insert(row.ids.clone()))
+        .collect()
+}
+
+/// A file's share of the held-out prompts: the last distinct ones.
+fn last_distinct(
+    rows: &[PromptRow],
     settings: &DatasetPrompts,
     share: f64,
     path: &Path,
 ) -> Result<Vec<PromptRow>, DatasetError> {
     let count = (settings.held_out as f64 * share).ceil() as usize;
-    if count == 0 || count >= train.len() {
-        return Err(DatasetError::Row {
-            path: path.to_owned(),
-            line: train.len(),
-            reason: format!(
-                "prompts.held_out = {} leaves nothing of {} rows: hold out fewer, or name prompts.held_out_path",
-                settings.held_out,
-                train.len()
-            ),
-        });
+    let mut seen = HashSet::new();
+    let last = rows.iter().rev().filter(|row| seen.insert(&row.ids));
+    let mut held_out: Vec<PromptRow> = last.take(count).cloned().collect();
+    held_out.reverse();
+    let all: HashSet<&Vec<u32>> = rows.iter().map(|row| &row.ids).collect();
+    match count == 0 || count >= all.len() {
+        false => Ok(held_out),
+        true => Err(leaves_nothing(settings, all.len(), path)),
     }
-    Ok(train.split_off(train.len() - count))
+}
+
+fn leaves_nothing(settings: &DatasetPrompts, prompts: usize, path: &Path) -> DatasetError {
+    DatasetError::File {
+        path: path.to_owned(),
+        reason: format!(
+            "prompts.held_out = {} leaves nothing of {prompts} distinct prompts: hold out fewer, or name prompts.held_out_path",
+            settings.held_out,
+        ),
+    }
+}
+
+/// Takes out of training what is held out, from whatever file.
+fn keep_apart(files: &mut [File], settings: &DatasetPrompts) -> Result<(), DatasetError> {
+    let held_out = files.iter().flat_map(|file| &file.held_out);
+    let held_out: HashSet<Vec<u32>> = held_out.map(|row| row.ids.clone()).collect();
+    let are_of_files = settings.held_out_path.as_os_str().is_empty();
+    let mut repeated = 0;
+    for (file, named) in files.iter_mut().zip(settings.files()) {
+        let rows = file.train.len();
+        file.train.retain(|row| !held_out.contains(&row.ids));
+        let moved = if are_of_files { file.held_out.len() } else { 0 };
+        repeated += rows - file.train.len() - moved;
+        if file.train.is_empty() {
+            return Err(DatasetError::File {
+                path: named.path,
+                reason: format!(
+                    "all of its {rows} prompts are held out, and none is left to train on"
+                ),
+            });
+        }
+    }
+    if repeated > 0 {
+        tracing::warn!(
+            rows = repeated,
+            "prompts were left out: they repeat one that is held out"
+        );
+    }
+    Ok(())
 }
 
 impl PromptSet for PromptFiles {
@@ -149,9 +203,9 @@ const MIX: u64 = 0x313;
 
 struct Reader<'a> {
     settings: &'a DatasetPrompts,
+    columns: Columns,
     max_prompt_length: usize,
     tokenizer: &'a Tokenizer,
-    eos: Option<u32>,
     /// The prompts that came before, in any file.
     seen: HashSet<Vec<u32>>,
 }
@@ -164,20 +218,29 @@ struct LeftOut {
     long: usize,
 }
 
+/// What a row asks, and its golden answer.
+struct Asked {
+    prompt: PromptText,
+    golden: Option<String>,
+}
+
 impl Reader<'_> {
     fn rows(&mut self, path: &Path) -> Result<Vec<PromptRow>, DatasetError> {
-        let refused = |line, reason| DatasetError::Row {
-            path: path.to_owned(),
-            line,
-            reason,
-        };
+        let asked = dataset::read(path, &self.columns, |form| {
+            let (prompt, golden) = (form.prompt()?, form.golden()?);
+            Ok(Asked { prompt, golden })
+        })?;
+        let prompts: Vec<&PromptText> = asked.iter().map(|asked| &asked.value.prompt).collect();
+        say_how_dialogues_are_used(path, &prompts, self.tokenizer);
         let (mut kept, mut left_out) = (Vec::new(), LeftOut::default());
-        for (line, row) in read_rows(path)? {
-            let row = self.row(&row).map_err(|reason| refused(line, reason))?;
+        for Sourced { source, value } in asked {
+            let row = self
+                .row(value)
+                .map_err(|error| source.refuse(error.to_string()))?;
             let length = row.ids.len();
             if length > self.max_prompt_length {
                 if self.settings.too_long == TooLong::Refuse {
-                    return Err(refused(line, self.too_long(length)));
+                    return Err(source.refuse(self.too_long(length)));
                 }
                 left_out.long += 1;
             } else if length < self.settings.min_length {
@@ -198,7 +261,10 @@ impl Reader<'_> {
             let reason = format!(
                 "the file holds no prompts: of {out} rows {duplicates} came before, {short} are too short and {long} too long"
             );
-            return Err(refused(1, reason));
+            return Err(DatasetError::File {
+                path: path.to_owned(),
+                reason,
+            });
         }
         if out > 0 {
             tracing::warn!(
@@ -220,28 +286,13 @@ impl Reader<'_> {
         )
     }
 
-    fn row(&self, row: &Value) -> Result<PromptRow, String> {
-        let settings = self.settings;
-        let prompt = dataset::prompt(row, &settings.prompt_column)
-            .map_err(|reason| format!("{reason}; see prompts.prompt_column"))?;
-        let ids = self
-            .tokenizer
-            .encode_prompt(&prompt)
-            .map_err(|error| error.to_string())?;
-        let golden = settings.golden_column.as_str();
-        let answer = match golden {
-            "" => None,
-            golden => Some(
-                dataset::response(row, golden)
-                    .map_err(|reason| format!("{reason}; see prompts.golden_column"))?,
-            ),
-        };
+    fn row(&self, Asked { prompt, golden }: Asked) -> Result<PromptRow, ModelError> {
+        let ids = self.tokenizer.encode_prompt(&prompt)?;
+        let answer = golden;
         let golden = answer
             .as_ref()
-            .map(|answer| self.tokenizer.encode_completion(&prompt, &ids, answer))
-            .transpose()
-            .map_err(|error| error.to_string())?
-            .map(|answer| answer.into_iter().chain(self.eos).collect());
+            .map(|answer| self.tokenizer.encode_closed(&prompt, &ids, answer))
+            .transpose()?;
         let (text, dialogue) = match prompt {
             PromptText::Text(text) => (text, None),
             PromptText::Dialogue(dialogue) => (self.tokenizer.decode(&ids), Some(dialogue)),
@@ -253,5 +304,124 @@ impl Reader<'_> {
             golden,
             answer,
         })
+    }
+}
+
+/// Logs, once for a set of prompts, what is not seen in its rows: that completions continue a last turn of the
+/// assistant, and that the chat template leaves the tools out.
+pub fn say_how_dialogues_are_used(path: &Path, prompts: &[&PromptText], tokenizer: &Tokenizer) {
+    let dialogues = prompts.iter().filter_map(|prompt| match prompt {
+        PromptText::Dialogue(dialogue) => Some(dialogue),
+        PromptText::Text(_) => None,
+    });
+    let continued = dialogues
+        .clone()
+        .filter(|dialogue| dialogue.continues_final_message())
+        .count();
+    if continued > 0 {
+        tracing::info!(
+            path = %path.display(),
+            prompts = continued,
+            "prompts end with a turn of the assistant, which completions continue"
+        );
+    }
+    let with_tools = dialogues
+        .clone()
+        .find(|dialogue| !dialogue.tools.is_empty());
+    if with_tools.is_some_and(|dialogue| !heeds_tools(tokenizer, dialogue)) {
+        tracing::warn!(
+            path = %path.display(),
+            "the chat template does not use the tools of the column \"tools\""
+        );
+    }
+}
+
+/// Whether the chat template renders the tools; a dialogue that it refuses is told elsewhere.
+fn heeds_tools(tokenizer: &Tokenizer, dialogue: &Dialogue) -> bool {
+    let bare = Dialogue {
+        tools: Vec::new(),
+        ..dialogue.clone()
+    };
+    match (tokenizer.render(dialogue), tokenizer.render(&bare)) {
+        (Ok(with), Ok(without)) => with != without,
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use settings::MixedFile;
+
+    use super::*;
+
+    fn row(id: u32) -> PromptRow {
+        PromptRow {
+            ids: vec![id],
+            text: id.to_string(),
+            dialogue: None,
+            golden: None,
+            answer: None,
+        }
+    }
+
+    fn rows(ids: &[u32]) -> Vec<PromptRow> {
+        ids.iter().copied().map(row).collect()
+    }
+
+    fn holding_out(held_out: usize) -> DatasetPrompts {
+        DatasetPrompts {
+            path: "rows.jsonl".into(),
+            mix: Vec::new(),
+            prompt_column: "prompt".into(),
+            golden_column: String::new(),
+            held_out_path: "".into(),
+            held_out,
+            shuffle: false,
+            deduplicate: false,
+            min_length: 0,
+            too_long: TooLong::Refuse,
+        }
+    }
+
+    #[test]
+    fn held_out_prompts_are_distinct_and_not_trained_on() {
+        let settings = holding_out(2);
+        let train = rows(&[1, 2, 3, 1, 4, 3, 4, 4]);
+        let path = Path::new("rows.jsonl");
+        let held_out = last_distinct(&train, &settings, 1.0, path).expect("four distinct prompts");
+        assert_eq!(held_out, rows(&[3, 4]));
+        let mut files = [File { train, held_out }];
+        keep_apart(&mut files, &settings).expect("some are left");
+        assert_eq!(files[0].train, rows(&[1, 2, 1]));
+
+        let too_many = last_distinct(&rows(&[1, 1, 1, 2]), &settings, 1.0, path);
+        let error = too_many.expect_err("two prompts").to_string();
+        assert!(
+            error.contains("prompts.held_out = 2 leaves nothing of 2 distinct prompts"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn no_file_trains_on_what_another_holds_out() {
+        let mixed = |name: &str| MixedFile {
+            path: name.into(),
+            weight: 1.0,
+        };
+        let settings = DatasetPrompts {
+            mix: vec![mixed("a.jsonl"), mixed("b.jsonl")],
+            ..holding_out(1)
+        };
+        let file = |train: &[u32], held_out: &[u32]| File {
+            train: rows(train),
+            held_out: rows(held_out),
+        };
+        let mut files = [file(&[1, 2, 3], &[3]), file(&[3, 4, 5], &[5])];
+        keep_apart(&mut files, &settings).expect("some are left");
+        assert_eq!(files[0].train, rows(&[1, 2]));
+        assert_eq!(files[1].train, rows(&[4]));
+        let mut files = [file(&[1, 2], &[2]), file(&[2], &[1])];
+        let error = keep_apart(&mut files, &settings).expect_err("nothing is left");
+        assert!(error.to_string().contains("none is left to train on"));
     }
 }

@@ -28,14 +28,27 @@ use crate::{
 };
 
 mod asking;
+mod missing;
 mod outlook;
 mod telling;
+
+use missing::Missing;
 
 /// Held-out prompts on their way at once.
 pub const EVALUATION_WINDOW: usize = 128;
 
 /// Going back to a checkpoint more often than this does not help.
 const MOST_ROLLBACKS: u64 = 3;
+
+/// From which law the actors draw completions of training prompts, given the weight on the reference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sampling {
+    /// The policy's own in f32: temperature 1, no truncation. Its samples estimate expectations under the
+    /// policy.
+    Exact,
+    /// Tempered, truncated, or with weights in coarser numbers.
+    Altered,
+}
 
 /// What a learner is made of.
 pub struct LearnerParts {
@@ -57,6 +70,8 @@ pub struct LearnerParts {
     pub set: Arc<dyn PromptSet>,
     /// How it is asked.
     pub pacing: Pacing,
+    /// How it is answered.
+    pub sampling: Sampling,
     /// Where prompts go.
     pub prompts: Sender<Prompt>,
     /// Where labelled pairs come from.
@@ -130,8 +145,9 @@ pub struct Learner {
     intake: Intake,
     tally: Tally,
     contested: usize,
-    /// Prompts since the last step whose completions were all the same, and that were dropped for it.
-    identical: u64,
+    sampling: Sampling,
+    /// What was dropped since the last step, and so is in no mean over its pairs.
+    missing: Missing,
     /// Whether it was said that nearly all are.
     collapsed: bool,
     journal: Journal,
@@ -219,7 +235,8 @@ impl Learner {
             intake: Intake::default(),
             tally: Tally::default(),
             contested: 0,
-            identical: 0,
+            sampling: parts.sampling,
+            missing: Missing::default(),
             collapsed: false,
             journal,
             samples,
@@ -364,7 +381,7 @@ impl Learner {
                 let note = delivery.message();
                 if note.session == self.state.session {
                     self.feed.returned(note.prompt);
-                    self.identical += u64::from(note.reason == DropReason::Identical);
+                    self.missing.note(note);
                 }
                 delivery.acknowledge();
             }
@@ -423,6 +440,9 @@ impl Learner {
     }
 
     fn drop_pair(&mut self, in_hand: InHand, reason: DropReason) {
+        if matches!(reason, DropReason::Stale | DropReason::Poisoned) {
+            self.missing.lost();
+        }
         self.settle(in_hand.receipt);
         self.counters.dropped(reason, 1);
     }
@@ -447,7 +467,7 @@ impl Learner {
         }
         self.counters.set_in_hand(self.intake.len() as u64);
         match outcome {
-            StepOutcome::Taken(mut measurements) => {
+            StepOutcome::Taken(mut measurements, samples) => {
                 self.counters.given(pairs.len() as u64);
                 self.state.step += 1;
                 self.steps.send_replace(self.state.step);
@@ -458,6 +478,12 @@ impl Learner {
                     .flat_map(|l| &l.pair.completions)
                     .map(|c| c.ids.len() as u64);
                 self.state.tokens += tokens.sum::<u64>();
+                let missing = std::mem::take(&mut self.missing);
+                if let Some(kl) = self.kl(&pairs, samples, missing) {
+                    measurements.set("objective/kl", kl);
+                }
+                let same = self.sameness(missing.identical, pairs.len());
+                measurements.set("completions/identical_ratio", same);
                 measurements.merge(self.flow(&pairs, step, before.elapsed()));
                 self.report(&measurements, &pairs)
             }

@@ -2,14 +2,13 @@
 
 use std::{path::Path, time::Instant};
 
-use dataset::{Answered, DatasetError, read_rows};
+use dataset::{Answered, Column, Columns, DatasetError, Sourced};
 use messages::Seed;
 use model::{AdamWSettings, Gradients, LanguageModel, Optimizer, Schedule, Sequence, Tokenizer};
-use serde_json::Value;
 use settings::SftSettings;
 use telemetry::Progress;
 
-use crate::LearnerError;
+use crate::{LearnerError, prompts::say_how_dialogues_are_used};
 
 /// A prompt and the completion that is to be learned, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,25 +114,28 @@ fn schedule(settings: &SftSettings) -> Schedule {
     }
 }
 
-/// Reads rows of `prompt` and `completion` (or `chosen`), each as text or messages, or of `messages`.
+/// Reads rows in any of the forms with an answer.
 ///
 /// # Errors
 /// When the file cannot be read, or a row is malformed or longer than `max_length` tokens.
 pub fn read_examples(
     path: &Path,
+    settings: &SftSettings,
     tokenizer: &Tokenizer,
-    eos: Option<u32>,
     max_length: usize,
 ) -> Result<Vec<ExampleIds>, LearnerError> {
-    let example = |row: &Value| -> Result<ExampleIds, String> {
-        let Answered { prompt, answer } = Answered::from_row(row)?;
+    let columns = Columns {
+        prompt: Column::named(&settings.prompt_column, "sft.prompt_column"),
+        answer: Column::named(&settings.completion_column, "sft.completion_column"),
+        ..Columns::default()
+    };
+    let example = |Answered { prompt, answer }: &Answered| -> Result<ExampleIds, String> {
         let ids = tokenizer
-            .encode_prompt(&prompt)
+            .encode_prompt(prompt)
             .map_err(|error| error.to_string())?;
         let completion = tokenizer
-            .encode_completion(&prompt, &ids, &answer)
+            .encode_closed(prompt, &ids, answer)
             .map_err(|error| error.to_string())?;
-        let completion: Vec<u32> = completion.into_iter().chain(eos).collect();
         if completion.is_empty() {
             return Err("the completion is empty".into());
         }
@@ -148,24 +150,17 @@ pub fn read_examples(
             completion,
         })
     };
-    let examples = read_rows(path)?
-        .iter()
-        .map(|(line, row)| {
-            example(row).map_err(|reason| DatasetError::Row {
-                path: path.to_owned(),
-                line: *line,
-                reason,
-            })
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    if examples.is_empty() {
-        let reason = "the file holds no examples".into();
-        return Err(DatasetError::Row {
+    let rows = dataset::read(path, &columns, |form| form.answered())?;
+    if rows.is_empty() {
+        return Err(LearnerError::Dataset(DatasetError::File {
             path: path.to_owned(),
-            line: 1,
-            reason,
-        }
-        .into());
+            reason: "the file holds no examples".into(),
+        }));
     }
-    Ok(examples)
+    let prompts: Vec<_> = rows.iter().map(|row| &row.value.prompt).collect();
+    say_how_dialogues_are_used(path, &prompts, tokenizer);
+    let read = |Sourced { source, value }: &Sourced<Answered>| {
+        example(value).map_err(|reason| LearnerError::Dataset(source.refuse(reason)))
+    };
+    rows.iter().map(read).collect()
 }

@@ -7,17 +7,20 @@ use model::{
     AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule, Scores,
     Tensor,
 };
-use settings::{self, LearnerSettings, ObjectiveSettings};
+use settings::{self, LearnerSettings, MaxGradNorm, ObjectiveSettings};
 use telemetry::Measurements;
 
+pub use self::sums::PolicySamples;
 use crate::{
     LearnerError,
     batch::{Cut, MicroBatch},
     objective::{self, Baseline, Batch, LabelKind, Labelling, LogpReduction, Objective},
 };
 pub(crate) use game::Game;
+use sums::{Pass, Sums};
 
 mod game;
+mod sums;
 
 /// The stream of an adapter's dropout, among those of the run's seed.
 const DROPOUT: u64 = 0xd709;
@@ -26,6 +29,9 @@ const DROPOUT: u64 = 0xd709;
 pub struct Trainer {
     folder: Arc<ModelFolder>,
     model: LanguageModel,
+    /// The fixed reference, which is scored beside the policy: same batch, same kernels, same precision. So
+    /// log π − log ref is exactly 0 where the weights are equal, whatever the actors computed.
+    reference: LanguageModel,
     optimizer: Optimizer,
     objective: Box<dyn Objective>,
     /// τ or β: what turns log-ratios into rewards.
@@ -38,28 +44,18 @@ pub struct Trainer {
     game: Option<Game>,
 }
 
-/// What became of a step.
-pub enum StepOutcome {
-    /// It was taken.
-    Taken(Measurements),
-    /// The loss or the gradient was not finite; nothing has changed.
-    Refused(Measurements),
+/// What a pass was given by the policy, with gradient, and by its reference.
+struct Scored {
+    policy: Scores,
+    reference: Scores,
 }
 
-/// Sums over the passes of a step.
-#[derive(Default)]
-struct Sums {
-    /// Of everything that is minimised.
-    loss: f64,
-    /// Of the objective alone.
-    objective: f64,
-    tokens: Vec<f32>,
-    actor_tokens: Vec<f32>,
-    entropy: Vec<f32>,
-    logp: Vec<f64>,
-    ref_logp: Vec<f64>,
-    rows: Vec<(usize, usize, f64)>,
-    lengths: Vec<usize>,
+/// What became of a step.
+pub enum StepOutcome {
+    /// It was taken: what was measured, and the policy's own samples in it.
+    Taken(Measurements, PolicySamples),
+    /// The loss or the gradient was not finite; nothing has changed.
+    Refused(Measurements),
 }
 
 impl Trainer {
@@ -75,19 +71,26 @@ impl Trainer {
     ) -> Result<Self, LearnerError> {
         let (model, vars) = policy.trainable()?;
         let model = model.with_products_in(settings.precision.into());
+        let reference = policy
+            .without_adapter()
+            .with_products_in(settings.precision.into());
         let model = model.with_checkpointing(settings.gradient_checkpointing);
         let adamw = AdamWSettings {
             beta1: settings.adam_beta1,
             beta2: settings.adam_beta2,
             epsilon: settings.adam_epsilon,
             weight_decay: settings.weight_decay,
-            max_grad_norm: settings.max_grad_norm,
+            max_grad_norm: match settings.max_grad_norm {
+                MaxGradNorm::Norm(norm) => norm,
+                MaxGradNorm::Objective => settings.objective.max_grad_norm(),
+            },
         };
         let (objective, temperature) = objective(&settings.objective);
         let game = Game::new(settings, policy, adamw, seed)?;
         Ok(Self {
             folder,
             model,
+            reference,
             optimizer: Optimizer::new(vars, adamw)?,
             objective,
             temperature,
@@ -128,12 +131,12 @@ impl Trainer {
             .collect();
         let mut round = self.play(&micros, step)?;
         for (pass, micro) in (0..).zip(&micros) {
-            let scores = match round.scores.take() {
-                Some(scores) => scores,
+            let scored = match round.scored.take() {
+                Some(scored) => scored,
                 None => self.score(micro, (step, pass))?,
             };
-            let loss = self.loss(micro, &scores, pairs.len(), &mut sums)?;
-            let loss = self.regularised(loss, micro, &scores, &mut round)?;
+            let loss = self.loss(micro, &scored, pairs.len(), &mut sums)?;
+            let loss = self.regularised(loss, micro, &scored.policy, &mut round)?;
             sums.loss += f64::from(loss.to_scalar::<f32>()?);
             let before = clock.elapsed().as_secs_f64();
             gradients.add(&loss)?;
@@ -142,7 +145,7 @@ impl Trainer {
         let forward_seconds = clock.elapsed().as_secs_f64() - backward_seconds;
         let norm = self.optimizer.norm(&gradients)?;
         let learning_rate = self.schedule.at(step);
-        let mut measurements = self.measure(&sums, pairs, step);
+        let mut measurements = self.measure(&sums, pairs);
         round.measure(&mut measurements);
         measurements.set("grad_norm", norm);
         measurements.set("learning_rate", learning_rate);
@@ -155,36 +158,42 @@ impl Trainer {
         let before = clock.elapsed().as_secs_f64();
         self.optimizer.step(&gradients, norm, learning_rate)?;
         measurements.set("time/optimizer", clock.elapsed().as_secs_f64() - before);
-        Ok(StepOutcome::Taken(measurements))
+        measurements.set("grad_clipped_share", self.optimizer.clipped_share());
+        Ok(StepOutcome::Taken(measurements, sums.policy_samples()))
     }
 
-    /// What the policy in training says of a pass: its completions, then its golden answers.
+    /// Scores a pass by the policy in training and by its reference: the completions, then the golden
+    /// answers.
     fn score(
         &self,
         micro: &MicroBatch<'_>,
         (step, pass): (u64, u64),
-    ) -> Result<Scores, LearnerError> {
+    ) -> Result<Scored, LearnerError> {
         let mut sequences = micro.completions();
         if self.objective.needs_baseline() {
             sequences.extend(micro.golden(self.objective.name())?);
         }
+        // First, while the policy's pass holds no memory yet.
+        let reference = self.reference.score(&sequences)?;
         let model = self.model.dropping(self.dropout.derive(step).derive(pass));
-        Ok(model.score(&sequences)?)
+        let policy = model.score(&sequences)?;
+        Ok(Scored { policy, reference })
     }
 
     /// The pass's share of the batch's mean loss, a scalar with gradient.
     fn loss(
         &self,
         micro: &MicroBatch<'_>,
-        scores: &Scores,
+        scored: &Scored,
         batch_size: usize,
         sums: &mut Sums,
     ) -> Result<Tensor, LearnerError> {
         let completions = micro.lengths.len();
         let response: usize = micro.lengths.iter().sum();
         let device = self.model.device();
+        let scores = &scored.policy;
         let token_logp = scores.logp.narrow(0, 0, response)?;
-        let token_ref_logp = micro.token_ref_logp(device)?;
+        let token_ref_logp = scored.reference.logp.narrow(0, 0, response)?.detach();
         let logp = self.reduction.reduce(&token_logp, &micro.lengths)?;
         let ref_logp = self.reduction.reduce(&token_ref_logp, &micro.lengths)?;
         let golden = scores
@@ -207,16 +216,17 @@ impl Trainer {
             baseline,
         };
         let loss = (self.objective.loss(&batch)? / batch_size as f64)?;
-        sums.add(
+        sums.add(&Pass {
             micro,
-            &token_logp,
-            &scores.entropy.narrow(0, 0, response)?,
-            &loss,
-        )?;
+            token_logp: &token_logp,
+            token_ref_logp: &token_ref_logp,
+            entropy: &scores.entropy.narrow(0, 0, response)?,
+            loss: &loss,
+        })?;
         Ok(loss)
     }
 
-    fn measure(&self, sums: &Sums, pairs: &[LabelledPair], step: u64) -> Measurements {
+    fn measure(&self, sums: &Sums, pairs: &[LabelledPair]) -> Measurements {
         let mut m = Measurements::new();
         m.set("loss", sums.loss);
         m.set(
@@ -225,13 +235,8 @@ impl Trainer {
         );
         sums.rewards(self.temperature, &mut m);
         sums.completions(pairs, &mut m);
-        // At the same version both sides computed the same numbers; what differs is the arithmetic.
-        if pairs
-            .iter()
-            .all(|labelled| labelled.pair.version.step == step)
-        {
-            sums.mismatch(&mut m);
-        }
+        Sums::scores(pairs, &mut m);
+        sums.mismatch(&mut m);
         m
     }
 
@@ -265,8 +270,8 @@ impl Trainer {
         let path = checkpoint.join("optimizer.safetensors");
         let blob =
             std::fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })?;
-        self.optimizer.restore(&blob).map_err(torn)?;
         self.optimizer.assign(&weights).map_err(broken)?;
+        self.optimizer.restore(&blob).map_err(torn)?;
         match &mut self.game {
             Some(game) => game.read(checkpoint),
             None => Ok(()),
@@ -281,155 +286,6 @@ impl Trainer {
     /// The folder that the policy came from.
     pub(crate) fn folder(&self) -> &ModelFolder {
         &self.folder
-    }
-}
-
-impl Sums {
-    fn add(
-        &mut self,
-        micro: &MicroBatch<'_>,
-        token_logp: &Tensor,
-        entropy: &Tensor,
-        loss: &Tensor,
-    ) -> Result<(), LearnerError> {
-        let tokens: Vec<f32> = token_logp.to_vec1()?;
-        let base = self.logp.len();
-        let reference: Vec<f32> = micro.token_ref_logp(token_logp.device())?.to_vec1()?;
-        let mut start = 0;
-        for &length in &micro.lengths {
-            let sum = |l: &[f32]| {
-                l[start..start + length]
-                    .iter()
-                    .map(|&x| f64::from(x))
-                    .sum::<f64>()
-            };
-            self.logp.push(sum(&tokens));
-            self.ref_logp.push(sum(&reference));
-            start += length;
-        }
-        let rows = micro.first.iter().zip(&micro.second).zip(&micro.p);
-        self.rows.extend(
-            rows.map(|((&a, &b), &p)| (base + a as usize, base + b as usize, f64::from(p))),
-        );
-        self.lengths.extend(&micro.lengths);
-        self.actor_tokens.extend(micro.actor_logp());
-        self.entropy.extend(entropy.to_vec1::<f32>()?);
-        self.tokens.extend(tokens);
-        self.objective += f64::from(loss.to_scalar::<f32>()?);
-        Ok(())
-    }
-
-    /// Implicit rewards, temperature · log π/ref, of the likelier and the less likely completion.
-    fn rewards(&self, temperature: f64, m: &mut Measurements) {
-        let reward = |c: usize| temperature * (self.logp[c] - self.ref_logp[c]);
-        let decided: Vec<(usize, usize)> = self
-            .rows
-            .iter()
-            .filter(|(_, _, p)| *p != 0.5)
-            .map(|&(a, b, p)| if p > 0.5 { (a, b) } else { (b, a) })
-            .collect();
-        let mean = |f: &dyn Fn(&(usize, usize)) -> f64| {
-            decided.iter().map(f).sum::<f64>() / decided.len().max(1) as f64
-        };
-        m.set("rewards/chosen", mean(&|&(chosen, _)| reward(chosen)));
-        m.set("rewards/rejected", mean(&|&(_, rejected)| reward(rejected)));
-        m.set(
-            "rewards/margins",
-            mean(&|&(chosen, rejected)| reward(chosen) - reward(rejected)),
-        );
-        let right = |&(chosen, rejected): &(usize, usize)| {
-            f64::from(u8::from(reward(chosen) > reward(rejected)))
-        };
-        m.set("rewards/accuracies", mean(&right));
-        m.set("logps/chosen", mean(&|&(chosen, _)| self.logp[chosen]));
-        m.set(
-            "logps/rejected",
-            mean(&|&(_, rejected)| self.logp[rejected]),
-        );
-        let rows = self.rows.len().max(1) as f64;
-        m.set(
-            "objective/scores",
-            self.rows.iter().map(|r| r.2).sum::<f64>() / rows,
-        );
-        m.set(
-            "objective/scores_margin",
-            self.rows
-                .iter()
-                .map(|r| (2.0 * r.2 - 1.0).abs())
-                .sum::<f64>()
-                / rows,
-        );
-    }
-
-    fn completions(&self, pairs: &[LabelledPair], m: &mut Measurements) {
-        let count = self.lengths.len().max(1) as f64;
-        let kl: f64 = self
-            .logp
-            .iter()
-            .zip(&self.ref_logp)
-            .map(|(p, r)| p - r)
-            .sum();
-        m.set("objective/kl", kl / count);
-        let entropy: f64 = self.entropy.iter().map(|&e| f64::from(e)).sum();
-        m.set(
-            "objective/entropy",
-            entropy / self.entropy.len().max(1) as f64,
-        );
-        m.set(
-            "completions/mean_length",
-            self.lengths.iter().sum::<usize>() as f64 / count,
-        );
-        m.set(
-            "completions/min_length",
-            self.lengths.iter().min().map_or(0.0, |&l| l as f64),
-        );
-        m.set(
-            "completions/max_length",
-            self.lengths.iter().max().map_or(0.0, |&l| l as f64),
-        );
-        let completions = pairs.iter().flat_map(|labelled| &labelled.pair.completions);
-        let clipped = completions
-            .filter(|c| c.finish == messages::Finish::Length)
-            .count() as f64;
-        m.set("completions/clipped_ratio", clipped / count);
-        m.set("val/contain_eos_token", 1.0 - clipped / count);
-    }
-
-    /// How far the actors' log-probabilities are from the learner's for the same tokens.
-    fn mismatch(&self, m: &mut Measurements) {
-        let gaps = || {
-            self.tokens
-                .iter()
-                .zip(&self.actor_tokens)
-                .map(|(&l, &a)| f64::from(l) - f64::from(a))
-        };
-        let n = self.tokens.len().max(1) as f64;
-        m.set(
-            "mismatch/logp_abs_diff",
-            gaps().map(f64::abs).sum::<f64>() / n,
-        );
-        m.set("mismatch/kl", gaps().map(|gap| -gap).sum::<f64>() / n);
-        m.set(
-            "mismatch/k3_kl",
-            gaps().map(|gap| gap.exp() - 1.0 - gap).sum::<f64>() / n,
-        );
-        let gaps: Vec<f64> = gaps().collect();
-        let mut start = 0;
-        let weights: Vec<f64> = self
-            .lengths
-            .iter()
-            .map(|&length| {
-                start += length;
-                gaps[start - length..start].iter().sum::<f64>().exp()
-            })
-            .collect();
-        let (sum, squares) = weights
-            .iter()
-            .fold((0.0, 0.0), |(s, q), w| (s + w, q + w * w));
-        m.set(
-            "mismatch/ess",
-            sum * sum / (squares * weights.len().max(1) as f64),
-        );
     }
 }
 
@@ -476,3 +332,6 @@ fn labelling(settings: &LearnerSettings, seed: Seed) -> Labelling {
         seed,
     }
 }
+
+#[cfg(test)]
+mod tests;

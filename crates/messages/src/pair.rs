@@ -72,6 +72,8 @@ pub struct LabelledPair {
     pub judge: String,
     /// The judge's version.
     pub judge_version: JudgeVersion,
+    /// Every completion's score, where the judge gives completions scores of their own.
+    pub scores: Option<Vec<f32>>,
     /// The known gold preference for the first completion over the second, where a world has one and
     /// the pair is for evaluation.
     pub gold: Option<Probability>,
@@ -110,7 +112,7 @@ pub enum DropReason {
 }
 
 /// The note that takes a dropped prompt's credit back to the learner.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Dropped {
     /// What was dropped.
     pub prompt: PromptId,
@@ -120,6 +122,9 @@ pub struct Dropped {
     pub station: Station,
     /// Why.
     pub reason: DropReason,
+    /// Of a prompt whose completions were all the same: their log π/ref in nats, as the actor recorded it.
+    /// Without it a mean over the pairs that were not dropped would be biased.
+    pub log_ratio: Option<f32>,
     /// For people: what happened.
     pub detail: String,
 }
@@ -163,6 +168,12 @@ impl Completion {
     #[must_use]
     pub fn sum_ref_logp(&self) -> f64 {
         self.ref_logp.iter().map(|&l| f64::from(l)).sum()
+    }
+
+    /// log π(y|x) − log ref(y|x) in nats, both as recorded.
+    #[must_use]
+    pub fn log_ratio(&self) -> f32 {
+        (self.sum_logp() - self.sum_ref_logp()) as f32
     }
 
     /// Whether every recorded number is finite and there is one of each per token.

@@ -38,7 +38,9 @@ pub struct Prompt {
 pub enum Purpose {
     /// Training: completions from the behaviour policies of the settings.
     Train,
-    /// Evaluation: the first completion from the policy, the second from the reference.
+    /// Evaluation: the first completion from the policy, the second from the reference; these two are judged.
+    /// Where the settings temper or truncate, a third one is the policy's from the whole distribution at
+    /// temperature 1: the sample by which KL and entropy are estimated.
     Evaluate,
     /// A round of the adversarial game: the policy's own samples, to be held against the golden answer.
     Contest,

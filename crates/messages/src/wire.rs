@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::{Dropped, LabelledPair, Pair, Prompt, WeightsManifest};
 
 /// The version of the encoding. It changes with any change to any message.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 
 /// A noun with a place in the encoding.
 pub trait Message: Serialize + DeserializeOwned {
@@ -174,6 +174,7 @@ mod tests {
             }],
             judge: "gold".into(),
             judge_version: JudgeVersion(1),
+            scores: Some(vec![0.5, -1.0]),
             gold: Some(p),
         }
     }
@@ -204,7 +205,7 @@ mod tests {
             (vec![], "too few"),
             (
                 with(0, 9),
-                "encoded as version 9, this build reads version 2",
+                "encoded as version 9, this build reads version 3",
             ),
             (
                 with(1, 1),

@@ -16,7 +16,7 @@ use std::{
 use messages::Completion;
 use model::{
     CompletionWriter, Continuation, DType, Finished, LanguageModel, ModelError, ModelFolder,
-    Precision, Request, SamplingSettings,
+    Precision, Request, SamplingSettings, StopTokens,
     decode::{Decoder, Logits, Prefill},
     sampling::{Groups, Scratch, only_idle, share_vocabulary},
     save_folder,
@@ -63,8 +63,8 @@ pub struct Rollouts {
     /// None only while another policy is being loaded, or after one could not be.
     policy: Option<Loaded>,
     positions: usize,
-    /// The tokens that end texts.
-    eos: Vec<u32>,
+    /// The tokens that end completions.
+    stops: StopTokens,
     /// Completions to be written: of which request, and which of its completions.
     waiting: VecDeque<(Arc<Request>, usize)>,
     groups: Groups,
@@ -104,7 +104,7 @@ impl Rollouts {
         let (told, ended) = mpsc::channel();
         let loaded = load(&parts.folder, &parts.policy)?;
         Ok(Self {
-            eos: parts.policy.config().eos.clone(),
+            stops: parts.policy.config().stops.clone(),
             folder: parts.folder,
             reference: parts.reference.map(decoder).transpose()?,
             sampling: parts.sampling,
@@ -160,7 +160,7 @@ impl Rollouts {
             continuation: Continuation::new(request, index),
             reference: self.reference.as_ref().map(beside).transpose()?,
             sampling: self.sampling,
-            eos: self.eos.clone(),
+            stops: self.stops.clone(),
             scratch: Scratch::default(),
             failure: None,
         })
@@ -247,7 +247,8 @@ fn load(folder: &ModelFolder, policy: &LanguageModel) -> Result<Loaded, ModelErr
     })?;
     let path = temporary.path();
     save_folder(path, folder, &policy.merged()?.to_dtype(DType::F32)?)?;
-    let ends = json!({"eos_token_id": policy.config().eos}).to_string();
+    let stops: Vec<u32> = policy.config().stops.ids().collect();
+    let ends = json!({"eos_token_id": stops}).to_string();
     let unwritable = |source| ModelError::Unwritable {
         path: path.to_owned(),
         source,
@@ -272,7 +273,7 @@ struct Mixing {
     /// One slot.
     reference: Option<Decoder>,
     sampling: SamplingSettings,
-    eos: Vec<u32>,
+    stops: StopTokens,
     scratch: Scratch,
     failure: Option<ModelError>,
 }
@@ -298,7 +299,7 @@ impl Mixing {
         self.continuation.write(
             (policy, reference),
             &self.sampling,
-            &self.eos,
+            &self.stops,
             &mut self.scratch,
         )
     }

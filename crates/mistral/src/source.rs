@@ -8,9 +8,7 @@ use std::{
 };
 
 use messages::Digest;
-#[cfg(any(test, feature = "engine"))]
-use serde_json::Map;
-use serde_json::Value;
+use serde_json::{Map, Value};
 #[cfg(any(test, feature = "engine"))]
 use tempfile::NamedTempFile;
 
@@ -128,7 +126,9 @@ impl Source {
         }
         let mut files = self.weights()?;
         if !self.is_gguf() {
-            files.push(found(self.path.join("config.json"))?);
+            let config = found(self.path.join("config.json"))?;
+            scaling_is_known(&config).map_err(|reason| unusable(&config, &reason))?;
+            files.push(config);
             if self.tokenizer.is_none() {
                 files.push(found(self.path.join("tokenizer.json"))?);
             }
@@ -146,21 +146,66 @@ impl Source {
     }
 }
 
-/// A configuration with `rope_theta` and `rope_scaling` beside its `rope_parameters`. None where there are none
-/// such, or `rope_theta` is there already.
+/// The object of a configuration that turns positions into angles: as transformers reads it, a `rope_scaling` that
+/// holds anything goes before `rope_parameters`.
+fn rope(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
+    let mut found = ["rope_scaling", "rope_parameters"]
+        .into_iter()
+        .filter_map(|key| config.get(key)?.as_object());
+    found.find(|keys| !keys.is_empty())
+}
+
+/// The type of scaling that a configuration's rotary frequencies have.
+fn rope_type(config: &Map<String, Value>) -> &str {
+    let kind = rope(config).and_then(|keys| keys.get("rope_type").or(keys.get("type"))?.as_str());
+    kind.unwrap_or("default")
+}
+
+/// Which types of scaling mistral.rs 0.8.1 computes for the families that `model` knows; others it passes over in
+/// silence.
+fn known_scalings(architecture: &str) -> Option<&'static [&'static str]> {
+    match architecture {
+        "LlamaForCausalLM" => Some(&["default", "linear", "llama3"]),
+        "MistralForCausalLM" | "Qwen2ForCausalLM" | "Qwen3ForCausalLM" => Some(&["default"]),
+        _ => None,
+    }
+}
+
+/// Why mistral.rs would compute another model than the configuration in `path` describes.
+fn scaling_is_known(path: &Path) -> Result<(), String> {
+    let Ok(text) = fs::read_to_string(path) else {
+        return Ok(());
+    };
+    let config: Map<String, Value> = serde_json::from_str(&text).unwrap_or_default();
+    let architecture = config
+        .get("architectures")
+        .and_then(|names| names[0].as_str());
+    let Some(known) = architecture.and_then(known_scalings) else {
+        return Ok(());
+    };
+    let kind = rope_type(&config);
+    match known.contains(&kind) {
+        true => Ok(()),
+        false => Err(format!(
+            "mistral.rs does not compute the rotary scaling {kind:?} of a {}; use Agon's own engine",
+            architecture.unwrap_or_default()
+        )),
+    }
+}
+
+/// A configuration with `rope_theta` and `rope_scaling` beside its `rope_parameters`. None where it has both already.
 #[cfg(any(test, feature = "engine"))]
 fn with_rope(text: &str) -> Option<String> {
-    let mut config: Map<String, Value> = serde_json::from_str(text).ok()?;
-    let rope = config.get("rope_parameters")?.as_object()?.clone();
-    let theta = rope.get("rope_theta")?.clone();
-    if config.contains_key("rope_theta") {
-        return None;
+    let config: Map<String, Value> = serde_json::from_str(text).ok()?;
+    let rope = rope(&config)?.clone();
+    let mut rewritten = config.clone();
+    if let Some(theta) = rope.get("rope_theta") {
+        rewritten.insert("rope_theta".into(), theta.clone());
     }
-    config.insert("rope_theta".into(), theta);
-    if rope.get("rope_type").is_some_and(|kind| kind != "default") {
-        config.insert("rope_scaling".into(), rope.into());
+    if rope_type(&config) != "default" {
+        rewritten.insert("rope_scaling".into(), rope.into());
     }
-    Some(Value::from(config).to_string())
+    (rewritten != config).then(|| Value::from(rewritten).to_string())
 }
 
 /// The names of the shards in an index, each once.
@@ -305,8 +350,44 @@ mod tests {
         ] {
             assert_eq!(with_rope(whole), None);
         }
+        let both = r#"{"rope_theta": 7, "rope_parameters": {"rope_type": "linear", "factor": 2}}"#;
+        let read: Value = serde_json::from_str(&with_rope(both).expect("rewritten")).expect("JSON");
+        assert_eq!(
+            (&read["rope_theta"], &read["rope_scaling"]["factor"]),
+            (&7.into(), &2.into())
+        );
         let (_folder, source) = folder(&WHOLE);
         assert!(source.config().expect("it is there").is_none());
+    }
+
+    #[test]
+    fn scalings_that_mistral_would_pass_over_are_refused() {
+        let (_folder, source) = folder(&WHOLE);
+        let check = |architecture: &str, kind: &str| {
+            let config = serde_json::json!({
+                "architectures": [architecture], "rope_scaling": {"type": kind, "factor": 2}
+            });
+            fs::write(source.path.join("config.json"), config.to_string()).expect("a file");
+            source.check().map_err(|error| error.to_string())
+        };
+        for (architecture, kind) in [
+            ("LlamaForCausalLM", "llama3"),
+            ("Qwen3ForCausalLM", "default"),
+            ("Phi3ForCausalLM", "longrope"),
+        ] {
+            check(architecture, kind).expect(kind);
+        }
+        for (architecture, kind) in [
+            ("LlamaForCausalLM", "yarn"),
+            ("Qwen2ForCausalLM", "llama3"),
+            ("MistralForCausalLM", "linear"),
+        ] {
+            let refused = check(architecture, kind).expect_err(kind);
+            assert!(
+                refused.contains(kind) && refused.contains(architecture),
+                "{refused}"
+            );
+        }
     }
 
     #[test]

@@ -1,16 +1,19 @@
 //! From a Hugging Face `config.json`, in the old style (`rope_theta`, `rope_scaling`) or in that of
 //! transformers 5 (`rope_parameters`), to the few numbers that the network needs.
+//!
+//! What a file leaves out is what transformers 5.23 takes for it; what it says beyond that is harmless, reported or
+//! refused (`keys`).
 
 use std::path::Path;
 
-use candle_transformers::models::{
-    llama::{Llama3RopeConfig, Llama3RopeType, LlamaConfig},
-    mistral, qwen2, qwen3,
-};
-use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::ModelError;
+use crate::{
+    ModelError, keys, reward,
+    rope::Rope,
+    shards::{EMBEDDING, HEAD, Shards, Wanted, missing},
+    stop_tokens::StopTokens,
+};
 
 /// The architectures that can be loaded, as `config.json` names them.
 pub const SUPPORTED_ARCHITECTURES: [&str; 4] = [
@@ -43,6 +46,14 @@ impl Task {
         match self {
             Self::Language => &SUPPORTED_ARCHITECTURES,
             Self::Reward => &SUPPORTED_REWARD_ARCHITECTURES,
+        }
+    }
+
+    /// Keys of `config.json` that are read for it beside those of the decoder.
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Language => &["id2label", "label2id", "num_labels"],
+            Self::Reward => &["agon_reward", "id2label", "label2id", "num_labels"],
         }
     }
 }
@@ -83,10 +94,8 @@ pub struct ModelConfig {
     pub max_positions: usize,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// Llama 3's scaling of the rotary frequencies.
-    pub rope_scaling: Option<Llama3RopeConfig>,
+    /// Base and scaling of the rotary frequencies.
+    pub rope: Rope,
     /// Of each layer: a token sees so many tokens, itself included; none: all before it.
     pub windows: Vec<Option<usize>>,
     /// Whether queries, keys and values have biases.
@@ -99,14 +108,14 @@ pub struct ModelConfig {
     pub tied_head: bool,
     /// The token that begins a text.
     pub bos: Option<u32>,
-    /// The tokens that end a text; may be empty.
-    pub eos: Vec<u32>,
+    /// The tokens that end a completion; the tokenizer's among them where the folder was opened with it.
+    pub stops: StopTokens,
     /// `config.json` as it was read, to be written again.
     pub raw: Value,
 }
 
 impl ModelConfig {
-    /// Reads `folder/config.json`, and `folder/generation_config.json` for the tokens that end a text.
+    /// Reads `folder/config.json`, and `folder/generation_config.json` for more tokens that end a completion.
     ///
     /// # Errors
     /// When a file is missing or malformed, or the architecture is not supported.
@@ -117,13 +126,18 @@ impl ModelConfig {
     /// As [`Self::load`], of a folder that is for `task`.
     pub(crate) fn load_for(task: Task, folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
-        let mut config = Self::read(task, read_json(&path)?, &path)?;
+        let raw = match task {
+            Task::Language => read_json(&path)?,
+            Task::Reward => reward::from_disk(read_json(&path)?),
+        };
+        let mut config = Self::read(task, raw, &path)?;
         let generation = folder.join("generation_config.json");
         if generation.exists() {
             let eos = tokens(&read_json(&generation)?["eos_token_id"]);
-            if !eos.is_empty() {
-                config.eos = eos;
-            }
+            config.stops = config.stops.and(&eos);
+        }
+        if task == Task::Language {
+            config.untie(folder)?;
         }
         Ok(config)
     }
@@ -138,51 +152,106 @@ impl ModelConfig {
 
     fn read(task: Task, raw: Value, path: &Path) -> Result<Self, ModelError> {
         let architecture = architecture(task, &raw, path)?;
-        let flat = old_style(&raw, path)?;
-        let mut config = match architecture {
-            Architecture::Llama => from_llama(&parse(&flat, path)?, &flat),
-            Architecture::Mistral => from_mistral(&parse(&flat, path)?),
-            Architecture::Qwen2 => from_qwen2(&parse(&flat, path)?),
-            Architecture::Qwen3 => from_qwen3(&parse(&flat, path)?),
-        };
-        config.windows =
-            windows(architecture, &raw, config.layers).map_err(|reason| ModelError::Malformed {
-                path: path.to_owned(),
-                reason,
-            })?;
-        config.tied_head = flat["tie_word_embeddings"]
-            .as_bool()
-            .unwrap_or(config.tied_head);
-        config.bos = tokens(&flat["bos_token_id"]).first().copied();
-        config.eos = tokens(&flat["eos_token_id"]);
-        config.raw = raw;
-        config.check(path)?;
-        Ok(config)
-    }
-
-    fn check(&self, path: &Path) -> Result<(), ModelError> {
-        let act = self.raw["hidden_act"].as_str().unwrap_or("silu");
-        let reason = if act != "silu" {
-            format!("hidden_act is {act:?}, only \"silu\" is known")
-        } else if self.raw["mlp_bias"].as_bool() == Some(true) {
-            "mlp_bias = true is not known".into()
-        } else if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
-            format!(
-                "num_key_value_heads = {} does not divide {} heads",
-                self.kv_heads, self.heads
-            )
-        } else if !self.head_dim.is_multiple_of(2) {
-            format!(
-                "head_dim = {} is odd, rotary positions need an even one",
-                self.head_dim
-            )
-        } else {
-            return Ok(());
-        };
-        Err(ModelError::Malformed {
+        let malformed = |reason| ModelError::Malformed {
             path: path.to_owned(),
             reason,
-        })
+        };
+        let read = [&READ[..], architecture.keys(), task.keys()];
+        let ignored = keys::ignored(&raw, &read).map_err(malformed)?;
+        if !ignored.is_empty() {
+            let (path, keys) = (path.display(), ignored.join(", "));
+            tracing::warn!(%path, keys, "the configuration has keys that are not read");
+        }
+        Self::of(architecture, raw).map_err(malformed)
+    }
+
+    /// The shape of a decoder of this family that `raw` describes.
+    fn of(architecture: Architecture, raw: Value) -> Result<Self, String> {
+        let numbers = Numbers { raw: &raw };
+        let (hidden_size, heads) = (
+            numbers.needed("hidden_size")?,
+            numbers.needed("num_attention_heads")?,
+        );
+        let layers = numbers.needed("num_hidden_layers")?;
+        let max_positions = numbers.needed("max_position_embeddings")?;
+        // Where a file leaves these out, the class of transformers has a number of its own.
+        let kv_heads = match (architecture, raw.get("num_key_value_heads")) {
+            (Architecture::Mistral, None) => 8,
+            (Architecture::Qwen2 | Architecture::Qwen3, None) => 32,
+            _ => numbers.or("num_key_value_heads", heads)?,
+        };
+        let head_dim = match architecture {
+            Architecture::Qwen3 => 128,
+            _ => hidden_size / heads.max(1),
+        };
+        let bias = numbers.flag("attention_bias")?;
+        let (qkv_bias, output_bias) = match architecture {
+            Architecture::Llama | Architecture::Qwen3 => (bias, bias),
+            Architecture::Mistral => (false, false),
+            Architecture::Qwen2 => (true, false),
+        };
+        let config = Self {
+            architecture,
+            hidden_size,
+            intermediate_size: numbers.needed("intermediate_size")?,
+            layers,
+            heads,
+            kv_heads,
+            head_dim: numbers.or("head_dim", head_dim)?,
+            vocab_size: numbers.needed("vocab_size")?,
+            max_positions,
+            rms_norm_eps: numbers.epsilon()?,
+            rope: Rope::read(&raw, max_positions)?,
+            windows: windows(architecture, &raw, layers)?,
+            qkv_bias,
+            output_bias,
+            qk_norm: architecture == Architecture::Qwen3,
+            tied_head: numbers.flag("tie_word_embeddings")?,
+            bos: tokens(&raw["bos_token_id"]).first().copied(),
+            stops: StopTokens::declared(&tokens(&raw["eos_token_id"])),
+            raw: Value::Null,
+        };
+        config.check(&raw)?;
+        Ok(Self { raw, ..config })
+    }
+
+    fn check(&self, raw: &Value) -> Result<(), String> {
+        let act = &raw["hidden_act"];
+        if !act.is_null() && act != "silu" && act != "swish" {
+            Err(format!("hidden_act is {act}, only \"silu\" is known"))
+        } else if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
+            Err(format!(
+                "num_key_value_heads = {} does not divide {} heads",
+                self.kv_heads, self.heads
+            ))
+        } else if !self.head_dim.is_multiple_of(2) {
+            Err(format!(
+                "head_dim = {} is odd, rotary positions need an even one",
+                self.head_dim
+            ))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Unties the head where the weights in `folder` hold one of its own that differs from the embedding, whatever
+    /// the configuration says, as transformers does; what is saved later says so.
+    fn untie(&mut self, folder: &Path) -> Result<(), ModelError> {
+        if !self.tied_head || !Shards::are_in(folder) {
+            return Ok(());
+        }
+        let shards = Shards::open(folder)?;
+        if !shards.differ(EMBEDDING, HEAD)? {
+            return Ok(());
+        }
+        let path = folder.display();
+        tracing::warn!(
+            %path,
+            "tie_word_embeddings is true but the weights hold an lm_head that is not the embedding: it is kept"
+        );
+        self.tied_head = false;
+        self.raw["tie_word_embeddings"] = false.into();
+        Ok(())
     }
 
     /// Every tensor of the model: its name in the folder and its shape.
@@ -225,6 +294,20 @@ impl ModelConfig {
         tensors
     }
 
+    /// What the folder of such a language model has to hold.
+    pub(crate) fn wanted(&self) -> Wanted {
+        Wanted {
+            tensors: self.tensors(),
+            // Where they are tied, it has been compared with the embedding.
+            spare: if self.tied_head {
+                vec![HEAD]
+            } else {
+                Vec::new()
+            },
+            tied: self.tied_head,
+        }
+    }
+
     /// How many numbers the weights hold.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
@@ -236,25 +319,59 @@ impl ModelConfig {
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ModelError::Unreadable {
-        path: path.to_owned(),
-        source,
-    })?;
+    let text = std::fs::read_to_string(path).map_err(|source| missing(path, source))?;
     serde_json::from_str(&text).map_err(|error| ModelError::Malformed {
         path: path.to_owned(),
         reason: error.to_string(),
     })
 }
 
-fn parse<T: DeserializeOwned>(value: &Value, path: &Path) -> Result<T, ModelError> {
-    T::deserialize(value).map_err(|error| ModelError::Malformed {
-        path: path.to_owned(),
-        reason: error.to_string(),
-    })
+/// The numbers of a configuration by their keys.
+#[derive(Clone, Copy)]
+struct Numbers<'a> {
+    raw: &'a Value,
+}
+
+impl Numbers<'_> {
+    fn needed(self, key: &str) -> Result<usize, String> {
+        let number = self.number(key)?;
+        number.ok_or_else(|| format!("{key} is missing"))
+    }
+
+    fn or(self, key: &str, default: usize) -> Result<usize, String> {
+        Ok(self.number(key)?.unwrap_or(default))
+    }
+
+    /// None where there is none or null.
+    fn number(self, key: &str) -> Result<Option<usize>, String> {
+        let value = &self.raw[key];
+        let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
+        match number {
+            None if !value.is_null() => Err(format!("{key} = {value} is not a whole number")),
+            number => Ok(number),
+        }
+    }
+
+    fn flag(self, key: &str) -> Result<bool, String> {
+        match &self.raw[key] {
+            Value::Null => Ok(false),
+            Value::Bool(flag) => Ok(*flag),
+            other => Err(format!("{key} = {other} is neither true nor false")),
+        }
+    }
+
+    fn epsilon(self) -> Result<f64, String> {
+        match &self.raw["rms_norm_eps"] {
+            Value::Null => Ok(1e-6),
+            value => value
+                .as_f64()
+                .ok_or_else(|| format!("rms_norm_eps = {value} is not a number")),
+        }
+    }
 }
 
 /// One token or several, or null.
-fn tokens(value: &Value) -> Vec<u32> {
+pub(crate) fn tokens(value: &Value) -> Vec<u32> {
     let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {
         Value::Array(ids) => ids.iter().filter_map(one).collect(),
@@ -273,10 +390,11 @@ fn windows(
         Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()),
     };
     let window = number("sliding_window", 4096);
+    let uses = raw["use_sliding_window"] == true;
     Ok(match (architecture, &raw["layer_types"]) {
         (Architecture::Llama, _) => vec![None; layers],
         (Architecture::Mistral, _) => vec![window; layers],
-        _ if raw["use_sliding_window"] != true => vec![None; layers],
+        (_, Value::Null) if !uses => vec![None; layers],
         (_, Value::Array(types)) if types.len() != layers => {
             return Err(format!(
                 "layer_types names {} layers, num_hidden_layers is {layers}",
@@ -286,6 +404,10 @@ fn windows(
         (_, Value::Array(types)) => types
             .iter()
             .map(|kind| match kind.as_str() {
+                Some("sliding_attention") if !uses || window.is_none() => Err(
+                    "layer_types names \"sliding_attention\", but use_sliding_window is false or sliding_window null"
+                        .into(),
+                ),
                 Some("sliding_attention") => Ok(window),
                 Some("full_attention") => Ok(None),
                 _ => Err(format!(
@@ -317,15 +439,60 @@ fn architecture(task: Task, raw: &Value, path: &Path) -> Result<Architecture, Mo
     let mut families = FAMILIES.iter().zip(task.architectures());
     let family = families
         .find(|((_, kind), name)| named == Some(**name) || unnamed == Some(*kind))
-        .map(|((architecture, _), _)| *architecture);
-    family.ok_or_else(|| ModelError::Architecture {
-        path: path.to_owned(),
-        found: named.or(kind).unwrap_or("(none is named)").to_owned(),
-        supported: task.architectures().to_vec(),
-    })
+        .map(|(family, _)| *family);
+    let Some((architecture, model_type)) = family else {
+        return Err(ModelError::Architecture {
+            path: path.to_owned(),
+            found: named.or(kind).unwrap_or("(none is named)").to_owned(),
+            supported: task.architectures().to_vec(),
+        });
+    };
+    match kind.filter(|kind| *kind != model_type) {
+        None => Ok(architecture),
+        // Transformers chooses by the one, other programs by the other.
+        Some(kind) => Err(ModelError::Malformed {
+            path: path.to_owned(),
+            reason: format!("architectures names a {model_type} model, model_type a {kind} one"),
+        }),
+    }
 }
 
+/// Keys of `config.json` that are read whatever the family.
+const READ: [&str; 15] = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+];
+
 impl Architecture {
+    /// Keys of `config.json` that are read of this family beside [`READ`].
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Llama => &["attention_bias"],
+            Self::Mistral => &["sliding_window"],
+            // Whether queries, keys and values have biases the family says, not the key.
+            Self::Qwen2 | Self::Qwen3 => &[
+                "attention_bias",
+                "layer_types",
+                "max_window_layers",
+                "sliding_window",
+                "use_sliding_window",
+            ],
+        }
+    }
+
     /// How `config.json` names this family's model for `task`.
     pub(crate) fn name_for(self, task: Task) -> &'static str {
         let place = FAMILIES.iter().position(|(family, _)| *family == self);
@@ -333,172 +500,101 @@ impl Architecture {
     }
 }
 
-/// The same configuration with `rope_theta` and `rope_scaling` where the old style has them, and
-/// without nulls where candle's types want numbers.
-fn old_style(raw: &Value, path: &Path) -> Result<Value, ModelError> {
-    let mut flat = raw.clone();
-    let rope = if raw["rope_parameters"].is_object() {
-        &raw["rope_parameters"]
-    } else {
-        &raw["rope_scaling"]
-    };
-    if let Some(theta) = rope.get("rope_theta") {
-        flat["rope_theta"] = theta.clone();
-    }
-    if flat["rope_theta"].is_null() {
-        flat["rope_theta"] = json!(10_000.0);
-    }
-    let kind = rope["rope_type"]
-        .as_str()
-        .or(rope["type"].as_str())
-        .unwrap_or("default");
-    flat["rope_scaling"] = match kind {
-        "default" => Value::Null,
-        "llama3" => {
-            let mut scaling = rope.clone();
-            scaling["rope_type"] = json!("llama3");
-            scaling
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::fixtures::config_json;
+
+    /// The configuration of [`config_json`] with these keys changed; null removes one.
+    fn changed(changes: Value) -> Result<ModelConfig, String> {
+        let mut raw = config_json(8);
+        let keys = raw.as_object_mut().unwrap();
+        let Value::Object(changes) = changes else {
+            panic!("changes are an object")
+        };
+        for (key, value) in changes {
+            match value {
+                Value::Null => drop(keys.remove(&key)),
+                value => drop(keys.insert(key, value)),
+            }
         }
-        other => {
-            let reason = format!(
-                "rotary scaling {other:?} is not known, only \"default\" and \"llama3\" are"
+        let config = ModelConfig::from_json(raw, Path::new("config.json"));
+        config.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_a_file_leaves_out_is_what_transformers_takes_for_it() {
+        let bare = |family: &str, heads: usize| {
+            changed(json!({
+                "architectures": [format!("{family}ForCausalLM")], "model_type": family.to_lowercase(),
+                "hidden_size": 320, "num_attention_heads": heads, "num_key_value_heads": null,
+                "head_dim": null, "rms_norm_eps": null, "rope_theta": null, "tie_word_embeddings": null,
+            }))
+            .unwrap()
+        };
+        for (family, kv_heads, head_dim) in [
+            ("Llama", 32, 10),
+            ("Mistral", 8, 10),
+            ("Qwen2", 32, 10),
+            ("Qwen3", 32, 128),
+        ] {
+            let config = bare(family, 32);
+            assert_eq!(
+                (config.kv_heads, config.head_dim, config.tied_head),
+                (kv_heads, head_dim, false),
+                "{family}"
             );
-            return Err(ModelError::Malformed {
-                path: path.to_owned(),
-                reason,
-            });
+            assert_eq!((config.rms_norm_eps, config.rope.theta), (1e-6, 10_000.0));
         }
-    };
-    fill_missing(&mut flat);
-    Ok(flat)
-}
+        let qwen2 = changed(json!({
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": 6,
+        }));
+        assert_eq!(qwen2.unwrap().head_dim, 6);
+    }
 
-/// What older files leave out and candle's types insist on.
-fn fill_missing(flat: &mut Value) {
-    let heads = flat["num_attention_heads"].as_u64().unwrap_or(1).max(1);
-    let head_dim = flat["hidden_size"].as_u64().unwrap_or(0) / heads;
-    let defaults = [
-        ("num_key_value_heads", json!(heads)),
-        ("head_dim", json!(head_dim)),
-        ("attention_bias", json!(false)),
-        ("use_sliding_window", json!(false)),
-        ("max_window_layers", json!(0)),
-        ("tie_word_embeddings", json!(false)),
-        ("hidden_act", json!("silu")),
-    ];
-    for (key, default) in defaults {
-        if flat[key].is_null() {
-            flat[key] = default;
+    #[test]
+    fn what_is_not_computed_is_refused_by_name() {
+        let cases = [
+            (json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\""),
+            (json!({"mlp_bias": true}), "mlp_bias = true"),
+            (json!({"logit_scale": 0.5}), "logit_scale = 0.5"),
+            (json!({"sliding_window": 8}), "sliding_window = 8"),
+            (
+                json!({"hidden_size": "8"}),
+                "hidden_size = \"8\" is not a whole number",
+            ),
+            (json!({"hidden_size": null}), "hidden_size is missing"),
+            (
+                json!({"tie_word_embeddings": "yes"}),
+                "tie_word_embeddings = \"yes\" is neither true nor false",
+            ),
+            (
+                json!({"quantization_config": {"quant_method": "gptq"}}),
+                "this folder is quantised (quantization_config: gptq), use the unquantised one",
+            ),
+            (
+                json!({"rope_scaling": {"type": "longrope", "factor": 2.0}}),
+                "the rotary scaling \"longrope\" is not supported",
+            ),
+            (
+                json!({"model_type": "mistral"}),
+                "architectures names a llama model, model_type a mistral one",
+            ),
+            (
+                json!({
+                    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+                    "num_key_value_heads": 1, "layer_types": ["sliding_attention"],
+                }),
+                "use_sliding_window is false",
+            ),
+        ];
+        for (changes, expected) in cases {
+            let refused = changed(changes.clone()).unwrap_err();
+            assert!(refused.contains(expected), "{refused} for {changes}");
+            assert!(refused.contains("config.json"), "{refused}");
         }
-    }
-    if flat["model_type"] == "qwen2" && flat["sliding_window"].is_null() {
-        flat["sliding_window"] = json!(0);
-    }
-}
-
-fn from_llama(c: &LlamaConfig, flat: &Value) -> ModelConfig {
-    let bias = flat["attention_bias"].as_bool().unwrap_or(false);
-    let scaling = c
-        .rope_scaling
-        .clone()
-        .filter(|s| matches!(s.rope_type, Llama3RopeType::Llama3));
-    ModelConfig {
-        architecture: Architecture::Llama,
-        hidden_size: c.hidden_size,
-        intermediate_size: c.intermediate_size,
-        layers: c.num_hidden_layers,
-        heads: c.num_attention_heads,
-        kv_heads: c.num_key_value_heads(),
-        head_dim: usize::try_from(flat["head_dim"].as_u64().unwrap_or(0)).unwrap_or(0),
-        vocab_size: c.vocab_size,
-        max_positions: c.max_position_embeddings,
-        rms_norm_eps: c.rms_norm_eps,
-        rope_theta: f64::from(c.rope_theta),
-        rope_scaling: scaling,
-        windows: Vec::new(),
-        qkv_bias: bias,
-        output_bias: bias,
-        qk_norm: false,
-        tied_head: c.tie_word_embeddings.unwrap_or(false),
-        bos: None,
-        eos: Vec::new(),
-        raw: Value::Null,
-    }
-}
-
-fn from_mistral(c: &mistral::Config) -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Mistral,
-        hidden_size: c.hidden_size,
-        intermediate_size: c.intermediate_size,
-        layers: c.num_hidden_layers,
-        heads: c.num_attention_heads,
-        kv_heads: c.num_key_value_heads,
-        head_dim: c
-            .head_dim
-            .unwrap_or(c.hidden_size / c.num_attention_heads.max(1)),
-        vocab_size: c.vocab_size,
-        max_positions: c.max_position_embeddings,
-        rms_norm_eps: c.rms_norm_eps,
-        rope_theta: c.rope_theta,
-        rope_scaling: None,
-        windows: Vec::new(),
-        qkv_bias: false,
-        output_bias: false,
-        qk_norm: false,
-        tied_head: false,
-        bos: None,
-        eos: Vec::new(),
-        raw: Value::Null,
-    }
-}
-
-fn from_qwen2(c: &qwen2::Config) -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Qwen2,
-        hidden_size: c.hidden_size,
-        intermediate_size: c.intermediate_size,
-        layers: c.num_hidden_layers,
-        heads: c.num_attention_heads,
-        kv_heads: c.num_key_value_heads,
-        head_dim: c.hidden_size / c.num_attention_heads.max(1),
-        vocab_size: c.vocab_size,
-        max_positions: c.max_position_embeddings,
-        rms_norm_eps: c.rms_norm_eps,
-        rope_theta: c.rope_theta,
-        rope_scaling: None,
-        windows: Vec::new(),
-        qkv_bias: true,
-        output_bias: false,
-        qk_norm: false,
-        tied_head: c.tie_word_embeddings,
-        bos: None,
-        eos: Vec::new(),
-        raw: Value::Null,
-    }
-}
-
-fn from_qwen3(c: &qwen3::Config) -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Qwen3,
-        hidden_size: c.hidden_size,
-        intermediate_size: c.intermediate_size,
-        layers: c.num_hidden_layers,
-        heads: c.num_attention_heads,
-        kv_heads: c.num_key_value_heads,
-        head_dim: c.head_dim,
-        vocab_size: c.vocab_size,
-        max_positions: c.max_position_embeddings,
-        rms_norm_eps: c.rms_norm_eps,
-        rope_theta: c.rope_theta,
-        rope_scaling: None,
-        windows: Vec::new(),
-        qkv_bias: c.attention_bias,
-        output_bias: c.attention_bias,
-        qk_norm: true,
-        tied_head: c.tie_word_embeddings,
-        bos: None,
-        eos: Vec::new(),
-        raw: Value::Null,
+        assert!(changed(json!({"hidden_act": "swish", "sliding_window": 16})).is_ok());
     }
 }

@@ -99,14 +99,10 @@ pub(crate) fn tiny_model(vocab: usize, seed: u64) -> crate::LanguageModel {
 
 /// An adapter of rank 2 for these modules.
 pub(crate) fn lora_config(targets: &[&str]) -> crate::LoraConfig {
-    crate::LoraConfig {
-        rank: 2,
-        alpha: 4.0,
-        dropout: 0.0,
-        target_modules: targets.iter().map(|&name| name.to_owned()).collect(),
-        rank_stabilised: false,
-        base_model: "a/base".into(),
-    }
+    let targets: Vec<String> = targets.iter().map(|&name| name.to_owned()).collect();
+    let mut config = crate::LoraConfig::new(2, 4.0, 0.0, &targets);
+    config.base_model.name = "a/base".into();
+    config
 }
 
 /// A fresh adapter of rank 2 beside [`tiny_model`], its B no longer zero: it changes what the model says.

@@ -11,16 +11,37 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{DType, Device, ModelConfig, ModelError, Tokenizer, Weights, config::Task};
+use crate::{
+    BaseModel, DType, Device, ModelConfig, ModelError, Tokenizer, Weights,
+    config::{Task, tokens},
+    shards::Shards,
+    special::optional_json,
+};
 
-/// What a saved model takes over from the one that it was trained from, when that has it.
+/// The file in which transformers, vLLM and others look for the tokens that end a completion.
+const GENERATION: &str = "generation_config.json";
+
+/// What a saved model takes over from the one that it was trained from, when that has it, beside licences.
 const COPIED: [&str; 5] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
 ];
+
+/// Beginnings of the names of files that say on which terms a model may be used, in any case.
+const LICENCES: [&str; 5] = ["license", "licence", "copying", "notice", "use_policy"];
+
+/// Whether a file of this name says on which terms a model may be used, as `LICENSE.txt` and `USE_POLICY.md` do. A
+/// model that was trained from another is published with them. A README is none: it describes the other model.
+#[must_use]
+pub fn is_licence(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let after = LICENCES.iter().filter_map(|begin| name.strip_prefix(begin));
+    let ends = |after: &str| !after.starts_with(|next: char| next.is_ascii_alphanumeric());
+    after.into_iter().any(ends)
+}
 
 /// A model on disk: all of it but the weights, which are read when they are asked for.
 #[derive(Debug, Clone)]
@@ -31,6 +52,8 @@ pub struct ModelFolder {
     pub config: ModelConfig,
     /// Its tokens.
     pub tokenizer: Tokenizer,
+    /// How an adapter names it as its base.
+    pub base_model: BaseModel,
 }
 
 impl ModelFolder {
@@ -60,20 +83,37 @@ impl ModelFolder {
                 reason: reason.into(),
             });
         }
-        let config = ModelConfig::load_for(task, path)?;
+        if let (Some(base), false) = (
+            BaseModel::of_adapter(path)?,
+            path.join("config.json").exists(),
+        ) {
+            let reason = format!(
+                "it holds an adapter and no model: name its base, {:?}, as the model and this folder as the adapter",
+                base.name
+            );
+            return Err(ModelError::Malformed {
+                path: path.to_owned(),
+                reason,
+            });
+        }
+        let mut config = ModelConfig::load_for(task, path)?;
         let tokenizer = Tokenizer::load(path, &config, chat_template)?;
+        config.stops = tokenizer.stops().clone();
         Ok(Self {
             path: path.to_owned(),
             config,
             tokenizer,
+            base_model: BaseModel::of_folder(path),
         })
     }
 
-    /// How an adapter names its base: by a path that holds wherever it is read from.
-    #[must_use]
-    pub fn whole_path(&self) -> String {
-        let whole = self.path.canonicalize();
-        whole.as_ref().unwrap_or(&self.path).display().to_string()
+    /// Checks the weights by the headers of their files: what [`Self::weights`] would refuse is refused, without
+    /// reading them.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn check_weights(&self) -> Result<(), ModelError> {
+        Shards::open(&self.path)?.check(&self.config.wanted())
     }
 
     /// Reads the weights as `dtype` onto `device`.
@@ -93,7 +133,7 @@ impl ModelFolder {
 pub fn save_folder(to: &Path, from: &ModelFolder, weights: &Weights) -> Result<(), ModelError> {
     make(to)?;
     write(&to.join("model.safetensors"), &weights.to_blob()?)?;
-    copy_tokenizer(to, from)?;
+    copy_beside(to, from)?;
     let config = format!("{:#}\n", config_for(from, weights));
     write(&to.join("config.json"), config.as_bytes())?;
     sync(to)
@@ -108,9 +148,10 @@ pub(crate) fn make(to: &Path) -> Result<(), ModelError> {
 }
 
 /// Copies what a saved model takes over from `from`.
-pub(crate) fn copy_tokenizer(to: &Path, from: &ModelFolder) -> Result<(), ModelError> {
-    for file in COPIED {
-        let source = from.path.join(file);
+pub(crate) fn copy_beside(to: &Path, from: &ModelFolder) -> Result<(), ModelError> {
+    let copied = COPIED.map(str::to_owned).into_iter();
+    for file in copied.chain(licences(&from.path)?) {
+        let source = from.path.join(&file);
         if source.exists() {
             let bytes = fs::read(&source).map_err(|error| ModelError::Unreadable {
                 path: source,
@@ -119,7 +160,54 @@ pub(crate) fn copy_tokenizer(to: &Path, from: &ModelFolder) -> Result<(), ModelE
             write(&to.join(file), &bytes)?;
         }
     }
-    Ok(())
+    match generation_config(from)? {
+        Some(said) => write(&to.join(GENERATION), format!("{said:#}\n").as_bytes()),
+        None => Ok(()),
+    }
+}
+
+/// What `generation_config.json` must say so that others stop where this model closes its completions; none
+/// when the files of `from` say it already.
+fn generation_config(from: &ModelFolder) -> Result<Option<Value>, ModelError> {
+    let stops = &from.config.stops;
+    let mut said = optional_json(&from.path.join(GENERATION))?;
+    let mut declared = tokens(&said["eos_token_id"]);
+    if declared.is_empty() {
+        declared = tokens(&from.config.raw["eos_token_id"]);
+    }
+    let count = declared.len();
+    for closing in [stops.turn_end(), stops.text_end()].into_iter().flatten() {
+        if !declared.contains(&closing) {
+            declared.push(closing);
+        }
+    }
+    if declared.len() == count {
+        return Ok(None);
+    }
+    said["eos_token_id"] = declared.into();
+    Ok(Some(said))
+}
+
+/// Names of the licence files in a folder.
+fn licences(folder: &Path) -> Result<Vec<String>, ModelError> {
+    let unreadable = |source| ModelError::Unreadable {
+        path: folder.to_owned(),
+        source,
+    };
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(unreadable)?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(unreadable)?.file_name();
+        let name = name.to_string_lossy().into_owned();
+        if is_licence(&name) && folder.join(&name).is_file() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
 }
 
 /// The renames are on disk once the folder is.
@@ -132,26 +220,28 @@ pub(crate) fn sync(to: &Path) -> Result<(), ModelError> {
         })
 }
 
-/// The configuration of `from`, saying what numbers `weights` are made of, under whichever name it had.
+/// The configuration of `from`, naming the number format of `weights` under both names that the field has: `dtype`, and
+/// the older `torch_dtype`.
 fn config_for(from: &ModelFolder, weights: &Weights) -> Value {
     let mut config = from.config.raw.clone();
     if let Some(tensor) = weights.tensors.values().next() {
-        let name = match tensor.dtype() {
-            DType::BF16 => "bfloat16",
-            DType::F16 => "float16",
-            DType::F32 => "float32",
-            DType::F64 => "float64",
-            other => other.as_str(),
-        };
-        let old_style = config.get("torch_dtype").is_some() || config.get("dtype").is_none();
-        if old_style {
-            config["torch_dtype"] = name.into();
-        }
-        if config.get("dtype").is_some() {
-            config["dtype"] = name.into();
-        }
+        let name = dtype_name(tensor.dtype());
+        config["torch_dtype"] = name.into();
+        config["dtype"] = name.into();
     }
     config
+}
+
+/// How PyTorch and `config.json` call a number format.
+#[must_use]
+pub fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        DType::F32 => "float32",
+        DType::F64 => "float64",
+        other => other.as_str(),
+    }
 }
 
 /// Writes a file beside its place, syncs it, and puts it in its place.
@@ -218,23 +308,22 @@ mod tests {
             );
         }
         let saved = ModelFolder::open(&to, None).unwrap();
-        assert_eq!(saved.config.raw, from.config.raw);
-        assert_eq!(saved.config.eos, [1, 2]);
+        let mut raw = from.config.raw.clone();
+        raw["dtype"] = json!("float32");
+        assert_eq!(saved.config.raw, raw);
+        assert_eq!(saved.config.stops.ids().collect::<Vec<_>>(), [1, 2]);
         let again = saved.weights(DType::F32, &Device::Cpu).unwrap();
         assert_eq!(again.digest().unwrap(), weights.digest().unwrap());
     }
 
     #[test]
     fn saving_replaces_what_is_there_and_says_the_dtype() {
-        let cases = [
-            (
-                json!({"torch_dtype": "float32"}),
-                json!({"torch_dtype": "bfloat16"}),
-            ),
-            (json!({"dtype": "float32"}), json!({"dtype": "bfloat16"})),
-            (json!({}), json!({"torch_dtype": "bfloat16"})),
-        ];
-        for (before, expected) in cases {
+        let expected = json!({"torch_dtype": "bfloat16", "dtype": "bfloat16"});
+        for before in [
+            json!({"torch_dtype": "float32"}),
+            json!({"dtype": "float32"}),
+            json!({}),
+        ] {
             let source = folder();
             let mut from = ModelFolder::open(source.path(), None).unwrap();
             from.config.raw = before;
@@ -257,6 +346,29 @@ mod tests {
             ];
             assert_eq!(names(source.path()), files);
         }
+    }
+
+    #[test]
+    fn a_saved_model_keeps_its_licences() {
+        let source = folder();
+        let kept = ["COPYING", "LICENSE.txt", "Notice", "USE_POLICY.md"];
+        for name in kept
+            .iter()
+            .chain(&["README.md", "licensed.py", "noticeable"])
+        {
+            fs::write(source.path().join(name), *name).unwrap();
+        }
+        fs::create_dir(source.path().join("LICENSES")).unwrap();
+        let from = ModelFolder::open(source.path(), None).unwrap();
+        let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
+        let target = tempfile::tempdir().unwrap();
+        save_folder(target.path(), &from, &weights).unwrap();
+        let beside = ["config.json", "model.safetensors", "tokenizer.json"];
+        let mut expected = [&kept[..], &beside].concat();
+        expected.sort_unstable();
+        assert_eq!(names(target.path()), expected);
+        let text = fs::read_to_string(target.path().join("LICENSE.txt")).unwrap();
+        assert_eq!(text, "LICENSE.txt");
     }
 
     #[test]
@@ -299,6 +411,14 @@ mod tests {
         fs::remove_file(source.path().join("tokenizer.json")).unwrap();
         let bare = open(source.path());
         assert!(bare.contains("tokenizer.json"), "{bare}");
+        let adapter = tempfile::tempdir().unwrap();
+        let raw = json!({"base_model_name_or_path": "org/base"}).to_string();
+        fs::write(adapter.path().join("adapter_config.json"), raw).unwrap();
+        let adapter = open(adapter.path());
+        assert!(
+            adapter.contains("an adapter and no model") && adapter.contains("\"org/base\""),
+            "{adapter}"
+        );
     }
 
     #[test]

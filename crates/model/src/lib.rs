@@ -17,6 +17,7 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 mod folder;
+mod keys;
 mod lora;
 mod network;
 pub mod ops;
@@ -29,6 +30,9 @@ mod rope;
 pub mod sampling;
 mod schedule;
 mod score;
+mod shards;
+mod special;
+mod stop_tokens;
 mod token_texts;
 mod tokenizer;
 mod weights;
@@ -39,8 +43,8 @@ pub use config::{
 };
 pub use encoder::{Encoder, SUPPORTED_ENCODERS};
 pub use error::ModelError;
-pub use folder::{ModelFolder, save_folder};
-pub use lora::{Adapter, AdapterFolder, LoraConfig, open_policy, save_policy};
+pub use folder::{ModelFolder, dtype_name, is_licence, save_folder};
+pub use lora::{Adapter, AdapterFolder, BaseModel, LoraConfig, open_policy, save_policy};
 pub use network::LanguageModel;
 pub use ops::Gradients;
 pub use optimizer::{AdamWSettings, Optimizer};
@@ -48,11 +52,13 @@ pub use packed::{Fork, Packed, Sequence};
 pub use reward::{
     Pooling, RewardArchitecture, RewardConfig, RewardFolder, RewardKind, RewardModel,
 };
+pub use rope::{Llama3, Rope, RopeScaling, Yarn};
 pub use sampling::{
     CompletionWriter, Continuation, Finished, Precision, Request, Sampler, SamplingSettings,
 };
 pub use schedule::Schedule;
 pub use score::Scores;
+pub use stop_tokens::StopTokens;
 pub use tokenizer::Tokenizer;
 pub use weights::Weights;
 

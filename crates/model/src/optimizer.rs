@@ -19,19 +19,42 @@ pub struct AdamWSettings {
     pub beta2: f64,
     /// Added to the root of the squared gradient's mean.
     pub epsilon: f64,
-    /// Decoupled weight decay.
+    /// Decoupled weight decay of matrices; vectors (norms, biases) and embeddings do not decay.
     pub weight_decay: f64,
     /// The gradient's norm is clipped to it.
     pub max_grad_norm: f64,
 }
 
 /// Variables and what AdamW remembers of them.
+///
+/// A variable in half precision has a master copy in f32, which takes the steps; the variable is the master
+/// rounded. Without it a step smaller than half the spacing of bf16 (1/256 of the weight) would be lost.
 #[derive(Debug)]
 pub struct Optimizer {
     vars: BTreeMap<String, Var>,
+    /// The f32 copies of the variables that are not f32, under the same names.
+    masters: BTreeMap<String, Var>,
     moments: BTreeMap<String, Moments>,
     settings: AdamWSettings,
     steps: u64,
+    clipped: u64,
+}
+
+/// Whether weight decay applies to the variable `name` of this shape: to matrices, but not to the token and
+/// position embeddings. Norms and biases are vectors.
+fn decays(name: &str, dims: &[usize]) -> bool {
+    let embedding = name.ends_with("embed_tokens.weight") || name.ends_with("positions");
+    dims.len() >= 2 && !embedding
+}
+
+/// An f32 copy of a variable in half precision; `None` for one that needs none.
+fn master_of(var: &Var) -> Result<Option<Var>, ModelError> {
+    let master = wide(var.dtype());
+    if master == var.dtype() {
+        return Ok(None);
+    }
+    let copy = var.as_detached_tensor().to_dtype(master)?;
+    Ok(Some(Var::from_tensor(&copy)?))
 }
 
 impl Optimizer {
@@ -44,12 +67,26 @@ impl Optimizer {
             .iter()
             .map(|(name, var)| Ok((name.clone(), Moments::zeros(var)?)))
             .collect::<Result<_, candle_core::Error>>()?;
+        let mut masters = BTreeMap::new();
+        for (name, var) in &vars {
+            if let Some(master) = master_of(var)? {
+                masters.insert(name.clone(), master);
+            }
+        }
         Ok(Self {
             vars,
+            masters,
             moments,
             settings,
             steps: 0,
+            clipped: 0,
         })
+    }
+
+    /// The share of the steps whose gradient was clipped, from 0 to 1, since the optimiser's first step.
+    #[must_use]
+    pub fn clipped_share(&self) -> f64 {
+        self.clipped as f64 / self.steps.max(1) as f64
     }
 
     /// The variables that are trained.
@@ -58,13 +95,18 @@ impl Optimizer {
         &self.vars
     }
 
-    /// Gives every variable the numbers of `weights`, in place.
+    /// Gives every variable, and its master copy where it has one, the numbers of `weights`, in place.
+    /// Masters that [`Self::to_blob`] saved come back with [`Self::restore`], which is to follow.
     ///
     /// # Errors
     /// When a tensor is missing or of another shape.
     pub fn assign(&self, weights: &Weights) -> Result<(), ModelError> {
         for (name, var) in &self.vars {
-            var.set(&weights.get(name)?)?;
+            let tensor = weights.get(name)?;
+            var.set(&tensor.to_dtype(var.dtype())?)?;
+            if let Some(master) = self.masters.get(name) {
+                master.set(&tensor.to_dtype(master.dtype())?)?;
+            }
         }
         Ok(())
     }
@@ -93,6 +135,7 @@ impl Optimizer {
         learning_rate: f64,
     ) -> Result<(), ModelError> {
         self.steps += 1;
+        self.clipped += u64::from(norm > self.settings.max_grad_norm);
         let AdamWSettings {
             beta1,
             beta2,
@@ -101,7 +144,7 @@ impl Optimizer {
             max_grad_norm,
         } = self.settings;
         let correction = |beta: f64| 1.0 - beta.powf(self.steps as f64);
-        let step = AdamWStep {
+        let decaying = AdamWStep {
             learning_rate,
             beta1,
             beta2,
@@ -115,18 +158,34 @@ impl Optimizer {
                 1.0
             },
         };
+        let plain = AdamWStep {
+            weight_decay: 0.0,
+            ..decaying
+        };
         for (name, var) in &self.vars {
             let gradient = found(gradients, name, var)?;
             let missing = || ModelError::Weights {
                 reason: format!("no moments for {name}"),
             };
             let moments = self.moments.get_mut(name).ok_or_else(missing)?;
-            adamw_step(var, gradient, moments, &step)?;
+            let step = if decays(name, var.dims()) {
+                &decaying
+            } else {
+                &plain
+            };
+            match self.masters.get(name) {
+                None => adamw_step(var, gradient, moments, step)?,
+                Some(master) => {
+                    let gradient = gradient.to_dtype(master.dtype())?;
+                    adamw_step(master, &gradient, moments, step)?;
+                    var.set(&master.as_detached_tensor().to_dtype(var.dtype())?)?;
+                }
+            }
         }
         Ok(())
     }
 
-    /// The moments and the step count as the bytes of a safetensors file.
+    /// The moments, the master copies and the counts of steps as the bytes of a safetensors file.
     ///
     /// # Errors
     /// When a tensor cannot be read from its device.
@@ -142,13 +201,19 @@ impl Optimizer {
                 moments.second.to_device(&Device::Cpu)?,
             ));
         }
-        let metadata = HashMap::from([("steps".to_owned(), self.steps.to_string())]);
+        for (name, master) in &self.masters {
+            let master = master.as_detached_tensor().to_device(&Device::Cpu)?;
+            tensors.push((format!("{name}.master"), master));
+        }
+        // One key: of several, the library's map would choose another order every time.
+        let counts = format!("{},{}", self.steps, self.clipped);
+        let metadata = HashMap::from([("steps".to_owned(), counts)]);
         safetensors::serialize(tensors, Some(metadata)).map_err(|error| ModelError::Weights {
             reason: error.to_string(),
         })
     }
 
-    /// Takes back what [`Self::to_blob`] wrote.
+    /// Takes back what [`Self::to_blob`] wrote; variables with a master copy become that copy, rounded.
     ///
     /// # Errors
     /// When the blob is torn or belongs to other variables; nothing has changed then.
@@ -158,14 +223,14 @@ impl Optimizer {
         };
         let (_, header) = safetensors::SafeTensors::read_metadata(blob)
             .map_err(|error| foreign(error.to_string()))?;
-        let steps = header
-            .metadata()
-            .as_ref()
-            .and_then(|m| m.get("steps")?.parse().ok());
-        let steps =
-            steps.ok_or_else(|| foreign("it does not say how many steps were taken".into()))?;
+        let counts = header.metadata().as_ref().and_then(|metadata| {
+            let (steps, clipped) = metadata.get("steps")?.split_once(',')?;
+            Some((steps.parse().ok()?, clipped.parse().ok()?))
+        });
+        let (steps, clipped) =
+            counts.ok_or_else(|| foreign("it does not say how many steps were taken".into()))?;
         let mut found = candle_core::safetensors::load_buffer(blob, &Device::Cpu)?;
-        let mut moments = BTreeMap::new();
+        let (mut moments, mut masters) = (BTreeMap::new(), BTreeMap::new());
         for (name, var) in &self.vars {
             let mut take = |part: &str| {
                 let key = format!("{name}.{part}");
@@ -178,15 +243,22 @@ impl Optimizer {
                         .to_device(var.device())?,
                 )
             };
-            moments.insert(
-                name.clone(),
-                Moments {
-                    first: take("first")?,
-                    second: take("second")?,
-                },
-            );
+            let of_var = Moments {
+                first: take("first")?,
+                second: take("second")?,
+            };
+            moments.insert(name, of_var);
+            if self.masters.contains_key(name) {
+                masters.insert(name, take("master")?);
+            }
         }
-        (self.moments, self.steps) = (moments, steps);
+        for (name, tensor) in masters {
+            self.masters[name].set(&tensor)?;
+            self.vars[name].set(&tensor.to_dtype(self.vars[name].dtype())?)?;
+        }
+        let moments = moments.into_iter().map(|(name, m)| (name.clone(), m));
+        self.moments = moments.collect();
+        (self.steps, self.clipped) = (steps, clipped);
         Ok(())
     }
 }
@@ -195,4 +267,138 @@ fn found<'a>(gradients: &'a Gradients, name: &str, var: &Var) -> Result<&'a Tens
     gradients.get(var).ok_or_else(|| ModelError::Weights {
         reason: format!("the variable {name} got no gradient, so it would never be trained"),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use rand::Rng;
+    use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+
+    use super::*;
+
+    fn settings(weight_decay: f64) -> AdamWSettings {
+        AdamWSettings {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay,
+            max_grad_norm: 1.0,
+        }
+    }
+
+    fn numbers(var: &Var) -> Vec<f32> {
+        let wide = var.as_tensor().to_dtype(DType::F32).unwrap();
+        wide.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// 4,000 weights like a model's, uniform within .1 of 0.
+    fn weights(dtype: DType) -> BTreeMap<String, Var> {
+        let mut random = ChaCha8Rng::seed_from_u64(5);
+        let numbers: Vec<f32> = (0..4000)
+            .map(|_| 0.2 * random.random::<f32>() - 0.1)
+            .collect();
+        let tensor = Tensor::from_vec(numbers, (40, 100), &Device::Cpu).unwrap();
+        let var = Var::from_tensor(&tensor.to_dtype(dtype).unwrap()).unwrap();
+        BTreeMap::from([("w".to_owned(), var)])
+    }
+
+    /// Steps of so many on the gradient of Σw: each moves every weight by the learning rate.
+    fn descend(optimizer: &mut Optimizer, steps: u64, learning_rate: f64) {
+        for _ in 0..steps {
+            let sums: Vec<Tensor> = optimizer
+                .vars()
+                .values()
+                .map(|var| var.sum_all().unwrap())
+                .collect();
+            let sum = sums.iter().skip(1).fold(sums[0].clone(), |a, b| (a + b).unwrap());
+            let mut gradients = Gradients::default();
+            gradients.add(&sum).unwrap();
+            let norm = optimizer.norm(&gradients).unwrap();
+            optimizer.step(&gradients, norm, learning_rate).unwrap();
+        }
+    }
+
+    /// In bf16 alone a weight of .1 has neighbours .0005 away, and steps of 1e-5 would all be lost.
+    #[test]
+    fn weights_in_bf16_move_by_steps_smaller_than_their_spacing() {
+        let vars = weights(DType::BF16);
+        let start = numbers(&vars["w"]);
+        let mut optimizer = Optimizer::new(vars, settings(0.0)).unwrap();
+        descend(&mut optimizer, 60, 1e-5);
+        let end = numbers(&optimizer.vars["w"]);
+        let moved = start.iter().zip(&end).filter(|(a, b)| a != b).count();
+        assert!(moved > 3800, "{moved} of 4000 moved");
+        // 60 steps of 1e-5, to within the rounding of the largest weights.
+        let mean = start.iter().zip(&end).map(|(a, b)| a - b).sum::<f32>() / 4000.0;
+        assert!((mean - 6e-4).abs() < 2e-5, "{mean}");
+    }
+
+    #[test]
+    fn masters_are_saved_and_go_on_to_the_last_bit() {
+        let mut whole = Optimizer::new(weights(DType::BF16), settings(0.1)).unwrap();
+        descend(&mut whole, 7, 1e-5);
+        let saved = whole.to_blob().unwrap();
+        let policy = Weights::of(BTreeMap::from([(
+            "w".to_owned(),
+            whole.vars["w"].as_detached_tensor().copy().unwrap(),
+        )]));
+        let mut resumed = Optimizer::new(weights(DType::BF16), settings(0.1)).unwrap();
+        resumed.assign(&policy).unwrap();
+        resumed.restore(&saved).unwrap();
+        assert_eq!(resumed.to_blob().unwrap(), saved);
+        descend(&mut whole, 7, 1e-5);
+        descend(&mut resumed, 7, 1e-5);
+        assert_eq!(resumed.to_blob().unwrap(), whole.to_blob().unwrap());
+        assert_eq!(numbers(&resumed.vars["w"]), numbers(&whole.vars["w"]));
+    }
+
+    /// At a gradient of zero only decay moves a weight.
+    #[test]
+    fn decay_spares_vectors_and_embeddings() {
+        let names = [
+            ("model.embed_tokens.weight", vec![3, 2], 1.0f32),
+            ("chosen.positions", vec![3, 2], 1.0),
+            ("model.norm.weight", vec![4], 1.0),
+            ("model.layers.0.self_attn.q_proj.bias", vec![4], 1.0),
+            ("lm_head.weight", vec![3, 2], 0.95),
+            ("model.layers.0.mlp.up_proj.weight", vec![3, 2], 0.95),
+            ("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", vec![1, 2], 0.95),
+        ];
+        let var = |dims: &[usize]| Var::ones(dims, DType::F32, &Device::Cpu).unwrap();
+        let vars: BTreeMap<String, Var> = names
+            .iter()
+            .map(|(name, dims, _)| ((*name).to_owned(), var(dims)))
+            .collect();
+        let mut optimizer = Optimizer::new(vars, settings(0.5)).unwrap();
+        let sums = optimizer.vars.values().map(|v| (v.sum_all().unwrap() * 0.0).unwrap());
+        let sum = sums.reduce(|a, b| (a + b).unwrap()).unwrap();
+        let mut gradients = Gradients::default();
+        gradients.add(&sum).unwrap();
+        optimizer.step(&gradients, 0.0, 0.1).unwrap();
+        for (name, _, expected) in names {
+            let found = numbers(&optimizer.vars[name]);
+            assert!(found.iter().all(|x| (x - expected).abs() < 1e-6), "{name}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn the_share_of_clipped_steps_is_counted_and_saved() {
+        let mut optimizer = Optimizer::new(weights(DType::F32), settings(0.0)).unwrap();
+        assert_eq!(optimizer.clipped_share(), 0.0);
+        // Ones: of norm √4000 > 1.
+        descend(&mut optimizer, 1, 1e-3);
+        assert_eq!(optimizer.clipped_share(), 1.0);
+        let mut gradients = Gradients::default();
+        let small = (optimizer.vars["w"].sum_all().unwrap() * 1e-3).unwrap();
+        gradients.add(&small).unwrap();
+        for _ in 0..3 {
+            let norm = optimizer.norm(&gradients).unwrap();
+            optimizer.step(&gradients, norm, 1e-3).unwrap();
+        }
+        assert_eq!(optimizer.clipped_share(), 0.25);
+        let mut resumed = Optimizer::new(weights(DType::F32), settings(0.0)).unwrap();
+        resumed.restore(&optimizer.to_blob().unwrap()).unwrap();
+        assert_eq!(resumed.clipped_share(), 0.25);
+    }
 }

@@ -350,6 +350,110 @@ fn the_windows_of_layers_are_those_of_transformers() {
     }
 }
 
+/// What transformers 5.23 gives for [`WAVY_IDS`] under a model with [`wavy`]'s numbers and a kind of rotary scaling.
+struct Scaled {
+    kind: &'static str,
+    /// Of the log-probabilities.
+    sum: f64,
+    /// The last of them.
+    last: f64,
+}
+
+const fn as_of(kind: &'static str, sum: f64, last: f64) -> Scaled {
+    Scaled { kind, sum, last }
+}
+
+/// Without its window Mistral is Llama.
+const OF_LLAMA: [Scaled; 5] = [
+    as_of("default", -61.7621, -4.1505),
+    as_of("linear", -67.2225, -3.7956),
+    as_of("dynamic", -61.7621, -4.1505),
+    as_of("yarn", -65.0708, -4.2622),
+    as_of("llama3", -69.4374, -3.9427),
+];
+const OF_QWEN2: [Scaled; 5] = [
+    as_of("default", -56.4242, -2.8565),
+    as_of("linear", -59.0458, -2.9829),
+    as_of("dynamic", -56.4242, -2.8565),
+    as_of("yarn", -57.0805, -2.8139),
+    as_of("llama3", -60.1543, -2.5482),
+];
+const OF_QWEN3: [Scaled; 5] = [
+    as_of("default", -65.3806, -2.3126),
+    as_of("linear", -67.5944, -2.3478),
+    as_of("dynamic", -65.3806, -2.3126),
+    as_of("yarn", -64.9745, -2.3730),
+    as_of("llama3", -67.8661, -2.2093),
+];
+
+/// A model of this family with [`wavy`]'s numbers, whose rotary frequencies are scaled so.
+fn scaled(architecture: &str, kind: &str) -> LanguageModel {
+    let factor = if kind == "llama3" { 8.0 } else { 4.0 };
+    let scaling = json!({
+        "rope_type": kind, "factor": factor, "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    });
+    let mut changes = json!({
+        "architectures": [architecture], "sliding_window": null, "rope_scaling": scaling,
+    });
+    if architecture != "Qwen2ForCausalLM" {
+        changes["head_dim"] = json!(8);
+    }
+    wavy(&changes)
+}
+
+#[test]
+fn scaled_rotary_positions_are_those_of_transformers_in_every_family_and_on_both_paths() {
+    let ids = [WAVY_IDS.to_vec()];
+    let families = [
+        ("LlamaForCausalLM", OF_LLAMA),
+        ("MistralForCausalLM", OF_LLAMA),
+        ("Qwen2ForCausalLM", OF_QWEN2),
+        ("Qwen3ForCausalLM", OF_QWEN3),
+    ];
+    for (architecture, kinds) in families {
+        for Scaled { kind, sum, last } in kinds {
+            let model = scaled(architecture, kind);
+            let scored = scored(&model, &ids).remove(0);
+            let what = format!("{architecture}, {kind}");
+            close(&[scored.iter().sum()], &[sum], &what);
+            close(&scored[18..], &[last], &what);
+            let cached = cached(&model, &ids).remove(0);
+            close(&cached, &scored[19 - cached.len()..], &what);
+        }
+    }
+}
+
+#[test]
+fn the_gradient_goes_back_through_scaled_rotary_positions() {
+    // YaRN's angles also lengthen what they turn.
+    let model = scaled("Qwen3ForCausalLM", "yarn");
+    let (weights, vars) = model.weights().trainable().unwrap();
+    let sequence = Sequence {
+        prompt: &WAVY_IDS[..1],
+        completion: &WAVY_IDS[1..],
+    };
+    let of = |weights: Weights| {
+        let model = LanguageModel::new(model.config().clone(), weights).unwrap();
+        model.score(&[sequence]).unwrap().logp.sum_all().unwrap()
+    };
+    let gradients = crate::ops::backward(&of(weights)).unwrap();
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    let gradient = gradients.get(vars[name].as_tensor()).unwrap();
+    let norm = gradient.sqr().unwrap().sum_all().unwrap();
+    let norm = f64::from(norm.to_scalar::<f32>().unwrap()).sqrt();
+    let step = 1e-2;
+    let moved = |by: f64| {
+        let mut weights = model.weights().clone();
+        let direction = (gradient * (by / norm)).unwrap();
+        let tensor = weights.tensors.get_mut(name).unwrap();
+        *tensor = (&*tensor + direction).unwrap();
+        f64::from(of(weights).to_scalar::<f32>().unwrap())
+    };
+    let slope = (moved(step) - moved(-step)) / (2.0 * step);
+    assert!((slope / norm - 1.0).abs() < 1e-2, "{slope} is not {norm}");
+}
+
 #[test]
 fn the_windows_of_layers_must_be_known_and_as_many_as_they() {
     let refused = |types: Value| {

@@ -1,15 +1,19 @@
 //! From text to token ids and back, for one model.
 //!
 //! A [`Tokenizer`] is the `tokenizer.json` of a Hugging Face folder together with its chat template. It
-//! promises that every id it gives is one the model has, and that a prompt and its completion are split
-//! the same way here as when the model wrote them. How long a sequence may be, and which tokens end one,
-//! it does not know: that is the configuration's.
+//! promises that every id it gives is one the model has, that a prompt and its completion are split
+//! the same way here as when the model wrote them, and that a text begins with one `<s>`, not two. It
+//! knows which tokens end a completion ([`StopTokens`]). How long a sequence may be it does not know: that
+//! is the configuration's.
 
 use std::{borrow::Cow, fmt, path::Path, sync::Arc};
 
 use messages::{Dialogue, PromptText};
 
-use crate::{ModelConfig, ModelError, chat::ChatTemplate};
+use crate::{
+    ModelConfig, ModelError, chat::ChatTemplate, shards::missing, special::SpecialTokens,
+    stop_tokens::StopTokens,
+};
 
 /// The tokenizer of a model. Clones share it.
 #[derive(Clone)]
@@ -20,12 +24,15 @@ pub struct Tokenizer {
 struct Shared {
     tokenizer: tokenizers::Tokenizer,
     chat: Option<ChatTemplate>,
+    /// The token that begins a text.
     bos: Option<u32>,
+    vocab_size: usize,
+    stops: StopTokens,
 }
 
 /// Who puts `<s>` and its like around a text.
 #[derive(Clone, Copy)]
-enum SpecialTokens {
+enum Framing {
     /// The tokenizer's post-processor.
     Added,
     /// Whoever wrote the text.
@@ -38,32 +45,41 @@ impl Tokenizer {
     /// that `tokenizer.json` sets are ignored.
     ///
     /// # Errors
-    /// When a file is missing or malformed, the template does not compile, or the tokenizer has ids that
-    /// the model of `config` does not.
+    /// When a file is missing or malformed, the template does not compile, or the tokenizer is another model's:
+    /// it has ids that the model of `config` does not. Added tokens beyond the vocabulary are no error but
+    /// a warning: only a text that holds one cannot be encoded.
     pub fn load(
         folder: &Path,
         config: &ModelConfig,
         chat_template: Option<&Path>,
     ) -> Result<Self, ModelError> {
         let tokenizer = read_fitting(folder, config.vocab_size)?;
-        let chat = ChatTemplate::load(folder, chat_template)?;
+        let special = SpecialTokens::read(folder)?;
+        let chat = ChatTemplate::load(folder, chat_template, &special)?;
+        let declared = config.stops.clone();
+        let stops = declared.with_tokenizer(&tokenizer, &special, chat.as_ref());
+        let bos = special.get("bos_token");
+        let bos = bos.and_then(|bos| tokenizer.token_to_id(bos));
         Ok(Self {
             shared: Arc::new(Shared {
                 tokenizer,
                 chat,
-                bos: config.bos,
+                bos: bos.or(config.bos),
+                vocab_size: config.vocab_size,
+                stops,
             }),
         })
     }
 
-    /// The ids of a prompt, at least one. Text gets the special tokens that the tokenizer adds; a dialogue
-    /// is rendered and has those that the template wrote. An empty text is the model's first token.
+    /// The ids of a prompt, at least one. Text gets the special tokens that the tokenizer adds, but no second
+    /// one that begins it; a dialogue is rendered and has those that the template wrote. An empty text is the
+    /// model's first token.
     ///
     /// # Errors
     /// When the template is missing or refuses the dialogue, or nothing is left to begin with.
     pub fn encode_prompt(&self, prompt: &PromptText) -> Result<Vec<u32>, ModelError> {
-        let (text, special) = self.written(prompt)?;
-        let ids = self.encode(&text, special)?;
+        let (text, framing) = self.written(prompt)?;
+        let ids = self.encode(&text, framing)?;
         match self.shared.bos {
             _ if !ids.is_empty() => Ok(ids),
             Some(bos) => Ok(vec![bos]),
@@ -87,12 +103,35 @@ impl Tokenizer {
         prompt_ids: &[u32],
         completion: &str,
     ) -> Result<Vec<u32>, ModelError> {
-        let (text, special) = self.written(prompt)?;
-        let both = self.encode(&format!("{text}{completion}"), special)?;
+        let (text, framing) = self.written(prompt)?;
+        let both = self.encode(&format!("{text}{completion}"), framing)?;
         match both.strip_prefix(prompt_ids) {
             Some(following) if !prompt_ids.is_empty() => Ok(following.to_vec()),
-            _ => self.encode(completion, SpecialTokens::Written),
+            _ => self.encode(completion, Framing::Written),
         }
+    }
+
+    /// The ids of `completion` where it follows `prompt`, closed with the token that ends it unless it is
+    /// there already; empty when nothing closes it and the text is empty.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn encode_closed(
+        &self,
+        prompt: &PromptText,
+        prompt_ids: &[u32],
+        completion: &str,
+    ) -> Result<Vec<u32>, ModelError> {
+        let mut ids = self.encode_completion(prompt, prompt_ids, completion)?;
+        let closing = self.shared.stops.closing(prompt);
+        ids.extend(closing.filter(|id| ids.last() != Some(id)));
+        Ok(ids)
+    }
+
+    /// The tokens that end completions.
+    #[must_use]
+    pub fn stops(&self) -> &StopTokens {
+        &self.shared.stops
     }
 
     /// The text of `ids` without special tokens, for people. Ids that do not exist are left out.
@@ -125,7 +164,8 @@ impl Tokenizer {
         self.shared.chat.is_some()
     }
 
-    /// The text of a dialogue, ending where the assistant's next turn begins.
+    /// The text of a dialogue, ending where the assistant's next turn begins or, where the last turn is the
+    /// assistant's, where that is to be continued.
     ///
     /// # Errors
     /// When there is no template, or it refuses the dialogue.
@@ -136,32 +176,56 @@ impl Tokenizer {
                 reason: reason.into(),
             });
         };
-        chat.render(&dialogue.messages)
+        chat.render(dialogue)
     }
 
     /// The text of a prompt, and who writes its special tokens.
-    fn written<'a>(
-        &self,
-        prompt: &'a PromptText,
-    ) -> Result<(Cow<'a, str>, SpecialTokens), ModelError> {
+    fn written<'a>(&self, prompt: &'a PromptText) -> Result<(Cow<'a, str>, Framing), ModelError> {
         match prompt {
-            PromptText::Text(text) => Ok((text.into(), SpecialTokens::Added)),
-            PromptText::Dialogue(dialogue) => {
-                Ok((self.render(dialogue)?.into(), SpecialTokens::Written))
-            }
+            PromptText::Text(text) => Ok((text.into(), Framing::Added)),
+            PromptText::Dialogue(dialogue) => Ok((self.render(dialogue)?.into(), Framing::Written)),
         }
     }
 
-    fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, ModelError> {
-        let added = matches!(special, SpecialTokens::Added);
-        let encoding = self
-            .shared
-            .tokenizer
-            .encode_fast(text, added)
-            .map_err(|error| ModelError::Tokens {
+    fn encode(&self, text: &str, framing: Framing) -> Result<Vec<u32>, ModelError> {
+        let tokenizer = &self.shared.tokenizer;
+        let split = |is_framed: bool| match tokenizer.encode_fast(text, is_framed) {
+            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+            Err(error) => Err(ModelError::Tokens {
                 reason: format!("failed to split a text into tokens: {error}"),
-            })?;
-        Ok(encoding.get_ids().to_vec())
+            }),
+        };
+        let Framing::Added = framing else {
+            return self.in_vocabulary(split(false)?);
+        };
+        let mut ids = split(true)?;
+        let begins = |ids: &[u32]| {
+            ids.iter()
+                .take_while(|&&id| Some(id) == self.shared.bos)
+                .count()
+        };
+        if begins(&ids) > 1 {
+            // What the text begins with itself, and one that the tokenizer added.
+            let written = begins(&split(false)?);
+            if written > 0 && written < begins(&ids) {
+                ids.remove(0);
+            }
+        }
+        self.in_vocabulary(ids)
+    }
+
+    /// The ids, all of which the model has.
+    fn in_vocabulary(&self, ids: Vec<u32>) -> Result<Vec<u32>, ModelError> {
+        let vocab = self.shared.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab) {
+            None => Ok(ids),
+            Some(&id) => Err(ModelError::Tokens {
+                reason: format!(
+                    "a text has the token {:?} ({id}), which is not in the model's vocabulary of {vocab}",
+                    self.token(id).unwrap_or_default()
+                ),
+            }),
+        }
     }
 
     /// What is shown when the tokenizer's own decoder fails.
@@ -179,32 +243,50 @@ impl fmt::Debug for Tokenizer {
     }
 }
 
-/// Reads `tokenizer.json` of `folder`, whose ids are to be below `vocab_size`. No text is cut or padded.
+/// Reads `tokenizer.json` of `folder`, whose ids are to be below `vocab_size`; those of added tokens only where every
+/// text gets them. No text is cut or padded.
 pub(crate) fn read_fitting(
     folder: &Path,
     vocab_size: usize,
 ) -> Result<tokenizers::Tokenizer, ModelError> {
     let tokenizer = read(&folder.join("tokenizer.json"))?;
-    let largest = tokenizer.get_vocab(true).into_values().max();
-    if let Some(largest) = largest.filter(|&id| id as usize >= vocab_size) {
-        let reason = format!(
+    let unfit = |reason: String| ModelError::Tokenizer {
+        path: folder.to_owned(),
+        reason,
+    };
+    let is_beyond = |id: u32| id as usize >= vocab_size;
+    let added = tokenizer.get_added_tokens_decoder();
+    let own = tokenizer.get_vocab(false).into_values();
+    let largest = own.filter(|id| !added.contains_key(id)).max();
+    if let Some(largest) = largest.filter(|&id| is_beyond(id)) {
+        return Err(unfit(format!(
             "its largest token id is {largest} but the model's vocab_size is {vocab_size}; \
              use the tokenizer.json that the model was published with"
+        )));
+    }
+    let empty = tokenizer.encode_fast("", true);
+    let always = empty.map_or(Vec::new(), |encoding| encoding.get_ids().to_vec());
+    if let Some(id) = always.into_iter().find(|&id| is_beyond(id)) {
+        return Err(unfit(format!(
+            "every text gets the token {id} but the model's vocab_size is {vocab_size}; \
+             use the tokenizer.json that the model was published with"
+        )));
+    }
+    let mut unknown: Vec<_> = added.iter().filter(|(id, _)| is_beyond(**id)).collect();
+    unknown.sort_by_key(|(id, _)| **id);
+    if let Some((id, token)) = unknown.first() {
+        let (path, count, token) = (folder.display(), unknown.len(), &token.content);
+        tracing::warn!(
+            %path, vocab_size, count, id, token,
+            "the tokenizer has added tokens that the model has no embedding of: a text with one is refused"
         );
-        return Err(ModelError::Tokenizer {
-            path: folder.to_owned(),
-            reason,
-        });
     }
     Ok(tokenizer)
 }
 
 /// Reads `tokenizer.json` so that no text is cut or padded.
 fn read(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
-    let bytes = std::fs::read(path).map_err(|source| ModelError::Unreadable {
-        path: path.to_owned(),
-        source,
-    })?;
+    let bytes = std::fs::read(path).map_err(|source| missing(path, source))?;
     let malformed = |error: tokenizers::Error| ModelError::Malformed {
         path: path.to_owned(),
         reason: format!("it is not a tokenizer.json of the tokenizers library ({error})"),
@@ -379,6 +461,52 @@ mod tests {
     }
 
     #[test]
+    fn a_text_begins_with_one_token_that_begins_texts() {
+        let tokenizer = words("{{ bos_token }} {{ messages[0].content }}");
+        let dialogue = |content: &str| PromptText::Dialogue(Dialogue::of_user(content));
+        let cases: [(PromptText, &[u32]); 6] = [
+            (text("the cat"), &[1, 2, 3]),
+            (text("<s>the cat"), &[1, 2, 3]),
+            (text("<s> the cat"), &[1, 2, 3]),
+            (text("<s><s>the cat"), &[1, 1, 2, 3]),
+            (text("the <s> cat"), &[1, 2, 1, 3]),
+            (dialogue("<s>the"), &[1, 2]),
+        ];
+        for (prompt, expected) in cases {
+            let ids = tokenizer.encode_prompt(&prompt).unwrap();
+            assert_eq!(ids, expected, "{prompt:?}");
+            let following = tokenizer.encode_completion(&prompt, &ids, " sat").unwrap();
+            assert_eq!(following, [4], "{prompt:?}");
+        }
+        let Some(real) = real("data/models/stories260K", 512) else {
+            return;
+        };
+        let once = real.encode_prompt(&text("Once upon a time")).unwrap();
+        assert_eq!(
+            real.encode_prompt(&text("<s>Once upon a time")).unwrap()[0],
+            once[0]
+        );
+        assert_ne!(
+            real.encode_prompt(&text("<s>Once upon a time")).unwrap()[1],
+            once[0]
+        );
+    }
+
+    #[test]
+    fn a_completion_is_closed_once() {
+        let tokenizer = words("{{ messages[0].content }}");
+        let prompt = text("the cat");
+        let closed = |completion| {
+            tokenizer
+                .encode_closed(&prompt, &[1, 2, 3], completion)
+                .unwrap()
+        };
+        assert_eq!(closed(" sat"), [4, 1]);
+        assert_eq!(closed(" sat<s>"), [4, 1]);
+        assert_eq!(closed(""), [1]);
+    }
+
+    #[test]
     fn an_empty_prompt_needs_a_token_to_begin_with() {
         let folder = tempfile::tempdir().unwrap();
         let mut bare: Value = serde_json::from_str(WORDS).unwrap();
@@ -436,6 +564,35 @@ mod tests {
             "{large}"
         );
         assert!(Tokenizer::load(folder.path(), &config(8), None).is_ok());
+    }
+
+    #[test]
+    fn added_tokens_beyond_the_vocabulary_matter_where_a_text_has_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut more: Value = serde_json::from_str(WORDS).unwrap();
+        let pad = json!({
+            "id": 8, "content": "<pad>", "special": true, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false
+        });
+        more["added_tokens"].as_array_mut().unwrap().push(pad);
+        let write = |content: &Value| {
+            fs::write(folder.path().join("tokenizer.json"), content.to_string()).unwrap();
+            Tokenizer::load(folder.path(), &config(8), None)
+        };
+        let tokenizer = write(&more).unwrap();
+        assert_eq!(
+            tokenizer.encode_prompt(&text("the cat")).unwrap(),
+            [1, 2, 3]
+        );
+        let refused = tokenizer.encode_prompt(&text("the <pad>")).unwrap_err();
+        let refused = refused.to_string();
+        assert!(
+            refused.contains("the token \"<pad>\" (8)") && refused.contains("vocabulary of 8"),
+            "{refused}"
+        );
+        more["post_processor"]["special_tokens"]["<s>"]["ids"] = json!([8]);
+        let always = write(&more).unwrap_err().to_string();
+        assert!(always.contains("every text gets the token 8"), "{always}");
     }
 
     #[test]

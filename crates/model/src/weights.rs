@@ -2,16 +2,18 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use candle_core::{DType, Device, Tensor, Var};
 use messages::{Digest, Seed};
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use serde_json::Value;
 
-use crate::{ModelConfig, ModelError, config::read_json};
+use crate::{
+    ModelConfig, ModelError,
+    shards::{Shards, Wanted},
+};
 
 /// The tensors of a model under their names in the folder, in the order of the names.
 #[derive(Debug, Clone)]
@@ -23,24 +25,26 @@ impl Weights {
     /// Reads the single or sharded safetensors of `folder` as `dtype`.
     ///
     /// # Errors
-    /// When a file is missing or torn, or a tensor is missing or of another shape.
+    /// When a file is missing or torn, the weights are quantised, a tensor is missing or of another shape, or there
+    /// is one that the model has no place for.
     pub fn load(
         folder: &Path,
         config: &ModelConfig,
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        Self::load_tensors(folder, config.tensors(), dtype, device)
+        Self::load_wanted(folder, &config.wanted(), dtype, device)
     }
 
-    /// As [`Self::load`], the tensors of these names and shapes.
-    pub(crate) fn load_tensors(
+    /// As [`Self::load`], the tensors that are wanted.
+    pub(crate) fn load_wanted(
         folder: &Path,
-        expected: Vec<(String, Vec<usize>)>,
+        wanted: &Wanted,
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        Self::checked(read_tensors(folder, device)?, expected, dtype)
+        let tensors = Shards::open(folder)?.read(wanted, dtype, device)?;
+        Ok(Self { tensors })
     }
 
     /// Reads what [`Self::to_blob`] wrote.
@@ -65,7 +69,7 @@ impl Weights {
     /// As [`Self::from_blob`], the tensors of these names and shapes.
     ///
     /// # Errors
-    /// When the blob is torn, or a tensor is missing or of another shape.
+    /// When the blob is torn, a tensor is missing or of another shape, or there is another one.
     pub fn from_blob_of(
         blob: &[u8],
         expected: Vec<(String, Vec<usize>)>,
@@ -130,7 +134,12 @@ impl Weights {
             of_shape(&name, &tensor, &shape)?;
             tensors.insert(name, tensor.to_dtype(dtype)?);
         }
-        Ok(Self { tensors })
+        match found.into_keys().min() {
+            None => Ok(Self { tensors }),
+            Some(stranger) => Err(ModelError::Weights {
+                reason: format!("the model has no place for the tensor {stranger}"),
+            }),
+        }
     }
 
     /// The same weights as variables, copied, to be differentiated and trained.
@@ -290,48 +299,6 @@ pub(crate) fn torn(error: &candle_core::Error) -> String {
     format!("it is truncated or not a safetensors file ({error})")
 }
 
-/// All tensors in the single or sharded safetensors of `folder`.
-pub(crate) fn read_tensors(
-    folder: &Path,
-    device: &Device,
-) -> Result<HashMap<String, Tensor>, ModelError> {
-    let mut found = HashMap::new();
-    for path in shards(folder)? {
-        let bytes = std::fs::read(&path).map_err(|source| ModelError::Unreadable {
-            path: path.clone(),
-            source,
-        })?;
-        let tensors = candle_core::safetensors::load_buffer(&bytes, device).map_err(|error| {
-            ModelError::Malformed {
-                path,
-                reason: torn(&error),
-            }
-        })?;
-        found.extend(tensors);
-    }
-    Ok(found)
-}
-
-/// The safetensors files of a folder: one, or those that the index names.
-fn shards(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
-    let single = folder.join("model.safetensors");
-    let index = folder.join("model.safetensors.index.json");
-    if single.exists() || !index.exists() {
-        return Ok(vec![single]);
-    }
-    let map = read_json(&index)?;
-    let Some(map) = map["weight_map"].as_object() else {
-        return Err(ModelError::Malformed {
-            path: index,
-            reason: "it has no \"weight_map\"".into(),
-        });
-    };
-    let mut files: Vec<&str> = map.values().filter_map(Value::as_str).collect();
-    files.sort_unstable();
-    files.dedup();
-    Ok(files.into_iter().map(|file| folder.join(file)).collect())
-}
-
 #[cfg(test)]
 impl Weights {
     /// The same weights with one tensor multiplied.
@@ -489,26 +456,27 @@ mod tests {
                 half.to_blob().unwrap(),
             )
             .unwrap();
-            let read =
-                Weights::load_tensors(folder.path(), expected.clone(), DType::F32, &Device::Cpu);
+            let wanted = Wanted {
+                tensors: expected.clone(),
+                spare: Vec::new(),
+                tied: false,
+            };
+            let read = Weights::load_wanted(folder.path(), &wanted, DType::F32, &Device::Cpu);
             let read = read.unwrap().get("x").unwrap();
             assert_eq!(read.to_vec1::<f32>().unwrap(), rounded, "{dtype:?}");
         }
     }
 
     #[test]
-    fn a_tied_head_is_the_embedding_whatever_else_lies_there() {
+    fn a_blob_with_another_tensor_belongs_to_another_model() {
         let mut model = tiny_model(7, 1);
-        let untied = model.weights().clone();
+        let blob = model.weights().to_blob().unwrap();
         model.config.tied_head = true;
-        let blob = untied.to_blob().unwrap();
-        let weights = Weights::from_blob(&blob, model.config(), DType::F32, &Device::Cpu).unwrap();
-        assert!(!weights.tensors.contains_key("lm_head.weight"));
-        let model = crate::LanguageModel::new(model.config().clone(), weights).unwrap();
-        let embedding = untied.get("model.embed_tokens.weight").unwrap();
-        assert_eq!(
-            model.head.to_vec2::<f32>().unwrap(),
-            embedding.to_vec2::<f32>().unwrap()
+        let refused = Weights::from_blob(&blob, model.config(), DType::F32, &Device::Cpu);
+        let refused = refused.unwrap_err().to_string();
+        assert!(
+            refused.contains("no place for the tensor lm_head.weight"),
+            "{refused}"
         );
     }
 

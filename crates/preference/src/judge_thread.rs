@@ -175,9 +175,12 @@ fn rebuild_and_serve(rebuild: &Rebuild, commands: Receiver<Command>) {
 fn answers(judge: &mut dyn Judge, batch: &[Question]) -> Result<Vec<Answer>, JudgeError> {
     let comparisons: Vec<_> = batch.iter().map(Question::comparison).collect();
     let version = judge.version();
-    let verdicts = judge.judge(&comparisons)?.into_iter();
-    Ok(verdicts
-        .map(|verdict| Answer { verdict, version })
+    let scored = judge.judge_scored(&comparisons)?.into_iter();
+    Ok(scored
+        .map(|scored| Answer {
+            scores: scored.scores,
+            ..Answer::new(scored.verdict, version)
+        })
         .collect())
 }
 
@@ -217,10 +220,7 @@ mod tests {
             None,
         );
         let answers = thread.ask(&[question()]).await.expect("it answers");
-        let expected = Answer {
-            verdict: preferred(0.25),
-            version: JudgeVersion(7),
-        };
+        let expected = Answer::new(preferred(0.25), JudgeVersion(7));
         assert_eq!(answers, [expected]);
         drop(thread);
         assert_eq!(name.recv().unwrap().as_deref(), Some("preference-judge"));

@@ -28,6 +28,8 @@ pub(crate) struct Judgement {
     pub labels: Result<Vec<Label>, Refusal>,
     /// The version of the judge that gave them.
     pub version: JudgeVersion,
+    /// Every completion's score, where the judge has scores.
+    pub scores: Option<Vec<f32>>,
     /// The gold preference for the first completion over the second.
     pub gold: Option<Probability>,
 }
@@ -39,10 +41,14 @@ pub(crate) struct Refusal {
     pub detail: String,
 }
 
-/// All i < j of a pair's completions in lexicographic order; none where two cannot be told by `u16`
-/// indices or there are no two.
+/// All i < j of a pair's completions in lexicographic order, of an evaluation's the policy's and the
+/// reference's alone; none where two cannot be told by `u16` indices or there are no two.
 pub(crate) fn couples(pair: &Pair) -> impl Iterator<Item = (u16, u16)> {
-    let count = u16::try_from(pair.completions.len()).unwrap_or(0);
+    let count = match pair.prompt.purpose {
+        Purpose::Evaluate => pair.completions.len().min(2),
+        Purpose::Train | Purpose::Contest => pair.completions.len(),
+    };
+    let count = u16::try_from(count).unwrap_or(0);
     (0..count).flat_map(move |i| (i + 1..count).map(move |j| (i, j)))
 }
 
@@ -65,6 +71,7 @@ impl Labelling {
             return Ok(Judgement {
                 labels: Ok(Vec::new()),
                 version: self.judge.version().unwrap_or_default(),
+                scores: None,
                 gold: None,
             });
         }
@@ -87,6 +94,7 @@ impl Labelling {
                 detail: format!("no label after {} deliveries", deliveries - 1),
             }),
             version: self.judge.version().unwrap_or_default(),
+            scores: None,
             gold: None,
         }
     }
@@ -129,6 +137,7 @@ impl Judgement {
     ) -> Result<Self, RulingError> {
         let mut version = JudgeVersion::default();
         let mut labels = Ok(Vec::with_capacity(rulings.len()));
+        let mut scores = vec![None; pair.completions.len()];
         for (couple, ruling) in couples(pair).zip(rulings) {
             let label = match ruling {
                 Err(gone @ RulingError::NoJudge { .. }) => return Err(gone),
@@ -138,6 +147,10 @@ impl Judgement {
                 }),
                 Ok(ruling) => {
                     version = version.max(ruling.version);
+                    if let Some([first, second]) = ruling.scores {
+                        scores[usize::from(couple.0)] = Some(first);
+                        scores[usize::from(couple.1)] = Some(second);
+                    }
                     label(couple, ruling.verdict)
                 }
             };
@@ -153,6 +166,8 @@ impl Judgement {
         Ok(Self {
             labels,
             version,
+            // All completions have one, or it is no judge of scores.
+            scores: scores.into_iter().collect(),
             gold,
         })
     }
@@ -254,10 +269,11 @@ mod tests {
         let cases = [
             (training(&["1", "2"]), vec![(0, 1, 0.75)], None, 1),
             (
+                // A third completion is for the KL alone.
                 evaluation(&["2", "1", "9"]),
-                vec![(0, 1, 0.5), (0, 2, 0.5), (1, 2, 0.5)],
+                vec![(0, 1, 0.5)],
                 Some(0.625),
-                6,
+                2,
             ),
             (evaluation(&["0", "x"]), vec![(0, 1, 0.5)], None, 2),
         ];
@@ -276,6 +292,37 @@ mod tests {
             4,
             "the first two completions of two evaluations, both ways"
         );
+    }
+
+    #[tokio::test]
+    async fn a_pair_has_the_scores_of_a_judge_that_scores() {
+        let rules = [settings::RuleSettings::Length {
+            min: 3,
+            max: 9,
+            weight: 2.0,
+        }];
+        let rules = crate::Rules::new(1.0, &rules).unwrap();
+        let thread = crate::judge_thread::JudgeThread::start(0, Box::new(rules), None).unwrap();
+        let judges = crate::bench::Judges {
+            name: "rule".into(),
+            version: Some(JudgeVersion(0)),
+            is_antisymmetric: true,
+            replicas: vec![Arc::new(thread)],
+        };
+        let labelling = Labelling {
+            judge: Bench::new(judges, settings()),
+            ..labelling(larger(), None)
+        };
+        // One word of three, two, and enough; asked again the verdicts are remembered, in either order.
+        for _ in 0..2 {
+            let judgement = labelling.judge(training(&["a", "a b", "a b c"])).await;
+            assert_eq!(judgement.unwrap().scores, Some(vec![-4.0, -2.0, 0.0]));
+            let judgement = labelling.judge(training(&["a b", "a"])).await;
+            assert_eq!(judgement.unwrap().scores, Some(vec![-2.0, -4.0]));
+        }
+        let without = self::labelling(larger(), None);
+        let judgement = without.judge(training(&["1", "2"])).await.unwrap();
+        assert_eq!(judgement.scores, None);
     }
 
     #[tokio::test(start_paused = true)]

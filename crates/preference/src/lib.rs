@@ -26,7 +26,7 @@ pub use calibration::{BINS, Bin, Calibration, Judged, LengthQuarter};
 pub use error::{JudgeError, JudgeErrorKind, PreferenceError, RulingError};
 pub use judge::{
     Alternative, ChatJudge, ChatModel, Comparison, EncoderJudge, Ensemble, Judge, Learned, Matrix,
-    Reads, Rules, Said, ScoredToken, Verdict,
+    Reads, Rules, Said, Scored, ScoredToken, Verdict,
 };
 pub use run::{Preference, PreferenceParts};
 pub use server::{Server, ServerParts};

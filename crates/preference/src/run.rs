@@ -274,6 +274,7 @@ impl Service {
                     labels,
                     judge: self.labelling.judge.name(),
                     judge_version: judgement.version,
+                    scores: judgement.scores,
                     gold: judgement.gold,
                 };
                 self.outlet.give(labelled).await
@@ -351,6 +352,7 @@ impl Outlet {
                 session: prompt.version.session,
                 station: Station::Preference,
                 reason,
+                log_ratio: None,
                 detail,
             })
             .await?;

@@ -62,20 +62,14 @@ impl Closing {
 /// For judges that read the tokens of a model.
 pub struct Tokens {
     tokenizer: Tokenizer,
-    end_of_text: Vec<u32>,
     closing: Closing,
 }
 
 impl Tokens {
-    /// The tokens of `tokenizer`, of which `end_of_text` end a response; the first of them is written where
-    /// `closing` says.
+    /// The tokens of `tokenizer`; a response is closed with the one that ends it where `closing` says.
     #[must_use]
-    pub fn new(tokenizer: Tokenizer, end_of_text: Vec<u32>, closing: Closing) -> Self {
-        Self {
-            tokenizer,
-            end_of_text,
-            closing,
-        }
+    pub fn new(tokenizer: Tokenizer, closing: Closing) -> Self {
+        Self { tokenizer, closing }
     }
 }
 
@@ -110,19 +104,18 @@ impl Texts for Tokens {
         finish: Finish,
     ) -> Result<Vec<u32>, String> {
         let prompt = readable(&self.tokenizer, prompt.clone());
-        let encoded = self
-            .tokenizer
-            .encode_completion(&prompt, prompt_ids, response);
-        let mut ids = encoded.map_err(|error| error.to_string())?;
-        if self.closing.closes(finish) {
-            ids.extend(self.end_of_text.first());
-        }
-        Ok(ids)
+        let encoded = match self.closing.closes(finish) {
+            true => self.tokenizer.encode_closed(&prompt, prompt_ids, response),
+            false => self
+                .tokenizer
+                .encode_completion(&prompt, prompt_ids, response),
+        };
+        encoded.map_err(|error| error.to_string())
     }
 
     fn has_ended(&self, ids: &[u32]) -> bool {
-        ids.last()
-            .is_some_and(|last| self.end_of_text.contains(last))
+        let stops = self.tokenizer.stops();
+        ids.last().is_some_and(|&last| stops.contains(last))
     }
 }
 

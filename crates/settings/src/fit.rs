@@ -107,7 +107,7 @@ pub struct PlaygroundPairs {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetPairs {
-    /// The file: JSON Lines, a JSON list or Parquet.
+    /// A file, a folder of shards or a glob: JSON Lines, a JSON list or Parquet.
     pub path: PathBuf,
     /// The column of the prompt; where rows have none, it is what both dialogues begin with.
     pub prompt_column: String,
@@ -115,7 +115,7 @@ pub struct DatasetPairs {
     pub chosen_column: String,
     /// The column of the other.
     pub rejected_column: String,
-    /// The pairs of validation; empty: a share of `path`.
+    /// The pairs of validation; empty: those of a share of the prompts of `path`.
     pub validation_path: PathBuf,
 }
 

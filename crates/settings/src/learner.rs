@@ -1,6 +1,11 @@
 //! `[learner]`.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{Error, Visitor},
+};
 
 /// How the policy learns.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,7 +31,7 @@ pub struct LearnerSettings {
     pub warmup_ratio: f64,
     /// The share of it that linear and cosine leave at the end.
     pub min_lr_ratio: f64,
-    /// Decoupled weight decay.
+    /// Decoupled weight decay of matrices; norms, biases and embeddings do not decay.
     pub weight_decay: f64,
     /// Decay of the gradient's mean.
     pub adam_beta1: f64,
@@ -34,8 +39,8 @@ pub struct LearnerSettings {
     pub adam_beta2: f64,
     /// Keeps the division finite.
     pub adam_epsilon: f64,
-    /// The gradient's norm is clipped to it.
-    pub max_grad_norm: f64,
+    /// Where the gradient's norm is clipped.
+    pub max_grad_norm: MaxGradNorm,
     /// Steps between two publications of weights.
     pub weight_sync_steps: u64,
     /// The oldest pair that is trained on, in learner steps, inclusive.
@@ -60,6 +65,68 @@ pub struct LearnerSettings {
     pub objective: ObjectiveSettings,
     /// What is added to it.
     pub ganpo: GanpoSettings,
+}
+
+/// The default clip as a multiple of the objective's slope. At π = ref and certain labels it is the norm of
+/// the gradient of the batch's mean h that is clipped.
+pub const CLIPPED_SLOPES: f64 = 20.0;
+
+/// The norm to which the learner's gradient is clipped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum MaxGradNorm {
+    /// `"objective"`: [`ObjectiveSettings::max_grad_norm`], which follows the scale of the loss.
+    Objective,
+    /// A number.
+    Norm(f64),
+}
+
+impl MaxGradNorm {
+    /// How it is written in place of a number.
+    const OBJECTIVE: &str = "objective";
+}
+
+impl Serialize for MaxGradNorm {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Objective => serializer.serialize_str(Self::OBJECTIVE),
+            Self::Norm(norm) => serializer.serialize_f64(*norm),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for MaxGradNorm {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct NumberOrWord;
+
+        impl Visitor<'_> for NumberOrWord {
+            type Value = MaxGradNorm;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number, or \"objective\"")
+            }
+
+            fn visit_f64<E: Error>(self, norm: f64) -> Result<MaxGradNorm, E> {
+                Ok(MaxGradNorm::Norm(norm))
+            }
+
+            fn visit_i64<E: Error>(self, norm: i64) -> Result<MaxGradNorm, E> {
+                self.visit_f64(norm as f64)
+            }
+
+            fn visit_u64<E: Error>(self, norm: u64) -> Result<MaxGradNorm, E> {
+                self.visit_f64(norm as f64)
+            }
+
+            fn visit_str<E: Error>(self, word: &str) -> Result<MaxGradNorm, E> {
+                match word {
+                    MaxGradNorm::OBJECTIVE => Ok(MaxGradNorm::Objective),
+                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(word), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(NumberOrWord)
+    }
 }
 
 /// A latent-space regulariser beside the objective.
@@ -180,6 +247,32 @@ pub enum RpoNll {
 }
 
 impl ObjectiveSettings {
+    /// The largest |dL/dh| of a pair at h = 0, where the policy is its reference: the scale of the loss, and
+    /// so of its gradient.
+    #[must_use]
+    pub fn slope(&self) -> f64 {
+        match *self {
+            Self::Ipo {
+                tau,
+                scale: IpoScale::Square,
+            } => 1.0 / tau,
+            Self::Ipo {
+                scale: IpoScale::Scaled,
+                ..
+            } => 1.0,
+            Self::Dpo { beta } | Self::Rpo { beta, .. } => beta / 2.0,
+            Self::Slic { beta } => beta,
+            Self::NashMdPg { .. } => 0.5,
+        }
+    }
+
+    /// Where [`MaxGradNorm::Objective`] clips: [`CLIPPED_SLOPES`] times [`Self::slope`]. It is 1, the field's
+    /// number, for DPO at its default of β = .1, and both scales of IPO are clipped at the same steps.
+    #[must_use]
+    pub fn max_grad_norm(&self) -> f64 {
+        CLIPPED_SLOPES * self.slope()
+    }
+
     /// The kind, as the settings name it.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -190,5 +283,38 @@ impl ObjectiveSettings {
             Self::Rpo { .. } => "rpo",
             Self::NashMdPg { .. } => "nash-md-pg",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Deserialize, Serialize, PartialEq)]
+    struct Table {
+        clip: MaxGradNorm,
+    }
+
+    #[test]
+    fn a_clip_is_a_number_or_the_objectives() {
+        let read = |text: &str| toml::from_str::<Table>(text).map(|table| table.clip);
+        assert_eq!(read("clip = 1"), Ok(MaxGradNorm::Norm(1.0)));
+        assert_eq!(read("clip = 0.5"), Ok(MaxGradNorm::Norm(0.5)));
+        assert_eq!(read("clip = \"objective\""), Ok(MaxGradNorm::Objective));
+        let error = read("clip = \"auto\"").unwrap_err().to_string();
+        assert!(error.contains("a number, or \"objective\""), "{error}");
+        for clip in [MaxGradNorm::Norm(0.25), MaxGradNorm::Objective] {
+            let text = toml::to_string(&Table { clip }).unwrap();
+            assert_eq!(toml::from_str(&text), Ok(Table { clip }), "{text}");
+        }
+    }
+
+    /// IPO's square form is its scaled one divided by τ, so the clips are too.
+    #[test]
+    fn the_clip_follows_the_scale_of_the_loss() {
+        let ipo = |tau, scale| ObjectiveSettings::Ipo { tau, scale }.max_grad_norm();
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} for {b}");
+        close(ipo(0.1, IpoScale::Square), ipo(0.1, IpoScale::Scaled) / 0.1);
+        close(ObjectiveSettings::Dpo { beta: 0.1 }.max_grad_norm(), 1.0);
     }
 }

@@ -35,6 +35,7 @@ pub use judge::{
     ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, RuleSettings,
 };
 pub use learner::{
+    CLIPPED_SLOPES, MaxGradNorm,
     GanpoSettings, IpoScale, LabelKind, LearnerSettings, LogpReduction, LrSchedulerType,
     ObjectiveSettings, RpoNll,
 };

@@ -26,9 +26,14 @@ pub struct PlaygroundSettings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SftSettings {
-    /// Rows of prompt and completion; without it the playground's own examples.
+    /// Rows of prompt and completion: a file, a folder of shards or a glob; without it the playground's own
+    /// examples.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// The column of the prompt.
+    pub prompt_column: String,
+    /// The column of the completion.
+    pub completion_column: String,
     /// Optimiser steps.
     pub steps: u64,
     /// Rows in a step.

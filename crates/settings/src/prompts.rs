@@ -33,7 +33,7 @@ pub enum PlaygroundGolden {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetPrompts {
-    /// The file; empty: those of `mix`.
+    /// A file, a folder of shards or a glob; empty: those of `mix`.
     pub path: PathBuf,
     /// Several files, each as often as it weighs.
     pub mix: Vec<MixedFile>,
@@ -41,9 +41,9 @@ pub struct DatasetPrompts {
     pub prompt_column: String,
     /// The column with the golden answer; empty: none.
     pub golden_column: String,
-    /// The prompts of evaluations; empty: the last `held_out` rows.
+    /// The prompts of evaluations; empty: the last `held_out` distinct prompts.
     pub held_out_path: PathBuf,
-    /// How many rows are held out when `held_out_path` is empty: of several files, of each its share.
+    /// How many distinct prompts are held out when `held_out_path` is empty: of several files, of each its share.
     pub held_out: usize,
     /// Whether every epoch has an order of its own.
     pub shuffle: bool,
@@ -59,7 +59,7 @@ pub struct DatasetPrompts {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MixedFile {
-    /// The file.
+    /// A file, a folder of shards or a glob.
     pub path: PathBuf,
     /// How often its prompts are asked, against the other files' weights.
     #[serde(default = "one")]

@@ -5,7 +5,7 @@ mod telemetry;
 mod transport;
 
 use crate::{
-    EngineSettings, GanpoSettings, ModelSettings, ObjectiveSettings, Problem, PromptsSettings,
+    ActorSettings, EngineSettings, GanpoSettings, MaxGradNorm, ModelSettings, ObjectiveSettings, Problem, PromptsSettings,
     Settings, SftSettings,
 };
 
@@ -79,6 +79,17 @@ impl Checks {
                 actor.slots, actor.num_generations
             ),
         );
+        let is_exact = actor.temperature == 1.0
+            && (actor.top_k, actor.top_p, actor.min_p) == (0, 1.0, 0.0);
+        self.require(
+            is_exact || actor.slots >= 3,
+            "actor.slots",
+            format!(
+                "{} slots cannot hold a held-out prompt's three completions: with a temperature other than 1 or \
+                 truncation the KL is estimated from a sample of its own",
+                actor.slots
+            ),
+        );
         self.share(actor.mixture_coef, "actor.mixture_coef");
         self.positive(actor.temperature, "actor.temperature");
         self.positive(actor.top_p, "actor.top_p");
@@ -123,7 +134,9 @@ impl Checks {
         self.decay(learner.adam_beta1, "learner.adam_beta1");
         self.decay(learner.adam_beta2, "learner.adam_beta2");
         self.positive(learner.adam_epsilon, "learner.adam_epsilon");
-        self.positive(learner.max_grad_norm, "learner.max_grad_norm");
+        if let MaxGradNorm::Norm(norm) = learner.max_grad_norm {
+            self.positive(norm, "learner.max_grad_norm");
+        }
         self.require(
             learner.weight_decay >= 0.0 && learner.weight_decay.is_finite(),
             "learner.weight_decay",
@@ -278,6 +291,27 @@ impl Checks {
         }
     }
 
+    /// A policy gradient is an expectation over samples of the policy itself: of its whole distribution at
+    /// temperature 1.
+    fn policy_gradient(&mut self, actor: &ActorSettings) {
+        let drawn = [
+            ("temperature", actor.temperature == 1.0, "1.0"),
+            ("top_k", actor.top_k == 0, "0"),
+            ("top_p", actor.top_p == 1.0, "1.0"),
+            ("min_p", actor.min_p == 0.0, "0.0"),
+        ];
+        for (key, holds, needed) in drawn {
+            self.require(
+                holds,
+                &format!("actor.{key}"),
+                format!(
+                    "\"nash-md-pg\" is a policy gradient, which is biased unless completions are drawn from the \
+                     policy's whole distribution: set it to {needed}, or choose another learner.objective.kind"
+                ),
+            );
+        }
+    }
+
     fn probabilities(&mut self, probabilities: &[f64]) {
         let path = "model.reference_probabilities";
         let sum: f64 = probabilities.iter().sum();
@@ -330,6 +364,7 @@ impl Checks {
             }
             ObjectiveSettings::NashMdPg { tau } => {
                 self.positive(*tau, &path("tau"));
+                self.policy_gradient(&settings.actor);
                 self.require(
                     settings.actor.num_generations == 2,
                     "actor.num_generations",
@@ -403,6 +438,23 @@ mod tests {
                 "[learner.objective]\nkind = \"nash-md-pg\"\n[actor]\nnum_generations = 4",
                 "set it to 2",
             ),
+            (
+                "[learner.objective]\nkind = \"nash-md-pg\"\n[actor]\ntemperature = 0.7",
+                "actor.temperature: \"nash-md-pg\" is a policy gradient",
+            ),
+            (
+                "[learner.objective]\nkind = \"nash-md-pg\"\n[actor]\ntop_k = 40",
+                "actor.top_k: \"nash-md-pg\" is a policy gradient",
+            ),
+            (
+                "[learner.objective]\nkind = \"nash-md-pg\"\n[actor]\ntop_p = 0.9",
+                "actor.top_p: \"nash-md-pg\" is a policy gradient",
+            ),
+            (
+                "[learner.objective]\nkind = \"nash-md-pg\"\n[actor]\nmin_p = 0.05",
+                "actor.min_p: \"nash-md-pg\" is a policy gradient",
+            ),
+            ("[actor]\nslots = 2\ntemperature = 0.7", "three completions"),
             (
                 "[learner.objective]\nkind = \"dpo\"\nbeta = 0",
                 "learner.objective.beta",

@@ -14,13 +14,21 @@ pub const METRICS: &[MetricInfo] = &[
     gauge("loss/ipo", Number, "the IPO term"),
     gauge("loss/dpo", Number, "the DPO term"),
     gauge("loss/slic", Number, "the SLiC hinge term"),
-    gauge("loss/rpo", Number, "the RPO likelihood term"),
+    gauge(
+        "loss/rpo",
+        Number,
+        "the RPO loss: the DPO term and the golden answers' likelihood",
+    ),
     gauge(
         "loss/nash_md_pg",
         Number,
         "the Nash-MD policy-gradient surrogate; its gradient means more than its value",
     ),
-    gauge("loss/ganpo", Number, "the GANPO generator term"),
+    gauge(
+        "loss/ganpo",
+        Number,
+        "lambda times the GANPO generator term",
+    ),
     gauge(
         "loss/preference",
         Number,
@@ -61,18 +69,34 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "objective/kl",
         Nats,
-        "KL of the policy from the reference, per completion",
+        "KL of the policy from the reference per completion; only where the step's samples can estimate it: \
+         max_staleness 0, mixture_coef 0, temperature 1, no truncation, actors in f32; identical completions \
+         that were dropped count",
+    ),
+    gauge(
+        "objective/log_ratio",
+        Nats,
+        "mean log pi over ref of the step's completions, whoever they were drawn from: not a KL",
     ),
     gauge(
         "objective/entropy",
         Nats,
-        "entropy of the policy, estimated from its completions",
+        "mean entropy of the policy's next token, over the tokens of the step's completions",
     ),
-    gauge("objective/scores", Number, "the judge's scores, mean"),
+    gauge(
+        "objective/scores",
+        Number,
+        "mean score of the step's completions, where the judge scores completions",
+    ),
     gauge(
         "objective/scores_margin",
         Number,
-        "difference of the judge's scores within a pair, mean",
+        "mean absolute difference of the scores within a label's pair, where the judge scores completions",
+    ),
+    gauge(
+        "objective/label_margin",
+        Number,
+        "mean of |2p - 1| over the labels trained on: 0 even, 1 certain",
     ),
     // Completions.
     gauge(
@@ -255,22 +279,32 @@ pub const METRICS: &[MetricInfo] = &[
         Bytes,
         "largest resident memory of this process",
     ),
-    // Mismatch: the actor's against the learner's log-probabilities of the same tokens, same version.
-    gauge("mismatch/kl", Nats, "mean log-ratio per token"),
+    // Mismatch: what the actors recorded against what the learner computes of the same tokens.
+    gauge(
+        "mismatch/kl",
+        Nats,
+        "mean per token of log pi as its actor recorded it minus log pi now: staleness and arithmetic",
+    ),
     gauge(
         "mismatch/k3_kl",
         Nats,
-        "the k3 estimate of the KL per token: never negative",
+        "the k3 estimate of the same, never negative",
     ),
     gauge(
         "mismatch/logp_abs_diff",
         Nats,
-        "mean absolute difference per token",
+        "mean absolute difference per token of the same",
     ),
     gauge(
         "mismatch/ess",
         Ratio,
-        "effective sample size of the importance weights, as a share",
+        "effective sample size of the completions' weights pi now over pi as recorded, as a share",
+    ),
+    gauge(
+        "mismatch/ref_logp_abs_diff",
+        Nats,
+        "mean absolute difference per token of log ref as recorded and as the learner computes it: \
+         arithmetic alone",
     ),
     // Evaluation.
     gauge(
@@ -296,7 +330,8 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "eval/kl",
         Nats,
-        "KL of the policy from the reference on evaluation prompts, per completion",
+        "KL of the policy from the reference per completion on evaluation prompts, from samples at \
+         temperature 1 without truncation",
     ),
     gauge(
         "eval/response_length",
@@ -394,6 +429,11 @@ pub const METRICS: &[MetricInfo] = &[
     ),
     gauge("learning_rate", Number, "the learning rate in force"),
     gauge("grad_norm", Number, "norm of the gradient before clipping"),
+    gauge(
+        "grad_clipped_share",
+        Ratio,
+        "share of the run's steps whose gradient was clipped",
+    ),
     gauge(
         "num_tokens",
         Tokens,

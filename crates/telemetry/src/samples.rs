@@ -51,6 +51,9 @@ pub struct SampleRow {
     pub judge: String,
     /// The judge's version.
     pub judge_version: u64,
+    /// The judge's score of each completion; empty where it has none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scores: Vec<f32>,
     /// log π(y|x) of each completion, summed over its tokens.
     pub sum_logp: Vec<Option<f64>>,
     /// log ref(y|x) of each completion, summed over its tokens.
@@ -132,6 +135,7 @@ impl SampleRow {
             labels,
             judge,
             judge_version,
+            scores,
             gold,
         } = labelled;
         Self {
@@ -148,6 +152,7 @@ impl SampleRow {
             gold: gold.map(messages::Probability::get),
             judge: judge.clone(),
             judge_version: judge_version.0,
+            scores: scores.clone().unwrap_or_default(),
             sum_logp: each(&pair.completions, |c| finite(c.sum_logp())),
             sum_ref_logp: each(&pair.completions, |c| finite(c.sum_ref_logp())),
             actor: pair.actor.clone(),
@@ -268,6 +273,7 @@ mod tests {
             }],
             judge: "gold".into(),
             judge_version: JudgeVersion(2),
+            scores: None,
             gold: None,
         }
     }

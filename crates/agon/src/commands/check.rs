@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::Context;
+use dataset::DatasetError;
 use model::{AdapterFolder, LoraConfig, ModelConfig, ModelFolder};
 use playground::{Bandit, base_config_json};
 use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, PromptsSettings, Settings};
@@ -81,8 +82,11 @@ impl Summary {
                 summary.problem(&reason.to_string());
             }
         }
-        for (key, path) in files(settings) {
-            summary.file(key, path);
+        for (key, path) in rows(settings) {
+            summary.rows(key, path);
+        }
+        if let Some(path) = &settings.model.chat_template {
+            summary.file("model.chat_template", path);
         }
         let judge = &settings.preference.judge;
         match world::check_judge(judge) {
@@ -115,6 +119,9 @@ impl Summary {
             }
             Ok(Subject::Decoder { origin, config }) => {
                 self.line("ok", &format!("model: {origin}, {}", shape(&config)));
+                if config.stops.is_empty() {
+                    self.line("warn", &format!("model: {}", world::ENDLESS));
+                }
                 Some(*config)
             }
             Err(error) => {
@@ -130,6 +137,9 @@ impl Summary {
             let Some(adapter) = adapter else {
                 return Ok(origin);
             };
+            if settings.model.adapter.is_none() {
+                adapter.check_targets(config)?;
+            }
             let count = adapter.parameter_count(config)?;
             Ok(format!("{origin}rank {}, {count} parameters", adapter.rank))
         });
@@ -152,6 +162,22 @@ impl Summary {
         for part in parts {
             let (name, size) = (part.name, mebibytes(part.bytes));
             self.line("", &format!("  {size:>12}  {name}"));
+        }
+    }
+
+    /// Tells of the files of rows that `path` names.
+    fn rows(&mut self, key: &str, path: &Path) {
+        let text = format!("{key} = {}", path.display());
+        match dataset::files(path) {
+            Ok(files) if files.len() > 1 => {
+                self.line("ok", &format!("{text}: {} files", files.len()));
+            }
+            Ok(_) => self.line("ok", &text),
+            Err(DatasetError::Unreadable { source, .. }) => {
+                self.problem(&format!("{text}: {source}"));
+            }
+            Err(DatasetError::File { reason, .. }) => self.problem(&format!("{text}: {reason}")),
+            Err(error) => self.problem(&format!("{text}: {error}")),
         }
     }
 
@@ -190,12 +216,7 @@ fn subject(settings: &Settings) -> anyhow::Result<Subject> {
         };
         // The tokenizer is opened too: it must fit the model, and its chat template must compile.
         let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
-        let weights = ["model.safetensors", "model.safetensors.index.json"];
-        anyhow::ensure!(
-            weights.iter().any(|name| path.join(name).exists()),
-            "{} has no model.safetensors",
-            path.display()
-        );
+        folder.check_weights()?;
         return Ok(Subject::Decoder {
             origin,
             config: Box::new(folder.config),
@@ -222,12 +243,15 @@ fn subject(settings: &Settings) -> anyhow::Result<Subject> {
 /// Where the adapter of the settings comes from, in words that may be empty, and its shape where it is known.
 fn adapter_of(settings: &Settings) -> anyhow::Result<(String, Option<LoraConfig>)> {
     let Some(source) = &settings.model.adapter else {
-        return Ok((String::new(), world::fresh_adapter(settings, String::new())));
+        return Ok((String::new(), world::fresh_adapter(settings)));
     };
     let Look { folder, origin } = model_hub::look(source)?;
     let opened = folder
         .map(|folder| AdapterFolder::open(&folder))
         .transpose()?;
+    if let Some(opened) = &opened {
+        opened.check_file()?;
+    }
     Ok(match opened {
         Some(opened) => (format!("{origin}, "), Some(opened.config)),
         None => (origin, None),
@@ -248,8 +272,8 @@ fn shape(config: &ModelConfig) -> String {
     )
 }
 
-/// The files that the settings name, under their keys. The model's folder is opened, not only looked for.
-fn files(settings: &Settings) -> Vec<(&'static str, &Path)> {
+/// The rows that the settings name, under their keys.
+fn rows(settings: &Settings) -> Vec<(&'static str, &Path)> {
     let mut files = Vec::new();
     if let PromptsSettings::Dataset(dataset) = &settings.prompts {
         let mixed = dataset.mix.iter().map(|file| file.path.as_path());
@@ -264,9 +288,6 @@ fn files(settings: &Settings) -> Vec<(&'static str, &Path)> {
     }
     if let Some(path) = &settings.sft.path {
         files.push(("sft.path", path.as_path()));
-    }
-    if let Some(path) = &settings.model.chat_template {
-        files.push(("model.chat_template", path.as_path()));
     }
     files
 }
@@ -361,9 +382,7 @@ fn activations(config: &ModelConfig) -> usize {
 
 /// How many numbers an adapter trains, where one is; `None` where the whole weights are trained.
 fn adapter_parameters(settings: &Settings, config: &ModelConfig) -> Option<usize> {
-    world::fresh_adapter(settings, String::new())?
-        .parameter_count(config)
-        .ok()
+    world::fresh_adapter(settings)?.parameter_count(config).ok()
 }
 
 /// On the processor in f32 the head is fused and its logits never exist; elsewhere they and their
@@ -538,7 +557,7 @@ mod tests {
         let summary = Summary::of(&settings(&sets.each_ref().map(String::as_str)));
         assert_eq!(summary.problems, 5, "{}", summary.text);
         for expected in [
-            format!("fail prompts.path = {path}: it is a folder"),
+            format!("fail prompts.path = {path}: the folder holds no file of rows"),
             format!("fail prompts.held_out_path = {path}/held.jsonl: No such file"),
             format!("fail model: failed to read {path}/base"),
             format!("fail sft.path = {path}/sft.jsonl: No such file"),
@@ -586,7 +605,7 @@ mod tests {
         std::fs::remove_file(folder.path().join("model.safetensors")).unwrap();
         let bare = with(8);
         assert!(
-            bare.text.contains("has no model.safetensors"),
+            bare.text.contains("model.safetensors: No such file"),
             "{}",
             bare.text
         );

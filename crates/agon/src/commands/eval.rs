@@ -8,13 +8,17 @@ use std::{
 
 use learner::Interval;
 use messages::{Pair, Prompt, PromptId, Purpose, Release, Seed, WeightsVersion};
-use model::{CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler, open_policy};
+use model::{CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler};
 use preference::{Orders, Question, Ruling, RulingError, Verdict};
 use serde_json::json;
 use settings::{ModelSource, Override, Settings, resolve_file};
 use telemetry::printable_json;
 
-use crate::{failure::Misuse, model_hub, roles, world};
+use crate::{
+    failure::Misuse,
+    model_hub::{self, Located},
+    roles, world,
+};
 
 /// Compare two models on held-out prompts under a judge.
 ///
@@ -149,12 +153,8 @@ fn folder(path: &Path) -> anyhow::Result<PathBuf> {
 fn load(settings: &Settings, source: &ModelSource) -> anyhow::Result<(ModelFolder, LanguageModel)> {
     let (device, dtype) = world::device(settings)?;
     let template = settings.model.chat_template.as_deref();
-    Ok(open_policy(
-        &folder(&model_hub::folder(source, &|| false)?)?,
-        None,
-        template,
-        (dtype, &device),
-    )?)
+    let path = folder(&model_hub::folder(source, &|| false)?)?;
+    Ok(Located::at(path, &|| false)?.policy(template, (dtype, &device))?)
 }
 
 /// One completion of each model to every held-out prompt.
@@ -184,6 +184,7 @@ fn answer(
             ids: row.ids.clone(),
             seed,
             mixture_coefs: vec![0.0, 1.0],
+            exact: 0,
             max_new_tokens: sampling.max_new_tokens,
         })?;
         asked.push(Some(Prompt {

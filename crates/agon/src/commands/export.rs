@@ -14,12 +14,13 @@ use anyhow::{Context, bail};
 use learner::LearnerError;
 use messages::Digest;
 use model::{
-    AdapterFolder, DType, Device, LanguageModel, ModelError, ModelFolder, open_policy, save_policy,
+    AdapterFolder, DType, Device, LanguageModel, ModelError, ModelFolder, dtype_name, is_licence,
+    save_policy,
 };
 use serde_json::Value;
 
 use super::score::Dtype;
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub::Located};
 
 /// Files that would speak for another model when they stayed beside the exported one.
 const OF_A_MODEL: [&str; 10] = [
@@ -37,12 +38,15 @@ const OF_A_MODEL: [&str; 10] = [
 
 /// The policy of a run or a checkpoint as a Hugging Face folder.
 ///
-/// Writes config.json, model.safetensors and the tokenizer's files, which transformers and other
-/// programs load, and leaves out the optimiser and the state of the run. Of a run the newest checkpoint
-/// is taken, also while it goes on. Prints the SHA-256 digest of the weights as `sha256sum -c` reads it.
+/// Writes config.json, model.safetensors, the tokenizer's files and the licences of the model that was
+/// trained (LICENSE, NOTICE, USE_POLICY and the like; no README, which describes that model), which
+/// transformers and other programs load, and leaves out the optimiser and the state of the run. Of a run
+/// the newest checkpoint is taken, also while it goes on. Says in which number format it wrote, and prints
+/// the SHA-256 digest of the weights as `sha256sum -c` reads it.
 ///
-/// The checkpoint of an adapter (model.lora_rank) is written as PEFT's folder, with a path to its model;
-/// with --merge as a model by itself, added up and written in f32 unless --dtype says otherwise.
+/// The checkpoint of an adapter (model.lora_rank) is written as PEFT's folder, which names its model by the
+/// hub's name and commit or by a path; with --merge as a model by itself, added up and written in f32
+/// unless --dtype says otherwise.
 ///
 /// Example: agon export --run runs/quickstart --output models/aligned --dtype bf16
 #[derive(clap::Args)]
@@ -77,9 +81,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     save_policy(&arguments.output, &exported.folder, &exported.model)?;
     remove_strangers(&arguments.output, &exported)?;
     eprintln!(
-        "exported {} to {}",
+        "exported {} to {}: {}",
         checkpoint.display(),
-        arguments.output.display()
+        arguments.output.display(),
+        exported.in_words()
     );
     let file = arguments.output.join(exported.tensors());
     let bytes = fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
@@ -103,7 +108,8 @@ impl Exported {
             let advice = "an adapter is written in f32: --dtype needs --merge";
             return Err(Misuse(advice.into()).into());
         }
-        let (folder, model) = open_policy(checkpoint, None, None, (DType::F32, &Device::Cpu))?;
+        let located = Located::at(checkpoint.to_owned(), &|| false)?;
+        let (folder, model) = located.policy(None, (DType::F32, &Device::Cpu))?;
         if !arguments.merge {
             return Ok(Self { folder, model });
         }
@@ -128,6 +134,16 @@ impl Exported {
         let weights = folder.weights(dtype, &Device::Cpu)?;
         let model = LanguageModel::new(folder.config.clone(), weights)?;
         Ok(Self { folder, model })
+    }
+
+    /// What was written: how many numbers in which format.
+    fn in_words(&self) -> String {
+        let (what, dtype) = match self.model.adapter() {
+            Some(_) => ("an adapter", DType::F32),
+            None => ("a model", self.model.dtype()),
+        };
+        let count = self.model.trained().parameter_count();
+        format!("{what} of {count} parameters in {}", dtype_name(dtype))
     }
 
     /// The file of the tensors.
@@ -206,11 +222,14 @@ fn saved_dtype(config: &Value) -> DType {
     }
 }
 
-/// Removes what a former model left in `output` and this one does not have.
+/// Removes what a former model left in `output` and this one does not have, its licences among them.
 fn remove_strangers(output: &Path, exported: &Exported) -> anyhow::Result<()> {
-    for name in OF_A_MODEL {
-        let stranger = output.join(name);
-        if stranger.exists() && !exported.has(name) {
+    let entries = fs::read_dir(output)
+        .with_context(|| format!("failed to read {}", output.display()))?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    for name in entries.filter(|name| OF_A_MODEL.contains(&name.as_str()) || is_licence(name)) {
+        let stranger = output.join(&name);
+        if stranger.is_file() && !exported.has(&name) {
             fs::remove_file(&stranger)
                 .with_context(|| format!("failed to remove {}", stranger.display()))?;
         }
@@ -283,10 +302,13 @@ mod tests {
     #[test]
     fn an_export_is_the_model_and_nothing_of_the_run() {
         let run = run_with(&[1]);
+        let licence = run.path().join("checkpoints/step_1/LICENSE");
+        fs::write(licence, "as you like").unwrap();
         let target = tempfile::tempdir().unwrap();
         let output = target.path().join("made/here");
         super::run(&arguments(run.path(), &output, false)).unwrap();
         let files = [
+            "LICENSE",
             "config.json",
             "model.safetensors",
             "tokenizer.json",
@@ -330,6 +352,7 @@ mod tests {
         let (run, target) = (run_with(&[1]), tempfile::tempdir().unwrap());
         for name in [
             "notes.txt",
+            "LICENSE.txt",
             "chat_template.jinja",
             "model.safetensors.index.json",
         ] {

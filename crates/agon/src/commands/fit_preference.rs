@@ -16,17 +16,21 @@ use telemetry::{Journal, Measurements, RunDirectory, printable, write_atomically
 use super::configuration::Configuration;
 use crate::{
     interrupt, plot,
-    world::{self, StyleComparison},
+    world::{self, LeftOut, StyleComparison},
 };
 
 /// Fit a preference model to annotated pairs, and measure how far it can be trusted.
 ///
-/// Reads the pairs of preference.fit.pairs (the playground's own, made by a noisy annotator, or a file of
-/// {"prompt", "chosen", "rejected"} rows in any of the field's forms, .gz too), holds a share of them out,
-/// and trains a head on the trunk. The run directory gets the model (a Hugging Face folder), metrics.jsonl,
-/// report.json, report.md and reliability.svg: accuracy, calibration error over 10 bins in both orders,
-/// Brier score, and how much the model likes length. Judge with it by
+/// Reads the pairs of preference.fit.pairs (the playground's own, made by a noisy annotator, or rows
+/// {"prompt", "chosen", "rejected"} in any form of docs/data.md), holds those of a share of the prompts out,
+/// and trains a head on the trunk. The run directory gets the model, metrics.jsonl, report.json, report.md and
+/// reliability.svg: accuracy, calibration error over 10 bins in both orders, Brier score, and how much the
+/// model likes length. Judge with it by
 /// --set preference.judge.kind=bradley-terry --set preference.judge.path=RUN/model.
+///
+/// The model is a folder in Hugging Face's layout. transformers loads it, and computes the same scores, with
+/// preference.fit.head=bradley-terry, pooling=last and likelihood=false; every other head, the default among
+/// them, is Agon's own and has an architecture name that other programs refuse.
 ///
 /// Example: agon fit-preference configs/quickstart.toml --run-dir runs/rm
 #[derive(clap::Args)]
@@ -63,7 +67,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         trunk = %trunk.folder.path.display(),
         pairs = pairs.fitting.len(),
         validation = pairs.validation.len(),
-        left_out = pairs.left_out,
+        left_out = pairs.left_out.total(),
         "fitting a preference model"
     );
     let started = Instant::now();
@@ -89,8 +93,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         styles: &styles,
         fitting: pairs.fitting.len(),
         left_out: pairs.left_out,
+        repeated: pairs.repeated,
         seconds: started.elapsed().as_secs_f64(),
         model: &to,
+        readers: match model.config().is_transformers() {
+            true => "a Hugging Face folder; transformers computes the same scores",
+            false => "for Agon: other programs cannot compute its scores, and refuse it",
+        },
     };
     tell(settings, &fitted, &directory)?;
     Ok(ExitCode::SUCCESS)
@@ -101,9 +110,12 @@ struct Fitted<'a> {
     calibration: &'a Calibration,
     styles: &'a [StyleComparison],
     fitting: usize,
-    left_out: usize,
+    left_out: LeftOut,
+    repeated: usize,
     seconds: f64,
     model: &'a Path,
+    /// Who can use it.
+    readers: &'static str,
 }
 
 fn tell(settings: &Settings, fitted: &Fitted<'_>, directory: &RunDirectory) -> anyhow::Result<()> {
@@ -112,7 +124,9 @@ fn tell(settings: &Settings, fitted: &Fitted<'_>, directory: &RunDirectory) -> a
     let report = json!({
         "head": settings.preference.fit.head,
         "pairs": fitted.fitting,
-        "left_out": fitted.left_out,
+        "left_out": fitted.left_out.total(),
+        "left_out_by_reason": fitted.left_out,
+        "repeated": fitted.repeated,
         "seconds": fitted.seconds,
         "model": fitted.model,
         "validation": fitted.calibration,
@@ -136,8 +150,8 @@ fn in_words(fitted: &Fitted<'_>) -> Result<String, std::fmt::Error> {
     writeln!(text, "# A preference model\n")?;
     writeln!(
         text,
-        "Fitted to {} pairs in {:.0} s; {} were too long or empty and left out.\n",
-        fitted.fitting, fitted.seconds, fitted.left_out
+        "Fitted to {} pairs in {:.0} s, of which {} repeat an earlier one; left out: {}.\n",
+        fitted.fitting, fitted.seconds, fitted.repeated, fitted.left_out
     )?;
     writeln!(text, "| on {} held-out pairs | | |", found.pairs)?;
     writeln!(text, "|---|---|---|")?;
@@ -194,8 +208,9 @@ fn in_words(fitted: &Fitted<'_>) -> Result<String, std::fmt::Error> {
     writeln!(text, "\n![reliability](reliability.svg)\n")?;
     writeln!(
         text,
-        "Model: `{}` (a Hugging Face folder).",
-        fitted.model.display()
+        "Model: `{}` ({}).",
+        fitted.model.display(),
+        fitted.readers
     )?;
     Ok(text)
 }

@@ -16,10 +16,10 @@ use serde::Serialize;
 use settings::{EngineSettings, ModelSource};
 use telemetry::{printable, printable_json};
 
-use super::score::{self, ModelArguments};
+use super::score::ModelArguments;
 use crate::{
     failure::Misuse,
-    model_hub,
+    model_hub::Located,
     world::{self, WriterParts},
 };
 
@@ -108,10 +108,11 @@ impl From<EngineName> for EngineSettings {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     arguments.check()?;
     let (folder, policy) = arguments.model.find()?.open()?;
+    world::warn_of_endless(&folder);
     let reference = match &arguments.reference {
         Some(source) => {
-            let path = model_hub::folder(source, &|| false)?;
-            Some(score::open(&path, policy.dtype(), policy.device())?.1)
+            let numbers = (policy.dtype(), policy.device());
+            Some(Located::find(source, &|| false)?.policy(None, numbers)?.1)
         }
         // Beside an adapter its base; else the policy itself.
         None => policy.adapter().map(|_| policy.without_adapter()),
@@ -303,6 +304,7 @@ impl Arguments {
             ids: prompt.ids.clone(),
             seed: part.seed(self.seed),
             mixture_coefs: vec![self.mixture_coef.unwrap_or(0.0); part.count],
+            exact: 0,
             max_new_tokens: self.max_new_tokens,
         }
     }
@@ -506,7 +508,8 @@ mod tests {
             .write_model(directory.path())
             .unwrap();
         let device = model::Device::Cpu;
-        let (folder, model) = score::open(directory.path(), model::DType::F32, &device).unwrap();
+        let numbers = (model::DType::F32, &device);
+        let (folder, model) = model::open_policy(directory.path(), None, None, numbers).unwrap();
         let arguments = arguments(extra);
         let prompts = arguments.encode(&folder).unwrap();
         let sampling = arguments.sampling();

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context;
-use dataset::DatasetError;
+use dataset::{Column, Columns, DatasetError, Form, Row};
 use messages::{Dialogue, Finish, PromptText, Seed};
 use mistral::{Chat, MistralError, Source};
 use model::SamplingSettings;
@@ -44,7 +44,7 @@ pub(crate) struct Arguments {
     /// Quantise a folder's weights as they are loaded: `q8_0`, `q4k`, ...
     #[arg(long, value_name = "TYPE")]
     isq: Option<String>,
-    /// The prompts: JSON Lines, a JSON list, either with .gz, or .parquet.
+    /// The prompts: a file, a folder of shards or a glob, in any form of docs/data.md.
     #[arg(long, value_name = "FILE")]
     prompts: PathBuf,
     /// The column of the prompts.
@@ -141,14 +141,17 @@ impl Arguments {
 
     /// The rows and what is asked in each.
     fn rows(&self) -> Result<Vec<(Value, PromptText)>, DatasetError> {
-        let asked = |(line, row): (usize, Value)| {
-            let prompt = dataset::prompt(&row, &self.prompt_column);
-            let prompt = prompt.map_err(|reason| DatasetError::Row {
-                path: self.prompts.clone(),
-                line,
-                reason: format!("{reason}; see --prompt-column"),
-            })?;
-            Ok((row, self.sent(prompt)))
+        let columns = Columns {
+            prompt: Column::named(&self.prompt_column, "--prompt-column"),
+            ..Columns::default()
+        };
+        let asked = |Row {
+                         source,
+                         columns: row,
+                     }: Row| {
+            let prompt = Form::of(&row, &columns).and_then(|form| form.prompt());
+            let prompt = prompt.map_err(|reason| source.refuse(reason))?;
+            Ok((Value::Object(row), self.sent(prompt)))
         };
         let rows = dataset::read_rows(&self.prompts)?;
         rows.into_iter().map(asked).collect()

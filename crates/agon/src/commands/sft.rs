@@ -13,9 +13,9 @@ use crate::{failure::Misuse, model_hub, world};
 
 /// Fine-tune a model on prompts and completions, the step before alignment.
 ///
-/// Reads rows {"prompt", "completion"} from sft.path (prompts as text or messages, .gz too) and trains
-/// model.path on them with the settings of [sft]; without sft.path it makes the playground's base. The
-/// result is a Hugging Face folder, or with model.lora_rank above 0 the PEFT folder of an adapter.
+/// Reads rows with an answer from sft.path, in any form of docs/data.md ({"prompt", "completion"},
+/// {"messages"}, ShareGPT, Alpaca, text or messages), and trains model.path on them with the settings of
+/// [sft]; without sft.path it makes the playground's base. The result is a Hugging Face folder, or with model.lora_rank above 0 the PEFT folder of an adapter.
 ///
 /// Example: agon sft my.toml --set sft.path=rows.jsonl --output models/base
 #[derive(clap::Args)]
@@ -62,9 +62,8 @@ fn fine_tune(settings: &Settings, output: &std::path::Path) -> anyhow::Result<()
     let path = model_hub::folder(source, &|| false)?;
     let folder = ModelFolder::open(&path, settings.model.chat_template.as_deref())?;
     let weights = folder.weights(dtype, &device)?;
-    let eos = folder.config.eos.first().copied();
     let longest = settings.sft.max_length.min(folder.config.max_positions);
-    let examples = sft::read_examples(rows, &folder.tokenizer, eos, longest)?;
+    let examples = sft::read_examples(rows, &settings.sft, &folder.tokenizer, longest)?;
     let mut model = world::language_model(&folder, &weights)?;
     let saved = world::adapter_folder(settings, &|| false)?;
     if let Some(adapter) = world::adapter(settings, (&folder, &weights), saved.as_deref())? {

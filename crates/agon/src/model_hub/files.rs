@@ -14,7 +14,7 @@ const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
-/// Read beside the weights, where there are such files.
+/// Read beside the weights, where there are such files; licences are fetched too, to be passed on.
 const BESIDE: [&str; 7] = [
     CONFIG,
     TOKENIZER,
@@ -48,7 +48,9 @@ pub(super) fn wanted(
     if weights.is_empty() && !adapter {
         return Err(no_safetensors(model, names));
     }
+    let licences = names.iter().filter(|name| model::is_licence(name)).cloned();
     let beside = BESIDE.into_iter().filter(has).map(str::to_owned);
+    let beside = beside.chain(licences);
     let adapter = adapter.then_some(ADAPTER).into_iter().flatten();
     let adapter = adapter.map(str::to_owned);
     // The weights come last: who has them has all.
@@ -133,8 +135,9 @@ mod tests {
                     WEIGHTS,
                     "pytorch_model.bin",
                     "onnx/model.onnx",
+                    "LICENSE.txt",
                 ],
-                &[CONFIG, TOKENIZER, WEIGHTS],
+                &[CONFIG, TOKENIZER, "LICENSE.txt", WEIGHTS],
             ),
             (&[CONFIG, INDEX, WEIGHTS], &[CONFIG, WEIGHTS]),
             (&[CONFIG, INDEX, "a.safetensors"], &[CONFIG, INDEX]),

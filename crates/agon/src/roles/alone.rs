@@ -296,6 +296,7 @@ pub(crate) async fn lead(
     let known = known.map(|before| [before.model, before.adapter].concat());
     let known = known.unwrap_or_default();
     let mut record = RunRecord::led_from(directory, resolved, step.unwrap_or(0));
+    record.base_model = world.folder.base_model.clone();
     record.model = lay_down(&world.folder.path, is_of_a_model, &streams.shelf, &known).await?;
     if let Some(folder) = &world.adapter_folder {
         record.adapter = lay_down(folder, is_of_an_adapter, &streams.shelf, &known).await?;
@@ -478,7 +479,8 @@ impl FetchedModel {
             [] => None,
             files => Some(Place::find(how.adapter.as_ref(), files, shelf).await?),
         };
-        let folder = ModelFolder::open(place.path(), how.chat_template.as_deref())?;
+        let mut folder = ModelFolder::open(place.path(), how.chat_template.as_deref())?;
+        folder.base_model = record.base_model.clone();
         let weights = folder.weights(dtype, &device)?;
         Ok(Self {
             folder,

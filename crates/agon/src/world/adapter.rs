@@ -19,18 +19,19 @@ pub(crate) fn adapter(
     saved: Option<&Path>,
 ) -> anyhow::Result<Option<Adapter>> {
     let how = &settings.model;
-    let Some(fresh) = fresh_adapter(settings, folder.whole_path()) else {
+    let Some(fresh) = fresh_adapter(settings) else {
         return Ok(None);
     };
     let base = super::language_model(folder, weights)?;
     let adapter = match saved {
-        Some(path) => read(path, fresh.rank, &base)?.with_base_model(fresh.base_model),
+        Some(path) => read(path, fresh.rank, &base)?,
         None => {
             let seed = Seed(settings.run.seed).derive(FRESH);
             Adapter::fresh(fresh, &folder.config, seed, base.device())
                 .map_err(|error| Misuse(format!("model.target_modules: {error}")))?
         }
     };
+    let adapter = adapter.with_base_model(folder.base_model.clone());
     Ok(Some(adapter.with_dropout(how.lora_dropout)))
 }
 
@@ -48,15 +49,9 @@ fn read(path: &Path, rank: usize, base: &LanguageModel) -> anyhow::Result<Adapte
     Ok(opened.adapter(base)?)
 }
 
-/// The shape of a fresh adapter beside `base_model`, if the settings want an adapter.
-pub(crate) fn fresh_adapter(settings: &Settings, base_model: String) -> Option<LoraConfig> {
+/// The shape of a fresh adapter, if the settings want an adapter.
+pub(crate) fn fresh_adapter(settings: &Settings) -> Option<LoraConfig> {
     let how = &settings.model;
-    (how.lora_rank > 0).then(|| LoraConfig {
-        rank: how.lora_rank,
-        alpha: how.lora_alpha,
-        dropout: how.lora_dropout,
-        target_modules: how.target_modules.clone(),
-        rank_stabilised: false,
-        base_model,
-    })
+    let (rank, alpha) = (how.lora_rank, how.lora_alpha);
+    (rank > 0).then(|| LoraConfig::new(rank, alpha, how.lora_dropout, &how.target_modules))
 }

@@ -7,12 +7,12 @@ use std::{
 
 use anyhow::Context;
 use messages::{JudgeVersion, Seed, WeightsVersion};
-use model::{ModelFolder, RewardFolder, Weights};
+use model::{ModelFolder, Weights};
 use preference::apo::{Game, GameParts, History};
 use settings::{JudgeSettings, Settings};
 
 use super::{JudgeSource, Trunk, annotated, share_tokenizer};
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub::Located};
 
 /// Where the rounds of a run lie.
 pub(crate) fn rounds(run: &Path) -> PathBuf {
@@ -39,11 +39,12 @@ impl Judging {
     ) -> anyhow::Result<Self> {
         let history = History::take_up(&rounds, since)?;
         let initial = judge.model().context("the judge is a model")?;
-        let model = match &history.model() {
+        let model = match history.model() {
             Some(path) => {
                 let (device, dtype) = super::device(settings)?;
                 let at_hand = initial.model.trunk().weights();
-                RewardFolder::open(path, None)?.model(dtype, &device, Some(at_hand))?
+                let folder = Located::at(path, &|| false)?.reward()?;
+                folder.model(dtype, &device, Some(at_hand))?
             }
             None => initial.model.clone(),
         };

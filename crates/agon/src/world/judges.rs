@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use messages::JudgeVersion;
-use model::{Device, Encoder, ModelFolder, RewardFolder, RewardModel, Weights};
+use model::{Device, Encoder, ModelFolder, RewardModel, Weights};
 use preference::{EncoderJudge, Ensemble, Judge, Matrix, Rules};
 use settings::{Combine, Head, JudgeSettings, ModelSource, Settings};
 
@@ -13,7 +13,10 @@ use super::{
     local_chat::{self, LocalChat},
     preference_model,
 };
-use crate::{failure::Misuse, model_hub};
+use crate::{
+    failure::Misuse,
+    model_hub::{self, Located, look_for_base},
+};
 
 /// The judge of the settings. Models are read once; every replica shares their weights.
 pub(crate) enum JudgeSource {
@@ -118,7 +121,8 @@ impl Opening<'_> {
         };
         let tokens = self.tokens.get_or_insert_with(|| path.clone());
         let weights = self.policy.map(|(_, weights)| weights);
-        let opened = Opened::open(&path, weights, tokens, &super::device(settings)?)?;
+        let located = Located::at(path, self.stopped)?;
+        let opened = Opened::open(&located, weights, tokens, &super::device(settings)?)?;
         opened.is(head)?;
         let opened = opened.judging_in(settings.preference.precision);
         Ok(JudgeSource::Model(Box::new(opened)))
@@ -188,8 +192,9 @@ pub(crate) fn check(judge: &JudgeSettings) -> anyhow::Result<()> {
         JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => {
             if !path.is_empty()
                 && let Some(folder) = model_hub::look(path)?.folder
+                && let Some(located) = look_for_base(folder)?
             {
-                RewardFolder::open(&folder, None)?;
+                located.reward()?.check_weights()?;
             }
         }
         JudgeSettings::Encoder { path, .. } => {

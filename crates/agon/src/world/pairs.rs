@@ -1,15 +1,16 @@
 //! Annotated pairs: generated in the playground, with a noisy annotator, or read from a file.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
     fs::File,
     io::{BufWriter, Write as _},
     path::Path,
 };
 
 use anyhow::Context;
-use dataset::{Columns, DatasetError, Pair, read_rows, shuffled};
-use learner::PromptRow;
+use dataset::{Column, Columns, DatasetError, Pair, Sourced, read_rows, shuffled};
+use learner::{PromptRow, say_how_dialogues_are_used};
 use messages::{Completion, Finish, Seed};
 use model::{
     CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Weights,
@@ -17,6 +18,7 @@ use model::{
 use playground::{Post, noisy_label, preference, train_post, train_seed, utility};
 use preference::fit::Example;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use settings::{DatasetPairs, FitSettings, PairsSettings, PlaygroundPairs, Settings};
 
 use super::base::kept;
@@ -27,7 +29,7 @@ const WORLD: u64 = 0xa110;
 /// The seeds of the annotator's labels, apart from those of the completions.
 const LABELS: u64 = 1;
 
-/// Pairs whose order is drawn for the split into fitting and validation.
+/// The seed of the order of prompts, whose last share is for validation.
 const SPLIT: u64 = 0x5917;
 
 /// Completions written at once.
@@ -41,8 +43,60 @@ pub(crate) struct Annotated {
     /// Those to measure on; in the playground their labels are the true preference, without the
     /// annotator's noise.
     pub(crate) validation: Vec<Example>,
-    /// Pairs that were longer than `preference.fit.max_length`, or had an empty response.
-    pub(crate) left_out: usize,
+    /// Pairs that are in neither.
+    pub(crate) left_out: LeftOut,
+    /// Pairs to fit to that repeat an earlier one, word for word.
+    pub(crate) repeated: usize,
+}
+
+/// How many pairs are not used, by reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub(crate) struct LeftOut {
+    /// Longer than `preference.fit.max_length`.
+    pub(crate) too_long: usize,
+    /// An empty response.
+    pub(crate) empty: usize,
+    /// Two equal responses, of which none can be preferred.
+    pub(crate) equal: usize,
+    /// A prompt that the validation file has too.
+    pub(crate) held_out: usize,
+}
+
+impl LeftOut {
+    /// All of them.
+    pub(crate) fn total(self) -> usize {
+        self.too_long + self.empty + self.equal + self.held_out
+    }
+}
+
+impl std::ops::Add for LeftOut {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            too_long: self.too_long + other.too_long,
+            empty: self.empty + other.empty,
+            equal: self.equal + other.equal,
+            held_out: self.held_out + other.held_out,
+        }
+    }
+}
+
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let reasons = [
+            (self.too_long, "too long"),
+            (self.empty, "with an empty response"),
+            (self.equal, "with two equal responses"),
+            (self.held_out, "with a prompt of the validation file"),
+        ];
+        let said = reasons.iter().filter(|(count, _)| *count > 0);
+        let said: Vec<String> = said.map(|(count, why)| format!("{count} {why}")).collect();
+        match said.as_slice() {
+            [] => f.write_str("0 pairs"),
+            said => f.write_str(&said.join(", ")),
+        }
+    }
 }
 
 /// A generated pair, as it lies in its file: one JSON object a line, in the columns of the field and with
@@ -129,13 +183,11 @@ fn write(path: &Path, pairs: &[GeneratedPair]) -> anyhow::Result<()> {
 fn read(path: &Path) -> anyhow::Result<Vec<GeneratedPair>> {
     let rows = read_rows(path)?;
     rows.into_iter()
-        .map(|(line, row)| {
-            serde_json::from_value(row).with_context(|| {
-                format!(
-                    "{}, line {line}: remove the folder to make the pairs again",
-                    path.display()
-                )
-            })
+        .map(|row| {
+            let advice = row
+                .source
+                .refuse("remove the folder to make the pairs again");
+            serde_json::from_value(Value::Object(row.columns)).context(advice)
         })
         .collect()
 }
@@ -212,6 +264,7 @@ fn sample_twice(
             ids: post.prompt_ids(),
             seed: seed.derive(key),
             mixture_coefs: vec![0.0; 2],
+            exact: 0,
             max_new_tokens,
         })?;
     }
@@ -242,7 +295,8 @@ fn split_generated(pairs: &[GeneratedPair], fit: &FitSettings) -> Annotated {
             .iter()
             .map(|pair| example(pair, pair.gold as f32))
             .collect(),
-        left_out: 0,
+        left_out: LeftOut::default(),
+        repeated: 0,
     }
 }
 
@@ -258,64 +312,153 @@ fn from_files(
 ) -> anyhow::Result<Annotated> {
     let longest = fit.max_length.min(folder.config.max_positions);
     let (fitting, left_out) = examples(&files.path, files, longest, folder)?;
-    if !files.validation_path.as_os_str().is_empty() {
-        let (validation, longer) = examples(&files.validation_path, files, longest, folder)?;
-        return Ok(Annotated {
-            fitting,
-            validation,
-            left_out: left_out + longer,
-        });
-    }
-    let count = fitting.len() as u64;
-    let seed = seed.derive(SPLIT);
-    let places = (0..count).map(|place| shuffled(place, count, seed));
-    let mut drawn: Vec<_> = places.zip(fitting).collect();
-    drawn.sort_by_key(|(place, _)| *place);
-    let mut fitting: Vec<_> = drawn.into_iter().map(|(_, example)| example).collect();
-    let validation = fitting.split_off(fitting.len() - held_out(fitting.len(), fit.validation));
-    Ok(Annotated {
-        fitting,
-        validation,
-        left_out,
-    })
+    let annotated = match files.validation_path.as_os_str().is_empty() {
+        true => {
+            let (fitting, validation) = split_by_prompt(fitting, fit.validation, seed)
+                .map_err(|reason| unusable(&files.path, reason))?;
+            Annotated {
+                repeated: repeated(&fitting),
+                fitting,
+                validation,
+                left_out,
+            }
+        }
+        false => {
+            let (validation, more) = examples(&files.validation_path, files, longest, folder)?;
+            let (fitting, held_out) = without_prompts_of(fitting, &validation);
+            if fitting.is_empty() {
+                let reason = "all of its prompts are those of the validation file".into();
+                return Err(unusable(&files.path, reason).into());
+            }
+            let held_out = LeftOut {
+                held_out,
+                ..LeftOut::default()
+            };
+            Annotated {
+                repeated: repeated(&fitting),
+                fitting,
+                validation,
+                left_out: left_out + more + held_out,
+            }
+        }
+    };
+    say_what_is_left_out(&files.path, &annotated);
+    Ok(annotated)
 }
 
-/// The pairs of a file that are neither too long nor empty, and how many are.
+fn say_what_is_left_out(path: &Path, annotated: &Annotated) {
+    let left_out = annotated.left_out;
+    if left_out.total() > 0 || annotated.repeated > 0 {
+        tracing::warn!(
+            path = %path.display(),
+            too_long = left_out.too_long,
+            empty = left_out.empty,
+            equal_responses = left_out.equal,
+            held_out = left_out.held_out,
+            repeated = annotated.repeated,
+            "pairs were left out, or repeat earlier ones"
+        );
+    }
+}
+
+fn unusable(path: &Path, reason: String) -> DatasetError {
+    DatasetError::File {
+        path: path.to_owned(),
+        reason,
+    }
+}
+
+/// The pairs of a drawn share of the prompts are for validation, at least one prompt's, and all others for fitting:
+/// what is measured on is never what was fitted to, however often a prompt occurs.
+fn split_by_prompt(
+    pairs: Vec<Example>,
+    share: f64,
+    seed: Seed,
+) -> Result<(Vec<Example>, Vec<Example>), String> {
+    let mut number: HashMap<&[u32], u64> = HashMap::new();
+    let numbers: Vec<u64> = pairs
+        .iter()
+        .map(|pair| {
+            let next = number.len() as u64;
+            *number.entry(pair.prompt.as_slice()).or_insert(next)
+        })
+        .collect();
+    let prompts = number.len();
+    if prompts < 2 {
+        return Err("all pairs have the same prompt, and none can be held out: name preference.fit.pairs.validation_path".into());
+    }
+    let seed = seed.derive(SPLIT);
+    let places = numbers
+        .into_iter()
+        .map(|number| shuffled(number, prompts as u64, seed));
+    let mut drawn: Vec<(u64, Example)> = places.zip(pairs).collect();
+    drawn.sort_by_key(|(place, _)| *place);
+    let fitted = (prompts - held_out(prompts, share)) as u64;
+    let at = drawn.partition_point(|(place, _)| *place < fitted);
+    let mut fitting: Vec<Example> = drawn.into_iter().map(|(_, pair)| pair).collect();
+    let validation = fitting.split_off(at);
+    Ok((fitting, validation))
+}
+
+/// The pairs whose prompts no pair of `others` has, and how many are not.
+fn without_prompts_of(mut pairs: Vec<Example>, others: &[Example]) -> (Vec<Example>, usize) {
+    let held_out: HashSet<&Vec<u32>> = others.iter().map(|pair| &pair.prompt).collect();
+    let before = pairs.len();
+    pairs.retain(|pair| !held_out.contains(&pair.prompt));
+    let taken = before - pairs.len();
+    (pairs, taken)
+}
+
+/// How many pairs are the same as an earlier one.
+fn repeated(pairs: &[Example]) -> usize {
+    let distinct: HashSet<[&Vec<u32>; 3]> = pairs
+        .iter()
+        .map(|pair| [&pair.prompt, &pair.first, &pair.second])
+        .collect();
+    pairs.len() - distinct.len()
+}
+
+/// The pairs of a file that can be used, and how many cannot.
 fn examples(
     path: &Path,
     files: &DatasetPairs,
     longest: usize,
     folder: &ModelFolder,
-) -> anyhow::Result<(Vec<Example>, usize)> {
+) -> anyhow::Result<(Vec<Example>, LeftOut)> {
     let columns = Columns {
-        prompt: files.prompt_column.clone(),
-        chosen: files.chosen_column.clone(),
-        rejected: files.rejected_column.clone(),
+        prompt: Column::named(&files.prompt_column, "preference.fit.pairs.prompt_column"),
+        chosen: Column::named(&files.chosen_column, "preference.fit.pairs.chosen_column"),
+        rejected: Column::named(
+            &files.rejected_column,
+            "preference.fit.pairs.rejected_column",
+        ),
+        ..Columns::default()
     };
-    let refused = |line: usize, reason: String| DatasetError::Row {
-        path: path.to_owned(),
-        line,
-        reason,
-    };
-    let (mut kept, mut left_out) = (Vec::new(), 0);
-    for (line, row) in read_rows(path)? {
-        let pair = Pair::from_row(&row, &columns).map_err(|reason| refused(line, reason))?;
-        let example = tokens(&pair, folder).map_err(|error| refused(line, error.to_string()))?;
+    let pairs = dataset::read(path, &columns, |form| form.pair())?;
+    let prompts: Vec<_> = pairs.iter().map(|pair| &pair.value.prompt).collect();
+    say_how_dialogues_are_used(path, &prompts, &folder.tokenizer);
+    let (mut kept, mut left_out) = (Vec::new(), LeftOut::default());
+    for Sourced { source, value } in &pairs {
+        let example = tokens(value, folder).map_err(|error| source.refuse(error.to_string()))?;
         let length = example.prompt.len() + example.first.len().max(example.second.len());
-        let empty = [&pair.chosen, &pair.rejected].map(|response| response.trim().is_empty());
-        if length > longest || empty.contains(&true) {
-            left_out += 1;
+        let responses = [&value.chosen, &value.rejected].map(|response| response.trim());
+        if responses[0] == responses[1] {
+            left_out.equal += 1;
+        } else if responses.contains(&"") {
+            left_out.empty += 1;
+        } else if length > longest {
+            left_out.too_long += 1;
         } else {
             kept.push(example);
         }
     }
     if kept.len() < 2 {
         let reason = format!(
-            "{} pairs are left of {}: the others have more than {longest} tokens or an empty response; see preference.fit.max_length",
+            "{} pairs are left of {}: {left_out} are left out; a pair has at most {longest} tokens, see preference.fit.max_length",
             kept.len(),
-            kept.len() + left_out
+            pairs.len(),
         );
-        return Err(refused(1, reason).into());
+        return Err(unusable(path, reason).into());
     }
     Ok((kept, left_out))
 }
@@ -323,15 +466,44 @@ fn examples(
 fn tokens(pair: &Pair, folder: &ModelFolder) -> Result<Example, model::ModelError> {
     let tokenizer = &folder.tokenizer;
     let prompt = tokenizer.encode_prompt(&pair.prompt)?;
-    let eos = folder.config.eos.first().copied();
-    let response = |text: &str| {
-        let ids = tokenizer.encode_completion(&pair.prompt, &prompt, text)?;
-        Ok::<_, model::ModelError>(ids.into_iter().chain(eos).collect())
-    };
+    let response = |text: &str| tokenizer.encode_closed(&pair.prompt, &prompt, text);
     Ok(Example {
         first: response(&pair.chosen)?,
         second: response(&pair.rejected)?,
         label: 1.0,
         prompt,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(prompt: u32, first: u32) -> Example {
+        Example {
+            prompt: vec![prompt],
+            first: vec![first],
+            second: vec![0],
+            label: 1.0,
+        }
+    }
+
+    #[test]
+    fn pairs_are_split_by_prompt() {
+        let pairs: Vec<Example> = (0..40).map(|index| pair(index % 10, index)).collect();
+        let (fitting, validation) = split_by_prompt(pairs, 0.2, Seed(3)).expect("ten prompts");
+        assert_eq!((fitting.len(), validation.len()), (32, 8));
+        let (_, shared) = without_prompts_of(fitting, &validation);
+        assert_eq!(shared, 0, "no prompt is on both sides");
+        let one = split_by_prompt(vec![pair(1, 2), pair(1, 3)], 0.5, Seed(3));
+        assert!(one.is_err_and(|why| why.contains("validation_path")));
+    }
+
+    #[test]
+    fn what_a_validation_file_asks_is_not_fitted_to() {
+        let pairs = vec![pair(1, 2), pair(2, 2), pair(1, 3)];
+        let (kept, taken) = without_prompts_of(pairs, &[pair(1, 9)]);
+        assert_eq!((kept, taken), (vec![pair(2, 2)], 2));
+        assert_eq!(repeated(&[pair(1, 2), pair(1, 2), pair(1, 3)]), 1);
+    }
 }

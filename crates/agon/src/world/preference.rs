@@ -1,6 +1,6 @@
 //! Preference models: read from a folder, or fitted to annotated pairs, kept and found again.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use messages::{JudgeVersion, Seed};
@@ -17,7 +17,10 @@ use settings::{DtypeSetting, Head, Settings};
 use telemetry::Progress;
 
 use super::{annotated, base::kept};
-use crate::{failure::Misuse, model_hub};
+use crate::{
+    failure::Misuse,
+    model_hub::{self, Located},
+};
 
 /// What a fit leaves in the model's folder beside the model.
 pub(crate) const CALIBRATION: &str = "calibration.json";
@@ -50,7 +53,8 @@ impl Trunk {
         };
         if let Some(adapter) = fit::adapter(how) {
             adapter
-                .parameter_count(&folder.config)
+                .check_targets(&folder.config)
+                .and_then(|()| adapter.parameter_count(&folder.config))
                 .map_err(|error| Misuse(format!("preference.fit.target_modules: {error}")))?;
         }
         let model = super::language_model(&folder, &weights)?;
@@ -86,6 +90,12 @@ impl Trunk {
                 watch(step)
             },
         )?;
+        if model.config().passes_over_the_end(model.trunk().config()) {
+            tracing::warn!(
+                "pad_token_id of the trunk is also a token that ends its texts: the head reads the token before it, \
+                 as transformers does (preference.fit.pooling = \"sum\" reads all)"
+            );
+        }
         let calibration = calibrate(&model, &pairs.validation)?
             .context("there are no pairs to validate on; see preference.fit.validation")?;
         if let Some(progress) = progress {
@@ -187,12 +197,12 @@ impl Opened {
     /// Reads the folder. A model that was trained beside a policy's `weights` shares them. It reads tokens as
     /// they come when the tokens of the model in the folder `tokens` are its own.
     pub(crate) fn open(
-        path: &Path,
+        located: &Located,
         weights: Option<&Weights>,
         tokens: &Path,
         (device, dtype): &(Device, DType),
     ) -> anyhow::Result<Self> {
-        let folder = RewardFolder::open(path, None)?;
+        let folder = located.reward()?;
         let model = folder.model(*dtype, device, weights)?;
         let shares_tokens = reads_as(&folder.folder.path, tokens);
         Ok(Self {
@@ -236,10 +246,9 @@ impl Opened {
         }
     }
 
-    /// Its tokenizer and the tokens that end its texts.
-    pub(crate) fn tokens(&self) -> (Tokenizer, Vec<u32>) {
-        let folder = &self.folder.folder;
-        (folder.tokenizer.clone(), folder.config.eos.clone())
+    /// Its tokenizer.
+    pub(crate) fn tokenizer(&self) -> Tokenizer {
+        self.folder.folder.tokenizer.clone()
     }
 
     /// A judge of this model.

@@ -18,14 +18,12 @@ pub(crate) fn texts(settings: &Settings, judge: &JudgeSource) -> anyhow::Result<
         JudgeSource::Plain(JudgeSettings::Matrix { .. }) => {
             let folder = ModelFolder::open(&super::bandit(settings)?, None)?;
             // An arm is one token, and nothing ends it.
-            let closing = Closing::WhenEnded;
-            Arc::new(Tokens::new(folder.tokenizer, Vec::new(), closing))
+            Arc::new(Tokens::new(folder.tokenizer, Closing::WhenEnded))
         }
         JudgeSource::Model(opened) if opened.is_of_playground() => Arc::new(PlaygroundWords),
         JudgeSource::Model(opened) if opened.shares_tokens() => {
-            let (tokenizer, ends) = opened.tokens();
             let closing = Closing::of(opened.model.config());
-            Arc::new(Tokens::new(tokenizer, ends, closing))
+            Arc::new(Tokens::new(opened.tokenizer(), closing))
         }
         JudgeSource::Ensemble { members, .. } => match members.iter().find(|m| m.reads_tokens()) {
             Some(member) => texts(settings, member)?,

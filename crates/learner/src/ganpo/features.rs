@@ -22,7 +22,8 @@ pub(super) struct Stream {
     pub(super) mask: Tensor,
 }
 
-/// Which completions were preferred to which: a row for every label that prefers one.
+/// Which completions were preferred to which: a row for each way a label can turn out that is not impossible,
+/// weighted by its probability, so that a soft label is the expectation of a drawn one.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Rows {
     /// Indices of completions.
@@ -98,23 +99,19 @@ impl Features {
 }
 
 impl Rows {
-    /// The rows of a pass. A label of exactly one half prefers neither side and makes none.
+    /// The rows of a pass.
     pub(super) fn of(micro: &MicroBatch<'_>) -> Self {
         let mut rows = Self::default();
         let sides = micro.first.iter().zip(&micro.second);
         for ((&first, &second), (&p, &weight)) in sides.zip(micro.p.iter().zip(&micro.pair_weight))
         {
-            if p == 0.5 {
-                continue;
+            for (chosen, rejected, p) in [(first, second, p), (second, first, 1.0 - p)] {
+                if p > 0.0 {
+                    rows.chosen.push(chosen as usize);
+                    rows.rejected.push(rejected as usize);
+                    rows.weights.push(weight * p);
+                }
             }
-            let (chosen, rejected) = if p > 0.5 {
-                (first, second)
-            } else {
-                (second, first)
-            };
-            rows.chosen.push(chosen as usize);
-            rows.rejected.push(rejected as usize);
-            rows.weights.push(weight);
         }
         rows
     }
@@ -170,6 +167,18 @@ mod tests {
         assert_eq!(second.tokens.to_vec3::<f32>()?, expected);
         assert!(Features::new(&tokens, &[1, 3]).is_err());
         Ok(())
+    }
+
+    #[test]
+    fn a_soft_label_counts_either_way_as_it_is_likely() {
+        let rows = Rows::of(&MicroBatch::of_lengths(&[2, 3, 1, 4], &[0.75, 1.0]));
+        let expected = Rows {
+            chosen: vec![0, 1, 2],
+            rejected: vec![1, 0, 3],
+            weights: vec![0.75, 0.25, 1.0],
+        };
+        assert_eq!(rows, expected);
+        assert_eq!(rows.total(), 2.0);
     }
 
     #[test]

@@ -144,8 +144,8 @@ impl Ganpo {
     }
 
     /// One step of both discriminators on all passes of a batch, at their share of the policy's learning
-    /// rate. `None` when no label prefers a side, or when loss or gradient are not finite; nothing has
-    /// changed then.
+    /// rate. `None` when there is no label, or when loss or gradient are not finite; nothing has changed
+    /// then.
     pub(crate) fn learn(
         &mut self,
         observed: &[Observed],

@@ -187,7 +187,12 @@ fn swapping_chosen_and_rejected_swaps_the_discriminators() {
         close(one.accuracy, two.accuracy, 1e-6);
     }
     let (one, two) = (game.means.unwrap(), other.means.unwrap());
-    assert_eq!((one[0], one[1]), (two[1], two[0]));
+    // Sums over the same rows in another order.
+    for (one, two) in [(one[0], two[1]), (one[1], two[0])] {
+        for (one, two) in one.numbers().into_iter().zip(two.numbers()) {
+            close(f64::from(one), f64::from(two), 1e-6);
+        }
+    }
     assert_ne!(one[0], one[1]);
     let of_one = game.term(&micro(), &policy, 3.0).unwrap().unwrap();
     let of_two = other.term(&upside_down(), &policy, 3.0).unwrap().unwrap();
@@ -229,14 +234,14 @@ fn what_is_saved_goes_on_to_the_last_bit_and_a_refused_step_is_undone() {
 }
 
 #[test]
-fn a_batch_that_says_nothing_or_is_not_finite_changes_nothing() {
+fn a_batch_that_is_empty_or_not_finite_changes_nothing() {
     let mut game = game(1);
     let before = game.save().unwrap();
-    let even = MicroBatch::of_lengths(&LENGTHS, &[0.5; 3]);
+    let empty = MicroBatch::of_lengths(&LENGTHS, &[]);
     let (policy, reference) = (hidden(1, 0.0), hidden(2, 0.5));
-    let seen = Observed::new(&even, &policy, &reference).unwrap();
+    let seen = Observed::new(&empty, &policy, &reference).unwrap();
     assert_eq!(game.learn(&[seen], 1e-2).unwrap(), None);
-    assert!(game.term(&even, &policy, 1.0).unwrap().is_none());
+    assert!(game.term(&empty, &policy, 1.0).unwrap().is_none());
     // Nothing was seen yet: the policy is not held against chance.
     assert!(game.term(&micro(), &policy, 3.0).unwrap().is_none());
     let broken = (&policy * f64::NAN).unwrap();
@@ -267,7 +272,7 @@ fn passes_add_up_to_the_batch() {
     assert_eq!(parted.learn(&seen, 1e-2).unwrap(), one);
     assert_eq!(parted.save().unwrap(), whole.save().unwrap());
     let total = total(&micros);
-    assert_eq!(total, 3.0);
+    close(total, 3.0, 1e-6);
     let sum: f64 = [0, 1]
         .map(|i| {
             scalar(

@@ -41,10 +41,14 @@ pub(super) fn note(step: &Measurements, last: Option<&Evaluation>) -> String {
         true => format!("  same answers {:.0} %", 100.0 * same),
         false => String::new(),
     };
+    // Not every step's samples can estimate the KL.
+    let kl = match step.get("objective/kl") {
+        Some(kl) => format!("kl {kl:.3}"),
+        None => format!("log-ratio {:.3}", of("objective/log_ratio")),
+    };
     format!(
-        "{win_rate}loss {:.4}  kl {:.3}  margin {:.3}  {:.0} pairs/s  stale {:.1}  waits {:.0} %{same}",
+        "{win_rate}loss {:.4}  {kl}  margin {:.3}  {:.0} pairs/s  stale {:.1}  waits {:.0} %{same}",
         of("loss"),
-        of("objective/kl"),
         of("rewards/margins"),
         of("perf/pairs_per_second"),
         of("staleness/mean"),
@@ -70,6 +74,8 @@ mod tests {
             note(&step.into_iter().collect(), None),
             "loss 0.2500  kl 1.500  margin -0.125  94 pairs/s  stale 0.8  waits 34 %"
         );
+        let off_policy = [("objective/log_ratio", 0.75)].into_iter().collect();
+        assert!(note(&off_policy, None).contains("  log-ratio 0.750  margin"));
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::time::Duration;
 use messages::{DropReason, LabelledPair};
 use telemetry::Measurements;
 
-use super::{Learner, due, outlook};
-use crate::{LearnerError, intake};
+use super::{Learner, Missing, Sampling, due, outlook};
+use crate::{LearnerError, PolicySamples, intake};
 
 /// A share of prompts with identical completions beyond which there is little left to learn from.
 const COLLAPSED: f64 = 0.9;
@@ -57,7 +57,6 @@ impl Learner {
         if let Some(bytes) = telemetry::peak_memory_bytes() {
             m.set("perf/peak_memory_bytes", bytes as f64);
         }
-        m.set("completions/identical_ratio", self.sameness(pairs.len()));
         m.set("num_tokens", self.state.tokens as f64);
         m.merge(outlook::echoes(&self.settings.objective, pairs));
         outlook::ages(&staleness);
@@ -70,10 +69,26 @@ impl Learner {
         m
     }
 
+    /// KL(π ‖ ref) per completion in nats, where the step's samples can estimate it: all are of the current
+    /// weights, drawn from the policy alone in its own law, and none but identical ones are missing, of which
+    /// the log-ratios came with their notes. `None` where not; the evaluations' `eval/kl` is the estimate then.
+    pub(super) fn kl(
+        &self,
+        pairs: &[LabelledPair],
+        samples: PolicySamples,
+        missing: Missing,
+    ) -> Option<f64> {
+        let is_current = self.settings.max_staleness == 0 && self.sampling == Sampling::Exact;
+        let completions = pairs.first().map_or(0, |l| l.pair.completions.len());
+        missing
+            .mean_with(samples, completions)
+            .filter(|_| is_current)
+    }
+
     /// The share of the prompts since the last step that were dropped because their completions were the
     /// same. A policy that has collapsed onto one answer takes ever longer to give a pair to learn from.
-    fn sameness(&mut self, pairs: usize) -> f64 {
-        let identical = std::mem::take(&mut self.identical) as f64;
+    pub(super) fn sameness(&mut self, identical: u64, pairs: usize) -> f64 {
+        let identical = identical as f64;
         let ratio = identical / (identical + pairs as f64).max(1.0);
         let collapsed = ratio > COLLAPSED;
         if collapsed && !self.collapsed {

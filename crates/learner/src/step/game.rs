@@ -4,10 +4,10 @@ use std::{fs, path::Path};
 
 use messages::Seed;
 use model::{AdamWSettings, LanguageModel, Scores, Tensor};
-use settings::LearnerSettings;
+use settings::{LearnerSettings, MaxGradNorm};
 use telemetry::Measurements;
 
-use super::Trainer;
+use super::{Scored, Trainer};
 use crate::{
     LearnerError,
     batch::MicroBatch,
@@ -16,21 +16,23 @@ use crate::{
 
 /// The stream of the discriminators' first numbers, among those of the run's seed.
 const FRESH: u64 = 0x9a9;
+/// Where the discriminators' gradient is clipped unless the settings say a number: the slope of a binary
+/// cross-entropy is at most 1, whatever the policy's objective.
+const CROSS_ENTROPYS_CLIP: f64 = 1.0;
 /// Where the game lies in a checkpoint.
 const PLAYERS: &str = "ganpo.safetensors";
 const OPTIMIZER: &str = "ganpo_optimizer.safetensors";
 
-/// The discriminators and the reference that the policy is held against.
+/// The discriminators.
 pub(crate) struct Game {
     ganpo: Ganpo,
-    reference: LanguageModel,
 }
 
 /// What a step knows of the game.
 #[derive(Default)]
 pub(super) struct Round {
-    /// What the policy said of the batch, when it is all one pass and was asked already.
-    pub(super) scores: Option<Scores>,
+    /// The scores of the batch, when it is all one pass and was scored already.
+    pub(super) scored: Option<Scored>,
     told: Option<Told>,
     /// What all rows of the batch count together.
     total: f64,
@@ -52,11 +54,17 @@ impl Game {
         if settings.ganpo.lambda <= 0.0 {
             return Ok(None);
         }
+        let adamw = match settings.max_grad_norm {
+            MaxGradNorm::Norm(_) => adamw,
+            MaxGradNorm::Objective => AdamWSettings {
+                max_grad_norm: CROSS_ENTROPYS_CLIP,
+                ..adamw
+            },
+        };
         let (width, device) = (policy.config().hidden_size, policy.device());
         let fresh = (seed.derive(FRESH), device);
         Ok(Some(Self {
             ganpo: Ganpo::new(&settings.ganpo, width, adamw, fresh)?,
-            reference: policy.without_adapter(),
         }))
     }
 
@@ -120,14 +128,13 @@ impl Trainer {
         }
         let mut observed = Vec::with_capacity(micros.len());
         for (pass, micro) in (0..).zip(micros) {
-            let scores = self.score(micro, (step, pass))?;
-            let reference = game.reference.hidden_of(&micro.completions())?;
+            let scored = self.score(micro, (step, pass))?;
             observed.push(Observed::new(
                 micro,
-                &response(micro, &scores)?,
-                &reference,
+                &response(micro, &scored.policy)?,
+                &response(micro, &scored.reference)?,
             )?);
-            round.scores = (micros.len() == 1).then_some(scores);
+            round.scored = (micros.len() == 1).then_some(scored);
         }
         let learning_rate = self.schedule.at(step);
         if let Some(game) = &mut self.game {

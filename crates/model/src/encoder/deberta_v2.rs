@@ -6,7 +6,7 @@ use candle_transformers::models::debertav2::{Config, DebertaV2SeqClassificationM
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Network, Unfit};
+use super::{Kind, Network, Unfit};
 
 /// The network, and what of its configuration the forward pass needs.
 pub(super) struct DebertaV2Classifier {
@@ -14,7 +14,37 @@ pub(super) struct DebertaV2Classifier {
     absolute_positions: bool,
 }
 
-pub(super) fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
+/// DeBERTa's second and third version.
+pub(super) const KIND: Kind = Kind {
+    build,
+    read: &[
+        "attention_head_size",
+        "conv_act",
+        "conv_groups",
+        "conv_kernel_size",
+        "embedding_size",
+        "hidden_act",
+        "legacy",
+        "max_relative_positions",
+        "norm_rel_ebd",
+        "pooler_hidden_act",
+        "pooler_hidden_size",
+        "pos_att_type",
+        "position_biased_input",
+        "position_buckets",
+        "relative_attention",
+        "share_att_key",
+        "type_vocab_size",
+    ],
+    spare: &[
+        "lm_predictions.",
+        "mask_predictions.",
+        "cls.",
+        "deberta.embeddings.position_embeddings.weight",
+    ],
+};
+
+fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
     let config = config(raw)?;
     Ok(Network::DebertaV2(Box::new(DebertaV2Classifier {
         network: DebertaV2SeqClassificationModel::load(tensors.pp("deberta"), &config, None)?,

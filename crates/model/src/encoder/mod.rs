@@ -7,6 +7,7 @@ mod deberta_v2;
 #[cfg(test)]
 mod fixtures;
 mod modern_bert;
+mod tensors;
 
 use std::{fmt, path::Path};
 
@@ -14,9 +15,16 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde_json::{Map, Value};
 
-use crate::{ModelError, config::read_json, tokenizer::read_fitting, weights::read_tensors};
+use crate::{
+    ModelError,
+    config::read_json,
+    keys,
+    shards::{Shards, is_spare},
+    tokenizer::read_fitting,
+};
 use deberta_v2::DebertaV2Classifier;
 use modern_bert::ModernBertClassifier;
+use tensors::Recorded;
 
 /// The encoders that can be loaded, as `config.json` names them.
 pub const SUPPORTED_ENCODERS: [&str; 2] = [
@@ -47,11 +55,12 @@ impl Encoder {
     ///
     /// # Errors
     /// When a file is missing, torn or does not fit the others, the architecture or a setting of it is
-    /// not supported, or the classifier has not one label.
+    /// not supported, the weights are quantised or hold a tensor that the network does not take, or the classifier
+    /// has not one label.
     pub fn load(path: &Path, device: &Device) -> Result<Self, ModelError> {
         let file = path.join("config.json");
         let raw = read_json(&file)?;
-        let build = build_of(&raw, &file)?;
+        let kind = kind_of(&raw, &file)?;
         let malformed = |reason: String| ModelError::Malformed {
             path: file.clone(),
             reason,
@@ -63,15 +72,23 @@ impl Encoder {
         let (vocab_size, max_positions) =
             (number("vocab_size")?, number("max_position_embeddings")?);
         one_label(&raw).map_err(malformed)?;
+        let ignored = keys::ignored(&raw, &[&READ, kind.read]).map_err(malformed)?;
+        if !ignored.is_empty() {
+            let (path, keys) = (file.display(), ignored.join(", "));
+            tracing::warn!(%path, keys, "the configuration has keys that are not read");
+        }
         let tokenizer = read_fitting(path, vocab_size)?;
-        let tensors = VarBuilder::from_tensors(read_tensors(path, device)?, DType::F32, device);
-        let network = build(&raw, &tensors).map_err(|unfit| match unfit {
+        let shards = Shards::open(path)?;
+        let (recorded, taken) = Recorded::new(shards.read_all(device)?);
+        let tensors = VarBuilder::from_backend(Box::new(recorded), DType::F32, device.clone());
+        let network = (kind.build)(&raw, &tensors).map_err(|unfit| match unfit {
             Unfit::Config(reason) => malformed(reason),
             Unfit::Weights(error) => ModelError::Malformed {
                 path: path.to_owned(),
                 reason: format!("its weights do not fit its config.json: {error}"),
             },
         })?;
+        shards.leaves_none(|name| taken.has(name) || is_spare(name, kind.spare))?;
         Ok(Self {
             network,
             tokenizer,
@@ -208,15 +225,40 @@ impl From<candle_core::Error> for Unfit {
 /// Builds a network from its `config.json` and its tensors.
 type Build = fn(&Value, &VarBuilder<'_>) -> Result<Network, Unfit>;
 
-/// How the architecture that `raw` names is built; `file` is where it was read from.
-fn build_of(raw: &Value, file: &Path) -> Result<Build, ModelError> {
+/// Keys of `config.json` that are read whatever the architecture.
+const READ: [&str; 12] = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "tie_word_embeddings",
+    "position_embedding_type",
+    "layer_norm_eps",
+];
+
+/// An architecture: how it is built and what its folders hold.
+struct Kind {
+    build: Build,
+    /// Keys of `config.json` that are read beside [`READ`], or that no classifier's score depends on.
+    read: &'static [&'static str],
+    /// Tensors of pretraining that a classifier leaves unused.
+    spare: &'static [&'static str],
+}
+
+/// The architecture that `raw` names; `file` is where it was read from.
+fn kind_of(raw: &Value, file: &Path) -> Result<Kind, ModelError> {
     let named = raw["architectures"][0].as_str();
     let place = SUPPORTED_ENCODERS
         .iter()
         .position(|name| named == Some(*name));
     match place {
-        Some(0) => Ok(deberta_v2::build),
-        Some(1) => Ok(modern_bert::build),
+        Some(0) => Ok(deberta_v2::KIND),
+        Some(1) => Ok(modern_bert::KIND),
         _ => Err(ModelError::Architecture {
             path: file.to_owned(),
             found: named.unwrap_or("(none is named)").to_owned(),
@@ -321,7 +363,7 @@ mod tests {
             folder.path().join("tokenizer.json"),
         )
         .unwrap();
-        let mut tensors = read_tensors(&path, &Device::Cpu).unwrap();
+        let mut tensors = Shards::open(&path).unwrap().read_all(&Device::Cpu).unwrap();
         let positions = Tensor::zeros((256, 64), DType::F32, &Device::Cpu).unwrap();
         let name = "deberta.embeddings.position_embeddings.weight";
         tensors.insert(name.into(), positions);
@@ -400,6 +442,17 @@ mod tests {
                 assert!(error.contains(part), "{part:?} is not in {error}");
             }
         }
+        for (key, value) in [
+            ("rope_scaling", json!({"type": "yarn", "factor": 2.0})),
+            ("logit_scale", json!(2)),
+            ("quantization_config", json!({"quant_method": "fp8"})),
+        ] {
+            let error = refused(&|config| config[key] = value.clone());
+            assert!(
+                error.contains("config.json") && error.contains(key),
+                "{error}"
+            );
+        }
         let folder = modern_bert(|_| {});
         fs::remove_file(folder.path().join("model.safetensors")).unwrap();
         let error = Encoder::load(folder.path(), &Device::Cpu)
@@ -409,6 +462,30 @@ mod tests {
             error.contains("failed to read") && error.contains("model.safetensors"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_tensor_that_the_network_does_not_take_is_refused() {
+        for (name, expected) in [
+            ("model.layers.0.attn.Wo.bias", "has no place for"),
+            ("model.layers.0.attn.Wo.weight_scale", "is quantised"),
+            ("decoder.bias", ""),
+        ] {
+            let folder = modern_bert(|_| {});
+            let shards = Shards::open(folder.path()).unwrap();
+            let mut tensors = shards.read_all(&Device::Cpu).unwrap();
+            let tensor = Tensor::ones(16, DType::F32, &Device::Cpu).unwrap();
+            tensors.insert(name.into(), tensor);
+            let path = folder.path().join("model.safetensors");
+            candle_core::safetensors::save(&tensors, path).unwrap();
+            match Encoder::load(folder.path(), &Device::Cpu) {
+                Ok(_) => assert!(expected.is_empty(), "{name} is passed over"),
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(error.contains(name) && error.contains(expected), "{error}");
+                }
+            }
+        }
     }
 
     #[test]

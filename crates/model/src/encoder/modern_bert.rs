@@ -9,7 +9,7 @@ use candle_transformers::models::modernbert::{Config, ModernBert};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Network, Unfit};
+use super::{Kind, Network, Unfit};
 
 /// The trunk and its head.
 pub(super) struct ModernBertClassifier {
@@ -30,7 +30,35 @@ enum Pooling {
     Mean,
 }
 
-pub(super) fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
+/// ModernBERT.
+pub(super) const KIND: Kind = Kind {
+    build,
+    read: &[
+        "attention_bias",
+        "classifier_activation",
+        "classifier_bias",
+        "classifier_pooling",
+        "global_attn_every_n_layers",
+        "global_rope_theta",
+        "hidden_activation",
+        "layer_types",
+        "local_attention",
+        "local_rope_theta",
+        "mlp_bias",
+        "norm_bias",
+        "norm_eps",
+        "rope_parameters",
+        // Of the head for masked tokens, or of how it is run.
+        "decoder_bias",
+        "reference_compile",
+        "repad_logits_with_grad",
+        "sparse_pred_ignore_index",
+        "sparse_prediction",
+    ],
+    spare: &["decoder."],
+};
+
+fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
     let (config, pooling) = (config(raw)?, pooling(raw)?);
     let (width, eps) = (config.hidden_size, config.layer_norm_eps);
     Ok(Network::ModernBert(Box::new(ModernBertClassifier {
@@ -106,8 +134,17 @@ fn number(raw: &Value, key: &str, default: f64) -> f64 {
 
 /// The rotary base of one kind of layers.
 fn theta(raw: &Value, layers: &str, old_key: &str, default: f64) -> Result<f64, String> {
+    let nested = raw["rope_parameters"].as_object();
+    let kinds = ["full_attention", "sliding_attention"];
+    let stray = nested.and_then(|keys| keys.keys().find(|key| !kinds.contains(&key.as_str())));
+    if let Some(stray) = stray {
+        return Err(format!(
+            "rope_parameters: {stray} is none of {}",
+            kinds.join(", ")
+        ));
+    }
     let rope = &raw["rope_parameters"][layers];
-    match rope["rope_type"].as_str() {
+    match rope["rope_type"].as_str().or(rope["type"].as_str()) {
         None | Some("default") => Ok(rope["rope_theta"]
             .as_f64()
             .unwrap_or_else(|| number(raw, old_key, default))),

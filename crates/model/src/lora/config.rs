@@ -7,6 +7,11 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::{
+    base_model::BaseModel,
+    pattern::Pattern,
+    targets::{LinearMap, Targets},
+};
 use crate::{ModelConfig, ModelError, Weights, config::Task};
 
 /// How PEFT calls the two factors of a module.
@@ -14,16 +19,24 @@ pub(super) const A: &str = "lora_A.weight";
 pub(super) const B: &str = "lora_B.weight";
 /// What stands before the base's name of a module or a tensor.
 pub(super) const PREFIX: &str = "base_model.model.";
-/// Stands for every linear map but the head.
-const ALL_LINEAR: &str = "all-linear";
+/// PEFT's word for adapters of this kind.
+const LORA: &str = "LORA";
+/// The same for adapters of reward models of which PEFT cannot compute the score. PEFT knows no such word, so it
+/// refuses the folder.
+const AGON_LORA: &str = "AGON_LORA";
 /// Keys that say nothing about what an adapter computes, or that are read below.
-const READ: [&str; 22] = [
+const READ: [&str; 27] = [
     "peft_type",
     "task_type",
     "r",
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
     "use_rslora",
     "bias",
     "base_model_name_or_path",
@@ -54,25 +67,52 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// The share of the inputs that training leaves out.
     pub dropout: f64,
-    /// Modules by the end of their names, as `q_proj`; `all-linear`: every linear map but the head.
-    pub target_modules: Vec<String>,
+    /// Modules that it changes.
+    pub targets: Targets,
+    /// Other ranks for some modules: PEFT's `rank_pattern`, of which the first key that matches a name holds.
+    pub(super) ranks: Vec<(Pattern, usize)>,
+    /// The same for α: PEFT's `alpha_pattern`.
+    pub(super) alphas: Vec<(Pattern, f64)>,
     /// Whether the product is scaled by α/√r (Kalajdzievski 2023) instead of α/r.
     pub rank_stabilised: bool,
-    /// The model it was made for: a folder or a name.
-    pub base_model: String,
+    /// The model it was made for.
+    pub base_model: BaseModel,
+}
+
+/// A linear map that an adapter changes, with the shape and scale of its product.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct AdaptedModule {
+    pub(super) map: LinearMap,
+    pub(super) rank: usize,
+    pub(super) scale: f64,
 }
 
 impl LoraConfig {
-    /// The factor s before the product.
+    /// Shape of a plain adapter: one rank and one α for all of `target_modules`, which are ends of names or
+    /// `all-linear`, for a base that is not named yet.
     #[must_use]
-    pub fn scale(&self) -> f64 {
-        let rank = self.rank as f64;
-        let divisor = if self.rank_stabilised {
-            rank.sqrt()
-        } else {
-            rank
-        };
-        self.alpha / divisor
+    pub fn new(rank: usize, alpha: f64, dropout: f64, target_modules: &[String]) -> Self {
+        Self {
+            rank,
+            alpha,
+            dropout,
+            targets: Targets::named(target_modules),
+            ranks: Vec::new(),
+            alphas: Vec::new(),
+            rank_stabilised: false,
+            base_model: BaseModel::default(),
+        }
+    }
+
+    /// The factor s before a product of this rank and α.
+    fn scale(&self, rank: usize, alpha: f64) -> f64 {
+        let rank = rank as f64;
+        alpha
+            / if self.rank_stabilised {
+                rank.sqrt()
+            } else {
+                rank
+            }
     }
 
     /// How many numbers the adapter of a model of this shape holds.
@@ -87,31 +127,28 @@ impl LoraConfig {
             .sum())
     }
 
-    /// The modules it stands beside: name, width out, width in.
-    pub(super) fn modules(
-        &self,
-        base: &ModelConfig,
-    ) -> Result<Vec<(String, usize, usize)>, ModelError> {
-        let linear = linear_maps(base);
-        if self.rank == 0 {
-            let reason = "its rank is 0; an adapter needs a rank of at least 1".into();
-            return Err(ModelError::Adapter { reason });
-        }
-        for target in &self.target_modules {
-            if target != ALL_LINEAR && !linear.iter().any(|(name, ..)| is_at_end(name, target)) {
-                return Err(unknown(target, &linear));
+    /// Checks that every module that is named is one of a model of this shape. Where a person names them, one that is
+    /// not is a mistake; PEFT, and [`Self::parameter_count`], pass over it.
+    ///
+    /// # Errors
+    /// When one is not, with its name and those that there are.
+    pub fn check_targets(&self, base: &ModelConfig) -> Result<(), ModelError> {
+        self.targets.check_names(base)
+    }
+
+    /// The modules it stands beside, in the model's order.
+    pub(super) fn modules(&self, base: &ModelConfig) -> Result<Vec<AdaptedModule>, ModelError> {
+        let adapted = |map: LinearMap| {
+            let rank = *first_match(&self.ranks, &map.name)?.unwrap_or(&self.rank);
+            if rank == 0 {
+                let reason = "its rank is 0; an adapter needs a rank of at least 1".into();
+                return Err(ModelError::Adapter { reason });
             }
-        }
-        let wanted = |name: &str| {
-            let mut targets = self.target_modules.iter();
-            targets.any(|target| target == ALL_LINEAR || is_at_end(name, target))
+            let alpha = *first_match(&self.alphas, &map.name)?.unwrap_or(&self.alpha);
+            let scale = self.scale(rank, alpha);
+            Ok(AdaptedModule { map, rank, scale })
         };
-        let modules: Vec<_> = linear.into_iter().filter(|(n, ..)| wanted(n)).collect();
-        if modules.is_empty() {
-            let reason = "it names no target modules; \"all-linear\" means all of them".into();
-            return Err(ModelError::Adapter { reason });
-        }
-        Ok(modules)
+        self.targets.of(base)?.into_iter().map(adapted).collect()
     }
 
     /// Every tensor of the adapter: PEFT's name for it and its shape.
@@ -119,10 +156,10 @@ impl LoraConfig {
         &self,
         base: &ModelConfig,
     ) -> Result<Vec<(String, Vec<usize>)>, ModelError> {
-        let both = |(module, out, width): (String, usize, usize)| {
+        let both = |AdaptedModule { map, rank, .. }: AdaptedModule| {
             [
-                (tensor_name(&module, A), vec![self.rank, width]),
-                (tensor_name(&module, B), vec![out, self.rank]),
+                (tensor_name(&map.name, A), vec![rank, map.width]),
+                (tensor_name(&map.name, B), vec![map.out, rank]),
             ]
         };
         Ok(self.modules(base)?.into_iter().flat_map(both).collect())
@@ -145,53 +182,116 @@ impl LoraConfig {
                 .filter(|number| number.is_finite() && *number >= 0.0)
                 .ok_or_else(|| malformed(format!("{key} is not a number from 0 on")))
         };
-        let config = Self {
-            rank: number("r", None)? as usize,
+        let rank = number("r", None)?;
+        Ok(Self {
+            rank: whole_rank(rank).ok_or_else(|| malformed(bad_rank("r", rank)))?,
             alpha: number("lora_alpha", Some(8.0))?,
             dropout: number("lora_dropout", Some(0.0))?,
-            target_modules: targets(keys.get("target_modules")).map_err(malformed)?,
+            targets: Targets::read(keys, task).map_err(malformed)?,
+            ranks: ranks(keys).map_err(malformed)?,
+            alphas: patterns(keys, "alpha_pattern").map_err(malformed)?,
             rank_stabilised: keys.get("use_rslora").and_then(Value::as_bool) == Some(true),
-            base_model: keys
-                .get("base_model_name_or_path")
-                .and_then(Value::as_str)
-                .unwrap_or_default()
-                .to_owned(),
-        };
-        if config.rank == 0 {
-            return Err(malformed(
-                "r is 0; an adapter has a rank of at least 1".into(),
-            ));
-        }
-        Ok(config)
+            base_model: BaseModel::read(raw),
+        })
     }
 
-    /// The configuration as PEFT reads it of an adapter for `task`.
-    pub(super) fn to_json(&self, base: &ModelConfig, task: Task) -> Result<Value, ModelError> {
-        let modules = self.modules(base)?;
-        let mut targets: Vec<&str> = modules.iter().map(|(name, ..)| last_word(name)).collect();
-        targets.sort_unstable();
-        targets.dedup();
-        // A module that is adapted in some blocks only must be named in full.
-        let everywhere = targets.len() * base.layers == modules.len();
-        if !everywhere {
-            targets = self.target_modules.iter().map(String::as_str).collect();
-        }
+    /// The configuration as PEFT reads it of an adapter of `base` for `task`.
+    pub(super) fn to_json(&self, base: &ModelConfig, task: Task) -> Value {
         let whole = Some(modules_to_save(task)).filter(|modules| !modules.is_empty());
-        let alpha = if self.alpha.fract() == 0.0 {
-            json!(self.alpha as u64)
-        } else {
-            json!(self.alpha)
-        };
-        Ok(json!({
-            "peft_type": "LORA", "task_type": task_type(task), "inference_mode": true,
-            "base_model_name_or_path": self.base_model, "revision": null,
-            "r": self.rank, "lora_alpha": alpha, "lora_dropout": self.dropout,
-            "use_rslora": self.rank_stabilised, "target_modules": targets,
+        let ranks = self
+            .ranks
+            .iter()
+            .map(|(key, rank)| (key.source().to_owned(), json!(rank)));
+        let alphas = self
+            .alphas
+            .iter()
+            .map(|(key, alpha)| (key.source().to_owned(), plain(*alpha)));
+        let mut json = json!({
+            "peft_type": LORA, "task_type": task_type(task), "inference_mode": true,
+            "r": self.rank, "lora_alpha": plain(self.alpha), "lora_dropout": self.dropout,
+            "use_rslora": self.rank_stabilised,
+            "rank_pattern": ranks.collect::<Map<_, _>>(),
+            "alpha_pattern": alphas.collect::<Map<_, _>>(),
             "bias": "none", "fan_in_fan_out": false, "init_lora_weights": true,
-            "modules_to_save": whole, "layers_to_transform": null, "layers_pattern": null,
-            "rank_pattern": {}, "alpha_pattern": {}, "use_dora": false,
-        }))
+            "modules_to_save": whole, "use_dora": false,
+        });
+        for (key, value) in self.base_model.keys() {
+            json[key] = value;
+        }
+        for (key, value) in self.targets.keys(base) {
+            json[key] = value;
+        }
+        json
     }
+}
+
+/// Marks the configuration of a reward model's adapter of which PEFT cannot compute the score, so that PEFT refuses
+/// it.
+pub(super) fn hide_from_peft(json: &mut Value) {
+    json["peft_type"] = AGON_LORA.into();
+}
+
+/// A number as a person writes it: whole where it is whole.
+fn plain(number: f64) -> Value {
+    if number.fract() == 0.0 {
+        json!(number as u64)
+    } else {
+        json!(number)
+    }
+}
+
+/// What the first pattern that matches the name stands for.
+fn first_match<'a, T>(
+    patterns: &'a [(Pattern, T)],
+    name: &str,
+) -> Result<Option<&'a T>, ModelError> {
+    for (pattern, value) in patterns {
+        if pattern.matches(name)? {
+            return Ok(Some(value));
+        }
+    }
+    Ok(None)
+}
+
+/// The patterns of `rank_pattern` or `alpha_pattern`, in the file's order, each with its number.
+fn patterns(keys: &Map<String, Value>, key: &str) -> Result<Vec<(Pattern, f64)>, String> {
+    let entries = match keys.get(key) {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Object(entries)) => entries,
+        Some(other) => return Err(format!("{key} is {other}, not an object")),
+    };
+    let entry = |(source, value): (&String, &Value)| {
+        let pattern = Pattern::at_end(source).map_err(|reason| format!("{key}: {reason}"))?;
+        let number = value
+            .as_f64()
+            .filter(|number| number.is_finite() && *number >= 0.0);
+        let number = number
+            .ok_or_else(|| format!("{key} gives {source:?} {value}, not a number from 0 on"))?;
+        Ok((pattern, number))
+    };
+    entries.iter().map(entry).collect()
+}
+
+fn ranks(keys: &Map<String, Value>) -> Result<Vec<(Pattern, usize)>, String> {
+    let whole = |(pattern, number): (Pattern, f64)| match whole_rank(number) {
+        Some(rank) => Ok((pattern, rank)),
+        None => Err(bad_rank(
+            &format!("rank_pattern's {:?}", pattern.source()),
+            number,
+        )),
+    };
+    patterns(keys, "rank_pattern")?
+        .into_iter()
+        .map(whole)
+        .collect()
+}
+
+fn whole_rank(number: f64) -> Option<usize> {
+    (number >= 1.0 && number.fract() == 0.0).then_some(number as usize)
+}
+
+fn bad_rank(key: &str, number: f64) -> String {
+    format!("{key} is {number}; a rank is a whole number of at least 1")
 }
 
 /// PEFT's name for a factor of a module.
@@ -239,63 +339,13 @@ pub(super) fn fits(weights: &Weights, expected: &[(String, Vec<usize>)]) -> Resu
     }
 }
 
-/// The linear maps of the blocks: name, width out, width in.
-fn linear_maps(base: &ModelConfig) -> Vec<(String, usize, usize)> {
-    let of_block = |(name, shape): (String, Vec<usize>)| {
-        let module = name.strip_suffix(".weight")?;
-        let [out, width] = shape[..] else { return None };
-        module
-            .starts_with("model.layers.")
-            .then(|| (module.to_owned(), out, width))
-    };
-    base.tensors().into_iter().filter_map(of_block).collect()
-}
-
-fn is_at_end(name: &str, target: &str) -> bool {
-    let before = name.strip_suffix(target);
-    before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
-}
-
-fn last_word(name: &str) -> &str {
-    name.rsplit_once('.').map_or(name, |(_, word)| word)
-}
-
-fn unknown(target: &str, linear: &[(String, usize, usize)]) -> ModelError {
-    let mut names: Vec<&str> = Vec::new();
-    for (name, ..) in linear {
-        if !names.contains(&last_word(name)) {
-            names.push(last_word(name));
-        }
-    }
-    let reason = format!(
-        "the target module {target:?} is none of this model's: {}",
-        names.join(", ")
-    );
-    ModelError::Adapter { reason }
-}
-
-fn targets(value: Option<&Value>) -> Result<Vec<String>, String> {
-    let of_list = |names: &Vec<Value>| {
-        let names = names.iter().map(|name| name.as_str().map(str::to_owned));
-        names.collect::<Option<Vec<_>>>()
-    };
-    match value {
-        Some(Value::String(word)) if word == ALL_LINEAR => Ok(vec![word.clone()]),
-        Some(Value::String(_)) => {
-            Err("target_modules is a pattern, which is not supported: list the modules".into())
-        }
-        Some(Value::Array(names)) => {
-            of_list(names).ok_or("target_modules holds what is no name".into())
-        }
-        _ => Err("target_modules is missing: list the modules".into()),
-    }
-}
-
 /// Whether everything that is not read is switched off.
 fn supported(keys: &Map<String, Value>, task: Task) -> Result<(), String> {
     let word = |key: &str| keys.get(key).and_then(Value::as_str);
-    if word("peft_type") != Some("LORA") {
-        let found = word("peft_type").unwrap_or("(none)");
+    let kind = word("peft_type");
+    let is_reward = task == Task::Reward && kind == Some(AGON_LORA);
+    if kind != Some(LORA) && !is_reward {
+        let found = kind.unwrap_or("(none)");
         return Err(format!("peft_type is {found}; only LORA is supported"));
     }
     let expected = task_type(task);

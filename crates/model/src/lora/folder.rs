@@ -16,11 +16,12 @@ use super::{Adapter, LoraConfig, config};
 use crate::{
     LanguageModel, ModelError, ModelFolder, Weights,
     config::{Task, read_json},
-    folder::{copy_tokenizer, make, save_folder, sync, write},
+    folder::{copy_beside, make, save_folder, sync, write},
+    shards::{check_file, missing},
     weights::torn,
 };
 
-const CONFIG: &str = "adapter_config.json";
+pub(super) const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 /// Where the base's print stands in the metadata.
 const PRINT: &str = "base_print";
@@ -66,18 +67,22 @@ impl AdapterFolder {
     /// # Errors
     /// When there is none at the path that it names.
     pub fn base(&self) -> Result<PathBuf, ModelError> {
-        let named = Path::new(&self.config.base_model);
-        let candidates = [named.to_owned(), self.path.join(named)];
-        let found = candidates
-            .into_iter()
-            .find(|path| path.join("config.json").exists());
-        found.ok_or_else(|| ModelError::Adapter {
+        let base = &self.config.base_model;
+        base.folder(&self.path).ok_or_else(|| ModelError::Adapter {
             reason: format!(
                 "the base model {:?} of {} is not there; name the base's folder as the model and this one as the adapter",
-                self.config.base_model,
+                base.name,
                 self.path.display()
             ),
         })
+    }
+
+    /// Checks that the file of the tensors is there and whole, by its header.
+    ///
+    /// # Errors
+    /// When it is missing or torn.
+    pub fn check_file(&self) -> Result<(), ModelError> {
+        check_file(&self.path.join(TENSORS))
     }
 
     /// Reads the tensors, for the model `base`, onto its device.
@@ -142,12 +147,12 @@ impl AdapterFolder {
 
     fn tensors(&self) -> Result<Vec<u8>, ModelError> {
         let path = self.path.join(TENSORS);
-        fs::read(&path).map_err(|source| ModelError::Unreadable { path, source })
+        fs::read(&path).map_err(|source| missing(&path, source))
     }
 
     /// The error with the name of the base.
     fn made_for(&self, error: &ModelError) -> ModelError {
-        let (path, base) = (self.path.display(), &self.config.base_model);
+        let (path, base) = (self.path.display(), &self.config.base_model.name);
         match error {
             ModelError::Adapter { reason } => ModelError::Adapter {
                 reason: format!("{reason} ({path} was made for {base:?})"),
@@ -199,25 +204,36 @@ pub fn save_policy(to: &Path, from: &ModelFolder, model: &LanguageModel) -> Resu
     }
 }
 
+/// The head of a classifier that is saved whole beside an adapter.
+pub(crate) struct ClassifierHead<'a> {
+    /// Its tensors, by the base's names.
+    pub(crate) weights: &'a Weights,
+    /// Whether PEFT computes the score; else it is kept from reading the folder.
+    pub(crate) is_pefts: bool,
+}
+
 /// Saves the adapter of a model with these weights, made from `from`, in the folder `to`, with the
-/// tokenizer's files; with the `head` of a classifier, by the base's names, where there is one.
+/// tokenizer's files; with the `head` of a classifier where there is one.
 pub(crate) fn save_adapter(
     to: &Path,
     from: &ModelFolder,
     (base, adapter): (&Weights, &Adapter),
-    head: Option<&Weights>,
+    head: Option<&ClassifierHead<'_>>,
 ) -> Result<(), ModelError> {
     make(to)?;
     let mut weights = adapter.weights.clone();
-    let head_tensors = head.iter().flat_map(|head| &head.tensors);
+    let head_tensors = head.iter().flat_map(|head| &head.weights.tensors);
     let beside = head_tensors.map(|(name, tensor)| (prefixed(name), tensor.clone()));
     weights.tensors.extend(beside);
     let print = [(PRINT, print(base)?)];
     write(&to.join(TENSORS), &weights.to_blob_saying(&print)?)?;
-    copy_tokenizer(to, from)?;
+    copy_beside(to, from)?;
     let task = head.map_or(Task::Language, |_| Task::Reward);
-    let config = format!("{:#}\n", adapter.config.to_json(&from.config, task)?);
-    write(&to.join(CONFIG), config.as_bytes())?;
+    let mut config = adapter.config.to_json(&from.config, task);
+    if head.is_some_and(|head| !head.is_pefts) {
+        config::hide_from_peft(&mut config);
+    }
+    write(&to.join(CONFIG), format!("{config:#}\n").as_bytes())?;
     sync(to)
 }
 

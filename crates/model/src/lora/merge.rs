@@ -16,11 +16,9 @@ impl LanguageModel {
         let Some(adapter) = self.adapter() else {
             return Ok(merged);
         };
-        for (module, _, _) in adapter.config().modules(self.config())? {
-            let Some(low_rank) = adapter.low_rank(&module) else {
-                continue;
-            };
-            let tensor = merged.tensors.get_mut(&config::base_name(&module));
+        for module in adapter.config().modules(self.config())? {
+            let low_rank = adapter.low_rank(&module)?;
+            let tensor = merged.tensors.get_mut(&config::base_name(&module.map.name));
             let tensor = tensor.expect("an adapter that fits names modules of the model");
             let update = (low_rank.b.matmul(&low_rank.a)? * low_rank.scale)?;
             *tensor = (&*tensor + update)?;

@@ -5,10 +5,13 @@
 //! adapter is its base, in the same copy of the weights; so is one whose B is zero, to the last bit.
 //! Who trains it, and what against, it does not know.
 
+mod base_model;
 mod config;
 mod folder;
 mod low_rank;
 mod merge;
+mod pattern;
+mod targets;
 
 use std::collections::BTreeMap;
 
@@ -17,9 +20,11 @@ use messages::Seed;
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
+pub use base_model::BaseModel;
+use config::AdaptedModule;
 pub use config::LoraConfig;
-pub(crate) use folder::save_adapter;
 pub use folder::{AdapterFolder, open_policy, save_policy};
+pub(crate) use folder::{ClassifierHead, save_adapter};
 pub(crate) use low_rank::LowRank;
 
 use crate::{LanguageModel, ModelConfig, ModelError, Weights};
@@ -36,13 +41,14 @@ impl Adapter {
     /// a = √5), from `seed` alone, and B zero, so that it changes nothing yet.
     ///
     /// # Errors
-    /// When the model has no such modules, or the device cannot hold it.
+    /// When the model has no such modules, one that is named among others too, or the device cannot hold it.
     pub fn fresh(
         config: LoraConfig,
         base: &ModelConfig,
         seed: Seed,
         device: &Device,
     ) -> Result<Self, ModelError> {
+        config.check_targets(base)?;
         let mut tensors = BTreeMap::new();
         for (index, (name, shape)) in config.tensors(base)?.into_iter().enumerate() {
             let (rows, width) = (shape[0], shape[1]);
@@ -75,9 +81,9 @@ impl Adapter {
         &self.weights
     }
 
-    /// The same, saved with this name of its base: a folder or a name.
+    /// The same, saved with this name of its base.
     #[must_use]
-    pub fn with_base_model(mut self, base_model: String) -> Self {
+    pub fn with_base_model(mut self, base_model: BaseModel) -> Self {
         self.config.base_model = base_model;
         self
     }
@@ -103,13 +109,16 @@ impl Adapter {
         })
     }
 
-    /// What it adds to the module of this name, when it does.
-    fn low_rank(&self, module: &str) -> Option<LowRank> {
-        let tensor = |part: &str| self.weights.get(&config::tensor_name(module, part)).ok();
-        Some(LowRank::new(
+    /// What it adds to one of its modules.
+    fn low_rank(&self, module: &AdaptedModule) -> Result<LowRank, ModelError> {
+        let tensor = |part: &str| {
+            let name = config::tensor_name(&module.map.name, part);
+            self.weights.get(&name)
+        };
+        Ok(LowRank::new(
             tensor(config::A)?,
             tensor(config::B)?,
-            self.config.scale(),
+            module.scale,
         ))
     }
 }
@@ -121,9 +130,11 @@ impl LanguageModel {
     /// When the adapter is for models of another shape.
     pub fn with_adapter(&self, adapter: Adapter) -> Result<Self, ModelError> {
         config::fits(&adapter.weights, &adapter.config.tensors(self.config())?)?;
+        let modules = adapter.config.modules(self.config())?;
         let mut adapted = self.clone();
-        for (module, linear) in adapted.linears_mut() {
-            linear.low_rank = adapter.low_rank(&module);
+        for (name, linear) in adapted.linears_mut() {
+            let module = modules.iter().find(|module| module.map.name == name);
+            linear.low_rank = module.map(|module| adapter.low_rank(module)).transpose()?;
         }
         adapted.adapter = Some(adapter);
         Ok(adapted)

@@ -7,7 +7,7 @@ use crate::{
     AdamWSettings, CompletionWriter as _, Gradients, ModelFolder, Optimizer, Request, Sampler,
     SamplingSettings, Sequence,
     config::{Task, read_json},
-    fixtures::{adapted, folder, lora_config as config, tiny_model},
+    fixtures::{adapted, folder, lora_config as config, shared, tiny_model},
 };
 
 const SEQUENCES: [Sequence<'static>; 2] = [
@@ -93,7 +93,9 @@ fn the_scale_is_alpha_over_the_rank_or_over_its_root() {
         rank_stabilised: true,
         ..plain.clone()
     };
-    assert_eq!((plain.scale(), stabilised.scale()), (0.5, 2.0));
+    let base = tiny_model(9, 1);
+    let scale = |config: &LoraConfig| config.modules(base.config()).unwrap()[0].scale;
+    assert_eq!((scale(&plain), scale(&stabilised)), (0.5, 2.0));
 }
 
 #[test]
@@ -209,6 +211,7 @@ fn the_ends_of_the_mixture_are_the_adapted_model_and_its_base() {
             ids: vec![0, 4],
             seed: Seed(77).derive(key),
             mixture_coefs: vec![0.0, 1.0],
+            exact: 0,
             max_new_tokens: 12,
         };
         sampler.admit(request).unwrap();
@@ -241,6 +244,13 @@ fn the_ends_of_the_mixture_are_the_adapted_model_and_its_base() {
     assert!(differ > 1e-2, "the adapter makes no difference");
 }
 
+fn named(base: &str) -> BaseModel {
+    BaseModel {
+        name: base.into(),
+        revision: None,
+    }
+}
+
 /// A model's folder, and an adapted model on it.
 fn on_disk() -> (tempfile::TempDir, ModelFolder, LanguageModel) {
     let source = folder();
@@ -248,7 +258,7 @@ fn on_disk() -> (tempfile::TempDir, ModelFolder, LanguageModel) {
     let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
     let base = LanguageModel::new(from.config.clone(), weights).unwrap();
     let config = LoraConfig {
-        base_model: source.path().display().to_string(),
+        base_model: from.base_model.clone(),
         alpha: 3.5,
         dropout: 0.25,
         ..config(&["all-linear"])
@@ -334,7 +344,7 @@ fn an_adapter_of_another_base_is_refused() {
     assert!(missing.contains("adapter_model.safetensors"), "{missing}");
     let gone = AdapterFolder {
         config: LoraConfig {
-            base_model: "nowhere/at-all".into(),
+            base_model: named("nowhere/at-all"),
             ..opened.config
         },
         ..opened
@@ -360,21 +370,50 @@ fn what_peft_can_and_we_cannot_is_refused_by_name() {
         LoraConfig::read(&raw, Path::new("adapter_config.json"), Task::Language)
     };
     let config = read(json!({})).unwrap();
-    assert_eq!((config.rank, config.alpha, config.scale()), (4, 8.0, 4.0));
+    assert_eq!((config.rank, config.alpha), (4, 8.0));
+    assert!(config.rank_stabilised);
     let cases = [
         (json!({"peft_type": "IA3"}), "peft_type is IA3"),
         (json!({"task_type": "SEQ_CLS"}), "task_type is SEQ_CLS"),
         (json!({"use_dora": true}), "use_dora = true"),
         (json!({"bias": "lora_only"}), "bias is \"lora_only\""),
         (json!({"modules_to_save": ["lm_head"]}), "modules_to_save"),
-        (json!({"rank_pattern": {"q_proj": 8}}), "rank_pattern"),
-        (json!({"layers_to_transform": [0]}), "layers_to_transform"),
+        (json!({"rank_pattern": {"q_proj": 0}}), "rank_pattern's"),
+        (
+            json!({"rank_pattern": {"q_proj": "8"}}),
+            "rank_pattern gives",
+        ),
+        (json!({"rank_pattern": {"(q": 8}}), "rank_pattern: \"(q\""),
+        (json!({"alpha_pattern": [8]}), "alpha_pattern is [8]"),
+        (json!({"layers_to_transform": ["0"]}), "layers_to_transform"),
+        (
+            json!({"layers_pattern": "layers"}),
+            "needs layers_to_transform",
+        ),
+        (
+            json!({"target_modules": "all-linear", "layers_to_transform": [0]}),
+            "layers_to_transform cannot stand beside",
+        ),
+        (json!({"exclude_modules": "["}), "exclude_modules: \"[\""),
+        (json!({"lora_bias": true}), "lora_bias = true"),
+        (
+            json!({"trainable_token_indices": [1]}),
+            "trainable_token_indices",
+        ),
+        (
+            json!({"target_parameters": ["mlp.experts"]}),
+            "target_parameters",
+        ),
+        (json!({"layer_replication": [[0, 1]]}), "layer_replication"),
         (json!({"fan_in_fan_out": true}), "fan_in_fan_out"),
         (json!({"a_key_of_tomorrow": 3}), "a_key_of_tomorrow = 3"),
         (json!({"init_lora_weights": "pissa"}), "init_lora_weights"),
-        (json!({"target_modules": ".*_proj"}), "a pattern"),
-        (json!({"target_modules": null}), "target_modules is missing"),
+        (json!({"target_modules": "(.*_proj"}), "target_modules: \"("),
+        (json!({"target_modules": 3}), "target_modules is 3"),
+        (json!({"target_modules": [3]}), "target_modules holds"),
+        (json!({"peft_type": "AGON_LORA"}), "peft_type is AGON_LORA"),
         (json!({"r": 0}), "r is 0"),
+        (json!({"r": 2.5}), "r is 2.5"),
         (json!({"r": "four"}), "r is not a number"),
     ];
     for (changes, expected) in cases {
@@ -398,13 +437,25 @@ fn modules_are_named_by_their_ends() {
         Ok(3)
     );
     assert_eq!(modules(&["all-linear"]), Ok(14));
-    let unknown = modules(&["q_proj", "query"]).unwrap_err();
+    // A name of another family's module is passed over, as in PEFT, but not where a person writes it.
+    assert_eq!(modules(&["q_proj", "query"]), Ok(2));
+    let check = |targets: &[&str]| {
+        let checked = config(targets).check_targets(base.config());
+        checked.map_err(|error| error.to_string())
+    };
+    let unknown = check(&["q_proj", "query"]).unwrap_err();
+    let kinds = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj";
     assert!(
-        unknown.contains("\"query\"")
-            && unknown.contains("q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
+        unknown.contains("\"query\"") && unknown.contains(kinds),
         "{unknown}"
     );
-    assert!(modules(&["lm_head"]).is_err() && modules(&["proj"]).is_err());
+    assert_eq!(check(&["q_proj", "mlp.down_proj"]), Ok(()));
+    assert_eq!(check(&["all-linear"]), Ok(()));
+    let none = modules(&["query", "proj"]).unwrap_err();
+    assert!(
+        none.contains("[\"query\",\"proj\"]") && none.contains(kinds),
+        "{none}"
+    );
     assert!(modules(&[]).unwrap_err().contains("all-linear"));
     let none = LoraConfig {
         rank: 0,
@@ -412,16 +463,217 @@ fn modules_are_named_by_their_ends() {
     };
     let refused = none.modules(base.config()).unwrap_err().to_string();
     assert!(refused.contains("rank of at least 1"), "{refused}");
-    // What is adapted in one block only is saved by its full name.
-    let json = |targets: &[&str]| {
-        let json = config(targets).to_json(base.config(), Task::Language);
-        json.unwrap()["target_modules"].clone()
+    let saved = |targets: &[&str]| {
+        config(targets).to_json(base.config(), Task::Language)["target_modules"].clone()
     };
     assert_eq!(
-        json(&["layers.1.self_attn.q_proj"]),
+        saved(&["layers.1.self_attn.q_proj"]),
         json!(["layers.1.self_attn.q_proj"])
     );
-    assert_eq!(json(&["self_attn.q_proj"]), json!(["q_proj"]));
+    assert_eq!(saved(&["all-linear"]).as_array().unwrap().len(), 7);
+}
+
+#[test]
+fn modules_that_are_no_linear_map_of_a_block_are_refused_by_name() {
+    let base = tiny_model(9, 1);
+    let refused = |targets: Value, task| {
+        let raw = json!({"peft_type": "LORA", "r": 2, "target_modules": targets});
+        let read = LoraConfig::read(&raw, Path::new("adapter_config.json"), task).unwrap();
+        let modules = read.modules(base.config());
+        modules.map(|found| found.len()).map_err(|e| e.to_string())
+    };
+    for (targets, name) in [
+        (json!(["q_proj", "lm_head"]), "names lm_head"),
+        (
+            json!(["q_proj", "embed_tokens"]),
+            "names model.embed_tokens",
+        ),
+        (
+            json!(["q_proj", "input_layernorm"]),
+            "names model.layers.0.input_layernorm",
+        ),
+        (json!(".*"), "names model, which"),
+        (json!(r".*\.(self_attn|mlp)\..*"), "mlp.act_fn"),
+    ] {
+        let refused = refused(targets, Task::Language).unwrap_err();
+        assert!(refused.contains(name), "{refused} lacks {name}");
+    }
+    // A classifier has no such head: to PEFT the name is absent there.
+    assert_eq!(refused(json!(["q_proj", "lm_head"]), Task::Reward), Ok(2));
+}
+
+/// The numbers of a tensor of this name, as the script below has them.
+fn wave(name: &str, shape: &[usize]) -> Tensor {
+    let sum = name.bytes().map(u64::from).sum::<u64>() % 97;
+    let count = shape.iter().product::<usize>();
+    let number = |i: usize| (0.2 * (0.7 * i as f64 + sum as f64).sin()) as f32;
+    Tensor::from_vec(
+        (0..count).map(number).collect::<Vec<_>>(),
+        shape,
+        &Device::Cpu,
+    )
+    .unwrap()
+}
+
+/// The log-probabilities of the tokens 20 to 80 after 1 under an adapter of `random-llama3` with these keys, as PEFT
+/// 0.21.2 computes them with transformers 5.23 in float32: `get_peft_model` of a `LoraConfig(r=4, lora_alpha=8, **keys)`,
+/// every `lora_` tensor filled with `0.2 * sin(0.7 * i + sum(name.encode()) % 97)` at its flat index i.
+#[test]
+#[expect(clippy::too_many_lines, reason = "a table of values")]
+fn adapters_of_every_shape_say_what_they_say_in_peft() {
+    let Some(base) = shared("data/models/random-llama3") else {
+        return;
+    };
+    let q_and_v = [
+        -5.8002, -7.38645, -6.02407, -7.23771, -8.32895, -7.9218, -4.86261,
+    ];
+    let cases = [
+        (
+            json!({"target_modules": ["q_proj", "v_proj", "query_key_value", "W_pack"]}),
+            q_and_v,
+        ),
+        (
+            json!({"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"}),
+            q_and_v,
+        ),
+        (json!({"target_modules": null}), q_and_v),
+        (
+            json!({"target_modules": r"^(?!.*layers\.0\.).*\.(up|down)_proj$"}),
+            [
+                -5.59188, -7.66881, -6.80829, -8.31897, -5.91054, -5.60774, -5.40681,
+            ],
+        ),
+        (
+            json!({"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]}),
+            [
+                -6.69111, -6.38925, -6.77773, -7.94008, -8.91999, -7.8906, -5.20842,
+            ],
+        ),
+        (
+            json!({
+                "target_modules": ["q_proj", "down_proj"], "layers_to_transform": 1,
+                "layers_pattern": "layers"
+            }),
+            [
+                -5.54238, -7.66878, -7.08329, -7.87991, -6.42328, -5.79435, -4.66857,
+            ],
+        ),
+        (
+            json!({
+                "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0],
+                "layers_pattern": ["h", "layers"]
+            }),
+            [
+                -6.438, -6.38731, -7.32488, -7.84936, -9.63574, -7.66426, -4.45079,
+            ],
+        ),
+        (
+            json!({
+                "target_modules": ["model.layers.2.mlp.up_proj", "o_proj"],
+                "layers_to_transform": [1]
+            }),
+            [
+                -5.80588, -7.63458, -5.97961, -8.79893, -5.91564, -5.87148, -5.06175,
+            ],
+        ),
+        (
+            json!({
+                "target_modules": ["q_proj", "v_proj", "down_proj"],
+                "rank_pattern": {
+                    "layers.1.self_attn.q_proj": 2, "q_proj": 6, r"layers\.[01]\..*_proj": 3
+                },
+                "alpha_pattern": {r"^model\.layers\.2\..*": 2.5, "down_proj": 16}
+            }),
+            [
+                -7.28548, -6.03176, -6.96875, -8.18066, -5.86158, -6.27063, -5.44069,
+            ],
+        ),
+        (
+            json!({
+                "target_modules": ["q_proj", "v_proj", "down_proj"], "use_rslora": true,
+                "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 16}
+            }),
+            [
+                -6.04096, -6.59016, -6.39714, -5.03952, -7.26616, -7.77588, -7.34783,
+            ],
+        ),
+        (
+            json!({
+                "target_modules": "all-linear",
+                "exclude_modules": ["k_proj", "layers.0.mlp.gate_proj"]
+            }),
+            [
+                -5.97786, -6.99404, -6.43315, -9.99208, -6.27476, -6.67876, -4.95414,
+            ],
+        ),
+        (
+            json!({"target_modules": "ALL-linear", "exclude_modules": r".*layers\.[12]\..*"}),
+            [
+                -6.54412, -7.79223, -7.54247, -7.03748, -6.54527, -6.58608, -5.28864,
+            ],
+        ),
+        (
+            json!({"target_modules": ["proj", "self_attn.k_proj"]}),
+            [
+                -6.35992, -7.07174, -5.92771, -8.04268, -8.69846, -9.61063, -4.41563,
+            ],
+        ),
+    ];
+    for (keys, expected) in cases {
+        says_what_it_says_in_peft(&base, &keys, &expected);
+    }
+}
+
+/// An adapter with these keys beside the model in `base`, as it is read, and as it is read when it was saved again.
+fn says_what_it_says_in_peft(base: &Path, keys: &Value, expected: &[f32]) {
+    let mut raw = json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8,
+        "base_model_name_or_path": "org/base", "revision": "v1",
+    });
+    raw.as_object_mut()
+        .unwrap()
+        .extend(keys.as_object().unwrap().clone());
+    let first = tempfile::tempdir().unwrap();
+    fs::write(first.path().join("adapter_config.json"), raw.to_string()).unwrap();
+    let opened = AdapterFolder::open(first.path()).unwrap();
+    let shape = ModelConfig::load(base).unwrap();
+    let tensors = opened.config.tensors(&shape).unwrap();
+    let tensors = tensors.into_iter().map(|(name, shape)| {
+        let tensor = wave(&name, &shape);
+        (name, tensor)
+    });
+    let weights = Weights::of(tensors.collect());
+    let file = "adapter_model.safetensors";
+    fs::write(first.path().join(file), weights.to_blob().unwrap()).unwrap();
+    let second = tempfile::tempdir().unwrap();
+    for adapter in [first.path(), second.path()] {
+        let numbers = (DType::F32, &Device::Cpu);
+        let (folder, model) = open_policy(base, Some(adapter), None, numbers).unwrap();
+        let sequence = Sequence {
+            prompt: &[1],
+            completion: &[20, 30, 40, 50, 60, 70, 80],
+        };
+        let found: Vec<f32> = model.score(&[sequence]).unwrap().logp.to_vec1().unwrap();
+        assert!(apart(&found, expected) < 1e-3, "{keys}: {found:?}");
+        save_policy(second.path(), &folder, &model).unwrap();
+    }
+    let saved = read_json(&second.path().join("adapter_config.json")).unwrap();
+    assert_eq!(saved["base_model_name_or_path"], "org/base");
+    assert_eq!(saved["revision"], "v1");
+    let kept = |key: &str| match (&saved[key], &keys[key]) {
+        (saved, Value::Null) => saved.is_null() || saved == &json!({}) || saved == &json!(false),
+        (saved, given) => saved == given,
+    };
+    for key in [
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+    ] {
+        assert!(kept(key), "{key} of {keys} became {}", saved[key]);
+    }
 }
 
 #[test]
@@ -435,7 +687,7 @@ fn an_adapter_is_for_what_its_model_is_for() {
         (Task::Language, Task::Reward, "CAUSAL_LM"),
         (Task::Reward, Task::Language, "SEQ_CLS"),
     ] {
-        let raw = config(&["q_proj"]).to_json(base.config(), task).unwrap();
+        let raw = config(&["q_proj"]).to_json(base.config(), task);
         assert_eq!(raw["task_type"], word);
         assert_eq!(read(&raw, task), Ok(()));
         let refused = read(&raw, other).unwrap_err();
@@ -445,9 +697,7 @@ fn an_adapter_is_for_what_its_model_is_for() {
         );
     }
     // PEFT itself names one of the two as a classifier's head, or both.
-    let mut raw = config(&["q_proj"])
-        .to_json(base.config(), Task::Reward)
-        .unwrap();
+    let mut raw = config(&["q_proj"]).to_json(base.config(), Task::Reward);
     for (whole, fits) in [
         (json!(["score"]), true),
         (json!(null), true),

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::{
     AdapterFolder, ModelError, SUPPORTED_ENCODERS, SUPPORTED_REWARD_ARCHITECTURES,
     config::{Task, read_json},
+    reward::config::from_disk,
 };
 
 /// How a reward model reads.
@@ -27,7 +28,7 @@ impl RewardArchitecture {
             return AdapterFolder::open_for(Task::Reward, path).map(|_| Self::Decoder);
         }
         let path = path.join("config.json");
-        let raw = read_json(&path)?;
+        let raw = from_disk(read_json(&path)?);
         let named = raw["architectures"][0]
             .as_str()
             .unwrap_or("(none is named)");
@@ -62,6 +63,10 @@ mod tests {
         for name in SUPPORTED_REWARD_ARCHITECTURES {
             assert_eq!(of(json!([name])), Ok(RewardArchitecture::Decoder));
         }
+        assert_eq!(
+            of(json!(["AgonQwen3RewardModel"])),
+            Ok(RewardArchitecture::Decoder)
+        );
         for name in SUPPORTED_ENCODERS {
             assert_eq!(of(json!([name])), Ok(RewardArchitecture::Encoder));
         }

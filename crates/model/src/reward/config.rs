@@ -1,5 +1,8 @@
 //! What a reward model gives and how: kept in its `config.json` under a key of our own, beside the keys
 //! by which transformers knows a classifier; of an adapter in a file of its own.
+//!
+//! Only what transformers computes to the same number bears the name of its architecture and model type. Every other
+//! reward model has names of our own on disk, which transformers, PEFT and serving programs refuse.
 
 use std::path::Path;
 
@@ -12,6 +15,14 @@ use crate::{ModelConfig, ModelError, config::Task};
 const KEY: &str = "agon_reward";
 /// The name of the head's weight, `[outputs, hidden_size]`, as transformers has it.
 pub(crate) const HEAD: &str = "score.weight";
+/// What stands around a family's name where the architecture is ours: `AgonLlamaRewardModel`.
+const OWN_ARCHITECTURE: (&str, &str) = ("Agon", "RewardModel");
+/// What transformers writes behind a family's name.
+const CLASSIFIER: &str = "ForSequenceClassification";
+/// What stands before a family's name where the model type is ours: `agon_llama`.
+const OWN_MODEL_TYPE: &str = "agon_";
+/// Keys by which transformers knows how many outputs a head has.
+const LABELS: [&str; 3] = ["num_labels", "id2label", "label2id"];
 /// The name of the likelihood's coefficient, `[1]`.
 pub(crate) const COEFFICIENT: &str = "likelihood.coefficient";
 
@@ -47,7 +58,8 @@ pub enum RewardKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pooling {
-    /// The last token's.
+    /// The last token's. Where transformers computes the model too, its rule holds: tokens at the end that are the
+    /// `pad_token_id` of `config.json` are passed over, end-of-text among them where it is that.
     #[default]
     Last,
     /// Their mean.
@@ -82,6 +94,47 @@ impl RewardConfig {
                 reason: format!("it has {labels} labels where a reward model has {outputs}"),
             }),
         }
+    }
+
+    /// Whether transformers, which knows no more than a score of the last token, computes such a model's score.
+    #[must_use]
+    pub fn is_transformers(self) -> bool {
+        self == Self::default()
+    }
+
+    /// The token that is passed over at the end of a sequence on this trunk, where there is one.
+    pub(crate) fn padding(self, trunk: &ModelConfig) -> Option<u32> {
+        let id = trunk.raw["pad_token_id"].as_u64();
+        id.and_then(|id| u32::try_from(id).ok())
+            .filter(|_| self.is_transformers())
+    }
+
+    /// Whether such a model on this trunk does not see the end of a text, for a token that ends one is also the padding
+    /// that is passed over.
+    #[must_use]
+    pub fn passes_over_the_end(self, trunk: &ModelConfig) -> bool {
+        let padding = self.padding(trunk);
+        padding.is_some_and(|padding| trunk.stops.contains(padding))
+    }
+
+    /// The `config.json` to save of a model with the configuration `raw`: with names of our own where transformers
+    /// would compute something else.
+    pub(crate) fn to_disk(self, mut raw: Value) -> Value {
+        if self.is_transformers() {
+            return raw;
+        }
+        let family = raw["architectures"][0].as_str().unwrap_or_default();
+        let family = family.strip_suffix(CLASSIFIER).unwrap_or(family);
+        let (before, after) = OWN_ARCHITECTURE;
+        let kind = raw["model_type"].as_str();
+        let kind = kind.map_or_else(|| family.to_ascii_lowercase(), str::to_owned);
+        raw["architectures"] = json!([format!("{before}{family}{after}")]);
+        raw["model_type"] = format!("{OWN_MODEL_TYPE}{kind}").into();
+        // Without them transformers takes it for two labels: the head fits no class of it that is called by name.
+        if let Some(keys) = raw.as_object_mut() {
+            keys.retain(|key, _| !LABELS.contains(&key.as_str()));
+        }
+        raw
     }
 
     /// What `own` says, in the file at `path`, where `place` leads to it.
@@ -139,6 +192,22 @@ impl RewardConfig {
     }
 }
 
+/// The `config.json` of a reward model with the names of transformers for what it is made of, where it bears our own.
+pub(crate) fn from_disk(mut raw: Value) -> Value {
+    let (before, after) = OWN_ARCHITECTURE;
+    let named = raw["architectures"][0].as_str();
+    let family = named.and_then(|name| name.strip_prefix(before)?.strip_suffix(after));
+    let Some(family) = family.map(str::to_owned) else {
+        return raw;
+    };
+    raw["architectures"] = json!([format!("{family}{CLASSIFIER}")]);
+    let kind = raw["model_type"].as_str();
+    if let Some(kind) = kind.and_then(|kind| kind.strip_prefix(OWN_MODEL_TYPE)) {
+        raw["model_type"] = kind.to_owned().into();
+    }
+    raw
+}
+
 /// How many labels a classifier says it has, if it does.
 fn labels(raw: &Value) -> Option<usize> {
     let named = raw["id2label"].as_object().map(Map::len);
@@ -179,6 +248,20 @@ mod tests {
                     assert_eq!(raw["num_labels"], outputs);
                     assert_eq!(raw["id2label"].as_object().unwrap().len(), outputs);
                     assert_eq!(raw["a_key_of_its_own"], json!([1, 2]));
+                    let saved = reward.to_disk(raw.clone());
+                    let (architecture, model_type) = match reward == RewardConfig::default() {
+                        true => ("LlamaForSequenceClassification", "llama"),
+                        false => ("AgonLlamaRewardModel", "agon_llama"),
+                    };
+                    assert_eq!(saved["architectures"], json!([architecture]));
+                    assert_eq!(saved["model_type"], model_type);
+                    let again = from_disk(saved);
+                    assert_eq!(read(&again), Ok(reward));
+                    let named = |key: &&str| again.get(key).is_some();
+                    assert_eq!(LABELS.iter().any(named), reward == RewardConfig::default());
+                    for key in ["architectures", "model_type", "agon_reward"] {
+                        assert_eq!(again[key], raw[key]);
+                    }
                 }
             }
         }

@@ -8,12 +8,17 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use serde_json::json;
 
-use super::{RewardConfig, RewardModel};
+use super::{
+    RewardConfig, RewardModel,
+    config::{COEFFICIENT, HEAD as SCORE, from_disk},
+};
 use crate::{
-    AdapterFolder, LanguageModel, ModelError, ModelFolder, Weights,
+    AdapterFolder, LanguageModel, ModelConfig, ModelError, ModelFolder,
+    SUPPORTED_REWARD_ARCHITECTURES, Weights,
     config::{Task, read_json},
     folder::{save_folder, write},
-    lora::save_adapter,
+    lora::{ClassifierHead, save_adapter},
+    shards::{HEAD, Shards, Wanted},
 };
 
 /// Beside an adapter: what the model gives and how.
@@ -39,20 +44,38 @@ impl RewardFolder {
     /// When the folder or a file in it is missing, does not fit the others, or is no reward model; or an
     /// adapter's base is not where it says.
     pub fn open(path: &Path, chat_template: Option<&Path>) -> Result<Self, ModelError> {
+        Self::open_on(path, None, chat_template)
+    }
+
+    /// As [`Self::open`]; an adapter's base is in the folder `base` where that is given.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_on(
+        path: &Path,
+        base: Option<&Path>,
+        chat_template: Option<&Path>,
+    ) -> Result<Self, ModelError> {
         let is_adapter = AdapterFolder::is_at(path);
         let adapter = is_adapter
             .then(|| AdapterFolder::open_for(Task::Reward, path))
             .transpose()?;
-        let (mut folder, config) = match &adapter {
-            Some(adapter) => {
-                let folder = ModelFolder::open(&adapter.base()?, chat_template)?;
-                (folder, RewardConfig::read_beside(&path.join(CONFIG))?)
-            }
-            None => {
-                let folder = ModelFolder::open_for(Task::Reward, path, chat_template)?;
-                let config = RewardConfig::read(&folder.config.raw, &path.join("config.json"))?;
-                (folder, config)
-            }
+        let place = match (&adapter, base) {
+            (Some(_), Some(base)) => base.to_owned(),
+            (Some(adapter), None) => adapter.base()?,
+            (None, _) => path.to_owned(),
+        };
+        // An adapter's base is a language model, or a reward model whose head the adapter replaces.
+        let task = match adapter {
+            Some(_) if !is_classifier(&place)? => Task::Language,
+            _ => Task::Reward,
+        };
+        let mut folder = ModelFolder::open_for(task, &place, chat_template)?;
+        let own = path.join(CONFIG);
+        let config = match task {
+            _ if adapter.is_some() && own.exists() => RewardConfig::read_beside(&own)?,
+            Task::Reward => RewardConfig::read(&folder.config.raw, &place.join("config.json"))?,
+            Task::Language => RewardConfig::default(),
         };
         folder.config = config.headless(folder.config);
         Ok(Self {
@@ -60,6 +83,30 @@ impl RewardFolder {
             config,
             adapter,
         })
+    }
+
+    /// Checks the weights by the headers of their files, and of an adapter those of its base.
+    ///
+    /// # Errors
+    /// As [`Self::model`].
+    pub fn check_weights(&self) -> Result<(), ModelError> {
+        if let Some(adapter) = &self.adapter {
+            adapter.check_file()?;
+        }
+        Shards::open(&self.folder.path)?.check(&self.wanted())
+    }
+
+    /// What the folder of the trunk has to hold.
+    fn wanted(&self) -> Wanted {
+        let shape = &self.folder.config;
+        let mut wanted = shape.wanted();
+        match self.adapter {
+            None => wanted.tensors.extend(self.config.head(shape)),
+            Some(_) => wanted.spare.extend([SCORE, COEFFICIENT]),
+        }
+        // A head for the next token that no score is made of.
+        wanted.spare.push(HEAD);
+        wanted
     }
 
     /// Where the model lies.
@@ -84,17 +131,12 @@ impl RewardFolder {
     ) -> Result<RewardModel, ModelError> {
         let (config, shape) = (self.config, &self.folder.config);
         let Some(adapter) = &self.adapter else {
-            let all = shape
-                .tensors()
-                .into_iter()
-                .chain(config.head(shape))
-                .collect();
-            let all = Weights::load_tensors(&self.folder.path, all, dtype, device)?;
+            let all = Weights::load_wanted(&self.folder.path, &self.wanted(), dtype, device)?;
             return RewardModel::new(shape, config, &all);
         };
         let base = match at_hand.and_then(|weights| weights.part(shape.tensors()).ok()) {
             Some(base) if base.are(dtype, device) && adapter.was_trained_beside(&base)? => base,
-            _ => Weights::load(&self.folder.path, shape, dtype, device)?,
+            _ => Weights::load_wanted(&self.folder.path, &self.wanted(), dtype, device)?,
         };
         let base = LanguageModel::new(shape.clone(), base)?;
         let (adapter, head) = adapter.adapter_and(config.head(shape), &base)?;
@@ -109,9 +151,9 @@ impl RewardFolder {
 impl RewardModel {
     /// Saves the model, whose trunk is that of `like` or was trained from it, in the folder `to`, which is made
     /// when it is missing, with the tokenizer's files of `like`: as a classifier that transformers loads or,
-    /// where the trunk has an adapter, as PEFT's adapter of one beside `like`. Where a likelihood is a feature
-    /// they do not know of it, and they pool the last token only. Files that are there are replaced; others
-    /// stay.
+    /// where the trunk has an adapter, as PEFT's adapter of one beside `like`. What they cannot compute, since they
+    /// know no more than one score of the last token, has names of our own there that they refuse. Files that are there
+    /// are replaced; others stay.
     ///
     /// # Errors
     /// When a file cannot be read or written, or a tensor cannot be read from its device.
@@ -119,26 +161,41 @@ impl RewardModel {
         let Some(adapter) = self.trunk.adapter() else {
             let from = ModelFolder {
                 path: like.path.clone(),
-                config: self.trunk.config().clone(),
+                config: self.config.saved(self.trunk.config()),
                 tokenizer: like.tokenizer.clone(),
+                base_model: like.base_model.clone(),
             };
             return save_folder(to, &from, &self.weights());
         };
-        let adapter = adapter.clone().with_base_model(like.whole_path());
+        let adapter = adapter.clone().with_base_model(like.base_model.clone());
         let trained = (self.trunk.weights(), &adapter);
-        save_adapter(to, like, trained, Some(&self.head))?;
+        let head = ClassifierHead {
+            weights: &self.head,
+            is_pefts: self.config.is_transformers(),
+        };
+        save_adapter(to, like, trained, Some(&head))?;
         let config = format!("{:#}\n", json!(self.config));
         write(&to.join(CONFIG), config.as_bytes())
     }
 }
 
 impl RewardConfig {
-    /// What the file at `path` says, beside an adapter; without it the model is as every classifier.
-    fn read_beside(path: &Path) -> Result<Self, ModelError> {
-        if path.exists() {
-            Self::parse(&read_json(path)?, path, "")
-        } else {
-            Ok(Self::default())
-        }
+    /// The shape `trunk` with the `config.json` that is saved of it.
+    fn saved(self, trunk: &ModelConfig) -> ModelConfig {
+        let mut saved = trunk.clone();
+        saved.raw = self.to_disk(saved.raw);
+        saved
     }
+
+    /// What the file at `path` says, beside an adapter.
+    fn read_beside(path: &Path) -> Result<Self, ModelError> {
+        Self::parse(&read_json(path)?, path, "")
+    }
+}
+
+/// Whether the model in the folder `path` is a classifier.
+fn is_classifier(path: &Path) -> Result<bool, ModelError> {
+    let raw = from_disk(read_json(&path.join("config.json"))?);
+    let named = raw["architectures"][0].as_str();
+    Ok(named.is_some_and(|named| SUPPORTED_REWARD_ARCHITECTURES.contains(&named)))
 }

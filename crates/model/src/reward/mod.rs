@@ -1,7 +1,7 @@
 //! Reward models: a decoder with a head that scores what was answered.
 //!
-//! On disk they are classifiers in the layout of Hugging Face, with a few words of our own in
-//! `config.json` that others pass over. In memory they are differentiable over packed ragged batches,
+//! On disk they are classifiers in the layout of Hugging Face, with a key of our own in `config.json`; those that
+//! transformers cannot compute bear an architecture of our own there. In memory they are differentiable over packed ragged batches,
 //! by the same network as the language model. They promise that exchanging two responses exactly
 //! exchanges their odds. How a score is trained, and what is done with it, they do not know.
 
@@ -20,6 +20,7 @@ use serde_json::json;
 
 pub use architecture::RewardArchitecture;
 use config::HEAD;
+pub(crate) use config::from_disk;
 pub use config::{Pooling, RewardConfig, RewardKind};
 pub use folder::RewardFolder;
 
@@ -272,16 +273,92 @@ pub(crate) mod tests {
                 .zip(numbers("attention_mask"))
                 .map(|(ids, mask)| ids[..mask.iter().sum::<u32>() as usize].to_vec())
                 .collect();
-            let sequences: Vec<Sequence<'_>> = kept
-                .iter()
-                .map(|ids| Sequence {
-                    prompt: &[],
-                    completion: ids,
-                })
-                .collect();
+            let sequences: Vec<Sequence<'_>> = kept.iter().map(|ids| alone(ids)).collect();
             let scores = model.score(&sequences).unwrap().squeeze(1).unwrap();
             let expected: Vec<f32> = serde_json::from_value(reference["scores"].clone()).unwrap();
             close(&scores.to_vec1::<f32>().unwrap(), &expected, 1e-4);
+            // Padding that is given as tokens is passed over, as there.
+            let padded = numbers("ids");
+            let sequences: Vec<Sequence<'_>> = padded.iter().map(|ids| alone(ids)).collect();
+            let scores = model.score(&sequences).unwrap().squeeze(1).unwrap();
+            close(&scores.to_vec1::<f32>().unwrap(), &expected, 1e-4);
+        }
+    }
+
+    /// A sequence without a prompt.
+    fn alone(ids: &[u32]) -> Sequence<'_> {
+        Sequence {
+            prompt: &[],
+            completion: ids,
+        }
+    }
+
+    #[test]
+    fn padding_at_the_end_is_passed_over_where_transformers_does() {
+        let trunk = |padding: Value| {
+            let mut shape = tiny_model(8, 1).config().clone();
+            shape.raw["pad_token_id"] = padding;
+            LanguageModel::new(shape, tiny_model(8, 1).weights().clone()).unwrap()
+        };
+        let of = |padding: Value, config: RewardConfig, prompt: &[u32], completion: &[u32]| {
+            let model = reward(&trunk(padding), config);
+            let sequence = Sequence { prompt, completion };
+            let scores = model.score(&[sequence]).unwrap();
+            scores.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let plain = RewardConfig::default();
+        let end = serde_json::json!(1);
+        let whole = of(Value::Null, plain, &[1, 3], &[4, 2, 1]);
+        let without = of(Value::Null, plain, &[1, 3], &[4, 2]);
+        assert!((whole[0] - without[0]).abs() > 1e-4);
+        let padded = |completion: &[u32]| of(end.clone(), plain, &[1, 3], completion);
+        close(&padded(&[4, 2, 1]), &without, 1e-6);
+        close(&padded(&[4, 2, 1, 1, 1]), &without, 1e-6);
+        // Padding within the text is read; back to the prompt it goes where nothing else is left.
+        let within = of(Value::Null, plain, &[1, 3], &[1, 2]);
+        close(&padded(&[1, 2]), &within, 1e-6);
+        let prompt = of(Value::Null, plain, &[], &[1, 3]);
+        close(&padded(&[1]), &prompt, 1e-6);
+        let all = of(end.clone(), plain, &[1], &[1, 1]);
+        close(&all, &of(Value::Null, plain, &[], &[1]), 1e-6);
+        // A head that transformers does not know reads the end.
+        let own = RewardConfig {
+            kind: RewardKind::Pairwise { planes: 1 },
+            ..plain
+        };
+        assert_eq!(
+            of(end.clone(), own, &[1, 3], &[4, 2, 1]),
+            of(Value::Null, own, &[1, 3], &[4, 2, 1])
+        );
+        let trunk = trunk(end);
+        let blind = |config: RewardConfig| config.passes_over_the_end(trunk.config());
+        assert_eq!([plain, own].map(blind), [true, false]);
+    }
+
+    #[test]
+    fn what_others_cannot_compute_has_names_that_they_refuse() {
+        let source = policy_folder();
+        let like = ModelFolder::open(source.path(), None).unwrap();
+        let saved = |model: &RewardModel, file: &str| {
+            let target = tempfile::tempdir().unwrap();
+            model.save(target.path(), &like).unwrap();
+            let refused = crate::ModelFolder::open(target.path(), None);
+            assert!(refused.is_err(), "a reward model is no policy");
+            crate::config::read_json(&target.path().join(file)).unwrap()
+        };
+        for config in configs() {
+            let is_plain = config == RewardConfig::default();
+            let whole = saved(&reward(&tiny_model(8, 1), config), "config.json");
+            let (architecture, kind) = match is_plain {
+                true => ("LlamaForSequenceClassification", Value::Null),
+                false => ("AgonLlamaRewardModel", "agon_llama".into()),
+            };
+            assert_eq!(whole["architectures"], serde_json::json!([architecture]));
+            assert_eq!(whole["model_type"], kind);
+            let adapter = saved(&beside(config, &like).0, "adapter_config.json");
+            let kind = if is_plain { "LORA" } else { "AGON_LORA" };
+            assert_eq!(adapter["peft_type"], kind, "{config:?}");
+            assert_eq!(adapter["task_type"], "SEQ_CLS");
         }
     }
 

@@ -28,7 +28,7 @@ impl RewardModel {
         let packed = Packed::forked(&forks(sequences), self.trunk.config(), self.device())?;
         let responses = responses(&packed.segments);
         let hidden = self.trunk.hidden(&packed)?;
-        let scores = self.pooled(&hidden, &responses)?;
+        let scores = self.pooled(&hidden, sequences, &responses)?;
         if !self.config.likelihood {
             return Ok(scores);
         }
@@ -57,7 +57,12 @@ impl RewardModel {
 
     /// The head's outputs of the pooled hidden states, `[n, outputs]` in f32. The head is linear, so what
     /// is pooled are its outputs.
-    fn pooled(&self, hidden: &Tensor, responses: &[Response]) -> Result<Tensor, ModelError> {
+    fn pooled(
+        &self,
+        hidden: &Tensor,
+        sequences: &[Sequence<'_>],
+        responses: &[Response],
+    ) -> Result<Tensor, ModelError> {
         let head = self.head.get(HEAD)?.to_dtype(DType::F32)?.t()?;
         let outputs = |rows: Vec<u32>| -> Result<Tensor, ModelError> {
             let rows = Tensor::new(rows, self.device())?;
@@ -68,7 +73,12 @@ impl RewardModel {
         let all = || responses.iter().flat_map(rows);
         let lengths: Vec<usize> = responses.iter().map(|r| r.rows.len()).collect();
         match self.config.pooling {
-            Pooling::Last => outputs(responses.iter().map(|r| r.rows.end as u32 - 1).collect()),
+            Pooling::Last => {
+                let padding = self.config.padding(self.trunk.config());
+                let read = sequences.iter().zip(responses);
+                let last = read.map(|(sequence, response)| response.last(*sequence, padding));
+                outputs(last.map(|row| row as u32).collect())
+            }
             Pooling::Mean => means(&outputs(all().collect())?, &lengths),
             Pooling::Sum => Ok((sums(&outputs(all().collect())?, &lengths)? / SUM_DIVISOR)?),
         }
@@ -110,6 +120,21 @@ struct Response {
     rows: Range<usize>,
     /// The row that predicts its first token: the prompt's last.
     before: Option<usize>,
+}
+
+impl Response {
+    /// The row of the last token that is not `padding`, in the prompt too; as in transformers the first row of all where
+    /// there is no such token.
+    fn last(&self, sequence: Sequence<'_>, padding: Option<u32>) -> usize {
+        let is_read = |id: &u32| Some(*id) != padding;
+        if let Some(place) = sequence.completion.iter().rposition(is_read) {
+            return self.rows.start + place;
+        }
+        let prompt = sequence.prompt.iter().rposition(is_read).unwrap_or(0);
+        self.before.map_or(self.rows.start, |last| {
+            last + 1 + prompt - sequence.prompt.len()
+        })
+    }
 }
 
 /// The prompts, each with the responses that share a reading of it, in the order of the sequences. A

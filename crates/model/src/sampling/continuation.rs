@@ -5,7 +5,7 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use super::{Request, SamplingSettings, Scratch, draw, mix};
-use crate::{ModelError, ops::log_sum_exp};
+use crate::{ModelError, StopTokens, ops::log_sum_exp};
 
 /// A completion that grows by a token at a time, drawn from a random stream of its own: neither slots nor
 /// batches nor engines decide what is written.
@@ -13,6 +13,7 @@ use crate::{ModelError, ops::log_sum_exp};
 pub struct Continuation {
     random: ChaCha8Rng,
     max_new_tokens: usize,
+    is_exact: bool,
     has_ended: bool,
     completion: Completion,
 }
@@ -24,6 +25,7 @@ impl Continuation {
         Self {
             random: ChaCha8Rng::seed_from_u64(request.seed.derive(index as u64).0),
             max_new_tokens: request.max_new_tokens,
+            is_exact: index + request.exact >= request.mixture_coefs.len(),
             has_ended: false,
             completion: Completion {
                 ids: Vec::new(),
@@ -56,7 +58,7 @@ impl Continuation {
     }
 
     /// Draws the next token from the mixture of both rows of logits and records what is known of it. A
-    /// token of `eos` ends it.
+    /// token of `stops` ends it.
     ///
     /// # Errors
     /// When the logits are no distribution: the weights hold a NaN.
@@ -64,9 +66,16 @@ impl Continuation {
         &mut self,
         (policy, reference): (&[f32], &[f32]),
         settings: &SamplingSettings,
-        eos: &[u32],
+        stops: &StopTokens,
         scratch: &mut Scratch,
     ) -> Result<u32, ModelError> {
+        let exact;
+        let settings = if self.is_exact {
+            exact = settings.exact();
+            &exact
+        } else {
+            settings
+        };
         let mut room = std::mem::take(&mut scratch.mixed);
         let mixed = mix(policy, reference, self.completion.mixture_coef, &mut room);
         let drawn = draw(mixed, settings, self.random.random(), scratch);
@@ -91,7 +100,7 @@ impl Continuation {
         completion.behaviour_logp.push(drawn.behaviour_logp);
         completion.logp.push(of_policy);
         completion.ref_logp.push(of_reference);
-        if eos.contains(&drawn.token) {
+        if stops.contains(drawn.token) {
             completion.finish = Finish::EndOfText;
         }
         self.has_ended =

@@ -56,6 +56,9 @@ pub struct Request {
     pub seed: Seed,
     /// One entry a completion: the weight on the reference.
     pub mixture_coefs: Vec<f32>,
+    /// How many of them, the last, are drawn from the whole distribution at temperature 1 whatever the
+    /// writer's settings say.
+    pub exact: usize,
     /// The longest completion, in tokens.
     pub max_new_tokens: usize,
 }
@@ -149,6 +152,20 @@ impl SamplingSettings {
             min_p: 0.0,
             max_new_tokens,
             precision: Precision::F32,
+        }
+    }
+
+    /// Whether tokens are drawn from the whole distribution at temperature 1.
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        self.temperature == 1.0 && !self.truncates()
+    }
+
+    /// The same with tokens drawn from the whole distribution at temperature 1.
+    pub(crate) fn exact(&self) -> Self {
+        Self {
+            precision: self.precision,
+            ..Self::plain(self.max_new_tokens)
         }
     }
 

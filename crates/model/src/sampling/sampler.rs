@@ -165,12 +165,12 @@ impl Sampler {
                 rest = later;
             }
         }
-        let (settings, eos) = (&self.settings, &self.policy.model().config().eos);
+        let (settings, stops) = (&self.settings, &self.policy.model().config().stops);
         streams
             .into_par_iter()
             .with_min_len((DRAWN / logits.policy.width()).max(1))
             .try_for_each_init(Scratch::default, |scratch, (row, continuation)| {
-                let drawn = continuation.write(logits.rows(row), settings, eos, scratch);
+                let drawn = continuation.write(logits.rows(row), settings, stops, scratch);
                 drawn.map(drop)
             })?;
         for &(_, slot) in rows {
@@ -256,6 +256,7 @@ mod tests {
             ids: ids.to_vec(),
             seed,
             mixture_coefs: mixture_coefs.to_vec(),
+            exact: 0,
             max_new_tokens,
         }
     }

@@ -17,7 +17,14 @@ use crate::Verdict;
 /// The least recently used is forgotten first.
 pub(super) struct VerdictCache {
     /// `None` when nothing is to be remembered.
-    verdicts: Option<Mutex<LruCache<Digest, Probability>>>,
+    verdicts: Option<Mutex<LruCache<Digest, Remembered>>>,
+}
+
+/// What is remembered of an answer.
+#[derive(Clone, Copy)]
+struct Remembered {
+    p: Probability,
+    scores: Option<[f32; 2]>,
 }
 
 /// A question as it is asked and remembered.
@@ -69,10 +76,11 @@ impl VerdictCache {
     pub(super) fn get(&self, entry: &Entry) -> Option<Answer> {
         let (verdicts, (key, version)) = (self.verdicts.as_ref()?, entry.key?);
         let mut verdicts = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
-        let p = *verdicts.get(&key)?;
+        let Remembered { p, scores } = *verdicts.get(&key)?;
         Some(entry.turn(Answer {
             verdict: Verdict::Preference(p),
             version,
+            scores,
         }))
     }
 
@@ -84,7 +92,8 @@ impl VerdictCache {
             && version == answer.version
         {
             let mut verdicts = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
-            verdicts.put(key, p);
+            let scores = answer.scores;
+            verdicts.put(key, Remembered { p, scores });
         }
         entry.turn(answer)
     }
@@ -95,6 +104,7 @@ impl Entry {
         match answer.verdict {
             Verdict::Preference(p) if self.is_swapped => Answer {
                 verdict: Verdict::Preference(p.complement()),
+                scores: answer.scores.map(|[first, second]| [second, first]),
                 ..answer
             },
             _ => answer,
@@ -123,10 +133,7 @@ mod tests {
     }
 
     fn answer(verdict: Verdict, version: u64) -> Answer {
-        Answer {
-            verdict,
-            version: JudgeVersion(version),
-        }
+        Answer::new(verdict, JudgeVersion(version))
     }
 
     /// What is remembered of `question` to `judges`.

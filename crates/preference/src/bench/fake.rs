@@ -107,7 +107,7 @@ impl Replica for FakeReplica {
             let verdicts = (*self.say.lock().unwrap())(batch)?.into_iter();
             let version = JudgeVersion(7);
             Ok(verdicts
-                .map(|verdict| Answer { verdict, version })
+                .map(|verdict| Answer::new(verdict, version))
                 .collect())
         })
     }

@@ -158,6 +158,7 @@ mod tests {
             verdict,
             version: JudgeVersion(1),
             estimates: estimates.map(|both| both.map(|p| Probability::new(p).unwrap())),
+            scores: None,
         }
     }
 

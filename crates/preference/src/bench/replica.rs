@@ -40,6 +40,20 @@ pub struct Answer {
     pub verdict: Verdict,
     /// By which version.
     pub version: JudgeVersion,
+    /// The scores of the first and the second completion, where the judge has scores.
+    pub scores: Option<[f32; 2]>,
+}
+
+impl Answer {
+    /// An answer of a judge without scores.
+    #[must_use]
+    pub fn new(verdict: Verdict, version: JudgeVersion) -> Self {
+        Self {
+            verdict,
+            version,
+            scores: None,
+        }
+    }
 }
 
 /// A judge as the bench has it: replicas that answer alike, and what is true of all of them.

@@ -51,6 +51,8 @@ pub struct Ruling {
     /// The two estimates of p(first ≻ second), from this order and from the other, where both orders
     /// were asked and answered.
     pub estimates: Option<[Probability; 2]>,
+    /// The scores of the first and the second completion, where the judge has scores.
+    pub scores: Option<[f32; 2]>,
 }
 
 /// What is made of a judge's numbers.
@@ -82,12 +84,14 @@ impl Ruling {
             verdict: answer.verdict.with_ties(margins.tie),
             version: answer.version,
             estimates: None,
+            scores: answer.scores,
         }
     }
 
     /// What both orders say together; `backward` is about the swapped question.
     pub(super) fn two_sided(forward: Answer, backward: Answer, margins: Margins) -> Self {
         let version = forward.version.max(backward.version);
+        let scores = forward.scores;
         let (p, q) = match (forward.verdict, backward.verdict) {
             (Verdict::Preference(p), Verdict::Preference(p_swapped)) => (p, p_swapped.complement()),
             (verdict @ Verdict::Abstained { .. }, _) | (_, verdict @ Verdict::Abstained { .. }) => {
@@ -95,6 +99,7 @@ impl Ruling {
                     verdict,
                     version,
                     estimates: None,
+                    scores,
                 };
             }
         };
@@ -103,6 +108,7 @@ impl Ruling {
                 .with_ties(margins.tie),
             version,
             estimates: Some([p, q]),
+            scores,
         };
         let gap = ruling.order_gap().map_or(0.0, f64::from);
         if gap > margins.max_order_gap {

@@ -350,7 +350,7 @@ impl Usher {
             reason: error.to_string(),
         };
         let version = self.judges.version.unwrap_or_default();
-        asked.answer(Ok(Answer { verdict, version }));
+        asked.answer(Ok(Answer::new(verdict, version)));
     }
 
     /// Sends everybody away: there is no judge any more.

@@ -14,7 +14,7 @@ use model::{
 };
 use settings::{ApoSettings, FitSettings, Head, PoolingSetting};
 
-use self::order::Order;
+use self::order::{Order, StepRows};
 use crate::{Calibration, Judged, PreferenceError, distinct::Distinct};
 
 /// The streams of a fresh adapter's numbers and of its dropout, among those of a fit's seed.
@@ -104,7 +104,7 @@ pub fn fit(
     let order = Order::new(settings, material, seed)?;
     let schedule = schedule(settings, order.steps());
     for step in 0..order.steps() {
-        let (examples, contests) = order.step(step);
+        let rows = order.step(step);
         let mut told = FitStep {
             step: step + 1,
             steps: order.steps(),
@@ -114,7 +114,7 @@ pub fn fit(
         };
         let running = model.dropping(seed.derive(DROPOUT).derive(step));
         let loss =
-            Batch::new(&examples, &contests, settings, material.apo).loss(&running, &mut told)?;
+            Batch::new(&rows, settings, material.apo).loss(&running, &mut told)?;
         let mut gradients = Gradients::default();
         gradients.add(&loss).map_err(model::ModelError::from)?;
         told.grad_norm = optimizer.norm(&gradients)?;
@@ -137,14 +137,9 @@ pub fn fit(
 /// The adapter that is trained beside the trunk, where it is not the trunk itself; who saves it names its base.
 #[must_use]
 pub fn adapter(settings: &FitSettings) -> Option<LoraConfig> {
-    (settings.lora_rank > 0).then(|| LoraConfig {
-        rank: settings.lora_rank,
-        alpha: settings.lora_alpha,
-        dropout: settings.lora_dropout,
-        target_modules: settings.target_modules.clone(),
-        rank_stabilised: false,
-        base_model: String::new(),
-    })
+    let (rank, alpha) = (settings.lora_rank, settings.lora_alpha);
+    (rank > 0)
+        .then(|| LoraConfig::new(rank, alpha, settings.lora_dropout, &settings.target_modules))
 }
 
 /// How a model does on annotated pairs; `None` when there are none.
@@ -229,24 +224,21 @@ struct Batch<'a> {
     second: Vec<u32>,
     labels: Vec<f32>,
     apo: &'a ApoSettings,
+    golden_weight: f64,
 }
 
 impl<'a> Batch<'a> {
-    fn new(
-        examples: &[&'a Example],
-        contests: &[&'a Contest],
-        settings: &FitSettings,
-        apo: &'a ApoSettings,
-    ) -> Self {
+    fn new(rows: &StepRows<'a>, settings: &FitSettings, apo: &'a ApoSettings) -> Self {
         let mut batch = Self {
             sequences: Vec::new(),
             first: Vec::new(),
             second: Vec::new(),
             labels: Vec::new(),
             apo,
+            golden_weight: rows.golden_weight,
         };
         let smooth = settings.label_smoothing as f32;
-        for example in examples {
+        for example in &rows.examples {
             let first = batch.add(&example.prompt, &example.first);
             let second = batch.add(&example.prompt, &example.second);
             batch.row(first, second);
@@ -254,7 +246,7 @@ impl<'a> Batch<'a> {
                 .labels
                 .push(example.label + smooth * (0.5 - example.label));
         }
-        for contest in contests {
+        for contest in &rows.contests {
             let golden = batch.add(&contest.prompt, &contest.golden);
             for sample in &contest.samples {
                 let sample = batch.add(&contest.prompt, sample);
@@ -296,7 +288,7 @@ impl<'a> Batch<'a> {
                 self.apo.form,
             )?;
             told.golden = Some(number(&loss)?);
-            let weighted = (loss * self.apo.coef)?;
+            let weighted = (loss * (self.apo.coef * self.golden_weight))?;
             total = Some(match total {
                 Some(total) => (total + weighted)?,
                 None => weighted,

@@ -11,7 +11,8 @@ use crate::PreferenceError;
 const CONTESTS: u64 = 0x601d;
 
 /// A reading of all pairs, as many epochs as the settings say, each in an order of its own. The golden
-/// answers are spread over it evenly, so that each of them is read once an epoch too.
+/// answers are spread over it evenly: where they are fewer than the steps, every step has one and they are
+/// read again and again, so that their mean has the weight c whatever their number.
 pub(super) struct Order<'a> {
     examples: &'a [Example],
     contests: &'a [Contest],
@@ -19,6 +20,17 @@ pub(super) struct Order<'a> {
     steps_in_epoch: u64,
     steps: u64,
     seed: Seed,
+}
+
+/// The rows of one step.
+pub(super) struct StepRows<'a> {
+    /// Annotated pairs.
+    pub(super) examples: Vec<&'a Example>,
+    /// Golden answers with the policy's samples.
+    pub(super) contests: Vec<&'a Contest>,
+    /// What the mean over `contests` counts in this step: with it the mean over an epoch's steps is the mean
+    /// over all golden answers.
+    pub(super) golden_weight: f64,
 }
 
 impl<'a> Order<'a> {
@@ -58,7 +70,7 @@ impl<'a> Order<'a> {
     }
 
     /// The pairs and the golden answers of step `step`, counted from 0.
-    pub(super) fn step(&self, step: u64) -> (Vec<&'a Example>, Vec<&'a Contest>) {
+    pub(super) fn step(&self, step: u64) -> StepRows<'a> {
         let (epoch, place) = (step / self.steps_in_epoch, step % self.steps_in_epoch);
         let examples = part(
             self.examples,
@@ -67,12 +79,22 @@ impl<'a> Order<'a> {
             self.seed,
         );
         let count = self.contests.len() as u64;
-        let share = |place: u64| place * count / self.steps_in_epoch;
-        let contests = share(place)..share(place + 1);
-        (
+        let (epoch, places, golden_weight) = if count < self.steps_in_epoch {
+            // One each step, cycle after cycle, across epochs.
+            let cycle = step / count.max(1);
+            let place = step % count.max(1);
+            (cycle, place..(place + 1).min(count), 1.0)
+        } else {
+            let share = |place: u64| place * count / self.steps_in_epoch;
+            let places = share(place)..share(place + 1);
+            let own = (places.end - places.start) * self.steps_in_epoch;
+            (epoch, places, own as f64 / count as f64)
+        };
+        StepRows {
             examples,
-            part(self.contests, contests, epoch, self.seed.derive(CONTESTS)),
-        )
+            contests: part(self.contests, places, epoch, self.seed.derive(CONTESTS)),
+            golden_weight,
+        }
     }
 }
 
@@ -90,25 +112,63 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn every_row_is_read_once_an_epoch_and_golden_answers_are_spread() {
-        let resolved = resolve(
-            "[preference.fit]\nepochs = 2\ntrain_batch_size = 4",
-            "t",
-            &[],
-        );
-        let settings = resolved.expect("it resolves").settings.preference;
-        let example = |id: u32| Example {
+    fn contest(id: u32) -> Contest {
+        Contest {
+            prompt: vec![id],
+            golden: vec![0],
+            samples: vec![vec![1]],
+        }
+    }
+
+    fn example(id: u32) -> Example {
+        Example {
             prompt: vec![id],
             first: vec![0],
             second: vec![1],
             label: 1.0,
-        };
-        let contest = |id: u32| Contest {
-            prompt: vec![id],
-            golden: vec![0],
-            samples: vec![vec![1]],
-        };
+        }
+    }
+
+    fn settings(batch: usize) -> settings::PreferenceSettings {
+        let text = format!("[preference.fit]\nepochs = 2\ntrain_batch_size = {batch}");
+        let resolved = resolve(&text, "t", &[]);
+        resolved.expect("it resolves").settings.preference
+    }
+
+    /// c multiplies the mean over all golden answers (Cheng et al. 2311.08045), however few or many they are
+    /// beside the annotated pairs: 256 beside 1,875 steps too.
+    #[test]
+    fn the_mean_golden_term_has_its_whole_weight_in_every_epoch() {
+        for (pairs, golden, batch) in [(60_000, 256, 32), (40, 5, 4), (10, 5, 4), (40, 33, 4)] {
+            let settings = settings(batch);
+            let examples: Vec<_> = (0..pairs).map(example).collect();
+            let contests: Vec<_> = (0..golden).map(contest).collect();
+            let material = Material {
+                examples: &examples,
+                contests: &contests,
+                apo: &settings.apo,
+            };
+            let order = Order::new(&settings.fit, material, Seed(3)).expect("there are rows");
+            let steps = order.steps_in_epoch;
+            // The loss of a golden answer be its number: the mean is (golden - 1) / 2.
+            let mut weight = 0.0;
+            let mut mean = 0.0;
+            for rows in (0..steps).map(|step| order.step(step)) {
+                let losses = rows.contests.iter().map(|c| f64::from(c.prompt[0]));
+                let of_step = losses.sum::<f64>() / rows.contests.len() as f64;
+                weight += rows.golden_weight / steps as f64;
+                mean += rows.golden_weight * of_step / steps as f64;
+            }
+            assert!((weight - 1.0).abs() < 1e-9, "{golden} of {pairs}: {weight}");
+            let expected = f64::from(golden - 1) / 2.0;
+            let close = (mean / expected - 1.0).abs() < 0.03;
+            assert!(close, "{golden} of {pairs}: {mean} for {expected}");
+        }
+    }
+
+    #[test]
+    fn every_row_is_read_once_an_epoch_and_golden_answers_are_spread() {
+        let settings = settings(4);
         let examples: Vec<_> = (0..10).map(example).collect();
         let contests: Vec<_> = (0..5).map(contest).collect();
         let material = Material {
@@ -120,7 +180,9 @@ mod tests {
         assert_eq!(order.steps(), 6);
         let (mut read, mut golden) = (Vec::new(), Vec::new());
         for step in 0..3 {
-            let (examples, contests) = order.step(step);
+            let StepRows {
+                examples, contests, ..
+            } = order.step(step);
             assert!(
                 contests.len() == 1 || contests.len() == 2,
                 "{}",
@@ -141,7 +203,10 @@ mod tests {
         };
         let order = Order::new(&settings.fit, material, Seed(3)).expect("there are rows");
         assert_eq!(order.steps(), 4);
-        assert!((0..4).all(|step| order.step(step).0.is_empty() && !order.step(step).1.is_empty()));
+        assert!((0..4).all(|step| {
+            let rows = order.step(step);
+            rows.examples.is_empty() && !rows.contests.is_empty()
+        }));
 
         let none = Material {
             examples: &[],

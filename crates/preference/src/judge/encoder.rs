@@ -5,7 +5,7 @@ use std::sync::Arc;
 use messages::{Completion, JudgeVersion, Probability, Prompt};
 use model::Encoder;
 
-use super::{Comparison, Judge, Verdict};
+use super::{Comparison, Judge, Scored, Verdict};
 use crate::{JudgeError, distinct::Distinct};
 
 /// An encoder reward model that judges, reading text through its own tokenizer.
@@ -48,6 +48,11 @@ impl Judge for EncoderJudge {
     }
 
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
+        let scored = self.judge_scored(batch)?.into_iter();
+        Ok(scored.map(|scored| scored.verdict).collect())
+    }
+
+    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Scored>, JudgeError> {
         let mut texts = Distinct::default();
         let mut place =
             |prompt: &Prompt, completion: &Completion| texts.place(self.text(prompt, completion));
@@ -59,11 +64,15 @@ impl Judge for EncoderJudge {
         let scores = scores.map_err(|error| JudgeError::new(error.to_string()))?;
         let verdict = |(first, second): (usize, usize)| {
             let odds = f64::from(scores[first]) - f64::from(scores[second]);
-            match Probability::from_log_odds(odds) {
+            let verdict = match Probability::from_log_odds(odds) {
                 Ok(p) => Verdict::Preference(p),
                 Err(_) => Verdict::Abstained {
                     reason: "the encoder's scores are not finite".into(),
                 },
+            };
+            Scored {
+                verdict,
+                scores: Some([scores[first], scores[second]]),
             }
         };
         Ok(asked.into_iter().map(verdict).collect())

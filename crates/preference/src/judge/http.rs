@@ -107,10 +107,7 @@ impl RemoteChat {
             text: choice.message.content.unwrap_or_default(),
             tokens: tokens.unwrap_or_default(),
         };
-        Ok(Answer {
-            verdict: self.question.verdict(&said),
-            version: self.version,
-        })
+        Ok(Answer::new(self.question.verdict(&said), self.version))
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Once;
 use messages::{Completion, JudgeVersion, Prompt, PromptText};
 use model::{RewardKind, RewardModel, Sequence, Tokenizer};
 
-use super::{Comparison, Judge, Verdict};
+use super::{Comparison, Judge, Scored, Verdict};
 use crate::{Closing, JudgeError, distinct::Distinct, fit, texts::readable};
 
 /// Sequences that are scored at once.
@@ -86,12 +86,11 @@ impl Learned {
         }
         let asked = readable(tokenizer, PromptText::from(prompt));
         let ids = tokenizer.encode_prompt(&asked).map_err(|e| e.to_string())?;
-        let response = tokenizer.encode_completion(&asked, &ids, &completion.text);
-        let mut response = response.map_err(|e| e.to_string())?;
-        if Closing::of(self.model.config()).closes(completion.finish) {
-            response.extend(self.model.trunk().config().eos.first());
-        }
-        Ok((ids, response))
+        let response = match Closing::of(self.model.config()).closes(completion.finish) {
+            true => tokenizer.encode_closed(&asked, &ids, &completion.text),
+            false => tokenizer.encode_completion(&asked, &ids, &completion.text),
+        };
+        Ok((ids, response.map_err(|e| e.to_string())?))
     }
 
     fn scores(&self, ids: &[Ids]) -> Result<Vec<Vec<f32>>, JudgeError> {
@@ -127,6 +126,11 @@ impl Judge for Learned {
     }
 
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
+        let scored = self.judge_scored(batch)?.into_iter();
+        Ok(scored.map(|scored| scored.verdict).collect())
+    }
+
+    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Scored>, JudgeError> {
         // Every response is read once, in however many comparisons it stands.
         let mut ids = Distinct::default();
         let mut place = |prompt: &Prompt, completion: &Completion| {
@@ -139,14 +143,22 @@ impl Judge for Learned {
         let rows = self.scores(ids.items())?;
         let kind = self.model.config().kind;
         let verdict = |asked: Result<(usize, usize), String>| {
+            // A pairwise model has no score of one completion alone.
+            let scores = match (kind, &asked) {
+                (RewardKind::BradleyTerry, Ok((first, second))) => {
+                    Some([rows[*first][0], rows[*second][0]])
+                }
+                _ => None,
+            };
             let answer = asked.and_then(|(first, second)| {
                 kind.probability(&rows[first], &rows[second])
                     .map_err(|_| "the model's scores are not finite".to_owned())
             });
-            match answer {
+            let verdict = match answer {
                 Ok(p) => Verdict::Preference(p),
                 Err(reason) => Verdict::Abstained { reason },
-            }
+            };
+            Scored { verdict, scores }
         };
         Ok(asked.into_iter().map(verdict).collect())
     }

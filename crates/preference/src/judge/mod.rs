@@ -51,6 +51,21 @@ pub trait Judge: Send {
     /// When the batch as a whole cannot be answered; [`JudgeError::kind`](crate::JudgeError::kind) says
     /// whether it may be asked again. A judge that cannot answer one comparison abstains from that one.
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError>;
+
+    /// As [`Self::judge`], with the completions' scores of a judge that gives every completion a score of its
+    /// own and prefers the higher. Other judges leave it as it is: they have none.
+    ///
+    /// # Errors
+    /// As [`Self::judge`].
+    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Scored>, JudgeError> {
+        let verdicts = self.judge(batch)?.into_iter();
+        Ok(verdicts
+            .map(|verdict| Scored {
+                verdict,
+                scores: None,
+            })
+            .collect())
+    }
 }
 
 /// Two completions of one prompt, in the order in which the judge sees them.
@@ -62,6 +77,15 @@ pub struct Comparison<'a> {
     pub first: &'a Completion,
     /// The one it is compared with.
     pub second: &'a Completion,
+}
+
+/// A verdict, and the scores of the first and the second completion where the judge has scores.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// What was said.
+    pub verdict: Verdict,
+    /// In the judge's own units; they mean the same for all completions of a prompt.
+    pub scores: Option<[f32; 2]>,
 }
 
 /// A judge's answer to one comparison.

@@ -5,7 +5,7 @@ use messages::{Completion, Finish, JudgeVersion, Probability, Prompt};
 use regex::Regex;
 use settings::RuleSettings;
 
-use super::{Comparison, Judge, Verdict};
+use super::{Comparison, Judge, Scored, Verdict};
 use crate::{JudgeError, PreferenceError};
 
 /// A weighted sum of rules: p(first ≻ second) = σ((score − score′) / temperature), the model of
@@ -64,20 +64,25 @@ impl Rules {
         terms.sum()
     }
 
-    fn verdict(&self, comparison: &Comparison<'_>) -> Verdict {
-        let score = |completion| self.score(comparison.prompt, completion);
-        let difference = score(comparison.first) - score(comparison.second);
+    fn verdict(&self, comparison: &Comparison<'_>) -> Scored {
+        let [first, second] = [comparison.first, comparison.second]
+            .map(|completion| self.score(comparison.prompt, completion));
+        let difference = first - second;
         // A tie is exactly even at every temperature; 0/0 would be none.
         let log_odds = if difference == 0.0 {
             0.0
         } else {
             difference / self.temperature
         };
-        match Probability::from_log_odds(log_odds) {
+        let verdict = match Probability::from_log_odds(log_odds) {
             Ok(p) => Verdict::Preference(p),
             Err(_) => Verdict::Abstained {
                 reason: "the scores are too large to compare; lower the rules' weights".to_owned(),
             },
+        };
+        Scored {
+            verdict,
+            scores: Some([first as f32, second as f32]),
         }
     }
 }
@@ -189,6 +194,11 @@ impl Judge for Rules {
     }
 
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
+        let scored = self.judge_scored(batch)?.into_iter();
+        Ok(scored.map(|scored| scored.verdict).collect())
+    }
+
+    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Scored>, JudgeError> {
         Ok(batch
             .iter()
             .map(|comparison| self.verdict(comparison))

@@ -101,7 +101,7 @@ fn answer(ruled: Ruled, of_all: JudgeVersion) -> Result<Answer, JudgeError> {
             ));
         }
     };
-    Ok(Answer { verdict, version })
+    Ok(Answer::new(verdict, version))
 }
 
 impl Replica for ServiceJudge {

@@ -255,10 +255,7 @@ async fn when_the_queue_is_full_one_is_told_to_come_again() {
                     .wait_for(|open| *open)
                     .await
                     .expect("it opens");
-                let answer = crate::Answer {
-                    verdict: preferred(0.5),
-                    version: messages::JudgeVersion(7),
-                };
+                let answer = crate::Answer::new(preferred(0.5), messages::JudgeVersion(7));
                 Ok(vec![answer; batch.len()])
             })
         }

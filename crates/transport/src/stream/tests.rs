@@ -16,6 +16,7 @@ fn note(number: u64) -> Dropped {
         session: 0,
         station: Station::Actor,
         reason: DropReason::Failed,
+        log_ratio: None,
         detail: String::new(),
     }
 }

@@ -55,7 +55,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let seconds = arguments
         .subject
         .measure(|step| match trainer.step(&pairs, step)? {
-            StepOutcome::Taken(measurements) => {
+            StepOutcome::Taken(measurements, _) => {
                 last = measurements;
                 Ok(())
             }
@@ -127,6 +127,7 @@ fn pair(arguments: &Arguments, config: &ModelConfig, index: usize) -> LabelledPa
         }],
         judge: "bench".into(),
         judge_version: JudgeVersion(0),
+        scores: None,
         gold: None,
     }
 }

@@ -55,6 +55,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
                 ids: ids.collect(),
                 seed: Seed(round).derive(key as u64),
                 mixture_coefs: vec![arguments.mixture_coef],
+                exact: 0,
                 max_new_tokens: arguments.new_tokens,
             })?;
         }

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use model::{DType, Device, LanguageModel, ModelConfig, ModelFolder, Precision};
+use model::{DType, Device, LanguageModel, ModelConfig, ModelFolder, Precision, StopTokens};
 
 /// The model and how long it is measured.
 #[derive(clap::Args)]
@@ -67,7 +67,7 @@ impl Subject {
     /// The model in f32 on the CPU. No token ends a text, so that all completions have the same length.
     pub(super) fn open(&self) -> anyhow::Result<(ModelFolder, LanguageModel)> {
         let mut folder = ModelFolder::open(&self.model, None)?;
-        folder.config.eos.clear();
+        folder.config.stops = StopTokens::default();
         let weights = folder.weights(DType::F32, &Device::Cpu)?;
         let model = LanguageModel::new(folder.config.clone(), weights)?;
         Ok((folder, model))

@@ -211,6 +211,7 @@ fn judge(pair: Pair) -> LabelledPair {
         labels: vec![label],
         judge: "bench".into(),
         judge_version: JudgeVersion(1),
+        scores: None,
         gold: None,
     }
 }

@@ -26,8 +26,8 @@ const PICTURES: [Picture; 8] = [
         Some((0.0, 1.0)),
     ),
     (
-        "KL from the reference, nats",
-        &["objective/kl", "eval/kl"],
+        "KL from the reference and log-ratio of the samples, nats",
+        &["objective/kl", "eval/kl", "objective/log_ratio"],
         None,
         None,
     ),

@@ -17,8 +17,8 @@ pub(super) fn run(
     name: &Path,
     input: impl BufRead,
 ) -> anyhow::Result<ExitCode> {
-    if RewardArchitecture::of(&found.path).is_ok() {
-        let path = found.path.display();
+    if RewardArchitecture::of(&found.model.path).is_ok() {
+        let path = found.model.path.display();
         let advice =
             format!("{path} is a reward model, which gives no log-probabilities; add --reward");
         return Err(Misuse(advice).into());
@@ -111,7 +111,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::commands::score::{open, rows::write_lines};
+    use crate::commands::score::rows::write_lines;
 
     /// Three arms with these probabilities after the token 0.
     fn bandit() -> (TempDir, ModelFolder, LanguageModel) {
@@ -120,7 +120,8 @@ mod tests {
             .unwrap()
             .write_model(directory.path())
             .unwrap();
-        let (folder, model) = open(directory.path(), DType::F32, &Device::Cpu).unwrap();
+        let numbers = (DType::F32, &Device::Cpu);
+        let (folder, model) = model::open_policy(directory.path(), None, None, numbers).unwrap();
         (directory, folder, model)
     }
 
@@ -135,7 +136,8 @@ mod tests {
     #[test]
     fn both_forms_of_a_row_become_tokens() {
         let (_directory, folder, _) = bandit();
-        let text = "{\"ids\": [0, 1, 2], \"attention_mask\": [1, 1, 1]}\n\n\
+        // A byte order mark before the first row, and Python's NaN, do no harm.
+        let text = "\u{feff}{\"ids\": [0, 1, 2], \"score\": NaN}\n\n\
                     {\"prompt\": \"arm0\", \"completion\": \" arm2 arm1\"}\n";
         let rows = [
             (1, vec![0], vec![1, 2], Form::Ids),
@@ -157,12 +159,19 @@ mod tests {
         let (_directory, folder, _) = bandit();
         let long = format!("{{\"ids\": {:?}}}", vec![0; 18]);
         let cases = [
-            ("{\"ids\": [0, 1]", "it is not JSON"),
-            ("[0, 1]", "a row is either"),
-            ("{\"prompt\": \"arm0\"}", "a row is either"),
+            ("{\"ids\": [0, 1]", "column 14: not JSON: EOF"),
+            ("[0, 1]", "a row must be a JSON object"),
+            (
+                "{\"prompt\": \"arm0\"}",
+                "there is no column \"completion\"",
+            ),
+            (
+                "{\"prompt\": \"arm0\", \"chosen\": \"arm1\", \"rejected\": \"arm2\"}",
+                "a row of \"chosen\" and \"rejected\" has two responses",
+            ),
             (
                 "{\"ids\": [0, 1], \"prompt\": \"arm0\", \"completion\": \"arm1\"}",
-                "a row is either",
+                "a row has either",
             ),
             (
                 "{\"ids\": [0]}",
@@ -182,11 +191,11 @@ mod tests {
             ),
             (
                 "{\"prompt\": 1, \"completion\": \"arm1\"}",
-                "\"prompt\" cannot be used: a prompt is a string",
+                "column \"prompt\": 1 is neither text nor messages",
             ),
             (
                 "{\"prompt\": \"arm0\", \"completion\": [1]}",
-                "\"completion\" is not text but [1]",
+                "column \"completion\": turn 1: 1 is not a message",
             ),
             (
                 "{\"prompt\": \"arm0\", \"completion\": \"\"}",

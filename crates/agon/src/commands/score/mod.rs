@@ -9,15 +9,15 @@ mod log_probabilities;
 mod reward;
 mod rows;
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{path::PathBuf, process::ExitCode};
 
 use model::{DType, Device, LanguageModel, ModelError, ModelFolder, open_policy};
 use settings::ModelSource;
 
-use crate::{failure::Misuse, model_hub};
+use crate::{
+    failure::Misuse,
+    model_hub::{self, Located},
+};
 
 /// Log-probabilities or scores of given tokens under a model, from JSONL to JSONL.
 ///
@@ -42,7 +42,7 @@ pub(crate) struct Arguments {
     /// The model is a reward model: one score a row.
     #[arg(long)]
     reward: bool,
-    /// The rows, one JSON object a line; a name that ends in `.gz` is unpacked; `-` is standard input.
+    /// The rows, one JSON object a line, packed by gzip or zstd or not; `-` is standard input.
     #[arg(long, value_name = "FILE", default_value = "-")]
     input: PathBuf,
 }
@@ -90,10 +90,11 @@ impl ModelArguments {
 
     /// The model that is named, fetched first where it is the hub's.
     pub(crate) fn find(&self) -> anyhow::Result<FoundModel> {
-        let found = |source| model_hub::folder(source, &|| false);
+        let adapter = self.adapter.as_ref();
+        let adapter = adapter.map(|source| model_hub::folder(source, &|| false));
         Ok(FoundModel {
-            path: found(&self.model)?,
-            adapter: self.adapter.as_ref().map(found).transpose()?,
+            model: Located::find(&self.model, &|| false)?,
+            adapter: adapter.transpose()?,
             device: model::device(&self.device)?,
             dtype: self.dtype,
         })
@@ -102,7 +103,7 @@ impl ModelArguments {
 
 /// A model in a folder, and how to compute with it.
 pub(crate) struct FoundModel {
-    path: PathBuf,
+    model: Located,
     adapter: Option<PathBuf>,
     device: Device,
     dtype: Dtype,
@@ -112,17 +113,11 @@ impl FoundModel {
     /// Reads it as a language model.
     pub(crate) fn open(&self) -> Result<(ModelFolder, LanguageModel), ModelError> {
         let numbers = (self.dtype.into(), &self.device);
-        open_policy(&self.path, self.adapter.as_deref(), None, numbers)
+        match &self.adapter {
+            None => self.model.policy(None, numbers),
+            Some(adapter) => open_policy(&self.model.path, Some(adapter), None, numbers),
+        }
     }
-}
-
-/// The model in the folder `path`, or the one of the adapter in it, its weights as `dtype` on `device`.
-pub(crate) fn open(
-    path: &Path,
-    dtype: DType,
-    device: &Device,
-) -> Result<(ModelFolder, LanguageModel), ModelError> {
-    open_policy(path, None, None, (dtype, device))
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {

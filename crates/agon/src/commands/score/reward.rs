@@ -14,7 +14,7 @@ use super::{
     Dtype, FoundModel,
     rows::{Form, Given, Row, answer_all, read, refusal, text_row},
 };
-use crate::failure::Misuse;
+use crate::{failure::Misuse, model_hub::Located};
 
 pub(super) fn run(
     found: &FoundModel,
@@ -47,9 +47,10 @@ enum Scorer {
 
 impl Scorer {
     fn open(found: &FoundModel) -> anyhow::Result<Self> {
-        let FoundModel { path, device, .. } = found;
+        let FoundModel { model, device, .. } = found;
+        let path = &model.path;
         match RewardArchitecture::of(path)? {
-            RewardArchitecture::Decoder => Ok(Self::decoder(path, found.dtype, device)?),
+            RewardArchitecture::Decoder => Ok(Self::decoder(model, found.dtype, device)?),
             RewardArchitecture::Encoder if found.dtype == Dtype::F32 => {
                 Ok(Self::Encoder(Box::new(Encoder::load(path, device)?)))
             }
@@ -62,11 +63,15 @@ impl Scorer {
         }
     }
 
-    fn decoder(path: &Path, dtype: Dtype, device: &model::Device) -> Result<Self, ModelError> {
-        let folder = RewardFolder::open(path, None)?;
+    fn decoder(
+        located: &Located,
+        dtype: Dtype,
+        device: &model::Device,
+    ) -> Result<Self, ModelError> {
+        let folder = located.reward()?;
         if let RewardKind::Pairwise { .. } = folder.config.kind {
             return Err(ModelError::Malformed {
-                path: path.to_owned(),
+                path: located.path.clone(),
                 reason: PAIRWISE.into(),
             });
         }
@@ -206,7 +211,7 @@ mod tests {
 
     fn open(directory: &TempDir, dtype: Dtype) -> anyhow::Result<Scorer> {
         Scorer::open(&FoundModel {
-            path: directory.path().to_owned(),
+            model: Located::at(directory.path().to_owned(), &|| false)?,
             adapter: None,
             device: Device::Cpu,
             dtype,
@@ -281,7 +286,11 @@ mod tests {
                 long.as_str(),
                 "it has 17 tokens, more than fit the model's 16",
             ),
-            (&plain, "{\"prompt\": \"arm0\"}", "a row is either"),
+            (
+                &plain,
+                "{\"prompt\": \"arm0\"}",
+                "there is no column \"completion\"",
+            ),
         ] {
             let refused = answers(scorer, &format!("{{\"ids\": [0, 1]}}\n{line}\n")).unwrap_err();
             let expected = format!("rows.jsonl, line 2: {expected}");

@@ -2,20 +2,17 @@
 //! here.
 
 use std::{
-    fs::File,
-    io::{self, BufRead, BufReader, Write},
+    io::{self, BufRead, Write},
     iter::Peekable,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::Context;
-use dataset::DatasetError;
-use flate2::read::MultiGzDecoder;
+use dataset::{Answered, Columns, DatasetError, Place};
 use messages::PromptText;
 use model::{ModelError, Tokenizer};
 use serde::Serialize;
-use serde_json::Value;
 
 /// Tokens that are scored at once; a longer row is scored alone.
 const TOKEN_BUDGET: usize = 4096;
@@ -73,22 +70,14 @@ impl Row {
     }
 }
 
-/// The lines of the file `path`, or of standard input, and what to call them in errors.
+/// The lines of the file `path`, or of standard input, unpacked, and what to call them in errors.
 pub(super) fn open_input(path: &Path) -> Result<(PathBuf, Box<dyn BufRead>), DatasetError> {
     if path.as_os_str() == "-" {
-        return Ok(("standard input".into(), Box::new(io::stdin().lock())));
+        let name = PathBuf::from("standard input");
+        let input = dataset::unpacked(&name, io::stdin())?;
+        return Ok((name, input));
     }
-    let file = File::open(path).map_err(|source| DatasetError::Unreadable {
-        path: path.to_owned(),
-        source,
-    })?;
-    let packed = path.extension().is_some_and(|extension| extension == "gz");
-    let input: Box<dyn BufRead> = if packed {
-        Box::new(BufReader::new(MultiGzDecoder::new(file)))
-    } else {
-        Box::new(BufReader::new(file))
-    };
-    Ok((path.to_owned(), input))
+    Ok((path.to_owned(), dataset::open(path)?))
 }
 
 /// The rows of `input`, which errors call `name`, as `row` makes them of a line's number and content;
@@ -110,24 +99,30 @@ pub(super) fn read<'a>(
 }
 
 fn given(text: &str) -> Result<Given, String> {
-    let row: Value =
-        serde_json::from_str(text).map_err(|error| format!("it is not JSON: {error}"))?;
-    match (row.get("ids"), row.get("prompt"), row.get("completion")) {
-        (Some(ids), None, None) => serde_json::from_value(ids.clone())
-            .map(Given::Ids)
-            .map_err(|error| format!("\"ids\" is not a list of token ids: {error}")),
-        (None, Some(prompt), Some(completion)) => {
-            let text = completion
-                .as_str()
-                .ok_or_else(|| format!("\"completion\" is not text but {completion}"))?;
-            let prompt = serde_json::from_value(prompt.clone())
-                .map_err(|error| format!("\"prompt\" cannot be used: {error}"))?;
-            Ok(Given::Text(prompt, text.to_owned()))
+    let row = dataset::parse_row(text)?;
+    if let Some(ids) = row.get("ids") {
+        if row.contains_key("prompt") || row.contains_key("completion") {
+            return Err("a row has either \"ids\" or text, not both".into());
         }
-        _ => Err(
-            "a row is either {\"ids\": [...]} or {\"prompt\": ..., \"completion\": \"...\"}".into(),
-        ),
+        return serde_json::from_value(ids.clone())
+            .map(Given::Ids)
+            .map_err(|error| format!("\"ids\" is not a list of token ids: {error}"));
     }
+    // Of a pair neither response is *the* one.
+    if row.contains_key("chosen") && !row.contains_key("completion") {
+        return Err(
+            "a row of \"chosen\" and \"rejected\" has two responses: score each as a \"completion\"".into(),
+        );
+    }
+    let columns = Columns::default();
+    let Answered { prompt, answer } = dataset::Form::of(&row, &columns)
+        .and_then(|form| form.answered())
+        .map_err(|reason| {
+            format!(
+                "{reason}; a row is either {{\"ids\": [...]}} or {{\"prompt\": ..., \"completion\": \"...\"}}"
+            )
+        })?;
+    Ok(Given::Text(prompt, answer))
 }
 
 /// A row of a prompt and a completion in the tokens of a decoder.
@@ -156,7 +151,7 @@ pub(super) fn text_row(
 pub(super) fn refusal(name: &Path, line: usize, reason: String) -> DatasetError {
     DatasetError::Row {
         path: name.to_owned(),
-        line,
+        place: Place::Line(line),
         reason,
     }
 }
@@ -214,8 +209,6 @@ pub(super) fn write_lines(
 
 #[cfg(test)]
 mod tests {
-    use flate2::{Compression, write::GzEncoder};
-
     use super::*;
 
     #[test]
@@ -251,27 +244,13 @@ mod tests {
     }
 
     #[test]
-    fn a_packed_file_reads_as_the_plain_one() {
+    fn an_input_is_called_by_its_name() {
         let directory = tempfile::tempdir().unwrap();
-        let (plain, packed) = (
-            directory.path().join("a.jsonl"),
-            directory.path().join("a.jsonl.gz"),
-        );
-        std::fs::write(&plain, "one\ntwo\n").unwrap();
-        let mut encoder = GzEncoder::new(File::create(&packed).unwrap(), Compression::fast());
-        encoder.write_all(b"one\ntwo\n").unwrap();
-        encoder.finish().unwrap();
-        for path in [plain, packed] {
-            let (name, input) = open_input(&path).unwrap();
-            let lines: Vec<String> = input.lines().map(Result::unwrap).collect();
-            assert_eq!(
-                (lines.as_slice(), &name),
-                (&["one", "two"].map(String::from)[..], &path)
-            );
-        }
+        let path = directory.path().join("a.jsonl");
+        std::fs::write(&path, "one\ntwo\n").unwrap();
+        let (name, input) = open_input(&path).unwrap();
+        assert_eq!((name, input.lines().count()), (path, 2));
         let missing = open_input(Path::new("nowhere.jsonl")).err().unwrap();
         assert!(missing.to_string().contains("nowhere.jsonl"));
-        let (name, _) = open_input(Path::new("-")).unwrap();
-        assert_eq!(name, Path::new("standard input"));
     }
 }

@@ -6,7 +6,7 @@ import { duration, short } from "./numbers.js";
 
 const CHARTS = [
   { title: "Win rate", names: ["eval/win_rate", "eval/gold_win_rate"], range: [0.4, 0.7], half: 0.5, band: ["eval/win_rate_ci_low", "eval/win_rate_ci_high"] },
-  { title: "KL", unit: "nats a completion", names: ["objective/kl", "eval/kl"] },
+  { title: "KL", unit: "nats a completion", names: ["objective/kl", "eval/kl", "objective/log_ratio"] },
   { title: "Loss", names: ["loss"] },
   { title: "Implicit rewards", unit: "nats", names: ["rewards/margins", "rewards/chosen", "rewards/rejected"] },
   { title: "Lengths", unit: "tokens", names: ["completions/mean_length", "completions/min_length", "completions/max_length"] },

@@ -1,0 +1,366 @@
+//! One turn of a dialogue, in the field's ways to write it.
+
+use messages::{Dialogue, Message, PromptText};
+use serde_json::{Map, Value, json};
+
+/// Keys of a turn of the assistant that are part of what it says, beside its text.
+const BESIDE_TEXT: [&str; 4] = [
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "thinking",
+];
+
+/// The turns of a list, or the one of an object.
+pub(crate) fn turns(value: &Value) -> Result<Vec<Message>, String> {
+    match value {
+        Value::Array(turns) if turns.is_empty() => Err("the list of messages is empty".into()),
+        Value::Array(turns) => {
+            let numbered = (1..).zip(turns);
+            let read =
+                |(number, value)| turn(value).map_err(|reason| format!("turn {number}: {reason}"));
+            numbered.map(read).collect()
+        }
+        Value::Object(_) => Ok(vec![turn(value)?]),
+        other => Err(format!("{} is neither text nor messages", shortened(other))),
+    }
+}
+
+/// Whether a value is written as messages.
+pub(crate) fn is_messages(value: &Value) -> bool {
+    value.is_array() || value.is_object()
+}
+
+/// The role of the first turn of a value that is written as messages, and how many there are.
+pub(crate) fn first_role(value: &Value) -> Option<(String, usize)> {
+    let (first, count) = match value {
+        Value::Array(turns) => (turns.first()?, turns.len()),
+        Value::Object(_) => (value, 1),
+        _ => return None,
+    };
+    role(first.as_object()?).ok().map(|role| (role, count))
+}
+
+fn turn(value: &Value) -> Result<Message, String> {
+    let Value::Object(turn) = value else {
+        return Err(format!(
+            "{} is not a message, as in {{\"role\": \"user\", \"content\": \"...\"}}",
+            shortened(value)
+        ));
+    };
+    let role = role(turn)?;
+    let content = present(turn, "content").or_else(|| present(turn, "value"));
+    let content = content.cloned().unwrap_or_default();
+    if is_function_call(turn) {
+        return Ok(function_call(&content));
+    }
+    let mut extra = turn.clone();
+    for read in ["role", "from", "content", "value"] {
+        // In the order of the others, which templates print.
+        extra.shift_remove(read);
+    }
+    let mut extra = Value::Object(extra);
+    without_nulls(&mut extra);
+    let Value::Object(extra) = extra else {
+        return Err("a message is an object".into());
+    };
+    let message = Message {
+        role,
+        content: checked(content)?,
+        extra,
+    };
+    let says_otherwise = BESIDE_TEXT
+        .iter()
+        .any(|key| message.extra.contains_key(*key));
+    match message.content.is_null() && !says_otherwise {
+        true => Err(format!("the turn of the {} has no content", message.role)),
+        false => Ok(message),
+    }
+}
+
+/// What stands under `key`, when it is not null.
+pub(crate) fn present<'a>(row: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+    row.get(key).filter(|value| !value.is_null())
+}
+
+/// Who speaks: `role` as it is written, ShareGPT's `from` in the names of chat templates.
+fn role(turn: &Map<String, Value>) -> Result<String, String> {
+    let text = |value: &Value| {
+        let text = value.as_str().map(str::to_owned);
+        text.ok_or_else(|| format!("the role {} is not text", shortened(value)))
+    };
+    match (present(turn, "role"), present(turn, "from")) {
+        (Some(role), _) => text(role),
+        (None, Some(from)) => of_sharegpt(&text(from)?).map(str::to_owned),
+        (None, None) => {
+            Err("a message needs \"role\" and \"content\", or \"from\" and \"value\"".into())
+        }
+    }
+}
+
+/// ShareGPT's names, as LLaMA-Factory and axolotl read them.
+fn of_sharegpt(from: &str) -> Result<&'static str, String> {
+    Ok(match from {
+        "human" | "user" => "user",
+        "gpt" | "assistant" | "chatgpt" | "bing" | "bard" | "model" => "assistant",
+        "system" => "system",
+        "tool" | "observation" | "function_response" | "function-response" => "tool",
+        "function_call" | "function-call" | "tool_call" => "assistant",
+        other => {
+            return Err(format!(
+                "nobody knows who {other:?} is: \"from\" is human, gpt, system, function_call, observation or tool"
+            ));
+        }
+    })
+}
+
+fn is_function_call(turn: &Map<String, Value>) -> bool {
+    let from = present(turn, "from").and_then(Value::as_str);
+    present(turn, "role").is_none()
+        && matches!(from, Some("function_call" | "function-call" | "tool_call"))
+}
+
+/// ShareGPT's call of a function: JSON `{"name", "arguments"}`, or a list of such, as `tool_calls`; anything else as
+/// the assistant's text.
+fn function_call(content: &Value) -> Message {
+    let text = match content {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let parsed: Value = serde_json::from_str(&text).unwrap_or_default();
+    let calls = match parsed {
+        Value::Array(calls) => calls,
+        other => vec![other],
+    };
+    let called: Option<Vec<Value>> = calls.iter().map(call).collect();
+    match called {
+        Some(calls) if !calls.is_empty() => Message {
+            extra: Map::from_iter([("tool_calls".to_owned(), Value::Array(calls))]),
+            ..Message::new("assistant", "")
+        },
+        _ => Message::new("assistant", &text),
+    }
+}
+
+fn call(value: &Value) -> Option<Value> {
+    let name = value.get("name")?.as_str()?;
+    let arguments = match value.get("arguments") {
+        Some(Value::String(text)) => serde_json::from_str(text).unwrap_or_else(|_| json!(text)),
+        Some(other) => other.clone(),
+        None => json!({}),
+    };
+    Some(json!({"type": "function", "function": {"name": name, "arguments": arguments}}))
+}
+
+/// Content that a text model can read: text, parts of text, or none.
+fn checked(mut content: Value) -> Result<Value, String> {
+    without_nulls(&mut content);
+    match &content {
+        Value::Null | Value::String(_) => {}
+        Value::Array(parts) => parts.iter().try_for_each(text_part)?,
+        other => return Err(format!("the content {} is not text", shortened(other))),
+    }
+    Ok(content)
+}
+
+fn text_part(part: &Value) -> Result<(), String> {
+    let kind = part.get("type").and_then(Value::as_str);
+    let text = part.get("text").and_then(Value::as_str);
+    match (kind, text) {
+        (Some("text"), Some(_)) => Ok(()),
+        (Some(kind), _) if kind != "text" => Err(format!(
+            "the content has a part of type {kind:?}, and the models here read text alone: leave such rows out"
+        )),
+        _ => Err(format!(
+            "the content has the part {}, which is not {{\"type\": \"text\", \"text\": \"...\"}}",
+            shortened(part)
+        )),
+    }
+}
+
+/// Takes out what is null in objects: Arrow, and so every data set that was one, gives all objects of a column the
+/// same keys (TRL: `remove_none_values`).
+pub(crate) fn without_nulls(value: &mut Value) {
+    match value {
+        Value::Array(values) => values.iter_mut().for_each(without_nulls),
+        Value::Object(values) => {
+            values.retain(|_, value| !value.is_null());
+            values.values_mut().for_each(without_nulls);
+        }
+        _ => {}
+    }
+}
+
+/// The text of an answer: that of a turn of the assistant which says nothing else.
+pub(crate) fn answer(turn: &Message) -> Result<String, String> {
+    if turn.role != "assistant" {
+        return Err(format!(
+            "the last turn is the {}'s ({}), not an answer of the assistant: leave the turns after the answer out",
+            turn.role,
+            shortened(&turn.content)
+        ));
+    }
+    let says =
+        |value: &Value| !matches!(value, Value::Array(all) if all.is_empty()) && *value != "";
+    let beside = BESIDE_TEXT
+        .iter()
+        .find(|key| turn.extra.get(**key).is_some_and(says));
+    if let Some(key) = beside {
+        return Err(format!(
+            "the answer has {key:?} beside its text, and only text can be an answer: write it into the content, or leave such rows out"
+        ));
+    }
+    match &turn.content {
+        Value::String(text) => Ok(text.clone()),
+        Value::Array(parts) => {
+            let texts = parts.iter().filter_map(|part| part.get("text")?.as_str());
+            Ok(texts.collect())
+        }
+        other => Err(format!("the answer says {other}, which is not text")),
+    }
+}
+
+/// A prompt of these turns.
+///
+/// # Errors
+/// When nobody asks anything: there is no turn, or the last is the system's.
+pub(crate) fn asked(turns: Vec<Message>) -> Result<PromptText, String> {
+    match turns.last().map(|turn| turn.role.as_str()) {
+        None => Err("there is no turn before the answer".into()),
+        Some(role @ ("system" | "developer")) => Err(format!(
+            "the last turn of the prompt is the {role}'s: a user's, a tool's or the assistant's is needed"
+        )),
+        Some(_) => Ok(PromptText::Dialogue(Dialogue::new(turns))),
+    }
+}
+
+/// The value for an error message.
+pub(crate) fn shortened(value: &Value) -> String {
+    const LONGEST: usize = 60;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(value: &Value) -> Result<Message, String> {
+        turns(value).map(|mut turns| turns.remove(0))
+    }
+
+    #[test]
+    fn sharegpt_speaks_with_the_roles_of_templates() {
+        for (from, role) in [
+            ("human", "user"),
+            ("user", "user"),
+            ("gpt", "assistant"),
+            ("assistant", "assistant"),
+            ("system", "system"),
+            ("tool", "tool"),
+            ("observation", "tool"),
+            ("function_response", "tool"),
+        ] {
+            let turn = one(&json!({"from": from, "value": "x"}));
+            assert_eq!(turn, Ok(Message::new(role, "x")), "{from}");
+        }
+        let error = one(&json!({"from": "gtp", "value": "x"})).expect_err("nobody");
+        assert!(error.contains("nobody knows who \"gtp\" is"), "{error}");
+        // Mixed keys, as TRL's maybe_convert_to_chatml takes them; a role is left as it is.
+        assert_eq!(
+            one(&json!({"role": "ipython", "value": "x"})),
+            Ok(Message::new("ipython", "x"))
+        );
+    }
+
+    #[test]
+    fn a_call_of_a_function_is_a_tool_call_where_it_is_one() {
+        let expected = json!([{"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}]);
+        for value in [
+            json!("{\"name\": \"now\", \"arguments\": {\"zone\": \"UTC\"}}"),
+            json!("[{\"name\": \"now\", \"arguments\": \"{\\\"zone\\\": \\\"UTC\\\"}\"}]"),
+        ] {
+            let turn = one(&json!({"from": "function_call", "value": value})).expect("a call");
+            assert_eq!(
+                (turn.role.as_str(), &turn.extra["tool_calls"]),
+                ("assistant", &expected)
+            );
+        }
+        let turn = one(&json!({"from": "function_call", "value": "{}"}));
+        assert_eq!(turn, Ok(Message::new("assistant", "{}")));
+    }
+
+    #[test]
+    fn what_arrow_fills_with_nulls_is_taken_out() {
+        let turn =
+            one(&json!({"role": "assistant", "content": "x", "tool_calls": null, "name": null}));
+        assert_eq!(turn, Ok(Message::new("assistant", "x")));
+        let calls = json!([{"function": {"name": "f", "arguments": {"a": 1, "b": null}}}]);
+        let turn = one(&json!({"role": "assistant", "content": null, "tool_calls": calls}))
+            .expect("a call");
+        assert_eq!(
+            turn.extra["tool_calls"],
+            json!([{"function": {"name": "f", "arguments": {"a": 1}}}])
+        );
+    }
+
+    #[test]
+    fn only_text_is_content() {
+        let text = json!({"type": "text", "text": "x", "image": null});
+        let turn = one(&json!({"role": "assistant", "content": [text, text]})).expect("text");
+        assert_eq!(turn.content[0], json!({"type": "text", "text": "x"}));
+        assert_eq!(answer(&turn), Ok("xx".into()));
+        for (turn, says) in [
+            (
+                json!({"role": "user", "content": [{"type": "image"}]}),
+                "type \"image\"",
+            ),
+            (
+                json!({"role": "user", "content": [text, {"type": "image_url", "image_url": {"url": "x"}}]}),
+                "type \"image_url\"",
+            ),
+            (json!({"role": "user", "content": ["x"]}), "the part \"x\""),
+            (
+                json!({"role": "user", "content": 3}),
+                "the content 3 is not text",
+            ),
+            (
+                json!({"role": "user"}),
+                "the turn of the user has no content",
+            ),
+            (json!({"content": "x"}), "needs \"role\""),
+            (json!(["x"]), "\"x\" is not a message"),
+            (json!([]), "the list of messages is empty"),
+        ] {
+            let error = one(&turn).expect_err(says);
+            assert!(error.contains(says), "{turn}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_all_that_the_assistant_says() {
+        for (turn, says) in [
+            (
+                json!({"role": "user", "content": "thanks"}),
+                "the last turn is the user's (\"thanks\")",
+            ),
+            (
+                json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}),
+                "\"tool_calls\" beside its text",
+            ),
+            (
+                json!({"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}),
+                "\"reasoning_content\" beside",
+            ),
+        ] {
+            let error = answer(&one(&turn).expect("a turn")).expect_err(says);
+            assert!(error.contains(says), "{error}");
+        }
+        let plain =
+            json!({"role": "assistant", "content": "4", "tool_calls": [], "reasoning_content": ""});
+        assert_eq!(answer(&one(&plain).expect("a turn")), Ok("4".into()));
+    }
+}

@@ -1,0 +1,68 @@
+//! The day on which templates are rendered.
+
+use crate::Error;
+
+/// Python's `strftime` at midnight of Friday 26 July 2024, the day to which Llama 3's own template falls
+/// back: a prompt must not change overnight.
+pub(crate) fn strftime(format: &str) -> Result<String, Error> {
+    let mut written = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            written.push(c);
+            continue;
+        }
+        let rest = chars.as_str();
+        let directive = DIRECTIVES
+            .iter()
+            .find(|(directive, _)| rest.starts_with(directive));
+        let Some((directive, text)) = directive else {
+            let shown: String = rest.chars().take(1).collect();
+            return Err(Error::unsupported(&format!(
+                "the directive %{shown} of strftime"
+            )));
+        };
+        written.push_str(text);
+        for _ in directive.chars() {
+            chars.next();
+        }
+    }
+    Ok(written)
+}
+
+const DIRECTIVES: [(&str, &str); 34] = [
+    ("Y", "2024"),
+    ("y", "24"),
+    ("C", "20"),
+    ("G", "2024"),
+    ("B", "July"),
+    ("b", "Jul"),
+    ("h", "Jul"),
+    ("m", "07"),
+    ("-m", "7"),
+    ("d", "26"),
+    ("-d", "26"),
+    ("e", "26"),
+    ("A", "Friday"),
+    ("a", "Fri"),
+    ("w", "5"),
+    ("u", "5"),
+    ("j", "208"),
+    ("-j", "208"),
+    ("U", "29"),
+    ("W", "30"),
+    ("V", "30"),
+    ("H", "00"),
+    ("-H", "0"),
+    ("I", "12"),
+    ("-I", "12"),
+    ("M", "00"),
+    ("-M", "0"),
+    ("S", "00"),
+    ("-S", "0"),
+    ("f", "000000"),
+    ("p", "AM"),
+    ("F", "2024-07-26"),
+    ("T", "00:00:00"),
+    ("%", "%"),
+];

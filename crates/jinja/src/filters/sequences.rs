@@ -1,0 +1,449 @@
+//! Filters of sequences and dictionaries.
+
+use std::cmp::Ordering;
+
+use crate::{Error, arguments::Given, ast::Arithmetic, limits, methods, tests, value::Value};
+
+type Apply = fn(&Value, Given) -> Result<Value, Error>;
+
+/// The filter of this name, if it is one of sequences.
+pub(super) fn named(name: &str) -> Option<Apply> {
+    Some(match name {
+        "batch" => batch,
+        "dictsort" => dictsort,
+        "first" => first,
+        "groupby" => groupby,
+        "items" => items,
+        "join" => join,
+        "last" => last,
+        "list" => |value, given| {
+            given.bind("list", &[])?;
+            value.iterate().map(Value::list)
+        },
+        "map" => map,
+        "max" => |value, given| extreme(value, given, "max", Ordering::Greater),
+        "min" => |value, given| extreme(value, given, "min", Ordering::Less),
+        "reject" => |value, given| select(value, given, Selection::of_items(false)),
+        "rejectattr" => |value, given| select(value, given, Selection::of_attributes(false)),
+        "reverse" => reverse,
+        "select" => |value, given| select(value, given, Selection::of_items(true)),
+        "selectattr" => |value, given| select(value, given, Selection::of_attributes(true)),
+        "slice" => slice,
+        "sort" => sort,
+        "sum" => sum,
+        "unique" => unique,
+        _ => return None,
+    })
+}
+
+fn first(value: &Value, given: Given) -> Result<Value, Error> {
+    given.bind("first", &[])?;
+    let found = match value {
+        // The rest can still be gone through.
+        Value::Generator(generator) => generator.rest.borrow_mut().pop_front(),
+        other => other.iterate()?.into_iter().next(),
+    };
+    Ok(found.unwrap_or_else(|| Value::undefined("No first item, sequence was empty.")))
+}
+
+fn last(value: &Value, given: Given) -> Result<Value, Error> {
+    given.bind("last", &[])?;
+    let found = reversed(value)?.into_iter().next();
+    Ok(found.unwrap_or_else(|| Value::undefined("No last item, sequence was empty.")))
+}
+
+fn items(value: &Value, given: Given) -> Result<Value, Error> {
+    given.bind("items", &[])?;
+    match value {
+        Value::Undefined(_) => Ok(Value::generator(Vec::new())),
+        Value::Dict(dict) => {
+            let pairs = dict.pairs.iter();
+            let pairs = pairs.map(|(key, value)| Value::tuple(vec![key.clone(), value.clone()]));
+            Ok(Value::generator(pairs.collect()))
+        }
+        _ => Err(Error::new("Can only get item pairs from a mapping.")),
+    }
+}
+
+fn reverse(value: &Value, given: Given) -> Result<Value, Error> {
+    given.bind("reverse", &[])?;
+    match value {
+        Value::Text(text) => Ok(text.with(&text.text.chars().rev().collect::<String>())),
+        Value::Generator(_) => {
+            let mut items = value.iterate()?;
+            items.reverse();
+            Ok(Value::list(items))
+        }
+        other => reversed(other).map(Value::generator),
+    }
+}
+
+/// The elements from the last to the first, of what Python can go through backwards.
+fn reversed(value: &Value) -> Result<Vec<Value>, Error> {
+    if matches!(value, Value::Generator(_)) || !value.is_iterable() {
+        let name = value.type_name();
+        return Err(Error::new(format!("'{name}' object is not reversible")));
+    }
+    let mut items = value.iterate()?;
+    items.reverse();
+    Ok(items)
+}
+
+/// How an element's attribute is found: names and places with dots between, or a place.
+struct Path(Vec<Value>);
+
+impl Path {
+    fn of(attribute: Option<&Value>) -> Self {
+        Self(match attribute {
+            None | Some(Value::None) => Vec::new(),
+            Some(Value::Text(text)) => {
+                let part = |part: &str| tests::place(part).map_or_else(|| part.into(), Value::Int);
+                text.text.split('.').map(part).collect()
+            }
+            Some(other) => vec![other.clone()],
+        })
+    }
+
+    /// The attribute of `item`, and `default` for each part that is not there.
+    fn find(&self, item: &Value, default: Option<&Value>) -> Result<Value, Error> {
+        let mut found = item.clone();
+        for part in &self.0 {
+            found = found.subscript(part)?;
+            if let (Value::Undefined(_), Some(default)) = (&found, default) {
+                found = default.clone();
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Strings in small letters, for orders that do not tell the two apart.
+fn folded(value: Value, is_case_sensitive: bool) -> Value {
+    match &value {
+        Value::Text(text) if !is_case_sensitive => text.text.to_lowercase().into(),
+        _ => value,
+    }
+}
+
+/// Sorts by a key; equal ones keep their order.
+///
+/// # Errors
+/// When Python has no order of two of them.
+pub(crate) fn sort_by<T>(items: &mut [T], key: impl Fn(&T) -> &Value) -> Result<(), Error> {
+    let mut failure = None;
+    items.sort_by(|left, right| {
+        // Python asks whether the right one is less.
+        key(left).order(key(right), "<").map_or_else(
+            |error| {
+                failure.get_or_insert(error);
+                Ordering::Equal
+            },
+            |order| order.unwrap_or(Ordering::Equal),
+        )
+    });
+    failure.map_or(Ok(()), Err)
+}
+
+/// Elements, sorted by keys of their own.
+fn sorted(keyed: Vec<(Value, Value)>, is_reversed: bool) -> Result<Vec<(Value, Value)>, Error> {
+    let mut keyed = keyed;
+    if is_reversed {
+        keyed.reverse();
+    }
+    sort_by(&mut keyed, |(key, _)| key)?;
+    if is_reversed {
+        keyed.reverse();
+    }
+    Ok(keyed)
+}
+
+fn sort(value: &Value, given: Given) -> Result<Value, Error> {
+    let given = given.bind("sort", &["reverse", "case_sensitive", "attribute"])?;
+    let paths: Vec<Path> = match given.get(2) {
+        Some(Value::Text(text)) => text
+            .text
+            .split(',')
+            .map(|name| Path::of(Some(&name.into())))
+            .collect(),
+        other => vec![Path::of(other)],
+    };
+    let key = |item: &Value| {
+        let parts = paths
+            .iter()
+            .map(|path| Ok(folded(path.find(item, None)?, given.is_true(1))));
+        parts.collect::<Result<_, Error>>().map(Value::list)
+    };
+    let keyed = value
+        .iterate()?
+        .into_iter()
+        .map(|item| Ok((key(&item)?, item)));
+    let keyed = sorted(keyed.collect::<Result<_, Error>>()?, given.is_true(0))?;
+    Ok(Value::list(
+        keyed.into_iter().map(|(_, item)| item).collect(),
+    ))
+}
+
+fn dictsort(value: &Value, given: Given) -> Result<Value, Error> {
+    let given = given.bind("dictsort", &["case_sensitive", "by", "reverse"])?;
+    let by_value = match given.some_text(1)?.unwrap_or("key") {
+        "key" => false,
+        "value" => true,
+        _ => {
+            return Err(Error::new(
+                "You can only sort by either \"key\" or \"value\"",
+            ));
+        }
+    };
+    value.must_be_defined()?;
+    let Value::Dict(dict) = value else {
+        let name = value.type_name();
+        return Err(Error::new(format!(
+            "'{name}' object has no attribute 'items'"
+        )));
+    };
+    let keyed = dict.pairs.iter().map(|(key, value)| {
+        let by = if by_value { value } else { key };
+        let pair = Value::tuple(vec![key.clone(), value.clone()]);
+        (folded(by.clone(), given.is_true(0)), pair)
+    });
+    let keyed = sorted(keyed.collect(), given.is_true(2))?;
+    Ok(Value::list(
+        keyed.into_iter().map(|(_, pair)| pair).collect(),
+    ))
+}
+
+fn groupby(value: &Value, given: Given) -> Result<Value, Error> {
+    let given = given.bind("groupby", &["attribute", "default", "case_sensitive"])?;
+    let path = Path::of(Some(given.required(0)?));
+    let (default, is_case_sensitive) = (given.some(1), given.is_true(2));
+    let key = |item: &Value| Ok(folded(path.find(item, default)?, is_case_sensitive));
+    let keyed = value
+        .iterate()?
+        .into_iter()
+        .map(|item| Ok((key(&item)?, item)));
+    let keyed = sorted(keyed.collect::<Result<_, Error>>()?, false)?;
+    let mut groups: Vec<(Value, Vec<Value>)> = Vec::new();
+    for (key, item) in keyed {
+        match groups.last_mut() {
+            Some((last, items)) if last.equals(&key) => items.push(item),
+            _ => groups.push((key, vec![item])),
+        }
+    }
+    let named = groups.into_iter().map(|(key, items)| {
+        let grouper = if is_case_sensitive {
+            key
+        } else {
+            path.find(&items[0], default)?
+        };
+        Ok(methods::group(grouper, items))
+    });
+    named.collect::<Result<_, Error>>().map(Value::list)
+}
+
+fn unique(value: &Value, given: Given) -> Result<Value, Error> {
+    let given = given.bind("unique", &["case_sensitive", "attribute"])?;
+    let path = Path::of(given.get(1));
+    let (mut seen, mut kept): (Vec<Value>, Vec<Value>) = (Vec::new(), Vec::new());
+    for item in value.iterate()? {
+        let key = folded(path.find(&item, None)?, given.is_true(0));
+        key.check_hashable()?;
+        if seen.len() == limits::KEYS {
+            return Err(Error::new(format!(
+                "unique of more than {} elements",
+                limits::KEYS
+            )));
+        }
+        if !seen.iter().any(|known| known.equals(&key)) {
+            seen.push(key);
+            kept.push(item);
+        }
+    }
+    Ok(Value::generator(kept))
+}
+
+fn extreme(
+    value: &Value,
+    given: Given,
+    name: &'static str,
+    wanted: Ordering,
+) -> Result<Value, Error> {
+    let given = given.bind(name, &["case_sensitive", "attribute"])?;
+    let path = Path::of(given.get(1));
+    let mut best: Option<(Value, Value)> = None;
+    for item in value.iterate()? {
+        let key = folded(path.find(&item, None)?, given.is_true(0));
+        let operator = if wanted == Ordering::Less { "<" } else { ">" };
+        let is_better = match &best {
+            None => true,
+            Some((known, _)) => key.order(known, operator)? == Some(wanted),
+        };
+        if is_better {
+            best = Some((key, item));
+        }
+    }
+    let none = || Value::undefined("No aggregated item, sequence was empty.");
+    Ok(best.map_or_else(none, |(_, item)| item))
+}
+
+fn join(value: &Value, given: Given) -> Result<Value, Error> {
+    let given = given.bind("join", &["d", "attribute"])?;
+    let path = Path::of(given.get(1));
+    let separator = given.get(0).map(Value::to_text).transpose()?;
+    let separator = separator.as_deref().unwrap_or("");
+    let texts = value
+        .iterate()?
+        .into_iter()
+        .map(|item| path.find(&item, None)?.to_text());
+    let texts = texts.collect::<Result<Vec<_>, _>>()?;
+    let length: usize = texts.iter().map(|text| text.len() + separator.len()).sum();
+    limits::text(length)?;
+    Ok(texts.join(separator).into())
+}
+
+fn sum(value: &Value, given: Given) -> Result<Value, Error> {
+    let given = given.bind("sum", &["attribute", "start"])?;
+    let path = Path::of(given.get(0));
+    let start = given.get(1).cloned().unwrap_or(Value::Int(0));
+    if matches!(start, Value::Text(_)) {
+        return Err(Error::new(
+            "sum() can't sum strings [use ''.join(seq) instead]",
+        ));
+    }
+    let mut items = value.iterate()?.into_iter();
+    items.try_fold(start, |sum, item| {
+        sum.arithmetic(Arithmetic::Add, &path.find(&item, None)?)
+    })
+}
+
+fn batch(value: &Value, given: Given) -> Result<Value, Error> {
+    let given = given.bind("batch", &["linecount", "fill_with"])?;
+    given.required(0)?;
+    let count = usize::try_from(given.int(0, 1)?)
+        .ok()
+        .filter(|&count| count > 0);
+    let count = count.ok_or_else(|| Error::unsupported("batch of less than 1"))?;
+    limits::items(count)?;
+    let rows = value.iterate()?;
+    let rows = rows.chunks(count).map(|row| {
+        let mut row = row.to_vec();
+        if let Some(fill) = given.some(1) {
+            row.resize(count, fill.clone());
+        }
+        Value::list(row)
+    });
+    Ok(Value::generator(rows.collect()))
+}
+
+fn slice(value: &Value, given: Given) -> Result<Value, Error> {
+    let given = given.bind("slice", &["slices", "fill_with"])?;
+    given.required(0)?;
+    let slices = usize::try_from(given.int(0, 1)?)
+        .ok()
+        .filter(|&slices| slices > 0);
+    let slices = slices.ok_or_else(|| Error::new("integer division or modulo by zero"))?;
+    limits::items(slices)?;
+    let items = value.iterate()?;
+    let (each, longer) = (items.len() / slices, items.len() % slices);
+    let mut rest = items.as_slice();
+    let parts = (0..slices).map(|number| {
+        let (part, after) = rest.split_at(each + usize::from(number < longer));
+        rest = after;
+        let mut part = part.to_vec();
+        part.extend(given.some(1).filter(|_| number >= longer).cloned());
+        Value::list(part)
+    });
+    Ok(Value::generator(parts.collect()))
+}
+
+fn map(value: &Value, given: Given) -> Result<Value, Error> {
+    let items = || value.iterate();
+    if given.positional.is_empty() {
+        let given = given.bind("map", &["attribute", "default"])?;
+        let missing = |_| Error::new("map requires a filter argument");
+        let path = Path::of(Some(given.required(0).map_err(missing)?));
+        let found = items()?
+            .into_iter()
+            .map(|item| path.find(&item, given.some(1)));
+        return found.collect::<Result<_, _>>().map(Value::generator);
+    }
+    let Given {
+        mut positional,
+        named,
+    } = given;
+    let filter = positional.remove(0);
+    let filter = filter
+        .as_str()
+        .ok_or_else(|| Error::new("map requires the name of a filter"))?;
+    let mapped = items()?.into_iter().map(|item| {
+        let given = Given {
+            positional: positional.clone(),
+            named: named.clone(),
+        };
+        super::apply(filter, &item, given)
+    });
+    mapped.collect::<Result<_, _>>().map(Value::generator)
+}
+
+/// Which elements are selected.
+#[derive(Clone, Copy)]
+struct Selection {
+    /// Whether a test is of an attribute, which is named first.
+    by_attribute: bool,
+    /// Whether those stay of which the test holds.
+    keeps: bool,
+}
+
+impl Selection {
+    fn of_items(keeps: bool) -> Self {
+        Self {
+            by_attribute: false,
+            keeps,
+        }
+    }
+
+    fn of_attributes(keeps: bool) -> Self {
+        Self {
+            by_attribute: true,
+            keeps,
+        }
+    }
+}
+
+fn select(value: &Value, given: Given, how: Selection) -> Result<Value, Error> {
+    if !value.is_true() {
+        return Ok(Value::generator(Vec::new()));
+    }
+    let Given {
+        mut positional,
+        named,
+    } = given;
+    let path = match (how.by_attribute, positional.is_empty()) {
+        (true, true) => return Err(Error::new("Missing parameter for attribute name")),
+        (true, false) => Path::of(Some(&positional.remove(0))),
+        (false, _) => Path::of(None),
+    };
+    let test = (!positional.is_empty()).then(|| positional.remove(0));
+    let test = test.as_ref().map(|test| {
+        test.as_str()
+            .ok_or_else(|| Error::new("a test is named by a string"))
+    });
+    let test = test.transpose()?;
+    let mut kept = Vec::new();
+    for item in value.iterate()? {
+        let found = path.find(&item, None)?;
+        let holds = match test {
+            Some(test) => {
+                let given = Given {
+                    positional: positional.clone(),
+                    named: named.clone(),
+                };
+                tests::holds(test, &found, given)?
+            }
+            None => found.is_true(),
+        };
+        if holds == how.keeps {
+            kept.push(item);
+        }
+    }
+    Ok(Value::generator(kept))
+}

@@ -1,0 +1,128 @@
+//! Python's numbers: how they are written and read.
+
+use std::cmp::Ordering;
+
+/// Python's `repr` of a float: the shortest digits that read back as it.
+pub(crate) fn float_repr(number: f64) -> String {
+    if number.is_nan() {
+        return "nan".into();
+    }
+    if number.is_infinite() {
+        return if number > 0.0 { "inf" } else { "-inf" }.into();
+    }
+    let written = format!("{number:e}");
+    let (digits, exponent) = written.split_once('e').unwrap_or((&written, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        let plain = format!("{number}");
+        return if plain.contains('.') {
+            plain
+        } else {
+            plain + ".0"
+        };
+    }
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{digits}e{sign}{:02}", exponent.abs())
+}
+
+/// How two numbers compare; none beside a NaN.
+pub(crate) fn compare_int(int: i128, float: f64) -> Option<Ordering> {
+    if float.is_nan() {
+        return None;
+    }
+    // Beyond these bounds no integer is.
+    if float >= 2f64.powi(127) {
+        return Some(Ordering::Less);
+    }
+    if float < -(2f64.powi(127)) {
+        return Some(Ordering::Greater);
+    }
+    let whole = float.trunc();
+    // The bounds were checked.
+    let by_whole = int.cmp(&(whole as i128));
+    Some(by_whole.then_with(|| 0.0.partial_cmp(&(float - whole)).unwrap_or(Ordering::Equal)))
+}
+
+/// Python's `int` of a string to this base; 0 is the base that the string's prefix says.
+pub(crate) fn parse_int(text: &str, base: u32) -> Option<i128> {
+    let text = text.trim_matches(crate::text::is_space);
+    let (is_negative, digits) = match text.strip_prefix(['-', '+']) {
+        Some(digits) => (text.starts_with('-'), digits),
+        None => (false, text),
+    };
+    let lower = digits.to_ascii_lowercase();
+    let prefixed = [("0x", 16), ("0o", 8), ("0b", 2)]
+        .into_iter()
+        .find_map(|(prefix, radix)| {
+            let rest = lower
+                .strip_prefix(prefix)
+                .filter(|_| base == radix || base == 0)?;
+            Some((rest.strip_prefix('_').unwrap_or(rest).to_owned(), radix))
+        });
+    let (digits, radix) = prefixed.unwrap_or((lower, if base == 0 { 10 } else { base }));
+    if base == 0
+        && radix == 10
+        && digits.starts_with('0')
+        && !digits.trim_matches(['0', '_']).is_empty()
+    {
+        return None;
+    }
+    let number = i128::from_str_radix(&without_underscores(&digits)?, radix).ok()?;
+    Some(if is_negative { -number } else { number })
+}
+
+/// Python's `float` of a string.
+pub(crate) fn parse_float(text: &str) -> Option<f64> {
+    let text = text.trim_matches(crate::text::is_space);
+    without_underscores(text)?.parse().ok()
+}
+
+/// The same without underscores, each of which must stand between two digits.
+fn without_underscores(text: &str) -> Option<String> {
+    if text.is_empty() || text.starts_with(['-', '+', '_']) && text.len() == 1 {
+        return None;
+    }
+    let chars: Vec<char> = text.chars().collect();
+    let stands_well = |place: usize| {
+        let is_digit = |place: usize| chars.get(place).is_some_and(char::is_ascii_alphanumeric);
+        place > 0 && is_digit(place - 1) && is_digit(place + 1)
+    };
+    let mut places = chars.iter().enumerate().filter(|(_, c)| **c == '_');
+    places
+        .all(|(place, _)| stands_well(place))
+        .then(|| text.replace('_', ""))
+}
+
+/// Python's `round` of a float to so many digits after the point: the decimal number nearest to its exact
+/// value, of two the even one.
+pub(crate) fn round_float(number: f64, digits: i32) -> f64 {
+    if !number.is_finite() {
+        return number;
+    }
+    match usize::try_from(digits) {
+        // More digits than any float has.
+        Ok(digits) if digits > 330 => number,
+        Ok(digits) => format!("{number:.digits$}").parse().unwrap_or(number),
+        Err(_) => {
+            let unit = 10f64.powi(-digits);
+            (number / unit).round_ties_even() * unit
+        }
+    }
+}
+
+/// Python's `round` of an integer to so many digits, fewer than none: to tens, to hundreds.
+pub(crate) fn round_int(number: i128, digits: i32) -> i128 {
+    let Some(unit) = 10i128
+        .checked_pow(digits.unsigned_abs())
+        .filter(|_| digits < 0)
+    else {
+        return if digits < 0 { 0 } else { number };
+    };
+    let (below, rest) = (number.div_euclid(unit), number.rem_euclid(unit));
+    let up = match (rest * 2).cmp(&unit) {
+        Ordering::Less => 0,
+        Ordering::Greater => 1,
+        Ordering::Equal => below.rem_euclid(2),
+    };
+    (below + up) * unit
+}

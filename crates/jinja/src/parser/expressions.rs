@@ -1,0 +1,430 @@
+//! Expressions, by precedence from the loosest to the tightest.
+
+use super::Parser;
+use crate::{
+    Error,
+    ast::{Arguments, Arithmetic, Comparison, Conditional, Expression, Filter, Literal, Slice},
+    lexer::Token,
+};
+
+impl Parser {
+    /// An expression, or several with commas: a tuple.
+    pub(super) fn tuple(&mut self) -> Result<Expression, Error> {
+        self.tuple_until(&[], Self::expression)
+    }
+
+    /// As [`Self::tuple`], of what `parse` gives; names in `ends` end it too.
+    pub(super) fn tuple_until(
+        &mut self,
+        ends: &[&str],
+        parse: fn(&mut Self) -> Result<Expression, Error>,
+    ) -> Result<Expression, Error> {
+        let found = self.token().describe();
+        let missing = self.failure(format!("expected an expression, got '{found}'"));
+        self.some_tuple(ends, parse)?.ok_or(missing)
+    }
+
+    /// As [`Self::tuple_until`]; none when nothing stands there.
+    fn some_tuple(
+        &mut self,
+        ends: &[&str],
+        parse: fn(&mut Self) -> Result<Expression, Error>,
+    ) -> Result<Option<Expression>, Error> {
+        let (mut items, mut is_tuple) = (Vec::new(), false);
+        loop {
+            let is_end = matches!(self.token(), Token::VariableEnd | Token::BlockEnd)
+                || self.is_operator(")")
+                || ends.iter().any(|end| self.is_name(end));
+            if is_end {
+                break;
+            }
+            items.push(parse(self)?);
+            if !self.takes_operator(",") {
+                break;
+            }
+            is_tuple = true;
+        }
+        Ok(if is_tuple {
+            Some(Expression::Tuple(items))
+        } else {
+            items.pop()
+        })
+    }
+
+    pub(super) fn expression(&mut self) -> Result<Expression, Error> {
+        self.deeper(Self::conditional)
+    }
+
+    fn conditional(&mut self) -> Result<Expression, Error> {
+        let mut then = self.or()?;
+        while self.takes_name("if") {
+            self.link()?;
+            let test = self.or()?;
+            let otherwise = if self.takes_name("else") {
+                Some(self.expression()?)
+            } else {
+                None
+            };
+            then = Expression::Conditional(Box::new(Conditional {
+                test,
+                then,
+                otherwise,
+            }));
+        }
+        Ok(then)
+    }
+
+    pub(super) fn or(&mut self) -> Result<Expression, Error> {
+        let mut left = self.and()?;
+        while self.takes_name("or") {
+            self.link()?;
+            left = Expression::Or(Box::new(left), Box::new(self.and()?));
+        }
+        Ok(left)
+    }
+
+    fn and(&mut self) -> Result<Expression, Error> {
+        let mut left = self.not()?;
+        while self.takes_name("and") {
+            self.link()?;
+            left = Expression::And(Box::new(left), Box::new(self.not()?));
+        }
+        Ok(left)
+    }
+
+    fn not(&mut self) -> Result<Expression, Error> {
+        if self.takes_name("not") {
+            let negated = self.deeper(Self::not)?;
+            return Ok(Expression::Not(Box::new(negated)));
+        }
+        self.comparison()
+    }
+
+    fn comparison(&mut self) -> Result<Expression, Error> {
+        let first = self.sum()?;
+        let mut rest = Vec::new();
+        while let Some(comparison) = self.comparison_operator() {
+            rest.push((comparison, self.sum()?));
+        }
+        Ok(if rest.is_empty() {
+            first
+        } else {
+            Expression::Comparison(Box::new(first), rest)
+        })
+    }
+
+    fn comparison_operator(&mut self) -> Option<Comparison> {
+        let comparison = match self.token() {
+            Token::Operator("==") => Comparison::Equal,
+            Token::Operator("!=") => Comparison::Unequal,
+            Token::Operator("<") => Comparison::Less,
+            Token::Operator("<=") => Comparison::AtMost,
+            Token::Operator(">") => Comparison::Greater,
+            Token::Operator(">=") => Comparison::AtLeast,
+            Token::Name(name) if name == "in" => Comparison::In,
+            Token::Name(name) if name == "not" => match self.look() {
+                Token::Name(name) if name == "in" => {
+                    self.next();
+                    Comparison::NotIn
+                }
+                _ => return None,
+            },
+            _ => return None,
+        };
+        self.next();
+        Some(comparison)
+    }
+
+    /// Operands joined by the operators of one precedence, from the left.
+    fn chain(
+        &mut self,
+        operand: fn(&mut Self) -> Result<Expression, Error>,
+        operators: &[(&str, Arithmetic)],
+    ) -> Result<Expression, Error> {
+        let mut left = operand(self)?;
+        loop {
+            let found = operators
+                .iter()
+                .find(|(written, _)| self.is_operator(written));
+            let Some((_, operator)) = found else {
+                return Ok(left);
+            };
+            self.next();
+            self.link()?;
+            let right = operand(self)?;
+            left = Expression::Arithmetic(*operator, Box::new(left), Box::new(right));
+        }
+    }
+
+    fn sum(&mut self) -> Result<Expression, Error> {
+        let operators = [("+", Arithmetic::Add), ("-", Arithmetic::Subtract)];
+        self.chain(Self::concatenation, &operators)
+    }
+
+    fn concatenation(&mut self) -> Result<Expression, Error> {
+        let first = self.product()?;
+        if !self.is_operator("~") {
+            return Ok(first);
+        }
+        let mut parts = vec![first];
+        while self.takes_operator("~") {
+            parts.push(self.product()?);
+        }
+        Ok(Expression::Concatenation(parts))
+    }
+
+    fn product(&mut self) -> Result<Expression, Error> {
+        let operators = [
+            ("*", Arithmetic::Multiply),
+            ("/", Arithmetic::Divide),
+            ("//", Arithmetic::FloorDivide),
+            ("%", Arithmetic::Modulo),
+        ];
+        self.chain(Self::power, &operators)
+    }
+
+    fn power(&mut self) -> Result<Expression, Error> {
+        self.chain(Self::filtered, &[("**", Arithmetic::Power)])
+    }
+
+    /// A signed value with its filters and tests.
+    fn filtered(&mut self) -> Result<Expression, Error> {
+        let mut value = self.signed()?;
+        loop {
+            value = if self.takes_operator("|") {
+                Expression::Filter(Box::new(value), Box::new(self.filter()?))
+            } else if self.takes_name("is") {
+                self.test(value)?
+            } else if self.is_operator("(") {
+                Expression::Call(Box::new(value), Box::new(self.arguments()?))
+            } else {
+                return Ok(value);
+            };
+            self.link()?;
+        }
+    }
+
+    fn signed(&mut self) -> Result<Expression, Error> {
+        let value = if self.takes_operator("-") {
+            Expression::Negative(Box::new(self.deeper(Self::signed)?))
+        } else if self.takes_operator("+") {
+            Expression::Positive(Box::new(self.deeper(Self::signed)?))
+        } else {
+            self.primary()?
+        };
+        self.postfix(value)
+    }
+
+    fn primary(&mut self) -> Result<Expression, Error> {
+        let value = match self.token().clone() {
+            Token::Name(name) => {
+                self.next();
+                return Ok(self.named(name));
+            }
+            Token::Text(_) => {
+                let mut text = String::new();
+                while let Token::Text(part) = self.token() {
+                    text.push_str(part);
+                    self.next();
+                }
+                return Ok(Expression::Literal(Literal::Text(text)));
+            }
+            Token::Int(number) => Expression::Literal(Literal::Int(number)),
+            Token::Float(number) => Expression::Literal(Literal::Float(number)),
+            Token::Operator("(") => {
+                self.next();
+                let inside = self.deeper(|parser| parser.some_tuple(&[], Self::expression))?;
+                self.expect_operator(")")?;
+                return Ok(inside.unwrap_or(Expression::Tuple(Vec::new())));
+            }
+            Token::Operator("[") => {
+                self.next();
+                let items = self.separated("]", Self::expression)?;
+                return Ok(Expression::List(items));
+            }
+            Token::Operator("{") => {
+                self.next();
+                let pair = |parser: &mut Self| {
+                    let key = parser.expression()?;
+                    parser.expect_operator(":")?;
+                    Ok((key, parser.expression()?))
+                };
+                return Ok(Expression::Dict(self.separated("}", pair)?));
+            }
+            other => return Err(self.failure(format!("unexpected '{}'", other.describe()))),
+        };
+        self.next();
+        Ok(value)
+    }
+
+    /// A constant, or a variable.
+    fn named(&mut self, name: String) -> Expression {
+        let literal = match name.as_str() {
+            "true" | "True" => Literal::Bool(true),
+            "false" | "False" => Literal::Bool(false),
+            "none" | "None" => Literal::None,
+            _ => {
+                self.takes.caller |= name == "caller";
+                self.takes.kwargs |= name == "kwargs";
+                self.takes.varargs |= name == "varargs";
+                return Expression::Name(name);
+            }
+        };
+        Expression::Literal(literal)
+    }
+
+    /// What stands between commas up to the operator `end`, which may follow a comma.
+    fn separated<T>(
+        &mut self,
+        end: &'static str,
+        mut parse: impl FnMut(&mut Self) -> Result<T, Error>,
+    ) -> Result<Vec<T>, Error> {
+        let mut items = Vec::new();
+        while !self.is_operator(end) {
+            items.push(parse(self)?);
+            if !self.takes_operator(",") {
+                break;
+            }
+        }
+        self.expect_operator(end)?;
+        Ok(items)
+    }
+
+    fn postfix(&mut self, mut value: Expression) -> Result<Expression, Error> {
+        loop {
+            value = if self.takes_operator(".") {
+                match self.next() {
+                    Token::Name(name) => Expression::Attribute(Box::new(value), name),
+                    Token::Int(place) => {
+                        let place = Expression::Literal(Literal::Int(place));
+                        Expression::Item(Box::new(value), Box::new(place))
+                    }
+                    _ => return Err(self.failure("expected name or number")),
+                }
+            } else if self.takes_operator("[") {
+                self.subscript(value)?
+            } else if self.is_operator("(") {
+                Expression::Call(Box::new(value), Box::new(self.arguments()?))
+            } else {
+                return Ok(value);
+            };
+            self.link()?;
+        }
+    }
+
+    fn subscript(&mut self, value: Expression) -> Result<Expression, Error> {
+        let start = if self.is_operator(":") {
+            None
+        } else {
+            Some(self.expression()?)
+        };
+        match start {
+            Some(item) if self.takes_operator("]") => {
+                Ok(Expression::Item(Box::new(value), Box::new(item)))
+            }
+            Some(first) if self.takes_operator(",") => {
+                let mut items = vec![first];
+                items.extend(self.separated("]", Self::expression)?);
+                let tuple = Expression::Tuple(items);
+                Ok(Expression::Item(Box::new(value), Box::new(tuple)))
+            }
+            start => {
+                self.expect_operator(":")?;
+                let mut bound = || {
+                    let is_left_out = self.is_operator(":") || self.is_operator("]");
+                    (!is_left_out).then(|| self.expression()).transpose()
+                };
+                let stop = bound()?;
+                let has_step = self.takes_operator(":");
+                let step = if has_step && !self.is_operator("]") {
+                    Some(self.expression()?)
+                } else {
+                    None
+                };
+                self.expect_operator("]")?;
+                let slice = Slice { start, stop, step };
+                Ok(Expression::Slice(Box::new(value), Box::new(slice)))
+            }
+        }
+    }
+
+    pub(super) fn arguments(&mut self) -> Result<Arguments, Error> {
+        self.expect_operator("(")?;
+        let mut arguments = Arguments::default();
+        while !self.is_operator(")") {
+            self.argument(&mut arguments)?;
+            if !self.takes_operator(",") {
+                break;
+            }
+        }
+        self.expect_operator(")")?;
+        Ok(arguments)
+    }
+
+    fn argument(&mut self, arguments: &mut Arguments) -> Result<(), Error> {
+        let Arguments {
+            positional,
+            named,
+            more,
+            more_named,
+        } = arguments;
+        let misplaced = self.failure("invalid syntax for function call expression");
+        if self.takes_operator("*") {
+            if more.is_some() || more_named.is_some() {
+                return Err(misplaced);
+            }
+            *more = Some(self.expression()?);
+        } else if self.takes_operator("**") {
+            if more_named.is_some() {
+                return Err(misplaced);
+            }
+            *more_named = Some(self.expression()?);
+        } else if let (Token::Name(name), Token::Operator("=")) = (self.token(), self.look()) {
+            let name = name.clone();
+            if more_named.is_some() {
+                return Err(misplaced);
+            }
+            self.next();
+            self.next();
+            named.push((name, self.expression()?));
+        } else {
+            if more.is_some() || more_named.is_some() || !named.is_empty() {
+                return Err(misplaced);
+            }
+            positional.push(self.expression()?);
+        }
+        Ok(())
+    }
+
+    /// The test after `is`.
+    fn test(&mut self, value: Expression) -> Result<Expression, Error> {
+        let is_negated = self.takes_name("not");
+        let name = self.dotted()?;
+        let begins_value = match self.token() {
+            Token::Name(name) => !["else", "or", "and"].contains(&name.as_str()),
+            Token::Text(_) | Token::Int(_) | Token::Float(_) => true,
+            Token::Operator(operator) => ["[", "{"].contains(operator),
+            _ => false,
+        };
+        let arguments = if self.is_operator("(") {
+            self.arguments()?
+        } else if begins_value {
+            if self.is_name("is") {
+                return Err(self.failure("You cannot chain multiple tests with is"));
+            }
+            let argument = self.primary()?;
+            Arguments {
+                positional: vec![self.postfix(argument)?],
+                ..Arguments::default()
+            }
+        } else {
+            Arguments::default()
+        };
+        let test = Expression::Test(Box::new(value), Box::new(Filter { name, arguments }));
+        Ok(if is_negated {
+            Expression::Not(Box::new(test))
+        } else {
+            test
+        })
+    }
+}

@@ -1,0 +1,594 @@
+//! Statements and expressions, computed.
+
+use std::{cell::RefCell, rc::Rc, sync::Arc};
+
+use crate::{
+    Error,
+    arguments::Given,
+    ast::{
+        Arguments, Comparison, Expression, Filter, For, If, Macro, Slice, Statement, StatementKind,
+        Target,
+    },
+    filters,
+    functions::Function,
+    limits::{self, Budget},
+    loops::Loop,
+    operators::{bound, slice_places, undefined_name},
+    scope::Scope,
+    tests,
+    value::{Dict, Value},
+};
+
+/// A macro and the variables around its definition.
+pub(crate) struct MacroValue {
+    pub(crate) definition: Arc<Macro>,
+    scope: Rc<Scope>,
+}
+
+/// Where to go on after a statement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    Next,
+    Continue,
+    Break,
+}
+
+/// What renders one text.
+#[derive(Default)]
+pub(crate) struct Renderer {
+    budget: Budget,
+    /// The scopes that macros know, which may hold the macros, and the namespaces, which may hold one
+    /// another: emptied at the end.
+    scopes: RefCell<Vec<Rc<Scope>>>,
+    namespaces: RefCell<Vec<Rc<RefCell<Dict>>>>,
+}
+
+impl Drop for Renderer {
+    fn drop(&mut self) {
+        for scope in self.scopes.get_mut() {
+            scope.clear();
+        }
+        for namespace in self.namespaces.get_mut() {
+            drop(namespace.take());
+        }
+    }
+}
+
+impl Renderer {
+    /// Appends the text of a template's statements.
+    pub(crate) fn render(
+        &self,
+        body: &[Statement],
+        scope: &Rc<Scope>,
+        text: &mut String,
+    ) -> Result<(), Error> {
+        self.statements(body, scope, text).map(drop)
+    }
+
+    fn statements(
+        &self,
+        body: &[Statement],
+        scope: &Rc<Scope>,
+        text: &mut String,
+    ) -> Result<Flow, Error> {
+        for statement in body {
+            let flow = self
+                .budget
+                .deeper(|| self.statement(&statement.kind, scope, text));
+            match flow.map_err(|error| error.at(statement.line))? {
+                Flow::Next => {}
+                flow => return Ok(flow),
+            }
+        }
+        Ok(Flow::Next)
+    }
+
+    fn statement(
+        &self,
+        kind: &StatementKind,
+        scope: &Rc<Scope>,
+        text: &mut String,
+    ) -> Result<Flow, Error> {
+        match kind {
+            StatementKind::Text(written) => self.print(written, text)?,
+            StatementKind::Print(printed) => {
+                self.print(&self.value(printed, scope)?.to_text()?, text)?;
+            }
+            StatementKind::For(definition) => {
+                let items = self.value(&definition.items, scope)?.iterate()?;
+                return self.each(definition, items, (scope, 0), text);
+            }
+            StatementKind::If(condition) => return self.condition(condition, scope, text),
+            StatementKind::Set(target, value) => {
+                assign(target, self.value(value, scope)?, scope, scope)?;
+            }
+            StatementKind::SetBlock {
+                target,
+                filters,
+                body,
+            } => {
+                let (value, flow) = self.filtered(filters, body, scope)?;
+                if flow == Flow::Next {
+                    assign(target, value, scope, scope)?;
+                }
+                return Ok(flow);
+            }
+            StatementKind::FilterBlock { filters, body } => {
+                let (value, flow) = self.filtered(filters, body, scope)?;
+                if flow == Flow::Next {
+                    self.print(&value.to_text()?, text)?;
+                }
+                return Ok(flow);
+            }
+            StatementKind::With { variables, body } => {
+                let inner = scope.inner();
+                for (target, value) in variables {
+                    assign(target, self.value(value, scope)?, &inner, scope)?;
+                }
+                return self.statements(body, &inner, text);
+            }
+            StatementKind::Macro(definition) => {
+                let value = self.macro_value(definition, scope);
+                scope.set(&definition.name, value);
+            }
+            StatementKind::CallBlock {
+                callee,
+                arguments,
+                caller,
+            } => {
+                let callee = self.value(callee, scope)?;
+                let mut given = self.given(arguments, scope)?;
+                let caller = self.macro_value(caller, scope);
+                given.named.push(("caller".into(), caller));
+                self.print(&self.call(&callee, given)?.to_text()?, text)?;
+            }
+            StatementKind::Generation(body) => return self.statements(body, &scope.inner(), text),
+            StatementKind::Break => return Ok(Flow::Break),
+            StatementKind::Continue => return Ok(Flow::Continue),
+        }
+        Ok(Flow::Next)
+    }
+
+    fn condition(
+        &self,
+        condition: &If,
+        scope: &Rc<Scope>,
+        text: &mut String,
+    ) -> Result<Flow, Error> {
+        for (test, body) in &condition.branches {
+            if self.value(test, scope)?.is_true() {
+                return self.statements(body, scope, text);
+            }
+        }
+        self.statements(&condition.otherwise, scope, text)
+    }
+
+    fn print(&self, written: &str, text: &mut String) -> Result<(), Error> {
+        self.budget.take(written.len())?;
+        text.push_str(written);
+        Ok(())
+    }
+
+    fn macro_value(&self, definition: &Arc<Macro>, scope: &Rc<Scope>) -> Value {
+        self.scopes.borrow_mut().push(Rc::clone(scope));
+        Value::Macro(Rc::new(MacroValue {
+            definition: Arc::clone(definition),
+            scope: Rc::clone(scope),
+        }))
+    }
+
+    /// The text of a block, filtered.
+    fn filtered(
+        &self,
+        filters: &[Filter],
+        body: &[Statement],
+        scope: &Rc<Scope>,
+    ) -> Result<(Value, Flow), Error> {
+        let mut text = String::new();
+        let flow = self.statements(body, &scope.inner(), &mut text)?;
+        let mut value = Value::from(text);
+        for filter in filters {
+            value = filters::apply(&filter.name, &value, self.given(&filter.arguments, scope)?)?;
+        }
+        Ok((value, flow))
+    }
+
+    /// Goes through a loop, in the scope and at the depth of `around`.
+    fn each(
+        &self,
+        definition: &Arc<For>,
+        items: Vec<Value>,
+        around: (&Rc<Scope>, usize),
+        text: &mut String,
+    ) -> Result<Flow, Error> {
+        let (scope, depth0) = around;
+        let items = Rc::new(self.kept(definition, items, scope)?);
+        let depth = items.iter().map(Value::depth).max().unwrap_or(0);
+        let (mut last_changed, mut has_completed) = (None, false);
+        for (index0, item) in items.iter().enumerate() {
+            let inner = scope.inner();
+            let place = Rc::new(Loop {
+                items: Rc::clone(&items),
+                index0,
+                depth0,
+                depth,
+                last_changed: RefCell::new(last_changed.take()),
+                again: definition
+                    .is_recursive
+                    .then(|| (Arc::clone(definition), Rc::clone(scope))),
+            });
+            inner.set("loop", Value::Loop(Rc::clone(&place)));
+            assign(&definition.target, item.clone(), &inner, scope)?;
+            let flow = self.statements(&definition.body, &inner, text);
+            last_changed = place.last_changed.take();
+            match flow? {
+                Flow::Next => has_completed = true,
+                Flow::Continue => {}
+                Flow::Break => break,
+            }
+        }
+        // In jinja2 an iteration that was cut short does not count.
+        if !has_completed {
+            return self.statements(&definition.otherwise, &scope.inner(), text);
+        }
+        Ok(Flow::Next)
+    }
+
+    /// The items of which the loop's own condition holds.
+    fn kept(
+        &self,
+        definition: &For,
+        items: Vec<Value>,
+        scope: &Rc<Scope>,
+    ) -> Result<Vec<Value>, Error> {
+        let Some(filter) = &definition.filter else {
+            return Ok(items);
+        };
+        let mut kept = Vec::new();
+        for item in items {
+            let inner = scope.inner();
+            assign(&definition.target, item.clone(), &inner, scope)?;
+            if self.value(filter, &inner)?.is_true() {
+                kept.push(item);
+            }
+        }
+        Ok(kept)
+    }
+
+    fn value(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, Error> {
+        let value = self.budget.deeper(|| self.computed(expression, scope))?;
+        if value.depth() > limits::VALUE_DEPTH {
+            let most = limits::VALUE_DEPTH;
+            return Err(Error::new(format!(
+                "more than {most} lists or dictionaries in one another"
+            )));
+        }
+        let is_made = !matches!(
+            expression,
+            Expression::Literal(_)
+                | Expression::Name(_)
+                | Expression::Attribute(..)
+                | Expression::Item(..)
+        );
+        if is_made {
+            self.budget.take(value.size())?;
+        }
+        if let (Value::Namespace(namespace), Expression::Call(..)) = (&value, expression) {
+            self.namespaces.borrow_mut().push(Rc::clone(namespace));
+        }
+        Ok(value)
+    }
+
+    fn computed(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, Error> {
+        let of = |expression: &Expression| self.value(expression, scope);
+        let all =
+            |expressions: &[Expression]| expressions.iter().map(of).collect::<Result<Vec<_>, _>>();
+        Ok(match expression {
+            Expression::Literal(literal) => literal.into(),
+            Expression::Name(name) => match scope.get(name) {
+                Some(value) => value,
+                None if name == "self" => return Err(Error::unsupported("the variable self")),
+                None => Function::named(name).map_or_else(|| undefined_name(name), Value::Function),
+            },
+            Expression::Attribute(object, name) => of(object)?.attribute(name)?,
+            Expression::Item(object, item) => of(object)?.subscript(&of(item)?)?,
+            Expression::Slice(object, slice) => self.slice(&of(object)?, slice, scope)?,
+            Expression::List(items) => Value::list(all(items)?),
+            Expression::Tuple(items) => Value::tuple(all(items)?),
+            Expression::Dict(pairs) => {
+                let mut dict = Dict::default();
+                for (key, value) in pairs {
+                    dict.insert(of(key)?, of(value)?)?;
+                }
+                Value::dict(dict)
+            }
+            Expression::Negative(operand) => of(operand)?.negated()?,
+            Expression::Positive(operand) => of(operand)?.plus()?,
+            Expression::Not(operand) => Value::Bool(!of(operand)?.is_true()),
+            Expression::And(left, right) => {
+                let left = of(left)?;
+                if left.is_true() { of(right)? } else { left }
+            }
+            Expression::Or(left, right) => {
+                let left = of(left)?;
+                if left.is_true() { left } else { of(right)? }
+            }
+            Expression::Arithmetic(operator, left, right) => {
+                of(left)?.arithmetic(*operator, &of(right)?)?
+            }
+            Expression::Concatenation(parts) => {
+                let texts = parts.iter().map(|part| of(part)?.to_text());
+                let texts = texts.collect::<Result<Vec<_>, _>>()?;
+                limits::text(texts.iter().map(|text| text.len()).sum())?;
+                texts.concat().into()
+            }
+            Expression::Comparison(first, rest) => {
+                Value::Bool(self.comparison(first, rest, scope)?)
+            }
+            Expression::Conditional(conditional) => {
+                if of(&conditional.test)?.is_true() {
+                    of(&conditional.then)?
+                } else if let Some(otherwise) = &conditional.otherwise {
+                    of(otherwise)?
+                } else {
+                    let reason = "the inline if-expression evaluated to false and no else section was defined.";
+                    Value::undefined(reason)
+                }
+            }
+            Expression::Call(callee, arguments) => {
+                let callee = of(callee)?;
+                self.call(&callee, self.given(arguments, scope)?)?
+            }
+            Expression::Filter(value, filter) => filters::apply(
+                &filter.name,
+                &of(value)?,
+                self.given(&filter.arguments, scope)?,
+            )?,
+            Expression::Test(value, test) => {
+                let given = self.given(&test.arguments, scope)?;
+                Value::Bool(tests::holds(&test.name, &of(value)?, given)?)
+            }
+        })
+    }
+
+    /// `first < second < …`: every neighbour, up to the first that does not hold.
+    fn comparison(
+        &self,
+        first: &Expression,
+        rest: &[(Comparison, Expression)],
+        scope: &Rc<Scope>,
+    ) -> Result<bool, Error> {
+        let mut left = self.value(first, scope)?;
+        for (comparison, right) in rest {
+            let right = self.value(right, scope)?;
+            if !left.compare(*comparison, &right)? {
+                return Ok(false);
+            }
+            left = right;
+        }
+        Ok(true)
+    }
+
+    fn slice(&self, object: &Value, slice: &Slice, scope: &Rc<Scope>) -> Result<Value, Error> {
+        let evaluated = |part: &Option<Expression>| {
+            let value = part
+                .as_ref()
+                .map(|part| self.value(part, scope))
+                .transpose()?;
+            Ok::<_, Error>(value)
+        };
+        let (start, stop, step) = (
+            evaluated(&slice.start)?,
+            evaluated(&slice.stop)?,
+            evaluated(&slice.step)?,
+        );
+        object.must_be_defined()?;
+        let (Some(length), true) = (object.len(), is_sliceable(object)) else {
+            let name = object.type_name();
+            return Err(Error::new(format!("'{name}' object cannot be sliced")));
+        };
+        let step = bound(step)?.unwrap_or(1);
+        if step == 0 {
+            return Err(Error::new("slice step cannot be zero"));
+        }
+        let places = slice_places(length, bound(start)?, bound(stop)?, step);
+        Ok(match object {
+            Value::Text(text) => {
+                let chars: Vec<char> = text.text.chars().collect();
+                text.with(
+                    &places
+                        .into_iter()
+                        .map(|place| chars[place])
+                        .collect::<String>(),
+                )
+            }
+            Value::Tuple(tuple) => Value::tuple(
+                places
+                    .into_iter()
+                    .map(|place| tuple.items[place].clone())
+                    .collect(),
+            ),
+            Value::Range(_) => return Err(Error::unsupported("a slice of a range")),
+            other => {
+                let items = other.iterate()?;
+                Value::list(
+                    places
+                        .into_iter()
+                        .map(|place| items[place].clone())
+                        .collect(),
+                )
+            }
+        })
+    }
+
+    fn given(&self, arguments: &Arguments, scope: &Rc<Scope>) -> Result<Given, Error> {
+        let mut given = Given::default();
+        for argument in &arguments.positional {
+            given.positional.push(self.value(argument, scope)?);
+        }
+        for (name, argument) in &arguments.named {
+            given
+                .named
+                .push((name.clone(), self.value(argument, scope)?));
+        }
+        if let Some(more) = &arguments.more {
+            given.positional.extend(self.value(more, scope)?.iterate()?);
+        }
+        if let Some(more) = &arguments.more_named {
+            let Value::Dict(dict) = self.value(more, scope)? else {
+                return Err(Error::new("argument after ** must be a mapping"));
+            };
+            for (name, value) in &dict.pairs {
+                let named = name
+                    .as_str()
+                    .ok_or_else(|| Error::new("keywords must be strings"))?;
+                given.named.push((named.to_owned(), value.clone()));
+            }
+        }
+        Ok(given)
+    }
+
+    fn call(&self, callee: &Value, given: Given) -> Result<Value, Error> {
+        callee.must_be_defined()?;
+        match callee {
+            Value::Macro(called) => self.call_macro(called, given),
+            Value::Method(method) => method.call(given),
+            Value::Function(function) => function.call(given),
+            Value::Loop(around) => {
+                let Some((definition, scope)) = &around.again else {
+                    let message =
+                        "The loop must have the 'recursive' marker to be called recursively.";
+                    return Err(Error::new(message));
+                };
+                let given = given.bind("loop", &["iterable"])?;
+                let items = given.required(0)?.iterate()?;
+                let mut text = String::new();
+                self.each(definition, items, (scope, around.depth0 + 1), &mut text)?;
+                Ok(text.into())
+            }
+            Value::Joiner(joiner) => {
+                let (separator, is_used) = joiner.as_ref();
+                Ok(if is_used.replace(true) {
+                    separator.clone()
+                } else {
+                    "".into()
+                })
+            }
+            other => Err(Error::new(format!(
+                "'{}' object is not callable",
+                other.type_name()
+            ))),
+        }
+    }
+
+    fn call_macro(&self, called: &MacroValue, given: Given) -> Result<Value, Error> {
+        let definition = &called.definition;
+        let Given {
+            positional,
+            mut named,
+        } = given;
+        let scope = called.scope.inner();
+        let mut positional = positional.into_iter();
+        let mut take = |name: &str| {
+            let place = named.iter().position(|(known, _)| known == name)?;
+            Some(named.remove(place).1)
+        };
+        for (name, default) in &definition.parameters {
+            let value = match (positional.next().or_else(|| take(name)), default) {
+                (Some(value), _) => value,
+                (None, Some(default)) => self.value(default, &scope)?,
+                (None, None) => Value::undefined(format!("parameter '{name}' was not provided")),
+            };
+            scope.set(name, value);
+        }
+        let takes = definition.takes;
+        let has_caller = definition
+            .parameters
+            .iter()
+            .any(|(name, _)| name == "caller");
+        if takes.caller && !has_caller {
+            let caller = take("caller").filter(|caller| !matches!(caller, Value::None));
+            scope.set(
+                "caller",
+                caller.unwrap_or_else(|| Value::undefined("No caller defined")),
+            );
+        }
+        let rest: Vec<Value> = positional.collect();
+        let name = &definition.name;
+        if takes.kwargs {
+            let mut dict = Dict::default();
+            for (name, value) in named.drain(..) {
+                dict.insert(name.into(), value)?;
+            }
+            scope.set("kwargs", Value::dict(dict));
+        } else if let Some((unknown, _)) = named.first() {
+            return Err(Error::new(format!(
+                "macro '{name}' takes no keyword argument '{unknown}'"
+            )));
+        }
+        if takes.varargs {
+            scope.set("varargs", Value::tuple(rest));
+        } else if !rest.is_empty() {
+            let most = definition.parameters.len();
+            return Err(Error::new(format!(
+                "macro '{name}' takes not more than {most} argument(s)"
+            )));
+        }
+        let mut text = String::new();
+        self.statements(&definition.body, &scope, &mut text)?;
+        Ok(text.into())
+    }
+}
+
+fn is_sliceable(value: &Value) -> bool {
+    matches!(
+        value,
+        Value::Text(_) | Value::List(_) | Value::Tuple(_) | Value::Range(_)
+    )
+}
+
+/// Assigns in `scope`; namespaces are looked for from `around` on.
+fn assign(
+    target: &Target,
+    value: Value,
+    scope: &Rc<Scope>,
+    around: &Rc<Scope>,
+) -> Result<(), Error> {
+    match target {
+        Target::Name(name) => scope.set(name, value),
+        Target::Attribute(name, attribute) => {
+            let Some(Value::Namespace(namespace)) = around.get(name) else {
+                return Err(Error::new(
+                    "cannot assign attribute on non-namespace object",
+                ));
+            };
+            if attribute.starts_with('_') {
+                let message = format!(
+                    "a namespace cannot store '{attribute}', which begins with an underscore"
+                );
+                return Err(Error::new(message));
+            }
+            namespace
+                .borrow_mut()
+                .insert(attribute.as_str().into(), value)?;
+        }
+        Target::Tuple(targets) => {
+            let values = value.iterate()?;
+            let (expected, got) = (targets.len(), values.len());
+            if got < expected {
+                return Err(Error::new(format!(
+                    "not enough values to unpack (expected {expected}, got {got})"
+                )));
+            }
+            if got > expected {
+                return Err(Error::new(format!(
+                    "too many values to unpack (expected {expected})"
+                )));
+            }
+            for (target, value) in targets.iter().zip(values) {
+                assign(target, value, scope, around)?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,55 @@
+//! Variables, scope in scope.
+
+use std::{cell::RefCell, rc::Rc};
+
+use crate::value::Value;
+
+/// The variables of a block and, behind them, those of the blocks around it.
+#[derive(Debug)]
+pub(crate) struct Scope {
+    variables: RefCell<Vec<(String, Value)>>,
+    parent: Option<Rc<Scope>>,
+}
+
+impl Scope {
+    /// The outermost scope, empty.
+    pub(crate) fn root() -> Rc<Self> {
+        Rc::new(Self {
+            variables: RefCell::default(),
+            parent: None,
+        })
+    }
+
+    /// An empty scope within this one.
+    pub(crate) fn inner(self: &Rc<Self>) -> Rc<Self> {
+        Rc::new(Self {
+            variables: RefCell::default(),
+            parent: Some(Rc::clone(self)),
+        })
+    }
+
+    /// The variable as the innermost scope that has it says.
+    pub(crate) fn get(&self, name: &str) -> Option<Value> {
+        let own = self.variables.borrow();
+        let found = own.iter().find(|(known, _)| known == name);
+        match (found, &self.parent) {
+            (Some((_, value)), _) => Some(value.clone()),
+            (None, Some(parent)) => parent.get(name),
+            (None, None) => None,
+        }
+    }
+
+    /// Forgets all variables of this scope.
+    pub(crate) fn clear(&self) {
+        self.variables.take();
+    }
+
+    /// Sets a variable of this scope.
+    pub(crate) fn set(&self, name: &str, value: Value) {
+        let mut own = self.variables.borrow_mut();
+        match own.iter_mut().find(|(known, _)| known == name) {
+            Some((_, old)) => *old = value,
+            None => own.push((name.to_owned(), value)),
+        }
+    }
+}

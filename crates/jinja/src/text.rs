@@ -1,0 +1,136 @@
+//! Python's views of text: what is white space, what can be printed, how a string is written down.
+
+/// Whether Python calls this white space.
+pub(crate) fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
+}
+
+/// Whether Python prints this as it is in the representation of a string.
+pub(crate) fn is_printable(c: char) -> bool {
+    match c {
+        ' '..='~' => true,
+        '\0'..='\x7f' => false,
+        // The standard library's table is of the same categories. It escapes also what joins the character
+        // before it, but not behind another one.
+        c => !format!("a{c}").escape_debug().any(|escaped| escaped == '{'),
+    }
+}
+
+/// Python's `repr` of a string.
+pub(crate) fn repr(text: &str) -> String {
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
+    let mut written = String::from(quote);
+    for c in text.chars() {
+        match c {
+            '\\' => written.push_str("\\\\"),
+            '\n' => written.push_str("\\n"),
+            '\r' => written.push_str("\\r"),
+            '\t' => written.push_str("\\t"),
+            c if c == quote => written.extend(['\\', c]),
+            c if is_printable(c) => written.push(c),
+            c => written.push_str(&escape(c)),
+        }
+    }
+    written.push(quote);
+    written
+}
+
+fn escape(c: char) -> String {
+    match u32::from(c) {
+        code @ 0..=0xff => format!("\\x{code:02x}"),
+        code @ 0x100..=0xffff => format!("\\u{code:04x}"),
+        code => format!("\\U{code:08x}"),
+    }
+}
+
+/// Python's `str.splitlines`.
+pub(crate) fn lines(text: &str, keeps_ends: bool) -> Vec<String> {
+    let is_end = |c: char| {
+        matches!(
+            c,
+            '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}'
+        )
+    };
+    let mut lines = Vec::new();
+    let mut rest = text;
+    while let Some(place) = rest.find(is_end) {
+        let ending = if rest[place..].starts_with("\r\n") {
+            2
+        } else {
+            rest[place..].chars().next().map_or(1, char::len_utf8)
+        };
+        let kept = if keeps_ends { place + ending } else { place };
+        lines.push(rest[..kept].to_owned());
+        rest = &rest[place + ending..];
+    }
+    if !rest.is_empty() {
+        lines.push(rest.to_owned());
+    }
+    lines
+}
+
+/// The character in the case of titles: of two letters in one the first is large.
+fn title_case(c: char) -> String {
+    match c {
+        'Ǆ' | 'ǅ' | 'ǆ' => "ǅ".into(),
+        'Ǉ' | 'ǈ' | 'ǉ' => "ǈ".into(),
+        'Ǌ' | 'ǋ' | 'ǌ' => "ǋ".into(),
+        'Ǳ' | 'ǲ' | 'ǳ' => "ǲ".into(),
+        c => {
+            let mut upper = c.to_uppercase();
+            let first = upper.next().into_iter();
+            first.chain(upper.flat_map(char::to_lowercase)).collect()
+        }
+    }
+}
+
+/// Python's `str.capitalize`.
+pub(crate) fn capitalize(text: &str) -> String {
+    let mut chars = text.chars();
+    let first = chars.next().map(title_case).unwrap_or_default();
+    first + &chars.as_str().to_lowercase()
+}
+
+/// Python's `str.title`: every run of letters capitalised.
+pub(crate) fn title(text: &str) -> String {
+    let mut written = String::new();
+    let mut follows_letter = false;
+    for c in text.chars() {
+        if follows_letter {
+            written.extend(c.to_lowercase());
+        } else {
+            written.push_str(&title_case(c));
+        }
+        follows_letter = c.is_lowercase() || c.is_uppercase() || is_title_case(c);
+    }
+    written
+}
+
+fn is_title_case(c: char) -> bool {
+    matches!(c, 'ǅ' | 'ǈ' | 'ǋ' | 'ǲ')
+}
+
+/// Python's `str.istitle`.
+pub(crate) fn is_title(text: &str) -> bool {
+    let (mut follows_letter, mut has_letters) = (false, false);
+    for c in text.chars() {
+        if c.is_uppercase() || is_title_case(c) {
+            if follows_letter {
+                return false;
+            }
+            (follows_letter, has_letters) = (true, true);
+        } else if c.is_lowercase() {
+            if !follows_letter {
+                return false;
+            }
+            has_letters = true;
+        } else {
+            follows_letter = false;
+        }
+    }
+    has_letters
+}

@@ -1,0 +1,528 @@
+//! Python's values, as far as templates see them.
+
+use std::{cell::RefCell, collections::VecDeque, fmt, rc::Rc};
+
+use serde_json::Value as Json;
+
+use crate::{
+    Error, ast::Literal, functions::Function, limits, loops::Loop, methods::Method, number,
+    render::MacroValue, text,
+};
+
+/// A value.
+#[derive(Clone)]
+pub(crate) enum Value {
+    /// What is not there: empty wherever that makes sense, and an error elsewhere.
+    Undefined(Rc<Undefined>),
+    None,
+    Bool(bool),
+    Int(i128),
+    Float(f64),
+    Text(Text),
+    List(Rc<List>),
+    Tuple(Rc<Tuple>),
+    Dict(Rc<Dict>),
+    /// What a dictionary's `keys`, `values` and `items` give.
+    View(Rc<View>),
+    Range(Range),
+    /// What can be gone through once.
+    Generator(Rc<Generator>),
+    Namespace(Rc<RefCell<Dict>>),
+    Loop(Rc<Loop>),
+    Macro(Rc<MacroValue>),
+    Method(Rc<Method>),
+    Function(Function),
+    /// What `cycler` gives: values, and at which one it is.
+    Cycler(Rc<(Vec<Value>, RefCell<usize>)>),
+    /// What `joiner` gives: a separator, and whether it was used.
+    Joiner(Rc<(Value, RefCell<bool>)>),
+}
+
+/// Why a value is not there.
+#[derive(Debug, Clone)]
+pub(crate) struct Undefined {
+    /// As jinja2 says it when it matters.
+    pub(crate) reason: String,
+}
+
+/// A string.
+#[derive(Clone)]
+pub(crate) struct Text {
+    pub(crate) text: Rc<str>,
+    /// Whether it was escaped for HTML, or said to be: then what is added to it is escaped.
+    pub(crate) is_safe: bool,
+}
+
+/// A list.
+pub(crate) struct List {
+    pub(crate) items: Vec<Value>,
+    depth: usize,
+}
+
+/// A tuple; `groupby` gives ones whose elements have names.
+pub(crate) struct Tuple {
+    pub(crate) items: Vec<Value>,
+    pub(crate) names: &'static [&'static str],
+    depth: usize,
+}
+
+/// What was not gone through yet.
+pub(crate) struct Generator {
+    pub(crate) rest: RefCell<VecDeque<Value>>,
+    depth: usize,
+}
+
+/// How deep the deepest of these is.
+fn deepest<'a>(values: impl IntoIterator<Item = &'a Value>) -> usize {
+    values.into_iter().map(Value::depth).max().unwrap_or(0)
+}
+
+/// A dictionary, in the order of insertion.
+#[derive(Clone, Default)]
+pub(crate) struct Dict {
+    pub(crate) pairs: Vec<(Value, Value)>,
+    depth: usize,
+}
+
+/// What of a dictionary a view shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ViewKind {
+    Keys,
+    Values,
+    Items,
+}
+
+/// A view of a dictionary.
+pub(crate) struct View {
+    pub(crate) kind: ViewKind,
+    pub(crate) dict: Rc<Dict>,
+}
+
+/// `range(start, stop, step)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Range {
+    pub(crate) start: i128,
+    pub(crate) stop: i128,
+    /// Not 0.
+    pub(crate) step: i128,
+}
+
+impl Range {
+    pub(crate) fn len(self) -> i128 {
+        let span = if self.step > 0 {
+            self.stop - self.start
+        } else {
+            self.start - self.stop
+        };
+        let step = self.step.abs();
+        if span <= 0 {
+            0
+        } else {
+            (span + step - 1) / step
+        }
+    }
+
+    pub(crate) fn items(self) -> Vec<Value> {
+        (0..self.len())
+            .map(|place| Value::Int(self.start + place * self.step))
+            .collect()
+    }
+}
+
+impl Dict {
+    pub(crate) fn get(&self, key: &Value) -> Option<&Value> {
+        let found = self.pairs.iter().find(|(known, _)| known.equals(key));
+        found.map(|(_, value)| value)
+    }
+
+    pub(crate) fn get_text(&self, key: &str) -> Option<&Value> {
+        let is_key = |known: &Value| matches!(known, Value::Text(text) if *text.text == *key);
+        let found = self.pairs.iter().find(|(known, _)| is_key(known));
+        found.map(|(_, value)| value)
+    }
+
+    /// Sets a key; one that is there keeps its place.
+    pub(crate) fn insert(&mut self, key: Value, value: Value) -> Result<(), Error> {
+        key.check_hashable()?;
+        self.depth = self.depth.max(key.depth()).max(value.depth());
+        if self.pairs.len() == limits::KEYS {
+            return Err(Error::new(format!(
+                "a dictionary of more than {} keys",
+                limits::KEYS
+            )));
+        }
+        match self.pairs.iter_mut().find(|(known, _)| known.equals(&key)) {
+            Some((_, old)) => *old = value,
+            None => self.pairs.push((key, value)),
+        }
+        Ok(())
+    }
+}
+
+impl View {
+    pub(crate) fn items(&self) -> Vec<Value> {
+        let pairs = self.dict.pairs.iter();
+        let shown = pairs.map(|(key, value)| match self.kind {
+            ViewKind::Keys => key.clone(),
+            ViewKind::Values => value.clone(),
+            ViewKind::Items => Value::tuple(vec![key.clone(), value.clone()]),
+        });
+        shown.collect()
+    }
+}
+
+impl From<&str> for Value {
+    fn from(text: &str) -> Self {
+        Self::Text(Text {
+            text: text.into(),
+            is_safe: false,
+        })
+    }
+}
+
+impl From<String> for Value {
+    fn from(text: String) -> Self {
+        Self::from(text.as_str())
+    }
+}
+
+impl From<&Literal> for Value {
+    fn from(literal: &Literal) -> Self {
+        match literal {
+            Literal::None => Self::None,
+            Literal::Bool(value) => Self::Bool(*value),
+            Literal::Int(number) => Self::Int(*number),
+            Literal::Float(number) => Self::Float(*number),
+            Literal::Text(text) => Self::from(text.as_str()),
+        }
+    }
+}
+
+impl From<&Json> for Value {
+    fn from(json: &Json) -> Self {
+        match json {
+            Json::Null => Self::None,
+            Json::Bool(value) => Self::Bool(*value),
+            Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+                (Some(number), _) => Self::Int(number.into()),
+                (None, Some(number)) => Self::Int(number.into()),
+                (None, None) => Self::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            Json::String(text) => Self::from(text.as_str()),
+            Json::Array(items) => Self::list(items.iter().map(Self::from).collect()),
+            Json::Object(map) => {
+                let pairs = map
+                    .iter()
+                    .map(|(key, value)| (key.as_str().into(), value.into()));
+                let pairs: Vec<(Value, Value)> = pairs.collect();
+                let depth = deepest(pairs.iter().map(|(_, value)| value));
+                Self::Dict(Rc::new(Dict { pairs, depth }))
+            }
+        }
+    }
+}
+
+impl Value {
+    pub(crate) fn list(items: Vec<Value>) -> Self {
+        let depth = deepest(&items);
+        Self::List(Rc::new(List { items, depth }))
+    }
+
+    pub(crate) fn tuple(items: Vec<Value>) -> Self {
+        Self::named_tuple(items, &[])
+    }
+
+    pub(crate) fn named_tuple(items: Vec<Value>, names: &'static [&'static str]) -> Self {
+        let depth = deepest(&items);
+        Self::Tuple(Rc::new(Tuple {
+            items,
+            names,
+            depth,
+        }))
+    }
+
+    pub(crate) fn dict(pairs: Dict) -> Self {
+        Self::Dict(Rc::new(pairs))
+    }
+
+    pub(crate) fn generator(items: Vec<Value>) -> Self {
+        let depth = deepest(&items);
+        let rest = RefCell::new(items.into());
+        Self::Generator(Rc::new(Generator { rest, depth }))
+    }
+
+    /// How many values are within one another. Namespaces do not count: the renderer holds them, so that
+    /// they are no part of what holds them here.
+    pub(crate) fn depth(&self) -> usize {
+        1 + match self {
+            Self::List(list) => list.depth,
+            Self::Tuple(tuple) => tuple.depth,
+            Self::Dict(dict) => dict.depth,
+            Self::View(view) => view.dict.depth,
+            Self::Generator(generator) => generator.depth,
+            Self::Loop(around) => around.depth,
+            Self::Method(method) => method.receiver.depth(),
+            Self::Cycler(cycler) => deepest(&cycler.0),
+            Self::Joiner(joiner) => joiner.0.depth(),
+            _ => 0,
+        }
+    }
+
+    /// About how many bytes it takes by itself.
+    pub(crate) fn size(&self) -> usize {
+        match self {
+            Self::Text(text) => text.text.len(),
+            other => size_of::<Value>() * other.len().unwrap_or(1),
+        }
+    }
+
+    pub(crate) fn undefined(reason: impl Into<String>) -> Self {
+        let reason = reason.into();
+        Self::Undefined(Rc::new(Undefined { reason }))
+    }
+
+    /// A string that is not escaped again.
+    pub(crate) fn safe(text: &str) -> Self {
+        Self::Text(Text {
+            text: text.into(),
+            is_safe: true,
+        })
+    }
+
+    pub(crate) fn as_str(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(&text.text),
+            _ => None,
+        }
+    }
+
+    /// The integer that it is, `True` being 1.
+    pub(crate) fn as_int(&self) -> Option<i128> {
+        match self {
+            Self::Int(number) => Some(*number),
+            Self::Bool(value) => Some(i128::from(*value)),
+            _ => None,
+        }
+    }
+
+    /// Python's name of its type.
+    pub(crate) fn type_name(&self) -> &'static str {
+        match self {
+            Self::Undefined(_) => "Undefined",
+            Self::None => "NoneType",
+            Self::Bool(_) => "bool",
+            Self::Int(_) => "int",
+            Self::Float(_) => "float",
+            Self::Text(Text { is_safe: true, .. }) => "Markup",
+            Self::Text(_) => "str",
+            Self::List(_) => "list",
+            Self::Tuple(_) => "tuple",
+            Self::Dict(_) => "dict",
+            Self::View(view) => match view.kind {
+                ViewKind::Keys => "dict_keys",
+                ViewKind::Values => "dict_values",
+                ViewKind::Items => "dict_items",
+            },
+            Self::Range(_) => "range",
+            Self::Generator(_) => "generator",
+            Self::Namespace(_) => "TemplateNamespace",
+            Self::Loop(_) => "LoopContext",
+            Self::Macro(_) => "Macro",
+            Self::Method(_) => "builtin_function_or_method",
+            Self::Function(_) => "function",
+            Self::Cycler(_) => "Cycler",
+            Self::Joiner(_) => "Joiner",
+        }
+    }
+
+    /// The error of using what is not there.
+    pub(crate) fn must_be_defined(&self) -> Result<(), Error> {
+        match self {
+            Self::Undefined(undefined) => Err(Error::new(undefined.reason.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Python's `bool`.
+    pub(crate) fn is_true(&self) -> bool {
+        match self {
+            Self::Undefined(_) | Self::None => false,
+            Self::Bool(value) => *value,
+            Self::Int(number) => *number != 0,
+            Self::Float(number) => *number != 0.0,
+            _ => self.len().is_none_or(|length| length > 0),
+        }
+    }
+
+    /// Python's `len`, of what has one.
+    pub(crate) fn len(&self) -> Option<usize> {
+        Some(match self {
+            Self::Undefined(_) => 0,
+            Self::Text(text) => text.text.chars().count(),
+            Self::List(list) => list.items.len(),
+            Self::Tuple(tuple) => tuple.items.len(),
+            Self::Dict(dict) => dict.pairs.len(),
+            Self::View(view) => view.dict.pairs.len(),
+            Self::Range(range) => usize::try_from(range.len()).unwrap_or(usize::MAX),
+            Self::Loop(around) => around.items.len(),
+            _ => return None,
+        })
+    }
+
+    /// Its elements, one after another. What can be gone through once is at its end then.
+    pub(crate) fn iterate(&self) -> Result<Vec<Value>, Error> {
+        Ok(match self {
+            Self::Undefined(_) => Vec::new(),
+            Self::Text(text) => {
+                let mut buffer = [0; 4];
+                limits::items(text.text.len())?;
+                text.text
+                    .chars()
+                    .map(|c| Self::from(&*c.encode_utf8(&mut buffer)))
+                    .collect()
+            }
+            Self::List(list) => list.items.clone(),
+            Self::Tuple(tuple) => tuple.items.clone(),
+            Self::Dict(dict) => dict.pairs.iter().map(|(key, _)| key.clone()).collect(),
+            Self::View(view) => view.items(),
+            Self::Range(range) => range.items(),
+            Self::Generator(generator) => generator.rest.borrow_mut().drain(..).collect(),
+            Self::Loop(_) => return Err(Error::unsupported("going through a loop's own variable")),
+            other => {
+                return Err(Error::new(format!(
+                    "'{}' object is not iterable",
+                    other.type_name()
+                )));
+            }
+        })
+    }
+
+    pub(crate) fn is_iterable(&self) -> bool {
+        matches!(
+            self,
+            Self::Undefined(_)
+                | Self::Text(_)
+                | Self::List(_)
+                | Self::Tuple(_)
+                | Self::Dict(_)
+                | Self::View(_)
+                | Self::Range(_)
+                | Self::Generator(_)
+                | Self::Loop(_)
+        )
+    }
+
+    pub(crate) fn is_callable(&self) -> bool {
+        matches!(
+            self,
+            Self::Macro(_)
+                | Self::Method(_)
+                | Self::Function(_)
+                | Self::Loop(_)
+                | Self::Joiner(_)
+                // Calling it is an error, but `callable` looks only for the method.
+                | Self::Undefined(_)
+        )
+    }
+
+    /// That it can be a key.
+    pub(crate) fn check_hashable(&self) -> Result<(), Error> {
+        match self {
+            Self::List(_) | Self::Dict(_) => Err(Error::new(format!(
+                "unhashable type: '{}'",
+                self.type_name()
+            ))),
+            Self::Tuple(tuple) => tuple.items.iter().try_for_each(Self::check_hashable),
+            _ => Ok(()),
+        }
+    }
+
+    /// Python's `str`.
+    pub(crate) fn to_text(&self) -> Result<Rc<str>, Error> {
+        Ok(match self {
+            Self::Undefined(_) => "".into(),
+            Self::Text(text) => Rc::clone(&text.text),
+            other => other.repr()?.into(),
+        })
+    }
+
+    /// Python's `repr`.
+    pub(crate) fn repr(&self) -> Result<String, Error> {
+        self.repr_within(0)
+    }
+
+    /// As [`Self::repr`], within so many namespaces.
+    fn repr_within(&self, namespaces: usize) -> Result<String, Error> {
+        let joined = |items: &[Value]| joined(items, namespaces);
+        Ok(match self {
+            Self::Undefined(_) => "Undefined".into(),
+            Self::None => "None".into(),
+            Self::Bool(true) => "True".into(),
+            Self::Bool(false) => "False".into(),
+            Self::Int(number) => number.to_string(),
+            Self::Float(number) => number::float_repr(*number),
+            Self::Text(text) if text.is_safe => format!("Markup({})", text::repr(&text.text)),
+            Self::Text(text) => text::repr(&text.text),
+            Self::List(list) => format!("[{}]", joined(&list.items)?),
+            Self::Tuple(tuple) => match tuple.items.as_slice() {
+                [only] => format!("({},)", only.repr_within(namespaces)?),
+                items => format!("({})", joined(items)?),
+            },
+            Self::Dict(dict) => dict.repr(namespaces)?,
+            Self::View(view) => format!("{}([{}])", self.type_name(), joined(&view.items())?),
+            Self::Range(Range {
+                start,
+                stop,
+                step: 1,
+            }) => format!("range({start}, {stop})"),
+            Self::Range(range) => {
+                format!("range({}, {}, {})", range.start, range.stop, range.step)
+            }
+            Self::Namespace(namespace) => {
+                if namespaces == 1 {
+                    return Err(Error::unsupported(
+                        "printing a namespace that holds another",
+                    ));
+                }
+                format!("<Namespace {}>", namespace.borrow().repr(namespaces + 1)?)
+            }
+            Self::Loop(around) => {
+                format!("<LoopContext {}/{}>", around.index(), around.items.len())
+            }
+            Self::Macro(defined) => format!("<Macro {}>", text::repr(&defined.definition.name)),
+            other => {
+                let name = other.type_name();
+                return Err(Error::new(format!(
+                    "a {name} cannot be printed: Python prints its address"
+                )));
+            }
+        })
+    }
+}
+
+impl Dict {
+    fn repr(&self, namespaces: usize) -> Result<String, Error> {
+        let pairs = self.pairs.iter();
+        let pairs = pairs.map(|(key, value)| {
+            let value = value.repr_within(namespaces)?;
+            Ok(format!("{}: {value}", key.repr_within(namespaces)?))
+        });
+        let pairs: Vec<String> = pairs.collect::<Result<_, Error>>()?;
+        Ok(format!("{{{}}}", pairs.join(", ")))
+    }
+}
+
+fn joined(items: &[Value], namespaces: usize) -> Result<String, Error> {
+    let items = items.iter().map(|item| item.repr_within(namespaces));
+    let items: Vec<String> = items.collect::<Result<_, _>>()?;
+    Ok(items.join(", "))
+}
+
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.repr() {
+            Ok(text) => f.write_str(&text),
+            Err(_) => write!(f, "<{}>", self.type_name()),
+        }
+    }
+}

@@ -1,0 +1,540 @@
+//! Chat templates: from a dialogue to the one text that the model was trained to continue.
+//!
+//! A template is a Jinja program that a Hugging Face folder carries. This module promises the text that
+//! the `apply_chat_template` of transformers gives: with `add_generation_prompt`, and where the last turn
+//! is the assistant's with `continue_final_message` instead. What `jinja` does not know is refused, never
+//! rendered otherwise; a template that does not compile is refused when the folder is opened. Tokens this
+//! module does not know, save for the names of the special ones.
+
+mod continuation;
+
+use std::path::{Path, PathBuf};
+
+use jinja::Template;
+use messages::{Dialogue, Message};
+use serde_json::{Map, Value};
+
+use crate::{
+    ModelError,
+    special::{SpecialTokens, optional_json},
+};
+
+/// A compiled template, its variant for dialogues with tools, and the special tokens that they may name.
+pub(crate) struct ChatTemplate {
+    default: Option<Source>,
+    tool_use: Option<Source>,
+    special: Vec<(String, String)>,
+}
+
+/// A template as it was written, and compiled.
+struct Source {
+    text: String,
+    template: Template,
+}
+
+impl Source {
+    fn compile(path: &Path, text: String) -> Result<Self, ModelError> {
+        match Template::compile(&text) {
+            Ok(template) => Ok(Self { text, template }),
+            Err(error) => Err(ModelError::Malformed {
+                path: path.to_owned(),
+                reason: format!(
+                    "its chat template does not compile: {error}; another file can be named instead"
+                ),
+            }),
+        }
+    }
+
+    fn read(path: PathBuf) -> Result<Self, ModelError> {
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Self::compile(&path, text),
+            Err(source) => Err(ModelError::Unreadable { path, source }),
+        }
+    }
+}
+
+/// The variables that are not the template's own.
+const RESERVED: [&str; 4] = [
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+];
+
+impl ChatTemplate {
+    /// The template `given`, else `chat_template.jinja` of `folder` with what lies in its
+    /// `additional_chat_templates`, else those in its `tokenizer_config.json`; none when there is none of
+    /// them.
+    pub(crate) fn load(
+        folder: &Path,
+        given: Option<&Path>,
+        special: &SpecialTokens,
+    ) -> Result<Option<Self>, ModelError> {
+        let beside = folder.join("chat_template.jinja");
+        let (default, tool_use) = if let Some(path) = given {
+            (Some(Source::read(path.to_owned())?), None)
+        } else if beside.exists() {
+            let other = folder.join("additional_chat_templates/tool_use.jinja");
+            let tool_use = other.exists().then(|| Source::read(other)).transpose()?;
+            (Some(Source::read(beside)?), tool_use)
+        } else {
+            let settings = folder.join("tokenizer_config.json");
+            let named = &optional_json(&settings)?["chat_template"];
+            let source = |name| {
+                let text = template_named(named, name);
+                text.map(|text| Source::compile(&settings, text.to_owned()))
+                    .transpose()
+            };
+            (source("default")?, source("tool_use")?)
+        };
+        if default.is_none() && tool_use.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            default,
+            tool_use,
+            special: special.variables().to_vec(),
+        }))
+    }
+
+    /// The text of `dialogue`, ending where the assistant's next turn begins, or in its last one.
+    pub(crate) fn render(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
+        if dialogue.continues_final_message() {
+            let source = self.source(dialogue)?;
+            let messages = messages(dialogue);
+            let text = continuation::rendered(&source.text, messages, |messages| {
+                self.text(source, dialogue, messages, Ending::Closed)
+            });
+            return text.map_err(failure);
+        }
+        self.ended(dialogue, Ending::GenerationPrompt)
+    }
+
+    /// The text of `dialogue` as it is, its last turn closed.
+    pub(crate) fn render_closed(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
+        self.ended(dialogue, Ending::Closed)
+    }
+
+    fn ended(&self, dialogue: &Dialogue, ending: Ending) -> Result<String, ModelError> {
+        let source = self.source(dialogue)?;
+        let text = self.text(source, dialogue, messages(dialogue), ending);
+        text.map_err(failure)
+    }
+
+    /// The template for the dialogue, chosen as transformers does.
+    fn source(&self, dialogue: &Dialogue) -> Result<&Source, ModelError> {
+        let for_tools = self
+            .tool_use
+            .as_ref()
+            .filter(|_| !dialogue.tools.is_empty());
+        for_tools.or(self.default.as_ref()).ok_or_else(|| {
+            failure(
+                "the model has a template for dialogues with tools only, none named \"default\""
+                    .into(),
+            )
+        })
+    }
+
+    fn text(
+        &self,
+        source: &Source,
+        dialogue: &Dialogue,
+        messages: Vec<Value>,
+        ending: Ending,
+    ) -> Result<String, String> {
+        let mut variables = Map::new();
+        variables.insert("documents".into(), Value::Null);
+        let special = self.special.iter();
+        variables.extend(special.map(|(name, text)| (name.clone(), text.as_str().into())));
+        for (name, value) in &dialogue.template_kwargs {
+            if RESERVED.contains(&name.as_str()) {
+                return Err(format!(
+                    "template_kwargs may not set {name:?}, which follows from the dialogue"
+                ));
+            }
+            variables.insert(name.clone(), value.clone());
+        }
+        let tools = match dialogue.tools.as_slice() {
+            [] => Value::Null,
+            tools => tools.into(),
+        };
+        variables.insert("tools".into(), tools);
+        variables.insert("messages".into(), messages.into());
+        let is_open = matches!(ending, Ending::GenerationPrompt);
+        variables.insert("add_generation_prompt".into(), is_open.into());
+        source
+            .template
+            .render(&variables)
+            .map_err(|error| error.to_string())
+    }
+}
+
+/// What follows the last turn.
+#[derive(Clone, Copy)]
+enum Ending {
+    /// What begins the assistant's turn.
+    GenerationPrompt,
+    /// Nothing.
+    Closed,
+}
+
+fn failure(reason: String) -> ModelError {
+    ModelError::ChatTemplate { reason }
+}
+
+/// The template of this name: one that is a string is the default.
+fn template_named<'a>(templates: &'a Value, name: &str) -> Option<&'a str> {
+    match templates {
+        Value::String(text) => Some(text.as_str()).filter(|_| name == "default"),
+        Value::Array(entries) => {
+            let named = |entry: &&Value| entry["name"] == name;
+            entries.iter().find(named)?["template"].as_str()
+        }
+        _ => None,
+    }
+}
+
+/// The names under which a message may say what the assistant thought.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// The turns as transformers gives them to templates: without what is null, and with the assistant's
+/// thoughts under both names that templates read.
+fn messages(dialogue: &Dialogue) -> Vec<Value> {
+    dialogue
+        .messages
+        .iter()
+        .map(|message| message_value(message).into())
+        .collect()
+}
+
+fn message_value(message: &Message) -> Map<String, Value> {
+    let mut turn = Map::new();
+    turn.insert("role".into(), message.role.as_str().into());
+    turn.insert("content".into(), message.content.clone());
+    turn.extend(message.extra.clone());
+    turn.retain(|_, value| !value.is_null());
+    let Some(thought) = REASONING.iter().find_map(|name| turn.get(*name)).cloned() else {
+        return turn;
+    };
+    let mut aliased = Map::new();
+    aliased.insert("thinking".into(), thought.clone());
+    aliased.extend(turn);
+    aliased.insert("reasoning_content".into(), thought);
+    aliased
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::fixtures::shared;
+
+    const IM: [&str; 2] = [
+        "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
+        "Hello!<|im_end|>\n<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    ];
+    const THOUGHT: &str = "<think>\nA greeting.\n</think>\n\n";
+
+    fn dialogue() -> Dialogue {
+        Dialogue::new(vec![
+            Message::new("system", "Be brief."),
+            Message::new("user", "Hi there"),
+            Message::new("assistant", &format!("{THOUGHT}Hello!")),
+            Message::new("user", "Why is the sky blue?"),
+        ])
+    }
+
+    fn template(source: &str) -> ChatTemplate {
+        let special = SpecialTokens::named_by(&[json!({"bos_token": "<s>"})]);
+        ChatTemplate {
+            default: Some(Source::compile(Path::new("template"), source.to_owned()).unwrap()),
+            tool_use: None,
+            special: special.variables().to_vec(),
+        }
+    }
+
+    fn real(folder: &str) -> Option<ChatTemplate> {
+        let folder = shared(&format!("data/tokenizers/{folder}"))?;
+        Some(
+            ChatTemplate::load(&folder, None, &SpecialTokens::read(&folder).unwrap())
+                .unwrap()
+                .expect("the folder has a template"),
+        )
+    }
+
+    /// The expected strings were rendered with jinja2 3.1 in the environment that transformers builds.
+    #[test]
+    fn real_templates_render_as_jinja2_does() {
+        let smol = "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 26 July 2024\n\
+                    Reasoning Mode: /think\n\n## Custom Instructions\n\nBe brief.\n\n";
+        let system = "<|im_start|>system\nBe brief.<|im_end|>\n";
+        let phi = "<|system|>\nBe brief.<|end|>\n<|user|>\nHi there<|end|>\n<|assistant|>\n<think>\nA greeting.\n\
+                   </think>\n\nHello!<|end|>\n<|user|>\nWhy is the sky blue?<|end|>\n<|assistant|>\n";
+        let cases = [
+            (
+                "chat-templates-only/qwen2.5",
+                format!("{system}{}{THOUGHT}{}", IM[0], IM[1]),
+            ),
+            (
+                "chat-templates-only/qwen3",
+                format!("{system}{}{}", IM[0], IM[1]),
+            ),
+            (
+                "chat-templates-only/smollm3",
+                format!("{smol}{}{THOUGHT}{}", IM[0], IM[1]),
+            ),
+            ("phi-3-mini", phi.to_owned()),
+        ];
+        for (folder, expected) in cases {
+            let Some(template) = real(folder) else {
+                continue;
+            };
+            assert_eq!(template.render(&dialogue()).unwrap(), expected, "{folder}");
+        }
+    }
+
+    #[test]
+    fn tool_calls_keep_the_order_of_their_arguments() {
+        let call = json!({"function": {"name": "look",
+            "arguments": {"town": "Zürich <&'>", "at": [1, 2.5, true, null], "deep": {}}}});
+        let messages: Vec<Message> = serde_json::from_value(json!([
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "rain"},
+        ]))
+        .unwrap();
+        let expected = "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n<tool_call>\n\
+                        {\"name\": \"look\", \"arguments\": {\"town\": \"Zürich <&'>\", \
+                        \"at\": [1, 2.5, true, null], \"deep\": {}}}\n</tool_call><|im_end|>\n\
+                        <|im_start|>user\n<tool_response>\nrain\n</tool_response><|im_end|>\n\
+                        <|im_start|>assistant\n";
+        let Some(template) = real("chat-templates-only/qwen3") else {
+            return;
+        };
+        assert_eq!(template.render(&Dialogue::new(messages)).unwrap(), expected);
+    }
+
+    /// Transformers' own texts, with `continue_final_message=True`.
+    #[test]
+    fn a_last_turn_of_the_assistant_is_continued() {
+        let chatml = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}\
+                      {% if add_generation_prompt %}<|assistant|>{% endif %}";
+        let trimming = chatml
+            .replace("m.content", "m.content|trim")
+            .replace("|end|>", "|end|>\n");
+        let parts = "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}\
+                     {% for p in m.content %}{{ p.text }}{% endfor %}{% endif %};{% endfor %}";
+        let begun = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}\
+                     {% if add_generation_prompt %}[assistant]{% endif %}";
+        let several = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b "}, {"type": "image"}]);
+        let cases = [
+            (
+                chatml,
+                json!("Sure: "),
+                "<|user|>Hi<|end|><|assistant|>Sure: ",
+            ),
+            (
+                &trimming,
+                json!("Sure: "),
+                "<|user|>Hi<|end|>\n<|assistant|>Sure:",
+            ),
+            (
+                &trimming,
+                json!(" Sure"),
+                "<|user|>Hi<|end|>\n<|assistant|>Sure",
+            ),
+            (chatml, json!(""), "<|user|>Hi<|end|><|assistant|>"),
+            (chatml, json!("Hi"), "<|user|>Hi<|end|><|assistant|>Hi"),
+            (parts, several, "[user]Hi;[assistant]ab "),
+            (begun, json!("ANSWER"), "<s>[user] Hi\n[assistant] ANSWER"),
+        ];
+        let continued = |source: &str, content: Value| {
+            let answer = Message {
+                content,
+                ..Message::new("assistant", "")
+            };
+            template(source).render(&Dialogue::new(vec![Message::new("user", "Hi"), answer]))
+        };
+        for (source, content, expected) in cases {
+            assert_eq!(continued(source, content).unwrap(), expected, "{source}");
+        }
+        let refused = [
+            (
+                "{% for m in messages %}{{ m.content|upper }}{% endfor %}",
+                json!("x"),
+                "does not print it",
+            ),
+            (
+                "{% for m in messages %}{{ m.role }}{% endfor %}",
+                json!("x"),
+                "reads no content",
+            ),
+            (chatml, json!([{"type": "image"}]), "has no text"),
+            (chatml, Value::Null, "has no text"),
+        ];
+        for (source, content, says) in refused {
+            let error = continued(source, content).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn templates_see_messages_and_variables_as_transformers_gives_them() {
+        let messages: Vec<Message> = serde_json::from_value(json!([
+            {"role": "user", "content": "Hi", "name": null},
+            {"role": "assistant", "content": null, "reasoning": "hm", "tool_calls": null},
+            {"role": "user", "content": [{"type": "text", "text": "It's"}]},
+        ]))
+        .unwrap();
+        let mut dialogue = Dialogue::new(messages);
+        let text = |source: &str, dialogue: &Dialogue| template(source).render(dialogue).unwrap();
+        let printed = "{'role': 'user', 'content': 'Hi'}{'thinking': 'hm', 'role': 'assistant', \
+                       'reasoning': 'hm', 'reasoning_content': 'hm'}\
+                       {'role': 'user', 'content': [{'type': 'text', 'text': \"It's\"}]}";
+        assert_eq!(
+            text("{% for m in messages %}{{ m }}{% endfor %}", &dialogue),
+            printed
+        );
+        let none = "{{ tools is none }} {{ documents is none }} {{ add_generation_prompt }} {{ flag is defined }}";
+        assert_eq!(text(none, &dialogue), "True True True False");
+        dialogue.tools = vec![json!({"name": "look"})];
+        dialogue.template_kwargs = Map::from_iter([
+            ("flag".into(), json!([1, null])),
+            ("bos_token".into(), json!("<b>")),
+            ("documents".into(), json!([])),
+        ]);
+        let given = "{{ tools }} {{ documents }} {{ flag }} {{ bos_token }}";
+        assert_eq!(
+            text(given, &dialogue),
+            "[{'name': 'look'}] [] [1, None] <b>"
+        );
+        dialogue
+            .template_kwargs
+            .insert("messages".into(), json!([]));
+        let error = template("").render(&dialogue).unwrap_err().to_string();
+        assert!(error.contains("may not set \"messages\""), "{error}");
+    }
+
+    #[test]
+    fn templates_that_people_have_render() {
+        let turns = |roles: &[&str]| {
+            let turn = |role: &&str| Message::new(role, "Hi");
+            Dialogue::new(roles.iter().map(turn).collect())
+        };
+        let parts = Message {
+            content: json!([{"type": "text", "text": "a"}]),
+            ..Message::new("user", "")
+        };
+        let cases = [
+            ("A04", turns(&["user"]), "Hi"),
+            ("A16", turns(&["system", "user", "user", "user"]), "Hi|Hi|"),
+            (
+                "A26",
+                Dialogue::new(vec![parts]),
+                "[{'type': 'text', 'text': 'a'}]",
+            ),
+        ];
+        for (case, dialogue, expected) in cases {
+            let Some(folder) = shared(&format!("data/cases/{case}")) else {
+                return;
+            };
+            let template = ChatTemplate::load(&folder, None, &SpecialTokens::default());
+            let text = template.unwrap().unwrap().render(&dialogue).unwrap();
+            assert_eq!(text, expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn what_a_template_raises_reaches_the_user() {
+        let source = "{% for m in messages %}\n{% if m.role == 'system' %}\n\
+                      {{ raise_exception('no system message, please') }}{% endif %}{% endfor %}";
+        let error = template(source)
+            .render(&dialogue())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("no system message, please"), "{error}");
+        assert_eq!(
+            template(source).render(&Dialogue::of_user("Hi")).unwrap(),
+            ""
+        );
+    }
+
+    #[test]
+    fn templates_are_found_in_their_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |file: &str| folder.path().join(file);
+        let text = |given: Option<&Path>| {
+            let special = SpecialTokens::read(folder.path()).unwrap();
+            let template = ChatTemplate::load(folder.path(), given, &special).unwrap();
+            template.map(|template| template.render(&dialogue()).unwrap())
+        };
+        assert_eq!(text(None), None);
+
+        let mut with_tools = dialogue();
+        with_tools.tools = vec![json!({"name": "look"})];
+        let for_tools = || {
+            let special = SpecialTokens::read(folder.path()).unwrap();
+            let template = ChatTemplate::load(folder.path(), None, &special)
+                .unwrap()
+                .unwrap();
+            template.render(&with_tools).unwrap()
+        };
+        let named = json!([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ eos_token }}"}]);
+        let settings = json!({"chat_template": named, "eos_token": null});
+        fs::write(path("tokenizer_config.json"), settings.to_string()).unwrap();
+        fs::write(
+            path("special_tokens_map.json"),
+            json!({"eos_token": {"content": "</s>"}}).to_string(),
+        )
+        .unwrap();
+        assert_eq!(text(None).as_deref(), Some("</s>"));
+        assert_eq!(for_tools(), "tools");
+
+        let settings = json!({"chat_template": "{{ eos_token }}!", "eos_token": "<eos>"});
+        fs::write(path("tokenizer_config.json"), settings.to_string()).unwrap();
+        assert_eq!(text(None).as_deref(), Some("<eos>!"));
+
+        fs::write(path("chat_template.jinja"), "beside").unwrap();
+        assert_eq!(text(None).as_deref(), Some("beside"));
+        assert_eq!(for_tools(), "beside");
+        fs::create_dir(path("additional_chat_templates")).unwrap();
+        fs::write(
+            path("additional_chat_templates/tool_use.jinja"),
+            "also beside",
+        )
+        .unwrap();
+        assert_eq!(for_tools(), "also beside");
+        assert_eq!(text(None).as_deref(), Some("beside"));
+
+        fs::write(path("other.jinja"), "given").unwrap();
+        assert_eq!(text(Some(&path("other.jinja"))).as_deref(), Some("given"));
+    }
+
+    #[test]
+    fn unusable_templates_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let broken = folder.path().join("broken.jinja");
+        fs::write(&broken, "\n{% if %}").unwrap();
+        let cases = [
+            (
+                broken,
+                "broken.jinja is not usable: its chat template does not compile: line 2: expected an expression",
+            ),
+            (
+                folder.path().join("absent.jinja"),
+                "absent.jinja: No such file",
+            ),
+        ];
+        for (path, expected) in cases {
+            let error = ChatTemplate::load(folder.path(), Some(&path), &SpecialTokens::default())
+                .err()
+                .unwrap()
+                .to_string()
+                .replace('"', "");
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,326 @@
+//! The tokens that end what a model writes.
+//!
+//! Generation stops at any of a set: what `generation_config.json` and `config.json` name, the tokenizer's
+//! `eos_token`, and the token with which the chat template closes the assistant's turn. A completion that
+//! is given as text is closed with one of them: in a dialogue with the template's, else with the
+//! tokenizer's, as TRL does.
+
+use std::collections::BTreeSet;
+
+use messages::{Dialogue, Message, PromptText};
+
+use crate::{chat::ChatTemplate, special::SpecialTokens};
+
+/// The tokens that end completions; there may be none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StopTokens {
+    ids: BTreeSet<u32>,
+    turn_end: Option<u32>,
+    text_end: Option<u32>,
+}
+
+impl StopTokens {
+    /// The tokens that configuration files name; the first closes a text.
+    pub(crate) fn declared(ids: &[u32]) -> Self {
+        Self {
+            ids: ids.iter().copied().collect(),
+            turn_end: None,
+            text_end: ids.first().copied(),
+        }
+    }
+
+    /// These and those that another file names.
+    pub(crate) fn and(mut self, ids: &[u32]) -> Self {
+        self.ids.extend(ids);
+        self.text_end = self.text_end.or(ids.first().copied());
+        self
+    }
+
+    /// These, with what the tokenizer and its chat template say of the end of a text and of a turn.
+    pub(crate) fn with_tokenizer(
+        mut self,
+        tokenizer: &tokenizers::Tokenizer,
+        special: &SpecialTokens,
+        chat: Option<&ChatTemplate>,
+    ) -> Self {
+        let eos = special.get("eos_token");
+        self.text_end = eos
+            .and_then(|eos| tokenizer.token_to_id(eos))
+            .or(self.text_end);
+        self.ids.extend(self.text_end);
+        self.turn_end = chat.and_then(|chat| {
+            Closing::of(chat)
+                .and_then(|closing| closing.token(tokenizer, &self.ids))
+                .or(self.text_end)
+        });
+        self.ids.extend(self.turn_end);
+        self
+    }
+
+    /// Whether generation stops at this token.
+    #[must_use]
+    pub fn contains(&self, id: u32) -> bool {
+        self.ids.contains(&id)
+    }
+
+    /// All tokens at which generation stops, ascending.
+    pub fn ids(&self) -> impl Iterator<Item = u32> + '_ {
+        self.ids.iter().copied()
+    }
+
+    /// Whether no token ends a completion.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// The token that closes the assistant's turn of a dialogue; none without a chat template.
+    #[must_use]
+    pub fn turn_end(&self) -> Option<u32> {
+        self.turn_end
+    }
+
+    /// The token that closes a text that is no dialogue.
+    #[must_use]
+    pub fn text_end(&self) -> Option<u32> {
+        self.text_end
+    }
+
+    /// The token that closes a completion of `prompt`.
+    #[must_use]
+    pub fn closing(&self, prompt: &PromptText) -> Option<u32> {
+        match prompt {
+            PromptText::Text(_) => self.text_end,
+            PromptText::Dialogue(_) => self.turn_end.or(self.text_end),
+        }
+    }
+}
+
+/// What a template prints around an assistant's turn.
+struct Closing {
+    /// After the last turn of a dialogue.
+    last: String,
+    /// Between the assistant's turn and the user's next.
+    between: String,
+    /// Before the dialogue's first turn: what opens turns.
+    before: String,
+}
+
+const QUESTION: &str = "Which colour has grass?";
+const ANSWER: &str = "Grass is green, mostly.";
+const THANKS: &str = "And which the sky?";
+
+impl Closing {
+    /// What `chat` prints of a short dialogue; none when it refuses dialogues or prints others.
+    fn of(chat: &ChatTemplate) -> Option<Self> {
+        let turns = [("user", QUESTION), ("assistant", ANSWER), ("user", THANKS)];
+        let render = |turns: &[(&str, &str)]| {
+            let messages = turns.iter().map(|(role, text)| Message::new(role, text));
+            chat.render_closed(&Dialogue::new(messages.collect())).ok()
+        };
+        let finished = render(&turns[..2])?;
+        let (before, after) = finished.split_once(QUESTION)?;
+        let (_, last) = after.rsplit_once(ANSWER)?;
+        let longer = render(&turns);
+        let between = longer.as_deref().and_then(|text| {
+            let (_, after) = text.split_once(ANSWER)?;
+            Some(after.split_once(THANKS)?.0)
+        });
+        Some(Self {
+            last: last.to_owned(),
+            between: between.unwrap_or_default().to_owned(),
+            before: before.to_owned(),
+        })
+    }
+
+    /// The first special token after the answer: where it is the dialogue's last, else before the next turn,
+    /// unless it is one that opens turns. Where none is special, a token that was added to the vocabulary.
+    fn token(&self, tokenizer: &tokenizers::Tokenizer, stops: &BTreeSet<u32>) -> Option<u32> {
+        let added = tokenizer.get_added_tokens_decoder();
+        // The tokens that are written out in a text: what cannot be split becomes `<unk>` without being there.
+        let ids = |text: &str| {
+            let encoding = tokenizer.encode_fast(text, false).ok();
+            let ids = encoding
+                .map(|encoding| encoding.get_ids().to_vec())
+                .unwrap_or_default();
+            let is_written = |id: &u32| {
+                added
+                    .get(id)
+                    .is_none_or(|token| text.contains(&token.content))
+            };
+            ids.into_iter().filter(is_written).collect::<Vec<u32>>()
+        };
+        let is_special = |id: &u32| stops.contains(id) || added.get(id).is_some_and(|t| t.special);
+        let (last, between, opening) = (ids(&self.last), ids(&self.between), ids(&self.before));
+        let closes = |id: &&u32| is_special(id) && !opening.contains(id);
+        let found = last.iter().find(|id| is_special(id));
+        let found = found.or_else(|| between.iter().find(closes));
+        found
+            .or_else(|| last.iter().find(|id| added.contains_key(id)))
+            .copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        ModelConfig, ModelFolder, Tokenizer,
+        fixtures::{WORDS, config_json, shared},
+    };
+
+    const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
+                          {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+    /// A folder whose tokenizer has special tokens from id 8 on, and `<plain>`, which was only added.
+    fn folder(files: &[(&str, &Value)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let mut words: Value = serde_json::from_str(WORDS).unwrap();
+        let names = ["<|im_start|>", "<|im_end|>", "</s>", "<|eot|>", "<plain>"];
+        for (id, name) in (8..).zip(names) {
+            let mut token = words["added_tokens"][1].clone();
+            token["id"] = json!(id);
+            token["content"] = json!(name);
+            token["special"] = json!(name != "<plain>");
+            words["added_tokens"].as_array_mut().unwrap().push(token);
+        }
+        let mut config = config_json(13);
+        config["eos_token_id"] = Value::Null;
+        let written = [("tokenizer.json", &words), ("config.json", &config)];
+        for (file, json) in written.iter().chain(files) {
+            fs::write(folder.path().join(file), json.to_string()).unwrap();
+        }
+        folder
+    }
+
+    fn stops(files: &[(&str, &Value)]) -> StopTokens {
+        let folder = folder(files);
+        let config = ModelConfig::load(folder.path()).unwrap();
+        let tokenizer = Tokenizer::load(folder.path(), &config, None).unwrap();
+        tokenizer.stops().clone()
+    }
+
+    fn named(template: &str, eos: &str) -> Value {
+        json!({"chat_template": template, "eos_token": eos})
+    }
+
+    #[test]
+    fn the_template_says_what_closes_a_turn_and_the_tokenizer_what_closes_a_text() {
+        let last = "{% for m in messages %}<|im_start|>{{ m.content }}{% if not loop.last %}<|eot|>{% endif %}{% endfor %}";
+        let open = "{% for m in messages %}<|im_start|>{{ m.content }}\n{% endfor %}";
+        let plain = "{% for m in messages %}{{ m.content }}<plain>{% endfor %}";
+        let picky = "{% for m in messages %}{{ raise_exception('no') }}{% endfor %}";
+        let deaf = "{% for m in messages %}{{ m.content|upper }}<|eot|>{% endfor %}";
+        let own = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}";
+        // A template, the tokenizer's eos_token, what closes a turn and what closes a text.
+        let cases = [
+            (CHATML, "</s>", 9, 10),
+            (CHATML, "<|im_end|>", 9, 9),
+            (last, "</s>", 11, 10),
+            (open, "</s>", 10, 10),
+            (plain, "</s>", 12, 10),
+            (picky, "</s>", 10, 10),
+            (deaf, "</s>", 10, 10),
+            (own, "<s>", 1, 1),
+        ];
+        for (template, eos, turn, text) in cases {
+            let generation = json!({"eos_token_id": [11, 2]});
+            let files = [
+                ("tokenizer_config.json", &named(template, eos)),
+                ("generation_config.json", &generation),
+            ];
+            let stops = stops(&files);
+            assert_eq!(
+                (stops.turn_end(), stops.text_end()),
+                (Some(turn), Some(text)),
+                "{template}"
+            );
+            let all = BTreeSet::from([2, 11, turn, text]);
+            assert_eq!(stops.ids().collect::<BTreeSet<_>>(), all, "{template}");
+            let dialogue = PromptText::Dialogue(Dialogue::of_user("the cat"));
+            assert_eq!(stops.closing(&dialogue), Some(turn));
+            assert_eq!(
+                stops.closing(&PromptText::Text("the cat".into())),
+                Some(text)
+            );
+        }
+    }
+
+    #[test]
+    fn every_file_that_names_stops_is_read() {
+        let config = |eos: Value| {
+            let mut config = config_json(13);
+            config["eos_token_id"] = eos;
+            config
+        };
+        let generation = json!({"eos_token_id": [11, 9]});
+        let eos = json!({"eos_token": {"content": "</s>"}});
+        let both = [
+            ("config.json", &config(json!(3))),
+            ("generation_config.json", &generation),
+        ];
+        let of_config = stops(&both);
+        assert_eq!(of_config.ids().collect::<Vec<_>>(), [3, 9, 11]);
+        assert_eq!(
+            (of_config.text_end(), of_config.turn_end()),
+            (Some(3), None)
+        );
+        let of_generation = stops(&[("generation_config.json", &generation)]);
+        assert_eq!(of_generation.text_end(), Some(11));
+        let of_tokenizer = stops(&[
+            ("config.json", &config(json!(3))),
+            ("tokenizer_config.json", &eos),
+        ]);
+        assert_eq!(of_tokenizer.ids().collect::<Vec<_>>(), [3, 10]);
+        assert_eq!(of_tokenizer.text_end(), Some(10));
+        let map = stops(&[("special_tokens_map.json", &eos)]);
+        assert_eq!(map.text_end(), Some(10));
+        let none = stops(&[]);
+        assert!(none.is_empty() && none.text_end().is_none());
+        let unknown = stops(&[("tokenizer_config.json", &json!({"eos_token": "<nowhere>"}))]);
+        assert!(unknown.is_empty());
+    }
+
+    /// Phi-3 ends turns with `<|end|>` and texts with `<|endoftext|>`.
+    #[test]
+    fn a_real_template_closes_its_turns() {
+        let Some(path) = shared("data/tokenizers/phi-3-mini") else {
+            return;
+        };
+        let config = crate::fixtures::config(32_064);
+        let tokenizer = Tokenizer::load(&path, &config, None).unwrap();
+        let stops = tokenizer.stops();
+        assert_eq!(
+            (stops.turn_end(), stops.text_end()),
+            (Some(32_007), Some(32_000))
+        );
+        assert_eq!(stops.ids().collect::<Vec<_>>(), [1, 32_000, 32_007]);
+    }
+
+    /// Turns end with `<s>`, the tokenizer's eos_token; generation_config.json names `</s>` first.
+    #[test]
+    fn the_first_of_a_list_is_not_what_closes_a_turn() {
+        for (case, turn, ids) in [
+            ("A09/chat-eot", Some(1), vec![1, 2]),
+            ("A10/eos-only-tokenizer", None, vec![1, 3]),
+            ("A10/eos-null", None, vec![1]),
+        ] {
+            let Some(path) = shared(&format!("data/cases/{case}")) else {
+                return;
+            };
+            let folder = ModelFolder::open(&path, None).unwrap();
+            let stops = &folder.config.stops;
+            assert_eq!(stops, folder.tokenizer.stops());
+            assert_eq!(
+                (stops.turn_end(), stops.text_end()),
+                (turn, Some(1)),
+                "{case}"
+            );
+            assert_eq!(stops.ids().collect::<Vec<_>>(), ids, "{case}");
+        }
+    }
+}
