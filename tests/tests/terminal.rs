@@ -113,6 +113,7 @@ fn a_completion_is_shown_and_never_obeyed() {
         "preference.judge.kind=rule".into(),
         "preference.judge.rules=[{kind = \"ended\", weight = 1.0}]".into(),
         "actor.max_new_tokens=3".into(),
+        "actor.max_prompt_length=8".into(),
         "learner.steps=2".into(),
         "learner.train_batch_size=4".into(),
         "evaluation.prompts=1".into(),
@@ -151,6 +152,6 @@ fn what_a_row_says_in_an_error_is_shown_and_never_obeyed() {
     let row = json!({"prompt": "arm0", "completion": [HOSTILE]}).to_string();
     let rows = workplace.write("rows.jsonl", row).display().to_string();
     let ended = workplace.run(&["score", "--model", &model, "--input", &rows]);
-    let ended = ended.check(2, &["RED"]).without_panic();
+    let ended = ended.check(3, &["RED"]).without_panic();
     assert!(!drives(&ended.err), "{:?}", ended.err);
 }

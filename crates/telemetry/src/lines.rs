@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Error, atomic};
+use crate::{Error, atomic, printable::printable_json};
 
 /// The block in which the end of the file is searched for its last line, in bytes.
 const BLOCK: u64 = 64 * 1024;
@@ -40,12 +40,12 @@ impl LineFile {
         })
     }
 
-    /// Appends one line; when that fails halfway, the file is as it was.
+    /// Appends one line, which drives no terminal; when that fails halfway, the file is as it was.
     pub(crate) fn append(&mut self, row: &impl Serialize) -> Result<(), Error> {
-        let mut line =
-            serde_json::to_vec(row).expect("rows have text keys and no writer that fails");
-        line.push(b'\n');
-        self.file.write_all(&line).map_err(|source| {
+        let line = serde_json::to_string(row).expect("rows have text keys and no writer that fails");
+        let mut line = printable_json(&line).into_owned();
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(|source| {
             // A disk that is full still takes a shorter length; if not, opening cuts the torn line.
             self.file.set_len(self.length).ok();
             Error::file("append to", &self.path)(source)
