@@ -15,10 +15,7 @@ mod styles;
 mod words;
 mod writer;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::PathBuf, sync::Arc};
 
 use ::preference::Judge;
 use dataset::shuffled;
@@ -31,10 +28,7 @@ use settings::{
     Settings,
 };
 
-use crate::{
-    failure::{Misuse, Resource},
-    model_hub,
-};
+use crate::{failure::Misuse, model_hub};
 
 pub(crate) use adapter::{adapter, adapter_shape, fresh_adapter};
 pub(crate) use base::{Base, playground_base};

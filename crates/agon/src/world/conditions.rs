@@ -11,12 +11,9 @@ pub(crate) fn conditions(
     folder: &ModelFolder,
     sampling: &SamplingSettings,
 ) -> EvaluationConditions {
-    let mut stop_ids = folder.config.eos.clone();
-    stop_ids.sort_unstable();
-    stop_ids.dedup();
     let digest = folder.tokenizer.chat_template_digest();
     EvaluationConditions {
-        stop_ids,
+        stop_ids: folder.config.stops.ids().collect(),
         chat_template: digest.map(|digest| digest.to_string()[..DIGEST_DIGITS].to_owned()),
         max_new_tokens: sampling.max_new_tokens,
         temperature: sampling.temperature,

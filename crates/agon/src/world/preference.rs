@@ -37,7 +37,8 @@ pub(crate) struct Trunk {
 pub(crate) fn fit_adapter(how: &FitSettings, trunk: &ModelConfig) -> Result<(), Misuse> {
     if let Some(adapter) = fit::adapter(how) {
         adapter
-            .parameter_count(trunk)
+            .check_targets(trunk)
+            .and_then(|()| adapter.parameter_count(trunk))
             .map_err(|error| Misuse(format!("preference.fit.target_modules: {error}")))?;
     }
     Ok(())

@@ -4,7 +4,7 @@
 //! that has one is refused beside any other base.
 
 use std::{
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
 };
 

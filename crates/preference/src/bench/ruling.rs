@@ -147,6 +147,7 @@ mod tests {
         Answer {
             verdict,
             version: JudgeVersion(3),
+            scores: None,
         }
     }
 
