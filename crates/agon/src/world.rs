@@ -226,7 +226,12 @@ fn prompt_files(
 ) -> anyhow::Result<PromptFiles> {
     let longest = settings.actor.max_prompt_length;
     let seed = Seed(settings.run.seed);
-    Ok(PromptFiles::load(dataset, seed, longest, &folder.tokenizer)?)
+    Ok(PromptFiles::load(
+        dataset,
+        seed,
+        longest,
+        &folder.tokenizer,
+    )?)
 }
 
 /// The known gold preference of the world, where there is one.

@@ -152,7 +152,11 @@ fn keep_apart(
     for (index, (train, named)) in files.iter_mut().zip(settings.files()).enumerate() {
         let rows = train.len();
         train.retain(|row| !ids.contains(&row.ids));
-        let moved = if are_of_files { held_out[index].len() } else { 0 };
+        let moved = if are_of_files {
+            held_out[index].len()
+        } else {
+            0
+        };
         repeated += rows - train.len() - moved;
         if train.is_empty() {
             return Err(DatasetError::File {

@@ -311,7 +311,10 @@ mod tests {
                 .values()
                 .map(|var| var.sum_all().unwrap())
                 .collect();
-            let sum = sums.iter().skip(1).fold(sums[0].clone(), |a, b| (a + b).unwrap());
+            let sum = sums
+                .iter()
+                .skip(1)
+                .fold(sums[0].clone(), |a, b| (a + b).unwrap());
             let mut gradients = Gradients::default();
             gradients.add(&sum).unwrap();
             let norm = optimizer.norm(&gradients).unwrap();
@@ -363,7 +366,11 @@ mod tests {
             ("model.layers.0.self_attn.q_proj.bias", vec![4], 1.0),
             ("lm_head.weight", vec![3, 2], 0.95),
             ("model.layers.0.mlp.up_proj.weight", vec![3, 2], 0.95),
-            ("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", vec![1, 2], 0.95),
+            (
+                "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+                vec![1, 2],
+                0.95,
+            ),
         ];
         let var = |dims: &[usize]| Var::ones(dims, DType::F32, &Device::Cpu).unwrap();
         let vars: BTreeMap<String, Var> = names
@@ -371,14 +378,20 @@ mod tests {
             .map(|(name, dims, _)| ((*name).to_owned(), var(dims)))
             .collect();
         let mut optimizer = Optimizer::new(vars, settings(0.5)).unwrap();
-        let sums = optimizer.vars.values().map(|v| (v.sum_all().unwrap() * 0.0).unwrap());
+        let sums = optimizer
+            .vars
+            .values()
+            .map(|v| (v.sum_all().unwrap() * 0.0).unwrap());
         let sum = sums.reduce(|a, b| (a + b).unwrap()).unwrap();
         let mut gradients = Gradients::default();
         gradients.add(&sum).unwrap();
         optimizer.step(&gradients, 0.0, 0.1).unwrap();
         for (name, _, expected) in names {
             let found = numbers(&optimizer.vars[name]);
-            assert!(found.iter().all(|x| (x - expected).abs() < 1e-6), "{name}: {found:?}");
+            assert!(
+                found.iter().all(|x| (x - expected).abs() < 1e-6),
+                "{name}: {found:?}"
+            );
         }
     }
 

@@ -42,7 +42,8 @@ impl LineFile {
 
     /// Appends one line, which drives no terminal; when that fails halfway, the file is as it was.
     pub(crate) fn append(&mut self, row: &impl Serialize) -> Result<(), Error> {
-        let line = serde_json::to_string(row).expect("rows have text keys and no writer that fails");
+        let line =
+            serde_json::to_string(row).expect("rows have text keys and no writer that fails");
         let mut line = printable_json(&line).into_owned();
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(|source| {
