@@ -60,7 +60,10 @@ fn the_kl_of_an_evaluation_is_the_policys_at_any_temperature() {
         let found = *values(&run, "eval/kl").last().expect("an evaluation");
         // The deviation of 512 samples' mean is about .03.
         assert!((found - exact).abs() < 0.08, "{found} for {exact}");
-        assert!(values(&run, "objective/kl").is_empty(), "not samples of the policy");
+        assert!(
+            values(&run, "objective/kl").is_empty(),
+            "not samples of the policy"
+        );
     }
 }
 
@@ -109,8 +112,16 @@ fn every_step_says_how_far_actors_and_learner_are_apart_and_what_the_judge_score
             assert!(row[name].is_number(), "{name} in {row}");
         }
         // Words that are missing to forty.
-        assert!(row["objective/scores"].as_f64().is_some_and(|s| s < 0.0), "{row}");
-        assert!(row["mismatch/ref_logp_abs_diff"].as_f64().is_some_and(|d| d < 1e-5), "{row}");
+        assert!(
+            row["objective/scores"].as_f64().is_some_and(|s| s < 0.0),
+            "{row}"
+        );
+        assert!(
+            row["mismatch/ref_logp_abs_diff"]
+                .as_f64()
+                .is_some_and(|d| d < 1e-5),
+            "{row}"
+        );
         // Samples of the mixture.
         assert!(row["objective/kl"].is_null(), "{row}");
     }

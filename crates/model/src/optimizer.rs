@@ -311,7 +311,10 @@ mod tests {
                 .values()
                 .map(|var| var.sum_all().unwrap())
                 .collect();
-            let sum = sums.iter().skip(1).fold(sums[0].clone(), |a, b| (a + b).unwrap());
+            let sum = sums
+                .iter()
+                .skip(1)
+                .fold(sums[0].clone(), |a, b| (a + b).unwrap());
             let mut gradients = Gradients::default();
             gradients.add(&sum).unwrap();
             let norm = optimizer.norm(&gradients).unwrap();
@@ -329,9 +332,9 @@ mod tests {
         let end = numbers(&optimizer.vars["w"]);
         let moved = start.iter().zip(&end).filter(|(a, b)| a != b).count();
         assert!(moved > 3800, "{moved} of 4000 moved");
-        // 60 steps of 1e-5, to within the rounding of the largest weights.
+        // 60 steps of 1e-5, of which a weight near .1 shows whole spacings, .00049 each.
         let mean = start.iter().zip(&end).map(|(a, b)| a - b).sum::<f32>() / 4000.0;
-        assert!((mean - 6e-4).abs() < 2e-5, "{mean}");
+        assert!((mean - 6e-4).abs() < 1.2e-4, "{mean}");
     }
 
     #[test]
@@ -363,7 +366,11 @@ mod tests {
             ("model.layers.0.self_attn.q_proj.bias", vec![4], 1.0),
             ("lm_head.weight", vec![3, 2], 0.95),
             ("model.layers.0.mlp.up_proj.weight", vec![3, 2], 0.95),
-            ("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", vec![1, 2], 0.95),
+            (
+                "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+                vec![1, 2],
+                0.95,
+            ),
         ];
         let var = |dims: &[usize]| Var::ones(dims, DType::F32, &Device::Cpu).unwrap();
         let vars: BTreeMap<String, Var> = names
@@ -371,14 +378,22 @@ mod tests {
             .map(|(name, dims, _)| ((*name).to_owned(), var(dims)))
             .collect();
         let mut optimizer = Optimizer::new(vars, settings(0.5)).unwrap();
-        let sums = optimizer.vars.values().map(|v| (v.sum_all().unwrap() * 0.0).unwrap());
+        // Of (x − x)²: zero.
+        let squares = |v: &Var| (v.as_tensor() - v.as_detached_tensor()).unwrap().sqr();
+        let sums = optimizer
+            .vars
+            .values()
+            .map(|v| squares(v).unwrap().sum_all().unwrap());
         let sum = sums.reduce(|a, b| (a + b).unwrap()).unwrap();
         let mut gradients = Gradients::default();
         gradients.add(&sum).unwrap();
         optimizer.step(&gradients, 0.0, 0.1).unwrap();
         for (name, _, expected) in names {
             let found = numbers(&optimizer.vars[name]);
-            assert!(found.iter().all(|x| (x - expected).abs() < 1e-6), "{name}: {found:?}");
+            assert!(
+                found.iter().all(|x| (x - expected).abs() < 1e-6),
+                "{name}: {found:?}"
+            );
         }
     }
 

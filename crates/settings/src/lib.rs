@@ -35,9 +35,8 @@ pub use judge::{
     ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, RuleSettings,
 };
 pub use learner::{
-    CLIPPED_SLOPES, MaxGradNorm,
-    GanpoSettings, IpoScale, LabelKind, LearnerSettings, LogpReduction, LrSchedulerType,
-    ObjectiveSettings, RpoNll,
+    CLIPPED_SLOPES, GanpoSettings, IpoScale, LabelKind, LearnerSettings, LogpReduction,
+    LrSchedulerType, MaxGradNorm, ObjectiveSettings, RpoNll,
 };
 pub use model::{DtypeSetting, ModelSettings};
 pub use playground::{PlaygroundSettings, SftSettings};

@@ -5,8 +5,8 @@ mod telemetry;
 mod transport;
 
 use crate::{
-    ActorSettings, EngineSettings, GanpoSettings, MaxGradNorm, ModelSettings, ObjectiveSettings, Problem, PromptsSettings,
-    Settings, SftSettings,
+    ActorSettings, EngineSettings, GanpoSettings, MaxGradNorm, ModelSettings, ObjectiveSettings,
+    Problem, PromptsSettings, Settings, SftSettings,
 };
 
 /// Every contradiction and every number out of its range.
@@ -79,8 +79,8 @@ impl Checks {
                 actor.slots, actor.num_generations
             ),
         );
-        let is_exact = actor.temperature == 1.0
-            && (actor.top_k, actor.top_p, actor.min_p) == (0, 1.0, 0.0);
+        let is_exact =
+            actor.temperature == 1.0 && (actor.top_k, actor.top_p, actor.min_p) == (0, 1.0, 0.0);
         self.require(
             is_exact || actor.slots >= 3,
             "actor.slots",

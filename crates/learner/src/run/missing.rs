@@ -18,7 +18,10 @@ pub(crate) struct Missing {
 impl Missing {
     /// Counts the note of a dropped prompt.
     pub(crate) fn note(&mut self, note: &Dropped) {
-        match note.log_ratio.filter(|_| note.reason == DropReason::Identical) {
+        match note
+            .log_ratio
+            .filter(|_| note.reason == DropReason::Identical)
+        {
             Some(log_ratio) => {
                 self.identical += 1;
                 self.log_ratio += f64::from(log_ratio);
@@ -84,7 +87,9 @@ mod tests {
         }
         // .5 ln 2.5 + .2 ln .4
         let exact = 0.3 * 2.5f64.ln();
-        let found = missing.mean_with(samples, 2).expect("samples of the policy");
+        let found = missing
+            .mean_with(samples, 2)
+            .expect("samples of the policy");
         assert!((found - exact).abs() < 1e-6, "{found}");
         // Pairs of different arms alone say less.
         let of_pairs = Missing::default().mean_with(samples, 2).expect("samples");

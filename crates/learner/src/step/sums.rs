@@ -166,9 +166,11 @@ impl Sums {
     pub(super) fn policy_samples(&self) -> PolicySamples {
         let all = self.log_ratios().zip(&self.is_of_policy);
         let of_policy = all.filter(|(_, of_policy)| **of_policy);
-        of_policy.fold(PolicySamples::default(), |sum, (log_ratio, _)| PolicySamples {
-            count: sum.count + 1,
-            log_ratio: sum.log_ratio + log_ratio,
+        of_policy.fold(PolicySamples::default(), |sum, (log_ratio, _)| {
+            PolicySamples {
+                count: sum.count + 1,
+                log_ratio: sum.log_ratio + log_ratio,
+            }
         })
     }
 
@@ -267,7 +269,10 @@ mod tests {
     #[track_caller]
     fn close(m: &Measurements, name: &str, expected: f64) {
         let found = m.get(name).unwrap_or(f64::NAN);
-        assert!((found - expected).abs() < 1e-6, "{name} {found} for {expected}");
+        assert!(
+            (found - expected).abs() < 1e-6,
+            "{name} {found} for {expected}"
+        );
     }
 
     /// Stale pairs, all of them: KL(π_then ‖ π_now) of (.5, .3, .2) and (.4, .4, .2), and Σ π_now²/π_then.

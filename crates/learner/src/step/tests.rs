@@ -71,7 +71,10 @@ fn settings(changes: &[&str]) -> LearnerSettings {
         .iter()
         .map(|set| format!("learner.{set}").parse().unwrap())
         .collect();
-    settings::resolve("", "test", &sets).unwrap().settings.learner
+    settings::resolve("", "test", &sets)
+        .unwrap()
+        .settings
+        .learner
 }
 
 /// Five pairs that an actor wrote with its weights in `precision`, all labelled .9.
@@ -134,7 +137,12 @@ fn labelled(key: u64, completions: Vec<Completion>) -> LabelledPair {
     }
 }
 
-fn step(tiny: &Tiny, policy: &LanguageModel, pairs: &[LabelledPair], sets: &[&str]) -> Measurements {
+fn step(
+    tiny: &Tiny,
+    policy: &LanguageModel,
+    pairs: &[LabelledPair],
+    sets: &[&str],
+) -> Measurements {
     let folder = Arc::clone(&tiny.folder);
     let mut trainer = Trainer::new(folder, policy, &settings(sets), Seed(3)).unwrap();
     match trainer.step(pairs, 0).unwrap() {
@@ -196,7 +204,10 @@ fn a_coarse_actor_shows_in_the_mismatch_and_nowhere_else() {
             gap("mismatch/logp_abs_diff"),
             gap("mismatch/ref_logp_abs_diff"),
         );
-        assert!((policy - reference).abs() < 1e-6, "π is ref: {policy} {reference}");
+        assert!(
+            (policy - reference).abs() < 1e-6,
+            "π is ref: {policy} {reference}"
+        );
         assert!(gap("mismatch/ess") > 0.5 && gap("mismatch/ess") <= 1.0 + 1e-9);
         policy
     };
@@ -218,7 +229,10 @@ fn training_in_bf16_keeps_what_its_weights_cannot_hold() {
     };
     let walk = |trainer: &mut Trainer, steps: std::ops::Range<u64>| {
         for step in steps {
-            assert!(matches!(trainer.step(&pairs, step).unwrap(), StepOutcome::Taken(..)));
+            assert!(matches!(
+                trainer.step(&pairs, step).unwrap(),
+                StepOutcome::Taken(..)
+            ));
         }
     };
     let mut whole = trainer();
@@ -229,7 +243,10 @@ fn training_in_bf16_keeps_what_its_weights_cannot_hold() {
     let (before, after) = (read(&start), read(&masters));
     let numbers = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let (mut moved, mut count) = (0, 0);
-    for (name, tensor) in before.iter().filter(|(name, _)| name.ends_with("q_proj.weight.master")) {
+    for (name, tensor) in before
+        .iter()
+        .filter(|(name, _)| name.ends_with("q_proj.weight.master"))
+    {
         let pairs = numbers(tensor).into_iter().zip(numbers(&after[name]));
         let each: Vec<bool> = pairs.map(|(a, b)| a != b).collect();
         moved += each.iter().filter(|&&moved| moved).count();

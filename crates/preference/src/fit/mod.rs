@@ -113,8 +113,7 @@ pub fn fit(
             grad_norm: 0.0,
         };
         let running = model.dropping(seed.derive(DROPOUT).derive(step));
-        let loss =
-            Batch::new(&rows, settings, material.apo).loss(&running, &mut told)?;
+        let loss = Batch::new(&rows, settings, material.apo).loss(&running, &mut told)?;
         let mut gradients = Gradients::default();
         gradients.add(&loss).map_err(model::ModelError::from)?;
         told.grad_norm = optimizer.norm(&gradients)?;
