@@ -332,9 +332,9 @@ mod tests {
         let end = numbers(&optimizer.vars["w"]);
         let moved = start.iter().zip(&end).filter(|(a, b)| a != b).count();
         assert!(moved > 3800, "{moved} of 4000 moved");
-        // 60 steps of 1e-5, to within the rounding of the largest weights.
+        // 60 steps of 1e-5, of which a weight near .1 shows whole spacings, .00049 each.
         let mean = start.iter().zip(&end).map(|(a, b)| a - b).sum::<f32>() / 4000.0;
-        assert!((mean - 6e-4).abs() < 2e-5, "{mean}");
+        assert!((mean - 6e-4).abs() < 1.2e-4, "{mean}");
     }
 
     #[test]
@@ -378,10 +378,12 @@ mod tests {
             .map(|(name, dims, _)| ((*name).to_owned(), var(dims)))
             .collect();
         let mut optimizer = Optimizer::new(vars, settings(0.5)).unwrap();
+        // Of (x − x)²: zero.
+        let squares = |v: &Var| (v.as_tensor() - v.as_detached_tensor()).unwrap().sqr();
         let sums = optimizer
             .vars
             .values()
-            .map(|v| (v.sum_all().unwrap() * 0.0).unwrap());
+            .map(|v| squares(v).unwrap().sum_all().unwrap());
         let sum = sums.reduce(|a, b| (a + b).unwrap()).unwrap();
         let mut gradients = Gradients::default();
         gradients.add(&sum).unwrap();

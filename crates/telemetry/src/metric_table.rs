@@ -96,7 +96,7 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "objective/label_margin",
         Number,
-        "mean of |2p - 1| over the labels trained on: 0 even, 1 certain",
+        "mean distance of 2p from 1 over the labels trained on: 0 even, 1 certain",
     ),
     // Completions.
     gauge(

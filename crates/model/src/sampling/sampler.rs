@@ -285,6 +285,38 @@ mod tests {
         finished
     }
 
+    /// The last `exact` completions are drawn at temperature 1 from the whole distribution, whatever the
+    /// settings: each token's behaviour log-probability is the policy's own.
+    #[test]
+    fn exact_completions_are_drawn_from_the_policy_itself() {
+        let mut altered = sampler(1, 2, 6);
+        altered.settings.temperature = 0.5;
+        altered.settings.top_k = 3;
+        let mut plain = Vec::new();
+        for key in 0..4 {
+            let mut request = request(key, &[2, 3], &[0.0, 1.0, 0.0], 12);
+            plain.push(request.clone());
+            request.exact = 1;
+            altered.admit(request).unwrap();
+        }
+        let mut found = Vec::new();
+        while !altered.is_idle() {
+            found.extend(altered.step().unwrap());
+        }
+        found.sort_by_key(|f| f.key);
+        let expected = answers(sampler(1, 2, 6), &plain);
+        for (found, expected) in found.iter().zip(&expected) {
+            let [of_policy, _, exact] = &found.completions[..] else {
+                panic!("three completions")
+            };
+            assert_eq!(
+                exact, &expected.completions[2],
+                "as a plain sampler writes it"
+            );
+            assert_ne!(of_policy.behaviour_logp, of_policy.logp);
+        }
+    }
+
     fn scored(model: &LanguageModel, prompt: &[u32], completion: &Completion) -> Vec<f32> {
         let sequence = Sequence {
             prompt,

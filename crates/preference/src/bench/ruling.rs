@@ -144,11 +144,7 @@ mod tests {
     };
 
     fn answer(verdict: Verdict) -> Answer {
-        Answer {
-            verdict,
-            version: JudgeVersion(3),
-            scores: None,
-        }
+        Answer::new(verdict, JudgeVersion(3))
     }
 
     fn two_sided(p: f32, p_swapped: f32, margins: Margins) -> Ruling {
