@@ -4,10 +4,13 @@
 //! by another program; those of two and five arms are the playground's exact fixed point. Sampling
 //! noise and a finite number of steps leave a distance, and 0.02 in every probability is all of it.
 
-use house::{Ended, Workplace, config, number, report};
+use house::{Ended, Workplace, config, number, report, shared};
 use serde_json::Value;
 
 const CLOSE: f64 = 0.02;
+
+/// Where a method arrives that ignores the mixture is at least .12 away, and found no nearer than this.
+const FAR: f64 = 0.1;
 
 /// `agon train configs/bandit.toml` with these settings: its report.
 fn converge(sets: &[String]) -> Value {
@@ -23,16 +26,19 @@ fn converge(sets: &[String]) -> Value {
     report(&run)
 }
 
-#[track_caller]
-fn close(report: &Value, key: &str, expected: &[f64]) {
-    let found: Vec<f64> = (0..expected.len())
+/// The probabilities of a run's arms under `key` of its report, and their largest distance from these.
+fn distance(report: &Value, key: &str, from: &[f64]) -> (Vec<f64>, f64) {
+    let found: Vec<f64> = (0..from.len())
         .map(|arm| number(report, &format!("/{key}/{arm}")))
         .collect();
-    let furthest = found
-        .iter()
-        .zip(expected)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, f64::max);
+    let apart = found.iter().zip(from).map(|(a, b)| (a - b).abs());
+    let furthest = apart.fold(0.0, f64::max);
+    (found, furthest)
+}
+
+#[track_caller]
+fn close(report: &Value, key: &str, expected: &[f64]) {
+    let (found, furthest) = distance(report, key, expected);
     eprintln!("{key} {found:.4?}, expected {expected:.4?}: {furthest:.4} apart");
     assert!(
         furthest <= CLOSE,
@@ -74,6 +80,78 @@ fn own_game(matrix: &[&[f64]], reference: &[f64], tau: f64, mixture_coef: f64) {
     ]);
     close(&report, "policy", &policy);
     close(&report, "mixture", &mixture);
+}
+
+/// Games in which where a method arrives shows whether it plays against the mixture: at `policy`, or at least .12
+/// away at `without_mixture`.
+fn mixture_matters(test: &str) -> Option<Vec<Value>> {
+    let file = shared(test, "data/bandits/mixture_matters.json")?;
+    let text = std::fs::read_to_string(&file);
+    let text = text.unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    Some(serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", file.display())))
+}
+
+/// Plays the games of `mixture_matters.json` at these places by this objective: it must arrive where the mixture
+/// leads, and nowhere near where it would arrive without.
+fn mixture_is_felt(test: &str, places: &[usize], sets: &[&str]) {
+    let Some(games) = mixture_matters(test) else {
+        return;
+    };
+    for game in places.iter().map(|&place| &games[place]) {
+        let arms = |key: &str| -> Vec<f64> {
+            let all = game[key].as_array().expect("a list").iter();
+            all.map(|p| p.as_f64().expect("a number")).collect()
+        };
+        let mut all: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
+        all.extend([
+            format!("model.reference_probabilities={}", game["ref"]),
+            format!("preference.judge.matrix={}", game["P"]),
+            format!("actor.mixture_coef={}", game["mixture_coef"]),
+            format!("learner.objective.tau={}", game["tau"]),
+        ]);
+        let report = converge(&all);
+        close(&report, "policy", &arms("policy"));
+        close(&report, "mixture", &arms("mixture"));
+        let (found, apart) = distance(&report, "policy", &arms("without_mixture"));
+        eprintln!("without the mixture: {apart:.4} apart");
+        assert!(apart > FAR, "{found:.4?} is where no mixture leads: {game}");
+    }
+}
+
+#[test]
+fn ipo_md_arrives_where_the_mixture_leads() {
+    mixture_is_felt(
+        "ipo_md_arrives_where_the_mixture_leads",
+        &[0, 1, 2, 3, 4],
+        &[],
+    );
+}
+
+#[test]
+fn nash_md_by_policy_gradient_arrives_there_too() {
+    let kind = ["learner.objective={ kind = \"nash-md-pg\" }"];
+    mixture_is_felt(
+        "nash_md_by_policy_gradient_arrives_there_too",
+        &[0, 3],
+        &kind,
+    );
+}
+
+/// SLiC's hinge is flat from h = 1/β on, and one of two answers that are preferred with p > ½ goes there: arm 0
+/// beats two equal ones, so that π ∝ ref · (exp(1/β), 1, 1).
+#[test]
+fn slic_stops_at_its_margin() {
+    let (reference, beta) = ([0.2, 0.5, 0.3], 0.5_f64);
+    let lifted = reference[0] * (1.0 / beta).exp();
+    let total = lifted + reference[1] + reference[2];
+    let policy = [lifted / total, reference[1] / total, reference[2] / total];
+    let report = converge(&[
+        format!("model.reference_probabilities={reference:?}"),
+        "preference.judge.matrix=[[0.5,0.9,0.9],[0.1,0.5,0.5],[0.1,0.5,0.5]]".into(),
+        format!("learner.objective={{ kind = \"slic\", beta = {beta:?} }}"),
+    ]);
+    close(&report, "policy", &policy);
+    assert_eq!(report["objective"]["kind"], "slic");
 }
 
 #[test]
