@@ -51,7 +51,7 @@ fn every_construct_renders_as_jinja2_does() {
     );
 }
 
-/// Where the models' own templates lie, if they and a Python with jinja2 are there; else it is said aloud,
+/// The chat templates of the shared models, if these and a Python with jinja2 exist; else it is said aloud,
 /// and in continuous integration refused.
 fn real_templates() -> Option<Vec<String>> {
     let root = std::env::var_os("AGON_SHARED").unwrap_or_else(|| "../shared".into());

@@ -7,7 +7,7 @@
 //! compare, sort and compute as Python's do. What jinja2 raises is an [`Error`]; so is what this crate
 //! does not know (`include`, `urlize`, integers beyond 128 bits), and what would take too long or too much
 //! memory, never another text. The same variables
-//! give the same text on every day: templates that ask for the date are told a fixed one. What messages
+//! give the same text on every day: templates that ask for the date get a fixed one. What messages
 //! and tools are it does not know.
 
 #[cfg(test)]

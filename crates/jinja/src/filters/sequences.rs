@@ -117,7 +117,7 @@ impl Path {
     }
 }
 
-/// Strings in small letters, for orders that do not tell the two apart.
+/// Strings in lower case, for comparisons that ignore case.
 fn folded(value: Value, is_case_sensitive: bool) -> Value {
     match &value {
         Value::Text(text) if !is_case_sensitive => text.text.to_lowercase().into(),

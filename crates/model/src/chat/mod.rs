@@ -62,7 +62,7 @@ const RESERVED: [&str; 4] = [
 ];
 
 impl ChatTemplate {
-    /// The template `given`, else `chat_template.jinja` of `folder` with what lies in its
+    /// The template `given`, else `chat_template.jinja` of `folder` with what is in its
     /// `additional_chat_templates`, else those in its `tokenizer_config.json`; none when there is none of
     /// them.
     pub(crate) fn load(
