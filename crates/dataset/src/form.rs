@@ -345,7 +345,8 @@ impl<'a> Given<'a> {
             chosen, rejected, ..
         } = self.columns;
         let (mut good, mut bad) = (self.dialogue(chosen)?, self.dialogue(rejected)?);
-        (good.pop(), bad.pop());
+        good.pop();
+        bad.pop();
         if good == bad {
             return Ok(good);
         }
