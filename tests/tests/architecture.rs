@@ -10,7 +10,7 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
 use house::workspace_root;
 
 /// Whom a crate of the house may know. A role knows no other role, and only the program knows roles.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("messages", &[]),
     ("settings", &[]),
     ("dataset", &["messages"]),

@@ -288,6 +288,18 @@ mod tests {
         }
     }
 
+    fn conditions() -> EvaluationConditions {
+        EvaluationConditions {
+            stop_ids: vec![0],
+            chat_template: None,
+            max_new_tokens: 1,
+            temperature: 0.5,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+        }
+    }
+
     /// A bandit with the policy (.5, .3, .2) and the reference (.2, .3, .5), sampled at temperature ½, where
     /// arms are drawn 25 : 9 : 4 times. The third completion is drawn at temperature 1.
     #[test]
@@ -310,7 +322,12 @@ mod tests {
         let kl = 0.3 * 2.5f64.ln();
         let entropy: f64 = policy.iter().map(|p| -p * p.ln()).sum();
         for tally in [tally, untempered] {
-            let evaluation = tally.finish(0, 0).expect("pairs");
+            let asked = Asked {
+                step: 0,
+                prompts: 380,
+                conditions: conditions(),
+            };
+            let evaluation = tally.finish(asked, 0).expect("pairs");
             assert!((evaluation.kl - kl).abs() < 1e-6, "{}", evaluation.kl);
             assert!((evaluation.entropy - entropy).abs() < 1e-6);
             assert_eq!(evaluation.prompts, 380);

@@ -390,9 +390,9 @@ mod tests {
         let path = Path::new("rows.jsonl");
         let held_out = last_distinct(&train, &settings, 1.0, path).expect("four distinct prompts");
         assert_eq!(held_out, rows(&[3, 4]));
-        let mut files = [File { train, held_out }];
-        keep_apart(&mut files, &settings).expect("some are left");
-        assert_eq!(files[0].train, rows(&[1, 2, 1]));
+        let mut files = [train];
+        keep_apart(&mut files, &[held_out], &settings).expect("some are left");
+        assert_eq!(files[0], rows(&[1, 2, 1]));
 
         let too_many = last_distinct(&rows(&[1, 1, 1, 2]), &settings, 1.0, path);
         let error = too_many.expect_err("two prompts").to_string();
@@ -412,16 +412,12 @@ mod tests {
             mix: vec![mixed("a.jsonl"), mixed("b.jsonl")],
             ..holding_out(1)
         };
-        let file = |train: &[u32], held_out: &[u32]| File {
-            train: rows(train),
-            held_out: rows(held_out),
-        };
-        let mut files = [file(&[1, 2, 3], &[3]), file(&[3, 4, 5], &[5])];
-        keep_apart(&mut files, &settings).expect("some are left");
-        assert_eq!(files[0].train, rows(&[1, 2]));
-        assert_eq!(files[1].train, rows(&[4]));
-        let mut files = [file(&[1, 2], &[2]), file(&[2], &[1])];
-        let error = keep_apart(&mut files, &settings).expect_err("nothing is left");
+        let mut files = [rows(&[1, 2, 3]), rows(&[3, 4, 5])];
+        keep_apart(&mut files, &[rows(&[3]), rows(&[5])], &settings).expect("some are left");
+        assert_eq!(files, [rows(&[1, 2]), rows(&[4])]);
+        let mut files = [rows(&[1, 2]), rows(&[2])];
+        let held_out = [rows(&[2]), rows(&[1])];
+        let error = keep_apart(&mut files, &held_out, &settings).expect_err("nothing is left");
         assert!(error.to_string().contains("none is left to train on"));
     }
 }

@@ -53,14 +53,7 @@ fn tiny(dtype: DType) -> Tiny {
 
 /// The same with a fresh adapter, whose B is zero: its policy is its reference.
 fn adapted(tiny: &Tiny) -> LanguageModel {
-    let config = LoraConfig {
-        rank: 4,
-        alpha: 16.0,
-        dropout: 0.3,
-        target_modules: vec!["all-linear".into()],
-        rank_stabilised: false,
-        base_model: String::new(),
-    };
+    let config = LoraConfig::new(4, 16.0, 0.3, &["all-linear".into()]);
     let shape = tiny.policy.config();
     let adapter = Adapter::fresh(config, shape, Seed(2), &Device::Cpu).unwrap();
     tiny.policy.with_adapter(adapter).unwrap()
