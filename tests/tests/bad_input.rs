@@ -211,7 +211,7 @@ fn a_malformed_row_of_prompts_is_named_by_file_and_line() {
             &["prompts.jsonl, line 3", "{\"prompt\": \"...\"}"],
         ),
         (
-            "{\"prompt\": \"a\"}\n{\"question\": \"b\"}\n",
+            "{\"prompt\": \"a\"}\n{\"utterance\": \"b\"}\n",
             &["prompts.jsonl, line 2", "prompts.prompt_column"],
         ),
         (
