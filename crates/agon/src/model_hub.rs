@@ -93,7 +93,7 @@ impl Hub {
     /// The hub of these variables, an empty one being none.
     fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self, HubError> {
         let variable = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
-        let folder = |name: &str| variable(name).map(|path| without_tilde(&path, &variable));
+        let folder = |name: &str| variable(name).map(|path| without_tilde(&path, variable));
         let caches = || {
             folder("XDG_CACHE_HOME")
                 .or(variable("HOME").map(|home| Path::new(&home).join(".cache")))
@@ -101,7 +101,7 @@ impl Hub {
         let home = folder("HF_HOME").or_else(|| Some(caches()?.join("huggingface")));
         let cache = folder("HF_HUB_CACHE").or_else(|| Some(home.as_ref()?.join("hub")));
         let cache = cache.ok_or(HubError::NoCache)?;
-        let token = Token::find(&variable, home.as_deref().unwrap_or(Path::new("")))?;
+        let token = Token::find(variable, home.as_deref().unwrap_or(Path::new("")))?;
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         let offline = variable("HF_HUB_OFFLINE").unwrap_or_default();
         Ok(Self {
