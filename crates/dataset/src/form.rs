@@ -1096,7 +1096,7 @@ mod tests {
             let Ok(PromptText::Dialogue(read)) = prompt(&row) else {
                 panic!("{row} is a dialogue")
             };
-            assert_eq!(read.tools, [tool.clone()]);
+            assert_eq!(read.tools, std::slice::from_ref(&tool));
             assert_eq!(read.template_kwargs["enable_thinking"], json!(false));
         }
         for none in [json!(null), json!([]), json!("")] {
@@ -1130,11 +1130,18 @@ mod tests {
         assert_eq!(with(&row, &columns, |form| Ok(form.unread().len())), Ok(0));
     }
 
+    fn refused(cases: &[(Value, &str)]) {
+        for (row, expected) in cases {
+            let error = pair(row).expect_err(expected);
+            assert!(error.contains(expected), "{row}: {error}");
+        }
+    }
+
     #[test]
-    fn what_is_wrong_with_a_pair_is_said() {
+    fn what_is_missing_of_a_pair_is_said() {
         let user = turn("user", "q");
         let says = |what: &str| turn("assistant", what);
-        for (row, expected) in [
+        refused(&[
             (
                 json!({"prompt": "q", "chosen": "a"}),
                 "no column \"rejected\" among \"prompt\", \"chosen\"",
@@ -1171,6 +1178,14 @@ mod tests {
                 json!({"prompt": "q", "chosen": 3, "rejected": "b"}),
                 "column \"chosen\": 3 is neither text nor messages",
             ),
+        ]);
+    }
+
+    #[test]
+    fn a_pair_of_other_dialogues_is_refused() {
+        let user = turn("user", "q");
+        let says = |what: &str| turn("assistant", what);
+        refused(&[
             (
                 json!({"prompt": "q", "chosen": [user, says("a"), turn("user", "thanks")],
                     "rejected": [user, says("b"), turn("user", "thanks")]}),
@@ -1212,10 +1227,7 @@ mod tests {
                 json!({"prompt": "q", "tools": [{}], "chosen": "a", "rejected": "b"}),
                 "column \"tools\" is for a chat template",
             ),
-        ] {
-            let error = pair(&row).expect_err(expected);
-            assert!(error.contains(expected), "{row}: {error}");
-        }
+        ]);
     }
 
     #[test]

@@ -79,7 +79,10 @@ pub(crate) fn adapter_shape(
     Ok(Some(opened.config))
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "map_err gives errors by value")]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "map_err gives errors by value"
+)]
 fn misfit(error: ModelError) -> Misuse {
     Misuse(format!("model.target_modules: {error}"))
 }

@@ -71,9 +71,12 @@ mod tests {
         ids.iter().map(row).collect()
     }
 
+    /// Held-out prompts of files, the files' weights, and the number of distinct prompts.
+    type Case = (&'static [&'static [u32]], &'static [f64], usize);
+
     #[test]
     fn every_distinct_prompt_comes_once() {
-        let cases: [(&[&[u32]], &[f64], usize); 4] = [
+        let cases: [Case; 4] = [
             (&[&[1, 2, 3]], &[1.0], 3),
             (&[&[1, 2, 1, 2]], &[1.0], 2),
             // One file holds all, as with prompts.held_out_path.
