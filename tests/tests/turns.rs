@@ -18,9 +18,10 @@ fn stories_with(workplace: &Workplace, changes: &[(&str, &str, Value)]) -> Optio
     let copy = workplace.copy_of(&model, "model");
     for (file, key, value) in changes {
         let path = copy.join(file);
-        let mut json: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let text = fs::read(&path).expect("it was copied");
+        let mut json: Value = serde_json::from_slice(&text).expect("it is JSON");
         json[key] = value.clone();
-        fs::write(&path, json.to_string()).unwrap();
+        fs::write(&path, json.to_string()).expect("it is written");
     }
     Some(copy)
 }
