@@ -338,8 +338,10 @@ mod tests {
                 fs::read(source.path().join("model.safetensors")).unwrap(),
                 weights.to_blob().unwrap()
             );
+            // That configuration no longer says which token ends a text; another file must.
             let files = [
                 "config.json",
+                "generation_config.json",
                 "model.safetensors",
                 "notes.txt",
                 "tokenizer.json",

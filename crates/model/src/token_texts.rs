@@ -48,8 +48,12 @@ impl Tokenizer {
         let mut texts = Vec::with_capacity(ids.len());
         let (mut start, mut told) = (0, usize::from(context.is_some()));
         for end in told + 1..=ids.len() {
-            let before = self.decode_all(&ids[start..told]);
+            let mut before = self.decode_all(&ids[start..told]);
             let now = self.decode_all(&ids[start..end]);
+            if !now.starts_with(&before) {
+                // What the prompt left unfinished is finished now.
+                before.truncate(before.trim_end_matches(UNFINISHED).len());
+            }
             let is_last = end == ids.len();
             if now.len() <= before.len() || (now.ends_with(UNFINISHED) && !is_last) {
                 texts.push(String::new());
