@@ -190,7 +190,10 @@ fn a_malformed_row_is_named_by_its_line() {
         ("{\"ids\": [1, 512]}", "vocabulary of 512"),
         ("{\"ids\": [1, -3]}", "not a list of token ids"),
         ("{\"prompt\": \"a\"}", "a row is either"),
-        ("{\"prompt\": \"a\", \"completion\": 7}", "not text"),
+        (
+            "{\"prompt\": \"a\", \"completion\": 7}",
+            "neither text nor messages",
+        ),
     ] {
         let file = workplace.write("rows.jsonl", format!("{{\"ids\": [1, 2]}}\n{row}\n"));
         let ended = workplace.run(&["score", "--model", &text(&model), "--input", &text(&file)]);

@@ -30,7 +30,8 @@ fn score(workplace: &Workplace, model: &Path, ids: &Path, more: &[&str]) -> Ende
 
 /// `agon check` of a run that trains the model in this folder.
 fn check(workplace: &Workplace, model: &Path) -> Ended {
-    let prompts = workplace.write("prompts.jsonl", "{\"prompt\": \"Once upon a time\"}\n");
+    let rows = "{\"prompt\": \"Once upon a time\"}\n{\"prompt\": \"Once there was\"}\n";
+    let prompts = workplace.write("prompts.jsonl", rows);
     let config = workspace_root().join("configs/stories.toml");
     workplace.run(&[
         "check",
@@ -39,6 +40,8 @@ fn check(workplace: &Workplace, model: &Path) -> Ended {
         &format!("model.path={}", model.display()),
         "--set",
         &format!("prompts.path={}", prompts.display()),
+        "--set",
+        "prompts.held_out=1",
         "--set",
         "actor.max_prompt_length=32",
         "--set",

@@ -66,10 +66,7 @@ fn rounds_are_played_at_their_steps_and_their_models_judge() {
     for round in 1..=2 {
         let config = run.join(format!("preference/round_{round}/config.json"));
         let config = fs::read_to_string(&config).unwrap_or_else(|e| panic!("{config:?}: {e}"));
-        assert!(
-            config.contains("LlamaForSequenceClassification"),
-            "{config}"
-        );
+        assert!(config.contains("AgonLlamaRewardModel"), "{config}");
     }
     let judges = judges(&run);
     assert!(judges.len() >= 12, "{judges:?}");

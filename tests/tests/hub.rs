@@ -327,7 +327,7 @@ fn a_check_says_where_a_model_comes_from_and_fetches_nothing() {
     let url = hub.url();
     check(&url).check(0, &["hf:org/tiny@main", HUB_COMMIT, &url, "fetched into"]);
     assert!(!workplace.path("hf").exists());
-    check(NOWHERE).check(3, &["model: hf:org/tiny@main is not in the cache"]);
+    check(NOWHERE).check(3, &["model.path: hf:org/tiny@main is not in the cache"]);
     scored(&workplace, &url, MODEL, &[]).succeeded();
     // Known with its shape, and nobody need be asked.
     check(NOWHERE).check(
@@ -354,7 +354,8 @@ fn a_run_starts_from_a_model_of_the_hub() {
     assert!(kept.contains(&format!("path = \"{MODEL}@main\"")), "{kept}");
     let asked = hub.asked();
     let infos = asked.iter().filter(|path| path.starts_with("/api/"));
-    assert_eq!(infos.count(), 1, "{asked:?}");
+    // Once before anything starts, and once to fetch it.
+    assert_eq!(infos.count(), 2, "{asked:?}");
     assert!(asked.iter().any(|path| path.contains(HUB_REPOSITORY)));
 }
 
@@ -379,7 +380,8 @@ fn only_the_process_that_leads_a_run_asks_the_hub() {
     assert_eq!(report(&run)["steps"], 2);
     let asked = hub.asked();
     let infos = asked.iter().filter(|path| path.starts_with("/api/"));
-    assert_eq!(infos.count(), 1, "{asked:?}");
+    // The launcher and the learner each before anything starts, and the learner to fetch it; no other process.
+    assert_eq!(infos.count(), 3, "{asked:?}");
 }
 
 fn json(path: &Path) -> Value {
@@ -495,8 +497,11 @@ fn a_judge_that_is_an_adapter_of_a_hub_model_finds_it_too() {
     let workplace = Workplace::new();
     let hub = FakeHub::start(&model(&workplace), None);
     let run = workplace.path("judge");
-    let pair = "{\"prompt\": \"arm0\", \"chosen\": \" arm1\", \"rejected\": \" arm0\"}\n";
-    let pairs = workplace.write("pairs.jsonl", pair.repeat(8));
+    // Prompts differ, so that some can be held out.
+    let pairs = ["arm0", "arm1"].map(|prompt| {
+        format!("{{\"prompt\": {prompt:?}, \"chosen\": \" arm1\", \"rejected\": \" arm0\"}}\n")
+    });
+    let pairs = workplace.write("pairs.jsonl", pairs.concat().repeat(4));
     let mut words = on_default("fit-preference", &sets(&workplace, MODEL));
     words.extend(["--run-dir".into(), run.display().to_string()]);
     for set in [

@@ -105,8 +105,11 @@ fn fitted(workplace: &Workplace, name: &str, sets: &[&str]) -> PathBuf {
     std::fs::create_dir_all(&trunk).expect("a folder in a temporary directory");
     let bandit = Bandit::new(&[0.7, 0.3]).expect("two probabilities");
     bandit.write_model(&trunk).expect("it is written");
-    let pair = "{\"prompt\": \"arm0\", \"chosen\": \" arm1\", \"rejected\": \" arm0\"}\n";
-    let pairs = workplace.write("pairs.jsonl", pair.repeat(8));
+    // Prompts differ, so that some can be held out.
+    let pairs = ["arm0", "arm1"].map(|prompt| {
+        format!("{{\"prompt\": {prompt:?}, \"chosen\": \"arm1\", \"rejected\": \"arm0\"}}\n")
+    });
+    let pairs = workplace.write("pairs.jsonl", pairs.concat().repeat(4));
     let prompts = workplace.write("prompts.jsonl", "{\"prompt\": \"arm0\"}\n".repeat(2));
     let run = workplace.path(name);
     let mut words = vec!["fit-preference".to_owned(), default_config()];

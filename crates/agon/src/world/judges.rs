@@ -186,7 +186,7 @@ impl JudgeSource {
 /// model that is not here.
 ///
 /// # Errors
-/// As [`JudgeSource::open`] and [`super::bench`], as far as that can be known.
+/// As [`JudgeSource::open`] and `bench`, as far as that can be known.
 pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Result<()> {
     let model = |path: &ModelSource, head| {
         if !path.is_empty()
