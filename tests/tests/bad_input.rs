@@ -216,7 +216,7 @@ fn a_malformed_row_of_prompts_is_named_by_file_and_line() {
         ),
         (
             "{\"prompt\": 7}\n",
-            &["prompts.jsonl, line 1", "a string or a list of messages"],
+            &["prompts.jsonl, line 1", "neither text nor messages"],
         ),
         ("", &["prompts.jsonl", "no prompts"]),
         (

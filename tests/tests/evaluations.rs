@@ -130,7 +130,7 @@ fn conditions_stand_beside_every_evaluation_and_differences_are_said() {
     }
 
     let [one, two] = [one, two].map(|run| run.display().to_string());
-    let warned = ["stop_ids: ", "[2,7] in", "chat_template: none in"];
+    let warned = ["stop_ids: ", "[1,2,7] in", "chat_template: none in"];
     let ended = workplace
         .run(&["eval", &one, &two, "--json"])
         .check(0, &warned);

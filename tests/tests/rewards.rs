@@ -107,7 +107,7 @@ fn fitted(workplace: &Workplace, name: &str, sets: &[&str]) -> PathBuf {
     bandit.write_model(&trunk).expect("it is written");
     // Prompts differ, so that some can be held out.
     let pairs = ["arm0", "arm1"].map(|prompt| {
-        format!("{{\"prompt\": {prompt:?}, \"chosen\": \"arm1\", \"rejected\": \"arm0\"}}\n")
+        format!("{{\"prompt\": {prompt:?}, \"chosen\": \" arm1\", \"rejected\": \" arm0\"}}\n")
     });
     let pairs = workplace.write("pairs.jsonl", pairs.concat().repeat(4));
     let prompts = workplace.write("prompts.jsonl", "{\"prompt\": \"arm0\"}\n".repeat(2));

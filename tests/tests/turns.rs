@@ -44,15 +44,15 @@ fn a_text_ends_where_the_tokenizer_says() {
         ];
         let length = ["--num", "4", "--max-new-tokens", "400", "--seed", "3"];
         let ended = workplace.run(&[&call[..], &length].concat()).succeeded();
+        let mut closed = 0;
         for line in ended.json_lines() {
             let ids = line["ids"].as_array().unwrap();
             let place = ids.iter().position(|id| *id == 1);
-            assert_eq!(
-                (&line["finish"], place),
-                (&json!("eos"), Some(ids.len() - 1)),
-                "{case}: {line}"
-            );
+            let last = (line["finish"] == "eos").then(|| ids.len() - 1);
+            assert_eq!(place, last, "{case}: {line}");
+            closed += usize::from(place.is_some());
         }
+        assert!(closed > 0, "{case}: none of the four ended");
     }
 }
 
@@ -86,7 +86,7 @@ fn fine_tuning_closes_a_turn_as_its_template_does() {
         Some(&json!(1)),
         "{line}"
     );
-    assert_eq!(line["text"], "Lily was happy.", "{line}");
+    assert_eq!(line["completion"], " Lily was happy.", "{line}");
 }
 
 #[test]

@@ -59,7 +59,11 @@ fn samples_are_shown_by_step_and_by_what_they_say() {
                 .copied()
                 .filter(|token| !token.contains('<'))
                 .collect();
-            assert_eq!(words.trim(), text.as_str().expect("a text"), "{tokens:?}");
+            assert_eq!(
+                words.trim_end(),
+                text.as_str().expect("a text"),
+                "{tokens:?}"
+            );
             let sum: f64 = row["logp"][i]
                 .as_array()
                 .expect("a list")
