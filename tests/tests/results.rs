@@ -6,7 +6,7 @@ use std::{
     sync::OnceLock,
 };
 
-use house::{Workplace, config, number, report, steps};
+use house::{Workplace, config, number, report};
 use playground::{held_out_post, held_out_seed};
 use serde_json::{Value, json};
 
