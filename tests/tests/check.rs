@@ -89,6 +89,7 @@ const NOT_A_FILE: [&str; 2] = ["missing", "folder"];
 const NOT_A_FOLDER: [&str; 2] = ["missing", "file"];
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of settings")]
 fn every_setting_that_names_a_file_or_folder_has_one_verdict() {
     let Some(model) = shared("every_setting_that_names_a_file", "data/models/stories260K") else {
         return;
