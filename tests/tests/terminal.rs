@@ -46,7 +46,10 @@ fn on_a_terminal(script: &Path, arguments: &[String], no_color: &str) -> String 
     let mut command = Command::new(script);
     command.args(["-qec", &words.join(" "), "/dev/null"]);
     command.env("NO_COLOR", no_color).env("TERM", "xterm");
-    let ended = command.output().expect("it starts");
+    // What the program keeps goes with this folder.
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let ended = command.current_dir(folder.path()).output();
+    let ended = ended.expect("it starts");
     String::from_utf8_lossy(&ended.stdout).into_owned()
 }
 
