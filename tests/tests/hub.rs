@@ -354,8 +354,7 @@ fn a_run_starts_from_a_model_of_the_hub() {
     assert!(kept.contains(&format!("path = \"{MODEL}@main\"")), "{kept}");
     let asked = hub.asked();
     let infos = asked.iter().filter(|path| path.starts_with("/api/"));
-    // Once before anything starts, and once to fetch it.
-    assert_eq!(infos.count(), 2, "{asked:?}");
+    assert_eq!(infos.count(), 1, "{asked:?}");
     assert!(asked.iter().any(|path| path.contains(HUB_REPOSITORY)));
 }
 
@@ -380,8 +379,8 @@ fn only_the_process_that_leads_a_run_asks_the_hub() {
     assert_eq!(report(&run)["steps"], 2);
     let asked = hub.asked();
     let infos = asked.iter().filter(|path| path.starts_with("/api/"));
-    // The launcher and the learner each before anything starts, and the learner to fetch it; no other process.
-    assert_eq!(infos.count(), 3, "{asked:?}");
+    // The launcher, before it starts anything, and the learner; no other process.
+    assert_eq!(infos.count(), 2, "{asked:?}");
 }
 
 fn json(path: &Path) -> Value {

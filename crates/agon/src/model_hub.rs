@@ -1,7 +1,7 @@
 //! Models of the Hugging Face hub: found in the hub's cache, or fetched into it.
 //!
-//! The cache is the one that all programs share, laid out as Python's `huggingface_hub` does. The hub is asked each
-//! time which commit a revision is; where it cannot be reached, what the cache has under that name is taken as it is,
+//! The cache is the one that all programs share, laid out as Python's `huggingface_hub` does. The hub is asked once
+//! a process which commit a revision is; where it cannot be reached, what the cache has under that name is taken as it is,
 //! which is said. All files of a model are of one commit. What a model is good for, this part does not know.
 
 mod base;
@@ -11,7 +11,9 @@ mod files;
 mod token;
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -27,6 +29,10 @@ use settings::{HubModel, ModelSource};
 pub(crate) use base::{Located, look_for_base};
 pub(crate) use error::HubError;
 use token::Token;
+
+/// What hubs answered this process, by endpoint and model: what was checked before a run is what the run fetches,
+/// and a hub is asked once.
+static ANSWERS: Mutex<BTreeMap<(String, String), RepoInfo>> = Mutex::new(BTreeMap::new());
 
 /// How long the hub may take to say what a repository holds.
 const TO_ANSWER: Duration = Duration::from_secs(30);
@@ -185,8 +191,19 @@ impl Hub {
             .map_err(|error| self.refused(model, error))
     }
 
-    /// What the repository holds at the revision.
+    /// What the repository holds at the revision, as it was when this process first asked.
     fn info(&self, api: &Api, model: &HubModel) -> Result<RepoInfo, HubError> {
+        let key = (self.endpoint.clone(), model.to_string());
+        let mut answers = ANSWERS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(info) = answers.get(&key) {
+            return Ok(info.clone());
+        }
+        let info = self.ask(api, model)?;
+        answers.insert(key, info.clone());
+        Ok(info)
+    }
+
+    fn ask(&self, api: &Api, model: &HubModel) -> Result<RepoInfo, HubError> {
         let asked = api.repo(at(model, model.revision())).info_request();
         let answer = asked.timeout(TO_ANSWER).call();
         let answer = answer.map_err(|error| self.refused(model, Box::new(error).into()))?;
