@@ -4,7 +4,7 @@
 //! rows (JSON Lines, a JSON list, Parquet, compressed or not) and where each comes from. [`Form::of`] recognises a
 //! row in any of the forms in which the field writes prompts, examples and preferences, and [`read`] does both for
 //! a whole path: it is the one reader of prompts, pairs, fine-tuning examples and golden answers. [`Mix`] reads
-//! several sets as one. What is wrong is told with file, line and remedy. This crate knows texts and messages; what
+//! several sets as one. Errors name file, line and remedy. This crate knows texts and messages; what
 //! a token is, and what rows are for, it does not know. `docs/data.md` shows every form.
 
 mod columns;

@@ -17,7 +17,7 @@ const ITEMS: usize = 1_000_000;
 /// The largest dictionary, whose keys are found one by one.
 pub(crate) const KEYS: usize = 10_000;
 
-/// That a string of so many bytes may be.
+/// Checks that a string may have this many bytes.
 pub(crate) fn text(bytes: usize) -> Result<(), Error> {
     if bytes > TEXT {
         return Err(Error::new(format!("a string of more than {TEXT} bytes")));
@@ -25,7 +25,7 @@ pub(crate) fn text(bytes: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// That a list of so many elements may be.
+/// Checks that a list may have this many elements.
 pub(crate) fn items(count: usize) -> Result<(), Error> {
     if count > ITEMS {
         return Err(Error::new(format!("a list of more than {ITEMS} elements")));

@@ -93,7 +93,7 @@ fn without_underscores(text: &str) -> Option<String> {
         .then(|| text.replace('_', ""))
 }
 
-/// Python's `round` of a float to so many digits after the point: the decimal number nearest to its exact
+/// Python's `round` of a float to `digits` after the point: the decimal number nearest to its exact
 /// value, of two the even one.
 pub(crate) fn round_float(number: f64, digits: i32) -> f64 {
     if !number.is_finite() {
@@ -110,7 +110,7 @@ pub(crate) fn round_float(number: f64, digits: i32) -> f64 {
     }
 }
 
-/// Python's `round` of an integer to so many digits, fewer than none: to tens, to hundreds.
+/// Python's `round` of an integer to a negative number of digits: to tens, to hundreds.
 pub(crate) fn round_int(number: i128, digits: i32) -> i128 {
     let Some(unit) = 10i128
         .checked_pow(digits.unsigned_abs())

@@ -451,7 +451,7 @@ impl Value {
         self.repr_within(0)
     }
 
-    /// As [`Self::repr`], within so many namespaces.
+    /// As [`Self::repr`], at this depth of nested namespaces.
     fn repr_within(&self, namespaces: usize) -> Result<String, Error> {
         let joined = |items: &[Value]| joined(items, namespaces);
         Ok(match self {

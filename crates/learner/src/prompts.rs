@@ -336,7 +336,7 @@ pub fn say_how_dialogues_are_used(path: &Path, prompts: &[&PromptText], tokenize
     }
 }
 
-/// Whether the chat template renders the tools; a dialogue that it refuses is told elsewhere.
+/// Whether the chat template renders the tools; a dialogue that it refuses is an error elsewhere.
 fn heeds_tools(tokenizer: &Tokenizer, dialogue: &Dialogue) -> bool {
     let bare = Dialogue {
         tools: Vec::new(),

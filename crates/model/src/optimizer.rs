@@ -303,7 +303,7 @@ mod tests {
         BTreeMap::from([("w".to_owned(), var)])
     }
 
-    /// Steps of so many on the gradient of Σw: each moves every weight by the learning rate.
+    /// Optimiser steps on the gradient of Σw: each moves every weight by the learning rate.
     fn descend(optimizer: &mut Optimizer, steps: u64, learning_rate: f64) {
         for _ in 0..steps {
             let sums: Vec<Tensor> = optimizer

@@ -76,7 +76,7 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "objective/log_ratio",
         Nats,
-        "mean log pi over ref of the step's completions, whoever they were drawn from: not a KL",
+        "mean log pi over ref of the step's completions, whatever law they were drawn from: not a KL",
     ),
     gauge(
         "objective/entropy",

@@ -71,7 +71,7 @@ struct Summary {
 }
 
 impl Summary {
-    /// What is told of a run in the directory `path`.
+    /// Summary of a run in the directory `path`.
     fn of(settings: &Settings, path: &Path) -> Self {
         let mut summary = Self {
             text: String::new(),
