@@ -285,7 +285,7 @@ fn train(model: &Path, prompts: &Path, run: &Path, sets: &[&str]) -> Vec<String>
         "learner.steps=5".into(),
         "learner.train_batch_size=4".into(),
         "learner.max_staleness=0".into(),
-        "learner.learning_rate=2e-2".into(),
+        "learner.learning_rate=5e-3".into(),
         "learner.save_steps=0".into(),
         "evaluation.prompts=4".into(),
         "evaluation.eval_steps=0".into(),
