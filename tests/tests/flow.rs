@@ -203,36 +203,58 @@ fn prometheus_finds_the_run_while_it_lasts_and_not_after() {
     assert_eq!(scrape(free), None, "the endpoint outlives the run");
 }
 
+/// Arm 0 beats the others, which the reference likes better.
+const DOMINATED: [&str; 6] = [
+    "model.reference_probabilities=[0.2, 0.5, 0.3]",
+    "preference.judge.matrix=[[0.5,0.9,0.8],[0.1,0.5,0.5],[0.2,0.5,0.5]]",
+    "actor.mixture_coef=0.125",
+    "learner.steps=40",
+    "learner.learning_rate=4e-3",
+    "learner.train_batch_size=32",
+];
+
+/// How much more often than not the policy of a bandit beats its reference, exactly: p(policy ≻ reference) − ½.
+fn gain(report: &Value) -> f64 {
+    let matrix = [[0.5, 0.9, 0.8], [0.1, 0.5, 0.5], [0.2, 0.5, 0.5]];
+    let of = |key: &str, arm: usize| number(report, &format!("/{key}/{arm}"));
+    let against = |i: usize| -> f64 { (0..3).map(|j| matrix[i][j] * of("reference", j)).sum() };
+    (0..3).map(|i| of("policy", i) * against(i)).sum::<f64>() - 0.5
+}
+
+/// Of the best arm alone the gain is .29, of the reference it is 0; every case below gains at least .19.
+const GAIN: f64 = 0.15;
+
 #[test]
 fn every_objective_and_every_way_to_label_learns() {
     let workplace = Workplace::new();
     for (number, sets) in [
+        &["learner.objective={ kind = \"ipo\", tau = 0.1, scale = \"square\" }"][..],
+        &["learner.objective={ kind = \"ipo\", tau = 0.1, scale = \"scaled\" }"],
+        &["learner.objective={ kind = \"dpo\" }"],
+        &["learner.objective={ kind = \"slic\" }"],
+        &["learner.objective={ kind = \"nash-md-pg\", tau = 0.1 }"],
+        &["learner.objective.tau=0.1", "actor.num_generations=4"],
+        &["learner.objective.tau=0.1", "learner.label=sampled"],
         &[
-            "learner.objective.kind=ipo",
-            "learner.objective.scale=square",
-        ][..],
-        &[
-            "learner.objective.kind=ipo",
-            "learner.objective.scale=scaled",
+            "learner.objective.tau=0.1",
+            "learner.label=hard",
+            "learner.label_smoothing=0.1",
         ],
-        &["learner.objective.kind=dpo"],
-        &["learner.objective.kind=slic"],
-        &["learner.objective.kind=rpo", "learner.objective.nll=sum"],
-        &["learner.objective.kind=rpo", "learner.objective.nll=mean"],
-        &["learner.objective.kind=nash-md-pg"],
-        &["actor.num_generations=4"],
-        &["learner.label=sampled"],
-        &["learner.label=hard", "learner.label_smoothing=0.1"],
-        &["learner.logp_reduction=mean"],
-        &["learner.gradient_accumulation_steps=2"],
-        &["actor.mixture_coef=1"],
+        &["learner.objective.tau=0.1", "learner.logp_reduction=mean"],
         &[
+            "learner.objective.tau=0.1",
+            "learner.gradient_accumulation_steps=2",
+        ],
+        &["learner.objective.tau=0.1", "actor.mixture_coef=1"],
+        &[
+            "learner.objective.tau=0.1",
             "actor.temperature=0.7",
             "actor.top_k=20",
             "actor.top_p=0.95",
             "actor.min_p=0.01",
         ],
         &[
+            "learner.objective.tau=0.1",
             "learner.lr_scheduler_type=cosine",
             "learner.weight_decay=0.01",
         ],
@@ -241,21 +263,37 @@ fn every_objective_and_every_way_to_label_learns() {
     .enumerate()
     {
         let run = workplace.path(&format!("run-{number}"));
-        let sets = [&["learner.steps=4", "evaluation.prompts=8"], sets].concat();
+        let sets = [&DOMINATED[..], sets].concat();
         workplace
-            .run(&tiny_playground(&run, &sets))
+            .run(&tiny_bandit(&run, &sets))
             .without_panic()
             .succeeded();
-        finite_losses(&run, 4);
+        finite_losses(&run, 40);
         let report = report(&run);
         conserved(&report);
-        let norms = column(&run, "grad_norm");
-        assert!(
-            norms.iter().all(|&norm| norm.is_finite() && norm > 0.0),
-            "{sets:?}: {norms:?}"
-        );
         assert_eq!(report["nonfinite_steps"], 0, "{sets:?}");
+        let gain = gain(&report);
+        eprintln!("{gain:.3} by {:?}", &sets[DOMINATED.len()..]);
+        assert!(gain > GAIN, "{sets:?}: {gain}, {}", report["policy"]);
     }
+}
+
+#[test]
+fn rpo_takes_the_sum_or_the_mean_of_a_golden_answer() {
+    let workplace = Workplace::new();
+    let first_loss = |nll: &str| {
+        let run = workplace.path(nll);
+        let objective =
+            format!("learner.objective={{ kind = \"rpo\", eta = 1.0, nll = \"{nll}\" }}");
+        let sets = ["learner.steps=2", "evaluation.prompts=8", &objective];
+        workplace.run(&tiny_playground(&run, &sets)).succeeded();
+        finite_losses(&run, 2);
+        column(&run, "loss")[0]
+    };
+    // Both begin with the same pairs at h = 0, and golden answers have several tokens.
+    let (sum, mean) = (first_loss("sum"), first_loss("mean"));
+    eprintln!("{sum} by the sum, {mean} by the mean");
+    assert!(sum > 2.0 * mean, "{sum} {mean}");
 }
 
 #[test]

@@ -90,6 +90,8 @@ fn a_run_that_is_stopped_and_resumed_ends_where_it_would_have() {
             (last / 3..last).contains(&stopped_at),
             "it stopped after {stopped_at} of {last} steps"
         );
+        let last_line = format!("aligning {stopped_at}/{last} (");
+        assert!(ended.err.contains(&last_line), "{}", ended.err);
 
         workplace.run(&resume(arguments)).succeeded();
         assert_eq!((digest(&run), losses(&run)), expected);

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use house::{Workplace, agon_binary, config, tiny_bandit, tool};
+use house::{Workplace, agon_binary, config, number, report, tiny_bandit, tool};
 use playground::Bandit;
 use serde_json::json;
 
@@ -157,4 +157,26 @@ fn what_a_row_says_in_an_error_is_shown_and_never_obeyed() {
     let ended = workplace.run(&["score", "--model", &model, "--input", &rows]);
     let ended = ended.check(3, &["RED"]).without_panic();
     assert!(!drives(&ended.err), "{:?}", ended.err);
+}
+
+#[test]
+fn a_run_whose_terminal_is_gone_goes_on_and_can_be_stopped() {
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    // Who reads the pipe leaves at once: whatever the run writes is an error.
+    let script = "mkfifo pipe; : < pipe & exec \"$0\" \"$@\" > pipe 2>&1";
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(agon_binary());
+    command.args(tiny_bandit(&run, &["learner.steps=1000000"]));
+    let mut running = workplace.start_command(command);
+    running.until("its first steps", || (steps_so_far(&run) > 2).then_some(()));
+    running.terminate();
+    running.wait().check(5, &[]);
+    assert!(number(&report(&run), "/steps") > 2.0);
+}
+
+/// Lines that the journal of a run has.
+fn steps_so_far(run: &Path) -> usize {
+    let journal = fs::read_to_string(run.join("metrics.jsonl"));
+    journal.map_or(0, |text| text.lines().count())
 }

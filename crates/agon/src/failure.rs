@@ -76,7 +76,7 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         // Whoever read our output has read enough.
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {}", printable(&sentence(error)));
+    note!("error: {}", printable(&sentence(error)));
     code(error).into()
 }
 

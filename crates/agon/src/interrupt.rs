@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT as one watch that everything long looks at.
+//! SIGTERM, SIGINT and SIGHUP as one watch that everything long looks at.
 
 use anyhow::Context;
 use tokio::{
@@ -9,13 +9,16 @@ use tokio::{
 /// How many signals end the process at once, whatever it is doing.
 const IMPATIENT: usize = 2;
 
-/// A watch that turns true at the first SIGTERM or SIGINT. The second ends the process.
+/// A watch that turns true at the first SIGTERM, SIGINT or SIGHUP; the second ends the process. Under nohup a
+/// SIGHUP means nothing.
 ///
 /// # Errors
 /// When the system refuses to tell of signals.
 pub(crate) fn on_signal() -> anyhow::Result<watch::Sender<bool>> {
     let mut term = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
+    let nohup = ignores_hangup();
+    let mut hangup = signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?;
     let sender = watch::Sender::new(false);
     let told = sender.clone();
     tokio::spawn(async move {
@@ -23,16 +26,25 @@ pub(crate) fn on_signal() -> anyhow::Result<watch::Sender<bool>> {
             tokio::select! {
                 _ = term.recv() => {}
                 _ = int.recv() => {}
+                _ = hangup.recv(), if !nohup => {}
             }
             if count >= IMPATIENT {
-                eprintln!("interrupted twice: leaving without saving");
+                note!("interrupted twice: leaving without saving");
                 std::process::exit(130);
             }
-            eprintln!("stopping: finishing what is in hand; once more to leave at once");
             told.send_replace(true);
+            note!("stopping: finishing what is in hand; once more to leave at once");
         }
     });
     Ok(sender)
+}
+
+/// Whether this process was started to outlive its terminal: SIGHUP, signal 1, is ignored.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 == 1)
 }
 
 /// As [`on_signal`]; and where `with_stdin` says so, standard input's end counts as a signal: whoever started

@@ -20,6 +20,8 @@ pub(crate) fn start() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        // It would be told on standard error, with a panic where that is what failed.
+        .log_internal_errors(false)
         .with_ansi(takes_ansi(&io::stderr()))
         .with_target(false)
         .fmt_fields(debug_fn(write_field).delimited(" "))

@@ -3,6 +3,11 @@
 //! The binary knows how to build the roles, run them side by side, stop them, and say how it went. What
 //! an actor, a judge or a learner does, their crates know.
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
+#[macro_use]
+mod terminal;
+
 mod commands;
 mod failure;
 mod habits;

@@ -52,8 +52,8 @@ impl Report {
         if self.evaluations.len() > 1 {
             plot::win_rates(&directory.root().join(PICTURE), &self.evaluations)?;
         }
-        println!("{}", self.text);
-        println!("Report: {}", directory.report_markdown().display());
+        out!("{}", self.text)?;
+        out!("Report: {}", directory.report_markdown().display())?;
         Ok(())
     }
 }

@@ -179,10 +179,7 @@ async fn learner(
         policy: world.policy()?,
         set: Arc::clone(&world.set),
         pacing: pacing(settings),
-        sampling: match sampling(settings) {
-            law if law.is_exact() && law.precision == Precision::F32 => Sampling::Exact,
-            _ => Sampling::Altered,
-        },
+        sampling: sampling_kind(settings),
         prompts: streams.prompts.0.clone(),
         labelled: streams.labelled.1.clone(),
         drops: streams.drops.1.clone(),
@@ -206,6 +203,17 @@ fn pacing(settings: &Settings) -> learner::Pacing {
         learner::Pacing::WholeReleases
     } else {
         learner::Pacing::EachPrompt
+    }
+}
+
+/// Whether actors sample from the very distribution that the learner computes: with no truncation, temperature or
+/// precision of their own, and with weights that are not rounded on their way.
+fn sampling_kind(settings: &Settings) -> Sampling {
+    let own = sampling(settings);
+    let rounded = weights_dtype(settings) != world::dtype(settings.model.dtype);
+    match own.is_exact() && own.precision == Precision::F32 && !rounded {
+        true => Sampling::Exact,
+        false => Sampling::Altered,
     }
 }
 
@@ -281,5 +289,41 @@ fn mixture_coefs(settings: &Settings) -> Vec<f32> {
     match settings.learner.objective {
         ObjectiveSettings::NashMdPg { .. } => vec![0.0, mixture],
         _ => vec![mixture; settings.actor.num_generations],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use settings::Override;
+
+    use super::*;
+
+    #[test]
+    fn sampling_is_exact_only_with_the_learners_own_numbers() {
+        let of = |sets: &[&str]| {
+            let sets: Vec<Override> = sets.iter().map(|set| set.parse().unwrap()).collect();
+            sampling_kind(&settings::resolve("", "test", &sets).unwrap().settings)
+        };
+        let over_nats = "transport.kind=jetstream";
+        for exact in [
+            &[][..],
+            &["model.dtype=bf16"],
+            &[over_nats, "transport.weights_dtype=f32"],
+            &[
+                over_nats,
+                "transport.weights_dtype=bf16",
+                "model.dtype=bf16",
+            ],
+        ] {
+            assert_eq!(of(exact), Sampling::Exact, "{exact:?}");
+        }
+        for altered in [
+            &["actor.temperature=0.9"][..],
+            &["actor.top_k=5"],
+            &["actor.precision=int8"],
+            &[over_nats, "transport.weights_dtype=bf16"],
+        ] {
+            assert_eq!(of(altered), Sampling::Altered, "{altered:?}");
+        }
     }
 }

@@ -47,7 +47,7 @@ pub enum Sampling {
     /// The policy's own in f32: temperature 1, no truncation. Its samples estimate expectations under the
     /// policy.
     Exact,
-    /// Tempered, truncated, or with weights in coarser numbers.
+    /// Tempered, truncated, or with weights that are quantised or rounded on their way.
     Altered,
 }
 
@@ -495,6 +495,7 @@ impl Learner {
                 self.report(&measurements, &pairs)
             }
             StepOutcome::Refused(measurements) => {
+                pairs.iter().for_each(|_| self.missing.lost());
                 self.counters
                     .dropped(DropReason::Poisoned, pairs.len() as u64);
                 self.journal
@@ -652,7 +653,7 @@ impl Learner {
             rollbacks: self.state.rollbacks,
             evaluations: self.state.evaluations,
         };
-        self.progress.finish(note);
+        self.progress.finish_at(self.state.step, note);
         self.engine.join()?;
         Ok(summary)
     }

@@ -61,6 +61,15 @@ impl Progress {
         }
     }
 
+    /// As [`Self::finish`], with `done` of the total done.
+    pub fn finish_at(mut self, done: u64, note: &str) {
+        match &mut self.0 {
+            Display::Bar(bar) => bar.set_position(done),
+            Display::Lines(lines) => lines.done = done,
+        }
+        self.finish(note);
+    }
+
     /// The work has ended, all of it done or not; `note` says how.
     pub fn finish(self, note: &str) {
         let note = &*printable_line(note);

@@ -39,15 +39,15 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Part::Transport(arguments) => transport::run(arguments)?,
     };
     if arguments.json {
-        println!("{report}");
+        out!("{report}")?;
     } else {
-        tell(&report, "");
+        tell(&report, "")?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// A line a number, those inside one another behind their names.
-fn tell(report: &Value, name: &str) {
+fn tell(report: &Value, name: &str) -> std::io::Result<()> {
     match report {
         Value::Object(entries) => {
             for (key, value) in entries {
@@ -56,15 +56,16 @@ fn tell(report: &Value, name: &str) {
                 } else {
                     format!("{name}.{key}")
                 };
-                tell(value, &inner);
+                tell(value, &inner)?;
             }
         }
         Value::Number(number) if number.is_f64() => {
-            println!("{name:32} {:.4}", number.as_f64().unwrap_or(f64::NAN));
+            out!("{name:32} {:.4}", number.as_f64().unwrap_or(f64::NAN))?;
         }
-        Value::String(text) => println!("{name:32} {text}"),
-        other => println!("{name:32} {other}"),
+        Value::String(text) => out!("{name:32} {text}")?,
+        other => out!("{name:32} {other}")?,
     }
+    Ok(())
 }
 
 /// The largest memory that this process has had, in GiB.

@@ -27,6 +27,8 @@ const MISTRAL_BYTES: usize = 4;
 const MOMENT_BYTES: usize = 4;
 /// An adapter is f32 whatever the weights are.
 const ADAPTER_BYTES: usize = 4;
+/// A master weight is f32 whatever the dtype of the weights.
+const MASTER_BYTES: usize = 4;
 /// Logits are computed in f32.
 const LOGIT_BYTES: usize = 4;
 
@@ -57,7 +59,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let settings = &resolved.settings;
     let path = settings.run.output_dir.join(&settings.run.name);
     let summary = Summary::of(settings, &path);
-    eprint!("{}", telemetry::printable(&summary.text));
+    note!("{}", telemetry::printable(summary.text.trim_end()));
     Ok(match summary.refused.0.as_slice() {
         [] => ExitCode::SUCCESS,
         _ => summary.refused.code().into(),
@@ -145,6 +147,9 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         Some(count) => ([count, ADAPTER_BYTES], count),
         None => (weights, config.parameter_count()),
     };
+    // Weights in half precision that are trained have a master copy in f32.
+    let is_half = trained == weights && settings.model.dtype == DtypeSetting::Bf16;
+    let masters = if is_half { of_trained } else { 0 };
     // As the sampler's caches: no sequence outgrows the model's positions.
     let longest = actor
         .max_prompt_length
@@ -177,6 +182,10 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         ("policy's weights", product(&[&trained])),
         ("gradients", product(&[&trained])),
         ("Adam's moments", product(&[&[2, of_trained, MOMENT_BYTES]])),
+        (
+            "master weights in f32",
+            product(&[&[masters, MASTER_BYTES]]),
+        ),
         ("reference's weights", product(&[&weights])),
         (
             "actors' copies of the policy",
@@ -323,6 +332,7 @@ mod tests {
             2 * p,
             2 * p,
             8 * p,
+            4 * p,
             2 * p,
             6 * p,
             2 * p,

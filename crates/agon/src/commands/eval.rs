@@ -100,7 +100,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         conditions,
         truncated,
         differences,
-    });
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -202,7 +202,7 @@ struct Told<'a> {
     differences: Vec<String>,
 }
 
-fn tell(told: &Told<'_>) {
+fn tell(told: &Told<'_>) -> std::io::Result<()> {
     let (rate, prompts, abstained) = (told.rate, told.prompts, told.abstained);
     let (a, b) = (&told.arguments.a, &told.arguments.b);
     let [truncated_a, truncated_b] = told.truncated;
@@ -213,10 +213,10 @@ fn tell(told: &Told<'_>) {
             "conditions": told.conditions, "truncation_rate_a": truncated_a,
             "truncation_rate_b": truncated_b, "differences": told.differences,
         });
-        println!("{}", printable_json(&row.to_string()));
-        return;
+        out!("{}", printable_json(&row.to_string()))?;
+        return Ok(());
     }
-    println!(
+    out!(
         "{a} is preferred to {b} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
         100.0 * rate.mean,
         100.0 * rate.low,
@@ -226,13 +226,14 @@ fn tell(told: &Told<'_>) {
         } else {
             String::new()
         }
-    );
-    println!(
+    )?;
+    out!(
         "Evaluated with {}; {:.1} % of {a}'s answers were cut off there, {:.1} % of {b}'s.",
         sampled_with(&told.conditions),
         100.0 * truncated_a,
         100.0 * truncated_b
-    );
+    )?;
+    Ok(())
 }
 
 /// The configuration of a run directory.

@@ -80,7 +80,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     save_policy(&arguments.output, &exported.folder, &exported.model)?;
     remove_strangers(&arguments.output, &exported)?;
-    eprintln!(
+    note!(
         "exported {} to {}: {}",
         checkpoint.display(),
         arguments.output.display(),
@@ -88,7 +88,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     );
     let file = arguments.output.join(exported.tensors());
     let bytes = fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
-    println!("{}  {}", Digest::of(&bytes), file.display());
+    out!("{}  {}", Digest::of(&bytes), file.display())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -139,8 +139,8 @@ fn tell(settings: &Settings, fitted: &Fitted<'_>, directory: &RunDirectory) -> a
     let text = in_words(fitted)?;
     let text = printable(&text);
     write_atomically(&directory.report_markdown(), text.as_bytes())?;
-    println!("{text}");
-    println!("Report: {}", directory.report_markdown().display());
+    out!("{text}")?;
+    out!("Report: {}", directory.report_markdown().display())?;
     Ok(())
 }
 

@@ -94,7 +94,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("failed to write {}", partial.display()))?;
     let output = arguments.output.display();
     fs::rename(&partial, &arguments.output).with_context(|| format!("failed to write {output}"))?;
-    eprintln!(
+    note!(
         "wrote {kept} golden answers to {output}; {} prompts were left out: their answers were empty or longer than {} tokens",
         rows.len() - kept,
         arguments.max_new_tokens

@@ -52,7 +52,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
     }
     if arguments.systemd {
-        print!("{}", units(settings));
+        out!("{}", units(settings).trim_end())?;
     } else {
         let cluster = Cluster {
             arguments,
@@ -63,7 +63,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
                 settings.run.name.to_lowercase().replace('_', "-")
             ),
         };
-        println!("{:#}", cluster.list());
+        out!("{:#}", cluster.list())?;
     }
     Ok(ExitCode::SUCCESS)
 }

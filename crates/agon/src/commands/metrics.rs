@@ -9,6 +9,6 @@ use std::process::ExitCode;
 pub(crate) struct Arguments {}
 
 pub(crate) fn run(_: &Arguments) -> anyhow::Result<ExitCode> {
-    print!("{}", telemetry::metrics_markdown());
+    out!("{}", telemetry::metrics_markdown().trim_end())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -66,7 +66,7 @@ async fn serve(settings: &Settings) -> anyhow::Result<ExitCode> {
         "agon {}",
         env!("CARGO_PKG_VERSION")
     );
-    println!("http://{}", server.address());
+    out!("http://{}", server.address())?;
     server.run(stop.subscribe()).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -66,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     let all = view.samples().len();
     if shown == 0 {
-        eprintln!(
+        note!(
             "none of the {all} samples of {} is such",
             arguments.run.display()
         );

@@ -31,7 +31,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let settings = arguments.configuration.resolve()?.settings;
     if settings.sft.path.is_none() {
         let base = world::playground_base(&settings, &|| false)?;
-        println!("{}", base.path.display());
+        out!("{}", base.path.display())?;
         return Ok(ExitCode::SUCCESS);
     }
     let output = arguments
@@ -46,7 +46,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .into());
     }
     fine_tune(&settings, output)?;
-    println!("{}", output.display());
+    out!("{}", output.display())?;
     Ok(ExitCode::SUCCESS)
 }
 

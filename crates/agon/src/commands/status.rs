@@ -56,7 +56,7 @@ async fn tell(arguments: &Arguments, settings: &Settings) -> anyhow::Result<Exit
             let hub = hub.ok_or_else(absent)?;
             if arguments.remove {
                 hub.remove().await?;
-                println!("{} is removed from {}", settings.run.name, jetstream.url);
+                out!("{} is removed from {}", settings.run.name, jetstream.url)?;
                 return Ok(ExitCode::SUCCESS);
             }
             let register = hub.register().ok_or_else(absent)?.clone();
@@ -67,9 +67,9 @@ async fn tell(arguments: &Arguments, settings: &Settings) -> anyhow::Result<Exit
         }
     };
     if arguments.json {
-        println!("{}", serde_json::to_string_pretty(&overview)?);
+        out!("{}", serde_json::to_string_pretty(&overview)?)?;
     } else {
-        show(&overview);
+        show(&overview)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -95,14 +95,15 @@ fn here(arguments: &Arguments, settings: &Settings) -> anyhow::Result<Overview> 
     Ok(Overview::written(&directory)?.ok_or_else(absent)?)
 }
 
-fn show(overview: &Overview) {
-    println!(
+fn show(overview: &Overview) -> std::io::Result<()> {
+    out!(
         "{}: {:?}, session {}, led from {}\n",
-        overview.run, overview.state, overview.session, overview.home
-    );
-    println!(
-        "| process | state | step | in hand | waits for | metrics |\n|---|---|---|---|---|---|"
-    );
+        overview.run,
+        overview.state,
+        overview.session,
+        overview.home
+    )?;
+    out!("| process | state | step | in hand | waits for | metrics |\n|---|---|---|---|---|---|")?;
     // Of those who came again, only this life is of interest.
     let again = |one: &Participant| {
         let same = |other: &&Participant| {
@@ -116,13 +117,13 @@ fn show(overview: &Overview) {
                 .any(|other| other.state == Standing::Present)
     };
     for one in overview.present.iter().filter(|one| !again(one)) {
-        println!("{}", row(one));
+        out!("{}", row(one))?;
     }
-    println!(
+    out!(
         "\n| stream | sent | acknowledged | queued | in hand | room |\n|---|---|---|---|---|---|"
-    );
+    )?;
     for stream in &overview.streams {
-        println!(
+        out!(
             "| {} | {} | {} | {} | {} | {} |",
             stream.name,
             stream.sent,
@@ -130,8 +131,9 @@ fn show(overview: &Overview) {
             stream.queued,
             stream.in_hand,
             stream.capacity
-        );
+        )?;
     }
+    Ok(())
 }
 
 fn row(one: &Participant) -> String {

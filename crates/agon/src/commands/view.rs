@@ -69,7 +69,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     runtime.block_on(async {
         let mut stopped = interrupt::on_signal()?.subscribe();
         let page = PageServer::start(parts)?;
-        println!("{}", page.url());
+        out!("{}", page.url())?;
         // The sender lives as long as signals are heard.
         drop(stopped.wait_for(|stop| *stop).await);
         Ok(ExitCode::SUCCESS)

@@ -121,9 +121,9 @@ async fn collect(plan: Plan, stderr: ChildStderr, leads: bool, last: Arc<Mutex<V
         let matters =
             line.contains(" WARN ") || line.contains(" ERROR ") || line.starts_with("error: ");
         if leads {
-            eprintln!("{}", printable(&line));
+            note!("{}", printable(&line));
         } else if matters {
-            eprintln!("{}: {}", plan.name, printable(&line));
+            note!("{}: {}", plan.name, printable(&line));
         }
         let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.len() == LAST {

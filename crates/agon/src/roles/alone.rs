@@ -198,7 +198,7 @@ pub(crate) async fn join_preference(
         let mut playing = JoinSet::new();
         if !settings.preference.http.listen.is_empty() {
             let server = world::server(settings, &judge, bench.clone()).await?;
-            println!("http://{}", server.address());
+            out!("http://{}", server.address())?;
             let quitting = quitting.clone();
             playing.spawn(async move { server.run(quitting).await.map_err(anyhow::Error::from) });
         }

@@ -30,6 +30,6 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let path = arguments.output.clone().unwrap_or_else(beside);
     let html = page::html(&view)?;
     write_atomically(&path, html.as_bytes())?;
-    println!("{}", path.display());
+    out!("{}", path.display())?;
     Ok(ExitCode::SUCCESS)
 }
