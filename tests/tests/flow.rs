@@ -2,12 +2,13 @@
 //! happens, and every objective learns from it.
 
 use std::{
+    fs,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
 };
 
-use house::{Workplace, column, number, report, steps, tiny_bandit, tiny_playground};
+use house::{Workplace, column, number, report, shared, steps, tiny_bandit, tiny_playground};
 use serde_json::Value;
 
 const ASYNCHRONOUS: [&str; 6] = [
@@ -275,6 +276,46 @@ fn every_objective_and_every_way_to_label_learns() {
         let gain = gain(&report);
         eprintln!("{gain:.3} by {:?}", &sets[DOMINATED.len()..]);
         assert!(gain > GAIN, "{sets:?}: {gain}, {}", report["policy"]);
+    }
+}
+
+#[test]
+fn a_run_in_which_nothing_is_learned_any_more_ends_with_the_reason() {
+    let workplace = Workplace::new();
+    let ends = |name: &str, sets: &[&str], says: &[&str]| {
+        let sets = [&["learner.batch_timeout_seconds=1"], sets].concat();
+        let ended = workplace.run(&tiny_playground(&workplace.path(name), &sets));
+        ended.without_panic().check(1, says);
+    };
+    ends(
+        "identical",
+        &["actor.temperature=1e-6"],
+        &[
+            "no step for 1 s",
+            "identical",
+            "learner.batch_timeout_seconds",
+        ],
+    );
+    if let Some(short) = shared("nothing_is_learned", "data/models/random-llama-reward") {
+        // A judge that reads eight tokens.
+        let short = workplace.copy_of(&short, "short");
+        let config = short.join("config.json");
+        let text = fs::read_to_string(&config).expect("it was copied");
+        let of_eight = text.replace(
+            "\"max_position_embeddings\": 256",
+            "\"max_position_embeddings\": 8",
+        );
+        fs::write(&config, of_eight).expect("it is written");
+        let judge = format!("preference.judge={{ kind = \"bradley-terry\", path = {short:?} }}");
+        ends(
+            "without verdicts",
+            &[&judge],
+            &[
+                "no step for 1 s",
+                "abstained (the last:",
+                "a pair got no label",
+            ],
+        );
     }
 }
 

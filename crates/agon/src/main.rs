@@ -20,7 +20,6 @@ mod plot;
 mod presence;
 mod report;
 mod roles;
-mod roofline;
 mod world;
 
 use std::process::ExitCode;

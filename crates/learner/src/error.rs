@@ -53,7 +53,7 @@ pub enum LearnerError {
     },
     /// Pairs do not come.
     #[error(
-        "no step for {seconds} s: waited for {reason} with {outstanding} prompts on their way and {in_hand} pairs in hand; see learner.batch_timeout_seconds"
+        "no step for {seconds} s: waited for {reason} with {outstanding} prompts on their way and {in_hand} pairs in hand{instead}; see learner.batch_timeout_seconds"
     )]
     Overdue {
         /// The wait's name.
@@ -64,6 +64,8 @@ pub enum LearnerError {
         outstanding: usize,
         /// Pairs that have.
         in_hand: usize,
+        /// Prompts that were dropped meanwhile, by reason, as the end of a sentence.
+        instead: String,
     },
     /// Prompts are not taken.
     #[error(

@@ -30,10 +30,12 @@ use crate::{
 mod asking;
 mod missing;
 mod outlook;
+mod patience;
 mod telling;
 
 use asking::Evaluated;
 use missing::Missing;
+use patience::Patience;
 
 /// Held-out prompts on their way at once.
 pub const EVALUATION_WINDOW: usize = 128;
@@ -152,6 +154,8 @@ pub struct Learner {
     sampling: Sampling,
     /// What was dropped since the last step, and so is in no mean over its pairs.
     missing: Missing,
+    /// Since when nothing has come of waiting.
+    patience: Patience,
     /// Whether it was said that nearly all are.
     collapsed: bool,
     journal: Journal,
@@ -242,6 +246,7 @@ impl Learner {
             contested: 0,
             sampling: parts.sampling,
             missing: Missing::default(),
+            patience: Patience::new(),
             collapsed: false,
             journal,
             samples,
@@ -339,6 +344,7 @@ impl Learner {
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<Option<Vec<InHand>>, LearnerError> {
         let before = Instant::now();
+        self.patience.renew();
         loop {
             let step = self.state.step;
             for stale in self.intake.stale(step, self.settings.max_staleness) {
@@ -378,7 +384,9 @@ impl Learner {
             seconds,
             outstanding: self.feed.outstanding() + self.feed.asking(),
             in_hand: self.intake.len(),
+            instead: self.patience.to_string(),
         };
+        let end = self.patience.end(seconds);
         tokio::select! {
             delivery = self.labelled.receive() => {
                 self.receive(delivery?);
@@ -389,12 +397,13 @@ impl Learner {
                 if note.session == self.state.session {
                     self.feed.returned(note.prompt);
                     self.missing.note(note);
+                    self.patience.lost(note.reason, &note.detail);
                 }
                 delivery.acknowledge();
             }
             ended = published(&mut self.publication) => ended?,
             _ = shutdown.changed() => return Ok(Arrival::Shutdown),
-            () = tokio::time::sleep(Duration::from_secs(seconds)) => return Err(overdue),
+            () = tokio::time::sleep_until(end) => return Err(overdue),
         }
         self.counters.set_in_hand(self.intake.len() as u64);
         Ok(Arrival::Something)
@@ -423,6 +432,7 @@ impl Learner {
             );
             return self.drop_pair(in_hand, reason);
         }
+        self.patience.renew();
         match purpose {
             Purpose::Train => self.intake.add(in_hand.labelled, in_hand.receipt),
             Purpose::Evaluate => {
@@ -450,6 +460,7 @@ impl Learner {
         if matches!(reason, DropReason::Stale | DropReason::Poisoned) {
             self.missing.lost();
         }
+        self.patience.lost(reason, "");
         self.settle(in_hand.receipt);
         self.counters.dropped(reason, 1);
     }
@@ -479,7 +490,7 @@ impl Learner {
                 self.state.step += 1;
                 self.steps.send_replace(self.state.step);
                 self.state.consecutive_nonfinite = 0;
-                self.state.pairs += pairs.len() as u64;
+                self.state.pairs += telling::labels(&pairs) as u64;
                 let tokens = pairs
                     .iter()
                     .flat_map(|l| &l.pair.completions)

@@ -26,6 +26,7 @@ mod packed;
 #[cfg(test)]
 mod reference;
 mod reward;
+pub mod roofline;
 mod rope;
 pub mod sampling;
 mod schedule;

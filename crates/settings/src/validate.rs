@@ -465,6 +465,11 @@ mod tests {
                  [learner.objective]\nkind = \"rpo\"",
                 "prompts.golden_column",
             ),
+            (
+                "[model]\npath = \"m\"\n[prompts]\nkind = \"dataset\"\npath = \"p\"\n\
+                 [preference.judge]\nkind = \"rule\"\nrules = [{ kind = \"exact-match\", weight = 1 }]",
+                "preference.judge.rules: \"exact-match\" compares with a golden answer",
+            ),
         ];
         are_named(&cases);
     }

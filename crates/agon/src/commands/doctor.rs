@@ -16,7 +16,7 @@ use anyhow::Context;
 use model::ModelError;
 use telemetry::{Machine, describe_machine};
 
-use crate::{failure::Code, model_hub, roofline};
+use crate::{failure::Code, model_hub};
 
 /// Less memory or disk than this is said aloud.
 const SCANT_BYTES: u64 = 1 << 30;
@@ -195,7 +195,7 @@ fn available(answer: &str) -> Option<u64> {
 
 /// That the processor computes, and how fast.
 fn matrix_products() -> anyhow::Result<String> {
-    let rate = roofline::products()? / 1e9;
+    let rate = model::roofline::products()? / 1e9;
     let vectors = model::ops::vectors().unwrap_or_default();
     Ok(format!(
         "usable, {rate:.1} GFLOP/s in f32 matrix products, own loops for {vectors}"

@@ -79,15 +79,22 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         tracing::warn!("evaluations that cannot be compared: {difference}");
     }
     let mut wins = Vec::new();
-    let mut abstained = 0;
+    let (mut abstained, mut last) = (0, String::new());
     for ruling in rulings(&settings, &a.0, pairs)? {
         match ruling?.verdict {
             Verdict::Preference(p) if p.get() > 0.5 => wins.push(1.0),
             Verdict::Preference(p) if p.get() < 0.5 => wins.push(0.0),
             Verdict::Preference(_) => wins.push(0.5),
-            Verdict::Abstained { .. } => abstained += 1,
+            Verdict::Abstained { reason } => {
+                abstained += 1;
+                last = reason;
+            }
         }
     }
+    anyhow::ensure!(
+        !wins.is_empty(),
+        "the judge gave no verdict on any of {abstained} prompts, and nothing is measured; the last reason: {last}"
+    );
     let rate = Interval::wilson(
         wins.iter().sum::<f64>() / wins.len().max(1) as f64,
         wins.len(),

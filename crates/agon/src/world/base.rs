@@ -39,6 +39,7 @@ pub(crate) fn playground_base(
     );
     let recipe = (
         shape,
+        settings.model.dtype,
         &settings.sft,
         settings.run.seed,
         env!("CARGO_PKG_VERSION"),

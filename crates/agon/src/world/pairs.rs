@@ -11,7 +11,7 @@ use std::{
 use anyhow::Context;
 use dataset::{Column, Columns, DatasetError, Pair, Sourced, read_rows, shuffled};
 use learner::{PromptRow, say_how_dialogues_are_used};
-use messages::{Completion, Finish, Seed};
+use messages::{Completion, Digest, Finish, Seed};
 use model::{
     CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Weights,
 };
@@ -47,6 +47,27 @@ pub(crate) struct Annotated {
     pub(crate) left_out: LeftOut,
     /// Pairs to fit to that repeat an earlier one, word for word.
     pub(crate) repeated: usize,
+}
+
+impl Annotated {
+    /// Digest of all tokens and labels: what is fitted to other pairs is another model.
+    pub(crate) fn digest(&self) -> Digest {
+        let of = |part: &[Example]| {
+            let each = part.iter().map(|pair| {
+                let Example {
+                    prompt,
+                    first,
+                    second,
+                    label,
+                } = pair;
+                let text = format!("{prompt:?} {first:?} {second:?} {label}");
+                Digest::of(text.as_bytes()).to_string()
+            });
+            each.collect::<String>()
+        };
+        let whole = format!("{} {}", of(&self.fitting), of(&self.validation));
+        Digest::of(whole.as_bytes())
+    }
 }
 
 /// How many pairs are not used, by reason.
@@ -155,6 +176,7 @@ pub(crate) fn generated(
     let recipe = (
         "pairs",
         how,
+        settings.actor.max_new_tokens,
         weights.digest()?.to_string(),
         settings.run.seed,
         env!("CARGO_PKG_VERSION"),
@@ -507,6 +529,39 @@ mod tests {
         assert_eq!(shared, 0, "no prompt is on both sides");
         let one = split_by_prompt(vec![pair(1, 2), pair(1, 3)], 0.5, Seed(3));
         assert!(one.is_err_and(|why| why.contains("validation_path")));
+    }
+
+    #[test]
+    fn every_token_and_label_is_in_the_digest_of_pairs() {
+        let of = |fitting: &[Example], validation: &[Example]| {
+            let annotated = Annotated {
+                fitting: fitting.to_vec(),
+                validation: validation.to_vec(),
+                left_out: LeftOut::default(),
+                repeated: 0,
+            };
+            annotated.digest()
+        };
+        let [a, b, c] = [pair(1, 2), pair(3, 4), pair(5, 6)];
+        let swapped = Example {
+            first: a.second.clone(),
+            second: a.first.clone(),
+            ..a.clone()
+        };
+        let unsure = Example {
+            label: 0.75,
+            ..a.clone()
+        };
+        let all = [
+            of(&[a.clone(), b.clone()], &[c.clone()]),
+            of(&[b.clone(), a.clone()], &[c.clone()]),
+            of(&[a.clone()], &[b.clone(), c.clone()]),
+            of(&[swapped, b.clone()], &[c.clone()]),
+            of(&[unsure, b.clone()], &[c.clone()]),
+        ];
+        let distinct: HashSet<String> = all.iter().map(ToString::to_string).collect();
+        assert_eq!(distinct.len(), all.len());
+        assert_eq!(all[0], of(&[a, b], &[c]));
     }
 
     #[test]

@@ -125,16 +125,17 @@ pub(crate) fn preference_model(
     let mut settings = settings.clone();
     settings.preference.fit.head = head;
     let trunk = Trunk::open(&settings, base, stopped)?;
+    let pairs = annotated(&settings, &trunk.folder, base, stopped)?;
     let recipe = (
         "preference model",
         &settings.preference.fit,
+        pairs.digest().to_string(),
         trunk.model.weights().digest()?.to_string(),
         base.1.digest()?.to_string(),
         settings.run.seed,
         env!("CARGO_PKG_VERSION"),
     );
     kept(&settings.playground.base_dir, &recipe, |aside| {
-        let pairs = annotated(&settings, &trunk.folder, base, stopped)?;
         let (model, calibration) = trunk.fit(&settings, &pairs, |_| !stopped())?;
         model.save(aside, &trunk.folder)?;
         let text = serde_json::to_vec_pretty(&calibration)?;

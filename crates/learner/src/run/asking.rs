@@ -27,6 +27,7 @@ impl Learner {
         self.publish().await?;
         let (version, prompts) = (self.state.version, self.evaluation_prompts() as u64);
         let mut sent = 0;
+        self.patience.renew();
         while sent < prompts || self.feed.asking() > 0 {
             while sent < prompts && self.feed.asking() < EVALUATION_WINDOW {
                 self.feed.send_held_out(sent, version).await?;
@@ -36,6 +37,8 @@ impl Learner {
                 self.tally = Tally::default();
                 return Ok(Evaluated::Interrupted);
             }
+            // Every prompt is asked once: one that is dropped is an answer too.
+            self.patience.go_on();
         }
         let tally = std::mem::take(&mut self.tally);
         let asked = Asked {
@@ -43,8 +46,13 @@ impl Learner {
             prompts: sent as usize,
             conditions: self.conditions.clone(),
         };
-        if let Some(evaluation) = tally.finish(asked, self.evaluation.show) {
-            self.record(evaluation)?;
+        match tally.finish(asked, self.evaluation.show) {
+            Some(evaluation) => self.record(evaluation)?,
+            None => tracing::warn!(
+                step = self.state.step,
+                "an evaluation without a single verdict measures nothing{}",
+                self.patience
+            ),
         }
         Ok(Evaluated::Completed)
     }
@@ -104,6 +112,7 @@ impl Learner {
         let (version, wanted) = (self.state.version, rounds.prompts);
         let mut sent = 0;
         self.contested = 0;
+        self.patience.renew();
         while self.contested < wanted {
             while self.feed.asking() < EVALUATION_WINDOW.min(wanted - self.contested) {
                 self.feed.send_contest(sent, version).await?;

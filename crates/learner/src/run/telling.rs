@@ -11,6 +11,11 @@ use crate::{LearnerError, PolicySamples, intake};
 /// A share of prompts with identical completions beyond which there is little left to learn from.
 const COLLAPSED: f64 = 0.9;
 
+/// Pairs of completions that these prompts give: one label each, three where a prompt has three completions.
+pub(super) fn labels(prompts: &[LabelledPair]) -> usize {
+    prompts.iter().map(|labelled| labelled.labels.len()).sum()
+}
+
 impl Learner {
     /// Staleness, waits, throughput and health of a step.
     pub(super) fn flow(
@@ -51,7 +56,7 @@ impl Learner {
         m.set("idle_ratio", waited / seconds.max(1e-9));
         m.set(
             "perf/pairs_per_second",
-            pairs.len() as f64 / seconds.max(1e-9),
+            labels(pairs) as f64 / seconds.max(1e-9),
         );
         m.set("perf/tokens_per_second", tokens as f64 / seconds.max(1e-9));
         if let Some(bytes) = telemetry::peak_memory_bytes() {

@@ -85,8 +85,15 @@ impl Sums {
             .filter(|(_, _, p)| *p != 0.5)
             .map(|&(a, b, p)| if p > 0.5 { (a, b) } else { (b, a) })
             .collect();
+        let rows = self.rows.len().max(1) as f64;
+        let certainty: f64 = self.rows.iter().map(|r| (2.0 * r.2 - 1.0).abs()).sum();
+        m.set("objective/label_margin", certainty / rows);
+        if decided.is_empty() {
+            // There is no mean over nothing.
+            return;
+        }
         let mean = |f: &dyn Fn(&(usize, usize)) -> f64| {
-            decided.iter().map(f).sum::<f64>() / decided.len().max(1) as f64
+            decided.iter().map(f).sum::<f64>() / decided.len() as f64
         };
         m.set("rewards/chosen", mean(&|&(chosen, _)| reward(chosen)));
         m.set("rewards/rejected", mean(&|&(_, rejected)| reward(rejected)));
@@ -103,9 +110,6 @@ impl Sums {
             "logps/rejected",
             mean(&|&(_, rejected)| self.logp[rejected]),
         );
-        let rows = self.rows.len().max(1) as f64;
-        let certainty: f64 = self.rows.iter().map(|r| (2.0 * r.2 - 1.0).abs()).sum();
-        m.set("objective/label_margin", certainty / rows);
     }
 
     /// The judge's scores, where every pair of the step has them.

@@ -3,7 +3,8 @@
 use super::Checks;
 use crate::{
     ApoSettings, ChatSettings, EndpointSettings, FitSettings, JudgeSettings, LocalChatSettings,
-    ModelSource, PairsSettings, PlaygroundGolden, PreferenceSettings, PromptsSettings, Settings,
+    ModelSource, PairsSettings, PlaygroundGolden, PreferenceSettings, PromptsSettings,
+    RuleSettings, Settings,
 };
 
 impl Checks {
@@ -82,6 +83,13 @@ impl Checks {
                     !rules.is_empty(),
                     "preference.judge.rules",
                     "name at least one rule",
+                );
+                let compares =
+                    |rule: &RuleSettings| matches!(rule, RuleSettings::ExactMatch { .. });
+                self.require(
+                    !rules.iter().any(compares) || settings.prompts.has_golden(),
+                    "preference.judge.rules",
+                    "\"exact-match\" compares with a golden answer: name prompts.golden_column",
                 );
             }
             JudgeSettings::BradleyTerry { .. } | JudgeSettings::Pairwise { .. } => {}

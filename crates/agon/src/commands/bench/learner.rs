@@ -8,12 +8,12 @@ use messages::{
     Purpose, Release, Seed, WeightsVersion,
 };
 use model::ModelConfig;
+use model::roofline::Roofline;
 use serde_json::{Value, json};
 use settings::resolve;
 use telemetry::Measurements;
 
 use super::shape::{Cost, Subject, token};
-use crate::roofline::Roofline;
 
 /// How fast the policy is trained: whole optimiser steps of online IPO on pairs of random tokens, each pair's
 /// prompt shared by its two completions.

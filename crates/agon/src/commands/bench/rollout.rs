@@ -1,11 +1,10 @@
 //! `agon bench rollout`: how fast completions are written.
 
 use messages::Seed;
-use model::{CompletionWriter, Precision, Request, Sampler, SamplingSettings};
+use model::{CompletionWriter, Precision, Request, Sampler, SamplingSettings, roofline::Roofline};
 use serde_json::{Value, json};
 
 use super::shape::{Cost, Numbers, Subject, token};
-use crate::roofline::Roofline;
 
 /// How fast completions are written: prompts of random tokens, all completions at once and of full length.
 ///

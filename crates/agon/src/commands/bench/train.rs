@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::{Context, ensure};
 use model::ModelFolder;
+use model::roofline::Roofline;
 use serde_json::{Value, json};
 
 use super::shape::{Cost, Numbers, token};
-use crate::roofline::Roofline;
 
 /// Steps that do not count: everything is started and the first weights are on their way.
 const WARM_UP: u64 = 2;

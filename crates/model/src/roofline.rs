@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use model::{Device, Precision, Tensor, ops::linear};
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
+
+use crate::{ModelError, ops::linear, sampling::Precision};
 
 /// How long each is measured.
 const MEASURED: Duration = Duration::from_millis(500);
@@ -16,7 +18,7 @@ const NUMBERS: usize = 64 << 20;
 
 /// What bounds everything that is computed here.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Roofline {
+pub struct Roofline {
     /// Operations a second in f32 products, two to a multiplication.
     pub products: f64,
     /// Bytes read from memory a second, by all threads.
@@ -24,7 +26,11 @@ pub(crate) struct Roofline {
 }
 
 impl Roofline {
-    pub(crate) fn measure() -> anyhow::Result<Self> {
+    /// Measures both, for half a second each.
+    ///
+    /// # Errors
+    /// When a product of matrices fails.
+    pub fn measure() -> Result<Self, ModelError> {
         Ok(Self {
             products: products()?,
             bandwidth: bandwidth()?,
@@ -32,20 +38,24 @@ impl Roofline {
     }
 
     /// The least seconds for so many operations and bytes, the larger of the two.
-    pub(crate) fn least(self, operations: f64, bytes: f64) -> f64 {
+    #[must_use]
+    pub fn least(self, operations: f64, bytes: f64) -> f64 {
         (operations / self.products).max(bytes / self.bandwidth)
     }
 }
 
 /// Operations a second in f32 products, two to a multiplication, by whichever of the two ways at hand is faster.
-pub(crate) fn products() -> anyhow::Result<f64> {
+///
+/// # Errors
+/// When a product of matrices fails.
+pub fn products() -> Result<f64, ModelError> {
     let matrix = Tensor::rand(-1f32, 1f32, (SIDE, SIDE), &Device::Cpu)?;
     let of_candle = best(|| Ok(matrix.matmul(&matrix)?))?;
     let of_ours = best(|| Ok(linear(&matrix, &matrix, Precision::F32)?))?;
     Ok(2.0 * (SIDE as f64).powi(3) / of_candle.min(of_ours))
 }
 
-fn bandwidth() -> anyhow::Result<f64> {
+fn bandwidth() -> Result<f64, ModelError> {
     let numbers = vec![1f32; NUMBERS];
     let read = || {
         let sum: f32 = numbers
@@ -59,7 +69,7 @@ fn bandwidth() -> anyhow::Result<f64> {
 }
 
 /// The seconds of the fastest of several runs: all that disturbs makes it slower.
-fn best<T>(mut work: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<f64> {
+fn best<T>(mut work: impl FnMut() -> Result<T, ModelError>) -> Result<f64, ModelError> {
     let (clock, mut least) = (Instant::now(), f64::INFINITY);
     while clock.elapsed() < MEASURED {
         let started = Instant::now();
