@@ -6,7 +6,7 @@ use std::{
     sync::OnceLock,
 };
 
-use house::{Workplace, config, number, report};
+use house::{Workplace, column, config, number, report};
 use playground::{held_out_post, held_out_seed};
 use serde_json::{Value, json};
 
@@ -130,4 +130,60 @@ fn rpo_holds_up_golden_answers_while_it_learns_preferences() {
     let dpo = after("dpo", &["learner.objective={ kind = \"dpo\" }"]);
     eprintln!("golden answers: {before:.2} before, {rpo:.2} by RPO, {dpo:.2} by DPO");
     assert!(rpo > before && rpo > dpo + 1.0, "{before} {rpo} {dpo}");
+}
+
+#[test]
+fn a_round_of_apo_prefers_golden_answers_and_keeps_what_people_said() {
+    let workplace = Workplace::new();
+    let (_, report) = align(
+        &workplace,
+        "apo",
+        &[
+            "preference.judge.kind=bradley-terry",
+            "preference.fit.pairs.count=400",
+            "preference.fit.train_batch_size=32",
+            "preference.apo.refresh_steps=10",
+            "preference.apo.max_rounds=1",
+            "preference.apo.prompts=64",
+            "preference.apo.samples=2",
+            "preference.apo.wait=true",
+            "preference.apo.min_accuracy=0",
+            "preference.apo.max_ece=1",
+            "learner.label=hard",
+        ],
+    );
+    let round = &report["rounds"][0];
+    let of = |key: &str| number(round, key);
+    let (before, after) = (of("/golden_wins/before"), of("/golden_wins/after"));
+    let kept = of("/held_out/after/accuracy") - of("/held_out/before/accuracy");
+    eprintln!(
+        "golden answers preferred: {before:.3}, then {after:.3}; accuracy moved by {kept:.3}"
+    );
+    assert!(after > before + 0.05, "{round:#}");
+    assert!(kept > -0.1, "{round:#}");
+}
+
+/// The generator's loss against the discriminators, mean of the last steps of a run with this weight on it.
+fn generator_loss(workplace: &Workplace, lambda: &str) -> f64 {
+    let sets = [
+        "learner.objective={ kind = \"dpo\" }".to_owned(),
+        format!("learner.ganpo.lambda={lambda}"),
+        "learner.ganpo.heads=2".into(),
+        "learner.ganpo.layers=1".into(),
+        "learner.steps=40".into(),
+    ];
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let (run, _) = align(workplace, &format!("ganpo-{lambda}"), &sets);
+    let losses = column(&run, "ganpo/g_loss");
+    let last = &losses[losses.len() - 10..];
+    last.iter().sum::<f64>() / last.len() as f64
+}
+
+#[test]
+fn ganpo_brings_hidden_states_to_where_discriminators_take_them_for_the_references() {
+    let workplace = Workplace::new();
+    // With next to no weight the discriminators learn and the policy does not feel them.
+    let [unfelt, felt] = ["1e-9", "20"].map(|lambda| generator_loss(&workplace, lambda));
+    eprintln!("the generator's loss: {unfelt:.3} unfelt, {felt:.3} felt");
+    assert!(felt < unfelt - 0.05, "{unfelt} {felt}");
 }

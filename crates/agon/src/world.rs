@@ -19,13 +19,13 @@ use std::{path::PathBuf, sync::Arc};
 
 use ::preference::Judge;
 use dataset::shuffled;
-use learner::{PromptFiles, PromptRow, PromptSet};
+use learner::{Limits, PromptFiles, PromptRow, PromptSet};
 use messages::Seed;
 use model::{Adapter, DType, Device, LanguageModel, ModelConfig, ModelFolder, Weights};
 use playground::{Bandit, held_out_post, held_out_seed, train_post, train_seed};
 use settings::{
-    DatasetPrompts, DtypeSetting, JudgeSettings, PairsSettings, PlaygroundGolden, PromptsSettings,
-    Settings,
+    DatasetPrompts, DtypeSetting, JudgeSettings, ObjectiveSettings, PairsSettings,
+    PlaygroundGolden, PromptsSettings, Settings,
 };
 
 use crate::{failure::Misuse, model_hub};
@@ -224,14 +224,15 @@ fn prompt_files(
     dataset: &DatasetPrompts,
     folder: &ModelFolder,
 ) -> anyhow::Result<PromptFiles> {
-    let longest = settings.actor.max_prompt_length;
+    // Golden answers are read by the policy, or beside its samples by the preference model.
+    let reads_golden = matches!(settings.learner.objective, ObjectiveSettings::Rpo { .. })
+        || settings.preference.apo.refresh_steps > 0;
+    let limits = Limits {
+        prompt: settings.actor.max_prompt_length,
+        with_golden: reads_golden.then_some(folder.config.max_positions),
+    };
     let seed = Seed(settings.run.seed);
-    Ok(PromptFiles::load(
-        dataset,
-        seed,
-        longest,
-        &folder.tokenizer,
-    )?)
+    Ok(PromptFiles::load(dataset, seed, limits, &folder.tokenizer)?)
 }
 
 /// The known gold preference of the world, where there is one.

@@ -26,7 +26,7 @@ pub use checkpoint::{latest as latest_checkpoint, step_of as checkpoint_step};
 pub use error::LearnerError;
 pub use evaluation::{Evaluation, EvaluationConditions, Example, Interval};
 pub use feed::Pacing;
-pub use prompts::{PromptFiles, PromptRow, PromptSet, say_how_dialogues_are_used};
+pub use prompts::{Limits, PromptFiles, PromptRow, PromptSet, say_how_dialogues_are_used};
 pub use rounds::Rounds;
 pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Sampling, Summary};
 pub use step::{PolicySamples, StepOutcome, Trainer};

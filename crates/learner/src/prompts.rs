@@ -59,7 +59,7 @@ impl PromptFiles {
     pub fn load(
         settings: &DatasetPrompts,
         seed: Seed,
-        max_prompt_length: usize,
+        limits: Limits,
         tokenizer: &Tokenizer,
     ) -> Result<Self, LearnerError> {
         let named = settings.files();
@@ -71,7 +71,7 @@ impl PromptFiles {
         let mut reader = Reader {
             settings,
             columns: columns(settings),
-            max_prompt_length,
+            limits,
             tokenizer,
             seen: HashSet::new(),
         };
@@ -201,10 +201,37 @@ impl PromptSet for PromptFiles {
 /// The seed of the order in which files are read, apart from those of the rows.
 const MIX: u64 = 0x313;
 
+/// The longest rows that a run can use, in tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Of a prompt: `actor.max_prompt_length`.
+    pub prompt: usize,
+    /// Of a prompt with its golden answer, where a model reads both: its positions.
+    pub with_golden: Option<usize>,
+}
+
+impl Limits {
+    /// What is wrong with a row that is too long, and the remedy.
+    fn exceeded(self, row: &PromptRow) -> Option<String> {
+        let (length, golden) = (row.ids.len(), row.golden.as_ref().map_or(0, Vec::len));
+        let drop = "prompts.too_long = \"drop\" leaves such rows out";
+        if length > self.prompt {
+            let most = self.prompt;
+            return Some(format!(
+                "the prompt has {length} tokens, more than actor.max_prompt_length = {most}; {drop}"
+            ));
+        }
+        let most = self.with_golden.filter(|&most| length + golden > most)?;
+        Some(format!(
+            "the prompt and its golden answer have {length} + {golden} tokens, more than the model's {most} positions; {drop}"
+        ))
+    }
+}
+
 struct Reader<'a> {
     settings: &'a DatasetPrompts,
     columns: Columns,
-    max_prompt_length: usize,
+    limits: Limits,
     tokenizer: &'a Tokenizer,
     /// The prompts that came before, in any file.
     seen: HashSet<Vec<u32>>,
@@ -238,9 +265,9 @@ impl Reader<'_> {
                 .row(value)
                 .map_err(|error| source.refuse(error.to_string()))?;
             let length = row.ids.len();
-            if length > self.max_prompt_length {
+            if let Some(reason) = self.limits.exceeded(&row) {
                 if self.settings.too_long == TooLong::Refuse {
-                    return Err(source.refuse(self.too_long(length)));
+                    return Err(source.refuse(reason));
                 }
                 left_out.long += 1;
             } else if length < self.settings.min_length {
@@ -277,13 +304,6 @@ impl Reader<'_> {
             );
         }
         Ok(kept)
-    }
-
-    fn too_long(&self, length: usize) -> String {
-        format!(
-            "the prompt has {length} tokens, more than actor.max_prompt_length = {}; prompts.too_long = \"drop\" leaves such rows out",
-            self.max_prompt_length
-        )
     }
 
     fn row(&self, Asked { prompt, golden }: Asked) -> Result<PromptRow, ModelError> {
@@ -400,6 +420,42 @@ mod tests {
             error.contains("prompts.held_out = 2 leaves nothing of 2 distinct prompts"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_row_is_too_long_by_its_prompt_or_with_its_golden_answer() {
+        let row = |prompt: usize, golden: Option<usize>| PromptRow {
+            ids: vec![1; prompt],
+            golden: golden.map(|length| vec![1; length]),
+            ..rows(&[1]).remove(0)
+        };
+        let limits = |with_golden| Limits {
+            prompt: 4,
+            with_golden,
+        };
+        for (row, with_golden, says) in [
+            (row(4, Some(90)), None, None),
+            (row(4, Some(4)), Some(8), None),
+            (
+                row(5, None),
+                Some(8),
+                Some("more than actor.max_prompt_length = 4"),
+            ),
+            (
+                row(4, Some(5)),
+                Some(8),
+                Some("have 4 + 5 tokens, more than the model's 8"),
+            ),
+        ] {
+            let exceeded = limits(with_golden).exceeded(&row);
+            match says {
+                None => assert_eq!(exceeded, None),
+                Some(says) => assert!(
+                    exceeded.as_ref().is_some_and(|e| e.contains(says)),
+                    "{exceeded:?}"
+                ),
+            }
+        }
     }
 
     #[test]

@@ -15,7 +15,8 @@ pub struct LearnerSettings {
     pub steps: u64,
     /// Prompts in a step.
     pub train_batch_size: usize,
-    /// The numbers that products with weights are taken of; weights, sums and the optimiser are f32.
+    /// The numbers that products with f32 weights are taken of; sums and the optimiser are f32. Weights in bf16
+    /// (`model.dtype`) are multiplied as they are, whatever this says.
     pub precision: crate::DtypeSetting,
     /// Whether a backward pass computes what lies inside the blocks again.
     pub gradient_checkpointing: bool,

@@ -465,13 +465,17 @@ mod tests {
                  [learner.objective]\nkind = \"rpo\"",
                 "prompts.golden_column",
             ),
-            (
-                "[model]\npath = \"m\"\n[prompts]\nkind = \"dataset\"\npath = \"p\"\n\
-                 [preference.judge]\nkind = \"rule\"\nrules = [{ kind = \"exact-match\", weight = 1 }]",
-                "preference.judge.rules: \"exact-match\" compares with a golden answer",
-            ),
         ];
         are_named(&cases);
+    }
+
+    #[test]
+    fn a_rule_that_compares_needs_golden_answers() {
+        are_named(&[(
+            "[model]\npath = \"m\"\n[prompts]\nkind = \"dataset\"\npath = \"p\"\n\
+             [preference.judge]\nkind = \"rule\"\nrules = [{ kind = \"exact-match\", weight = 1 }]",
+            "preference.judge.rules: \"exact-match\" compares with a golden answer",
+        )]);
     }
 
     fn are_named(cases: &[(&str, &str)]) {

@@ -70,8 +70,8 @@ pub const METRICS: &[MetricInfo] = &[
         "objective/kl",
         Nats,
         "KL of the policy from the reference per completion; only where the step's samples can estimate it: \
-         max_staleness 0, mixture_coef 0, temperature 1, no truncation, actors in f32; identical completions \
-         that were dropped count",
+         max_staleness 0, mixture_coef 0, temperature 1, no truncation, actors with the learner's own weights in \
+         f32; identical completions that were dropped count",
     ),
     gauge(
         "objective/log_ratio",

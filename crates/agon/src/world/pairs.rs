@@ -552,16 +552,18 @@ mod tests {
             label: 0.75,
             ..a.clone()
         };
+        let list = |pairs: [&Example; 2]| pairs.map(Clone::clone);
+        let last = [c.clone()];
         let all = [
-            of(&[a.clone(), b.clone()], &[c.clone()]),
-            of(&[b.clone(), a.clone()], &[c.clone()]),
-            of(&[a.clone()], &[b.clone(), c.clone()]),
-            of(&[swapped, b.clone()], &[c.clone()]),
-            of(&[unsure, b.clone()], &[c.clone()]),
+            of(&list([&a, &b]), &last),
+            of(&list([&b, &a]), &last),
+            of(&list([&a, &b])[..1], &list([&b, &c])),
+            of(&list([&swapped, &b]), &last),
+            of(&list([&unsure, &b]), &last),
         ];
         let distinct: HashSet<String> = all.iter().map(ToString::to_string).collect();
         assert_eq!(distinct.len(), all.len());
-        assert_eq!(all[0], of(&[a, b], &[c]));
+        assert_eq!(all[0], of(&list([&a, &b]), &last));
     }
 
     #[test]
