@@ -9,9 +9,11 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::{
-    ModelError, keys, reward,
-    rope::Rope,
-    shards::{EMBEDDING, HEAD, Shards, Wanted, missing},
+    ModelError,
+    keys::{self, Attention},
+    reward,
+    rope::{Rope, kept_rows},
+    shards::{EMBEDDING, HEAD, Shards, Wanted, is_fetched, missing},
     stop_tokens::StopTokens,
 };
 
@@ -157,7 +159,7 @@ impl ModelConfig {
             reason,
         };
         let read = [&READ[..], architecture.keys(), task.keys()];
-        let ignored = keys::ignored(&raw, &read).map_err(malformed)?;
+        let ignored = keys::ignored(&raw, &read, Attention::Causal).map_err(malformed)?;
         if !ignored.is_empty() {
             let (path, keys) = (path.display(), ignored.join(", "));
             tracing::warn!(%path, keys, "the configuration has keys that are not read");

@@ -17,8 +17,8 @@ use serde_json::{Map, Value};
 
 use crate::{
     ModelError,
-    config::read_json,
-    keys,
+    config::{layers, read_json, size},
+    keys::{self, Attention},
     shards::{Shards, is_spare},
     tokenizer::read_fitting,
 };
@@ -76,7 +76,8 @@ impl Description {
         let (vocab_size, max_positions) =
             (number("vocab_size")?, number("max_position_embeddings")?);
         one_label(&raw).map_err(malformed)?;
-        let ignored = keys::ignored(&raw, &[&READ, kind.read]).map_err(malformed)?;
+        let ignored = keys::ignored(&raw, &[&READ, kind.read], Attention::Bidirectional);
+        let ignored = ignored.map_err(malformed)?;
         if !ignored.is_empty() {
             let (path, keys) = (file.display(), ignored.join(", "));
             tracing::warn!(%path, keys, "the configuration has keys that are not read");
