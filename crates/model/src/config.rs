@@ -174,7 +174,7 @@ impl ModelConfig {
             numbers.needed("hidden_size")?,
             numbers.needed("num_attention_heads")?,
         );
-        let layers = numbers.needed("num_hidden_layers")?;
+        let layers = layers(&raw)?;
         let max_positions = numbers.needed("max_position_embeddings")?;
         // Where a file leaves these out, the class of transformers has a number of its own.
         let kv_heads = match (architecture, raw.get("num_key_value_heads")) {
@@ -204,7 +204,7 @@ impl ModelConfig {
             max_positions,
             rms_norm_eps: numbers.epsilon()?,
             rope: Rope::read(&raw, max_positions)?,
-            windows: windows(architecture, &raw, layers)?,
+            windows: windows(architecture, numbers, layers)?,
             qkv_bias,
             output_bias,
             qk_norm: architecture == Architecture::Qwen3,
@@ -218,8 +218,8 @@ impl ModelConfig {
     }
 
     fn check(&self, raw: &Value) -> Result<(), String> {
-        let act = &raw["hidden_act"];
-        if !act.is_null() && act != "silu" && act != "swish" {
+        let known = |act: &&Value| *act == "silu" || *act == "swish";
+        if let Some(act) = raw.get("hidden_act").filter(|act| !known(act)) {
             Err(format!("hidden_act is {act}, only \"silu\" is known"))
         } else if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             Err(format!(
@@ -250,6 +250,11 @@ impl ModelConfig {
         tracing::warn!(
             %path,
             "tie_word_embeddings is true but the weights hold an lm_head that is not the embedding: it is kept"
+        } else if self.heads * self.head_dim > LARGEST_SIZE {
+            Err(format!(
+                "{} heads of head_dim = {} are wider than {LARGEST_SIZE} together; correct one of them",
+                self.heads, self.head_dim
+            ))
         );
         self.tied_head = false;
         self.raw["tie_word_embeddings"] = false.into();
@@ -334,6 +339,12 @@ struct Numbers<'a> {
     raw: &'a Value,
 }
 
+    /// How many numbers the tables of rotary positions hold that a model of this shape keeps.
+    #[must_use]
+    pub fn rotary_numbers(&self) -> usize {
+        kept_rows(self.max_positions) * self.head_dim
+    }
+
 impl Numbers<'_> {
     fn needed(self, key: &str) -> Result<usize, String> {
         let number = self.number(key)?;
@@ -346,13 +357,53 @@ impl Numbers<'_> {
 
     /// None where there is none or null.
     fn number(self, key: &str) -> Result<Option<usize>, String> {
-        let value = &self.raw[key];
-        let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
-        match number {
-            None if !value.is_null() => Err(format!("{key} = {value} is not a whole number")),
-            number => Ok(number),
+        size(self.raw, key)
+    }
+
+    /// The whole number under a key that may be missing, but not null.
+    fn whole(self, key: &str, default: usize) -> Result<usize, String> {
+        match self.raw.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_u64()
+                .and_then(|n| usize::try_from(n).ok())
+                .ok_or_else(|| format!("{key} = {value} is not a whole number from 0 on")),
         }
     }
+/// The largest width, number of heads, of tokens or of positions that is believed: products of three of them are
+/// counted without overflow, and what is allocated by one of them fits a machine.
+const LARGEST_SIZE: usize = 1 << 24;
+/// The most layers that are believed.
+const MOST_LAYERS: usize = 1 << 12;
+
+/// A number that gives the network its shape; none where there is none or null.
+pub(crate) fn size(raw: &Value, key: &str) -> Result<Option<usize>, String> {
+    let value = &raw[key];
+    if value.is_null() {
+        return Ok(None);
+    }
+    match value.as_u64().map(usize::try_from) {
+        None => Err(format!("{key} = {value} is not a whole number")),
+        Some(Ok(0)) => Err(format!("{key} is 0, it must be at least 1")),
+        Some(Ok(number)) if number <= LARGEST_SIZE => Ok(Some(number)),
+        Some(_) => Err(too_large(key, value, LARGEST_SIZE)),
+    }
+}
+
+/// The number of layers.
+pub(crate) fn layers(raw: &Value) -> Result<usize, String> {
+    let key = "num_hidden_layers";
+    match size(raw, key)? {
+        None => Err(format!("{key} is missing")),
+        Some(layers) if layers > MOST_LAYERS => Err(too_large(key, layers, MOST_LAYERS)),
+        Some(layers) => Ok(layers),
+    }
+}
+
+fn too_large(key: &str, value: impl std::fmt::Display, most: usize) -> String {
+    format!("{key} = {value} is more than {most}, which no model has: correct it in the file")
+}
+
 
     fn flag(self, key: &str) -> Result<bool, String> {
         match &self.raw[key] {
@@ -363,11 +414,12 @@ impl Numbers<'_> {
     }
 
     fn epsilon(self) -> Result<f64, String> {
-        match &self.raw["rms_norm_eps"] {
-            Value::Null => Ok(1e-6),
-            value => value
+        match self.raw.get("rms_norm_eps") {
+            None => Ok(1e-6),
+            Some(value) => value
                 .as_f64()
-                .ok_or_else(|| format!("rms_norm_eps = {value} is not a number")),
+                .filter(|eps| eps.is_finite() && *eps > 0.0)
+                .ok_or_else(|| format!("rms_norm_eps = {value} is not a number above 0")),
         }
     }
 }
@@ -384,45 +436,68 @@ pub(crate) fn tokens(value: &Value) -> Vec<u32> {
 /// The window of each layer, as transformers reads it.
 fn windows(
     architecture: Architecture,
-    raw: &Value,
+    numbers: Numbers<'_>,
     layers: usize,
 ) -> Result<Vec<Option<usize>>, String> {
-    let number = |key: &str, default: usize| match raw.get(key) {
-        None => Some(default),
-        Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()),
+    let raw = numbers.raw;
+    if architecture == Architecture::Llama {
+        return Ok(vec![None; layers]);
+    }
+    // Of a window that is not used nothing but its type matters.
+    let window = match raw.get("sliding_window") {
+        Some(Value::Null) => None,
+        _ => Some(numbers.whole("sliding_window", 4096)?),
     };
-    let window = number("sliding_window", 4096);
-    let uses = raw["use_sliding_window"] == true;
-    Ok(match (architecture, &raw["layer_types"]) {
-        (Architecture::Llama, _) => vec![None; layers],
-        (Architecture::Mistral, _) => vec![window; layers],
-        (_, Value::Null) if !uses => vec![None; layers],
-        (_, Value::Array(types)) if types.len() != layers => {
-            return Err(format!(
-                "layer_types names {} layers, num_hidden_layers is {layers}",
-                types.len()
-            ));
-        }
-        (_, Value::Array(types)) => types
-            .iter()
-            .map(|kind| match kind.as_str() {
-                Some("sliding_attention") if !uses || window.is_none() => Err(
-                    "layer_types names \"sliding_attention\", but use_sliding_window is false or sliding_window null"
-                        .into(),
-                ),
-                Some("sliding_attention") => Ok(window),
-                Some("full_attention") => Ok(None),
-                _ => Err(format!(
-                    "layer_types names {kind}, only \"full_attention\" and \"sliding_attention\" are known"
-                )),
-            })
-            .collect::<Result<_, _>>()?,
-        _ => {
-            let first = number("max_window_layers", 28).unwrap_or(0);
-            let of = |layer: usize| window.filter(|_| layer >= first);
-            (0..layers).map(of).collect()
-        }
-    })
+    let is_used = |window: Option<usize>| match window {
+        Some(0) => Err("sliding_window is 0, so that a token sees nothing; null switches it off"),
+        window => Ok(window),
+    };
+    if architecture == Architecture::Mistral {
+        return Ok(vec![is_used(window)?; layers]);
+    }
+    let uses = match raw.get("use_sliding_window") {
+        Some(Value::Null) => return Err("use_sliding_window is null, not true or false".into()),
+        _ => numbers.flag("use_sliding_window")?,
+    };
+    let first = numbers.whole("max_window_layers", 28)?;
+    let window = is_used(window.filter(|_| uses))?;
+    match &raw["layer_types"] {
+        Value::Null => Ok((0..layers)
+            .map(|layer| window.filter(|_| layer >= first))
+            .collect()),
+        types => typed_windows(types, window, layers),
+    }
+}
+
+/// The window of each layer, of which `layer_types` names the kind.
+fn typed_windows(
+    types: &Value,
+    window: Option<usize>,
+    layers: usize,
+) -> Result<Vec<Option<usize>>, String> {
+    let Some(types) = types.as_array() else {
+        return Err(format!("layer_types = {types} is not a list"));
+    };
+    if types.len() != layers {
+        return Err(format!(
+            "layer_types names {} layers, num_hidden_layers is {layers}",
+            types.len()
+        ));
+    }
+    let of = |kind: &Value| {
+        match (kind.as_str(), window) {
+        (Some("sliding_attention"), None) => Err(
+            "layer_types names \"sliding_attention\", but use_sliding_window is false or sliding_window null"
+                .into(),
+        ),
+        (Some("sliding_attention"), window) => Ok(window),
+        (Some("full_attention" | "attention"), _) => Ok(None),
+        _ => Err(format!(
+            "layer_types names {kind}, only \"full_attention\" and \"sliding_attention\" are known"
+        )),
+    }
+    };
+    types.iter().map(of).collect()
 }
 
 /// The families in the order in which every list of architectures names them.
@@ -507,7 +582,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::fixtures::config_json;
+    use crate::fixtures::{config_json, shared};
 
     /// The configuration of [`config_json`] with these keys changed; null removes one.
     fn changed(changes: Value) -> Result<ModelConfig, String> {
