@@ -133,10 +133,26 @@ impl ModelConfig {
             Task::Reward => reward::from_disk(read_json(&path)?),
         };
         let mut config = Self::read(task, raw, &path)?;
+        if config.raw["model_type"].is_null() {
+            let (_, name) = FAMILIES[config.architecture as usize];
+            let reason = format!(
+                "model_type is missing, without which transformers opens no folder; set it to {name:?}"
+            );
+            return Err(ModelError::Malformed { path, reason });
+        }
         let generation = folder.join("generation_config.json");
         if generation.exists() {
-            let eos = tokens(&read_json(&generation)?["eos_token_id"]);
+            let said = read_json(&generation)?;
+            let eos = stop_tokens(&said, config.vocab_size, &generation);
             config.stops = config.stops.and(&eos);
+            if !keys::is_off(&said["stop_strings"]) {
+                let path = generation.display();
+                tracing::warn!(
+                    %path,
+                    strings = %said["stop_strings"],
+                    "stop_strings end no completion here, only tokens do: name them as eos_token_id"
+                );
+            }
         }
         if task == Task::Language {
             config.untie(folder)?;
@@ -164,7 +180,12 @@ impl ModelConfig {
             let (path, keys) = (path.display(), ignored.join(", "));
             tracing::warn!(%path, keys, "the configuration has keys that are not read");
         }
-        Self::of(architecture, raw).map_err(malformed)
+        let config = Self::of(architecture, raw).map_err(malformed)?;
+        let stops = stop_tokens(&config.raw, config.vocab_size, path);
+        Ok(Self {
+            stops: StopTokens::declared(&stops),
+            ..config
+        })
     }
 
     /// The shape of a decoder of this family that `raw` describes.
@@ -192,6 +213,7 @@ impl ModelConfig {
             Architecture::Mistral => (false, false),
             Architecture::Qwen2 => (true, false),
         };
+        let vocab_size = numbers.needed("vocab_size")?;
         let config = Self {
             architecture,
             hidden_size,
@@ -200,7 +222,7 @@ impl ModelConfig {
             heads,
             kv_heads,
             head_dim: numbers.or("head_dim", head_dim)?,
-            vocab_size: numbers.needed("vocab_size")?,
+            vocab_size,
             max_positions,
             rms_norm_eps: numbers.epsilon()?,
             rope: Rope::read(&raw, max_positions)?,
@@ -209,8 +231,10 @@ impl ModelConfig {
             output_bias,
             qk_norm: architecture == Architecture::Qwen3,
             tied_head: numbers.flag("tie_word_embeddings")?,
-            bos: tokens(&raw["bos_token_id"]).first().copied(),
-            stops: StopTokens::declared(&tokens(&raw["eos_token_id"])),
+            bos: tokens(&raw["bos_token_id"])
+                .into_iter()
+                .find(|&id| (id as usize) < vocab_size),
+            stops: StopTokens::default(),
             raw: Value::Null,
         };
         config.check(&raw)?;
@@ -434,6 +458,27 @@ pub(crate) fn tokens(value: &Value) -> Vec<u32> {
 }
 
 /// The window of each layer, as transformers reads it.
+/// The tokens of `eos_token_id` in the file `path`. Those that the model does not have end nothing and close nothing:
+/// they are left out, which is said.
+fn stop_tokens(raw: &Value, vocab_size: usize, path: &Path) -> Vec<u32> {
+    let key = "eos_token_id";
+    let named = match &raw[key] {
+        Value::Null => &[],
+        Value::Array(ids) => ids.as_slice(),
+        one => std::slice::from_ref(one),
+    };
+    let known = |id: &Value| {
+        let found = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        let found = found.filter(|&id| (id as usize) < vocab_size);
+        if found.is_none() {
+            let path = path.display();
+            tracing::warn!(%path, %id, vocab_size, "{key} names a token that the model does not have: it is left out");
+        }
+        found
+    };
+    named.iter().filter_map(known).collect()
+}
+
 fn windows(
     architecture: Architecture,
     numbers: Numbers<'_>,
@@ -675,3 +720,144 @@ mod tests {
         assert!(changed(json!({"hidden_act": "swish", "sliding_window": 16})).is_ok());
     }
 }
+
+    /// The configuration of [`config_json`] as this family has it, with a key of this value.
+    fn with(family: &str, (key, value): (&str, &Value)) -> Result<ModelConfig, String> {
+        let mut raw = config_json(8);
+        raw["architectures"] = json!([format!("{family}ForCausalLM")]);
+        raw["model_type"] = family.to_lowercase().into();
+        raw["use_sliding_window"] = (family != "Mistral").into();
+        if family != "Qwen2" {
+            raw.as_object_mut().unwrap().remove("use_sliding_window");
+        }
+        raw[key] = value.clone();
+        let config = ModelConfig::from_json(raw, Path::new("config.json"));
+        config.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_window_of_another_type_is_not_taken_for_none() {
+        let whole = "is not a whole number";
+        let cases = [
+            ("Mistral", "sliding_window", json!(4.0), whole),
+            ("Mistral", "sliding_window", json!("16"), whole),
+            ("Mistral", "sliding_window", json!(true), whole),
+            ("Mistral", "sliding_window", json!(-1), whole),
+            ("Mistral", "sliding_window", json!(0), "sliding_window is 0"),
+            ("Qwen2", "sliding_window", json!(16.0), whole),
+            ("Qwen2", "sliding_window", json!(0), "sliding_window is 0"),
+            (
+                "Qwen2",
+                "use_sliding_window",
+                json!(1),
+                "neither true nor false",
+            ),
+            (
+                "Qwen2",
+                "use_sliding_window",
+                json!("true"),
+                "neither true nor false",
+            ),
+            ("Qwen2", "use_sliding_window", json!(null), "is null"),
+            ("Qwen2", "max_window_layers", json!(2.0), whole),
+            ("Qwen2", "max_window_layers", json!(null), whole),
+            (
+                "Qwen2",
+                "layer_types",
+                json!("full_attention"),
+                "is not a list",
+            ),
+            ("Qwen2", "layer_types", json!([]), "names 0 layers"),
+        ];
+        for (family, key, value, expected) in cases {
+            let refused = with(family, (key, &value)).unwrap_err();
+            let is_named = refused.contains(key) && refused.contains(expected);
+            assert!(is_named, "{refused} for {key} = {value}");
+        }
+        for (family, key, value, window) in [
+            ("Mistral", "sliding_window", json!(null), None),
+            ("Mistral", "sliding_window", json!(4), Some(4)),
+            ("Mistral", "rms_norm_eps", json!(1e-5), Some(4096)),
+            ("Qwen2", "max_window_layers", json!(0), Some(4096)),
+            ("Qwen2", "max_window_layers", json!(1), None),
+            (
+                "Qwen2",
+                "layer_types",
+                json!(["sliding_attention"]),
+                Some(4096),
+            ),
+        ] {
+            let config = with(family, (key, &value)).unwrap();
+            assert_eq!(config.windows, [window], "{family} {key} = {value}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_cannot_work_are_refused_by_their_keys() {
+        let yarn = json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0});
+        for (key, value) in [
+            ("rms_norm_eps", json!(0)),
+            ("rms_norm_eps", json!(-1e-6)),
+            ("rms_norm_eps", json!(null)),
+            ("rope_theta", json!(0.0)),
+            ("rope_theta", json!(-1)),
+            ("rope_parameters", yarn),
+            ("hidden_act", json!(null)),
+            ("hidden_size", json!(0)),
+            ("num_attention_heads", json!(0)),
+            ("vocab_size", json!(u64::MAX)),
+            ("intermediate_size", json!(1u64 << 62)),
+            ("num_hidden_layers", json!(4097)),
+            ("head_dim", json!(1 << 24)),
+        ] {
+            let refused = with("Llama", (key, &value)).unwrap_err();
+            assert!(refused.contains(key), "{refused} for {key} = {value}");
+        }
+    }
+
+    #[test]
+    fn a_stop_token_is_one_that_the_model_has() {
+        for (named, expected) in [
+            (json!(3), vec![3]),
+            (json!(8), vec![]),
+            (json!([9999, 2, -1, null, "x"]), vec![2]),
+            (json!(-1), vec![]),
+            (json!([]), vec![]),
+        ] {
+            let config = with("Llama", ("eos_token_id", &named)).unwrap();
+            assert_eq!(config.stops.ids().collect::<Vec<_>>(), expected, "{named}");
+            assert_eq!(config.stops.text_end(), expected.first().copied());
+        }
+        let bos = with("Llama", ("bos_token_id", &json!(8))).unwrap().bos;
+        assert_eq!(bos, None);
+    }
+
+    #[test]
+    fn a_folder_says_its_model_type() {
+        let place = crate::fixtures::folder();
+        let path = place.path().join("config.json");
+        let mut raw = config_json(8);
+        raw.as_object_mut().unwrap().remove("model_type");
+        std::fs::write(&path, raw.to_string()).unwrap();
+        let refused = ModelConfig::load(place.path()).unwrap_err().to_string();
+        assert!(
+            refused.contains("model_type is missing") && refused.contains("\"llama\""),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn sizes_that_no_machine_holds_are_refused() {
+        let Some(place) = shared("data/cases/security/config") else {
+            return;
+        };
+        let files = std::fs::read_dir(place).unwrap();
+        for file in files {
+            let path = file.unwrap().path();
+            let raw = read_json(&path).unwrap();
+            let refused = ModelConfig::from_json(raw, &path).unwrap_err().to_string();
+            let name = path.file_name().unwrap().to_string_lossy();
+            let key = name.rsplit_once('_').unwrap().0;
+            assert!(refused.contains(&format!("{key} = ")), "{refused}");
+        }
+    }

@@ -57,12 +57,14 @@ impl Tokenizer {
         let special = SpecialTokens::read(folder)?;
         let chat = ChatTemplate::load(folder, chat_template, &special)?;
         let declared = config.stops.clone();
-        let stops = declared.with_tokenizer(&tokenizer, &special, chat.as_ref());
+        let known = (&tokenizer, config.vocab_size);
+        let stops = declared.with_tokenizer(known, &special, chat.as_ref());
         let bos = special.get("bos_token");
         let bos = bos.and_then(|bos| tokenizer.token_to_id(bos));
         Ok(Self {
             shared: Arc::new(Shared {
                 tokenizer,
+        let bos = bos.filter(|&bos| (bos as usize) < config.vocab_size);
                 chat,
                 bos: bos.or(config.bos),
                 vocab_size: config.vocab_size,
