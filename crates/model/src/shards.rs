@@ -123,6 +123,14 @@ impl Shards {
     /// Whether both tensors are there, and not equal.
     ///
     /// # Errors
+    /// The shapes of all tensors, by their names.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let tensors = self.tensors.iter();
+        tensors
+            .map(|(name, stored)| (name.clone(), stored.shape.clone()))
+            .collect()
+    }
+
     /// When they cannot be read.
     pub fn differ(&self, one: &str, other: &str) -> Result<bool, ModelError> {
         let (Some(a), Some(b)) = (self.tensors.get(one), self.tensors.get(other)) else {
@@ -335,9 +343,34 @@ fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     std::fs::read(path).map_err(|source| missing(path, source))
 }
 
-/// An error unless the file is there and has a header that fits its length.
-pub(crate) fn check_file(path: &Path) -> Result<(), ModelError> {
-    header(path, 0).map(drop)
+/// The shapes of the tensors of a file by their names, as its header has them.
+///
+/// # Errors
+/// When the file is missing, or its header does not fit its length.
+pub(crate) fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>, ModelError> {
+    let tensors = header(path, 0)?.into_iter();
+    Ok(tensors.map(|(name, stored)| (name, stored.shape)).collect())
+}
+
+/// How a file begins that Git LFS keeps elsewhere.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec";
+
+fn lfs_reason(path: &Path) -> String {
+    let folder = path.parent().unwrap_or(Path::new(".")).display();
+    format!(
+        "it is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull` in {folder}"
+    )
+}
+
+/// An error if what was read of the file is a pointer of Git LFS.
+///
+/// # Errors
+/// When it is one: the way to the file.
+pub(crate) fn is_fetched(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    match bytes.starts_with(LFS_POINTER) {
+        true => Err(malformed(path, lfs_reason(path))),
+        false => Ok(()),
+    }
 }
 
 /// What the header of a file says, the file being number `file`.
@@ -693,7 +726,7 @@ mod tests {
             let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
             bytes.extend(header.as_bytes());
             fs::write(&path, bytes).unwrap();
-            check_file(&path).unwrap_err().to_string()
+            shapes(&path).unwrap_err().to_string()
         };
         for (header, expected) in [
             ("{", "EOF"),
@@ -711,14 +744,14 @@ mod tests {
         }
         fs::write(&path, [255; 12]).unwrap();
         assert!(
-            check_file(&path)
+            shapes(&path)
                 .unwrap_err()
                 .to_string()
                 .contains("longer than the file")
         );
         fs::write(&path, [1, 0]).unwrap();
         assert!(
-            check_file(&path)
+            shapes(&path)
                 .unwrap_err()
                 .to_string()
                 .contains("before its header")

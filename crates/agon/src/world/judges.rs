@@ -210,7 +210,9 @@ pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Resul
             local_chat::source(model).check()?;
         }
         JudgeSettings::Ensemble { members, .. } => {
-            members.iter().try_for_each(|member| check(member, chat))?;
+            for (place, member) in members.iter().enumerate() {
+                check(member, chat).with_context(|| format!("members[{place}]"))?;
+            }
         }
         JudgeSettings::Http(endpoints) => drop(Judges::chat(endpoints, chat)?),
         JudgeSettings::Service { urls, token_path } => drop(Judges::services(urls, token_path)?),
