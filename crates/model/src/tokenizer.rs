@@ -45,8 +45,8 @@ impl Tokenizer {
     /// that `tokenizer.json` sets are ignored.
     ///
     /// # Errors
-    /// When a file is missing or malformed, the template does not compile, or the tokenizer is another model's:
-    /// it has ids that the model of `config` does not. Added tokens beyond the vocabulary are no error but
+    /// When a file is missing or malformed, a template that is given does not compile, or the tokenizer is another
+    /// model's: it has ids that the model of `config` does not. Added tokens beyond the vocabulary are no error but
     /// a warning: only a text that holds one cannot be encoded.
     pub fn load(
         folder: &Path,
@@ -169,6 +169,18 @@ impl Tokenizer {
     /// Digest of the chat template; `None` when there is none.
     #[must_use]
     pub fn chat_template_digest(&self) -> Option<Digest> {
+    /// Whether the chat template, where there is one, can be rendered at all. One of the folder that does not compile
+    /// is an error of the first dialogue only: texts and ids need none.
+    ///
+    /// # Errors
+    /// When it does not compile.
+    pub fn check_chat_template(&self) -> Result<(), ModelError> {
+        self.shared
+            .chat
+            .as_ref()
+            .map_or(Ok(()), ChatTemplate::check)
+    }
+
         self.shared.chat.as_ref().map(ChatTemplate::digest)
     }
 
@@ -337,6 +349,27 @@ mod tests {
     fn templates_that_render_otherwise_have_other_digests() {
         let digest = |template: &str| words(template).chat_template_digest();
         assert_eq!(
+    #[test]
+    fn a_template_that_does_not_compile_is_an_error_of_dialogues_alone() {
+        let tokenizer = words("{% if %}");
+        assert_eq!(
+            tokenizer.encode_prompt(&text("the cat")).unwrap(),
+            [1, 2, 3]
+        );
+        let dialogue = PromptText::Dialogue(Dialogue::of_user("the cat"));
+        let errors = [
+            tokenizer.encode_prompt(&dialogue).map(drop),
+            tokenizer.check_chat_template(),
+        ];
+        for error in errors {
+            let error = error.unwrap_err().to_string();
+            for part in ["chat_template.jinja", "does not compile"] {
+                assert!(error.contains(part), "{part:?} is not in {error}");
+            }
+        }
+        words("{{ messages }}").check_chat_template().unwrap();
+    }
+
             digest("{{ messages[0].content }}"),
             digest("{{ messages[0].content }}")
         );

@@ -193,7 +193,9 @@ pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Resul
             && let Some(folder) = model_hub::look(path)?.folder
             && let Some(located) = look_for_base(folder)?
         {
-            reward_folder(&located, head)?.check_weights()?;
+            let reward = reward_folder(&located, head)?;
+            reward.folder.tokenizer.check_chat_template()?;
+            reward.check_weights()?;
         }
         anyhow::Ok(())
     };
