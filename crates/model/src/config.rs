@@ -250,6 +250,11 @@ impl ModelConfig {
                 "num_key_value_heads = {} does not divide {} heads",
                 self.kv_heads, self.heads
             ))
+        } else if self.heads * self.head_dim > LARGEST_SIZE {
+            Err(format!(
+                "{} heads of head_dim = {} are wider than {LARGEST_SIZE} together; correct one of them",
+                self.heads, self.head_dim
+            ))
         } else if !self.head_dim.is_multiple_of(2) {
             Err(format!(
                 "head_dim = {} is odd, rotary positions need an even one",
@@ -274,11 +279,6 @@ impl ModelConfig {
         tracing::warn!(
             %path,
             "tie_word_embeddings is true but the weights hold an lm_head that is not the embedding: it is kept"
-        } else if self.heads * self.head_dim > LARGEST_SIZE {
-            Err(format!(
-                "{} heads of head_dim = {} are wider than {LARGEST_SIZE} together; correct one of them",
-                self.heads, self.head_dim
-            ))
         );
         self.tied_head = false;
         self.raw["tie_word_embeddings"] = false.into();
@@ -339,6 +339,12 @@ impl ModelConfig {
         }
     }
 
+    /// How many numbers the tables of rotary positions hold that a model of this shape keeps.
+    #[must_use]
+    pub fn rotary_numbers(&self) -> usize {
+        kept_rows(self.max_positions) * self.head_dim
+    }
+
     /// How many numbers the weights hold.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
@@ -351,49 +357,13 @@ impl ModelConfig {
 
 pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
     let text = std::fs::read_to_string(path).map_err(|source| missing(path, source))?;
+    is_fetched(path, text.as_bytes())?;
     serde_json::from_str(&text).map_err(|error| ModelError::Malformed {
         path: path.to_owned(),
         reason: error.to_string(),
     })
 }
 
-/// The numbers of a configuration by their keys.
-#[derive(Clone, Copy)]
-struct Numbers<'a> {
-    raw: &'a Value,
-}
-
-    /// How many numbers the tables of rotary positions hold that a model of this shape keeps.
-    #[must_use]
-    pub fn rotary_numbers(&self) -> usize {
-        kept_rows(self.max_positions) * self.head_dim
-    }
-
-impl Numbers<'_> {
-    fn needed(self, key: &str) -> Result<usize, String> {
-        let number = self.number(key)?;
-        number.ok_or_else(|| format!("{key} is missing"))
-    }
-
-    fn or(self, key: &str, default: usize) -> Result<usize, String> {
-        Ok(self.number(key)?.unwrap_or(default))
-    }
-
-    /// None where there is none or null.
-    fn number(self, key: &str) -> Result<Option<usize>, String> {
-        size(self.raw, key)
-    }
-
-    /// The whole number under a key that may be missing, but not null.
-    fn whole(self, key: &str, default: usize) -> Result<usize, String> {
-        match self.raw.get(key) {
-            None => Ok(default),
-            Some(value) => value
-                .as_u64()
-                .and_then(|n| usize::try_from(n).ok())
-                .ok_or_else(|| format!("{key} = {value} is not a whole number from 0 on")),
-        }
-    }
 /// The largest width, number of heads, of tokens or of positions that is believed: products of three of them are
 /// counted without overflow, and what is allocated by one of them fits a machine.
 const LARGEST_SIZE: usize = 1 << 24;
@@ -428,6 +398,37 @@ fn too_large(key: &str, value: impl std::fmt::Display, most: usize) -> String {
     format!("{key} = {value} is more than {most}, which no model has: correct it in the file")
 }
 
+/// The numbers of a configuration by their keys.
+#[derive(Clone, Copy)]
+struct Numbers<'a> {
+    raw: &'a Value,
+}
+
+impl Numbers<'_> {
+    fn needed(self, key: &str) -> Result<usize, String> {
+        let number = self.number(key)?;
+        number.ok_or_else(|| format!("{key} is missing"))
+    }
+
+    fn or(self, key: &str, default: usize) -> Result<usize, String> {
+        Ok(self.number(key)?.unwrap_or(default))
+    }
+
+    /// None where there is none or null.
+    fn number(self, key: &str) -> Result<Option<usize>, String> {
+        size(self.raw, key)
+    }
+
+    /// The whole number under a key that may be missing, but not null.
+    fn whole(self, key: &str, default: usize) -> Result<usize, String> {
+        match self.raw.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_u64()
+                .and_then(|n| usize::try_from(n).ok())
+                .ok_or_else(|| format!("{key} = {value} is not a whole number from 0 on")),
+        }
+    }
 
     fn flag(self, key: &str) -> Result<bool, String> {
         match &self.raw[key] {
@@ -457,7 +458,6 @@ pub(crate) fn tokens(value: &Value) -> Vec<u32> {
     }
 }
 
-/// The window of each layer, as transformers reads it.
 /// The tokens of `eos_token_id` in the file `path`. Those that the model does not have end nothing and close nothing:
 /// they are left out, which is said.
 fn stop_tokens(raw: &Value, vocab_size: usize, path: &Path) -> Vec<u32> {
@@ -479,6 +479,7 @@ fn stop_tokens(raw: &Value, vocab_size: usize, path: &Path) -> Vec<u32> {
     named.iter().filter_map(known).collect()
 }
 
+/// The window of each layer, as transformers reads it.
 fn windows(
     architecture: Architecture,
     numbers: Numbers<'_>,
@@ -719,7 +720,6 @@ mod tests {
         }
         assert!(changed(json!({"hidden_act": "swish", "sliding_window": 16})).is_ok());
     }
-}
 
     /// The configuration of [`config_json`] as this family has it, with a key of this value.
     fn with(family: &str, (key, value): (&str, &Value)) -> Result<ModelConfig, String> {
@@ -861,3 +861,4 @@ mod tests {
             assert!(refused.contains(&format!("{key} = ")), "{refused}");
         }
     }
+}

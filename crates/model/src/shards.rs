@@ -9,7 +9,7 @@ use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom},
     ops::Range,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use candle_core::{DType, Device, Tensor, safetensors::SliceSafetensors};
@@ -21,6 +21,9 @@ use crate::{ModelError, config::read_json, weights::torn};
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The name of a language model's head.
 pub(crate) const HEAD: &str = "lm_head.weight";
+
+/// What stands before the names of a trunk's tensors.
+const TRUNK: &str = "model.";
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -120,9 +123,6 @@ impl Shards {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Whether both tensors are there, and not equal.
-    ///
-    /// # Errors
     /// The shapes of all tensors, by their names.
     pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let tensors = self.tensors.iter();
@@ -131,6 +131,9 @@ impl Shards {
             .collect()
     }
 
+    /// Whether both tensors are there, and not equal.
+    ///
+    /// # Errors
     /// When they cannot be read.
     pub fn differ(&self, one: &str, other: &str) -> Result<bool, ModelError> {
         let (Some(a), Some(b)) = (self.tensors.get(one), self.tensors.get(other)) else {
@@ -187,6 +190,7 @@ impl Shards {
         for (name, shape) in &wanted.tensors {
             let stored = self.tensors.get(self.source(name, wanted));
             let reason = match stored {
+                None if self.lacks_prefix(name) => return Err(self.headless(name)),
                 None => format!("the tensor {name} of shape {shape:?} is missing"),
                 Some(stored) if stored.shape != *shape => format!(
                     "{name} has shape {:?}, the configuration says {shape:?}",
@@ -200,6 +204,23 @@ impl Shards {
         let sources = wanted.tensors.iter();
         let sources: BTreeSet<&str> = sources.map(|(name, _)| self.source(name, wanted)).collect();
         self.leaves_none(|name| sources.contains(name) || is_spare(name, &wanted.spare))
+    }
+
+    /// Whether the tensor of this name is there without what stands before a trunk's names.
+    fn lacks_prefix(&self, name: &str) -> bool {
+        let bare = name.strip_prefix(TRUNK);
+        bare.is_some_and(|bare| self.tensors.contains_key(bare))
+    }
+
+    fn headless(&self, name: &str) -> ModelError {
+        let bare = name.strip_prefix(TRUNK).unwrap_or(name);
+        let dir = self.folder.display().to_string();
+        let how = CONVERTIBLE[0].2.replace("DIR", &dir);
+        let reason = format!(
+            "it has the tensor {bare} where {name} is needed: these are the weights of a model without a head; save \
+             them with one in Python with {how}"
+        );
+        malformed(&self.folder, reason)
     }
 
     /// An error if the folder has a tensor that is not used and no leftover.
@@ -389,6 +410,9 @@ fn header(path: &Path, file: usize) -> Result<Vec<(String, Stored)>, ModelError>
     opened
         .read_exact(&mut length)
         .map_err(|_| torn("it ends before its header"))?;
+    if LFS_POINTER.starts_with(&length) {
+        return Err(malformed(path, lfs_reason(path)));
+    }
     let length = u64::from_le_bytes(length);
     if length > LONGEST_HEADER.min(whole.len()) {
         return Err(torn("its header is longer than the file"));
@@ -446,6 +470,33 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let mut files: Vec<&str> = map.values().filter_map(Value::as_str).collect();
     files.sort_unstable();
     files.dedup();
+    let is_outside = |file: &&&str| {
+        !Path::new(file)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
+    };
+    if let Some(file) = files.iter().find(is_outside) {
+        let reason = format!(
+            "it names {file:?}, which is no file of its folder; correct its \"weight_map\""
+        );
+        return Err(malformed(&index, reason));
+    }
+    let missing: Vec<&str> = files
+        .iter()
+        .copied()
+        .filter(|file| !folder.join(file).exists())
+        .collect();
+    if let [first, others @ ..] = missing.as_slice() {
+        let more = match others.len() {
+            0 => String::new(),
+            count => format!(" and {count} more"),
+        };
+        let reason = format!(
+            "it names {first}{more} of {} files, which the folder does not hold: copy or fetch the whole model",
+            files.len()
+        );
+        return Err(malformed(&index, reason));
+    }
     Ok(files.into_iter().map(|file| folder.join(file)).collect())
 }
 
@@ -498,12 +549,6 @@ pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
     }
     let name = name.to_string_lossy();
     let dir = folder.display().to_string();
-    let gguf = || {
-        let mut entries = std::fs::read_dir(folder).ok()?.filter_map(Result::ok);
-        let file =
-            entries.find(|entry| entry.path().extension().is_some_and(|end| end == "gguf"))?;
-        Some(file.file_name().to_string_lossy().into_owned())
-    };
     let convertible = CONVERTIBLE.iter().filter(|(of, ..)| *of == name);
     let found = convertible
         .flat_map(|(_, others, how)| others.iter().map(move |other| (*other, *how)))
@@ -518,12 +563,39 @@ pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
             "it holds an adapter: name its base as the model, and this folder as the adapter";
         return malformed(folder, reason.into());
     }
-    match gguf().filter(|_| name == SINGLE) {
-        Some(gguf) => malformed(
+    if name == "config.json" && folder.join("config.toml").exists() {
+        let reason =
+            "it holds a run and no model: name one of the folders in its checkpoints as the model";
+        return malformed(folder, reason.into());
+    }
+    if name != SINGLE {
+        return unreadable(path, source);
+    }
+    let with_end = |end: &str| {
+        let entries = std::fs::read_dir(folder).ok()?.filter_map(Result::ok);
+        let fits = |name: &String| name.ends_with(end) && !name.starts_with("adapter_");
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(fits).min()
+    };
+    if let Some(gguf) = with_end(".gguf") {
+        let reason =
+            format!("it has {gguf} but no {name}: use the folder with the unquantised safetensors");
+        return malformed(folder, reason);
+    }
+    match with_end(".safetensors") {
+        Some(other) => malformed(
             folder,
-            format!("it has {gguf} but no {name}: use the folder with the unquantised safetensors"),
+            format!(
+                "it has {other} but neither {SINGLE} nor {INDEX}: rename it to {SINGLE} if it is the whole model"
+            ),
         ),
-        None => unreadable(path, source),
+        None => unreadable(
+            path,
+            io::Error::new(
+                source.kind(),
+                format!("{source}, and there is no {INDEX} either"),
+            ),
+        ),
     }
 }
 
@@ -702,6 +774,7 @@ mod tests {
                 "adapter_config.json",
                 "name its base as the model",
             ),
+            ("config.json", "config.toml", "it holds a run"),
         ];
         for (name, other, way) in cases {
             let place = tempfile::tempdir().unwrap();
@@ -715,6 +788,79 @@ mod tests {
                 assert!(found.contains(part), "{part:?} is not in {found}");
             }
             assert!(said(io::ErrorKind::PermissionDenied).contains("failed to read"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_the_whole_model_is_said() {
+        let place = folder();
+        let file = |name: &str| place.path().join(name);
+        let said = || Shards::open(place.path()).unwrap_err().to_string();
+        fs::rename(file(SINGLE), file("model.fp16.safetensors")).unwrap();
+        let variant = said();
+        let expected = "has model.fp16.safetensors but neither model.safetensors nor model.safetensors.index.json";
+        assert!(variant.contains(expected), "{variant}");
+        fs::remove_file(file("model.fp16.safetensors")).unwrap();
+        let none = said();
+        let expected = "no model.safetensors.index.json either";
+        assert!(
+            none.contains("No such file") && none.contains(expected),
+            "{none}"
+        );
+
+        for (shard, expected) in [
+            (
+                "../other.safetensors",
+                "names \"../other.safetensors\", which is no file of its folder",
+            ),
+            ("/model.safetensors", "which is no file of its folder"),
+            (
+                "model-2.safetensors",
+                "names model-2.safetensors of 1 files, which the folder does not hold",
+            ),
+        ] {
+            let index = serde_json::json!({"weight_map": {"model.norm.weight": shard}});
+            fs::write(file(INDEX), index.to_string()).unwrap();
+            let refused = said();
+            assert!(
+                refused.contains(INDEX) && refused.contains(expected),
+                "{refused}"
+            );
+        }
+
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n";
+        for name in [SINGLE, "tokenizer.json", "config.json"] {
+            let place = folder();
+            fs::write(place.path().join(name), pointer).unwrap();
+            let opened = ModelFolder::open(place.path(), None);
+            let checked = opened.and_then(|folder| folder.check_weights());
+            let refused = checked.unwrap_err().to_string();
+            for part in [name, "a pointer of Git LFS", "git lfs pull"] {
+                assert!(refused.contains(part), "{part:?} is not in {refused}");
+            }
+        }
+    }
+
+    #[test]
+    fn tensors_of_a_model_without_a_head_are_known() {
+        let place = folder();
+        let tensors = Shards::open(place.path())
+            .unwrap()
+            .read_all(&Device::Cpu)
+            .unwrap();
+        let bare = |name: &String| name.strip_prefix(TRUNK).unwrap_or(name).to_owned();
+        let tensors: HashMap<_, _> = tensors
+            .iter()
+            .map(|(name, tensor)| (bare(name), tensor.clone()))
+            .collect();
+        candle_core::safetensors::save(&tensors, place.path().join(SINGLE)).unwrap();
+        let said = refused(&place);
+        for part in [
+            "without a head",
+            "AutoModelForCausalLM",
+            "embed_tokens.weight",
+        ] {
+            assert!(said.contains(part), "{part:?} is not in {said}");
         }
     }
 

@@ -11,7 +11,10 @@ use std::{borrow::Cow, fmt, path::Path, sync::Arc};
 use messages::{Dialogue, Digest, PromptText};
 
 use crate::{
-    ModelConfig, ModelError, chat::ChatTemplate, shards::missing, special::SpecialTokens,
+    ModelConfig, ModelError,
+    chat::ChatTemplate,
+    shards::{is_fetched, missing},
+    special::SpecialTokens,
     stop_tokens::StopTokens,
 };
 
@@ -61,10 +64,10 @@ impl Tokenizer {
         let stops = declared.with_tokenizer(known, &special, chat.as_ref());
         let bos = special.get("bos_token");
         let bos = bos.and_then(|bos| tokenizer.token_to_id(bos));
+        let bos = bos.filter(|&bos| (bos as usize) < config.vocab_size);
         Ok(Self {
             shared: Arc::new(Shared {
                 tokenizer,
-        let bos = bos.filter(|&bos| (bos as usize) < config.vocab_size);
                 chat,
                 bos: bos.or(config.bos),
                 vocab_size: config.vocab_size,
@@ -166,9 +169,6 @@ impl Tokenizer {
         self.shared.chat.is_some()
     }
 
-    /// Digest of the chat template; `None` when there is none.
-    #[must_use]
-    pub fn chat_template_digest(&self) -> Option<Digest> {
     /// Whether the chat template, where there is one, can be rendered at all. One of the folder that does not compile
     /// is an error of the first dialogue only: texts and ids need none.
     ///
@@ -181,6 +181,9 @@ impl Tokenizer {
             .map_or(Ok(()), ChatTemplate::check)
     }
 
+    /// Digest of the chat template; `None` when there is none.
+    #[must_use]
+    pub fn chat_template_digest(&self) -> Option<Digest> {
         self.shared.chat.as_ref().map(ChatTemplate::digest)
     }
 
@@ -307,6 +310,7 @@ pub(crate) fn read_fitting(
 /// Reads `tokenizer.json` so that no text is cut or padded.
 fn read(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
     let bytes = std::fs::read(path).map_err(|source| missing(path, source))?;
+    is_fetched(path, &bytes)?;
     let malformed = |error: tokenizers::Error| ModelError::Malformed {
         path: path.to_owned(),
         reason: format!("it is not a tokenizer.json of the tokenizers library ({error})"),
@@ -346,10 +350,6 @@ mod tests {
     }
 
     #[test]
-    fn templates_that_render_otherwise_have_other_digests() {
-        let digest = |template: &str| words(template).chat_template_digest();
-        assert_eq!(
-    #[test]
     fn a_template_that_does_not_compile_is_an_error_of_dialogues_alone() {
         let tokenizer = words("{% if %}");
         assert_eq!(
@@ -370,6 +370,10 @@ mod tests {
         words("{{ messages }}").check_chat_template().unwrap();
     }
 
+    #[test]
+    fn templates_that_render_otherwise_have_other_digests() {
+        let digest = |template: &str| words(template).chat_template_digest();
+        assert_eq!(
             digest("{{ messages[0].content }}"),
             digest("{{ messages[0].content }}")
         );

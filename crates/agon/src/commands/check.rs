@@ -446,6 +446,45 @@ mod tests {
     }
 
     #[test]
+    fn a_template_and_an_adapter_are_named_by_their_settings() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path();
+        Bandit::new(&[0.5, 0.5])
+            .unwrap()
+            .write_model(place)
+            .unwrap();
+        let adapter = place.join("adapter");
+        std::fs::create_dir(&adapter).unwrap();
+        let config = r#"{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}"#;
+        std::fs::write(adapter.join("adapter_config.json"), config).unwrap();
+        let header = r#"{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}"#;
+        let mut tensors = (header.len() as u64).to_le_bytes().to_vec();
+        tensors.extend(header.as_bytes());
+        tensors.extend([0; 4]);
+        std::fs::write(adapter.join("adapter_model.safetensors"), tensors).unwrap();
+        let template = place.join("broken.jinja");
+        std::fs::write(&template, "{% if %}").unwrap();
+        let sets = [
+            format!("model.path={}", place.display()),
+            format!("model.adapter={}", adapter.display()),
+            "model.lora_rank=2".to_owned(),
+            format!("model.chat_template={}", template.display()),
+        ];
+        let summary = summary(&sets.each_ref().map(String::as_str));
+        for expected in [
+            format!(
+                "fail model.chat_template: {} is not usable",
+                template.display()
+            ),
+            "fail model.adapter: the adapter does not fit the model: base_model.model.".to_owned(),
+            format!("ok   model.path: {}", place.display()),
+        ] {
+            let text = &summary.text;
+            assert!(text.contains(&expected), "{expected:?} in {text}");
+        }
+    }
+
+    #[test]
     fn a_folder_is_opened_and_prompts_must_fit_its_positions() {
         let folder = tempfile::tempdir().unwrap();
         Bandit::new(&[0.5, 0.5])

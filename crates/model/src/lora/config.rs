@@ -185,6 +185,11 @@ impl LoraConfig {
                 .filter(|number| number.is_finite() && *number >= 0.0)
                 .ok_or_else(|| malformed(format!("{key} is not a number from 0 on")))
         };
+        if keys.get("r").is_none_or(Value::is_null) {
+            let reason =
+                "r is missing, the rank of the adapter: set it to the rows of its lora_A tensors";
+            return Err(malformed(reason.into()));
+        }
         let rank = number("r", None)?;
         Ok(Self {
             rank: whole_rank(rank).ok_or_else(|| malformed(bad_rank("r", rank)))?,

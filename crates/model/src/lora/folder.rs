@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use messages::Digest;
 use safetensors::SafeTensors;
 
-use super::{Adapter, LoraConfig, config};
+use super::{Adapter, LoraConfig, base_model::NAME, config};
 use crate::{
     LanguageModel, ModelConfig, ModelError, ModelFolder, Weights,
     config::{Task, read_json},
@@ -68,13 +68,21 @@ impl AdapterFolder {
     /// When there is none at the path that it names.
     pub fn base(&self) -> Result<PathBuf, ModelError> {
         let base = &self.config.base_model;
-        base.folder(&self.path).ok_or_else(|| ModelError::Adapter {
+        let path = self.path.display();
+        let lacks = |reason: String| ModelError::Adapter {
             reason: format!(
-                "the base model {:?} of {} is not there; name the base's folder as the model and this one as the adapter",
-                base.name,
-                self.path.display()
+                "{reason}; name the base's folder as the model and this one as the adapter, or set {NAME} in \
+                 {CONFIG} to the base's folder"
             ),
-        })
+        };
+        match base.folder(&self.path) {
+            Some(folder) => Ok(folder),
+            None if base.name.is_empty() => Err(lacks(format!("{path} names no base model"))),
+            None => Err(lacks(format!(
+                "the base model {:?} of {path} is not there",
+                base.name
+            ))),
+        }
     }
 
     /// Checks by the header of their file that the tensors are those of an adapter beside a model of this shape.
