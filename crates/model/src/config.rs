@@ -367,6 +367,8 @@ pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
 /// The largest width, number of heads, of tokens or of positions that is believed: products of three of them are
 /// counted without overflow, and what is allocated by one of them fits a machine.
 const LARGEST_SIZE: usize = 1 << 24;
+/// The key of the number of layers.
+const LAYERS: &str = "num_hidden_layers";
 /// The most layers that are believed.
 const MOST_LAYERS: usize = 1 << 12;
 
@@ -376,22 +378,21 @@ pub(crate) fn size(raw: &Value, key: &str) -> Result<Option<usize>, String> {
     if value.is_null() {
         return Ok(None);
     }
+    let most = match key {
+        LAYERS => MOST_LAYERS,
+        _ => LARGEST_SIZE,
+    };
     match value.as_u64().map(usize::try_from) {
         None => Err(format!("{key} = {value} is not a whole number")),
         Some(Ok(0)) => Err(format!("{key} is 0, it must be at least 1")),
-        Some(Ok(number)) if number <= LARGEST_SIZE => Ok(Some(number)),
-        Some(_) => Err(too_large(key, value, LARGEST_SIZE)),
+        Some(Ok(number)) if number <= most => Ok(Some(number)),
+        Some(_) => Err(too_large(key, value, most)),
     }
 }
 
 /// The number of layers.
 pub(crate) fn layers(raw: &Value) -> Result<usize, String> {
-    let key = "num_hidden_layers";
-    match size(raw, key)? {
-        None => Err(format!("{key} is missing")),
-        Some(layers) if layers > MOST_LAYERS => Err(too_large(key, layers, MOST_LAYERS)),
-        Some(layers) => Ok(layers),
-    }
+    size(raw, LAYERS)?.ok_or_else(|| format!("{LAYERS} is missing"))
 }
 
 fn too_large(key: &str, value: impl std::fmt::Display, most: usize) -> String {
@@ -859,6 +860,12 @@ mod tests {
             let name = path.file_name().unwrap().to_string_lossy();
             let key = name.rsplit_once('_').unwrap().0;
             assert!(refused.contains(&format!("{key} = ")), "{refused}");
+            let most = if key == LAYERS {
+                MOST_LAYERS
+            } else {
+                LARGEST_SIZE
+            };
+            assert!(refused.contains(&format!("more than {most},")), "{refused}");
         }
     }
 }
