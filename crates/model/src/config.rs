@@ -9,9 +9,11 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::{
-    ModelError, keys, reward,
-    rope::Rope,
-    shards::{EMBEDDING, HEAD, Shards, Wanted, missing},
+    ModelError,
+    keys::{self, Attention},
+    reward,
+    rope::{Rope, kept_rows},
+    shards::{EMBEDDING, HEAD, Shards, Wanted, is_fetched, missing},
     stop_tokens::StopTokens,
 };
 
@@ -131,10 +133,26 @@ impl ModelConfig {
             Task::Reward => reward::from_disk(read_json(&path)?),
         };
         let mut config = Self::read(task, raw, &path)?;
+        if config.raw["model_type"].is_null() {
+            let (_, name) = FAMILIES[config.architecture as usize];
+            let reason = format!(
+                "model_type is missing, without which transformers opens no folder; set it to {name:?}"
+            );
+            return Err(ModelError::Malformed { path, reason });
+        }
         let generation = folder.join("generation_config.json");
         if generation.exists() {
-            let eos = tokens(&read_json(&generation)?["eos_token_id"]);
+            let said = read_json(&generation)?;
+            let eos = stop_tokens(&said, config.vocab_size, &generation);
             config.stops = config.stops.and(&eos);
+            if !keys::is_off(&said["stop_strings"]) {
+                let path = generation.display();
+                tracing::warn!(
+                    %path,
+                    strings = %said["stop_strings"],
+                    "stop_strings end no completion here, only tokens do: name them as eos_token_id"
+                );
+            }
         }
         if task == Task::Language {
             config.untie(folder)?;
@@ -157,12 +175,17 @@ impl ModelConfig {
             reason,
         };
         let read = [&READ[..], architecture.keys(), task.keys()];
-        let ignored = keys::ignored(&raw, &read).map_err(malformed)?;
+        let ignored = keys::ignored(&raw, &read, Attention::Causal).map_err(malformed)?;
         if !ignored.is_empty() {
             let (path, keys) = (path.display(), ignored.join(", "));
             tracing::warn!(%path, keys, "the configuration has keys that are not read");
         }
-        Self::of(architecture, raw).map_err(malformed)
+        let config = Self::of(architecture, raw).map_err(malformed)?;
+        let stops = stop_tokens(&config.raw, config.vocab_size, path);
+        Ok(Self {
+            stops: StopTokens::declared(&stops),
+            ..config
+        })
     }
 
     /// The shape of a decoder of this family that `raw` describes.
@@ -172,7 +195,7 @@ impl ModelConfig {
             numbers.needed("hidden_size")?,
             numbers.needed("num_attention_heads")?,
         );
-        let layers = numbers.needed("num_hidden_layers")?;
+        let layers = layers(&raw)?;
         let max_positions = numbers.needed("max_position_embeddings")?;
         // Where a file leaves these out, the class of transformers has a number of its own.
         let kv_heads = match (architecture, raw.get("num_key_value_heads")) {
@@ -190,6 +213,7 @@ impl ModelConfig {
             Architecture::Mistral => (false, false),
             Architecture::Qwen2 => (true, false),
         };
+        let vocab_size = numbers.needed("vocab_size")?;
         let config = Self {
             architecture,
             hidden_size,
@@ -198,17 +222,19 @@ impl ModelConfig {
             heads,
             kv_heads,
             head_dim: numbers.or("head_dim", head_dim)?,
-            vocab_size: numbers.needed("vocab_size")?,
+            vocab_size,
             max_positions,
             rms_norm_eps: numbers.epsilon()?,
             rope: Rope::read(&raw, max_positions)?,
-            windows: windows(architecture, &raw, layers)?,
+            windows: windows(architecture, numbers, layers)?,
             qkv_bias,
             output_bias,
             qk_norm: architecture == Architecture::Qwen3,
             tied_head: numbers.flag("tie_word_embeddings")?,
-            bos: tokens(&raw["bos_token_id"]).first().copied(),
-            stops: StopTokens::declared(&tokens(&raw["eos_token_id"])),
+            bos: tokens(&raw["bos_token_id"])
+                .into_iter()
+                .find(|&id| (id as usize) < vocab_size),
+            stops: StopTokens::default(),
             raw: Value::Null,
         };
         config.check(&raw)?;
@@ -216,13 +242,18 @@ impl ModelConfig {
     }
 
     fn check(&self, raw: &Value) -> Result<(), String> {
-        let act = &raw["hidden_act"];
-        if !act.is_null() && act != "silu" && act != "swish" {
+        let known = |act: &&Value| *act == "silu" || *act == "swish";
+        if let Some(act) = raw.get("hidden_act").filter(|act| !known(act)) {
             Err(format!("hidden_act is {act}, only \"silu\" is known"))
         } else if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             Err(format!(
                 "num_key_value_heads = {} does not divide {} heads",
                 self.kv_heads, self.heads
+            ))
+        } else if self.heads * self.head_dim > LARGEST_SIZE {
+            Err(format!(
+                "{} heads of head_dim = {} are wider than {LARGEST_SIZE} together; correct one of them",
+                self.heads, self.head_dim
             ))
         } else if !self.head_dim.is_multiple_of(2) {
             Err(format!(
@@ -308,6 +339,12 @@ impl ModelConfig {
         }
     }
 
+    /// How many numbers the tables of rotary positions hold that a model of this shape keeps.
+    #[must_use]
+    pub fn rotary_numbers(&self) -> usize {
+        kept_rows(self.max_positions) * self.head_dim
+    }
+
     /// How many numbers the weights hold.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
@@ -320,10 +357,46 @@ impl ModelConfig {
 
 pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
     let text = std::fs::read_to_string(path).map_err(|source| missing(path, source))?;
+    is_fetched(path, text.as_bytes())?;
     serde_json::from_str(&text).map_err(|error| ModelError::Malformed {
         path: path.to_owned(),
         reason: error.to_string(),
     })
+}
+
+/// The largest width, number of heads, of tokens or of positions that is believed: products of three of them are
+/// counted without overflow, and what is allocated by one of them fits a machine.
+const LARGEST_SIZE: usize = 1 << 24;
+/// The key of the number of layers.
+const LAYERS: &str = "num_hidden_layers";
+/// The most layers that are believed.
+const MOST_LAYERS: usize = 1 << 12;
+
+/// A number that gives the network its shape; none where there is none or null.
+pub(crate) fn size(raw: &Value, key: &str) -> Result<Option<usize>, String> {
+    let value = &raw[key];
+    if value.is_null() {
+        return Ok(None);
+    }
+    let most = match key {
+        LAYERS => MOST_LAYERS,
+        _ => LARGEST_SIZE,
+    };
+    match value.as_u64().map(usize::try_from) {
+        None => Err(format!("{key} = {value} is not a whole number")),
+        Some(Ok(0)) => Err(format!("{key} is 0, it must be at least 1")),
+        Some(Ok(number)) if number <= most => Ok(Some(number)),
+        Some(_) => Err(too_large(key, value, most)),
+    }
+}
+
+/// The number of layers.
+pub(crate) fn layers(raw: &Value) -> Result<usize, String> {
+    size(raw, LAYERS)?.ok_or_else(|| format!("{LAYERS} is missing"))
+}
+
+fn too_large(key: &str, value: impl std::fmt::Display, most: usize) -> String {
+    format!("{key} = {value} is more than {most}, which no model has: correct it in the file")
 }
 
 /// The numbers of a configuration by their keys.
@@ -344,11 +417,17 @@ impl Numbers<'_> {
 
     /// None where there is none or null.
     fn number(self, key: &str) -> Result<Option<usize>, String> {
-        let value = &self.raw[key];
-        let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
-        match number {
-            None if !value.is_null() => Err(format!("{key} = {value} is not a whole number")),
-            number => Ok(number),
+        size(self.raw, key)
+    }
+
+    /// The whole number under a key that may be missing, but not null.
+    fn whole(self, key: &str, default: usize) -> Result<usize, String> {
+        match self.raw.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_u64()
+                .and_then(|n| usize::try_from(n).ok())
+                .ok_or_else(|| format!("{key} = {value} is not a whole number from 0 on")),
         }
     }
 
@@ -361,11 +440,12 @@ impl Numbers<'_> {
     }
 
     fn epsilon(self) -> Result<f64, String> {
-        match &self.raw["rms_norm_eps"] {
-            Value::Null => Ok(1e-6),
-            value => value
+        match self.raw.get("rms_norm_eps") {
+            None => Ok(1e-6),
+            Some(value) => value
                 .as_f64()
-                .ok_or_else(|| format!("rms_norm_eps = {value} is not a number")),
+                .filter(|eps| eps.is_finite() && *eps > 0.0)
+                .ok_or_else(|| format!("rms_norm_eps = {value} is not a number above 0")),
         }
     }
 }
@@ -379,48 +459,92 @@ pub(crate) fn tokens(value: &Value) -> Vec<u32> {
     }
 }
 
+/// The tokens of `eos_token_id` in the file `path`. Those that the model does not have end nothing and close nothing:
+/// they are left out, which is said.
+fn stop_tokens(raw: &Value, vocab_size: usize, path: &Path) -> Vec<u32> {
+    let key = "eos_token_id";
+    let named = match &raw[key] {
+        Value::Null => &[],
+        Value::Array(ids) => ids.as_slice(),
+        one => std::slice::from_ref(one),
+    };
+    let known = |id: &Value| {
+        let found = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        let found = found.filter(|&id| (id as usize) < vocab_size);
+        if found.is_none() {
+            let path = path.display();
+            tracing::warn!(%path, %id, vocab_size, "{key} names a token that the model does not have: it is left out");
+        }
+        found
+    };
+    named.iter().filter_map(known).collect()
+}
+
 /// The window of each layer, as transformers reads it.
 fn windows(
     architecture: Architecture,
-    raw: &Value,
+    numbers: Numbers<'_>,
     layers: usize,
 ) -> Result<Vec<Option<usize>>, String> {
-    let number = |key: &str, default: usize| match raw.get(key) {
-        None => Some(default),
-        Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()),
+    let raw = numbers.raw;
+    if architecture == Architecture::Llama {
+        return Ok(vec![None; layers]);
+    }
+    // Of a window that is not used nothing but its type matters.
+    let window = match raw.get("sliding_window") {
+        Some(Value::Null) => None,
+        _ => Some(numbers.whole("sliding_window", 4096)?),
     };
-    let window = number("sliding_window", 4096);
-    let uses = raw["use_sliding_window"] == true;
-    Ok(match (architecture, &raw["layer_types"]) {
-        (Architecture::Llama, _) => vec![None; layers],
-        (Architecture::Mistral, _) => vec![window; layers],
-        (_, Value::Null) if !uses => vec![None; layers],
-        (_, Value::Array(types)) if types.len() != layers => {
-            return Err(format!(
-                "layer_types names {} layers, num_hidden_layers is {layers}",
-                types.len()
-            ));
-        }
-        (_, Value::Array(types)) => types
-            .iter()
-            .map(|kind| match kind.as_str() {
-                Some("sliding_attention") if !uses || window.is_none() => Err(
-                    "layer_types names \"sliding_attention\", but use_sliding_window is false or sliding_window null"
-                        .into(),
-                ),
-                Some("sliding_attention") => Ok(window),
-                Some("full_attention") => Ok(None),
-                _ => Err(format!(
-                    "layer_types names {kind}, only \"full_attention\" and \"sliding_attention\" are known"
-                )),
-            })
-            .collect::<Result<_, _>>()?,
-        _ => {
-            let first = number("max_window_layers", 28).unwrap_or(0);
-            let of = |layer: usize| window.filter(|_| layer >= first);
-            (0..layers).map(of).collect()
-        }
-    })
+    let is_used = |window: Option<usize>| match window {
+        Some(0) => Err("sliding_window is 0, so that a token sees nothing; null switches it off"),
+        window => Ok(window),
+    };
+    if architecture == Architecture::Mistral {
+        return Ok(vec![is_used(window)?; layers]);
+    }
+    let uses = match raw.get("use_sliding_window") {
+        Some(Value::Null) => return Err("use_sliding_window is null, not true or false".into()),
+        _ => numbers.flag("use_sliding_window")?,
+    };
+    let first = numbers.whole("max_window_layers", 28)?;
+    let window = is_used(window.filter(|_| uses))?;
+    match &raw["layer_types"] {
+        Value::Null => Ok((0..layers)
+            .map(|layer| window.filter(|_| layer >= first))
+            .collect()),
+        types => typed_windows(types, window, layers),
+    }
+}
+
+/// The window of each layer, of which `layer_types` names the kind.
+fn typed_windows(
+    types: &Value,
+    window: Option<usize>,
+    layers: usize,
+) -> Result<Vec<Option<usize>>, String> {
+    let Some(types) = types.as_array() else {
+        return Err(format!("layer_types = {types} is not a list"));
+    };
+    if types.len() != layers {
+        return Err(format!(
+            "layer_types names {} layers, num_hidden_layers is {layers}",
+            types.len()
+        ));
+    }
+    let of = |kind: &Value| {
+        match (kind.as_str(), window) {
+        (Some("sliding_attention"), None) => Err(
+            "layer_types names \"sliding_attention\", but use_sliding_window is false or sliding_window null"
+                .into(),
+        ),
+        (Some("sliding_attention"), window) => Ok(window),
+        (Some("full_attention" | "attention"), _) => Ok(None),
+        _ => Err(format!(
+            "layer_types names {kind}, only \"full_attention\" and \"sliding_attention\" are known"
+        )),
+    }
+    };
+    types.iter().map(of).collect()
 }
 
 /// The families in the order in which every list of architectures names them.
@@ -505,7 +629,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::fixtures::config_json;
+    use crate::fixtures::{config_json, shared};
 
     /// The configuration of [`config_json`] with these keys changed; null removes one.
     fn changed(changes: Value) -> Result<ModelConfig, String> {
@@ -596,5 +720,152 @@ mod tests {
             assert!(refused.contains("config.json"), "{refused}");
         }
         assert!(changed(json!({"hidden_act": "swish", "sliding_window": 16})).is_ok());
+    }
+
+    /// The configuration of [`config_json`] as this family has it, with a key of this value.
+    fn with(family: &str, (key, value): (&str, &Value)) -> Result<ModelConfig, String> {
+        let mut raw = config_json(8);
+        raw["architectures"] = json!([format!("{family}ForCausalLM")]);
+        raw["model_type"] = family.to_lowercase().into();
+        raw["use_sliding_window"] = (family != "Mistral").into();
+        if family != "Qwen2" {
+            raw.as_object_mut().unwrap().remove("use_sliding_window");
+        }
+        raw[key] = value.clone();
+        let config = ModelConfig::from_json(raw, Path::new("config.json"));
+        config.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_window_of_another_type_is_not_taken_for_none() {
+        let whole = "is not a whole number";
+        let cases = [
+            ("Mistral", "sliding_window", json!(4.0), whole),
+            ("Mistral", "sliding_window", json!("16"), whole),
+            ("Mistral", "sliding_window", json!(true), whole),
+            ("Mistral", "sliding_window", json!(-1), whole),
+            ("Mistral", "sliding_window", json!(0), "sliding_window is 0"),
+            ("Qwen2", "sliding_window", json!(16.0), whole),
+            ("Qwen2", "sliding_window", json!(0), "sliding_window is 0"),
+            (
+                "Qwen2",
+                "use_sliding_window",
+                json!(1),
+                "neither true nor false",
+            ),
+            (
+                "Qwen2",
+                "use_sliding_window",
+                json!("true"),
+                "neither true nor false",
+            ),
+            ("Qwen2", "use_sliding_window", json!(null), "is null"),
+            ("Qwen2", "max_window_layers", json!(2.0), whole),
+            ("Qwen2", "max_window_layers", json!(null), whole),
+            (
+                "Qwen2",
+                "layer_types",
+                json!("full_attention"),
+                "is not a list",
+            ),
+            ("Qwen2", "layer_types", json!([]), "names 0 layers"),
+        ];
+        for (family, key, value, expected) in cases {
+            let refused = with(family, (key, &value)).unwrap_err();
+            let is_named = refused.contains(key) && refused.contains(expected);
+            assert!(is_named, "{refused} for {key} = {value}");
+        }
+        for (family, key, value, window) in [
+            ("Mistral", "sliding_window", json!(null), None),
+            ("Mistral", "sliding_window", json!(4), Some(4)),
+            ("Mistral", "rms_norm_eps", json!(1e-5), Some(4096)),
+            ("Qwen2", "max_window_layers", json!(0), Some(4096)),
+            ("Qwen2", "max_window_layers", json!(1), None),
+            (
+                "Qwen2",
+                "layer_types",
+                json!(["sliding_attention"]),
+                Some(4096),
+            ),
+        ] {
+            let config = with(family, (key, &value)).unwrap();
+            assert_eq!(config.windows, [window], "{family} {key} = {value}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_cannot_work_are_refused_by_their_keys() {
+        let yarn = json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0});
+        for (key, value) in [
+            ("rms_norm_eps", json!(0)),
+            ("rms_norm_eps", json!(-1e-6)),
+            ("rms_norm_eps", json!(null)),
+            ("rope_theta", json!(0.0)),
+            ("rope_theta", json!(-1)),
+            ("rope_parameters", yarn),
+            ("hidden_act", json!(null)),
+            ("hidden_size", json!(0)),
+            ("num_attention_heads", json!(0)),
+            ("vocab_size", json!(u64::MAX)),
+            ("intermediate_size", json!(1u64 << 62)),
+            ("num_hidden_layers", json!(4097)),
+            ("head_dim", json!(1 << 24)),
+        ] {
+            let refused = with("Llama", (key, &value)).unwrap_err();
+            assert!(refused.contains(key), "{refused} for {key} = {value}");
+        }
+    }
+
+    #[test]
+    fn a_stop_token_is_one_that_the_model_has() {
+        for (named, expected) in [
+            (json!(3), vec![3]),
+            (json!(8), vec![]),
+            (json!([9999, 2, -1, null, "x"]), vec![2]),
+            (json!(-1), vec![]),
+            (json!([]), vec![]),
+        ] {
+            let config = with("Llama", ("eos_token_id", &named)).unwrap();
+            assert_eq!(config.stops.ids().collect::<Vec<_>>(), expected, "{named}");
+            assert_eq!(config.stops.text_end(), expected.first().copied());
+        }
+        let bos = with("Llama", ("bos_token_id", &json!(8))).unwrap().bos;
+        assert_eq!(bos, None);
+    }
+
+    #[test]
+    fn a_folder_says_its_model_type() {
+        let place = crate::fixtures::folder();
+        let path = place.path().join("config.json");
+        let mut raw = config_json(8);
+        raw.as_object_mut().unwrap().remove("model_type");
+        std::fs::write(&path, raw.to_string()).unwrap();
+        let refused = ModelConfig::load(place.path()).unwrap_err().to_string();
+        assert!(
+            refused.contains("model_type is missing") && refused.contains("\"llama\""),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn sizes_that_no_machine_holds_are_refused() {
+        let Some(place) = shared("data/cases/security/config") else {
+            return;
+        };
+        let files = std::fs::read_dir(place).unwrap();
+        for file in files {
+            let path = file.unwrap().path();
+            let raw = read_json(&path).unwrap();
+            let refused = ModelConfig::from_json(raw, &path).unwrap_err().to_string();
+            let name = path.file_name().unwrap().to_string_lossy();
+            let key = name.rsplit_once('_').unwrap().0;
+            assert!(refused.contains(&format!("{key} = ")), "{refused}");
+            let most = if key == LAYERS {
+                MOST_LAYERS
+            } else {
+                LARGEST_SIZE
+            };
+            assert!(refused.contains(&format!("more than {most},")), "{refused}");
+        }
     }
 }

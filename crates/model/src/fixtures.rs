@@ -84,7 +84,7 @@ pub(crate) fn folder() -> tempfile::TempDir {
 /// A small decoder with random weights: `vocab` tokens, two blocks, grouped queries.
 pub(crate) fn tiny_model(vocab: usize, seed: u64) -> crate::LanguageModel {
     let raw = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab,
         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1,
     });

@@ -3,12 +3,13 @@
 //! A loader names the keys that it reads. Of the others many say nothing about what the weights compute: how they were
 //! trained, how text is drawn, how another program runs them. One that by its name has to do with the computation is
 //! refused, unless its value leaves the computation as it is: a model whose computation is not implemented must not be
-//! loaded as another one. The rest are reported and ignored, as transformers ignores them.
+//! loaded as another one. The rest are reported and ignored, as transformers ignores them. `false` switches a part of
+//! the computation off; where the part is one that every network here has, it is no neutral value.
 
 use serde_json::{Map, Value};
 
 /// Keys that say nothing about what the weights compute.
-const HARMLESS: [&str; 43] = [
+const HARMLESS: [&str; 46] = [
     "architectures",
     "attn_implementation",
     "chunk_size_feed_forward",
@@ -35,8 +36,10 @@ const HARMLESS: [&str; 43] = [
     "num_return_sequences",
     "output_attentions",
     "output_hidden_states",
+    "output_scores",
     "pretraining_tp",
     "problem_type",
+    "remove_invalid_values",
     "repetition_penalty",
     "return_dict",
     "return_dict_in_generate",
@@ -50,6 +53,7 @@ const HARMLESS: [&str; 43] = [
     "torchscript",
     "transformers.js_config",
     "transformers_version",
+    "use_bfloat16",
     "use_cache",
     "do_sample",
 ];
@@ -70,8 +74,22 @@ const HARMLESS_WORDS: [&str; 12] = [
     "version",
 ];
 
+/// Switches of parts that every network here has and that transformers does not read: on they say nothing new, off they
+/// are reported.
+const ALWAYS_ON: [&str; 9] = [
+    "skip_connections",
+    "use_residual",
+    "use_residuals",
+    "use_rms",
+    "use_rms_norm",
+    "use_rmsnorm",
+    "use_rope",
+    "use_rotary",
+    "use_rotary_embeddings",
+];
+
 /// Words of which one makes a key a part of the computation.
-const MEANING_WORDS: [&str; 81] = [
+const MEANING_WORDS: [&str; 82] = [
     "act",
     "activation",
     "alibi",
@@ -80,6 +98,7 @@ const MEANING_WORDS: [&str; 81] = [
     "audio",
     "bias",
     "biases",
+    "bidirectional",
     "bits",
     "cap",
     "clip",
@@ -166,11 +185,25 @@ const FACTOR_WORDS: [&str; 7] = [
     "scaling",
 ];
 
-/// Names of the keys of `raw` that are unknown and ignored; those in `read` are not among them.
+/// Which tokens a token sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Attention {
+    /// Those before it.
+    Causal,
+    /// All.
+    Bidirectional,
+}
+
+/// Names of the keys of `raw` that are unknown and ignored; those in `read` are not among them. The network that is
+/// configured attends so.
 ///
 /// # Errors
 /// When a key that is not read changes what the weights compute: its name and value, and the remedy.
-pub(crate) fn ignored(raw: &Value, read: &[&[&str]]) -> Result<Vec<String>, String> {
+pub(crate) fn ignored(
+    raw: &Value,
+    read: &[&[&str]],
+    attention: Attention,
+) -> Result<Vec<String>, String> {
     let none = Map::new();
     let keys = raw.as_object().unwrap_or(&none);
     if let Some((key, value)) = keys.iter().find(|(key, value)| is_quantised(key, value)) {
@@ -179,13 +212,13 @@ pub(crate) fn ignored(raw: &Value, read: &[&[&str]]) -> Result<Vec<String>, Stri
     let (mut ignored, mut refused) = (Vec::new(), Vec::new());
     for (key, value) in keys {
         let is_read = read.iter().any(|read| read.contains(&key.as_str()));
-        if is_read || is_off(value) || is_harmless(key) {
+        if is_read || is_harmless(key) {
             continue;
         }
-        if !is_meant(key) {
-            ignored.push(key.clone());
-        } else if !is_neutral(key, value, raw) {
-            refused.push(format!("{key} = {value}"));
+        match bearing(key, value, (raw, attention)) {
+            Bearing::None => {}
+            Bearing::Unknown => ignored.push(key.clone()),
+            Bearing::Deviates => refused.push(format!("{key} = {value}")),
         }
     }
     match refused.as_slice() {
@@ -195,6 +228,40 @@ pub(crate) fn ignored(raw: &Value, read: &[&[&str]]) -> Result<Vec<String>, Stri
              the model does not need it",
             refused.join(", ")
         )),
+    }
+}
+
+/// What the value of a key that is not read has to do with the computation.
+enum Bearing {
+    /// Nothing: it says what is computed anyway.
+    None,
+    /// Nothing that is known.
+    Unknown,
+    /// It asks for another computation.
+    Deviates,
+}
+
+/// The bearing of a key on the network that `raw` configures and that attends so.
+fn bearing(key: &str, value: &Value, (raw, attention): (&Value, Attention)) -> Bearing {
+    let deviates_unless = |is_neutral: bool| match is_neutral {
+        true => Bearing::None,
+        false => Bearing::Deviates,
+    };
+    if words(key).any(|word| word == "causal") {
+        // Transformers attends in both directions wherever the value is there and not true, null included.
+        return deviates_unless(*value == (attention == Attention::Causal));
+    }
+    if ALWAYS_ON.contains(&key) {
+        return match value {
+            Value::Null | Value::Bool(true) => Bearing::None,
+            _ => Bearing::Unknown,
+        };
+    }
+    match is_meant(key) {
+        true => deviates_unless(is_off(value) || is_neutral(key, value, raw)),
+        // Nobody knows what it switches off.
+        false if *value == false || !is_off(value) => Bearing::Unknown,
+        false => Bearing::None,
     }
 }
 
@@ -246,7 +313,11 @@ fn is_neutral(key: &str, value: &Value, raw: &Value) -> bool {
         "sliding_window" => number >= raw["max_position_embeddings"].as_f64(),
         "layer_types" => {
             let types = value.as_array();
-            types.is_some_and(|types| types.iter().all(|kind| kind == "full_attention"))
+            let fits = |types: &Vec<Value>| {
+                raw["num_hidden_layers"] == types.len()
+                    && types.iter().all(|kind| kind == "full_attention")
+            };
+            types.is_some_and(fits)
         }
         "max_window_layers" => raw["use_sliding_window"] != true,
         _ => match value {
@@ -283,12 +354,13 @@ mod tests {
     const READ: [&str; 2] = ["hidden_size", "num_attention_heads"];
 
     fn ignored_of(more: &Value) -> Result<Vec<String>, String> {
-        let mut raw =
-            json!({"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 128});
+        let mut raw = json!({"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 128,
+                   "num_hidden_layers": 2});
         for (key, value) in more.as_object().unwrap() {
             raw[key] = value.clone();
         }
-        ignored(&raw, &[&READ, &["max_position_embeddings"]])
+        let read = ["max_position_embeddings", "num_hidden_layers"];
+        ignored(&raw, &[&READ, &read], Attention::Causal)
     }
 
     #[test]
@@ -318,7 +390,13 @@ mod tests {
             json!({"pruned_heads": {"0": [1]}}),
             json!({"sliding_window": 64}),
             json!({"layer_types": ["full_attention", "sliding_attention"]}),
+            json!({"layer_types": ["full_attention"]}),
             json!({"num_nextn_predict_layers": 1}),
+            json!({"is_causal": false}),
+            json!({"is_causal": null}),
+            json!({"causal": 0}),
+            json!({"use_causal_mask": false}),
+            json!({"use_bidirectional": true}),
         ];
         for raw in cases {
             let key = raw.as_object().unwrap().keys().next().unwrap().clone();
@@ -339,6 +417,7 @@ mod tests {
             json!({"attention_multiplier": 0.25, "query_pre_attn_scalar": 16}),
             json!({"final_logit_softcapping": null, "num_experts": 0, "clip_qkv": null}),
             json!({"mlp_bias": false, "use_mrope": false, "rope_interleaved": false}),
+            json!({"is_causal": true, "use_rope": true, "skip_connections": true, "use_rms": null}),
             json!({"hidden_activation": "silu", "sliding_window": 128}),
             json!({"layer_types": ["full_attention", "full_attention"], "pruned_heads": {}}),
             json!({"attention_dropout": 0.1, "initializer_range": 0.02, "pad_token_id": 2}),
@@ -355,6 +434,29 @@ mod tests {
             unknown,
             Ok(vec!["a_key_of_its_own".into(), "auto_map".into()])
         );
+    }
+
+    #[test]
+    fn what_is_switched_off_and_not_known_to_be_off_is_spoken_of() {
+        let mut off = vec!["a_key_of_its_own"];
+        off.extend(ALWAYS_ON);
+        for key in off {
+            let said = ignored_of(&json!({ key: false }));
+            assert_eq!(said, Ok(vec![key.to_owned()]));
+        }
+    }
+
+    #[test]
+    fn an_encoder_sees_in_both_directions() {
+        let of = |value: bool| {
+            ignored(
+                &json!({ "is_causal": value }),
+                &[],
+                Attention::Bidirectional,
+            )
+        };
+        assert_eq!(of(false), Ok(Vec::new()));
+        assert!(of(true).unwrap_err().starts_with("is_causal = true"));
     }
 
     #[test]

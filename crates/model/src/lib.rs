@@ -39,6 +39,7 @@ mod tokenizer;
 mod weights;
 
 pub use candle_core::{DType, Device, Tensor};
+pub use chat::check_chat_template;
 pub use config::{
     Architecture, ModelConfig, SUPPORTED_ARCHITECTURES, SUPPORTED_REWARD_ARCHITECTURES,
 };

@@ -105,20 +105,25 @@ impl Rope {
             Some((name, Value::Object(keys))) => Keys::new(name, keys),
             Some((name, other)) => return Err(format!("{name} = {other} is not an object")),
         };
+        keys.kind()?;
         keys.are_known()?;
         let outside = Keys::new("config.json", raw.as_object().unwrap_or(&none));
-        let theta = match keys.positive("rope_theta")? {
+        let theta = match keys.set("rope_theta")? {
             Some(theta) => theta,
-            None => outside.positive("rope_theta")?.unwrap_or(DEFAULT_THETA),
+            None => outside.set("rope_theta")?.unwrap_or(DEFAULT_THETA),
         };
         let positions = Positions {
             max: max_positions as f64,
-            original: outside.positive("original_max_position_embeddings")?,
+            outside: &outside,
         };
-        Ok(Self {
-            theta,
-            scaling: keys.scaling(positions)?,
-        })
+        let scaling = keys.scaling(positions)?;
+        if theta <= 1.0 && matches!(scaling, RopeScaling::Yarn(_)) {
+            return Err(format!(
+                "rope_theta = {theta} is not above 1, as the bounds of YaRN need it in {}",
+                keys.name
+            ));
+        }
+        Ok(Self { theta, scaling })
     }
 
     /// Radians per position of every pair of dimensions of a head of `head_dim`.
@@ -198,11 +203,11 @@ impl Llama3 {
 
 /// How many positions a model has.
 #[derive(Clone, Copy)]
-struct Positions {
+struct Positions<'a> {
     /// `max_position_embeddings`.
     max: f64,
-    /// `original_max_position_embeddings` at the top level, which goes before the one inside.
-    original: Option<f64>,
+    /// The top level, whose `original_max_position_embeddings` goes before the one inside.
+    outside: &'a Keys<'a>,
 }
 
 /// The object that says how frequencies are scaled, and its name.
@@ -230,16 +235,29 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn scaling(&self, positions: Positions) -> Result<RopeScaling, String> {
+    /// The type of scaling, one of [`SUPPORTED`].
+    fn kind(&self) -> Result<&'a str, String> {
         let kind = ["rope_type", "type"]
             .into_iter()
             .find_map(|key| self.keys.get(key));
-        let kind = match kind {
-            None => "default",
-            Some(Value::String(kind)) => kind,
-            Some(other) => return Err(format!("{}: rope_type is {other}", self.name)),
-        };
-        Ok(match kind {
+        match kind {
+            None => Ok("default"),
+            Some(Value::String(kind)) if SUPPORTED.contains(&kind.as_str()) => Ok(kind),
+            Some(Value::String(other)) => Err(self.unsupported(other)),
+            Some(other) => Err(format!("{}: rope_type is {other}", self.name)),
+        }
+    }
+
+    fn unsupported(&self, kind: &str) -> String {
+        format!(
+            "{}: the rotary scaling {kind:?} is not supported; supported are {}",
+            self.name,
+            SUPPORTED.join(", ")
+        )
+    }
+
+    fn scaling(&self, positions: Positions<'_>) -> Result<RopeScaling, String> {
+        Ok(match self.kind()? {
             "default" => RopeScaling::Default,
             "linear" => RopeScaling::Linear {
                 factor: self.needed("factor")?,
@@ -255,47 +273,67 @@ impl<'a> Keys<'a> {
                 high_freq_factor: self.needed("high_freq_factor")?,
                 original_positions: self.original_positions(positions)?,
             }),
-            other => {
-                return Err(format!(
-                    "{}: the rotary scaling {other:?} is not supported; supported are {}",
-                    self.name,
-                    SUPPORTED.join(", ")
-                ));
-            }
+            other => return Err(self.unsupported(other)),
         })
     }
 
-    fn yarn(&self, positions: Positions) -> Result<Yarn, String> {
+    fn yarn(&self, positions: Positions<'_>) -> Result<Yarn, String> {
         let original_positions = self.original_positions(positions)?;
         let factor = match self.keys.get("factor") {
             // As DeepSeek writes it.
             Some(Value::Null) => positions.max / original_positions,
             _ => self.needed("factor")?,
         };
-        let set = |key: &str| Ok::<_, String>(self.number(key)?.filter(|number| *number != 0.0));
-        let mscales = set("mscale")?.zip(set("mscale_all_dim")?);
+        // What is 0 or null counts as left out.
+        let some = |key: &str| Ok::<_, String>(self.number(key)?.filter(|number| *number != 0.0));
+        let mscales = some("mscale")?.zip(some("mscale_all_dim")?);
         let given = self.number("attention_factor")?;
         let attention_factor =
             given.unwrap_or_else(|| Yarn::default_attention_factor(factor, mscales));
         Ok(Yarn {
             factor,
             original_positions,
-            beta_fast: set("beta_fast")?.unwrap_or(32.0),
-            beta_slow: set("beta_slow")?.unwrap_or(1.0),
-            truncate: self.keys.get("truncate") != Some(&Value::Bool(false)),
+            beta_fast: some("beta_fast")?.unwrap_or(32.0),
+            beta_slow: some("beta_slow")?.unwrap_or(1.0),
+            truncate: self.truncates()?,
             attention_factor,
         })
     }
 
-    fn original_positions(&self, positions: Positions) -> Result<f64, String> {
-        let own = self.positive("original_max_position_embeddings")?;
-        Ok(positions.original.or(own).unwrap_or(positions.max))
+    /// As Python takes it: null is false, and only a key that is left out is true by itself.
+    fn truncates(&self) -> Result<bool, String> {
+        match self.keys.get("truncate") {
+            None => Ok(true),
+            Some(Value::Null) => Ok(false),
+            Some(Value::Bool(truncates)) => Ok(*truncates),
+            Some(other) => Err(format!(
+                "{}: truncate = {other} is neither true nor false",
+                self.name
+            )),
+        }
+    }
+
+    fn original_positions(&self, positions: Positions<'_>) -> Result<f64, String> {
+        let key = "original_max_position_embeddings";
+        let own = self.set(key)?;
+        Ok(positions.outside.set(key)?.or(own).unwrap_or(positions.max))
     }
 
     /// The number under this key, above 0.
     fn needed(&self, key: &str) -> Result<f64, String> {
         let number = self.positive(key)?;
         number.ok_or_else(|| format!("{}: {key} is missing", self.name))
+    }
+
+    /// As [`Self::positive`]; null, with which transformers cannot compute either, is no number.
+    fn set(&self, key: &str) -> Result<Option<f64>, String> {
+        match self.keys.get(key) {
+            Some(Value::Null) => Err(format!(
+                "{}: {key} is null; leave the key out or set it to a number",
+                self.name
+            )),
+            _ => self.positive(key),
+        }
     }
 
     /// As [`Self::number`], above 0.
@@ -316,11 +354,31 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// cos and sin for every position and frequency, both `[max_positions, head_dim / 2]`.
+/// The most positions whose rows are kept. Of a model that has more, every pass computes those that it needs.
+const KEPT: usize = 1 << 17;
+
+/// The rows of a table that are kept for a model of so many positions.
+pub(crate) fn kept_rows(max_positions: usize) -> usize {
+    if max_positions > KEPT {
+        0
+    } else {
+        max_positions
+    }
+}
+
+/// cos and sin, both `[positions, head_dim / 2]`.
+type Angles = (Tensor, Tensor);
+
+/// cos and sin for every position and frequency.
 #[derive(Debug, Clone)]
 pub(crate) struct RopeTable {
-    cos: Tensor,
-    sin: Tensor,
+    frequencies: Vec<f64>,
+    factor: f64,
+    dtype: DType,
+    device: Device,
+    max_positions: usize,
+    /// Those of every position, where they are not too many.
+    kept: Option<Angles>,
 }
 
 impl RopeTable {
@@ -329,41 +387,62 @@ impl RopeTable {
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let frequencies = config.rope.frequencies(config.head_dim);
-        let factor = config.rope.attention_factor();
-        let shape = (config.max_positions, frequencies.len());
-        let angles: Vec<f64> = (0..config.max_positions)
-            .flat_map(|position| frequencies.iter().map(move |f| position as f64 * f))
-            .collect();
-        let table = |f: fn(f64) -> f64| -> Result<Tensor, ModelError> {
-            let values: Vec<f64> = angles.iter().map(|&a| factor * f(a)).collect();
-            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?
-                .to_dtype(dtype)?
-                .to_device(device)?)
+        let mut table = Self {
+            frequencies: config.rope.frequencies(config.head_dim),
+            factor: config.rope.attention_factor(),
+            dtype,
+            device: device.clone(),
+            max_positions: config.max_positions,
+            kept: None,
         };
-        Ok(Self {
-            cos: table(f64::cos)?,
-            sin: table(f64::sin)?,
-        })
+        let kept = kept_rows(config.max_positions);
+        if kept > 0 {
+            table.kept = Some(table.computed(0..kept)?);
+        }
+        Ok(table)
+    }
+
+    fn computed(
+        &self,
+        positions: impl ExactSizeIterator<Item = usize>,
+    ) -> candle_core::Result<Angles> {
+        let shape = (positions.len(), self.frequencies.len());
+        let angles: Vec<f64> = positions
+            .flat_map(|position| self.frequencies.iter().map(move |f| position as f64 * f))
+            .collect();
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f64> = angles.iter().map(|&a| self.factor * f(a)).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)?
+                .to_dtype(self.dtype)?
+                .to_device(&self.device)
+        };
+        Ok((table(f64::cos)?, table(f64::sin)?))
     }
 
     /// The rows of the first `count` positions, or of all there are: cos and sin, `head_dim / 2` numbers a
     /// position.
     pub(crate) fn rows(&self, count: usize) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
-        let count = count.min(self.cos.dim(0)?);
-        let rows = |table: &Tensor| {
-            let rows = table.narrow(0, 0, count)?.to_dtype(DType::F32)?;
-            rows.flatten_all()?.to_vec1()
+        let count = count.min(self.max_positions);
+        let (cos, sin) = match &self.kept {
+            Some((cos, sin)) => (cos.narrow(0, 0, count)?, sin.narrow(0, 0, count)?),
+            None => self.computed(0..count)?,
         };
-        Ok((rows(&self.cos)?, rows(&self.sin)?))
+        let numbers = |table: Tensor| table.to_dtype(DType::F32)?.flatten_all()?.to_vec1();
+        Ok((numbers(cos)?, numbers(sin)?))
     }
 
     /// The rows of these positions: cos and sin, both `[N, head_dim / 2]`.
-    pub(crate) fn at(&self, positions: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-        Ok((
-            self.cos.index_select(positions, 0)?,
-            self.sin.index_select(positions, 0)?,
-        ))
+    pub(crate) fn at(&self, positions: &Tensor) -> candle_core::Result<Angles> {
+        match &self.kept {
+            Some((cos, sin)) => Ok((
+                cos.index_select(positions, 0)?,
+                sin.index_select(positions, 0)?,
+            )),
+            None => {
+                let positions = positions.to_vec1::<u32>()?;
+                self.computed(positions.into_iter().map(|position| position as usize))
+            }
+        }
     }
 }
 
@@ -398,6 +477,16 @@ mod tests {
     const YARN_OF_32: [f64; 8] = [
         1.0,
         0.197642,
+        0.025,
+        0.00790569,
+        0.0025,
+        0.000790569,
+        0.00025,
+        7.90569e-05,
+    ];
+    const YARN_OF_40: [f64; 8] = [
+        1.0,
+        0.168711,
         0.025,
         0.00790569,
         0.0025,
@@ -524,6 +613,11 @@ mod tests {
                 MSCALE,
             ),
             (yarn(&json!({"truncate": false})), YARN, MSCALE),
+            (
+                yarn(&json!({"truncate": null, "original_max_position_embeddings": 40})),
+                YARN_OF_40,
+                MSCALE,
+            ),
             (yarn(&json!({"attention_factor": 0.5})), YARN, 0.5),
             (
                 yarn(&json!({"mscale": 0.707, "mscale_all_dim": 1.0})),
@@ -617,8 +711,25 @@ mod tests {
     fn what_is_not_computed_is_refused_by_name() {
         let cases = [
             (
-                json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}),
-                "rope_scaling: short_factor = [1.0] is not supported",
+                json!({"rope_scaling": {"type": "su", "short_factor": [1.0]}}),
+                "rope_scaling: the rotary scaling \"su\" is not supported",
+            ),
+            (
+                yarn(&json!({"original_max_position_embeddings": null})),
+                "rope_scaling: original_max_position_embeddings is null",
+            ),
+            (
+                yarn(&json!({"rope_theta": null})),
+                "rope_scaling: rope_theta is null",
+            ),
+            (
+                json!({"rope_theta": null}),
+                "config.json: rope_theta is null",
+            ),
+            (yarn(&json!({"truncate": 0})), "truncate = 0"),
+            (
+                yarn(&json!({"rope_theta": 1})),
+                "rope_theta = 1 is not above 1",
             ),
             (
                 json!({"rope_scaling": {"type": "longrope"}}),
@@ -659,5 +770,28 @@ mod tests {
             let refused = Rope::read(&raw, POSITIONS).unwrap_err();
             assert!(refused.contains(expected), "{refused:?} for {raw}");
         }
+    }
+
+    #[test]
+    fn a_table_that_is_not_kept_has_the_same_rows() {
+        let raw = |positions: usize| {
+            let mut raw = crate::fixtures::config_json(8);
+            raw["max_position_embeddings"] = json!(positions);
+            raw
+        };
+        let table = |positions: usize| {
+            let path = std::path::Path::new("config.json");
+            let config = ModelConfig::from_json(raw(positions), path).unwrap();
+            RopeTable::new(&config, DType::F32, &Device::Cpu).unwrap()
+        };
+        let (kept, computed) = (table(64), table(1 << 24));
+        assert!(kept.kept.is_some() && computed.kept.is_none());
+        assert_eq!(kept.rows(9).unwrap(), computed.rows(9).unwrap());
+        let positions = Tensor::new(&[0u32, 7, 63, 7], &Device::Cpu).unwrap();
+        let rows = |table: &RopeTable| {
+            let (cos, sin) = table.at(&positions).unwrap();
+            [cos, sin].map(|rows| rows.to_vec2::<f32>().unwrap())
+        };
+        assert_eq!(rows(&kept), rows(&computed));
     }
 }

@@ -9,7 +9,7 @@ use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom},
     ops::Range,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use candle_core::{DType, Device, Tensor, safetensors::SliceSafetensors};
@@ -21,6 +21,9 @@ use crate::{ModelError, config::read_json, weights::torn};
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The name of a language model's head.
 pub(crate) const HEAD: &str = "lm_head.weight";
+
+/// What stands before the names of a trunk's tensors.
+const TRUNK: &str = "model.";
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -120,6 +123,14 @@ impl Shards {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// The shapes of all tensors, by their names.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let tensors = self.tensors.iter();
+        tensors
+            .map(|(name, stored)| (name.clone(), stored.shape.clone()))
+            .collect()
+    }
+
     /// Whether both tensors are there, and not equal.
     ///
     /// # Errors
@@ -179,6 +190,7 @@ impl Shards {
         for (name, shape) in &wanted.tensors {
             let stored = self.tensors.get(self.source(name, wanted));
             let reason = match stored {
+                None if self.lacks_prefix(name) => return Err(self.headless(name)),
                 None => format!("the tensor {name} of shape {shape:?} is missing"),
                 Some(stored) if stored.shape != *shape => format!(
                     "{name} has shape {:?}, the configuration says {shape:?}",
@@ -192,6 +204,23 @@ impl Shards {
         let sources = wanted.tensors.iter();
         let sources: BTreeSet<&str> = sources.map(|(name, _)| self.source(name, wanted)).collect();
         self.leaves_none(|name| sources.contains(name) || is_spare(name, &wanted.spare))
+    }
+
+    /// Whether the tensor of this name is there without what stands before a trunk's names.
+    fn lacks_prefix(&self, name: &str) -> bool {
+        let bare = name.strip_prefix(TRUNK);
+        bare.is_some_and(|bare| self.tensors.contains_key(bare))
+    }
+
+    fn headless(&self, name: &str) -> ModelError {
+        let bare = name.strip_prefix(TRUNK).unwrap_or(name);
+        let dir = self.folder.display().to_string();
+        let how = CONVERTIBLE[0].2.replace("DIR", &dir);
+        let reason = format!(
+            "it has the tensor {bare} where {name} is needed: these are the weights of a model without a head; save \
+             them with one in Python with {how}"
+        );
+        malformed(&self.folder, reason)
     }
 
     /// An error if the folder has a tensor that is not used and no leftover.
@@ -335,9 +364,34 @@ fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     std::fs::read(path).map_err(|source| missing(path, source))
 }
 
-/// An error unless the file is there and has a header that fits its length.
-pub(crate) fn check_file(path: &Path) -> Result<(), ModelError> {
-    header(path, 0).map(drop)
+/// The shapes of the tensors of a file by their names, as its header has them.
+///
+/// # Errors
+/// When the file is missing, or its header does not fit its length.
+pub(crate) fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>, ModelError> {
+    let tensors = header(path, 0)?.into_iter();
+    Ok(tensors.map(|(name, stored)| (name, stored.shape)).collect())
+}
+
+/// How a file begins that Git LFS keeps elsewhere.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec";
+
+fn lfs_reason(path: &Path) -> String {
+    let folder = path.parent().unwrap_or(Path::new(".")).display();
+    format!(
+        "it is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull` in {folder}"
+    )
+}
+
+/// An error if what was read of the file is a pointer of Git LFS.
+///
+/// # Errors
+/// When it is one: the way to the file.
+pub(crate) fn is_fetched(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    match bytes.starts_with(LFS_POINTER) {
+        true => Err(malformed(path, lfs_reason(path))),
+        false => Ok(()),
+    }
 }
 
 /// What the header of a file says, the file being number `file`.
@@ -356,6 +410,9 @@ fn header(path: &Path, file: usize) -> Result<Vec<(String, Stored)>, ModelError>
     opened
         .read_exact(&mut length)
         .map_err(|_| torn("it ends before its header"))?;
+    if LFS_POINTER.starts_with(&length) {
+        return Err(malformed(path, lfs_reason(path)));
+    }
     let length = u64::from_le_bytes(length);
     if length > LONGEST_HEADER.min(whole.len()) {
         return Err(torn("its header is longer than the file"));
@@ -413,6 +470,33 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let mut files: Vec<&str> = map.values().filter_map(Value::as_str).collect();
     files.sort_unstable();
     files.dedup();
+    let is_outside = |file: &&&str| {
+        !Path::new(file)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
+    };
+    if let Some(file) = files.iter().find(is_outside) {
+        let reason = format!(
+            "it names {file:?}, which is no file of its folder; correct its \"weight_map\""
+        );
+        return Err(malformed(&index, reason));
+    }
+    let missing: Vec<&str> = files
+        .iter()
+        .copied()
+        .filter(|file| !folder.join(file).exists())
+        .collect();
+    if let [first, others @ ..] = missing.as_slice() {
+        let more = match others.len() {
+            0 => String::new(),
+            count => format!(" and {count} more"),
+        };
+        let reason = format!(
+            "it names {first}{more} of {} files, which the folder does not hold: copy or fetch the whole model",
+            files.len()
+        );
+        return Err(malformed(&index, reason));
+    }
     Ok(files.into_iter().map(|file| folder.join(file)).collect())
 }
 
@@ -465,12 +549,6 @@ pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
     }
     let name = name.to_string_lossy();
     let dir = folder.display().to_string();
-    let gguf = || {
-        let mut entries = std::fs::read_dir(folder).ok()?.filter_map(Result::ok);
-        let file =
-            entries.find(|entry| entry.path().extension().is_some_and(|end| end == "gguf"))?;
-        Some(file.file_name().to_string_lossy().into_owned())
-    };
     let convertible = CONVERTIBLE.iter().filter(|(of, ..)| *of == name);
     let found = convertible
         .flat_map(|(_, others, how)| others.iter().map(move |other| (*other, *how)))
@@ -485,12 +563,39 @@ pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
             "it holds an adapter: name its base as the model, and this folder as the adapter";
         return malformed(folder, reason.into());
     }
-    match gguf().filter(|_| name == SINGLE) {
-        Some(gguf) => malformed(
+    if name == "config.json" && folder.join("config.toml").exists() {
+        let reason =
+            "it holds a run and no model: name one of the folders in its checkpoints as the model";
+        return malformed(folder, reason.into());
+    }
+    if name != SINGLE {
+        return unreadable(path, source);
+    }
+    let with_end = |end: &str| {
+        let entries = std::fs::read_dir(folder).ok()?.filter_map(Result::ok);
+        let fits = |name: &String| name.ends_with(end) && !name.starts_with("adapter_");
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(fits).min()
+    };
+    if let Some(gguf) = with_end(".gguf") {
+        let reason =
+            format!("it has {gguf} but no {name}: use the folder with the unquantised safetensors");
+        return malformed(folder, reason);
+    }
+    match with_end(".safetensors") {
+        Some(other) => malformed(
             folder,
-            format!("it has {gguf} but no {name}: use the folder with the unquantised safetensors"),
+            format!(
+                "it has {other} but neither {SINGLE} nor {INDEX}: rename it to {SINGLE} if it is the whole model"
+            ),
         ),
-        None => unreadable(path, source),
+        None => unreadable(
+            path,
+            io::Error::new(
+                source.kind(),
+                format!("{source}, and there is no {INDEX} either"),
+            ),
+        ),
     }
 }
 
@@ -669,6 +774,7 @@ mod tests {
                 "adapter_config.json",
                 "name its base as the model",
             ),
+            ("config.json", "config.toml", "it holds a run"),
         ];
         for (name, other, way) in cases {
             let place = tempfile::tempdir().unwrap();
@@ -686,6 +792,79 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_the_whole_model_is_said() {
+        let place = folder();
+        let file = |name: &str| place.path().join(name);
+        let said = || Shards::open(place.path()).unwrap_err().to_string();
+        fs::rename(file(SINGLE), file("model.fp16.safetensors")).unwrap();
+        let variant = said();
+        let expected = "has model.fp16.safetensors but neither model.safetensors nor model.safetensors.index.json";
+        assert!(variant.contains(expected), "{variant}");
+        fs::remove_file(file("model.fp16.safetensors")).unwrap();
+        let none = said();
+        let expected = "no model.safetensors.index.json either";
+        assert!(
+            none.contains("No such file") && none.contains(expected),
+            "{none}"
+        );
+
+        for (shard, expected) in [
+            (
+                "../other.safetensors",
+                "names \"../other.safetensors\", which is no file of its folder",
+            ),
+            ("/model.safetensors", "which is no file of its folder"),
+            (
+                "model-2.safetensors",
+                "names model-2.safetensors of 1 files, which the folder does not hold",
+            ),
+        ] {
+            let index = serde_json::json!({"weight_map": {"model.norm.weight": shard}});
+            fs::write(file(INDEX), index.to_string()).unwrap();
+            let refused = said();
+            assert!(
+                refused.contains(INDEX) && refused.contains(expected),
+                "{refused}"
+            );
+        }
+
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n";
+        for name in [SINGLE, "tokenizer.json", "config.json"] {
+            let place = folder();
+            fs::write(place.path().join(name), pointer).unwrap();
+            let opened = ModelFolder::open(place.path(), None);
+            let checked = opened.and_then(|folder| folder.check_weights());
+            let refused = checked.unwrap_err().to_string();
+            for part in [name, "a pointer of Git LFS", "git lfs pull"] {
+                assert!(refused.contains(part), "{part:?} is not in {refused}");
+            }
+        }
+    }
+
+    #[test]
+    fn tensors_of_a_model_without_a_head_are_known() {
+        let place = folder();
+        let tensors = Shards::open(place.path())
+            .unwrap()
+            .read_all(&Device::Cpu)
+            .unwrap();
+        let bare = |name: &String| name.strip_prefix(TRUNK).unwrap_or(name).to_owned();
+        let tensors: HashMap<_, _> = tensors
+            .iter()
+            .map(|(name, tensor)| (bare(name), tensor.clone()))
+            .collect();
+        candle_core::safetensors::save(&tensors, place.path().join(SINGLE)).unwrap();
+        let said = refused(&place);
+        for part in [
+            "without a head",
+            "AutoModelForCausalLM",
+            "embed_tokens.weight",
+        ] {
+            assert!(said.contains(part), "{part:?} is not in {said}");
+        }
+    }
+
+    #[test]
     fn a_header_that_does_not_fit_its_file_is_refused() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join(SINGLE);
@@ -693,7 +872,7 @@ mod tests {
             let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
             bytes.extend(header.as_bytes());
             fs::write(&path, bytes).unwrap();
-            check_file(&path).unwrap_err().to_string()
+            shapes(&path).unwrap_err().to_string()
         };
         for (header, expected) in [
             ("{", "EOF"),
@@ -711,14 +890,14 @@ mod tests {
         }
         fs::write(&path, [255; 12]).unwrap();
         assert!(
-            check_file(&path)
+            shapes(&path)
                 .unwrap_err()
                 .to_string()
                 .contains("longer than the file")
         );
         fs::write(&path, [1, 0]).unwrap();
         assert!(
-            check_file(&path)
+            shapes(&path)
                 .unwrap_err()
                 .to_string()
                 .contains("before its header")

@@ -1,6 +1,6 @@
 //! The tokens that end what a model writes.
 //!
-//! Generation stops at any of a set: what `generation_config.json` and `config.json` name, the tokenizer's
+//! Generation stops at any of a set: what `generation_config.json` and `config.json` name of the model's tokens, the tokenizer's
 //! `eos_token`, and the token with which the chat template closes the assistant's turn. A completion that
 //! is given as text is closed with one of them: in a dialogue with the template's, else with the
 //! tokenizer's, as TRL does.
@@ -29,28 +29,39 @@ impl StopTokens {
         }
     }
 
-    /// These and those that another file names.
+    /// These and those of `generation_config.json`, of which the first closes a text: it is there that transformers
+    /// stops.
     pub(crate) fn and(mut self, ids: &[u32]) -> Self {
         self.ids.extend(ids);
-        self.text_end = self.text_end.or(ids.first().copied());
+        self.text_end = ids.first().copied().or(self.text_end);
         self
     }
 
-    /// These, with what the tokenizer and its chat template say of the end of a text and of a turn.
+    /// These, with what the tokenizer and its chat template say of the end of a text and of a turn, as far as it is
+    /// one of the `vocab_size` tokens of the model.
     pub(crate) fn with_tokenizer(
         mut self,
-        tokenizer: &tokenizers::Tokenizer,
+        (tokenizer, vocab_size): (&tokenizers::Tokenizer, usize),
         special: &SpecialTokens,
         chat: Option<&ChatTemplate>,
     ) -> Self {
-        let eos = special.get("eos_token");
-        self.text_end = eos
-            .and_then(|eos| tokenizer.token_to_id(eos))
-            .or(self.text_end);
+        let is_known = |id: &u32| (*id as usize) < vocab_size;
+        let named = special.get("eos_token");
+        let eos = named.and_then(|eos| tokenizer.token_to_id(eos));
+        let eos = eos.filter(is_known);
+        if let (Some(named), None) = (named, eos) {
+            tracing::warn!(
+                eos_token = named,
+                vocab_size,
+                "the tokenizer's eos_token is no token of the model: it ends no completion"
+            );
+        }
+        self.text_end = eos.or(self.text_end);
         self.ids.extend(self.text_end);
         self.turn_end = chat.and_then(|chat| {
             Closing::of(chat)
                 .and_then(|closing| closing.token(tokenizer, &self.ids))
+                .filter(is_known)
                 .or(self.text_end)
         });
         self.ids.extend(self.turn_end);
@@ -267,7 +278,7 @@ mod tests {
         assert_eq!(of_config.ids().collect::<Vec<_>>(), [3, 9, 11]);
         assert_eq!(
             (of_config.text_end(), of_config.turn_end()),
-            (Some(3), None)
+            (Some(11), None)
         );
         let of_generation = stops(&[("generation_config.json", &generation)]);
         assert_eq!(of_generation.text_end(), Some(11));
@@ -283,6 +294,19 @@ mod tests {
         assert!(none.is_empty() && none.text_end().is_none());
         let unknown = stops(&[("tokenizer_config.json", &json!({"eos_token": "<nowhere>"}))]);
         assert!(unknown.is_empty());
+        let beyond = json!({"eos_token_id": [9999, 13]});
+        let beyond = stops(&[
+            ("config.json", &config(json!(9999))),
+            ("generation_config.json", &beyond),
+        ]);
+        assert!(beyond.is_empty() && beyond.text_end().is_none());
+        // The tokens of the tokenizer and its template, of a model that does not have them.
+        let mut small = config_json(8);
+        small["eos_token_id"] = json!(3);
+        let named = named(CHATML, "</s>");
+        let added = stops(&[("config.json", &small), ("tokenizer_config.json", &named)]);
+        assert_eq!(added.ids().collect::<Vec<_>>(), [3]);
+        assert_eq!((added.text_end(), added.turn_end()), (Some(3), Some(3)));
     }
 
     /// Phi-3 ends turns with `<|end|>` and texts with `<|endoftext|>`.

@@ -11,7 +11,10 @@ use std::{borrow::Cow, fmt, path::Path, sync::Arc};
 use messages::{Dialogue, Digest, PromptText};
 
 use crate::{
-    ModelConfig, ModelError, chat::ChatTemplate, shards::missing, special::SpecialTokens,
+    ModelConfig, ModelError,
+    chat::ChatTemplate,
+    shards::{is_fetched, missing},
+    special::SpecialTokens,
     stop_tokens::StopTokens,
 };
 
@@ -45,8 +48,8 @@ impl Tokenizer {
     /// that `tokenizer.json` sets are ignored.
     ///
     /// # Errors
-    /// When a file is missing or malformed, the template does not compile, or the tokenizer is another model's:
-    /// it has ids that the model of `config` does not. Added tokens beyond the vocabulary are no error but
+    /// When a file is missing or malformed, a template that is given does not compile, or the tokenizer is another
+    /// model's: it has ids that the model of `config` does not. Added tokens beyond the vocabulary are no error but
     /// a warning: only a text that holds one cannot be encoded.
     pub fn load(
         folder: &Path,
@@ -57,9 +60,11 @@ impl Tokenizer {
         let special = SpecialTokens::read(folder)?;
         let chat = ChatTemplate::load(folder, chat_template, &special)?;
         let declared = config.stops.clone();
-        let stops = declared.with_tokenizer(&tokenizer, &special, chat.as_ref());
+        let known = (&tokenizer, config.vocab_size);
+        let stops = declared.with_tokenizer(known, &special, chat.as_ref());
         let bos = special.get("bos_token");
         let bos = bos.and_then(|bos| tokenizer.token_to_id(bos));
+        let bos = bos.filter(|&bos| (bos as usize) < config.vocab_size);
         Ok(Self {
             shared: Arc::new(Shared {
                 tokenizer,
@@ -162,6 +167,18 @@ impl Tokenizer {
     #[must_use]
     pub fn has_chat_template(&self) -> bool {
         self.shared.chat.is_some()
+    }
+
+    /// Whether the chat template, where there is one, can be rendered at all. One of the folder that does not compile
+    /// is an error of the first dialogue only: texts and ids need none.
+    ///
+    /// # Errors
+    /// When it does not compile.
+    pub fn check_chat_template(&self) -> Result<(), ModelError> {
+        self.shared
+            .chat
+            .as_ref()
+            .map_or(Ok(()), ChatTemplate::check)
     }
 
     /// Digest of the chat template; `None` when there is none.
@@ -293,6 +310,7 @@ pub(crate) fn read_fitting(
 /// Reads `tokenizer.json` so that no text is cut or padded.
 fn read(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
     let bytes = std::fs::read(path).map_err(|source| missing(path, source))?;
+    is_fetched(path, &bytes)?;
     let malformed = |error: tokenizers::Error| ModelError::Malformed {
         path: path.to_owned(),
         reason: format!("it is not a tokenizer.json of the tokenizers library ({error})"),
@@ -329,6 +347,27 @@ mod tests {
 
     fn text(text: &str) -> PromptText {
         PromptText::Text(text.into())
+    }
+
+    #[test]
+    fn a_template_that_does_not_compile_is_an_error_of_dialogues_alone() {
+        let tokenizer = words("{% if %}");
+        assert_eq!(
+            tokenizer.encode_prompt(&text("the cat")).unwrap(),
+            [1, 2, 3]
+        );
+        let dialogue = PromptText::Dialogue(Dialogue::of_user("the cat"));
+        let errors = [
+            tokenizer.encode_prompt(&dialogue).map(drop),
+            tokenizer.check_chat_template(),
+        ];
+        for error in errors {
+            let error = error.unwrap_err().to_string();
+            for part in ["chat_template.jinja", "does not compile"] {
+                assert!(error.contains(part), "{part:?} is not in {error}");
+            }
+        }
+        words("{{ messages }}").check_chat_template().unwrap();
     }
 
     #[test]

@@ -22,6 +22,14 @@ pub struct Weights {
 }
 
 impl Weights {
+    /// The shapes of all tensors, by their names.
+    pub(crate) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let tensors = self.tensors.iter();
+        tensors
+            .map(|(name, tensor)| (name.clone(), tensor.dims().to_vec()))
+            .collect()
+    }
+
     /// Reads the single or sharded safetensors of `folder` as `dtype`.
     ///
     /// # Errors

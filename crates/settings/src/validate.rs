@@ -18,6 +18,7 @@ pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
     checks.learning(settings);
     checks.schedule(settings);
     checks.supervised(&settings.sft);
+    checks.sources(settings);
     checks.adapter(&settings.model);
     checks.worlds(settings);
     checks.preference(settings);
@@ -202,6 +203,22 @@ impl Checks {
             &path("target_modules"),
             "name the modules to adapt, or \"all-linear\"",
         );
+    }
+
+    /// Models that may be left out are not named by nothing.
+    fn sources(&mut self, settings: &Settings) {
+        let sources = [
+            ("model.path", &settings.model.path),
+            ("model.adapter", &settings.model.adapter),
+            ("preference.fit.path", &settings.preference.fit.path),
+        ];
+        for (path, source) in sources {
+            self.require(
+                source.as_ref().is_none_or(|source| !source.is_empty()),
+                path,
+                "it is empty: name a folder or hf:ORG/NAME@REVISION, or leave the key out",
+            );
+        }
     }
 
     fn adapter(&mut self, model: &ModelSettings) {
@@ -486,6 +503,35 @@ mod tests {
                 "{text:?} gave {mistakes:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_run_is_one_folder_of_its_place() {
+        for name in [
+            "", " ", ".", "..", "a/b", "../a", "/a", "a\\b", "a\tb", "a\nb",
+        ] {
+            let said = mistakes(&format!("[run]\nname = {name:?}"));
+            assert!(said[0].contains("run.name: "), "{said:?} of {name:?}");
+        }
+        for name in ["trial-7", "a.b", "Lauf 3", "…"] {
+            let said = mistakes(&format!("[run]\nname = {name:?}"));
+            assert_eq!(said, Vec::<String>::new(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_model_is_not_named_by_nothing() {
+        are_named(&[
+            ("[model]\npath = \"\"", "model.path: it is empty"),
+            (
+                "[model]\nlora_rank = 4\nadapter = \"\"",
+                "model.adapter: it is empty",
+            ),
+            (
+                "[preference.fit]\npath = \"\"",
+                "preference.fit.path: it is empty",
+            ),
+        ]);
     }
 
     #[test]

@@ -187,6 +187,11 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
             product(&[&[masters, MASTER_BYTES]]),
         ),
         ("reference's weights", product(&[&weights])),
+        // Of the policy and of its reference.
+        (
+            "tables of rotary positions",
+            product(&[&[2, config.rotary_numbers(), bytes]]),
+        ),
         (
             "actors' copies of the policy",
             product(&[&trained, &[actor.count]]),
@@ -313,6 +318,8 @@ mod tests {
         let p = 2 * 200 * 8 + 2 * (256 + 384 + 16) + 8;
         // 2 models · 3 actors · 4 slots · 16 tokens, of 2 · 2 blocks · 2 heads · 4 numbers.
         let cached = 2 * 3 * 4 * 16 * 32;
+        // 2 models · 128 positions · 4 numbers.
+        let rotary = 2 * 128 * 4;
         // 3 prompts · 2 completions · 16 tokens · 2 blocks · (6·8 + 3·8 + 3·8 + 3·16).
         let active = 3 * 2 * 16 * 2 * 144;
         let fused = [
@@ -320,6 +327,7 @@ mod tests {
             4 * p,
             8 * p,
             4 * p,
+            4 * rotary,
             12 * p,
             4 * p,
             4 * cached,
@@ -334,6 +342,7 @@ mod tests {
             8 * p,
             4 * p,
             2 * p,
+            2 * rotary,
             6 * p,
             2 * p,
             2 * cached,
@@ -347,7 +356,7 @@ mod tests {
     fn a_cache_is_never_longer_than_the_models_positions() {
         let cache = |sets: &[&str]| {
             let settings = settings(sets);
-            memory(&settings, &playground(&settings))[6].clone()
+            memory(&settings, &playground(&settings))[7].clone()
         };
         // The playground's models have 128 positions; the defaults allow for 576.
         let short = cache(&["actor.max_prompt_length=64", "actor.max_new_tokens=64"]);
@@ -433,6 +442,45 @@ mod tests {
                 "{expected:?} in {}",
                 summary.text
             );
+        }
+    }
+
+    #[test]
+    fn a_template_and_an_adapter_are_named_by_their_settings() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path();
+        Bandit::new(&[0.5, 0.5])
+            .unwrap()
+            .write_model(place)
+            .unwrap();
+        let adapter = place.join("adapter");
+        std::fs::create_dir(&adapter).unwrap();
+        let config = r#"{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}"#;
+        std::fs::write(adapter.join("adapter_config.json"), config).unwrap();
+        let header = r#"{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}"#;
+        let mut tensors = (header.len() as u64).to_le_bytes().to_vec();
+        tensors.extend(header.as_bytes());
+        tensors.extend([0; 4]);
+        std::fs::write(adapter.join("adapter_model.safetensors"), tensors).unwrap();
+        let template = place.join("broken.jinja");
+        std::fs::write(&template, "{% if %}").unwrap();
+        let sets = [
+            format!("model.path={}", place.display()),
+            format!("model.adapter={}", adapter.display()),
+            "model.lora_rank=2".to_owned(),
+            format!("model.chat_template={}", template.display()),
+        ];
+        let summary = summary(&sets.each_ref().map(String::as_str));
+        for expected in [
+            format!(
+                "fail model.chat_template: {} is not usable",
+                template.display()
+            ),
+            "fail model.adapter: the adapter does not fit the model: base_model.model.".to_owned(),
+            format!("ok   model.path: {}", place.display()),
+        ] {
+            let text = &summary.text;
+            assert!(text.contains(&expected), "{expected:?} in {text}");
         }
     }
 

@@ -37,6 +37,14 @@ impl Located {
         Ok(Self { path, base })
     }
 
+    /// The adapter in the folder `path` beside the model in the folder `base`, whatever base it names.
+    pub(crate) fn beside(path: PathBuf, base: PathBuf) -> Self {
+        Self {
+            path,
+            base: Some(base),
+        }
+    }
+
     /// Reads it as a language model.
     pub(crate) fn policy(
         &self,

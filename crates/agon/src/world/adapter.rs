@@ -74,8 +74,7 @@ pub(crate) fn adapter_shape(
         return Ok(Some(fresh));
     };
     let opened = open(path, fresh.rank)?;
-    opened.check_file()?;
-    opened.config.parameter_count(base)?;
+    opened.check(base)?;
     Ok(Some(opened.config))
 }
 

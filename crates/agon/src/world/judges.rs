@@ -193,7 +193,9 @@ pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Resul
             && let Some(folder) = model_hub::look(path)?.folder
             && let Some(located) = look_for_base(folder)?
         {
-            reward_folder(&located, head)?.check_weights()?;
+            let reward = reward_folder(&located, head)?;
+            reward.folder.tokenizer.check_chat_template()?;
+            reward.check_weights()?;
         }
         anyhow::Ok(())
     };
@@ -210,7 +212,9 @@ pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Resul
             local_chat::source(model).check()?;
         }
         JudgeSettings::Ensemble { members, .. } => {
-            members.iter().try_for_each(|member| check(member, chat))?;
+            for (place, member) in members.iter().enumerate() {
+                check(member, chat).with_context(|| format!("members[{place}]"))?;
+            }
         }
         JudgeSettings::Http(endpoints) => drop(Judges::chat(endpoints, chat)?),
         JudgeSettings::Service { urls, token_path } => drop(Judges::services(urls, token_path)?),

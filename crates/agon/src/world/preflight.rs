@@ -144,8 +144,10 @@ impl Preflight {
     fn policy(&mut self, settings: &Settings) -> Policy {
         let how = &settings.model;
         let template = how.chat_template.as_deref();
-        let has_template =
-            template.is_none_or(|path| self.refuse("model.chat_template", is_file(path)).is_some());
+        let has_template = template.is_none_or(|path| {
+            self.refuse("model.chat_template", is_template(path))
+                .is_some()
+        });
         if let Some(source) = &how.path {
             let folder = self.model("model.path", source, template.filter(|_| has_template));
             self.config = folder.as_ref().map(|folder| folder.config.clone());
@@ -285,7 +287,7 @@ impl Preflight {
         );
         let how = &preference.fit;
         let template = settings.model.chat_template.as_deref();
-        let template = template.filter(|path| is_file(path).is_ok());
+        let template = template.filter(|path| is_template(path).is_ok());
         let named_trunk = how.path.as_ref();
         let named_trunk = named_trunk.map(|path| self.model("preference.fit.path", path, template));
         let trunk = match &named_trunk {
@@ -386,6 +388,7 @@ fn opened(look: &Look, template: Option<&Path>) -> anyhow::Result<Option<ModelFo
     };
     // The tokenizer is opened too: it must fit the model, and its chat template must compile.
     let folder = ModelFolder::open(path, template)?;
+    folder.tokenizer.check_chat_template()?;
     folder.check_weights()?;
     Ok(Some(folder))
 }
@@ -416,6 +419,12 @@ fn is_file(path: &Path) -> anyhow::Result<()> {
         Ok(_) => Ok(()),
         Err(error) => Err(unusable(error.to_string()).into()),
     }
+}
+
+/// Whether `path` is a file with a chat template that compiles.
+fn is_template(path: &Path) -> anyhow::Result<()> {
+    is_file(path)?;
+    Ok(model::check_chat_template(path)?)
 }
 
 /// Whether `path` is a folder, or one can be made there.

@@ -3,8 +3,8 @@
 //! A template is a Jinja program that a Hugging Face folder carries. This module promises the text that
 //! the `apply_chat_template` of transformers gives: with `add_generation_prompt`, and where the last turn
 //! is the assistant's with `continue_final_message` instead. What `jinja` does not know is refused, never
-//! rendered otherwise; a template that does not compile is refused when the folder is opened. Tokens this
-//! module does not know, save for the names of the special ones.
+//! rendered otherwise. A template of a folder that does not compile is an error of the dialogues that it should render;
+//! one that a person names is refused when it is read. Tokens this module does not know, save for the names of the special ones.
 
 mod continuation;
 
@@ -26,31 +26,54 @@ pub(crate) struct ChatTemplate {
     special: Vec<(String, String)>,
 }
 
-/// A template as it was written, and compiled.
+/// A template as it was written, and compiled, or why it cannot be.
 struct Source {
+    path: PathBuf,
     text: String,
-    template: Template,
+    template: Result<Template, String>,
 }
 
 impl Source {
-    fn compile(path: &Path, text: String) -> Result<Self, ModelError> {
-        match Template::compile(&text) {
-            Ok(template) => Ok(Self { text, template }),
-            Err(error) => Err(ModelError::Malformed {
-                path: path.to_owned(),
-                reason: format!(
-                    "its chat template does not compile: {error}; another file can be named instead"
-                ),
-            }),
+    fn new(path: PathBuf, text: String) -> Self {
+        let template = Template::compile(&text).map_err(|error| {
+            format!(
+                "its chat template does not compile: {error}; another file can be named instead"
+            )
+        });
+        Self {
+            path,
+            text,
+            template,
         }
     }
 
     fn read(path: PathBuf) -> Result<Self, ModelError> {
         match std::fs::read_to_string(&path) {
-            Ok(text) => Self::compile(&path, text),
+            Ok(text) => Ok(Self::new(path, text)),
             Err(source) => Err(ModelError::Unreadable { path, source }),
         }
     }
+
+    /// The template itself.
+    ///
+    /// # Errors
+    /// When it does not compile.
+    fn compiled(&self) -> Result<&Template, ModelError> {
+        self.template
+            .as_ref()
+            .map_err(|reason| ModelError::Malformed {
+                path: self.path.clone(),
+                reason: reason.clone(),
+            })
+    }
+}
+
+/// Whether the file at `path` is a chat template that can be rendered.
+///
+/// # Errors
+/// When it cannot be read, or does not compile.
+pub fn check_chat_template(path: &Path) -> Result<(), ModelError> {
+    Source::read(path.to_owned())?.compiled().map(drop)
 }
 
 /// The variables that are not the template's own.
@@ -72,6 +95,7 @@ impl ChatTemplate {
     ) -> Result<Option<Self>, ModelError> {
         let beside = folder.join("chat_template.jinja");
         let (default, tool_use) = if let Some(path) = given {
+            check_chat_template(path)?;
             (Some(Source::read(path.to_owned())?), None)
         } else if beside.exists() {
             let other = folder.join("additional_chat_templates/tool_use.jinja");
@@ -82,10 +106,9 @@ impl ChatTemplate {
             let named = &optional_json(&settings)?["chat_template"];
             let source = |name| {
                 let text = template_named(named, name);
-                text.map(|text| Source::compile(&settings, text.to_owned()))
-                    .transpose()
+                text.map(|text| Source::new(settings.clone(), text.to_owned()))
             };
-            (source("default")?, source("tool_use")?)
+            (source("default"), source("tool_use"))
         };
         if default.is_none() && tool_use.is_none() {
             return Ok(None);
@@ -95,6 +118,15 @@ impl ChatTemplate {
             tool_use,
             special: special.variables().to_vec(),
         }))
+    }
+
+    /// Whether every template compiles.
+    ///
+    /// # Errors
+    /// When one does not.
+    pub(crate) fn check(&self) -> Result<(), ModelError> {
+        let mut sources = [&self.default, &self.tool_use].into_iter().flatten();
+        sources.try_for_each(|source| source.compiled().map(drop))
     }
 
     /// The text of `dialogue`, ending where the assistant's next turn begins, or in its last one.
@@ -169,8 +201,8 @@ impl ChatTemplate {
         variables.insert("messages".into(), messages.into());
         let is_open = matches!(ending, Ending::GenerationPrompt);
         variables.insert("add_generation_prompt".into(), is_open.into());
-        source
-            .template
+        let template = source.compiled().map_err(|error| error.to_string())?;
+        template
             .render(&variables)
             .map_err(|error| error.to_string())
     }
@@ -197,6 +229,7 @@ fn template_named<'a>(templates: &'a Value, name: &str) -> Option<&'a str> {
             let named = |entry: &&Value| entry["name"] == name;
             entries.iter().find(named)?["template"].as_str()
         }
+        Value::Object(templates) => templates.get(name)?.as_str(),
         _ => None,
     }
 }
@@ -257,7 +290,7 @@ mod tests {
     fn template(source: &str) -> ChatTemplate {
         let special = SpecialTokens::named_by(&[json!({"bos_token": "<s>"})]);
         ChatTemplate {
-            default: Some(Source::compile(Path::new("template"), source.to_owned()).unwrap()),
+            default: Some(Source::new("template".into(), source.to_owned())),
             tool_use: None,
             special: special.variables().to_vec(),
         }
@@ -499,6 +532,12 @@ mod tests {
         .unwrap();
         assert_eq!(text(None).as_deref(), Some("</s>"));
         assert_eq!(for_tools(), "tools");
+
+        let by_name = json!({"tool_use": "tools by name", "default": "by name"});
+        let settings = json!({ "chat_template": by_name });
+        fs::write(path("tokenizer_config.json"), settings.to_string()).unwrap();
+        assert_eq!(text(None).as_deref(), Some("by name"));
+        assert_eq!(for_tools(), "tools by name");
 
         let settings = json!({"chat_template": "{{ eos_token }}!", "eos_token": "<eos>"});
         fs::write(path("tokenizer_config.json"), settings.to_string()).unwrap();

@@ -17,14 +17,14 @@ use serde_json::{Map, Value};
 
 use crate::{
     ModelError,
-    config::read_json,
-    keys,
+    config::{layers, read_json, size},
+    keys::{self, Attention},
     shards::{Shards, is_spare},
     tokenizer::read_fitting,
 };
 use deberta_v2::DebertaV2Classifier;
 use modern_bert::ModernBertClassifier;
-use tensors::Recorded;
+use tensors::{Recorded, Source};
 
 /// The encoders that can be loaded, as `config.json` names them.
 pub const SUPPORTED_ENCODERS: [&str; 2] = [
@@ -70,13 +70,18 @@ impl Description {
             reason,
         };
         let number = |key: &str| {
-            let number = raw[key].as_u64().and_then(|n| usize::try_from(n).ok());
-            number.ok_or_else(|| malformed(format!("{key} is missing or not a number")))
+            let number = size(&raw, key).map_err(malformed)?;
+            number.ok_or_else(|| malformed(format!("{key} is missing")))
         };
+        for key in ["hidden_size", "num_attention_heads", "intermediate_size"] {
+            number(key)?;
+        }
+        layers(&raw).map_err(malformed)?;
         let (vocab_size, max_positions) =
             (number("vocab_size")?, number("max_position_embeddings")?);
         one_label(&raw).map_err(malformed)?;
-        let ignored = keys::ignored(&raw, &[&READ, kind.read]).map_err(malformed)?;
+        let ignored = keys::ignored(&raw, &[&READ, kind.read], Attention::Bidirectional);
+        let ignored = ignored.map_err(malformed)?;
         if !ignored.is_empty() {
             let (path, keys) = (file.display(), ignored.join(", "));
             tracing::warn!(%path, keys, "the configuration has keys that are not read");
@@ -90,15 +95,46 @@ impl Description {
             max_positions,
         })
     }
+
+    /// The network of these tensors, which are those of the folder `path`.
+    fn network(
+        &self,
+        path: &Path,
+        tensors: Source,
+        device: &Device,
+    ) -> Result<Network, ModelError> {
+        let (recorded, taken) = Recorded::new(tensors);
+        let tensors = VarBuilder::from_backend(Box::new(recorded), DType::F32, device.clone());
+        let network = (self.kind.build)(&self.raw, &tensors).map_err(|unfit| match unfit {
+            Unfit::Config(reason) => ModelError::Malformed {
+                path: path.join("config.json"),
+                reason,
+            },
+            Unfit::Weights(error) => ModelError::Malformed {
+                path: path.to_owned(),
+                // Where a backtrace is wanted, candle writes one behind the first line.
+                reason: format!(
+                    "its weights do not fit its config.json: {}",
+                    error.to_string().lines().next().unwrap_or_default()
+                ),
+            },
+        })?;
+        let is_used = |name: &str| taken.has(name) || is_spare(name, self.kind.spare);
+        self.shards.leaves_none(is_used)?;
+        Ok(network)
+    }
 }
 
 impl Encoder {
     /// Whether the folder `path` holds an encoder with its tokenizer, by the headers of its weights' files.
     ///
     /// # Errors
-    /// As [`Self::load`], except for tensors that do not fit the network.
+    /// As [`Self::load`], as far as the headers say.
     pub fn check_folder(path: &Path) -> Result<(), ModelError> {
-        Description::read(path).map(drop)
+        let description = Description::read(path)?;
+        description.shards.are_plain()?;
+        let shapes = Source::Headers(description.shards.shapes());
+        description.network(path, shapes, &Device::Cpu).map(drop)
     }
 
     /// Reads the model in the folder `path` onto `device`.
@@ -108,33 +144,13 @@ impl Encoder {
     /// not supported, the weights are quantised or hold a tensor that the network does not take, or the classifier
     /// has not one label.
     pub fn load(path: &Path, device: &Device) -> Result<Self, ModelError> {
-        let Description {
-            raw,
-            kind,
-            vocab_size,
-            max_positions,
-            tokenizer,
-            shards,
-        } = Description::read(path)?;
-        let malformed = |reason: String| ModelError::Malformed {
-            path: path.join("config.json"),
-            reason,
-        };
-        let (recorded, taken) = Recorded::new(shards.read_all(device)?);
-        let tensors = VarBuilder::from_backend(Box::new(recorded), DType::F32, device.clone());
-        let network = (kind.build)(&raw, &tensors).map_err(|unfit| match unfit {
-            Unfit::Config(reason) => malformed(reason),
-            Unfit::Weights(error) => ModelError::Malformed {
-                path: path.to_owned(),
-                reason: format!("its weights do not fit its config.json: {error}"),
-            },
-        })?;
-        shards.leaves_none(|name| taken.has(name) || is_spare(name, kind.spare))?;
+        let description = Description::read(path)?;
+        let tensors = Source::Read(description.shards.read_all(device)?);
         Ok(Self {
-            network,
-            tokenizer,
-            vocab_size,
-            max_positions,
+            network: description.network(path, tensors, device)?,
+            tokenizer: description.tokenizer,
+            vocab_size: description.vocab_size,
+            max_positions: description.max_positions,
             device: device.clone(),
         })
     }
@@ -365,6 +381,41 @@ mod tests {
             .collect();
         let expected: Vec<f32> = serde_json::from_value(reference["scores"].clone()).unwrap();
         (kept, expected)
+    }
+
+    /// What the check of the headers and reading the weights both say.
+    fn refused(path: &Path) -> String {
+        let checked = Encoder::check_folder(path).unwrap_err().to_string();
+        let read = Encoder::load(path, &Device::Cpu).unwrap_err().to_string();
+        assert_eq!(read, checked);
+        checked
+    }
+
+    #[test]
+    fn the_headers_show_what_does_not_fit_the_network() {
+        let cases = [
+            ("num_hidden_layers", json!(5), "model.layers.4."),
+            ("num_hidden_layers", json!(3), "model.layers.3."),
+            (
+                "num_hidden_layers",
+                json!(1u64 << 40),
+                "num_hidden_layers = ",
+            ),
+            ("num_attention_heads", json!(0), "num_attention_heads is 0"),
+            ("intermediate_size", json!(13), "mlp.Wi.weight"),
+            (
+                "max_position_embeddings",
+                json!(1u64 << 40),
+                "max_position_embeddings = ",
+            ),
+        ];
+        for (key, value, expected) in cases {
+            let folder = modern_bert(|config| config[key] = value.clone());
+            let said = refused(folder.path());
+            assert!(said.contains(expected), "{said} for {key} = {value}");
+        }
+        let whole = modern_bert(|_| {});
+        Encoder::check_folder(whole.path()).unwrap();
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::folder::CONFIG;
 use crate::{ModelError, config::read_json};
 
 /// PEFT's key of the name.
-const NAME: &str = "base_model_name_or_path";
+pub(super) const NAME: &str = "base_model_name_or_path";
 /// PEFT's key of the hub's revision.
 const REVISION: &str = "revision";
 /// Hexadecimal digits of a commit.

@@ -3,7 +3,10 @@
 //! What PEFT can do and this crate cannot is refused by its name, known to us or not: every key that is
 //! not read here must be switched off (null, false, empty).
 
-use std::path::Path;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use serde_json::{Map, Value, json};
 
@@ -12,7 +15,7 @@ use super::{
     pattern::Pattern,
     targets::{LinearMap, Targets},
 };
-use crate::{ModelConfig, ModelError, Weights, config::Task};
+use crate::{ModelConfig, ModelError, config::Task};
 
 /// How PEFT calls the two factors of a module.
 pub(super) const A: &str = "lora_A.weight";
@@ -182,6 +185,11 @@ impl LoraConfig {
                 .filter(|number| number.is_finite() && *number >= 0.0)
                 .ok_or_else(|| malformed(format!("{key} is not a number from 0 on")))
         };
+        if keys.get("r").is_none_or(Value::is_null) {
+            let reason =
+                "r is missing, the rank of the adapter: set it to the rows of its lora_A tensors";
+            return Err(malformed(reason.into()));
+        }
         let rank = number("r", None)?;
         Ok(Self {
             rank: whole_rank(rank).ok_or_else(|| malformed(bad_rank("r", rank)))?,
@@ -320,18 +328,22 @@ pub(super) fn base_name(module: &str) -> String {
     format!("{module}.weight")
 }
 
-/// An error unless `weights` are exactly the tensors that are expected.
-pub(super) fn fits(weights: &Weights, expected: &[(String, Vec<usize>)]) -> Result<(), ModelError> {
+/// An error unless the tensors of these names and shapes are exactly those that are expected.
+pub(super) fn fits(
+    shapes: &BTreeMap<String, Vec<usize>>,
+    expected: &[(String, Vec<usize>)],
+) -> Result<(), ModelError> {
     for (name, shape) in expected {
-        let found = weights.tensors.get(name).map(|tensor| tensor.dims());
-        if found != Some(shape.as_slice()) {
+        let found = shapes.get(name);
+        if found != Some(shape) {
             let found = found.map_or("missing".to_owned(), |dims| format!("{dims:?}"));
             let reason = format!("{name} is {found}, this model needs {shape:?}");
             return Err(ModelError::Adapter { reason });
         }
     }
-    let expected = |name: &String| expected.iter().any(|(known, _)| known == name);
-    match weights.tensors.keys().find(|name| !expected(name)) {
+    let expected: BTreeSet<&String> = expected.iter().map(|(known, _)| known).collect();
+    let expected = |name: &String| expected.contains(name);
+    match shapes.keys().find(|name| !expected(name)) {
         None => Ok(()),
         Some(stranger) => Err(ModelError::Adapter {
             reason: format!("{stranger} belongs to no module that it names"),

@@ -12,12 +12,12 @@ use candle_core::{DType, Device, Tensor};
 use messages::Digest;
 use safetensors::SafeTensors;
 
-use super::{Adapter, LoraConfig, config};
+use super::{Adapter, LoraConfig, base_model::NAME, config};
 use crate::{
-    LanguageModel, ModelError, ModelFolder, Weights,
+    LanguageModel, ModelConfig, ModelError, ModelFolder, Weights,
     config::{Task, read_json},
     folder::{copy_beside, make, save_folder, sync, write},
-    shards::{check_file, missing},
+    shards::{missing, shapes},
     weights::torn,
 };
 
@@ -68,21 +68,52 @@ impl AdapterFolder {
     /// When there is none at the path that it names.
     pub fn base(&self) -> Result<PathBuf, ModelError> {
         let base = &self.config.base_model;
-        base.folder(&self.path).ok_or_else(|| ModelError::Adapter {
+        let path = self.path.display();
+        let lacks = |reason: String| ModelError::Adapter {
             reason: format!(
-                "the base model {:?} of {} is not there; name the base's folder as the model and this one as the adapter",
-                base.name,
-                self.path.display()
+                "{reason}; name the base's folder as the model and this one as the adapter, or set {NAME} in \
+                 {CONFIG} to the base's folder"
             ),
-        })
+        };
+        match base.folder(&self.path) {
+            Some(folder) => Ok(folder),
+            None if base.name.is_empty() => Err(lacks(format!("{path} names no base model"))),
+            None => Err(lacks(format!(
+                "the base model {:?} of {path} is not there",
+                base.name
+            ))),
+        }
     }
 
-    /// Checks that the file of the tensors is there and whole, by its header.
+    /// Checks by the header of their file that the tensors are those of an adapter beside a model of this shape.
     ///
     /// # Errors
-    /// When it is missing or torn.
-    pub fn check_file(&self) -> Result<(), ModelError> {
-        check_file(&self.path.join(TENSORS))
+    /// As [`Self::adapter`], as far as names and shapes say.
+    pub fn check(&self, base: &ModelConfig) -> Result<(), ModelError> {
+        self.check_with(&[], base)
+    }
+
+    /// As [`Self::check`], with the tensors `whole` beside it.
+    pub(crate) fn check_with(
+        &self,
+        whole: &[(String, Vec<usize>)],
+        base: &ModelConfig,
+    ) -> Result<(), ModelError> {
+        let found = shapes(&self.path.join(TENSORS))?;
+        let expected = self.expected(whole, base)?;
+        config::fits(&found, &expected).map_err(|error| self.made_for(&error))
+    }
+
+    /// The names and shapes of all tensors of the file, those of `whole` by the base's names among them.
+    fn expected(
+        &self,
+        whole: &[(String, Vec<usize>)],
+        base: &ModelConfig,
+    ) -> Result<Vec<(String, Vec<usize>)>, ModelError> {
+        let mut expected = self.config.tensors(base)?;
+        let beside = whole.iter();
+        expected.extend(beside.map(|(name, shape)| (prefixed(name), shape.clone())));
+        Ok(expected)
     }
 
     /// Reads the tensors, for the model `base`, onto its device.
@@ -107,18 +138,13 @@ impl AdapterFolder {
         };
         let found = candle_core::safetensors::load_buffer(&bytes, base.device())
             .map_err(|error| torn(&error))?;
-        let mut expected = self.config.tensors(base.config())?;
-        expected.extend(
-            whole
-                .iter()
-                .map(|(name, shape)| (prefixed(name), shape.clone())),
-        );
+        let expected = self.expected(&whole, base.config())?;
         let narrow = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
         let tensors = found.into_iter().map(narrow);
         let mut weights = Weights {
             tensors: tensors.collect::<Result<_, candle_core::Error>>()?,
         };
-        config::fits(&weights, &expected).map_err(|error| self.made_for(&error))?;
+        config::fits(&weights.shapes(), &expected).map_err(|error| self.made_for(&error))?;
         if let Some(saved) = saved_print(&bytes)
             && saved != print(base.weights())?
         {
@@ -250,7 +276,10 @@ impl LanguageModel {
         let expected = self
             .adapter()
             .map(|adapter| adapter.config.tensors(self.config()));
-        config::fits(&saved.weights, &expected.transpose()?.unwrap_or_default())?;
+        config::fits(
+            &saved.weights.shapes(),
+            &expected.transpose()?.unwrap_or_default(),
+        )?;
         Ok(saved.weights)
     }
 

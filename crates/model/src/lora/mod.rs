@@ -129,7 +129,10 @@ impl LanguageModel {
     /// # Errors
     /// When the adapter is for models of another shape.
     pub fn with_adapter(&self, adapter: Adapter) -> Result<Self, ModelError> {
-        config::fits(&adapter.weights, &adapter.config.tensors(self.config())?)?;
+        config::fits(
+            &adapter.weights.shapes(),
+            &adapter.config.tensors(self.config())?,
+        )?;
         let modules = adapter.config.modules(self.config())?;
         let mut adapted = self.clone();
         for (name, linear) in adapted.linears_mut() {

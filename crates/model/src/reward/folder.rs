@@ -91,7 +91,8 @@ impl RewardFolder {
     /// As [`Self::model`].
     pub fn check_weights(&self) -> Result<(), ModelError> {
         if let Some(adapter) = &self.adapter {
-            adapter.check_file()?;
+            let shape = &self.folder.config;
+            adapter.check_with(&self.config.head(shape), shape)?;
         }
         Shards::open(&self.folder.path)?.check(&self.wanted())
     }

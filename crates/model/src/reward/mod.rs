@@ -350,8 +350,8 @@ pub(crate) mod tests {
             let is_plain = config == RewardConfig::default();
             let whole = saved(&reward(&tiny_model(8, 1), config), "config.json");
             let (architecture, kind) = match is_plain {
-                true => ("LlamaForSequenceClassification", Value::Null),
-                false => ("AgonLlamaRewardModel", "agon_llama".into()),
+                true => ("LlamaForSequenceClassification", "llama"),
+                false => ("AgonLlamaRewardModel", "agon_llama"),
             };
             assert_eq!(whole["architectures"], serde_json::json!([architecture]));
             assert_eq!(whole["model_type"], kind);

@@ -5,11 +5,12 @@ use crate::{JetStreamSettings, Settings, TransportSettings};
 
 impl Checks {
     pub(super) fn transport(&mut self, settings: &Settings) {
+        let name = &settings.run.name;
         let TransportSettings::Jetstream(jetstream) = &settings.transport else {
+            self.directory(name);
             return;
         };
         self.server(jetstream);
-        let name = &settings.run.name;
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         self.require(
             !name.is_empty() && name.chars().all(plain),
@@ -27,6 +28,20 @@ impl Checks {
             topology.actors > 0 || !jetstream.url.is_empty(),
             "topology.actors",
             "without actors of its own the run needs a server that others find: set transport.url",
+        );
+    }
+
+    /// The name of a run is that of a folder in `run.output_dir`, and of nothing outside it.
+    fn directory(&mut self, name: &str) {
+        let leads_out = |c: char| c == '/' || c == '\\' || c.is_control();
+        let is_one = !name.trim().is_empty() && ![".", ".."].contains(&name);
+        self.require(
+            is_one && !name.contains(leads_out),
+            "run.name",
+            format!(
+                "{name:?} must be the name of one folder in run.output_dir, without / and \\ and control characters: \
+                 choose where it lies by run.output_dir"
+            ),
         );
     }
 

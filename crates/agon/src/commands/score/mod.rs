@@ -14,10 +14,7 @@ use std::{path::PathBuf, process::ExitCode};
 use model::{DType, Device, LanguageModel, ModelError, ModelFolder, open_policy};
 use settings::ModelSource;
 
-use crate::{
-    failure::Misuse,
-    model_hub::{self, Located},
-};
+use crate::model_hub::{self, Located};
 
 /// Log-probabilities or scores of given tokens under a model, from JSONL to JSONL.
 ///
@@ -88,6 +85,23 @@ impl ModelArguments {
         self.adapter.is_some()
     }
 
+    /// The reward model that is named: where an adapter is, that one beside the model, whatever base it names.
+    fn find_reward(&self) -> anyhow::Result<FoundModel> {
+        let model = match &self.adapter {
+            None => Located::find(&self.model, &|| false)?,
+            Some(adapter) => Located::beside(
+                model_hub::folder(adapter, &|| false)?,
+                model_hub::folder(&self.model, &|| false)?,
+            ),
+        };
+        Ok(FoundModel {
+            model,
+            adapter: None,
+            device: model::device(&self.device)?,
+            dtype: self.dtype,
+        })
+    }
+
     /// The model that is named, fetched first where it is the hub's.
     pub(crate) fn find(&self) -> anyhow::Result<FoundModel> {
         let adapter = self.adapter.as_ref();
@@ -122,13 +136,8 @@ impl FoundModel {
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (name, input) = rows::open_input(&arguments.input)?;
-    if arguments.reward && arguments.model.has_adapter() {
-        let advice = "--adapter belongs to a language model: leave out --reward";
-        return Err(Misuse(advice.into()).into());
-    }
-    let model = arguments.model.find()?;
     match arguments.reward {
-        true => reward::run(&model, &name, input),
-        false => log_probabilities::run(&model, &name, input),
+        true => reward::run(&arguments.model.find_reward()?, &name, input),
+        false => log_probabilities::run(&arguments.model.find()?, &name, input),
     }
 }

@@ -190,7 +190,7 @@ fn answer(score: f32) -> Result<Answer, String> {
 #[cfg(test)]
 mod tests {
     use messages::Seed;
-    use model::{Device, LanguageModel, ModelFolder, Pooling, RewardConfig};
+    use model::{Adapter, Device, LanguageModel, LoraConfig, ModelFolder, Pooling, RewardConfig};
     use playground::Bandit;
     use tempfile::TempDir;
 
@@ -310,6 +310,46 @@ mod tests {
         for part in [&*place, "no single score", "preference.judge.kind"] {
             assert!(refused.contains(part), "{part:?} is not in {refused}");
         }
+    }
+
+    /// An adapter may name a base that is nowhere: then the base is named beside it.
+    #[test]
+    fn an_adapter_is_scored_beside_the_model_that_is_named() {
+        let (base, adapter) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let bandit = Bandit::new(&[0.5, 0.3, 0.2]).unwrap();
+        bandit.write_model(base.path()).unwrap();
+        let folder = ModelFolder::open(base.path(), None).unwrap();
+        let weights = folder.weights(DType::F32, &Device::Cpu).unwrap();
+        let trunk = LanguageModel::new(folder.config.clone(), weights).unwrap();
+        let targets = LoraConfig::new(2, 4.0, 0.0, &["q_proj".to_owned()]);
+        let fresh = Adapter::fresh(targets, &folder.config, Seed(2), &Device::Cpu).unwrap();
+        let trunk = trunk.with_adapter(fresh).unwrap();
+        let model = RewardModel::from_trunk(&trunk, RewardConfig::default(), Seed(1)).unwrap();
+        let mut like = folder.clone();
+        like.base_model.name = "/nowhere/at/all".into();
+        model.save(adapter.path(), &like).unwrap();
+
+        let refused = open(&adapter, Dtype::F32).err().unwrap().to_string();
+        for part in [
+            "\"/nowhere/at/all\"",
+            "this one as the adapter",
+            "base_model_name_or_path",
+        ] {
+            assert!(refused.contains(part), "{part:?} is not in {refused}");
+        }
+        let scorer = Scorer::open(&FoundModel {
+            model: Located::beside(adapter.path().to_owned(), base.path().to_owned()),
+            adapter: None,
+            device: Device::Cpu,
+            dtype: Dtype::F32,
+        });
+        let found = answers(&scorer.unwrap(), "{\"ids\": [0, 1]}\n").unwrap();
+        let sequence = Sequence {
+            prompt: &[],
+            completion: &[0, 1],
+        };
+        let expected = model.score(&[sequence]).unwrap().flatten_all().unwrap();
+        assert_eq!(found, expected.to_vec1::<f32>().unwrap());
     }
 
     #[test]
