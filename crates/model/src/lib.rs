@@ -11,6 +11,7 @@
 
 mod chat;
 mod config;
+mod continuing;
 pub mod decode;
 mod encoder;
 mod error;
