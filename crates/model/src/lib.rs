@@ -9,6 +9,7 @@
 //! one. What they are for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
 //! operation.
 
+mod answered;
 mod chat;
 mod config;
 mod continuing;
@@ -38,6 +39,7 @@ mod token_texts;
 mod tokenizer;
 mod weights;
 
+pub use answered::{AnsweredIds, Seam};
 pub use candle_core::{DType, Device, Tensor};
 pub use config::{
     Architecture, ModelConfig, SUPPORTED_ARCHITECTURES, SUPPORTED_REWARD_ARCHITECTURES,

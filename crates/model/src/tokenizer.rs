@@ -17,6 +17,7 @@ use messages::{Dialogue, Digest, PromptText};
 
 use crate::{
     ModelConfig, ModelError,
+    answered::{AnsweredIds, Seam, closed, shared},
     chat::ChatTemplate,
     continuing::continuing,
     shards::missing,
@@ -163,6 +164,72 @@ impl Tokenizer {
         let mut ids = self.following(written, text_ids, completion)?;
         ids.extend(closing.filter(|id| ids.last() != Some(id)));
         Ok(ids)
+    }
+
+    /// A prompt and answers to it that a file gives. To text they follow as they are, closed as by
+    /// [`Self::encode_closed`]; to a dialogue as the chat template prints them as the assistant's turn (TRL's
+    /// `apply_chat_template`), up to the token that closes the turn.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`], and when the template refuses the dialogue with an answer.
+    pub fn encode_answered(
+        &self,
+        prompt: &PromptText,
+        answers: &[&str],
+    ) -> Result<AnsweredIds, ModelError> {
+        if let PromptText::Dialogue(dialogue) = prompt
+            && let Some(printed) = self.printed(dialogue, answers)?
+        {
+            return Ok(printed);
+        }
+        let ids = self.encode_prompt(prompt)?;
+        let closed = |answer: &&str| self.encode_closed(prompt, &ids, answer);
+        let answers = answers.iter().map(closed).collect::<Result<_, _>>()?;
+        Ok(AnsweredIds {
+            answers,
+            seam: match prompt {
+                PromptText::Text(_) => Seam::Asked,
+                PromptText::Dialogue(_) => Seam::Given,
+            },
+            prompt: ids,
+        })
+    }
+
+    /// A dialogue and answers to it as the template prints them; none when it prints one otherwise than it is.
+    fn printed(
+        &self,
+        dialogue: &Dialogue,
+        answers: &[&str],
+    ) -> Result<Option<AnsweredIds>, ModelError> {
+        let asked = self.render(dialogue)?;
+        let Some(chat) = &self.shared.chat else {
+            return Ok(None);
+        };
+        let wholes = answers.iter().map(|a| chat.render_answered(dialogue, a));
+        let wholes = wholes.collect::<Result<Vec<_>, _>>()?;
+        let begins = shared(&asked, &wholes);
+        let end = self.shared.stops.turn_end();
+        let closing = end.and_then(|id| self.token(id));
+        let ended = wholes.iter().zip(answers);
+        let ended =
+            ended.map(|(whole, answer)| closed(&whole[begins..], answer, closing.as_deref()));
+        let Some(ended) = ended.collect::<Option<Vec<_>>>() else {
+            return Ok(None);
+        };
+        let written = (Cow::from(&asked[..begins]), Framing::Written);
+        let prompt = self.encode(&written.0, written.1)?;
+        if prompt.is_empty() {
+            return Ok(None);
+        }
+        let ids = |text: &str| self.closed_after(&written, &prompt, text, end);
+        Ok(Some(AnsweredIds {
+            answers: ended.into_iter().map(ids).collect::<Result<_, _>>()?,
+            seam: match begins == asked.len() {
+                true => Seam::Asked,
+                false => Seam::Shared,
+            },
+            prompt,
+        }))
     }
 
     /// The tokens that end completions.
@@ -658,6 +725,69 @@ mod tests {
                 assert_eq!(following.unwrap(), [4], "{prompt}");
             }
         }
+    }
+
+    /// Templates whose generation prompt is not all that they print before an answer, or whose turns do not end with
+    /// the token that closes them.
+    #[test]
+    fn answers_of_files_are_what_the_template_prints() {
+        let ends =
+            "{% for m in messages %}{% if m.role == 'user' %}<|u|> {{ m.content }} {% else %}";
+        let asks = "{% endif %}{% endfor %}{% if add_generation_prompt %}";
+        let tagged = |turn: &str, ask: &str| format!("{ends}{turn}{asks}{ask}{{% endif %}}");
+        let turn = "<|a|> {{ m.content }} <|e|>";
+        // A template, the prompt, the answer, and how they were come by.
+        let cases: [(String, &[u32], &[u32], Seam); 6] = [
+            (
+                tagged(&format!("{turn} <|u|>"), "<|a|>"),
+                &[8, 2, 9],
+                &[4, 10],
+                Seam::Asked,
+            ),
+            (tagged(turn, ""), &[8, 2], &[9, 4, 10], Seam::Asked),
+            (
+                tagged("<|a|> mat {{ m.content }} <|e|>", "<|a|>"),
+                &[8, 2, 9],
+                &[7, 4, 10],
+                Seam::Asked,
+            ),
+            (
+                tagged("<|a|> {{ m.content }}", "<|a|>"),
+                &[8, 2, 9],
+                &[4, 1],
+                Seam::Asked,
+            ),
+            (tagged(turn, "<|a|> on"), &[8, 2, 9], &[4, 10], Seam::Shared),
+            (
+                tagged("<|a|> mat <|e|>", "<|a|>"),
+                &[8, 2, 9],
+                &[4, 1],
+                Seam::Given,
+            ),
+        ];
+        for (template, prompt, answer, seam) in cases {
+            let tokenizer = changed(&template, |json| {
+                for (id, name) in (8..).zip(["<|u|>", "<|a|>", "<|e|>"]) {
+                    let mut token = json["added_tokens"][1].clone();
+                    token["id"] = json!(id);
+                    token["content"] = json!(name);
+                    json["added_tokens"].as_array_mut().unwrap().push(token);
+                }
+            });
+            let asked = PromptText::Dialogue(Dialogue::of_user("the"));
+            let read = tokenizer.encode_answered(&asked, &["sat"]).unwrap();
+            assert_eq!(
+                (read.prompt.as_slice(), read.answers[0].as_slice()),
+                (prompt, answer),
+                "{template}"
+            );
+            assert_eq!(read.seam, seam, "{template}");
+        }
+        let read = words("x")
+            .encode_answered(&text("the cat"), &[" sat", " on"])
+            .unwrap();
+        assert_eq!(read.answers, [[4, 1], [5, 1]]);
+        assert_eq!((read.prompt, read.seam), (vec![1, 2, 3], Seam::Asked));
     }
 
     #[test]
