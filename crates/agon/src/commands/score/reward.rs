@@ -270,7 +270,7 @@ mod tests {
         };
         let end = folder.folder.tokenizer.stops().text_end();
         assert_eq!(ids(Ending::Written), [2]);
-        assert_eq!(ids(Ending::Closed), [&[2], end.as_slice()].concat());
+        assert_eq!(ids(Ending::Closed), [&[2][..], end.as_slice()].concat());
     }
 
     #[test]
