@@ -224,7 +224,11 @@ pub(crate) fn answer(turn: &Message) -> Result<String, String> {
 pub fn prompt(value: &Value) -> Result<PromptText, String> {
     match value {
         Value::String(text) => Ok(PromptText::Text(text.clone())),
-        value => asked(turns(value)?),
+        Value::Array(_) => asked(turns(value)?),
+        other => Err(format!(
+            "a prompt is a string or a list of messages, not {}",
+            shortened(other)
+        )),
     }
 }
 
@@ -331,7 +335,7 @@ mod tests {
                 Err("the system's"),
             ),
             (json!([]), Err("the list of messages is empty")),
-            (json!(3), Err("neither text nor messages")),
+            (json!(3), Err("a prompt is a string or a list")),
         ] {
             match (prompt(&value), expected) {
                 (Err(error), Err(says)) => assert!(error.contains(says), "{error}"),
