@@ -208,9 +208,10 @@ fn dialogues_beside_a_text_prompt_are_the_prompt() {
         return;
     };
     let workplace = Workplace::new();
-    // As trl.data_utils.maybe_extract_prompt makes of the one what the other is: 3.98036. Bare text: 4.07527.
+    // What transformers gives for trl.data_utils.apply_chat_template of the rows, and the end token, which TRL leaves
+    // out where the template prints none. Bare text: 4.07527.
     let messages = loss_of(&workplace, &cases, "A02/sft-uf-asmsgs.jsonl");
-    assert!((messages - 3.98036).abs() < 2e-3, "{messages}");
+    assert!((messages - 3.77535).abs() < 1e-4, "{messages}");
     let dialogues = loss_of(&workplace, &cases, "A02/sft-uf.jsonl");
     assert!(
         (dialogues - messages).abs() < 1e-6,
@@ -218,6 +219,45 @@ fn dialogues_beside_a_text_prompt_are_the_prompt() {
     );
     let text = loss_of(&workplace, &cases, "A02/sft-uf-astext.jsonl");
     assert!((text - messages).abs() > 0.05, "{text} and {messages}");
+}
+
+#[test]
+fn what_is_odd_about_rows_is_said() {
+    let Some(cases) = cases("what_is_odd_about_rows_is_said") else {
+        return;
+    };
+    let workplace = Workplace::new();
+    let rows = [
+        r#"{"prompt": "Once", "completion": " upon"}"#,
+        r#"{"prompt": "Once", "completion": " "}"#,
+        r#"{"prompt": "Who?", "system": "Be brief.", "completion": "Lily"}"#,
+    ];
+    fs::create_dir(workplace.path("rows")).expect("a folder");
+    workplace.write("rows/a.jsonl", rows.join("\n"));
+    workplace.write("rows/b.csv", "prompt\nOnce\n");
+    workplace.write("empty.jsonl", rows[1]);
+    let tune = |rows: &str| {
+        let sets = [
+            format!("sft.path={:?}", workplace.path(rows)),
+            "sft.steps=1".into(),
+            "sft.train_batch_size=2".into(),
+        ];
+        let output = workplace.path(&format!("tuned-{rows}"));
+        let command = ["sft", "--output", &output.display().to_string()];
+        agon(&workplace, &cases, &command, &sets)
+    };
+    let said = tune("rows").err;
+    for part in [
+        "examples were left out: their answers are empty",
+        "2 rows are text, the first at line 1, and 1 are dialogues, the first at line 3",
+        "passed_over=\"b.csv\"",
+    ] {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+    tune("empty.jsonl").check(
+        3,
+        &["all of its 1 answers are empty", "sft.completion_column"],
+    );
 }
 
 #[test]

@@ -86,7 +86,8 @@ fn fine_tuning_closes_a_turn_as_its_template_does() {
         Some(&json!(1)),
         "{line}"
     );
-    assert_eq!(line["completion"], " Lily was happy.", "{line}");
+    // The generation prompt ends with a space, and the answer of the rows has none.
+    assert_eq!(line["completion"], "Lily was happy.", "{line}");
 }
 
 #[test]

@@ -16,6 +16,15 @@ pub enum Place {
     Row(usize),
 }
 
+impl Place {
+    /// Its line or row.
+    pub(crate) fn number(self) -> usize {
+        match self {
+            Self::Line(number) | Self::Row(number) => number,
+        }
+    }
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -19,15 +19,51 @@ const DESCRIPTIONS: [&str; 4] = [
     "state.json",
 ];
 
+/// JSON that `Dataset.save_to_disk` writes beside its Arrow files.
+const SAVED: [&str; 2] = ["state.json", "dataset_dict.json"];
+
+/// What names of data that is not read end with, and what to do instead.
+const FOREIGN: [(&[&str], &str); 5] = [
+    (
+        &["arrow", "feather"],
+        "write Arrow as Parquet (Dataset.to_parquet)",
+    ),
+    (
+        &["csv", "tsv", "txt", "xlsx", "avro", "orc"],
+        "write CSV and its like as JSON Lines (Dataset.to_json)",
+    ),
+    (&["zip", "tar", "tgz", "7z", "rar"], "unpack archives"),
+    (&["bz2", "xz", "lz4", "br"], "pack files by gzip or zstd"),
+    (
+        &["pkl", "pickle", "npy", "npz", "db", "sqlite", "msgpack"],
+        "write the rows as JSON Lines",
+    ),
+];
+
 /// Parts of a name that mark rows which are not for training.
-const HELD_OUT: [&str; 6] = ["test", "validation", "valid", "val", "dev", "eval"];
+const HELD_OUT: [&str; 13] = [
+    "test",
+    "tests",
+    "testing",
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "eval",
+    "evaluation",
+    "heldout",
+    "held_out",
+    "holdout",
+    "hold_out",
+];
 
 /// The files that `path` names: itself; the files of rows directly in a folder; those that match a glob (`*`, `?`,
-/// `[...]`, `**`). Several are in the order of their names.
+/// `[...]`, `**`). Several are in the order of their names. What a folder holds besides is named in the log.
 ///
 /// # Errors
 /// When there is none, or a folder holds several splits (training and test shards).
 pub fn files(path: &Path) -> Result<Vec<PathBuf>, DatasetError> {
+    refuse_remote(path)?;
     match fs::metadata(path) {
         Ok(found) if found.is_dir() => shards(path),
         Ok(_) => Ok(vec![path.to_owned()]),
@@ -37,6 +73,30 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, DatasetError> {
             source,
         }),
     }
+}
+
+/// That a path is not an address: nothing is fetched.
+fn refuse_remote(path: &Path) -> Result<(), DatasetError> {
+    let text = path.to_string_lossy();
+    let hub = ["hf://datasets/", "hf:datasets/", "hf://", "hf:"]
+        .iter()
+        .find_map(|start| text.strip_prefix(start));
+    let remedy = match hub {
+        Some(name) => {
+            let name: Vec<&str> = name.split('/').take(2).collect();
+            let name = name.join("/");
+            let name = name.split('@').next().unwrap_or_default();
+            format!(
+                "fetch it with `hf download --repo-type dataset {name} --local-dir FOLDER` and name the folder"
+            )
+        }
+        None if text.contains("://") => "fetch the file and name it".to_owned(),
+        None => return Ok(()),
+    };
+    Err(DatasetError::File {
+        path: path.to_owned(),
+        reason: format!("rows are read from files on this machine, not from addresses: {remedy}"),
+    })
 }
 
 fn is_glob(path: &Path) -> bool {
@@ -67,46 +127,129 @@ fn matches(pattern: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     Ok(all)
 }
 
+/// What a folder holds.
+#[derive(Debug, Default)]
+struct Found {
+    rows: Vec<PathBuf>,
+    /// Names of files that look like data and are not read.
+    foreign: BTreeSet<String>,
+    /// Names of folders.
+    folders: BTreeSet<String>,
+    /// Whether `Dataset.save_to_disk` wrote it.
+    is_saved: bool,
+}
+
+impl Found {
+    fn add(&mut self, path: PathBuf) {
+        let name = name(&path);
+        self.is_saved |= SAVED.contains(&name.as_str());
+        if path.is_dir() {
+            self.folders.extend((!is_hidden(&name)).then_some(name));
+        } else if holds_rows(&name) {
+            self.rows.push(path);
+        } else if remedy(&name).is_some() {
+            self.foreign.insert(name);
+        }
+    }
+
+    /// Logs what is passed over.
+    fn say(&self, folder: &Path) {
+        let inner = self.folders.iter();
+        let inner = inner.filter(|name| has_rows(&folder.join(name)));
+        let passed: Vec<String> = self.foreign.iter().chain(inner).cloned().collect();
+        if !passed.is_empty() {
+            tracing::warn!(
+                path = %folder.display(),
+                read = self.rows.len(),
+                passed_over = passed.join(", "),
+                "some of the folder is not read: name files or a glob to have others read"
+            );
+        }
+    }
+
+    /// Why nothing of it can be read.
+    fn nothing(&self) -> String {
+        let is_arrow = |name: &String| name.ends_with(".arrow");
+        if self.is_saved && (self.foreign.iter().any(is_arrow) || self.rows.is_empty()) {
+            return "the folder is one of Dataset.save_to_disk, whose Arrow files are not read: write the data set with \
+                    load_from_disk(...).to_parquet(\"rows.parquet\"), or to_json, of each split"
+                .into();
+        }
+        let none = "the folder holds no file of rows (.jsonl, .json, .parquet, .gz, .zst)";
+        let mut remedies = self
+            .foreign
+            .iter()
+            .filter_map(|name| Some((name, remedy(name)?)));
+        match (remedies.next(), self.folders.first()) {
+            (Some((name, remedy)), _) => format!("{none} but {name:?}: {remedy}"),
+            (None, Some(inner)) => format!("{none}; it holds the folder {inner:?}: name that"),
+            (None, None) => none.into(),
+        }
+    }
+}
+
 /// The files of rows directly in `folder`.
 fn shards(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     let unreadable = |source| DatasetError::Unreadable {
         path: folder.to_owned(),
         source,
     };
-    let (mut shards, mut folders) = (Vec::new(), Vec::new());
+    let mut found = Found::default();
     for entry in fs::read_dir(folder).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        if path.is_dir() {
-            folders.push(path);
-        } else if holds_rows(&name(&path)) {
-            shards.push(path);
-        }
+        found.add(entry.map_err(unreadable)?.path());
     }
-    shards.sort();
+    found.rows.sort();
     let refused = |reason| DatasetError::File {
         path: folder.to_owned(),
         reason,
     };
-    if shards.is_empty() {
-        return Err(refused(nothing_in(&folders)));
+    if found.rows.is_empty() {
+        return Err(refused(found.nothing()));
     }
-    let splits = splits(&shards);
-    match splits.len() {
-        0 | 1 => Ok(shards),
-        _ => Err(refused(several(folder, &splits))),
+    let splits = splits(&found.rows);
+    if splits.len() > 1 {
+        return Err(refused(several(folder, &splits)));
     }
+    found.say(folder);
+    Ok(found.rows)
 }
 
-fn nothing_in(folders: &[PathBuf]) -> String {
-    let advice = folders
+/// Whether a folder directly holds files of rows.
+fn has_rows(folder: &Path) -> bool {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .any(|path| path.is_file() && holds_rows(&name(&path)))
+}
+
+/// What to do with data of this name, which is not read; none when it is no data.
+fn remedy(name: &str) -> Option<&'static str> {
+    let name = unpacked(name);
+    let is_about = ["readme", "license", "licence", "requirements"];
+    if is_hidden(&name) || is_about.iter().any(|about| name.starts_with(about)) {
+        return None;
+    }
+    let ending = ending(&name)?.to_owned();
+    let of = FOREIGN
         .iter()
-        .map(|folder| name(folder))
-        .filter(|name| !name.starts_with('.'))
-        .min();
-    let advice = advice
-        .map(|name| format!("; it holds the folder {name:?}: name that"))
-        .unwrap_or_default();
-    format!("the folder holds no file of rows (.jsonl, .json, .parquet, .gz, .zst){advice}")
+        .find(|(endings, _)| endings.contains(&ending.as_str()));
+    of.map(|(_, remedy)| *remedy)
+}
+
+fn is_hidden(name: &str) -> bool {
+    name.starts_with(['.', '_'])
+}
+
+/// A name in small letters, without the ending of what it is packed by.
+fn unpacked(name: &str) -> String {
+    let name = name.to_lowercase();
+    let packed = [".gz", ".zst"];
+    let bare = packed.iter().find_map(|packed| name.strip_suffix(packed));
+    bare.map(str::to_owned).unwrap_or(name)
+}
+
+fn ending(name: &str) -> Option<&str> {
+    name.rsplit_once('.').map(|(_, ending)| ending)
 }
 
 fn several(folder: &Path, splits: &BTreeSet<String>) -> String {
@@ -122,15 +265,10 @@ fn several(folder: &Path, splits: &BTreeSet<String>) -> String {
 }
 
 fn holds_rows(name: &str) -> bool {
-    if name.starts_with(['.', '_']) || DESCRIPTIONS.contains(&name) {
+    if is_hidden(name) || DESCRIPTIONS.contains(&name) {
         return false;
     }
-    let name = [".gz", ".zst"]
-        .iter()
-        .find_map(|packed| name.strip_suffix(packed))
-        .unwrap_or(name);
-    let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
-    ENDINGS.contains(&ending)
+    ending(&unpacked(name)).is_some_and(|ending| ENDINGS.contains(&ending))
 }
 
 /// The splits that shards belong to: one when nothing in their names tells them apart.
@@ -138,7 +276,8 @@ fn splits(shards: &[PathBuf]) -> BTreeSet<String> {
     let mut numbered = BTreeMap::new();
     for shard in shards {
         let name = name(shard);
-        let stem = name.split('.').next().unwrap_or_default();
+        let rows = unpacked(&name).len();
+        let stem = name[..rows].rsplit_once('.').map_or("", |(stem, _)| stem);
         let split = without_number(stem);
         numbered.insert(split.to_owned(), split.len() < stem.len());
     }
@@ -169,8 +308,13 @@ fn without_number(stem: &str) -> &str {
 
 fn is_held_out(split: &str) -> bool {
     let split = split.to_lowercase();
-    let mut parts = split.split(|c: char| !c.is_alphanumeric());
-    parts.any(|part| HELD_OUT.contains(&part))
+    let parts = split.split(|c: char| !c.is_alphanumeric());
+    let parts: Vec<&str> = parts
+        .map(|part| part.trim_end_matches(|c: char| c.is_ascii_digit()))
+        .collect();
+    let two = parts.windows(2).map(|two| two.join("_"));
+    two.chain(parts.iter().map(|&part| part.to_owned()))
+        .any(|part| HELD_OUT.contains(&part.as_str()))
 }
 
 fn name(path: &Path) -> String {
@@ -219,6 +363,20 @@ mod tests {
             found(&lines.path().join("**/*.jsonl")).map(|all| all.len()),
             Ok(2)
         );
+        // The endings of other systems; what is not read is passed over.
+        let mixed = folder(&[
+            "a.jsonl",
+            "B.JSONL",
+            "c.Parquet",
+            "d.csv",
+            "README.md",
+            "more/e.jsonl",
+        ]);
+        let read = ["B.JSONL", "a.jsonl", "c.Parquet"].map(String::from);
+        assert_eq!(found(mixed.path()), Ok(read.to_vec()));
+        // Numbers within a name are no splits.
+        let numbered = folder(&["part.0.jsonl", "part.1.jsonl"]);
+        assert_eq!(found(numbered.path()).map(|all| all.len()), Ok(2));
         // A name that is there is a name, whatever letters it has.
         let odd = folder(&["a[1].jsonl"]);
         assert_eq!(
@@ -238,6 +396,28 @@ mod tests {
                 "several splits (\"test_prefs\", \"train_prefs\"): name one by a glob",
             ),
             (&["train.jsonl", "test.jsonl.gz"], "train*\""),
+            (&["a.train.jsonl", "a.test.jsonl"], "a.train*\""),
+            (&["train1.jsonl", "test1.jsonl"], "several splits"),
+            (
+                &["training_data.json", "evaluation.json"],
+                "training_data*\"",
+            ),
+            (&["train.jsonl", "heldout.jsonl"], "several splits"),
+            (&["train.jsonl", "held_out.jsonl"], "several splits"),
+            (&["train.jsonl", "holdout.jsonl.zst"], "several splits"),
+            (&["data.csv", "README.md"], "but \"data.csv\": write CSV"),
+            (&["rows.jsonl.bz2"], "pack files by gzip or zstd"),
+            (&["rows.zip"], "unpack archives"),
+            (&["data-00000-of-00001.arrow"], "Dataset.to_parquet"),
+            (
+                &[
+                    "data-00000-of-00001.arrow",
+                    "dataset_info.json",
+                    "state.json",
+                ],
+                "save_to_disk",
+            ),
+            (&["dataset_dict.json", "train/state.json"], "save_to_disk"),
             (
                 &[
                     "train_sft-00000-of-00001.parquet",
@@ -265,6 +445,23 @@ mod tests {
             ("*.jsonl", "no file matches the glob"),
         ] {
             let error = found(&empty.path().join(name)).expect_err(says);
+            assert!(error.contains(says), "{error}");
+        }
+        for (address, says) in [
+            (
+                "hf://datasets/org/set",
+                "--repo-type dataset org/set --local-dir",
+            ),
+            (
+                "hf://datasets/org/set@main/data/train.jsonl",
+                "dataset org/set --local-dir",
+            ),
+            (
+                "https://example.org/rows.jsonl",
+                "fetch the file and name it",
+            ),
+        ] {
+            let error = found(Path::new(address)).expect_err(says);
             assert!(error.contains(says), "{error}");
         }
     }

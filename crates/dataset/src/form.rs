@@ -25,7 +25,7 @@ use crate::{
         ANSWERS, Column, Columns, DIALOGUES, HISTORY, INPUTS, LABEL, MEDIA, QUESTIONS, SYSTEMS,
         TEMPLATE_KWARGS, TEXT, TOOLS,
     },
-    turn::{answer, asked, first_role, is_messages, present, shortened, turns, without_nulls},
+    turn::{answer, asked, first_role, is_messages, present, shortened, turns},
 };
 
 /// Where an assistant's turn begins in dialogues written as text (Anthropic's HH).
@@ -72,6 +72,19 @@ enum Asked {
     Implicit(Pair),
     /// Nothing: the row is a text.
     Nothing(String),
+}
+
+/// What a row asks, as far as it matters that a file's rows are alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    Text,
+    /// Text with which all answers beside it begin.
+    Repeated,
+    Dialogue,
+    /// A dialogue in a column that the settings name, with a last turn of the assistant.
+    Continued,
+    /// The row is a text without a prompt.
+    Nothing,
 }
 
 /// What stands where a prompt is looked for, before the columns beside it are heeded.
@@ -195,6 +208,23 @@ impl<'a> Form<'a> {
         })
     }
 
+    /// What is asked, for those who count.
+    pub(crate) fn kind(&self) -> Kind {
+        let columns = self.row.columns;
+        let named = columns.prompt.name.as_str();
+        match &self.asked {
+            Asked::Nothing(_) => Kind::Nothing,
+            Asked::Prompt(PromptText::Dialogue(dialogue))
+                if named != "prompt" && dialogue.continues_final_message() =>
+            {
+                Kind::Continued
+            }
+            Asked::Prompt(PromptText::Text(text)) if self.row.repeat(text) => Kind::Repeated,
+            Asked::Prompt(PromptText::Text(_)) | Asked::Implicit(_) => Kind::Text,
+            _ => Kind::Dialogue,
+        }
+    }
+
     /// The columns of the row that its form does not read.
     #[must_use]
     pub fn unread(&self) -> Vec<&'a str> {
@@ -235,6 +265,19 @@ impl<'a> Given<'a> {
         names
             .iter()
             .find_map(|name| Some((*name, self.value(name)?)))
+    }
+
+    /// Whether the row has answers, all of them text that begins with `prompt`.
+    fn repeat(self, prompt: &str) -> bool {
+        let Columns {
+            chosen, rejected, ..
+        } = self.columns;
+        let answer = self.answer_column();
+        let answers = [Some(chosen), Some(rejected), answer.as_ref()];
+        let answers = answers.into_iter().flatten();
+        let mut said = answers.filter_map(|column| self.value(&column.name));
+        let begins = |value: &Value| value.as_str().is_some_and(|text| text.starts_with(prompt));
+        !prompt.is_empty() && said.clone().next().is_some() && said.all(begins)
     }
 
     fn refuse_media(self) -> Result<(), String> {
@@ -446,8 +489,9 @@ impl<'a> Given<'a> {
                 Ok(Found::Nothing(text.clone()))
             }
             (_, Some((name, value))) => Err(format!(
-                "column {name:?} is not a list of messages but {}",
-                shortened(value)
+                "column {name:?} is not a list of messages but {}{}",
+                shortened(value),
+                as_list(value)
             )),
             _ => Err(self.missing(&self.columns.prompt)),
         }
@@ -516,7 +560,8 @@ impl<'a> Given<'a> {
                 .map(|value| self.text(more, value))
                 .transpose()?;
             if let Some(input) = input.filter(|input| !input.is_empty()) {
-                asked = format!("{asked}\n{input}");
+                let seam = if asked.is_empty() { "" } else { "\n" };
+                asked = format!("{asked}{seam}{input}");
             }
         }
         turns.push(Message::new("user", &asked));
@@ -583,8 +628,6 @@ impl<'a> Given<'a> {
                 .map_err(|error| format!("column {name:?} is text and not JSON: {error}"))?,
             Some(other) => other.clone(),
         };
-        let mut value = value;
-        without_nulls(&mut value);
         Ok(Some(value).filter(|value| !value.is_null()))
     }
 
@@ -683,6 +726,15 @@ impl<'a> Given<'a> {
                 names.join(", ")
             ),
         }
+    }
+}
+
+/// The remedy for a list that was written as text.
+fn as_list(value: &Value) -> &'static str {
+    let list = value.as_str().map(serde_json::from_str::<Vec<Value>>);
+    match list {
+        Some(Ok(_)) => ": it is JSON within a text; write the list itself (json.loads)",
+        _ => "",
     }
 }
 
@@ -965,6 +1017,7 @@ mod tests {
             json!({"conversation": [user, assistant]}),
             json!({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}),
             json!({"instruction": "2 + 2?", "input": "", "output": "4"}),
+            json!({"instruction": "", "input": "2 + 2?", "output": "4"}),
             json!({"question": "2 + 2?", "answer": "4"}),
             json!({"system_prompt": null, "question": "2 + 2?", "response": "4"}),
         ] {
@@ -1099,6 +1152,12 @@ mod tests {
             assert_eq!(read.tools, std::slice::from_ref(&tool));
             assert_eq!(read.template_kwargs["enable_thinking"], json!(false));
         }
+        let defaulted = json!({"type": "function", "function": {"name": "now", "parameters": {"default": null}}});
+        let row = json!({"prompt": [turn("user", "q")], "tools": [defaulted]});
+        let Ok(PromptText::Dialogue(read)) = prompt(&row) else {
+            panic!("{row} is a dialogue")
+        };
+        assert_eq!(read.tools, [defaulted], "a default may be null");
         for none in [json!(null), json!([]), json!("")] {
             let row = json!({"prompt": [turn("user", "q")], "tools": none});
             assert_eq!(prompt(&row), Ok(dialogue(&[("user", "q")])), "{row}");
@@ -1111,6 +1170,52 @@ mod tests {
         let row = json!({"messages": whole, "tools": [tool]});
         let (prompt, _) = answered(&row).expect("an answer");
         assert!(matches!(prompt, PromptText::Dialogue(read) if read.tools.len() == 1));
+    }
+
+    #[test]
+    fn rows_are_told_apart_by_what_they_ask() {
+        let (user, assistant) = (turn("user", "hi"), turn("assistant", "ANSWER"));
+        let whole = json!([user, assistant]);
+        for (column, row, expected) in [
+            (
+                "prompt",
+                json!({"prompt": "hi", "completion": " you"}),
+                Kind::Text,
+            ),
+            (
+                "prompt",
+                json!({"prompt": "hi", "completion": "hi you"}),
+                Kind::Repeated,
+            ),
+            (
+                "prompt",
+                json!({"prompt": "hi", "chosen": "hi a", "rejected": "hi b"}),
+                Kind::Repeated,
+            ),
+            (
+                "prompt",
+                json!({"prompt": "hi", "chosen": "hi a", "rejected": "b"}),
+                Kind::Text,
+            ),
+            (
+                "prompt",
+                json!({"chosen": "hi a", "rejected": "hi b"}),
+                Kind::Text,
+            ),
+            (
+                "prompt",
+                json!({"prompt": "hi", "system": "s"}),
+                Kind::Dialogue,
+            ),
+            ("prompt", json!({"prompt": whole}), Kind::Dialogue),
+            ("prompt", json!({"messages": whole}), Kind::Dialogue),
+            ("dialog", json!({"dialog": whole}), Kind::Continued),
+            ("messages", json!({"messages": whole}), Kind::Dialogue),
+            ("prompt", json!({"text": "hi"}), Kind::Nothing),
+        ] {
+            let kind = with(&row, &prompt_in(column), |form| Ok(form.kind()));
+            assert_eq!(kind, Ok(expected), "{row}");
+        }
     }
 
     #[test]
@@ -1250,6 +1355,10 @@ mod tests {
         for (row, says) in [
             (json!({}), "the row is empty"),
             (json!({"messages": "a"}), "\"messages\" is not a list"),
+            (
+                json!({"messages": "[{\"role\": \"user\", \"content\": \"hi\"}]"}),
+                "it is JSON within a text; write the list itself",
+            ),
             (
                 json!({"messages": [turn("assistant", "4")]}),
                 "no turn before the answer",

@@ -75,10 +75,16 @@ impl Malformed {
         let reason = said
             .rsplit_once(" at line ")
             .map_or(said.as_str(), |(reason, _)| reason);
+        let remedy = match reason.contains("surrogate") || reason.contains("end of hex escape") {
+            true => {
+                ": half a character, as Python writes text that was cut within one; cut the text elsewhere, or take the escape out"
+            }
+            false => "",
+        };
         Self {
             line,
             column: (indent + error.column()).max(1),
-            reason: reason.to_owned(),
+            reason: format!("{reason}{remedy}"),
         }
     }
 
@@ -144,7 +150,8 @@ fn no_json(text: &str, start: usize) -> Malformed {
             text,
             start,
             &format!(
-                "the file begins with {begins:?}, where an object {{...}} or a list [...] is needed"
+                "the file begins with {begins:?}, where an object {{...}} or a list [...] is needed: write CSV and plain text \
+                 as JSON Lines, each row as {{\"prompt\": \"...\"}}"
             ),
         ),
     }
@@ -437,7 +444,14 @@ mod tests {
             ("{\"a\": \n{\"a\": 1}\n{\"a\": 2}\n", 1, 6, "EOF"),
             ("{\n \"a\": 1\n \"b\": 2\n}", 3, 2, "expected `,`"),
             ("{\"a\": NaN}\n{\"a\": NaN 1}\n", 2, 11, "expected `,`"),
-            ("prompt", 1, 1, "begins with \"prompt\""),
+            (
+                "prompt\nhello\n",
+                1,
+                1,
+                "write CSV and plain text as JSON Lines",
+            ),
+            ("{\"a\": \"\\ud83d\"}\n", 1, 14, "cut the text elsewhere"),
+            ("{\"a\": \"\\ud83d x\"}\n", 1, 14, "cut the text elsewhere"),
         ] {
             let error = rows(text).expect_err(says);
             assert_eq!(

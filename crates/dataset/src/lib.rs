@@ -17,6 +17,7 @@ mod open;
 mod order;
 mod parquet;
 mod rows;
+mod tally;
 mod turn;
 
 pub use columns::{Column, Columns};
@@ -28,3 +29,4 @@ pub use mix::Mix;
 pub use open::{open, unpacked};
 pub use order::shuffled;
 pub use rows::{Row, Source, Sourced, read, read_rows};
+pub use turn::prompt;

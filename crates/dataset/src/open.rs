@@ -29,6 +29,8 @@ impl Kind {
         match head {
             [0x1f, 0x8b, ..] => Self::Gzip,
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Self::Zstd,
+            // A frame to be skipped, with which some writers begin (pzstd, seekable zstd).
+            [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
             [b'P', b'A', b'R', b'1', ..] => Self::Parquet,
             [b'A', b'R', b'R', b'O', b'W', b'1', ..] | [0xff, 0xff, 0xff, 0xff, ..] => {
                 Self::Foreign("an Arrow file: write the data set as Parquet (Dataset.to_parquet)")
@@ -124,7 +126,9 @@ mod tests {
         gzip.write_all(b"rows\n").expect("memory");
         let gzip = gzip.finish().expect("memory");
         let zstd = zstd::encode_all(&b"rows\n"[..], 1).expect("memory");
-        for packed in [&b"rows\n"[..], &gzip, &zstd, &[&gzip[..], &gzip].concat()] {
+        let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 9, 9], &zstd[..]].concat();
+        let twice = [&gzip[..], &gzip].concat();
+        for packed in [&b"rows\n"[..], &gzip, &zstd, &skipped, &twice] {
             let text = text(packed).expect("text");
             assert!(text == "rows\n" || text == "rows\nrows\n", "{text:?}");
         }

@@ -13,9 +13,13 @@ use parquet::{
 };
 use serde_json::{Map, Value};
 
-use crate::error::{DatasetError, Place};
+use crate::{
+    error::{DatasetError, Place},
+    turn::without_nulls,
+};
 
-/// The rows of a Parquet file as JSON objects, numbered from 1; lists and structs within them too.
+/// The rows of a Parquet file as JSON objects, numbered from 1; lists and structs within them too. What is null within
+/// a column is left out: it only fills the keys that other rows have.
 pub(crate) fn read(path: &Path) -> Result<Vec<(Place, Value)>, DatasetError> {
     let unreadable = |source| DatasetError::Unreadable {
         path: path.to_owned(),
@@ -39,9 +43,9 @@ pub(crate) fn read(path: &Path) -> Result<Vec<(Place, Value)>, DatasetError> {
     for group in 0..reader.num_row_groups() {
         let what = || format!("row group {group} is corrupt");
         let group = reader.get_row_group(group).map_err(torn(what()))?;
-        for row in group.get_row_iter(None).map_err(torn(what()))? {
-            let row = row.map_err(torn(what()))?;
-            rows.push((Place::Row(rows.len() + 1), object(&row)));
+        for read in group.get_row_iter(None).map_err(torn(what()))? {
+            let read = read.map_err(torn(what()))?;
+            rows.push((Place::Row(rows.len() + 1), row(&read)));
         }
     }
     Ok(rows)
@@ -69,6 +73,14 @@ fn object(row: &Row) -> Value {
             .map(|(name, field)| (name.clone(), value(field)))
             .collect(),
     )
+}
+
+/// A row, without the nulls in its columns.
+fn row(row: &Row) -> Value {
+    let mut row = object(row);
+    let columns = row.as_object_mut().into_iter().flatten();
+    columns.for_each(|(_, column)| without_nulls(column));
+    row
 }
 
 fn value(field: &Field) -> Value {
@@ -113,6 +125,7 @@ mod tests {
         optional group turns (LIST) { repeated group list { required group element {
             required binary role (UTF8);
             required binary content (UTF8);
+            optional binary name (UTF8);
         } } }
     }";
 
@@ -140,6 +153,8 @@ mod tests {
                     Some(vec![0, 0, 1]),
                 ),
                 (texts(&["hi", "hello"]), vec![0, 2, 2], Some(vec![0, 0, 1])),
+                // Only the first has a name.
+                (texts(&["Ann"]), vec![0, 3, 2], Some(vec![0, 0, 1])),
             ];
             for (values, defined, repeated) in columns {
                 let mut column = rows.next_column().expect("no error").expect("a column");
@@ -169,7 +184,7 @@ mod tests {
             written(&path, 2, compression);
             let rows = read(&path).unwrap_or_else(|error| panic!("{compression}: {error}"));
             let turns = json!([
-                {"role": "user", "content": "hi"},
+                {"role": "user", "content": "hi", "name": "Ann"},
                 {"role": "assistant", "content": "hello"},
             ]);
             let expected = [

@@ -1,6 +1,10 @@
 //! Files as rows, and as whatever a row is read as.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+};
 
 use serde_json::{Map, Value};
 
@@ -12,6 +16,7 @@ use crate::{
     json,
     open::{self, Kind},
     parquet,
+    tally::Tally,
 };
 
 /// Where a row comes from.
@@ -102,7 +107,7 @@ fn values(path: &Path) -> Result<Vec<(Place, Value)>, DatasetError> {
 }
 
 /// What `take` reads in each row of `path`, in any of the forms. The names of the columns that no form reads are
-/// logged once.
+/// logged once, and of each file what its rows do not have in common.
 ///
 /// # Errors
 /// As [`read_rows`], and what `take` or the form says of a row: with file and line.
@@ -112,20 +117,31 @@ pub fn read<T>(
     take: impl Fn(&Form<'_>) -> Result<T, String>,
 ) -> Result<Vec<Sourced<T>>, DatasetError> {
     let (mut read, mut unread) = (Vec::new(), BTreeSet::new());
-    for row in read_rows(path)? {
-        let form = Form::of(&row.columns, columns);
-        let taken = form.and_then(|form| Ok((take(&form)?, form.unread())));
-        let (value, more) = taken.map_err(|reason| row.source.refuse(reason))?;
-        let news: Vec<&str> = more
-            .into_iter()
-            .filter(|name| !unread.contains(*name))
-            .collect();
-        unread.extend(news.into_iter().map(str::to_owned));
-        read.push(Sourced {
-            source: row.source,
-            value,
-        });
+    let mut tallies: BTreeMap<Arc<Path>, Tally> = BTreeMap::new();
+    for Row {
+        source,
+        columns: row,
+    } in read_rows(path)?
+    {
+        let form = Form::of(&row, columns);
+        let taken = form.and_then(|form| Ok((take(&form)?, form)));
+        let (value, form) = taken.map_err(|reason| source.refuse(reason))?;
+        let tally = tallies.entry(Arc::clone(&source.path)).or_default();
+        tally.count(form.kind(), source.place);
+        let more = form.unread();
+        let news = more.into_iter().filter(|name| !unread.contains(*name));
+        let news: Vec<String> = news.map(str::to_owned).collect();
+        unread.extend(news);
+        read.push(Sourced { source, value });
     }
+    for (file, tally) in &tallies {
+        tally.say(file, &columns.prompt.name);
+    }
+    say_unread(path, &unread);
+    Ok(read)
+}
+
+fn say_unread(path: &Path, unread: &BTreeSet<String>) {
     if !unread.is_empty() {
         let columns: Vec<&str> = unread.iter().map(String::as_str).collect();
         tracing::info!(
@@ -134,7 +150,6 @@ pub fn read<T>(
             "columns that are not read"
         );
     }
-    Ok(read)
 }
 
 #[cfg(test)]

@@ -59,11 +59,8 @@ fn turn(value: &Value) -> Result<Message, String> {
         // In the order of the others, which templates print.
         extra.shift_remove(read);
     }
-    let mut extra = Value::Object(extra);
-    without_nulls(&mut extra);
-    let Value::Object(extra) = extra else {
-        return Err("a message is an object".into());
-    };
+    // What a call says within may be null; a key of the turn itself is then not there, as in transformers.
+    extra.retain(|_, value| !value.is_null());
     let message = Message {
         role,
         content: checked(content)?,
@@ -152,7 +149,7 @@ fn call(value: &Value) -> Option<Value> {
     Some(json!({"type": "function", "function": {"name": name, "arguments": arguments}}))
 }
 
-/// Content that a text model can read: text, parts of text, or none.
+/// Content that a text model can read: text, parts of text, or none. What is null in a part is not there.
 fn checked(mut content: Value) -> Result<Value, String> {
     without_nulls(&mut content);
     match &content {
@@ -178,8 +175,8 @@ fn text_part(part: &Value) -> Result<(), String> {
     }
 }
 
-/// Takes out what is null in objects: Arrow, and so every data set that was one, gives all objects of a column the
-/// same keys (TRL: `remove_none_values`).
+/// Takes out what is null in objects: Arrow gives all objects of a column the same keys (TRL:
+/// `remove_none_values`).
 pub(crate) fn without_nulls(value: &mut Value) {
     match value {
         Value::Array(values) => values.iter_mut().for_each(without_nulls),
@@ -217,6 +214,21 @@ pub(crate) fn answer(turn: &Message) -> Result<String, String> {
             Ok(texts.collect())
         }
         other => Err(format!("the answer says {other}, which is not text")),
+    }
+}
+
+/// A prompt that stands alone: text, or messages in any of the ways to write them.
+///
+/// # Errors
+/// When it is neither, or asks nothing a text model can read: what is wrong, in words.
+pub fn prompt(value: &Value) -> Result<PromptText, String> {
+    match value {
+        Value::String(text) => Ok(PromptText::Text(text.clone())),
+        Value::Array(_) => asked(turns(value)?),
+        other => Err(format!(
+            "a prompt is a string or a list of messages, not {}",
+            shortened(other)
+        )),
     }
 }
 
@@ -294,17 +306,42 @@ mod tests {
     }
 
     #[test]
-    fn what_arrow_fills_with_nulls_is_taken_out() {
+    fn a_turn_has_no_keys_that_are_null() {
         let turn =
             one(&json!({"role": "assistant", "content": "x", "tool_calls": null, "name": null}));
         assert_eq!(turn, Ok(Message::new("assistant", "x")));
         let calls = json!([{"function": {"name": "f", "arguments": {"a": 1, "b": null}}}]);
         let turn = one(&json!({"role": "assistant", "content": null, "tool_calls": calls}))
             .expect("a call");
-        assert_eq!(
-            turn.extra["tool_calls"],
-            json!([{"function": {"name": "f", "arguments": {"a": 1}}}])
-        );
+        assert_eq!(turn.extra["tool_calls"], calls, "an argument may be null");
+    }
+
+    #[test]
+    fn a_prompt_alone_is_text_or_messages() {
+        let asked = PromptText::Dialogue(Dialogue::of_user("hi"));
+        for (value, expected) in [
+            (json!("hi"), Ok(PromptText::Text("hi".into()))),
+            (
+                json!([{"role": "user", "content": "hi"}]),
+                Ok(asked.clone()),
+            ),
+            (json!([{"from": "human", "value": "hi"}]), Ok(asked)),
+            (
+                json!([{"role": "user", "content": [{"type": "image"}]}]),
+                Err("type \"image\""),
+            ),
+            (
+                json!([{"role": "system", "content": "hi"}]),
+                Err("the system's"),
+            ),
+            (json!([]), Err("the list of messages is empty")),
+            (json!(3), Err("a prompt is a string or a list")),
+        ] {
+            match (prompt(&value), expected) {
+                (Err(error), Err(says)) => assert!(error.contains(says), "{error}"),
+                (read, expected) => assert_eq!(read, expected.map_err(str::to_owned), "{value}"),
+            }
+        }
     }
 
     #[test]

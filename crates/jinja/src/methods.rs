@@ -172,6 +172,13 @@ impl Value {
                     .map(|(name, _)| name.as_str().into());
                 Some(Value::tuple(names.collect()))
             }
+            (Value::Macro(defined), "catch_kwargs") => {
+                Some(Value::Bool(defined.definition.takes.kwargs))
+            }
+            (Value::Macro(defined), "catch_varargs") => {
+                Some(Value::Bool(defined.definition.takes.varargs))
+            }
+            (Value::Macro(defined), "caller") => Some(Value::Bool(defined.definition.takes.caller)),
             (Value::Cycler(cycler), "current") => cycler.0.get(*cycler.1.borrow()).cloned(),
             (Value::Int(_) | Value::Bool(_), "real") => self.as_int().map(Value::Int),
             (Value::Int(_) | Value::Bool(_), "imag") => Some(Value::Int(0)),

@@ -104,8 +104,11 @@ pub(crate) fn round_float(number: f64, digits: i32) -> f64 {
         Ok(digits) if digits > 330 => number,
         Ok(digits) => format!("{number:.digits$}").parse().unwrap_or(number),
         Err(_) => {
-            let unit = 10f64.powi(-digits);
-            (number / unit).round_ties_even() * unit
+            let unit = 10f64.powi(digits.saturating_neg());
+            match unit.is_finite() {
+                true => (number / unit).round_ties_even() * unit,
+                false => 0f64.copysign(number),
+            }
         }
     }
 }

@@ -23,6 +23,7 @@ pub(crate) fn parse(source: &str) -> Result<Vec<Statement>, Error> {
         depth: 0,
         links: LINKS,
         loops: 0,
+        fors: 0,
         takes: Takes::default(),
     };
     let body = parser.statements(&[])?;
@@ -37,6 +38,8 @@ struct Parser {
     links: usize,
     /// The loops around this place that `break` can leave.
     loops: usize,
+    /// All loops around this place, within which `loop` cannot be assigned to.
+    fors: usize,
     /// The special variables that were named in the macro at hand.
     takes: Takes,
 }
@@ -241,7 +244,29 @@ impl Parser {
     }
 
     fn for_loop(&mut self) -> Result<StatementKind, Error> {
-        let target = self.target(&["in"])?;
+        self.fors += 1;
+        let parsed = self.target(&["in"]).and_then(|target| {
+            self.keeps_loop(&target)?;
+            self.for_of(target)
+        });
+        self.fors -= 1;
+        parsed
+    }
+
+    /// That a loop's own variable is not assigned to, as jinja2 has it.
+    fn keeps_loop(&self, target: &Target) -> Result<(), Error> {
+        match target {
+            Target::Name(name) if name == "loop" && self.fors > 0 => {
+                Err(self.failure("Can't assign to special loop variable in for-loop target"))
+            }
+            Target::Tuple(targets) => targets
+                .iter()
+                .try_for_each(|target| self.keeps_loop(target)),
+            _ => Ok(()),
+        }
+    }
+
+    fn for_of(&mut self, target: Target) -> Result<StatementKind, Error> {
         self.expect_name("in")?;
         let items = self.tuple_until(&["recursive"], Self::or)?;
         let filter = if self.takes_name("if") {
@@ -291,6 +316,7 @@ impl Parser {
 
     fn set(&mut self) -> Result<StatementKind, Error> {
         let target = self.target(&[])?;
+        self.keeps_loop(&target)?;
         if self.takes_operator("=") {
             return Ok(StatementKind::Set(target, self.tuple()?));
         }

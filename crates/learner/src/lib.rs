@@ -19,6 +19,7 @@ mod prompts;
 mod quarantine;
 mod rounds;
 mod run;
+mod seams;
 pub mod sft;
 mod step;
 
@@ -29,4 +30,5 @@ pub use feed::Pacing;
 pub use prompts::{Limits, PromptFiles, PromptRow, PromptSet, say_how_dialogues_are_used};
 pub use rounds::Rounds;
 pub use run::{EVALUATION_WINDOW, Ending, Learner, LearnerParts, Sampling, Summary};
+pub use seams::Seams;
 pub use step::{PolicySamples, StepOutcome, Trainer};

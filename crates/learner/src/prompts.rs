@@ -6,10 +6,10 @@ use std::{collections::HashSet, path::Path};
 
 use dataset::{Column, Columns, DatasetError, Mix, Sourced, shuffled};
 use messages::{Dialogue, PromptText, Seed};
-use model::{ModelError, Tokenizer};
+use model::{ModelError, Seam, Tokenizer};
 use settings::{DatasetPrompts, TooLong};
 
-use crate::LearnerError;
+use crate::{LearnerError, seams::Seams};
 use held_out::HeldOut;
 
 /// A prompt of a set.
@@ -243,6 +243,46 @@ struct LeftOut {
     duplicates: usize,
     short: usize,
     long: usize,
+    /// Their golden answers are empty.
+    unanswered: usize,
+}
+
+impl LeftOut {
+    /// Logs what was left out beside `kept` rows of the file.
+    ///
+    /// # Errors
+    /// When nothing was kept.
+    fn say(self, path: &Path, kept: usize) -> Result<(), DatasetError> {
+        let Self {
+            duplicates,
+            short,
+            long,
+            unanswered,
+        } = self;
+        let out = duplicates + short + long + unanswered;
+        if kept == 0 {
+            let reason = format!(
+                "the file holds no prompts: of {out} rows {duplicates} came before, {short} are too short, {long} too \
+                 long and {unanswered} have an empty golden answer"
+            );
+            return Err(DatasetError::File {
+                path: path.to_owned(),
+                reason,
+            });
+        }
+        if out > 0 {
+            tracing::warn!(
+                path = %path.display(),
+                kept,
+                duplicates,
+                too_short = short,
+                too_long = long,
+                empty_golden_answer = unanswered,
+                "prompts were left out"
+            );
+        }
+        Ok(())
+    }
 }
 
 /// What a row asks, and its golden answer.
@@ -260,9 +300,18 @@ impl Reader<'_> {
         let prompts: Vec<&PromptText> = asked.iter().map(|asked| &asked.value.prompt).collect();
         say_how_dialogues_are_used(path, &prompts, self.tokenizer);
         let (mut kept, mut left_out) = (Vec::new(), LeftOut::default());
+        let mut seams = Seams::default();
         for Sourced { source, value } in asked {
+            if value
+                .golden
+                .as_ref()
+                .is_some_and(|answer| answer.trim().is_empty())
+            {
+                left_out.unanswered += 1;
+                continue;
+            }
             let row = self
-                .row(value)
+                .row(value, &mut seams)
                 .map_err(|error| source.refuse(error.to_string()))?;
             let length = row.ids.len();
             if let Some(reason) = self.limits.exceeded(&row) {
@@ -278,40 +327,21 @@ impl Reader<'_> {
                 kept.push(row);
             }
         }
-        let LeftOut {
-            duplicates,
-            short,
-            long,
-        } = left_out;
-        let out = duplicates + short + long;
-        if kept.is_empty() {
-            let reason = format!(
-                "the file holds no prompts: of {out} rows {duplicates} came before, {short} are too short and {long} too long"
-            );
-            return Err(DatasetError::File {
-                path: path.to_owned(),
-                reason,
-            });
-        }
-        if out > 0 {
-            tracing::warn!(
-                path = %path.display(),
-                kept = kept.len(),
-                duplicates,
-                too_short = short,
-                too_long = long,
-                "prompts were left out"
-            );
-        }
+        seams.say(path);
+        left_out.say(path, kept.len())?;
         Ok(kept)
     }
 
-    fn row(&self, Asked { prompt, golden }: Asked) -> Result<PromptRow, ModelError> {
+    fn row(
+        &self,
+        Asked { prompt, golden }: Asked,
+        seams: &mut Seams,
+    ) -> Result<PromptRow, ModelError> {
         let ids = self.tokenizer.encode_prompt(&prompt)?;
         let answer = golden;
         let golden = answer
             .as_ref()
-            .map(|answer| self.tokenizer.encode_closed(&prompt, &ids, answer))
+            .map(|answer| self.golden(&prompt, &ids, answer, seams))
             .transpose()?;
         let (text, dialogue) = match prompt {
             PromptText::Text(text) => (text, None),
@@ -324,6 +354,23 @@ impl Reader<'_> {
             golden,
             answer,
         })
+    }
+
+    /// The tokens of a golden answer, which follows the very prompt that the policy is asked.
+    fn golden(
+        &self,
+        prompt: &PromptText,
+        ids: &[u32],
+        answer: &str,
+        seams: &mut Seams,
+    ) -> Result<Vec<u32>, ModelError> {
+        let read = self.tokenizer.encode_answered(prompt, &[answer])?;
+        if read.prompt == ids {
+            seams.count(read.seam);
+            return Ok(read.answers.concat());
+        }
+        seams.count(Seam::Given);
+        self.tokenizer.encode_closed(prompt, ids, answer)
     }
 }
 

@@ -4,11 +4,14 @@ use std::{path::Path, time::Instant};
 
 use dataset::{Answered, Column, Columns, DatasetError, Sourced};
 use messages::Seed;
-use model::{AdamWSettings, Gradients, LanguageModel, Optimizer, Schedule, Sequence, Tokenizer};
+use model::{
+    AdamWSettings, AnsweredIds, Gradients, LanguageModel, Optimizer, Schedule, Seam, Sequence,
+    Tokenizer,
+};
 use settings::SftSettings;
 use telemetry::Progress;
 
-use crate::{LearnerError, prompts::say_how_dialogues_are_used};
+use crate::{LearnerError, prompts::say_how_dialogues_are_used, seams::Seams};
 
 /// A prompt and the completion that is to be learned, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,10 +117,10 @@ fn schedule(settings: &SftSettings) -> Schedule {
     }
 }
 
-/// Reads rows in any of the forms with an answer.
+/// Reads rows in any of the forms with an answer. Those whose answer is empty are left out and counted.
 ///
 /// # Errors
-/// When the file cannot be read, or a row is malformed or longer than `max_length` tokens.
+/// When the file cannot be read, holds no answer, or a row is malformed or longer than `max_length` tokens.
 pub fn read_examples(
     path: &Path,
     settings: &SftSettings,
@@ -129,27 +132,6 @@ pub fn read_examples(
         answer: Column::named(&settings.completion_column, "sft.completion_column"),
         ..Columns::default()
     };
-    let example = |Answered { prompt, answer }: &Answered| -> Result<ExampleIds, String> {
-        let ids = tokenizer
-            .encode_prompt(prompt)
-            .map_err(|error| error.to_string())?;
-        let completion = tokenizer
-            .encode_closed(prompt, &ids, answer)
-            .map_err(|error| error.to_string())?;
-        if completion.is_empty() {
-            return Err("the completion is empty".into());
-        }
-        let length = ids.len() + completion.len();
-        if length > max_length {
-            return Err(format!(
-                "{length} tokens are more than sft.max_length = {max_length}"
-            ));
-        }
-        Ok(ExampleIds {
-            prompt: ids,
-            completion,
-        })
-    };
     let rows = dataset::read(path, &columns, |form| form.answered())?;
     if rows.is_empty() {
         return Err(LearnerError::Dataset(DatasetError::File {
@@ -159,8 +141,50 @@ pub fn read_examples(
     }
     let prompts: Vec<_> = rows.iter().map(|row| &row.value.prompt).collect();
     say_how_dialogues_are_used(path, &prompts, tokenizer);
-    let read = |Sourced { source, value }: &Sourced<Answered>| {
-        example(value).map_err(|reason| LearnerError::Dataset(source.refuse(reason)))
-    };
-    rows.iter().map(read).collect()
+    let (mut examples, mut seams, mut empty) = (Vec::new(), Seams::default(), 0);
+    for Sourced { source, value } in &rows {
+        if value.answer.trim().is_empty() {
+            empty += 1;
+            continue;
+        }
+        let read = example(value, tokenizer, max_length);
+        let (example, seam) = read.map_err(|reason| source.refuse(reason))?;
+        seams.count(seam);
+        examples.push(example);
+    }
+    if empty > 0 {
+        tracing::warn!(path = %path.display(), empty, "examples were left out: their answers are empty");
+    }
+    seams.say(path);
+    match examples.is_empty() {
+        true => Err(LearnerError::Dataset(DatasetError::File {
+            path: path.to_owned(),
+            reason: format!(
+                "all of its {empty} answers are empty: name the column of the answers with sft.completion_column"
+            ),
+        })),
+        false => Ok(examples),
+    }
+}
+
+/// The tokens of an example, and how its answer follows its prompt.
+fn example(
+    Answered { prompt, answer }: &Answered,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<(ExampleIds, Seam), String> {
+    let read = tokenizer.encode_answered(prompt, &[answer]);
+    let AnsweredIds {
+        prompt,
+        answers,
+        seam,
+    } = read.map_err(|error| error.to_string())?;
+    let completion = answers.concat();
+    let length = prompt.len() + completion.len();
+    match length > max_length {
+        true => Err(format!(
+            "{length} tokens are more than sft.max_length = {max_length}"
+        )),
+        false => Ok((ExampleIds { prompt, completion }, seam)),
+    }
 }

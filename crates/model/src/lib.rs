@@ -9,8 +9,10 @@
 //! one. What they are for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
 //! operation.
 
+mod answered;
 mod chat;
 mod config;
+mod continuing;
 pub mod decode;
 mod encoder;
 mod error;
@@ -38,6 +40,7 @@ mod token_texts;
 mod tokenizer;
 mod weights;
 
+pub use answered::{AnsweredIds, Seam};
 pub use candle_core::{DType, Device, Tensor};
 pub use chat::check_chat_template;
 pub use config::{

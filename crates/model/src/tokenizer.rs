@@ -2,17 +2,24 @@
 //!
 //! A [`Tokenizer`] is the `tokenizer.json` of a Hugging Face folder together with its chat template. It
 //! promises that every id it gives is one the model has, that a prompt and its completion are split
-//! the same way here as when the model wrote them, and that a text begins with one `<s>`, not two. It
-//! knows which tokens end a completion ([`StopTokens`]). How long a sequence may be it does not know: that
+//! the same way here as when the model wrote them and are the text when they are put together, and that a text begins
+//! with one `<s>`, not two, and is not ended. It knows which tokens end a completion ([`StopTokens`]). How long a sequence may be it does not know: that
 //! is the configuration's.
 
-use std::{borrow::Cow, fmt, path::Path, sync::Arc};
+use std::{
+    borrow::Cow,
+    fmt,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use messages::{Dialogue, Digest, PromptText};
 
 use crate::{
     ModelConfig, ModelError,
+    answered::{AnsweredIds, Seam, closed, shared},
     chat::ChatTemplate,
+    continuing::continuing,
     shards::{is_fetched, missing},
     special::SpecialTokens,
     stop_tokens::StopTokens,
@@ -26,6 +33,10 @@ pub struct Tokenizer {
 
 struct Shared {
     tokenizer: tokenizers::Tokenizer,
+    /// The same for text that goes on with another, made when it is first needed.
+    continuing: OnceLock<tokenizers::Tokenizer>,
+    /// How many tokens the post-processor puts behind a text.
+    ending: usize,
     chat: Option<ChatTemplate>,
     /// The token that begins a text.
     bos: Option<u32>,
@@ -67,7 +78,9 @@ impl Tokenizer {
         let bos = bos.filter(|&bos| (bos as usize) < config.vocab_size);
         Ok(Self {
             shared: Arc::new(Shared {
+                ending: ending(&tokenizer),
                 tokenizer,
+                continuing: OnceLock::new(),
                 chat,
                 bos: bos.or(config.bos),
                 vocab_size: config.vocab_size,
@@ -76,8 +89,8 @@ impl Tokenizer {
         })
     }
 
-    /// The ids of a prompt, at least one. Text gets the special tokens that the tokenizer adds, but no second
-    /// one that begins it; a dialogue is rendered and has those that the template wrote. An empty text is the
+    /// The ids of a prompt, at least one. Text gets the special tokens that the tokenizer puts before it, but no second
+    /// one that begins it and none that ends it; a dialogue is rendered and has those that the template wrote. An empty text is the
     /// model's first token.
     ///
     /// # Errors
@@ -98,7 +111,7 @@ impl Tokenizer {
 
     /// The ids of `completion` where it follows `prompt`, whose own ids are `prompt_ids`: those of both
     /// together after the prompt's, or, where the seam would be split otherwise, those of `completion`
-    /// alone. No token that ends a text is added.
+    /// alone, without the space that some tokenizers begin a text with. No token that ends a text is added.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -108,11 +121,22 @@ impl Tokenizer {
         prompt_ids: &[u32],
         completion: &str,
     ) -> Result<Vec<u32>, ModelError> {
-        let (text, framing) = self.written(prompt)?;
-        let both = self.encode(&format!("{text}{completion}"), framing)?;
-        match both.strip_prefix(prompt_ids) {
-            Some(following) if !prompt_ids.is_empty() => Ok(following.to_vec()),
-            _ => self.encode(completion, Framing::Written),
+        let written = self.written(prompt)?;
+        self.following(&written, prompt_ids, completion)
+    }
+
+    /// The ids of `completion` after a text of these ids.
+    fn following(
+        &self,
+        (text, framing): &(Cow<'_, str>, Framing),
+        text_ids: &[u32],
+        completion: &str,
+    ) -> Result<Vec<u32>, ModelError> {
+        let both = self.encode(&format!("{text}{completion}"), *framing)?;
+        match both.strip_prefix(text_ids) {
+            Some(following) if !text_ids.is_empty() => Ok(following.to_vec()),
+            _ if text.is_empty() => self.encode(completion, Framing::Written),
+            _ => self.in_vocabulary(split(self.continuing()?, completion, Framing::Written)?),
         }
     }
 
@@ -127,10 +151,87 @@ impl Tokenizer {
         prompt_ids: &[u32],
         completion: &str,
     ) -> Result<Vec<u32>, ModelError> {
-        let mut ids = self.encode_completion(prompt, prompt_ids, completion)?;
         let closing = self.shared.stops.closing(prompt);
+        self.closed_after(&self.written(prompt)?, prompt_ids, completion, closing)
+    }
+
+    /// [`Self::following`], closed with this token unless it is there already.
+    fn closed_after(
+        &self,
+        written: &(Cow<'_, str>, Framing),
+        text_ids: &[u32],
+        completion: &str,
+        closing: Option<u32>,
+    ) -> Result<Vec<u32>, ModelError> {
+        let mut ids = self.following(written, text_ids, completion)?;
         ids.extend(closing.filter(|id| ids.last() != Some(id)));
         Ok(ids)
+    }
+
+    /// A prompt and answers to it that a file gives. To text they follow as they are, closed as by
+    /// [`Self::encode_closed`]; to a dialogue as the chat template prints them as the assistant's turn (TRL's
+    /// `apply_chat_template`), up to the token that closes the turn.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`], and when the template refuses the dialogue with an answer.
+    pub fn encode_answered(
+        &self,
+        prompt: &PromptText,
+        answers: &[&str],
+    ) -> Result<AnsweredIds, ModelError> {
+        if let PromptText::Dialogue(dialogue) = prompt
+            && let Some(printed) = self.printed(dialogue, answers)?
+        {
+            return Ok(printed);
+        }
+        let ids = self.encode_prompt(prompt)?;
+        let closed = |answer: &&str| self.encode_closed(prompt, &ids, answer);
+        let answers = answers.iter().map(closed).collect::<Result<_, _>>()?;
+        Ok(AnsweredIds {
+            answers,
+            seam: match prompt {
+                PromptText::Text(_) => Seam::Asked,
+                PromptText::Dialogue(_) => Seam::Given,
+            },
+            prompt: ids,
+        })
+    }
+
+    /// A dialogue and answers to it as the template prints them; none when it prints one otherwise than it is.
+    fn printed(
+        &self,
+        dialogue: &Dialogue,
+        answers: &[&str],
+    ) -> Result<Option<AnsweredIds>, ModelError> {
+        let asked = self.render(dialogue)?;
+        let Some(chat) = &self.shared.chat else {
+            return Ok(None);
+        };
+        let wholes = answers.iter().map(|a| chat.render_answered(dialogue, a));
+        let wholes = wholes.collect::<Result<Vec<_>, _>>()?;
+        let begins = shared(&asked, &wholes);
+        let end = self.shared.stops.turn_end();
+        let closing = end.and_then(|id| self.token(id));
+        let ended = wholes.iter().zip(answers);
+        let ended =
+            ended.map(|(whole, answer)| closed(&whole[begins..], answer, closing.as_deref()));
+        let Some(ended) = ended.collect::<Option<Vec<_>>>() else {
+            return Ok(None);
+        };
+        let written = (Cow::from(&asked[..begins]), Framing::Written);
+        let prompt = self.encode(&written.0, written.1)?;
+        if prompt.is_empty() {
+            return Ok(None);
+        }
+        let ids = |text: &str| self.closed_after(&written, &prompt, text, end);
+        Ok(Some(AnsweredIds {
+            answers: ended.into_iter().map(ids).collect::<Result<_, _>>()?,
+            seam: match begins == asked.len() {
+                true => Seam::Asked,
+                false => Seam::Shared,
+            },
+            prompt,
+        }))
     }
 
     /// The tokens that end completions.
@@ -212,16 +313,11 @@ impl Tokenizer {
 
     fn encode(&self, text: &str, framing: Framing) -> Result<Vec<u32>, ModelError> {
         let tokenizer = &self.shared.tokenizer;
-        let split = |is_framed: bool| match tokenizer.encode_fast(text, is_framed) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => Err(ModelError::Tokens {
-                reason: format!("failed to split a text into tokens: {error}"),
-            }),
-        };
+        let mut ids = split(tokenizer, text, framing)?;
         let Framing::Added = framing else {
-            return self.in_vocabulary(split(false)?);
+            return self.in_vocabulary(ids);
         };
-        let mut ids = split(true)?;
+        ids.truncate(ids.len().saturating_sub(self.shared.ending));
         let begins = |ids: &[u32]| {
             ids.iter()
                 .take_while(|&&id| Some(id) == self.shared.bos)
@@ -229,12 +325,28 @@ impl Tokenizer {
         };
         if begins(&ids) > 1 {
             // What the text begins with itself, and one that the tokenizer added.
-            let written = begins(&split(false)?);
+            let written = begins(&split(tokenizer, text, Framing::Written)?);
             if written > 0 && written < begins(&ids) {
                 ids.remove(0);
             }
         }
         self.in_vocabulary(ids)
+    }
+
+    /// The tokenizer for text that goes on with another.
+    fn continuing(&self) -> Result<&tokenizers::Tokenizer, ModelError> {
+        let made = &self.shared.continuing;
+        if made.get().is_none() {
+            let copy = continuing(&self.shared.tokenizer);
+            let copy = copy.map_err(|error| ModelError::Tokens {
+                reason: format!(
+                    "failed to make a tokenizer for text that is continued ({error}); \
+                     end the prompt with a whole word"
+                ),
+            })?;
+            let _ = made.set(copy); // Whoever was faster made the same.
+        }
+        Ok(made.get().unwrap_or(&self.shared.tokenizer))
     }
 
     /// The ids, all of which the model has.
@@ -264,6 +376,32 @@ impl fmt::Debug for Tokenizer {
             .field("has_chat_template", &self.has_chat_template())
             .finish_non_exhaustive()
     }
+}
+
+fn split(
+    tokenizer: &tokenizers::Tokenizer,
+    text: &str,
+    framing: Framing,
+) -> Result<Vec<u32>, ModelError> {
+    let encoding = tokenizer.encode_fast(text, matches!(framing, Framing::Added));
+    match encoding {
+        Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+        Err(error) => Err(ModelError::Tokens {
+            reason: format!("failed to split a text into tokens: {error}"),
+        }),
+    }
+}
+
+/// How many tokens the post-processor of `tokenizer` puts behind a text: one that ends a text has no place between a
+/// prompt and its completion.
+fn ending(tokenizer: &tokenizers::Tokenizer) -> usize {
+    let marks = tokenizer.encode_fast("a", true);
+    let marks = marks.map_or(Vec::new(), |encoding| {
+        encoding.get_special_tokens_mask().to_vec()
+    });
+    let added = marks.iter().rev().take_while(|&&mark| mark == 1).count();
+    // Of a text without tokens nothing tells what stands behind it.
+    if added == marks.len() { 0 } else { added }
 }
 
 /// Reads `tokenizer.json` of `folder`, whose ids are to be below `vocab_size`; those of added tokens only where every
@@ -548,6 +686,144 @@ mod tests {
             real.encode_prompt(&text("<s>Once upon a time")).unwrap()[1],
             once[0]
         );
+    }
+
+    /// A folder with the tokenizer [`WORDS`] after `change`, and this template.
+    fn changed(template: &str, change: impl Fn(&mut Value)) -> Tokenizer {
+        let folder = tempfile::tempdir().unwrap();
+        let mut json: Value = serde_json::from_str(WORDS).unwrap();
+        change(&mut json);
+        fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+        Tokenizer::load(folder.path(), &config(16), None).unwrap()
+    }
+
+    #[test]
+    fn a_seam_within_a_token_gets_no_space() {
+        let letters = json!({"type": "BPE", "vocab": {"<unk>": 0, "<s>": 1, "▁": 2, "a": 3, "b": 4, "ab": 5, "▁ab": 6, "▁a": 7,
+            "Ġ": 8, "Ġa": 9}, "merges": [["a", "b"], ["▁", "ab"], ["▁", "a"], ["Ġ", "a"]], "unk_token": "<unk>"});
+        let metaspace = |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false});
+        let llama = json!({"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+        for (normalizer, pre, space, begun) in [
+            (llama, Value::Null, 2, 7),
+            (Value::Null, metaspace("always"), 2, 7),
+            (Value::Null, metaspace("first"), 2, 7),
+            (Value::Null, bytes, 8, 9),
+        ] {
+            let tokenizer = changed("x", |json| {
+                json["model"] = letters.clone();
+                json["normalizer"] = normalizer.clone();
+                json["pre_tokenizer"] = pre.clone();
+            });
+            let prompt = text("a");
+            let ids = tokenizer.encode_prompt(&prompt).unwrap();
+            assert_eq!(ids, [1, begun], "{normalizer} {pre}");
+            let following = |completion| {
+                tokenizer
+                    .encode_completion(&prompt, &ids, completion)
+                    .unwrap()
+            };
+            assert_eq!(following("b"), [4], "{normalizer} {pre}");
+            assert_eq!(following(" b"), [space, 4], "{normalizer} {pre}");
+            // A text that follows nothing is begun as every text.
+            let alone = tokenizer.encode_completion(&text(""), &[3], "a").unwrap();
+            assert_eq!(alone, [begun], "{normalizer} {pre}");
+        }
+    }
+
+    #[test]
+    fn no_token_that_ends_a_text_stands_behind_a_prompt() {
+        for single in [
+            json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]),
+            json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}}]),
+        ] {
+            let tokenizer = changed("x", |json| {
+                let mut end = json["added_tokens"][1].clone();
+                end["id"] = json!(8);
+                end["content"] = json!("</s>");
+                json["added_tokens"].as_array_mut().unwrap().push(end);
+                json["post_processor"]["single"] = single.clone();
+                json["post_processor"]["special_tokens"]["</s>"] =
+                    json!({"id": "</s>", "ids": [8], "tokens": ["</s>"]});
+            });
+            for (prompt, expected) in [
+                ("the cat", &[1, 2, 3][..]),
+                ("", &[1]),
+                ("the </s>", &[1, 2, 8]),
+            ] {
+                let ids = tokenizer.encode_prompt(&text(prompt)).unwrap();
+                assert_eq!(ids, expected, "{prompt}");
+                let following = tokenizer.encode_completion(&text(prompt), &ids, " sat");
+                assert_eq!(following.unwrap(), [4], "{prompt}");
+            }
+        }
+    }
+
+    /// Templates whose generation prompt is not all that they print before an answer, or whose turns do not end with
+    /// the token that closes them.
+    #[test]
+    fn answers_of_files_are_what_the_template_prints() {
+        let ends =
+            "{% for m in messages %}{% if m.role == 'user' %}<|u|> {{ m.content }} {% else %}";
+        let asks = "{% endif %}{% endfor %}{% if add_generation_prompt %}";
+        let tagged = |turn: &str, ask: &str| format!("{ends}{turn}{asks}{ask}{{% endif %}}");
+        let turn = "<|a|> {{ m.content }} <|e|>";
+        // A template, the prompt, the answer, and how they were come by.
+        let cases: [(String, &[u32], &[u32], Seam); 6] = [
+            (
+                tagged(&format!("{turn} <|u|>"), "<|a|>"),
+                &[8, 2, 9],
+                &[4, 10],
+                Seam::Asked,
+            ),
+            (tagged(turn, ""), &[8, 2], &[9, 4, 10], Seam::Asked),
+            (
+                tagged("<|a|> mat {{ m.content }} <|e|>", "<|a|>"),
+                &[8, 2, 9],
+                &[7, 4, 10],
+                Seam::Asked,
+            ),
+            (
+                tagged("<|a|> {{ m.content }}", "<|a|>"),
+                &[8, 2, 9],
+                &[4, 1],
+                Seam::Asked,
+            ),
+            (tagged(turn, "<|a|> on"), &[8, 2, 9], &[4, 10], Seam::Shared),
+            (
+                tagged("<|a|> mat <|e|>", "<|a|>"),
+                &[8, 2, 9],
+                &[4, 1],
+                Seam::Given,
+            ),
+        ];
+        for (template, prompt, answer, seam) in cases {
+            let tokenizer = changed(&template, |json| {
+                for (id, name) in (8..).zip(["<|u|>", "<|a|>", "<|e|>"]) {
+                    let mut token = json["added_tokens"][1].clone();
+                    token["id"] = json!(id);
+                    token["content"] = json!(name);
+                    json["added_tokens"].as_array_mut().unwrap().push(token);
+                }
+            });
+            let asked = PromptText::Dialogue(Dialogue::of_user("the"));
+            let read = tokenizer.encode_answered(&asked, &["sat"]).unwrap();
+            assert_eq!(
+                (read.prompt.as_slice(), read.answers[0].as_slice()),
+                (prompt, answer),
+                "{template}"
+            );
+            assert_eq!(read.seam, seam, "{template}");
+        }
+        let read = words("x")
+            .encode_answered(&text("the cat"), &[" sat", " on"])
+            .unwrap();
+        assert_eq!(read.answers, [[4, 1], [5, 1]]);
+        assert_eq!((read.prompt, read.seam), (vec![1, 2, 3], Seam::Asked));
     }
 
     #[test]

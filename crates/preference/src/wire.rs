@@ -7,7 +7,7 @@
 //! {"judge": "rule", "version": 0, "results": [{"p": 0.98, "version": 0, "order_gap": 0.02}]}
 //! ```
 //!
-//! `prompt` is text, or a dialogue as a list of messages with `role` and `content`; `tools` and
+//! `prompt` is text, or a dialogue as a list of messages with `role` and `content`, as rows have it; `tools` and
 //! `template_kwargs` may go with it. A judge with a chat template renders messages with its own.
 //! `first_finish` and `second_finish` are `"stop"` or `"length"`: a response that was cut off gets no
 //! end-of-text unless the judge's score is read there; without them it ended as its ids say, and where there are none by itself. The ids of

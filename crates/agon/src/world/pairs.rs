@@ -10,10 +10,11 @@ use std::{
 
 use anyhow::Context;
 use dataset::{Column, Columns, DatasetError, Pair, Sourced, read_rows, shuffled};
-use learner::{PromptRow, say_how_dialogues_are_used};
+use learner::{PromptRow, Seams, say_how_dialogues_are_used};
 use messages::{Completion, Digest, Finish, Seed};
 use model::{
-    CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Weights,
+    CompletionWriter as _, LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Seam,
+    Tokenizer, Weights,
 };
 use playground::{Post, noisy_label, preference, train_post, train_seed, utility};
 use preference::fit::Example;
@@ -450,14 +451,9 @@ fn repeated(pairs: &[Example]) -> usize {
     pairs.len() - distinct.len()
 }
 
-/// The pairs of a file that can be used, and how many cannot.
-fn examples(
-    path: &Path,
-    files: &DatasetPairs,
-    longest: usize,
-    folder: &ModelFolder,
-) -> anyhow::Result<(Vec<Example>, LeftOut)> {
-    let columns = Columns {
+/// Where the settings say that prompts and responses are.
+fn columns(files: &DatasetPairs) -> Columns {
+    Columns {
         prompt: Column::named(&files.prompt_column, "preference.fit.pairs.prompt_column"),
         chosen: Column::named(&files.chosen_column, "preference.fit.pairs.chosen_column"),
         rejected: Column::named(
@@ -465,13 +461,25 @@ fn examples(
             "preference.fit.pairs.rejected_column",
         ),
         ..Columns::default()
-    };
-    let pairs = dataset::read(path, &columns, |form| form.pair())?;
+    }
+}
+
+/// The pairs of a file that can be used, and how many cannot.
+fn examples(
+    path: &Path,
+    files: &DatasetPairs,
+    longest: usize,
+    folder: &ModelFolder,
+) -> anyhow::Result<(Vec<Example>, LeftOut)> {
+    let pairs = dataset::read(path, &columns(files), |form| form.pair())?;
     let prompts: Vec<_> = pairs.iter().map(|pair| &pair.value.prompt).collect();
     say_how_dialogues_are_used(path, &prompts, &folder.tokenizer);
     let (mut kept, mut left_out) = (Vec::new(), LeftOut::default());
+    let mut seams = Seams::default();
     for Sourced { source, value } in &pairs {
-        let example = tokens(value, folder).map_err(|error| source.refuse(error.to_string()))?;
+        let read = tokens(value, &folder.tokenizer);
+        let (example, seam) = read.map_err(|error| source.refuse(error.to_string()))?;
+        seams.count(seam);
         let length = example.prompt.len() + example.first.len().max(example.second.len());
         let responses = [&value.chosen, &value.rejected].map(|response| response.trim());
         if responses[0] == responses[1] {
@@ -484,6 +492,7 @@ fn examples(
             kept.push(example);
         }
     }
+    seams.say(path);
     if kept.len() < 2 {
         let reason = format!(
             "{} pairs are left of {}: {left_out} are left out; a pair has at most {longest} tokens, see preference.fit.max_length",
@@ -495,16 +504,17 @@ fn examples(
     Ok((kept, left_out))
 }
 
-fn tokens(pair: &Pair, folder: &ModelFolder) -> Result<Example, model::ModelError> {
-    let tokenizer = &folder.tokenizer;
-    let prompt = tokenizer.encode_prompt(&pair.prompt)?;
-    let response = |text: &str| tokenizer.encode_closed(&pair.prompt, &prompt, text);
-    Ok(Example {
-        first: response(&pair.chosen)?,
-        second: response(&pair.rejected)?,
+/// A pair in tokens, and how its responses follow its prompt.
+fn tokens(pair: &Pair, tokenizer: &Tokenizer) -> Result<(Example, Seam), model::ModelError> {
+    let read = tokenizer.encode_answered(&pair.prompt, &[&pair.chosen, &pair.rejected])?;
+    let mut answers = read.answers.into_iter();
+    let example = Example {
+        prompt: read.prompt,
+        first: answers.next().unwrap_or_default(),
+        second: answers.next().unwrap_or_default(),
         label: 1.0,
-        prompt,
-    })
+    };
+    Ok((example, read.seam))
 }
 
 #[cfg(test)]

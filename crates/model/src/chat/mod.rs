@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use jinja::Template;
 use messages::{Dialogue, Digest, Message};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::{
     ModelError,
@@ -113,6 +113,13 @@ impl ChatTemplate {
         if default.is_none() && tool_use.is_none() {
             return Ok(None);
         }
+        let tells_time = |source: &Source| source.text.contains("strftime_now");
+        if default.iter().chain(&tool_use).any(tells_time) {
+            tracing::info!(
+                path = %folder.display(),
+                "the chat template asks for the date: it is always 26 July 2024, so that prompts do not change overnight"
+            );
+        }
         Ok(Some(Self {
             default,
             tool_use,
@@ -152,6 +159,24 @@ impl ChatTemplate {
     /// The text of `dialogue` as it is, its last turn closed.
     pub(crate) fn render_closed(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
         self.ended(dialogue, Ending::Closed)
+    }
+
+    /// The text of `dialogue` with this answer as the assistant's turn, or as the end of its last one where that is
+    /// the assistant's.
+    pub(crate) fn render_answered(
+        &self,
+        dialogue: &Dialogue,
+        answer: &str,
+    ) -> Result<String, ModelError> {
+        let mut whole = dialogue.clone();
+        match whole.messages.last_mut() {
+            Some(last) if dialogue.continues_final_message() => match &mut last.content {
+                Value::Array(parts) => parts.push(json!({"type": "text", "text": answer})),
+                content => *content = format!("{}{answer}", content.as_str().unwrap_or("")).into(),
+            },
+            _ => whole.messages.push(Message::new("assistant", answer)),
+        }
+        self.ended(&whole, Ending::Closed)
     }
 
     fn ended(&self, dialogue: &Dialogue, ending: Ending) -> Result<String, ModelError> {
@@ -266,8 +291,6 @@ fn message_value(message: &Message) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-
-    use serde_json::json;
 
     use super::*;
     use crate::fixtures::shared;

@@ -94,7 +94,7 @@ impl Reader {
         let at = |field: &'static str| {
             move |reason: String| Refused::invalid(format!("pairs[{index}].{field}: {reason}"))
         };
-        let prompt = PromptText::try_from(asked.prompt).map_err(at("prompt"))?;
+        let prompt = dataset::prompt(&asked.prompt).map_err(at("prompt"))?;
         let prompt = with_tools(prompt, asked.tools, asked.template_kwargs).map_err(at("tools"))?;
         self.within(prompt_characters(&prompt))
             .map_err(at("prompt"))?;

@@ -475,6 +475,26 @@ async fn texts_become_ids_unless_the_judges_own_ids_are_given() {
         (
             &[("prompt", json!([{"role": "user"}]))],
             422,
+            "pairs[0].prompt: turn 1: the turn of the user has no content",
+        ),
+        (
+            &[(
+                "prompt",
+                json!([{"role": "user", "content": [{"type": "image"}]}]),
+            )],
+            422,
+            "pairs[0].prompt: turn 1: the content has a part of type \"image\", and the models here read text alone: \
+             leave such rows out",
+        ),
+        (
+            &[("prompt", json!([{"from": "narrator", "value": "x"}]))],
+            422,
+            "pairs[0].prompt: turn 1: nobody knows who \"narrator\" is: \"from\" is human, gpt, system, function_call, \
+             observation or tool",
+        ),
+        (
+            &[("prompt", json!([{"from": "human", "value": "x"}]))],
+            422,
             "pairs[0].prompt: letters have no turns",
         ),
         (

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{
     FoundModel,
-    rows::{Form, Given, Row, answer_all, read, refusal, text_row},
+    rows::{Ending, Form, Given, Row, answer_all, read, refusal, text_row},
 };
 use crate::failure::Misuse;
 
@@ -39,7 +39,10 @@ struct Answer {
 fn row(folder: &ModelFolder, line: usize, given: Given) -> Result<Row, String> {
     let row = match given {
         Given::Ids(ids) => ids_row(line, ids)?,
-        Given::Text(prompt, completion) => text_row(&folder.tokenizer, line, &prompt, &completion)?,
+        Given::Text(prompt, completion) => {
+            let asked = (&prompt, completion.as_str());
+            text_row(&folder.tokenizer, line, asked, Ending::Written)?
+        }
     };
     let config = &folder.config;
     // The last token is only predicted, never read.

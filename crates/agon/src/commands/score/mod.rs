@@ -27,7 +27,9 @@ use crate::model_hub::{self, Located};
 /// With --reward the same rows are answered by {"score": ...}, for a reward model: a decoder
 /// (...ForSequenceClassification of Llama, Mistral, Qwen2 or Qwen3, or one that was fitted here), or
 /// an encoder (DeBERTa-v2 and -v3, ModernBERT). "ids" are then scored as they are; an encoder reads
-/// prompt and completion as one text, with a new line between them.
+/// prompt and completion as one text, with a new line between them. To a decoder a completion has no
+/// end-of-text token; in a run its judge reads a completion that ended by itself with one, and so does
+/// --closed.
 ///
 /// Example: echo '{"prompt": "Once upon", "completion": " a time"}' | agon score --model models/base
 ///
@@ -39,6 +41,9 @@ pub(crate) struct Arguments {
     /// The model is a reward model: one score a row.
     #[arg(long)]
     reward: bool,
+    /// Close every completion of text with the token that ends one, as the judge of a run reads it.
+    #[arg(long, requires = "reward")]
+    closed: bool,
     /// The rows, one JSON object a line, packed by gzip or zstd or not; `-` is standard input.
     #[arg(long, value_name = "FILE", default_value = "-")]
     input: PathBuf,
@@ -134,10 +139,22 @@ impl FoundModel {
     }
 }
 
+impl Arguments {
+    fn ending(&self) -> rows::Ending {
+        match self.closed {
+            true => rows::Ending::Closed,
+            false => rows::Ending::Written,
+        }
+    }
+}
+
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (name, input) = rows::open_input(&arguments.input)?;
     match arguments.reward {
-        true => reward::run(&arguments.model.find_reward()?, &name, input),
+        true => {
+            let model = arguments.model.find_reward()?;
+            reward::run(&model, arguments.ending(), (&name, input))
+        }
         false => log_probabilities::run(&arguments.model.find()?, &name, input),
     }
 }

@@ -12,17 +12,17 @@ use serde_json::Value;
 
 use super::{
     Dtype, FoundModel,
-    rows::{Form, Given, Row, answer_all, read, refusal, text_row},
+    rows::{Ending, Form, Given, Row, answer_all, read, refusal, text_row},
 };
 use crate::{failure::Misuse, model_hub::Located};
 
 pub(super) fn run(
     found: &FoundModel,
-    name: &Path,
-    input: impl BufRead,
+    ending: Ending,
+    (name, input): (&Path, impl BufRead),
 ) -> anyhow::Result<ExitCode> {
     let scorer = Scorer::open(found)?;
-    let rows = read(name, input, |line, given| scorer.row(line, given));
+    let rows = read(name, input, |line, given| scorer.row(line, given, ending));
     answer_all(rows, |rows| {
         let scores = scorer.scores(rows)?;
         let answers = rows.iter().zip(scores);
@@ -79,11 +79,12 @@ impl Scorer {
         Ok(Self::Decoder(Box::new(folder), Box::new(model)))
     }
 
-    fn row(&self, line: usize, given: Given) -> Result<Row, String> {
+    fn row(&self, line: usize, given: Given, ending: Ending) -> Result<Row, String> {
         let row = match (self, given) {
             (_, Given::Ids(ids)) => tokens_row(line, ids, Form::Ids),
             (Self::Decoder(folder, _), Given::Text(prompt, completion)) => {
-                text_row(&folder.folder.tokenizer, line, &prompt, &completion)?
+                let asked = (&prompt, completion.as_str());
+                text_row(&folder.folder.tokenizer, line, asked, ending)?
             }
             (Self::Encoder(encoder), Given::Text(prompt, completion)) => {
                 let text = format!("{}\n{completion}", plain(prompt)?);
@@ -220,7 +221,7 @@ mod tests {
 
     fn answers(scorer: &Scorer, text: &str) -> Result<Vec<f32>, String> {
         let rows = read(Path::new("rows.jsonl"), text.as_bytes(), |line, given| {
-            scorer.row(line, given)
+            scorer.row(line, given, Ending::Written)
         });
         let rows: Result<Vec<Row>, _> = rows.collect();
         let rows = rows.map_err(|error| error.to_string())?;
@@ -254,6 +255,22 @@ mod tests {
         let expected = model.score(&sequences).unwrap().flatten_all().unwrap();
         assert_eq!(found, expected.to_vec1::<f32>().unwrap());
         assert!((found[0] - found[1]).abs() > 1e-3, "{found:?}");
+    }
+
+    #[test]
+    fn a_completion_is_closed_where_that_is_asked_for() {
+        let directory = reward(RewardConfig::default());
+        let scorer = open(&directory, Dtype::F32).unwrap();
+        let ids = |ending| {
+            let asked = Given::Text(PromptText::Text("arm0".into()), " arm2".into());
+            scorer.row(1, asked, ending).unwrap().completion
+        };
+        let Scorer::Decoder(folder, _) = &scorer else {
+            panic!("a bandit is a decoder")
+        };
+        let end = folder.folder.tokenizer.stops().text_end();
+        assert_eq!(ids(Ending::Written), [2]);
+        assert_eq!(ids(Ending::Closed), [&[2][..], end.as_slice()].concat());
     }
 
     #[test]

@@ -99,9 +99,12 @@ pub(super) fn read<'a>(
 }
 
 fn given(text: &str) -> Result<Given, String> {
-    let row = dataset::parse_row(text)?;
-    if let Some(ids) = row.get("ids") {
-        if row.contains_key("prompt") || row.contains_key("completion") {
+    let mut row = dataset::parse_row(text)?;
+    // Whether the completion was wanted is no matter here.
+    row.shift_remove("label");
+    let is_there = |name| row.get(name).is_some_and(|value| !value.is_null());
+    if let Some(ids) = row.get("ids").filter(|ids| !ids.is_null()) {
+        if is_there("prompt") || is_there("completion") {
             return Err("a row has either \"ids\" or text, not both".into());
         }
         return serde_json::from_value(ids.clone())
@@ -109,7 +112,7 @@ fn given(text: &str) -> Result<Given, String> {
             .map_err(|error| format!("\"ids\" is not a list of token ids: {error}"));
     }
     // Of a pair neither response is *the* one.
-    if row.contains_key("chosen") && !row.contains_key("completion") {
+    if is_there("chosen") && !is_there("completion") {
         return Err(
             "a row of \"chosen\" and \"rejected\" has two responses: score each as a \"completion\"".into(),
         );
@@ -125,18 +128,29 @@ fn given(text: &str) -> Result<Given, String> {
     Ok(Given::Text(prompt, answer))
 }
 
+/// How the completion of a row of text ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// As it is written.
+    Written,
+    /// With the token that ends a completion, as one that ended by itself.
+    Closed,
+}
+
 /// A row of a prompt and a completion in the tokens of a decoder.
 pub(super) fn text_row(
     tokenizer: &Tokenizer,
     line: usize,
-    prompt: &PromptText,
-    completion: &str,
+    (prompt, completion): (&PromptText, &str),
+    ending: Ending,
 ) -> Result<Row, String> {
     let told = |error: ModelError| error.to_string();
     let prompt_ids = tokenizer.encode_prompt(prompt).map_err(told)?;
-    let completion = tokenizer
-        .encode_completion(prompt, &prompt_ids, completion)
-        .map_err(told)?;
+    let completion = match ending {
+        Ending::Written => tokenizer.encode_completion(prompt, &prompt_ids, completion),
+        Ending::Closed => tokenizer.encode_closed(prompt, &prompt_ids, completion),
+    };
+    let completion = completion.map_err(told)?;
     if completion.is_empty() {
         return Err("\"completion\" has no token to score".into());
     }
@@ -241,6 +255,39 @@ mod tests {
         let mut broken = [Ok(row(1, 2)), Err("torn")].into_iter().peekable();
         assert_eq!(next_group(&mut broken, 8), Ok(vec![row(1, 2)]));
         assert_eq!(next_group(&mut broken, 8), Err("torn"));
+    }
+
+    #[test]
+    fn columns_without_a_part_in_a_row_do_not_matter() {
+        let text = || Ok(Given::Text(PromptText::Text("a".into()), "b".into()));
+        for (row, expected) in [
+            (
+                r#"{"prompt": "a", "completion": "b", "label": false}"#,
+                text(),
+            ),
+            (r#"{"ids": null, "prompt": "a", "completion": "b"}"#, text()),
+            (
+                r#"{"chosen": null, "prompt": "a", "completion": "b"}"#,
+                text(),
+            ),
+            (
+                r#"{"ids": [1, 2], "prompt": null, "completion": null}"#,
+                Ok(Given::Ids(vec![1, 2])),
+            ),
+            (
+                r#"{"ids": [1], "prompt": "a"}"#,
+                Err("either \"ids\" or text"),
+            ),
+            (
+                r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#,
+                Err("two responses"),
+            ),
+        ] {
+            match (given(row), expected) {
+                (Err(error), Err(says)) => assert!(error.contains(says), "{error}"),
+                (read, expected) => assert_eq!(read, expected.map_err(str::to_owned), "{row}"),
+            }
+        }
     }
 
     #[test]
