@@ -335,18 +335,18 @@ impl Tokenizer {
 
     /// The tokenizer for text that goes on with another.
     fn continuing(&self) -> Result<&tokenizers::Tokenizer, ModelError> {
-        let made = &self.shared.continuing;
-        if made.get().is_none() {
-            let copy = continuing(&self.shared.tokenizer);
-            let copy = copy.map_err(|error| ModelError::Tokens {
-                reason: format!(
-                    "failed to make a tokenizer for text that is continued ({error}); \
-                     end the prompt with a whole word"
-                ),
-            })?;
-            let _ = made.set(copy); // Whoever was faster made the same.
+        if let Some(made) = self.shared.continuing.get() {
+            return Ok(made);
         }
-        Ok(made.get().unwrap_or(&self.shared.tokenizer))
+        let copy = continuing(&self.shared.tokenizer);
+        let copy = copy.map_err(|error| ModelError::Tokens {
+            reason: format!(
+                "failed to make a tokenizer for text that is continued ({error}); \
+                 end the prompt with a whole word"
+            ),
+        })?;
+        // Whoever was faster made the same.
+        Ok(self.shared.continuing.get_or_init(|| copy))
     }
 
     /// The ids, all of which the model has.
