@@ -208,10 +208,9 @@ fn dialogues_beside_a_text_prompt_are_the_prompt() {
         return;
     };
     let workplace = Workplace::new();
-    // What transformers gives for trl.data_utils.apply_chat_template of the rows, and the end token, which TRL leaves
-    // out where the template prints none. Bare text: 4.07527.
+    // As trl.data_utils.maybe_extract_prompt makes of the one what the other is: 3.98036. Bare text: 4.07527.
     let messages = loss_of(&workplace, &cases, "A02/sft-uf-asmsgs.jsonl");
-    assert!((messages - 3.77535).abs() < 1e-4, "{messages}");
+    assert!((messages - 3.98036).abs() < 2e-3, "{messages}");
     let dialogues = loss_of(&workplace, &cases, "A02/sft-uf.jsonl");
     assert!(
         (dialogues - messages).abs() < 1e-6,

@@ -1,7 +1,8 @@
 //! Answers that files give to a dialogue, as its chat template prints them.
 //!
 //! As TRL's `apply_chat_template`: what the template prints of the dialogue with the answer, less what it prints of
-//! the prompt. An answer ends with what closes its turn, as a sample does; what the template prints behind that, such
+//! the prompt; but where that is the answer itself with white space around it, the answer as it was given, as a sample
+//! follows its prompt. An answer ends with what closes its turn, as a sample does; what the template prints behind that, such
 //! as a new line, is never generated and so never learned.
 
 /// Where a model's thoughts end; templates may print them otherwise than they are given.
@@ -59,6 +60,15 @@ pub(crate) fn closed<'a>(rest: &'a str, answer: &str, closing: Option<&str>) -> 
     Some(closed.map_or(rest, |at| &rest[..end + at + closing.len()]))
 }
 
+/// Whether a template prints nothing but this answer, what closes it, and white space.
+pub(crate) fn is_plain(printed: &str, answer: &str, closing: Option<&str>) -> bool {
+    let printed = printed.trim();
+    let printed = closing
+        .and_then(|closing| printed.strip_suffix(closing))
+        .unwrap_or(printed);
+    printed.trim() == answer.trim()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,6 +88,19 @@ mod tests {
             ("ab", &[], 2),
         ] {
             assert_eq!(shared(prompt, &wholes(texts)), expected, "{prompt}");
+        }
+    }
+
+    #[test]
+    fn white_space_around_an_answer_is_the_templates() {
+        for (printed, plain) in [
+            ("x<|end|>", true),
+            (" x <|end|>\n", true),
+            ("\n\nx", true),
+            ("<think>\n\n</think>\n\nx<|end|>", false),
+            ("<assistant>x<|end|>", false),
+        ] {
+            assert_eq!(is_plain(printed, " x", Some("<|end|>")), plain, "{printed}");
         }
     }
 

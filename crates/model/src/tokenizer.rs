@@ -17,7 +17,7 @@ use messages::{Dialogue, Digest, PromptText};
 
 use crate::{
     ModelConfig, ModelError,
-    answered::{AnsweredIds, Seam, closed, shared},
+    answered::{AnsweredIds, Seam, closed, is_plain, shared},
     chat::ChatTemplate,
     continuing::continuing,
     shards::{is_fetched, missing},
@@ -215,9 +215,14 @@ impl Tokenizer {
         let ended = wholes.iter().zip(answers);
         let ended =
             ended.map(|(whole, answer)| closed(&whole[begins..], answer, closing.as_deref()));
-        let Some(ended) = ended.collect::<Option<Vec<_>>>() else {
+        let Some(mut ended) = ended.collect::<Option<Vec<_>>>() else {
             return Ok(None);
         };
+        let plain = |(text, answer): (&&str, &&str)| is_plain(text, answer, closing.as_deref());
+        if begins == asked.len() && ended.iter().zip(answers).all(plain) {
+            // Space around an answer is the template's, and no sample has it.
+            ended = answers.to_vec();
+        }
         let written = (Cow::from(&asked[..begins]), Framing::Written);
         let prompt = self.encode(&written.0, written.1)?;
         if prompt.is_empty() {
