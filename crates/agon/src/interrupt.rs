@@ -33,7 +33,7 @@ pub(crate) fn on_signal() -> anyhow::Result<watch::Sender<bool>> {
                 std::process::exit(130);
             }
             told.send_replace(true);
-            note!("stopping: finishing what is in hand; once more to leave at once");
+            note!("stopping: finishing what is in flight; once more to leave at once");
         }
     });
     Ok(sender)

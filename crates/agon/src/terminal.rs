@@ -3,7 +3,7 @@
 
 use std::{fmt, io, io::Write};
 
-/// Writes a line to standard output; where whoever read it has read enough, nothing happens.
+/// Writes a line to standard output; a closed pipe is no error.
 ///
 /// # Errors
 /// When it cannot be written for another reason: what was asked for must not be lost in silence.

@@ -357,7 +357,7 @@ impl<'a> Keys<'a> {
 /// The most positions whose rows are kept. Of a model that has more, every pass computes those that it needs.
 const KEPT: usize = 1 << 17;
 
-/// The rows of a table that are kept for a model of so many positions.
+/// Rows of the cached table for a model with this number of positions.
 pub(crate) fn kept_rows(max_positions: usize) -> usize {
     if max_positions > KEPT {
         0

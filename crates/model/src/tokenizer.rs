@@ -350,7 +350,7 @@ impl Tokenizer {
                  end the prompt with a whole word"
             ),
         })?;
-        // Whoever was faster made the same.
+        // Another thread was faster and made the same.
         Ok(self.shared.continuing.get_or_init(|| copy))
     }
 

@@ -44,7 +44,7 @@ impl Patience {
         self.since = Instant::now();
     }
 
-    /// A prompt came to nothing. The first that a judge refused is told.
+    /// Counts a dropped prompt. The first that a judge refused is logged.
     pub(crate) fn lost(&mut self, reason: DropReason, detail: &str) {
         let drops = self.dropped.entry(reason).or_default();
         drops.count += 1;
