@@ -42,7 +42,7 @@ fn long(run: &Path, name: &str) -> Vec<String> {
         "topology.preference=2",
         "topology.max_restarts=50",
         "learner.max_staleness=2",
-        "learner.steps=400",
+        "learner.steps=300",
         "learner.save_steps=20",
         "learner.batch_timeout_seconds=120",
     ];
@@ -136,7 +136,7 @@ fn a_run_goes_on_whatever_befalls_its_actors_and_judges() {
     }
     let ended = running.wait().succeeded();
     assert!(ended.err.contains("it is started again"), "{}", ended.err);
-    is_whole(&run, 400);
+    is_whole(&run, 300);
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn a_learner_that_is_killed_goes_on_from_its_checkpoint() {
         });
     }
     running.wait().succeeded();
-    is_whole(&run, 400);
+    is_whole(&run, 300);
     let sessions = fs::read_to_string(run.join("session")).expect("a run counts its sessions");
     assert_eq!(sessions.trim(), "2");
 }
@@ -197,7 +197,7 @@ fn a_learner_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before() 
         });
     }
     running.wait().succeeded();
-    is_whole(&run, 400);
+    is_whole(&run, 300);
     assert_eq!(unfinished(), None, "what was not finished is cleared away");
 }
 
@@ -321,7 +321,7 @@ fn a_server_that_is_killed_is_started_again_with_its_store() {
     signal(server_of(&run), "KILL");
     goes_on(&mut running, &run, 10);
     running.wait().succeeded();
-    is_whole(&run, 400);
+    is_whole(&run, 300);
 }
 
 #[test]
@@ -365,7 +365,7 @@ fn a_run_that_is_asked_to_stop_saves_and_is_resumed() {
         .chain(["--resume".to_owned()])
         .collect();
     workplace.run(&again).succeeded();
-    is_whole(&run, 400);
+    is_whole(&run, 300);
 }
 
 /// A server of the test's own, for roles that are started one by one.
@@ -430,7 +430,7 @@ fn roles_join_one_by_one_and_who_does_not_belong_is_refused() {
     };
     let server = Server::start(&workplace);
     let more = [
-        "learner.steps=2000",
+        "learner.steps=300",
         "learner.max_staleness=2",
         "topology.actors=2",
     ];
@@ -466,7 +466,7 @@ fn roles_join_one_by_one_and_who_does_not_belong_is_refused() {
     learner.wait().succeeded();
     late.wait().succeeded();
     service.wait().succeeded();
-    is_whole_alone(&run, 2000);
+    is_whole_alone(&run, 300);
     let gone = workplace.run(&["status", &run.to_string_lossy()]);
     gone.check(2, &["cleared away"]).without_panic();
 }

@@ -49,6 +49,15 @@ pub struct StationSnapshot {
     pub in_hand: u64,
 }
 
+/// A metric of a station.
+#[derive(Debug, Clone, Copy)]
+enum Series {
+    Taken,
+    Given,
+    Dropped(DropReason),
+    InHand,
+}
+
 /// What one of several owners of a station holds.
 #[derive(Debug)]
 pub struct Holder {
@@ -60,7 +69,7 @@ impl Holder {
     /// Sets how many messages this owner holds: the length of its own container.
     pub fn set(&mut self, messages: u64) {
         let before = std::mem::replace(&mut self.held, messages);
-        self.counters.change(|counts| {
+        self.counters.change(Series::InHand, |counts| {
             counts.in_hand = (counts.in_hand + messages).saturating_sub(before);
         });
     }
@@ -74,7 +83,7 @@ impl StationCounters {
             station,
             counts: Arc::default(),
         };
-        counters.publish(&counters.counts());
+        counters.publish_all(&counters.counts());
         counters
     }
 
@@ -86,28 +95,32 @@ impl StationCounters {
 
     /// Counts `messages` that came in.
     pub fn taken(&self, messages: u64) {
-        self.change(|counts| counts.taken += messages);
+        self.change(Series::Taken, |counts| counts.taken += messages);
     }
 
     /// Counts `messages` that went out and are stored.
     pub fn given(&self, messages: u64) {
-        self.change(|counts| counts.given += messages);
+        self.change(Series::Given, |counts| counts.given += messages);
     }
 
     /// Counts `messages` that will go no further, because of `reason`.
     pub fn dropped(&self, reason: DropReason, messages: u64) {
-        self.change(|counts| *counts.dropped.entry(reason).or_default() += messages);
+        self.change(Series::Dropped(reason), |counts| {
+            *counts.dropped.entry(reason).or_default() += messages;
+        });
     }
 
     /// Counts out `messages` that were taken and are given back as they were: somebody else takes them.
     pub fn returned(&self, messages: u64) {
-        self.change(|counts| counts.taken = counts.taken.saturating_sub(messages));
+        self.change(Series::Taken, |counts| {
+            counts.taken = counts.taken.saturating_sub(messages);
+        });
     }
 
     /// Sets how many messages the station holds: the length of the owner's own container, never a
     /// difference of the other counts.
     pub fn set_in_hand(&self, messages: u64) {
-        self.change(|counts| counts.in_hand = messages);
+        self.change(Series::InHand, |counts| counts.in_hand = messages);
     }
 
     /// One owner among several of the same station: what each holds is added up.
@@ -127,13 +140,15 @@ impl StationCounters {
 
     /// Takes the counts of a checkpoint, from which counting goes on.
     pub fn restore(&self, snapshot: StationSnapshot) {
-        self.change(|counts| *counts = snapshot);
+        let mut counts = self.counts();
+        *counts = snapshot;
+        self.publish_all(&counts);
     }
 
-    fn change(&self, change: impl FnOnce(&mut StationSnapshot)) {
+    fn change(&self, series: Series, change: impl FnOnce(&mut StationSnapshot)) {
         let mut counts = self.counts();
         change(&mut counts);
-        self.publish(&counts);
+        self.publish(series, &counts);
     }
 
     fn counts(&self) -> MutexGuard<'_, StationSnapshot> {
@@ -141,19 +156,33 @@ impl StationCounters {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Publishes totals, not increments: right even when the exporter started after the counting, or
-    /// the counts were restored.
-    fn publish(&self, counts: &StationSnapshot) {
+    /// Publishes a total, not an increment: right even when the exporter started after the counting, or
+    /// the counts were restored. One series a change: a look-up of a metric costs more than counting.
+    fn publish(&self, series: Series, counts: &StationSnapshot) {
         let station = self.station.name();
-        metrics::counter!(TAKEN, "station" => station).absolute(counts.taken);
-        metrics::counter!(GIVEN, "station" => station).absolute(counts.given);
-        for reason in REASONS {
-            let dropped = counts.dropped.get(&reason).copied().unwrap_or_default();
-            metrics::counter!(DROPPED, "station" => station, "reason" => reason.name())
-                .absolute(dropped);
+        match series {
+            Series::Taken => metrics::counter!(TAKEN, "station" => station).absolute(counts.taken),
+            Series::Given => metrics::counter!(GIVEN, "station" => station).absolute(counts.given),
+            Series::Dropped(reason) => {
+                let dropped = counts.dropped.get(&reason).copied().unwrap_or_default();
+                metrics::counter!(DROPPED, "station" => station, "reason" => reason.name())
+                    .absolute(dropped);
+            }
+            #[expect(clippy::cast_precision_loss, reason = "no station holds 2^53 messages")]
+            Series::InHand => {
+                metrics::gauge!(IN_HAND, "station" => station).set(counts.in_hand as f64);
+            }
         }
-        #[expect(clippy::cast_precision_loss, reason = "no station holds 2^53 messages")]
-        metrics::gauge!(IN_HAND, "station" => station).set(counts.in_hand as f64);
+    }
+
+    fn publish_all(&self, counts: &StationSnapshot) {
+        let dropped = REASONS.map(Series::Dropped);
+        for series in [Series::Taken, Series::Given, Series::InHand]
+            .into_iter()
+            .chain(dropped)
+        {
+            self.publish(series, counts);
+        }
     }
 }
 
@@ -294,6 +323,7 @@ mod tests {
         counters.taken(7);
         counters.dropped(DropReason::Poisoned, 1);
         let recording = Exporter::recorder_only();
+        recording.during(|| counters.restore(counters.snapshot()));
         recording.during(|| counters.set_in_hand(6));
         let page = recording.render();
         for line in [
