@@ -1,0 +1,284 @@
+//! Shapes of the code that a formatter and clippy do not hold: parameters, sizes of structs and functions, unique names.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use syn::{
+    Attribute, FnArg, ImplItemFn, Item, ItemFn, ItemImpl, ItemMod, ItemStruct, Pat, Signature,
+    TraitItemFn, Type, Visibility,
+    spanned::Spanned,
+    visit::{self, Visit},
+};
+use system_tests::workspace_root;
+
+/// Largest number of fields of a struct in a role's crate.
+const MAX_FIELDS: usize = 12;
+/// Crates of the roles.
+const ROLES: [&str; 3] = ["actor", "preference", "learner"];
+/// Type names that stand in several files: by convention, or as the same idea in private modules.
+const SHARED_NAMES: [&str; 6] = [
+    "Arguments",
+    "Error",
+    "Engine",     // mistral.rs, and its stub
+    "Outlet",     // of the actor and of the preference service
+    "Upstream",   // of a stream in memory and over NATS
+    "Downstream", // the same
+];
+
+/// A production source file.
+struct Source {
+    /// Path relative to the workspace.
+    path: String,
+    syntax: syn::File,
+}
+
+fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
+    let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    for entry in entries {
+        let path = entry.expect("an entry of a folder").path();
+        if path.is_dir() {
+            rust_files(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// Every file of the crates' `src`, without files that hold tests alone.
+fn sources() -> Vec<Source> {
+    let mut paths = Vec::new();
+    rust_files(&workspace_root().join("crates"), &mut paths);
+    paths.sort();
+    let is_test = |path: &Path| {
+        let name = path
+            .file_stem()
+            .and_then(|n| n.to_str())
+            .unwrap_or_default();
+        let in_src = path.components().any(|c| c.as_os_str() == "src");
+        let tests = ["tests", "fixtures", "fake", "check", "finite_difference"];
+        !in_src
+            || tests.contains(&name)
+            || name.ends_with("_parity")
+            || name.starts_with("against_")
+    };
+    let files: Vec<Source> = paths
+        .into_iter()
+        .filter(|path| !is_test(path))
+        .map(|path| {
+            let text = fs::read_to_string(&path).expect("a source file");
+            let syntax = syn::parse_file(&text);
+            let syntax = syntax.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            let path = path
+                .strip_prefix(workspace_root())
+                .expect("in the workspace");
+            let path = path.display().to_string();
+            Source { path, syntax }
+        })
+        .collect();
+    assert!(files.len() > 250, "only {} files", files.len());
+    files
+}
+
+fn is_for_tests(attributes: &[Attribute]) -> bool {
+    attributes.iter().any(|attribute| {
+        let is_test = attribute.path().is_ident("test");
+        let cfg = attribute.path().is_ident("cfg") && {
+            let tokens = attribute.meta.require_list().map(|l| l.tokens.to_string());
+            tokens.is_ok_and(|t| t == "test")
+        };
+        is_test || cfg
+    })
+}
+
+/// Whether a struct is a row of a file or a message, whose keys are its fields: it derives `Serialize`.
+fn is_record(attributes: &[Attribute]) -> bool {
+    attributes.iter().any(|attribute| {
+        let tokens = attribute.meta.require_list().map(|l| l.tokens.to_string());
+        attribute.path().is_ident("derive") && tokens.is_ok_and(|t| t.contains("Serialize"))
+    })
+}
+
+/// What is collected from one file.
+#[derive(Default)]
+struct Shapes {
+    in_trait_impl: bool,
+    /// Functions with a tuple for a parameter.
+    tuples: Vec<String>,
+    /// Lines of every function.
+    lengths: Vec<(usize, String)>,
+    /// Fields of every struct.
+    fields: Vec<(usize, String)>,
+    /// Public type names.
+    names: Vec<String>,
+}
+
+fn is_tuple(argument: &FnArg) -> bool {
+    let FnArg::Typed(typed) = argument else {
+        return false;
+    };
+    let mut inner = &*typed.ty;
+    while let Type::Reference(reference) = inner {
+        inner = &reference.elem;
+    }
+    let by_type = matches!(inner, Type::Tuple(tuple) if !tuple.elems.is_empty());
+    by_type || matches!(&*typed.pat, Pat::Tuple(_))
+}
+
+impl Shapes {
+    fn function(&mut self, signature: &Signature, whole: proc_macro2::Span) {
+        let name = signature.ident.to_string();
+        if !self.in_trait_impl && signature.inputs.iter().any(is_tuple) {
+            self.tuples.push(name.clone());
+        }
+        let lines = whole.end().line - signature.span().start().line + 1;
+        self.lengths.push((lines, name));
+    }
+
+    fn type_name(&mut self, visibility: &Visibility, name: &syn::Ident) {
+        if !matches!(visibility, Visibility::Inherited) {
+            self.names.push(name.to_string());
+        }
+    }
+}
+
+impl<'ast> Visit<'ast> for Shapes {
+    fn visit_item_mod(&mut self, module: &'ast ItemMod) {
+        if !is_for_tests(&module.attrs) {
+            visit::visit_item_mod(self, module);
+        }
+    }
+
+    fn visit_item(&mut self, item: &'ast Item) {
+        match item {
+            Item::Enum(e) => self.type_name(&e.vis, &e.ident),
+            Item::Trait(t) => self.type_name(&t.vis, &t.ident),
+            Item::Type(t) => self.type_name(&t.vis, &t.ident),
+            _ => {}
+        }
+        visit::visit_item(self, item);
+    }
+
+    fn visit_item_struct(&mut self, item: &'ast ItemStruct) {
+        self.type_name(&item.vis, &item.ident);
+        if !is_record(&item.attrs) {
+            let name = item.ident.to_string();
+            self.fields.push((item.fields.len(), name));
+        }
+    }
+
+    fn visit_item_impl(&mut self, item: &'ast ItemImpl) {
+        let before = std::mem::replace(&mut self.in_trait_impl, item.trait_.is_some());
+        visit::visit_item_impl(self, item);
+        self.in_trait_impl = before;
+    }
+
+    fn visit_item_fn(&mut self, item: &'ast ItemFn) {
+        if !is_for_tests(&item.attrs) {
+            self.function(&item.sig, item.span());
+            visit::visit_item_fn(self, item);
+        }
+    }
+
+    fn visit_impl_item_fn(&mut self, item: &'ast ImplItemFn) {
+        if !is_for_tests(&item.attrs) {
+            self.function(&item.sig, item.span());
+            visit::visit_impl_item_fn(self, item);
+        }
+    }
+
+    fn visit_trait_item_fn(&mut self, item: &'ast TraitItemFn) {
+        self.function(&item.sig, item.span());
+        visit::visit_trait_item_fn(self, item);
+    }
+}
+
+fn shapes() -> Vec<(String, Shapes)> {
+    sources()
+        .into_iter()
+        .map(|source| {
+            let mut shapes = Shapes::default();
+            shapes.visit_file(&source.syntax);
+            (source.path, shapes)
+        })
+        .collect()
+}
+
+#[test]
+fn no_parameter_is_a_tuple() {
+    let found: Vec<String> = shapes()
+        .into_iter()
+        .flat_map(|(path, shapes)| {
+            let named = shapes.tuples.into_iter();
+            named.map(move |name| format!("{path}: {name}"))
+        })
+        .collect();
+    assert!(
+        found.is_empty(),
+        "{} functions:\n{}",
+        found.len(),
+        found.join("\n")
+    );
+}
+
+#[test]
+fn structs_of_the_roles_have_a_dozen_fields_at_most() {
+    let mut found = Vec::new();
+    for (path, shapes) in shapes() {
+        if !ROLES
+            .iter()
+            .any(|role| path.starts_with(&format!("crates/{role}/")))
+        {
+            continue;
+        }
+        let large = shapes
+            .fields
+            .into_iter()
+            .filter(|(count, _)| *count > MAX_FIELDS);
+        found.extend(large.map(|(count, name)| format!("{path}: {name} has {count} fields")));
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn functions_are_short() {
+    let mut lengths: Vec<(usize, String)> = Vec::new();
+    for (path, shapes) in shapes() {
+        let named = shapes.lengths.into_iter();
+        lengths.extend(named.map(|(lines, name)| (lines, format!("{path}: {name}"))));
+    }
+    lengths.sort();
+    let (count, longest) = (lengths.len(), lengths.last().expect("there are functions"));
+    let (median, p99) = (lengths[count / 2].0, lengths[count * 99 / 100].0);
+    eprintln!("{count} functions: median {median} lines, p99 {p99}, longest {longest:?}");
+    assert!(median <= 8, "the median function has {median} lines");
+    let above: Vec<_> = lengths.iter().filter(|(lines, _)| *lines > 47).collect();
+    assert!(
+        p99 <= 47,
+        "one function in a hundred has {p99} lines or more: {above:#?}"
+    );
+    assert!(longest.0 <= 80, "{longest:?}");
+}
+
+#[test]
+fn a_public_type_name_stands_for_one_thing() {
+    let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (path, shapes) in shapes() {
+        for name in shapes.names {
+            places.entry(name).or_default().push(path.clone());
+        }
+    }
+    let twice: Vec<String> = places
+        .into_iter()
+        .filter(|(name, paths)| paths.len() > 1 && !SHARED_NAMES.contains(&name.as_str()))
+        .map(|(name, paths)| format!("{name}: {}", paths.join(", ")))
+        .collect();
+    assert!(
+        twice.is_empty(),
+        "{} names:\n{}",
+        twice.len(),
+        twice.join("\n")
+    );
+}
