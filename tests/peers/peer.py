@@ -1,6 +1,6 @@
-"""The same work as `agon bench`, done by what else there is: transformers, PyTorch and TRL.
+"""The workloads of `agon bench` in transformers, PyTorch and TRL.
 
-Prints one line of JSON. Token ids are random, and no token ends a text, so that both sides do the same work.
+Prints one line of JSON. Token ids are random and there is no end-of-text token, so that both sides do the same work.
 """
 
 import argparse
@@ -23,14 +23,14 @@ def load(folder, dtype=torch.float32):
     return model
 
 
-def median_seconds(work, rounds):
+def median_seconds(work, repetitions):
     work()
-    taken = []
-    for _ in range(rounds):
+    durations = []
+    for _ in range(repetitions):
         started = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        durations.append(time.perf_counter() - started)
+    return statistics.median(durations)
 
 
 def make_model(arguments):
@@ -48,7 +48,7 @@ def make_model(arguments):
 
 
 def rollout(arguments):
-    """transformers' generate, plain sampling; with a weight on the reference the sampler of TRL's Nash-MD."""
+    """transformers' generate with plain sampling; with a mixture coefficient, the sampler of TRL's Nash-MD."""
     model = load(arguments.model).eval()
     ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.prompt))
     if arguments.mixture_coef > 0:
@@ -91,7 +91,7 @@ def learner(arguments):
 
 
 def train(arguments):
-    """TRL's online IPO, or its Nash-MD when there is a weight on the reference."""
+    """TRL's online IPO, or its Nash-MD with a mixture coefficient."""
     from datasets import Dataset
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
@@ -123,17 +123,17 @@ def train(arguments):
             args=NashMDConfig(mixture_coef=arguments.mixture_coef, **common),
             reward_funcs=LlamaForSequenceClassification(config), **shared,
         )
-    taken, plain = [], trainer.training_step
+    durations, training_step = [], trainer.training_step
 
     def timed(*args, **kwargs):
         started = time.perf_counter()
-        result = plain(*args, **kwargs)
-        taken.append(time.perf_counter() - started)
+        result = training_step(*args, **kwargs)
+        durations.append(time.perf_counter() - started)
         return result
 
     trainer.training_step = timed
     trainer.train()
-    seconds = statistics.median(taken[1:])
+    seconds = statistics.median(durations[1:])
     return {"peer": "TRL", "pairs_per_second": arguments.batch / seconds}
 
 
@@ -141,7 +141,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["make_model", "rollout", "learner", "train"])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--tokenizer", help="of make_model: where the tokenizer is taken from")
+    parser.add_argument("--tokenizer", help="make_model: folder to copy the tokenizer from")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)

@@ -1,7 +1,7 @@
-//! A real browser without a window, driven as a person would: it opens, clicks, types, and looks.
+//! A headless browser, driven by opening pages, clicking and typing.
 //!
-//! Chromium speaks its DevTools protocol over a websocket: a JSON message a command, an answer with the
-//! same id, and events in between. What a page did wrong (exceptions, refused by policy) is kept.
+//! Chromium is controlled by its DevTools protocol over a WebSocket: one JSON message per command, a response with the
+//! same id, and events in between. Errors of pages (exceptions, content security policy violations) are recorded.
 
 use std::{
     fs,
@@ -23,35 +23,35 @@ const NAMES: [&str; 4] = [
     "google-chrome",
     "google-chrome-stable",
 ];
-/// No answer of a browser takes near so long.
-const DEADLINE: Duration = Duration::from_secs(60);
+/// Read timeout of the WebSocket, far above any response time.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A browser with one tab. It is ended when the value goes.
+/// A browser with one tab; killed on drop.
 pub struct Browser {
     process: Child,
     socket: WebSocket<MaybeTlsStream<TcpStream>>,
     session: String,
     commands: u64,
-    wrongs: Vec<String>,
+    errors: Vec<String>,
     _profile: TempDir,
 }
 
-/// How a page is looked at.
+/// Viewport and colour scheme.
 #[derive(Debug, Clone, Copy)]
 pub struct Screen {
     /// Width in CSS pixels.
     pub width: u32,
     /// Height in CSS pixels.
     pub height: u32,
-    /// `light` or `dark`: what the system prefers.
+    /// Preferred colour scheme: `light` or `dark`.
     pub scheme: &'static str,
 }
 
 impl Browser {
-    /// Starts one; `None` when there is none, and the test named `test` is skipped, aloud.
+    /// Starts a browser. If none is installed, logs that the test named `test` is skipped and returns `None`.
     ///
     /// # Panics
-    /// When there is none and `CI=true`, or it does not start.
+    /// If none is installed and `CI=true`, or it does not start.
     pub fn start(test: &str) -> Option<Self> {
         let program = tool(test, &NAMES)?;
         let profile = TempDir::new().expect("a temporary directory");
@@ -73,20 +73,21 @@ impl Browser {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .expect("a browser that is installed starts");
-        let address = address(&profile.path().join("DevToolsActivePort"));
-        let (socket, _) = tungstenite::connect(address).expect("a browser lets itself be driven");
+            .expect("an installed browser starts");
+        let address = devtools_address(&profile.path().join("DevToolsActivePort"));
+        let (socket, _) =
+            tungstenite::connect(address).expect("the browser accepts a DevTools connection");
         if let MaybeTlsStream::Plain(stream) = socket.get_ref() {
             stream
-                .set_read_timeout(Some(DEADLINE))
-                .expect("a time to wait");
+                .set_read_timeout(Some(READ_TIMEOUT))
+                .expect("a valid timeout");
         }
         let mut browser = Self {
             process,
             socket,
             session: String::new(),
             commands: 0,
-            wrongs: Vec::new(),
+            errors: Vec::new(),
             _profile: profile,
         };
         let target = browser.call("Target.createTarget", &json!({"url": "about:blank"}));
@@ -99,8 +100,8 @@ impl Browser {
         Some(browser)
     }
 
-    /// Looks at pages in this way from now on.
-    pub fn look(&mut self, screen: Screen) {
+    /// Sets the viewport and the colour scheme.
+    pub fn set_screen(&mut self, screen: Screen) {
         let Screen {
             width,
             height,
@@ -117,67 +118,71 @@ impl Browser {
         self.call("Page.navigate", &json!({"url": url}));
     }
 
-    /// The value of an expression on the page.
+    /// Evaluates a JavaScript expression on the page.
     ///
     /// # Panics
-    /// When it throws.
+    /// If it throws.
     #[track_caller]
     pub fn value(&mut self, expression: &str) -> Value {
-        let asked = json!({"expression": expression, "returnByValue": true, "awaitPromise": true});
-        let answer = self.call("Runtime.evaluate", &asked);
+        let parameters =
+            json!({"expression": expression, "returnByValue": true, "awaitPromise": true});
+        let response = self.call("Runtime.evaluate", &parameters);
         assert!(
-            answer.get("exceptionDetails").is_none(),
-            "{expression}: {answer}"
+            response.get("exceptionDetails").is_none(),
+            "{expression}: {response}"
         );
-        answer["result"]["value"].clone()
+        response["result"]["value"].clone()
     }
 
-    /// Looks at the page until the expression is true; while it throws, it is not.
+    /// Polls until the expression is true; an exception counts as false.
     ///
     /// # Panics
-    /// When it has not been for minutes.
+    /// If it is not true within the timeout.
     #[track_caller]
     pub fn until(&mut self, expression: &str) {
-        let tried =
+        let guarded =
             format!("(() => {{ try {{ return {expression}; }} catch {{ return false; }} }})()");
         wait_until(expression, || {
-            (self.value(&tried) == Value::Bool(true)).then_some(())
+            (self.value(&guarded) == Value::Bool(true)).then_some(())
         });
     }
 
-    /// The text of the first element of a selector; empty when there is none.
+    /// Text of the first element that matches a selector; empty if there is none.
     #[track_caller]
     pub fn text(&mut self, selector: &str) -> String {
-        let asked = format!("document.querySelector({selector:?})?.innerText ?? ''");
-        self.value(&asked).as_str().unwrap_or_default().to_owned()
+        let expression = format!("document.querySelector({selector:?})?.innerText ?? ''");
+        self.value(&expression)
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
     }
 
-    /// Moves the pointer to the middle of the first element of a selector and clicks.
+    /// Clicks the centre of the first element that matches a selector.
     ///
     /// # Panics
-    /// When there is no such element.
+    /// If there is no such element.
     #[track_caller]
     pub fn click(&mut self, selector: &str) {
-        let place = format!(
+        let centre = format!(
             "(() => {{ const e = document.querySelector({selector:?}); if (!e) return null;
               e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();
               return [b.x + b.width / 2, b.y + b.height / 2]; }})()"
         );
-        let place = self.value(&place);
-        let [x, y] = [&place[0], &place[1]];
-        assert!(x.is_number(), "there is no {selector} to click");
+        let centre = self.value(&centre);
+        let [x, y] = [&centre[0], &centre[1]];
+        assert!(x.is_number(), "no element matches {selector}");
         for kind in ["mouseMoved", "mousePressed", "mouseReleased"] {
             let event = json!({"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1});
             self.call("Input.dispatchMouseEvent", &event);
         }
     }
 
-    /// Types a text where the cursor is.
+    /// Inserts text at the cursor.
     pub fn type_text(&mut self, text: &str) {
         self.call("Input.insertText", &json!({"text": text}));
     }
 
-    /// Presses a key and lets it go, by its name: `Enter`, `ArrowRight`.
+    /// Presses and releases a key, given by name: `Enter`, `ArrowRight`.
     pub fn press(&mut self, key: &str) {
         let text = if key == "Enter" { "\r" } else { "" };
         let code = match key {
@@ -194,15 +199,15 @@ impl Browser {
         }
     }
 
-    /// A picture of what is seen, as a PNG in base 64.
-    pub fn picture(&mut self) -> String {
-        let answer = self.call("Page.captureScreenshot", &json!({"format": "png"}));
-        answer["data"].as_str().unwrap_or_default().to_owned()
+    /// Screenshot of the viewport, a base64-encoded PNG.
+    pub fn screenshot(&mut self) -> String {
+        let response = self.call("Page.captureScreenshot", &json!({"format": "png"}));
+        response["data"].as_str().unwrap_or_default().to_owned()
     }
 
-    /// What pages did wrong so far: exceptions and what the policy of a page refused.
-    pub fn wrongs(&self) -> &[String] {
-        &self.wrongs
+    /// Errors of pages so far: exceptions and content security policy violations.
+    pub fn errors(&self) -> &[String] {
+        &self.errors
     }
 
     fn call(&mut self, method: &str, parameters: &Value) -> Value {
@@ -221,39 +226,39 @@ impl Browser {
             let Ok(text) = message.to_text() else {
                 continue;
             };
-            let answer: Value = serde_json::from_str(text).unwrap_or_default();
-            if answer["id"] == self.commands {
-                assert!(answer.get("error").is_none(), "{method}: {answer}");
-                return answer["result"].clone();
+            let message: Value = serde_json::from_str(text).unwrap_or_default();
+            if message["id"] == self.commands {
+                assert!(message.get("error").is_none(), "{method}: {message}");
+                return message["result"].clone();
             }
-            self.hear(&answer);
+            self.record_errors(&message);
         }
     }
 
-    fn hear(&mut self, event: &Value) {
-        let is_wrong = match event["method"].as_str() {
+    fn record_errors(&mut self, event: &Value) {
+        let is_error = match event["method"].as_str() {
             Some("Runtime.exceptionThrown") => true,
             Some("Log.entryAdded") => event["params"]["entry"]["level"] == "error",
             _ => false,
         };
-        if is_wrong {
-            self.wrongs.push(event["params"].to_string());
+        if is_error {
+            self.errors.push(event["params"].to_string());
         }
     }
 }
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // A browser that has ended already is as good.
+        // Errors mean that the browser has exited already.
         self.process.kill().ok();
         self.process.wait().ok();
     }
 }
 
-/// Where a browser says that it can be driven.
-fn address(file: &Path) -> String {
+/// DevTools address, from the file that the browser writes.
+fn devtools_address(file: &Path) -> String {
     let file: PathBuf = file.to_owned();
-    wait_until("the address of a browser", || {
+    wait_until("the DevTools address", || {
         let text = fs::read_to_string(&file).ok()?;
         let (port, path) = text.split_once('\n')?;
         path.starts_with('/')

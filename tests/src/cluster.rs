@@ -1,49 +1,48 @@
-//! Runs of many processes: the server they meet on, who takes part, and what befalls them.
+//! Helpers for multi-process runs: the NATS server, the status of a run, signals.
 
 use std::{path::Path, process::Command};
 
 use serde_json::Value;
 
-use crate::{Workplace, wait_until};
+use crate::{Sandbox, wait_until};
 
-/// Whether there is a NATS server here. Where there is none that is told, and in continuous integration an
-/// error.
+/// Whether `nats-server` is installed. If not, logs that the test is skipped.
 ///
 /// # Panics
-/// In continuous integration, when there is none.
+/// If it is not installed and `CI` is set.
 pub fn has_nats_server() -> bool {
-    let here = Command::new("nats-server")
+    let is_installed = Command::new("nats-server")
         .arg("--version")
         .output()
         .is_ok();
     assert!(
-        here || std::env::var_os("CI").is_none(),
+        is_installed || std::env::var_os("CI").is_none(),
         "nats-server is missing: apt install nats-server"
     );
-    if !here {
+    if !is_installed {
         eprintln!("SKIPPED: nats-server is missing: apt install nats-server");
     }
-    here
+    is_installed
 }
 
-/// What `agon status` says of the run in this directory, once it says anything.
-pub fn status(workplace: &Workplace, run: &Path) -> Value {
-    wait_until("a run with a status", || status_now(workplace, run))
+/// Waits for `agon status --json` of a run to succeed and returns its output.
+pub fn status(sandbox: &Sandbox, run: &Path) -> Value {
+    wait_until("the status of a run", || status_now(sandbox, run))
 }
 
-/// What `agon status` says of the run in this directory; `None` while there is nothing to say.
-pub fn status_now(workplace: &Workplace, run: &Path) -> Option<Value> {
+/// Output of `agon status --json` of a run, or `None` while it has no status.
+pub fn status_now(sandbox: &Sandbox, run: &Path) -> Option<Value> {
     if !run.join("config.toml").exists() {
         return None;
     }
-    let ended = workplace.run(&["status", &run.to_string_lossy(), "--json"]);
-    (ended.code == Some(0)).then(|| serde_json::from_str(&ended.out).expect("one document"))
+    let output = sandbox.run(&["status", &run.to_string_lossy(), "--json"]);
+    (output.code == Some(0)).then(|| serde_json::from_str(&output.stdout).expect("one document"))
 }
 
-/// The process ids of those of a role who are present, by their names.
+/// Names and process ids of the participants of a role that are present, sorted by name.
 pub fn present(status: &Value, role: &str) -> Vec<(String, u32)> {
-    let all = status["present"].as_array().expect("a list");
-    let mut found: Vec<_> = all
+    let participants = status["present"].as_array().expect("a list");
+    let mut found: Vec<_> = participants
         .iter()
         .filter(|one| one["role"] == role && one["state"] == "present")
         .map(|one| {
@@ -56,10 +55,10 @@ pub fn present(status: &Value, role: &str) -> Vec<(String, u32)> {
     found
 }
 
-/// Sends a signal, as in "KILL", to a process that may be gone already.
+/// Sends a signal, such as "KILL", to a process; ignored if the process has exited.
 ///
 /// # Panics
-/// When there is no shell.
+/// If there is no shell.
 pub fn signal(pid: u32, name: &str) {
     let command = format!("kill -{name} {pid}");
     let sent = Command::new("sh").args(["-c", &command]).output();

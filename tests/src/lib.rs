@@ -1,31 +1,31 @@
-//! Tests of the whole house: what they share.
+//! Support code of the system tests.
 //!
-//! The tests run the program as its users do, in a [`Workplace`] of their own, and look at what it says,
-//! leaves behind and ends with. This part finds the program, starts it, waits for it with a deadline,
-//! and reads its records. It knows nothing of what is inside the program.
+//! The tests run the built program in a [`Sandbox`] and check its output, its files and its exit code. This crate finds
+//! the program, starts it, waits for it with a timeout and reads the files of a run. It does not depend on the
+//! program's internals.
 
 mod binary;
 mod browser;
 mod cluster;
-mod ended;
+mod fake_hub;
 mod http;
-mod hub;
-mod records;
+mod process_output;
+mod run_files;
+mod sandbox;
 mod shared;
+mod tiny_runs;
 mod tools;
-mod workplace;
-mod worlds;
 
 pub use binary::agon_binary;
 pub use browser::{Browser, Screen};
 pub use cluster::{has_nats_server, present, signal, status, status_now};
-pub use ended::Ended;
-pub use http::http;
-pub use hub::{
-    COMMIT as HUB_COMMIT, FakeHub, REPOSITORY as HUB_REPOSITORY, agon_at_hub, run_at_hub,
+pub use fake_hub::{
+    COMMIT as HUB_COMMIT, FakeHub, REPOSITORY as HUB_REPOSITORY, agon_with_hub, run_with_hub,
 };
-pub use records::{column, metrics, number, report, steps};
+pub use http::http;
+pub use process_output::ProcessOutput;
+pub use run_files::{column, metrics, number, report, steps};
+pub use sandbox::{RunningProcess, Sandbox, wait_until, workspace_root};
 pub use shared::shared;
+pub use tiny_runs::{config, tiny_adapted, tiny_bandit, tiny_playground};
 pub use tools::tool;
-pub use workplace::{Running, Workplace, wait_until, workspace_root};
-pub use worlds::{config, tiny_adapted, tiny_bandit, tiny_playground};

@@ -1,14 +1,14 @@
-//! Real models and data, which lie beside the repository and not in it.
+//! Shared models and data, which are kept outside the repository.
 
 use std::{env, path::PathBuf};
 
 use crate::workspace_root;
 
-/// The file or folder `path` of the shared data, `$AGON_SHARED` or `../shared` beside the repository.
-/// `None` when it is not there: the test named `test` is skipped, aloud.
+/// A file or folder of the shared data, in `$AGON_SHARED` or `../shared`. If it does not exist, logs that the test
+/// named `test` is skipped and returns `None`.
 ///
 /// # Panics
-/// When it is not there and `CI=true`: there, a skip is a failure.
+/// If it does not exist and `CI=true`: a skip is a failure in CI.
 pub fn shared(test: &str, path: &str) -> Option<PathBuf> {
     let root = env::var_os("AGON_SHARED")
         .map_or_else(|| workspace_root().join("../shared"), PathBuf::from);
@@ -16,11 +16,11 @@ pub fn shared(test: &str, path: &str) -> Option<PathBuf> {
     if found.exists() {
         return Some(found);
     }
-    let skipped = format!(
-        "SKIPPED {test}: {} is not there; see AGON_SHARED",
+    let message = format!(
+        "SKIPPED {test}: {} does not exist; see AGON_SHARED",
         found.display()
     );
-    assert!(env::var("CI").as_deref() != Ok("true"), "{skipped}");
-    eprintln!("{skipped}");
+    assert!(env::var("CI").as_deref() != Ok("true"), "{message}");
+    eprintln!("{message}");
     None
 }

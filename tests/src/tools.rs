@@ -1,12 +1,12 @@
-//! Programs of others that some tests need: a browser, Prometheus.
+//! Third-party programs that some tests need: a browser, Prometheus.
 
 use std::{env, path::PathBuf};
 
-/// The first of `names` that is an executable on the path. `None` when none is: the test named `test` is
-/// skipped, aloud.
+/// The first of `names` found on the `PATH`. If there is none, logs that the test named `test` is skipped and returns
+/// `None`.
 ///
 /// # Panics
-/// When there is none and `CI=true`: there, a skip is a failure.
+/// If there is none and `CI=true`: a skip is a failure in CI.
 pub fn tool(test: &str, names: &[&str]) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let found = env::split_paths(&path).find_map(|folder| {
@@ -16,8 +16,8 @@ pub fn tool(test: &str, names: &[&str]) -> Option<PathBuf> {
     if found.is_some() {
         return found;
     }
-    let skipped = format!("SKIPPED {test}: none of {names:?} is installed");
-    assert!(env::var("CI").as_deref() != Ok("true"), "{skipped}");
-    eprintln!("{skipped}");
+    let message = format!("SKIPPED {test}: none of {names:?} is installed");
+    assert!(env::var("CI").as_deref() != Ok("true"), "{message}");
+    eprintln!("{message}");
     None
 }

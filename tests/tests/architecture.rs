@@ -1,4 +1,4 @@
-//! The arrows between the crates of the house, and the *only*s, held over what cargo says.
+//! The dependency rules of the workspace, checked against `cargo metadata`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,27 +7,32 @@ use std::{
 };
 
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
-use house::workspace_root;
+use system_tests::workspace_root;
 
-/// Whom a crate of the house may know. A role knows no other role, and only the program knows roles.
-const ARROWS: [(&str, &[&str]); 15] = [
+/// Workspace crates that each crate may depend on, in its tests too. A role depends on no other role, and only the
+/// program depends on roles.
+const ALLOWED_DEPENDENCIES: [(&str, &[&str]); 17] = [
     ("messages", &[]),
-    ("settings", &[]),
+    ("settings", &["messages"]),
     ("dataset", &["messages"]),
     ("playground", &[]),
     ("transport", &["messages", "settings"]),
     ("telemetry", &["messages", "settings"]),
     ("jinja", &[]),
-    ("model", &["jinja", "messages", "settings"]),
+    ("kernels", &[]),
+    ("model", &["jinja", "kernels", "messages", "settings"]),
+    ("hub", &["messages", "model", "settings", "telemetry"]),
     ("mistral", &["messages", "model"]),
     ("actor", ROLE),
     ("preference", ROLE),
-    ("learner", ROLE),
+    ("learner", LEARNER),
     (
         "agon",
         &[
             "actor",
             "dataset",
+            "hub",
+            "kernels",
             "learner",
             "messages",
             "mistral",
@@ -39,14 +44,15 @@ const ARROWS: [(&str, &[&str]); 15] = [
             "transport",
         ],
     ),
-    ("house", &["playground", "settings"]),
-    (FEATURES_ALONE, &[]),
+    ("system-tests", &["playground", "settings"]),
+    (FEATURES_ONLY, &[]),
 ];
 
-/// The package that only turns on features of crates that others use: the one whose code names none of its
+/// The package that enables features of third-party crates for the whole workspace; its code uses none of its
 /// dependencies.
-const FEATURES_ALONE: &str = "shared-features";
+const FEATURES_ONLY: &str = "shared-features";
 
+/// Dependencies of a role.
 const ROLE: &[&str] = &[
     "messages",
     "settings",
@@ -56,17 +62,28 @@ const ROLE: &[&str] = &[
     "telemetry",
 ];
 
-/// Who alone may depend on whose crates, for normal and build dependencies.
-const ONLYS: [(&str, &[&str]); 14] = [
-    ("candle-core", &["model", "learner"]),
-    ("candle-nn", &["model"]),
+/// Dependencies of the learner.
+const LEARNER: &[&str] = &[
+    "messages",
+    "settings",
+    "dataset",
+    "kernels",
+    "model",
+    "transport",
+    "telemetry",
+];
+
+/// Third-party crates, each with the only crates that may have it as a normal or build dependency.
+const EXCLUSIVE_DEPENDENCIES: [(&str, &[&str]); 14] = [
+    ("candle-core", &["kernels", "model", "learner"]),
+    ("candle-nn", &["kernels", "model"]),
     ("candle-transformers", &["model"]),
     ("tokenizers", &["model"]),
     ("mistralrs", &["mistral"]),
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),
     ("axum", &["preference", "telemetry"]),
-    ("hf-hub", &["agon"]),
+    ("hf-hub", &["hub"]),
     ("plotters", &["agon"]),
     ("reqwest", &["preference", "agon"]),
     ("metrics", &["telemetry"]),
@@ -74,7 +91,7 @@ const ONLYS: [(&str, &[&str]); 14] = [
     ("toml", &["settings", "telemetry", "agon"]),
 ];
 
-/// What the house is built on.
+/// Third-party crates that at least one crate must depend on.
 const REQUIRED: [&str; 7] = [
     "tokio",
     "crossbeam-channel",
@@ -94,7 +111,7 @@ fn metadata() -> Metadata {
         .expect("cargo describes the workspace")
 }
 
-/// The crates a package depends on: those of its code, or all, its tests' too.
+/// Names of a package's normal and build dependencies, and of its development dependencies if `with_tests`.
 fn dependencies(package: &Package, with_tests: bool) -> BTreeSet<String> {
     let of_code = |kind| matches!(kind, DependencyKind::Normal | DependencyKind::Build);
     let found = package
@@ -105,9 +122,9 @@ fn dependencies(package: &Package, with_tests: bool) -> BTreeSet<String> {
 }
 
 #[test]
-fn crates_know_only_whom_they_may_know() {
+fn crates_depend_only_on_allowed_workspace_crates() {
     let metadata = metadata();
-    let allowed: BTreeMap<&str, &[&str]> = ARROWS.into_iter().collect();
+    let allowed: BTreeMap<&str, &[&str]> = ALLOWED_DEPENDENCIES.into_iter().collect();
     let packages = metadata.workspace_packages();
     let members: BTreeSet<&str> = packages
         .iter()
@@ -116,77 +133,85 @@ fn crates_know_only_whom_they_may_know() {
     assert_eq!(
         members,
         allowed.keys().copied().collect(),
-        "the crates of the house"
+        "the crates of the workspace"
     );
     for package in packages {
-        let known = dependencies(package, true);
-        let known: BTreeSet<&str> = known
+        let depends = dependencies(package, true);
+        let depends: BTreeSet<&str> = depends
             .iter()
             .map(String::as_str)
             .filter(|d| members.contains(d))
             .collect();
-        let may: BTreeSet<&str> = allowed[package.name.as_str()].iter().copied().collect();
-        let strangers: Vec<_> = known.difference(&may).collect();
+        let allowed: BTreeSet<&str> = allowed[package.name.as_str()].iter().copied().collect();
+        let forbidden: Vec<_> = depends.difference(&allowed).collect();
         assert!(
-            strangers.is_empty(),
-            "{} may not know {strangers:?}",
+            forbidden.is_empty(),
+            "{} must not depend on {forbidden:?}",
             package.name
         );
     }
 }
 
 #[test]
-fn only_one_crate_knows_each_outside_thing() {
+fn exclusive_dependencies_are_used_by_their_owners_only() {
     let metadata = metadata();
     for package in metadata.workspace_packages() {
         let depends = dependencies(package, false);
-        for (outside, knowers) in ONLYS {
+        for (dependency, owners) in EXCLUSIVE_DEPENDENCIES {
             assert!(
-                !depends.contains(outside) || knowers.contains(&package.name.as_str()),
-                "{} depends on {outside}, which only {knowers:?} may know",
+                !depends.contains(dependency) || owners.contains(&package.name.as_str()),
+                "{} depends on {dependency}, which is reserved for {owners:?}",
                 package.name
             );
         }
-        let tests_of = dependencies(package, true);
-        let reads_tokens = ["model", "playground"].contains(&package.name.as_str());
+        let with_tests = dependencies(package, true);
+        let may_tokenize = ["model", "playground"].contains(&package.name.as_str());
         assert!(
-            !tests_of.contains("tokenizers") || reads_tokens,
-            "{} knows tokenizers",
+            !with_tests.contains("tokenizers") || may_tokenize,
+            "{} depends on tokenizers",
             package.name
         );
     }
 }
 
 #[test]
-fn candle_comes_through_no_other_door() {
-    let only_model_and_learner = ["model", "learner"];
+fn candle_is_a_dependency_of_the_compute_crates_only() {
+    let compute_crates = ["kernels", "model", "learner"];
     for package in metadata().workspace_packages() {
-        let candles: Vec<_> = dependencies(package, true)
+        let candle_crates: Vec<_> = dependencies(package, true)
             .into_iter()
             .filter(|d| d.starts_with("candle"))
             .collect();
         assert!(
-            candles.is_empty() || only_model_and_learner.contains(&package.name.as_str()),
-            "{} depends on {candles:?}",
+            candle_crates.is_empty() || compute_crates.contains(&package.name.as_str()),
+            "{} depends on {candle_crates:?}",
             package.name
         );
     }
 }
 
 #[test]
-fn mistral_rs_is_compiled_only_when_it_is_asked_for() {
+fn mistral_rs_is_an_optional_dependency() {
     for package in metadata().workspace_packages() {
-        let named = package.dependencies.iter();
-        for dependency in named.filter(|d| d.name.starts_with("mistralrs")) {
-            assert!(dependency.optional, "{} always builds it", package.name);
+        let dependencies = package.dependencies.iter();
+        for dependency in dependencies.filter(|d| d.name.starts_with("mistralrs")) {
+            assert!(
+                dependency.optional,
+                "{} always builds mistral.rs",
+                package.name
+            );
         }
-        let by_default = package.features.get("default");
-        assert!(by_default.is_none_or(Vec::is_empty), "{}", package.name);
+        let default_features = package.features.get("default");
+        assert!(
+            default_features.is_none_or(Vec::is_empty),
+            "{}",
+            package.name
+        );
     }
 }
 
 #[test]
-fn what_the_house_is_built_on_is_there() {
+fn required_dependencies_are_used() {
     let metadata = metadata();
     let all: BTreeSet<String> = metadata
         .workspace_packages()
@@ -199,22 +224,22 @@ fn what_the_house_is_built_on_is_there() {
 }
 
 #[test]
-fn every_dependency_does_work_in_the_crate_that_names_it() {
+fn no_crate_declares_an_unused_dependency() {
     let metadata = metadata();
-    let mut idle = Vec::new();
+    let mut unused = Vec::new();
     for package in metadata.workspace_packages() {
-        if package.name == FEATURES_ALONE {
+        if package.name == FEATURES_ONLY {
             continue;
         }
         let folder = package
             .manifest_path
             .parent()
-            .expect("a manifest lies in a folder");
+            .expect("a manifest is in a folder");
         let mut text = String::new();
-        for part in ["src", "tests", "benches", "examples"] {
-            let part = folder.join(part);
-            if part.exists() {
-                sources(part.as_std_path(), &mut text);
+        for directory in ["src", "tests", "benches", "examples"] {
+            let directory = folder.join(directory);
+            if directory.exists() {
+                append_sources(directory.as_std_path(), &mut text);
             }
         }
         for dependency in &package.dependencies {
@@ -223,35 +248,33 @@ fn every_dependency_does_work_in_the_crate_that_names_it() {
                 .as_ref()
                 .unwrap_or(&dependency.name)
                 .replace('-', "_");
-            if !names(&text, &name) {
-                idle.push(format!("{} -> {}", package.name, dependency.name));
+            if !uses_crate(&text, &name) {
+                unused.push(format!("{} -> {}", package.name, dependency.name));
             }
         }
     }
-    assert!(
-        idle.is_empty(),
-        "nothing uses these dependencies: {idle:#?}"
-    );
+    assert!(unused.is_empty(), "unused dependencies: {unused:#?}");
 }
 
-/// Whether code names the crate `name` in a path, or a macro or a derive of it.
-fn names(text: &str, name: &str) -> bool {
+/// Whether code uses the crate `name`: in a path, a macro or a derive.
+fn uses_crate(text: &str, name: &str) -> bool {
     text.match_indices(name).any(|(at, _)| {
         let before = text[..at].chars().next_back();
         let after = &text[at + name.len()..];
-        let own = before.is_none_or(|c| !c.is_alphanumeric() && c != '_' && c != ':');
-        own && ["::", "!", ";", " as "]
-            .iter()
-            .any(|next| after.starts_with(next))
+        let starts_here = before.is_none_or(|c| !c.is_alphanumeric() && c != '_' && c != ':');
+        starts_here
+            && ["::", "!", ";", " as "]
+                .iter()
+                .any(|next| after.starts_with(next))
     })
 }
 
-/// Appends every Rust file under `path`, its comments left out.
-fn sources(path: &Path, text: &mut String) {
+/// Appends every Rust file under `path` without its comment lines.
+fn append_sources(path: &Path, text: &mut String) {
     if path.is_dir() {
         let entries = fs::read_dir(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         for entry in entries {
-            sources(&entry.expect("an entry of a folder").path(), text);
+            append_sources(&entry.expect("a directory entry").path(), text);
         }
     } else if path.extension().is_some_and(|extension| extension == "rs") {
         let content =

@@ -1,5 +1,5 @@
-//! Whatever is wrong with what a user gives is told in a sentence that names the thing and the remedy,
-//! with the exit code that the help promises: 2 for a configuration, 3 for what is missing or broken.
+//! Invalid user input: the error names the cause and a remedy, with the documented exit code (2 for an invalid
+//! configuration or command line, 3 for a missing or invalid file).
 
 use std::{
     fs,
@@ -7,10 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use house::{Workplace, config, report, shared, steps, tiny_bandit, tiny_playground};
 use serde_json::Value;
+use system_tests::{Sandbox, config, report, shared, steps, tiny_bandit, tiny_playground};
 
-fn words(arguments: &[&str]) -> Vec<String> {
+fn owned(arguments: &[&str]) -> Vec<String> {
     arguments
         .iter()
         .map(|&argument| argument.to_owned())
@@ -21,9 +21,9 @@ fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// `agon train` on the model in `folder` and the prompts in `prompts`, judged by a rule.
+/// Arguments of `agon train` for the model in `folder` and the prompts in `prompts`, with a rule as judge.
 fn train_on(folder: &Path, prompts: &Path, run: &Path) -> Vec<String> {
-    let mut arguments = words(&[
+    let mut arguments = owned(&[
         "train",
         &text(&config("default.toml")),
         "--run-dir",
@@ -47,25 +47,25 @@ fn train_on(folder: &Path, prompts: &Path, run: &Path) -> Vec<String> {
     arguments
 }
 
-/// A file of prompts without fault.
-fn prompts(workplace: &Workplace) -> PathBuf {
-    workplace.write(
+/// A valid file of prompts.
+fn prompts(sandbox: &Sandbox) -> PathBuf {
+    sandbox.write(
         "prompts.jsonl",
         "{\"prompt\": \"a\"}\n{\"prompt\": \"b\"}\n{\"prompt\": \"c\"}\n",
     )
 }
 
-/// `config.json` of a model's folder, changed.
+/// Edits `config.json` of a model folder.
 fn edit_config(folder: &Path, change: impl FnOnce(&mut Value)) {
     let path = folder.join("config.json");
     let mut json =
-        serde_json::from_slice(&fs::read(&path).expect("it was copied")).expect("it is JSON");
+        serde_json::from_slice(&fs::read(&path).expect("the file was copied")).expect("valid JSON");
     change(&mut json);
-    fs::write(&path, json.to_string()).expect("it was copied");
+    fs::write(&path, json.to_string()).expect("the file was copied");
 }
 
 #[test]
-fn mistakes_of_a_configuration_are_named_with_their_remedy() {
+fn configuration_errors_name_the_key_and_a_remedy() {
     for (toml, says) in [
         (
             "[learner]\nlearning_rat = 1e-4\n",
@@ -108,25 +108,25 @@ fn mistakes_of_a_configuration_are_named_with_their_remedy() {
             &["learner.temperature", "did you mean `gold`"],
         ),
     ] {
-        let workplace = Workplace::new();
-        let file = text(&workplace.write("mine.toml", toml));
+        let sandbox = Sandbox::new();
+        let file = text(&sandbox.write("mine.toml", toml));
         for command in ["train", "check"] {
-            let ended = workplace
+            let output = sandbox
                 .run(&[command, file.as_str()])
                 .check(2, says)
                 .without_panic();
-            assert!(ended.err.contains("mine.toml"), "{}", ended.err);
+            assert!(output.stderr.contains("mine.toml"), "{}", output.stderr);
         }
         assert!(
-            !workplace.path("runs").exists(),
-            "a refused configuration leaves nothing behind: {toml}"
+            !sandbox.path("runs").exists(),
+            "a rejected configuration leaves no files: {toml}"
         );
     }
 }
 
 #[test]
-fn a_bandits_matrix_that_does_not_add_up_is_refused() {
-    let workplace = Workplace::new();
+fn an_inconsistent_preference_matrix_is_rejected() {
+    let sandbox = Sandbox::new();
     for (matrix, says) in [
         (
             "[[0.5,0.8,0.3],[0.3,0.5,0.9],[0.7,0.1,0.5]]",
@@ -142,25 +142,25 @@ fn a_bandits_matrix_that_does_not_add_up_is_refused() {
         ),
     ] {
         let matrix = format!("preference.judge.matrix={matrix}");
-        let arguments = tiny_bandit(&workplace.path("run"), &[&matrix]);
-        workplace
+        let arguments = tiny_bandit(&sandbox.path("run"), &[&matrix]);
+        sandbox
             .run(&arguments)
             .check(2, &["preference.judge.matrix", says])
             .without_panic();
     }
     let arguments = tiny_bandit(
-        &workplace.path("run"),
+        &sandbox.path("run"),
         &["model.reference_probabilities=[0.5,0.3,0.3]"],
     );
-    workplace
+    sandbox
         .run(&arguments)
         .check(2, &["model.reference_probabilities", "add up to 1.1"])
         .without_panic();
 }
 
 #[test]
-fn a_command_line_without_sense_is_refused_with_the_right_form() {
-    let workplace = Workplace::new();
+fn an_invalid_command_line_is_rejected_with_usage() {
+    let sandbox = Sandbox::new();
     let default = text(&config("default.toml"));
     for (arguments, says) in [
         (
@@ -174,30 +174,30 @@ fn a_command_line_without_sense_is_refused_with_the_right_form() {
         (&["train"], "Usage"),
         (&["tarin", &default], "'train'"),
     ] {
-        workplace.run(arguments).check(2, &[says]).without_panic();
+        sandbox.run(arguments).check(2, &[says]).without_panic();
     }
 }
 
 #[test]
-fn files_that_are_not_there_are_named() {
-    let workplace = Workplace::new();
-    workplace
+fn missing_files_are_named() {
+    let sandbox = Sandbox::new();
+    sandbox
         .run(&["train", "nowhere.toml"])
         .check(3, &["nowhere.toml", "No such file"])
         .without_panic();
-    let arguments = tiny_playground(&workplace.path("run"), &["model.path=\"no/such/model\""]);
-    workplace
+    let arguments = tiny_playground(&sandbox.path("run"), &["model.path=\"no/such/model\""]);
+    sandbox
         .run(&arguments)
         .check(3, &["no/such/model"])
         .without_panic();
-    workplace
+    sandbox
         .run(&["score", "--model", "no/such/model"])
         .check(3, &["no/such/model"])
         .without_panic();
 }
 
 #[test]
-fn a_malformed_row_of_prompts_is_named_by_file_and_line() {
+fn a_malformed_prompt_row_is_named_by_file_and_line() {
     let Some(model) = shared("a_malformed_row_of_prompts", "data/models/random-llama3") else {
         return;
     };
@@ -224,52 +224,49 @@ fn a_malformed_row_of_prompts_is_named_by_file_and_line() {
             &["prompts.jsonl", "prompts.held_out"],
         ),
     ] {
-        let workplace = Workplace::new();
-        let file = workplace.write("prompts.jsonl", rows);
-        let ended = workplace.run(&train_on(&model, &file, &workplace.path("run")));
-        ended.check(3, says).without_panic();
+        let sandbox = Sandbox::new();
+        let file = sandbox.write("prompts.jsonl", rows);
+        let output = sandbox.run(&train_on(&model, &file, &sandbox.path("run")));
+        output.check(3, says).without_panic();
     }
 }
 
 #[test]
-fn a_tokenizer_of_another_model_is_refused() {
+fn a_tokenizer_of_another_model_is_rejected() {
     let Some(model) = shared("a_tokenizer_of_another_model", "data/models/random-llama3") else {
         return;
     };
     let Some(gpt2) = shared("a_tokenizer_of_another_model", "data/tokenizers/gpt2") else {
         return;
     };
-    let workplace = Workplace::new();
-    let folder = workplace.copy_of(&model, "strange");
-    let tokenizer = fs::read(gpt2.join("tokenizer.json")).expect("it is there");
-    fs::write(folder.join("tokenizer.json"), tokenizer).expect("the copy is ours");
-    let prompts = prompts(&workplace);
-    let says = ["the tokenizer of", "strange", "does not fit the model"];
-    let arguments = train_on(&folder, &prompts, &workplace.path("run"));
-    workplace.run(&arguments).check(3, &says).without_panic();
-    // The playground's judge reads ids: any other model's mean other words.
-    let arguments = tiny_playground(
-        &workplace.path("other"),
-        &[&format!("model.path={model:?}")],
-    );
-    workplace
+    let sandbox = Sandbox::new();
+    let folder = sandbox.copy_of(&model, "foreign");
+    let tokenizer = fs::read(gpt2.join("tokenizer.json")).expect("the file exists");
+    fs::write(folder.join("tokenizer.json"), tokenizer).expect("a writable copy");
+    let prompts = prompts(&sandbox);
+    let says = ["the tokenizer of", "foreign", "does not fit the model"];
+    let arguments = train_on(&folder, &prompts, &sandbox.path("run"));
+    sandbox.run(&arguments).check(3, &says).without_panic();
+    // The playground's judge reads token ids, which mean other words in any other vocabulary.
+    let arguments = tiny_playground(&sandbox.path("other"), &[&format!("model.path={model:?}")]);
+    sandbox
         .run(&arguments)
         .check(3, &["random-llama3", "playground"])
         .without_panic();
 }
 
 #[test]
-fn an_unknown_architecture_is_refused_with_those_that_are_known() {
+fn an_unsupported_architecture_is_rejected_with_the_supported_ones() {
     let Some(model) = shared("an_unknown_architecture", "data/models/random-llama3") else {
         return;
     };
-    let workplace = Workplace::new();
-    let folder = workplace.copy_of(&model, "mamba");
+    let sandbox = Sandbox::new();
+    let folder = sandbox.copy_of(&model, "mamba");
     edit_config(&folder, |config| {
         config["architectures"] = Value::from(vec!["MambaForCausalLM"]);
         config["model_type"] = Value::from("mamba");
     });
-    let prompts = prompts(&workplace);
+    let prompts = prompts(&sandbox);
     let says = [
         "Mamba",
         "config.json",
@@ -280,54 +277,54 @@ fn an_unknown_architecture_is_refused_with_those_that_are_known() {
         "Qwen3",
         "Mistral",
     ];
-    let arguments = train_on(&folder, &prompts, &workplace.path("run"));
-    workplace.run(&arguments).check(3, &says).without_panic();
+    let arguments = train_on(&folder, &prompts, &sandbox.path("run"));
+    sandbox.run(&arguments).check(3, &says).without_panic();
 }
 
 #[test]
-fn torn_or_foreign_weights_are_refused() {
+fn truncated_or_mismatched_weights_are_rejected() {
     let Some(model) = shared("torn_or_foreign_weights", "data/models/random-llama3") else {
         return;
     };
-    let workplace = Workplace::new();
-    let prompts = prompts(&workplace);
-    let whole = fs::read(model.join("model.safetensors")).expect("it is there");
-    for (name, length) in [("half", whole.len() / 2), ("header", 100), ("empty", 0)] {
-        let folder = workplace.copy_of(&model, name);
-        fs::write(folder.join("model.safetensors"), &whole[..length]).expect("the copy is ours");
-        let arguments = train_on(&folder, &prompts, &workplace.path(&format!("run-{name}")));
-        workplace
+    let sandbox = Sandbox::new();
+    let prompts = prompts(&sandbox);
+    let complete = fs::read(model.join("model.safetensors")).expect("the file exists");
+    for (name, length) in [("half", complete.len() / 2), ("header", 100), ("empty", 0)] {
+        let folder = sandbox.copy_of(&model, name);
+        fs::write(folder.join("model.safetensors"), &complete[..length]).expect("a writable copy");
+        let arguments = train_on(&folder, &prompts, &sandbox.path(&format!("run-{name}")));
+        sandbox
             .run(&arguments)
             .check(3, &[name, "model.safetensors"])
             .without_panic();
     }
-    let folder = workplace.copy_of(&model, "narrow");
+    let folder = sandbox.copy_of(&model, "narrow");
     edit_config(&folder, |config| {
         config["intermediate_size"] = Value::from(8);
     });
-    let arguments = train_on(&folder, &prompts, &workplace.path("run-narrow"));
-    workplace
+    let arguments = train_on(&folder, &prompts, &sandbox.path("run-narrow"));
+    sandbox
         .run(&arguments)
         .check(3, &["weights do not fit its config.json", "mlp"])
         .without_panic();
-    let folder = workplace.copy_of(&model, "bare");
-    fs::remove_file(folder.join("model.safetensors")).expect("the copy is ours");
-    let arguments = train_on(&folder, &prompts, &workplace.path("run-bare"));
-    workplace
+    let folder = sandbox.copy_of(&model, "bare");
+    fs::remove_file(folder.join("model.safetensors")).expect("a writable copy");
+    let arguments = train_on(&folder, &prompts, &sandbox.path("run-bare"));
+    sandbox
         .run(&arguments)
         .check(3, &["bare", "model.safetensors"])
         .without_panic();
 }
 
 #[test]
-fn one_directory_holds_one_run() {
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+fn a_run_directory_is_used_by_one_run_only() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
     let long = tiny_bandit(&run, &["learner.steps=1000000"]);
-    let mut first = workplace.start(&long);
+    let mut first = sandbox.start(&long);
     first.until("its first step", || steps(&run).first().cloned());
-    let alive = workplace.run(&tiny_bandit(&run, &[]));
-    alive
+    let second = sandbox.run(&tiny_bandit(&run, &[]));
+    second
         .check(
             3,
             &[&text(&run), "in use by another process (pid", "--run-dir"],
@@ -335,77 +332,77 @@ fn one_directory_holds_one_run() {
         .without_panic();
     let mut resume = long.clone();
     resume.push("--resume".into());
-    workplace
+    sandbox
         .run(&resume)
         .check(3, &["in use by another process (pid"])
         .without_panic();
     first.terminate();
     first.wait().check(5, &[]);
-    let ended = workplace.run(&tiny_bandit(&run, &[]));
-    ended
+    let output = sandbox.run(&tiny_bandit(&run, &[]));
+    output
         .check(
             3,
-            &[&text(&run), "already holds one", "--resume", "--run-dir"],
+            &[&text(&run), "already contains one", "--resume", "--run-dir"],
         )
         .without_panic();
 }
 
 #[test]
-fn what_cannot_be_resumed_is_said() {
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+fn a_run_without_checkpoint_cannot_be_resumed() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
     let mut resume = tiny_bandit(&run, &[]);
     resume.push("--resume".into());
-    workplace
+    sandbox
         .run(&resume)
         .check(3, &[&text(&run), "config.toml", "leave out `--resume`"])
         .without_panic();
 
-    // A run without a checkpoint, such as one that was killed before its first.
-    workplace.run(&tiny_bandit(&run, &[])).succeeded();
+    // A run without a checkpoint, for example killed before its first.
+    sandbox.run(&tiny_bandit(&run, &[])).succeeded();
     fs::remove_dir_all(run.join("checkpoints")).expect("a run has checkpoints");
-    workplace
+    sandbox
         .run(&resume)
         .check(2, &[&text(&run), "no checkpoint", "--resume auto"])
         .without_panic();
 }
 
 #[test]
-fn a_torn_checkpoint_is_not_resumed() {
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
-    workplace.run(&tiny_bandit(&run, &[])).succeeded();
+fn a_truncated_checkpoint_is_not_resumed() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
+    sandbox.run(&tiny_bandit(&run, &[])).succeeded();
     let checkpoint = run.join("checkpoints/step_100");
     let mut resume = tiny_bandit(&run, &["learner.steps=110"]);
     resume.push("--resume".into());
     for file in ["state.json", "model.safetensors", "optimizer.safetensors"] {
         let path = checkpoint.join(file);
-        let whole = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        fs::write(&path, &whole[..whole.len() / 2]).expect("the run is ours");
-        workplace
+        let complete = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        fs::write(&path, &complete[..complete.len() / 2]).expect("a writable run directory");
+        sandbox
             .run(&resume)
             .check(3, &["step_100", file])
             .without_panic();
-        fs::write(&path, whole).expect("the run is ours");
+        fs::write(&path, complete).expect("a writable run directory");
     }
-    workplace.run(&resume).succeeded();
+    sandbox.run(&resume).succeeded();
 }
 
 #[test]
-fn a_checkpoint_whose_weights_are_not_finite_is_not_resumed() {
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+fn a_checkpoint_with_non_finite_weights_is_not_resumed() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
     let sets = ["learner.save_steps=50"];
-    workplace.run(&tiny_bandit(&run, &sets)).succeeded();
+    sandbox.run(&tiny_bandit(&run, &sets)).succeeded();
     let path = run.join("checkpoints/step_100/model.safetensors");
     let mut bytes = fs::read(&path).expect("a checkpoint has weights");
     let last = bytes.len() - 4;
     bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
-    fs::write(&path, bytes).expect("the run is ours");
+    fs::write(&path, bytes).expect("a writable run directory");
     let resume = |which: &str| {
-        let mut words = tiny_bandit(&run, &["learner.steps=110", sets[0]]);
-        words.push(format!("--resume{which}"));
-        workplace.run(&words)
+        let mut arguments = tiny_bandit(&run, &["learner.steps=110", sets[0]]);
+        arguments.push(format!("--resume{which}"));
+        sandbox.run(&arguments)
     };
     resume("")
         .check(3, &["step_100", "not finite", "--resume=FOLDER"])
@@ -416,47 +413,47 @@ fn a_checkpoint_whose_weights_are_not_finite_is_not_resumed() {
 }
 
 #[test]
-fn a_taken_port_is_named_by_its_key() {
-    let workplace = Workplace::new();
-    let holder = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let address = holder.local_addr().expect("it is bound").to_string();
+fn a_port_in_use_is_named_by_its_key() {
+    let sandbox = Sandbox::new();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("a bound listener").to_string();
     let listen = format!("telemetry.listen={address}");
-    let arguments = tiny_bandit(&workplace.path("run"), &[&listen]);
-    workplace
+    let arguments = tiny_bandit(&sandbox.path("run"), &[&listen]);
+    sandbox
         .run(&arguments)
         .check(3, &[&address, "telemetry.listen"])
         .without_panic();
 }
 
 #[test]
-fn what_was_refused_runs_when_it_is_mended() {
+fn a_rejected_run_starts_after_its_input_is_fixed() {
     let Some(model) = shared("what_was_refused_runs", "data/models/random-llama3") else {
         return;
     };
-    let workplace = Workplace::new();
-    let file = workplace.write("prompts.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \n");
-    let call = train_on(&model, &file, &workplace.path("run"));
-    workplace.run(&call).check(3, &["prompts.jsonl, line 2"]);
-    prompts(&workplace);
-    // Nothing has begun, so that there is nothing to resume and no directory to give up.
-    workplace.run(&call).succeeded();
+    let sandbox = Sandbox::new();
+    let file = sandbox.write("prompts.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \n");
+    let call = train_on(&model, &file, &sandbox.path("run"));
+    sandbox.run(&call).check(3, &["prompts.jsonl, line 2"]);
+    prompts(&sandbox);
+    // The rejected call created no run directory, so there is nothing to resume.
+    sandbox.run(&call).succeeded();
 }
 
 #[cfg(not(feature = "mistral"))]
 #[test]
-fn a_build_without_mistral_rs_says_how_to_get_one() {
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+fn a_build_without_mistral_rs_names_the_feature() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
     let remedy = ["without mistral.rs", "--features mistral"];
     for set in [
         "actor.engine.kind=mistral",
         "preference.judge={ kind = \"mistral\", path = \"m\" }",
     ] {
         let call = tiny_playground(&run, &[set]);
-        workplace.run(&call).check(2, &remedy).without_panic();
-        assert!(!run.exists(), "no run has begun");
+        sandbox.run(&call).check(2, &remedy).without_panic();
+        assert!(!run.exists(), "no run was started");
     }
     let golden = "golden --model m --prompts p --output o";
     let golden: Vec<&str> = golden.split(' ').collect();
-    workplace.run(&golden).check(2, &remedy);
+    sandbox.run(&golden).check(2, &remedy);
 }

@@ -1,15 +1,15 @@
-//! `agon check` and `agon train` say the same of a configuration: what one refuses the other does, in the same
-//! words and with the same exit code.
+//! Agreement of `agon check` and `agon train`: both reject the same configurations, with the same message and exit
+//! code.
 
 use std::{fs, net::TcpListener, path::PathBuf};
 
-use house::{Ended, HUB_REPOSITORY, Workplace, config, run_at_hub, shared};
+use system_tests::{HUB_REPOSITORY, ProcessOutput, Sandbox, config, run_with_hub, shared};
 
-/// No request gets here: nothing listens on it.
-const NOWHERE: &str = "http://127.0.0.1:9";
+/// URL of a closed port.
+const CLOSED_URL: &str = "http://127.0.0.1:9";
 
-/// A run that is refused before it starts, or done at once.
-const SMALL: [&str; 14] = [
+/// Settings of a run that is rejected before it starts or ends at once.
+const SMALL_RUN: [&str; 14] = [
     "playground.hidden_size=32",
     "playground.layers=1",
     "playground.heads=2",
@@ -26,34 +26,39 @@ const SMALL: [&str; 14] = [
     "run.output_dir=\"runs\"",
 ];
 
-/// `agon check` and `agon train` of the same settings, without a hub, in one workplace.
-struct Both {
-    workplace: Workplace,
+/// Runs `agon check` and `agon train` on the same settings, offline, in one sandbox.
+struct CheckAndTrain {
+    sandbox: Sandbox,
 }
 
-impl Both {
+impl CheckAndTrain {
     fn new() -> Self {
-        let workplace = Workplace::new();
-        fs::create_dir(workplace.path("folder")).expect("a folder in a temporary directory");
-        workplace.write("file", "not what is wanted\n");
-        Self { workplace }
+        let sandbox = Sandbox::new();
+        fs::create_dir(sandbox.path("folder")).expect("a folder in the sandbox");
+        sandbox.write("file", "invalid content\n");
+        Self { sandbox }
     }
 
-    fn run(&self, command: &str, sets: &[&str]) -> Ended {
+    fn run(&self, command: &str, sets: &[&str]) -> ProcessOutput {
         let default = config("default.toml").display().to_string();
-        let mut words = vec![command.to_owned(), default];
-        let sets = SMALL.iter().chain(sets);
-        words.extend(sets.flat_map(|&set| ["--set".to_owned(), set.to_owned()]));
-        run_at_hub(&self.workplace, NOWHERE, &words, &[("HF_HUB_OFFLINE", "1")])
+        let mut arguments = vec![command.to_owned(), default];
+        let sets = SMALL_RUN.iter().chain(sets);
+        arguments.extend(sets.flat_map(|&set| ["--set".to_owned(), set.to_owned()]));
+        run_with_hub(
+            &self.sandbox,
+            CLOSED_URL,
+            &arguments,
+            &[("HF_HUB_OFFLINE", "1")],
+        )
     }
 
-    /// That both refuse these settings with `code` for the one same reason, which holds each of `says`.
+    /// Asserts that both reject these settings with `code` and one identical error, which contains each of `says`.
     #[track_caller]
-    fn refuse(&self, sets: &[&str], code: i32, says: &[&str]) {
+    fn assert_rejected(&self, sets: &[&str], code: i32, says: &[&str]) {
         let [checked, trained] = ["check", "train"].map(|command| self.run(command, sets));
-        let reasons = |ended: &Ended, grade: &str| -> Vec<String> {
-            let lines = ended
-                .err
+        let reasons = |output: &ProcessOutput, grade: &str| -> Vec<String> {
+            let lines = output
+                .stderr
                 .lines()
                 .filter_map(|line| line.strip_prefix(grade));
             lines.map(str::to_owned).collect()
@@ -62,17 +67,17 @@ impl Both {
         assert_eq!(
             of_check, of_train,
             "{sets:?}\n{}\n{}",
-            checked.err, trained.err
+            checked.stderr, trained.stderr
         );
         assert_eq!(of_check.len(), 1, "{sets:?}: {of_check:#?}");
         checked.check(code, says).without_panic();
         trained.check(code, says).without_panic();
-        let runs = self.workplace.path("runs");
-        assert!(!runs.exists(), "{sets:?}: no run has begun");
+        let runs = self.sandbox.path("runs");
+        assert!(!runs.exists(), "{sets:?}: no run was started");
     }
 }
 
-/// A key, what else must be set for it to matter, and which of a missing path, a folder and a file it refuses.
+/// A key, the settings that make it effective, and which of a missing path, a folder and a file it rejects.
 type Case<'a> = (&'a str, &'a [&'a str], &'a [&'a str]);
 
 const JETSTREAM: [&str; 2] = [
@@ -90,18 +95,21 @@ const NOT_A_FOLDER: [&str; 2] = ["missing", "file"];
 
 #[test]
 #[expect(clippy::too_many_lines, reason = "a table of settings")]
-fn every_setting_that_names_a_file_or_folder_has_one_verdict() {
-    let Some(model) = shared("every_setting_that_names_a_file", "data/models/stories260K") else {
+fn check_and_train_agree_on_every_path_setting() {
+    let Some(model) = shared(
+        "check_and_train_agree_on_every_path_setting",
+        "data/models/stories260K",
+    ) else {
         return;
     };
-    let both = Both::new();
+    let both = CheckAndTrain::new();
     let rows = |row: fn(usize) -> String| (0..4).map(row).collect::<String>();
     let prompt = |index: usize| format!("{{\"prompt\": \"Once upon a time {index}\"}}\n");
-    both.workplace.write("prompts.jsonl", rows(prompt));
+    both.sandbox.write("prompts.jsonl", rows(prompt));
     let pair = |index: usize| {
         format!("{{\"prompt\": \"Once {index}\", \"chosen\": \" a\", \"rejected\": \" b\"}}\n")
     };
-    both.workplace.write("pairs.jsonl", rows(pair));
+    both.sandbox.write("pairs.jsonl", rows(pair));
     let model = format!("model.path={model:?}");
     let real = [
         model.as_str(),
@@ -175,26 +183,29 @@ fn every_setting_that_names_a_file_or_folder_has_one_verdict() {
         ),
         ("transport.ca_path", &JETSTREAM, &NOT_A_FILE),
     ];
-    for (key, beside, wrong) in cases {
-        for path in wrong {
+    for (key, required, invalid) in cases {
+        for path in invalid {
             let set = format!("{key}=\"{path}\"");
-            let sets = [beside, &[set.as_str()]].concat();
-            // A judge may have members: its table is named.
+            let sets = [required, &[set.as_str()]].concat();
+            // A judge may be an ensemble, so the error names its table.
             let named = match key.starts_with("preference.judge.") {
                 true => "preference.judge",
                 false => key,
             };
-            both.refuse(&sets, 3, &[path, named]);
+            both.assert_rejected(&sets, 3, &[path, named]);
         }
     }
 }
 
 #[test]
-fn a_list_of_files_a_program_and_a_model_of_the_hub_have_one_verdict() {
-    let Some(model) = shared("a_list_of_files_has_one_verdict", "data/models/stories260K") else {
+fn check_and_train_agree_on_mixes_programs_and_hub_models() {
+    let Some(model) = shared(
+        "check_and_train_agree_on_mixes_programs_and_hub_models",
+        "data/models/stories260K",
+    ) else {
         return;
     };
-    let both = Both::new();
+    let both = CheckAndTrain::new();
     let model = format!("model.path={model:?}");
     let dataset = [
         model.as_str(),
@@ -202,7 +213,7 @@ fn a_list_of_files_a_program_and_a_model_of_the_hub_have_one_verdict() {
         "preference.judge={ kind = \"rule\", rules = [{ kind = \"ended\", weight = 1.0 }] }",
     ];
     let mix = "prompts.mix=[{ path = \"missing\" }]";
-    both.refuse(
+    both.assert_rejected(
         &[&dataset[..], &[mix]].concat(),
         3,
         &["prompts.mix", "missing"],
@@ -211,7 +222,7 @@ fn a_list_of_files_a_program_and_a_model_of_the_hub_have_one_verdict() {
         "transport.certificate_path=\"missing\"",
         "transport.key_path=\"file\"",
     ];
-    both.refuse(
+    both.assert_rejected(
         &[&JETSTREAM[..], &certificate].concat(),
         3,
         &["transport.certificate_path"],
@@ -220,44 +231,44 @@ fn a_list_of_files_a_program_and_a_model_of_the_hub_have_one_verdict() {
         "transport.kind=jetstream",
         "transport.server=\"no-such-server\"",
     ];
-    both.refuse(&server, 2, &["no-such-server is not there"]);
+    both.assert_rejected(&server, 2, &["no-such-server is not there"]);
     let hub = format!("model.path=\"hf:{HUB_REPOSITORY}\"");
-    both.refuse(
+    both.assert_rejected(
         &[&hub],
         3,
         &["model.path", HUB_REPOSITORY, "HF_HUB_OFFLINE"],
     );
     let judge =
         format!("preference.judge={{ kind = \"encoder\", path = \"hf:{HUB_REPOSITORY}\" }}");
-    both.refuse(&[&judge], 3, &["preference.judge", HUB_REPOSITORY]);
-    // What the settings say of a model, which both must read to know.
-    both.refuse(&[&model], 3, &["model.path", "playground"]);
+    both.assert_rejected(&[&judge], 3, &["preference.judge", HUB_REPOSITORY]);
+    // Settings that depend on the model, which both commands must read.
+    both.assert_rejected(&[&model], 3, &["model.path", "playground"]);
     let lora = ["model.lora_rank=2", "model.target_modules=[\"nothing\"]"];
-    both.refuse(&lora, 2, &["model.target_modules", "nothing"]);
+    both.assert_rejected(&lora, 2, &["model.target_modules", "nothing"]);
     let short = ["actor.max_prompt_length=32"];
-    both.refuse(&short, 2, &["actor.max_prompt_length", "longest post"]);
+    both.assert_rejected(&short, 2, &["actor.max_prompt_length", "longest post"]);
     let long = ["actor.max_new_tokens=100000"];
-    both.refuse(&long, 2, &["actor.max_new_tokens", "positions"]);
+    both.assert_rejected(&long, 2, &["actor.max_new_tokens", "positions"]);
 }
 
 #[test]
-fn a_taken_port_has_one_verdict() {
-    let both = Both::new();
-    let holder = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let address = holder.local_addr().expect("it is bound").to_string();
+fn check_and_train_agree_on_a_port_in_use() {
+    let both = CheckAndTrain::new();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("a bound listener").to_string();
     for key in [
         "telemetry.listen",
         "telemetry.page",
         "preference.http.listen",
     ] {
         let set = format!("{key}=\"{address}\"");
-        both.refuse(&[&set], 3, &[key, &address]);
+        both.assert_rejected(&[&set], 3, &[key, &address]);
     }
 }
 
 #[test]
-fn a_file_that_only_another_command_reads_is_no_reason_to_refuse() {
-    let both = Both::new();
+fn files_of_other_commands_cause_warnings_only() {
+    let both = CheckAndTrain::new();
     let sets = [
         "sft.path=\"missing\"",
         "preference.fit.pairs.kind=dataset",
@@ -269,20 +280,24 @@ fn a_file_that_only_another_command_reads_is_no_reason_to_refuse() {
         "warn preference.fit.pairs.path = missing: No such file",
         "only agon fit-preference reads it",
     ] {
-        assert!(checked.err.contains(says), "no {says:?} in {}", checked.err);
+        assert!(
+            checked.stderr.contains(says),
+            "no {says:?} in {}",
+            checked.stderr
+        );
     }
     both.run("train", &sets).succeeded();
 }
 
 #[test]
-fn several_faults_are_named_at_once_by_both() {
-    let both = Both::new();
+fn check_and_train_report_all_errors_at_once() {
+    let both = CheckAndTrain::new();
     let sets = ["model.path=\"missing\"", "telemetry.token_path=\"folder\""];
     for command in ["check", "train"] {
         both.run(command, &sets)
             .check(3, &["model.path: ", "telemetry.token_path: "])
             .without_panic();
     }
-    let path: PathBuf = both.workplace.path("runs");
-    assert!(!path.exists(), "no run has begun");
+    let path: PathBuf = both.sandbox.path("runs");
+    assert!(!path.exists(), "no run was started");
 }

@@ -1,4 +1,4 @@
-//! The commands beside `train`, each against numbers from elsewhere or against its own promise.
+//! The commands other than `train`, checked against reference values or their documented behaviour.
 
 use std::{
     collections::BTreeSet,
@@ -6,8 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use house::{Ended, Workplace, config, number, report, shared, tiny_playground};
 use serde_json::{Value, json};
+use system_tests::{ProcessOutput, Sandbox, config, number, report, shared, tiny_playground};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -33,15 +33,15 @@ fn floats(value: &Value) -> Vec<f64> {
     list(value).iter().map(float).collect()
 }
 
-/// `agon score` on these rows.
-fn score(workplace: &Workplace, model: &Path, rows: &[Value]) -> Ended {
+/// Runs `agon score` on `rows`.
+fn score(sandbox: &Sandbox, model: &Path, rows: &[Value]) -> ProcessOutput {
     let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
-    let file = workplace.write("rows.jsonl", lines);
-    workplace.run(&["score", "--model", &text(model), "--input", &text(&file)])
+    let file = sandbox.write("rows.jsonl", lines);
+    sandbox.run(&["score", "--model", &text(model), "--input", &text(&file)])
 }
 
-fn log_probabilities(ended: Ended) -> Vec<Vec<f64>> {
-    ended
+fn log_probabilities(output: ProcessOutput) -> Vec<Vec<f64>> {
+    output
         .succeeded()
         .json_lines()
         .iter()
@@ -49,8 +49,8 @@ fn log_probabilities(ended: Ended) -> Vec<Vec<f64>> {
         .collect()
 }
 
-/// `agon generate --json` with these further arguments.
-fn generate(workplace: &Workplace, model: &Path, more: &[&str]) -> Vec<Value> {
+/// Runs `agon generate --json` with additional arguments.
+fn generate(sandbox: &Sandbox, model: &Path, more: &[&str]) -> Vec<Value> {
     let model = text(model);
     let call = [
         "generate",
@@ -62,28 +62,28 @@ fn generate(workplace: &Workplace, model: &Path, more: &[&str]) -> Vec<Value> {
         "--num",
         "3",
     ];
-    workplace
+    sandbox
         .run(&[&call, more].concat())
         .succeeded()
         .json_lines()
 }
 
-/// The ids of every completion.
+/// Token ids of every completion.
 fn ids(lines: &[Value]) -> Vec<Value> {
     lines.iter().map(|line| line["ids"].clone()).collect()
 }
 
-/// A run of a tiny playground that has ended, in `workplace`.
-fn finished_run(workplace: &Workplace) -> PathBuf {
-    let run = workplace.path("run");
-    workplace
+/// Runs a tiny playground to completion.
+fn finished_run(sandbox: &Sandbox) -> PathBuf {
+    let run = sandbox.path("run");
+    sandbox
         .run(&tiny_playground(&run, &["learner.steps=3"]))
         .succeeded();
     run
 }
 
 #[test]
-fn a_real_model_gives_a_real_text_its_known_log_probability() {
+fn log_probabilities_of_a_text_match_the_reference_values() {
     for (test, model) in [
         ("score_stories", "data/models/stories260K"),
         ("score_babyllama", "data/models/babyllama-tok361"),
@@ -92,9 +92,8 @@ fn a_real_model_gives_a_real_text_its_known_log_probability() {
             return;
         };
         let scored = &read(&model.join("reference.json"))["scored"];
-        let workplace = Workplace::new();
-        let answers =
-            log_probabilities(score(&workplace, &model, &[json!({"ids": scored["ids"]})]));
+        let sandbox = Sandbox::new();
+        let answers = log_probabilities(score(&sandbox, &model, &[json!({"ids": scored["ids"]})]));
         let expected = number(scored, "/sum_logprob");
         let found: f64 = answers[0].iter().sum();
         let tolerance = 1e-3 * answers[0].len() as f64;
@@ -108,7 +107,7 @@ fn a_real_model_gives_a_real_text_its_known_log_probability() {
 }
 
 #[test]
-fn every_supported_architecture_scores_as_transformers_does() {
+fn every_supported_architecture_matches_transformers() {
     for name in [
         "random-llama3",
         "random-qwen2",
@@ -119,7 +118,7 @@ fn every_supported_architecture_scores_as_transformers_does() {
             return;
         };
         let reference = read(&model.join("reference.json"));
-        // Padding stands on the right, and what is before it is scored alone.
+        // Padding is on the right; only the tokens before it are scored.
         let lengths: Vec<usize> = list(&reference["attention_mask"])
             .iter()
             .map(|mask| floats(mask).iter().sum::<f64>() as usize)
@@ -129,8 +128,8 @@ fn every_supported_architecture_scores_as_transformers_does() {
             .zip(&lengths)
             .map(|(ids, &length)| json!({"ids": list(ids)[..length]}))
             .collect();
-        let workplace = Workplace::new();
-        let answers = log_probabilities(score(&workplace, &model, &rows));
+        let sandbox = Sandbox::new();
+        let answers = log_probabilities(score(&sandbox, &model, &rows));
         assert_eq!(answers.len(), rows.len());
         for ((answer, expected), length) in answers
             .iter()
@@ -138,10 +137,10 @@ fn every_supported_architecture_scores_as_transformers_does() {
             .zip(lengths)
         {
             assert_eq!(answer.len(), length - 1, "{name}");
-            for (place, (found, expected)) in answer.iter().zip(floats(expected)).enumerate() {
+            for (position, (found, expected)) in answer.iter().zip(floats(expected)).enumerate() {
                 assert!(
                     (found - expected).abs() < 1e-3,
-                    "{name}, {place}: {found} against {expected}"
+                    "{name}, {position}: {found} against {expected}"
                 );
             }
         }
@@ -149,31 +148,31 @@ fn every_supported_architecture_scores_as_transformers_does() {
 }
 
 #[test]
-fn a_completion_is_scored_after_its_prompt() {
+fn a_completion_is_scored_given_its_prompt() {
     let Some(model) = shared("score_text", "data/models/stories260K") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let rows = [
         json!({"prompt": "Once upon a time", "completion": ", there was a little girl named Lily."}),
         json!({"prompt": "Once upon a time", "completion": ", there was a little boy named Tim.", "more": 1}),
     ];
-    let answers = score(&workplace, &model, &rows).succeeded().json_lines();
+    let answers = score(&sandbox, &model, &rows).succeeded().json_lines();
     assert_eq!(answers.len(), 2);
     let prompt = read(&model.join("reference.json"))["prompts"][0]["ids"].clone();
     for answer in &answers {
         let completion = list(&answer["ids"]);
         let scored = floats(&answer["logprobs"]);
         assert_eq!(scored.len(), completion.len());
-        // The same tokens as one row of ids have the same log-probabilities.
-        let whole = json!({"ids": ([list(&prompt), completion].concat())});
-        let all = log_probabilities(score(&workplace, &model, &[whole]));
+        // The same tokens given as ids have the same log-probabilities.
+        let sequence = json!({"ids": ([list(&prompt), completion].concat())});
+        let all = log_probabilities(score(&sandbox, &model, &[sequence]));
         let tail = &all[0][all[0].len() - completion.len()..];
         for (a, b) in scored.iter().zip(tail) {
             assert!((a - b).abs() < 1e-4, "{scored:?} {tail:?}");
         }
     }
-    // The greedy continuation of the reference is Lily's.
+    // The first row is the greedy continuation.
     let [lily, tim] = [0, 1].map(|row| floats(&answers[row]["logprobs"]).iter().sum::<f64>());
     assert!(lily > tim, "{lily} {tim}");
 }
@@ -183,7 +182,7 @@ fn a_malformed_row_is_named_by_its_line() {
     let Some(model) = shared("score_malformed", "data/models/stories260K") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     for (row, says) in [
         ("{\"ids\": [1, 2", "not JSON"),
         ("{\"ids\": [1]}", "at least 2"),
@@ -195,23 +194,23 @@ fn a_malformed_row_is_named_by_its_line() {
             "neither text nor messages",
         ),
     ] {
-        let file = workplace.write("rows.jsonl", format!("{{\"ids\": [1, 2]}}\n{row}\n"));
-        let ended = workplace.run(&["score", "--model", &text(&model), "--input", &text(&file)]);
-        ended
+        let file = sandbox.write("rows.jsonl", format!("{{\"ids\": [1, 2]}}\n{row}\n"));
+        let output = sandbox.run(&["score", "--model", &text(&model), "--input", &text(&file)]);
+        output
             .check(3, &["rows.jsonl, line 2", says])
             .without_panic();
     }
 }
 
 #[test]
-fn a_seed_repeats_its_completions_and_another_gives_others() {
+fn completions_are_determined_by_the_seed() {
     let Some(model) = shared("generate_seed", "data/models/stories260K") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let of = |seed| {
         generate(
-            &workplace,
+            &sandbox,
             &model,
             &["--prompt", "Once upon a time", "--seed", seed],
         )
@@ -222,7 +221,7 @@ fn a_seed_repeats_its_completions_and_another_gives_others() {
     let distinct: BTreeSet<String> = ids(&first).iter().map(Value::to_string).collect();
     assert!(
         distinct.len() > 1,
-        "three completions of a prompt are one: {distinct:?}"
+        "three completions of a prompt are identical: {distinct:?}"
     );
     for line in &first {
         let sum: f64 = floats(&line["logprobs"]).iter().sum();
@@ -236,12 +235,12 @@ fn a_seed_repeats_its_completions_and_another_gives_others() {
 }
 
 #[test]
-fn what_was_generated_scores_as_it_was_told() {
+fn scores_of_generated_completions_match_the_reported_log_probabilities() {
     let Some(model) = shared("generate_score", "data/models/stories260K") else {
         return;
     };
-    let workplace = Workplace::new();
-    let lines = generate(&workplace, &model, &["--prompt", "Once upon a time"]);
+    let sandbox = Sandbox::new();
+    let lines = generate(&sandbox, &model, &["--prompt", "Once upon a time"]);
     let prompt = read(&model.join("reference.json"))["prompts"][0]["ids"].clone();
     let rows: Vec<Value> = lines
         .iter()
@@ -249,47 +248,47 @@ fn what_was_generated_scores_as_it_was_told() {
         .collect();
     for (line, all) in lines
         .iter()
-        .zip(log_probabilities(score(&workplace, &model, &rows)))
+        .zip(log_probabilities(score(&sandbox, &model, &rows)))
     {
-        let told = floats(&line["logprobs"]);
-        for (a, b) in told.iter().zip(&all[all.len() - told.len()..]) {
-            assert!((a - b).abs() < 1e-3, "{told:?} {all:?}");
+        let reported = floats(&line["logprobs"]);
+        for (a, b) in reported.iter().zip(&all[all.len() - reported.len()..]) {
+            assert!((a - b).abs() < 1e-3, "{reported:?} {all:?}");
         }
     }
 }
 
 #[test]
-fn greedy_generation_is_the_known_continuation() {
+fn greedy_generation_matches_the_reference_continuation() {
     let Some(model) = shared("generate_greedy", "data/models/stories260K") else {
         return;
     };
-    let workplace = Workplace::new();
-    let known = read(&model.join("reference.json"))["prompts"][0].clone();
+    let sandbox = Sandbox::new();
+    let reference = read(&model.join("reference.json"))["prompts"][0].clone();
     let greedy = ["--prompt", "Once upon a time", "--top-k", "1"];
-    let lines = generate(&workplace, &model, &greedy);
-    let start = list(&known["ids"]).len();
-    let expected = &list(&known["greedy_ids"])[start..start + 24];
+    let lines = generate(&sandbox, &model, &greedy);
+    let start = list(&reference["ids"]).len();
+    let expected = &list(&reference["greedy_ids"])[start..start + 24];
     for line in lines {
         assert_eq!(list(&line["ids"]), expected);
-        let whole = format!(
+        let text = format!(
             "Once upon a time{}",
             line["completion"].as_str().unwrap_or_default()
         );
-        let known = known["greedy_text"].as_str().unwrap_or_default();
+        let expected_text = reference["greedy_text"].as_str().unwrap_or_default();
         assert!(
-            known.starts_with(&whole),
-            "{whole:?} does not begin {known:?}"
+            expected_text.starts_with(&text),
+            "{text:?} is no prefix of {expected_text:?}"
         );
     }
 }
 
 #[test]
-fn both_ends_of_the_mixture_are_the_two_models() {
-    // One run gives two models over the same words: the policy and the base it began from.
-    let workplace = Workplace::new();
+fn mixture_endpoints_equal_the_two_models() {
+    // One run gives two models with the same vocabulary: the policy and its initial weights.
+    let sandbox = Sandbox::new();
     let far = ["learner.steps=8", "learner.learning_rate=1e-2"];
-    let run = workplace.path("run");
-    workplace.run(&tiny_playground(&run, &far)).succeeded();
+    let run = sandbox.path("run");
+    sandbox.run(&tiny_playground(&run, &far)).succeeded();
     let (policy, base) = (
         run.join("checkpoints/step_8"),
         run.join("checkpoints/step_0"),
@@ -303,20 +302,20 @@ fn both_ends_of_the_mixture_are_the_two_models() {
             "--mixture-coef",
             coefficient,
         ];
-        generate(&workplace, &policy, &[&prompt[..], &more].concat())
+        generate(&sandbox, &policy, &[&prompt[..], &more].concat())
     };
-    let (alone, other) = (
-        generate(&workplace, &policy, &prompt),
-        generate(&workplace, &base, &prompt),
+    let (policy_lines, base_lines) = (
+        generate(&sandbox, &policy, &prompt),
+        generate(&sandbox, &base, &prompt),
     );
     assert_ne!(
-        ids(&alone),
-        ids(&other),
-        "the models are too near to tell anything"
+        ids(&policy_lines),
+        ids(&base_lines),
+        "the models are too similar for this test"
     );
     let (none, half, all) = (mixed("0"), mixed("0.5"), mixed("1"));
-    assert_eq!(ids(&none), ids(&alone));
-    assert_eq!(ids(&all), ids(&other));
+    assert_eq!(ids(&none), ids(&policy_lines));
+    assert_eq!(ids(&all), ids(&base_lines));
     assert_ne!(half, none);
     for line in &all {
         let [behaviour, reference, policy] =
@@ -333,12 +332,12 @@ fn both_ends_of_the_mixture_are_the_two_models() {
 }
 
 #[test]
-fn a_run_is_compared_with_its_own_beginning() {
-    let workplace = Workplace::new();
-    let run = finished_run(&workplace);
+fn eval_compares_a_run_with_its_initial_weights() {
+    let sandbox = Sandbox::new();
+    let run = finished_run(&sandbox);
     let base = text(&run.join("checkpoints/step_0"));
     let call = ["eval", &text(&run), &base, "--prompts", "16", "--json"];
-    let row = workplace.run(&call).succeeded().json_lines().remove(0);
+    let row = sandbox.run(&call).succeeded().json_lines().remove(0);
     let [low, rate, high] =
         ["/win_rate_ci_low", "/win_rate", "/win_rate_ci_high"].map(|key| number(&row, key));
     assert!(
@@ -351,76 +350,73 @@ fn a_run_is_compared_with_its_own_beginning() {
         16.0,
         "{row}"
     );
-    let words = workplace.run(&call[..5]).succeeded();
-    assert!(words.out.contains("is preferred to"), "{}", words.out);
-    // Without a run nothing says which prompts, which judge.
-    workplace
+    let text = sandbox.run(&call[..5]).succeeded();
+    assert!(text.stdout.contains("is preferred to"), "{}", text.stdout);
+    // Without a run there is no configuration of prompts and judge.
+    sandbox
         .run(&["eval", &base, &base])
         .check(2, &["--config"])
         .without_panic();
 }
 
 #[test]
-fn check_prints_a_configuration_that_means_the_same_and_starts_nothing() {
+fn check_prints_an_equivalent_configuration_and_starts_nothing() {
     for name in ["default.toml", "quickstart.toml", "bandit.toml"] {
-        let workplace = Workplace::new();
+        let sandbox = Sandbox::new();
         let sets = ["--set", "learner.steps=7"];
-        let first = workplace
+        let first = sandbox
             .run(&[&["check", &text(&config(name))], &sets[..]].concat())
             .succeeded();
-        assert!(first.out.contains("steps = 7"), "{}", first.out);
-        let file = workplace.write("resolved.toml", &first.out);
-        let second = workplace.run(&["check", &text(&file)]).succeeded();
-        assert_eq!(first.out, second.out, "{name}");
-        assert_eq!(first.err, second.err, "{name}");
-        assert!(
-            !workplace.path("runs").exists(),
-            "{name}: something was started"
-        );
+        assert!(first.stdout.contains("steps = 7"), "{}", first.stdout);
+        let file = sandbox.write("resolved.toml", &first.stdout);
+        let second = sandbox.run(&["check", &text(&file)]).succeeded();
+        assert_eq!(first.stdout, second.stdout, "{name}");
+        assert_eq!(first.stderr, second.stderr, "{name}");
+        assert!(!sandbox.path("runs").exists(), "{name}: a run was started");
     }
 }
 
 #[test]
-fn doctor_finds_this_machine_able() {
-    let workplace = Workplace::new();
-    let ended = workplace.run(&["doctor"]).succeeded();
-    let fit =
+fn doctor_reports_no_failure() {
+    let sandbox = Sandbox::new();
+    let output = sandbox.run(&["doctor"]).succeeded();
+    let passed =
         |line: &str| ["ok", "warn"].contains(&line.split_whitespace().next().unwrap_or_default());
     assert!(
-        ended.out.lines().count() > 3 && ended.out.lines().all(fit),
+        output.stdout.lines().count() > 3 && output.stdout.lines().all(passed),
         "{}",
-        ended.out
+        output.stdout
     );
 }
 
 #[test]
-fn an_exported_policy_is_a_model_like_any_other() {
-    let workplace = Workplace::new();
-    let run = finished_run(&workplace);
-    let exported = workplace.path("exported");
+fn an_exported_policy_is_a_plain_model_folder() {
+    let sandbox = Sandbox::new();
+    let run = finished_run(&sandbox);
+    let exported = sandbox.path("exported");
     let call = ["export", "--run", &text(&run), "--output", &text(&exported)];
-    let ended = workplace.run(&call).succeeded();
-    let digest = ended.out.split_whitespace().next().unwrap_or_default();
+    let output = sandbox.run(&call).succeeded();
+    let digest = output.stdout.split_whitespace().next().unwrap_or_default();
     assert_eq!(
         Some(digest),
         report(&run)["weights_digest"].as_str(),
         "{}",
-        ended.out
+        output.stdout
     );
     let rows = [
         json!({"ids": [1, 20, 30, 40, 50]}),
         json!({"prompt": "my friend ana", "completion": " went"}),
     ];
-    let of_run = score(&workplace, &run.join("checkpoints/step_3"), &rows).succeeded();
+    let of_run = score(&sandbox, &run.join("checkpoints/step_3"), &rows).succeeded();
     assert_eq!(
-        score(&workplace, &exported, &rows).succeeded().out,
-        of_run.out
+        score(&sandbox, &exported, &rows).succeeded().stdout,
+        of_run.stdout
     );
     let names: BTreeSet<String> = fs::read_dir(&exported)
-        .expect("it was written")
+        .expect("the file was written")
         .map(|entry| {
             entry
-                .expect("an entry of a folder")
+                .expect("a directory entry")
                 .file_name()
                 .to_string_lossy()
                 .into_owned()
@@ -430,29 +426,31 @@ fn an_exported_policy_is_a_model_like_any_other() {
         !names.contains("optimizer.safetensors") && !names.contains("state.json"),
         "{names:?}"
     );
-    workplace
+    sandbox
         .run(&call)
         .check(2, &["--force", "--output"])
         .without_panic();
 }
 
 #[test]
-fn every_command_explains_itself() {
-    let workplace = Workplace::new();
+fn every_command_has_help_with_an_example() {
+    let sandbox = Sandbox::new();
     for command in [
         "train", "sft", "eval", "generate", "score", "check", "doctor", "export",
     ] {
-        let ended = workplace.run(&[command, "--help"]).succeeded();
+        let output = sandbox.run(&[command, "--help"]).succeeded();
         assert!(
-            ended.out.contains("Example: ") && ended.out.contains(&format!("agon {command}")),
+            output.stdout.contains("Example: ")
+                && output.stdout.contains(&format!("agon {command}")),
             "{}",
-            ended.out
+            output.stdout
         );
     }
-    let ended = workplace.run(&["--help"]).succeeded();
+    let output = sandbox.run(&["--help"]).succeeded();
     assert!(
-        ended.out.contains("5 interrupted and saved") || ended.out.contains("5 interrupted"),
+        output.stdout.contains("5 interrupted and saved")
+            || output.stdout.contains("5 interrupted"),
         "{}",
-        ended.out
+        output.stdout
     );
 }

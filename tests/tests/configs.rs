@@ -1,13 +1,13 @@
-//! The configurations that come with the program, and the keys that its users rely on.
+//! The configurations in `configs/`, and the keys that can be overridden.
 
 use std::fs;
 
-use house::config;
 use serde_json::Value;
 use settings::{ObjectiveSettings, Override, resolve, resolve_file};
+use system_tests::config;
 
-/// What can be set from the command line on the quickstart, with a value that differs from its own.
-const SETTABLE: [(&str, &str); 17] = [
+/// Keys that can be overridden on the quickstart, each with a value that differs from its own.
+const OVERRIDES: [(&str, &str); 17] = [
     ("run.seed", "7"),
     ("run.name", "\"another\""),
     ("model.path", "\"models/mine\""),
@@ -33,11 +33,11 @@ fn overrides(sets: &[&str]) -> Vec<Override> {
         .collect()
 }
 
-/// The quickstart with these settings changed, every key of it.
+/// The resolved quickstart with these settings changed.
 fn quickstart(sets: &[&str]) -> Value {
     let resolved = resolve_file(&config("quickstart.toml"), &overrides(sets));
     let resolved = resolved.unwrap_or_else(|e| panic!("{sets:?}: {e}"));
-    serde_json::to_value(&resolved.settings).expect("settings are a tree of plain values")
+    serde_json::to_value(&resolved.settings).expect("settings serialise to JSON")
 }
 
 /// The value of a dotted key.
@@ -46,30 +46,30 @@ fn at<'a>(settings: &'a Value, key: &str) -> Option<&'a Value> {
 }
 
 #[test]
-fn every_file_resolves_and_what_it_resolves_to_resolves_to_itself() {
-    let mut seen = 0;
+fn every_file_resolves_and_resolution_is_idempotent() {
+    let mut count = 0;
     for entry in fs::read_dir(config("")).expect("there is a folder of configurations") {
-        let path = entry.expect("an entry of a folder").path();
+        let path = entry.expect("a directory entry").path();
         if path.extension().is_none_or(|extension| extension != "toml") {
             continue;
         }
         let first = resolve_file(&path, &[]).unwrap_or_else(|e| panic!("{e}"));
         let second = resolve(&first.toml, "config.toml", &[]).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(first, second, "{}", path.display());
-        seen += 1;
+        count += 1;
     }
-    assert!(seen >= 6, "only {seen} configurations");
+    assert!(count >= 6, "only {count} configurations");
 }
 
 #[test]
-fn the_default_file_is_what_an_empty_configuration_means() {
+fn the_default_file_equals_an_empty_configuration() {
     let file = resolve_file(&config("default.toml"), &[]).expect("the default file resolves");
     let empty = resolve("", "nothing", &[]).expect("nothing at all resolves");
     assert_eq!(file, empty);
 }
 
 #[test]
-fn the_quickstart_is_ipo_md() {
+fn the_quickstart_uses_ipo_md() {
     let settings = resolve_file(&config("quickstart.toml"), &[])
         .expect("the quickstart resolves")
         .settings;
@@ -82,34 +82,34 @@ fn the_quickstart_is_ipo_md() {
 }
 
 #[test]
-fn every_key_can_be_set_alone_and_changes_nothing_else() {
+fn an_override_changes_only_its_key() {
     let before = quickstart(&[]);
-    for (key, text) in SETTABLE {
+    for (key, text) in OVERRIDES {
         let mut after = quickstart(&[&format!("{key}={text}")]);
         let expected: Value = serde_json::from_str(text).expect("the table's values are JSON too");
         assert_eq!(at(&after, key), Some(&expected), "{key}");
         assert_ne!(
             at(&before, key),
             Some(&expected),
-            "{key} = {text} is its value already"
+            "{key} = {text} is the value in the file"
         );
         let (section, last) = key.rsplit_once('.').expect("every key is in a section");
-        let place = format!("/{}", section.replace('.', "/"));
+        let pointer = format!("/{}", section.replace('.', "/"));
         let section = after
-            .pointer_mut(&place)
+            .pointer_mut(&pointer)
             .and_then(Value::as_object_mut)
             .expect("it was read above");
         match at(&before, key) {
             Some(own) => section.insert(last.to_owned(), own.clone()),
-            // Without a value of its own it is not written at all.
+            // A key without a value is not serialised.
             None => section.remove(last),
         };
-        assert_eq!(after, before, "{key} changed more than itself");
+        assert_eq!(after, before, "{key} changed other keys");
     }
 }
 
 #[test]
-fn judges_and_objectives_are_chosen_by_kind_with_their_own_temperature() {
+fn judges_and_objectives_are_selected_by_kind_with_their_own_temperature() {
     let rules = "preference.judge.rules=[{ kind = \"ended\", weight = 1.0 }]";
     let rule = quickstart(&["preference.judge.kind=rule", rules]);
     assert_eq!(at(&rule, "preference.judge.kind"), Some(&"rule".into()));
@@ -122,12 +122,15 @@ fn judges_and_objectives_are_chosen_by_kind_with_their_own_temperature() {
         ("nash-md-pg", Some("tau")),
         ("dpo", None),
     ] {
-        let chosen = format!("learner.objective.kind={kind}");
-        let warm = temperature.map(|key| format!("learner.objective.{key}=0.75"));
-        let sets: Vec<&str> = [Some(chosen.as_str()), warm.as_deref()]
-            .into_iter()
-            .flatten()
-            .collect();
+        let kind_override = format!("learner.objective.kind={kind}");
+        let temperature_override = temperature.map(|key| format!("learner.objective.{key}=0.75"));
+        let sets: Vec<&str> = [
+            Some(kind_override.as_str()),
+            temperature_override.as_deref(),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
         let table = quickstart(&sets);
         assert_eq!(at(&table, "learner.objective.kind"), Some(&kind.into()));
         if let Some(key) = temperature {

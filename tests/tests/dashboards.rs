@@ -1,4 +1,4 @@
-//! Dashboards and alerts: they name metrics that exist, and on a live run every panel shows something.
+//! Dashboards and alerts: every metric they use exists, and on a live run every panel shows data.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,13 +9,13 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use house::{
-    Running, Workplace, has_nats_server, http, present, signal, status, status_now, tiny_bandit,
-    tiny_playground, tool, wait_until, workspace_root,
-};
 use serde_json::Value;
+use system_tests::{
+    RunningProcess, Sandbox, has_nats_server, http, present, signal, status, status_now,
+    tiny_bandit, tiny_playground, tool, wait_until, workspace_root,
+};
 
-/// Expressions that may show nothing on the runs of these tests, by a part of them, each with its reason.
+/// Substrings of expressions that may be empty on the runs of these tests, with the reason.
 const MAY_BE_EMPTY: [(&str, &str); 4] = [
     ("agon_beta", "the temperature of IPO is called tau"),
     (
@@ -28,7 +28,7 @@ const MAY_BE_EMPTY: [(&str, &str); 4] = [
     ),
     (
         "agon_judge_order_inconsistency",
-        "these judges are antisymmetric by construction, and asked once",
+        "these judges are antisymmetric by construction and evaluated in one order",
     ),
 ];
 
@@ -36,11 +36,11 @@ fn folder() -> PathBuf {
     workspace_root().join("dashboards")
 }
 
-/// Every dashboard: its file's name and its content.
+/// File name and content of every dashboard.
 fn dashboards() -> BTreeMap<String, Value> {
     let files = fs::read_dir(folder().join("grafana/dashboards")).expect("there are dashboards");
     let read = |entry: std::io::Result<fs::DirEntry>| {
-        let path = entry.expect("an entry of a folder").path();
+        let path = entry.expect("a directory entry").path();
         let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let name = path
             .file_name()
@@ -59,7 +59,7 @@ fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-/// Every expression of every panel, with where it stands.
+/// Every expression of every panel, with its dashboard and panel title.
 fn panel_expressions() -> Vec<(String, String)> {
     let mut found = Vec::new();
     for (file, dashboard) in dashboards() {
@@ -73,8 +73,7 @@ fn panel_expressions() -> Vec<(String, String)> {
     found
 }
 
-/// The lines of the rules after `key:`, each with the alert that they belong to. A folded expression is
-/// joined.
+/// The values of `key:` in the alert rules, each with the name of its alert. Folded expressions are joined.
 fn rules(key: &str) -> Vec<(String, String)> {
     let text =
         fs::read_to_string(folder().join("prometheus/alerts.yml")).expect("there are alerts");
@@ -89,8 +88,8 @@ fn rules(key: &str) -> Vec<(String, String)> {
             let value = if is_folded { "" } else { value };
             found.push((alert.clone(), value.to_owned()));
         } else if is_folded && !line.starts_with("for:") && !line.starts_with("labels:") {
-            let (_, whole) = found.last_mut().expect("a folded value has begun");
-            *whole = format!("{whole} {line}");
+            let (_, expression) = found.last_mut().expect("a folded value follows its key");
+            *expression = format!("{expression} {line}");
         } else {
             is_folded = false;
         }
@@ -98,7 +97,7 @@ fn rules(key: &str) -> Vec<(String, String)> {
     found
 }
 
-/// The metrics that an expression names.
+/// Names of the metrics in an expression.
 fn metrics_in(expression: &str) -> BTreeSet<String> {
     let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let words = expression.split(|c| !is_part(c));
@@ -106,9 +105,9 @@ fn metrics_in(expression: &str) -> BTreeSet<String> {
     words.filter(is_metric).map(str::to_owned).collect()
 }
 
-/// Every series name that the program knows, by what it says itself.
-fn known(workplace: &Workplace) -> BTreeSet<String> {
-    let page = workplace.run(&["metrics"]).succeeded().out;
+/// Every series name that the program declares, from `agon metrics`.
+fn declared_series(sandbox: &Sandbox) -> BTreeSet<String> {
+    let page = sandbox.run(&["metrics"]).succeeded().stdout;
     let mut known = BTreeSet::new();
     for line in page.lines().filter(|line| line.starts_with("| `")) {
         let name = line.split('`').nth(1).expect("a row begins with a name");
@@ -122,29 +121,29 @@ fn known(workplace: &Workplace) -> BTreeSet<String> {
 
 #[test]
 fn every_metric_of_a_panel_or_an_alert_exists() {
-    let known = known(&Workplace::new());
+    let known = declared_series(&Sandbox::new());
     assert!(known.len() > 100, "{known:?}");
     let all = panel_expressions().into_iter().chain(rules("expr"));
     let mut seen = 0;
-    for (place, expression) in all {
+    for (location, expression) in all {
         let metrics = metrics_in(&expression);
         assert!(
             !metrics.is_empty() || expression.starts_with("up{"),
-            "{place}: {expression}"
+            "{location}: {expression}"
         );
         for metric in metrics {
             assert!(
                 known.contains(&metric),
-                "{place} names {metric}, which is not published"
+                "{location} uses {metric}, which is not declared"
             );
             seen += 1;
         }
     }
-    assert!(seen > 100, "only {seen} metrics are named");
+    assert!(seen > 100, "only {seen} metrics are used");
 }
 
 #[test]
-fn dashboards_are_whole() {
+fn dashboards_have_valid_layouts_and_descriptions() {
     let dashboards = dashboards();
     assert_eq!(dashboards.len(), 4);
     let mut uids = BTreeSet::new();
@@ -163,18 +162,25 @@ fn dashboards_are_whole() {
             dashboard["templating"]["list"][0]["type"], "datasource",
             "{file}"
         );
-        let (mut ids, mut taken) = (BTreeSet::new(), BTreeSet::new());
+        let (mut ids, mut occupied) = (BTreeSet::new(), BTreeSet::new());
         for panel in list(&dashboard["panels"]) {
             let title = &panel["title"];
             assert!(
                 ids.insert(panel["id"].as_u64()),
-                "{file}, {title}: its id is another's"
+                "{file}, {title}: duplicate id"
             );
-            let of = |key: &str| panel["gridPos"][key].as_u64().expect("a panel has a place");
+            let of = |key: &str| {
+                panel["gridPos"][key]
+                    .as_u64()
+                    .expect("a panel has a position")
+            };
             for x in of("x")..of("x") + of("w") {
-                assert!(x < 24, "{file}, {title} leaves the page");
+                assert!(x < 24, "{file}, {title} exceeds the grid");
                 for y in of("y")..of("y") + of("h") {
-                    assert!(taken.insert((x, y)), "{file}, {title} covers another panel");
+                    assert!(
+                        occupied.insert((x, y)),
+                        "{file}, {title} overlaps another panel"
+                    );
                 }
             }
             if panel["type"] != "row" {
@@ -189,7 +195,7 @@ fn dashboards_are_whole() {
                 );
                 assert!(
                     !list(&panel["targets"]).is_empty(),
-                    "{file}, {title} asks nothing"
+                    "{file}, {title} has no query"
                 );
             }
         }
@@ -197,7 +203,7 @@ fn dashboards_are_whole() {
 }
 
 #[test]
-fn every_alert_has_a_runbook_and_fires_when_it_is_provoked() {
+fn every_alert_has_a_runbook_and_tests() {
     let alerts: Vec<_> = rules("expr").into_iter().map(|(alert, _)| alert).collect();
     assert!(alerts.len() >= 8, "{alerts:?}");
     for key in ["summary", "runbook", "severity"] {
@@ -209,14 +215,14 @@ fn every_alert_has_a_runbook_and_fires_when_it_is_provoked() {
     for alert in &alerts {
         assert!(
             tests.contains(&format!("alertname: {alert}}}")),
-            "{alert} is never silent"
+            "no test of {alert} expects it to be inactive"
         );
         assert!(
             tests.contains(&format!("alertname=\"{alert}\"")),
-            "{alert} never fires"
+            "no test of {alert} expects it to fire"
         );
     }
-    let test = "every_alert_has_a_runbook_and_fires_when_it_is_provoked";
+    let test = "every_alert_has_a_runbook_and_tests";
     let Some(promtool) = tool(test, &["promtool"]) else {
         return;
     };
@@ -229,49 +235,49 @@ fn every_alert_has_a_runbook_and_fires_when_it_is_provoked() {
             .current_dir(folder().join("prometheus"))
             .output()
             .expect("promtool starts");
-        let words =
+        let text =
             String::from_utf8_lossy(&checked.stdout) + String::from_utf8_lossy(&checked.stderr);
-        assert!(checked.status.success(), "promtool {arguments:?}: {words}");
+        assert!(checked.status.success(), "promtool {arguments:?}: {text}");
     }
 }
 
-/// Whether a Prometheus answers questions: for a moment it listens and does not.
+/// Whether Prometheus is ready; it listens before it is.
 fn ready(port: u16) -> Option<()> {
     let mut client = TcpStream::connect(("127.0.0.1", port)).ok()?;
     let request = "GET /-/ready HTTP/1.1\r\nHost: prometheus\r\nConnection: close\r\n\r\n";
     client.write_all(request.as_bytes()).ok()?;
-    let mut answer = String::new();
-    client.read_to_string(&mut answer).ok()?;
-    answer.starts_with("HTTP/1.1 200").then_some(())
+    let mut response = String::new();
+    client.read_to_string(&mut response).ok()?;
+    response.starts_with("HTTP/1.1 200").then_some(())
 }
 
-/// A Prometheus, ended when the value goes.
+/// A Prometheus server; killed on drop.
 struct Prometheus {
     process: Child,
     base: String,
 }
 
 impl Prometheus {
-    /// One that is told by each of these addresses where to look, looks there every second, and at our
-    /// alerts.
-    fn start(program: &Path, workplace: &Workplace, leading: &[String]) -> Self {
+    /// Starts Prometheus with HTTP service discovery at these addresses, a scrape interval of one second and the alert
+    /// rules.
+    fn start(program: &Path, sandbox: &Sandbox, discovery: &[String]) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
         let port = port.expect("there is a free port").port();
-        let asked = |address| format!("{{url: http://{address}/targets, refresh_interval: 1s}}");
-        let leading: Vec<_> = leading.iter().map(asked).collect();
+        let endpoint = |address| format!("{{url: http://{address}/targets, refresh_interval: 1s}}");
+        let discovery: Vec<_> = discovery.iter().map(endpoint).collect();
         let config = format!(
             "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: [{:?}]\n\
              scrape_configs: [{{job_name: agon, http_sd_configs: [{}]}}]\n",
             folder().join("prometheus/alerts.yml"),
-            leading.join(", ")
+            discovery.join(", ")
         );
-        let config = workplace.write("prometheus.yml", config);
+        let config = sandbox.write("prometheus.yml", config);
         let base = format!("http://127.0.0.1:{port}");
         let process = Command::new(program)
             .arg(format!("--config.file={}", config.display()))
             .arg(format!(
                 "--storage.tsdb.path={}",
-                workplace.path("prometheus").display()
+                sandbox.path("prometheus").display()
             ))
             .arg(format!("--web.listen-address=127.0.0.1:{port}"))
             .stdin(Stdio::null())
@@ -283,17 +289,17 @@ impl Prometheus {
         Self { process, base }
     }
 
-    /// The series that an expression has now.
-    fn ask(&self, expression: &str) -> Vec<Value> {
+    /// Evaluates an instant query.
+    fn query(&self, expression: &str) -> Vec<Value> {
         let escape = |byte: u8| match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' => char::from(byte).to_string(),
             other => format!("%{other:02X}"),
         };
-        let query: String = expression.bytes().map(escape).collect();
+        let encoded: String = expression.bytes().map(escape).collect();
         let (status, answer) = http(
             &self.base,
             "GET",
-            &format!("/api/v1/query?query={query}"),
+            &format!("/api/v1/query?query={encoded}"),
             "",
         );
         assert_eq!(status, 200, "{expression}: {answer}");
@@ -303,37 +309,37 @@ impl Prometheus {
 
 impl Drop for Prometheus {
     fn drop(&mut self) {
-        // One that has ended already is as good.
+        // Errors mean that the process has exited already.
         self.process.kill().ok();
         self.process.wait().ok();
     }
 }
 
-/// Where a run says that it serves its metrics.
-fn metrics_address(running: &mut Running) -> String {
-    let [_, err] = running.files();
+/// Metrics address that a run logs.
+fn metrics_address(running: &mut RunningProcess) -> String {
+    let [_, stderr] = running.output_files();
     running.until("the address of the metrics", || {
-        let words = fs::read_to_string(&err).ok()?;
-        let (_, rest) = words.split_once("metrics=\"http://")?;
+        let text = fs::read_to_string(&stderr).ok()?;
+        let (_, rest) = text.split_once("metrics=\"http://")?;
         Some(rest.split_once("/metrics")?.0.to_owned())
     })
 }
 
 #[test]
-fn on_live_runs_every_panel_shows_something_and_no_alert_lacks_its_metric() {
-    let test = "on_live_runs_every_panel_shows_something";
+fn every_panel_and_alert_has_data_on_live_runs() {
+    let test = "every_panel_and_alert_has_data_on_live_runs";
     let Some(program) = tool(test, &["prometheus"]) else {
         return;
     };
-    let workplace = Workplace::new();
-    let bandit = workplace.path("bandit");
-    let mut bandit = workplace.start(&tiny_bandit(
+    let sandbox = Sandbox::new();
+    let bandit = sandbox.path("bandit");
+    let mut bandit = sandbox.start(&tiny_bandit(
         &bandit,
         &["learner.steps=1000000", "evaluation.eval_steps=50"],
     ));
-    let game = workplace.path("game");
-    let mut game = workplace.start(&tiny_playground(
-        &game,
+    let apo = sandbox.path("apo");
+    let mut apo = sandbox.start(&tiny_playground(
+        &apo,
         &[
             "learner.steps=1000000",
             "learner.max_staleness=2",
@@ -348,56 +354,56 @@ fn on_live_runs_every_panel_shows_something_and_no_alert_lacks_its_metric() {
             "preference.apo.max_ece=1",
         ],
     ));
-    let leading = [metrics_address(&mut bandit), metrics_address(&mut game)];
-    let prometheus = Prometheus::start(&program, &workplace, &leading);
+    let discovery = [metrics_address(&mut bandit), metrics_address(&mut apo)];
+    let prometheus = Prometheus::start(&program, &sandbox, &discovery);
     let expected = |expression: &str| {
         !MAY_BE_EMPTY
             .iter()
             .any(|(part, _)| expression.contains(part))
     };
-    for (place, expression) in panel_expressions() {
-        let asked = expression
+    for (location, expression) in panel_expressions() {
+        let query = expression
             .replace("$instance", ".*")
             .replace("$__rate_interval", "10s");
         if !expected(&expression) {
-            prometheus.ask(&asked);
+            prometheus.query(&query);
             continue;
         }
-        wait_until(&format!("{place}: {asked}"), || {
-            (!prometheus.ask(&asked).is_empty()).then_some(())
+        wait_until(&format!("{location}: {query}"), || {
+            (!prometheus.query(&query).is_empty()).then_some(())
         });
     }
     for (alert, expression) in rules("expr") {
-        prometheus.ask(&expression);
+        prometheus.query(&expression);
         for metric in metrics_in(&expression) {
             assert!(
-                !prometheus.ask(&metric).is_empty(),
-                "{alert} asks for {metric}"
+                !prometheus.query(&metric).is_empty(),
+                "{alert} uses {metric}, which has no data"
             );
         }
     }
-    let firing = prometheus.ask("ALERTS{alertstate=\"firing\", alertname!=\"AgonEceDrift\", alertname!=\"AgonDiskFilling\"}");
+    let firing = prometheus.query("ALERTS{alertstate=\"firing\", alertname!=\"AgonEceDrift\", alertname!=\"AgonDiskFilling\"}");
     assert!(firing.is_empty(), "{firing:?}");
-    for running in [bandit, game] {
+    for running in [bandit, apo] {
         running.terminate();
         running.wait().check(5, &[]).without_panic();
     }
 }
 
 #[test]
-fn of_a_run_of_many_processes_all_are_found_and_their_books_are_summed() {
-    let test = "of_a_run_of_many_processes_all_are_found";
+fn all_processes_of_a_cluster_are_discovered_and_their_counters_summed() {
+    let test = "all_processes_of_a_cluster_are_discovered_and_their_counters_summed";
     let Some(program) = tool(test, &["prometheus"]) else {
         return;
     };
     if !has_nats_server() {
         return;
     }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
     let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
-    let leading = port.expect("there is a free port").to_string();
-    let running = workplace.start(&tiny_bandit(
+    let address = port.expect("there is a free port").to_string();
+    let running = sandbox.start(&tiny_bandit(
         &run,
         &[
             "run.name=watched",
@@ -407,49 +413,49 @@ fn of_a_run_of_many_processes_all_are_found_and_their_books_are_summed() {
             "transport.lease_seconds=2",
             "topology.actors=2",
             "topology.preference=2",
-            &format!("telemetry.listen={leading}"),
+            &format!("telemetry.listen={address}"),
         ],
     ));
-    wait_until("a learner", || status_now(&workplace, &run));
-    let prometheus = Prometheus::start(&program, &workplace, &[leading]);
+    wait_until("a learner", || status_now(&sandbox, &run));
+    let prometheus = Prometheus::start(&program, &sandbox, &[address]);
     let value = |expression: &str| -> Option<f64> {
-        let found = prometheus.ask(expression);
+        let found = prometheus.query(expression);
         found.first()?["value"][1].as_str()?.parse().ok()
     };
-    let who = [
+    let processes = [
         "actor-0",
         "actor-1",
         "preference-0",
         "preference-1",
         "launcher",
     ];
-    for process in who {
+    for process in processes {
         wait_until(process, || {
             value(&format!(
                 "up{{run=\"watched\", process=\"{process}\"}} == 1"
             ))
         });
     }
-    // The learner is named by its machine.
+    // The learner is labelled with its host name.
     wait_until("six processes", || value("count(up == 1) == 6"));
-    for station in ["actor", "preference", "learner"] {
-        let given = format!("sum(agon_station_given_total{{station=\"{station}\"}}) > 100");
-        wait_until(&given, || value(&given));
+    for stage in ["actor", "preference", "learner"] {
+        let emitted = format!("sum(agon_stage_emitted_total{{stage=\"{stage}\"}}) > 100");
+        wait_until(&emitted, || value(&emitted));
     }
     for stream in ["prompts", "pairs", "labelled pairs", "dropped prompts"] {
         let fill = format!("agon_stream_fill{{stream=\"{stream}\"}} <= 1");
         wait_until(&fill, || value(&fill));
     }
-    // Who is started again is found again, and counted.
-    let now = status(&workplace, &run);
+    // A restarted process is discovered again and counted.
+    let now = status(&sandbox, &run);
     let (name, pid) = present(&now, "actor").remove(0);
     signal(pid, "KILL");
     wait_until("the restart", || {
         value("sum(agon_health_actor_restarts) == 1")
     });
     wait_until("the actor", || {
-        let again = present(&status_now(&workplace, &run)?, "actor");
-        again
+        let actors = present(&status_now(&sandbox, &run)?, "actor");
+        actors
             .iter()
             .any(|one| one.0 == name && one.1 != pid)
             .then_some(())

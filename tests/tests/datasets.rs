@@ -1,4 +1,4 @@
-//! Rows from files: several at once, in the forms of the field, with what is left out counted.
+//! Datasets: mixes of files, common file formats and conversation formats, and reports of omitted rows.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,12 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use house::{Ended, Workplace, config, shared};
 use serde_json::Value;
+use system_tests::{ProcessOutput, Sandbox, config, shared};
 
-/// `agon train` for a few steps on a small real model, with these prompts; every pair is written down.
-fn train(workplace: &Workplace, model: &Path, run: &Path, sets: &[String]) -> Ended {
-    let own = [
+/// Runs `agon train` for a few steps on a small model with these prompt settings; every pair is logged as a sample.
+fn train(sandbox: &Sandbox, model: &Path, run: &Path, sets: &[String]) -> ProcessOutput {
+    let base = [
         format!("model.path={model:?}"),
         "prompts.kind=dataset".into(),
         "actor.max_prompt_length=24".into(),
@@ -26,40 +26,40 @@ fn train(workplace: &Workplace, model: &Path, run: &Path, sets: &[String]) -> En
         "evaluation.eval_steps=0".into(),
         "telemetry.samples_per_step=16".into(),
     ];
-    let mut words = vec![
+    let mut arguments = vec![
         "train".to_owned(),
         config("default.toml").display().to_string(),
         "--run-dir".into(),
         run.display().to_string(),
     ];
-    for set in own.iter().chain(sets) {
-        words.extend(["--set".into(), set.clone()]);
+    for set in base.iter().chain(sets) {
+        arguments.extend(["--set".into(), set.clone()]);
     }
-    workplace.run(&words)
+    sandbox.run(&arguments)
 }
 
-/// How often each prompt was trained on, by its first word.
-fn asked(run: &Path) -> BTreeMap<String, usize> {
+/// Number of training pairs by the first word of their prompt.
+fn prompt_counts(run: &Path) -> BTreeMap<String, usize> {
     let text = fs::read_to_string(run.join("samples.jsonl")).expect("a run has samples");
-    let mut asked = BTreeMap::new();
+    let mut counts = BTreeMap::new();
     for line in text.lines() {
         let row: Value = serde_json::from_str(line).expect("a line is JSON");
         if row["purpose"] == "train" {
             let prompt = row["prompt"].as_str().expect("a prompt");
             let word = prompt.split_whitespace().next().unwrap_or_default();
-            *asked.entry(word.to_owned()).or_default() += 1;
+            *counts.entry(word.to_owned()).or_default() += 1;
         }
     }
-    asked
+    counts
 }
 
 #[test]
-fn files_are_mixed_by_weight_and_what_is_left_out_is_counted() {
-    let test = "files_are_mixed_by_weight";
+fn files_are_mixed_by_weight_and_omitted_rows_are_counted() {
+    let test = "files_are_mixed_by_weight_and_omitted_rows_are_counted";
     let Some(model) = shared(test, "data/models/stories260K") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let rows = |word: &str, count: usize| {
         (0..count).fold(String::new(), |mut rows, index| {
             writeln!(rows, "{{\"prompt\": \"{word} number {index} was\"}}").expect("a text");
@@ -67,11 +67,11 @@ fn files_are_mixed_by_weight_and_what_is_left_out_is_counted() {
         })
     };
     let long = "word ".repeat(60);
-    let many = workplace.write(
+    let many = sandbox.write(
         "many.jsonl",
         rows("Tom", 40) + &rows("Tom", 5) + &format!("{{\"prompt\": \"{long}\"}}\n"),
     );
-    let few = workplace.write("few.jsonl", rows("Lily", 12));
+    let few = sandbox.write("few.jsonl", rows("Lily", 12));
     let mix = format!("prompts.mix=[{{ path = {many:?}, weight = 3.0 }}, {{ path = {few:?} }}]");
     let sets = |more: &[&str]| {
         let more = more.iter().map(|set| (*set).to_owned());
@@ -80,37 +80,37 @@ fn files_are_mixed_by_weight_and_what_is_left_out_is_counted() {
             .chain(more)
             .collect::<Vec<_>>()
     };
-    let refused = train(&workplace, &model, &workplace.path("refused"), &sets(&[]));
-    refused
+    let rejected = train(&sandbox, &model, &sandbox.path("refused"), &sets(&[]));
+    rejected
         .check(3, &["many.jsonl, line 46", "too_long = \"drop\""])
         .without_panic();
 
-    let run = workplace.path("run");
+    let run = sandbox.path("run");
     let dropping = sets(&["prompts.too_long=drop", "prompts.min_length=3"]);
-    let said = train(&workplace, &model, &run, &dropping).succeeded().err;
+    let log = train(&sandbox, &model, &run, &dropping).succeeded().stderr;
     for part in [
         "prompts were left out",
         "kept=40",
         "duplicates=5",
         "too_long=1",
     ] {
-        assert!(said.contains(part), "no {part:?} in {said}");
+        assert!(log.contains(part), "no {part:?} in {log}");
     }
-    let asked = asked(&run);
-    let (tom, lily) = (asked["Tom"], asked["Lily"]);
-    assert_eq!(tom + lily, 96, "{asked:?}");
-    // Three to one: 72 and 24 of 96, with a deviation of 4.
-    assert!((12..=36).contains(&lily), "{asked:?}");
+    let counts = prompt_counts(&run);
+    let (tom, lily) = (counts["Tom"], counts["Lily"]);
+    assert_eq!(tom + lily, 96, "{counts:?}");
+    // Weights 3 : 1 give 72 and 24 of 96, with a standard deviation of 4.
+    assert!((12..=36).contains(&lily), "{counts:?}");
 }
 
 #[test]
-fn mixes_that_say_nothing_are_refused() {
-    let test = "mixes_that_say_nothing_are_refused";
+fn invalid_mixes_are_rejected() {
+    let test = "invalid_mixes_are_rejected";
     let Some(model) = shared(test, "data/models/stories260K") else {
         return;
     };
-    let workplace = Workplace::new();
-    let rows = workplace.write("rows.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \"b\"}\n");
+    let sandbox = Sandbox::new();
+    let rows = sandbox.write("rows.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \"b\"}\n");
     let cases = [
         (
             vec![format!("prompts.mix=[{{ path = {rows:?}, weight = 0.0 }}]")],
@@ -145,35 +145,35 @@ fn mixes_that_say_nothing_are_refused() {
         ),
     ];
     for (sets, code, says) in cases {
-        let run = workplace.path("run");
-        train(&workplace, &model, &run, &sets)
+        let run = sandbox.path("run");
+        train(&sandbox, &model, &run, &sets)
             .check(code, &[says])
             .without_panic();
     }
 }
 
-/// The folder of cases that people met, each with a README that says what is right.
+/// Folder of real-world cases, each with a README that states the expected behaviour.
 fn cases(test: &str) -> Option<PathBuf> {
     shared(test, "data/cases")
 }
 
-/// `agon COMMAND` with the cases' configuration of a model with a chat template.
-fn agon(workplace: &Workplace, cases: &Path, command: &[&str], sets: &[String]) -> Ended {
-    let mut words = vec![command[0].to_owned()];
-    words.push(cases.join("A02/prompts.toml").display().to_string());
-    words.extend(command[1..].iter().map(|word| (*word).to_owned()));
+/// Runs `agon COMMAND` with the configuration of a chat model from the cases.
+fn agon(sandbox: &Sandbox, cases: &Path, command: &[&str], sets: &[String]) -> ProcessOutput {
+    let mut arguments = vec![command[0].to_owned()];
+    arguments.push(cases.join("A02/prompts.toml").display().to_string());
+    arguments.extend(command[1..].iter().map(|argument| (*argument).to_owned()));
     let model = format!("model.path={:?}", cases.join("A02/chat-bos"));
     for set in std::iter::once(&model).chain(sets) {
-        words.extend(["--set".into(), set.clone()]);
+        arguments.extend(["--set".into(), set.clone()]);
     }
-    workplace.run(&words)
+    sandbox.run(&arguments)
 }
 
-/// The prompts of a run of one step on these rows.
-fn prompts_of(workplace: &Workplace, cases: &Path, run: &str, sets: &[String]) -> BTreeSet<String> {
+/// Prompts of a one-step run with these settings.
+fn prompts_of(sandbox: &Sandbox, cases: &Path, run: &str, sets: &[String]) -> BTreeSet<String> {
     let command = ["train", "--run-dir", run];
-    agon(workplace, cases, &command, sets).succeeded();
-    let text = fs::read_to_string(workplace.path(run).join("samples.jsonl")).expect("samples");
+    agon(sandbox, cases, &command, sets).succeeded();
+    let text = fs::read_to_string(sandbox.path(run).join("samples.jsonl")).expect("samples");
     let prompt = |line: &str| {
         let row: Value = serde_json::from_str(line).expect("a line is JSON");
         row["prompt"].as_str().expect("a prompt").to_owned()
@@ -181,77 +181,74 @@ fn prompts_of(workplace: &Workplace, cases: &Path, run: &str, sets: &[String]) -
     text.lines().map(prompt).collect()
 }
 
-/// The loss of one step of fine-tuning on these rows.
-fn loss_of(workplace: &Workplace, cases: &Path, rows: &str) -> f64 {
-    let output = workplace
-        .path(&rows.replace('/', "-"))
-        .display()
-        .to_string();
+/// Loss of one step of supervised fine-tuning on these rows.
+fn loss_of(sandbox: &Sandbox, cases: &Path, rows: &str) -> f64 {
+    let output = sandbox.path(&rows.replace('/', "-")).display().to_string();
     let sets = [
         format!("sft.path={:?}", cases.join(rows)),
         "sft.steps=1".into(),
         "sft.train_batch_size=8".into(),
     ];
-    let said = agon(workplace, cases, &["sft", "--output", &output], &sets)
+    let log = agon(sandbox, cases, &["sft", "--output", &output], &sets)
         .succeeded()
-        .err;
-    let (_, loss) = said.rsplit_once("loss=").expect("a loss is logged");
+        .stderr;
+    let (_, loss) = log.rsplit_once("loss=").expect("a loss is logged");
     let number = loss.split_whitespace().next().expect("a number");
     number
         .parse()
-        .unwrap_or_else(|e| panic!("{e}: {number:?} in {said}"))
+        .unwrap_or_else(|e| panic!("{e}: {number:?} in {log}"))
 }
 
 #[test]
-fn dialogues_beside_a_text_prompt_are_the_prompt() {
-    let Some(cases) = cases("dialogues_beside_a_text_prompt_are_the_prompt") else {
+fn message_columns_take_precedence_over_a_text_prompt() {
+    let Some(cases) = cases("message_columns_take_precedence_over_a_text_prompt") else {
         return;
     };
-    let workplace = Workplace::new();
-    // As trl.data_utils.maybe_extract_prompt makes of the one what the other is: 3.98036. Bare text: 4.07527.
-    let messages = loss_of(&workplace, &cases, "A02/sft-uf-asmsgs.jsonl");
+    let sandbox = Sandbox::new();
+    // trl.data_utils.maybe_extract_prompt converts one form to the other: loss 3.98036. Plain text: 4.07527.
+    let messages = loss_of(&sandbox, &cases, "A02/sft-uf-asmsgs.jsonl");
     assert!((messages - 3.98036).abs() < 2e-3, "{messages}");
-    let dialogues = loss_of(&workplace, &cases, "A02/sft-uf.jsonl");
+    let dialogues = loss_of(&sandbox, &cases, "A02/sft-uf.jsonl");
     assert!(
         (dialogues - messages).abs() < 1e-6,
         "{dialogues} and {messages}"
     );
-    let text = loss_of(&workplace, &cases, "A02/sft-uf-astext.jsonl");
+    let text = loss_of(&sandbox, &cases, "A02/sft-uf-astext.jsonl");
     assert!((text - messages).abs() > 0.05, "{text} and {messages}");
 }
 
 #[test]
-fn what_is_odd_about_rows_is_said() {
-    let Some(cases) = cases("what_is_odd_about_rows_is_said") else {
+fn irregular_rows_are_reported() {
+    let Some(cases) = cases("irregular_rows_are_reported") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let rows = [
         r#"{"prompt": "Once", "completion": " upon"}"#,
         r#"{"prompt": "Once", "completion": " "}"#,
         r#"{"prompt": "Who?", "system": "Be brief.", "completion": "Lily"}"#,
     ];
-    fs::create_dir(workplace.path("rows")).expect("a folder");
-    workplace.write("rows/a.jsonl", rows.join("\n"));
-    workplace.write("rows/b.csv", "prompt\nOnce\n");
-    workplace.write("empty.jsonl", rows[1]);
+    fs::create_dir(sandbox.path("rows")).expect("a folder");
+    sandbox.write("rows/a.jsonl", rows.join("\n"));
+    sandbox.write("rows/b.csv", "prompt\nOnce\n");
+    sandbox.write("empty.jsonl", rows[1]);
     let tune = |rows: &str| {
         let sets = [
-            format!("sft.path={:?}", workplace.path(rows)),
+            format!("sft.path={:?}", sandbox.path(rows)),
             "sft.steps=1".into(),
             "sft.train_batch_size=2".into(),
         ];
-        let output = workplace.path(&format!("tuned-{rows}"));
+        let output = sandbox.path(&format!("tuned-{rows}"));
         let command = ["sft", "--output", &output.display().to_string()];
-        agon(&workplace, &cases, &command, &sets)
+        agon(&sandbox, &cases, &command, &sets)
     };
-    let said = tune("rows").err;
+    let log = tune("rows").stderr;
     for part in [
         "examples were left out: their answers are empty",
         "2 rows are text, the first at line 1, and 1 are dialogues, the first at line 3",
-        "passed_over=\"b.csv\"",
+        "skipped=\"b.csv\"",
     ] {
-        assert!(said.contains(part), "no {part:?} in {said}");
+        assert!(log.contains(part), "no {part:?} in {log}");
     }
     tune("empty.jsonl").check(
         3,
@@ -260,11 +257,11 @@ fn what_is_odd_about_rows_is_said() {
 }
 
 #[test]
-fn no_answer_stands_in_a_prompt() {
-    let Some(cases) = cases("no_answer_stands_in_a_prompt") else {
+fn prompts_do_not_contain_the_answer() {
+    let Some(cases) = cases("prompts_do_not_contain_the_answer") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let runs = [
         ("A08/msgs.jsonl", "messages"),
         ("A08/msgs.jsonl", "prompt"),
@@ -278,7 +275,7 @@ fn no_answer_stands_in_a_prompt() {
             format!("prompts.path={:?}", cases.join(rows)),
             format!("prompts.prompt_column={column}"),
         ];
-        let prompts = prompts_of(&workplace, &cases, &format!("run-{index}"), &sets);
+        let prompts = prompts_of(&sandbox, &cases, &format!("run-{index}"), &sets);
         for prompt in prompts {
             assert!(
                 prompt.starts_with("[user] hi ") && prompt.ends_with("\n[assistant]"),
@@ -290,11 +287,11 @@ fn no_answer_stands_in_a_prompt() {
 }
 
 #[test]
-fn pairs_that_teach_nothing_are_refused_or_counted() {
-    let Some(cases) = cases("pairs_that_teach_nothing_are_refused_or_counted") else {
+fn uninformative_pairs_are_rejected_or_counted() {
+    let Some(cases) = cases("uninformative_pairs_are_rejected_or_counted") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let fit = |rows: &str, run: &str| {
         let sets = [
             "preference.fit.pairs.kind=dataset".into(),
@@ -302,7 +299,7 @@ fn pairs_that_teach_nothing_are_refused_or_counted() {
             "preference.fit.train_batch_size=8".into(),
         ];
         agon(
-            &workplace,
+            &sandbox,
             &cases,
             &["fit-preference", "--run-dir", run],
             &sets,
@@ -325,39 +322,49 @@ fn pairs_that_teach_nothing_are_refused_or_counted() {
         fit(rows, "refused").check(3, &[says]).without_panic();
     }
 
-    let said = fit("A27/pf-same.jsonl", "same").succeeded();
+    let fitted = fit("A27/pf-same.jsonl", "same").succeeded();
     assert!(
-        said.out.contains("left out: 20 with two equal responses"),
+        fitted
+            .stdout
+            .contains("left out: 20 with two equal responses"),
         "{}",
-        said.out
+        fitted.stdout
     );
-    // Ten prompts, four times each: the pairs of one of them are held out, all four.
-    let said = fit("A27/pf-dup.jsonl", "dup").succeeded();
-    assert!(said.out.contains("Fitted to 36 pairs"), "{}", said.out);
+    // Ten prompts, four times each: all four pairs of one prompt are held out.
+    let fitted = fit("A27/pf-dup.jsonl", "dup").succeeded();
     assert!(
-        said.out.contains("27 repeat an earlier one"),
+        fitted.stdout.contains("Trained on 36 pairs"),
         "{}",
-        said.out
+        fitted.stdout
     );
-    assert!(said.out.contains("| on 4 held-out pairs"), "{}", said.out);
+    assert!(
+        fitted.stdout.contains("27 repeat an earlier one"),
+        "{}",
+        fitted.stdout
+    );
+    assert!(
+        fitted.stdout.contains("| on 4 held-out pairs"),
+        "{}",
+        fitted.stdout
+    );
 
-    // As examples they are read by the same reader, in less time.
+    // The same reader loads them as fine-tuning examples, in less time.
     for rows in [
         "A28/pf-sharegpt-tool.jsonl",
         "A28/pf-orca.jsonl",
         "A28/pf-alpaca.jsonl",
         "A02/pf-uf.parquet",
     ] {
-        assert!(loss_of(&workplace, &cases, rows).is_finite());
+        assert!(loss_of(&sandbox, &cases, rows).is_finite());
     }
 }
 
 #[test]
-fn files_are_read_as_people_have_them() {
-    let Some(cases) = cases("files_are_read_as_people_have_them") else {
+fn common_file_formats_are_read() {
+    let Some(cases) = cases("common_file_formats_are_read") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let path = |rows: &str| [format!("prompts.path={:?}", cases.join(rows))];
     let read = [
         "A19/bom.json",
@@ -369,7 +376,7 @@ fn files_are_read_as_people_have_them() {
         "A31/pqdir/train-*.parquet",
     ];
     for (index, rows) in read.into_iter().enumerate() {
-        let prompts = prompts_of(&workplace, &cases, &format!("run-{index}"), &path(rows));
+        let prompts = prompts_of(&sandbox, &cases, &format!("run-{index}"), &path(rows));
         assert!(!prompts.is_empty(), "{rows}");
     }
     for (rows, says) in [
@@ -383,12 +390,12 @@ fn files_are_read_as_people_have_them() {
         ),
         (
             "A30/enc-brotli.parquet",
-            "compressed by brotli, which is not built in: write it with",
+            "compressed with brotli, which is not supported: write it with",
         ),
         ("A31/*.parquet", "no file matches the glob"),
     ] {
         agon(
-            &workplace,
+            &sandbox,
             &cases,
             &["train", "--run-dir", "refused"],
             &path(rows),
@@ -398,7 +405,7 @@ fn files_are_read_as_people_have_them() {
     }
     let model = cases.join("A02/chat-bos").display().to_string();
     let ids = cases.join("A19/ids-bom.jsonl").display().to_string();
-    workplace
+    sandbox
         .run(&["score", "--model", &model, "--input", &ids])
         .succeeded();
 }

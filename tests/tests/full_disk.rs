@@ -1,4 +1,4 @@
-//! A disk that is full while a checkpoint is written costs that checkpoint and no other.
+//! A full disk during a save loses only the checkpoint that is being written.
 
 use std::{
     collections::BTreeMap,
@@ -7,16 +7,16 @@ use std::{
     process::Command,
 };
 
-use house::{Workplace, agon_binary, report, tiny_playground};
+use system_tests::{Sandbox, agon_binary, report, tiny_playground};
 
-/// Files may not grow beyond so many kibibytes: room for metrics and words, none for the weights.
+/// Maximum file size in KiB: enough for metrics and logs, too small for the weights.
 const LIMIT_KIB: u32 = 48;
 
-/// Every file under `folder` and what it holds.
+/// Path and content of every file under `folder`.
 fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display())) {
-        let path = entry.expect("an entry of a folder").path();
+        let path = entry.expect("a directory entry").path();
         if path.is_dir() {
             found.extend(contents(&path));
         } else {
@@ -27,8 +27,8 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// `agon` with these arguments under a limit on the size of files. The signal that comes with the
-/// limit is ignored, so that writing fails as it does on a full disk: with an error.
+/// An `agon` command with a limit on file sizes. SIGXFSZ is ignored, so that writes fail with an error as on a full
+/// disk.
 fn limited(arguments: &[String]) -> Command {
     let mut command = Command::new("bash");
     let script = format!("ulimit -f {LIMIT_KIB}; trap '' XFSZ; exec \"$0\" \"$@\"");
@@ -41,10 +41,10 @@ fn limited(arguments: &[String]) -> Command {
 }
 
 #[test]
-fn a_checkpoint_that_does_not_fit_leaves_the_old_one_as_it_was() {
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
-    workplace
+fn a_failed_save_leaves_earlier_checkpoints_unchanged() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
+    sandbox
         .run(&tiny_playground(&run, &["learner.steps=2"]))
         .succeeded();
     let checkpoints = run.join("checkpoints");
@@ -60,30 +60,24 @@ fn a_checkpoint_that_does_not_fit_leaves_the_old_one_as_it_was() {
 
     let mut more = tiny_playground(&run, &["learner.steps=6", "learner.save_steps=2"]);
     more.push("--resume".into());
-    let ended = workplace
-        .start_command(limited(&more))
-        .wait()
-        .without_panic();
+    let output = sandbox.start_command(limited(&more)).wait().without_panic();
     let says = [
         "checkpoint",
         "step_4",
         "model.safetensors",
         "earlier checkpoints are untouched",
     ];
-    ended.check(1, &says);
-    // Byte for byte, and nothing unfinished beside it.
-    assert!(
-        before == contents(&checkpoints),
-        "the folder of checkpoints changed"
-    );
+    output.check(1, &says);
+    // Unchanged byte for byte, without unfinished files.
+    assert!(before == contents(&checkpoints), "the checkpoints changed");
     let names: Vec<_> = fs::read_dir(&checkpoints)
-        .expect("it was read above")
-        .map(|entry| entry.expect("an entry of a folder").file_name())
+        .expect("the folder exists")
+        .map(|entry| entry.expect("a directory entry").file_name())
         .filter(|name| !name.to_string_lossy().starts_with("step_"))
         .collect();
     assert!(names.is_empty(), "left behind: {names:?}");
 
-    workplace.run(&more).succeeded();
+    sandbox.run(&more).succeeded();
     assert_eq!(report(&run)["steps"], 6);
     assert!(checkpoints.join("step_6/model.safetensors").exists());
 }

@@ -1,11 +1,11 @@
-//! What metrics say on runs whose numbers are known exactly.
+//! Metrics on runs whose values are known exactly.
 
 use std::path::{Path, PathBuf};
 
-use house::{Workplace, metrics, number, report, steps, tiny_bandit, tiny_playground};
 use serde_json::Value;
+use system_tests::{Sandbox, metrics, number, report, steps, tiny_bandit, tiny_playground};
 
-/// An arm that beats the two others, so that the policy moves far from its reference.
+/// One arm beats the two others, so that the policy moves far from its reference.
 const ONE_SIDED: [&str; 5] = [
     "preference.judge.matrix=[[0.5, 0.9, 0.9], [0.1, 0.5, 0.5], [0.1, 0.5, 0.5]]",
     "learner.objective.tau=0.2",
@@ -15,86 +15,86 @@ const ONE_SIDED: [&str; 5] = [
 ];
 const REFERENCE: [f64; 3] = [0.5, 0.3, 0.2];
 
-/// The run's final policy, from its report.
+/// Final policy of a run, from its report.
 fn policy(report: &Value) -> [f64; 3] {
     [0, 1, 2].map(|arm| number(report, &format!("/policy/{arm}")))
 }
 
-/// E[log π/ref] over arms drawn from `law`: the KL where that is π.
-fn expected_log_ratio(law: [f64; 3], policy: [f64; 3]) -> f64 {
-    let arms = law.iter().zip(policy.iter().zip(REFERENCE));
+/// E[log π/ref] over arms drawn from `distribution`; the KL divergence if that is π.
+fn expected_log_ratio(distribution: [f64; 3], policy: [f64; 3]) -> f64 {
+    let arms = distribution.iter().zip(policy.iter().zip(REFERENCE));
     arms.map(|(q, (p, r))| q * (p / r).ln()).sum()
 }
 
-/// `policy` at this temperature.
+/// `policy` sampled at this temperature.
 fn tempered(policy: [f64; 3], temperature: f64) -> [f64; 3] {
     let weights = policy.map(|p| p.powf(1.0 / temperature));
     let total: f64 = weights.iter().sum();
     weights.map(|weight| weight / total)
 }
 
-/// A number wherever a run has it, in order.
+/// All values of a metric of a run, in order.
 fn values(run: &Path, name: &str) -> Vec<f64> {
     let rows = metrics(run);
     rows.iter().filter_map(|row| row[name].as_f64()).collect()
 }
 
-fn run(workplace: &Workplace, name: &str, sets: &[&str]) -> (PathBuf, Value) {
-    let run = workplace.path(name);
+fn run(sandbox: &Sandbox, name: &str, sets: &[&str]) -> (PathBuf, Value) {
+    let run = sandbox.path(name);
     let sets = [&ONE_SIDED[..], sets].concat();
-    workplace.run(&tiny_bandit(&run, &sets)).succeeded();
+    sandbox.run(&tiny_bandit(&run, &sets)).succeeded();
     let report = report(&run);
     (run, report)
 }
 
 #[test]
-fn the_kl_of_an_evaluation_is_the_policys_at_any_temperature() {
-    let workplace = Workplace::new();
+fn the_kl_of_an_evaluation_is_independent_of_the_sampling_temperature() {
+    let sandbox = Sandbox::new();
     for temperature in [0.5, 2.0] {
         let set = format!("actor.temperature={temperature}");
-        let (run, report) = run(&workplace, &format!("t{temperature}"), &[&set]);
+        let (run, report) = run(&sandbox, &format!("t{temperature}"), &[&set]);
         let policy = policy(&report);
         let exact = expected_log_ratio(policy, policy);
         let biased = expected_log_ratio(tempered(policy, temperature), policy);
         assert!((biased - exact).abs() > 0.1, "{policy:?}: {biased} {exact}");
-        let found = *values(&run, "eval/kl").last().expect("an evaluation");
-        // The deviation of 512 samples' mean is about .03.
-        assert!((found - exact).abs() < 0.08, "{found} for {exact}");
+        let actual = *values(&run, "eval/kl").last().expect("an evaluation");
+        // The standard error of the mean of 512 samples is about .03.
+        assert!((actual - exact).abs() < 0.08, "{actual} for {exact}");
         assert!(
             values(&run, "objective/kl").is_empty(),
-            "not samples of the policy"
+            "the samples are not from the policy"
         );
     }
 }
 
 #[test]
-fn the_kl_of_training_counts_identical_pairs() {
-    let workplace = Workplace::new();
-    let (run, report) = run(&workplace, "on-policy", &[]);
+fn the_kl_of_training_includes_identical_pairs() {
+    let sandbox = Sandbox::new();
+    let (run, report) = run(&sandbox, "on-policy", &[]);
     let policy = policy(&report);
     let exact = expected_log_ratio(policy, policy);
     let last = |name: &str| {
         let all = values(&run, name);
-        assert_eq!(all.len(), 200, "{name} is there at every step");
+        assert_eq!(all.len(), 200, "{name} is logged at every step");
         all[150..].iter().sum::<f64>() / 50.0
     };
-    let found = last("objective/kl");
-    assert!((found - exact).abs() < 0.03, "{found} for {exact}");
-    // Pairs of two different arms alone say something else.
+    let actual = last("objective/kl");
+    assert!((actual - exact).abs() < 0.03, "{actual} for {exact}");
+    // The log-ratio of pairs with two different arms is biased.
     let of_pairs = last("objective/log_ratio");
     assert!((of_pairs - exact).abs() > 0.2, "{of_pairs} for {exact}");
 }
 
 #[test]
-fn every_step_says_how_far_actors_and_learner_are_apart_and_what_the_judge_scores() {
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
+fn every_step_logs_the_actor_learner_mismatch_and_the_judge_scores() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
     let sets = [
         "learner.max_staleness=1",
         "preference.judge.kind=rule",
         "preference.judge.rules=[{ kind = \"length\", min = 40, max = 60, weight = 1.0 }]",
     ];
-    workplace.run(&tiny_playground(&run, &sets)).succeeded();
+    sandbox.run(&tiny_playground(&run, &sets)).succeeded();
     let steps = steps(&run);
     assert_eq!(steps.len(), 12);
     for row in &steps {
@@ -111,7 +111,7 @@ fn every_step_says_how_far_actors_and_learner_are_apart_and_what_the_judge_score
         ] {
             assert!(row[name].is_number(), "{name} in {row}");
         }
-        // Words that are missing to forty.
+        // The score is the number of words short of forty, negated.
         assert!(
             row["objective/scores"].as_f64().is_some_and(|s| s < 0.0),
             "{row}"
@@ -122,10 +122,10 @@ fn every_step_says_how_far_actors_and_learner_are_apart_and_what_the_judge_score
                 .is_some_and(|d| d < 1e-5),
             "{row}"
         );
-        // Samples of the mixture.
+        // Not estimated: the samples are from the mixture.
         assert!(row["objective/kl"].is_null(), "{row}");
     }
-    // The policy is its reference at the first step.
+    // The policy equals its reference at the first step.
     assert_eq!(steps[0]["objective/log_ratio"], 0.0);
     assert_eq!(steps[0]["rewards/margins"], 0.0);
 }

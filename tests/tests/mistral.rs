@@ -1,18 +1,18 @@
-//! mistral.rs from the outside, in a build that has it: the same completions as Agon's own sampler writes, a
-//! judge, runs whose actor it is, golden answers, and what is refused.
+//! The program built with mistral.rs: completions equal to those of Agon's own sampler, judging, runs with a mistral.rs
+//! actor, golden answers, and load errors.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-use house::{Running, Workplace, column, config, http, report, shared, steps};
 use serde_json::{Value, json};
+use system_tests::{RunningProcess, Sandbox, column, config, http, report, shared, steps};
 
-/// Log-probabilities of the two engines differ by rounding alone, a token.
-const CLOSE: f64 = 1e-3;
+/// Tolerance per token of the log-probabilities of the two engines.
+const TOLERANCE: f64 = 1e-3;
 
-/// A prompt, and its tokens in the vocabulary of the stories.
+/// A prompt, and its tokens in the vocabulary of the story model.
 const TOM: &str = "Tom and his dog";
 const TOM_IDS: [u32; 7] = [1, 274, 287, 269, 345, 400, 428];
 
@@ -20,14 +20,14 @@ fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// A copy of a small writer of stories, with a template for chats.
-fn stories(test: &str, workplace: &Workplace) -> Option<PathBuf> {
-    let folder = workplace.copy_of(&shared(test, "data/models/stories260K")?, "stories");
+/// A copy of the story model with a chat template.
+fn stories(test: &str, sandbox: &Sandbox) -> Option<PathBuf> {
+    let folder = sandbox.copy_of(&shared(test, "data/models/stories260K")?, "stories");
     let path = folder.join("tokenizer_config.json");
     let mut tokenizer = read(&path);
     tokenizer["chat_template"] =
         "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}".into();
-    fs::write(&path, tokenizer.to_string()).expect("it was copied");
+    fs::write(&path, tokenizer.to_string()).expect("the file was copied");
     Some(folder)
 }
 
@@ -36,27 +36,28 @@ fn read(path: &Path) -> Value {
     serde_json::from_slice(&content).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// The model of `folder`, less sure of itself: its last norm is scaled.
-fn unsure(workplace: &Workplace, folder: &Path) -> PathBuf {
-    let other = workplace.copy_of(folder, "unsure");
+/// A copy of the model in `folder` with flatter distributions: its final norm is scaled by 0.8.
+fn flattened(sandbox: &Sandbox, folder: &Path) -> PathBuf {
+    let other = sandbox.copy_of(folder, "flattened");
     let path = other.join("model.safetensors");
-    let mut bytes = fs::read(&path).expect("it was copied");
+    let mut bytes = fs::read(&path).expect("the file was copied");
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
     let header: Value = serde_json::from_slice(&bytes[8..8 + length]).expect("a header");
     let norm = &header["model.norm.weight"];
     assert_eq!(norm["dtype"], "F32");
-    let place = |i: usize| 8 + length + norm["data_offsets"][i].as_u64().expect("a place") as usize;
-    for number in bytes[place(0)..place(1)].chunks_exact_mut(4) {
-        let value = f32::from_le_bytes(number.try_into().expect("four bytes"));
-        number.copy_from_slice(&(value * 0.8).to_le_bytes());
+    let offset =
+        |i: usize| 8 + length + norm["data_offsets"][i].as_u64().expect("an offset") as usize;
+    for bytes in bytes[offset(0)..offset(1)].chunks_exact_mut(4) {
+        let value = f32::from_le_bytes((&*bytes).try_into().expect("four bytes"));
+        bytes.copy_from_slice(&(value * 0.8).to_le_bytes());
     }
-    fs::write(&path, bytes).expect("it was copied");
+    fs::write(&path, bytes).expect("the file was copied");
     other
 }
 
-/// What `agon generate` says with this engine, a completion each.
-fn generated(
-    workplace: &Workplace,
+/// Runs `agon generate` with this engine and returns one line per completion.
+fn generate(
+    sandbox: &Sandbox,
     engine: &str,
     model: &Path,
     reference: &Path,
@@ -86,7 +87,7 @@ fn generated(
         ],
         more,
     ];
-    workplace
+    sandbox
         .run(&call.concat())
         .succeeded()
         .without_panic()
@@ -103,20 +104,20 @@ fn floats(value: &Value) -> Vec<f64> {
     serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("{e}: {value}"))
 }
 
-/// That two sums over a completion's tokens differ by rounding alone.
+/// Asserts that two sums over the tokens of a completion differ by rounding only.
 #[track_caller]
-fn close(line: &Value, a: f64, b: f64) {
+fn assert_close(line: &Value, a: f64, b: f64) {
     let tokens = line["ids"].as_array().expect("ids").len() as f64;
-    assert!((a - b).abs() < CLOSE * tokens, "{a} is not {b}: {line}");
+    assert!((a - b).abs() < TOLERANCE * tokens, "{a} is not {b}: {line}");
 }
 
 #[test]
-fn a_seed_writes_what_it_writes_with_agons_own_sampler() {
-    let workplace = Workplace::new();
-    let Some(model) = stories("mistral_generate", &workplace) else {
+fn completions_equal_those_of_the_own_sampler() {
+    let sandbox = Sandbox::new();
+    let Some(model) = stories("mistral_generate", &sandbox) else {
         return;
     };
-    let reference = unsure(&workplace, &model);
+    let reference = flattened(&sandbox, &model);
     let truncated = ["--top-k", "20", "--top-p", "0.9", "--temperature", "0.8"];
     let greedy = ["--top-k", "1"];
     for more in [
@@ -126,27 +127,27 @@ fn a_seed_writes_what_it_writes_with_agons_own_sampler() {
         &[&["--mixture-coef", "0.3"][..], &truncated].concat(),
         &[&["--mixture-coef", "0.125"][..], &greedy].concat(),
     ] {
-        let of = |engine| generated(&workplace, engine, &model, &reference, more);
-        let (own, found) = (of("own"), of("mistral"));
-        assert_eq!(own.len(), found.len());
-        for (own, found) in own.iter().zip(&found) {
+        let of = |engine| generate(&sandbox, engine, &model, &reference, more);
+        let (own, actual) = (of("own"), of("mistral"));
+        assert_eq!(own.len(), actual.len());
+        for (own, actual) in own.iter().zip(&actual) {
             for key in ["prompt", "completion", "ids", "finish"] {
-                assert_eq!(own[key], found[key], "{key} with {more:?}");
+                assert_eq!(own[key], actual[key], "{key} with {more:?}");
             }
             for key in ["logp", "ref_logp", "behaviour_logp"] {
-                close(found, sum(found, key), sum(own, key));
+                assert_close(actual, sum(actual, key), sum(own, key));
             }
-            let tokens = floats(&found["logprobs"]).into_iter();
+            let tokens = floats(&actual["logprobs"]).into_iter();
             for (a, b) in tokens.zip(floats(&own["logprobs"])) {
-                assert!((a - b).abs() < CLOSE, "{a} is not {b} with {more:?}");
+                assert!((a - b).abs() < TOLERANCE, "{a} is not {b} with {more:?}");
             }
         }
     }
 }
 
 #[test]
-fn other_architectures_write_the_same() {
-    let workplace = Workplace::new();
+fn every_architecture_samples_the_same_completions() {
+    let sandbox = Sandbox::new();
     for name in [
         "random-llama3",
         "random-mistral",
@@ -156,57 +157,61 @@ fn other_architectures_write_the_same() {
         let Some(model) = shared("mistral_architectures", &format!("data/models/{name}")) else {
             return;
         };
-        let of = |engine| generated(&workplace, engine, &model, &model, &[]);
-        for (own, found) in of("own").iter().zip(&of("mistral")) {
-            assert_eq!(own["ids"], found["ids"], "{name}");
-            close(found, sum(found, "logp"), sum(own, "logp"));
+        let of = |engine| generate(&sandbox, engine, &model, &model, &[]);
+        for (own, actual) in of("own").iter().zip(&of("mistral")) {
+            assert_eq!(own["ids"], actual["ids"], "{name}");
+            assert_close(actual, sum(actual, "logp"), sum(own, "logp"));
         }
     }
 }
 
 #[test]
-fn the_ends_of_the_mixture_are_the_policy_and_the_reference() {
-    let workplace = Workplace::new();
-    let Some(model) = stories("mistral_ends", &workplace) else {
+fn mixture_endpoints_equal_policy_and_reference() {
+    let sandbox = Sandbox::new();
+    let Some(model) = stories("mistral_ends", &sandbox) else {
         return;
     };
-    let reference = unsure(&workplace, &model);
-    for (mixture, behaves_as) in [("0", "logp"), ("1", "ref_logp")] {
+    let reference = flattened(&sandbox, &model);
+    for (mixture, distribution) in [("0", "logp"), ("1", "ref_logp")] {
         let more = ["--mixture-coef", mixture];
-        let found = generated(&workplace, "mistral", &model, &reference, &more);
-        let mut apart = 0.0f64;
-        for line in &found {
-            let (behaviour, expected) = (sum(line, "behaviour_logp"), sum(line, behaves_as));
+        let actual = generate(&sandbox, "mistral", &model, &reference, &more);
+        let mut difference = 0.0f64;
+        for line in &actual {
+            let (behaviour, expected) = (sum(line, "behaviour_logp"), sum(line, distribution));
             assert!((behaviour - expected).abs() < 1e-4, "{line}");
-            apart = apart.max((sum(line, "logp") - sum(line, "ref_logp")).abs());
+            difference = difference.max((sum(line, "logp") - sum(line, "ref_logp")).abs());
         }
-        assert!(apart > 0.1, "policy and reference are the same");
-        // What was recorded is what the uncached models say of the same tokens.
-        let found = found.iter().filter(|line| line["prompt"] == TOM);
-        let found: Vec<&Value> = found.collect();
-        assert_eq!(found.len(), 3);
-        let rows: String = found.iter().map(|line| row(line)).collect();
-        let file = text(&workplace.write("rows.jsonl", rows));
+        assert!(difference > 0.1, "policy and reference are the same");
+        // The recorded log-probabilities equal those of the models without a KV cache.
+        let actual = actual.iter().filter(|line| line["prompt"] == TOM);
+        let actual: Vec<&Value> = actual.collect();
+        assert_eq!(actual.len(), 3);
+        let rows: String = actual.iter().map(|line| row(line)).collect();
+        let file = text(&sandbox.write("rows.jsonl", rows));
         for (folder, key) in [(&model, "logp"), (&reference, "ref_logp")] {
             let call = ["score", "--model", &text(folder), "--input", &file];
-            let scores = workplace.run(&call).succeeded().json_lines();
-            for (line, score) in found.iter().zip(&scores) {
+            let scores = sandbox.run(&call).succeeded().json_lines();
+            for (line, score) in actual.iter().zip(&scores) {
                 let logprobs = floats(&score["logprobs"]);
                 let of_completion: f64 = logprobs[TOM_IDS.len() - 1..].iter().sum();
-                close(line, of_completion, sum(line, key));
+                assert_close(line, of_completion, sum(line, key));
             }
         }
     }
 }
 
-/// The prompt of a line and what was written, as a row of tokens for `agon score`.
+/// Prompt and completion of a line as a row of token ids for `agon score`.
 fn row(line: &Value) -> String {
-    let written = line["ids"].as_array().expect("ids").iter().cloned();
-    let ids: Vec<Value> = TOM_IDS.iter().map(|&id| json!(id)).chain(written).collect();
+    let completion = line["ids"].as_array().expect("ids").iter().cloned();
+    let ids: Vec<Value> = TOM_IDS
+        .iter()
+        .map(|&id| json!(id))
+        .chain(completion)
+        .collect();
     json!({"ids": ids}).to_string() + "\n"
 }
 
-/// A chat model as a judge whose verdicts are words that a writer of stories uses.
+/// Settings of a chat judge whose verdicts are words in the vocabulary of the story model.
 fn judge(model: &Path) -> Vec<String> {
     [
         "preference.judge.kind=mistral".into(),
@@ -221,31 +226,31 @@ fn judge(model: &Path) -> Vec<String> {
     .into()
 }
 
-/// `agon preference` with these settings, and where it listens.
-fn serve(workplace: &Workplace, sets: &[String]) -> (Running, String) {
+/// Starts `agon preference` with these settings; returns the process and its address.
+fn serve(sandbox: &Sandbox, sets: &[String]) -> (RunningProcess, String) {
     let path = text(&config("stories.toml"));
     let listen = "preference.http.listen=\"127.0.0.1:0\"".to_owned();
     let mut arguments = vec!["preference".to_owned(), path];
     let sets = sets.iter().chain([&listen]);
     arguments.extend(sets.flat_map(|set| ["--set".to_owned(), set.clone()]));
-    let mut running = workplace.start(&arguments);
-    let [out, _] = running.files();
+    let mut running = sandbox.start(&arguments);
+    let [stdout, _] = running.output_files();
     let address = running.until("its address", || {
-        let words = fs::read_to_string(&out).ok()?;
-        Some(words.split_once('\n')?.0.to_owned())
+        let text = fs::read_to_string(&stdout).ok()?;
+        Some(text.split_once('\n')?.0.to_owned())
     });
     (running, address)
 }
 
 #[test]
 fn a_local_chat_model_judges_in_both_orders() {
-    let workplace = Workplace::new();
-    let Some(model) = stories("mistral_judge", &workplace) else {
+    let sandbox = Sandbox::new();
+    let Some(model) = stories("mistral_judge", &sandbox) else {
         return;
     };
     let answers = |orders: &str| -> Vec<f64> {
         let orders = format!("preference.orders={orders}");
-        let (running, base) = serve(&workplace, &[judge(&model), vec![orders]].concat());
+        let (running, base) = serve(&sandbox, &[judge(&model), vec![orders]].concat());
         let pair = |first: &str, second: &str| json!({"prompt": "Tom had a ball.", "first": first, "second": second});
         let (happy, sad) = ("Tom was happy.", "Lily was sad and cried.");
         let body = json!({"pairs": [pair(happy, sad), pair(sad, happy)]}).to_string();
@@ -269,12 +274,12 @@ fn a_local_chat_model_judges_in_both_orders() {
     assert!((both[0] + both[1] - 1.0).abs() < 1e-6, "{both:?}");
     let mean = (one[0] + 1.0 - one[1]) / 2.0;
     assert!((both[0] - mean).abs() < 1e-5, "{one:?} and {both:?}");
-    assert_eq!(answers("one"), one, "it answers the same again");
+    assert_eq!(answers("one"), one, "answers are deterministic");
 }
 
-/// `agon train` on stories with mistral.rs as its actor's engine.
+/// Arguments of `agon train` on the story model with mistral.rs as the engine of the actor.
 fn train(model: &Path, prompts: &Path, run: &Path, sets: &[&str]) -> Vec<String> {
-    let named = [
+    let base = [
         format!("model.path={model:?}"),
         format!("prompts.path={prompts:?}"),
         "prompts.held_out=4".into(),
@@ -295,18 +300,18 @@ fn train(model: &Path, prompts: &Path, run: &Path, sets: &[&str]) -> Vec<String>
         .map(str::to_owned)
         .to_vec();
     let sets = sets.iter().map(|&set| set.to_owned());
-    for set in named.into_iter().chain(sets) {
+    for set in base.into_iter().chain(sets) {
         arguments.extend(["--set".into(), set]);
     }
     arguments
 }
 
-/// Prompts of one word each.
-fn prompts(workplace: &Workplace) -> PathBuf {
-    let words = [
+/// A file of short prompts.
+fn prompts(sandbox: &Sandbox) -> PathBuf {
+    let first = [
         "Tom", "Lily", "Once", "The dog", "A cat", "One day", "Sam", "Mom", "Dad",
     ];
-    let also = [
+    let second = [
         "Ben",
         "Anna",
         "The sun",
@@ -317,39 +322,45 @@ fn prompts(workplace: &Workplace) -> PathBuf {
         "A bird",
         "We",
     ];
-    let rows = words.into_iter().chain(also);
+    let rows = first.into_iter().chain(second);
     let rows: String = rows
-        .map(|word| json!({"prompt": word}).to_string() + "\n")
+        .map(|prompt| json!({"prompt": prompt}).to_string() + "\n")
         .collect();
-    workplace.write("prompts.jsonl", rows)
+    sandbox.write("prompts.jsonl", rows)
 }
 
 #[test]
-fn a_run_has_its_actor_write_with_every_new_version() {
-    let workplace = Workplace::new();
-    let Some(model) = stories("mistral_train", &workplace) else {
+fn the_actor_samples_with_every_new_weight_version() {
+    let sandbox = Sandbox::new();
+    let Some(model) = stories("mistral_train", &sandbox) else {
         return;
     };
-    let prompts = prompts(&workplace);
+    let prompts = prompts(&sandbox);
     for (name, sets) in [
-        ("whole", &[][..]),
+        ("full", &[][..]),
         (
             "adapter",
             &["model.lora_rank=4", "learner.learning_rate=1e-1"],
         ),
     ] {
-        let run = workplace.path(name);
-        let ended = workplace.run(&train(&model, &prompts, &run, sets));
-        ended.succeeded().without_panic();
+        let run = sandbox.path(name);
+        let result = sandbox.run(&train(&model, &prompts, &run, sets));
+        result.succeeded().without_panic();
         assert_eq!(steps(&run).len(), 5, "{name}");
-        // Actors wrote with the very weights that the learner then had: each version was loaded.
-        let apart = column(&run, "mismatch/logp_abs_diff");
-        assert!(apart.iter().all(|d| *d < CLOSE), "{name}: {apart:?}");
-        // And these were others with every step: the policy's own log-probabilities moved away.
-        let moved = column(&run, "objective/log_ratio");
-        assert!(moved.iter().any(|kl| kl.abs() > 0.05), "{name}: {moved:?}");
+        // The actor sampled with the current weights of the learner: each version was loaded.
+        let mismatch = column(&run, "mismatch/logp_abs_diff");
+        assert!(
+            mismatch.iter().all(|d| *d < TOLERANCE),
+            "{name}: {mismatch:?}"
+        );
+        // The weights changed: the policy's log-probabilities moved away from the reference.
+        let log_ratio = column(&run, "objective/log_ratio");
+        assert!(
+            log_ratio.iter().any(|kl| kl.abs() > 0.05),
+            "{name}: {log_ratio:?}"
+        );
         assert_eq!(
-            report(&run)["stations"]["actor"]["dropped"],
+            report(&run)["stages"]["actor"]["dropped"],
             json!({}),
             "{name}"
         );
@@ -357,9 +368,9 @@ fn a_run_has_its_actor_write_with_every_new_version() {
 }
 
 #[test]
-fn golden_answers_are_written_into_the_rows() {
-    let workplace = Workplace::new();
-    let Some(model) = stories("mistral_golden", &workplace) else {
+fn golden_answers_are_added_to_the_rows() {
+    let sandbox = Sandbox::new();
+    let Some(model) = stories("mistral_golden", &sandbox) else {
         return;
     };
     let rows = [
@@ -370,10 +381,10 @@ fn golden_answers_are_written_into_the_rows() {
         json!({"prompt": "One day", "id": 10}),
     ];
     let rows: String = rows.iter().map(|row| row.to_string() + "\n").collect();
-    let prompts = text(&workplace.write("prompts.jsonl", rows.clone()));
-    let (model, output) = (text(&model), workplace.path("golden.jsonl"));
+    let prompts = text(&sandbox.write("prompts.jsonl", rows.clone()));
+    let (model, output) = (text(&model), sandbox.path("golden.jsonl"));
     let call = |more: &[&str]| {
-        let named = text(&output);
+        let path = text(&output);
         let call = [
             &[
                 "golden",
@@ -382,53 +393,53 @@ fn golden_answers_are_written_into_the_rows() {
                 "--prompts",
                 &prompts,
                 "--output",
-                &named,
+                &path,
             ],
             more,
         ];
-        workplace.run(&call.concat())
+        sandbox.run(&call.concat())
     };
-    let whole = ["--max-new-tokens", "480", "--temperature", "0.7"];
-    let ended = call(&whole).succeeded().without_panic();
-    let written = fs::read_to_string(&output).expect("it was written");
+    let long = ["--max-new-tokens", "480", "--temperature", "0.7"];
+    let result = call(&long).succeeded().without_panic();
+    let written = fs::read_to_string(&output).expect("the file was written");
     let first: Vec<Value> = written
         .lines()
         .map(|line| serde_json::from_str(line).expect("a row"))
         .collect();
-    // A story that runs on for 480 tokens is no golden answer.
+    // A story that does not end within 480 tokens is omitted.
     assert!(first.len() >= 2, "{written}");
-    ended.check(0, &[&format!("wrote {} golden answers", first.len())]);
+    result.check(0, &[&format!("wrote {} golden answers", first.len())]);
     for row in &first {
         let golden = row["golden"].as_str().expect("an answer");
         assert!(golden.len() > 20 && golden.trim_end() == golden, "{row}");
     }
-    let asked: Vec<Value> = rows
+    let requested: Vec<Value> = rows
         .lines()
         .map(|row| serde_json::from_str(row).expect("a row"))
         .collect();
     for row in first.iter().filter(|row| row["id"].is_u64()) {
-        let asked = asked.iter().find(|asked| asked["id"] == row["id"]);
+        let request = requested.iter().find(|request| request["id"] == row["id"]);
         assert_eq!(
-            asked.expect("a row that was given")["prompt"],
+            request.expect("a row of the input")["prompt"],
             row["prompt"]
         );
     }
     call(&[]).check(2, &["golden.jsonl is there already"]);
-    fs::remove_file(&output).expect("it was written");
+    fs::remove_file(&output).expect("the file was written");
     call(&["--max-new-tokens", "4"])
         .check(0, &["wrote 0 golden answers", "5 prompts were left out"]);
     assert_eq!(fs::read_to_string(&output).expect("an empty file"), "");
 }
 
 #[test]
-fn what_mistral_rs_cannot_load_is_told_with_the_file_and_the_remedy() {
-    let workplace = Workplace::new();
-    let Some(model) = stories("mistral_refusals", &workplace) else {
+fn load_errors_name_the_file_and_a_remedy() {
+    let sandbox = Sandbox::new();
+    let Some(model) = stories("mistral_refusals", &sandbox) else {
         return;
     };
-    let prompts = text(&prompts(&workplace));
+    let prompts = text(&prompts(&sandbox));
     let golden = |model: &Path, more: &[&str], says: &[&str]| {
-        let output = text(&workplace.path("golden.jsonl"));
+        let output = text(&sandbox.path("golden.jsonl"));
         let model = text(model);
         let call = [
             &[
@@ -442,15 +453,15 @@ fn what_mistral_rs_cannot_load_is_told_with_the_file_and_the_remedy() {
             ],
             more,
         ];
-        let ended = workplace.run(&call.concat());
-        ended.check(3, says).without_panic();
+        let result = sandbox.run(&call.concat());
+        result.check(3, says).without_panic();
     };
     for (name, content) in [
-        ("torn.gguf", &b"GGUF\x03\0\0\0\xff\xff"[..]),
+        ("truncated.gguf", &b"GGUF\x03\0\0\0\xff\xff"[..]),
         ("other.gguf", b"no gguf"),
     ] {
-        let torn = workplace.write(name, content);
-        golden(&torn, &[], &[name, "fetch or convert the file again"]);
+        let invalid = sandbox.write(name, content);
+        golden(&invalid, &[], &[name, "download or convert the file again"]);
     }
     golden(
         Path::new("/nowhere/model"),
@@ -459,34 +470,43 @@ fn what_mistral_rs_cannot_load_is_told_with_the_file_and_the_remedy() {
     );
     golden(&model, &["--isq", "q3"], &["q3", "Q4K"]);
 
-    let odd = workplace.copy_of(&model, "odd");
-    let mut config_json = read(&odd.join("config.json"));
-    config_json["architectures"] = json!(["OddForCausalLM"]);
-    fs::write(odd.join("config.json"), config_json.to_string()).expect("it was copied");
-    golden(&odd, &[], &["odd", "OddForCausalLM", "such as Llama"]);
-
-    let cut = workplace.copy_of(&model, "cut");
-    let weights = fs::read(cut.join("model.safetensors")).expect("it was copied");
-    fs::write(cut.join("model.safetensors"), &weights[..weights.len() / 2]).expect("the half");
-    golden(&cut, &[], &["cut", "files are whole"]);
-
-    let silent = workplace.copy_of(&model, "silent");
-    fs::write(silent.join("tokenizer_config.json"), "{}").expect("it was copied");
+    let unsupported = sandbox.copy_of(&model, "unsupported");
+    let mut config_json = read(&unsupported.join("config.json"));
+    config_json["architectures"] = json!(["UnsupportedForCausalLM"]);
+    fs::write(unsupported.join("config.json"), config_json.to_string())
+        .expect("the file was copied");
     golden(
-        &silent,
-        &["--chat"],
-        &["silent has no chat template", "--chat-template"],
+        &unsupported,
+        &[],
+        &["unsupported", "UnsupportedForCausalLM", "such as Llama"],
     );
-    refused_as_a_judge(&workplace, &silent);
+
+    let truncated = sandbox.copy_of(&model, "truncated");
+    let weights = fs::read(truncated.join("model.safetensors")).expect("the file was copied");
+    fs::write(
+        truncated.join("model.safetensors"),
+        &weights[..weights.len() / 2],
+    )
+    .expect("a writable copy");
+    golden(&truncated, &[], &["truncated", "complete folder"]);
+
+    let no_template = sandbox.copy_of(&model, "no-template");
+    fs::write(no_template.join("tokenizer_config.json"), "{}").expect("the file was copied");
+    golden(
+        &no_template,
+        &["--chat"],
+        &["no-template has no chat template", "--chat-template"],
+    );
+    check_judge_is_rejected(&sandbox, &no_template);
 }
 
-/// A run judged by a model without a chat template does not begin.
-fn refused_as_a_judge(workplace: &Workplace, silent: &Path) {
+/// A preference service does not start with a judge without a chat template.
+fn check_judge_is_rejected(sandbox: &Sandbox, no_template: &Path) {
     let mut call = vec!["preference".to_owned(), text(&config("stories.toml"))];
     let listen = "preference.http.listen=\"127.0.0.1:0\"".to_owned();
-    for set in judge(silent).into_iter().chain([listen]) {
+    for set in judge(no_template).into_iter().chain([listen]) {
         call.extend(["--set".into(), set]);
     }
     let says = ["has no chat template", "preference.judge.chat_template"];
-    workplace.run(&call).check(3, &says).without_panic();
+    sandbox.run(&call).check(3, &says).without_panic();
 }

@@ -1,11 +1,11 @@
-//! The live page in a real browser, clicked through as its readers do.
+//! The live page in a real browser.
 
 use std::{fs, path::Path};
 
-use house::{Browser, Running, Screen, Workplace, steps, tiny_playground};
 use serde_json::{Value, json};
+use system_tests::{Browser, RunningProcess, Sandbox, Screen, steps, tiny_playground};
 
-const DESK: Screen = Screen {
+const DESKTOP: Screen = Screen {
     width: 1280,
     height: 900,
     scheme: "light",
@@ -17,45 +17,45 @@ const PHONE: Screen = Screen {
     scheme: "dark",
 };
 
-/// `agon view` of these runs, and its address.
-fn view(workplace: &Workplace, runs: &[&Path]) -> (Running, String) {
+/// Starts `agon view` on these runs; returns the process and its address.
+fn view(sandbox: &Sandbox, runs: &[&Path]) -> (RunningProcess, String) {
     let runs: Vec<_> = runs.iter().map(|run| run.display().to_string()).collect();
     view_with(
-        workplace,
+        sandbox,
         &runs.iter().map(String::as_str).collect::<Vec<_>>(),
     )
 }
 
-/// `agon view` with these arguments, and its address.
-fn view_with(workplace: &Workplace, arguments: &[&str]) -> (Running, String) {
+/// Starts `agon view` with these arguments; returns the process and its address.
+fn view_with(sandbox: &Sandbox, arguments: &[&str]) -> (RunningProcess, String) {
     let arguments = [&["view"], arguments].concat();
-    let mut running = workplace.start(&arguments);
-    let [out, _] = running.files();
+    let mut running = sandbox.start(&arguments);
+    let [stdout, _] = running.output_files();
     let url = running.until("the address of the page", || {
-        let words = fs::read_to_string(&out).ok()?;
-        Some(words.split_once('\n')?.0.to_owned())
+        let text = fs::read_to_string(&stdout).ok()?;
+        Some(text.split_once('\n')?.0.to_owned())
     });
     (running, url)
 }
 
-/// The address that a run prints of its `page` or of its `metrics`.
-fn told(running: &mut Running, what: &str) -> String {
-    let [_, err] = running.files();
+/// Address that a run logs for its `page` or its `metrics`.
+fn logged_address(running: &mut RunningProcess, what: &str) -> String {
+    let [_, stderr] = running.output_files();
     running.until("an address", || {
-        let words = fs::read_to_string(&err).ok()?;
-        let (_, rest) = words.split_once(&format!("{what}=\""))?;
+        let text = fs::read_to_string(&stderr).ok()?;
+        let (_, rest) = text.split_once(&format!("{what}=\""))?;
         Some(rest.split_once('"')?.0.to_owned())
     })
 }
 
-fn clean(browser: &Browser) {
-    assert!(browser.wrongs().is_empty(), "{:#?}", browser.wrongs());
+fn assert_no_errors(browser: &Browser) {
+    assert!(browser.errors().is_empty(), "{:#?}", browser.errors());
 }
 
-/// A finished run that nobody trained: curves and samples of these texts.
-fn written(workplace: &Workplace, name: &str, rows: &[Value]) -> std::path::PathBuf {
-    let run = workplace.path(name);
-    fs::create_dir_all(&run).expect("a folder in a temporary directory");
+/// Writes the files of a finished run: curves, and these samples.
+fn fake_run(sandbox: &Sandbox, name: &str, rows: &[Value]) -> std::path::PathBuf {
+    let run = sandbox.path(name);
+    fs::create_dir_all(&run).expect("a folder in the sandbox");
     let lines = |rows: &[Value]| {
         rows.iter()
             .map(|row| format!("{row}\n"))
@@ -86,20 +86,20 @@ fn row(step: u32, prompt: &str, text: &str) -> Value {
 }
 
 #[test]
-fn a_run_is_watched_while_it_goes_on() {
-    let Some(mut browser) = Browser::start("a_run_is_watched_while_it_goes_on") else {
+fn the_page_follows_a_live_run() {
+    let Some(mut browser) = Browser::start("the_page_follows_a_live_run") else {
         return;
     };
-    let workplace = Workplace::new();
-    let run = workplace.path("watched");
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("watched");
     let sets = [
         "learner.steps=100000",
         "evaluation.eval_steps=5",
         "telemetry.samples_per_step=2",
     ];
-    let mut running = workplace.start(&tiny_playground(&run, &sets));
-    let url = told(&mut running, "page");
-    browser.look(DESK);
+    let mut running = sandbox.start(&tiny_playground(&run, &sets));
+    let url = logged_address(&mut running, "page");
+    browser.set_screen(DESKTOP);
     browser.open(&url);
     browser.until("document.querySelector('#link')?.textContent === 'live'");
     browser.until("document.querySelector('[data-chart=\"Loss\"] path.stroke')?.getAttribute('d').length > 20");
@@ -115,9 +115,10 @@ fn a_run_is_watched_while_it_goes_on() {
     ));
 
     browser.click("#tab-flow");
-    browser.until("document.querySelectorAll('#pipeline [data-station]').length === 3");
-    browser
-        .until("/taken [1-9]/.test(document.querySelector('[data-station=learner]')?.textContent)");
+    browser.until("document.querySelectorAll('#pipeline [data-stage]').length === 3");
+    browser.until(
+        "/received [1-9]/.test(document.querySelector('[data-stage=learner]')?.textContent)",
+    );
 
     browser.click("#tab-samples");
     browser.until("document.querySelectorAll('#rows article').length > 3");
@@ -127,19 +128,20 @@ fn a_run_is_watched_while_it_goes_on() {
     let before = browser.value(newest);
     browser.click("#fresh");
     browser.until(&format!("{newest} > {before}"));
-    clean(&browser);
+    assert_no_errors(&browser);
 
-    // The same from another process, which asks this one.
-    let metrics = told(&mut running, "metrics");
+    // The same data, shown by another process that polls this one.
+    let metrics = logged_address(&mut running, "metrics");
     let path = run.display().to_string();
-    let (watcher, url) = view_with(&workplace, &[&path, "--metrics", &metrics]);
+    let (viewer, url) = view_with(&sandbox, &[&path, "--metrics", &metrics]);
     browser.open(&format!("{url}#flow"));
-    browser.until("/taken [1-9]/.test(document.querySelector('[data-station=actor]').textContent)");
-    clean(&browser);
-    watcher.terminate();
-    watcher.wait().succeeded();
+    browser
+        .until("/received [1-9]/.test(document.querySelector('[data-stage=actor]').textContent)");
+    assert_no_errors(&browser);
+    viewer.terminate();
+    viewer.wait().succeeded();
 
-    browser.open(&format!("{}#flow", told(&mut running, "page")));
+    browser.open(&format!("{}#flow", logged_address(&mut running, "page")));
     browser.until("document.querySelector('#link').textContent === 'live'");
     running.terminate();
     running.wait().check(5, &[]).without_panic();
@@ -148,19 +150,19 @@ fn a_run_is_watched_while_it_goes_on() {
 }
 
 #[test]
-fn runs_are_laid_over_one_another_and_their_settings_compared() {
-    let Some(mut browser) = Browser::start("runs_are_laid_over_one_another") else {
+fn runs_are_overlaid_and_their_settings_compared() {
+    let Some(mut browser) = Browser::start("runs_are_overlaid_and_their_settings_compared") else {
         return;
     };
-    let workplace = Workplace::new();
-    let [one, two] = ["one", "two"].map(|name| written(&workplace, name, &[row(1, "p", "t")]));
+    let sandbox = Sandbox::new();
+    let [one, two] = ["one", "two"].map(|name| fake_run(&sandbox, name, &[row(1, "p", "t")]));
     for (run, stop) in [(&one, 1), (&two, 2)] {
         let line = json!({"step": 50, "wall_seconds": 50, "eval/win_rate": 0.5, "conditions": {"stop_ids": [stop]}});
-        let lines = fs::read_to_string(run.join("metrics.jsonl")).expect("it was written");
+        let lines = fs::read_to_string(run.join("metrics.jsonl")).expect("the file was written");
         fs::write(run.join("metrics.jsonl"), format!("{lines}{line}\n")).expect("a file");
     }
-    let (running, url) = view(&workplace, &[&one, &two]);
-    browser.look(DESK);
+    let (running, url) = view(&sandbox, &[&one, &two]);
+    browser.set_screen(DESKTOP);
     browser.open(&url);
     let lines =
         "document.querySelectorAll('[data-chart=\"Loss\"] svg[role=img] path.stroke').length";
@@ -174,14 +176,14 @@ fn runs_are_laid_over_one_another_and_their_settings_compared() {
     browser.until(&format!("{lines} === 1"));
     browser.click("[data-run=\"1\"]");
 
-    // With the keyboard alone: along the tabs, and along a curve.
+    // Keyboard navigation along the tabs and along a curve.
     browser.click("#tab-curves");
     browser.value("document.querySelector('[data-chart=\"Loss\"] svg[role=img]').focus()");
     for _ in 0..2 {
         browser.press("ArrowLeft");
     }
-    let said = browser.text("[data-chart=\"Loss\"] output");
-    assert!(said.contains("one loss 0.021 at step 48"), "{said}");
+    let label = browser.text("[data-chart=\"Loss\"] output");
+    assert!(label.contains("one loss 0.021 at step 48"), "{label}");
     browser.value("document.querySelector('#tab-curves').focus()");
     for _ in 0..4 {
         browser.press("ArrowRight");
@@ -197,7 +199,7 @@ fn runs_are_laid_over_one_another_and_their_settings_compared() {
         browser.text("main tbody")
     );
 
-    // Skipping to the content opens no other view.
+    // The skip link keeps the current view.
     browser.value("document.querySelector('.skip').click()");
     browser.until("location.hash === '#view'");
     browser
@@ -209,17 +211,17 @@ fn runs_are_laid_over_one_another_and_their_settings_compared() {
         browser.value("document.documentElement.dataset.theme"),
         "dark"
     );
-    clean(&browser);
+    assert_no_errors(&browser);
     running.terminate();
     running.wait().succeeded();
 }
 
 #[test]
-fn hostile_texts_are_shown_and_never_run() {
-    let Some(mut browser) = Browser::start("hostile_texts_are_shown_and_never_run") else {
+fn markup_in_texts_is_shown_and_not_executed() {
+    let Some(mut browser) = Browser::start("markup_in_texts_is_shown_and_not_executed") else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let hostile = [
         "<script>window.hit = 1</script>",
         "<img src=x onerror=\"window.hit = 1\">",
@@ -232,18 +234,18 @@ fn hostile_texts_are_shown_and_never_run() {
         .map(|(step, text)| row(step, text, text))
         .collect();
     let name = "<img src=x onerror=window.hit=1>";
-    let run = written(&workplace, name, &rows);
-    let (running, url) = view(&workplace, &[&run]);
-    browser.look(DESK);
+    let run = fake_run(&sandbox, name, &rows);
+    let (running, url) = view(&sandbox, &[&run]);
+    browser.set_screen(DESKTOP);
     browser.open(&format!("{url}#samples"));
     browser.until(&format!(
         "document.querySelectorAll('#rows article').length === {}",
         hostile.len()
     ));
     for (step, text) in (1..).zip(hostile) {
-        let place = hostile.len() - step;
+        let index = hostile.len() - step;
         let shown = format!(
-            "document.querySelectorAll('#rows article')[{place}].querySelector('.prompt').textContent"
+            "document.querySelectorAll('#rows article')[{index}].querySelector('.prompt').textContent"
         );
         assert_eq!(browser.value(&shown), text);
     }
@@ -256,23 +258,24 @@ fn hostile_texts_are_shown_and_never_run() {
         browser.value("document.querySelectorAll('main img, main script').length"),
         0
     );
-    clean(&browser);
+    assert_no_errors(&browser);
     running.terminate();
     running.wait().succeeded();
 }
 
 #[test]
-fn a_hundred_thousand_samples_are_browsed_filtered_and_searched_on_a_phone() {
-    let Some(mut browser) = Browser::start("a_hundred_thousand_samples_are_browsed") else {
+fn a_hundred_thousand_samples_can_be_browsed_on_a_phone() {
+    let Some(mut browser) = Browser::start("a_hundred_thousand_samples_can_be_browsed_on_a_phone")
+    else {
         return;
     };
-    let workplace = Workplace::new();
+    let sandbox = Sandbox::new();
     let rows: Vec<_> = (1..=100_000)
         .map(|step| row(step, &format!("prompt {step}"), "text"))
         .collect();
-    let run = written(&workplace, "many", &rows);
-    let (running, url) = view(&workplace, &[&run]);
-    browser.look(PHONE);
+    let run = fake_run(&sandbox, "many", &rows);
+    let (running, url) = view(&sandbox, &[&run]);
+    browser.set_screen(PHONE);
     browser.open(&format!("{url}#samples"));
     browser.until("document.querySelector('#count').textContent.startsWith('20 shown of 100000')");
     assert_eq!(
@@ -288,11 +291,11 @@ fn a_hundred_thousand_samples_are_browsed_filtered_and_searched_on_a_phone() {
     browser.click("#search");
     browser.type_text("PROMPT 123");
     browser.press("Enter");
-    // Found among the oldest rows: 123, 1230 to 1239, and so on.
+    // The matches are among the oldest rows: 123, 1230 to 1239, and so on.
     browser.until("document.querySelectorAll('#rows article').length === 20");
     let all = "[...document.querySelectorAll('#rows .prompt')].every((p) => p.textContent.startsWith('prompt 123'))";
     assert_eq!(browser.value(all), true);
-    // A phone scrolls down, never sideways.
+    // The page does not scroll horizontally.
     assert_eq!(
         browser.value("document.documentElement.scrollWidth <= innerWidth"),
         true
@@ -305,7 +308,7 @@ fn a_hundred_thousand_samples_are_browsed_filtered_and_searched_on_a_phone() {
             "{tab}"
         );
     }
-    clean(&browser);
+    assert_no_errors(&browser);
     running.terminate();
     running.wait().succeeded();
 }

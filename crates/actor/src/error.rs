@@ -1,50 +1,48 @@
-//! Why an actor ends before it is told to.
+//! Errors that end an actor.
 
 use model::ModelError;
 use thiserror::Error;
 use transport::TransportError;
 
-/// Why an actor ends before it is told to.
+/// Error that ends an actor.
 #[derive(Debug, Error)]
 pub enum ActorError {
     /// The model fails.
     #[error("{actor}: {source}")]
     Model {
-        /// Which actor.
+        /// Name of the actor.
         actor: String,
-        /// What failed.
+        /// Error of the model.
         source: ModelError,
     },
-    /// The thread that writes completions is gone.
-    #[error(
-        "{actor}: the thread that writes completions ended unexpectedly (it panicked; see the log)"
-    )]
-    EngineGone {
-        /// Which actor.
+    /// The sampler thread panicked.
+    #[error("{actor}: the sampler thread ended unexpectedly (it panicked; see the log)")]
+    ThreadPanicked {
+        /// Name of the actor.
         actor: String,
     },
-    /// The thread that writes completions cannot be started.
-    #[error("{actor}: failed to start the thread that writes completions: {source}")]
+    /// The sampler thread cannot be started.
+    #[error("{actor}: failed to start the sampler thread: {source}")]
     Thread {
-        /// Which actor.
+        /// Name of the actor.
         actor: String,
-        /// What the system says.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// Announced weights cannot be had.
+    /// Announced weights cannot be fetched.
     #[error("{actor}: {source}")]
     Weights {
-        /// Which actor.
+        /// Name of the actor.
         actor: String,
-        /// What is wrong with them.
+        /// Error of the weight store.
         source: TransportError,
     },
-    /// A stream has no other end any more, or the server is gone.
+    /// A stream is closed at its other end, or the server is unreachable.
     #[error("{actor}: {source}")]
     Stream {
-        /// Which actor.
+        /// Name of the actor.
         actor: String,
-        /// Which stream.
+        /// Error of the stream.
         source: TransportError,
     },
 }

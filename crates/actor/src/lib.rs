@@ -1,18 +1,20 @@
-//! Prompts in, pairs out: every prompt is answered at least twice from the mixture of the policy being
-//! trained and its fixed reference.
+//! Prompts in, pairs out: samples at least two completions of every prompt from the mixture of the trained policy
+//! and its fixed reference.
 //!
-//! An [`Actor`] waits on streams; its model lives on a thread of its own. Weights change only when
-//! nothing is being written, so no completion mixes versions. A prompt is acknowledged when its pair, or
-//! the note that it was dropped, is stored. Who judges the pairs and who learns from them, an actor does
-//! not know.
+//! An [`Actor`] waits on streams; its model runs on a thread of its own. Promises: weights change only while no
+//! completion is being sampled, so no completion mixes versions; a prompt is acknowledged only after its pair, or
+//! the note that it was dropped, is stored. Does not know who judges the pairs or who learns from them.
 
-mod drift;
-mod engine;
 mod error;
 mod metrics;
+mod outlet;
+mod prompt_queue;
+mod quantization_check;
 mod run;
-mod supply;
+mod sampler_thread;
+mod weight_loader;
 
 pub use error::ActorError;
-pub use run::{Actor, ActorParts, IdenticalPairs};
-pub use supply::Pacing;
+pub use outlet::IdenticalPairs;
+pub use quantization_check::PrecisionLimit;
+pub use run::{Actor, ActorModel, ActorParts, ActorStreams, CompletionPlan};

@@ -1,355 +1,295 @@
-//! An actor's life: take prompts, have them answered, give pairs; take newer weights when idle.
+//! The actor's loop: receives prompts, samples completions, sends pairs; loads newer weights while idle.
 
-use std::{thread::JoinHandle, time::Duration};
-
-use crossbeam_channel::Sender as Commands;
-use messages::{Completion, DropReason, Dropped, Pair, Prompt, Purpose, Station, WeightsVersion};
-use model::{CompletionWriter, Finished, LanguageModel, Precision, Request, Tokenizer};
-use telemetry::{Holder, Measurements, StationCounters, WaitGuard, Waits};
-use tokio::sync::{mpsc, watch};
-use transport::{Announcements, Delivery, Receiver, Sender, TransportError, WeightsShelf};
+use messages::{Dropped, Pacing, Pair, Prompt, Purpose, WeightsVersion};
+use model::{Finished, LanguageModel, Request, Sampler, Tokenizer};
+use telemetry::{InFlightGauge, StageCounters, WaitGuard, Waits};
+use tokio::sync::watch;
+use transport::{Delivery, Receiver, Sender, TransportError, WeightStore};
 
 use crate::{
-    ActorError, Pacing,
-    drift::Drift,
-    engine::{self, Command, Event},
+    error::ActorError,
     metrics::Throughput,
-    supply::{Held, Supply},
+    outlet::{IdenticalPairs, Outlet, PromptDrop},
+    prompt_queue::{PromptQueue, QueuedPrompt, StartedPrompt},
+    quantization_check::{PrecisionLimit, QuantizationCheck},
+    sampler_thread::{SamplerEvent, SamplerThread},
+    weight_loader::WeightLoader,
 };
 
-/// The pause before weights that were torn are fetched again.
-const BEFORE_ANOTHER_FETCH: Duration = Duration::from_millis(500);
-
-/// What becomes of a training pair whose completions are all the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum IdenticalPairs {
-    /// It goes on: the objective learns from single completions too.
-    Keep,
-    /// It is dropped: a loss of differences has nothing to learn from it.
-    Drop,
-}
-
-/// Why a prompt gets no pair.
-struct Refusal {
-    reason: DropReason,
-    detail: String,
-    /// Of completions that were all the same.
-    log_ratio: Option<f32>,
-}
-
-impl Refusal {
-    fn new(reason: DropReason, detail: String) -> Self {
-        Self {
-            reason,
-            detail,
-            log_ratio: None,
-        }
-    }
-}
-
-/// What an actor is made of.
+/// Parts of an actor.
 pub struct ActorParts {
-    /// Its name in pairs, metrics and logs.
+    /// Name in pairs, metrics and logs.
     pub name: String,
-    /// The policy at version 0: the reference, or the reference with an adapter beside it.
-    pub policy: LanguageModel,
-    /// What writes completions of this policy and its reference, in so many slots.
-    pub writer: Box<dyn CompletionWriter>,
-    /// In which numbers the writer keeps weights.
-    pub precision: Precision,
-    /// How far those may lead from f32, in nats a token, before weights are kept in f32; 0: however far.
-    pub max_drift: f64,
-    /// Turns completions into text for people.
-    pub tokenizer: Tokenizer,
-    /// The weight on the reference of every completion of a training prompt.
-    pub mixture_coefs: Vec<f32>,
-    /// The policy's samples of a prompt of the adversarial game.
-    pub contest_samples: usize,
-    /// The policy's samples of a held-out prompt that are drawn from the whole distribution at temperature 1,
-    /// beside the pair that is judged: 1 where the writer's settings draw otherwise, else 0.
-    pub exact_samples: usize,
-    /// Completions written at once.
-    pub slots: usize,
-    /// The longest completion, in tokens.
-    pub max_new_tokens: usize,
-    /// When it starts on a prompt.
+    /// Models.
+    pub model: ActorModel,
+    /// Completions to sample per prompt.
+    pub completions: CompletionPlan,
+    /// Pacing of prompts.
     pub pacing: Pacing,
-    /// What becomes of pairs without a difference.
+    /// Treatment of training pairs whose completions are identical.
     pub identical: IdenticalPairs,
-    /// Where prompts come from.
-    pub prompts: Receiver<Prompt>,
-    /// Where pairs go.
-    pub pairs: Sender<Pair>,
-    /// Where the notes of dropped prompts go.
-    pub drops: Sender<Dropped>,
-    /// Where weights come from.
-    pub shelf: WeightsShelf,
-    /// What it took, gave and dropped.
-    pub counters: StationCounters,
+    /// Streams.
+    pub streams: ActorStreams,
+    /// Stage counters.
+    pub counters: StageCounters,
 }
 
-/// An actor, ready to run.
+/// Models of an actor.
+pub struct ActorModel {
+    /// Policy at version 0: the reference, or the reference with an adapter.
+    pub policy: LanguageModel,
+    /// Sampler for this policy and its reference.
+    pub sampler: Box<dyn Sampler>,
+    /// Number of the sampler's slots: completions sampled at once.
+    pub slots: usize,
+    /// Weight precision used for sampling, and its largest error.
+    pub precision: PrecisionLimit,
+    /// Decodes completions into text.
+    pub tokenizer: Tokenizer,
+}
+
+/// Completions to sample per prompt, by purpose.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CompletionPlan {
+    /// Training: weight on the reference of every completion. Not empty.
+    pub mixture_coefs: Vec<f32>,
+    /// APO: number of policy samples.
+    pub apo_samples: usize,
+    /// Evaluation: number of policy samples from the full distribution at temperature 1, besides the judged pair: 1
+    /// if the sampling settings temper or truncate, else 0.
+    pub exact_samples: usize,
+    /// Longest completion, in tokens.
+    pub max_new_tokens: usize,
+}
+
+/// Streams of an actor.
+pub struct ActorStreams {
+    /// Incoming prompts.
+    pub prompts: Receiver<Prompt>,
+    /// Outgoing pairs.
+    pub pairs: Sender<Pair>,
+    /// Outgoing notes of dropped prompts.
+    pub drops: Sender<Dropped>,
+    /// Incoming weights.
+    pub weight_store: WeightStore,
+}
+
+/// An actor.
 pub struct Actor {
-    name: String,
-    tokenizer: Tokenizer,
-    max_new_tokens: usize,
-    mixture_coefs: Vec<f32>,
-    contest_samples: usize,
-    exact_samples: usize,
     slots: usize,
-    identical: IdenticalPairs,
+    completions: CompletionPlan,
     prompts: Receiver<Prompt>,
-    pairs: Sender<Pair>,
-    drops: Sender<Dropped>,
-    shelf: WeightsShelf,
-    announcements: Announcements,
-    counters: StationCounters,
-    in_hand: Holder,
-    supply: Supply,
-    version: WeightsVersion,
-    /// The newest session that was heard of.
-    session: u64,
-    loading: Option<WeightsVersion>,
-    commands: Commands<Command>,
-    events: mpsc::Receiver<Event>,
-    thread: JoinHandle<()>,
+    queue: PromptQueue,
+    weights: WeightLoader,
+    sampler: SamplerThread,
+    outlet: Outlet,
     throughput: Throughput,
-    /// Fetches of weights that were torn.
-    failures: u32,
-    waits: Waits,
+    in_flight: InFlightGauge,
     wait: Option<(&'static str, WaitGuard)>,
-    loaded: watch::Sender<WeightsVersion>,
 }
 
 impl Actor {
-    /// Makes an actor and starts its thread.
+    /// Builds an actor and starts its sampler thread.
     ///
     /// # Errors
-    /// When the thread cannot be started.
+    /// If the thread cannot be started.
     pub fn new(parts: ActorParts) -> Result<Self, ActorError> {
-        let engine = engine::spawn(
-            &parts.name,
-            parts.writer,
-            parts.policy,
-            Drift::new(parts.precision, parts.max_drift),
-            parts.slots,
-        );
-        let (commands, events, thread) = engine.map_err(|source| ActorError::Thread {
-            actor: parts.name.clone(),
-            source,
-        })?;
+        let ActorParts { name, model, .. } = parts;
+        let sampler = SamplerThread::spawn(
+            &name,
+            model.sampler,
+            model.policy,
+            QuantizationCheck::new(model.precision),
+            model.slots,
+        )?;
+        let capacity = model.slots.div_ceil(parts.completions.mixture_coefs.len());
         Ok(Self {
-            throughput: Throughput::new(&parts.name),
-            name: parts.name,
-            tokenizer: parts.tokenizer,
-            max_new_tokens: parts.max_new_tokens,
-            mixture_coefs: parts.mixture_coefs,
-            contest_samples: parts.contest_samples,
-            exact_samples: parts.exact_samples,
-            slots: parts.slots,
-            identical: parts.identical,
-            prompts: parts.prompts,
-            pairs: parts.pairs,
-            drops: parts.drops,
-            announcements: parts.shelf.subscribe(),
-            shelf: parts.shelf,
-            in_hand: parts.counters.holder(),
-            counters: parts.counters,
-            supply: Supply::new(parts.pacing),
-            version: WeightsVersion::REFERENCE,
-            session: 0,
-            loading: None,
-            commands,
-            events,
-            thread,
-            failures: 0,
-            waits: Waits::new("actor"),
+            slots: model.slots,
+            completions: parts.completions,
+            prompts: parts.streams.prompts,
+            queue: PromptQueue::new(parts.pacing, capacity),
+            weights: WeightLoader::new(&name, parts.streams.weight_store),
+            sampler,
+            throughput: Throughput::new(&name),
+            in_flight: parts.counters.in_flight_gauge(),
+            outlet: Outlet {
+                actor: name,
+                pairs: parts.streams.pairs,
+                drops: parts.streams.drops,
+                counters: parts.counters,
+                waits: Waits::new("actor"),
+                tokenizer: model.tokenizer,
+                identical: parts.identical,
+            },
             wait: None,
-            loaded: watch::Sender::new(WeightsVersion::REFERENCE),
         })
     }
 
-    /// What it waits for while it runs: "prompts", "the rest of a release", "weights", or room for what it
-    /// gives; nothing while it writes.
+    /// Current waits: "prompts", "the rest of a batch", "weights", or room in an outgoing stream; none while
+    /// sampling.
     #[must_use]
     pub fn waits(&self) -> Waits {
-        self.waits.clone()
+        self.outlet.waits.clone()
     }
 
-    /// The weights it answers with, as they are loaded.
+    /// Watches the weights version that it samples with.
     #[must_use]
     pub fn loaded(&self) -> watch::Receiver<WeightsVersion> {
-        self.loaded.subscribe()
+        self.weights.loaded()
     }
 
-    /// Works until `shutdown` turns true or there will be no more prompts, then finishes what it is
-    /// writing and leaves.
+    /// Runs until `shutdown` turns true or the prompt stream is closed, then finishes the prompts in progress; what
+    /// was not started is returned to the stream.
     ///
     /// # Errors
-    /// When the model fails, weights cannot be had, or nobody takes the pairs.
+    /// If the model fails, weights cannot be fetched, or a stream is closed.
     pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<(), ActorError> {
-        let (mut open, mut fed) = (true, true);
-        while self.supply.answering() > 0 || open && (fed || self.supply.len() > 0) {
-            if open {
+        let (mut draining, mut exhausted) = (false, false);
+        while self.queue.in_progress() > 0 || !draining && (!exhausted || self.queue.len() > 0) {
+            if !draining {
                 self.advance().await?;
             }
-            self.in_hand.set(self.supply.len() as u64);
-            self.prompts.prefetch(self.room());
+            self.in_flight.set(self.queue.len() as u64);
+            self.prompts.prefetch(self.queue.room());
             self.note_wait();
+            let receives = !draining && !exhausted && self.queue.has_room();
+            let follows = !draining && !self.weights.is_pending();
             tokio::select! {
-                event = self.events.recv() => self.on_event(event).await?,
-                delivery = self.prompts.receive(), if open && fed && self.has_room() => match delivery {
-                    Ok(delivery) => self.take(delivery).await?,
-                    Err(TransportError::Closed(_)) => fed = false,
-                    Err(source) => return Err(self.lost(source)),
+                event = self.sampler.next() => self.handle(event?).await?,
+                delivery = self.prompts.receive(), if receives => match delivery {
+                    Ok(delivery) => self.accept(delivery).await?,
+                    Err(TransportError::Closed(_)) => exhausted = true,
+                    Err(source) => return Err(self.outlet.error(source)),
                 },
-                newer = self.announcements.newer_than(self.version), if open && self.loading.is_none() => {
-                    let manifest = newer.map_err(|source| self.unloadable(source))?;
-                    self.loading = Some(manifest.version);
-                    self.enter(manifest.version.session).await?;
+                newer = self.weights.newer(), if follows => {
+                    self.enter_session(newer?.session).await?;
                 },
-                changed = shutdown.changed(), if open => {
-                    if changed.is_err() || *shutdown.borrow() {
-                        open = false;
-                    }
+                changed = shutdown.changed(), if !draining => {
+                    draining = changed.is_err() || *shutdown.borrow();
                 }
             }
         }
-        // What was not started goes back to the stream.
-        self.counters.returned(self.supply.len() as u64);
-        self.in_hand.set(0);
-        drop((self.commands, self.events));
-        self.thread
-            .join()
-            .map_err(|_| ActorError::EngineGone { actor: self.name })
+        self.outlet.counters.returned(self.queue.len() as u64);
+        self.in_flight.set(0);
+        self.sampler.join()
+    }
+
+    /// Loads newer weights once nothing is in progress; while none are pending, starts prompts.
+    async fn advance(&mut self) -> Result<(), ActorError> {
+        if !self.weights.is_pending() {
+            return self.start();
+        }
+        if self.queue.in_progress() > 0 {
+            return Ok(());
+        }
+        self.weights.load_into(&self.sampler).await
+    }
+
+    /// Submits the prompts that the loaded weights may answer to the free slots.
+    fn start(&mut self) -> Result<(), ActorError> {
+        let width = self.completions.mixture_coefs.len();
+        let busy = self.queue.in_progress() * width;
+        let limit = self.slots.saturating_sub(busy).div_ceil(width);
+        let started = self.queue.start(self.weights.version(), limit);
+        if started.is_empty() {
+            return Ok(());
+        }
+        let requests = started
+            .into_iter()
+            .map(|started| self.completions.request(started))
+            .collect();
+        self.sampler.submit(requests)
     }
 
     fn note_wait(&mut self) {
-        let reason = if self.supply.answering() > 0 {
+        let reason = if self.queue.in_progress() > 0 {
             None
-        } else if self.loading.is_some() || self.supply.ready() > 0 {
+        } else if self.weights.is_pending() || self.queue.ready() > 0 {
             Some("weights")
-        } else if self.supply.len() > 0 {
-            Some("the rest of a release")
+        } else if self.queue.len() > 0 {
+            Some("the rest of a batch")
         } else {
             Some("prompts")
         };
-        if self.wait.as_ref().map(|(named, _)| *named) != reason {
+        if self.wait.as_ref().map(|(current, _)| *current) != reason {
             self.wait = None;
-            self.wait = reason.map(|reason| (reason, self.waits.enter(reason)));
+            self.wait = reason.map(|reason| (reason, self.outlet.waits.enter(reason)));
         }
     }
 
-    /// Takes this prompt, and the others that are here as long as there is room.
-    async fn take(&mut self, delivery: Delivery<Prompt>) -> Result<(), ActorError> {
+    /// Queues this prompt, and further ones that have arrived, while there is room.
+    async fn accept(&mut self, delivery: Delivery<Prompt>) -> Result<(), ActorError> {
         let mut next = Some(delivery);
         while let Some(delivery) = next {
-            self.counters.taken(1);
-            let (given_up, deliveries) = (delivery.is_given_up(), delivery.deliveries());
-            let (prompt, receipt) = delivery.take();
-            self.enter(prompt.version.session).await?;
-            if given_up {
+            self.outlet.counters.received(1);
+            let (is_given_up, deliveries) = (delivery.is_given_up(), delivery.deliveries());
+            let queued = QueuedPrompt::from(delivery);
+            let session = queued.prompt.version.session;
+            self.enter_session(session).await?;
+            if is_given_up {
                 let detail = format!("no answer after {} deliveries", deliveries - 1);
-                let held = Held { prompt, receipt };
-                self.drop_prompt(Some(held), Refusal::new(DropReason::Failed, detail))
-                    .await?;
-            } else if prompt.version.session < self.session {
-                self.supersede(Held { prompt, receipt }).await?;
+                self.outlet.drop(queued, PromptDrop::failed(detail)).await?;
+            } else if session < self.queue.session() {
+                self.outlet.drop(queued, PromptDrop::superseded()).await?;
             } else {
-                self.supply.take(prompt, receipt);
+                self.queue.push(queued);
             }
-            next = self
-                .has_room()
-                .then(|| self.prompts.try_receive())
-                .flatten();
+            let room = self.queue.has_room();
+            next = room.then(|| self.prompts.try_receive()).flatten();
         }
         Ok(())
     }
 
-    /// Gives up what earlier sessions had sent, once a later one is heard of.
-    async fn enter(&mut self, session: u64) -> Result<(), ActorError> {
-        if session <= self.session {
+    /// Drops the queued prompts of earlier sessions.
+    async fn enter_session(&mut self, session: u64) -> Result<(), ActorError> {
+        for queued in self.queue.enter_session(session) {
+            self.outlet.drop(queued, PromptDrop::superseded()).await?;
+        }
+        Ok(())
+    }
+
+    async fn handle(&mut self, event: SamplerEvent) -> Result<(), ActorError> {
+        match event {
+            SamplerEvent::Finished(finished) => self.finish(finished).await,
+            SamplerEvent::Rejected(key, detail) => match self.queue.finish(key) {
+                Some(queued) => self.outlet.drop(queued, PromptDrop::failed(detail)).await,
+                None => Ok(()),
+            },
+            SamplerEvent::Loaded(version) => {
+                self.weights.finish(version);
+                Ok(())
+            }
+            SamplerEvent::Drift(drift) => {
+                self.throughput.publish_drift(drift.nats);
+                if drift.is_too_far {
+                    tracing::warn!(
+                        actor = self.outlet.actor,
+                        nats_per_token = drift.nats,
+                        "quantised log-probs drift too far from f32 (actor.max_drift); the next version is loaded in f32"
+                    );
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn finish(&mut self, finished: Finished) -> Result<(), ActorError> {
+        let Some(queued) = self.queue.finish(finished.key) else {
             return Ok(());
-        }
-        self.session = session;
-        for held in self.supply.superseded(session) {
-            self.supersede(held).await?;
-        }
-        Ok(())
-    }
-
-    async fn supersede(&mut self, held: Held) -> Result<(), ActorError> {
-        let detail = "sent by a session that was given up".to_owned();
-        self.drop_prompt(Some(held), Refusal::new(DropReason::Superseded, detail))
+        };
+        let completions = finished.completions;
+        self.throughput
+            .count(&completions, self.queue.in_progress());
+        self.outlet
+            .send(queued, completions, self.weights.version())
             .await
     }
+}
 
-    /// An actor holds no more prompts ready than its slots could take next: the others are for others.
-    fn has_room(&self) -> bool {
-        self.room() > 0
-    }
-
-    /// How many more prompts it may hold ready.
-    fn room(&self) -> usize {
-        let most = self.slots.div_ceil(self.mixture_coefs.len());
-        most.saturating_sub(self.supply.ready())
-    }
-
-    /// Loads newer weights if nothing is being written; else, and only while no newer weights wait,
-    /// starts on prompts.
-    async fn advance(&mut self) -> Result<(), ActorError> {
-        if self.loading.is_none() {
-            return self.start();
-        }
-        if self.supply.answering() > 0 {
-            return Ok(());
-        }
-        while let Some(version) = self.loading
-            && version > self.version
-        {
-            match self.shelf.fetch(version).await {
-                Ok(blob) => {
-                    self.version = version;
-                    self.command(Command::Load(version, blob))?;
-                }
-                // Superseded while we were writing: a newer one is announced already.
-                Err(TransportError::Pruned { .. }) => {
-                    self.loading = self.announcements.latest().map(|manifest| manifest.version);
-                }
-                // Its publisher has been told, and lays it down again.
-                Err(torn @ TransportError::Torn { .. }) => {
-                    tracing::warn!(actor = self.name, %torn, "weights are fetched again");
-                    self.failures += 1;
-                    let mut measurements = Measurements::new();
-                    measurements.set("weight_sync/failures", f64::from(self.failures));
-                    telemetry::publish(&measurements, &[("actor", &self.name)]);
-                    tokio::time::sleep(BEFORE_ANOTHER_FETCH).await;
-                    self.loading = self.announcements.latest().map(|manifest| manifest.version);
-                }
-                Err(source) => return Err(self.unloadable(source)),
-            }
-        }
-        Ok(())
-    }
-
-    fn start(&mut self) -> Result<(), ActorError> {
-        let busy = self.supply.answering() * self.mixture_coefs.len();
-        let most = self
-            .slots
-            .saturating_sub(busy)
-            .div_ceil(self.mixture_coefs.len());
-        let prompts = self.supply.start(self.version, most);
-        if prompts.is_empty() {
-            return Ok(());
-        }
-        let requests = prompts
-            .into_iter()
-            .map(|(number, prompt)| self.request(number, prompt))
-            .collect();
-        self.command(Command::Answer(requests))
-    }
-
-    fn request(&self, number: u64, prompt: Prompt) -> Request {
+impl CompletionPlan {
+    /// The sampling request of a prompt.
+    fn request(&self, started: StartedPrompt) -> Request {
+        let StartedPrompt { key, prompt } = started;
         let (mixture_coefs, exact) = match prompt.purpose {
             Purpose::Train => (self.mixture_coefs.clone(), 0),
             Purpose::Evaluate => {
@@ -357,149 +297,15 @@ impl Actor {
                 coefs.resize(2 + self.exact_samples, 0.0);
                 (coefs, self.exact_samples)
             }
-            Purpose::Contest => (vec![0.0; self.contest_samples], 0),
+            Purpose::Apo => (vec![0.0; self.apo_samples], 0),
         };
         Request {
-            key: number,
+            key,
             seed: prompt.seed,
             mixture_coefs,
             exact,
             max_new_tokens: self.max_new_tokens,
             ids: prompt.ids,
-        }
-    }
-
-    async fn on_event(&mut self, event: Option<Event>) -> Result<(), ActorError> {
-        match event {
-            Some(Event::Finished(finished)) => self.give(finished).await,
-            Some(Event::Refused(key, detail)) => {
-                let held = self.supply.finish(key);
-                self.drop_prompt(held, Refusal::new(DropReason::Failed, detail))
-                    .await
-            }
-            Some(Event::Loaded(version)) => {
-                tracing::debug!(actor = self.name, %version, "weights loaded");
-                self.loading = None;
-                self.loaded.send_replace(version);
-                Ok(())
-            }
-            Some(Event::Drifted { nats, is_too_far }) => {
-                self.throughput.drifted(nats);
-                if is_too_far {
-                    tracing::warn!(
-                        actor = self.name,
-                        nats_per_token = nats,
-                        "coarse numbers lead too far from the policy (actor.max_drift): the next \
-                         version is kept in f32"
-                    );
-                }
-                Ok(())
-            }
-            Some(Event::Failed(source)) => Err(ActorError::Model {
-                actor: self.name.clone(),
-                source,
-            }),
-            None => Err(ActorError::EngineGone {
-                actor: self.name.clone(),
-            }),
-        }
-    }
-
-    async fn give(&mut self, finished: Finished) -> Result<(), ActorError> {
-        let Some(Held { prompt, receipt }) = self.supply.finish(finished.key) else {
-            return Ok(());
-        };
-        let mut completions = finished.completions;
-        for completion in &mut completions {
-            completion.text = self.tokenizer.completion_text(&prompt.ids, completion);
-        }
-        self.throughput.wrote(&completions, self.supply.answering());
-        let pair = Pair {
-            prompt,
-            version: self.version,
-            completions,
-            actor: self.name.clone(),
-        };
-        let droppable =
-            self.identical == IdenticalPairs::Drop && pair.prompt.purpose == Purpose::Train;
-        if droppable && pair.is_identical() {
-            let detail = "all completions have the same tokens".to_owned();
-            let refusal = Refusal {
-                log_ratio: pair.completions.first().map(Completion::log_ratio),
-                ..Refusal::new(DropReason::Identical, detail)
-            };
-            let held = Held {
-                prompt: pair.prompt,
-                receipt,
-            };
-            return self.drop_prompt(Some(held), refusal).await;
-        }
-        let wait = self.waits.enter("room for pairs");
-        let sent = self.pairs.send(pair).await;
-        drop(wait);
-        sent.map_err(|source| self.lost(source))?;
-        receipt.acknowledge();
-        self.counters.given(1);
-        Ok(())
-    }
-
-    async fn drop_prompt(
-        &mut self,
-        held: Option<Held>,
-        refusal: Refusal,
-    ) -> Result<(), ActorError> {
-        let Some(Held { prompt, receipt }) = held else {
-            return Ok(());
-        };
-        let Refusal {
-            reason,
-            detail,
-            log_ratio,
-        } = refusal;
-        if reason == DropReason::Failed {
-            tracing::warn!(
-                actor = self.name,
-                prompt = prompt.id.0,
-                detail,
-                "a prompt was dropped"
-            );
-        }
-        let note = Dropped {
-            prompt: prompt.id,
-            session: prompt.version.session,
-            station: Station::Actor,
-            reason,
-            log_ratio,
-            detail,
-        };
-        let wait = self.waits.enter("room for notes");
-        let sent = self.drops.send(note).await;
-        drop(wait);
-        sent.map_err(|source| self.lost(source))?;
-        receipt.acknowledge();
-        self.counters.dropped(reason, 1);
-        Ok(())
-    }
-
-    fn command(&self, command: Command) -> Result<(), ActorError> {
-        self.commands
-            .send(command)
-            .map_err(|_| ActorError::EngineGone {
-                actor: self.name.clone(),
-            })
-    }
-
-    fn lost(&self, source: TransportError) -> ActorError {
-        ActorError::Stream {
-            actor: self.name.clone(),
-            source,
-        }
-    }
-
-    fn unloadable(&self, source: TransportError) -> ActorError {
-        ActorError::Weights {
-            actor: self.name.clone(),
-            source,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The program's own log, on standard error.
+//! The program's log, on standard error.
 
 use std::{fmt::Debug, io};
 
@@ -9,8 +9,8 @@ use tracing_subscriber::{
     fmt::format::{Writer, debug_fn},
 };
 
-/// Starts the log: warnings and the story of a run, or what `AGON_LOG` asks for (as in
-/// `AGON_LOG=learner=debug`). Read once, here.
+/// Installs the log subscriber. Level `info` by default (`warn` for noisy libraries), or the filter in `AGON_LOG`,
+/// as in `AGON_LOG=learner=debug`.
 pub(crate) fn start() {
     let filter = EnvFilter::try_from_env("AGON_LOG").unwrap_or_else(|_| {
         EnvFilter::new(
@@ -20,7 +20,7 @@ pub(crate) fn start() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
-        // It would be told on standard error, with a panic where that is what failed.
+        // Internal errors would go to standard error and panic if that is closed.
         .log_internal_errors(false)
         .with_ansi(takes_ansi(&io::stderr()))
         .with_target(false)
@@ -29,22 +29,22 @@ pub(crate) fn start() {
         .init();
 }
 
-/// A field of an event as `name=value`, the message alone without its name. Values may quote data: what would
-/// drive a terminal is escaped.
+/// Formats a field as `name=value`; the message without its name. Values may contain user data, so control
+/// characters are escaped.
 fn write_field(
-    writer: &mut Writer<'_>,
+    out: &mut Writer<'_>,
     field: &tracing::field::Field,
     value: &dyn Debug,
 ) -> std::fmt::Result {
     let value = format!("{value:?}");
     let value = printable_line(&value);
     match field.name() {
-        "message" => write!(writer, "{value}"),
+        "message" => write!(out, "{value}"),
         name => {
             let name = name.strip_prefix("r#").unwrap_or(name);
-            match writer.has_ansi_escapes() {
-                true => write!(writer, "\u{1b}[3m{name}\u{1b}[0m\u{1b}[2m=\u{1b}[0m{value}"),
-                false => write!(writer, "{name}={value}"),
+            match out.has_ansi_escapes() {
+                true => write!(out, "\u{1b}[3m{name}\u{1b}[0m\u{1b}[2m=\u{1b}[0m{value}"),
+                false => write!(out, "{name}={value}"),
             }
         }
     }

@@ -1,53 +1,49 @@
 //! `agon`: aligns language models by online self-play.
 //!
-//! The binary knows how to build the roles, run them side by side, stop them, and say how it went. What
-//! an actor, a judge or a learner does, their crates know.
+//! The binary parses the command line, builds the roles, runs and stops them, and maps errors to exit codes.
+//! What an actor, a preference service or a learner does is in their own crates.
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 #[macro_use]
 mod terminal;
 
-mod commands;
-mod failure;
-mod habits;
-mod interrupt;
-mod launch;
+mod assembly;
+mod cli;
+mod cluster;
+mod exit_code;
 mod logging;
-mod model_hub;
-mod overview;
-mod plot;
-mod presence;
+mod process_tuning;
 mod report;
-mod roles;
-mod world;
+mod run;
+mod signals;
 
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 
-use commands::{
-    actor, bench, check, doctor, eval, export, fit_preference, generate, golden, guard, learner,
-    manifests, metrics, preference, samples, score, sft, status, train, view,
+use cli::{
+    actor, bench, check, doctor, eval, export, fit_preference, generate, golden, learner,
+    manifests, metrics, nats_watchdog, preference, samples, score, sft, status, train, view,
 };
-use failure::Misuse;
+use exit_code::UsageError;
 
-/// Align language models by online self-play: actors answer every prompt twice, a judge says which answer
-/// is better, a learner moves the policy toward it.
+/// Align language models by online self-play: actors sample pairs of completions, a judge labels which one
+/// is preferred, a learner trains the policy on the labels.
 ///
-/// First steps: `agon train configs/quickstart.toml`. Every command explains itself with --help.
+/// First steps: `agon train configs/quickstart.toml`. --help after a command describes it.
 /// Exit codes: 0 done, 1 failed, 2 bad configuration, 3 missing resource, 4 diverged, 5 interrupted and
 /// saved.
 #[derive(Parser)]
 #[command(name = "agon", version, max_term_width = 100)]
-struct CommandLine {
+struct AgonCommandLine {
     #[command(subcommand)]
-    command: Command,
+    command: AgonCommand,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum AgonCommand {
     Train(train::Arguments),
     Learner(learner::Arguments),
     Actor(actor::Arguments),
@@ -62,16 +58,16 @@ enum Command {
     Score(score::Arguments),
     View(view::Arguments),
     Samples(samples::Arguments),
-    Report(commands::report::Arguments),
+    Report(cli::report::Arguments),
     Metrics(metrics::Arguments),
     Check(check::Arguments),
     Doctor(doctor::Arguments),
     Export(export::Arguments),
     Bench(bench::Arguments),
-    Guard(guard::Arguments),
+    NatsWatchdog(nats_watchdog::Arguments),
 }
 
-/// The runtime in which everything waits; what computes has threads of its own.
+/// The tokio runtime for waiting; compute has threads of its own.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -82,47 +78,47 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 fn main() -> ExitCode {
-    habits::set();
-    let command = CommandLine::parse().command;
+    process_tuning::apply();
+    let command = AgonCommandLine::parse().command;
     logging::start();
-    match check_vectors().and_then(|()| run(command)) {
+    match check_vector_mode().and_then(|()| run(command)) {
         Ok(code) => code,
-        Err(error) => failure::report(&error),
+        Err(error) => exit_code::report(&error),
     }
 }
 
-/// An error if the environment asks for vectors that nothing is compiled for.
-fn check_vectors() -> anyhow::Result<()> {
-    let misuse = |asked| {
-        Misuse(format!(
-            "AGON_VECTORS is {asked:?}: it may be plain, avx2 or avx512"
+/// Rejects a value of `AGON_VECTORS` that names no compiled instruction set.
+fn check_vector_mode() -> anyhow::Result<()> {
+    let invalid = |mode| {
+        UsageError(format!(
+            "AGON_VECTORS is {mode:?}: it may be plain, avx2 or avx512"
         ))
     };
-    Ok(model::ops::vectors().map(drop).map_err(misuse)?)
+    Ok(kernels::vectors().map(drop).map_err(invalid)?)
 }
 
-fn run(command: Command) -> anyhow::Result<ExitCode> {
+fn run(command: AgonCommand) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Train(arguments) => train::run(&arguments),
-        Command::Learner(arguments) => learner::run(&arguments),
-        Command::Actor(arguments) => actor::run(&arguments),
-        Command::Status(arguments) => status::run(&arguments),
-        Command::Manifests(arguments) => manifests::run(&arguments),
-        Command::Preference(arguments) => preference::run(&arguments),
-        Command::Sft(arguments) => sft::run(&arguments),
-        Command::FitPreference(arguments) => fit_preference::run(&arguments),
-        Command::Eval(arguments) => eval::run(&arguments),
-        Command::Generate(arguments) => generate::run(&arguments),
-        Command::Golden(arguments) => golden::run(&arguments),
-        Command::Score(arguments) => score::run(&arguments),
-        Command::View(arguments) => view::run(&arguments),
-        Command::Samples(arguments) => samples::run(&arguments),
-        Command::Report(arguments) => commands::report::run(&arguments),
-        Command::Metrics(arguments) => metrics::run(&arguments),
-        Command::Check(arguments) => check::run(&arguments),
-        Command::Doctor(arguments) => doctor::run(&arguments),
-        Command::Export(arguments) => export::run(&arguments),
-        Command::Bench(arguments) => bench::run(&arguments),
-        Command::Guard(arguments) => guard::run(&arguments),
+        AgonCommand::Train(arguments) => train::run(&arguments),
+        AgonCommand::Learner(arguments) => learner::run(&arguments),
+        AgonCommand::Actor(arguments) => actor::run(&arguments),
+        AgonCommand::Status(arguments) => status::run(&arguments),
+        AgonCommand::Manifests(arguments) => manifests::run(&arguments),
+        AgonCommand::Preference(arguments) => preference::run(&arguments),
+        AgonCommand::Sft(arguments) => sft::run(&arguments),
+        AgonCommand::FitPreference(arguments) => fit_preference::run(&arguments),
+        AgonCommand::Eval(arguments) => eval::run(&arguments),
+        AgonCommand::Generate(arguments) => generate::run(&arguments),
+        AgonCommand::Golden(arguments) => golden::run(&arguments),
+        AgonCommand::Score(arguments) => score::run(&arguments),
+        AgonCommand::View(arguments) => view::run(&arguments),
+        AgonCommand::Samples(arguments) => samples::run(&arguments),
+        AgonCommand::Report(arguments) => cli::report::run(&arguments),
+        AgonCommand::Metrics(arguments) => metrics::run(&arguments),
+        AgonCommand::Check(arguments) => check::run(&arguments),
+        AgonCommand::Doctor(arguments) => doctor::run(&arguments),
+        AgonCommand::Export(arguments) => export::run(&arguments),
+        AgonCommand::Bench(arguments) => bench::run(&arguments),
+        AgonCommand::NatsWatchdog(arguments) => nats_watchdog::run(&arguments),
     }
 }

@@ -1,12 +1,12 @@
-//! Lines for people and pipes. `println!` and `eprintln!` panic when the other end is gone, which would take the
-//! task that prints along: a run whose terminal was closed could then no longer be stopped.
+//! Output to the terminal or a pipe, without panics. `println!` and `eprintln!` panic when the reader has closed,
+//! which would end the printing task: a run whose terminal was closed could then no longer be stopped.
 
 use std::{fmt, io, io::Write};
 
-/// Writes a line to standard output; a closed pipe is no error.
+/// Writes a line to standard output; a closed pipe is not an error.
 ///
 /// # Errors
-/// When it cannot be written for another reason: what was asked for must not be lost in silence.
+/// When writing fails for any other reason.
 pub(crate) fn line(text: fmt::Arguments<'_>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match writeln!(out, "{text}").and_then(|()| out.flush()) {
@@ -15,12 +15,12 @@ pub(crate) fn line(text: fmt::Arguments<'_>) -> io::Result<()> {
     }
 }
 
-/// Writes to standard error what is good to know; where nobody listens, nothing happens.
+/// Writes a line to standard error; failures are ignored.
 pub(crate) fn note(text: fmt::Arguments<'_>) {
     drop(writeln!(io::stderr().lock(), "{text}"));
 }
 
-/// [`line()`](crate::terminal::line) of a format string: a `Result`.
+/// [`line()`](crate::terminal::line) of a format string; evaluates to its `io::Result`.
 macro_rules! out {
     ($($text:tt)*) => { $crate::terminal::line(format_args!($($text)*)) };
 }

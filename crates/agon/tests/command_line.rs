@@ -1,5 +1,5 @@
-//! What the command line says of itself. That this test exists also makes `cargo test --workspace` build
-//! the program, which the tests of the whole house then run.
+//! Help and exit codes of the command line. This test also makes `cargo test --workspace` build the program, which the
+//! system tests run.
 
 use std::process::{Command, Output};
 
@@ -25,13 +25,13 @@ fn help_names_every_command_and_every_exit_code() {
         "5 interrupted",
     ];
     for expected in commands.iter().chain(&codes) {
-        let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
-        assert!(words.contains(expected), "{expected:?} is not in\n{help}");
+        let text = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(text.contains(expected), "{expected:?} is not in\n{help}");
     }
 }
 
 #[test]
-fn every_command_teaches_by_an_example() {
+fn help_of_every_command_has_an_example() {
     for command in [
         "train", "sft", "eval", "generate", "score", "view", "samples", "report", "check", "export",
     ] {
@@ -44,7 +44,7 @@ fn every_command_teaches_by_an_example() {
 }
 
 #[test]
-fn a_command_line_without_a_command_is_a_misuse() {
+fn a_missing_or_unknown_command_exits_with_2() {
     assert_eq!(agon(&[]).status.code(), Some(2));
     assert_eq!(agon(&["align"]).status.code(), Some(2));
 }

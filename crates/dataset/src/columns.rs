@@ -1,54 +1,54 @@
-//! Which columns of a row hold what, and the names under which the field knows them.
+//! Column names: those of the settings, and the common ones of data sets.
 
-/// Columns that hold a whole dialogue, whose last turn of the assistant is the answer.
+/// Columns of complete dialogues, whose last assistant turn is the answer.
 pub(crate) const DIALOGUES: [&str; 3] = ["messages", "conversations", "conversation"];
-/// Columns that hold one answer; the first that a row has is taken.
+/// Columns of a single answer; the first that exists is used.
 pub(crate) const ANSWERS: [&str; 4] = ["completion", "output", "response", "answer"];
-/// Columns that hold what a user asks (Alpaca, Orca); the first that a row has is taken.
+/// Columns of a user's question (Alpaca, Orca); the first that exists is used.
 pub(crate) const QUESTIONS: [&str; 3] = ["instruction", "question", "input"];
-/// Columns that go on with an `instruction` (Alpaca, Dolly).
+/// Columns that are appended to an `instruction` (Alpaca, Dolly).
 pub(crate) const INPUTS: [&str; 2] = ["input", "context"];
-/// Columns that hold the system's turn (Orca, OpenOrca).
+/// Columns of the system message (Orca, OpenOrca).
 pub(crate) const SYSTEMS: [&str; 2] = ["system", "system_prompt"];
-/// Columns whose content no model here can read.
+/// Columns of media, which text models cannot read.
 pub(crate) const MEDIA: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
-/// The column of JSON schemas of functions.
+/// Column of the tools' JSON schemas.
 pub(crate) const TOOLS: &str = "tools";
-/// The column of further variables of the chat template.
+/// Column of additional chat-template variables.
 pub(crate) const TEMPLATE_KWARGS: &str = "chat_template_kwargs";
-/// The column of turns before an `instruction` (Alpaca).
+/// Column of turns before an `instruction` (Alpaca).
 pub(crate) const HISTORY: &str = "history";
-/// The column of text without a prompt (TRL's standard language-modelling form).
+/// Column of text without a prompt (TRL's standard language-modelling format).
 pub(crate) const TEXT: &str = "text";
-/// The column that says whether a completion is wanted (TRL's unpaired preferences).
+/// Column with the label of a completion (TRL's unpaired preferences).
 pub(crate) const LABEL: &str = "label";
 
-/// A column, and the setting that names it.
+/// A column name and the setting that determines it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Column {
-    /// Its name.
+    /// Name of the column.
     pub name: String,
-    /// The setting or option that names it; `None` where nothing does.
+    /// Setting or option that determines the name; `None` if fixed.
     pub setting: Option<&'static str>,
 }
 
-/// Which columns of a row hold what, where the settings name them.
+/// Column names by role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Columns {
-    /// The prompt; many forms need none.
+    /// Prompt; optional in many formats.
     pub prompt: Column,
-    /// The one answer of a row; where it is `completion`, the field's other names for it are tried too.
+    /// Single answer; with the name `completion`, its common synonyms are accepted too.
     pub answer: Column,
-    /// A golden answer, which is no part of a row's form; `None`: none is read.
+    /// Golden answer, which does not affect the format of a row; `None`: not read.
     pub golden: Option<Column>,
-    /// The preferred response, or the dialogue that ends with it.
+    /// Preferred response, or the dialogue that ends with it.
     pub chosen: Column,
-    /// The other.
+    /// Rejected response, or the dialogue that ends with it.
     pub rejected: Column,
 }
 
 impl Column {
-    /// A column that `setting` names.
+    /// A column whose name is determined by `setting`.
     #[must_use]
     pub fn named(name: &str, setting: &'static str) -> Self {
         Self {
@@ -57,7 +57,7 @@ impl Column {
         }
     }
 
-    /// A column that no setting names.
+    /// A column with a fixed name.
     fn fixed(name: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -65,10 +65,10 @@ impl Column {
         }
     }
 
-    /// What an error adds about the setting; empty without one.
+    /// Suffix of error messages that names the setting; empty without one.
     pub(crate) fn remedy(&self) -> String {
         self.setting
-            .map(|setting| format!("; {setting} names another column"))
+            .map(|setting| format!("; set {setting} to use another column"))
             .unwrap_or_default()
     }
 }
@@ -86,8 +86,8 @@ impl Default for Columns {
 }
 
 impl Columns {
-    /// Whether `name` is among the columns that some form reads.
-    pub(crate) fn knows(&self, name: &str) -> bool {
+    /// Whether some format reads the column `name`.
+    pub(crate) fn is_known(&self, name: &str) -> bool {
         let named = [&self.prompt, &self.answer, &self.chosen, &self.rejected];
         let mut named = named.into_iter().chain(&self.golden);
         named.any(|column| column.name == name)

@@ -1,4 +1,4 @@
-//! What can be wrong with a file of rows.
+//! Errors of data-set files.
 
 use std::{
     fmt,
@@ -7,17 +7,17 @@ use std::{
 
 use thiserror::Error;
 
-/// Where a row is in its file.
+/// Position of a row in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// The line, from 1, on which it begins.
+pub enum RowPosition {
+    /// First line of the row, counted from 1.
     Line(usize),
-    /// Its number, from 1, in a file without lines, or in a list within an object.
+    /// Index of the row, counted from 1, in a file without lines or in a list within an object.
     Row(usize),
 }
 
-impl Place {
-    /// Its line or row.
+impl RowPosition {
+    /// The line or row number.
     pub(crate) fn number(self) -> usize {
         match self {
             Self::Line(number) | Self::Row(number) => number,
@@ -25,7 +25,7 @@ impl Place {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for RowPosition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Line(line) => write!(f, "line {line}"),
@@ -34,16 +34,16 @@ impl fmt::Display for Place {
     }
 }
 
-/// What can be wrong with a file of rows.
+/// Error of a data-set file.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DatasetError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("failed to read {path}: {source}")]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
     /// The file as a whole cannot be used.
@@ -51,35 +51,35 @@ pub enum DatasetError {
     File {
         /// The file, folder or glob.
         path: PathBuf,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and the remedy.
         reason: String,
     },
-    /// It is not JSON.
+    /// The file is not valid JSON.
     #[error("{path}, line {line}, column {column}: not JSON: {reason}")]
     Json {
         /// The file.
         path: PathBuf,
-        /// The line, from 1.
+        /// Line, counted from 1.
         line: usize,
-        /// The byte in it, from 1.
+        /// Byte in the line, counted from 1.
         column: usize,
         /// What is wrong.
         reason: String,
     },
-    /// A row is not what it should be.
-    #[error("{path}, {place}: {reason}")]
+    /// A row is invalid.
+    #[error("{path}, {position}: {reason}")]
     Row {
         /// The file.
         path: PathBuf,
-        /// Where in it.
-        place: Place,
-        /// What is wrong, and what would be right.
+        /// Position of the row.
+        position: RowPosition,
+        /// What is wrong, and the remedy.
         reason: String,
     },
 }
 
 impl DatasetError {
-    /// The file that it is about.
+    /// The file with the error.
     #[must_use]
     pub fn path(&self) -> &Path {
         match self {
@@ -88,5 +88,11 @@ impl DatasetError {
             | Self::Json { path, .. }
             | Self::Row { path, .. } => path,
         }
+    }
+}
+
+impl messages::Classified for DatasetError {
+    fn class(&self) -> messages::ErrorClass {
+        messages::ErrorClass::Resource
     }
 }

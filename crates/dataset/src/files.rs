@@ -1,4 +1,4 @@
-//! The files that a path names.
+//! Expansion of a path to data files.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,39 +8,42 @@ use std::{
 
 use crate::error::DatasetError;
 
-/// What a name of a file of rows ends with; `.gz` and `.zst` may follow.
-const ENDINGS: [&str; 4] = ["jsonl", "ndjson", "json", "parquet"];
+/// Extensions of data files; `.gz` or `.zst` may follow.
+const EXTENSIONS: [&str; 4] = ["jsonl", "ndjson", "json", "parquet"];
 
-/// JSON that describes a data set and holds no rows of it.
-const DESCRIPTIONS: [&str; 4] = [
+/// JSON files with metadata of a data set, without rows.
+const METADATA: [&str; 4] = [
     "dataset_info.json",
     "dataset_infos.json",
     "dataset_dict.json",
     "state.json",
 ];
 
-/// JSON that `Dataset.save_to_disk` writes beside its Arrow files.
-const SAVED: [&str; 2] = ["state.json", "dataset_dict.json"];
+/// JSON files that `Dataset.save_to_disk` writes next to its Arrow files.
+const SAVE_TO_DISK: [&str; 2] = ["state.json", "dataset_dict.json"];
 
-/// What names of data that is not read end with, and what to do instead.
-const FOREIGN: [(&[&str], &str); 5] = [
+/// Extensions of unsupported data files, and the remedy.
+const UNSUPPORTED: [(&[&str], &str); 5] = [
     (
         &["arrow", "feather"],
         "write Arrow as Parquet (Dataset.to_parquet)",
     ),
     (
         &["csv", "tsv", "txt", "xlsx", "avro", "orc"],
-        "write CSV and its like as JSON Lines (Dataset.to_json)",
+        "convert CSV and similar formats to JSON Lines (Dataset.to_json)",
     ),
-    (&["zip", "tar", "tgz", "7z", "rar"], "unpack archives"),
-    (&["bz2", "xz", "lz4", "br"], "pack files by gzip or zstd"),
+    (&["zip", "tar", "tgz", "7z", "rar"], "extract archives"),
+    (
+        &["bz2", "xz", "lz4", "br"],
+        "compress files with gzip or zstd",
+    ),
     (
         &["pkl", "pickle", "npy", "npz", "db", "sqlite", "msgpack"],
         "write the rows as JSON Lines",
     ),
 ];
 
-/// Parts of a name that mark rows which are not for training.
+/// Name parts of splits that are not for training.
 const HELD_OUT: [&str; 13] = [
     "test",
     "tests",
@@ -57,13 +60,13 @@ const HELD_OUT: [&str; 13] = [
     "hold_out",
 ];
 
-/// The files that `path` names: itself; the files of rows directly in a folder; those that match a glob (`*`, `?`,
-/// `[...]`, `**`). Several are in the order of their names. What a folder holds besides is named in the log.
+/// Expands `path` to data files: the file itself, the data files directly in a folder, or the matches of a glob (`*`,
+/// `?`, `[...]`, `**`), sorted by name. Other data in a folder is logged as a warning.
 ///
 /// # Errors
-/// When there is none, or a folder holds several splits (training and test shards).
+/// When there are none, or a folder contains several splits (training and test shards).
 pub fn files(path: &Path) -> Result<Vec<PathBuf>, DatasetError> {
-    refuse_remote(path)?;
+    reject_url(path)?;
     match fs::metadata(path) {
         Ok(found) if found.is_dir() => shards(path),
         Ok(_) => Ok(vec![path.to_owned()]),
@@ -75,8 +78,8 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     }
 }
 
-/// That a path is not an address: nothing is fetched.
-fn refuse_remote(path: &Path) -> Result<(), DatasetError> {
+/// Rejects URLs: nothing is downloaded.
+fn reject_url(path: &Path) -> Result<(), DatasetError> {
     let text = path.to_string_lossy();
     let hub = ["hf://datasets/", "hf:datasets/", "hf://", "hf:"]
         .iter()
@@ -87,15 +90,15 @@ fn refuse_remote(path: &Path) -> Result<(), DatasetError> {
             let name = name.join("/");
             let name = name.split('@').next().unwrap_or_default();
             format!(
-                "fetch it with `hf download --repo-type dataset {name} --local-dir FOLDER` and name the folder"
+                "download it with `hf download --repo-type dataset {name} --local-dir FOLDER` and name the folder"
             )
         }
-        None if text.contains("://") => "fetch the file and name it".to_owned(),
+        None if text.contains("://") => "download the file and name it".to_owned(),
         None => return Ok(()),
     };
     Err(DatasetError::File {
         path: path.to_owned(),
-        reason: format!("rows are read from files on this machine, not from addresses: {remedy}"),
+        reason: format!("rows are read from local files, not from URLs: {remedy}"),
     })
 }
 
@@ -127,193 +130,196 @@ fn matches(pattern: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     Ok(all)
 }
 
-/// What a folder holds.
+/// Contents of a folder.
 #[derive(Debug, Default)]
-struct Found {
+struct FolderContents {
     rows: Vec<PathBuf>,
-    /// Names of files that look like data and are not read.
-    foreign: BTreeSet<String>,
-    /// Names of folders.
+    /// Names of unsupported data files.
+    unsupported: BTreeSet<String>,
+    /// Names of subfolders.
     folders: BTreeSet<String>,
-    /// Whether `Dataset.save_to_disk` wrote it.
-    is_saved: bool,
+    /// Whether it was written by `Dataset.save_to_disk`.
+    is_save_to_disk: bool,
 }
 
-impl Found {
+impl FolderContents {
     fn add(&mut self, path: PathBuf) {
         let name = name(&path);
-        self.is_saved |= SAVED.contains(&name.as_str());
+        self.is_save_to_disk |= SAVE_TO_DISK.contains(&name.as_str());
         if path.is_dir() {
             self.folders.extend((!is_hidden(&name)).then_some(name));
-        } else if holds_rows(&name) {
+        } else if is_data_file(&name) {
             self.rows.push(path);
         } else if remedy(&name).is_some() {
-            self.foreign.insert(name);
+            self.unsupported.insert(name);
         }
     }
 
-    /// Logs what is passed over.
-    fn say(&self, folder: &Path) {
-        let inner = self.folders.iter();
-        let inner = inner.filter(|name| has_rows(&folder.join(name)));
-        let passed: Vec<String> = self.foreign.iter().chain(inner).cloned().collect();
-        if !passed.is_empty() {
+    /// Logs the data that is not read.
+    fn log_skipped(&self, folder: &Path) {
+        let subfolders = self.folders.iter();
+        let subfolders = subfolders.filter(|name| has_data_files(&folder.join(name)));
+        let skipped: Vec<String> = self.unsupported.iter().chain(subfolders).cloned().collect();
+        if !skipped.is_empty() {
             tracing::warn!(
                 path = %folder.display(),
                 read = self.rows.len(),
-                passed_over = passed.join(", "),
-                "some of the folder is not read: name files or a glob to have others read"
+                skipped = skipped.join(", "),
+                "part of the folder is not read: name files or a glob to read others"
             );
         }
     }
 
-    /// Why nothing of it can be read.
-    fn nothing(&self) -> String {
+    /// Error message for a folder without data files.
+    fn no_data_files(&self) -> String {
         let is_arrow = |name: &String| name.ends_with(".arrow");
-        if self.is_saved && (self.foreign.iter().any(is_arrow) || self.rows.is_empty()) {
-            return "the folder is one of Dataset.save_to_disk, whose Arrow files are not read: write the data set with \
-                    load_from_disk(...).to_parquet(\"rows.parquet\"), or to_json, of each split"
+        if self.is_save_to_disk && (self.unsupported.iter().any(is_arrow) || self.rows.is_empty()) {
+            return "the folder was written by Dataset.save_to_disk, whose Arrow files are not supported: convert each split with \
+                    load_from_disk(...).to_parquet(\"rows.parquet\"), or to_json"
                 .into();
         }
-        let none = "the folder holds no file of rows (.jsonl, .json, .parquet, .gz, .zst)";
+        let none = "the folder contains no data file (.jsonl, .json, .parquet, .gz, .zst)";
         let mut remedies = self
-            .foreign
+            .unsupported
             .iter()
             .filter_map(|name| Some((name, remedy(name)?)));
         match (remedies.next(), self.folders.first()) {
-            (Some((name, remedy)), _) => format!("{none} but {name:?}: {remedy}"),
-            (None, Some(inner)) => format!("{none}; it holds the folder {inner:?}: name that"),
+            (Some((name, remedy)), _) => format!("{none}, only {name:?}: {remedy}"),
+            (None, Some(folder)) => format!("{none}; it contains the folder {folder:?}: name that"),
             (None, None) => none.into(),
         }
     }
 }
 
-/// The files of rows directly in `folder`.
+/// The data files directly in `folder`.
 fn shards(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     let unreadable = |source| DatasetError::Unreadable {
         path: folder.to_owned(),
         source,
     };
-    let mut found = Found::default();
+    let mut found = FolderContents::default();
     for entry in fs::read_dir(folder).map_err(unreadable)? {
         found.add(entry.map_err(unreadable)?.path());
     }
     found.rows.sort();
-    let refused = |reason| DatasetError::File {
+    let error = |reason| DatasetError::File {
         path: folder.to_owned(),
         reason,
     };
     if found.rows.is_empty() {
-        return Err(refused(found.nothing()));
+        return Err(error(found.no_data_files()));
     }
     let splits = splits(&found.rows);
     if splits.len() > 1 {
-        return Err(refused(several(folder, &splits)));
+        return Err(error(several_splits(folder, &splits)));
     }
-    found.say(folder);
+    found.log_skipped(folder);
     Ok(found.rows)
 }
 
-/// Whether a folder directly holds files of rows.
-fn has_rows(folder: &Path) -> bool {
+/// Whether a folder directly contains data files.
+fn has_data_files(folder: &Path) -> bool {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .map(|entry| entry.path())
-        .any(|path| path.is_file() && holds_rows(&name(&path)))
+        .any(|path| path.is_file() && is_data_file(&name(&path)))
 }
 
-/// What to do with data of this name, which is not read; none when it is no data.
+/// Remedy for an unsupported data file of this name; `None` if it is not data.
 fn remedy(name: &str) -> Option<&'static str> {
-    let name = unpacked(name);
-    let is_about = ["readme", "license", "licence", "requirements"];
-    if is_hidden(&name) || is_about.iter().any(|about| name.starts_with(about)) {
+    let name = without_compression(name);
+    let documentation = ["readme", "license", "licence", "requirements"];
+    if is_hidden(&name) || documentation.iter().any(|start| name.starts_with(start)) {
         return None;
     }
-    let ending = ending(&name)?.to_owned();
-    let of = FOREIGN
+    let extension = extension(&name)?.to_owned();
+    let entry = UNSUPPORTED
         .iter()
-        .find(|(endings, _)| endings.contains(&ending.as_str()));
-    of.map(|(_, remedy)| *remedy)
+        .find(|(extensions, _)| extensions.contains(&extension.as_str()));
+    entry.map(|(_, remedy)| *remedy)
 }
 
 fn is_hidden(name: &str) -> bool {
     name.starts_with(['.', '_'])
 }
 
-/// A name in small letters, without the ending of what it is packed by.
-fn unpacked(name: &str) -> String {
+/// The name in lower case, without the extension of a compression format.
+fn without_compression(name: &str) -> String {
     let name = name.to_lowercase();
-    let packed = [".gz", ".zst"];
-    let bare = packed.iter().find_map(|packed| name.strip_suffix(packed));
-    bare.map(str::to_owned).unwrap_or(name)
+    let suffixes = [".gz", ".zst"];
+    let stripped = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix));
+    stripped.map(str::to_owned).unwrap_or(name)
 }
 
-fn ending(name: &str) -> Option<&str> {
-    name.rsplit_once('.').map(|(_, ending)| ending)
+fn extension(name: &str) -> Option<&str> {
+    name.rsplit_once('.').map(|(_, extension)| extension)
 }
 
-fn several(folder: &Path, splits: &BTreeSet<String>) -> String {
+/// Error message for a folder with several splits.
+fn several_splits(folder: &Path, splits: &BTreeSet<String>) -> String {
     let names: Vec<String> = splits.iter().map(|split| format!("{split:?}")).collect();
     let first = splits.iter().find(|split| !is_held_out(split));
     let first = first.or(splits.first()).map_or("", String::as_str);
     let glob = folder.join(format!("{first}*"));
     format!(
-        "the folder holds several splits ({}): name one by a glob, as in {:?}",
+        "the folder contains several splits ({}): select one by a glob, such as {:?}",
         names.join(", "),
         glob.display().to_string()
     )
 }
 
-fn holds_rows(name: &str) -> bool {
-    if is_hidden(name) || DESCRIPTIONS.contains(&name) {
+fn is_data_file(name: &str) -> bool {
+    if is_hidden(name) || METADATA.contains(&name) {
         return false;
     }
-    ending(&unpacked(name)).is_some_and(|ending| ENDINGS.contains(&ending))
+    extension(&without_compression(name)).is_some_and(|extension| EXTENSIONS.contains(&extension))
 }
 
-/// The splits that shards belong to: one when nothing in their names tells them apart.
+/// Splits of the shards by name; empty when the names do not distinguish splits.
 fn splits(shards: &[PathBuf]) -> BTreeSet<String> {
     let mut numbered = BTreeMap::new();
     for shard in shards {
         let name = name(shard);
-        let rows = unpacked(&name).len();
+        let rows = without_compression(&name).len();
         let stem = name[..rows].rsplit_once('.').map_or("", |(stem, _)| stem);
         let split = without_number(stem);
         numbered.insert(split.to_owned(), split.len() < stem.len());
     }
-    let told_apart = numbered.values().any(|&is_numbered| is_numbered)
+    let is_distinguished = numbered.values().any(|&is_numbered| is_numbered)
         || numbered.keys().any(|split| is_held_out(split));
-    match told_apart {
+    match is_distinguished {
         true => numbered.into_keys().collect(),
         false => BTreeSet::new(),
     }
 }
 
-/// `train` of `train-00000-of-00002`, which a hash may follow.
+/// The split name `train` of `train-00000-of-00002`, which may be followed by a hash.
 fn without_number(stem: &str) -> &str {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let parts: Vec<&str> = stem.split('-').collect();
-    let place = parts
+    let position = parts
         .windows(3)
         .position(|window| is_number(window[0]) && window[1] == "of" && is_number(window[2]));
-    let kept = place.map_or(stem.len(), |place| {
-        parts[..place]
+    let length = position.map_or(stem.len(), |position| {
+        parts[..position]
             .iter()
             .map(|part| part.len() + 1)
             .sum::<usize>()
             .saturating_sub(1)
     });
-    &stem[..kept]
+    &stem[..length]
 }
 
+/// Whether the name of a split marks it as not for training.
 fn is_held_out(split: &str) -> bool {
     let split = split.to_lowercase();
     let parts = split.split(|c: char| !c.is_alphanumeric());
     let parts: Vec<&str> = parts
         .map(|part| part.trim_end_matches(|c: char| c.is_ascii_digit()))
         .collect();
-    let two = parts.windows(2).map(|two| two.join("_"));
-    two.chain(parts.iter().map(|&part| part.to_owned()))
+    let pairs = parts.windows(2).map(|pair| pair.join("_"));
+    pairs
+        .chain(parts.iter().map(|&part| part.to_owned()))
         .any(|part| HELD_OUT.contains(&part.as_str()))
 }
 
@@ -342,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_and_a_glob_are_their_files_in_order() {
+    fn folders_and_globs_expand_to_sorted_files() {
         let names = [
             "train-00001-of-00002.parquet",
             "train-00000-of-00002.parquet",
@@ -363,7 +369,7 @@ mod tests {
             found(&lines.path().join("**/*.jsonl")).map(|all| all.len()),
             Ok(2)
         );
-        // The endings of other systems; what is not read is passed over.
+        // Extensions in upper case; unsupported files are skipped.
         let mixed = folder(&[
             "a.jsonl",
             "B.JSONL",
@@ -374,10 +380,10 @@ mod tests {
         ]);
         let read = ["B.JSONL", "a.jsonl", "c.Parquet"].map(String::from);
         assert_eq!(found(mixed.path()), Ok(read.to_vec()));
-        // Numbers within a name are no splits.
+        // Numbers within a name do not distinguish splits.
         let numbered = folder(&["part.0.jsonl", "part.1.jsonl"]);
         assert_eq!(found(numbered.path()).map(|all| all.len()), Ok(2));
-        // A name that is there is a name, whatever letters it has.
+        // An existing file is not treated as a glob.
         let odd = folder(&["a[1].jsonl"]);
         assert_eq!(
             found(&odd.path().join("a[1].jsonl")),
@@ -386,14 +392,14 @@ mod tests {
     }
 
     #[test]
-    fn splits_in_one_folder_are_not_mixed() {
-        for (names, says) in [
+    fn folders_with_several_splits_or_no_data_are_errors() {
+        for (names, expected) in [
             (
                 &[
                     "train_prefs-00000-of-00001.parquet",
                     "test_prefs-00000-of-00001.parquet",
                 ][..],
-                "several splits (\"test_prefs\", \"train_prefs\"): name one by a glob",
+                "several splits (\"test_prefs\", \"train_prefs\"): select one by a glob",
             ),
             (&["train.jsonl", "test.jsonl.gz"], "train*\""),
             (&["a.train.jsonl", "a.test.jsonl"], "a.train*\""),
@@ -405,9 +411,9 @@ mod tests {
             (&["train.jsonl", "heldout.jsonl"], "several splits"),
             (&["train.jsonl", "held_out.jsonl"], "several splits"),
             (&["train.jsonl", "holdout.jsonl.zst"], "several splits"),
-            (&["data.csv", "README.md"], "but \"data.csv\": write CSV"),
-            (&["rows.jsonl.bz2"], "pack files by gzip or zstd"),
-            (&["rows.zip"], "unpack archives"),
+            (&["data.csv", "README.md"], "only \"data.csv\": convert CSV"),
+            (&["rows.jsonl.bz2"], "compress files with gzip or zstd"),
+            (&["rows.zip"], "extract archives"),
             (&["data-00000-of-00001.arrow"], "Dataset.to_parquet"),
             (
                 &[
@@ -427,27 +433,27 @@ mod tests {
             ),
             (
                 &["data/train.jsonl"],
-                "it holds the folder \"data\": name that",
+                "it contains the folder \"data\": name that",
             ),
-            (&["README.md"], "holds no file of rows"),
+            (&["README.md"], "contains no data file"),
         ] {
             let folder = folder(names);
-            let error = found(folder.path()).expect_err(says);
-            assert!(error.contains(says), "{error}");
+            let error = found(folder.path()).expect_err(expected);
+            assert!(error.contains(expected), "{error}");
         }
     }
 
     #[test]
-    fn what_is_not_there_is_named() {
+    fn missing_files_and_urls_are_reported() {
         let empty = folder(&[]);
-        for (name, says) in [
+        for (name, expected) in [
             ("none.jsonl", "none.jsonl: No such file"),
             ("*.jsonl", "no file matches the glob"),
         ] {
-            let error = found(&empty.path().join(name)).expect_err(says);
-            assert!(error.contains(says), "{error}");
+            let error = found(&empty.path().join(name)).expect_err(expected);
+            assert!(error.contains(expected), "{error}");
         }
-        for (address, says) in [
+        for (address, expected) in [
             (
                 "hf://datasets/org/set",
                 "--repo-type dataset org/set --local-dir",
@@ -458,11 +464,11 @@ mod tests {
             ),
             (
                 "https://example.org/rows.jsonl",
-                "fetch the file and name it",
+                "download the file and name it",
             ),
         ] {
-            let error = found(Path::new(address)).expect_err(says);
-            assert!(error.contains(says), "{error}");
+            let error = found(Path::new(address)).expect_err(expected);
+            assert!(error.contains(expected), "{error}");
         }
     }
 }

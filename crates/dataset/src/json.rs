@@ -1,20 +1,20 @@
-//! JSON as people's programs write it: as lines, as a list, pretty-printed, with a byte order mark, with Python's
-//! `NaN` and `Infinity`. A mistake has its line and column.
+//! Tolerant JSON reader: JSON Lines, a list, pretty-printed objects, a byte order mark, Python's `NaN` and `Infinity`.
+//! Errors have line and column.
 
 use std::{borrow::Cow, path::Path};
 
 use serde_json::{Deserializer, Map, Value};
 
-use crate::error::{DatasetError, Place};
+use crate::error::{DatasetError, RowPosition};
 
-/// What is wrong with a row that is no object.
+/// Error message for a row that is not an object.
 pub(crate) const NOT_AN_OBJECT: &str = "a row must be a JSON object, as in {\"prompt\": \"...\"}";
 
-/// A string that stands for a number that JSON does not have; as wide as `NaN`, so that places keep.
-const NO_NUMBER: &str = "\"\u{7f}\"";
+/// Placeholder string for numbers that JSON lacks; as long as `NaN`, so that columns do not shift.
+const NON_JSON_NUMBER: &str = "\"\u{7f}\"";
 
-/// Columns by which an object is a row and not a wrapper of rows.
-const OF_ROWS: [&str; 10] = [
+/// Columns that identify an object as a row rather than a wrapper of rows.
+const ROW_COLUMNS: [&str; 10] = [
     "prompt",
     "completion",
     "chosen",
@@ -27,12 +27,12 @@ const OF_ROWS: [&str; 10] = [
     "text",
 ];
 
-/// What is wrong with a text, and where.
+/// A syntax error and its position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Malformed {
-    /// From 1.
+    /// Line, counted from 1.
     line: usize,
-    /// The byte in it, from 1; 0 where the line as a whole is meant.
+    /// Byte in the line, counted from 1; 0 for an error of the whole file.
     column: usize,
     reason: String,
 }
@@ -54,8 +54,8 @@ impl Malformed {
         }
     }
 
-    /// The whole text cannot be used.
-    fn whole(reason: String) -> Self {
+    /// An error of the whole file.
+    fn whole_file(reason: String) -> Self {
         Self {
             line: 1,
             column: 0,
@@ -63,7 +63,7 @@ impl Malformed {
         }
     }
 
-    /// `error`, which was met in `text` from the byte `start` on.
+    /// The error of parsing `text` from byte `start` on.
     fn at(text: &str, start: usize, error: &serde_json::Error) -> Self {
         let before = &text[..start];
         let line = before.matches('\n').count() + error.line().max(1);
@@ -71,13 +71,13 @@ impl Malformed {
             0 | 1 => start - before.rfind('\n').map_or(0, |end| end + 1),
             _ => 0,
         };
-        let said = error.to_string();
-        let reason = said
+        let message = error.to_string();
+        let reason = message
             .rsplit_once(" at line ")
-            .map_or(said.as_str(), |(reason, _)| reason);
+            .map_or(message.as_str(), |(reason, _)| reason);
         let remedy = match reason.contains("surrogate") || reason.contains("end of hex escape") {
             true => {
-                ": half a character, as Python writes text that was cut within one; cut the text elsewhere, or take the escape out"
+                ": a lone surrogate, as Python writes text that was cut within a character; cut the text elsewhere, or remove the escape"
             }
             false => "",
         };
@@ -88,20 +88,20 @@ impl Malformed {
         }
     }
 
-    /// `reason`, at the byte `place` of `text`.
-    fn here(text: &str, place: usize, reason: &str) -> Self {
-        let before = &text[..place];
+    /// An error at byte `offset` of `text`.
+    fn at_offset(text: &str, offset: usize, reason: &str) -> Self {
+        let before = &text[..offset];
         Self {
             line: before.matches('\n').count() + 1,
-            column: place - before.rfind('\n').map_or(0, |end| end + 1) + 1,
+            column: offset - before.rfind('\n').map_or(0, |end| end + 1) + 1,
             reason: reason.to_owned(),
         }
     }
 }
 
-/// The values of a text of rows, with their places: JSON Lines; one list; one object that holds one list of
-/// objects; values one after the other, of several lines each.
-pub(crate) fn rows(text: &str) -> Result<Vec<(Place, Value)>, Malformed> {
+/// Parses a text of rows with their positions: JSON Lines; one list; one object with one list of objects; consecutive
+/// multi-line values.
+pub(crate) fn rows(text: &str) -> Result<Vec<(RowPosition, Value)>, Malformed> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let text = masked(text);
     let start = text.len() - text.trim_start().len();
@@ -109,7 +109,7 @@ pub(crate) fn rows(text: &str) -> Result<Vec<(Place, Value)>, Malformed> {
         None => Vec::new(),
         Some(b'[') => list(&text, start)?,
         Some(b'{') => objects(&text, start)?,
-        Some(_) => return Err(no_json(&text, start)),
+        Some(_) => return Err(not_json(&text, start)),
     };
     if matches!(text, Cow::Owned(_)) {
         for (_, value) in &mut rows {
@@ -119,10 +119,10 @@ pub(crate) fn rows(text: &str) -> Result<Vec<(Place, Value)>, Malformed> {
     Ok(rows)
 }
 
-/// The object in a line of rows.
+/// Parses one line of JSON Lines.
 ///
 /// # Errors
-/// When it is not a JSON object: with the column.
+/// When it is not a JSON object; the message has the column.
 pub fn parse_row(line: &str) -> Result<Map<String, Value>, String> {
     let line = line.strip_prefix('\u{feff}').unwrap_or(line);
     let line = masked(line);
@@ -139,92 +139,94 @@ pub fn parse_row(line: &str) -> Result<Map<String, Value>, String> {
     }
 }
 
-fn no_json(text: &str, start: usize) -> Malformed {
+/// The error for a text that begins like neither an object nor a list.
+fn not_json(text: &str, start: usize) -> Malformed {
     let first = text[start..].lines().next().unwrap_or_default();
     let begins: String = first.chars().take(24).collect();
     match first.contains([',', '\t']) && !first.starts_with('"') {
-        true => Malformed::whole(format!(
-            "the file begins with {begins:?}: neither JSON nor Parquet; write CSV and its like as JSON Lines"
+        true => Malformed::whole_file(format!(
+            "the file begins with {begins:?}: neither JSON nor Parquet; convert CSV and similar formats to JSON Lines"
         )),
-        false => Malformed::here(
+        false => Malformed::at_offset(
             text,
             start,
             &format!(
-                "the file begins with {begins:?}, where an object {{...}} or a list [...] is needed: write CSV and plain text \
-                 as JSON Lines, each row as {{\"prompt\": \"...\"}}"
+                "the file begins with {begins:?}, where an object {{...}} or a list [...] is expected: convert CSV and plain \
+                 text to JSON Lines, each row as {{\"prompt\": \"...\"}}"
             ),
         ),
     }
 }
 
-/// The lines of a text, or the values that lines make together.
-fn objects(text: &str, start: usize) -> Result<Vec<(Place, Value)>, Malformed> {
+/// Parses JSON Lines, or else consecutive multi-line values.
+fn objects(text: &str, start: usize) -> Result<Vec<(RowPosition, Value)>, Malformed> {
     let lines = (1..)
         .zip(text.split('\n'))
         .filter(|(_, line)| !line.trim().is_empty());
-    let (mut read, mut broken) = (Vec::new(), None);
-    let (mut failed, mut of_first) = (0, false);
+    let (mut read, mut first_error) = (Vec::new(), None);
+    let (mut failed, mut first_line_is_incomplete) = (0, false);
     for (number, line) in lines {
         match serde_json::from_str(line) {
-            Ok(value) => read.push((Place::Line(number), value)),
+            Ok(value) => read.push((RowPosition::Line(number), value)),
             Err(error) => {
                 failed += 1;
-                of_first |= read.is_empty() && broken.is_none() && error.is_eof();
+                first_line_is_incomplete |=
+                    read.is_empty() && first_error.is_none() && error.is_eof();
                 let offset = line.as_ptr() as usize - text.as_ptr() as usize;
-                broken.get_or_insert((offset, error));
+                first_error.get_or_insert((offset, error));
             }
         }
     }
-    match broken {
+    match first_error {
         None => unwrapped(read),
-        // A first line that ends too early begins a value of several lines, unless most lines are rows.
-        Some(_) if of_first && failed >= read.len() => document(text, start),
+        // An incomplete first line begins a multi-line value, unless most lines are rows.
+        Some(_) if first_line_is_incomplete && failed >= read.len() => document(text, start),
         Some((offset, error)) => Err(Malformed::at(text, offset, &error)),
     }
 }
 
-/// Values one after the other.
-fn document(text: &str, start: usize) -> Result<Vec<(Place, Value)>, Malformed> {
+/// Parses consecutive values of any number of lines.
+fn document(text: &str, start: usize) -> Result<Vec<(RowPosition, Value)>, Malformed> {
     let (mut rows, mut cursor) = (Vec::new(), Cursor::new(text, start));
     while let Some(line) = cursor.next_line() {
-        rows.push((Place::Line(line), cursor.value()?));
+        rows.push((RowPosition::Line(line), cursor.value()?));
     }
     unwrapped(rows)
 }
 
-/// The elements of the list that begins at `start`.
-fn list(text: &str, start: usize) -> Result<Vec<(Place, Value)>, Malformed> {
+/// Parses the elements of the list at `start`.
+fn list(text: &str, start: usize) -> Result<Vec<(RowPosition, Value)>, Malformed> {
     let (mut rows, mut cursor) = (Vec::new(), Cursor::new(text, start + 1));
     while let Some(line) = cursor.next_line() {
         match (cursor.byte(), rows.is_empty()) {
             (b']', true) => break,
-            (b']', false) => return Err(cursor.refuse("trailing comma: take it out")),
-            _ => rows.push((Place::Line(line), cursor.value()?)),
+            (b']', false) => return Err(cursor.error("trailing comma: remove it")),
+            _ => rows.push((RowPosition::Line(line), cursor.value()?)),
         }
         match cursor.next_line().map(|_| cursor.byte()) {
             Some(b',') => cursor.at += 1,
             Some(b']') => break,
             Some(_) => {
-                return Err(cursor.refuse("expected `,` or `]` after an element of the list"));
+                return Err(cursor.error("expected `,` or `]` after an element of the list"));
             }
             None => break,
         }
     }
     if cursor.next_line().is_none() {
-        return Err(cursor.refuse("the list does not end: `]` is missing"));
+        return Err(cursor.error("the list is not closed: `]` is missing"));
     }
     cursor.at += 1;
     match cursor.next_line() {
         None => Ok(rows),
-        Some(_) => Err(cursor.refuse("something follows the end of the list")),
+        Some(_) => Err(cursor.error("unexpected text follows the end of the list")),
     }
 }
 
-/// A place in a text.
+/// Position in a text, with its line number.
 struct Cursor<'a> {
     text: &'a str,
     at: usize,
-    /// The line of the byte `counted`.
+    /// Line of the byte `counted`.
     line: usize,
     counted: usize,
 }
@@ -239,7 +241,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Passes over white space; gives the line of what follows, if anything does.
+    /// Skips white space; returns the line of what follows, or `None` at the end.
     fn next_line(&mut self) -> Option<usize> {
         let rest = &self.text[self.at..];
         self.at += rest.len() - rest.trim_start().len();
@@ -257,23 +259,25 @@ impl<'a> Cursor<'a> {
         let value = match stream.next() {
             Some(Ok(value)) => value,
             Some(Err(error)) => return Err(Malformed::at(self.text, self.at, &error)),
-            None => return Err(self.refuse("a value is missing")),
+            None => return Err(self.error("a value is missing")),
         };
         self.at += stream.byte_offset();
         Ok(value)
     }
 
-    fn refuse(&self, reason: &str) -> Malformed {
-        Malformed::here(self.text, self.at, reason)
+    fn error(&self, reason: &str) -> Malformed {
+        Malformed::at_offset(self.text, self.at, reason)
     }
 }
 
-/// The rows that a single object wraps, as in `{"version": 1, "data": [...]}`; else the values as they are.
-fn unwrapped(mut values: Vec<(Place, Value)>) -> Result<Vec<(Place, Value)>, Malformed> {
+/// Unwraps the rows of a single object such as `{"version": 1, "data": [...]}`; other values are unchanged.
+fn unwrapped(
+    mut values: Vec<(RowPosition, Value)>,
+) -> Result<Vec<(RowPosition, Value)>, Malformed> {
     let [(_, Value::Object(object))] = values.as_mut_slice() else {
         return Ok(values);
     };
-    if OF_ROWS.iter().any(|name| object.contains_key(*name)) {
+    if ROW_COLUMNS.iter().any(|name| object.contains_key(*name)) {
         return Ok(values);
     }
     let lists: Vec<String> = object
@@ -287,16 +291,16 @@ fn unwrapped(mut values: Vec<(Place, Value)>) -> Result<Vec<(Place, Value)>, Mal
             let Some(Value::Array(rows)) = object.remove(name) else {
                 return Ok(values);
             };
-            Ok((1..).map(Place::Row).zip(rows).collect())
+            Ok((1..).map(RowPosition::Row).zip(rows).collect())
         }
-        several => Err(Malformed::whole(format!(
-            "the file holds several lists of rows ({}): write the one that is meant as JSON Lines",
+        several => Err(Malformed::whole_file(format!(
+            "the file contains several lists of rows ({}): write the intended one as JSON Lines",
             several.join(", ")
         ))),
     }
 }
 
-/// Whether a value is a list of objects that are not the turns of a dialogue.
+/// Whether a value is a list of objects other than the turns of a dialogue.
 fn is_list_of_rows(value: &Value) -> bool {
     let is_row = |row: &Value| {
         row.as_object()
@@ -307,7 +311,7 @@ fn is_list_of_rows(value: &Value) -> bool {
         .is_some_and(|rows| !rows.is_empty() && rows.iter().all(is_row))
 }
 
-/// The text with a string of the same width in place of Python's `NaN`, `Infinity` and `-Infinity`.
+/// Replaces Python's `NaN`, `Infinity` and `-Infinity` by placeholder strings of the same length.
 fn masked(text: &str) -> Cow<'_, str> {
     if !text.contains("NaN") && !text.contains("Infinity") {
         return text.into();
@@ -317,16 +321,19 @@ fn masked(text: &str) -> Cow<'_, str> {
         let literal = ["NaN", "-Infinity", "Infinity"]
             .into_iter()
             .find(|literal| !in_string && rest.starts_with(literal));
-        let taken = match (next, literal) {
+        let consumed = match (next, literal) {
             (_, Some(literal)) => {
-                masked.push_str(NO_NUMBER);
-                masked.extend(std::iter::repeat_n(' ', literal.len() - NO_NUMBER.len()));
+                masked.push_str(NON_JSON_NUMBER);
+                masked.extend(std::iter::repeat_n(
+                    ' ',
+                    literal.len() - NON_JSON_NUMBER.len(),
+                ));
                 rest = &rest[literal.len()..];
                 continue;
             }
             // An escape is two characters.
             ('\\', None) if in_string => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
-            // No string goes beyond its line: what one that is broken swallows ends there.
+            // Strings do not span lines: an unterminated one ends with its line.
             ('\n', None) => {
                 in_string = false;
                 1
@@ -337,13 +344,13 @@ fn masked(text: &str) -> Cow<'_, str> {
             }
             (other, None) => other.len_utf8(),
         };
-        masked.push_str(&rest[..taken]);
-        rest = &rest[taken..];
+        masked.push_str(&rest[..consumed]);
+        rest = &rest[consumed..];
     }
     masked.into()
 }
 
-/// Makes null of the strings that [`masked`] put in.
+/// Replaces the placeholders of [`masked`] by null.
 fn unmask(value: &mut Value) {
     match value {
         Value::String(text) if text == "\u{7f}" => *value = Value::Null,
@@ -359,12 +366,12 @@ mod tests {
 
     use super::*;
 
-    fn read(text: &str) -> Vec<(Place, Value)> {
+    fn read(text: &str) -> Vec<(RowPosition, Value)> {
         rows(text).unwrap_or_else(|error| panic!("{text:?}: {error:?}"))
     }
 
     #[test]
-    fn rows_are_read_however_they_are_laid_out() {
+    fn rows_are_read_in_every_layout() {
         let (a, b) = (json!({"prompt": "a"}), json!({"prompt": "b"}));
         for (text, lines) in [
             ("{\"prompt\": \"a\"}\n\n{\"prompt\": \"b\"}\r\n", [1, 3]),
@@ -383,21 +390,21 @@ mod tests {
             ),
         ] {
             let expected = [
-                (Place::Line(lines[0]), a.clone()),
-                (Place::Line(lines[1]), b.clone()),
+                (RowPosition::Line(lines[0]), a.clone()),
+                (RowPosition::Line(lines[1]), b.clone()),
             ];
             assert_eq!(read(text), expected, "{text:?}");
         }
         assert_eq!(read(" \n"), []);
         assert_eq!(read("[ ]"), []);
-        assert_eq!(read("{\n}"), [(Place::Line(1), json!({}))]);
+        assert_eq!(read("{\n}"), [(RowPosition::Line(1), json!({}))]);
     }
 
     #[test]
-    fn an_object_around_one_list_of_rows_is_taken_off() {
+    fn an_object_with_one_list_of_rows_is_unwrapped() {
         let expected = [
-            (Place::Row(1), json!({"prompt": "a"})),
-            (Place::Row(2), json!({"prompt": "b"})),
+            (RowPosition::Row(1), json!({"prompt": "a"})),
+            (RowPosition::Row(2), json!({"prompt": "b"})),
         ];
         for text in [
             "{\n \"version\": \"1.0\",\n \"data\": [\n  {\"prompt\": \"a\"},\n  {\"prompt\": \"b\"}\n ]\n}\n",
@@ -410,7 +417,7 @@ mod tests {
             json!({"dialogue": [{"role": "user", "content": "a"}]}),
             json!({"data": [1]}),
         ] {
-            assert_eq!(read(&row.to_string()), [(Place::Line(1), row)]);
+            assert_eq!(read(&row.to_string()), [(RowPosition::Line(1), row)]);
         }
         let error = rows("{\"train\": [{\"prompt\": \"a\"}], \"test\": [{\"prompt\": \"b\"}]}")
             .expect_err("two");
@@ -421,8 +428,8 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_have_their_line_and_column() {
-        for (text, line, column, says) in [
+    fn errors_have_line_and_column() {
+        for (text, line, column, expected) in [
             (
                 "[{\"prompt\":\"a\"},\n{\"prompt\":\"b\"},\n]",
                 3,
@@ -448,29 +455,29 @@ mod tests {
                 "prompt\nhello\n",
                 1,
                 1,
-                "write CSV and plain text as JSON Lines",
+                "convert CSV and plain text to JSON Lines",
             ),
             ("{\"a\": \"\\ud83d\"}\n", 1, 14, "cut the text elsewhere"),
             ("{\"a\": \"\\ud83d x\"}\n", 1, 14, "cut the text elsewhere"),
         ] {
-            let error = rows(text).expect_err(says);
+            let error = rows(text).expect_err(expected);
             assert_eq!(
                 (error.line, error.column),
                 (line, column),
                 "{text:?}: {error:?}"
             );
-            assert!(error.reason.contains(says), "{text:?}: {error:?}");
+            assert!(error.reason.contains(expected), "{text:?}: {error:?}");
         }
         let error = rows("prompt,answer\na,b\n").expect_err("CSV");
         assert!(error.reason.contains("CSV"), "{error:?}");
     }
 
     #[test]
-    fn numbers_that_only_python_writes_are_null() {
+    fn non_json_numbers_of_python_are_null() {
         let text =
             "{\"a\": NaN, \"b\": [Infinity, -Infinity], \"c\": \"NaN, \\\" Infinity\", \"d\": 1}";
         let expected = json!({"a": null, "b": [null, null], "c": "NaN, \" Infinity", "d": 1});
-        assert_eq!(read(text), [(Place::Line(1), expected.clone())]);
+        assert_eq!(read(text), [(RowPosition::Line(1), expected.clone())]);
         assert_eq!(parse_row(text).map(Value::Object), Ok(expected));
         // Integers beyond 64 bits are read too, as the nearest f64.
         assert_eq!(
@@ -480,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_read_alone() {
+    fn a_single_line_is_parsed() {
         assert_eq!(
             parse_row("\u{feff}{\"ids\": [1]}").map(|row| row.len()),
             Ok(1)

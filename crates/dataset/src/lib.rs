@@ -1,32 +1,32 @@
-//! Rows of prompts, completions and preferences, from files.
+//! Reader of data sets of prompts, completions and preferences.
 //!
-//! [`files()`] finds the files that a path names: one file, a folder of shards, a glob. [`read_rows`] gives their
-//! rows (JSON Lines, a JSON list, Parquet, compressed or not) and where each comes from. [`Form::of`] recognises a
-//! row in any of the forms in which the field writes prompts, examples and preferences, and [`read`] does both for
-//! a whole path: it is the one reader of prompts, pairs, fine-tuning examples and golden answers. [`Mix`] reads
-//! several sets as one. Errors name file, line and remedy. This crate knows texts and messages; what
-//! a token is, and what rows are for, it does not know. `docs/data.md` shows every form.
+//! [`files()`] expands a path: one file, a folder of shards, a glob. [`read_rows`] reads their rows (JSON Lines, a JSON
+//! list, Parquet, compressed or not) with the position of each. [`ParsedRow::of`] recognises the common formats of
+//! prompts, fine-tuning examples and preferences, and [`read`] does both for a path: it reads prompts, pairs,
+//! fine-tuning examples and golden answers alike. [`Mix`] interleaves several data sets. Errors name file, line and
+//! remedy. This crate knows texts and messages; it does not know tokens or the use of a row. `docs/data.md` documents
+//! every format.
 
 mod columns;
+mod compression;
 mod error;
 mod files;
-mod form;
 mod json;
 mod mix;
-mod open;
 mod order;
 mod parquet;
+mod parsed_row;
 mod rows;
 mod tally;
 mod turn;
 
 pub use columns::{Column, Columns};
-pub use error::{DatasetError, Place};
+pub use compression::{open, unpacked};
+pub use error::{DatasetError, RowPosition};
 pub use files::files;
-pub use form::{Answered, Form, Pair};
 pub use json::parse_row;
 pub use mix::Mix;
-pub use open::{open, unpacked};
 pub use order::shuffled;
-pub use rows::{Row, Source, Sourced, read, read_rows};
+pub use parsed_row::{ParsedRow, PreferencePair, PromptAnswer};
+pub use rows::{DatasetRow, RowSource, WithSource, read, read_rows};
 pub use turn::prompt;

@@ -1,4 +1,4 @@
-//! Parquet files as rows.
+//! Reader of Parquet files.
 
 use std::{fs::File, io, path::Path};
 
@@ -14,45 +14,45 @@ use parquet::{
 use serde_json::{Map, Value};
 
 use crate::{
-    error::{DatasetError, Place},
+    error::{DatasetError, RowPosition},
     turn::without_nulls,
 };
 
-/// The rows of a Parquet file as JSON objects, numbered from 1; lists and structs within them too. What is null within
-/// a column is left out: it only fills the keys that other rows have.
-pub(crate) fn read(path: &Path) -> Result<Vec<(Place, Value)>, DatasetError> {
+/// Reads the rows of a Parquet file as JSON objects, numbered from 1, including nested lists and structs. Nulls nested
+/// in a column are removed: they only fill keys that other rows have.
+pub(crate) fn read(path: &Path) -> Result<Vec<(RowPosition, Value)>, DatasetError> {
     let unreadable = |source| DatasetError::Unreadable {
         path: path.to_owned(),
         source,
     };
     let file = File::open(path).map_err(unreadable)?;
-    let torn = |what: String| {
+    let corrupt = |what: String| {
         move |error: ParquetError| unreadable(io::Error::other(format!("{what}: {error}")))
     };
     let reader =
-        SerializedFileReader::new(file).map_err(torn("not a whole Parquet file".into()))?;
-    if let Some(codec) = unknown_codec(reader.metadata()) {
+        SerializedFileReader::new(file).map_err(corrupt("not a complete Parquet file".into()))?;
+    if let Some(codec) = unsupported_codec(reader.metadata()) {
         return Err(DatasetError::File {
             path: path.to_owned(),
             reason: format!(
-                "it is compressed by {codec}, which is not built in: write it with compression=\"zstd\", \"snappy\", \"gzip\" or \"lz4\""
+                "it is compressed with {codec}, which is not supported: write it with compression=\"zstd\", \"snappy\", \"gzip\" or \"lz4\""
             ),
         });
     }
     let mut rows = Vec::new();
     for group in 0..reader.num_row_groups() {
         let what = || format!("row group {group} is corrupt");
-        let group = reader.get_row_group(group).map_err(torn(what()))?;
-        for read in group.get_row_iter(None).map_err(torn(what()))? {
-            let read = read.map_err(torn(what()))?;
-            rows.push((Place::Row(rows.len() + 1), row(&read)));
+        let group = reader.get_row_group(group).map_err(corrupt(what()))?;
+        for read in group.get_row_iter(None).map_err(corrupt(what()))? {
+            let read = read.map_err(corrupt(what()))?;
+            rows.push((RowPosition::Row(rows.len() + 1), row(&read)));
         }
     }
     Ok(rows)
 }
 
-/// The first codec of a column that cannot be unpacked here.
-fn unknown_codec(metadata: &ParquetMetaData) -> Option<&'static str> {
+/// The first unsupported compression codec of a column.
+fn unsupported_codec(metadata: &ParquetMetaData) -> Option<&'static str> {
     let columns = metadata
         .row_groups()
         .iter()
@@ -75,7 +75,7 @@ fn object(row: &Row) -> Value {
     )
 }
 
-/// A row, without the nulls in its columns.
+/// A row without the nulls nested in its columns.
 fn row(row: &Row) -> Value {
     let mut row = object(row);
     let columns = row.as_object_mut().into_iter().flatten();
@@ -87,7 +87,7 @@ fn value(field: &Field) -> Value {
     match field {
         Field::Group(row) => object(row),
         Field::ListInternal(list) => list.elements().iter().map(value).collect(),
-        // Text of writers that do not say that it is one.
+        // Text without the UTF8 annotation.
         Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
             Ok(text) => text.into(),
             Err(_) => field.to_json_value(),
@@ -129,8 +129,8 @@ mod tests {
         } } }
     }";
 
-    /// A file of row groups of two rows: one with a prompt, one with turns.
-    fn written(path: &Path, groups: usize, compression: Compression) {
+    /// Writes a file of row groups of two rows: one with a prompt, one with turns.
+    fn write_file(path: &Path, groups: usize, compression: Compression) {
         let schema = Arc::new(parse_message_type(SCHEMA).expect("a schema"));
         let properties = WriterProperties::builder()
             .set_compression(compression)
@@ -138,8 +138,8 @@ mod tests {
         let file = File::create(path).expect("a file");
         let mut writer =
             SerializedFileWriter::new(file, schema, Arc::new(properties)).expect("a writer");
-        let texts = |words: &[&str]| -> Vec<ByteArray> {
-            words.iter().map(|word| ByteArray::from(*word)).collect()
+        let texts = |values: &[&str]| -> Vec<ByteArray> {
+            values.iter().map(|text| ByteArray::from(*text)).collect()
         };
         for group in 0..groups {
             let mut rows = writer.next_row_group().expect("a row group");
@@ -162,55 +162,61 @@ mod tests {
                     .typed::<ByteArrayType>()
                     .write_batch(&values, Some(&defined), repeated.as_deref())
                     .expect("they fit");
-                column.close().expect("whole");
+                column.close().expect("a complete column");
             }
-            rows.close().expect("whole");
+            rows.close().expect("a complete row group");
         }
-        writer.close().expect("whole");
+        writer.close().expect("a complete file");
     }
 
     #[test]
-    fn rows_come_as_json_with_their_lists() {
+    fn rows_are_read_as_json_with_nested_lists() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("rows.parquet");
-        let kinds = [
+        let codecs = [
             Compression::UNCOMPRESSED,
             Compression::SNAPPY,
             Compression::ZSTD(Default::default()),
             Compression::GZIP(Default::default()),
             Compression::LZ4_RAW,
         ];
-        for compression in kinds {
-            written(&path, 2, compression);
+        for compression in codecs {
+            write_file(&path, 2, compression);
             let rows = read(&path).unwrap_or_else(|error| panic!("{compression}: {error}"));
             let turns = json!([
                 {"role": "user", "content": "hi", "name": "Ann"},
                 {"role": "assistant", "content": "hello"},
             ]);
             let expected = [
-                (Place::Row(1), json!({"prompt": "prompt 0", "turns": null})),
-                (Place::Row(2), json!({"prompt": null, "turns": turns})),
-                (Place::Row(3), json!({"prompt": "prompt 1", "turns": null})),
-                (Place::Row(4), json!({"prompt": null, "turns": turns})),
+                (
+                    RowPosition::Row(1),
+                    json!({"prompt": "prompt 0", "turns": null}),
+                ),
+                (RowPosition::Row(2), json!({"prompt": null, "turns": turns})),
+                (
+                    RowPosition::Row(3),
+                    json!({"prompt": "prompt 1", "turns": null}),
+                ),
+                (RowPosition::Row(4), json!({"prompt": null, "turns": turns})),
             ];
             assert_eq!(rows, expected, "{compression}");
         }
     }
 
     #[test]
-    fn a_file_that_is_torn_or_corrupt_is_named() {
+    fn truncated_and_corrupt_files_are_reported() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("rows.parquet");
-        written(&path, 3, Compression::SNAPPY);
-        let whole = std::fs::read(&path).expect("a file");
-        std::fs::write(&path, &whole[..whole.len() - 9]).expect("a file");
-        let torn = read(&path).expect_err("torn").to_string();
+        write_file(&path, 3, Compression::SNAPPY);
+        let complete = std::fs::read(&path).expect("a file");
+        std::fs::write(&path, &complete[..complete.len() - 9]).expect("a file");
+        let truncated = read(&path).expect_err("truncated").to_string();
         assert!(
-            torn.contains("rows.parquet") && torn.contains("not a whole Parquet file"),
-            "{torn}"
+            truncated.contains("rows.parquet") && truncated.contains("not a complete Parquet file"),
+            "{truncated}"
         );
-        // The pages of the first row group begin behind the four letters at the start.
-        let mut corrupt = whole;
+        // The pages of the first row group follow the four bytes of the magic number.
+        let mut corrupt = complete;
         corrupt[4..24].fill(0xff);
         std::fs::write(&path, corrupt).expect("a file");
         let corrupt = read(&path).expect_err("corrupt").to_string();

@@ -1,4 +1,4 @@
-//! Files as rows, and as whatever a row is read as.
+//! Reader of rows and of parsed values.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,138 +10,137 @@ use serde_json::{Map, Value};
 
 use crate::{
     columns::Columns,
-    error::{DatasetError, Place},
+    compression::{self, FileFormat},
+    error::{DatasetError, RowPosition},
     files::files,
-    form::Form,
-    json,
-    open::{self, Kind},
-    parquet,
+    json, parquet,
+    parsed_row::ParsedRow,
     tally::Tally,
 };
 
-/// Where a row comes from.
+/// Origin of a row: file and position.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
+pub struct RowSource {
     path: Arc<Path>,
-    place: Place,
+    position: RowPosition,
 }
 
-impl Source {
-    /// The error that the row cannot be used, with `reason`.
+impl RowSource {
+    /// An error about this row with the given reason.
     #[must_use]
     pub fn refuse(&self, reason: impl Into<String>) -> DatasetError {
         DatasetError::Row {
             path: self.path.to_path_buf(),
-            place: self.place,
+            position: self.position,
             reason: reason.into(),
         }
     }
 }
 
-/// A row of a file.
+/// A row of a data set.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Row {
-    /// Where it comes from.
-    pub source: Source,
-    /// Its values, in their order.
+pub struct DatasetRow {
+    /// Origin of the row.
+    pub source: RowSource,
+    /// Columns, in file order.
     pub columns: Map<String, Value>,
 }
 
-/// What a row was read as.
+/// A value with the origin of its row.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sourced<T> {
-    /// Where it comes from.
-    pub source: Source,
-    /// What it is.
+pub struct WithSource<T> {
+    /// Origin of the row.
+    pub source: RowSource,
+    /// The value.
     pub value: T,
 }
 
-/// The rows of a file, of the files of a folder, or of those that a glob matches: JSON Lines, a JSON list, an
-/// object with one list of rows, or Parquet. What is packed by gzip or zstd, and what is Parquet, is known by its
-/// first bytes. A byte order mark is passed over; Python's `NaN` and `Infinity` are read as null.
+/// Reads the rows of a file, of all files of a folder, or of the matches of a glob: JSON Lines, a JSON list, an object
+/// with one list of rows, or Parquet. gzip, zstd and Parquet are recognised by their magic numbers. A byte order mark
+/// is skipped; Python's `NaN` and `Infinity` are read as null.
 ///
 /// # Errors
 /// When a file cannot be read, or a row is not a JSON object: with file and line.
-pub fn read_rows(path: &Path) -> Result<Vec<Row>, DatasetError> {
+pub fn read_rows(path: &Path) -> Result<Vec<DatasetRow>, DatasetError> {
     let mut rows = Vec::new();
     for file in files(path)? {
         let path: Arc<Path> = file.into();
-        for (place, value) in values(&path)? {
-            let source = Source {
+        for (position, value) in values(&path)? {
+            let source = RowSource {
                 path: Arc::clone(&path),
-                place,
+                position,
             };
             let Value::Object(columns) = value else {
                 return Err(source.refuse(json::NOT_AN_OBJECT));
             };
-            rows.push(Row { source, columns });
+            rows.push(DatasetRow { source, columns });
         }
     }
     Ok(rows)
 }
 
-fn values(path: &Path) -> Result<Vec<(Place, Value)>, DatasetError> {
-    if open::kind(path)? == Kind::Parquet || path.extension().is_some_and(|e| e == "parquet") {
+fn values(path: &Path) -> Result<Vec<(RowPosition, Value)>, DatasetError> {
+    if compression::format_of(path)? == FileFormat::Parquet
+        || path.extension().is_some_and(|e| e == "parquet")
+    {
         return parquet::read(path);
     }
     let mut bytes = Vec::new();
-    open::open(path)?
+    compression::open(path)?
         .read_to_end(&mut bytes)
-        .map_err(open::unreadable(path))?;
+        .map_err(compression::unreadable(path))?;
     let text = String::from_utf8(bytes).map_err(|error| {
-        let good = error.utf8_error().valid_up_to();
-        let line = 1 + error.as_bytes()[..good]
+        let valid = error.utf8_error().valid_up_to();
+        let line = 1 + error.as_bytes()[..valid]
             .iter()
             .filter(|&&b| b == b'\n')
             .count();
         DatasetError::Row {
             path: path.to_owned(),
-            place: Place::Line(line),
+            position: RowPosition::Line(line),
             reason: format!(
-                "byte {:#04x} is not UTF-8: write the file as UTF-8",
-                error.as_bytes()[good]
+                "byte {:#04x} is not UTF-8: convert the file to UTF-8",
+                error.as_bytes()[valid]
             ),
         }
     })?;
     json::rows(&text).map_err(|error| error.in_file(path))
 }
 
-/// What `take` reads in each row of `path`, in any of the forms. The names of the columns that no form reads are
-/// logged once, and of each file what its rows do not have in common.
+/// Reads and parses the rows of `path` in any of the formats, and extracts a value from each. Logs the unread columns
+/// once, and warnings about inconsistent rows once per file.
 ///
 /// # Errors
-/// As [`read_rows`], and what `take` or the form says of a row: with file and line.
+/// As [`read_rows`], and the parse errors of a row and the errors of `extract`, with file and line.
 pub fn read<T>(
     path: &Path,
     columns: &Columns,
-    take: impl Fn(&Form<'_>) -> Result<T, String>,
-) -> Result<Vec<Sourced<T>>, DatasetError> {
+    extract: impl Fn(&ParsedRow<'_>) -> Result<T, String>,
+) -> Result<Vec<WithSource<T>>, DatasetError> {
     let (mut read, mut unread) = (Vec::new(), BTreeSet::new());
     let mut tallies: BTreeMap<Arc<Path>, Tally> = BTreeMap::new();
-    for Row {
+    for DatasetRow {
         source,
         columns: row,
     } in read_rows(path)?
     {
-        let form = Form::of(&row, columns);
-        let taken = form.and_then(|form| Ok((take(&form)?, form)));
-        let (value, form) = taken.map_err(|reason| source.refuse(reason))?;
+        let parsed = ParsedRow::of(&row, columns);
+        let extracted = parsed.and_then(|parsed| Ok((extract(&parsed)?, parsed)));
+        let (value, parsed) = extracted.map_err(|reason| source.refuse(reason))?;
         let tally = tallies.entry(Arc::clone(&source.path)).or_default();
-        tally.count(form.kind(), source.place);
-        let more = form.unread();
-        let news = more.into_iter().filter(|name| !unread.contains(*name));
-        let news: Vec<String> = news.map(str::to_owned).collect();
-        unread.extend(news);
-        read.push(Sourced { source, value });
+        tally.count(parsed.kind(), source.position);
+        unread.extend(parsed.unread().into_iter().map(str::to_owned));
+        read.push(WithSource { source, value });
     }
     for (file, tally) in &tallies {
-        tally.say(file, &columns.prompt.name);
+        tally.log(file, &columns.prompt.name);
     }
-    say_unread(path, &unread);
+    log_unread(path, &unread);
     Ok(read)
 }
 
-fn say_unread(path: &Path, unread: &BTreeSet<String>) {
+/// Logs the columns that no format reads.
+fn log_unread(path: &Path, unread: &BTreeSet<String>) {
     if !unread.is_empty() {
         let columns: Vec<&str> = unread.iter().map(String::as_str).collect();
         tracing::info!(
@@ -158,17 +157,17 @@ mod tests {
 
     use super::*;
 
-    fn all(name: &str, content: &[u8]) -> Result<Vec<(Place, String)>, String> {
+    fn all(name: &str, content: &[u8]) -> Result<Vec<(RowPosition, String)>, String> {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join(name);
         fs::write(&path, content).expect("a file");
         let rows = read_rows(&path).map_err(|error| error.to_string())?;
-        let text = |row: Row| (row.source.place, Value::Object(row.columns).to_string());
+        let text = |row: DatasetRow| (row.source.position, Value::Object(row.columns).to_string());
         Ok(rows.into_iter().map(text).collect())
     }
 
     #[test]
-    fn what_cannot_be_read_is_named_with_its_place() {
+    fn malformed_rows_are_reported_with_their_position() {
         for (text, expected) in [
             (
                 &b"{\"prompt\": \"a\"}\n\n{\"prompt\": \n"[..],
@@ -192,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_several_files_know_theirs() {
+    fn errors_name_the_file_among_several() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         fs::write(folder.path().join("b.jsonl"), "{\"prompt\": 3}\n").expect("a file");
         fs::write(folder.path().join("a.json"), "[{\"prompt\": \"x\"}]").expect("a file");

@@ -1,63 +1,63 @@
-//! What is said, once for a file, of rows that are not like the others.
+//! Warnings about inconsistent rows, once per file.
 
 use std::{collections::BTreeMap, path::Path};
 
-use crate::{error::Place, form::Kind};
+use crate::{error::RowPosition, parsed_row::PromptKind};
 
-/// How many rows of a file ask what, and where the first of each is.
+/// Number of rows of a file by kind of prompt, with the position of the first of each.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
-    rows: BTreeMap<Kind, (usize, Option<Place>)>,
+    rows: BTreeMap<PromptKind, (usize, Option<RowPosition>)>,
 }
 
 impl Tally {
-    /// One more row.
-    pub(crate) fn count(&mut self, kind: Kind, place: Place) {
+    /// Counts a row.
+    pub(crate) fn count(&mut self, kind: PromptKind, position: RowPosition) {
         let (count, first) = self.rows.entry(kind).or_default();
         *count += 1;
-        first.get_or_insert(place);
+        first.get_or_insert(position);
     }
 
-    /// Logs what is odd about the file `path`, whose prompts are in `column`.
-    pub(crate) fn say(&self, path: &Path, column: &str) {
-        for remark in self.remarks(column) {
-            tracing::warn!(path = %path.display(), "{remark}");
+    /// Logs warnings about the file `path`, whose prompts are in `column`.
+    pub(crate) fn log(&self, path: &Path, column: &str) {
+        for warning in self.warnings(column) {
+            tracing::warn!(path = %path.display(), "{warning}");
         }
     }
 
-    /// What is odd, in words.
-    fn remarks(&self, column: &str) -> Vec<String> {
-        let of = |kinds: [Kind; 2]| {
+    /// Warning texts.
+    fn warnings(&self, column: &str) -> Vec<String> {
+        let of = |kinds: [PromptKind; 2]| {
             let found = kinds.map(|kind| self.rows.get(&kind).copied().unwrap_or_default());
             let firsts = found.into_iter().filter_map(|(_, first)| first);
-            let first = firsts.min_by_key(|place| place.number());
+            let first = firsts.min_by_key(|position| position.number());
             (found[0].0 + found[1].0, first)
         };
-        let texts = of([Kind::Text, Kind::Repeated]);
-        let dialogues = of([Kind::Dialogue, Kind::Continued]);
-        let mut remarks = Vec::new();
+        let texts = of([PromptKind::Text, PromptKind::Repeated]);
+        let dialogues = of([PromptKind::Dialogue, PromptKind::Continued]);
+        let mut warnings = Vec::new();
         if let ((text, Some(a)), (dialogue, Some(b))) = (texts, dialogues) {
-            remarks.push(format!(
+            warnings.push(format!(
                 "{text} rows are text, the first at {a}, and {dialogue} are dialogues, the first at {b}: only dialogues \
-                 go through the chat template; give every row the same columns (a system or input that is empty, not \
-                 missing)"
+                 go through the chat template; give every row the same columns (an empty system or input column instead of a \
+                 missing one)"
             ));
         }
         let only = |kind| self.rows.get(&kind).copied().unwrap_or_default();
-        if let (continued, Some(first)) = only(Kind::Continued) {
-            remarks.push(format!(
-                "{continued} prompts of column {column:?} end with a turn of the assistant, the first at {first}: they are \
-                 continued there; in a column \"messages\" that turn is the answer and no part of the prompt"
+        if let (continued, Some(first)) = only(PromptKind::Continued) {
+            warnings.push(format!(
+                "{continued} prompts of column {column:?} end with a turn of the assistant, the first at {first}: completions \
+                 continue that turn; in a column \"messages\" that turn is the answer and not part of the prompt"
             ));
         }
-        let (repeated, first) = only(Kind::Repeated);
+        let (repeated, first) = only(PromptKind::Repeated);
         if let Some(first) = first.filter(|_| repeated * 2 > texts.0) {
-            remarks.push(format!(
-                "{repeated} answers begin with their prompt, the first at {first}: it is then read twice; take it out \
-                 of the answers, or leave the column {column:?} out of pairs"
+            warnings.push(format!(
+                "{repeated} answers begin with their prompt, the first at {first}: the prompt is then repeated; remove it \
+                 from the answers, or leave the column {column:?} out of pairs"
             ));
         }
-        remarks
+        warnings
     }
 }
 
@@ -66,12 +66,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_odd_is_said_once_with_its_first_line() {
-        use Kind::{Continued, Dialogue, Nothing, Repeated, Text};
-        for (kinds, says) in [
+    fn warnings_name_the_count_and_the_first_line() {
+        use PromptKind::{Continued, Dialogue, Repeated, Text, TextOnly};
+        for (kinds, expected) in [
             (&[Text, Text, Repeated][..], &[][..]),
             (&[Dialogue, Dialogue], &[]),
-            (&[Nothing, Nothing], &[]),
+            (&[TextOnly, TextOnly], &[]),
             (
                 &[Dialogue, Text, Text],
                 &["2 rows are text, the first at line 2, and 1 are dialogues, the first at line 1"],
@@ -89,12 +89,12 @@ mod tests {
         ] {
             let mut tally = Tally::default();
             for (line, kind) in (1..).zip(kinds) {
-                tally.count(*kind, Place::Line(line));
+                tally.count(*kind, RowPosition::Line(line));
             }
-            let remarks = tally.remarks("dialog");
-            assert_eq!(remarks.len(), says.len(), "{remarks:?}");
-            for (remark, says) in remarks.iter().zip(says) {
-                assert!(remark.contains(says), "{remark}");
+            let warnings = tally.warnings("dialog");
+            assert_eq!(warnings.len(), expected.len(), "{warnings:?}");
+            for (warning, text) in warnings.iter().zip(expected) {
+                assert!(warning.contains(text), "{warning}");
             }
         }
     }

@@ -1,17 +1,17 @@
-//! One turn of a dialogue, in the field's ways to write it.
+//! Parser of a dialogue turn in the common formats.
 
 use messages::{Dialogue, Message, PromptText};
 use serde_json::{Map, Value, json};
 
-/// Keys of a turn of the assistant that are part of what it says, beside its text.
-const BESIDE_TEXT: [&str; 4] = [
+/// Keys of an assistant turn whose content is part of the answer in addition to its text.
+const NON_TEXT_KEYS: [&str; 4] = [
     "tool_calls",
     "function_call",
     "reasoning_content",
     "thinking",
 ];
 
-/// The turns of a list, or the one of an object.
+/// Parses the turns of a list, or the single turn of an object.
 pub(crate) fn turns(value: &Value) -> Result<Vec<Message>, String> {
     match value {
         Value::Array(turns) if turns.is_empty() => Err("the list of messages is empty".into()),
@@ -26,12 +26,12 @@ pub(crate) fn turns(value: &Value) -> Result<Vec<Message>, String> {
     }
 }
 
-/// Whether a value is written as messages.
+/// Whether a value has the type of messages.
 pub(crate) fn is_messages(value: &Value) -> bool {
     value.is_array() || value.is_object()
 }
 
-/// The role of the first turn of a value that is written as messages, and how many there are.
+/// Role of the first turn and number of turns of a value with the type of messages.
 pub(crate) fn first_role(value: &Value) -> Option<(String, usize)> {
     let (first, count) = match value {
         Value::Array(turns) => (turns.first()?, turns.len()),
@@ -55,32 +55,32 @@ fn turn(value: &Value) -> Result<Message, String> {
         return Ok(function_call(&content));
     }
     let mut extra = turn.clone();
-    for read in ["role", "from", "content", "value"] {
-        // In the order of the others, which templates print.
-        extra.shift_remove(read);
+    for key in ["role", "from", "content", "value"] {
+        // Preserves the order of the other keys, which templates print.
+        extra.shift_remove(key);
     }
-    // What a call says within may be null; a key of the turn itself is then not there, as in transformers.
+    // Null keys of the turn are removed, as in transformers; nulls nested in a call are kept.
     extra.retain(|_, value| !value.is_null());
     let message = Message {
         role,
         content: checked(content)?,
         extra,
     };
-    let says_otherwise = BESIDE_TEXT
+    let has_other_content = NON_TEXT_KEYS
         .iter()
         .any(|key| message.extra.contains_key(*key));
-    match message.content.is_null() && !says_otherwise {
+    match message.content.is_null() && !has_other_content {
         true => Err(format!("the turn of the {} has no content", message.role)),
         false => Ok(message),
     }
 }
 
-/// What stands under `key`, when it is not null.
+/// The value of `key`, if not null.
 pub(crate) fn present<'a>(row: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     row.get(key).filter(|value| !value.is_null())
 }
 
-/// Who speaks: `role` as it is written, ShareGPT's `from` in the names of chat templates.
+/// The role: `role` unchanged, or ShareGPT's `from` mapped to the role names of chat templates.
 fn role(turn: &Map<String, Value>) -> Result<String, String> {
     let text = |value: &Value| {
         let text = value.as_str().map(str::to_owned);
@@ -88,15 +88,15 @@ fn role(turn: &Map<String, Value>) -> Result<String, String> {
     };
     match (present(turn, "role"), present(turn, "from")) {
         (Some(role), _) => text(role),
-        (None, Some(from)) => of_sharegpt(&text(from)?).map(str::to_owned),
+        (None, Some(from)) => role_of_sharegpt(&text(from)?).map(str::to_owned),
         (None, None) => {
             Err("a message needs \"role\" and \"content\", or \"from\" and \"value\"".into())
         }
     }
 }
 
-/// ShareGPT's names, as LLaMA-Factory and axolotl read them.
-fn of_sharegpt(from: &str) -> Result<&'static str, String> {
+/// Maps ShareGPT's names to roles as LLaMA-Factory and axolotl do.
+fn role_of_sharegpt(from: &str) -> Result<&'static str, String> {
     Ok(match from {
         "human" | "user" => "user",
         "gpt" | "assistant" | "chatgpt" | "bing" | "bard" | "model" => "assistant",
@@ -105,7 +105,7 @@ fn of_sharegpt(from: &str) -> Result<&'static str, String> {
         "function_call" | "function-call" | "tool_call" => "assistant",
         other => {
             return Err(format!(
-                "nobody knows who {other:?} is: \"from\" is human, gpt, system, function_call, observation or tool"
+                "unknown speaker {other:?}: \"from\" must be human, gpt, system, function_call, observation or tool"
             ));
         }
     })
@@ -117,7 +117,7 @@ fn is_function_call(turn: &Map<String, Value>) -> bool {
         && matches!(from, Some("function_call" | "function-call" | "tool_call"))
 }
 
-/// ShareGPT's call of a function: JSON `{"name", "arguments"}`, or a list of such, as `tool_calls`; anything else as
+/// Converts ShareGPT's function call, JSON `{"name", "arguments"}` or a list of such, to `tool_calls`; anything else is
 /// the assistant's text.
 fn function_call(content: &Value) -> Message {
     let text = match content {
@@ -129,8 +129,8 @@ fn function_call(content: &Value) -> Message {
         Value::Array(calls) => calls,
         other => vec![other],
     };
-    let called: Option<Vec<Value>> = calls.iter().map(call).collect();
-    match called {
+    let tool_calls: Option<Vec<Value>> = calls.iter().map(call).collect();
+    match tool_calls {
         Some(calls) if !calls.is_empty() => Message {
             extra: Map::from_iter([("tool_calls".to_owned(), Value::Array(calls))]),
             ..Message::new("assistant", "")
@@ -149,7 +149,7 @@ fn call(value: &Value) -> Option<Value> {
     Some(json!({"type": "function", "function": {"name": name, "arguments": arguments}}))
 }
 
-/// Content that a text model can read: text, parts of text, or none. What is null in a part is not there.
+/// Validates content as text, a list of text parts, or none; removes nulls from parts.
 fn checked(mut content: Value) -> Result<Value, String> {
     without_nulls(&mut content);
     match &content {
@@ -166,7 +166,7 @@ fn text_part(part: &Value) -> Result<(), String> {
     match (kind, text) {
         (Some("text"), Some(_)) => Ok(()),
         (Some(kind), _) if kind != "text" => Err(format!(
-            "the content has a part of type {kind:?}, and the models here read text alone: leave such rows out"
+            "the content has a part of type {kind:?}, and only text is supported: remove such rows"
         )),
         _ => Err(format!(
             "the content has the part {}, which is not {{\"type\": \"text\", \"text\": \"...\"}}",
@@ -175,8 +175,7 @@ fn text_part(part: &Value) -> Result<(), String> {
     }
 }
 
-/// Takes out what is null in objects: Arrow gives all objects of a column the same keys (TRL:
-/// `remove_none_values`).
+/// Removes nulls from objects: Arrow gives all objects of a column the same keys (TRL: `remove_none_values`).
 pub(crate) fn without_nulls(value: &mut Value) {
     match value {
         Value::Array(values) => values.iter_mut().for_each(without_nulls),
@@ -188,23 +187,23 @@ pub(crate) fn without_nulls(value: &mut Value) {
     }
 }
 
-/// The text of an answer: that of a turn of the assistant which says nothing else.
+/// The text of an answer: an assistant turn that consists of text only.
 pub(crate) fn answer(turn: &Message) -> Result<String, String> {
     if turn.role != "assistant" {
         return Err(format!(
-            "the last turn is the {}'s ({}), not an answer of the assistant: leave the turns after the answer out",
+            "the last turn is the {}'s ({}), not an answer of the assistant: remove the turns after the answer",
             turn.role,
             shortened(&turn.content)
         ));
     }
-    let says =
+    let is_filled =
         |value: &Value| !matches!(value, Value::Array(all) if all.is_empty()) && *value != "";
-    let beside = BESIDE_TEXT
+    let non_text = NON_TEXT_KEYS
         .iter()
-        .find(|key| turn.extra.get(**key).is_some_and(says));
-    if let Some(key) = beside {
+        .find(|key| turn.extra.get(**key).is_some_and(is_filled));
+    if let Some(key) = non_text {
         return Err(format!(
-            "the answer has {key:?} beside its text, and only text can be an answer: write it into the content, or leave such rows out"
+            "the answer has {key:?} in addition to its text, and only text is supported: include it in the content, or remove such rows"
         ));
     }
     match &turn.content {
@@ -213,18 +212,18 @@ pub(crate) fn answer(turn: &Message) -> Result<String, String> {
             let texts = parts.iter().filter_map(|part| part.get("text")?.as_str());
             Ok(texts.collect())
         }
-        other => Err(format!("the answer says {other}, which is not text")),
+        other => Err(format!("the content {other} of the answer is not text")),
     }
 }
 
-/// A prompt that stands alone: text, or messages in any of the ways to write them.
+/// Parses a prompt outside a row: text, or messages in any of the formats.
 ///
 /// # Errors
-/// When it is neither, or asks nothing a text model can read: what is wrong, in words.
+/// When it is neither, or a turn is malformed or not text.
 pub fn prompt(value: &Value) -> Result<PromptText, String> {
     match value {
         Value::String(text) => Ok(PromptText::Text(text.clone())),
-        Value::Array(_) => asked(turns(value)?),
+        Value::Array(_) => prompt_of(turns(value)?),
         other => Err(format!(
             "a prompt is a string or a list of messages, not {}",
             shortened(other)
@@ -235,22 +234,22 @@ pub fn prompt(value: &Value) -> Result<PromptText, String> {
 /// A prompt of these turns.
 ///
 /// # Errors
-/// When nobody asks anything: there is no turn, or the last is the system's.
-pub(crate) fn asked(turns: Vec<Message>) -> Result<PromptText, String> {
+/// When there are no turns, or the last is the system's.
+pub(crate) fn prompt_of(turns: Vec<Message>) -> Result<PromptText, String> {
     match turns.last().map(|turn| turn.role.as_str()) {
         None => Err("there is no turn before the answer".into()),
         Some(role @ ("system" | "developer")) => Err(format!(
-            "the last turn of the prompt is the {role}'s: a user's, a tool's or the assistant's is needed"
+            "the last turn of the prompt is the {role}'s: it must be a user's, a tool's or the assistant's"
         )),
         Some(_) => Ok(PromptText::Dialogue(Dialogue::new(turns))),
     }
 }
 
-/// The value for an error message.
+/// The value, truncated for an error message.
 pub(crate) fn shortened(value: &Value) -> String {
-    const LONGEST: usize = 60;
+    const MAX_CHARACTERS: usize = 60;
     let text = value.to_string();
-    match text.char_indices().nth(LONGEST) {
+    match text.char_indices().nth(MAX_CHARACTERS) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text,
     }
@@ -265,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn sharegpt_speaks_with_the_roles_of_templates() {
+    fn sharegpt_names_are_mapped_to_roles() {
         for (from, role) in [
             ("human", "user"),
             ("user", "user"),
@@ -279,8 +278,8 @@ mod tests {
             let turn = one(&json!({"from": from, "value": "x"}));
             assert_eq!(turn, Ok(Message::new(role, "x")), "{from}");
         }
-        let error = one(&json!({"from": "gtp", "value": "x"})).expect_err("nobody");
-        assert!(error.contains("nobody knows who \"gtp\" is"), "{error}");
+        let error = one(&json!({"from": "gtp", "value": "x"})).expect_err("an unknown speaker");
+        assert!(error.contains("unknown speaker \"gtp\""), "{error}");
         // Mixed keys, as TRL's maybe_convert_to_chatml takes them; a role is left as it is.
         assert_eq!(
             one(&json!({"role": "ipython", "value": "x"})),
@@ -289,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_of_a_function_is_a_tool_call_where_it_is_one() {
+    fn function_calls_are_converted_to_tool_calls() {
         let expected = json!([{"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}]);
         for value in [
             json!("{\"name\": \"now\", \"arguments\": {\"zone\": \"UTC\"}}"),
@@ -306,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_has_no_keys_that_are_null() {
+    fn null_keys_of_a_turn_are_removed() {
         let turn =
             one(&json!({"role": "assistant", "content": "x", "tool_calls": null, "name": null}));
         assert_eq!(turn, Ok(Message::new("assistant", "x")));
@@ -317,15 +316,15 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_alone_is_text_or_messages() {
-        let asked = PromptText::Dialogue(Dialogue::of_user("hi"));
+    fn a_prompt_is_text_or_messages() {
+        let dialogue = PromptText::Dialogue(Dialogue::of_user("hi"));
         for (value, expected) in [
             (json!("hi"), Ok(PromptText::Text("hi".into()))),
             (
                 json!([{"role": "user", "content": "hi"}]),
-                Ok(asked.clone()),
+                Ok(dialogue.clone()),
             ),
-            (json!([{"from": "human", "value": "hi"}]), Ok(asked)),
+            (json!([{"from": "human", "value": "hi"}]), Ok(dialogue)),
             (
                 json!([{"role": "user", "content": [{"type": "image"}]}]),
                 Err("type \"image\""),
@@ -338,19 +337,19 @@ mod tests {
             (json!(3), Err("a prompt is a string or a list")),
         ] {
             match (prompt(&value), expected) {
-                (Err(error), Err(says)) => assert!(error.contains(says), "{error}"),
+                (Err(error), Err(text)) => assert!(error.contains(text), "{error}"),
                 (read, expected) => assert_eq!(read, expected.map_err(str::to_owned), "{value}"),
             }
         }
     }
 
     #[test]
-    fn only_text_is_content() {
+    fn only_text_content_is_accepted() {
         let text = json!({"type": "text", "text": "x", "image": null});
         let turn = one(&json!({"role": "assistant", "content": [text, text]})).expect("text");
         assert_eq!(turn.content[0], json!({"type": "text", "text": "x"}));
         assert_eq!(answer(&turn), Ok("xx".into()));
-        for (turn, says) in [
+        for (turn, expected) in [
             (
                 json!({"role": "user", "content": [{"type": "image"}]}),
                 "type \"image\"",
@@ -372,29 +371,29 @@ mod tests {
             (json!(["x"]), "\"x\" is not a message"),
             (json!([]), "the list of messages is empty"),
         ] {
-            let error = one(&turn).expect_err(says);
-            assert!(error.contains(says), "{turn}: {error}");
+            let error = one(&turn).expect_err(expected);
+            assert!(error.contains(expected), "{turn}: {error}");
         }
     }
 
     #[test]
-    fn an_answer_is_all_that_the_assistant_says() {
-        for (turn, says) in [
+    fn an_answer_consists_of_text_only() {
+        for (turn, expected) in [
             (
                 json!({"role": "user", "content": "thanks"}),
                 "the last turn is the user's (\"thanks\")",
             ),
             (
                 json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}),
-                "\"tool_calls\" beside its text",
+                "\"tool_calls\" in addition to its text",
             ),
             (
                 json!({"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}),
-                "\"reasoning_content\" beside",
+                "\"reasoning_content\" in addition",
             ),
         ] {
-            let error = answer(&one(&turn).expect("a turn")).expect_err(says);
-            assert!(error.contains(says), "{error}");
+            let error = answer(&one(&turn).expect("a turn")).expect_err(expected);
+            assert!(error.contains(expected), "{error}");
         }
         let plain =
             json!({"role": "assistant", "content": "4", "tool_calls": [], "reasoning_content": ""});

@@ -1,7 +1,7 @@
-//! What this crate renders beside what jinja2 does.
+//! Comparison with jinja2.
 //!
-//! `tests/cases.jsonl` holds a template a line with the text that jinja2 gave for `tests/variables.json`, or what it
-//! raised; `tests/expected.py` writes it.
+//! Each line of `tests/cases.jsonl` has a template and its output by jinja2 with `tests/variables.json`, or the
+//! exception raised; `tests/expected.py` generates it.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use crate::Template;
+use crate::template::Template;
 
 fn read(file: &str) -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
@@ -26,33 +26,33 @@ fn rendered(template: &str, variables: &Map<String, Value>) -> Result<String, St
         .map_err(|error| error.to_string())
 }
 
-/// A template that jinja2 renders and this crate refuses is marked `refused`.
+/// Templates that jinja2 renders and this crate rejects are marked `refused`.
 #[test]
-fn every_construct_renders_as_jinja2_does() {
+fn every_construct_matches_jinja2() {
     let variables = serde_json::from_str(&read("variables.json")).unwrap();
-    let mut wrong = Vec::new();
+    let mut differences = Vec::new();
     for line in read("cases.jsonl").lines() {
         let case: Value = serde_json::from_str(line).unwrap();
         let template = case["template"].as_str().unwrap();
         let found = rendered(template, &variables);
         let expected = case["text"].as_str().filter(|_| case["refused"] != true);
         if found.as_deref().ok() != expected {
-            wrong.push(format!(
+            differences.push(format!(
                 "{template}\n    jinja2: {}{}\n    here:   {found:?}",
                 case["text"], case["raises"]
             ));
         }
     }
     assert!(
-        wrong.is_empty(),
+        differences.is_empty(),
         "{} differ:\n{}",
-        wrong.len(),
-        wrong.join("\n")
+        differences.len(),
+        differences.join("\n")
     );
 }
 
-/// The chat templates of the shared models, if these and a Python with jinja2 exist; else it is said aloud,
-/// and in continuous integration refused.
+/// Chat templates of the shared models. Without these or a Python with jinja2, logs a skip and returns `None`; in CI it
+/// panics.
 fn real_templates() -> Option<Vec<String>> {
     let root = std::env::var_os("AGON_SHARED").unwrap_or_else(|| "../shared".into());
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -65,7 +65,7 @@ fn real_templates() -> Option<Vec<String>> {
     let skipped = if !folder.exists() {
         "AGON_SHARED has no data/tokenizers"
     } else if !has_jinja2.is_ok_and(|output| output.status.success()) {
-        "there is no python3 with jinja2"
+        "no python3 with jinja2 is installed"
     } else {
         let mut templates = Vec::new();
         collect(&folder, &mut templates);
@@ -79,7 +79,7 @@ fn real_templates() -> Option<Vec<String>> {
     None
 }
 
-/// The chat templates in a folder and the folders in it.
+/// Collects the chat templates in a folder, recursively.
 fn collect(folder: &Path, templates: &mut Vec<String>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -97,7 +97,7 @@ fn collect(folder: &Path, templates: &mut Vec<String>) {
     }
 }
 
-/// Dialogues as people have them: with and without system turns, tools, parts and thoughts.
+/// Typical dialogues: with and without system messages, tools, content parts and reasoning.
 fn dialogues() -> Vec<Value> {
     let user = json!({"role": "user", "content": "Hi there"});
     let system = json!({"role": "system", "content": "Be brief."});
@@ -129,7 +129,7 @@ fn dialogues() -> Vec<Value> {
 }
 
 #[test]
-fn real_templates_render_as_jinja2_does() {
+fn real_templates_match_jinja2() {
     let Some(templates) = real_templates() else {
         return;
     };
@@ -152,8 +152,8 @@ fn real_templates_render_as_jinja2_does() {
             }
         }
     }
-    let asked: Vec<String> = cases.iter().map(Value::to_string).collect();
-    let answers = ask(&(asked.join("\n") + "\n"));
+    let lines: Vec<String> = cases.iter().map(Value::to_string).collect();
+    let answers = render_with_jinja2(&(lines.join("\n") + "\n"));
     assert_eq!(answers.len(), cases.len());
     for (case, answer) in cases.iter().zip(answers) {
         let variables = case["variables"].as_object().unwrap();
@@ -166,8 +166,8 @@ fn real_templates_render_as_jinja2_does() {
     }
 }
 
-/// What jinja2 says to these lines.
-fn ask(lines: &str) -> Vec<Value> {
+/// Renders these lines with jinja2.
+fn render_with_jinja2(lines: &str) -> Vec<Value> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/expected.py");
     let mut peer = Command::new("python3")
         .arg(script)
@@ -178,18 +178,18 @@ fn ask(lines: &str) -> Vec<Value> {
         .unwrap();
     let mut stdin = peer.stdin.take().unwrap();
     let lines = lines.to_owned();
-    let asking = std::thread::spawn(move || stdin.write_all(lines.as_bytes()).unwrap());
+    let writer = std::thread::spawn(move || stdin.write_all(lines.as_bytes()).unwrap());
     let output = peer.wait_with_output().unwrap();
-    asking.join().unwrap();
+    writer.join().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     text.split_terminator('\n')
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
 }
 
-/// What comes from strangers may ask for all time and all memory: it gets an error, in little of both.
+/// Untrusted templates with excessive time or memory fail quickly with an error.
 #[test]
-fn a_template_cannot_take_the_machine() {
+fn excessive_templates_are_rejected() {
     let deep =
         |part: &str, count: usize, end: &str| format!("{{{{ {}{end} }}}}", part.repeat(count));
     let endless = "{% for a in range(9999) %}{% for a in range(9999) %}{% for a in range(9999) %}x\
@@ -235,7 +235,7 @@ fn a_template_cannot_take_the_machine() {
             found.map(|text| text.len())
         );
     }
-    // What holds itself is forgotten all the same.
+    // Reference cycles are freed too.
     let cyclic = "{% set ns = namespace() %}{% set ns.a = [ns] %}{{ ns == ns }}{{ [ns, ns]|unique|list|length }}";
     assert_eq!(rendered(cyclic, &Map::new()).as_deref(), Ok("True1"));
     let nested =

@@ -1,50 +1,50 @@
-//! The arguments of a call, and how a function written here takes them.
+//! Evaluated arguments of a call, and binding them to the parameters of built-in functions.
 
-use crate::{Error, value::Value};
+use crate::{error::Error, value::Value};
 
-/// Evaluated arguments.
+/// Evaluated arguments of a call.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Given {
+pub(crate) struct CallArguments {
     pub(crate) positional: Vec<Value>,
     pub(crate) named: Vec<(String, Value)>,
 }
 
-/// Arguments in the order of a function's parameters.
-pub(crate) struct Bound {
+/// Arguments bound to the parameters of a function, in order.
+pub(crate) struct BoundArguments {
     function: &'static str,
     parameters: &'static [&'static str],
     values: Vec<Option<Value>>,
 }
 
-impl Given {
-    /// Matches the arguments with these parameters.
+impl CallArguments {
+    /// Binds the arguments to these parameters.
     ///
     /// # Errors
-    /// When there are too many, or one has another name or comes twice.
+    /// If there are too many arguments, or one has an unknown name or is given twice.
     pub(crate) fn bind(
         self,
         function: &'static str,
         parameters: &'static [&'static str],
-    ) -> Result<Bound, Error> {
+    ) -> Result<BoundArguments, Error> {
         if self.positional.len() > parameters.len() {
-            let (most, given) = (parameters.len(), self.positional.len());
-            let message = format!("{function}() takes at most {most} arguments ({given} given)");
+            let (maximum, count) = (parameters.len(), self.positional.len());
+            let message = format!("{function}() takes at most {maximum} arguments ({count} given)");
             return Err(Error::new(message));
         }
         let mut values: Vec<_> = self.positional.into_iter().map(Some).collect();
         values.resize(parameters.len(), None);
         for (name, value) in self.named {
-            let place = parameters.iter().position(|parameter| *parameter == name);
-            let Some(place) = place else {
+            let position = parameters.iter().position(|parameter| *parameter == name);
+            let Some(position) = position else {
                 let message = format!("{function}() got an unexpected keyword argument '{name}'");
                 return Err(Error::new(message));
             };
-            if values[place].replace(value).is_some() {
+            if values[position].replace(value).is_some() {
                 let message = format!("{function}() got multiple values for argument '{name}'");
                 return Err(Error::new(message));
             }
         }
-        Ok(Bound {
+        Ok(BoundArguments {
             function,
             parameters,
             values,
@@ -52,40 +52,42 @@ impl Given {
     }
 }
 
-impl Bound {
-    /// The argument at `place`, if it was given.
-    pub(crate) fn get(&self, place: usize) -> Option<&Value> {
-        self.values[place].as_ref()
+impl BoundArguments {
+    /// The argument at an index, if present.
+    pub(crate) fn get(&self, position: usize) -> Option<&Value> {
+        self.values[position].as_ref()
     }
 
-    /// The argument at `place`, if it was given and is not `None`.
-    pub(crate) fn some(&self, place: usize) -> Option<&Value> {
-        self.get(place)
+    /// The argument at an index, if present and not `None`.
+    pub(crate) fn some(&self, position: usize) -> Option<&Value> {
+        self.get(position)
             .filter(|value| !matches!(value, Value::None))
     }
 
-    pub(crate) fn required(&self, place: usize) -> Result<&Value, Error> {
-        self.get(place).ok_or_else(|| {
-            let (function, name) = (self.function, self.parameters[place]);
+    pub(crate) fn required(&self, position: usize) -> Result<&Value, Error> {
+        self.get(position).ok_or_else(|| {
+            let (function, name) = (self.function, self.parameters[position]);
             Error::new(format!("{function}() missing required argument: '{name}'"))
         })
     }
 
-    pub(crate) fn is_true(&self, place: usize) -> bool {
-        self.get(place).is_some_and(Value::is_true)
+    pub(crate) fn is_true(&self, position: usize) -> bool {
+        self.get(position).is_some_and(Value::is_true)
     }
 
-    /// The integer at `place`, else `default`.
-    pub(crate) fn int(&self, place: usize, default: i128) -> Result<i128, Error> {
-        match self.get(place) {
+    /// The integer at an index, or `default`.
+    pub(crate) fn int(&self, position: usize, default: i128) -> Result<i128, Error> {
+        match self.get(position) {
             None => Ok(default),
             Some(value) => self.as_int(value),
         }
     }
 
-    /// The integer at `place`, if it was given and is not `None`.
-    pub(crate) fn some_int(&self, place: usize) -> Result<Option<i128>, Error> {
-        self.some(place).map(|value| self.as_int(value)).transpose()
+    /// The integer at an index, if present and not `None`.
+    pub(crate) fn some_int(&self, position: usize) -> Result<Option<i128>, Error> {
+        self.some(position)
+            .map(|value| self.as_int(value))
+            .transpose()
     }
 
     fn as_int(&self, value: &Value) -> Result<i128, Error> {
@@ -99,16 +101,16 @@ impl Bound {
         })
     }
 
-    /// The string at `place`, if it was given and is not `None`.
-    pub(crate) fn some_text(&self, place: usize) -> Result<Option<&str>, Error> {
-        self.some(place)
+    /// The string at an index, if present and not `None`.
+    pub(crate) fn some_text(&self, position: usize) -> Result<Option<&str>, Error> {
+        self.some(position)
             .map(|value| self.as_text(value))
             .transpose()
     }
 
-    /// The string at `place`.
-    pub(crate) fn text(&self, place: usize) -> Result<&str, Error> {
-        self.as_text(self.required(place)?)
+    /// The string at an index.
+    pub(crate) fn text(&self, position: usize) -> Result<&str, Error> {
+        self.as_text(self.required(position)?)
     }
 
     fn as_text<'a>(&self, value: &'a Value) -> Result<&'a str, Error> {

@@ -1,8 +1,8 @@
-//! A template as a tree.
+//! Abstract syntax tree of a template.
 
 use std::sync::Arc;
 
-/// A value that is written in the template.
+/// A literal of the template.
 #[derive(Debug, Clone)]
 pub(crate) enum Literal {
     None,
@@ -13,7 +13,7 @@ pub(crate) enum Literal {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Arithmetic {
+pub(crate) enum ArithmeticOperator {
     Add,
     Subtract,
     Multiply,
@@ -24,7 +24,7 @@ pub(crate) enum Arithmetic {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Comparison {
+pub(crate) enum ComparisonOperator {
     Equal,
     Unequal,
     Less,
@@ -35,7 +35,7 @@ pub(crate) enum Comparison {
     NotIn,
 }
 
-/// The parts of `[start:stop:step]`.
+/// Bounds of `[start:stop:step]`.
 #[derive(Debug)]
 pub(crate) struct Slice {
     pub(crate) start: Option<Expression>,
@@ -58,9 +58,9 @@ pub(crate) enum Expression {
     Not(Box<Expression>),
     And(Box<Expression>, Box<Expression>),
     Or(Box<Expression>, Box<Expression>),
-    Arithmetic(Arithmetic, Box<Expression>, Box<Expression>),
+    Arithmetic(ArithmeticOperator, Box<Expression>, Box<Expression>),
     Concatenation(Vec<Expression>),
-    Comparison(Box<Expression>, Vec<(Comparison, Expression)>),
+    Comparison(Box<Expression>, Vec<(ComparisonOperator, Expression)>),
     Conditional(Box<Conditional>),
     Call(Box<Expression>, Box<Arguments>),
     Filter(Box<Expression>, Box<Filter>),
@@ -75,7 +75,7 @@ pub(crate) struct Conditional {
     pub(crate) otherwise: Option<Expression>,
 }
 
-/// The arguments of a call.
+/// Argument expressions of a call.
 #[derive(Debug, Default)]
 pub(crate) struct Arguments {
     pub(crate) positional: Vec<Expression>,
@@ -86,23 +86,23 @@ pub(crate) struct Arguments {
     pub(crate) more_named: Option<Expression>,
 }
 
-/// A filter or a test, with the arguments after the value that it is applied to.
+/// A filter or a test with its arguments, excluding the value that it is applied to.
 #[derive(Debug)]
 pub(crate) struct Filter {
     pub(crate) name: String,
     pub(crate) arguments: Arguments,
 }
 
-/// What can be assigned to.
+/// Left-hand side of an assignment.
 #[derive(Debug)]
-pub(crate) enum Target {
+pub(crate) enum AssignTarget {
     Name(String),
     /// An attribute of a namespace.
     Attribute(String, String),
-    Tuple(Vec<Target>),
+    Tuple(Vec<AssignTarget>),
 }
 
-/// A statement and its line.
+/// A statement with its line number.
 #[derive(Debug)]
 pub(crate) struct Statement {
     pub(crate) line: usize,
@@ -115,14 +115,14 @@ pub(crate) enum StatementKind {
     Print(Expression),
     For(Arc<For>),
     If(If),
-    Set(Target, Expression),
+    Set(AssignTarget, Expression),
     SetBlock {
-        target: Target,
+        target: AssignTarget,
         filters: Vec<Filter>,
         body: Vec<Statement>,
     },
     With {
-        variables: Vec<(Target, Expression)>,
+        variables: Vec<(AssignTarget, Expression)>,
         body: Vec<Statement>,
     },
     Macro(Arc<Macro>),
@@ -135,7 +135,7 @@ pub(crate) enum StatementKind {
         filters: Vec<Filter>,
         body: Vec<Statement>,
     },
-    /// Transformers' `generation`: a scope that prints its body.
+    /// The `generation` tag of transformers: a scope that prints its body.
     Generation(Vec<Statement>),
     Break,
     Continue,
@@ -143,14 +143,14 @@ pub(crate) enum StatementKind {
 
 #[derive(Debug)]
 pub(crate) struct If {
-    /// Tests and what they guard, in their order.
+    /// Conditions and their bodies, in order.
     pub(crate) branches: Vec<(Expression, Vec<Statement>)>,
     pub(crate) otherwise: Vec<Statement>,
 }
 
 #[derive(Debug)]
 pub(crate) struct For {
-    pub(crate) target: Target,
+    pub(crate) target: AssignTarget,
     pub(crate) items: Expression,
     pub(crate) filter: Option<Expression>,
     pub(crate) is_recursive: bool,
@@ -161,14 +161,14 @@ pub(crate) struct For {
 #[derive(Debug)]
 pub(crate) struct Macro {
     pub(crate) name: String,
-    /// The last ones may have defaults.
+    /// Parameters; trailing ones may have defaults.
     pub(crate) parameters: Vec<(String, Option<Expression>)>,
     pub(crate) body: Vec<Statement>,
-    /// Which of `caller`, `kwargs` and `varargs` the body names: without it they are not taken.
+    /// The special variables that the body uses; a macro accepts only those.
     pub(crate) takes: Takes,
 }
 
-/// The special variables that a macro's body names.
+/// The special variables that a macro body uses.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Takes {
     pub(crate) caller: bool,

@@ -1,9 +1,9 @@
-//! The day on which templates are rendered.
+//! The fixed date at which templates are rendered.
 
-use crate::Error;
+use crate::error::Error;
 
-/// Python's `strftime` at midnight of Friday 26 July 2024, the day to which Llama 3's own template falls
-/// back: a prompt must not change overnight.
+/// Python's `strftime` at midnight of Friday 26 July 2024, the default date of Llama 3's template: prompts must not
+/// depend on the current date.
 pub(crate) fn strftime(format: &str) -> Result<String, Error> {
     let mut written = String::new();
     let mut chars = format.chars();

@@ -1,14 +1,14 @@
-//! Why a template does not compile or render.
+//! Errors of compiling and rendering.
 
 use thiserror::Error;
 
-/// What is wrong, and where when that is known.
+/// An error of a template, with its line if known.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{}{message}", line.map(|line| format!("line {line}: ")).unwrap_or_default())]
 pub struct Error {
-    /// As Python would say it, where it would.
+    /// Message, worded as in Python where Python raises.
     pub message: String,
-    /// The line of the template, from 1.
+    /// Line of the template, from 1.
     pub line: Option<usize>,
 }
 
@@ -20,13 +20,13 @@ impl Error {
         }
     }
 
-    /// The same, at `line` unless a place is known already.
+    /// Adds the line unless one is set already.
     pub(crate) fn at(mut self, line: usize) -> Self {
         self.line.get_or_insert(line);
         self
     }
 
-    /// What exists in jinja2 and not here.
+    /// A feature of jinja2 that is not supported here.
     pub(crate) fn unsupported(what: &str) -> Self {
         Self::new(format!("{what} is not supported in chat templates here"))
     }

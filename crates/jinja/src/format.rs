@@ -1,8 +1,8 @@
-//! Python's two ways to format: `'{}'.format(…)` and `'%s' % …`.
+//! Python's string formatting: `'{}'.format(…)` and `'%s' % …`.
 
 use crate::{
-    Error,
-    arguments::Given,
+    arguments::CallArguments,
+    error::Error,
     limits,
     methods::{Side, padded},
     number::float_repr,
@@ -11,7 +11,7 @@ use crate::{
     value::{Text, Value},
 };
 
-/// How a value is to be written: `[[fill]align][sign][#][0][width][grouping][.precision][kind]`.
+/// A format specification: `[[fill]align][sign][#][0][width][grouping][.precision][kind]`.
 #[derive(Debug, Default, Clone)]
 struct Spec {
     fill: Option<char>,
@@ -29,41 +29,45 @@ impl Spec {
     fn parse(spec: &str) -> Result<Self, Error> {
         let chars: Vec<char> = spec.chars().collect();
         let mut parsed = Self::default();
-        let mut place = 0;
+        let mut position = 0;
         let is_align = |c: Option<&char>| c.is_some_and(|c| "<>=^".contains(*c));
         if is_align(chars.get(1)) {
-            (parsed.fill, parsed.align, place) = (chars.first().copied(), chars.get(1).copied(), 2);
+            (parsed.fill, parsed.align, position) =
+                (chars.first().copied(), chars.get(1).copied(), 2);
         } else if is_align(chars.first()) {
-            (parsed.align, place) = (chars.first().copied(), 1);
+            (parsed.align, position) = (chars.first().copied(), 1);
         }
-        let takes = |place: &mut usize, wanted: &str| {
-            let found = chars.get(*place).copied().filter(|c| wanted.contains(*c));
-            *place += usize::from(found.is_some());
+        let takes = |position: &mut usize, wanted: &str| {
+            let found = chars
+                .get(*position)
+                .copied()
+                .filter(|c| wanted.contains(*c));
+            *position += usize::from(found.is_some());
             found
         };
-        parsed.sign = takes(&mut place, "+- ");
-        parsed.is_alternate = takes(&mut place, "#").is_some();
-        parsed.is_zero_filled = takes(&mut place, "0").is_some();
-        let number = |place: &mut usize| {
-            let rest = &chars[(*place).min(chars.len())..];
+        parsed.sign = takes(&mut position, "+- ");
+        parsed.is_alternate = takes(&mut position, "#").is_some();
+        parsed.is_zero_filled = takes(&mut position, "0").is_some();
+        let number = |position: &mut usize| {
+            let rest = &chars[(*position).min(chars.len())..];
             let digits: String = rest.iter().take_while(|c| c.is_ascii_digit()).collect();
-            *place += digits.len();
+            *position += digits.len();
             width(&digits)
         };
-        parsed.width = number(&mut place)?.unwrap_or(0);
-        parsed.grouping = takes(&mut place, ",_");
-        if takes(&mut place, ".").is_some() {
+        parsed.width = number(&mut position)?.unwrap_or(0);
+        parsed.grouping = takes(&mut position, ",_");
+        if takes(&mut position, ".").is_some() {
             let missing = || Error::new("Format specifier missing precision");
-            parsed.precision = Some(number(&mut place)?.ok_or_else(missing)?);
+            parsed.precision = Some(number(&mut position)?.ok_or_else(missing)?);
         }
-        parsed.kind = chars.get(place).copied();
-        if place + usize::from(parsed.kind.is_some()) < chars.len() {
+        parsed.kind = chars.get(position).copied();
+        if position + usize::from(parsed.kind.is_some()) < chars.len() {
             return Err(Error::new(format!("Invalid format specifier '{spec}'")));
         }
         Ok(parsed)
     }
 
-    /// The text, filled up to the width; `default` says where it stands.
+    /// Pads the text to the width; `default` is used without an explicit alignment.
     fn fill(&self, text: &str, default: char) -> String {
         let zero = self.is_zero_filled && self.align.is_none();
         let fill = self
@@ -100,10 +104,10 @@ impl Spec {
     }
 }
 
-/// The widest field.
+/// Maximum field width.
 const WIDEST: usize = 100_000;
 
-/// The number of these digits; none where there are none.
+/// Parses digits; `None` if there are none.
 fn width(digits: &str) -> Result<Option<usize>, Error> {
     if digits.is_empty() {
         return Ok(None);
@@ -164,7 +168,7 @@ fn integer(number: i128, spec: &Spec) -> Result<String, Error> {
     Ok(spec.with_sign(number < 0, &format!("{prefix}{digits}")))
 }
 
-/// The whole part's digits in groups.
+/// Groups the digits of the integer part.
 fn grouped(digits: &str, spec: &Spec) -> Result<String, Error> {
     let Some(separator) = spec.grouping else {
         return Ok(digits.to_owned());
@@ -178,8 +182,8 @@ fn grouped(digits: &str, spec: &Spec) -> Result<String, Error> {
         3
     };
     let mut written = String::new();
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(group) {
+    for (position, digit) in digits.chars().enumerate() {
+        if position > 0 && (digits.len() - position).is_multiple_of(group) {
             written.push(separator);
         }
         written.push(digit);
@@ -233,9 +237,9 @@ fn exponential(magnitude: f64, precision: usize) -> String {
 }
 
 /// Python's `str.format`.
-pub(crate) fn braces(text: &Text, given: &Given) -> Result<Value, Error> {
+pub(crate) fn braces(text: &Text, args: &CallArguments) -> Result<Value, Error> {
     let mut fields = Fields {
-        given,
+        args,
         next: 0,
         is_safe: text.is_safe,
     };
@@ -244,21 +248,21 @@ pub(crate) fn braces(text: &Text, given: &Given) -> Result<Value, Error> {
 }
 
 struct Fields<'a> {
-    given: &'a Given,
-    /// The number of the next field without a name.
+    args: &'a CallArguments,
+    /// Index of the next automatic field.
     next: usize,
     is_safe: bool,
 }
 
 impl Fields<'_> {
-    /// The text with its fields filled in; fields may stand `depth` deep in one another.
+    /// Formats the text; fields may be nested up to `depth`.
     fn written(&mut self, format: &str, depth: usize) -> Result<String, Error> {
         let mut written = String::new();
         let mut rest = format;
-        while let Some(place) = rest.find(['{', '}']) {
-            written.push_str(&rest[..place]);
-            let brace = &rest[place..=place];
-            rest = &rest[place + 1..];
+        while let Some(position) = rest.find(['{', '}']) {
+            written.push_str(&rest[..position]);
+            let brace = &rest[position..=position];
+            rest = &rest[position + 1..];
             if let Some(after) = rest.strip_prefix(brace) {
                 written.push_str(brace);
                 rest = after;
@@ -282,14 +286,14 @@ impl Fields<'_> {
 
     fn field(&mut self, field: &str, depth: usize) -> Result<String, Error> {
         let (named, spec) = match field.find([':', '!']) {
-            Some(place) if field[place..].starts_with(':') => {
-                (&field[..place], &field[place + 1..])
+            Some(position) if field[position..].starts_with(':') => {
+                (&field[..position], &field[position + 1..])
             }
-            Some(place) => {
-                let (conversion, spec) = field[place + 1..]
+            Some(position) => {
+                let (conversion, spec) = field[position + 1..]
                     .split_once(':')
-                    .unwrap_or((&field[place + 1..], ""));
-                let value = self.value(&field[..place])?;
+                    .unwrap_or((&field[position + 1..], ""));
+                let value = self.value(&field[..position])?;
                 let text = match conversion {
                     "s" => value.to_text()?.to_string(),
                     "r" => value.repr()?,
@@ -311,25 +315,25 @@ impl Fields<'_> {
         })
     }
 
-    /// The value that `0.name[key]` names.
+    /// Resolves a field name such as `0.name[key]`.
     fn value(&mut self, named: &str) -> Result<Value, Error> {
         let end = named.find(['.', '[']).unwrap_or(named.len());
         let (first, mut rest) = named.split_at(end);
         let mut value = if first.is_empty() || first.bytes().all(|b| b.is_ascii_digit()) {
-            let place = if first.is_empty() {
+            let position = if first.is_empty() {
                 self.next
             } else {
                 first.parse().unwrap_or(usize::MAX)
             };
             self.next += usize::from(first.is_empty());
-            let found = self.given.positional.get(place).cloned();
+            let found = self.args.positional.get(position).cloned();
             found.ok_or_else(|| {
                 Error::new(format!(
-                    "Replacement index {place} out of range for positional args tuple"
+                    "Replacement index {position} out of range for positional args tuple"
                 ))
             })?
         } else {
-            let found = self.given.named.iter().find(|(name, _)| name == first);
+            let found = self.args.named.iter().find(|(name, _)| name == first);
             found
                 .ok_or_else(|| Error::new(format!("KeyError: {}", repr(first))))?
                 .1
@@ -353,13 +357,13 @@ impl Fields<'_> {
     }
 }
 
-/// Where the brace that is open ends.
+/// Position of the matching closing brace.
 fn closing(text: &str) -> Option<usize> {
     let mut open = 0usize;
-    for (place, c) in text.char_indices() {
+    for (position, c) in text.char_indices() {
         match c {
             '{' => open += 1,
-            '}' if open == 0 => return Some(place),
+            '}' if open == 0 => return Some(position),
             '}' => open -= 1,
             _ => {}
         }
@@ -400,7 +404,7 @@ struct Directives<'a> {
 }
 
 impl Directives<'_> {
-    /// Writes the directive that `text` begins with, and gives the text after it.
+    /// Formats the directive at the start of `text` and returns the rest.
     fn write<'t>(&mut self, text: &'t str, written: &mut String) -> Result<&'t str, Error> {
         let incomplete = || Error::new("incomplete format");
         let (key, rest) = match text.strip_prefix('(') {

@@ -1,11 +1,12 @@
-//! The functions that templates find without defining them: jinja2's and transformers'.
+//! Global functions of jinja2 and transformers.
 
 use std::{cell::RefCell, rc::Rc};
 
 use crate::{
-    Error,
-    arguments::Given,
-    clock, methods,
+    arguments::CallArguments,
+    clock,
+    error::Error,
+    methods,
     value::{Range, Value},
 };
 
@@ -21,8 +22,8 @@ pub(crate) enum Function {
     StrftimeNow,
 }
 
-/// The longest range of jinja2's sandbox.
-const LONGEST_RANGE: i128 = 100_000;
+/// Maximum length of a range, as in jinja2's sandbox.
+const MAX_RANGE: i128 = 100_000;
 
 impl Function {
     pub(crate) fn named(name: &str) -> Option<Self> {
@@ -39,49 +40,48 @@ impl Function {
         })
     }
 
-    pub(crate) fn call(self, given: Given) -> Result<Value, Error> {
+    pub(crate) fn call(self, args: CallArguments) -> Result<Value, Error> {
         match self {
-            Self::Range => range(given),
-            Self::Dict => methods::dictionary(given).map(Value::dict),
-            Self::Namespace => methods::namespace(given),
-            Self::Cycler if given.positional.is_empty() => {
+            Self::Range => range(args),
+            Self::Dict => methods::dictionary(args).map(Value::dict),
+            Self::Namespace => methods::namespace(args),
+            Self::Cycler if args.positional.is_empty() => {
                 Err(Error::new("at least one item has to be provided"))
             }
-            Self::Cycler => Ok(Value::Cycler(Rc::new((given.positional, RefCell::new(0))))),
+            Self::Cycler => Ok(Value::Cycler(Rc::new((args.positional, RefCell::new(0))))),
             Self::Joiner => {
-                let given = given.bind("joiner", &["sep"])?;
-                let separator = given.get(0).cloned().unwrap_or_else(|| ", ".into());
+                let args = args.bind("joiner", &["sep"])?;
+                let separator = args.get(0).cloned().unwrap_or_else(|| ", ".into());
                 Ok(Value::Joiner(Rc::new((separator, RefCell::new(false)))))
             }
             Self::Lipsum => Err(Error::unsupported("lipsum()")),
             Self::RaiseException => {
-                let given = given.bind("raise_exception", &["message"])?;
-                Err(Error::new(&*given.required(0)?.to_text()?))
+                let args = args.bind("raise_exception", &["message"])?;
+                Err(Error::new(&*args.required(0)?.to_text()?))
             }
             Self::StrftimeNow => {
-                let given = given.bind("strftime_now", &["format"])?;
-                clock::strftime(given.text(0)?).map(Value::from)
+                let args = args.bind("strftime_now", &["format"])?;
+                clock::strftime(args.text(0)?).map(Value::from)
             }
         }
     }
 }
 
-fn range(given: Given) -> Result<Value, Error> {
-    let given = given.bind("range", &["start", "stop", "step"])?;
-    given.required(0)?;
-    let first = given.int(0, 0)?;
-    let (start, stop) = match given.get(1) {
+fn range(args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("range", &["start", "stop", "step"])?;
+    args.required(0)?;
+    let first = args.int(0, 0)?;
+    let (start, stop) = match args.get(1) {
         None => (0, first),
-        Some(_) => (first, given.int(1, 0)?),
+        Some(_) => (first, args.int(1, 0)?),
     };
-    let step = given.int(2, 1)?;
+    let step = args.int(2, 1)?;
     if step == 0 {
         return Err(Error::new("range() arg 3 must not be zero"));
     }
     let range = Range { start, stop, step };
-    if range.len() > LONGEST_RANGE {
-        let message =
-            format!("range too big, the sandbox blocks ranges larger than {LONGEST_RANGE}");
+    if range.len() > MAX_RANGE {
+        let message = format!("range too big, the sandbox blocks ranges larger than {MAX_RANGE}");
         return Err(Error::new(message));
     }
     Ok(Value::Range(range))

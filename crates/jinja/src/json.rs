@@ -1,15 +1,15 @@
 //! Python's `json.dumps`.
 
 use crate::{
-    Error,
-    arguments::Given,
+    arguments::CallArguments,
+    error::Error,
     limits,
     number::float_repr,
     value::{Dict, Value},
 };
 
-/// How JSON is written.
-struct Writer {
+/// A JSON serialiser with its options.
+struct JsonWriter {
     ensure_ascii: bool,
     indent: Option<String>,
     item_separator: String,
@@ -17,23 +17,23 @@ struct Writer {
     sort_keys: bool,
 }
 
-/// Transformers' `tojson`: nothing is escaped for HTML, and by default nothing beyond ASCII.
-pub(crate) fn to_json(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind(
+/// The `tojson` of transformers: no HTML escaping, and no ASCII escaping by default.
+pub(crate) fn to_json(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind(
         "tojson",
         &["ensure_ascii", "indent", "separators", "sort_keys"],
     )?;
-    let indent = match given.some(1) {
+    let indent = match args.some(1) {
         Some(Value::Text(text)) => Some(text.text.to_string()),
         Some(_) => {
-            let width = usize::try_from(given.int(1, 0)?).unwrap_or(0);
+            let width = usize::try_from(args.int(1, 0)?).unwrap_or(0);
             limits::text(width)?;
             Some(" ".repeat(width))
         }
         None => None,
     };
     let item_separator = if indent.is_some() { "," } else { ", " };
-    let separators = match given.some(2) {
+    let separators = match args.some(2) {
         Some(pair) => {
             let pair = pair.iterate()?;
             let texts: Option<Vec<&str>> = pair.iter().map(Value::as_str).collect();
@@ -44,19 +44,19 @@ pub(crate) fn to_json(value: &Value, given: Given) -> Result<Value, Error> {
         }
         None => (item_separator.to_owned(), ": ".to_owned()),
     };
-    let writer = Writer {
-        ensure_ascii: given.is_true(0),
+    let writer = JsonWriter {
+        ensure_ascii: args.is_true(0),
         indent,
         item_separator: separators.0,
         key_separator: separators.1,
-        sort_keys: given.is_true(3),
+        sort_keys: args.is_true(3),
     };
     let mut json = String::new();
     writer.value(value, 0, &mut json)?;
     Ok(json.into())
 }
 
-impl Writer {
+impl JsonWriter {
     fn value(&self, value: &Value, depth: usize, json: &mut String) -> Result<(), Error> {
         match value {
             Value::None => json.push_str("null"),
@@ -88,8 +88,8 @@ impl Writer {
 
     fn items(&self, items: &[Value], depth: usize, json: &mut String) -> Result<(), Error> {
         json.push('[');
-        for (place, item) in items.iter().enumerate() {
-            if place > 0 {
+        for (position, item) in items.iter().enumerate() {
+            if position > 0 {
                 json.push_str(&self.item_separator);
             }
             self.newline(depth + 1, json)?;
@@ -108,8 +108,8 @@ impl Writer {
             crate::filters::sort_by(&mut pairs, |pair| &pair.0)?;
         }
         json.push('{');
-        for (place, (key, value)) in pairs.into_iter().enumerate() {
-            if place > 0 {
+        for (position, (key, value)) in pairs.into_iter().enumerate() {
+            if position > 0 {
                 json.push_str(&self.item_separator);
             }
             self.newline(depth + 1, json)?;

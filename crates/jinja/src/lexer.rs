@@ -1,9 +1,9 @@
-//! From source to tokens, with the white space that tags take away.
+//! Lexer: source to tokens, with whitespace control of tags applied.
 
-use crate::{Error, text::is_space};
+use crate::{error::Error, text::is_space};
 
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Token {
+pub(crate) enum TemplateToken {
     /// Text outside tags.
     Data(String),
     VariableBegin,
@@ -18,8 +18,8 @@ pub(crate) enum Token {
     End,
 }
 
-impl Token {
-    /// How messages name it.
+impl TemplateToken {
+    /// Description for error messages.
     pub(crate) fn describe(&self) -> String {
         match self {
             Self::Data(_) => "template data".into(),
@@ -37,59 +37,59 @@ impl Token {
     }
 }
 
-/// A token and its line.
+/// A token with its line number.
 #[derive(Debug, Clone)]
-pub(crate) struct Placed {
-    pub(crate) token: Token,
+pub(crate) struct LocatedToken {
+    pub(crate) token: TemplateToken,
     pub(crate) line: usize,
 }
 
-/// Longer ones first.
+/// Operators, longer ones first.
 const OPERATORS: [&str; 26] = [
     "//", "**", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[", "]", "(", ")", "{", "}",
     ">", "<", "=", ".", ":", "|", ",", ";",
 ];
 
-/// What a tag begins with.
+/// Kind of a tag, determined by its opening delimiter.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Tag {
+enum TagKind {
     Variable,
     Block,
     Comment,
     Raw,
 }
 
-/// The tokens of `source`; the last is [`Token::End`].
-pub(crate) fn tokens(source: &str) -> Result<Vec<Placed>, Error> {
+/// Tokenizes `source`; the last token is [`TemplateToken::End`].
+pub(crate) fn tokens(source: &str) -> Result<Vec<LocatedToken>, Error> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let source = source.strip_suffix('\n').unwrap_or(&source);
     let mut lexer = Lexer {
         source: source.chars().collect(),
-        place: 0,
+        position: 0,
         line: 1,
         starts_line: true,
         tokens: Vec::new(),
     };
-    while lexer.place < lexer.source.len() {
+    while lexer.position < lexer.source.len() {
         lexer.data()?;
     }
-    lexer.push(Token::End);
+    lexer.push(TemplateToken::End);
     Ok(lexer.tokens)
 }
 
 struct Lexer {
     source: Vec<char>,
-    place: usize,
+    position: usize,
     line: usize,
-    /// Whether the last tag ended with a line.
+    /// Whether the current position is at the start of a line.
     starts_line: bool,
-    tokens: Vec<Placed>,
+    tokens: Vec<LocatedToken>,
 }
 
 impl Lexer {
-    fn push(&mut self, token: Token) {
+    fn push(&mut self, token: TemplateToken) {
         let line = self.line;
-        self.tokens.push(Placed { token, line });
+        self.tokens.push(LocatedToken { token, line });
     }
 
     fn failure(&self, message: impl Into<String>) -> Error {
@@ -97,91 +97,91 @@ impl Lexer {
     }
 
     fn peek(&self, ahead: usize) -> Option<char> {
-        self.source.get(self.place + ahead).copied()
+        self.source.get(self.position + ahead).copied()
     }
 
-    fn is_at(&self, place: usize, text: &str) -> bool {
-        let rest = self.source.get(place..).unwrap_or_default();
+    fn is_at(&self, position: usize, text: &str) -> bool {
+        let rest = self.source.get(position..).unwrap_or_default();
         let mut rest = rest.iter();
         text.chars().all(|c| rest.next() == Some(&c))
     }
 
-    fn spaces(&self, place: usize) -> usize {
-        let rest = self.source.get(place..).unwrap_or_default();
+    fn spaces(&self, position: usize) -> usize {
+        let rest = self.source.get(position..).unwrap_or_default();
         rest.iter().take_while(|&&c| is_space(c)).count()
     }
 
-    /// Moves on to `place`, counting lines.
-    fn advance(&mut self, place: usize) {
-        let passed = &self.source[self.place..place];
+    /// Advances to `position`, counting lines.
+    fn advance(&mut self, position: usize) {
+        let passed = &self.source[self.position..position];
         self.line += passed.iter().filter(|&&c| c == '\n').count();
         self.starts_line = passed.last() == Some(&'\n');
-        self.place = place;
+        self.position = position;
     }
 
-    /// Text up to the next tag, and that tag.
+    /// Reads the text up to the next tag, and that tag.
     fn data(&mut self) -> Result<(), Error> {
-        let next =
-            (self.place..self.source.len()).find_map(|place| Some((place, self.tag(place)?)));
-        let Some((place, (tag, after))) = next else {
-            let text = self.source[self.place..].iter().collect();
-            self.push(Token::Data(text));
+        let next = (self.position..self.source.len())
+            .find_map(|position| Some((position, self.tag(position)?)));
+        let Some((position, (tag, after))) = next else {
+            let text = self.source[self.position..].iter().collect();
+            self.push(TemplateToken::Data(text));
             self.advance(self.source.len());
             return Ok(());
         };
-        let sign = self.source.get(place + 2).copied();
-        self.text_before(place, sign, tag != Tag::Variable);
+        let sign = self.source.get(position + 2).copied();
+        self.text_before(position, sign, tag != TagKind::Variable);
         self.advance(after);
         match tag {
-            Tag::Variable => {
-                self.push(Token::VariableBegin);
-                self.expression(Tag::Variable)
+            TagKind::Variable => {
+                self.push(TemplateToken::VariableBegin);
+                self.expression(TagKind::Variable)
             }
-            Tag::Block => {
-                self.push(Token::BlockBegin);
-                self.expression(Tag::Block)
+            TagKind::Block => {
+                self.push(TemplateToken::BlockBegin);
+                self.expression(TagKind::Block)
             }
-            Tag::Comment => self.comment(),
-            Tag::Raw => self.raw(),
+            TagKind::Comment => self.comment(),
+            TagKind::Raw => self.raw(),
         }
     }
 
-    /// The tag that begins at `place`, and where its inside begins.
-    fn tag(&self, place: usize) -> Option<(Tag, usize)> {
-        let tag = match (self.source[place], self.source.get(place + 1)?) {
-            ('{', '{') => Tag::Variable,
-            ('{', '%') => Tag::Block,
-            ('{', '#') => Tag::Comment,
+    /// The tag that starts at `position`, with the position after its opening delimiter.
+    fn tag(&self, position: usize) -> Option<(TagKind, usize)> {
+        let tag = match (self.source[position], self.source.get(position + 1)?) {
+            ('{', '{') => TagKind::Variable,
+            ('{', '%') => TagKind::Block,
+            ('{', '#') => TagKind::Comment,
             _ => return None,
         };
-        let signs = usize::from(matches!(self.source.get(place + 2), Some('-' | '+')));
-        let inside = place + 2 + signs;
-        if tag == Tag::Block {
+        let signs = usize::from(matches!(self.source.get(position + 2), Some('-' | '+')));
+        let inside = position + 2 + signs;
+        if tag == TagKind::Block {
             let word = inside + self.spaces(inside);
             if self.is_at(word, "raw") {
                 let end = word + 3 + self.spaces(word + 3);
                 if self.is_at(end, "-%}") {
-                    return Some((Tag::Raw, end + 3 + self.spaces(end + 3)));
+                    return Some((TagKind::Raw, end + 3 + self.spaces(end + 3)));
                 }
                 if self.is_at(end, "%}") {
-                    return Some((Tag::Raw, end + 2));
+                    return Some((TagKind::Raw, end + 2));
                 }
             }
         }
         Some((tag, inside))
     }
 
-    /// Gives the text before a tag, without the white space that the tag takes: all of it with `-`; else,
-    /// before all but variables, what stands between the beginning of the line and the tag.
-    fn text_before(&mut self, place: usize, sign: Option<char>, takes_indentation: bool) {
-        let mut text = &self.source[self.place..place];
+    /// Emits the text before a tag without the whitespace that the tag strips: all trailing whitespace with `-`,
+    /// otherwise the indentation of the line before block and comment tags (`lstrip_blocks`).
+    fn text_before(&mut self, position: usize, sign: Option<char>, strips_indentation: bool) {
+        let mut text = &self.source[self.position..position];
         if sign == Some('-') {
-            let kept = text
+            let end = text
                 .iter()
                 .rposition(|&c| !is_space(c))
                 .map_or(0, |last| last + 1);
-            text = &text[..kept];
-        } else if sign != Some('+') && takes_indentation {
+            text = &text[..end];
+        } else if sign != Some('+') && strips_indentation {
             let line = text
                 .iter()
                 .rposition(|&c| c == '\n')
@@ -193,50 +193,51 @@ impl Lexer {
         }
         if !text.is_empty() {
             let text = text.iter().collect();
-            self.push(Token::Data(text));
+            self.push(TemplateToken::Data(text));
         }
     }
 
-    /// Where a tag that ends with `end` at `place` lets text begin again: `-` takes all white space, and a
-    /// newline goes unless there is a `+`.
-    fn after_end(&self, place: usize, end: &str) -> Option<usize> {
-        if self.is_at(place, &format!("-{end}")) {
-            let after = place + 1 + end.len();
+    /// The position where text continues after a tag that ends with `end` at `position`: `-` strips all whitespace; a
+    /// newline is stripped (`trim_blocks`) unless there is a `+`.
+    fn after_end(&self, position: usize, end: &str) -> Option<usize> {
+        if self.is_at(position, &format!("-{end}")) {
+            let after = position + 1 + end.len();
             return Some(after + self.spaces(after));
         }
-        if end != "}}" && self.is_at(place, &format!("+{end}")) {
-            return Some(place + 1 + end.len());
+        if end != "}}" && self.is_at(position, &format!("+{end}")) {
+            return Some(position + 1 + end.len());
         }
-        if !self.is_at(place, end) {
+        if !self.is_at(position, end) {
             return None;
         }
-        let after = place + end.len();
+        let after = position + end.len();
         let newline = end != "}}" && self.source.get(after) == Some(&'\n');
         Some(after + usize::from(newline))
     }
 
     fn comment(&mut self) -> Result<(), Error> {
-        let end = (self.place..self.source.len()).find_map(|place| self.after_end(place, "#}"));
+        let end =
+            (self.position..self.source.len()).find_map(|position| self.after_end(position, "#}"));
         let end = end.ok_or_else(|| self.failure("Missing end of comment tag"))?;
         self.advance(end);
         Ok(())
     }
 
     fn raw(&mut self) -> Result<(), Error> {
-        let end = (self.place..self.source.len())
-            .find_map(|place| Some((place, self.end_of_raw(place)?)));
-        let (place, after) = end.ok_or_else(|| self.failure("Missing end of raw directive"))?;
-        self.text_before(place, self.source.get(place + 2).copied(), true);
+        let end = (self.position..self.source.len())
+            .find_map(|position| Some((position, self.end_of_raw(position)?)));
+        let (position, after) = end.ok_or_else(|| self.failure("Missing end of raw directive"))?;
+        self.text_before(position, self.source.get(position + 2).copied(), true);
         self.advance(after);
         Ok(())
     }
 
-    fn end_of_raw(&self, place: usize) -> Option<usize> {
-        if !self.is_at(place, "{%") {
+    fn end_of_raw(&self, position: usize) -> Option<usize> {
+        if !self.is_at(position, "{%") {
             return None;
         }
-        let signs = usize::from(matches!(self.source.get(place + 2), Some('-' | '+')));
-        let word = place + 2 + signs;
+        let signs = usize::from(matches!(self.source.get(position + 2), Some('-' | '+')));
+        let word = position + 2 + signs;
         let word = word + self.spaces(word);
         if !self.is_at(word, "endraw") {
             return None;
@@ -245,16 +246,16 @@ impl Lexer {
         self.after_end(end + self.spaces(end), "%}")
     }
 
-    /// Tokens up to the end of a tag.
-    fn expression(&mut self, tag: Tag) -> Result<(), Error> {
+    /// Reads the tokens of a tag.
+    fn expression(&mut self, tag: TagKind) -> Result<(), Error> {
         let (end, token) = match tag {
-            Tag::Variable => ("}}", Token::VariableEnd),
-            _ => ("%}", Token::BlockEnd),
+            TagKind::Variable => ("}}", TemplateToken::VariableEnd),
+            _ => ("%}", TemplateToken::BlockEnd),
         };
         let mut open = Vec::new();
-        while self.place < self.source.len() {
+        while self.position < self.source.len() {
             let ended = if open.is_empty() {
-                self.after_end(self.place, end)
+                self.after_end(self.position, end)
             } else {
                 None
             };
@@ -263,14 +264,14 @@ impl Lexer {
                 self.advance(after);
                 return Ok(());
             }
-            let spaces = self.spaces(self.place);
+            let spaces = self.spaces(self.position);
             if spaces > 0 {
-                self.advance(self.place + spaces);
+                self.advance(self.position + spaces);
             } else {
                 self.token(&mut open)?;
             }
         }
-        // The parser says what is missing.
+        // The parser reports the missing token.
         Ok(())
     }
 
@@ -282,14 +283,14 @@ impl Lexer {
             return self.number();
         }
         if first.is_alphanumeric() || first == '_' {
-            let rest = &self.source[self.place..];
+            let rest = &self.source[self.position..];
             let length = rest
                 .iter()
                 .take_while(|c| c.is_alphanumeric() || **c == '_')
                 .count();
             let name = rest[..length].iter().collect();
-            self.push(Token::Name(name));
-            self.advance(self.place + length);
+            self.push(TemplateToken::Name(name));
+            self.advance(self.position + length);
             return Ok(());
         }
         if first == '"' || first == '\'' {
@@ -301,7 +302,7 @@ impl Lexer {
     fn operator(&mut self, open: &mut Vec<char>) -> Result<(), Error> {
         let found = OPERATORS
             .into_iter()
-            .find(|operator| self.is_at(self.place, operator));
+            .find(|operator| self.is_at(self.position, operator));
         let Some(operator) = found else {
             let c = self.peek(0).unwrap_or_default();
             return Err(self.failure(format!("unexpected char {c:?}")));
@@ -321,16 +322,16 @@ impl Lexer {
             }
             _ => {}
         }
-        self.push(Token::Operator(operator));
-        self.advance(self.place + operator.len());
+        self.push(TemplateToken::Operator(operator));
+        self.advance(self.position + operator.len());
         Ok(())
     }
 
-    /// The digits at `place`, single underscores among them, of which `is_digit` says what they are.
-    fn digits(&self, place: usize, is_digit: impl Fn(char) -> bool) -> usize {
-        let mut end = place;
+    /// The digits at `position` according to `is_digit`, with single underscores in between.
+    fn digits(&self, position: usize, is_digit: impl Fn(char) -> bool) -> usize {
+        let mut end = position;
         loop {
-            let underscore = usize::from(end > place && self.source.get(end) == Some(&'_'));
+            let underscore = usize::from(end > position && self.source.get(end) == Some(&'_'));
             match self.source.get(end + underscore) {
                 Some(&c) if is_digit(c) => end += underscore + 1,
                 _ => return end,
@@ -345,11 +346,11 @@ impl Lexer {
                 .filter(|&&c| c != '_')
                 .collect()
         };
-        let (start, decimal) = (self.place, |c: char| c.is_ascii_digit());
+        let (start, decimal) = (self.position, |c: char| c.is_ascii_digit());
         if let Some(end) = self.end_of_float() {
             let number = written(self, start, end);
             let number = number.parse().map_err(|_| self.failure("invalid number"))?;
-            self.push(Token::Float(number));
+            self.push(TemplateToken::Float(number));
             self.advance(end);
             return Ok(());
         }
@@ -370,23 +371,23 @@ impl Lexer {
         let from = if radix == 10 { start } else { start + 2 };
         let number = i128::from_str_radix(&written(self, from, end), radix);
         let number = number.map_err(|_| self.failure("this integer is too large or not one"))?;
-        self.push(Token::Int(number));
+        self.push(TemplateToken::Int(number));
         self.advance(end);
         Ok(())
     }
 
-    /// Where a number with a fraction or an exponent ends that begins here.
+    /// End of the float literal that starts here.
     fn end_of_float(&self) -> Option<usize> {
         let decimal = |c: char| c.is_ascii_digit();
-        if self.place > 0 && self.source[self.place - 1] == '.' {
+        if self.position > 0 && self.source[self.position - 1] == '.' {
             return None;
         }
-        let whole = self.digits(self.place, decimal);
+        let whole = self.digits(self.position, decimal);
         let fraction = match self.source.get(whole) {
             Some('.') => self.digits(whole + 1, decimal),
             _ => whole,
         };
-        // A point that no digit follows is an operator.
+        // A point without a following digit is an operator.
         let fraction = if fraction > whole + 1 {
             fraction
         } else {
@@ -404,7 +405,7 @@ impl Lexer {
     }
 
     fn string(&mut self, quote: char) -> Result<(), Error> {
-        let mut end = self.place + 1;
+        let mut end = self.position + 1;
         loop {
             match self.source.get(end) {
                 Some('\\') => end += 2,
@@ -413,15 +414,15 @@ impl Lexer {
                 None => return Err(self.failure(format!("unexpected char {quote:?}"))),
             }
         }
-        let inside: String = self.source[self.place + 1..end].iter().collect();
+        let inside: String = self.source[self.position + 1..end].iter().collect();
         let text = unescaped(&inside).map_err(|reason| self.failure(reason))?;
-        self.push(Token::Text(text));
+        self.push(TemplateToken::Text(text));
         self.advance(end + 1);
         Ok(())
     }
 }
 
-/// Python's escapes, undone; what is none of them stays as it is.
+/// Resolves Python's escape sequences; unknown ones are kept.
 fn unescaped(text: &str) -> Result<String, String> {
     let mut plain = String::new();
     let mut chars = text.chars();

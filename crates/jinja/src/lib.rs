@@ -1,14 +1,13 @@
 //! Chat templates: Jinja2 with Python's values, as transformers renders it.
 //!
-//! A [`Template`] is compiled once and rendered with variables in JSON. It promises the text that jinja2
-//! 3.1 gives in the environment that transformers builds: an immutable sandbox with `trim_blocks`,
-//! `lstrip_blocks` and loop controls, no escaping, the lenient `Undefined`, and the tag `generation`, the
-//! filter `tojson` and the functions `raise_exception` and `strftime_now` of transformers. Values print,
-//! compare, sort and compute as Python's do. What jinja2 raises is an [`Error`]; so is what this crate
-//! does not know (`include`, `urlize`, integers beyond 128 bits), and what would take too long or too much
-//! memory, never another text. The same variables
-//! give the same text on every day: templates that ask for the date get a fixed one. What messages
-//! and tools are it does not know.
+//! A [`Template`] is compiled once and rendered with JSON variables. The output equals that of jinja2 3.1 in the
+//! environment of transformers: an immutable sandbox with `trim_blocks`, `lstrip_blocks` and loop controls, no
+//! escaping, the lenient `Undefined`, and the tag `generation`, the filter `tojson` and the functions `raise_exception`
+//! and `strftime_now` of transformers. Values are formatted, compared, sorted and computed as in Python.
+//!
+//! Exceptions of jinja2 become an [`Error`], as do unsupported features (`include`, `urlize`, integers beyond 128 bits)
+//! and excessive time or memory; the output never silently differs. Rendering is deterministic: `strftime_now` uses a
+//! fixed date. The crate knows nothing of messages and tools.
 
 #[cfg(test)]
 mod against_jinja2;

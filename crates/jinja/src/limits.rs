@@ -1,47 +1,51 @@
-//! What a template may use: they come from strangers, and a loop or a width must not take the machine.
+//! Resource limits: templates are untrusted and must not exhaust time or memory.
 //!
-//! The bounds are far beyond what a dialogue needs.
+//! The limits are far above the needs of a dialogue.
 
 use std::cell::Cell;
 
-use crate::Error;
+use crate::error::Error;
 
-/// How deep statements, expressions and macros may be within one another while they are computed.
+/// Maximum nesting depth of statements, expressions and macros during rendering.
 pub(crate) const DEPTH: usize = 400;
-/// How deep values may be within one another; those that come as JSON are at most 128 deep.
+/// Maximum nesting depth of values; JSON input is at most 128 deep.
 pub(crate) const VALUE_DEPTH: usize = 150;
-/// The longest string, in bytes.
-const TEXT: usize = 8 << 20;
-/// The longest list.
-const ITEMS: usize = 1_000_000;
-/// The largest dictionary, whose keys are found one by one.
+/// Maximum length of a string, in bytes.
+const MAX_TEXT_BYTES: usize = 8 << 20;
+/// Maximum length of a list.
+const MAX_ITEMS: usize = 1_000_000;
+/// Maximum size of a dictionary; lookups are linear.
 pub(crate) const KEYS: usize = 10_000;
 
-/// Checks that a string may have this many bytes.
+/// Checks the length of a string, in bytes.
 pub(crate) fn text(bytes: usize) -> Result<(), Error> {
-    if bytes > TEXT {
-        return Err(Error::new(format!("a string of more than {TEXT} bytes")));
+    if bytes > MAX_TEXT_BYTES {
+        return Err(Error::new(format!(
+            "a string of more than {MAX_TEXT_BYTES} bytes"
+        )));
     }
     Ok(())
 }
 
-/// Checks that a list may have this many elements.
+/// Checks the length of a list.
 pub(crate) fn items(count: usize) -> Result<(), Error> {
-    if count > ITEMS {
-        return Err(Error::new(format!("a list of more than {ITEMS} elements")));
+    if count > MAX_ITEMS {
+        return Err(Error::new(format!(
+            "a list of more than {MAX_ITEMS} elements"
+        )));
     }
     Ok(())
 }
 
-/// What is left to one text.
+/// Remaining resources of one rendering.
 #[derive(Debug)]
-pub(crate) struct Budget {
+pub(crate) struct RenderBudget {
     steps: Cell<usize>,
     bytes: Cell<usize>,
     depth: Cell<usize>,
 }
 
-impl Default for Budget {
+impl Default for RenderBudget {
     fn default() -> Self {
         Self {
             steps: Cell::new(10_000_000),
@@ -51,15 +55,15 @@ impl Default for Budget {
     }
 }
 
-impl Budget {
-    /// Computes something one level deeper.
+impl RenderBudget {
+    /// Runs `compute` one nesting level deeper, counting a step.
     pub(crate) fn deeper<T>(&self, compute: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
         let steps = self.steps.get().checked_sub(1);
         self.steps
             .set(steps.ok_or_else(|| Error::new("the template takes too many steps"))?);
         if self.depth.get() == DEPTH {
             return Err(Error::new(
-                "the template is nested too deeply: does a macro call itself for ever?",
+                "the template is nested too deeply: does a macro recurse without end?",
             ));
         }
         self.depth.set(self.depth.get() + 1);
@@ -68,7 +72,7 @@ impl Budget {
         result
     }
 
-    /// Accounts for what was made.
+    /// Charges `bytes` of created values.
     pub(crate) fn take(&self, bytes: usize) -> Result<(), Error> {
         let left = self.bytes.get().checked_sub(bytes);
         self.bytes

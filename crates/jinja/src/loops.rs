@@ -4,17 +4,17 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 use crate::{ast::For, scope::Scope, value::Value};
 
-/// Where a loop is.
+/// State of a loop.
 pub(crate) struct Loop {
     pub(crate) items: Rc<Vec<Value>>,
     pub(crate) index0: usize,
     pub(crate) depth0: usize,
-    /// How deep its items are within one another.
+    /// Maximum nesting depth of its items.
     pub(crate) depth: usize,
-    /// What `changed` was last called with.
+    /// Arguments of the last call of `changed`.
     pub(crate) last_changed: RefCell<Option<Vec<Value>>>,
-    /// The loop itself and the scope around it, where it may be called again.
-    pub(crate) again: Option<(Arc<For>, Rc<Scope>)>,
+    /// Definition and enclosing scope of a recursive loop.
+    pub(crate) recursion: Option<(Arc<For>, Rc<Scope>)>,
 }
 
 impl Loop {
@@ -22,7 +22,7 @@ impl Loop {
         self.index0 + 1
     }
 
-    /// What the template calls `loop.name`, but for its methods.
+    /// Value of `loop.name`, except methods.
     pub(crate) fn attribute(&self, name: &str) -> Option<Value> {
         let length = self.items.len();
         let number = |number: usize| Value::Int(number as i128);
@@ -37,7 +37,7 @@ impl Loop {
             "depth" => number(self.depth0 + 1),
             "depth0" => number(self.depth0),
             "previtem" => match self.index0.checked_sub(1) {
-                Some(place) => self.items[place].clone(),
+                Some(position) => self.items[position].clone(),
                 None => Value::undefined("there is no previous item"),
             },
             "nextitem" => match self.items.get(self.index0 + 1) {
@@ -48,7 +48,7 @@ impl Loop {
         })
     }
 
-    /// Whether these differ from what it was last called with.
+    /// Whether the arguments differ from those of the last call.
     pub(crate) fn changed(&self, values: Vec<Value>) -> bool {
         let mut last = self.last_changed.borrow_mut();
         let is_same = last.as_ref().is_some_and(|last| {

@@ -1,8 +1,8 @@
-//! Python's numbers: how they are written and read.
+//! Formatting and parsing of numbers as in Python.
 
 use std::cmp::Ordering;
 
-/// Python's `repr` of a float: the shortest digits that read back as it.
+/// Python's `repr` of a float: the shortest digits that round-trip.
 pub(crate) fn float_repr(number: f64) -> String {
     if number.is_nan() {
         return "nan".into();
@@ -25,12 +25,12 @@ pub(crate) fn float_repr(number: f64) -> String {
     format!("{digits}e{sign}{:02}", exponent.abs())
 }
 
-/// How two numbers compare; none beside a NaN.
+/// Ordering of an integer and a float; `None` for NaN.
 pub(crate) fn compare_int(int: i128, float: f64) -> Option<Ordering> {
     if float.is_nan() {
         return None;
     }
-    // Beyond these bounds no integer is.
+    // No `i128` is beyond these bounds.
     if float >= 2f64.powi(127) {
         return Some(Ordering::Less);
     }
@@ -38,12 +38,12 @@ pub(crate) fn compare_int(int: i128, float: f64) -> Option<Ordering> {
         return Some(Ordering::Greater);
     }
     let whole = float.trunc();
-    // The bounds were checked.
+    // The conversion is exact within the bounds.
     let by_whole = int.cmp(&(whole as i128));
     Some(by_whole.then_with(|| 0.0.partial_cmp(&(float - whole)).unwrap_or(Ordering::Equal)))
 }
 
-/// Python's `int` of a string to this base; 0 is the base that the string's prefix says.
+/// Python's `int` of a string in this base; 0 takes the base from the prefix.
 pub(crate) fn parse_int(text: &str, base: u32) -> Option<i128> {
     let text = text.trim_matches(crate::text::is_space);
     let (is_negative, digits) = match text.strip_prefix(['-', '+']) {
@@ -77,30 +77,30 @@ pub(crate) fn parse_float(text: &str) -> Option<f64> {
     without_underscores(text)?.parse().ok()
 }
 
-/// The same without underscores, each of which must stand between two digits.
+/// Removes underscores, each of which must be between two digits.
 fn without_underscores(text: &str) -> Option<String> {
     if text.is_empty() || text.starts_with(['-', '+', '_']) && text.len() == 1 {
         return None;
     }
     let chars: Vec<char> = text.chars().collect();
-    let stands_well = |place: usize| {
-        let is_digit = |place: usize| chars.get(place).is_some_and(char::is_ascii_alphanumeric);
-        place > 0 && is_digit(place - 1) && is_digit(place + 1)
+    let stands_well = |position: usize| {
+        let is_digit =
+            |position: usize| chars.get(position).is_some_and(char::is_ascii_alphanumeric);
+        position > 0 && is_digit(position - 1) && is_digit(position + 1)
     };
-    let mut places = chars.iter().enumerate().filter(|(_, c)| **c == '_');
-    places
-        .all(|(place, _)| stands_well(place))
+    let mut positions = chars.iter().enumerate().filter(|(_, c)| **c == '_');
+    positions
+        .all(|(position, _)| stands_well(position))
         .then(|| text.replace('_', ""))
 }
 
-/// Python's `round` of a float to `digits` after the point: the decimal number nearest to its exact
-/// value, of two the even one.
+/// Python's `round` of a float to `digits` decimals: the decimal nearest to the exact value, ties to even.
 pub(crate) fn round_float(number: f64, digits: i32) -> f64 {
     if !number.is_finite() {
         return number;
     }
     match usize::try_from(digits) {
-        // More digits than any float has.
+        // More decimals than any float has.
         Ok(digits) if digits > 330 => number,
         Ok(digits) => format!("{number:.digits$}").parse().unwrap_or(number),
         Err(_) => {

@@ -3,14 +3,14 @@
 use std::{cmp::Ordering, rc::Rc};
 
 use crate::{
-    Error,
-    ast::{Arithmetic, Comparison},
+    ast::{ArithmeticOperator, ComparisonOperator},
+    error::Error,
     format, limits, number,
     text::repr,
     value::{Text, Value, View, ViewKind},
 };
 
-impl Arithmetic {
+impl ArithmeticOperator {
     fn written(self) -> &'static str {
         match self {
             Self::Add => "+",
@@ -24,7 +24,7 @@ impl Arithmetic {
     }
 }
 
-/// A number as arithmetic sees it.
+/// A numeric operand.
 #[derive(Clone, Copy)]
 enum Number {
     Int(i128),
@@ -49,9 +49,13 @@ impl Number {
 
 impl Value {
     /// `self operator right`.
-    pub(crate) fn arithmetic(&self, operator: Arithmetic, right: &Value) -> Result<Value, Error> {
+    pub(crate) fn arithmetic(
+        &self,
+        operator: ArithmeticOperator,
+        right: &Value,
+    ) -> Result<Value, Error> {
         self.must_be_defined()?;
-        if let (Arithmetic::Modulo, Value::Text(text)) = (operator, self) {
+        if let (ArithmeticOperator::Modulo, Value::Text(text)) = (operator, self) {
             return format::percent(text, right);
         }
         right.must_be_defined()?;
@@ -59,8 +63,8 @@ impl Value {
             return computed(operator, left, right);
         }
         match operator {
-            Arithmetic::Add => self.joined_with(right),
-            Arithmetic::Multiply => self.repeated(right),
+            ArithmeticOperator::Add => self.joined_with(right),
+            ArithmeticOperator::Multiply => self.repeated(right),
             _ => None,
         }
         .unwrap_or_else(|| {
@@ -138,27 +142,31 @@ impl Value {
     }
 
     /// `self comparison right`.
-    pub(crate) fn compare(&self, comparison: Comparison, right: &Value) -> Result<bool, Error> {
+    pub(crate) fn compare(
+        &self,
+        comparison: ComparisonOperator,
+        right: &Value,
+    ) -> Result<bool, Error> {
         let is_ordered = |holds: fn(Ordering) -> bool, written: &str| {
             let order = self.order(right, written)?;
             Ok(order.is_some_and(holds))
         };
         match comparison {
-            Comparison::Equal => Ok(self.equals(right)),
-            Comparison::Unequal => Ok(!self.equals(right)),
-            Comparison::Less => is_ordered(Ordering::is_lt, "<"),
-            Comparison::AtMost => is_ordered(Ordering::is_le, "<="),
-            Comparison::Greater => is_ordered(Ordering::is_gt, ">"),
-            Comparison::AtLeast => is_ordered(Ordering::is_ge, ">="),
-            Comparison::In => right.contains(self),
-            Comparison::NotIn => right.contains(self).map(|is_in| !is_in),
+            ComparisonOperator::Equal => Ok(self.equals(right)),
+            ComparisonOperator::Unequal => Ok(!self.equals(right)),
+            ComparisonOperator::Less => is_ordered(Ordering::is_lt, "<"),
+            ComparisonOperator::AtMost => is_ordered(Ordering::is_le, "<="),
+            ComparisonOperator::Greater => is_ordered(Ordering::is_gt, ">"),
+            ComparisonOperator::AtLeast => is_ordered(Ordering::is_ge, ">="),
+            ComparisonOperator::In => right.contains(self),
+            ComparisonOperator::NotIn => right.contains(self).map(|is_in| !is_in),
         }
     }
 
     /// `self == right`.
     pub(crate) fn equals(&self, right: &Value) -> bool {
         if let (Some(left), Some(right)) = (Number::of(self), Number::of(right)) {
-            return numbers(left, right) == Some(Ordering::Equal);
+            return compare_numbers(left, right) == Some(Ordering::Equal);
         }
         let all = |left: &[Value], right: &[Value]| {
             left.len() == right.len() && left.iter().zip(right).all(|(l, r)| l.equals(r))
@@ -180,7 +188,7 @@ impl Value {
         }
     }
 
-    /// `self is right`, of what has a place in memory.
+    /// `self is right`, for values with an identity.
     pub(crate) fn is_same_as(&self, right: &Value) -> bool {
         match (self, right) {
             (Value::None, Value::None) => true,
@@ -201,12 +209,12 @@ impl Value {
         }
     }
 
-    /// How two values compare; none beside a NaN.
+    /// Ordering of two values; `None` if one is NaN.
     pub(crate) fn order(&self, right: &Value, operator: &str) -> Result<Option<Ordering>, Error> {
         self.must_be_defined()?;
         right.must_be_defined()?;
         if let (Some(left), Some(right)) = (Number::of(self), Number::of(right)) {
-            return Ok(numbers(left, right));
+            return Ok(compare_numbers(left, right));
         }
         match (self, right) {
             (Value::Text(left), Value::Text(right)) => Ok(Some(left.text.cmp(&right.text))),
@@ -258,13 +266,17 @@ impl Value {
         }
     }
 
-    /// `self[item]`; none where Python has no such element.
+    /// `self[item]`; `None` if there is no such element.
     pub(crate) fn item(&self, item: &Value) -> Result<Option<Value>, Error> {
         let at = |length: usize| {
-            let place = item.as_int()?;
+            let position = item.as_int()?;
             let length = i128::try_from(length).ok()?;
-            let place = if place < 0 { place + length } else { place };
-            usize::try_from(place).ok()
+            let position = if position < 0 {
+                position + length
+            } else {
+                position
+            };
+            usize::try_from(position).ok()
         };
         Ok(match self {
             Value::Undefined(_) => {
@@ -273,18 +285,18 @@ impl Value {
             }
             Value::List(list) => {
                 let items = &list.items;
-                at(items.len()).and_then(|place| items.get(place).cloned())
+                at(items.len()).and_then(|position| items.get(position).cloned())
             }
             Value::Tuple(tuple) => {
                 let items = &tuple.items;
-                at(items.len()).and_then(|place| items.get(place).cloned())
+                at(items.len()).and_then(|position| items.get(position).cloned())
             }
             Value::Text(text) => at(self.len().unwrap_or(0))
-                .and_then(|place| text.text.chars().nth(place))
+                .and_then(|position| text.text.chars().nth(position))
                 .map(|c| text.with(&c.to_string())),
             Value::Range(range) => at(usize::try_from(range.len()).unwrap_or(usize::MAX))
-                .filter(|&place| (place as i128) < range.len())
-                .map(|place| Value::Int(range.start + place as i128 * range.step)),
+                .filter(|&position| (position as i128) < range.len())
+                .map(|position| Value::Int(range.start + position as i128 * range.step)),
             Value::Dict(dict) if item.check_hashable().is_ok() => dict.get(item).cloned(),
             _ => None,
         })
@@ -300,7 +312,7 @@ fn too_large() -> Error {
     Error::unsupported("an integer of more than 128 bits")
 }
 
-fn numbers(left: Number, right: Number) -> Option<Ordering> {
+fn compare_numbers(left: Number, right: Number) -> Option<Ordering> {
     match (left, right) {
         (Number::Int(left), Number::Int(right)) => Some(left.cmp(&right)),
         (Number::Float(left), Number::Float(right)) => left.partial_cmp(&right),
@@ -318,27 +330,27 @@ fn sequences(left: &[Value], right: &[Value], operator: &str) -> Result<Option<O
     }
 }
 
-fn computed(operator: Arithmetic, left: Number, right: Number) -> Result<Value, Error> {
+fn computed(operator: ArithmeticOperator, left: Number, right: Number) -> Result<Value, Error> {
     if let (Number::Int(left), Number::Int(right)) = (left, right) {
         return integers(operator, left, right);
     }
     let (left, right) = (left.as_float(), right.as_float());
     let divides = [
-        Arithmetic::Divide,
-        Arithmetic::FloorDivide,
-        Arithmetic::Modulo,
+        ArithmeticOperator::Divide,
+        ArithmeticOperator::FloorDivide,
+        ArithmeticOperator::Modulo,
     ];
     if right == 0.0 && divides.contains(&operator) {
         return Err(Error::new("float division by zero"));
     }
     Ok(Value::Float(match operator {
-        Arithmetic::Add => left + right,
-        Arithmetic::Subtract => left - right,
-        Arithmetic::Multiply => left * right,
-        Arithmetic::Divide => left / right,
-        Arithmetic::FloorDivide => floor_divided(left, right),
-        Arithmetic::Modulo => modulo(left, right),
-        Arithmetic::Power => return power(left, right),
+        ArithmeticOperator::Add => left + right,
+        ArithmeticOperator::Subtract => left - right,
+        ArithmeticOperator::Multiply => left * right,
+        ArithmeticOperator::Divide => left / right,
+        ArithmeticOperator::FloorDivide => floor_divided(left, right),
+        ArithmeticOperator::Modulo => modulo(left, right),
+        ArithmeticOperator::Power => return power(left, right),
     }))
 }
 
@@ -377,30 +389,34 @@ fn power(left: f64, right: f64) -> Result<Value, Error> {
     Ok(Value::Float(left.powf(right)))
 }
 
-fn integers(operator: Arithmetic, left: i128, right: i128) -> Result<Value, Error> {
+fn integers(operator: ArithmeticOperator, left: i128, right: i128) -> Result<Value, Error> {
     let is_zero = || match operator {
-        Arithmetic::Divide => Error::new("division by zero"),
+        ArithmeticOperator::Divide => Error::new("division by zero"),
         _ => Error::new("integer division or modulo by zero"),
     };
     let number = match operator {
-        Arithmetic::Add => left.checked_add(right),
-        Arithmetic::Subtract => left.checked_sub(right),
-        Arithmetic::Multiply => left.checked_mul(right),
-        Arithmetic::Divide | Arithmetic::FloorDivide | Arithmetic::Modulo if right == 0 => {
+        ArithmeticOperator::Add => left.checked_add(right),
+        ArithmeticOperator::Subtract => left.checked_sub(right),
+        ArithmeticOperator::Multiply => left.checked_mul(right),
+        ArithmeticOperator::Divide
+        | ArithmeticOperator::FloorDivide
+        | ArithmeticOperator::Modulo
+            if right == 0 =>
+        {
             return Err(is_zero());
         }
-        Arithmetic::Divide => return Ok(Value::Float(divided(left, right))),
-        Arithmetic::FloorDivide => {
+        ArithmeticOperator::Divide => return Ok(Value::Float(divided(left, right))),
+        ArithmeticOperator::FloorDivide => {
             let is_inexact = left % right != 0 && (left < 0) != (right < 0);
             left.checked_div(right)
                 .map(|quotient| quotient - i128::from(is_inexact))
         }
-        Arithmetic::Modulo => left.checked_rem(right).map(|rest| {
+        ArithmeticOperator::Modulo => left.checked_rem(right).map(|rest| {
             let is_off = rest != 0 && (rest < 0) != (right < 0);
             if is_off { rest + right } else { rest }
         }),
-        Arithmetic::Power if right < 0 => return power(left as f64, right as f64),
-        Arithmetic::Power => {
+        ArithmeticOperator::Power if right < 0 => return power(left as f64, right as f64),
+        ArithmeticOperator::Power => {
             let exponent = u32::try_from(right).map_err(|_| too_large())?;
             left.checked_pow(exponent)
         }
@@ -408,7 +424,7 @@ fn integers(operator: Arithmetic, left: i128, right: i128) -> Result<Value, Erro
     number.map(Value::Int).ok_or_else(too_large)
 }
 
-/// The quotient of integers that floats may not hold.
+/// Quotient of integers that are not exactly representable as floats.
 fn divided(left: i128, right: i128) -> f64 {
     let is_exact = |number: i128| number.unsigned_abs() <= 1 << 53;
     if is_exact(left) && is_exact(right) {
@@ -436,7 +452,7 @@ impl View {
 }
 
 impl Text {
-    /// A string, escaped as this one is.
+    /// A string with the same escaping state as this one.
     pub(crate) fn with(&self, text: &str) -> Value {
         Value::Text(Text {
             text: text.into(),
@@ -444,7 +460,7 @@ impl Text {
         })
     }
 
-    /// `self + right`: beside one that is escaped the other gets it.
+    /// `self + right`: if one operand is escaped, the other is escaped too.
     fn plus(&self, right: &Text) -> Text {
         let is_safe = self.is_safe || right.is_safe;
         let part = |text: &Text| match is_safe && !text.is_safe {
@@ -458,7 +474,7 @@ impl Text {
     }
 }
 
-/// The text with entities for what means something in HTML.
+/// Escapes the special characters of HTML.
 pub(crate) fn escaped(text: &str) -> String {
     let mut written = String::new();
     for c in text.chars() {
@@ -474,8 +490,8 @@ pub(crate) fn escaped(text: &str) -> String {
     written
 }
 
-/// The elements `[start:stop:step]` of a sequence of `length`, as Python numbers them.
-pub(crate) fn slice_places(
+/// Indices of `[start:stop:step]` in a sequence of `length`, as in Python.
+pub(crate) fn slice_indices(
     length: usize,
     start: Option<i128>,
     stop: Option<i128>,
@@ -495,16 +511,20 @@ pub(crate) fn slice_places(
     } else {
         (length - 1, -1)
     };
-    let (mut place, stop) = (start.map_or(first, bound), stop.map_or(last, bound));
-    let mut places = Vec::new();
-    while if step > 0 { place < stop } else { place > stop } {
-        places.push(place as usize);
-        place = place.saturating_add(step);
+    let (mut position, stop) = (start.map_or(first, bound), stop.map_or(last, bound));
+    let mut positions = Vec::new();
+    while if step > 0 {
+        position < stop
+    } else {
+        position > stop
+    } {
+        positions.push(position as usize);
+        position = position.saturating_add(step);
     }
-    places
+    positions
 }
 
-/// The value of a bound of a slice.
+/// Integer value of a slice bound.
 pub(crate) fn bound(value: Option<Value>) -> Result<Option<i128>, Error> {
     match value {
         None | Some(Value::None) => Ok(None),
@@ -517,7 +537,7 @@ pub(crate) fn bound(value: Option<Value>) -> Result<Option<i128>, Error> {
     }
 }
 
-/// The message for a name that does not exist.
+/// The undefined value of an unknown name.
 pub(crate) fn undefined_name(name: &str) -> Value {
     Value::undefined(format!("{} is undefined", repr(name)))
 }

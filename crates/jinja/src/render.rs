@@ -1,31 +1,31 @@
-//! Statements and expressions, computed.
+//! Renderer: evaluates statements and expressions.
 
 use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 use crate::{
-    Error,
-    arguments::Given,
+    arguments::CallArguments,
     ast::{
-        Arguments, Comparison, Expression, Filter, For, If, Macro, Slice, Statement, StatementKind,
-        Target,
+        Arguments, AssignTarget, ComparisonOperator, Expression, Filter, For, If, Macro, Slice,
+        Statement, StatementKind,
     },
+    error::Error,
     filters,
     functions::Function,
-    limits::{self, Budget},
+    limits::{self, RenderBudget},
     loops::Loop,
-    operators::{bound, slice_places, undefined_name},
+    operators::{bound, slice_indices, undefined_name},
     scope::Scope,
     tests,
     value::{Dict, Value},
 };
 
-/// A macro and the variables around its definition.
+/// A macro with the scope of its definition.
 pub(crate) struct MacroValue {
     pub(crate) definition: Arc<Macro>,
     scope: Rc<Scope>,
 }
 
-/// Where to go on after a statement.
+/// Control flow after a statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flow {
     Next,
@@ -33,12 +33,18 @@ enum Flow {
     Break,
 }
 
-/// What renders one text.
+/// Enclosing scope and nesting depth of a loop.
+#[derive(Clone, Copy)]
+struct LoopContext<'a> {
+    scope: &'a Rc<Scope>,
+    depth0: usize,
+}
+
+/// State of one rendering.
 #[derive(Default)]
 pub(crate) struct Renderer {
-    budget: Budget,
-    /// The scopes that macros know, which may hold the macros, and the namespaces, which may hold one
-    /// another: emptied at the end.
+    budget: RenderBudget,
+    /// Scopes captured by macros and namespaces; both may form reference cycles, which are cleared on drop.
     scopes: RefCell<Vec<Rc<Scope>>>,
     namespaces: RefCell<Vec<Rc<RefCell<Dict>>>>,
 }
@@ -55,7 +61,7 @@ impl Drop for Renderer {
 }
 
 impl Renderer {
-    /// Appends the text of a template's statements.
+    /// Renders the statements of a template into `text`.
     pub(crate) fn render(
         &self,
         body: &[Statement],
@@ -96,7 +102,7 @@ impl Renderer {
             }
             StatementKind::For(definition) => {
                 let items = self.value(&definition.items, scope)?.iterate()?;
-                return self.each(definition, items, (scope, 0), text);
+                return self.run_loop(definition, items, LoopContext { scope, depth0: 0 }, text);
             }
             StatementKind::If(condition) => return self.condition(condition, scope, text),
             StatementKind::Set(target, value) => {
@@ -137,10 +143,10 @@ impl Renderer {
                 caller,
             } => {
                 let callee = self.value(callee, scope)?;
-                let mut given = self.given(arguments, scope)?;
+                let mut args = self.evaluate_arguments(arguments, scope)?;
                 let caller = self.macro_value(caller, scope);
-                given.named.push(("caller".into(), caller));
-                self.print(&self.call(&callee, given)?.to_text()?, text)?;
+                args.named.push(("caller".into(), caller));
+                self.print(&self.call(&callee, args)?.to_text()?, text)?;
             }
             StatementKind::Generation(body) => return self.statements(body, &scope.inner(), text),
             StatementKind::Break => return Ok(Flow::Break),
@@ -177,7 +183,7 @@ impl Renderer {
         }))
     }
 
-    /// The text of a block, filtered.
+    /// Renders a block and applies filters.
     fn filtered(
         &self,
         filters: &[Filter],
@@ -188,54 +194,58 @@ impl Renderer {
         let flow = self.statements(body, &scope.inner(), &mut text)?;
         let mut value = Value::from(text);
         for filter in filters {
-            value = filters::apply(&filter.name, &value, self.given(&filter.arguments, scope)?)?;
+            value = filters::apply(
+                &filter.name,
+                &value,
+                self.evaluate_arguments(&filter.arguments, scope)?,
+            )?;
         }
         Ok((value, flow))
     }
 
-    /// Goes through a loop, in the scope and at the depth of `around`.
-    fn each(
+    /// Runs a loop.
+    fn run_loop(
         &self,
         definition: &Arc<For>,
         items: Vec<Value>,
-        around: (&Rc<Scope>, usize),
+        context: LoopContext<'_>,
         text: &mut String,
     ) -> Result<Flow, Error> {
-        let (scope, depth0) = around;
-        let items = Rc::new(self.kept(definition, items, scope)?);
+        let LoopContext { scope, depth0 } = context;
+        let items = Rc::new(self.filter_items(definition, items, scope)?);
         let depth = items.iter().map(Value::depth).max().unwrap_or(0);
         let (mut last_changed, mut has_completed) = (None, false);
         for (index0, item) in items.iter().enumerate() {
             let inner = scope.inner();
-            let place = Rc::new(Loop {
+            let state = Rc::new(Loop {
                 items: Rc::clone(&items),
                 index0,
                 depth0,
                 depth,
                 last_changed: RefCell::new(last_changed.take()),
-                again: definition
+                recursion: definition
                     .is_recursive
                     .then(|| (Arc::clone(definition), Rc::clone(scope))),
             });
-            inner.set("loop", Value::Loop(Rc::clone(&place)));
+            inner.set("loop", Value::Loop(Rc::clone(&state)));
             assign(&definition.target, item.clone(), &inner, scope)?;
             let flow = self.statements(&definition.body, &inner, text);
-            last_changed = place.last_changed.take();
+            last_changed = state.last_changed.take();
             match flow? {
                 Flow::Next => has_completed = true,
                 Flow::Continue => {}
                 Flow::Break => break,
             }
         }
-        // In jinja2 an iteration that was cut short does not count.
+        // As in jinja2, an iteration ended by `continue` or `break` does not count.
         if !has_completed {
             return self.statements(&definition.otherwise, &scope.inner(), text);
         }
         Ok(Flow::Next)
     }
 
-    /// The items of which the loop's own condition holds.
-    fn kept(
+    /// Applies the loop filter.
+    fn filter_items(
         &self,
         definition: &For,
         items: Vec<Value>,
@@ -256,21 +266,21 @@ impl Renderer {
     }
 
     fn value(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, Error> {
-        let value = self.budget.deeper(|| self.computed(expression, scope))?;
+        let value = self.budget.deeper(|| self.evaluate(expression, scope))?;
         if value.depth() > limits::VALUE_DEPTH {
             let most = limits::VALUE_DEPTH;
             return Err(Error::new(format!(
-                "more than {most} lists or dictionaries in one another"
+                "more than {most} nested lists or dictionaries"
             )));
         }
-        let is_made = !matches!(
+        let is_created = !matches!(
             expression,
             Expression::Literal(_)
                 | Expression::Name(_)
                 | Expression::Attribute(..)
                 | Expression::Item(..)
         );
-        if is_made {
+        if is_created {
             self.budget.take(value.size())?;
         }
         if let (Value::Namespace(namespace), Expression::Call(..)) = (&value, expression) {
@@ -279,7 +289,7 @@ impl Renderer {
         Ok(value)
     }
 
-    fn computed(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, Error> {
+    fn evaluate(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, Error> {
         let of = |expression: &Expression| self.value(expression, scope);
         let all =
             |expressions: &[Expression]| expressions.iter().map(of).collect::<Result<Vec<_>, _>>();
@@ -337,25 +347,25 @@ impl Renderer {
             }
             Expression::Call(callee, arguments) => {
                 let callee = of(callee)?;
-                self.call(&callee, self.given(arguments, scope)?)?
+                self.call(&callee, self.evaluate_arguments(arguments, scope)?)?
             }
             Expression::Filter(value, filter) => filters::apply(
                 &filter.name,
                 &of(value)?,
-                self.given(&filter.arguments, scope)?,
+                self.evaluate_arguments(&filter.arguments, scope)?,
             )?,
             Expression::Test(value, test) => {
-                let given = self.given(&test.arguments, scope)?;
-                Value::Bool(tests::holds(&test.name, &of(value)?, given)?)
+                let args = self.evaluate_arguments(&test.arguments, scope)?;
+                Value::Bool(tests::holds(&test.name, &of(value)?, args)?)
             }
         })
     }
 
-    /// `first < second < …`: every neighbour, up to the first that does not hold.
+    /// Chained comparison `first < second < …`, evaluated up to the first that is false.
     fn comparison(
         &self,
         first: &Expression,
-        rest: &[(Comparison, Expression)],
+        rest: &[(ComparisonOperator, Expression)],
         scope: &Rc<Scope>,
     ) -> Result<bool, Error> {
         let mut left = self.value(first, scope)?;
@@ -391,48 +401,51 @@ impl Renderer {
         if step == 0 {
             return Err(Error::new("slice step cannot be zero"));
         }
-        let places = slice_places(length, bound(start)?, bound(stop)?, step);
+        let positions = slice_indices(length, bound(start)?, bound(stop)?, step);
         Ok(match object {
             Value::Text(text) => {
                 let chars: Vec<char> = text.text.chars().collect();
                 text.with(
-                    &places
+                    &positions
                         .into_iter()
-                        .map(|place| chars[place])
+                        .map(|position| chars[position])
                         .collect::<String>(),
                 )
             }
             Value::Tuple(tuple) => Value::tuple(
-                places
+                positions
                     .into_iter()
-                    .map(|place| tuple.items[place].clone())
+                    .map(|position| tuple.items[position].clone())
                     .collect(),
             ),
             Value::Range(_) => return Err(Error::unsupported("a slice of a range")),
             other => {
                 let items = other.iterate()?;
                 Value::list(
-                    places
+                    positions
                         .into_iter()
-                        .map(|place| items[place].clone())
+                        .map(|position| items[position].clone())
                         .collect(),
                 )
             }
         })
     }
 
-    fn given(&self, arguments: &Arguments, scope: &Rc<Scope>) -> Result<Given, Error> {
-        let mut given = Given::default();
+    fn evaluate_arguments(
+        &self,
+        arguments: &Arguments,
+        scope: &Rc<Scope>,
+    ) -> Result<CallArguments, Error> {
+        let mut args = CallArguments::default();
         for argument in &arguments.positional {
-            given.positional.push(self.value(argument, scope)?);
+            args.positional.push(self.value(argument, scope)?);
         }
         for (name, argument) in &arguments.named {
-            given
-                .named
+            args.named
                 .push((name.clone(), self.value(argument, scope)?));
         }
         if let Some(more) = &arguments.more {
-            given.positional.extend(self.value(more, scope)?.iterate()?);
+            args.positional.extend(self.value(more, scope)?.iterate()?);
         }
         if let Some(more) = &arguments.more_named {
             let Value::Dict(dict) = self.value(more, scope)? else {
@@ -442,28 +455,32 @@ impl Renderer {
                 let named = name
                     .as_str()
                     .ok_or_else(|| Error::new("keywords must be strings"))?;
-                given.named.push((named.to_owned(), value.clone()));
+                args.named.push((named.to_owned(), value.clone()));
             }
         }
-        Ok(given)
+        Ok(args)
     }
 
-    fn call(&self, callee: &Value, given: Given) -> Result<Value, Error> {
+    fn call(&self, callee: &Value, args: CallArguments) -> Result<Value, Error> {
         callee.must_be_defined()?;
         match callee {
-            Value::Macro(called) => self.call_macro(called, given),
-            Value::Method(method) => method.call(given),
-            Value::Function(function) => function.call(given),
-            Value::Loop(around) => {
-                let Some((definition, scope)) = &around.again else {
+            Value::Macro(called) => self.call_macro(called, args),
+            Value::Method(method) => method.call(args),
+            Value::Function(function) => function.call(args),
+            Value::Loop(enclosing) => {
+                let Some((definition, scope)) = &enclosing.recursion else {
                     let message =
                         "The loop must have the 'recursive' marker to be called recursively.";
                     return Err(Error::new(message));
                 };
-                let given = given.bind("loop", &["iterable"])?;
-                let items = given.required(0)?.iterate()?;
+                let args = args.bind("loop", &["iterable"])?;
+                let items = args.required(0)?.iterate()?;
                 let mut text = String::new();
-                self.each(definition, items, (scope, around.depth0 + 1), &mut text)?;
+                let context = LoopContext {
+                    scope,
+                    depth0: enclosing.depth0 + 1,
+                };
+                self.run_loop(definition, items, context, &mut text)?;
                 Ok(text.into())
             }
             Value::Joiner(joiner) => {
@@ -481,17 +498,17 @@ impl Renderer {
         }
     }
 
-    fn call_macro(&self, called: &MacroValue, given: Given) -> Result<Value, Error> {
+    fn call_macro(&self, called: &MacroValue, args: CallArguments) -> Result<Value, Error> {
         let definition = &called.definition;
-        let Given {
+        let CallArguments {
             positional,
             mut named,
-        } = given;
+        } = args;
         let scope = called.scope.inner();
         let mut positional = positional.into_iter();
         let mut take = |name: &str| {
-            let place = named.iter().position(|(known, _)| known == name)?;
-            Some(named.remove(place).1)
+            let position = named.iter().position(|(known, _)| known == name)?;
+            Some(named.remove(position).1)
         };
         for (name, default) in &definition.parameters {
             let value = match (positional.next().or_else(|| take(name)), default) {
@@ -547,16 +564,16 @@ fn is_sliceable(value: &Value) -> bool {
     )
 }
 
-/// Assigns in `scope`; namespaces are looked for from `around` on.
+/// Assigns in `scope`; namespaces are looked up from `around`.
 fn assign(
-    target: &Target,
+    target: &AssignTarget,
     value: Value,
     scope: &Rc<Scope>,
     around: &Rc<Scope>,
 ) -> Result<(), Error> {
     match target {
-        Target::Name(name) => scope.set(name, value),
-        Target::Attribute(name, attribute) => {
+        AssignTarget::Name(name) => scope.set(name, value),
+        AssignTarget::Attribute(name, attribute) => {
             let Some(Value::Namespace(namespace)) = around.get(name) else {
                 return Err(Error::new(
                     "cannot assign attribute on non-namespace object",
@@ -572,7 +589,7 @@ fn assign(
                 .borrow_mut()
                 .insert(attribute.as_str().into(), value)?;
         }
-        Target::Tuple(targets) => {
+        AssignTarget::Tuple(targets) => {
             let values = value.iterate()?;
             let (expected, got) = (targets.len(), values.len());
             if got < expected {

@@ -1,10 +1,10 @@
-//! Variables, scope in scope.
+//! Nested variable scopes.
 
 use std::{cell::RefCell, rc::Rc};
 
 use crate::value::Value;
 
-/// The variables of a block and, behind them, those of the blocks around it.
+/// Variables of a block, with a link to those of the enclosing block.
 #[derive(Debug)]
 pub(crate) struct Scope {
     variables: RefCell<Vec<(String, Value)>>,
@@ -12,7 +12,7 @@ pub(crate) struct Scope {
 }
 
 impl Scope {
-    /// The outermost scope, empty.
+    /// An empty outermost scope.
     pub(crate) fn root() -> Rc<Self> {
         Rc::new(Self {
             variables: RefCell::default(),
@@ -20,7 +20,7 @@ impl Scope {
         })
     }
 
-    /// An empty scope within this one.
+    /// An empty scope nested in this one.
     pub(crate) fn inner(self: &Rc<Self>) -> Rc<Self> {
         Rc::new(Self {
             variables: RefCell::default(),
@@ -28,7 +28,7 @@ impl Scope {
         })
     }
 
-    /// The variable as the innermost scope that has it says.
+    /// Value of a variable in the innermost scope that defines it.
     pub(crate) fn get(&self, name: &str) -> Option<Value> {
         let own = self.variables.borrow();
         let found = own.iter().find(|(known, _)| known == name);
@@ -39,7 +39,7 @@ impl Scope {
         }
     }
 
-    /// Forgets all variables of this scope.
+    /// Removes all variables of this scope.
     pub(crate) fn clear(&self) {
         self.variables.take();
     }

@@ -1,8 +1,8 @@
-//! A template, compiled.
+//! Compiled templates.
 
 use serde_json::{Map, Value as Json};
 
-use crate::{Error, ast::Statement, parser, render::Renderer, scope::Scope, value::Value};
+use crate::{ast::Statement, error::Error, parser, render::Renderer, scope::Scope, value::Value};
 
 /// A compiled template.
 #[derive(Debug)]
@@ -14,16 +14,16 @@ impl Template {
     /// Compiles `source`.
     ///
     /// # Errors
-    /// When it is no Jinja2, or uses a statement that chat templates cannot: with the line.
+    /// If it is not valid Jinja2 or uses an unsupported statement; with the line.
     pub fn compile(source: &str) -> Result<Self, Error> {
         let body = parser::parse(source)?;
         Ok(Self { body })
     }
 
-    /// The text for these variables.
+    /// Renders the template with these variables.
     ///
     /// # Errors
-    /// When the template raises, or computes what Python cannot; with the line.
+    /// If the template raises, an operation fails as in Python, or a limit is exceeded; with the line.
     pub fn render(&self, variables: &Map<String, Json>) -> Result<String, Error> {
         let scope = Scope::root();
         for (name, value) in variables {

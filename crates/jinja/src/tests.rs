@@ -1,8 +1,11 @@
-//! Tests: what `is` asks.
+//! Tests: the operator `is`.
 
-use crate::{Error, arguments::Given, ast::Comparison, filters, number::parse_int, value::Value};
+use crate::{
+    arguments::CallArguments, ast::ComparisonOperator, error::Error, filters, number::parse_int,
+    value::Value,
+};
 
-/// The names of all tests.
+/// Names of all tests.
 const NAMES: [&str; 39] = [
     "odd",
     "even",
@@ -50,49 +53,50 @@ pub(crate) fn is_known(name: &str) -> bool {
 }
 
 /// Whether `value is name(…)`.
-pub(crate) fn holds(name: &str, value: &Value, given: Given) -> Result<bool, Error> {
+pub(crate) fn holds(name: &str, value: &Value, args: CallArguments) -> Result<bool, Error> {
     let known = NAMES.into_iter().find(|known| *known == name);
     let Some(name) = known else {
         return Err(Error::new(format!("No test named '{name}'.")));
     };
     if let Some(comparison) = comparison(name) {
-        let given = given.bind(name, &["other"])?;
-        return value.compare(comparison, given.required(0)?);
+        let args = args.bind(name, &["other"])?;
+        return value.compare(comparison, args.required(0)?);
     }
     match name {
         "divisibleby" => {
-            let given = given.bind(name, &["num"])?;
-            let rest = value.arithmetic(crate::ast::Arithmetic::Modulo, given.required(0)?)?;
+            let args = args.bind(name, &["num"])?;
+            let rest =
+                value.arithmetic(crate::ast::ArithmeticOperator::Modulo, args.required(0)?)?;
             return Ok(rest.equals(&Value::Int(0)));
         }
         "sameas" => {
-            let given = given.bind(name, &["other"])?;
-            let other = given.required(0)?;
+            let args = args.bind(name, &["other"])?;
+            let other = args.required(0)?;
             let by_value = matches!(value, Value::Int(_) | Value::Float(_) | Value::Text(_));
             if by_value && value.type_name() == other.type_name() {
                 return Err(Error::unsupported("the test sameas of numbers and strings"));
             }
             return Ok(value.is_same_as(other));
         }
-        _ => given.bind(name, &[])?,
+        _ => args.bind(name, &[])?,
     };
     is(name, value)
 }
 
-fn comparison(name: &str) -> Option<Comparison> {
+fn comparison(name: &str) -> Option<ComparisonOperator> {
     Some(match name {
-        "==" | "eq" | "equalto" => Comparison::Equal,
-        "!=" | "ne" => Comparison::Unequal,
-        ">" | "gt" | "greaterthan" => Comparison::Greater,
-        ">=" | "ge" => Comparison::AtLeast,
-        "<" | "lt" | "lessthan" => Comparison::Less,
-        "<=" | "le" => Comparison::AtMost,
-        "in" => Comparison::In,
+        "==" | "eq" | "equalto" => ComparisonOperator::Equal,
+        "!=" | "ne" => ComparisonOperator::Unequal,
+        ">" | "gt" | "greaterthan" => ComparisonOperator::Greater,
+        ">=" | "ge" => ComparisonOperator::AtLeast,
+        "<" | "lt" | "lessthan" => ComparisonOperator::Less,
+        "<=" | "le" => ComparisonOperator::AtMost,
+        "in" => ComparisonOperator::In,
         _ => return None,
     })
 }
 
-/// The tests of a value alone.
+/// Tests without arguments.
 fn is(name: &str, value: &Value) -> Result<bool, Error> {
     let all_cased = |is_case: fn(char) -> bool, is_other: fn(char) -> bool| {
         let text = value.to_text()?;
@@ -133,11 +137,11 @@ fn is(name: &str, value: &Value) -> Result<bool, Error> {
 }
 
 fn remainder(value: &Value) -> Result<Value, Error> {
-    value.arithmetic(crate::ast::Arithmetic::Modulo, &Value::Int(2))
+    value.arithmetic(crate::ast::ArithmeticOperator::Modulo, &Value::Int(2))
 }
 
-/// Whether an attribute's name is a number: an element's place.
-pub(crate) fn place(name: &str) -> Option<i128> {
+/// Whether the name of an attribute is an integer, which is an index.
+pub(crate) fn position(name: &str) -> Option<i128> {
     let is_digits = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
     is_digits.then(|| parse_int(name, 10)).flatten()
 }

@@ -1,17 +1,17 @@
-//! Python's views of text: what is white space, what can be printed, how a string is written down.
+//! Python's string semantics: whitespace, printable characters, `repr`, case.
 
-/// Whether Python calls this white space.
+/// Python's `str.isspace` of a character.
 pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// Whether Python prints this as it is in the representation of a string.
+/// Python's `str.isprintable` of a character.
 pub(crate) fn is_printable(c: char) -> bool {
     match c {
         ' '..='~' => true,
         '\0'..='\x7f' => false,
-        // The standard library's table is of the same categories. It escapes also what joins the character
-        // before it, but not behind another one.
+        // The table of the standard library has the same categories. It also escapes combining characters, except
+        // after another character.
         c => !format!("a{c}").escape_debug().any(|escaped| escaped == '{'),
     }
 }
@@ -57,15 +57,19 @@ pub(crate) fn lines(text: &str, keeps_ends: bool) -> Vec<String> {
     };
     let mut lines = Vec::new();
     let mut rest = text;
-    while let Some(place) = rest.find(is_end) {
-        let ending = if rest[place..].starts_with("\r\n") {
+    while let Some(position) = rest.find(is_end) {
+        let ending = if rest[position..].starts_with("\r\n") {
             2
         } else {
-            rest[place..].chars().next().map_or(1, char::len_utf8)
+            rest[position..].chars().next().map_or(1, char::len_utf8)
         };
-        let kept = if keeps_ends { place + ending } else { place };
+        let kept = if keeps_ends {
+            position + ending
+        } else {
+            position
+        };
         lines.push(rest[..kept].to_owned());
-        rest = &rest[place + ending..];
+        rest = &rest[position + ending..];
     }
     if !rest.is_empty() {
         lines.push(rest.to_owned());
@@ -73,7 +77,7 @@ pub(crate) fn lines(text: &str, keeps_ends: bool) -> Vec<String> {
     lines
 }
 
-/// The character in the case of titles: of two letters in one the first is large.
+/// Title case of a character; of a digraph, only the first letter is upper case.
 fn title_case(c: char) -> String {
     match c {
         'Ǆ' | 'ǅ' | 'ǆ' => "ǅ".into(),

@@ -1,18 +1,18 @@
-//! Python's values, as far as templates see them.
+//! Python's values, as far as templates need them.
 
 use std::{cell::RefCell, collections::VecDeque, fmt, rc::Rc};
 
 use serde_json::Value as Json;
 
 use crate::{
-    Error, ast::Literal, functions::Function, limits, loops::Loop, methods::Method, number,
+    ast::Literal, error::Error, functions::Function, limits, loops::Loop, methods::Method, number,
     render::MacroValue, text,
 };
 
-/// A value.
+/// A value of a template.
 #[derive(Clone)]
 pub(crate) enum Value {
-    /// What is not there: empty wherever that makes sense, and an error elsewhere.
+    /// jinja2's `Undefined`: empty where that is meaningful, an error elsewhere.
     Undefined(Rc<Undefined>),
     None,
     Bool(bool),
@@ -22,26 +22,26 @@ pub(crate) enum Value {
     List(Rc<List>),
     Tuple(Rc<Tuple>),
     Dict(Rc<Dict>),
-    /// What a dictionary's `keys`, `values` and `items` give.
+    /// Result of a dictionary's `keys`, `values` and `items`.
     View(Rc<View>),
     Range(Range),
-    /// What can be gone through once.
+    /// A one-pass iterator.
     Generator(Rc<Generator>),
     Namespace(Rc<RefCell<Dict>>),
     Loop(Rc<Loop>),
     Macro(Rc<MacroValue>),
     Method(Rc<Method>),
     Function(Function),
-    /// What `cycler` gives: values, and at which one it is.
+    /// Result of `cycler`: values and the current index.
     Cycler(Rc<(Vec<Value>, RefCell<usize>)>),
-    /// What `joiner` gives: a separator, and whether it was used.
+    /// Result of `joiner`: a separator and whether it was used.
     Joiner(Rc<(Value, RefCell<bool>)>),
 }
 
-/// Why a value is not there.
+/// Reason for an undefined value.
 #[derive(Debug, Clone)]
 pub(crate) struct Undefined {
-    /// As jinja2 says it when it matters.
+    /// Error message, as in jinja2.
     pub(crate) reason: String,
 }
 
@@ -49,7 +49,7 @@ pub(crate) struct Undefined {
 #[derive(Clone)]
 pub(crate) struct Text {
     pub(crate) text: Rc<str>,
-    /// Whether it was escaped for HTML, or said to be: then what is added to it is escaped.
+    /// Whether the string is marked as safe HTML; strings appended to it are then escaped.
     pub(crate) is_safe: bool,
 }
 
@@ -59,32 +59,32 @@ pub(crate) struct List {
     depth: usize,
 }
 
-/// A tuple; `groupby` gives ones whose elements have names.
+/// A tuple; those of `groupby` have named elements.
 pub(crate) struct Tuple {
     pub(crate) items: Vec<Value>,
     pub(crate) names: &'static [&'static str],
     depth: usize,
 }
 
-/// What was not gone through yet.
+/// The remaining items of a one-pass iterator.
 pub(crate) struct Generator {
     pub(crate) rest: RefCell<VecDeque<Value>>,
     depth: usize,
 }
 
-/// How deep the deepest of these is.
+/// Maximum depth of these values.
 fn deepest<'a>(values: impl IntoIterator<Item = &'a Value>) -> usize {
     values.into_iter().map(Value::depth).max().unwrap_or(0)
 }
 
-/// A dictionary, in the order of insertion.
+/// A dictionary in insertion order.
 #[derive(Clone, Default)]
 pub(crate) struct Dict {
     pub(crate) pairs: Vec<(Value, Value)>,
     depth: usize,
 }
 
-/// What of a dictionary a view shows.
+/// Kind of a dictionary view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ViewKind {
     Keys,
@@ -103,7 +103,7 @@ pub(crate) struct View {
 pub(crate) struct Range {
     pub(crate) start: i128,
     pub(crate) stop: i128,
-    /// Not 0.
+    /// Non-zero.
     pub(crate) step: i128,
 }
 
@@ -124,7 +124,7 @@ impl Range {
 
     pub(crate) fn items(self) -> Vec<Value> {
         (0..self.len())
-            .map(|place| Value::Int(self.start + place * self.step))
+            .map(|position| Value::Int(self.start + position * self.step))
             .collect()
     }
 }
@@ -141,7 +141,7 @@ impl Dict {
         found.map(|(_, value)| value)
     }
 
-    /// Sets a key; one that is there keeps its place.
+    /// Sets a key; an existing key keeps its position.
     pub(crate) fn insert(&mut self, key: Value, value: Value) -> Result<(), Error> {
         key.check_hashable()?;
         self.depth = self.depth.max(key.depth()).max(value.depth());
@@ -251,8 +251,7 @@ impl Value {
         Self::Generator(Rc::new(Generator { rest, depth }))
     }
 
-    /// How many values are within one another. Namespaces do not count: the renderer holds them, so that
-    /// they are no part of what holds them here.
+    /// Nesting depth. Namespaces do not count: the renderer owns them, so they are not dropped recursively.
     pub(crate) fn depth(&self) -> usize {
         1 + match self {
             Self::List(list) => list.depth,
@@ -268,7 +267,7 @@ impl Value {
         }
     }
 
-    /// About how many bytes it takes by itself.
+    /// Approximate size in bytes, without nested values.
     pub(crate) fn size(&self) -> usize {
         match self {
             Self::Text(text) => text.text.len(),
@@ -281,7 +280,7 @@ impl Value {
         Self::Undefined(Rc::new(Undefined { reason }))
     }
 
-    /// A string that is not escaped again.
+    /// A string marked as safe HTML.
     pub(crate) fn safe(text: &str) -> Self {
         Self::Text(Text {
             text: text.into(),
@@ -296,7 +295,7 @@ impl Value {
         }
     }
 
-    /// The integer that it is, `True` being 1.
+    /// The value as an integer; `True` is 1.
     pub(crate) fn as_int(&self) -> Option<i128> {
         match self {
             Self::Int(number) => Some(*number),
@@ -305,7 +304,7 @@ impl Value {
         }
     }
 
-    /// Python's name of its type.
+    /// Python's type name.
     pub(crate) fn type_name(&self) -> &'static str {
         match self {
             Self::Undefined(_) => "Undefined",
@@ -335,7 +334,7 @@ impl Value {
         }
     }
 
-    /// The error of using what is not there.
+    /// Error if the value is undefined.
     pub(crate) fn must_be_defined(&self) -> Result<(), Error> {
         match self {
             Self::Undefined(undefined) => Err(Error::new(undefined.reason.clone())),
@@ -354,7 +353,7 @@ impl Value {
         }
     }
 
-    /// Python's `len`, of what has one.
+    /// Python's `len`, if defined.
     pub(crate) fn len(&self) -> Option<usize> {
         Some(match self {
             Self::Undefined(_) => 0,
@@ -369,7 +368,7 @@ impl Value {
         })
     }
 
-    /// Its elements, one after another. What can be gone through once is at its end then.
+    /// Elements of an iterable. A one-pass iterator is exhausted.
     pub(crate) fn iterate(&self) -> Result<Vec<Value>, Error> {
         Ok(match self {
             Self::Undefined(_) => Vec::new(),
@@ -420,12 +419,12 @@ impl Value {
                 | Self::Function(_)
                 | Self::Loop(_)
                 | Self::Joiner(_)
-                // Calling it is an error, but `callable` looks only for the method.
+                // Calling it is an error, but `callable` only checks for the method.
                 | Self::Undefined(_)
         )
     }
 
-    /// That it can be a key.
+    /// Error if the value is not hashable.
     pub(crate) fn check_hashable(&self) -> Result<(), Error> {
         match self {
             Self::List(_) | Self::Dict(_) => Err(Error::new(format!(
@@ -451,7 +450,7 @@ impl Value {
         self.repr_within(0)
     }
 
-    /// As [`Self::repr`], at this depth of nested namespaces.
+    /// Like [`Self::repr`], at this depth of nested namespaces.
     fn repr_within(&self, namespaces: usize) -> Result<String, Error> {
         let joined = |items: &[Value]| joined(items, namespaces);
         Ok(match self {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Renders with jinja2 what this crate renders, in the environment that transformers builds.
+"""Renders templates with jinja2, in the environment of transformers.
 
-    python3 crates/jinja/tests/expected.py           writes the texts into cases.jsonl
+    python3 crates/jinja/tests/expected.py           writes the outputs into cases.jsonl
     python3 crates/jinja/tests/expected.py --stdin   reads {"template", "variables"} a line, writes
                                                      {"text"} or {"raises"} a line
 
@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 class Generation(jinja2.ext.Extension):
-    """The tag of transformers that marks what the assistant says."""
+    """The tag of transformers that marks assistant tokens."""
 
     tags = {"generation"}
 
@@ -60,16 +60,16 @@ def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)
 
 
 def environment():
-    made = ImmutableSandboxedEnvironment(
+    env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = raise_exception
-    # The day on which this crate renders every template.
-    made.globals["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
-    made.globals["dict"] = TemplateDict()
-    made.globals["namespace"] = TemplateNamespace
-    return made
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    # The fixed date of this crate.
+    env.globals["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
+    env.globals["dict"] = TemplateDict()
+    env.globals["namespace"] = TemplateNamespace
+    return env
 
 
 ENVIRONMENT = environment()
@@ -79,7 +79,7 @@ compiled = functools.lru_cache(ENVIRONMENT.from_string)
 def rendered(template, variables):
     try:
         return {"text": compiled(template).render(**variables)}
-    except Exception as error:  # whatever it is, the other side must refuse too
+    except Exception as error:  # any exception: the crate must fail too
         return {"raises": f"{type(error).__name__}: {error}"}
 
 

@@ -1,98 +1,177 @@
-//! A checkpoint is the whole run: written aside, synced, renamed.
+//! Checkpoints: the whole run, written to a temporary path, synced and renamed.
 //!
-//! Its folder is also a Hugging Face folder of the policy, or PEFT's of its adapter. Beside the model lie the optimiser's state,
-//! `state.json` with every counter and the feed's cursor, and `in_hand.pairs` with labelled pairs that
-//! were not yet trained on.
+//! A checkpoint is also a Hugging Face folder of the policy, or a PEFT folder of its adapter. Beside the model it holds
+//! the optimiser's state, `state.json` with all counters and the prompts' cursor, and `buffered.pairs` with the
+//! labelled pairs that were not trained on. Promises that a checkpoint is complete or absent, and that its weights are
+//! finite. Does not know when to save.
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use messages::{LabelledPair, WeightsVersion, wire};
 use serde::{Deserialize, Serialize};
-use telemetry::StationSnapshot;
+use telemetry::{RunDirectory, StageCounters, StageSnapshot};
 
-use crate::{Evaluation, LearnerError, feed::FeedState, step::Trainer};
+use crate::{
+    error::LearnerError,
+    evaluation::Evaluation,
+    progress::{RunTotals, SessionLineage},
+    prompt_scheduler::PromptSchedulerState,
+    recovery::RecoveryCounts,
+    trainer::{Trainer, thread::TrainerThread},
+};
 
-/// Everything of a run but its tensors.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct State {
-    /// Steps taken.
-    pub(crate) step: u64,
-    /// The session that works on it, and the last version of each earlier one that it goes on from.
-    pub(crate) session: u64,
-    pub(crate) ancestors: Vec<WeightsVersion>,
-    /// The version last published.
+/// State of a run without its tensors and pairs: `state.json`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct RunSnapshot {
+    pub(crate) totals: RunTotals,
+    pub(crate) lineage: SessionLineage,
+    /// Last published version.
     pub(crate) version: WeightsVersion,
-    /// Pairs trained on.
-    pub(crate) pairs: u64,
-    /// Response tokens trained on.
-    pub(crate) tokens: u64,
-    /// Seconds the run has worked.
-    pub(crate) wall_seconds: f64,
-    /// Non-finite steps in a row, and in all.
-    pub(crate) consecutive_nonfinite: u64,
-    pub(crate) nonfinite: u64,
-    /// How often the run went back to a checkpoint.
-    pub(crate) rollbacks: u64,
-    /// The prompts' cursor and those on their way.
-    pub(crate) feed: FeedState,
-    /// The counters of every station.
-    pub(crate) stations: BTreeMap<String, StationSnapshot>,
-    /// The step of the last round of the adversarial game whose samples were all given; 0: none.
-    pub(crate) played: u64,
-    /// Evaluations so far.
+    pub(crate) recovery: RecoveryCounts,
+    pub(crate) scheduler: PromptSchedulerState,
+    /// Step of the last completed APO round; 0: none.
+    pub(crate) apo_step: u64,
+    /// Counters of every stage, by name.
+    pub(crate) stages: BTreeMap<String, StageSnapshot>,
+    /// Evaluations so far, oldest first.
     pub(crate) evaluations: Vec<Evaluation>,
 }
 
-impl State {
-    /// What the next session takes up.
-    pub(crate) fn resumed(mut self, session: u64) -> Self {
-        self.ancestors.push(WeightsVersion {
-            session: self.session,
-            step: self.step,
-        });
-        self.session = session;
-        self
-    }
-
-    /// Whether the run's weights were once those: published by this session, or by an earlier one before
-    /// this one went on from it.
-    pub(crate) fn descends_from(&self, version: WeightsVersion) -> bool {
-        let before =
-            |last: &WeightsVersion| last.session == version.session && version.step <= last.step;
-        version.session == self.session || self.ancestors.iter().any(before)
-    }
-}
-
-/// What is to be written.
+/// A checkpoint without its tensors.
 pub(crate) struct Checkpoint {
-    pub(crate) state: State,
-    pub(crate) in_hand: Vec<LabelledPair>,
+    pub(crate) snapshot: RunSnapshot,
+    /// Labelled pairs that were not trained on.
+    pub(crate) buffered: Vec<LabelledPair>,
 }
 
-/// Writes a checkpoint to the folder `to`: complete under another name first.
+/// Writes the checkpoints of a run.
+pub(crate) struct Checkpoints {
+    directory: Arc<RunDirectory>,
+    /// Number of checkpoints kept.
+    limit: usize,
+    /// Counters of the stages in this process.
+    counters: Vec<StageCounters>,
+    /// Counts of the checkpoint that the run continues from, by stage; the other stages' are kept.
+    restored: BTreeMap<String, StageSnapshot>,
+}
+
+/// Outcome of saving a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SaveOutcome {
+    /// The checkpoint is complete.
+    Written,
+    /// The weights are not finite; nothing was written.
+    NonFinite,
+}
+
+impl RunSnapshot {
+    /// The snapshot of a run that has not begun.
+    pub(crate) fn initial(session: u64) -> Self {
+        Self {
+            lineage: SessionLineage::new(session),
+            version: WeightsVersion::REFERENCE,
+            ..Self::default()
+        }
+    }
+
+    /// The snapshot from which `session` continues.
+    pub(crate) fn resumed_by(self, session: u64) -> Self {
+        Self {
+            lineage: self.lineage.resumed_at(self.totals.step, session),
+            ..self
+        }
+    }
+}
+
+impl Checkpoints {
+    pub(crate) fn new(
+        directory: Arc<RunDirectory>,
+        limit: usize,
+        counters: Vec<StageCounters>,
+    ) -> Self {
+        Self {
+            directory,
+            limit,
+            counters,
+            restored: BTreeMap::new(),
+        }
+    }
+
+    /// Folder of the checkpoint of step `step`.
+    pub(crate) fn path(&self, step: u64) -> PathBuf {
+        self.directory.checkpoint(step)
+    }
+
+    /// Restores the stages' counters from the counts of a checkpoint.
+    pub(crate) fn restore_counters(&mut self, stages: BTreeMap<String, StageSnapshot>) {
+        for counters in &self.counters {
+            if let Some(counts) = stages.get(counters.stage().name()) {
+                counters.restore(counts.clone());
+            }
+        }
+        self.restored = stages;
+    }
+
+    /// Writes a checkpoint and removes the oldest ones beyond the limit.
+    ///
+    /// # Errors
+    /// If a file cannot be written or the trainer fails; earlier checkpoints are unchanged.
+    pub(crate) async fn save(
+        &self,
+        trainer: &TrainerThread,
+        mut checkpoint: Checkpoint,
+    ) -> Result<SaveOutcome, LearnerError> {
+        let step = checkpoint.snapshot.totals.step;
+        if !trainer.is_finite().await? {
+            tracing::warn!(step, "the weights are not finite and are not saved");
+            return Ok(SaveOutcome::NonFinite);
+        }
+        checkpoint.snapshot.stages = self.stage_counts();
+        let path = self.path(step);
+        trainer.save(path.clone(), checkpoint).await?;
+        prune(&self.directory.checkpoints(), self.limit)?;
+        tracing::debug!(path = %path.display(), "saved");
+        Ok(SaveOutcome::Written)
+    }
+
+    /// Counts of every stage, without what is in flight: the stage will receive it again.
+    fn stage_counts(&self) -> BTreeMap<String, StageSnapshot> {
+        let mut stages = self.restored.clone();
+        for counters in &self.counters {
+            let mut counts = counters.snapshot();
+            counts.received = counts.emitted + counts.total_dropped();
+            counts.in_flight = 0;
+            stages.insert(counters.stage().name().to_owned(), counts);
+        }
+        stages
+    }
+}
+
+/// Writes a checkpoint to a temporary path and renames it to the folder `to`.
 pub(crate) fn write(
     to: &Path,
     checkpoint: &Checkpoint,
     trainer: &Trainer,
 ) -> Result<(), LearnerError> {
-    let aside = aside(to);
-    let written = write_aside(&aside, checkpoint, trainer);
-    let placed = written.and_then(|()| place(&aside, to));
-    if placed.is_err()
-        && let Err(error) = fs::remove_dir_all(&aside)
+    let tmp_path = tmp_path(to);
+    let written = write_files(&tmp_path, checkpoint, trainer);
+    let renamed = written.and_then(|()| rename(&tmp_path, to));
+    if renamed.is_err()
+        && let Err(error) = fs::remove_dir_all(&tmp_path)
     {
-        tracing::warn!(path = %aside.display(), %error, "an unfinished checkpoint could not be removed");
+        tracing::warn!(path = %tmp_path.display(), %error, "an unfinished checkpoint could not be removed");
     }
-    placed
+    renamed
 }
 
-/// The name a checkpoint has until it is complete.
-fn aside(to: &Path) -> PathBuf {
+/// Path of a checkpoint until it is complete.
+fn tmp_path(to: &Path) -> PathBuf {
     let name = to
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
@@ -100,41 +179,43 @@ fn aside(to: &Path) -> PathBuf {
     to.with_file_name(format!(".{name}.unfinished"))
 }
 
-fn write_aside(
-    aside: &Path,
+fn write_files(
+    folder: &Path,
     checkpoint: &Checkpoint,
     trainer: &Trainer,
 ) -> Result<(), LearnerError> {
-    if aside.exists() {
-        fs::remove_dir_all(aside).map_err(|error| unwritable(aside, &error))?;
+    if folder.exists() {
+        fs::remove_dir_all(folder).map_err(|error| unwritable(folder, &error))?;
     }
-    fs::create_dir_all(aside).map_err(|error| unwritable(aside, &error))?;
-    model::save_policy(aside, trainer.folder(), trainer.policy()).map_err(|error| match error {
-        model::ModelError::Unwritable { path, source } => unwritable(&path, &source),
-        other => LearnerError::Model(other),
-    })?;
+    fs::create_dir_all(folder).map_err(|error| unwritable(folder, &error))?;
+    model::save_policy(folder, trainer.folder(), trainer.policy()).map_err(
+        |error| match error {
+            model::ModelError::Unwritable { path, source } => unwritable(&path, &source),
+            other => LearnerError::Model(other),
+        },
+    )?;
     write_synced(
-        &aside.join("optimizer.safetensors"),
+        &folder.join("optimizer.safetensors"),
         &trainer.optimizer_blob()?,
     )?;
-    for (name, bytes) in trainer.more_files()? {
-        write_synced(&aside.join(name), &bytes)?;
+    for (name, bytes) in trainer.extra_files()? {
+        write_synced(&folder.join(name), &bytes)?;
     }
     write_synced(
-        &aside.join("in_hand.pairs"),
-        &encode_pairs(&checkpoint.in_hand),
+        &folder.join("buffered.pairs"),
+        &encode_pairs(&checkpoint.buffered),
     )?;
-    let state = serde_json::to_vec_pretty(&checkpoint.state)
-        .map_err(|error| unwritable(&aside.join("state.json"), &error))?;
-    write_synced(&aside.join("state.json"), &state)
+    let state = serde_json::to_vec_pretty(&checkpoint.snapshot)
+        .map_err(|error| unwritable(&folder.join("state.json"), &error))?;
+    write_synced(&folder.join("state.json"), &state)
 }
 
-fn place(aside: &Path, to: &Path) -> Result<(), LearnerError> {
-    sync_folder(aside)?;
+fn rename(from: &Path, to: &Path) -> Result<(), LearnerError> {
+    sync_folder(from)?;
     if to.exists() {
         fs::remove_dir_all(to).map_err(|error| unwritable(to, &error))?;
     }
-    fs::rename(aside, to).map_err(|error| unwritable(to, &error))?;
+    fs::rename(from, to).map_err(|error| unwritable(to, &error))?;
     to.parent().map_or(Ok(()), sync_folder)
 }
 
@@ -160,7 +241,7 @@ fn unwritable(path: &Path, reason: &dyn std::fmt::Display) -> LearnerError {
     }
 }
 
-/// Reads everything of a checkpoint but its tensors.
+/// Reads a checkpoint without its tensors.
 pub(crate) fn read(path: &Path) -> Result<Checkpoint, LearnerError> {
     let file = |name: &str| {
         let path = path.join(name);
@@ -170,31 +251,31 @@ pub(crate) fn read(path: &Path) -> Result<Checkpoint, LearnerError> {
         path: path.to_owned(),
         reason,
     };
-    let state = serde_json::from_slice(&file("state.json")?)
+    let snapshot = serde_json::from_slice(&file("state.json")?)
         .map_err(|error| broken(format!("state.json: {error}")))?;
-    let in_hand =
-        decode_pairs(&file("in_hand.pairs")?).map_err(|e| broken(format!("in_hand.pairs: {e}")))?;
-    Ok(Checkpoint { state, in_hand })
+    let buffered = decode_pairs(&file("buffered.pairs")?)
+        .map_err(|e| broken(format!("buffered.pairs: {e}")))?;
+    Ok(Checkpoint { snapshot, buffered })
 }
 
-/// The newest complete checkpoint in a run's folder of checkpoints, if there is one.
+/// Newest complete checkpoint in a run's folder of checkpoints; `None` if there is none.
 ///
 /// # Errors
-/// When the folder cannot be read.
+/// If the folder cannot be read.
 pub fn latest(checkpoints: &Path) -> Result<Option<PathBuf>, LearnerError> {
     Ok(all(checkpoints)?.pop().map(|(_, path)| path))
 }
 
-/// The learner step of a checkpoint.
+/// Learner step of a checkpoint.
 ///
 /// # Errors
-/// When it cannot be read.
+/// If it cannot be read.
 pub fn step_of(path: &Path) -> Result<u64, LearnerError> {
-    Ok(read(path)?.state.step)
+    Ok(read(path)?.snapshot.totals.step)
 }
 
 /// Removes all but the newest `keep` checkpoints.
-pub(crate) fn prune(checkpoints: &Path, keep: usize) -> Result<(), LearnerError> {
+fn prune(checkpoints: &Path, keep: usize) -> Result<(), LearnerError> {
     let mut old = all(checkpoints)?;
     old.truncate(old.len().saturating_sub(keep));
     for (_, path) in old {
@@ -203,7 +284,7 @@ pub(crate) fn prune(checkpoints: &Path, keep: usize) -> Result<(), LearnerError>
     Ok(())
 }
 
-/// The complete checkpoints of a run, oldest first.
+/// All complete checkpoints of a run, oldest first.
 fn all(folder: &Path) -> Result<Vec<(u64, PathBuf)>, LearnerError> {
     let unreadable = |source| LearnerError::Unreadable {
         path: folder.to_owned(),
@@ -230,7 +311,7 @@ fn all(folder: &Path) -> Result<Vec<(u64, PathBuf)>, LearnerError> {
     Ok(found)
 }
 
-/// Messages one after the other, each after its length as eight little-endian bytes.
+/// Encodes pairs one after the other, each preceded by its length as eight little-endian bytes.
 pub(crate) fn encode_pairs(pairs: &[LabelledPair]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for pair in pairs {
@@ -245,13 +326,13 @@ fn decode_pairs(mut bytes: &[u8]) -> Result<Vec<LabelledPair>, String> {
     let mut pairs = Vec::new();
     while let Some((length, rest)) = bytes.split_first_chunk::<8>() {
         let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|e| e.to_string())?;
-        let message = rest.get(..length).ok_or("the file is torn")?;
+        let message = rest.get(..length).ok_or("the file is truncated")?;
         pairs.push(wire::decode(message).map_err(|error| error.to_string())?);
         bytes = &rest[length..];
     }
     if bytes.is_empty() {
         Ok(pairs)
     } else {
-        Err("the file is torn".into())
+        Err("the file is truncated".into())
     }
 }

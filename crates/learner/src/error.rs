@@ -1,4 +1,4 @@
-//! Why a learner ends before its last step.
+//! Errors that end a learner before its last step.
 
 use std::path::PathBuf;
 
@@ -6,97 +6,97 @@ use model::ModelError;
 use thiserror::Error;
 use transport::TransportError;
 
-/// Why a learner ends before its last step.
+/// Error that ends a learner before its last step.
 #[derive(Debug, Error)]
 pub enum LearnerError {
     /// The model fails.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A stream has no other end any more, weights cannot be published, or the server is gone.
+    /// A stream is closed at its other end, weights cannot be published, or the server is unreachable.
     #[error(transparent)]
     Transport(#[from] TransportError),
     /// The run directory cannot be written.
     #[error(transparent)]
     Telemetry(#[from] telemetry::Error),
-    /// The thread that trains is gone.
-    #[error("the thread that trains ended unexpectedly (it panicked; see the log)")]
-    EngineGone,
-    /// A thread cannot be started.
-    #[error("failed to start the thread that trains: {0}")]
+    /// A thread panicked.
+    #[error("the trainer thread ended unexpectedly (it panicked; see the log)")]
+    ThreadPanicked,
+    /// The trainer thread cannot be started.
+    #[error("failed to start the trainer thread: {0}")]
     Thread(std::io::Error),
     /// A file cannot be read.
     #[error("failed to read {path}: {source}")]
     Unreadable {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// A checkpoint cannot be written; the ones before it are as they were.
+    /// A checkpoint cannot be written; earlier ones are unchanged.
     #[error("failed to write the checkpoint {path}: {reason}; earlier checkpoints are untouched")]
     Unwritable {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the operating system.
         reason: String,
     },
-    /// A file of rows cannot be used.
+    /// A data file cannot be used.
     #[error(transparent)]
     Dataset(#[from] dataset::DatasetError),
-    /// A checkpoint does not hold what it should.
+    /// A checkpoint cannot be resumed.
     #[error("the checkpoint {path} cannot be resumed: {reason}")]
     Checkpoint {
-        /// Its folder.
+        /// Path of its folder.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Reason.
         reason: String,
     },
-    /// Pairs do not come.
+    /// Pairs do not arrive in time.
     #[error(
-        "no step for {seconds} s: waited for {reason} with {outstanding} prompts on their way and {in_hand} pairs in hand{instead}; see learner.batch_timeout_seconds"
+        "no step for {seconds} s: waited for {reason} with {outstanding} prompts outstanding and {buffered} pairs buffered{dropped}; see learner.batch_timeout_seconds"
     )]
     Overdue {
-        /// The wait's name.
+        /// Name of the wait.
         reason: &'static str,
-        /// How long it waited.
+        /// Duration of the wait.
         seconds: u64,
-        /// Prompts that were sent and have not come back.
+        /// Number of outstanding prompts.
         outstanding: usize,
-        /// Pairs that have.
-        in_hand: usize,
-        /// Prompts that were dropped meanwhile, by reason, as the end of a sentence.
-        instead: String,
+        /// Number of buffered pairs.
+        buffered: usize,
+        /// Prompts dropped meanwhile, by reason, as the end of a sentence.
+        dropped: String,
     },
-    /// Prompts are not taken.
+    /// The prompt stream stays full.
     #[error(
         "no room for a prompt for {seconds} s: its stream is full and nobody takes from it; see agon status and learner.batch_timeout_seconds"
     )]
     NoRoom {
-        /// How long it waited.
+        /// Duration of the wait.
         seconds: u64,
     },
-    /// The run diverges and going back to a checkpoint has not helped.
+    /// The run diverges, and rollbacks have not helped.
     #[error(
-        "diverged: the run went back to a checkpoint {rollbacks} times and its numbers are not finite again; its batches are in {quarantine}; lower learner.learning_rate"
+        "diverged: the run went back to a checkpoint {rollbacks} times and its loss, gradient or weights are not finite again; its batches are in {quarantine}; lower learner.learning_rate"
     )]
     Diverged {
-        /// How often the run went back to a checkpoint.
+        /// Number of rollbacks to a checkpoint.
         rollbacks: u64,
-        /// Where the batches are.
+        /// Folder of the quarantined batches.
         quarantine: PathBuf,
     },
-    /// Told to stop before there was anything to save.
+    /// A shutdown was requested before there was anything to save.
     #[error("interrupted while {work}; nothing was saved, begin again")]
     Interrupted {
-        /// What was being done.
+        /// Work in progress.
         work: &'static str,
     },
-    /// The objective wants what the prompt set does not have.
+    /// The objective needs golden answers that the prompt set does not have.
     #[error("the objective {objective} needs a golden answer for every prompt, {prompt} has none")]
     NoGolden {
-        /// The objective.
+        /// Name of the objective.
         objective: &'static str,
-        /// The prompt without one.
+        /// Prompt without a golden answer.
         prompt: messages::PromptId,
     },
 }
@@ -104,5 +104,22 @@ pub enum LearnerError {
 impl From<candle_core::Error> for LearnerError {
     fn from(error: candle_core::Error) -> Self {
         Self::Model(ModelError::Compute(error))
+    }
+}
+
+impl messages::Classified for LearnerError {
+    fn class(&self) -> messages::ErrorClass {
+        use messages::ErrorClass;
+        match self {
+            Self::Diverged { .. } => ErrorClass::Diverged,
+            Self::Interrupted { .. } => ErrorClass::Interrupted,
+            Self::Unreadable { .. } | Self::Checkpoint { .. } | Self::NoGolden { .. } => {
+                ErrorClass::Resource
+            }
+            Self::Dataset(error) => error.class(),
+            Self::Model(error) => error.class(),
+            Self::Telemetry(error) => error.class(),
+            _ => ErrorClass::Failed,
+        }
     }
 }

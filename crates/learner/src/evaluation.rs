@@ -1,4 +1,4 @@
-//! How often the policy beats its reference on held-out prompts, and how far it has moved.
+//! Evaluation results: win rate of the policy against its reference on held-out prompts, and KL divergence.
 
 use messages::{Finish, LabelledPair};
 use serde::{Deserialize, Serialize};
@@ -9,17 +9,17 @@ use crate::length_control;
 /// A mean and its 95 % interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
-    /// The mean.
+    /// Mean.
     pub mean: f64,
-    /// The interval's lower end.
+    /// Lower end of the interval.
     pub low: f64,
-    /// The interval's upper end.
+    /// Upper end of the interval.
     pub high: f64,
 }
 
 impl Interval {
-    /// Wilson's score interval (1927) for a mean of `n` outcomes in `[0, 1]`; conservative when ties
-    /// count one half, since their variance is smaller than a coin's.
+    /// Wilson's score interval (1927) for a mean of `n` outcomes in `[0, 1]`; conservative with ties that count one
+    /// half, since they reduce the variance.
     #[must_use]
     pub fn wilson(mean: f64, n: usize) -> Self {
         if n == 0 {
@@ -41,66 +41,66 @@ impl Interval {
     }
 }
 
-/// A held-out prompt with both answers.
+/// A held-out prompt with both completions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Example {
-    /// What was asked.
+pub struct EvaluationExample {
+    /// Prompt text.
     pub prompt: String,
-    /// The policy's answer.
+    /// Completion of the policy.
     pub policy: String,
-    /// The reference's answer.
+    /// Completion of the reference.
     pub reference: String,
     /// The judge's probability that the policy's is better.
     pub p: f64,
 }
 
-/// What the numbers of an evaluation depend on beside weights, prompts and judge. Runs that differ in it
-/// are not comparable: the same weights score twice as well with the right stop tokens as without.
+/// Conditions of an evaluation: what its results depend on besides weights, prompts and judge. Runs with different
+/// conditions are not comparable: stop tokens alone can double a win rate.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvaluationConditions {
-    /// Token ids that end a completion, ascending.
+    /// Stop token ids, ascending.
     pub stop_ids: Vec<u32>,
-    /// Digest of the chat template that renders prompts made of messages; `None` when the model has none.
+    /// Digest of the chat template; `None` if the model has none.
     pub chat_template: Option<String>,
-    /// Longest completion, in tokens: a longer one is truncated.
+    /// Maximum length of a completion, in tokens.
     pub max_new_tokens: usize,
     /// Sampling temperature.
     pub temperature: f64,
-    /// Sampling from the `top_k` likeliest tokens; 0: off.
+    /// Number of likeliest tokens to sample from; 0: off.
     pub top_k: usize,
-    /// Sampling from the likeliest tokens of this joint probability; 1: off.
+    /// Cumulative probability of the likeliest tokens to sample from; 1: off.
     pub top_p: f64,
-    /// Sampling from tokens at least this share as likely as the likeliest; 0: off.
+    /// Minimum probability of a token relative to the likeliest; 0: off.
     pub min_p: f64,
 }
 
 /// One evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// The learner step it was made at.
+    /// Learner step.
     pub step: u64,
-    /// Prompts that were judged. Each is a distinct prompt or, where prompts are generated, an independent
-    /// draw: the number that the intervals are of.
+    /// Number of judged prompts, the sample size of the intervals. Each is a distinct prompt or, with generated
+    /// prompts, an independent draw.
     pub prompts: usize,
-    /// Prompts that were asked without a verdict coming back: the judge abstained.
+    /// Number of prompts without a verdict, mostly because the judge abstained.
     #[serde(default)]
     pub unjudged: usize,
-    /// Stop tokens, chat template and sampling; evaluations of older builds have none.
+    /// Stop tokens, chat template and sampling settings; absent in evaluations of older builds.
     #[serde(default)]
     pub conditions: Option<EvaluationConditions>,
-    /// How often the policy's answer is preferred under the run's judge; ties count one half.
+    /// Share of prompts on which the run's judge prefers the policy's completion; ties count one half.
     pub win_rate: Interval,
-    /// The mean of the judge's p.
+    /// Mean of the judge's p.
     pub soft_win_rate: f64,
-    /// The same as `win_rate` under the gold preference, where the world has one.
+    /// `win_rate` under the gold preference, if there is one.
     pub gold_win_rate: Option<Interval>,
-    /// How often the run's judge and the gold preference prefer the same answer, where both prefer one.
+    /// Share of agreement between the run's judge and the gold preference, ties of either excluded.
     pub judge_accuracy: Option<f64>,
-    /// `win_rate` with length controlled for; evaluations of older builds have none.
+    /// Length-controlled `win_rate`; absent in evaluations of older builds.
     #[serde(default)]
     pub win_rate_lc: Option<f64>,
-    /// KL(policy ‖ reference) per completion, in nats: the mean of log π/ref, both as the actor computed them,
-    /// over samples of the policy's whole distribution at temperature 1.
+    /// KL(policy ‖ reference) per completion, in nats: the mean of log π/ref, both as computed by the actor, over
+    /// samples from the policy's full distribution at temperature 1.
     pub kl: f64,
     /// Mean length of the policy's completions, in tokens.
     pub response_length: f64,
@@ -108,44 +108,43 @@ pub struct Evaluation {
     pub reference_length: f64,
     /// The policy's entropy per token, in nats, from the same samples as `kl`.
     pub entropy: f64,
-    /// Share of the policy's completions that ended by themselves.
+    /// Share of the policy's completions that ended with a stop token.
     pub ended: f64,
-    /// Share of the policy's completions cut off at `max_new_tokens`; evaluations of older builds have none.
+    /// Share of the policy's completions truncated at `max_new_tokens`; absent in evaluations of older builds.
     #[serde(default)]
     pub truncation_rate: Option<f64>,
-    /// The same of the reference's completions.
+    /// The same share of the reference's completions.
     #[serde(default)]
     pub reference_truncation_rate: Option<f64>,
-    /// A few of the prompts with both answers.
-    pub examples: Vec<Example>,
+    /// Some of the prompts with both completions.
+    pub examples: Vec<EvaluationExample>,
 }
 
-/// An evaluation in the making.
+/// Judged pairs of an evaluation in progress.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
+pub(crate) struct EvaluationTally {
     pairs: Vec<LabelledPair>,
 }
 
-/// What an evaluation is of.
-pub(crate) struct Asked {
-    /// The learner step.
+/// Step, size and conditions of an evaluation.
+pub(crate) struct EvaluationTarget {
+    /// Learner step.
     pub(crate) step: u64,
-    /// Prompts that were asked.
+    /// Number of prompts sent.
     pub(crate) prompts: usize,
-    /// How they were answered.
+    /// Sampling conditions.
     pub(crate) conditions: EvaluationConditions,
 }
 
-impl Tally {
+impl EvaluationTally {
     /// Adds a judged pair: the policy's completion first, the reference's second.
     pub(crate) fn add(&mut self, labelled: LabelledPair) {
         self.pairs.push(labelled);
     }
 
-    /// The evaluation of all that was added, the first `show` prompts as examples. `None` when nothing
-    /// was.
-    pub(crate) fn finish(mut self, asked: Asked, show: usize) -> Option<Evaluation> {
-        // The order of arrival is an accident; sums and examples must not depend on it.
+    /// The evaluation of all pairs, with the first `show` prompts as examples. `None` without pairs.
+    pub(crate) fn finish(mut self, target: EvaluationTarget, show: usize) -> Option<Evaluation> {
+        // Sums and examples must not depend on the order of arrival.
         self.pairs.sort_by_key(|labelled| labelled.pair.id());
         let n = self.pairs.len();
         if n == 0 {
@@ -183,10 +182,10 @@ impl Tally {
             mean(&|l| f64::from(u8::from(l.pair.completions[i].finish == Finish::Length)))
         };
         Some(Evaluation {
-            step: asked.step,
+            step: target.step,
             prompts: n,
-            unjudged: asked.prompts.saturating_sub(n),
-            conditions: Some(asked.conditions),
+            unjudged: target.prompts.saturating_sub(n),
+            conditions: Some(target.conditions),
             win_rate: Interval::wilson(mean(&|l| win(p(l))), n),
             soft_win_rate: mean(&p),
             gold_win_rate: gold,
@@ -209,8 +208,8 @@ impl Tally {
     }
 }
 
-/// The policy's sample from its whole distribution at temperature 1: one of its own where the settings draw
-/// otherwise, else the one that is judged.
+/// The policy's sample from its full distribution at temperature 1: an extra one if the settings temper or truncate,
+/// else the judged one.
 fn exact(labelled: &LabelledPair) -> &messages::Completion {
     let completions = &labelled.pair.completions;
     completions.get(2).unwrap_or(&completions[0])
@@ -233,9 +232,9 @@ fn length_controlled(pairs: &[LabelledPair], win: &dyn Fn(&LabelledPair) -> f64)
     length_control::win_rate(&wins, &pairs.iter().map(longer).collect::<Vec<_>>())
 }
 
-fn example(labelled: &LabelledPair, p: f64) -> Example {
+fn example(labelled: &LabelledPair, p: f64) -> EvaluationExample {
     let [policy, reference] = [0, 1].map(|i| labelled.pair.completions[i].text.clone());
-    Example {
+    EvaluationExample {
         prompt: labelled.pair.prompt.transcript().into_owned(),
         policy,
         reference,
@@ -244,7 +243,7 @@ fn example(labelled: &LabelledPair, p: f64) -> Example {
 }
 
 impl Evaluation {
-    /// The evaluation under the names of the field.
+    /// Metrics of the evaluation.
     #[must_use]
     pub fn measurements(&self) -> Measurements {
         let mut measurements = Measurements::new();
@@ -275,7 +274,7 @@ impl Evaluation {
 mod tests {
     use super::*;
 
-    /// A completion of one token, of which policy and reference said this.
+    /// A completion of one token with these log-probabilities.
     fn arm(logp: f64, ref_logp: f64) -> messages::Completion {
         messages::Completion {
             ids: vec![0],
@@ -300,34 +299,34 @@ mod tests {
         }
     }
 
-    /// A bandit with the policy (.5, .3, .2) and the reference (.2, .3, .5), sampled at temperature ½, where
-    /// arms are drawn 25 : 9 : 4 times. The third completion is drawn at temperature 1.
+    /// A bandit with the policy (.5, .3, .2) and the reference (.2, .3, .5), sampled at temperature ½, where arms are
+    /// sampled in the ratio 25 : 9 : 4. The third completion is sampled at temperature 1.
     #[test]
     fn kl_and_entropy_come_from_the_sample_at_temperature_1() {
         let (policy, reference) = ([0.5f64, 0.3, 0.2], [0.2f64, 0.3, 0.5]);
         let of = |arm: usize| self::arm(policy[arm].ln(), reference[arm].ln());
-        let mut tally = Tally::default();
-        let mut untempered = Tally::default();
-        // 380 draws of either law.
+        let mut tally = EvaluationTally::default();
+        let mut untempered = EvaluationTally::default();
+        // 380 samples at either temperature.
         let arms = |counts: [usize; 3]| -> Vec<usize> {
             let each = counts.into_iter().enumerate();
             each.flat_map(|(arm, count)| vec![arm; count]).collect()
         };
         let tempered = arms([250, 90, 40]);
         for (&judged, &exact) in tempered.iter().zip(&arms([190, 114, 76])) {
-            let with = |completions| crate::batch::tests::labelled(completions);
+            let with = |completions| crate::trainer::batch::tests::labelled(completions);
             tally.add(with(vec![of(judged), of(0), of(exact)]));
             untempered.add(with(vec![of(exact), of(0)]));
         }
         let kl = 0.3 * 2.5f64.ln();
         let entropy: f64 = policy.iter().map(|p| -p * p.ln()).sum();
         for tally in [tally, untempered] {
-            let asked = Asked {
+            let target = EvaluationTarget {
                 step: 0,
                 prompts: 380,
                 conditions: conditions(),
             };
-            let evaluation = tally.finish(asked, 0).expect("pairs");
+            let evaluation = tally.finish(target, 0).expect("pairs");
             assert!((evaluation.kl - kl).abs() < 1e-6, "{}", evaluation.kl);
             assert!((evaluation.entropy - entropy).abs() < 1e-6);
             assert_eq!(evaluation.prompts, 380);
@@ -335,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn wilsons_interval_has_the_textbooks_numbers() {
+    fn wilsons_interval_agrees_with_textbook_values() {
         let close = |found: f64, expected: f64| {
             assert!((found - expected).abs() < 5e-4, "{found} {expected}");
         };

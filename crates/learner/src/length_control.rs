@@ -1,14 +1,14 @@
-//! How often the policy would win if its answers were as long as the reference's.
+//! Length-controlled win rate: the win rate at equal lengths of both completions.
 
-/// Steps of Newton's method: far more than a function of two variables needs.
+/// Steps of Newton's method, far more than two variables need.
 const ITERATIONS: usize = 50;
-/// A prior that keeps the fit finite when length alone decides every pair.
+/// Ridge penalty, which keeps the fit finite if length alone decides every pair.
 const RIDGE: f64 = 1e-2;
 
-/// The win rate with length controlled for: logistic regression of `wins` (1, 0, or ½ for a tie) on
-/// tanh(d/σ), d the policy's length less the reference's and σ its deviation, read off at d = 0. This is
-/// the length term of Dubois et al. 2024 (Length-Controlled AlpacaEval, equation 2), without the terms
-/// that tell several models and single prompts apart. Both lists are of the same length.
+/// Length-controlled win rate: the value at d = 0 of a logistic regression of `wins` (1, 0, or ½ for a tie) on
+/// tanh(d/σ), with d the policy's length minus the reference's and σ its standard deviation. This is the length term of
+/// Dubois et al. 2024 (Length-Controlled AlpacaEval, equation 2), without the terms for several models and single
+/// prompts. Both lists have the same length.
 pub(crate) fn win_rate(wins: &[f64], differences: &[f64]) -> f64 {
     let n = wins.len().max(1) as f64;
     let mean = differences.iter().sum::<f64>() / n;
@@ -21,9 +21,9 @@ pub(crate) fn win_rate(wins: &[f64], differences: &[f64]) -> f64 {
         .collect();
     let (mut intercept, mut slope) = (0.0, 0.0);
     for _ in 0..ITERATIONS {
-        let (by_intercept, by_slope) = newton_step(&rows, intercept, slope);
-        intercept += by_intercept;
-        slope += by_slope;
+        let (d_intercept, d_slope) = newton_step(&rows, intercept, slope);
+        intercept += d_intercept;
+        slope += d_slope;
     }
     sigmoid(intercept)
 }
@@ -61,15 +61,15 @@ mod tests {
     }
 
     #[test]
-    fn equal_lengths_leave_the_win_rate_as_it_is() {
+    fn equal_lengths_leave_the_win_rate_unchanged() {
         let (wins, differences) = repeated(&[(1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (0.0, 0.0)]);
         let rate = win_rate(&wins, &differences);
         assert!((rate - 0.75).abs() < 1e-3, "{rate}");
     }
 
     #[test]
-    fn wins_by_length_alone_are_no_wins() {
-        // Longer by 5: wins 9 of 10. Shorter by 5: loses 9 of 10. Mostly it is longer: raw rate .74.
+    fn wins_by_length_alone_give_one_half() {
+        // Longer by 5: wins 9 of 10. Shorter by 5: loses 9 of 10. Mostly longer: raw win rate .74.
         let mut pattern = vec![(1.0, 5.0); 36];
         pattern.extend([(0.0, 5.0); 4]);
         pattern.extend([(0.0, -5.0); 9]);
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn length_that_decides_everything_leaves_a_finite_number() {
+    fn the_fit_is_finite_if_length_decides_every_pair() {
         let (wins, differences) = repeated(&[(1.0, 3.0), (0.0, -3.0)]);
         let rate = win_rate(&wins, &differences);
         assert!((rate - 0.5).abs() < 1e-6, "{rate}");

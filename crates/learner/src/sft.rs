@@ -1,44 +1,43 @@
-//! Supervised fine-tuning: the token-mean negative log-likelihood of given completions.
+//! Supervised fine-tuning: minimises the token-mean negative log-likelihood of given completions.
 
 use std::{path::Path, time::Instant};
 
-use dataset::{Answered, Column, Columns, DatasetError, Sourced};
+use dataset::{Column, Columns, DatasetError, PromptAnswer, WithSource};
 use messages::Seed;
 use model::{
-    AdamWSettings, AnsweredIds, Gradients, LanguageModel, Optimizer, Schedule, Seam, Sequence,
-    Tokenizer,
+    AdamWSettings, AnswerBoundary, EncodedAnswers, Gradients, LanguageModel, Optimizer, Schedule,
+    Sequence, Tokenizer,
 };
 use settings::SftSettings;
 use telemetry::Progress;
 
-use crate::{LearnerError, prompts::say_how_dialogues_are_used, seams::Seams};
+use crate::{boundary_counts::BoundaryCounts, error::LearnerError, prompts::log_dialogue_use};
 
-/// A prompt and the completion that is to be learned, as tokens.
+/// A prompt and its target completion, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExampleIds {
-    /// What the model reads.
+    /// Prompt tokens.
     pub prompt: Vec<u32>,
-    /// What it is to write, end-of-text included.
+    /// Completion tokens, end-of-text included.
     pub completion: Vec<u32>,
 }
 
-/// What fine-tuning has to say at the end.
+/// Summary of fine-tuning.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SftSummary {
-    /// The loss of the last step, in nats per token.
+    /// Loss of the last step, in nats per token.
     pub loss: f64,
     /// Steps taken.
     pub steps: u64,
-    /// Seconds they took.
+    /// Duration in seconds.
     pub seconds: f64,
 }
 
-/// Trains the model's weights, or its adapter where it has one, on `examples(step)`, a batch for every
-/// step; returns the trained model. `examples` gives `None` when the work is to stop. An adapter's dropout
-/// is drawn from `seed`.
+/// Trains the model's weights, or its adapter if it has one, on the batch `examples(step)` of every step; returns the
+/// trained model. `examples` returns `None` to stop. `seed` is that of an adapter's dropout.
 ///
 /// # Errors
-/// When an example does not fit the model, a loss is not finite, or the work was stopped.
+/// If an example does not fit the model, a loss is not finite, or `examples` stops.
 pub fn train(
     model: &LanguageModel,
     settings: &SftSettings,
@@ -47,15 +46,15 @@ pub fn train(
     mut examples: impl FnMut(u64) -> Option<Vec<ExampleIds>>,
 ) -> Result<(LanguageModel, SftSummary), LearnerError> {
     let (model, vars) = model.trainable()?;
-    let mut optimizer = Optimizer::new(vars, adamw(settings))?;
-    let schedule = schedule(settings);
+    let mut optimizer = Optimizer::new(vars, AdamWSettings::from(&settings.optimizer()))?;
+    let schedule = Schedule::new(&settings.optimizer(), settings.steps);
     let mut progress = Progress::new(title, settings.steps);
     let started = Instant::now();
     let mut loss = f64::NAN;
     for step in 0..settings.steps {
         let batch = examples(step).ok_or(LearnerError::Interrupted { work: title })?;
-        let dropping = model.dropping(seed.derive(step));
-        loss = self::step(&dropping, &mut optimizer, &batch, schedule.at(step))?;
+        let with_dropout = model.with_dropout_seed(seed.derive(step));
+        loss = self::step(&with_dropout, &mut optimizer, &batch, schedule.at(step))?;
         progress.advance_to(step + 1, &format!("loss {loss:.3}"));
     }
     progress.finish(&format!("loss {loss:.3}"));
@@ -67,7 +66,7 @@ pub fn train(
     Ok((model, summary))
 }
 
-/// One step on a batch: the mean over all completion tokens.
+/// One step on a batch; returns its loss, the mean over all completion tokens.
 fn step(
     model: &LanguageModel,
     optimizer: &mut Optimizer,
@@ -81,9 +80,9 @@ fn step(
             completion: &e.completion,
         })
         .collect();
-    let loss = model.score(&sequences)?.logp.mean_all()?.neg()?;
+    let loss = model.logprobs(&sequences)?.logp.mean_all()?.neg()?;
     let mut gradients = Gradients::default();
-    gradients.add(&loss)?;
+    gradients.backward(&loss)?;
     let norm = optimizer.norm(&gradients)?;
     let loss = f64::from(loss.to_scalar::<f32>()?);
     if !loss.is_finite() || !norm.is_finite() {
@@ -97,30 +96,10 @@ fn step(
     Ok(loss)
 }
 
-fn adamw(settings: &SftSettings) -> AdamWSettings {
-    AdamWSettings {
-        beta1: settings.adam_beta1,
-        beta2: settings.adam_beta2,
-        epsilon: 1e-8,
-        weight_decay: settings.weight_decay,
-        max_grad_norm: settings.max_grad_norm,
-    }
-}
-
-fn schedule(settings: &SftSettings) -> Schedule {
-    Schedule {
-        learning_rate: settings.learning_rate,
-        kind: settings.lr_scheduler_type,
-        warmup_ratio: settings.warmup_ratio,
-        min_lr_ratio: settings.min_lr_ratio,
-        steps: settings.steps,
-    }
-}
-
-/// Reads rows in any of the forms with an answer. Those whose answer is empty are left out and counted.
+/// Reads rows in any format with an answer. Rows with an empty answer are left out and counted.
 ///
 /// # Errors
-/// When the file cannot be read, holds no answer, or a row is malformed or longer than `max_length` tokens.
+/// If the file cannot be read or holds no answer, or if a row is malformed or longer than `max_length` tokens.
 pub fn read_examples(
     path: &Path,
     settings: &SftSettings,
@@ -140,22 +119,22 @@ pub fn read_examples(
         }));
     }
     let prompts: Vec<_> = rows.iter().map(|row| &row.value.prompt).collect();
-    say_how_dialogues_are_used(path, &prompts, tokenizer);
-    let (mut examples, mut seams, mut empty) = (Vec::new(), Seams::default(), 0);
-    for Sourced { source, value } in &rows {
+    log_dialogue_use(path, &prompts, tokenizer);
+    let (mut examples, mut boundaries, mut empty) = (Vec::new(), BoundaryCounts::default(), 0);
+    for WithSource { source, value } in &rows {
         if value.answer.trim().is_empty() {
             empty += 1;
             continue;
         }
         let read = example(value, tokenizer, max_length);
-        let (example, seam) = read.map_err(|reason| source.refuse(reason))?;
-        seams.count(seam);
+        let (example, boundary) = read.map_err(|reason| source.refuse(reason))?;
+        boundaries.count(boundary);
         examples.push(example);
     }
     if empty > 0 {
         tracing::warn!(path = %path.display(), empty, "examples were left out: their answers are empty");
     }
-    seams.say(path);
+    boundaries.log(path);
     match examples.is_empty() {
         true => Err(LearnerError::Dataset(DatasetError::File {
             path: path.to_owned(),
@@ -167,17 +146,17 @@ pub fn read_examples(
     }
 }
 
-/// The tokens of an example, and how its answer follows its prompt.
+/// Tokens of an example, and how its answer joins its prompt.
 fn example(
-    Answered { prompt, answer }: &Answered,
+    PromptAnswer { prompt, answer }: &PromptAnswer,
     tokenizer: &Tokenizer,
     max_length: usize,
-) -> Result<(ExampleIds, Seam), String> {
-    let read = tokenizer.encode_answered(prompt, &[answer]);
-    let AnsweredIds {
+) -> Result<(ExampleIds, AnswerBoundary), String> {
+    let read = tokenizer.encode_answers(prompt, &[answer]);
+    let EncodedAnswers {
         prompt,
         answers,
-        seam,
+        boundary,
     } = read.map_err(|error| error.to_string())?;
     let completion = answers.concat();
     let length = prompt.len() + completion.len();
@@ -185,6 +164,6 @@ fn example(
         true => Err(format!(
             "{length} tokens are more than sft.max_length = {max_length}"
         )),
-        false => Ok((ExampleIds { prompt, completion }, seam)),
+        false => Ok((ExampleIds { prompt, completion }, boundary)),
     }
 }

@@ -1,23 +1,23 @@
-//! Prompts and dialogues as people write them, in JSON.
+//! Prompts and dialogues in their JSON form.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// One turn of a dialogue.
+/// One message of a dialogue.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks; which names are known is the template's affair.
+    /// Role of the author, such as `user`; the chat template decides which roles are valid.
     pub role: String,
-    /// What is said: mostly a string. Null when the turn has none, as one that only calls a tool.
+    /// Content, usually a string; null for a message without any, such as one that only calls a tool.
     #[serde(default)]
     pub content: Value,
-    /// Whatever else the turn carries (`tool_calls`, `name`, `reasoning_content`), for the template.
+    /// Other fields (`tool_calls`, `name`, `reasoning_content`), passed on to the template.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
 
 impl Message {
-    /// A turn that only says something.
+    /// A message with text content only.
     #[must_use]
     pub fn new(role: &str, content: &str) -> Self {
         Self {
@@ -28,16 +28,16 @@ impl Message {
     }
 }
 
-/// A dialogue and what else its chat template is given.
+/// A dialogue with the other inputs of its chat template.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dialogue {
-    /// The turns, oldest first; at least one.
+    /// Messages, oldest first; at least one.
     pub messages: Vec<Message>,
-    /// The tools that the assistant may call, as JSON schemas; none, the template's `tools` is none.
+    /// Tools that the assistant may call, as JSON schemas; empty means the template's `tools` is none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tools: Vec<Value>,
-    /// Further variables of the template, as transformers' `chat_template_kwargs`.
+    /// Further template variables, as transformers' `chat_template_kwargs`.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub template_kwargs: Map<String, Value>,
 }
@@ -52,14 +52,14 @@ impl Dialogue {
         }
     }
 
-    /// A single turn of the user.
+    /// A dialogue of one user message.
     #[must_use]
     pub fn of_user(content: &str) -> Self {
         Self::new(vec![Message::new("user", content)])
     }
 
-    /// Whether the last turn is the assistant's: then the completion continues it, as transformers'
-    /// `continue_final_message`, instead of beginning a turn.
+    /// Whether the last message is the assistant's: the completion then continues it instead of starting a new
+    /// message, as transformers' `continue_final_message`.
     #[must_use]
     pub fn continues_final_message(&self) -> bool {
         let last = self.messages.last();
@@ -67,13 +67,13 @@ impl Dialogue {
     }
 }
 
-/// A prompt as people write it: in JSON a string, or a list of objects with `role` and `content`.
+/// A prompt before tokenization: in JSON a string, or a list of objects with `role` and `content`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(try_from = "Value")]
 pub enum PromptText {
-    /// Text that the model continues as it stands.
+    /// Text that the model continues, without a chat template.
     Text(String),
-    /// A dialogue whose next words are the assistant's; it needs a chat template.
+    /// A dialogue whose next message is the assistant's; needs a chat template.
     Dialogue(Dialogue),
 }
 
@@ -100,7 +100,7 @@ impl TryFrom<Value> for PromptText {
     }
 }
 
-/// A dialogue in the wire encoding, which has no self-describing values: as one string of JSON.
+/// Serialises a dialogue as one JSON string: postcard is not self-describing and cannot hold JSON values.
 pub(crate) mod as_json {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 

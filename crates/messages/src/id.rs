@@ -1,53 +1,53 @@
-//! Ids, versions, seeds and digests: one newtype each, so that none is mistaken for another.
+//! Ids, versions, seeds and digests: one newtype each, so that the compiler tells them apart.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-/// The place of a prompt in the run's own order; also the id of everything made from it, so that a
-/// message delivered twice is recognised.
+/// Index of a prompt in the run's order; also the id of everything derived from it, so that duplicate
+/// deliveries are recognised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PromptId(pub u64);
 
-/// Which weights: of which of a run's sessions, after how many steps. Versions only grow: what a resumed
-/// learner publishes is newer than all that was published before it, whatever the step.
+/// Version of the weights: session and learner step, ordered lexicographically. Versions only increase: what a
+/// resumed learner publishes is newer than everything published before, whatever the step.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
 pub struct WeightsVersion {
-    /// 0 in a run's first session, one more each time the run is resumed.
+    /// Session number: 0 at first, incremented each time the run is resumed.
     pub session: u64,
-    /// The learner step after which the weights were taken.
+    /// Learner step after which the weights were copied.
     pub step: u64,
 }
 
 impl WeightsVersion {
-    /// The reference itself: every run begins with it.
+    /// The reference policy's weights, with which every run begins.
     pub const REFERENCE: Self = Self::at(0);
 
-    /// The version after `step` in a run that was never resumed.
+    /// The version after `step` in a run's first session.
     #[must_use]
     pub const fn at(step: u64) -> Self {
         Self { session: 0, step }
     }
 }
 
-/// The version of a judge: it changes whenever the same question may be answered differently.
+/// Version of a judge; changes whenever it may label the same comparison differently.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
 pub struct JudgeVersion(pub u64);
 
-/// The seed of a random stream. A seed belongs to a message or to the settings, never to a slot, a
-/// batch or a thread.
+/// Seed of a random stream. Seeds come from messages or settings, never from a slot, batch or thread, so results
+/// do not depend on scheduling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Seed(pub u64);
 
 impl Seed {
-    /// The seed of a stream derived from this one: independent for every `stream`.
+    /// Derives an independent seed for each `stream`.
     ///
-    /// SplitMix64's finaliser (Steele, Lea & Flood 2014) over both words.
+    /// The finaliser of SplitMix64 (Steele, Lea & Flood 2014) over both 64-bit values.
     #[must_use]
     pub fn derive(self, stream: u64) -> Self {
         let mut z = self.0 ^ stream.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -57,12 +57,12 @@ impl Seed {
     }
 }
 
-/// A SHA-256 digest, printed as 64 hexadecimal digits.
+/// A SHA-256 digest, displayed as 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Digest(pub [u8; 32]);
 
 impl Digest {
-    /// The digest of these bytes.
+    /// Digest of `bytes`.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())

@@ -1,9 +1,12 @@
-//! The nouns that travel between the roles: [`Prompt`], [`Pair`], [`LabelledPair`], [`Dropped`] and
-//! [`WeightsManifest`], with the ids and seeds that name them, and their one [`wire`] encoding.
+//! The messages exchanged between the roles: [`Prompt`], [`Pair`], [`LabelledPair`], [`Dropped`] and
+//! [`WeightsManifest`], their ids, versions and seeds, their [`wire`] encoding, and the [`ErrorClass`] of every
+//! crate's errors.
 //!
-//! Token ids travel; text is for people. This crate knows no tensor, no stream and no file.
+//! Token ids are authoritative; text is for display and for judges that read text. This crate does not know
+//! tensors, streams or files.
 
 mod dialogue;
+mod error_class;
 mod id;
 mod pair;
 mod probability;
@@ -13,8 +16,9 @@ mod weights;
 pub mod wire;
 
 pub use dialogue::{Dialogue, Message, PromptText};
+pub use error_class::{Classified, ErrorClass};
 pub use id::{Digest, JudgeVersion, PromptId, Seed, WeightsVersion};
-pub use pair::{Completion, DropReason, Dropped, Finish, Label, LabelledPair, Pair, Station};
+pub use pair::{Completion, DropReason, Dropped, Finish, Label, LabelledPair, Pair, Stage};
 pub use probability::{InvalidProbability, Probability};
-pub use prompt::{Prompt, Purpose, Release};
+pub use prompt::{Pacing, Prompt, PromptBatch, Purpose};
 pub use weights::WeightsManifest;

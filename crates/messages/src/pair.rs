@@ -1,136 +1,140 @@
-//! What actors and preference services make: completions, pairs of them, and their labels.
+//! Completions, pairs and labels: the output of actors and preference services.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{JudgeVersion, Probability, Prompt, PromptId, WeightsVersion};
+use crate::{
+    id::{JudgeVersion, PromptId, WeightsVersion},
+    probability::Probability,
+    prompt::Prompt,
+};
 
-/// One answer to a prompt, with what the actor saw while it wrote it.
+/// One completion of a prompt, with the log-probabilities recorded while sampling.
 ///
-/// The three log-probabilities have one entry per token of `ids`, natural logarithms. `logp` and
-/// `ref_logp` are those of the full distribution at temperature 1; `behaviour_logp` is that of the
-/// distribution the token was drawn from: mixed, tempered, truncated.
+/// The three log-probabilities have one entry per token of `ids`, in nats. `logp` and `ref_logp` are under the
+/// full distribution at temperature 1; `behaviour_logp` is under the sampling distribution: mixed, tempered,
+/// truncated.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
-    /// The response tokens, end-of-text included when the model wrote it.
+    /// Response tokens, end-of-text included if it was sampled.
     pub ids: Vec<u32>,
     /// Why the completion ended.
     pub finish: Finish,
-    /// The weight on the reference in the policy that wrote it: 0 the policy, 1 the reference.
+    /// Weight of the reference in the behaviour policy's mixture: 0 is the policy, 1 the reference.
     pub mixture_coef: f32,
     /// log π of each token under the pair's weights version.
     pub logp: Vec<f32>,
     /// log ref of each token.
     pub ref_logp: Vec<f32>,
-    /// The log-probability of each token under the distribution it was drawn from.
+    /// Log-probability of each token under the distribution it was sampled from.
     pub behaviour_logp: Vec<f32>,
-    /// The text without special tokens, for people and for judges that read text: what follows the
-    /// prompt's text, a space between them included.
+    /// Text without special tokens, as it follows the prompt's text (any space between them included); for
+    /// display and for judges that read text.
     pub text: String,
 }
 
 /// Why a completion ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Finish {
-    /// The model wrote its end-of-text token.
+    /// The end-of-text token was sampled.
     EndOfText,
-    /// It reached `max_new_tokens`.
+    /// `max_new_tokens` was reached.
     Length,
 }
 
-/// A prompt and its completions: two, or `num_generations`.
+/// A prompt with its completions: two, or `num_generations`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Pair {
-    /// What was asked.
+    /// The prompt.
     pub prompt: Prompt,
-    /// The weights that answered.
+    /// Version of the weights that sampled the completions.
     pub version: WeightsVersion,
-    /// The answers, at least two.
+    /// Completions, at least two.
     pub completions: Vec<Completion>,
-    /// Which actor wrote them.
+    /// Name of the actor that sampled them.
     pub actor: String,
 }
 
-/// A judge's answer about two completions of a pair.
+/// A judge's preference between two completions of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Label {
-    /// The index of the first completion.
+    /// Index of the first completion.
     pub first: u16,
-    /// The index of the second; larger than `first`.
+    /// Index of the second completion; larger than `first`.
     pub second: u16,
-    /// The probability that the first is preferred to the second.
+    /// Probability that the first is preferred to the second.
     pub p: Probability,
 }
 
-/// A pair that a preference service has judged.
+/// A pair with the labels of a preference service.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LabelledPair {
-    /// What was judged.
+    /// The pair.
     pub pair: Pair,
-    /// One label for every two completions, i < j, in lexicographic order.
+    /// One label for each pair of completions i < j, in lexicographic order.
     pub labels: Vec<Label>,
-    /// The judge's name.
+    /// Name of the judge.
     pub judge: String,
-    /// The judge's version.
+    /// Version of the judge.
     pub judge_version: JudgeVersion,
-    /// Every completion's score, where the judge gives completions scores of their own.
+    /// Score of each completion, if the judge scores completions individually.
     pub scores: Option<Vec<f32>>,
-    /// The known gold preference for the first completion over the second, where a world has one and
-    /// the pair is for evaluation.
+    /// Gold probability that the first completion is preferred to the second; only in the playground, for
+    /// evaluation pairs.
     pub gold: Option<Probability>,
 }
 
-/// A place where messages are taken, given and dropped, and all three are counted.
+/// A pipeline stage. Messages received, emitted and dropped are counted per stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Station {
-    /// Where prompts become pairs.
+pub enum Stage {
+    /// Turns prompts into pairs.
     Actor,
-    /// Where pairs become labelled pairs.
+    /// Turns pairs into labelled pairs.
     Preference,
-    /// Where labelled pairs become weights.
+    /// Turns labelled pairs into weights.
     Learner,
 }
 
-/// Why a station gave nothing for what it took.
+/// Why a stage dropped a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DropReason {
-    /// All completions are the same: nothing to prefer.
+    /// All completions are identical: no preference to learn.
     Identical,
-    /// The station could not do its work on this message.
+    /// The stage failed to process the message.
     Failed,
-    /// The judge declined to answer.
+    /// The judge abstained.
     Abstained,
     /// The pair is older than `max_staleness` allows.
     Stale,
-    /// The pair has been trained on already.
+    /// The pair was trained on before.
     Duplicate,
-    /// The pair holds a number that is not finite.
+    /// The pair holds a non-finite value.
     Poisoned,
-    /// A session that was given up had sent the prompt, or had published the weights that answered.
+    /// The prompt, or the weights that sampled its completions, came from an abandoned session.
     Superseded,
 }
 
-/// The note that takes a dropped prompt's credit back to the learner.
+/// The note that returns a dropped prompt's credit to the learner.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Dropped {
-    /// What was dropped.
+    /// Id of the prompt.
     pub prompt: PromptId,
-    /// The session that had sent it.
+    /// Session that sent the prompt.
     pub session: u64,
-    /// Where.
-    pub station: Station,
-    /// Why.
+    /// Stage that dropped it.
+    pub stage: Stage,
+    /// Reason for the drop.
     pub reason: DropReason,
-    /// Of a prompt whose completions were all the same: their log π/ref in nats, as the actor recorded it.
-    /// Without it a mean over the pairs that were not dropped would be biased.
+    /// log π/ref in nats, as the actor recorded it, for a prompt whose completions were identical. Without it
+    /// the mean over the remaining pairs would be biased.
     pub log_ratio: Option<f32>,
-    /// For people: what happened.
+    /// Human-readable explanation.
     pub detail: String,
 }
 
-impl Station {
-    /// The name in metrics and reports.
+impl Stage {
+    /// Name in metrics and reports.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -142,7 +146,7 @@ impl Station {
 }
 
 impl DropReason {
-    /// The name in metrics and reports.
+    /// Name in metrics and reports.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -158,13 +162,13 @@ impl DropReason {
 }
 
 impl Completion {
-    /// log π(y|x): the sum over response tokens, end-of-text included.
+    /// log π(y|x) in nats: the sum over response tokens, end-of-text included.
     #[must_use]
     pub fn sum_logp(&self) -> f64 {
         self.logp.iter().map(|&l| f64::from(l)).sum()
     }
 
-    /// log ref(y|x), summed like [`Self::sum_logp`].
+    /// log ref(y|x) in nats, summed like [`Self::sum_logp`].
     #[must_use]
     pub fn sum_ref_logp(&self) -> f64 {
         self.ref_logp.iter().map(|&l| f64::from(l)).sum()
@@ -176,7 +180,7 @@ impl Completion {
         (self.sum_logp() - self.sum_ref_logp()) as f32
     }
 
-    /// Whether every recorded number is finite and there is one of each per token.
+    /// Whether all log-probabilities are finite and there is one of each kind per token.
     #[must_use]
     pub fn is_sound(&self) -> bool {
         [&self.logp, &self.ref_logp, &self.behaviour_logp]
@@ -186,7 +190,7 @@ impl Completion {
 }
 
 impl Pair {
-    /// The id of everything made from this pair's prompt.
+    /// Id of the pair's prompt, which is also the pair's.
     #[must_use]
     pub fn id(&self) -> PromptId {
         self.prompt.id

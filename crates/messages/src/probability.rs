@@ -1,4 +1,4 @@
-//! A number in `[0, 1]` that has been checked once and is believed ever after.
+//! Probabilities: numbers in `[0, 1]`, validated on construction.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -8,19 +8,19 @@ use thiserror::Error;
 #[serde(try_from = "f32", into = "f32")]
 pub struct Probability(f32);
 
-/// What is wrong with a number that should have been a probability.
+/// A number outside `[0, 1]` where a probability is expected.
 #[derive(Debug, Clone, Copy, PartialEq, Error)]
 #[error("{0} is not a probability: it must be a number from 0 to 1")]
 pub struct InvalidProbability(pub f32);
 
 impl Probability {
-    /// Even odds: what a judge says of a tie.
+    /// Even odds: a judge's label for a tie.
     pub const HALF: Self = Self(0.5);
 
-    /// Checks `value`.
+    /// Validates `value`.
     ///
     /// # Errors
-    /// When `value` is not finite or lies outside `[0, 1]`.
+    /// When `value` is not finite or outside `[0, 1]`.
     pub fn new(value: f32) -> Result<Self, InvalidProbability> {
         if (0.0..=1.0).contains(&value) {
             Ok(Self(value))
@@ -29,7 +29,7 @@ impl Probability {
         }
     }
 
-    /// The logistic function of a log-odds; a NaN counts as even odds of nothing and is refused.
+    /// The logistic function of a log-odds.
     ///
     /// # Errors
     /// When `log_odds` is NaN.
@@ -41,13 +41,13 @@ impl Probability {
         Self::new((1.0 / (1.0 + (-log_odds).exp())) as f32)
     }
 
-    /// The number itself.
+    /// Value in `[0, 1]`.
     #[must_use]
     pub fn get(self) -> f32 {
         self.0
     }
 
-    /// The probability of the opposite event.
+    /// Probability of the complementary event.
     #[must_use]
     pub fn complement(self) -> Self {
         Self(1.0 - self.0)

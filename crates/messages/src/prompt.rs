@@ -1,64 +1,67 @@
-//! What a learner asks for: one prompt, to be answered under given weights or newer ones.
+//! Prompts, which the learner sends to actors; each requires a minimum weights version.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Dialogue, PromptId, Seed, WeightsVersion};
+use crate::{
+    dialogue::Dialogue,
+    id::{PromptId, Seed, WeightsVersion},
+};
 
-/// A prompt on its way to an actor. It is also a credit: the learner sends no more of them than it is
-/// ready to train on.
+/// A prompt sent to an actor. It is also a credit: the learner sends only as many prompts as it has room to train
+/// on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Prompt {
-    /// Its place in the run's order.
+    /// Index in the run's order.
     pub id: PromptId,
-    /// Which prompts were sent together with it.
-    pub release: Release,
-    /// What the answers are for.
+    /// Prompts that were sent together with it.
+    pub prompt_batch: PromptBatch,
+    /// Purpose of the completions.
     pub purpose: Purpose,
-    /// The oldest weights that may answer it.
+    /// Oldest weights that may sample its completions.
     pub version: WeightsVersion,
-    /// The seed of its completions' random streams.
+    /// Seed of its completions' random streams.
     pub seed: Seed,
-    /// The prompt's tokens, special tokens included.
+    /// Prompt tokens, special tokens included.
     pub ids: Vec<u32>,
-    /// The same for people: a text as it was given, of a dialogue what its tokens say, without special
-    /// tokens. What judges read is [`Self::transcript`] or the dialogue itself.
+    /// Prompt text for display: the given text, or for a dialogue the decoded tokens without special tokens.
+    /// Judges read [`Self::transcript`] or the dialogue instead.
     pub text: String,
-    /// The dialogue that `ids` are the rendering of; none when the prompt was text. Judges with a chat
-    /// template of their own read this.
+    /// Dialogue that `ids` were rendered from; none if the prompt was text. Read by judges with a chat template of
+    /// their own.
     #[serde(with = "crate::dialogue::as_json")]
     pub dialogue: Option<Dialogue>,
-    /// A golden answer's tokens, end-of-text included, when the prompt set has one.
+    /// Tokens of the golden answer, end-of-text included, if the prompt set has one.
     pub golden: Option<Vec<u32>>,
-    /// The same as text: what an exact-match rule compares with.
+    /// Text of the golden answer, for exact-match rules.
     pub answer: Option<String>,
 }
 
-/// What a pair is made for.
+/// Purpose of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Purpose {
-    /// Training: completions from the behaviour policies of the settings.
+    /// Training: completions are sampled from the configured behaviour policies.
     Train,
-    /// Evaluation: the first completion from the policy, the second from the reference; these two are judged.
-    /// Where the settings temper or truncate, a third one is the policy's from the whole distribution at
-    /// temperature 1: the sample by which KL and entropy are estimated.
+    /// Evaluation: the first completion is the policy's, the second the reference's; these two are judged. If the
+    /// settings temper or truncate, a third is sampled from the policy's full distribution at temperature 1, for
+    /// the KL and entropy estimates.
     Evaluate,
-    /// A round of the adversarial game: the policy's own samples, to be held against the golden answer.
-    Contest,
+    /// Adversarial preference optimisation (APO): policy samples, compared with the golden answer.
+    Apo,
 }
 
-/// A run of consecutive prompts that were sent at one moment. An actor that works alone and strictly
-/// on-policy starts a release only when it has all of it, which makes its batches, and so the last bit
-/// of every logarithm, independent of timing.
+/// Consecutive prompts that were sent together. A single strictly on-policy actor starts a batch only when all of
+/// it has arrived, so that its decoding batches, and thus the last bit of every log-probability, do not depend on
+/// timing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Release {
-    /// The first prompt of the release.
+pub struct PromptBatch {
+    /// First prompt of the batch.
     pub first: PromptId,
-    /// How many prompts it holds.
+    /// Number of prompts in the batch.
     pub count: u32,
 }
 
-impl Release {
-    /// The release of a prompt that waits for no other.
+impl PromptBatch {
+    /// A batch of one prompt.
     #[must_use]
     pub fn single(id: PromptId) -> Self {
         Self {
@@ -66,4 +69,15 @@ impl Release {
             count: 1,
         }
     }
+}
+
+/// Pacing of prompts: whether they are sent and started one by one or as whole batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pacing {
+    /// The learner sends a prompt as soon as it has a credit; an actor starts it as soon as it has a free slot.
+    EachPrompt,
+    /// The learner sends all prompts that a step lacks as one [`PromptBatch`], and only when none is outstanding;
+    /// an actor starts a batch when all of it has arrived. What is sampled together then does not depend on
+    /// timing, so a strictly on-policy run with one actor is bit-reproducible.
+    Batched,
 }

@@ -1,15 +1,17 @@
-//! Dialogues as plain text, for people and for judges that read text without a chat template.
+//! Dialogues as plain text, for display and for judges that read text without a chat template.
 
 use std::borrow::Cow;
 
 use serde_json::Value;
 
-use crate::{Dialogue, Message, Prompt, PromptText};
+use crate::{
+    dialogue::{Dialogue, Message, PromptText},
+    prompt::Prompt,
+};
 
 impl Dialogue {
-    /// The dialogue as plain text. A single turn of the user without tools is its content; otherwise the
-    /// tools come first, as JSON, and then every turn as `role: content`, parted by empty lines. The tool
-    /// calls of a turn follow its content as JSON.
+    /// The dialogue as plain text. A single user message without tools is its content; otherwise the tools as
+    /// JSON, then each message as `role: content` with its tool calls as JSON, separated by empty lines.
     #[must_use]
     pub fn transcript(&self) -> String {
         if let ([only], true) = (self.messages.as_slice(), self.tools.is_empty())
@@ -21,7 +23,7 @@ impl Dialogue {
             let tools = Value::from(self.tools.clone());
             format!("tools: {tools}")
         });
-        let turns = self.messages.iter().map(Message::turn);
+        let turns = self.messages.iter().map(Message::with_role);
         tools
             .into_iter()
             .chain(turns)
@@ -31,37 +33,37 @@ impl Dialogue {
 }
 
 impl Message {
-    /// What the turn says: its content, the text of content parts joined, other parts as JSON.
+    /// Text of the content: text parts concatenated, other parts as JSON.
     #[must_use]
     pub fn text(&self) -> String {
         match &self.content {
             Value::String(text) => text.clone(),
             Value::Null => String::new(),
-            Value::Array(parts) => parts.iter().map(part).collect(),
+            Value::Array(parts) => parts.iter().map(part_text).collect(),
             other => other.to_string(),
         }
     }
 
-    /// The turn as `role: content`, with its tool calls.
-    fn turn(&self) -> String {
+    /// The message as `role: content`, with its tool calls.
+    fn with_role(&self) -> String {
         let calls = self
             .extra
             .get("tool_calls")
             .filter(|calls| !calls.is_null());
         let calls = calls.map(Value::to_string);
-        let said = Some(self.text()).filter(|text| !text.is_empty());
-        let said: Vec<String> = said.into_iter().chain(calls).collect();
-        format!("{}: {}", self.role, said.join("\n"))
+        let text = Some(self.text()).filter(|text| !text.is_empty());
+        let parts: Vec<String> = text.into_iter().chain(calls).collect();
+        format!("{}: {}", self.role, parts.join("\n"))
     }
 }
 
-fn part(part: &Value) -> String {
+fn part_text(part: &Value) -> String {
     let text = part.as_str().or_else(|| part["text"].as_str());
     text.map_or_else(|| part.to_string(), str::to_owned)
 }
 
 impl Prompt {
-    /// What was asked, as plain text: the transcript of its dialogue, or the text that was given.
+    /// The prompt as plain text: the transcript of its dialogue, or the given text.
     #[must_use]
     pub fn transcript(&self) -> Cow<'_, str> {
         match &self.dialogue {
@@ -72,7 +74,7 @@ impl Prompt {
 }
 
 impl From<&Prompt> for PromptText {
-    /// What was asked, as it was asked.
+    /// The prompt in its original form.
     fn from(prompt: &Prompt) -> Self {
         match &prompt.dialogue {
             Some(dialogue) => Self::Dialogue(dialogue.clone()),
@@ -88,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_single_question_is_its_text_and_a_dialogue_has_its_roles() {
+    fn a_single_user_message_is_its_text_and_other_dialogues_show_roles() {
         let call = json!([{"function": {"name": "look", "arguments": {"at": "it"}}}]);
         let cases = [
             (
@@ -121,13 +123,13 @@ mod tests {
         for (messages, tools, expected) in cases {
             let dialogue: Dialogue =
                 serde_json::from_value(json!({"messages": messages, "tools": tools})).unwrap();
-            let seen = dialogue.transcript();
-            // Whether keys keep their order is serde_json's affair.
-            let seen = seen.replace(
+            let transcript = dialogue.transcript();
+            // Key order depends on features of serde_json.
+            let transcript = transcript.replace(
                 "\"name\":\"look\",\"arguments\":{\"at\":\"it\"}",
                 "\"arguments\":{\"at\":\"it\"},\"name\":\"look\"",
             );
-            assert_eq!(seen, expected);
+            assert_eq!(transcript, expected);
         }
     }
 }

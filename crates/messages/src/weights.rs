@@ -1,22 +1,22 @@
-//! The announcement of weights that lie complete on the shelf.
+//! The announcement of weights that are completely uploaded.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Digest, WeightsVersion};
+use crate::id::{Digest, WeightsVersion};
 
-/// What a reader must know before it fetches weights: which they are and how to know them when whole.
+/// Version, digest and size of published weights.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WeightsManifest {
-    /// The learner step after which they were taken.
+    /// Version of the weights.
     pub version: WeightsVersion,
-    /// The digest of the blob.
+    /// Digest of the blob.
     pub digest: Digest,
-    /// The blob's length in bytes.
+    /// Length of the blob in bytes.
     pub bytes: u64,
 }
 
 impl WeightsManifest {
-    /// The manifest of `blob` as `version`.
+    /// Manifest of `blob` as `version`.
     #[must_use]
     pub fn of(version: WeightsVersion, blob: &[u8]) -> Self {
         Self {
@@ -26,7 +26,7 @@ impl WeightsManifest {
         }
     }
 
-    /// Whether `blob` is what was announced: the length, then the digest.
+    /// Whether `blob` matches: the length, then the digest.
     #[must_use]
     pub fn describes(&self, blob: &[u8]) -> bool {
         self.bytes == blob.len() as u64 && self.digest == Digest::of(blob)

@@ -1,32 +1,36 @@
-//! The one wire encoding: a version byte, a kind byte, then the message in postcard.
+//! The wire encoding: a version byte, a kind byte, then the message in postcard.
 //!
-//! A message whose version or kind is not ours is refused with its reason; it is never guessed at.
+//! Messages of an unknown version or kind are rejected with a reason, never decoded on a guess.
 
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
-use crate::{Dropped, LabelledPair, Pair, Prompt, WeightsManifest};
+use crate::{
+    pair::{Dropped, LabelledPair, Pair},
+    prompt::Prompt,
+    weights::WeightsManifest,
+};
 
-/// The version of the encoding. It changes with any change to any message.
+/// Version of the encoding; incremented with every change to any message.
 pub const VERSION: u8 = 3;
 
-/// A noun with a place in the encoding.
-pub trait Message: Serialize + DeserializeOwned {
-    /// The byte that tells it from the others.
+/// A message type with a wire encoding.
+pub trait WireMessage: Serialize + DeserializeOwned {
+    /// Kind byte, unique to the type.
     const KIND: u8;
-    /// Its name in errors.
+    /// Name in errors.
     const NAME: &'static str;
 
-    /// What tells this message from all others of its kind in a run: a message that is sent again has
-    /// the same id.
+    /// Id, unique among messages of this type in a run. A message that is sent again has the same id, so that the
+    /// server can deduplicate it.
     fn id(&self) -> String;
 }
 
 macro_rules! messages {
-    ($($noun:ident = $kind:literal: |$message:ident| $id:expr),* $(,)?) => {
-        $(impl Message for $noun {
+    ($($type:ident = $kind:literal: |$message:ident| $id:expr),* $(,)?) => {
+        $(impl WireMessage for $type {
             const KIND: u8 = $kind;
-            const NAME: &'static str = stringify!($noun);
+            const NAME: &'static str = stringify!($type);
 
             fn id(&self) -> String {
                 let $message = self;
@@ -40,63 +44,63 @@ messages!(
     Prompt = 1: |prompt| format!("{}-{}", prompt.version.session, prompt.id.0),
     Pair = 2: |pair| pair.prompt.id(),
     LabelledPair = 3: |labelled| labelled.pair.prompt.id(),
-    Dropped = 4: |note| format!("{}-{}-{}", note.session, note.prompt.0, note.station.name()),
+    Dropped = 4: |note| format!("{}-{}-{}", note.session, note.prompt.0, note.stage.name()),
     WeightsManifest = 5: |manifest| format!("{}-{}", manifest.version.session, manifest.version.step),
 );
 
-/// Why bytes are not the message that was expected.
+/// Why bytes cannot be decoded as the expected message.
 #[derive(Debug, Error)]
 pub enum WireError {
     /// Fewer than two bytes.
     #[error("{expected}: {length} bytes are too few for a message")]
     Short {
-        /// What was expected.
+        /// Name of the expected message.
         expected: &'static str,
-        /// How many bytes came.
+        /// Number of bytes.
         length: usize,
     },
-    /// Another build's encoding.
+    /// Encoded by an incompatible build.
     #[error(
         "{expected}: encoded as version {found}, this build reads version {VERSION}; run one build everywhere"
     )]
     Version {
-        /// What was expected.
+        /// Name of the expected message.
         expected: &'static str,
-        /// The version byte that came.
+        /// Version byte found.
         found: u8,
     },
-    /// Another noun.
+    /// A message of another type.
     #[error("{expected}: the bytes hold a message of kind {found}")]
     Kind {
-        /// What was expected.
+        /// Name of the expected message.
         expected: &'static str,
-        /// The kind byte that came.
+        /// Kind byte found.
         found: u8,
     },
-    /// The right noun, but torn or with bytes to spare.
+    /// A truncated or malformed body, or trailing bytes.
     #[error("{expected}: {reason}")]
     Body {
-        /// What was expected.
+        /// Name of the expected message.
         expected: &'static str,
-        /// What the decoder says.
+        /// Message of the decoder.
         reason: String,
     },
 }
 
-/// The message as bytes.
+/// Encodes a message.
 ///
 /// # Panics
-/// Never: messages hold nothing that postcard cannot write.
-pub fn encode<M: Message>(message: &M) -> Vec<u8> {
+/// Never: all field types are serialisable by postcard.
+pub fn encode<M: WireMessage>(message: &M) -> Vec<u8> {
     postcard::to_extend(message, vec![VERSION, M::KIND])
-        .expect("messages hold only what postcard writes, and a Vec does not run out")
+        .expect("all fields are serialisable by postcard, and a Vec grows")
 }
 
-/// The message that `bytes` hold.
+/// Decodes a message.
 ///
 /// # Errors
-/// When the bytes are another version's, another noun's, torn, or longer than the message.
-pub fn decode<M: Message>(bytes: &[u8]) -> Result<M, WireError> {
+/// When the version or type differs, or the bytes are truncated, malformed or longer than the message.
+pub fn decode<M: WireMessage>(bytes: &[u8]) -> Result<M, WireError> {
     let expected = M::NAME;
     let [version, kind, body @ ..] = bytes else {
         return Err(WireError::Short {
@@ -139,7 +143,7 @@ mod tests {
     fn pair(ids: &[u32], text: &str, p: f32) -> LabelledPair {
         let prompt = Prompt {
             id: PromptId(7),
-            release: Release::single(PromptId(7)),
+            prompt_batch: PromptBatch::single(PromptId(7)),
             purpose: Purpose::Train,
             version: WeightsVersion::at(3),
             seed: Seed(11),
@@ -181,19 +185,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_is_decoded(ids: Vec<u32>, text: String, p in 0f32..=1.0) {
+        fn decoding_inverts_encoding(ids: Vec<u32>, text: String, p in 0f32..=1.0) {
             let message = pair(&ids, &text, p);
             prop_assert_eq!(decode::<LabelledPair>(&encode(&message)).expect("decodes"), message);
         }
 
         #[test]
-        fn no_bytes_make_the_decoder_panic(bytes: Vec<u8>) {
+        fn arbitrary_bytes_do_not_panic_the_decoder(bytes: Vec<u8>) {
             prop_assert!(decode::<LabelledPair>(&bytes).is_ok() || decode::<LabelledPair>(&bytes).is_err());
         }
     }
 
     #[test]
-    fn what_is_not_ours_is_refused_with_the_reason() {
+    fn invalid_bytes_are_rejected_with_the_reason() {
         let good = encode(&pair(&[1, 2], "x", 0.5));
         let with = |at: usize, byte: u8| {
             let mut bytes = good.clone();
@@ -220,19 +224,19 @@ mod tests {
                 .to_string();
             assert!(
                 message.contains(expected),
-                "{message:?} does not say {expected:?}"
+                "{message:?} does not contain {expected:?}"
             );
         }
     }
 
     #[test]
-    fn a_probability_outside_its_range_is_refused() {
+    fn a_probability_out_of_range_is_rejected() {
         let mut bytes = encode(&pair(&[], "", 0.5));
         let half = 0.5f32.to_le_bytes();
         let at = bytes
             .windows(4)
             .rposition(|w| w == half)
-            .expect("the gold preference is there");
+            .expect("the gold preference is encoded");
         bytes[at..at + 4].copy_from_slice(&2.0f32.to_le_bytes());
         assert!(decode::<LabelledPair>(&bytes).is_err());
     }

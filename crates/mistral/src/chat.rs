@@ -1,4 +1,4 @@
-//! Answers to prompts, with the log-probabilities of every token.
+//! Chat model: answers to prompts, with the log-probability of every token.
 
 use std::{sync::mpsc, time::Duration};
 
@@ -10,123 +10,134 @@ use model::{
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-use crate::{Asked, Engine, MistralError, Numbers, Source, TokenWriter};
+use crate::{
+    EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
+    stub::Engine,
+};
 
-/// How much longer than a completion's own patience its end is waited for.
-const MARGIN: Duration = Duration::from_secs(10);
+/// Grace period added to the completion timeout before the caller gives up.
+const TIMEOUT_GRACE: Duration = Duration::from_secs(10);
 
-/// A model that answers.
+/// A chat model.
 pub struct Chat {
     engine: Engine,
-    /// How long one answer may take.
-    patience: Duration,
+    /// Timeout of one answer.
+    timeout: Duration,
 }
 
-/// One answer.
+/// A generated text with its tokens.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Answer {
-    /// The text, without special tokens.
+pub struct GeneratedText {
+    /// Decoded text, without special tokens.
     pub text: String,
-    /// Its tokens, special ones included.
-    pub tokens: Vec<SaidToken>,
-    /// Why it ended.
+    /// Generated tokens, special ones included.
+    pub tokens: Vec<GeneratedToken>,
+    /// Finish reason.
     pub finish: Finish,
 }
 
-/// A token of an answer and what might have stood in its place.
+/// A generated token and the most likely tokens at its position.
 #[derive(Debug, Clone, PartialEq)]
-pub struct SaidToken {
-    /// Its text.
+pub struct GeneratedToken {
+    /// Decoded text.
     pub text: String,
-    /// Its natural log-probability.
+    /// Log-probability (natural logarithm).
     pub logprob: f64,
-    /// The likeliest tokens in its place, the likeliest first.
-    pub likeliest: Vec<Alternative>,
+    /// Most likely tokens at this position, in descending order of probability.
+    pub top_logprobs: Vec<CandidateToken>,
 }
 
-/// What might have stood in a token's place.
+/// A token of the vocabulary with its log-probability at a position.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Alternative {
-    /// Its text.
+pub struct CandidateToken {
+    /// Decoded text.
     pub text: String,
-    /// Its natural log-probability.
+    /// Log-probability (natural logarithm).
     pub logprob: f64,
 }
 
 impl Chat {
-    /// Loads a model whose answers may take so long each.
+    /// Loads a model. `timeout` limits each answer.
     ///
     /// # Errors
-    /// When it cannot be loaded.
-    pub fn open(source: &Source, patience: Duration) -> Result<Self, MistralError> {
+    /// If the model cannot be loaded.
+    pub fn open(source: &ModelFiles, timeout: Duration) -> Result<Self, MistralError> {
         Ok(Self {
-            engine: Engine::load(source, Numbers::Fitting)?,
-            patience,
+            engine: Engine::load(source, LoadDtype::Auto)?,
+            timeout,
         })
     }
 
-    /// Whether it can be sent dialogues.
+    /// Whether the model has a chat template, which dialogues need.
     #[must_use]
     pub fn has_chat_template(&self) -> bool {
         self.engine.has_chat_template()
     }
 
-    /// The answer to a prompt, drawn with `seed`, each token with so many `alternatives`; `sampling` with
-    /// `top_k = 1` always takes the likeliest token.
+    /// Generates an answer to `prompt`, sampled with `seed`, with `alternatives` top log-probabilities per token.
+    /// `sampling.top_k = 1` is greedy decoding.
     ///
     /// # Errors
-    /// When the prompt cannot be put into tokens, or the answer does not come.
+    /// If the prompt cannot be tokenized, or generation fails or exceeds the timeout.
     pub fn answer(
         &self,
         prompt: &PromptText,
-        (sampling, seed): (&SamplingSettings, Seed),
+        sampling: &SamplingSettings,
+        seed: Seed,
         alternatives: usize,
-    ) -> Result<Answer, MistralError> {
-        let (told, ended) = mpsc::channel();
+    ) -> Result<GeneratedText, MistralError> {
+        let (sender, receiver) = mpsc::channel();
         let ids = self.engine.encode(prompt)?;
-        let asked = Asked {
+        let request = EngineRequest {
             ids: ids.clone(),
             max_new_tokens: sampling.max_new_tokens,
-            patience: self.patience,
+            timeout: self.timeout,
         };
-        let writer = Drawing::new(*sampling, seed, alternatives);
-        self.engine.start(asked, writer, move |writer, result| {
-            // Nobody listens any more when it came too late.
-            drop(told.send((writer, result)));
-        });
-        let late = |_| MistralError::Late(self.patience);
-        let (writer, result) = ended.recv_timeout(self.patience + MARGIN).map_err(late)?;
+        let selector = RecordingSelector::new(*sampling, seed, alternatives);
+        self.engine
+            .start(request, selector, move |selector, result| {
+                // The receiver is gone after a timeout.
+                drop(sender.send((selector, result)));
+            });
+        let timeout = |_| MistralError::Timeout(self.timeout);
+        let (selector, result) = receiver
+            .recv_timeout(self.timeout + TIMEOUT_GRACE)
+            .map_err(timeout)?;
         result?;
-        self.words(&ids, &writer)
+        self.decode_generated(&ids, &selector)
     }
 
-    /// What was drawn after the tokens of `prompt`, as text.
-    fn words(&self, prompt: &[u32], drawing: &Drawing) -> Result<Answer, MistralError> {
-        if drawing.has_failed {
-            let reason = "its logits are not finite; the weights may be damaged";
+    /// Decodes the tokens generated after `prompt`.
+    fn decode_generated(
+        &self,
+        prompt: &[u32],
+        selector: &RecordingSelector,
+    ) -> Result<GeneratedText, MistralError> {
+        if selector.has_failed {
+            let reason = "the logits are not finite; the weights may be corrupt";
             return Err(MistralError::Failed(reason.into()));
         }
-        let ids: Vec<u32> = drawing.drawn.iter().map(|token| token.id).collect();
-        let ends = |id: &u32| self.engine.end_tokens().contains(id);
-        let before = prompt.last().into_iter().chain(&ids).copied();
-        let said = |(before, token): (u32, &DrawnToken)| {
-            let text = |id| following(&[before], &[id], |ids| self.engine.decode_all(ids));
-            let likeliest = token.likeliest.iter();
-            SaidToken {
+        let ids: Vec<u32> = selector.drawn.iter().map(|token| token.id).collect();
+        let is_end = |id: &u32| self.engine.end_tokens().contains(id);
+        let previous = prompt.last().into_iter().chain(&ids).copied();
+        let decoded = |(previous, token): (u32, &DrawnToken)| {
+            let text = |id| decode_after(&[previous], &[id], |ids| self.engine.decode_all(ids));
+            let top_logprobs = token.top_logprobs.iter();
+            GeneratedToken {
                 text: text(token.id),
                 logprob: token.logprob,
-                likeliest: likeliest
-                    .map(|&(id, logprob)| Alternative {
+                top_logprobs: top_logprobs
+                    .map(|&(id, logprob)| CandidateToken {
                         text: text(id),
                         logprob,
                     })
                     .collect(),
             }
         };
-        Ok(Answer {
-            text: following(prompt, &ids, |ids| self.engine.decode(ids)),
-            tokens: before.zip(&drawing.drawn).map(said).collect(),
-            finish: match ids.last().is_some_and(ends) {
+        Ok(GeneratedText {
+            text: decode_after(prompt, &ids, |ids| self.engine.decode(ids)),
+            tokens: previous.zip(&selector.drawn).map(decoded).collect(),
+            finish: match ids.last().is_some_and(is_end) {
                 true => Finish::EndOfText,
                 false => Finish::Length,
             },
@@ -134,8 +145,8 @@ impl Chat {
     }
 }
 
-/// The text of `ids` where they follow `before`: some decoders drop the first space of a text.
-fn following(before: &[u32], ids: &[u32], decode: impl Fn(&[u32]) -> String) -> String {
+/// Text of `ids` in the context of `before`: some decoders drop the first space of a text.
+fn decode_after(before: &[u32], ids: &[u32], decode: impl Fn(&[u32]) -> String) -> String {
     let whole = decode(&[before, ids].concat());
     match whole.strip_prefix(&decode(before)) {
         Some(text) => text.to_owned(),
@@ -143,8 +154,8 @@ fn following(before: &[u32], ids: &[u32], decode: impl Fn(&[u32]) -> String) -> 
     }
 }
 
-/// Draws an answer, and records what was likely.
-struct Drawing {
+/// Samples an answer and records the top log-probabilities.
+struct RecordingSelector {
     sampling: SamplingSettings,
     random: ChaCha8Rng,
     alternatives: usize,
@@ -156,10 +167,10 @@ struct Drawing {
 struct DrawnToken {
     id: u32,
     logprob: f64,
-    likeliest: Vec<(u32, f64)>,
+    top_logprobs: Vec<(u32, f64)>,
 }
 
-impl Drawing {
+impl RecordingSelector {
     fn new(sampling: SamplingSettings, seed: Seed, alternatives: usize) -> Self {
         Self {
             sampling,
@@ -172,8 +183,8 @@ impl Drawing {
     }
 }
 
-impl TokenWriter for Drawing {
-    fn next(&mut self, logits: &[f32], _context: &[u32]) -> Option<u32> {
+impl TokenSelector for RecordingSelector {
+    fn select(&mut self, logits: &[f32], _context: &[u32]) -> Option<u32> {
         let uniform = self.random.random();
         let drawn = draw(logits, &self.sampling, uniform, &mut self.scratch);
         let Some(drawn) = drawn else {
@@ -182,11 +193,14 @@ impl TokenWriter for Drawing {
         };
         let normaliser = log_sum_exp(logits);
         let logprob = |id: u32| f64::from(logits[id as usize]) - normaliser;
-        let likeliest = likeliest(logits, self.alternatives);
+        let top_logprobs = most_likely(logits, self.alternatives);
         self.drawn.push(DrawnToken {
             id: drawn.token,
             logprob: logprob(drawn.token),
-            likeliest: likeliest.into_iter().map(|id| (id, logprob(id))).collect(),
+            top_logprobs: top_logprobs
+                .into_iter()
+                .map(|id| (id, logprob(id)))
+                .collect(),
         });
         Some(drawn.token)
     }
@@ -194,13 +208,13 @@ impl TokenWriter for Drawing {
 
 /// ln Σ exp z, in f64.
 fn log_sum_exp(logits: &[f32]) -> f64 {
-    let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = logits.iter().map(|&z| (f64::from(z) - most).exp()).sum();
-    most + sum.ln()
+    let maximum = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|&z| (f64::from(z) - maximum).exp()).sum();
+    maximum + sum.ln()
 }
 
-/// The `count` tokens with the highest logits, the highest first, of equal ones the first.
-fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
+/// The `count` tokens with the highest logits in descending order; ties go to the lower id.
+fn most_likely(logits: &[f32], count: usize) -> Vec<u32> {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
     let descending = |a: &u32, b: &u32| {
         let [a_logit, b_logit] = [a, b].map(|&id| logits[id as usize]);
@@ -219,21 +233,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_keeps_the_space_that_parts_it_from_the_prompt() {
+    fn decoding_keeps_the_space_between_prompt_and_answer() {
         let decode = |ids: &[u32]| {
             let words: String = ids.iter().map(|id| format!(" w{id}")).collect();
             words.strip_prefix(' ').unwrap_or_default().to_owned()
         };
-        assert_eq!(following(&[1, 2], &[3, 4], decode), " w3 w4");
-        assert_eq!(following(&[], &[3], decode), "w3");
+        assert_eq!(decode_after(&[1, 2], &[3, 4], decode), " w3 w4");
+        assert_eq!(decode_after(&[], &[3], decode), "w3");
     }
 
     #[test]
-    fn the_likeliest_tokens_come_first_and_their_probabilities_add_up() {
+    fn most_likely_tokens_are_sorted_and_log_sum_exp_normalises() {
         let logits = [0.0f32, 2.0, -1.0, 2.0, 1.0];
-        assert_eq!(likeliest(&logits, 3), [1, 3, 4]);
-        assert_eq!(likeliest(&logits, 9), [1, 3, 4, 0, 2]);
-        assert_eq!(likeliest(&logits, 0), [0u32; 0]);
+        assert_eq!(most_likely(&logits, 3), [1, 3, 4]);
+        assert_eq!(most_likely(&logits, 9), [1, 3, 4, 0, 2]);
+        assert_eq!(most_likely(&logits, 0), [0u32; 0]);
         let normaliser = log_sum_exp(&logits);
         let sum: f64 = logits
             .iter()
@@ -243,17 +257,17 @@ mod tests {
     }
 
     #[test]
-    fn a_drawing_takes_the_likeliest_and_fails_on_no_number() {
+    fn greedy_selection_takes_the_most_likely_token_and_fails_on_nan() {
         let greedy = SamplingSettings {
             top_k: 1,
             ..SamplingSettings::plain(4)
         };
-        let mut drawing = Drawing::new(greedy, Seed(1), 2);
-        assert_eq!(drawing.next(&[0.0, 1.0, 0.5], &[7]), Some(1));
-        let token = &drawing.drawn[0];
-        assert_eq!(token.likeliest[0], (1, token.logprob));
-        assert_eq!(token.likeliest[1].0, 2);
-        assert_eq!(drawing.next(&[0.0, f32::NAN], &[7, 1]), None);
-        assert!(drawing.has_failed);
+        let mut selector = RecordingSelector::new(greedy, Seed(1), 2);
+        assert_eq!(selector.select(&[0.0, 1.0, 0.5], &[7]), Some(1));
+        let token = &selector.drawn[0];
+        assert_eq!(token.top_logprobs[0], (1, token.logprob));
+        assert_eq!(token.top_logprobs[1].0, 2);
+        assert_eq!(selector.select(&[0.0, f32::NAN], &[7, 1]), None);
+        assert!(selector.has_failed);
     }
 }

@@ -1,8 +1,7 @@
-//! A model that mistral.rs has loaded: the one file that knows mistral.rs.
+//! A model loaded by mistral.rs; the only file that uses the mistral.rs API.
 //!
-//! mistral.rs computes on the CPU, from local files, without its prefix cache and without random numbers:
-//! the token writer's choice is laid into the logits, all others at minus infinity, and the likeliest is
-//! taken.
+//! mistral.rs runs on the CPU, from local files, without its prefix cache. It decodes greedily: a logits processor sets
+//! every logit except that of the selected token to minus infinity, so mistral.rs draws no random numbers.
 
 use std::{
     num::NonZeroUsize,
@@ -27,81 +26,83 @@ use mistralrs::{
 };
 use tokio::{runtime::Runtime, sync::mpsc::Sender, time::timeout};
 
-use crate::{Asked, MistralError, Numbers, Source, TokenWriter};
+use crate::{
+    EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
+};
 
-/// How long loading may take: far more than any disk needs for what fits into memory.
-const LOADING: Duration = Duration::from_secs(3600);
+/// Timeout of loading a model, ample for any model that fits into memory.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// The thread on which a model is loaded.
-const LOADER: &str = "mistral-load";
+/// Name of the thread that loads a model.
+const LOAD_THREAD: &str = "mistral-load";
 
-/// How long a prompt may wait to be put into tokens: behind all that is being written.
-const ENCODING: Duration = Duration::from_secs(600);
+/// Timeout of tokenizing a prompt, which queues behind running completions.
+const ENCODE_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// A model that mistral.rs has loaded. When it is dropped, the model is.
+/// A model loaded by mistral.rs. Dropping it unloads the model.
 pub struct Engine {
     path: PathBuf,
     requests: Sender<Request>,
     decode: Decode,
     end_tokens: Vec<u32>,
     has_chat_template: bool,
-    /// Waits for answers; none in a moment of [`Drop`] only.
+    /// Awaits responses; `None` only during [`Drop`].
     runtime: Option<Runtime>,
-    /// Ends mistral.rs's thread with the engine.
+    /// Keeps the thread of mistral.rs alive as long as the engine.
     _mistral: Arc<MistralRs>,
 }
 
-/// Puts tokens into text, without special ones if so told.
+/// Decodes tokens into text; the flag skips special tokens.
 type Decode = Box<dyn Fn(&[u32], bool) -> String + Send + Sync>;
 
-/// What loading leaves.
+/// The loaded pipeline of mistral.rs.
 type SharedPipeline = Arc<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>;
 
 impl Engine {
-    /// Loads `source`. What panics in mistral.rs is an error here.
+    /// Loads a model. Panics of mistral.rs are returned as errors.
     ///
     /// # Errors
-    /// When a file is missing or mistral.rs does not load it, with the file and what may help.
-    pub fn load(source: &Source, numbers: Numbers) -> Result<Self, MistralError> {
-        source.check()?;
-        let isq = isq(source)?;
-        let refused = |reason: String| MistralError::Load {
-            path: source.path.clone(),
-            remedy: remedy(source),
+    /// If a file is missing or mistral.rs cannot load it; the error names the file and a remedy.
+    pub fn load(files: &ModelFiles, dtype: LoadDtype) -> Result<Self, MistralError> {
+        files.check()?;
+        let isq = isq(files)?;
+        let load_error = |reason: String| MistralError::Load {
+            path: files.path.clone(),
+            remedy: remedy(files),
             reason,
         };
-        let (done, loaded) = mpsc::channel();
-        tell_no_panics_of_the_loader();
-        let thread = thread::Builder::new().name(LOADER.into());
-        let loading = source.clone();
+        let (sender, receiver) = mpsc::channel();
+        silence_panics_of_the_load_thread();
+        let thread = thread::Builder::new().name(LOAD_THREAD.into());
+        let files = files.clone();
         let thread = thread.spawn(move || {
-            // Nobody listens any more when loading took too long.
-            drop(done.send(open(&loading, (numbers, isq))));
+            // The receiver is gone after a timeout.
+            drop(sender.send(open(&files, dtype, isq)));
         });
-        let thread = thread.map_err(|error| refused(error.to_string()))?;
-        match loaded.recv_timeout(LOADING) {
-            Ok(engine) => engine?.map_err(refused),
-            Err(mpsc::RecvTimeoutError::Timeout) => Err(MistralError::Late(LOADING)),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(refused(panic_of(thread))),
+        let thread = thread.map_err(|error| load_error(error.to_string()))?;
+        match receiver.recv_timeout(LOAD_TIMEOUT) {
+            Ok(engine) => engine?.map_err(load_error),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(MistralError::Timeout(LOAD_TIMEOUT)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(load_error(panic_message(thread))),
         }
     }
 
-    /// Whether it can be sent dialogues.
+    /// Whether the model has a chat template, which dialogues need.
     #[must_use]
     pub fn has_chat_template(&self) -> bool {
         self.has_chat_template
     }
 
-    /// The tokens after which mistral.rs ends a completion.
+    /// Tokens that end a completion in mistral.rs.
     #[must_use]
     pub fn end_tokens(&self) -> &[u32] {
         &self.end_tokens
     }
 
-    /// The tokens of a prompt: text as it stands, or a dialogue through the chat template.
+    /// Tokenizes a prompt: plain text, or a dialogue rendered by the chat template.
     ///
     /// # Errors
-    /// When there is no template, or it refuses the dialogue.
+    /// If there is no chat template or it rejects the dialogue.
     pub fn encode(&self, prompt: &PromptText) -> Result<Vec<u32>, MistralError> {
         let text = match prompt {
             PromptText::Text(text) => Either::Right(text.clone()),
@@ -110,8 +111,8 @@ impl Engine {
                     reason: format!("{} has no chat template", self.path.display()),
                 });
             }
-            PromptText::Dialogue(asked) => {
-                Either::Left(dialogue(&asked.messages)?.messages_ref().to_vec())
+            PromptText::Dialogue(prompt) => {
+                Either::Left(dialogue(&prompt.messages)?.messages_ref().to_vec())
             }
         };
         let (response, mut ids) = tokio::sync::mpsc::channel(1);
@@ -124,72 +125,73 @@ impl Engine {
             reasoning_effort: None,
             response,
         });
-        let answer = async {
+        let response = async {
             self.requests.send(request).await.ok()?;
             ids.recv().await
         };
-        // A clock can only be set inside the runtime.
-        let answered = self
+        // A timeout must be created inside the runtime.
+        let response = self
             .runtime()
-            .block_on(async { timeout(ENCODING, answer).await });
-        let answered = answered.map_err(|_| MistralError::Late(ENCODING))?;
-        let ids = answered.ok_or(MistralError::Gone)?;
+            .block_on(async { timeout(ENCODE_TIMEOUT, response).await });
+        let response = response.map_err(|_| MistralError::Timeout(ENCODE_TIMEOUT))?;
+        let ids = response.ok_or(MistralError::ThreadEnded)?;
         ids.map_err(|error| MistralError::Prompt {
             reason: error.to_string(),
         })
     }
 
-    /// The text of these tokens without special ones.
+    /// Decodes tokens without the special ones.
     #[must_use]
     pub fn decode(&self, ids: &[u32]) -> String {
         (self.decode)(ids, true)
     }
 
-    /// The text of these tokens, special ones too.
+    /// Decodes tokens, special ones included.
     #[must_use]
     pub fn decode_all(&self, ids: &[u32]) -> String {
         (self.decode)(ids, false)
     }
 
-    /// Has `writer` write a completion, and tells `then` when it has ended, on another thread. Completions are
-    /// written one after the other, and one that waits for another uses up its patience.
-    pub fn start<W: TokenWriter>(
+    /// Queues a completion whose tokens are chosen by `selector`; calls `on_end` on another thread when it has ended.
+    /// Completions run one after the other, and the time spent in the queue counts towards the timeout.
+    pub fn start<S: TokenSelector>(
         &self,
-        asked: Asked,
-        writer: W,
-        then: impl FnOnce(W, Result<(), MistralError>) + Send + 'static,
+        request: EngineRequest,
+        selector: S,
+        on_end: impl FnOnce(S, Result<(), MistralError>) + Send + 'static,
     ) {
-        let seat = Arc::new(Seat(Mutex::new(Some(writer))));
+        let selector = Arc::new(SharedSelector(Mutex::new(Some(selector))));
         let (response, mut responses) = tokio::sync::mpsc::channel(1);
-        let processor = Writing {
-            seat: Arc::clone(&seat),
+        let processor = SelectedToken {
+            selector: Arc::clone(&selector),
             end_token: self.end_tokens.first().copied().unwrap_or(0),
         };
-        let messages = RequestMessage::CompletionTokens(asked.ids);
-        // A temperature of 0 takes the likeliest; none would be 1.
+        let messages = RequestMessage::CompletionTokens(request.ids);
+        // Temperature 0 is greedy; without a temperature mistral.rs uses 1.
         let sampling = SamplingParams {
             temperature: Some(0.0),
-            max_len: Some(asked.max_new_tokens),
+            max_len: Some(request.max_new_tokens),
             ..SamplingParams::neutral()
         };
+        let limit = request.timeout;
         let mut request = NormalRequest::new_simple(messages, sampling, response, 0, None, None);
         request.logits_processors =
             Some(vec![Arc::new(processor) as Arc<dyn CustomLogitsProcessor>]);
         let requests = self.requests.clone();
         self.runtime().spawn(async move {
-            let answered = timeout(asked.patience, async {
+            let response = timeout(limit, async {
                 let request = Request::Normal(Box::new(request));
                 requests.send(request).await.ok()?;
                 responses.recv().await
             });
-            let ended = match answered.await {
-                Ok(Some(response)) => outcome(response),
-                Ok(None) => Err(MistralError::Gone),
-                Err(_) => Err(MistralError::Late(asked.patience)),
+            let result = match response.await {
+                Ok(Some(response)) => completion_result(response),
+                Ok(None) => Err(MistralError::ThreadEnded),
+                Err(_) => Err(MistralError::Timeout(limit)),
             };
-            // From here on the completion, if it goes on, ends at its next token.
-            if let Some(writer) = seat.leave() {
-                then(writer, ended);
+            // Without its selector, a completion that is still running ends at its next token.
+            if let Some(selector) = selector.take() {
+                on_end(selector, result);
             }
         });
     }
@@ -197,44 +199,49 @@ impl Engine {
     fn runtime(&self) -> &Runtime {
         self.runtime
             .as_ref()
-            .expect("it is taken when the engine is dropped")
+            .expect("the runtime is taken only on drop")
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            // An engine may be dropped where nothing may block.
+            // Dropping must not block: it may happen in an async context.
             runtime.shutdown_background();
         }
     }
 }
 
-/// Where the writer of a completion sits while it writes.
-struct Seat<W>(Mutex<Option<W>>);
+/// The selector of a running completion; empty once the completion has ended.
+struct SharedSelector<S>(Mutex<Option<S>>);
 
-impl<W> Seat<W> {
-    fn leave(&self) -> Option<W> {
+impl<S> SharedSelector<S> {
+    fn take(&self) -> Option<S> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-/// Lays a writer's choice into the logits.
-struct Writing<W> {
-    seat: Arc<Seat<W>>,
-    /// What ends a completion whose writer is gone or cannot go on.
+/// Logits processor that forces the token chosen by a selector.
+struct SelectedToken<S> {
+    selector: Arc<SharedSelector<S>>,
+    /// Token that ends a completion whose selector is gone or returns `None`.
     end_token: u32,
 }
 
-impl<W: TokenWriter> CustomLogitsProcessor for Writing<W> {
+impl<S: TokenSelector> CustomLogitsProcessor for SelectedToken<S> {
     fn apply(&self, logits: &Tensor, context: &[u32]) -> mistralrs::Result<Tensor> {
         let mut row: Vec<f32> = logits.to_vec1()?;
-        let mut seat = self.seat.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let writer = seat.as_mut();
-        let chosen = writer.and_then(|writer| writer.next(&row, context));
-        let chosen = chosen.unwrap_or(self.end_token) as usize;
+        let mut selector = self
+            .selector
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let token = selector
+            .as_mut()
+            .and_then(|selector| selector.select(&row, context));
+        let token = token.unwrap_or(self.end_token) as usize;
         row.fill(f32::NEG_INFINITY);
-        if let Some(logit) = row.get_mut(chosen) {
+        if let Some(logit) = row.get_mut(token) {
             *logit = 0.0;
         }
         let width = row.len();
@@ -242,7 +249,8 @@ impl<W: TokenWriter> CustomLogitsProcessor for Writing<W> {
     }
 }
 
-fn outcome(response: Response) -> Result<(), MistralError> {
+/// The result of a completion.
+fn completion_result(response: Response) -> Result<(), MistralError> {
     match response {
         Response::CompletionDone(_) => Ok(()),
         Response::InternalError(error) | Response::ValidationError(error) => {
@@ -250,73 +258,78 @@ fn outcome(response: Response) -> Result<(), MistralError> {
         }
         Response::CompletionModelError(error, _) => Err(MistralError::Failed(error)),
         _ => Err(MistralError::Failed(
-            "it gave something else than a completion".into(),
+            "the response is not a completion".into(),
         )),
     }
 }
 
-/// A dialogue as mistral.rs takes it: turns that only say something.
+/// Converts a dialogue to mistral.rs messages; messages with anything but a role and a text are rejected.
 fn dialogue(messages: &[Message]) -> Result<TextMessages, MistralError> {
     let mut turns = TextMessages::new();
     for message in messages {
-        let said = message
+        let text = message
             .content
             .as_str()
             .filter(|_| message.extra.is_empty());
-        let said = said.ok_or_else(|| MistralError::Prompt {
-            reason: "a turn is more than a role and a text, which mistral.rs is not given here"
-                .into(),
+        let text = text.ok_or_else(|| MistralError::Prompt {
+            reason:
+                "a message has more than a role and a text, which is not supported with mistral.rs"
+                    .into(),
         })?;
-        turns = turns.add_message(TextMessageRole::Custom(message.role.clone()), said);
+        turns = turns.add_message(TextMessageRole::Custom(message.role.clone()), text);
     }
     Ok(turns)
 }
 
-/// How the weights are to be quantised.
-fn isq(source: &Source) -> Result<Option<IsqType>, MistralError> {
-    let named = source.isq.as_deref();
-    let read = named.map(|name| parse_isq_value(name, Some(&Device::Cpu)));
-    read.transpose().map_err(|reason| MistralError::Unusable {
-        path: source.path.clone(),
+/// Parses the type of in-situ quantisation.
+fn isq(files: &ModelFiles) -> Result<Option<IsqType>, MistralError> {
+    let name = files.isq.as_deref();
+    let isq = name.map(|name| parse_isq_value(name, Some(&Device::Cpu)));
+    isq.transpose().map_err(|reason| MistralError::Unusable {
+        path: files.path.clone(),
         reason,
     })
 }
 
-/// Loads on a thread of its own. The inner error is what mistral.rs says.
+/// Loads the model on the calling thread. The inner error is the message of mistral.rs.
 fn open(
-    source: &Source,
-    numbers: (Numbers, Option<IsqType>),
+    files: &ModelFiles,
+    dtype: LoadDtype,
+    isq: Option<IsqType>,
 ) -> Result<Result<Engine, String>, MistralError> {
-    let (weights, config) = (source.weights()?, source.config()?);
+    let (weights, config) = (files.weights()?, files.config()?);
     let config = config.as_ref().map(|file| file.path());
-    Ok(pipeline(source, (weights, config), numbers).and_then(|pipeline| engine(source, &pipeline)))
+    let pipeline = pipeline(files, weights, config, dtype, isq);
+    Ok(pipeline.and_then(|pipeline| engine(files, &pipeline)))
 }
 
 fn pipeline(
-    source: &Source,
-    files: (Vec<PathBuf>, Option<&Path>),
-    (numbers, isq): (Numbers, Option<IsqType>),
+    files: &ModelFiles,
+    weights: Vec<PathBuf>,
+    config: Option<&Path>,
+    dtype: LoadDtype,
+    isq: Option<IsqType>,
 ) -> Result<SharedPipeline, String> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let template = source.chat_template.as_deref().map(text);
-    let model = text(&source.path);
-    let loader: Box<dyn Loader> = if source.is_gguf() {
+    let template = files.chat_template.as_deref().map(text);
+    let model = text(&files.path);
+    let loader: Box<dyn Loader> = if files.is_gguf() {
         let config = GGUFSpecificConfig::default();
-        let files = vec![model.clone()];
-        GGUFLoaderBuilder::new(None, None, model, files, config, false, template).build()
+        let names = vec![model.clone()];
+        GGUFLoaderBuilder::new(None, None, model, names, config, false, template).build()
     } else {
         let config = NormalSpecificConfig::default();
         NormalLoaderBuilder::new(config, None, None, Some(model), false, template)
             .build(None)
             .map_err(|error| format!("{error:#}"))?
     };
-    let dtype = match numbers {
-        Numbers::F32 => ModelDType::F32,
-        Numbers::Fitting => ModelDType::Auto,
+    let dtype = match dtype {
+        LoadDtype::F32 => ModelDType::F32,
+        LoadDtype::Auto => ModelDType::Auto,
     };
     loader
         .load_model_from_path(
-            &paths(source, files),
+            &model_paths(files, weights, config),
             &dtype,
             &Device::Cpu,
             true,
@@ -327,53 +340,53 @@ fn pipeline(
         .map_err(|error| format!("{error:#}"))
 }
 
-/// The model's files, so that mistral.rs looks for none.
-fn paths(
-    source: &Source,
-    (filenames, config): (Vec<PathBuf>, Option<&Path>),
+/// Paths of the model's files, so that mistral.rs searches for none.
+fn model_paths(
+    files: &ModelFiles,
+    weights: Vec<PathBuf>,
+    config: Option<&Path>,
 ) -> Box<dyn ModelPaths> {
-    let own = if source.is_gguf() {
+    let default_tokenizer = if files.is_gguf() {
         PathBuf::new()
     } else {
-        source.path.join("tokenizer.json")
+        files.path.join("tokenizer.json")
     };
     Box::new(LocalModelPaths {
-        tokenizer_filename: source.tokenizer.clone().unwrap_or(own),
-        config_filename: config.map_or_else(|| source.path.join("config.json"), Path::to_owned),
-        template_filename: source
+        tokenizer_filename: files.tokenizer.clone().unwrap_or(default_tokenizer),
+        config_filename: config.map_or_else(|| files.path.join("config.json"), Path::to_owned),
+        template_filename: files
             .optional("chat_template.jinja")
-            .or_else(|| source.optional("tokenizer_config.json")),
-        filenames,
+            .or_else(|| files.optional("tokenizer_config.json")),
+        filenames: weights,
         adapter_paths: AdapterPaths::None,
-        gen_conf: source.optional("generation_config.json"),
+        gen_conf: files.optional("generation_config.json"),
         preprocessor_config: None,
         processor_config: None,
-        chat_template_json_filename: source.optional("chat_template.json"),
+        chat_template_json_filename: files.optional("chat_template.json"),
     })
 }
 
-fn engine(source: &Source, pipeline: &SharedPipeline) -> Result<Engine, String> {
+fn engine(files: &ModelFiles, pipeline: &SharedPipeline) -> Result<Engine, String> {
     let (tokenizer, end_tokens, has_chat_template) = {
         let pipeline = pipeline.blocking_lock();
         let template = pipeline.get_chat_template();
         (
-            pipeline.tokenizer().ok_or("it has no tokenizer")?,
+            pipeline.tokenizer().ok_or("the model has no tokenizer")?,
             pipeline.get_metadata().eos_tok.clone(),
             template.is_some_and(|template| template.has_chat_template()),
         )
     };
-    // One completion after the other: on the CPU mistral.rs 0.8.1 gives every member of a batch the attention
-    // of its last one.
+    // Batch size 1: in a batch on the CPU, mistral.rs 0.8.1 gives every sequence the attention of the last one.
     let method = SchedulerConfig::DefaultScheduler {
         method: DefaultSchedulerMethod::Fixed(NonZeroUsize::MIN),
     };
     let mistral = MistralRsBuilder::new(pipeline.clone(), method, false, None);
     let mistral = mistral.with_no_prefix_cache(true);
-    // In a runtime of one thread mistral.rs does without its trial run.
-    let building = tokio::runtime::Builder::new_current_thread()
+    // In a single-threaded runtime mistral.rs skips its warm-up run.
+    let build_runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
-    let mistral = building
+    let mistral = build_runtime
         .map_err(|error| error.to_string())?
         .block_on(mistral.build());
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -383,11 +396,13 @@ fn engine(source: &Source, pipeline: &SharedPipeline) -> Result<Engine, String> 
         .build()
         .map_err(|error| error.to_string())?;
     Ok(Engine {
-        path: source.path.clone(),
+        path: files.path.clone(),
         requests: mistral
             .get_sender(None)
             .map_err(|error| error.to_string())?,
-        decode: Box::new(move |ids, plain| tokenizer.decode(ids, plain).unwrap_or_default()),
+        decode: Box::new(move |ids, skip_special| {
+            tokenizer.decode(ids, skip_special).unwrap_or_default()
+        }),
         end_tokens,
         has_chat_template,
         runtime: Some(runtime),
@@ -395,34 +410,35 @@ fn engine(source: &Source, pipeline: &SharedPipeline) -> Result<Engine, String> 
     })
 }
 
-/// mistral.rs panics on files that are not what it expects. Such a panic becomes an error, told once.
-fn tell_no_panics_of_the_loader() {
+/// Suppresses the panic message of the load thread: mistral.rs panics on malformed files, and the panic is returned as
+/// an error.
+fn silence_panics_of_the_load_thread() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let told_before = std::panic::take_hook();
+        let previous_hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            if thread::current().name() != Some(LOADER) {
-                told_before(panic);
+            if thread::current().name() != Some(LOAD_THREAD) {
+                previous_hook(panic);
             }
         }));
     });
 }
 
-/// What a thread that panicked said.
-fn panic_of(thread: JoinHandle<()>) -> String {
-    let Err(said) = thread.join() else {
-        return "its thread ended without an answer".into();
+/// Panic message of a thread.
+fn panic_message(thread: JoinHandle<()>) -> String {
+    let Err(payload) = thread.join() else {
+        return "the load thread ended without a result".into();
     };
-    let text = said.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| said.downcast_ref::<&str>().copied());
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
     text.unwrap_or("it panicked").to_owned()
 }
 
-/// What may help.
-fn remedy(source: &Source) -> &'static str {
-    if source.is_gguf() {
-        "fetch or convert the file again, from a model of an architecture that mistral.rs knows"
+/// Suggested remedy for a load error.
+fn remedy(files: &ModelFiles) -> &'static str {
+    if files.is_gguf() {
+        "download or convert the file again, from an architecture that mistral.rs supports"
     } else {
-        "take a folder whose files are whole, of an architecture that mistral.rs knows, such as Llama, Mistral, Qwen2 or Qwen3"
+        "use a complete folder of an architecture that mistral.rs supports, such as Llama, Mistral, Qwen2 or Qwen3"
     }
 }

@@ -1,14 +1,14 @@
-//! What can go wrong with mistral.rs, by what the caller can do about it.
+//! Errors of the crate.
 
 use std::{io, path::PathBuf, time::Duration};
 
 use thiserror::Error;
 
-/// Why a model cannot be had from mistral.rs, or does not answer.
+/// Errors of loading a model with mistral.rs and of generating with it.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum MistralError {
-    /// This build is without mistral.rs.
+    /// The build does not include mistral.rs.
     #[error(
         "this build of agon is without mistral.rs: build it with `cargo build --release --features mistral`"
     )]
@@ -18,50 +18,62 @@ pub enum MistralError {
     Unreadable {
         /// The file or folder.
         path: PathBuf,
-        /// What the system says.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// What is asked for does not fit the model's files.
+    /// The settings do not match the model's files.
     #[error("{path} is not usable: {reason}")]
     Unusable {
         /// The file or folder.
         path: PathBuf,
-        /// What is wrong, and what would be right.
+        /// What is wrong and what is required.
         reason: String,
     },
-    /// mistral.rs does not load the model.
-    #[error("mistral.rs does not load {path}: {reason}; {remedy}")]
+    /// mistral.rs cannot load the model.
+    #[error("mistral.rs cannot load {path}: {reason}; {remedy}")]
     Load {
         /// The file or folder.
         path: PathBuf,
-        /// What it says.
+        /// The error of mistral.rs.
         reason: String,
-        /// What may help.
+        /// Suggested remedy.
         remedy: &'static str,
     },
-    /// A model that is to chat has no template for it.
-    #[error(
-        "{path} has no chat template: take a model that was trained to chat, or name a .jinja file with {setting}"
-    )]
+    /// The model has no chat template.
+    #[error("{path} has no chat template: use a chat model, or name a .jinja file with {setting}")]
     NoTemplate {
         /// The file or folder.
         path: PathBuf,
-        /// Where a file can be named.
+        /// Setting or option that names a template file.
         setting: &'static str,
     },
-    /// A prompt that cannot be put into tokens.
-    #[error("a prompt cannot be put into tokens: {reason}")]
+    /// A prompt cannot be tokenized.
+    #[error("failed to tokenize a prompt: {reason}")]
     Prompt {
         /// Why.
         reason: String,
     },
-    /// An answer did not come in time.
+    /// The engine exceeded a timeout.
     #[error("mistral.rs did not answer within {} s", .0.as_secs_f64())]
-    Late(Duration),
-    /// It fails while it writes.
+    Timeout(Duration),
+    /// Generation failed.
     #[error("mistral.rs failed: {0}")]
     Failed(String),
-    /// Its thread is gone.
+    /// The engine thread has ended.
     #[error("the thread of mistral.rs ended unexpectedly (it panicked; see the log)")]
-    Gone,
+    ThreadEnded,
+}
+
+impl messages::Classified for MistralError {
+    fn class(&self) -> messages::ErrorClass {
+        use messages::ErrorClass;
+        match self {
+            Self::NotBuilt => ErrorClass::Usage,
+            Self::Unreadable { .. }
+            | Self::Unusable { .. }
+            | Self::Load { .. }
+            | Self::NoTemplate { .. } => ErrorClass::Resource,
+            _ => ErrorClass::Failed,
+        }
+    }
 }

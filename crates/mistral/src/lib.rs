@@ -1,65 +1,65 @@
-//! mistral.rs as a chat model and as a writer of completions.
+//! mistral.rs as a chat model and as a rollout sampler.
 //!
-//! [`Engine`] loads a model from files and gives, token by token, the logits of a completion to a
-//! [`TokenWriter`], which says what the next token is: so nothing is drawn by mistral.rs itself, and what is
-//! recorded of a token is computed here. [`Chat`] answers prompts with it, with the log-probabilities of
-//! every token. [`Rollouts`] writes completions of a policy and its reference as `model`'s own sampler does.
+//! [`Engine`] loads a model from files and passes the logits of every position to a [`TokenSelector`], which returns
+//! the next token: mistral.rs itself samples nothing, and log-probabilities are computed here. [`Chat`] answers prompts
+//! with the log-probability of every token. [`Rollouts`] samples completions from a mixture of policy and reference,
+//! like the sampler of `model`.
 //!
-//! mistral.rs brings tensors of its own: what passes between it and the rest are ids, text and files. It is
-//! compiled with the feature `engine` only; without it an [`Engine`] cannot be had, and says so. What
-//! answers and completions are for, this crate does not know.
+//! mistral.rs has its own tensor type, so only token ids, text and files cross this boundary. It is compiled with the
+//! feature `engine` only; without it [`Engine::load`] fails with [`MistralError::NotBuilt`]. The crate does not know
+//! what completions are used for.
 
-#[cfg(not(feature = "engine"))]
-mod absent;
 mod chat;
 #[cfg(feature = "engine")]
 mod engine;
 mod error;
+mod model_files;
 mod rollouts;
-mod source;
+#[cfg(not(feature = "engine"))]
+mod stub;
 
 use std::time::Duration;
 
-#[cfg(not(feature = "engine"))]
-pub use absent::Engine;
-pub use chat::{Alternative, Answer, Chat, SaidToken};
+pub use chat::{CandidateToken, Chat, GeneratedText, GeneratedToken};
 #[cfg(feature = "engine")]
 pub use engine::Engine;
 pub use error::MistralError;
+pub use model_files::ModelFiles;
 pub use rollouts::{Rollouts, RolloutsParts};
-pub use source::Source;
+#[cfg(not(feature = "engine"))]
+pub use stub::Engine;
 
-/// Decides the tokens of one completion.
-pub trait TokenWriter: Send + 'static {
-    /// The token that follows `context`, the prompt and what was written since; `logits` has one number a
-    /// token. None: it cannot go on, and the completion ends.
-    fn next(&mut self, logits: &[f32], context: &[u32]) -> Option<u32>;
+/// Selects the tokens of one completion from its logits.
+pub trait TokenSelector: Send + 'static {
+    /// Selects the token that follows `context` (the prompt and the tokens generated so far) from `logits`, one value
+    /// per vocabulary token. `None` ends the completion.
+    fn select(&mut self, logits: &[f32], context: &[u32]) -> Option<u32>;
 }
 
-/// A completion that is asked of an [`Engine`].
+/// A completion request to an [`Engine`].
 #[derive(Debug, Clone)]
-pub struct Asked {
-    /// The prompt's tokens.
+pub struct EngineRequest {
+    /// Token ids of the prompt.
     pub ids: Vec<u32>,
-    /// The longest completion, in tokens.
+    /// Maximum length of the completion, in tokens.
     pub max_new_tokens: usize,
-    /// How long it may take.
-    pub patience: Duration,
+    /// Timeout, queueing included.
+    pub timeout: Duration,
 }
 
-/// The number format of weights and activations.
+/// Dtype in which weights are loaded and computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Numbers {
+pub enum LoadDtype {
     /// 32-bit floating point.
     F32,
-    /// What the processor computes best, of those that the model is made for.
-    Fitting,
+    /// Chosen by mistral.rs from the model's dtype and the processor.
+    Auto,
 }
 
-/// Whether this build has mistral.rs.
+/// Checks that this build includes mistral.rs.
 ///
 /// # Errors
-/// When it has not.
+/// [`MistralError::NotBuilt`] if it does not.
 pub fn is_built() -> Result<(), MistralError> {
     if cfg!(feature = "engine") {
         Ok(())

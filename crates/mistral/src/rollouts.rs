@@ -1,10 +1,9 @@
-//! Completions of a policy that mistral.rs computes, mixed with Agon's own reference beside it.
+//! Rollout sampler with the policy in mistral.rs and the reference in Agon's own decoder.
 //!
-//! Each completion has a cached reference of its own, which reads the prompt when the completion begins and
-//! one token after the other: so nothing is locked while it computes. What is drawn, and what is recorded of
-//! a token, is `model`'s own [`Continuation`]: the same seed draws the same tokens as Agon's own sampler
-//! wherever the two agree on the policy's logits, which they do up to rounding. The policy lies in a temporary
-//! folder and is loaded anew with every version.
+//! Each completion has its own reference decoder with one KV-cache slot, prefilled when the completion starts, so no
+//! lock is held while the reference computes. Sampling and recording are those of `model`'s [`CompletionSampler`]: the
+//! same seed samples the same tokens as Agon's own sampler wherever the policy logits agree, which they do up to
+//! rounding. Every policy version is saved to a temporary folder and loaded from there.
 
 use std::{
     collections::VecDeque,
@@ -15,76 +14,81 @@ use std::{
 
 use messages::Completion;
 use model::{
-    CompletionWriter, Continuation, DType, Finished, LanguageModel, ModelError, ModelFolder,
-    Precision, Request, SamplingSettings, StopTokens,
+    CompletionSampler, DType, Finished, LanguageModel, ModelError, ModelFolder, Precision, Request,
+    Sampler, SamplingSettings, StopTokens,
     decode::{Decoder, Logits, Prefill},
-    sampling::{Groups, Scratch, only_idle, share_vocabulary},
+    sampling::{ActiveRequests, Scratch, TokenLogits, ensure_idle, ensure_shared_vocabulary},
     save_folder,
 };
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::{Asked, Engine, MistralError, Numbers, Source, TokenWriter};
+use crate::{
+    EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
+    stub::Engine,
+};
 
-/// How long [`Rollouts::step`] waits for a completion to end, so that new prompts find their way in.
-const MOMENT: Duration = Duration::from_millis(10);
+/// Maximum wait of [`Rollouts::step`] for a completion, so that new requests are admitted in between.
+const STEP_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// Files that would give mistral.rs other ends of text than `model` knows.
-const OF_THE_TOKENIZER: [&str; 3] = [
+/// Files that could give mistral.rs other stop tokens than those of `model`; they are removed.
+const TOKENIZER_FILES: [&str; 3] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
 
-/// What [`Rollouts`] are made of.
+/// Constituents of [`Rollouts`].
 pub struct RolloutsParts {
-    /// The folder with the tokenizer and the configuration of both models.
+    /// Folder with the tokenizer and the configuration of both models.
     pub folder: ModelFolder,
-    /// The policy at the start.
+    /// Initial policy.
     pub policy: LanguageModel,
-    /// The fixed reference, unless it is the policy itself.
+    /// Reference model; `None` if it is the policy itself.
     pub reference: Option<LanguageModel>,
-    /// How tokens are drawn.
+    /// Sampling settings.
     pub sampling: SamplingSettings,
-    /// Completions of one prompt at most.
+    /// Maximum completions per prompt.
     pub slots: usize,
-    /// How long one completion may take.
-    pub patience: Duration,
+    /// Timeout of one completion.
+    pub timeout: Duration,
 }
 
-/// A policy that mistral.rs computes and its reference, writing.
+/// Sampler with the policy in mistral.rs and the reference in Agon's decoder.
 pub struct Rollouts {
     folder: ModelFolder,
-    /// Without slots: every completion has one of its own. None: the reference is the policy.
+    /// Reference decoder without slots, from which each completion derives its own. `None`: the reference is the
+    /// policy.
     reference: Option<Decoder>,
     sampling: SamplingSettings,
     slots: usize,
-    patience: Duration,
-    /// None only while another policy is being loaded, or after one could not be.
-    policy: Option<Loaded>,
+    timeout: Duration,
+    /// `None` while a policy is being loaded and after loading failed.
+    policy: Option<LoadedPolicy>,
+    /// Maximum sequence length of both models.
     positions: usize,
-    /// The tokens that end completions.
+    /// Tokens that end a completion.
     stops: StopTokens,
-    /// Completions to be written: of which request, and which of its completions.
-    waiting: VecDeque<(Arc<Request>, usize)>,
-    groups: Groups,
-    /// Whether a completion is being written.
-    is_writing: bool,
-    told: mpsc::Sender<Ended>,
-    ended: mpsc::Receiver<Ended>,
+    /// Queued completions: the request and the index among its completions.
+    queue: VecDeque<(Arc<Request>, usize)>,
+    active: ActiveRequests,
+    /// Whether a completion is running.
+    is_running: bool,
+    sender: mpsc::Sender<EndedCompletion>,
+    ended: mpsc::Receiver<EndedCompletion>,
 }
 
-/// A policy in mistral.rs, and where it was read from.
-struct Loaded {
+/// A policy loaded in mistral.rs and its temporary folder.
+struct LoadedPolicy {
     engine: Engine,
     _folder: TempDir,
 }
 
-/// A completion that has ended.
-struct Ended {
+/// A completion that has ended, successfully or not.
+struct EndedCompletion {
     key: u64,
     index: usize,
-    mixing: Mixing,
+    selector: MixtureSelector,
     result: Result<(), MistralError>,
 }
 
@@ -92,16 +96,16 @@ impl Rollouts {
     /// Loads the policy.
     ///
     /// # Errors
-    /// When mistral.rs cannot have it, or the models' vocabularies differ.
+    /// If mistral.rs cannot load the policy, or the vocabularies of the models differ.
     pub fn new(parts: RolloutsParts) -> Result<Self, ModelError> {
         let mut positions = parts.policy.config().max_positions;
         if let Some(reference) = &parts.reference {
-            share_vocabulary(&parts.policy, reference)?;
+            ensure_shared_vocabulary(&parts.policy, reference)?;
             positions = positions.min(reference.config().max_positions);
         }
         let precision = parts.sampling.precision;
         let decoder = |model| Decoder::new(model, precision, 0, positions);
-        let (told, ended) = mpsc::channel();
+        let (sender, ended) = mpsc::channel();
         let loaded = load(&parts.folder, &parts.policy)?;
         Ok(Self {
             stops: parts.policy.config().stops.clone(),
@@ -109,56 +113,59 @@ impl Rollouts {
             reference: parts.reference.map(decoder).transpose()?,
             sampling: parts.sampling,
             slots: parts.slots,
-            patience: parts.patience,
+            timeout: parts.timeout,
             policy: Some(loaded),
             positions,
-            waiting: VecDeque::new(),
-            groups: Groups::default(),
-            is_writing: false,
-            told,
+            queue: VecDeque::new(),
+            active: ActiveRequests::default(),
+            is_running: false,
+            sender,
             ended,
         })
     }
 
-    /// Starts on the next completion when none is being written.
+    /// Starts the next queued completion unless one is running.
     fn start(&mut self) -> Result<(), ModelError> {
-        let policy = self.policy.as_ref().ok_or_else(|| {
-            ModelError::Engine("write completions: the policy was not loaded".into())
-        })?;
-        if self.is_writing {
+        let policy = self
+            .policy
+            .as_ref()
+            .ok_or_else(|| ModelError::Engine("sample completions: no policy is loaded".into()))?;
+        if self.is_running {
             return Ok(());
         }
-        let Some((request, index)) = self.waiting.pop_front() else {
+        let Some((request, index)) = self.queue.pop_front() else {
             return Ok(());
         };
-        let mixing = self.mixing(&request, index)?;
-        let asked = Asked {
+        let selector = self.selector(&request, index)?;
+        let engine_request = EngineRequest {
             ids: request.ids.clone(),
             max_new_tokens: request.max_new_tokens,
-            patience: self.patience,
+            timeout: self.timeout,
         };
-        let (told, key) = (self.told.clone(), request.key);
-        policy.engine.start(asked, mixing, move |mixing, result| {
-            let ended = Ended {
-                key,
-                index,
-                mixing,
-                result,
-            };
-            // Nobody listens any more when the rollouts are gone.
-            drop(told.send(ended));
-        });
-        self.is_writing = true;
+        let (sender, key) = (self.sender.clone(), request.key);
+        policy
+            .engine
+            .start(engine_request, selector, move |selector, result| {
+                let ended = EndedCompletion {
+                    key,
+                    index,
+                    selector,
+                    result,
+                };
+                // The receiver is gone once the sampler is dropped.
+                drop(sender.send(ended));
+            });
+        self.is_running = true;
         Ok(())
     }
 
-    fn mixing(&self, request: &Request, index: usize) -> Result<Mixing, ModelError> {
+    fn selector(&self, request: &Request, index: usize) -> Result<MixtureSelector, ModelError> {
         let capacity = request.ids.len() + request.max_new_tokens;
-        let beside = |reference: &Decoder| reference.with_slots(1, capacity);
-        Ok(Mixing {
+        let with_slot = |reference: &Decoder| reference.with_slots(1, capacity);
+        Ok(MixtureSelector {
             prompt: request.ids.clone(),
-            continuation: Continuation::new(request, index),
-            reference: self.reference.as_ref().map(beside).transpose()?,
+            completion_sampler: CompletionSampler::new(request, index),
+            reference: self.reference.as_ref().map(with_slot).transpose()?,
             sampling: self.sampling,
             stops: self.stops.clone(),
             scratch: Scratch::default(),
@@ -166,36 +173,36 @@ impl Rollouts {
         })
     }
 
-    fn end(&mut self, ended: Ended) -> Result<(), ModelError> {
-        self.is_writing = false;
+    fn end(&mut self, ended: EndedCompletion) -> Result<(), ModelError> {
+        self.is_running = false;
         let (key, index) = (ended.key, ended.index);
-        self.groups.end(key, index, ended.completion()?);
+        self.active.end(key, index, ended.completion()?);
         Ok(())
     }
 }
 
-impl CompletionWriter for Rollouts {
+impl Sampler for Rollouts {
     fn admit(&mut self, request: Request) -> Result<(), ModelError> {
-        request.fits(self.slots, self.positions)?;
-        self.groups.begin(&request);
+        request.check_capacity(self.slots, self.positions)?;
+        self.active.begin(&request);
         let request = Arc::new(request);
         for index in 0..request.mixture_coefs.len() {
-            self.waiting.push_back((Arc::clone(&request), index));
+            self.queue.push_back((Arc::clone(&request), index));
         }
         Ok(())
     }
 
-    /// Starts on the next completion, then waits a moment for it to end.
+    /// Starts the next completion, then waits up to [`STEP_TIMEOUT`] for it to end.
     fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
         self.start()?;
-        if let Ok(ended) = self.ended.recv_timeout(MOMENT) {
+        if let Ok(ended) = self.ended.recv_timeout(STEP_TIMEOUT) {
             self.end(ended)?;
         }
-        Ok(self.groups.take_finished())
+        Ok(self.active.take_finished())
     }
 
     fn is_idle(&self) -> bool {
-        self.groups.is_empty()
+        self.active.is_empty()
     }
 
     fn set_policy(
@@ -203,43 +210,43 @@ impl CompletionWriter for Rollouts {
         policy: LanguageModel,
         precision: Precision,
     ) -> Result<(), ModelError> {
-        only_idle(self)?;
+        ensure_idle(self)?;
         if let Some(reference) = &mut self.reference {
             reference.set_precision(precision)?;
         }
-        // The former is let go first: there may be room for one.
+        // The previous policy is dropped first: memory may suffice for one only.
         self.policy = None;
         self.policy = Some(load(&self.folder, &policy)?);
         Ok(())
     }
 }
 
-impl Ended {
-    /// The completion, when all went well.
+impl EndedCompletion {
+    /// The completion, or why it failed.
     fn completion(self) -> Result<Completion, ModelError> {
-        let Mixing {
+        let MixtureSelector {
             failure,
-            continuation,
+            completion_sampler,
             ..
-        } = self.mixing;
+        } = self.selector;
         if let Some(failure) = failure {
             return Err(failure);
         }
-        let failed = |reason: String| ModelError::Engine(format!("write a completion: {reason}"));
+        let failed = |reason: String| ModelError::Engine(format!("sample a completion: {reason}"));
         self.result.map_err(|error| failed(error.to_string()))?;
-        if !continuation.has_ended() {
+        if !completion_sampler.has_ended() {
             let reason = format!(
-                "mistral.rs ended it after token {:?}, which ends no text by the model's config.json and generation_config.json",
-                continuation.ids().last()
+                "mistral.rs ended it after token {:?}, which is no end-of-text token in the model's config.json and generation_config.json",
+                completion_sampler.ids().last()
             );
             return Err(failed(reason));
         }
-        Ok(continuation.into_completion())
+        Ok(completion_sampler.into_completion())
     }
 }
 
-/// Has mistral.rs load this policy, an adapter merged into it, from a folder made for it.
-fn load(folder: &ModelFolder, policy: &LanguageModel) -> Result<Loaded, ModelError> {
+/// Saves the policy, its adapter merged, to a temporary folder and loads it in mistral.rs.
+fn load(folder: &ModelFolder, policy: &LanguageModel) -> Result<LoadedPolicy, ModelError> {
     let temporary = tempfile::Builder::new().prefix("agon-policy-").tempdir();
     let temporary = temporary.map_err(|source| ModelError::Unwritable {
         path: std::env::temp_dir(),
@@ -248,29 +255,29 @@ fn load(folder: &ModelFolder, policy: &LanguageModel) -> Result<Loaded, ModelErr
     let path = temporary.path();
     save_folder(path, folder, &policy.merged()?.to_dtype(DType::F32)?)?;
     let stops: Vec<u32> = policy.config().stops.ids().collect();
-    let ends = json!({"eos_token_id": stops}).to_string();
+    let generation_config = json!({"eos_token_id": stops}).to_string();
     let unwritable = |source| ModelError::Unwritable {
         path: path.to_owned(),
         source,
     };
-    fs::write(path.join("generation_config.json"), ends).map_err(unwritable)?;
-    for name in OF_THE_TOKENIZER {
+    fs::write(path.join("generation_config.json"), generation_config).map_err(unwritable)?;
+    for name in TOKENIZER_FILES {
         if path.join(name).exists() {
             fs::remove_file(path.join(name)).map_err(unwritable)?;
         }
     }
-    let engine = Engine::load(&Source::folder(path), Numbers::F32);
-    Ok(Loaded {
+    let engine = Engine::load(&ModelFiles::folder(path), LoadDtype::F32);
+    Ok(LoadedPolicy {
         engine: engine.map_err(|error| ModelError::Engine(format!("load the policy: {error}")))?,
         _folder: temporary,
     })
 }
 
-/// Mixes the policy's logits with the reference's, draws, and records.
-struct Mixing {
+/// Samples tokens from the mixture of policy and reference and records their log-probabilities.
+struct MixtureSelector {
     prompt: Vec<u32>,
-    continuation: Continuation,
-    /// One slot.
+    completion_sampler: CompletionSampler,
+    /// Reference decoder with one slot.
     reference: Option<Decoder>,
     sampling: SamplingSettings,
     stops: StopTokens,
@@ -278,38 +285,39 @@ struct Mixing {
     failure: Option<ModelError>,
 }
 
-impl Mixing {
-    fn write(&mut self, policy: &[f32], context: &[u32]) -> Result<u32, ModelError> {
-        let written = self.continuation.ids();
-        let (prompt, since) = context.split_at(self.prompt.len().min(context.len()));
-        if prompt != self.prompt || since != written {
-            let reason = "write a completion: mistral.rs continues other tokens than were written";
+impl MixtureSelector {
+    fn sample(&mut self, policy: &[f32], context: &[u32]) -> Result<u32, ModelError> {
+        let sampled = self.completion_sampler.ids();
+        let (prompt, generated) = context.split_at(self.prompt.len().min(context.len()));
+        if prompt != self.prompt || generated != sampled {
+            let reason =
+                "sample a completion: the context of mistral.rs differs from the sampled tokens";
             return Err(ModelError::Engine(reason.into()));
         }
         let reference = self.reference_logits()?;
         let reference = reference.as_ref().map_or(policy, |logits| logits.row(0));
         if reference.len() != policy.len() {
             let reason = format!(
-                "write a completion: mistral.rs gives {} logits, the vocabulary has {}",
+                "sample a completion: mistral.rs returned {} logits for a vocabulary of {}",
                 policy.len(),
                 reference.len()
             );
             return Err(ModelError::Engine(reason));
         }
-        self.continuation.write(
-            (policy, reference),
+        self.completion_sampler.sample(
+            TokenLogits { policy, reference },
             &self.sampling,
             &self.stops,
             &mut self.scratch,
         )
     }
 
-    /// The reference's logits of the next token.
+    /// Logits of the reference for the next token.
     fn reference_logits(&mut self) -> Result<Option<Logits>, ModelError> {
         let Some(reference) = &mut self.reference else {
             return Ok(None);
         };
-        let logits = match self.continuation.ids().last() {
+        let logits = match self.completion_sampler.ids().last() {
             Some(&last) => reference.extend(&[0], &[last])?,
             None => reference.prefill(&[Prefill {
                 ids: &self.prompt,
@@ -320,9 +328,9 @@ impl Mixing {
     }
 }
 
-impl TokenWriter for Mixing {
-    fn next(&mut self, logits: &[f32], context: &[u32]) -> Option<u32> {
-        match self.write(logits, context) {
+impl TokenSelector for MixtureSelector {
+    fn select(&mut self, logits: &[f32], context: &[u32]) -> Option<u32> {
+        match self.sample(logits, context) {
             Ok(token) => Some(token),
             Err(failure) => {
                 self.failure.get_or_insert(failure);

@@ -1,23 +1,23 @@
-//! From a Hugging Face `config.json`, in the old style (`rope_theta`, `rope_scaling`) or in that of
-//! transformers 5 (`rope_parameters`), to the few numbers that the network needs.
+//! Model configuration read from a Hugging Face `config.json`, in the old style (`rope_theta`, `rope_scaling`) or that
+//! of transformers 5 (`rope_parameters`).
 //!
-//! What a file leaves out is what transformers 5.23 takes for it; what it says beyond that is harmless, reported or
-//! refused (`keys`).
+//! Missing keys get the defaults of transformers 5.23; keys that are not read are harmless, reported or refused
+//! (`keys`).
 
 use std::path::Path;
 
 use serde_json::Value;
 
 use crate::{
-    ModelError,
-    keys::{self, Attention},
+    error::ModelError,
+    keys::{self, AttentionMask},
     reward,
-    rope::{Rope, kept_rows},
-    shards::{EMBEDDING, HEAD, Shards, Wanted, is_fetched, missing},
+    rope::{Rope, cached_rows},
+    shards::{EMBEDDING, ExpectedTensors, HEAD, Shards, check_not_lfs_pointer, missing},
     stop_tokens::StopTokens,
 };
 
-/// The architectures that can be loaded, as `config.json` names them.
+/// Supported language-model architectures, as `config.json` names them.
 pub const SUPPORTED_ARCHITECTURES: [&str; 4] = [
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -25,7 +25,7 @@ pub const SUPPORTED_ARCHITECTURES: [&str; 4] = [
     "Qwen3ForCausalLM",
 ];
 
-/// The architectures of decoders with a head that scores, as `config.json` names them.
+/// Supported reward-model architectures, as `config.json` names them.
 pub const SUPPORTED_REWARD_ARCHITECTURES: [&str; 4] = [
     "LlamaForSequenceClassification",
     "MistralForSequenceClassification",
@@ -33,17 +33,17 @@ pub const SUPPORTED_REWARD_ARCHITECTURES: [&str; 4] = [
     "Qwen3ForSequenceClassification",
 ];
 
-/// What a decoder's hidden states are for.
+/// The head of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Task {
-    /// The next token.
+pub(crate) enum ModelTask {
+    /// Next-token prediction.
     Language,
-    /// A score.
+    /// Sequence classification, as a reward.
     Reward,
 }
 
-impl Task {
-    /// How `config.json` names the architectures for it.
+impl ModelTask {
+    /// Supported architectures with this head, as `config.json` names them.
     pub(crate) fn architectures(self) -> &'static [&'static str] {
         match self {
             Self::Language => &SUPPORTED_ARCHITECTURES,
@@ -51,7 +51,7 @@ impl Task {
         }
     }
 
-    /// Keys of `config.json` that are read for it beside those of the decoder.
+    /// Keys of `config.json` that are read for this head, in addition to those of the decoder.
     fn keys(self) -> &'static [&'static str] {
         match self {
             Self::Language => &["id2label", "label2id", "num_labels"],
@@ -60,77 +60,77 @@ impl Task {
     }
 }
 
-/// Which family of decoders a model belongs to.
+/// Model family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
-    /// Llama and all that copy it, SmolLM for one.
+    /// Llama and models of the same architecture, such as SmolLM.
     Llama,
     /// Mistral: Llama with an optional sliding window.
     Mistral,
-    /// Qwen 2 and 2.5: Llama with biases on queries, keys and values.
+    /// Qwen 2 and 2.5: Llama with query, key and value biases.
     Qwen2,
-    /// Qwen 3: Llama with normalised queries and keys.
+    /// Qwen 3: Llama with RMSNorm on queries and keys.
     Qwen3,
 }
 
-/// The shape of a decoder.
+/// Hyperparameters of a decoder.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
-    /// Its family.
+    /// Model family.
     pub architecture: Architecture,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the feed-forward part.
+    /// Width of the feed-forward layer.
     pub intermediate_size: usize,
-    /// Transformer blocks.
+    /// Number of transformer blocks.
     pub layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key and value heads; divides `heads`.
+    /// Number of key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of an attention head.
     pub head_dim: usize,
-    /// Tokens in the vocabulary.
+    /// Vocabulary size.
     pub vocab_size: usize,
-    /// The longest sequence, prompt and completion together.
+    /// Maximum sequence length, prompt and completion together.
     pub max_positions: usize,
-    /// Added to the mean square in RMSNorm.
+    /// RMSNorm epsilon, added to the mean square.
     pub rms_norm_eps: f64,
     /// Base and scaling of the rotary frequencies.
     pub rope: Rope,
-    /// Of each layer: a token sees so many tokens, itself included; none: all before it.
+    /// Sliding-window size of each layer in tokens, the query itself included; `None` for full causal attention.
     pub windows: Vec<Option<usize>>,
-    /// Whether queries, keys and values have biases.
+    /// Whether the query, key and value projections have biases.
     pub qkv_bias: bool,
-    /// Whether the attention's output has a bias.
+    /// Whether the attention output projection has a bias.
     pub output_bias: bool,
-    /// Whether queries and keys are normalised per head.
+    /// Whether queries and keys are RMS-normalised per head.
     pub qk_norm: bool,
-    /// Whether the output head is the embedding.
+    /// Whether the language-model head shares the embedding's weights.
     pub tied_head: bool,
-    /// The token that begins a text.
+    /// Beginning-of-sequence token.
     pub bos: Option<u32>,
-    /// The tokens that end a completion; the tokenizer's among them where the folder was opened with it.
+    /// Tokens that end a completion, including the tokenizer's when the folder was opened with it.
     pub stops: StopTokens,
-    /// `config.json` as it was read, to be written again.
+    /// The raw `config.json`, preserved for saving.
     pub raw: Value,
 }
 
 impl ModelConfig {
-    /// Reads `folder/config.json`, and `folder/generation_config.json` for more tokens that end a completion.
+    /// Reads `folder/config.json`, and further stop tokens from `folder/generation_config.json`.
     ///
     /// # Errors
     /// When a file is missing or malformed, or the architecture is not supported.
     pub fn load(folder: &Path) -> Result<Self, ModelError> {
-        Self::load_for(Task::Language, folder)
+        Self::load_for(ModelTask::Language, folder)
     }
 
-    /// As [`Self::load`], of a folder that is for `task`.
-    pub(crate) fn load_for(task: Task, folder: &Path) -> Result<Self, ModelError> {
+    /// As [`Self::load`], for a folder of a model with the head of `task`.
+    pub(crate) fn load_for(task: ModelTask, folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
         let raw = match task {
-            Task::Language => read_json(&path)?,
-            Task::Reward => reward::from_disk(read_json(&path)?),
+            ModelTask::Language => read_json(&path)?,
+            ModelTask::Reward => reward::from_disk(read_json(&path)?),
         };
         let mut config = Self::read(task, raw, &path)?;
         if config.raw["model_type"].is_null() {
@@ -142,40 +142,40 @@ impl ModelConfig {
         }
         let generation = folder.join("generation_config.json");
         if generation.exists() {
-            let said = read_json(&generation)?;
-            let eos = stop_tokens(&said, config.vocab_size, &generation);
+            let generation_config = read_json(&generation)?;
+            let eos = stop_tokens(&generation_config, config.vocab_size, &generation);
             config.stops = config.stops.and(&eos);
-            if !keys::is_off(&said["stop_strings"]) {
+            if !keys::is_off(&generation_config["stop_strings"]) {
                 let path = generation.display();
                 tracing::warn!(
                     %path,
-                    strings = %said["stop_strings"],
-                    "stop_strings end no completion here, only tokens do: name them as eos_token_id"
+                    strings = %generation_config["stop_strings"],
+                    "stop_strings are not supported, only stop tokens are: list them as eos_token_id"
                 );
             }
         }
-        if task == Task::Language {
+        if task == ModelTask::Language {
             config.untie(folder)?;
         }
         Ok(config)
     }
 
-    /// Reads a configuration; `path` names it in errors.
+    /// Parses a configuration; `path` identifies it in errors.
     ///
     /// # Errors
     /// When it is malformed or the architecture is not supported.
     pub fn from_json(raw: Value, path: &Path) -> Result<Self, ModelError> {
-        Self::read(Task::Language, raw, path)
+        Self::read(ModelTask::Language, raw, path)
     }
 
-    fn read(task: Task, raw: Value, path: &Path) -> Result<Self, ModelError> {
+    fn read(task: ModelTask, raw: Value, path: &Path) -> Result<Self, ModelError> {
         let architecture = architecture(task, &raw, path)?;
         let malformed = |reason| ModelError::Malformed {
             path: path.to_owned(),
             reason,
         };
         let read = [&READ[..], architecture.keys(), task.keys()];
-        let ignored = keys::ignored(&raw, &read, Attention::Causal).map_err(malformed)?;
+        let ignored = keys::ignored(&raw, &read, AttentionMask::Causal).map_err(malformed)?;
         if !ignored.is_empty() {
             let (path, keys) = (path.display(), ignored.join(", "));
             tracing::warn!(%path, keys, "the configuration has keys that are not read");
@@ -188,49 +188,49 @@ impl ModelConfig {
         })
     }
 
-    /// The shape of a decoder of this family that `raw` describes.
+    /// Parses the hyperparameters of a decoder of this family.
     fn of(architecture: Architecture, raw: Value) -> Result<Self, String> {
-        let numbers = Numbers { raw: &raw };
+        let reader = ConfigReader { raw: &raw };
         let (hidden_size, heads) = (
-            numbers.needed("hidden_size")?,
-            numbers.needed("num_attention_heads")?,
+            reader.required("hidden_size")?,
+            reader.required("num_attention_heads")?,
         );
         let layers = layers(&raw)?;
-        let max_positions = numbers.needed("max_position_embeddings")?;
-        // Where a file leaves these out, the class of transformers has a number of its own.
+        let max_positions = reader.required("max_position_embeddings")?;
+        // Defaults of the transformers configuration classes.
         let kv_heads = match (architecture, raw.get("num_key_value_heads")) {
             (Architecture::Mistral, None) => 8,
             (Architecture::Qwen2 | Architecture::Qwen3, None) => 32,
-            _ => numbers.or("num_key_value_heads", heads)?,
+            _ => reader.size_or("num_key_value_heads", heads)?,
         };
         let head_dim = match architecture {
             Architecture::Qwen3 => 128,
             _ => hidden_size / heads.max(1),
         };
-        let bias = numbers.flag("attention_bias")?;
+        let bias = reader.flag("attention_bias")?;
         let (qkv_bias, output_bias) = match architecture {
             Architecture::Llama | Architecture::Qwen3 => (bias, bias),
             Architecture::Mistral => (false, false),
             Architecture::Qwen2 => (true, false),
         };
-        let vocab_size = numbers.needed("vocab_size")?;
+        let vocab_size = reader.required("vocab_size")?;
         let config = Self {
             architecture,
             hidden_size,
-            intermediate_size: numbers.needed("intermediate_size")?,
+            intermediate_size: reader.required("intermediate_size")?,
             layers,
             heads,
             kv_heads,
-            head_dim: numbers.or("head_dim", head_dim)?,
+            head_dim: reader.size_or("head_dim", head_dim)?,
             vocab_size,
             max_positions,
-            rms_norm_eps: numbers.epsilon()?,
+            rms_norm_eps: reader.epsilon()?,
             rope: Rope::read(&raw, max_positions)?,
-            windows: windows(architecture, numbers, layers)?,
+            windows: windows(architecture, reader, layers)?,
             qkv_bias,
             output_bias,
             qk_norm: architecture == Architecture::Qwen3,
-            tied_head: numbers.flag("tie_word_embeddings")?,
+            tied_head: reader.flag("tie_word_embeddings")?,
             bos: tokens(&raw["bos_token_id"])
                 .into_iter()
                 .find(|&id| (id as usize) < vocab_size),
@@ -250,9 +250,9 @@ impl ModelConfig {
                 "num_key_value_heads = {} does not divide {} heads",
                 self.kv_heads, self.heads
             ))
-        } else if self.heads * self.head_dim > LARGEST_SIZE {
+        } else if self.heads * self.head_dim > MAX_SIZE {
             Err(format!(
-                "{} heads of head_dim = {} are wider than {LARGEST_SIZE} together; correct one of them",
+                "{} heads of head_dim = {} are wider than {MAX_SIZE} together; correct one of them",
                 self.heads, self.head_dim
             ))
         } else if !self.head_dim.is_multiple_of(2) {
@@ -265,10 +265,10 @@ impl ModelConfig {
         }
     }
 
-    /// Unties the head where the weights in `folder` hold one of its own that differs from the embedding, whatever
-    /// the configuration says, as transformers does; what is saved later says so.
+    /// Unties the head when the weights in `folder` have a head that differs from the embedding, as transformers does,
+    /// and records that in the configuration to be saved.
     fn untie(&mut self, folder: &Path) -> Result<(), ModelError> {
-        if !self.tied_head || !Shards::are_in(folder) {
+        if !self.tied_head || !Shards::exist_in(folder) {
             return Ok(());
         }
         let shards = Shards::open(folder)?;
@@ -278,14 +278,14 @@ impl ModelConfig {
         let path = folder.display();
         tracing::warn!(
             %path,
-            "tie_word_embeddings is true but the weights hold an lm_head that is not the embedding: it is kept"
+            "tie_word_embeddings is true but the weights have an lm_head that differs from the embedding: it is kept and untied"
         );
         self.tied_head = false;
         self.raw["tie_word_embeddings"] = false.into();
         Ok(())
     }
 
-    /// Every tensor of the model: its name in the folder and its shape.
+    /// Names and shapes of all tensors of the model.
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (d, f, hd) = (self.hidden_size, self.intermediate_size, self.head_dim);
@@ -325,27 +325,27 @@ impl ModelConfig {
         tensors
     }
 
-    /// What the folder of such a language model has to hold.
-    pub(crate) fn wanted(&self) -> Wanted {
-        Wanted {
+    /// Tensors that the folder of a language model must contain.
+    pub(crate) fn expected_tensors(&self) -> ExpectedTensors {
+        ExpectedTensors {
             tensors: self.tensors(),
-            // Where they are tied, it has been compared with the embedding.
-            spare: if self.tied_head {
+            // A tied head was compared with the embedding when the configuration was loaded.
+            ignorable: if self.tied_head {
                 vec![HEAD]
             } else {
                 Vec::new()
             },
-            tied: self.tied_head,
+            tied_head: self.tied_head,
         }
     }
 
-    /// How many numbers the tables of rotary positions hold that a model of this shape keeps.
+    /// Number of elements of one cached RoPE table (cos and sin together).
     #[must_use]
-    pub fn rotary_numbers(&self) -> usize {
-        kept_rows(self.max_positions) * self.head_dim
+    pub fn rope_table_elements(&self) -> usize {
+        cached_rows(self.max_positions) * self.head_dim
     }
 
-    /// How many numbers the weights hold.
+    /// Number of parameters.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
         self.tensors()
@@ -357,71 +357,71 @@ impl ModelConfig {
 
 pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
     let text = std::fs::read_to_string(path).map_err(|source| missing(path, source))?;
-    is_fetched(path, text.as_bytes())?;
+    check_not_lfs_pointer(path, text.as_bytes())?;
     serde_json::from_str(&text).map_err(|error| ModelError::Malformed {
         path: path.to_owned(),
         reason: error.to_string(),
     })
 }
 
-/// The largest width, number of heads, of tokens or of positions that is believed: products of three of them are
-/// counted without overflow, and what is allocated by one of them fits a machine.
-const LARGEST_SIZE: usize = 1 << 24;
-/// The key of the number of layers.
+/// Upper bound on widths, heads, vocabulary size and positions: a product of three does not overflow, and an allocation
+/// of one such dimension fits in memory.
+const MAX_SIZE: usize = 1 << 24;
+/// Key of the number of layers.
 const LAYERS: &str = "num_hidden_layers";
-/// The most layers that are believed.
-const MOST_LAYERS: usize = 1 << 12;
+/// Upper bound on the number of layers.
+const MAX_LAYERS: usize = 1 << 12;
 
-/// A number that gives the network its shape; none where there is none or null.
+/// Parses a positive dimension of the network; `None` when the key is missing or null.
 pub(crate) fn size(raw: &Value, key: &str) -> Result<Option<usize>, String> {
     let value = &raw[key];
     if value.is_null() {
         return Ok(None);
     }
-    let most = match key {
-        LAYERS => MOST_LAYERS,
-        _ => LARGEST_SIZE,
+    let max = match key {
+        LAYERS => MAX_LAYERS,
+        _ => MAX_SIZE,
     };
     match value.as_u64().map(usize::try_from) {
         None => Err(format!("{key} = {value} is not a whole number")),
         Some(Ok(0)) => Err(format!("{key} is 0, it must be at least 1")),
-        Some(Ok(number)) if number <= most => Ok(Some(number)),
-        Some(_) => Err(too_large(key, value, most)),
+        Some(Ok(number)) if number <= max => Ok(Some(number)),
+        Some(_) => Err(too_large(key, value, max)),
     }
 }
 
-/// The number of layers.
+/// Number of layers.
 pub(crate) fn layers(raw: &Value) -> Result<usize, String> {
     size(raw, LAYERS)?.ok_or_else(|| format!("{LAYERS} is missing"))
 }
 
-fn too_large(key: &str, value: impl std::fmt::Display, most: usize) -> String {
-    format!("{key} = {value} is more than {most}, which no model has: correct it in the file")
+fn too_large(key: &str, value: impl std::fmt::Display, max: usize) -> String {
+    format!("{key} = {value} is more than {max}, which no model has: correct it in the file")
 }
 
-/// The numbers of a configuration by their keys.
+/// Typed access to the keys of a configuration.
 #[derive(Clone, Copy)]
-struct Numbers<'a> {
+struct ConfigReader<'a> {
     raw: &'a Value,
 }
 
-impl Numbers<'_> {
-    fn needed(self, key: &str) -> Result<usize, String> {
-        let number = self.number(key)?;
-        number.ok_or_else(|| format!("{key} is missing"))
+impl ConfigReader<'_> {
+    fn required(self, key: &str) -> Result<usize, String> {
+        let size = self.size(key)?;
+        size.ok_or_else(|| format!("{key} is missing"))
     }
 
-    fn or(self, key: &str, default: usize) -> Result<usize, String> {
-        Ok(self.number(key)?.unwrap_or(default))
+    fn size_or(self, key: &str, default: usize) -> Result<usize, String> {
+        Ok(self.size(key)?.unwrap_or(default))
     }
 
-    /// None where there is none or null.
-    fn number(self, key: &str) -> Result<Option<usize>, String> {
+    /// A positive dimension; `None` when the key is missing or null.
+    fn size(self, key: &str) -> Result<Option<usize>, String> {
         size(self.raw, key)
     }
 
-    /// The whole number under a key that may be missing, but not null.
-    fn whole(self, key: &str, default: usize) -> Result<usize, String> {
+    /// A non-negative integer; a missing key gives `default`, null is an error.
+    fn integer_or(self, key: &str, default: usize) -> Result<usize, String> {
         match self.raw.get(key) {
             None => Ok(default),
             Some(value) => value
@@ -450,7 +450,7 @@ impl Numbers<'_> {
     }
 }
 
-/// One token or several, or null.
+/// Token ids from a number, a list or null.
 pub(crate) fn tokens(value: &Value) -> Vec<u32> {
     let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {
@@ -459,8 +459,7 @@ pub(crate) fn tokens(value: &Value) -> Vec<u32> {
     }
 }
 
-/// The tokens of `eos_token_id` in the file `path`. Those that the model does not have end nothing and close nothing:
-/// they are left out, which is said.
+/// Token ids of `eos_token_id` in the file `path`. Ids outside the vocabulary are skipped with a warning.
 fn stop_tokens(raw: &Value, vocab_size: usize, path: &Path) -> Vec<u32> {
     let key = "eos_token_id";
     let named = match &raw[key] {
@@ -473,41 +472,43 @@ fn stop_tokens(raw: &Value, vocab_size: usize, path: &Path) -> Vec<u32> {
         let found = found.filter(|&id| (id as usize) < vocab_size);
         if found.is_none() {
             let path = path.display();
-            tracing::warn!(%path, %id, vocab_size, "{key} names a token that the model does not have: it is left out");
+            tracing::warn!(%path, %id, vocab_size, "{key} has a token that is not in the model's vocabulary: it is ignored");
         }
         found
     };
     named.iter().filter_map(known).collect()
 }
 
-/// The window of each layer, as transformers reads it.
+/// Sliding-window size of each layer, as transformers derives it.
 fn windows(
     architecture: Architecture,
-    numbers: Numbers<'_>,
+    reader: ConfigReader<'_>,
     layers: usize,
 ) -> Result<Vec<Option<usize>>, String> {
-    let raw = numbers.raw;
+    let raw = reader.raw;
     if architecture == Architecture::Llama {
         return Ok(vec![None; layers]);
     }
-    // Of a window that is not used nothing but its type matters.
+    // An unused window is only checked for its type.
     let window = match raw.get("sliding_window") {
         Some(Value::Null) => None,
-        _ => Some(numbers.whole("sliding_window", 4096)?),
+        _ => Some(reader.integer_or("sliding_window", 4096)?),
     };
-    let is_used = |window: Option<usize>| match window {
-        Some(0) => Err("sliding_window is 0, so that a token sees nothing; null switches it off"),
+    let nonzero = |window: Option<usize>| match window {
+        Some(0) => {
+            Err("sliding_window is 0, which would mask every token; set it to null to disable it")
+        }
         window => Ok(window),
     };
     if architecture == Architecture::Mistral {
-        return Ok(vec![is_used(window)?; layers]);
+        return Ok(vec![nonzero(window)?; layers]);
     }
-    let uses = match raw.get("use_sliding_window") {
+    let enabled = match raw.get("use_sliding_window") {
         Some(Value::Null) => return Err("use_sliding_window is null, not true or false".into()),
-        _ => numbers.flag("use_sliding_window")?,
+        _ => reader.flag("use_sliding_window")?,
     };
-    let first = numbers.whole("max_window_layers", 28)?;
-    let window = is_used(window.filter(|_| uses))?;
+    let first = reader.integer_or("max_window_layers", 28)?;
+    let window = nonzero(window.filter(|_| enabled))?;
     match &raw["layer_types"] {
         Value::Null => Ok((0..layers)
             .map(|layer| window.filter(|_| layer >= first))
@@ -516,7 +517,7 @@ fn windows(
     }
 }
 
-/// The window of each layer, of which `layer_types` names the kind.
+/// Sliding-window size of each layer by its entry in `layer_types`.
 fn typed_windows(
     types: &Value,
     window: Option<usize>,
@@ -547,7 +548,7 @@ fn typed_windows(
     types.iter().map(of).collect()
 }
 
-/// The families in the order in which every list of architectures names them.
+/// Model families with their `model_type`, in the order of the lists of architectures.
 const FAMILIES: [(Architecture, &str); 4] = [
     (Architecture::Llama, "llama"),
     (Architecture::Mistral, "mistral"),
@@ -555,11 +556,11 @@ const FAMILIES: [(Architecture, &str); 4] = [
     (Architecture::Qwen3, "qwen3"),
 ];
 
-fn architecture(task: Task, raw: &Value, path: &Path) -> Result<Architecture, ModelError> {
+fn architecture(task: ModelTask, raw: &Value, path: &Path) -> Result<Architecture, ModelError> {
     let named = raw["architectures"][0].as_str();
-    // A model that names no architecture is one for the next token.
+    // Without a named architecture, model_type selects a language model.
     let kind = raw["model_type"].as_str();
-    let unnamed = kind.filter(|_| named.is_none() && task == Task::Language);
+    let unnamed = kind.filter(|_| named.is_none() && task == ModelTask::Language);
     let mut families = FAMILIES.iter().zip(task.architectures());
     let family = families
         .find(|((_, kind), name)| named == Some(**name) || unnamed == Some(*kind))
@@ -573,7 +574,7 @@ fn architecture(task: Task, raw: &Value, path: &Path) -> Result<Architecture, Mo
     };
     match kind.filter(|kind| *kind != model_type) {
         None => Ok(architecture),
-        // Transformers chooses by the one, other programs by the other.
+        // Transformers selects by one of them, other programs by the other.
         Some(kind) => Err(ModelError::Malformed {
             path: path.to_owned(),
             reason: format!("architectures names a {model_type} model, model_type a {kind} one"),
@@ -581,7 +582,7 @@ fn architecture(task: Task, raw: &Value, path: &Path) -> Result<Architecture, Mo
     }
 }
 
-/// Keys of `config.json` that are read whatever the family.
+/// Keys of `config.json` that are read for every family.
 const READ: [&str; 15] = [
     "hidden_size",
     "intermediate_size",
@@ -601,12 +602,12 @@ const READ: [&str; 15] = [
 ];
 
 impl Architecture {
-    /// Keys of `config.json` that are read of this family beside [`READ`].
+    /// Keys of `config.json` that are read for this family, in addition to [`READ`].
     fn keys(self) -> &'static [&'static str] {
         match self {
             Self::Llama => &["attention_bias"],
             Self::Mistral => &["sliding_window"],
-            // Whether queries, keys and values have biases the family says, not the key.
+            // For Qwen2, query, key and value biases follow from the family, not from attention_bias.
             Self::Qwen2 | Self::Qwen3 => &[
                 "attention_bias",
                 "layer_types",
@@ -617,10 +618,10 @@ impl Architecture {
         }
     }
 
-    /// How `config.json` names this family's model for `task`.
-    pub(crate) fn name_for(self, task: Task) -> &'static str {
-        let place = FAMILIES.iter().position(|(family, _)| *family == self);
-        task.architectures()[place.expect("every family is in the list")]
+    /// Name in `config.json` of this family's architecture with the head of `task`.
+    pub(crate) fn name_for(self, task: ModelTask) -> &'static str {
+        let index = FAMILIES.iter().position(|(family, _)| *family == self);
+        task.architectures()[index.expect("every family is in the list")]
     }
 }
 
@@ -631,7 +632,7 @@ mod tests {
     use super::*;
     use crate::fixtures::{config_json, shared};
 
-    /// The configuration of [`config_json`] with these keys changed; null removes one.
+    /// The configuration of [`config_json`] with `changes` applied; null removes a key.
     fn changed(changes: Value) -> Result<ModelConfig, String> {
         let mut raw = config_json(8);
         let keys = raw.as_object_mut().unwrap();
@@ -649,7 +650,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_file_leaves_out_is_what_transformers_takes_for_it() {
+    fn missing_keys_get_the_defaults_of_transformers() {
         let bare = |family: &str, heads: usize| {
             changed(json!({
                 "architectures": [format!("{family}ForCausalLM")], "model_type": family.to_lowercase(),
@@ -679,7 +680,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_computed_is_refused_by_name() {
+    fn unsupported_values_are_refused_by_name() {
         let cases = [
             (json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\""),
             (json!({"mlp_bias": true}), "mlp_bias = true"),
@@ -722,8 +723,8 @@ mod tests {
         assert!(changed(json!({"hidden_act": "swish", "sliding_window": 16})).is_ok());
     }
 
-    /// The configuration of [`config_json`] as this family has it, with a key of this value.
-    fn with(family: &str, (key, value): (&str, &Value)) -> Result<ModelConfig, String> {
+    /// The configuration of [`config_json`] for this family, with one key set.
+    fn with_key(family: &str, key: &str, value: &Value) -> Result<ModelConfig, String> {
         let mut raw = config_json(8);
         raw["architectures"] = json!([format!("{family}ForCausalLM")]);
         raw["model_type"] = family.to_lowercase().into();
@@ -737,15 +738,15 @@ mod tests {
     }
 
     #[test]
-    fn a_window_of_another_type_is_not_taken_for_none() {
-        let whole = "is not a whole number";
+    fn a_window_of_the_wrong_type_is_refused() {
+        let integer = "is not a whole number";
         let cases = [
-            ("Mistral", "sliding_window", json!(4.0), whole),
-            ("Mistral", "sliding_window", json!("16"), whole),
-            ("Mistral", "sliding_window", json!(true), whole),
-            ("Mistral", "sliding_window", json!(-1), whole),
+            ("Mistral", "sliding_window", json!(4.0), integer),
+            ("Mistral", "sliding_window", json!("16"), integer),
+            ("Mistral", "sliding_window", json!(true), integer),
+            ("Mistral", "sliding_window", json!(-1), integer),
             ("Mistral", "sliding_window", json!(0), "sliding_window is 0"),
-            ("Qwen2", "sliding_window", json!(16.0), whole),
+            ("Qwen2", "sliding_window", json!(16.0), integer),
             ("Qwen2", "sliding_window", json!(0), "sliding_window is 0"),
             (
                 "Qwen2",
@@ -760,8 +761,8 @@ mod tests {
                 "neither true nor false",
             ),
             ("Qwen2", "use_sliding_window", json!(null), "is null"),
-            ("Qwen2", "max_window_layers", json!(2.0), whole),
-            ("Qwen2", "max_window_layers", json!(null), whole),
+            ("Qwen2", "max_window_layers", json!(2.0), integer),
+            ("Qwen2", "max_window_layers", json!(null), integer),
             (
                 "Qwen2",
                 "layer_types",
@@ -771,7 +772,7 @@ mod tests {
             ("Qwen2", "layer_types", json!([]), "names 0 layers"),
         ];
         for (family, key, value, expected) in cases {
-            let refused = with(family, (key, &value)).unwrap_err();
+            let refused = with_key(family, key, &value).unwrap_err();
             let is_named = refused.contains(key) && refused.contains(expected);
             assert!(is_named, "{refused} for {key} = {value}");
         }
@@ -788,13 +789,13 @@ mod tests {
                 Some(4096),
             ),
         ] {
-            let config = with(family, (key, &value)).unwrap();
+            let config = with_key(family, key, &value).unwrap();
             assert_eq!(config.windows, [window], "{family} {key} = {value}");
         }
     }
 
     #[test]
-    fn numbers_that_cannot_work_are_refused_by_their_keys() {
+    fn invalid_numbers_are_refused_by_their_keys() {
         let yarn = json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0});
         for (key, value) in [
             ("rms_norm_eps", json!(0)),
@@ -811,13 +812,13 @@ mod tests {
             ("num_hidden_layers", json!(4097)),
             ("head_dim", json!(1 << 24)),
         ] {
-            let refused = with("Llama", (key, &value)).unwrap_err();
+            let refused = with_key("Llama", key, &value).unwrap_err();
             assert!(refused.contains(key), "{refused} for {key} = {value}");
         }
     }
 
     #[test]
-    fn a_stop_token_is_one_that_the_model_has() {
+    fn stop_tokens_outside_the_vocabulary_are_skipped() {
         for (named, expected) in [
             (json!(3), vec![3]),
             (json!(8), vec![]),
@@ -825,22 +826,22 @@ mod tests {
             (json!(-1), vec![]),
             (json!([]), vec![]),
         ] {
-            let config = with("Llama", ("eos_token_id", &named)).unwrap();
+            let config = with_key("Llama", "eos_token_id", &named).unwrap();
             assert_eq!(config.stops.ids().collect::<Vec<_>>(), expected, "{named}");
             assert_eq!(config.stops.text_end(), expected.first().copied());
         }
-        let bos = with("Llama", ("bos_token_id", &json!(8))).unwrap().bos;
+        let bos = with_key("Llama", "bos_token_id", &json!(8)).unwrap().bos;
         assert_eq!(bos, None);
     }
 
     #[test]
-    fn a_folder_says_its_model_type() {
-        let place = crate::fixtures::folder();
-        let path = place.path().join("config.json");
+    fn a_missing_model_type_is_refused() {
+        let folder = crate::fixtures::folder();
+        let path = folder.path().join("config.json");
         let mut raw = config_json(8);
         raw.as_object_mut().unwrap().remove("model_type");
         std::fs::write(&path, raw.to_string()).unwrap();
-        let refused = ModelConfig::load(place.path()).unwrap_err().to_string();
+        let refused = ModelConfig::load(folder.path()).unwrap_err().to_string();
         assert!(
             refused.contains("model_type is missing") && refused.contains("\"llama\""),
             "{refused}"
@@ -848,11 +849,11 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_no_machine_holds_are_refused() {
-        let Some(place) = shared("data/cases/security/config") else {
+    fn implausible_sizes_are_refused() {
+        let Some(folder) = shared("data/cases/security/config") else {
             return;
         };
-        let files = std::fs::read_dir(place).unwrap();
+        let files = std::fs::read_dir(folder).unwrap();
         for file in files {
             let path = file.unwrap().path();
             let raw = read_json(&path).unwrap();
@@ -860,12 +861,8 @@ mod tests {
             let name = path.file_name().unwrap().to_string_lossy();
             let key = name.rsplit_once('_').unwrap().0;
             assert!(refused.contains(&format!("{key} = ")), "{refused}");
-            let most = if key == LAYERS {
-                MOST_LAYERS
-            } else {
-                LARGEST_SIZE
-            };
-            assert!(refused.contains(&format!("more than {most},")), "{refused}");
+            let max = if key == LAYERS { MAX_LAYERS } else { MAX_SIZE };
+            assert!(refused.contains(&format!("more than {max},")), "{refused}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What can go wrong with a language model, by what the caller can do about it.
+//! Errors of loading, running and saving models, by what the caller can do about them.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ pub enum ModelError {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
     /// A file cannot be written.
@@ -20,71 +20,81 @@ pub enum ModelError {
     Unwritable {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// A file is there but is not what it should be.
+    /// A file with malformed or contradictory content.
     #[error("{path} is not usable: {reason}")]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and the remedy.
         reason: String,
     },
-    /// A model of a kind that is not supported.
+    /// An unsupported model architecture.
     #[error("the architecture {found} of {path} is not supported; supported are {}", supported.join(", "))]
     Architecture {
         /// The configuration file.
         path: PathBuf,
-        /// What it names.
+        /// The architecture that it names.
         found: String,
-        /// What would do in its place.
+        /// The supported architectures.
         supported: Vec<&'static str>,
     },
-    /// Weights that do not belong to the configuration.
+    /// Weights that do not match the configuration.
     #[error("the weights do not fit the model: {reason}")]
     Weights {
-        /// Which tensor, what is expected, what was found.
+        /// Which tensor, expected and found.
         reason: String,
     },
-    /// An adapter that does not belong to the model.
+    /// An adapter that does not match its base model.
     #[error("the adapter does not fit the model: {reason}")]
     Adapter {
-        /// Which module or tensor, what is expected, what was found.
+        /// Which module or tensor, expected and found.
         reason: String,
     },
-    /// A tokenizer that does not belong to the model.
+    /// A tokenizer that does not match the model.
     #[error("the tokenizer of {path} does not fit the model: {reason}")]
     Tokenizer {
         /// The model's folder.
         path: PathBuf,
-        /// What does not fit.
+        /// The mismatch.
         reason: String,
     },
     /// A chat template that cannot be rendered.
     #[error("failed to render the chat template: {reason}")]
     ChatTemplate {
-        /// What the template engine says.
+        /// The template engine's error.
         reason: String,
     },
-    /// An engine beside this crate that computes for it fails.
+    /// A failure of an external inference engine.
     #[error("failed to {0}")]
     Engine(String),
-    /// Tokens that the model cannot take.
+    /// Tokens that the model cannot process.
     #[error("{reason}")]
     Tokens {
         /// Which tokens, which limit.
         reason: String,
     },
-    /// A device that cannot be had.
+    /// An unavailable device.
     #[error("the device {name} is not available: {reason}")]
     Device {
-        /// As given.
+        /// The requested name.
         name: String,
-        /// What is missing.
+        /// Why it is unavailable.
         reason: String,
     },
     /// A tensor operation failed.
     #[error("a tensor operation failed: {0}")]
     Compute(#[from] candle_core::Error),
+}
+
+impl messages::Classified for ModelError {
+    fn class(&self) -> messages::ErrorClass {
+        use messages::ErrorClass;
+        match self {
+            Self::Compute(_) | Self::Unwritable { .. } | Self::Engine(_) => ErrorClass::Failed,
+            _ => ErrorClass::Resource,
+        }
+    }
 }

@@ -1,14 +1,13 @@
-//! What the tests of this crate share: where the real tokenizers and models lie, and a model folder
-//! small enough to be written by hand.
+//! Shared test fixtures: paths of pretrained models and tokenizers, and small generated models.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::{DType, Device, ModelConfig, Weights};
+use crate::{DType, Device, config::ModelConfig, weights::Weights};
 
-/// A tokenizer of whole words with ids 0 to 7, which begins a text with `<s>`.
-pub(crate) const WORDS: &str = r#"{
+/// A word-level tokenizer with ids 0 to 7, which prepends `<s>`.
+pub(crate) const WORD_TOKENIZER: &str = r#"{
     "version": "1.0",
     "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
     "added_tokens": [
@@ -29,8 +28,8 @@ pub(crate) const WORDS: &str = r#"{
     }
 }"#;
 
-/// The path of something in the shared folder: `$AGON_SHARED`, or `shared` beside the workspace. None
-/// when it is not there, which is said aloud, and which continuous integration does not accept.
+/// Path of a file in the shared folder: `$AGON_SHARED`, or `shared` next to the workspace. `None` when it does not
+/// exist: the test is then skipped with a message, and fails in continuous integration.
 pub(crate) fn shared(path: &str) -> Option<PathBuf> {
     let root = std::env::var_os("AGON_SHARED").unwrap_or_else(|| "../shared".into());
     let found = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -50,7 +49,7 @@ pub(crate) fn shared(path: &str) -> Option<PathBuf> {
     None
 }
 
-/// The `config.json` of a Llama with one block and `vocab_size` tokens.
+/// `config.json` of a Llama with one block and `vocab_size` tokens.
 pub(crate) fn config_json(vocab_size: usize) -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8,
@@ -61,19 +60,19 @@ pub(crate) fn config_json(vocab_size: usize) -> Value {
     })
 }
 
-/// The configuration of [`config_json`].
+/// Parsed configuration of [`config_json`].
 pub(crate) fn config(vocab_size: usize) -> ModelConfig {
     ModelConfig::from_json(config_json(vocab_size), Path::new("config.json")).unwrap()
 }
 
-/// A whole model folder: the configuration for 8 tokens, the tokenizer [`WORDS`], random weights.
+/// A complete model folder: the configuration for 8 tokens, [`WORD_TOKENIZER`], random weights.
 pub(crate) fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let weights =
         Weights::initialise(&config(8), messages::Seed(7), DType::F32, &Device::Cpu).unwrap();
     for (file, bytes) in [
         ("config.json", config_json(8).to_string().into_bytes()),
-        ("tokenizer.json", WORDS.as_bytes().to_vec()),
+        ("tokenizer.json", WORD_TOKENIZER.as_bytes().to_vec()),
         ("model.safetensors", weights.to_blob().unwrap()),
     ] {
         std::fs::write(folder.path().join(file), bytes).unwrap();
@@ -81,7 +80,7 @@ pub(crate) fn folder() -> tempfile::TempDir {
     folder
 }
 
-/// A small decoder with random weights: `vocab` tokens, two blocks, grouped queries.
+/// A small decoder with random weights: `vocab` tokens, two blocks, grouped-query attention.
 pub(crate) fn tiny_model(vocab: usize, seed: u64) -> crate::LanguageModel {
     let raw = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24,
@@ -92,12 +91,12 @@ pub(crate) fn tiny_model(vocab: usize, seed: u64) -> crate::LanguageModel {
     let (dtype, device) = (crate::DType::F32, crate::Device::Cpu);
     let weights =
         crate::Weights::initialise(&config, messages::Seed(seed), dtype, &device).unwrap();
-    // Random heads are timid; tests of distributions want opinions.
+    // A larger head gives less uniform distributions.
     let weights = weights.scaled("lm_head.weight", 3.0);
     crate::LanguageModel::new(config, weights).unwrap()
 }
 
-/// An adapter of rank 2 for these modules.
+/// LoRA configuration of rank 2 for these modules.
 pub(crate) fn lora_config(targets: &[&str]) -> crate::LoraConfig {
     let targets: Vec<String> = targets.iter().map(|&name| name.to_owned()).collect();
     let mut config = crate::LoraConfig::new(2, 4.0, 0.0, &targets);
@@ -105,7 +104,7 @@ pub(crate) fn lora_config(targets: &[&str]) -> crate::LoraConfig {
     config
 }
 
-/// A fresh adapter of rank 2 beside [`tiny_model`], its B no longer zero: it changes what the model says.
+/// [`tiny_model`] with an adapter of rank 2 whose B is not zero.
 pub(crate) fn adapted(vocab: usize, seed: u64, targets: &[&str]) -> crate::LanguageModel {
     let base = tiny_model(vocab, seed);
     let config = lora_config(targets);
@@ -116,9 +115,9 @@ pub(crate) fn adapted(vocab: usize, seed: u64, targets: &[&str]) -> crate::Langu
     for (name, var) in vars.iter().filter(|(name, _)| name.contains("lora_B")) {
         let count = var.elem_count();
         let wave = |i: usize| 0.3 * ((i * 7 + name.len()) as f32).sin();
-        let numbers: Vec<f32> = (0..count).map(wave).collect();
-        let moved = crate::Tensor::from_vec(numbers, var.shape(), device).unwrap();
-        var.set(&moved).unwrap();
+        let values: Vec<f32> = (0..count).map(wave).collect();
+        let updated = crate::Tensor::from_vec(values, var.shape(), device).unwrap();
+        var.set(&updated).unwrap();
     }
     let blob = model.trained().to_blob().unwrap();
     model.with_blob(&blob).unwrap()

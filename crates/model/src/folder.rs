@@ -1,7 +1,7 @@
-//! A model as a folder, in the layout of Hugging Face: opened, and saved so that others can open it.
+//! Model folders in the Hugging Face layout: opening and saving.
 //!
-//! Saving promises that a file is either the old one or the whole new one, on disk when the call
-//! returns. The folder as a whole it does not promise: whoever needs that saves aside and renames.
+//! Saving promises that each file is replaced atomically and is on disk when the call returns. It does not promise that
+//! the folder as a whole changes atomically: a caller that needs that saves to a temporary folder and renames it.
 
 use std::{
     fs::{self, File},
@@ -12,16 +12,20 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    BaseModel, DType, Device, ModelConfig, ModelError, Tokenizer, Weights,
-    config::{Task, tokens},
+    DType, Device,
+    config::{ModelConfig, ModelTask, tokens},
+    error::ModelError,
+    lora::BaseModel,
     shards::Shards,
-    special::optional_json,
+    special_tokens::optional_json,
+    tokenizer::Tokenizer,
+    weights::Weights,
 };
 
-/// The file in which transformers, vLLM and others look for the tokens that end a completion.
+/// File in which transformers, vLLM and others look for the tokens that end a completion.
 const GENERATION: &str = "generation_config.json";
 
-/// What a saved model takes over from the one that it was trained from, when that has it, beside licences.
+/// Files copied from the base model's folder into a saved model, where they exist, in addition to licences.
 const COPIED: [&str; 5] = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,53 +34,54 @@ const COPIED: [&str; 5] = [
     "chat_template.jinja",
 ];
 
-/// Beginnings of the names of files that say on which terms a model may be used, in any case.
+/// Prefixes of licence file names, compared without regard to case.
 const LICENCES: [&str; 5] = ["license", "licence", "copying", "notice", "use_policy"];
 
-/// Whether a file of this name says on which terms a model may be used, as `LICENSE.txt` and `USE_POLICY.md` do. A
-/// model that was trained from another is published with them. A README is none: it describes the other model.
+/// Whether a file of this name is a licence or use policy, such as `LICENSE.txt` or `USE_POLICY.md`. They are copied
+/// into fine-tuned models. A README is not among them: it describes the base model.
 #[must_use]
 pub fn is_licence(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    let after = LICENCES.iter().filter_map(|begin| name.strip_prefix(begin));
-    let ends = |after: &str| !after.starts_with(|next: char| next.is_ascii_alphanumeric());
-    after.into_iter().any(ends)
+    let rest = LICENCES
+        .iter()
+        .filter_map(|prefix| name.strip_prefix(prefix));
+    let ends_word = |rest: &str| !rest.starts_with(|next: char| next.is_ascii_alphanumeric());
+    rest.into_iter().any(ends_word)
 }
 
-/// A model on disk: all of it but the weights, which are read when they are asked for.
+/// A model on disk: configuration and tokenizer, with weights loaded on request.
 #[derive(Debug, Clone)]
 pub struct ModelFolder {
-    /// Where it lies.
+    /// Path of the folder.
     pub path: PathBuf,
-    /// Its shape.
+    /// Model configuration.
     pub config: ModelConfig,
-    /// Its tokens.
+    /// Tokenizer and chat template.
     pub tokenizer: Tokenizer,
-    /// How an adapter names it as its base.
+    /// Name under which an adapter refers to it as its base.
     pub base_model: BaseModel,
 }
 
 impl ModelFolder {
-    /// Opens the model in the folder `path`, with another chat template than its own when
-    /// `chat_template` names a file.
+    /// Opens the model in the folder `path`; `chat_template` overrides its chat template.
     ///
     /// # Errors
-    /// When the folder or a file in it is missing, or does not fit the others.
+    /// When the folder or a file in it is missing, or files contradict one another.
     pub fn open(path: &Path, chat_template: Option<&Path>) -> Result<Self, ModelError> {
-        Self::open_for(Task::Language, path, chat_template)
+        Self::open_for(ModelTask::Language, path, chat_template)
     }
 
-    /// As [`Self::open`], a model that is for `task`.
+    /// As [`Self::open`], for a model with the head of `task`.
     pub(crate) fn open_for(
-        task: Task,
+        task: ModelTask,
         path: &Path,
         chat_template: Option<&Path>,
     ) -> Result<Self, ModelError> {
-        let kind = fs::metadata(path).map_err(|source| ModelError::Unreadable {
+        let metadata = fs::metadata(path).map_err(|source| ModelError::Unreadable {
             path: path.to_owned(),
             source,
         })?;
-        if !kind.is_dir() {
+        if !metadata.is_dir() {
             let reason = "it is a file; a model is a folder with config.json, tokenizer.json and model.safetensors";
             return Err(ModelError::Malformed {
                 path: path.to_owned(),
@@ -107,16 +112,15 @@ impl ModelFolder {
         })
     }
 
-    /// Checks the weights by the headers of their files: what [`Self::weights`] would refuse is refused, without
-    /// reading them.
+    /// Validates the weights by the headers of their files alone: fails where [`Self::weights`] would.
     ///
     /// # Errors
     /// As [`Weights::load`].
     pub fn check_weights(&self) -> Result<(), ModelError> {
-        Shards::open(&self.path)?.check(&self.config.wanted())
+        Shards::open(&self.path)?.check(&self.config.expected_tensors())
     }
 
-    /// Reads the weights as `dtype` onto `device`.
+    /// Loads the weights as `dtype` onto `device`.
     ///
     /// # Errors
     /// As [`Weights::load`].
@@ -125,30 +129,30 @@ impl ModelFolder {
     }
 }
 
-/// Saves `weights` in the folder `to`, which is made when it is missing, with the configuration and the
-/// tokenizer's files of `from`. Files that are there are replaced; others stay.
+/// Saves `weights` in the folder `to`, created if missing, with the configuration and tokenizer files of `from`.
+/// Existing files of the same names are replaced, others kept.
 ///
 /// # Errors
 /// When a file cannot be read or written, or a tensor cannot be read from its device.
 pub fn save_folder(to: &Path, from: &ModelFolder, weights: &Weights) -> Result<(), ModelError> {
-    make(to)?;
+    create_folder(to)?;
     write(&to.join("model.safetensors"), &weights.to_blob()?)?;
-    copy_beside(to, from)?;
+    copy_tokenizer_files(to, from)?;
     let config = format!("{:#}\n", config_for(from, weights));
     write(&to.join("config.json"), config.as_bytes())?;
     sync(to)
 }
 
-/// Makes the folder `to`, unless it is there.
-pub(crate) fn make(to: &Path) -> Result<(), ModelError> {
+/// Creates the folder `to` if it does not exist.
+pub(crate) fn create_folder(to: &Path) -> Result<(), ModelError> {
     fs::create_dir_all(to).map_err(|source| ModelError::Unwritable {
         path: to.to_owned(),
         source,
     })
 }
 
-/// Copies what a saved model takes over from `from`.
-pub(crate) fn copy_beside(to: &Path, from: &ModelFolder) -> Result<(), ModelError> {
+/// Copies tokenizer files and licences of `from`, and writes its generation configuration.
+pub(crate) fn copy_tokenizer_files(to: &Path, from: &ModelFolder) -> Result<(), ModelError> {
     let copied = COPIED.map(str::to_owned).into_iter();
     for file in copied.chain(licences(&from.path)?) {
         let source = from.path.join(&file);
@@ -161,17 +165,17 @@ pub(crate) fn copy_beside(to: &Path, from: &ModelFolder) -> Result<(), ModelErro
         }
     }
     match generation_config(from)? {
-        Some(said) => write(&to.join(GENERATION), format!("{said:#}\n").as_bytes()),
+        Some(generation) => write(&to.join(GENERATION), format!("{generation:#}\n").as_bytes()),
         None => Ok(()),
     }
 }
 
-/// What `generation_config.json` must say so that others stop where this model closes its completions; none
-/// when the files of `from` say it already.
+/// `generation_config.json` with all stop tokens of this model as `eos_token_id`, so that other programs stop there
+/// too; `None` when the files of `from` declare them already.
 fn generation_config(from: &ModelFolder) -> Result<Option<Value>, ModelError> {
     let stops = &from.config.stops;
-    let mut said = optional_json(&from.path.join(GENERATION))?;
-    let mut declared = tokens(&said["eos_token_id"]);
+    let mut generation = optional_json(&from.path.join(GENERATION))?;
+    let mut declared = tokens(&generation["eos_token_id"]);
     if declared.is_empty() {
         declared = tokens(&from.config.raw["eos_token_id"]);
     }
@@ -184,11 +188,11 @@ fn generation_config(from: &ModelFolder) -> Result<Option<Value>, ModelError> {
     if declared.len() == count {
         return Ok(None);
     }
-    said["eos_token_id"] = declared.into();
-    Ok(Some(said))
+    generation["eos_token_id"] = declared.into();
+    Ok(Some(generation))
 }
 
-/// Names of the licence files in a folder.
+/// Names of the licence files in a folder, sorted.
 fn licences(folder: &Path) -> Result<Vec<String>, ModelError> {
     let unreadable = |source| ModelError::Unreadable {
         path: folder.to_owned(),
@@ -210,7 +214,7 @@ fn licences(folder: &Path) -> Result<Vec<String>, ModelError> {
     Ok(names)
 }
 
-/// The renames are on disk once the folder is.
+/// Syncs a directory, which makes renames in it durable.
 pub(crate) fn sync(to: &Path) -> Result<(), ModelError> {
     File::open(to)
         .and_then(|folder| folder.sync_all())
@@ -220,8 +224,7 @@ pub(crate) fn sync(to: &Path) -> Result<(), ModelError> {
         })
 }
 
-/// The configuration of `from`, naming the number format of `weights` under both names that the field has: `dtype`, and
-/// the older `torch_dtype`.
+/// Configuration of `from` with the dtype of `weights` under both keys in use: `dtype` and the older `torch_dtype`.
 fn config_for(from: &ModelFolder, weights: &Weights) -> Value {
     let mut config = from.config.raw.clone();
     if let Some(tensor) = weights.tensors.values().next() {
@@ -232,7 +235,7 @@ fn config_for(from: &ModelFolder, weights: &Weights) -> Value {
     config
 }
 
-/// How PyTorch and `config.json` call a number format.
+/// PyTorch's name of a dtype, as in `config.json`.
 #[must_use]
 pub fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
@@ -244,14 +247,14 @@ pub fn dtype_name(dtype: DType) -> &'static str {
     }
 }
 
-/// Writes a file beside its place, syncs it, and puts it in its place.
+/// Writes a file atomically: to a temporary name, synced, then renamed.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
-    let partial = path.with_added_extension("partial");
+    let tmp_path = path.with_added_extension("partial");
     let written = || -> io::Result<()> {
-        let mut file = File::create(&partial)?;
+        let mut file = File::create(&tmp_path)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        fs::rename(&partial, path)
+        fs::rename(&tmp_path, path)
     };
     written().map_err(|source| ModelError::Unwritable {
         path: path.to_owned(),
@@ -280,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_saved_model_is_the_same_model() {
+    fn a_saved_model_round_trips() {
         let source = folder();
         fs::write(
             source.path().join("generation_config.json"),
@@ -290,7 +293,7 @@ mod tests {
         let from = ModelFolder::open(source.path(), None).unwrap();
         let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
         let target = tempfile::tempdir().unwrap();
-        let to = target.path().join("made/on/the/way");
+        let to = target.path().join("created/on/demand");
         save_folder(&to, &from, &weights).unwrap();
 
         let files = [
@@ -317,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn saving_replaces_what_is_there_and_says_the_dtype() {
+    fn saving_replaces_files_and_updates_the_dtype() {
         let expected = json!({"torch_dtype": "bfloat16", "dtype": "bfloat16"});
         for before in [
             json!({"torch_dtype": "float32"}),
@@ -338,7 +341,7 @@ mod tests {
                 fs::read(source.path().join("model.safetensors")).unwrap(),
                 weights.to_blob().unwrap()
             );
-            // That configuration no longer says which token ends a text; another file must.
+            // That configuration no longer declares an EOS token, so generation_config.json does.
             let files = [
                 "config.json",
                 "generation_config.json",
@@ -365,8 +368,8 @@ mod tests {
         let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
         let target = tempfile::tempdir().unwrap();
         save_folder(target.path(), &from, &weights).unwrap();
-        let beside = ["config.json", "model.safetensors", "tokenizer.json"];
-        let mut expected = [&kept[..], &beside].concat();
+        let others = ["config.json", "model.safetensors", "tokenizer.json"];
+        let mut expected = [&kept[..], &others].concat();
         expected.sort_unstable();
         assert_eq!(names(target.path()), expected);
         let text = fs::read_to_string(target.path().join("LICENSE.txt")).unwrap();
@@ -374,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_written_is_named() {
+    fn errors_name_the_file_that_cannot_be_written() {
         let source = folder();
         let from = ModelFolder::open(source.path(), None).unwrap();
         let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
@@ -397,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_model_is_refused_by_name() {
+    fn errors_name_what_is_not_a_model() {
         let source = folder();
         let open = |path: &Path| ModelFolder::open(path, None).unwrap_err().to_string();
         let missing = open(&source.path().join("nowhere"));
@@ -424,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_real_model_opens() {
+    fn a_pretrained_model_opens() {
         let Some(path) = shared("data/models/stories260K") else {
             return;
         };

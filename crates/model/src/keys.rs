@@ -1,14 +1,13 @@
-//! What becomes of the keys of a `config.json` that no loader reads.
+//! Classification of `config.json` keys that no loader reads: harmless, ignored or refused.
 //!
-//! A loader names the keys that it reads. Of the others many say nothing about what the weights compute: how they were
-//! trained, how text is drawn, how another program runs them. One that by its name has to do with the computation is
-//! refused, unless its value leaves the computation as it is: a model whose computation is not implemented must not be
-//! loaded as another one. The rest are reported and ignored, as transformers ignores them. `false` switches a part of
-//! the computation off; where the part is one that every network here has, it is no neutral value.
+//! A loader lists the keys that it reads. Many others do not affect the forward pass: they describe training, sampling
+//! or another program's options. A key whose name relates to the forward pass is refused unless its value is neutral,
+//! since a model with an unimplemented forward pass must not be loaded as a different one. The rest are reported and
+//! ignored, as in transformers. `false` counts as neutral, except for components that every network here has.
 
 use serde_json::{Map, Value};
 
-/// Keys that say nothing about what the weights compute.
+/// Keys that do not affect the forward pass.
 const HARMLESS: [&str; 46] = [
     "architectures",
     "attn_implementation",
@@ -58,8 +57,8 @@ const HARMLESS: [&str; 46] = [
     "do_sample",
 ];
 
-/// Words of which one makes a key harmless: `hidden_dropout_prob`, `unsloth_version`.
-const HARMLESS_WORDS: [&str; 12] = [
+/// Parts of a key name that mark it as harmless: `hidden_dropout_prob`, `unsloth_version`.
+const HARMLESS_PARTS: [&str; 12] = [
     "checkpointing",
     "coef",
     "dropout",
@@ -74,8 +73,8 @@ const HARMLESS_WORDS: [&str; 12] = [
     "version",
 ];
 
-/// Switches of parts that every network here has and that transformers does not read: on they say nothing new, off they
-/// are reported.
+/// Flags of components that every network here has and that transformers does not read: `true` is neutral, `false` is
+/// reported.
 const ALWAYS_ON: [&str; 9] = [
     "skip_connections",
     "use_residual",
@@ -88,8 +87,8 @@ const ALWAYS_ON: [&str; 9] = [
     "use_rotary_embeddings",
 ];
 
-/// Words of which one makes a key a part of the computation.
-const MEANING_WORDS: [&str; 82] = [
+/// Parts of a key name that relate it to the forward pass.
+const COMPUTATION_PARTS: [&str; 82] = [
     "act",
     "activation",
     "alibi",
@@ -174,8 +173,8 @@ const MEANING_WORDS: [&str; 82] = [
     "window",
 ];
 
-/// Words of keys whose neutral number is 1, not 0.
-const FACTOR_WORDS: [&str; 7] = [
+/// Parts of the names of keys whose neutral value is 1, not 0.
+const FACTOR_PARTS: [&str; 7] = [
     "factor",
     "multiplier",
     "pct",
@@ -185,24 +184,24 @@ const FACTOR_WORDS: [&str; 7] = [
     "scaling",
 ];
 
-/// Which tokens a token sees.
+/// Attention mask of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Attention {
-    /// Those before it.
+pub(crate) enum AttentionMask {
+    /// Each token attends to itself and earlier ones.
     Causal,
-    /// All.
+    /// Each token attends to all tokens.
     Bidirectional,
 }
 
-/// Names of the keys of `raw` that are unknown and ignored; those in `read` are not among them. The network that is
-/// configured attends so.
+/// Names of the unknown keys of `raw` that are ignored. `read` lists the keys that the loader reads; `attention` is the
+/// mask of the configured network.
 ///
 /// # Errors
-/// When a key that is not read changes what the weights compute: its name and value, and the remedy.
+/// When an unread key changes the forward pass, with its name, its value and the remedy.
 pub(crate) fn ignored(
     raw: &Value,
     read: &[&[&str]],
-    attention: Attention,
+    attention: AttentionMask,
 ) -> Result<Vec<String>, String> {
     let none = Map::new();
     let keys = raw.as_object().unwrap_or(&none);
@@ -215,10 +214,10 @@ pub(crate) fn ignored(
         if is_read || is_harmless(key) {
             continue;
         }
-        match bearing(key, value, (raw, attention)) {
-            Bearing::None => {}
-            Bearing::Unknown => ignored.push(key.clone()),
-            Bearing::Deviates => refused.push(format!("{key} = {value}")),
+        match key_effect(key, value, raw, attention) {
+            KeyEffect::None => {}
+            KeyEffect::Unknown => ignored.push(key.clone()),
+            KeyEffect::Deviates => refused.push(format!("{key} = {value}")),
         }
     }
     match refused.as_slice() {
@@ -231,62 +230,62 @@ pub(crate) fn ignored(
     }
 }
 
-/// What the value of a key that is not read has to do with the computation.
-enum Bearing {
-    /// Nothing: it says what is computed anyway.
+/// Effect of an unread key on the forward pass.
+enum KeyEffect {
+    /// None: the value is the implemented behaviour.
     None,
-    /// Nothing that is known.
+    /// No known effect.
     Unknown,
-    /// It asks for another computation.
+    /// It requires a different forward pass.
     Deviates,
 }
 
-/// The bearing of a key on the network that `raw` configures and that attends so.
-fn bearing(key: &str, value: &Value, (raw, attention): (&Value, Attention)) -> Bearing {
+/// Classifies an unread key of the configuration `raw` for a network with this attention mask.
+fn key_effect(key: &str, value: &Value, raw: &Value, attention: AttentionMask) -> KeyEffect {
     let deviates_unless = |is_neutral: bool| match is_neutral {
-        true => Bearing::None,
-        false => Bearing::Deviates,
+        true => KeyEffect::None,
+        false => KeyEffect::Deviates,
     };
-    if words(key).any(|word| word == "causal") {
-        // Transformers attends in both directions wherever the value is there and not true, null included.
-        return deviates_unless(*value == (attention == Attention::Causal));
+    if parts(key).any(|part| part == "causal") {
+        // Transformers uses bidirectional attention wherever the value is present and not true, null included.
+        return deviates_unless(*value == (attention == AttentionMask::Causal));
     }
     if ALWAYS_ON.contains(&key) {
         return match value {
-            Value::Null | Value::Bool(true) => Bearing::None,
-            _ => Bearing::Unknown,
+            Value::Null | Value::Bool(true) => KeyEffect::None,
+            _ => KeyEffect::Unknown,
         };
     }
-    match is_meant(key) {
+    match affects_computation(key) {
         true => deviates_unless(is_off(value) || is_neutral(key, value, raw)),
-        // Nobody knows what it switches off.
-        false if *value == false || !is_off(value) => Bearing::Unknown,
-        false => Bearing::None,
+        // It may disable a component of unknown meaning.
+        false if *value == false || !is_off(value) => KeyEffect::Unknown,
+        false => KeyEffect::None,
     }
 }
 
-/// The words of a key: `attn_logit_softcapping` has three.
-fn words(key: &str) -> impl Iterator<Item = &str> {
+/// Parts of a key name: `attn_logit_softcapping` has three.
+fn parts(key: &str) -> impl Iterator<Item = &str> {
     key.split(['_', '.', '-'])
 }
 
 fn is_harmless(key: &str) -> bool {
-    // A leading underscore marks what transformers keeps for itself.
+    // A leading underscore marks keys internal to transformers.
     key.starts_with('_')
         || HARMLESS.contains(&key)
         || ["_token", "_token_id", "_token_ids"]
             .iter()
             .any(|end| key.ends_with(end))
-        || words(key).any(|word| HARMLESS_WORDS.contains(&word))
+        || parts(key).any(|part| HARMLESS_PARTS.contains(&part))
 }
 
-fn is_meant(key: &str) -> bool {
-    words(key).any(|word| MEANING_WORDS.contains(&word))
+fn affects_computation(key: &str) -> bool {
+    parts(key).any(|part| COMPUTATION_PARTS.contains(&part))
 }
 
 fn is_quantised(key: &str, value: &Value) -> bool {
-    let says = |word: &str| word.starts_with("quant") || word.starts_with("compress");
-    !is_off(value) && words(key).any(says)
+    let matches = |part: &str| part.starts_with("quant") || part.starts_with("compress");
+    !is_off(value) && parts(key).any(matches)
 }
 
 fn quantised(key: &str, value: &Value) -> String {
@@ -297,7 +296,7 @@ fn quantised(key: &str, value: &Value) -> String {
     format!("this folder is quantised ({key}: {method}), use the unquantised one")
 }
 
-/// Whether this value of a key that is not read leaves the computation as it is.
+/// Whether this value of an unread key leaves the forward pass unchanged.
 fn is_neutral(key: &str, value: &Value, raw: &Value) -> bool {
     let head_dim = || {
         let width = raw["hidden_size"].as_f64()? / raw["num_attention_heads"].as_f64()?;
@@ -305,7 +304,7 @@ fn is_neutral(key: &str, value: &Value, raw: &Value) -> bool {
     };
     let number = value.as_f64();
     match key {
-        // Queries are multiplied by its inverse square root, as they are by that of the head's width.
+        // Queries are scaled by its inverse square root; the implemented scale is that of head_dim.
         "query_pre_attn_scalar" => number.is_some() && number == head_dim(),
         "attention_multiplier" => number
             .zip(head_dim())
@@ -322,23 +321,23 @@ fn is_neutral(key: &str, value: &Value, raw: &Value) -> bool {
         "max_window_layers" => raw["use_sliding_window"] != true,
         _ => match value {
             Value::Number(_) => {
-                let is_factor = words(key).any(|word| FACTOR_WORDS.contains(&word));
+                let is_factor = parts(key).any(|part| FACTOR_PARTS.contains(&part));
                 number == Some(f64::from(u8::from(is_factor)))
             }
-            Value::String(word) => [
+            Value::String(name) => [
                 "none", "default", "silu", "swish", "rope", "rotary", "rms", "rmsnorm",
             ]
-            .contains(&word.as_str()),
+            .contains(&name.as_str()),
             _ => false,
         },
     }
 }
 
-/// Whether a value says that something is not used.
+/// Whether a value disables a feature: null, false or empty.
 pub(crate) fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
-        Value::String(word) => word.is_empty(),
+        Value::String(text) => text.is_empty(),
         Value::Array(items) => items.is_empty(),
         Value::Object(items) => items.is_empty(),
         Value::Bool(true) | Value::Number(_) => false,
@@ -360,11 +359,11 @@ mod tests {
             raw[key] = value.clone();
         }
         let read = ["max_position_embeddings", "num_hidden_layers"];
-        ignored(&raw, &[&READ, &read], Attention::Causal)
+        ignored(&raw, &[&READ, &read], AttentionMask::Causal)
     }
 
     #[test]
-    fn what_says_how_to_compute_is_refused_by_name() {
+    fn keys_that_change_the_forward_pass_are_refused_by_name() {
         let cases = [
             json!({"logit_scale": 0.0625}),
             json!({"logits_scaling": 8.0}),
@@ -411,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_change_nothing_are_taken_and_harmless_keys_are_not_spoken_of() {
+    fn neutral_values_are_accepted_and_harmless_keys_are_not_reported() {
         let cases = [
             json!({"logit_scale": 1.0, "residual_multiplier": 1, "partial_rotary_factor": 1.0}),
             json!({"attention_multiplier": 0.25, "query_pre_attn_scalar": 16}),
@@ -437,22 +436,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_switched_off_and_not_known_to_be_off_is_spoken_of() {
+    fn disabled_keys_of_unknown_meaning_are_reported() {
         let mut off = vec!["a_key_of_its_own"];
         off.extend(ALWAYS_ON);
         for key in off {
-            let said = ignored_of(&json!({ key: false }));
-            assert_eq!(said, Ok(vec![key.to_owned()]));
+            let ignored = ignored_of(&json!({ key: false }));
+            assert_eq!(ignored, Ok(vec![key.to_owned()]));
         }
     }
 
     #[test]
-    fn an_encoder_sees_in_both_directions() {
+    fn an_encoder_has_bidirectional_attention() {
         let of = |value: bool| {
             ignored(
                 &json!({ "is_causal": value }),
                 &[],
-                Attention::Bidirectional,
+                AttentionMask::Bidirectional,
             )
         };
         assert_eq!(of(false), Ok(Vec::new()));
@@ -460,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn quantised_folders_are_named_by_their_method() {
+    fn the_error_for_a_quantised_folder_names_the_method() {
         for (raw, expected) in [
             (
                 json!({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}),

@@ -1,18 +1,14 @@
-//! The language model: load, tokenise, score, sample, differentiate, save.
+//! Decoder-only language models and reward models: loading, tokenising, log-probabilities, sampling, training, saving.
 //!
-//! A [`LanguageModel`] is a decoder-only transformer read from a Hugging Face folder. It has two paths
-//! over the same weights: [`LanguageModel::score`] is differentiable and takes packed ragged batches;
-//! the cached path of [`decode`] writes one token of many sequences at once, and the [`Sampler`] drives
-//! it for a policy and its reference together. An [`Adapter`] stands beside the weights and is trained in their
-//! place. Tokens go in, log-probabilities come out. A
-//! [`RewardModel`] is the same decoder with a head that gives a score instead; an [`Encoder`] is a ready-made model that gives
-//! one. What they are for, and who else has the weights, this crate does not know. Nothing else in the house knows a tensor
-//! operation.
+//! A [`LanguageModel`] is a decoder-only transformer read from a Hugging Face folder. It has two paths over the same
+//! weights: [`LanguageModel::logprobs`] is differentiable and takes ragged batches; [`decode`] extends many sequences
+//! by one token each through a KV cache, and the [`MixtureSampler`] runs it for a policy and its reference together. An
+//! [`Adapter`] (LoRA) is added to frozen weights and trained in their place. A [`RewardModel`] is the same decoder with
+//! a scoring head; an [`Encoder`] is a pretrained classifier with one label. Does not know objectives, judges or who
+//! publishes weights.
 
-mod answered;
 mod chat;
 mod config;
-mod continuing;
 pub mod decode;
 mod encoder;
 mod error;
@@ -20,27 +16,27 @@ mod error;
 mod fixtures;
 mod folder;
 mod keys;
+mod logprobs;
 mod lora;
-mod network;
-pub mod ops;
 mod optimizer;
-mod packed;
-#[cfg(test)]
-mod reference;
+mod precision;
+mod ragged;
 mod reward;
 pub mod roofline;
 mod rope;
 pub mod sampling;
 mod schedule;
-mod score;
 mod shards;
-mod special;
+mod special_tokens;
 mod stop_tokens;
 mod token_texts;
 mod tokenizer;
+mod transformer;
+#[cfg(test)]
+mod transformers_parity;
 mod weights;
 
-pub use answered::{AnsweredIds, Seam};
+pub use crate::chat::given_answers::{AnswerBoundary, EncodedAnswers};
 pub use candle_core::{DType, Device, Tensor};
 pub use chat::check_chat_template;
 pub use config::{
@@ -49,28 +45,29 @@ pub use config::{
 pub use encoder::{Encoder, SUPPORTED_ENCODERS};
 pub use error::ModelError;
 pub use folder::{ModelFolder, dtype_name, is_licence, save_folder};
+pub use kernels::Gradients;
+pub use logprobs::TokenLogprobs;
 pub use lora::{Adapter, AdapterFolder, BaseModel, LoraConfig, open_policy, save_policy};
-pub use network::LanguageModel;
-pub use ops::Gradients;
 pub use optimizer::{AdamWSettings, Optimizer};
-pub use packed::{Fork, Packed, Sequence};
+pub use precision::{sampling_precision, training_precision};
+pub use ragged::{RaggedBatch, Sequence, SharedPrefix};
 pub use reward::{
     Pooling, RewardArchitecture, RewardConfig, RewardFolder, RewardKind, RewardModel,
 };
 pub use rope::{Llama3, Rope, RopeScaling, Yarn};
 pub use sampling::{
-    CompletionWriter, Continuation, Finished, Precision, Request, Sampler, SamplingSettings,
+    CompletionSampler, Finished, MixtureSampler, Precision, Request, Sampler, SamplingSettings,
 };
 pub use schedule::Schedule;
-pub use score::Scores;
 pub use stop_tokens::StopTokens;
 pub use tokenizer::Tokenizer;
+pub use transformer::LanguageModel;
 pub use weights::Weights;
 
-/// The device that a setting names: `cpu`, `cuda`, `cuda:N` or `metal`.
+/// Opens a device by name: `cpu`, `cuda`, `cuda:N` or `metal`.
 ///
 /// # Errors
-/// When the name is none of these, or the device cannot be had in this build on this machine.
+/// When the name is unknown, or this build or machine does not have the device.
 pub fn device(name: &str) -> Result<Device, ModelError> {
     let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
     let unavailable = |reason: String| ModelError::Device {
@@ -79,7 +76,7 @@ pub fn device(name: &str) -> Result<Device, ModelError> {
     };
     let ordinal: usize = ordinal
         .parse()
-        .map_err(|_| unavailable("the number after ':' is not one".into()))?;
+        .map_err(|_| unavailable("the ordinal after ':' is not a number".into()))?;
     match kind {
         "cpu" => Ok(Device::Cpu),
         "cuda" => Device::new_cuda(ordinal).map_err(|error| unavailable(error.to_string())),

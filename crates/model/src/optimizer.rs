@@ -1,38 +1,48 @@
-//! AdamW over the variables of a model, with clipping, and state that can be saved. What the loss was, the
-//! optimiser does not know.
+//! AdamW over the variables of a model, with gradient clipping and serialisable state. Does not know the loss.
 
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{Device, Tensor, Var};
+use settings::OptimizerSettings;
 
-use crate::{
-    ModelError, Weights,
-    ops::{AdamWStep, Gradients, Moments, adamw_step, squared_norm, wide},
-};
+use crate::{error::ModelError, weights::Weights};
+use kernels::{AdamWStep, Gradients, Moments, accumulation_dtype, adamw_step, squared_norm};
 
-/// What does not change from step to step.
+/// Hyperparameters of AdamW, constant over a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWSettings {
-    /// Decay of the gradient's mean.
+    /// Decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the squared gradient's mean.
+    /// Decay rate of the second moment.
     pub beta2: f64,
-    /// Added to the root of the squared gradient's mean.
+    /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay of matrices; vectors (norms, biases) and embeddings do not decay.
+    /// Decoupled weight decay of matrices; vectors (norms, biases) and embeddings are exempt.
     pub weight_decay: f64,
-    /// The gradient's norm is clipped to it.
+    /// Maximum gradient norm, above which gradients are clipped.
     pub max_grad_norm: f64,
 }
 
-/// Variables and what AdamW remembers of them.
+impl From<&OptimizerSettings> for AdamWSettings {
+    fn from(settings: &OptimizerSettings) -> Self {
+        Self {
+            beta1: settings.adam_beta1,
+            beta2: settings.adam_beta2,
+            epsilon: settings.adam_epsilon,
+            weight_decay: settings.weight_decay,
+            max_grad_norm: settings.max_grad_norm,
+        }
+    }
+}
+
+/// AdamW with the trained variables and their state.
 ///
-/// A variable in half precision has a master copy in f32, which takes the steps; the variable is the master
-/// rounded. Without it a step smaller than half the spacing of bf16 (1/256 of the weight) would be lost.
+/// A variable in half precision has a master copy in f32, which receives the updates; the variable is the rounded
+/// master. Without it an update smaller than half the spacing of bf16 (1/256 of the weight) would be lost.
 #[derive(Debug)]
 pub struct Optimizer {
     vars: BTreeMap<String, Var>,
-    /// The f32 copies of the variables that are not f32, under the same names.
+    /// f32 master copies of the variables that are not f32, by the same names.
     masters: BTreeMap<String, Var>,
     moments: BTreeMap<String, Moments>,
     settings: AdamWSettings,
@@ -40,16 +50,16 @@ pub struct Optimizer {
     clipped: u64,
 }
 
-/// Whether weight decay applies to the variable `name` of this shape: to matrices, but not to the token and
-/// position embeddings. Norms and biases are vectors.
+/// Whether weight decay applies to a variable: to matrices except token and position embeddings. Norms and biases are
+/// vectors.
 fn decays(name: &str, dims: &[usize]) -> bool {
     let embedding = name.ends_with("embed_tokens.weight") || name.ends_with("positions");
     dims.len() >= 2 && !embedding
 }
 
-/// An f32 copy of a variable in half precision; `None` for one that needs none.
+/// f32 master copy of a variable in half precision; `None` for an f32 variable.
 fn master_of(var: &Var) -> Result<Option<Var>, ModelError> {
-    let master = wide(var.dtype());
+    let master = accumulation_dtype(var.dtype());
     if master == var.dtype() {
         return Ok(None);
     }
@@ -58,7 +68,7 @@ fn master_of(var: &Var) -> Result<Option<Var>, ModelError> {
 }
 
 impl Optimizer {
-    /// An optimiser that has taken no step.
+    /// Creates an optimiser with zero moments.
     ///
     /// # Errors
     /// When the device cannot hold the moments.
@@ -83,20 +93,20 @@ impl Optimizer {
         })
     }
 
-    /// The share of the steps whose gradient was clipped, from 0 to 1, since the optimiser's first step.
+    /// Fraction of all steps so far whose gradient was clipped, in [0, 1].
     #[must_use]
     pub fn clipped_share(&self) -> f64 {
         self.clipped as f64 / self.steps.max(1) as f64
     }
 
-    /// The variables that are trained.
+    /// The trained variables by name.
     #[must_use]
     pub fn vars(&self) -> &BTreeMap<String, Var> {
         &self.vars
     }
 
-    /// Gives every variable, and its master copy where it has one, the numbers of `weights`, in place.
-    /// Masters that [`Self::to_blob`] saved come back with [`Self::restore`], which is to follow.
+    /// Assigns `weights` to the variables and their master copies, in place. Saved master copies are only restored by
+    /// [`Self::restore`], to be called afterwards.
     ///
     /// # Errors
     /// When a tensor is missing or of another shape.
@@ -111,20 +121,19 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The Euclidean norm of all variables' gradients; not finite if any number is not.
+    /// Euclidean norm of the gradients of all variables; not finite if any value is not.
     ///
     /// # Errors
-    /// When a variable has no gradient: it would silently stay as it is.
+    /// When a variable has no gradient, since it would silently never be trained.
     pub fn norm(&self, gradients: &Gradients) -> Result<f64, ModelError> {
         let mut squares = 0.0;
         for (name, var) in &self.vars {
-            squares += squared_norm(found(gradients, name, var)?)?;
+            squares += squared_norm(gradient_of(gradients, name, var)?)?;
         }
         Ok(squares.sqrt())
     }
 
-    /// Moves every variable one step against its gradient, whose norm (as [`Self::norm`] gives it) is clipped
-    /// first.
+    /// Takes one AdamW step, after clipping the gradients, whose norm is given by [`Self::norm`].
     ///
     /// # Errors
     /// When a variable has no gradient or a tensor operation fails.
@@ -163,7 +172,7 @@ impl Optimizer {
             ..decaying
         };
         for (name, var) in &self.vars {
-            let gradient = found(gradients, name, var)?;
+            let gradient = gradient_of(gradients, name, var)?;
             let missing = || ModelError::Weights {
                 reason: format!("no moments for {name}"),
             };
@@ -185,7 +194,7 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The moments, the master copies and the counts of steps as the bytes of a safetensors file.
+    /// Serialises moments, master copies and step counts as a safetensors file.
     ///
     /// # Errors
     /// When a tensor cannot be read from its device.
@@ -205,7 +214,7 @@ impl Optimizer {
             let master = master.as_detached_tensor().to_device(&Device::Cpu)?;
             tensors.push((format!("{name}.master"), master));
         }
-        // One key: of several, the library's map would choose another order every time.
+        // One entry only: with several, the order in the library's hash map would vary between runs.
         let counts = format!("{},{}", self.steps, self.clipped);
         let metadata = HashMap::from([("steps".to_owned(), counts)]);
         safetensors::serialize(tensors, Some(metadata)).map_err(|error| ModelError::Weights {
@@ -213,22 +222,21 @@ impl Optimizer {
         })
     }
 
-    /// Takes back what [`Self::to_blob`] wrote; variables with a master copy become that copy, rounded.
+    /// Restores the state of [`Self::to_blob`]; variables with a master copy are set to that copy, rounded.
     ///
     /// # Errors
-    /// When the blob is torn or belongs to other variables; nothing has changed then.
+    /// When the blob is truncated or belongs to other variables; the state is then unchanged.
     pub fn restore(&mut self, blob: &[u8]) -> Result<(), ModelError> {
-        let foreign = |reason: String| ModelError::Weights {
+        let invalid = |reason: String| ModelError::Weights {
             reason: format!("optimiser state: {reason}"),
         };
         let (_, header) = safetensors::SafeTensors::read_metadata(blob)
-            .map_err(|error| foreign(error.to_string()))?;
+            .map_err(|error| invalid(error.to_string()))?;
         let counts = header.metadata().as_ref().and_then(|metadata| {
             let (steps, clipped) = metadata.get("steps")?.split_once(',')?;
             Some((steps.parse().ok()?, clipped.parse().ok()?))
         });
-        let (steps, clipped) =
-            counts.ok_or_else(|| foreign("it does not say how many steps were taken".into()))?;
+        let (steps, clipped) = counts.ok_or_else(|| invalid("the step count is missing".into()))?;
         let mut found = candle_core::safetensors::load_buffer(blob, &Device::Cpu)?;
         let (mut moments, mut masters) = (BTreeMap::new(), BTreeMap::new());
         for (name, var) in &self.vars {
@@ -236,10 +244,10 @@ impl Optimizer {
                 let key = format!("{name}.{part}");
                 let tensor = found.remove(&key).filter(|t| t.dims() == var.dims());
                 let tensor = tensor
-                    .ok_or_else(|| foreign(format!("{key} is missing or of another shape")))?;
+                    .ok_or_else(|| invalid(format!("{key} is missing or of another shape")))?;
                 Ok::<_, ModelError>(
                     tensor
-                        .to_dtype(wide(var.dtype()))?
+                        .to_dtype(accumulation_dtype(var.dtype()))?
                         .to_device(var.device())?,
                 )
             };
@@ -263,7 +271,11 @@ impl Optimizer {
     }
 }
 
-fn found<'a>(gradients: &'a Gradients, name: &str, var: &Var) -> Result<&'a Tensor, ModelError> {
+fn gradient_of<'a>(
+    gradients: &'a Gradients,
+    name: &str,
+    var: &Var,
+) -> Result<&'a Tensor, ModelError> {
     gradients.get(var).ok_or_else(|| ModelError::Weights {
         reason: format!("the variable {name} got no gradient, so it would never be trained"),
     })
@@ -287,23 +299,23 @@ mod tests {
         }
     }
 
-    fn numbers(var: &Var) -> Vec<f32> {
-        let wide = var.as_tensor().to_dtype(DType::F32).unwrap();
-        wide.flatten_all().unwrap().to_vec1().unwrap()
+    fn values(var: &Var) -> Vec<f32> {
+        let tensor = var.as_tensor().to_dtype(DType::F32).unwrap();
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    /// 4,000 weights like a model's, uniform within .1 of 0.
+    /// 4,000 weights, uniform in [−0.1, 0.1].
     fn weights(dtype: DType) -> BTreeMap<String, Var> {
         let mut random = ChaCha8Rng::seed_from_u64(5);
-        let numbers: Vec<f32> = (0..4000)
+        let values: Vec<f32> = (0..4000)
             .map(|_| 0.2 * random.random::<f32>() - 0.1)
             .collect();
-        let tensor = Tensor::from_vec(numbers, (40, 100), &Device::Cpu).unwrap();
+        let tensor = Tensor::from_vec(values, (40, 100), &Device::Cpu).unwrap();
         let var = Var::from_tensor(&tensor.to_dtype(dtype).unwrap()).unwrap();
         BTreeMap::from([("w".to_owned(), var)])
     }
 
-    /// Optimiser steps on the gradient of Σw: each moves every weight by the learning rate.
+    /// Takes optimiser steps on the gradient of Σw: each moves every weight by the learning rate.
     fn descend(optimizer: &mut Optimizer, steps: u64, learning_rate: f64) {
         for _ in 0..steps {
             let sums: Vec<Tensor> = optimizer
@@ -316,29 +328,29 @@ mod tests {
                 .skip(1)
                 .fold(sums[0].clone(), |a, b| (a + b).unwrap());
             let mut gradients = Gradients::default();
-            gradients.add(&sum).unwrap();
+            gradients.backward(&sum).unwrap();
             let norm = optimizer.norm(&gradients).unwrap();
             optimizer.step(&gradients, norm, learning_rate).unwrap();
         }
     }
 
-    /// In bf16 alone a weight of .1 has neighbours .0005 away, and steps of 1e-5 would all be lost.
+    /// In bf16 alone the spacing at 0.1 is 0.0005, and updates of 1e-5 would all be lost.
     #[test]
-    fn weights_in_bf16_move_by_steps_smaller_than_their_spacing() {
+    fn bf16_weights_accumulate_updates_smaller_than_their_spacing() {
         let vars = weights(DType::BF16);
-        let start = numbers(&vars["w"]);
+        let start = values(&vars["w"]);
         let mut optimizer = Optimizer::new(vars, settings(0.0)).unwrap();
         descend(&mut optimizer, 60, 1e-5);
-        let end = numbers(&optimizer.vars["w"]);
+        let end = values(&optimizer.vars["w"]);
         let moved = start.iter().zip(&end).filter(|(a, b)| a != b).count();
         assert!(moved > 3800, "{moved} of 4000 moved");
-        // 60 steps of 1e-5, of which a weight near .1 shows whole spacings, .00049 each.
+        // 60 updates of 1e-5, which appear at 0.1 in whole spacings of 0.00049.
         let mean = start.iter().zip(&end).map(|(a, b)| a - b).sum::<f32>() / 4000.0;
         assert!((mean - 6e-4).abs() < 1.2e-4, "{mean}");
     }
 
     #[test]
-    fn masters_are_saved_and_go_on_to_the_last_bit() {
+    fn saved_masters_resume_bit_identically() {
         let mut whole = Optimizer::new(weights(DType::BF16), settings(0.1)).unwrap();
         descend(&mut whole, 7, 1e-5);
         let saved = whole.to_blob().unwrap();
@@ -353,12 +365,12 @@ mod tests {
         descend(&mut whole, 7, 1e-5);
         descend(&mut resumed, 7, 1e-5);
         assert_eq!(resumed.to_blob().unwrap(), whole.to_blob().unwrap());
-        assert_eq!(numbers(&resumed.vars["w"]), numbers(&whole.vars["w"]));
+        assert_eq!(values(&resumed.vars["w"]), values(&whole.vars["w"]));
     }
 
-    /// At a gradient of zero only decay moves a weight.
+    /// With a zero gradient only weight decay moves a weight.
     #[test]
-    fn decay_spares_vectors_and_embeddings() {
+    fn vectors_and_embeddings_do_not_decay() {
         let names = [
             ("model.embed_tokens.weight", vec![3, 2], 1.0f32),
             ("chosen.positions", vec![3, 2], 1.0),
@@ -378,7 +390,7 @@ mod tests {
             .map(|(name, dims, _)| ((*name).to_owned(), var(dims)))
             .collect();
         let mut optimizer = Optimizer::new(vars, settings(0.5)).unwrap();
-        // Of (x − x)²: zero.
+        // (x − x)² has a zero gradient.
         let squares = |v: &Var| (v.as_tensor() - v.as_detached_tensor()).unwrap().sqr();
         let sums = optimizer
             .vars
@@ -386,10 +398,10 @@ mod tests {
             .map(|v| squares(v).unwrap().sum_all().unwrap());
         let sum = sums.reduce(|a, b| (a + b).unwrap()).unwrap();
         let mut gradients = Gradients::default();
-        gradients.add(&sum).unwrap();
+        gradients.backward(&sum).unwrap();
         optimizer.step(&gradients, 0.0, 0.1).unwrap();
         for (name, _, expected) in names {
-            let found = numbers(&optimizer.vars[name]);
+            let found = values(&optimizer.vars[name]);
             assert!(
                 found.iter().all(|x| (x - expected).abs() < 1e-6),
                 "{name}: {found:?}"
@@ -398,15 +410,15 @@ mod tests {
     }
 
     #[test]
-    fn the_share_of_clipped_steps_is_counted_and_saved() {
+    fn the_fraction_of_clipped_steps_is_counted_and_saved() {
         let mut optimizer = Optimizer::new(weights(DType::F32), settings(0.0)).unwrap();
         assert_eq!(optimizer.clipped_share(), 0.0);
-        // Ones: of norm √4000 > 1.
+        // All ones: norm √4000 > 1.
         descend(&mut optimizer, 1, 1e-3);
         assert_eq!(optimizer.clipped_share(), 1.0);
         let mut gradients = Gradients::default();
         let small = (optimizer.vars["w"].sum_all().unwrap() * 1e-3).unwrap();
-        gradients.add(&small).unwrap();
+        gradients.backward(&small).unwrap();
         for _ in 0..3 {
             let norm = optimizer.norm(&gradients).unwrap();
             optimizer.step(&gradients, norm, 1e-3).unwrap();

@@ -1,27 +1,28 @@
-//! What this machine can do at most: products of matrices a second, and bytes read a second.
+//! Measured peak throughput of this machine: f32 matmul FLOP/s and memory bandwidth (the roofline model).
 
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use crate::{ModelError, ops::linear, sampling::Precision};
+use crate::{error::ModelError, sampling::Precision};
+use kernels::linear;
 
-/// How long each is measured.
-const MEASURED: Duration = Duration::from_millis(500);
+/// Duration of each measurement.
+const DURATION: Duration = Duration::from_millis(500);
 
-/// The side of the matrices.
+/// Side of the square matrices.
 const SIDE: usize = 1024;
 
-/// Numbers that are read: more than any cache holds but the last.
-const NUMBERS: usize = 64 << 20;
+/// Elements (f32) of the buffer read: 256 MiB, more than a last-level cache usually holds.
+const ELEMENTS: usize = 64 << 20;
 
-/// What bounds everything that is computed here.
+/// Peak compute and memory throughput.
 #[derive(Debug, Clone, Copy)]
 pub struct Roofline {
-    /// Operations a second in f32 products, two to a multiplication.
-    pub products: f64,
-    /// Bytes read from memory a second, by all threads.
+    /// Floating-point operations per second of an f32 matmul, counting a multiply-add as two.
+    pub flops: f64,
+    /// Bytes per second read from memory by all threads.
     pub bandwidth: f64,
 }
 
@@ -29,52 +30,53 @@ impl Roofline {
     /// Measures both, for half a second each.
     ///
     /// # Errors
-    /// When a product of matrices fails.
+    /// When a matmul fails.
     pub fn measure() -> Result<Self, ModelError> {
         Ok(Self {
-            products: products()?,
+            flops: matmul_flops()?,
             bandwidth: bandwidth()?,
         })
     }
 
-    /// The least seconds for so many operations and bytes, the larger of the two.
+    /// Lower bound in seconds for a number of operations and bytes: the larger of compute and memory time.
     #[must_use]
-    pub fn least(self, operations: f64, bytes: f64) -> f64 {
-        (operations / self.products).max(bytes / self.bandwidth)
+    pub fn min_seconds(self, operations: f64, bytes: f64) -> f64 {
+        (operations / self.flops).max(bytes / self.bandwidth)
     }
 }
 
-/// Operations a second in f32 products, two to a multiplication, by whichever of the two ways at hand is faster.
+/// Floating-point operations per second of an f32 matmul, by the faster of candle's and this workspace's
+/// implementation.
 ///
 /// # Errors
-/// When a product of matrices fails.
-pub fn products() -> Result<f64, ModelError> {
+/// When a matmul fails.
+pub fn matmul_flops() -> Result<f64, ModelError> {
     let matrix = Tensor::rand(-1f32, 1f32, (SIDE, SIDE), &Device::Cpu)?;
-    let of_candle = best(|| Ok(matrix.matmul(&matrix)?))?;
-    let of_ours = best(|| Ok(linear(&matrix, &matrix, Precision::F32)?))?;
-    Ok(2.0 * (SIDE as f64).powi(3) / of_candle.min(of_ours))
+    let candle_seconds = fastest(|| Ok(matrix.matmul(&matrix)?))?;
+    let kernels_seconds = fastest(|| Ok(linear(&matrix, &matrix, Precision::F32)?))?;
+    Ok(2.0 * (SIDE as f64).powi(3) / candle_seconds.min(kernels_seconds))
 }
 
 fn bandwidth() -> Result<f64, ModelError> {
-    let numbers = vec![1f32; NUMBERS];
+    let buffer = vec![1f32; ELEMENTS];
     let read = || {
-        let sum: f32 = numbers
+        let sum: f32 = buffer
             .par_chunks(1 << 20)
-            .map(|part| part.iter().step_by(16).sum::<f32>())
+            .map(|chunk| chunk.iter().step_by(16).sum::<f32>())
             .sum();
         std::hint::black_box(sum);
         Ok(())
     };
-    Ok(4.0 * NUMBERS as f64 / best(read)?)
+    Ok(4.0 * ELEMENTS as f64 / fastest(read)?)
 }
 
-/// The seconds of the fastest of several runs: all that disturbs makes it slower.
-fn best<T>(mut work: impl FnMut() -> Result<T, ModelError>) -> Result<f64, ModelError> {
-    let (clock, mut least) = (Instant::now(), f64::INFINITY);
-    while clock.elapsed() < MEASURED {
+/// Seconds of the fastest of several runs, which interference affects least.
+fn fastest<T>(mut work: impl FnMut() -> Result<T, ModelError>) -> Result<f64, ModelError> {
+    let (clock, mut fastest) = (Instant::now(), f64::INFINITY);
+    while clock.elapsed() < DURATION {
         let started = Instant::now();
         drop(work()?);
-        least = least.min(started.elapsed().as_secs_f64());
+        fastest = fastest.min(started.elapsed().as_secs_f64());
     }
-    Ok(least)
+    Ok(fastest)
 }

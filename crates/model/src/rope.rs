@@ -1,22 +1,21 @@
-//! Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864): how a `config.json` scales its frequencies, and
-//! the tables of cos and sin.
+//! Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864): frequency scaling from `config.json`, and cos/sin
+//! tables.
 //!
-//! The keys are read as transformers 5.23 reads them: a `rope_scaling` that holds anything takes the place of
-//! `rope_parameters`, and what the chosen one leaves out comes from the top level. The four families share this; so do
-//! scoring, training and decoding, which look into the same tables.
+//! Keys are read as in transformers 5.23: a non-empty `rope_scaling` replaces `rope_parameters`, and keys missing there
+//! come from the top level. All model families use it, and training and decoding share the same tables.
 
 use std::f64::consts::TAU;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
-use crate::{ModelConfig, ModelError, keys::is_off};
+use crate::{config::ModelConfig, error::ModelError, keys::is_off};
 
-/// Base of the frequencies where a configuration names none.
+/// Default base θ.
 const DEFAULT_THETA: f64 = 10_000.0;
-/// The types of scaling that can be computed, as `rope_type` names them.
+/// Supported values of `rope_type`.
 const SUPPORTED: [&str; 5] = ["default", "linear", "dynamic", "yarn", "llama3"];
-/// Keys of the scaling that some type reads, or that change nothing.
+/// Keys of the scaling object that are read by some type or have no effect.
 const KNOWN_KEYS: [&str; 14] = [
     "rope_type",
     "type",
@@ -39,27 +38,26 @@ const KNOWN_KEYS: [&str; 14] = [
 pub struct Rope {
     /// Base θ of the frequencies θ^(-2i/d).
     pub theta: f64,
-    /// What becomes of these frequencies.
+    /// Scaling of the frequencies.
     pub scaling: RopeScaling,
 }
 
-/// How rotary frequencies are scaled for sequences longer than those of pretraining.
+/// Scaling of rotary frequencies for context extension.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     Default,
     /// Position interpolation (Chen et al., arXiv 2306.15595): every frequency divided by the factor.
     Linear {
-        /// At least 1 where it makes sense.
+        /// Scaling factor, at least 1 in practice.
         factor: f64,
     },
-    /// Dynamic NTK scaling: a larger base for sequences longer than `max_position_embeddings`, none up to there.
-    /// Longer sequences are refused for every model, so that cached keys and scored ones cannot differ: here the
-    /// frequencies are always the plain ones.
+    /// Dynamic NTK scaling: a larger base for sequences longer than `max_position_embeddings`. Such sequences are
+    /// refused for every model, so the frequencies are always unscaled and decoding agrees with training.
     Dynamic,
     /// YaRN (Peng et al., arXiv 2309.00071).
     Yarn(Yarn),
-    /// Llama 3.1's: long wavelengths are stretched, short ones kept, those between blended.
+    /// Llama 3.1 scaling: long wavelengths are stretched, short ones unchanged, those between interpolated.
     Llama3(Llama3),
 }
 
@@ -68,13 +66,13 @@ pub enum RopeScaling {
 pub struct Yarn {
     /// Divides the interpolated frequencies.
     pub factor: f64,
-    /// Positions of pretraining.
+    /// Context length of pretraining.
     pub original_positions: f64,
-    /// Turns within these positions above which a frequency is kept.
+    /// Rotations within that context above which a frequency is unchanged.
     pub beta_fast: f64,
-    /// Turns below which it is divided.
+    /// Rotations below which a frequency is divided.
     pub beta_slow: f64,
-    /// Whether the bounds between are rounded to whole dimensions.
+    /// Whether the interpolation bounds are rounded to whole dimensions.
     pub truncate: bool,
     /// Multiplies cos and sin.
     pub attention_factor: f64,
@@ -85,38 +83,38 @@ pub struct Yarn {
 pub struct Llama3 {
     /// Divides the frequencies of long wavelengths.
     pub factor: f64,
-    /// Turns within the original positions below which a wavelength is long.
+    /// Rotations within the original context below which a wavelength is long.
     pub low_freq_factor: f64,
-    /// Turns above which it is short.
+    /// Rotations above which a wavelength is short.
     pub high_freq_factor: f64,
-    /// Positions of pretraining.
+    /// Context length of pretraining.
     pub original_positions: f64,
 }
 
 impl Rope {
-    /// Reads the rotary keys of the `config.json` in `raw`, of a model with `max_positions`.
+    /// Parses the RoPE keys of the `config.json` in `raw`, for a model with `max_positions`.
     pub(crate) fn read(raw: &Value, max_positions: usize) -> Result<Self, String> {
         let chosen = ["rope_scaling", "rope_parameters"]
             .into_iter()
             .find(|key| !is_off(&raw[*key]));
         let none = Map::new();
         let keys = match chosen.map(|name| (name, &raw[name])) {
-            None => Keys::new("rope_parameters", &none),
-            Some((name, Value::Object(keys))) => Keys::new(name, keys),
+            None => RopeKeys::new("rope_parameters", &none),
+            Some((name, Value::Object(keys))) => RopeKeys::new(name, keys),
             Some((name, other)) => return Err(format!("{name} = {other} is not an object")),
         };
         keys.kind()?;
-        keys.are_known()?;
-        let outside = Keys::new("config.json", raw.as_object().unwrap_or(&none));
-        let theta = match keys.set("rope_theta")? {
+        keys.check_known()?;
+        let top_level = RopeKeys::new("config.json", raw.as_object().unwrap_or(&none));
+        let theta = match keys.non_null("rope_theta")? {
             Some(theta) => theta,
-            None => outside.set("rope_theta")?.unwrap_or(DEFAULT_THETA),
+            None => top_level.non_null("rope_theta")?.unwrap_or(DEFAULT_THETA),
         };
-        let positions = Positions {
+        let lengths = ContextLengths {
             max: max_positions as f64,
-            outside: &outside,
+            top_level: &top_level,
         };
-        let scaling = keys.scaling(positions)?;
+        let scaling = keys.scaling(lengths)?;
         if theta <= 1.0 && matches!(scaling, RopeScaling::Yarn(_)) {
             return Err(format!(
                 "rope_theta = {theta} is not above 1, as the bounds of YaRN need it in {}",
@@ -126,7 +124,7 @@ impl Rope {
         Ok(Self { theta, scaling })
     }
 
-    /// Radians per position of every pair of dimensions of a head of `head_dim`.
+    /// Frequencies in radians per position, one for each pair of dimensions of a head.
     fn frequencies(self, head_dim: usize) -> Vec<f64> {
         let dim = head_dim as f64;
         let plain = (0..head_dim)
@@ -149,7 +147,7 @@ impl Rope {
         }
     }
 
-    /// The factor on cos and sin.
+    /// Factor on cos and sin.
     fn attention_factor(self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn(yarn) => yarn.attention_factor,
@@ -159,10 +157,11 @@ impl Rope {
 }
 
 impl Yarn {
-    /// The pairs of dimensions between which interpolation sets in (Peng et al., section 3.2).
+    /// Bounds, in pairs of dimensions, of the interpolation ramp (Peng et al., section 3.2).
     fn correction_range(self, dim: f64, theta: f64) -> (f64, f64) {
-        let pair =
-            |turns: f64| dim * (self.original_positions / (turns * TAU)).ln() / (2.0 * theta.ln());
+        let pair = |rotations: f64| {
+            dim * (self.original_positions / (rotations * TAU)).ln() / (2.0 * theta.ln())
+        };
         let (mut low, mut high) = (pair(self.beta_fast), pair(self.beta_slow));
         if self.truncate {
             (low, high) = (low.floor(), high.ceil());
@@ -172,8 +171,8 @@ impl Yarn {
         (low, if singular { high + 0.001 } else { high })
     }
 
-    /// The factor on cos and sin where a configuration does not name it: 0.1 ln(factor) + 1 (Peng et al., eq. 22),
-    /// or DeepSeek's quotient of two of these.
+    /// Default factor on cos and sin: 0.1 ln(factor) + 1 (Peng et al., eq. 22), or DeepSeek's quotient of two such
+    /// terms.
     fn default_attention_factor(factor: f64, mscales: Option<(f64, f64)>) -> f64 {
         let scale = |mscale: f64| {
             if factor <= 1.0 {
@@ -182,47 +181,50 @@ impl Yarn {
                 0.1 * mscale * factor.ln() + 1.0
             }
         };
-        mscales.map_or_else(|| scale(1.0), |(over, under)| scale(over) / scale(under))
+        mscales.map_or_else(
+            || scale(1.0),
+            |(numerator, denominator)| scale(numerator) / scale(denominator),
+        )
     }
 }
 
 impl Llama3 {
     fn scaled(self, frequency: f64) -> f64 {
-        let turns = self.original_positions * frequency / TAU;
+        let rotations = self.original_positions * frequency / TAU;
         let (low, high) = (self.low_freq_factor, self.high_freq_factor);
-        if turns > high {
+        if rotations > high {
             frequency
-        } else if turns < low {
+        } else if rotations < low {
             frequency / self.factor
         } else {
-            let smooth = (turns - low) / (high - low);
+            let smooth = (rotations - low) / (high - low);
             (1.0 - smooth) * frequency / self.factor + smooth * frequency
         }
     }
 }
 
-/// How many positions a model has.
+/// Context lengths declared outside the scaling object.
 #[derive(Clone, Copy)]
-struct Positions<'a> {
+struct ContextLengths<'a> {
     /// `max_position_embeddings`.
     max: f64,
-    /// The top level, whose `original_max_position_embeddings` goes before the one inside.
-    outside: &'a Keys<'a>,
+    /// Top-level keys, whose `original_max_position_embeddings` takes precedence over the one in the scaling object.
+    top_level: &'a RopeKeys<'a>,
 }
 
-/// The object that says how frequencies are scaled, and its name.
-struct Keys<'a> {
+/// Keys of a JSON object that configures RoPE, with the object's name for errors.
+struct RopeKeys<'a> {
     name: &'a str,
     keys: &'a Map<String, Value>,
 }
 
-impl<'a> Keys<'a> {
+impl<'a> RopeKeys<'a> {
     fn new(name: &'a str, keys: &'a Map<String, Value>) -> Self {
         Self { name, keys }
     }
 
-    /// An error if a key is set that no type of scaling here reads.
-    fn are_known(&self) -> Result<(), String> {
+    /// Checks that no unsupported key is set.
+    fn check_known(&self) -> Result<(), String> {
         let is_unknown = |(key, value): &(&String, &Value)| match key.as_str() {
             "partial_rotary_factor" | "attn_factor" | "extrapolation_factor" => {
                 !is_off(value) && value.as_f64() != Some(1.0)
@@ -235,7 +237,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The type of scaling, one of [`SUPPORTED`].
+    /// Type of scaling, one of [`SUPPORTED`].
     fn kind(&self) -> Result<&'a str, String> {
         let kind = ["rope_type", "type"]
             .into_iter()
@@ -256,51 +258,52 @@ impl<'a> Keys<'a> {
         )
     }
 
-    fn scaling(&self, positions: Positions<'_>) -> Result<RopeScaling, String> {
+    fn scaling(&self, lengths: ContextLengths<'_>) -> Result<RopeScaling, String> {
         Ok(match self.kind()? {
             "default" => RopeScaling::Default,
             "linear" => RopeScaling::Linear {
-                factor: self.needed("factor")?,
+                factor: self.required("factor")?,
             },
             "dynamic" => {
-                self.needed("factor")?;
+                self.required("factor")?;
                 RopeScaling::Dynamic
             }
-            "yarn" => RopeScaling::Yarn(self.yarn(positions)?),
+            "yarn" => RopeScaling::Yarn(self.yarn(lengths)?),
             "llama3" => RopeScaling::Llama3(Llama3 {
-                factor: self.needed("factor")?,
-                low_freq_factor: self.needed("low_freq_factor")?,
-                high_freq_factor: self.needed("high_freq_factor")?,
-                original_positions: self.original_positions(positions)?,
+                factor: self.required("factor")?,
+                low_freq_factor: self.required("low_freq_factor")?,
+                high_freq_factor: self.required("high_freq_factor")?,
+                original_positions: self.original_positions(lengths)?,
             }),
             other => return Err(self.unsupported(other)),
         })
     }
 
-    fn yarn(&self, positions: Positions<'_>) -> Result<Yarn, String> {
-        let original_positions = self.original_positions(positions)?;
+    fn yarn(&self, lengths: ContextLengths<'_>) -> Result<Yarn, String> {
+        let original_positions = self.original_positions(lengths)?;
         let factor = match self.keys.get("factor") {
-            // As DeepSeek writes it.
-            Some(Value::Null) => positions.max / original_positions,
-            _ => self.needed("factor")?,
+            // DeepSeek leaves the factor null.
+            Some(Value::Null) => lengths.max / original_positions,
+            _ => self.required("factor")?,
         };
-        // What is 0 or null counts as left out.
-        let some = |key: &str| Ok::<_, String>(self.number(key)?.filter(|number| *number != 0.0));
-        let mscales = some("mscale")?.zip(some("mscale_all_dim")?);
+        // 0 and null count as missing.
+        let nonzero =
+            |key: &str| Ok::<_, String>(self.number(key)?.filter(|number| *number != 0.0));
+        let mscales = nonzero("mscale")?.zip(nonzero("mscale_all_dim")?);
         let given = self.number("attention_factor")?;
         let attention_factor =
             given.unwrap_or_else(|| Yarn::default_attention_factor(factor, mscales));
         Ok(Yarn {
             factor,
             original_positions,
-            beta_fast: some("beta_fast")?.unwrap_or(32.0),
-            beta_slow: some("beta_slow")?.unwrap_or(1.0),
+            beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
+            beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
             truncate: self.truncates()?,
             attention_factor,
         })
     }
 
-    /// As Python takes it: null is false, and only a key that is left out is true by itself.
+    /// Python semantics: null is false, and a missing key is true.
     fn truncates(&self) -> Result<bool, String> {
         match self.keys.get("truncate") {
             None => Ok(true),
@@ -313,20 +316,24 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn original_positions(&self, positions: Positions<'_>) -> Result<f64, String> {
+    fn original_positions(&self, lengths: ContextLengths<'_>) -> Result<f64, String> {
         let key = "original_max_position_embeddings";
-        let own = self.set(key)?;
-        Ok(positions.outside.set(key)?.or(own).unwrap_or(positions.max))
+        let own = self.non_null(key)?;
+        Ok(lengths
+            .top_level
+            .non_null(key)?
+            .or(own)
+            .unwrap_or(lengths.max))
     }
 
-    /// The number under this key, above 0.
-    fn needed(&self, key: &str) -> Result<f64, String> {
+    /// A required number above 0.
+    fn required(&self, key: &str) -> Result<f64, String> {
         let number = self.positive(key)?;
         number.ok_or_else(|| format!("{}: {key} is missing", self.name))
     }
 
-    /// As [`Self::positive`]; null, with which transformers cannot compute either, is no number.
-    fn set(&self, key: &str) -> Result<Option<f64>, String> {
+    /// As [`Self::positive`], but null is an error, as it is in transformers.
+    fn non_null(&self, key: &str) -> Result<Option<f64>, String> {
         match self.keys.get(key) {
             Some(Value::Null) => Err(format!(
                 "{}: {key} is null; leave the key out or set it to a number",
@@ -336,7 +343,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// As [`Self::number`], above 0.
+    /// As [`Self::number`], but 0 is an error.
     fn positive(&self, key: &str) -> Result<Option<f64>, String> {
         match self.number(key)? {
             Some(0.0) => Err(format!("{}: {key} is 0", self.name)),
@@ -344,7 +351,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The number under this key, from 0 on; none where there is none or null.
+    /// A number of at least 0; `None` when the key is missing or null.
     fn number(&self, key: &str) -> Result<Option<f64>, String> {
         let value = self.keys.get(key).filter(|value| !value.is_null());
         let Some(value) = value else { return Ok(None) };
@@ -354,22 +361,23 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// The most positions whose rows are kept. Of a model that has more, every pass computes those that it needs.
-const KEPT: usize = 1 << 17;
+/// Maximum number of positions with cached tables. For models with more, each forward pass computes the rows that it
+/// needs.
+const MAX_CACHED: usize = 1 << 17;
 
-/// Rows of the cached table for a model with this number of positions.
-pub(crate) fn kept_rows(max_positions: usize) -> usize {
-    if max_positions > KEPT {
+/// Number of rows of the cached table for a model with this number of positions.
+pub(crate) fn cached_rows(max_positions: usize) -> usize {
+    if max_positions > MAX_CACHED {
         0
     } else {
         max_positions
     }
 }
 
-/// cos and sin, both `[positions, head_dim / 2]`.
+/// cos and sin, each `[positions, head_dim / 2]`.
 type Angles = (Tensor, Tensor);
 
-/// cos and sin for every position and frequency.
+/// Tables of cos and sin for every position and frequency.
 #[derive(Debug, Clone)]
 pub(crate) struct RopeTable {
     frequencies: Vec<f64>,
@@ -377,8 +385,8 @@ pub(crate) struct RopeTable {
     dtype: DType,
     device: Device,
     max_positions: usize,
-    /// Those of every position, where they are not too many.
-    kept: Option<Angles>,
+    /// Rows of all positions, up to [`MAX_CACHED`].
+    cached: Option<Angles>,
 }
 
 impl RopeTable {
@@ -393,11 +401,11 @@ impl RopeTable {
             dtype,
             device: device.clone(),
             max_positions: config.max_positions,
-            kept: None,
+            cached: None,
         };
-        let kept = kept_rows(config.max_positions);
-        if kept > 0 {
-            table.kept = Some(table.computed(0..kept)?);
+        let cached = cached_rows(config.max_positions);
+        if cached > 0 {
+            table.cached = Some(table.computed(0..cached)?);
         }
         Ok(table)
     }
@@ -419,21 +427,20 @@ impl RopeTable {
         Ok((table(f64::cos)?, table(f64::sin)?))
     }
 
-    /// The rows of the first `count` positions, or of all there are: cos and sin, `head_dim / 2` numbers a
-    /// position.
+    /// cos and sin of the first `count` positions, at most all: `head_dim / 2` values per position, row-major.
     pub(crate) fn rows(&self, count: usize) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
         let count = count.min(self.max_positions);
-        let (cos, sin) = match &self.kept {
+        let (cos, sin) = match &self.cached {
             Some((cos, sin)) => (cos.narrow(0, 0, count)?, sin.narrow(0, 0, count)?),
             None => self.computed(0..count)?,
         };
-        let numbers = |table: Tensor| table.to_dtype(DType::F32)?.flatten_all()?.to_vec1();
-        Ok((numbers(cos)?, numbers(sin)?))
+        let values = |table: Tensor| table.to_dtype(DType::F32)?.flatten_all()?.to_vec1();
+        Ok((values(cos)?, values(sin)?))
     }
 
-    /// The rows of these positions: cos and sin, both `[N, head_dim / 2]`.
+    /// cos and sin at these positions, each `[N, head_dim / 2]`.
     pub(crate) fn at(&self, positions: &Tensor) -> candle_core::Result<Angles> {
-        match &self.kept {
+        match &self.cached {
             Some((cos, sin)) => Ok((
                 cos.index_select(positions, 0)?,
                 sin.index_select(positions, 0)?,
@@ -519,11 +526,11 @@ mod tests {
         json!({ "rope_scaling": keys })
     }
 
-    /// A configuration, and `inv_freq` and `attention_scaling` of the rotary embedding that transformers 5.23 makes
-    /// of it: `LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64, ..))`.
+    /// A configuration with `inv_freq` and `attention_scaling` of the rotary embedding that transformers 5.23 builds
+    /// from it: `LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64, ..))`.
     type Case = (Value, [f64; 8], f64);
 
-    /// Which keys count.
+    /// Precedence of keys.
     fn precedence() -> Vec<Case> {
         vec![
             (json!({}), PLAIN, 1.0),
@@ -543,7 +550,7 @@ mod tests {
                 ],
                 1.0,
             ),
-            // Of the two objects the old one counts, and alone.
+            // The old object replaces the new one entirely.
             (
                 json!({
                     "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
@@ -560,7 +567,7 @@ mod tests {
                 LINEAR_OF_7,
                 1.0,
             ),
-            // The base inside counts, and that outside where there is none.
+            // The base in the object takes precedence over the top-level one.
             (
                 json!({
                     "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
@@ -577,7 +584,7 @@ mod tests {
                 ],
                 1.0,
             ),
-            // Up to `max_position_embeddings`, beyond which nothing is read, dynamic scaling changes nothing.
+            // Dynamic scaling has no effect up to `max_position_embeddings`, the maximum length.
             (
                 json!({"rope_scaling": {"rope_type": "dynamic", "type": "linear", "factor": 4.0}}),
                 PLAIN,
@@ -587,8 +594,8 @@ mod tests {
     }
 
     fn yarns() -> Vec<Case> {
-        let mut outside = yarn(&json!({}));
-        outside["original_max_position_embeddings"] = json!(32);
+        let mut with_top_level = yarn(&json!({}));
+        with_top_level["original_max_position_embeddings"] = json!(32);
         vec![
             (yarn(&json!({})), YARN, MSCALE),
             (yarn(&json!({"factor": null})), YARN, MSCALE),
@@ -606,7 +613,7 @@ mod tests {
                 ],
                 MSCALE,
             ),
-            (outside, YARN_OF_32, MSCALE),
+            (with_top_level, YARN_OF_32, MSCALE),
             (
                 yarn(&json!({"beta_fast": 8, "beta_slow": 0.5})),
                 YARN_OF_32,
@@ -643,8 +650,8 @@ mod tests {
     }
 
     fn llama3s() -> Vec<Case> {
-        let mut outside = llama3(&json!({"original_max_position_embeddings": 16}));
-        outside["original_max_position_embeddings"] = json!(32);
+        let mut with_top_level = llama3(&json!({"original_max_position_embeddings": 16}));
+        with_top_level["original_max_position_embeddings"] = json!(32);
         vec![
             (
                 llama3(&json!({"original_max_position_embeddings": 16})),
@@ -675,7 +682,7 @@ mod tests {
                 1.0,
             ),
             (
-                outside,
+                with_top_level,
                 [
                     1.0,
                     0.09584,
@@ -692,7 +699,7 @@ mod tests {
     }
 
     #[test]
-    fn frequencies_are_those_of_transformers() {
+    fn frequencies_match_transformers() {
         for (raw, expected, factor) in [precedence(), yarns(), llama3s()].concat() {
             let rope = Rope::read(&raw, POSITIONS).unwrap();
             let found = rope.frequencies(HEAD);
@@ -708,7 +715,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_computed_is_refused_by_name() {
+    fn unsupported_scalings_are_refused_by_name() {
         let cases = [
             (
                 json!({"rope_scaling": {"type": "su", "short_factor": [1.0]}}),
@@ -773,7 +780,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_is_not_kept_has_the_same_rows() {
+    fn uncached_tables_have_the_same_rows() {
         let raw = |positions: usize| {
             let mut raw = crate::fixtures::config_json(8);
             raw["max_position_embeddings"] = json!(positions);
@@ -784,14 +791,14 @@ mod tests {
             let config = ModelConfig::from_json(raw(positions), path).unwrap();
             RopeTable::new(&config, DType::F32, &Device::Cpu).unwrap()
         };
-        let (kept, computed) = (table(64), table(1 << 24));
-        assert!(kept.kept.is_some() && computed.kept.is_none());
-        assert_eq!(kept.rows(9).unwrap(), computed.rows(9).unwrap());
+        let (cached, computed) = (table(64), table(1 << 24));
+        assert!(cached.cached.is_some() && computed.cached.is_none());
+        assert_eq!(cached.rows(9).unwrap(), computed.rows(9).unwrap());
         let positions = Tensor::new(&[0u32, 7, 63, 7], &Device::Cpu).unwrap();
         let rows = |table: &RopeTable| {
             let (cos, sin) = table.at(&positions).unwrap();
             [cos, sin].map(|rows| rows.to_vec2::<f32>().unwrap())
         };
-        assert_eq!(rows(&kept), rows(&computed));
+        assert_eq!(rows(&cached), rows(&computed));
     }
 }

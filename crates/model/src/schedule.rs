@@ -1,24 +1,36 @@
-//! The learning rate of every step.
+//! Learning-rate schedules.
 
-use settings::LrSchedulerType;
+use settings::{LrSchedulerType, OptimizerSettings};
 
-/// Warm-up in a straight line from 0, then a fall to a share of the height.
+/// Linear warm-up followed by a constant, linear or cosine decay.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
-    /// The learning rate at its height.
+    /// Peak learning rate.
     pub learning_rate: f64,
-    /// How it falls.
+    /// Shape of the decay.
     pub kind: LrSchedulerType,
-    /// Share of the steps over which it rises.
+    /// Fraction of the steps spent on warm-up.
     pub warmup_ratio: f64,
-    /// The share that linear and cosine leave at the end.
+    /// Final learning rate of linear and cosine decay, as a fraction of the peak.
     pub min_lr_ratio: f64,
-    /// Steps in all.
+    /// Total number of steps.
     pub steps: u64,
 }
 
 impl Schedule {
-    /// The learning rate of step `step`, counted from 0.
+    /// Schedule of a section of the settings over `steps` steps.
+    #[must_use]
+    pub fn new(settings: &OptimizerSettings, steps: u64) -> Self {
+        Self {
+            learning_rate: settings.learning_rate,
+            kind: settings.lr_scheduler_type,
+            warmup_ratio: settings.warmup_ratio,
+            min_lr_ratio: settings.min_lr_ratio,
+            steps,
+        }
+    }
+
+    /// Learning rate at `step`, counted from 0.
     #[must_use]
     pub fn at(&self, step: u64) -> f64 {
         let warmup = (self.warmup_ratio * self.steps as f64).round();
@@ -26,8 +38,8 @@ impl Schedule {
         if done < warmup {
             return self.learning_rate * (done + 1.0) / warmup;
         }
-        let left = (self.steps as f64 - warmup).max(1.0);
-        let progress = ((done - warmup) / left).min(1.0);
+        let decay_steps = (self.steps as f64 - warmup).max(1.0);
+        let progress = ((done - warmup) / decay_steps).min(1.0);
         let shape = match self.kind {
             LrSchedulerType::Constant => return self.learning_rate,
             LrSchedulerType::Linear => 1.0 - progress,
@@ -42,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_rises_in_a_line_and_falls_as_its_kind_says() {
+    fn warmup_is_linear_and_decay_follows_the_kind() {
         let of = |kind, step| {
             let schedule = Schedule {
                 learning_rate: 2.0,

@@ -1,8 +1,8 @@
-//! The safetensors of a folder: one file or several shards, their headers, and the tensors that are wanted of them.
+//! Safetensors files of a model folder: single or sharded, with validation by their headers.
 //!
-//! A header holds the name, type and shape of every tensor, so that a folder can be checked without reading its
-//! weights. A tensor without a place in the model is refused unless it is a known leftover: weights whose scale or bias
-//! is not applied give other logits.
+//! A header has the name, dtype and shape of every tensor, so that a folder can be validated without loading its
+//! weights. An unexpected tensor is refused unless it is a known obsolete buffer, since ignoring a scale or bias would
+//! change the logits.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -15,27 +15,27 @@ use std::{
 use candle_core::{DType, Device, Tensor, safetensors::SliceSafetensors};
 use serde_json::{Map, Value};
 
-use crate::{ModelError, config::read_json, weights::torn};
+use crate::{config::read_json, error::ModelError, weights::not_safetensors};
 
-/// The embedding's name.
+/// Name of the token embedding.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
-/// The name of a language model's head.
+/// Name of the language-model head.
 pub(crate) const HEAD: &str = "lm_head.weight";
 
-/// What stands before the names of a trunk's tensors.
-const TRUNK: &str = "model.";
+/// Prefix of the names of a backbone's tensors.
+const BACKBONE_PREFIX: &str = "model.";
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// What starts a file: the length of its header.
-const LENGTH: u64 = 8;
-/// A header longer than this is none, as the safetensors library has it.
-const LONGEST_HEADER: u64 = 100_000_000;
-/// Bytes that are compared at once.
+/// Bytes of the header length at the start of a file.
+const LENGTH_BYTES: u64 = 8;
+/// Maximum length of a header in bytes, as in the safetensors library.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Chunk size in bytes for comparing tensors.
 const CHUNK: usize = 1 << 20;
 
-/// Ends of the names of buffers that older versions of transformers saved, and newer ones compute.
-const LEFTOVERS: [&str; 6] = [
+/// Name suffixes of buffers that older versions of transformers saved and newer ones compute.
+const OBSOLETE_BUFFERS: [&str; 6] = [
     "rotary_emb.inv_freq",
     "rotary_emb.cos_cached",
     "rotary_emb.sin_cached",
@@ -44,8 +44,8 @@ const LEFTOVERS: [&str; 6] = [
     "position_ids",
 ];
 
-/// Parts of the names of tensors that belong to quantised weights, beside those with `scale` or `quant` in them.
-const OF_QUANTISED: [&str; 9] = [
+/// Name parts of tensors of quantised weights, in addition to those that contain `scale` or `quant`.
+const QUANTISED_PARTS: [&str; 9] = [
     "absmax",
     "biases",
     "codebooks",
@@ -57,40 +57,40 @@ const OF_QUANTISED: [&str; 9] = [
     "weight_packed",
 ];
 
-/// Tensors that a model needs of its folder.
+/// Tensors that a model expects in its folder.
 #[derive(Debug, Clone)]
-pub(crate) struct Wanted {
+pub(crate) struct ExpectedTensors {
     /// Their names and shapes.
     pub tensors: Vec<(String, Vec<usize>)>,
-    /// Names, or beginnings of names that end in a dot, of tensors that may be there for another purpose.
-    pub spare: Vec<&'static str>,
-    /// Whether the head, where it alone is there, is the embedding.
-    pub tied: bool,
+    /// Tensors that may be present but are not loaded: names, or name prefixes that end in a dot.
+    pub ignorable: Vec<&'static str>,
+    /// Whether the head shares the embedding's weights, so that either may be absent.
+    pub tied_head: bool,
 }
 
-/// A tensor as a header describes it.
+/// Header entry of a tensor.
 #[derive(Debug, Clone)]
-struct Stored {
-    /// Its type, as safetensors names it.
+struct TensorEntry {
+    /// Dtype by its name in safetensors.
     dtype: String,
     shape: Vec<usize>,
-    /// The place of its file in [`Shards::files`].
+    /// Index of its file in [`Shards::files`].
     file: usize,
-    /// Its bytes in that file.
+    /// Byte range in that file.
     bytes: Range<u64>,
 }
 
-/// The headers of a folder's safetensors.
+/// Headers of the safetensors files of a folder.
 #[derive(Debug)]
 pub(crate) struct Shards {
     folder: PathBuf,
     files: Vec<PathBuf>,
-    tensors: BTreeMap<String, Stored>,
+    tensors: BTreeMap<String, TensorEntry>,
 }
 
 impl Shards {
-    /// Whether the folder has safetensors.
-    pub fn are_in(folder: &Path) -> bool {
+    /// Whether the folder has safetensors files.
+    pub fn exist_in(folder: &Path) -> bool {
         [SINGLE, INDEX]
             .iter()
             .any(|name| folder.join(name).exists())
@@ -99,13 +99,13 @@ impl Shards {
     /// Reads the headers of the single file or of all shards.
     ///
     /// # Errors
-    /// When a file is missing, truncated or none of safetensors.
+    /// When a file is missing, truncated or not a safetensors file.
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
         let files = files(folder)?;
         let mut tensors = BTreeMap::new();
         for (file, path) in files.iter().enumerate() {
-            for (name, stored) in header(path, file)? {
-                if tensors.insert(name.clone(), stored).is_some() {
+            for (name, entry) in header(path, file)? {
+                if tensors.insert(name.clone(), entry).is_some() {
                     let reason = format!("{name} is in another shard too");
                     return Err(malformed(path, reason));
                 }
@@ -118,20 +118,20 @@ impl Shards {
         })
     }
 
-    /// The names of all tensors.
+    /// Names of all tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The shapes of all tensors, by their names.
+    /// Shapes of all tensors by name.
     pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let tensors = self.tensors.iter();
         tensors
-            .map(|(name, stored)| (name.clone(), stored.shape.clone()))
+            .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect()
     }
 
-    /// Whether both tensors are there, and not equal.
+    /// Whether both tensors exist and differ.
     ///
     /// # Errors
     /// When they cannot be read.
@@ -152,27 +152,29 @@ impl Shards {
         Ok(!self.same_bytes(a, b)?)
     }
 
-    fn same_bytes(&self, a: &Stored, b: &Stored) -> Result<bool, ModelError> {
-        let open = |stored: &Stored| {
-            let path = &self.files[stored.file];
-            let part = File::open(path).and_then(|mut file| {
-                file.seek(SeekFrom::Start(stored.bytes.start))?;
-                Ok(file.take(stored.bytes.end - stored.bytes.start))
+    fn same_bytes(&self, a: &TensorEntry, b: &TensorEntry) -> Result<bool, ModelError> {
+        let open = |entry: &TensorEntry| {
+            let path = &self.files[entry.file];
+            let reader = File::open(path).and_then(|mut file| {
+                file.seek(SeekFrom::Start(entry.bytes.start))?;
+                Ok(file.take(entry.bytes.end - entry.bytes.start))
             });
-            part.map_err(|source| unreadable(path, source))
+            reader.map_err(|source| unreadable(path, source))
         };
         let (mut left, mut right) = (open(a)?, open(b)?);
-        let (mut of_left, mut of_right) = (vec![0; CHUNK], vec![0; CHUNK]);
+        let (mut left_chunk, mut right_chunk) = (vec![0; CHUNK], vec![0; CHUNK]);
         let mut rest = a.bytes.end - a.bytes.start;
         while rest > 0 {
             let count = usize::try_from(rest).unwrap_or(CHUNK).min(CHUNK);
-            for (part, chunk, stored) in
-                [(&mut left, &mut of_left, a), (&mut right, &mut of_right, b)]
-            {
-                part.read_exact(&mut chunk[..count])
-                    .map_err(|source| unreadable(&self.files[stored.file], source))?;
+            for (reader, chunk, entry) in [
+                (&mut left, &mut left_chunk, a),
+                (&mut right, &mut right_chunk, b),
+            ] {
+                reader
+                    .read_exact(&mut chunk[..count])
+                    .map_err(|source| unreadable(&self.files[entry.file], source))?;
             }
-            if of_left[..count] != of_right[..count] {
+            if left_chunk[..count] != right_chunk[..count] {
                 return Ok(false);
             }
             rest -= count as u64;
@@ -180,40 +182,41 @@ impl Shards {
         Ok(true)
     }
 
-    /// Whether the tensors are those that are wanted: all of them, of their shapes and in floating point, and no
-    /// other.
+    /// Checks that the folder has exactly the expected tensors, with their shapes and unquantised.
     ///
     /// # Errors
-    /// Which are not.
-    pub fn check(&self, wanted: &Wanted) -> Result<(), ModelError> {
-        self.are_plain()?;
-        for (name, shape) in &wanted.tensors {
-            let stored = self.tensors.get(self.source(name, wanted));
-            let reason = match stored {
-                None if self.lacks_prefix(name) => return Err(self.headless(name)),
+    /// When a tensor is missing, unexpected, quantised or of another shape, with its name.
+    pub fn check(&self, expected: &ExpectedTensors) -> Result<(), ModelError> {
+        self.check_unquantised()?;
+        for (name, shape) in &expected.tensors {
+            let entry = self.tensors.get(self.stored_name(name, expected));
+            let reason = match entry {
+                None if self.lacks_prefix(name) => return Err(self.missing_prefix_error(name)),
                 None => format!("the tensor {name} of shape {shape:?} is missing"),
-                Some(stored) if stored.shape != *shape => format!(
+                Some(entry) if entry.shape != *shape => format!(
                     "{name} has shape {:?}, the configuration says {shape:?}",
-                    stored.shape
+                    entry.shape
                 ),
                 Some(_) => continue,
             };
             let reason = format!("its weights do not fit its config.json: {reason}");
             return Err(malformed(&self.folder, reason));
         }
-        let sources = wanted.tensors.iter();
-        let sources: BTreeSet<&str> = sources.map(|(name, _)| self.source(name, wanted)).collect();
-        self.leaves_none(|name| sources.contains(name) || is_spare(name, &wanted.spare))
+        let sources = expected.tensors.iter();
+        let sources: BTreeSet<&str> = sources
+            .map(|(name, _)| self.stored_name(name, expected))
+            .collect();
+        self.check_unused(|name| sources.contains(name) || is_ignorable(name, &expected.ignorable))
     }
 
-    /// Whether the tensor of this name is there without what stands before a trunk's names.
+    /// Whether the tensor exists under its name without the backbone prefix.
     fn lacks_prefix(&self, name: &str) -> bool {
-        let bare = name.strip_prefix(TRUNK);
+        let bare = name.strip_prefix(BACKBONE_PREFIX);
         bare.is_some_and(|bare| self.tensors.contains_key(bare))
     }
 
-    fn headless(&self, name: &str) -> ModelError {
-        let bare = name.strip_prefix(TRUNK).unwrap_or(name);
+    fn missing_prefix_error(&self, name: &str) -> ModelError {
+        let bare = name.strip_prefix(BACKBONE_PREFIX).unwrap_or(name);
         let dir = self.folder.display().to_string();
         let how = CONVERTIBLE[0].2.replace("DIR", &dir);
         let reason = format!(
@@ -223,70 +226,71 @@ impl Shards {
         malformed(&self.folder, reason)
     }
 
-    /// An error if the folder has a tensor that is not used and no leftover.
-    pub fn leaves_none(&self, is_used: impl Fn(&str) -> bool) -> Result<(), ModelError> {
-        let strangers: Vec<&str> = self
+    /// Checks that every tensor is used or an obsolete buffer.
+    pub fn check_unused(&self, is_used: impl Fn(&str) -> bool) -> Result<(), ModelError> {
+        let unexpected: Vec<&str> = self
             .names()
-            .filter(|name| !is_leftover(name) && !is_used(name))
+            .filter(|name| !is_obsolete_buffer(name) && !is_used(name))
             .collect();
-        let others = match strangers.as_slice() {
+        let others = match unexpected.as_slice() {
             [] => return Ok(()),
             [_] => String::new(),
             [_, others @ ..] => format!(" and {} more", others.len()),
         };
         let reason = format!(
-            "it has the tensor {}{others}, which its config.json has no place for: without it the weights would \
-             give other logits; use the weights that the configuration belongs to",
-            strangers[0]
+            "it has the tensor {}{others}, which its config.json does not expect: ignoring it would change the \
+             logits; use the weights that the configuration belongs to",
+            unexpected[0]
         );
         Err(malformed(&self.folder, reason))
     }
 
-    /// An error if the weights are quantised.
-    pub fn are_plain(&self) -> Result<(), ModelError> {
-        let sign = self.tensors.iter().find_map(|(name, stored)| {
-            if is_of_quantised(name) {
+    /// Checks that the weights are not quantised.
+    pub fn check_unquantised(&self) -> Result<(), ModelError> {
+        let marker = self.tensors.iter().find_map(|(name, entry)| {
+            if is_quantised(name) {
                 return Some(name.clone());
             }
-            let is_plain = ["F64", "F32", "F16", "BF16"].contains(&stored.dtype.as_str());
-            (!is_plain && !is_leftover(name)).then(|| format!("{name} is {}", stored.dtype))
+            let is_float = ["F64", "F32", "F16", "BF16"].contains(&entry.dtype.as_str());
+            (!is_float && !is_obsolete_buffer(name)).then(|| format!("{name} is {}", entry.dtype))
         });
-        match sign {
+        match marker {
             None => Ok(()),
-            Some(sign) => Err(malformed(
+            Some(marker) => Err(malformed(
                 &self.folder,
-                format!("this folder is quantised ({sign}), use the unquantised one"),
+                format!("this folder is quantised ({marker}), use the unquantised one"),
             )),
         }
     }
 
-    /// The name that a wanted tensor has in the files.
-    fn source<'a>(&self, name: &'a str, wanted: &Wanted) -> &'a str {
-        let is_head = wanted.tied && name == EMBEDDING && !self.tensors.contains_key(EMBEDDING);
-        if is_head { HEAD } else { name }
+    /// Name of an expected tensor in the files, which is the head's for an absent tied embedding.
+    fn stored_name<'a>(&self, name: &'a str, expected: &ExpectedTensors) -> &'a str {
+        let uses_head =
+            expected.tied_head && name == EMBEDDING && !self.tensors.contains_key(EMBEDDING);
+        if uses_head { HEAD } else { name }
     }
 
-    /// Checks and reads the wanted tensors, as `dtype`.
+    /// Checks and loads the expected tensors as `dtype`.
     ///
     /// # Errors
     /// As [`Self::check`], and when a file cannot be read.
     pub fn read(
         &self,
-        wanted: &Wanted,
+        expected: &ExpectedTensors,
         dtype: DType,
         device: &Device,
     ) -> Result<BTreeMap<String, Tensor>, ModelError> {
-        self.check(wanted)?;
+        self.check(expected)?;
         let mut tensors = BTreeMap::new();
         for (file, path) in self.files.iter().enumerate() {
-            let here = wanted.tensors.iter().filter_map(|(name, _)| {
-                let source = self.source(name, wanted);
+            let in_file = expected.tensors.iter().filter_map(|(name, _)| {
+                let source = self.stored_name(name, expected);
                 (self.tensors[source].file == file).then_some((name, source))
             });
             let bytes = read(path)?;
-            let refused = |error: candle_core::Error| malformed(path, torn(&error));
+            let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
             let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
-            for (name, source) in here {
+            for (name, source) in in_file {
                 let tensor = shard.load(source, device).map_err(refused)?;
                 tensors.insert(name.clone(), tensor.to_dtype(dtype)?);
             }
@@ -294,22 +298,19 @@ impl Shards {
         Ok(tensors)
     }
 
-    /// Reads all tensors but leftovers.
+    /// Loads all tensors except obsolete buffers.
     ///
     /// # Errors
     /// When a file cannot be read or the weights are quantised.
     pub fn read_all(&self, device: &Device) -> Result<HashMap<String, Tensor>, ModelError> {
-        self.are_plain()?;
+        self.check_unquantised()?;
         let mut tensors = HashMap::new();
         for (file, path) in self.files.iter().enumerate() {
             let bytes = read(path)?;
-            let refused = |error: candle_core::Error| malformed(path, torn(&error));
+            let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
             let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
-            let here = self
-                .tensors
-                .iter()
-                .filter(|(_, stored)| stored.file == file);
-            for (name, _) in here.filter(|(name, _)| !is_leftover(name)) {
+            let in_file = self.tensors.iter().filter(|(_, entry)| entry.file == file);
+            for (name, _) in in_file.filter(|(name, _)| !is_obsolete_buffer(name)) {
                 tensors.insert(name.clone(), shard.load(name, device).map_err(refused)?);
             }
         }
@@ -318,32 +319,32 @@ impl Shards {
 
     fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
         let path = &self.files[self.tensors[name].file];
-        let refused = |error: candle_core::Error| malformed(path, torn(&error));
+        let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
         let bytes = read(path)?;
         let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
         shard.load(name, device).map_err(refused)
     }
 }
 
-fn is_leftover(name: &str) -> bool {
-    LEFTOVERS.iter().any(|end| name.ends_with(end))
+fn is_obsolete_buffer(name: &str) -> bool {
+    OBSOLETE_BUFFERS.iter().any(|end| name.ends_with(end))
 }
 
-/// Whether the tensor is one of those that may be there for another purpose.
-pub(crate) fn is_spare(name: &str, spare: &[&str]) -> bool {
+/// Whether the tensor matches one of the ignorable names or prefixes.
+pub(crate) fn is_ignorable(name: &str, ignorable: &[&str]) -> bool {
     let fits = |known: &&str| name == *known || (known.ends_with('.') && name.starts_with(*known));
-    spare.iter().any(fits)
+    ignorable.iter().any(fits)
 }
 
-fn is_of_quantised(name: &str) -> bool {
-    let is_one = |part: &str| {
-        OF_QUANTISED.contains(&part)
+fn is_quantised(name: &str) -> bool {
+    let matches = |part: &str| {
+        QUANTISED_PARTS.contains(&part)
             || part.contains("quant")
             || part
                 .split('_')
-                .any(|word| ["scale", "scales"].contains(&word))
+                .any(|part| ["scale", "scales"].contains(&part))
     };
-    name.split('.').any(is_one)
+    name.split('.').any(matches)
 }
 
 fn malformed(path: &Path, reason: String) -> ModelError {
@@ -364,16 +365,16 @@ fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     std::fs::read(path).map_err(|source| missing(path, source))
 }
 
-/// The shapes of the tensors of a file by their names, as its header has them.
+/// Shapes of the tensors of a file by name, from its header.
 ///
 /// # Errors
-/// When the file is missing, or its header does not fit its length.
+/// When the file is missing, or its header is invalid.
 pub(crate) fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>, ModelError> {
     let tensors = header(path, 0)?.into_iter();
-    Ok(tensors.map(|(name, stored)| (name, stored.shape)).collect())
+    Ok(tensors.map(|(name, entry)| (name, entry.shape)).collect())
 }
 
-/// How a file begins that Git LFS keeps elsewhere.
+/// Start of a Git LFS pointer file.
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec";
 
 fn lfs_reason(path: &Path) -> String {
@@ -383,39 +384,39 @@ fn lfs_reason(path: &Path) -> String {
     )
 }
 
-/// An error if what was read of the file is a pointer of Git LFS.
+/// Checks that the content of a file is not a Git LFS pointer.
 ///
 /// # Errors
-/// When it is one: the way to the file.
-pub(crate) fn is_fetched(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+/// When it is, with the command that downloads the file.
+pub(crate) fn check_not_lfs_pointer(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     match bytes.starts_with(LFS_POINTER) {
         true => Err(malformed(path, lfs_reason(path))),
         false => Ok(()),
     }
 }
 
-/// What the header of a file says, the file being number `file`.
-fn header(path: &Path, file: usize) -> Result<Vec<(String, Stored)>, ModelError> {
-    let torn = |reason: &str| {
+/// Parses the header of the file with index `file`.
+fn header(path: &Path, file: usize) -> Result<Vec<(String, TensorEntry)>, ModelError> {
+    let invalid = |reason: &str| {
         malformed(
             path,
             format!("it is truncated or not a safetensors file ({reason})"),
         )
     };
     let mut opened = File::open(path).map_err(|source| missing(path, source))?;
-    let whole = opened
+    let metadata = opened
         .metadata()
         .map_err(|source| unreadable(path, source))?;
-    let mut length = [0; LENGTH as usize];
+    let mut length = [0; LENGTH_BYTES as usize];
     opened
         .read_exact(&mut length)
-        .map_err(|_| torn("it ends before its header"))?;
+        .map_err(|_| invalid("it ends before its header"))?;
     if LFS_POINTER.starts_with(&length) {
         return Err(malformed(path, lfs_reason(path)));
     }
     let length = u64::from_le_bytes(length);
-    if length > LONGEST_HEADER.min(whole.len()) {
-        return Err(torn("its header is longer than the file"));
+    if length > MAX_HEADER_BYTES.min(metadata.len()) {
+        return Err(invalid("its header is longer than the file"));
     }
     let mut text = Vec::new();
     opened
@@ -423,27 +424,27 @@ fn header(path: &Path, file: usize) -> Result<Vec<(String, Stored)>, ModelError>
         .read_to_end(&mut text)
         .map_err(|source| unreadable(path, source))?;
     let keys: Map<String, Value> =
-        serde_json::from_slice(&text).map_err(|error| torn(&error.to_string()))?;
-    let start = LENGTH + length;
-    let stored = |(name, value): (String, Value)| {
-        let stored = Stored::read(&value, file, start);
-        let stored = stored.ok_or_else(|| torn(&format!("its header says {value} of {name}")))?;
-        if stored.bytes.end > whole.len() {
-            return Err(torn(&format!("{name} ends behind its end")));
+        serde_json::from_slice(&text).map_err(|error| invalid(&error.to_string()))?;
+    let start = LENGTH_BYTES + length;
+    let entry = |(name, value): (String, Value)| {
+        let entry = TensorEntry::read(&value, file, start);
+        let entry = entry.ok_or_else(|| invalid(&format!("its header says {value} of {name}")))?;
+        if entry.bytes.end > metadata.len() {
+            return Err(invalid(&format!("{name} ends after the end of the file")));
         }
-        Ok((name, stored))
+        Ok((name, entry))
     };
     keys.into_iter()
         .filter(|(name, _)| name != "__metadata__")
-        .map(stored)
+        .map(entry)
         .collect()
 }
 
-impl Stored {
-    /// A tensor from its entry in a header; data begin at `start`.
+impl TensorEntry {
+    /// Parses a header entry; `start` is the offset of the data section.
     fn read(value: &Value, file: usize, start: u64) -> Option<Self> {
         let shape = value["shape"].as_array()?.iter();
-        let offset = |place: usize| value["data_offsets"][place].as_u64()?.checked_add(start);
+        let offset = |index: usize| value["data_offsets"][index].as_u64()?.checked_add(start);
         let bytes = offset(0)?..offset(1)?;
         (bytes.start <= bytes.end).then_some(())?;
         Some(Self {
@@ -457,7 +458,7 @@ impl Stored {
     }
 }
 
-/// The safetensors files of a folder: one, or those that the index names.
+/// Safetensors files of a folder: the single file, or those of the index.
 fn files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
     if single.exists() || !index.exists() {
@@ -477,7 +478,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     };
     if let Some(file) = files.iter().find(is_outside) {
         let reason = format!(
-            "it names {file:?}, which is no file of its folder; correct its \"weight_map\""
+            "it names {file:?}, which is not a file in its folder; correct its \"weight_map\""
         );
         return Err(malformed(&index, reason));
     }
@@ -500,7 +501,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     Ok(files.into_iter().map(|file| folder.join(file)).collect())
 }
 
-/// Files in other formats: the name of the file that is read, theirs, and how to convert them.
+/// Alternative file formats: the supported file, files in other formats, and how to convert them.
 const CONVERTIBLE: [(&str, &[&str], &str); 4] = [
     (
         SINGLE,
@@ -538,8 +539,7 @@ const CONVERTIBLE: [(&str, &[&str], &str); 4] = [
     ),
 ];
 
-/// The error of a file that cannot be read. Where the folder has the same in another format, it says how to convert
-/// that.
+/// Error for an unreadable file. If the folder has the content in another format, the error explains the conversion.
 pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
     let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
         return unreadable(path, source);
@@ -549,7 +549,9 @@ pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
     }
     let name = name.to_string_lossy();
     let dir = folder.display().to_string();
-    let convertible = CONVERTIBLE.iter().filter(|(of, ..)| *of == name);
+    let convertible = CONVERTIBLE
+        .iter()
+        .filter(|(supported, ..)| *supported == name);
     let found = convertible
         .flat_map(|(_, others, how)| others.iter().map(move |other| (*other, *how)))
         .find(|(other, _)| folder.join(other).exists());
@@ -571,18 +573,18 @@ pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
     if name != SINGLE {
         return unreadable(path, source);
     }
-    let with_end = |end: &str| {
+    let with_suffix = |suffix: &str| {
         let entries = std::fs::read_dir(folder).ok()?.filter_map(Result::ok);
-        let fits = |name: &String| name.ends_with(end) && !name.starts_with("adapter_");
+        let fits = |name: &String| name.ends_with(suffix) && !name.starts_with("adapter_");
         let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
         names.filter(fits).min()
     };
-    if let Some(gguf) = with_end(".gguf") {
+    if let Some(gguf) = with_suffix(".gguf") {
         let reason =
             format!("it has {gguf} but no {name}: use the folder with the unquantised safetensors");
         return malformed(folder, reason);
     }
-    match with_end(".safetensors") {
+    match with_suffix(".safetensors") {
         Some(other) => malformed(
             folder,
             format!(
@@ -607,24 +609,26 @@ mod tests {
 
     use super::*;
     use crate::{
-        ModelConfig, ModelFolder, Weights,
+        config::ModelConfig,
         fixtures::{config_json, folder},
+        folder::ModelFolder,
+        weights::Weights,
     };
 
-    /// A model's folder with one more tensor, of these numbers.
-    fn with(name: &str, shape: &[usize], dtype: DType) -> TempDir {
-        let place = folder();
-        let shards = Shards::open(place.path()).unwrap();
+    /// A model folder with an additional tensor.
+    fn folder_with(name: &str, shape: &[usize], dtype: DType) -> TempDir {
+        let directory = folder();
+        let shards = Shards::open(directory.path()).unwrap();
         let mut tensors: HashMap<String, Tensor> = shards.read_all(&Device::Cpu).unwrap();
         let tensor = Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
         tensors.insert(name.to_owned(), tensor);
-        candle_core::safetensors::save(&tensors, place.path().join(SINGLE)).unwrap();
-        place
+        candle_core::safetensors::save(&tensors, directory.path().join(SINGLE)).unwrap();
+        directory
     }
 
-    /// What both the check of the headers and reading the weights say.
-    fn refused(place: &TempDir) -> String {
-        let opened = ModelFolder::open(place.path(), None).unwrap();
+    /// The error that both the header check and loading the weights give.
+    fn refused(directory: &TempDir) -> String {
+        let opened = ModelFolder::open(directory.path(), None).unwrap();
         let checked = opened.check_weights().unwrap_err().to_string();
         let read = opened.weights(DType::F32, &Device::Cpu).unwrap_err();
         assert_eq!(read.to_string(), checked);
@@ -632,27 +636,27 @@ mod tests {
     }
 
     #[test]
-    fn a_tensor_without_a_place_is_refused_and_a_leftover_is_not() {
+    fn unexpected_tensors_are_refused_except_obsolete_buffers() {
         for name in [
             "model.layers.0.self_attn.o_proj.bias",
             "model.layers.1.input_layernorm.weight",
             "score.weight",
             "model.layers.0.self_attn.q_norm.weight",
         ] {
-            let said = refused(&with(name, &[8], DType::F32));
+            let message = refused(&folder_with(name, &[8], DType::F32));
             assert!(
-                said.contains(&format!(
-                    "the tensor {name}, which its config.json has no place for"
+                message.contains(&format!(
+                    "the tensor {name}, which its config.json does not expect"
                 )),
-                "{said}"
+                "{message}"
             );
         }
         for (name, dtype) in [
             ("model.layers.0.self_attn.rotary_emb.inv_freq", DType::F32),
             ("model.embeddings.position_ids", DType::I64),
         ] {
-            let place = with(name, &[2], dtype);
-            let opened = ModelFolder::open(place.path(), None).unwrap();
+            let directory = folder_with(name, &[2], dtype);
+            let opened = ModelFolder::open(directory.path(), None).unwrap();
             opened.check_weights().unwrap();
             let weights = opened.weights(DType::F32, &Device::Cpu).unwrap();
             assert!(weights.get(name).is_err());
@@ -660,9 +664,9 @@ mod tests {
     }
 
     #[test]
-    fn quantised_weights_are_known_by_names_and_types() {
+    fn quantised_weights_are_detected_by_names_and_dtypes() {
         let projection = "model.layers.0.self_attn.q_proj";
-        for (name, dtype, sign) in [
+        for (name, dtype, marker) in [
             ("weight_scale", DType::F32, "weight_scale"),
             ("weight_scale_inv", DType::F32, "weight_scale_inv"),
             ("qweight", DType::I32, "qweight"),
@@ -676,40 +680,48 @@ mod tests {
             ),
             ("weight", DType::U8, "weight is U8"),
         ] {
-            let said = refused(&with(&format!("{projection}.{name}"), &[8, 8], dtype));
+            let message = refused(&folder_with(
+                &format!("{projection}.{name}"),
+                &[8, 8],
+                dtype,
+            ));
             for part in [
                 "this folder is quantised (",
-                sign,
+                marker,
                 "use the unquantised one",
             ] {
-                assert!(said.contains(part), "{part:?} is not in {said}");
+                assert!(message.contains(part), "{part:?} is not in {message}");
             }
         }
     }
 
     #[test]
-    fn a_type_that_cannot_be_read_at_all_is_named_too() {
-        let place = folder();
-        let path = place.path().join(SINGLE);
+    fn unsupported_dtypes_are_reported_by_name() {
+        let directory = folder();
+        let path = directory.path().join(SINGLE);
         let bytes = fs::read(&path).unwrap();
         let text = String::from_utf8_lossy(&bytes[..2000]).into_owned();
         let at = text.find("\"F32\"").unwrap();
         let mut bytes = bytes;
         bytes[at + 1..at + 4].copy_from_slice(b"I4X");
         fs::write(&path, bytes).unwrap();
-        assert!(refused(&place).contains("is I4X"), "{}", refused(&place));
+        assert!(
+            refused(&directory).contains("is I4X"),
+            "{}",
+            refused(&directory)
+        );
     }
 
     #[test]
-    fn a_tied_head_of_its_own_is_kept_and_saved_as_untied() {
-        for (number, tied) in [(1.0, false), (0.0, true)] {
-            let place = folder();
-            let shards = Shards::open(place.path()).unwrap();
+    fn a_tied_head_that_differs_is_kept_and_saved_as_untied() {
+        for (offset, tied) in [(1.0, false), (0.0, true)] {
+            let directory = folder();
+            let shards = Shards::open(directory.path()).unwrap();
             let mut tensors = shards.read_all(&Device::Cpu).unwrap();
-            let head = (&tensors[EMBEDDING] + number).unwrap();
+            let head = (&tensors[EMBEDDING] + offset).unwrap();
             tensors.insert(HEAD.into(), head);
-            candle_core::safetensors::save(&tensors, place.path().join(SINGLE)).unwrap();
-            let opened = ModelFolder::open(place.path(), None).unwrap();
+            candle_core::safetensors::save(&tensors, directory.path().join(SINGLE)).unwrap();
+            let opened = ModelFolder::open(directory.path(), None).unwrap();
             assert_eq!(opened.config.tied_head, tied);
             opened.check_weights().unwrap();
             let weights = opened.weights(DType::F32, &Device::Cpu).unwrap();
@@ -725,32 +737,32 @@ mod tests {
     }
 
     #[test]
-    fn of_a_tied_head_and_embedding_one_is_enough_and_types_may_differ() {
-        let place = folder();
-        let shards = Shards::open(place.path()).unwrap();
-        let whole = shards.read_all(&Device::Cpu).unwrap();
-        let embedding = &whole[EMBEDDING];
+    fn a_tied_head_or_embedding_may_be_absent_and_dtypes_may_differ() {
+        let directory = folder();
+        let shards = Shards::open(directory.path()).unwrap();
+        let full = shards.read_all(&Device::Cpu).unwrap();
+        let embedding = &full[EMBEDDING];
         let save = |tensors: &HashMap<String, Tensor>| {
-            candle_core::safetensors::save(tensors, place.path().join(SINGLE)).unwrap();
-            let opened = ModelFolder::open(place.path(), None).unwrap();
+            candle_core::safetensors::save(tensors, directory.path().join(SINGLE)).unwrap();
+            let opened = ModelFolder::open(directory.path(), None).unwrap();
             assert!(opened.config.tied_head);
             let weights = opened.weights(DType::F32, &Device::Cpu).unwrap();
             weights.get(EMBEDDING).unwrap().to_vec2::<f32>().unwrap()
         };
-        let mut head_alone = whole.clone();
+        let mut head_alone = full.clone();
         head_alone.remove(EMBEDDING);
         head_alone.insert(HEAD.into(), embedding.clone());
         assert_eq!(save(&head_alone), embedding.to_vec2::<f32>().unwrap());
 
         let half = embedding.to_dtype(DType::BF16).unwrap();
-        let mut both = whole.clone();
+        let mut both = full.clone();
         both.insert(HEAD.into(), half.to_dtype(DType::F32).unwrap());
         both.insert(EMBEDDING.into(), half);
         save(&both);
     }
 
     #[test]
-    fn files_in_other_formats_are_named_with_the_way_out() {
+    fn errors_for_other_formats_explain_the_conversion() {
         let cases = [
             ("model.safetensors", "pytorch_model.bin", "save_pretrained"),
             (
@@ -776,32 +788,32 @@ mod tests {
             ),
             ("config.json", "config.toml", "it holds a run"),
         ];
-        for (name, other, way) in cases {
-            let place = tempfile::tempdir().unwrap();
-            let path = place.path().join(name);
-            let said = |kind: io::ErrorKind| missing(&path, kind.into()).to_string();
-            assert!(said(io::ErrorKind::NotFound).contains("failed to read"));
-            fs::write(place.path().join(other), "").unwrap();
-            let found = said(io::ErrorKind::NotFound);
-            let folder = place.path().display().to_string();
-            for part in [way, folder.as_str()] {
+        for (name, other, remedy) in cases {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join(name);
+            let message = |kind: io::ErrorKind| missing(&path, kind.into()).to_string();
+            assert!(message(io::ErrorKind::NotFound).contains("failed to read"));
+            fs::write(directory.path().join(other), "").unwrap();
+            let found = message(io::ErrorKind::NotFound);
+            let folder = directory.path().display().to_string();
+            for part in [remedy, folder.as_str()] {
                 assert!(found.contains(part), "{part:?} is not in {found}");
             }
-            assert!(said(io::ErrorKind::PermissionDenied).contains("failed to read"));
+            assert!(message(io::ErrorKind::PermissionDenied).contains("failed to read"));
         }
     }
 
     #[test]
-    fn what_is_not_the_whole_model_is_said() {
-        let place = folder();
-        let file = |name: &str| place.path().join(name);
-        let said = || Shards::open(place.path()).unwrap_err().to_string();
+    fn incomplete_models_are_refused() {
+        let directory = folder();
+        let file = |name: &str| directory.path().join(name);
+        let message = || Shards::open(directory.path()).unwrap_err().to_string();
         fs::rename(file(SINGLE), file("model.fp16.safetensors")).unwrap();
-        let variant = said();
+        let variant = message();
         let expected = "has model.fp16.safetensors but neither model.safetensors nor model.safetensors.index.json";
         assert!(variant.contains(expected), "{variant}");
         fs::remove_file(file("model.fp16.safetensors")).unwrap();
-        let none = said();
+        let none = message();
         let expected = "no model.safetensors.index.json either";
         assert!(
             none.contains("No such file") && none.contains(expected),
@@ -811,9 +823,9 @@ mod tests {
         for (shard, expected) in [
             (
                 "../other.safetensors",
-                "names \"../other.safetensors\", which is no file of its folder",
+                "names \"../other.safetensors\", which is not a file in its folder",
             ),
-            ("/model.safetensors", "which is no file of its folder"),
+            ("/model.safetensors", "which is not a file in its folder"),
             (
                 "model-2.safetensors",
                 "names model-2.safetensors of 1 files, which the folder does not hold",
@@ -821,7 +833,7 @@ mod tests {
         ] {
             let index = serde_json::json!({"weight_map": {"model.norm.weight": shard}});
             fs::write(file(INDEX), index.to_string()).unwrap();
-            let refused = said();
+            let refused = message();
             assert!(
                 refused.contains(INDEX) && refused.contains(expected),
                 "{refused}"
@@ -830,9 +842,9 @@ mod tests {
 
         let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n";
         for name in [SINGLE, "tokenizer.json", "config.json"] {
-            let place = folder();
-            fs::write(place.path().join(name), pointer).unwrap();
-            let opened = ModelFolder::open(place.path(), None);
+            let directory = folder();
+            fs::write(directory.path().join(name), pointer).unwrap();
+            let opened = ModelFolder::open(directory.path(), None);
             let checked = opened.and_then(|folder| folder.check_weights());
             let refused = checked.unwrap_err().to_string();
             for part in [name, "a pointer of Git LFS", "git lfs pull"] {
@@ -842,32 +854,36 @@ mod tests {
     }
 
     #[test]
-    fn tensors_of_a_model_without_a_head_are_known() {
-        let place = folder();
-        let tensors = Shards::open(place.path())
+    fn tensors_of_a_model_without_a_head_are_recognised() {
+        let directory = folder();
+        let tensors = Shards::open(directory.path())
             .unwrap()
             .read_all(&Device::Cpu)
             .unwrap();
-        let bare = |name: &String| name.strip_prefix(TRUNK).unwrap_or(name).to_owned();
+        let bare = |name: &String| {
+            name.strip_prefix(BACKBONE_PREFIX)
+                .unwrap_or(name)
+                .to_owned()
+        };
         let tensors: HashMap<_, _> = tensors
             .iter()
             .map(|(name, tensor)| (bare(name), tensor.clone()))
             .collect();
-        candle_core::safetensors::save(&tensors, place.path().join(SINGLE)).unwrap();
-        let said = refused(&place);
+        candle_core::safetensors::save(&tensors, directory.path().join(SINGLE)).unwrap();
+        let message = refused(&directory);
         for part in [
             "without a head",
             "AutoModelForCausalLM",
             "embed_tokens.weight",
         ] {
-            assert!(said.contains(part), "{part:?} is not in {said}");
+            assert!(message.contains(part), "{part:?} is not in {message}");
         }
     }
 
     #[test]
-    fn a_header_that_does_not_fit_its_file_is_refused() {
-        let place = tempfile::tempdir().unwrap();
-        let path = place.path().join(SINGLE);
+    fn invalid_headers_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(SINGLE);
         let file = |header: &str| {
             let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
             bytes.extend(header.as_bytes());
@@ -879,13 +895,14 @@ mod tests {
             ("{\"x\": {}}", "its header says {} of x"),
             (
                 "{\"x\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0, 4]}}",
-                "x ends behind its end",
+                "x ends after the end of the file",
             ),
         ] {
-            let said = file(header);
+            let message = file(header);
             assert!(
-                said.contains("truncated or not a safetensors file") && said.contains(expected),
-                "{said}"
+                message.contains("truncated or not a safetensors file")
+                    && message.contains(expected),
+                "{message}"
             );
         }
         fs::write(&path, [255; 12]).unwrap();
@@ -905,11 +922,15 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_and_its_weights_need_not_be_together() {
-        let place = tempfile::tempdir().unwrap();
-        fs::write(place.path().join("config.json"), config_json(8).to_string()).unwrap();
-        let config = ModelConfig::load(place.path()).unwrap();
+    fn a_configuration_loads_without_weights() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(
+            directory.path().join("config.json"),
+            config_json(8).to_string(),
+        )
+        .unwrap();
+        let config = ModelConfig::load(directory.path()).unwrap();
         assert!(config.tied_head);
-        assert!(Weights::load(place.path(), &config, DType::F32, &Device::Cpu).is_err());
+        assert!(Weights::load(directory.path(), &config, DType::F32, &Device::Cpu).is_err());
     }
 }

@@ -1,17 +1,16 @@
-//! The tokens that end what a model writes.
+//! Stop tokens of generation.
 //!
-//! Generation stops at any of a set: what `generation_config.json` and `config.json` name of the model's tokens, the tokenizer's
-//! `eos_token`, and the token with which the chat template closes the assistant's turn. A completion that
-//! is given as text is closed with one of them: in a dialogue with the template's, else with the
-//! tokenizer's, as TRL does.
+//! The set contains the `eos_token_id` of `generation_config.json` and `config.json`, the tokenizer's `eos_token`, and
+//! the token with which the chat template ends the assistant's turn. A completion given as text is terminated with one
+//! of them: in a dialogue with the template's, otherwise with the tokenizer's, as in TRL.
 
 use std::collections::BTreeSet;
 
 use messages::{Dialogue, Message, PromptText};
 
-use crate::{chat::ChatTemplate, special::SpecialTokens};
+use crate::{chat::ChatTemplate, special_tokens::SpecialTokens};
 
-/// The tokens that end completions; there may be none.
+/// Set of stop tokens, possibly empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StopTokens {
     ids: BTreeSet<u32>,
@@ -20,7 +19,7 @@ pub struct StopTokens {
 }
 
 impl StopTokens {
-    /// The tokens that configuration files name; the first closes a text.
+    /// Stop tokens declared by configuration files; the first terminates plain text.
     pub(crate) fn declared(ids: &[u32]) -> Self {
         Self {
             ids: ids.iter().copied().collect(),
@@ -29,39 +28,38 @@ impl StopTokens {
         }
     }
 
-    /// These and those of `generation_config.json`, of which the first closes a text: it is there that transformers
-    /// stops.
+    /// Adds the tokens of `generation_config.json`, whose first then terminates plain text, as in transformers.
     pub(crate) fn and(mut self, ids: &[u32]) -> Self {
         self.ids.extend(ids);
         self.text_end = ids.first().copied().or(self.text_end);
         self
     }
 
-    /// These, with what the tokenizer and its chat template say of the end of a text and of a turn, as far as it is
-    /// one of the `vocab_size` tokens of the model.
+    /// Adds the tokenizer's `eos_token` and the chat template's end-of-turn token, where they are below `vocab_size`.
     pub(crate) fn with_tokenizer(
         mut self,
-        (tokenizer, vocab_size): (&tokenizers::Tokenizer, usize),
+        tokenizer: &tokenizers::Tokenizer,
+        vocab_size: usize,
         special: &SpecialTokens,
         chat: Option<&ChatTemplate>,
     ) -> Self {
-        let is_known = |id: &u32| (*id as usize) < vocab_size;
+        let in_vocabulary = |id: &u32| (*id as usize) < vocab_size;
         let named = special.get("eos_token");
         let eos = named.and_then(|eos| tokenizer.token_to_id(eos));
-        let eos = eos.filter(is_known);
+        let eos = eos.filter(in_vocabulary);
         if let (Some(named), None) = (named, eos) {
             tracing::warn!(
                 eos_token = named,
                 vocab_size,
-                "the tokenizer's eos_token is no token of the model: it ends no completion"
+                "the tokenizer's eos_token is not in the model's vocabulary: it is not a stop token"
             );
         }
         self.text_end = eos.or(self.text_end);
         self.ids.extend(self.text_end);
         self.turn_end = chat.and_then(|chat| {
-            Closing::of(chat)
-                .and_then(|closing| closing.token(tokenizer, &self.ids))
-                .filter(is_known)
+            TurnDelimiters::of(chat)
+                .and_then(|delimiters| delimiters.end_token(tokenizer, &self.ids))
+                .filter(in_vocabulary)
                 .or(self.text_end)
         });
         self.ids.extend(self.turn_end);
@@ -74,30 +72,30 @@ impl StopTokens {
         self.ids.contains(&id)
     }
 
-    /// All tokens at which generation stops, ascending.
+    /// All stop tokens, ascending.
     pub fn ids(&self) -> impl Iterator<Item = u32> + '_ {
         self.ids.iter().copied()
     }
 
-    /// Whether no token ends a completion.
+    /// Whether there is no stop token.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }
 
-    /// The token that closes the assistant's turn of a dialogue; none without a chat template.
+    /// Token that ends the assistant's turn; `None` without a chat template.
     #[must_use]
     pub fn turn_end(&self) -> Option<u32> {
         self.turn_end
     }
 
-    /// The token that closes a text that is no dialogue.
+    /// Token that terminates plain text.
     #[must_use]
     pub fn text_end(&self) -> Option<u32> {
         self.text_end
     }
 
-    /// The token that closes a completion of `prompt`.
+    /// Token that terminates a completion of `prompt`.
     #[must_use]
     pub fn closing(&self, prompt: &PromptText) -> Option<u32> {
         match prompt {
@@ -107,13 +105,13 @@ impl StopTokens {
     }
 }
 
-/// What a template prints around an assistant's turn.
-struct Closing {
+/// Text that a chat template prints around an assistant's turn.
+struct TurnDelimiters {
     /// After the last turn of a dialogue.
     last: String,
     /// Between the assistant's turn and the user's next.
     between: String,
-    /// Before the dialogue's first turn: what opens turns.
+    /// Before the dialogue's first turn, including what opens a turn.
     before: String,
 }
 
@@ -121,8 +119,8 @@ const QUESTION: &str = "Which colour has grass?";
 const ANSWER: &str = "Grass is green, mostly.";
 const THANKS: &str = "And which the sky?";
 
-impl Closing {
-    /// What `chat` prints of a short dialogue; none when it refuses dialogues or prints others.
+impl TurnDelimiters {
+    /// Renders a short dialogue with `chat`; `None` when the template fails or does not print the messages verbatim.
     fn of(chat: &ChatTemplate) -> Option<Self> {
         let turns = [("user", QUESTION), ("assistant", ANSWER), ("user", THANKS)];
         let render = |turns: &[(&str, &str)]| {
@@ -144,22 +142,22 @@ impl Closing {
         })
     }
 
-    /// The first special token after the answer: where it is the dialogue's last, else before the next turn,
-    /// unless it is one that opens turns. Where none is special, a token that was added to the vocabulary.
-    fn token(&self, tokenizer: &tokenizers::Tokenizer, stops: &BTreeSet<u32>) -> Option<u32> {
+    /// The first special token after a final answer; else the first one between turns that does not open a turn; else
+    /// the first added token after a final answer.
+    fn end_token(&self, tokenizer: &tokenizers::Tokenizer, stops: &BTreeSet<u32>) -> Option<u32> {
         let added = tokenizer.get_added_tokens_decoder();
-        // The tokens that are written out in a text: what cannot be split becomes `<unk>` without being there.
+        // Tokens that occur in the text literally, unlike the `<unk>` of text that cannot be tokenised.
         let ids = |text: &str| {
             let encoding = tokenizer.encode_fast(text, false).ok();
             let ids = encoding
                 .map(|encoding| encoding.get_ids().to_vec())
                 .unwrap_or_default();
-            let is_written = |id: &u32| {
+            let is_literal = |id: &u32| {
                 added
                     .get(id)
                     .is_none_or(|token| text.contains(&token.content))
             };
-            ids.into_iter().filter(is_written).collect::<Vec<u32>>()
+            ids.into_iter().filter(is_literal).collect::<Vec<u32>>()
         };
         let is_special = |id: &u32| stops.contains(id) || added.get(id).is_some_and(|t| t.special);
         let (last, between, opening) = (ids(&self.last), ids(&self.between), ids(&self.before));
@@ -180,28 +178,33 @@ mod tests {
 
     use super::*;
     use crate::{
-        ModelConfig, ModelFolder, Tokenizer,
-        fixtures::{WORDS, config_json, shared},
+        config::ModelConfig,
+        fixtures::{WORD_TOKENIZER, config_json, shared},
+        folder::ModelFolder,
+        tokenizer::Tokenizer,
     };
 
     const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
                           {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
-    /// A folder whose tokenizer has special tokens from id 8 on, and `<plain>`, which was only added.
+    /// A folder whose tokenizer has special tokens from id 8 on, and `<plain>`, an added token that is not special.
     fn folder(files: &[(&str, &Value)]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
-        let mut words: Value = serde_json::from_str(WORDS).unwrap();
+        let mut tokenizer: Value = serde_json::from_str(WORD_TOKENIZER).unwrap();
         let names = ["<|im_start|>", "<|im_end|>", "</s>", "<|eot|>", "<plain>"];
         for (id, name) in (8..).zip(names) {
-            let mut token = words["added_tokens"][1].clone();
+            let mut token = tokenizer["added_tokens"][1].clone();
             token["id"] = json!(id);
             token["content"] = json!(name);
             token["special"] = json!(name != "<plain>");
-            words["added_tokens"].as_array_mut().unwrap().push(token);
+            tokenizer["added_tokens"]
+                .as_array_mut()
+                .unwrap()
+                .push(token);
         }
         let mut config = config_json(13);
         config["eos_token_id"] = Value::Null;
-        let written = [("tokenizer.json", &words), ("config.json", &config)];
+        let written = [("tokenizer.json", &tokenizer), ("config.json", &config)];
         for (file, json) in written.iter().chain(files) {
             fs::write(folder.path().join(file), json.to_string()).unwrap();
         }
@@ -220,22 +223,22 @@ mod tests {
     }
 
     #[test]
-    fn the_template_says_what_closes_a_turn_and_the_tokenizer_what_closes_a_text() {
+    fn the_template_determines_the_turn_end_and_the_tokenizer_the_text_end() {
         let last = "{% for m in messages %}<|im_start|>{{ m.content }}{% if not loop.last %}<|eot|>{% endif %}{% endfor %}";
         let open = "{% for m in messages %}<|im_start|>{{ m.content }}\n{% endfor %}";
         let plain = "{% for m in messages %}{{ m.content }}<plain>{% endfor %}";
-        let picky = "{% for m in messages %}{{ raise_exception('no') }}{% endfor %}";
-        let deaf = "{% for m in messages %}{{ m.content|upper }}<|eot|>{% endfor %}";
+        let raising = "{% for m in messages %}{{ raise_exception('no') }}{% endfor %}";
+        let altering = "{% for m in messages %}{{ m.content|upper }}<|eot|>{% endfor %}";
         let own = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}";
-        // A template, the tokenizer's eos_token, what closes a turn and what closes a text.
+        // Template, the tokenizer's eos_token, turn end, text end.
         let cases = [
             (CHATML, "</s>", 9, 10),
             (CHATML, "<|im_end|>", 9, 9),
             (last, "</s>", 11, 10),
             (open, "</s>", 10, 10),
             (plain, "</s>", 12, 10),
-            (picky, "</s>", 10, 10),
-            (deaf, "</s>", 10, 10),
+            (raising, "</s>", 10, 10),
+            (altering, "</s>", 10, 10),
             (own, "<s>", 1, 1),
         ];
         for (template, eos, turn, text) in cases {
@@ -262,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn every_file_that_names_stops_is_read() {
+    fn stop_tokens_are_read_from_every_file() {
         let config = |eos: Value| {
             let mut config = config_json(13);
             config["eos_token_id"] = eos;
@@ -300,7 +303,7 @@ mod tests {
             ("generation_config.json", &beyond),
         ]);
         assert!(beyond.is_empty() && beyond.text_end().is_none());
-        // The tokens of the tokenizer and its template, of a model that does not have them.
+        // The tokenizer's and template's tokens are outside the model's vocabulary.
         let mut small = config_json(8);
         small["eos_token_id"] = json!(3);
         let named = named(CHATML, "</s>");
@@ -311,7 +314,7 @@ mod tests {
 
     /// Phi-3 ends turns with `<|end|>` and texts with `<|endoftext|>`.
     #[test]
-    fn a_real_template_closes_its_turns() {
+    fn a_real_template_has_an_end_of_turn_token() {
         let Some(path) = shared("data/tokenizers/phi-3-mini") else {
             return;
         };
@@ -325,9 +328,9 @@ mod tests {
         assert_eq!(stops.ids().collect::<Vec<_>>(), [1, 32_000, 32_007]);
     }
 
-    /// Turns end with `<s>`, the tokenizer's eos_token; generation_config.json names `</s>` first.
+    /// Turns end with `<s>`, the tokenizer's eos_token; generation_config.json lists `</s>` first.
     #[test]
-    fn the_first_of_a_list_is_not_what_closes_a_turn() {
+    fn the_first_declared_token_is_not_the_turn_end() {
         for (case, turn, ids) in [
             ("A09/chat-eot", Some(1), vec![1, 2]),
             ("A10/eos-only-tokenizer", None, vec![1, 3]),

@@ -1,44 +1,42 @@
-//! The text of tokens that follow others: of a completion, and of each of its tokens.
+//! Text of completions and of their single tokens, in the context of the prompt.
 //!
-//! What a token says depends on its neighbours: the first token of a text may lose its space, and a
-//! character may need several tokens. So the text of a completion is what prompt and completion together
-//! have beyond the prompt, and the text of a token is what the decoder's answer gains by it.
+//! The text of a token depends on its neighbours: the first token of a text may lose its space, and a character may
+//! span several tokens. The text of a completion is therefore the decoded prompt and completion minus the decoded
+//! prompt, and the text of a token is what it adds to the decoded text.
 
 use messages::{Completion, Finish};
 
-use crate::Tokenizer;
+use crate::tokenizer::Tokenizer;
 
-/// What a decoder writes for bytes that are no character yet.
-const UNFINISHED: char = '\u{fffd}';
+/// Replacement character that decoders emit for incomplete UTF-8.
+const INCOMPLETE: char = '\u{fffd}';
 
 impl Tokenizer {
-    /// The text of `ids` where they follow the tokens of `prompt`, without special tokens. The space
-    /// that parts it from the prompt's text is kept; a character that the prompt began is whole.
+    /// Text of `ids` after the tokens of `prompt`, without special tokens. A leading space is kept, and a character
+    /// that starts in the prompt is complete.
     #[must_use]
     pub fn continuation(&self, prompt: &[u32], ids: &[u32]) -> String {
-        let (before, whole) = (self.decode(prompt), self.decode(&[prompt, ids].concat()));
-        let seam = common_prefix(&before, &whole);
-        whole[seam..].to_owned()
+        let (before, both) = (self.decode(prompt), self.decode(&[prompt, ids].concat()));
+        let start = common_prefix(&before, &both);
+        both[start..].to_owned()
     }
 
-    /// The text of a completion of the tokens of `prompt`, as [`Self::continuation`]; the token that
-    /// ended it is not part of it.
+    /// Text of a completion of `prompt`, as [`Self::continuation`], without its stop token.
     #[must_use]
     pub fn completion_text(&self, prompt: &[u32], completion: &Completion) -> String {
         let ids = match (completion.finish, completion.ids.split_last()) {
-            (Finish::EndOfText, Some((_end, said))) => said,
+            (Finish::EndOfText, Some((_stop, rest))) => rest,
             _ => &completion.ids,
         };
         self.continuation(prompt, ids)
     }
 
-    /// The texts of `ids`, one each, special tokens included, where they follow the tokens of `prompt`;
-    /// joined they are [`Self::continuation`] with its special tokens wherever the decoder adds text at
-    /// the end only. A token that is a part of a character is empty, and the one that completes it is the
-    /// whole.
+    /// Text of each of `ids` after the tokens of `prompt`, special tokens included. Concatenated they are
+    /// [`Self::continuation`] with its special tokens, wherever the decoder only appends text. A token that is part of
+    /// a character is empty, and the one that completes it has the whole character.
     #[must_use]
     pub fn token_texts(&self, prompt: &[u32], ids: &[u32]) -> Vec<String> {
-        // At the start of a text there is no space to keep.
+        // At the start of a text there is no space to preserve.
         let prompt = match self.decode(prompt).is_empty() {
             true => &[],
             false => prompt,
@@ -46,30 +44,30 @@ impl Tokenizer {
         let context = prompt.last().copied();
         let ids: Vec<u32> = context.into_iter().chain(ids.iter().copied()).collect();
         let mut texts = Vec::with_capacity(ids.len());
-        let (mut start, mut told) = (0, usize::from(context.is_some()));
-        for end in told + 1..=ids.len() {
-            let mut before = self.decode_all(&ids[start..told]);
+        let (mut start, mut done) = (0, usize::from(context.is_some()));
+        for end in done + 1..=ids.len() {
+            let mut before = self.decode_all(&ids[start..done]);
             let now = self.decode_all(&ids[start..end]);
             if !now.starts_with(&before) {
-                // What the prompt left unfinished is finished now.
-                before.truncate(before.trim_end_matches(UNFINISHED).len());
+                // A character that was incomplete in the prompt is complete now.
+                before.truncate(before.trim_end_matches(INCOMPLETE).len());
             }
             let is_last = end == ids.len();
-            if now.len() <= before.len() || (now.ends_with(UNFINISHED) && !is_last) {
+            if now.len() <= before.len() || (now.ends_with(INCOMPLETE) && !is_last) {
                 texts.push(String::new());
                 continue;
             }
             texts.push(now[common_prefix(&before, &now)..].to_owned());
-            (start, told) = (told, end);
+            (start, done) = (done, end);
         }
         texts
     }
 }
 
-/// How many bytes the two begin with alike, in whole characters.
+/// Length of the common prefix in bytes, at a character boundary.
 fn common_prefix(a: &str, b: &str) -> usize {
-    let alike = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
-    alike.map(|(c, _)| c.len_utf8()).sum()
+    let equal = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
+    equal.map(|(c, _)| c.len_utf8()).sum()
 }
 
 #[cfg(test)]
@@ -77,9 +75,9 @@ mod tests {
     use messages::{Completion, Finish};
     use serde_json::{Value, json};
 
-    use crate::{Tokenizer, fixtures::config};
+    use crate::{fixtures::config, tokenizer::Tokenizer};
 
-    /// Words with a space before them, and the bytes of an é.
+    /// A byte-level vocabulary with the two bytes of é.
     fn tokenizer() -> Tokenizer {
         let vocabulary = json!({"<s>": 0, "\u{120}a": 1, "b": 2, "\u{c3}": 3, "\u{a9}": 4, ".": 5});
         let decoder = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
@@ -87,7 +85,7 @@ mod tests {
         of(&vocabulary, &decoder)
     }
 
-    /// The same as Llama 2 writes them: a text's first space is none.
+    /// The same vocabulary in the style of Llama 2, whose decoder strips a text's first space.
     fn sentencepiece() -> Tokenizer {
         let vocabulary = json!({"<s>": 0, "▁a": 1, "b": 2, "<0xC3>": 3, "<0xA9>": 4, ".": 5});
         let decoder = json!({"type": "Sequence", "decoders": [
@@ -113,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn each_token_has_what_the_text_gains_by_it() {
+    fn each_token_has_the_text_that_it_adds() {
         let tokenizer = tokenizer();
         let cases: [(&[u32], &[&str]); 5] = [
             (&[], &[]),
@@ -129,29 +127,29 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_is_what_follows_its_prompt() {
+    fn a_completion_text_is_the_text_after_the_prompt() {
         let cases: [(&[u32], &[u32], &[&str]); 6] = [
             (&[0, 1], &[1, 2, 5], &[" a", "b", "."]),
             (&[0, 2], &[5, 1], &[".", " a"]),
             (&[0], &[1, 1], &["a", " a"]),
             (&[], &[1, 1], &["a", " a"]),
-            // The prompt ends within a character.
+            // The prompt ends inside a character.
             (&[2, 3], &[4, 1], &["é", " a"]),
             (&[1], &[], &[]),
         ];
         let tokenizer = sentencepiece();
         for (prompt, ids, expected) in cases {
-            let seen = tokenizer.token_texts(prompt, ids);
-            assert_eq!(seen, expected, "{prompt:?} {ids:?}");
+            let texts = tokenizer.token_texts(prompt, ids);
+            assert_eq!(texts, expected, "{prompt:?} {ids:?}");
             let text = tokenizer.continuation(prompt, ids);
             assert_eq!(text, expected.concat(), "{prompt:?} {ids:?}");
         }
-        let of_bytes = super::tests::tokenizer();
-        assert_eq!(of_bytes.continuation(&[1], &[1, 5]), " a.");
+        let byte_level = super::tests::tokenizer();
+        assert_eq!(byte_level.continuation(&[1], &[1, 5]), " a.");
     }
 
     #[test]
-    fn the_token_that_ends_a_completion_is_not_said() {
+    fn the_stop_token_is_not_part_of_the_text() {
         let tokenizer = sentencepiece();
         let completion = |finish| Completion {
             ids: vec![1, 5],

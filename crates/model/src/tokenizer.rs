@@ -1,10 +1,9 @@
-//! From text to token ids and back, for one model.
+//! Conversion between text and token ids for one model.
 //!
-//! A [`Tokenizer`] is the `tokenizer.json` of a Hugging Face folder together with its chat template. It
-//! promises that every id it gives is one the model has, that a prompt and its completion are split
-//! the same way here as when the model wrote them and are the text when they are put together, and that a text begins
-//! with one `<s>`, not two, and is not ended. It knows which tokens end a completion ([`StopTokens`]). How long a sequence may be it does not know: that
-//! is the configuration's.
+//! A [`Tokenizer`] combines the `tokenizer.json` of a Hugging Face folder with its chat template. It promises that
+//! every id is in the model's vocabulary, that prompt and completion are tokenised as during generation and decode to
+//! the concatenated text, and that a text starts with exactly one BOS token and has no EOS token. It knows the stop
+//! tokens ([`StopTokens`]). Does not know the maximum sequence length.
 
 use std::{
     borrow::Cow,
@@ -16,71 +15,79 @@ use std::{
 use messages::{Dialogue, Digest, PromptText};
 
 use crate::{
-    ModelConfig, ModelError,
-    answered::{AnsweredIds, Seam, closed, is_plain, shared},
-    chat::ChatTemplate,
-    continuing::continuing,
-    shards::{is_fetched, missing},
-    special::SpecialTokens,
+    chat::{
+        ChatTemplate,
+        continuation_tokenizer::without_prefix_space,
+        given_answers::{AnswerBoundary, EncodedAnswers, closed, common_prefix_length, is_plain},
+    },
+    config::ModelConfig,
+    error::ModelError,
+    shards::{check_not_lfs_pointer, missing},
+    special_tokens::SpecialTokens,
     stop_tokens::StopTokens,
 };
 
-/// The tokenizer of a model. Clones share it.
+/// Tokenizer of a model. Clones share the data.
 #[derive(Clone)]
 pub struct Tokenizer {
-    shared: Arc<Shared>,
+    inner: Arc<TokenizerInner>,
 }
 
-struct Shared {
+struct TokenizerInner {
     tokenizer: tokenizers::Tokenizer,
-    /// The same for text that goes on with another, made when it is first needed.
-    continuing: OnceLock<tokenizers::Tokenizer>,
-    /// How many tokens the post-processor puts behind a text.
-    ending: usize,
+    /// Variant for text that continues a prompt, created on first use.
+    continuation: OnceLock<tokenizers::Tokenizer>,
+    /// Number of tokens that the post-processor appends to a text.
+    suffix_length: usize,
     chat: Option<ChatTemplate>,
-    /// The token that begins a text.
+    /// Beginning-of-sequence token.
     bos: Option<u32>,
     vocab_size: usize,
     stops: StopTokens,
 }
 
-/// Who puts `<s>` and its like around a text.
+/// Source of the special tokens around a text.
 #[derive(Clone, Copy)]
-enum Framing {
-    /// The tokenizer's post-processor.
-    Added,
-    /// Whoever wrote the text.
-    Written,
+enum SpecialTokenSource {
+    /// Added by the tokenizer's post-processor.
+    Tokenizer,
+    /// Already in the text, if any.
+    Text,
+}
+
+/// Text of a prompt, ready to be tokenised.
+struct RenderedPrompt<'a> {
+    text: Cow<'a, str>,
+    specials: SpecialTokenSource,
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of `folder`, with the chat template in the file `chat_template`, else in the
-    /// folder's `chat_template.jinja`, else in its `tokenizer_config.json`. Limits on length and padding
-    /// that `tokenizer.json` sets are ignored.
+    /// Loads `tokenizer.json` of `folder`, with the chat template from the file `chat_template`, the folder's
+    /// `chat_template.jinja` or its `tokenizer_config.json`, in this order. Truncation and padding settings of
+    /// `tokenizer.json` are ignored.
     ///
     /// # Errors
-    /// When a file is missing or malformed, a template that is given does not compile, or the tokenizer is another
-    /// model's: it has ids that the model of `config` does not. Added tokens beyond the vocabulary are no error but
-    /// a warning: only a text that holds one cannot be encoded.
+    /// When a file is missing or malformed, the given template does not compile, or the tokenizer has ids outside the
+    /// vocabulary of `config`. Added tokens outside it only give a warning, since only a text that contains one cannot
+    /// be encoded.
     pub fn load(
         folder: &Path,
         config: &ModelConfig,
         chat_template: Option<&Path>,
     ) -> Result<Self, ModelError> {
-        let tokenizer = read_fitting(folder, config.vocab_size)?;
+        let tokenizer = load_tokenizer(folder, config.vocab_size)?;
         let special = SpecialTokens::read(folder)?;
         let chat = ChatTemplate::load(folder, chat_template, &special)?;
         let declared = config.stops.clone();
-        let known = (&tokenizer, config.vocab_size);
-        let stops = declared.with_tokenizer(known, &special, chat.as_ref());
+        let stops = declared.with_tokenizer(&tokenizer, config.vocab_size, &special, chat.as_ref());
         let bos = special.get("bos_token");
         let bos = bos.and_then(|bos| tokenizer.token_to_id(bos));
         let bos = bos.filter(|&bos| (bos as usize) < config.vocab_size);
         Ok(Self {
-            shared: Arc::new(Shared {
-                ending: ending(&tokenizer),
+            inner: Arc::new(TokenizerInner {
+                suffix_length: suffix_length(&tokenizer),
                 tokenizer,
-                continuing: OnceLock::new(),
+                continuation: OnceLock::new(),
                 chat,
                 bos: bos.or(config.bos),
                 vocab_size: config.vocab_size,
@@ -89,16 +96,16 @@ impl Tokenizer {
         })
     }
 
-    /// The ids of a prompt, at least one. Text gets the special tokens that the tokenizer puts before it, but no second
-    /// one that begins it and none that ends it; a dialogue is rendered and has those that the template wrote. An empty text is the
-    /// model's first token.
+    /// Token ids of a prompt, at least one. Plain text gets the tokenizer's special tokens at its start, without a
+    /// duplicate BOS and without EOS; a dialogue is rendered with the template, which writes its own. An empty text
+    /// gives the BOS token.
     ///
     /// # Errors
-    /// When the template is missing or refuses the dialogue, or nothing is left to begin with.
+    /// When the template is missing or fails, or the prompt is empty and there is no BOS token.
     pub fn encode_prompt(&self, prompt: &PromptText) -> Result<Vec<u32>, ModelError> {
-        let (text, framing) = self.written(prompt)?;
-        let ids = self.encode(&text, framing)?;
-        match self.shared.bos {
+        let rendered = self.rendered(prompt)?;
+        let ids = self.encode(&rendered.text, rendered.specials)?;
+        match self.inner.bos {
             _ if !ids.is_empty() => Ok(ids),
             Some(bos) => Ok(vec![bos]),
             None => Err(ModelError::Tokens {
@@ -109,9 +116,9 @@ impl Tokenizer {
         }
     }
 
-    /// The ids of `completion` where it follows `prompt`, whose own ids are `prompt_ids`: those of both
-    /// together after the prompt's, or, where the seam would be split otherwise, those of `completion`
-    /// alone, without the space that some tokenizers begin a text with. No token that ends a text is added.
+    /// Token ids of `completion` after `prompt`, whose ids are `prompt_ids`. They are the tail of the tokenised
+    /// concatenation if that starts with `prompt_ids`; otherwise `completion` is tokenised alone, without the prefix
+    /// space that some tokenizers add. No EOS token is added.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -121,27 +128,31 @@ impl Tokenizer {
         prompt_ids: &[u32],
         completion: &str,
     ) -> Result<Vec<u32>, ModelError> {
-        let written = self.written(prompt)?;
-        self.following(&written, prompt_ids, completion)
+        self.following(&self.rendered(prompt)?, prompt_ids, completion)
     }
 
-    /// The ids of `completion` after a text of these ids.
+    /// Token ids of `completion` after a text with these ids.
     fn following(
         &self,
-        (text, framing): &(Cow<'_, str>, Framing),
+        prompt: &RenderedPrompt<'_>,
         text_ids: &[u32],
         completion: &str,
     ) -> Result<Vec<u32>, ModelError> {
-        let both = self.encode(&format!("{text}{completion}"), *framing)?;
+        let text = &prompt.text;
+        let both = self.encode(&format!("{text}{completion}"), prompt.specials)?;
         match both.strip_prefix(text_ids) {
             Some(following) if !text_ids.is_empty() => Ok(following.to_vec()),
-            _ if text.is_empty() => self.encode(completion, Framing::Written),
-            _ => self.in_vocabulary(split(self.continuing()?, completion, Framing::Written)?),
+            _ if text.is_empty() => self.encode(completion, SpecialTokenSource::Text),
+            _ => self.in_vocabulary(tokenize(
+                self.continuation_tokenizer()?,
+                completion,
+                SpecialTokenSource::Text,
+            )?),
         }
     }
 
-    /// The ids of `completion` where it follows `prompt`, closed with the token that ends it unless it is
-    /// there already; empty when nothing closes it and the text is empty.
+    /// Token ids of `completion` after `prompt`, terminated with the stop token of [`StopTokens::closing`] unless it is
+    /// already last.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -151,155 +162,155 @@ impl Tokenizer {
         prompt_ids: &[u32],
         completion: &str,
     ) -> Result<Vec<u32>, ModelError> {
-        let closing = self.shared.stops.closing(prompt);
-        self.closed_after(&self.written(prompt)?, prompt_ids, completion, closing)
+        let closing = self.inner.stops.closing(prompt);
+        self.closed_after(&self.rendered(prompt)?, prompt_ids, completion, closing)
     }
 
-    /// [`Self::following`], closed with this token unless it is there already.
+    /// [`Self::following`], terminated with this token unless it is already last.
     fn closed_after(
         &self,
-        written: &(Cow<'_, str>, Framing),
+        prompt: &RenderedPrompt<'_>,
         text_ids: &[u32],
         completion: &str,
         closing: Option<u32>,
     ) -> Result<Vec<u32>, ModelError> {
-        let mut ids = self.following(written, text_ids, completion)?;
+        let mut ids = self.following(prompt, text_ids, completion)?;
         ids.extend(closing.filter(|id| ids.last() != Some(id)));
         Ok(ids)
     }
 
-    /// A prompt and answers to it that a file gives. To text they follow as they are, closed as by
-    /// [`Self::encode_closed`]; to a dialogue as the chat template prints them as the assistant's turn (TRL's
-    /// `apply_chat_template`), up to the token that closes the turn.
+    /// Token ids of a prompt and of given answers, as in supervised fine-tuning. After plain text, answers are encoded
+    /// by [`Self::encode_closed`]; in a dialogue, as the chat template renders them as the assistant's turn (TRL's
+    /// `apply_chat_template`), up to the end-of-turn token.
     ///
     /// # Errors
-    /// As [`Self::encode_prompt`], and when the template refuses the dialogue with an answer.
-    pub fn encode_answered(
+    /// As [`Self::encode_prompt`], and when the template fails on the dialogue with an answer.
+    pub fn encode_answers(
         &self,
         prompt: &PromptText,
         answers: &[&str],
-    ) -> Result<AnsweredIds, ModelError> {
+    ) -> Result<EncodedAnswers, ModelError> {
         if let PromptText::Dialogue(dialogue) = prompt
-            && let Some(printed) = self.printed(dialogue, answers)?
+            && let Some(encoded) = self.rendered_answers(dialogue, answers)?
         {
-            return Ok(printed);
+            return Ok(encoded);
         }
         let ids = self.encode_prompt(prompt)?;
         let closed = |answer: &&str| self.encode_closed(prompt, &ids, answer);
         let answers = answers.iter().map(closed).collect::<Result<_, _>>()?;
-        Ok(AnsweredIds {
+        Ok(EncodedAnswers {
             answers,
-            seam: match prompt {
-                PromptText::Text(_) => Seam::Asked,
-                PromptText::Dialogue(_) => Seam::Given,
+            boundary: match prompt {
+                PromptText::Text(_) => AnswerBoundary::GenerationPrompt,
+                PromptText::Dialogue(_) => AnswerBoundary::Verbatim,
             },
             prompt: ids,
         })
     }
 
-    /// A dialogue and answers to it as the template prints them; none when it prints one otherwise than it is.
-    fn printed(
+    /// A dialogue and answers as the template renders them; `None` when it does not render an answer verbatim.
+    fn rendered_answers(
         &self,
         dialogue: &Dialogue,
         answers: &[&str],
-    ) -> Result<Option<AnsweredIds>, ModelError> {
-        let asked = self.render(dialogue)?;
-        let Some(chat) = &self.shared.chat else {
+    ) -> Result<Option<EncodedAnswers>, ModelError> {
+        let generation_prompt = self.render(dialogue)?;
+        let Some(chat) = &self.inner.chat else {
             return Ok(None);
         };
-        let wholes = answers.iter().map(|a| chat.render_answered(dialogue, a));
-        let wholes = wholes.collect::<Result<Vec<_>, _>>()?;
-        let begins = shared(&asked, &wholes);
-        let end = self.shared.stops.turn_end();
-        let closing = end.and_then(|id| self.token(id));
-        let ended = wholes.iter().zip(answers);
+        let texts = answers.iter().map(|a| chat.render_answered(dialogue, a));
+        let texts = texts.collect::<Result<Vec<_>, _>>()?;
+        let prefix_length = common_prefix_length(&generation_prompt, &texts);
+        let turn_end = self.inner.stops.turn_end();
+        let closing = turn_end.and_then(|id| self.token(id));
+        let ended = texts.iter().zip(answers);
         let ended =
-            ended.map(|(whole, answer)| closed(&whole[begins..], answer, closing.as_deref()));
+            ended.map(|(text, answer)| closed(&text[prefix_length..], answer, closing.as_deref()));
         let Some(mut ended) = ended.collect::<Option<Vec<_>>>() else {
             return Ok(None);
         };
         let plain = |(text, answer): (&&str, &&str)| is_plain(text, answer, closing.as_deref());
-        if begins == asked.len() && ended.iter().zip(answers).all(plain) {
-            // Space around an answer is the template's, and no sample has it.
+        if prefix_length == generation_prompt.len() && ended.iter().zip(answers).all(plain) {
+            // White space around an answer comes from the template and is not in samples.
             ended = answers.to_vec();
         }
-        let written = (Cow::from(&asked[..begins]), Framing::Written);
-        let prompt = self.encode(&written.0, written.1)?;
+        let rendered = RenderedPrompt {
+            text: Cow::from(&generation_prompt[..prefix_length]),
+            specials: SpecialTokenSource::Text,
+        };
+        let prompt = self.encode(&rendered.text, rendered.specials)?;
         if prompt.is_empty() {
             return Ok(None);
         }
-        let ids = |text: &str| self.closed_after(&written, &prompt, text, end);
-        Ok(Some(AnsweredIds {
+        let ids = |text: &str| self.closed_after(&rendered, &prompt, text, turn_end);
+        Ok(Some(EncodedAnswers {
             answers: ended.into_iter().map(ids).collect::<Result<_, _>>()?,
-            seam: match begins == asked.len() {
-                true => Seam::Asked,
-                false => Seam::Shared,
+            boundary: match prefix_length == generation_prompt.len() {
+                true => AnswerBoundary::GenerationPrompt,
+                false => AnswerBoundary::CommonPrefix,
             },
             prompt,
         }))
     }
 
-    /// The tokens that end completions.
+    /// Stop tokens.
     #[must_use]
     pub fn stops(&self) -> &StopTokens {
-        &self.shared.stops
+        &self.inner.stops
     }
 
-    /// The text of `ids` without special tokens, for people. Ids that do not exist are left out.
+    /// Text of `ids` without special tokens, for display. Unknown ids are skipped.
     #[must_use]
     pub fn decode(&self, ids: &[u32]) -> String {
-        self.shared
+        self.inner
             .tokenizer
             .decode(ids, true)
             .unwrap_or_else(|_| self.pieces(ids))
     }
 
-    /// The text of `ids` with special tokens, for people who look for a mistake.
+    /// Text of `ids` with special tokens, for debugging.
     #[must_use]
     pub fn decode_all(&self, ids: &[u32]) -> String {
-        self.shared
+        self.inner
             .tokenizer
             .decode(ids, false)
             .unwrap_or_else(|_| self.pieces(ids))
     }
 
-    /// The token of an id as the vocabulary writes it, which may be part of a character.
+    /// Vocabulary entry of an id, which may be part of a character.
     #[must_use]
     pub fn token(&self, id: u32) -> Option<String> {
-        self.shared.tokenizer.id_to_token(id)
+        self.inner.tokenizer.id_to_token(id)
     }
 
-    /// Whether dialogues can be rendered.
+    /// Whether there is a chat template.
     #[must_use]
     pub fn has_chat_template(&self) -> bool {
-        self.shared.chat.is_some()
+        self.inner.chat.is_some()
     }
 
-    /// Whether the chat template, where there is one, can be rendered at all. One of the folder that does not compile
-    /// is an error of the first dialogue only: texts and ids need none.
+    /// Checks that the chat template, if any, compiles. Without this check, a template of the folder that does not
+    /// compile fails only when the first dialogue is rendered.
     ///
     /// # Errors
     /// When it does not compile.
     pub fn check_chat_template(&self) -> Result<(), ModelError> {
-        self.shared
-            .chat
-            .as_ref()
-            .map_or(Ok(()), ChatTemplate::check)
+        self.inner.chat.as_ref().map_or(Ok(()), ChatTemplate::check)
     }
 
     /// Digest of the chat template; `None` when there is none.
     #[must_use]
     pub fn chat_template_digest(&self) -> Option<Digest> {
-        self.shared.chat.as_ref().map(ChatTemplate::digest)
+        self.inner.chat.as_ref().map(ChatTemplate::digest)
     }
 
-    /// The text of a dialogue, ending where the assistant's next turn begins or, where the last turn is the
-    /// assistant's, where that is to be continued.
+    /// Renders a dialogue with the generation prompt or, if the last turn is the assistant's, up to where that turn is
+    /// continued.
     ///
     /// # Errors
-    /// When there is no template, or it refuses the dialogue.
+    /// When there is no template, or it fails.
     pub fn render(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
-        let Some(chat) = &self.shared.chat else {
+        let Some(chat) = &self.inner.chat else {
             let reason = "the model has none; give the prompt as text, or name a template file";
             return Err(ModelError::ChatTemplate {
                 reason: reason.into(),
@@ -308,55 +319,58 @@ impl Tokenizer {
         chat.render(dialogue)
     }
 
-    /// The text of a prompt, and who writes its special tokens.
-    fn written<'a>(&self, prompt: &'a PromptText) -> Result<(Cow<'a, str>, Framing), ModelError> {
-        match prompt {
-            PromptText::Text(text) => Ok((text.into(), Framing::Added)),
-            PromptText::Dialogue(dialogue) => Ok((self.render(dialogue)?.into(), Framing::Written)),
-        }
+    /// Text of a prompt and the source of its special tokens.
+    fn rendered<'a>(&self, prompt: &'a PromptText) -> Result<RenderedPrompt<'a>, ModelError> {
+        let (text, specials) = match prompt {
+            PromptText::Text(text) => (text.into(), SpecialTokenSource::Tokenizer),
+            PromptText::Dialogue(dialogue) => {
+                (self.render(dialogue)?.into(), SpecialTokenSource::Text)
+            }
+        };
+        Ok(RenderedPrompt { text, specials })
     }
 
-    fn encode(&self, text: &str, framing: Framing) -> Result<Vec<u32>, ModelError> {
-        let tokenizer = &self.shared.tokenizer;
-        let mut ids = split(tokenizer, text, framing)?;
-        let Framing::Added = framing else {
+    fn encode(&self, text: &str, specials: SpecialTokenSource) -> Result<Vec<u32>, ModelError> {
+        let tokenizer = &self.inner.tokenizer;
+        let mut ids = tokenize(tokenizer, text, specials)?;
+        let SpecialTokenSource::Tokenizer = specials else {
             return self.in_vocabulary(ids);
         };
-        ids.truncate(ids.len().saturating_sub(self.shared.ending));
-        let begins = |ids: &[u32]| {
+        ids.truncate(ids.len().saturating_sub(self.inner.suffix_length));
+        let bos_count = |ids: &[u32]| {
             ids.iter()
-                .take_while(|&&id| Some(id) == self.shared.bos)
+                .take_while(|&&id| Some(id) == self.inner.bos)
                 .count()
         };
-        if begins(&ids) > 1 {
-            // What the text begins with itself, and one that the tokenizer added.
-            let written = begins(&split(tokenizer, text, Framing::Written)?);
-            if written > 0 && written < begins(&ids) {
+        if bos_count(&ids) > 1 {
+            // BOS tokens of the text itself, in addition to the one that the tokenizer added.
+            let in_text = bos_count(&tokenize(tokenizer, text, SpecialTokenSource::Text)?);
+            if in_text > 0 && in_text < bos_count(&ids) {
                 ids.remove(0);
             }
         }
         self.in_vocabulary(ids)
     }
 
-    /// The tokenizer for text that goes on with another.
-    fn continuing(&self) -> Result<&tokenizers::Tokenizer, ModelError> {
-        if let Some(made) = self.shared.continuing.get() {
-            return Ok(made);
+    /// The tokenizer variant for text that continues a prompt.
+    fn continuation_tokenizer(&self) -> Result<&tokenizers::Tokenizer, ModelError> {
+        if let Some(tokenizer) = self.inner.continuation.get() {
+            return Ok(tokenizer);
         }
-        let copy = continuing(&self.shared.tokenizer);
+        let copy = without_prefix_space(&self.inner.tokenizer);
         let copy = copy.map_err(|error| ModelError::Tokens {
             reason: format!(
                 "failed to make a tokenizer for text that is continued ({error}); \
                  end the prompt with a whole word"
             ),
         })?;
-        // Another thread was faster and made the same.
-        Ok(self.shared.continuing.get_or_init(|| copy))
+        // If another thread was first, its identical copy is used.
+        Ok(self.inner.continuation.get_or_init(|| copy))
     }
 
-    /// The ids, all of which the model has.
+    /// Checks that all ids are in the model's vocabulary.
     fn in_vocabulary(&self, ids: Vec<u32>) -> Result<Vec<u32>, ModelError> {
-        let vocab = self.shared.vocab_size;
+        let vocab = self.inner.vocab_size;
         match ids.iter().find(|&&id| id as usize >= vocab) {
             None => Ok(ids),
             Some(&id) => Err(ModelError::Tokens {
@@ -368,7 +382,7 @@ impl Tokenizer {
         }
     }
 
-    /// What is shown when the tokenizer's own decoder fails.
+    /// Fallback when the tokenizer's decoder fails.
     fn pieces(&self, ids: &[u32]) -> String {
         ids.iter().filter_map(|&id| self.token(id)).collect()
     }
@@ -377,18 +391,18 @@ impl Tokenizer {
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokenizer")
-            .field("tokens", &self.shared.tokenizer.get_vocab_size(true))
+            .field("tokens", &self.inner.tokenizer.get_vocab_size(true))
             .field("has_chat_template", &self.has_chat_template())
             .finish_non_exhaustive()
     }
 }
 
-fn split(
+fn tokenize(
     tokenizer: &tokenizers::Tokenizer,
     text: &str,
-    framing: Framing,
+    specials: SpecialTokenSource,
 ) -> Result<Vec<u32>, ModelError> {
-    let encoding = tokenizer.encode_fast(text, matches!(framing, Framing::Added));
+    let encoding = tokenizer.encode_fast(text, matches!(specials, SpecialTokenSource::Tokenizer));
     match encoding {
         Ok(encoding) => Ok(encoding.get_ids().to_vec()),
         Err(error) => Err(ModelError::Tokens {
@@ -397,26 +411,26 @@ fn split(
     }
 }
 
-/// How many tokens the post-processor of `tokenizer` puts behind a text: one that ends a text has no place between a
-/// prompt and its completion.
-fn ending(tokenizer: &tokenizers::Tokenizer) -> usize {
+/// Number of tokens that the post-processor of `tokenizer` appends to a text. They are removed from prompts, which
+/// completions follow.
+fn suffix_length(tokenizer: &tokenizers::Tokenizer) -> usize {
     let marks = tokenizer.encode_fast("a", true);
     let marks = marks.map_or(Vec::new(), |encoding| {
         encoding.get_special_tokens_mask().to_vec()
     });
     let added = marks.iter().rev().take_while(|&&mark| mark == 1).count();
-    // Of a text without tokens nothing tells what stands behind it.
+    // The sample text has no tokens of its own, so prefix and suffix cannot be told apart.
     if added == marks.len() { 0 } else { added }
 }
 
-/// Reads `tokenizer.json` of `folder`, whose ids are to be below `vocab_size`; those of added tokens only where every
-/// text gets them. No text is cut or padded.
-pub(crate) fn read_fitting(
+/// Loads `tokenizer.json` of `folder` and checks that its ids are below `vocab_size`; those of added tokens only where
+/// every text gets them. Truncation and padding are disabled.
+pub(crate) fn load_tokenizer(
     folder: &Path,
     vocab_size: usize,
 ) -> Result<tokenizers::Tokenizer, ModelError> {
     let tokenizer = read(&folder.join("tokenizer.json"))?;
-    let unfit = |reason: String| ModelError::Tokenizer {
+    let mismatch = |reason: String| ModelError::Tokenizer {
         path: folder.to_owned(),
         reason,
     };
@@ -425,7 +439,7 @@ pub(crate) fn read_fitting(
     let own = tokenizer.get_vocab(false).into_values();
     let largest = own.filter(|id| !added.contains_key(id)).max();
     if let Some(largest) = largest.filter(|&id| is_beyond(id)) {
-        return Err(unfit(format!(
+        return Err(mismatch(format!(
             "its largest token id is {largest} but the model's vocab_size is {vocab_size}; \
              use the tokenizer.json that the model was published with"
         )));
@@ -433,7 +447,7 @@ pub(crate) fn read_fitting(
     let empty = tokenizer.encode_fast("", true);
     let always = empty.map_or(Vec::new(), |encoding| encoding.get_ids().to_vec());
     if let Some(id) = always.into_iter().find(|&id| is_beyond(id)) {
-        return Err(unfit(format!(
+        return Err(mismatch(format!(
             "every text gets the token {id} but the model's vocab_size is {vocab_size}; \
              use the tokenizer.json that the model was published with"
         )));
@@ -450,10 +464,10 @@ pub(crate) fn read_fitting(
     Ok(tokenizer)
 }
 
-/// Reads `tokenizer.json` so that no text is cut or padded.
+/// Parses `tokenizer.json` with truncation and padding disabled.
 fn read(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
     let bytes = std::fs::read(path).map_err(|source| missing(path, source))?;
-    is_fetched(path, &bytes)?;
+    check_not_lfs_pointer(path, &bytes)?;
     let malformed = |error: tokenizers::Error| ModelError::Malformed {
         path: path.to_owned(),
         reason: format!("it is not a tokenizer.json of the tokenizers library ({error})"),
@@ -473,18 +487,18 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::fixtures::{WORDS, config, shared};
+    use crate::fixtures::{WORD_TOKENIZER, config, shared};
 
     const RAISING: &str = "{{ raise_exception('roles must alternate') }}";
 
-    fn words(template: &str) -> Tokenizer {
+    fn word_tokenizer(template: &str) -> Tokenizer {
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("tokenizer.json"), WORDS).unwrap();
+        fs::write(folder.path().join("tokenizer.json"), WORD_TOKENIZER).unwrap();
         fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
         Tokenizer::load(folder.path(), &config(8), None).unwrap()
     }
 
-    fn real(folder: &str, vocab_size: usize) -> Option<Tokenizer> {
+    fn pretrained(folder: &str, vocab_size: usize) -> Option<Tokenizer> {
         Some(Tokenizer::load(&shared(folder)?, &config(vocab_size), None).unwrap())
     }
 
@@ -493,8 +507,8 @@ mod tests {
     }
 
     #[test]
-    fn a_template_that_does_not_compile_is_an_error_of_dialogues_alone() {
-        let tokenizer = words("{% if %}");
+    fn a_template_that_does_not_compile_fails_for_dialogues_only() {
+        let tokenizer = word_tokenizer("{% if %}");
         assert_eq!(
             tokenizer.encode_prompt(&text("the cat")).unwrap(),
             [1, 2, 3]
@@ -510,12 +524,14 @@ mod tests {
                 assert!(error.contains(part), "{part:?} is not in {error}");
             }
         }
-        words("{{ messages }}").check_chat_template().unwrap();
+        word_tokenizer("{{ messages }}")
+            .check_chat_template()
+            .unwrap();
     }
 
     #[test]
-    fn templates_that_render_otherwise_have_other_digests() {
-        let digest = |template: &str| words(template).chat_template_digest();
+    fn different_templates_have_different_digests() {
+        let digest = |template: &str| word_tokenizer(template).chat_template_digest();
         assert_eq!(
             digest("{{ messages[0].content }}"),
             digest("{{ messages[0].content }}")
@@ -527,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn real_tokenizers_round_trip() {
+    fn pretrained_tokenizers_round_trip() {
         let cases: [(&str, usize, &str, &[u32]); 5] = [
             ("data/tokenizers/gpt2", 50257, "Hello world", &[15496, 995]),
             ("data/tokenizers/gpt2", 50257, "  naïve 日本\n\tend ", &[]),
@@ -550,12 +566,12 @@ mod tests {
                 &[1, 317, 391, 266, 261, 352, 266, 268, 388, 426],
             ),
         ];
-        for (folder, vocab_size, words, expected) in cases {
-            let Some(tokenizer) = real(folder, vocab_size) else {
+        for (folder, vocab_size, sample, expected) in cases {
+            let Some(tokenizer) = pretrained(folder, vocab_size) else {
                 continue;
             };
-            let ids = tokenizer.encode_prompt(&text(words)).unwrap();
-            assert_eq!(tokenizer.decode(&ids), words, "{folder}");
+            let ids = tokenizer.encode_prompt(&text(sample)).unwrap();
+            assert_eq!(tokenizer.decode(&ids), sample, "{folder}");
             if !expected.is_empty() {
                 assert_eq!(ids, expected, "{folder}");
             }
@@ -563,14 +579,14 @@ mod tests {
     }
 
     #[test]
-    fn a_real_dialogue_has_the_special_tokens_of_its_template() {
-        let Some(tokenizer) = real("data/tokenizers/phi-3-mini", 32064) else {
+    fn a_rendered_dialogue_has_the_special_tokens_of_its_template() {
+        let Some(tokenizer) = pretrained("data/tokenizers/phi-3-mini", 32064) else {
             return;
         };
         let prompt: PromptText =
             serde_json::from_value(json!([{"role": "user", "content": "Hello world"}])).unwrap();
         let ids = tokenizer.encode_prompt(&prompt).unwrap();
-        // <|user|> Hello world <|end|> <|assistant|>: the first three special tokens swallow the newline.
+        // <|user|> Hello world <|end|> <|assistant|>: the special tokens absorb the newlines.
         assert_eq!(ids, [32010, 15043, 3186, 32007, 32001]);
         assert_eq!(tokenizer.decode_all(&ids[3..]), "<|end|><|assistant|>");
         assert_eq!(tokenizer.token(32007).as_deref(), Some("<|end|>"));
@@ -583,11 +599,11 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_is_split_as_it_follows_its_prompt() {
-        let Some(tokenizer) = real("data/models/stories260K", 512) else {
+    fn a_completion_is_tokenised_in_the_context_of_its_prompt() {
+        let Some(tokenizer) = pretrained("data/models/stories260K", 512) else {
             return;
         };
-        let whole = tokenizer
+        let both = tokenizer
             .encode_prompt(&text("Once upon a time, there was a little girl"))
             .unwrap();
         let prompt = text("Once upon a time");
@@ -595,15 +611,15 @@ mod tests {
         let completion = tokenizer
             .encode_completion(&prompt, &ids, ", there was a little girl")
             .unwrap();
-        assert_eq!(completion, whole[5..]);
+        assert_eq!(completion, both[5..]);
         assert_eq!(completion[..2], [432, 383]);
         let empty = tokenizer.encode_completion(&prompt, &ids, "").unwrap();
         assert!(empty.is_empty());
     }
 
     #[test]
-    fn a_seam_that_would_be_split_otherwise_leaves_the_prompt_alone() {
-        let Some(tokenizer) = real("data/tokenizers/gpt2", 50257) else {
+    fn prompt_ids_are_unchanged_when_a_token_spans_the_boundary() {
+        let Some(tokenizer) = pretrained("data/tokenizers/gpt2", 50257) else {
             return;
         };
         let prompt = text("Hello wor");
@@ -612,14 +628,14 @@ mod tests {
         let both = tokenizer.encode_prompt(&text("Hello world")).unwrap();
         assert!(
             !both.starts_with(&ids),
-            "the seam must fall inside a token: {ids:?}"
+            "a token must span the boundary: {ids:?}"
         );
         assert_eq!(tokenizer.decode(&[ids, completion].concat()), "Hello world");
     }
 
     #[test]
-    fn words_are_encoded_with_what_the_tokenizer_adds() {
-        let tokenizer = words("<s> {{ messages[0].content }}");
+    fn text_is_encoded_with_the_tokens_that_the_tokenizer_adds() {
+        let tokenizer = word_tokenizer("<s> {{ messages[0].content }}");
         let dialogue: PromptText =
             serde_json::from_value(json!([{"role": "user", "content": "the cat"}])).unwrap();
         let cases: [(&PromptText, &[u32]); 4] = [
@@ -662,8 +678,8 @@ mod tests {
     }
 
     #[test]
-    fn a_text_begins_with_one_token_that_begins_texts() {
-        let tokenizer = words("{{ bos_token }} {{ messages[0].content }}");
+    fn a_text_starts_with_one_bos_token() {
+        let tokenizer = word_tokenizer("{{ bos_token }} {{ messages[0].content }}");
         let dialogue = |content: &str| PromptText::Dialogue(Dialogue::of_user(content));
         let cases: [(PromptText, &[u32]); 6] = [
             (text("the cat"), &[1, 2, 3]),
@@ -679,24 +695,28 @@ mod tests {
             let following = tokenizer.encode_completion(&prompt, &ids, " sat").unwrap();
             assert_eq!(following, [4], "{prompt:?}");
         }
-        let Some(real) = real("data/models/stories260K", 512) else {
+        let Some(pretrained) = pretrained("data/models/stories260K", 512) else {
             return;
         };
-        let once = real.encode_prompt(&text("Once upon a time")).unwrap();
+        let once = pretrained.encode_prompt(&text("Once upon a time")).unwrap();
         assert_eq!(
-            real.encode_prompt(&text("<s>Once upon a time")).unwrap()[0],
+            pretrained
+                .encode_prompt(&text("<s>Once upon a time"))
+                .unwrap()[0],
             once[0]
         );
         assert_ne!(
-            real.encode_prompt(&text("<s>Once upon a time")).unwrap()[1],
+            pretrained
+                .encode_prompt(&text("<s>Once upon a time"))
+                .unwrap()[1],
             once[0]
         );
     }
 
-    /// A folder with the tokenizer [`WORDS`] after `change`, and this template.
+    /// [`WORD_TOKENIZER`] after `change`, with this template.
     fn changed(template: &str, change: impl Fn(&mut Value)) -> Tokenizer {
         let folder = tempfile::tempdir().unwrap();
-        let mut json: Value = serde_json::from_str(WORDS).unwrap();
+        let mut json: Value = serde_json::from_str(WORD_TOKENIZER).unwrap();
         change(&mut json);
         fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
         fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
@@ -704,27 +724,27 @@ mod tests {
     }
 
     #[test]
-    fn a_seam_within_a_token_gets_no_space() {
-        let letters = json!({"type": "BPE", "vocab": {"<unk>": 0, "<s>": 1, "▁": 2, "a": 3, "b": 4, "ab": 5, "▁ab": 6, "▁a": 7,
+    fn a_completion_within_a_word_gets_no_prefix_space() {
+        let bpe = json!({"type": "BPE", "vocab": {"<unk>": 0, "<s>": 1, "▁": 2, "a": 3, "b": 4, "ab": 5, "▁ab": 6, "▁a": 7,
             "Ġ": 8, "Ġa": 9}, "merges": [["a", "b"], ["▁", "ab"], ["▁", "a"], ["Ġ", "a"]], "unk_token": "<unk>"});
         let metaspace = |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false});
         let llama = json!({"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
         let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
-        for (normalizer, pre, space, begun) in [
+        for (normalizer, pre, space, prefixed) in [
             (llama, Value::Null, 2, 7),
             (Value::Null, metaspace("always"), 2, 7),
             (Value::Null, metaspace("first"), 2, 7),
             (Value::Null, bytes, 8, 9),
         ] {
             let tokenizer = changed("x", |json| {
-                json["model"] = letters.clone();
+                json["model"] = bpe.clone();
                 json["normalizer"] = normalizer.clone();
                 json["pre_tokenizer"] = pre.clone();
             });
             let prompt = text("a");
             let ids = tokenizer.encode_prompt(&prompt).unwrap();
-            assert_eq!(ids, [1, begun], "{normalizer} {pre}");
+            assert_eq!(ids, [1, prefixed], "{normalizer} {pre}");
             let following = |completion| {
                 tokenizer
                     .encode_completion(&prompt, &ids, completion)
@@ -732,14 +752,14 @@ mod tests {
             };
             assert_eq!(following("b"), [4], "{normalizer} {pre}");
             assert_eq!(following(" b"), [space, 4], "{normalizer} {pre}");
-            // A text that follows nothing is begun as every text.
+            // A text after an empty prompt is tokenised like any text.
             let alone = tokenizer.encode_completion(&text(""), &[3], "a").unwrap();
-            assert_eq!(alone, [begun], "{normalizer} {pre}");
+            assert_eq!(alone, [prefixed], "{normalizer} {pre}");
         }
     }
 
     #[test]
-    fn no_token_that_ends_a_text_stands_behind_a_prompt() {
+    fn a_prompt_has_no_eos_token() {
         for single in [
             json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
                 {"SpecialToken": {"id": "</s>", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]),
@@ -768,45 +788,54 @@ mod tests {
         }
     }
 
-    /// Templates whose generation prompt is not all that they print before an answer, or whose turns do not end with
-    /// the token that closes them.
+    /// Templates that print more before an answer than the generation prompt, or after it than the end-of-turn token.
     #[test]
-    fn answers_of_files_are_what_the_template_prints() {
+    fn given_answers_are_tokenised_as_the_template_renders_them() {
         let ends =
             "{% for m in messages %}{% if m.role == 'user' %}<|u|> {{ m.content }} {% else %}";
         let asks = "{% endif %}{% endfor %}{% if add_generation_prompt %}";
         let tagged = |turn: &str, ask: &str| format!("{ends}{turn}{asks}{ask}{{% endif %}}");
         let turn = "<|a|> {{ m.content }} <|e|>";
-        // A template, the prompt, the answer, and how they were come by.
-        let cases: [(String, &[u32], &[u32], Seam); 6] = [
+        // Template, prompt ids, answer ids, boundary.
+        let cases: [(String, &[u32], &[u32], AnswerBoundary); 6] = [
             (
                 tagged(&format!("{turn} <|u|>"), "<|a|>"),
                 &[8, 2, 9],
                 &[4, 10],
-                Seam::Asked,
+                AnswerBoundary::GenerationPrompt,
             ),
-            (tagged(turn, ""), &[8, 2], &[9, 4, 10], Seam::Asked),
+            (
+                tagged(turn, ""),
+                &[8, 2],
+                &[9, 4, 10],
+                AnswerBoundary::GenerationPrompt,
+            ),
             (
                 tagged("<|a|> mat {{ m.content }} <|e|>", "<|a|>"),
                 &[8, 2, 9],
                 &[7, 4, 10],
-                Seam::Asked,
+                AnswerBoundary::GenerationPrompt,
             ),
             (
                 tagged("<|a|> {{ m.content }}", "<|a|>"),
                 &[8, 2, 9],
                 &[4, 1],
-                Seam::Asked,
+                AnswerBoundary::GenerationPrompt,
             ),
-            (tagged(turn, "<|a|> on"), &[8, 2, 9], &[4, 10], Seam::Shared),
+            (
+                tagged(turn, "<|a|> on"),
+                &[8, 2, 9],
+                &[4, 10],
+                AnswerBoundary::CommonPrefix,
+            ),
             (
                 tagged("<|a|> mat <|e|>", "<|a|>"),
                 &[8, 2, 9],
                 &[4, 1],
-                Seam::Given,
+                AnswerBoundary::Verbatim,
             ),
         ];
-        for (template, prompt, answer, seam) in cases {
+        for (template, prompt, answer, boundary) in cases {
             let tokenizer = changed(&template, |json| {
                 for (id, name) in (8..).zip(["<|u|>", "<|a|>", "<|e|>"]) {
                     let mut token = json["added_tokens"][1].clone();
@@ -815,25 +844,28 @@ mod tests {
                     json["added_tokens"].as_array_mut().unwrap().push(token);
                 }
             });
-            let asked = PromptText::Dialogue(Dialogue::of_user("the"));
-            let read = tokenizer.encode_answered(&asked, &["sat"]).unwrap();
+            let dialogue = PromptText::Dialogue(Dialogue::of_user("the"));
+            let read = tokenizer.encode_answers(&dialogue, &["sat"]).unwrap();
             assert_eq!(
                 (read.prompt.as_slice(), read.answers[0].as_slice()),
                 (prompt, answer),
                 "{template}"
             );
-            assert_eq!(read.seam, seam, "{template}");
+            assert_eq!(read.boundary, boundary, "{template}");
         }
-        let read = words("x")
-            .encode_answered(&text("the cat"), &[" sat", " on"])
+        let read = word_tokenizer("x")
+            .encode_answers(&text("the cat"), &[" sat", " on"])
             .unwrap();
         assert_eq!(read.answers, [[4, 1], [5, 1]]);
-        assert_eq!((read.prompt, read.seam), (vec![1, 2, 3], Seam::Asked));
+        assert_eq!(
+            (read.prompt, read.boundary),
+            (vec![1, 2, 3], AnswerBoundary::GenerationPrompt)
+        );
     }
 
     #[test]
-    fn a_completion_is_closed_once() {
-        let tokenizer = words("{{ messages[0].content }}");
+    fn a_completion_is_terminated_once() {
+        let tokenizer = word_tokenizer("{{ messages[0].content }}");
         let prompt = text("the cat");
         let closed = |completion| {
             tokenizer
@@ -846,9 +878,9 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_prompt_needs_a_token_to_begin_with() {
+    fn an_empty_prompt_needs_a_bos_token() {
         let folder = tempfile::tempdir().unwrap();
-        let mut bare: Value = serde_json::from_str(WORDS).unwrap();
+        let mut bare: Value = serde_json::from_str(WORD_TOKENIZER).unwrap();
         bare["post_processor"] = Value::Null;
         fs::write(folder.path().join("tokenizer.json"), bare.to_string()).unwrap();
         let mut config = config(8);
@@ -866,8 +898,8 @@ mod tests {
     }
 
     #[test]
-    fn a_template_that_raises_is_heard() {
-        let tokenizer = words(RAISING);
+    fn an_exception_raised_by_a_template_is_reported() {
+        let tokenizer = word_tokenizer(RAISING);
         let prompt = PromptText::Dialogue(Dialogue::of_user("the cat"));
         let error = tokenizer.encode_prompt(&prompt).unwrap_err().to_string();
         assert!(error.contains("roles must alternate"), "{error}");
@@ -878,7 +910,7 @@ mod tests {
     }
 
     #[test]
-    fn unusable_folders_are_refused_by_name() {
+    fn errors_name_the_unusable_file() {
         let folder = tempfile::tempdir().unwrap();
         let load = |vocab_size| {
             Tokenizer::load(folder.path(), &config(vocab_size), None)
@@ -896,7 +928,7 @@ mod tests {
             "{}",
             load(8)
         );
-        fs::write(folder.path().join("tokenizer.json"), WORDS).unwrap();
+        fs::write(folder.path().join("tokenizer.json"), WORD_TOKENIZER).unwrap();
         let large = load(7);
         assert!(
             large.contains("largest token id is 7") && large.contains("vocab_size is 7"),
@@ -906,9 +938,9 @@ mod tests {
     }
 
     #[test]
-    fn added_tokens_beyond_the_vocabulary_matter_where_a_text_has_them() {
+    fn added_tokens_outside_the_vocabulary_are_refused_in_texts() {
         let folder = tempfile::tempdir().unwrap();
-        let mut more: Value = serde_json::from_str(WORDS).unwrap();
+        let mut more: Value = serde_json::from_str(WORD_TOKENIZER).unwrap();
         let pad = json!({
             "id": 8, "content": "<pad>", "special": true, "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false
@@ -930,8 +962,8 @@ mod tests {
             "{refused}"
         );
         more["post_processor"]["special_tokens"]["<s>"]["ids"] = json!([8]);
-        let always = write(&more).unwrap_err().to_string();
-        assert!(always.contains("every text gets the token 8"), "{always}");
+        let refused = write(&more).unwrap_err().to_string();
+        assert!(refused.contains("every text gets the token 8"), "{refused}");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Named tensors: read from a folder or a blob, checked against a configuration, written again.
+//! Named model weights: loading from a folder or a blob, validation against a configuration, serialisation.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -11,18 +11,19 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use crate::{
-    ModelConfig, ModelError,
-    shards::{Shards, Wanted},
+    config::ModelConfig,
+    error::ModelError,
+    shards::{ExpectedTensors, Shards},
 };
 
-/// The tensors of a model under their names in the folder, in the order of the names.
+/// Tensors of a model by their names on disk, in alphabetical order.
 #[derive(Debug, Clone)]
 pub struct Weights {
     pub(crate) tensors: BTreeMap<String, Tensor>,
 }
 
 impl Weights {
-    /// The shapes of all tensors, by their names.
+    /// Shapes of all tensors by name.
     pub(crate) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let tensors = self.tensors.iter();
         tensors
@@ -33,52 +34,52 @@ impl Weights {
     /// Reads the single or sharded safetensors of `folder` as `dtype`.
     ///
     /// # Errors
-    /// When a file is missing or torn, the weights are quantised, a tensor is missing or of another shape, or there
-    /// is one that the model has no place for.
+    /// When a file is missing or truncated, the weights are quantised, a tensor is missing or of another shape, or
+    /// there is an unexpected tensor.
     pub fn load(
         folder: &Path,
         config: &ModelConfig,
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        Self::load_wanted(folder, &config.wanted(), dtype, device)
+        Self::load_expected(folder, &config.expected_tensors(), dtype, device)
     }
 
-    /// As [`Self::load`], the tensors that are wanted.
-    pub(crate) fn load_wanted(
+    /// As [`Self::load`], with an explicit list of expected tensors.
+    pub(crate) fn load_expected(
         folder: &Path,
-        wanted: &Wanted,
+        expected: &ExpectedTensors,
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let tensors = Shards::open(folder)?.read(wanted, dtype, device)?;
+        let tensors = Shards::open(folder)?.read(expected, dtype, device)?;
         Ok(Self { tensors })
     }
 
-    /// Reads what [`Self::to_blob`] wrote.
+    /// Deserialises a blob written by [`Self::to_blob`].
     ///
     /// # Errors
-    /// When the blob is torn or belongs to another configuration.
+    /// When the blob is truncated or does not match the configuration.
     pub fn from_blob(
         blob: &[u8],
         config: &ModelConfig,
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        Self::from_blob_of(blob, config.tensors(), dtype, device)
+        Self::from_blob_with_shapes(blob, config.tensors(), dtype, device)
     }
 
-    /// Tensors under these names, whatever they belong to.
+    /// Wraps named tensors without any check.
     #[must_use]
     pub fn of(tensors: BTreeMap<String, Tensor>) -> Self {
         Self { tensors }
     }
 
-    /// As [`Self::from_blob`], the tensors of these names and shapes.
+    /// As [`Self::from_blob`], for the tensors of these names and shapes.
     ///
     /// # Errors
-    /// When the blob is torn, a tensor is missing or of another shape, or there is another one.
-    pub fn from_blob_of(
+    /// When the blob is truncated, a tensor is missing or of another shape, or there is an unexpected tensor.
+    pub fn from_blob_with_shapes(
         blob: &[u8],
         expected: Vec<(String, Vec<usize>)>,
         dtype: DType,
@@ -86,14 +87,14 @@ impl Weights {
     ) -> Result<Self, ModelError> {
         let found = candle_core::safetensors::load_buffer(blob, device).map_err(|error| {
             ModelError::Weights {
-                reason: torn(&error),
+                reason: not_safetensors(&error),
             }
         })?;
         Self::checked(found, expected, dtype)
     }
 
-    /// Random weights for a model that is to be trained from nothing: normal with deviation
-    /// 0.7/√fan-in for projections and 0.02 for the embedding, ones for norms, zeros for biases.
+    /// Random initial weights: normal with standard deviation 0.7/√fan-in for projections and 0.02 for the embedding,
+    /// ones for norms, zeros for biases.
     ///
     /// # Errors
     /// When the device cannot hold them.
@@ -139,18 +140,18 @@ impl Weights {
             let tensor = found.remove(&name).ok_or_else(|| ModelError::Weights {
                 reason: format!("the tensor {name} of shape {shape:?} is missing"),
             })?;
-            of_shape(&name, &tensor, &shape)?;
+            check_shape(&name, &tensor, &shape)?;
             tensors.insert(name, tensor.to_dtype(dtype)?);
         }
         match found.into_keys().min() {
             None => Ok(Self { tensors }),
-            Some(stranger) => Err(ModelError::Weights {
-                reason: format!("the model has no place for the tensor {stranger}"),
+            Some(unexpected) => Err(ModelError::Weights {
+                reason: format!("unexpected tensor {unexpected}"),
             }),
         }
     }
 
-    /// The same weights as variables, copied, to be differentiated and trained.
+    /// A copy of the weights as trainable variables, with the variables by name.
     ///
     /// # Errors
     /// When the device cannot hold them.
@@ -165,7 +166,7 @@ impl Weights {
         Ok((Self { tensors }, vars))
     }
 
-    /// The same weights in other numbers.
+    /// The weights converted to `dtype`.
     ///
     /// # Errors
     /// When the device cannot hold them.
@@ -178,39 +179,42 @@ impl Weights {
         })
     }
 
-    /// How many numbers they are.
+    /// Number of parameters.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
         self.tensors.values().map(Tensor::elem_count).sum()
     }
 
-    /// The weights as the bytes of one safetensors file. Equal weights give equal bytes.
+    /// Serialises the weights as one safetensors file. Equal weights give equal bytes.
     ///
     /// # Errors
     /// When a tensor cannot be read from its device.
     pub fn to_blob(&self) -> Result<Vec<u8>, ModelError> {
-        self.to_blob_saying(&[])
+        self.to_blob_with_metadata(&[])
     }
 
-    /// As [`Self::to_blob`], with these words in the file's metadata, in this order.
-    pub(crate) fn to_blob_saying(&self, words: &[(&str, String)]) -> Result<Vec<u8>, ModelError> {
+    /// As [`Self::to_blob`], with further entries in the file's metadata, in this order.
+    pub(crate) fn to_blob_with_metadata(
+        &self,
+        entries: &[(&str, String)],
+    ) -> Result<Vec<u8>, ModelError> {
         let on_cpu = self
             .tensors
             .iter()
             .map(|(name, tensor)| Ok((name.as_str(), tensor.to_device(&Device::Cpu)?)))
             .collect::<Result<Vec<_>, candle_core::Error>>()?;
-        // One word: of several, the library's map would choose another order every time.
+        // One entry only: with several, the order in the library's hash map would vary between runs.
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let refused = |reason: String| ModelError::Weights { reason };
+        let weights_error = |reason: String| ModelError::Weights { reason };
         let blob = safetensors::serialize(on_cpu, Some(metadata));
-        let blob = blob.map_err(|error| refused(error.to_string()))?;
-        if words.is_empty() {
+        let blob = blob.map_err(|error| weights_error(error.to_string()))?;
+        if entries.is_empty() {
             return Ok(blob);
         }
-        with_words(&blob, words).ok_or_else(|| refused("its header is no JSON".into()))
+        add_metadata(&blob, entries).ok_or_else(|| weights_error("its header is not JSON".into()))
     }
 
-    /// The digest of [`Self::to_blob`].
+    /// Digest of [`Self::to_blob`].
     ///
     /// # Errors
     /// When a tensor cannot be read from its device.
@@ -218,21 +222,20 @@ impl Weights {
         Ok(Digest::of(&self.to_blob()?))
     }
 
-    /// Whether every number is finite.
+    /// Whether all values are finite.
     ///
     /// # Errors
     /// When a tensor cannot be read from its device.
     pub fn is_finite(&self) -> Result<bool, ModelError> {
         for tensor in self.tensors.values() {
-            if !crate::ops::squared_norm(tensor)?.is_finite() {
+            if !kernels::squared_norm(tensor)?.is_finite() {
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// The same tensors, not copied, as constants: nothing that is computed from them is differentiated
-    /// in them.
+    /// The same tensors, not copied, detached from the autograd graph.
     #[must_use]
     pub fn detached(&self) -> Self {
         let detached = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.detach());
@@ -241,14 +244,14 @@ impl Weights {
         }
     }
 
-    /// The tensors of these names and shapes, not copied.
+    /// The subset of tensors with these names and shapes, not copied.
     ///
     /// # Errors
     /// When one is missing or of another shape.
-    pub(crate) fn part(&self, expected: Vec<(String, Vec<usize>)>) -> Result<Self, ModelError> {
+    pub(crate) fn subset(&self, expected: Vec<(String, Vec<usize>)>) -> Result<Self, ModelError> {
         let tensor = |(name, shape): (String, Vec<usize>)| {
             let tensor = self.get(&name)?;
-            of_shape(&name, &tensor, &shape)?;
+            check_shape(&name, &tensor, &shape)?;
             Ok((name, tensor))
         };
         Ok(Self {
@@ -259,21 +262,21 @@ impl Weights {
         })
     }
 
-    /// These tensors and others, not copied.
+    /// Union of two sets of tensors, not copied; `others` take precedence.
     #[must_use]
-    pub(crate) fn and(&self, others: &Self) -> Self {
+    pub(crate) fn union(&self, others: &Self) -> Self {
         let mut both = self.clone();
         both.tensors.extend(others.tensors.clone());
         both
     }
 
-    /// Whether they are of this type on this device.
-    pub(crate) fn are(&self, dtype: DType, device: &Device) -> bool {
+    /// Whether all tensors have this dtype and device.
+    pub(crate) fn all_on(&self, dtype: DType, device: &Device) -> bool {
         let is = |tensor: &Tensor| tensor.dtype() == dtype && tensor.device().same_device(device);
         self.tensors.values().all(is)
     }
 
-    /// The tensor of this name, not copied.
+    /// The tensor with this name, not copied.
     ///
     /// # Errors
     /// When there is none.
@@ -287,7 +290,7 @@ impl Weights {
     }
 }
 
-fn of_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<(), ModelError> {
+fn check_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<(), ModelError> {
     if tensor.dims() == shape {
         return Ok(());
     }
@@ -296,20 +299,21 @@ fn of_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<(), ModelErr
     Err(ModelError::Weights { reason })
 }
 
-/// One draw of the standard normal distribution (Box & Muller 1958).
+/// Draws from the standard normal distribution (Box & Muller 1958).
 pub(crate) fn normal(random: &mut ChaCha8Rng) -> f64 {
     let u: f64 = 1.0 - random.random::<f64>();
     let v: f64 = random.random();
     (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
 }
 
-pub(crate) fn torn(error: &candle_core::Error) -> String {
+/// Message for bytes that are not a complete safetensors file.
+pub(crate) fn not_safetensors(error: &candle_core::Error) -> String {
     format!("it is truncated or not a safetensors file ({error})")
 }
 
 #[cfg(test)]
 impl Weights {
-    /// The same weights with one tensor multiplied.
+    /// The same weights with one tensor scaled.
     pub(crate) fn scaled(mut self, name: &str, factor: f64) -> Self {
         if let Some(tensor) = self.tensors.get_mut(name) {
             *tensor = (&*tensor * factor).unwrap();
@@ -318,21 +322,21 @@ impl Weights {
     }
 }
 
-/// The file with further words in its metadata: eight bytes with the header's length, the header in JSON,
-/// padded to eight bytes, and the numbers.
-fn with_words(blob: &[u8], words: &[(&str, String)]) -> Option<Vec<u8>> {
+/// Adds entries to the metadata of a safetensors file: the header's length in eight bytes, the JSON header padded to a
+/// multiple of eight bytes, the tensor data.
+fn add_metadata(blob: &[u8], entries: &[(&str, String)]) -> Option<Vec<u8>> {
     let (length, rest) = blob.split_first_chunk::<8>()?;
     let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
-    let (header, numbers) = rest.split_at_checked(length)?;
+    let (header, data) = rest.split_at_checked(length)?;
     let mut header: serde_json::Value = serde_json::from_slice(header).ok()?;
-    for (key, word) in words {
-        header["__metadata__"][*key] = word.as_str().into();
+    for (key, value) in entries {
+        header["__metadata__"][*key] = value.as_str().into();
     }
     let mut header = serde_json::to_vec(&header).ok()?;
     header.resize(header.len().next_multiple_of(8), b' ');
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header);
-    file.extend(numbers);
+    file.extend(data);
     Some(file)
 }
 
@@ -342,7 +346,7 @@ mod tests {
     use crate::fixtures::tiny_model;
 
     #[test]
-    fn a_blob_gives_the_same_weights_back_and_equal_weights_the_same_digest() {
+    fn a_blob_round_trips_and_equal_weights_have_equal_digests() {
         let model = tiny_model(7, 1);
         let blob = model.weights().to_blob().unwrap();
         let again = Weights::from_blob(&blob, model.config(), DType::F32, &Device::Cpu).unwrap();
@@ -357,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn torn_foreign_and_incomplete_weights_are_refused_with_the_reason() {
+    fn truncated_mismatched_and_incomplete_weights_are_refused() {
         let model = tiny_model(7, 1);
         let blob = model.weights().to_blob().unwrap();
         let load = |blob: &[u8], config: &ModelConfig| {
@@ -381,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_truncated_file_is_named() {
+    fn errors_name_a_truncated_or_missing_file() {
         let folder = tempfile::tempdir().unwrap();
         let model = tiny_model(7, 1);
         let blob = model.weights().to_blob().unwrap();
@@ -426,9 +430,9 @@ mod tests {
     }
 
     #[test]
-    fn half_numbers_are_read_as_they_are_rounded() {
-        // What torch makes of these numbers in f16 and in bf16.
-        let numbers = [0.1f32, -1.0 / 3.0, std::f32::consts::PI, 1e-5, -10_000.0];
+    fn half_precision_weights_are_read_exactly() {
+        // PyTorch's rounding of these values to f16 and bf16.
+        let values = [0.1f32, -1.0 / 3.0, std::f32::consts::PI, 1e-5, -10_000.0];
         let cases = [
             (
                 DType::F16,
@@ -453,7 +457,7 @@ mod tests {
         ];
         let expected = vec![("x".to_owned(), vec![5])];
         for (dtype, rounded) in cases {
-            let tensor = Tensor::new(&numbers, &Device::Cpu)
+            let tensor = Tensor::new(&values, &Device::Cpu)
                 .unwrap()
                 .to_dtype(dtype)
                 .unwrap();
@@ -464,26 +468,26 @@ mod tests {
                 half.to_blob().unwrap(),
             )
             .unwrap();
-            let wanted = Wanted {
+            let expected = ExpectedTensors {
                 tensors: expected.clone(),
-                spare: Vec::new(),
-                tied: false,
+                ignorable: Vec::new(),
+                tied_head: false,
             };
-            let read = Weights::load_wanted(folder.path(), &wanted, DType::F32, &Device::Cpu);
+            let read = Weights::load_expected(folder.path(), &expected, DType::F32, &Device::Cpu);
             let read = read.unwrap().get("x").unwrap();
             assert_eq!(read.to_vec1::<f32>().unwrap(), rounded, "{dtype:?}");
         }
     }
 
     #[test]
-    fn a_blob_with_another_tensor_belongs_to_another_model() {
+    fn a_blob_with_an_unexpected_tensor_is_refused() {
         let mut model = tiny_model(7, 1);
         let blob = model.weights().to_blob().unwrap();
         model.config.tied_head = true;
         let refused = Weights::from_blob(&blob, model.config(), DType::F32, &Device::Cpu);
         let refused = refused.unwrap_err().to_string();
         assert!(
-            refused.contains("no place for the tensor lm_head.weight"),
+            refused.contains("unexpected tensor lm_head.weight"),
             "{refused}"
         );
     }

@@ -1,9 +1,9 @@
-//! The bandit world: a language model whose every answer is one arm.
+//! A bandit as a language model: every completion is one token, and every token is one arm.
 //!
-//! [`Bandit::write_model`] makes a real Llama, in the layout of a Hugging Face folder, whose next-token distribution
-//! after the one-token prompt `[0]` is exactly the given one. So the whole house, sampling and training included,
-//! can be held against fixed points computed by hand. The model is untrained and says nothing of use after any
-//! other prompt.
+//! [`Bandit::write_model`] writes a Llama, in the layout of a Hugging Face folder, whose next-token distribution after
+//! the one-token prompt `[0]` is exactly the given one. The whole pipeline, sampling and training included, can then be
+//! compared with fixed points computed in closed form. The model is untrained: its distribution after any other prompt
+//! is arbitrary.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,60 +13,60 @@ use safetensors::tensor::TensorView;
 use serde_json::json;
 
 use crate::error::Error;
-use crate::llama::{HIDDEN, NORMS, Weights, config};
-use crate::seed::{Purpose, generator};
+use crate::llama::{HIDDEN, LlamaWeights, NORMS, config};
+use crate::seed::{RngStream, generator};
 use crate::tokenizer::{word_level, write};
 
 const ARMS: std::ops::RangeInclusive<usize> = 2..=64;
 const SUM_TOLERANCE: f64 = 1e-6;
 const WEIGHT_SEED: u64 = 0;
 
-/// A finite choice with a known reference policy.
+/// A finite set of arms with a known reference policy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Bandit {
     probabilities: Vec<f64>,
 }
 
 impl Bandit {
-    /// A bandit with these reference probabilities, one an arm.
+    /// Creates a bandit from its reference probabilities, one per arm.
     ///
     /// # Errors
-    /// Unless there are 2 to 64 arms, each of positive probability, that sum to 1 within 10⁻⁶.
+    /// [`Error::Probabilities`] unless there are 2 to 64 arms with positive probabilities that sum to 1 within 10⁻⁶.
     pub fn new(probabilities: &[f64]) -> Result<Self, Error> {
-        let refuse = |reason| Err(Error::Probabilities { reason });
+        let invalid = |reason| Err(Error::Probabilities { reason });
         if !ARMS.contains(&probabilities.len()) {
-            return refuse(format!("has {} arms; give 2 to 64", probabilities.len()));
+            return invalid(format!("has {} arms; give 2 to 64", probabilities.len()));
         }
         if let Some(arm) = probabilities
             .iter()
             .position(|p| !(p.is_finite() && *p > 0.0))
         {
-            return refuse(format!(
+            return invalid(format!(
                 "gives arm {arm} probability {}; each must be above 0",
                 probabilities[arm]
             ));
         }
         let sum: f64 = probabilities.iter().sum();
         if (sum - 1.0).abs() > SUM_TOLERANCE {
-            return refuse(format!("sums to {sum}; it must sum to 1"));
+            return invalid(format!("sums to {sum}; it must sum to 1"));
         }
         Ok(Self {
             probabilities: probabilities.to_vec(),
         })
     }
 
-    /// The reference probabilities.
+    /// Reference probabilities, one per arm.
     pub fn probabilities(&self) -> &[f64] {
         &self.probabilities
     }
 
-    /// The prompt after which the model plays the reference: the one id 0.
+    /// The prompt after which the model's next-token distribution is the reference: the single id 0.
     pub fn prompt_ids(&self) -> [u32; 1] {
         [0]
     }
 
     /// Writes `config.json`, `model.safetensors` (f32), `tokenizer.json` and `tokenizer_config.json` into an
-    /// existing folder. Token i is arm i; there is no end-of-text token, so ask for exactly one new token.
+    /// existing folder. Token i is arm i; there is no end-of-text token, so completions must have exactly one token.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -86,12 +86,12 @@ impl Bandit {
             "tokenizer_config.json",
             tokenizer_config.to_string().as_bytes(),
         )?;
-        let weights = Weights::random(arms, &mut generator(WEIGHT_SEED, Purpose::Bandit));
+        let weights = LlamaWeights::random(arms, &mut generator(WEIGHT_SEED, RngStream::Bandit));
         write(folder, "model.safetensors", &self.encode(&weights)?)
     }
 
-    /// The weights as safetensors, with the head that gives the reference.
-    fn encode(&self, weights: &Weights) -> Result<Vec<u8>, Error> {
+    /// Serialises the weights as safetensors, with the LM head that yields the reference.
+    fn encode(&self, weights: &LlamaWeights) -> Result<Vec<u8>, Error> {
         let mut tensors: Vec<(&str, Vec<usize>, Vec<u8>)> = Vec::new();
         for (name, matrix) in weights.named() {
             tensors.push((
@@ -117,7 +117,7 @@ impl Bandit {
         Ok(safetensors::serialize(views, Some(metadata))?)
     }
 
-    /// Row i is log p_i · h/|h|², so that the logit of arm i after h is log p_i.
+    /// The LM head: row i is log p_i · h/|h|², so that the logit of arm i after hidden state h is log p_i.
     fn head(&self, hidden: &[f64]) -> Vec<f32> {
         let square: f64 = hidden.iter().map(|h| h * h).sum();
         let row = |p: &f64| {
@@ -143,7 +143,7 @@ mod tests {
 
     use super::*;
 
-    /// A tensor of the file as f32, after checking its shape.
+    /// Reads a tensor as f32 after checking its dtype and shape.
     fn read(file: &SafeTensors<'_>, name: &str, shape: &[usize]) -> Vec<f32> {
         let tensor = file.tensor(name).unwrap();
         assert_eq!(
@@ -172,8 +172,8 @@ mod tests {
         x.iter().zip(weight).map(|(x, w)| x * scale * w).collect()
     }
 
-    /// The next-token distribution after token 0, in f32 and from the file alone.
-    fn play(bytes: &[u8], arms: usize) -> Vec<f64> {
+    /// The next-token distribution after token 0, computed in f32 from the file alone.
+    fn next_token_probabilities(bytes: &[u8], arms: usize) -> Vec<f64> {
         let file = SafeTensors::deserialize(bytes).unwrap();
         assert_eq!(file.len(), 12);
         let layer = |name: &str, shape: &[usize]| {
@@ -210,33 +210,33 @@ mod tests {
             .iter()
             .map(|logit| f64::from(*logit).exp())
             .collect();
-        // The logits are log-probabilities: they need no normaliser.
+        // The logits are log-probabilities and need no normalisation.
         assert!((weights.iter().sum::<f64>() - 1.0).abs() < 2e-6);
         weights
     }
 
     #[test]
-    fn the_model_plays_the_reference() {
-        let even: Vec<f64> = vec![1.0 / 64.0; 64];
-        for probabilities in [vec![0.5, 0.3, 0.2], vec![0.999_999, 0.000_001], even] {
+    fn the_model_samples_from_the_reference() {
+        let uniform: Vec<f64> = vec![1.0 / 64.0; 64];
+        for probabilities in [vec![0.5, 0.3, 0.2], vec![0.999_999, 0.000_001], uniform] {
             let folder = tempfile::tempdir().unwrap();
             Bandit::new(&probabilities)
                 .unwrap()
                 .write_model(folder.path())
                 .unwrap();
             let bytes = std::fs::read(folder.path().join("model.safetensors")).unwrap();
-            let played = play(&bytes, probabilities.len());
-            for (played, wanted) in played.iter().zip(&probabilities) {
+            let actual = next_token_probabilities(&bytes, probabilities.len());
+            for (actual, expected) in actual.iter().zip(&probabilities) {
                 assert!(
-                    (played / wanted - 1.0).abs() < 1e-5,
-                    "{played} instead of {wanted}"
+                    (actual / expected - 1.0).abs() < 1e-5,
+                    "{actual} instead of {expected}"
                 );
             }
         }
     }
 
     #[test]
-    fn the_folder_is_complete_and_repeatable() {
+    fn the_model_folder_is_complete_and_deterministic() {
         let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let bandit = Bandit::new(&[0.5, 0.3, 0.2]).unwrap();
         bandit.write_model(first.path()).unwrap();
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_distribution_is_refused_by_name() {
+    fn invalid_distributions_are_rejected() {
         for (probabilities, message) in [
             (
                 vec![1.0],

@@ -1,11 +1,11 @@
-//! The configuration of the playground's base model, a small Llama over the 200 words.
+//! Configuration of the playground's base model, a small Llama over the 200-token vocabulary.
 
 use serde_json::{Value, json};
 
 use crate::vocabulary::{BOS, EOS, PAD, VOCABULARY_SIZE};
 
-/// A Hugging Face `config.json` (LlamaForCausalLM, untied head) of the given sizes: `dim` hidden units, `layers`
-/// blocks of `heads` heads of `dim / heads` units, `ffn` hidden units in the SwiGLU.
+/// A Hugging Face `config.json` (LlamaForCausalLM, untied head) of the given sizes: hidden size `dim`, `layers`
+/// layers of `heads` attention heads of size `dim / heads`, SwiGLU intermediate size `ffn`.
 ///
 /// # Panics
 /// If `heads` is zero or does not divide `dim`.
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_and_ids_are_written() {
+    fn the_config_holds_sizes_and_token_ids() {
         let config = base_config_json(96, 2, 4, 256);
         for (key, value) in [
             ("vocab_size", json!(200)),
@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "5 heads do not divide 96 units")]
-    fn heads_must_divide_the_width() {
+    fn heads_must_divide_the_hidden_size() {
         base_config_json(96, 2, 5, 256);
     }
 }

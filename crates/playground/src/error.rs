@@ -1,13 +1,13 @@
-//! What can go wrong in the playground, by what the caller can do about it.
+//! Errors of the playground.
 
 use std::path::PathBuf;
 
-use crate::Tag;
+use crate::vocabulary::WordCategory;
 
-/// Failures of the playground. Messages are fragments that read after "failed to …: ".
+/// Errors of the playground. Messages are fragments that read after "failed to …: ".
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A token id that no word of the vocabulary has: the prompt was made with another tokenizer.
+    /// A token id outside the vocabulary: the prompt was encoded with another tokenizer.
     #[error(
         "token id {id} is not a playground word; encode the prompt with the playground's tokenizer"
     )]
@@ -18,32 +18,32 @@ pub enum Error {
     /// The prompt is not framed as `<bos> post <sep>`.
     #[error("prompt is not framed as <bos> post <sep>; build it with Post::prompt_ids")]
     PromptFrame,
-    /// A sentence that should name a slot of the post does not name it.
+    /// The post has no value for a required slot.
     #[error("prompt names no {slot:?}; build it from a generated post")]
     MissingFact {
-        /// The slot without a value.
-        slot: Tag,
+        /// The category without a value.
+        slot: WordCategory,
     },
-    /// The arms of a bandit are not a probability distribution.
+    /// The reference probabilities of a bandit are not a probability distribution.
     #[error("model.reference_probabilities {reason}")]
     Probabilities {
-        /// What is wrong and what is wanted.
+        /// What is wrong and what is required.
         reason: String,
     },
-    /// The matrix, reference, temperature or mixture of a matrix game is unusable.
+    /// The matrix, reference, temperature or mixture of a matrix game is invalid.
     #[error("preference game {reason}")]
     Game {
-        /// What is wrong and what is wanted.
+        /// What is wrong and what is required.
         reason: String,
     },
-    /// The fixed point was not reached within the iteration limit.
+    /// The fixed-point iteration did not converge within the iteration limit.
     #[error(
         "fixed point not reached in {iterations} iterations (residual {residual:e}); raise tau"
     )]
     NotConverged {
-        /// Iterations done.
+        /// Number of iterations.
         iterations: u64,
-        /// Largest remaining change of a probability.
+        /// Largest change of a probability in the last iteration.
         residual: f64,
     },
     /// A file could not be written.
@@ -51,10 +51,10 @@ pub enum Error {
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// Weights could not be put into the safetensors format.
+    /// The weights could not be serialised as safetensors.
     #[error("cannot encode the weights: {0}")]
     Encode(#[from] safetensors::SafeTensorError),
 }

@@ -1,53 +1,53 @@
-//! What a post truly says, and how to read it back from the prompt alone.
+//! Facts of a post, and a parser that recovers them from the prompt.
 //!
-//! A judge sees token ids, not the generator's memory. [`Post::parse`] recovers every slot from the sentences:
-//! only the introduction names a relation, only the problem has a verb of harm, only the last sentence asks.
+//! A judge sees token ids, not the generator's state. [`Post::parse`] recovers every slot from the sentences: only the
+//! introduction contains a relation, only the problem contains a verb of damage, only the last sentence is a question.
 
 use crate::error::Error;
 use crate::post::Post;
 use crate::template::word;
-use crate::vocabulary::{BOS, PAD, SEP, Tag, Vocabulary};
+use crate::vocabulary::{BOS, PAD, SEP, Vocabulary, WordCategory};
 
-/// The true slots of a post, as token ids.
+/// True slot values of a post, as token ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Facts {
-    /// P: who it happened to.
+    /// P: the person concerned.
     pub person: u32,
-    /// V: what happened.
+    /// V: the event, a verb in the past tense.
     pub verb: u32,
-    /// O: what it happened to.
+    /// O: the object damaged or lost.
     pub object: u32,
-    /// L: where.
+    /// L: the place.
     pub place: u32,
-    /// A: what might be done about it.
+    /// A: the action under consideration.
     pub action: u32,
-    /// T: when.
+    /// T: the day of the week.
     pub weekday: u32,
-    /// F: how they feel, if the post says so.
+    /// F: the feeling, if the post states one.
     pub feeling: Option<u32>,
 }
 
 impl Facts {
-    /// The post's own word of a category; none for categories that are no slot and for an unspoken feeling.
-    pub fn value(&self, tag: Tag) -> Option<u32> {
+    /// The true token of a category; `None` for categories without a key slot and for a feeling that is not stated.
+    pub fn value(&self, tag: WordCategory) -> Option<u32> {
         match tag {
-            Tag::Person => Some(self.person),
-            Tag::Verb => Some(self.verb),
-            Tag::Object => Some(self.object),
-            Tag::Place => Some(self.place),
-            Tag::Action => Some(self.action),
-            Tag::Weekday => Some(self.weekday),
-            Tag::Feeling => self.feeling,
+            WordCategory::Person => Some(self.person),
+            WordCategory::Verb => Some(self.verb),
+            WordCategory::Object => Some(self.object),
+            WordCategory::Place => Some(self.place),
+            WordCategory::Action => Some(self.action),
+            WordCategory::Weekday => Some(self.weekday),
+            WordCategory::Feeling => self.feeling,
             _ => None,
         }
     }
 }
 
 impl Post {
-    /// Recovers the true slots from the ids of a prompt, `<bos> post <sep>`; padding on the left is passed over.
+    /// Recovers the slot values from the ids of a prompt, `<bos> post <sep>`; left padding is skipped.
     ///
     /// # Errors
-    /// An id outside the vocabulary, a missing frame, or a post without one of its slots.
+    /// An id outside the vocabulary, missing `<bos>` or `<sep>`, or a post without one of its slots.
     pub fn parse(prompt_ids: &[u32]) -> Result<Facts, Error> {
         let vocabulary = Vocabulary::shared();
         if let Some(id) = prompt_ids.iter().find(|id| vocabulary.tag(**id).is_none()) {
@@ -59,40 +59,40 @@ impl Post {
         };
         let sentences = sentences(post);
         let last = sentences.last().copied().unwrap_or_default();
-        let intro = sentence_with(&sentences, Tag::Relation);
-        let problem = sentence_with(&sentences, Tag::Verb);
+        let intro = sentence_with(&sentences, WordCategory::Relation);
+        let problem = sentence_with(&sentences, WordCategory::Verb);
         let feel = word("feel");
         let feeling = sentences.iter().find(|sentence| sentence.contains(&feel));
         Ok(Facts {
-            person: named(intro, Tag::Person)?,
-            verb: named(problem, Tag::Verb)?,
-            object: named(problem, Tag::Object)?,
-            place: named(intro, Tag::Place)?,
-            action: named(last, Tag::Action)?,
-            weekday: named(intro, Tag::Weekday)?,
+            person: find_category(intro, WordCategory::Person)?,
+            verb: find_category(problem, WordCategory::Verb)?,
+            object: find_category(problem, WordCategory::Object)?,
+            place: find_category(intro, WordCategory::Place)?,
+            action: find_category(last, WordCategory::Action)?,
+            weekday: find_category(intro, WordCategory::Weekday)?,
             feeling: feeling
-                .map(|sentence| named(sentence, Tag::Feeling))
+                .map(|sentence| find_category(sentence, WordCategory::Feeling))
                 .transpose()?,
         })
     }
 }
 
-/// The sentences of a post, each with its full stop or question mark.
+/// Splits a post into sentences, each with its full stop or question mark.
 fn sentences(post: &[u32]) -> Vec<&[u32]> {
     let (stop, question) = (word("."), word("?"));
     post.split_inclusive(|id| *id == stop || *id == question)
         .collect()
 }
 
-/// The first sentence that has a word of the category; empty if there is none.
-fn sentence_with<'a>(sentences: &[&'a [u32]], tag: Tag) -> &'a [u32] {
+/// The first sentence that contains a token of the category; empty if there is none.
+fn sentence_with<'a>(sentences: &[&'a [u32]], tag: WordCategory) -> &'a [u32] {
     let found = sentences
         .iter()
-        .find(|sentence| named(sentence, tag).is_ok());
+        .find(|sentence| find_category(sentence, tag).is_ok());
     found.copied().unwrap_or_default()
 }
 
-fn named(sentence: &[u32], slot: Tag) -> Result<u32, Error> {
+fn find_category(sentence: &[u32], slot: WordCategory) -> Result<u32, Error> {
     let vocabulary = Vocabulary::shared();
     let found = sentence
         .iter()
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_every_slot_and_no_distractor() {
+    fn parse_reads_every_slot_and_ignores_distractors() {
         let prompt = ids(
             "<pad> <bos> zoe never goes to the zoo . on monday my sister ana was at the park . \
              my dog likes the hat . then they lost a red wallet there . they feel very sad about it . \
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_prompt() {
+    fn malformed_prompts_are_rejected() {
         let intro = "my sister ana went to the park on monday .";
         let cases = [
             (vec![BOS, 200, SEP], "token id 200 is not a playground word"),

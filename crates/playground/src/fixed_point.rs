@@ -1,15 +1,15 @@
-//! What self-play must converge to, computed exactly for a matrix game.
+//! The fixed point of self-play on a matrix game, computed to machine precision.
 //!
-//! The regularised Nash equilibrium of a finite preference game (Munos et al., "Nash Learning from Human Feedback",
-//! 2312.00886; Calandriello et al., "Human Alignment of Large Language Models through Online Preference
+//! This is the KL-regularised Nash equilibrium of a finite preference game (Munos et al., "Nash Learning from Human
+//! Feedback", 2312.00886; Calandriello et al., "Human Alignment of Large Language Models through Online Preference
 //! Optimisation", 2403.08635): π ∝ ref · exp(p(y ≻ mixture)/τ) with mixture ∝ π^(1−m) · ref^m.
 
 use crate::error::Error;
 
-/// Error of a probability at which the iteration stops. A policy that is off by ε moves its best
-/// response by up to ε · (1 + slope), which is what the iteration sees.
+/// Tolerance of the iteration, as an error of a probability. An error ε of the policy moves its best response by up
+/// to ε · (1 + slope), which is the residual that is tested.
 const TOLERANCE: f64 = 1e-12;
-/// Iterations allowed per unit of (1 + slope of the map); convergence takes some tens of them.
+/// Maximum iterations per unit of (1 + slope of the map); convergence takes a few dozen.
 const ITERATIONS_PER_SLOPE: f64 = 1000.0;
 const SUM_TOLERANCE: f64 = 1e-6;
 
@@ -17,18 +17,18 @@ const SUM_TOLERANCE: f64 = 1e-6;
 ///
 /// `matrix[i][j]` is the probability that arm i is preferred to arm j, so that `matrix[i][j] + matrix[j][i] = 1`.
 /// `tau` > 0 is the KL temperature; `m` in \[0, 1\] the weight on the reference. With m = 0 this is the fixed point
-/// of online IPO, with m > 0 that of IPO-MD. Damped iteration in log-probabilities with a look-ahead (extragradient):
-/// plain iteration orbits when tau is small.
+/// of online IPO, with m > 0 that of IPO-MD. Computed by a damped extragradient iteration on log-probabilities, since
+/// plain fixed-point iteration cycles when tau is small.
 ///
 /// # Errors
-/// If the arguments are not such a game, or the iteration has not settled (tau extremely small).
+/// If the arguments do not form such a game, or the iteration does not converge (extremely small tau).
 pub fn fixed_point(
     matrix: &[Vec<f64>],
     reference: &[f64],
     tau: f64,
     m: f64,
 ) -> Result<Vec<f64>, Error> {
-    let game = Game::new(matrix, reference, tau, m)?;
+    let game = PreferenceGame::new(matrix, reference, tau, m)?;
     // The map's derivative is A·Cov/tau with A antisymmetric and small, hence the bound and the step.
     let slope = game.largest_advantage() * (1.0 - m) / tau;
     let step = 0.5 / (1.0 + slope);
@@ -57,15 +57,15 @@ pub fn mixture(policy: &[f64], reference: &[f64], m: f64) -> Vec<f64> {
     softmax(&policy.iter().zip(reference).map(blend).collect::<Vec<_>>())
 }
 
-/// A checked game.
-struct Game<'a> {
+/// A validated preference game.
+struct PreferenceGame<'a> {
     matrix: &'a [Vec<f64>],
     log_reference: Vec<f64>,
     tau: f64,
     m: f64,
 }
 
-impl<'a> Game<'a> {
+impl<'a> PreferenceGame<'a> {
     fn new(matrix: &'a [Vec<f64>], reference: &[f64], tau: f64, m: f64) -> Result<Self, Error> {
         let arms = reference.len();
         let square = arms > 0 && matrix.len() == arms && matrix.iter().all(|row| row.len() == arms);
@@ -101,8 +101,8 @@ impl<'a> Game<'a> {
         })
     }
 
-    /// The logits log ref + (p(· ≻ mixture) − ½)/tau against the policy of these logits; the ½
-    /// changes no probability and keeps the logits small.
+    /// The best response log ref + (p(· ≻ mixture) − ½)/tau to the policy of these logits. The constant ½ cancels in
+    /// the softmax and keeps the logits small.
     fn response(&self, logits: &[f64]) -> Vec<f64> {
         let blend =
             |(policy, reference): (&f64, &f64)| (1.0 - self.m) * policy + self.m * reference;
@@ -153,8 +153,8 @@ fn toward(from: &[f64], at: &[f64], target: &[f64], step: f64) -> Vec<f64> {
 }
 
 fn softmax(logits: &[f64]) -> Vec<f64> {
-    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let weights: Vec<f64> = logits.iter().map(|logit| (logit - top).exp()).collect();
+    let maximum = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = logits.iter().map(|logit| (logit - maximum).exp()).collect();
     let sum: f64 = weights.iter().sum();
     weights.iter().map(|weight| weight / sum).collect()
 }
@@ -171,7 +171,7 @@ mod tests {
     use rand::Rng;
 
     use super::*;
-    use crate::seed::{Purpose, generator};
+    use crate::seed::{RngStream, generator};
 
     const REFERENCE: [f64; 3] = [0.5, 0.3, 0.2];
 
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_published_three_arm_table() {
+    fn fixed_points_match_the_published_three_arm_table() {
         for (tau, m, policy, mixed) in [
             (
                 1.0,
@@ -212,15 +212,15 @@ mod tests {
             ),
             (0.5, 1.0, [0.549535, 0.259368, 0.191097], REFERENCE),
         ] {
-            let seen = fixed_point(&cycle(), &REFERENCE, tau, m).unwrap();
+            let actual = fixed_point(&cycle(), &REFERENCE, tau, m).unwrap();
             assert!(
-                largest_difference(&seen, &policy) < 1e-6,
-                "tau {tau} m {m}: {seen:?}"
+                largest_difference(&actual, &policy) < 1e-6,
+                "tau {tau} m {m}: {actual:?}"
             );
-            let seen = mixture(&seen, &REFERENCE, m);
+            let actual = mixture(&actual, &REFERENCE, m);
             assert!(
-                largest_difference(&seen, &mixed) < 1e-6,
-                "tau {tau} m {m}: mixture {seen:?}"
+                largest_difference(&actual, &mixed) < 1e-6,
+                "tau {tau} m {m}: mixture {actual:?}"
             );
         }
     }
@@ -228,14 +228,14 @@ mod tests {
     #[test]
     fn a_tiny_temperature_reaches_the_unregularised_equilibrium() {
         // Of the cycle with advantages (.3, −.2, .4): (.4, .2, .3) normalised, whatever the reference.
-        let seen = fixed_point(&cycle(), &REFERENCE, 1e-4, 0.0).unwrap();
+        let actual = fixed_point(&cycle(), &REFERENCE, 1e-4, 0.0).unwrap();
         let nash = [4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0];
-        assert!(largest_difference(&seen, &nash) < 1e-3, "{seen:?}");
+        assert!(largest_difference(&actual, &nash) < 1e-3, "{actual:?}");
     }
 
     #[test]
-    fn the_answer_satisfies_its_equation() {
-        let mut rng = generator(2, Purpose::Bandit);
+    fn the_solution_satisfies_the_fixed_point_equation() {
+        let mut rng = generator(2, RngStream::Bandit);
         for (arms, tau, m) in [
             (2, 0.5, 0.0),
             (5, 0.05, 0.25),
@@ -252,13 +252,13 @@ mod tests {
             let reference = softmax(&draws);
             let policy = fixed_point(&matrix, &reference, tau, m).unwrap();
             let opponent = mixture(&policy, &reference, m);
-            let wanted: Vec<f64> = (0..arms)
+            let expected: Vec<f64> = (0..arms)
                 .map(|i| {
                     let win_rate: f64 = matrix[i].iter().zip(&opponent).map(|(p, q)| p * q).sum();
                     reference[i].ln() + win_rate / tau
                 })
                 .collect();
-            let difference = largest_difference(&policy, &softmax(&wanted));
+            let difference = largest_difference(&policy, &softmax(&expected));
             assert!(
                 difference < 1e-8,
                 "{arms} arms, tau {tau}, m {m}: off by {difference:e}"
@@ -267,19 +267,22 @@ mod tests {
     }
 
     #[test]
-    fn indifference_leaves_the_reference() {
-        let seen = fixed_point(&vec![vec![0.5; 3]; 3], &REFERENCE, 0.01, 0.3).unwrap();
-        assert!(largest_difference(&seen, &REFERENCE) < 1e-12, "{seen:?}");
+    fn indifferent_preferences_yield_the_reference() {
+        let actual = fixed_point(&vec![vec![0.5; 3]; 3], &REFERENCE, 0.01, 0.3).unwrap();
+        assert!(
+            largest_difference(&actual, &REFERENCE) < 1e-12,
+            "{actual:?}"
+        );
     }
 
     #[test]
-    fn a_mixture_is_geometric() {
+    fn the_mixture_is_geometric() {
         assert!(largest_difference(&mixture(&[0.8, 0.2], &[0.2, 0.8], 0.5), &[0.5, 0.5]) < 1e-15);
         assert!(largest_difference(&mixture(&[0.8, 0.2], &[0.3, 0.7], 0.0), &[0.8, 0.2]) < 1e-15);
     }
 
     #[test]
-    fn what_is_no_game_is_refused() {
+    fn invalid_games_are_rejected() {
         let half = || vec![vec![0.5; 3]; 3];
         let biased = vec![vec![0.5, 0.6], vec![0.6, 0.5]];
         for (matrix, reference, tau, m, message) in [

@@ -1,47 +1,47 @@
-//! A grammar check that fits on a page: which kinds of words may follow one another.
+//! Grammar check by bigrams: the set of symbols that may follow one another.
 //!
-//! Words that fill a slot are taken by category, other words as themselves, with a start and an end around. A
-//! bigram is legal if some good, missing or long summary has it; that defeats word salad.
+//! Slot words are mapped to their category, other words to themselves; start and end markers are added. A bigram is
+//! legal if it occurs in a generated good, missing or long summary, so that word salad is penalised.
 
 use std::collections::HashSet;
 use std::sync::LazyLock;
 
 use crate::post::Post;
-use crate::seed::{Purpose, generator};
-use crate::target::{Kind, draw_body};
-use crate::vocabulary::{Tag, Vocabulary};
+use crate::seed::{RngStream, generator};
+use crate::target::{TargetKind, draw_body};
+use crate::vocabulary::{Vocabulary, WordCategory};
 
-/// What the grammar sees of a word.
+/// GrammarSymbol of the bigram grammar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Symbol {
+pub(crate) enum GrammarSymbol {
     Start,
     End,
-    Category(Tag),
+    Category(WordCategory),
     Word(u32),
 }
 
-pub(crate) type Bigram = (Symbol, Symbol);
+pub(crate) type Bigram = (GrammarSymbol, GrammarSymbol);
 
-/// Kinds of target whose form is beyond reproach.
-const WELL_FORMED: [Kind; 3] = [Kind::Good, Kind::Missing, Kind::Long];
+/// Kinds of target whose grammar is well-formed.
+const WELL_FORMED: [TargetKind; 3] = [TargetKind::Good, TargetKind::Missing, TargetKind::Long];
 const DRAWS: u64 = 3000;
 const SEED: u64 = 0;
 
 static LEGAL: LazyLock<HashSet<Bigram>> = LazyLock::new(|| legal_bigrams(SEED, DRAWS));
 
-/// How many bigrams of a body, `<start>` and `<end>` included, no well-formed summary has.
+/// Number of illegal bigrams of a body, start and end markers included.
 pub(crate) fn illegal_bigrams(body: &[u32]) -> usize {
     bigrams(body)
         .filter(|bigram| !LEGAL.contains(bigram))
         .count()
 }
 
-/// The bigrams of this many well-formed summaries.
+/// Bigrams of `draws` generated well-formed summaries.
 fn legal_bigrams(seed: u64, draws: u64) -> HashSet<Bigram> {
     let mut legal = HashSet::new();
     for draw in 0..draws {
         let seed = seed.wrapping_add(draw);
-        let mut rng = generator(seed, Purpose::Grammar);
+        let mut rng = generator(seed, RngStream::Grammar);
         let kind = WELL_FORMED[(draw % WELL_FORMED.len() as u64) as usize];
         legal.extend(bigrams(&draw_body(&Post::generate(seed), kind, &mut rng)));
     }
@@ -50,15 +50,15 @@ fn legal_bigrams(seed: u64, draws: u64) -> HashSet<Bigram> {
 
 fn bigrams(body: &[u32]) -> impl Iterator<Item = Bigram> + '_ {
     let symbols = || body.iter().map(|id| symbol(*id));
-    let from = std::iter::once(Symbol::Start).chain(symbols());
-    let to = symbols().chain(std::iter::once(Symbol::End));
+    let from = std::iter::once(GrammarSymbol::Start).chain(symbols());
+    let to = symbols().chain(std::iter::once(GrammarSymbol::End));
     from.zip(to)
 }
 
-fn symbol(id: u32) -> Symbol {
+fn symbol(id: u32) -> GrammarSymbol {
     match Vocabulary::shared().tag(id) {
-        None | Some(Tag::Special | Tag::Function) => Symbol::Word(id),
-        Some(tag) => Symbol::Category(tag),
+        None | Some(WordCategory::Special | WordCategory::Function) => GrammarSymbol::Word(id),
+        Some(tag) => GrammarSymbol::Category(tag),
     }
 }
 
@@ -68,14 +68,14 @@ mod tests {
     use crate::template::word;
 
     #[test]
-    fn another_seed_gives_the_same_grammar() {
+    fn another_seed_yields_the_same_grammar() {
         let other = legal_bigrams(1_000_000, 20_000);
         assert_eq!(*LEGAL, other);
         assert_eq!(other.len(), 47);
     }
 
     #[test]
-    fn counts_each_illegal_bigram() {
+    fn every_illegal_bigram_is_counted() {
         for (text, illegal) in [
             (
                 "ana lost the hat at the zoo and asks if they should sell it .",
@@ -87,9 +87,9 @@ mod tests {
                  whether to sell it .",
                 0,
             ),
-            // "too ." : whoever says more than was asked for still asks.
+            // "too .": a long summary still ends with its question.
             ("ana lost the hat and ben was there too .", 1),
-            // The end is missing: "it" is followed by nothing.
+            // "it" must not be followed by the end marker.
             ("ana lost the hat and asks if they should sell it", 1),
             // "hat the".
             ("ana lost the hat the hat .", 1),

@@ -1,8 +1,8 @@
-//! The synthetic summarisation world with a known gold preference, and the bandit world.
+//! Synthetic tasks with a known gold preference: a summarisation task and a bandit.
 //!
-//! Everything here is generated from a seed and pure: no downloads, no clock, no tensors. Because the preference
-//! is known exactly, over-optimisation, calibration and intransitivity can be measured instead of guessed.
-//! The crate knows nothing of models beyond the files it writes, and nothing of the roles that play in it.
+//! Everything here is a pure function of a seed: no downloads, no clock, no tensors. Because the preference is known
+//! exactly, reward over-optimisation, calibration and intransitivity can be measured instead of estimated. The crate
+//! knows nothing of models beyond the files it writes, and nothing of actors, judges and learners.
 
 mod bandit;
 mod base;
@@ -33,6 +33,6 @@ pub use pairs::{FLIP, noisy_label};
 pub use post::{LONGEST_PROMPT, Post};
 pub use stream::{held_out_post, held_out_seed, train_post, train_seed};
 pub use style::{Style, exploitability, style_of, style_preference};
-pub use target::{Kind, Target, sft_target};
+pub use target::{SftTarget, TargetKind, sft_target};
 pub use tokenizer::write_tokenizer;
-pub use vocabulary::{BOS, EOS, PAD, SEP, Tag, VOCABULARY_SIZE, Vocabulary};
+pub use vocabulary::{BOS, EOS, PAD, SEP, VOCABULARY_SIZE, Vocabulary, WordCategory};

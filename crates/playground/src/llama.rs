@@ -1,28 +1,28 @@
-//! The smallest Llama: one block of two heads, run over a single token in double precision.
+//! A minimal Llama: one layer, two heads, evaluated on a single token in double precision.
 //!
-//! It exists so that a bandit's head can be solved for exactly. It knows how a Llama computes and what its tensors
-//! are called in a Hugging Face folder; it cannot read more than one token.
+//! Its final hidden state determines the LM head of a bandit exactly. It knows the Llama forward pass and the tensor
+//! names of a Hugging Face folder; sequences longer than one token are not supported.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
-/// Units of the residual stream.
+/// Hidden size: width of the residual stream.
 pub(crate) const HIDDEN: usize = 16;
 const HEADS: usize = 2;
 const INTERMEDIATE: usize = 32;
 const RMS_EPSILON: f64 = 1e-5;
-/// Weights are uniform within this distance of zero.
+/// Half-width of the uniform distribution that weights are drawn from.
 const WEIGHT_RANGE: f32 = 0.3;
 
-/// The norms' weights, each [`HIDDEN`] ones.
+/// Names of the RMSNorm weights, each a vector of [`HIDDEN`] ones.
 pub(crate) const NORMS: [&str; 3] = [
     "model.layers.0.input_layernorm.weight",
     "model.layers.0.post_attention_layernorm.weight",
     "model.norm.weight",
 ];
 
-/// The `config.json` of a bandit with this many arms.
+/// The `config.json` of a bandit with `arms` arms.
 pub(crate) fn config(arms: usize) -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"],
@@ -48,14 +48,14 @@ pub(crate) fn config(arms: usize) -> Value {
     })
 }
 
-/// A row-major matrix that maps `columns` inputs to `rows` outputs, as PyTorch stores a linear layer.
-pub(crate) struct Matrix {
+/// A row-major matrix of shape (`rows`, `columns`) = (outputs, inputs), the layout of `torch.nn.Linear`.
+pub(crate) struct LinearWeight {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     pub(crate) cells: Vec<f32>,
 }
 
-impl Matrix {
+impl LinearWeight {
     fn random(rows: usize, columns: usize, rng: &mut ChaCha8Rng) -> Self {
         let cells = (0..rows * columns)
             .map(|_| rng.random_range(-WEIGHT_RANGE..WEIGHT_RANGE))
@@ -81,33 +81,33 @@ impl Matrix {
     }
 }
 
-/// One Llama block and its embeddings; the norms' weights are all one.
-pub(crate) struct Weights {
-    embedding: Matrix,
-    query: Matrix,
-    key: Matrix,
-    value: Matrix,
-    output: Matrix,
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
+/// LlamaWeights of one Llama layer and its embeddings; RMSNorm weights are all one.
+pub(crate) struct LlamaWeights {
+    embedding: LinearWeight,
+    query: LinearWeight,
+    key: LinearWeight,
+    value: LinearWeight,
+    output: LinearWeight,
+    gate: LinearWeight,
+    up: LinearWeight,
+    down: LinearWeight,
 }
 
-impl Weights {
+impl LlamaWeights {
     pub(crate) fn random(arms: usize, rng: &mut ChaCha8Rng) -> Self {
         Self {
-            embedding: Matrix::random(arms, HIDDEN, rng),
-            query: Matrix::random(HIDDEN, HIDDEN, rng),
-            key: Matrix::random(HIDDEN, HIDDEN, rng),
-            value: Matrix::random(HIDDEN, HIDDEN, rng),
-            output: Matrix::random(HIDDEN, HIDDEN, rng),
-            gate: Matrix::random(INTERMEDIATE, HIDDEN, rng),
-            up: Matrix::random(INTERMEDIATE, HIDDEN, rng),
-            down: Matrix::random(HIDDEN, INTERMEDIATE, rng),
+            embedding: LinearWeight::random(arms, HIDDEN, rng),
+            query: LinearWeight::random(HIDDEN, HIDDEN, rng),
+            key: LinearWeight::random(HIDDEN, HIDDEN, rng),
+            value: LinearWeight::random(HIDDEN, HIDDEN, rng),
+            output: LinearWeight::random(HIDDEN, HIDDEN, rng),
+            gate: LinearWeight::random(INTERMEDIATE, HIDDEN, rng),
+            up: LinearWeight::random(INTERMEDIATE, HIDDEN, rng),
+            down: LinearWeight::random(HIDDEN, INTERMEDIATE, rng),
         }
     }
 
-    pub(crate) fn named(&self) -> [(&'static str, &Matrix); 8] {
+    pub(crate) fn named(&self) -> [(&'static str, &LinearWeight); 8] {
         [
             ("model.embed_tokens.weight", &self.embedding),
             ("model.layers.0.self_attn.q_proj.weight", &self.query),
@@ -120,13 +120,13 @@ impl Weights {
         ]
     }
 
-    /// The final normed hidden state after a prompt of one token. A single token attends to itself alone, so
-    /// queries, keys and rotations drop out.
+    /// The normalised final hidden state after a prompt of one token. A single token attends only to itself, so
+    /// queries, keys and rotary embeddings cancel.
     pub(crate) fn hidden_after(&self, token: usize) -> Vec<f64> {
         let embedded = self.embedding.row(token);
         let attended = self.output.apply(&self.value.apply(&rms_norm(&embedded)));
-        let middle = sum(&embedded, &attended);
-        let normed = rms_norm(&middle);
+        let residual = add(&embedded, &attended);
+        let normed = rms_norm(&residual);
         let gated = self
             .gate
             .apply(&normed)
@@ -135,11 +135,11 @@ impl Weights {
         let inner: Vec<f64> = gated
             .map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
             .collect();
-        rms_norm(&sum(&middle, &self.down.apply(&inner)))
+        rms_norm(&add(&residual, &self.down.apply(&inner)))
     }
 }
 
-fn sum(a: &[f64], b: &[f64]) -> Vec<f64> {
+fn add(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a + b).collect()
 }
 

@@ -1,14 +1,14 @@
-//! Posts: somebody's small misfortune in 21 to 51 words, with things said beside the point.
+//! Synthetic posts to be summarised: a small accident in 21 to 51 words, with irrelevant sentences in between.
 //!
-//! A seed gives a post, for ever. The post knows its slots; that a reader can recover them from the words alone is
-//! promised by [`Post::parse`].
+//! A post is a pure function of its seed. It stores its slot values; [`Post::parse`] recovers them from the token ids
+//! alone.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::facts::Facts;
-use crate::seed::{Purpose, generator};
-use crate::template::{Slot, Slots};
+use crate::seed::{RngStream, generator};
+use crate::template::{SlotValues, TemplateSlot};
 use crate::vocabulary::{BOS, SEP, Vocabulary};
 
 const INTRODUCTIONS: [&str; 3] = [
@@ -34,11 +34,11 @@ const DISTRACTORS: [&str; 5] = [
     "my dog likes the O2 .",
     "P2 never goes to the L2 .",
 ];
-/// How many distractors, uniformly.
+/// Numbers of distractor sentences, one chosen uniformly.
 const DISTRACTOR_COUNTS: [usize; 4] = [0, 1, 1, 2];
 const FEELING_RATE: f64 = 0.7;
 
-/// Number of ids of the longest prompt there can be.
+/// Maximum length of a prompt, in tokens.
 pub const LONGEST_PROMPT: usize = 53;
 
 /// A post to be summarised.
@@ -46,17 +46,17 @@ pub const LONGEST_PROMPT: usize = 53;
 pub struct Post {
     ids: Vec<u32>,
     facts: Facts,
-    slots: Slots,
+    slots: SlotValues,
 }
 
 impl Post {
-    /// The post of a seed.
+    /// Generates the post of a seed.
     pub fn generate(seed: u64) -> Self {
-        let mut rng = generator(seed, Purpose::Post);
-        let slots = Slots::draw(&mut rng);
+        let mut rng = generator(seed, RngStream::Post);
+        let slots = SlotValues::draw(&mut rng);
         let mut sentences = vec![pick(&INTRODUCTIONS, &mut rng), pick(&PROBLEMS, &mut rng)];
-        let feels = rng.random_bool(FEELING_RATE);
-        if feels {
+        let has_feeling = rng.random_bool(FEELING_RATE);
+        if has_feeling {
             sentences.push(pick(&FEELINGS, &mut rng));
         }
         for distractor in draw_distractors(&mut rng) {
@@ -70,17 +70,17 @@ impl Post {
         }
         Self {
             ids,
-            facts: facts(&slots, feels),
+            facts: facts(&slots, has_feeling),
             slots,
         }
     }
 
-    /// The words' ids, without `<bos>` and `<sep>`: 21 to 51 of them.
+    /// Token ids, without `<bos>` and `<sep>`: 21 to 51 of them.
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
 
-    /// The words.
+    /// The words of the post, one per token.
     pub fn words(&self) -> Vec<&'static str> {
         let vocabulary = Vocabulary::shared();
         self.ids
@@ -89,22 +89,22 @@ impl Post {
             .collect()
     }
 
-    /// The words as text, joined by one space.
+    /// The post as text, words joined by one space.
     pub fn text(&self) -> String {
         Vocabulary::shared().text(&self.ids)
     }
 
-    /// What a model is given: `<bos> post <sep>`, at most [`LONGEST_PROMPT`] ids.
+    /// Prompt of the model: `<bos> post <sep>`, at most [`LONGEST_PROMPT`] ids.
     pub fn prompt_ids(&self) -> Vec<u32> {
         [&[BOS], self.ids.as_slice(), &[SEP]].concat()
     }
 
-    /// The true slots.
+    /// True values of the key slots.
     pub fn facts(&self) -> &Facts {
         &self.facts
     }
 
-    pub(crate) fn slots(&self) -> &Slots {
+    pub(crate) fn slots(&self) -> &SlotValues {
         &self.slots
     }
 
@@ -113,28 +113,28 @@ impl Post {
     }
 }
 
-fn facts(slots: &Slots, feels: bool) -> Facts {
+fn facts(slots: &SlotValues, has_feeling: bool) -> Facts {
     Facts {
-        person: slots.get(Slot::Person),
-        verb: slots.get(Slot::Verb),
-        object: slots.get(Slot::Object),
-        place: slots.get(Slot::Place),
-        action: slots.get(Slot::Action),
-        weekday: slots.get(Slot::Weekday),
-        feeling: feels.then(|| slots.get(Slot::Feeling)),
+        person: slots.get(TemplateSlot::Person),
+        verb: slots.get(TemplateSlot::Verb),
+        object: slots.get(TemplateSlot::Object),
+        place: slots.get(TemplateSlot::Place),
+        action: slots.get(TemplateSlot::Action),
+        weekday: slots.get(TemplateSlot::Weekday),
+        feeling: has_feeling.then(|| slots.get(TemplateSlot::Feeling)),
     }
 }
 
-/// Zero to two different distractors.
+/// Draws zero to two distinct distractor sentences.
 fn draw_distractors(rng: &mut ChaCha8Rng) -> Vec<&'static str> {
-    let mut left = DISTRACTORS.to_vec();
+    let mut remaining = DISTRACTORS.to_vec();
     let count = pick(&DISTRACTOR_COUNTS, rng);
     (0..count)
-        .map(|_| left.swap_remove(rng.random_range(0..left.len())))
+        .map(|_| remaining.swap_remove(rng.random_range(0..remaining.len())))
         .collect()
 }
 
-/// One of a few, uniformly.
+/// Draws one of `choices` uniformly.
 pub(crate) fn pick<T: Copy>(choices: &[T], rng: &mut ChaCha8Rng) -> T {
     choices[rng.random_range(0..choices.len())]
 }
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_slot_is_recovered_from_the_prompt() {
+    fn parse_recovers_every_slot_from_the_prompt() {
         for seed in 0..4000 {
             let post = Post::generate(seed);
             assert_eq!(
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_and_rates_are_those_of_the_world() {
+    fn post_lengths_and_sentence_rates_match_their_specification() {
         let posts: Vec<Post> = (0..4000).map(Post::generate).collect();
         let lengths: Vec<usize> = posts.iter().map(|post| post.ids().len()).collect();
         assert_eq!(
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_is_a_post_and_seeds_differ() {
+    fn a_post_is_a_function_of_its_seed() {
         assert_eq!(Post::generate(11), Post::generate(11));
         assert_ne!(Post::generate(11), Post::generate(12));
     }

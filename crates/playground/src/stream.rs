@@ -1,33 +1,33 @@
-//! Endless posts: one world for training, one held out, from the same seed.
+//! Unbounded streams of posts: a training split and a held-out split of one seed.
 //!
-//! Training posts take the even numbers after the world's base and held-out posts the odd ones, each sent through a
-//! bijection of the 64-bit numbers. Below index 2⁶³ no seed is therefore ever used twice within a world.
+//! Training posts use the even offsets from the seed's base and held-out posts the odd ones, each mapped by a bijection
+//! on `u64`. No post seed occurs twice below index 2⁶³ of either split.
 
 use crate::post::Post;
 use crate::seed::split_mix;
 
-/// The training post at an index.
-pub fn train_post(world_seed: u64, index: u64) -> Post {
-    Post::generate(train_seed(world_seed, index))
+/// Training post `index` of a seed.
+pub fn train_post(seed: u64, index: u64) -> Post {
+    Post::generate(train_seed(seed, index))
 }
 
-/// The held-out post at an index.
-pub fn held_out_post(world_seed: u64, index: u64) -> Post {
-    Post::generate(held_out_seed(world_seed, index))
+/// Held-out post `index` of a seed.
+pub fn held_out_post(seed: u64, index: u64) -> Post {
+    Post::generate(held_out_seed(seed, index))
 }
 
-/// The seed of a training post, fit also for its target and its labels.
-pub fn train_seed(world_seed: u64, index: u64) -> u64 {
-    numbered(world_seed, index.wrapping_mul(2))
+/// Seed of a training post, of its target and of its labels.
+pub fn train_seed(seed: u64, index: u64) -> u64 {
+    post_seed(seed, index.wrapping_mul(2))
 }
 
-/// The seed of a held-out post, fit also for its target and its labels.
-pub fn held_out_seed(world_seed: u64, index: u64) -> u64 {
-    numbered(world_seed, index.wrapping_mul(2).wrapping_add(1))
+/// Seed of a held-out post, of its target and of its labels.
+pub fn held_out_seed(seed: u64, index: u64) -> u64 {
+    post_seed(seed, index.wrapping_mul(2).wrapping_add(1))
 }
 
-fn numbered(world_seed: u64, number: u64) -> u64 {
-    split_mix(split_mix(world_seed).wrapping_add(number))
+fn post_seed(seed: u64, offset: u64) -> u64 {
+    split_mix(split_mix(seed).wrapping_add(offset))
 }
 
 #[cfg(test)]
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_seed_is_used_twice() {
+    fn no_post_seed_occurs_twice() {
         let train = (0..5000).map(|index| train_seed(3, index));
         let held_out = (0..5000).map(|index| held_out_seed(3, index));
         let seeds: HashSet<u64> = train.chain(held_out).collect();
@@ -45,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn no_held_out_post_is_trained_on() {
+    fn training_and_held_out_posts_are_disjoint() {
         let train: HashSet<String> = (0..2000).map(|index| train_post(0, index).text()).collect();
         let shared = (0..2000)
             .filter(|index| train.contains(&held_out_post(0, *index).text()))
@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn worlds_repeat_and_differ() {
+    fn streams_are_deterministic_and_differ_by_seed() {
         assert_eq!(train_post(1, 5), train_post(1, 5));
         assert_ne!(train_post(1, 5), train_post(2, 5));
     }

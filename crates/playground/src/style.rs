@@ -1,13 +1,13 @@
-//! Styles: three ways to open a summary, and the cycle in which people prefer them.
+//! Styles of a summary, and the cyclic preference among them.
 //!
-//! Formal beats plain, playful beats formal, plain beats playful: no scalar reward can say that. The style is
-//! carried by the first two tokens alone and is worth nothing in utility.
+//! Formal beats plain, playful beats formal, plain beats playful: an intransitive preference that no scalar reward can
+//! represent. The style is determined by the first two tokens and has no utility.
 
 use std::sync::LazyLock;
 
 use crate::template::word;
 
-/// How a summary opens.
+/// Style of a summary, given by its prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Style {
     /// No prefix.
@@ -22,10 +22,10 @@ static FORMAL: LazyLock<[u32; 2]> = LazyLock::new(|| [word("summary"), word(":")
 static PLAYFUL: LazyLock<[u32; 2]> = LazyLock::new(|| [word("oops"), word("!")]);
 
 impl Style {
-    /// All styles, in the order in which mixes list them.
+    /// All styles, in the order of the entries of a mix.
     pub const ALL: [Self; 3] = [Self::Plain, Self::Formal, Self::Playful];
 
-    /// The ids that open a summary of this style: none or two.
+    /// Prefix of the style: zero or two token ids.
     pub fn prefix(self) -> &'static [u32] {
         match self {
             Self::Plain => &[],
@@ -34,7 +34,7 @@ impl Style {
         }
     }
 
-    /// The cycle: +1 if this style beats the other, −1 if it is beaten, 0 against itself.
+    /// Entry S of the cyclic preference: +1 if this style beats the other, −1 if it loses, 0 against itself.
     pub fn beats(self, other: Self) -> f64 {
         match (self, other) {
             (Self::Formal, Self::Plain)
@@ -46,7 +46,7 @@ impl Style {
     }
 }
 
-/// The style of a summary, from its first two ids.
+/// The style of a summary, read from its first two ids.
 pub fn style_of(summary_ids: &[u32]) -> Style {
     let named = [Style::Formal, Style::Playful];
     let found = named
@@ -55,13 +55,13 @@ pub fn style_of(summary_ids: &[u32]) -> Style {
     found.unwrap_or(Style::Plain)
 }
 
-/// The probability that a style is preferred to another at equal utility: σ(cycle · S).
+/// Probability that a style is preferred to another at equal utility: σ(cycle · S).
 pub fn style_preference(style: Style, other: Style, cycle: f64) -> f64 {
     sigmoid(cycle * style.beats(other))
 }
 
-/// The best win rate that a single style reaches against a mix (plain, formal, playful; summing to 1) at equal
-/// utility: ½ at the Nash equilibrium, more the more a mix can be exploited.
+/// Exploitability of a mix (plain, formal, playful; summing to 1) at equal utility: the best win rate of a single style
+/// against it. ½ at the Nash equilibrium, larger elsewhere.
 pub fn exploitability(mix: [f64; 3], cycle: f64) -> f64 {
     let win_rate = |style: Style| -> f64 {
         Style::ALL
@@ -83,10 +83,10 @@ pub(crate) fn sigmoid(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixed_point;
+    use crate::fixed_point::fixed_point;
 
     #[test]
-    fn the_first_two_tokens_are_the_style() {
+    fn the_first_two_tokens_determine_the_style() {
         for (text, style) in [
             ("summary : ana", Style::Formal),
             ("oops !", Style::Playful),
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn styles_form_a_cycle() {
+    fn the_preference_among_styles_is_cyclic() {
         assert_eq!(Style::Formal.beats(Style::Plain), 1.0);
         assert_eq!(Style::Playful.beats(Style::Formal), 1.0);
         assert_eq!(Style::Plain.beats(Style::Playful), 1.0);
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn exploitability_of_known_mixes() {
+    fn exploitability_matches_known_mixes() {
         let third = 1.0 / 3.0;
         for (mix, cycle, expected) in [
             ([0.62, 0.24, 0.14], 1.0, 0.611),
@@ -125,13 +125,16 @@ mod tests {
             ([third, third, third], 2.0, 0.5),
             ([0.62, 0.24, 0.14], 0.0, 0.5),
         ] {
-            let seen = exploitability(mix, cycle);
-            assert!((seen - expected).abs() < 6e-4, "{mix:?} {cycle}: {seen}");
+            let actual = exploitability(mix, cycle);
+            assert!(
+                (actual - expected).abs() < 6e-4,
+                "{mix:?} {cycle}: {actual}"
+            );
         }
     }
 
     #[test]
-    fn the_regularised_equilibrium_of_styles_is_the_published_one() {
+    fn the_regularised_equilibrium_of_styles_matches_the_published_one() {
         for (cycle, tau, expected) in [
             (1.0, 0.1, [0.385, 0.437, 0.178]),
             (1.0, 0.05, [0.332, 0.420, 0.248]),

@@ -1,14 +1,14 @@
-//! Summaries, built clause by clause: the golden one and its flawed kin.
+//! Summaries built clause by clause: golden ones and flawed variants.
 //!
 //! A [`Draft`] starts golden; [`crate::target`] then drops, corrupts, adds or repeats clauses. The draft knows the
-//! order of clauses and nothing of how good they are.
+//! order of clauses and nothing of their utility.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::post::{Post, pick};
-use crate::seed::{Purpose, generator};
-use crate::template::Slots;
+use crate::seed::{RngStream, generator};
+use crate::template::SlotValues;
 use crate::vocabulary::EOS;
 
 const TAILS: [&str; 2] = [
@@ -16,7 +16,7 @@ const TAILS: [&str; 2] = [
     "and wonders whether to A it",
 ];
 
-/// Where the place is told.
+/// Position of the clause that states the place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PlaceClause {
     First,
@@ -24,38 +24,38 @@ pub(crate) enum PlaceClause {
     Absent,
 }
 
-/// A clause said twice.
+/// The clause that is repeated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Repeat {
+pub(crate) enum RepeatedClause {
     Object,
     Tail,
 }
 
-/// Ill-mannered words around the summary: before its first word, or before its full stop.
+/// Rude words in the summary: before its first word or before its full stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rudeness {
     Prefix(&'static str),
     Suffix(&'static str),
 }
 
-/// A summary in the making: `[at the L] P V the O [at the L] [extras] [tail] .`
+/// A summary under construction: `[at the L] P V the O [at the L] [extras] [tail] .`
 #[derive(Debug, Clone)]
 pub(crate) struct Draft {
-    pub(crate) slots: Slots,
+    pub(crate) slots: SlotValues,
     pub(crate) subject: &'static str,
     pub(crate) object: &'static str,
     pub(crate) place: PlaceClause,
     pub(crate) tail: Option<&'static str>,
-    /// `on T` before everything else.
+    /// Optional first clause, `on T`.
     pub(crate) opening: Option<&'static str>,
-    /// Clauses between the event and the tail.
+    /// Clauses between the event and the closing question.
     pub(crate) extras: Vec<&'static str>,
-    pub(crate) repeat: Option<Repeat>,
+    pub(crate) repeat: Option<RepeatedClause>,
     pub(crate) rudeness: Option<Rudeness>,
 }
 
 impl Draft {
-    /// One of the four golden forms, uniformly.
+    /// Draws one of the four golden forms uniformly.
     pub(crate) fn golden(post: &Post, rng: &mut ChaCha8Rng) -> Self {
         Self {
             slots: post.slots().clone(),
@@ -74,7 +74,7 @@ impl Draft {
         }
     }
 
-    /// The ids of the body: no style prefix, no `<eos>`.
+    /// Token ids of the body: no style prefix, no `<eos>`.
     pub(crate) fn body(&self) -> Vec<u32> {
         let mut ids = Vec::new();
         for clause in self.clauses() {
@@ -93,7 +93,7 @@ impl Draft {
             clauses.push("at the L");
         }
         clauses.extend([self.subject, "V", self.object]);
-        if self.repeat == Some(Repeat::Object) {
+        if self.repeat == Some(RepeatedClause::Object) {
             clauses.push(self.object);
         }
         if self.place == PlaceClause::AfterObject {
@@ -101,7 +101,7 @@ impl Draft {
         }
         clauses.extend(&self.extras);
         clauses.extend(self.tail);
-        if self.repeat == Some(Repeat::Tail) {
+        if self.repeat == Some(RepeatedClause::Tail) {
             clauses.extend(self.tail);
         }
         if let Some(Rudeness::Suffix(words)) = self.rudeness {
@@ -113,9 +113,9 @@ impl Draft {
 }
 
 impl Post {
-    /// A golden summary with its `<eos>`: one of four forms by the seed, each of utility exactly 1.
+    /// A golden summary, `<eos>` included: one of four forms chosen by the seed, each of utility exactly 1.
     pub fn golden(&self, seed: u64) -> Vec<u32> {
-        let mut ids = Draft::golden(self, &mut generator(seed, Purpose::Golden)).body();
+        let mut ids = Draft::golden(self, &mut generator(seed, RngStream::Golden)).body();
         ids.push(EOS);
         ids
     }
@@ -129,7 +129,7 @@ mod tests {
     use crate::vocabulary::Vocabulary;
 
     #[test]
-    fn golden_has_exactly_the_four_forms() {
+    fn golden_summaries_have_exactly_four_forms() {
         let post = Post::generate(5);
         let text = |slot: u32| Vocabulary::shared().word(slot).unwrap();
         let facts = post.facts();
@@ -143,9 +143,9 @@ mod tests {
             expected.insert(format!("at the {l} {p} {v} the {o} {tail} . <eos>"));
             expected.insert(format!("{p} {v} the {o} at the {l} {tail} . <eos>"));
         }
-        let seen: HashSet<String> = (0..100)
+        let observed: HashSet<String> = (0..100)
             .map(|seed| Vocabulary::shared().text(&post.golden(seed)))
             .collect();
-        assert_eq!(seen, expected);
+        assert_eq!(observed, expected);
     }
 }

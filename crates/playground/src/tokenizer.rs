@@ -1,7 +1,7 @@
-//! Tokenizers as Hugging Face files: one word, one token, split at spaces.
+//! Word-level tokenizers as Hugging Face files: whitespace pre-tokenisation, one token per word.
 //!
-//! Nothing is added or cleaned up, so text and ids translate both ways without loss. A word outside the vocabulary
-//! is an error of the tokenizer rather than a silent stand-in.
+//! No special tokens are added and no spaces are cleaned up, so encoding and decoding are exact inverses. A word
+//! outside the vocabulary is an encoding error, never an unknown token.
 
 use std::path::Path;
 
@@ -10,16 +10,16 @@ use serde_json::{Map, Value, json};
 use crate::error::Error;
 use crate::vocabulary::Vocabulary;
 
-/// Longest sequence of the playground's models, in tokens.
+/// Maximum sequence length of the playground's models, in tokens.
 const MODEL_MAX_LENGTH: u32 = 128;
 
 impl Vocabulary {
-    /// The `tokenizer.json` of the summarisation world.
+    /// The `tokenizer.json` of the summarisation task.
     pub fn tokenizer_json(&self) -> String {
         word_level(self.words(), self.specials()).to_string()
     }
 
-    /// The `tokenizer_config.json` of the summarisation world.
+    /// The `tokenizer_config.json` of the summarisation task.
     pub fn tokenizer_config_json(&self) -> String {
         let [pad, bos, sep, eos] = ["<pad>", "<bos>", "<sep>", "<eos>"];
         let config = json!({
@@ -37,7 +37,7 @@ impl Vocabulary {
     }
 }
 
-/// Writes `tokenizer.json` and `tokenizer_config.json` of the summarisation world into an existing folder.
+/// Writes `tokenizer.json` and `tokenizer_config.json` of the summarisation task into an existing folder.
 ///
 /// # Errors
 /// If a file cannot be written.
@@ -55,7 +55,7 @@ pub fn write_tokenizer(folder: &Path) -> Result<(), Error> {
     )
 }
 
-/// A WordLevel `tokenizer.json`: ids in the order of the words, the specials (which open the words) as added tokens.
+/// A WordLevel `tokenizer.json`: ids in the order of `words`, whose first entries, `specials`, are added tokens.
 pub(crate) fn word_level<'a>(words: impl Iterator<Item = &'a str>, specials: &[&str]) -> Value {
     let vocabulary: Map<String, Value> = (0u32..)
         .zip(words)
@@ -63,7 +63,7 @@ pub(crate) fn word_level<'a>(words: impl Iterator<Item = &'a str>, specials: &[&
         .collect();
     let added: Vec<Value> = (0u32..)
         .zip(specials)
-        .map(|(id, word)| special(id, word))
+        .map(|(id, word)| special_token(id, word))
         .collect();
     json!({
         "version": "1.0",
@@ -78,7 +78,7 @@ pub(crate) fn word_level<'a>(words: impl Iterator<Item = &'a str>, specials: &[&
     })
 }
 
-fn special(id: u32, word: &str) -> Value {
+fn special_token(id: u32, word: &str) -> Value {
     json!({
         "id": id,
         "content": word,
@@ -90,7 +90,7 @@ fn special(id: u32, word: &str) -> Value {
     })
 }
 
-/// Writes one file of a model folder.
+/// Writes a file of a model folder.
 pub(crate) fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
     let path = folder.join(name);
     std::fs::write(&path, bytes).map_err(|source| Error::Write { path, source })
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn posts_and_summaries_survive_the_round_trip() {
+    fn encoding_and_decoding_posts_round_trips() {
         let tokenizer = load();
         assert_eq!(tokenizer.get_vocab_size(true), 200);
         for seed in 0..200 {
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn every_word_has_its_id_and_nothing_is_added() {
+    fn every_word_encodes_to_its_id_without_special_tokens() {
         let tokenizer = load();
         for (id, word) in (0u32..).zip(Vocabulary::shared().words()) {
             assert_eq!(
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_config_names_the_specials() {
+    fn the_config_lists_the_special_tokens() {
         let config: Value =
             serde_json::from_str(&Vocabulary::shared().tokenizer_config_json()).unwrap();
         let specials =
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_folder_is_named() {
+    fn a_write_error_names_the_path() {
         let error = write_tokenizer(Path::new("/nowhere/at/all"))
             .unwrap_err()
             .to_string();

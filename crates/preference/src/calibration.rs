@@ -1,88 +1,92 @@
-//! How far a preference model's p can be trusted: accuracy, calibration, and its liking for length.
+//! Evaluation of a preference model's p: accuracy, calibration and length bias.
 
 use serde::{Deserialize, Serialize};
 
-/// Bins of the calibration error, over p from 0 to 1.
+/// Number of bins of the calibration error, over p from 0 to 1.
 pub const BINS: usize = 10;
 
-/// One comparison as a model sees it and as it was annotated.
+/// A model's p and the annotated label of one comparison.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Judged {
-    /// The model's probability that the first response is preferred.
+pub struct Prediction {
+    /// Model probability that the first response is preferred.
     pub p: f64,
-    /// The annotator's: 0, 1 or, of a known preference, anything between.
+    /// Annotated probability: 0 or 1, or any p of a known preference.
     pub label: f64,
-    /// Tokens of the first response less those of the second.
-    pub longer: i64,
+    /// Tokens of the first response minus those of the second.
+    pub length_difference: i64,
 }
 
-/// What was found on a set of comparisons. Every comparison counts in both orders, so that nothing
-/// depends on which response stood first.
+/// Calibration on a set of comparisons. Every comparison counts in both orders, so that the order of the responses does
+/// not matter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Calibration {
-    /// Comparisons.
+    /// Number of comparisons.
     pub pairs: usize,
-    /// How often the model and the label prefer the same response; labels of ½ are left out, a p of ½
-    /// counts one half.
+    /// Rate at which the model and the label prefer the same response; labels of ½ are skipped, a p of ½ counts one
+    /// half.
     pub accuracy: f64,
     /// Expected calibration error (Naeini et al. 2015): the mean over comparisons of
     /// |mean p − mean label| of the bin that p falls in.
     pub ece: f64,
-    /// The mean of (p − label)² (Brier 1950); a constant ½ has 0.25 on labels of 0 and 1.
+    /// Brier score, the mean of (p − label)² (Brier 1950); a constant ½ has 0.25 on labels of 0 and 1.
     pub brier: f64,
-    /// Mean −log-likelihood of the labels, in nats; a constant ½ has 0.693.
+    /// Mean negative log-likelihood of the labels, in nats; a constant ½ has 0.693.
     pub log_loss: f64,
-    /// How much more the model prefers the longer response than the labels do, where lengths differ:
-    /// mean p − mean label; 0 is none, positive too much.
+    /// Mean p − mean label of the longer response, where lengths differ; positive when the model favours length more
+    /// than the labels do.
     pub length_bias: f64,
-    /// The same by quarter of the difference in length, the smallest quarter first.
+    /// p and label of the longer response by quartile of the length difference, smallest first.
     pub length_quarters: Vec<LengthQuarter>,
-    /// The bins, from p = 0 to p = 1.
+    /// Bins from p = 0 to p = 1.
     pub bins: Vec<Bin>,
 }
 
-/// A tenth of the range of p.
+/// One of [`BINS`] equal intervals of p.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Bin {
-    /// Comparisons, in both orders, whose p falls into it.
+    /// Comparisons, in both orders, whose p falls into the bin.
     pub count: usize,
-    /// Their mean p; 0 when there are none.
+    /// Mean p; 0 for an empty bin.
     pub mean_p: f64,
-    /// Their mean label.
+    /// Mean label; 0 for an empty bin.
     pub mean_label: f64,
 }
 
-/// The comparisons whose difference in length is in one quarter of all.
+/// Comparisons in one quartile of the length difference.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct LengthQuarter {
-    /// The largest difference in it, in tokens.
+    /// Largest difference in the quartile, in tokens.
     pub up_to: u64,
     /// Mean p of the longer response.
     pub mean_p: f64,
-    /// Its mean label.
+    /// Mean label of the longer response.
     pub mean_label: f64,
 }
 
 impl Calibration {
-    /// Measures these comparisons. `None` when there are none.
+    /// Calibration on these comparisons; `None` when there are none.
     #[must_use]
-    pub fn of(judged: &[Judged]) -> Option<Self> {
-        if judged.is_empty() {
+    pub fn of(predictions: &[Prediction]) -> Option<Self> {
+        if predictions.is_empty() {
             return None;
         }
-        let n = judged.len() as f64;
-        let mean = |of: &dyn Fn(&Judged) -> f64| judged.iter().map(of).sum::<f64>() / n;
-        let bins = bins(judged);
+        let n = predictions.len() as f64;
+        let mean = |of: &dyn Fn(&Prediction) -> f64| predictions.iter().map(of).sum::<f64>() / n;
+        let bins = bins(predictions);
         let gap = |bin: &Bin| bin.count as f64 * (bin.mean_p - bin.mean_label).abs();
-        let quarters = length_quarters(judged);
-        let longer: Vec<Judged> = judged.iter().filter_map(Judged::longer_first).collect();
-        let bias = longer.iter().map(|j| j.p - j.label).sum::<f64>() / longer.len().max(1) as f64;
+        let quarters = length_quarters(predictions);
+        let longer_first: Vec<Prediction> = predictions
+            .iter()
+            .filter_map(Prediction::longer_first)
+            .collect();
+        let bias = longer_first.iter().map(|j| j.p - j.label).sum::<f64>()
+            / longer_first.len().max(1) as f64;
         Some(Self {
-            pairs: judged.len(),
-            accuracy: accuracy(judged),
+            pairs: predictions.len(),
+            accuracy: accuracy(predictions),
             ece: bins.iter().map(gap).sum::<f64>() / (2.0 * n),
             brier: mean(&|j| (j.p - j.label).powi(2)),
-            log_loss: mean(&Judged::log_loss),
+            log_loss: mean(&Prediction::log_loss),
             length_bias: bias,
             length_quarters: quarters,
             bins,
@@ -90,18 +94,18 @@ impl Calibration {
     }
 }
 
-impl Judged {
+impl Prediction {
     fn swapped(&self) -> Self {
         Self {
             p: 1.0 - self.p,
             label: 1.0 - self.label,
-            longer: -self.longer,
+            length_difference: -self.length_difference,
         }
     }
 
-    /// The comparison with the longer response first; none when they are of one length.
+    /// The comparison with the longer response first; `None` for equal lengths.
     fn longer_first(&self) -> Option<Self> {
-        match self.longer.signum() {
+        match self.length_difference.signum() {
             0 => None,
             1 => Some(*self),
             _ => Some(self.swapped()),
@@ -109,19 +113,19 @@ impl Judged {
     }
 
     fn log_loss(&self) -> f64 {
-        // f32 probabilities reach 0 and 1; their logarithm is taken as that of the nearest number.
+        // f32 probabilities reach 0 and 1: clamps them to the smallest normal number.
         let log = |p: f64| p.max(f64::from(f32::MIN_POSITIVE)).ln();
         -(self.label * log(self.p) + (1.0 - self.label) * log(1.0 - self.p))
     }
 }
 
-fn accuracy(judged: &[Judged]) -> f64 {
-    let right = |j: &Judged| match (j.p - 0.5) * (j.label - 0.5) {
+fn accuracy(predictions: &[Prediction]) -> f64 {
+    let right = |j: &Prediction| match (j.p - 0.5) * (j.label - 0.5) {
         product if product > 0.0 => 1.0,
         product if product < 0.0 => 0.0,
         _ => 0.5,
     };
-    let decided: Vec<f64> = judged
+    let decided: Vec<f64> = predictions
         .iter()
         .filter(|j| j.label != 0.5)
         .map(right)
@@ -132,11 +136,11 @@ fn accuracy(judged: &[Judged]) -> f64 {
     decided.iter().sum::<f64>() / decided.len() as f64
 }
 
-fn bins(judged: &[Judged]) -> Vec<Bin> {
+fn bins(predictions: &[Prediction]) -> Vec<Bin> {
     let mut sums = [Bin::default(); BINS];
-    for j in judged.iter().flat_map(|j| [*j, j.swapped()]) {
-        let place = ((j.p * BINS as f64) as usize).min(BINS - 1);
-        let bin = &mut sums[place];
+    for j in predictions.iter().flat_map(|j| [*j, j.swapped()]) {
+        let index = ((j.p * BINS as f64) as usize).min(BINS - 1);
+        let bin = &mut sums[index];
         bin.count += 1;
         bin.mean_p += j.p;
         bin.mean_label += j.label;
@@ -149,18 +153,23 @@ fn bins(judged: &[Judged]) -> Vec<Bin> {
     sums.to_vec()
 }
 
-fn length_quarters(judged: &[Judged]) -> Vec<LengthQuarter> {
-    let mut longer: Vec<Judged> = judged.iter().filter_map(Judged::longer_first).collect();
-    longer.sort_by_key(|j| j.longer);
-    let quarter = longer.len().div_ceil(4).max(1);
-    longer
+fn length_quarters(predictions: &[Prediction]) -> Vec<LengthQuarter> {
+    let mut longer_first: Vec<Prediction> = predictions
+        .iter()
+        .filter_map(Prediction::longer_first)
+        .collect();
+    longer_first.sort_by_key(|j| j.length_difference);
+    let quarter = longer_first.len().div_ceil(4).max(1);
+    longer_first
         .chunks(quarter)
         .map(|chunk| {
-            let mean = |of: &dyn Fn(&Judged) -> f64| {
+            let mean = |of: &dyn Fn(&Prediction) -> f64| {
                 chunk.iter().map(of).sum::<f64>() / chunk.len() as f64
             };
             LengthQuarter {
-                up_to: chunk.last().map_or(0, |j| j.longer.unsigned_abs()),
+                up_to: chunk
+                    .last()
+                    .map_or(0, |j| j.length_difference.unsigned_abs()),
                 mean_p: mean(&|j| j.p),
                 mean_label: mean(&|j| j.label),
             }
@@ -172,33 +181,45 @@ fn length_quarters(judged: &[Judged]) -> Vec<LengthQuarter> {
 mod tests {
     use super::*;
 
-    fn judged(p: f64, label: f64, longer: i64) -> Judged {
-        Judged { p, label, longer }
+    fn prediction(p: f64, label: f64, length_difference: i64) -> Prediction {
+        Prediction {
+            p,
+            label,
+            length_difference,
+        }
     }
 
     #[test]
-    fn a_hand_worked_set() {
+    fn calibration_of_a_hand_worked_set() {
         let set = [
-            judged(0.75, 1.0, 2),
-            judged(0.75, 0.0, -1),
-            judged(0.35, 0.0, 0),
-            judged(0.5, 1.0, 4),
+            prediction(0.75, 1.0, 2),
+            prediction(0.75, 0.0, -1),
+            prediction(0.35, 0.0, 0),
+            prediction(0.5, 1.0, 4),
         ];
-        let found = Calibration::of(&set).expect("there are comparisons");
-        assert_eq!(found.pairs, 4);
-        assert_eq!(found.accuracy, 2.5 / 4.0);
+        let calibration = Calibration::of(&set).expect("there are comparisons");
+        assert_eq!(calibration.pairs, 4);
+        assert_eq!(calibration.accuracy, 2.5 / 4.0);
         // Both orders: .75 twice with labels 1, 0; .25 twice with 0, 1; .35 with 0; .65 with 1; .5 with 1
-        // and with 0, which fall into one bin.
+        // and with 0, in the same bin.
         let expected = (2.0 * 0.25 + 2.0 * 0.25 + 0.35 + 0.35 + 0.0) / 8.0;
-        assert!((found.ece - expected).abs() < 1e-12, "{}", found.ece);
+        assert!(
+            (calibration.ece - expected).abs() < 1e-12,
+            "{}",
+            calibration.ece
+        );
         let brier = (0.0625 + 0.5625 + 0.1225 + 0.25) / 4.0;
-        assert!((found.brier - brier).abs() < 1e-12, "{}", found.brier);
+        assert!(
+            (calibration.brier - brier).abs() < 1e-12,
+            "{}",
+            calibration.brier
+        );
         let log_loss = -(0.75f64.ln() + 0.25f64.ln() + 0.65f64.ln() + 0.5f64.ln()) / 4.0;
-        assert!((found.log_loss - log_loss).abs() < 1e-12);
+        assert!((calibration.log_loss - log_loss).abs() < 1e-12);
         // The longer response: p .75 label 1, p .25 label 1, p .5 label 1.
-        assert!((found.length_bias - (1.5 - 3.0) / 3.0).abs() < 1e-12);
+        assert!((calibration.length_bias - (1.5 - 3.0) / 3.0).abs() < 1e-12);
         assert_eq!(
-            found
+            calibration
                 .length_quarters
                 .iter()
                 .map(|q| q.up_to)
@@ -208,11 +229,11 @@ mod tests {
     }
 
     #[test]
-    fn order_changes_nothing_and_perfect_calibration_has_no_error() {
-        let set: Vec<Judged> = (0..100)
-            .map(|i| judged(0.7, f64::from(u8::from(i % 10 < 7)), i % 5 - 2))
+    fn calibration_is_invariant_to_order_and_zero_for_exact_frequencies() {
+        let set: Vec<Prediction> = (0..100)
+            .map(|i| prediction(0.7, f64::from(u8::from(i % 10 < 7)), i % 5 - 2))
             .collect();
-        let swapped: Vec<Judged> = set.iter().map(Judged::swapped).collect();
+        let swapped: Vec<Prediction> = set.iter().map(Prediction::swapped).collect();
         let (one, other) = (Calibration::of(&set), Calibration::of(&swapped));
         let (one, other) = (one.expect("some"), other.expect("some"));
         assert!(
@@ -226,10 +247,11 @@ mod tests {
     }
 
     #[test]
-    fn ends_of_the_range_are_inside() {
-        let found = Calibration::of(&[judged(1.0, 1.0, 0), judged(0.0, 1.0, 0)]).expect("some");
-        assert_eq!(found.bins.iter().map(|b| b.count).sum::<usize>(), 4);
-        assert!(found.log_loss.is_finite() && found.length_quarters.is_empty());
+    fn p_of_zero_and_one_are_counted() {
+        let calibration =
+            Calibration::of(&[prediction(1.0, 1.0, 0), prediction(0.0, 1.0, 0)]).expect("some");
+        assert_eq!(calibration.bins.iter().map(|b| b.count).sum::<usize>(), 4);
+        assert!(calibration.log_loss.is_finite() && calibration.length_quarters.is_empty());
         assert_eq!(Calibration::of(&[]), None);
     }
 }

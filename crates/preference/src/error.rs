@@ -1,4 +1,4 @@
-//! What can go wrong between a pair and its label, by what the caller can do about it.
+//! Errors of the crate, by what the caller can do about them.
 
 use std::io;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 use transport::TransportError;
 
-/// Why a judge cannot be made, or the service cannot go on. Every message reads after "failed to";
+/// Failure to build a judge or to continue the service. Every message reads after "failed to";
 /// the cause, where there is one, is the error's source.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -17,69 +17,69 @@ pub enum PreferenceError {
         "compile preference.judge.rules[{rule}].pattern: write it in the syntax of the regex crate"
     )]
     Pattern {
-        /// The rule's index, from 0.
+        /// Index of the rule, from 0.
         rule: usize,
-        /// What is wrong with it.
+        /// Syntax error.
         source: regex::Error,
     },
-    /// A rule's weight is not a number to score with.
+    /// A rule's weight is not finite.
     #[error("use {weight} as preference.judge.rules[{rule}].weight: give a finite number")]
     Weight {
-        /// The rule's index, from 0.
+        /// Index of the rule, from 0.
         rule: usize,
         /// The weight.
         weight: f64,
     },
-    /// The rules' temperature is negative or not finite.
+    /// The temperature of the rules is negative or not finite.
     #[error("use {0} as preference.judge.temperature: give 0 or a positive number")]
     Temperature(f64),
-    /// A matrix that is not one of probabilities, as many rows as columns.
+    /// The matrix is not square or has an entry that is not a probability.
     #[error("use preference.judge.matrix: {reason}")]
     Matrix {
-        /// What is wrong, and what would be right.
+        /// The violated condition and how to meet it.
         reason: String,
     },
-    /// A file with a key or a token cannot be read, or holds none.
+    /// A file with an API key or a token cannot be read, or is empty.
     #[error("read the key in {}: it must be one line of visible ASCII", path.display())]
     Key {
         /// The file.
         path: PathBuf,
-        /// What the system says, where it is what failed.
+        /// I/O error, if reading failed.
         source: Option<io::Error>,
     },
-    /// The client of judges elsewhere cannot be made.
-    #[error("make a client for {url}")]
+    /// The HTTP client of a remote judge cannot be built.
+    #[error("build the HTTP client for {url}")]
     Client {
-        /// Whom it was for.
+        /// URL of the judge.
         url: String,
-        /// What is wrong.
+        /// Error of the HTTP library.
         source: reqwest::Error,
     },
-    /// The service over HTTP cannot listen.
+    /// The HTTP server cannot listen.
     #[error("listen on preference.http.listen = {listen:?}: name a free host:port")]
     Listen {
         /// The address.
         listen: String,
-        /// What the system says.
+        /// I/O error.
         source: io::Error,
     },
-    /// The judge's thread cannot be started.
+    /// A thread cannot be started.
     #[error("start the thread {thread} of the judge {judge}")]
     Thread {
-        /// The judge's name.
+        /// Name of the judge.
         judge: String,
-        /// The thread's.
+        /// Name of the thread.
         thread: String,
-        /// What the system says.
+        /// I/O error.
         source: io::Error,
     },
-    /// A preference model cannot be read, asked or fitted.
+    /// A preference model cannot be loaded, evaluated or trained.
     #[error(transparent)]
     Model(#[from] model::ModelError),
-    /// There is neither an annotated pair nor a golden answer.
+    /// There are neither annotated pairs nor golden answers to train on.
     #[error("fit a preference model: there are no pairs; see preference.fit.pairs")]
     NothingToFit,
-    /// The loss of a preference model is not finite.
+    /// The loss or the gradient norm of a preference model is not finite.
     #[error(
         "fit a preference model: the loss is not finite at step {step}; lower preference.fit.learning_rate"
     )]
@@ -87,54 +87,54 @@ pub enum PreferenceError {
         /// The step, from 1.
         step: u64,
     },
-    /// The thread that fits has panicked.
+    /// The training thread panicked.
     #[error("fit a preference model: its thread panicked; see the log")]
     FitPanicked,
-    /// A preference model gives numbers that are not.
-    #[error("ask the preference model: its scores are not finite; its weights are damaged")]
+    /// A preference model computes scores that are not finite.
+    #[error("evaluate the preference model: its scores are not finite; its weights are damaged")]
     NotFinite,
-    /// Fitting was told to stop.
+    /// Training was interrupted.
     #[error("fit a preference model: interrupted; begin again with the same command")]
     FitStopped,
-    /// A fitted model cannot judge.
-    #[error("seat the preference model of a round: {0}")]
-    Seats(String),
-    /// What earlier rounds left behind cannot be read.
+    /// Replicas of a newly trained model cannot be built.
+    #[error("build judge replicas from the preference model of an APO round: {0}")]
+    Replicas(String),
+    /// The reports of earlier APO rounds cannot be read.
     #[error("read {path}: {source}")]
     Unreadable {
         /// The file.
         path: std::path::PathBuf,
-        /// What the system says.
+        /// I/O error.
         source: io::Error,
     },
-    /// A line of what earlier rounds left behind is not one.
+    /// A line of `rounds.jsonl` is not a round report.
     #[error("read {path}, line {line}: {reason}; remove the line to go on without that round")]
-    Torn {
+    MalformedRound {
         /// The file.
         path: std::path::PathBuf,
         /// The line, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// Error of the JSON parser.
         reason: String,
     },
-    /// What a round of the game leaves behind cannot be written.
+    /// The model or the report of an APO round cannot be written.
     #[error("write {path}: {source}")]
     Unwritable {
         /// The file.
         path: std::path::PathBuf,
-        /// What the system says.
+        /// I/O error.
         source: io::Error,
     },
-    /// No judge is left to ask. Its pairs are back in their stream; the service needs a new bench.
+    /// Every replica of the judge is dead. Unacknowledged pairs are back in their stream.
     #[error("judge pairs: {0}; start the service again with a new judge")]
-    NoJudge(RulingError),
-    /// Nobody takes labels or drop notes any more, or the server is gone. The pairs in hand are back in
-    /// their stream.
+    NoJudge(ComparisonError),
+    /// No receiver for labels or drop notes is left, or the server is gone. Unacknowledged pairs are back in their
+    /// stream.
     #[error(transparent)]
     Transport(#[from] TransportError),
 }
 
-/// Why a judge could not answer a batch at all, in words for people, and what may be done about it.
+/// Failure of a judge on a whole batch, with a reason and what may be done about it.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{reason}")]
 pub struct JudgeError {
@@ -143,42 +143,42 @@ pub struct JudgeError {
     retry_after: Option<Duration>,
 }
 
-/// What may be done about a failure.
+/// Retry class of a [`JudgeError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JudgeErrorKind {
-    /// Ask again, elsewhere if possible: the judge is at fault, or the way to it.
+    /// The judge or the connection failed: retry, on another replica if possible.
     Transient,
-    /// Ask again when it has time: nobody is at fault.
-    Busy,
-    /// Do not ask this again: the question is at fault.
+    /// The judge is overloaded: retry later; not counted as a failure.
+    RateLimited,
+    /// The request is invalid for this judge: do not retry.
     Permanent,
-    /// The judge is gone with this question, and can be made again.
+    /// The judge panicked on this request and can be rebuilt.
     Panicked,
-    /// The judge is gone with this question, for good.
+    /// The judge panicked on this request and cannot be rebuilt.
     Dead,
 }
 
 impl JudgeError {
-    /// A failure that may pass. `reason` is a lowercase fragment that reads after "the judge failed:".
+    /// A transient failure. `reason` is a lowercase fragment that reads after "the judge failed:".
     #[must_use]
     pub fn new(reason: impl Into<String>) -> Self {
-        Self::of(JudgeErrorKind::Transient, reason)
+        Self::with_kind(JudgeErrorKind::Transient, reason)
     }
 
-    /// A question that this judge can never answer. A batch of several is asked again one by one; a
-    /// question alone is abstained from with `reason`.
+    /// A request that this judge can never answer. The requests of a larger batch are retried one by one; a single
+    /// request gets an abstention with `reason`.
     #[must_use]
     pub fn permanent(reason: impl Into<String>) -> Self {
-        Self::of(JudgeErrorKind::Permanent, reason)
+        Self::with_kind(JudgeErrorKind::Permanent, reason)
     }
 
-    /// A judge that asks to come again after `rest`. It costs the question none of its retries.
+    /// An overloaded judge that asks to retry after `delay`. It does not count against the request's retries.
     #[must_use]
-    pub fn busy(reason: impl Into<String>, rest: Duration) -> Self {
-        Self::of(JudgeErrorKind::Busy, reason).after(rest)
+    pub fn rate_limited(reason: impl Into<String>, delay: Duration) -> Self {
+        Self::with_kind(JudgeErrorKind::RateLimited, reason).with_retry_after(delay)
     }
 
-    pub(crate) fn of(kind: JudgeErrorKind, reason: impl Into<String>) -> Self {
+    pub(crate) fn with_kind(kind: JudgeErrorKind, reason: impl Into<String>) -> Self {
         Self {
             kind,
             reason: reason.into(),
@@ -186,66 +186,83 @@ impl JudgeError {
         }
     }
 
-    /// The same, and the judge is not asked anything before `rest` is over.
+    /// The same error; the replica gets no request before `delay` has passed.
     #[must_use]
-    pub fn after(self, rest: Duration) -> Self {
+    pub fn with_retry_after(self, delay: Duration) -> Self {
         Self {
-            retry_after: Some(rest),
+            retry_after: Some(delay),
             ..self
         }
     }
 
-    /// What may be done about it.
+    /// Retry class.
     #[must_use]
     pub fn kind(&self) -> JudgeErrorKind {
         self.kind
     }
 
-    /// How long the judge wants to be left alone.
+    /// Time before the replica accepts another request, if it gave one.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
     }
 }
 
-/// Why there is no ruling on a question.
+/// Failure of the pool to answer a comparison.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
-pub enum RulingError {
-    /// The judge answers others, and has failed on this question as often as it may.
+pub enum ComparisonError {
+    /// The request used up its retries while the judge answered others.
     #[error("the judge {judge} failed: {reason}")]
-    Failed {
-        /// The judge's name.
+    JudgeFailed {
+        /// Name of the judge.
         judge: String,
-        /// The last failure.
+        /// Last failure.
         reason: String,
     },
-    /// Every place in the queue is taken.
-    #[error("no room: {waiting} questions wait for a judge, and preference.max_queue is reached")]
-    Full {
-        /// How many wait.
+    /// The queue is full.
+    #[error(
+        "the queue is full: {waiting} comparisons wait for a judge, and preference.max_queue is reached"
+    )]
+    QueueFull {
+        /// Number of waiting requests.
         waiting: usize,
     },
-    /// The caller's deadline has passed.
-    #[error("no answer within {} s{}", patience.as_secs_f64(), outage(.reason.as_deref()))]
-    Late {
-        /// How long was waited.
-        patience: Duration,
-        /// Why no judge can be asked, when none can.
+    /// The caller's deadline passed.
+    #[error("no answer within {} s{}", timeout.as_secs_f64(), outage(.reason.as_deref()))]
+    TimedOut {
+        /// The deadline, from the call on.
+        timeout: Duration,
+        /// Reason of the current outage, if there is one.
         reason: Option<String>,
     },
-    /// Every replica is gone for good.
-    #[error("the judge {judge} is gone: {reason}")]
+    /// Every replica is dead.
+    #[error("the judge {judge} has no replica left: {reason}")]
     NoJudge {
-        /// The judge's name.
+        /// Name of the judge.
         judge: String,
-        /// What the last failure says.
+        /// Last failure.
         reason: String,
     },
 }
 
 fn outage(reason: Option<&str>) -> String {
     reason.map_or_else(String::new, |reason| {
-        format!(": every circuit of the judge is open ({reason})")
+        format!(": every circuit breaker of the judge is open ({reason})")
     })
+}
+
+impl messages::Classified for PreferenceError {
+    fn class(&self) -> messages::ErrorClass {
+        use messages::ErrorClass;
+        match self {
+            Self::Pattern { .. }
+            | Self::Weight { .. }
+            | Self::Temperature(_)
+            | Self::Matrix { .. } => ErrorClass::Usage,
+            Self::Key { .. } | Self::Listen { .. } => ErrorClass::Resource,
+            Self::FitStopped => ErrorClass::Interrupted,
+            _ => ErrorClass::Failed,
+        }
+    }
 }

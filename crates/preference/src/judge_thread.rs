@@ -1,7 +1,7 @@
-//! The thread on which a judge computes, so that no async task ever waits for it on its own thread.
+//! Replica on a named thread of its own, so that a judge never blocks the async runtime.
 //!
-//! One batch is judged at a time. A panic ends the thread and is told to whoever waits for the batch;
-//! the next question starts another thread with a new judge, where one can be made.
+//! Judges one batch at a time. A panic ends the thread and fails the batch; the next batch starts a new thread with a
+//! rebuilt judge, where a rebuild function is given.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,29 +12,30 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use futures_util::future::BoxFuture;
 use tokio::sync::oneshot;
 
-use crate::bench::{Answer, Question, Rebuild, Replica};
-use crate::{Judge, JudgeError, JudgeErrorKind, PreferenceError};
+use crate::error::{JudgeError, JudgeErrorKind, PreferenceError};
+use crate::judge::Judge;
+use crate::pool::{ComparisonRequest, Rebuild, Replica, VersionedVerdict};
 
-/// The thread, from outside. Dropping it ends the thread after the batch it is at.
+/// Handle of a judge thread. Dropping it ends the thread after its current batch.
 pub(crate) struct JudgeThread {
     judge: String,
     thread: String,
     rebuild: Option<Rebuild>,
     /// `None` after a panic.
-    commands: Mutex<Option<Sender<Command>>>,
+    commands: Mutex<Option<Sender<JudgeCommand>>>,
 }
 
-struct Command {
-    batch: Vec<Question>,
-    reply: oneshot::Sender<Reply>,
+/// A batch for the thread.
+struct JudgeCommand {
+    batch: Vec<ComparisonRequest>,
+    reply: oneshot::Sender<BatchReply>,
 }
 
-/// What became of a batch, or the message of the panic that ended the thread.
-type Reply = Result<Result<Vec<Answer>, JudgeError>, String>;
+/// Result of a batch, or the message of the panic that ended the thread.
+type BatchReply = Result<Result<Vec<VersionedVerdict>, JudgeError>, String>;
 
 impl JudgeThread {
-    /// Starts the thread `preference-judge`, which owns `judge` from here on; those of an `index` above
-    /// 0 have it in their name.
+    /// Starts the thread `preference-judge`, or `preference-judge-<index>` for an `index` above 0, which owns `judge`.
     pub(crate) fn start(
         index: usize,
         judge: Box<dyn Judge>,
@@ -44,22 +45,22 @@ impl JudgeThread {
             0 => "preference-judge".to_owned(),
             index => format!("preference-judge-{index}"),
         };
-        let started = Self {
+        let handle = Self {
             judge: judge.name().to_owned(),
             thread,
             rebuild,
             commands: Mutex::new(None),
         };
-        let commands = started.spawn(move |commands| serve(judge, commands))?;
-        *started.commands() = Some(commands);
-        Ok(started)
+        let commands = handle.spawn(move |commands| serve(judge, commands))?;
+        *handle.commands() = Some(commands);
+        Ok(handle)
     }
 
     fn spawn(
         &self,
-        body: impl FnOnce(Receiver<Command>) + Send + 'static,
-    ) -> Result<Sender<Command>, PreferenceError> {
-        // One more than the batch it is at: the one that follows a batch that was given up.
+        body: impl FnOnce(Receiver<JudgeCommand>) + Send + 'static,
+    ) -> Result<Sender<JudgeCommand>, PreferenceError> {
+        // The batch after the current one, in case that was abandoned.
         let (commands, received) = bounded(1);
         thread::Builder::new()
             .name(self.thread.clone())
@@ -72,56 +73,61 @@ impl JudgeThread {
         Ok(commands)
     }
 
-    fn commands(&self) -> std::sync::MutexGuard<'_, Option<Sender<Command>>> {
-        // Each change is one assignment: it is sound even after a panic.
+    fn commands(&self) -> std::sync::MutexGuard<'_, Option<Sender<JudgeCommand>>> {
+        // Each change is one assignment: the value is valid even after a panic.
         self.commands.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The way to the thread, which is started again if it has ended and can be.
-    fn running(&self) -> Result<Sender<Command>, JudgeError> {
+    /// Command channel of the thread, which is restarted if it has ended and the judge can be rebuilt.
+    fn running(&self) -> Result<Sender<JudgeCommand>, JudgeError> {
         let mut commands = self.commands();
         if let Some(commands) = &*commands {
             return Ok(commands.clone());
         }
         let Some(rebuild) = self.rebuild.clone() else {
-            let reason = "it has panicked before";
-            return Err(JudgeError::of(JudgeErrorKind::Dead, reason));
+            let reason = "it panicked earlier";
+            return Err(JudgeError::with_kind(JudgeErrorKind::Dead, reason));
         };
         let started = self.spawn(move |commands| rebuild_and_serve(&rebuild, commands));
         let started = started.map_err(|error| JudgeError::new(format!("failed to {error}")))?;
         tracing::warn!(
             judge = self.judge,
             thread = self.thread,
-            "making the judge again after a panic"
+            "rebuilding the judge after a panic"
         );
         Ok(commands.insert(started).clone())
     }
 
-    /// The thread is gone, with `message`.
+    /// Records that the thread has ended, with this message.
     fn ended(&self, message: &str) -> JudgeError {
         *self.commands() = None;
         let kind = match self.rebuild {
             Some(_) => JudgeErrorKind::Panicked,
             None => JudgeErrorKind::Dead,
         };
-        JudgeError::of(kind, message)
+        JudgeError::with_kind(kind, message)
     }
 
-    async fn judge(&self, batch: Vec<Question>) -> Result<Vec<Answer>, JudgeError> {
+    async fn judge_batch(
+        &self,
+        batch: Vec<ComparisonRequest>,
+    ) -> Result<Vec<VersionedVerdict>, JudgeError> {
         let (reply, answer) = oneshot::channel();
-        let mut sent = self.running()?.try_send(Command { batch, reply });
+        let mut sent = self.running()?.try_send(JudgeCommand { batch, reply });
         if let Err(TrySendError::Disconnected(command)) = sent {
-            // It ended after its last batch had been given up, or could not be made again.
+            // It ended after an abandoned batch, or its judge could not be rebuilt.
             *self.commands() = None;
             sent = self.running()?.try_send(command);
         }
         if sent.is_err() {
-            return Err(JudgeError::new("it is still at a batch that took too long"));
+            return Err(JudgeError::new(
+                "it is still busy with a batch that timed out",
+            ));
         }
         match answer.await {
             Ok(Ok(judged)) => judged,
             Ok(Err(panic)) => Err(self.ended(&format!("it panicked: {panic}"))),
-            Err(_) => Err(self.ended("its thread has ended without an answer")),
+            Err(_) => Err(self.ended("its thread ended without a reply")),
         }
     }
 }
@@ -131,25 +137,28 @@ impl Replica for JudgeThread {
         &self.thread
     }
 
-    fn ask<'a>(&'a self, batch: &'a [Question]) -> BoxFuture<'a, Result<Vec<Answer>, JudgeError>> {
-        Box::pin(self.judge(batch.to_vec()))
+    fn judge<'a>(
+        &'a self,
+        batch: &'a [ComparisonRequest],
+    ) -> BoxFuture<'a, Result<Vec<VersionedVerdict>, JudgeError>> {
+        Box::pin(self.judge_batch(batch.to_vec()))
     }
 }
 
-fn serve(mut judge: Box<dyn Judge>, commands: Receiver<Command>) {
-    while let Ok(Command { batch, reply }) = commands.recv() {
+fn serve(mut judge: Box<dyn Judge>, commands: Receiver<JudgeCommand>) {
+    while let Ok(JudgeCommand { batch, reply }) = commands.recv() {
         if reply.is_closed() {
-            // It waited behind a batch that took too long, and was given up too.
+            // Abandoned while queued behind a batch that timed out.
             continue;
         }
-        // A judge that has panicked is never asked again, so it may be left in any state.
-        let judged = catch_unwind(AssertUnwindSafe(|| answers(&mut *judge, &batch)));
+        // A judge that panicked is never used again, so its state does not matter.
+        let judged = catch_unwind(AssertUnwindSafe(|| judge_batch(&mut *judge, &batch)));
         drop(batch);
         match judged {
-            // Whoever asked may have given it up: the next is judged all the same.
+            // The caller may have abandoned the batch; the thread continues.
             Ok(judged) => drop(reply.send(Ok(judged))),
             Err(panic) => {
-                // No more commands from here on, so that none is left lying without an answer.
+                // Closes the channel first, so that no further command is queued without a reply.
                 drop(commands);
                 drop(reply.send(Err(message_of(&*panic))));
                 return;
@@ -158,28 +167,31 @@ fn serve(mut judge: Box<dyn Judge>, commands: Receiver<Command>) {
     }
 }
 
-/// A judge that cannot be made is a failure of its first batch, and the thread's end.
-fn rebuild_and_serve(rebuild: &Rebuild, commands: Receiver<Command>) {
+/// Serves with a rebuilt judge. If the rebuild fails, fails the first batch and returns.
+fn rebuild_and_serve(rebuild: &Rebuild, commands: Receiver<JudgeCommand>) {
     let reason = match catch_unwind(AssertUnwindSafe(|| rebuild())) {
         Ok(Ok(judge)) => return serve(judge, commands),
         Ok(Err(error)) => error.to_string(),
         Err(panic) => message_of(&*panic),
     };
-    if let Ok(Command { reply, .. }) = commands.recv() {
-        let error = JudgeError::new(format!("it could not be made again: {reason}"));
+    if let Ok(JudgeCommand { reply, .. }) = commands.recv() {
+        let error = JudgeError::new(format!("it could not be rebuilt: {reason}"));
         drop(commands);
         drop(reply.send(Ok(Err(error))));
     }
 }
 
-fn answers(judge: &mut dyn Judge, batch: &[Question]) -> Result<Vec<Answer>, JudgeError> {
-    let comparisons: Vec<_> = batch.iter().map(Question::comparison).collect();
+fn judge_batch(
+    judge: &mut dyn Judge,
+    batch: &[ComparisonRequest],
+) -> Result<Vec<VersionedVerdict>, JudgeError> {
+    let comparisons: Vec<_> = batch.iter().map(ComparisonRequest::comparison).collect();
     let version = judge.version();
     let scored = judge.judge_scored(&comparisons)?.into_iter();
     Ok(scored
-        .map(|scored| Answer {
+        .map(|scored| VersionedVerdict {
             scores: scored.scores,
-            ..Answer::new(scored.verdict, version)
+            ..VersionedVerdict::new(scored.verdict, version)
         })
         .collect())
 }
@@ -204,37 +216,38 @@ mod tests {
         JudgeThread::start(0, Box::new(judge), rebuild).expect("a thread")
     }
 
-    fn question() -> Question {
-        Question::new(Arc::new(pair(0, &["a", "b"])), 0, 1)
+    fn request() -> ComparisonRequest {
+        ComparisonRequest::new(Arc::new(pair(0, &["a", "b"])), 0, 1)
     }
 
     #[tokio::test]
-    async fn the_judge_has_a_thread_of_its_own_which_ends_with_the_replica() {
-        let (told, name) = std::sync::mpsc::channel();
+    async fn the_judge_runs_on_its_own_thread_which_ends_with_the_replica() {
+        let (sender, name) = std::sync::mpsc::channel();
         let thread = start(
             FakeJudge::answering(move |_| {
-                told.send(thread::current().name().map(str::to_owned))
+                sender
+                    .send(thread::current().name().map(str::to_owned))
                     .unwrap();
                 preferred(0.25)
             }),
             None,
         );
-        let answers = thread.ask(&[question()]).await.expect("it answers");
-        let expected = Answer::new(preferred(0.25), JudgeVersion(7));
+        let answers = thread.judge(&[request()]).await.expect("it answers");
+        let expected = VersionedVerdict::new(preferred(0.25), JudgeVersion(7));
         assert_eq!(answers, [expected]);
         drop(thread);
         assert_eq!(name.recv().unwrap().as_deref(), Some("preference-judge"));
-        assert!(name.recv().is_err(), "the judge is gone");
+        assert!(name.recv().is_err(), "the judge is dropped");
     }
 
     #[tokio::test]
-    async fn a_panic_is_told_at_once_and_ever_after_where_no_judge_can_be_made() {
+    async fn a_panic_without_a_rebuild_function_kills_the_replica() {
         let thread = start(
             FakeJudge::new(|batch| panic!("{} are too many", batch.len())),
             None,
         );
-        for reason in ["it panicked: 1 are too many", "it has panicked before"] {
-            let error = thread.ask(&[question()]).await.expect_err("it panicked");
+        for reason in ["it panicked: 1 are too many", "it panicked earlier"] {
+            let error = thread.judge(&[request()]).await.expect_err("it panicked");
             assert_eq!(
                 (error.kind(), error.to_string().as_str()),
                 (JudgeErrorKind::Dead, reason)
@@ -243,20 +256,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_judge_that_panicked_is_made_again_when_it_is_asked_again() {
-        let mut made = 0;
-        let made = Mutex::new(move || {
-            made += 1;
-            match made {
+    async fn a_judge_that_panicked_is_rebuilt_for_the_next_batch() {
+        let mut builds = 0;
+        let build = Mutex::new(move || {
+            builds += 1;
+            match builds {
                 1 => Err(JudgeError::new("no memory")),
                 _ => Ok(Box::new(FakeJudge::answering(|_| preferred(0.75))) as Box<dyn Judge>),
             }
         });
-        let rebuild: Rebuild = Arc::new(move || (*made.lock().unwrap())());
+        let rebuild: Rebuild = Arc::new(move || (*build.lock().unwrap())());
         let thread = start(FakeJudge::new(|_| panic!("oh")), Some(rebuild));
         let mut failures = Vec::new();
         let answers = loop {
-            match thread.ask(&[question()]).await {
+            match thread.judge(&[request()]).await {
                 Ok(answers) => break answers,
                 Err(error) => failures.push((error.kind(), error.to_string())),
             }
@@ -267,7 +280,7 @@ mod tests {
                 (JudgeErrorKind::Panicked, "it panicked: oh".to_owned()),
                 (
                     JudgeErrorKind::Transient,
-                    "it could not be made again: no memory".to_owned()
+                    "it could not be rebuilt: no memory".to_owned()
                 ),
             ]
         );

@@ -1,6 +1,6 @@
-//! Pairs become questions here, and rulings become labels again.
+//! Labels of a pair: comparisons of its completions, answered by the judge pool.
 //!
-//! This part asks the bench; it does not know streams.
+//! Does not know streams.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,66 +9,67 @@ use messages::{DropReason, JudgeVersion, Label, Pair, Probability, Purpose};
 use settings::OrdersSetting;
 use tokio::time::timeout;
 
-use crate::bench::{Bench, Orders, Question};
-use crate::{Ruling, RulingError, Verdict};
+use crate::error::ComparisonError;
+use crate::judge::Verdict;
+use crate::pool::{ComparisonRequest, JudgePool, Orders, Preference};
 
-/// Who labels pairs, and how.
-pub(crate) struct Labelling {
-    pub judge: Bench,
-    pub gold: Option<Bench>,
+/// Labels pairs with a judge and, for evaluation, a gold judge.
+pub(crate) struct Labeller {
+    pub judge: JudgePool,
+    pub gold: Option<JudgePool>,
     pub orders: OrdersSetting,
-    /// A gold judge that fails is told of once.
+    /// Whether a failure of the gold judge was logged; only the first is.
     pub gold_failed: AtomicBool,
 }
 
-/// What is said about one pair.
+/// Labels of one pair.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Judgement {
-    /// The labels of all i < j in lexicographic order, or why there are none.
-    pub labels: Result<Vec<Label>, Refusal>,
-    /// The version of the judge that gave them.
+pub(crate) struct PairLabels {
+    /// Labels of all i < j in lexicographic order, or why the pair is dropped.
+    pub labels: Result<Vec<Label>, DropCause>,
+    /// Newest judge version among them.
     pub version: JudgeVersion,
-    /// Every completion's score, where the judge has scores.
+    /// Score of every completion, where the judge has scores.
     pub scores: Option<Vec<f32>>,
-    /// The gold preference for the first completion over the second.
+    /// Gold preference for the first completion over the second.
     pub gold: Option<Probability>,
 }
 
-/// Why a pair got no labels.
+/// Why a pair is dropped.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Refusal {
+pub(crate) struct DropCause {
     pub reason: DropReason,
     pub detail: String,
 }
 
-/// All i < j of a pair's completions in lexicographic order, of an evaluation's the policy's and the
-/// reference's alone; none where two cannot be told by `u16` indices or there are no two.
-pub(crate) fn couples(pair: &Pair) -> impl Iterator<Item = (u16, u16)> {
+/// All i < j of a pair's completions in lexicographic order; of an evaluation pair only the policy's and the
+/// reference's completion. Empty for fewer than two completions, and for more than `u16` can index.
+pub(crate) fn completion_pairs(pair: &Pair) -> impl Iterator<Item = (u16, u16)> {
     let count = match pair.prompt.purpose {
         Purpose::Evaluate => pair.completions.len().min(2),
-        Purpose::Train | Purpose::Contest => pair.completions.len(),
+        Purpose::Train | Purpose::Apo => pair.completions.len(),
     };
     let count = u16::try_from(count).unwrap_or(0);
     (0..count).flat_map(move |i| (i + 1..count).map(move |j| (i, j)))
 }
 
-impl Labelling {
-    /// How many questions a pair is to its judge at most.
-    pub(crate) fn questions(&self, pair: &Pair) -> usize {
-        if pair.prompt.purpose == Purpose::Contest {
+impl Labeller {
+    /// Number of judge requests that a pair needs, at most.
+    pub(crate) fn comparisons(&self, pair: &Pair) -> usize {
+        if pair.prompt.purpose == Purpose::Apo {
             return 0;
         }
-        Orders::of(self.orders, pair.prompt.purpose).count() * couples(pair).count()
+        Orders::of(self.orders, pair.prompt.purpose).count() * completion_pairs(pair).count()
     }
 
-    /// Has every two completions of `pair` compared; those of the adversarial game are not, they are what a
-    /// model is fitted to.
+    /// Compares every two completions of `pair`. Samples for APO are not judged and get no labels: they are training
+    /// data of a preference model.
     ///
     /// # Errors
-    /// When no judge is left: the pair is as it was.
-    pub(crate) async fn judge(&self, pair: Arc<Pair>) -> Result<Judgement, RulingError> {
-        if pair.prompt.purpose == Purpose::Contest {
-            return Ok(Judgement {
+    /// When no replica of the judge is left.
+    pub(crate) async fn label(&self, pair: Arc<Pair>) -> Result<PairLabels, ComparisonError> {
+        if pair.prompt.purpose == Purpose::Apo {
+            return Ok(PairLabels {
                 labels: Ok(Vec::new()),
                 version: self.judge.version().unwrap_or_default(),
                 scores: None,
@@ -76,20 +77,20 @@ impl Labelling {
             });
         }
         let orders = Orders::of(self.orders, pair.prompt.purpose);
-        let question = |(first, second)| Question::new(Arc::clone(&pair), first, second);
-        let questions: Vec<_> = couples(&pair).map(question).collect();
-        let (rulings, gold) = tokio::join!(
-            self.judge.rule_all(&questions, orders),
-            self.gold(&pair, questions.first()),
+        let request = |(first, second)| ComparisonRequest::new(Arc::clone(&pair), first, second);
+        let requests: Vec<_> = completion_pairs(&pair).map(request).collect();
+        let (preferences, gold) = tokio::join!(
+            self.judge.compare_all(&requests, orders),
+            self.gold_preference(&pair, requests.first()),
         );
-        Judgement::new(&pair, rulings, gold)
+        PairLabels::new(&pair, preferences, gold)
     }
 
-    /// What is said about a pair that no service could label in `deliveries` before this one: a pair on
-    /// which every judge panics does not hold up the run, and its credit is not lost.
-    pub(crate) fn given_up(&self, deliveries: u32) -> Judgement {
-        Judgement {
-            labels: Err(Refusal {
+    /// Drop cause of a pair at its delivery limit; `deliveries` includes the current one. A pair on which every judge
+    /// panics thus does not block the run, and its credit is returned.
+    pub(crate) fn deliveries_exhausted(&self, deliveries: u32) -> PairLabels {
+        PairLabels {
+            labels: Err(DropCause {
                 reason: DropReason::Failed,
                 detail: format!("no label after {} deliveries", deliveries - 1),
             }),
@@ -99,17 +100,22 @@ impl Labelling {
         }
     }
 
-    /// The gold preference between the first two completions of a pair that is for evaluation, where it
-    /// can be had.
-    async fn gold(&self, pair: &Pair, question: Option<&Question>) -> Option<Probability> {
-        let (gold, question) = (self.gold.as_ref()?, question?);
+    /// Gold preference between the first two completions of an evaluation pair; `None` when the gold judge is absent,
+    /// fails or abstains.
+    async fn gold_preference(
+        &self,
+        pair: &Pair,
+        request: Option<&ComparisonRequest>,
+    ) -> Option<Probability> {
+        let (gold, request) = (self.gold.as_ref()?, request?);
         if pair.prompt.purpose != Purpose::Evaluate {
             return None;
         }
-        let ruling = timeout(gold.settings().timeout, gold.rule(question, Orders::Both)).await;
-        let error = match ruling {
-            Ok(Ok(ruling)) => {
-                return match ruling.verdict {
+        let preference =
+            timeout(gold.settings().timeout, gold.compare(request, Orders::Both)).await;
+        let error = match preference {
+            Ok(Ok(preference)) => {
+                return match preference.verdict {
                     Verdict::Preference(p) => Some(p),
                     Verdict::Abstained { .. } => None,
                 };
@@ -129,62 +135,63 @@ impl Labelling {
     }
 }
 
-impl Judgement {
+impl PairLabels {
     fn new(
         pair: &Pair,
-        rulings: Vec<Result<Ruling, RulingError>>,
+        preferences: Vec<Result<Preference, ComparisonError>>,
         gold: Option<Probability>,
-    ) -> Result<Self, RulingError> {
+    ) -> Result<Self, ComparisonError> {
         let mut version = JudgeVersion::default();
-        let mut labels = Ok(Vec::with_capacity(rulings.len()));
+        let mut labels = Ok(Vec::with_capacity(preferences.len()));
         let mut scores = vec![None; pair.completions.len()];
-        for (couple, ruling) in couples(pair).zip(rulings) {
-            let label = match ruling {
-                Err(gone @ RulingError::NoJudge { .. }) => return Err(gone),
-                Err(error) => Err(Refusal {
+        for ((first, second), preference) in completion_pairs(pair).zip(preferences) {
+            let label = match preference {
+                Err(error @ ComparisonError::NoJudge { .. }) => return Err(error),
+                Err(error) => Err(DropCause {
                     reason: DropReason::Failed,
                     detail: error.to_string(),
                 }),
-                Ok(ruling) => {
-                    version = version.max(ruling.version);
-                    if let Some([first, second]) = ruling.scores {
-                        scores[usize::from(couple.0)] = Some(first);
-                        scores[usize::from(couple.1)] = Some(second);
+                Ok(preference) => {
+                    version = version.max(preference.version);
+                    if let Some(both) = preference.scores {
+                        for (index, score) in [first, second].into_iter().zip(both) {
+                            scores[usize::from(index)] = Some(score);
+                        }
                     }
-                    label(couple, ruling.verdict)
+                    label(first, second, preference.verdict)
                 }
             };
-            // The first refusal is the pair's.
+            // The first drop cause wins.
             labels = labels.and_then(|mut labels| {
                 labels.push(label?);
                 Ok(labels)
             });
         }
         if labels.as_ref().is_ok_and(Vec::is_empty) {
-            labels = Err(incomparable(pair.completions.len()));
+            labels = Err(wrong_completion_count(pair.completions.len()));
         }
         Ok(Self {
             labels,
             version,
-            // All completions have one, or it is no judge of scores.
+            // `None` unless every completion has a score.
             scores: scores.into_iter().collect(),
             gold,
         })
     }
 }
 
-fn label((first, second): (u16, u16), verdict: Verdict) -> Result<Label, Refusal> {
+fn label(first: u16, second: u16, verdict: Verdict) -> Result<Label, DropCause> {
     match verdict {
         Verdict::Preference(p) => Ok(Label { first, second, p }),
-        Verdict::Abstained { reason } => Err(Refusal {
+        Verdict::Abstained { reason } => Err(DropCause {
             reason: DropReason::Abstained,
             detail: format!("completions {first} and {second}: {reason}"),
         }),
     }
 }
 
-fn incomparable(completions: usize) -> Refusal {
-    Refusal {
+fn wrong_completion_count(completions: usize) -> DropCause {
+    DropCause {
         reason: DropReason::Failed,
         detail: format!(
             "the pair has {completions} completions; from 2 to {} can be compared",
@@ -196,15 +203,15 @@ fn incomparable(completions: usize) -> Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::JudgeError;
-    use crate::bench::BenchSettings;
-    use crate::bench::fake::{FakeReplica, bench, settings};
+    use crate::error::JudgeError;
     use crate::judge::fake::{abstained, pair, preferred};
+    use crate::pool::PoolSettings;
+    use crate::pool::fake::{FakeReplica, pool, settings};
 
-    /// A judge of numbers that prefers the larger, certain of it by the eighth part of the difference.
+    /// Prefers the larger of two numbers, with p = ½ + difference / 8.
     fn larger() -> FakeReplica {
-        let verdict = |question: &Question| {
-            let comparison = question.comparison();
+        let verdict = |request: &ComparisonRequest| {
+            let comparison = request.comparison();
             let number = |text: &str| text.parse::<f32>();
             match (
                 number(&comparison.first.text),
@@ -217,10 +224,10 @@ mod tests {
         FakeReplica::new(move |batch| Ok(batch.iter().map(verdict).collect()))
     }
 
-    fn labelling(judge: FakeReplica, gold: Option<FakeReplica>) -> Labelling {
-        Labelling {
-            judge: bench([judge], settings()),
-            gold: gold.map(|gold| bench([gold], settings())),
+    fn labeller(judge: FakeReplica, gold: Option<FakeReplica>) -> Labeller {
+        Labeller {
+            judge: pool([judge], settings()),
+            gold: gold.map(|gold| pool([gold], settings())),
             orders: OrdersSetting::Auto,
             gold_failed: AtomicBool::new(false),
         }
@@ -236,8 +243,8 @@ mod tests {
         Arc::new(pair(0, texts))
     }
 
-    fn labels(judgement: &Judgement) -> Vec<(u16, u16, f32)> {
-        let labels = judgement.labels.as_ref().expect("it was labelled");
+    fn labels(labels: &PairLabels) -> Vec<(u16, u16, f32)> {
+        let labels = labels.labels.as_ref().expect("it was labelled");
         labels
             .iter()
             .map(|l| (l.first, l.second, l.p.get()))
@@ -245,8 +252,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn every_two_completions_get_a_label_in_lexicographic_order() {
-        let labelling = labelling(larger(), None);
+    async fn all_completion_pairs_are_labelled_in_lexicographic_order() {
+        let labeller = labeller(larger(), None);
         for (texts, expected) in [
             (
                 &["3", "1", "2"][..],
@@ -254,22 +261,22 @@ mod tests {
             ),
             (&["0", "4"], &[(0, 1, 0.0)]),
         ] {
-            let judgement = labelling.judge(training(texts)).await.unwrap();
-            assert_eq!(labels(&judgement), expected);
-            assert_eq!(judgement.version, JudgeVersion(7));
+            let labelled = labeller.label(training(texts)).await.unwrap();
+            assert_eq!(labels(&labelled), expected);
+            assert_eq!(labelled.version, JudgeVersion(7));
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn only_evaluations_are_asked_in_both_orders_and_have_a_gold_preference() {
+    async fn only_evaluation_pairs_are_compared_in_both_orders_and_by_the_gold_judge() {
         let biased = FakeReplica::new(|batch| Ok(vec![preferred(0.75); batch.len()]));
-        let (asked, gold) = (biased.asked(), larger());
-        let gold_asked = gold.asked();
-        let labelling = labelling(biased, Some(gold));
+        let (batches, gold) = (biased.batches(), larger());
+        let gold_batches = gold.batches();
+        let labeller = labeller(biased, Some(gold));
         let cases = [
             (training(&["1", "2"]), vec![(0, 1, 0.75)], None, 1),
             (
-                // A third completion is for the KL alone.
+                // A third completion is used only for the KL.
                 evaluation(&["2", "1", "9"]),
                 vec![(0, 1, 0.5)],
                 Some(0.625),
@@ -278,24 +285,24 @@ mod tests {
             (evaluation(&["0", "x"]), vec![(0, 1, 0.5)], None, 2),
         ];
         let mut before = 0;
-        for (pair, expected, gold, questions) in cases {
-            assert_eq!(labelling.questions(&pair), questions);
-            let judgement = labelling.judge(pair).await.unwrap();
-            assert_eq!(labels(&judgement), expected);
-            assert_eq!(judgement.gold.map(Probability::get), gold);
-            let calls = asked.sizes().len();
-            assert_eq!(calls - before, questions);
+        for (pair, expected, gold, comparisons) in cases {
+            assert_eq!(labeller.comparisons(&pair), comparisons);
+            let labelled = labeller.label(pair).await.unwrap();
+            assert_eq!(labels(&labelled), expected);
+            assert_eq!(labelled.gold.map(Probability::get), gold);
+            let calls = batches.sizes().len();
+            assert_eq!(calls - before, comparisons);
             before = calls;
         }
         assert_eq!(
-            gold_asked.sizes().len(),
+            gold_batches.sizes().len(),
             4,
             "the first two completions of two evaluations, both ways"
         );
     }
 
     #[tokio::test]
-    async fn a_pair_has_the_scores_of_a_judge_that_scores() {
+    async fn pairs_carry_scores_of_a_scoring_judge() {
         let rules = [settings::RuleSettings::Length {
             min: 3,
             max: 9,
@@ -303,31 +310,31 @@ mod tests {
         }];
         let rules = crate::Rules::new(1.0, &rules).unwrap();
         let thread = crate::judge_thread::JudgeThread::start(0, Box::new(rules), None).unwrap();
-        let judges = crate::bench::Judges {
+        let judges = crate::pool::JudgeReplicas {
             name: "rule".into(),
             version: Some(JudgeVersion(0)),
             is_antisymmetric: true,
             replicas: vec![Arc::new(thread)],
         };
-        let labelling = Labelling {
-            judge: Bench::new(judges, settings()),
-            ..labelling(larger(), None)
+        let labeller = Labeller {
+            judge: JudgePool::new(judges, settings()),
+            ..labeller(larger(), None)
         };
-        // One word of three, two, and enough; asked again the verdicts are remembered, in either order.
+        // Lengths 1, 2 and 3 for a minimum of 3; the second time the verdicts are cached, in either order.
         for _ in 0..2 {
-            let judgement = labelling.judge(training(&["a", "a b", "a b c"])).await;
-            assert_eq!(judgement.unwrap().scores, Some(vec![-4.0, -2.0, 0.0]));
-            let judgement = labelling.judge(training(&["a b", "a"])).await;
-            assert_eq!(judgement.unwrap().scores, Some(vec![-2.0, -4.0]));
+            let labelled = labeller.label(training(&["a", "a b", "a b c"])).await;
+            assert_eq!(labelled.unwrap().scores, Some(vec![-4.0, -2.0, 0.0]));
+            let labelled = labeller.label(training(&["a b", "a"])).await;
+            assert_eq!(labelled.unwrap().scores, Some(vec![-2.0, -4.0]));
         }
-        let without = self::labelling(larger(), None);
-        let judgement = without.judge(training(&["1", "2"])).await.unwrap();
-        assert_eq!(judgement.scores, None);
+        let without = self::labeller(larger(), None);
+        let labelled = without.label(training(&["1", "2"])).await.unwrap();
+        assert_eq!(labelled.scores, None);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_pair_without_all_its_labels_is_refused() {
-        let labelling = labelling(larger(), None);
+    async fn a_pair_with_a_missing_label_is_dropped() {
+        let labeller = labeller(larger(), None);
         let single = "completions; from 2 to 65535 can be compared";
         for (texts, reason, detail) in [
             (
@@ -342,22 +349,22 @@ mod tests {
             ),
             (&[], DropReason::Failed, format!("the pair has 0 {single}")),
         ] {
-            let judgement = labelling.judge(training(texts)).await.unwrap();
-            assert_eq!(judgement.labels, Err(Refusal { reason, detail }));
+            let labelled = labeller.label(training(texts)).await.unwrap();
+            assert_eq!(labelled.labels, Err(DropCause { reason, detail }));
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_gold_judge_that_fails_costs_the_gold_preference_alone() {
+    async fn a_failing_gold_judge_costs_only_the_gold_preference() {
         let gold = FakeReplica::new(|_| Err(JudgeError::new("no gold")));
-        let mut labelling = labelling(larger(), None);
-        let impatient = BenchSettings {
+        let mut labeller = labeller(larger(), None);
+        let one_failure = PoolSettings {
             circuit_failures: 1,
             ..settings()
         };
-        labelling.gold = Some(bench([gold], impatient));
-        let judgement = labelling.judge(evaluation(&["2", "1"])).await.unwrap();
-        assert_eq!(labels(&judgement), [(0, 1, 0.625)]);
-        assert_eq!(judgement.gold, None);
+        labeller.gold = Some(pool([gold], one_failure));
+        let labelled = labeller.label(evaluation(&["2", "1"])).await.unwrap();
+        assert_eq!(labels(&labelled), [(0, 1, 0.625)]);
+        assert_eq!(labelled.gold, None);
     }
 }

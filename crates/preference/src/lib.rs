@@ -1,33 +1,34 @@
-//! Pairs in, labelled pairs out: the [`Judge`]s, the [`Bench`] on which they sit, and the service
-//! [`Preference`] that puts pairs to them, and the [`Server`] that does so for others.
+//! Preference labels for pairs of completions: the [`Judge`]s, the [`JudgePool`] that batches requests over replicas
+//! of a judge, the [`PreferenceService`] that labels a stream of pairs, and the [`Server`] that labels over HTTP.
 //!
-//! What is promised: a pair is acknowledged only when its label, or the note that it was dropped, is
-//! stored; pairs leave in the order in which they came; while no judge can be asked, pairs wait.
-//! This crate does not know who writes pairs, who trains on them, or which model a judge may hold.
+//! Promises: a pair is acknowledged only when its label or its drop note is stored; pairs leave in the order in which
+//! they arrived; while no replica is available, pairs wait.
+//! Does not know which actor sampled a pair, how labels are trained on, or which model a judge holds.
 
 pub mod apo;
-mod bench;
 mod calibration;
-mod distinct;
+mod dedup;
 mod error;
-pub mod fit;
 mod judge;
 mod judge_thread;
 mod labelling;
+mod pool;
+mod prompt_encoder;
+pub mod reward_training;
 mod run;
 mod server;
-mod texts;
 mod wire;
 
-pub use bench::{
-    Answer, Bench, BenchSettings, Judges, Orders, Outage, Question, Rebuild, Replica, Ruling,
-};
-pub use calibration::{BINS, Bin, Calibration, Judged, LengthQuarter};
-pub use error::{JudgeError, JudgeErrorKind, PreferenceError, RulingError};
+pub use calibration::{BINS, Bin, Calibration, LengthQuarter, Prediction};
+pub use error::{ComparisonError, JudgeError, JudgeErrorKind, PreferenceError};
 pub use judge::{
-    Alternative, ChatJudge, ChatModel, Comparison, EncoderJudge, Ensemble, Judge, Learned, Matrix,
-    Reads, Rules, Said, Scored, ScoredToken, Verdict, key as read_key,
+    ChatJudge, ChatModel, ChatReply, Comparison, EncoderJudge, Ensemble, Judge, JudgeTokenizer,
+    Matrix, RewardModelJudge, Rules, ScoredToken, ScoredVerdict, TopLogprob, Verdict, read_key,
 };
-pub use run::{Preference, PreferenceParts};
+pub use pool::{
+    ComparisonRequest, JudgePool, JudgeReplicas, Orders, Outage, PoolSettings, Preference, Rebuild,
+    Replica, VersionedVerdict,
+};
+pub use prompt_encoder::{EosPolicy, NoEncoding, PromptEncoder, TokenEncoder};
+pub use run::{PreferenceService, PreferenceServiceParts};
 pub use server::{Server, ServerParts};
-pub use texts::{Closing, Texts, TextsAlone, Tokens};

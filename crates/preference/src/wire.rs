@@ -1,90 +1,91 @@
-//! What travels over HTTP between preference services and those who ask them.
+//! Messages of the HTTP API between preference services and their clients.
 //!
-//! `POST /v1/preferences` with [`PreferencesRequest`] is answered by [`Preferences`]:
+//! `POST /v1/preferences` accepts [`PreferencesRequest`] and returns [`Preferences`]:
 //!
 //! ```json
 //! {"pairs": [{"prompt": "What is 2 + 2?", "first": "4", "second": "5"}], "orders": "both"}
 //! {"judge": "rule", "version": 0, "results": [{"p": 0.98, "version": 0, "order_gap": 0.02}]}
 //! ```
 //!
-//! `prompt` is text, or a dialogue as a list of messages with `role` and `content`, as rows have it; `tools` and
-//! `template_kwargs` may go with it. A judge with a chat template renders messages with its own.
-//! `first_finish` and `second_finish` are `"stop"` or `"length"`: a response that was cut off gets no
-//! end-of-text unless the judge's score is read there; without them it ended as its ids say, and where there are none by itself. The ids of
-//! prompt and responses may be given besides the texts, for judges that read tokens: they are read where
-//! the prompt's are what the judge's own tokenizer makes of the prompt, and where they are not, or none
-//! are given, the service makes them. `answer` is the golden answer, for `exact-match`. `orders` is `"one"`, `"both"` or `"auto"`; without it the service's own setting holds. A result
-//! has `p`, the probability that `first` is preferred to `second`, or `abstained` with the reason.
+//! - `prompt`: a text, or a dialogue as a list of messages with `role` and `content`, optionally with `tools` and
+//!   `template_kwargs`. A judge with a chat template renders messages with its own.
+//! - `first_finish`, `second_finish`: `"stop"` or `"length"`. A truncated response gets no end-of-text unless the judge
+//!   is scored at that token. The default follows from the ids, or is `"stop"` without ids.
+//! - `prompt_ids`, `first_ids`, `second_ids`: token ids, for judges that read tokens. They are used if the prompt's ids
+//!   equal those of the judge's own tokenizer; otherwise the service encodes the texts.
+//! - `answer`: the golden answer, for `exact-match`.
+//! - `orders`: `"one"`, `"both"` or `"auto"`; the default is the service's setting.
 //!
-//! Whatever goes wrong is answered by a [`Refusal`]: `{"error": {"code": "invalid", "message":
-//! "pairs[3].first: it is empty"}}`.
+//! A result has either `p`, the probability that `first` is preferred to `second`, or `abstained` with the reason.
+//!
+//! Every error is an [`ErrorBody`]: `{"error": {"code": "invalid", "message": "pairs[3].first: it is empty"}}`.
 
 use messages::Finish;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use settings::OrdersSetting;
 
-/// What is asked.
+/// A request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object with pairs")]
 pub(crate) struct PreferencesRequest {
-    /// The comparisons.
-    pub pairs: Vec<AskedPair>,
-    /// In how many orders each is asked.
+    /// Comparisons.
+    pub pairs: Vec<ComparisonInput>,
+    /// Orders in which each pair is compared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub orders: Option<OrdersSetting>,
 }
 
-/// One comparison.
+/// A comparison.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
     expecting = "an object with prompt, first and second"
 )]
-pub(crate) struct AskedPair {
-    /// Text or messages.
+pub(crate) struct ComparisonInput {
+    /// Text, or list of messages.
     pub prompt: Value,
-    /// The tools of the dialogue, as JSON schemas.
+    /// Tools of the dialogue, as JSON schemas.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tools: Vec<Value>,
-    /// Further variables of its chat template.
+    /// Additional variables of the chat template.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub template_kwargs: Map<String, Value>,
-    /// The golden answer.
+    /// Golden answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
-    /// The response whose preference is asked for.
+    /// Response whose probability of being preferred is returned.
     pub first: String,
-    /// The one it is compared with.
+    /// Response that it is compared with.
     pub second: String,
-    /// How the first response ended.
+    /// Finish reason of the first response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub first_finish: Option<AskedFinish>,
-    /// How the second ended.
+    pub first_finish: Option<FinishReason>,
+    /// Finish reason of the second response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub second_finish: Option<AskedFinish>,
-    /// The prompt's tokens, special tokens included.
+    pub second_finish: Option<FinishReason>,
+    /// Token ids of the prompt, special tokens included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_ids: Option<Vec<u32>>,
-    /// The first response's, end-of-text included where it ended.
+    /// Token ids of the first response, with end-of-text if it finished with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_ids: Option<Vec<u32>>,
-    /// The second's.
+    /// Token ids of the second response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_ids: Option<Vec<u32>>,
 }
 
-/// Why a response ended, in the words of OpenAI's `finish_reason`.
+/// Finish reason, as OpenAI's `finish_reason`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum AskedFinish {
-    /// By itself.
+pub(crate) enum FinishReason {
+    /// End-of-text.
     Stop,
-    /// It was cut off.
+    /// Truncated at the length limit.
     Length,
 }
 
-impl From<Finish> for AskedFinish {
+impl From<Finish> for FinishReason {
     fn from(finish: Finish) -> Self {
         match finish {
             Finish::EndOfText => Self::Stop,
@@ -93,55 +94,55 @@ impl From<Finish> for AskedFinish {
     }
 }
 
-impl From<AskedFinish> for Finish {
-    fn from(finish: AskedFinish) -> Self {
+impl From<FinishReason> for Finish {
+    fn from(finish: FinishReason) -> Self {
         match finish {
-            AskedFinish::Stop => Self::EndOfText,
-            AskedFinish::Length => Self::Length,
+            FinishReason::Stop => Self::EndOfText,
+            FinishReason::Length => Self::Length,
         }
     }
 }
 
-/// What is answered.
+/// A response.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Preferences {
-    /// The judge's name.
+    /// Name of the judge.
     pub judge: String,
-    /// The judge's version; 0 when only a verdict tells it and there is none.
+    /// Version of the judge; 0 when it is known only from verdicts and all of them are abstentions.
     pub version: u64,
-    /// One for every pair, in their order.
-    pub results: Vec<Ruled>,
+    /// One result for every pair, in their order.
+    pub results: Vec<PreferenceResult>,
 }
 
-/// What is said of one comparison: either `p` or `abstained`.
+/// Result of a comparison: either `p` or `abstained`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Ruled {
-    /// The probability that the first is preferred.
+pub(crate) struct PreferenceResult {
+    /// Probability that the first response is preferred.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub p: Option<f32>,
-    /// The version of the judge that gave it.
+    /// Version of the judge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<u64>,
-    /// How far the two orders are apart, where both were asked.
+    /// |p − (1 − p′)| between both orders, if both were used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order_gap: Option<f32>,
-    /// Why there is no p.
+    /// Reason of the abstention.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub abstained: Option<String>,
 }
 
-/// Why nothing is answered.
+/// Body of an error response.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Refusal {
-    pub error: RefusalReason,
+pub(crate) struct ErrorBody {
+    pub error: ErrorDetail,
 }
 
-/// The reason, for programs and for people.
+/// Machine-readable code and message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct RefusalReason {
-    /// One word.
+pub(crate) struct ErrorDetail {
+    /// Error code.
     pub code: String,
-    /// A lowercase fragment that names the field.
+    /// Lowercase fragment that names the field or the limit.
     pub message: String,
 }
 
@@ -152,27 +153,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_wire_is_as_it_is_written_down() {
+    fn messages_round_trip_as_documented() {
         let request = json!({
             "pairs": [{"prompt": "What is 2 + 2?", "first": "4", "second": "5"}],
             "orders": "both",
         });
-        let read: PreferencesRequest = serde_json::from_value(request.clone()).unwrap();
-        assert_eq!(read.orders, Some(OrdersSetting::Both));
-        assert_eq!(serde_json::to_value(&read).unwrap(), request);
-        let answer = Preferences {
+        let parsed: PreferencesRequest = serde_json::from_value(request.clone()).unwrap();
+        assert_eq!(parsed.orders, Some(OrdersSetting::Both));
+        assert_eq!(serde_json::to_value(&parsed).unwrap(), request);
+        let response = Preferences {
             judge: "rule".into(),
             version: 3,
             results: vec![
-                Ruled {
+                PreferenceResult {
                     p: Some(0.75),
                     version: Some(3),
                     order_gap: Some(0.5),
                     abstained: None,
                 },
-                Ruled {
+                PreferenceResult {
                     abstained: Some("too long".into()),
-                    ..Ruled::default()
+                    ..PreferenceResult::default()
                 },
             ],
         };
@@ -181,10 +182,10 @@ mod tests {
             "version": 3,
             "results": [{"p": 0.75, "version": 3, "order_gap": 0.5}, {"abstained": "too long"}],
         });
-        assert_eq!(serde_json::to_value(&answer).unwrap(), written);
+        assert_eq!(serde_json::to_value(&response).unwrap(), written);
         assert_eq!(
             serde_json::from_value::<Preferences>(written).unwrap(),
-            answer
+            response
         );
     }
 }

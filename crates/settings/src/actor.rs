@@ -1,60 +1,128 @@
-//! `[actor]`.
+//! `[actor]`: sampling of completions.
 
 use serde::{Deserialize, Serialize};
 
-/// How completions are sampled.
+use crate::{Settings, checks::Checks};
+
+/// Sampling of completions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActorSettings {
-    /// Actors in this process.
+    /// Number of actors in this process.
     pub count: usize,
-    /// Completions that one actor writes at once.
+    /// Maximum number of completions that one actor samples concurrently.
     pub slots: usize,
-    /// Completions of a prompt.
+    /// Completions per prompt.
     pub num_generations: usize,
-    /// Weight on the reference in the behaviour policy.
+    /// Weight of the reference in the behaviour policy.
     pub mixture_coef: f64,
-    /// Divides the mixed logits.
+    /// Sampling temperature, applied to the mixed logits.
     pub temperature: f64,
-    /// Only so many of the likeliest tokens; 0: all.
+    /// Top-k truncation; 0: off.
     pub top_k: usize,
-    /// Only the likeliest tokens that together have this probability; 1: all.
+    /// Top-p (nucleus) truncation; 1: off.
     pub top_p: f64,
-    /// Only tokens at least so likely, relative to the likeliest; 0: all.
+    /// Minimum token probability relative to the most probable token; 0: off.
     pub min_p: f64,
-    /// How weights are kept while completions are written.
+    /// Weight precision used for sampling.
     pub precision: PrecisionSetting,
-    /// How far coarse numbers may lead from f32, in nats a token, before weights are kept in f32; 0: however far.
+    /// Maximum quantisation error in nats per token before sampling falls back to f32; 0: no check.
     pub max_drift: f64,
-    /// The longest completion, in tokens.
+    /// Maximum completion length in tokens.
     pub max_new_tokens: usize,
-    /// The longest prompt, in tokens.
+    /// Maximum prompt length in tokens.
     pub max_prompt_length: usize,
-    /// What writes completions.
+    /// Generation backend.
     pub engine: EngineSettings,
 }
 
-/// What writes completions.
+/// Generation backend.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum EngineSettings {
-    /// Agon's own sampler.
+    /// Agon's sampler.
     Own {},
-    /// mistral.rs for the policy, with Agon's own reference beside it.
+    /// mistral.rs for the policy; the reference uses Agon's sampler.
     Mistral {
-        /// How long one completion may take, in seconds.
+        /// Timeout of one completion, in seconds.
         timeout_seconds: f64,
     },
 }
 
-/// How the weights of policy and reference are kept while completions are written, on the CPU.
+/// Precision of the policy's and reference's weights during sampling on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PrecisionSetting {
-    /// As they are trained.
+    /// The dtype of training.
     F32,
-    /// The upper half of each number.
+    /// 16-bit brain floating point.
     Bf16,
-    /// Bytes, with a scale for every column and every row.
+    /// 8-bit integers with one scale per output channel (weights) and per token (activations).
     Int8,
+}
+
+impl ActorSettings {
+    /// Whether completions are sampled at temperature 1 without truncation.
+    fn samples_full_distribution(&self) -> bool {
+        self.temperature == 1.0 && (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0)
+    }
+
+    pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
+        checks.at_least(self.count as u64, 1, "actor.count");
+        checks.at_least(self.num_generations as u64, 2, "actor.num_generations");
+        checks.at_least(self.max_new_tokens as u64, 1, "actor.max_new_tokens");
+        checks.at_least(self.max_prompt_length as u64, 1, "actor.max_prompt_length");
+        checks.require(
+            self.slots >= self.num_generations,
+            "actor.slots",
+            format!(
+                "{} slots are too few for the {} completions of one prompt (actor.num_generations)",
+                self.slots, self.num_generations
+            ),
+        );
+        checks.require(
+            self.samples_full_distribution() || self.slots >= 3,
+            "actor.slots",
+            format!(
+                "{} slots are too few for the three completions of a held-out prompt: with a temperature other than 1 or \
+                 truncation the KL is estimated from a separate sample",
+                self.slots
+            ),
+        );
+        checks.ratio(self.mixture_coef, "actor.mixture_coef");
+        checks.positive(self.temperature, "actor.temperature");
+        checks.positive(self.top_p, "actor.top_p");
+        checks.ratio(self.top_p, "actor.top_p");
+        checks.ratio_below_one(self.min_p, "actor.min_p");
+        checks.non_negative(self.max_drift, "actor.max_drift");
+        if let EngineSettings::Mistral { timeout_seconds } = self.engine {
+            checks.positive(timeout_seconds, "actor.engine.timeout_seconds");
+            checks.require(
+                settings.model.device == "cpu",
+                "actor.engine.kind",
+                "\"mistral\" runs on the CPU only: set model.device = \"cpu\"",
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::checks::tests::assert_reported;
+
+    #[test]
+    fn contradictions_of_sampling_are_reported() {
+        assert_reported(&[
+            ("[actor]\nslots = 1", "actor.num_generations"),
+            (
+                "[actor]\nmixture_coef = 1.5",
+                "actor.mixture_coef: 1.5 must be from 0 to 1",
+            ),
+            (
+                "[actor]\nmax_drift = -1",
+                "actor.max_drift: -1 must not be negative",
+            ),
+            ("[actor]\nslots = 2\ntemperature = 0.7", "three completions"),
+        ]);
+    }
 }

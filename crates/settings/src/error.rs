@@ -1,10 +1,10 @@
-//! What can be wrong with a configuration.
+//! Errors of a configuration.
 
 use std::{fmt, path::PathBuf};
 
 use thiserror::Error;
 
-/// Why a configuration cannot be used.
+/// An error of a configuration.
 #[derive(Debug, Error)]
 pub enum SettingsError {
     /// The file cannot be read.
@@ -12,43 +12,39 @@ pub enum SettingsError {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// The file is not TOML.
+    /// The file or an override is not valid TOML.
     #[error("{origin} is not TOML: {reason}")]
     NotToml {
         /// The file, or the override.
         origin: String,
-        /// What the parser says, with line and column.
+        /// The parser's message, with line and column.
         reason: String,
     },
     /// An override that is not `key=value`.
     #[error("the override {text:?} is not KEY=VALUE, as in learner.learning_rate=1e-5")]
     NotAnOverride {
-        /// What was given.
+        /// The override.
         text: String,
     },
-    /// Mistakes, all of them.
-    #[error(
-        "{origin} has {} that must be mended:\n{}",
-        count(problems),
-        list(problems)
-    )]
+    /// All mistakes of the configuration.
+    #[error("{origin} has {}:\n{}", count(problems), list(problems))]
     Problems {
         /// The file.
         origin: String,
-        /// One a mistake.
+        /// One problem per mistake.
         problems: Vec<Problem>,
     },
 }
 
-/// One mistake: where it is, what is wrong and what would be right.
+/// One mistake: its key, and a message that names the remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// The dotted key.
     pub path: String,
-    /// A sentence.
+    /// What is wrong, and the remedy.
     pub message: String,
 }
 
@@ -80,4 +76,14 @@ fn list(problems: &[Problem]) -> String {
         .map(|p| format!("  {p}"))
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+impl messages::Classified for SettingsError {
+    fn class(&self) -> messages::ErrorClass {
+        use messages::ErrorClass;
+        match self {
+            Self::Unreadable { .. } => ErrorClass::Resource,
+            _ => ErrorClass::Usage,
+        }
+    }
 }

@@ -1,91 +1,97 @@
-//! `[preference.fit]` and `[preference.apo]`: how preference models are made, and made again.
+//! `[preference.fit]`: training of reward models on pairs.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LrSchedulerType, ModelSource};
+use crate::{
+    checks::Checks,
+    lora::LoraSettings,
+    model::check_source,
+    optimizer::{LrSchedulerType, OptimizerSettings},
+    source::ModelSource,
+};
 
-/// How a preference model is fitted to pairs.
+/// Training of a reward model on pairs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FitSettings {
-    /// What it becomes.
+    /// Head of the reward model.
     pub head: Head,
-    /// The trunk it starts from; without it, the policy at the start.
+    /// Source of the backbone; without it, the initial policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<ModelSource>,
-    /// The rank of the adapter that is trained in place of the trunk, which is then shared; 0: none.
+    /// Rank of the LoRA adapter, with which the frozen backbone is shared; 0: all weights are trained.
     pub lora_rank: usize,
-    /// What its product is scaled by, over its rank.
+    /// LoRA scaling numerator: the update is scaled by `lora_alpha / lora_rank`.
     pub lora_alpha: f64,
-    /// The share of its inputs that training leaves out.
+    /// Dropout probability of the adapter's inputs during training.
     pub lora_dropout: f64,
-    /// The modules that it stands beside.
+    /// Modules that the adapter is attached to.
     pub target_modules: Vec<String>,
-    /// How the response's hidden states become the head's input.
+    /// Pooling of the response's hidden states.
     pub pooling: PoolingSetting,
-    /// Whether the trunk's own mean log-likelihood of the response is a feature.
+    /// Whether the backbone's mean log-likelihood of the response is a feature of the head.
     pub likelihood: bool,
-    /// Planes of the pairwise head: it has twice as many embedding numbers.
+    /// Number of planes of the pairwise head, whose embeddings have twice as many dimensions.
     pub planes: usize,
-    /// How often every pair is read.
+    /// Passes over the pairs.
     pub epochs: usize,
-    /// Pairs in a step.
+    /// Pairs per step.
     pub train_batch_size: usize,
-    /// The learning rate at its height.
+    /// Peak learning rate.
     pub learning_rate: f64,
-    /// How it falls.
+    /// Decay of the learning rate after warm-up.
     pub lr_scheduler_type: LrSchedulerType,
-    /// Share of the steps over which it rises.
+    /// Fraction of the steps spent on linear warm-up.
     pub warmup_ratio: f64,
-    /// The share of it that is left at the end.
+    /// Final learning rate, as a fraction of the peak.
     pub min_lr_ratio: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Decay of the gradient's mean.
+    /// Decay rate of the first moment.
     pub adam_beta1: f64,
-    /// Decay of the squared gradient's mean.
+    /// Decay rate of the second moment.
     pub adam_beta2: f64,
-    /// The gradient's norm is clipped to it.
+    /// Maximum gradient norm.
     pub max_grad_norm: f64,
-    /// Labels move this share of the way to ½.
+    /// Label smoothing: the fraction of the distance to ½ that labels are moved.
     pub label_smoothing: f64,
-    /// Tokens of prompt and response together; longer pairs are left out and counted.
+    /// Maximum number of tokens of prompt and response together; longer pairs are removed and counted.
     pub max_length: usize,
-    /// The share of the pairs that is held out, when they do not come with a file of their own.
+    /// Fraction of the pairs held out for validation, when there is no separate file.
     pub validation: f64,
-    /// Annotated pairs.
+    /// Source of annotated pairs.
     pub pairs: PairsSettings,
 }
 
-/// What a fitted preference model is.
+/// Head of a reward model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Head {
     /// One score; p = σ(r − r′).
     BradleyTerry,
-    /// A score and a skew-symmetric form of embeddings; it can hold cycles.
+    /// A score plus a skew-symmetric form of embeddings, which can represent cyclic preferences.
     Pairwise,
 }
 
-/// How the response's hidden states become the head's input.
+/// Pooling of the response's hidden states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PoolingSetting {
-    /// The last token's.
+    /// Hidden state of the last token.
     Last,
-    /// Their mean.
+    /// Mean.
     Mean,
-    /// Their sum, an eighth of it.
+    /// Sum, divided by eight.
     Sum,
 }
 
-/// Annotated pairs.
+/// Source of annotated pairs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum PairsSettings {
-    /// Two completions of the base for each of fresh posts, labelled by a noisy annotator.
+    /// Two completions of the base policy for each of fresh posts, labelled by a noisy annotator.
     Playground(PlaygroundPairs),
     /// A file of pairs.
     Dataset(DatasetPairs),
@@ -95,9 +101,9 @@ pub enum PairsSettings {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlaygroundPairs {
-    /// How many.
+    /// Number of pairs.
     pub count: usize,
-    /// The share of the labels that is flipped.
+    /// Fraction of the labels that is flipped.
     pub flip: f64,
     /// Strength of the annotator's cyclic preference between styles.
     pub cycle: f64,
@@ -109,49 +115,73 @@ pub struct PlaygroundPairs {
 pub struct DatasetPairs {
     /// A file, a folder of shards or a glob: JSON Lines, a JSON list or Parquet.
     pub path: PathBuf,
-    /// The column of the prompt; where rows have none, it is what both dialogues begin with.
+    /// Column of the prompt; in rows without it, the prompt is the common prefix of both dialogues.
     pub prompt_column: String,
-    /// The column of the preferred response or dialogue.
+    /// Column of the preferred response or dialogue.
     pub chosen_column: String,
-    /// The column of the other.
+    /// Column of the rejected response or dialogue.
     pub rejected_column: String,
-    /// The pairs of validation; empty: those of a share of the prompts of `path`.
+    /// Pairs for validation; empty: the pairs of a fraction of the prompts of `path`.
     pub validation_path: PathBuf,
 }
 
-/// The adversarial game: the preference model is fitted again on the policy's own samples.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ApoSettings {
-    /// Learner steps between two rounds; 0: no rounds.
-    pub refresh_steps: u64,
-    /// Rounds in all; 0: as many as there are steps for.
-    pub max_rounds: u64,
-    /// Golden prompts answered in a round.
-    pub prompts: usize,
-    /// The policy's samples for each of them: k.
-    pub samples: usize,
-    /// Weight of the golden answers' term against the annotated pairs': c.
-    pub coef: f64,
-    /// The golden answers' term.
-    pub form: ApoForm,
-    /// Whether labels wait for the round's model, which keeps rounds at their steps; without it the model before
-    /// judges until the new one is there.
-    pub wait: bool,
-    /// Whether the annotated pairs take part; without them the game has no finite optimum.
-    pub annotated: bool,
-    /// A model whose accuracy on held-out annotated pairs is below this is refused.
-    pub min_accuracy: f64,
-    /// A model whose calibration error on them is above this is refused.
-    pub max_ece: f64,
+impl FitSettings {
+    /// Optimiser and learning-rate schedule.
+    #[must_use]
+    pub fn optimizer(&self) -> OptimizerSettings {
+        OptimizerSettings {
+            learning_rate: self.learning_rate,
+            lr_scheduler_type: self.lr_scheduler_type,
+            warmup_ratio: self.warmup_ratio,
+            min_lr_ratio: self.min_lr_ratio,
+            weight_decay: self.weight_decay,
+            adam_beta1: self.adam_beta1,
+            adam_beta2: self.adam_beta2,
+            adam_epsilon: OptimizerSettings::DEFAULT_EPSILON,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
+
+    pub(crate) fn check(&self, checks: &mut Checks) {
+        let path = |key: &str| format!("preference.fit.{key}");
+        check_source(&path("path"), self.path.as_ref(), checks);
+        let lora = LoraSettings {
+            rank: self.lora_rank,
+            alpha: self.lora_alpha,
+            dropout: self.lora_dropout,
+            target_modules: &self.target_modules,
+        };
+        lora.check("preference.fit", checks);
+        checks.at_least(self.planes as u64, 1, &path("planes"));
+        checks.at_least(self.epochs as u64, 1, &path("epochs"));
+        checks.at_least(self.train_batch_size as u64, 1, &path("train_batch_size"));
+        checks.at_least(self.max_length as u64, 2, &path("max_length"));
+        self.optimizer().check("preference.fit", checks);
+        checks.positive(self.max_grad_norm, &path("max_grad_norm"));
+        checks.ratio(self.label_smoothing, &path("label_smoothing"));
+        checks.require(
+            self.validation > 0.0 && self.validation < 1.0,
+            &path("validation"),
+            format!("{} must be between 0 and 1", self.validation),
+        );
+        self.pairs.check(checks);
+    }
 }
 
-/// The golden answers' term.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ApoForm {
-    /// `−log σ(r_gold − r_sample)`.
-    Ranking,
-    /// `r_sample − r_gold`.
-    Linear,
+impl PairsSettings {
+    fn check(&self, checks: &mut Checks) {
+        let path = |key: &str| format!("preference.fit.pairs.{key}");
+        match self {
+            Self::Playground(pairs) => {
+                checks.at_least(pairs.count as u64, 10, &path("count"));
+                checks.ratio(pairs.flip, &path("flip"));
+                checks.finite(pairs.cycle, &path("cycle"));
+            }
+            Self::Dataset(file) => checks.require(
+                !file.path.as_os_str().is_empty(),
+                &path("path"),
+                "name the file of pairs",
+            ),
+        }
+    }
 }

@@ -1,92 +1,92 @@
-//! `[preference.judge]`.
+//! `[preference.judge]` and `[preference.chat]`: judges, and the prompt of judges that are chat models.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ModelSource;
+use crate::{Settings, checks::Checks, prompts::PromptsSettings, source::ModelSource};
 
-/// Who judges.
+/// The judge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum JudgeSettings {
-    /// The playground's own preference.
+    /// The playground's known preference.
     Gold {
         /// Strength of the cyclic preference between styles.
         cycle: f64,
     },
-    /// A bandit's matrix.
+    /// The preference matrix of a bandit.
     Matrix {
         /// `matrix[i][j]`: the probability that arm i beats arm j.
         matrix: Vec<Vec<f64>>,
     },
     /// A weighted sum of rules.
     Rule {
-        /// Divides the difference of two scores; 0: the higher score wins.
+        /// Temperature of the score difference; 0: the higher score wins.
         temperature: f64,
-        /// What scores.
+        /// Rules and weights.
         rules: Vec<RuleSettings>,
     },
-    /// A decoder with a scalar head.
+    /// A reward model with a scalar head.
     BradleyTerry {
-        /// Where it comes from; empty: one is fitted at the start, by `[preference.fit]`.
+        /// Source of the model; empty: one is trained at the start, by `[preference.fit]`.
         path: ModelSource,
     },
-    /// A decoder with a general preference head.
+    /// A reward model with a general preference head.
     Pairwise {
-        /// Where it comes from; empty: one is fitted at the start, by `[preference.fit]`.
+        /// Source of the model; empty: one is trained at the start, by `[preference.fit]`.
         path: ModelSource,
     },
-    /// A ready-made encoder classifier.
+    /// A pretrained encoder classifier.
     Encoder {
-        /// Where it comes from.
+        /// Source of the model.
         path: ModelSource,
-        /// What it reads, with `{prompt}` and `{response}`.
+        /// Input template with `{prompt}` and `{response}`.
         template: String,
     },
-    /// Several judges of which each gives p; they are combined.
+    /// A combination of several judges.
     Ensemble {
-        /// The members, written as judges are.
+        /// The member judges.
         members: Vec<JudgeSettings>,
-        /// How their p become one.
+        /// Aggregation of the members' probabilities.
         combine: Combine,
-        /// Standard deviations that `lower-bound` takes off, toward ½.
+        /// Number of standard deviations of `lower-bound`.
         deviations: f64,
     },
-    /// Chat endpoints in the manner of OpenAI; what they are asked is in `preference.chat`.
+    /// OpenAI-compatible chat endpoints; their prompt is `preference.chat`.
     Http(EndpointSettings),
-    /// A chat model in this process, by mistral.rs; what it is asked is in `preference.chat`.
+    /// A chat model in this process, run by mistral.rs; its prompt is `preference.chat`.
     Mistral(LocalChatSettings),
     /// Other Agon preference services.
     Service {
-        /// Their addresses, as in `http://host:8000`.
+        /// Base URLs, such as `http://host:8000`.
         urls: Vec<String>,
-        /// A file with the bearer token they ask for; empty: none.
+        /// File with the bearer token; empty: none.
         token_path: PathBuf,
     },
 }
 
-/// How the members of an ensemble become one.
+/// Aggregation of an ensemble's probabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Combine {
-    /// The mean of their p.
+    /// Mean probability.
     Mean,
-    /// The mean of their log-odds moved toward ½ by some of their standard deviations, never beyond it.
+    /// Mean log-odds, moved towards 0 by a multiple of their standard deviation, at most to 0.
     LowerBound,
 }
 
-/// Chat endpoints in the manner of OpenAI.
+/// OpenAI-compatible chat endpoints.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EndpointSettings {
-    /// Up to and without `/chat/completions`, as in `http://host:8000/v1`; each is a replica.
+    /// Base URLs without `/chat/completions`, such as `http://host:8000/v1`; one replica each.
     pub urls: Vec<String>,
-    /// The model's name there.
+    /// Name of the model at the endpoints.
     pub model: String,
-    /// A file with the API key; empty: none.
+    /// File with the API key; empty: none.
     pub api_key_path: PathBuf,
-    /// Questions to one address at a time.
+    /// Concurrent requests per URL.
     pub concurrency: usize,
 }
 
@@ -96,80 +96,80 @@ pub struct EndpointSettings {
 pub struct LocalChatSettings {
     /// A Hugging Face folder, or a `.gguf` file.
     pub path: PathBuf,
-    /// A `tokenizer.json` instead of the model's own; empty: its own.
+    /// A `tokenizer.json` that replaces the model's own; empty: its own.
     pub tokenizer_path: PathBuf,
-    /// A `.jinja` file instead of the model's own; empty: its own.
+    /// A `.jinja` chat template that replaces the model's own; empty: its own.
     pub chat_template: PathBuf,
-    /// How a folder's weights are quantised as they are loaded, as mistral.rs names it; empty: not at all.
+    /// In-situ quantisation of a folder's weights, by mistral.rs' name; empty: none.
     pub isq: String,
 }
 
-/// What chat models are asked that judge, and how they answer.
+/// Prompt and verdict format of judges that are chat models.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChatSettings {
-    /// What the system's turn says; empty: there is none.
+    /// System message; empty: none.
     pub system: String,
-    /// What is asked, with `{prompt}`, `{first}` and `{second}`.
+    /// User message template with `{prompt}`, `{first}` and `{second}`.
     pub template: String,
-    /// What stands for the first response in a verdict.
+    /// Verdict for the first response.
     pub first_verdict: String,
-    /// What stands for the second.
+    /// Verdict for the second response.
     pub second_verdict: String,
-    /// What stands for neither; empty: there are no ties.
+    /// Verdict for a tie; empty: no ties.
     pub tie_verdict: String,
-    /// Whether log-probabilities of the verdict are asked for, and used where they are given.
+    /// Whether log-probabilities of the verdict are requested, and used if available.
     pub logprobs: bool,
-    /// The longest answer, in tokens.
+    /// Maximum length of the reply in tokens.
     pub max_tokens: usize,
 }
 
-/// One rule and its weight in the score.
+/// A scoring rule and its weight.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum RuleSettings {
-    /// Per match of a pattern.
+    /// Number of matches of a pattern.
     Regex {
         /// The pattern, in the syntax of the regex crate.
         pattern: String,
-        /// Its weight.
+        /// Weight in the score.
         weight: f64,
     },
-    /// Per word that occurs at least once.
+    /// Number of listed words that occur at least once.
     Keyword {
-        /// The words; upper and lower case are one.
+        /// The words, matched case-insensitively.
         words: Vec<String>,
-        /// Its weight.
+        /// Weight in the score.
         weight: f64,
     },
-    /// Per word missing from `min` or in excess of `max`, taken off.
+    /// Penalty per word below `min` or above `max`.
     Length {
-        /// The fewest words that cost nothing.
+        /// Minimum number of words without a penalty.
         min: usize,
-        /// The most words that cost nothing.
+        /// Maximum number of words without a penalty.
         max: usize,
-        /// Its weight.
+        /// Weight in the score.
         weight: f64,
     },
-    /// When the completion is a JSON document.
+    /// Whether the completion is valid JSON.
     JsonValid {
-        /// Its weight.
+        /// Weight in the score.
         weight: f64,
     },
-    /// When the completion is the prompt's golden answer, white space at the ends aside.
+    /// Whether the completion equals the prompt's golden answer, ignoring surrounding white space.
     ExactMatch {
-        /// Its weight.
+        /// Weight in the score.
         weight: f64,
     },
-    /// When the completion ended by itself.
+    /// Whether the completion ended with an end-of-text token.
     Ended {
-        /// Its weight.
+        /// Weight in the score.
         weight: f64,
     },
 }
 
 impl JudgeSettings {
-    /// The kind, as the settings name it.
+    /// The name of the kind in the settings.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -184,5 +184,204 @@ impl JudgeSettings {
             Self::Mistral(_) => "mistral",
             Self::Service { .. } => "service",
         }
+    }
+    pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
+        match self {
+            Self::Gold { cycle } => {
+                checks.require(
+                    matches!(settings.prompts, PromptsSettings::Playground { .. }),
+                    "preference.judge.kind",
+                    "\"gold\" judges the playground's summaries only; use \"rule\" for other prompts",
+                );
+                checks.finite(*cycle, "preference.judge.cycle");
+            }
+            Self::Matrix { matrix } => check_matrix(matrix, settings, checks),
+            Self::Rule { temperature, rules } => {
+                checks.non_negative(*temperature, "preference.judge.temperature");
+                check_rules(rules, settings, checks);
+            }
+            Self::BradleyTerry { .. } | Self::Pairwise { .. } => {}
+            Self::Encoder { path, template } => check_encoder(path, template, checks),
+            Self::Ensemble {
+                members,
+                deviations,
+                ..
+            } => {
+                checks.non_negative(*deviations, "preference.judge.deviations");
+                check_members(members, settings, checks);
+            }
+            Self::Http(endpoints) => endpoints.check(checks),
+            Self::Mistral(model) => model.check(checks),
+            Self::Service { urls, .. } => check_urls(urls, checks),
+        }
+    }
+
+    /// Whether the judge runs in this process and can be a member of an ensemble.
+    fn can_be_member(&self) -> bool {
+        !matches!(
+            self,
+            Self::Ensemble { .. } | Self::Http(_) | Self::Service { .. }
+        )
+    }
+}
+
+fn check_matrix(matrix: &[Vec<f64>], settings: &Settings, checks: &mut Checks) {
+    let path = "preference.judge.matrix";
+    let arms = matrix.len();
+    let probabilities = settings.model.reference_probabilities.as_ref();
+    let expected = probabilities.map_or(arms, Vec::len);
+    checks.require(
+        probabilities.is_some(),
+        path,
+        "a matrix judges a bandit's arms: set prompts.kind = \"bandit\"",
+    );
+    if arms == 0 || arms != expected || matrix.iter().any(|row| row.len() != arms) {
+        let message = format!("it must have {expected} rows of {expected} numbers, one per arm");
+        checks.require(false, path, message);
+        return;
+    }
+    for (i, row) in matrix.iter().enumerate() {
+        for (j, &p) in row.iter().enumerate().skip(i) {
+            checks.require(
+                (0.0..=1.0).contains(&p) && (p + matrix[j][i] - 1.0).abs() < 1e-6,
+                path,
+                format!(
+                    "[{i}][{j}] = {p} and [{j}][{i}] = {} must add up to 1",
+                    matrix[j][i]
+                ),
+            );
+        }
+    }
+}
+
+fn check_rules(rules: &[RuleSettings], settings: &Settings, checks: &mut Checks) {
+    let path = "preference.judge.rules";
+    checks.require(!rules.is_empty(), path, "name at least one rule");
+    let needs_golden = |rule: &RuleSettings| matches!(rule, RuleSettings::ExactMatch { .. });
+    checks.require(
+        !rules.iter().any(needs_golden) || settings.prompts.has_golden(),
+        path,
+        "\"exact-match\" compares with a golden answer: name prompts.golden_column",
+    );
+}
+
+fn check_encoder(path: &ModelSource, template: &str, checks: &mut Checks) {
+    checks.require(
+        !path.is_empty(),
+        "preference.judge.path",
+        "name the folder of the encoder",
+    );
+    checks.require(
+        template.contains("{response}"),
+        "preference.judge.template",
+        "it must contain {response}",
+    );
+}
+
+fn check_members(members: &[JudgeSettings], settings: &Settings, checks: &mut Checks) {
+    let path = "preference.judge.members";
+    checks.require(
+        members.len() >= 2,
+        path,
+        "an ensemble has at least two members",
+    );
+    for member in members {
+        checks.require(
+            member.can_be_member(),
+            path,
+            format!(
+                "{:?} cannot be a member: members run in this process",
+                member.name()
+            ),
+        );
+        member.check(settings, checks);
+    }
+}
+
+fn check_urls(urls: &[String], checks: &mut Checks) {
+    let path = "preference.judge.urls";
+    checks.require(!urls.is_empty(), path, "name at least one URL");
+    for url in urls {
+        checks.require(
+            url.starts_with("http://") || url.starts_with("https://"),
+            path,
+            format!("{url:?} does not begin with http:// or https://"),
+        );
+    }
+}
+
+impl EndpointSettings {
+    fn check(&self, checks: &mut Checks) {
+        check_urls(&self.urls, checks);
+        checks.require(
+            !self.model.is_empty(),
+            "preference.judge.model",
+            "name the model",
+        );
+        checks.at_least(self.concurrency as u64, 1, "preference.judge.concurrency");
+    }
+}
+
+impl LocalChatSettings {
+    fn check(&self, checks: &mut Checks) {
+        checks.require(
+            !self.path.as_os_str().is_empty(),
+            "preference.judge.path",
+            "name a Hugging Face folder or a .gguf file",
+        );
+    }
+}
+
+impl ChatSettings {
+    pub(crate) fn check(&self, checks: &mut Checks) {
+        let path = |key: &str| format!("preference.chat.{key}");
+        checks.at_least(self.max_tokens as u64, 1, &path("max_tokens"));
+        for placeholder in ["{first}", "{second}"] {
+            checks.require(
+                self.template.contains(placeholder),
+                &path("template"),
+                format!("it must contain {placeholder}"),
+            );
+        }
+        let verdicts = [&self.first_verdict, &self.second_verdict, &self.tie_verdict];
+        let distinct = verdicts[0] != verdicts[1] && !verdicts[..2].contains(&verdicts[2]);
+        checks.require(
+            distinct && !verdicts[0].is_empty() && !verdicts[1].is_empty(),
+            &path("first_verdict"),
+            "first_verdict, second_verdict and tie_verdict must differ, and the first two must not be empty",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::checks::tests::{assert_reported, problems};
+
+    #[test]
+    fn contradictions_of_judges_are_reported() {
+        assert_reported(&[
+            (
+                "[preference.judge]\nkind = \"matrix\"\nmatrix = [[0.5]]",
+                "a matrix judges a bandit's arms",
+            ),
+            (
+                "[model]\npath = \"m\"\n[prompts]\nkind = \"dataset\"\npath = \"p\"\n\
+                 [preference.judge]\nkind = \"rule\"\nrules = [{ kind = \"exact-match\", weight = 1 }]",
+                "preference.judge.rules: \"exact-match\" compares with a golden answer",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn a_bandit_needs_a_matrix_of_preference_probabilities() {
+        let bandit = |matrix: &str| {
+            problems(&format!(
+                "[prompts]\nkind = \"bandit\"\n[model]\nreference_probabilities = [0.4, 0.6]\n\
+                 [actor]\nmax_new_tokens = 1\n[preference.judge]\nkind = \"matrix\"\nmatrix = {matrix}"
+            ))
+        };
+        assert_eq!(bandit("[[0.5, 0.7], [0.3, 0.5]]"), Vec::<String>::new());
+        assert!(bandit("[[0.5, 0.7], [0.4, 0.5]]")[0].contains("[0][1] = 0.7 and [1][0] = 0.4"));
+        assert!(bandit("[[0.5]]")[0].contains("2 rows of 2 numbers"));
     }
 }

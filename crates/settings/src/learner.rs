@@ -1,4 +1,4 @@
-//! `[learner]`.
+//! `[learner]`: training of the policy.
 
 use std::fmt;
 
@@ -7,82 +7,87 @@ use serde::{
     de::{Error, Visitor},
 };
 
-/// How the policy learns.
+use crate::{
+    Settings,
+    checks::Checks,
+    ganpo::GanpoSettings,
+    model::DtypeSetting,
+    objective::ObjectiveSettings,
+    optimizer::{LrSchedulerType, OptimizerSettings},
+};
+
+/// Training of the policy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LearnerSettings {
-    /// Optimiser steps of the run.
+    /// Number of optimiser steps.
     pub steps: u64,
-    /// Prompts in a step.
+    /// Prompts per step.
     pub train_batch_size: usize,
-    /// The numbers that products with f32 weights are taken of; sums and the optimiser are f32. Weights in bf16
-    /// (`model.dtype`) are multiplied as they are, whatever this says.
-    pub precision: crate::DtypeSetting,
-    /// Whether a backward pass computes what lies inside the blocks again.
+    /// Precision of matrix products with f32 weights; accumulation and the optimiser use f32. bf16 weights
+    /// (`model.dtype`) are multiplied in bf16 in any case.
+    pub precision: DtypeSetting,
+    /// Whether the backward pass recomputes the activations of the blocks.
     pub gradient_checkpointing: bool,
-    /// Passes that a step is split into, at least.
+    /// Minimum number of passes that a step is split into.
     pub gradient_accumulation_steps: usize,
-    /// The tokens of a pass, prompts and completions, unless a single prompt's are more; 0: any number.
+    /// Maximum number of tokens per pass, prompts and completions, unless a single prompt exceeds it; 0: no limit.
     pub max_tokens_per_pass: usize,
-    /// The learning rate at its height.
+    /// Peak learning rate.
     pub learning_rate: f64,
-    /// How it falls.
+    /// Decay of the learning rate after warm-up.
     pub lr_scheduler_type: LrSchedulerType,
-    /// Share of the steps over which it rises.
+    /// Fraction of the steps spent on linear warm-up.
     pub warmup_ratio: f64,
-    /// The share of it that linear and cosine leave at the end.
+    /// Final learning rate of linear and cosine decay, as a fraction of the peak.
     pub min_lr_ratio: f64,
     /// Decoupled weight decay of matrices; norms, biases and embeddings do not decay.
     pub weight_decay: f64,
-    /// Decay of the gradient's mean.
+    /// Decay rate of the first moment.
     pub adam_beta1: f64,
-    /// Decay of the squared gradient's mean.
+    /// Decay rate of the second moment.
     pub adam_beta2: f64,
-    /// Keeps the division finite.
+    /// Added to the denominator.
     pub adam_epsilon: f64,
-    /// Where the gradient's norm is clipped.
+    /// Maximum gradient norm.
     pub max_grad_norm: MaxGradNorm,
     /// Steps between two publications of weights.
     pub weight_sync_steps: u64,
-    /// The oldest pair that is trained on, in learner steps, inclusive.
+    /// Maximum staleness of a pair that is trained on, in learner steps, inclusive.
     pub max_staleness: u64,
     /// Steps between two checkpoints; 0: only at the end.
     pub save_steps: u64,
-    /// Checkpoints kept.
+    /// Number of checkpoints kept.
     pub save_total_limit: usize,
-    /// What becomes of the judge's p.
+    /// Kind of training labels.
     pub label: LabelKind,
-    /// The share of the labels that is turned round.
+    /// Fraction of the labels that is flipped.
     pub label_flip: f64,
-    /// Labels move this share of the way to ½.
+    /// Label smoothing: the fraction of the distance to ½ that labels are moved.
     pub label_smoothing: f64,
-    /// How token log-probabilities become a completion's.
+    /// Reduction of token log-probabilities to a completion's.
     pub logp_reduction: LogpReduction,
-    /// Non-finite steps in a row before the run goes back to its last checkpoint.
+    /// Consecutive non-finite steps before the run rolls back to its last checkpoint.
     pub rollback_after: u64,
-    /// How long a step waits for its pairs, in seconds.
+    /// Timeout of a step that waits for its pairs, in seconds.
     pub batch_timeout_seconds: u64,
     /// The loss.
     pub objective: ObjectiveSettings,
-    /// What is added to it.
+    /// Adversarial regulariser added to the loss.
     pub ganpo: GanpoSettings,
 }
 
-/// The default clip as a multiple of the objective's slope. At π = ref and certain labels it is the norm of
-/// the gradient of the batch's mean h that is clipped.
-pub const CLIPPED_SLOPES: f64 = 20.0;
-
-/// The norm to which the learner's gradient is clipped.
+/// Maximum norm of the learner's gradient.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum MaxGradNorm {
-    /// `"objective"`: [`ObjectiveSettings::max_grad_norm`], which follows the scale of the loss.
+    /// `"objective"`: [`ObjectiveSettings::max_grad_norm`], which is proportional to the scale of the loss.
     Objective,
-    /// A number.
+    /// A fixed norm.
     Norm(f64),
 }
 
 impl MaxGradNorm {
-    /// How it is written in place of a number.
+    /// The string for [`Self::Objective`].
     const OBJECTIVE: &str = "objective";
 }
 
@@ -97,9 +102,9 @@ impl Serialize for MaxGradNorm {
 
 impl<'de> Deserialize<'de> for MaxGradNorm {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct NumberOrWord;
+        struct NumberOrString;
 
-        impl Visitor<'_> for NumberOrWord {
+        impl Visitor<'_> for NumberOrString {
             type Value = MaxGradNorm;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -118,59 +123,23 @@ impl<'de> Deserialize<'de> for MaxGradNorm {
                 self.visit_f64(norm as f64)
             }
 
-            fn visit_str<E: Error>(self, word: &str) -> Result<MaxGradNorm, E> {
-                match word {
+            fn visit_str<E: Error>(self, text: &str) -> Result<MaxGradNorm, E> {
+                match text {
                     MaxGradNorm::OBJECTIVE => Ok(MaxGradNorm::Objective),
-                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(word), &self)),
+                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(text), &self)),
                 }
             }
         }
 
-        deserializer.deserialize_any(NumberOrWord)
+        deserializer.deserialize_any(NumberOrString)
     }
 }
 
-/// A latent-space regulariser beside the objective.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GanpoSettings {
-    /// Its weight; 0: off.
-    pub lambda: f64,
-    /// The discriminators' width; 0: a quarter of the policy's, within bounds.
-    pub hidden_size: usize,
-    /// Encoder layers of a discriminator.
-    pub layers: usize,
-    /// Heads of a layer.
-    pub heads: usize,
-    /// Tokens of a response that a discriminator reads.
-    pub max_length: usize,
-    /// Of the running means of the discriminators' scores.
-    pub momentum: f64,
-    /// The discriminators' learning rate, as a share of the policy's.
-    pub lr_ratio: f64,
-    /// Steps in which only the discriminators learn.
-    pub warmup_steps: u64,
-    /// Steps after which the discriminators no longer learn; 0: never.
-    pub freeze_after: u64,
-}
-
-/// How the learning rate falls after its warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LrSchedulerType {
-    /// It does not.
-    Constant,
-    /// In a straight line.
-    Linear,
-    /// Along half a cosine.
-    Cosine,
-}
-
-/// What becomes of the judge's p before it is trained on.
+/// Conversion of the judge's p to a training label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LabelKind {
-    /// Nothing.
+    /// p itself.
     Soft,
     /// 1 with probability p, else 0.
     Sampled,
@@ -178,7 +147,7 @@ pub enum LabelKind {
     Hard,
 }
 
-/// How token log-probabilities become a completion's.
+/// Reduction of token log-probabilities to a completion's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogpReduction {
@@ -188,134 +157,121 @@ pub enum LogpReduction {
     Mean,
 }
 
-/// The loss.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum ObjectiveSettings {
-    /// Identity preference optimisation; with `actor.mixture_coef` above 0, IPO-MD.
-    Ipo {
-        /// KL temperature.
-        tau: f64,
-        /// Which of the two forms.
-        scale: IpoScale,
-    },
-    /// Direct preference optimisation.
-    Dpo {
-        /// KL temperature.
-        beta: f64,
-    },
-    /// Sequence likelihood calibration.
-    Slic {
-        /// KL temperature.
-        beta: f64,
-    },
-    /// Regularised preference optimisation.
-    Rpo {
-        /// KL temperature.
-        beta: f64,
-        /// Weight of the golden answer, times `beta`.
-        eta: f64,
-        /// Which of the two forms.
-        nll: RpoNll,
-        /// The weight in the form `mean`.
-        nll_coef: f64,
-    },
-    /// Nash-MD by policy gradient.
-    NashMdPg {
-        /// KL temperature.
-        tau: f64,
-    },
-}
-
-/// The scale of the IPO loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum IpoScale {
-    /// `(h − (p − ½)/τ)²`.
-    Square,
-    /// `τh² − (2p − 1)h`.
-    Scaled,
-}
-
-/// The regulariser of RPO.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RpoNll {
-    /// `η·β` times the summed negative log-probability.
-    Sum,
-    /// `nll_coef` times the token mean.
-    Mean,
-}
-
-impl ObjectiveSettings {
-    /// The largest |dL/dh| of a pair at h = 0, where the policy is its reference: the scale of the loss, and
-    /// so of its gradient.
+impl LearnerSettings {
+    /// Optimiser and learning-rate schedule.
     #[must_use]
-    pub fn slope(&self) -> f64 {
-        match *self {
-            Self::Ipo {
-                tau,
-                scale: IpoScale::Square,
-            } => 1.0 / tau,
-            Self::Ipo {
-                scale: IpoScale::Scaled,
-                ..
-            } => 1.0,
-            Self::Dpo { beta } | Self::Rpo { beta, .. } => beta / 2.0,
-            Self::Slic { beta } => beta,
-            Self::NashMdPg { .. } => 0.5,
+    pub fn optimizer(&self) -> OptimizerSettings {
+        OptimizerSettings {
+            learning_rate: self.learning_rate,
+            lr_scheduler_type: self.lr_scheduler_type,
+            warmup_ratio: self.warmup_ratio,
+            min_lr_ratio: self.min_lr_ratio,
+            weight_decay: self.weight_decay,
+            adam_beta1: self.adam_beta1,
+            adam_beta2: self.adam_beta2,
+            adam_epsilon: self.adam_epsilon,
+            max_grad_norm: match self.max_grad_norm {
+                MaxGradNorm::Norm(norm) => norm,
+                MaxGradNorm::Objective => self.objective.max_grad_norm(),
+            },
         }
     }
 
-    /// Where [`MaxGradNorm::Objective`] clips: [`CLIPPED_SLOPES`] times [`Self::slope`]. It is 1, the field's
-    /// number, for DPO at its default of β = .1, and both scales of IPO are clipped at the same steps.
-    #[must_use]
-    pub fn max_grad_norm(&self) -> f64 {
-        CLIPPED_SLOPES * self.slope()
+    pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
+        self.check_step(settings, checks);
+        self.check_intervals(checks);
     }
 
-    /// The kind, as the settings name it.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Ipo { .. } => "ipo",
-            Self::Dpo { .. } => "dpo",
-            Self::Slic { .. } => "slic",
-            Self::Rpo { .. } => "rpo",
-            Self::NashMdPg { .. } => "nash-md-pg",
+    fn check_step(&self, settings: &Settings, checks: &mut Checks) {
+        checks.at_least(self.train_batch_size as u64, 1, "learner.train_batch_size");
+        checks.at_least(self.steps, 1, "learner.steps");
+        let passes = self.gradient_accumulation_steps;
+        checks.at_least(passes as u64, 1, "learner.gradient_accumulation_steps");
+        checks.require(
+            passes == 0 || self.train_batch_size.is_multiple_of(passes),
+            "learner.gradient_accumulation_steps",
+            format!(
+                "{passes} does not divide learner.train_batch_size = {}",
+                self.train_batch_size
+            ),
+        );
+        self.optimizer().check("learner", checks);
+        if let MaxGradNorm::Norm(norm) = self.max_grad_norm {
+            checks.positive(norm, "learner.max_grad_norm");
         }
+        checks.non_negative(self.weight_decay, "learner.weight_decay");
+        checks.ratio(self.label_flip, "learner.label_flip");
+        checks.require(
+            !self.gradient_checkpointing
+                || settings.model.device == "cpu" && settings.model.lora_rank == 0,
+            "learner.gradient_checkpointing",
+            "it supports full training on the CPU only: set model.device = \"cpu\" and model.lora_rank = 0",
+        );
+        checks.ratio(self.label_smoothing, "learner.label_smoothing");
+    }
+
+    fn check_intervals(&self, checks: &mut Checks) {
+        checks.at_least(self.weight_sync_steps, 1, "learner.weight_sync_steps");
+        checks.at_least(self.rollback_after, 1, "learner.rollback_after");
+        checks.at_least(self.save_total_limit as u64, 1, "learner.save_total_limit");
+        checks.at_least(
+            self.batch_timeout_seconds,
+            1,
+            "learner.batch_timeout_seconds",
+        );
+        checks.require(
+            self.weight_sync_steps <= self.max_staleness.saturating_add(1),
+            "learner.max_staleness",
+            format!(
+                "{} is impossible when weights are published only every {} steps \
+                 (learner.weight_sync_steps): raise it to {} or publish more often",
+                self.max_staleness,
+                self.weight_sync_steps,
+                self.weight_sync_steps.saturating_sub(1)
+            ),
+        );
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checks::tests::assert_reported;
 
     #[derive(Debug, Deserialize, Serialize, PartialEq)]
-    struct Table {
+    struct Clip {
         clip: MaxGradNorm,
     }
 
     #[test]
-    fn a_clip_is_a_number_or_the_objectives() {
-        let read = |text: &str| toml::from_str::<Table>(text).map(|table| table.clip);
+    fn a_clip_is_a_number_or_objective() {
+        let read = |text: &str| toml::from_str::<Clip>(text).map(|table| table.clip);
         assert_eq!(read("clip = 1"), Ok(MaxGradNorm::Norm(1.0)));
         assert_eq!(read("clip = 0.5"), Ok(MaxGradNorm::Norm(0.5)));
         assert_eq!(read("clip = \"objective\""), Ok(MaxGradNorm::Objective));
         let error = read("clip = \"auto\"").unwrap_err().to_string();
         assert!(error.contains("a number, or \"objective\""), "{error}");
         for clip in [MaxGradNorm::Norm(0.25), MaxGradNorm::Objective] {
-            let text = toml::to_string(&Table { clip }).unwrap();
-            assert_eq!(toml::from_str(&text), Ok(Table { clip }), "{text}");
+            let text = toml::to_string(&Clip { clip }).unwrap();
+            assert_eq!(toml::from_str(&text), Ok(Clip { clip }), "{text}");
         }
     }
 
-    /// IPO's square form is its scaled one divided by τ, so the clips are too.
     #[test]
-    fn the_clip_follows_the_scale_of_the_loss() {
-        let ipo = |tau, scale| ObjectiveSettings::Ipo { tau, scale }.max_grad_norm();
-        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} for {b}");
-        close(ipo(0.1, IpoScale::Square), ipo(0.1, IpoScale::Scaled) / 0.1);
-        close(ObjectiveSettings::Dpo { beta: 0.1 }.max_grad_norm(), 1.0);
+    fn contradictions_of_the_learner_are_reported() {
+        assert_reported(&[
+            (
+                "[learner]\nweight_sync_steps = 4\nmax_staleness = 1",
+                "raise it to 3",
+            ),
+            (
+                "[learner]\ntrain_batch_size = 10\ngradient_accumulation_steps = 4",
+                "does not divide",
+            ),
+            (
+                "[learner]\ngradient_checkpointing = true\n[model]\nlora_rank = 4",
+                "model.lora_rank = 0",
+            ),
+        ]);
     }
 }

@@ -1,57 +1,64 @@
-//! The configuration: structs, one commented default file, validation in sentences.
+//! Configuration: typed sections, one commented default file, validation.
 //!
-//! [`resolve`] lays a user's file and the command line's overrides over `configs/default.toml` and
-//! reports every mistake at once, each with its path and, for an unknown key, the nearest valid one.
-//! Nothing reads a file, the environment or a default anywhere else. This crate knows what a setting
-//! may be, not what is done with it.
+//! [`resolve`] merges a user's file and command-line overrides into `configs/default.toml` and reports all mistakes
+//! at once, each with its path and, for an unknown key, the nearest valid one. A section's keys, checks and tests
+//! are in one file. No other crate reads configuration files or has default values. This crate does not know what
+//! the settings are used for.
 
 mod actor;
+mod apo;
+mod checks;
 mod choice;
 mod error;
 mod evaluation;
 mod fit;
+mod ganpo;
 mod judge;
 mod learner;
+mod lora;
 mod model;
+mod objective;
+mod optimizer;
 mod playground;
 mod preference;
 mod prompts;
 mod repair;
 mod resolve;
 mod run;
+mod sft;
 mod source;
-mod validate;
+mod telemetry;
+mod transport;
 
 use serde::{Deserialize, Serialize};
 
 pub use actor::{ActorSettings, EngineSettings, PrecisionSetting};
+pub use apo::{ApoForm, ApoSettings};
 pub use error::{Problem, SettingsError};
-pub use evaluation::{EvaluationSettings, TelemetrySettings};
-pub use fit::{
-    ApoForm, ApoSettings, DatasetPairs, FitSettings, Head, PairsSettings, PlaygroundPairs,
-    PoolingSetting,
-};
+pub use evaluation::EvaluationSettings;
+pub use fit::{DatasetPairs, FitSettings, Head, PairsSettings, PlaygroundPairs, PoolingSetting};
+pub use ganpo::GanpoSettings;
 pub use judge::{
     ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, RuleSettings,
 };
-pub use learner::{
-    CLIPPED_SLOPES, GanpoSettings, IpoScale, LabelKind, LearnerSettings, LogpReduction,
-    LrSchedulerType, MaxGradNorm, ObjectiveSettings, RpoNll,
-};
+pub use learner::{LabelKind, LearnerSettings, LogpReduction, MaxGradNorm};
 pub use model::{DtypeSetting, ModelSettings};
-pub use playground::{PlaygroundSettings, SftSettings};
+pub use objective::{CLIPPED_SLOPES, IpoScale, ObjectiveSettings, RpoNll};
+pub use optimizer::{LrSchedulerType, OptimizerSettings};
+pub use playground::PlaygroundSettings;
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
 pub use prompts::{DatasetPrompts, MixedFile, PlaygroundGolden, PromptsSettings, TooLong};
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
-pub use run::{
-    JetStreamSettings, RunSettings, TopologySettings, TransportSettings, WeightsEncoding,
-};
-pub use source::{HubModel, ModelSource, NotAHubModel};
+pub use run::RunSettings;
+pub use sft::SftSettings;
+pub use source::{HubModel, InvalidHubModel, ModelSource};
+pub use telemetry::TelemetrySettings;
+pub use transport::{JetStreamSettings, TopologySettings, TransportSettings, WeightsEncoding};
 
-/// Everything that can be set. See `configs/default.toml` for what each key means.
+/// All settings. `configs/default.toml` documents every key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "each section's type says what it is")]
+#[expect(missing_docs, reason = "each section's type is documented")]
 pub struct Settings {
     pub run: RunSettings,
     pub transport: TransportSettings,

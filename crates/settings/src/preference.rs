@@ -1,80 +1,129 @@
-//! `[preference]`: the service and its circuit; its judges are in `judge`, its models in `fit`.
+//! `[preference]`: the preference service. Its judges are in `judge`, its reward models in `fit` and `apo`.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ApoSettings, ChatSettings, DtypeSetting, FitSettings, JudgeSettings};
+use crate::{
+    Settings,
+    apo::ApoSettings,
+    checks::Checks,
+    fit::FitSettings,
+    judge::{ChatSettings, JudgeSettings},
+    model::DtypeSetting,
+};
 
-/// How pairs are judged.
+/// Labelling of pairs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PreferenceSettings {
-    /// Judges of the configured kind side by side in this process; a judge of several URLs has one for
-    /// each besides.
+    /// Judge replicas in this process, in addition to one per URL of a remote judge.
     pub replicas: usize,
-    /// The numbers that products with a preference model's weights are taken of while it judges.
+    /// Precision of matrix products of reward models during inference.
     pub precision: DtypeSetting,
-    /// Comparisons judged at once.
+    /// Maximum number of comparisons per batch.
     pub max_batch: usize,
-    /// How long a batch waits for company, in milliseconds.
+    /// Maximum time in milliseconds that an incomplete batch waits for more comparisons.
     pub max_wait_ms: u64,
-    /// Questions that may wait for a judge; who comes later waits at the door or is told to come again.
+    /// Maximum number of queued comparisons. When the queue is full, streams wait and HTTP requests get status 429.
     pub max_queue: usize,
-    /// In how many orders a comparison is asked.
+    /// Orders in which a comparison is judged.
     pub orders: OrdersSetting,
-    /// A p nearer to ½ than this is a tie: ½.
+    /// Probabilities closer to ½ than this are ties: ½.
     pub tie_margin: f64,
-    /// A comparison whose two orders are further apart than this is abstained from; 1: none is.
+    /// Maximum difference between the two orders of a comparison, above which the judge abstains; 1: never.
     pub max_order_gap: f64,
-    /// Verdicts remembered by judge version and content; 0: none.
+    /// Capacity of the verdict cache, whose keys are judge version and content; 0: no cache.
     pub cache_size: usize,
-    /// How long one question to a judge may take, in seconds.
+    /// Timeout of one judge call, in seconds.
     pub timeout_seconds: f64,
-    /// How often a question that failed is asked again.
+    /// Maximum number of retries of a failed call.
     pub max_retries: usize,
-    /// The pause before the first retry in milliseconds, doubled for each one after it, with jitter.
+    /// Delay before the first retry in milliseconds; doubled for each further retry, with jitter.
     pub retry_base_ms: u64,
-    /// Failures in a row after which a replica is left alone for a while.
+    /// Consecutive failures that open a replica's circuit breaker.
     pub circuit_failures: usize,
-    /// How long it is left alone before one question is tried, in seconds.
+    /// Time in seconds after which an open circuit breaker lets one probe through.
     pub circuit_probe_seconds: f64,
-    /// Who judges.
+    /// The judge.
     pub judge: JudgeSettings,
-    /// What a judge that is a chat model is asked.
+    /// Prompt and verdicts of judges that are chat models.
     pub chat: ChatSettings,
     /// The service over HTTP.
     pub http: HttpServiceSettings,
-    /// How preference models are made.
+    /// Training of reward models.
     pub fit: FitSettings,
-    /// The adversarial game.
+    /// Adversarial preference optimisation.
     pub apo: ApoSettings,
 }
 
-/// In how many orders a comparison is asked, unless the judge is antisymmetric by construction: then once.
+/// Orders in which a comparison is judged; judges that are antisymmetric by construction use one order always.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OrdersSetting {
     /// Both in evaluations and over HTTP, one in training.
     Auto,
-    /// As given.
+    /// The given order.
     One,
-    /// Both, and the mean is taken.
+    /// Both; the probabilities are averaged.
     Both,
 }
 
-/// `POST /v1/preferences`, for other trainers.
+/// The HTTP service `POST /v1/preferences`, for other trainers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HttpServiceSettings {
-    /// Where it listens, `host:port`; empty: nowhere.
+    /// Listen address, `host:port`; empty: disabled.
     pub listen: String,
-    /// A file that holds the bearer token clients must show; empty: none is asked for.
+    /// File with the bearer token that clients must send; empty: none.
     pub token_path: PathBuf,
-    /// Comparisons in one request.
+    /// Maximum number of comparisons per request.
     pub max_pairs: usize,
-    /// Bytes in one request.
+    /// Maximum size of a request in bytes.
     pub max_bytes: usize,
-    /// Characters in one prompt or response.
+    /// Maximum number of characters of a prompt or response.
     pub max_characters: usize,
+}
+
+impl PreferenceSettings {
+    pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
+        self.check_service(checks);
+        self.http.check(checks);
+        self.judge.check(settings, checks);
+        self.chat.check(checks);
+        self.fit.check(checks);
+        if self.apo.refresh_steps > 0 {
+            self.apo.check(settings, checks);
+        }
+    }
+
+    fn check_service(&self, checks: &mut Checks) {
+        let path = |key: &str| format!("preference.{key}");
+        checks.at_least(self.replicas as u64, 1, &path("replicas"));
+        checks.at_least(self.max_batch as u64, 1, &path("max_batch"));
+        checks.at_least(self.max_queue as u64, 1, &path("max_queue"));
+        checks.at_least(self.circuit_failures as u64, 1, &path("circuit_failures"));
+        checks.positive(self.timeout_seconds, &path("timeout_seconds"));
+        checks.positive(self.circuit_probe_seconds, &path("circuit_probe_seconds"));
+        checks.require(
+            (0.0..0.5).contains(&self.tie_margin),
+            &path("tie_margin"),
+            format!("{} must be from 0 to below 1/2", self.tie_margin),
+        );
+        checks.ratio(self.max_order_gap, &path("max_order_gap"));
+    }
+}
+
+impl HttpServiceSettings {
+    fn check(&self, checks: &mut Checks) {
+        let path = |key: &str| format!("preference.http.{key}");
+        checks.at_least(self.max_pairs as u64, 1, &path("max_pairs"));
+        checks.at_least(self.max_bytes as u64, 1, &path("max_bytes"));
+        checks.at_least(self.max_characters as u64, 1, &path("max_characters"));
+        checks.require(
+            self.listen.is_empty() || self.listen.contains(':'),
+            &path("listen"),
+            format!("{:?} is not host:port", self.listen),
+        );
+    }
 }

@@ -1,31 +1,33 @@
-//! `[prompts]`.
+//! `[prompts]`: sources of prompts.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Where prompts come from.
+use crate::{Settings, checks::Checks, fit::PairsSettings};
+
+/// Source of prompts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum PromptsSettings {
-    /// Posts of the synthetic summarisation world, a fresh one for every prompt.
+    /// Generated posts of the synthetic summarisation task, a new one for every prompt.
     Playground {
-        /// What is held up as the answer to a post, for `rpo` and for the adversarial game.
+        /// Golden answer of a post, for `rpo` and for adversarial preference optimisation.
         golden: PlaygroundGolden,
     },
-    /// The one prompt of a bandit.
+    /// The single prompt of a bandit.
     Bandit {},
     /// Files of prompts.
     Dataset(DatasetPrompts),
 }
 
-/// What is held up as the answer to a post.
+/// Golden answer of a post.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PlaygroundGolden {
     /// The golden summary.
     Summary,
-    /// The annotated pairs' chosen one; the posts are then those of `[preference.fit.pairs]`.
+    /// The chosen answer of the annotated pairs; the posts are then those of `[preference.fit.pairs]`.
     Chosen,
 }
 
@@ -33,35 +35,35 @@ pub enum PlaygroundGolden {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetPrompts {
-    /// A file, a folder of shards or a glob; empty: those of `mix`.
+    /// A file, a folder of shards or a glob; empty: the files of `mix`.
     pub path: PathBuf,
-    /// Several files, each as often as it weighs.
+    /// Several files, sampled in proportion to their weights.
     pub mix: Vec<MixedFile>,
-    /// The column that holds the prompt, as text or as messages.
+    /// Column of the prompt, as text or as messages.
     pub prompt_column: String,
-    /// The column with the golden answer; empty: none.
+    /// Column of the golden answer; empty: none.
     pub golden_column: String,
-    /// The prompts of evaluations; empty: the last `held_out` distinct prompts.
+    /// Prompts of evaluations; empty: the last `held_out` distinct prompts.
     pub held_out_path: PathBuf,
-    /// How many distinct prompts are held out when `held_out_path` is empty: of several files, of each its share.
+    /// Number of distinct held-out prompts when `held_out_path` is empty, in proportion to the weights of several files.
     pub held_out: usize,
-    /// Whether every epoch has an order of its own.
+    /// Whether every epoch is shuffled.
     pub shuffle: bool,
-    /// Whether a prompt that came before is left out.
+    /// Whether duplicate prompts are removed.
     pub deduplicate: bool,
-    /// Prompts of fewer tokens are left out.
+    /// Minimum length of a prompt in tokens; shorter ones are removed.
     pub min_length: usize,
-    /// What becomes of a prompt of more than `actor.max_prompt_length` tokens.
+    /// Handling of prompts of more than `actor.max_prompt_length` tokens.
     pub too_long: TooLong,
 }
 
-/// A file among several.
+/// One file of a mix.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MixedFile {
     /// A file, a folder of shards or a glob.
     pub path: PathBuf,
-    /// How often its prompts are asked, against the other files' weights.
+    /// Sampling weight relative to the other files.
     #[serde(default = "one")]
     pub weight: f64,
 }
@@ -70,13 +72,13 @@ fn one() -> f64 {
     1.0
 }
 
-/// What becomes of a prompt that is too long.
+/// Handling of prompts that are too long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TooLong {
-    /// It is an error.
+    /// An error.
     Refuse,
-    /// It is left out and counted.
+    /// Removed and counted.
     Drop,
 }
 
@@ -92,15 +94,58 @@ impl DatasetPrompts {
             weight: one(),
         }]
     }
+
+    fn check(&self, settings: &Settings, checks: &mut Checks) {
+        checks.require(
+            self.path.as_os_str().is_empty() != self.mix.is_empty(),
+            "prompts.path",
+            "name the file of prompts, or several in prompts.mix, not both",
+        );
+        for file in &self.mix {
+            checks.positive(file.weight, "prompts.mix");
+        }
+        checks.require(
+            settings.model.path.is_some(),
+            "model.path",
+            "prompts.kind = \"dataset\" needs a model: name a Hugging Face folder, or hf:ORG/NAME",
+        );
+    }
 }
 
 impl PromptsSettings {
-    /// Whether every prompt comes with a golden answer.
+    /// Whether every prompt has a golden answer.
     pub(crate) fn has_golden(&self) -> bool {
         match self {
             Self::Playground { .. } => true,
             Self::Bandit {} => false,
             Self::Dataset(dataset) => !dataset.golden_column.is_empty(),
         }
+    }
+
+    pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
+        match self {
+            Self::Playground { golden } => checks.require(
+                *golden != PlaygroundGolden::Chosen
+                    || matches!(settings.preference.fit.pairs, PairsSettings::Playground(_)),
+                "prompts.golden",
+                "\"chosen\" refers to the playground's annotated pairs: set preference.fit.pairs.kind = \"playground\"",
+            ),
+            Self::Bandit {} => checks.require(
+                settings.actor.max_new_tokens == 1,
+                "actor.max_new_tokens",
+                "a bandit's completion is one arm: set it to 1",
+            ),
+            Self::Dataset(dataset) => dataset.check(settings, checks),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::checks::tests::assert_reported;
+
+    #[test]
+    fn a_dataset_needs_a_model() {
+        assert_reported(&[("[prompts]\nkind = \"dataset\"\npath = \"x\"", "model.path")]);
     }
 }

@@ -1,17 +1,17 @@
-//! Finding every mistake, not only the first: read, note what is wrong, mend that one place with what
-//! the default file says there, and read again.
+//! Reports all mistakes of a configuration at once: deserialise, record the error, replace the faulty value with
+//! its default, and repeat.
 
 use toml::{Table, Value};
 
-use crate::{Problem, Settings};
+use crate::{Settings, error::Problem};
 
-/// More mistakes than this are not one configuration's.
-const MOST_MISTAKES: usize = 100;
+/// Maximum number of mistakes reported.
+const MAX_MISTAKES: usize = 100;
 
-/// The settings that `table` holds, or every mistake in it. `defaults` is a table without mistakes.
+/// Deserialises `table`, or returns all its mistakes. `defaults` is a table without mistakes.
 pub(crate) fn read(mut table: Table, defaults: &Table) -> Result<Settings, Vec<Problem>> {
     let mut problems = Vec::new();
-    while problems.len() < MOST_MISTAKES {
+    while problems.len() < MAX_MISTAKES {
         let error = match serde_path_to_error::deserialize(Value::Table(table.clone())) {
             Ok(settings) if problems.is_empty() => return Ok(settings),
             Ok(_) => return Err(problems),
@@ -24,14 +24,14 @@ pub(crate) fn read(mut table: Table, defaults: &Table) -> Result<Settings, Vec<P
             return Err(problems);
         };
         problems.push(problem);
-        if !mend(&mut table, defaults, &key) {
+        if !repair(&mut table, defaults, &key) {
             return Err(problems);
         }
     }
     Err(problems)
 }
 
-/// The mistake in words, and the dotted key to mend.
+/// The problem of a deserialisation error, and the dotted key to replace.
 fn explain(path: &str, reason: &str) -> Option<(Problem, String)> {
     if let Some(rest) = reason.strip_prefix("unknown field `") {
         let (field, valid) = rest.split_once('`')?;
@@ -67,7 +67,7 @@ fn explain(path: &str, reason: &str) -> Option<(Problem, String)> {
 
 fn unknown_key(parent: &str, field: &str, valid: &[&str]) -> String {
     let listed = valid.join(", ");
-    let place = if parent.is_empty() {
+    let section = if parent.is_empty() {
         "the file"
     } else {
         parent
@@ -76,22 +76,24 @@ fn unknown_key(parent: &str, field: &str, valid: &[&str]) -> String {
         Some(candidate) => {
             format!("unknown key; did you mean `{candidate}`?")
         }
-        None if listed.is_empty() => format!("unknown key; {place} knows no further keys"),
-        None => format!("unknown key; {place} knows {listed}"),
+        None if listed.is_empty() => format!("unknown key; {section} has no further keys"),
+        None => format!("unknown key; the keys of {section} are {listed}"),
     }
 }
 
-fn nearest<'a>(word: &str, valid: &[&'a str]) -> Option<&'a str> {
+/// The valid name with the smallest edit distance, if it is similar enough.
+fn nearest<'a>(name: &str, valid: &[&'a str]) -> Option<&'a str> {
     valid
         .iter()
-        .map(|candidate| (strsim::damerau_levenshtein(word, candidate), *candidate))
+        .map(|candidate| (strsim::damerau_levenshtein(name, candidate), *candidate))
         .min()
-        .filter(|(distance, candidate)| *distance <= candidate.len().max(word.len()) / 2)
+        .filter(|(distance, candidate)| *distance <= candidate.len().max(name.len()) / 2)
         .map(|(_, candidate)| candidate)
 }
 
-/// Puts the default in the place of `key`, or takes the key away where there is none.
-fn mend(table: &mut Table, defaults: &Table, key: &str) -> bool {
+/// Replaces the value of `key` with its default, or removes the key if there is none. Returns whether the table
+/// changed.
+fn repair(table: &mut Table, defaults: &Table, key: &str) -> bool {
     let (first, rest) = key.split_once('.').unwrap_or((key, ""));
     let (first, in_array) = first
         .split_once('[')
@@ -106,9 +108,9 @@ fn mend(table: &mut Table, defaults: &Table, key: &str) -> bool {
     }
     match (table.get_mut(first), default.and_then(Value::as_table)) {
         (Some(Value::Table(below)), Some(defaults)) => {
-            mend(below, defaults, rest) || replace(table, first, default)
+            repair(below, defaults, rest) || replace(table, first, default)
         }
-        (Some(Value::Table(below)), None) => mend(below, &Table::new(), rest),
+        (Some(Value::Table(below)), None) => repair(below, &Table::new(), rest),
         _ => false,
     }
 }

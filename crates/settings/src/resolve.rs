@@ -1,35 +1,35 @@
-//! From a file and the command line's overrides to settings without mistakes.
+//! Resolution of a configuration file and command-line overrides to valid settings.
 
 use std::path::Path;
 
 use toml::{Table, Value};
 
-use crate::{Settings, SettingsError, choice, repair, validate};
+use crate::{Settings, checks, choice, error::SettingsError, repair};
 
-/// The commented default file: every key, its default and its meaning.
+/// The commented default file: all keys with their defaults and meanings.
 pub const DEFAULT_TOML: &str = include_str!("../../../configs/default.toml");
 
-/// One `--set key=value`.
+/// One override, `--set key=value`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Override {
     key: String,
     value: Value,
 }
 
-/// Settings, and the same as the TOML text that goes into the run directory.
+/// Resolved settings, also as the TOML text for the run directory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolved {
     /// The settings.
     pub settings: Settings,
-    /// All of them as TOML: a file that resolves to the same settings.
+    /// All settings as TOML, which resolves to the same settings.
     pub toml: String,
 }
 
 impl std::str::FromStr for Override {
     type Err = SettingsError;
 
-    /// Reads `dotted.key=VALUE`, VALUE being TOML. A plain word that is not TOML is taken as a string,
-    /// so that a shell's quotes need no quoting.
+    /// Parses `dotted.key=VALUE` with a TOML value. An unquoted string of letters, digits and a few symbols is accepted
+    /// as a string, so that no quotes need escaping in a shell.
     fn from_str(text: &str) -> Result<Self, SettingsError> {
         let not_an_override = || SettingsError::NotAnOverride {
             text: text.to_owned(),
@@ -44,7 +44,7 @@ impl std::str::FromStr for Override {
                 table.remove("value").ok_or_else(not_an_override)?
             }
             Ok(_) => return Err(not_an_override()),
-            Err(_) if is_plain_word(value) => Value::String(value.to_owned()),
+            Err(_) if is_bare_string(value) => Value::String(value.to_owned()),
             Err(error) => {
                 return Err(SettingsError::NotToml {
                     origin: format!("the value of --set {key}"),
@@ -56,7 +56,7 @@ impl std::str::FromStr for Override {
     }
 }
 
-fn is_plain_word(text: &str) -> bool {
+fn is_bare_string(text: &str) -> bool {
     !text.is_empty()
         && text
             .chars()
@@ -66,7 +66,7 @@ fn is_plain_word(text: &str) -> bool {
 /// Reads the file at `path` and resolves it.
 ///
 /// # Errors
-/// When the file cannot be read or holds mistakes; all of them are named.
+/// When the file cannot be read or has mistakes; all of them are reported.
 pub fn resolve_file(path: &Path, overrides: &[Override]) -> Result<Resolved, SettingsError> {
     let text = std::fs::read_to_string(path).map_err(|source| SettingsError::Unreadable {
         path: path.to_owned(),
@@ -75,10 +75,10 @@ pub fn resolve_file(path: &Path, overrides: &[Override]) -> Result<Resolved, Set
     resolve(&text, &path.display().to_string(), overrides)
 }
 
-/// Lays `overrides` over `text` over the defaults. `origin` names the text in errors.
+/// Merges the defaults, `text` and `overrides`, later ones taking precedence. `origin` names the text in errors.
 ///
 /// # Errors
-/// When the text is not TOML or holds mistakes; all of them are named.
+/// When the text is not TOML or has mistakes; all of them are reported.
 pub fn resolve(
     text: &str,
     origin: &str,
@@ -87,16 +87,16 @@ pub fn resolve(
     let user = parse(text, origin)?;
     let mut table = parse(DEFAULT_TOML, "the default file")?;
     let mut defaults = table.clone();
-    choice::fill_in(&mut defaults);
-    choice::lay_over(&mut table, user);
-    choice::lay_over(&mut table, nested(overrides));
-    choice::fill_in(&mut table);
+    choice::apply_defaults(&mut defaults);
+    choice::merge(&mut table, user);
+    choice::merge(&mut table, nested(overrides));
+    choice::apply_defaults(&mut table);
     let problems = |problems| SettingsError::Problems {
         origin: origin.to_owned(),
         problems,
     };
     let settings = repair::read(table, &defaults).map_err(problems)?;
-    let contradictions = validate::contradictions(&settings);
+    let contradictions = checks::contradictions(&settings);
     if !contradictions.is_empty() {
         return Err(problems(contradictions));
     }
@@ -115,7 +115,7 @@ fn parse(text: &str, origin: &str) -> Result<Table, SettingsError> {
         })
 }
 
-/// All overrides as one table, later ones winning.
+/// All overrides as one nested table; later ones take precedence.
 fn nested(overrides: &[Override]) -> Table {
     let mut root = Table::new();
     for Override { key, value } in overrides {
@@ -131,7 +131,7 @@ fn nested(overrides: &[Override]) -> Table {
             }
             table = below
                 .as_table_mut()
-                .expect("it was made a table on the line above");
+                .expect("it was replaced by a table above");
         }
         table.insert(last.to_owned(), value.clone());
     }
@@ -141,7 +141,7 @@ fn nested(overrides: &[Override]) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{JudgeSettings, ObjectiveSettings};
+    use crate::{judge::JudgeSettings, objective::ObjectiveSettings};
 
     fn overrides(texts: &[&str]) -> Vec<Override> {
         texts
@@ -150,26 +150,27 @@ mod tests {
             .collect()
     }
 
-    fn refusal(text: &str, sets: &[&str]) -> String {
+    fn error_of(text: &str, sets: &[&str]) -> String {
         resolve(text, "test.toml", &overrides(sets))
             .expect_err(text)
             .to_string()
     }
 
     #[test]
-    fn the_default_file_alone_resolves_and_what_it_resolves_to_resolves_to_itself() {
-        let first = resolve("", "nothing", &[]).expect("the defaults hold");
+    fn the_defaults_resolve_and_resolution_is_idempotent() {
+        let first = resolve("", "nothing", &[]).expect("the defaults are valid");
         let second = resolve(&first.toml, "config.toml", &[]).expect("the resolved file resolves");
         assert_eq!(first, second);
         assert_eq!(
-            resolve(DEFAULT_TOML, "default.toml", &[]).expect("it is a template too"),
+            resolve(DEFAULT_TOML, "default.toml", &[])
+                .expect("the default file is a valid configuration"),
             first
         );
     }
 
     #[test]
-    fn every_mistake_is_reported_at_once_with_its_path_and_the_nearest_key() {
-        let message = refusal(
+    fn all_mistakes_are_reported_with_their_path_and_the_nearest_key() {
+        let message = error_of(
             "[learner]\nlearning_rat = 1e-4\nsteps = \"many\"\n[actor]\ntemprature = 1.0\n\
              [learner.objective]\nkind = \"dpo\"\ntau = 0.1\n[preference.judge]\nkind = \"golden\"\n[nonsense]\na = 1",
             &[],
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_kind_brings_its_own_defaults_and_drops_the_old_keys() {
+    fn changing_a_kind_brings_its_defaults_and_removes_the_previous_keys() {
         let file = "[learner.objective]\nkind = \"ipo\"\ntau = 0.05";
         let of = |sets: &[&str]| {
             resolve(file, "f", &overrides(sets))
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn overrides_are_toml_or_plain_words() {
+    fn overrides_are_toml_or_bare_strings() {
         let sets = [
             "run.name=trial-7",
             "telemetry.listen=127.0.0.1:9464",
@@ -239,8 +240,8 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_toml_is_refused_with_the_line() {
-        let message = refusal("[run]\nname = \n", &[]);
+    fn a_file_that_is_not_toml_is_reported_with_the_line() {
+        let message = error_of("[run]\nname = \n", &[]);
         assert!(
             message.contains("test.toml is not TOML") && message.contains("line 2"),
             "{message}"

@@ -1,91 +1,68 @@
-//! `[run]`, `[transport]` and `[topology]`.
+//! `[run]`: name, output directory and seed.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Which run this is.
+use crate::checks::Checks;
+
+/// Identity of the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunSettings {
-    /// Names the run directory, and the run on a server that several share.
+    /// Name of the run directory, and of the run on a shared NATS server.
     pub name: String,
-    /// Where run directories lie.
+    /// Parent of run directories.
     pub output_dir: PathBuf,
-    /// Every random stream of the run derives from it.
+    /// Seed from which all random streams of the run derive.
     pub seed: u64,
 }
 
-/// How the roles meet.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum TransportSettings {
-    /// In one process, through bounded queues.
-    Memory {},
-    /// In many, over NATS JetStream.
-    Jetstream(Box<JetStreamSettings>),
+impl RunSettings {
+    /// Checks that the name is a single path component, so that the run directory is inside `run.output_dir`.
+    pub(crate) fn check_folder_name(&self, checks: &mut Checks) {
+        let name = self.name.as_str();
+        let is_forbidden = |c: char| c == '/' || c == '\\' || c.is_control();
+        let is_component = !name.trim().is_empty() && ![".", ".."].contains(&name);
+        checks.require(
+            is_component && !name.contains(is_forbidden),
+            "run.name",
+            format!(
+                "{name:?} must be the name of one folder in run.output_dir, without / and \\ and control characters: \
+                 set run.output_dir to choose its parent"
+            ),
+        );
+    }
+
+    /// Checks that the name is valid in NATS subjects and bucket names.
+    pub(crate) fn check_nats_name(&self, checks: &mut Checks) {
+        let name = self.name.as_str();
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        checks.require(
+            !name.is_empty() && name.chars().all(is_allowed),
+            "run.name",
+            format!(
+                "{name:?} must consist of letters, digits, - and _: it is part of the names of streams on the server"
+            ),
+        );
+    }
 }
 
-/// A NATS server and how to use it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct JetStreamSettings {
-    /// Where it is; several of one cluster, separated by commas. Empty: `server` is started.
-    pub url: String,
-    /// The nats-server that `agon train` starts when there is no `url`.
-    pub server: String,
-    /// A file with `user:password`; empty: none.
-    pub password_path: PathBuf,
-    /// A file with a token; empty: none.
-    pub token_path: PathBuf,
-    /// A file with an nkey's seed; empty: none.
-    pub nkey_path: PathBuf,
-    /// A credentials file; empty: none.
-    pub credentials_path: PathBuf,
-    /// Whether the connection must be encrypted.
-    pub tls: bool,
-    /// A certificate authority beside the system's; empty: none.
-    pub ca_path: PathBuf,
-    /// The client's certificate; empty: none.
-    pub certificate_path: PathBuf,
-    /// The key of the client's certificate; empty: none.
-    pub key_path: PathBuf,
-    /// Copies of every stream in a cluster of servers.
-    pub replicas: usize,
-    /// Seconds without a sign of life after which what a process holds is given to others.
-    pub lease_seconds: u64,
-    /// How often a message is delivered before it is given up.
-    pub max_deliveries: u32,
-    /// Seconds without an answer from the server after which a process gives up.
-    pub timeout_seconds: u64,
-    /// How weights travel.
-    pub weights: WeightsEncoding,
-    /// Every so many publications whole weights follow, with `weights = "delta"`.
-    pub full_every: u64,
-    /// The number format of weights on their way.
-    pub weights_dtype: crate::DtypeSetting,
-}
+#[cfg(test)]
+mod tests {
+    use crate::checks::tests::problems;
 
-/// How weights travel from the learner to the actors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum WeightsEncoding {
-    /// Whole.
-    Full,
-    /// What changed since the last whole ones, compressed.
-    Delta,
-}
-
-/// The processes that `agon train` starts and watches where the roles meet over JetStream.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TopologySettings {
-    /// Actor processes.
-    pub actors: usize,
-    /// Preference processes.
-    pub preference: usize,
-    /// Restarts of one process within `restart_seconds` after which the run ends.
-    pub max_restarts: usize,
-    /// The span of time in which restarts are counted.
-    pub restart_seconds: u64,
+    #[test]
+    fn a_run_name_is_a_single_path_component() {
+        for name in [
+            "", " ", ".", "..", "a/b", "../a", "/a", "a\\b", "a\tb", "a\nb",
+        ] {
+            let problems = problems(&format!("[run]\nname = {name:?}"));
+            assert!(problems[0].contains("run.name: "), "{name:?}: {problems:?}");
+        }
+        for name in ["trial-7", "a.b", "Lauf 3", "…"] {
+            let problems = problems(&format!("[run]\nname = {name:?}"));
+            assert_eq!(problems, Vec::<String>::new(), "{name:?}");
+        }
+    }
 }

@@ -1,39 +1,39 @@
-//! Where a model comes from.
+//! Source of a model: a folder or the Hugging Face hub.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// What a model of the hub is written with.
-const HUB: &str = "hf:";
+/// Prefix of a model on the hub.
+const HUB_PREFIX: &str = "hf:";
 
-/// Where a model comes from: a folder, or the Hugging Face hub, written `hf:ORG/NAME@REVISION`.
+/// Source of a model: a folder, or the Hugging Face hub as `hf:ORG/NAME@REVISION`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ModelSource {
-    /// A Hugging Face folder. The empty path stands for none, where a setting allows it.
+    /// A Hugging Face folder. Some settings allow the empty path, which means none.
     Folder(PathBuf),
-    /// A model of the hub.
+    /// A model on the hub.
     Hub(HubModel),
 }
 
-/// A model of the hub. Its parts are names of the hub, and safe as parts of a path.
+/// A model on the Hugging Face hub. Its parts are valid hub names, which are safe as path components.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubModel {
     repository: String,
     revision: String,
 }
 
-/// A text that begins as a model of the hub and is none.
+/// Error of parsing a model on the hub.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error(
     "{0:?} is not hf:ORG/NAME or hf:ORG/NAME@REVISION, the revision being a branch, a tag or a commit"
 )]
-pub struct NotAHubModel(String);
+pub struct InvalidHubModel(String);
 
 impl ModelSource {
-    /// Whether it names nothing.
+    /// Whether it is the empty path.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         matches!(self, Self::Folder(path) if path.as_os_str().is_empty())
@@ -41,13 +41,13 @@ impl ModelSource {
 }
 
 impl HubModel {
-    /// Its repository, `ORG/NAME`.
+    /// Repository, `ORG/NAME`.
     #[must_use]
     pub fn repository(&self) -> &str {
         &self.repository
     }
 
-    /// The branch, tag or commit; `main` where none was written.
+    /// Branch, tag or commit; default `main`.
     #[must_use]
     pub fn revision(&self) -> &str {
         &self.revision
@@ -55,18 +55,18 @@ impl HubModel {
 }
 
 impl FromStr for ModelSource {
-    type Err = NotAHubModel;
+    type Err = InvalidHubModel;
 
-    fn from_str(text: &str) -> Result<Self, NotAHubModel> {
-        let Some(named) = text.strip_prefix(HUB) else {
+    fn from_str(text: &str) -> Result<Self, InvalidHubModel> {
+        let Some(name) = text.strip_prefix(HUB_PREFIX) else {
             return Ok(Self::Folder(text.into()));
         };
-        let (repository, revision) = named.split_once('@').unwrap_or((named, "main"));
+        let (repository, revision) = name.split_once('@').unwrap_or((name, "main"));
         let is_repository = repository
             .split_once('/')
             .is_some_and(|(org, name)| is_name(org) && is_name(name));
         if !is_repository || !revision.split('/').all(is_name) {
-            return Err(NotAHubModel(text.to_owned()));
+            return Err(InvalidHubModel(text.to_owned()));
         }
         Ok(Self::Hub(HubModel {
             repository: repository.to_owned(),
@@ -75,16 +75,16 @@ impl FromStr for ModelSource {
     }
 }
 
-/// Whether it is a name of the hub. None begins with a dot, so none leads out of a folder.
+/// Whether it is a valid hub name. Names do not begin with a dot, which prevents path traversal.
 fn is_name(text: &str) -> bool {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    !text.is_empty() && !text.starts_with('.') && text.chars().all(plain)
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !text.is_empty() && !text.starts_with('.') && text.chars().all(is_allowed)
 }
 
 impl TryFrom<String> for ModelSource {
-    type Error = NotAHubModel;
+    type Error = InvalidHubModel;
 
-    fn try_from(text: String) -> Result<Self, NotAHubModel> {
+    fn try_from(text: String) -> Result<Self, InvalidHubModel> {
         text.parse()
     }
 }
@@ -106,17 +106,17 @@ impl fmt::Display for ModelSource {
 
 impl fmt::Display for HubModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{HUB}{}@{}", self.repository, self.revision)
+        write!(f, "{HUB_PREFIX}{}@{}", self.repository, self.revision)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::resolve;
+    use crate::resolve::resolve;
 
     #[test]
-    fn a_folder_is_a_folder_and_a_hub_model_has_a_revision() {
+    fn sources_are_parsed_and_displayed() {
         let cases = [
             ("models/base", "models/base"),
             ("./hf:odd", "./hf:odd"),
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_of_the_hub_is_refused_with_its_key() {
+    fn invalid_hub_names_are_reported_with_their_key() {
         for text in [
             "hf:",
             "hf:name",

@@ -1,6 +1,6 @@
-//! What this process runs on, for `agon doctor` and for reports.
+//! Hardware and operating system of this process, for `agon doctor` and for reports.
 //!
-//! Everything is read from the operating system; what it does not tell is absent and never guessed.
+//! Every value is read from the operating system; a value that it does not provide is absent, never guessed.
 
 use std::fmt;
 use std::fs;
@@ -9,35 +9,35 @@ use std::thread;
 
 use serde::Serialize;
 
-/// What the operating system tells of the machine.
+/// Description of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Machine {
-    /// The cores this process may use.
+    /// Number of cores available to this process.
     pub cores: usize,
-    /// The memory this process may use, in bytes: the machine's, or less where a container says so.
+    /// Memory available to this process, in bytes: the machine's, or the cgroup limit where that is lower.
     pub memory_bytes: Option<u64>,
-    /// The system's name and version, as far as known, and its architecture.
+    /// Name and version of the operating system, as far as known, and the architecture.
     pub operating_system: String,
-    /// The processor's name.
+    /// Model name of the processor.
     pub cpu_model: Option<String>,
-    /// The processor's extensions that matter for matrix products.
+    /// SIMD extensions of the processor that matter for matrix products.
     pub cpu_features: Vec<&'static str>,
 }
 
-/// The largest resident memory this process has had, in bytes; Linux only.
+/// Peak resident set size of this process, in bytes; Linux only.
 #[must_use]
 pub fn peak_memory_bytes() -> Option<u64> {
     kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM")
 }
 
-/// What is free on the disk that holds `path`, in bytes, to those who are not its administrator.
+/// Free space on the file system of `path`, in bytes, as available to unprivileged users.
 #[must_use]
 pub fn free_bytes(path: &Path) -> Option<u64> {
     let disk = rustix::fs::statvfs(path).ok()?;
     disk.f_bavail.checked_mul(disk.f_frsize)
 }
 
-/// Asks the operating system what this machine is.
+/// Queries the operating system for the description of this machine.
 #[must_use]
 pub fn describe_machine() -> Machine {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
@@ -53,7 +53,7 @@ pub fn describe_machine() -> Machine {
     }
 }
 
-/// The value of the first `key` in lines of `key : value`.
+/// The value of the first line `key : value` with this key.
 fn field<'a>(text: &'a str, key: &str, separator: char) -> Option<&'a str> {
     let mut fields = text.lines().filter_map(|line| line.split_once(separator));
     fields
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read_in_kibibytes_and_nothing_is_guessed() {
+    fn sizes_are_parsed_in_kibibytes() {
         let status = "Name:\tagon\nVmPeak:\t  99 kB\nVmHWM:\t    1536 kB\nVmRSS:\t  12 kB\n";
         let cases = [
             (status, Some(1536 * 1024)),
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_what_the_container_allows_of_the_machine() {
+    fn memory_is_the_minimum_of_machine_and_cgroup_limit() {
         let meminfo = "MemTotal:       4096 kB\nMemFree:  1 kB\n";
         let cases = [
             (meminfo, "", Some(4_194_304)),
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn the_system_has_a_name_even_where_it_has_no_files() {
+    fn the_operating_system_is_named_even_without_release_files() {
         let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
         let release = "NAME=\"Debian\"\nPRETTY_NAME=\"Debian 12\"\n";
         let cases = [
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_is_described_for_people() {
+    fn a_machine_is_displayed_as_a_table() {
         let machine = Machine {
             cores: 2,
             memory_bytes: Some(3 << 29),
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_has_room_and_no_disk_has_none() {
+    fn free_space_of_a_missing_path_is_none() {
         let directory = tempfile::tempdir().unwrap();
         assert!(free_bytes(directory.path()).unwrap() > 4096);
         assert_eq!(free_bytes(&directory.path().join("none")), None);
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn linux_tells_what_this_process_uses() {
+    fn linux_reports_memory_and_cores() {
         let machine = describe_machine();
         let peak = peak_memory_bytes().unwrap();
         assert!(peak > 100 * 1024, "{peak} bytes are too few for a process");

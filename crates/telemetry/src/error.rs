@@ -1,4 +1,4 @@
-//! What can go wrong here, by what the caller can do about it.
+//! Errors of telemetry, one variant per remedy.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,27 +6,26 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// Why telemetry could not do what it was asked. Every message reads after "failed to"; the cause,
-/// where there is one, is the error's source.
+/// A telemetry error. Every message reads after "failed to"; the cause, if any, is the error's source.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The directory of a new run holds a run already.
+    /// The directory of a new run already contains a run.
     #[error(
-        "create a run in {}: it already holds one; continue it with `--resume`, or choose another `run.name` or `--run-dir`",
+        "create a run in {}: it already contains one; continue it with `--resume`, or choose another `run.name` or `--run-dir`",
         directory.display()
     )]
     RunExists {
         /// The directory.
         directory: PathBuf,
     },
-    /// The directory of a run to resume holds none.
-    #[error("resume the run in {}: it holds no config.toml; leave out `--resume` to start a run there", directory.display())]
+    /// The directory of a run to resume contains no run.
+    #[error("resume the run in {}: it contains no config.toml; leave out `--resume` to start a run there", directory.display())]
     RunMissing {
         /// The directory.
         directory: PathBuf,
     },
-    /// Another process holds the run.
+    /// Another process has locked the run.
     #[error(
         "lock the run in {}: it is in use by another process ({holder}); stop that one, or choose another `run.name` or `--run-dir`",
         directory.display()
@@ -34,106 +33,106 @@ pub enum Error {
     RunInUse {
         /// The directory.
         directory: PathBuf,
-        /// What the lock file says of the holder: `pid N`, or that it says nothing.
+        /// The lock's holder: `pid N`, or that the process id is unknown.
         holder: String,
     },
-    /// The directory of a run to look at holds none.
-    #[error("look at the run in {}: it holds neither config.toml nor metrics.jsonl; name a run directory, such as runs/quickstart", directory.display())]
+    /// The directory of a run to view contains no run.
+    #[error("open the run in {}: it contains neither config.toml nor metrics.jsonl; name a run directory, such as runs/quickstart", directory.display())]
     NoRun {
         /// The directory.
         directory: PathBuf,
     },
-    /// The settings of a run are not TOML.
+    /// The configuration file of a run is not valid TOML.
     #[error("read {}: it is not the configuration of a run", path.display())]
     Settings {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The parser's error.
         source: Box<toml::de::Error>,
     },
-    /// The page's address is taken or is not this machine's.
+    /// The page's address is in use or does not belong to this machine.
     #[error(
-        "serve the page on {address}: set `telemetry.page` (or `--listen`) to a free address of this machine (port 0 picks a free port), or stop what holds this one"
+        "serve the page on {address}: set `telemetry.page` (or `--listen`) to a free address of this machine (port 0 picks a free port), or stop the process that uses this one"
     )]
     PageListen {
         /// The address.
         address: SocketAddr,
-        /// Why it was refused.
+        /// The I/O error.
         source: io::Error,
     },
-    /// The page would be open to everyone who reaches this machine.
+    /// The page would be readable without authentication from other machines.
     #[error(
-        "serve the page on {address}: an address that others reach needs a token; name its file with `telemetry.token_path` (or `--token-path`), or listen on 127.0.0.1"
+        "serve the page on {address}: an address reachable from other machines needs a token; name its file with `telemetry.token_path` (or `--token-path`), or listen on 127.0.0.1"
     )]
     PageExposed {
         /// The address.
         address: SocketAddr,
     },
-    /// The file of the page's token is missing or holds no token.
+    /// The page's token file is missing or contains no valid token.
     #[error(
-        "read the page's token from {}: it must hold one line of printable characters without spaces", path.display()
+        "read the page's token from {}: it must contain one line of printable characters without spaces", path.display()
     )]
     PageToken {
         /// The file.
         path: PathBuf,
-        /// Why it could not be read, where it could not.
+        /// The I/O error; `None` where the content is invalid.
         source: Option<io::Error>,
     },
-    /// The operating system refused a file operation.
+    /// A file operation failed.
     #[error("{action} {}", path.display())]
     File {
-        /// What was to be done with the file.
+        /// The operation, a verb.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it was refused.
+        /// The I/O error.
         source: io::Error,
     },
-    /// A line of a log is not what this build writes.
+    /// A line of a log does not have the format of this build.
     #[error("read line {line} of {}; remove the line, or read the file with the build that wrote it", path.display())]
     Line {
         /// The log.
         path: PathBuf,
         /// The line's number, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// The parser's error.
         source: serde_json::Error,
     },
-    /// A measurement has the name of a column that the journal fills itself.
+    /// A measurement has the name of a reserved column of the journal.
     #[error(
-        "journal the measurement `{name}`: the journal has a column of that name; rename the measurement"
+        "journal the measurement `{name}`: the journal reserves a column of that name; rename the measurement"
     )]
     ReservedName {
         /// The measurement's name.
         name: String,
     },
-    /// The exporter's address is taken or is not this machine's.
+    /// The exporter's address is in use or does not belong to this machine.
     #[error(
-        "listen on {address}: set `telemetry.listen` to a free address of this machine (port 0 picks a free port), or stop what holds this one"
+        "listen on {address}: set `telemetry.listen` to a free address of this machine (port 0 picks a free port), or stop the process that uses this one"
     )]
     Listen {
         /// The address.
         address: SocketAddr,
-        /// Why it was refused.
+        /// The I/O error.
         source: io::Error,
     },
-    /// A process has one metrics recorder, and it has been installed.
+    /// The process already has a global metrics recorder.
     #[error(
-        "start an exporter: this process has a metrics recorder already; start one exporter and share it"
+        "start an exporter: this process already has a metrics recorder; start one exporter and share it"
     )]
     RecorderInstalled,
-    /// The operating system refused a thread.
+    /// A thread could not be spawned.
     #[error("start the thread {name}")]
     Thread {
         /// The thread's name.
         name: String,
-        /// Why it was refused.
+        /// The I/O error.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// For `map_err`: what was being done, and with which file.
+    /// A closure for `map_err` that adds the operation and the path to an I/O error.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::File {
@@ -141,5 +140,11 @@ impl Error {
             path,
             source,
         }
+    }
+}
+
+impl messages::Classified for Error {
+    fn class(&self) -> messages::ErrorClass {
+        messages::ErrorClass::Resource
     }
 }

@@ -1,7 +1,7 @@
-//! How far a long piece of work has come, for the person who started it.
+//! Progress of a long task, on standard error.
 //!
-//! On a terminal it is a bar with a line below it; elsewhere, and with `NO_COLOR`, it is a plain line every ten seconds and one at the end, so
-//! that a log stays short. This part writes to standard error only.
+//! On a terminal it is a progress bar with a message line below it. Elsewhere, and with `NO_COLOR`, it is a plain
+//! line every ten seconds and one at the end, so that a log stays short.
 
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
@@ -10,22 +10,22 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::printable::{printable_line, stderr_takes_ansi};
 
-/// The least time between two plain lines.
+/// Minimum time between two plain lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The progress of one piece of work, in whatever it counts.
+/// Progress of one task, in units of the caller's choice.
 #[derive(Debug)]
 pub struct Progress(Display);
 
 #[derive(Debug)]
 enum Display {
     Bar(ProgressBar),
-    Lines(Lines),
+    Lines(PlainLines),
 }
 
-/// What the plain lines are made of; it is told the time and only makes text.
+/// Formats the plain lines; the caller passes the time.
 #[derive(Debug)]
-struct Lines {
+struct PlainLines {
     title: String,
     total: u64,
     done: u64,
@@ -34,18 +34,22 @@ struct Lines {
 }
 
 impl Progress {
-    /// Nothing of `total` is done yet.
+    /// Progress at 0 of `total`.
     #[must_use]
     pub fn new(title: &str, total: u64) -> Self {
         let title = &printable_line(title);
         if stderr_takes_ansi() {
             Self(Display::Bar(bar(title, total)))
         } else {
-            Self(Display::Lines(Lines::new(title, total, Instant::now())))
+            Self(Display::Lines(PlainLines::new(
+                title,
+                total,
+                Instant::now(),
+            )))
         }
     }
 
-    /// `done` of the total is done; `note` says something of the last of it.
+    /// Sets the progress to `done` of the total, with a message.
     pub fn advance_to(&mut self, done: u64, note: &str) {
         let note = &*printable_line(note);
         match &mut self.0 {
@@ -55,13 +59,13 @@ impl Progress {
             }
             Display::Lines(lines) => {
                 if let Some(line) = lines.advance_to(done, note, Instant::now()) {
-                    say(&line);
+                    print(&line);
                 }
             }
         }
     }
 
-    /// As [`Self::finish`], with `done` of the total done.
+    /// Sets the progress to `done` and finishes as [`Self::finish`].
     pub fn finish_at(mut self, done: u64, note: &str) {
         match &mut self.0 {
             Display::Bar(bar) => bar.set_position(done),
@@ -70,12 +74,12 @@ impl Progress {
         self.finish(note);
     }
 
-    /// The work has ended, all of it done or not; `note` says how.
+    /// Ends the display, whether or not the task is complete; `note` is the last message.
     pub fn finish(self, note: &str) {
         let note = &*printable_line(note);
         match self.0 {
             Display::Bar(bar) => bar.abandon_with_message(note.to_owned()),
-            Display::Lines(lines) => say(&lines.line(note, Instant::now())),
+            Display::Lines(lines) => print(&lines.line(note, Instant::now())),
         }
     }
 }
@@ -88,12 +92,12 @@ fn bar(title: &str, total: u64) -> ProgressBar {
         .with_prefix(title.to_owned())
 }
 
-fn say(line: &str) {
-    // Standard error may be closed, and then there is no one to tell.
+fn print(line: &str) {
+    // Standard error may be closed; progress is then not reported.
     writeln!(io::stderr().lock(), "{line}").ok();
 }
 
-impl Lines {
+impl PlainLines {
     fn new(title: &str, total: u64, began: Instant) -> Self {
         Self {
             title: title.to_owned(),
@@ -131,9 +135,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plain_lines_come_every_ten_seconds_at_most() {
+    fn plain_lines_are_at_least_ten_seconds_apart() {
         let began = Instant::now();
-        let mut lines = Lines::new("train", 200, began);
+        let mut lines = PlainLines::new("train", 200, began);
         let cases = [
             (0, 0, None),
             (9, 10, None),
@@ -154,8 +158,8 @@ mod tests {
     }
 
     #[test]
-    fn no_work_at_all_is_all_done() {
-        let lines = Lines::new("fit", 0, Instant::now());
+    fn a_total_of_zero_is_complete() {
+        let lines = PlainLines::new("fit", 0, Instant::now());
         assert_eq!(
             lines.line("nothing to do", lines.began),
             "fit 0/0 (100 %) after 0 s nothing to do"

@@ -1,8 +1,7 @@
-//! Pages over HTTP from a thread and a runtime of their own.
+//! HTTP server on a thread and a tokio runtime of its own.
 //!
-//! They share no runtime with anything else, so that compute never starves a request and a request never
-//! delays a role. A client that is slow or silent keeps no other out. This part does not know what the
-//! pages say.
+//! The runtime is shared with nothing else, so that compute never starves a request and a request never delays a
+//! role. A slow or silent client does not block others. This part does not know what the routes serve.
 
 use std::future::IntoFuture;
 use std::io;
@@ -13,50 +12,50 @@ use axum::Router;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
-use crate::Error;
+use crate::error::Error;
 
-/// How many files are read at a time.
-const READERS: usize = 4;
+/// Number of blocking threads, which read files.
+const BLOCKING_THREADS: usize = 4;
 
-/// A server that listens until it is dropped.
-pub(crate) struct Server {
+/// An HTTP server that listens until it is dropped.
+pub(crate) struct HttpServer {
     address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Server {
-    /// Listens on `listen` and answers from `router`, with `beside` on the same thread. `refused` says
-    /// what it means that the address cannot be had.
+impl HttpServer {
+    /// Listens on `listen` and serves `router`, with `background` on the same thread. `bind_error` converts the
+    /// error of a failed bind.
     pub(crate) fn start(
         name: &'static str,
         listen: SocketAddr,
-        refused: impl Fn(io::Error) -> Error,
+        bind_error: impl Fn(io::Error) -> Error,
         router: Router,
-        beside: impl Future<Output = ()> + Send + 'static,
+        background: impl Future<Output = ()> + Send + 'static,
     ) -> Result<Self, Error> {
-        let listener = TcpListener::bind(listen).map_err(&refused)?;
-        listener.set_nonblocking(true).map_err(&refused)?;
-        let address = listener.local_addr().map_err(&refused)?;
-        let threadless = |source| Error::Thread {
+        let listener = TcpListener::bind(listen).map_err(&bind_error)?;
+        listener.set_nonblocking(true).map_err(&bind_error)?;
+        let address = listener.local_addr().map_err(&bind_error)?;
+        let thread_error = |source| Error::Thread {
             name: name.into(),
             source,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .thread_name(format!("{name}-reader"))
-            .max_blocking_threads(READERS)
+            .max_blocking_threads(BLOCKING_THREADS)
             .build()
-            .map_err(threadless)?;
-        let answering = async {
+            .map_err(thread_error)?;
+        let serving = async {
             let listener = tokio::net::TcpListener::from_std(listener)?;
             axum::serve(listener, router).into_future().await
         };
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new()
             .name(name.into())
-            .spawn(move || serve(name, runtime, answering, beside, stopped))
-            .map_err(threadless)?;
+            .spawn(move || serve(name, runtime, serving, background, stopped))
+            .map_err(thread_error)?;
         Ok(Self {
             address,
             stop: Some(stop),
@@ -64,17 +63,17 @@ impl Server {
         })
     }
 
-    /// Where it listens: with port 0, the port that was free.
+    /// The bound address: with port 0, with the port that was chosen.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 }
 
-impl Drop for Server {
+impl Drop for HttpServer {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so itself.
+            // A panic of the thread has already been printed.
             thread.join().ok();
         }
     }
@@ -83,25 +82,25 @@ impl Drop for Server {
 fn serve(
     name: &str,
     runtime: Runtime,
-    answering: impl Future<Output = io::Result<()>>,
-    beside: impl Future<Output = ()>,
+    serving: impl Future<Output = io::Result<()>>,
+    background: impl Future<Output = ()>,
     stopped: oneshot::Receiver<()>,
 ) {
-    let beside = async {
-        beside.await;
+    let background = async {
+        background.await;
         std::future::pending::<()>().await;
     };
     runtime.block_on(async {
         tokio::select! {
-            ended = answering => if let Err(error) = ended {
-                tracing::error!(%error, name, "is served no more");
+            ended = serving => if let Err(error) = ended {
+                tracing::error!(%error, name, "the HTTP server has stopped");
             },
-            () = beside => {}
-            // Nothing is ever sent: the sender goes, and that is the sign.
+            () = background => {}
+            // Nothing is ever sent: dropping the sender is the signal.
             _ = stopped => {}
         }
     });
-    // Who still listens is left; a file that is being read is not waited for.
+    // Open connections are dropped; pending file reads are not awaited.
     runtime.shutdown_background();
 }
 
@@ -114,22 +113,22 @@ mod tests {
 
     use super::*;
 
-    fn start(listen: SocketAddr) -> Result<Server, Error> {
-        let refused = |source| Error::Listen {
+    fn start(listen: SocketAddr) -> Result<HttpServer, Error> {
+        let bind_error = |source| Error::Listen {
             address: listen,
             source,
         };
         let router = Router::new().route("/metrics", get(|| async { "agon_loss 0.5\n" }));
-        Server::start("exporter", listen, refused, router, async {})
+        HttpServer::start("exporter", listen, bind_error, router, async {})
     }
 
-    fn anywhere() -> Server {
+    fn on_free_port() -> HttpServer {
         start((Ipv4Addr::LOCALHOST, 0).into()).unwrap()
     }
 
-    fn ask(address: SocketAddr, request: &[u8]) -> String {
+    fn request(address: SocketAddr, bytes: &[u8]) -> String {
         let mut client = TcpStream::connect(address).unwrap();
-        client.write_all(request).unwrap();
+        client.write_all(bytes).unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).unwrap();
         answer
@@ -138,21 +137,21 @@ mod tests {
     const GET: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 
     #[test]
-    fn clients_that_say_nothing_or_nonsense_do_not_keep_others_out() {
-        let server = anywhere();
+    fn silent_and_malformed_clients_do_not_block_others() {
+        let server = on_free_port();
         let silent: Vec<_> = (0..64)
             .map(|_| TcpStream::connect(server.address()).unwrap())
             .collect();
-        let nonsense = ask(server.address(), b"nonsense\r\n\r\n");
+        let nonsense = request(server.address(), b"nonsense\r\n\r\n");
         assert!(nonsense.starts_with("HTTP/1.1 400"), "{nonsense}");
-        let answer = ask(server.address(), GET);
+        let answer = request(server.address(), GET);
         assert!(answer.ends_with("agon_loss 0.5\n"), "{answer}");
         drop(silent);
     }
 
     #[test]
-    fn a_dropped_server_gives_its_address_back() {
-        let server = anywhere();
+    fn a_dropped_server_releases_its_address() {
+        let server = on_free_port();
         let address = server.address();
         assert_ne!(address.port(), 0);
         let message = start(address).err().unwrap().to_string();
@@ -161,7 +160,7 @@ mod tests {
         drop(server);
         assert!(
             TcpStream::connect(address).is_err(),
-            "someone still listens on {address}"
+            "{address} is still in use"
         );
     }
 }

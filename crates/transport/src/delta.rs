@@ -1,62 +1,60 @@
-//! What changed between two blobs of weights, bit for bit and compressed.
+//! Lossless compressed deltas between two blobs of weights.
 //!
-//! Weights that were trained a little differ in their low bits. The two blobs are combined by exclusive
-//! or, which leaves zeros where they agree, and the bytes of every four are laid in four planes: signs and
-//! exponents, which hardly ever change, stand together and compress to nothing. Nothing is rounded.
+//! Weights of nearby steps differ mostly in their low bits. The blobs are combined by exclusive or, which gives
+//! zeros where they agree; the four bytes of each 32-bit value are split into four planes, so that signs and
+//! exponents, which rarely change, are contiguous and compress well; the result is compressed with zstd.
 
 use thiserror::Error;
 
-/// The bytes of a number whose planes are separated.
+/// Bytes per value, and number of planes.
 const WIDTH: usize = 4;
 
-/// zstd's fastest ordinary level: a sync should cost less than what it saves.
+/// zstd compression level: the fastest of the standard ones, since a sync waits for it.
 const LEVEL: i32 = 1;
 
-/// Why a delta does not lead anywhere.
+/// Why a delta cannot be applied.
 #[derive(Debug, Error)]
 pub(crate) enum DeltaError {
-    /// It was made from blobs of another length.
+    /// It was computed from blobs of another length.
     #[error("a delta for {expected} bytes does not fit the {found} bytes it refers to")]
     Length {
-        /// The length of both blobs when it was made.
+        /// Length of the blobs it was computed from.
         expected: usize,
-        /// The length of the blob that is here.
+        /// Length of the given base blob.
         found: usize,
     },
     /// It cannot be decompressed.
-    #[error("a delta is torn: {0}")]
-    Torn(std::io::Error),
+    #[error("a delta is corrupt: {0}")]
+    Corrupt(std::io::Error),
 }
 
-/// What leads from `before` to `after`; `None` when that is no shorter than `after`, or the lengths
-/// differ.
+/// Delta from `before` to `after`; `None` if it is no shorter than `after`, or the lengths differ.
 pub(crate) fn encode(before: &[u8], after: &[u8]) -> Option<Vec<u8>> {
     if before.len() != after.len() {
         return None;
     }
-    let planes = separate(before, after);
-    let packed = zstd::bulk::compress(&planes, LEVEL).ok()?;
-    (packed.len() < after.len()).then_some(packed)
+    let planes = split_planes(before, after);
+    let compressed = zstd::bulk::compress(&planes, LEVEL).ok()?;
+    (compressed.len() < after.len()).then_some(compressed)
 }
 
-/// What `delta` leads to from `before`.
+/// Applies `delta` to `before`.
 ///
 /// # Errors
-/// When it was made for a blob of another length, or is torn.
+/// When the delta was computed from blobs of another length, or is corrupt.
 pub(crate) fn decode(before: &[u8], delta: &[u8]) -> Result<Vec<u8>, DeltaError> {
-    let planes = zstd::bulk::decompress(delta, before.len() + 1).map_err(DeltaError::Torn)?;
+    let planes = zstd::bulk::decompress(delta, before.len() + 1).map_err(DeltaError::Corrupt)?;
     if planes.len() != before.len() {
         return Err(DeltaError::Length {
             expected: planes.len(),
             found: before.len(),
         });
     }
-    Ok(join(before, &planes))
+    Ok(merge_planes(before, &planes))
 }
 
-/// The exclusive or of both, byte `b` of every number in plane `b`; bytes past the last whole number
-/// follow.
-fn separate(before: &[u8], after: &[u8]) -> Vec<u8> {
+/// Exclusive or of both, byte `b` of each value in plane `b`; the bytes after the last whole value follow.
+fn split_planes(before: &[u8], after: &[u8]) -> Vec<u8> {
     let whole = before.len() / WIDTH * WIDTH;
     let mut planes = Vec::with_capacity(before.len());
     for byte in 0..WIDTH {
@@ -74,14 +72,14 @@ fn separate(before: &[u8], after: &[u8]) -> Vec<u8> {
     planes
 }
 
-fn join(before: &[u8], planes: &[u8]) -> Vec<u8> {
-    let numbers = before.len() / WIDTH;
-    let whole = numbers * WIDTH;
+fn merge_planes(before: &[u8], planes: &[u8]) -> Vec<u8> {
+    let values = before.len() / WIDTH;
+    let whole = values * WIDTH;
     let mut after = before.to_vec();
-    for (byte, plane) in planes[..whole].chunks_exact(numbers.max(1)).enumerate() {
+    for (byte, plane) in planes[..whole].chunks_exact(values.max(1)).enumerate() {
         let into = after[..whole].chunks_exact_mut(WIDTH);
         into.zip(plane)
-            .for_each(|(number, changed)| number[byte] ^= changed);
+            .for_each(|(value, changed)| value[byte] ^= changed);
     }
     let rest = after[whole..].iter_mut().zip(&planes[whole..]);
     rest.for_each(|(byte, changed)| *byte ^= changed);
@@ -96,28 +94,28 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_delta_leads_back_bit_for_bit(before: Vec<u8>, changes: Vec<(usize, u8)>) {
+        fn applying_a_delta_is_exact(before: Vec<u8>, changes: Vec<(usize, u8)>) {
             let mut after = before.clone();
             for (at, byte) in changes {
                 if let Some(len) = std::num::NonZeroUsize::new(after.len()) {
                     after[at % len] = byte;
                 }
             }
-            prop_assert_eq!(join(&before, &separate(&before, &after)), after.clone());
+            prop_assert_eq!(merge_planes(&before, &split_planes(&before, &after)), after.clone());
             if let Some(delta) = encode(&before, &after) {
                 prop_assert!(delta.len() < after.len());
-                prop_assert_eq!(decode(&before, &delta).expect("it is whole"), after);
+                prop_assert_eq!(decode(&before, &delta).expect("not corrupt"), after);
             }
         }
     }
 
     #[test]
-    fn small_changes_of_numbers_make_small_deltas() {
-        let numbers: Vec<f32> = (0..10_000u16).map(|n| f32::from(n).sin()).collect();
+    fn small_changes_of_values_give_small_deltas() {
+        let values: Vec<f32> = (0..10_000u16).map(|n| f32::from(n).sin()).collect();
         let bytes =
-            |numbers: &[f32]| -> Vec<u8> { numbers.iter().flat_map(|n| n.to_le_bytes()).collect() };
-        let before = bytes(&numbers);
-        let moved: Vec<f32> = numbers.iter().map(|n| n * (1.0 + 1e-6)).collect();
+            |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|n| n.to_le_bytes()).collect() };
+        let before = bytes(&values);
+        let moved: Vec<f32> = values.iter().map(|n| n * (1.0 + 1e-6)).collect();
         let delta = encode(&before, &bytes(&moved)).expect("it is shorter");
         assert!(
             delta.len() * 2 < before.len(),
@@ -130,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn a_delta_of_another_length_or_a_truncated_one_is_rejected() {
         let delta = encode(&[1; 64], &[2; 64]).expect("it is shorter");
         assert!(encode(&[1; 64], &[1; 65]).is_none());
         let longer = decode(&[1; 80], &delta).expect_err("another length");
@@ -138,8 +136,11 @@ mod tests {
             longer.to_string(),
             "a delta for 64 bytes does not fit the 80 bytes it refers to"
         );
-        let torn = decode(&[1; 64], &delta[..delta.len() - 3]).expect_err("torn");
-        assert!(torn.to_string().starts_with("a delta is torn"), "{torn}");
+        let truncated = decode(&[1; 64], &delta[..delta.len() - 3]).expect_err("truncated");
+        assert!(
+            truncated.to_string().starts_with("a delta is corrupt"),
+            "{truncated}"
+        );
         assert!(
             decode(&[1; 8], &delta).is_err(),
             "the planes are longer than the blob"

@@ -1,93 +1,95 @@
-//! What can go wrong between two roles, told apart by what the caller can do about it.
+//! Errors of the transport, by what the caller can do about them.
 
-use messages::{WeightsManifest, WeightsVersion};
+use messages::{Classified, ErrorClass, WeightsManifest, WeightsVersion};
 use thiserror::Error;
 
-/// The end of a stream: nothing more will be taken, or nothing more will come.
+/// The stream is closed: no more messages can be sent, or none will arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("use stream {stream}: {cause}")]
 #[non_exhaustive]
 pub struct Closed {
     /// The stream's name.
     pub stream: &'static str,
-    /// Who ended it.
+    /// The side that closed it.
     pub cause: ClosedBy,
 }
 
-/// Who ended a stream.
+/// The side that closed a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ClosedBy {
-    /// The orderly end: a sender closed it, or all senders are gone.
+    /// A sender closed it, or all senders were dropped: the orderly end.
     #[error("its senders have closed it")]
     Senders,
-    /// Nobody is left to receive; the messages that were queued stay undelivered.
-    #[error("every receiver is gone")]
+    /// All receivers were dropped; queued messages stay undelivered.
+    #[error("all its receivers were dropped")]
     Receivers,
 }
 
-/// All that transport refuses.
+/// Why a transport operation failed. Messages are lowercase fragments that read after "failed to".
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum TransportError {
-    /// A stream has ended.
+    /// The stream is closed.
     #[error(transparent)]
     Closed(#[from] Closed),
-    /// The shelf has been closed and takes and announces no more weights.
-    #[error("use the weights shelf: it has been closed")]
-    ShelfClosed,
-    /// The published weights are not newer than those announced; the shelf is unchanged.
-    #[error("publish weights {offered}: the shelf already holds {current}; versions only grow")]
+    /// The weight store is closed: it accepts and announces no more weights.
+    #[error("use the weight store: it has been closed")]
+    WeightStoreClosed,
+    /// The version is not newer than the announced one; the store is unchanged.
+    #[error(
+        "publish weights {offered}: the weight store already holds {current}; versions only increase"
+    )]
     NotNewer {
-        /// What was to be published.
+        /// Version to be published.
         offered: WeightsVersion,
-        /// What the shelf announces.
+        /// Announced version.
         current: WeightsVersion,
     },
-    /// The published blob is not the one its manifest describes; the shelf is unchanged.
+    /// The blob does not match its manifest; the store is unchanged.
     #[error(
         "publish weights {}: the blob of {found} bytes is not the {} bytes with digest {} of its \
          manifest; make the manifest from the whole blob",
         .manifest.version, .manifest.bytes, .manifest.digest
     )]
     Mismatched {
-        /// What was promised.
+        /// Manifest of the weights.
         manifest: WeightsManifest,
-        /// The length of the blob that came, in bytes.
+        /// Length of the given blob in bytes.
         found: u64,
     },
-    /// The blob on the shelf is no longer what was published.
+    /// The stored blob is corrupt.
     #[error(
-        "fetch weights {}: the {found} bytes on the shelf are not the {} bytes with digest {} that \
+        "fetch weights {}: the {found} stored bytes are not the {} bytes with digest {} that \
          were announced; wait for a newer version",
         .manifest.version, .manifest.bytes, .manifest.digest
     )]
-    Torn {
-        /// What was announced.
+    Corrupt {
+        /// Announced manifest.
         manifest: WeightsManifest,
-        /// The length of the blob that lies there, in bytes.
+        /// Length of the stored blob in bytes.
         found: u64,
     },
-    /// The version is older than everything still on the shelf.
-    #[error("fetch weights {version}: superseded and no longer on the shelf; fetch {newest}")]
+    /// The version is older than every stored one.
+    #[error("fetch weights {version}: superseded and no longer stored; fetch {newest}")]
     Pruned {
-        /// What was asked for.
+        /// Requested version.
         version: WeightsVersion,
-        /// What to ask for instead.
+        /// Newest version.
         newest: WeightsVersion,
     },
-    /// The version was not published.
+    /// The version was never published.
     #[error("fetch weights {version}: never published; wait until it is announced")]
     Unpublished {
-        /// What was asked for.
+        /// Requested version.
         version: WeightsVersion,
     },
-    /// The runtime was shut down under a waiting call.
+    /// The runtime shut down during the call.
     #[error("{action} weights {version}: the runtime is shutting down")]
     Interrupted {
-        /// What was being done.
+        /// Interrupted operation.
         action: &'static str,
-        /// To which weights.
+        /// Version concerned.
         version: WeightsVersion,
     },
     /// The server cannot be reached.
@@ -95,43 +97,53 @@ pub enum TransportError {
         "connect to NATS at {url}: {reason}; start a nats-server with JetStream, or set transport.url"
     )]
     Unreachable {
-        /// Where it should be.
+        /// Configured URL.
         url: String,
-        /// What went wrong.
+        /// Cause.
         reason: String,
     },
-    /// The server does not do what it is asked, and has not for as long as the settings allow.
+    /// The server rejected a request, or did not answer within the configured timeout.
     #[error("{action} at {url}: {reason}")]
     Refused {
-        /// What it was asked.
+        /// Request.
         action: String,
-        /// Where it is.
+        /// URL of the server.
         url: String,
-        /// What it says.
+        /// Cause.
         reason: String,
     },
-    /// A file of the connection's secrets.
+    /// A credentials, token, key or certificate file cannot be read.
     #[error("read {path}: {reason}")]
     Unreadable {
-        /// Which file.
+        /// The file.
         path: std::path::PathBuf,
-        /// What is wrong with it.
+        /// Cause.
         reason: String,
     },
-    /// Another process has it, and lives.
-    #[error("claim the part of the {what}: {holder} has it and is alive; end that process first")]
-    Claimed {
-        /// What was claimed.
+    /// The lease is held by another live process.
+    #[error("take the lease of the {what}: {holder} has it and is alive; end that process first")]
+    LeaseHeld {
+        /// Name of the lease.
         what: String,
-        /// Who has it.
+        /// Name of its holder.
         holder: String,
     },
-    /// Something on the server was written by another build.
+    /// Data on the server was written by an incompatible build.
     #[error("read {what}: {reason}")]
     Foreign {
-        /// What was read.
+        /// Name of the data.
         what: String,
-        /// What is wrong with it.
+        /// Cause.
         reason: String,
     },
+}
+
+impl Classified for TransportError {
+    fn class(&self) -> ErrorClass {
+        match self {
+            Self::Unreachable { .. } | Self::Unreadable { .. } => ErrorClass::Resource,
+            Self::LeaseHeld { .. } | Self::Foreign { .. } => ErrorClass::Usage,
+            _ => ErrorClass::Failed,
+        }
+    }
 }

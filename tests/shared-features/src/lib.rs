@@ -1,1 +1,1 @@
-//! Nothing: the manifest is all there is.
+//! Empty: only the manifest matters.

@@ -1,11 +1,10 @@
-//! A long run of many processes to which something happens all the time: nothing may be lost, and nothing
-//! may grow.
+//! Soak test: a long multi-process run with injected faults must neither lose data nor leak resources.
 //!
-//!     cargo build --release && cargo run --release --package house --bin soak -- --minutes 30
+//!     cargo build --release && cargo run --release --package system-tests --bin soak -- --minutes 30
 //!
-//! Every few seconds a random process is killed, asked to leave or stopped for longer than its lease: an
-//! actor, a preference service, the learner, the NATS server. Memory, open files, the server's store and
-//! the streams are measured all along. In the end the run is asked to stop, resumed, and its books read.
+//! Every few seconds a random process (an actor, a preference service, the learner or the NATS server) is killed,
+//! terminated or suspended for longer than its lease. Memory, open files, the server's store and the streams are
+//! sampled throughout. At the end the run is stopped and resumed, and its counters are checked.
 
 use std::{
     collections::BTreeMap,
@@ -18,50 +17,80 @@ use std::{
 };
 
 use clap::Parser;
-use house::{
-    Running, Workplace, has_nats_server, number, present, report, signal, status, status_now,
-    steps, tiny_bandit,
-};
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
+use system_tests::{
+    RunningProcess, Sandbox, has_nats_server, number, present, report, signal, status, status_now,
+    steps, tiny_bandit,
+};
 
-/// Befall a run of many processes with faults, and see whether it loses or gathers anything.
+/// Inject faults into a multi-process run and check that it neither loses data nor leaks resources.
 #[derive(Parser)]
 struct Arguments {
-    /// How long.
+    /// Duration in minutes.
     #[arg(long, default_value_t = 30.0)]
     minutes: f64,
-    /// The seconds between two faults.
+    /// Interval between two faults, in seconds.
     #[arg(long, default_value_t = 20.0)]
     every: f64,
-    /// Which faults, and when.
+    /// Seed of the sequence of faults.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
 
-/// After how many seconds of silence a process counts as gone.
-const LEASE: u64 = 3;
+/// Lease of a participant, in seconds.
+const LEASE_SECONDS: u64 = 3;
 
-/// Growth of anything beyond this, from the first third of the time to the last, is a leak.
-const MOST_GROWTH: f64 = 1.25;
+/// Maximum growth factor of a measurement from the first third of the time to the last.
+const MAX_GROWTH: f64 = 1.25;
 
-/// What may grow in any case before it is looked at: the allocator's and the file system's grain.
-const GRAIN: f64 = 16.0 * 1024.0 * 1024.0;
+/// Absolute growth in bytes that is tolerated: granularity of the allocator and the file system.
+const BYTES_TOLERANCE: f64 = 16.0 * 1024.0 * 1024.0;
 
-/// What befalls whom.
-const FAULTS: [(&str, &str); 8] = [
-    ("actor", "KILL"),
-    ("actor", "TERM"),
-    ("actor", "STOP"),
-    ("preference", "KILL"),
-    ("preference", "TERM"),
-    ("preference", "STOP"),
-    ("learner", "KILL"),
-    ("server", "KILL"),
+/// A fault: a signal to a process of a role.
+#[derive(Clone, Copy)]
+struct Fault {
+    role: &'static str,
+    signal: &'static str,
+}
+
+const FAULTS: [Fault; 8] = [
+    Fault {
+        role: "actor",
+        signal: "KILL",
+    },
+    Fault {
+        role: "actor",
+        signal: "TERM",
+    },
+    Fault {
+        role: "actor",
+        signal: "STOP",
+    },
+    Fault {
+        role: "preference",
+        signal: "KILL",
+    },
+    Fault {
+        role: "preference",
+        signal: "TERM",
+    },
+    Fault {
+        role: "preference",
+        signal: "STOP",
+    },
+    Fault {
+        role: "learner",
+        signal: "KILL",
+    },
+    Fault {
+        role: "server",
+        signal: "KILL",
+    },
 ];
 
-/// Something that is measured all along, by its name.
+/// Time series of measurements, by name.
 type Readings = BTreeMap<String, Vec<f64>>;
 
 fn main() -> ExitCode {
@@ -69,18 +98,18 @@ fn main() -> ExitCode {
     if !has_nats_server() {
         return ExitCode::FAILURE;
     }
-    let workplace = Workplace::new();
-    let run = workplace.path("run");
-    let running = workplace.start(&words(&run, u64::MAX >> 20, false));
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
+    let running = sandbox.start(&train_arguments(&run, u64::MAX >> 20, false));
     let mut soak = Soak {
-        workplace: &workplace,
+        sandbox: &sandbox,
         run: run.clone(),
         running,
         random: ChaCha8Rng::seed_from_u64(arguments.seed),
         faults: BTreeMap::new(),
         readings: BTreeMap::new(),
     };
-    soak.befall(
+    soak.inject_faults(
         Duration::from_secs_f64(arguments.minutes * 60.0),
         Duration::from_secs_f64(arguments.every),
     );
@@ -95,28 +124,28 @@ fn main() -> ExitCode {
         .wait()
         .check(5, &["interrupted; saved"])
         .without_panic();
-    let taken = step_of(&run);
-    let last = taken + 50;
-    workplace.run(&words(&run, last, true)).succeeded();
+    let completed = last_step(&run);
+    let last = completed + 50;
+    sandbox.run(&train_arguments(&run, last, true)).succeeded();
 
     println!("faults: {faults:?}");
-    let wrongs = [lost(&run, last), grown(&readings)].concat();
-    for wrong in &wrongs {
-        println!("WRONG: {wrong}");
+    let failures = [lost_data(&run, last), leaks(&readings)].concat();
+    for failure in &failures {
+        println!("FAILED: {failure}");
     }
-    match wrongs.is_empty() {
+    match failures.is_empty() {
         true => {
-            println!("{last} steps: nothing was lost, nothing has grown");
+            println!("{last} steps: no data lost, no leaks");
             ExitCode::SUCCESS
         }
         false => ExitCode::FAILURE,
     }
 }
 
-/// `agon train` on a bandit of three actors and two preference services.
-fn words(run: &Path, last: u64, resume: bool) -> Vec<String> {
+/// Arguments of `agon train` for a bandit with three actors and two preference services.
+fn train_arguments(run: &Path, last: u64, resume: bool) -> Vec<String> {
     let (lease, last) = (
-        format!("transport.lease_seconds={LEASE}"),
+        format!("transport.lease_seconds={LEASE_SECONDS}"),
         format!("learner.steps={last}"),
     );
     let sets = [
@@ -134,50 +163,50 @@ fn words(run: &Path, last: u64, resume: bool) -> Vec<String> {
         "telemetry.tensorboard=false",
         &last,
     ];
-    let mut words = tiny_bandit(run, &sets);
-    words.extend(resume.then(|| "--resume".to_owned()));
-    words
+    let mut arguments = tiny_bandit(run, &sets);
+    arguments.extend(resume.then(|| "--resume".to_owned()));
+    arguments
 }
 
 struct Soak<'a> {
-    workplace: &'a Workplace,
+    sandbox: &'a Sandbox,
     run: PathBuf,
-    running: Running,
+    running: RunningProcess,
     random: ChaCha8Rng,
     faults: BTreeMap<String, u64>,
     readings: Readings,
 }
 
 impl Soak<'_> {
-    /// Lets things happen for so long, and looks on.
-    fn befall(&mut self, whole: Duration, every: Duration) {
-        let begun = Instant::now();
-        self.goes_on();
-        while begun.elapsed() < whole {
+    /// Injects a fault every `every` for `duration` and takes measurements.
+    fn inject_faults(&mut self, duration: Duration, every: Duration) {
+        let started = Instant::now();
+        self.wait_for_steps();
+        while started.elapsed() < duration {
             let next = Instant::now() + every;
             let fault = *FAULTS.choose(&mut self.random).expect("there are faults");
-            self.fault(fault);
-            self.goes_on();
+            self.inject(fault);
+            self.wait_for_steps();
             self.measure();
             let left = next.saturating_duration_since(Instant::now());
             println!(
                 "{:5.0} s  {:10} {:4}  step {}",
-                begun.elapsed().as_secs_f64(),
-                fault.0,
-                fault.1,
-                step_of(&self.run)
+                started.elapsed().as_secs_f64(),
+                fault.role,
+                fault.signal,
+                last_step(&self.run)
             );
             sleep(left);
         }
     }
 
-    fn fault(&mut self, (role, name): (&str, &str)) {
-        let who = match role {
+    fn inject(&mut self, fault: Fault) {
+        let candidates = match fault.role {
             "server" => vec![server_of(&self.run)],
-            _ => {
-                let (workplace, run) = (self.workplace, &self.run);
-                self.running.until("somebody to befall", || {
-                    let pids: Vec<_> = present(&status(workplace, run), role)
+            role => {
+                let (sandbox, run) = (self.sandbox, &self.run);
+                self.running.until("a process of the role", || {
+                    let pids: Vec<_> = present(&status(sandbox, run), role)
                         .into_iter()
                         .map(|(_, pid)| pid)
                         .collect();
@@ -185,84 +214,88 @@ impl Soak<'_> {
                 })
             }
         };
-        let who = who[self.random.random_range(0..who.len())];
-        signal(who, name);
-        if name == "STOP" {
-            sleep(Duration::from_secs(2 * LEASE));
-            signal(who, "CONT");
+        let pid = candidates[self.random.random_range(0..candidates.len())];
+        signal(pid, fault.signal);
+        if fault.signal == "STOP" {
+            sleep(Duration::from_secs(2 * LEASE_SECONDS));
+            signal(pid, "CONT");
         }
-        *self.faults.entry(format!("{role} {name}")).or_default() += 1;
+        *self
+            .faults
+            .entry(format!("{} {}", fault.role, fault.signal))
+            .or_default() += 1;
     }
 
-    /// Waits until some more steps are taken.
-    fn goes_on(&mut self) {
-        let (run, from) = (&self.run, step_of(&self.run));
+    /// Waits until a few more steps have completed.
+    fn wait_for_steps(&mut self) {
+        let (run, from) = (&self.run, last_step(&self.run));
         self.running
-            .until("more steps", || (step_of(run) > from + 5).then_some(()));
+            .until("more steps", || (last_step(run) > from + 5).then_some(()));
     }
 
-    /// Reads everything that could grow.
+    /// Samples every quantity that could leak.
     fn measure(&mut self) {
-        let Some(now) = status_now(self.workplace, &self.run) else {
+        let Some(now) = status_now(self.sandbox, &self.run) else {
             return;
         };
-        let mut read =
+        let mut record =
             |name: String, value: f64| self.readings.entry(name).or_default().push(value);
         for role in ["learner", "actor", "preference"] {
-            let of: Vec<_> = present(&now, role)
+            let pids: Vec<_> = present(&now, role)
                 .into_iter()
                 .map(|(_, pid)| pid)
                 .collect();
-            let most = |of_one: fn(u32) -> f64| of.iter().copied().map(of_one).fold(0.0, f64::max);
-            read(format!("{role}: bytes of memory"), most(memory));
-            read(format!("{role}: open files"), most(open_files));
+            let largest =
+                |measure: fn(u32) -> f64| pids.iter().copied().map(measure).fold(0.0, f64::max);
+            record(format!("{role}: bytes of memory"), largest(memory));
+            record(format!("{role}: open files"), largest(open_files));
         }
         let server = server_of(&self.run);
-        read("server: bytes of memory".into(), memory(server));
-        read("server: open files".into(), open_files(server));
-        read(
+        record("server: bytes of memory".into(), memory(server));
+        record("server: open files".into(), open_files(server));
+        record(
             "server: bytes of store".into(),
             size(&self.run.join("jetstream")),
         );
-        read(
+        record(
             "bytes of checkpoints".into(),
             size(&self.run.join("checkpoints")),
         );
         for stream in now["streams"].as_array().expect("a list") {
             let name = stream["name"].as_str().expect("a name");
-            let waiting = number(stream, "/queued") + number(stream, "/in_hand");
-            read(format!("{name}: messages"), waiting);
+            let waiting = number(stream, "/queued") + number(stream, "/in_flight");
+            record(format!("{name}: messages"), waiting);
         }
     }
 }
 
-/// What is wrong with the books of a finished run.
-fn lost(run: &Path, last: u64) -> Vec<String> {
-    let mut wrongs = Vec::new();
+/// Conservation errors of a finished run.
+fn lost_data(run: &Path, last: u64) -> Vec<String> {
+    let mut failures = Vec::new();
     let report: Value = report(run);
     if report["finished"] != true {
-        wrongs.push("the run has not finished".into());
+        failures.push("the run has not finished".into());
     }
-    for station in ["actor", "preference", "learner"] {
-        let books = &report["stations"][station];
-        println!("{station}: {books}");
-        if books["conserved"] != true {
-            wrongs.push(format!("{station} lost something: {books}"));
+    for stage in ["actor", "preference", "learner"] {
+        let counters = &report["stages"][stage];
+        println!("{stage}: {counters}");
+        if counters["conserved"] != true {
+            failures.push(format!("{stage} lost something: {counters}"));
         }
     }
-    let told: Vec<_> = steps(run)
+    let logged: Vec<_> = steps(run)
         .iter()
         .filter_map(|line| line["step"].as_u64())
         .collect();
-    if told != (1..=last).collect::<Vec<_>>() {
-        wrongs.push("a step was taken twice or never".into());
+    if logged != (1..=last).collect::<Vec<_>>() {
+        failures.push("a step is missing or was repeated".into());
     }
-    wrongs
+    failures
 }
 
-/// What has grown from the first third of the time to the last.
-fn grown(readings: &Readings) -> Vec<String> {
-    let mut wrongs = Vec::new();
+/// Measurements that have grown from the first third of the time to the last.
+fn leaks(readings: &Readings) -> Vec<String> {
+    let mut failures = Vec::new();
     for (name, values) in readings {
         let third = values.len().div_ceil(3);
         let (first, last) = (
@@ -270,12 +303,16 @@ fn grown(readings: &Readings) -> Vec<String> {
             median(&values[values.len() - third..]),
         );
         println!("{name}: {first:.0} at first, {last:.0} at last");
-        let grain = if name.contains("bytes") { GRAIN } else { 64.0 };
-        if last > first * MOST_GROWTH + grain {
-            wrongs.push(format!("{name} has grown from {first:.0} to {last:.0}"));
+        let tolerance = if name.contains("bytes") {
+            BYTES_TOLERANCE
+        } else {
+            64.0
+        };
+        if last > first * MAX_GROWTH + tolerance {
+            failures.push(format!("{name} has grown from {first:.0} to {last:.0}"));
         }
     }
-    wrongs
+    failures
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -284,16 +321,16 @@ fn median(values: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// The last step that the journal's end tells of.
-fn step_of(run: &Path) -> u64 {
-    const END: u64 = 64 * 1024;
+/// The last step in the metrics journal, read from its end.
+fn last_step(run: &Path) -> u64 {
+    const TAIL_BYTES: u64 = 64 * 1024;
     let Ok(mut file) = fs::File::open(run.join("metrics.jsonl")) else {
         return 0;
     };
     let length = file.metadata().map_or(0, |data| data.len());
     let mut text = Vec::new();
     let read = file
-        .seek(SeekFrom::Start(length.saturating_sub(END)))
+        .seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))
         .and_then(|_| file.read_to_end(&mut text));
     read.expect("the journal can be read");
     let rows = String::from_utf8_lossy(&text);
@@ -304,7 +341,7 @@ fn step_of(run: &Path) -> u64 {
 
 fn server_of(run: &Path) -> u32 {
     let config = run.join("jetstream/server.conf");
-    house::wait_until("the server's process", || {
+    system_tests::wait_until("the server's process", || {
         let found = Command::new("pgrep")
             .args(["-f", &config.to_string_lossy()])
             .output();

@@ -1,14 +1,14 @@
-//! What a run's last evaluation says of its policy, in sentences.
+//! The result of a run's last evaluation, in sentences.
 
 use std::fmt::{self, Write as _};
 
 use learner::{Ending, Evaluation, EvaluationConditions, Summary};
 use settings::{PromptsSettings, Settings};
 
-/// Writes what the evaluation `last` says of the policy that `summary` is of.
+/// Writes the result of the evaluation `last` of the run in `summary`.
 ///
-/// An evaluation from before the first step says nothing of training, and one from an earlier step is said
-/// to be of that step.
+/// An evaluation of step 0 makes no statement about training, and an evaluation before the last step is marked as
+/// such.
 pub(super) fn write(
     text: &mut String,
     settings: &Settings,
@@ -16,34 +16,21 @@ pub(super) fn write(
     last: &Evaluation,
 ) -> fmt::Result {
     write_ending(text, summary)?;
-    if last.step == 0 {
-        writeln!(
-            text,
-            "Not evaluated since training began: the last evaluation is of step 0, before the first of {} steps.",
-            summary.steps
-        )?;
-    } else if last.step < summary.steps {
-        writeln!(
-            text,
-            "The last evaluation is of step {}, {} steps before the end.",
-            last.step,
-            summary.steps - last.step
-        )?;
-    }
+    write_evaluated_step(text, summary, last)?;
     let rate = &last.win_rate;
     writeln!(
         text,
         "{}: its answer is preferred on {:.1} % of {} (95 % interval {:.1} to {:.1} %).",
-        judgement(last),
+        comparison(last),
         100.0 * rate.mean,
-        counted(settings, last),
+        prompts(settings, last),
         100.0 * rate.low,
         100.0 * rate.high
     )?;
     if let Some(gold) = last.gold_win_rate {
         writeln!(
             text,
-            "Under the gold preference of this world: {:.1} % ({:.1} to {:.1} %).",
+            "Under the gold preference: {:.1} % ({:.1} to {:.1} %).",
             100.0 * gold.mean,
             100.0 * gold.low,
             100.0 * gold.high
@@ -58,7 +45,27 @@ pub(super) fn write(
     write_conditions(text, last)
 }
 
-/// Writes that a run has no evaluation.
+/// Step of the last evaluation, where it is not the last step.
+fn write_evaluated_step(text: &mut String, summary: &Summary, last: &Evaluation) -> fmt::Result {
+    if last.step == 0 {
+        writeln!(
+            text,
+            "Not evaluated since training began: the last evaluation is of step 0, before the first of {} steps.",
+            summary.steps
+        )
+    } else if last.step < summary.steps {
+        writeln!(
+            text,
+            "The last evaluation is of step {}, {} steps before the end.",
+            last.step,
+            summary.steps - last.step
+        )
+    } else {
+        Ok(())
+    }
+}
+
+/// Writes the result of a run without an evaluation.
 pub(super) fn write_unevaluated(text: &mut String, summary: &Summary) -> fmt::Result {
     write_ending(text, summary)?;
     writeln!(text, "The run ended before its first evaluation.")
@@ -68,34 +75,34 @@ fn write_ending(text: &mut String, summary: &Summary) -> fmt::Result {
     match summary.ending {
         Ending::Interrupted => writeln!(
             text,
-            "**Interrupted and saved after step {}.** Go on with `--resume`.\n",
+            "**Interrupted and saved after step {}.** Continue with `--resume`.\n",
             summary.steps
         ),
         Ending::Finished => Ok(()),
     }
 }
 
-/// What the interval of the win rate says, of the step that it is of.
-fn judgement(last: &Evaluation) -> String {
+/// The comparison that the interval of the win rate supports.
+fn comparison(last: &Evaluation) -> String {
     let rate = &last.win_rate;
     let subject = match last.step {
         0 => "At the start, before any training, the policy",
         _ => "The policy",
     };
-    let compared = if last.step == 0 {
+    let predicate = if last.step == 0 {
         "was compared with its reference"
     } else if rate.low > 0.5 {
         "beats its reference"
     } else if rate.high < 0.5 {
         "loses against its reference"
     } else {
-        "cannot be told from its reference"
+        "is not distinguishable from its reference"
     };
-    format!("{subject} {compared}")
+    format!("{subject} {predicate}")
 }
 
-/// What the win rate's prompts are.
-fn counted(settings: &Settings, last: &Evaluation) -> String {
+/// The prompts of the win rate.
+fn prompts(settings: &Settings, last: &Evaluation) -> String {
     match settings.prompts {
         PromptsSettings::Bandit {} => {
             format!("{} pairs of answers to the one prompt", last.prompts)
@@ -106,19 +113,19 @@ fn counted(settings: &Settings, last: &Evaluation) -> String {
     }
 }
 
-/// Writes why fewer prompts count than `evaluation.prompts` wants.
+/// Explains why fewer prompts count than `evaluation.prompts`.
 fn write_prompts(text: &mut String, settings: &Settings, last: &Evaluation) -> fmt::Result {
-    let (wanted, asked) = (settings.evaluation.prompts, last.prompts + last.unjudged);
-    if asked < wanted {
+    let (requested, evaluated) = (settings.evaluation.prompts, last.prompts + last.unjudged);
+    if evaluated < requested {
         writeln!(
             text,
-            "There are {asked} distinct held-out prompts, and each was asked once (evaluation.prompts = {wanted})."
+            "There are {evaluated} distinct held-out prompts, and each was used once (evaluation.prompts = {requested})."
         )?;
     }
     if last.unjudged > 0 {
         writeln!(
             text,
-            "Of {asked} prompts {} have no verdict and are not counted.",
+            "Of {evaluated} prompts {} have no verdict and are not counted.",
             last.unjudged
         )?;
     }
@@ -134,14 +141,14 @@ fn write_conditions(text: &mut String, last: &Evaluation) -> fmt::Result {
     writeln!(
         text,
         "Evaluated with {}; {} of the policy's answers were cut off there, {} of the reference's.",
-        sampled_with(conditions),
+        describe(conditions),
         share(last.truncation_rate),
         share(last.reference_truncation_rate)
     )
 }
 
-/// Conditions as a phrase, the longest completion last.
-pub(crate) fn sampled_with(conditions: &EvaluationConditions) -> String {
+/// Evaluation conditions as a phrase.
+pub(crate) fn describe(conditions: &EvaluationConditions) -> String {
     let stops = match conditions.stop_ids.as_slice() {
         [] => "no stop token".into(),
         ids => format!("stop tokens {ids:?}"),
@@ -200,7 +207,7 @@ mod tests {
         }
     }
 
-    fn told(ending: Ending, last: &Evaluation, sets: &[&str]) -> String {
+    fn text_of(ending: Ending, last: &Evaluation, sets: &[&str]) -> String {
         let summary = Summary {
             ending,
             steps: 40,
@@ -219,21 +226,21 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupted_run_says_of_which_step_its_evaluation_is() {
-        let early = told(Ending::Interrupted, &evaluation(0), &[]);
+    fn the_step_of_the_evaluation_is_stated() {
+        let early = text_of(Ending::Interrupted, &evaluation(0), &[]);
         assert!(!early.contains("beats"), "{early}");
         assert!(
             early.contains("of step 0, before the first of 40 steps"),
             "{early}"
         );
         assert!(early.contains("saved after step 40"), "{early}");
-        let later = told(Ending::Interrupted, &evaluation(25), &[]);
+        let later = text_of(Ending::Interrupted, &evaluation(25), &[]);
         assert!(later.contains("The policy beats its reference"), "{later}");
         assert!(
             later.contains("is of step 25, 15 steps before the end"),
             "{later}"
         );
-        let finished = told(Ending::Finished, &evaluation(40), &[]);
+        let finished = text_of(Ending::Finished, &evaluation(40), &[]);
         assert!(
             finished.starts_with("The policy beats its reference: "),
             "{finished}"
@@ -242,9 +249,9 @@ mod tests {
     }
 
     #[test]
-    fn the_prompts_that_count_are_counted_out() {
+    fn missing_and_unjudged_prompts_are_stated() {
         let mut last = evaluation(40);
-        let fewer = told(Ending::Finished, &last, &["evaluation.prompts=512"]);
+        let fewer = text_of(Ending::Finished, &last, &["evaluation.prompts=512"]);
         assert!(fewer.contains("of 128 held-out prompts"), "{fewer}");
         assert!(
             fewer.contains("There are 128 distinct held-out prompts"),
@@ -252,7 +259,7 @@ mod tests {
         );
         last.unjudged = 28;
         last.prompts = 100;
-        let abstained = told(Ending::Finished, &last, &["evaluation.prompts=128"]);
+        let abstained = text_of(Ending::Finished, &last, &["evaluation.prompts=128"]);
         assert!(
             abstained.contains("Of 128 prompts 28 have no verdict"),
             "{abstained}"
@@ -261,10 +268,10 @@ mod tests {
     }
 
     #[test]
-    fn the_conditions_stand_beside_the_numbers() {
-        let text = told(Ending::Finished, &evaluation(40), &[]);
-        let says = "Evaluated with stop tokens [1, 2], no chat template, at most 64 tokens; \
+    fn the_evaluation_conditions_are_stated() {
+        let text = text_of(Ending::Finished, &evaluation(40), &[]);
+        let expected = "Evaluated with stop tokens [1, 2], no chat template, at most 64 tokens; \
                     25.0 % of the policy's answers were cut off there, 12.5 % of the reference's.";
-        assert!(text.contains(says), "{text}");
+        assert!(text.contains(expected), "{text}");
     }
 }

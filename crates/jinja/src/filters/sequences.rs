@@ -2,11 +2,14 @@
 
 use std::cmp::Ordering;
 
-use crate::{Error, arguments::Given, ast::Arithmetic, limits, methods, tests, value::Value};
+use crate::{
+    arguments::CallArguments, ast::ArithmeticOperator, error::Error, limits, methods, tests,
+    value::Value,
+};
 
-type Apply = fn(&Value, Given) -> Result<Value, Error>;
+type Apply = fn(&Value, CallArguments) -> Result<Value, Error>;
 
-/// The filter of this name, if it is one of sequences.
+/// Applies the sequence filter of this name, if there is one.
 pub(super) fn named(name: &str) -> Option<Apply> {
     Some(match name {
         "batch" => batch,
@@ -16,18 +19,18 @@ pub(super) fn named(name: &str) -> Option<Apply> {
         "items" => items,
         "join" => join,
         "last" => last,
-        "list" => |value, given| {
-            given.bind("list", &[])?;
+        "list" => |value, args| {
+            args.bind("list", &[])?;
             value.iterate().map(Value::list)
         },
         "map" => map,
-        "max" => |value, given| extreme(value, given, "max", Ordering::Greater),
-        "min" => |value, given| extreme(value, given, "min", Ordering::Less),
-        "reject" => |value, given| select(value, given, Selection::of_items(false)),
-        "rejectattr" => |value, given| select(value, given, Selection::of_attributes(false)),
+        "max" => |value, args| extreme(value, args, "max", Ordering::Greater),
+        "min" => |value, args| extreme(value, args, "min", Ordering::Less),
+        "reject" => |value, args| select(value, args, Selection::of_items(false)),
+        "rejectattr" => |value, args| select(value, args, Selection::of_attributes(false)),
         "reverse" => reverse,
-        "select" => |value, given| select(value, given, Selection::of_items(true)),
-        "selectattr" => |value, given| select(value, given, Selection::of_attributes(true)),
+        "select" => |value, args| select(value, args, Selection::of_items(true)),
+        "selectattr" => |value, args| select(value, args, Selection::of_attributes(true)),
         "slice" => slice,
         "sort" => sort,
         "sum" => sum,
@@ -36,24 +39,24 @@ pub(super) fn named(name: &str) -> Option<Apply> {
     })
 }
 
-fn first(value: &Value, given: Given) -> Result<Value, Error> {
-    given.bind("first", &[])?;
+fn first(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    args.bind("first", &[])?;
     let found = match value {
-        // The rest can still be gone through.
+        // The remaining items stay available.
         Value::Generator(generator) => generator.rest.borrow_mut().pop_front(),
         other => other.iterate()?.into_iter().next(),
     };
     Ok(found.unwrap_or_else(|| Value::undefined("No first item, sequence was empty.")))
 }
 
-fn last(value: &Value, given: Given) -> Result<Value, Error> {
-    given.bind("last", &[])?;
+fn last(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    args.bind("last", &[])?;
     let found = reversed(value)?.into_iter().next();
     Ok(found.unwrap_or_else(|| Value::undefined("No last item, sequence was empty.")))
 }
 
-fn items(value: &Value, given: Given) -> Result<Value, Error> {
-    given.bind("items", &[])?;
+fn items(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    args.bind("items", &[])?;
     match value {
         Value::Undefined(_) => Ok(Value::generator(Vec::new())),
         Value::Dict(dict) => {
@@ -65,8 +68,8 @@ fn items(value: &Value, given: Given) -> Result<Value, Error> {
     }
 }
 
-fn reverse(value: &Value, given: Given) -> Result<Value, Error> {
-    given.bind("reverse", &[])?;
+fn reverse(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    args.bind("reverse", &[])?;
     match value {
         Value::Text(text) => Ok(text.with(&text.text.chars().rev().collect::<String>())),
         Value::Generator(_) => {
@@ -78,7 +81,7 @@ fn reverse(value: &Value, given: Given) -> Result<Value, Error> {
     }
 }
 
-/// The elements from the last to the first, of what Python can go through backwards.
+/// Reversed elements of a sequence that Python can reverse.
 fn reversed(value: &Value) -> Result<Vec<Value>, Error> {
     if matches!(value, Value::Generator(_)) || !value.is_iterable() {
         let name = value.type_name();
@@ -89,7 +92,7 @@ fn reversed(value: &Value) -> Result<Vec<Value>, Error> {
     Ok(items)
 }
 
-/// How an element's attribute is found: names and places with dots between, or a place.
+/// Path to an attribute of an element: names and indices separated by dots, or an index.
 struct Path(Vec<Value>);
 
 impl Path {
@@ -97,14 +100,15 @@ impl Path {
         Self(match attribute {
             None | Some(Value::None) => Vec::new(),
             Some(Value::Text(text)) => {
-                let part = |part: &str| tests::place(part).map_or_else(|| part.into(), Value::Int);
+                let part =
+                    |part: &str| tests::position(part).map_or_else(|| part.into(), Value::Int);
                 text.text.split('.').map(part).collect()
             }
             Some(other) => vec![other.clone()],
         })
     }
 
-    /// The attribute of `item`, and `default` for each part that is not there.
+    /// Resolves the path in `item`; `default` replaces each missing part.
     fn find(&self, item: &Value, default: Option<&Value>) -> Result<Value, Error> {
         let mut found = item.clone();
         for part in &self.0 {
@@ -117,7 +121,7 @@ impl Path {
     }
 }
 
-/// Strings in lower case, for comparisons that ignore case.
+/// Lower-cases strings, for case-insensitive comparisons.
 fn folded(value: Value, is_case_sensitive: bool) -> Value {
     match &value {
         Value::Text(text) if !is_case_sensitive => text.text.to_lowercase().into(),
@@ -125,14 +129,14 @@ fn folded(value: Value, is_case_sensitive: bool) -> Value {
     }
 }
 
-/// Sorts by a key; equal ones keep their order.
+/// Stable sort by a key.
 ///
 /// # Errors
-/// When Python has no order of two of them.
+/// If Python cannot order two of the keys.
 pub(crate) fn sort_by<T>(items: &mut [T], key: impl Fn(&T) -> &Value) -> Result<(), Error> {
     let mut failure = None;
     items.sort_by(|left, right| {
-        // Python asks whether the right one is less.
+        // Python evaluates `right < left`.
         key(left).order(key(right), "<").map_or_else(
             |error| {
                 failure.get_or_insert(error);
@@ -144,7 +148,7 @@ pub(crate) fn sort_by<T>(items: &mut [T], key: impl Fn(&T) -> &Value) -> Result<
     failure.map_or(Ok(()), Err)
 }
 
-/// Elements, sorted by keys of their own.
+/// Elements sorted by a key.
 fn sorted(keyed: Vec<(Value, Value)>, is_reversed: bool) -> Result<Vec<(Value, Value)>, Error> {
     let mut keyed = keyed;
     if is_reversed {
@@ -157,9 +161,9 @@ fn sorted(keyed: Vec<(Value, Value)>, is_reversed: bool) -> Result<Vec<(Value, V
     Ok(keyed)
 }
 
-fn sort(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind("sort", &["reverse", "case_sensitive", "attribute"])?;
-    let paths: Vec<Path> = match given.get(2) {
+fn sort(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("sort", &["reverse", "case_sensitive", "attribute"])?;
+    let paths: Vec<Path> = match args.get(2) {
         Some(Value::Text(text)) => text
             .text
             .split(',')
@@ -170,22 +174,22 @@ fn sort(value: &Value, given: Given) -> Result<Value, Error> {
     let key = |item: &Value| {
         let parts = paths
             .iter()
-            .map(|path| Ok(folded(path.find(item, None)?, given.is_true(1))));
+            .map(|path| Ok(folded(path.find(item, None)?, args.is_true(1))));
         parts.collect::<Result<_, Error>>().map(Value::list)
     };
     let keyed = value
         .iterate()?
         .into_iter()
         .map(|item| Ok((key(&item)?, item)));
-    let keyed = sorted(keyed.collect::<Result<_, Error>>()?, given.is_true(0))?;
+    let keyed = sorted(keyed.collect::<Result<_, Error>>()?, args.is_true(0))?;
     Ok(Value::list(
         keyed.into_iter().map(|(_, item)| item).collect(),
     ))
 }
 
-fn dictsort(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind("dictsort", &["case_sensitive", "by", "reverse"])?;
-    let by_value = match given.some_text(1)?.unwrap_or("key") {
+fn dictsort(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("dictsort", &["case_sensitive", "by", "reverse"])?;
+    let by_value = match args.some_text(1)?.unwrap_or("key") {
         "key" => false,
         "value" => true,
         _ => {
@@ -204,18 +208,18 @@ fn dictsort(value: &Value, given: Given) -> Result<Value, Error> {
     let keyed = dict.pairs.iter().map(|(key, value)| {
         let by = if by_value { value } else { key };
         let pair = Value::tuple(vec![key.clone(), value.clone()]);
-        (folded(by.clone(), given.is_true(0)), pair)
+        (folded(by.clone(), args.is_true(0)), pair)
     });
-    let keyed = sorted(keyed.collect(), given.is_true(2))?;
+    let keyed = sorted(keyed.collect(), args.is_true(2))?;
     Ok(Value::list(
         keyed.into_iter().map(|(_, pair)| pair).collect(),
     ))
 }
 
-fn groupby(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind("groupby", &["attribute", "default", "case_sensitive"])?;
-    let path = Path::of(Some(given.required(0)?));
-    let (default, is_case_sensitive) = (given.some(1), given.is_true(2));
+fn groupby(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("groupby", &["attribute", "default", "case_sensitive"])?;
+    let path = Path::of(Some(args.required(0)?));
+    let (default, is_case_sensitive) = (args.some(1), args.is_true(2));
     let key = |item: &Value| Ok(folded(path.find(item, default)?, is_case_sensitive));
     let keyed = value
         .iterate()?
@@ -240,12 +244,12 @@ fn groupby(value: &Value, given: Given) -> Result<Value, Error> {
     named.collect::<Result<_, Error>>().map(Value::list)
 }
 
-fn unique(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind("unique", &["case_sensitive", "attribute"])?;
-    let path = Path::of(given.get(1));
+fn unique(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("unique", &["case_sensitive", "attribute"])?;
+    let path = Path::of(args.get(1));
     let (mut seen, mut kept): (Vec<Value>, Vec<Value>) = (Vec::new(), Vec::new());
     for item in value.iterate()? {
-        let key = folded(path.find(&item, None)?, given.is_true(0));
+        let key = folded(path.find(&item, None)?, args.is_true(0));
         key.check_hashable()?;
         if seen.len() == limits::KEYS {
             return Err(Error::new(format!(
@@ -263,15 +267,15 @@ fn unique(value: &Value, given: Given) -> Result<Value, Error> {
 
 fn extreme(
     value: &Value,
-    given: Given,
+    args: CallArguments,
     name: &'static str,
     wanted: Ordering,
 ) -> Result<Value, Error> {
-    let given = given.bind(name, &["case_sensitive", "attribute"])?;
-    let path = Path::of(given.get(1));
+    let args = args.bind(name, &["case_sensitive", "attribute"])?;
+    let path = Path::of(args.get(1));
     let mut best: Option<(Value, Value)> = None;
     for item in value.iterate()? {
-        let key = folded(path.find(&item, None)?, given.is_true(0));
+        let key = folded(path.find(&item, None)?, args.is_true(0));
         let operator = if wanted == Ordering::Less { "<" } else { ">" };
         let is_better = match &best {
             None => true,
@@ -285,10 +289,10 @@ fn extreme(
     Ok(best.map_or_else(none, |(_, item)| item))
 }
 
-fn join(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind("join", &["d", "attribute"])?;
-    let path = Path::of(given.get(1));
-    let separator = given.get(0).map(Value::to_text).transpose()?;
+fn join(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("join", &["d", "attribute"])?;
+    let path = Path::of(args.get(1));
+    let separator = args.get(0).map(Value::to_text).transpose()?;
     let separator = separator.as_deref().unwrap_or("");
     let texts = value
         .iterate()?
@@ -300,10 +304,10 @@ fn join(value: &Value, given: Given) -> Result<Value, Error> {
     Ok(texts.join(separator).into())
 }
 
-fn sum(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind("sum", &["attribute", "start"])?;
-    let path = Path::of(given.get(0));
-    let start = given.get(1).cloned().unwrap_or(Value::Int(0));
+fn sum(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("sum", &["attribute", "start"])?;
+    let path = Path::of(args.get(0));
+    let start = args.get(1).cloned().unwrap_or(Value::Int(0));
     if matches!(start, Value::Text(_)) {
         return Err(Error::new(
             "sum() can't sum strings [use ''.join(seq) instead]",
@@ -311,14 +315,14 @@ fn sum(value: &Value, given: Given) -> Result<Value, Error> {
     }
     let mut items = value.iterate()?.into_iter();
     items.try_fold(start, |sum, item| {
-        sum.arithmetic(Arithmetic::Add, &path.find(&item, None)?)
+        sum.arithmetic(ArithmeticOperator::Add, &path.find(&item, None)?)
     })
 }
 
-fn batch(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind("batch", &["linecount", "fill_with"])?;
-    given.required(0)?;
-    let count = usize::try_from(given.int(0, 1)?)
+fn batch(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("batch", &["linecount", "fill_with"])?;
+    args.required(0)?;
+    let count = usize::try_from(args.int(0, 1)?)
         .ok()
         .filter(|&count| count > 0);
     let count = count.ok_or_else(|| Error::unsupported("batch of less than 1"))?;
@@ -326,7 +330,7 @@ fn batch(value: &Value, given: Given) -> Result<Value, Error> {
     let rows = value.iterate()?;
     let rows = rows.chunks(count).map(|row| {
         let mut row = row.to_vec();
-        if let Some(fill) = given.some(1) {
+        if let Some(fill) = args.some(1) {
             row.resize(count, fill.clone());
         }
         Value::list(row)
@@ -334,10 +338,10 @@ fn batch(value: &Value, given: Given) -> Result<Value, Error> {
     Ok(Value::generator(rows.collect()))
 }
 
-fn slice(value: &Value, given: Given) -> Result<Value, Error> {
-    let given = given.bind("slice", &["slices", "fill_with"])?;
-    given.required(0)?;
-    let slices = usize::try_from(given.int(0, 1)?)
+fn slice(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("slice", &["slices", "fill_with"])?;
+    args.required(0)?;
+    let slices = usize::try_from(args.int(0, 1)?)
         .ok()
         .filter(|&slices| slices > 0);
     let slices = slices.ok_or_else(|| Error::new("integer division or modulo by zero"))?;
@@ -349,47 +353,47 @@ fn slice(value: &Value, given: Given) -> Result<Value, Error> {
         let (part, after) = rest.split_at(each + usize::from(number < longer));
         rest = after;
         let mut part = part.to_vec();
-        part.extend(given.some(1).filter(|_| number >= longer).cloned());
+        part.extend(args.some(1).filter(|_| number >= longer).cloned());
         Value::list(part)
     });
     Ok(Value::generator(parts.collect()))
 }
 
-fn map(value: &Value, given: Given) -> Result<Value, Error> {
+fn map(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let items = || value.iterate();
-    if given.positional.is_empty() {
-        let given = given.bind("map", &["attribute", "default"])?;
+    if args.positional.is_empty() {
+        let args = args.bind("map", &["attribute", "default"])?;
         let missing = |_| Error::new("map requires a filter argument");
-        let path = Path::of(Some(given.required(0).map_err(missing)?));
+        let path = Path::of(Some(args.required(0).map_err(missing)?));
         let found = items()?
             .into_iter()
-            .map(|item| path.find(&item, given.some(1)));
+            .map(|item| path.find(&item, args.some(1)));
         return found.collect::<Result<_, _>>().map(Value::generator);
     }
-    let Given {
+    let CallArguments {
         mut positional,
         named,
-    } = given;
+    } = args;
     let filter = positional.remove(0);
     let filter = filter
         .as_str()
         .ok_or_else(|| Error::new("map requires the name of a filter"))?;
     let mapped = items()?.into_iter().map(|item| {
-        let given = Given {
+        let args = CallArguments {
             positional: positional.clone(),
             named: named.clone(),
         };
-        super::apply(filter, &item, given)
+        super::apply(filter, &item, args)
     });
     mapped.collect::<Result<_, _>>().map(Value::generator)
 }
 
-/// Which elements are selected.
+/// Selection criterion of `select`, `reject`, `selectattr` and `rejectattr`.
 #[derive(Clone, Copy)]
 struct Selection {
-    /// Whether a test is of an attribute, which is named first.
+    /// Whether the test applies to an attribute, which is the first argument.
     by_attribute: bool,
-    /// Whether those stay of which the test holds.
+    /// Whether elements that pass the test are kept.
     keeps: bool,
 }
 
@@ -409,14 +413,14 @@ impl Selection {
     }
 }
 
-fn select(value: &Value, given: Given, how: Selection) -> Result<Value, Error> {
+fn select(value: &Value, args: CallArguments, how: Selection) -> Result<Value, Error> {
     if !value.is_true() {
         return Ok(Value::generator(Vec::new()));
     }
-    let Given {
+    let CallArguments {
         mut positional,
         named,
-    } = given;
+    } = args;
     let path = match (how.by_attribute, positional.is_empty()) {
         (true, true) => return Err(Error::new("Missing parameter for attribute name")),
         (true, false) => Path::of(Some(&positional.remove(0))),
@@ -433,11 +437,11 @@ fn select(value: &Value, given: Given, how: Selection) -> Result<Value, Error> {
         let found = path.find(&item, None)?;
         let holds = match test {
             Some(test) => {
-                let given = Given {
+                let args = CallArguments {
                     positional: positional.clone(),
                     named: named.clone(),
                 };
-                tests::holds(test, &found, given)?
+                tests::holds(test, &found, args)?
             }
             None => found.is_true(),
         };

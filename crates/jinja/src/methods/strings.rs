@@ -1,48 +1,48 @@
 //! Methods of strings.
 
 use crate::{
-    Error,
-    arguments::{Bound, Given},
+    arguments::{BoundArguments, CallArguments},
+    error::Error,
     format, limits,
-    operators::{escaped, slice_places},
+    operators::{escaped, slice_indices},
     text::{self, is_space},
     value::{Text, Value},
 };
 
-/// The result of `string.name(…)`.
-pub(super) fn call(string: &Text, name: &'static str, given: Given) -> Result<Value, Error> {
+/// Evaluates `string.name(…)`.
+pub(super) fn call(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
     let s: &str = &string.text;
-    let plain = |given: Given| given.bind(name, &[]).map(drop);
+    let plain = |args: CallArguments| args.bind(name, &[]).map(drop);
     match name {
-        "format" => return format::braces(string, &given),
+        "format" => return format::braces(string, &args),
         "format_map" => {
-            let given = given.bind(name, &["map"])?;
-            let Value::Dict(dict) = given.required(0)? else {
+            let args = args.bind(name, &["map"])?;
+            let Value::Dict(dict) = args.required(0)? else {
                 return Err(Error::unsupported("format_map of what is no dictionary"));
             };
             let named = dict.pairs.iter();
             let named =
                 named.filter_map(|(key, value)| Some((key.as_str()?.to_owned(), value.clone())));
-            let given = Given {
+            let args = CallArguments {
                 positional: Vec::new(),
                 named: named.collect(),
             };
-            return format::braces(string, &given);
+            return format::braces(string, &args);
         }
-        "join" => return join(string, given),
+        "join" => return join(string, args),
         "strip" | "lstrip" | "rstrip" => {
-            let given = given.bind(name, &["chars"])?;
-            return Ok(string.with(strip(s, name, given.some_text(0)?)));
+            let args = args.bind(name, &["chars"])?;
+            return Ok(string.with(strip(s, name, args.some_text(0)?)));
         }
-        "split" | "rsplit" => return split(string, name, given),
-        "partition" | "rpartition" => return partition(string, name, given),
-        "startswith" | "endswith" => return has_affix(string, name, given),
-        "find" | "rfind" | "index" | "rindex" | "count" => return search(string, name, given),
-        "center" | "ljust" | "rjust" => return justify(string, name, given),
-        "replace" => return replace(string, given),
+        "split" | "rsplit" => return split(string, name, args),
+        "partition" | "rpartition" => return partition(string, name, args),
+        "startswith" | "endswith" => return has_affix(string, name, args),
+        "find" | "rfind" | "index" | "rindex" | "count" => return search(string, name, args),
+        "center" | "ljust" | "rjust" => return justify(string, name, args),
+        "replace" => return replace(string, args),
         "removeprefix" | "removesuffix" => {
-            let given = given.bind(name, &["affix"])?;
-            let affix = given.text(0)?;
+            let args = args.bind(name, &["affix"])?;
+            let affix = args.text(0)?;
             let cut = if name == "removeprefix" {
                 s.strip_prefix(affix)
             } else {
@@ -51,29 +51,29 @@ pub(super) fn call(string: &Text, name: &'static str, given: Given) -> Result<Va
             return Ok(string.with(cut.unwrap_or(s)));
         }
         "splitlines" => {
-            let given = given.bind(name, &["keepends"])?;
-            let lines = text::lines(s, given.is_true(0));
+            let args = args.bind(name, &["keepends"])?;
+            let lines = text::lines(s, args.is_true(0));
             return Ok(Value::list(
                 lines.iter().map(|line| string.with(line)).collect(),
             ));
         }
         "zfill" => {
-            let given = given.bind(name, &["width"])?;
-            given.required(0)?;
-            let width = usize::try_from(given.int(0, 0)?).unwrap_or(0);
+            let args = args.bind(name, &["width"])?;
+            args.required(0)?;
+            let width = usize::try_from(args.int(0, 0)?).unwrap_or(0);
             limits::text(width)?;
             return Ok(string.with(&zero_filled(s, width)));
         }
         "expandtabs" => {
-            let given = given.bind(name, &["tabsize"])?;
-            let size = usize::try_from(given.int(0, 8)?).unwrap_or(0);
+            let args = args.bind(name, &["tabsize"])?;
+            let size = usize::try_from(args.int(0, 8)?).unwrap_or(0);
             limits::text(s.len() + s.matches('\t').count().saturating_mul(size))?;
             return Ok(string.with(&expand_tabs(s, size)));
         }
         "encode" | "maketrans" | "translate" => {
             return Err(Error::unsupported(&format!("the method {name} of strings")));
         }
-        _ => plain(given)?,
+        _ => plain(args)?,
     }
     match name {
         "lower" => Ok(string.with(&s.to_lowercase())),
@@ -97,7 +97,7 @@ fn swap_case(s: &str) -> String {
     s.chars().map(swapped).collect()
 }
 
-/// The tests of a whole string.
+/// Predicates of a string, such as `isdigit`.
 fn is(s: &str, name: &str) -> Result<bool, Error> {
     let all = |holds: fn(char) -> bool| !s.is_empty() && s.chars().all(holds);
     let (has_lower, has_upper) = (
@@ -135,7 +135,7 @@ fn is(s: &str, name: &str) -> Result<bool, Error> {
     })
 }
 
-/// `strip`, `lstrip` or `rstrip`, of `chars` or white space.
+/// `strip`, `lstrip` or `rstrip` of `chars` or whitespace.
 pub(crate) fn strip<'a>(s: &'a str, name: &str, chars: Option<&str>) -> &'a str {
     let goes = |c: char| match chars {
         Some(chars) => chars.contains(c),
@@ -148,17 +148,17 @@ pub(crate) fn strip<'a>(s: &'a str, name: &str, chars: Option<&str>) -> &'a str 
     }
 }
 
-fn join(string: &Text, given: Given) -> Result<Value, Error> {
-    let given = given.bind("join", &["iterable"])?;
+fn join(string: &Text, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("join", &["iterable"])?;
     let mut joined = String::new();
-    for (place, item) in given.required(0)?.iterate()?.iter().enumerate() {
+    for (position, item) in args.required(0)?.iterate()?.iter().enumerate() {
         let Value::Text(part) = item else {
             let name = item.type_name();
-            let message = format!("sequence item {place}: expected str instance, {name} found");
+            let message = format!("sequence item {position}: expected str instance, {name} found");
             return Err(Error::new(message));
         };
         limits::text(joined.len() + string.text.len() + part.text.len())?;
-        if place > 0 {
+        if position > 0 {
             joined.push_str(&string.text);
         }
         match string.is_safe && !part.is_safe {
@@ -169,12 +169,12 @@ fn join(string: &Text, given: Given) -> Result<Value, Error> {
     Ok(string.with(&joined))
 }
 
-fn split(string: &Text, name: &'static str, given: Given) -> Result<Value, Error> {
-    let given = given.bind(name, &["sep", "maxsplit"])?;
-    let most = usize::try_from(given.int(1, -1)?).ok();
+fn split(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind(name, &["sep", "maxsplit"])?;
+    let most = usize::try_from(args.int(1, -1)?).ok();
     let s: &str = &string.text;
     limits::items(s.len() / 2)?;
-    let parts: Vec<&str> = match (given.some_text(0)?, name) {
+    let parts: Vec<&str> = match (args.some_text(0)?, name) {
         (Some(""), _) => return Err(Error::new("empty separator")),
         (Some(sep), "split") => match most {
             Some(most) => s.splitn(most + 1, sep).collect(),
@@ -194,13 +194,13 @@ fn split(string: &Text, name: &'static str, given: Given) -> Result<Value, Error
     ))
 }
 
-/// At most `most` cuts at white space, from the left.
+/// Splits at whitespace at most `most` times, from the left.
 fn split_at_space(s: &str, most: usize) -> Vec<&str> {
     let (mut parts, mut rest) = (Vec::new(), s.trim_start_matches(is_space));
     while !rest.is_empty() {
         let cut = rest.find(is_space).filter(|_| parts.len() < most);
-        let Some(place) = cut else {
-            // What is left over keeps its white space, but for a whole split.
+        let Some(position) = cut else {
+            // The rest keeps its inner whitespace.
             let last = if parts.len() < most {
                 rest.trim_end_matches(is_space)
             } else {
@@ -209,18 +209,18 @@ fn split_at_space(s: &str, most: usize) -> Vec<&str> {
             parts.push(last);
             break;
         };
-        parts.push(&rest[..place]);
-        rest = rest[place..].trim_start_matches(is_space);
+        parts.push(&rest[..position]);
+        rest = rest[position..].trim_start_matches(is_space);
     }
     parts
 }
 
-/// At most `most` cuts at white space, from the right.
+/// Splits at whitespace at most `most` times, from the right.
 fn rsplit_at_space(s: &str, most: usize) -> Vec<&str> {
     let (mut parts, mut rest) = (Vec::new(), s.trim_end_matches(is_space));
     while !rest.is_empty() {
         let cut = rest.rfind(is_space).filter(|_| parts.len() < most);
-        let Some(place) = cut else {
+        let Some(position) = cut else {
             parts.push(if parts.len() < most {
                 rest.trim_start_matches(is_space)
             } else {
@@ -228,17 +228,17 @@ fn rsplit_at_space(s: &str, most: usize) -> Vec<&str> {
             });
             break;
         };
-        let after = place + rest[place..].chars().next().map_or(1, char::len_utf8);
+        let after = position + rest[position..].chars().next().map_or(1, char::len_utf8);
         parts.push(&rest[after..]);
-        rest = rest[..place].trim_end_matches(is_space);
+        rest = rest[..position].trim_end_matches(is_space);
     }
     parts.reverse();
     parts
 }
 
-fn partition(string: &Text, name: &'static str, given: Given) -> Result<Value, Error> {
-    let given = given.bind(name, &["sep"])?;
-    let (s, sep): (&str, _) = (&string.text, given.text(0)?);
+fn partition(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind(name, &["sep"])?;
+    let (s, sep): (&str, _) = (&string.text, args.text(0)?);
     if sep.is_empty() {
         return Err(Error::new("empty separator"));
     }
@@ -258,24 +258,23 @@ fn partition(string: &Text, name: &'static str, given: Given) -> Result<Value, E
     ))
 }
 
-/// The part `[start:stop]` of the string, as the arguments from `place` on say; none when it begins beyond
-/// the end.
-fn part(s: &str, given: &Bound, place: usize) -> Result<Option<(usize, String)>, Error> {
+/// The substring `[start:stop]` given by the arguments from `position` on; `None` if it starts after the end.
+fn part(s: &str, args: &BoundArguments, position: usize) -> Result<Option<(usize, String)>, Error> {
     let chars: Vec<char> = s.chars().collect();
-    let (start, stop) = (given.some_int(place)?, given.some_int(place + 1)?);
+    let (start, stop) = (args.some_int(position)?, args.some_int(position + 1)?);
     if start.is_some_and(|start| start > chars.len() as i128) {
         return Ok(None);
     }
-    let places = slice_places(chars.len(), start, stop, 1);
-    let first = places.first().copied();
-    let first = first.or_else(|| slice_places(chars.len(), start, None, 1).first().copied());
-    let text = places.iter().map(|&place| chars[place]).collect();
+    let positions = slice_indices(chars.len(), start, stop, 1);
+    let first = positions.first().copied();
+    let first = first.or_else(|| slice_indices(chars.len(), start, None, 1).first().copied());
+    let text = positions.iter().map(|&position| chars[position]).collect();
     Ok(Some((first.unwrap_or(chars.len()), text)))
 }
 
-fn has_affix(string: &Text, name: &'static str, given: Given) -> Result<Value, Error> {
-    let given = given.bind(name, &["affix", "start", "end"])?;
-    let part = part(&string.text, &given, 1)?;
+fn has_affix(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind(name, &["affix", "start", "end"])?;
+    let part = part(&string.text, &args, 1)?;
     let has = |affix: &Value| {
         let Some(affix) = affix.as_str() else {
             let found = affix.type_name();
@@ -287,7 +286,7 @@ fn has_affix(string: &Text, name: &'static str, given: Given) -> Result<Value, E
             _ => part.ends_with(affix),
         }))
     };
-    let affix = given.required(0)?;
+    let affix = args.required(0)?;
     affix.must_be_defined()?;
     let found = match affix {
         Value::Tuple(tuple) => {
@@ -299,39 +298,39 @@ fn has_affix(string: &Text, name: &'static str, given: Given) -> Result<Value, E
     Ok(Value::Bool(found))
 }
 
-fn search(string: &Text, name: &'static str, given: Given) -> Result<Value, Error> {
-    let given = given.bind(name, &["sub", "start", "end"])?;
-    let sub = given.text(0)?;
-    let part = part(&string.text, &given, 1)?;
+fn search(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind(name, &["sub", "start", "end"])?;
+    let sub = args.text(0)?;
+    let part = part(&string.text, &args, 1)?;
     if name == "count" {
         let count = part.map_or(0, |(_, part)| part.matches(sub).count());
         return Ok(Value::Int(count as i128));
     }
     let found = part.and_then(|(first, part)| {
-        let place = if name.starts_with('r') {
+        let position = if name.starts_with('r') {
             part.rfind(sub)
         } else {
             part.find(sub)
         }?;
-        Some(first + part[..place].chars().count())
+        Some(first + part[..position].chars().count())
     });
     match found {
-        Some(place) => Ok(Value::Int(place as i128)),
+        Some(position) => Ok(Value::Int(position as i128)),
         None if name.ends_with("find") => Ok(Value::Int(-1)),
         None => Err(Error::new("substring not found")),
     }
 }
 
-fn justify(string: &Text, name: &'static str, given: Given) -> Result<Value, Error> {
-    let given = given.bind(name, &["width", "fillchar"])?;
-    given.required(0)?;
-    let fill = given.some_text(1)?.unwrap_or(" ");
+fn justify(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind(name, &["width", "fillchar"])?;
+    args.required(0)?;
+    let fill = args.some_text(1)?.unwrap_or(" ");
     if fill.chars().count() != 1 {
         return Err(Error::new(
             "The fill character must be exactly one character long",
         ));
     }
-    let width = usize::try_from(given.int(0, 0)?).unwrap_or(0);
+    let width = usize::try_from(args.int(0, 0)?).unwrap_or(0);
     limits::text(width)?;
     let side = match name {
         "center" => Side::Both,
@@ -341,7 +340,7 @@ fn justify(string: &Text, name: &'static str, given: Given) -> Result<Value, Err
     Ok(string.with(&padded(&string.text, width, fill, side)))
 }
 
-/// Where a string is filled up.
+/// Side of the padding.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
     Left,
@@ -349,7 +348,7 @@ pub(crate) enum Side {
     Both,
 }
 
-/// The string with `fill` up to `width`; in the middle as Python's `center` has it.
+/// Pads the string with `fill` to `width`; centred as by Python's `center`.
 pub(crate) fn padded(s: &str, width: usize, fill: &str, side: Side) -> String {
     let missing = width.saturating_sub(s.chars().count());
     let left = match side {
@@ -360,11 +359,11 @@ pub(crate) fn padded(s: &str, width: usize, fill: &str, side: Side) -> String {
     format!("{}{s}{}", fill.repeat(left), fill.repeat(missing - left))
 }
 
-fn replace(string: &Text, given: Given) -> Result<Value, Error> {
-    let given = given.bind("replace", &["old", "new", "count"])?;
-    let (old, new) = (given.text(0)?, given.text(1)?);
+fn replace(string: &Text, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("replace", &["old", "new", "count"])?;
+    let (old, new) = (args.text(0)?, args.text(1)?);
     limits::text(string.text.len() + string.text.matches(old).count().saturating_mul(new.len()))?;
-    Ok(string.with(&match usize::try_from(given.int(2, -1)?) {
+    Ok(string.with(&match usize::try_from(args.int(2, -1)?) {
         Ok(count) => string.text.replacen(old, new, count),
         Err(_) => string.text.replace(old, new),
     }))

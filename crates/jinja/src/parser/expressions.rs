@@ -1,19 +1,22 @@
-//! Expressions, by precedence from the loosest to the tightest.
+//! Expressions, in order of increasing precedence.
 
 use super::Parser;
 use crate::{
-    Error,
-    ast::{Arguments, Arithmetic, Comparison, Conditional, Expression, Filter, Literal, Slice},
-    lexer::Token,
+    ast::{
+        Arguments, ArithmeticOperator, ComparisonOperator, Conditional, Expression, Filter,
+        Literal, Slice,
+    },
+    error::Error,
+    lexer::TemplateToken,
 };
 
 impl Parser {
-    /// An expression, or several with commas: a tuple.
+    /// Parses an expression, or a tuple of several separated by commas.
     pub(super) fn tuple(&mut self) -> Result<Expression, Error> {
         self.tuple_until(&[], Self::expression)
     }
 
-    /// As [`Self::tuple`], of what `parse` gives; names in `ends` end it too.
+    /// Like [`Self::tuple`], with elements parsed by `parse`, up to a name in `ends`.
     pub(super) fn tuple_until(
         &mut self,
         ends: &[&str],
@@ -24,7 +27,7 @@ impl Parser {
         self.some_tuple(ends, parse)?.ok_or(missing)
     }
 
-    /// As [`Self::tuple_until`]; none when nothing stands there.
+    /// Like [`Self::tuple_until`], or `None` if there is no expression.
     fn some_tuple(
         &mut self,
         ends: &[&str],
@@ -32,8 +35,10 @@ impl Parser {
     ) -> Result<Option<Expression>, Error> {
         let (mut items, mut is_tuple) = (Vec::new(), false);
         loop {
-            let is_end = matches!(self.token(), Token::VariableEnd | Token::BlockEnd)
-                || self.is_operator(")")
+            let is_end = matches!(
+                self.token(),
+                TemplateToken::VariableEnd | TemplateToken::BlockEnd
+            ) || self.is_operator(")")
                 || ends.iter().any(|end| self.is_name(end));
             if is_end {
                 break;
@@ -58,7 +63,7 @@ impl Parser {
     fn conditional(&mut self) -> Result<Expression, Error> {
         let mut then = self.or()?;
         while self.takes_name("if") {
-            self.link()?;
+            self.count_operator()?;
             let test = self.or()?;
             let otherwise = if self.takes_name("else") {
                 Some(self.expression()?)
@@ -77,7 +82,7 @@ impl Parser {
     pub(super) fn or(&mut self) -> Result<Expression, Error> {
         let mut left = self.and()?;
         while self.takes_name("or") {
-            self.link()?;
+            self.count_operator()?;
             left = Expression::Or(Box::new(left), Box::new(self.and()?));
         }
         Ok(left)
@@ -86,7 +91,7 @@ impl Parser {
     fn and(&mut self) -> Result<Expression, Error> {
         let mut left = self.not()?;
         while self.takes_name("and") {
-            self.link()?;
+            self.count_operator()?;
             left = Expression::And(Box::new(left), Box::new(self.not()?));
         }
         Ok(left)
@@ -113,19 +118,19 @@ impl Parser {
         })
     }
 
-    fn comparison_operator(&mut self) -> Option<Comparison> {
+    fn comparison_operator(&mut self) -> Option<ComparisonOperator> {
         let comparison = match self.token() {
-            Token::Operator("==") => Comparison::Equal,
-            Token::Operator("!=") => Comparison::Unequal,
-            Token::Operator("<") => Comparison::Less,
-            Token::Operator("<=") => Comparison::AtMost,
-            Token::Operator(">") => Comparison::Greater,
-            Token::Operator(">=") => Comparison::AtLeast,
-            Token::Name(name) if name == "in" => Comparison::In,
-            Token::Name(name) if name == "not" => match self.look() {
-                Token::Name(name) if name == "in" => {
+            TemplateToken::Operator("==") => ComparisonOperator::Equal,
+            TemplateToken::Operator("!=") => ComparisonOperator::Unequal,
+            TemplateToken::Operator("<") => ComparisonOperator::Less,
+            TemplateToken::Operator("<=") => ComparisonOperator::AtMost,
+            TemplateToken::Operator(">") => ComparisonOperator::Greater,
+            TemplateToken::Operator(">=") => ComparisonOperator::AtLeast,
+            TemplateToken::Name(name) if name == "in" => ComparisonOperator::In,
+            TemplateToken::Name(name) if name == "not" => match self.peek() {
+                TemplateToken::Name(name) if name == "in" => {
                     self.next();
-                    Comparison::NotIn
+                    ComparisonOperator::NotIn
                 }
                 _ => return None,
             },
@@ -135,11 +140,11 @@ impl Parser {
         Some(comparison)
     }
 
-    /// Operands joined by the operators of one precedence, from the left.
+    /// Parses a left-associative chain of operators of one precedence.
     fn chain(
         &mut self,
         operand: fn(&mut Self) -> Result<Expression, Error>,
-        operators: &[(&str, Arithmetic)],
+        operators: &[(&str, ArithmeticOperator)],
     ) -> Result<Expression, Error> {
         let mut left = operand(self)?;
         loop {
@@ -150,14 +155,17 @@ impl Parser {
                 return Ok(left);
             };
             self.next();
-            self.link()?;
+            self.count_operator()?;
             let right = operand(self)?;
             left = Expression::Arithmetic(*operator, Box::new(left), Box::new(right));
         }
     }
 
     fn sum(&mut self) -> Result<Expression, Error> {
-        let operators = [("+", Arithmetic::Add), ("-", Arithmetic::Subtract)];
+        let operators = [
+            ("+", ArithmeticOperator::Add),
+            ("-", ArithmeticOperator::Subtract),
+        ];
         self.chain(Self::concatenation, &operators)
     }
 
@@ -175,19 +183,19 @@ impl Parser {
 
     fn product(&mut self) -> Result<Expression, Error> {
         let operators = [
-            ("*", Arithmetic::Multiply),
-            ("/", Arithmetic::Divide),
-            ("//", Arithmetic::FloorDivide),
-            ("%", Arithmetic::Modulo),
+            ("*", ArithmeticOperator::Multiply),
+            ("/", ArithmeticOperator::Divide),
+            ("//", ArithmeticOperator::FloorDivide),
+            ("%", ArithmeticOperator::Modulo),
         ];
         self.chain(Self::power, &operators)
     }
 
     fn power(&mut self) -> Result<Expression, Error> {
-        self.chain(Self::filtered, &[("**", Arithmetic::Power)])
+        self.chain(Self::filtered, &[("**", ArithmeticOperator::Power)])
     }
 
-    /// A signed value with its filters and tests.
+    /// Parses a signed value with its filters and tests.
     fn filtered(&mut self) -> Result<Expression, Error> {
         let mut value = self.signed()?;
         loop {
@@ -200,7 +208,7 @@ impl Parser {
             } else {
                 return Ok(value);
             };
-            self.link()?;
+            self.count_operator()?;
         }
     }
 
@@ -217,32 +225,32 @@ impl Parser {
 
     fn primary(&mut self) -> Result<Expression, Error> {
         let value = match self.token().clone() {
-            Token::Name(name) => {
+            TemplateToken::Name(name) => {
                 self.next();
                 return Ok(self.named(name));
             }
-            Token::Text(_) => {
+            TemplateToken::Text(_) => {
                 let mut text = String::new();
-                while let Token::Text(part) = self.token() {
+                while let TemplateToken::Text(part) = self.token() {
                     text.push_str(part);
                     self.next();
                 }
                 return Ok(Expression::Literal(Literal::Text(text)));
             }
-            Token::Int(number) => Expression::Literal(Literal::Int(number)),
-            Token::Float(number) => Expression::Literal(Literal::Float(number)),
-            Token::Operator("(") => {
+            TemplateToken::Int(number) => Expression::Literal(Literal::Int(number)),
+            TemplateToken::Float(number) => Expression::Literal(Literal::Float(number)),
+            TemplateToken::Operator("(") => {
                 self.next();
                 let inside = self.deeper(|parser| parser.some_tuple(&[], Self::expression))?;
                 self.expect_operator(")")?;
                 return Ok(inside.unwrap_or(Expression::Tuple(Vec::new())));
             }
-            Token::Operator("[") => {
+            TemplateToken::Operator("[") => {
                 self.next();
                 let items = self.separated("]", Self::expression)?;
                 return Ok(Expression::List(items));
             }
-            Token::Operator("{") => {
+            TemplateToken::Operator("{") => {
                 self.next();
                 let pair = |parser: &mut Self| {
                     let key = parser.expression()?;
@@ -257,7 +265,7 @@ impl Parser {
         Ok(value)
     }
 
-    /// A constant, or a variable.
+    /// Converts a name to a constant or a variable.
     fn named(&mut self, name: String) -> Expression {
         let literal = match name.as_str() {
             "true" | "True" => Literal::Bool(true),
@@ -273,7 +281,7 @@ impl Parser {
         Expression::Literal(literal)
     }
 
-    /// What stands between commas up to the operator `end`, which may follow a comma.
+    /// Parses comma-separated items up to the operator `end`; a trailing comma is allowed.
     fn separated<T>(
         &mut self,
         end: &'static str,
@@ -294,10 +302,10 @@ impl Parser {
         loop {
             value = if self.takes_operator(".") {
                 match self.next() {
-                    Token::Name(name) => Expression::Attribute(Box::new(value), name),
-                    Token::Int(place) => {
-                        let place = Expression::Literal(Literal::Int(place));
-                        Expression::Item(Box::new(value), Box::new(place))
+                    TemplateToken::Name(name) => Expression::Attribute(Box::new(value), name),
+                    TemplateToken::Int(position) => {
+                        let position = Expression::Literal(Literal::Int(position));
+                        Expression::Item(Box::new(value), Box::new(position))
                     }
                     _ => return Err(self.failure("expected name or number")),
                 }
@@ -308,7 +316,7 @@ impl Parser {
             } else {
                 return Ok(value);
             };
-            self.link()?;
+            self.count_operator()?;
         }
     }
 
@@ -331,8 +339,8 @@ impl Parser {
             start => {
                 self.expect_operator(":")?;
                 let mut bound = || {
-                    let is_left_out = self.is_operator(":") || self.is_operator("]");
-                    (!is_left_out).then(|| self.expression()).transpose()
+                    let is_omitted = self.is_operator(":") || self.is_operator("]");
+                    (!is_omitted).then(|| self.expression()).transpose()
                 };
                 let stop = bound()?;
                 let has_step = self.takes_operator(":");
@@ -379,7 +387,9 @@ impl Parser {
                 return Err(misplaced);
             }
             *more_named = Some(self.expression()?);
-        } else if let (Token::Name(name), Token::Operator("=")) = (self.token(), self.look()) {
+        } else if let (TemplateToken::Name(name), TemplateToken::Operator("=")) =
+            (self.token(), self.peek())
+        {
             let name = name.clone();
             if more_named.is_some() {
                 return Err(misplaced);
@@ -396,14 +406,14 @@ impl Parser {
         Ok(())
     }
 
-    /// The test after `is`.
+    /// Parses the test after `is`.
     fn test(&mut self, value: Expression) -> Result<Expression, Error> {
         let is_negated = self.takes_name("not");
         let name = self.dotted()?;
         let begins_value = match self.token() {
-            Token::Name(name) => !["else", "or", "and"].contains(&name.as_str()),
-            Token::Text(_) | Token::Int(_) | Token::Float(_) => true,
-            Token::Operator(operator) => ["[", "{"].contains(operator),
+            TemplateToken::Name(name) => !["else", "or", "and"].contains(&name.as_str()),
+            TemplateToken::Text(_) | TemplateToken::Int(_) | TemplateToken::Float(_) => true,
+            TemplateToken::Operator(operator) => ["[", "{"].contains(operator),
             _ => false,
         };
         let arguments = if self.is_operator("(") {

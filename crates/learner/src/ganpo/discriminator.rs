@@ -1,43 +1,44 @@
-//! A discriminator: spectral-normed projection, learned positions, pre-norm transformer encoder, masked
-//! mean, and a spectral-normed head of two layers.
+//! Discriminator: projection with spectral normalisation, learned positions, pre-norm transformer encoder, masked mean
+//! pooling, and a head of two layers with spectral normalisation.
 
 use std::collections::BTreeMap;
 
 use candle_core::{D, Device, Result, Tensor};
+use kernels::linear;
 use messages::Seed;
-use model::{ModelError, Precision, Weights, ops::linear};
+use model::{ModelError, Precision, Weights};
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-use super::{features::Stream, spectral::Spectral};
+use crate::ganpo::{features::Stream, spectral::SpectralNorm};
 
 /// Added to variances.
 const EPSILON: f64 = 1e-5;
-/// What a padded key's score is lowered by: its share underflows to exactly zero.
-const MASKED: f64 = 1e9;
-/// The feed-forward part is so many times as wide as the rest.
+/// Subtracted from the attention scores of padding, whose weights underflow to exactly zero.
+const MASK_BIAS: f64 = 1e9;
+/// Width of the feed-forward layer as a multiple of the discriminator's.
 const EXPANSION: usize = 4;
-/// Deviation of fresh positions.
+/// Standard deviation of initial position embeddings.
 const POSITION_DEVIATION: f32 = 0.02;
 
-/// The weights whose largest singular value is held at 1.
+/// Weights with spectral normalisation.
 pub(super) const SPECTRAL: [&str; 3] = ["input.weight", "hidden.weight", "score.weight"];
 
-/// How a discriminator is built.
+/// Dimensions of a discriminator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct DiscriminatorShape {
     /// Width of the hidden states it reads.
     pub(super) features: usize,
-    /// Its own width, a multiple of `heads`.
+    /// Width, a multiple of `heads`.
     pub(super) width: usize,
     pub(super) heads: usize,
     pub(super) layers: usize,
-    /// Positions it knows.
+    /// Number of positions.
     pub(super) length: usize,
 }
 
-impl Shape {
-    /// Every tensor: its name and its shape.
+impl DiscriminatorShape {
+    /// Names and shapes of all tensors.
     pub(super) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (w, inner) = (self.width, EXPANSION * self.width);
         let mut tensors = vec![
@@ -70,8 +71,7 @@ impl Shape {
         tensors
     }
 
-    /// First numbers, from `seed` alone: weights uniform within 1/√in, positions small, norms one, biases
-    /// zero.
+    /// Initial tensors, a function of `seed`: weights uniform within 1/√in, positions small, norms one, biases zero.
     pub(super) fn initialise(
         &self,
         seed: Seed,
@@ -86,31 +86,31 @@ impl Shape {
                 [_, width] => 1.0 / (*width as f32).sqrt(),
                 _ => 0.0,
             };
-            let middle = if name.ends_with("norm.weight") {
+            let mean = if name.ends_with("norm.weight") {
                 1.0
             } else {
                 0.0
             };
-            let numbers: Vec<f32> = (0..count)
-                .map(|_| middle + bound * (2.0 * random.random::<f32>() - 1.0))
+            let values: Vec<f32> = (0..count)
+                .map(|_| mean + bound * (2.0 * random.random::<f32>() - 1.0))
                 .collect();
-            tensors.insert(name, Tensor::from_vec(numbers, shape, device)?);
+            tensors.insert(name, Tensor::from_vec(values, shape, device)?);
         }
         Ok(tensors)
     }
 }
 
-/// One of the two discriminators: those tensors of `weights` whose names begin with `name`.
+/// One of the two discriminators: the tensors of `weights` with the prefix `name`.
 #[derive(Clone, Copy)]
 pub(super) struct Discriminator<'a> {
     pub(super) name: &'static str,
-    pub(super) shape: Shape,
+    pub(super) shape: DiscriminatorShape,
     pub(super) weights: &'a Weights,
-    pub(super) spectral: &'a Spectral,
+    pub(super) spectral: &'a SpectralNorm,
 }
 
 impl Discriminator<'_> {
-    /// One score for each response, `[B]`, in logits: higher is more like the reference.
+    /// Score of each response, `[B]`, in logits: higher is more like the reference.
     pub(super) fn score(&self, stream: &Stream) -> std::result::Result<Tensor, ModelError> {
         let (batch, length, features) = stream.tokens.dims3()?;
         let tokens = stream.tokens.reshape((batch * length, features))?;
@@ -120,7 +120,7 @@ impl Discriminator<'_> {
             .reshape((batch, length, self.shape.width))?
             .broadcast_add(&positions)?
             .reshape((batch * length, self.shape.width))?;
-        let bias = ((&stream.mask - 1.0)? * MASKED)?.reshape((batch, 1, 1, length))?;
+        let bias = ((&stream.mask - 1.0)? * MASK_BIAS)?.reshape((batch, 1, 1, length))?;
         for layer in 0..self.shape.layers {
             let name = |part: &str| format!("blocks.{layer}.{part}");
             let normed = self.layer_norm(&name("first_norm"), &x)?;
@@ -136,14 +136,14 @@ impl Discriminator<'_> {
         Ok(self.linear("score", &hidden)?.squeeze(1)?)
     }
 
-    /// Every token looks at every token of its own response; `bias` is `[B, 1, 1, T]`.
+    /// Full self-attention within each response; `bias` is `[B, 1, 1, T]`.
     fn attention(
         &self,
         block: &str,
         x: &Tensor,
         bias: &Tensor,
     ) -> std::result::Result<Tensor, ModelError> {
-        let Shape { width, heads, .. } = self.shape;
+        let DiscriminatorShape { width, heads, .. } = self.shape;
         let (batch, length) = (bias.dim(0)?, bias.dim(3)?);
         let all = self.linear(&format!("{block}attention"), x)?;
         let all = all.reshape((batch, length, 3, heads, width / heads))?;
@@ -162,11 +162,12 @@ impl Discriminator<'_> {
     }
 
     fn linear(&self, name: &str, x: &Tensor) -> std::result::Result<Tensor, ModelError> {
-        let part = format!("{name}.weight");
-        let weight = self.tensor(&part)?;
-        let weight = self.spectral.normed(&self.full(&part), &weight)?;
+        let bias = self.tensor(&format!("{name}.bias"))?;
+        let name = format!("{name}.weight");
+        let weight = self.tensor(&name)?;
+        let weight = self.spectral.normalise(&self.full_name(&name), &weight)?;
         let product = linear(x, &weight, Precision::F32)?;
-        Ok(product.broadcast_add(&self.tensor(&format!("{name}.bias"))?)?)
+        Ok(product.broadcast_add(&bias)?)
     }
 
     fn layer_norm(&self, name: &str, x: &Tensor) -> std::result::Result<Tensor, ModelError> {
@@ -178,18 +179,18 @@ impl Discriminator<'_> {
     }
 
     fn tensor(&self, name: &str) -> std::result::Result<Tensor, ModelError> {
-        self.weights.get(&self.full(name))
+        self.weights.get(&self.full_name(name))
     }
 
-    fn full(&self, name: &str) -> String {
+    fn full_name(&self, name: &str) -> String {
         format!("{}.{name}", self.name)
     }
 }
 
 fn softmax(scores: &Tensor) -> Result<Tensor> {
-    let most = scores.max_keepdim(D::Minus1)?.detach();
-    let shares = scores.broadcast_sub(&most)?.exp()?;
-    shares.broadcast_div(&shares.sum_keepdim(D::Minus1)?)
+    let max = scores.max_keepdim(D::Minus1)?.detach();
+    let exp = scores.broadcast_sub(&max)?.exp()?;
+    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
 }
 
 #[cfg(test)]
@@ -197,7 +198,7 @@ mod tests {
     use super::*;
     use crate::ganpo::features::Features;
 
-    const SHAPE: Shape = Shape {
+    const SHAPE: DiscriminatorShape = DiscriminatorShape {
         features: 6,
         width: 8,
         heads: 2,
@@ -215,15 +216,15 @@ mod tests {
 
     fn features(lengths: &[usize]) -> Features {
         let rows: usize = lengths.iter().sum();
-        let numbers: Vec<f32> = (0..rows * 6)
+        let values: Vec<f32> = (0..rows * 6)
             .map(|i| ((i * i) as f32 * 0.37).sin())
             .collect();
-        let tokens = Tensor::from_vec(numbers, (rows, 6), &Device::Cpu).unwrap();
+        let tokens = Tensor::from_vec(values, (rows, 6), &Device::Cpu).unwrap();
         Features::new(&tokens, lengths).unwrap()
     }
 
     fn scores(weights: &Weights, stream: &Stream) -> Vec<f32> {
-        let mut spectral = Spectral::default();
+        let mut spectral = SpectralNorm::default();
         for name in SPECTRAL {
             let name = format!("chosen.{name}");
             spectral.add(&name, &weights.get(&name).unwrap()).unwrap();
@@ -249,14 +250,14 @@ mod tests {
         let (weights, features) = (weights(1), features(&[2, 4, 3]));
         let together = features.stream(&[0, 1, 2], 5)?;
         let scored = scores(&weights, &together);
-        // Other numbers in the padding, to the last bit.
+        // Other values in the padding: bit-identical.
         let noise = together.mask.affine(-7.0, 7.0)?.unsqueeze(2)?;
         let noisy = Stream {
             tokens: together.tokens.broadcast_add(&noise)?,
             mask: together.mask.clone(),
         };
         assert_eq!(scores(&weights, &noisy), scored);
-        // None at all, or more of it.
+        // No padding, or more.
         for (completion, expected) in scored.iter().enumerate() {
             let alone = features.stream(&[completion], 5)?;
             close(&scores(&weights, &alone), &[*expected], 1e-5);
@@ -270,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_score_depends_on_every_token_and_its_place() -> Result<()> {
+    fn a_score_depends_on_every_token_and_its_position() -> Result<()> {
         let (weights, features) = (weights(1), features(&[4]));
         let stream = features.stream(&[0], 5)?;
         let scored = scores(&weights, &stream);
@@ -286,9 +287,9 @@ mod tests {
         for token in 0..4 {
             let mut mask = [1f32; 4];
             mask[token] = 2.0;
-            let louder = Tensor::from_vec(mask.to_vec(), (1, 4, 1), &Device::Cpu)?;
+            let scale = Tensor::from_vec(mask.to_vec(), (1, 4, 1), &Device::Cpu)?;
             let changed = Stream {
-                tokens: stream.tokens.broadcast_mul(&louder)?,
+                tokens: stream.tokens.broadcast_mul(&scale)?,
                 mask: stream.mask.clone(),
             };
             assert!(apart(&changed) > 1e-5, "token {token}: {}", apart(&changed));
@@ -297,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_as_large_as_its_shape_says_and_its_seeds() {
+    fn parameters_match_the_shape_and_depend_on_the_seed() {
         let count = weights(1).parameter_count();
         let block = 4 * 8 + (24 + 8 + 32) * 8 + 8 * 32 + 24 + 8 + 32 + 8;
         assert_eq!(count, 6 * 8 + 8 + 5 * 8 + 2 * block + 8 * 8 + 8 + 8 + 1);

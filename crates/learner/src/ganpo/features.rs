@@ -1,36 +1,36 @@
-//! Hidden states of responses, laid out for a discriminator.
+//! Hidden states of responses as a padded batch for a discriminator.
 
 use candle_core::{DType, Result, Tensor};
 
-use crate::batch::MicroBatch;
+use crate::trainer::batch::MicroBatch;
 
 /// Hidden states of the response tokens of some completions, without prompts and without padding.
 #[derive(Debug, Clone)]
 pub(super) struct Features {
     /// `[R, d]`, f32, completion after completion.
     tokens: Tensor,
-    /// Their token counts, which add up to R.
+    /// Token counts, with sum R.
     lengths: Vec<usize>,
 }
 
-/// Responses side by side, `B` of them, the longest of `T` tokens.
+/// Padded batch of `B` responses, the longest of `T` tokens.
 #[derive(Debug)]
 pub(super) struct Stream {
-    /// `[B, T, d]`, zeros after the end of a response.
+    /// `[B, T, d]`, zero-padded.
     pub(super) tokens: Tensor,
     /// `[B, T]`: 1 for a token, 0 for padding.
     pub(super) mask: Tensor,
 }
 
-/// Which completions were preferred to which: a row for each way a label can turn out that is not impossible,
-/// weighted by its probability, so that a soft label is the expectation of a drawn one.
+/// Preferences among completions: a row for each outcome of a label with positive probability, weighted by it, so that
+/// a soft label is the expectation of a sampled one.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Rows {
-    /// Indices of completions.
+pub(super) struct PreferenceRows {
+    /// Index of the chosen completion of each row.
     pub(super) chosen: Vec<usize>,
-    /// Indices of the others.
+    /// Index of the rejected completion of each row.
     pub(super) rejected: Vec<usize>,
-    /// What each row counts.
+    /// Weight of each row.
     pub(super) weights: Vec<f32>,
 }
 
@@ -46,7 +46,7 @@ impl Features {
         })
     }
 
-    /// Several as one, without gradient.
+    /// Concatenation, without gradient.
     pub(super) fn joined<'a>(parts: impl Iterator<Item = &'a Self>) -> Result<Self> {
         let (mut tokens, mut lengths) = (Vec::new(), Vec::new());
         for part in parts {
@@ -59,13 +59,13 @@ impl Features {
         })
     }
 
-    /// How many completions they are.
+    /// Number of completions.
     pub(super) fn completions(&self) -> usize {
         self.lengths.len()
     }
 
-    /// These completions, the first `longest` tokens of each.
-    pub(super) fn stream(&self, completions: &[usize], longest: usize) -> Result<Stream> {
+    /// The first `max_length` tokens of each of these completions.
+    pub(super) fn stream(&self, completions: &[usize], max_length: usize) -> Result<Stream> {
         let starts: Vec<usize> = self
             .lengths
             .iter()
@@ -74,32 +74,32 @@ impl Features {
                 Some(*end - length)
             })
             .collect();
-        let length = |&completion: &usize| self.lengths[completion].min(longest);
+        let length = |&completion: &usize| self.lengths[completion].min(max_length);
         let (rows, width) = self.tokens.dims2()?;
-        let most = completions.iter().map(length).max().unwrap_or(0);
-        let (mut places, mut mask) = (Vec::new(), Vec::new());
+        let longest = completions.iter().map(length).max().unwrap_or(0);
+        let (mut indices, mut mask) = (Vec::new(), Vec::new());
         for completion in completions {
             let (start, length) = (starts[*completion], length(completion));
-            places.extend((start..start + length).map(|place| place as u32));
-            places.extend(std::iter::repeat_n(rows as u32, most - length));
+            indices.extend((start..start + length).map(|index| index as u32));
+            indices.extend(std::iter::repeat_n(rows as u32, longest - length));
             mask.extend(std::iter::repeat_n(1f32, length));
-            mask.extend(std::iter::repeat_n(0f32, most - length));
+            mask.extend(std::iter::repeat_n(0f32, longest - length));
         }
         let (batch, device) = (completions.len(), self.tokens.device());
-        let places = Tensor::new(places, device)?;
+        let indices = Tensor::new(indices, device)?;
         let tokens = self
             .tokens
             .pad_with_zeros(0, 0, 1)?
-            .index_select(&places, 0)?;
+            .index_select(&indices, 0)?;
         Ok(Stream {
-            tokens: tokens.reshape((batch, most, width))?,
-            mask: Tensor::from_vec(mask, (batch, most), device)?,
+            tokens: tokens.reshape((batch, longest, width))?,
+            mask: Tensor::from_vec(mask, (batch, longest), device)?,
         })
     }
 }
 
-impl Rows {
-    /// The rows of a pass.
+impl PreferenceRows {
+    /// Rows of a pass.
     pub(super) fn of(micro: &MicroBatch<'_>) -> Self {
         let mut rows = Self::default();
         let sides = micro.first.iter().zip(&micro.second);
@@ -116,22 +116,22 @@ impl Rows {
         rows
     }
 
-    /// Appends rows whose completions stand behind `completions` others.
-    pub(super) fn extend(&mut self, rows: &Self, completions: usize) {
-        let moved = |indices: &[usize]| -> Vec<usize> {
-            indices.iter().map(|index| index + completions).collect()
+    /// Appends rows with `offset` added to the indices of their completions.
+    pub(super) fn extend(&mut self, rows: &Self, offset: usize) {
+        let shifted = |indices: &[usize]| -> Vec<usize> {
+            indices.iter().map(|index| index + offset).collect()
         };
-        self.chosen.extend(moved(&rows.chosen));
-        self.rejected.extend(moved(&rows.rejected));
+        self.chosen.extend(shifted(&rows.chosen));
+        self.rejected.extend(shifted(&rows.rejected));
         self.weights.extend(&rows.weights);
     }
 
-    /// What all rows count together.
+    /// Sum of the weights.
     pub(super) fn total(&self) -> f64 {
         self.weights.iter().map(|&weight| f64::from(weight)).sum()
     }
 
-    /// What each row counts of `total`, `[B]`.
+    /// Weight of each row divided by `total`, `[B]`.
     pub(super) fn shares(&self, total: f64, like: &Tensor) -> Result<Tensor> {
         let shares = self.weights.iter().map(|&w| (f64::from(w) / total) as f32);
         Tensor::new(shares.collect::<Vec<f32>>(), like.device())
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_has_the_tokens_of_its_completions_and_nothing_else() -> Result<()> {
+    fn a_stream_has_only_the_tokens_of_its_completions() -> Result<()> {
         let tokens = Tensor::arange(1f32, 13f32, &Device::Cpu)?.reshape((6, 2))?;
         let features = Features::new(&tokens, &[1, 3, 2])?;
         let stream = features.stream(&[2, 0, 1], 8)?;
@@ -170,9 +170,9 @@ mod tests {
     }
 
     #[test]
-    fn a_soft_label_counts_either_way_as_it_is_likely() {
-        let rows = Rows::of(&MicroBatch::of_lengths(&[2, 3, 1, 4], &[0.75, 1.0]));
-        let expected = Rows {
+    fn a_soft_label_gives_a_row_per_outcome_weighted_by_its_probability() {
+        let rows = PreferenceRows::of(&MicroBatch::of_lengths(&[2, 3, 1, 4], &[0.75, 1.0]));
+        let expected = PreferenceRows {
             chosen: vec![0, 1, 2],
             rejected: vec![1, 0, 3],
             weights: vec![0.75, 0.25, 1.0],
@@ -182,9 +182,9 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_joined_behind_one_another() {
-        let mut all = Rows::default();
-        let rows = Rows {
+    fn appended_rows_have_shifted_indices() {
+        let mut all = PreferenceRows::default();
+        let rows = PreferenceRows {
             chosen: vec![0, 2],
             rejected: vec![1, 3],
             weights: vec![1.0, 0.5],

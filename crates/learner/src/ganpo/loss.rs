@@ -1,12 +1,11 @@
-//! The losses of the game: relativistic averages (Jolicoeur-Martineau 2018) between policy and reference.
+//! Discriminator and generator losses: relativistic averages (Jolicoeur-Martineau 2018) of policy and reference.
 
 use candle_core::{Result, Tensor, bail};
 
 use crate::objective::dpo::softplus;
 
-/// The three streams that one discriminator tells apart. For the chosen side they are the policy's
-/// chosen responses, the reference's chosen, and the reference's rejected; for the rejected side chosen
-/// and rejected change places.
+/// The three streams that a discriminator distinguishes. For the chosen side they are the policy's chosen responses,
+/// the reference's chosen, and the reference's rejected; for the rejected side chosen and rejected are exchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(super) struct Streams<T> {
     pub(super) policy: T,
@@ -14,19 +13,18 @@ pub(super) struct Streams<T> {
     pub(super) opposite: T,
 }
 
-/// What a discriminator minimises: `¼[BCE(ref − m(π), 1) + BCE(π − m(ref), 0) + BCE(π − m(opp), 1) +
-/// BCE(opp − m(π), 0)]`. `scores` are `[B]` each, `means` the running means m, `weights` `[B]` add up to
-/// 1.
+/// Discriminator loss: `¼[BCE(ref − m(π), 1) + BCE(π − m(ref), 0) + BCE(π − m(opp), 1) + BCE(opp − m(π), 0)]`. `scores`
+/// are `[B]` each, `means` the running means m; `weights`, `[B]`, have sum 1.
 pub(super) fn discriminator(
     scores: &Streams<Tensor>,
     means: Streams<f64>,
     weights: &Tensor,
 ) -> Result<Tensor> {
     let terms = [
-        bce(&scores.reference, means.policy, Truth::Real, weights)?,
-        bce(&scores.policy, means.reference, Truth::Fake, weights)?,
-        bce(&scores.policy, means.opposite, Truth::Real, weights)?,
-        bce(&scores.opposite, means.policy, Truth::Fake, weights)?,
+        bce(&scores.reference, means.policy, BinaryTarget::Real, weights)?,
+        bce(&scores.policy, means.reference, BinaryTarget::Fake, weights)?,
+        bce(&scores.policy, means.opposite, BinaryTarget::Real, weights)?,
+        bce(&scores.opposite, means.policy, BinaryTarget::Fake, weights)?,
     ];
     let [first, rest @ ..] = &terms;
     rest.iter()
@@ -34,21 +32,23 @@ pub(super) fn discriminator(
         * 0.25
 }
 
-/// The policy's part against one discriminator, before the ½: `BCE(π − m(ref), 1)`.
+/// Generator loss of one discriminator, without the factor ½: `BCE(π − m(ref), 1)`.
 pub(super) fn generator(policy: &Tensor, mean_reference: f64, weights: &Tensor) -> Result<Tensor> {
-    bce(policy, mean_reference, Truth::Real, weights)
+    bce(policy, mean_reference, BinaryTarget::Real, weights)
 }
 
-/// The share, by weight, of the policy's and the reference's responses that are told rightly from the
-/// mean of the other.
+/// Weighted accuracy of a discriminator: a response of the policy or the reference is classified by comparison with the
+/// running mean of the other.
 pub(super) fn accuracy(
     scores: &Streams<Tensor>,
     means: Streams<f64>,
     weights: &Tensor,
 ) -> Result<f64> {
-    let share = |right: Tensor| -> Result<f64> {
-        let right = right.to_dtype(weights.dtype())?;
-        Ok(f64::from((right * weights)?.sum_all()?.to_scalar::<f32>()?))
+    let share = |is_right: Tensor| -> Result<f64> {
+        let is_right = is_right.to_dtype(weights.dtype())?;
+        Ok(f64::from(
+            (is_right * weights)?.sum_all()?.to_scalar::<f32>()?,
+        ))
     };
     let of_reference = share(scores.reference.gt(means.policy)?)?;
     let of_policy = share(scores.policy.lt(means.reference)?)?;
@@ -56,21 +56,21 @@ pub(super) fn accuracy(
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Truth {
+enum BinaryTarget {
     Real,
     Fake,
 }
 
-/// The binary cross-entropy of the logits `scores − mean`, weighted and summed.
-fn bce(scores: &Tensor, mean: f64, truth: Truth, weights: &Tensor) -> Result<Tensor> {
+/// Weighted sum of the binary cross-entropy of the logits `scores − mean`.
+fn bce(scores: &Tensor, mean: f64, target: BinaryTarget, weights: &Tensor) -> Result<Tensor> {
     if scores.dims() != weights.dims() || scores.rank() != 1 {
         let (scores, weights) = (scores.dims(), weights.dims());
         bail!("scores have shape {scores:?}, their weights {weights:?}: both must be [B]");
     }
     let logits = (scores - mean)?;
-    let losses = match truth {
-        Truth::Real => softplus(&logits.neg()?)?,
-        Truth::Fake => softplus(&logits)?,
+    let losses = match target {
+        BinaryTarget::Real => softplus(&logits.neg()?)?,
+        BinaryTarget::Fake => softplus(&logits)?,
     };
     (losses * weights)?.sum_all()
 }
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn the_losses_are_those_worked_by_hand() -> Result<()> {
+    fn losses_by_hand() -> Result<()> {
         let streams = Streams {
             policy: tensor(&[1.0, 0.0]),
             reference: tensor(&[2.0, 0.2]),
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn each_part_pulls_the_scores_its_way() -> Result<()> {
+    fn gradients_by_hand() -> Result<()> {
         let [policy, reference, opposite] =
             [0.3f32, 0.1, -0.2].map(|x| Var::from_tensor(&tensor(&[x])).unwrap());
         let streams = Streams {
@@ -167,7 +167,7 @@ mod tests {
         let found = discriminator(&streams, means, &weights)?.backward()?;
         let slope = |var: &Var| found.get(var).unwrap().to_vec1::<f32>().unwrap()[0];
         let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
-        // ¼(σ(x) − 1) where the truth is real, ¼σ(x) where it is fake.
+        // ¼(σ(x) − 1) for the target real, ¼σ(x) for fake.
         let expected = [
             0.25 * (sigmoid(0.2) + sigmoid(0.5) - 1.0),
             0.25 * (sigmoid(-0.2) - 1.0),
@@ -183,11 +183,11 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_disagree_are_refused() {
-        let refused = generator(&tensor(&[1.0]), 0.0, &tensor(&[0.5, 0.5])).unwrap_err();
+    fn shapes_that_disagree_are_rejected() {
+        let error = generator(&tensor(&[1.0]), 0.0, &tensor(&[0.5, 0.5])).unwrap_err();
         assert!(
-            refused.to_string().contains("[1], their weights [2]"),
-            "{refused}"
+            error.to_string().contains("[1], their weights [2]"),
+            "{error}"
         );
     }
 }

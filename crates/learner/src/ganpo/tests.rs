@@ -20,7 +20,7 @@ fn settings() -> GanpoSettings {
     }
 }
 
-fn game(seed: u64) -> Ganpo {
+fn ganpo(seed: u64) -> Ganpo {
     let adamw = AdamWSettings {
         beta1: 0.9,
         beta2: 0.99,
@@ -28,7 +28,7 @@ fn game(seed: u64) -> Ganpo {
         weight_decay: 0.0,
         max_grad_norm: 10.0,
     };
-    Ganpo::new(&settings(), WIDTH, adamw, (Seed(seed), &Device::Cpu)).unwrap()
+    Ganpo::new(&settings(), WIDTH, adamw, Seed(seed), &Device::Cpu).unwrap()
 }
 
 const LENGTHS: [usize; 6] = [2, 3, 1, 4, 3, 2];
@@ -38,15 +38,15 @@ fn micro() -> MicroBatch<'static> {
     MicroBatch::of_lengths(&LENGTHS, &P)
 }
 
-/// Hidden states of 15 tokens about this middle.
-fn hidden(seed: u32, middle: f32) -> Tensor {
-    let wave = |i: u32| middle + ((i * i + 31 * seed * (i + 1)) as f32 * 0.731).sin();
-    let numbers: Vec<f32> = (0..15 * WIDTH as u32).map(wave).collect();
-    Tensor::from_vec(numbers, (15, WIDTH), &Device::Cpu).unwrap()
+/// Hidden states of 15 tokens with this mean.
+fn hidden(seed: u32, mean: f32) -> Tensor {
+    let wave = |i: u32| mean + ((i * i + 31 * seed * (i + 1)) as f32 * 0.731).sin();
+    let values: Vec<f32> = (0..15 * WIDTH as u32).map(wave).collect();
+    Tensor::from_vec(values, (15, WIDTH), &Device::Cpu).unwrap()
 }
 
-fn observed(policy: &Tensor, reference: &Tensor) -> Observed {
-    Observed::new(&micro(), policy, reference).unwrap()
+fn features(policy: &Tensor, reference: &Tensor) -> PassFeatures {
+    PassFeatures::new(&micro(), policy, reference).unwrap()
 }
 
 fn scalar(tensor: &Tensor) -> f64 {
@@ -58,88 +58,106 @@ fn close(a: f64, b: f64, tolerance: f64) {
 }
 
 #[test]
-fn alike_policy_and_reference_cannot_be_told_apart_at_first() -> Result<()> {
-    let mut game = game(1);
+fn equal_policy_and_reference_are_indistinguishable_at_first() -> Result<()> {
+    let mut ganpo = ganpo(1);
     let same = hidden(1, 0.0);
-    let told = game
-        .learn(&[observed(&same, &same)], 1e-3)
+    let metrics = ganpo
+        .train(&[features(&same, &same)], 1e-3)
         .unwrap()
         .unwrap();
-    // Streams of one side score alike and the means are the batch's own: two terms of four balance.
-    close(told.loss, LN_2, 0.1);
-    let term = game.term(&micro(), &same, 3.0).unwrap().unwrap();
+    // The streams of a side have equal scores and the means are the batch's own: two of four terms cancel.
+    close(metrics.loss, LN_2, 0.1);
+    let term = ganpo.generator_loss(&micro(), &same, 3.0).unwrap().unwrap();
     close(scalar(&term), LN_2, 0.1);
     Ok(())
 }
 
 #[test]
-fn each_step_leaves_the_other_player_alone() -> Result<()> {
-    let mut game = game(1);
+fn each_step_leaves_no_gradient_in_the_other_side() -> Result<()> {
+    let mut ganpo = ganpo(1);
     let policy = Var::from_tensor(&hidden(1, 0.0))?;
-    let before = game.save().unwrap();
-    // The policy's hidden states come with a graph; what is observed of them has none.
+    let before = ganpo.save().unwrap();
+    // The policy's hidden states have a graph; the features have none.
     let with_graph = (policy.as_tensor() * 1.0)?;
-    let seen = observed(&with_graph, &hidden(2, 0.5));
-    assert!(!seen.policy.stream(&[0], 8)?.tokens.track_op());
-    game.learn(&[seen], 1e-3).unwrap().unwrap();
-    let after = game.save().unwrap();
-    assert_ne!(after.players, before.players);
+    let pass = features(&with_graph, &hidden(2, 0.5));
+    assert!(!pass.policy.stream(&[0], 8)?.tokens.track_op());
+    ganpo.train(&[pass], 1e-3).unwrap().unwrap();
+    let after = ganpo.save().unwrap();
+    assert_ne!(after.discriminators, before.discriminators);
 
-    let term = game.term(&micro(), &with_graph, 3.0).unwrap().unwrap();
+    let term = ganpo
+        .generator_loss(&micro(), &with_graph, 3.0)
+        .unwrap()
+        .unwrap();
     let found = term.backward()?;
-    for (name, var) in game.optimizer.vars() {
+    for (name, var) in ganpo.optimizer.vars() {
         assert!(found.get(var).is_none(), "{name} got a gradient");
     }
-    let slopes = found.get(&policy).expect("the policy feels the game");
+    let slopes = found
+        .get(&policy)
+        .expect("the generator loss is differentiable in the policy");
     assert!(slopes.sqr()?.sum_all()?.to_scalar::<f32>()? > 0.0);
-    assert_eq!(game.save().unwrap(), after);
+    assert_eq!(ganpo.save().unwrap(), after);
     Ok(())
 }
 
 #[test]
-fn the_terms_gradient_is_that_of_finite_differences() -> Result<()> {
-    let mut game = game(1);
+fn the_generator_gradient_agrees_with_finite_differences() -> Result<()> {
+    let mut ganpo = ganpo(1);
     let (policy, reference) = (hidden(1, 0.0), hidden(2, 0.5));
-    game.learn(&[observed(&policy, &reference)], 1e-3)
+    ganpo
+        .train(&[features(&policy, &reference)], 1e-3)
         .unwrap()
         .unwrap();
-    let at = |hidden: &Tensor| scalar(&game.term(&micro(), hidden, 3.0).unwrap().unwrap());
+    let at = |hidden: &Tensor| {
+        scalar(
+            &ganpo
+                .generator_loss(&micro(), hidden, 3.0)
+                .unwrap()
+                .unwrap(),
+        )
+    };
     let var = Var::from_tensor(&policy)?;
-    let found = game
-        .term(&micro(), &var, 3.0)
+    let found = ganpo
+        .generator_loss(&micro(), &var, 3.0)
         .unwrap()
         .unwrap()
         .backward()?;
     let slopes = found.get(&var).unwrap().flatten_all()?.to_vec1::<f32>()?;
-    for place in [0, 7, 33, 61, 89] {
+    for index in [0, 7, 33, 61, 89] {
         let step = 1e-2;
-        let moved = |by: f32| {
-            let mut numbers = policy.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            numbers[place] += by;
-            at(&Tensor::from_vec(numbers, (15, WIDTH), &Device::Cpu).unwrap())
+        let shifted = |by: f32| {
+            let mut values = policy.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values[index] += by;
+            at(&Tensor::from_vec(values, (15, WIDTH), &Device::Cpu).unwrap())
         };
-        let difference = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
-        close(f64::from(slopes[place]), difference, 2e-4);
+        let difference = (shifted(step) - shifted(-step)) / (2.0 * f64::from(step));
+        close(f64::from(slopes[index]), difference, 2e-4);
     }
     assert!(slopes.iter().any(|slope| slope.abs() > 1e-3), "{slopes:?}");
     Ok(())
 }
 
 #[test]
-fn discriminators_learn_to_tell_and_the_policy_learns_to_pass() -> Result<()> {
-    let mut game = game(1);
+fn discriminators_learn_to_distinguish_and_the_policy_to_pass() -> Result<()> {
+    let mut ganpo = ganpo(1);
     let reference = hidden(2, 0.4);
     let mut policy = hidden(1, -0.4);
-    let mut told = Vec::new();
+    let mut metrics = Vec::new();
     for _ in 0..60 {
-        let seen = observed(&policy, &reference);
-        told.push(game.learn(&[seen], 2e-2).unwrap().unwrap());
+        let pass = features(&policy, &reference);
+        metrics.push(ganpo.train(&[pass], 2e-2).unwrap().unwrap());
     }
-    let (first, last) = (told[0], told[told.len() - 1]);
-    // The second half of the loss asks the policy's to score above the reference's of the other side.
+    let (first, last) = (metrics[0], metrics[metrics.len() - 1]);
+    // Half of the loss requires the policy's scores to exceed the reference's of the opposite side.
     assert!(last.loss < first.loss - 0.05, "{first:?} {last:?}");
     assert!(last.accuracy > 0.9, "{last:?}");
-    let term = |policy: &Tensor| game.term(&micro(), policy, 3.0).unwrap().unwrap();
+    let term = |policy: &Tensor| {
+        ganpo
+            .generator_loss(&micro(), policy, 3.0)
+            .unwrap()
+            .unwrap()
+    };
     let before = scalar(&term(&policy));
     for _ in 0..100 {
         let var = Var::from_tensor(&policy)?;
@@ -151,20 +169,20 @@ fn discriminators_learn_to_tell_and_the_policy_learns_to_pass() -> Result<()> {
     Ok(())
 }
 
-/// The game with its two discriminators exchanged.
-fn exchanged(game: &Ganpo) -> Ganpo {
-    let mut other = self::game(99);
+/// A copy with the two discriminators exchanged.
+fn exchanged(ganpo: &Ganpo) -> Ganpo {
+    let mut other = self::ganpo(99);
     let exchange = |name: &str| match name.split_once('.') {
         Some(("chosen", rest)) => format!("rejected.{rest}"),
         Some((_, rest)) => format!("chosen.{rest}"),
         None => name.to_owned(),
     };
     let mut tensors = BTreeMap::new();
-    for (name, _) in game.tensors() {
-        tensors.insert(exchange(&name), game.weights.get(&name).unwrap());
+    for (name, _) in ganpo.tensors() {
+        tensors.insert(exchange(&name), ganpo.weights.get(&name).unwrap());
     }
     other.optimizer.assign(&Weights::of(tensors)).unwrap();
-    let vectors: BTreeMap<String, Tensor> = game.spectral.tensors().collect();
+    let vectors: BTreeMap<String, Tensor> = ganpo.spectral.tensors().collect();
     let vector = |name: &str| Ok::<_, LearnerError>(vectors[&exchange(name)].clone());
     other.spectral.restore(vector).unwrap();
     other
@@ -172,91 +190,107 @@ fn exchanged(game: &Ganpo) -> Ganpo {
 
 #[test]
 fn swapping_chosen_and_rejected_swaps_the_discriminators() {
-    let mut game = game(1);
-    let mut other = exchanged(&game);
+    let mut ganpo = ganpo(1);
+    let mut other = exchanged(&ganpo);
     let (policy, reference) = (hidden(1, 0.0), hidden(2, 0.5));
-    let upside_down = || MicroBatch::of_lengths(&LENGTHS, &P.map(|p| 1.0 - p));
+    let flipped = || MicroBatch::of_lengths(&LENGTHS, &P.map(|p| 1.0 - p));
     for _ in 0..3 {
-        let one = game
-            .learn(&[observed(&policy, &reference)], 1e-2)
+        let one = ganpo
+            .train(&[features(&policy, &reference)], 1e-2)
             .unwrap()
             .unwrap();
-        let seen = Observed::new(&upside_down(), &policy, &reference).unwrap();
-        let two = other.learn(&[seen], 1e-2).unwrap().unwrap();
+        let pass = PassFeatures::new(&flipped(), &policy, &reference).unwrap();
+        let two = other.train(&[pass], 1e-2).unwrap().unwrap();
         close(one.loss, two.loss, 1e-6);
         close(one.accuracy, two.accuracy, 1e-6);
     }
-    let (one, two) = (game.means.unwrap(), other.means.unwrap());
+    let (one, two) = (ganpo.means.unwrap(), other.means.unwrap());
     // Sums over the same rows in another order.
     for (one, two) in [(one[0], two[1]), (one[1], two[0])] {
-        for (one, two) in one.numbers().into_iter().zip(two.numbers()) {
+        for (one, two) in one.to_array().into_iter().zip(two.to_array()) {
             close(f64::from(one), f64::from(two), 1e-6);
         }
     }
     assert_ne!(one[0], one[1]);
-    let of_one = game.term(&micro(), &policy, 3.0).unwrap().unwrap();
-    let of_two = other.term(&upside_down(), &policy, 3.0).unwrap().unwrap();
+    let of_one = ganpo
+        .generator_loss(&micro(), &policy, 3.0)
+        .unwrap()
+        .unwrap();
+    let of_two = other
+        .generator_loss(&flipped(), &policy, 3.0)
+        .unwrap()
+        .unwrap();
     close(scalar(&of_one), scalar(&of_two), 1e-6);
 }
 
 #[test]
-fn what_is_saved_goes_on_to_the_last_bit_and_a_refused_step_is_undone() {
-    let mut whole = game(1);
-    let pass = |step: u32| [observed(&hidden(step, 0.1), &hidden(7, 0.5))];
+fn a_restored_state_continues_bit_by_bit_and_a_step_can_be_undone() {
+    let mut whole = ganpo(1);
+    let pass = |step: u32| [features(&hidden(step, 0.1), &hidden(7, 0.5))];
     for step in 0..3 {
-        whole.learn(&pass(step), 1e-2).unwrap().unwrap();
+        whole.train(&pass(step), 1e-2).unwrap().unwrap();
     }
     let saved = whole.save().unwrap();
-    let mut resumed = game(2);
+    let mut resumed = ganpo(2);
     assert_ne!(resumed.save().unwrap(), saved);
     resumed.restore(&saved).unwrap();
     assert_eq!(resumed.save().unwrap(), saved);
     for step in 3..5 {
-        let one = whole.learn(&pass(step), 1e-2).unwrap().unwrap();
-        assert_eq!(resumed.learn(&pass(step), 1e-2).unwrap().unwrap(), one);
+        let one = whole.train(&pass(step), 1e-2).unwrap().unwrap();
+        assert_eq!(resumed.train(&pass(step), 1e-2).unwrap().unwrap(), one);
     }
     let reached = whole.save().unwrap();
     assert_eq!(resumed.save().unwrap(), reached);
-    resumed.learn(&pass(5), 1e-2).unwrap().unwrap();
+    resumed.train(&pass(5), 1e-2).unwrap().unwrap();
     assert_ne!(resumed.save().unwrap(), reached);
     resumed.undo().unwrap();
     assert_eq!(resumed.save().unwrap(), reached);
-    // Undone once; there is no further back.
+    // Only one step can be undone.
     resumed.undo().unwrap();
     assert_eq!(resumed.save().unwrap(), reached);
 
-    let torn = Saved {
-        players: saved.players[..saved.players.len() / 2].to_vec(),
+    let truncated = GanpoState {
+        discriminators: saved.discriminators[..saved.discriminators.len() / 2].to_vec(),
         optimizer: saved.optimizer,
     };
-    assert!(resumed.restore(&torn).is_err());
+    assert!(resumed.restore(&truncated).is_err());
     assert_eq!(resumed.save().unwrap(), reached);
 }
 
 #[test]
-fn a_batch_that_is_empty_or_not_finite_changes_nothing() {
-    let mut game = game(1);
-    let before = game.save().unwrap();
+fn an_empty_or_non_finite_batch_changes_nothing() {
+    let mut ganpo = ganpo(1);
+    let before = ganpo.save().unwrap();
     let empty = MicroBatch::of_lengths(&LENGTHS, &[]);
     let (policy, reference) = (hidden(1, 0.0), hidden(2, 0.5));
-    let seen = Observed::new(&empty, &policy, &reference).unwrap();
-    assert_eq!(game.learn(&[seen], 1e-2).unwrap(), None);
-    assert!(game.term(&empty, &policy, 1.0).unwrap().is_none());
-    // Nothing was seen yet: the policy is not held against chance.
-    assert!(game.term(&micro(), &policy, 3.0).unwrap().is_none());
+    let pass = PassFeatures::new(&empty, &policy, &reference).unwrap();
+    assert_eq!(ganpo.train(&[pass], 1e-2).unwrap(), None);
+    assert!(
+        ganpo
+            .generator_loss(&empty, &policy, 1.0)
+            .unwrap()
+            .is_none()
+    );
+    // Before the first step there is no generator loss.
+    assert!(
+        ganpo
+            .generator_loss(&micro(), &policy, 3.0)
+            .unwrap()
+            .is_none()
+    );
     let broken = (&policy * f64::NAN).unwrap();
     assert_eq!(
-        game.learn(&[observed(&broken, &reference)], 1e-2).unwrap(),
+        ganpo.train(&[features(&broken, &reference)], 1e-2).unwrap(),
         None
     );
-    assert_eq!(game.save().unwrap(), before);
+    assert_eq!(ganpo.save().unwrap(), before);
 }
 
 #[test]
 fn passes_add_up_to_the_batch() {
     let (policy, reference) = (hidden(1, 0.0), hidden(2, 0.5));
-    let mut whole = game(1);
-    let mut parted = game(1);
+    let mut whole = ganpo(1);
+    let mut split = ganpo(1);
     let micros = [
         MicroBatch::of_lengths(&LENGTHS[..4], &P[..2]),
         MicroBatch::of_lengths(&LENGTHS[4..], &P[2..]),
@@ -266,18 +300,18 @@ fn passes_add_up_to_the_batch() {
         let (start, length) = [(0, tokens), (tokens, 15 - tokens)][index];
         states.narrow(0, start, length).unwrap()
     };
-    let seen =
-        [0, 1].map(|i| Observed::new(&micros[i], &part(&policy, i), &part(&reference, i)).unwrap());
-    let one = whole.learn(&[observed(&policy, &reference)], 1e-2).unwrap();
-    assert_eq!(parted.learn(&seen, 1e-2).unwrap(), one);
-    assert_eq!(parted.save().unwrap(), whole.save().unwrap());
-    let total = total(&micros);
+    let passes = [0, 1]
+        .map(|i| PassFeatures::new(&micros[i], &part(&policy, i), &part(&reference, i)).unwrap());
+    let one = whole.train(&[features(&policy, &reference)], 1e-2).unwrap();
+    assert_eq!(split.train(&passes, 1e-2).unwrap(), one);
+    assert_eq!(split.save().unwrap(), whole.save().unwrap());
+    let total = total_weight(&micros);
     close(total, 3.0, 1e-6);
     let sum: f64 = [0, 1]
         .map(|i| {
             scalar(
-                &parted
-                    .term(&micros[i], &part(&policy, i), total)
+                &split
+                    .generator_loss(&micros[i], &part(&policy, i), total)
                     .unwrap()
                     .unwrap(),
             )
@@ -286,18 +320,23 @@ fn passes_add_up_to_the_batch() {
         .sum();
     close(
         sum,
-        scalar(&whole.term(&micro(), &policy, total).unwrap().unwrap()),
+        scalar(
+            &whole
+                .generator_loss(&micro(), &policy, total)
+                .unwrap()
+                .unwrap(),
+        ),
         1e-6,
     );
 }
 
 #[test]
-fn the_settings_say_when_and_how_wide() {
+fn the_settings_determine_schedule_and_width() {
     let of = |warmup_steps, freeze_after| {
-        let mut game = game(1);
-        game.settings.warmup_steps = warmup_steps;
-        game.settings.freeze_after = freeze_after;
-        [0, 2, 5].map(|step| (game.learns(step), game.is_felt(step)))
+        let mut ganpo = ganpo(1);
+        ganpo.settings.warmup_steps = warmup_steps;
+        ganpo.settings.freeze_after = freeze_after;
+        [0, 2, 5].map(|step| (ganpo.trains_discriminators(step), ganpo.applies(step)))
     };
     assert_eq!(of(0, 0), [(true, true); 3]);
     assert_eq!(of(2, 0), [(true, false), (true, true), (true, true)]);

@@ -1,30 +1,30 @@
-//! For tests: a softmax policy over a few actions, on which a loss over any rows can be worked exactly.
+//! Test fixture: a softmax policy over a few actions, for which the loss over any pairs can be computed exactly.
 
 use candle_core::{Device, Result, Tensor, Var};
 use messages::Seed;
 
-use super::{Baseline, Batch, Objective};
+use crate::objective::{Baseline, Batch, Objective};
 
-/// A comparison of two actions.
+/// A labelled comparison of two actions.
 #[derive(Debug, Clone, Copy)]
-pub struct Row {
+pub struct ActionPair {
     /// y.
     pub first: u32,
     /// y'.
     pub second: u32,
     /// The label.
     pub p: f64,
-    /// The weight; the pair's probability where an expectation is meant.
+    /// Weight; for an expectation, the pair's probability.
     pub weight: f64,
 }
 
-/// The loss over `rows` and its gradient in the logits `theta`. Samples, labels and weights carry no
-/// gradient. `golden` are the baseline's actions.
+/// Loss over `rows` and its gradient in the logits `theta`. Samples, labels and weights carry no gradient. `golden` are
+/// the baseline's actions.
 pub fn loss_and_gradient(
     objective: &dyn Objective,
     theta: &[f64],
     reference: &[f64],
-    rows: &[Row],
+    rows: &[ActionPair],
     golden: Option<&[u32]>,
 ) -> Result<(f64, Vec<f64>)> {
     let device = &Device::Cpu;
@@ -35,7 +35,7 @@ pub fn loss_and_gradient(
         .map(|actions| logp.index_select(&Tensor::new(actions, device)?, 0))
         .transpose()?;
     let golden_lengths = vec![1; golden.map_or(0, <[u32]>::len)];
-    let column = |of: fn(&Row) -> f64| -> Result<Tensor> {
+    let column = |of: fn(&ActionPair) -> f64| -> Result<Tensor> {
         Tensor::new(rows.iter().map(of).collect::<Vec<_>>(), device)
     };
     let loss = objective.loss(&Batch {
@@ -60,12 +60,12 @@ pub fn loss_and_gradient(
     Ok((loss.to_scalar()?, gradient.to_vec1()?))
 }
 
-/// Numbers uniform in [0, 1), without end.
+/// Infinite sequence of values uniform in [0, 1).
 pub fn uniforms(seed: Seed) -> impl Iterator<Item = f64> {
     (0..).map(move |i| (seed.derive(i).0 >> 11) as f64 / (1u64 << 53) as f64)
 }
 
-/// `beats[y][z]`, the probability that y is preferred to z, at random for `count` things.
+/// Random `beats[y][z]`, the probability that y is preferred to z, for `count` actions.
 pub fn random_preferences(count: usize, seed: Seed) -> Vec<Vec<f64>> {
     let mut beats = vec![vec![0.5; count]; count];
     let pairs = (0..count).flat_map(|y| (0..y).map(move |z| (y, z)));
@@ -76,7 +76,7 @@ pub fn random_preferences(count: usize, seed: Seed) -> Vec<Vec<f64>> {
     beats
 }
 
-/// Asserts that `found` and `expected` differ by at most `tolerance` everywhere.
+/// Asserts that `found` and `expected` differ by at most `tolerance` in every element.
 #[track_caller]
 pub fn close(found: &[f64], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len());

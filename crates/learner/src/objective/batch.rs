@@ -1,21 +1,21 @@
-//! What a loss is given: completions' log-probabilities, the rows that compare them, the labels.
+//! Input of a loss: log-probabilities of completions, the label rows that compare them, and the labels.
 //!
-//! Promises that shapes are checked before anything is computed and that reference and labels carry
-//! no gradient. Does not know which loss reads it.
+//! Promises that shapes are checked before anything is computed, and that reference and labels carry no gradient. Does
+//! not know which loss reads it.
 
 use candle_core::{Result, Tensor, bail};
 
-/// One micro-batch: C completions with R response tokens in total, and B label rows that compare two
-/// completions each. All tensors have one float type and lie on one device.
+/// One micro-batch: C completions with R response tokens in total, and B label rows that compare two completions each.
+/// All tensors have the same float dtype and device.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
     /// `[R]` log π of every response token, completion after completion; with gradient.
     pub token_logp: &'a Tensor,
     /// `[R]` log ref of the same tokens.
     pub token_ref_logp: &'a Tensor,
-    /// C token counts, which add up to R.
+    /// C token counts, with sum R.
     pub lengths: &'a [usize],
-    /// `[C]` log π of each completion, reduced by [`LogpReduction`](super::LogpReduction); with gradient.
+    /// `[C]` log π of each completion, by [`reduce`](crate::objective::reduction::reduce); with gradient.
     pub logp: &'a Tensor,
     /// `[C]` log ref of each completion, reduced in the same way.
     pub ref_logp: &'a Tensor,
@@ -23,21 +23,21 @@ pub struct Batch<'a> {
     pub first: &'a [u32],
     /// B indices: the completion y' of each row.
     pub second: &'a [u32],
-    /// `[B]` the labels to train on: the probability that y is preferred to y'.
+    /// `[B]` training labels: the probability that y is preferred to y'.
     pub p: &'a Tensor,
-    /// `[B]` 1/(number of label rows of the row's pair), so that more than two samples for a prompt
-    /// count as the mean over their rows.
+    /// `[B]` 1/(number of label rows of the row's pair), so that a prompt with more than two samples counts as the mean
+    /// over its rows.
     pub pair_weight: &'a Tensor,
-    /// Golden answers, for the objectives that need them.
+    /// Golden answers, for objectives that need them.
     pub baseline: Option<Baseline<'a>>,
 }
 
-/// The golden (offline: the chosen) answers to a batch's prompts, one for every pair.
+/// Golden (offline: chosen) answers to a batch's prompts, one per pair.
 #[derive(Debug, Clone, Copy)]
 pub struct Baseline<'a> {
     /// `[Rb]` log π of every token, answer after answer; with gradient.
     pub token_logp: &'a Tensor,
-    /// Token counts, one for every pair, which add up to Rb.
+    /// Token counts, one per pair, with sum Rb.
     pub lengths: &'a [usize],
 }
 
@@ -45,7 +45,7 @@ impl Batch<'_> {
     /// `h = (log π − log ref)(first) − (log π − log ref)(second)`, `[B]`.
     ///
     /// # Errors
-    /// When the batch's shapes disagree or an index points at no completion.
+    /// If the batch's shapes disagree or an index is out of range.
     pub fn margin(&self) -> Result<Tensor> {
         self.check()?;
         let ratio = (self.logp - self.ref_logp.detach())?;
@@ -55,7 +55,7 @@ impl Batch<'_> {
         of_first - of_second
     }
 
-    /// The sum over rows of `loss(h, p)`, `[B] -> [B]`, each times its weight; a scalar.
+    /// Sum over rows of `loss(h, p)`, `[B] -> [B]`, times the row's weight; a scalar.
     pub(super) fn sum_of(
         &self,
         loss: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
@@ -64,13 +64,13 @@ impl Batch<'_> {
         self.weighted_sum(&rows)
     }
 
-    /// The sum over rows of `rows`, `[B]`, each times its weight; a scalar.
+    /// Sum over `rows`, `[B]`, times the row's weight; a scalar.
     pub(super) fn weighted_sum(&self, rows: &Tensor) -> Result<Tensor> {
         (rows * self.pair_weight.detach())?.sum_all()
     }
 
-    /// The entries of `tokens`, `[R]`, that belong to each row's first completion, as `[B, L]` with L
-    /// the longest of them and zeros after the shorter ones; the gradient flows through.
+    /// Entries of `tokens`, `[R]`, of each row's first completion, zero-padded to the longest: `[B, L]`;
+    /// differentiable.
     pub(super) fn tokens_of_first(&self, tokens: &Tensor) -> Result<Tensor> {
         self.check()?;
         let ends: Vec<usize> = self
@@ -81,38 +81,38 @@ impl Batch<'_> {
                 Some(*end)
             })
             .collect();
-        let nothing = tokens.dim(0)?;
+        let padding = tokens.dim(0)?;
         let longest = self
             .first
             .iter()
             .map(|&c| self.lengths[c as usize])
             .max()
             .unwrap_or(0);
-        let mut places = Vec::with_capacity(self.first.len() * longest);
+        let mut indices = Vec::with_capacity(self.first.len() * longest);
         for &completion in self.first {
             let length = self.lengths[completion as usize];
             let end = ends[completion as usize];
-            places.extend((end - length..end).map(|place| place as u32));
-            places.extend(std::iter::repeat_n(nothing as u32, longest - length));
+            indices.extend((end - length..end).map(|index| index as u32));
+            indices.extend(std::iter::repeat_n(padding as u32, longest - length));
         }
-        let places = Tensor::new(places, tokens.device())?;
+        let indices = Tensor::new(indices, tokens.device())?;
         tokens
             .pad_with_zeros(0, 0, 1)?
-            .index_select(&places, 0)?
+            .index_select(&indices, 0)?
             .reshape((self.first.len(), longest))
     }
 
-    /// Whether every shape agrees with every other and every index points at a completion.
+    /// Checks that all shapes agree and all indices are in range.
     pub(super) fn check(&self) -> Result<()> {
         let tokens: usize = self.lengths.iter().sum();
         let completions = self.lengths.len();
         let rows = self.first.len();
-        has_shape("token_logp", self.token_logp, tokens)?;
-        has_shape("token_ref_logp", self.token_ref_logp, tokens)?;
-        has_shape("logp", self.logp, completions)?;
-        has_shape("ref_logp", self.ref_logp, completions)?;
-        has_shape("p", self.p, rows)?;
-        has_shape("pair_weight", self.pair_weight, rows)?;
+        check_length("token_logp", self.token_logp, tokens)?;
+        check_length("token_ref_logp", self.token_ref_logp, tokens)?;
+        check_length("logp", self.logp, completions)?;
+        check_length("ref_logp", self.ref_logp, completions)?;
+        check_length("p", self.p, rows)?;
+        check_length("pair_weight", self.pair_weight, rows)?;
         if rows == 0 || self.second.len() != rows {
             bail!(
                 "a batch has {rows} first and {} second completions",
@@ -128,17 +128,17 @@ impl Batch<'_> {
     }
 }
 
-/// Whether `tensor` is a vector of `length` numbers.
-fn has_shape(name: &str, tensor: &Tensor, length: usize) -> Result<()> {
+/// Checks that `tensor` is a vector of `length` elements.
+fn check_length(name: &str, tensor: &Tensor, length: usize) -> Result<()> {
     if tensor.dims() != [length] {
         bail!("{name} has shape {:?}, expected [{length}]", tensor.dims());
     }
     Ok(())
 }
 
-/// Whether `h` and `p` are vectors of one length.
+/// Checks that `h` and `p` are vectors of the same length.
 pub(super) fn check_rows(h: &Tensor, p: &Tensor) -> Result<()> {
-    has_shape("p", p, h.dims1()?)
+    check_length("p", p, h.dims1()?)
 }
 
 #[cfg(test)]
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn margin_subtracts_reference_and_second_and_feels_both_completions() -> Result<()> {
+    fn the_margin_subtracts_reference_and_second_and_is_differentiable_in_both() -> Result<()> {
         let logp = Var::from_tensor(&vector(&[-1.0, -2.0, -4.0])?)?;
         let reference = Var::from_tensor(&vector(&[-1.5, -1.0, -3.5])?)?;
         let batch = Batch {

@@ -5,8 +5,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::batch::check_rows;
-use super::{Batch, Objective};
+use crate::objective::batch::check_rows;
+use crate::objective::{Batch, Objective};
 
 /// DPO as an objective.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -29,7 +29,7 @@ impl Objective for Dpo {
 /// `β(σ(βh) − p)`.
 ///
 /// # Errors
-/// When the shapes disagree.
+/// If the shapes disagree.
 pub fn dpo(h: &Tensor, p: &Tensor, beta: f64) -> Result<Tensor> {
     check_rows(h, p)?;
     let x = (h * beta)?;
@@ -40,8 +40,8 @@ pub fn dpo(h: &Tensor, p: &Tensor, beta: f64) -> Result<Tensor> {
 
 /// `log(1 + eˣ) = −log σ(−x)`, written `(|x| + x)/2 + log(1 + e^−|x|)`.
 ///
-/// Nothing overflows. The terms in `|x|` are even and smooth together, so that the slope at zero is ½
-/// whichever slope the tensor library gives `|x|` there.
+/// Does not overflow. The terms in `|x|` are even and smooth together, so the slope at zero is ½ whichever subgradient
+/// the tensor library uses for `|x|`.
 pub(crate) fn softplus(x: &Tensor) -> Result<Tensor> {
     let size = x.abs()?;
     let positive_part = ((&size + x)? * 0.5)?;
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gradient_is_beta_times_sigmoid_minus_p_however_far_h_runs() -> Result<()> {
+    fn the_gradient_is_beta_times_sigmoid_minus_p_for_extreme_h() -> Result<()> {
         for beta in [0.1, 1.0, 5.0] {
             for x in [-1000.0, -100.0, -20.0, -1.0, 0.0, 0.3, 7.0, 100.0, 1000.0] {
                 for p in [0.0, 0.25, 0.5, 1.0] {

@@ -1,15 +1,17 @@
-//! Tests: where self-play must come to rest.
+//! Tests of the fixed points of self-play.
 //!
-//! A bandit's samples are enumerated with their probabilities, so the gradients are exact and the only
-//! question is the loss. Online IPO must find `π ∝ ref·exp(p(y ≻ π)/τ)`, IPO-MD and Nash-MD-PG
-//! `π ∝ ref·exp(p(y ≻ mixture)/τ)`, the regularised Nash equilibrium of the preference model; online
-//! DPO rests elsewhere.
+//! A bandit's samples are enumerated with their probabilities, so the gradients are exact. Online IPO must converge to
+//! `π ∝ ref·exp(p(y ≻ π)/τ)`, IPO-MD and Nash-MD-PG to `π ∝ ref·exp(p(y ≻ mixture)/τ)`, the regularised Nash
+//! equilibrium of the preference model; online DPO converges elsewhere.
 
 use candle_core::Result;
 use messages::Seed;
+use settings::IpoScale;
 
-use super::bandit::{Row, close, loss_and_gradient, random_preferences, uniforms};
-use super::{Dpo, Ipo, IpoScale, NashMdPg, Objective, Slic};
+use crate::objective::bandit::{
+    ActionPair, close, loss_and_gradient, random_preferences, uniforms,
+};
+use crate::objective::{Dpo, Ipo, NashMdPg, Objective, Slic};
 
 /// A preference model over actions and the reference policy.
 struct Bandit {
@@ -18,12 +20,12 @@ struct Bandit {
     reference: Vec<f64>,
 }
 
-/// Who writes the two completions.
+/// Distributions of the two completions.
 #[derive(Debug, Clone, Copy)]
 enum Samples {
-    /// Both come from the mixture with this weight on the reference; 0 is the policy.
+    /// Both from the mixture with this weight on the reference; 0 is the policy.
     Both(f64),
-    /// The first comes from the policy, the second from the mixture.
+    /// The first from the policy, the second from the mixture.
     SecondOnly(f64),
 }
 
@@ -65,8 +67,8 @@ impl Bandit {
         softmax(&mixed.collect::<Vec<_>>())
     }
 
-    /// Every pair of actions with its probability at `theta`, labelled softly.
-    fn rows(&self, theta: &[f64], samples: Samples) -> Vec<Row> {
+    /// All pairs of actions with their probabilities at `theta` and soft labels.
+    fn rows(&self, theta: &[f64], samples: Samples) -> Vec<ActionPair> {
         let (first, second) = match samples {
             Samples::Both(m) => (self.mixture(theta, m), self.mixture(theta, m)),
             Samples::SecondOnly(m) => (softmax(theta), self.mixture(theta, m)),
@@ -75,7 +77,7 @@ impl Bandit {
         for (i, of_first) in first.iter().enumerate() {
             for (j, of_second) in second.iter().enumerate() {
                 let weight = of_first * of_second;
-                rows.push(Row {
+                rows.push(ActionPair {
                     first: i as u32,
                     second: j as u32,
                     p: self.beats[i][j],
@@ -86,8 +88,8 @@ impl Bandit {
         rows
     }
 
-    /// Where gradient descent from the reference comes to rest.
-    fn rest(&self, objective: &dyn Objective, samples: Samples, rate: f64) -> Result<Vec<f64>> {
+    /// Logits to which gradient descent from the reference converges.
+    fn converge(&self, objective: &dyn Objective, samples: Samples, rate: f64) -> Result<Vec<f64>> {
         let mut theta: Vec<f64> = self.reference.iter().map(|r| r.ln()).collect();
         for _ in 0..5000 {
             let rows = self.rows(&theta, samples);
@@ -101,13 +103,13 @@ impl Bandit {
             }
         }
         panic!(
-            "{} with {samples:?} does not come to rest: {:?}",
+            "{} with {samples:?} does not converge: {:?}",
             objective.name(),
             softmax(&theta)
         );
     }
 
-    /// How far `theta` is from `π ∝ ref·exp(p(y ≻ mixture)/τ)`: the largest difference in log π.
+    /// Distance of `theta` from `π ∝ ref·exp(p(y ≻ mixture)/τ)`: the largest difference in log π.
     fn residual(&self, theta: &[f64], tau: f64, mixture_coef: f64) -> f64 {
         let opponent = self.mixture(theta, mixture_coef);
         let answer = self
@@ -169,62 +171,62 @@ const TABLE: [(f64, f64, [f64; 3], [f64; 3]); 5] = [
 
 #[test]
 fn the_exact_expected_gradient_of_ipo() -> Result<()> {
-    let world = Bandit::cycle();
+    let bandit = Bandit::cycle();
     let theta = [0.3, -0.2, 0.1];
     for (m, expected) in [
         (0.0, [-0.4280536, -0.2564531, 0.6845067]),
         (0.5, [-0.4643973, -0.1278198, 0.5922172]),
     ] {
-        let rows = world.rows(&theta, Samples::Both(m));
-        let (_, gradient) = loss_and_gradient(&ipo(0.5), &theta, &world.reference, &rows, None)?;
+        let rows = bandit.rows(&theta, Samples::Both(m));
+        let (_, gradient) = loss_and_gradient(&ipo(0.5), &theta, &bandit.reference, &rows, None)?;
         close(&gradient, &expected, 1e-7);
     }
     Ok(())
 }
 
 #[test]
-fn ipo_finds_the_equilibrium_of_the_cycle() -> Result<()> {
-    let world = Bandit::cycle();
+fn ipo_converges_to_the_equilibrium_of_the_cycle() -> Result<()> {
+    let bandit = Bandit::cycle();
     for (tau, m, policy, mixture) in TABLE {
         for (scale, rate) in [(IpoScale::Square, 0.3), (IpoScale::Scaled, 0.3 / tau)] {
-            let theta = world.rest(&Ipo { tau, scale }, Samples::Both(m), rate)?;
+            let theta = bandit.converge(&Ipo { tau, scale }, Samples::Both(m), rate)?;
             close(&softmax(&theta), &policy, 1e-6);
-            close(&world.mixture(&theta, m), &mixture, 1e-6);
+            close(&bandit.mixture(&theta, m), &mixture, 1e-6);
         }
     }
     Ok(())
 }
 
 #[test]
-fn nash_md_pg_finds_the_same_policy() -> Result<()> {
-    let world = Bandit::cycle();
+fn nash_md_pg_converges_to_the_same_policy() -> Result<()> {
+    let bandit = Bandit::cycle();
     for (tau, m, policy, _) in TABLE {
-        let theta = world.rest(&NashMdPg { tau }, Samples::SecondOnly(m), 1.0 / tau)?;
+        let theta = bandit.converge(&NashMdPg { tau }, Samples::SecondOnly(m), 1.0 / tau)?;
         close(&softmax(&theta), &policy, 1e-6);
     }
     Ok(())
 }
 
 #[test]
-fn online_dpo_rests_elsewhere() -> Result<()> {
-    let world = Bandit::cycle();
-    let theta = world.rest(&Dpo { beta: 0.5 }, Samples::Both(0.0), 10.0)?;
+fn online_dpo_converges_elsewhere() -> Result<()> {
+    let bandit = Bandit::cycle();
+    let theta = bandit.converge(&Dpo { beta: 0.5 }, Samples::Both(0.0), 10.0)?;
     close(&softmax(&theta), &[0.541511, 0.195309, 0.263181], 1e-6);
-    assert!(world.residual(&theta, 0.5, 0.0) > 0.1);
+    assert!(bandit.residual(&theta, 0.5, 0.0) > 0.1);
     Ok(())
 }
 
 #[test]
 fn ipo_solves_the_fixed_point_of_any_preference_model() -> Result<()> {
     for (arms, seed) in [(4, 1), (4, 2), (5, 3), (5, 4)] {
-        let world = Bandit::random(arms, Seed(seed));
+        let bandit = Bandit::random(arms, Seed(seed));
         for (tau, m) in [(1.0, 0.0), (0.3, 0.0), (0.3, 0.5), (0.5, 0.125)] {
-            let theta = world.rest(&ipo(tau), Samples::Both(m), 0.3)?;
-            let residual = world.residual(&theta, tau, m);
+            let theta = bandit.converge(&ipo(tau), Samples::Both(m), 0.3)?;
+            let residual = bandit.residual(&theta, tau, m);
             assert!(residual < 1e-6, "{arms} arms, τ={tau}, m={m}: {residual:e}");
             // The mixture is the equilibrium at temperature τ/(1−m).
-            let mixture: Vec<f64> = world.mixture(&theta, m).into_iter().map(f64::ln).collect();
-            let residual = world.residual(&mixture, tau / (1.0 - m), 0.0);
+            let mixture: Vec<f64> = bandit.mixture(&theta, m).into_iter().map(f64::ln).collect();
+            let residual = bandit.residual(&mixture, tau / (1.0 - m), 0.0);
             assert!(
                 residual < 1e-6,
                 "{arms} arms, τ={tau}, m={m}, mixture: {residual:e}"
@@ -236,7 +238,7 @@ fn ipo_solves_the_fixed_point_of_any_preference_model() -> Result<()> {
 
 #[test]
 fn a_preference_model_of_ties_leaves_the_policy_at_the_reference() -> Result<()> {
-    let world = Bandit {
+    let bandit = Bandit {
         beats: vec![vec![0.5; 3]; 3],
         ..Bandit::cycle()
     };
@@ -249,21 +251,21 @@ fn a_preference_model_of_ties_leaves_the_policy_at_the_reference() -> Result<()>
     for (objective, rate) in objectives {
         let mut theta = theta.to_vec();
         for _ in 0..2000 {
-            let rows = world.rows(&theta, Samples::Both(0.0));
+            let rows = bandit.rows(&theta, Samples::Both(0.0));
             let (_, gradient) =
-                loss_and_gradient(objective, &theta, &world.reference, &rows, None)?;
+                loss_and_gradient(objective, &theta, &bandit.reference, &rows, None)?;
             theta
                 .iter_mut()
                 .zip(gradient)
                 .for_each(|(z, g)| *z -= rate * g);
         }
-        // SLiC asks no more than |h| < 1/β.
+        // SLiC requires only |h| < 1/β.
         let tolerance = if objective.name() == "slic" {
             0.06
         } else {
             1e-6
         };
-        close(&softmax(&theta), &world.reference, tolerance);
+        close(&softmax(&theta), &bandit.reference, tolerance);
     }
     Ok(())
 }

@@ -1,19 +1,19 @@
-//! For tests: a pair loss at one point, its gradient by autograd and by finite differences.
+//! Test fixture: a pair loss at one point, its gradient by autograd and by finite differences.
 
 use candle_core::{Device, Result, Tensor, Var};
 
-use super::bandit::close;
+use crate::objective::bandit::close;
 
-/// A pair loss with its temperature bound.
+/// A pair loss with a fixed temperature.
 pub type PairLoss<'a> = &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>;
 
-/// The loss of one pair.
+/// Loss of one pair.
 pub fn value(loss: PairLoss<'_>, h: f64, p: f64) -> Result<f64> {
     let [h, p] = [h, p].map(|x| Tensor::new(&[x], &Device::Cpu));
     loss(&h?, &p?)?.get(0)?.to_scalar()
 }
 
-/// The derivative of the loss in `h`, by autograd.
+/// Derivative of the loss in `h`, by autograd.
 pub fn gradient(loss: PairLoss<'_>, h: f64, p: f64) -> Result<f64> {
     let h = Var::new(&[h], &Device::Cpu)?;
     let gradients = loss(&h, &Tensor::new(&[p], &Device::Cpu)?)?.backward()?;
@@ -24,7 +24,7 @@ pub fn gradient(loss: PairLoss<'_>, h: f64, p: f64) -> Result<f64> {
         .to_scalar()
 }
 
-/// Asserts that autograd and central differences agree to a millionth.
+/// Asserts that autograd and central differences agree to 10⁻⁶.
 pub fn agrees(loss: PairLoss<'_>, h: f64, p: f64) -> Result<()> {
     let step = 1e-5;
     let numeric = (value(loss, h + step, p)? - value(loss, h - step, p)?) / (2.0 * step);

@@ -1,29 +1,21 @@
-//! Identity preference optimisation: a regression of the log-ratio margin onto the preference.
+//! Identity preference optimisation: regression of the log-ratio margin onto the preference.
 //!
-//! Azar et al. 2023 (arXiv 2310.12036), equation 17; on samples of the policy or of the mixture it is
-//! online IPO or IPO-MD (Calandriello et al. 2024, arXiv 2403.08635), whose gradient contains that of
-//! the KL penalty exactly: no separate one is added.
+//! Azar et al. 2023 (arXiv 2310.12036), equation 17; on samples of the policy or of the mixture it is online IPO or
+//! IPO-MD (Calandriello et al. 2024, arXiv 2403.08635), whose gradient contains that of the KL penalty exactly: no
+//! separate penalty is added.
 
 use candle_core::{Result, Tensor};
+use settings::IpoScale;
 
-use super::batch::check_rows;
-use super::{Batch, Objective};
-
-/// Which multiple of the loss is minimised. Learning rates do not carry over between the two.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum IpoScale {
-    /// The paper's: [`square`].
-    Square,
-    /// τ times the paper's, less a constant: [`scaled`].
-    Scaled,
-}
+use crate::objective::batch::check_rows;
+use crate::objective::{Batch, Objective};
 
 /// IPO as an objective.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ipo {
     /// KL temperature τ > 0.
     pub tau: f64,
-    /// Which multiple of the loss.
+    /// Scale of the loss: the paper's [`square`], or [`scaled`]. Learning rates do not transfer between the two.
     pub scale: IpoScale,
 }
 
@@ -42,21 +34,21 @@ impl Objective for Ipo {
 
 /// `(h − (p − ½)/τ)²` per pair, `[B]`; `h` and `p` are `[B]`.
 ///
-/// For a soft label it equals `p(h − 1/2τ)² + (1−p)(h + 1/2τ)²`, equation 17 averaged over the label,
-/// less the constant `p(1−p)/τ²`.
+/// For a soft label it equals `p(h − 1/2τ)² + (1−p)(h + 1/2τ)²`, equation 17 averaged over the label, minus the
+/// constant `p(1−p)/τ²`.
 ///
 /// # Errors
-/// When the shapes disagree.
+/// If the shapes disagree.
 pub fn square(h: &Tensor, p: &Tensor, tau: f64) -> Result<Tensor> {
     check_rows(h, p)?;
     let target = ((p - 0.5)? / tau)?;
     (h - target)?.sqr()
 }
 
-/// `τh² − (2p − 1)h` per pair, `[B]`: `τ` times [`square`], less the constant `(p − ½)²/τ`.
+/// `τh² − (2p − 1)h` per pair, `[B]`: `τ` times [`square`], minus the constant `(p − ½)²/τ`.
 ///
 /// # Errors
-/// When the shapes disagree.
+/// If the shapes disagree.
 pub fn scaled(h: &Tensor, p: &Tensor, tau: f64) -> Result<Tensor> {
     check_rows(h, p)?;
     let pull = (p.affine(2.0, -1.0)? * h)?;

@@ -1,43 +1,34 @@
-//! From the judge's preference to the label a loss is trained on.
+//! Training labels from the judge's preferences.
 //!
-//! Promises that a label depends on the seed, the pair and the row alone: whoever computes it again, in
-//! whatever order, finds the same. Does not know where preferences come from.
+//! Promises that a label depends on the seed, the pair and the row alone, so that it is reproducible in any order. Does
+//! not know where preferences come from.
 
 use messages::{Label, PromptId, Seed};
+use settings::LabelKind;
 
-/// What becomes of a judge's preference p.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LabelKind {
-    /// p itself: the expectation over what follows, without its noise.
-    Soft,
-    /// 1 with probability p, else 0: what a single annotator would have said.
-    Sampled,
-    /// 1 above ½, 0 below, and ½ for a tie. Forgets by how much.
-    Hard,
-}
-
-/// How labels are made.
+/// Conversion of the judge's preference p to a training label.
 ///
-/// Smoothing ε in `[0, 1]` comes last: `label → label·(1 − ε) + ε/2`, a step of size ε towards even odds,
-/// so that a certain 1 becomes 1 − ε/2 and 0 becomes ε/2. It is symmetric: smoothing 1 − p gives one
-/// minus the smoothing of p. Where ε is instead the probability that a hard label is wrong (conservative
-/// DPO), half of this ε is meant.
+/// A soft label is p itself: the expectation of a sampled one, without its noise. A sampled label is 1 with probability
+/// p, as from a single annotator. A hard label is 1 above ½, 0 below and ½ for a tie.
 ///
-/// Flips come before it: they are the noise of an annotator who mistakes one response for the other.
+/// Then labels are flipped: the noise of an annotator who mistakes one response for the other. Smoothing ε in `[0, 1]`
+/// comes last: `label → label·(1 − ε) + ε/2`, a step of size ε towards even odds, so that 1 becomes 1 − ε/2 and 0
+/// becomes ε/2. It is symmetric: smoothing 1 − p gives one minus the smoothing of p. Conservative DPO's ε, the
+/// probability that a hard label is wrong, is half of this ε.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Labelling {
-    /// What becomes of p.
+    /// Kind of label.
     pub kind: LabelKind,
-    /// The share of rows whose label is turned round, from 0 to 1.
+    /// Fraction of rows whose label is flipped, from 0 to 1.
     pub flip: f64,
     /// Label smoothing ε, from 0 (none) to 1 (every label is ½).
     pub smoothing: f64,
-    /// The seed of [`LabelKind::Sampled`] and of the flips.
+    /// Seed of [`LabelKind::Sampled`] and of the flips.
     pub seed: Seed,
 }
 
 impl Labelling {
-    /// The label in `[0, 1]` of one row of a pair: how much the first completion is preferred.
+    /// Label in `[0, 1]` of one row of a pair: the probability that the first completion is preferred.
     #[must_use]
     pub fn label(&self, pair: PromptId, row: &Label) -> f64 {
         let p = f64::from(row.p.get());
@@ -48,20 +39,21 @@ impl Labelling {
             LabelKind::Hard if p < 0.5 => 0.0,
             LabelKind::Hard => 0.5,
         };
-        let flipped = self.flip > 0.0 && uniform(self.seed.derive(FLIPS), pair, row) < self.flip;
+        let flipped =
+            self.flip > 0.0 && uniform(self.seed.derive(FLIP_STREAM), pair, row) < self.flip;
         let label = if flipped { 1.0 - label } else { label };
         label * (1.0 - self.smoothing) + self.smoothing / 2.0
     }
 }
 
-/// The stream of flips, among those of the run's seed.
-const FLIPS: u64 = 0xf11b;
+/// RNG stream id of flips.
+const FLIP_STREAM: u64 = 0xf11b;
 
-/// A row's own number, uniform in [0, 1) over seeds, pairs and rows.
+/// Uniform in [0, 1), a hash of seed, pair and row.
 fn uniform(seed: Seed, pair: PromptId, row: &Label) -> f64 {
     let stream = u64::from(row.first) << 16 | u64::from(row.second);
     let bits = seed.derive(pair.0).derive(stream).0;
-    // The upper 53 bits, as many as an f64 keeps.
+    // The upper 53 bits, the precision of f64.
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
@@ -109,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn smoothing_treats_both_sides_alike() {
+    fn smoothing_is_symmetric() {
         for kind in [LabelKind::Soft, LabelKind::Hard] {
             for p in [0.0, 0.125, 0.5, 0.75] {
                 let of = |p| labelling(kind, 0.3).label(PromptId(3), &row(0, 1, p));
@@ -119,18 +111,18 @@ mod tests {
     }
 
     #[test]
-    fn a_sampled_label_is_the_same_whenever_it_is_asked_for() {
+    fn a_sampled_label_does_not_depend_on_the_order() {
         let sampled = labelling(LabelKind::Sampled, 0.0);
-        let ask = |pair| sampled.label(PromptId(pair), &row(0, 1, 0.5));
-        let forward: Vec<f64> = (0..256).map(ask).collect();
-        let mut backward: Vec<f64> = (0..256).rev().map(ask).collect();
+        let label = |pair| sampled.label(PromptId(pair), &row(0, 1, 0.5));
+        let forward: Vec<f64> = (0..256).map(label).collect();
+        let mut backward: Vec<f64> = (0..256).rev().map(label).collect();
         backward.reverse();
         assert_eq!(forward, backward);
         let other = Labelling {
             seed: Seed(8),
             ..sampled
         };
-        assert!((0..256).any(|pair| other.label(PromptId(pair), &row(0, 1, 0.5)) != ask(pair)));
+        assert!((0..256).any(|pair| other.label(PromptId(pair), &row(0, 1, 0.5)) != label(pair)));
     }
 
     #[test]
@@ -153,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn flips_turn_that_share_of_the_labels_round_and_always_the_same() {
+    fn flips_are_that_share_of_the_labels_and_reproducible() {
         let noisy = Labelling {
             flip: 0.2,
             ..labelling(LabelKind::Soft, 0.0)

@@ -1,24 +1,21 @@
-//! What the learner minimises: pair losses, the policy-gradient form of Nash-MD, and the labels and
-//! reductions they are fed with.
+//! Training objectives: pair losses, the policy-gradient form of Nash-MD, and their labels and reductions.
 //!
-//! Every loss is a pure function of tensors in its own file; [`Objective`] is the thin seam that the
-//! training loop sees. Losses work in f32 and f64, check their shapes first, and stay finite with the
-//! right gradient however far a log-ratio runs. The reference and the labels carry no gradient, even
-//! when the tensors given for them do; both completions of a pair carry one.
+//! Every loss is a pure function of tensors in its own file; the trainer sees it as an [`Objective`]. Losses work in
+//! f32 and f64, check their shapes first, and stay finite with the right gradient for any log-ratio. The reference and
+//! the labels carry no gradient, even if their tensors do; both completions of a pair carry one.
 //!
-//! Nothing here knows models, tokens' meaning, judges or optimisers. Where the samples come from is
-//! decided elsewhere too: [`Ipo`] on samples of the policy is online IPO, on samples of the mixture it
-//! is IPO-MD, on a file of pairs it is offline IPO.
+//! Does not know models, token meanings, judges, optimisers, or where samples come from: [`Ipo`] on samples of the
+//! policy is online IPO, on samples of the mixture IPO-MD, on a file of pairs offline IPO.
 //!
-//! Notation: `h = log π(y)/ref(y) − log π(y')/ref(y')` for a pair (y, y') = (first, second), and `p` is
-//! the probability that y is preferred.
+//! Notation: `h = log π(y)/ref(y) − log π(y')/ref(y')` for a pair (y, y') = (first, second); `p` is the probability
+//! that y is preferred.
 
 mod batch;
 pub mod dpo;
 pub mod ipo;
 mod labels;
 pub mod nash_md;
-mod reduction;
+pub mod reduction;
 pub mod rpo;
 pub mod slic;
 
@@ -31,10 +28,9 @@ mod finite_difference;
 
 pub use batch::{Baseline, Batch};
 pub use dpo::Dpo;
-pub use ipo::{Ipo, IpoScale};
-pub use labels::{LabelKind, Labelling};
+pub use ipo::Ipo;
+pub use labels::Labelling;
 pub use nash_md::NashMdPg;
-pub use reduction::LogpReduction;
 pub use rpo::{Rpo, RpoBaseline};
 pub use slic::Slic;
 
@@ -42,17 +38,17 @@ use candle_core::{Result, Tensor};
 
 /// A loss over labelled pairs.
 pub trait Objective: Send {
-    /// The name in the settings, in metrics and in reports.
+    /// Name in the settings, in metrics and in reports.
     fn name(&self) -> &'static str;
 
-    /// The loss of a micro-batch, a scalar: the SUM over pairs of each pair's loss. The caller divides
-    /// by the number of pairs in the whole batch, so that accumulating micro-batches is exact.
+    /// Loss of a micro-batch, a scalar: the SUM over pairs of each pair's loss. The caller divides by the number of
+    /// pairs in the whole batch, so that accumulating micro-batches is exact.
     ///
     /// # Errors
-    /// When the batch's shapes disagree, or it lacks the baseline that the objective needs.
+    /// If the batch's shapes disagree, or it lacks the baseline that the objective needs.
     fn loss(&self, batch: &Batch<'_>) -> Result<Tensor>;
 
-    /// Whether [`Batch::baseline`] must be there.
+    /// Whether [`Batch::baseline`] is required.
     fn needs_baseline(&self) -> bool {
         false
     }
@@ -61,11 +57,13 @@ pub trait Objective: Send {
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device, Var};
+    use settings::{IpoScale, LogpReduction};
 
-    use super::bandit::{Row, close, loss_and_gradient};
+    use super::bandit::{ActionPair, close, loss_and_gradient};
+    use super::reduction::reduce;
     use super::*;
 
-    /// Far enough from the reference that SLiC, too, is outside its margin for every pair.
+    /// Far enough from the reference that every pair is outside the margin of SLiC.
     const THETA: [f64; 3] = [2.5, -1.5, 0.2];
     const REFERENCE: [f64; 3] = [0.5, 0.3, 0.2];
 
@@ -84,7 +82,7 @@ mod tests {
         ]
     }
 
-    fn at(objective: &dyn Objective, row: Row) -> Result<(f64, Vec<f64>)> {
+    fn at(objective: &dyn Objective, row: ActionPair) -> Result<(f64, Vec<f64>)> {
         loss_and_gradient(objective, &THETA, &REFERENCE, &[row], None)
     }
 
@@ -92,13 +90,13 @@ mod tests {
     fn swapping_the_completions_and_the_label_changes_nothing() -> Result<()> {
         for objective in pair_objectives() {
             for p in [0.0, 0.3, 0.5, 0.9] {
-                let row = Row {
+                let row = ActionPair {
                     first: 0,
                     second: 2,
                     p,
                     weight: 1.0,
                 };
-                let swapped = Row {
+                let swapped = ActionPair {
                     first: 2,
                     second: 0,
                     p: 1.0 - p,
@@ -110,7 +108,7 @@ mod tests {
                 close(&gradient, &gradient_swapped, 1e-12);
                 assert!(
                     gradient[0].abs() > 1e-2,
-                    "{} p={p}: a flat place",
+                    "{} p={p}: no gradient",
                     objective.name()
                 );
             }
@@ -124,7 +122,7 @@ mod tests {
             for p in [0.0, 0.3, 1.0] {
                 let (_, gradient) = at(
                     &*objective,
-                    Row {
+                    ActionPair {
                         first: 1,
                         second: 1,
                         p,
@@ -138,13 +136,13 @@ mod tests {
     }
 
     #[test]
-    fn even_odds_pull_the_log_ratio_to_zero() -> Result<()> {
+    fn even_odds_drive_the_log_ratio_to_zero() -> Result<()> {
         for objective in pair_objectives() {
             for (first, second) in [(0, 2), (2, 1), (1, 0)] {
                 let [of_first, of_second] =
                     [first, second].map(|action: usize| THETA[action] - REFERENCE[action].ln());
                 let h = of_first - of_second;
-                let row = Row {
+                let row = ActionPair {
                     first: first as u32,
                     second: second as u32,
                     p: 0.5,
@@ -163,13 +161,13 @@ mod tests {
     fn the_loss_is_a_weighted_sum_over_rows() -> Result<()> {
         let dpo = Dpo { beta: 0.7 };
         let rows = [
-            Row {
+            ActionPair {
                 first: 0,
                 second: 1,
                 p: 0.8,
                 weight: 0.25,
             },
-            Row {
+            ActionPair {
                 first: 1,
                 second: 2,
                 p: 0.1,
@@ -180,7 +178,7 @@ mod tests {
         let mut sum = 0.0;
         let mut gradient_sum = vec![0.0; 3];
         for row in rows {
-            let (loss, gradient) = at(&dpo, Row { weight: 1.0, ..row })?;
+            let (loss, gradient) = at(&dpo, ActionPair { weight: 1.0, ..row })?;
             sum += row.weight * loss;
             gradient_sum
                 .iter_mut()
@@ -193,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn only_rpo_asks_for_a_baseline() {
+    fn only_rpo_needs_a_baseline() {
         for objective in pair_objectives() {
             assert!(!objective.needs_baseline(), "{}", objective.name());
         }
@@ -219,8 +217,8 @@ mod tests {
             token_logp: &token_logp,
             token_ref_logp: &token_ref_logp,
             lengths: &lengths,
-            logp: &LogpReduction::Sum.reduce(&token_logp, &lengths)?,
-            ref_logp: &LogpReduction::Sum.reduce(&token_ref_logp, &lengths)?,
+            logp: &reduce(LogpReduction::Sum, &token_logp, &lengths)?,
+            ref_logp: &reduce(LogpReduction::Sum, &token_ref_logp, &lengths)?,
             first: &[0, 2],
             second: &[1, 3],
             p: &vector(&[0.9, 0.2])?,
@@ -250,7 +248,7 @@ mod tests {
         for objective in objectives {
             let double = in_precision(&*objective, DType::F64)?;
             close(&in_precision(&*objective, DType::F32)?, &double, 1e-5);
-            assert!(double[1].abs() > 1e-2, "{}: a flat place", objective.name());
+            assert!(double[1].abs() > 1e-2, "{}: no gradient", objective.name());
         }
         Ok(())
     }

@@ -1,17 +1,17 @@
-//! Nash-MD as a policy gradient: y from the policy plays against y' from the mixture.
+//! Nash-MD as a policy gradient: y from the policy is compared with y' from the mixture.
 //!
-//! Munos et al. 2023 (arXiv 2312.00886), the algorithm Nash-MD-PG. Descends
-//! `J = −E[p(y ≻ y') − ½] + τ·KL(π‖ref)` over y ~ π, with the distribution of y' held still.
+//! Munos et al. 2023 (arXiv 2312.00886), the algorithm Nash-MD-PG. Descends `J = −E[p(y ≻ y') − ½] + τ·KL(π‖ref)` over
+//! y ~ π, with the distribution of y' fixed.
 //!
-//! Does not know how y' was drawn. It reads log π token by token, whatever the run's
-//! [`LogpReduction`](super::LogpReduction): a policy gradient knows only the sum.
+//! Does not know how y' was sampled. It reads log π token by token, whatever the run's
+//! [`LogpReduction`](settings::LogpReduction): a policy gradient is defined for the sum.
 
 use candle_core::{Result, Tensor, bail};
 
-use super::{Batch, Objective};
+use crate::objective::{Batch, Objective};
 
-/// Nash-MD-PG as an objective. The first completion of every row must come from the policy itself and
-/// the second from the mixture: pairs of two completions, not more.
+/// Nash-MD-PG as an objective. The first completion of every row must be from the policy itself and the second from the
+/// mixture, in pairs of exactly two completions.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NashMdPg {
     /// KL temperature τ ≥ 0.
@@ -35,16 +35,15 @@ impl Objective for NashMdPg {
 ///
 /// Its *gradient* is, with SG the stop-gradient,
 /// `Σₙ ∇log π(yₙ)·SG[τ·Σ_{k≥n} log(π(y_k)/ref(y_k)) − (p − ½)]`:
-/// the score of y times the negative advantage, and the KL token by token with its reward-to-go. The
-/// log-ratios before token n are left out, for they are settled when it is chosen and only add noise.
+/// the score of y times the negative advantage, and the KL token by token with its reward-to-go. The log-ratios before
+/// token n are left out: they do not depend on it and only add variance.
 ///
-/// Its *value* is `τ·log(π(y)/ref(y)) − (p − ½)`, one sample of `J`: its mean over pairs is an unbiased
-/// estimate of what is being minimised. The gradient is not the derivative of that value, since the
-/// value's distribution moves with the policy; do not compare the two by finite differences of one
-/// sample, nor use the value in a line search.
+/// Its *value* is `τ·log(π(y)/ref(y)) − (p − ½)`, one sample of `J`: its mean over pairs is an unbiased estimate of the
+/// objective. The gradient is not the derivative of that value, since the value's distribution changes with the policy;
+/// do not compare the two by finite differences of one sample, nor use the value in a line search.
 ///
 /// # Errors
-/// When the shapes disagree.
+/// If the shapes disagree.
 pub fn surrogate(logp: &Tensor, ref_logp: &Tensor, p: &Tensor, tau: f64) -> Result<Tensor> {
     let (rows, tokens) = logp.dims2()?;
     if ref_logp.dims() != logp.dims() || p.dims() != [rows] {
@@ -55,15 +54,15 @@ pub fn surrogate(logp: &Tensor, ref_logp: &Tensor, p: &Tensor, tau: f64) -> Resu
             p.dims()
         );
     }
-    let still = logp.detach();
-    let ratio = (&still - ref_logp.detach())?;
+    let detached = logp.detach();
+    let ratio = (&detached - ref_logp.detach())?;
     let advantage = (p.detach() - 0.5)?;
 
     // Row k, column n of the lower triangle is 1 where k ≥ n.
     let to_go = ratio.matmul(&Tensor::tril2(tokens, logp.dtype(), logp.device())?)?;
     let cost = (to_go * tau)?.broadcast_sub(&advantage.unsqueeze(1)?)?;
     // Zero in value, the score in gradient.
-    let score = ((logp - &still)? * cost)?.sum(1)?;
+    let score = ((logp - &detached)? * cost)?.sum(1)?;
 
     ((ratio.sum(1)? * tau)? - advantage)? + score
 }
@@ -93,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_disagree_are_refused() -> Result<()> {
+    fn shapes_that_disagree_are_rejected() -> Result<()> {
         let two = Tensor::new(&[[0.0, 0.0]], &Device::Cpu)?;
         let three = Tensor::new(&[[0.0, 0.0, 0.0]], &Device::Cpu)?;
         let p = Tensor::new(&[0.5], &Device::Cpu)?;
@@ -102,9 +101,9 @@ mod tests {
         Ok(())
     }
 
-    /// Three words, of which 0 ends the text, and at most two tokens: seven texts. Nine logits: three
-    /// for the first token, then three after word 1 and three after word 2.
-    struct TwoTokenWorld {
+    /// A vocabulary of three tokens, of which 0 is end-of-text, and at most two tokens: seven texts. Nine logits: three
+    /// for the first token, then three after token 1 and three after token 2.
+    struct TwoTokenBandit {
         ref_logits: [f64; 9],
         /// `beats[y][z]`: the probability that y is preferred to z.
         beats: Vec<Vec<f64>>,
@@ -112,10 +111,10 @@ mod tests {
         opponent: [f64; 7],
     }
 
-    /// Each text as places among the nine log-probabilities of tokens.
+    /// Each text as indices of the nine token log-probabilities.
     const TEXTS: [&[u32]; 7] = [&[0], &[1, 3], &[1, 4], &[1, 5], &[2, 6], &[2, 7], &[2, 8]];
 
-    impl TwoTokenWorld {
+    impl TwoTokenBandit {
         fn new() -> Self {
             let mut draws = uniforms(Seed(11));
             let mut draw = || draws.next().expect("the draws do not end");
@@ -132,7 +131,7 @@ mod tests {
         fn exact(&self, logits: &[f64; 9], tau: f64) -> f64 {
             let (logp, ref_logp) = (log_softmax(logits), log_softmax(&self.ref_logits));
             let of = |table: &[f64; 9], y: usize| -> f64 {
-                TEXTS[y].iter().map(|&place| table[place as usize]).sum()
+                TEXTS[y].iter().map(|&index| table[index as usize]).sum()
             };
             let cost = |y: usize| {
                 let wins: f64 = (0..7).map(|z| self.opponent[z] * self.beats[y][z]).sum();
@@ -149,17 +148,17 @@ mod tests {
             let table = table
                 .broadcast_sub(&table.exp()?.sum_keepdim(1)?.log()?)?
                 .flatten_all()?;
-            let places = Tensor::new(TEXTS.concat(), device)?;
-            let token_logp = table.index_select(&places, 0)?;
+            let indices = Tensor::new(TEXTS.concat(), device)?;
+            let token_logp = table.index_select(&indices, 0)?;
             let token_ref_logp =
-                Tensor::new(&log_softmax(&self.ref_logits), device)?.index_select(&places, 0)?;
+                Tensor::new(&log_softmax(&self.ref_logits), device)?.index_select(&indices, 0)?;
 
             let (mut first, mut second, mut p, mut weight) = (vec![], vec![], vec![], vec![]);
             let logp = log_softmax(logits);
             for (y, text) in TEXTS.iter().enumerate() {
                 let probability = text
                     .iter()
-                    .map(|&place| logp[place as usize])
+                    .map(|&index| logp[index as usize])
                     .sum::<f64>()
                     .exp();
                 for z in 0..7 {
@@ -204,37 +203,37 @@ mod tests {
 
     #[test]
     fn the_expected_gradient_is_that_of_the_exact_objective() -> Result<()> {
-        let world = TwoTokenWorld::new();
+        let bandit = TwoTokenBandit::new();
         let logits = [0.4, -0.3, 0.2, 1.0, 0.0, -1.0, -0.5, 0.7, 0.1];
         for tau in [0.0, 0.008, 0.5, 3.0] {
-            let (value, gradient) = world.expected(&logits, tau)?;
-            close(&[value], &[world.exact(&logits, tau)], 1e-12);
+            let (value, gradient) = bandit.expected(&logits, tau)?;
+            close(&[value], &[bandit.exact(&logits, tau)], 1e-12);
             let step = 1e-5;
             let numeric: Vec<f64> = (0..9)
                 .map(|i| {
-                    let moved = |by: f64| {
+                    let at = |by: f64| {
                         let mut logits = logits;
                         logits[i] += by;
-                        world.exact(&logits, tau)
+                        bandit.exact(&logits, tau)
                     };
-                    (moved(step) - moved(-step)) / (2.0 * step)
+                    (at(step) - at(-step)) / (2.0 * step)
                 })
                 .collect();
             close(&gradient, &numeric, 1e-8);
             assert!(
                 gradient.iter().any(|g| g.abs() > 1e-2),
-                "τ={tau}: a flat place"
+                "τ={tau}: no gradient"
             );
         }
         Ok(())
     }
 
     #[test]
-    fn at_the_reference_the_kl_pulls_nowhere() -> Result<()> {
-        let world = TwoTokenWorld::new();
+    fn at_the_reference_the_kl_has_no_gradient() -> Result<()> {
+        let bandit = TwoTokenBandit::new();
         let (without, with) = (
-            world.expected(&world.ref_logits, 0.0)?,
-            world.expected(&world.ref_logits, 5.0)?,
+            bandit.expected(&bandit.ref_logits, 0.0)?,
+            bandit.expected(&bandit.ref_logits, 5.0)?,
         );
         close(&[without.0], &[with.0], 1e-12);
         close(&without.1, &with.1, 1e-12);

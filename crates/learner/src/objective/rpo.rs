@@ -1,36 +1,37 @@
 //! Regularised preference optimisation: DPO plus a supervised term on a baseline distribution.
 //!
-//! Liu et al. 2024 (arXiv 2405.16436). The supervised term is the closed form of an adversarially chosen
-//! reward, and holds the policy where the data are when the preference model errs. The baseline is the
-//! golden (offline: the chosen) answer. The policy's own winning sample is not one: it would reinforce
-//! itself until the policy collapses.
+//! Liu et al. 2024 (arXiv 2405.16436). The supervised term is the closed form of an adversarially chosen reward, and
+//! keeps the policy near the data where the preference model errs. The baseline is the golden (offline: chosen) answer,
+//! never the policy's own chosen sample, which would reinforce itself until the policy collapses.
 
 use candle_core::{Result, Tensor, bail};
+use settings::LogpReduction;
 
-use super::dpo::dpo;
-use super::{Baseline, Batch, LogpReduction, Objective};
+use crate::objective::dpo::dpo;
+use crate::objective::reduction::reduce;
+use crate::objective::{Baseline, Batch, Objective};
 
-/// How the baseline's log-probability enters the loss.
+/// Form of the supervised term.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RpoBaseline {
     /// The paper's: `−η·β·log π(baseline)`, summed over tokens.
     Sum,
-    /// `−c` times the mean log-probability of the baseline's tokens; η and β play no part.
+    /// `−c` times the mean log-probability of the baseline's tokens; η and β are not used.
     Mean {
-        /// The weight c ≥ 0; .2 is a fair beginning.
+        /// Weight c ≥ 0, for instance .2.
         coefficient: f64,
     },
 }
 
-/// RPO as an objective. The loss of a pair is [`dpo`] plus the baseline's term, which
-/// counts once however many label rows the pair has.
+/// RPO as an objective. The loss of a pair is [`dpo`] plus the supervised term, which counts once per pair whatever the
+/// number of its label rows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rpo {
     /// KL temperature β > 0.
     pub beta: f64,
-    /// The weight η ≥ 0 of the supervised term; 0 is DPO. Read by [`RpoBaseline::Sum`] alone.
+    /// Weight η ≥ 0 of the supervised term with [`RpoBaseline::Sum`]; 0 is DPO.
     pub eta: f64,
-    /// How the baseline enters.
+    /// Form of the supervised term.
     pub nll: RpoBaseline,
 }
 
@@ -58,14 +59,12 @@ impl Objective for Rpo {
     }
 }
 
-/// `−log π` of each golden answer, summed over its tokens or their mean; one number for every answer.
+/// `−log π` of each golden answer: the sum or mean over its tokens.
 ///
 /// # Errors
-/// When the lengths do not add up to the tokens or an answer is empty.
+/// If the lengths do not add up to the tokens or an answer is empty.
 pub fn nll(baseline: &Baseline<'_>, reduction: LogpReduction) -> Result<Tensor> {
-    reduction
-        .reduce(baseline.token_logp, baseline.lengths)?
-        .neg()
+    reduce(reduction, baseline.token_logp, baseline.lengths)?.neg()
 }
 
 #[cfg(test)]
@@ -74,10 +73,10 @@ mod tests {
 
     use super::*;
     use crate::objective::Dpo;
-    use crate::objective::bandit::{Row, close, loss_and_gradient};
+    use crate::objective::bandit::{ActionPair, close, loss_and_gradient};
 
     const UNIFORM: [f64; 3] = [1.0 / 3.0; 3];
-    const CHOSEN_0_REJECTED_1: [Row; 1] = [Row {
+    const CHOSEN_0_REJECTED_1: [ActionPair; 1] = [ActionPair {
         first: 0,
         second: 1,
         p: 1.0,
@@ -123,7 +122,7 @@ mod tests {
             Some(&[2]),
         )?;
         assert_eq!(found, expected);
-        let refused = loss_and_gradient(
+        let failed = loss_and_gradient(
             &published(0.0),
             &theta,
             &UNIFORM,
@@ -131,7 +130,7 @@ mod tests {
             None,
         );
         assert!(
-            refused
+            failed
                 .expect_err("no baseline")
                 .to_string()
                 .contains("golden answer")
@@ -140,8 +139,8 @@ mod tests {
     }
 
     #[test]
-    fn the_baseline_counts_once_per_pair_however_many_rows_it_has() -> Result<()> {
-        let rows = [(0, 1), (0, 2), (1, 2)].map(|(first, second)| Row {
+    fn the_baseline_counts_once_per_pair_whatever_its_rows() -> Result<()> {
+        let rows = [(0, 1), (0, 2), (1, 2)].map(|(first, second)| ActionPair {
             first,
             second,
             p: 0.5,

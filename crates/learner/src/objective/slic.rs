@@ -1,17 +1,17 @@
-//! Sequence likelihood calibration: a hinge on the log-ratio margin.
+//! Sequence likelihood calibration: a hinge loss on the log-ratio margin.
 //!
-//! Zhao et al. 2023 (arXiv 2305.10425), the rank calibration loss, in the log-ratio form with a
-//! temperature of Calandriello et al. 2024 (arXiv 2403.08635); the label may be soft.
+//! Zhao et al. 2023 (arXiv 2305.10425), the rank calibration loss, in the log-ratio form with a temperature of
+//! Calandriello et al. 2024 (arXiv 2403.08635); the label may be soft.
 
 use candle_core::{Result, Tensor};
 
-use super::batch::check_rows;
-use super::{Batch, Objective};
+use crate::objective::batch::check_rows;
+use crate::objective::{Batch, Objective};
 
 /// SLiC as an objective.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Slic {
-    /// The inverse of the margin, β > 0.
+    /// Inverse of the margin, β > 0.
     pub beta: f64,
 }
 
@@ -25,11 +25,11 @@ impl Objective for Slic {
     }
 }
 
-/// `p·max(0, 1 − βh) + (1−p)·max(0, 1 + βh)` per pair, `[B]`; `h` and `p` are `[B]`. Exactly on a kink
-/// the gradient is that of the sloping side.
+/// `p·max(0, 1 − βh) + (1−p)·max(0, 1 + βh)` per pair, `[B]`; `h` and `p` are `[B]`. At a kink the gradient is that of
+/// the sloping side.
 ///
 /// # Errors
-/// When the shapes disagree.
+/// If the shapes disagree.
 pub fn slic(h: &Tensor, p: &Tensor, beta: f64) -> Result<Tensor> {
     check_rows(h, p)?;
     let if_first = (p * h.affine(-beta, 1.0)?.relu()?)?;
@@ -52,7 +52,7 @@ mod tests {
             (3.0, 0.0, 0.5, 2.5, 0.5),
             (-4.0, 0.75, 0.5, 2.25, -0.375),
             (100.0, 0.0, 1.0, 101.0, 1.0),
-            // On the kink of the first term: the sloping side.
+            // At the kink of the first term: the sloping side.
             (2.0, 1.0, 0.5, 0.0, -0.5),
         ] {
             close(&[value(&|h, p| slic(h, p, beta), h, p)?], &[loss], 1e-12);

@@ -1,26 +1,26 @@
-//! Held-out prompts of files: every distinct prompt once, in the order of evaluation.
+//! Held-out prompts of files: every distinct prompt once, in order of evaluation.
 //!
-//! An interval over prompts counts them as independent draws, which the second copy of a prompt is not.
+//! Confidence intervals treat prompts as independent draws; a second copy of a prompt is not independent.
 
 use std::collections::HashSet;
 
 use dataset::Mix;
 
-use super::PromptRow;
+use crate::prompts::PromptRow;
 
-/// Places of the mix that are walked for each prompt before the rest is appended in the files' order: a
-/// file of a small weight would make the walk long.
-const PLACES_PER_PROMPT: u64 = 8;
+/// Maximum number of positions of the mix per prompt; what is left then is appended in the files' order, since a file
+/// of small weight needs many positions.
+const POSITIONS_PER_PROMPT: u64 = 8;
 
-/// The distinct held-out prompts of all files.
+/// Distinct held-out prompts of all files.
 #[derive(Debug)]
 pub(super) struct HeldOut {
     rows: Vec<PromptRow>,
 }
 
 impl HeldOut {
-    /// Interleaves the held-out rows of the files as `mix` does, and keeps the first of those whose tokens
-    /// are the same.
+    /// Interleaves the held-out rows of the files in the order of `mix`; of rows with the same tokens the first is
+    /// kept.
     pub(super) fn interleaved(files: &mut [Vec<PromptRow>], mix: &Mix) -> Self {
         let count: usize = files.iter().map(Vec::len).sum();
         let mut files: Vec<_> = files
@@ -28,8 +28,8 @@ impl HeldOut {
             .map(|rows| std::mem::take(rows).into_iter())
             .collect();
         let mut rows = Vec::with_capacity(count);
-        let places = 0..PLACES_PER_PROMPT * count as u64;
-        rows.extend(places.filter_map(|index| files[mix.place(index).0].next()));
+        let positions = 0..POSITIONS_PER_PROMPT * count as u64;
+        rows.extend(positions.filter_map(|index| files[mix.place(index).0].next()));
         rows.extend(files.into_iter().flatten());
         let mut seen = HashSet::new();
         rows.retain(|row: &PromptRow| seen.insert(row.ids.clone()));
@@ -48,7 +48,7 @@ impl HeldOut {
         self.rows.len()
     }
 
-    /// The prompt at place `index`, from the first again after the last.
+    /// The prompt at `index`, modulo the number of prompts.
     pub(super) fn row(&self, index: u64) -> PromptRow {
         self.rows[(index % self.rows.len() as u64) as usize].clone()
     }
@@ -71,17 +71,17 @@ mod tests {
         ids.iter().map(row).collect()
     }
 
-    /// Held-out prompts of files, the files' weights, and the number of distinct prompts.
+    /// Held-out prompts of files, weights of the files, and the number of distinct prompts.
     type Case = (&'static [&'static [u32]], &'static [f64], usize);
 
     #[test]
-    fn every_distinct_prompt_comes_once() {
+    fn every_distinct_prompt_occurs_once() {
         let cases: [Case; 4] = [
             (&[&[1, 2, 3]], &[1.0], 3),
             (&[&[1, 2, 1, 2]], &[1.0], 2),
             // One file holds all, as with prompts.held_out_path.
             (&[&[1, 2, 3, 4], &[]], &[1.0, 3.0], 4),
-            // Held out by share: the small file's row comes at last, if not before.
+            // Held out by share: the row of the small file comes last at the latest.
             (&[&[1, 2, 3, 4, 5], &[6], &[5]], &[0.9, 0.098, 0.002], 6),
         ];
         for (files, weights, distinct) in cases {

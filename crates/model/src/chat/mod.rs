@@ -1,12 +1,14 @@
-//! Chat templates: from a dialogue to the one text that the model was trained to continue.
+//! Chat templates: rendering of dialogues as text.
 //!
-//! A template is a Jinja program that a Hugging Face folder carries. This module promises the text that
-//! the `apply_chat_template` of transformers gives: with `add_generation_prompt`, and where the last turn
-//! is the assistant's with `continue_final_message` instead. What `jinja` does not know is refused, never
-//! rendered otherwise. A template of a folder that does not compile is an error of the dialogues that it should render;
-//! one that a person names is refused when it is read. Tokens this module does not know, save for the names of the special ones.
+//! A template is a Jinja program in a Hugging Face folder. This module promises the output of transformers'
+//! `apply_chat_template`: with `add_generation_prompt`, or with `continue_final_message` if the last turn is the
+//! assistant's. Constructs that `jinja` does not support are refused, never rendered differently. A template of a
+//! folder that does not compile fails when a dialogue is rendered; a template given by the user fails when it is
+//! loaded. Does not know tokens, except for the names of special ones.
 
-mod continuation;
+pub(crate) mod continuation_tokenizer;
+mod continue_final_message;
+pub(crate) mod given_answers;
 
 use std::path::{Path, PathBuf};
 
@@ -15,25 +17,25 @@ use messages::{Dialogue, Digest, Message};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    ModelError,
-    special::{SpecialTokens, optional_json},
+    error::ModelError,
+    special_tokens::{SpecialTokens, optional_json},
 };
 
-/// A compiled template, its variant for dialogues with tools, and the special tokens that they may name.
+/// A chat template with its variant for tool use and the special tokens that templates may reference.
 pub(crate) struct ChatTemplate {
-    default: Option<Source>,
-    tool_use: Option<Source>,
+    default: Option<TemplateSource>,
+    tool_use: Option<TemplateSource>,
     special: Vec<(String, String)>,
 }
 
-/// A template as it was written, and compiled, or why it cannot be.
-struct Source {
+/// Source of a template with the compiled template or the compile error.
+struct TemplateSource {
     path: PathBuf,
     text: String,
     template: Result<Template, String>,
 }
 
-impl Source {
+impl TemplateSource {
     fn new(path: PathBuf, text: String) -> Self {
         let template = Template::compile(&text).map_err(|error| {
             format!(
@@ -54,7 +56,7 @@ impl Source {
         }
     }
 
-    /// The template itself.
+    /// The compiled template.
     ///
     /// # Errors
     /// When it does not compile.
@@ -68,15 +70,15 @@ impl Source {
     }
 }
 
-/// Whether the file at `path` is a chat template that can be rendered.
+/// Checks that the file at `path` is a chat template that compiles.
 ///
 /// # Errors
 /// When it cannot be read, or does not compile.
 pub fn check_chat_template(path: &Path) -> Result<(), ModelError> {
-    Source::read(path.to_owned())?.compiled().map(drop)
+    TemplateSource::read(path.to_owned())?.compiled().map(drop)
 }
 
-/// The variables that are not the template's own.
+/// Variables that are set from the dialogue and must not be overridden.
 const RESERVED: [&str; 4] = [
     "messages",
     "tools",
@@ -85,39 +87,41 @@ const RESERVED: [&str; 4] = [
 ];
 
 impl ChatTemplate {
-    /// The template `given`, else `chat_template.jinja` of `folder` with what is in its
-    /// `additional_chat_templates`, else those in its `tokenizer_config.json`; none when there is none of
-    /// them.
+    /// Loads the template `given`, or `chat_template.jinja` of `folder` with its `additional_chat_templates`, or the
+    /// templates in its `tokenizer_config.json`, in this order; `None` when none of them exists.
     pub(crate) fn load(
         folder: &Path,
         given: Option<&Path>,
         special: &SpecialTokens,
     ) -> Result<Option<Self>, ModelError> {
-        let beside = folder.join("chat_template.jinja");
+        let own = folder.join("chat_template.jinja");
         let (default, tool_use) = if let Some(path) = given {
             check_chat_template(path)?;
-            (Some(Source::read(path.to_owned())?), None)
-        } else if beside.exists() {
+            (Some(TemplateSource::read(path.to_owned())?), None)
+        } else if own.exists() {
             let other = folder.join("additional_chat_templates/tool_use.jinja");
-            let tool_use = other.exists().then(|| Source::read(other)).transpose()?;
-            (Some(Source::read(beside)?), tool_use)
+            let tool_use = other
+                .exists()
+                .then(|| TemplateSource::read(other))
+                .transpose()?;
+            (Some(TemplateSource::read(own)?), tool_use)
         } else {
             let settings = folder.join("tokenizer_config.json");
             let named = &optional_json(&settings)?["chat_template"];
             let source = |name| {
                 let text = template_named(named, name);
-                text.map(|text| Source::new(settings.clone(), text.to_owned()))
+                text.map(|text| TemplateSource::new(settings.clone(), text.to_owned()))
             };
             (source("default"), source("tool_use"))
         };
         if default.is_none() && tool_use.is_none() {
             return Ok(None);
         }
-        let tells_time = |source: &Source| source.text.contains("strftime_now");
-        if default.iter().chain(&tool_use).any(tells_time) {
+        let uses_date = |source: &TemplateSource| source.text.contains("strftime_now");
+        if default.iter().chain(&tool_use).any(uses_date) {
             tracing::info!(
                 path = %folder.display(),
-                "the chat template asks for the date: it is always 26 July 2024, so that prompts do not change overnight"
+                "the chat template uses the current date: it is fixed at 26 July 2024, so that prompts are reproducible"
             );
         }
         Ok(Some(Self {
@@ -127,7 +131,7 @@ impl ChatTemplate {
         }))
     }
 
-    /// Whether every template compiles.
+    /// Checks that every template compiles.
     ///
     /// # Errors
     /// When one does not.
@@ -136,57 +140,58 @@ impl ChatTemplate {
         sources.try_for_each(|source| source.compiled().map(drop))
     }
 
-    /// The text of `dialogue`, ending where the assistant's next turn begins, or in its last one.
+    /// Renders `dialogue` with the generation prompt or, if the last turn is the assistant's, up to the end of its
+    /// text.
     pub(crate) fn render(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
         if dialogue.continues_final_message() {
             let source = self.source(dialogue)?;
             let messages = messages(dialogue);
-            let text = continuation::rendered(&source.text, messages, |messages| {
-                self.text(source, dialogue, messages, Ending::Closed)
+            let text = continue_final_message::rendered(&source.text, messages, |messages| {
+                self.text(source, dialogue, messages, RenderEnd::Closed)
             });
             return text.map_err(failure);
         }
-        self.ended(dialogue, Ending::GenerationPrompt)
+        self.render_to(dialogue, RenderEnd::GenerationPrompt)
     }
 
-    /// Digest of the templates' texts: templates of one digest render alike.
+    /// Digest of the template sources.
     pub(crate) fn digest(&self) -> Digest {
         let sources = [&self.default, &self.tool_use].into_iter().flatten();
         let texts: Vec<&str> = sources.map(|source| source.text.as_str()).collect();
         Digest::of(texts.join("\0").as_bytes())
     }
 
-    /// The text of `dialogue` as it is, its last turn closed.
+    /// Renders `dialogue` without a generation prompt, its last turn closed.
     pub(crate) fn render_closed(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
-        self.ended(dialogue, Ending::Closed)
+        self.render_to(dialogue, RenderEnd::Closed)
     }
 
-    /// The text of `dialogue` with this answer as the assistant's turn, or as the end of its last one where that is
-    /// the assistant's.
+    /// Renders `dialogue` with this answer as the assistant's turn, or appended to the last turn if that is the
+    /// assistant's.
     pub(crate) fn render_answered(
         &self,
         dialogue: &Dialogue,
         answer: &str,
     ) -> Result<String, ModelError> {
-        let mut whole = dialogue.clone();
-        match whole.messages.last_mut() {
+        let mut answered = dialogue.clone();
+        match answered.messages.last_mut() {
             Some(last) if dialogue.continues_final_message() => match &mut last.content {
                 Value::Array(parts) => parts.push(json!({"type": "text", "text": answer})),
                 content => *content = format!("{}{answer}", content.as_str().unwrap_or("")).into(),
             },
-            _ => whole.messages.push(Message::new("assistant", answer)),
+            _ => answered.messages.push(Message::new("assistant", answer)),
         }
-        self.ended(&whole, Ending::Closed)
+        self.render_to(&answered, RenderEnd::Closed)
     }
 
-    fn ended(&self, dialogue: &Dialogue, ending: Ending) -> Result<String, ModelError> {
+    fn render_to(&self, dialogue: &Dialogue, end: RenderEnd) -> Result<String, ModelError> {
         let source = self.source(dialogue)?;
-        let text = self.text(source, dialogue, messages(dialogue), ending);
+        let text = self.text(source, dialogue, messages(dialogue), end);
         text.map_err(failure)
     }
 
-    /// The template for the dialogue, chosen as transformers does.
-    fn source(&self, dialogue: &Dialogue) -> Result<&Source, ModelError> {
+    /// Selects the template for the dialogue, as transformers does.
+    fn source(&self, dialogue: &Dialogue) -> Result<&TemplateSource, ModelError> {
         let for_tools = self
             .tool_use
             .as_ref()
@@ -201,10 +206,10 @@ impl ChatTemplate {
 
     fn text(
         &self,
-        source: &Source,
+        source: &TemplateSource,
         dialogue: &Dialogue,
         messages: Vec<Value>,
-        ending: Ending,
+        end: RenderEnd,
     ) -> Result<String, String> {
         let mut variables = Map::new();
         variables.insert("documents".into(), Value::Null);
@@ -224,7 +229,7 @@ impl ChatTemplate {
         };
         variables.insert("tools".into(), tools);
         variables.insert("messages".into(), messages.into());
-        let is_open = matches!(ending, Ending::GenerationPrompt);
+        let is_open = matches!(end, RenderEnd::GenerationPrompt);
         variables.insert("add_generation_prompt".into(), is_open.into());
         let template = source.compiled().map_err(|error| error.to_string())?;
         template
@@ -233,12 +238,12 @@ impl ChatTemplate {
     }
 }
 
-/// What follows the last turn.
+/// End of a rendered dialogue.
 #[derive(Clone, Copy)]
-enum Ending {
-    /// What begins the assistant's turn.
+enum RenderEnd {
+    /// The generation prompt, which starts the assistant's turn.
     GenerationPrompt,
-    /// Nothing.
+    /// The closed last turn.
     Closed,
 }
 
@@ -246,7 +251,7 @@ fn failure(reason: String) -> ModelError {
     ModelError::ChatTemplate { reason }
 }
 
-/// The template of this name: one that is a string is the default.
+/// The template with this name; a single string is the default template.
 fn template_named<'a>(templates: &'a Value, name: &str) -> Option<&'a str> {
     match templates {
         Value::String(text) => Some(text.as_str()).filter(|_| name == "default"),
@@ -259,11 +264,11 @@ fn template_named<'a>(templates: &'a Value, name: &str) -> Option<&'a str> {
     }
 }
 
-/// The names under which a message may say what the assistant thought.
+/// Keys of a message that may contain the assistant's reasoning.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// The turns as transformers gives them to templates: without what is null, and with the assistant's
-/// thoughts under both names that templates read.
+/// Messages as transformers passes them to templates: without null values, and with the assistant's reasoning under
+/// both names that templates use.
 fn messages(dialogue: &Dialogue) -> Vec<Value> {
     dialogue
         .messages
@@ -278,13 +283,13 @@ fn message_value(message: &Message) -> Map<String, Value> {
     turn.insert("content".into(), message.content.clone());
     turn.extend(message.extra.clone());
     turn.retain(|_, value| !value.is_null());
-    let Some(thought) = REASONING.iter().find_map(|name| turn.get(*name)).cloned() else {
+    let Some(reasoning) = REASONING.iter().find_map(|name| turn.get(*name)).cloned() else {
         return turn;
     };
     let mut aliased = Map::new();
-    aliased.insert("thinking".into(), thought.clone());
+    aliased.insert("thinking".into(), reasoning.clone());
     aliased.extend(turn);
-    aliased.insert("reasoning_content".into(), thought);
+    aliased.insert("reasoning_content".into(), reasoning);
     aliased
 }
 
@@ -313,13 +318,13 @@ mod tests {
     fn template(source: &str) -> ChatTemplate {
         let special = SpecialTokens::named_by(&[json!({"bos_token": "<s>"})]);
         ChatTemplate {
-            default: Some(Source::new("template".into(), source.to_owned())),
+            default: Some(TemplateSource::new("template".into(), source.to_owned())),
             tool_use: None,
             special: special.variables().to_vec(),
         }
     }
 
-    fn real(folder: &str) -> Option<ChatTemplate> {
+    fn pretrained(folder: &str) -> Option<ChatTemplate> {
         let folder = shared(&format!("data/tokenizers/{folder}"))?;
         Some(
             ChatTemplate::load(&folder, None, &SpecialTokens::read(&folder).unwrap())
@@ -352,7 +357,7 @@ mod tests {
             ("phi-3-mini", phi.to_owned()),
         ];
         for (folder, expected) in cases {
-            let Some(template) = real(folder) else {
+            let Some(template) = pretrained(folder) else {
                 continue;
             };
             assert_eq!(template.render(&dialogue()).unwrap(), expected, "{folder}");
@@ -374,15 +379,15 @@ mod tests {
                         \"at\": [1, 2.5, true, null], \"deep\": {}}}\n</tool_call><|im_end|>\n\
                         <|im_start|>user\n<tool_response>\nrain\n</tool_response><|im_end|>\n\
                         <|im_start|>assistant\n";
-        let Some(template) = real("chat-templates-only/qwen3") else {
+        let Some(template) = pretrained("chat-templates-only/qwen3") else {
             return;
         };
         assert_eq!(template.render(&Dialogue::new(messages)).unwrap(), expected);
     }
 
-    /// Transformers' own texts, with `continue_final_message=True`.
+    /// Expected strings are from transformers with `continue_final_message=True`.
     #[test]
-    fn a_last_turn_of_the_assistant_is_continued() {
+    fn a_final_assistant_turn_is_continued() {
         let chatml = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}\
                       {% if add_generation_prompt %}<|assistant|>{% endif %}";
         let trimming = chatml
@@ -438,14 +443,14 @@ mod tests {
             (chatml, json!([{"type": "image"}]), "has no text"),
             (chatml, Value::Null, "has no text"),
         ];
-        for (source, content, says) in refused {
+        for (source, content, expected) in refused {
             let error = continued(source, content).unwrap_err().to_string();
-            assert!(error.contains(says), "{error}");
+            assert!(error.contains(expected), "{error}");
         }
     }
 
     #[test]
-    fn templates_see_messages_and_variables_as_transformers_gives_them() {
+    fn templates_get_messages_and_variables_as_in_transformers() {
         let messages: Vec<Message> = serde_json::from_value(json!([
             {"role": "user", "content": "Hi", "name": null},
             {"role": "assistant", "content": null, "reasoning": "hm", "tool_calls": null},
@@ -482,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn templates_that_people_have_render() {
+    fn templates_from_users_render() {
         let turns = |roles: &[&str]| {
             let turn = |role: &&str| Message::new(role, "Hi");
             Dialogue::new(roles.iter().map(turn).collect())
@@ -511,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_template_raises_reaches_the_user() {
+    fn exceptions_raised_by_a_template_are_reported() {
         let source = "{% for m in messages %}\n{% if m.role == 'system' %}\n\
                       {{ raise_exception('no system message, please') }}{% endif %}{% endfor %}";
         let error = template(source)
@@ -526,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn templates_are_found_in_their_order() {
+    fn templates_are_looked_up_in_order() {
         let folder = tempfile::tempdir().unwrap();
         let path = |file: &str| folder.path().join(file);
         let text = |given: Option<&Path>| {
@@ -583,7 +588,7 @@ mod tests {
     }
 
     #[test]
-    fn unusable_templates_are_refused_by_name() {
+    fn errors_name_the_unusable_template() {
         let folder = tempfile::tempdir().unwrap();
         let broken = folder.path().join("broken.jinja");
         fs::write(&broken, "\n{% if %}").unwrap();

@@ -1,78 +1,77 @@
-//! The cached path: keys and values of many sequences, extended by one token of each at a time.
+//! Incremental decoding with a KV cache: many sequences, extended by one token each per step.
 //!
-//! On the CPU the weights are packed once per version, and plain slices go through kernels of our own
-//! (`packed`); on other devices the same steps are made of tensors (`tensors`).
+//! On the CPU, weights are packed once per version and plain slices go through this workspace's kernels (`cpu`); on
+//! other devices the same steps use tensor operations (`device`).
 
-mod packed;
-mod tensors;
+mod cpu;
+mod device;
 
 use std::ops::Range;
 
-pub use crate::ops::Precision;
-use crate::{LanguageModel, ModelError, packed::check_tokens};
+use crate::{error::ModelError, ragged::check_tokens, transformer::LanguageModel};
+pub use kernels::Precision;
 
-/// A prompt and the slots that are to hold it: read once, laid into each of them.
+/// A prompt to process once and store in several slots.
 #[derive(Debug, Clone)]
 pub struct Prefill<'a> {
-    /// The prompt's tokens.
+    /// Token ids of the prompt.
     pub ids: &'a [u32],
-    /// The slots of the completions that share it.
+    /// Slots of the completions that share the prompt.
     pub slots: &'a [usize],
 }
 
-/// A model that writes: its weights, and the keys and values of a fixed number of slots.
+/// A model with the KV caches of a fixed number of slots.
 pub struct Decoder {
     model: LanguageModel,
     precision: Precision,
     capacity: usize,
-    /// How many tokens each slot holds.
+    /// Number of tokens in each slot.
     lengths: Vec<usize>,
-    engine: Engine,
+    backend: DecodeBackend,
 }
 
-enum Engine {
-    Packed(Box<packed::Engine>),
-    Tensors(tensors::Cache),
+enum DecodeBackend {
+    Cpu(Box<cpu::CpuDecoder>),
+    Device(device::TensorKvCache),
 }
 
-/// A token to be appended to a slot.
+/// A token to append to a slot.
 #[derive(Debug, Clone, Copy)]
-struct Step {
+struct SlotToken {
     slot: usize,
-    /// Its place in the slot's sequence.
-    place: usize,
+    /// Position in the slot's sequence.
+    position: usize,
     token: u32,
 }
 
-/// Logits, row by row, f32.
+/// Rows of logits, f32.
 #[derive(Debug, Clone, Default)]
 pub struct Logits {
-    numbers: Vec<f32>,
-    vocab: usize,
+    values: Vec<f32>,
+    vocab_size: usize,
 }
 
 impl Logits {
-    /// The logits of row `index`, one a token of the vocabulary.
+    /// Logits of row `index`, one per token of the vocabulary.
     #[must_use]
     pub fn row(&self, index: usize) -> &[f32] {
-        &self.numbers[self.range(index)]
+        &self.values[self.range(index)]
     }
 
-    /// The size of the vocabulary.
+    /// Vocabulary size.
     #[must_use]
     pub fn width(&self) -> usize {
-        self.vocab
+        self.vocab_size
     }
 
     fn range(&self, index: usize) -> Range<usize> {
-        index * self.vocab..(index + 1) * self.vocab
+        index * self.vocab_size..(index + 1) * self.vocab_size
     }
 }
 
 impl Decoder {
-    /// An empty decoder with so many slots, each with room for `capacity` tokens, or for as many as the model
-    /// has positions. On the CPU it keeps the
-    /// weights in `precision`, an adapter merged into them; elsewhere as they are.
+    /// Creates a decoder with empty slots, each with room for `capacity` tokens, at most the model's positions. On the
+    /// CPU the weights are stored in `precision` with an adapter merged in; on other devices they are used unchanged.
     ///
     /// # Errors
     /// When the device cannot hold it.
@@ -83,32 +82,32 @@ impl Decoder {
         capacity: usize,
     ) -> Result<Self, ModelError> {
         let capacity = capacity.min(model.config().max_positions);
-        let engine = if model.device().is_cpu() {
-            let engine = packed::Engine::new(&model, precision, slots, capacity)?;
-            Engine::Packed(Box::new(engine))
+        let backend = if model.device().is_cpu() {
+            let backend = cpu::CpuDecoder::new(&model, precision, slots, capacity)?;
+            DecodeBackend::Cpu(Box::new(backend))
         } else {
-            Engine::Tensors(tensors::Cache::new(&model, slots, capacity)?)
+            DecodeBackend::Device(device::TensorKvCache::new(&model, slots, capacity)?)
         };
         Ok(Self {
             model,
             precision,
             capacity,
             lengths: vec![0; slots],
-            engine,
+            backend,
         })
     }
 
-    /// The same weights, not copied, with empty slots of its own, each with room for `capacity` tokens, at
-    /// most for as many as here.
+    /// Creates a decoder with empty slots that shares the weights. Each slot has room for `capacity` tokens, at most as
+    /// many as the slots of this one.
     ///
     /// # Errors
     /// When the device cannot hold it.
     pub fn with_slots(&self, slots: usize, capacity: usize) -> Result<Self, ModelError> {
         let capacity = capacity.min(self.capacity);
-        let engine = match &self.engine {
-            Engine::Packed(engine) => Engine::Packed(Box::new(engine.with_slots(slots))),
-            Engine::Tensors(_) => {
-                Engine::Tensors(tensors::Cache::new(&self.model, slots, capacity)?)
+        let backend = match &self.backend {
+            DecodeBackend::Cpu(backend) => DecodeBackend::Cpu(Box::new(backend.with_slots(slots))),
+            DecodeBackend::Device(_) => {
+                DecodeBackend::Device(device::TensorKvCache::new(&self.model, slots, capacity)?)
             }
         };
         Ok(Self {
@@ -116,11 +115,11 @@ impl Decoder {
             precision: self.precision,
             capacity,
             lengths: vec![0; slots],
-            engine,
+            backend,
         })
     }
 
-    /// Keeps the same model in `precision` from now on, and empties all slots; nothing where it is already.
+    /// Converts the weights to `precision` and empties all slots; does nothing if the precision is unchanged.
     ///
     /// # Errors
     /// When the device cannot hold it.
@@ -131,13 +130,13 @@ impl Decoder {
         }
     }
 
-    /// The model that writes.
+    /// The decoded model.
     #[must_use]
     pub fn model(&self) -> &LanguageModel {
         &self.model
     }
 
-    /// Replaces the model by one of the same shape, kept in `precision` from now on, and empties all slots.
+    /// Replaces the model by one of the same shape, stored in `precision`, and empties all slots.
     ///
     /// # Errors
     /// When the device cannot hold it.
@@ -146,22 +145,22 @@ impl Decoder {
         model: LanguageModel,
         precision: Precision,
     ) -> Result<(), ModelError> {
-        if let Engine::Packed(engine) = &mut self.engine {
-            engine.pack(&model, precision, self.capacity)?;
+        if let DecodeBackend::Cpu(backend) = &mut self.backend {
+            backend.pack(&model, precision, self.capacity)?;
         }
         (self.model, self.precision) = (model, precision);
         self.lengths.fill(0);
         Ok(())
     }
 
-    /// How many tokens the slot holds.
+    /// Number of tokens in a slot.
     #[must_use]
     pub fn length(&self, slot: usize) -> usize {
         self.lengths[slot]
     }
 
-    /// Reads prompts into their slots, replacing what these held. Returns the logits of the token that
-    /// follows each prompt.
+    /// Processes prompts and stores them in their slots, replacing previous content. Returns the logits after each
+    /// prompt.
     ///
     /// # Errors
     /// When a prompt is empty, too long for a slot or holds an unknown token.
@@ -172,22 +171,21 @@ impl Decoder {
                 return Err(ModelError::Tokens { reason });
             }
             check_tokens(prompt.ids, self.model.config())?;
-            self.room(0, prompt.ids.len())?;
+            self.check_capacity(0, prompt.ids.len())?;
         }
-        let numbers = match &mut self.engine {
-            Engine::Packed(engine) => engine.prefill(prompts),
-            Engine::Tensors(cache) => cache.prefill(&self.model, prompts)?,
+        let values = match &mut self.backend {
+            DecodeBackend::Cpu(backend) => backend.prefill(prompts),
+            DecodeBackend::Device(cache) => cache.prefill(&self.model, prompts)?,
         };
         for prompt in prompts {
             for &slot in prompt.slots {
                 self.lengths[slot] = prompt.ids.len();
             }
         }
-        Ok(self.logits(numbers))
+        Ok(self.logits(values))
     }
 
-    /// Appends one token to each of these slots, all different. Returns the logits of the tokens that
-    /// follow.
+    /// Appends one token to each of these slots, which must be distinct. Returns the logits after each token.
     ///
     /// # Errors
     /// When a slot is full or a token is unknown.
@@ -195,24 +193,28 @@ impl Decoder {
         check_tokens(tokens, self.model.config())?;
         let mut steps = Vec::with_capacity(slots.len());
         for (&slot, &token) in slots.iter().zip(tokens) {
-            let place = self.lengths[slot];
-            self.room(place, 1)?;
+            let position = self.lengths[slot];
+            self.check_capacity(position, 1)?;
             self.lengths[slot] += 1;
-            steps.push(Step { slot, place, token });
+            steps.push(SlotToken {
+                slot,
+                position,
+                token,
+            });
         }
-        let numbers = match &mut self.engine {
-            Engine::Packed(engine) => engine.extend(&steps),
-            Engine::Tensors(cache) => cache.extend(&self.model, &steps)?,
+        let values = match &mut self.backend {
+            DecodeBackend::Cpu(backend) => backend.extend(&steps),
+            DecodeBackend::Device(cache) => cache.extend(&self.model, &steps)?,
         };
-        Ok(self.logits(numbers))
+        Ok(self.logits(values))
     }
 
-    fn logits(&self, numbers: Vec<f32>) -> Logits {
-        let vocab = self.model.config().vocab_size;
-        Logits { numbers, vocab }
+    fn logits(&self, values: Vec<f32>) -> Logits {
+        let vocab_size = self.model.config().vocab_size;
+        Logits { values, vocab_size }
     }
 
-    fn room(&self, held: usize, tokens: usize) -> Result<(), ModelError> {
+    fn check_capacity(&self, held: usize, tokens: usize) -> Result<(), ModelError> {
         if held + tokens <= self.capacity {
             return Ok(());
         }

@@ -2,24 +2,26 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    DType, Device, ModelConfig, Weights,
+    DType, Device,
+    config::ModelConfig,
     fixtures::{adapted, tiny_model},
     sampling::log_softmax_at,
+    weights::Weights,
 };
 
-/// A decoder of tensors, as other devices have them.
-fn of_tensors(model: &LanguageModel, slots: usize, capacity: usize) -> Decoder {
-    let cache = tensors::Cache::new(model, slots, capacity).unwrap();
+/// A tensor-based decoder, as used on other devices.
+fn tensor_decoder(model: &LanguageModel, slots: usize, capacity: usize) -> Decoder {
+    let cache = device::TensorKvCache::new(model, slots, capacity).unwrap();
     Decoder {
         model: model.clone(),
         precision: Precision::F32,
         capacity,
         lengths: vec![0; slots],
-        engine: Engine::Tensors(cache),
+        backend: DecodeBackend::Device(cache),
     }
 }
 
-/// Two blocks of grouped queries with these keys of its configuration changed.
+/// A model with two layers and grouped-query attention, with `changes` applied to its configuration.
 fn model(changes: &Value) -> LanguageModel {
     let mut raw = json!({
         "architectures": ["LlamaForCausalLM"], "hidden_size": 24, "intermediate_size": 40,
@@ -34,7 +36,7 @@ fn model(changes: &Value) -> LanguageModel {
     LanguageModel::new(config, weights.unwrap()).unwrap()
 }
 
-/// All logits while five sequences are written, two of one prompt, slots in disorder.
+/// All logits of decoding five sequences in permuted slots, some of which share a prompt.
 fn logits(decoder: &mut Decoder) -> Vec<f32> {
     let long: Vec<u32> = (0..23).map(|i| (i * 7) % 50).collect();
     let prompts = [
@@ -51,14 +53,14 @@ fn logits(decoder: &mut Decoder) -> Vec<f32> {
             slots: &[3, 2],
         },
     ];
-    let mut all = decoder.prefill(&prompts).unwrap().numbers;
+    let mut all = decoder.prefill(&prompts).unwrap().values;
     let mut slots = vec![1, 0, 4, 2, 3];
     for step in 0..8u32 {
         let tokens: Vec<u32> = slots
             .iter()
             .map(|&slot| (slot as u32 * 11 + step) % 50)
             .collect();
-        all.extend(decoder.extend(&slots, &tokens).unwrap().numbers);
+        all.extend(decoder.extend(&slots, &tokens).unwrap().values);
         if step == 4 {
             slots.remove(1);
         }
@@ -66,7 +68,7 @@ fn logits(decoder: &mut Decoder) -> Vec<f32> {
     all
 }
 
-fn gap(a: &[f32], b: &[f32]) -> f32 {
+fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter()
         .zip(b)
@@ -75,7 +77,7 @@ fn gap(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[test]
-fn both_engines_agree_on_every_architecture_and_packing_makes_them_differ_little() {
+fn both_backends_agree_on_every_architecture_and_reduced_precision_deviates_little() {
     for changes in [
         json!({}),
         json!({"tie_word_embeddings": true}),
@@ -84,23 +86,25 @@ fn both_engines_agree_on_every_architecture_and_packing_makes_them_differ_little
         json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}),
     ] {
         let model = model(&changes);
-        let expected = logits(&mut of_tensors(&model, 5, 40));
+        let expected = logits(&mut tensor_decoder(&model, 5, 40));
         let found = |precision| logits(&mut Decoder::new(model.clone(), precision, 5, 40).unwrap());
-        let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
-        let exact = gap(&found(Precision::F32), &expected);
-        assert!(exact < 1e-5 * (1.0 + most), "{changes}: {exact}");
+        let largest = expected
+            .iter()
+            .fold(0f32, |largest, x| largest.max(x.abs()));
+        let exact = max_difference(&found(Precision::F32), &expected);
+        assert!(exact < 1e-5 * (1.0 + largest), "{changes}: {exact}");
         for precision in [Precision::Bf16, Precision::Int8] {
-            let gap = gap(&found(precision), &expected);
+            let difference = max_difference(&found(precision), &expected);
             assert!(
-                gap > 1e-4 && gap < 0.1 * most,
-                "{changes} {precision:?}: {gap} of {most}"
+                difference > 1e-4 && difference < 0.1 * largest,
+                "{changes} {precision:?}: {difference} of {largest}"
             );
         }
     }
 }
 
 #[test]
-fn an_adapter_is_merged_and_another_model_replaces_it() {
+fn an_adapter_is_merged_and_the_model_can_be_replaced() {
     let adapted = adapted(9, 1, &["q_proj", "down_proj"]);
     let last = |decoder: &mut Decoder| {
         let prompt = Prefill {
@@ -110,7 +114,12 @@ fn an_adapter_is_merged_and_another_model_replaces_it() {
         decoder.prefill(&[prompt]).unwrap().row(0).to_vec()
     };
     let mut decoder = Decoder::new(adapted.clone(), Precision::F32, 1, 8).unwrap();
-    assert!(gap(&last(&mut decoder), &last(&mut of_tensors(&adapted, 1, 8))) < 1e-5);
+    assert!(
+        max_difference(
+            &last(&mut decoder),
+            &last(&mut tensor_decoder(&adapted, 1, 8))
+        ) < 1e-5
+    );
     let other = tiny_model(9, 2);
     decoder.set_model(other.clone(), Precision::F32).unwrap();
     assert_eq!(decoder.length(0), 0);
@@ -121,10 +130,10 @@ fn an_adapter_is_merged_and_another_model_replaces_it() {
 }
 
 #[test]
-fn a_sequence_depends_on_no_other_and_many_threads_change_no_bit() {
+fn logits_are_independent_of_other_sequences_and_of_the_thread_count() {
     let model = model(&json!({}));
     let slots: Vec<usize> = (0..40).collect();
-    let written = |slots: &[usize], threads: usize| {
+    let decoded = |slots: &[usize], threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build()
@@ -143,15 +152,15 @@ fn a_sequence_depends_on_no_other_and_many_threads_change_no_bit() {
             decoder.extend(slots, &tokens).unwrap()
         })
     };
-    let all = written(&slots, 1);
-    assert_eq!(all.numbers, written(&slots, 3).numbers);
+    let all = decoded(&slots, 1);
+    assert_eq!(all.values, decoded(&slots, 3).values);
     for slot in [0, 17, 39] {
-        assert_eq!(written(&[slot], 2).row(0), all.row(slot));
+        assert_eq!(decoded(&[slot], 2).row(0), all.row(slot));
     }
 }
 
 #[test]
-fn what_does_not_fit_is_refused() {
+fn invalid_prompts_and_full_slots_are_refused() {
     let mut decoder = Decoder::new(tiny_model(9, 1), Precision::F32, 2, 4).unwrap();
     let refused = |decoder: &mut Decoder, ids: &[u32], slots: &[usize]| {
         let prompt = Prefill { ids, slots };

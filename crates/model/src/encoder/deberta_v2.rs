@@ -1,4 +1,4 @@
-//! DeBERTa version 2 and 3, by candle's own classifier.
+//! DeBERTa-v2 and v3 classifiers, implemented by candle.
 
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
@@ -6,16 +6,16 @@ use candle_transformers::models::debertav2::{Config, DebertaV2SeqClassificationM
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Kind, Network, Unfit};
+use crate::encoder::{BuildError, EncoderArchitecture, EncoderNetwork};
 
-/// The network, and what of its configuration the forward pass needs.
+/// Network and the options of its forward pass.
 pub(super) struct DebertaV2Classifier {
     network: DebertaV2SeqClassificationModel,
     absolute_positions: bool,
 }
 
-/// DeBERTa's second and third version.
-pub(super) const KIND: Kind = Kind {
+/// Loader of DeBERTa-v2 and v3.
+pub(super) const ARCHITECTURE: EncoderArchitecture = EncoderArchitecture {
     build,
     read: &[
         "attention_head_size",
@@ -36,7 +36,7 @@ pub(super) const KIND: Kind = Kind {
         "share_att_key",
         "type_vocab_size",
     ],
-    spare: &[
+    ignorable: &[
         "lm_predictions.",
         "mask_predictions.",
         "cls.",
@@ -44,21 +44,21 @@ pub(super) const KIND: Kind = Kind {
     ],
 };
 
-fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
+fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<EncoderNetwork, BuildError> {
     let config = config(raw)?;
-    Ok(Network::DebertaV2(Box::new(DebertaV2Classifier {
+    Ok(EncoderNetwork::DebertaV2(Box::new(DebertaV2Classifier {
         network: DebertaV2SeqClassificationModel::load(tensors.pp("deberta"), &config, None)?,
         absolute_positions: config.position_biased_input,
     })))
 }
 
 impl DebertaV2Classifier {
-    /// The logits of padded `ids` `[n, width]`, of which `mask` keeps those that are 1: `[n, 1]`.
+    /// Logits of padded `ids` `[n, width]` with an attention mask of the same shape: `[n, 1]`.
     pub(super) fn forward(&self, ids: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
         if !self.absolute_positions {
             return self.network.forward(ids, None, Some(mask.clone()));
         }
-        // Candle cannot add absolute positions to more texts than one.
+        // candle supports absolute positions for a batch of one only.
         let logits = (0..ids.dim(0)?).map(|row| {
             let mask = mask.narrow(0, row, 1)?;
             self.network
@@ -68,17 +68,17 @@ impl DebertaV2Classifier {
     }
 }
 
-/// The configuration with the defaults of transformers where candle insists on what a file may leave out.
+/// candle's configuration, with the defaults of transformers for keys that candle requires.
 fn config(raw: &Value) -> Result<Config, String> {
     if raw["conv_kernel_size"].as_u64().unwrap_or(0) > 0 {
-        let reason = "conv_kernel_size > 0, as in the xlarge models of version 2, is not known; \
+        let reason = "conv_kernel_size > 0, as in the xlarge models of version 2, is not supported; \
                       use a model of version 3";
         return Err(reason.into());
     }
     let mut flat = raw.clone();
     let defaults = [
         ("id2label", json!({"0": "LABEL_0"})),
-        // No number here matters: candle asks for the key.
+        // candle requires the key but does not use it.
         ("label2id", json!({})),
         ("pooler_hidden_size", raw["hidden_size"].clone()),
         ("pooler_dropout", json!(0.0)),
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_file_leaves_out_is_what_transformers_takes() {
+    fn missing_keys_get_the_defaults_of_transformers() {
         let config = config(&raw()).unwrap();
         assert_eq!(config.pos_att_type, ["p2c", "c2p"]);
         assert_eq!(config.pooler_hidden_size, Some(4));
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_refused() {
+    fn unsupported_values_are_refused() {
         for (key, value, expected) in [
             ("conv_kernel_size", json!(3), "conv_kernel_size > 0"),
             ("hidden_act", json!("swish"), "unknown variant `swish`"),

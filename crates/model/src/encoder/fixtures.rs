@@ -1,20 +1,20 @@
-//! A small ModernBERT whose numbers follow from a formula, so that another program can have the same.
+//! A small ModernBERT with weights from a formula, reproducible in other programs.
 
 use std::{collections::HashMap, fs};
 
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
-use crate::fixtures::WORDS;
+use crate::fixtures::WORD_TOKENIZER;
 
-/// A number for each element of each tensor that any language computes alike.
-fn number(tensor: usize, element: usize) -> f32 {
+/// Value of an element of a tensor, by exact integer arithmetic.
+fn value(tensor: usize, element: usize) -> f32 {
     let (t, i) = (tensor as u64, element as u64);
     ((t * 7919 + i * 104_729 + i * i * 31) % 997) as f32 / 997.0 - 0.5
 }
 
-/// A ModernBERT of four layers, the second and third with a window of 4 tokens to each side. The
-/// tensors are numbered by name.
+/// A ModernBERT of four layers, the second and third with local attention of 4 tokens to each side. Tensors are
+/// numbered in alphabetical order.
 pub(super) fn modern_bert(change: impl Fn(&mut Value)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut config = json!({
@@ -56,21 +56,21 @@ pub(super) fn modern_bert(change: impl Fn(&mut Value)) -> tempfile::TempDir {
         .enumerate()
         .map(|(tensor, (name, shape))| {
             let base = if shape.len() == 1 { 1.0 } else { 0.0 };
-            let numbers: Vec<f32> = (0..shape.iter().product())
-                .map(|element| base + number(tensor, element))
+            let values: Vec<f32> = (0..shape.iter().product())
+                .map(|element| base + value(tensor, element))
                 .collect();
-            let values = Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap();
-            (name, values)
+            let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+            (name, tensor)
         })
         .collect();
     let weights = folder.path().join("model.safetensors");
     candle_core::safetensors::save(&tensors, weights).unwrap();
     fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    fs::write(folder.path().join("tokenizer.json"), WORDS).unwrap();
+    fs::write(folder.path().join("tokenizer.json"), WORD_TOKENIZER).unwrap();
     folder
 }
 
-/// Sequences of 30, 1 and 11 tokens: longer than the window, and not.
+/// Sequences of 30, 1 and 11 tokens, longer and shorter than the attention window.
 pub(super) fn sequences() -> Vec<Vec<u32>> {
     [30u32, 1, 11]
         .map(|length| (0..length).map(|i| (i * i + 5 * i + length) % 24).collect())

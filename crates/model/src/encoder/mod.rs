@@ -1,7 +1,7 @@
-//! Ready-made encoder classifiers as judges: texts in, one score each. They are not trained here.
+//! Pretrained encoder classifiers that map a text to one score. They are not trained here.
 //!
-//! The networks are those of candle-transformers, in f32. Padding is put in and masked here, and changes
-//! no score beyond rounding. What the scores are for, this module does not know.
+//! The networks are those of candle-transformers, in f32. Promises that padding changes a score by rounding only. Does
+//! not know what the scores are used for.
 
 mod deberta_v2;
 #[cfg(test)]
@@ -16,55 +16,55 @@ use candle_nn::VarBuilder;
 use serde_json::{Map, Value};
 
 use crate::{
-    ModelError,
     config::{layers, read_json, size},
-    keys::{self, Attention},
-    shards::{Shards, is_spare},
-    tokenizer::read_fitting,
+    error::ModelError,
+    keys::{self, AttentionMask},
+    shards::{Shards, is_ignorable},
+    tokenizer::load_tokenizer,
 };
 use deberta_v2::DebertaV2Classifier;
 use modern_bert::ModernBertClassifier;
-use tensors::{Recorded, Source};
+use tensors::{RecordingBackend, TensorSource};
 
-/// The encoders that can be loaded, as `config.json` names them.
+/// Supported encoder architectures, as `config.json` names them.
 pub const SUPPORTED_ENCODERS: [&str; 2] = [
     "DebertaV2ForSequenceClassification",
     "ModernBertForSequenceClassification",
 ];
 
-/// Tokens in a forward pass, padding included; a longer text is alone in one.
-const PASS: usize = 8192;
+/// Maximum number of tokens in a forward pass, padding included; a longer text is alone in one.
+const MAX_PASS_TOKENS: usize = 8192;
 
-/// An encoder with a classifier of one label, and its tokenizer.
+/// An encoder with a single-label classification head, and its tokenizer.
 pub struct Encoder {
-    network: Network,
+    network: EncoderNetwork,
     tokenizer: tokenizers::Tokenizer,
     vocab_size: usize,
     max_positions: usize,
     device: Device,
 }
 
-/// The network, by architecture.
-enum Network {
+/// Network by architecture.
+enum EncoderNetwork {
     DebertaV2(Box<DebertaV2Classifier>),
     ModernBert(Box<ModernBertClassifier>),
 }
 
-/// What a folder says of an encoder without its weights.
-struct Description {
+/// An encoder folder, without its weights.
+struct EncoderFolder {
     raw: Value,
-    kind: Kind,
+    architecture: EncoderArchitecture,
     vocab_size: usize,
     max_positions: usize,
     tokenizer: tokenizers::Tokenizer,
     shards: Shards,
 }
 
-impl Description {
+impl EncoderFolder {
     fn read(path: &Path) -> Result<Self, ModelError> {
         let file = path.join("config.json");
         let raw = read_json(&file)?;
-        let kind = kind_of(&raw, &file)?;
+        let architecture = architecture_of(&raw, &file)?;
         let malformed = |reason: String| ModelError::Malformed {
             path: file.clone(),
             reason,
@@ -79,98 +79,104 @@ impl Description {
         layers(&raw).map_err(malformed)?;
         let (vocab_size, max_positions) =
             (number("vocab_size")?, number("max_position_embeddings")?);
-        one_label(&raw).map_err(malformed)?;
-        let ignored = keys::ignored(&raw, &[&READ, kind.read], Attention::Bidirectional);
+        check_single_label(&raw).map_err(malformed)?;
+        let ignored = keys::ignored(
+            &raw,
+            &[&READ, architecture.read],
+            AttentionMask::Bidirectional,
+        );
         let ignored = ignored.map_err(malformed)?;
         if !ignored.is_empty() {
             let (path, keys) = (file.display(), ignored.join(", "));
             tracing::warn!(%path, keys, "the configuration has keys that are not read");
         }
         Ok(Self {
-            tokenizer: read_fitting(path, vocab_size)?,
+            tokenizer: load_tokenizer(path, vocab_size)?,
             shards: Shards::open(path)?,
             raw,
-            kind,
+            architecture,
             vocab_size,
             max_positions,
         })
     }
 
-    /// The network of these tensors, which are those of the folder `path`.
+    /// Builds the network from these tensors; `path` identifies the folder in errors.
     fn network(
         &self,
         path: &Path,
-        tensors: Source,
+        tensors: TensorSource,
         device: &Device,
-    ) -> Result<Network, ModelError> {
-        let (recorded, taken) = Recorded::new(tensors);
-        let tensors = VarBuilder::from_backend(Box::new(recorded), DType::F32, device.clone());
-        let network = (self.kind.build)(&self.raw, &tensors).map_err(|unfit| match unfit {
-            Unfit::Config(reason) => ModelError::Malformed {
-                path: path.join("config.json"),
-                reason,
-            },
-            Unfit::Weights(error) => ModelError::Malformed {
-                path: path.to_owned(),
-                // Where a backtrace is wanted, candle writes one behind the first line.
-                reason: format!(
-                    "its weights do not fit its config.json: {}",
-                    error.to_string().lines().next().unwrap_or_default()
-                ),
-            },
-        })?;
-        let is_used = |name: &str| taken.has(name) || is_spare(name, self.kind.spare);
-        self.shards.leaves_none(is_used)?;
+    ) -> Result<EncoderNetwork, ModelError> {
+        let (backend, used) = RecordingBackend::new(tensors);
+        let tensors = VarBuilder::from_backend(Box::new(backend), DType::F32, device.clone());
+        let network =
+            (self.architecture.build)(&self.raw, &tensors).map_err(|error| match error {
+                BuildError::Config(reason) => ModelError::Malformed {
+                    path: path.join("config.json"),
+                    reason,
+                },
+                BuildError::Weights(error) => ModelError::Malformed {
+                    path: path.to_owned(),
+                    // candle appends a backtrace after the first line when backtraces are enabled.
+                    reason: format!(
+                        "its weights do not fit its config.json: {}",
+                        error.to_string().lines().next().unwrap_or_default()
+                    ),
+                },
+            })?;
+        let is_used =
+            |name: &str| used.contains(name) || is_ignorable(name, self.architecture.ignorable);
+        self.shards.check_unused(is_used)?;
         Ok(network)
     }
 }
 
 impl Encoder {
-    /// Whether the folder `path` holds an encoder with its tokenizer, by the headers of its weights' files.
+    /// Validates that the folder `path` holds an encoder with its tokenizer, by the headers of its weights' files.
     ///
     /// # Errors
-    /// As [`Self::load`], as far as the headers say.
+    /// As [`Self::load`], as far as the headers show.
     pub fn check_folder(path: &Path) -> Result<(), ModelError> {
-        let description = Description::read(path)?;
-        description.shards.are_plain()?;
-        let shapes = Source::Headers(description.shards.shapes());
-        description.network(path, shapes, &Device::Cpu).map(drop)
+        let folder = EncoderFolder::read(path)?;
+        folder.shards.check_unquantised()?;
+        let shapes = TensorSource::Headers(folder.shards.shapes());
+        folder.network(path, shapes, &Device::Cpu).map(drop)
     }
 
-    /// Reads the model in the folder `path` onto `device`.
+    /// Loads the model in the folder `path` onto `device`.
     ///
     /// # Errors
-    /// When a file is missing, torn or does not fit the others, the architecture or a setting of it is
-    /// not supported, the weights are quantised or hold a tensor that the network does not take, or the classifier
-    /// has not one label.
+    /// When a file is missing, truncated or contradicts the others, the architecture or one of its options is not
+    /// supported, the weights are quantised or have an unexpected tensor, or the classifier does not have exactly one
+    /// label.
     pub fn load(path: &Path, device: &Device) -> Result<Self, ModelError> {
-        let description = Description::read(path)?;
-        let tensors = Source::Read(description.shards.read_all(device)?);
+        let folder = EncoderFolder::read(path)?;
+        let tensors = TensorSource::Read(folder.shards.read_all(device)?);
         Ok(Self {
-            network: description.network(path, tensors, device)?,
-            tokenizer: description.tokenizer,
-            vocab_size: description.vocab_size,
-            max_positions: description.max_positions,
+            network: folder.network(path, tensors, device)?,
+            tokenizer: folder.tokenizer,
+            vocab_size: folder.vocab_size,
+            max_positions: folder.max_positions,
             device: device.clone(),
         })
     }
 
-    /// Tokens in the vocabulary.
+    /// Vocabulary size.
     #[must_use]
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The longest text, in tokens.
+    /// Maximum length of a text in tokens.
     #[must_use]
     pub fn max_positions(&self) -> usize {
         self.max_positions
     }
 
-    /// The ids of a text, with the special tokens that the tokenizer adds.
+    /// Token ids of a text, with the special tokens that the tokenizer adds.
     ///
     /// # Errors
-    /// When the tokenizer refuses the text.
+    /// When the tokenizer fails on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
         let encoding = self.tokenizer.encode_fast(text, true);
         let encoding = encoding.map_err(|error| ModelError::Tokens {
@@ -179,7 +185,7 @@ impl Encoder {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// One score a text, in their order; special tokens are added.
+    /// One score per text, in order; special tokens are added.
     ///
     /// # Errors
     /// As [`Self::encode`] and [`Self::score_ids`].
@@ -188,7 +194,7 @@ impl Encoder {
         self.score_ids(&ids?)
     }
 
-    /// One score a sequence, in their order; special tokens are part of the sequences.
+    /// One score per sequence, in order; special tokens are part of the sequences.
     ///
     /// # Errors
     /// When a sequence is empty, too long, or holds a token that is not in the vocabulary.
@@ -200,9 +206,9 @@ impl Encoder {
         let mut scores = Vec::with_capacity(sequences.len());
         let mut rest = sequences;
         while !rest.is_empty() {
-            let (pass, others) = rest.split_at(pass_of(rest));
-            scores.extend(self.forward(pass)?);
-            rest = others;
+            let (batch, remaining) = rest.split_at(batch_size(rest));
+            scores.extend(self.forward(batch)?);
+            rest = remaining;
         }
         Ok(scores)
     }
@@ -225,24 +231,24 @@ impl Encoder {
         }
     }
 
-    /// The scores of these sequences in one padded pass.
+    /// Scores of these sequences in one padded forward pass.
     fn forward(&self, sequences: &[Vec<u32>]) -> Result<Vec<f32>, ModelError> {
         let width = longest(sequences);
         let padded = |of: &dyn Fn(&[u32]) -> Vec<u32>| {
             let rows = sequences.iter().map(|ids| {
                 let mut row = of(ids);
-                // Any token would do where the mask is 0.
+                // The padding token is arbitrary, since its mask is 0.
                 row.resize(width, 0);
                 row
             });
-            let numbers: Vec<u32> = rows.flatten().collect();
-            Tensor::from_vec(numbers, (sequences.len(), width), &self.device)
+            let values: Vec<u32> = rows.flatten().collect();
+            Tensor::from_vec(values, (sequences.len(), width), &self.device)
         };
         let ids = padded(&<[u32]>::to_vec)?;
         let mask = padded(&|ids| vec![1; ids.len()])?;
         let scores = match &self.network {
-            Network::DebertaV2(model) => model.forward(&ids, &mask)?,
-            Network::ModernBert(model) => model.forward(&ids, &mask)?,
+            EncoderNetwork::DebertaV2(model) => model.forward(&ids, &mask)?,
+            EncoderNetwork::ModernBert(model) => model.forward(&ids, &mask)?,
         };
         Ok(scores.squeeze(1)?.to_vec1()?)
     }
@@ -251,8 +257,8 @@ impl Encoder {
 impl fmt::Debug for Encoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let architecture = match self.network {
-            Network::DebertaV2(_) => SUPPORTED_ENCODERS[0],
-            Network::ModernBert(_) => SUPPORTED_ENCODERS[1],
+            EncoderNetwork::DebertaV2(_) => SUPPORTED_ENCODERS[0],
+            EncoderNetwork::ModernBert(_) => SUPPORTED_ENCODERS[1],
         };
         f.debug_struct("Encoder")
             .field("architecture", &architecture)
@@ -261,28 +267,28 @@ impl fmt::Debug for Encoder {
     }
 }
 
-/// Why a network cannot be built: something in `config.json`, or the tensors.
-enum Unfit {
+/// Failure to build a network: an unsupported configuration or unsuitable tensors.
+enum BuildError {
     Config(String),
     Weights(candle_core::Error),
 }
 
-impl From<String> for Unfit {
+impl From<String> for BuildError {
     fn from(reason: String) -> Self {
         Self::Config(reason)
     }
 }
 
-impl From<candle_core::Error> for Unfit {
+impl From<candle_core::Error> for BuildError {
     fn from(error: candle_core::Error) -> Self {
         Self::Weights(error)
     }
 }
 
-/// Builds a network from its `config.json` and its tensors.
-type Build = fn(&Value, &VarBuilder<'_>) -> Result<Network, Unfit>;
+/// Function that builds a network from its `config.json` and tensors.
+type Build = fn(&Value, &VarBuilder<'_>) -> Result<EncoderNetwork, BuildError>;
 
-/// Keys of `config.json` that are read whatever the architecture.
+/// Keys of `config.json` that are read for every architecture.
 const READ: [&str; 12] = [
     "vocab_size",
     "hidden_size",
@@ -298,24 +304,24 @@ const READ: [&str; 12] = [
     "layer_norm_eps",
 ];
 
-/// An architecture: how it is built and what its folders hold.
-struct Kind {
+/// An encoder architecture.
+struct EncoderArchitecture {
     build: Build,
-    /// Keys of `config.json` that are read beside [`READ`], or that no classifier's score depends on.
+    /// Keys of `config.json` that are read in addition to [`READ`], or that do not affect a classifier's score.
     read: &'static [&'static str],
-    /// Tensors of pretraining that a classifier leaves unused.
-    spare: &'static [&'static str],
+    /// Tensors of pretraining heads, which a classifier ignores.
+    ignorable: &'static [&'static str],
 }
 
-/// The architecture that `raw` names; `file` is where it was read from.
-fn kind_of(raw: &Value, file: &Path) -> Result<Kind, ModelError> {
+/// Architecture named by `raw`, the content of `file`.
+fn architecture_of(raw: &Value, file: &Path) -> Result<EncoderArchitecture, ModelError> {
     let named = raw["architectures"][0].as_str();
-    let place = SUPPORTED_ENCODERS
+    let index = SUPPORTED_ENCODERS
         .iter()
         .position(|name| named == Some(*name));
-    match place {
-        Some(0) => Ok(deberta_v2::KIND),
-        Some(1) => Ok(modern_bert::KIND),
+    match index {
+        Some(0) => Ok(deberta_v2::ARCHITECTURE),
+        Some(1) => Ok(modern_bert::ARCHITECTURE),
         _ => Err(ModelError::Architecture {
             path: file.to_owned(),
             found: named.unwrap_or("(none is named)").to_owned(),
@@ -324,12 +330,12 @@ fn kind_of(raw: &Value, file: &Path) -> Result<Kind, ModelError> {
     }
 }
 
-fn one_label(raw: &Value) -> Result<(), String> {
+fn check_single_label(raw: &Value) -> Result<(), String> {
     let named = raw["id2label"].as_object().map(Map::len);
     match named.or_else(|| usize::try_from(raw["num_labels"].as_u64()?).ok()) {
         None | Some(1) => Ok(()),
         Some(labels) => Err(format!(
-            "it has {labels} labels; a judge has one, whose logit is the score"
+            "it has {labels} labels; a judge needs exactly one, whose logit is the score"
         )),
     }
 }
@@ -338,12 +344,12 @@ fn longest(sequences: &[Vec<u32>]) -> usize {
     sequences.iter().map(Vec::len).max().unwrap_or(0)
 }
 
-/// How many of the first sequences fit a pass together; at least one.
-fn pass_of(sequences: &[Vec<u32>]) -> usize {
+/// Number of leading sequences that fit one forward pass; at least one.
+fn batch_size(sequences: &[Vec<u32>]) -> usize {
     let mut longest = 0;
     let fits = |(before, ids): &(usize, &Vec<u32>)| {
         longest = longest.max(ids.len());
-        (before + 1) * longest <= PASS
+        (before + 1) * longest <= MAX_PASS_TOKENS
     };
     sequences.iter().enumerate().take_while(fits).count().max(1)
 }
@@ -367,23 +373,22 @@ mod tests {
         }
     }
 
-    /// The sequences of a fixture and what transformers gives for them.
-    fn reference(path: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
+    /// Sequences of a fixture with the scores computed by transformers.
+    fn expected_scores(path: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
         let text = fs::read_to_string(path.join("reference.json")).unwrap();
-        let reference: Value = serde_json::from_str(&text).unwrap();
-        let numbers = |key: &str| -> Vec<Vec<u32>> {
-            serde_json::from_value(reference[key].clone()).unwrap()
-        };
-        let kept: Vec<Vec<u32>> = numbers("ids")
+        let parity: Value = serde_json::from_str(&text).unwrap();
+        let rows =
+            |key: &str| -> Vec<Vec<u32>> { serde_json::from_value(parity[key].clone()).unwrap() };
+        let sequences: Vec<Vec<u32>> = rows("ids")
             .iter()
-            .zip(numbers("attention_mask"))
+            .zip(rows("attention_mask"))
             .map(|(ids, mask)| ids[..mask.iter().sum::<u32>() as usize].to_vec())
             .collect();
-        let expected: Vec<f32> = serde_json::from_value(reference["scores"].clone()).unwrap();
-        (kept, expected)
+        let expected: Vec<f32> = serde_json::from_value(parity["scores"].clone()).unwrap();
+        (sequences, expected)
     }
 
-    /// What the check of the headers and reading the weights both say.
+    /// The error that both the header check and loading the weights give.
     fn refused(path: &Path) -> String {
         let checked = Encoder::check_folder(path).unwrap_err().to_string();
         let read = Encoder::load(path, &Device::Cpu).unwrap_err().to_string();
@@ -392,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn the_headers_show_what_does_not_fit_the_network() {
+    fn header_checks_find_mismatching_tensors() {
         let cases = [
             ("num_hidden_layers", json!(5), "model.layers.4."),
             ("num_hidden_layers", json!(3), "model.layers.3."),
@@ -411,23 +416,23 @@ mod tests {
         ];
         for (key, value, expected) in cases {
             let folder = modern_bert(|config| config[key] = value.clone());
-            let said = refused(folder.path());
-            assert!(said.contains(expected), "{said} for {key} = {value}");
+            let message = refused(folder.path());
+            assert!(message.contains(expected), "{message} for {key} = {value}");
         }
-        let whole = modern_bert(|_| {});
-        Encoder::check_folder(whole.path()).unwrap();
+        let valid = modern_bert(|_| {});
+        Encoder::check_folder(valid.path()).unwrap();
     }
 
     #[test]
-    fn deberta_scores_are_those_of_transformers() {
+    fn deberta_scores_match_transformers() {
         let Some(path) = shared("data/models/random-deberta-reward") else {
             return;
         };
-        let (kept, expected) = reference(&path);
+        let (sequences, expected) = expected_scores(&path);
         let encoder = Encoder::load(&path, &Device::Cpu).unwrap();
-        close(&encoder.score_ids(&kept).unwrap(), &expected, 1e-4);
-        // Whatever else is in the batch, and so however much padding.
-        for (ids, score) in kept.iter().zip(expected) {
+        close(&encoder.score_ids(&sequences).unwrap(), &expected, 1e-4);
+        // Scores do not depend on the batch and its padding.
+        for (ids, score) in sequences.iter().zip(expected) {
             let alone = encoder.score_ids(std::slice::from_ref(ids)).unwrap();
             close(&alone, &[score], 1e-4);
         }
@@ -445,7 +450,7 @@ mod tests {
         let Some(path) = shared("data/models/random-deberta-reward") else {
             return;
         };
-        // Positions that are all zero change nothing.
+        // Zero position embeddings have no effect.
         let folder = tempfile::tempdir().unwrap();
         let mut config = read_json(&path.join("config.json")).unwrap();
         config["position_biased_input"] = json!(true);
@@ -462,18 +467,18 @@ mod tests {
         let weights = folder.path().join("model.safetensors");
         candle_core::safetensors::save(&tensors, weights).unwrap();
         let encoder = Encoder::load(folder.path(), &Device::Cpu).unwrap();
-        let (kept, expected) = reference(&path);
-        close(&encoder.score_ids(&kept).unwrap(), &expected, 1e-4);
+        let (sequences, expected) = expected_scores(&path);
+        close(&encoder.score_ids(&sequences).unwrap(), &expected, 1e-4);
     }
 
-    /// What transformers 5.23 gives for the same weights and sequences.
+    /// Scores computed by transformers 5.23 for the same weights and sequences.
     const MODERN_BERT: [(&str, [f32; 3]); 2] = [
         ("cls", [1.349_434, -2.400_463, 1.382_954]),
         ("mean", [-1.784_403, -2.400_463, 0.395_866]),
     ];
 
     #[test]
-    fn modern_bert_scores_are_those_of_transformers() {
+    fn modern_bert_scores_match_transformers() {
         for (pooling, expected) in MODERN_BERT {
             let folder = modern_bert(|config| config["classifier_pooling"] = json!(pooling));
             let encoder = Encoder::load(folder.path(), &Device::Cpu).unwrap();
@@ -485,7 +490,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_loaded_is_named_with_the_remedy() {
+    fn errors_name_what_cannot_be_loaded() {
         let refused = |change: &dyn Fn(&mut Value)| {
             let folder = modern_bert(change);
             Encoder::load(folder.path(), &Device::Cpu)
@@ -557,9 +562,9 @@ mod tests {
     }
 
     #[test]
-    fn a_tensor_that_the_network_does_not_take_is_refused() {
+    fn an_unused_tensor_is_refused() {
         for (name, expected) in [
-            ("model.layers.0.attn.Wo.bias", "has no place for"),
+            ("model.layers.0.attn.Wo.bias", "does not expect"),
             ("model.layers.0.attn.Wo.weight_scale", "is quantised"),
             ("decoder.bias", ""),
         ] {
@@ -571,7 +576,7 @@ mod tests {
             let path = folder.path().join("model.safetensors");
             candle_core::safetensors::save(&tensors, path).unwrap();
             match Encoder::load(folder.path(), &Device::Cpu) {
-                Ok(_) => assert!(expected.is_empty(), "{name} is passed over"),
+                Ok(_) => assert!(expected.is_empty(), "{name} is accepted"),
                 Err(error) => {
                     let error = error.to_string();
                     assert!(error.contains(name) && error.contains(expected), "{error}");
@@ -581,7 +586,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_scored_is_refused() {
+    fn invalid_sequences_are_refused() {
         let folder = modern_bert(|_| {});
         let encoder = Encoder::load(folder.path(), &Device::Cpu).unwrap();
         for (ids, expected) in [
@@ -599,24 +604,24 @@ mod tests {
             assert!(refused.contains(expected), "{refused}");
         }
         assert_eq!(encoder.score_ids(&[]).unwrap(), [0f32; 0]);
-        let words = encoder.score_texts(&["the cat".into()]).unwrap();
-        assert_eq!(words, encoder.score_ids(&[vec![1, 2, 3]]).unwrap());
+        let scores = encoder.score_texts(&["the cat".into()]).unwrap();
+        assert_eq!(scores, encoder.score_ids(&[vec![1, 2, 3]]).unwrap());
     }
 
     #[test]
-    fn a_pass_holds_what_fits_with_its_padding() {
+    fn a_batch_is_limited_by_its_padded_size() {
         let passes = |lengths: &[usize]| {
             let sequences: Vec<Vec<u32>> = lengths.iter().map(|&n| vec![0; n]).collect();
             let (mut rest, mut passes) = (&sequences[..], Vec::new());
             while !rest.is_empty() {
-                passes.push(pass_of(rest));
+                passes.push(batch_size(rest));
                 rest = &rest[passes[passes.len() - 1]..];
             }
             passes
         };
-        assert_eq!(passes(&[PASS / 2, 1, 1]), [2, 1]);
-        assert_eq!(passes(&[2 * PASS, 1, 1]), [1, 2]);
-        assert_eq!(passes(&[1, 2 * PASS, 1]), [1, 1, 1]);
+        assert_eq!(passes(&[MAX_PASS_TOKENS / 2, 1, 1]), [2, 1]);
+        assert_eq!(passes(&[2 * MAX_PASS_TOKENS, 1, 1]), [1, 2]);
+        assert_eq!(passes(&[1, 2 * MAX_PASS_TOKENS, 1]), [1, 1, 1]);
         assert_eq!(passes(&[4; 5]), [5]);
     }
 }

@@ -1,5 +1,5 @@
-//! ModernBERT: candle's trunk under a head of our own, for candle's gives the softmax of the logits,
-//! which is 1 for a single label.
+//! ModernBERT classifier: candle's encoder with its own head, since candle's head returns the softmax of the logits,
+//! which is always 1 for a single label.
 
 use candle_core::Tensor;
 use candle_nn::{
@@ -9,29 +9,29 @@ use candle_transformers::models::modernbert::{Config, ModernBert};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Kind, Network, Unfit};
+use crate::encoder::{BuildError, EncoderArchitecture, EncoderNetwork};
 
-/// The trunk and its head.
+/// Encoder backbone and classification head.
 pub(super) struct ModernBertClassifier {
-    trunk: ModernBert,
-    pooling: Pooling,
+    backbone: ModernBert,
+    pooling: ClassifierPooling,
     dense: Linear,
     norm: LayerNorm,
     classifier: Linear,
 }
 
-/// How the hidden states of a text become one row.
+/// Pooling of hidden states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Pooling {
-    /// The first token's.
+enum ClassifierPooling {
+    /// The first token.
     Cls,
-    /// Their mean.
+    /// The mean over tokens.
     Mean,
 }
 
-/// ModernBERT.
-pub(super) const KIND: Kind = Kind {
+/// Loader of ModernBERT.
+pub(super) const ARCHITECTURE: EncoderArchitecture = EncoderArchitecture {
     build,
     read: &[
         "attention_bias",
@@ -48,21 +48,21 @@ pub(super) const KIND: Kind = Kind {
         "norm_bias",
         "norm_eps",
         "rope_parameters",
-        // Of the head for masked tokens, or of how it is run.
+        // Options of the masked-token head or of execution.
         "decoder_bias",
         "reference_compile",
         "repad_logits_with_grad",
         "sparse_pred_ignore_index",
         "sparse_prediction",
     ],
-    spare: &["decoder."],
+    ignorable: &["decoder."],
 };
 
-fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
+fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<EncoderNetwork, BuildError> {
     let (config, pooling) = (config(raw)?, pooling(raw)?);
     let (width, eps) = (config.hidden_size, config.layer_norm_eps);
-    Ok(Network::ModernBert(Box::new(ModernBertClassifier {
-        trunk: ModernBert::load(tensors.clone(), &config)?,
+    Ok(EncoderNetwork::ModernBert(Box::new(ModernBertClassifier {
+        backbone: ModernBert::load(tensors.clone(), &config)?,
         pooling,
         dense: linear_no_bias(width, width, tensors.pp("head.dense"))?,
         norm: layer_norm_no_bias(width, eps, tensors.pp("head.norm"))?,
@@ -71,12 +71,12 @@ fn build(raw: &Value, tensors: &VarBuilder<'_>) -> Result<Network, Unfit> {
 }
 
 impl ModernBertClassifier {
-    /// The logits of padded `ids` `[n, width]`, of which `mask` keeps those that are 1: `[n, 1]`.
+    /// Logits of padded `ids` `[n, width]` with an attention mask of the same shape: `[n, 1]`.
     pub(super) fn forward(&self, ids: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
-        let hidden = self.trunk.forward(ids, mask)?;
+        let hidden = self.backbone.forward(ids, mask)?;
         let pooled = match self.pooling {
-            Pooling::Cls => hidden.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?,
-            Pooling::Mean => {
+            ClassifierPooling::Cls => hidden.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?,
+            ClassifierPooling::Mean => {
                 let mask = mask.to_dtype(hidden.dtype())?;
                 let sum = hidden.broadcast_mul(&mask.unsqueeze(2)?)?.sum(1)?;
                 sum.broadcast_div(&mask.sum_keepdim(1)?)?
@@ -89,26 +89,25 @@ impl ModernBertClassifier {
     }
 }
 
-fn pooling(raw: &Value) -> Result<Pooling, String> {
+fn pooling(raw: &Value) -> Result<ClassifierPooling, String> {
     match &raw["classifier_pooling"] {
-        Value::Null => Ok(Pooling::Cls),
-        named => {
-            Pooling::deserialize(named).map_err(|error| format!("classifier_pooling: {error}"))
-        }
+        Value::Null => Ok(ClassifierPooling::Cls),
+        named => ClassifierPooling::deserialize(named)
+            .map_err(|error| format!("classifier_pooling: {error}")),
     }
 }
 
-/// The configuration as candle wants it, from the names of transformers 4 or 5.
+/// candle's configuration, from the keys of transformers 4 or 5.
 fn config(raw: &Value) -> Result<Config, String> {
     for key in ["attention_bias", "mlp_bias", "norm_bias", "classifier_bias"] {
         if raw[key] == true {
-            return Err(format!("{key} = true is not known"));
+            return Err(format!("{key} = true is not supported"));
         }
     }
     for key in ["hidden_activation", "classifier_activation"] {
         let act = raw[key].as_str().unwrap_or("gelu");
         if act != "gelu" {
-            return Err(format!("{key} is {act:?}, only \"gelu\" is known"));
+            return Err(format!("{key} is {act:?}, only \"gelu\" is supported"));
         }
     }
     let flat = json!({
@@ -132,14 +131,14 @@ fn number(raw: &Value, key: &str, default: f64) -> f64 {
     raw[key].as_f64().unwrap_or(default)
 }
 
-/// The rotary base of one kind of layers.
+/// RoPE base of one kind of layer.
 fn theta(raw: &Value, layers: &str, old_key: &str, default: f64) -> Result<f64, String> {
     let nested = raw["rope_parameters"].as_object();
     let kinds = ["full_attention", "sliding_attention"];
-    let stray = nested.and_then(|keys| keys.keys().find(|key| !kinds.contains(&key.as_str())));
-    if let Some(stray) = stray {
+    let unknown = nested.and_then(|keys| keys.keys().find(|key| !kinds.contains(&key.as_str())));
+    if let Some(unknown) = unknown {
         return Err(format!(
-            "rope_parameters: {stray} is none of {}",
+            "rope_parameters: {unknown} is none of {}",
             kinds.join(", ")
         ));
     }
@@ -149,12 +148,12 @@ fn theta(raw: &Value, layers: &str, old_key: &str, default: f64) -> Result<f64, 
             .as_f64()
             .unwrap_or_else(|| number(raw, old_key, default))),
         Some(other) => Err(format!(
-            "rotary scaling {other:?} is not known, only \"default\" is"
+            "rotary scaling {other:?} is not supported, only \"default\" is"
         )),
     }
 }
 
-/// Every how many layers one sees the whole text.
+/// Interval between layers with global attention.
 fn global_every(raw: &Value) -> Result<usize, String> {
     let Some(types) = raw["layer_types"].as_array() else {
         let every = raw["global_attn_every_n_layers"].as_u64().unwrap_or(3);
@@ -162,12 +161,12 @@ fn global_every(raw: &Value) -> Result<usize, String> {
     };
     let full: Vec<bool> = types.iter().map(|kind| kind == "full_attention").collect();
     let second = full.iter().skip(1).position(|&full| full);
-    let every = second.map_or(full.len().max(1), |place| place + 1);
+    let every = second.map_or(full.len().max(1), |index| index + 1);
     let regular = |(layer, &full): (usize, &bool)| full == layer.is_multiple_of(every);
     if full.iter().enumerate().all(regular) {
         Ok(every)
     } else {
-        Err("layer_types is not known: \"full_attention\" must come at even distances, from the first layer on".into())
+        Err("layer_types is not supported: \"full_attention\" must occur at regular intervals, starting with the first layer".into())
     }
 }
 
@@ -175,7 +174,7 @@ fn global_every(raw: &Value) -> Result<usize, String> {
 mod tests {
     use super::*;
 
-    /// As transformers 5 writes it.
+    /// A configuration in the style of transformers 5.
     fn raw() -> Value {
         json!({
             "vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -209,11 +208,11 @@ mod tests {
             (2, 8)
         );
         assert_eq!(new.layer_norm_eps, 1e-6);
-        assert_eq!(pooling(&raw()), Ok(Pooling::Cls));
+        assert_eq!(pooling(&raw()), Ok(ClassifierPooling::Cls));
     }
 
     #[test]
-    fn the_distance_between_global_layers_is_found() {
+    fn the_interval_of_global_layers_is_derived() {
         let of = |kinds: &str| {
             let name = |kind| match kind {
                 'f' => "full_attention",
@@ -238,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_refused() {
+    fn unsupported_values_are_refused() {
         let cases = [
             ("norm_bias", json!(true), "norm_bias = true"),
             (

@@ -1,4 +1,4 @@
-//! The tensors of an encoder, and which of them its network has taken.
+//! Tensors of an encoder, with a record of those that its network uses.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -8,21 +8,21 @@ use std::{
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 use candle_nn::{Init, var_builder::SimpleBackend};
 
-/// Tensors by name for a network that is being built.
-pub(super) struct Recorded {
-    tensors: Source,
-    taken: Taken,
+/// Backend of a `VarBuilder` that records the names of the tensors it hands out.
+pub(super) struct RecordingBackend {
+    tensors: TensorSource,
+    used: UsedTensors,
 }
 
-/// Where tensors come from.
-pub(super) enum Source {
-    /// They were read.
+/// Source of tensors.
+pub(super) enum TensorSource {
+    /// Loaded tensors by name.
     Read(HashMap<String, Tensor>),
-    /// Their shapes by the headers of their files; what is taken is a zero that takes no room.
+    /// Shapes from file headers; a used tensor is a broadcast zero, which needs no memory.
     Headers(BTreeMap<String, Vec<usize>>),
 }
 
-impl Source {
+impl TensorSource {
     fn get(
         &self,
         name: &str,
@@ -60,35 +60,35 @@ impl Source {
     }
 }
 
-/// The names of the tensors that were taken so far.
+/// Names of the tensors used so far.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Taken(Arc<Mutex<BTreeSet<String>>>);
+pub(super) struct UsedTensors(Arc<Mutex<BTreeSet<String>>>);
 
-impl Recorded {
-    /// The tensors, and a list that grows as they are taken.
-    pub(super) fn new(tensors: Source) -> (Self, Taken) {
-        let taken = Taken::default();
-        let recorded = Self {
+impl RecordingBackend {
+    /// Creates the backend and the shared record of used tensors.
+    pub(super) fn new(tensors: TensorSource) -> (Self, UsedTensors) {
+        let used = UsedTensors::default();
+        let backend = Self {
             tensors,
-            taken: taken.clone(),
+            used: used.clone(),
         };
-        (recorded, taken)
+        (backend, used)
     }
 }
 
-impl Taken {
-    pub(super) fn has(&self, name: &str) -> bool {
-        let taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.contains(name)
+impl UsedTensors {
+    pub(super) fn contains(&self, name: &str) -> bool {
+        let used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        used.contains(name)
     }
 
-    fn add(&self, name: &str) {
-        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.insert(name.to_owned());
+    fn insert(&self, name: &str) {
+        let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        used.insert(name.to_owned());
     }
 }
 
-impl SimpleBackend for Recorded {
+impl SimpleBackend for RecordingBackend {
     fn get(
         &self,
         shape: Shape,
@@ -97,12 +97,12 @@ impl SimpleBackend for Recorded {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        self.taken.add(name);
+        self.used.insert(name);
         self.tensors.get(name, Some(shape), dtype, device)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        self.taken.add(name);
+        self.used.insert(name);
         self.tensors.get(name, None, dtype, device)
     }
 

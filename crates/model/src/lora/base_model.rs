@@ -1,50 +1,50 @@
-//! Name of the model that an adapter was trained on: a model of the Hugging Face hub with its revision, or a path.
+//! Name of an adapter's base model: a Hugging Face Hub repository with its revision, or a path.
 //!
-//! PEFT keeps both in `adapter_config.json`. A folder of the hub's cache is named after its repository and commit, so
-//! that an adapter means the same model on every machine. Nothing is fetched here.
+//! PEFT stores both in `adapter_config.json`. A folder of the Hub's cache is named by its repository and commit, so
+//! that the name refers to the same model on every machine. Nothing is downloaded here.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::folder::CONFIG;
-use crate::{ModelError, config::read_json};
+use crate::lora::folder::CONFIG;
+use crate::{config::read_json, error::ModelError};
 
 /// PEFT's key of the name.
 pub(super) const NAME: &str = "base_model_name_or_path";
-/// PEFT's key of the hub's revision.
+/// PEFT's key of the Hub revision.
 const REVISION: &str = "revision";
-/// Hexadecimal digits of a commit.
+/// Number of hexadecimal digits of a commit.
 const COMMIT_DIGITS: usize = 40;
 
 /// Name of the model that an adapter was trained on.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct BaseModel {
-    /// Path of a folder, or `ORG/NAME` of the hub; empty when it is unknown.
+    /// Path of a folder, or `ORG/NAME` on the Hub; empty when unknown.
     pub name: String,
-    /// Branch, tag or commit on the hub.
+    /// Branch, tag or commit on the Hub.
     pub revision: Option<String>,
 }
 
 impl BaseModel {
-    /// Name of the model in the folder `path`: repository and commit where it lies in a cache of the hub
-    /// (`models--ORG--NAME/snapshots/COMMIT`), else the absolute path.
+    /// Name of the model in the folder `path`: repository and commit for a folder in the Hub's cache
+    /// (`models--ORG--NAME/snapshots/COMMIT`), otherwise the absolute path.
     #[must_use]
     pub fn of_folder(path: &Path) -> Self {
-        let whole = path.canonicalize();
-        let whole = whole.as_deref().unwrap_or(path);
-        of_snapshot(whole).unwrap_or_else(|| Self {
-            name: whole.display().to_string(),
+        let absolute = path.canonicalize();
+        let absolute = absolute.as_deref().unwrap_or(path);
+        of_snapshot(absolute).unwrap_or_else(|| Self {
+            name: absolute.display().to_string(),
             revision: None,
         })
     }
 
-    /// Name that the adapter in the folder `path` gives, whatever kind of adapter it is; `None` where the folder
-    /// holds no adapter.
+    /// Base model named by the adapter in the folder `path`, of any kind of adapter; `None` when the folder holds no
+    /// adapter.
     ///
     /// # Errors
-    /// When `adapter_config.json` is there and cannot be read.
+    /// When `adapter_config.json` exists and cannot be read.
     pub fn of_adapter(path: &Path) -> Result<Option<Self>, ModelError> {
         let file = path.join(CONFIG);
         match file.exists() {
@@ -53,8 +53,7 @@ impl BaseModel {
         }
     }
 
-    /// Folder on this machine that the adapter in the folder `adapter` names: a path as it is, or one relative to the
-    /// adapter.
+    /// Local folder of the base model: the name as a path, or as a path relative to the folder `adapter`.
     #[must_use]
     pub fn folder(&self, adapter: &Path) -> Option<PathBuf> {
         let named = Path::new(&self.name);
@@ -79,7 +78,7 @@ impl BaseModel {
     }
 }
 
-/// Repository and commit of a folder that is laid out as the hub's cache.
+/// Repository and commit of a folder in the layout of the Hub's cache.
 fn of_snapshot(path: &Path) -> Option<BaseModel> {
     let name = |path: &Path| path.file_name()?.to_str().map(str::to_owned);
     let commit = name(path)?;
@@ -99,11 +98,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_of_the_hubs_cache_is_named_after_repository_and_commit() {
-        let place = tempfile::tempdir().unwrap();
+    fn a_folder_of_the_hub_cache_is_named_by_repository_and_commit() {
+        let directory = tempfile::tempdir().unwrap();
         let commit = "0123456789abcdef0123456789abcdef01234567";
         let folder = |path: &str| {
-            let folder = place.path().join(path);
+            let folder = directory.path().join(path);
             std::fs::create_dir_all(&folder).unwrap();
             folder.canonicalize().unwrap()
         };
@@ -132,10 +131,10 @@ mod tests {
             };
             assert_eq!(BaseModel::of_folder(&path), expected);
         }
-        // However the folder is reached.
+        // Symbolic links are resolved.
         #[cfg(unix)]
         {
-            let link = place.path().join("link");
+            let link = directory.path().join("link");
             let snapshot = folder(&format!("hub/models--org--tiny/snapshots/{commit}"));
             std::os::unix::fs::symlink(snapshot, &link).unwrap();
             assert_eq!(BaseModel::of_folder(&link).name, "org/tiny");
@@ -143,26 +142,26 @@ mod tests {
     }
 
     #[test]
-    fn the_name_in_an_adapter_is_read_whatever_else_stands_there() {
-        let place = tempfile::tempdir().unwrap();
-        assert_eq!(BaseModel::of_adapter(place.path()).unwrap(), None);
+    fn the_base_name_is_read_from_any_kind_of_adapter() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(BaseModel::of_adapter(directory.path()).unwrap(), None);
         let named = |raw: Value| {
-            std::fs::write(place.path().join(CONFIG), raw.to_string()).unwrap();
-            BaseModel::of_adapter(place.path()).unwrap().unwrap()
+            std::fs::write(directory.path().join(CONFIG), raw.to_string()).unwrap();
+            BaseModel::of_adapter(directory.path()).unwrap().unwrap()
         };
         let unknown = named(json!({"peft_type": "IA3", NAME: null, REVISION: null}));
         assert_eq!(unknown, BaseModel::default());
-        assert_eq!(unknown.folder(place.path()), None);
+        assert_eq!(unknown.folder(directory.path()), None);
         let hub = named(json!({NAME: "org/tiny", REVISION: "v1"}));
         assert_eq!(
             (&*hub.name, hub.revision.as_deref()),
             ("org/tiny", Some("v1"))
         );
-        assert_eq!(hub.folder(place.path()), None);
-        // A folder beside the adapter goes first.
-        let beside = place.path().join("org/tiny");
+        assert_eq!(hub.folder(directory.path()), None);
+        // A folder relative to the adapter takes precedence over the Hub.
+        let beside = directory.path().join("org/tiny");
         std::fs::create_dir_all(&beside).unwrap();
         std::fs::write(beside.join("config.json"), "{}").unwrap();
-        assert_eq!(hub.folder(place.path()), Some(beside));
+        assert_eq!(hub.folder(directory.path()), Some(beside));
     }
 }

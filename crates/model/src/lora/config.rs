@@ -1,7 +1,7 @@
-//! An adapter's shape, as PEFT's `adapter_config.json` says it.
+//! LoRA configuration in PEFT's `adapter_config.json`.
 //!
-//! What PEFT can do and this crate cannot is refused by its name, known to us or not: every key that is
-//! not read here must be switched off (null, false, empty).
+//! PEFT features that are not implemented here are refused by name: every key that is not read must be disabled (null,
+//! false, empty), whether it is known or not.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,24 +10,27 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use super::{
+use crate::lora::{
     base_model::BaseModel,
-    pattern::Pattern,
-    targets::{LinearMap, Targets},
+    pattern::NamePattern,
+    targets::{LinearSpec, TargetModules},
 };
-use crate::{ModelConfig, ModelError, config::Task};
+use crate::{
+    config::{ModelConfig, ModelTask},
+    error::ModelError,
+};
 
-/// How PEFT calls the two factors of a module.
+/// PEFT's names of the two factors of a module.
 pub(super) const A: &str = "lora_A.weight";
 pub(super) const B: &str = "lora_B.weight";
-/// What stands before the base's name of a module or a tensor.
+/// PEFT's prefix of the base model's module and tensor names.
 pub(super) const PREFIX: &str = "base_model.model.";
-/// PEFT's word for adapters of this kind.
+/// PEFT's `peft_type` of LoRA adapters.
 const LORA: &str = "LORA";
-/// The same for adapters of reward models of which PEFT cannot compute the score. PEFT knows no such word, so it
+/// `peft_type` of adapters of reward models whose score PEFT cannot compute. It is unknown to PEFT, which therefore
 /// refuses the folder.
 const AGON_LORA: &str = "AGON_LORA";
-/// Keys that say nothing about what an adapter computes, or that are read below.
+/// Keys that are read below or do not affect what an adapter computes.
 const READ: [&str; 27] = [
     "peft_type",
     "task_type",
@@ -50,7 +53,7 @@ const READ: [&str; 27] = [
     "megatron_core",
     "qalora_group_size",
     "ensure_weight_tying",
-    // How the factors began; what they are now stands in the file.
+    // Initialisation of the factors, whose current values are in the file.
     "init_lora_weights",
     "loftq_config",
     "eva_config",
@@ -58,48 +61,48 @@ const READ: [&str; 27] = [
     "lora_ga_config",
     "runtime_config",
 ];
-/// Beginnings that leave the base as it is.
-const PLAIN_BEGINNINGS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
+/// Values of `init_lora_weights` that leave the base weights unchanged.
+const PLAIN_INITIALISATIONS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
 
-/// How an adapter is shaped and scaled.
+/// Shape and scaling of a LoRA adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
-    /// The inner width r; at least 1.
+    /// Rank r; at least 1.
     pub rank: usize,
-    /// What the product is scaled by, over r or √r.
+    /// α: the product is scaled by α/r or α/√r.
     pub alpha: f64,
-    /// The share of the inputs that training leaves out.
+    /// Dropout rate of the inputs in training.
     pub dropout: f64,
-    /// Modules that it changes.
-    pub targets: Targets,
-    /// Other ranks for some modules: PEFT's `rank_pattern`, of which the first key that matches a name holds.
-    pub(super) ranks: Vec<(Pattern, usize)>,
-    /// The same for α: PEFT's `alpha_pattern`.
-    pub(super) alphas: Vec<(Pattern, f64)>,
+    /// Target modules.
+    pub targets: TargetModules,
+    /// PEFT's `rank_pattern`: ranks of individual modules, by the first pattern that matches the name.
+    pub(super) ranks: Vec<(NamePattern, usize)>,
+    /// PEFT's `alpha_pattern`, likewise for α.
+    pub(super) alphas: Vec<(NamePattern, f64)>,
     /// Whether the product is scaled by α/√r (Kalajdzievski 2023) instead of α/r.
     pub rank_stabilised: bool,
-    /// The model it was made for.
+    /// The base model.
     pub base_model: BaseModel,
 }
 
-/// A linear map that an adapter changes, with the shape and scale of its product.
+/// A linear layer with the rank and scale of its low-rank update.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct AdaptedModule {
-    pub(super) map: LinearMap,
+    pub(super) layer: LinearSpec,
     pub(super) rank: usize,
     pub(super) scale: f64,
 }
 
 impl LoraConfig {
-    /// Shape of a plain adapter: one rank and one α for all of `target_modules`, which are ends of names or
-    /// `all-linear`, for a base that is not named yet.
+    /// An adapter with one rank and one α for all of `target_modules`, which are name suffixes or `all-linear`. The
+    /// base model is left unnamed.
     #[must_use]
     pub fn new(rank: usize, alpha: f64, dropout: f64, target_modules: &[String]) -> Self {
         Self {
             rank,
             alpha,
             dropout,
-            targets: Targets::named(target_modules),
+            targets: TargetModules::named(target_modules),
             ranks: Vec::new(),
             alphas: Vec::new(),
             rank_stabilised: false,
@@ -107,7 +110,7 @@ impl LoraConfig {
         }
     }
 
-    /// The factor s before a product of this rank and α.
+    /// Scale s of a product of this rank and α.
     fn scale(&self, rank: usize, alpha: f64) -> f64 {
         let rank = rank as f64;
         alpha
@@ -118,10 +121,10 @@ impl LoraConfig {
             }
     }
 
-    /// How many numbers the adapter of a model of this shape holds.
+    /// Number of parameters of the adapter for this base.
     ///
     /// # Errors
-    /// When the model has no such modules.
+    /// When the base has none of the target modules.
     pub fn parameter_count(&self, base: &ModelConfig) -> Result<usize, ModelError> {
         let tensors = self.tensors(base)?;
         Ok(tensors
@@ -130,46 +133,46 @@ impl LoraConfig {
             .sum())
     }
 
-    /// Checks that every module that is named is one of a model of this shape. Where a person names them, one that is
-    /// not is a mistake; PEFT, and [`Self::parameter_count`], pass over it.
+    /// Checks that every target module exists in the base. An unknown name in the settings is a mistake; PEFT and
+    /// [`Self::parameter_count`] ignore it.
     ///
     /// # Errors
-    /// When one is not, with its name and those that there are.
+    /// When one does not, with its name and the existing ones.
     pub fn check_targets(&self, base: &ModelConfig) -> Result<(), ModelError> {
         self.targets.check_names(base)
     }
 
-    /// The modules it stands beside, in the model's order.
+    /// The adapted modules of the base, in the model's order.
     pub(super) fn modules(&self, base: &ModelConfig) -> Result<Vec<AdaptedModule>, ModelError> {
-        let adapted = |map: LinearMap| {
-            let rank = *first_match(&self.ranks, &map.name)?.unwrap_or(&self.rank);
+        let adapted = |layer: LinearSpec| {
+            let rank = *first_match(&self.ranks, &layer.name)?.unwrap_or(&self.rank);
             if rank == 0 {
                 let reason = "its rank is 0; an adapter needs a rank of at least 1".into();
                 return Err(ModelError::Adapter { reason });
             }
-            let alpha = *first_match(&self.alphas, &map.name)?.unwrap_or(&self.alpha);
+            let alpha = *first_match(&self.alphas, &layer.name)?.unwrap_or(&self.alpha);
             let scale = self.scale(rank, alpha);
-            Ok(AdaptedModule { map, rank, scale })
+            Ok(AdaptedModule { layer, rank, scale })
         };
         self.targets.of(base)?.into_iter().map(adapted).collect()
     }
 
-    /// Every tensor of the adapter: PEFT's name for it and its shape.
+    /// PEFT's names and the shapes of all tensors of the adapter.
     pub(super) fn tensors(
         &self,
         base: &ModelConfig,
     ) -> Result<Vec<(String, Vec<usize>)>, ModelError> {
-        let both = |AdaptedModule { map, rank, .. }: AdaptedModule| {
+        let factors = |AdaptedModule { layer, rank, .. }: AdaptedModule| {
             [
-                (tensor_name(&map.name, A), vec![rank, map.width]),
-                (tensor_name(&map.name, B), vec![map.out, rank]),
+                (tensor_name(&layer.name, A), vec![rank, layer.width]),
+                (tensor_name(&layer.name, B), vec![layer.out, rank]),
             ]
         };
-        Ok(self.modules(base)?.into_iter().flat_map(both).collect())
+        Ok(self.modules(base)?.into_iter().flat_map(factors).collect())
     }
 
-    /// Reads PEFT's configuration of an adapter for `task`; `path` names it in errors.
-    pub(super) fn read(raw: &Value, path: &Path, task: Task) -> Result<Self, ModelError> {
+    /// Parses PEFT's configuration of an adapter for a model with the head of `task`; `path` identifies it in errors.
+    pub(super) fn read(raw: &Value, path: &Path, task: ModelTask) -> Result<Self, ModelError> {
         let malformed = |reason: String| ModelError::Malformed {
             path: path.to_owned(),
             reason,
@@ -177,7 +180,7 @@ impl LoraConfig {
         let keys = raw
             .as_object()
             .ok_or_else(|| malformed("it is not an object".into()))?;
-        supported(keys, task).map_err(malformed)?;
+        check_supported(keys, task).map_err(malformed)?;
         let number = |key: &str, default: Option<f64>| {
             let found = keys.get(key).filter(|value| !value.is_null());
             let number = found.map_or(default, Value::as_f64);
@@ -192,10 +195,10 @@ impl LoraConfig {
         }
         let rank = number("r", None)?;
         Ok(Self {
-            rank: whole_rank(rank).ok_or_else(|| malformed(bad_rank("r", rank)))?,
+            rank: integer_rank(rank).ok_or_else(|| malformed(bad_rank("r", rank)))?,
             alpha: number("lora_alpha", Some(8.0))?,
             dropout: number("lora_dropout", Some(0.0))?,
-            targets: Targets::read(keys, task).map_err(malformed)?,
+            targets: TargetModules::read(keys, task).map_err(malformed)?,
             ranks: ranks(keys).map_err(malformed)?,
             alphas: patterns(keys, "alpha_pattern").map_err(malformed)?,
             rank_stabilised: keys.get("use_rslora").and_then(Value::as_bool) == Some(true),
@@ -203,9 +206,9 @@ impl LoraConfig {
         })
     }
 
-    /// The configuration as PEFT reads it of an adapter of `base` for `task`.
-    pub(super) fn to_json(&self, base: &ModelConfig, task: Task) -> Value {
-        let whole = Some(modules_to_save(task)).filter(|modules| !modules.is_empty());
+    /// PEFT's configuration of the adapter for a base with the head of `task`.
+    pub(super) fn to_json(&self, base: &ModelConfig, task: ModelTask) -> Value {
+        let saved_modules = Some(modules_to_save(task)).filter(|modules| !modules.is_empty());
         let ranks = self
             .ranks
             .iter()
@@ -221,7 +224,7 @@ impl LoraConfig {
             "rank_pattern": ranks.collect::<Map<_, _>>(),
             "alpha_pattern": alphas.collect::<Map<_, _>>(),
             "bias": "none", "fan_in_fan_out": false, "init_lora_weights": true,
-            "modules_to_save": whole, "use_dora": false,
+            "modules_to_save": saved_modules, "use_dora": false,
         });
         for (key, value) in self.base_model.keys() {
             json[key] = value;
@@ -233,13 +236,12 @@ impl LoraConfig {
     }
 }
 
-/// Marks the configuration of a reward model's adapter of which PEFT cannot compute the score, so that PEFT refuses
-/// it.
-pub(super) fn hide_from_peft(json: &mut Value) {
+/// Marks the configuration of an adapter whose score PEFT cannot compute, so that PEFT refuses it.
+pub(super) fn mark_incompatible_with_peft(json: &mut Value) {
     json["peft_type"] = AGON_LORA.into();
 }
 
-/// A number as a person writes it: whole where it is whole.
+/// A JSON number, written as an integer where it is one.
 fn plain(number: f64) -> Value {
     if number.fract() == 0.0 {
         json!(number as u64)
@@ -248,9 +250,9 @@ fn plain(number: f64) -> Value {
     }
 }
 
-/// What the first pattern that matches the name stands for.
+/// Value of the first pattern that matches the name.
 fn first_match<'a, T>(
-    patterns: &'a [(Pattern, T)],
+    patterns: &'a [(NamePattern, T)],
     name: &str,
 ) -> Result<Option<&'a T>, ModelError> {
     for (pattern, value) in patterns {
@@ -261,15 +263,15 @@ fn first_match<'a, T>(
     Ok(None)
 }
 
-/// The patterns of `rank_pattern` or `alpha_pattern`, in the file's order, each with its number.
-fn patterns(keys: &Map<String, Value>, key: &str) -> Result<Vec<(Pattern, f64)>, String> {
+/// Patterns of `rank_pattern` or `alpha_pattern` with their values, in the file's order.
+fn patterns(keys: &Map<String, Value>, key: &str) -> Result<Vec<(NamePattern, f64)>, String> {
     let entries = match keys.get(key) {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::Object(entries)) => entries,
         Some(other) => return Err(format!("{key} is {other}, not an object")),
     };
     let entry = |(source, value): (&String, &Value)| {
-        let pattern = Pattern::at_end(source).map_err(|reason| format!("{key}: {reason}"))?;
+        let pattern = NamePattern::at_end(source).map_err(|reason| format!("{key}: {reason}"))?;
         let number = value
             .as_f64()
             .filter(|number| number.is_finite() && *number >= 0.0);
@@ -280,8 +282,8 @@ fn patterns(keys: &Map<String, Value>, key: &str) -> Result<Vec<(Pattern, f64)>,
     entries.iter().map(entry).collect()
 }
 
-fn ranks(keys: &Map<String, Value>) -> Result<Vec<(Pattern, usize)>, String> {
-    let whole = |(pattern, number): (Pattern, f64)| match whole_rank(number) {
+fn ranks(keys: &Map<String, Value>) -> Result<Vec<(NamePattern, usize)>, String> {
+    let rank = |(pattern, number): (NamePattern, f64)| match integer_rank(number) {
         Some(rank) => Ok((pattern, rank)),
         None => Err(bad_rank(
             &format!("rank_pattern's {:?}", pattern.source()),
@@ -290,11 +292,11 @@ fn ranks(keys: &Map<String, Value>) -> Result<Vec<(Pattern, usize)>, String> {
     };
     patterns(keys, "rank_pattern")?
         .into_iter()
-        .map(whole)
+        .map(rank)
         .collect()
 }
 
-fn whole_rank(number: f64) -> Option<usize> {
+fn integer_rank(number: f64) -> Option<usize> {
     (number >= 1.0 && number.fract() == 0.0).then_some(number as usize)
 }
 
@@ -307,29 +309,29 @@ pub(super) fn tensor_name(module: &str, factor: &str) -> String {
     format!("{PREFIX}{module}.{factor}")
 }
 
-/// PEFT's word for what a model is for.
-fn task_type(task: Task) -> &'static str {
+/// PEFT's task type.
+fn task_type(task: ModelTask) -> &'static str {
     match task {
-        Task::Language => "CAUSAL_LM",
-        Task::Reward => "SEQ_CLS",
+        ModelTask::Language => "CAUSAL_LM",
+        ModelTask::Reward => "SEQ_CLS",
     }
 }
 
-/// The modules that are whole in the file: PEFT's names for a classifier's head.
-fn modules_to_save(task: Task) -> &'static [&'static str] {
+/// PEFT's names of a classifier head, which is saved in full.
+fn modules_to_save(task: ModelTask) -> &'static [&'static str] {
     match task {
-        Task::Language => &[],
-        Task::Reward => &["classifier", "score"],
+        ModelTask::Language => &[],
+        ModelTask::Reward => &["classifier", "score"],
     }
 }
 
-/// The base's name for the weight of a module.
+/// Name of a module's weight in the base model.
 pub(super) fn base_name(module: &str) -> String {
     format!("{module}.weight")
 }
 
-/// An error unless the tensors of these names and shapes are exactly those that are expected.
-pub(super) fn fits(
+/// Checks that names and shapes are exactly the expected ones.
+pub(super) fn check_shapes(
     shapes: &BTreeMap<String, Vec<usize>>,
     expected: &[(String, Vec<usize>)],
 ) -> Result<(), ModelError> {
@@ -345,52 +347,55 @@ pub(super) fn fits(
     let expected = |name: &String| expected.contains(name);
     match shapes.keys().find(|name| !expected(name)) {
         None => Ok(()),
-        Some(stranger) => Err(ModelError::Adapter {
-            reason: format!("{stranger} belongs to no module that it names"),
+        Some(unexpected) => Err(ModelError::Adapter {
+            reason: format!("{unexpected} belongs to none of its target modules"),
         }),
     }
 }
 
-/// Whether everything that is not read is switched off.
-fn supported(keys: &Map<String, Value>, task: Task) -> Result<(), String> {
-    let word = |key: &str| keys.get(key).and_then(Value::as_str);
-    let kind = word("peft_type");
-    let is_reward = task == Task::Reward && kind == Some(AGON_LORA);
+/// Checks that all unsupported features are disabled.
+fn check_supported(keys: &Map<String, Value>, task: ModelTask) -> Result<(), String> {
+    let text = |key: &str| keys.get(key).and_then(Value::as_str);
+    let kind = text("peft_type");
+    let is_reward = task == ModelTask::Reward && kind == Some(AGON_LORA);
     if kind != Some(LORA) && !is_reward {
         let found = kind.unwrap_or("(none)");
         return Err(format!("peft_type is {found}; only LORA is supported"));
     }
     let expected = task_type(task);
-    if let Some(found) = word("task_type").filter(|found| *found != expected) {
+    if let Some(found) = text("task_type").filter(|found| *found != expected) {
         return Err(format!(
             "task_type is {found}; only {expected} is supported here"
         ));
     }
-    if let Some(bias) = word("bias").filter(|bias| *bias != "none") {
+    if let Some(bias) = text("bias").filter(|bias| *bias != "none") {
         return Err(format!(
             "bias is {bias:?}; trained biases are not supported"
         ));
     }
-    if let Some(beginning) = word("init_lora_weights").filter(|b| !PLAIN_BEGINNINGS.contains(b)) {
+    if let Some(initialisation) =
+        text("init_lora_weights").filter(|b| !PLAIN_INITIALISATIONS.contains(b))
+    {
         let reason = "it changes the base's weights, which is not supported";
-        return Err(format!("init_lora_weights is {beginning:?}: {reason}"));
+        return Err(format!("init_lora_weights is {initialisation:?}: {reason}"));
     }
-    let of_head = |name: &Value| modules_to_save(task).iter().any(|known| name == known);
+    let is_head_module = |name: &Value| modules_to_save(task).iter().any(|known| name == known);
     let is_head = |value: &Value| {
         value
             .as_array()
-            .is_some_and(|names| names.iter().all(of_head))
+            .is_some_and(|names| names.iter().all(is_head_module))
     };
-    let on = |(key, value): &(&String, &Value)| match key.as_str() {
+    let unsupported = |(key, value): &(&String, &Value)| match key.as_str() {
         "modules_to_save" => !is_off(value) && !is_head(value),
         key => !READ.contains(&key) && !is_off(value),
     };
-    match keys.iter().find(on) {
+    match keys.iter().find(unsupported) {
         None => Ok(()),
         Some((key, value)) => Err(format!("{key} = {value} is not supported")),
     }
 }
 
+/// Whether a value disables a feature.
 fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,

@@ -1,11 +1,11 @@
-//! What an adapter adds to one linear map.
+//! The low-rank update of one linear layer.
 
 use candle_core::{DType, Tensor};
 use messages::Seed;
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-/// `s·B·A·x`, computed as two small products.
+/// `s·B·A·x`, computed as two small matmuls.
 #[derive(Debug, Clone)]
 pub(crate) struct LowRank {
     /// `[r, in]`.
@@ -16,7 +16,7 @@ pub(crate) struct LowRank {
     dropout: Option<Dropout>,
 }
 
-/// Which inputs training leaves out.
+/// Dropout on the inputs in training.
 #[derive(Debug, Clone, Copy)]
 struct Dropout {
     rate: f64,
@@ -33,12 +33,12 @@ impl LowRank {
         }
     }
 
-    /// Leaves inputs out from now on: the same ones for the same seed.
-    pub(super) fn drop_out(&mut self, rate: f64, seed: Seed) {
+    /// Enables input dropout with masks determined by the seed.
+    pub(super) fn set_dropout(&mut self, rate: f64, seed: Seed) {
         self.dropout = (rate > 0.0).then_some(Dropout { rate, seed });
     }
 
-    /// Of rows `x`, `[N, in]`: `[N, out]`, in the type of `x`.
+    /// The update for rows `x` `[N, in]`: `[N, out]`, in the dtype of `x`.
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let dtype = x.dtype();
         let mut x = x.to_dtype(self.a.dtype())?;
@@ -51,16 +51,16 @@ impl LowRank {
 }
 
 impl Dropout {
-    /// Zeros at this rate, the rest raised so that the mean stays.
+    /// Inverted-dropout mask: zeros at the dropout rate, 1 / (1 − rate) elsewhere.
     fn mask(&self, like: &Tensor) -> candle_core::Result<Tensor> {
         let mut random = ChaCha8Rng::seed_from_u64(self.seed.0);
-        let kept = (1.0 / (1.0 - self.rate)) as f32;
+        let scale = (1.0 / (1.0 - self.rate)) as f32;
         let mask: Vec<f32> = (0..like.elem_count())
             .map(|_| {
                 if random.random::<f64>() < self.rate {
                     0.0
                 } else {
-                    kept
+                    scale
                 }
             })
             .collect();

@@ -1,13 +1,13 @@
-//! An adapter laid into the weights it stands beside.
+//! Merging an adapter into the base weights.
 
 use candle_core::DType;
 
-use super::config;
-use crate::{LanguageModel, ModelError, Weights};
+use crate::lora::config;
+use crate::{error::ModelError, transformer::LanguageModel, weights::Weights};
 
 impl LanguageModel {
-    /// All weights in f32, the adapter's products added to those it stands beside: `W + s·B·A`. The sum
-    /// is taken in f32, for a small update vanishes in half precision.
+    /// All weights in f32 with the adapter merged in: `W + s·B·A`. The sum is f32, since small updates would vanish in
+    /// half precision.
     ///
     /// # Errors
     /// When the device cannot hold them.
@@ -18,7 +18,9 @@ impl LanguageModel {
         };
         for module in adapter.config().modules(self.config())? {
             let low_rank = adapter.low_rank(&module)?;
-            let tensor = merged.tensors.get_mut(&config::base_name(&module.map.name));
+            let tensor = merged
+                .tensors
+                .get_mut(&config::base_name(&module.layer.name));
             let tensor = tensor.expect("an adapter that fits names modules of the model");
             let update = (low_rank.b.matmul(&low_rank.a)? * low_rank.scale)?;
             *tensor = (&*tensor + update)?;

@@ -1,9 +1,8 @@
-//! Low-rank adapters (LoRA, Hu et al. 2021, eq. 3): `W·x + s·B·A·x` beside weights that stay as they are.
+//! Low-rank adapters (LoRA, Hu et al. 2021, eq. 3): `W·x + s·B·A·x` with frozen base weights `W`.
 //!
-//! An adapter is a short list of small tensors under PEFT's names. It is what is trained, published,
-//! digested and saved in place of the whole weights, and a folder of it is PEFT's. A model without its
-//! adapter is its base, in the same copy of the weights; so is one whose B is zero, to the last bit.
-//! Who trains it, and what against, it does not know.
+//! An adapter is a set of small tensors under PEFT's names, which are trained, published, digested and saved instead of
+//! the full weights, in PEFT's folder layout. A model without its adapter is its base and shares the same weights; an
+//! adapter whose B is zero leaves every bit of the output unchanged. Does not know objectives or optimisers.
 
 mod base_model;
 mod config;
@@ -27,9 +26,9 @@ pub use folder::{AdapterFolder, open_policy, save_policy};
 pub(crate) use folder::{ClassifierHead, save_adapter};
 pub(crate) use low_rank::LowRank;
 
-use crate::{LanguageModel, ModelConfig, ModelError, Weights};
+use crate::{config::ModelConfig, error::ModelError, transformer::LanguageModel, weights::Weights};
 
-/// An adapter of one model. Clones share the tensors, which are f32 whatever the model's are.
+/// A LoRA adapter. Clones share the tensors, which are f32 whatever the dtype of the model.
 #[derive(Debug, Clone)]
 pub struct Adapter {
     config: LoraConfig,
@@ -37,11 +36,11 @@ pub struct Adapter {
 }
 
 impl Adapter {
-    /// A fresh adapter for models of this shape, as PEFT begins: A uniform within 1/√in (Kaiming's with
-    /// a = √5), from `seed` alone, and B zero, so that it changes nothing yet.
+    /// A newly initialised adapter for models of this configuration, as in PEFT: A uniform in ±1/√in (Kaiming uniform
+    /// with a = √5), determined by `seed`, and B zero, so that the output is unchanged.
     ///
     /// # Errors
-    /// When the model has no such modules, one that is named among others too, or the device cannot hold it.
+    /// When a target module does not exist in the model, or the device cannot hold the adapter.
     pub fn fresh(
         config: LoraConfig,
         base: &ModelConfig,
@@ -54,14 +53,14 @@ impl Adapter {
             let (rows, width) = (shape[0], shape[1]);
             let mut random = ChaCha8Rng::seed_from_u64(seed.derive(index as u64).0);
             let bound = 1.0 / (width as f32).sqrt();
-            let numbers: Vec<f32> = if name.ends_with(config::A) {
+            let values: Vec<f32> = if name.ends_with(config::A) {
                 (0..rows * width)
                     .map(|_| bound * (2.0 * random.random::<f32>() - 1.0))
                     .collect()
             } else {
                 vec![0.0; rows * width]
             };
-            tensors.insert(name, Tensor::from_vec(numbers, (rows, width), device)?);
+            tensors.insert(name, Tensor::from_vec(values, (rows, width), device)?);
         }
         Ok(Self {
             config,
@@ -69,33 +68,33 @@ impl Adapter {
         })
     }
 
-    /// How it is shaped and scaled.
+    /// LoRA configuration.
     #[must_use]
     pub fn config(&self) -> &LoraConfig {
         &self.config
     }
 
-    /// Its tensors under PEFT's names.
+    /// Tensors by their names in PEFT.
     #[must_use]
     pub fn weights(&self) -> &Weights {
         &self.weights
     }
 
-    /// The same, saved with this name of its base.
+    /// Sets the name of the base model that is saved with the adapter.
     #[must_use]
     pub fn with_base_model(mut self, base_model: BaseModel) -> Self {
         self.config.base_model = base_model;
         self
     }
 
-    /// The same with dropout at this rate in training.
+    /// Sets the dropout rate in training.
     #[must_use]
     pub fn with_dropout(mut self, rate: f64) -> Self {
         self.config.dropout = rate;
         self
     }
 
-    /// The same adapter with the tensors of a blob, as [`Weights::to_blob`] writes them.
+    /// The adapter with tensors from a blob of [`Weights::to_blob`].
     fn with_blob(
         &self,
         blob: &[u8],
@@ -105,14 +104,14 @@ impl Adapter {
         let expected = self.config.tensors(base)?;
         Ok(Self {
             config: self.config.clone(),
-            weights: Weights::from_blob_of(blob, expected, DType::F32, device)?,
+            weights: Weights::from_blob_with_shapes(blob, expected, DType::F32, device)?,
         })
     }
 
-    /// What it adds to one of its modules.
+    /// The low-rank update of one module.
     fn low_rank(&self, module: &AdaptedModule) -> Result<LowRank, ModelError> {
-        let tensor = |part: &str| {
-            let name = config::tensor_name(&module.map.name, part);
+        let tensor = |factor: &str| {
+            let name = config::tensor_name(&module.layer.name, factor);
             self.weights.get(&name)
         };
         Ok(LowRank::new(
@@ -124,26 +123,26 @@ impl Adapter {
 }
 
 impl LanguageModel {
-    /// The same weights, not copied, beside this adapter in place of any other.
+    /// The same weights, not copied, with this adapter in place of any other.
     ///
     /// # Errors
-    /// When the adapter is for models of another shape.
+    /// When the adapter does not match the model.
     pub fn with_adapter(&self, adapter: Adapter) -> Result<Self, ModelError> {
-        config::fits(
+        config::check_shapes(
             &adapter.weights.shapes(),
             &adapter.config.tensors(self.config())?,
         )?;
         let modules = adapter.config.modules(self.config())?;
         let mut adapted = self.clone();
         for (name, linear) in adapted.linears_mut() {
-            let module = modules.iter().find(|module| module.map.name == name);
+            let module = modules.iter().find(|module| module.layer.name == name);
             linear.low_rank = module.map(|module| adapter.low_rank(module)).transpose()?;
         }
         adapted.adapter = Some(adapter);
         Ok(adapted)
     }
 
-    /// The same weights, not copied, and no adapter.
+    /// The same weights, not copied, without an adapter.
     #[must_use]
     pub fn without_adapter(&self) -> Self {
         let mut base = self.clone();
@@ -154,29 +153,29 @@ impl LanguageModel {
         base
     }
 
-    /// The same model as training runs it: the adapter's dropout is drawn from `seed`, a mask a module.
-    /// Without dropout it is the model as it is.
+    /// The model in training mode: the adapter's dropout masks, one per module, are drawn from `seed`. Without dropout
+    /// the model is unchanged.
     #[must_use]
-    pub fn dropping(&self, seed: Seed) -> Self {
-        let mut dropping = self.clone();
+    pub fn with_dropout_seed(&self, seed: Seed) -> Self {
+        let mut model = self.clone();
         let Some(rate) = self.adapter.as_ref().map(|adapter| adapter.config.dropout) else {
-            return dropping;
+            return model;
         };
-        for (index, (_, linear)) in dropping.linears_mut().into_iter().enumerate() {
+        for (index, (_, linear)) in model.linears_mut().into_iter().enumerate() {
             if let Some(low_rank) = &mut linear.low_rank {
-                low_rank.drop_out(rate, seed.derive(index as u64));
+                low_rank.set_dropout(rate, seed.derive(index as u64));
             }
         }
-        dropping
+        model
     }
 
-    /// The adapter, where there is one.
+    /// The adapter, if any.
     #[must_use]
     pub fn adapter(&self) -> Option<&Adapter> {
         self.adapter.as_ref()
     }
 
-    /// The tensors that training moves, and that travel: the adapter's where there is one, else all.
+    /// The trained and published tensors: the adapter's if there is one, otherwise all weights.
     #[must_use]
     pub fn trained(&self) -> &Weights {
         match &self.adapter {
@@ -185,8 +184,8 @@ impl LanguageModel {
         }
     }
 
-    /// The same model with [`Self::trained`] copied, to be differentiated and moved, and its variables
-    /// for an [`crate::Optimizer`]. What is not trained is shared.
+    /// The model with a copy of [`Self::trained`] as variables, and these variables by name for an
+    /// [`crate::Optimizer`]. Frozen weights are shared.
     ///
     /// # Errors
     /// When the device cannot hold them.
@@ -195,10 +194,10 @@ impl LanguageModel {
         Ok((self.with_trained(weights)?, vars))
     }
 
-    /// The same model with the tensors of a blob that [`Weights::to_blob`] wrote of [`Self::trained`].
+    /// The model with trained tensors from a blob that [`Weights::to_blob`] made of [`Self::trained`].
     ///
     /// # Errors
-    /// When the blob is torn or belongs to another model.
+    /// When the blob is truncated or does not match the model.
     pub fn with_blob(&self, blob: &[u8]) -> Result<Self, ModelError> {
         let (config, device) = (self.config(), self.device());
         match &self.adapter {
@@ -210,6 +209,7 @@ impl LanguageModel {
         }
     }
 
+    /// The model with these trained tensors.
     pub(crate) fn with_trained(&self, weights: Weights) -> Result<Self, ModelError> {
         match &self.adapter {
             Some(adapter) => self.with_adapter(Adapter {

@@ -1,35 +1,35 @@
-//! Regular expressions of an `adapter_config.json`, which Python's `re` matches in PEFT.
+//! Regular expressions of an `adapter_config.json`, with the semantics of Python's `re` as used by PEFT.
 
 use fancy_regex::Regex;
 
-use crate::ModelError;
+use crate::error::ModelError;
 
-/// A regular expression with the key's own text, which is what is saved again.
+/// A regular expression over module names, with its source text for saving.
 #[derive(Debug, Clone)]
-pub(super) struct Pattern {
+pub(super) struct NamePattern {
     source: String,
     regex: Regex,
 }
 
-impl PartialEq for Pattern {
+impl PartialEq for NamePattern {
     fn eq(&self, other: &Self) -> bool {
         (&self.source, self.regex.as_str()) == (&other.source, other.regex.as_str())
     }
 }
 
-impl Pattern {
+impl NamePattern {
     /// Matches whole names: `re.fullmatch(source, name)`, as `target_modules` and `exclude_modules` do.
     pub(super) fn whole(source: &str) -> Result<Self, String> {
         Self::compile(source, &format!(r"\A(?:{source})\z"))
     }
 
-    /// Matches names by their end: `re.match(rf"(.*\.)?({source})$", name)`, as the keys of `rank_pattern` and
+    /// Matches name suffixes: `re.match(rf"(.*\.)?({source})$", name)`, as the keys of `rank_pattern` and
     /// `alpha_pattern` do.
     pub(super) fn at_end(source: &str) -> Result<Self, String> {
         Self::compile(source, &format!(r"\A(?:.*\.)?(?:{source})\z"))
     }
 
-    /// Finds the number after `source` in a name, as `layers_pattern` does; after any part of a name where `source`
+    /// Captures the layer index after `source` in a name, as `layers_pattern` does; after any name part when `source`
     /// is empty.
     pub(super) fn layer(source: &str) -> Result<Self, String> {
         let regex = match source {
@@ -40,37 +40,37 @@ impl Pattern {
     }
 
     fn compile(source: &str, regex: &str) -> Result<Self, String> {
-        // Alone first: wrapped, one bracket too many might close what the wrapping has opened.
+        // The source is compiled alone first: when wrapped, an unbalanced bracket could close the wrapping group.
         let compiled = Regex::new(source).and_then(|_| Regex::new(regex));
-        let regex = compiled.map_err(|error| {
-            format!("{source:?} is not a regular expression that can be read: {error}")
-        })?;
+        let regex = compiled
+            .map_err(|error| format!("{source:?} is not a valid regular expression: {error}"))?;
         Ok(Self {
             source: source.to_owned(),
             regex,
         })
     }
 
-    /// The key's own text.
+    /// Source text of the expression.
     pub(super) fn source(&self) -> &str {
         &self.source
     }
 
+    /// Whether the name matches.
     pub(super) fn matches(&self, name: &str) -> Result<bool, ModelError> {
         self.regex
             .is_match(name)
-            .map_err(|error| self.too_hard(&error))
+            .map_err(|error| self.match_error(&error))
     }
 
-    /// Number of the layer that a pattern of [`Self::layer`] finds.
-    pub(super) fn layer_of(&self, name: &str) -> Result<Option<usize>, ModelError> {
+    /// Layer index captured by a pattern of [`Self::layer`].
+    pub(super) fn layer_index(&self, name: &str) -> Result<Option<usize>, ModelError> {
         let found = self.regex.captures(name);
-        let found = found.map_err(|error| self.too_hard(&error))?;
+        let found = found.map_err(|error| self.match_error(&error))?;
         let index = found.and_then(|found| found.name("index")?.as_str().parse().ok());
         Ok(index)
     }
 
-    fn too_hard(&self, error: &fancy_regex::Error) -> ModelError {
+    fn match_error(&self, error: &fancy_regex::Error) -> ModelError {
         ModelError::Adapter {
             reason: format!("{:?} cannot be matched: {error}", self.source),
         }

@@ -1,92 +1,99 @@
-//! Modules that an adapter changes, chosen as PEFT chooses them (`check_target_module_exists` of its
-//! `tuners_utils.py`): by the end of their names or a regular expression, without those that are excluded, in all
-//! layers or in some.
+//! Target modules of an adapter, selected as in PEFT (`check_target_module_exists` of its `tuners_utils.py`): by name
+//! suffix or regular expression, minus exclusions, in all layers or some.
 //!
-//! Only the linear maps of the blocks can be adapted here. A choice that PEFT would extend to other modules is refused
-//! by their name.
+//! Only linear layers of the transformer blocks can be adapted. A selection that in PEFT includes other modules is
+//! refused with their names.
 
 use serde_json::{Map, Value, json};
 
-use super::pattern::Pattern;
-use crate::{ModelConfig, ModelError, config::Task};
+use crate::lora::pattern::NamePattern;
+use crate::{
+    config::{ModelConfig, ModelTask},
+    error::ModelError,
+};
 
-/// PEFT's word for every linear map but the head.
+/// PEFT's keyword for all linear layers except the head.
 const ALL_LINEAR: &str = "all-linear";
-/// Modules of the four families that PEFT adapts where none are named.
-const UNNAMED: [&str; 2] = ["q_proj", "v_proj"];
+/// PEFT's default target modules for the supported families.
+const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 
-/// Choice of the modules that an adapter changes.
+/// Selection of target modules.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Targets {
-    chosen: Choice,
-    /// Names or a pattern of modules that are left out.
-    excluded: Choice,
-    layers: Option<Layers>,
-    /// Decides which head the model has beside its blocks.
-    task: Task,
+pub struct TargetModules {
+    chosen: ModuleSelector,
+    /// Excluded modules.
+    excluded: ModuleSelector,
+    layers: Option<LayerFilter>,
+    /// Head of the model, which determines its other modules.
+    task: ModelTask,
 }
 
-/// How modules are named.
+/// A way to select modules by name.
 #[derive(Debug, Clone, PartialEq)]
-enum Choice {
-    /// Every linear map of the blocks.
+enum ModuleSelector {
+    /// All linear layers of the blocks.
     AllLinear,
-    /// A regular expression over the whole name.
-    Pattern(Pattern),
-    /// Ends of names, part by part: `q_proj`, `self_attn.q_proj`.
+    /// A regular expression that matches the whole name.
+    Pattern(NamePattern),
+    /// Dotted name suffixes: `q_proj`, `self_attn.q_proj`.
     Names(Vec<String>),
 }
 
-/// Layers of which modules are chosen that are not named in full.
+/// Restriction to some layers, for modules that are not selected by their full names.
 #[derive(Debug, Clone, PartialEq)]
-struct Layers {
+struct LayerFilter {
     indexes: Vec<usize>,
-    /// Whether `layers_to_transform` is a number and not a list.
+    /// Whether `layers_to_transform` is a single number, for saving.
     is_number: bool,
-    /// Where the index stands in a name.
-    patterns: Vec<Pattern>,
-    /// `layers_pattern`, to be saved again.
+    /// Patterns that capture the layer index in a name.
+    patterns: Vec<NamePattern>,
+    /// `layers_pattern`, for saving.
     raw_pattern: Value,
 }
 
-/// A linear map of a block: a weight of `[out, width]`.
+/// A linear layer of a block, with a weight of shape `[out, width]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct LinearMap {
+pub(super) struct LinearSpec {
     pub(super) name: String,
     pub(super) out: usize,
     pub(super) width: usize,
 }
 
-impl Targets {
-    /// Modules by the ends of their names; `all-linear` among them stands for every linear map but the head.
+impl TargetModules {
+    /// Selects modules by name suffixes; `all-linear` among them selects all linear layers except the head.
     #[must_use]
     pub fn named(names: &[String]) -> Self {
         let chosen = match names.iter().any(|name| name == ALL_LINEAR) {
-            true => Choice::AllLinear,
-            false => Choice::Names(names.to_owned()),
+            true => ModuleSelector::AllLinear,
+            false => ModuleSelector::Names(names.to_owned()),
         };
         Self {
             chosen,
-            excluded: Choice::Names(Vec::new()),
+            excluded: ModuleSelector::Names(Vec::new()),
             layers: None,
-            task: Task::Language,
+            task: ModelTask::Language,
         }
     }
 
     /// Reads PEFT's keys `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern`.
-    pub(super) fn read(keys: &Map<String, Value>, task: Task) -> Result<Self, String> {
+    pub(super) fn read(keys: &Map<String, Value>, task: ModelTask) -> Result<Self, String> {
         let chosen = match keys.get("target_modules").filter(|value| !value.is_null()) {
-            None => Choice::Names(UNNAMED.map(str::to_owned).into()),
-            Some(Value::String(word)) if word.eq_ignore_ascii_case(ALL_LINEAR) => Choice::AllLinear,
-            Some(value) => choice("target_modules", value)?,
+            None => ModuleSelector::Names(DEFAULT_TARGETS.map(str::to_owned).into()),
+            Some(Value::String(keyword)) if keyword.eq_ignore_ascii_case(ALL_LINEAR) => {
+                ModuleSelector::AllLinear
+            }
+            Some(value) => selector("target_modules", value)?,
         };
         let excluded = match keys.get("exclude_modules").filter(|value| !value.is_null()) {
-            None => Choice::Names(Vec::new()),
-            Some(value) => choice("exclude_modules", value)?,
+            None => ModuleSelector::Names(Vec::new()),
+            Some(value) => selector("exclude_modules", value)?,
         };
-        let layers = Layers::read(keys)?;
-        let is_word = matches!(chosen, Choice::AllLinear | Choice::Pattern(_));
-        if is_word && layers.is_some() {
+        let layers = LayerFilter::read(keys)?;
+        let is_string = matches!(
+            chosen,
+            ModuleSelector::AllLinear | ModuleSelector::Pattern(_)
+        );
+        if is_string && layers.is_some() {
             let reason = "layers_to_transform cannot stand beside target_modules that are one string: PEFT reads no such file";
             return Err(reason.into());
         }
@@ -98,13 +105,14 @@ impl Targets {
         })
     }
 
-    /// PEFT's keys for an adapter of `base`. Every linear map is written as a list, which PEFT reads alike for all
-    /// kinds of models.
+    /// PEFT's keys for an adapter of `base`. `all-linear` is written as a list of names, which PEFT interprets the same
+    /// for all model classes.
     pub(super) fn keys(&self, base: &ModelConfig) -> [(&'static str, Value); 4] {
         let chosen = match &self.chosen {
-            Choice::AllLinear => {
-                let linear = linear_maps(base);
-                let mut names: Vec<&str> = linear.iter().map(|map| last_part(&map.name)).collect();
+            ModuleSelector::AllLinear => {
+                let linear = linear_layers(base);
+                let mut names: Vec<&str> =
+                    linear.iter().map(|layer| last_part(&layer.name)).collect();
                 names.sort_unstable();
                 names.dedup();
                 json!(names)
@@ -112,7 +120,7 @@ impl Targets {
             named => named.to_json(),
         };
         let excluded = match &self.excluded {
-            Choice::Names(names) if names.is_empty() => Value::Null,
+            ModuleSelector::Names(names) if names.is_empty() => Value::Null,
             named => named.to_json(),
         };
         let (indexes, pattern) = match &self.layers {
@@ -130,91 +138,92 @@ impl Targets {
         ]
     }
 
-    /// The linear maps of a model of this shape that are chosen, in the model's order. Names that belong to no module
-    /// are passed over, as PEFT does.
+    /// The selected linear layers of the base, in the model's order. Names of missing modules are ignored, as in PEFT.
     ///
     /// # Errors
-    /// When none is, or a module is chosen that is no linear map of a block.
-    pub(super) fn of(&self, base: &ModelConfig) -> Result<Vec<LinearMap>, ModelError> {
+    /// When none is selected, or a selected module is not a linear layer of a block.
+    pub(super) fn of(&self, base: &ModelConfig) -> Result<Vec<LinearSpec>, ModelError> {
         let mut chosen = Vec::new();
-        let linear = linear_maps(base);
-        for map in &linear {
-            if self.has(&map.name)? {
-                chosen.push(map.clone());
+        let linear = linear_layers(base);
+        for layer in &linear {
+            if self.selects(&layer.name)? {
+                chosen.push(layer.clone());
             }
         }
-        for name in others(base, self.task) {
-            if self.chosen != Choice::AllLinear && self.has(&name)? {
+        for name in other_modules(base, self.task) {
+            if self.chosen != ModuleSelector::AllLinear && self.selects(&name)? {
                 let reason = format!(
-                    "target_modules names {name}, which is not supported: only the linear maps of the blocks are"
+                    "target_modules names {name}, which is not supported: only linear layers of the blocks are"
                 );
                 return Err(ModelError::Adapter { reason });
             }
         }
         if chosen.is_empty() {
-            return Err(self.none_of(&linear));
+            return Err(self.no_match_error(&linear));
         }
         Ok(chosen)
     }
 
-    /// Checks that every name belongs to a module: for settings, where one that does not is a mistake.
+    /// Checks that every name matches a module, for names from the settings.
     ///
     /// # Errors
     /// When one does not.
     pub(super) fn check_names(&self, base: &ModelConfig) -> Result<(), ModelError> {
-        let Choice::Names(names) = &self.chosen else {
+        let ModuleSelector::Names(names) = &self.chosen else {
             return Ok(());
         };
-        let linear = linear_maps(base);
-        let is_there = |name: &&String| linear.iter().any(|map| is_at_end(&map.name, name));
-        match names.iter().find(|name| !is_there(name)) {
+        let linear = linear_layers(base);
+        let exists = |name: &&String| linear.iter().any(|layer| has_suffix(&layer.name, name));
+        match names.iter().find(|name| !exists(name)) {
             None => Ok(()),
             Some(name) => Err(ModelError::Adapter {
                 reason: format!(
-                    "the target module {name:?} is none of this model's: {}",
+                    "the target module {name:?} does not exist in this model, which has {}",
                     kinds(&linear)
                 ),
             }),
         }
     }
 
-    fn has(&self, name: &str) -> Result<bool, ModelError> {
-        if self.excluded.has(name)? || !self.chosen.has(name)? {
+    fn selects(&self, name: &str) -> Result<bool, ModelError> {
+        if self.excluded.selects(name)? || !self.chosen.selects(name)? {
             return Ok(false);
         }
         match (&self.layers, &self.chosen) {
-            // A name in full is taken whatever layer it is of.
-            (Some(_), Choice::Names(names)) if names.iter().any(|full| full == name) => Ok(true),
-            (Some(layers), _) => layers.have(name),
+            // A full name is selected in any layer.
+            (Some(_), ModuleSelector::Names(names)) if names.iter().any(|full| full == name) => {
+                Ok(true)
+            }
+            (Some(layers), _) => layers.contains(name),
             (None, _) => Ok(true),
         }
     }
 
-    fn none_of(&self, linear: &[LinearMap]) -> ModelError {
+    fn no_match_error(&self, linear: &[LinearSpec]) -> ModelError {
         let chosen = match &self.chosen {
-            Choice::Names(names) if names.is_empty() => {
+            ModuleSelector::Names(names) if names.is_empty() => {
                 "it names no target modules; \"all-linear\" means all of them".to_owned()
             }
             chosen => format!(
-                "its target modules {} are none of this model's",
+                "its target modules {} do not exist in this model",
                 chosen.to_json()
             ),
         };
         let narrowed = match (&self.layers, &self.excluded) {
-            (None, Choice::Names(names)) if names.is_empty() => "",
-            _ => ", with what exclude_modules and layers_to_transform leave",
+            (None, ModuleSelector::Names(names)) if names.is_empty() => "",
+            _ => " after exclude_modules and layers_to_transform",
         };
-        let reason = format!("{chosen}{narrowed}: {}", kinds(linear));
+        let reason = format!("{chosen}{narrowed}: it has {}", kinds(linear));
         ModelError::Adapter { reason }
     }
 }
 
-impl Choice {
-    fn has(&self, name: &str) -> Result<bool, ModelError> {
+impl ModuleSelector {
+    fn selects(&self, name: &str) -> Result<bool, ModelError> {
         match self {
             Self::AllLinear => Ok(true),
             Self::Pattern(pattern) => pattern.matches(name),
-            Self::Names(names) => Ok(names.iter().any(|end| is_at_end(name, end))),
+            Self::Names(names) => Ok(names.iter().any(|end| has_suffix(name, end))),
         }
     }
 
@@ -227,26 +236,26 @@ impl Choice {
     }
 }
 
-/// A string that is a regular expression, or a list of ends of names.
-fn choice(key: &str, value: &Value) -> Result<Choice, String> {
+/// Parses a regular expression or a list of name suffixes.
+fn selector(key: &str, value: &Value) -> Result<ModuleSelector, String> {
     let of_list = |names: &Vec<Value>| {
         let names = names.iter().map(|name| name.as_str().map(str::to_owned));
         names.collect::<Option<Vec<_>>>()
     };
     match value {
-        Value::String(pattern) => Pattern::whole(pattern)
-            .map(Choice::Pattern)
+        Value::String(pattern) => NamePattern::whole(pattern)
+            .map(ModuleSelector::Pattern)
             .map_err(|reason| format!("{key}: {reason}")),
         Value::Array(names) => of_list(names)
-            .map(Choice::Names)
-            .ok_or_else(|| format!("{key} holds what is no name")),
+            .map(ModuleSelector::Names)
+            .ok_or_else(|| format!("{key} has an entry that is not a string")),
         other => Err(format!(
             "{key} is {other}; it is a list of names or a regular expression"
         )),
     }
 }
 
-impl Layers {
+impl LayerFilter {
     fn read(keys: &Map<String, Value>) -> Result<Option<Self>, String> {
         let raw_pattern = keys.get("layers_pattern").cloned().unwrap_or(Value::Null);
         let sources: Vec<&str> = match &raw_pattern {
@@ -255,9 +264,13 @@ impl Layers {
             Value::Array(patterns) => {
                 let patterns = patterns.iter().map(Value::as_str);
                 let patterns = patterns.collect::<Option<Vec<_>>>();
-                patterns.ok_or("layers_pattern holds what is no name")?
+                patterns.ok_or("layers_pattern has an entry that is not a string")?
             }
-            other => return Err(format!("layers_pattern is {other}, not a name")),
+            other => {
+                return Err(format!(
+                    "layers_pattern is {other}, not a string or a list of strings"
+                ));
+            }
         };
         let named = sources.iter().any(|source| !source.is_empty());
         let index = |value: &Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
@@ -271,13 +284,14 @@ impl Layers {
             Some(one) => (index(one).map(|index| vec![index]), true),
         };
         let indexes: Option<Vec<usize>> = indexes;
-        let indexes = indexes.ok_or("layers_to_transform holds what is no layer's number")?;
+        let indexes =
+            indexes.ok_or("layers_to_transform has an entry that is not a layer index")?;
         let sources = if sources.is_empty() {
             vec![""]
         } else {
             sources
         };
-        let patterns = sources.into_iter().map(Pattern::layer);
+        let patterns = sources.into_iter().map(NamePattern::layer);
         let patterns = patterns
             .collect::<Result<_, _>>()
             .map_err(|reason| format!("layers_pattern: {reason}"))?;
@@ -289,10 +303,10 @@ impl Layers {
         }))
     }
 
-    /// Whether a module of this name is of one of the layers: the first pattern that finds a number decides.
-    fn have(&self, name: &str) -> Result<bool, ModelError> {
+    /// Whether the module belongs to one of the layers, by the first pattern that captures an index.
+    fn contains(&self, name: &str) -> Result<bool, ModelError> {
         for pattern in &self.patterns {
-            if let Some(layer) = pattern.layer_of(name)? {
+            if let Some(layer) = pattern.layer_index(name)? {
                 return Ok(self.indexes.contains(&layer));
             }
         }
@@ -300,12 +314,12 @@ impl Layers {
     }
 }
 
-/// The linear maps of the blocks, layer by layer.
-pub(super) fn linear_maps(base: &ModelConfig) -> Vec<LinearMap> {
+/// Linear layers of the blocks, layer by layer.
+pub(super) fn linear_layers(base: &ModelConfig) -> Vec<LinearSpec> {
     let of_block = |(tensor, shape): (String, Vec<usize>)| {
         let name = tensor.strip_suffix(".weight")?;
         let [out, width] = shape[..] else { return None };
-        name.starts_with("model.layers.").then(|| LinearMap {
+        name.starts_with("model.layers.").then(|| LinearSpec {
             name: name.to_owned(),
             out,
             width,
@@ -314,9 +328,9 @@ pub(super) fn linear_maps(base: &ModelConfig) -> Vec<LinearMap> {
     base.tensors().into_iter().filter_map(of_block).collect()
 }
 
-/// Names of all other modules of the model in transformers. A classifier's head is PEFT's `modules_to_save`, which
-/// target modules never mean.
-fn others(base: &ModelConfig, task: Task) -> Vec<String> {
+/// Names of all other modules of the model in transformers, except a classifier head, which target modules never select
+/// (it is in PEFT's `modules_to_save`).
+fn other_modules(base: &ModelConfig, task: ModelTask) -> Vec<String> {
     let of_layer = [
         "",
         ".self_attn",
@@ -334,7 +348,7 @@ fn others(base: &ModelConfig, task: Task) -> Vec<String> {
         "model.norm".to_owned(),
         "model.rotary_emb".to_owned(),
     ];
-    if task == Task::Language {
+    if task == ModelTask::Language {
         names.push("lm_head".to_owned());
     }
     for layer in 0..base.layers {
@@ -350,7 +364,7 @@ fn is_qk_norm(part: &str) -> bool {
     part.ends_with("q_norm") || part.ends_with("k_norm")
 }
 
-fn is_at_end(name: &str, end: &str) -> bool {
+fn has_suffix(name: &str, end: &str) -> bool {
     let before = name.strip_suffix(end);
     before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
@@ -359,11 +373,11 @@ fn last_part(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(_, part)| part)
 }
 
-/// The last parts of the names of linear maps, each once.
-fn kinds(linear: &[LinearMap]) -> String {
+/// Distinct last parts of the names of linear layers.
+fn kinds(linear: &[LinearSpec]) -> String {
     let mut kinds: Vec<&str> = Vec::new();
-    for map in linear {
-        let kind = last_part(&map.name);
+    for layer in linear {
+        let kind = last_part(&layer.name);
         if !kinds.contains(&kind) {
             kinds.push(kind);
         }

@@ -4,10 +4,13 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    AdamWSettings, CompletionWriter as _, Gradients, ModelFolder, Optimizer, Request, Sampler,
-    SamplingSettings, Sequence,
-    config::{Task, read_json},
+    Gradients,
+    config::{ModelTask, read_json},
     fixtures::{adapted, folder, lora_config as config, shared, tiny_model},
+    folder::ModelFolder,
+    optimizer::{AdamWSettings, Optimizer},
+    ragged::Sequence,
+    sampling::{MixtureSampler, Request, Sampler as _, SamplingSettings},
 };
 
 const SEQUENCES: [Sequence<'static>; 2] = [
@@ -25,30 +28,30 @@ fn fresh(base: &LanguageModel, config: LoraConfig, seed: u64) -> Adapter {
     Adapter::fresh(config, base.config(), Seed(seed), base.device()).unwrap()
 }
 
-fn scores(model: &LanguageModel) -> Vec<f32> {
-    model.score(&SEQUENCES).unwrap().logp.to_vec1().unwrap()
+fn logprobs(model: &LanguageModel) -> Vec<f32> {
+    model.logprobs(&SEQUENCES).unwrap().logp.to_vec1().unwrap()
 }
 
-fn apart(a: &[f32], b: &[f32]) -> f32 {
-    let gaps = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    gaps.fold(0.0, f32::max)
+fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, f32::max)
 }
 
 #[test]
-fn a_fresh_adapter_changes_no_bit_and_begins_as_peft_does() {
+fn a_fresh_adapter_is_the_identity_and_initialised_as_in_peft() {
     let base = tiny_model(9, 1);
     let adapter = fresh(&base, config(&["all-linear"]), 5);
     // Seven modules in each of two blocks, two factors each.
     assert_eq!(adapter.weights.tensors.len(), 28);
     for (name, tensor) in &adapter.weights.tensors {
-        let numbers: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+        let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
         if name.contains("lora_B") {
-            assert!(numbers.iter().all(|&x| x == 0.0), "{name}");
+            assert!(values.iter().all(|&x| x == 0.0), "{name}");
         } else {
             let bound = 1.0 / (tensor.dim(1).unwrap() as f32).sqrt();
-            assert!(numbers.iter().all(|x| x.abs() <= bound), "{name}");
-            // Uniform in both directions: a variance of bound²/3.
-            let variance = numbers.iter().map(|x| x * x).sum::<f32>() / numbers.len() as f32;
+            assert!(values.iter().all(|x| x.abs() <= bound), "{name}");
+            // Uniform in [−bound, bound]: a variance of bound²/3.
+            let variance = values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32;
             assert!(
                 (0.5..1.5).contains(&(variance * 3.0 / bound.powi(2))),
                 "{name}"
@@ -56,7 +59,7 @@ fn a_fresh_adapter_changes_no_bit_and_begins_as_peft_does() {
         }
     }
     let adapted = base.with_adapter(adapter.clone()).unwrap();
-    assert_eq!(scores(&adapted), scores(&base));
+    assert_eq!(logprobs(&adapted), logprobs(&base));
     let digest = |seed| {
         fresh(&base, config(&["all-linear"]), seed)
             .weights
@@ -68,22 +71,25 @@ fn a_fresh_adapter_changes_no_bit_and_begins_as_peft_does() {
 }
 
 #[test]
-fn a_merged_model_says_what_the_adapted_one_does_and_the_base_stays() {
+fn a_merged_model_matches_the_adapted_one_and_the_base_is_unchanged() {
     for targets in [&["q_proj", "v_proj", "down_proj"][..], &["all-linear"]] {
         let model = adapted(9, 1, targets);
         let base = tiny_model(9, 1);
-        assert_eq!(scores(&model.without_adapter()), scores(&base));
-        assert!(apart(&scores(&model), &scores(&base)) > 1e-2, "{targets:?}");
+        assert_eq!(logprobs(&model.without_adapter()), logprobs(&base));
+        assert!(
+            max_difference(&logprobs(&model), &logprobs(&base)) > 1e-2,
+            "{targets:?}"
+        );
         let merged = LanguageModel::new(model.config().clone(), model.merged().unwrap()).unwrap();
         assert!(
-            apart(&scores(&model), &scores(&merged)) < 1e-5,
+            max_difference(&logprobs(&model), &logprobs(&merged)) < 1e-5,
             "{targets:?}"
         );
     }
 }
 
 #[test]
-fn the_scale_is_alpha_over_the_rank_or_over_its_root() {
+fn the_scale_is_alpha_over_the_rank_or_its_square_root() {
     let plain = LoraConfig {
         rank: 16,
         alpha: 8.0,
@@ -99,7 +105,7 @@ fn the_scale_is_alpha_over_the_rank_or_over_its_root() {
 }
 
 #[test]
-fn training_moves_the_adapter_alone_and_no_gradient_of_the_base_is_computed() {
+fn only_the_adapter_is_trained_and_the_base_gets_no_gradient() {
     let settings = AdamWSettings {
         beta1: 0.9,
         beta2: 0.99,
@@ -116,10 +122,10 @@ fn training_moves_the_adapter_alone_and_no_gradient_of_the_base_is_computed() {
     assert_eq!(names.len(), 8);
     assert!(names.contains("base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"));
     let mut optimizer = Optimizer::new(vars, settings).unwrap();
-    let before = (base.weights().digest().unwrap(), scores(&base));
+    let before = (base.weights().digest().unwrap(), logprobs(&base));
     for step in 0..20 {
         let loss = model
-            .score(&SEQUENCES)
+            .logprobs(&SEQUENCES)
             .unwrap()
             .logp
             .sum_all()
@@ -127,7 +133,7 @@ fn training_moves_the_adapter_alone_and_no_gradient_of_the_base_is_computed() {
             .neg()
             .unwrap();
         let mut gradients = Gradients::default();
-        gradients.add(&loss).unwrap();
+        gradients.backward(&loss).unwrap();
         for (name, tensor) in &model.weights().tensors {
             assert!(
                 gradients.get(tensor).is_none(),
@@ -137,8 +143,8 @@ fn training_moves_the_adapter_alone_and_no_gradient_of_the_base_is_computed() {
         let norm = optimizer.norm(&gradients).unwrap();
         optimizer.step(&gradients, norm, 3e-2).unwrap();
     }
-    assert_eq!((base.weights().digest().unwrap(), scores(&base)), before);
-    let sum = |model: &LanguageModel| scores(model).iter().sum::<f32>();
+    assert_eq!((base.weights().digest().unwrap(), logprobs(&base)), before);
+    let sum = |model: &LanguageModel| logprobs(model).iter().sum::<f32>();
     assert!(
         sum(&model) > sum(&base) + 0.5,
         "{} after {}",
@@ -149,62 +155,71 @@ fn training_moves_the_adapter_alone_and_no_gradient_of_the_base_is_computed() {
 }
 
 #[test]
-fn dropout_is_its_seeds_and_only_in_training() {
+fn dropout_is_determined_by_the_seed_and_only_in_training() {
     let model = adapted(9, 1, &["all-linear"]);
     let adapter = model.adapter().unwrap().clone();
     let half = model.with_adapter(adapter.with_dropout(0.5)).unwrap();
-    assert_eq!(scores(&half), scores(&model));
-    let dropped = |seed| scores(&half.dropping(Seed(seed)));
+    assert_eq!(logprobs(&half), logprobs(&model));
+    let dropped = |seed| logprobs(&half.with_dropout_seed(Seed(seed)));
     assert_eq!(dropped(1), dropped(1));
-    assert!(apart(&dropped(1), &dropped(2)) > 1e-3);
-    assert!(apart(&dropped(1), &scores(&model)) > 1e-3);
-    assert_eq!(scores(&model.dropping(Seed(1))), scores(&model));
-    // What is left out is made up for: the mean over masks is near the whole.
-    let base = scores(&model.without_adapter());
+    assert!(max_difference(&dropped(1), &dropped(2)) > 1e-3);
+    assert!(max_difference(&dropped(1), &logprobs(&model)) > 1e-3);
+    assert_eq!(
+        logprobs(&model.with_dropout_seed(Seed(1))),
+        logprobs(&model)
+    );
+    // Inverted dropout preserves the expectation: the mean over masks is close to the output without dropout.
+    let base = logprobs(&model.without_adapter());
     let rare = model.adapter().unwrap().clone().with_dropout(0.1);
     let rare = model.with_adapter(rare).unwrap();
     let count = 200;
     let mut mean = vec![0.0; base.len()];
     for seed in 0..count {
-        for (mean, score) in mean.iter_mut().zip(scores(&rare.dropping(Seed(seed)))) {
+        for (mean, score) in mean
+            .iter_mut()
+            .zip(logprobs(&rare.with_dropout_seed(Seed(seed))))
+        {
             *mean += score / count as f32;
         }
     }
-    let (off, whole) = (apart(&mean, &scores(&model)), apart(&base, &scores(&model)));
-    assert!(off < 0.2 * whole, "{off} of {whole}");
+    let (deviation, effect) = (
+        max_difference(&mean, &logprobs(&model)),
+        max_difference(&base, &logprobs(&model)),
+    );
+    assert!(deviation < 0.2 * effect, "{deviation} of {effect}");
 }
 
 #[test]
-fn a_blob_holds_the_adapter_alone_and_gives_it_back() {
+fn a_blob_round_trips_the_adapter_alone() {
     let model = adapted(9, 1, &["q_proj", "v_proj"]);
     let blob = model.trained().to_blob().unwrap();
     assert!(blob.len() * 4 < model.weights().to_blob().unwrap().len());
     let base = tiny_model(9, 1);
-    let idle = base
+    let other = base
         .with_adapter(fresh(&base, config(&["q_proj", "v_proj"]), 5))
         .unwrap();
-    let loaded = idle.with_blob(&blob).unwrap();
-    assert_eq!(scores(&loaded), scores(&model));
-    // One copy of the base: the very tensors.
+    let loaded = other.with_blob(&blob).unwrap();
+    assert_eq!(logprobs(&loaded), logprobs(&model));
+    // The base is shared: identical tensors.
     let name = "model.layers.0.mlp.up_proj.weight";
     let id = |model: &LanguageModel| model.weights().get(name).unwrap().id();
     assert_eq!(id(&loaded), id(&base));
     assert_eq!(id(&loaded.without_adapter()), id(&base));
-    // The two kinds of blobs are not taken for one another.
+    // Adapter and full blobs are not interchangeable.
     let whole = base.weights().to_blob().unwrap();
-    let refused = idle.with_blob(&whole).unwrap_err().to_string();
+    let refused = other.with_blob(&whole).unwrap_err().to_string();
     assert!(refused.contains("lora_A.weight"), "{refused}");
     let refused = base.with_blob(&blob).unwrap_err().to_string();
     assert!(refused.contains("model.embed_tokens.weight"), "{refused}");
 }
 
 #[test]
-fn the_ends_of_the_mixture_are_the_adapted_model_and_its_base() {
+fn mixture_coefficients_0_and_1_are_the_adapted_model_and_its_base() {
     let policy = adapted(9, 1, &["all-linear"]);
     let reference = policy.without_adapter();
     let settings = SamplingSettings::plain(12);
     let mut sampler =
-        Sampler::new(policy.clone(), Some(reference.clone()), settings, 16, 32).unwrap();
+        MixtureSampler::new(policy.clone(), Some(reference.clone()), settings, 16, 32).unwrap();
     for key in 0..8 {
         let request = Request {
             key,
@@ -227,21 +242,21 @@ fn the_ends_of_the_mixture_are_the_adapted_model_and_its_base() {
             completion: &completion.ids,
         };
         let of = |model: &LanguageModel| -> Vec<f32> {
-            model.score(&[sequence]).unwrap().logp.to_vec1().unwrap()
+            model.logprobs(&[sequence]).unwrap().logp.to_vec1().unwrap()
         };
-        let (of_policy, of_reference) = (of(&policy), of(&reference));
-        let drawn_from = if completion.mixture_coef == 0.0 {
-            &of_policy
+        let (policy_logp, reference_logp) = (of(&policy), of(&reference));
+        let behaviour_logp = if completion.mixture_coef == 0.0 {
+            &policy_logp
         } else {
-            &of_reference
+            &reference_logp
         };
-        assert!(apart(&completion.behaviour_logp, drawn_from) < 1e-4);
-        assert!(apart(&completion.logp, &of_policy) < 1e-4);
-        assert!(apart(&completion.ref_logp, &of_reference) < 1e-4);
-        differ = f32::max(differ, apart(&of_policy, &of_reference));
+        assert!(max_difference(&completion.behaviour_logp, behaviour_logp) < 1e-4);
+        assert!(max_difference(&completion.logp, &policy_logp) < 1e-4);
+        assert!(max_difference(&completion.ref_logp, &reference_logp) < 1e-4);
+        differ = f32::max(differ, max_difference(&policy_logp, &reference_logp));
     }
     assert_eq!(finished.len(), 8);
-    assert!(differ > 1e-2, "the adapter makes no difference");
+    assert!(differ > 1e-2, "the adapter has no effect");
 }
 
 fn named(base: &str) -> BaseModel {
@@ -251,7 +266,7 @@ fn named(base: &str) -> BaseModel {
     }
 }
 
-/// A model's folder, and an adapted model on it.
+/// A model folder and a model with an adapter for it.
 fn on_disk() -> (tempfile::TempDir, ModelFolder, LanguageModel) {
     let source = folder();
     let from = ModelFolder::open(source.path(), None).unwrap();
@@ -268,7 +283,7 @@ fn on_disk() -> (tempfile::TempDir, ModelFolder, LanguageModel) {
 }
 
 #[test]
-fn a_saved_adapter_is_the_same_adapter_and_finds_its_base() {
+fn a_saved_adapter_round_trips_and_finds_its_base() {
     let (_source, from, model) = on_disk();
     let target = tempfile::tempdir().unwrap();
     save_policy(target.path(), &from, &model).unwrap();
@@ -288,15 +303,15 @@ fn a_saved_adapter_is_the_same_adapter_and_finds_its_base() {
         ])
     );
     assert!(!target.path().join("model.safetensors").exists());
-    let numbers = (DType::F32, &Device::Cpu);
-    let (base, again) = open_policy(target.path(), None, None, numbers).unwrap();
+    let opened = open_policy(target.path(), None, None, DType::F32, &Device::Cpu);
+    let (base, again) = opened.unwrap();
     assert_eq!(base.path, from.path);
     assert_eq!(again.adapter().unwrap().config().dropout, 0.25);
     assert_eq!(
         again.trained().digest().unwrap(),
         model.trained().digest().unwrap()
     );
-    // Written again, the files are the same.
+    // Saved again, the files are identical.
     let second = tempfile::tempdir().unwrap();
     save_policy(second.path(), &base, &again).unwrap();
     for file in [
@@ -309,7 +324,7 @@ fn a_saved_adapter_is_the_same_adapter_and_finds_its_base() {
     }
     assert_eq!(
         model
-            .as_saved(target.path())
+            .with_saved_weights(target.path())
             .unwrap()
             .trained()
             .digest()
@@ -319,45 +334,45 @@ fn a_saved_adapter_is_the_same_adapter_and_finds_its_base() {
 }
 
 #[test]
-fn an_adapter_of_another_base_is_refused() {
+fn an_adapter_of_a_different_base_is_refused() {
     let (_source, from, model) = on_disk();
     let target = tempfile::tempdir().unwrap();
     save_policy(target.path(), &from, &model).unwrap();
     let opened = AdapterFolder::open(target.path()).unwrap();
     let refused = |base: &LanguageModel| opened.adapter(base).unwrap_err().to_string();
-    let wider = refused(&tiny_model(9, 1));
+    let mismatched = refused(&tiny_model(9, 1));
     assert!(
-        wider.contains("lora_A.weight") && wider.contains("was made for"),
-        "{wider}"
+        mismatched.contains("lora_A.weight") && mismatched.contains("was made for"),
+        "{mismatched}"
     );
-    // The same shape, other weights.
+    // The same shapes with different weights.
     let others = Weights::initialise(&from.config, Seed(8), DType::F32, &Device::Cpu).unwrap();
     let other = LanguageModel::new(from.config.clone(), others).unwrap();
-    let moved = refused(&other);
-    assert!(moved.contains("not those it was trained beside"), "{moved}");
-    // The same weights in other numbers.
+    let changed = refused(&other);
+    assert!(changed.contains("not those it was trained on"), "{changed}");
+    // The same weights in another dtype.
     let narrow = model.weights().to_dtype(DType::BF16).unwrap();
     let narrow = LanguageModel::new(from.config.clone(), narrow).unwrap();
     assert!(opened.adapter(&narrow).is_ok());
     fs::remove_file(target.path().join("adapter_model.safetensors")).unwrap();
     let missing = refused(&model);
     assert!(missing.contains("adapter_model.safetensors"), "{missing}");
-    let gone = AdapterFolder {
+    let orphan = AdapterFolder {
         config: LoraConfig {
             base_model: named("nowhere/at-all"),
             ..opened.config
         },
         ..opened
     };
-    let gone = gone.base().unwrap_err().to_string();
+    let orphan = orphan.base().unwrap_err().to_string();
     assert!(
-        gone.contains("\"nowhere/at-all\"") && gone.contains("is not there"),
-        "{gone}"
+        orphan.contains("\"nowhere/at-all\"") && orphan.contains("was not found"),
+        "{orphan}"
     );
 }
 
 #[test]
-fn what_peft_can_and_we_cannot_is_refused_by_name() {
+fn unsupported_peft_features_are_refused_by_name() {
     let good = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none",
         "target_modules": ["q_proj"], "use_rslora": true, "megatron_core": "megatron.core",
@@ -367,7 +382,7 @@ fn what_peft_can_and_we_cannot_is_refused_by_name() {
         let mut raw = good.clone();
         let changes = changes.as_object().unwrap().clone();
         raw.as_object_mut().unwrap().extend(changes);
-        LoraConfig::read(&raw, Path::new("adapter_config.json"), Task::Language)
+        LoraConfig::read(&raw, Path::new("adapter_config.json"), ModelTask::Language)
     };
     let config = read(json!({})).unwrap();
     assert_eq!((config.rank, config.alpha), (4, 8.0));
@@ -410,7 +425,10 @@ fn what_peft_can_and_we_cannot_is_refused_by_name() {
         (json!({"init_lora_weights": "pissa"}), "init_lora_weights"),
         (json!({"target_modules": "(.*_proj"}), "target_modules: \"("),
         (json!({"target_modules": 3}), "target_modules is 3"),
-        (json!({"target_modules": [3]}), "target_modules holds"),
+        (
+            json!({"target_modules": [3]}),
+            "target_modules has an entry",
+        ),
         (json!({"peft_type": "AGON_LORA"}), "peft_type is AGON_LORA"),
         (json!({"r": 0}), "r is 0"),
         (json!({"r": 2.5}), "r is 2.5"),
@@ -423,7 +441,7 @@ fn what_peft_can_and_we_cannot_is_refused_by_name() {
 }
 
 #[test]
-fn modules_are_named_by_their_ends() {
+fn target_modules_match_name_suffixes() {
     let base = tiny_model(9, 1);
     let modules = |targets: &[&str]| {
         let found = config(targets).modules(base.config());
@@ -437,7 +455,7 @@ fn modules_are_named_by_their_ends() {
         Ok(3)
     );
     assert_eq!(modules(&["all-linear"]), Ok(14));
-    // A name of another family's module is passed over, as in PEFT, but not where a person writes it.
+    // Module names of another family are ignored, as in PEFT, but refused in settings.
     assert_eq!(modules(&["q_proj", "query"]), Ok(2));
     let check = |targets: &[&str]| {
         let checked = config(targets).check_targets(base.config());
@@ -464,7 +482,7 @@ fn modules_are_named_by_their_ends() {
     let refused = none.modules(base.config()).unwrap_err().to_string();
     assert!(refused.contains("rank of at least 1"), "{refused}");
     let saved = |targets: &[&str]| {
-        config(targets).to_json(base.config(), Task::Language)["target_modules"].clone()
+        config(targets).to_json(base.config(), ModelTask::Language)["target_modules"].clone()
     };
     assert_eq!(
         saved(&["layers.1.self_attn.q_proj"]),
@@ -474,7 +492,7 @@ fn modules_are_named_by_their_ends() {
 }
 
 #[test]
-fn modules_that_are_no_linear_map_of_a_block_are_refused_by_name() {
+fn modules_other_than_linear_layers_of_blocks_are_refused_by_name() {
     let base = tiny_model(9, 1);
     let refused = |targets: Value, task| {
         let raw = json!({"peft_type": "LORA", "r": 2, "target_modules": targets});
@@ -495,20 +513,23 @@ fn modules_that_are_no_linear_map_of_a_block_are_refused_by_name() {
         (json!(".*"), "names model, which"),
         (json!(r".*\.(self_attn|mlp)\..*"), "mlp.act_fn"),
     ] {
-        let refused = refused(targets, Task::Language).unwrap_err();
+        let refused = refused(targets, ModelTask::Language).unwrap_err();
         assert!(refused.contains(name), "{refused} lacks {name}");
     }
-    // A classifier has no such head: to PEFT the name is absent there.
-    assert_eq!(refused(json!(["q_proj", "lm_head"]), Task::Reward), Ok(2));
+    // A classifier has no lm_head, so that PEFT ignores the name.
+    assert_eq!(
+        refused(json!(["q_proj", "lm_head"]), ModelTask::Reward),
+        Ok(2)
+    );
 }
 
-/// The numbers of a tensor of this name, as the script below has them.
+/// Values of a tensor of this name, by the formula in the test below.
 fn wave(name: &str, shape: &[usize]) -> Tensor {
     let sum = name.bytes().map(u64::from).sum::<u64>() % 97;
     let count = shape.iter().product::<usize>();
-    let number = |i: usize| (0.2 * (0.7 * i as f64 + sum as f64).sin()) as f32;
+    let value = |i: usize| (0.2 * (0.7 * i as f64 + sum as f64).sin()) as f32;
     Tensor::from_vec(
-        (0..count).map(number).collect::<Vec<_>>(),
+        (0..count).map(value).collect::<Vec<_>>(),
         shape,
         &Device::Cpu,
     )
@@ -516,11 +537,11 @@ fn wave(name: &str, shape: &[usize]) -> Tensor {
 }
 
 /// The log-probabilities of the tokens 20 to 80 after 1 under an adapter of `random-llama3` with these keys, as PEFT
-/// 0.21.2 computes them with transformers 5.23 in float32: `get_peft_model` of a `LoraConfig(r=4, lora_alpha=8, **keys)`,
-/// every `lora_` tensor filled with `0.2 * sin(0.7 * i + sum(name.encode()) % 97)` at its flat index i.
+/// 0.21.2 computes them with transformers 5.23 in float32: `get_peft_model` of a `LoraConfig(r=4, lora_alpha=8,
+/// **keys)`, every `lora_` tensor filled with `0.2 * sin(0.7 * i + sum(name.encode()) % 97)` at its flat index i.
 #[test]
 #[expect(clippy::too_many_lines, reason = "a table of values")]
-fn adapters_of_every_shape_say_what_they_say_in_peft() {
+fn adapters_of_every_shape_match_peft() {
     let Some(base) = shared("data/models/random-llama3") else {
         return;
     };
@@ -620,12 +641,12 @@ fn adapters_of_every_shape_say_what_they_say_in_peft() {
         ),
     ];
     for (keys, expected) in cases {
-        says_what_it_says_in_peft(&base, &keys, &expected);
+        matches_peft(&base, &keys, &expected);
     }
 }
 
-/// An adapter with these keys beside the model in `base`, as it is read, and as it is read when it was saved again.
-fn says_what_it_says_in_peft(base: &Path, keys: &Value, expected: &[f32]) {
+/// Compares an adapter with these keys for the model in `base` with PEFT, as read and after saving it again.
+fn matches_peft(base: &Path, keys: &Value, expected: &[f32]) {
     let mut raw = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8,
         "base_model_name_or_path": "org/base", "revision": "v1",
@@ -647,20 +668,20 @@ fn says_what_it_says_in_peft(base: &Path, keys: &Value, expected: &[f32]) {
     fs::write(first.path().join(file), weights.to_blob().unwrap()).unwrap();
     let second = tempfile::tempdir().unwrap();
     for adapter in [first.path(), second.path()] {
-        let numbers = (DType::F32, &Device::Cpu);
-        let (folder, model) = open_policy(base, Some(adapter), None, numbers).unwrap();
+        let opened = open_policy(base, Some(adapter), None, DType::F32, &Device::Cpu);
+        let (folder, model) = opened.unwrap();
         let sequence = Sequence {
             prompt: &[1],
             completion: &[20, 30, 40, 50, 60, 70, 80],
         };
-        let found: Vec<f32> = model.score(&[sequence]).unwrap().logp.to_vec1().unwrap();
-        assert!(apart(&found, expected) < 1e-3, "{keys}: {found:?}");
+        let found: Vec<f32> = model.logprobs(&[sequence]).unwrap().logp.to_vec1().unwrap();
+        assert!(max_difference(&found, expected) < 1e-3, "{keys}: {found:?}");
         save_policy(second.path(), &folder, &model).unwrap();
     }
     let saved = read_json(&second.path().join("adapter_config.json")).unwrap();
     assert_eq!(saved["base_model_name_or_path"], "org/base");
     assert_eq!(saved["revision"], "v1");
-    let kept = |key: &str| match (&saved[key], &keys[key]) {
+    let preserved = |key: &str| match (&saved[key], &keys[key]) {
         (saved, Value::Null) => saved.is_null() || saved == &json!({}) || saved == &json!(false),
         (saved, given) => saved == given,
     };
@@ -672,32 +693,32 @@ fn says_what_it_says_in_peft(base: &Path, keys: &Value, expected: &[f32]) {
         "alpha_pattern",
         "use_rslora",
     ] {
-        assert!(kept(key), "{key} of {keys} became {}", saved[key]);
+        assert!(preserved(key), "{key} of {keys} became {}", saved[key]);
     }
 }
 
 #[test]
-fn an_adapter_is_for_what_its_model_is_for() {
+fn the_task_type_must_match_the_model() {
     let base = tiny_model(9, 1);
     let read = |raw: &Value, task| {
         let read = LoraConfig::read(raw, Path::new("adapter_config.json"), task);
         read.map(|_| ()).map_err(|error| error.to_string())
     };
-    for (task, other, word) in [
-        (Task::Language, Task::Reward, "CAUSAL_LM"),
-        (Task::Reward, Task::Language, "SEQ_CLS"),
+    for (task, other, task_type) in [
+        (ModelTask::Language, ModelTask::Reward, "CAUSAL_LM"),
+        (ModelTask::Reward, ModelTask::Language, "SEQ_CLS"),
     ] {
         let raw = config(&["q_proj"]).to_json(base.config(), task);
-        assert_eq!(raw["task_type"], word);
+        assert_eq!(raw["task_type"], task_type);
         assert_eq!(read(&raw, task), Ok(()));
         let refused = read(&raw, other).unwrap_err();
         assert!(
-            refused.contains(&format!("task_type is {word}")),
+            refused.contains(&format!("task_type is {task_type}")),
             "{refused}"
         );
     }
-    // PEFT itself names one of the two as a classifier's head, or both.
-    let mut raw = config(&["q_proj"]).to_json(base.config(), Task::Reward);
+    // PEFT lists one or both names as a classifier's head.
+    let mut raw = config(&["q_proj"]).to_json(base.config(), ModelTask::Reward);
     for (whole, fits) in [
         (json!(["score"]), true),
         (json!(null), true),
@@ -705,6 +726,6 @@ fn an_adapter_is_for_what_its_model_is_for() {
         (json!("score"), false),
     ] {
         raw["modules_to_save"] = whole;
-        assert_eq!(read(&raw, Task::Reward).is_ok(), fits, "{raw}");
+        assert_eq!(read(&raw, ModelTask::Reward).is_ok(), fits, "{raw}");
     }
 }

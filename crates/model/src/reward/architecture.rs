@@ -1,31 +1,32 @@
-//! Which of the two kinds of reward models lies in a folder.
+//! Detection of the kind of reward model in a folder.
 
 use std::path::Path;
 
 use crate::{
-    AdapterFolder, ModelError, SUPPORTED_ENCODERS, SUPPORTED_REWARD_ARCHITECTURES,
-    config::{Task, read_json},
+    config::{ModelTask, SUPPORTED_REWARD_ARCHITECTURES, read_json},
+    encoder::SUPPORTED_ENCODERS,
+    error::ModelError,
+    lora::AdapterFolder,
     reward::config::from_disk,
 };
 
-/// How a reward model reads.
+/// Kind of reward model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RewardArchitecture {
-    /// From left to right: a [`crate::RewardModel`].
+    /// A causal decoder: [`crate::RewardModel`].
     Decoder,
-    /// In both directions: an [`crate::Encoder`].
+    /// A bidirectional encoder: [`crate::Encoder`].
     Encoder,
 }
 
 impl RewardArchitecture {
-    /// That of the model in the folder `path`, by its `config.json`; an adapter of a classifier is one of a
-    /// decoder.
+    /// Kind of the model in the folder `path`, by its `config.json`. An adapter of a classifier is a decoder.
     ///
     /// # Errors
-    /// When the file cannot be read or names neither.
+    /// When the file cannot be read or the architecture is neither.
     pub fn of(path: &Path) -> Result<Self, ModelError> {
         if AdapterFolder::is_at(path) {
-            return AdapterFolder::open_for(Task::Reward, path).map(|_| Self::Decoder);
+            return AdapterFolder::open_for(ModelTask::Reward, path).map(|_| Self::Decoder);
         }
         let path = path.join("config.json");
         let raw = from_disk(read_json(&path)?);
@@ -53,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kind_is_told_by_the_architecture() {
+    fn the_kind_follows_from_the_architecture() {
         let folder = tempfile::tempdir().unwrap();
         let of = |architectures: serde_json::Value| {
             let raw = json!({"architectures": architectures, "model_type": "llama"}).to_string();
@@ -70,13 +71,13 @@ mod tests {
         for name in SUPPORTED_ENCODERS {
             assert_eq!(of(json!([name])), Ok(RewardArchitecture::Encoder));
         }
-        for (other, told) in [
+        for (other, named) in [
             (json!(["LlamaForCausalLM"]), "LlamaForCausalLM"),
             (json!(null), "(none is named)"),
         ] {
             let refused = of(other).unwrap_err();
             for part in [
-                told,
+                named,
                 "config.json",
                 "Qwen2ForSequence",
                 "ModernBertForSequence",

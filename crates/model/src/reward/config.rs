@@ -1,75 +1,77 @@
-//! What a reward model gives and how: kept in its `config.json` under a key of our own, beside the keys
-//! by which transformers knows a classifier; of an adapter in a file of its own.
+//! Reward configuration: stored in `config.json` under the key `agon_reward`, next to transformers' classifier keys, or
+//! in a separate file for an adapter.
 //!
-//! Only what transformers computes to the same number bears the name of its architecture and model type. Every other
-//! reward model has names of our own on disk, which transformers, PEFT and serving programs refuse.
+//! Only models for which transformers computes the same score have its architecture and model type on disk. All others
+//! have names that transformers, PEFT and inference servers refuse.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::{ModelConfig, ModelError, config::Task};
+use crate::{
+    config::{ModelConfig, ModelTask},
+    error::ModelError,
+};
 
-/// The key in `config.json`.
+/// Key of the reward configuration in `config.json`.
 const KEY: &str = "agon_reward";
-/// The name of the head's weight, `[outputs, hidden_size]`, as transformers has it.
+/// transformers' name of the head weight, `[outputs, hidden_size]`.
 pub(crate) const HEAD: &str = "score.weight";
-/// What stands around a family's name where the architecture is ours: `AgonLlamaRewardModel`.
+/// Prefix and suffix of Agon's architecture names: `AgonLlamaRewardModel`.
 const OWN_ARCHITECTURE: (&str, &str) = ("Agon", "RewardModel");
-/// What transformers writes behind a family's name.
+/// Suffix of transformers' classifier architectures.
 const CLASSIFIER: &str = "ForSequenceClassification";
-/// What stands before a family's name where the model type is ours: `agon_llama`.
+/// Prefix of Agon's model types: `agon_llama`.
 const OWN_MODEL_TYPE: &str = "agon_";
-/// Keys by which transformers knows how many outputs a head has.
+/// Keys that determine the number of outputs in transformers.
 const LABELS: [&str; 3] = ["num_labels", "id2label", "label2id"];
-/// The name of the likelihood's coefficient, `[1]`.
+/// Name of the coefficient of the log-likelihood feature, `[1]`.
 pub(crate) const COEFFICIENT: &str = "likelihood.coefficient";
 
-/// What a reward model gives and how. The default is what every classifier of transformers does.
+/// Configuration of a reward model. The default is that of a classifier in transformers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RewardConfig {
-    /// What its outputs are.
+    /// Kind of outputs.
     pub kind: RewardKind,
-    /// How the response's hidden states become one row.
+    /// Pooling over the response's tokens.
     pub pooling: Pooling,
-    /// Whether the trunk's own mean log-likelihood of the response adds to the score, by a coefficient
-    /// that is trained.
+    /// Whether the backbone's mean log-likelihood of the response, times a trained coefficient, is added to the score.
     pub likelihood: bool,
 }
 
-/// What the outputs of a reward model are.
+/// Kind of outputs of a reward model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum RewardKind {
     /// A score r; p(a ≻ b) = σ(r_a − r_b) (Bradley and Terry 1952).
     #[default]
     BradleyTerry,
-    /// A score and an embedding that meets another's in a skew-symmetric form, so that preferences may
-    /// go in circles (General Preference Model, Zhang et al. 2410.02197).
+    /// A score and an embedding. Embeddings are compared by a skew-symmetric form, which permits intransitive
+    /// preferences (General Preference Model, Zhang et al. 2410.02197).
     Pairwise {
-        /// Planes of the embedding, two numbers each; at least one.
+        /// Number of planes of the embedding, two dimensions each; at least one.
         planes: usize,
     },
 }
 
-/// How the hidden states of a response's tokens, end-of-text included, become one row.
+/// Pooling over the tokens of a response, end-of-text included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pooling {
-    /// The last token's. Where transformers computes the model too, its rule holds: tokens at the end that are the
-    /// `pad_token_id` of `config.json` are passed over, end-of-text among them where it is that.
+    /// The last token. For models that transformers can compute, trailing tokens equal to `pad_token_id` of
+    /// `config.json` are skipped, as there, including end-of-text if it is the same token.
     #[default]
     Last,
-    /// Their mean.
+    /// The mean over tokens.
     Mean,
-    /// An eighth of their sum.
+    /// The sum over tokens, divided by 8.
     Sum,
 }
 
 impl RewardKind {
-    /// How many numbers a response gets: one, and two for every plane.
+    /// Number of outputs per response: 1, plus 2 per plane.
     #[must_use]
     pub fn outputs(self) -> usize {
         match self {
@@ -80,7 +82,7 @@ impl RewardKind {
 }
 
 impl RewardConfig {
-    /// What `raw` says, the `config.json` at `path`.
+    /// Parses the configuration from `raw`, the `config.json` at `path`.
     pub(crate) fn read(raw: &Value, path: &Path) -> Result<Self, ModelError> {
         let config = match raw.get(KEY) {
             Some(own) => Self::parse(own, path, &format!("{KEY}: "))?,
@@ -96,29 +98,28 @@ impl RewardConfig {
         }
     }
 
-    /// Whether transformers, which knows no more than a score of the last token, computes such a model's score.
+    /// Whether transformers, which supports a single score of the last token only, computes the same score.
     #[must_use]
     pub fn is_transformers(self) -> bool {
         self == Self::default()
     }
 
-    /// The token that is passed over at the end of a sequence on this trunk, where there is one.
-    pub(crate) fn padding(self, trunk: &ModelConfig) -> Option<u32> {
-        let id = trunk.raw["pad_token_id"].as_u64();
+    /// Padding token that is skipped at the end of a sequence, if any.
+    pub(crate) fn padding(self, backbone: &ModelConfig) -> Option<u32> {
+        let id = backbone.raw["pad_token_id"].as_u64();
         id.and_then(|id| u32::try_from(id).ok())
             .filter(|_| self.is_transformers())
     }
 
-    /// Whether such a model on this trunk does not see the end of a text, for a token that ends one is also the padding
-    /// that is passed over.
+    /// Whether the score ignores the end-of-text token, because a stop token is also the skipped padding token.
     #[must_use]
-    pub fn passes_over_the_end(self, trunk: &ModelConfig) -> bool {
-        let padding = self.padding(trunk);
-        padding.is_some_and(|padding| trunk.stops.contains(padding))
+    pub fn ignores_end_of_text(self, backbone: &ModelConfig) -> bool {
+        let padding = self.padding(backbone);
+        padding.is_some_and(|padding| backbone.stops.contains(padding))
     }
 
-    /// The `config.json` to save of a model with the configuration `raw`: with names of our own where transformers
-    /// would compute something else.
+    /// `config.json` to save for the configuration `raw`: with Agon's names where transformers would compute a
+    /// different score.
     pub(crate) fn to_disk(self, mut raw: Value) -> Value {
         if self.is_transformers() {
             return raw;
@@ -130,16 +131,16 @@ impl RewardConfig {
         let kind = kind.map_or_else(|| family.to_ascii_lowercase(), str::to_owned);
         raw["architectures"] = json!([format!("{before}{family}{after}")]);
         raw["model_type"] = format!("{OWN_MODEL_TYPE}{kind}").into();
-        // Without them transformers takes it for two labels: the head fits no class of it that is called by name.
+        // Without these keys transformers assumes two labels, so that loading the head by an explicit class fails.
         if let Some(keys) = raw.as_object_mut() {
             keys.retain(|key, _| !LABELS.contains(&key.as_str()));
         }
         raw
     }
 
-    /// What `own` says, in the file at `path`, where `place` leads to it.
-    pub(super) fn parse(own: &Value, path: &Path, place: &str) -> Result<Self, ModelError> {
-        let config = Self::deserialize(own).map_err(|error| format!("{place}{error}"));
+    /// Parses a reward configuration; `path` and `prefix` identify it in errors.
+    pub(super) fn parse(own: &Value, path: &Path, prefix: &str) -> Result<Self, ModelError> {
+        let config = Self::deserialize(own).map_err(|error| format!("{prefix}{error}"));
         let checked = config.and_then(|config| config.check().map(|()| config));
         checked.map_err(|reason| ModelError::Malformed {
             path: path.to_owned(),
@@ -147,7 +148,7 @@ impl RewardConfig {
         })
     }
 
-    /// Whether such a model can be.
+    /// Validates the configuration.
     pub(crate) fn check(self) -> Result<(), String> {
         match self.kind {
             RewardKind::Pairwise { planes: 0 } => {
@@ -157,33 +158,32 @@ impl RewardConfig {
         }
     }
 
-    /// The shape of a reward model on the decoder of `trunk`.
-    pub(crate) fn shape(self, trunk: &ModelConfig) -> ModelConfig {
-        let mut shape = self.headless(trunk.clone());
+    /// Model configuration of a reward model on `backbone`.
+    pub(crate) fn shape(self, backbone: &ModelConfig) -> ModelConfig {
+        let mut shape = self.without_language_head(backbone.clone());
         let names: Map<String, Value> = (0..self.kind.outputs())
             .map(|output| (output.to_string(), format!("LABEL_{output}").into()))
             .collect();
-        let places: Map<String, Value> = (0..self.kind.outputs())
+        let indexes: Map<String, Value> = (0..self.kind.outputs())
             .map(|output| (format!("LABEL_{output}"), output.into()))
             .collect();
-        shape.raw["architectures"] = json!([shape.architecture.name_for(Task::Reward)]);
+        shape.raw["architectures"] = json!([shape.architecture.name_for(ModelTask::Reward)]);
         shape.raw["num_labels"] = self.kind.outputs().into();
         shape.raw["id2label"] = names.into();
-        shape.raw["label2id"] = places.into();
+        shape.raw["label2id"] = indexes.into();
         shape.raw[KEY] = json!(self);
         shape
     }
 
-    /// A decoder that nobody asks for a next token has no language head; where one must stand, it is
-    /// the embedding.
-    pub(crate) fn headless(self, mut trunk: ModelConfig) -> ModelConfig {
-        trunk.tied_head |= !self.likelihood;
-        trunk
+    /// The backbone's configuration without a separate language-model head, unless the log-likelihood feature uses it.
+    pub(crate) fn without_language_head(self, mut backbone: ModelConfig) -> ModelConfig {
+        backbone.tied_head |= !self.likelihood;
+        backbone
     }
 
-    /// The tensors beside those of its trunk: their names and shapes.
-    pub(crate) fn head(self, trunk: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-        let score = vec![self.kind.outputs(), trunk.hidden_size];
+    /// Names and shapes of the head's tensors.
+    pub(crate) fn head(self, backbone: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+        let score = vec![self.kind.outputs(), backbone.hidden_size];
         let coefficient = self.likelihood.then(|| (COEFFICIENT.to_owned(), vec![1]));
         [(HEAD.to_owned(), score)]
             .into_iter()
@@ -192,7 +192,7 @@ impl RewardConfig {
     }
 }
 
-/// The `config.json` of a reward model with the names of transformers for what it is made of, where it bears our own.
+/// Restores transformers' architecture and model type in a `config.json` with Agon's names.
 pub(crate) fn from_disk(mut raw: Value) -> Value {
     let (before, after) = OWN_ARCHITECTURE;
     let named = raw["architectures"][0].as_str();
@@ -208,7 +208,7 @@ pub(crate) fn from_disk(mut raw: Value) -> Value {
     raw
 }
 
-/// How many labels a classifier says it has, if it does.
+/// Number of labels that a classifier declares, if any.
 fn labels(raw: &Value) -> Option<usize> {
     let named = raw["id2label"].as_object().map(Map::len);
     let counted = || usize::try_from(raw["num_labels"].as_u64()?).ok();
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn configurations_round_trip() {
         let kinds = [
             RewardKind::BradleyTerry,
             RewardKind::Pairwise { planes: 1 },
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_classifier_of_another_house_scores_by_its_last_token() {
+    fn a_foreign_classifier_gets_the_default_configuration() {
         for labels in [
             json!({"id2label": {"0": "LABEL_0"}}),
             json!({"num_labels": 1}),
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_the_reason() {
+    fn invalid_configurations_are_refused() {
         let own = |value: Value| json!({ "agon_reward": value });
         let cases = [
             (
@@ -320,15 +320,15 @@ mod tests {
     }
 
     #[test]
-    fn the_language_head_is_kept_only_where_it_is_asked() {
-        let mut trunk = config(8);
-        trunk.tied_head = false;
+    fn the_language_head_is_kept_only_for_the_likelihood() {
+        let mut backbone = config(8);
+        backbone.tied_head = false;
         let names = |likelihood: bool| {
             let reward = RewardConfig {
                 likelihood,
                 ..RewardConfig::default()
             };
-            let shape = reward.shape(&trunk);
+            let shape = reward.shape(&backbone);
             let tensors = shape.tensors().into_iter().chain(reward.head(&shape));
             let names: Vec<String> = tensors.map(|(name, _)| name).collect();
             ["lm_head.weight", HEAD, COEFFICIENT].map(|name| names.iter().any(|n| n == name))

@@ -1,83 +1,85 @@
-//! A reward model as a folder, in the layout of Hugging Face: a classifier, or PEFT's adapter of one.
+//! Reward-model folders in the Hugging Face layout: a classifier, or a PEFT adapter of one.
 //!
-//! An adapter's folder holds what was trained and names its base. What the model gives and how stands in
-//! a file of its own there, since PEFT has no place for it.
+//! An adapter's folder has the trained tensors and the name of the base. Its reward configuration is in a separate
+//! file, since PEFT's configuration cannot contain it.
 
 use std::path::Path;
 
 use candle_core::{DType, Device};
 use serde_json::json;
 
-use super::{
+use crate::reward::{
     RewardConfig, RewardModel,
     config::{COEFFICIENT, HEAD as SCORE, from_disk},
 };
 use crate::{
-    AdapterFolder, LanguageModel, ModelConfig, ModelError, ModelFolder,
-    SUPPORTED_REWARD_ARCHITECTURES, Weights,
-    config::{Task, read_json},
-    folder::{save_folder, write},
-    lora::{ClassifierHead, save_adapter},
-    shards::{HEAD, Shards, Wanted},
+    config::{ModelConfig, ModelTask, SUPPORTED_REWARD_ARCHITECTURES, read_json},
+    error::ModelError,
+    folder::{ModelFolder, save_folder, write},
+    lora::{AdapterFolder, ClassifierHead, save_adapter},
+    shards::{ExpectedTensors, HEAD, Shards},
+    transformer::LanguageModel,
+    weights::Weights,
 };
 
-/// Beside an adapter: what the model gives and how.
+/// Reward configuration in an adapter's folder.
 const CONFIG: &str = "reward_config.json";
 
-/// A reward model on disk: all of it but the weights.
+/// A reward model on disk: configuration and tokenizer, with weights loaded on request.
 #[derive(Debug, Clone)]
 pub struct RewardFolder {
-    /// Where its trunk lies, the shape of that and its tokens: the model's own folder, or its base's.
+    /// Folder of the backbone: the model's own, or its base's.
     pub folder: ModelFolder,
-    /// What it gives and how.
+    /// Reward configuration.
     pub config: RewardConfig,
-    /// What was trained, where it is not all.
+    /// The adapter, if the model is one.
     adapter: Option<AdapterFolder>,
 }
 
 impl RewardFolder {
-    /// Opens the reward model in the folder `path`: a `…ForSequenceClassification` with one label, PEFT's
-    /// adapter of one, or what [`RewardModel::save`] wrote; with another chat template than its own when
-    /// `chat_template` names a file.
+    /// Opens the reward model in the folder `path`: a `…ForSequenceClassification` with one label, a PEFT adapter of
+    /// one, or a model saved by [`RewardModel::save`]; `chat_template` overrides its chat template.
     ///
     /// # Errors
-    /// When the folder or a file in it is missing, does not fit the others, or is no reward model; or an
-    /// adapter's base is not where it says.
+    /// When the folder or a file in it is missing or contradicts the others, the model is not a reward model, or an
+    /// adapter's base is missing.
     pub fn open(path: &Path, chat_template: Option<&Path>) -> Result<Self, ModelError> {
-        Self::open_on(path, None, chat_template)
+        Self::open_with_base(path, None, chat_template)
     }
 
-    /// As [`Self::open`]; an adapter's base is in the folder `base` where that is given.
+    /// As [`Self::open`], with the folder `base`, if given, as an adapter's base.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn open_on(
+    pub fn open_with_base(
         path: &Path,
         base: Option<&Path>,
         chat_template: Option<&Path>,
     ) -> Result<Self, ModelError> {
         let is_adapter = AdapterFolder::is_at(path);
         let adapter = is_adapter
-            .then(|| AdapterFolder::open_for(Task::Reward, path))
+            .then(|| AdapterFolder::open_for(ModelTask::Reward, path))
             .transpose()?;
-        let place = match (&adapter, base) {
+        let backbone = match (&adapter, base) {
             (Some(_), Some(base)) => base.to_owned(),
             (Some(adapter), None) => adapter.base()?,
             (None, _) => path.to_owned(),
         };
-        // An adapter's base is a language model, or a reward model whose head the adapter replaces.
+        // The base of an adapter is a language model, or a reward model whose head the adapter replaces.
         let task = match adapter {
-            Some(_) if !is_classifier(&place)? => Task::Language,
-            _ => Task::Reward,
+            Some(_) if !is_classifier(&backbone)? => ModelTask::Language,
+            _ => ModelTask::Reward,
         };
-        let mut folder = ModelFolder::open_for(task, &place, chat_template)?;
-        let own = path.join(CONFIG);
+        let mut folder = ModelFolder::open_for(task, &backbone, chat_template)?;
+        let config_path = path.join(CONFIG);
         let config = match task {
-            _ if adapter.is_some() && own.exists() => RewardConfig::read_beside(&own)?,
-            Task::Reward => RewardConfig::read(&folder.config.raw, &place.join("config.json"))?,
-            Task::Language => RewardConfig::default(),
+            _ if adapter.is_some() && config_path.exists() => RewardConfig::load(&config_path)?,
+            ModelTask::Reward => {
+                RewardConfig::read(&folder.config.raw, &backbone.join("config.json"))?
+            }
+            ModelTask::Language => RewardConfig::default(),
         };
-        folder.config = config.headless(folder.config);
+        folder.config = config.without_language_head(folder.config);
         Ok(Self {
             folder,
             config,
@@ -85,32 +87,32 @@ impl RewardFolder {
         })
     }
 
-    /// Checks the weights by the headers of their files, and of an adapter those of its base.
+    /// Validates the weights, and those of an adapter's base, by the headers of their files.
     ///
     /// # Errors
-    /// As [`Self::model`].
+    /// As [`Self::model`], as far as the headers show.
     pub fn check_weights(&self) -> Result<(), ModelError> {
         if let Some(adapter) = &self.adapter {
             let shape = &self.folder.config;
             adapter.check_with(&self.config.head(shape), shape)?;
         }
-        Shards::open(&self.folder.path)?.check(&self.wanted())
+        Shards::open(&self.folder.path)?.check(&self.expected_tensors())
     }
 
-    /// What the folder of the trunk has to hold.
-    fn wanted(&self) -> Wanted {
+    /// Tensors that the backbone's folder must contain.
+    fn expected_tensors(&self) -> ExpectedTensors {
         let shape = &self.folder.config;
-        let mut wanted = shape.wanted();
+        let mut expected = shape.expected_tensors();
         match self.adapter {
-            None => wanted.tensors.extend(self.config.head(shape)),
-            Some(_) => wanted.spare.extend([SCORE, COEFFICIENT]),
+            None => expected.tensors.extend(self.config.head(shape)),
+            Some(_) => expected.ignorable.extend([SCORE, COEFFICIENT]),
         }
-        // A head for the next token that no score is made of.
-        wanted.spare.push(HEAD);
-        wanted
+        // The language-model head, unless the log-likelihood feature uses it.
+        expected.ignorable.push(HEAD);
+        expected
     }
 
-    /// Where the model lies.
+    /// Path of the model's folder.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.adapter
@@ -118,78 +120,80 @@ impl RewardFolder {
             .map_or(&self.folder.path, |adapter| &adapter.path)
     }
 
-    /// Reads the model as `dtype` onto `device`. An adapter that was trained beside the weights `at_hand`
-    /// shares them; else its base is read too.
+    /// Loads the model as `dtype` onto `device`. An adapter shares the weights `loaded_base` if it was trained on them;
+    /// otherwise its base is loaded too.
     ///
     /// # Errors
-    /// When a file is missing or torn, a tensor is missing or of another shape, or an adapter belongs to
-    /// another base.
+    /// When a file is missing or truncated, a tensor is missing or of another shape, or an adapter belongs to another
+    /// base.
     pub fn model(
         &self,
         dtype: DType,
         device: &Device,
-        at_hand: Option<&Weights>,
+        loaded_base: Option<&Weights>,
     ) -> Result<RewardModel, ModelError> {
         let (config, shape) = (self.config, &self.folder.config);
         let Some(adapter) = &self.adapter else {
-            let all = Weights::load_wanted(&self.folder.path, &self.wanted(), dtype, device)?;
+            let all =
+                Weights::load_expected(&self.folder.path, &self.expected_tensors(), dtype, device)?;
             return RewardModel::new(shape, config, &all);
         };
-        let base = match at_hand.and_then(|weights| weights.part(shape.tensors()).ok()) {
-            Some(base) if base.are(dtype, device) && adapter.was_trained_beside(&base)? => base,
-            _ => Weights::load_wanted(&self.folder.path, &self.wanted(), dtype, device)?,
+        let base = match loaded_base.and_then(|weights| weights.subset(shape.tensors()).ok()) {
+            Some(base) if base.all_on(dtype, device) && adapter.matches_fingerprint(&base)? => base,
+            _ => {
+                Weights::load_expected(&self.folder.path, &self.expected_tensors(), dtype, device)?
+            }
         };
         let base = LanguageModel::new(shape.clone(), base)?;
-        let (adapter, head) = adapter.adapter_and(config.head(shape), &base)?;
+        let (adapter, head) = adapter.adapter_with(config.head(shape), &base)?;
         Ok(RewardModel {
             config,
-            trunk: base.with_adapter(adapter)?,
+            backbone: base.with_adapter(adapter)?,
             head,
         })
     }
 }
 
 impl RewardModel {
-    /// Saves the model, whose trunk is that of `like` or was trained from it, in the folder `to`, which is made
-    /// when it is missing, with the tokenizer's files of `like`: as a classifier that transformers loads or,
-    /// where the trunk has an adapter, as PEFT's adapter of one beside `like`. What they cannot compute, since they
-    /// know no more than one score of the last token, has names of our own there that they refuse. Files that are there
-    /// are replaced; others stay.
+    /// Saves the model, whose backbone is `base` or was trained from it, in the folder `to`, created if missing, with
+    /// the tokenizer files of `base`: as a classifier for transformers or, with an adapter, as a PEFT adapter of
+    /// `base`. Models that transformers cannot compute, which supports a single score of the last token only, get
+    /// architecture names that it refuses. Existing files of the same names are replaced, others kept.
     ///
     /// # Errors
     /// When a file cannot be read or written, or a tensor cannot be read from its device.
-    pub fn save(&self, to: &Path, like: &ModelFolder) -> Result<(), ModelError> {
-        let Some(adapter) = self.trunk.adapter() else {
+    pub fn save(&self, to: &Path, base: &ModelFolder) -> Result<(), ModelError> {
+        let Some(adapter) = self.backbone.adapter() else {
             let from = ModelFolder {
-                path: like.path.clone(),
-                config: self.config.saved(self.trunk.config()),
-                tokenizer: like.tokenizer.clone(),
-                base_model: like.base_model.clone(),
+                path: base.path.clone(),
+                config: self.config.saved(self.backbone.config()),
+                tokenizer: base.tokenizer.clone(),
+                base_model: base.base_model.clone(),
             };
             return save_folder(to, &from, &self.weights());
         };
-        let adapter = adapter.clone().with_base_model(like.base_model.clone());
-        let trained = (self.trunk.weights(), &adapter);
+        let adapter = adapter.clone().with_base_model(base.base_model.clone());
+        let weights = self.backbone.weights();
         let head = ClassifierHead {
             weights: &self.head,
-            is_pefts: self.config.is_transformers(),
+            peft_compatible: self.config.is_transformers(),
         };
-        save_adapter(to, like, trained, Some(&head))?;
+        save_adapter(to, base, &adapter, weights, Some(&head))?;
         let config = format!("{:#}\n", json!(self.config));
         write(&to.join(CONFIG), config.as_bytes())
     }
 }
 
 impl RewardConfig {
-    /// The shape `trunk` with the `config.json` that is saved of it.
-    fn saved(self, trunk: &ModelConfig) -> ModelConfig {
-        let mut saved = trunk.clone();
+    /// The backbone's configuration with the `config.json` to save.
+    fn saved(self, backbone: &ModelConfig) -> ModelConfig {
+        let mut saved = backbone.clone();
         saved.raw = self.to_disk(saved.raw);
         saved
     }
 
-    /// What the file at `path` says, beside an adapter.
-    fn read_beside(path: &Path) -> Result<Self, ModelError> {
+    /// Loads the reward configuration of an adapter.
+    fn load(path: &Path) -> Result<Self, ModelError> {
         Self::parse(&read_json(path)?, path, "")
     }
 }

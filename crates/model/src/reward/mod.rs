@@ -1,15 +1,15 @@
-//! Reward models: a decoder with a head that scores what was answered.
+//! Reward models: a decoder with a head that scores responses.
 //!
-//! On disk they are classifiers in the layout of Hugging Face, with a key of our own in `config.json`; those that
-//! transformers cannot compute bear an architecture of our own there. In memory they are differentiable over packed ragged batches,
-//! by the same network as the language model. They promise that exchanging two responses exactly
-//! exchanges their odds. How a score is trained, and what is done with it, they do not know.
+//! On disk they are Hugging Face classifiers with an additional key in `config.json`; those that transformers cannot
+//! compute have an architecture name of their own. They are differentiable over ragged batches and share the network of
+//! the language model. They promise that swapping two responses exactly inverts their odds. Do not know how scores are
+//! trained or used.
 
 mod architecture;
 mod config;
 mod folder;
+mod forward;
 mod preference;
-mod score;
 
 use std::collections::BTreeMap;
 
@@ -24,136 +24,142 @@ pub(crate) use config::from_disk;
 pub use config::{Pooling, RewardConfig, RewardKind};
 pub use folder::RewardFolder;
 
-use crate::{LanguageModel, ModelConfig, ModelError, Precision, Weights, weights::normal};
+use crate::{
+    config::ModelConfig,
+    error::ModelError,
+    sampling::Precision,
+    transformer::LanguageModel,
+    weights::{Weights, normal},
+};
 
-/// The likelihood's coefficient before it is trained.
-const FIRST_COEFFICIENT: f32 = 0.05;
-/// Deviation of a fresh head's scores, of hidden states of unit mean square.
+/// Initial coefficient of the log-likelihood feature.
+const INITIAL_COEFFICIENT: f32 = 0.05;
+/// Standard deviation of the initial scores, for hidden states of unit mean square.
 const SCORE_DEVIATION: f64 = 0.02;
-/// The same of its embeddings. Nothing would ever move one that starts at zero: the skew form is flat
-/// there.
+/// Standard deviation of the initial embeddings. A zero embedding would never be trained, since the skew-symmetric form
+/// has a zero gradient there.
 const EMBEDDING_DEVIATION: f64 = 1.0;
 
-/// A decoder with a head that scores. Clones share the weights.
+/// A decoder with a scoring head. Clones share the weights.
 ///
-/// Where the trunk has an adapter, the trunk itself stays as it is and may be shared with other models:
-/// the adapter and the head are all that is trained, and saved.
+/// With an adapter the backbone is frozen and may be shared with other models: only the adapter and the head are
+/// trained and saved.
 #[derive(Debug, Clone)]
 pub struct RewardModel {
     config: RewardConfig,
-    trunk: LanguageModel,
-    /// `[outputs, hidden_size]` and, where the likelihood is a feature, its coefficient `[1]`.
+    backbone: LanguageModel,
+    /// Head weight `[outputs, hidden_size]` and, with the log-likelihood feature, its coefficient `[1]`.
     head: Weights,
 }
 
 impl RewardModel {
-    /// The same model, its weights not copied, with products taken in this precision on the CPU.
+    /// The same model, weights not copied, with matmuls in this precision on the CPU.
     #[must_use]
-    pub fn with_products_in(&self, precision: Precision) -> Self {
+    pub fn with_precision(&self, precision: Precision) -> Self {
         Self {
-            trunk: self.trunk.with_products_in(precision),
+            backbone: self.backbone.with_precision(precision),
             ..self.clone()
         }
     }
 
-    /// The same model as training runs it: see [`LanguageModel::dropping`].
+    /// The model in training mode: see [`LanguageModel::with_dropout_seed`].
     #[must_use]
-    pub fn dropping(&self, seed: Seed) -> Self {
+    pub fn with_dropout_seed(&self, seed: Seed) -> Self {
         Self {
-            trunk: self.trunk.dropping(seed),
+            backbone: self.backbone.with_dropout_seed(seed),
             ..self.clone()
         }
     }
 
-    /// A fresh head on the decoder of `trunk`, whose tensors it shares, with the trunk's adapter where it has
-    /// one. The head's first numbers are small and depend on `seed` alone.
+    /// A newly initialised head on `backbone`, whose tensors and adapter it shares. The initial head is determined by
+    /// `seed`.
     ///
     /// # Errors
-    /// When the configuration is not possible, or the device cannot hold the head.
-    pub fn from_trunk(
-        trunk: &LanguageModel,
+    /// When the configuration is invalid, or the device cannot hold the head.
+    pub fn from_backbone(
+        backbone: &LanguageModel,
         config: RewardConfig,
         seed: Seed,
     ) -> Result<Self, ModelError> {
         config
             .check()
             .map_err(|reason| ModelError::Weights { reason })?;
-        let shape = config.shape(trunk.config());
-        // Beside an adapter it is what is trained, whatever numbers the trunk is kept in.
-        let dtype = match trunk.adapter() {
+        let shape = config.shape(backbone.config());
+        // With an adapter the head is trained in f32, whatever the dtype of the backbone.
+        let dtype = match backbone.adapter() {
             Some(_) => DType::F32,
-            None => trunk.dtype(),
+            None => backbone.dtype(),
         };
         let mut head = BTreeMap::new();
         for (name, dims) in config.head(&shape) {
-            let numbers = match name.as_str() {
-                HEAD => fresh_head(config.kind.outputs(), shape.hidden_size, seed),
-                _ => vec![FIRST_COEFFICIENT],
+            let values = match name.as_str() {
+                HEAD => initial_head(config.kind.outputs(), shape.hidden_size, seed),
+                _ => vec![INITIAL_COEFFICIENT],
             };
-            let tensor = Tensor::from_vec(numbers, dims, &Device::Cpu)?.to_dtype(dtype)?;
-            head.insert(name, tensor.to_device(trunk.device())?);
+            let tensor = Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(dtype)?;
+            head.insert(name, tensor.to_device(backbone.device())?);
         }
-        let weights = trunk.weights().part(shape.tensors())?;
-        let mut own = LanguageModel::new(shape, weights)?;
-        if let Some(adapter) = trunk.adapter() {
-            own = own.with_adapter(adapter.clone())?;
+        let weights = backbone.weights().subset(shape.tensors())?;
+        let mut shared = LanguageModel::new(shape, weights)?;
+        if let Some(adapter) = backbone.adapter() {
+            shared = shared.with_adapter(adapter.clone())?;
         }
         Ok(Self {
             config,
-            trunk: own,
+            backbone: shared,
             head: Weights::of(head),
         })
     }
 
-    /// A model of these weights, those of the head among them.
+    /// Builds a model from all weights, including the head's.
     fn new(shape: &ModelConfig, config: RewardConfig, all: &Weights) -> Result<Self, ModelError> {
-        let head = all.part(config.head(shape))?;
-        let trunk = LanguageModel::new(shape.clone(), all.part(shape.tensors())?)?;
+        let head = all.subset(config.head(shape))?;
+        let backbone = LanguageModel::new(shape.clone(), all.subset(shape.tensors())?)?;
         Ok(Self {
             config,
-            trunk,
+            backbone,
             head,
         })
     }
 
-    /// What it gives and how.
+    /// Reward configuration.
     #[must_use]
     pub fn config(&self) -> RewardConfig {
         self.config
     }
 
-    /// Its trunk, of the trunk's own shape.
+    /// The decoder below the head.
     #[must_use]
-    pub fn trunk(&self) -> &LanguageModel {
-        &self.trunk
+    pub fn backbone(&self) -> &LanguageModel {
+        &self.backbone
     }
 
-    /// All weights under their names: those of the trunk, of its adapter where it has one, of the head.
+    /// All weights by name: backbone, adapter if any, and head.
     #[must_use]
     pub fn weights(&self) -> Weights {
-        self.trunk.weights().and(&self.trained())
+        self.backbone.weights().union(&self.trained())
     }
 
-    /// The tensors that training moves: all or, where there is an adapter, the adapter's and the head's.
+    /// The trained tensors: the adapter's and the head's if there is an adapter, otherwise all.
     #[must_use]
     pub fn trained(&self) -> Weights {
-        self.trunk.trained().and(&self.head)
+        self.backbone.trained().union(&self.head)
     }
 
-    /// Where the weights lie.
+    /// Device of the weights.
     #[must_use]
     pub fn device(&self) -> &Device {
-        self.trunk.device()
+        self.backbone.device()
     }
 
-    /// How many numbers the weights hold.
+    /// Number of parameters.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
         self.weights().parameter_count()
     }
 
-    /// The digest of the weights and of what [`Self::config`] says: on trunks of one shape, equal digests
-    /// give equal scores.
+    /// Digest of the weights and of [`Self::config`]. On backbones of the same configuration, equal digests imply equal
+    /// scores.
     ///
     /// # Errors
     /// When a tensor cannot be read from its device.
@@ -163,21 +169,20 @@ impl RewardModel {
         Ok(Digest::of(&bytes))
     }
 
-    /// The same model with [`Self::trained`] copied, to be differentiated and moved, and its variables for
-    /// an [`crate::Optimizer`]. Every variable gets a gradient from [`Self::score`]; what is not trained is
-    /// shared.
+    /// The model with a copy of [`Self::trained`] as variables, and these variables by name for an
+    /// [`crate::Optimizer`]. Every variable gets a gradient from [`Self::rewards`]; frozen weights are shared.
     ///
     /// # Errors
     /// When the device cannot hold them.
     pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>), ModelError> {
-        let (trunk, mut vars) = self.trunk.trainable()?;
-        let (head, of_head) = self.head.trainable()?;
-        vars.extend(of_head);
+        let (backbone, mut vars) = self.backbone.trainable()?;
+        let (head, head_vars) = self.head.trainable()?;
+        vars.extend(head_vars);
         let config = self.config;
         Ok((
             Self {
                 config,
-                trunk,
+                backbone,
                 head,
             },
             vars,
@@ -185,8 +190,8 @@ impl RewardModel {
     }
 }
 
-/// A head's first numbers, row by row: the score's, then the embedding's.
-fn fresh_head(outputs: usize, hidden_size: usize, seed: Seed) -> Vec<f32> {
+/// Initial head weights, row-major: the score's row, then the embedding's.
+fn initial_head(outputs: usize, hidden_size: usize, seed: Seed) -> Vec<f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed.0);
     let row = |output: usize| {
         let deviation = if output == 0 {
@@ -208,15 +213,19 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::{
-        AdamWSettings, Adapter, DType, ModelFolder, Optimizer, Sequence,
+        DType,
         fixtures::{adapted, config_json, folder as policy_folder, shared, tiny_model},
+        folder::ModelFolder,
+        lora::Adapter,
+        optimizer::{AdamWSettings, Optimizer},
+        ragged::Sequence,
     };
 
-    /// A reward model whose head has opinions.
-    pub(crate) fn reward(trunk: &LanguageModel, config: RewardConfig) -> RewardModel {
-        let mut fresh = RewardModel::from_trunk(trunk, config, Seed(3)).unwrap();
-        fresh.head = fresh.head.scaled(HEAD, 4.0);
-        fresh
+    /// A reward model with a scaled head, for distinct scores.
+    pub(crate) fn reward(backbone: &LanguageModel, config: RewardConfig) -> RewardModel {
+        let mut model = RewardModel::from_backbone(backbone, config, Seed(3)).unwrap();
+        model.head = model.head.scaled(HEAD, 4.0);
+        model
     }
 
     pub(crate) fn close(found: &[f32], expected: &[f32], tolerance: f32) {
@@ -255,7 +264,7 @@ pub(crate) mod tests {
     ];
 
     #[test]
-    fn scores_are_those_of_transformers() {
+    fn scores_match_transformers() {
         for name in ["random-llama-reward", "random-qwen2-reward"] {
             let Some(path) = shared(&format!("data/models/{name}")) else {
                 return;
@@ -264,29 +273,31 @@ pub(crate) mod tests {
             assert_eq!(opened.config, RewardConfig::default());
             let model = opened.model(DType::F32, &Device::Cpu, None).unwrap();
             let text = std::fs::read_to_string(path.join("reference.json")).unwrap();
-            let reference: Value = serde_json::from_str(&text).unwrap();
-            let numbers = |key: &str| -> Vec<Vec<u32>> {
-                serde_json::from_value(reference[key].clone()).unwrap()
+            let parity: Value = serde_json::from_str(&text).unwrap();
+            let rows = |key: &str| -> Vec<Vec<u32>> {
+                serde_json::from_value(parity[key].clone()).unwrap()
             };
-            let kept: Vec<Vec<u32>> = numbers("ids")
+            let unpadded: Vec<Vec<u32>> = rows("ids")
                 .iter()
-                .zip(numbers("attention_mask"))
+                .zip(rows("attention_mask"))
                 .map(|(ids, mask)| ids[..mask.iter().sum::<u32>() as usize].to_vec())
                 .collect();
-            let sequences: Vec<Sequence<'_>> = kept.iter().map(|ids| alone(ids)).collect();
-            let scores = model.score(&sequences).unwrap().squeeze(1).unwrap();
-            let expected: Vec<f32> = serde_json::from_value(reference["scores"].clone()).unwrap();
+            let sequences: Vec<Sequence<'_>> =
+                unpadded.iter().map(|ids| without_prompt(ids)).collect();
+            let scores = model.rewards(&sequences).unwrap().squeeze(1).unwrap();
+            let expected: Vec<f32> = serde_json::from_value(parity["scores"].clone()).unwrap();
             close(&scores.to_vec1::<f32>().unwrap(), &expected, 1e-4);
-            // Padding that is given as tokens is passed over, as there.
-            let padded = numbers("ids");
-            let sequences: Vec<Sequence<'_>> = padded.iter().map(|ids| alone(ids)).collect();
-            let scores = model.score(&sequences).unwrap().squeeze(1).unwrap();
+            // Trailing padding tokens are skipped, as in transformers.
+            let padded = rows("ids");
+            let sequences: Vec<Sequence<'_>> =
+                padded.iter().map(|ids| without_prompt(ids)).collect();
+            let scores = model.rewards(&sequences).unwrap().squeeze(1).unwrap();
             close(&scores.to_vec1::<f32>().unwrap(), &expected, 1e-4);
         }
     }
 
     /// A sequence without a prompt.
-    fn alone(ids: &[u32]) -> Sequence<'_> {
+    fn without_prompt(ids: &[u32]) -> Sequence<'_> {
         Sequence {
             prompt: &[],
             completion: ids,
@@ -294,34 +305,34 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn padding_at_the_end_is_passed_over_where_transformers_does() {
-        let trunk = |padding: Value| {
+    fn trailing_padding_is_skipped_as_in_transformers() {
+        let backbone = |padding: Value| {
             let mut shape = tiny_model(8, 1).config().clone();
             shape.raw["pad_token_id"] = padding;
             LanguageModel::new(shape, tiny_model(8, 1).weights().clone()).unwrap()
         };
         let of = |padding: Value, config: RewardConfig, prompt: &[u32], completion: &[u32]| {
-            let model = reward(&trunk(padding), config);
+            let model = reward(&backbone(padding), config);
             let sequence = Sequence { prompt, completion };
-            let scores = model.score(&[sequence]).unwrap();
+            let scores = model.rewards(&[sequence]).unwrap();
             scores.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         let plain = RewardConfig::default();
         let end = serde_json::json!(1);
-        let whole = of(Value::Null, plain, &[1, 3], &[4, 2, 1]);
+        let full = of(Value::Null, plain, &[1, 3], &[4, 2, 1]);
         let without = of(Value::Null, plain, &[1, 3], &[4, 2]);
-        assert!((whole[0] - without[0]).abs() > 1e-4);
+        assert!((full[0] - without[0]).abs() > 1e-4);
         let padded = |completion: &[u32]| of(end.clone(), plain, &[1, 3], completion);
         close(&padded(&[4, 2, 1]), &without, 1e-6);
         close(&padded(&[4, 2, 1, 1, 1]), &without, 1e-6);
-        // Padding within the text is read; back to the prompt it goes where nothing else is left.
+        // Padding inside the text counts; if the response is all padding, the last prompt token is used.
         let within = of(Value::Null, plain, &[1, 3], &[1, 2]);
         close(&padded(&[1, 2]), &within, 1e-6);
         let prompt = of(Value::Null, plain, &[], &[1, 3]);
         close(&padded(&[1]), &prompt, 1e-6);
         let all = of(end.clone(), plain, &[1], &[1, 1]);
         close(&all, &of(Value::Null, plain, &[], &[1]), 1e-6);
-        // A head that transformers does not know reads the end.
+        // Heads unknown to transformers do not skip padding.
         let own = RewardConfig {
             kind: RewardKind::Pairwise { planes: 1 },
             ..plain
@@ -330,32 +341,32 @@ pub(crate) mod tests {
             of(end.clone(), own, &[1, 3], &[4, 2, 1]),
             of(Value::Null, own, &[1, 3], &[4, 2, 1])
         );
-        let trunk = trunk(end);
-        let blind = |config: RewardConfig| config.passes_over_the_end(trunk.config());
-        assert_eq!([plain, own].map(blind), [true, false]);
+        let backbone = backbone(end);
+        let ignores_end = |config: RewardConfig| config.ignores_end_of_text(backbone.config());
+        assert_eq!([plain, own].map(ignores_end), [true, false]);
     }
 
     #[test]
-    fn what_others_cannot_compute_has_names_that_they_refuse() {
+    fn models_incompatible_with_transformers_have_names_that_it_refuses() {
         let source = policy_folder();
-        let like = ModelFolder::open(source.path(), None).unwrap();
+        let base = ModelFolder::open(source.path(), None).unwrap();
         let saved = |model: &RewardModel, file: &str| {
             let target = tempfile::tempdir().unwrap();
-            model.save(target.path(), &like).unwrap();
+            model.save(target.path(), &base).unwrap();
             let refused = crate::ModelFolder::open(target.path(), None);
-            assert!(refused.is_err(), "a reward model is no policy");
+            assert!(refused.is_err(), "a reward model is not a policy");
             crate::config::read_json(&target.path().join(file)).unwrap()
         };
         for config in configs() {
             let is_plain = config == RewardConfig::default();
-            let whole = saved(&reward(&tiny_model(8, 1), config), "config.json");
+            let full = saved(&reward(&tiny_model(8, 1), config), "config.json");
             let (architecture, kind) = match is_plain {
                 true => ("LlamaForSequenceClassification", "llama"),
                 false => ("AgonLlamaRewardModel", "agon_llama"),
             };
-            assert_eq!(whole["architectures"], serde_json::json!([architecture]));
-            assert_eq!(whole["model_type"], kind);
-            let adapter = saved(&beside(config, &like).0, "adapter_config.json");
+            assert_eq!(full["architectures"], serde_json::json!([architecture]));
+            assert_eq!(full["model_type"], kind);
+            let adapter = saved(&with_adapter_on(config, &base).0, "adapter_config.json");
             let kind = if is_plain { "LORA" } else { "AGON_LORA" };
             assert_eq!(adapter["peft_type"], kind, "{config:?}");
             assert_eq!(adapter["task_type"], "SEQ_CLS");
@@ -363,20 +374,20 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_saved_model_is_the_same_model() {
+    fn a_saved_model_round_trips() {
         let source = policy_folder();
-        let like = ModelFolder::open(source.path(), None).unwrap();
+        let base = ModelFolder::open(source.path(), None).unwrap();
         for config in configs() {
             let model = reward(&tiny_model(8, 1), config);
             let target = tempfile::tempdir().unwrap();
-            model.save(target.path(), &like).unwrap();
+            model.save(target.path(), &base).unwrap();
             let opened = RewardFolder::open(target.path(), None).unwrap();
             assert_eq!(opened.config, config);
             let again = opened.model(DType::F32, &Device::Cpu, None).unwrap();
             assert_eq!(again.digest().unwrap(), model.digest().unwrap());
             assert_eq!(again.parameter_count(), model.parameter_count());
-            assert_eq!(scores(&again), scores(&model));
-            // Saved again from what was loaded, nothing changes.
+            assert_eq!(rewards(&again), rewards(&model));
+            // Saving the loaded model again changes nothing.
             again.save(target.path(), &opened.folder).unwrap();
             let third = RewardFolder::open(target.path(), None).unwrap();
             assert_eq!(third.folder.config.raw, opened.folder.config.raw);
@@ -384,10 +395,10 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_head_follows_from_its_seed_and_the_digest_from_all() {
-        let trunk = tiny_model(8, 1);
+    fn the_head_is_determined_by_its_seed_and_the_digest_by_everything() {
+        let backbone = tiny_model(8, 1);
         let fresh = |config: RewardConfig, seed: u64| {
-            let model = RewardModel::from_trunk(&trunk, config, Seed(seed)).unwrap();
+            let model = RewardModel::from_backbone(&backbone, config, Seed(seed)).unwrap();
             model.digest().unwrap()
         };
         let config = RewardConfig::default();
@@ -404,7 +415,7 @@ pub(crate) mod tests {
             kind: RewardKind::Pairwise { planes: 0 },
             ..config
         };
-        let refused = RewardModel::from_trunk(&trunk, none, Seed(1)).unwrap_err();
+        let refused = RewardModel::from_backbone(&backbone, none, Seed(1)).unwrap_err();
         assert!(
             refused.to_string().contains("at least one plane"),
             "{refused}"
@@ -412,28 +423,28 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn every_variable_is_trained_and_the_trunk_it_came_from_is_not() {
-        for trunk in [tiny_model(8, 1), adapted(8, 1, &["all-linear"])] {
-            let before = trunk.weights().digest().unwrap();
+    fn every_variable_is_trained_and_the_original_backbone_is_not() {
+        for backbone in [tiny_model(8, 1), adapted(8, 1, &["all-linear"])] {
+            let before = backbone.weights().digest().unwrap();
             for config in configs() {
-                let (model, vars) = reward(&trunk, config).trainable().unwrap();
+                let (model, vars) = reward(&backbone, config).trainable().unwrap();
                 let first = margin(&model);
                 step(&model, vars);
                 let [first, last] = [first, margin(&model)].map(|m| m.to_scalar::<f32>().unwrap());
                 assert!(last > first + 1e-3, "{config:?}: from {first} to {last}");
             }
-            assert_eq!(trunk.weights().digest().unwrap(), before);
+            assert_eq!(backbone.weights().digest().unwrap(), before);
         }
     }
 
-    /// By how much the first of the sequences is preferred to the second.
+    /// Preference margin of the first sequence over the second.
     fn margin(model: &RewardModel) -> Tensor {
-        let features = model.score(&SEQUENCES).unwrap();
+        let features = model.rewards(&SEQUENCES).unwrap();
         let margins = model.margins(&features, &[0], &[1]).unwrap();
         margins.sum_all().unwrap()
     }
 
-    /// Five steps toward a larger margin.
+    /// Takes five optimiser steps that increase the margin.
     fn step(model: &RewardModel, vars: BTreeMap<String, Var>) {
         let settings = AdamWSettings {
             beta1: 0.9,
@@ -444,41 +455,41 @@ pub(crate) mod tests {
         };
         let mut optimizer = Optimizer::new(vars, settings).unwrap();
         for _ in 0..5 {
-            let gradients = crate::ops::backward(&margin(model).neg().unwrap()).unwrap();
+            let gradients = kernels::backward(&margin(model).neg().unwrap()).unwrap();
             let norm = optimizer.norm(&gradients).unwrap();
             optimizer.step(&gradients, norm, 1e-3).unwrap();
         }
     }
 
-    /// A reward model with an adapter, of the policy in a folder, and that policy's weights.
-    fn beside(config: RewardConfig, like: &ModelFolder) -> (RewardModel, Weights) {
-        let weights = like.weights(DType::F32, &Device::Cpu).unwrap();
-        let trunk = LanguageModel::new(like.config.clone(), weights.clone()).unwrap();
+    /// A reward model with an adapter on the policy in a folder, and that policy's weights.
+    fn with_adapter_on(config: RewardConfig, base: &ModelFolder) -> (RewardModel, Weights) {
+        let weights = base.weights(DType::F32, &Device::Cpu).unwrap();
+        let backbone = LanguageModel::new(base.config.clone(), weights.clone()).unwrap();
         let shape = crate::fixtures::lora_config(&["all-linear"]);
-        let adapter = Adapter::fresh(shape, &like.config, Seed(4), &Device::Cpu).unwrap();
-        let trunk = trunk.with_adapter(adapter).unwrap();
-        (reward(&trunk, config), weights)
+        let adapter = Adapter::fresh(shape, &base.config, Seed(4), &Device::Cpu).unwrap();
+        let backbone = backbone.with_adapter(adapter).unwrap();
+        (reward(&backbone, config), weights)
     }
 
-    fn scores(model: &RewardModel) -> Vec<Vec<f32>> {
-        model.score(&SEQUENCES).unwrap().to_vec2().unwrap()
+    fn rewards(model: &RewardModel) -> Vec<Vec<f32>> {
+        model.rewards(&SEQUENCES).unwrap().to_vec2().unwrap()
     }
 
     #[test]
-    fn an_adapter_and_the_head_are_saved_and_the_trunk_is_shared() {
+    fn an_adapter_and_the_head_are_saved_and_the_backbone_is_shared() {
         let source = policy_folder();
-        let like = ModelFolder::open(source.path(), None).unwrap();
+        let base = ModelFolder::open(source.path(), None).unwrap();
         for config in configs() {
-            let (fresh, weights) = beside(config, &like);
+            let (fresh, weights) = with_adapter_on(config, &base);
             let (model, vars) = fresh.trainable().unwrap();
             assert!(
                 vars.keys()
                     .all(|name| name.contains("lora_") || !weights.tensors.contains_key(name))
             );
             step(&model, vars);
-            assert_ne!(scores(&model), scores(&fresh));
+            assert_ne!(rewards(&model), rewards(&fresh));
             let target = tempfile::tempdir().unwrap();
-            model.save(target.path(), &like).unwrap();
+            model.save(target.path(), &base).unwrap();
             assert!(!target.path().join("model.safetensors").exists());
             assert_eq!(
                 RewardArchitecture::of(target.path()).unwrap(),
@@ -487,43 +498,43 @@ pub(crate) mod tests {
 
             let opened = RewardFolder::open(target.path(), None).unwrap();
             assert_eq!((opened.config, opened.path()), (config, target.path()));
-            let open = |at_hand: Option<&Weights>| {
-                opened.model(DType::F32, &Device::Cpu, at_hand).unwrap()
+            let open = |loaded_base: Option<&Weights>| {
+                opened.model(DType::F32, &Device::Cpu, loaded_base).unwrap()
             };
-            let other = Weights::initialise(&like.config, Seed(8), DType::F32, &Device::Cpu);
-            let narrow = weights.to_dtype(DType::BF16).unwrap();
-            for (at_hand, shares) in [
+            let other = Weights::initialise(&base.config, Seed(8), DType::F32, &Device::Cpu);
+            let bf16 = weights.to_dtype(DType::BF16).unwrap();
+            for (loaded_base, shares) in [
                 (None, false),
                 (Some(&weights), true),
                 (Some(&other.unwrap()), false),
-                (Some(&narrow), false),
+                (Some(&bf16), false),
             ] {
-                let again = open(at_hand);
-                assert_eq!(scores(&again), scores(&model));
+                let again = open(loaded_base);
+                assert_eq!(rewards(&again), rewards(&model));
                 assert_eq!(again.digest().unwrap(), model.digest().unwrap());
                 let name = "model.layers.0.mlp.up_proj.weight";
-                let same = again.weights().tensors[name].id() == weights.tensors[name].id();
-                assert_eq!(same, shares);
+                let is_shared = again.weights().tensors[name].id() == weights.tensors[name].id();
+                assert_eq!(is_shared, shares);
             }
-            // Saved again from what was loaded, nothing changes.
+            // Saving the loaded model again changes nothing.
             open(Some(&weights))
                 .save(target.path(), &opened.folder)
                 .unwrap();
             let third = RewardFolder::open(target.path(), None).unwrap();
             assert_eq!(
-                scores(&third.model(DType::F32, &Device::Cpu, None).unwrap()),
-                scores(&model)
+                rewards(&third.model(DType::F32, &Device::Cpu, None).unwrap()),
+                rewards(&model)
             );
         }
     }
 
     #[test]
-    fn an_adapter_of_another_house_is_a_classifier_and_one_of_another_base_is_refused() {
+    fn a_foreign_adapter_is_a_classifier_and_one_of_another_base_is_refused() {
         let source = policy_folder();
-        let like = ModelFolder::open(source.path(), None).unwrap();
-        let (model, _) = beside(RewardConfig::default(), &like);
+        let base = ModelFolder::open(source.path(), None).unwrap();
+        let (model, _) = with_adapter_on(RewardConfig::default(), &base);
         let target = tempfile::tempdir().unwrap();
-        model.save(target.path(), &like).unwrap();
+        model.save(target.path(), &base).unwrap();
         let file = target.path().join("reward_config.json");
         std::fs::write(&file, "{\"kind\": \"bradley-terry\", \"pooling\": \"max\"}").unwrap();
         let refused = RewardFolder::open(target.path(), None)
@@ -537,16 +548,16 @@ pub(crate) mod tests {
         let opened = RewardFolder::open(target.path(), None).unwrap();
         assert_eq!(opened.config, RewardConfig::default());
         let open = || opened.model(DType::F32, &Device::Cpu, None);
-        assert_eq!(scores(&open().unwrap()), scores(&model));
-        // It is no policy, and a policy's adapter is no reward model.
-        let numbers = (DType::F32, &Device::Cpu);
-        let refused = crate::open_policy(target.path(), None, None, numbers).unwrap_err();
+        assert_eq!(rewards(&open().unwrap()), rewards(&model));
+        // It is not a policy, and a policy's adapter is not a reward model.
+        let opened = crate::open_policy(target.path(), None, None, DType::F32, &Device::Cpu);
+        let refused = opened.unwrap_err();
         assert!(
             refused.to_string().contains("task_type is SEQ_CLS"),
             "{refused}"
         );
         let policy = tempfile::tempdir().unwrap();
-        crate::save_policy(policy.path(), &like, model.trunk()).unwrap();
+        crate::save_policy(policy.path(), &base, model.backbone()).unwrap();
         for refused in [
             RewardFolder::open(policy.path(), None).unwrap_err(),
             RewardArchitecture::of(policy.path()).unwrap_err(),
@@ -554,26 +565,23 @@ pub(crate) mod tests {
             let refused = refused.to_string();
             assert!(refused.contains("task_type is CAUSAL_LM"), "{refused}");
         }
-        // The base's weights have moved since.
-        let moved = Weights::initialise(&like.config, Seed(8), DType::F32, &Device::Cpu).unwrap();
-        crate::save_folder(source.path(), &like, &moved).unwrap();
+        // The base's weights have changed since.
+        let changed = Weights::initialise(&base.config, Seed(8), DType::F32, &Device::Cpu).unwrap();
+        crate::save_folder(source.path(), &base, &changed).unwrap();
         let refused = open().unwrap_err().to_string();
-        assert!(
-            refused.contains("not those it was trained beside"),
-            "{refused}"
-        );
+        assert!(refused.contains("not those it was trained on"), "{refused}");
         std::fs::remove_file(source.path().join("config.json")).unwrap();
         let refused = RewardFolder::open(target.path(), None)
             .unwrap_err()
             .to_string();
         assert!(
-            refused.contains("the base model") && refused.contains("is not there"),
+            refused.contains("the base model") && refused.contains("was not found"),
             "{refused}"
         );
     }
 
     #[test]
-    fn a_policy_is_no_reward_model_and_a_reward_model_no_policy() {
+    fn policies_and_reward_models_are_not_interchangeable() {
         let policy = policy_folder();
         let error = RewardFolder::open(policy.path(), None)
             .unwrap_err()
@@ -593,8 +601,8 @@ pub(crate) mod tests {
                 && error.contains("supported are LlamaForCausalLM"),
             "{error}"
         );
-        let headless = RewardFolder::open(policy.path(), None).unwrap();
-        let error = headless
+        let without_head = RewardFolder::open(policy.path(), None).unwrap();
+        let error = without_head
             .model(DType::F32, &Device::Cpu, None)
             .unwrap_err()
             .to_string();

@@ -1,27 +1,27 @@
-//! From what two responses got to the odds of one over the other.
+//! Preference probabilities from the outputs of two responses.
 //!
-//! Swapping the two is exact, not almost: every product and every sum only changes its sign, and of the
-//! two probabilities one is what the other leaves of 1.
+//! Promises exact antisymmetry: swapping the responses negates the log-odds exactly, and the two probabilities sum to
+//! exactly 1.
 
 use candle_core::Tensor;
 use messages::{InvalidProbability, Probability};
 
-use super::{RewardKind, RewardModel};
-use crate::ModelError;
+use crate::error::ModelError;
+use crate::reward::{RewardKind, RewardModel};
 
 impl RewardKind {
-    /// The log-odds of a ≻ b, of two rows of [`RewardModel::score`]: `r_a − r_b`, and for a pairwise
-    /// model `+ Σ_l (v_a[2l]·v_b[2l+1] − v_a[2l+1]·v_b[2l])` (Zhang et al. 2410.02197, with a
-    /// score beside the embedding). Exactly minus itself when a and b are exchanged.
+    /// Log-odds of a ≻ b from two rows of [`RewardModel::rewards`]: `r_a − r_b`, and for a pairwise model `+ Σ_l
+    /// (v_a[2l]·v_b[2l+1] − v_a[2l+1]·v_b[2l])` (Zhang et al. 2410.02197, with a score in addition to the embedding).
+    /// Exactly antisymmetric in a and b.
     ///
     /// # Panics
-    /// When a row does not have [`Self::outputs`] numbers.
+    /// When a row does not have [`Self::outputs`] values.
     #[must_use]
     pub fn logit(self, a: &[f32], b: &[f32]) -> f64 {
         let outputs = self.outputs();
         assert!(
             a.len() == outputs && b.len() == outputs,
-            "rows of {} and {} numbers where the model has {outputs} outputs",
+            "rows of {} and {} values where the model has {outputs} outputs",
             a.len(),
             b.len()
         );
@@ -34,31 +34,31 @@ impl RewardKind {
         (wide(a[0]) - wide(b[0])) + skew
     }
 
-    /// σ of [`Self::logit`]; that of (a, b) and that of (b, a) add up to exactly 1.
+    /// σ of [`Self::logit`]. The probabilities of (a, b) and (b, a) sum to exactly 1.
     ///
     /// # Errors
-    /// When a number is NaN, or infinities leave no difference.
+    /// When an output is NaN, or the difference of infinities is undefined.
     ///
     /// # Panics
     /// As [`Self::logit`].
     pub fn probability(self, a: &[f32], b: &[f32]) -> Result<Probability, InvalidProbability> {
         let logit = self.logit(a, b);
         // From ½ to 1 the complement is exact in floating point (Sterbenz).
-        let of_the_better = Probability::from_log_odds(logit.abs())?;
+        let preferred = Probability::from_log_odds(logit.abs())?;
         Ok(if logit < 0.0 {
-            of_the_better.complement()
+            preferred.complement()
         } else {
-            of_the_better
+            preferred
         })
     }
 }
 
 impl RewardModel {
-    /// The log-odds of `features[first[i]] ≻ features[second[i]]`, `[rows]`, as [`RewardKind::logit`]
-    /// gives them, differentiable in `features` `[n, outputs]`.
+    /// Log-odds of `features[first[i]] ≻ features[second[i]]`, `[rows]`, as in [`RewardKind::logit`]; differentiable in
+    /// `features` `[n, outputs]`.
     ///
     /// # Errors
-    /// When `first` and `second` differ in length, are empty or name no row of `features`.
+    /// When `first` and `second` differ in length, are empty or have an index outside `features`.
     pub fn margins(
         &self,
         features: &Tensor,
@@ -73,12 +73,13 @@ impl RewardModel {
         let RewardKind::Pairwise { planes } = self.config.kind else {
             return Ok(margin);
         };
-        let part = |rows: &Tensor, place: usize| {
+        let component = |rows: &Tensor, index: usize| {
             let embedding = rows.narrow(1, 1, 2 * planes)?;
             let by_plane = embedding.reshape((rows.dim(0)?, planes, 2))?;
-            by_plane.narrow(2, place, 1)?.squeeze(2)
+            by_plane.narrow(2, index, 1)?.squeeze(2)
         };
-        let skew = ((part(&a, 0)? * part(&b, 1)?)? - (part(&a, 1)? * part(&b, 0)?)?)?;
+        let skew =
+            ((component(&a, 0)? * component(&b, 1)?)? - (component(&a, 1)? * component(&b, 0)?)?)?;
         Ok((margin + skew.sum(1)?)?)
     }
 }
@@ -90,27 +91,30 @@ mod tests {
 
     use super::*;
     use crate::{
-        Device, RewardConfig,
+        Device,
         fixtures::tiny_model,
-        reward::tests::{close, reward},
+        reward::{
+            RewardConfig,
+            tests::{close, reward},
+        },
     };
 
     const PAIRWISE: RewardKind = RewardKind::Pairwise { planes: 2 };
 
-    /// Rows of numbers of very different sizes.
+    /// Rows of outputs of very different magnitudes.
     fn rows(kind: RewardKind, count: usize) -> Vec<Vec<f32>> {
         let mut random = ChaCha8Rng::seed_from_u64(5);
-        let mut number = || {
-            let size = 10f32.powf(random.random_range(-6.0..2.0));
-            size * random.random_range(-1.0f32..1.0)
+        let mut output = || {
+            let scale = 10f32.powf(random.random_range(-6.0..2.0));
+            scale * random.random_range(-1.0f32..1.0)
         };
         (0..count)
-            .map(|_| (0..kind.outputs()).map(|_| number()).collect())
+            .map(|_| (0..kind.outputs()).map(|_| output()).collect())
             .collect()
     }
 
     #[test]
-    fn log_odds_are_those_worked_by_hand() {
+    fn log_odds_match_hand_worked_values() {
         let bradley_terry = RewardKind::BradleyTerry;
         assert_eq!(bradley_terry.logit(&[1.5], &[0.25]), 1.25);
         // 1 − 3 + (1·6 − 2·5) + (3·8 − 4·7)
@@ -121,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn exchanging_the_two_is_exact() {
+    fn swapping_the_responses_is_exact() {
         for kind in [RewardKind::BradleyTerry, PAIRWISE] {
             let rows = rows(kind, 60);
             for (a, b) in rows.iter().flat_map(|a| rows.iter().map(move |b| (a, b))) {
@@ -134,10 +138,10 @@ mod tests {
     }
 
     #[test]
-    fn preferences_may_go_in_a_circle() {
+    fn preferences_may_be_intransitive() {
         let kind = RewardKind::Pairwise { planes: 1 };
-        let at = |turn: f32| {
-            let angle = turn * std::f32::consts::TAU;
+        let at = |rotations: f32| {
+            let angle = rotations * std::f32::consts::TAU;
             [0.0, 2.0 * angle.cos(), 2.0 * angle.sin()]
         };
         let (rock, paper, scissors) = (at(0.0), at(2.0 / 3.0), at(1.0 / 3.0));
@@ -151,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_number_is_no_probability() {
+    fn nan_outputs_give_no_probability() {
         let p = |a: f32, b: f32| RewardKind::BradleyTerry.probability(&[a], &[b]);
         assert!(p(f32::NAN, 0.0).is_err());
         assert!(p(f32::INFINITY, f32::INFINITY).is_err());
@@ -159,14 +163,14 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "rows of 3 and 1 numbers")]
-    fn rows_of_another_model_are_a_mistake_of_the_caller() {
+    #[should_panic(expected = "rows of 3 and 1 values")]
+    fn rows_of_the_wrong_length_panic() {
         let kind = RewardKind::Pairwise { planes: 1 };
         assert_eq!(kind.logit(&[0.0; 3], &[0.0]), 0.0);
     }
 
     #[test]
-    fn margins_are_the_log_odds_and_as_antisymmetric() {
+    fn margins_are_the_log_odds_and_antisymmetric() {
         for kind in [RewardKind::BradleyTerry, PAIRWISE] {
             let config = RewardConfig {
                 kind,

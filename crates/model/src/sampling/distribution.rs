@@ -1,42 +1,42 @@
-//! One token: mix two rows of logits, temper, truncate, draw.
+//! Sampling of one token: mixture, temperature, truncation, draw.
 
-use super::SamplingSettings;
+use crate::sampling::SamplingSettings;
 #[cfg(test)]
-use crate::ops::log_sum_exp;
-use crate::ops::{PART, exponentials, largest_of};
+use kernels::log_sum_exp;
+use kernels::{SUM_CHUNK, exponentials, max_value};
 
-/// A drawn token and what is known of it.
+/// A sampled token with its log-probability.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Draw {
-    /// The token.
+    /// Token id.
     pub token: u32,
-    /// Its log-probability under the distribution it was drawn from.
+    /// Log-probability under the distribution it was sampled from.
     pub behaviour_logp: f32,
-    /// ln Σ e^z of the logits it was drawn from, where they were not tempered.
+    /// Log-sum-exp of the mixed logits; `None` at temperatures other than 1.
     pub log_sum: Option<f64>,
 }
 
-/// Room for rows of the vocabulary, kept between draws.
+/// Buffers over the vocabulary, reused between draws.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    /// The mixed logits.
+    /// Mixed logits.
     pub(super) mixed: Vec<f32>,
-    /// Of every token, up to a factor.
+    /// Unnormalised probability of every token.
     weights: Vec<f32>,
-    /// Their sums, a part of the vocabulary each.
+    /// Sums of the weights over chunks of the vocabulary, [`SUM_CHUNK`] tokens each.
     sums: Vec<f64>,
-    /// Tokens that truncation leaves.
+    /// Tokens that remain after truncation.
     kept: Vec<u32>,
 }
 
-/// The geometric mixture `(1 − m)·z_π + m·z_ref`, m being the weight on the reference (Munos et al. 2023,
-/// Nash-MD; Calandriello et al. 2024, IPO-MD). m = 0 is the policy and m = 1 the reference themselves; what
-/// lies between is laid into `room`.
+/// The geometric mixture `(1 − m)·z_π + m·z_ref`, m being the weight on the reference (Munos et al. 2023, Nash-MD;
+/// Calandriello et al. 2024, IPO-MD). m = 0 and m = 1 return the policy's and the reference's logits themselves; other
+/// mixtures are written to `buffer`.
 pub fn mix<'a>(
     policy: &'a [f32],
     reference: &'a [f32],
     mixture_coef: f32,
-    room: &'a mut Vec<f32>,
+    buffer: &'a mut Vec<f32>,
 ) -> &'a [f32] {
     if mixture_coef == 0.0 {
         return policy;
@@ -45,9 +45,9 @@ pub fn mix<'a>(
         return reference;
     }
     let blend = |(&p, &r): (&f32, &f32)| (1.0 - mixture_coef) * p + mixture_coef * r;
-    room.clear();
-    room.extend(policy.iter().zip(reference).map(blend));
-    room
+    buffer.clear();
+    buffer.extend(policy.iter().zip(reference).map(blend));
+    buffer
 }
 
 /// log softmax(`logits`)[`token`].
@@ -56,47 +56,47 @@ pub(crate) fn log_softmax_at(logits: &[f32], token: u32) -> f32 {
     (f64::from(logits[token as usize]) - log_sum_exp(logits)) as f32
 }
 
-/// Draws a token from softmax(`mixed` / T), truncated as the settings say, with `uniform` in [0, 1).
+/// Samples a token from softmax(`mixed` / T), truncated according to the settings, with `uniform` in [0, 1).
 ///
-/// Truncation follows the field's order: top-k, then top-p, then min-p, each on what is left; the
-/// likeliest token always stays. `None` when a logit is NaN: such a row has no distribution.
+/// Truncation order is top-k, top-p, min-p, each on the remaining tokens; the most likely token always remains. `None`
+/// when a logit is NaN or all are −∞.
 pub fn draw(
     mixed: &[f32],
     settings: &SamplingSettings,
     uniform: f64,
     scratch: &mut Scratch,
 ) -> Option<Draw> {
-    let most = largest_of(mixed);
-    let scale = (most, settings.temperature);
-    exponentials(mixed, scale, &mut scratch.weights, &mut scratch.sums);
+    let max_logit = max_value(mixed);
+    exponentials(
+        mixed,
+        max_logit,
+        settings.temperature,
+        &mut scratch.weights,
+        &mut scratch.sums,
+    );
     let mut total: f64 = scratch.sums.iter().sum();
     if !total.is_finite() || total <= 0.0 {
         return None;
     }
-    let is_tempered = settings.temperature != 1.0;
-    let log_sum = (!is_tempered).then(|| f64::from(most) + total.ln());
+    let log_sum = (settings.temperature == 1.0).then(|| f64::from(max_logit) + total.ln());
     let token = if settings.truncates() {
         truncate(scratch, total, settings);
-        let weights = || {
-            scratch
-                .kept
-                .iter()
-                .map(|&token| (token, scratch.weight(token)))
-        };
+        let weighted = |&token: &u32| (token, scratch.weight(token));
+        let weights = || scratch.kept.iter().map(weighted);
         total = weights().map(|(_, weight)| weight).sum();
-        inverse(weights(), uniform * total)?
+        inverse_cdf(weights(), uniform * total)?
     } else {
-        let (part, before) = scratch.part(uniform * total);
+        let (chunk, before) = scratch.chunk(uniform * total);
         let weights = scratch
             .weights
             .iter()
             .enumerate()
-            .skip(part * PART)
-            .take(PART);
+            .skip(chunk * SUM_CHUNK)
+            .take(SUM_CHUNK);
         let weights = weights.map(|(token, &weight)| (token as u32, f64::from(weight)));
-        inverse(weights, uniform * total - before)?
+        inverse_cdf(weights, uniform * total - before)?
     };
-    let logit = f64::from(mixed[token as usize]) - f64::from(most);
+    let logit = f64::from(mixed[token as usize]) - f64::from(max_logit);
     Some(Draw {
         token,
         behaviour_logp: (logit / settings.temperature - total.ln()) as f32,
@@ -109,12 +109,12 @@ impl Scratch {
         f64::from(self.weights[token as usize])
     }
 
-    /// The part of the vocabulary in which the running sum passes `target`, and the sum before it.
-    fn part(&self, target: f64) -> (usize, f64) {
+    /// Chunk of the vocabulary in which the cumulative sum exceeds `target`, and the sum before it.
+    fn chunk(&self, target: f64) -> (usize, f64) {
         let mut before = 0.0;
-        for (part, sum) in self.sums.iter().enumerate() {
+        for (chunk, sum) in self.sums.iter().enumerate() {
             if before + sum > target {
-                return (part, before);
+                return (chunk, before);
             }
             before += sum;
         }
@@ -123,8 +123,8 @@ impl Scratch {
     }
 }
 
-/// The first token at which the running sum passes `target`, or the last one; never one without weight.
-fn inverse(weights: impl Iterator<Item = (u32, f64)>, target: f64) -> Option<u32> {
+/// First token at which the cumulative sum exceeds `target`, or the last one; never a token of zero weight.
+fn inverse_cdf(weights: impl Iterator<Item = (u32, f64)>, target: f64) -> Option<u32> {
     let (mut sum, mut last) = (0.0, None);
     for (token, weight) in weights.filter(|&(_, weight)| weight > 0.0) {
         sum += weight;
@@ -136,11 +136,10 @@ fn inverse(weights: impl Iterator<Item = (u32, f64)>, target: f64) -> Option<u32
     last
 }
 
-/// Leaves in `kept`, in the order of the vocabulary, the tokens that truncation leaves. `total` is the sum
-/// of all weights.
+/// Writes the tokens that remain after truncation to `kept`, in vocabulary order. `total` is the sum of all weights.
 ///
-/// Nothing is sorted but what may be in the nucleus: the tokens below (1 − top-p) / V of the total have
-/// together no more than what lies outside it.
+/// Only candidates for the nucleus are sorted: the tokens below (1 − top-p) / V of the total have together at most the
+/// mass outside it.
 fn truncate(scratch: &mut Scratch, mut total: f64, settings: &SamplingSettings) {
     let (weights, kept) = (&scratch.weights, &mut scratch.kept);
     let weight = |token: u32| f64::from(weights[token as usize]);
@@ -152,8 +151,8 @@ fn truncate(scratch: &mut Scratch, mut total: f64, settings: &SamplingSettings) 
         kept.truncate(settings.top_k);
         total = kept.iter().map(|&token| weight(token)).sum();
     } else {
-        let least = (1.0 - settings.top_p) * total / weights.len() as f64;
-        let candidates = (0..weights.len() as u32).filter(|&token| weight(token) >= least);
+        let min_weight = (1.0 - settings.top_p) * total / weights.len() as f64;
+        let candidates = (0..weights.len() as u32).filter(|&token| weight(token) >= min_weight);
         kept.extend(candidates);
     }
     if settings.top_p < 1.0 {
@@ -167,8 +166,8 @@ fn truncate(scratch: &mut Scratch, mut total: f64, settings: &SamplingSettings) 
         let count = nucleus.count().max(1);
         kept.truncate(count);
     }
-    let most = kept.iter().map(|&token| weight(token)).fold(0.0, f64::max);
-    kept.retain(|&token| weight(token) >= settings.min_p * most);
+    let max_weight = kept.iter().map(|&token| weight(token)).fold(0.0, f64::max);
+    kept.retain(|&token| weight(token) >= settings.min_p * max_weight);
     kept.sort_unstable();
 }
 
@@ -180,7 +179,7 @@ mod tests {
         SamplingSettings::plain(1)
     }
 
-    /// The distribution that `draw` samples from, by walking the unit interval.
+    /// The distribution that `draw` samples from, by enumerating the unit interval.
     fn distribution(logits: &[f32], settings: &SamplingSettings) -> Vec<f64> {
         let mut scratch = Scratch::default();
         let mut found = vec![0.0; logits.len()];
@@ -204,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn truncation_by_hand() {
+    fn truncation_matches_hand_worked_values() {
         let z = logits(&[0.1, 0.4, 0.2, 0.3]);
         let with = |top_k, top_p, min_p| SamplingSettings {
             top_k,
@@ -241,10 +240,10 @@ mod tests {
     }
 
     #[test]
-    fn the_token_level_mixture_of_two_steps_has_the_papers_numbers() {
+    fn the_token_level_mixture_of_two_steps_matches_the_paper() {
         let step = |p: &[f64], r: &[f64]| {
-            let mut room = Vec::new();
-            distribution(mix(&logits(p), &logits(r), 0.5, &mut room), &plain())
+            let mut buffer = Vec::new();
+            distribution(mix(&logits(p), &logits(r), 0.5, &mut buffer), &plain())
         };
         let first = step(&[0.9, 0.1], &[0.4, 0.6]);
         let second = [
@@ -279,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sum_is_told_of_logits_as_they_are_and_whatever_is_cut_off() {
+    fn the_log_sum_is_of_untruncated_logits_at_temperature_1() {
         let z: Vec<f32> = (0..3000).map(|i| (i as f32 * 0.37).sin() * 9.0).collect();
         let drawn = |temperature, top_k| {
             let settings = SamplingSettings {

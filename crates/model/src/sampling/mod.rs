@@ -1,83 +1,82 @@
-//! Writing completions from the token-by-token mixture of a policy and its reference.
+//! Sampling of completions from the token-level mixture of a policy and its reference.
 
-mod continuation;
+mod active_requests;
+mod completion_sampler;
 mod distribution;
-mod groups;
 mod sampler;
 
 use messages::{Completion, Seed};
 use serde::{Deserialize, Serialize};
 
-pub use crate::ops::Precision;
-use crate::{LanguageModel, ModelError};
+use crate::{error::ModelError, transformer::LanguageModel};
+pub use kernels::Precision;
 
-pub use continuation::Continuation;
-#[cfg(test)]
+pub use active_requests::ActiveRequests;
+pub use completion_sampler::{CompletionSampler, TokenLogits};
 #[cfg(test)]
 pub(crate) use distribution::log_softmax_at;
 pub use distribution::{Draw, Scratch, draw, mix};
-pub use groups::Groups;
-pub use sampler::Sampler;
+pub use sampler::MixtureSampler;
 
-/// Writes completions of prompts, many side by side, for a policy and its reference.
-pub trait CompletionWriter: Send {
-    /// Adds a prompt.
+/// Samples completions of many prompts concurrently, from a policy and its reference.
+pub trait Sampler: Send {
+    /// Enqueues a request.
     ///
     /// # Errors
-    /// When it asks for no completion, for more than can be written at once, or for too long ones.
+    /// When it requests no completion, more than there are slots, or too long ones.
     fn admit(&mut self, request: Request) -> Result<(), ModelError>;
 
-    /// Goes on writing for a moment. Returns the prompts whose completions have all ended.
+    /// Advances sampling by one step. Returns the requests whose completions have all ended.
     ///
     /// # Errors
-    /// When computing fails or a model gives no distribution (its weights hold a NaN).
+    /// When a forward pass fails or logits are NaN.
     fn step(&mut self) -> Result<Vec<Finished>, ModelError>;
 
-    /// Whether nothing is being written and nothing waits.
+    /// Whether no request is active or waiting.
     fn is_idle(&self) -> bool;
 
-    /// Replaces the policy; from now on it and its reference are kept in `precision`, as far as this writer keeps
-    /// them. Only an idle writer may: no completion mixes versions.
+    /// Replaces the policy and stores it and the reference in `precision`, as far as this sampler stores them. Requires
+    /// an idle sampler, so that no completion mixes versions.
     ///
     /// # Errors
-    /// When completions are being written, or the policy cannot be had.
+    /// When the sampler is not idle, or the policy cannot be loaded.
     fn set_policy(&mut self, policy: LanguageModel, precision: Precision)
     -> Result<(), ModelError>;
 }
 
-/// A prompt to be answered.
+/// A prompt with the completions to sample for it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// The caller's name for it.
+    /// Identifier chosen by the caller.
     pub key: u64,
-    /// The prompt's tokens.
+    /// Token ids of the prompt.
     pub ids: Vec<u32>,
-    /// The seed of its completions' streams.
+    /// Seed from which the completions' random streams are derived.
     pub seed: Seed,
-    /// One entry a completion: the weight on the reference.
+    /// Mixture coefficient of each completion: the weight on the reference.
     pub mixture_coefs: Vec<f32>,
-    /// How many of them, the last, are drawn from the whole distribution at temperature 1 whatever the
-    /// writer's settings say.
+    /// Number of completions, the last ones, that are sampled from the full distribution at temperature 1 regardless of
+    /// the sampling settings.
     pub exact: usize,
-    /// The longest completion, in tokens.
+    /// Maximum completion length in tokens.
     pub max_new_tokens: usize,
 }
 
-/// A prompt whose completions have all ended.
+/// A finished request.
 #[derive(Debug)]
 pub struct Finished {
-    /// The caller's name for it.
+    /// Identifier chosen by the caller.
     pub key: u64,
-    /// Its completions, in the order of the request's `mixture_coefs`, without text.
+    /// Completions in the order of the request's `mixture_coefs`, without text.
     pub completions: Vec<Completion>,
 }
 
 impl Request {
-    /// That so many slots, of a model with so many positions, can hold it.
+    /// Checks that the request fits a sampler with `slots` slots and a model with `positions` positions.
     ///
     /// # Errors
-    /// Why they cannot.
-    pub fn fits(&self, slots: usize, positions: usize) -> Result<(), ModelError> {
+    /// When it does not, with the reason.
+    pub fn check_capacity(&self, slots: usize, positions: usize) -> Result<(), ModelError> {
         let count = self.mixture_coefs.len();
         let length = self.ids.len() + self.max_new_tokens;
         let reason = if count == 0 || count > slots {
@@ -95,11 +94,11 @@ impl Request {
     }
 }
 
-/// That both models mean the same by a token.
+/// Checks that both models share a vocabulary.
 ///
 /// # Errors
 /// When their vocabularies differ in size.
-pub fn share_vocabulary(
+pub fn ensure_shared_vocabulary(
     policy: &LanguageModel,
     reference: &LanguageModel,
 ) -> Result<(), ModelError> {
@@ -112,37 +111,37 @@ pub fn share_vocabulary(
     Err(ModelError::Weights { reason })
 }
 
-/// That nothing is being written, so that the policy may change.
+/// Checks that the sampler is idle, so that its policy may be replaced.
 ///
 /// # Errors
-/// When something is.
-pub fn only_idle(writer: &dyn CompletionWriter) -> Result<(), ModelError> {
-    if writer.is_idle() {
+/// When it is not.
+pub fn ensure_idle(sampler: &dyn Sampler) -> Result<(), ModelError> {
+    if sampler.is_idle() {
         return Ok(());
     }
     let reason = "the policy changes only between completions".into();
     Err(ModelError::Weights { reason })
 }
 
-/// How tokens are drawn from the mixed logits.
+/// Settings for sampling from the mixed logits.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct SamplingSettings {
-    /// Divides the mixed logits; greater than 0.
+    /// Divisor of the mixed logits; greater than 0.
     pub temperature: f64,
-    /// Only so many of the likeliest tokens; 0: all.
+    /// Number of most likely tokens to keep; 0 keeps all.
     pub top_k: usize,
-    /// Only the likeliest tokens that together reach this probability; 1: all.
+    /// Nucleus sampling: keeps the most likely tokens that together reach this probability; 1 keeps all.
     pub top_p: f64,
-    /// Only tokens with at least this share of the likeliest one's probability; 0: all.
+    /// Minimum probability relative to the most likely token; 0 keeps all.
     pub min_p: f64,
-    /// The longest completion, in tokens.
+    /// Maximum completion length in tokens.
     pub max_new_tokens: usize,
-    /// How the weights are kept while tokens are drawn.
+    /// Precision of the weights during sampling.
     pub precision: Precision,
 }
 
 impl SamplingSettings {
-    /// The whole distribution at temperature 1, for which the theory of self-play holds.
+    /// The full distribution at temperature 1, which the theory of self-play assumes.
     #[must_use]
     pub fn plain(max_new_tokens: usize) -> Self {
         Self {
@@ -155,13 +154,13 @@ impl SamplingSettings {
         }
     }
 
-    /// Whether tokens are drawn from the whole distribution at temperature 1.
+    /// Whether tokens are sampled from the full distribution at temperature 1.
     #[must_use]
     pub fn is_exact(&self) -> bool {
         self.temperature == 1.0 && !self.truncates()
     }
 
-    /// The same with tokens drawn from the whole distribution at temperature 1.
+    /// The same settings with the full distribution at temperature 1.
     pub(crate) fn exact(&self) -> Self {
         Self {
             precision: self.precision,

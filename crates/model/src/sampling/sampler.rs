@@ -1,60 +1,64 @@
-//! Continuous batching: a fixed number of slots, filled again as soon as completions end.
+//! Continuous batching: a fixed number of slots, refilled as soon as completions end.
 //!
-//! A prompt's completions share one reading of the prompt and hold neighbouring slots; policy and
-//! reference step together. Each completion draws from a stream of its own, seeded by its
-//! message, so that neither slots nor batches decide what is written.
+//! The completions of a request share one prefill of the prompt; policy and reference step together. Each completion
+//! has its own random stream, seeded by its request, so that results do not depend on slots or batching.
 
 use std::collections::VecDeque;
 
 use rayon::prelude::*;
 
-use super::{
-    CompletionWriter, Continuation, Finished, Groups, Precision, Request, SamplingSettings, Scratch,
+use crate::sampling::{
+    ActiveRequests, CompletionSampler, Finished, Precision, Request, Sampler, SamplingSettings,
+    Scratch, TokenLogits,
 };
 use crate::{
-    LanguageModel, ModelError,
     decode::{Decoder, Logits, Prefill},
+    error::ModelError,
+    transformer::LanguageModel,
 };
 
-/// A policy and its reference, writing.
-pub struct Sampler {
+/// Samples from the mixture of a policy and its reference with Agon's own decoder.
+pub struct MixtureSampler {
     policy: Decoder,
-    /// None: the policy is its own.
+    /// `None` when the policy is its own reference.
     reference: Option<Decoder>,
     settings: SamplingSettings,
-    /// The longest sequence of either model.
-    longest: usize,
-    slots: Vec<Option<Stream>>,
-    groups: Groups,
+    /// Maximum sequence length that both models support.
+    max_positions: usize,
+    slots: Vec<Option<ActiveCompletion>>,
+    requests: ActiveRequests,
     waiting: VecDeque<Request>,
 }
 
-/// Numbers of rows of logits that are worth a thread.
-const DRAWN: usize = 16 * 1024;
+/// Minimum number of logits per thread when tokens are sampled.
+const LOGITS_PER_THREAD: usize = 16 * 1024;
 
-/// What the models say of the tokens that come next, row by row.
-struct Both {
+/// Rows of next-token logits of the policy and the reference.
+struct MixtureLogits {
     policy: Logits,
     reference: Option<Logits>,
 }
 
-impl Both {
-    fn rows(&self, index: usize) -> (&[f32], &[f32]) {
+impl MixtureLogits {
+    fn row(&self, index: usize) -> TokenLogits<'_> {
         let reference = self.reference.as_ref().unwrap_or(&self.policy);
-        (self.policy.row(index), reference.row(index))
+        TokenLogits {
+            policy: self.policy.row(index),
+            reference: reference.row(index),
+        }
     }
 }
 
-/// One completion in the making.
-struct Stream {
+/// A completion in progress in a slot.
+struct ActiveCompletion {
     key: u64,
     index: usize,
-    continuation: Continuation,
+    sampler: CompletionSampler,
 }
 
-impl Sampler {
-    /// A sampler with so many slots, each with room for `capacity` tokens of prompt and completion. Without
-    /// a reference the policy is its own, and is asked once.
+impl MixtureSampler {
+    /// Creates a sampler with `slots` slots, each with room for `capacity` tokens of prompt and completion. Without a
+    /// reference the policy is its own, and each step runs one forward pass only.
     ///
     /// # Errors
     /// When the models' vocabularies differ or the device cannot hold the caches.
@@ -65,42 +69,42 @@ impl Sampler {
         slots: usize,
         capacity: usize,
     ) -> Result<Self, ModelError> {
-        let mut longest = policy.config().max_positions;
+        let mut max_positions = policy.config().max_positions;
         if let Some(reference) = &reference {
-            super::share_vocabulary(&policy, reference)?;
-            longest = longest.min(reference.config().max_positions);
+            crate::sampling::ensure_shared_vocabulary(&policy, reference)?;
+            max_positions = max_positions.min(reference.config().max_positions);
         }
         let decoder = |model| Decoder::new(model, settings.precision, slots, capacity);
         Ok(Self {
             policy: decoder(policy)?,
             reference: reference.map(decoder).transpose()?,
             settings,
-            longest,
+            max_positions,
             slots: (0..slots).map(|_| None).collect(),
-            groups: Groups::default(),
+            requests: ActiveRequests::default(),
             waiting: VecDeque::new(),
         })
     }
 
-    /// How many prompts are being answered or wait for slots.
+    /// Number of requests in progress or waiting for slots.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.groups.len() + self.waiting.len()
+        self.requests.len() + self.waiting.len()
     }
 
-    /// How many slots are free beyond those that waiting prompts will take.
+    /// Number of free slots, less those that waiting requests will occupy.
     #[must_use]
     pub fn free_slots(&self) -> usize {
-        let promised: usize = self.waiting.iter().map(|r| r.mixture_coefs.len()).sum();
+        let reserved: usize = self.waiting.iter().map(|r| r.mixture_coefs.len()).sum();
         self.slots
             .iter()
             .filter(|slot| slot.is_none())
             .count()
-            .saturating_sub(promised)
+            .saturating_sub(reserved)
     }
 
-    /// Reads as many waiting prompts as have free slots and writes their first tokens.
-    fn read_prompts(&mut self) -> Result<(), ModelError> {
+    /// Prefills as many waiting requests as fit the free slots and samples their first tokens.
+    fn admit_waiting(&mut self) -> Result<(), ModelError> {
         let mut free: VecDeque<usize> = (0..self.slots.len())
             .filter(|&s| self.slots[s].is_none())
             .collect();
@@ -128,91 +132,95 @@ impl Sampler {
         let logits = self.logits(|model| model.prefill(&prompts))?;
         let mut rows = Vec::new();
         for (row, (request, slots)) in admitted.iter().enumerate() {
-            self.groups.begin(request);
+            self.requests.begin(request);
             for (index, &slot) in slots.iter().enumerate() {
-                self.slots[slot] = Some(Stream::new(request, index));
+                self.slots[slot] = Some(ActiveCompletion::new(request, index));
                 rows.push((row, slot));
             }
         }
         rows.sort_unstable_by_key(|&(_, slot)| slot);
-        self.write(&rows, &logits)
+        self.sample(&rows, &logits)
     }
 
-    /// The logits of the policy, and of the reference where it is another model. Both are asked at once: what
-    /// one does on a single thread leaves the others to the other.
+    /// Runs `forward` on the policy and, if there is one, the reference, concurrently, so that one uses the threads
+    /// that the other's sequential parts leave idle.
     fn logits(
         &mut self,
         forward: impl Fn(&mut Decoder) -> Result<Logits, ModelError> + Sync,
-    ) -> Result<Both, ModelError> {
+    ) -> Result<MixtureLogits, ModelError> {
         let (policy, reference) = (&mut self.policy, self.reference.as_mut());
         let (policy, reference) =
             rayon::join(|| forward(policy), || reference.map(&forward).transpose());
-        Ok(Both {
+        Ok(MixtureLogits {
             policy: policy?,
             reference: reference?,
         })
     }
 
-    /// Draws the next token of streams: of each the row of its logits and its slot, slots ascending.
-    fn write(&mut self, rows: &[(usize, usize)], logits: &Both) -> Result<(), ModelError> {
+    /// Samples the next token of several slots, given as pairs of logits row and slot in ascending order of slots.
+    fn sample(
+        &mut self,
+        rows: &[(usize, usize)],
+        logits: &MixtureLogits,
+    ) -> Result<(), ModelError> {
         let mut rest = rows;
-        let mut streams = Vec::with_capacity(rows.len());
-        for (slot, stream) in self.slots.iter_mut().enumerate() {
-            if let (Some(stream), Some((&(row, _), later))) =
-                (stream, rest.split_first().filter(|(row, _)| row.1 == slot))
+        let mut completions = Vec::with_capacity(rows.len());
+        for (slot, active) in self.slots.iter_mut().enumerate() {
+            if let (Some(active), Some((&(row, _), later))) =
+                (active, rest.split_first().filter(|(row, _)| row.1 == slot))
             {
-                streams.push((row, &mut stream.continuation));
+                completions.push((row, &mut active.sampler));
                 rest = later;
             }
         }
         let (settings, stops) = (&self.settings, &self.policy.model().config().stops);
-        streams
+        completions
             .into_par_iter()
-            .with_min_len((DRAWN / logits.policy.width()).max(1))
-            .try_for_each_init(Scratch::default, |scratch, (row, continuation)| {
-                let drawn = continuation.write(logits.rows(row), settings, stops, scratch);
+            .with_min_len((LOGITS_PER_THREAD / logits.policy.width()).max(1))
+            .try_for_each_init(Scratch::default, |scratch, (row, sampler)| {
+                let drawn = sampler.sample(logits.row(row), settings, stops, scratch);
                 drawn.map(drop)
             })?;
         for &(_, slot) in rows {
-            self.end(slot);
+            self.release_if_ended(slot);
         }
         Ok(())
     }
 
-    /// Empties the slot if its completion has ended.
-    fn end(&mut self, slot: usize) {
-        let ended = self.slots[slot].take_if(|stream| stream.continuation.has_ended());
-        if let Some(stream) = ended {
-            let completion = stream.continuation.into_completion();
-            self.groups.end(stream.key, stream.index, completion);
+    /// Frees a slot whose completion has ended.
+    fn release_if_ended(&mut self, slot: usize) {
+        let ended = self.slots[slot].take_if(|active| active.sampler.has_ended());
+        if let Some(active) = ended {
+            let completion = active.sampler.into_completion();
+            self.requests.end(active.key, active.index, completion);
         }
     }
 }
 
-impl CompletionWriter for Sampler {
+impl Sampler for MixtureSampler {
     fn admit(&mut self, request: Request) -> Result<(), ModelError> {
-        request.fits(self.slots.len(), self.longest)?;
+        request.check_capacity(self.slots.len(), self.max_positions)?;
         self.waiting.push_back(request);
         Ok(())
     }
 
-    /// Reads waiting prompts into free slots, then writes one token of every completion.
+    /// Prefills waiting requests into free slots, then samples one token of every completion.
     fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
-        self.read_prompts()?;
-        let last = |stream: &Stream| stream.continuation.ids().last().copied();
+        self.admit_waiting()?;
+        let last = |active: &ActiveCompletion| active.sampler.ids().last().copied();
         let (slots, tokens): (Vec<usize>, Vec<u32>) = (0..self.slots.len())
             .filter_map(|slot| Some((slot, last(self.slots[slot].as_ref()?)?)))
             .unzip();
         if !slots.is_empty() {
             let logits = self.logits(|model| model.extend(&slots, &tokens))?;
             let rows: Vec<(usize, usize)> = slots.into_iter().enumerate().collect();
-            self.write(&rows, &logits)?;
+            self.sample(&rows, &logits)?;
         }
-        Ok(self.groups.take_finished())
+        Ok(self.requests.take_finished())
     }
 
     fn is_idle(&self) -> bool {
-        self.groups.is_empty() && self.waiting.is_empty()
+        self.requests.is_empty() && self.waiting.is_empty()
     }
 
     fn set_policy(
@@ -220,7 +228,7 @@ impl CompletionWriter for Sampler {
         policy: LanguageModel,
         precision: Precision,
     ) -> Result<(), ModelError> {
-        super::only_idle(self)?;
+        crate::sampling::ensure_idle(self)?;
         if let Some(reference) = &mut self.reference {
             reference.set_precision(precision)?;
         }
@@ -228,12 +236,12 @@ impl CompletionWriter for Sampler {
     }
 }
 
-impl Stream {
+impl ActiveCompletion {
     fn new(request: &Request, index: usize) -> Self {
         Self {
             key: request.key,
             index,
-            continuation: Continuation::new(request, index),
+            sampler: CompletionSampler::new(request, index),
         }
     }
 }
@@ -244,9 +252,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        Precision, Sequence,
         fixtures::tiny_model,
-        sampling::{log_softmax_at, mix},
+        ragged::Sequence,
+        sampling::{Precision, log_softmax_at, mix},
     };
 
     fn request(key: u64, ids: &[u32], mixture_coefs: &[f32], max_new_tokens: usize) -> Request {
@@ -261,9 +269,9 @@ mod tests {
         }
     }
 
-    fn sampler(policy: u64, reference: u64, slots: usize) -> Sampler {
+    fn sampler(policy: u64, reference: u64, slots: usize) -> MixtureSampler {
         let (policy, reference) = (tiny_model(9, policy), tiny_model(9, reference));
-        Sampler::new(
+        MixtureSampler::new(
             policy,
             Some(reference),
             SamplingSettings::plain(12),
@@ -273,7 +281,7 @@ mod tests {
         .unwrap()
     }
 
-    fn answers(mut sampler: Sampler, requests: &[Request]) -> Vec<Finished> {
+    fn sample_all(mut sampler: MixtureSampler, requests: &[Request]) -> Vec<Finished> {
         for request in requests {
             sampler.admit(request.clone()).unwrap();
         }
@@ -285,10 +293,10 @@ mod tests {
         finished
     }
 
-    /// The last `exact` completions are drawn at temperature 1 from the whole distribution, whatever the
-    /// settings: each token's behaviour log-probability is the policy's own.
+    /// The last `exact` completions are sampled from the full distribution at temperature 1, regardless of the
+    /// settings.
     #[test]
-    fn exact_completions_are_drawn_from_the_policy_itself() {
+    fn exact_completions_are_sampled_from_the_untempered_policy() {
         let mut altered = sampler(1, 2, 6);
         altered.settings.temperature = 0.5;
         altered.settings.top_k = 3;
@@ -304,25 +312,29 @@ mod tests {
             found.extend(altered.step().unwrap());
         }
         found.sort_by_key(|f| f.key);
-        let expected = answers(sampler(1, 2, 6), &plain);
+        let expected = sample_all(sampler(1, 2, 6), &plain);
         for (found, expected) in found.iter().zip(&expected) {
-            let [of_policy, _, exact] = &found.completions[..] else {
+            let [tempered, _, exact] = &found.completions[..] else {
                 panic!("three completions")
             };
             assert_eq!(
                 exact, &expected.completions[2],
-                "as a plain sampler writes it"
+                "equal to a plain sampler's"
             );
-            assert_ne!(of_policy.behaviour_logp, of_policy.logp);
+            assert_ne!(tempered.behaviour_logp, tempered.logp);
         }
     }
 
-    fn scored(model: &LanguageModel, prompt: &[u32], completion: &Completion) -> Vec<f32> {
+    fn uncached_logprobs(
+        model: &LanguageModel,
+        prompt: &[u32],
+        completion: &Completion,
+    ) -> Vec<f32> {
         let sequence = Sequence {
             prompt,
             completion: &completion.ids,
         };
-        model.score(&[sequence]).unwrap().logp.to_vec1().unwrap()
+        model.logprobs(&[sequence]).unwrap().logp.to_vec1().unwrap()
     }
 
     fn close(found: &[f32], expected: &[f32]) {
@@ -333,20 +345,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_recorded_is_what_the_uncached_models_say() {
+    fn recorded_logprobs_match_the_uncached_models() {
         let requests: Vec<Request> = (0..6)
             .map(|key| request(key, &[0, 2, 3 + key as u32 % 5], &[0.25, 0.25, 1.0], 12))
             .collect();
-        for finished in answers(sampler(1, 2, 7), &requests) {
+        for finished in sample_all(sampler(1, 2, 7), &requests) {
             let prompt = &requests[finished.key as usize].ids;
             for completion in &finished.completions {
                 close(
                     &completion.logp,
-                    &scored(&tiny_model(9, 1), prompt, completion),
+                    &uncached_logprobs(&tiny_model(9, 1), prompt, completion),
                 );
                 close(
                     &completion.ref_logp,
-                    &scored(&tiny_model(9, 2), prompt, completion),
+                    &uncached_logprobs(&tiny_model(9, 2), prompt, completion),
                 );
                 assert!(completion.is_sound());
                 let ended = completion.ids.last() == Some(&1);
@@ -362,11 +374,11 @@ mod tests {
     }
 
     #[test]
-    fn the_ends_of_the_mixture_are_the_policy_and_the_reference() {
+    fn mixture_coefficients_0_and_1_are_the_policy_and_the_reference() {
         let requests: Vec<Request> = (0..8)
             .map(|key| request(key, &[0, 4], &[0.0, 1.0], 12))
             .collect();
-        for finished in answers(sampler(1, 2, 16), &requests) {
+        for finished in sample_all(sampler(1, 2, 16), &requests) {
             let [policy, reference] = &finished.completions[..] else {
                 panic!("two completions")
             };
@@ -380,9 +392,10 @@ mod tests {
                     .any(|(a, b)| (a - b).abs() > 1e-2)
             );
         }
-        // The same seed gives the reference's completion whatever the policy is, and the other way round.
+        // With the same seed the reference's completion does not depend on the policy, nor the policy's on the
+        // reference.
         let ids = |policy, reference, m: f32| {
-            let finished = answers(
+            let finished = sample_all(
                 sampler(policy, reference, 4),
                 &[request(3, &[0, 4], &[m], 12)],
             );
@@ -394,22 +407,22 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_depends_on_its_seed_not_on_its_slot_or_its_company() {
+    fn a_completion_depends_on_its_seed_only() {
         let requests: Vec<Request> = (0..9)
             .map(|key| request(key, &[0, 2 + key as u32 % 6], &[0.5, 0.5], 12))
             .collect();
-        let crowded = answers(sampler(1, 2, 18), &requests);
-        let cramped = answers(sampler(1, 2, 4), &requests);
+        let wide = sample_all(sampler(1, 2, 18), &requests);
+        let narrow = sample_all(sampler(1, 2, 4), &requests);
         let reversed: Vec<Request> = requests.iter().rev().cloned().collect();
-        let backwards = answers(sampler(1, 2, 7), &reversed);
+        let backward = sample_all(sampler(1, 2, 7), &reversed);
         let ids = |finished: &[Finished]| -> Vec<Vec<u32>> {
             finished
                 .iter()
                 .flat_map(|f| f.completions.iter().map(|c| c.ids.clone()))
                 .collect()
         };
-        assert_eq!(ids(&crowded), ids(&cramped));
-        assert_eq!(ids(&crowded), ids(&backwards));
+        assert_eq!(ids(&wide), ids(&narrow));
+        assert_eq!(ids(&wide), ids(&backward));
     }
 
     #[test]
@@ -423,9 +436,9 @@ mod tests {
             };
             decoder.prefill(&[prompt]).unwrap().row(0).to_vec()
         };
-        let mut room = Vec::new();
+        let mut buffer = Vec::new();
         let (policy, reference) = (logits(&policy), logits(&reference));
-        let mixed = mix(&policy, &reference, m, &mut room);
+        let mixed = mix(&policy, &reference, m, &mut buffer);
         let expected: Vec<f64> = (0..9)
             .map(|id| f64::from(log_softmax_at(mixed, id)).exp())
             .collect();
@@ -434,7 +447,7 @@ mod tests {
             .map(|key| request(key, &[0, 5], &[m; 40], 1))
             .collect();
         let mut counts = [0f64; 9];
-        for finished in answers(sampler(1, 2, 80), &requests) {
+        for finished in sample_all(sampler(1, 2, 80), &requests) {
             finished
                 .completions
                 .iter()
@@ -445,7 +458,7 @@ mod tests {
             .zip(&expected)
             .map(|(n, p)| (n - p * draws as f64).powi(2) / (p * draws as f64));
         let chi_square: f64 = squares.sum();
-        // 8 degrees of freedom: 26.1 is passed once in a thousand; the seed is fixed.
+        // 8 degrees of freedom: the 99.9th percentile is 26.1; the seed is fixed.
         assert!(
             chi_square < 26.1,
             "{chi_square}: {counts:?} against {expected:?}"
@@ -453,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_answered_is_refused_and_a_busy_sampler_keeps_its_policy() {
+    fn invalid_requests_are_refused_and_a_busy_sampler_keeps_its_policy() {
         let mut sampler = sampler(1, 2, 4);
         for bad in [
             request(0, &[0], &[], 4),

@@ -1,4 +1,4 @@
-//! What earlier rounds of a run left behind, for one that goes on.
+//! Finished APO rounds of a run, read from disk on resume.
 
 use std::{
     fs,
@@ -7,28 +7,28 @@ use std::{
 
 use messages::WeightsVersion;
 
-use super::RoundReport;
-use crate::PreferenceError;
+use crate::apo::RoundReport;
+use crate::error::PreferenceError;
 
-/// The file of reports: one line a round.
+/// File of round reports, one JSON line per round.
 pub(super) const ROUNDS: &str = "rounds.jsonl";
 
-/// The rounds of a run up to a step of its learner.
+/// APO rounds of a run up to a learner step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct History {
-    /// Every round, oldest first.
+    /// All rounds, oldest first.
     pub rounds: Vec<RoundReport>,
     directory: PathBuf,
 }
 
 impl History {
-    /// Reads the rounds in `directory` of a run whose session began at `since`: those of this session, and
-    /// of earlier ones those played up to there. Others are forgotten: a run that went back plays them
-    /// again.
+    /// Reads the rounds in `directory` of a run whose session began at `since`: those of this session, and those of
+    /// earlier sessions up to that step. Other rounds are deleted from the file: a run that was rolled back repeats
+    /// them.
     ///
     /// # Errors
-    /// When the file of reports cannot be read or is torn.
-    pub fn take_up(directory: &Path, since: WeightsVersion) -> Result<Self, PreferenceError> {
+    /// When the file of reports cannot be read, parsed or rewritten.
+    pub fn load(directory: &Path, since: WeightsVersion) -> Result<Self, PreferenceError> {
         let path = directory.join(ROUNDS);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
@@ -38,7 +38,7 @@ impl History {
         let mut rounds = Vec::new();
         for (line, text) in (1..).zip(text.lines()) {
             let round: RoundReport =
-                serde_json::from_str(text).map_err(|error| PreferenceError::Torn {
+                serde_json::from_str(text).map_err(|error| PreferenceError::MalformedRound {
                     path: path.clone(),
                     line,
                     reason: error.to_string(),
@@ -58,14 +58,14 @@ impl History {
         })
     }
 
-    /// The folder of the model that judges after them; `None` when it is still the initial one.
+    /// Folder of the current judge's model; `None` when it is the initial model.
     #[must_use]
     pub fn model(&self) -> Option<PathBuf> {
-        let round = self.judging_round();
+        let round = self.active_round();
         (round > 0).then(|| folder(&self.directory, round))
     }
 
-    /// The last round and the weights whose samples it was played on; `None` when none was played.
+    /// Number of the last round and the weights that sampled for it; `None` when there is none.
     #[must_use]
     pub fn last(&self) -> Option<(u64, WeightsVersion)> {
         self.rounds
@@ -73,9 +73,9 @@ impl History {
             .map(|round| (round.round, round.version()))
     }
 
-    /// The number of the round whose model judges; 0 when it is the initial one.
+    /// Number of the round whose model is the current judge; 0 when it is the initial model.
     #[must_use]
-    pub fn judging_round(&self) -> u64 {
+    pub fn active_round(&self) -> u64 {
         let accepted = self
             .rounds
             .iter()
@@ -85,7 +85,7 @@ impl History {
     }
 }
 
-/// Where the model of a round lies.
+/// Folder of the model of a round.
 pub(super) fn folder(directory: &Path, round: u64) -> PathBuf {
     directory.join(format!("round_{round}"))
 }

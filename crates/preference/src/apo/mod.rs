@@ -1,120 +1,122 @@
-//! Adversarial preference optimisation (Cheng et al. 2311.08045): the preference model plays too.
+//! Adversarial preference optimisation, APO (Cheng et al. 2311.08045).
 //!
-//! A round begins when the policy's own samples of as many prompts as the settings ask for have come. A
-//! model is fitted anew, from the trunk that every model of the run starts from: it is to put golden
-//! answers above the samples while it stays faithful to the annotated pairs. It is measured, refused if it
-//! is inaccurate or badly calibrated on held-out pairs, and else handed out, to judge from then on. Nobody
-//! waits for it meanwhile; who judges, and when labels are given, is the service's affair.
+//! A round starts when the policy's samples of the configured number of prompts are collected. A preference model is
+//! trained from the backbone that every model of the run starts from, to prefer golden answers to the samples and to
+//! fit the annotated pairs. It is rejected if it is inaccurate or badly calibrated on held-out pairs, and else becomes
+//! the judge. Training runs on its own thread.
+//! Does not know what installs the model, or when labels are given.
 
 mod history;
-mod player;
 mod round;
+mod runner;
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, thread};
 
-use messages::{Pair, Probability, PromptId, Seed, WeightsVersion};
+use messages::{Pair, PromptId, Seed, WeightsVersion};
 use model::{LanguageModel, ModelFolder, RewardModel};
 use settings::{ApoSettings, FitSettings};
 use tokio::sync::oneshot;
 
-use crate::fit::{Contest, Example};
-use crate::labelling::couples;
-use crate::{Comparison, Judge, PreferenceError, Verdict};
+use crate::error::PreferenceError;
+use crate::judge::{Comparison, Judge, Verdict};
+use crate::labelling::completion_pairs;
+use crate::reward_training::{AdversarialExample, PreferenceExample};
 
 pub use history::History;
-pub use player::{Player, Seats};
-use round::Round;
-pub use round::{PolicySamples, Quality, RoundReport, Share};
+use round::ApoRound;
+pub use round::{BeforeAfter, PolicySampleQuality, Quality, RoundReport};
+pub(crate) use runner::next_model;
+pub use runner::{ApoRunner, ReplicaFactory};
 
-/// What the game is made of.
-pub struct GameParts {
-    /// How it is played.
+/// Dependencies of [`Apo`].
+pub struct ApoParts {
+    /// Settings of APO.
     pub settings: ApoSettings,
-    /// How a model is fitted.
+    /// Settings of preference model training.
     pub fit: FitSettings,
-    /// What every model is fitted from.
-    pub trunk: LanguageModel,
-    /// The trunk's folder: its shape and tokenizer go into every model's own.
+    /// Backbone that every model is trained from.
+    pub backbone: LanguageModel,
+    /// Folder of the backbone; its configuration and tokenizer are copied into every model's folder.
     pub folder: ModelFolder,
-    /// The model that judged first.
+    /// The first judge of the run.
     pub initial: RewardModel,
-    /// The model that judges now.
+    /// The current judge.
     pub current: RewardModel,
-    /// The last round that was played, and the weights whose samples it was played on.
+    /// Number of the last finished round, and the weights that sampled for it.
     pub last: Option<(u64, WeightsVersion)>,
-    /// Annotated pairs to fit to.
-    pub annotated: Vec<Example>,
-    /// Annotated pairs to measure on.
-    pub held_out: Vec<Example>,
-    /// Who knows the true preference between two samples, in a world that has one.
+    /// Annotated pairs for training.
+    pub annotated: Vec<PreferenceExample>,
+    /// Annotated pairs for evaluation.
+    pub held_out: Vec<PreferenceExample>,
+    /// Judge with the true preference between two samples, where it is known.
     pub gold: Option<Box<dyn Judge>>,
-    /// Where models and reports are written: `round_N/` and `rounds.jsonl`.
+    /// Output directory: `round_N/` with the models, and `rounds.jsonl` with the reports.
     pub directory: PathBuf,
-    /// The seed of heads and orders.
+    /// Seed of fresh heads and of the data order.
     pub seed: Seed,
 }
 
-/// The game, from the preference service's side.
-pub struct Game {
+/// Collects samples and trains one preference model per round.
+pub struct Apo {
     gold: Option<Box<dyn Judge>>,
-    wanted: usize,
-    collected: Vec<Collected>,
+    collected: Vec<CollectedSamples>,
     without_golden: usize,
-    /// The prompts of the round that is being collected.
+    /// Prompts of the round that is being collected.
     prompts: BTreeSet<PromptId>,
+    /// Number of the last round that was started.
     round: u64,
-    /// The weights of the last round.
+    /// Weights that sampled for that round.
     last: Option<WeightsVersion>,
-    fixed: Arc<Fixed>,
+    context: Arc<ApoContext>,
     current: RewardModel,
-    fitting: Option<oneshot::Receiver<Result<Outcome, PreferenceError>>>,
+    training: Option<oneshot::Receiver<Result<RoundOutcome, PreferenceError>>>,
 }
 
-/// What stays the same from round to round.
-struct Fixed {
+/// What all rounds share.
+struct ApoContext {
     settings: ApoSettings,
     fit: FitSettings,
-    trunk: LanguageModel,
+    backbone: LanguageModel,
     folder: ModelFolder,
     initial: RewardModel,
-    annotated: Vec<Example>,
-    held_out: Vec<Example>,
+    annotated: Vec<PreferenceExample>,
+    held_out: Vec<PreferenceExample>,
     directory: PathBuf,
     seed: Seed,
 }
 
-/// The policy's samples of one prompt, with what the world says of them.
-struct Collected {
-    contest: Contest,
-    known: Vec<Example>,
+/// The policy's samples of one prompt.
+struct CollectedSamples {
+    adversarial_example: AdversarialExample,
+    /// Every two samples with their gold label.
+    gold_examples: Vec<PreferenceExample>,
 }
 
-/// How a round ended.
-pub struct Outcome {
-    /// What was found.
+/// Result of a round.
+pub struct RoundOutcome {
+    /// Measurements of the round.
     pub report: RoundReport,
-    /// The new model, unless it was refused.
+    /// The new model; `None` if it was rejected.
     pub model: Option<RewardModel>,
 }
 
-impl Game {
-    /// A game before its next round.
+impl Apo {
+    /// APO before its next round.
     #[must_use]
-    pub fn new(parts: GameParts) -> Self {
+    pub fn new(parts: ApoParts) -> Self {
         Self {
             gold: parts.gold,
-            wanted: parts.settings.prompts,
             collected: Vec::new(),
             without_golden: 0,
             prompts: BTreeSet::new(),
             round: parts.last.map_or(0, |(round, _)| round),
             last: parts.last.map(|(_, version)| version),
             current: parts.current,
-            fitting: None,
-            fixed: Arc::new(Fixed {
+            training: None,
+            context: Arc::new(ApoContext {
                 settings: parts.settings,
                 fit: parts.fit,
-                trunk: parts.trunk,
+                backbone: parts.backbone,
                 folder: parts.folder,
                 initial: parts.initial,
                 annotated: parts.annotated,
@@ -125,65 +127,70 @@ impl Game {
         }
     }
 
-    /// Whether labels wait while a model is fitted.
+    /// Whether labelling waits while a model is trained.
     #[must_use]
-    pub fn holds_labels(&self) -> bool {
-        self.fixed.settings.wait
+    pub fn waits_for_training(&self) -> bool {
+        self.context.settings.wait
     }
 
-    /// Whether a model is being fitted.
+    /// Whether a model is being trained.
     #[must_use]
-    pub fn is_fitting(&self) -> bool {
-        self.fitting.is_some()
+    pub fn is_training(&self) -> bool {
+        self.training.is_some()
     }
 
-    /// Takes the policy's samples of one prompt; with the last of a round, fitting begins. A prompt
-    /// without a golden answer counts toward the round, is told of once, and takes no part. Samples that
-    /// were taken before, or are of a round that was played, are passed over.
-    ///
-    /// Says whether fitting has begun.
+    /// Adds the policy's samples of one prompt; the last prompt of a round starts training. A prompt without a golden
+    /// answer counts toward the round but adds no example. Duplicates, and samples of a finished round, are
+    /// ignored. Returns whether training has started.
     ///
     /// # Errors
-    /// When the thread that fits cannot be started.
-    pub fn take(&mut self, pair: &Pair) -> Result<bool, PreferenceError> {
-        let is_played = self.last.is_some_and(|last| pair.prompt.version <= last);
-        if is_played || !self.prompts.insert(pair.id()) {
+    /// When the training thread cannot be started.
+    pub fn collect_samples(&mut self, pair: &Pair) -> Result<bool, PreferenceError> {
+        let is_finished = self.last.is_some_and(|last| pair.prompt.version <= last);
+        if is_finished || !self.prompts.insert(pair.id()) {
             return Ok(false);
         }
         match &pair.prompt.golden {
             Some(golden) => {
-                let known = self.known(pair);
-                let contest = Contest {
+                let gold_examples = self.gold_examples(pair);
+                let adversarial_example = AdversarialExample {
                     prompt: pair.prompt.ids.clone(),
                     golden: golden.clone(),
                     samples: pair.completions.iter().map(|c| c.ids.clone()).collect(),
                 };
-                self.collected.push(Collected { contest, known });
+                self.collected.push(CollectedSamples {
+                    adversarial_example,
+                    gold_examples,
+                });
             }
             None => {
                 if self.without_golden == 0 {
                     tracing::warn!(
                         prompt = pair.id().0,
-                        "a prompt of the game has no golden answer and takes no part; see prompts.golden_column"
+                        "a prompt of the APO round has no golden answer and is skipped; see prompts.golden_column"
                     );
                 }
                 self.without_golden += 1;
             }
         }
-        let begins = self.collected.len() + self.without_golden >= self.wanted;
-        if begins {
-            self.begin(pair.prompt.version)?;
+        let prompts = self.collected.len() + self.without_golden;
+        let round_complete = prompts >= self.context.settings.prompts;
+        if round_complete {
+            self.start_round(pair.prompt.version)?;
         }
-        Ok(begins)
+        Ok(round_complete)
     }
 
-    /// The end of the round that is being fitted; never, when none is.
-    pub async fn outcome(&mut self) -> Result<Outcome, PreferenceError> {
-        let Some(fitting) = &mut self.fitting else {
+    /// Waits for the end of the round in training; pending forever when there is none. Cancel-safe.
+    ///
+    /// # Errors
+    /// When training failed.
+    pub async fn outcome(&mut self) -> Result<RoundOutcome, PreferenceError> {
+        let Some(training) = &mut self.training else {
             return std::future::pending().await;
         };
-        let outcome = fitting.await.unwrap_or(Err(PreferenceError::FitPanicked));
-        self.fitting = None;
+        let outcome = training.await.unwrap_or(Err(PreferenceError::FitPanicked));
+        self.training = None;
         let outcome = outcome?;
         if let Some(model) = &outcome.model {
             self.current = model.clone();
@@ -191,77 +198,72 @@ impl Game {
         Ok(outcome)
     }
 
-    /// Every two samples of a prompt with the true preference between them.
-    fn known(&mut self, pair: &Pair) -> Vec<Example> {
+    /// Every two samples of a prompt with the gold preference between them; empty without a gold judge.
+    fn gold_examples(&mut self, pair: &Pair) -> Vec<PreferenceExample> {
         let Some(gold) = &mut self.gold else {
             return Vec::new();
         };
-        let completions = &pair.completions;
-        let couples: Vec<_> = couples(pair)
-            .map(|(i, j)| (usize::from(i), usize::from(j)))
-            .collect();
-        let comparison = |&(i, j): &(usize, usize)| Comparison {
+        let comparison = |(first, second)| Comparison {
             prompt: &pair.prompt,
-            first: &completions[i],
-            second: &completions[j],
+            first: &pair.completions[usize::from(first)],
+            second: &pair.completions[usize::from(second)],
         };
-        let asked: Vec<_> = couples.iter().map(comparison).collect();
-        let Ok(verdicts) = gold.judge(&asked) else {
+        let comparisons: Vec<_> = completion_pairs(pair).map(comparison).collect();
+        let Ok(verdicts) = gold.judge(&comparisons) else {
             return Vec::new();
         };
-        let example = |((i, j), p): ((usize, usize), Probability)| Example {
-            prompt: pair.prompt.ids.clone(),
-            first: completions[i].ids.clone(),
-            second: completions[j].ids.clone(),
-            label: p.get(),
+        let example = |(comparison, verdict): (Comparison<'_>, Verdict)| match verdict {
+            Verdict::Preference(p) => Some(PreferenceExample {
+                prompt: comparison.prompt.ids.clone(),
+                first: comparison.first.ids.clone(),
+                second: comparison.second.ids.clone(),
+                label: p.get(),
+            }),
+            Verdict::Abstained { .. } => None,
         };
-        let answered = couples
-            .into_iter()
-            .zip(verdicts)
-            .filter_map(|(couple, verdict)| match verdict {
-                Verdict::Preference(p) => Some((couple, p)),
-                Verdict::Abstained { .. } => None,
-            });
-        answered.map(example).collect()
+        let judged = comparisons.into_iter().zip(verdicts);
+        judged.filter_map(example).collect()
     }
 
-    /// Starts a round on what was collected. A round that comes while the one before is still fitted
-    /// takes its place: its samples are newer.
-    fn begin(&mut self, version: WeightsVersion) -> Result<(), PreferenceError> {
+    /// Starts a round on the collected samples. It supersedes a round that is still in training: its samples are
+    /// newer.
+    fn start_round(&mut self, version: WeightsVersion) -> Result<(), PreferenceError> {
         self.round += 1;
         self.last = Some(version);
         self.prompts.clear();
         let collected = std::mem::take(&mut self.collected);
-        let (contests, known): (Vec<_>, Vec<_>) =
-            collected.into_iter().map(|c| (c.contest, c.known)).unzip();
-        let round = Round {
+        let (adversarial, gold_examples): (Vec<_>, Vec<_>) = collected
+            .into_iter()
+            .map(|c| (c.adversarial_example, c.gold_examples))
+            .unzip();
+        let round = ApoRound {
             number: self.round,
             version,
-            contests,
-            known: known.concat(),
+            adversarial,
+            gold_examples: gold_examples.concat(),
             without_golden: std::mem::take(&mut self.without_golden),
-            before: self.current.clone(),
-            fixed: Arc::clone(&self.fixed),
+            current: self.current.clone(),
+            context: Arc::clone(&self.context),
         };
-        let (reply, fitting) = oneshot::channel();
+        let (reply, training) = oneshot::channel();
         tracing::info!(
             round = self.round,
             step = version.step,
-            "fitting a preference model on the policy's samples"
+            "training a preference model on the policy's samples"
         );
         thread::Builder::new()
             .name("preference-fit".into())
             .spawn(move || {
-                // A round that nobody waits for any more has lost to a newer one.
-                let play = round.play(&|| reply.is_closed());
-                drop(reply.send(play));
+                // The receiver of a superseded round is closed.
+                let outcome = round.run(&|| reply.is_closed());
+                drop(reply.send(outcome));
             })
             .map_err(|source| PreferenceError::Thread {
                 thread: "preference-fit".into(),
-                judge: "preference model in the making".into(),
+                judge: "preference model in training".into(),
                 source,
             })?;
-        self.fitting = Some(fitting);
+        self.training = Some(training);
         Ok(())
     }
 }

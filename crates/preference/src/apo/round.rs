@@ -1,4 +1,4 @@
-//! One round: fit, measure, accept or refuse, write down.
+//! One APO round: train, measure, accept or reject, write.
 
 use std::{
     fs::{self, OpenOptions},
@@ -13,157 +13,163 @@ use model::RewardModel;
 use serde::{Deserialize, Serialize};
 use telemetry::{Measurements, publish};
 
-use super::{
-    Fixed, Outcome,
-    history::{ROUNDS, folder},
+use crate::apo::history::{ROUNDS, folder};
+use crate::apo::{ApoContext, RoundOutcome};
+use crate::calibration::Calibration;
+use crate::error::PreferenceError;
+use crate::reward_training::{
+    AdversarialExample, PreferenceExample, StepMetrics, TrainingData, calibrate, fit, predict,
 };
-use crate::fit::{Contest, Example, FitStep, Material, calibrate, fit, judge};
-use crate::{Calibration, PreferenceError};
 
-/// A round's material and the model it starts against.
-pub(super) struct Round {
+/// Data of a round and the model that it competes with.
+pub(super) struct ApoRound {
     pub(super) number: u64,
     pub(super) version: WeightsVersion,
-    pub(super) contests: Vec<Contest>,
-    /// Every two samples of a prompt, where the true preference is known.
-    pub(super) known: Vec<Example>,
+    pub(super) adversarial: Vec<AdversarialExample>,
+    /// Every two samples of a prompt with their gold label; empty where it is not known.
+    pub(super) gold_examples: Vec<PreferenceExample>,
     pub(super) without_golden: usize,
-    pub(super) before: RewardModel,
-    pub(super) fixed: Arc<Fixed>,
+    /// The judge so far.
+    pub(super) current: RewardModel,
+    pub(super) context: Arc<ApoContext>,
 }
 
-/// What a round found: one line of `rounds.jsonl`.
+/// Measurements of a round: one line of `rounds.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RoundReport {
-    /// Its number, from 1.
+    /// Number of the round, from 1.
     pub round: u64,
-    /// The session of the run in which it was played.
+    /// Session of the run that ran the round.
     pub session: u64,
-    /// The learner step whose policy gave the samples.
+    /// Learner step whose policy gave the samples.
     pub step: u64,
-    /// Golden answers against samples: the rows of the game's term.
+    /// Golden answer against sample: rows of the adversarial loss.
     pub pairs: usize,
-    /// Prompts that had no golden answer.
+    /// Prompts without a golden answer.
     pub without_golden: usize,
-    /// The annotated pairs' loss at the last step; `None` where they took no part.
+    /// Loss on annotated pairs at the last step; `None` when they are not trained on.
     pub annotated_loss: Option<f64>,
-    /// The golden answers' loss at the last step.
+    /// Adversarial loss at the last step.
     pub golden_loss: Option<f64>,
     /// Accuracy and calibration on held-out annotated pairs, before and after.
-    pub held_out: Share<Quality>,
-    /// How often the golden answer is preferred to the policy's sample, before and after.
-    pub golden_wins: Share<f64>,
-    /// The mean |p after − p before| on the held-out pairs.
+    pub held_out: BeforeAfter<Quality>,
+    /// Rate at which the golden answer is preferred to the policy's sample, before and after.
+    pub golden_wins: BeforeAfter<f64>,
+    /// Mean |p after − p before| on the held-out pairs.
     pub drift: f64,
-    /// On two samples of the policy, against the true preference, where a world has one.
-    pub policy: Option<PolicySamples>,
-    /// Why the model was refused; `None` when it judges from now on.
+    /// Quality on pairs of the policy's samples against the gold preference, where it is known.
+    pub policy: Option<PolicySampleQuality>,
+    /// Reason the model was rejected; `None` when it becomes the judge.
     pub refused: Option<String>,
-    /// Seconds the round took.
+    /// Duration of the round, in seconds.
     pub seconds: f64,
 }
 
-/// A number of the model that judged before and of the new one.
+/// A measurement of the previous judge and of the new model.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Share<T> {
-    /// Of the model that judged until now.
+pub struct BeforeAfter<T> {
+    /// Of the previous judge.
     pub before: T,
-    /// Of the new one.
+    /// Of the new model.
     pub after: T,
 }
 
-/// Two numbers of a [`Calibration`].
+/// Summary of a [`Calibration`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
-    /// Its accuracy.
+    /// Accuracy.
     pub accuracy: f64,
-    /// Its calibration error.
+    /// Expected calibration error.
     pub ece: f64,
-    /// Its Brier score.
+    /// Brier score.
     pub brier: f64,
 }
 
-/// How three models do on the current policy's samples.
+/// Quality of three models on the current policy's samples.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct PolicySamples {
-    /// The model of the start, which was never fitted again.
+pub struct PolicySampleQuality {
+    /// The first judge of the run.
     pub initial: Quality,
-    /// The model that judged until now.
+    /// The previous judge.
     pub before: Quality,
-    /// The new one.
+    /// The new model.
     pub after: Quality,
 }
 
-impl Round {
-    /// Plays the round; ends early when `stopped` turns true.
-    pub(super) fn play(self, stopped: &dyn Fn() -> bool) -> Result<Outcome, PreferenceError> {
-        let before = Instant::now();
-        let Fixed {
-            settings, fit: how, ..
-        } = &*self.fixed;
-        let material = Material {
-            examples: &self.fixed.annotated,
-            contests: &self.contests,
-            apo: settings,
+impl ApoRound {
+    /// Runs the round; ends early when `cancelled` turns true.
+    pub(super) fn run(self, cancelled: &dyn Fn() -> bool) -> Result<RoundOutcome, PreferenceError> {
+        let start = Instant::now();
+        let context = &self.context;
+        let data = TrainingData {
+            examples: &context.annotated,
+            adversarial: &self.adversarial,
+            apo: &context.settings,
         };
         let mut last = None;
-        // Every round has an order of its own and the same head to start from.
-        let model = fit(&self.fixed.trunk, how, material, self.fixed.seed, |step| {
-            last = Some(step);
-            !stopped()
-        })?;
+        // All rounds share the seed: the same initial head and the same order of annotated pairs.
+        let model = fit(
+            &context.backbone,
+            &context.fit,
+            data,
+            context.seed,
+            |step| {
+                last = Some(step);
+                !cancelled()
+            },
+        )?;
         let mut report = self.report(&model, last)?;
-        report.seconds = before.elapsed().as_secs_f64();
+        report.seconds = start.elapsed().as_secs_f64();
         self.write(&model, &report)?;
-        self.tell(&report);
+        self.publish(&report);
         let model = report.refused.is_none().then_some(model);
-        Ok(Outcome { report, model })
+        Ok(RoundOutcome { report, model })
     }
 
     fn report(
         &self,
         model: &RewardModel,
-        last: Option<FitStep>,
+        last: Option<StepMetrics>,
     ) -> Result<RoundReport, PreferenceError> {
-        let held_out = &self.fixed.held_out;
-        let of = |model: &RewardModel, examples: &[Example]| {
+        let held_out = &self.context.held_out;
+        let quality = |model: &RewardModel, examples: &[PreferenceExample]| {
             Ok::<_, PreferenceError>(Quality::of(calibrate(model, examples)?))
         };
-        let held_out_quality = Share {
-            before: of(&self.before, held_out)?,
-            after: of(model, held_out)?,
+        let held_out_quality = BeforeAfter {
+            before: quality(&self.current, held_out)?,
+            after: quality(model, held_out)?,
         };
-        let policy = if self.known.is_empty() {
+        let policy = if self.gold_examples.is_empty() {
             None
         } else {
-            Some(PolicySamples {
-                initial: of(&self.fixed.initial, &self.known)?,
-                before: of(&self.before, &self.known)?,
-                after: of(model, &self.known)?,
+            Some(PolicySampleQuality {
+                initial: quality(&self.context.initial, &self.gold_examples)?,
+                before: quality(&self.current, &self.gold_examples)?,
+                after: quality(model, &self.gold_examples)?,
             })
         };
         Ok(RoundReport {
             round: self.number,
             session: self.version.session,
             step: self.version.step,
-            pairs: self.contests.iter().map(|c| c.samples.len()).sum(),
+            pairs: self.adversarial.iter().map(|c| c.samples.len()).sum(),
             without_golden: self.without_golden,
             annotated_loss: last.and_then(|step| step.annotated),
             golden_loss: last.and_then(|step| step.golden),
-            golden_wins: Share {
-                before: golden_wins(&self.before, &self.contests)?,
-                after: golden_wins(model, &self.contests)?,
+            golden_wins: BeforeAfter {
+                before: golden_wins(&self.current, &self.adversarial)?,
+                after: golden_wins(model, &self.adversarial)?,
             },
-            drift: drift(&self.before, model, held_out)?,
-            refused: self.refusal(held_out_quality.after),
+            drift: drift(&self.current, model, held_out)?,
+            refused: self.rejection(held_out_quality.after),
             held_out: held_out_quality,
             policy,
             seconds: 0.0,
         })
     }
 
-    fn refusal(&self, quality: Quality) -> Option<String> {
-        let settings = &self.fixed.settings;
+    fn rejection(&self, quality: Quality) -> Option<String> {
+        let settings = &self.context.settings;
         if quality.accuracy < settings.min_accuracy {
             return Some(format!(
                 "its accuracy on held-out pairs is {:.3}, below preference.apo.min_accuracy = {}",
@@ -178,31 +184,31 @@ impl Round {
         })
     }
 
-    /// Leaves `round_N/`, the model as a folder, whole or not at all, and a line in `rounds.jsonl`.
+    /// Writes the model to `round_N/`, atomically, and appends the report to `rounds.jsonl`.
     fn write(&self, model: &RewardModel, report: &RoundReport) -> Result<(), PreferenceError> {
-        let directory = &self.fixed.directory;
-        let to = folder(directory, self.number);
-        let aside = directory.join(format!(".round_{}", self.number));
+        let directory = &self.context.directory;
+        let path = folder(directory, self.number);
+        let tmp_path = directory.join(format!(".round_{}", self.number));
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| PreferenceError::Unwritable { path, source }
         };
-        for old in [&aside, &to] {
+        for old in [&tmp_path, &path] {
             if old.exists() {
                 fs::remove_dir_all(old).map_err(failed(old))?;
             }
         }
-        fs::create_dir_all(&aside).map_err(failed(&aside))?;
-        model.save(&aside, &self.fixed.folder)?;
-        fs::rename(&aside, &to).map_err(failed(&to))?;
-        let lines = directory.join(ROUNDS);
+        fs::create_dir_all(&tmp_path).map_err(failed(&tmp_path))?;
+        model.save(&tmp_path, &self.context.folder)?;
+        fs::rename(&tmp_path, &path).map_err(failed(&path))?;
+        let reports = directory.join(ROUNDS);
         let line = report.line();
-        let file = OpenOptions::new().create(true).append(true).open(&lines);
+        let file = OpenOptions::new().create(true).append(true).open(&reports);
         file.and_then(|mut file| writeln!(file, "{line}"))
-            .map_err(failed(&lines))
+            .map_err(failed(&reports))
     }
 
-    fn tell(&self, report: &RoundReport) {
+    fn publish(&self, report: &RoundReport) {
         let mut m = Measurements::new();
         m.set("apo/round", report.round as f64);
         m.set("apo/pairs", report.pairs as f64);
@@ -223,13 +229,13 @@ impl Round {
             ),
             seconds = format!("{:.1}", report.seconds),
             refused = report.refused.as_deref().unwrap_or("no"),
-            "a round of the game"
+            "APO round finished"
         );
     }
 }
 
 impl RoundReport {
-    /// The weights whose samples it was played on.
+    /// Weights of the policy that gave the samples.
     pub(crate) fn version(&self) -> WeightsVersion {
         WeightsVersion {
             session: self.session,
@@ -237,7 +243,7 @@ impl RoundReport {
         }
     }
 
-    /// The report as a line of `rounds.jsonl`, without its end.
+    /// The report as a line of `rounds.jsonl`, without the newline.
     pub(super) fn line(&self) -> String {
         serde_json::to_string(self).expect("a report is a tree of plain values")
     }
@@ -250,37 +256,40 @@ impl Quality {
             ece: 0.0,
             brier: 0.25,
         };
-        calibration.map_or(none, |found| Self {
-            accuracy: found.accuracy,
-            ece: found.ece,
-            brier: found.brier,
+        calibration.map_or(none, |calibration| Self {
+            accuracy: calibration.accuracy,
+            ece: calibration.ece,
+            brier: calibration.brier,
         })
     }
 }
 
-/// How often golden answers are preferred to samples; ties count one half.
-fn golden_wins(model: &RewardModel, contests: &[Contest]) -> Result<f64, PreferenceError> {
-    let against = |contest: &Contest| {
-        let example = |sample: &Vec<u32>| Example {
-            prompt: contest.prompt.clone(),
-            first: contest.golden.clone(),
+/// Rate at which golden answers are preferred to samples; ties count one half.
+fn golden_wins(
+    model: &RewardModel,
+    adversarial: &[AdversarialExample],
+) -> Result<f64, PreferenceError> {
+    let comparisons = |adversarial: &AdversarialExample| {
+        let example = |sample: &Vec<u32>| PreferenceExample {
+            prompt: adversarial.prompt.clone(),
+            first: adversarial.golden.clone(),
             second: sample.clone(),
             label: 1.0,
         };
-        contest.samples.iter().map(example).collect::<Vec<_>>()
+        adversarial.samples.iter().map(example).collect::<Vec<_>>()
     };
-    let examples: Vec<_> = contests.iter().flat_map(against).collect();
+    let examples: Vec<_> = adversarial.iter().flat_map(comparisons).collect();
     let calibration = calibrate(model, &examples)?;
-    Ok(calibration.map_or(0.5, |found| found.accuracy))
+    Ok(calibration.map_or(0.5, |calibration| calibration.accuracy))
 }
 
-/// How far two models are apart.
+/// Mean absolute difference of two models' p.
 fn drift(
     one: &RewardModel,
     other: &RewardModel,
-    examples: &[Example],
+    examples: &[PreferenceExample],
 ) -> Result<f64, PreferenceError> {
-    let (one, other) = (judge(one, examples)?, judge(other, examples)?);
-    let apart = one.iter().zip(&other).map(|(a, b)| (a.p - b.p).abs());
-    Ok(apart.sum::<f64>() / examples.len().max(1) as f64)
+    let (one, other) = (predict(one, examples)?, predict(other, examples)?);
+    let differences = one.iter().zip(&other).map(|(a, b)| (a.p - b.p).abs());
+    Ok(differences.sum::<f64>() / examples.len().max(1) as f64)
 }

@@ -1,72 +1,72 @@
-//! What a chat model that judges is asked, and how its answer is read; wherever the model is.
+//! Chat models as judges: the prompt, and the parsing of the reply. Shared by local and remote models.
 
 use messages::{Digest, JudgeVersion, Message};
 use serde_json::json;
 use settings::ChatSettings;
 
-use super::verdict_text::{ScoredToken, VerdictWords};
-use super::{Comparison, Judge, Verdict};
-use crate::JudgeError;
+use crate::error::JudgeError;
+use crate::judge::verdict_parser::{ScoredToken, VerdictParser};
+use crate::judge::{Comparison, Judge, Verdict};
 
-/// How many likeliest tokens are asked for: the verdicts and some more, as few as every server grants.
+/// Requested number of top log-probabilities per token: more than there are verdicts, within every server's limit.
 const TOP_LOGPROBS: usize = 5;
 
-/// The question of the settings.
+/// Prompt and verdict strings of the settings.
 #[derive(Debug, Clone)]
-pub(super) struct ChatQuestion {
+pub(super) struct ChatPrompt {
     pub(super) settings: ChatSettings,
-    words: VerdictWords,
+    parser: VerdictParser,
 }
 
-/// What a chat model said.
+/// Reply of a chat model.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Said {
-    /// All of it.
+pub struct ChatReply {
+    /// Full text.
     pub text: String,
-    /// Its tokens, where their log-probabilities are known.
+    /// Tokens with log-probabilities, where they are known.
     pub tokens: Vec<ScoredToken>,
 }
 
-/// A chat model that answers in this process.
+/// A chat model in this process.
 pub trait ChatModel: Send {
     /// The judge's name in labels and metrics.
     fn name(&self) -> &str;
 
-    /// A number that changes whenever the same dialogue may be answered differently.
+    /// Changes whenever the same dialogue may get a different reply.
     fn version(&self) -> u64;
 
-    /// What it says to every dialogue, in their order: its likeliest words, at most so many tokens, each with
-    /// so many `alternatives`.
+    /// Greedy replies to all dialogues, in their order: at most `max_tokens` tokens each, every token with its
+    /// `top_logprobs` most likely alternatives.
     ///
     /// # Errors
-    /// When it cannot answer them.
-    fn answer(
+    /// When generation fails.
+    fn reply(
         &mut self,
         dialogues: &[Vec<Message>],
         max_tokens: usize,
-        alternatives: usize,
-    ) -> Result<Vec<Said>, JudgeError>;
+        top_logprobs: usize,
+    ) -> Result<Vec<ChatReply>, JudgeError>;
 }
 
-/// A chat model of this process as a judge.
+/// A local chat model as a judge.
 pub struct ChatJudge {
     model: Box<dyn ChatModel>,
-    question: ChatQuestion,
+    prompt: ChatPrompt,
     version: JudgeVersion,
 }
 
-impl ChatQuestion {
+impl ChatPrompt {
     pub(super) fn new(settings: &ChatSettings) -> Self {
         Self {
             settings: settings.clone(),
-            words: VerdictWords::new(settings),
+            parser: VerdictParser::new(settings),
         }
     }
 
-    /// Whatever changes what `model` is asked, or how its answer is read, is another version.
+    /// Version: a digest of everything that determines the prompt and the parsing, and of `model`.
     pub(super) fn version(&self, model: &str) -> JudgeVersion {
         let settings = &self.settings;
-        let asked = json!([
+        let parts = json!([
             model,
             settings.system,
             settings.template,
@@ -76,15 +76,15 @@ impl ChatQuestion {
             settings.logprobs,
             settings.max_tokens,
         ]);
-        let Digest(digest) = Digest::of(asked.to_string().as_bytes());
+        let Digest(digest) = Digest::of(parts.to_string().as_bytes());
         let mut first = [0; 8];
         first.copy_from_slice(&digest[..8]);
         JudgeVersion(u64::from_le_bytes(first))
     }
 
-    /// What the model is sent: the system's turn, if there is one, and the template with the texts in it.
+    /// Messages for the model: the system message, if configured, and the filled template.
     pub(super) fn dialogue(&self, comparison: &Comparison<'_>) -> Vec<Message> {
-        let asked = fill(
+        let user = fill(
             &self.settings.template,
             &[
                 ("{prompt}", &comparison.prompt.transcript()),
@@ -96,12 +96,12 @@ impl ChatQuestion {
         let system = (!system.is_empty()).then(|| Message::new("system", system));
         system
             .into_iter()
-            .chain([Message::new("user", &asked)])
+            .chain([Message::new("user", &user)])
             .collect()
     }
 
-    /// How many likeliest tokens are of use.
-    pub(super) fn alternatives(&self) -> usize {
+    /// Number of top log-probabilities to request.
+    pub(super) fn top_logprobs(&self) -> usize {
         if self.settings.logprobs {
             TOP_LOGPROBS
         } else {
@@ -109,26 +109,26 @@ impl ChatQuestion {
         }
     }
 
-    /// The verdict in what the model said.
-    pub(super) fn verdict(&self, said: &Said) -> Verdict {
+    /// Verdict in a reply.
+    pub(super) fn verdict(&self, reply: &ChatReply) -> Verdict {
         let tokens: &[ScoredToken] = if self.settings.logprobs {
-            &said.tokens
+            &reply.tokens
         } else {
             &[]
         };
-        self.words.read(&said.text, tokens)
+        self.parser.parse(&reply.text, tokens)
     }
 }
 
 impl ChatJudge {
-    /// A judge that asks `model` what the settings say.
+    /// A judge that prompts `model` as configured.
     #[must_use]
     pub fn new(model: Box<dyn ChatModel>, settings: &ChatSettings) -> Self {
-        let question = ChatQuestion::new(settings);
+        let prompt = ChatPrompt::new(settings);
         Self {
-            version: question.version(&model.version().to_string()),
+            version: prompt.version(&model.version().to_string()),
             model,
-            question,
+            prompt,
         }
     }
 }
@@ -145,19 +145,19 @@ impl Judge for ChatJudge {
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
         let dialogues: Vec<_> = batch
             .iter()
-            .map(|comparison| self.question.dialogue(comparison))
+            .map(|comparison| self.prompt.dialogue(comparison))
             .collect();
-        let longest = self.question.settings.max_tokens;
-        let alternatives = self.question.alternatives();
-        let said = self.model.answer(&dialogues, longest, alternatives)?;
-        Ok(said
+        let max_tokens = self.prompt.settings.max_tokens;
+        let top_logprobs = self.prompt.top_logprobs();
+        let replies = self.model.reply(&dialogues, max_tokens, top_logprobs)?;
+        Ok(replies
             .iter()
-            .map(|said| self.question.verdict(said))
+            .map(|reply| self.prompt.verdict(reply))
             .collect())
     }
 }
 
-/// The template with every name replaced by its text. What a text says is never replaced again.
+/// The template with every placeholder replaced by its text. Placeholders within a text are not replaced.
 fn fill(template: &str, texts: &[(&str, &str)]) -> String {
     let mut filled = String::with_capacity(template.len());
     let mut rest = template;
@@ -165,12 +165,12 @@ fn fill(template: &str, texts: &[(&str, &str)]) -> String {
         let found = texts
             .iter()
             .filter_map(|&(name, text)| Some((rest.find(name)?, name, text)));
-        found.min_by_key(|&(place, ..)| place)
+        found.min_by_key(|&(start, ..)| start)
     };
-    while let Some((place, name, text)) = next(rest) {
-        filled.push_str(&rest[..place]);
+    while let Some((start, name, text)) = next(rest) {
+        filled.push_str(&rest[..start]);
         filled.push_str(text);
-        rest = &rest[place + name.len()..];
+        rest = &rest[start + name.len()..];
     }
     filled + rest
 }
@@ -181,7 +181,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::judge::fake::{abstained, pair, preferred};
-    use crate::judge::verdict_text::Alternative;
+    use crate::judge::verdict_parser::TopLogprob;
 
     pub(in crate::judge) fn settings() -> ChatSettings {
         ChatSettings {
@@ -195,7 +195,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Says what the user's turn ends with, in one token of probability 3/4 where [[B]] has the rest.
+    /// Replies with the end of the user's message as one token of probability 3/4; [[B]] has the rest.
     struct Echo;
 
     impl ChatModel for Echo {
@@ -207,59 +207,59 @@ pub(super) mod tests {
             7
         }
 
-        fn answer(
+        fn reply(
             &mut self,
             dialogues: &[Vec<Message>],
             max_tokens: usize,
-            alternatives: usize,
-        ) -> Result<Vec<Said>, JudgeError> {
+            top_logprobs: usize,
+        ) -> Result<Vec<ChatReply>, JudgeError> {
             assert_eq!(max_tokens, 16);
-            let said = |dialogue: &Vec<Message>| {
+            let reply = |dialogue: &Vec<Message>| {
                 let roles: Vec<&str> = dialogue.iter().map(|turn| turn.role.as_str()).collect();
                 assert_eq!(roles, ["system", "user"]);
                 let text = dialogue[1].content.as_str().expect("text");
                 let text = text.rsplit('|').next().expect("a last part").to_owned();
-                let alternative = |token: &str, p: f64| Alternative {
+                let candidate = |token: &str, p: f64| TopLogprob {
                     token: token.into(),
                     logprob: p.ln(),
                 };
-                let likeliest = [alternative(&text, 0.75), alternative("[[B]]", 0.25)];
+                let candidates = [candidate(&text, 0.75), candidate("[[B]]", 0.25)];
                 let token = ScoredToken {
                     token: text.clone(),
                     logprob: 0.75f64.ln(),
-                    top_logprobs: likeliest.into_iter().take(alternatives).collect(),
+                    top_logprobs: candidates.into_iter().take(top_logprobs).collect(),
                 };
-                Said {
+                ChatReply {
                     text,
                     tokens: vec![token],
                 }
             };
-            Ok(dialogues.iter().map(said).collect())
+            Ok(dialogues.iter().map(reply).collect())
         }
     }
 
     #[test]
-    fn a_dialogue_is_asked_about_by_its_turns_and_a_response_keeps_its_space() {
+    fn a_dialogue_is_rendered_turn_by_turn_and_responses_keep_leading_spaces() {
         let mut pair = pair(1, &[" the floor.", "b"]);
         pair.prompt.text = "user\nWhere?\nassistant\n".into();
-        let comparison = |pair: &messages::Pair| {
-            let asked = Comparison {
+        let rendered = |pair: &messages::Pair| {
+            let comparison = Comparison {
                 prompt: &pair.prompt,
                 first: &pair.completions[0],
                 second: &pair.completions[1],
             };
-            let dialogue = ChatQuestion::new(&settings()).dialogue(&asked);
+            let dialogue = ChatPrompt::new(&settings()).dialogue(&comparison);
             dialogue[1].content.as_str().expect("text").to_owned()
         };
         let mut dialogue = Dialogue::of_user("Where?");
         pair.prompt.dialogue = Some(dialogue.clone());
-        assert_eq!(comparison(&pair), "Where?| the floor.|b");
+        assert_eq!(rendered(&pair), "Where?| the floor.|b");
         dialogue
             .messages
             .insert(0, Message::new("system", "Be brief."));
         pair.prompt.dialogue = Some(dialogue);
         let turns = "system: Be brief.\n\nuser: Where?";
-        assert_eq!(comparison(&pair), format!("{turns}| the floor.|b"));
+        assert_eq!(rendered(&pair), format!("{turns}| the floor.|b"));
     }
 
     fn verdicts(settings: &ChatSettings) -> Vec<Verdict> {
@@ -275,18 +275,18 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_model_of_this_process_is_asked_and_read_as_one_behind_an_endpoint_is() {
+    fn a_local_model_is_prompted_and_parsed_like_a_remote_one() {
         let none = abstained("no verdict in \"none\"");
         assert_eq!(verdicts(&settings()), [preferred(0.75), none.clone()]);
-        let words_alone = ChatSettings {
+        let without_logprobs = ChatSettings {
             logprobs: false,
             ..settings()
         };
-        assert_eq!(verdicts(&words_alone), [preferred(1.0), none]);
+        assert_eq!(verdicts(&without_logprobs), [preferred(1.0), none]);
     }
 
     #[test]
-    fn whatever_changes_an_answer_is_another_version() {
+    fn everything_that_changes_a_verdict_changes_the_version() {
         let version = |settings: &ChatSettings| ChatJudge::new(Box::new(Echo), settings).version();
         let other = ChatSettings {
             template: "{first}|{second}".into(),
@@ -294,7 +294,7 @@ pub(super) mod tests {
         };
         assert_eq!(version(&settings()), version(&settings()));
         assert_ne!(version(&settings()), version(&other));
-        let question = ChatQuestion::new(&settings());
-        assert_ne!(question.version("a"), question.version("b"));
+        let prompt = ChatPrompt::new(&settings());
+        assert_ne!(prompt.version("a"), prompt.version("b"));
     }
 }

@@ -1,22 +1,23 @@
-//! A ready-made encoder classifier as a judge: p = σ(r − r′) of its scores.
+//! An encoder classifier as a judge: p = σ(r − r′), with r the classifier's score.
 
 use std::sync::Arc;
 
 use messages::{Completion, JudgeVersion, Probability, Prompt};
 use model::Encoder;
 
-use super::{Comparison, Judge, Scored, Verdict};
-use crate::{JudgeError, distinct::Distinct};
+use crate::dedup::Deduplicated;
+use crate::error::JudgeError;
+use crate::judge::{Comparison, Judge, ScoredVerdict, Verdict};
 
-/// An encoder reward model that judges, reading text through its own tokenizer.
+/// An encoder reward model as a judge; reads text with its own tokenizer.
 pub struct EncoderJudge {
     encoder: Arc<Encoder>,
     template: String,
 }
 
 impl EncoderJudge {
-    /// `template` says what is read, with `{prompt}` and `{response}`; of a dialogue the prompt is its
-    /// transcript.
+    /// A judge by `encoder`. Its input is `template` with `{prompt}` and `{response}` replaced; the prompt of a
+    /// dialogue is its transcript.
     #[must_use]
     pub fn new(encoder: Arc<Encoder>, template: String) -> Self {
         Self { encoder, template }
@@ -27,7 +28,7 @@ impl EncoderJudge {
     }
 }
 
-/// The template with both in their places. What a prompt or a response says is never taken for a place.
+/// The filled template. Placeholders within a prompt or a response are not replaced.
 fn fill(template: &str, prompt: &str, response: &str) -> String {
     let parts = template.split("{response}");
     let parts: Vec<String> = parts.map(|part| part.replace("{prompt}", prompt)).collect();
@@ -52,30 +53,31 @@ impl Judge for EncoderJudge {
         Ok(scored.map(|scored| scored.verdict).collect())
     }
 
-    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Scored>, JudgeError> {
-        let mut texts = Distinct::default();
-        let mut place =
-            |prompt: &Prompt, completion: &Completion| texts.place(self.text(prompt, completion));
-        let asked: Vec<_> = batch
+    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<ScoredVerdict>, JudgeError> {
+        let mut texts = Deduplicated::default();
+        let mut index =
+            |prompt: &Prompt, completion: &Completion| texts.insert(self.text(prompt, completion));
+        let pairs: Vec<_> = batch
             .iter()
-            .map(|c| (place(c.prompt, c.first), place(c.prompt, c.second)))
+            .map(|c| [index(c.prompt, c.first), index(c.prompt, c.second)])
             .collect();
         let scores = self.encoder.score_texts(texts.items());
         let scores = scores.map_err(|error| JudgeError::new(error.to_string()))?;
-        let verdict = |(first, second): (usize, usize)| {
-            let odds = f64::from(scores[first]) - f64::from(scores[second]);
-            let verdict = match Probability::from_log_odds(odds) {
+        let verdict = |pair: [usize; 2]| {
+            let [first, second] = pair.map(|index| scores[index]);
+            let log_odds = f64::from(first) - f64::from(second);
+            let verdict = match Probability::from_log_odds(log_odds) {
                 Ok(p) => Verdict::Preference(p),
                 Err(_) => Verdict::Abstained {
                     reason: "the encoder's scores are not finite".into(),
                 },
             };
-            Scored {
+            ScoredVerdict {
                 verdict,
-                scores: Some([scores[first], scores[second]]),
+                scores: Some([first, second]),
             }
         };
-        Ok(asked.into_iter().map(verdict).collect())
+        Ok(pairs.into_iter().map(verdict).collect())
     }
 }
 
@@ -84,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_template_is_filled_once() {
+    fn placeholders_in_texts_are_not_replaced() {
         for (template, expected) in [
             ("{prompt}\n{response}", "a {response} b\nc {prompt}"),
             (

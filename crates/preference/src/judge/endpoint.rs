@@ -1,6 +1,6 @@
-//! A judge's address: how questions travel there over HTTP, and what its refusals mean.
+//! HTTP endpoint of a remote judge, and the classification of its errors.
 //!
-//! It knows no judge's language, only HTTP. Nothing is retried here: the bench does that.
+//! Does not know a judge's request format, and does not retry: the pool does.
 
 use std::fs;
 use std::path::Path;
@@ -11,16 +11,16 @@ use reqwest::{Client, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::{JudgeError, PreferenceError};
+use crate::error::{JudgeError, PreferenceError};
 
-/// How long whoever says nothing of it is left alone after "too many requests".
-const REST: Duration = Duration::from_secs(1);
-/// The longest answer that is read, in bytes.
-const MAX_ANSWER: usize = 16 << 20;
-/// The longest part of an answer that is told.
-const TOLD: usize = 200;
+/// Pause after "too many requests" without a `Retry-After`.
+const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Longest response body, in bytes.
+const MAX_BODY: usize = 16 << 20;
+/// Longest excerpt of a body in an error, in characters.
+const MAX_EXCERPT: usize = 200;
 
-/// Where questions are posted.
+/// A URL that accepts POST requests with JSON.
 pub(super) struct Endpoint {
     client: Client,
     url: String,
@@ -28,7 +28,7 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    /// `path` below `url`; with the key in `key_path`, unless that is empty.
+    /// The endpoint at `path` below `url`; sends the key in `key_path` as a bearer token, unless that path is empty.
     pub(super) fn new(url: &str, path: &str, key_path: &Path) -> Result<Self, PreferenceError> {
         let client = Client::builder().build();
         Ok(Self {
@@ -37,7 +37,7 @@ impl Endpoint {
                 source,
             })?,
             url: format!("{}{path}", url.trim_end_matches('/')),
-            key: key(key_path)?,
+            key: read_key(key_path)?,
         })
     }
 
@@ -45,75 +45,77 @@ impl Endpoint {
         &self.url
     }
 
-    /// Posts `question` as JSON and reads the answer.
-    pub(super) async fn post<A: DeserializeOwned>(
+    /// Posts `request` as JSON and parses the JSON response.
+    pub(super) async fn post<T: DeserializeOwned>(
         &self,
-        question: &impl Serialize,
-    ) -> Result<A, JudgeError> {
-        let mut request = self.client.post(&self.url).json(question);
+        request: &impl Serialize,
+    ) -> Result<T, JudgeError> {
+        let mut builder = self.client.post(&self.url).json(request);
         if let Some(key) = &self.key {
-            request = request.bearer_auth(key);
+            builder = builder.bearer_auth(key);
         }
-        let response = request.send().await.map_err(|error| unreachable(&error))?;
+        let response = builder.send().await.map_err(|error| unreachable(&error))?;
         let status = response.status();
-        let rest = retry_after(response.headers());
-        let body = read(response).await?;
+        let retry_after = retry_after(response.headers());
+        let body = read_body(response).await?;
         if !status.is_success() {
-            return Err(refusal(status, rest, &body));
+            return Err(status_error(status, retry_after, &body));
         }
         serde_json::from_slice(&body).map_err(|error| {
-            let body = told(&body);
-            JudgeError::new(format!("it answered what cannot be read ({error}): {body}"))
+            let body = excerpt(&body);
+            JudgeError::new(format!("its response cannot be parsed ({error}): {body}"))
         })
     }
 }
 
-/// The secret in a file: its one line; `None` when the path is empty.
+/// Reads an API key or token from a file with one line; `None` when the path is empty.
 ///
 /// # Errors
-/// When the file cannot be read, or what it holds cannot be a header.
-pub fn key(path: &Path) -> Result<Option<String>, PreferenceError> {
+/// When the file cannot be read, or its content cannot be a header value.
+pub fn read_key(path: &Path) -> Result<Option<String>, PreferenceError> {
     if path.as_os_str().is_empty() {
         return Ok(None);
     }
-    let refuse = |source| PreferenceError::Key {
+    let invalid = |source| PreferenceError::Key {
         path: path.to_owned(),
         source,
     };
-    let key = fs::read_to_string(path).map_err(|source| refuse(Some(source)))?;
+    let key = fs::read_to_string(path).map_err(|source| invalid(Some(source)))?;
     let key = key.trim();
-    let is_sound = !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
-    is_sound
+    let is_valid = !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
+    is_valid
         .then(|| Some(key.to_owned()))
-        .ok_or_else(|| refuse(None))
+        .ok_or_else(|| invalid(None))
 }
 
-/// What a status says: whether the question, the moment or the judge is at fault. A key or an address
-/// that is refused is the judge's fault: no question is lost by it, and its circuit shows it.
-fn refusal(status: StatusCode, rest: Option<Duration>, body: &[u8]) -> JudgeError {
-    let reason = format!("it answered {status}: {}", told(body));
+/// Error of a status code. A rejected key or URL is transient, a failure of the judge: no request is lost by it, and
+/// the circuit breaker opens.
+fn status_error(status: StatusCode, retry_after: Option<Duration>, body: &[u8]) -> JudgeError {
+    let reason = format!("it answered {status}: {}", excerpt(body));
     match status {
-        StatusCode::TOO_MANY_REQUESTS => JudgeError::busy(reason, rest.unwrap_or(REST)),
+        StatusCode::TOO_MANY_REQUESTS => {
+            JudgeError::rate_limited(reason, retry_after.unwrap_or(DEFAULT_RETRY_AFTER))
+        }
         StatusCode::UNAUTHORIZED
         | StatusCode::FORBIDDEN
         | StatusCode::NOT_FOUND
         | StatusCode::METHOD_NOT_ALLOWED
         | StatusCode::PROXY_AUTHENTICATION_REQUIRED
-        | StatusCode::REQUEST_TIMEOUT => transient(reason, rest),
+        | StatusCode::REQUEST_TIMEOUT => transient(reason, retry_after),
         status if status.is_client_error() => JudgeError::permanent(reason),
-        _ => transient(reason, rest),
+        _ => transient(reason, retry_after),
     }
 }
 
-fn transient(reason: String, rest: Option<Duration>) -> JudgeError {
+fn transient(reason: String, retry_after: Option<Duration>) -> JudgeError {
     let error = JudgeError::new(reason);
-    match rest {
-        Some(rest) => error.after(rest),
+    match retry_after {
+        Some(delay) => error.with_retry_after(delay),
         None => error,
     }
 }
 
-/// `Retry-After` in seconds; a date is not read.
+/// `Retry-After` in seconds; `None` for the date form.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let seconds: f64 = headers
         .get(RETRY_AFTER)?
@@ -125,8 +127,8 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds).ok()
 }
 
-/// The whole body, if it is not too long.
-async fn read(mut response: Response) -> Result<Vec<u8>, JudgeError> {
+/// Reads the body, up to [`MAX_BODY`].
+async fn read_body(mut response: Response) -> Result<Vec<u8>, JudgeError> {
     let mut body = Vec::new();
     while let Some(chunk) = response
         .chunk()
@@ -134,21 +136,21 @@ async fn read(mut response: Response) -> Result<Vec<u8>, JudgeError> {
         .map_err(|error| unreachable(&error))?
     {
         body.extend_from_slice(&chunk);
-        if body.len() > MAX_ANSWER {
+        if body.len() > MAX_BODY {
             return Err(JudgeError::new(format!(
-                "it answered more than {MAX_ANSWER} bytes"
+                "its response has more than {MAX_BODY} bytes"
             )));
         }
     }
     Ok(body)
 }
 
-/// The failure with its causes, without the address: that is the replica's name already.
+/// The failure with its causes, without the URL, which is the name of the replica.
 fn unreachable(error: &reqwest::Error) -> JudgeError {
     let mut reason = if error.is_connect() {
         "it cannot be reached".to_owned()
     } else {
-        "its answer did not arrive".to_owned()
+        "its response did not arrive".to_owned()
     };
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
@@ -158,11 +160,11 @@ fn unreachable(error: &reqwest::Error) -> JudgeError {
     JudgeError::new(reason)
 }
 
-/// As much of an answer as people want to see.
-pub(super) fn told(body: &[u8]) -> String {
+/// Beginning of a body, for an error.
+fn excerpt(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);
     let text = text.trim();
-    match text.char_indices().nth(TOLD) {
+    match text.char_indices().nth(MAX_EXCERPT) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
     }
@@ -171,16 +173,16 @@ pub(super) fn told(body: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::JudgeErrorKind;
+    use crate::error::JudgeErrorKind;
 
     #[test]
-    fn a_refusal_says_who_is_at_fault_and_for_how_long() {
-        use JudgeErrorKind::{Busy, Permanent, Transient};
+    fn status_codes_map_to_error_kinds_and_pauses() {
+        use JudgeErrorKind::{Permanent, RateLimited, Transient};
         let second = Some(Duration::from_secs(1));
         let three = Some(Duration::from_secs(3));
-        for (status, rest, kind, expected) in [
-            (429, None, Busy, second),
-            (429, three, Busy, three),
+        for (status, retry_after, kind, expected) in [
+            (429, None, RateLimited, second),
+            (429, three, RateLimited, three),
             (500, None, Transient, None),
             (503, three, Transient, three),
             (408, None, Transient, None),
@@ -190,7 +192,11 @@ mod tests {
             (413, None, Permanent, None),
             (422, None, Permanent, None),
         ] {
-            let error = refusal(StatusCode::from_u16(status).unwrap(), rest, b" no \n");
+            let error = status_error(
+                StatusCode::from_u16(status).unwrap(),
+                retry_after,
+                b" no \n",
+            );
             assert_eq!(
                 (error.kind(), error.retry_after()),
                 (kind, expected),
@@ -233,19 +239,23 @@ mod tests {
             ("two\nlines", None),
         ] {
             fs::write(&path, content).unwrap();
-            let seen = key(&path).ok().flatten();
-            assert_eq!(seen.as_deref(), expected, "{content:?}");
+            let actual = read_key(&path).ok().flatten();
+            assert_eq!(actual.as_deref(), expected, "{content:?}");
         }
         fs::remove_dir_all(&folder).unwrap();
-        let missing = key(&path).expect_err("it is gone").to_string();
+        let missing = read_key(&path).expect_err("it is deleted").to_string();
         assert!(missing.contains("read the key in"), "{missing}");
-        assert_eq!(key(Path::new("")).unwrap(), None, "none is asked for");
+        assert_eq!(
+            read_key(Path::new("")).unwrap(),
+            None,
+            "an empty path means no key"
+        );
     }
 
     #[test]
-    fn of_a_long_answer_the_beginning_is_told() {
-        assert_eq!(told(b"  short "), "short");
-        let long = told("ü".repeat(300).as_bytes());
+    fn long_bodies_are_truncated() {
+        assert_eq!(excerpt(b"  short "), "short");
+        let long = excerpt("ü".repeat(300).as_bytes());
         assert_eq!(long.chars().count(), 201);
         assert!(long.ends_with("ü…"));
     }

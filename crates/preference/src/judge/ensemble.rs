@@ -1,13 +1,12 @@
-//! Several judges as one.
+//! An ensemble of judges.
 
 use messages::{JudgeVersion, Probability};
 use settings::Combine;
 
-use super::{Comparison, Judge, Verdict};
-use crate::JudgeError;
+use crate::error::JudgeError;
+use crate::judge::{Comparison, Judge, Verdict};
 
-/// Several judges whose p become one. A member that abstains is left out of its comparison; all of them
-/// abstaining is an abstention.
+/// Combines the p of several judges. Members that abstain are skipped; if all abstain, so does the ensemble.
 pub struct Ensemble {
     members: Vec<Box<dyn Judge>>,
     combine: Combine,
@@ -15,8 +14,7 @@ pub struct Ensemble {
 }
 
 impl Ensemble {
-    /// These judges together; `deviations` is how many standard deviations
-    /// [`Combine::LowerBound`] takes off.
+    /// An ensemble of `members`; [`Combine::LowerBound`] subtracts `deviations` standard deviations.
     #[must_use]
     pub fn new(members: Vec<Box<dyn Judge>>, combine: Combine, deviations: f64) -> Self {
         Self {
@@ -26,7 +24,7 @@ impl Ensemble {
         }
     }
 
-    fn together(&self, ps: &[Probability]) -> Option<Probability> {
+    fn combined(&self, ps: &[Probability]) -> Option<Probability> {
         let count = ps.len() as f64;
         let p = match self.combine {
             _ if ps.is_empty() => return None,
@@ -36,8 +34,8 @@ impl Ensemble {
         Probability::new(p as f32).ok()
     }
 
-    /// The mean of the log-odds, moved toward 0 by so many of their standard deviations, never beyond: what
-    /// the members disagree about is left undecided.
+    /// Mean of the log-odds, shrunk toward 0 by `deviations` standard deviations, at most to 0: p is ½ where the
+    /// members disagree.
     fn lower_bound(&self, ps: &[Probability]) -> f64 {
         let odds: Vec<f64> = ps.iter().map(|p| log_odds(f64::from(p.get()))).collect();
         let count = odds.len() as f64;
@@ -51,7 +49,7 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// ln(p / (1 − p)), a p of 0 or 1 taken as the nearest that f32 can tell from it.
+/// ln(p / (1 − p)), with p clamped to [ε, 1 − ε] of f32.
 fn log_odds(p: f64) -> f64 {
     let p = p.clamp(f64::from(f32::EPSILON), 1.0 - f64::from(f32::EPSILON));
     (p / (1.0 - p)).ln()
@@ -62,7 +60,7 @@ impl Judge for Ensemble {
         "ensemble"
     }
 
-    /// The members' versions in one number: it grows with any of them.
+    /// Sum of the members' versions: it grows with any of them.
     fn version(&self) -> JudgeVersion {
         JudgeVersion(self.members.iter().map(|member| member.version().0).sum())
     }
@@ -76,14 +74,14 @@ impl Judge for Ensemble {
         let mut reasons = vec![String::new(); batch.len()];
         for member in &mut self.members {
             let verdicts = member.judge(batch)?;
-            for (place, verdict) in verdicts.into_iter().enumerate() {
+            for (index, verdict) in verdicts.into_iter().enumerate() {
                 match verdict {
-                    Verdict::Preference(p) => ps[place].push(p),
-                    Verdict::Abstained { reason } => reasons[place] = reason,
+                    Verdict::Preference(p) => ps[index].push(p),
+                    Verdict::Abstained { reason } => reasons[index] = reason,
                 }
             }
         }
-        let verdict = |(ps, reason): (Vec<Probability>, String)| match self.together(&ps) {
+        let verdict = |(ps, reason): (Vec<Probability>, String)| match self.combined(&ps) {
             Some(p) => Verdict::Preference(p),
             None => Verdict::Abstained { reason },
         };
@@ -105,12 +103,12 @@ mod tests {
         let mut ensemble = Ensemble::new(answers.iter().map(member).collect(), combine, 1.0);
         assert!(ensemble.is_antisymmetric());
         let (prompt, a, b) = (prompt(), completion("a", &[]), completion("b", &[]));
-        let asked = Comparison {
+        let comparison = Comparison {
             prompt: &prompt,
             first: &a,
             second: &b,
         };
-        ensemble.judge(&[asked]).unwrap().remove(0)
+        ensemble.judge(&[comparison]).unwrap().remove(0)
     }
 
     fn p(verdict: &Verdict) -> f32 {
@@ -121,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mean_is_of_those_who_answer() {
+    fn the_mean_skips_members_that_abstain() {
         let mean = |answers: &[Verdict]| verdict(answers, Combine::Mean);
         assert_eq!(p(&mean(&[preferred(0.25), preferred(0.75)])), 0.5);
         assert_eq!(p(&mean(&[preferred(0.25), abstained("no")])), 0.25);
@@ -129,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lower_bound_decides_no_more_than_the_members_agree_on() {
+    fn the_lower_bound_shrinks_toward_one_half_with_disagreement() {
         let bound = |answers: &[Verdict]| p(&verdict(answers, Combine::LowerBound));
         assert!(
             (bound(&[preferred(0.8), preferred(0.8)]) - 0.8).abs() < 1e-6,
@@ -138,11 +136,15 @@ mod tests {
         // Log-odds ln 9 and ln 3: mean 1.647918, deviation 0.549306.
         let expected = 1.0 / (1.0 + (-1.098_612_f64).exp());
         assert!((f64::from(bound(&[preferred(0.9), preferred(0.75)])) - expected).abs() < 1e-5);
-        assert_eq!(bound(&[preferred(0.9), preferred(0.2)]), 0.5, "they do not");
+        assert_eq!(
+            bound(&[preferred(0.9), preferred(0.2)]),
+            0.5,
+            "they disagree"
+        );
         let swapped = bound(&[preferred(0.1), preferred(0.25)]);
         assert!(
             (1.0 - f64::from(swapped) - expected).abs() < 1e-5,
-            "either way round"
+            "symmetric in the order"
         );
     }
 }

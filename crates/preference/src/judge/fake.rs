@@ -1,25 +1,25 @@
-//! A judge for tests that writes down how it is called, and what it is asked about.
+//! Judge for tests with recorded calls, and builders of prompts, completions and pairs.
 
 use std::sync::{Arc, Mutex};
 
 use messages::{
-    Completion, Finish, JudgeVersion, Pair, Probability, Prompt, PromptId, Purpose, Release, Seed,
-    WeightsVersion,
+    Completion, Finish, JudgeVersion, Pair, Probability, Prompt, PromptBatch, PromptId, Purpose,
+    Seed, WeightsVersion,
 };
 
-use super::{Comparison, Judge, Verdict};
-use crate::JudgeError;
+use crate::error::JudgeError;
+use crate::judge::{Comparison, Judge, Verdict};
 
-type Answer = dyn FnMut(&[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> + Send;
+type AnswerFn = dyn FnMut(&[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> + Send;
 
-/// Answers as it is told to.
+/// Answers with a closure.
 pub(crate) struct FakeJudge {
-    answer: Box<Answer>,
+    answer: Box<AnswerFn>,
     antisymmetric: bool,
     calls: Calls,
 }
 
-/// How many comparisons each call of a [`FakeJudge`] had.
+/// Batch size of every call of a [`FakeJudge`].
 #[derive(Clone, Default)]
 pub(crate) struct Calls(Arc<Mutex<Vec<usize>>>);
 
@@ -50,14 +50,14 @@ impl FakeJudge {
         }
     }
 
-    /// What it writes down, also when the judge itself has gone elsewhere.
+    /// Recorded calls; valid after the judge was moved.
     pub(crate) fn calls(&self) -> Calls {
         self.calls.clone()
     }
 }
 
 impl Calls {
-    /// The sizes of all calls so far.
+    /// Batch sizes of all calls so far.
     pub(crate) fn recorded(&self) -> Vec<usize> {
         self.0.lock().unwrap().clone()
     }
@@ -94,7 +94,7 @@ pub(crate) fn abstained(reason: &str) -> Verdict {
     }
 }
 
-/// A completion of this text and these tokens that ended by itself.
+/// A completion with this text and these tokens that ended with end-of-text.
 pub(crate) fn completion(text: &str, ids: &[u32]) -> Completion {
     Completion {
         ids: ids.to_vec(),
@@ -107,11 +107,11 @@ pub(crate) fn completion(text: &str, ids: &[u32]) -> Completion {
     }
 }
 
-/// A prompt for training, number 0.
+/// A training prompt with id 0.
 pub(crate) fn prompt() -> Prompt {
     Prompt {
         id: PromptId(0),
-        release: Release::single(PromptId(0)),
+        prompt_batch: PromptBatch::single(PromptId(0)),
         purpose: Purpose::Train,
         version: WeightsVersion::REFERENCE,
         seed: Seed(0),
@@ -123,7 +123,7 @@ pub(crate) fn prompt() -> Prompt {
     }
 }
 
-/// A pair for training with completions of these texts.
+/// A training pair whose completions have these texts.
 pub(crate) fn pair(id: u64, texts: &[&str]) -> Pair {
     Pair {
         prompt: Prompt {

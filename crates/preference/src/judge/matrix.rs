@@ -1,14 +1,14 @@
-//! The judge of a bandit: a table of which arm beats which, and how often.
+//! Judge of a bandit: a matrix of preference probabilities between arms.
 
 use messages::{Completion, JudgeVersion, Probability};
 
-use super::{Comparison, Judge, Verdict};
-use crate::{JudgeError, PreferenceError};
+use crate::error::{JudgeError, PreferenceError};
+use crate::judge::{Comparison, Judge, Verdict};
 
-/// How far p and 1 − p′ of an antisymmetric matrix may be apart: rounding of decimal fractions.
+/// Tolerance of p + p′ = 1 in an antisymmetric matrix, for rounded decimal fractions.
 const TOLERANCE: f64 = 1e-6;
 
-/// Looks the preference up: a completion is one token, the index of an arm.
+/// Looks up the preference; a completion is one token, the index of an arm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Matrix {
     rows: Vec<Vec<Probability>>,
@@ -16,19 +16,18 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// The judge for which arm i beats arm j with probability `matrix[i][j]`.
+    /// A judge that prefers arm i to arm j with probability `matrix[i][j]`.
     ///
     /// # Errors
-    /// When there is no row, a row has not as many entries as there are rows, or an entry is not a
-    /// probability.
+    /// When the matrix is empty or not square, or an entry is not a probability.
     pub fn new(matrix: Vec<Vec<f64>>) -> Result<Self, PreferenceError> {
         let arms = matrix.len();
-        let refuse = |reason| Err(PreferenceError::Matrix { reason });
+        let invalid = |reason| Err(PreferenceError::Matrix { reason });
         if arms == 0 {
-            return refuse("it is empty; give one row for every arm".to_owned());
+            return invalid("it is empty; give one row for every arm".to_owned());
         }
         if let Some((i, row)) = matrix.iter().enumerate().find(|(_, row)| row.len() != arms) {
-            return refuse(format!(
+            return invalid(format!(
                 "row {i} has {} entries and there are {arms} rows; give as many of both",
                 row.len()
             ));
@@ -50,13 +49,13 @@ impl Matrix {
         Ok(Verdict::Preference(self.rows[i][j]))
     }
 
-    /// The arm that a completion is, or why it is none.
+    /// Arm of a completion, or why there is none.
     fn arm(&self, completion: &Completion) -> Result<usize, String> {
         let arms = self.rows.len();
         let [id] = completion.ids[..] else {
             let count = completion.ids.len();
             return Err(format!(
-                "a completion of {count} tokens is no arm; an arm is one token"
+                "a completion of {count} tokens is not an arm; an arm is one token"
             ));
         };
         let arm = id as usize;
@@ -106,7 +105,7 @@ mod tests {
     use crate::judge::fake::{abstained, completion, preferred, prompt};
 
     #[test]
-    fn the_preference_is_looked_up_and_what_is_no_arm_is_not_judged() {
+    fn preferences_are_looked_up_and_invalid_arms_abstain() {
         let mut matrix = Matrix::new(vec![vec![0.5, 0.75], vec![0.25, 0.5]]).unwrap();
         assert!(matrix.is_antisymmetric());
         for (first, second, expected) in [
@@ -118,12 +117,12 @@ mod tests {
             (
                 &[0, 1],
                 &[0],
-                abstained("a completion of 2 tokens is no arm; an arm is one token"),
+                abstained("a completion of 2 tokens is not an arm; an arm is one token"),
             ),
             (
                 &[0],
                 &[],
-                abstained("a completion of 0 tokens is no arm; an arm is one token"),
+                abstained("a completion of 0 tokens is not an arm; an arm is one token"),
             ),
         ] {
             let comparison = Comparison {
@@ -131,25 +130,25 @@ mod tests {
                 first: &completion("", first),
                 second: &completion("", second),
             };
-            let seen = matrix.judge(&[comparison]).unwrap();
-            assert_eq!(seen, [expected], "{first:?} {second:?}");
+            let actual = matrix.judge(&[comparison]).unwrap();
+            assert_eq!(actual, [expected], "{first:?} {second:?}");
         }
     }
 
     #[test]
-    fn a_matrix_is_antisymmetric_when_both_orders_of_all_arms_add_up() {
+    fn a_matrix_is_antisymmetric_when_both_orders_sum_to_one() {
         for (matrix, expected) in [
             (vec![vec![0.5, 0.7], vec![0.3, 0.5]], true),
             (vec![vec![0.5, 1.0], vec![0.5, 0.5]], false),
             (vec![vec![0.6]], false),
         ] {
-            let seen = Matrix::new(matrix.clone()).unwrap().is_antisymmetric();
-            assert_eq!(seen, expected, "{matrix:?}");
+            let actual = Matrix::new(matrix.clone()).unwrap().is_antisymmetric();
+            assert_eq!(actual, expected, "{matrix:?}");
         }
     }
 
     #[test]
-    fn what_is_no_matrix_of_probabilities_is_refused() {
+    fn invalid_matrices_are_rejected() {
         for (matrix, reason) in [
             (vec![], "it is empty"),
             (

@@ -1,46 +1,43 @@
-//! Who says which of two completions is better: the [`Judge`] trait, one judge a file.
+//! Judges of two completions: the [`Judge`] trait, and one implementation per file.
 //!
-//! A judge knows one prompt and two completions at a time. It does not know pairs, streams or what its
-//! answers are used for.
+//! Does not know pairs, streams or what verdicts are used for.
 
 mod chat;
 mod encoder;
 mod endpoint;
 mod ensemble;
 mod http;
-mod learned;
 mod matrix;
+mod reward_model;
 mod rule;
 mod service;
-mod verdict_text;
+mod verdict_parser;
 
 #[cfg(test)]
 pub(crate) mod fake;
 
 use messages::{Completion, JudgeVersion, Probability, Prompt};
 
-use crate::JudgeError;
+use crate::error::JudgeError;
 
-pub use chat::{ChatJudge, ChatModel, Said};
+pub use chat::{ChatJudge, ChatModel, ChatReply};
 pub use encoder::EncoderJudge;
-pub use endpoint::key;
+pub use endpoint::read_key;
 pub use ensemble::Ensemble;
-pub use learned::{Learned, Reads};
 pub use matrix::Matrix;
+pub use reward_model::{JudgeTokenizer, RewardModelJudge};
 pub use rule::Rules;
-pub use verdict_text::{Alternative, ScoredToken};
+pub use verdict_parser::{ScoredToken, TopLogprob};
 
-/// Says which of two completions is better, many at a time. It is asked from one thread, one batch
-/// after the other.
+/// A judge of two completions. Called from one thread, one batch at a time.
 pub trait Judge: Send {
-    /// Its name in labels and metrics; always the same.
+    /// Name in labels and metrics; constant.
     fn name(&self) -> &str;
 
-    /// Its version, which changes whenever the same question may be answered differently.
+    /// Version; changes whenever the same comparison may get a different verdict.
     fn version(&self) -> JudgeVersion;
 
-    /// Whether p(first ≻ second) = 1 − p(second ≻ first) by construction, so that asking in the other
-    /// order tells nothing new. `false` unless a judge says otherwise.
+    /// Whether p(first ≻ second) = 1 − p(second ≻ first) by construction, so that one order suffices.
     fn is_antisymmetric(&self) -> bool {
         false
     }
@@ -48,19 +45,19 @@ pub trait Judge: Send {
     /// One verdict for every comparison of `batch`, in its order.
     ///
     /// # Errors
-    /// When the batch as a whole cannot be answered; [`JudgeError::kind`](crate::JudgeError::kind) says
-    /// whether it may be asked again. A judge that cannot answer one comparison abstains from that one.
+    /// When the whole batch fails; [`JudgeError::kind`](crate::JudgeError::kind) says whether to retry. A judge
+    /// that cannot answer a single comparison abstains from that one.
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError>;
 
-    /// As [`Self::judge`], with the completions' scores of a judge that gives every completion a score of its
-    /// own and prefers the higher. Other judges leave it as it is: they have none.
+    /// As [`Self::judge`], with scores if the judge scores every completion and prefers the higher score. The default
+    /// is without scores.
     ///
     /// # Errors
     /// As [`Self::judge`].
-    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Scored>, JudgeError> {
+    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<ScoredVerdict>, JudgeError> {
         let verdicts = self.judge(batch)?.into_iter();
         Ok(verdicts
-            .map(|verdict| Scored {
+            .map(|verdict| ScoredVerdict {
                 verdict,
                 scores: None,
             })
@@ -71,31 +68,31 @@ pub trait Judge: Send {
 /// Two completions of one prompt, in the order in which the judge sees them.
 #[derive(Debug, Clone, Copy)]
 pub struct Comparison<'a> {
-    /// What was asked.
+    /// The prompt.
     pub prompt: &'a Prompt,
-    /// The completion whose preference is asked for.
+    /// The completion whose probability of being preferred is computed.
     pub first: &'a Completion,
-    /// The one it is compared with.
+    /// The completion that it is compared with.
     pub second: &'a Completion,
 }
 
-/// A verdict, and the scores of the first and the second completion where the judge has scores.
+/// A verdict with the scores of both completions, where the judge has scores.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Scored {
-    /// What was said.
+pub struct ScoredVerdict {
+    /// The verdict.
     pub verdict: Verdict,
-    /// In the judge's own units; they mean the same for all completions of a prompt.
+    /// Scores of the first and the second completion, in the judge's units; comparable within a prompt.
     pub scores: Option<[f32; 2]>,
 }
 
-/// A judge's answer to one comparison.
+/// Verdict of a judge on one comparison.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Verdict {
-    /// The probability that the first completion is preferred to the second.
+    /// Probability that the first completion is preferred to the second.
     Preference(Probability),
-    /// The judge declines to answer.
+    /// The judge gives no preference.
     Abstained {
-        /// Why, for people.
+        /// Reason of the abstention.
         reason: String,
     },
 }
@@ -113,8 +110,7 @@ impl<'a> Comparison<'a> {
 }
 
 impl Verdict {
-    /// The preference `p`, or an abstention that says what is wrong with it: a judge whose arithmetic
-    /// ran out of numbers has no opinion.
+    /// The preference `p`; an abstention if `p` is not a probability.
     #[must_use]
     pub fn from_probability(p: f64) -> Self {
         #[expect(
@@ -129,13 +125,13 @@ impl Verdict {
         }
     }
 
-    /// σ(`log_odds`) as a preference, or an abstention when that is no number.
+    /// The preference σ(`log_odds`); an abstention for NaN.
     #[must_use]
     pub fn from_log_odds(log_odds: f64) -> Self {
         match Probability::from_log_odds(log_odds) {
             Ok(p) => Self::Preference(p),
             Err(_) => Self::Abstained {
-                reason: format!("the scores differ by {log_odds}, which is no number to judge by"),
+                reason: format!("the difference of the scores is {log_odds}"),
             },
         }
     }
@@ -147,8 +143,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_become_preferences_and_what_is_none_an_abstention() {
-        let no_probability = |p| {
+    fn invalid_probabilities_become_abstentions() {
+        let invalid = |p| {
             abstained(&format!(
                 "{p} is not a probability: it must be a number from 0 to 1"
             ))
@@ -156,8 +152,8 @@ mod tests {
         for (p, expected) in [
             (0.0, preferred(0.0)),
             (0.75, preferred(0.75)),
-            (1.5, no_probability("1.5")),
-            (f64::NAN, no_probability("NaN")),
+            (1.5, invalid("1.5")),
+            (f64::NAN, invalid("NaN")),
         ] {
             assert_eq!(Verdict::from_probability(p), expected, "{p}");
         }
@@ -165,10 +161,7 @@ mod tests {
             (0.0, preferred(0.5)),
             (f64::INFINITY, preferred(1.0)),
             (f64::NEG_INFINITY, preferred(0.0)),
-            (
-                f64::NAN,
-                abstained("the scores differ by NaN, which is no number to judge by"),
-            ),
+            (f64::NAN, abstained("the difference of the scores is NaN")),
         ] {
             assert_eq!(Verdict::from_log_odds(log_odds), expected, "{log_odds}");
         }

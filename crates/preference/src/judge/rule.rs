@@ -1,15 +1,14 @@
-//! The judge made of rules: each scores a completion by what can be seen in its text, the weighted sum
-//! is the completion's score, and the difference of two scores is the log-odds of the preference.
+//! Rule-based judge: every rule measures a completion, the weighted sum is the completion's score, and the difference
+//! of two scores is the log-odds of the preference.
 
 use messages::{Completion, Finish, JudgeVersion, Probability, Prompt};
 use regex::Regex;
 use settings::RuleSettings;
 
-use super::{Comparison, Judge, Scored, Verdict};
-use crate::{JudgeError, PreferenceError};
+use crate::error::{JudgeError, PreferenceError};
+use crate::judge::{Comparison, Judge, ScoredVerdict, Verdict};
 
-/// A weighted sum of rules: p(first ≻ second) = σ((score − score′) / temperature), the model of
-/// Bradley and Terry (1952).
+/// A weighted sum of rules with p(first ≻ second) = σ((score − score′) / temperature) (Bradley & Terry 1952).
 #[derive(Debug, Clone)]
 pub struct Rules {
     temperature: f64,
@@ -22,30 +21,30 @@ struct Rule {
     measure: Measure,
 }
 
-/// What a rule counts in a completion.
+/// Measurement of a completion by a rule.
 #[derive(Debug, Clone)]
 enum Measure {
-    /// Matches of a pattern.
+    /// Number of matches of a pattern.
     Matches(Regex),
-    /// Words that occur, each once.
+    /// Number of distinct listed words that occur.
     Words(Vec<Regex>),
-    /// Words missing or in excess, below zero.
+    /// Minus the number of words below `min` or above `max`.
     Length { min: usize, max: usize },
     /// 1 for a JSON document.
     JsonValid,
     /// 1 for the golden answer.
     ExactMatch,
-    /// 1 for a completion that ended by itself.
+    /// 1 for a completion that ended with end-of-text.
     Ended,
 }
 
 impl Rules {
-    /// The judge by these rules. `temperature` divides the difference of two scores; at 0 the higher
-    /// score wins, and equal ones tie.
+    /// A judge by these rules. `temperature` divides the difference of two scores; at 0 the higher score wins with p =
+    /// 1, and equal scores tie.
     ///
     /// # Errors
-    /// When a pattern is no regular expression, a weight is not finite, or the temperature is negative
-    /// or not finite. A rule is named by its place in the settings.
+    /// When a pattern is not a regular expression, a weight is not finite, or the temperature is negative or not
+    /// finite.
     pub fn new(temperature: f64, rules: &[RuleSettings]) -> Result<Self, PreferenceError> {
         if !(temperature.is_finite() && temperature >= 0.0) {
             return Err(PreferenceError::Temperature(temperature));
@@ -57,18 +56,18 @@ impl Rules {
         })
     }
 
-    /// The weighted sum of what the rules see in `completion`.
+    /// Score of `completion`: the weighted sum of the rules' measurements.
     #[must_use]
     pub fn score(&self, prompt: &Prompt, completion: &Completion) -> f64 {
         let terms = self.rules.iter().map(|rule| rule.score(prompt, completion));
         terms.sum()
     }
 
-    fn verdict(&self, comparison: &Comparison<'_>) -> Scored {
+    fn verdict(&self, comparison: &Comparison<'_>) -> ScoredVerdict {
         let [first, second] = [comparison.first, comparison.second]
             .map(|completion| self.score(comparison.prompt, completion));
         let difference = first - second;
-        // A tie is exactly even at every temperature; 0/0 would be none.
+        // Avoids 0/0 at temperature 0.
         let log_odds = if difference == 0.0 {
             0.0
         } else {
@@ -80,7 +79,7 @@ impl Rules {
                 reason: "the scores are too large to compare; lower the rules' weights".to_owned(),
             },
         };
-        Scored {
+        ScoredVerdict {
             verdict,
             scores: Some([first as f32, second as f32]),
         }
@@ -122,13 +121,13 @@ impl Rule {
 }
 
 impl Measure {
-    /// The words to look for, each once whatever its case.
+    /// Patterns of the words, deduplicated regardless of case.
     fn words(words: &[String]) -> Self {
-        let mut known = std::collections::BTreeSet::new();
-        let different = words
+        let mut seen = std::collections::BTreeSet::new();
+        let distinct = words
             .iter()
-            .filter(|word| !word.is_empty() && known.insert(word.to_lowercase()));
-        Self::Words(different.map(|word| whole_word(word)).collect())
+            .filter(|word| !word.is_empty() && seen.insert(word.to_lowercase()));
+        Self::Words(distinct.map(|word| whole_word(word)).collect())
     }
 
     #[expect(clippy::cast_precision_loss, reason = "no completion has 2^53 words")]
@@ -151,16 +150,15 @@ impl Measure {
     }
 }
 
-/// How often the pattern is found. The first space of a text may only part it from the prompt: the pattern
-/// is looked for with it and without it, and what is found more often counts.
+/// Number of matches of the pattern. A leading space may only separate the text from the prompt: returns the larger
+/// count of those with and without it.
 fn matches(pattern: &Regex, text: &str) -> usize {
     let count = |text| pattern.find_iter(text).count();
     let within = text.strip_prefix(' ').map_or(0, count);
     count(text).max(within)
 }
 
-/// The word in any case, where it is not part of a longer one. An end of it that is no letter, digit
-/// or underscore is a boundary by itself.
+/// Case-insensitive pattern of a whole word. An end that is not a letter, digit or underscore needs no word boundary.
 fn whole_word(word: &str) -> Regex {
     let is_word = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
     let boundary = |c| if is_word(c) { r"\b" } else { "" };
@@ -198,7 +196,7 @@ impl Judge for Rules {
         Ok(scored.map(|scored| scored.verdict).collect())
     }
 
-    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Scored>, JudgeError> {
+    fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<ScoredVerdict>, JudgeError> {
         Ok(batch
             .iter()
             .map(|comparison| self.verdict(comparison))
@@ -237,7 +235,7 @@ mod tests {
     const ENDED: RuleSettings = RuleSettings::Ended { weight: -1.0 };
 
     #[test]
-    fn each_rule_sees_what_it_says() {
+    fn rules_measure_texts() {
         let golden = Prompt {
             answer: Some(" forty two\n".into()),
             ..prompt()
@@ -274,13 +272,13 @@ mod tests {
             (ENDED, "x", -1.0),
         ] {
             let rules = Rules::new(1.0, std::slice::from_ref(&rule)).unwrap();
-            let seen = rules.score(&golden, &completion(text, &[]));
-            assert_eq!(seen, score, "{rule:?} on {text:?}");
+            let actual = rules.score(&golden, &completion(text, &[]));
+            assert_eq!(actual, score, "{rule:?} on {text:?}");
         }
     }
 
     #[test]
-    fn what_a_rule_looks_for_elsewhere_than_in_the_text() {
+    fn rules_measure_the_answer_and_the_finish_reason() {
         let rules = Rules::new(1.0, &[EXACT, ENDED]).unwrap();
         let cut = Completion {
             finish: Finish::Length,
@@ -309,13 +307,13 @@ mod tests {
                 first: &completion(first, &[]),
                 second: &completion(second, &[]),
             };
-            let seen = rules.judge(&[comparison]).unwrap();
-            assert_eq!(seen, [expected], "{temperature} {first:?} {second:?}");
+            let actual = rules.judge(&[comparison]).unwrap();
+            assert_eq!(actual, [expected], "{temperature} {first:?} {second:?}");
         }
     }
 
     #[test]
-    fn scores_beyond_all_numbers_are_not_compared() {
+    fn infinite_scores_are_an_abstention() {
         let rule = RuleSettings::Regex {
             pattern: "a".into(),
             weight: f64::MAX,
@@ -332,8 +330,8 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_in_the_settings_is_named_by_its_path() {
-        let endless = RuleSettings::Ended {
+    fn invalid_settings_are_reported_by_path() {
+        let infinite = RuleSettings::Ended {
             weight: f64::INFINITY,
         };
         let cases: [(f64, Vec<RuleSettings>, &str); 5] = [
@@ -344,7 +342,7 @@ mod tests {
             ),
             (
                 1.0,
-                vec![endless],
+                vec![infinite],
                 "use inf as preference.judge.rules[0].weight: ",
             ),
             (-1.0, vec![], "use -1 as preference.judge.temperature: "),

@@ -1,8 +1,7 @@
-//! Other Agon preference services as judges: each URL is a replica, asked in batches.
+//! Remote Agon preference services as judges: each URL is a replica that accepts batches.
 //!
-//! The order of completions is taken care of here, by the bench that asks, so each question goes over
-//! in one order. Messages, texts and token ids travel: a judge there reads the ids where they are its
-//! own tokenizer's, and else renders the messages itself.
+//! The local pool handles both orders of a comparison, so every request has one order. Sends messages, texts and token
+//! ids: the remote judge uses the ids if they are its own tokenizer's, and renders the messages otherwise.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,25 +11,26 @@ use messages::{Dialogue, JudgeVersion};
 use serde_json::json;
 use settings::OrdersSetting;
 
-use super::endpoint::Endpoint;
-use crate::bench::{Answer, Judges, Question, Replica};
-use crate::wire::{AskedPair, Preferences, PreferencesRequest, Ruled};
-use crate::{Comparison, JudgeError, PreferenceError, Verdict};
+use crate::error::{JudgeError, PreferenceError};
+use crate::judge::endpoint::Endpoint;
+use crate::judge::{Comparison, Verdict};
+use crate::pool::{ComparisonRequest, JudgeReplicas, Replica, VersionedVerdict};
+use crate::wire::{ComparisonInput, PreferenceResult, Preferences, PreferencesRequest};
 
-/// Batches on their way to one address at a time: while one is judged there, others travel.
-const BATCHES: usize = 4;
+/// Concurrent batches per URL, to overlap network latency with judging.
+const CONCURRENCY: usize = 4;
 
-/// One service.
+/// A remote service.
 struct ServiceJudge {
     endpoint: Endpoint,
 }
 
-impl Judges {
-    /// The preference services at these addresses, one replica each; with the bearer token in
-    /// `token_path`, unless that is empty.
+impl JudgeReplicas {
+    /// Preference services at these URLs, one replica each. Sends the bearer token in `token_path`, unless that path is
+    /// empty.
     ///
     /// # Errors
-    /// When the token cannot be read or no client can be made.
+    /// When the token cannot be read or a client cannot be built.
     pub fn services(urls: &[String], token_path: &Path) -> Result<Self, PreferenceError> {
         let replica = |url: &String| {
             let endpoint = Endpoint::new(url, "/v1/preferences", token_path)?;
@@ -49,34 +49,37 @@ impl Judges {
 }
 
 impl ServiceJudge {
-    async fn answers(&self, batch: &[Question]) -> Result<Vec<Answer>, JudgeError> {
+    async fn verdicts(
+        &self,
+        batch: &[ComparisonRequest],
+    ) -> Result<Vec<VersionedVerdict>, JudgeError> {
         let request = PreferencesRequest {
-            pairs: batch.iter().map(asked).collect(),
+            pairs: batch.iter().map(comparison_input).collect(),
             orders: Some(OrdersSetting::One),
         };
         let preferences: Preferences = self.endpoint.post(&request).await?;
-        let of_all = JudgeVersion(preferences.version);
+        let default_version = JudgeVersion(preferences.version);
         preferences
             .results
             .into_iter()
-            .map(|ruled| answer(ruled, of_all))
+            .map(|result| verdict(result, default_version))
             .collect()
     }
 }
 
-fn asked(question: &Question) -> AskedPair {
+fn comparison_input(request: &ComparisonRequest) -> ComparisonInput {
     let Comparison {
         prompt,
         first,
         second,
-    } = question.comparison();
+    } = request.comparison();
     let dialogue = prompt.dialogue.clone();
-    let (asked, dialogue) = match dialogue {
+    let (prompt_json, dialogue) = match dialogue {
         Some(dialogue) => (json!(dialogue.messages), dialogue),
         None => (prompt.text.as_str().into(), Dialogue::default()),
     };
-    AskedPair {
-        prompt: asked,
+    ComparisonInput {
+        prompt: prompt_json,
         tools: dialogue.tools,
         template_kwargs: dialogue.template_kwargs,
         answer: prompt.answer.clone(),
@@ -90,9 +93,12 @@ fn asked(question: &Question) -> AskedPair {
     }
 }
 
-fn answer(ruled: Ruled, of_all: JudgeVersion) -> Result<Answer, JudgeError> {
-    let version = ruled.version.map_or(of_all, JudgeVersion);
-    let verdict = match (ruled.p, ruled.abstained) {
+fn verdict(
+    result: PreferenceResult,
+    default_version: JudgeVersion,
+) -> Result<VersionedVerdict, JudgeError> {
+    let version = result.version.map_or(default_version, JudgeVersion);
+    let verdict = match (result.p, result.abstained) {
         (Some(p), None) => Verdict::from_probability(f64::from(p)),
         (None, Some(reason)) => Verdict::Abstained { reason },
         _ => {
@@ -101,7 +107,7 @@ fn answer(ruled: Ruled, of_all: JudgeVersion) -> Result<Answer, JudgeError> {
             ));
         }
     };
-    Ok(Answer::new(verdict, version))
+    Ok(VersionedVerdict::new(verdict, version))
 }
 
 impl Replica for ServiceJudge {
@@ -110,10 +116,13 @@ impl Replica for ServiceJudge {
     }
 
     fn concurrency(&self) -> usize {
-        BATCHES
+        CONCURRENCY
     }
 
-    fn ask<'a>(&'a self, batch: &'a [Question]) -> BoxFuture<'a, Result<Vec<Answer>, JudgeError>> {
-        Box::pin(self.answers(batch))
+    fn judge<'a>(
+        &'a self,
+        batch: &'a [ComparisonRequest],
+    ) -> BoxFuture<'a, Result<Vec<VersionedVerdict>, JudgeError>> {
+        Box::pin(self.verdicts(batch))
     }
 }

@@ -1,4 +1,4 @@
-//! From the bytes of a request to questions, within the limits.
+//! Conversion of HTTP requests to comparisons, within the configured limits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,162 +7,170 @@ use axum::body::{Bytes, to_bytes};
 use axum::extract::Request;
 use axum::http::header::CONTENT_LENGTH;
 use messages::{
-    Completion, Dialogue, Finish, Pair, Prompt, PromptId, PromptText, Purpose, Release, Seed,
+    Completion, Dialogue, Finish, Pair, Prompt, PromptBatch, PromptId, PromptText, Purpose, Seed,
     WeightsVersion,
 };
 use serde_json::{Map, Value};
 use settings::HttpServiceSettings;
 use tokio::time::timeout;
 
-use super::Refused;
-use crate::Texts;
-use crate::bench::Question;
-use crate::wire::{AskedPair, PreferencesRequest};
+use crate::pool::ComparisonRequest;
+use crate::prompt_encoder::PromptEncoder;
+use crate::server::HttpError;
+use crate::wire::{ComparisonInput, PreferencesRequest};
 
-/// Reads requests.
-pub(super) struct Reader {
+/// Reads and validates requests.
+pub(super) struct RequestReader {
     limits: HttpServiceSettings,
-    texts: Arc<dyn Texts>,
-    /// How long a request may take to arrive.
-    patience: Duration,
+    encoder: Arc<dyn PromptEncoder>,
+    /// Time limit for the arrival of a body.
+    body_timeout: Duration,
 }
 
-impl Reader {
+impl RequestReader {
     pub(super) fn new(
         limits: HttpServiceSettings,
-        texts: Arc<dyn Texts>,
-        patience: Duration,
+        encoder: Arc<dyn PromptEncoder>,
+        body_timeout: Duration,
     ) -> Self {
         Self {
             limits,
-            texts,
-            patience,
+            encoder,
+            body_timeout,
         }
     }
 
-    /// What a request asks.
-    pub(super) async fn read(&self, request: Request) -> Result<PreferencesRequest, Refused> {
+    /// Parses a request and checks its number of pairs.
+    pub(super) async fn read(&self, request: Request) -> Result<PreferencesRequest, HttpError> {
         let body = self.body(request).await?;
-        let asked = parse(&body)?;
-        let (count, max) = (asked.pairs.len(), self.limits.max_pairs);
+        let parsed = parse(&body)?;
+        let (count, max) = (parsed.pairs.len(), self.limits.max_pairs);
         if count == 0 {
-            return Err(Refused::invalid(
+            return Err(HttpError::invalid(
                 "pairs: there are none; ask about at least one",
             ));
         }
         if count > max {
-            return Err(Refused::invalid(format!(
+            return Err(HttpError::invalid(format!(
                 "pairs: {count} are more than preference.http.max_pairs = {max}; ask in parts"
             )));
         }
-        Ok(asked)
+        Ok(parsed)
     }
 
-    async fn body(&self, request: Request) -> Result<Bytes, Refused> {
+    async fn body(&self, request: Request) -> Result<Bytes, HttpError> {
         let max = self.limits.max_bytes;
-        let refused = || {
-            Refused::too_large(format!(
+        let too_large = || {
+            HttpError::too_large(format!(
                 "the request has more bytes than preference.http.max_bytes = {max}"
             ))
         };
-        let told = request.headers().get(CONTENT_LENGTH);
-        let told = told.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-        if told.is_some_and(|length| length > max) {
-            return Err(refused());
+        let length = request.headers().get(CONTENT_LENGTH);
+        let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        if length.is_some_and(|length| length > max) {
+            return Err(too_large());
         }
-        match timeout(self.patience, to_bytes(request.into_body(), max)).await {
-            Ok(body) => body.map_err(|_| refused()),
-            Err(_elapsed) => Err(Refused::too_slow()),
+        match timeout(self.body_timeout, to_bytes(request.into_body(), max)).await {
+            Ok(body) => body.map_err(|_| too_large()),
+            Err(_elapsed) => Err(HttpError::too_slow()),
         }
     }
 
-    /// One question for every pair. Tokenising takes a while: it is done off the runtime's threads.
-    pub(super) async fn questions(
+    /// One comparison for every pair. Tokenises on the blocking thread pool.
+    pub(super) async fn comparisons(
         self: &Arc<Self>,
-        pairs: Vec<AskedPair>,
-    ) -> Result<Vec<Question>, Refused> {
+        pairs: Vec<ComparisonInput>,
+    ) -> Result<Vec<ComparisonRequest>, HttpError> {
         let reader = Arc::clone(self);
-        let read = move || {
+        let convert = move || {
             let pairs = pairs.into_iter().enumerate();
-            pairs.map(|(i, pair)| reader.question(i, pair)).collect()
+            pairs.map(|(i, pair)| reader.comparison(i, pair)).collect()
         };
-        let read = tokio::task::spawn_blocking(read).await;
-        read.unwrap_or_else(|_| Err(Refused::invalid("pairs: they cannot be tokenised")))
+        let comparisons = tokio::task::spawn_blocking(convert).await;
+        comparisons.unwrap_or_else(|_| Err(HttpError::invalid("pairs: they cannot be tokenised")))
     }
 
-    fn question(&self, index: usize, asked: AskedPair) -> Result<Question, Refused> {
+    fn comparison(
+        &self,
+        index: usize,
+        input: ComparisonInput,
+    ) -> Result<ComparisonRequest, HttpError> {
         let at = |field: &'static str| {
-            move |reason: String| Refused::invalid(format!("pairs[{index}].{field}: {reason}"))
+            move |reason: String| HttpError::invalid(format!("pairs[{index}].{field}: {reason}"))
         };
-        let prompt = dataset::prompt(&asked.prompt).map_err(at("prompt"))?;
-        let prompt = with_tools(prompt, asked.tools, asked.template_kwargs).map_err(at("tools"))?;
-        self.within(prompt_characters(&prompt))
+        let prompt = dataset::prompt(&input.prompt).map_err(at("prompt"))?;
+        let prompt = with_tools(prompt, input.tools, input.template_kwargs).map_err(at("tools"))?;
+        self.check_length(prompt_characters(&prompt))
             .map_err(at("prompt"))?;
-        let read = self
-            .prompt(prompt, asked.prompt_ids)
+        let encoded = self
+            .prompt(prompt, input.prompt_ids)
             .map_err(at("prompt"))?;
         let [first, second] = [
-            ("first", asked.first, asked.first_ids, asked.first_finish),
+            ("first", input.first, input.first_ids, input.first_finish),
             (
                 "second",
-                asked.second,
-                asked.second_ids,
-                asked.second_finish,
+                input.second,
+                input.second_ids,
+                input.second_finish,
             ),
         ]
         .map(|(field, text, ids, finish)| {
             let finish = finish.map(Finish::from);
-            let response = Response { text, ids, finish };
-            self.completion(&read, response).map_err(at(field))
+            let response = SentResponse { text, ids, finish };
+            self.completion(&encoded, response).map_err(at(field))
         });
         let completions = vec![first?, second?];
         let pair = Pair {
-            prompt: read.into_prompt(index, asked.answer),
+            prompt: encoded.into_prompt(index, input.answer),
             version: WeightsVersion::REFERENCE,
             completions,
             actor: "http".into(),
         };
-        Ok(Question::new(Arc::new(pair), 0, 1))
+        Ok(ComparisonRequest::new(Arc::new(pair), 0, 1))
     }
 
-    /// The prompt with its ids: the given ones where the judge's tokenizer makes the same of it, or cannot
-    /// make any.
-    fn prompt(&self, prompt: PromptText, given: Option<Vec<u32>>) -> Result<ReadPrompt, String> {
-        let (text, ids, takes_ids) = match (self.texts.prompt(&prompt), given, &prompt) {
+    /// The prompt with its ids: the given ones if they equal the judge's own encoding, or if the judge cannot encode a
+    /// text.
+    fn prompt(&self, prompt: PromptText, given: Option<Vec<u32>>) -> Result<EncodedPrompt, String> {
+        let (text, ids, accepts_ids) = match (self.encoder.prompt(&prompt), given, &prompt) {
             (Err(_), Some(given), PromptText::Text(text)) => (text.clone(), given, true),
-            (made, given, _) => {
-                let (text, ids) = made?;
-                let takes_ids = ids.is_empty() || given.is_none_or(|given| given == ids);
-                (text, ids, takes_ids)
+            (encoded, given, _) => {
+                let (text, ids) = encoded?;
+                let accepts_ids = ids.is_empty() || given.is_none_or(|given| given == ids);
+                (text, ids, accepts_ids)
             }
         };
-        Ok(ReadPrompt {
+        Ok(EncodedPrompt {
             prompt,
             text,
             ids,
-            takes_ids,
+            accepts_ids,
         })
     }
 
-    fn completion(&self, prompt: &ReadPrompt, response: Response) -> Result<Completion, String> {
-        let Response { text, ids, finish } = response;
-        self.within(text.chars().count())?;
-        let (ids, finish) = match ids.filter(|_| prompt.takes_ids) {
+    fn completion(
+        &self,
+        prompt: &EncodedPrompt,
+        response: SentResponse,
+    ) -> Result<Completion, String> {
+        let SentResponse { text, ids, finish } = response;
+        self.check_length(text.chars().count())?;
+        let (ids, finish) = match ids.filter(|_| prompt.accepts_ids) {
             Some(ids) => {
-                let has_ended = self.texts.has_ended(&ids);
-                let as_ids_say = match has_ended {
+                let has_ended = self.encoder.has_ended(&ids);
+                let finish_by_ids = match has_ended {
                     true => Finish::EndOfText,
                     false => Finish::Length,
                 };
-                (ids, finish.unwrap_or(as_ids_say))
+                (ids, finish.unwrap_or(finish_by_ids))
             }
             None if text.is_empty() && finish.is_none() => return Err("it is empty".into()),
             None => {
                 let finish = finish.unwrap_or(Finish::EndOfText);
-                let made = self
-                    .texts
+                let encoded = self
+                    .encoder
                     .response(&prompt.prompt, &prompt.ids, &text, finish)?;
-                (made, finish)
+                (encoded, finish)
             }
         };
         Ok(Completion {
@@ -176,7 +184,7 @@ impl Reader {
         })
     }
 
-    fn within(&self, characters: usize) -> Result<(), String> {
+    fn check_length(&self, characters: usize) -> Result<(), String> {
         let max = self.limits.max_characters;
         if characters <= max {
             return Ok(());
@@ -187,23 +195,23 @@ impl Reader {
     }
 }
 
-fn parse(body: &[u8]) -> Result<PreferencesRequest, Refused> {
+fn parse(body: &[u8]) -> Result<PreferencesRequest, HttpError> {
     let json = &mut serde_json::Deserializer::from_slice(body);
-    let asked = serde_path_to_error::deserialize(&mut *json);
-    let asked = asked.map_err(|error| {
+    let parsed = serde_path_to_error::deserialize(&mut *json);
+    let parsed = parsed.map_err(|error| {
         let message = error.to_string();
         if error.inner().is_data() {
-            Refused::invalid(message)
+            HttpError::invalid(message)
         } else {
-            Refused::malformed(message)
+            HttpError::malformed(message)
         }
     })?;
     json.end()
-        .map_err(|error| Refused::malformed(error.to_string()))?;
-    Ok(asked)
+        .map_err(|error| HttpError::malformed(error.to_string()))?;
+    Ok(parsed)
 }
 
-/// The prompt with the tools and variables of its template, which only a dialogue has.
+/// Adds tools and template variables to the prompt, which must be a dialogue if there are any.
 fn with_tools(
     prompt: PromptText,
     tools: Vec<Value>,
@@ -236,28 +244,28 @@ fn prompt_characters(prompt: &PromptText) -> usize {
     }
 }
 
-/// A prompt as the judge reads it.
-struct ReadPrompt {
+/// A prompt encoded for the judge.
+struct EncodedPrompt {
     prompt: PromptText,
     text: String,
     ids: Vec<u32>,
-    /// Whether ids that come with responses are the judge's tokens.
-    takes_ids: bool,
+    /// Whether the ids of the responses can be used, because they are the judge's tokens.
+    accepts_ids: bool,
 }
 
-/// A response as it was sent.
-struct Response {
+/// A response as received.
+struct SentResponse {
     text: String,
     ids: Option<Vec<u32>>,
     finish: Option<Finish>,
 }
 
-impl ReadPrompt {
+impl EncodedPrompt {
     fn into_prompt(self, index: usize, answer: Option<String>) -> Prompt {
         let id = PromptId(index as u64);
         Prompt {
             id,
-            release: Release::single(id),
+            prompt_batch: PromptBatch::single(id),
             purpose: Purpose::Evaluate,
             version: WeightsVersion::REFERENCE,
             seed: Seed(0),

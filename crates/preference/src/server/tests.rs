@@ -1,4 +1,4 @@
-//! The service over HTTP, asked over real sockets.
+//! The HTTP server over localhost sockets.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,13 +8,14 @@ use reqwest::{Client, StatusCode};
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::bench::fake::{FakeReplica, judges, settings as bench_settings};
-use crate::bench::{BenchSettings, Judges, Question};
+use crate::error::JudgeError;
 use crate::judge::fake::{abstained, pair, preferred};
-use crate::{JudgeError, TextsAlone};
+use crate::pool::fake::{FakeReplica, judges, settings as pool_settings};
+use crate::pool::{ComparisonRequest, JudgeReplicas, PoolSettings};
+use crate::prompt_encoder::NoEncoding;
 
-/// A service that runs until it is told to stop.
-struct House {
+/// A running server with a client.
+struct Harness {
     url: String,
     shutdown: watch::Sender<bool>,
     task: JoinHandle<Result<(), PreferenceError>>,
@@ -31,20 +32,20 @@ fn limits() -> HttpServiceSettings {
     }
 }
 
-impl House {
-    async fn new(bench: Bench, settings: HttpServiceSettings) -> Self {
-        Self::with_texts(bench, settings, Arc::new(TextsAlone)).await
+impl Harness {
+    async fn new(pool: JudgePool, settings: HttpServiceSettings) -> Self {
+        Self::with_encoder(pool, settings, Arc::new(NoEncoding)).await
     }
 
-    async fn with_texts(
-        bench: Bench,
+    async fn with_encoder(
+        pool: JudgePool,
         settings: HttpServiceSettings,
-        texts: Arc<dyn Texts>,
+        encoder: Arc<dyn PromptEncoder>,
     ) -> Self {
         let parts = ServerParts {
-            bench,
+            pool,
             orders: OrdersSetting::Auto,
-            texts,
+            encoder,
             settings,
         };
         let server = Server::bind(parts).await.expect("a free port");
@@ -74,12 +75,11 @@ async fn answer(response: reqwest::Response) -> (u16, Value) {
     (status, response.json().await.expect("every answer is JSON"))
 }
 
-/// A judge of numbers that prefers the larger, always a little more what stands first, and abstains
-/// from what is none.
+/// Prefers the larger of two numbers with a bias toward the first, and abstains from other texts.
 fn larger() -> FakeReplica {
     FakeReplica::new(|batch| {
         let number = |text: &str| text.parse::<f32>().ok();
-        let verdict = |q: &Question| {
+        let verdict = |q: &ComparisonRequest| {
             let comparison = q.comparison();
             match (
                 number(&comparison.first.text),
@@ -93,8 +93,8 @@ fn larger() -> FakeReplica {
     })
 }
 
-fn bench(replica: FakeReplica) -> Bench {
-    Bench::new(judges([replica]), bench_settings())
+fn pool(replica: FakeReplica) -> JudgePool {
+    JudgePool::new(judges([replica]), pool_settings())
 }
 
 fn one() -> Value {
@@ -102,8 +102,8 @@ fn one() -> Value {
 }
 
 #[tokio::test]
-async fn pairs_are_answered_in_their_order_and_in_the_orders_asked_for() {
-    let house = House::new(bench(larger()), limits()).await;
+async fn results_follow_the_pairs_and_the_requested_orders() {
+    let harness = Harness::new(pool(larger()), limits()).await;
     let both = json!({"p": 0.625, "version": 7, "order_gap": 0.25});
     let dialogue = json!([{"role": "user", "content": "say"}]);
     let pairs = json!([
@@ -124,55 +124,61 @@ async fn pairs_are_answered_in_their_order_and_in_the_orders_asked_for() {
         let results = json!([result, abstention]);
         let expected = json!({"judge": "fake", "version": 7, "results": results});
         assert_eq!(
-            house.post(request.to_string()).await,
+            harness.post(request.to_string()).await,
             (200, expected),
             "{orders:?}"
         );
     }
 }
 
-impl House {
-    /// That this request is refused, and that the service goes on.
-    async fn refuses(&self, body: String, status: u16, code: &str, says: &str) {
-        let (seen, answer) = self.post(body.clone()).await;
+impl Harness {
+    /// Asserts that this request is rejected and that the server still answers.
+    async fn rejects(&self, body: String, status: u16, code: &str, message: &str) {
+        let (actual, answer) = self.post(body.clone()).await;
         let error = &answer["error"];
         let expected = (status, &Value::from(code));
-        assert_eq!((seen, &error["code"]), expected, "{body}: {answer}");
-        let told = error["message"].as_str().expect("a sentence");
-        assert!(told.contains(says), "{body}: {told}");
+        assert_eq!((actual, &error["code"]), expected, "{body}: {answer}");
+        let text = error["message"].as_str().expect("a message");
+        assert!(text.contains(message), "{body}: {text}");
         let (status, _) = self.post(json!({"pairs": [one()]}).to_string()).await;
-        assert_eq!(status, 200, "it goes on");
+        assert_eq!(status, 200, "it still answers");
     }
 }
 
 #[tokio::test]
-async fn what_is_no_request_is_refused() {
-    let house = House::new(bench(larger()), limits()).await;
+async fn malformed_requests_are_rejected() {
+    let harness = Harness::new(pool(larger()), limits()).await;
     let trailing = format!("{} x", json!({"pairs": [one()]}));
-    for (body, says) in [
+    for (body, message) in [
         ("what?", "line 1"),
         (r#"{"pairs": ["#, "EOF"),
         (&trailing, "trailing"),
         ("", "EOF"),
     ] {
-        house.refuses(body.into(), 400, "malformed", says).await;
+        harness
+            .rejects(body.into(), 400, "malformed", message)
+            .await;
     }
     let large = " ".repeat(5000);
-    let says = "preference.http.max_bytes = 4096";
-    house.refuses(large, 413, "too_large", says).await;
+    let message = "preference.http.max_bytes = 4096";
+    harness.rejects(large, 413, "too_large", message).await;
     for (path, status, code) in [
         ("/", 404, "not_found"),
         ("/v1/preferences", 405, "method_not_allowed"),
     ] {
-        let (seen, answer) = house.get(path).await;
+        let (actual, answer) = harness.get(path).await;
         let code = Value::from(code);
-        assert_eq!((seen, &answer["error"]["code"]), (status, &code), "{path}");
+        assert_eq!(
+            (actual, &answer["error"]["code"]),
+            (status, &code),
+            "{path}"
+        );
     }
 }
 
 #[tokio::test]
-async fn a_request_that_cannot_be_answered_is_refused_by_the_name_of_its_field() {
-    let house = House::new(bench(larger()), limits()).await;
+async fn invalid_requests_are_rejected_by_field_name() {
+    let harness = Harness::new(pool(larger()), limits()).await;
     let with = |key: &str, value: Value| {
         let mut pair = one();
         pair[key] = value;
@@ -180,7 +186,7 @@ async fn a_request_that_cannot_be_answered_is_refused_by_the_name_of_its_field()
     };
     let long = "ä".repeat(101);
     let odd = json!({"pairs": [one()], "orders": "three"});
-    for (request, says) in [
+    for (request, message) in [
         (json!([]), "expected an object with pairs"),
         (json!({"pairs": []}), "pairs: there are none"),
         (json!({"pairs": vec![one(); 4]}), "pairs: 4 are more"),
@@ -198,161 +204,171 @@ async fn a_request_that_cannot_be_answered_is_refused_by_the_name_of_its_field()
         ),
         (
             with("prompt", json!([{"from": "narrator", "value": "x"}])),
-            "turn 1: nobody knows who",
+            "turn 1: unknown speaker",
         ),
         (with("first", "".into()), "pairs[1].first: it is empty"),
         (with("second", long.into()), "pairs[1].second: 101 char"),
     ] {
         let request = request.to_string();
-        house.refuses(request, 422, "invalid", says).await;
+        harness.rejects(request, 422, "invalid", message).await;
     }
 }
 
 #[tokio::test]
-async fn only_who_shows_the_token_is_answered_and_health_is_told_to_all() {
+async fn only_preferences_require_the_token() {
     let folder = std::env::temp_dir().join(format!("agon-token-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let token_path = folder.join("token");
     std::fs::write(&token_path, "sesame").unwrap();
-    let guarded = HttpServiceSettings {
+    let with_token = HttpServiceSettings {
         token_path: token_path.clone(),
         ..limits()
     };
-    let house = House::new(bench(larger()), guarded).await;
+    let harness = Harness::new(pool(larger()), with_token).await;
     let body = json!({"pairs": [one()]}).to_string();
-    let (status, refusal) = house.post(body.clone()).await;
+    let (status, response) = harness.post(body.clone()).await;
     assert_eq!(
-        (status, &refusal["error"]["code"]),
+        (status, &response["error"]["code"]),
         (401, &"unauthorized".into())
     );
-    let url = format!("{}/v1/preferences", house.url);
-    let request = house.client.post(url).bearer_auth("sesame").body(body);
+    let url = format!("{}/v1/preferences", harness.url);
+    let request = harness.client.post(url).bearer_auth("sesame").body(body);
     assert_eq!(request.send().await.unwrap().status(), StatusCode::OK);
-    assert_eq!(house.get("/healthz").await.0, 200);
+    assert_eq!(harness.get("/healthz").await.0, 200);
     assert_eq!(
-        house.get("/readyz").await,
+        harness.get("/readyz").await,
         (200, json!({"status": "ready"}))
     );
 
-    let elsewhere = Judges::services(std::slice::from_ref(&house.url), &token_path).unwrap();
-    let elsewhere = Bench::new(elsewhere, bench_settings());
-    let question = Question::new(Arc::new(pair(0, &["1", "2"])), 0, 1);
-    let ruling = elsewhere.rule(&question, Orders::One).await.unwrap();
-    assert_eq!(ruling.verdict, preferred(0.5));
+    let remote = JudgeReplicas::services(std::slice::from_ref(&harness.url), &token_path).unwrap();
+    let remote = JudgePool::new(remote, pool_settings());
+    let request = ComparisonRequest::new(Arc::new(pair(0, &["1", "2"])), 0, 1);
+    let preference = remote.compare(&request, Orders::One).await.unwrap();
+    assert_eq!(preference.verdict, preferred(0.5));
     std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[tokio::test]
-async fn when_the_queue_is_full_one_is_told_to_come_again() {
-    let (asked, mut is_asked) = tokio::sync::mpsc::unbounded_channel();
+async fn a_full_queue_is_429_with_retry_after() {
+    let (started, mut batch_started) = tokio::sync::mpsc::unbounded_channel();
     let (open, gate) = watch::channel(false);
-    // It says that it is asked, and is at it until the gate opens.
+    // Signals each batch and answers when the gate opens.
     struct Gated(
         tokio::sync::mpsc::UnboundedSender<()>,
         watch::Receiver<bool>,
     );
-    impl crate::Replica for Gated {
+    impl crate::pool::Replica for Gated {
         fn name(&self) -> &str {
             "gated"
         }
-        fn ask<'a>(
+        fn judge<'a>(
             &'a self,
-            batch: &'a [Question],
-        ) -> futures_util::future::BoxFuture<'a, Result<Vec<crate::Answer>, JudgeError>> {
+            batch: &'a [ComparisonRequest],
+        ) -> futures_util::future::BoxFuture<
+            'a,
+            Result<Vec<crate::pool::VersionedVerdict>, JudgeError>,
+        > {
             Box::pin(async move {
-                self.0.send(()).expect("the test goes on");
+                self.0.send(()).expect("the test receives");
                 self.1
                     .clone()
                     .wait_for(|open| *open)
                     .await
                     .expect("it opens");
-                let answer = crate::Answer::new(preferred(0.5), messages::JudgeVersion(7));
+                let answer =
+                    crate::pool::VersionedVerdict::new(preferred(0.5), messages::JudgeVersion(7));
                 Ok(vec![answer; batch.len()])
             })
         }
     }
-    let gated = Judges {
-        replicas: vec![Arc::new(Gated(asked, gate))],
+    let gated = JudgeReplicas {
+        replicas: vec![Arc::new(Gated(started, gate))],
         ..judges([])
     };
-    let narrow = BenchSettings {
+    let narrow = PoolSettings {
         max_queue: 3,
-        ..bench_settings()
+        ..pool_settings()
     };
-    let bench = Bench::new(gated, narrow);
-    let house = Arc::new(House::new(bench.clone(), limits()).await);
+    let pool = JudgePool::new(gated, narrow);
+    let harness = Arc::new(Harness::new(pool.clone(), limits()).await);
     let request = || json!({"pairs": [one()], "orders": "one"}).to_string();
-    let asking = || {
-        let (house, body) = (Arc::clone(&house), request());
-        tokio::spawn(async move { house.post(body).await.0 })
+    let post = || {
+        let (harness, body) = (Arc::clone(&harness), request());
+        tokio::spawn(async move { harness.post(body).await.0 })
     };
-    let first = asking();
-    is_asked.recv().await.expect("it is asked");
+    let first = post();
+    batch_started.recv().await.expect("it is called");
     let six = json!({"pairs": [one(), one(), one()], "orders": "both"}).to_string();
     let waiting = {
-        let house = Arc::clone(&house);
-        tokio::spawn(async move { house.post(six).await.0 })
+        let harness = Arc::clone(&harness);
+        tokio::spawn(async move { harness.post(six).await.0 })
     };
-    while bench.free_places() > 0 {
+    while pool.free_permits() > 0 {
         tokio::task::yield_now().await;
     }
-    let url = format!("{}/v1/preferences", house.url);
-    let refused = house.client.post(url).body(request()).send().await.unwrap();
-    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
-    assert_eq!(refused.headers()["retry-after"], "1");
-    assert_eq!(answer(refused).await.1["error"]["code"], "busy");
+    let url = format!("{}/v1/preferences", harness.url);
+    let rejected = harness
+        .client
+        .post(url)
+        .body(request())
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(rejected.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(rejected.headers()["retry-after"], "1");
+    assert_eq!(answer(rejected).await.1["error"]["code"], "busy");
     open.send_replace(true);
     assert_eq!((first.await.unwrap(), waiting.await.unwrap()), (200, 200));
 }
 
 #[tokio::test]
-async fn while_no_judge_can_be_asked_the_service_is_not_ready_and_says_so() {
-    let away = FakeReplica::new(|_| Err(JudgeError::new("no route")));
-    let fragile = BenchSettings {
+async fn during_an_outage_the_server_is_not_ready() {
+    let failing = FakeReplica::new(|_| Err(JudgeError::new("no route")));
+    let fragile = PoolSettings {
         circuit_failures: 1,
         circuit_probe: Duration::from_secs(3600),
         timeout: Duration::from_millis(50),
-        ..bench_settings()
+        ..pool_settings()
     };
-    let house = House::new(Bench::new(judges([away]), fragile), limits()).await;
-    assert_eq!(house.get("/readyz").await.0, 200);
-    let (status, refusal) = house.post(json!({"pairs": [one()]}).to_string()).await;
-    let error = &refusal["error"];
+    let harness = Harness::new(JudgePool::new(judges([failing]), fragile), limits()).await;
+    assert_eq!(harness.get("/readyz").await.0, 200);
+    let (status, response) = harness.post(json!({"pairs": [one()]}).to_string()).await;
+    let error = &response["error"];
     assert_eq!(
         (status, &error["code"]),
         (503, &"unavailable".into()),
         "{error}"
     );
-    let told = error["message"].as_str().unwrap();
+    let message = error["message"].as_str().unwrap();
     assert!(
-        told.contains("every circuit of the judge is open (fake: no route)"),
-        "{told}"
+        message.contains("every circuit breaker of the judge is open (fake: no route)"),
+        "{message}"
     );
-    let (status, refusal) = house.get("/readyz").await;
+    let (status, response) = harness.get("/readyz").await;
     assert_eq!(
-        (status, &refusal["error"]["code"]),
+        (status, &response["error"]["code"]),
         (503, &"unavailable".into())
     );
-    assert_eq!(house.get("/healthz").await.0, 200, "the process lives");
+    assert_eq!(harness.get("/healthz").await.0, 200, "the process lives");
 }
 
 #[tokio::test]
-async fn two_hundred_clients_at_once_are_all_answered() {
-    let generous = BenchSettings {
+async fn two_hundred_concurrent_clients_are_answered() {
+    let generous = PoolSettings {
         max_batch: 16,
         max_queue: 1024,
         cache_size: 64,
-        ..bench_settings()
+        ..pool_settings()
     };
     let replicas = [larger(), larger()];
-    let house = House::new(Bench::new(judges(replicas), generous), limits()).await;
-    let house = Arc::new(house);
+    let harness = Harness::new(JudgePool::new(judges(replicas), generous), limits()).await;
+    let harness = Arc::new(harness);
     let clients = (0..200).map(|i| {
-        let house = Arc::clone(&house);
+        let harness = Arc::clone(&harness);
         tokio::spawn(async move {
             let first = f64::from(i % 8) / 4.0;
             let pair = json!({"prompt": "say", "first": first.to_string(), "second": "1"});
-            let (status, answer) = house.post(json!({"pairs": [pair]}).to_string()).await;
+            let (status, answer) = harness.post(json!({"pairs": [pair]}).to_string()).await;
             (
                 status,
                 answer["results"][0]["p"].clone(),
@@ -367,36 +383,40 @@ async fn two_hundred_clients_at_once_are_all_answered() {
 }
 
 #[tokio::test]
-async fn a_shutdown_answers_what_is_in_hand_and_takes_no_more() {
+async fn a_shutdown_answers_requests_in_progress_and_accepts_no_more() {
     let slow = larger().delay(Duration::from_millis(20));
-    let asked = slow.asked();
-    let house = House::new(bench(slow), limits()).await;
-    let url = format!("{}/v1/preferences", house.url);
+    let batches = slow.batches();
+    let harness = Harness::new(pool(slow), limits()).await;
+    let url = format!("{}/v1/preferences", harness.url);
     let request = Client::new()
         .post(&url)
         .body(json!({"pairs": [one()]}).to_string());
     let request = tokio::spawn(request.send());
-    while asked.sizes().is_empty() {
+    while batches.sizes().is_empty() {
         tokio::task::yield_now().await;
     }
-    house.shutdown.send_replace(true);
+    harness.shutdown.send_replace(true);
     assert_eq!(request.await.unwrap().unwrap().status(), StatusCode::OK);
-    house.task.await.expect("no panic").expect("it was stopped");
-    let refused = Client::new().post(&url).send().await;
-    assert!(refused.is_err_and(|error| error.is_connect()));
+    harness
+        .task
+        .await
+        .expect("no panic")
+        .expect("it was stopped");
+    let error = Client::new().post(&url).send().await;
+    assert!(error.is_err_and(|error| error.is_connect()));
 }
 
-/// Writes a letter as its number in the alphabet, and ends with 0.
-struct Letters;
+/// Encodes a letter as its index in the alphabet, from 1, and end-of-text as 0.
+struct AlphabetEncoder;
 
-impl Texts for Letters {
+impl PromptEncoder for AlphabetEncoder {
     fn prompt(&self, prompt: &PromptText) -> Result<(String, Vec<u32>), String> {
         match prompt {
             PromptText::Text(text) => {
                 let ids = self.response(prompt, &[], text, Finish::EndOfText)?;
                 Ok((text.clone(), ids))
             }
-            PromptText::Dialogue(_) => Err("letters have no turns".into()),
+            PromptText::Dialogue(_) => Err("dialogues are not supported".into()),
         }
     }
 
@@ -411,7 +431,7 @@ impl Texts for Letters {
             let is_known = letter.is_ascii_lowercase();
             is_known
                 .then(|| u32::from(letter) - u32::from('a') + 1)
-                .ok_or_else(|| format!("{letter:?} is no letter"))
+                .ok_or_else(|| format!("{letter:?} is not a letter"))
         };
         let end = (finish == Finish::EndOfText).then_some(Ok(0));
         text.chars().map(id).chain(end).collect()
@@ -423,16 +443,17 @@ impl Texts for Letters {
 }
 
 #[tokio::test]
-async fn texts_become_ids_unless_the_judges_own_ids_are_given() {
-    let told = |batch: &[Question]| {
-        let tell = |q: &Question| {
+async fn texts_are_encoded_unless_the_judges_own_ids_are_given() {
+    let echo = |batch: &[ComparisonRequest]| {
+        let echo_one = |q: &ComparisonRequest| {
             let comparison = q.comparison();
             let (prompt, first) = (&comparison.prompt.ids, comparison.first);
             abstained(&format!("{prompt:?} {:?} {:?}", first.ids, first.finish))
         };
-        Ok(batch.iter().map(tell).collect())
+        Ok(batch.iter().map(echo_one).collect())
     };
-    let house = House::with_texts(bench(FakeReplica::new(told)), limits(), Arc::new(Letters)).await;
+    let pool = pool(FakeReplica::new(echo));
+    let harness = Harness::with_encoder(pool, limits(), Arc::new(AlphabetEncoder)).await;
     let with = |keys: &[(&str, Value)]| {
         let mut pair = json!({"prompt": "a", "first": "b", "second": "c"});
         for (key, value) in keys {
@@ -450,7 +471,7 @@ async fn texts_become_ids_unless_the_judges_own_ids_are_given() {
             200,
             "[1, 0] [7] Length",
         ),
-        // The tokens of another tokenizer are not read.
+        // Ids of another tokenizer are ignored.
         (
             &[
                 ("prompt_ids", foreign.clone()),
@@ -481,7 +502,7 @@ async fn texts_become_ids_unless_the_judges_own_ids_are_given() {
         (
             &[("second", "C".into())],
             422,
-            "pairs[0].second: 'C' is no letter",
+            "pairs[0].second: 'C' is not a letter",
         ),
         (
             &[("prompt", json!([{"role": "user"}]))],
@@ -494,31 +515,35 @@ async fn texts_become_ids_unless_the_judges_own_ids_are_given() {
             "pairs[0].tools: tools and template_kwargs go with a prompt of messages, not with text",
         ),
     ] {
-        let (seen, answer) = house.post(json!({"pairs": [with(keys)]}).to_string()).await;
-        let told = answer["results"][0]["abstained"].as_str();
-        let told = told.or(answer["error"]["message"].as_str());
-        assert_eq!((seen, told), (status, Some(expected)), "{keys:?}");
+        let (actual, answer) = harness
+            .post(json!({"pairs": [with(keys)]}).to_string())
+            .await;
+        let text = answer["results"][0]["abstained"].as_str();
+        let text = text.or(answer["error"]["message"].as_str());
+        assert_eq!((actual, text), (status, Some(expected)), "{keys:?}");
     }
 }
 
 #[tokio::test]
-async fn a_service_asks_another_with_messages_and_with_how_each_response_ended() {
-    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
-    let keep = move |batch: &[Question]| {
-        for question in batch {
-            let asked = question.comparison();
-            tell.send((
-                asked.prompt.clone(),
-                asked.first.clone(),
-                asked.second.clone(),
-            ))
-            .expect("the test listens");
+async fn a_remote_service_gets_messages_and_finish_reasons() {
+    let (sender, mut received) = tokio::sync::mpsc::unbounded_channel();
+    let record = move |batch: &[ComparisonRequest]| {
+        for request in batch {
+            let comparison = request.comparison();
+            sender
+                .send((
+                    comparison.prompt.clone(),
+                    comparison.first.clone(),
+                    comparison.second.clone(),
+                ))
+                .expect("the test receives");
         }
         Ok(vec![preferred(0.5); batch.len()])
     };
-    let house = House::new(bench(FakeReplica::new(keep)), limits()).await;
-    let elsewhere = Judges::services(std::slice::from_ref(&house.url), Path::new("")).unwrap();
-    let elsewhere = Bench::new(elsewhere, bench_settings());
+    let harness = Harness::new(pool(FakeReplica::new(record)), limits()).await;
+    let remote =
+        JudgeReplicas::services(std::slice::from_ref(&harness.url), Path::new("")).unwrap();
+    let remote = JudgePool::new(remote, pool_settings());
     let mut pair = pair(0, &[" the floor.", "b"]);
     pair.completions[0].finish = Finish::Length;
     pair.prompt.text = "the policy's rendering".into();
@@ -529,9 +554,9 @@ async fn a_service_asks_another_with_messages_and_with_how_each_response_ended()
         ..Dialogue::of_user("Where?")
     };
     pair.prompt.dialogue = Some(dialogue.clone());
-    let question = Question::new(Arc::new(pair), 0, 1);
-    elsewhere.rule(&question, Orders::One).await.unwrap();
-    let (prompt, first, second) = told.recv().await.expect("it was asked");
+    let request = ComparisonRequest::new(Arc::new(pair), 0, 1);
+    remote.compare(&request, Orders::One).await.unwrap();
+    let (prompt, first, second) = received.recv().await.expect("it was called");
     assert_eq!(prompt.dialogue, Some(dialogue));
     assert_eq!(prompt.answer.as_deref(), Some("b"));
     assert_eq!(first.text, " the floor.");

@@ -5,28 +5,28 @@ use axum::http::header::AUTHORIZATION;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use super::Refused;
+use crate::server::HttpError;
 
-/// A token's digest: comparing digests in constant time tells neither the token nor its length.
-pub(super) struct Token([u8; 32]);
+/// Digest of a token. Comparing digests in constant time leaks neither the token nor its length.
+pub(super) struct BearerToken([u8; 32]);
 
-impl Token {
+impl BearerToken {
     pub(super) fn new(token: &str) -> Self {
         Self(Sha256::digest(token.as_bytes()).into())
     }
 
-    /// Whether the request shows it.
-    pub(super) fn check(&self, headers: &HeaderMap) -> Result<(), Refused> {
-        let shown = headers.get(AUTHORIZATION).map(|value| value.as_bytes());
-        let shown = shown.and_then(|value| {
+    /// Checks the `Authorization` header.
+    pub(super) fn check(&self, headers: &HeaderMap) -> Result<(), HttpError> {
+        let given = headers.get(AUTHORIZATION).map(|value| value.as_bytes());
+        let given = given.and_then(|value| {
             let (scheme, token) = value.split_at_checked("Bearer ".len())?;
             scheme.eq_ignore_ascii_case(b"Bearer ").then_some(token)
         });
-        let shown: Option<[u8; 32]> = shown.map(|token| Sha256::digest(token).into());
-        if shown.is_some_and(|shown| bool::from(shown.ct_eq(&self.0))) {
+        let given: Option<[u8; 32]> = given.map(|token| Sha256::digest(token).into());
+        if given.is_some_and(|given| bool::from(given.ct_eq(&self.0))) {
             Ok(())
         } else {
-            Err(Refused::unauthorized())
+            Err(HttpError::unauthorized())
         }
     }
 }
@@ -36,9 +36,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_token_is_let_in() {
-        let token = Token::new("sesame");
-        for (shown, is_let_in) in [
+    fn only_the_token_is_accepted() {
+        let token = BearerToken::new("sesame");
+        for (given, is_accepted) in [
             (Some("Bearer sesame"), true),
             (Some("bearer sesame"), true),
             (Some("Bearer sesame "), false),
@@ -49,10 +49,10 @@ mod tests {
             (None, false),
         ] {
             let mut headers = HeaderMap::new();
-            if let Some(shown) = shown {
-                headers.insert(AUTHORIZATION, shown.parse().unwrap());
+            if let Some(given) = given {
+                headers.insert(AUTHORIZATION, given.parse().unwrap());
             }
-            assert_eq!(token.check(&headers).is_ok(), is_let_in, "{shown:?}");
+            assert_eq!(token.check(&headers).is_ok(), is_accepted, "{given:?}");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! What changes, told to every open page about once a second.
+//! Server-sent events: status updates for all open pages, about once a second.
 //!
-//! Runs are looked at once for all pages together, and only while one is open.
+//! The runs are read once for all pages together, and only while a page is open.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -13,18 +13,18 @@ use tokio::sync::{Notify, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
-use super::{Shared, routes};
-use crate::{Reading, RunStatus, evaluation_differences, readings};
+use crate::page::{PageState, routes};
+use crate::view::{Reading, RunStatus, evaluation_differences, readings};
 
-/// Between two looks at the runs.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Interval between two updates.
+const UPDATE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What a page shows of a process's metrics: the ways of messages, and waits.
-const LIVE: [&str; 13] = [
-    "agon_station_taken_total",
-    "agon_station_given_total",
-    "agon_station_dropped_total",
-    "agon_station_in_hand",
+/// Metrics of the process that the page displays.
+const LIVE_METRICS: [&str; 13] = [
+    "agon_stage_received_total",
+    "agon_stage_emitted_total",
+    "agon_stage_dropped_total",
+    "agon_stage_in_flight",
     "agon_wait_open_since_seconds",
     "agon_judge_queue",
     "agon_judge_batch_size",
@@ -36,75 +36,76 @@ const LIVE: [&str; 13] = [
     "agon_perf_pairs_per_second",
 ];
 
-/// The last look, which every open page is told.
+/// Broadcast channel of updates to all open pages.
 #[derive(Default)]
-pub(super) struct Events {
-    last: watch::Sender<String>,
+pub(super) struct EventChannel {
+    /// The last update, as JSON.
+    update: watch::Sender<String>,
+    /// Notified when a page is opened.
     opened: Notify,
 }
 
-/// What every open page is told.
+/// One status update.
 #[derive(Serialize)]
-struct Look {
+struct StatusUpdate {
     runs: Vec<RunStatus>,
-    /// Why the evaluations of these runs cannot be compared, a sentence each.
+    /// Differences between the evaluations of these runs, one sentence each.
     differences: Vec<String>,
-    /// `None` when this process is none of the runs.
+    /// Metrics of the running process; `None` when the page is not connected to one.
     live: Option<Vec<Reading>>,
 }
 
-/// The events of one page, until it closes.
+/// Event stream of one page.
 pub(super) fn stream(
-    shared: &Shared,
+    state: &PageState,
 ) -> Sse<impl Stream<Item = Result<Event, Infallible>> + use<>> {
-    let mut looks = shared.events.last.subscribe();
-    // What was told to the pages before may be old: this one waits for a new look.
-    looks.mark_unchanged();
-    shared.events.opened.notify_one();
-    let events = stream::unfold(looks, |mut looks| async move {
-        looks.changed().await.ok()?;
-        let text = looks.borrow_and_update().clone();
-        let event = Event::default().event("look").data(text);
-        Some((Ok(event), looks))
+    let mut updates = state.events.update.subscribe();
+    // The previous update may be old: the new page waits for the next one.
+    updates.mark_unchanged();
+    state.events.opened.notify_one();
+    let events = stream::unfold(updates, |mut updates| async move {
+        updates.changed().await.ok()?;
+        let text = updates.borrow_and_update().clone();
+        let event = Event::default().event("update").data(text);
+        Some((Ok(event), updates))
     });
     Sse::new(events).keep_alive(KeepAlive::default())
 }
 
-/// Looks, and tells every open page, until it is cancelled.
-pub(super) async fn tell(shared: Arc<Shared>) {
+/// Sends updates to all open pages until cancelled.
+pub(super) async fn broadcast(state: Arc<PageState>) {
     loop {
-        if shared.events.last.receiver_count() == 0 {
-            shared.events.opened.notified().await;
+        if state.events.update.receiver_count() == 0 {
+            state.events.opened.notified().await;
         }
-        shared.events.last.send_replace(look(&shared).await);
-        // A page that has just been opened is not kept waiting; one that is opened again and again is
-        // told no faster than a quarter of a pause.
-        sleep(PAUSE / 4).await;
-        timeout(PAUSE * 3 / 4, shared.events.opened.notified())
+        state.events.update.send_replace(update(&state).await);
+        // A newly opened page is updated early, but updates are at least a quarter of the interval apart.
+        sleep(UPDATE_INTERVAL / 4).await;
+        timeout(UPDATE_INTERVAL * 3 / 4, state.events.opened.notified())
             .await
             .ok();
     }
 }
 
-/// The runs and this process as they are now.
-async fn look(shared: &Shared) -> String {
+/// The current update, as JSON.
+async fn update(state: &PageState) -> String {
     let (mut runs, mut evaluations) = (Vec::new(), Vec::new());
-    for run in &shared.runs {
+    for run in &state.runs {
         let (status, evaluation) = routes::status(run).await;
         runs.push(status);
         evaluations.extend(evaluation);
     }
     let differences = evaluation_differences(&evaluations);
-    let live = match shared.live.clone() {
-        // The page may come from afar.
+    let live = match state.live.clone() {
+        // The exposition may be fetched from another process.
         Some(page) => spawn_blocking(move || page()).await.ok(),
         None => None,
     };
-    let live = live.map(|page| readings(&page, &|name| LIVE.contains(&name)));
-    let look = Look {
+    let live = live.map(|page| readings(&page, &|name| LIVE_METRICS.contains(&name)));
+    let update = StatusUpdate {
         runs,
         differences,
         live,
     };
-    serde_json::to_string(&look).expect("a look has text keys and finite numbers")
+    serde_json::to_string(&update).expect("an update has string keys and finite numbers")
 }

@@ -1,4 +1,4 @@
-//! The page itself: its text, its look and its behaviour, all in the binary.
+//! Static files of the page (HTML, CSS, JavaScript), embedded in the binary.
 
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -8,14 +8,14 @@ const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
-/// Every file: its path, its type, its content.
+/// All files: path, content type, content.
 const FILES: [(&str, &str, &str); 11] = [
     ("/", HTML, include_str!("web/page.html")),
     ("/page.css", CSS, include_str!("web/page.css")),
     ("/icon.svg", SVG, include_str!("web/icon.svg")),
     ("/main.js", SCRIPT, include_str!("web/main.js")),
     ("/elements.js", SCRIPT, include_str!("web/elements.js")),
-    ("/numbers.js", SCRIPT, include_str!("web/numbers.js")),
+    ("/format.js", SCRIPT, include_str!("web/format.js")),
     ("/chart.js", SCRIPT, include_str!("web/chart.js")),
     ("/curves.js", SCRIPT, include_str!("web/curves.js")),
     ("/pipeline.js", SCRIPT, include_str!("web/pipeline.js")),
@@ -25,8 +25,8 @@ const FILES: [(&str, &str, &str); 11] = [
 
 /// The file at this path.
 pub(super) fn file(path: &str) -> Option<Response> {
-    let (_, kind, content) = FILES.iter().find(|(known, _, _)| *known == path)?;
-    Some(([(CONTENT_TYPE, *kind)], *content).into_response())
+    let (_, content_type, content) = FILES.iter().find(|(known, _, _)| *known == path)?;
+    Some(([(CONTENT_TYPE, *content_type)], *content).into_response())
 }
 
 #[cfg(test)]
@@ -34,30 +34,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_needs_nothing_from_elsewhere_and_makes_no_markup_of_texts() {
-        for (path, kind, content) in FILES {
-            for foreign in ["http://", "https://", "@import", "//cdn", "url("] {
+    fn the_page_loads_nothing_external_and_never_inserts_markup() {
+        for (path, content_type, content) in FILES {
+            for external in ["http://", "https://", "@import", "//cdn", "url("] {
                 let allowed = content.replace("http://www.w3.org/", "");
-                assert!(!allowed.contains(foreign), "{path} names {foreign}");
+                assert!(!allowed.contains(external), "{path} refers to {external}");
             }
-            if kind == SCRIPT {
-                for hole in [
+            if content_type == SCRIPT {
+                for sink in [
                     "innerHTML",
                     "outerHTML",
                     "insertAdjacentHTML",
                     "document.write",
                     "eval(",
                 ] {
-                    assert!(!content.contains(hole), "{path} uses {hole}");
+                    assert!(!content.contains(sink), "{path} uses {sink}");
                 }
             }
         }
     }
 
     #[test]
-    fn every_file_that_another_names_is_there() {
-        let named = |content: &str, before: &str| -> Vec<String> {
-            let parts = content.split(before).skip(1);
+    fn all_referenced_files_exist() {
+        let references = |content: &str, prefix: &str| -> Vec<String> {
+            let parts = content.split(prefix).skip(1);
             parts
                 .filter_map(|part| Some(part.split_once('"')?.0.to_owned()))
                 .collect()
@@ -65,15 +65,18 @@ mod tests {
         let mut seen = 0;
         for (path, _, content) in FILES {
             let files = [
-                named(content, "from \"./"),
-                named(content, "src=\"/"),
-                named(content, "href=\"/"),
+                references(content, "from \"./"),
+                references(content, "src=\"/"),
+                references(content, "href=\"/"),
             ];
             for name in files.concat() {
-                assert!(file(&format!("/{name}")).is_some(), "{path} names {name}");
+                assert!(
+                    file(&format!("/{name}")).is_some(),
+                    "{path} refers to {name}"
+                );
                 seen += 1;
             }
         }
-        assert!(seen >= FILES.len() - 1, "only {seen} files are named");
+        assert!(seen >= FILES.len() - 1, "only {seen} references are found");
     }
 }

@@ -1,11 +1,11 @@
-//! The live page: a run, or several laid over one another, in a browser.
+//! Live web page of one or several runs.
 //!
-//! One page, all of it in the binary, served from a thread and a runtime of its own, so that busy compute
-//! never starves it and it never delays a role. It shows what [`crate::RunView`] reads of run directories
-//! and, for a run of this process, what the process says of itself now. Who asks must come to an address
-//! of this machine or show a token. It changes nothing.
+//! A single page, embedded in the binary and served from a thread and a runtime of its own, so that busy compute
+//! never starves it and it never delays a role. It shows what [`crate::RunView`] reads from run directories and,
+//! for the first run, the current metrics of its processes. Requests must use a loopback address or present a
+//! token. The page is read-only.
 
-mod door;
+mod access;
 mod events;
 mod files;
 mod routes;
@@ -14,46 +14,46 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use crate::server::Server;
-use crate::{Error, RunView};
-use door::Door;
+use crate::server::HttpServer;
+use crate::{error::Error, view::RunView};
+use access::AccessControl;
 
-/// A page of metrics, made anew each time: what a process says of itself, or several one after another.
+/// Renders the current metrics of one or several processes in the text exposition format.
 pub type MetricsPage = Arc<dyn Fn() -> String + Send + Sync>;
 
-/// What a page is made of.
+/// Configuration of a page.
 pub struct PageParts {
-    /// Where it listens; port 0 takes a free port.
+    /// Listen address; port 0 picks a free port.
     pub listen: SocketAddr,
-    /// What who asks must show; needed where others reach the address.
+    /// Bearer token; required when listening on a non-loopback address.
     pub token: Option<String>,
-    /// The runs it shows, at least one.
+    /// The displayed runs, at least one.
     pub runs: Vec<RunView>,
-    /// What the processes of the first run say of themselves, when they can be asked; it may wait.
+    /// Current metrics of the first run's processes, if available; the call may block.
     pub live: Option<MetricsPage>,
 }
 
-/// The page, served until this is dropped.
+/// Server of the page; it serves until dropped.
 pub struct PageServer {
     address: String,
     url: String,
-    _server: Server,
+    _server: HttpServer,
 }
 
-/// What all requests share.
-struct Shared {
-    door: Door,
+/// State shared by all requests.
+struct PageState {
+    access: AccessControl,
     runs: Vec<Arc<Mutex<RunView>>>,
     live: Option<MetricsPage>,
-    events: events::Events,
+    events: events::EventChannel,
 }
 
 impl PageServer {
-    /// Takes the address and serves the page.
+    /// Binds the address and serves the page.
     ///
     /// # Errors
-    /// When others reach the address and there is no token, the address cannot be listened on, or the
-    /// system gives no thread.
+    /// When the address is not loopback and there is no token, the address cannot be bound, or a thread cannot be
+    /// spawned.
     pub fn start(parts: PageParts) -> Result<Self, Error> {
         let PageParts {
             listen,
@@ -61,85 +61,86 @@ impl PageServer {
             runs,
             live,
         } = parts;
-        protected(listen, token.as_deref())?;
-        let refused = |source| Error::PageListen {
+        require_protection(listen, token.as_deref())?;
+        let bind_error = |source| Error::PageListen {
             address: listen,
             source,
         };
-        let shared = Arc::new(Shared {
-            door: Door::new(token.as_deref()),
+        let state = Arc::new(PageState {
+            access: AccessControl::new(token.as_deref()),
             runs: runs
                 .into_iter()
                 .map(|run| Arc::new(Mutex::new(run)))
                 .collect(),
             live,
-            events: events::Events::default(),
+            events: events::EventChannel::default(),
         });
-        let telling = events::tell(Arc::clone(&shared));
-        let server = Server::start("page", listen, refused, routes::router(shared), telling)?;
+        let broadcast = events::broadcast(Arc::clone(&state));
+        let server =
+            HttpServer::start("page", listen, bind_error, routes::router(state), broadcast)?;
         let address = format!("http://{}/", server.address());
-        let shown = token.as_deref().map(|token| format!("?token={token}"));
+        let query = token.as_deref().map(|token| format!("?token={token}"));
         Ok(Self {
-            url: address.clone() + &shown.unwrap_or_default(),
+            url: address.clone() + &query.unwrap_or_default(),
             address,
             _server: server,
         })
     }
 
-    /// Whether a page with this token can be served at the address now.
+    /// Checks that a page with this token can be served at the address now.
     ///
     /// # Errors
     /// As [`Self::start`].
     pub fn check(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
-        protected(listen, token)?;
-        let refused = |source| Error::PageListen {
+        require_protection(listen, token)?;
+        let bind_error = |source| Error::PageListen {
             address: listen,
             source,
         };
-        TcpListener::bind(listen).map(drop).map_err(refused)
+        TcpListener::bind(listen).map(drop).map_err(bind_error)
     }
 
-    /// Where the page is, without the token: fit for a log.
+    /// The page's URL without the token, for logs.
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// What to type into a browser, the token included.
+    /// The page's URL including the token.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
     }
 }
 
-/// Whether the address is this machine's alone, or a token is asked for.
-fn protected(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+/// Checks that the address is loopback or a token is set.
+fn require_protection(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
     match token {
         None if !listen.ip().is_loopback() => Err(Error::PageExposed { address: listen }),
         _ => Ok(()),
     }
 }
 
-/// The token in a file; an empty path is no token.
+/// Reads the token from a file; `None` for an empty path.
 ///
 /// # Errors
-/// When the file cannot be read or holds none.
+/// When the file cannot be read or contains no valid token.
 pub fn page_token(path: &Path) -> Result<Option<String>, Error> {
     if path.as_os_str().is_empty() {
         return Ok(None);
     }
-    let refuse = |source| Error::PageToken {
+    let error = |source| Error::PageToken {
         path: path.to_owned(),
         source,
     };
-    let text = std::fs::read_to_string(path).map_err(|source| refuse(Some(source)))?;
+    let text = std::fs::read_to_string(path).map_err(|source| error(Some(source)))?;
     let token = text.trim();
-    // It travels in an address and in a cookie.
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    let is_sound = !token.is_empty() && token.bytes().all(is_plain);
-    is_sound
+    // Restricted to characters that need no escaping in URLs and cookies.
+    let is_unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    let is_valid = !token.is_empty() && token.bytes().all(is_unreserved);
+    is_valid
         .then(|| Some(token.to_owned()))
-        .ok_or_else(|| refuse(None))
+        .ok_or_else(|| error(None))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What a browser may ask, and what it is answered.
+//! HTTP routes of the page.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,47 +15,50 @@ use axum::routing::get;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::door::{Answer, TOKEN_COOKIE};
-use super::{Shared, events, files};
-use crate::{Error, EvaluationRecord, RunStatus, RunView, SamplePage, SampleQuery};
+use crate::page::access::{AccessDecision, TOKEN_COOKIE};
+use crate::page::{PageState, events, files};
+use crate::{
+    error::Error,
+    view::{EvaluationRecord, RunStatus, RunView, SamplePage, SampleQuery},
+};
 
-/// The most rows of one page of samples.
-const MOST_ROWS: usize = 100;
+/// Maximum number of rows of one page of samples.
+const MAX_ROWS: usize = 100;
 
-/// What a browser may do with the page: run its own scripts, ask its own server, and nothing else.
+/// Content security policy: own scripts, styles and requests only.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
                       img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// A refusal, as text for people.
-type Refusal = (StatusCode, String);
+/// An error response: status and plain text.
+type ErrorResponse = (StatusCode, String);
 
-/// Everything that may be asked.
-pub(super) fn router(shared: Arc<Shared>) -> Router {
+/// All routes.
+pub(super) fn router(state: Arc<PageState>) -> Router {
     Router::new()
-        .route("/api/events", get(told))
+        .route("/api/events", get(event_stream))
         .route("/api/runs/{run}/curves", get(curves))
         .route("/api/runs/{run}/samples", get(samples))
         .route("/api/runs/{run}/rounds", get(rounds))
         .route("/api/runs/{run}/config", get(config))
         .route("/api/runs/{run}/report", get(report))
         .fallback(get(page))
-        .layer(from_fn_with_state(Arc::clone(&shared), guard))
-        .with_state(shared)
+        .layer(from_fn_with_state(Arc::clone(&state), authorize))
+        .with_state(state)
 }
 
-/// Asks the door, and gives every answer its protecting headers.
-async fn guard(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    let mut response = match shared.door.answer(request.uri(), request.headers()) {
-        Answer::Enter => next.run(request).await,
-        Answer::Remember(token) => remembered(&token),
-        Answer::Unknown => (
+/// Middleware: checks access, and adds security headers to every response.
+async fn authorize(State(state): State<Arc<PageState>>, request: Request, next: Next) -> Response {
+    let mut response = match state.access.decide(request.uri(), request.headers()) {
+        AccessDecision::Allow => next.run(request).await,
+        AccessDecision::SetCookie(token) => redirect_with_cookie(&token),
+        AccessDecision::Unauthorized => (
             StatusCode::UNAUTHORIZED,
-            "this page needs its token: open the address that was printed, with ?token=...\n",
+            "this page requires its token: open the printed URL, which ends with ?token=...\n",
         )
             .into_response(),
-        Answer::Elsewhere => (
+        AccessDecision::WrongHost => (
             StatusCode::FORBIDDEN,
-            "this page answers to 127.0.0.1 and localhost only\n",
+            "this page is served at 127.0.0.1 and localhost only\n",
         )
             .into_response(),
     };
@@ -71,8 +74,8 @@ async fn guard(State(shared): State<Arc<Shared>>, request: Request, next: Next) 
     response
 }
 
-/// Takes the token out of the address, where it would stay in the browser's history.
-fn remembered(token: &str) -> Response {
+/// Redirects to the URL without the token, which would otherwise stay in the browser's history.
+fn redirect_with_cookie(token: &str) -> Response {
     let cookie = format!("{TOKEN_COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict");
     let mut headers = HeaderMap::new();
     headers.insert(LOCATION, HeaderValue::from_static("/"));
@@ -82,123 +85,123 @@ fn remembered(token: &str) -> Response {
     (StatusCode::SEE_OTHER, headers).into_response()
 }
 
-async fn told(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
-    events::stream(&shared)
+async fn event_stream(State(state): State<Arc<PageState>>) -> impl IntoResponse {
+    events::stream(&state)
 }
 
 async fn page(uri: Uri) -> Response {
-    let missing = || (StatusCode::NOT_FOUND, "there is no such page; see /\n").into_response();
+    let missing = || (StatusCode::NOT_FOUND, "no such page; see /\n").into_response();
     files::file(uri.path()).unwrap_or_else(missing)
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CurvesQuery {
-    /// The names that are wanted, with commas between them.
+    /// Comma-separated names.
     names: String,
 }
 
-/// The wanted curves that there are, and the names of all.
+/// The requested curves that exist, and the names of all curves.
 async fn curves(
-    State(shared): State<Arc<Shared>>,
+    State(state): State<Arc<PageState>>,
     Path(run): Path<usize>,
     Query(query): Query<CurvesQuery>,
-) -> Result<Json<Value>, Refusal> {
-    let answer = read(shared.run(run)?, move |view| {
+) -> Result<Json<Value>, ErrorResponse> {
+    let response = read(state.run(run)?, move |view| {
         let curves = view.curves();
-        let wanted = query
+        let requested = query
             .names
             .split(',')
             .filter_map(|name| Some((name, curves.get(name)?)));
-        let found: Map<_, _> = wanted
+        let found: Map<_, _> = requested
             .map(|(name, curve)| (name.to_owned(), json!(curve)))
             .collect();
         Ok(json!({"names": curves.names().collect::<Vec<_>>(), "curves": found}))
     });
-    Ok(Json(answer.await?))
+    Ok(Json(response.await?))
 }
 
 async fn samples(
-    State(shared): State<Arc<Shared>>,
+    State(state): State<Arc<PageState>>,
     Path(run): Path<usize>,
     Query(mut query): Query<SampleQuery>,
-) -> Result<Json<SamplePage>, Refusal> {
-    query.limit = query.limit.min(MOST_ROWS);
-    let answer = read(shared.run(run)?, move |view| view.samples().page(&query));
-    Ok(Json(answer.await?))
+) -> Result<Json<SamplePage>, ErrorResponse> {
+    query.limit = query.limit.min(MAX_ROWS);
+    let response = read(state.run(run)?, move |view| view.samples().page(&query));
+    Ok(Json(response.await?))
 }
 
 async fn rounds(
-    State(shared): State<Arc<Shared>>,
+    State(state): State<Arc<PageState>>,
     Path(run): Path<usize>,
-) -> Result<Json<Vec<Value>>, Refusal> {
-    Ok(Json(read(shared.run(run)?, |view| view.rounds()).await?))
+) -> Result<Json<Vec<Value>>, ErrorResponse> {
+    Ok(Json(read(state.run(run)?, |view| view.rounds()).await?))
 }
 
 async fn config(
-    State(shared): State<Arc<Shared>>,
+    State(state): State<Arc<PageState>>,
     Path(run): Path<usize>,
-) -> Result<Json<Option<Value>>, Refusal> {
-    Ok(Json(read(shared.run(run)?, |view| view.config()).await?))
+) -> Result<Json<Option<Value>>, ErrorResponse> {
+    Ok(Json(read(state.run(run)?, |view| view.config()).await?))
 }
 
 async fn report(
-    State(shared): State<Arc<Shared>>,
+    State(state): State<Arc<PageState>>,
     Path(run): Path<usize>,
-) -> Result<Json<Option<Value>>, Refusal> {
-    Ok(Json(read(shared.run(run)?, |view| view.report()).await?))
+) -> Result<Json<Option<Value>>, ErrorResponse> {
+    Ok(Json(read(state.run(run)?, |view| view.report()).await?))
 }
 
-impl Shared {
-    fn run(&self, index: usize) -> Result<&Arc<Mutex<RunView>>, Refusal> {
-        let missing = || (StatusCode::NOT_FOUND, format!("there is no run {index}\n"));
+impl PageState {
+    fn run(&self, index: usize) -> Result<&Arc<Mutex<RunView>>, ErrorResponse> {
+        let missing = || (StatusCode::NOT_FOUND, format!("no such run: {index}\n"));
         self.runs.get(index).ok_or_else(missing)
     }
 }
 
-/// A run in a few numbers and what its last evaluation was made under, on a thread that may wait for files.
-/// Of one that cannot be read, what was read before.
+/// Summary of a run and conditions of its last evaluation, refreshed on a blocking thread. If the run cannot be read,
+/// the previous state.
 pub(super) async fn status(run: &Arc<Mutex<RunView>>) -> (RunStatus, Option<EvaluationRecord>) {
     let again = Arc::clone(run);
-    let looking = tokio::task::spawn_blocking(move || {
+    let refresh = tokio::task::spawn_blocking(move || {
         let mut view = locked(&again);
         if let Err(error) = view.refresh() {
-            tracing::debug!(%error, "a run cannot be read");
+            tracing::debug!(%error, "failed to read a run");
         }
         (view.status(), view.evaluation())
     });
-    looking.await.unwrap_or_else(|_| {
+    refresh.await.unwrap_or_else(|_| {
         let view = locked(run);
         (view.status(), view.evaluation())
     })
 }
 
 fn locked(run: &Mutex<RunView>) -> MutexGuard<'_, RunView> {
-    // What is read of files may be read again after a panic.
+    // After a panic the view is still valid: files are read again on refresh.
     run.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Looks at a run on a thread that may wait for files.
+/// Refreshes a run and reads from it on a blocking thread.
 async fn read<T: Send + 'static>(
     run: &Arc<Mutex<RunView>>,
-    of: impl FnOnce(&RunView) -> Result<T, Error> + Send + 'static,
-) -> Result<T, Refusal> {
+    extract: impl FnOnce(&RunView) -> Result<T, Error> + Send + 'static,
+) -> Result<T, ErrorResponse> {
     let run = Arc::clone(run);
-    let reading = tokio::task::spawn_blocking(move || {
+    let task = tokio::task::spawn_blocking(move || {
         let mut view = locked(&run);
         view.refresh()?;
-        of(&view)
+        extract(&view)
     });
     let failed = |reason: String| (StatusCode::INTERNAL_SERVER_ERROR, reason + "\n");
-    match reading.await {
-        Ok(Ok(found)) => Ok(found),
-        Ok(Err(error)) => Err(failed(sentence(&error))),
-        Err(_) => Err(failed("the run could not be read".into())),
+    match task.await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(failed(error_chain(&error))),
+        Err(_) => Err(failed("failed to read the run".into())),
     }
 }
 
-/// An error and its causes in one line.
-fn sentence(error: &dyn std::error::Error) -> String {
+/// An error and its causes on one line.
+fn error_chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes
         .map(ToString::to_string)

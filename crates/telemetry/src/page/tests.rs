@@ -1,4 +1,4 @@
-//! The page as a browser asks for it.
+//! Tests of the page over HTTP.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::*;
-use crate::{Journal, SampleRow};
+use crate::run_dir::{journal::Journal, samples::SampleRow};
 
 fn run(directory: &Path) -> RunView {
     fs::write(directory.join("config.toml"), "[run]\nname = \"one\"\n").unwrap();
@@ -36,7 +36,7 @@ fn served(directory: &Path, token: Option<&str>) -> PageServer {
         token: token.map(str::to_owned),
         runs: vec![run(directory)],
         live: Some(Arc::new(|| {
-            "agon_station_in_hand{station=\"actor\"} 3\nagon_loss 1\n".into()
+            "agon_stage_in_flight{stage=\"actor\"} 3\nagon_loss 1\n".into()
         })),
     };
     PageServer::start(parts).unwrap()
@@ -57,7 +57,7 @@ fn connect(server: &PageServer) -> TcpStream {
     client
 }
 
-/// Head and body of the answer to a GET.
+/// Head and body of the response to a GET request.
 fn get(server: &PageServer, path: &str, header: &str) -> (String, String) {
     let mut client = connect(server);
     let request =
@@ -70,7 +70,7 @@ fn get(server: &PageServer, path: &str, header: &str) -> (String, String) {
 }
 
 #[test]
-fn a_run_is_told_in_parts() {
+fn the_api_serves_all_parts_of_a_run() {
     let directory = tempfile::tempdir().unwrap();
     let server = served(directory.path(), None);
     let json = |path: &str| -> Value {
@@ -93,7 +93,7 @@ fn a_run_is_told_in_parts() {
 }
 
 #[test]
-fn what_is_not_there_is_refused_and_every_answer_is_protected() {
+fn missing_pages_are_errors_and_all_responses_have_security_headers() {
     let directory = tempfile::tempdir().unwrap();
     let server = served(directory.path(), None);
     for (path, status) in [
@@ -121,7 +121,7 @@ fn what_is_not_there_is_refused_and_every_answer_is_protected() {
 }
 
 #[test]
-fn a_token_is_asked_for_and_leaves_the_address() {
+fn a_token_is_required_and_removed_from_the_url() {
     let directory = tempfile::tempdir().unwrap();
     let server = served(directory.path(), Some("sesame"));
     assert!(server.url().ends_with("/?token=sesame"), "{}", server.url());
@@ -150,7 +150,7 @@ fn a_token_is_asked_for_and_leaves_the_address() {
 }
 
 #[test]
-fn open_pages_are_told_what_changes() {
+fn open_pages_receive_updates() {
     let directory = tempfile::tempdir().unwrap();
     let server = served(directory.path(), None);
     let mut client = connect(&server);
@@ -161,36 +161,36 @@ fn open_pages_are_told_what_changes() {
     let mut data = || loop {
         let mut block = [0; 4096];
         let count = client.read(&mut block).unwrap();
-        assert!(count > 0, "the events end: {seen}");
+        assert!(count > 0, "the event stream ended: {seen}");
         seen.push_str(std::str::from_utf8(&block[..count]).unwrap());
         if let Some((before, rest)) = seen.split_once("\n\n")
             && let Some((_, data)) = before.split_once("data: ")
         {
-            let look: Value = serde_json::from_str(data).unwrap();
+            let update: Value = serde_json::from_str(data).unwrap();
             seen = rest.to_owned();
-            return look;
+            return update;
         }
     };
-    let look = data();
+    let update = data();
     assert_eq!(
-        (&look["runs"][0]["step"], &look["runs"][0]["samples"]),
+        (&update["runs"][0]["step"], &update["runs"][0]["samples"]),
         (&2.into(), &1.into())
     );
-    assert_eq!(look["live"].as_array().unwrap().len(), 1);
-    assert_eq!(look["live"][0]["value"], 3.0);
+    assert_eq!(update["live"].as_array().unwrap().len(), 1);
+    assert_eq!(update["live"][0]["value"], 3.0);
     let mut journal = Journal::open(&directory.path().join("metrics.jsonl")).unwrap();
     journal
         .append(3, 1.0, &[("loss", 0.5)].into_iter().collect())
         .unwrap();
-    let grown = (0..10)
+    let updated = (0..10)
         .map(|_| data())
-        .find(|look| look["runs"][0]["step"] == 3);
-    assert!(grown.is_some(), "the third step is never told");
+        .find(|update| update["runs"][0]["step"] == 3);
+    assert!(updated.is_some(), "no update has the third step");
     drop(server);
 }
 
 #[test]
-fn others_are_let_in_only_by_a_token() {
+fn a_non_loopback_address_requires_a_token() {
     let parts = |listen: &str, token: Option<&str>| PageParts {
         listen: listen.parse().unwrap(),
         token: token.map(str::to_owned),
@@ -209,14 +209,14 @@ fn others_are_let_in_only_by_a_token() {
         .rsplit(':')
         .next()
         .unwrap();
-    let taken = PageServer::start(parts(&format!("0.0.0.0:{port}"), Some("x")))
+    let in_use = PageServer::start(parts(&format!("0.0.0.0:{port}"), Some("x")))
         .err()
         .unwrap();
-    assert!(matches!(taken, Error::PageListen { .. }), "{taken}");
+    assert!(matches!(in_use, Error::PageListen { .. }), "{in_use}");
 }
 
 #[test]
-fn a_token_file_holds_one_plain_word() {
+fn a_token_file_contains_one_line_of_unreserved_characters() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("token");
     assert_eq!(page_token(Path::new("")).unwrap(), None);

@@ -1,20 +1,20 @@
-//! The promises of a stream in memory, seen from its two ends.
+//! Tests of streams in memory through their sender and receiver.
 
 use std::collections::BTreeSet;
 use std::pin::pin;
 
 use futures_util::FutureExt;
-use messages::{DropReason, Dropped, PromptId, Station};
+use messages::{DropReason, Dropped, PromptId, Stage};
 
 use super::*;
-use crate::Closed;
+use crate::error::Closed;
 
-/// The smallest message there is, told apart by its number.
+/// A small message with this prompt id.
 fn note(number: u64) -> Dropped {
     Dropped {
         prompt: PromptId(number),
         session: 0,
-        station: Station::Actor,
+        stage: Stage::Actor,
         reason: DropReason::Failed,
         log_ratio: None,
         detail: String::new(),
@@ -36,19 +36,19 @@ fn closed(cause: ClosedBy) -> TransportError {
     })
 }
 
-async fn counts(receiver: &Receiver<Dropped>) -> Counts {
+async fn counts(receiver: &Receiver<Dropped>) -> StreamCounts {
     receiver.counts().await.expect("it is in memory")
 }
 
-/// Sends these where there is room for all of them.
+/// Sends these without waiting; the stream must have room.
 async fn send(sender: &Sender<Dropped>, numbers: std::ops::Range<u64>) {
     for number in numbers {
         let sent = sender.send(note(number)).now_or_never();
-        sent.expect("there is a place").expect("it is open");
+        sent.expect("a slot is free").expect("it is open");
     }
 }
 
-/// Whether `future` still waits after one poll.
+/// Whether `future` is pending after one poll.
 async fn waits<F: Future>(future: std::pin::Pin<&mut F>) -> bool {
     tokio::select! {
         biased;
@@ -57,23 +57,23 @@ async fn waits<F: Future>(future: std::pin::Pin<&mut F>) -> bool {
     }
 }
 
-/// A way to end a stream.
-type Closing = fn(Sender<Dropped>);
+/// A way to close a stream.
+type CloseStream = fn(Sender<Dropped>);
 
-/// A way to end a delivery.
-type Settlement = fn(Delivery<Dropped>);
+/// A way to settle a delivery.
+type SettleDelivery = fn(Delivery<Dropped>);
 
 #[tokio::test]
-async fn a_message_keeps_its_place_until_it_is_acknowledged() {
+async fn a_message_occupies_its_slot_until_acknowledged() {
     let (sender, receiver) = open(1);
-    sender.send(note(0)).await.expect("there is a place");
+    sender.send(note(0)).await.expect("a slot is free");
     let mut second = pin!(sender.send(note(1)));
     assert!(waits(second.as_mut()).await, "queued");
 
     let delivery = receiver.receive().await.expect("one is queued");
     let now = counts(&receiver).await;
-    assert_eq!((now.queued, now.in_hand), (0, 1));
-    assert!(waits(second.as_mut()).await, "in hand");
+    assert_eq!((now.queued, now.in_flight), (0, 1));
+    assert!(waits(second.as_mut()).await, "in flight");
 
     delivery.return_for_redelivery();
     assert!(waits(second.as_mut()).await, "returned");
@@ -83,13 +83,13 @@ async fn a_message_keeps_its_place_until_it_is_acknowledged() {
         .await
         .expect("it was returned")
         .acknowledge();
-    second.await.expect("its place is free");
+    second.await.expect("its slot is free");
     assert_eq!(number(&receiver.receive().await.expect("it was sent")), 1);
 }
 
 #[tokio::test]
-async fn only_an_acknowledgement_keeps_a_message_from_coming_back() {
-    let cases: [(&str, bool, Settlement); 6] = [
+async fn every_message_is_redelivered_unless_acknowledged() {
+    let cases: [(&str, bool, SettleDelivery); 6] = [
         ("acknowledged", true, Delivery::acknowledge),
         ("taken and acknowledged", true, |delivery| {
             delivery.take().1.acknowledge();
@@ -103,7 +103,7 @@ async fn only_an_acknowledgement_keeps_a_message_from_coming_back() {
     ];
     for (name, settles, settle) in cases {
         let (sender, receiver) = open(2);
-        sender.send(note(7)).await.expect("there is a place");
+        sender.send(note(7)).await.expect("a slot is free");
         settle(receiver.receive().await.expect("one is queued"));
         let again = receiver
             .try_receive()
@@ -120,34 +120,34 @@ async fn a_consumer_that_panics_loses_nothing() {
     send(&sender, 3..4).await;
     let consumer = receiver.clone();
     tokio::spawn(async move {
-        let _held = consumer.receive().await.expect("one is queued");
+        let _delivery = consumer.receive().await.expect("one is queued");
         std::panic::resume_unwind(Box::new("the consumer fails"));
     })
     .await
     .expect_err("it panicked");
-    let delivery = receiver.try_receive().expect("it came back");
+    let delivery = receiver.try_receive().expect("it was redelivered");
     assert_eq!((number(&delivery), delivery.deliveries()), (3, 2));
 }
 
 #[tokio::test]
-async fn a_message_taken_by_value_is_the_one_that_was_sent() {
+async fn a_message_taken_by_value_equals_the_sent_one() {
     let (sender, receiver) = open(1);
     send(&sender, 9..10).await;
     let (message, receipt) = receiver.try_receive().expect("one is queued").take();
     assert_eq!(message, note(9));
-    assert_eq!(counts(&receiver).await.in_hand, 1);
+    assert_eq!(counts(&receiver).await.in_flight, 1);
     receipt.acknowledge();
-    assert_eq!(counts(&receiver).await.in_hand, 0);
+    assert_eq!(counts(&receiver).await.in_flight, 0);
 }
 
 #[tokio::test]
-async fn what_is_returned_comes_before_what_is_new_in_the_order_it_was_sent() {
+async fn returned_messages_precede_new_ones_in_send_order() {
     let (sender, receiver) = open(4);
     send(&sender, 0..4).await;
-    let held: Vec<_> = (0..3)
+    let deliveries: Vec<_> = (0..3)
         .map(|_| receiver.try_receive().expect("four were sent"))
         .collect();
-    held.into_iter().rev().for_each(drop);
+    deliveries.into_iter().rev().for_each(drop);
     let order: Vec<_> = std::iter::from_fn(|| {
         let delivery = receiver.try_receive()?;
         let seen = (number(&delivery), delivery.deliveries());
@@ -159,23 +159,26 @@ async fn what_is_returned_comes_before_what_is_new_in_the_order_it_was_sent() {
 }
 
 #[tokio::test]
-async fn a_message_nobody_acknowledges_is_given_up_after_as_many_deliveries_as_the_limits_say() {
-    for most in [1, 2, 5] {
-        let limits = Limits {
-            max_deliveries: NonZeroU32::new(most).expect("not zero"),
-            ..Limits::of(NonZeroUsize::MIN)
+async fn a_message_is_given_up_after_max_deliveries() {
+    for max_deliveries in [1, 2, 5] {
+        let limits = StreamLimits {
+            max_deliveries: NonZeroU32::new(max_deliveries).expect("not zero"),
+            ..StreamLimits::of(NonZeroUsize::MIN)
         };
         let (sender, receiver) = stream_within("notes", limits);
         send(&sender, 0..1).await;
-        for delivery in 1..=most {
-            let held = receiver.try_receive().expect("it came back");
-            assert_eq!((held.deliveries(), held.is_given_up()), (delivery, false));
+        for delivery in 1..=max_deliveries {
+            let received = receiver.try_receive().expect("it was redelivered");
+            assert_eq!(
+                (received.deliveries(), received.is_given_up()),
+                (delivery, false)
+            );
         }
         for _ in 0..2 {
-            assert!(receiver.try_receive().expect("to be noted").is_given_up());
+            assert!(receiver.try_receive().expect("given up").is_given_up());
         }
-        let noted = receiver.try_receive().expect("to be noted");
-        noted.acknowledge();
+        let last = receiver.try_receive().expect("given up");
+        last.acknowledge();
         let now = counts(&receiver).await;
         assert_eq!((now.given_up, now.acknowledged, now.queued), (1, 1, 0));
     }
@@ -183,25 +186,26 @@ async fn a_message_nobody_acknowledges_is_given_up_after_as_many_deliveries_as_t
 
 #[test]
 #[should_panic(expected = "room for at least one message")]
-fn a_stream_without_room_is_refused() {
+fn a_stream_of_capacity_zero_panics() {
     drop(open(0));
 }
 
 #[tokio::test]
-async fn closing_loses_nothing_that_was_sent() {
-    let closings: [(&str, Closing); 2] = [("closed", |sender| sender.close()), ("dropped", drop)];
+async fn closing_loses_no_sent_message() {
+    let closings: [(&str, CloseStream); 2] =
+        [("closed", |sender| sender.close()), ("dropped", drop)];
     for (name, close) in closings {
         let (sender, receiver) = open(2);
-        sender.send(note(0)).await.expect("there is a place");
+        sender.send(note(0)).await.expect("a slot is free");
         close(sender);
         let delivery = receiver.receive().await.expect("it was sent before");
         let mut end = pin!(receiver.receive());
         assert!(
             waits(end.as_mut()).await,
-            "{name}: what is in hand may come back"
+            "{name}: a message in flight may be returned"
         );
         drop(delivery);
-        let again = end.await.expect("it came back");
+        let again = end.await.expect("it was redelivered");
         assert_eq!(again.deliveries(), 2, "{name}");
         again.acknowledge();
         let ended = receiver.receive().await.err();
@@ -210,9 +214,9 @@ async fn closing_loses_nothing_that_was_sent() {
 }
 
 #[tokio::test]
-async fn the_last_acknowledgement_wakes_whoever_waits_for_the_end() {
+async fn the_last_acknowledgement_wakes_waiting_receivers() {
     let (sender, receiver) = open(1);
-    sender.send(note(0)).await.expect("there is a place");
+    sender.send(note(0)).await.expect("a slot is free");
     drop(sender);
     let delivery = receiver.receive().await.expect("it was sent before");
     let consumer = receiver.clone();
@@ -228,9 +232,9 @@ async fn the_last_acknowledgement_wakes_whoever_waits_for_the_end() {
 }
 
 #[tokio::test]
-async fn a_closed_stream_takes_nothing_and_wakes_whoever_waits_to_send() {
+async fn closing_wakes_waiting_senders_and_rejects_messages() {
     let (sender, receiver) = open(1);
-    sender.send(note(0)).await.expect("there is a place");
+    sender.send(note(0)).await.expect("a slot is free");
     let other = sender.clone();
     let mut waiting = pin!(other.send(note(1)));
     assert!(waits(waiting.as_mut()).await);
@@ -246,21 +250,24 @@ async fn a_closed_stream_takes_nothing_and_wakes_whoever_waits_to_send() {
 }
 
 #[tokio::test]
-async fn senders_learn_that_every_receiver_is_gone() {
+async fn dropping_the_last_receiver_wakes_senders() {
     let (sender, receiver) = open(1);
-    sender.send(note(0)).await.expect("there is a place");
+    sender.send(note(0)).await.expect("a slot is free");
     let mut waiting = pin!(sender.send(note(1)));
     drop(receiver.clone());
     assert!(waits(waiting.as_mut()).await, "one receiver is left");
     drop(receiver);
     assert_eq!(waiting.await, Err(closed(ClosedBy::Receivers)));
-    let why = sender.send(note(2)).await.expect_err("nobody is left");
+    let why = sender.send(note(2)).await.expect_err("no receiver is left");
     assert_eq!(why, closed(ClosedBy::Receivers));
-    assert_eq!(why.to_string(), "use stream notes: every receiver is gone");
+    assert_eq!(
+        why.to_string(),
+        "use stream notes: all its receivers were dropped"
+    );
 }
 
 #[tokio::test]
-async fn a_cancelled_wait_takes_nothing() {
+async fn receive_and_send_are_cancel_safe() {
     let (sender, receiver) = open(1);
     {
         let mut receive = pin!(receiver.receive());
@@ -280,7 +287,7 @@ async fn a_cancelled_wait_takes_nothing() {
     assert!(empty.try_receive().is_none());
 }
 
-/// Takes everything, failing once at every third message; returns what it acknowledged.
+/// Receives everything, returning every third message once; returns the acknowledged numbers.
 async fn consume(receiver: Receiver<Dropped>) -> Vec<u64> {
     let mut done = Vec::new();
     while let Ok(delivery) = receiver.receive().await {
@@ -294,7 +301,7 @@ async fn consume(receiver: Receiver<Dropped>) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tasks_share_a_stream_and_every_message_is_settled_once() {
+async fn concurrent_tasks_acknowledge_every_message_once() {
     const EACH: u64 = 2_000;
     let (sender, receiver) = open(3);
     let senders = [(0..EACH), (EACH..2 * EACH)].map(|numbers| {
@@ -317,11 +324,11 @@ async fn tasks_share_a_stream_and_every_message_is_settled_once() {
     }
     assert_eq!(done.len() as u64, 2 * EACH, "none twice");
     assert_eq!(BTreeSet::from_iter(done), BTreeSet::from_iter(0..2 * EACH));
-    let expected = Counts {
+    let expected = StreamCounts {
         sent: 2 * EACH,
         acknowledged: 2 * EACH,
         redelivered: (2 * EACH).div_ceil(3),
-        ..Counts::default()
+        ..StreamCounts::default()
     };
     assert_eq!(counts(&receiver).await, expected);
 }

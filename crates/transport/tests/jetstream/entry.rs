@@ -1,5 +1,4 @@
-//! Who may enter a server, in every way that the settings know: with a password, a token, an nkey, a file of
-//! credentials, and a certificate.
+//! Authentication in every supported way: password, token, nkey, credentials file and client certificate.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,14 +9,14 @@ use nkeys::KeyPair;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa};
 use serde_json::{Value, json};
 use tokio::time::timeout;
-use transport::Hub;
+use transport::Transport;
 
-use crate::server::Server;
+use crate::server::TestServer;
 
-/// Who is refused is told so long before a role would give up.
-const SOON: Duration = Duration::from_secs(15);
+/// Time within which a rejected client must get an error, well below the timeout of a role.
+const DEADLINE: Duration = Duration::from_secs(15);
 
-/// A folder with files of secrets.
+/// A temporary folder with credentials files.
 struct Secrets(tempfile::TempDir);
 
 impl Secrets {
@@ -33,97 +32,100 @@ impl Secrets {
 }
 
 /// A line of settings that names a file.
-fn names(key: &str, path: &Path) -> String {
+fn path_setting(key: &str, path: &Path) -> String {
     format!("{key} = {:?}\n", path.display().to_string())
 }
 
-/// Whether one who comes with these settings may enter, or why not.
-async fn enters(server: &Server, more: &str) -> Result<(), String> {
+/// Connects with these additional settings; the error as text.
+async fn connect(server: &TestServer, more: &str) -> Result<(), String> {
     let settings = server.settings(more);
-    let hub = timeout(SOON, Hub::connect(&settings, "run")).await;
-    let hub = hub.expect("an answer in time");
-    hub.map(drop).map_err(|error| error.to_string())
+    let transport = timeout(DEADLINE, Transport::connect(&settings, "run")).await;
+    let transport = transport.expect("an answer in time");
+    transport.map(drop).map_err(|error| error.to_string())
 }
 
-async fn may_enter(server: &Server, more: &str) {
-    let entered = enters(server, more).await;
-    assert_eq!(entered, Ok(()), "{more}");
+async fn assert_connects(server: &TestServer, more: &str) {
+    let connected = connect(server, more).await;
+    assert_eq!(connected, Ok(()), "{more}");
 }
 
-async fn is_refused(server: &Server, more: &str) {
-    let refused = enters(server, more).await.expect_err("it is refused");
-    let said = refused.to_lowercase();
+async fn assert_rejected(server: &TestServer, more: &str) {
+    let error = connect(server, more).await.expect_err("rejected");
+    let message = error.to_lowercase();
     assert!(
-        said.contains("authorization") || said.contains("certificate") || said.contains("tls"),
-        "{more}: {refused}"
+        message.contains("authorization")
+            || message.contains("certificate")
+            || message.contains("tls"),
+        "{more}: {error}"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_a_password_or_a_token() {
     let secrets = Secrets::new();
-    let Some(server) = Server::that_says("authorization { user: ann, password: sesame }") else {
+    let Some(server) = TestServer::with_config("authorization { user: ann, password: sesame }")
+    else {
         return;
     };
     let (right, wrong) = (
         secrets.write("right", "ann:sesame\n"),
         secrets.write("wrong", "ann:open"),
     );
-    may_enter(&server, &names("password_path", &right)).await;
-    is_refused(&server, &names("password_path", &wrong)).await;
-    is_refused(&server, "").await;
-    let colonless = names("password_path", &secrets.write("colonless", "ann"));
-    let said = enters(&server, &colonless).await.expect_err("no password");
+    assert_connects(&server, &path_setting("password_path", &right)).await;
+    assert_rejected(&server, &path_setting("password_path", &wrong)).await;
+    assert_rejected(&server, "").await;
+    let colonless = path_setting("password_path", &secrets.write("colonless", "ann"));
+    let error = connect(&server, &colonless).await.expect_err("no password");
     assert!(
-        said.contains("colonless") && said.contains("user:password"),
-        "{said}"
+        error.contains("colonless") && error.contains("user:password"),
+        "{error}"
     );
-    let absent = names("password_path", &secrets.0.path().join("absent"));
-    let said = enters(&server, &absent).await.expect_err("no file");
-    assert!(said.contains("absent"), "{said}");
+    let absent = path_setting("password_path", &secrets.0.path().join("absent"));
+    let error = connect(&server, &absent).await.expect_err("no file");
+    assert!(error.contains("absent"), "{error}");
 
-    let server = Server::that_says("authorization { token: sesame }").expect("there is one");
-    may_enter(
+    let server = TestServer::with_config("authorization { token: sesame }").expect("there is one");
+    assert_connects(
         &server,
-        &names("token_path", &secrets.write("token", "sesame\n")),
+        &path_setting("token_path", &secrets.write("token", "sesame\n")),
     )
     .await;
-    is_refused(&server, &names("token_path", &right)).await;
+    assert_rejected(&server, &path_setting("token_path", &right)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_an_nkey() {
     let (secrets, user, stranger) = (Secrets::new(), KeyPair::new_user(), KeyPair::new_user());
-    let says = format!(
+    let config = format!(
         "authorization {{ users: [ {{ nkey: {} }} ] }}",
         user.public_key()
     );
-    let Some(server) = Server::that_says(&says) else {
+    let Some(server) = TestServer::with_config(&config) else {
         return;
     };
     let seed = |name: &str, pair: &KeyPair| {
         let seed = pair.seed().expect("a new pair has its seed");
-        names("nkey_path", &secrets.write(name, &seed))
+        path_setting("nkey_path", &secrets.write(name, &seed))
     };
-    may_enter(&server, &seed("user", &user)).await;
-    is_refused(&server, &seed("stranger", &stranger)).await;
+    assert_connects(&server, &seed("user", &user)).await;
+    assert_rejected(&server, &seed("stranger", &stranger)).await;
 }
 
-/// A token as NATS has them: claims of `subject`, signed by `issuer`.
-fn token(issuer: &KeyPair, subject: &KeyPair, name: &str, nats: &Value) -> String {
+/// A NATS JWT: claims of `subject`, signed by `issuer`.
+fn jwt(issuer: &KeyPair, subject: &KeyPair, name: &str, nats: &Value) -> String {
     let claims = json!({
         "jti": name, "iat": 0, "iss": issuer.public_key(), "name": name,
         "sub": subject.public_key(), "nats": nats,
     });
-    let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
-    let head = part(&json!({"typ": "JWT", "alg": "ed25519-nkey"}));
-    let signed = format!("{head}.{}", part(&claims));
+    let encode = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let head = encode(&json!({"typ": "JWT", "alg": "ed25519-nkey"}));
+    let signed = format!("{head}.{}", encode(&claims));
     let signature = issuer.sign(signed.as_bytes()).expect("it has its seed");
     format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature))
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_a_file_of_credentials() {
+async fn with_a_credentials_file() {
     let (secrets, operator) = (Secrets::new(), KeyPair::new_operator());
     let (account, system) = (KeyPair::new_account(), KeyPair::new_account());
     let (user, stranger) = (KeyPair::new_user(), KeyPair::new_account());
@@ -141,47 +143,49 @@ async fn with_a_file_of_credentials() {
     });
     let of_operator =
         json!({"type": "operator", "version": 2, "system_account": system.public_key()});
-    let says = format!(
+    let config = format!(
         "operator: {}\nsystem_account: {}\nresolver: MEMORY\nresolver_preload: {{ {}: {}, {}: {} }}",
-        token(&operator, &operator, "operator", &of_operator),
+        jwt(&operator, &operator, "operator", &of_operator),
         system.public_key(),
         account.public_key(),
-        token(&operator, &account, "account", &of_account(&limits)),
+        jwt(&operator, &account, "account", &of_account(&limits)),
         system.public_key(),
-        token(&operator, &system, "system", &of_account(&without)),
+        jwt(&operator, &system, "system", &of_account(&without)),
     );
-    let Some(server) = Server::that_says(&says) else {
+    let Some(server) = TestServer::with_config(&config) else {
         return;
     };
     let file = |name: &str, issuer: &KeyPair| {
         let text = format!(
             "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n\
              -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
-            token(issuer, &user, name, &of_user),
+            jwt(issuer, &user, name, &of_user),
             user.seed().expect("a new pair has its seed"),
         );
-        names("credentials_path", &secrets.write(name, &text))
+        path_setting("credentials_path", &secrets.write(name, &text))
     };
-    may_enter(&server, &file("user.creds", &account)).await;
-    is_refused(&server, &file("stranger.creds", &stranger)).await;
-    is_refused(&server, "").await;
-    let torn = names(
+    assert_connects(&server, &file("user.creds", &account)).await;
+    assert_rejected(&server, &file("stranger.creds", &stranger)).await;
+    assert_rejected(&server, "").await;
+    let truncated = path_setting(
         "credentials_path",
         &secrets.write("torn.creds", "-----BEGIN"),
     );
-    let said = enters(&server, &torn).await.expect_err("no credentials");
-    assert!(said.contains("torn.creds"), "{said}");
+    let error = connect(&server, &truncated)
+        .await
+        .expect_err("no credentials");
+    assert!(error.contains("torn.creds"), "{error}");
 }
 
-/// A certificate of this authority for a name or an address, and its key, in two files.
+/// A certificate of `authority` for the subject `subject`, and its key, in two files.
 fn certificate(
     secrets: &Secrets,
     authority: &CertifiedIssuer<'_, rcgen::KeyPair>,
     name: &str,
-    whom: &str,
+    subject: &str,
 ) -> (PathBuf, PathBuf) {
     let key = rcgen::KeyPair::generate().expect("a key");
-    let params = CertificateParams::new([whom.to_owned()]).expect("a name");
+    let params = CertificateParams::new([subject.to_owned()]).expect("a name");
     let signed = params.signed_by(&key, authority).expect("it is signed");
     (
         secrets.write(&format!("{name}.pem"), &signed.pem()),
@@ -202,22 +206,22 @@ async fn over_tls_with_certificates_of_both_sides() {
     let of_authority = secrets.write("authority.pem", &ours.pem());
     let of_other = secrets.write("other.pem", &other.pem());
     let (of_server, server_key) = certificate(&secrets, &ours, "server", "127.0.0.1");
-    let says = format!(
+    let config = format!(
         "tls {{ cert_file: {of_server:?}, key_file: {server_key:?}, ca_file: {of_authority:?}, verify: true }}"
     );
-    let Some(server) = Server::that_says(&says) else {
+    let Some(server) = TestServer::with_config(&config) else {
         return;
     };
     let with = |authority: &Path, own: Option<&(PathBuf, PathBuf)>| {
         let own = own.map(|(certificate, key)| {
-            names("certificate_path", certificate) + &names("key_path", key)
+            path_setting("certificate_path", certificate) + &path_setting("key_path", key)
         });
-        "tls = true\n".to_owned() + &names("ca_path", authority) + &own.unwrap_or_default()
+        "tls = true\n".to_owned() + &path_setting("ca_path", authority) + &own.unwrap_or_default()
     };
     let client = certificate(&secrets, &ours, "client", "client");
     let stranger = certificate(&secrets, &other, "stranger", "stranger");
-    may_enter(&server, &with(&of_authority, Some(&client))).await;
-    is_refused(&server, &with(&of_authority, Some(&stranger))).await;
-    is_refused(&server, &with(&of_authority, None)).await;
-    is_refused(&server, &with(&of_other, Some(&client))).await;
+    assert_connects(&server, &with(&of_authority, Some(&client))).await;
+    assert_rejected(&server, &with(&of_authority, Some(&stranger))).await;
+    assert_rejected(&server, &with(&of_authority, None)).await;
+    assert_rejected(&server, &with(&of_other, Some(&client))).await;
 }

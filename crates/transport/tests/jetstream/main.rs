@@ -1,5 +1,4 @@
-//! The promises of the transport over a real NATS server, which is stopped, started again, filled up and
-//! lied to.
+//! Tests of the transport on a real NATS server, which is stopped, restarted, filled up and corrupted.
 
 mod entry;
 mod server;
@@ -10,22 +9,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use messages::{
-    DropReason, Dropped, PromptId, Station, WeightsManifest, WeightsVersion, wire::Message,
+    DropReason, Dropped, PromptId, Stage, WeightsManifest, WeightsVersion, wire::WireMessage,
 };
 use settings::WeightsEncoding;
 use tokio::time::{sleep, timeout};
-use transport::{Delivery, Hub, Receiver, TransportError};
+use transport::{Delivery, Receiver, Transport, TransportError};
 
-use server::Server;
+use server::TestServer;
 
-/// No step of these tests takes near so long.
+/// Upper bound of every wait.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 fn note(number: u64) -> Dropped {
     Dropped {
         prompt: PromptId(number),
         session: 0,
-        station: Station::Actor,
+        stage: Stage::Actor,
         reason: DropReason::Failed,
         log_ratio: None,
         detail: String::new(),
@@ -41,31 +40,31 @@ fn number(delivery: &Delivery<Dropped>) -> u64 {
     delivery.message().prompt.0
 }
 
-/// Asks again until it holds.
+/// Polls until the condition holds.
 async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
-    let asking = async {
+    let polling = async {
         while !holds().await {
             sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(DEADLINE, asking)
+    timeout(DEADLINE, polling)
         .await
         .unwrap_or_else(|_| panic!("in time: {what}"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_sent_twice_is_delivered_once_and_runs_do_not_meet() {
-    let Some(server) = Server::start() else {
+async fn duplicates_are_delivered_once_and_runs_are_isolated() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let (one, other) = (server.hub("one").await, server.hub("other").await);
-    let (sender, receiver) = one.stream("notes", 8).await.expect("it is made");
+    let (one, other) = (server.connect("one").await, server.connect("other").await);
+    let (sender, receiver) = one.stream("notes", 8).await.expect("it is created");
     let (_, elsewhere) = other
         .stream::<Dropped>("notes", 8)
         .await
-        .expect("it is made");
+        .expect("it is created");
     for number in [3, 1, 3, 1, 3] {
-        sender.send(note(number)).await.expect("there is a place");
+        sender.send(note(number)).await.expect("a slot is free");
     }
     for expected in [3, 1] {
         let delivery = next(&receiver).await;
@@ -73,7 +72,7 @@ async fn what_is_sent_twice_is_delivered_once_and_runs_do_not_meet() {
         delivery.acknowledge();
     }
     one.flush().await;
-    until("all is settled", async || {
+    until("everything is acknowledged", async || {
         let counts = receiver.counts().await.expect("it answers");
         counts.sent == 2 && counts.acknowledged == 2
     })
@@ -82,22 +81,25 @@ async fn what_is_sent_twice_is_delivered_once_and_runs_do_not_meet() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_stream_lets_senders_wait_until_something_is_acknowledged() {
-    let Some(server) = Server::start() else {
+async fn senders_wait_while_a_stream_is_full() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let hub = server.hub("full").await;
-    let (sender, receiver) = hub.stream("notes", 2).await.expect("it is made");
+    let transport = server.connect("full").await;
+    let (sender, receiver) = transport.stream("notes", 2).await.expect("it is created");
     for number in 0..2 {
-        sender.send(note(number)).await.expect("there is a place");
+        sender.send(note(number)).await.expect("a slot is free");
     }
     let waiting = tokio::spawn(async move { sender.send(note(2)).await });
     let first = next(&receiver).await;
     sleep(Duration::from_millis(300)).await;
-    assert!(!waiting.is_finished(), "what is in hand keeps its place");
+    assert!(
+        !waiting.is_finished(),
+        "a message in flight occupies its slot"
+    );
     first.acknowledge();
     let sent = timeout(DEADLINE, waiting).await.expect("in time");
-    sent.expect("no panic").expect("its place is free");
+    sent.expect("no panic").expect("its slot is free");
     for expected in [1, 2] {
         let delivery = next(&receiver).await;
         assert_eq!(number(&delivery), expected);
@@ -106,33 +108,36 @@ async fn a_full_stream_lets_senders_wait_until_something_is_acknowledged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_process_holds_stays_with_it_while_it_lives_and_is_given_to_others_after() {
-    let Some(server) = Server::start() else {
+async fn messages_in_flight_stay_leased_until_their_process_dies() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let (one, other) = (server.hub("leases").await, server.hub("leases").await);
-    let (sender, receiver) = one.stream("notes", 8).await.expect("it is made");
+    let (one, other) = (
+        server.connect("leases").await,
+        server.connect("leases").await,
+    );
+    let (sender, receiver) = one.stream("notes", 8).await.expect("it is created");
     let (_, second) = other
         .stream::<Dropped>("notes", 8)
         .await
-        .expect("it is made");
-    sender.send(note(5)).await.expect("there is a place");
+        .expect("it is created");
+    sender.send(note(5)).await.expect("a slot is free");
     let held = next(&receiver).await;
-    // Three leases long it works on the message, and says so.
+    // The message is processed for three lease durations, with progress acknowledgements.
     let early = timeout(Duration::from_secs(3), second.receive()).await;
-    assert!(early.is_err(), "its holder lives");
+    assert!(early.is_err(), "its consumer is alive");
     drop(held);
     let again = next(&second).await;
     assert_eq!((number(&again), again.deliveries()), (5, 2));
     drop((again, second, other));
-    // A process that is gone says nothing at all: its runtime ends with the message in its hands.
+    // A dead process sends nothing: its runtime ends with the message in flight.
     let settings = server.settings("");
-    let gone = std::thread::spawn(move || {
+    let thread = std::thread::spawn(move || {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         runtime.block_on(async {
-            let hub = Hub::connect(&settings, "leases").await;
-            let hub = hub.expect("the server runs");
-            let (_, receiver) = hub
+            let transport = Transport::connect(&settings, "leases").await;
+            let transport = transport.expect("the server runs");
+            let (_, receiver) = transport
                 .stream::<Dropped>("notes", 8)
                 .await
                 .expect("it is there");
@@ -140,20 +145,20 @@ async fn what_a_process_holds_stays_with_it_while_it_lives_and_is_given_to_other
         });
         runtime.shutdown_background();
     });
-    gone.join().expect("it took the message");
+    thread.join().expect("it received the message");
     let last = next(&receiver).await;
     assert_eq!((number(&last), last.deliveries()), (5, 4));
     last.acknowledge();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_nobody_acknowledges_is_given_up_and_kept_for_people() {
-    let Some(server) = Server::start() else {
+async fn a_message_that_is_given_up_is_copied_to_the_dead_letter_stream() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let hub = server.hub_with("dead", "max_deliveries = 2").await;
-    let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
-    sender.send(note(1)).await.expect("there is a place");
+    let transport = server.connect_with("dead", "max_deliveries = 2").await;
+    let (sender, receiver) = transport.stream("notes", 8).await.expect("it is created");
+    sender.send(note(1)).await.expect("a slot is free");
     for delivery in 1..=2 {
         let held = next(&receiver).await;
         assert_eq!((held.deliveries(), held.is_given_up()), (delivery, false));
@@ -161,7 +166,7 @@ async fn a_message_nobody_acknowledges_is_given_up_and_kept_for_people() {
     let dead = next(&receiver).await;
     assert!(dead.is_given_up());
     dead.acknowledge();
-    until("it lies among the dead letters", async || {
+    until("it is a dead letter", async || {
         let counts = receiver.counts().await.expect("it answers");
         (counts.given_up, counts.acknowledged) == (1, 1)
     })
@@ -169,21 +174,21 @@ async fn a_message_nobody_acknowledges_is_given_up_and_kept_for_people() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_of_another_build_is_put_aside_and_the_next_one_is_read() {
-    let Some(server) = Server::start() else {
+async fn an_undecodable_message_becomes_a_dead_letter() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let hub = server.hub("foreign").await;
-    let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
+    let transport = server.connect("foreign").await;
+    let (sender, receiver) = transport.stream("notes", 8).await.expect("it is created");
     let client = server.client().await;
-    // Stored, and so the first, before the next is sent.
+    // Stored first, before the next is sent.
     let foreign = client.publish("agon.foreign-notes", vec![9, 4, 0].into());
     foreign
         .await
         .expect("it is sent")
         .await
         .expect("it is stored");
-    sender.send(note(2)).await.expect("there is a place");
+    sender.send(note(2)).await.expect("a slot is free");
     let delivery = next(&receiver).await;
     assert_eq!(number(&delivery), 2);
     delivery.acknowledge();
@@ -195,12 +200,12 @@ async fn a_message_of_another_build_is_put_aside_and_the_next_one_is_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_kept_as_a_dead_letter_stays_where_it_is() {
-    let Some(server) = Server::start() else {
+async fn a_message_that_cannot_become_a_dead_letter_stays_in_its_stream() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let hub = server.hub("unkept").await;
-    let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
+    let transport = server.connect("unkept").await;
+    let (sender, receiver) = transport.stream("notes", 8).await.expect("it is created");
     let client = server.client().await;
     let deleted = client.delete_stream("agon-unkept-dead-letters").await;
     assert!(deleted.expect("it was there").success);
@@ -210,47 +215,47 @@ async fn what_cannot_be_kept_as_a_dead_letter_stays_where_it_is() {
         .expect("it is sent")
         .await
         .expect("it is stored");
-    sender.send(note(2)).await.expect("there is a place");
+    sender.send(note(2)).await.expect("a slot is free");
     let stream = client.get_stream("agon-unkept-notes").await;
     let stream = stream.expect("it is there");
     let reading = tokio::spawn(async move {
         let delivery = next(&receiver).await;
         let read = number(&delivery);
         delivery.acknowledge();
-        // Asks for more, for the foreign one may come back after this.
+        // Receives once more, since the foreign message may be redelivered after this one.
         let more = timeout(DEADLINE, receiver.receive()).await;
         (read, more.is_ok())
     });
     until(
-        "it was offered again, and only the other is gone",
+        "it was redelivered, and only the other was removed",
         async || {
-            let reader = stream.consumer_info("readers").await.expect("it answers");
+            let consumer = stream.consumer_info("readers").await.expect("it answers");
             let state = stream.get_info().await.expect("it answers").state;
-            reader.num_redelivered > 0 && (state.messages, state.first_sequence) == (1, 1)
+            consumer.num_redelivered > 0 && (state.messages, state.first_sequence) == (1, 1)
         },
     )
     .await;
-    let again = server.hub("unkept").await;
-    let (sender, receiver) = again.stream("notes", 8).await.expect("it is made");
-    until("it is put aside", async || {
+    let again = server.connect("unkept").await;
+    let (sender, receiver) = again.stream("notes", 8).await.expect("it is created");
+    until("it is a dead letter", async || {
         let counts = receiver.counts().await.expect("it answers");
         (counts.sent, counts.acknowledged, counts.given_up) == (2, 2, 1)
     })
     .await;
-    sender.send(note(3)).await.expect("there is a place");
+    sender.send(note(3)).await.expect("a slot is free");
     let read = timeout(DEADLINE, reading).await.expect("in time");
     assert_eq!(read.expect("no panic"), (2, true));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_dies_and_comes_back_loses_nothing() {
-    let Some(mut server) = Server::start() else {
+async fn a_killed_and_restarted_server_loses_nothing() {
+    let Some(mut server) = TestServer::start() else {
         return;
     };
-    let hub = server.hub("restart").await;
-    let (sender, receiver) = hub.stream("notes", 64).await.expect("it is made");
+    let transport = server.connect("restart").await;
+    let (sender, receiver) = transport.stream("notes", 64).await.expect("it is created");
     for number in 0..10 {
-        sender.send(note(number)).await.expect("there is a place");
+        sender.send(note(number)).await.expect("a slot is free");
     }
     let held = next(&receiver).await;
     server.kill();
@@ -261,8 +266,8 @@ async fn a_server_that_dies_and_comes_back_loses_nothing() {
         Ok::<_, TransportError>(())
     });
     sleep(Duration::from_millis(500)).await;
-    assert!(!sending.is_finished(), "there is no server");
-    server.again();
+    assert!(!sending.is_finished(), "the server is down");
+    server.restart();
     held.acknowledge();
     let mut seen = BTreeSet::from([0]);
     while seen.len() < 20 {
@@ -276,12 +281,15 @@ async fn a_server_that_dies_and_comes_back_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_store_is_waited_for() {
-    let Some(server) = Server::within("max_file_store: 64KB") else {
+async fn senders_wait_while_the_storage_is_full() {
+    let Some(server) = TestServer::with_jetstream_config("max_file_store: 64KB") else {
         return;
     };
-    let hub = server.hub("store").await;
-    let (sender, receiver) = hub.stream("notes", 1000).await.expect("it is made");
+    let transport = server.connect("store").await;
+    let (sender, receiver) = transport
+        .stream("notes", 1000)
+        .await
+        .expect("it is created");
     let filling = tokio::spawn(async move {
         for number in 0..40 {
             let detail = "x".repeat(4 << 10);
@@ -294,33 +302,33 @@ async fn a_full_store_is_waited_for() {
         Ok::<_, TransportError>(())
     });
     sleep(Duration::from_millis(700)).await;
-    assert!(!filling.is_finished(), "the store holds no 160 KiB");
+    assert!(!filling.is_finished(), "160 KiB exceed the storage");
     let mut seen = BTreeSet::new();
     while seen.len() < 40 {
         let delivery = next(&receiver).await;
         seen.insert(number(&delivery));
         delivery.acknowledge();
     }
-    filling
-        .await
-        .expect("no panic")
-        .expect("there was room in the end");
+    filling.await.expect("no panic").expect("storage was freed");
 }
 
 fn weights(version: u64) -> Vec<u8> {
-    let numbers = (0..50_000u64).map(|n| (n as f32).sin() * (1.0 + version as f32 * 1e-6));
-    numbers.flat_map(f32::to_le_bytes).collect()
+    let values = (0..50_000u64).map(|n| (n as f32).sin() * (1.0 + version as f32 * 1e-6));
+    values.flat_map(f32::to_le_bytes).collect()
 }
 
-async fn lay_down(shelf: &transport::WeightsShelf, step: u64) {
+async fn upload(weight_store: &transport::WeightStore, step: u64) {
     let blob = weights(step);
     let manifest = WeightsManifest::of(WeightsVersion::at(step), &blob);
-    shelf.publish(manifest, blob).await.expect("it is newer");
+    weight_store
+        .publish(manifest, blob)
+        .await
+        .expect("it is newer");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn weights_come_whole_to_whoever_joins_early_or_late() {
-    let Some(server) = Server::start() else {
+async fn early_and_late_readers_get_complete_weights() {
+    let Some(server) = TestServer::start() else {
         return;
     };
     for (run, encoding) in [
@@ -331,31 +339,31 @@ async fn weights_come_whole_to_whoever_joins_early_or_late() {
             server.settings(encoding).weights == WeightsEncoding::Delta,
             run == "delta"
         );
-        let publisher = server.hub_with(run, encoding).await;
-        let shelf = publisher.shelf().await.expect("it is made");
-        let early = server.hub_with(run, encoding).await;
-        let early = early.shelf().await.expect("it is made");
-        let news = early.subscribe();
+        let publisher = server.connect_with(run, encoding).await;
+        let weight_store = publisher.weight_store().await.expect("it is created");
+        let early = server.connect_with(run, encoding).await;
+        let early = early.weight_store().await.expect("it is created");
+        let updates = early.subscribe();
         for step in 1..=7 {
-            lay_down(&shelf, step).await;
-            let newest = timeout(DEADLINE, news.at_least(WeightsVersion::at(step)));
+            upload(&weight_store, step).await;
+            let newest = timeout(DEADLINE, updates.at_least(WeightsVersion::at(step)));
             let newest = newest.await.expect("in time").expect("announced");
-            let blob = early.fetch(newest.version).await.expect("it lies there");
+            let blob = early.fetch(newest.version).await.expect("it is stored");
             assert_eq!(*blob, weights(step), "{run} {step}");
         }
-        let late = server.hub_with(run, encoding).await;
-        let late = late.shelf().await.expect("it is made");
-        let newest = late.latest().expect("announced before it came");
+        let late = server.connect_with(run, encoding).await;
+        let late = late.weight_store().await.expect("it is created");
+        let newest = late.latest().expect("announced before it joined");
         assert_eq!(newest.version, WeightsVersion::at(7));
         assert_eq!(
-            *late.fetch(newest.version).await.expect("whole"),
+            *late.fetch(newest.version).await.expect("complete"),
             weights(7)
         );
-        let old = shelf.publish(
+        let old = weight_store.publish(
             WeightsManifest::of(WeightsVersion::at(6), &weights(6)),
             weights(6),
         );
-        let refused = old.await.expect_err("versions only grow");
+        let refused = old.await.expect_err("versions only increase");
         assert!(
             matches!(refused, TransportError::NotNewer { .. }),
             "{refused}"
@@ -365,44 +373,44 @@ async fn weights_come_whole_to_whoever_joins_early_or_late() {
             step: 4,
         };
         let manifest = WeightsManifest::of(resumed, &weights(4));
-        shelf
+        weight_store
             .publish(manifest, weights(4))
             .await
             .expect("a later session is newer");
-        let newest = timeout(DEADLINE, news.at_least(resumed)).await;
+        let newest = timeout(DEADLINE, updates.at_least(resumed)).await;
         newest.expect("in time").expect("announced");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_blob_that_was_torn_is_refused_and_laid_down_again() {
-    let Some(server) = Server::start() else {
+async fn a_corrupt_blob_is_rejected_and_uploaded_again() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let hub = server.hub("torn").await;
-    let shelf = hub.shelf().await.expect("it is made");
-    lay_down(&shelf, 1).await;
+    let transport = server.connect("corrupt").await;
+    let weight_store = transport.weight_store().await.expect("it is created");
+    upload(&weight_store, 1).await;
     let context = server.client().await;
-    let store = context.get_object_store("agon-torn-weights");
+    let store = context.get_object_store("agon-corrupt-weights");
     let store = store.await.expect("it is there");
     let other = weights(9);
-    let halves: [&[u8]; 2] = [&other, &weights(1)[..100]];
-    for lie in halves {
-        let mut bytes = lie;
+    let corruptions: [&[u8]; 2] = [&other, &weights(1)[..100]];
+    for corruption in corruptions {
+        let mut bytes = corruption;
         store
             .put("0-1", &mut bytes)
             .await
-            .expect("it lets itself be lied to");
-        let reader = server.hub("torn").await;
-        let reader = reader.shelf().await.expect("it is made");
+            .expect("it is overwritten");
+        let reader = server.connect("corrupt").await;
+        let reader = reader.weight_store().await.expect("it is created");
         let version = WeightsVersion::at(1);
-        let torn = reader
+        let error = reader
             .fetch(version)
             .await
-            .expect_err("it is not what was announced");
-        assert!(matches!(torn, TransportError::Torn { .. }), "{torn}");
+            .expect_err("it does not match its manifest");
+        assert!(matches!(error, TransportError::Corrupt { .. }), "{error}");
         let reader = Arc::new(reader);
-        until("it is whole again", async || {
+        until("it is restored", async || {
             reader
                 .fetch(version)
                 .await
@@ -413,43 +421,43 @@ async fn a_blob_that_was_torn_is_refused_and_laid_down_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_claim_is_refused_while_its_holder_lives_and_taken_over_after() {
-    let Some(server) = Server::start() else {
+async fn a_lease_is_exclusive_until_it_expires_or_is_released() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let (one, other) = (server.hub("claim").await, server.hub("claim").await);
-    let register = |hub: &Hub| hub.register().expect("a server keeps one").clone();
-    let held = register(&one).claim("learner", "the first").await;
-    let held = held.expect("nobody has it");
-    let refused = register(&other).claim("learner", "the second").await;
-    let refused = refused.expect_err("the first lives").to_string();
+    let (one, other) = (server.connect("lease").await, server.connect("lease").await);
+    let registry = |transport: &Transport| transport.registry().expect("a server has one").clone();
+    let held = registry(&one).acquire("learner", "the first").await;
+    let held = held.expect("it is free");
+    let refused = registry(&other).acquire("learner", "the second").await;
+    let refused = refused.expect_err("the first is alive").to_string();
     assert!(
         refused.contains("the first has it and is alive"),
         "{refused}"
     );
-    // Dropped, it is no longer renewed: as if its process were gone.
+    // Dropped, it is no longer renewed, as if its process had died.
     drop(held);
-    let taken = register(&other).claim("learner", "the second").await;
-    let taken = taken.expect("the first is gone");
-    taken.release().await;
-    let register = register(&one);
+    let lease = registry(&other).acquire("learner", "the second").await;
+    let lease = lease.expect("it has expired");
+    lease.release().await;
+    let registry = registry(&one);
     let free = timeout(
         Duration::from_millis(900),
-        register.claim("learner", "the third"),
+        registry.acquire("learner", "the third"),
     );
     free.await
-        .expect("nobody need be waited for")
-        .expect("it was given up");
+        .expect("without waiting for expiry")
+        .expect("it was released");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_register_is_read_while_its_entries_are_replaced() {
-    let Some(server) = Server::start() else {
+async fn the_registry_is_read_while_its_entries_are_replaced() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let [writer, reader] = [server.hub("run").await, server.hub("run").await];
-    let register = |hub: &Hub| hub.register().expect("a server keeps one").clone();
-    let (writer, reader) = (register(&writer), register(&reader));
+    let [writer, reader] = [server.connect("run").await, server.connect("run").await];
+    let registry = |transport: &Transport| transport.registry().expect("a server has one").clone();
+    let (writer, reader) = (registry(&writer), registry(&reader));
     let keys: Vec<_> = (0..8).map(|number| format!("present.{number}")).collect();
     for key in &keys {
         writer.put(key, b"0".to_vec()).await.expect("a server");
@@ -470,30 +478,30 @@ async fn the_register_is_read_while_its_entries_are_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_is_not_there_or_refuses_is_told_with_the_remedy() {
-    let Some(server) = Server::start() else {
+async fn an_unreachable_server_and_a_missing_file_are_reported_with_remedies() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let mut away = server.settings("");
-    (away.url, away.timeout_seconds) = ("nats://127.0.0.1:1".into(), 1);
-    let error = Hub::connect(&away, "run")
+    let mut unreachable = server.settings("");
+    (unreachable.url, unreachable.timeout_seconds) = ("nats://127.0.0.1:1".into(), 1);
+    let error = Transport::connect(&unreachable, "run")
         .await
-        .expect_err("nobody listens");
-    let words = error.to_string();
+        .expect_err("nothing listens");
+    let message = error.to_string();
     assert!(
-        words.contains("127.0.0.1:1") && words.contains("transport.url"),
-        "{words}"
+        message.contains("127.0.0.1:1") && message.contains("transport.url"),
+        "{message}"
     );
-    let mut secret = server.settings("");
-    secret.token_path = "/no/such/file".into();
-    let error = Hub::connect(&secret, "run")
+    let mut unreadable = server.settings("");
+    unreadable.token_path = "/no/such/file".into();
+    let error = Transport::connect(&unreadable, "run")
         .await
         .expect_err("no such file");
     assert!(error.to_string().contains("/no/such/file"), "{error}");
 }
 
 #[test]
-fn ids_tell_a_message_that_is_sent_again_from_a_new_one() {
+fn message_ids_identify_duplicates() {
     let again = Dropped {
         session: 1,
         ..note(7)
@@ -516,26 +524,26 @@ fn copy(from: &Path, to: &Path) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_server_comes_back_with_and_delivers_to_nobody_is_delivered_again() {
-    let Some(mut server) = Server::start() else {
+async fn orphaned_messages_are_redelivered() {
+    let Some(mut server) = TestServer::start() else {
         return;
     };
-    let hub = server.hub("run").await;
-    let (sender, receiver) = hub.stream("notes", 8).await.expect("it is made");
+    let transport = server.connect("run").await;
+    let (sender, receiver) = transport.stream("notes", 8).await.expect("it is created");
     for number in 1..=5 {
-        sender.send(note(number)).await.expect("there is a place");
+        sender.send(note(number)).await.expect("a slot is free");
     }
-    // The messages as they were before they were read, beside a reader that has read them.
+    // Restores the stored messages from before they were received, with the consumer state from after.
     let (messages, saved) = (server.messages_of("agon-run-notes"), tempfile::tempdir());
     let saved = saved.expect("a folder");
     server.stop();
     copy(&messages, saved.path());
-    server.again();
+    server.restart();
     for _ in 1..=5 {
         next(&receiver).await.acknowledge();
     }
-    hub.flush().await;
-    until("all is settled", async || {
+    transport.flush().await;
+    until("everything is acknowledged", async || {
         receiver
             .counts()
             .await
@@ -544,20 +552,20 @@ async fn what_a_server_comes_back_with_and_delivers_to_nobody_is_delivered_again
     .await;
     server.stop();
     copy(saved.path(), &messages);
-    server.again();
-    until("they are back", async || {
+    server.restart();
+    until("they are restored", async || {
         receiver
             .counts()
             .await
             .is_ok_and(|counts| counts.queued == 5)
     })
     .await;
-    sender.send(note(6)).await.expect("there is a place");
+    sender.send(note(6)).await.expect("a slot is free");
     let new = next(&receiver).await;
-    assert_eq!(number(&new), 6, "the others are delivered to nobody");
+    assert_eq!(number(&new), 6, "the others are orphaned");
     new.acknowledge();
-    hub.flush().await;
-    assert!(!receiver.reclaim().await.expect("it answers"), "seen once");
+    transport.flush().await;
+    assert!(!receiver.reclaim().await.expect("it answers"), "found once");
     assert!(receiver.reclaim().await.expect("it answers"));
     let mut again = BTreeSet::new();
     while again.len() < 5 {
@@ -566,43 +574,50 @@ async fn what_a_server_comes_back_with_and_delivers_to_nobody_is_delivered_again
         delivery.acknowledge();
     }
     assert_eq!(again, (1..=5).collect());
-    hub.flush().await;
+    transport.flush().await;
     until("nothing is left", async || {
         let counts = receiver.counts().await.expect("it answers");
-        counts.queued + counts.in_hand == 0
+        counts.queued + counts.in_flight == 0
     })
     .await;
     assert!(!receiver.reclaim().await.expect("it answers"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn superseded_weights_leave_nothing_behind_not_even_those_of_a_session_that_was_killed() {
-    let Some(server) = Server::start() else {
+async fn superseded_weights_are_deleted_including_those_of_earlier_sessions() {
+    let Some(server) = TestServer::start() else {
         return;
     };
-    let held = async || {
+    let stored_messages = async || {
         let context = server.client().await;
         let stream = context.get_stream("OBJ_agon-run-weights").await;
         stream
-            .expect("there is a shelf")
+            .expect("there is a weight store")
             .cached_info()
             .state
             .messages
     };
     let publish = async |session: u64, steps: std::ops::Range<u64>| {
-        let hub = server.hub("run").await;
-        let shelf = hub.shelf().await.expect("it is made");
+        let transport = server.connect("run").await;
+        let weight_store = transport.weight_store().await.expect("it is created");
         for step in steps {
             let (version, blob) = (WeightsVersion { session, step }, vec![step as u8; 100]);
             let manifest = WeightsManifest::of(version, &blob);
-            shelf.publish(manifest, blob).await.expect("it is newer");
+            weight_store
+                .publish(manifest, blob)
+                .await
+                .expect("it is newer");
         }
     };
     publish(0, 1..3).await;
-    let two = held().await;
+    let two = stored_messages().await;
     publish(0, 3..9).await;
-    assert_eq!(held().await, two, "one goes for one that comes");
-    // Another learner knows nothing of what this one laid down.
+    assert_eq!(
+        stored_messages().await,
+        two,
+        "one is deleted for each published"
+    );
+    // A new session does not know what an earlier one published.
     publish(1, 5..15).await;
-    assert_eq!(held().await, two);
+    assert_eq!(stored_messages().await, two);
 }

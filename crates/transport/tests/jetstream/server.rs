@@ -1,38 +1,38 @@
-//! A nats-server of one test.
+//! A nats-server for one test.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use settings::{JetStreamSettings, TransportSettings, resolve};
-use transport::Hub;
+use transport::Transport;
 
-/// A server of one test, on a port and with a store of its own.
-pub struct Server {
+/// A server on a free port with a temporary storage directory.
+pub struct TestServer {
     store: tempfile::TempDir,
     pub port: u16,
-    limits: &'static str,
-    more: String,
+    jetstream_config: &'static str,
+    config: String,
     process: Child,
 }
 
-impl Server {
-    /// `None` where there is no nats-server, which is told, and in continuous integration an error.
+impl TestServer {
+    /// `None`, with a message, where nats-server is not installed; a panic in continuous integration.
     pub fn start() -> Option<Self> {
-        Self::within("")
+        Self::with_jetstream_config("")
     }
 
-    /// A server with these further lines in its configuration of JetStream.
-    pub fn within(limits: &'static str) -> Option<Self> {
-        Self::configured(limits, "")
+    /// A server with additional lines in its JetStream configuration.
+    pub fn with_jetstream_config(config: &'static str) -> Option<Self> {
+        Self::configured(config, "")
     }
 
-    /// A server with these further lines in its configuration.
-    pub fn that_says(more: &str) -> Option<Self> {
-        Self::configured("", more)
+    /// A server with additional lines in its configuration.
+    pub fn with_config(config: &str) -> Option<Self> {
+        Self::configured("", config)
     }
 
-    fn configured(limits: &'static str, more: &str) -> Option<Self> {
+    fn configured(jetstream_config: &'static str, config: &str) -> Option<Self> {
         let version = Command::new("nats-server").arg("--version").output();
         if version.is_err() {
             assert!(
@@ -46,12 +46,12 @@ impl Server {
         let port = free.local_addr().expect("it has an address").port();
         drop(free);
         let store = tempfile::tempdir().expect("a folder");
-        let process = spawn(store.path(), port, limits, more);
+        let process = spawn(store.path(), port, jetstream_config, config);
         Some(Self {
             store,
             port,
-            limits,
-            more: more.to_owned(),
+            jetstream_config,
+            config: config.to_owned(),
             process,
         })
     }
@@ -62,24 +62,24 @@ impl Server {
              timeout_seconds = 20\n{more}",
             self.port
         );
-        let resolved = resolve(&text, "test", &[]).expect("they are sound");
+        let resolved = resolve(&text, "test", &[]).expect("valid settings");
         match resolved.settings.transport {
             TransportSettings::Jetstream(settings) => *settings,
             TransportSettings::Memory {} => unreachable!("it says jetstream"),
         }
     }
 
-    pub async fn hub(&self, run: &str) -> Hub {
-        self.hub_with(run, "").await
+    pub async fn connect(&self, run: &str) -> Transport {
+        self.connect_with(run, "").await
     }
 
-    pub async fn hub_with(&self, run: &str, more: &str) -> Hub {
+    pub async fn connect_with(&self, run: &str, more: &str) -> Transport {
         let settings = self.settings(more);
-        let hub = Hub::connect(&settings, run).await;
-        hub.expect("the server runs")
+        let transport = Transport::connect(&settings, run).await;
+        transport.expect("the server runs")
     }
 
-    /// What others than this project would use.
+    /// A plain NATS client.
     pub async fn client(&self) -> async_nats::jetstream::Context {
         let client = async_nats::connect(format!("127.0.0.1:{}", self.port));
         async_nats::jetstream::new(client.await.expect("the server runs"))
@@ -90,42 +90,47 @@ impl Server {
         self.process.wait().expect("it ends");
     }
 
-    /// Asks the server to end, so that nothing it has in memory is lost.
+    /// Stops the server with SIGTERM, so that it flushes its storage.
     pub fn stop(&mut self) {
         let kill = format!("kill -TERM {}", self.process.id());
-        let asked = Command::new("sh").args(["-c", &kill]).status();
-        assert!(asked.expect("a shell").success(), "it runs");
+        let status = Command::new("sh").args(["-c", &kill]).status();
+        assert!(status.expect("a shell").success(), "it runs");
         self.process.wait().expect("it ends");
     }
 
-    /// Where the server keeps the messages of a stream.
+    /// Directory of a stream's stored messages.
     pub fn messages_of(&self, stream: &str) -> PathBuf {
         let streams = self.store.path().join("jetstream/jetstream/$G/streams");
         streams.join(stream).join("msgs")
     }
 
-    pub fn again(&mut self) {
-        self.process = spawn(self.store.path(), self.port, self.limits, &self.more);
+    pub fn restart(&mut self) {
+        self.process = spawn(
+            self.store.path(),
+            self.port,
+            self.jetstream_config,
+            &self.config,
+        );
     }
 }
 
-impl Drop for Server {
+impl Drop for TestServer {
     fn drop(&mut self) {
         self.process.kill().ok();
         self.process.wait().ok();
     }
 }
 
-fn spawn(store: &Path, port: u16, limits: &str, more: &str) -> Child {
-    let config = store.join("server.conf");
+fn spawn(store: &Path, port: u16, jetstream_config: &str, config: &str) -> Child {
+    let path = store.join("server.conf");
     let text = format!(
-        "listen: \"127.0.0.1:{port}\"\n{more}\njetstream {{\n store_dir: {:?}\n {limits}\n}}\n",
+        "listen: \"127.0.0.1:{port}\"\n{config}\njetstream {{\n store_dir: {:?}\n {jetstream_config}\n}}\n",
         store.join("jetstream").display().to_string()
     );
-    std::fs::write(&config, text).expect("it can be written");
+    std::fs::write(&path, text).expect("it can be written");
     Command::new("nats-server")
         .arg("-c")
-        .arg(config)
+        .arg(path)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

@@ -1,4 +1,4 @@
-//! The chat judge against servers on this machine that speak as OpenAI's do.
+//! Chat judge against fake OpenAI-compatible servers on localhost.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -8,23 +8,24 @@ use axum::Router;
 use axum::extract::Request;
 use axum::http::header::AUTHORIZATION;
 use axum::response::{IntoResponse, Json, Response};
-use messages::{DropReason, Dropped, LabelledPair, Station};
+use messages::{DropReason, Dropped, LabelledPair, Stage};
 use settings::OrdersSetting;
-use telemetry::StationCounters;
+use telemetry::StageCounters;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use transport::stream;
 
 use super::*;
-use crate::Verdict;
-use crate::bench::fake::{question, settings as bench_settings};
-use crate::bench::{Bench, BenchSettings, Orders};
+use crate::error::ComparisonError;
+use crate::judge::Verdict;
 use crate::judge::chat::tests::settings;
 use crate::judge::fake::{abstained, pair, preferred};
-use crate::{Preference, PreferenceParts, RulingError};
+use crate::pool::fake::{request, settings as pool_settings};
+use crate::pool::{JudgePool, Orders, PoolSettings};
+use crate::run::{PreferenceService, PreferenceServiceParts};
 
-/// Settings of a judge at these addresses.
+/// Settings of a judge at these URLs.
 fn endpoints(urls: &[String]) -> EndpointSettings {
     EndpointSettings {
         urls: urls.to_vec(),
@@ -34,18 +35,18 @@ fn endpoints(urls: &[String]) -> EndpointSettings {
     }
 }
 
-/// A server that answers every chat completion as it is told; it ends when this is dropped.
+/// A server that answers chat completions with a closure, until it is dropped.
 struct FakeOpenAi {
     address: SocketAddr,
     task: JoinHandle<()>,
-    asked: Arc<Mutex<Vec<Asked>>>,
+    requests: Arc<Mutex<Vec<RecordedRequest>>>,
 }
 
-/// A request: its key and its body.
-type Asked = (Option<String>, Value);
+/// Authorization header and body of a request.
+type RecordedRequest = (Option<String>, Value);
 
 impl FakeOpenAi {
-    /// `answer` is given how many requests came before, and what the user says.
+    /// `answer` gets the number of earlier requests and the user message.
     async fn start(answer: impl Fn(usize, &str) -> Response + Send + Sync + 'static) -> Self {
         Self::start_at("127.0.0.1:0", answer).await
     }
@@ -56,11 +57,11 @@ impl FakeOpenAi {
     ) -> Self {
         let listener = TcpListener::bind(address).await.expect("a free port");
         let address = listener.local_addr().unwrap();
-        let asked: Arc<Mutex<Vec<Asked>>> = Arc::default();
-        let seen = Arc::clone(&asked);
+        let requests: Arc<Mutex<Vec<RecordedRequest>>> = Arc::default();
+        let recorded = Arc::clone(&requests);
         let answer = Arc::new(answer);
         let handler = move |request: Request| {
-            let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
+            let (recorded, answer) = (Arc::clone(&recorded), Arc::clone(&answer));
             async move {
                 assert_eq!(request.uri().path(), "/v1/chat/completions");
                 let key = request.headers().get(AUTHORIZATION);
@@ -68,14 +69,14 @@ impl FakeOpenAi {
                 let body = axum::body::to_bytes(request.into_body(), 1 << 20).await;
                 let body: Value = serde_json::from_slice(&body.unwrap()).unwrap();
                 let messages = body["messages"].as_array().unwrap();
-                let said = messages.last().unwrap()["content"].as_str().unwrap();
-                let said = said.to_owned();
+                let user = messages.last().unwrap()["content"].as_str().unwrap();
+                let user = user.to_owned();
                 let before = {
-                    let mut seen = seen.lock().unwrap();
-                    seen.push((key, body));
-                    seen.len() - 1
+                    let mut recorded = recorded.lock().unwrap();
+                    recorded.push((key, body));
+                    recorded.len() - 1
                 };
-                answer(before, &said)
+                answer(before, &user)
             }
         };
         let task = tokio::spawn(async move {
@@ -86,7 +87,7 @@ impl FakeOpenAi {
         Self {
             address,
             task,
-            asked,
+            requests,
         }
     }
 
@@ -101,41 +102,41 @@ impl Drop for FakeOpenAi {
     }
 }
 
-/// A chat completion that says this.
-fn says(content: &str) -> Response {
+/// A chat completion with this content.
+fn reply(content: &str) -> Response {
     let message = json!({"role": "assistant", "content": content});
     Json(json!({"object": "chat.completion", "choices": [{"index": 0, "message": message}]}))
         .into_response()
 }
 
-fn fails(status: u16) -> Response {
+fn failure(status: u16) -> Response {
     let status = axum::http::StatusCode::from_u16(status).unwrap();
     (status, "not now").into_response()
 }
 
-/// A bench whose judges are at these addresses, and which does not wait long between attempts.
-fn bench(urls: &[String], chat: &ChatSettings) -> Bench {
-    bench_of(&endpoints(urls), chat)
+/// A pool with replicas at these URLs and a short backoff.
+fn pool(urls: &[String], chat: &ChatSettings) -> JudgePool {
+    pool_with(&endpoints(urls), chat)
 }
 
-fn bench_of(endpoints: &EndpointSettings, chat: &ChatSettings) -> Bench {
-    let judges = Judges::chat(endpoints, chat).expect("clients");
-    let quick = BenchSettings {
+fn pool_with(endpoints: &EndpointSettings, chat: &ChatSettings) -> JudgePool {
+    let judges = JudgeReplicas::chat(endpoints, chat).expect("clients");
+    let quick = PoolSettings {
         retry_base: std::time::Duration::from_millis(1),
         circuit_probe: std::time::Duration::from_millis(10),
-        ..bench_settings()
+        ..pool_settings()
     };
-    Bench::new(judges, quick)
+    JudgePool::new(judges, quick)
 }
 
-async fn verdict(bench: &Bench, first: &str, second: &str) -> Result<Verdict, RulingError> {
-    let ruling = bench.rule(&question(first, second), Orders::One).await;
-    ruling.map(|ruling| ruling.verdict)
+async fn verdict(pool: &JudgePool, first: &str, second: &str) -> Result<Verdict, ComparisonError> {
+    let preference = pool.compare(&request(first, second), Orders::One).await;
+    preference.map(|preference| preference.verdict)
 }
 
 #[tokio::test]
-async fn a_question_is_asked_as_the_settings_say_and_no_text_is_expanded() {
-    let server = FakeOpenAi::start(|_, _| says("[[A]]")).await;
+async fn requests_follow_the_settings_and_texts_are_not_expanded() {
+    let server = FakeOpenAi::start(|_, _| reply("[[A]]")).await;
     let folder = std::env::temp_dir().join(format!("agon-chat-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let api_key_path = folder.join("key");
@@ -144,18 +145,18 @@ async fn a_question_is_asked_as_the_settings_say_and_no_text_is_expanded() {
         api_key_path,
         ..endpoints(&[server.url()])
     };
-    let with_key = bench_of(&with_key, &settings());
-    let seen = verdict(&with_key, "{second} {prompt}", "{first}").await;
-    assert_eq!(seen, Ok(preferred(1.0)));
+    let with_key = pool_with(&with_key, &settings());
+    let actual = verdict(&with_key, "{second} {prompt}", "{first}").await;
+    assert_eq!(actual, Ok(preferred(1.0)));
     let plain = ChatSettings {
         system: String::new(),
         logprobs: false,
         ..settings()
     };
-    verdict(&bench(&[server.url()], &plain), "a", "b")
+    verdict(&pool(&[server.url()], &plain), "a", "b")
         .await
         .unwrap();
-    let asked = server.asked.lock().unwrap().clone();
+    let requests = server.requests.lock().unwrap().clone();
     std::fs::remove_dir_all(folder).unwrap();
     let user = |content: &str| json!({"role": "user", "content": content});
     let system = json!({"role": "system", "content": "Judge."});
@@ -174,12 +175,12 @@ async fn a_question_is_asked_as_the_settings_say_and_no_text_is_expanded() {
         "temperature": 0,
     });
     let key = Some("Bearer sk-123".to_owned());
-    assert_eq!(asked, [(key, full), (None, short)]);
+    assert_eq!(requests, [(key, full), (None, short)]);
 }
 
 #[tokio::test]
-async fn verdicts_are_read_from_words_or_from_log_probabilities() {
-    let server = FakeOpenAi::start(|_, said| match said {
+async fn verdicts_are_parsed_from_text_or_logprobs() {
+    let server = FakeOpenAi::start(|_, user| match user {
         "say|p|-" => {
             let top = json!([
                 {"token": "A", "logprob": 0.75f64.ln()},
@@ -198,91 +199,99 @@ async fn verdicts_are_read_from_words_or_from_log_probabilities() {
             Json(json!({"choices": [{"message": {"content": null}, "logprobs": null}]}))
                 .into_response()
         }
-        said => says(said.trim_start_matches("say|").trim_end_matches("|-")),
+        user => reply(user.trim_start_matches("say|").trim_end_matches("|-")),
     })
     .await;
-    let bench = bench(&[server.url()], &settings());
-    for (said, expected) in [
+    let pool = pool(&[server.url()], &settings());
+    for (content, expected) in [
         ("p", preferred(0.75)),
         ("Both are fine. [[C]]", preferred(0.5)),
         ("[[A]]? No: [[B]]", preferred(0.0)),
         ("nothing", abstained("no verdict in \"nothing\"")),
         ("null", abstained("no verdict in \"\"")),
     ] {
-        assert_eq!(verdict(&bench, said, "-").await, Ok(expected), "{said}");
+        assert_eq!(
+            verdict(&pool, content, "-").await,
+            Ok(expected),
+            "{content}"
+        );
     }
 }
 
 #[tokio::test]
-async fn what_may_pass_is_asked_again_and_a_bad_request_is_not() {
-    let busy = || {
-        let mut response = fails(429);
+async fn transient_failures_are_retried_and_bad_requests_are_not() {
+    let rate_limited = || {
+        let mut response = failure(429);
         let headers = response.headers_mut();
         headers.insert("retry-after", "0.001".parse().unwrap());
         response
     };
-    let server = FakeOpenAi::start(move |before, said| match (before, said) {
-        (_, "say|odd|-") => fails(400),
-        (0, _) => fails(500),
+    let server = FakeOpenAi::start(move |before, user| match (before, user) {
+        (_, "say|odd|-") => failure(400),
+        (0, _) => failure(500),
         (1, _) => "no JSON".into_response(),
         (2, _) => "{}".into_response(),
-        (3 | 4, _) => busy(),
-        (5, _) => fails(401),
-        _ => says("[[B]]"),
+        (3 | 4, _) => rate_limited(),
+        (5, _) => failure(401),
+        _ => reply("[[B]]"),
     })
     .await;
-    let patient = bench(&[server.url()], &settings());
-    assert_eq!(verdict(&patient, "a", "-").await, Ok(preferred(0.0)));
-    assert_eq!(server.asked.lock().unwrap().len(), 7);
+    let pool = pool(&[server.url()], &settings());
+    assert_eq!(verdict(&pool, "a", "-").await, Ok(preferred(0.0)));
+    assert_eq!(server.requests.lock().unwrap().len(), 7);
     let reason = "it answered 400 Bad Request: not now";
-    assert_eq!(verdict(&patient, "odd", "-").await, Ok(abstained(reason)));
-    assert_eq!(server.asked.lock().unwrap().len(), 8, "asked once");
+    assert_eq!(verdict(&pool, "odd", "-").await, Ok(abstained(reason)));
+    assert_eq!(server.requests.lock().unwrap().len(), 8, "one request");
 }
 
 #[tokio::test]
-async fn a_replica_that_dies_in_the_middle_loses_nothing() {
+async fn no_request_is_lost_when_a_replica_dies() {
     let [dying, living] = [
-        FakeOpenAi::start(|_, _| says("[[A]]")).await,
-        FakeOpenAi::start(|_, _| says("[[A]]")).await,
+        FakeOpenAi::start(|_, _| reply("[[A]]")).await,
+        FakeOpenAi::start(|_, _| reply("[[A]]")).await,
     ];
-    let bench = bench(&[dying.url(), living.url()], &settings());
-    let asking = |i: usize| {
-        let bench = bench.clone();
-        tokio::spawn(async move { verdict(&bench, &i.to_string(), "-").await })
+    let pool = pool(&[dying.url(), living.url()], &settings());
+    let compare = |i: usize| {
+        let pool = pool.clone();
+        tokio::spawn(async move { verdict(&pool, &i.to_string(), "-").await })
     };
-    let mut tasks: Vec<_> = (0..50).map(asking).collect();
-    // The first answer shows that both are at work.
+    let mut tasks: Vec<_> = (0..50).map(compare).collect();
+    // Both replicas are busy once the first verdict arrives.
     let first = tasks.remove(0).await.expect("no panic");
     assert_eq!(first, Ok(preferred(1.0)));
     drop(dying);
-    tasks.extend((50..100).map(asking));
+    tasks.extend((50..100).map(compare));
     for task in tasks {
         assert_eq!(task.await.expect("no panic"), Ok(preferred(1.0)));
     }
 }
 
-/// A port on which nobody listens.
-async fn nobody() -> SocketAddr {
+/// A port without a listener.
+async fn unused_address() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     listener.local_addr().unwrap()
 }
 
 #[tokio::test]
-async fn with_all_three_away_the_service_waits_by_name_until_one_returns() {
-    let addresses = [nobody().await, nobody().await, nobody().await];
+async fn with_all_endpoints_unreachable_the_service_waits_until_one_returns() {
+    let addresses = [
+        unused_address().await,
+        unused_address().await,
+        unused_address().await,
+    ];
     let urls = addresses.map(|address| format!("http://{address}/v1"));
-    let bench = bench(&urls, &settings());
-    let mut outage = bench.outage();
-    let (pairs, intake) = stream("pairs", 64);
+    let pool = pool(&urls, &settings());
+    let mut outage = pool.outage();
+    let (pairs, pairs_receiver) = stream("pairs", 64);
     let (labelled, labels) = stream::<LabelledPair>("labelled pairs", 64);
     let (drops, dropped) = stream::<Dropped>("drops", 64);
-    let counters = Arc::new(StationCounters::new(Station::Preference));
-    let service = Preference::new(PreferenceParts {
-        player: None,
-        judge: bench,
+    let counters = Arc::new(StageCounters::new(Stage::Preference));
+    let service = PreferenceService::new(PreferenceServiceParts {
+        apo: None,
+        judge: pool,
         gold: None,
         orders: OrdersSetting::One,
-        pairs: intake,
+        pairs: pairs_receiver,
         labelled,
         drops,
         counters: Arc::clone(&counters),
@@ -293,9 +302,12 @@ async fn with_all_three_away_the_service_waits_by_name_until_one_returns() {
     }
     drop(pairs);
     let returning = async {
-        let told = outage.wait_for(Option::is_some).await.expect("it goes on");
-        let reason = told.as_ref().expect("it is there").reason.clone();
-        drop(told);
+        let current = outage
+            .wait_for(Option::is_some)
+            .await
+            .expect("the pool lives");
+        let reason = current.as_ref().expect("it is some").reason.clone();
+        drop(current);
         assert!(reason.contains("it cannot be reached"), "{reason}");
         let is_named = || {
             let mut waits = waits.current().into_iter();
@@ -305,20 +317,20 @@ async fn with_all_three_away_the_service_waits_by_name_until_one_returns() {
             tokio::task::yield_now().await;
         }
         assert_eq!(labels.counts().await.unwrap().sent, 0);
-        FakeOpenAi::start_at(&addresses[1].to_string(), |_, _| says("[[B]]")).await
+        FakeOpenAi::start_at(&addresses[1].to_string(), |_, _| reply("[[B]]")).await
     };
     let (_shutdown, running) = watch::channel(false);
     let (ended, server) = tokio::join!(service.run(running), returning);
     ended.expect("the stream ended");
     assert_eq!(labels.counts().await.unwrap().sent, 20, "nothing is lost");
     assert_eq!(dropped.counts().await.unwrap().sent, 0);
-    assert_eq!(counters.snapshot().given, 20);
-    assert!(server.asked.lock().unwrap().len() >= 20);
+    assert_eq!(counters.snapshot().emitted, 20);
+    assert!(server.requests.lock().unwrap().len() >= 20);
     assert_eq!(counters.snapshot().dropped.get(&DropReason::Failed), None);
 }
 
-/// A file of the shared data, `$AGON_SHARED` or `shared` beside the workspace; skipped aloud where it
-/// is not there, which continuous integration does not accept.
+/// A file of the shared data, in `$AGON_SHARED` or in `shared` beside the workspace. If it is missing, the test is
+/// skipped with a message, or fails in continuous integration.
 fn shared(path: &str) -> Option<std::path::PathBuf> {
     let root = std::env::var_os("AGON_SHARED").unwrap_or_else(|| "../shared".into());
     let workspace = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
@@ -333,7 +345,7 @@ fn shared(path: &str) -> Option<std::path::PathBuf> {
 }
 
 #[tokio::test]
-async fn the_pair_templates_of_fastchat_work_once_their_places_have_our_names() {
+async fn the_pair_templates_of_fastchat_work_with_renamed_placeholders() {
     let Some(path) = shared("data/prompts/fastchat_judge_prompts.jsonl") else {
         return;
     };
@@ -346,25 +358,25 @@ async fn the_pair_templates_of_fastchat_work_once_their_places_have_our_names() 
         .collect();
     let template = &templates["pair-v2"];
     let of = |key: &str| template[key].as_str().unwrap().to_owned();
-    let places = [
+    let placeholders = [
         ("{question}", "{prompt}"),
         ("{answer_a}", "{first}"),
         ("{answer_b}", "{second}"),
     ];
-    let ours = places
+    let ours = placeholders
         .iter()
         .fold(of("prompt_template"), |text, (theirs, ours)| {
             assert!(text.contains(theirs), "{text}");
             text.replace(theirs, ours)
         });
-    let server = FakeOpenAi::start(|_, said| {
-        let place = |text: &str| {
-            said.find(text)
-                .unwrap_or_else(|| panic!("no {text:?} in {said}"))
+    let server = FakeOpenAi::start(|_, user| {
+        let position = |text: &str| {
+            user.find(text)
+                .unwrap_or_else(|| panic!("no {text:?} in {user}"))
         };
-        let is_in_order = place("say") < place("the first answer")
-            && place("the first answer") < place("{first}");
-        says(&format!(
+        let is_in_order = position("say") < position("the first answer")
+            && position("the first answer") < position("{first}");
+        reply(&format!(
             "Assistant A explains itself; assistant B does not. {}",
             if is_in_order { "[[A]]" } else { "[[B]]" }
         ))
@@ -375,9 +387,9 @@ async fn the_pair_templates_of_fastchat_work_once_their_places_have_our_names() 
         template: ours,
         ..settings()
     };
-    let bench = bench(&[server.url()], &settings);
-    let seen = verdict(&bench, "the first answer", "{first}").await;
-    assert_eq!(seen, Ok(preferred(1.0)));
-    let system = &server.asked.lock().unwrap()[0].1["messages"][0]["content"];
+    let pool = pool(&[server.url()], &settings);
+    let actual = verdict(&pool, "the first answer", "{first}").await;
+    assert_eq!(actual, Ok(preferred(1.0)));
+    let system = &server.requests.lock().unwrap()[0].1["messages"][0]["content"];
     assert!(system.as_str().unwrap().contains("[[C]]"), "{system}");
 }

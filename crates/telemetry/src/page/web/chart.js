@@ -1,8 +1,7 @@
-// A chart of lines over learner steps, as SVG. It is read with the pointer, with the arrow keys, and as
-// a sentence.
+// SVG line chart over learner steps, readable with the pointer, the arrow keys, and as text.
 
 import { el, svg } from "./elements.js";
-import { short, ticks } from "./numbers.js";
+import { short, ticks } from "./format.js";
 
 const WIDTH = 480;
 const HEIGHT = 210;
@@ -11,7 +10,7 @@ const RIGHT = 14;
 const TOP = 8;
 const BOTTOM = 22;
 
-// A running mean that forgets: 0 shows values as they are.
+// Exponential moving average; weight 0 returns the values unchanged.
 export function smoothed(values, weight) {
   if (weight <= 0) return values;
   let mean = null;
@@ -85,7 +84,7 @@ export class Chart {
       this.picture, this.readout, this.legend);
   }
 
-  // Lines of {label, color, dash, steps, values, low, high}.
+  // Takes lines of {label, color, dash, steps, values, low, high}.
   show(series, weight) {
     this.series = series.map((line) => ({ ...line, values: smoothed(line.values, line.low ? 0 : weight) }));
     this.scale = extent(this.series, this.options.range);
@@ -173,9 +172,9 @@ export class Chart {
     }
   }
 
-  // What the lines say at a step; at their ends when there is none.
+  // The values at a step as text; the latest values when step is null.
   sentence(step) {
-    if (this.series.length === 0) return "nothing yet";
+    if (this.series.length === 0) return "no data";
     return this.series.map(({ label, steps, values, low, high }) => {
       const i = step === null ? steps.length - 1 : nearest(steps, step);
       const band = low && high ? ` (${short(low[i])} to ${short(high[i])})` : "";

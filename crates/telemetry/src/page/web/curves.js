@@ -1,21 +1,21 @@
-// Is it learning? The curves of every chosen run, laid over one another.
+// Curves view: metrics of all selected runs in shared charts.
 
 import { Chart } from "./chart.js";
-import { ask, el, failed } from "./elements.js";
-import { duration, short } from "./numbers.js";
+import { el, errorMessage, fetchJson } from "./elements.js";
+import { duration, short } from "./format.js";
 
 const CHARTS = [
   { title: "Win rate", names: ["eval/win_rate", "eval/gold_win_rate"], range: [0.4, 0.7], half: 0.5, band: ["eval/win_rate_ci_low", "eval/win_rate_ci_high"] },
-  { title: "KL", unit: "nats a completion", names: ["objective/kl", "eval/kl", "objective/log_ratio"] },
+  { title: "KL", unit: "nats per completion", names: ["objective/kl", "eval/kl", "objective/log_ratio"] },
   { title: "Loss", names: ["loss"] },
   { title: "Implicit rewards", unit: "nats", names: ["rewards/margins", "rewards/chosen", "rewards/rejected"] },
   { title: "Lengths", unit: "tokens", names: ["completions/mean_length", "completions/min_length", "completions/max_length"] },
-  { title: "Entropy", unit: "nats a token", names: ["objective/entropy"] },
-  { title: "Throughput", unit: "pairs a second", names: ["perf/pairs_per_second"] },
+  { title: "Entropy", unit: "nats per token", names: ["objective/entropy"] },
+  { title: "Throughput", unit: "pairs per second", names: ["perf/pairs_per_second"] },
   { title: "Staleness", unit: "steps", names: ["staleness/mean", "staleness/max"] },
-  { title: "Time of a step", unit: "seconds", names: ["time/step", "time/wait_for_batch"] },
+  { title: "Step time", unit: "seconds", names: ["time/step", "time/wait_for_batch"] },
 ];
-const EVERY = 3000;
+const MIN_INTERVAL = 3000; // ms between two requests
 
 export class Curves {
   constructor(state) {
@@ -23,39 +23,39 @@ export class Curves {
     this.charts = CHARTS.map((options) => ({ ...options, chart: new Chart(options.title, options) }));
     this.others = [];
     this.smoothing = el("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: 0, id: "smoothing", oninput: () => this.draw() });
-    this.more = el("select", { id: "more", onchange: () => this.add(this.more.value) }, el("option", { value: "" }, "choose a metric"));
+    this.more = el("select", { id: "more", onchange: () => this.add(this.more.value) }, el("option", { value: "" }, "select a metric"));
     this.figures = el("div", { class: "figures", role: "group" });
     this.grid = el("div", { class: "grid" }, this.charts.map(({ chart }) => chart.element));
     this.note = el("div", {});
     this.element = el("div", {}, this.figures,
-      el("div", { class: "bar" }, el("label", {}, "Smoothing", this.smoothing), el("label", {}, "Another curve", this.more)),
+      el("div", { class: "bar" }, el("label", {}, "Smoothing", this.smoothing), el("label", {}, "Add a curve", this.more)),
       this.note, this.grid);
     this.found = [];
     this.lines = "";
-    this.asked = 0;
+    this.requested = 0;
   }
 
   shown() {
     return [...this.charts, ...this.others];
   }
 
-  // Asks again when a run has written, and not more often than the eye needs.
+  // Requests the curves again when a run has new lines, at a bounded rate.
   async update() {
     this.head();
-    const lines = JSON.stringify(this.state.runs.map((run) => [run.lines, run.state]).concat(this.state.chosen));
-    if (lines === this.lines || Date.now() - this.asked < EVERY) return;
-    [this.lines, this.asked] = [lines, Date.now()];
+    const lines = JSON.stringify(this.state.runs.map((run) => [run.lines, run.state]).concat(this.state.selected));
+    if (lines === this.lines || Date.now() - this.requested < MIN_INTERVAL) return;
+    [this.lines, this.requested] = [lines, Date.now()];
     await this.read();
   }
 
   async read() {
     const names = this.shown().flatMap(({ names, band }) => [...names, ...(band ?? [])]).join(",");
     try {
-      this.found = await Promise.all(this.state.chosen.map(async (run) => ({ run, ...(await ask(`/api/runs/${run}/curves?names=${encodeURIComponent(names)}`)) })));
+      this.found = await Promise.all(this.state.selected.map(async (run) => ({ run, ...(await fetchJson(`/api/runs/${run}/curves?names=${encodeURIComponent(names)}`)) })));
       this.note.replaceChildren();
     } catch (error) {
       this.lines = "";
-      this.note.replaceChildren(failed(error));
+      this.note.replaceChildren(errorMessage(error));
       return;
     }
     this.offer();
@@ -65,7 +65,7 @@ export class Curves {
   offer() {
     const all = [...new Set(this.found.flatMap(({ names }) => names))].sort();
     if (all.length + 1 === this.more.options.length) return;
-    this.more.replaceChildren(el("option", { value: "" }, "choose a metric"), ...all.map((name) => el("option", { value: name }, name)));
+    this.more.replaceChildren(el("option", { value: "" }, "select a metric"), ...all.map((name) => el("option", { value: name }, name)));
   }
 
   async add(name) {
@@ -95,9 +95,9 @@ export class Curves {
     this.head();
   }
 
-  // The newest numbers of the first chosen run.
+  // The latest values of the first selected run.
   head() {
-    const first = this.state.chosen[0];
+    const first = this.state.selected[0];
     const run = this.state.runs[first];
     if (!run) return;
     const curves = this.found.find((found) => found.run === first)?.curves ?? {};
@@ -107,13 +107,13 @@ export class Curves {
       ["win rate", short(last("eval/win_rate"))],
       ["gold win rate", short(last("eval/gold_win_rate"))],
       ["KL", short(last("objective/kl") ?? last("eval/kl"))],
-      ["pairs a second", short(last("perf/pairs_per_second"))],
-      ["oldest pair, steps", short(last("staleness/max"))],
+      ["pairs per second", short(last("perf/pairs_per_second"))],
+      ["max staleness, steps", short(last("staleness/max"))],
       ["time", duration(run.wall_seconds)],
     ];
-    this.figures.setAttribute("aria-label", `The newest numbers of ${run.name}`);
+    this.figures.setAttribute("aria-label", `Latest values of ${run.name}`);
     this.figures.replaceChildren(...figures.filter(([, value]) => value !== "–")
       .map(([name, value]) => el("div", {}, el("b", {}, value), el("span", {}, name))));
-    if (run.unreadable > 0) this.figures.append(el("div", {}, el("b", { class: "bad" }, run.unreadable), el("span", {}, "lines could not be read")));
+    if (run.unreadable > 0) this.figures.append(el("div", {}, el("b", { class: "bad" }, run.unreadable), el("span", {}, "malformed lines")));
   }
 }

@@ -1,4 +1,4 @@
-// Elements out of plain values. Texts become text nodes, never markup.
+// DOM helpers. Strings become text nodes, never markup.
 
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes ?? {})) {
@@ -21,12 +21,12 @@ export function svg(tag, attributes, ...children) {
   return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 }
 
-export async function ask(path) {
-  const answer = await fetch(path);
-  if (!answer.ok) throw new Error((await answer.text()).trim() || `${path}: ${answer.status}`);
-  return answer.json();
+export async function fetchJson(path) {
+  const response = await fetch(path);
+  if (!response.ok) throw new Error((await response.text()).trim() || `${path}: ${response.status}`);
+  return response.json();
 }
 
-export function failed(error) {
-  return el("p", { class: "bad", role: "alert" }, `This could not be read: ${error.message}`);
+export function errorMessage(error) {
+  return el("p", { class: "bad", role: "alert" }, `Failed to load: ${error.message}`);
 }

@@ -1,4 +1,4 @@
-// The page: which runs are chosen, which view is open, and what the server tells.
+// Entry point of the page: selected runs, open view, server-sent updates.
 
 import { Curves } from "./curves.js";
 import { el } from "./elements.js";
@@ -7,7 +7,7 @@ import { Samples } from "./samples.js";
 import { Rounds, Settings } from "./tables.js";
 
 const STATES = { running: "running", finished: "finished", interrupted: "interrupted", silent: "no process" };
-const state = { runs: [], chosen: [], live: null };
+const state = { runs: [], selected: [], live: null };
 const views = { curves: new Curves(state), flow: new Flow(state), samples: new Samples(state), rounds: new Rounds(state), settings: new Settings(state) };
 const panel = document.getElementById("view");
 const tabs = [...document.querySelectorAll("[role=tab]")];
@@ -16,9 +16,9 @@ let open = "curves";
 function show(view) {
   open = view in views ? view : "curves";
   for (const tab of tabs) {
-    const chosen = tab.dataset.view === open;
-    tab.setAttribute("aria-selected", String(chosen));
-    tab.tabIndex = chosen ? 0 : -1;
+    const selected = tab.dataset.view === open;
+    tab.setAttribute("aria-selected", String(selected));
+    tab.tabIndex = selected ? 0 : -1;
   }
   panel.setAttribute("aria-labelledby", `tab-${open}`);
   panel.replaceChildren(views[open].element);
@@ -30,13 +30,13 @@ async function update() {
   if (state.runs.length > 0) await views[open].update();
 }
 
-// The chips of the runs: made anew only when their number changes, so that the focus stays.
-function chips() {
+// Renders the run chips. They are recreated only when their number changes, to keep the keyboard focus.
+function renderRuns() {
   const list = document.getElementById("runs");
   if (list.children.length !== state.runs.length) {
-    state.chosen = state.runs.map((_, index) => index);
+    state.selected = state.runs.map((_, index) => index);
     list.replaceChildren(...state.runs.map((run, index) => el("li", {}, el("label", { title: run.directory },
-      el("input", { type: "checkbox", checked: true, "data-run": index, onchange: choose }),
+      el("input", { type: "checkbox", checked: true, "data-run": index, onchange: selectRuns }),
       el("span", { class: `dot color-${index % 6}` }), el("span", { class: "what" })))));
   }
   for (const [index, run] of state.runs.entries()) {
@@ -46,45 +46,45 @@ function chips() {
   document.title = state.runs.length === 1 ? `${state.runs[0].name} · Agon` : "Agon";
 }
 
-// Runs whose evaluations cannot be compared are said to be so above every view.
-function differences(all) {
+// Shows a warning above every view when the evaluations of the runs are not comparable.
+function renderDifferences(all) {
   const place = document.getElementById("differences");
   const text = JSON.stringify(all);
   if (place.dataset.text === text) return;
   place.dataset.text = text;
   place.hidden = all.length === 0;
-  place.replaceChildren(el("p", {}, "These runs were evaluated differently: their win rates cannot be compared."),
+  place.replaceChildren(el("p", {}, "These runs were evaluated under different conditions: their win rates are not comparable."),
     el("ul", {}, all.map((difference) => el("li", {}, difference))));
 }
 
-function choose() {
-  state.chosen = [...document.querySelectorAll("[data-run]:checked")].map((box) => Number(box.dataset.run));
+function selectRuns() {
+  state.selected = [...document.querySelectorAll("[data-run]:checked")].map((box) => Number(box.dataset.run));
   update();
 }
 
-function listen() {
+function subscribe() {
   const link = document.getElementById("link");
   const events = new EventSource("/api/events");
-  events.addEventListener("look", (event) => {
-    const look = JSON.parse(event.data);
-    [state.runs, state.live] = [look.runs, look.live];
-    link.textContent = look.live ? "live" : "following the files";
-    chips();
-    differences(look.differences);
+  events.addEventListener("update", (event) => {
+    const message = JSON.parse(event.data);
+    [state.runs, state.live] = [message.runs, message.live];
+    link.textContent = message.live ? "live" : "following the files";
+    renderRuns();
+    renderDifferences(message.differences);
     update();
   });
   events.addEventListener("error", () => {
-    link.textContent = "no connection: the process has ended; agon view shows the run's directory";
+    link.textContent = "no connection: the process has ended; agon view shows the run directory";
   });
 }
 
-function themes() {
+function setUpThemes() {
   const button = document.getElementById("theme");
   const kinds = ["system", "light", "dark"];
   const use = (kind) => {
     if (kind === "system") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = kind;
-    button.setAttribute("aria-label", `Colours: ${kind === "system" ? "as the system has them" : kind}`);
+    button.setAttribute("aria-label", `Colour theme: ${kind}`);
     button.dataset.kind = kind;
   };
   use(kinds.includes(localStorage.getItem("theme")) ? localStorage.getItem("theme") : "system");
@@ -109,6 +109,6 @@ addEventListener("hashchange", () => {
   const view = location.hash.slice(1);
   if (view in views) show(view);
 });
-themes();
+setUpThemes();
 show(location.hash.slice(1) || "curves");
-listen();
+subscribe();

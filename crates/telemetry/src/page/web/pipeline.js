@@ -1,9 +1,9 @@
-// Does it flow? The stations, what each took, gave, dropped and holds, and what is waited for.
+// Flow view: message counters of every stage, and open waits.
 
-import { ask, el, failed, svg } from "./elements.js";
-import { duration, short } from "./numbers.js";
+import { el, errorMessage, fetchJson, svg } from "./elements.js";
+import { duration, short } from "./format.js";
 
-const STATIONS = ["actor", "preference", "learner"];
+const STAGES = ["actor", "preference", "learner"];
 const WIDE = {
   size: [860, 250],
   boxes: { learner: [40, 70], actor: [330, 70], preference: [620, 70] },
@@ -25,24 +25,24 @@ const TALL = {
   },
 };
 
-// Readings of a process as the books of its stations.
-function books(readings) {
-  const stations = Object.fromEntries(STATIONS.map((name) => [name, { taken: 0, given: 0, in_hand: 0, dropped: {} }]));
+// Groups metric samples into stage counters, open waits and others.
+function groupReadings(readings) {
+  const stages = Object.fromEntries(STAGES.map((name) => [name, { received: 0, emitted: 0, in_flight: 0, dropped: {} }]));
   const others = {};
   const waits = [];
   for (const { name, labels, value } of readings) {
-    const station = stations[labels.station];
-    if (name === "agon_station_dropped_total" && station) {
-      if (value > 0) station.dropped[labels.reason] = (station.dropped[labels.reason] ?? 0) + value;
-    } else if (name.startsWith("agon_station_") && station) {
-      station[name.replace("agon_station_", "").replace("_total", "")] += value;
+    const stage = stages[labels.stage];
+    if (name === "agon_stage_dropped_total" && stage) {
+      if (value > 0) stage.dropped[labels.reason] = (stage.dropped[labels.reason] ?? 0) + value;
+    } else if (name.startsWith("agon_stage_") && stage) {
+      stage[name.replace("agon_stage_", "").replace("_total", "")] += value;
     } else if (name === "agon_wait_open_since_seconds") {
       if (value > 0) waits.push({ role: labels.role, reason: labels.reason, since: value });
     } else {
       others[name] = (others[name] ?? 0) + value;
     }
   }
-  return { stations, others, waits };
+  return { stages, others, waits };
 }
 
 export class Flow {
@@ -58,45 +58,45 @@ export class Flow {
 
   async update() {
     try {
-      const found = this.state.live ? books(this.state.live) : await this.finished();
+      const found = this.state.live ? groupReadings(this.state.live) : await this.finished();
       if (!found) {
-        this.drawing.replaceChildren(el("p", { class: "soft" }, "The counts of a run in another process stand in its report, once it has ended, and in its own page while it runs."));
+        this.drawing.replaceChildren(el("p", { class: "soft" }, "The counters of a run in another process are in its report after the end, and on its own page during the run."));
         this.waits.replaceChildren();
         return;
       }
       this.draw(found);
-      this.tell(found.waits);
+      this.renderWaits(found.waits);
       this.before = found;
     } catch (error) {
-      this.drawing.replaceChildren(failed(error));
+      this.drawing.replaceChildren(errorMessage(error));
     }
   }
 
   async finished() {
-    const run = this.state.chosen[0];
+    const run = this.state.selected[0];
     if (run === undefined) return null;
     const key = `${run} ${this.state.runs[run]?.state}`;
     if (this.key !== key) {
-      this.report = await ask(`/api/runs/${run}/report`);
+      this.report = await fetchJson(`/api/runs/${run}/report`);
       this.key = key;
     }
-    return this.report?.stations ? { stations: this.report.stations, others: {}, waits: null } : null;
+    return this.report?.stages ? { stages: this.report.stages, others: {}, waits: null } : null;
   }
 
-  draw({ stations, others }) {
+  draw({ stages, others }) {
     const plan = this.tall.matches ? TALL : WIDE;
-    const { actor, preference, learner } = stations;
-    const way = (given, taken) => Math.max(0, given - taken);
+    const { actor, preference, learner } = stages;
+    const inTransit = (emitted, received) => Math.max(0, emitted - received);
     const rate = others.agon_actor_gen_throughput;
     const labels = {
-      prompts: others.agon_staleness_in_flight === undefined ? "prompts" : `${short(others.agon_staleness_in_flight)} asked`,
-      pairs: `${short(way(actor.given, preference.taken))} pairs`,
-      labelled: `${short(way(preference.given, learner.taken))} labelled pairs on their way`,
+      prompts: others.agon_staleness_in_flight === undefined ? "prompts" : `${short(others.agon_staleness_in_flight)} prompts in flight`,
+      pairs: `${short(inTransit(actor.emitted, preference.received))} pairs`,
+      labelled: `${short(inTransit(preference.emitted, learner.received))} labelled pairs in transit`,
       weights: others.agon_policy_version === undefined ? "weights" : `weights, version ${short(others.agon_policy_version)}`,
     };
     const extra = {
       actor: rate ? `${short(rate)} tokens/s` : "",
-      preference: others.agon_judge_queue === undefined ? "" : `${short(others.agon_judge_queue)} questions wait`,
+      preference: others.agon_judge_queue === undefined ? "" : `${short(others.agon_judge_queue)} comparisons queued`,
       learner: others.agon_perf_pairs_per_second ? `${short(others.agon_perf_pairs_per_second)} pairs/s` : "",
     };
     const [width, height] = plan.size;
@@ -105,38 +105,38 @@ export class Flow {
       svg("path", { class: "head", d: "M-9 -5L0 0L-9 5Z", transform: `translate(${x} ${y}) rotate(${turn})` }),
       svg("text", { x: text[0], y: text[1], "text-anchor": this.tall.matches && name === "labelled" ? "start" : this.tall.matches && name === "weights" ? "end" : "middle" }, labels[name]),
     ]);
-    for (const name of STATIONS) parts.push(this.box(name, plan.boxes[name], stations[name], extra[name]));
-    const sentence = STATIONS.map((name) => `${name}: taken ${stations[name].taken}, given ${stations[name].given}, in hand ${stations[name].in_hand}`).join("; ");
+    for (const name of STAGES) parts.push(this.box(name, plan.boxes[name], stages[name], extra[name]));
+    const sentence = STAGES.map((name) => `${name}: received ${stages[name].received}, emitted ${stages[name].emitted}, in flight ${stages[name].in_flight}`).join("; ");
     this.drawing.replaceChildren(
       svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `The pipeline. ${sentence}` }, parts),
-      others.agon_health_judge_circuit_open > 0 ? el("p", { class: "bad", role: "alert" }, "The judge's circuit is open: it fails, and is asked again after a pause.") : "",
-      this.table(stations));
+      others.agon_health_judge_circuit_open > 0 ? el("p", { class: "bad", role: "alert" }, "The judge's circuit breaker is open: its calls fail, and are retried after a pause.") : "",
+      this.table(stages));
   }
 
-  box(name, [x, y], station, extra) {
-    const dropped = Object.values(station.dropped ?? {}).reduce((a, b) => a + b, 0);
-    const lines = [`taken ${short(station.taken)}   given ${short(station.given)}`, `in hand ${short(station.in_hand)}   dropped ${short(dropped)}`, extra];
-    return svg("g", { "data-station": name },
-      svg("rect", { class: station.in_hand > 0 ? "box busy" : "box", x, y, width: 200, height: 100, rx: 8 }),
+  box(name, [x, y], stage, extra) {
+    const dropped = Object.values(stage.dropped ?? {}).reduce((a, b) => a + b, 0);
+    const lines = [`received ${short(stage.received)}   emitted ${short(stage.emitted)}`, `in flight ${short(stage.in_flight)}   dropped ${short(dropped)}`, extra];
+    return svg("g", { "data-stage": name },
+      svg("rect", { class: stage.in_flight > 0 ? "box busy" : "box", x, y, width: 200, height: 100, rx: 8 }),
       svg("text", { class: "name", x: x + 100, y: y + 24, "text-anchor": "middle" }, name),
       lines.map((line, i) => svg("text", { class: "count", x: x + 100, y: y + 48 + 19 * i, "text-anchor": "middle" }, line)));
   }
 
-  table(stations) {
+  table(stages) {
     const reasons = (dropped) => Object.entries(dropped ?? {}).map(([reason, count]) => `${short(count)} ${reason}`).join(", ") || "0";
     return el("table", {},
-      el("caption", {}, "Taken = given + dropped + in hand, at every station"),
-      el("thead", {}, el("tr", {}, ["station", "taken", "given", "dropped", "in hand"].map((name) => el("th", { scope: "col" }, name)))),
-      el("tbody", {}, STATIONS.map((name) => el("tr", {}, el("th", { scope: "row" }, name),
-        [stations[name].taken, stations[name].given].map((count) => el("td", {}, count)), el("td", {}, reasons(stations[name].dropped)), el("td", {}, stations[name].in_hand)))));
+      el("caption", {}, "Conservation: received = emitted + dropped + in flight at every stage"),
+      el("thead", {}, el("tr", {}, ["stage", "received", "emitted", "dropped", "in flight"].map((name) => el("th", { scope: "col" }, name)))),
+      el("tbody", {}, STAGES.map((name) => el("tr", {}, el("th", { scope: "row" }, name),
+        [stages[name].received, stages[name].emitted].map((count) => el("td", {}, count)), el("td", {}, reasons(stages[name].dropped)), el("td", {}, stages[name].in_flight)))));
   }
 
-  tell(waits) {
+  renderWaits(waits) {
     const now = Date.now() / 1000;
     const rows = (waits ?? []).sort((a, b) => a.since - b.since);
     this.waits.replaceChildren(el("h2", {}, "Waits"),
-      waits === null ? el("p", { class: "soft" }, "The run has ended; how long it waited stands in its metrics.")
-        : rows.length === 0 ? el("p", { class: "soft" }, "Nobody waits at this moment.")
+      waits === null ? el("p", { class: "soft" }, "The run has ended; its total waiting times are in its metrics.")
+        : rows.length === 0 ? el("p", { class: "soft" }, "There are no open waits.")
           : el("ul", {}, rows.map(({ role, reason, since }) => el("li", { class: now - since > 60 ? "warn" : "" }, `${role} waits for ${reason}: ${duration(now - since)}`))));
   }
 }

@@ -1,7 +1,7 @@
-// What does it write? Pairs side by side, page by page; the server looks for them.
+// Samples view: pairs of completions side by side, filtered and paginated by the server.
 
-import { ask, el, failed } from "./elements.js";
-import { short } from "./numbers.js";
+import { el, errorMessage, fetchJson } from "./elements.js";
+import { short } from "./format.js";
 
 const ROWS = 20;
 
@@ -28,7 +28,7 @@ export class Samples {
     this.count = el("p", { role: "status", id: "count" });
     this.list = el("div", { id: "rows" });
     this.more = el("button", { type: "button", id: "older", hidden: true, onclick: () => this.next() }, "Older");
-    this.fresh = el("button", { type: "button", id: "fresh", hidden: true, onclick: () => this.begin() }, "Newer samples are there: show them");
+    this.fresh = el("button", { type: "button", id: "fresh", hidden: true, onclick: () => this.begin() }, "Show newer samples");
     this.element = el("div", {}, this.form, this.key(), this.count, this.fresh, this.list, this.more);
     this.run = null;
     this.seen = 0;
@@ -36,11 +36,11 @@ export class Samples {
 
   key() {
     const token = (kind, text) => el("span", { class: `token ${kind}` }, text);
-    return el("p", { class: "soft" }, "Colours: the policy likes a token ", token("d3", " much less "), " ", token("d1", " less "), " ", token("u1", " more "), " ", token("u3", " much more "), " than the reference does. Confidence is |2p − 1|.");
+    return el("p", { class: "soft" }, "Colours: the policy assigns a token a ", token("d3", " much lower "), " ", token("d1", " lower "), " ", token("u1", " higher "), " ", token("u3", " much higher "), " probability than the reference. Confidence is |2p − 1|.");
   }
 
   async update() {
-    const run = this.state.chosen[0];
+    const run = this.state.selected[0];
     if (run !== this.run) {
       this.run = run;
       await this.begin();
@@ -63,20 +63,20 @@ export class Samples {
     if (this.before !== null) query.set("before", this.before);
     this.more.hidden = true;
     try {
-      const page = await ask(`/api/runs/${this.run}/samples?${query}`);
+      const page = await fetchJson(`/api/runs/${this.run}/samples?${query}`);
       this.before = page.next;
       this.seen = page.total;
       this.fresh.hidden = true;
       this.list.append(...page.rows.map(([number, row]) => sample(number, row)));
       this.more.hidden = page.next === null;
       const shown = this.list.children.length;
-      const rest = page.next !== null && this.fields.search.value ? `, ${page.total - page.next} looked at` : "";
-      this.count.textContent = page.total === 0 ? "This run has no samples: telemetry.samples_per_step is 0, or no step has been taken."
-        : `${shown} shown of ${page.matching} that the filters let through, ${page.total} in all${rest}; the newest first.`;
-      // A search goes on by itself until it has found something.
+      const rest = page.next !== null && this.fields.search.value ? `, ${page.total - page.next} searched` : "";
+      this.count.textContent = page.total === 0 ? "This run has no samples: telemetry.samples_per_step is 0, or no step is complete."
+        : `${shown} shown of ${page.matching} that match the filters, ${page.total} in total${rest}; newest first.`;
+      // A text search continues until it has found a row.
       if (page.next !== null && page.rows.length === 0) await this.next();
     } catch (error) {
-      this.list.append(failed(error));
+      this.list.append(errorMessage(error));
     }
   }
 }
@@ -89,22 +89,22 @@ function sample(number, row) {
       row.p === null ? el("span", {}, "no label")
         : el("span", {}, `p(first) ${row.p.toFixed(3)} `, el("meter", { min: 0, max: 1, value: row.p, "aria-label": "probability that the first is preferred" })),
       row.gold === null || row.gold === undefined ? null : el("span", {}, `gold ${row.gold.toFixed(3)}`)),
-    el("div", { class: "prompt" }, asked(row)),
+    el("div", { class: "prompt" }, promptText(row)),
     el("div", { class: "sides" }, row.completions.map((text, i) => side(row, i, text, i === won))));
 }
 
-// What was asked: a lone question as it is, a dialogue turn by turn, or the prompt's text.
-function asked(row) {
+// The prompt: a single user turn as plain text, a longer dialogue turn by turn, or the prompt's text.
+function promptText(row) {
   const turns = row.dialogue?.messages;
   if (!turns) return row.prompt;
-  const said = (turn) => {
+  const turnText = (turn) => {
     const parts = Array.isArray(turn.content) ? turn.content : [turn.content ?? ""];
     const text = parts.map((part) => typeof part === "string" ? part : part.text ?? JSON.stringify(part)).join("");
     return turn.tool_calls ? `${text}${text ? "\n" : ""}${JSON.stringify(turn.tool_calls)}` : text;
   };
-  if (turns.length === 1 && turns[0].role === "user" && !row.dialogue.tools) return said(turns[0]);
+  if (turns.length === 1 && turns[0].role === "user" && !row.dialogue.tools) return turnText(turns[0]);
   const tools = row.dialogue.tools ? [`tools: ${JSON.stringify(row.dialogue.tools)}`] : [];
-  return [...tools, ...turns.map((turn) => `${turn.role}: ${said(turn)}`)].join("\n\n");
+  return [...tools, ...turns.map((turn) => `${turn.role}: ${turnText(turn)}`)].join("\n\n");
 }
 
 function side(row, i, text, won) {
@@ -112,15 +112,15 @@ function side(row, i, text, won) {
   const ratio = difference(row.sum_logp?.[i], row.sum_ref_logp?.[i]);
   return el("section", { class: won ? "side won" : "side" },
     el("h3", {}, ["First", "Second"][i] ?? `Completion ${i + 1}`, won ? el("span", { class: "good" }, " ✓ preferred") : null),
-    el("div", { class: "text" }, tokens?.length ? tokens.map((token, t) => piece(token, row.logp?.[i]?.[t], row.ref_logp?.[i]?.[t])) : text),
-    el("footer", {}, `${row.lengths[i]} tokens, ${row.finish[i] === "length" ? "cut off" : "ended by itself"}, log π/ref ${short(ratio)}`));
+    el("div", { class: "text" }, tokens?.length ? tokens.map((token, t) => tokenSpan(token, row.logp?.[i]?.[t], row.ref_logp?.[i]?.[t])) : text),
+    el("footer", {}, `${row.lengths[i]} tokens, ${row.finish[i] === "length" ? "truncated" : "ended by itself"}, log π/ref ${short(ratio)}`));
 }
 
 function difference(a, b) {
   return a === null || a === undefined || b === null || b === undefined ? null : a - b;
 }
 
-function piece(token, logp, reference) {
+function tokenSpan(token, logp, reference) {
   const ratio = difference(logp, reference);
   const size = Math.abs(ratio ?? 0);
   const level = size < 0.1 ? 0 : size < 0.5 ? 1 : size < 1.5 ? 2 : 3;

@@ -1,7 +1,7 @@
-// The adversarial game's rounds, and the settings of every chosen run.
+// Tables: rounds of adversarial preference optimisation, and settings of the selected runs.
 
-import { ask, el, failed } from "./elements.js";
-import { duration, short } from "./numbers.js";
+import { el, errorMessage, fetchJson } from "./elements.js";
+import { duration, short } from "./format.js";
 
 function table(caption, heads, rows) {
   return el("div", { class: "wide" }, el("table", {}, el("caption", {}, caption),
@@ -16,19 +16,19 @@ export class Rounds {
 
   async update() {
     try {
-      const cards = await Promise.all(this.state.chosen.map((run) => this.card(run)));
-      const text = JSON.stringify(cards.map(({ rounds }) => rounds)) + this.state.chosen;
+      const cards = await Promise.all(this.state.selected.map((run) => this.card(run)));
+      const text = JSON.stringify(cards.map(({ rounds }) => rounds)) + this.state.selected;
       if (text === this.text) return;
       this.text = text;
       this.element.replaceChildren(...cards.map(({ element }) => element));
     } catch (error) {
-      this.element.replaceChildren(failed(error));
+      this.element.replaceChildren(errorMessage(error));
     }
   }
 
   async card(run) {
-    const rounds = await ask(`/api/runs/${run}/rounds`);
-    const both = (share, of) => `${short(of(share.before))} → ${short(of(share.after))}`;
+    const rounds = await fetchJson(`/api/runs/${run}/rounds`);
+    const both = (metric, of) => `${short(of(metric.before))} → ${short(of(metric.after))}`;
     const rows = rounds.map((round) => el("tr", {},
       el("th", { scope: "row" }, round.round), el("td", {}, round.step), el("td", {}, round.pairs),
       el("td", {}, both(round.golden_wins, (wins) => wins)),
@@ -37,16 +37,16 @@ export class Rounds {
       el("td", {}, round.policy ? both(round.policy, (quality) => quality.accuracy) : "–"),
       el("td", {}, short(round.drift)), el("td", {}, duration(round.seconds)),
       el("td", { class: round.refused ? "bad" : "good" }, round.refused ?? "accepted")));
-    const heads = ["round", "step", "pairs", "golden answer wins", "accuracy", "calibration error", "accuracy on the policy's samples", "drift", "took", ""];
+    const heads = ["round", "step", "pairs", "golden win rate", "accuracy", "calibration error", "accuracy on the policy's samples", "drift", "duration", "status"];
     const body = rows.length ? table("The preference model before and after each round", heads, rows)
-      : el("p", { class: "soft" }, "No round of the adversarial game has been played.");
+      : el("p", { class: "soft" }, "No round of adversarial preference optimisation has run.");
     return { rounds, element: el("section", { class: "card" }, el("h2", {}, this.state.runs[run].name), body) };
   }
 }
 
-function flat(tree, path = "") {
+function flatten(tree, path = "") {
   if (tree === null || typeof tree !== "object" || Array.isArray(tree)) return [[path, JSON.stringify(tree)]];
-  return Object.entries(tree).flatMap(([key, value]) => flat(value, path ? `${path}.${key}` : key));
+  return Object.entries(tree).flatMap(([key, value]) => flatten(value, path ? `${path}.${key}` : key));
 }
 
 export class Settings {
@@ -56,22 +56,22 @@ export class Settings {
     this.differing = el("input", { type: "checkbox", id: "differing", onchange: () => this.draw() });
     this.place = el("div", { class: "card" });
     this.element = el("div", {}, el("div", { class: "bar" }, el("label", {}, "Key or value", this.filter),
-      el("label", {}, "Differing only", this.differing)), this.place);
+      el("label", {}, "Only differences", this.differing)), this.place);
   }
 
   async update() {
-    if (String(this.state.chosen) === this.key && this.configs?.every(Boolean)) return;
-    this.key = String(this.state.chosen);
+    if (String(this.state.selected) === this.key && this.configs?.every(Boolean)) return;
+    this.key = String(this.state.selected);
     try {
-      this.configs = await Promise.all(this.state.chosen.map((run) => ask(`/api/runs/${run}/config`)));
+      this.configs = await Promise.all(this.state.selected.map((run) => fetchJson(`/api/runs/${run}/config`)));
       this.draw();
     } catch (error) {
-      this.place.replaceChildren(failed(error));
+      this.place.replaceChildren(errorMessage(error));
     }
   }
 
   draw() {
-    const columns = (this.configs ?? []).map((config) => new Map(flat(config ?? {})));
+    const columns = (this.configs ?? []).map((config) => new Map(flatten(config ?? {})));
     const keys = [...new Set(columns.flatMap((column) => [...column.keys()]))].filter(Boolean);
     const needle = this.filter.value.toLowerCase();
     const rows = keys.flatMap((key) => {
@@ -81,6 +81,6 @@ export class Settings {
       if (!found || (this.differing.checked && !differs)) return [];
       return [el("tr", { class: differs ? "differs" : null }, el("th", { scope: "row" }, el("code", {}, key)), values.map((value) => el("td", {}, el("code", {}, value))))];
     });
-    this.place.replaceChildren(table("Every setting, as resolved", ["setting", ...this.state.chosen.map((run) => this.state.runs[run]?.name)], rows));
+    this.place.replaceChildren(table("All settings, as resolved", ["setting", ...this.state.selected.map((run) => this.state.runs[run]?.name)], rows));
   }
 }

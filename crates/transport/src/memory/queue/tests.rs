@@ -1,4 +1,4 @@
-//! The queue against a twin that keeps its books with sets, over random interleavings.
+//! The queue against a reference model that uses sets, over random interleavings.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -12,7 +12,7 @@ const CAPACITY: usize = 4;
 const MAX_DELIVERIES: u32 = 3;
 
 #[derive(Debug, Clone, Copy)]
-enum Step {
+enum QueueOp {
     Send,
     Receive,
     Acknowledge(usize),
@@ -20,20 +20,20 @@ enum Step {
     Close,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn operation() -> impl Strategy<Value = QueueOp> {
     prop_oneof![
-        8 => Just(Step::Send),
-        8 => Just(Step::Receive),
-        4 => any::<usize>().prop_map(Step::Acknowledge),
-        6 => any::<usize>().prop_map(Step::Return),
-        1 => Just(Step::Close),
+        8 => Just(QueueOp::Send),
+        8 => Just(QueueOp::Receive),
+        4 => any::<usize>().prop_map(QueueOp::Acknowledge),
+        6 => any::<usize>().prop_map(QueueOp::Return),
+        1 => Just(QueueOp::Close),
     ]
 }
 
-/// What the queue should hold, kept by other means: sets of message numbers.
-struct Twin {
+/// The expected contents of the queue, as sets of message indices.
+struct ReferenceModel {
     queue: Arc<Queue<u64>>,
-    held: Vec<Held<u64>>,
+    in_flight: Vec<InFlightMessage<u64>>,
     sent: u64,
     queued: BTreeSet<u64>,
     acknowledged: BTreeSet<u64>,
@@ -41,15 +41,15 @@ struct Twin {
     closed: bool,
 }
 
-impl Twin {
+impl ReferenceModel {
     fn new() -> Self {
-        let limits = Limits {
+        let limits = StreamLimits {
             capacity: NonZeroUsize::new(CAPACITY).expect("not zero"),
             max_deliveries: NonZeroU32::new(MAX_DELIVERIES).expect("not zero"),
         };
         Self {
-            queue: Queue::new("twin", limits),
-            held: Vec::new(),
+            queue: Queue::new("model", limits),
+            in_flight: Vec::new(),
             sent: 0,
             queued: BTreeSet::new(),
             acknowledged: BTreeSet::new(),
@@ -58,21 +58,21 @@ impl Twin {
         }
     }
 
-    fn take(&mut self, step: Step) {
-        match step {
-            Step::Send => self.send(),
-            Step::Receive => self.receive(),
-            Step::Acknowledge(at) if !self.held.is_empty() => {
-                let held = self.held.swap_remove(at % self.held.len());
-                assert!(self.acknowledged.insert(*held.message()));
-                held.acknowledge();
+    fn apply(&mut self, operation: QueueOp) {
+        match operation {
+            QueueOp::Send => self.send(),
+            QueueOp::Receive => self.receive(),
+            QueueOp::Acknowledge(at) if !self.in_flight.is_empty() => {
+                let message = self.in_flight.swap_remove(at % self.in_flight.len());
+                assert!(self.acknowledged.insert(*message.message()));
+                message.acknowledge();
             }
-            Step::Return(at) if !self.held.is_empty() => {
-                let held = self.held.swap_remove(at % self.held.len());
-                assert!(self.queued.insert(*held.message()));
+            QueueOp::Return(at) if !self.in_flight.is_empty() => {
+                let message = self.in_flight.swap_remove(at % self.in_flight.len());
+                assert!(self.queued.insert(*message.message()));
             }
-            Step::Acknowledge(_) | Step::Return(_) => {}
-            Step::Close => {
+            QueueOp::Acknowledge(_) | QueueOp::Return(_) => {}
+            QueueOp::Close => {
                 self.queue.close(ClosedBy::Senders);
                 self.closed = true;
             }
@@ -80,7 +80,7 @@ impl Twin {
     }
 
     fn send(&mut self) {
-        let full = self.held.len() + self.queued.len() == CAPACITY;
+        let full = self.in_flight.len() + self.queued.len() == CAPACITY;
         match self.queue.send(self.sent).now_or_never() {
             Some(Ok(())) => {
                 assert!(!full && !self.closed);
@@ -93,61 +93,61 @@ impl Twin {
     }
 
     fn receive(&mut self) {
-        let held = self.queue.try_receive();
+        let message = self.queue.try_receive();
         assert_eq!(
-            held.as_ref().map(|held| *held.message()),
+            message.as_ref().map(|message| *message.message()),
             self.queued.pop_first()
         );
-        if let Some(held) = held {
-            let deliveries = self.deliveries.entry(*held.message()).or_default();
+        if let Some(message) = message {
+            let deliveries = self.deliveries.entry(*message.message()).or_default();
             *deliveries += 1;
-            assert_eq!(held.deliveries(), *deliveries);
-            assert_eq!(held.is_given_up(), *deliveries > MAX_DELIVERIES);
-            self.held.push(held);
+            assert_eq!(message.deliveries(), *deliveries);
+            assert_eq!(message.is_given_up(), *deliveries > MAX_DELIVERIES);
+            self.in_flight.push(message);
         }
     }
 
-    fn agree(&self) {
+    fn assert_agrees(&self) {
         let counts = self.queue.counts();
         assert_eq!(counts.sent, self.sent);
         assert_eq!(counts.queued, self.queued.len() as u64);
-        assert_eq!(counts.in_hand, self.held.len() as u64);
+        assert_eq!(counts.in_flight, self.in_flight.len() as u64);
         assert_eq!(counts.acknowledged, self.acknowledged.len() as u64);
         let given_up = self.deliveries.values().filter(|&&d| d > MAX_DELIVERIES);
         assert_eq!(counts.given_up, given_up.count() as u64);
-        let settled = counts.acknowledged;
-        assert_eq!(counts.sent, settled + counts.queued + counts.in_hand);
-        assert!(counts.queued + counts.in_hand <= CAPACITY as u64);
-        assert_eq!(self.queue.tickets.len() as u64, counts.queued);
-        let taken = self.held.len() + self.queued.len();
-        assert!(self.closed || self.queue.places.len() == CAPACITY - taken);
+        let acknowledged = counts.acknowledged;
+        assert_eq!(counts.sent, acknowledged + counts.queued + counts.in_flight);
+        assert!(counts.queued + counts.in_flight <= CAPACITY as u64);
+        assert_eq!(self.queue.ready.len() as u64, counts.queued);
+        let occupied = self.in_flight.len() + self.queued.len();
+        assert!(self.closed || self.queue.free_slots.len() == CAPACITY - occupied);
     }
 
     fn drain(&mut self) {
-        self.take(Step::Close);
-        while !(self.held.is_empty() && self.queued.is_empty()) {
-            self.take(Step::Receive);
-            self.take(Step::Acknowledge(0));
-            self.agree();
+        self.apply(QueueOp::Close);
+        while !(self.in_flight.is_empty() && self.queued.is_empty()) {
+            self.apply(QueueOp::Receive);
+            self.apply(QueueOp::Acknowledge(0));
+            self.assert_agrees();
         }
     }
 }
 
 proptest! {
     #[test]
-    fn every_message_is_accounted_for_whatever_happens(
-        steps in prop::collection::vec(step(), 0..200),
+    fn every_message_is_accounted_for(
+        operations in prop::collection::vec(operation(), 0..200),
     ) {
-        let mut twin = Twin::new();
-        for step in steps {
-            twin.take(step);
-            twin.agree();
+        let mut model = ReferenceModel::new();
+        for operation in operations {
+            model.apply(operation);
+            model.assert_agrees();
         }
-        twin.drain();
-        let ended = Closed { stream: "twin", cause: ClosedBy::Senders };
-        let received = twin.queue.receive().now_or_never().expect("at once");
-        prop_assert_eq!(received.err(), Some(ended));
-        let settled: Vec<u64> = twin.acknowledged.iter().copied().collect();
-        prop_assert_eq!(settled, (0..twin.sent).collect::<Vec<_>>());
+        model.drain();
+        let closed = Closed { stream: "model", cause: ClosedBy::Senders };
+        let received = model.queue.receive().now_or_never().expect("at once");
+        prop_assert_eq!(received.err(), Some(closed));
+        let acknowledged: Vec<u64> = model.acknowledged.iter().copied().collect();
+        prop_assert_eq!(acknowledged, (0..model.sent).collect::<Vec<_>>());
     }
 }

@@ -1,0 +1,122 @@
+//! Quantisation error check: compares reduced-precision log-probabilities with f32.
+//!
+//! For every version of the weights, the completions of one prompt are scored again in f32. If their
+//! log-probabilities differ from the recorded ones by more than the limit, the next version is loaded in f32.
+
+use messages::Completion;
+use model::{Finished, LanguageModel, ModelError, Precision, Request, Sequence};
+
+/// Weight precision used for sampling, and the quantisation error up to which it is used.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PrecisionLimit {
+    /// Weight precision used for sampling.
+    pub precision: Precision,
+    /// Largest mean absolute difference of log-probabilities from f32, in nats per token; above it sampling falls
+    /// back to f32. 0: unlimited.
+    pub max_drift: f64,
+}
+
+/// Checks the quantisation error of one prompt per version of the weights.
+#[derive(Debug)]
+pub(crate) struct QuantizationCheck {
+    limit: PrecisionLimit,
+    state: CheckState,
+}
+
+/// Measured quantisation error.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Drift {
+    /// Mean absolute difference of log-probabilities, in nats per token.
+    pub(crate) nats: f64,
+    /// Whether it exceeds the limit, so that the next version is loaded in f32.
+    pub(crate) is_too_far: bool,
+}
+
+#[derive(Debug)]
+enum CheckState {
+    /// No prompt of this version has been admitted.
+    Ready,
+    /// The completions of this prompt are being sampled.
+    Waiting { key: u64, ids: Vec<u32> },
+    /// This version has been checked.
+    Done,
+}
+
+impl QuantizationCheck {
+    pub(crate) fn new(limit: PrecisionLimit) -> Self {
+        Self {
+            limit,
+            state: CheckState::Ready,
+        }
+    }
+
+    /// Starts the check of a new version; returns the precision to load it in.
+    pub(crate) fn start_version(&mut self) -> Precision {
+        self.state = CheckState::Ready;
+        self.limit.precision
+    }
+
+    /// Selects the first prompt of a version for the check.
+    pub(crate) fn admit(&mut self, request: &Request) {
+        let is_checked = self.limit.precision != Precision::F32 && self.limit.max_drift > 0.0;
+        if is_checked && matches!(self.state, CheckState::Ready) {
+            self.state = CheckState::Waiting {
+                key: request.key,
+                ids: request.ids.clone(),
+            };
+        }
+    }
+
+    /// Deselects a prompt that the sampler rejected.
+    pub(crate) fn reject(&mut self, key: u64) {
+        if matches!(&self.state, CheckState::Waiting { key: selected, .. } if *selected == key) {
+            self.state = CheckState::Ready;
+        }
+    }
+
+    /// The quantisation error of these completions; `None` unless their prompt is the selected one.
+    ///
+    /// # Errors
+    /// If scoring fails.
+    pub(crate) fn check(
+        &mut self,
+        policy: &LanguageModel,
+        finished: &Finished,
+    ) -> Result<Option<Drift>, ModelError> {
+        let CheckState::Waiting { key, ids } = &self.state else {
+            return Ok(None);
+        };
+        if *key != finished.key {
+            return Ok(None);
+        }
+        let nats = mean_difference(policy, ids, &finished.completions)?;
+        self.state = CheckState::Done;
+        let is_too_far = nats.is_nan() || nats > self.limit.max_drift;
+        if is_too_far {
+            self.limit.precision = Precision::F32;
+        }
+        Ok(Some(Drift { nats, is_too_far }))
+    }
+}
+
+/// Mean over tokens of |f32 log-probability − recorded log-probability|.
+fn mean_difference(
+    policy: &LanguageModel,
+    prompt: &[u32],
+    completions: &[Completion],
+) -> Result<f64, ModelError> {
+    let sequences: Vec<_> = completions
+        .iter()
+        .map(|completion| Sequence {
+            prompt,
+            completion: &completion.ids,
+        })
+        .collect();
+    let exact: Vec<f32> = policy.logprobs(&sequences)?.logp.to_vec1()?;
+    let recorded = completions.iter().flat_map(|completion| &completion.logp);
+    let differences = exact
+        .iter()
+        .zip(recorded)
+        .map(|(a, b)| f64::from((a - b).abs()));
+    Ok(differences.sum::<f64>() / exact.len().max(1) as f64)
+}

@@ -1,0 +1,255 @@
+//! Builds the configured judge: its models are loaded once, and every replica shares their weights.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context;
+use hub::CancelToken;
+use messages::JudgeVersion;
+use model::{Encoder, ModelFolder, RewardModel};
+use preference::{EncoderJudge, Ensemble, Judge, JudgeReplicas, Matrix, Rules};
+use settings::{ChatSettings, Combine, Head, JudgeSettings, ModelSource, Settings};
+
+use crate::assembly::{
+    LoadedModel, LoadedRewardModel, ModelLocation,
+    local_chat::{self, LocalChat},
+    playground::GoldJudge,
+    preference_model, reward_folder,
+};
+use crate::exit_code::UsageError;
+
+/// A loaded judge, from which replicas are made.
+pub(crate) enum JudgeSource {
+    /// A judge without files: the settings determine it.
+    Plain(JudgeSettings),
+    /// A reward model on a decoder.
+    Model(Box<LoadedRewardModel>),
+    /// A reward model on an encoder, and the template of its input.
+    Encoder(Arc<Encoder>, String),
+    /// A chat model of mistral.rs.
+    Chat(Arc<LocalChat>),
+    /// Several judges.
+    Ensemble {
+        /// The judges.
+        members: Vec<JudgeSource>,
+        /// How their verdicts are combined.
+        combine: Combine,
+        /// Number of standard deviations that [`Combine::LowerBound`] subtracts.
+        deviations: f64,
+    },
+}
+
+/// Origin of the prompts and completions to judge; determines the tokens they come in.
+#[derive(Clone, Copy)]
+pub(crate) enum CompletionOrigin<'a> {
+    /// The policy at the start of a run, from which a missing preference model is trained.
+    Policy(&'a LoadedModel),
+    /// A model with this folder; a missing preference model is trained from the settings' base model.
+    Model(&'a ModelFolder),
+    /// Clients over HTTP. The first judge that reads tokens determines the tokenizer.
+    External,
+}
+
+/// Loads the judge of the settings, recursively for ensembles.
+struct JudgeLoader<'a> {
+    settings: &'a Settings,
+    policy: Option<&'a LoadedModel>,
+    /// Folder of the model whose tokens prompts and completions come in, once known.
+    tokens: Option<PathBuf>,
+    cancel: &'a CancelToken,
+}
+
+impl JudgeSource {
+    /// Loads the judge of the settings. A preference model without a path is trained first, from the policy at the
+    /// start. Blocks; ends early once `cancel` is cancelled.
+    pub(crate) fn open(
+        settings: &Settings,
+        origin: CompletionOrigin<'_>,
+        cancel: &CancelToken,
+    ) -> anyhow::Result<Self> {
+        let (policy, tokens) = match origin {
+            CompletionOrigin::Policy(policy) => (Some(policy), Some(&*policy.folder)),
+            CompletionOrigin::Model(folder) => (None, Some(folder)),
+            CompletionOrigin::External => (None, None),
+        };
+        let mut loader = JudgeLoader {
+            settings,
+            policy,
+            tokens: tokens.map(|folder| folder.path.clone()),
+            cancel,
+        };
+        loader.judge(&settings.preference.judge)
+    }
+}
+
+impl JudgeLoader<'_> {
+    fn judge(&mut self, judge: &JudgeSettings) -> anyhow::Result<JudgeSource> {
+        match judge {
+            JudgeSettings::BradleyTerry { path } => self.model(path, Head::BradleyTerry),
+            JudgeSettings::Pairwise { path } => self.model(path, Head::Pairwise),
+            JudgeSettings::Encoder { path, template } => {
+                let path = hub::folder(path, self.cancel)?;
+                let encoder = Encoder::load(&path, &crate::assembly::device(self.settings)?.0)?;
+                Ok(JudgeSource::Encoder(Arc::new(encoder), template.clone()))
+            }
+            JudgeSettings::Ensemble {
+                members,
+                combine,
+                deviations,
+            } => Ok(JudgeSource::Ensemble {
+                members: members
+                    .iter()
+                    .map(|judge| self.judge(judge))
+                    .collect::<Result<_, _>>()?,
+                combine: *combine,
+                deviations: *deviations,
+            }),
+            JudgeSettings::Mistral(model) => {
+                let chat = LocalChat::open(model, &self.settings.preference)?;
+                Ok(JudgeSource::Chat(Arc::new(chat)))
+            }
+            plain => Ok(JudgeSource::Plain(plain.clone())),
+        }
+    }
+
+    fn model(&mut self, source: &ModelSource, head: Head) -> anyhow::Result<JudgeSource> {
+        let settings = self.settings;
+        let path = match (source.is_empty(), self.policy) {
+            (false, _) => hub::folder(source, self.cancel)?,
+            (true, Some(policy)) => preference_model(settings, head, policy, self.cancel)?,
+            (true, None) => {
+                let base = LoadedModel::open(settings, self.cancel)?;
+                preference_model(settings, head, &base, self.cancel)?
+            }
+        };
+        let tokens = self.tokens.get_or_insert_with(|| path.clone());
+        let shared = self.policy.map(|policy| &policy.weights);
+        let location = ModelLocation::of_folder(path, self.cancel)?;
+        let folder = reward_folder(&location, head)?;
+        let (device, dtype) = crate::assembly::device(settings)?;
+        let model = folder.model(dtype, &device, shared)?;
+        let model = LoadedRewardModel::new(folder, model, tokens);
+        let model = model.with_precision(settings.preference.precision);
+        Ok(JudgeSource::Model(Box::new(model)))
+    }
+}
+
+impl JudgeSource {
+    /// The reward model that APO can replace; `None` for other judges.
+    pub(crate) fn model(&self) -> Option<&LoadedRewardModel> {
+        match self {
+            Self::Model(model) => Some(model),
+            _ => None,
+        }
+    }
+
+    /// The same judge with other weights.
+    ///
+    /// # Errors
+    /// When the judge is not a reward model.
+    pub(crate) fn with_model(
+        &self,
+        model: RewardModel,
+        version: JudgeVersion,
+    ) -> anyhow::Result<Self> {
+        let before = self.model().context("the judge is not a model")?;
+        Ok(Self::Model(Box::new(before.with_model(model, version))))
+    }
+
+    /// Whether the judge reads the policy's tokens, rather than messages and text.
+    pub(crate) fn reads_tokens(&self) -> bool {
+        match self {
+            Self::Plain(JudgeSettings::Gold { .. } | JudgeSettings::Matrix { .. }) => true,
+            Self::Model(model) => model.shares_tokens(),
+            Self::Ensemble { members, .. } => members.iter().any(Self::reads_tokens),
+            Self::Plain(_) | Self::Encoder(..) | Self::Chat(_) => false,
+        }
+    }
+
+    /// A new replica.
+    pub(crate) fn make(&self) -> anyhow::Result<Box<dyn Judge>> {
+        Ok(match self {
+            Self::Plain(settings) => plain(settings)?,
+            Self::Model(model) => model.judge(),
+            Self::Encoder(encoder, template) => {
+                Box::new(EncoderJudge::new(Arc::clone(encoder), template.clone()))
+            }
+            Self::Chat(chat) => chat.judge(),
+            Self::Ensemble {
+                members,
+                combine,
+                deviations,
+            } => {
+                let members = members.iter().map(Self::make).collect::<Result<_, _>>()?;
+                Box::new(Ensemble::new(members, *combine, *deviations))
+            }
+        })
+    }
+}
+
+/// Checks that the judge can be loaded, without reading weights or training; the only requests are for metadata of
+/// models of the Hub that are not cached.
+///
+/// # Errors
+/// As [`JudgeSource::open`] and [`judge_replicas`](crate::assembly::judge_replicas), as far as can be known before.
+pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Result<()> {
+    let model = |path: &ModelSource, head| {
+        if !path.is_empty()
+            && let Some(folder) = hub::locate(path)?.folder
+            && let Some(location) = ModelLocation::if_cached(folder)?
+        {
+            let reward = reward_folder(&location, head)?;
+            reward.folder.tokenizer.check_chat_template()?;
+            reward.check_weights()?;
+        }
+        anyhow::Ok(())
+    };
+    match judge {
+        JudgeSettings::BradleyTerry { path } => model(path, Head::BradleyTerry)?,
+        JudgeSettings::Pairwise { path } => model(path, Head::Pairwise)?,
+        JudgeSettings::Encoder { path, .. } => {
+            if let Some(folder) = hub::locate(path)?.folder {
+                Encoder::check_folder(&folder)?;
+            }
+        }
+        JudgeSettings::Mistral(model) => {
+            mistral::is_built()?;
+            local_chat::source(model).check()?;
+        }
+        JudgeSettings::Ensemble { members, .. } => {
+            for (index, member) in members.iter().enumerate() {
+                check(member, chat).with_context(|| format!("members[{index}]"))?;
+            }
+        }
+        JudgeSettings::Http(endpoints) => drop(JudgeReplicas::chat(endpoints, chat)?),
+        JudgeSettings::Service { urls, token_path } => {
+            drop(JudgeReplicas::services(urls, token_path)?);
+        }
+        without_files => drop(plain(without_files)?),
+    }
+    Ok(())
+}
+
+/// Whether a preference model must be trained for this judge.
+pub(crate) fn needs_training(judge: &JudgeSettings) -> bool {
+    match judge {
+        JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => path.is_empty(),
+        JudgeSettings::Ensemble { members, .. } => members.iter().any(needs_training),
+        _ => false,
+    }
+}
+
+/// A judge without files.
+fn plain(settings: &JudgeSettings) -> anyhow::Result<Box<dyn Judge>> {
+    Ok(match settings {
+        JudgeSettings::Gold { cycle } => Box::new(GoldJudge::new(*cycle)),
+        JudgeSettings::Matrix { matrix } => Box::new(Matrix::new(matrix.clone())?),
+        JudgeSettings::Rule { temperature, rules } => Box::new(Rules::new(*temperature, rules)?),
+        other => {
+            let name = other.name();
+            return Err(UsageError(format!(
+                "a judge of the kind {name:?} does not run in this process"
+            ))
+            .into());
+        }
+    })
+}

@@ -1,0 +1,91 @@
+//! Builds the inputs of a run from its settings: base model, adapter, prompts, judge and sampler.
+//!
+//! Models are loaded once and shared by all that need them; what is expensive to make (a base policy, annotated
+//! pairs, a preference model) is cached under a digest of its inputs. How the roles are joined and run, this module
+//! does not know.
+
+mod adapter;
+mod apo;
+mod cache;
+mod conditions;
+mod judge;
+mod judge_pool;
+mod loaded_model;
+mod local_chat;
+mod model_location;
+mod playground;
+mod preference_model;
+mod preference_pairs;
+mod preflight;
+mod prompt_encoder;
+mod prompts;
+mod sampler;
+
+use std::{path::PathBuf, sync::Arc};
+
+use hub::CancelToken;
+use learner::PromptSet;
+use model::{Adapter, LanguageModel};
+use settings::Settings;
+
+pub(crate) use adapter::{adapter, adapter_shape, fresh_adapter, saved_adapter};
+pub(crate) use apo::{ApoJudge, judge_version, rounds_directory};
+pub(crate) use conditions::conditions;
+pub(crate) use judge::{CompletionOrigin, JudgeSource};
+pub(crate) use judge_pool::{gold_pool, judge_replicas, pool, server};
+pub(crate) use loaded_model::{
+    LoadedModel, NO_STOP_TOKENS, device, dtype, warn_without_stop_tokens,
+};
+pub(crate) use model_location::ModelLocation;
+pub(crate) use playground::{StyleComparison, base_model, gold_judge, style_comparisons};
+pub(crate) use preference_model::{
+    Backbone, LoadedRewardModel, check_fit_adapter, preference_model, reward_folder, same_tokenizer,
+};
+pub(crate) use preference_pairs::{AnnotatedPairs, SkippedPairs, annotated_pairs};
+pub(crate) use preflight::{Preflight, PreflightFinding, PreflightScope};
+pub(crate) use prompt_encoder::prompt_encoder;
+pub(crate) use prompts::{check_positions, prompts};
+pub(crate) use sampler::{SamplerParts, check_engines, sampler};
+
+/// Base model, adapter and prompts of a run.
+pub(crate) struct RunInputs {
+    /// The base model: the reference policy, and without an adapter also the policy at the start.
+    pub(crate) model: LoadedModel,
+    /// The LoRA adapter at the start; `None` if all weights are trained.
+    adapter: Option<Adapter>,
+    /// The folder it was loaded from; `None` for a newly initialised one.
+    pub(crate) adapter_folder: Option<PathBuf>,
+    /// Training and held-out prompts.
+    pub(crate) prompts: Arc<dyn PromptSet>,
+}
+
+impl RunInputs {
+    /// Loads or makes the base model and the prompts that the settings name; `prompts` are used as they are if they
+    /// were read before. Blocks; ends early once `cancel` is cancelled.
+    pub(crate) fn build(
+        settings: &Settings,
+        prompts: Option<Arc<dyn PromptSet>>,
+        cancel: &CancelToken,
+    ) -> anyhow::Result<Self> {
+        check_engines(settings)?;
+        let model = LoadedModel::open(settings, cancel)?;
+        let prompts = match prompts {
+            Some(prompts) => prompts,
+            None => prompts::prompts(settings, &model, cancel)?,
+        };
+        check_positions(settings, &model.folder.config)?;
+        let adapter_folder = saved_adapter(settings, cancel)?;
+        let adapter = adapter(settings, &model, adapter_folder.as_deref())?;
+        Ok(Self {
+            model,
+            adapter,
+            adapter_folder,
+            prompts,
+        })
+    }
+
+    /// The policy at the start: the base model, with the adapter if one is trained. All copies share the weights.
+    pub(crate) fn policy(&self) -> anyhow::Result<LanguageModel> {
+        self.model.policy(self.adapter.clone())
+    }
+}

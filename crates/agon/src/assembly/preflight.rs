@@ -1,0 +1,542 @@
+//! Checks of everything that a configuration names, before a run starts.
+//!
+//! `agon check` prints the findings; `agon train` and `agon learner` fail on the same ones. All call
+//! [`Preflight::of`], so that they report the same errors with the same exit code. Model configurations, tokenizers,
+//! chat templates, rows of prompts and pairs, secrets and addresses are opened. Weights are not read; nothing is
+//! downloaded, trained or written; the only requests to other machines are for metadata of the Hub.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use ::playground::Bandit;
+use anyhow::Context;
+use hub::ModelLookup;
+use learner::{LearnerError, PromptSet};
+use model::{LoraConfig, ModelConfig, ModelFolder};
+use settings::{
+    DatasetPrompts, JetStreamSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
+    TransportSettings,
+};
+use tempfile::TempDir;
+
+use crate::assembly::{
+    adapter_shape, check_fit_adapter, check_positions, judge, playground, preference_pairs,
+    prompts::prompt_files,
+};
+use crate::{
+    cluster::launch,
+    exit_code::{Refused, Resource},
+};
+
+/// Finding on one item of a configuration.
+#[derive(Debug)]
+pub(crate) enum PreflightFinding {
+    /// The item is usable; a description.
+    Usable(String),
+    /// The item is not usable, but the run does not need it; the reason and the command that does.
+    Unneeded(String),
+    /// The run cannot start with the item.
+    Failed(anyhow::Error),
+}
+
+/// Processes of a run to check for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PreflightScope {
+    /// All roles, as `agon train` starts them on this machine.
+    AllRoles,
+    /// The learner alone; actors and preference services run elsewhere.
+    Learner,
+}
+
+/// Findings on everything that a configuration names, in the order in which a run opens it.
+#[derive(Default)]
+pub(crate) struct Preflight {
+    /// The findings.
+    pub(crate) findings: Vec<PreflightFinding>,
+    /// Configuration of the policy; `None` if it is not known yet, or a bandit's.
+    pub(crate) config: Option<ModelConfig>,
+    /// Configuration of the policy's adapter.
+    adapter: Option<LoraConfig>,
+    /// The prompts of files, unless a later download may change their tokens.
+    prompts: Option<Arc<dyn PromptSet>>,
+}
+
+/// The policy at the start, as far as it is known before weights are read or trained.
+struct PolicyLookup {
+    /// `None` if the model is on the Hub and not cached.
+    folder: Option<ModelFolder>,
+    /// Holds the folder of a model that the run will make.
+    _scratch: Option<TempDir>,
+}
+
+impl Preflight {
+    /// Checks everything that the settings name for these roles of a run in the directory `run`.
+    pub(crate) fn of(settings: &Settings, run: &Path, scope: PreflightScope) -> Self {
+        let mut preflight = Self::default();
+        preflight.require("", crate::assembly::check_engines(settings));
+        preflight.require("model.device", crate::assembly::device(settings).map(drop));
+        preflight.require("run.output_dir", check_directory(run));
+        let policy = preflight.policy(settings);
+        if let Some(folder) = &policy.folder {
+            preflight.adapter(settings, folder);
+            preflight.require(
+                "",
+                check_positions(settings, &folder.config).map_err(Into::into),
+            );
+        }
+        preflight.prompts(settings, policy.folder.as_ref());
+        let judges_here = match &settings.transport {
+            TransportSettings::Memory {} => true,
+            TransportSettings::Jetstream(_) => {
+                scope == PreflightScope::AllRoles && settings.topology.preference > 0
+            }
+        };
+        if judges_here {
+            preflight.judge(settings, policy.folder.as_ref());
+        }
+        preflight.addresses(settings, scope);
+        if let TransportSettings::Jetstream(jetstream) = &settings.transport {
+            preflight.transport(jetstream, scope);
+        }
+        preflight.unneeded(settings, judges_here);
+        preflight
+    }
+
+    /// The prompts of files, if they were read; logs the items that are not needed.
+    ///
+    /// # Errors
+    /// All findings with which the run cannot start.
+    pub(crate) fn into_result(self) -> Result<Option<Arc<dyn PromptSet>>, Refused> {
+        let mut errors = Vec::new();
+        for finding in self.findings {
+            match finding {
+                PreflightFinding::Usable(_) => {}
+                PreflightFinding::Unneeded(reason) => tracing::warn!("{reason}"),
+                PreflightFinding::Failed(error) => errors.push(error),
+            }
+        }
+        match errors.is_empty() {
+            true => Ok(self.prompts),
+            false => Err(Refused(errors)),
+        }
+    }
+
+    fn usable(&mut self, description: String) {
+        self.findings.push(PreflightFinding::Usable(description));
+    }
+
+    /// The value, or `None` after recording the error under the setting `key`; empty if the error names its key.
+    fn require<T>(&mut self, key: &str, result: anyhow::Result<T>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                let error = match key {
+                    "" => error,
+                    key => error.context(key.to_owned()),
+                };
+                self.findings.push(PreflightFinding::Failed(error));
+                None
+            }
+        }
+    }
+
+    fn policy(&mut self, settings: &Settings) -> PolicyLookup {
+        let template = settings.model.chat_template.as_deref();
+        let has_template = template.is_none_or(|path| {
+            self.require("model.chat_template", check_template(path))
+                .is_some()
+        });
+        if let Some(source) = &settings.model.path {
+            let folder = self.model("model.path", source, template.filter(|_| has_template));
+            self.config = folder.as_ref().map(|folder| folder.config.clone());
+            return PolicyLookup {
+                folder,
+                _scratch: None,
+            };
+        }
+        self.require(
+            "playground.base_dir",
+            check_directory(&settings.playground.base_dir),
+        );
+        let generated = self.require("model", generated_model(settings));
+        let Some((folder, scratch)) = generated else {
+            return PolicyLookup {
+                folder: None,
+                _scratch: None,
+            };
+        };
+        if let PromptsSettings::Bandit {} = settings.prompts {
+            let arms = folder.config.vocab_size;
+            self.usable(format!(
+                "model: a bandit of {arms} arms, generated when the run starts; its memory is negligible"
+            ));
+        } else {
+            self.usable(format!(
+                "model: the playground's base, {}",
+                shape(&folder.config)
+            ));
+            self.config = Some(folder.config.clone());
+        }
+        PolicyLookup {
+            folder: Some(folder),
+            _scratch: Some(scratch),
+        }
+    }
+
+    /// The folder of the model that the setting `key` names; `None` if it is unusable or not downloaded yet.
+    fn model(
+        &mut self,
+        key: &str,
+        source: &settings::ModelSource,
+        template: Option<&Path>,
+    ) -> Option<ModelFolder> {
+        let opened = hub::locate(source)
+            .map_err(anyhow::Error::from)
+            .and_then(|lookup| Ok((open_local(&lookup, template)?, lookup.origin)));
+        let (folder, origin) = self.require(key, opened)?;
+        let shape = match &folder {
+            Some(folder) => shape(&folder.config),
+            None => "its shape is not known before".into(),
+        };
+        self.usable(format!("{key}: {origin}, {shape}"));
+        folder
+    }
+
+    fn adapter(&mut self, settings: &Settings, policy: &ModelFolder) {
+        let Some(source) = &settings.model.adapter else {
+            let fresh = adapter_shape(settings, &policy.config, None);
+            self.adapter = self.require("", fresh).flatten();
+            if let Some(text) = self.adapter_text(&policy.config) {
+                self.usable(format!("adapter: {text}"));
+            }
+            return;
+        };
+        let opened = hub::locate(source)
+            .map_err(anyhow::Error::from)
+            .and_then(|lookup| {
+                let folder = lookup.folder.as_deref();
+                let shape = folder.map(|path| adapter_shape(settings, &policy.config, Some(path)));
+                Ok((shape.transpose()?.flatten(), lookup.origin))
+            });
+        if let Some((adapter, origin)) = self.require("model.adapter", opened) {
+            self.adapter = adapter;
+            let text = self.adapter_text(&policy.config);
+            let text = text.map(|text| format!(", {text}")).unwrap_or_default();
+            self.usable(format!("model.adapter: {origin}{text}"));
+        }
+    }
+
+    fn adapter_text(&self, base: &ModelConfig) -> Option<String> {
+        let adapter = self.adapter.as_ref()?;
+        let count = adapter.parameter_count(base).ok()?;
+        Some(format!("rank {}, {count} parameters", adapter.rank))
+    }
+
+    fn prompts(&mut self, settings: &Settings, policy: Option<&ModelFolder>) {
+        match (&settings.prompts, policy) {
+            (PromptsSettings::Bandit {}, _) | (PromptsSettings::Playground { .. }, None) => {}
+            (PromptsSettings::Playground { golden }, Some(policy)) => {
+                self.require("model.path", playground::check_vocabulary(policy));
+                let pairs = &settings.preference.fit.pairs;
+                if let (PlaygroundGolden::Chosen, PairsSettings::Playground(_)) = (golden, pairs) {
+                    self.require(
+                        "playground.base_dir",
+                        check_directory(&settings.playground.base_dir),
+                    );
+                }
+            }
+            (PromptsSettings::Dataset(dataset), Some(policy)) => {
+                let read = prompt_files(settings, dataset, policy);
+                let read = read.map_err(|error| with_key(error, &prompt_paths(dataset)));
+                if let Some(set) = self.require("", read) {
+                    for (key, path) in prompt_paths(dataset) {
+                        self.usable(format!("{key} = {}", path.display()));
+                    }
+                    let count = set.held_out_count().unwrap_or_default();
+                    self.usable(format!("held-out prompts: {count} distinct ones"));
+                    let is_final = settings.model.path.as_ref().is_some_and(is_folder);
+                    self.prompts = Some(Arc::new(set) as Arc<dyn PromptSet>).filter(|_| is_final);
+                }
+            }
+            (PromptsSettings::Dataset(dataset), None) => {
+                for (key, path) in prompt_paths(dataset) {
+                    let read = dataset::read_rows(path).map_err(Into::into);
+                    if self.require(key, read).is_some() {
+                        self.usable(format!("{key} = {}", path.display()));
+                    }
+                }
+            }
+        }
+    }
+
+    fn judge(&mut self, settings: &Settings, policy: Option<&ModelFolder>) {
+        let preference = &settings.preference;
+        let name = preference.judge.name();
+        let checked = judge::check(&preference.judge, &preference.chat);
+        if self.require("preference.judge", checked).is_some() {
+            self.usable(format!("judge {name}"));
+        }
+        if !trains_preference_model(settings) {
+            return;
+        }
+        self.require(
+            "playground.base_dir",
+            check_directory(&settings.playground.base_dir),
+        );
+        let fit = &preference.fit;
+        let template = settings.model.chat_template.as_deref();
+        let template = template.filter(|path| check_template(path).is_ok());
+        let own_backbone = fit.path.as_ref();
+        let own_backbone =
+            own_backbone.map(|path| self.model("preference.fit.path", path, template));
+        let backbone = match &own_backbone {
+            Some(backbone) => backbone.as_ref(),
+            None => policy,
+        };
+        if let Some(backbone) = backbone {
+            let checked = check_fit_adapter(fit, &backbone.config);
+            self.require("", checked.map_err(Into::into));
+        }
+        match &fit.pairs {
+            PairsSettings::Playground(_) => {
+                let checked = policy.map_or(Ok(()), playground::check_vocabulary);
+                self.require("preference.fit.pairs.kind", checked);
+            }
+            PairsSettings::Dataset(files) => {
+                let read = match backbone {
+                    Some(backbone) => {
+                        preference_pairs::read_pairs(settings, files, backbone).map(drop)
+                    }
+                    None => dataset::read_rows(&files.path)
+                        .map(drop)
+                        .map_err(Into::into),
+                };
+                let read = read.map_err(|error| with_key(error, &pair_paths(settings)));
+                if self.require("", read).is_some() {
+                    for (key, path) in pair_paths(settings) {
+                        self.usable(format!("{key} = {}", path.display()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Checks the addresses to listen on and the files with their tokens.
+    fn addresses(&mut self, settings: &Settings, scope: PreflightScope) {
+        let telemetry = &settings.telemetry;
+        self.require(
+            "",
+            telemetry::Exporter::check(telemetry.listen).map_err(Into::into),
+        );
+        if let Some(listen) = telemetry.page_address() {
+            let token = telemetry::page_token(&telemetry.token_path).map_err(Into::into);
+            if let Some(token) = self.require("telemetry.token_path", token) {
+                let page = telemetry::PageServer::check(listen, token.as_deref());
+                self.require("", page.map_err(Into::into));
+            }
+        }
+        let http = &settings.preference.http;
+        if scope == PreflightScope::AllRoles && !http.listen.is_empty() {
+            let token = preference::read_key(&http.token_path).map_err(Into::into);
+            self.require("preference.http.token_path", token);
+            let listens = preference::Server::check(&http.listen).map_err(Into::into);
+            self.require("", listens);
+        }
+    }
+
+    fn transport(&mut self, jetstream: &JetStreamSettings, scope: PreflightScope) {
+        let checked = transport::check_files(jetstream).map_err(anyhow::Error::from);
+        let checked = checked.map_err(|error| with_key(error, &transport_paths(jetstream)));
+        self.require("", checked);
+        if jetstream.url.is_empty() && scope == PreflightScope::AllRoles {
+            let found = launch::find_server(&jetstream.server).map_err(Into::into);
+            self.require("", found);
+        }
+    }
+
+    /// Records files that cannot be read and that only other commands need.
+    fn unneeded(&mut self, settings: &Settings, judges_here: bool) {
+        let mut files: Vec<(&str, &Path, &str)> = Vec::new();
+        if let Some(path) = &settings.sft.path {
+            files.push(("sft.path", path, "agon sft"));
+        }
+        if !judges_here || !trains_preference_model(settings) {
+            let pairs = pair_paths(settings).into_iter();
+            files.extend(pairs.map(|(key, path)| (key, path, "agon fit-preference")));
+            if let Some(settings::ModelSource::Folder(path)) = &settings.preference.fit.path {
+                files.push(("preference.fit.path", path, "agon fit-preference"));
+            }
+        }
+        for (key, path, reader) in files {
+            if let Err(error) = File::open(path) {
+                let path = path.display();
+                self.findings.push(PreflightFinding::Unneeded(format!(
+                    "{key} = {path}: {error}; only {reader} reads it"
+                )));
+            }
+        }
+    }
+}
+
+/// Whether this run trains a preference model: before it judges, or in rounds of APO.
+fn trains_preference_model(settings: &Settings) -> bool {
+    judge::needs_training(&settings.preference.judge) || settings.preference.apo.refresh_steps > 0
+}
+
+/// Opens and checks the model's folder; `None` if it is not downloaded yet.
+fn open_local(
+    lookup: &ModelLookup,
+    template: Option<&Path>,
+) -> anyhow::Result<Option<ModelFolder>> {
+    let Some(path) = &lookup.folder else {
+        return Ok(None);
+    };
+    // Opens the tokenizer too: it must fit the model, and its chat template must compile.
+    let folder = ModelFolder::open(path, template)?;
+    folder.tokenizer.check_chat_template()?;
+    folder.check_weights()?;
+    Ok(Some(folder))
+}
+
+/// The bandit or playground base that the run will make, without its weights, in a temporary folder.
+fn generated_model(settings: &Settings) -> anyhow::Result<(ModelFolder, TempDir)> {
+    let scratch = tempfile::tempdir().context("failed to make a temporary folder")?;
+    let folder = match &settings.model.reference_probabilities {
+        Some(probabilities) => {
+            Bandit::new(probabilities)?.write_model(scratch.path())?;
+            ModelFolder::open(scratch.path(), None)?
+        }
+        None => playground::base_folder(settings, scratch.path())?,
+    };
+    Ok((folder, scratch))
+}
+
+fn is_folder(source: &settings::ModelSource) -> bool {
+    matches!(source, settings::ModelSource::Folder(_))
+}
+
+/// Checks that `path` is a readable file.
+fn check_file(path: &Path) -> anyhow::Result<()> {
+    let unusable = |reason: String| Resource(format!("{}: {reason}", path.display()));
+    let kind = File::open(path).and_then(|file| file.metadata());
+    match kind {
+        Ok(kind) if kind.is_dir() => Err(unusable("it is a folder, not a file".into()).into()),
+        Ok(_) => Ok(()),
+        Err(error) => Err(unusable(error.to_string()).into()),
+    }
+}
+
+/// Checks that `path` is a file with a chat template that compiles.
+fn check_template(path: &Path) -> anyhow::Result<()> {
+    check_file(path)?;
+    Ok(model::check_chat_template(path)?)
+}
+
+/// Checks that `path` is a folder, or that one can be made there.
+fn check_directory(path: &Path) -> anyhow::Result<()> {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let nearest: Option<(PathBuf, fs::Metadata)> = absolute
+        .ancestors()
+        .find_map(|path| Some((path.to_owned(), fs::metadata(path).ok()?)));
+    match nearest {
+        Some((found, kind)) if !kind.is_dir() => Err(Resource(format!(
+            "{} cannot be made: {} is a file, not a folder",
+            path.display(),
+            found.display()
+        ))
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Paths by the settings that name them.
+type PathsByKey<'a> = Vec<(&'static str, &'a Path)>;
+
+fn prompt_paths(dataset: &DatasetPrompts) -> PathsByKey<'_> {
+    let single = [
+        ("prompts.path", dataset.path.as_path()),
+        ("prompts.held_out_path", dataset.held_out_path.as_path()),
+    ];
+    let mixed = dataset
+        .mix
+        .iter()
+        .map(|file| ("prompts.mix", file.path.as_path()));
+    single
+        .into_iter()
+        .chain(mixed)
+        .filter(|(_, path)| !path.as_os_str().is_empty())
+        .collect()
+}
+
+fn pair_paths(settings: &Settings) -> PathsByKey<'_> {
+    let PairsSettings::Dataset(files) = &settings.preference.fit.pairs else {
+        return Vec::new();
+    };
+    let files = [
+        ("preference.fit.pairs.path", files.path.as_path()),
+        (
+            "preference.fit.pairs.validation_path",
+            files.validation_path.as_path(),
+        ),
+    ];
+    files
+        .into_iter()
+        .filter(|(_, path)| !path.as_os_str().is_empty())
+        .collect()
+}
+
+fn transport_paths(jetstream: &JetStreamSettings) -> PathsByKey<'_> {
+    let files: [(_, &Path); 7] = [
+        ("transport.password_path", &jetstream.password_path),
+        ("transport.token_path", &jetstream.token_path),
+        ("transport.nkey_path", &jetstream.nkey_path),
+        ("transport.credentials_path", &jetstream.credentials_path),
+        ("transport.ca_path", &jetstream.ca_path),
+        ("transport.certificate_path", &jetstream.certificate_path),
+        ("transport.key_path", &jetstream.key_path),
+    ];
+    files
+        .into_iter()
+        .filter(|(_, path)| !path.as_os_str().is_empty())
+        .collect()
+}
+
+/// Adds the key of the setting whose file caused the error.
+fn with_key(error: anyhow::Error, paths: &PathsByKey<'_>) -> anyhow::Error {
+    let cause = error.chain().find_map(path_of);
+    let key = cause.and_then(|cause| paths.iter().find(|(_, path)| cause.starts_with(path)));
+    match key {
+        Some(&(key, _)) => error.context(key),
+        None => error,
+    }
+}
+
+/// The path in an error.
+fn path_of<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<&'a Path> {
+    if let Some(LearnerError::Dataset(error)) = cause.downcast_ref::<LearnerError>() {
+        return Some(error.path());
+    }
+    if let Some(transport::TransportError::Unreadable { path, .. }) = cause.downcast_ref() {
+        return Some(path);
+    }
+    cause
+        .downcast_ref::<dataset::DatasetError>()
+        .map(dataset::DatasetError::path)
+}
+
+fn shape(config: &ModelConfig) -> String {
+    format!(
+        "{:?} of {} blocks of width {}, {} heads ({} key-value heads), {} tokens, {} positions: {} parameters",
+        config.architecture,
+        config.layers,
+        config.hidden_size,
+        config.heads,
+        config.kv_heads,
+        config.vocab_size,
+        config.max_positions,
+        config.parameter_count()
+    )
+}

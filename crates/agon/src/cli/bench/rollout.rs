@@ -1,0 +1,105 @@
+//! `agon bench rollout`: throughput of sampling.
+
+use messages::Seed;
+use model::{MixtureSampler, Precision, Request, Sampler, SamplingSettings, roofline::Roofline};
+use serde_json::{Value, json};
+
+use crate::cli::bench::{
+    SamplingOptions, TimingOptions, WorkloadOptions,
+    cost::{TokenCost, token},
+    peak_gib,
+};
+
+/// Measure sampling: prompts of random tokens, all completions in one batch and of full length.
+///
+/// tokens_per_second counts new tokens. roofline_share is the share of the machine's limit: the operations at
+/// the measured throughput of f32 matrix multiplication, or reading the weights once per token at the measured
+/// memory bandwidth, whichever is slower. peak_gib is the peak memory of this process.
+///
+/// Example: agon bench rollout --model DIR --batch 32 --mixture-coef 0.125 --json
+#[derive(clap::Args)]
+#[group(skip)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    workload: WorkloadOptions,
+    #[command(flatten)]
+    sampling: SamplingOptions,
+    #[command(flatten)]
+    timing: TimingOptions,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
+    let Arguments {
+        workload,
+        sampling: options,
+        timing,
+    } = arguments;
+    let (folder, policy) = workload.open()?;
+    let config = &folder.config;
+    let is_mixture = options.mixture_coef > 0.0;
+    let sampling = SamplingSettings {
+        precision: Precision::from(options.precision),
+        ..SamplingSettings::plain(workload.new_tokens)
+    };
+    let capacity = workload.prompt + workload.new_tokens;
+    let reference = is_mixture.then(|| policy.clone());
+    let mut sampler = MixtureSampler::new(policy, reference, sampling, workload.batch, capacity)?;
+    let seconds = timing.measure(|round| {
+        for key in 0..workload.batch {
+            let ids = (0..workload.prompt).map(|i| token(config, key * workload.prompt + i));
+            sampler.admit(Request {
+                key: key as u64,
+                ids: ids.collect(),
+                seed: Seed(round).derive(key as u64),
+                mixture_coefs: vec![options.mixture_coef],
+                exact: 0,
+                max_new_tokens: workload.new_tokens,
+            })?;
+        }
+        while !sampler.is_idle() {
+            sampler.step()?;
+        }
+        Ok(())
+    })?;
+    let machine = Roofline::measure()?;
+    let cost = TokenCost::of(config);
+    let tokens = (workload.batch * workload.new_tokens) as f64;
+    let min_seconds = min_seconds(arguments, &cost, machine);
+    Ok(json!({
+        "bench": "rollout",
+        "model_parameters": config.parameter_count(),
+        "batch": workload.batch,
+        "prompt": workload.prompt,
+        "new_tokens": workload.new_tokens,
+        "precision": options.precision.name(),
+        "mixture_coef": options.mixture_coef,
+        "tokens_per_second": tokens / seconds,
+        "roofline_share": min_seconds / seconds,
+        "peak_gib": peak_gib(),
+        "machine_gflops": machine.flops / 1e9,
+        "machine_gb_per_second": machine.bandwidth / 1e9,
+    }))
+}
+
+/// Lower bound on the seconds of a batch, by the roofline model.
+fn min_seconds(arguments: &Arguments, cost: &TokenCost, machine: Roofline) -> f64 {
+    let (workload, sampling) = (&arguments.workload, &arguments.sampling);
+    let models = if sampling.mixture_coef > 0.0 {
+        2.0
+    } else {
+        1.0
+    };
+    let (batch, prompt, new) = (
+        workload.batch as f64,
+        workload.prompt as f64,
+        workload.new_tokens as f64,
+    );
+    let attended = |first: f64, last: f64| (last - first) * (first + last) / 2.0;
+    // The last token is sampled but not read.
+    let prefill = batch * (prompt * cost.blocks + attended(0.0, prompt) * cost.attention);
+    let step = batch * (cost.blocks + cost.head);
+    let attention = batch * attended(prompt, prompt + new) * cost.attention;
+    let bytes = cost.weights() * sampling.precision.bytes();
+    let steps = new * machine.min_seconds(step, bytes);
+    models * (machine.min_seconds(prefill + attention, bytes) + steps)
+}

@@ -1,0 +1,526 @@
+//! `agon check`: validation of a configuration without starting a run.
+//!
+//! The resolved configuration is written to standard output, as in the run directory; findings on models, memory and
+//! files are written to standard error. Memory is estimated from shapes and settings, not measured.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    path::Path,
+    process::ExitCode,
+};
+
+use anyhow::Context;
+use model::ModelConfig;
+use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, Settings};
+
+use crate::cli::config_args::Configuration;
+use crate::{
+    assembly::{self, Preflight, PreflightFinding, PreflightScope},
+    exit_code::{Refused, sentence},
+};
+
+/// Bytes of a weight in mistral.rs: f32 whatever the dtype.
+const MISTRAL_BYTES: usize = 4;
+/// Bytes of an element of Adam's moments: f32 whatever the dtype.
+const MOMENT_BYTES: usize = 4;
+/// Bytes of an adapter's weight: f32 whatever the dtype.
+const ADAPTER_BYTES: usize = 4;
+/// Bytes of a master weight: f32 whatever the dtype.
+const MASTER_BYTES: usize = 4;
+/// Bytes of a logit: f32.
+const LOGIT_BYTES: usize = 4;
+
+/// Resolve and validate a configuration without starting a run.
+///
+/// Prints the resolved configuration with every key to standard output, and to standard error the model's shape,
+/// an estimate of the memory of a run, and a finding on everything that the configuration names: models,
+/// adapters, templates, the rows of prompts and pairs, judges, secrets, addresses. `agon train` fails on the same
+/// findings with the same messages: exit code 2 if the configuration holds mistakes, 3 if something is missing
+/// or does not fit; all are listed. Writes no file and reads no weights. A model of the Hub (hf:ORG/NAME) must be
+/// in the cache or exist on the Hub; it is not downloaded.
+///
+/// Example: agon check configs/quickstart.toml --set actor.slots=128 > resolved.toml
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    configuration: Configuration,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let resolved = arguments.configuration.resolve()?;
+    let mut output = io::stdout().lock();
+    output
+        .write_all(resolved.toml.as_bytes())
+        .and_then(|()| output.flush())
+        .context("failed to write to standard output")?;
+    let settings = &resolved.settings;
+    let path = settings.run.output_dir.join(&settings.run.name);
+    let report = CheckReport::of(settings, &path);
+    note!("{}", telemetry::printable(report.text.trim_end()));
+    Ok(match report.errors.0.as_slice() {
+        [] => ExitCode::SUCCESS,
+        _ => report.errors.code().into(),
+    })
+}
+
+/// Findings on a configuration, as text and as errors.
+struct CheckReport {
+    text: String,
+    errors: Refused,
+}
+
+impl CheckReport {
+    /// Findings on a run in the directory `path`.
+    fn of(settings: &Settings, path: &Path) -> Self {
+        let mut report = Self {
+            text: String::new(),
+            errors: Refused(Vec::new()),
+        };
+        let preflight = Preflight::of(settings, path, PreflightScope::AllRoles);
+        for finding in preflight.findings {
+            match finding {
+                PreflightFinding::Usable(description) => report.line("ok", &description),
+                PreflightFinding::Unneeded(reason) => report.line("warn", &reason),
+                PreflightFinding::Failed(error) => {
+                    report.line("fail", &sentence(&error));
+                    report.errors.0.push(error);
+                }
+            }
+        }
+        if let Some(config) = &preflight.config {
+            if config.stops.is_empty() {
+                report.line("warn", &format!("model: {}", assembly::NO_STOP_TOKENS));
+            }
+            report.memory(&memory(settings, config));
+        }
+        if path.join("config.toml").exists() {
+            let path = path.display();
+            report.line(
+                "warn",
+                &format!(
+                    "{path} holds a run: continue it with --resume, or choose another run.name"
+                ),
+            );
+        }
+        report
+    }
+
+    fn line(&mut self, severity: &str, text: &str) {
+        // Writing to a string does not fail.
+        writeln!(self.text, "{severity:<5}{text}").ok();
+    }
+
+    fn memory(&mut self, parts: &[MemoryPart]) {
+        let total = parts
+            .iter()
+            .fold(0u64, |sum, part| sum.saturating_add(part.bytes));
+        let total = mebibytes(total);
+        self.line(
+            "ok",
+            &format!("memory: about {total} MiB with all sequences at maximum length, in MiB:"),
+        );
+        for part in parts {
+            let (name, size) = (part.name, mebibytes(part.bytes));
+            self.line("", &format!("  {size:>12}  {name}"));
+        }
+    }
+}
+
+/// One contribution to the memory of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct MemoryPart {
+    name: &'static str,
+    bytes: u64,
+}
+
+/// Estimated peak memory of a run of all roles in one process, by contribution.
+fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
+    let (actor, learner) = (&settings.actor, &settings.learner);
+    let bytes = match settings.model.dtype {
+        DtypeSetting::F32 => 4,
+        DtypeSetting::Bf16 => 2,
+    };
+    let weights = [config.parameter_count(), bytes];
+    // An adapter is trained in f32 on weights that policy and reference share.
+    let (trained, trained_parameters) = match adapter_parameters(settings, config) {
+        Some(count) => ([count, ADAPTER_BYTES], count),
+        None => (weights, config.parameter_count()),
+    };
+    // Trained bf16 weights have master weights in f32.
+    let is_half = trained == weights && settings.model.dtype == DtypeSetting::Bf16;
+    let masters = if is_half { trained_parameters } else { 0 };
+    // As in the sampler, no sequence exceeds the model's positions.
+    let longest = actor
+        .max_prompt_length
+        .saturating_add(actor.max_new_tokens)
+        .min(config.max_positions);
+    let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
+    // Every actor has one cache for the policy and one for the reference.
+    let slots = [2, actor.count, actor.slots, longest];
+    let mistral_copies = match actor.engine {
+        EngineSettings::Own {} => 0,
+        EngineSettings::Mistral { .. } => actor.count,
+    };
+    let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
+    let prompt_tokens = completions_per_prompt(settings).saturating_mul(longest);
+    let prompts = learner
+        .train_batch_size
+        .div_ceil(learner.gradient_accumulation_steps.max(1));
+    let pass_tokens = match learner.max_tokens_per_pass {
+        0 => usize::MAX,
+        limit => limit.max(prompt_tokens),
+    };
+    let pass_tokens = pass_tokens.min(prompts.saturating_mul(prompt_tokens));
+    let predicted = product(&[&[
+        prompts,
+        completions_per_prompt(settings),
+        actor.max_new_tokens,
+    ]]);
+    let predicted = usize::try_from(predicted).unwrap_or(usize::MAX);
+    let parts = [
+        ("policy's weights", product(&[&trained])),
+        ("gradients", product(&[&trained])),
+        (
+            "Adam's moments",
+            product(&[&[2, trained_parameters, MOMENT_BYTES]]),
+        ),
+        (
+            "master weights in f32",
+            product(&[&[masters, MASTER_BYTES]]),
+        ),
+        ("reference's weights", product(&[&weights])),
+        // One of the policy, one of the reference.
+        (
+            "RoPE tables",
+            product(&[&[2, config.rope_table_elements(), bytes]]),
+        ),
+        (
+            "actors' copies of the policy",
+            product(&[&trained, &[actor.count]]),
+        ),
+        ("mistral.rs's copies of the policy", product(&[&mistral])),
+        ("published weights", product(&[&trained])),
+        ("key-value caches", product(&[&slots, &keys_and_values])),
+        (
+            "activations of a pass (rough)",
+            product(&[&[pass_tokens, activations(config), bytes]]),
+        ),
+        (
+            "logits of a pass (rough)",
+            logits(settings, config, predicted.min(pass_tokens)),
+        ),
+    ];
+    let parts = parts.into_iter().filter(|&(_, bytes)| bytes > 0);
+    parts
+        .map(|(name, bytes)| MemoryPart { name, bytes })
+        .collect()
+}
+
+/// Elements saved for the backward pass per token, in all blocks: two residuals, two normalised inputs and two
+/// outputs; queries before and after RoPE and the attention output; keys before and after RoPE and values; the gate
+/// projection, the up projection and their product.
+fn activations(config: &ModelConfig) -> usize {
+    let (queries, keys) = (
+        config.heads * config.head_dim,
+        config.kv_heads * config.head_dim,
+    );
+    let block = 6 * config.hidden_size + 3 * queries + 3 * keys + 3 * config.intermediate_size;
+    config.layers * block
+}
+
+/// Number of parameters of the adapter; `None` if all weights are trained.
+fn adapter_parameters(settings: &Settings, config: &ModelConfig) -> Option<usize> {
+    assembly::fresh_adapter(settings)?
+        .parameter_count(config)
+        .ok()
+}
+
+/// Bytes of the logits and their log-softmax; 0 on the CPU in f32, where the head is fused with the loss.
+fn logits(settings: &Settings, config: &ModelConfig, predicted: usize) -> u64 {
+    let fused = settings.model.device == "cpu" && settings.model.dtype == DtypeSetting::F32;
+    if fused {
+        return 0;
+    }
+    product(&[&[predicted, config.vocab_size, 2, LOGIT_BYTES]])
+}
+
+/// Completions per prompt: Nash-MD with policy gradients compares one of the policy with one of the mixture.
+fn completions_per_prompt(settings: &Settings) -> usize {
+    match settings.learner.objective {
+        ObjectiveSettings::NashMdPg { .. } => 2,
+        _ => settings.actor.num_generations,
+    }
+}
+
+/// The product of all factors; saturates at `u64::MAX`.
+fn product(factors: &[&[usize]]) -> u64 {
+    let factors = factors.iter().copied().flatten();
+    factors.fold(1, |product: u64, &factor| {
+        product.saturating_mul(factor as u64)
+    })
+}
+
+fn mebibytes(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
+    let mebibytes = bytes as f64 / f64::from(1 << 20);
+    format!("{mebibytes:.1}")
+}
+
+#[cfg(test)]
+mod tests {
+    use playground::{Bandit, base_config_json};
+    use settings::Override;
+
+    use super::*;
+    use crate::exit_code::Code;
+
+    fn settings(sets: &[&str]) -> Settings {
+        let sets: Vec<Override> = sets.iter().map(|set| set.parse().unwrap()).collect();
+        settings::resolve("", "test", &sets).unwrap().settings
+    }
+
+    fn report(sets: &[&str]) -> CheckReport {
+        let folder = tempfile::tempdir().unwrap();
+        CheckReport::of(&settings(sets), &folder.path().join("run"))
+    }
+
+    fn playground(settings: &Settings) -> ModelConfig {
+        let inputs = &settings.playground;
+        let raw = base_config_json(
+            inputs.hidden_size,
+            inputs.layers,
+            inputs.heads,
+            inputs.intermediate_size,
+        );
+        ModelConfig::from_json(raw, Path::new("[playground]")).unwrap()
+    }
+
+    #[test]
+    fn the_memory_of_a_small_playground_by_hand() {
+        let mut sets = vec![
+            "playground.hidden_size=8",
+            "playground.layers=2",
+            "playground.heads=2",
+            "playground.intermediate_size=16",
+            "actor.count=3",
+            "actor.slots=4",
+            "actor.max_prompt_length=10",
+            "actor.max_new_tokens=6",
+            "learner.train_batch_size=6",
+            "learner.gradient_accumulation_steps=2",
+        ];
+        let bytes = |sets: &[&str]| {
+            let settings = settings(sets);
+            let parts = memory(&settings, &playground(&settings));
+            parts.into_iter().map(|part| part.bytes).collect::<Vec<_>>()
+        };
+        // Embedding and head 200 · 8; a block: 4 · 8² + 3 · 8 · 16 + 2 · 8; the last norm 8.
+        let p = 2 * 200 * 8 + 2 * (256 + 384 + 16) + 8;
+        // 2 models · 3 actors · 4 slots · 16 tokens, of 2 · 2 blocks · 2 heads · 4 elements.
+        let cached = 2 * 3 * 4 * 16 * 32;
+        // 2 models · 128 positions · 4 elements.
+        let rotary = 2 * 128 * 4;
+        // 3 prompts · 2 completions · 16 tokens · 2 blocks · (6·8 + 3·8 + 3·8 + 3·16).
+        let active = 3 * 2 * 16 * 2 * 144;
+        let fused = [
+            4 * p,
+            4 * p,
+            8 * p,
+            4 * p,
+            4 * rotary,
+            12 * p,
+            4 * p,
+            4 * cached,
+            4 * active,
+        ];
+        assert_eq!(bytes(&sets), fused);
+        sets.push("model.dtype=\"bf16\"");
+        let logits = 3 * 2 * 6 * 200 * 2 * 4;
+        let half = [
+            2 * p,
+            2 * p,
+            8 * p,
+            4 * p,
+            2 * p,
+            2 * rotary,
+            6 * p,
+            2 * p,
+            2 * cached,
+            2 * active,
+            logits,
+        ];
+        assert_eq!(bytes(&sets), half);
+    }
+
+    #[test]
+    fn a_cache_is_never_longer_than_the_models_positions() {
+        let cache = |sets: &[&str]| {
+            let settings = settings(sets);
+            memory(&settings, &playground(&settings))[7].clone()
+        };
+        // The playground's models have 128 positions; the defaults allow for 576.
+        let short = cache(&["actor.max_prompt_length=64", "actor.max_new_tokens=64"]);
+        assert_eq!(cache(&[]), short);
+        assert_eq!(short.name, "key-value caches");
+        assert_eq!(short.bytes, 2 * 64 * 128 * 2 * 2 * 96 * 4);
+    }
+
+    #[test]
+    fn products_saturate() {
+        assert_eq!(product(&[&[2, 3], &[7]]), 42);
+        assert_eq!(product(&[&[usize::MAX, usize::MAX], &[2]]), u64::MAX);
+        assert_eq!(mebibytes(3 << 19), "1.5");
+    }
+
+    #[test]
+    fn the_default_configuration_is_valid() {
+        let report = report(&[]);
+        assert!(report.errors.0.is_empty(), "{}", report.text);
+        for expected in [
+            "the playground's base",
+            "Llama of 2 blocks of width 96",
+            "ok   judge gold",
+            "memory: about",
+        ] {
+            assert!(
+                report.text.contains(expected),
+                "{expected:?} in {}",
+                report.text
+            );
+        }
+    }
+
+    #[test]
+    fn a_bandit_is_known_by_its_arms() {
+        let report = report(&[
+            "prompts.kind=bandit",
+            "actor.max_new_tokens=1",
+            "model.reference_probabilities=[0.5, 0.3, 0.2]",
+            "preference.judge.kind=matrix",
+            "preference.judge.matrix=[[0.5,0.9,0.4],[0.1,0.5,0.8],[0.6,0.2,0.5]]",
+        ]);
+        assert!(report.errors.0.is_empty(), "{}", report.text);
+        assert!(
+            report.text.contains("a bandit of 3 arms"),
+            "{}",
+            report.text
+        );
+    }
+
+    #[test]
+    fn all_missing_files_are_reported_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        Bandit::new(&[0.5, 0.5])
+            .unwrap()
+            .write_model(folder.path())
+            .unwrap();
+        let path = folder.path().display();
+        let sets = [
+            "prompts.kind=dataset".to_owned(),
+            format!("prompts.path={path}/prompts.jsonl"),
+            format!("model.path={path}"),
+            format!("model.chat_template={path}"),
+            format!("sft.path={path}/sft.jsonl"),
+            format!("telemetry.token_path={path}/token"),
+            "actor.max_prompt_length=8".to_owned(),
+            "actor.max_new_tokens=8".to_owned(),
+            "preference.judge.kind=rule".to_owned(),
+            "preference.judge.rules=[{kind = \"regex\", pattern = \"(\", weight = 1.0}]".to_owned(),
+        ];
+        let report = report(&sets.each_ref().map(String::as_str));
+        assert_eq!(report.errors.0.len(), 4, "{}", report.text);
+        assert_eq!(report.errors.code(), Code::Configuration, "the rule's");
+        for expected in [
+            format!("fail model.chat_template: {path}: it is a folder"),
+            format!("fail prompts.path: failed to read {path}/prompts.jsonl: No such file"),
+            "fail preference.judge: ".to_owned(),
+            format!("fail telemetry.token_path: read the page's token from {path}/token"),
+            format!("warn sft.path = {path}/sft.jsonl: No such file"),
+        ] {
+            assert!(
+                report.text.contains(&expected),
+                "{expected:?} in {}",
+                report.text
+            );
+        }
+    }
+
+    #[test]
+    fn errors_of_templates_and_adapters_name_their_settings() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        Bandit::new(&[0.5, 0.5]).unwrap().write_model(path).unwrap();
+        let adapter = path.join("adapter");
+        std::fs::create_dir(&adapter).unwrap();
+        let config = r#"{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}"#;
+        std::fs::write(adapter.join("adapter_config.json"), config).unwrap();
+        let header = r#"{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}"#;
+        let mut tensors = (header.len() as u64).to_le_bytes().to_vec();
+        tensors.extend(header.as_bytes());
+        tensors.extend([0; 4]);
+        std::fs::write(adapter.join("adapter_model.safetensors"), tensors).unwrap();
+        let template = path.join("broken.jinja");
+        std::fs::write(&template, "{% if %}").unwrap();
+        let sets = [
+            format!("model.path={}", path.display()),
+            format!("model.adapter={}", adapter.display()),
+            "model.lora_rank=2".to_owned(),
+            format!("model.chat_template={}", template.display()),
+        ];
+        let report = report(&sets.each_ref().map(String::as_str));
+        for expected in [
+            format!(
+                "fail model.chat_template: {} is not usable",
+                template.display()
+            ),
+            "fail model.adapter: the adapter does not fit the model: base_model.model.".to_owned(),
+            format!("ok   model.path: {}", path.display()),
+        ] {
+            let text = &report.text;
+            assert!(text.contains(&expected), "{expected:?} in {text}");
+        }
+    }
+
+    #[test]
+    fn prompts_must_fit_the_models_positions() {
+        let folder = tempfile::tempdir().unwrap();
+        Bandit::new(&[0.5, 0.5])
+            .unwrap()
+            .write_model(folder.path())
+            .unwrap();
+        let prompts = folder.path().join("prompts.jsonl");
+        std::fs::write(&prompts, "{\"prompt\": \"arm0\"}\n{\"prompt\": \"arm1\"}\n").unwrap();
+        let with = |length: usize| {
+            let sets = [
+                "prompts.kind=dataset".to_owned(),
+                format!("prompts.path={}", prompts.display()),
+                "prompts.held_out=1".to_owned(),
+                format!("model.path={}", folder.path().display()),
+                format!("actor.max_prompt_length={length}"),
+                "actor.max_new_tokens=8".to_owned(),
+                "preference.judge.kind=rule".to_owned(),
+                "preference.judge.rules=[{kind = \"ended\", weight = 1.0}]".to_owned(),
+            ];
+            report(&sets.each_ref().map(String::as_str))
+        };
+        let fits = with(8);
+        assert!(fits.errors.0.is_empty(), "{}", fits.text);
+        let exceeds = with(9);
+        assert_eq!(exceeds.errors.0.len(), 1, "{}", exceeds.text);
+        assert!(
+            exceeds.text.contains("exceed the model's 16 positions"),
+            "{}",
+            exceeds.text
+        );
+
+        std::fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+        let bare = with(8);
+        assert!(
+            bare.text.contains("model.safetensors: No such file"),
+            "{}",
+            bare.text
+        );
+        assert_eq!(bare.errors.code(), Code::MissingResource);
+    }
+}

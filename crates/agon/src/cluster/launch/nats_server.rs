@@ -1,0 +1,185 @@
+//! The NATS server that the launcher starts if the settings name none; its storage is in the run directory.
+
+use std::{
+    io::ErrorKind,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use telemetry::write_atomically;
+use tokio::{
+    net::TcpStream,
+    process::{Child, Command},
+    time::sleep,
+};
+
+use crate::cluster::launch::nats_watchdog::NatsWatchdog;
+use crate::exit_code::UsageError;
+
+/// Time for the server to start listening.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Maximum message size: pairs of long completions have three values for each token.
+const MAX_PAYLOAD: &str = "8MB";
+
+/// A NATS server with JetStream on the loopback address.
+pub(crate) struct NatsServer {
+    program: String,
+    config: PathBuf,
+    log: PathBuf,
+    port: u16,
+    process: Child,
+    watchdog: Option<NatsWatchdog>,
+}
+
+impl NatsServer {
+    /// Starts `program` with its storage in the run directory `path`, on the port of its previous start if that is
+    /// free.
+    pub(crate) async fn start(program: &str, path: &Path) -> anyhow::Result<Self> {
+        let store = path.join("jetstream");
+        std::fs::create_dir_all(&store)
+            .with_context(|| format!("failed to make the folder {}", store.display()))?;
+        let port_file = store.join("port");
+        let previous = std::fs::read_to_string(&port_file).ok();
+        let previous = previous
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0);
+        let free = TcpListener::bind(("127.0.0.1", previous));
+        let free = free.or_else(|_| TcpListener::bind(("127.0.0.1", 0)));
+        let free = free.context("failed to find a free port for the NATS server")?;
+        let port = free
+            .local_addr()
+            .context("a listener has an address")?
+            .port();
+        drop(free);
+        write_atomically(&port_file, format!("{port}\n").as_bytes())?;
+        let config = store.join("server.conf");
+        let absolute = std::path::absolute(&store).context("the run directory has a path")?;
+        let text = format!(
+            "listen: \"127.0.0.1:{port}\"\nmax_payload: {MAX_PAYLOAD}\njetstream {{ store_dir: {:?} }}\n",
+            absolute.display().to_string()
+        );
+        write_atomically(&config, text.as_bytes())?;
+        let log = path.join("logs").join("nats-server.log");
+        let mut server = Self {
+            process: spawn(program, &config, &log)?,
+            program: program.to_owned(),
+            config,
+            log,
+            port,
+            watchdog: None,
+        };
+        server.start_watchdog().await?;
+        server.wait_until_listening().await?;
+        Ok(server)
+    }
+
+    /// URL for clients.
+    pub(crate) fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// Restarts it on the same port with the same storage.
+    pub(crate) async fn restart(&mut self) -> anyhow::Result<()> {
+        self.process = spawn(&self.program, &self.config, &self.log)?;
+        self.start_watchdog().await?;
+        self.wait_until_listening().await
+    }
+
+    /// Waits for its exit status.
+    pub(crate) async fn wait(&mut self) -> ExitStatus {
+        self.process.wait().await.unwrap_or_default()
+    }
+
+    /// Stops it.
+    pub(crate) async fn stop(&mut self) {
+        if let Err(error) = self.process.kill().await {
+            tracing::debug!(%error, "the NATS server had ended already");
+        }
+        if let Some(watchdog) = self.watchdog.take() {
+            watchdog.dismiss().await;
+        }
+    }
+
+    /// Tells the watchdog which processes need the server.
+    pub(crate) async fn set_users(&mut self, processes: &[u32]) {
+        if let Some(watchdog) = &mut self.watchdog {
+            watchdog.set_users(processes).await;
+        }
+    }
+
+    /// Starts a watchdog for the current server process, replacing the previous one.
+    async fn start_watchdog(&mut self) -> anyhow::Result<()> {
+        let watchdog = self.process.id().map(NatsWatchdog::start).transpose()?;
+        if let Some(previous) = std::mem::replace(&mut self.watchdog, watchdog) {
+            previous.dismiss().await;
+        }
+        Ok(())
+    }
+
+    async fn wait_until_listening(&mut self) -> anyhow::Result<()> {
+        let started = Instant::now();
+        while TcpStream::connect(("127.0.0.1", self.port)).await.is_err() {
+            let ended = self
+                .process
+                .try_wait()
+                .context("the NATS server is a process")?;
+            if ended.is_some() || started.elapsed() > STARTUP_TIMEOUT {
+                bail!(
+                    "the NATS server does not listen; see {}",
+                    self.log.display()
+                );
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+}
+
+/// Checks that the program exists, at its path or on the search path.
+pub(crate) fn find(program: &str) -> Result<(), UsageError> {
+    let exists = |path: &Path| path.is_file();
+    let found = match program.contains('/') {
+        true => exists(Path::new(program)),
+        false => {
+            let folders = std::env::var_os("PATH").unwrap_or_default();
+            std::env::split_paths(&folders).any(|folder| exists(&folder.join(program)))
+        }
+    };
+    match found {
+        true => Ok(()),
+        false => Err(missing(program)),
+    }
+}
+
+fn missing(program: &str) -> UsageError {
+    UsageError(format!(
+        "{program} is not there: install a NATS server (apt install nats-server), name it with \
+         transport.server, or say where one runs with transport.url"
+    ))
+}
+
+fn spawn(program: &str, config: &Path, log: &Path) -> anyhow::Result<Child> {
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(log)
+        .with_context(|| format!("failed to open {}", log.display()))?;
+    let spawned = Command::new(program)
+        .arg("-c")
+        .arg(config)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn();
+    match spawned {
+        Ok(process) => Ok(process),
+        Err(error) if error.kind() == ErrorKind::NotFound => Err(missing(program).into()),
+        Err(error) => Err(error).context(format!("failed to start {program}")),
+    }
+}

@@ -1,0 +1,45 @@
+//! Process-wide settings of the allocator and of candle's thread pool, applied before any other thread exists.
+
+/// Applies all settings.
+pub(crate) fn apply() {
+    keep_freed_pages();
+    limit_candle_threads();
+}
+
+/// Makes malloc keep freed pages instead of returning them to the system, with one arena per core.
+///
+/// Training frees and allocates the same large tensors every step; by default each is a fresh mapping whose page
+/// faults cost as much time as the arithmetic. An arena keeps its peak size, so there should be few of them; with
+/// a single one threads contend for its lock. Only glibc has these options; elsewhere this does nothing.
+fn keep_freed_pages() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        #[expect(unsafe_code, reason = "an option of the C library")]
+        // SAFETY: called before any other thread exists; mallopt only sets parameters of malloc.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_MAX, 0);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+            if std::env::var_os("MALLOC_ARENA_MAX").is_none()
+                && let Ok(cores) = std::thread::available_parallelism()
+                && let Ok(cores) = cores.get().try_into()
+            {
+                libc::mallopt(libc::M_ARENA_MAX, cores);
+            }
+        }
+    }
+}
+
+/// Limits candle's thread pool to one thread, unless `CANDLE_NUM_THREADS` is set.
+///
+/// candle runs elementwise operations on a pool of its own whose threads busy-wait; beside rayon's one thread per
+/// core they slow down the matrix products. Few operations here use that pool.
+fn limit_candle_threads() {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        #[expect(unsafe_code, reason = "candle reads it from the environment")]
+        // SAFETY: called before any other thread exists, so nothing reads the environment concurrently.
+        unsafe {
+            std::env::set_var(THREADS, "1");
+        }
+    }
+}

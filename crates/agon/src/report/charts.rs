@@ -1,0 +1,252 @@
+//! Charts as self-contained SVG: line charts over learner steps, and reliability diagrams.
+
+use std::{error::Error, path::Path};
+
+use anyhow::anyhow;
+use learner::{Evaluation, Interval};
+use plotters::{coord::Shift, prelude::*};
+use preference::Calibration;
+use telemetry::{Curve, write_atomically};
+
+/// Size of an image, in pixels.
+#[derive(Debug, Clone, Copy)]
+struct ImageSize {
+    width: u32,
+    height: u32,
+}
+
+/// Size of a chart in a file of its own, in pixels.
+const FILE_SIZE: ImageSize = ImageSize {
+    width: 640,
+    height: 480,
+};
+/// Size of a chart within a page, in pixels.
+const PAGE_SIZE: ImageSize = ImageSize {
+    width: 560,
+    height: 300,
+};
+const COLOURS: [RGBColor; 3] = [
+    RGBColor(0x2a, 0x6f, 0xb0),
+    RGBColor(0xc7, 0x7b, 0x0a),
+    RGBColor(0x1b, 0x7f, 0x4b),
+];
+/// Margin above and below the values, as a share of their range.
+const MARGIN: f64 = 0.04;
+
+/// A point: step and value.
+type Point = (f64, f64);
+
+/// A line with a legend entry.
+pub(crate) struct ChartLine<'a> {
+    name: &'a str,
+    points: Vec<Point>,
+    /// Outline of the shaded band; empty for none.
+    band: Vec<Point>,
+}
+
+impl<'a> ChartLine<'a> {
+    /// A recorded curve; missing values are left out.
+    pub(crate) fn of_curve(name: &'a str, curve: &Curve) -> Self {
+        Self {
+            name,
+            points: points(curve),
+            band: Vec::new(),
+        }
+    }
+
+    /// The line with a band between two curves.
+    pub(crate) fn with_band(mut self, low: &Curve, high: &Curve) -> Self {
+        let back = points(low).into_iter().rev();
+        self.band = points(high).into_iter().chain(back).collect();
+        self
+    }
+
+    /// Means of intervals by step, with the intervals as band.
+    fn of_intervals(name: &'a str, intervals: &[(f64, Interval)]) -> Self {
+        let low = intervals.iter().map(|(step, i)| (*step, i.low));
+        let high = intervals.iter().rev().map(|(step, i)| (*step, i.high));
+        Self {
+            name,
+            points: intervals.iter().map(|(step, i)| (*step, i.mean)).collect(),
+            band: low.chain(high).collect(),
+        }
+    }
+}
+
+/// A line chart over learner steps.
+pub(crate) struct LineChart<'a> {
+    lines: Vec<ChartLine<'a>>,
+    /// Range of values that is shown in any case.
+    range: Option<(f64, f64)>,
+    caption: Option<&'a str>,
+    /// A horizontal grey line at this value.
+    baseline: Option<f64>,
+    size: ImageSize,
+}
+
+impl<'a> LineChart<'a> {
+    /// A chart within a page. `range` is shown in any case.
+    pub(crate) fn new(lines: Vec<ChartLine<'a>>, range: Option<(f64, f64)>) -> Self {
+        Self {
+            lines,
+            range,
+            caption: None,
+            baseline: None,
+            size: PAGE_SIZE,
+        }
+    }
+
+    /// The chart as SVG.
+    ///
+    /// # Errors
+    /// When it cannot be drawn.
+    pub(crate) fn svg(&self) -> anyhow::Result<String> {
+        draw_svg(self.size, |area| {
+            let (last_step, (low, high)) = self.extent();
+            let mut builder = ChartBuilder::on(area);
+            builder
+                .margin(8)
+                .x_label_area_size(28)
+                .y_label_area_size(52);
+            if let Some(caption) = self.caption {
+                builder.caption(caption, ("sans-serif", 18));
+            }
+            let mut chart = builder.build_cartesian_2d(0.0..last_step, low..high)?;
+            chart
+                .configure_mesh()
+                .max_light_lines(0)
+                .x_desc("step")
+                .x_label_formatter(&|step| format!("{step:.0}"))
+                .draw()?;
+            if let Some(value) = self.baseline {
+                let ends = [(0.0, value), (last_step, value)];
+                chart.draw_series(LineSeries::new(ends, BLACK.mix(0.4)))?;
+            }
+            for (line, colour) in self.lines.iter().zip(COLOURS) {
+                if !line.band.is_empty() {
+                    chart.draw_series([Polygon::new(line.band.clone(), colour.mix(0.18))])?;
+                }
+                let style = colour.stroke_width(2);
+                chart
+                    .draw_series(LineSeries::new(line.points.iter().copied(), style))?
+                    .label(line.name)
+                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], style));
+            }
+            chart
+                .configure_series_labels()
+                .background_style(WHITE.mix(0.8))
+                .border_style(TRANSPARENT)
+                .position(SeriesLabelPosition::UpperLeft)
+                .draw()?;
+            Ok(())
+        })
+    }
+
+    /// The last step, and the range of the values with margins.
+    fn extent(&self) -> (f64, (f64, f64)) {
+        let lines = self.lines.iter();
+        let all: Vec<Point> = lines
+            .flat_map(|line| line.points.iter().chain(&line.band).copied())
+            .collect();
+        let last_step = all.iter().map(|point| point.0).fold(1.0, f64::max);
+        let initial = self.range.unwrap_or((f64::INFINITY, f64::NEG_INFINITY));
+        let (low, high) = all.iter().fold(initial, |(low, high), point| {
+            (low.min(point.1), high.max(point.1))
+        });
+        if high > low {
+            let margin = MARGIN * (high - low);
+            return (last_step, (low - margin, high + margin));
+        }
+        let middle = if low.is_finite() { low } else { 0.0 };
+        (last_step, (middle - 1.0, middle + 1.0))
+    }
+}
+
+fn points(curve: &Curve) -> Vec<Point> {
+    let both = curve.steps.iter().zip(&curve.values);
+    both.filter_map(|(&step, value)| Some((step as f64, (*value)?)))
+        .collect()
+}
+
+/// Writes a chart of the win rates over steps: under the run's judge and, where known, under the gold preference. If
+/// the former rises while the latter falls, the policy exploits its judge.
+pub(crate) fn write_win_rates(path: &Path, evaluations: &[Evaluation]) -> anyhow::Result<()> {
+    let intervals = |of: &dyn Fn(&Evaluation) -> Option<Interval>| -> Vec<(f64, Interval)> {
+        let known = evaluations.iter();
+        known
+            .filter_map(|e| Some((e.step as f64, of(e)?)))
+            .collect()
+    };
+    let lines = [
+        ("the run's judge", intervals(&|e| Some(e.win_rate))),
+        ("gold", intervals(&|e| e.gold_win_rate)),
+    ];
+    let lines = lines.iter().filter(|(_, known)| !known.is_empty());
+    let chart = LineChart {
+        lines: lines
+            .map(|(name, known)| ChartLine::of_intervals(name, known))
+            .collect(),
+        range: Some((0.0, 1.0)),
+        caption: Some("win rate against the reference"),
+        baseline: Some(0.5),
+        size: FILE_SIZE,
+    };
+    Ok(write_atomically(path, chart.svg()?.as_bytes())?)
+}
+
+/// Writes a reliability diagram: the share of comparisons in which the first response was preferred, against the
+/// probability p that the model gives it. A calibrated model is on the diagonal.
+pub(crate) fn write_reliability(path: &Path, calibration: &Calibration) -> anyhow::Result<()> {
+    let svg = draw_svg(FILE_SIZE, |area| {
+        let caption = format!(
+            "accuracy {:.3}, ECE {:.3}, {} pairs",
+            calibration.accuracy, calibration.ece, calibration.pairs
+        );
+        let mut chart = ChartBuilder::on(area)
+            .caption(caption, ("sans-serif", 18))
+            .margin(12)
+            .x_label_area_size(40)
+            .y_label_area_size(50)
+            .build_cartesian_2d(0.0..1.0, 0.0..1.0)?;
+        chart
+            .configure_mesh()
+            .max_light_lines(0)
+            .x_desc("p of the model")
+            .y_desc("share preferred")
+            .draw()?;
+        chart.draw_series(LineSeries::new([(0.0, 0.0), (1.0, 1.0)], BLACK.mix(0.4)))?;
+        let bins: Vec<_> = calibration.bins.iter().filter(|b| b.count > 0).collect();
+        let colour = COLOURS[0];
+        chart.draw_series(LineSeries::new(
+            bins.iter().map(|bin| (bin.mean_p, bin.mean_label)),
+            colour,
+        ))?;
+        let largest = bins.iter().map(|bin| bin.count).max().unwrap_or(1) as f64;
+        chart.draw_series(bins.iter().map(|bin| {
+            let radius = 3.0 + 9.0 * (bin.count as f64 / largest).sqrt();
+            let centre = (bin.mean_p, bin.mean_label);
+            Circle::new(centre, radius as i32, colour.mix(0.6).filled())
+        }))?;
+        Ok(())
+    })?;
+    Ok(write_atomically(path, svg.as_bytes())?)
+}
+
+type SvgArea<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// Draws on a white area of this size; the result as SVG.
+fn draw_svg(
+    size: ImageSize,
+    draw: impl FnOnce(&SvgArea<'_>) -> Result<(), Box<dyn Error>>,
+) -> anyhow::Result<String> {
+    let mut svg = String::new();
+    let area = SVGBackend::with_string(&mut svg, (size.width, size.height)).into_drawing_area();
+    let drawn = area
+        .fill(&WHITE)
+        .map_err(Into::into)
+        .and_then(|()| draw(&area))
+        .and_then(|()| area.present().map_err(Into::into));
+    drawn.map_err(|error| anyhow!("failed to draw a chart: {error}"))?;
+    drop(area);
+    Ok(svg)
+}

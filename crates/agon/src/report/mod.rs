@@ -1,0 +1,96 @@
+//! Reports of a run: `report.json`, `report.md` and `win_rate.svg` at its end, and an HTML page on request.
+
+pub(crate) mod charts;
+pub(crate) mod html;
+mod markup;
+mod summary;
+pub(crate) mod verdict;
+
+use learner::Evaluation;
+use model::LanguageModel;
+use model::decode::{Decoder, Precision, Prefill};
+use serde_json::Value;
+use settings::{PromptsSettings, Settings};
+use telemetry::{RunDirectory, printable, write_atomically};
+
+use crate::{assembly::RunInputs, run::RunOutcome};
+
+/// File name of the chart of win rates.
+const WIN_RATE_CHART: &str = "win_rate.svg";
+
+/// The report of a finished or interrupted run.
+pub(crate) struct Report {
+    json: Value,
+    markdown: String,
+    evaluations: Vec<Evaluation>,
+}
+
+impl Report {
+    pub(crate) fn new(
+        settings: &Settings,
+        inputs: &RunInputs,
+        outcome: &RunOutcome,
+    ) -> anyhow::Result<Self> {
+        let bandit = match settings.prompts {
+            PromptsSettings::Bandit {} => Some(ArmProbabilities::new(settings, inputs, outcome)?),
+            _ => None,
+        };
+        let json = summary::to_json(settings, inputs, outcome, bandit.as_ref());
+        let markdown = summary::to_markdown(settings, inputs, outcome, bandit.as_ref())?;
+        Ok(Self {
+            json,
+            markdown: printable(&markdown).into_owned(),
+            evaluations: outcome.summary.evaluations.clone(),
+        })
+    }
+
+    /// Writes all files to the run directory and the Markdown to standard output.
+    pub(crate) fn write(&self, directory: &RunDirectory) -> anyhow::Result<()> {
+        let mut json = serde_json::to_vec_pretty(&self.json)?;
+        json.push(b'\n');
+        write_atomically(&directory.report_json(), &json)?;
+        write_atomically(&directory.report_markdown(), self.markdown.as_bytes())?;
+        if self.evaluations.len() > 1 {
+            charts::write_win_rates(&directory.root().join(WIN_RATE_CHART), &self.evaluations)?;
+        }
+        out!("{}", self.markdown)?;
+        out!("Report: {}", directory.report_markdown().display())?;
+        Ok(())
+    }
+}
+
+/// Probabilities of a bandit's arms.
+struct ArmProbabilities {
+    reference: Vec<f64>,
+    policy: Vec<f64>,
+    mixture: Vec<f64>,
+}
+
+impl ArmProbabilities {
+    fn new(settings: &Settings, inputs: &RunInputs, outcome: &RunOutcome) -> anyhow::Result<Self> {
+        let initial = inputs.policy()?;
+        let policy = initial.with_saved_weights(&outcome.summary.checkpoint)?;
+        let policy = next_token_probabilities(&policy, &[0])?;
+        let reference = next_token_probabilities(&initial.without_adapter(), &[0])?;
+        let mixture = playground::mixture(&policy, &reference, settings.actor.mixture_coef);
+        Ok(Self {
+            reference,
+            policy,
+            mixture,
+        })
+    }
+}
+
+/// Distribution of the token after `ids`.
+fn next_token_probabilities(model: &LanguageModel, ids: &[u32]) -> anyhow::Result<Vec<f64>> {
+    let mut decoder = Decoder::new(model.clone(), Precision::F32, 1, ids.len())?;
+    let logits = decoder.prefill(&[Prefill { ids, slots: &[0] }])?;
+    let logits = logits.row(0);
+    let max_logit = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = logits
+        .iter()
+        .map(|&z| f64::from(z - max_logit).exp())
+        .collect();
+    let total: f64 = weights.iter().sum();
+    Ok(weights.into_iter().map(|w| w / total).collect())
+}

@@ -1,0 +1,261 @@
+//! The summary of a run as JSON and as Markdown.
+
+use std::fmt::{self, Write as _};
+
+use learner::{Ending, Evaluation};
+use preference::apo::{PolicySampleQuality, Quality, RoundReport};
+use serde_json::{Map, Value, json};
+use settings::Settings;
+
+use crate::{
+    assembly::RunInputs,
+    report::{ArmProbabilities, WIN_RATE_CHART, verdict},
+    run::RunOutcome,
+};
+
+/// The summary for programs: `report.json`.
+pub(super) fn to_json(
+    settings: &Settings,
+    inputs: &RunInputs,
+    outcome: &RunOutcome,
+    bandit: Option<&ArmProbabilities>,
+) -> Value {
+    let summary = &outcome.summary;
+    let last = summary.evaluations.last();
+    let last_value = |f: &dyn Fn(&Evaluation) -> f64| last.map_or(Value::Null, |e| json!(f(e)));
+    let gold = last.and_then(|e| e.gold_win_rate);
+    let mut report = json!({
+        "finished": summary.ending == Ending::Finished,
+        "objective": settings.learner.objective,
+        "judge": settings.preference.judge,
+        "win_rate": last_value(&|e| e.win_rate.mean),
+        "win_rate_ci_low": last_value(&|e| e.win_rate.low),
+        "win_rate_ci_high": last_value(&|e| e.win_rate.high),
+        "soft_win_rate": last_value(&|e| e.soft_win_rate),
+        "gold_win_rate": gold.map(|g| g.mean),
+        "gold_win_rate_ci_low": gold.map(|g| g.low),
+        "gold_win_rate_ci_high": gold.map(|g| g.high),
+        "kl": last_value(&|e| e.kl),
+        "entropy": last_value(&|e| e.entropy),
+        "response_length": last_value(&|e| e.response_length),
+        "reference_length": last_value(&|e| e.reference_length),
+        "eval_prompts": last.map(|e| e.prompts),
+        "eval_unjudged": last.map(|e| e.unjudged),
+        "evaluated_at_step": last.map(|e| e.step),
+        "truncation_rate": last.and_then(|e| e.truncation_rate),
+        "reference_truncation_rate": last.and_then(|e| e.reference_truncation_rate),
+        "evaluation_conditions": last.and_then(|e| e.conditions.as_ref()),
+        "steps": summary.steps,
+        "pairs": summary.pairs,
+        "tokens": summary.tokens,
+        "pairs_per_second": summary.pairs as f64 / summary.wall_seconds.max(1e-9),
+        "wall_seconds": summary.wall_seconds,
+        "base_seconds": inputs.model.base_seconds,
+        "peak_memory_bytes": telemetry::peak_memory_bytes(),
+        "nonfinite_steps": summary.nonfinite,
+        "rollbacks": summary.rollbacks,
+        "weights_digest": summary.weights_digest.to_string(),
+        "checkpoint": summary.checkpoint,
+        "environment": environment(),
+        "stages": stages(outcome),
+        "evaluations": summary.evaluations,
+        "rounds": outcome.rounds,
+    });
+    if let Some(arms) = bandit {
+        report["reference"] = json!(arms.reference);
+        report["policy"] = json!(arms.policy);
+        report["mixture"] = json!(arms.mixture);
+    }
+    report
+}
+
+/// Version of the program and description of the machine.
+fn environment() -> Value {
+    let mut environment = json!({"version": env!("CARGO_PKG_VERSION")});
+    let machine = json!(telemetry::describe_machine());
+    for (name, value) in machine.as_object().into_iter().flatten() {
+        environment[name] = value.clone();
+    }
+    environment
+}
+
+fn stages(outcome: &RunOutcome) -> Value {
+    let mut stages = Map::new();
+    for (stage, snapshot) in &outcome.stages {
+        let mut value = json!(snapshot);
+        value["conserved"] = json!(snapshot.is_conserved());
+        stages.insert(stage.name().to_owned(), value);
+    }
+    Value::Object(stages)
+}
+
+/// The summary for people: `report.md`.
+pub(super) fn to_markdown(
+    settings: &Settings,
+    inputs: &RunInputs,
+    outcome: &RunOutcome,
+    bandit: Option<&ArmProbabilities>,
+) -> Result<String, fmt::Error> {
+    let summary = &outcome.summary;
+    let mut text = format!("# {}\n\n", settings.run.name);
+    match summary.evaluations.last() {
+        Some(last) => verdict::write(&mut text, settings, summary, last)?,
+        None => verdict::write_unevaluated(&mut text, summary)?,
+    }
+    writeln!(
+        text,
+        "\n{} steps on {} pairs in {:.0} s ({:.1} pairs/s){}.",
+        summary.steps,
+        summary.pairs,
+        summary.wall_seconds,
+        summary.pairs as f64 / summary.wall_seconds.max(1e-9),
+        inputs.model.base_seconds.map_or(String::new(), |s| format!(
+            ", after {s:.0} s for the base policy"
+        )),
+    )?;
+    write_evaluations(&mut text, &summary.evaluations)?;
+    if let Some(arms) = bandit {
+        writeln!(
+            text,
+            "\n| arm | reference | policy | mixture |\n|---|---|---|---|"
+        )?;
+        for arm in 0..arms.policy.len() {
+            let [r, p, m] = [&arms.reference, &arms.policy, &arms.mixture].map(|v| v[arm]);
+            writeln!(text, "| {arm} | {r:.4} | {p:.4} | {m:.4} |")?;
+        }
+    } else if let Some(last) = summary.evaluations.last() {
+        write_examples(&mut text, last)?;
+    }
+    write_rounds(&mut text, &outcome.rounds)?;
+    write_stages(&mut text, outcome)?;
+    let format = match settings.model.lora_rank {
+        0 => "a Hugging Face folder",
+        _ => "a PEFT adapter folder; `agon export --merge` makes a model of it",
+    };
+    writeln!(
+        text,
+        "\nPolicy: `{}` ({format}). Weights: `{}`.",
+        summary.checkpoint.display(),
+        summary.weights_digest
+    )?;
+    Ok(text)
+}
+
+fn write_evaluations(text: &mut String, evaluations: &[Evaluation]) -> fmt::Result {
+    if evaluations.len() < 2 {
+        return Ok(());
+    }
+    writeln!(
+        text,
+        "\n| step | win rate | interval | gold | KL | length | cut off | entropy |\n|---|---|---|---|---|---|---|---|"
+    )?;
+    for e in evaluations {
+        let gold = e
+            .gold_win_rate
+            .map_or("–".into(), |g| format!("{:.3}", g.mean));
+        let cut_off = e
+            .truncation_rate
+            .map_or("–".into(), |rate| format!("{rate:.3}"));
+        writeln!(
+            text,
+            "| {} | {:.3} | {:.3}–{:.3} | {gold} | {:.2} | {:.1} | {cut_off} | {:.3} |",
+            e.step,
+            e.win_rate.mean,
+            e.win_rate.low,
+            e.win_rate.high,
+            e.kl,
+            e.response_length,
+            e.entropy
+        )?;
+    }
+    writeln!(text, "\n![win rate]({WIN_RATE_CHART})")
+}
+
+/// Rounds of adversarial preference optimisation: quality of the preference model before and after each.
+fn write_rounds(text: &mut String, rounds: &[RoundReport]) -> fmt::Result {
+    if rounds.is_empty() {
+        return Ok(());
+    }
+    writeln!(text, "\n## The preference model's rounds\n")?;
+    writeln!(
+        text,
+        "| round | step | golden answer wins | accuracy, ECE on annotated pairs | on the policy's samples: initial | before | after | |"
+    )?;
+    writeln!(text, "|---|---|---|---|---|---|---|---|")?;
+    for r in rounds {
+        let quality = |q: &Quality| format!("{:.3}, {:.3}", q.accuracy, q.ece);
+        let on_samples = |of: &dyn Fn(&PolicySampleQuality) -> Quality| {
+            r.policy.as_ref().map_or("–".into(), |p| quality(&of(p)))
+        };
+        writeln!(
+            text,
+            "| {} | {} | {:.3} → {:.3} | {} → {} | {} | {} | {} | {} |",
+            r.round,
+            r.step,
+            r.golden_wins.before,
+            r.golden_wins.after,
+            quality(&r.held_out.before),
+            quality(&r.held_out.after),
+            on_samples(&|p| p.initial),
+            on_samples(&|p| p.before),
+            on_samples(&|p| p.after),
+            r.refused.as_deref().unwrap_or("accepted"),
+        )?;
+    }
+    Ok(())
+}
+
+fn write_examples(text: &mut String, last: &Evaluation) -> fmt::Result {
+    writeln!(text, "\n## Side by side")?;
+    for example in &last.examples {
+        writeln!(text, "\n> {}\n", one_line(&example.prompt))?;
+        writeln!(text, "- reference: {}", one_line(&example.reference))?;
+        writeln!(text, "- policy: {}", one_line(&example.policy))?;
+        writeln!(text, "- preferred: {}", preferred(example.p))?;
+    }
+    Ok(())
+}
+
+/// The preferred side at probability `p` that the policy's answer is preferred.
+fn preferred(p: f64) -> String {
+    let side = if p > 0.5 {
+        "the policy's"
+    } else if p < 0.5 {
+        "the reference's"
+    } else {
+        "neither"
+    };
+    format!("{side} (p = {p:.2})")
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn write_stages(text: &mut String, outcome: &RunOutcome) -> fmt::Result {
+    writeln!(
+        text,
+        "\n| stage | received | emitted | dropped | in flight |\n|---|---|---|---|---|"
+    )?;
+    for (stage, s) in &outcome.stages {
+        let reasons: Vec<String> = s
+            .dropped
+            .iter()
+            .map(|(reason, n)| format!("{n} {}", reason.name()))
+            .collect();
+        let dropped = if reasons.is_empty() {
+            "0".into()
+        } else {
+            reasons.join(", ")
+        };
+        writeln!(
+            text,
+            "| {} | {} | {} | {dropped} | {} |",
+            stage.name(),
+            s.received,
+            s.emitted,
+            s.in_flight
+        )?;
+    }
+    Ok(())
+}

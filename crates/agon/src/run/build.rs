@@ -1,0 +1,271 @@
+//! Builds the roles of a run from its settings: one builder per role, for runs of one process and of several.
+
+use std::{net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc};
+
+use actor::{Actor, ActorModel, ActorParts, ActorStreams, PrecisionLimit};
+use anyhow::Error;
+use hub::CancelToken;
+use learner::{InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams, PromptPlan};
+use messages::{Seed, Stage, WeightsVersion};
+use model::LanguageModel;
+use preference::{
+    PreferenceError, PreferenceService, PreferenceServiceParts,
+    apo::{ApoRunner, ReplicaFactory},
+};
+use settings::Settings;
+use telemetry::StageCounters;
+use tokio::sync::watch;
+
+use crate::{
+    assembly::{self, ApoJudge, JudgeSource, LoadedModel, SamplerParts},
+    cluster::membership::StatusSource,
+    run::{
+        RunContext, RunStreams,
+        role_settings::{
+            apo_schedule, completion_plan, identical_pairs, pacing, sampling, sampling_kind,
+            weights_dtype,
+        },
+    },
+};
+
+/// A task of a role; ends when shutdown is requested.
+pub(crate) type RoleTask = Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send>>;
+
+/// A role that is ready to run.
+pub(crate) struct Role {
+    /// Tasks to run side by side.
+    pub(crate) tasks: Vec<RoleTask>,
+    /// Source of its heartbeats.
+    pub(crate) status_source: StatusSource,
+    /// Address of its HTTP server, if it has one.
+    pub(crate) http_address: Option<SocketAddr>,
+}
+
+/// The policy of an actor at the start.
+pub(crate) struct InitialActorPolicy<'a> {
+    /// The reference.
+    pub(crate) reference: &'a LoadedModel,
+    /// The policy: the reference, with an adapter if one is trained.
+    pub(crate) policy: LanguageModel,
+}
+
+/// Start of this session's adversarial preference optimisation (APO).
+pub(crate) struct ApoSession<'a> {
+    /// The policy at the start of the run.
+    pub(crate) policy: &'a LoadedModel,
+    /// Directory of the rounds.
+    pub(crate) rounds: PathBuf,
+    /// Weights version at which the session starts.
+    pub(crate) start: WeightsVersion,
+}
+
+/// Builds the roles of one process.
+pub(crate) struct RoleBuilder<'a> {
+    /// Settings.
+    pub(crate) settings: &'a Settings,
+    /// Streams of the run.
+    pub(crate) streams: &'a RunStreams,
+    /// URL of the process's Prometheus metrics.
+    pub(crate) metrics: &'a str,
+    /// Turns true when actors and preference services are to finish.
+    pub(crate) shutdown: watch::Receiver<bool>,
+}
+
+impl RoleBuilder<'_> {
+    /// The actors of this process, `actor.count` of them, as one role.
+    pub(crate) fn actors<'m>(
+        &self,
+        role_name: &str,
+        actor_name: impl Fn(usize) -> String,
+        policy: impl Fn() -> anyhow::Result<InitialActorPolicy<'m>>,
+    ) -> anyhow::Result<Role> {
+        let counters = StageCounters::new(Stage::Actor);
+        let mut status_source = self.status_source(counters, role_name);
+        let mut tasks = Vec::new();
+        for index in 0..self.settings.actor.count {
+            let actor = self.actor(actor_name(index), policy()?, &status_source.counters)?;
+            status_source.waits.push(actor.waits());
+            let loaded = actor.loaded();
+            status_source.step = Some(Box::new(move || loaded.borrow().step));
+            let shutdown = self.shutdown.clone();
+            tasks.push(task(async move { Ok(actor.run(shutdown).await?) }));
+        }
+        Ok(Role {
+            tasks,
+            status_source,
+            http_address: None,
+        })
+    }
+
+    fn actor(
+        &self,
+        name: String,
+        initial: InitialActorPolicy<'_>,
+        counters: &StageCounters,
+    ) -> anyhow::Result<Actor> {
+        let settings = &self.settings.actor;
+        let InitialActorPolicy { reference, policy } = initial;
+        let sampling = sampling(self.settings);
+        let precision = PrecisionLimit {
+            precision: sampling.precision,
+            max_drift: settings.max_drift,
+        };
+        let parts = SamplerParts {
+            folder: (*reference.folder).clone(),
+            policy: policy.clone(),
+            reference: Some(reference.language_model()?),
+            sampling,
+            slots: settings.slots,
+            capacity: settings.max_prompt_length + settings.max_new_tokens,
+        };
+        Ok(Actor::new(ActorParts {
+            name,
+            model: ActorModel {
+                policy,
+                sampler: assembly::sampler(&settings.engine, parts)?,
+                slots: settings.slots,
+                precision,
+                tokenizer: reference.folder.tokenizer.clone(),
+            },
+            completions: completion_plan(self.settings),
+            pacing: pacing(self.settings),
+            identical: identical_pairs(self.settings),
+            streams: ActorStreams {
+                prompts: self.streams.prompts.receiver.clone(),
+                pairs: self.streams.pairs.sender.clone(),
+                drops: self.streams.drops.sender.clone(),
+                weight_store: self.streams.weight_store.clone(),
+            },
+            counters: counters.clone(),
+        })?)
+    }
+
+    /// The preference service with this judge, or with the current judge of APO, and its HTTP server if the settings
+    /// name an address. Loading the judge of APO blocks; ends early once `cancel` is cancelled.
+    pub(crate) async fn preference(
+        &self,
+        role_name: &str,
+        judge: &Arc<JudgeSource>,
+        session: ApoSession<'_>,
+        cancel: &CancelToken,
+    ) -> anyhow::Result<Role> {
+        let settings = self.settings;
+        let (judge, apo) = judge_and_apo(settings, judge, session, cancel)?;
+        let pool = assembly::pool(settings, &judge)?;
+        let mut tasks = Vec::new();
+        let mut http_address = None;
+        if !settings.preference.http.listen.is_empty() {
+            let server = assembly::server(settings, &judge, pool.clone()).await?;
+            http_address = Some(server.address());
+            let shutdown = self.shutdown.clone();
+            tasks.push(task(async move { Ok(server.run(shutdown).await?) }));
+        }
+        let counters = StageCounters::new(Stage::Preference);
+        let service = PreferenceService::new(PreferenceServiceParts {
+            judge: pool,
+            gold: assembly::gold_pool(settings)?,
+            orders: settings.preference.orders,
+            apo,
+            pairs: self.streams.pairs.receiver.clone(),
+            labelled: self.streams.labelled.sender.clone(),
+            drops: self.streams.drops.sender.clone(),
+            counters: Arc::new(counters.clone()),
+        });
+        let mut status_source = self.status_source(counters, role_name);
+        status_source.waits.push(service.waits());
+        let shutdown = self.shutdown.clone();
+        tasks.push(task(async move { Ok(service.run(shutdown).await?) }));
+        Ok(Role {
+            tasks,
+            status_source,
+            http_address,
+        })
+    }
+
+    /// The learner, restored from the checkpoint of `context` if there is one. `others` are the counters of the other
+    /// stages in this process, which its checkpoints contain.
+    pub(crate) async fn learner(
+        &self,
+        role_name: &str,
+        context: &RunContext<'_>,
+        others: &[StageCounters],
+    ) -> anyhow::Result<(Learner, StatusSource)> {
+        let (settings, inputs) = (self.settings, context.inputs);
+        let counters = StageCounters::new(Stage::Learner);
+        let learner = Learner::new(LearnerParts {
+            settings: settings.learner.clone(),
+            evaluation: settings.evaluation.clone(),
+            conditions: assembly::conditions(&inputs.model.folder, &sampling(settings)),
+            apo: apo_schedule(settings),
+            telemetry: settings.telemetry.clone(),
+            seed: Seed(settings.run.seed),
+            model: InitialPolicy {
+                folder: Arc::clone(&inputs.model.folder),
+                policy: inputs.policy()?,
+            },
+            prompts: PromptPlan {
+                set: Arc::clone(&inputs.prompts),
+                pacing: pacing(settings),
+                sampling: sampling_kind(settings),
+            },
+            streams: LearnerStreams {
+                prompts: self.streams.prompts.sender.clone(),
+                labelled: self.streams.labelled.receiver.clone(),
+                drops: self.streams.drops.receiver.clone(),
+                weight_store: self.streams.weight_store.clone(),
+                weights_dtype: weights_dtype(settings),
+            },
+            directory: Arc::clone(context.directory),
+            counters: LearnerCounters {
+                own: counters.clone(),
+                stages: [others, std::slice::from_ref(&counters)].concat(),
+            },
+            resume: context.resume.clone(),
+        })
+        .await?;
+        let mut status_source = self.status_source(counters, role_name);
+        status_source.waits.push(learner.waits());
+        let steps = learner.steps();
+        status_source.step = Some(Box::new(move || *steps.borrow()));
+        Ok((learner, status_source))
+    }
+
+    fn status_source(&self, counters: StageCounters, name: &str) -> StatusSource {
+        StatusSource {
+            stage: counters.stage(),
+            name: name.to_owned(),
+            metrics: self.metrics.to_owned(),
+            counters,
+            waits: Vec::new(),
+            step: None,
+        }
+    }
+}
+
+fn task(future: impl Future<Output = Result<(), Error>> + Send + 'static) -> RoleTask {
+    Box::pin(future)
+}
+
+/// The judge of the session, and the runner of APO that replaces it after each round; without APO, the given judge.
+fn judge_and_apo(
+    settings: &Settings,
+    judge: &Arc<JudgeSource>,
+    session: ApoSession<'_>,
+    cancel: &CancelToken,
+) -> anyhow::Result<(Arc<JudgeSource>, Option<ApoRunner>)> {
+    if apo_schedule(settings).is_none() {
+        return Ok((Arc::clone(judge), None));
+    }
+    let apo_judge = ApoJudge::load(settings, judge, session.rounds, session.start)?;
+    let current = apo_judge.source(judge)?;
+    let policy = session.policy;
+    let apo = tokio::task::block_in_place(|| apo_judge.apo(settings, policy, judge, cancel))?;
+    let (first, preference) = (Arc::clone(judge), settings.preference.clone());
+    let replicas: ReplicaFactory = Box::new(move |model, round| {
+        let judge = first.with_model(model, assembly::judge_version(round));
+        let replicas =
+            judge.and_then(|judge| assembly::judge_replicas(&preference, &Arc::new(judge)));
+        replicas.map_err(|error| PreferenceError::Replicas(format!("{error:#}")))
+    });
+    Ok((current, Some(ApoRunner::new(apo, replicas))))
+}

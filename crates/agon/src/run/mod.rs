@@ -1,0 +1,74 @@
+//! Builds and runs the roles of a run. Each role knows its streams and nothing of the other roles.
+
+mod build;
+mod role_settings;
+mod single_process;
+mod streams;
+
+use std::{path::PathBuf, sync::Arc};
+
+use learner::Summary;
+use messages::{Stage, WeightsVersion};
+use preference::apo::{History, RoundReport};
+use settings::Settings;
+use telemetry::{RunDirectory, StageSnapshot};
+
+use crate::assembly::{self, RunInputs};
+
+pub(crate) use build::{ApoSession, InitialActorPolicy, Role, RoleBuilder};
+pub(crate) use role_settings::sampling;
+pub(crate) use single_process::{join_all, run_single_process};
+pub(crate) use streams::RunStreams;
+
+/// A run that a learner of this process starts or resumes.
+pub(crate) struct RunContext<'a> {
+    /// Settings.
+    pub(crate) settings: &'a Settings,
+    /// The same, resolved, as TOML.
+    pub(crate) config: &'a str,
+    /// Base model, adapter and prompts.
+    pub(crate) inputs: &'a RunInputs,
+    /// Run directory.
+    pub(crate) directory: &'a Arc<RunDirectory>,
+    /// Checkpoint to resume.
+    pub(crate) resume: Option<PathBuf>,
+}
+
+impl RunContext<'_> {
+    /// Weights version at which this session starts.
+    pub(crate) fn start(&self) -> anyhow::Result<WeightsVersion> {
+        let step = self.resume.as_deref().map(learner::checkpoint_step);
+        Ok(WeightsVersion {
+            session: self.directory.session(),
+            step: step.transpose()?.unwrap_or(0),
+        })
+    }
+
+    /// The outcome of the run, from the learner's summary and the counters of all stages.
+    pub(crate) fn outcome(
+        &self,
+        summary: Summary,
+        stages: Vec<(Stage, StageSnapshot)>,
+    ) -> anyhow::Result<RunOutcome> {
+        let end = WeightsVersion {
+            session: self.directory.session(),
+            step: summary.steps,
+        };
+        let rounds = History::load(&assembly::rounds_directory(self.directory.root()), end)?.rounds;
+        Ok(RunOutcome {
+            summary,
+            stages,
+            rounds,
+        })
+    }
+}
+
+/// Result of a finished or interrupted run.
+pub(crate) struct RunOutcome {
+    /// Summary of the learner.
+    pub(crate) summary: Summary,
+    /// Counters of each stage.
+    pub(crate) stages: Vec<(Stage, StageSnapshot)>,
+    /// Rounds of adversarial preference optimisation.
+    pub(crate) rounds: Vec<RoundReport>,
+}

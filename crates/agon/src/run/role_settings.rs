@@ -1,0 +1,128 @@
+//! What the roles derive from several settings at once: sampling, pacing, mixtures and dtypes.
+
+use actor::{CompletionPlan, IdenticalPairs};
+use learner::{ApoSchedule, Sampling};
+use messages::Pacing;
+use model::{DType, Precision, SamplingSettings};
+use settings::{ObjectiveSettings, Settings, TransportSettings};
+
+use crate::assembly;
+
+/// Sampling settings of the actors.
+pub(crate) fn sampling(settings: &Settings) -> SamplingSettings {
+    let actor = &settings.actor;
+    SamplingSettings {
+        temperature: actor.temperature,
+        top_k: actor.top_k,
+        top_p: actor.top_p,
+        min_p: actor.min_p,
+        max_new_tokens: actor.max_new_tokens,
+        precision: model::sampling_precision(actor.precision),
+    }
+}
+
+/// Pacing of the prompts: batched for a single strictly on-policy actor, so that a seed reproduces a run bit by bit.
+pub(super) fn pacing(settings: &Settings) -> Pacing {
+    let actors = match settings.transport {
+        TransportSettings::Memory {} => 1,
+        TransportSettings::Jetstream(_) => settings.topology.actors,
+    };
+    if settings.learner.max_staleness == 0 && actors * settings.actor.count == 1 {
+        Pacing::Batched
+    } else {
+        Pacing::EachPrompt
+    }
+}
+
+/// Whether actors sample from exactly the distribution that the learner computes: without temperature, truncation or
+/// reduced precision, and with weights that are not rounded in transport.
+pub(super) fn sampling_kind(settings: &Settings) -> Sampling {
+    let own = sampling(settings);
+    let rounded = weights_dtype(settings) != assembly::dtype(settings.model.dtype);
+    match own.is_exact() && own.precision == Precision::F32 && !rounded {
+        true => Sampling::Exact,
+        false => Sampling::Altered,
+    }
+}
+
+/// Dtype of published weights; within one process that of the model.
+pub(super) fn weights_dtype(settings: &Settings) -> DType {
+    assembly::dtype(match &settings.transport {
+        TransportSettings::Memory {} => settings.model.dtype,
+        TransportSettings::Jetstream(jetstream) => jetstream.weights_dtype,
+    })
+}
+
+/// Schedule of adversarial preference optimisation; `None` if it is off.
+pub(super) fn apo_schedule(settings: &Settings) -> Option<ApoSchedule> {
+    let apo = &settings.preference.apo;
+    (apo.refresh_steps > 0).then_some(ApoSchedule {
+        interval: apo.refresh_steps,
+        max_rounds: apo.max_rounds,
+        prompts: apo.prompts,
+    })
+}
+
+/// Completions that an actor samples for each prompt.
+pub(super) fn completion_plan(settings: &Settings) -> CompletionPlan {
+    CompletionPlan {
+        mixture_coefs: mixture_coefs(settings),
+        apo_samples: settings.preference.apo.samples,
+        exact_samples: usize::from(!sampling(settings).is_exact()),
+        max_new_tokens: settings.actor.max_new_tokens,
+    }
+}
+
+/// Weight on the reference of each completion: Nash-MD by policy gradient compares a completion of the policy with one
+/// of the mixture, all other objectives compare completions of the mixture.
+fn mixture_coefs(settings: &Settings) -> Vec<f32> {
+    let mixture = settings.actor.mixture_coef as f32;
+    match settings.learner.objective {
+        ObjectiveSettings::NashMdPg { .. } => vec![0.0, mixture],
+        _ => vec![mixture; settings.actor.num_generations],
+    }
+}
+
+/// What happens to pairs of identical completions.
+pub(super) fn identical_pairs(settings: &Settings) -> IdenticalPairs {
+    match settings.learner.objective {
+        ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rpo { .. } => IdenticalPairs::Keep,
+        _ => IdenticalPairs::Drop,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use settings::Override;
+
+    use super::*;
+
+    #[test]
+    fn sampling_is_exact_only_with_the_learners_precision() {
+        let kind = |sets: &[&str]| {
+            let sets: Vec<Override> = sets.iter().map(|set| set.parse().unwrap()).collect();
+            sampling_kind(&settings::resolve("", "test", &sets).unwrap().settings)
+        };
+        let over_nats = "transport.kind=jetstream";
+        for exact in [
+            &[][..],
+            &["model.dtype=bf16"],
+            &[over_nats, "transport.weights_dtype=f32"],
+            &[
+                over_nats,
+                "transport.weights_dtype=bf16",
+                "model.dtype=bf16",
+            ],
+        ] {
+            assert_eq!(kind(exact), Sampling::Exact, "{exact:?}");
+        }
+        for altered in [
+            &["actor.temperature=0.9"][..],
+            &["actor.top_k=5"],
+            &["actor.precision=int8"],
+            &[over_nats, "transport.weights_dtype=bf16"],
+        ] {
+            assert_eq!(kind(altered), Sampling::Altered, "{altered:?}");
+        }
+    }
+}

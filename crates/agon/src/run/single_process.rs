@@ -1,0 +1,122 @@
+//! Runs all roles in one process, connected by streams in memory.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, anyhow};
+use learner::{Learner, Summary};
+use telemetry::StageCounters;
+use tokio::{sync::watch, task::JoinSet, time::timeout};
+use transport::Transport;
+
+use crate::{
+    assembly::{self, JudgeSource},
+    cluster::{
+        membership::{RunPhase, RunRecord},
+        status::{MemberSource, StatusPublisher},
+    },
+    run::{ApoSession, InitialActorPolicy, RoleBuilder, RunContext, RunOutcome, RunStreams},
+    signals,
+};
+
+/// Time for actors and the preference service to finish after the learner.
+const EXIT_GRACE: Duration = Duration::from_secs(60);
+
+/// Builds all roles, runs them until the learner is done or shutdown is requested, then lets the others finish.
+/// `metrics` is the URL of this process's Prometheus metrics.
+pub(crate) async fn run_single_process(
+    context: RunContext<'_>,
+    judge: &Arc<JudgeSource>,
+    metrics: &str,
+    shutdown: &watch::Sender<bool>,
+) -> anyhow::Result<RunOutcome> {
+    let (settings, inputs) = (context.settings, context.inputs);
+    // Both ends of every stream stay open until all roles have ended, so that none fails because another ended first.
+    let streams = RunStreams::open(&Transport::in_memory(), settings).await?;
+    let start = context.start()?;
+    let (finish, finishing) = watch::channel(false);
+    let builder = RoleBuilder {
+        settings,
+        streams: &streams,
+        metrics,
+        shutdown: finishing,
+    };
+    let policy = || {
+        Ok(InitialActorPolicy {
+            reference: &inputs.model,
+            policy: inputs.policy()?,
+        })
+    };
+    let mut roles = JoinSet::new();
+    let actors = builder.actors("actors", |index| format!("actor-{index}"), policy)?;
+    actors.tasks.into_iter().for_each(|task| {
+        roles.spawn(task);
+    });
+    let session = ApoSession {
+        policy: &inputs.model,
+        rounds: assembly::rounds_directory(context.directory.root()),
+        start,
+    };
+    let cancel = signals::cancel_token(shutdown);
+    let preference = builder
+        .preference("preference", judge, session, &cancel)
+        .await?;
+    preference.tasks.into_iter().for_each(|task| {
+        roles.spawn(task);
+    });
+    let statuses = [actors.status_source, preference.status_source];
+    let others = [&statuses[0], &statuses[1]].map(|status| status.counters.clone());
+    let (learner, learner_status) = builder.learner("learner", &context, &others).await?;
+
+    let counters: Vec<StageCounters> =
+        [&others[..], std::slice::from_ref(&learner_status.counters)].concat();
+    let source = MemberSource::SingleProcess {
+        record: RunRecord::new(context.directory, context.config, start.step),
+        roles: statuses.into_iter().chain([learner_status]).collect(),
+    };
+    let publisher = StatusPublisher::start(context.directory, settings, streams.clone(), source);
+    let result = supervise(learner, roles, finish, shutdown).await;
+    let ending = result.as_ref().ok().map(|summary| summary.ending);
+    publisher.end(RunPhase::after(ending)).await;
+    let stages = counters.iter().map(|c| (c.stage(), c.snapshot()));
+    context.outcome(result?, stages.collect())
+}
+
+/// Waits for the learner, then lets the other roles finish. A role that ends unrequested, with or without an error, is
+/// a failure: the learner saves, and the run ends with that role's error.
+async fn supervise(
+    learner: Learner,
+    mut roles: JoinSet<anyhow::Result<()>>,
+    finish: watch::Sender<bool>,
+    shutdown: &watch::Sender<bool>,
+) -> anyhow::Result<Summary> {
+    let mut learning = tokio::spawn(learner.run(shutdown.subscribe()));
+    let summary = tokio::select! {
+        result = &mut learning => result.context("the learner panicked")??,
+        Some(ended) = roles.join_next() => {
+            let unrequested = || Err(anyhow!("an actor or the preference service ended unexpectedly"));
+            let error = ended.context("a role panicked").and_then(|result| result);
+            let error = error.and_then(|()| unrequested());
+            shutdown.send_replace(true);
+            if let Err(late) = within(EXIT_GRACE, "the learner", learning).await {
+                tracing::error!("{late}; its work since the last checkpoint is lost");
+            }
+            return error;
+        }
+    };
+    finish.send_replace(true);
+    within(EXIT_GRACE, "actors or judge", join_all(&mut roles)).await??;
+    Ok(summary)
+}
+
+/// Waits for all roles to end.
+pub(crate) async fn join_all(roles: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Result<()> {
+    while let Some(ended) = roles.join_next().await {
+        ended.context("a role panicked")??;
+    }
+    Ok(())
+}
+
+async fn within<T>(grace: Duration, name: &str, end: impl Future<Output = T>) -> anyhow::Result<T> {
+    let late = |_| anyhow!("{name} did not finish within {} s", grace.as_secs());
+    timeout(grace, end).await.map_err(late)
+}

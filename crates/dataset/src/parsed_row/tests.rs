@@ -1,0 +1,590 @@
+//! Tests of every format.
+
+use messages::Dialogue;
+use serde_json::json;
+
+use super::*;
+
+/// The documentation of all formats.
+const DOCUMENTATION: &str = include_str!("../../../../docs/data.md");
+
+fn extract<T>(
+    row: &Value,
+    columns: &Columns,
+    value: impl Fn(&ParsedRow<'_>) -> Result<T, String>,
+) -> Result<T, String> {
+    let row = row.as_object().expect("a row is an object");
+    value(&ParsedRow::of(row, columns)?)
+}
+
+fn pair(row: &Value) -> Result<(PromptText, String, String), String> {
+    let pair = extract(row, &Columns::default(), |row| row.pair())?;
+    Ok((pair.prompt, pair.chosen, pair.rejected))
+}
+
+fn answered(row: &Value) -> Result<(PromptText, String), String> {
+    let PromptAnswer { prompt, answer } = extract(row, &Columns::default(), |row| row.answered())?;
+    Ok((prompt, answer))
+}
+
+fn prompt(row: &Value) -> Result<PromptText, String> {
+    extract(row, &Columns::default(), |row| row.prompt())
+}
+
+fn prompt_in(column: &str) -> Columns {
+    Columns {
+        prompt: Column::named(column, "prompts.prompt_column"),
+        ..Columns::default()
+    }
+}
+
+fn turn(role: &str, content: &str) -> Value {
+    json!({"role": role, "content": content})
+}
+
+fn dialogue(turns: &[(&str, &str)]) -> PromptText {
+    let turns = turns.iter().map(|(role, text)| Message::new(role, text));
+    PromptText::Dialogue(Dialogue::new(turns.collect()))
+}
+
+fn text(text: &str) -> PromptText {
+    PromptText::Text(text.into())
+}
+
+#[test]
+fn all_documented_examples_are_parsed() {
+    let mut examples = 0;
+    for block in DOCUMENTATION.split("\n```json ").skip(1) {
+        let (kinds, rest) = block.split_once('\n').expect("a line of kinds");
+        let (rows, _) = rest.split_once("\n```").expect("an end");
+        for row in rows.lines() {
+            let value: Value = serde_json::from_str(row).unwrap_or_else(|e| panic!("{e}: {row}"));
+            let all = [
+                ("prompt", prompt(&value).map(|_| ())),
+                ("answered", answered(&value).map(|_| ())),
+                ("pair", pair(&value).map(|_| ())),
+            ];
+            for (kind, read) in all {
+                let expected = kinds.split(' ').any(|name| name == kind);
+                // A dialogue without a usable answer is still a prompt.
+                if expected || kind != "prompt" {
+                    assert_eq!(read.is_ok(), expected, "as {kind}: {read:?} of {row}");
+                }
+            }
+            examples += 1;
+        }
+    }
+    assert!(examples >= 25, "{examples} examples");
+}
+
+#[test]
+fn pairs_are_parsed_in_every_format() {
+    let user = turn("user", "q");
+    let assistant = |text: &str| turn("assistant", text);
+    let question = dialogue(&[("user", "q")]);
+    let with_system = dialogue(&[("system", "s"), ("user", "q")]);
+    let many = dialogue(&[("user", "first?"), ("assistant", "x"), ("user", "q")]);
+    let complete = |answer: &str| {
+        json!([
+            turn("user", "first?"),
+            assistant("x"),
+            user,
+            assistant(answer)
+        ])
+    };
+    let ab = |prompt: &PromptText| (prompt.clone(), "a".to_owned(), "b".to_owned());
+    let cases = [
+        (
+            json!({"prompt": "q", "chosen": "a", "rejected": "b"}),
+            ab(&text("q")),
+        ),
+        (
+            json!({"prompt": [user], "chosen": [assistant("a")], "rejected": [assistant("b")]}),
+            ab(&question),
+        ),
+        (
+            json!({"prompt": [user], "chosen": "a", "rejected": assistant("b")}),
+            ab(&question),
+        ),
+        (
+            json!({"chosen": [user, assistant("a")], "rejected": [user, assistant("b")]}),
+            ab(&question),
+        ),
+        // UltraFeedback: the dialogues have turns that the text prompt lacks.
+        (
+            json!({"prompt": "first?", "chosen": complete("a"), "rejected": complete("b"), "messages": complete("a")}),
+            ab(&many),
+        ),
+        (
+            json!({"prompt": [user], "chosen": [turn("system", "s"), user, assistant("a")],
+                "rejected": [turn("system", "s"), user, assistant("b")]}),
+            ab(&with_system),
+        ),
+        (
+            json!({"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}),
+            ab(&question),
+        ),
+        (
+            json!({"conversations": [{"from": "human", "value": "q"}],
+                "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}),
+            ab(&question),
+        ),
+        (
+            json!({"messages": [user, assistant("a")], "chosen": "a", "rejected": "b"}),
+            ab(&question),
+        ),
+        (
+            json!({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}),
+            ab(&with_system),
+        ),
+        (
+            json!({"system": "", "question": "q", "chosen": "a", "rejected": "b"}),
+            ab(&question),
+        ),
+        (
+            json!({"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}),
+            ab(&with_system),
+        ),
+        (
+            json!({"instruction": "do", "input": "this", "chosen": "a", "rejected": "b"}),
+            ab(&dialogue(&[("user", "do\nthis")])),
+        ),
+    ];
+    for (row, expected) in cases {
+        assert_eq!(pair(&row), Ok(expected), "{row}");
+        // The prompt does not depend on the use of the row.
+        assert_eq!(prompt(&row), pair(&row).map(|(prompt, ..)| prompt), "{row}");
+        assert_eq!(
+            answered(&row).map(|(_, answer)| answer),
+            Ok("a".into()),
+            "{row}"
+        );
+    }
+}
+
+#[test]
+fn the_implicit_prompt_of_texts_is_their_common_prefix() {
+    let hh = |tail: &str| format!("\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant: {tail}");
+    for (chosen, rejected, cut) in [
+        (
+            hh("a"),
+            hh("b"),
+            "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant:",
+        ),
+        (
+            "\n\nHuman: q\n\nAssistant: a".into(),
+            "\n\nHuman: q\n\nAssistant: b\n\nHuman: r\n\nAssistant: c".into(),
+            "\n\nHuman: q\n\nAssistant:",
+        ),
+        (
+            hh("a"),
+            hh("a"),
+            "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant:",
+        ),
+        // TRL's own example, as extract_prompt gives it.
+        (
+            "The sky is blue.".into(),
+            "The sky is green.".into(),
+            "The sky is",
+        ),
+        ("Où est-ce?".into(), "Où est-il?".into(), "Où est-"),
+    ] {
+        let row = json!({"chosen": chosen, "rejected": rejected});
+        let expected = (
+            text(cut),
+            chosen[cut.len()..].to_owned(),
+            rejected[cut.len()..].to_owned(),
+        );
+        assert_eq!(pair(&row), Ok(expected), "{row}");
+    }
+}
+
+#[test]
+fn answers_are_parsed_in_every_format() {
+    let user = turn("user", "2 + 2?");
+    let assistant = turn("assistant", "4");
+    let question = dialogue(&[("user", "2 + 2?")]);
+    let parts = json!([{"type": "text", "text": "4", "image": null}]);
+    for row in [
+        json!({"prompt": user, "completion": [assistant]}),
+        json!({"prompt": [user], "completion": "4"}),
+        json!({"prompt": user, "chosen": assistant}),
+        json!({"prompt": "2 + 2?", "completion": [assistant]}),
+        json!({"prompt": "2 + 2?", "completion": [user, assistant]}),
+        json!({"prompt": "2 + 2?", "messages": [user, assistant]}),
+        json!({"completion": [user, assistant]}),
+        json!({"messages": [user, assistant]}),
+        json!({"messages": [user, {"role": "assistant", "content": parts}]}),
+        json!({"messages": [user], "completion": "4"}),
+        json!({"conversation": [user, assistant]}),
+        json!({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}),
+        json!({"instruction": "2 + 2?", "input": "", "output": "4"}),
+        json!({"instruction": "", "input": "2 + 2?", "output": "4"}),
+        json!({"question": "2 + 2?", "answer": "4"}),
+        json!({"system_prompt": null, "question": "2 + 2?", "response": "4"}),
+    ] {
+        assert_eq!(answered(&row), Ok((question.clone(), "4".into())), "{row}");
+        assert_eq!(prompt(&row), Ok(question.clone()), "{row}");
+    }
+    let plain = json!({"prompt": "2 + 2?", "completion": "4", "messages": [user]});
+    assert_eq!(answered(&plain), Ok((text("2 + 2?"), "4".into())));
+    let history = json!({"instruction": "and 3?", "output": "6", "history": [["2 + 2?", "4"]], "system": "add"});
+    let turns = [
+        ("system", "add"),
+        ("user", "2 + 2?"),
+        ("assistant", "4"),
+        ("user", "and 3?"),
+    ];
+    assert_eq!(answered(&history), Ok((dialogue(&turns), "6".into())));
+    let alone = json!({"text": "the sky"});
+    assert_eq!(answered(&alone), Ok((text(""), "the sky".into())));
+    assert!(prompt(&alone).is_err_and(|error| error.contains("has no prompt")));
+}
+
+#[test]
+fn a_prompt_column_does_not_leak_the_answer() {
+    let (user, assistant) = (turn("user", "hi"), turn("assistant", "ANSWER"));
+    let question = dialogue(&[("user", "hi")]);
+    let share = json!([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ANSWER"}]);
+    for (column, row) in [
+        ("messages", json!({"messages": [user, assistant]})),
+        (
+            "messages",
+            json!({"prompt": "hi", "messages": [user, assistant]}),
+        ),
+        (
+            "conversations",
+            json!({"conversations": share, "messages": null}),
+        ),
+        (
+            "chosen",
+            json!({"chosen": [user, assistant], "rejected": [user, turn("assistant", "no")]}),
+        ),
+        ("chosen", json!({"chosen": [user, assistant]})),
+        ("completion", json!({"completion": [user, assistant]})),
+    ] {
+        let columns = prompt_in(column);
+        assert_eq!(
+            extract(&row, &columns, |row| row.prompt()),
+            Ok(question.clone()),
+            "{row}"
+        );
+    }
+    // The value of a prompt column is a prompt that completions continue.
+    let row = json!({"prompt": [user, assistant], "mine": [user, assistant]});
+    let prefix = dialogue(&[("user", "hi"), ("assistant", "ANSWER")]);
+    for column in ["prompt", "mine"] {
+        assert_eq!(
+            extract(&row, &prompt_in(column), |row| row.prompt()),
+            Ok(prefix.clone())
+        );
+    }
+}
+
+#[test]
+fn configured_columns_are_read_in_every_format() {
+    let text_row = json!({"question": "q", "good": "a", "bad": "b", "gold": "c"});
+    let columns = Columns {
+        prompt: Column::named("question", "prompts.prompt_column"),
+        answer: Column::named("good", "sft.completion_column"),
+        golden: Some(Column::named("gold", "prompts.golden_column")),
+        chosen: Column::named("good", "chosen_column"),
+        rejected: Column::named("bad", "rejected_column"),
+    };
+    let read = extract(&text_row, &columns, |row| row.pair()).expect("a pair");
+    assert_eq!((read.prompt, read.rejected.as_str()), (text("q"), "b"));
+    assert_eq!(
+        extract(&text_row, &columns, |row| Ok(row.answered()?.answer)),
+        Ok("a".into())
+    );
+    assert_eq!(
+        extract(&text_row, &columns, |row| row.golden()),
+        Ok(Some("c".into()))
+    );
+    let complete = |answer: &str| json!([turn("user", "q"), turn("assistant", answer)]);
+    let row = json!({"question": "q", "good": complete("a"), "bad": complete("b"), "gold": complete("c")});
+    let read = extract(&row, &columns, |row| row.pair()).expect("a pair");
+    assert_eq!(
+        (read.prompt, read.chosen.as_str()),
+        (dialogue(&[("user", "q")]), "a")
+    );
+    assert_eq!(
+        extract(&row, &columns, |row| row.golden()),
+        Ok(Some("c".into()))
+    );
+    // Orca and Alpaca with their own column names configured are read completely.
+    let orca = json!({"system": "s", "question": "q", "chosen": "a", "rejected": "b"});
+    let with_system = dialogue(&[("system", "s"), ("user", "q")]);
+    assert_eq!(
+        extract(&orca, &prompt_in("question"), |row| row.prompt()),
+        Ok(with_system)
+    );
+    let alpaca = json!({"instruction": "do", "input": "this", "chosen": "a", "rejected": "b"});
+    let both = dialogue(&[("user", "do\nthis")]);
+    assert_eq!(
+        extract(&alpaca, &prompt_in("instruction"), |row| row.prompt()),
+        Ok(both)
+    );
+    // A golden answer does not affect the format.
+    let golden = Columns {
+        golden: Some(Column::named("messages", "prompts.golden_column")),
+        ..Columns::default()
+    };
+    let row = json!({"messages": [turn("user", "q"), turn("assistant", "a")], "golden": "b"});
+    assert_eq!(
+        extract(&row, &golden, |row| row.golden()),
+        Ok(Some("a".into()))
+    );
+    assert_eq!(
+        extract(&row, &golden, |row| row.prompt()),
+        Ok(dialogue(&[("user", "q")]))
+    );
+}
+
+#[test]
+fn tools_and_template_variables_are_part_of_the_dialogue() {
+    let tool = json!({"type": "function", "function": {"name": "now", "parameters": {}}});
+    for tools in [json!([tool]), json!(json!([tool]).to_string())] {
+        let row = json!({"prompt": [turn("user", "q")], "tools": tools,
+            "chat_template_kwargs": {"enable_thinking": false}});
+        let Ok(PromptText::Dialogue(read)) = prompt(&row) else {
+            panic!("{row} is a dialogue")
+        };
+        assert_eq!(read.tools, std::slice::from_ref(&tool));
+        assert_eq!(read.template_kwargs["enable_thinking"], json!(false));
+    }
+    let defaulted =
+        json!({"type": "function", "function": {"name": "now", "parameters": {"default": null}}});
+    let row = json!({"prompt": [turn("user", "q")], "tools": [defaulted]});
+    let Ok(PromptText::Dialogue(read)) = prompt(&row) else {
+        panic!("{row} is a dialogue")
+    };
+    assert_eq!(read.tools, [defaulted], "a default may be null");
+    for none in [json!(null), json!([]), json!("")] {
+        let row = json!({"prompt": [turn("user", "q")], "tools": none});
+        assert_eq!(prompt(&row), Ok(dialogue(&[("user", "q")])), "{row}");
+        assert_eq!(
+            prompt(&json!({"prompt": "q", "tools": none})),
+            Ok(text("q"))
+        );
+    }
+    let complete = json!([turn("user", "q"), turn("assistant", "a")]);
+    let row = json!({"messages": complete, "tools": [tool]});
+    let (prompt, _) = answered(&row).expect("an answer");
+    assert!(matches!(prompt, PromptText::Dialogue(read) if read.tools.len() == 1));
+}
+
+#[test]
+fn rows_have_a_kind_of_prompt() {
+    let (user, assistant) = (turn("user", "hi"), turn("assistant", "ANSWER"));
+    let complete = json!([user, assistant]);
+    for (column, row, expected) in [
+        (
+            "prompt",
+            json!({"prompt": "hi", "completion": " you"}),
+            PromptKind::Text,
+        ),
+        (
+            "prompt",
+            json!({"prompt": "hi", "completion": "hi you"}),
+            PromptKind::Repeated,
+        ),
+        (
+            "prompt",
+            json!({"prompt": "hi", "chosen": "hi a", "rejected": "hi b"}),
+            PromptKind::Repeated,
+        ),
+        (
+            "prompt",
+            json!({"prompt": "hi", "chosen": "hi a", "rejected": "b"}),
+            PromptKind::Text,
+        ),
+        (
+            "prompt",
+            json!({"chosen": "hi a", "rejected": "hi b"}),
+            PromptKind::Text,
+        ),
+        (
+            "prompt",
+            json!({"prompt": "hi", "system": "s"}),
+            PromptKind::Dialogue,
+        ),
+        ("prompt", json!({"prompt": complete}), PromptKind::Dialogue),
+        (
+            "prompt",
+            json!({"messages": complete}),
+            PromptKind::Dialogue,
+        ),
+        ("dialog", json!({"dialog": complete}), PromptKind::Continued),
+        (
+            "messages",
+            json!({"messages": complete}),
+            PromptKind::Dialogue,
+        ),
+        ("prompt", json!({"text": "hi"}), PromptKind::TextOnly),
+    ] {
+        let kind = extract(&row, &prompt_in(column), |row| Ok(row.kind()));
+        assert_eq!(kind, Ok(expected), "{row}");
+    }
+}
+
+#[test]
+fn unread_columns_are_listed() {
+    let columns = Columns::default();
+    let row = json!({"prompt": "q", "completion": "a", "score": 1, "input": "x", "system": null});
+    let unread = extract(&row, &columns, |row| {
+        Ok(row
+            .unread()
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>())
+    });
+    assert_eq!(unread, Ok(vec!["score".to_owned(), "input".into()]));
+    let row = json!({"instruction": "q", "input": "x", "output": "a"});
+    assert_eq!(extract(&row, &columns, |row| Ok(row.unread().len())), Ok(0));
+}
+
+fn assert_pair_errors(cases: &[(Value, &str)]) {
+    for (row, expected) in cases {
+        let error = pair(row).expect_err(expected);
+        assert!(error.contains(expected), "{row}: {error}");
+    }
+}
+
+#[test]
+fn missing_parts_of_a_pair_are_reported() {
+    let user = turn("user", "q");
+    let assistant = |text: &str| turn("assistant", text);
+    assert_pair_errors(&[
+        (
+            json!({"prompt": "q", "chosen": "a"}),
+            "no column \"rejected\" among \"prompt\", \"chosen\"",
+        ),
+        (
+            json!({"prompt": "q", "chosen": null, "rejected": "b"}),
+            "the value of column \"chosen\" is null",
+        ),
+        (
+            json!({"prompt": 1, "chosen": "a", "rejected": "b"}),
+            "column \"prompt\": 1 is neither text nor messages",
+        ),
+        (
+            json!({"prompt": [], "chosen": "a", "rejected": "b"}),
+            "the list of messages is empty",
+        ),
+        (json!({"chosen": "a", "rejected": "b"}), "no common prefix"),
+        (
+            json!({"query": "q", "chosen": "The a", "rejected": "The b"}),
+            "\"query\" may be the prompt",
+        ),
+        (
+            json!({"chosen": [user], "rejected": [user]}),
+            "the last turn is the user's (\"q\")",
+        ),
+        (
+            json!({"chosen": [user, assistant("a")], "rejected": "b"}),
+            "a complete dialogue and the other only an answer",
+        ),
+        (
+            json!({"prompt": "q", "chosen": 3, "rejected": "b"}),
+            "column \"chosen\": 3 is neither text nor messages",
+        ),
+    ]);
+}
+
+#[test]
+fn inconsistent_dialogues_of_a_pair_are_reported() {
+    let user = turn("user", "q");
+    let assistant = |text: &str| turn("assistant", text);
+    assert_pair_errors(&[
+        (
+            json!({"prompt": "q", "chosen": [user, assistant("a"), turn("user", "thanks")],
+                "rejected": [user, assistant("b"), turn("user", "thanks")]}),
+            "column \"chosen\": the last turn is the user's (\"thanks\"), not an answer",
+        ),
+        (
+            json!({"chosen": [user, assistant("a"), user, assistant("c")], "rejected": [user, assistant("b"), user, assistant("d")]}),
+            "differ from turn 2 on",
+        ),
+        (
+            json!({"prompt": [user], "chosen": [assistant("a"), user, assistant("c")], "rejected": [assistant("b")]}),
+            "the answer has 3 turns",
+        ),
+        (
+            json!({"prompt": [turn("user", "other")], "chosen": [user, assistant("a")], "rejected": [user, assistant("b")]}),
+            "have different prompts",
+        ),
+        (
+            json!({"messages": [user, assistant("c")], "chosen": "a", "rejected": "b"}),
+            "a different answer (\"c\")",
+        ),
+        (
+            json!({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: thanks", "rejected": "\n\nHuman: q\n\nAssistant: b"}),
+            "the Human's",
+        ),
+        (
+            json!({"prompt": [turn("system", "s")], "chosen": "a", "rejected": "b"}),
+            "the system's",
+        ),
+        (
+            json!({"system": "t", "prompt": [turn("system", "s"), user], "chosen": "a", "rejected": "b"}),
+            "\"system\" and the system message of the dialogue differ",
+        ),
+        (
+            json!({"prompt": "q", "images": ["x.png"], "chosen": "a", "rejected": "b"}),
+            "column \"images\"",
+        ),
+        (
+            json!({"prompt": "q", "tools": [{}], "chosen": "a", "rejected": "b"}),
+            "column \"tools\" is for a chat template",
+        ),
+    ]);
+}
+
+#[test]
+fn missing_columns_are_reported_with_their_setting() {
+    let columns = prompt_in("question");
+    for (row, expected) in [
+        (
+            json!({"text": "a"}),
+            "no column \"question\" among \"text\"; set prompts.prompt_column to use another",
+        ),
+        (
+            json!({"question": null}),
+            "the value of column \"question\" is null",
+        ),
+        (json!({"question": 3}), "column \"question\": 3 is neither"),
+    ] {
+        let error = extract(&row, &columns, |row| row.prompt()).expect_err(expected);
+        assert!(error.contains(expected), "{error}");
+    }
+    for (row, expected) in [
+        (json!({}), "the row is empty"),
+        (json!({"messages": "a"}), "\"messages\" is not a list"),
+        (
+            json!({"messages": "[{\"role\": \"user\", \"content\": \"hi\"}]"}),
+            "it is JSON as text; write the list itself",
+        ),
+        (
+            json!({"messages": [turn("assistant", "4")]}),
+            "no turn before the answer",
+        ),
+    ] {
+        let error = prompt(&row).expect_err(expected);
+        assert!(error.contains(expected), "{error}");
+    }
+    for (row, expected) in [
+        (json!({"prompt": "a"}), "no column \"completion\""),
+        (
+            json!({"messages": [turn("user", "4")]}),
+            "the last turn of \"messages\" is the user's",
+        ),
+        (
+            json!({"prompt": "a", "completion": "b", "label": false}),
+            "\"label\" is false",
+        ),
+    ] {
+        let error = answered(&row).expect_err(expected);
+        assert!(error.contains(expected), "{error}");
+    }
+}

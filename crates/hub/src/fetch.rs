@@ -1,0 +1,265 @@
+//! Downloads of snapshots, on a thread of their own, so that timeouts and cancellation take effect during a request.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File, TryLockError},
+    path::{Path, PathBuf},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
+    thread,
+    time::{Duration, Instant},
+};
+
+use hf_hub::{
+    Cache,
+    api::{self, sync::Api},
+};
+use settings::HubModel;
+use telemetry::Progress;
+
+use crate::{HubClient, cancel::CancelToken, error::HubError, files, repo_at};
+
+/// Download timeout: the longest time without data.
+const STALL_TIMEOUT: Duration = Duration::from_secs(90);
+/// Interval between two checks for cancellation or for the lock.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// Smallest file with a progress bar, in bytes.
+const PROGRESS_THRESHOLD: usize = 1 << 20;
+
+/// Event of the download thread.
+enum DownloadEvent {
+    /// A file of this many bytes begins, possibly again after a retry.
+    FileStarted(String, usize),
+    /// This many more bytes of it have arrived.
+    Bytes(usize),
+    /// Another process holds the lock of the repository.
+    WaitingForLock,
+    /// The snapshot is complete, or the download failed.
+    Finished(Result<PathBuf, HubError>),
+}
+
+/// Downloads the missing files of the commit that the model's revision resolves to; returns the snapshot's folder.
+pub(super) fn fetch(
+    hub: &HubClient,
+    model: &HubModel,
+    cancel: &CancelToken,
+) -> Result<PathBuf, HubError> {
+    let (events, receiver) = mpsc::sync_channel(64);
+    let download = Download {
+        hub: hub.clone(),
+        model: model.clone(),
+        events,
+    };
+    let thread = thread::Builder::new().name("hub".into());
+    let started = thread.spawn(move || {
+        let result = download.run();
+        // After a timeout or cancellation the receiver is gone.
+        download.events.send(DownloadEvent::Finished(result)).ok();
+    });
+    match started {
+        Ok(_) => follow(model, &receiver, STALL_TIMEOUT, cancel),
+        Err(error) => Err(failed(model, &error)),
+    }
+}
+
+/// Waits for the download thread; on a timeout or cancellation the thread is detached.
+fn follow(
+    model: &HubModel,
+    events: &Receiver<DownloadEvent>,
+    stall_timeout: Duration,
+    cancel: &CancelToken,
+) -> Result<PathBuf, HubError> {
+    let mut progress = FileProgress::default();
+    let mut last_event = Instant::now();
+    loop {
+        match events.recv_timeout(POLL_INTERVAL) {
+            Ok(DownloadEvent::FileStarted(file, bytes)) => progress.begin(&file, bytes),
+            Ok(DownloadEvent::Bytes(bytes)) => progress.advance(bytes),
+            Ok(DownloadEvent::WaitingForLock) => {}
+            Ok(DownloadEvent::Finished(result)) => {
+                progress.end();
+                return result;
+            }
+            Err(RecvTimeoutError::Timeout) if last_event.elapsed() < stall_timeout => {
+                if cancel.is_cancelled() {
+                    return Err(HubError::Cancelled {
+                        model: model.clone(),
+                    });
+                }
+                continue;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                return Err(HubError::TimedOut {
+                    model: model.clone(),
+                    seconds: stall_timeout.as_secs(),
+                });
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(failed(model, &"the download thread panicked"));
+            }
+        }
+        last_event = Instant::now();
+    }
+}
+
+fn failed(model: &HubModel, reason: &dyn ToString) -> HubError {
+    HubError::Failed {
+        model: model.clone(),
+        reason: reason.to_string(),
+    }
+}
+
+/// State of the download thread.
+struct Download {
+    hub: HubClient,
+    model: HubModel,
+    events: SyncSender<DownloadEvent>,
+}
+
+impl Download {
+    fn run(&self) -> Result<PathBuf, HubError> {
+        let (hub, model) = (&self.hub, &self.model);
+        let api = hub.api(model)?;
+        let info = hub.info(&api, model)?;
+        let folder = hub.snapshot(model, &info.sha);
+        self.complete(&api, &files::names(&info), &folder, &info.sha)?;
+        if hub.cached(model).as_ref() != Some(&folder) {
+            let repository = Cache::new(hub.cache.clone()).repo(repo_at(model, model.revision()));
+            let created = repository.create_ref(&info.sha);
+            created.map_err(|error| failed(model, &error))?;
+        }
+        Ok(folder)
+    }
+
+    /// Downloads the missing files of `folder`. One process at a time: the others wait for the lock and check again.
+    fn complete(
+        &self,
+        api: &Api,
+        names: &BTreeSet<String>,
+        folder: &Path,
+        commit: &str,
+    ) -> Result<(), HubError> {
+        let mut lock = None;
+        loop {
+            let mut missing = files::required(&self.model, names, folder)?;
+            missing.retain(|name| !folder.join(name).exists());
+            if missing.is_empty() {
+                return Ok(());
+            }
+            if lock.is_none() {
+                lock = Some(self.lock()?);
+                continue;
+            }
+            let (model, endpoint) = (&self.model, &self.hub.endpoint);
+            tracing::info!(%model, commit, endpoint, into = %folder.display(), "fetching a model");
+            let repository = api.repo(repo_at(&self.model, commit));
+            for name in missing {
+                let progress = EventSender(self.events.clone());
+                let path = repository.download_with_progress(&name, progress);
+                let path = path.map_err(|error| self.hub.classify(&self.model, error))?;
+                if path != folder.join(&name) {
+                    let reason = format!("{name} is of another commit: {}", path.display());
+                    return Err(failed(&self.model, &reason));
+                }
+            }
+        }
+    }
+
+    /// Takes the repository's file lock, which the system releases when its process ends.
+    fn lock(&self) -> Result<File, HubError> {
+        let failed = |error: std::io::Error, path: &Path| {
+            failed(&self.model, &format!("{}: {error}", path.display()))
+        };
+        let folder = self.hub.repository(&self.model);
+        fs::create_dir_all(&folder).map_err(|error| failed(error, &folder))?;
+        let path = folder.join("agon.lock");
+        let file = File::create(&path).map_err(|error| failed(error, &path))?;
+        let mut is_logged = false;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::Error(error)) => return Err(failed(error, &path)),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            if !std::mem::replace(&mut is_logged, true) {
+                tracing::info!(model = %self.model, "another process fetches the model: waiting for it");
+            }
+            self.events.send(DownloadEvent::WaitingForLock).ok();
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+}
+
+/// Forwards the client's progress as events; after a timeout or cancellation the receiver is gone.
+struct EventSender(SyncSender<DownloadEvent>);
+
+impl api::Progress for EventSender {
+    fn init(&mut self, size: usize, filename: &str) {
+        let started = DownloadEvent::FileStarted(filename.into(), size);
+        self.0.send(started).ok();
+    }
+
+    fn update(&mut self, size: usize) {
+        self.0.send(DownloadEvent::Bytes(size)).ok();
+    }
+
+    fn finish(&mut self) {}
+}
+
+/// Progress bar of the current file.
+#[derive(Default)]
+struct FileProgress {
+    file: String,
+    bytes: u64,
+    progress: Option<Progress>,
+}
+
+impl FileProgress {
+    fn begin(&mut self, file: &str, bytes: usize) {
+        self.bytes = 0;
+        if self.file == file {
+            return;
+        }
+        self.end();
+        file.clone_into(&mut self.file);
+        let title = || Progress::new(&format!("fetching {file}, MiB"), (bytes >> 20) as u64);
+        self.progress = (bytes >= PROGRESS_THRESHOLD).then(title);
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+        if let Some(progress) = &mut self.progress {
+            progress.advance_to(self.bytes >> 20, "");
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(progress) = self.progress.take() {
+            progress.finish("");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use settings::ModelSource;
+
+    use super::*;
+
+    #[test]
+    fn a_stalled_download_times_out_and_a_cancelled_one_ends() {
+        let Ok(ModelSource::Hub(model)) = "hf:org/name".parse() else {
+            panic!("it is a model of the hub");
+        };
+        let (events, receiver) = mpsc::sync_channel(1);
+        events.send(DownloadEvent::Bytes(1)).unwrap();
+        let never = CancelToken::never();
+        let stalled = follow(&model, &receiver, Duration::ZERO, &never).unwrap_err();
+        assert!(matches!(stalled, HubError::TimedOut { .. }), "{stalled}");
+        let cancel = CancelToken::new(|| true);
+        let cancelled = follow(&model, &receiver, STALL_TIMEOUT, &cancel).unwrap_err();
+        assert!(
+            matches!(cancelled, HubError::Cancelled { .. }),
+            "{cancelled}"
+        );
+    }
+}

@@ -1,0 +1,125 @@
+//! Evaluates the policy against its reference on held-out prompts, through the same actors and judge as training.
+//!
+//! Promises that every distinct prompt is sent once. Does not know when to evaluate.
+
+use settings::EvaluationSettings;
+use tokio::sync::watch;
+
+use crate::{
+    error::LearnerError,
+    evaluation::{Evaluation, EvaluationConditions, EvaluationTally, EvaluationTarget},
+    pair_source::{Arrival, PairSource},
+    publisher::Publisher,
+};
+
+/// Largest number of held-out prompts outstanding at once.
+pub const EVALUATION_WINDOW: usize = 128;
+
+/// Evaluations of a run.
+pub(crate) struct Evaluator {
+    settings: EvaluationSettings,
+    /// Recorded with every evaluation.
+    conditions: EvaluationConditions,
+    /// Evaluations so far, oldest first.
+    history: Vec<Evaluation>,
+}
+
+/// Outcome of an evaluation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Evaluated {
+    /// All prompts came back; the evaluation is the last of the history.
+    Completed,
+    /// All prompts came back without a verdict: there is no evaluation.
+    Unjudged,
+    /// A shutdown was requested; what came back was discarded.
+    Interrupted,
+}
+
+impl Evaluator {
+    /// Continues a history of evaluations.
+    pub(crate) fn new(
+        settings: EvaluationSettings,
+        conditions: EvaluationConditions,
+        history: Vec<Evaluation>,
+    ) -> Self {
+        Self {
+            settings,
+            conditions,
+            history,
+        }
+    }
+
+    /// Steps between two evaluations; 0: only at the end of the run.
+    pub(crate) fn interval(&self) -> u64 {
+        self.settings.eval_steps
+    }
+
+    /// Evaluations so far, oldest first.
+    pub(crate) fn history(&self) -> &[Evaluation] {
+        &self.history
+    }
+
+    /// Evaluations, oldest first.
+    pub(crate) fn into_history(self) -> Vec<Evaluation> {
+        self.history
+    }
+
+    /// Evaluates the published weights.
+    ///
+    /// # Errors
+    /// If prompts do not come back in time, a stream is closed, or an upload of weights fails.
+    pub(crate) async fn run(
+        &mut self,
+        source: &mut PairSource,
+        publisher: &mut Publisher,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<Evaluated, LearnerError> {
+        let (version, prompts) = (publisher.version(), self.prompt_count(source) as u64);
+        let (mut sent, mut tally) = (0, EvaluationTally::default());
+        source.restart_deadline();
+        while sent < prompts || source.scheduler.eval_outstanding() > 0 {
+            while sent < prompts && source.scheduler.eval_outstanding() < EVALUATION_WINDOW {
+                source.scheduler.send_held_out(sent, version).await?;
+                sent += 1;
+            }
+            match source.next("evaluation pairs", publisher, shutdown).await? {
+                Arrival::Evaluation(labelled) => tally.add(*labelled),
+                Arrival::ApoSample | Arrival::Handled => {}
+                Arrival::Shutdown => return Ok(Evaluated::Interrupted),
+            }
+            // Every prompt is sent once, so a drop is progress too.
+            source.extend_deadline();
+        }
+        let target = EvaluationTarget {
+            step: version.step,
+            prompts: sent as usize,
+            conditions: self.conditions.clone(),
+        };
+        let Some(evaluation) = tally.finish(target, self.settings.show) else {
+            tracing::warn!(
+                step = version.step,
+                "an evaluation without a single verdict measures nothing{}",
+                source.dropped()
+            );
+            return Ok(Evaluated::Unjudged);
+        };
+        self.history.push(evaluation);
+        Ok(Evaluated::Completed)
+    }
+
+    /// Number of prompts of an evaluation: that of the settings, but no more than there are distinct ones.
+    fn prompt_count(&self, source: &PairSource) -> usize {
+        let wanted = self.settings.prompts;
+        let distinct = source.scheduler.held_out_count();
+        let Some(distinct) = distinct.filter(|&count| count < wanted) else {
+            return wanted;
+        };
+        if self.history.is_empty() {
+            tracing::warn!(
+                "evaluation.prompts = {wanted}, but there are {distinct} distinct held-out prompts: each is \
+                 evaluated once (prompts.held_out and prompts.held_out_path give more)"
+            );
+        }
+        distinct
+    }
+}

@@ -1,0 +1,129 @@
+//! Publishes weights to the weight store.
+//!
+//! Promises that versions only grow, that non-finite weights are never published, and that one upload runs at a time,
+//! in the background: training waits for the copy out of the optimiser, not for the upload. Does not know when to
+//! publish, or what follows non-finite weights.
+
+use std::time::Instant;
+
+use messages::{WeightsManifest, WeightsVersion};
+use model::DType;
+use telemetry::Measurements;
+use tokio::task::JoinHandle;
+use transport::WeightStore;
+
+use crate::{error::LearnerError, trainer::thread::TrainerThread};
+
+/// Publisher of a session's weights.
+pub(crate) struct Publisher {
+    weight_store: WeightStore,
+    /// Dtype of published weights.
+    dtype: DType,
+    session: u64,
+    /// Last published version, of this or an earlier session.
+    version: WeightsVersion,
+    upload: Option<JoinHandle<Result<(), LearnerError>>>,
+}
+
+/// Outcome of a publication.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Publication {
+    /// The weights of this step are published, or their upload has started.
+    Published,
+    /// The weights are not finite; nothing was published.
+    NonFinite,
+}
+
+impl Publisher {
+    /// A publisher for `session`, after `version` was published.
+    pub(crate) fn new(
+        weight_store: WeightStore,
+        dtype: DType,
+        session: u64,
+        version: WeightsVersion,
+    ) -> Self {
+        Self {
+            weight_store,
+            dtype,
+            session,
+            version,
+            upload: None,
+        }
+    }
+
+    /// Last published version.
+    pub(crate) fn version(&self) -> WeightsVersion {
+        self.version
+    }
+
+    /// Publishes the trainer's weights as the version of `step`, unless it is published already. Returns once the
+    /// upload has started.
+    ///
+    /// # Errors
+    /// If the trainer or the previous upload fails.
+    pub(crate) async fn publish(
+        &mut self,
+        trainer: &TrainerThread,
+        step: u64,
+    ) -> Result<Publication, LearnerError> {
+        let version = WeightsVersion {
+            session: self.session,
+            step,
+        };
+        if self.version >= version {
+            return Ok(Publication::Published);
+        }
+        let started = Instant::now();
+        let Some(blob) = trainer.weights(self.dtype).await? else {
+            tracing::warn!(step, "the weights are not finite and are not published");
+            return Ok(Publication::NonFinite);
+        };
+        self.settle().await?;
+        self.version = version;
+        let weight_store = self.weight_store.clone();
+        self.upload = Some(tokio::spawn(upload(weight_store, version, blob, started)));
+        Ok(Publication::Published)
+    }
+
+    /// Waits for the upload in progress, if any.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub(crate) async fn settle(&mut self) -> Result<(), LearnerError> {
+        if self.upload.is_none() {
+            return Ok(());
+        }
+        self.uploaded().await
+    }
+
+    /// Waits for the upload in progress; for ever if there is none. Cancel-safe.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub(crate) async fn uploaded(&mut self) -> Result<(), LearnerError> {
+        let Some(upload) = &mut self.upload else {
+            return std::future::pending().await;
+        };
+        let ended = upload.await;
+        self.upload = None;
+        ended.map_err(|_| LearnerError::ThreadPanicked)?
+    }
+}
+
+async fn upload(
+    weight_store: WeightStore,
+    version: WeightsVersion,
+    blob: Vec<u8>,
+    started: Instant,
+) -> Result<(), LearnerError> {
+    let manifest = tokio::task::spawn_blocking(move || (WeightsManifest::of(version, &blob), blob));
+    let (manifest, blob) = manifest.await.map_err(|_| LearnerError::ThreadPanicked)?;
+    let bytes = manifest.bytes;
+    weight_store.publish(manifest, blob).await?;
+    let mut measurements = Measurements::new();
+    measurements.set("weight_sync/seconds", started.elapsed().as_secs_f64());
+    measurements.set("weight_sync/bytes", bytes as f64);
+    measurements.set("weight_sync/version", version.step as f64);
+    telemetry::publish(&measurements, &[("role", "learner")]);
+    Ok(())
+}

@@ -1,0 +1,407 @@
+//! CPU decoder: weights packed for matmuls with few rows, a KV cache laid out for single queries, plain slices instead
+//! of tensors.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::decode::{Prefill, SlotToken};
+use crate::{
+    config::ModelConfig,
+    error::ModelError,
+    transformer::{LanguageModel, LayerAttention},
+};
+use kernels::{
+    CpuTensor, Heads, KvCache, PackedMatrix, Precision, rms_norm_rows, rotate, swiglu_rows,
+};
+
+/// Maximum number of prompt tokens per forward pass; a longer prompt is alone in one.
+const PREFILL_TOKENS: usize = 512;
+
+/// Size in bytes up to which weights fit a core's private cache. Such models are parallelised over sequences, without
+/// parallel matmuls.
+const CACHE_RESIDENT_BYTES: usize = 8 << 20;
+
+/// Minimum number of sequences per thread.
+const MIN_SEQUENCES: usize = 4;
+
+/// Packed weights, which decoders may share, and the KV caches of all slots.
+pub(crate) struct CpuDecoder {
+    weights: Arc<PackedWeights>,
+    slots: Vec<SlotCache>,
+}
+
+/// KV cache of one sequence, by layer.
+#[derive(Default)]
+struct SlotCache(Vec<KvCache>);
+
+/// New tokens for one slot in a forward pass.
+struct ActiveSequence<'a> {
+    cache: SlotCache,
+    /// Number of tokens already in the slot.
+    start: usize,
+    /// Tokens to append.
+    tokens: &'a [u32],
+}
+
+/// Model weights packed for the CPU kernels.
+struct PackedWeights {
+    config: ModelConfig,
+    /// `[vocab_size, hidden_size]`.
+    embedding: CpuTensor,
+    blocks: Vec<PackedBlock>,
+    final_norm: Vec<f32>,
+    head: PackedMatrix,
+    /// cos and sin of every position, `head_dim / 2` values each.
+    angles: (Vec<f32>, Vec<f32>),
+    /// Whether the weights fit a core's private cache.
+    cache_resident: bool,
+}
+
+struct PackedBlock {
+    heads: Heads,
+    attention_norm: Vec<f32>,
+    /// Query, key and value projections, stacked by rows.
+    projections: PackedMatrix,
+    projections_bias: Option<Vec<f32>>,
+    query_norm: Option<Vec<f32>>,
+    key_norm: Option<Vec<f32>>,
+    output: PackedMatrix,
+    output_bias: Option<Vec<f32>>,
+    feed_forward_norm: Vec<f32>,
+    gate_and_up: PackedMatrix,
+    down: PackedMatrix,
+}
+
+impl CpuDecoder {
+    pub fn new(
+        model: &LanguageModel,
+        precision: Precision,
+        slots: usize,
+        capacity: usize,
+    ) -> Result<Self, ModelError> {
+        let weights = PackedWeights::new(model, precision, capacity)?;
+        Ok(Self::of(Arc::new(weights), slots))
+    }
+
+    /// Creates a decoder with empty slots that shares the weights.
+    pub fn with_slots(&self, slots: usize) -> Self {
+        Self::of(Arc::clone(&self.weights), slots)
+    }
+
+    fn of(weights: Arc<PackedWeights>, slots: usize) -> Self {
+        let empty = || (0..weights.config.layers).map(|_| KvCache::default());
+        let slots = (0..slots).map(|_| SlotCache(empty().collect())).collect();
+        Self { weights, slots }
+    }
+
+    /// Replaces the weights by those of a model of the same shape.
+    pub fn pack(
+        &mut self,
+        model: &LanguageModel,
+        precision: Precision,
+        capacity: usize,
+    ) -> Result<(), ModelError> {
+        self.weights = Arc::new(PackedWeights::new(model, precision, capacity)?);
+        Ok(())
+    }
+
+    pub fn prefill(&mut self, prompts: &[Prefill<'_>]) -> Vec<f32> {
+        let mut logits = Vec::new();
+        let mut rest = prompts;
+        while !rest.is_empty() {
+            let mut tokens = 0;
+            let fits = |prompt: &&Prefill<'_>| {
+                tokens += prompt.ids.len();
+                tokens <= PREFILL_TOKENS
+            };
+            let count = rest.iter().take_while(fits).count().max(1);
+            let (chunk, remaining) = rest.split_at(count);
+            logits.extend(self.prefill_chunk(chunk));
+            rest = remaining;
+        }
+        logits
+    }
+
+    fn prefill_chunk<'a>(&mut self, prompts: &[Prefill<'a>]) -> Vec<f32> {
+        let sequence = |prompt: &Prefill<'a>| self.take_slot(prompt.slots[0], 0, prompt.ids);
+        let mut sequences: Vec<ActiveSequence<'a>> = prompts.iter().map(sequence).collect();
+        let logits = self.weights.advance(&mut sequences);
+        for (prompt, sequence) in prompts.iter().zip(sequences) {
+            for &slot in &prompt.slots[1..] {
+                let caches = self.slots[slot].0.iter_mut().zip(&sequence.cache.0);
+                for ((cache, source), block) in caches.zip(&self.weights.blocks) {
+                    cache.copy_prefix(source, block.heads, prompt.ids.len());
+                }
+            }
+            self.slots[prompt.slots[0]] = sequence.cache;
+        }
+        logits
+    }
+
+    /// Takes a slot's cache out for a forward pass that appends `tokens`.
+    fn take_slot<'a>(
+        &mut self,
+        slot: usize,
+        start: usize,
+        tokens: &'a [u32],
+    ) -> ActiveSequence<'a> {
+        ActiveSequence {
+            cache: std::mem::take(&mut self.slots[slot]),
+            start,
+            tokens,
+        }
+    }
+
+    pub fn extend(&mut self, steps: &[SlotToken]) -> Vec<f32> {
+        let mut sequences: Vec<ActiveSequence<'_>> = steps
+            .iter()
+            .map(|step| self.take_slot(step.slot, step.position, std::slice::from_ref(&step.token)))
+            .collect();
+        let logits = self.weights.advance(&mut sequences);
+        for (step, sequence) in steps.iter().zip(sequences) {
+            self.slots[step.slot] = sequence.cache;
+        }
+        logits
+    }
+}
+
+impl PackedWeights {
+    fn new(
+        model: &LanguageModel,
+        precision: Precision,
+        capacity: usize,
+    ) -> Result<Self, ModelError> {
+        let config = model.config().clone();
+        let weights = model.merged()?;
+        let load = |name: &str| -> Result<CpuTensor, ModelError> {
+            Ok(CpuTensor::of(&weights.get(name)?)?)
+        };
+        let blocks = (0..config.layers)
+            .map(|index| {
+                let layer = LayerAttention {
+                    index,
+                    params: model.attention_params(index),
+                };
+                PackedBlock::new(layer, &config, precision, &load)
+            })
+            .collect::<Result<_, _>>()?;
+        let embedding = load("model.embed_tokens.weight")?;
+        let untied = (!config.tied_head).then(|| load("lm_head.weight"));
+        let untied = untied.transpose()?;
+        let head = untied.as_ref().unwrap_or(&embedding);
+        let head = PackedMatrix::stacked(&[&head.values()], config.hidden_size, precision);
+        Ok(Self {
+            blocks,
+            head,
+            embedding,
+            final_norm: load("model.norm.weight")?.values().to_vec(),
+            angles: model.rope.rows(capacity)?,
+            cache_resident: 4 * weights.parameter_count() <= CACHE_RESIDENT_BYTES,
+            config,
+        })
+    }
+
+    /// Runs the new tokens of each sequence, which extend its slot. Returns the logits after the last token of each,
+    /// `[sequences, vocab_size]`, row-major.
+    fn advance(&self, sequences: &mut [ActiveSequence<'_>]) -> Vec<f32> {
+        if !self.cache_resident {
+            return self.forward(sequences);
+        }
+        let threads = rayon::current_num_threads();
+        let per_thread = sequences.len().div_ceil(threads).max(MIN_SEQUENCES);
+        let logits: Vec<Vec<f32>> = sequences
+            .par_chunks_mut(per_thread)
+            .map(|sequences| self.forward(sequences))
+            .collect();
+        logits.concat()
+    }
+
+    fn forward(&self, sequences: &mut [ActiveSequence<'_>]) -> Vec<f32> {
+        let (width, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
+        let mut x = Vec::new();
+        let embedding = self.embedding.values();
+        for sequence in &*sequences {
+            for &token in sequence.tokens {
+                x.extend_from_slice(&embedding[token as usize * width..][..width]);
+            }
+        }
+        drop(embedding);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let normed = rms_norm_rows(&x, &block.attention_norm, eps);
+            let mut projected = block.projections.multiply(&normed);
+            add_to_rows(&mut projected, block.projections_bias.as_deref());
+            let attended = self.attend(layer, block, sequences, &mut projected);
+            let mut rows = block.output.multiply(&attended);
+            add_to_rows(&mut rows, block.output_bias.as_deref());
+            add(&mut x, &rows);
+            let normed = rms_norm_rows(&x, &block.feed_forward_norm, eps);
+            let gated = block.gate_and_up.multiply(&normed);
+            let gated = swiglu_rows(&gated, self.config.intermediate_size);
+            add(&mut x, &block.down.multiply(&gated));
+        }
+        let mut last = Vec::with_capacity(sequences.len() * width);
+        let mut end = 0;
+        for sequence in &*sequences {
+            end += sequence.tokens.len();
+            last.extend_from_slice(&x[(end - 1) * width..end * width]);
+        }
+        self.head
+            .multiply(&rms_norm_rows(&last, &self.final_norm, eps))
+    }
+
+    /// Attention over rows of projected queries, keys and values, which are appended to the slots: `[rows, heads ·
+    /// head_dim]`.
+    fn attend(
+        &self,
+        layer: usize,
+        block: &PackedBlock,
+        sequences: &mut [ActiveSequence<'_>],
+        projected: &mut [f32],
+    ) -> Vec<f32> {
+        let Heads {
+            queries,
+            keys,
+            width,
+            ..
+        } = block.heads;
+        let (query_width, row_width) = (queries * width, (queries + 2 * keys) * width);
+        let mut out = vec![0.0; projected.len() / row_width * query_width];
+        let (mut rest, mut rest_out) = (projected, out.as_mut_slice());
+        let mut parts = Vec::with_capacity(sequences.len());
+        for sequence in sequences {
+            let count = sequence.tokens.len();
+            let rows = rest.split_off_mut(..count * row_width).unwrap_or_default();
+            let out = rest_out
+                .split_off_mut(..count * query_width)
+                .unwrap_or_default();
+            parts.push((sequence, rows, out));
+        }
+        parts
+            .into_par_iter()
+            .with_min_len(MIN_SEQUENCES)
+            .for_each(|(sequence, rows, out)| {
+                let rows = rows.chunks_exact_mut(row_width);
+                let cache = &mut sequence.cache.0[layer];
+                for (i, (row, out)) in rows.zip(out.chunks_exact_mut(query_width)).enumerate() {
+                    let position = sequence.start + i;
+                    let query = self.rotate_and_append(block, cache, position, row);
+                    cache.attend(block.heads, position, query, out);
+                }
+            });
+        out
+    }
+
+    /// Normalises and rotates the query and key of a projected row in place, and appends key and value to the cache.
+    /// Returns the query.
+    fn rotate_and_append<'r>(
+        &self,
+        block: &PackedBlock,
+        cache: &mut KvCache,
+        position: usize,
+        row: &'r mut [f32],
+    ) -> &'r [f32] {
+        let Heads {
+            queries,
+            keys,
+            width,
+            ..
+        } = block.heads;
+        let eps = self.config.rms_norm_eps as f32;
+        let (query, rest) = row.split_at_mut(queries * width);
+        let (key, value) = rest.split_at_mut(keys * width);
+        for (heads, norm) in [
+            (&mut *query, &block.query_norm),
+            (&mut *key, &block.key_norm),
+        ] {
+            if let Some(norm) = norm {
+                let normed = rms_norm_rows(heads, norm, eps);
+                heads.copy_from_slice(&normed);
+            }
+            let half = width / 2;
+            let angles = position * half..(position + 1) * half;
+            rotate(
+                heads,
+                &self.angles.0[angles.clone()],
+                &self.angles.1[angles],
+            );
+        }
+        cache.write(block.heads, position, key, value);
+        query
+    }
+}
+
+/// Loads a tensor by name.
+type LoadTensor<'a> = dyn Fn(&str) -> Result<CpuTensor, ModelError> + 'a;
+
+impl PackedBlock {
+    fn new(
+        layer: LayerAttention,
+        config: &ModelConfig,
+        precision: Precision,
+        load: &LoadTensor<'_>,
+    ) -> Result<Self, ModelError> {
+        let tensor = |part: &str| load(&format!("model.layers.{}.{part}", layer.index));
+        let (width, inner) = (config.hidden_size, config.intermediate_size);
+        let row =
+            |part: &str| -> Result<Vec<f32>, ModelError> { Ok(tensor(part)?.values().to_vec()) };
+        let packed = |parts: &[&str], width: usize| -> Result<PackedMatrix, ModelError> {
+            let weights: Result<Vec<CpuTensor>, _> =
+                parts.iter().map(|part| tensor(part)).collect();
+            let weights = weights?;
+            let weights: Vec<_> = weights.iter().map(CpuTensor::values).collect();
+            let weights: Vec<&[f32]> = weights.iter().map(|values| &**values).collect();
+            Ok(PackedMatrix::stacked(&weights, width, precision))
+        };
+        let rows = |parts: &[&str]| -> Result<Vec<f32>, ModelError> {
+            let rows: Result<Vec<_>, _> = parts.iter().map(|part| row(part)).collect();
+            Ok(rows?.concat())
+        };
+        let weights = [
+            "self_attn.q_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.v_proj.weight",
+        ];
+        let biases = [
+            "self_attn.q_proj.bias",
+            "self_attn.k_proj.bias",
+            "self_attn.v_proj.bias",
+        ];
+        let head_norm = |part: &str| config.qk_norm.then(|| row(part)).transpose();
+        Ok(Self {
+            heads: Heads {
+                queries: config.heads,
+                keys: config.kv_heads,
+                width: config.head_dim,
+                attention: layer.params,
+            },
+            attention_norm: row("input_layernorm.weight")?,
+            projections: packed(&weights, width)?,
+            projections_bias: config.qkv_bias.then(|| rows(&biases)).transpose()?,
+            query_norm: head_norm("self_attn.q_norm.weight")?,
+            key_norm: head_norm("self_attn.k_norm.weight")?,
+            output: packed(&["self_attn.o_proj.weight"], config.heads * config.head_dim)?,
+            output_bias: config
+                .output_bias
+                .then(|| row("self_attn.o_proj.bias"))
+                .transpose()?,
+            feed_forward_norm: row("post_attention_layernorm.weight")?,
+            gate_and_up: packed(&["mlp.gate_proj.weight", "mlp.up_proj.weight"], width)?,
+            down: packed(&["mlp.down_proj.weight"], inner)?,
+        })
+    }
+}
+
+fn add(x: &mut [f32], rows: &[f32]) {
+    for (x, row) in x.iter_mut().zip(rows) {
+        *x += row;
+    }
+}
+
+fn add_to_rows(rows: &mut [f32], bias: Option<&[f32]>) {
+    if let Some(bias) = bias {
+        for row in rows.chunks_exact_mut(bias.len()) {
+            add(row, bias);
+        }
+    }
+}

@@ -1,0 +1,482 @@
+//! Declarations of all metrics: name, kind, unit, help text.
+//!
+//! A metric that is not declared here is not published. The names are those of `metrics.jsonl`.
+
+use crate::metrics::registry::MetricUnit::{
+    Bytes, Count, Nats, Number, PairsPerSecond, Ratio, Seconds, Steps, Tokens, TokensPerSecond,
+};
+use crate::metrics::registry::{MetricInfo, MetricKind, MetricUnit};
+
+/// All metrics, grouped by topic.
+pub const METRICS: &[MetricInfo] = &[
+    // The loss.
+    gauge("loss", Number, "total loss of the step"),
+    gauge("loss/ipo", Number, "IPO loss"),
+    gauge("loss/dpo", Number, "DPO loss"),
+    gauge("loss/slic", Number, "SLiC hinge loss"),
+    gauge(
+        "loss/rpo",
+        Number,
+        "RPO loss: DPO term plus negative log-likelihood of the golden answers",
+    ),
+    gauge(
+        "loss/nash_md_pg",
+        Number,
+        "Nash-MD policy-gradient surrogate; only its gradient is meaningful, not its value",
+    ),
+    gauge(
+        "loss/ganpo",
+        Number,
+        "lambda times the GANPO generator loss",
+    ),
+    gauge(
+        "loss/preference",
+        Number,
+        "training loss of the preference model",
+    ),
+    // Implicit rewards.
+    gauge(
+        "rewards/chosen",
+        Nats,
+        "implicit reward beta * log(pi/ref) of the preferred completions, mean",
+    ),
+    gauge(
+        "rewards/rejected",
+        Nats,
+        "implicit reward beta * log(pi/ref) of the rejected completions, mean",
+    ),
+    gauge(
+        "rewards/margins",
+        Nats,
+        "chosen minus rejected implicit reward, mean",
+    ),
+    gauge(
+        "rewards/accuracies",
+        Ratio,
+        "fraction of pairs with a larger implicit reward for the preferred completion",
+    ),
+    gauge(
+        "logps/chosen",
+        Nats,
+        "log-probability of the preferred completions, mean",
+    ),
+    gauge(
+        "logps/rejected",
+        Nats,
+        "log-probability of the rejected completions, mean",
+    ),
+    // The objective.
+    gauge(
+        "objective/kl",
+        Nats,
+        "KL of the policy from the reference per completion; only when the step's samples are on-policy: \
+         max_staleness 0, mixture_coef 0, temperature 1, no truncation, actors with the learner's weights in f32; \
+         dropped identical completions are included",
+    ),
+    gauge(
+        "objective/log_ratio",
+        Nats,
+        "mean log(pi/ref) of the step's completions under their behaviour policies; not a KL estimate",
+    ),
+    gauge(
+        "objective/entropy",
+        Nats,
+        "mean entropy of the policy's next-token distribution over the tokens of the step's completions",
+    ),
+    gauge(
+        "objective/scores",
+        Number,
+        "mean score of the step's completions, for judges that score completions",
+    ),
+    gauge(
+        "objective/scores_margin",
+        Number,
+        "mean absolute score difference within a pair, for judges that score completions",
+    ),
+    gauge(
+        "objective/label_margin",
+        Number,
+        "mean |2p - 1| of the labels trained on: 0 undecided, 1 certain",
+    ),
+    // Completions.
+    gauge(
+        "completions/mean_length",
+        Tokens,
+        "mean length of the step's completions",
+    ),
+    gauge(
+        "completions/min_length",
+        Tokens,
+        "length of the step's shortest completion",
+    ),
+    gauge(
+        "completions/max_length",
+        Tokens,
+        "length of the step's longest completion",
+    ),
+    gauge(
+        "completions/identical_ratio",
+        Ratio,
+        "fraction of prompts since the last step that were dropped because all completions were identical",
+    ),
+    gauge(
+        "completions/clipped_ratio",
+        Ratio,
+        "fraction of completions truncated at max_new_tokens",
+    ),
+    gauge(
+        "val/contain_eos_token",
+        Ratio,
+        "fraction of completions with an end-of-text token",
+    ),
+    // The judge.
+    seconds(
+        "judge/latency_seconds",
+        "time from submission of a comparison to its verdict",
+    ),
+    gauge(
+        "judge/batch_size",
+        Count,
+        "mean number of comparisons per judge call",
+    ),
+    gauge(
+        "judge/timeouts",
+        Count,
+        "judge calls that timed out, since the run began",
+    ),
+    gauge(
+        "judge/retries",
+        Count,
+        "retried judge calls, since the run began",
+    ),
+    gauge("judge/tie_rate", Ratio, "fraction of labels that are ties"),
+    gauge(
+        "judge/abstained",
+        Count,
+        "comparisons without a verdict because the judge abstained, since the run began",
+    ),
+    gauge(
+        "judge/cache_hits",
+        Count,
+        "comparisons answered from the cache, since the run began",
+    ),
+    gauge("judge/queue", Count, "comparisons queued for a judge"),
+    gauge(
+        "judge/order_inconsistency",
+        Ratio,
+        "fraction of comparisons whose winner depends on the order of the completions",
+    ),
+    gauge(
+        "preference/accuracy",
+        Ratio,
+        "accuracy of the preference model on held-out pairs",
+    ),
+    gauge(
+        "preference/ece",
+        Ratio,
+        "expected calibration error of the preference model on held-out pairs",
+    ),
+    gauge(
+        "preference/brier",
+        Number,
+        "Brier score of the preference model on held-out pairs",
+    ),
+    gauge(
+        "preference/drift",
+        Number,
+        "mean change of the preference model's probabilities since its previous version",
+    ),
+    // Actors.
+    gauge(
+        "actor/gen_throughput",
+        TokensPerSecond,
+        "tokens generated per second",
+    ),
+    seconds(
+        "actor/generate_seconds",
+        "time to generate a batch of pairs",
+    ),
+    gauge(
+        "actor/drift",
+        Nats,
+        "quantisation error: mean absolute difference per token of the sampler's log-probabilities from f32, measured on one prompt per weights version",
+    ),
+    gauge(
+        "actor/in_flight",
+        Count,
+        "prompts that an actor has received and not completed",
+    ),
+    gauge(
+        "actor/restarts",
+        Count,
+        "restarts of this actor, since the run began",
+    ),
+    // Staleness.
+    MetricInfo {
+        name: "staleness/steps",
+        kind: MetricKind::Histogram,
+        unit: Steps,
+        help: "staleness of each pair trained on; not in metrics.jsonl",
+    },
+    gauge(
+        "staleness/mean",
+        Steps,
+        "mean staleness of the step's pairs",
+    ),
+    gauge(
+        "staleness/max",
+        Steps,
+        "maximum staleness of the step's pairs",
+    ),
+    gauge(
+        "staleness/dropped",
+        Count,
+        "pairs dropped as stale, since the run began",
+    ),
+    gauge(
+        "staleness/in_flight",
+        Count,
+        "prompts sent and not yet trained on",
+    ),
+    gauge(
+        "policy_version",
+        Count,
+        "weights version of the learner's policy",
+    ),
+    // Weight sync.
+    seconds("weight_sync/seconds", "time to publish or load weights"),
+    gauge(
+        "weight_sync/bytes",
+        Bytes,
+        "size of the weights last published or loaded",
+    ),
+    gauge(
+        "weight_sync/version",
+        Count,
+        "the weights version last published or loaded",
+    ),
+    gauge(
+        "weight_sync/failures",
+        Count,
+        "failed publications or loads, since the run began",
+    ),
+    // Waiting.
+    seconds("time/step", "duration of a learner step, waiting included"),
+    seconds(
+        "time/wait_for_batch",
+        "time the learner waited for labelled pairs",
+    ),
+    seconds(
+        "time/wait_for_judge",
+        "time that a pair waited for its label",
+    ),
+    seconds("time/forward", "duration of the forward pass"),
+    seconds("time/backward", "duration of the backward pass"),
+    seconds("time/optimizer", "duration of the optimiser update"),
+    gauge("idle_ratio", Ratio, "fraction of the step spent waiting"),
+    // Throughput.
+    gauge(
+        "perf/pairs_per_second",
+        PairsPerSecond,
+        "pairs trained on per second",
+    ),
+    gauge(
+        "perf/tokens_per_second",
+        TokensPerSecond,
+        "tokens trained on per second",
+    ),
+    gauge(
+        "perf/peak_memory_bytes",
+        Bytes,
+        "peak resident memory of this process",
+    ),
+    // Mismatch between the log-probabilities recorded by the actors and those computed by the learner.
+    gauge(
+        "mismatch/kl",
+        Nats,
+        "mean per token of log pi as recorded by the actor minus log pi of the learner: staleness and numerical differences",
+    ),
+    gauge(
+        "mismatch/k3_kl",
+        Nats,
+        "k3 estimate of mismatch/kl, never negative",
+    ),
+    gauge(
+        "mismatch/logp_abs_diff",
+        Nats,
+        "mean absolute difference per token of log pi, recorded against recomputed",
+    ),
+    gauge(
+        "mismatch/ess",
+        Ratio,
+        "effective sample size of the importance weights pi now / pi as recorded, as a fraction",
+    ),
+    gauge(
+        "mismatch/ref_logp_abs_diff",
+        Nats,
+        "mean absolute difference per token of log ref, recorded against recomputed: numerical differences only",
+    ),
+    // Evaluation.
+    gauge(
+        "eval/win_rate",
+        Ratio,
+        "fraction of prompts on which the policy beats the reference",
+    ),
+    gauge(
+        "eval/win_rate_ci_low",
+        Ratio,
+        "lower bound of the win rate's 95 % confidence interval",
+    ),
+    gauge(
+        "eval/win_rate_ci_high",
+        Ratio,
+        "upper bound of the win rate's 95 % confidence interval",
+    ),
+    gauge("eval/win_rate_lc", Ratio, "length-controlled win rate"),
+    gauge(
+        "eval/kl",
+        Nats,
+        "KL of the policy from the reference per completion on evaluation prompts, estimated from samples at \
+         temperature 1 without truncation",
+    ),
+    gauge(
+        "eval/response_length",
+        Tokens,
+        "mean length of the policy's evaluation completions",
+    ),
+    gauge(
+        "eval/gold_win_rate",
+        Ratio,
+        "win rate under the playground's or bandit's known preference",
+    ),
+    gauge(
+        "eval/prompts",
+        Count,
+        "distinct prompts judged in the evaluation",
+    ),
+    gauge(
+        "eval/truncation_rate",
+        Ratio,
+        "fraction of the policy's evaluation completions truncated at the maximum length",
+    ),
+    gauge(
+        "eval/reference_truncation_rate",
+        Ratio,
+        "fraction of the reference's evaluation completions truncated at the maximum length",
+    ),
+    // Health.
+    gauge(
+        "health/nonfinite_steps",
+        Count,
+        "steps with a non-finite loss or gradient, since the run began",
+    ),
+    gauge(
+        "health/skipped_steps",
+        Count,
+        "steps without a weight update, since the run began",
+    ),
+    gauge(
+        "health/rollbacks",
+        Count,
+        "rollbacks to the last checkpoint, since the run began",
+    ),
+    gauge(
+        "health/actor_restarts",
+        Count,
+        "restarts of all actors, since the run began",
+    ),
+    gauge(
+        "health/judge_circuit_open",
+        Number,
+        "1 while the judge's circuit breaker is open, else 0",
+    ),
+    // Streams between the roles.
+    gauge(
+        "stream/queued",
+        Count,
+        "messages of a stream that wait for delivery",
+    ),
+    gauge(
+        "stream/in_flight",
+        Count,
+        "delivered messages of a stream that are not yet acknowledged",
+    ),
+    gauge(
+        "stream/fill",
+        Ratio,
+        "used fraction of a stream's capacity; senders to a full stream wait",
+    ),
+    gauge(
+        "stream/redelivered",
+        Count,
+        "messages of a stream that were delivered again",
+    ),
+    gauge(
+        "stream/dead_lettered",
+        Count,
+        "messages of a stream that reached the maximum number of deliveries",
+    ),
+    gauge(
+        "disk/free_bytes",
+        Bytes,
+        "free space on the file system of the run directory",
+    ),
+    // Adversarial training: GANPO and APO.
+    gauge("ganpo/d_loss", Number, "loss of the discriminators"),
+    gauge(
+        "ganpo/g_loss",
+        Number,
+        "generator loss: how well the policy fools the discriminators",
+    ),
+    gauge("ganpo/d_accuracy", Ratio, "accuracy of the discriminators"),
+    gauge("apo/round", Count, "index of the last APO round"),
+    gauge(
+        "apo/loss",
+        Number,
+        "adversarial loss of the preference model at the end of the APO round",
+    ),
+    gauge(
+        "apo/pairs",
+        Count,
+        "golden-against-sample pairs of the APO round",
+    ),
+    // Current hyperparameters and progress.
+    gauge("beta", Number, "current regularisation strength beta"),
+    gauge("tau", Number, "current regularisation strength tau"),
+    gauge(
+        "mixture_coef",
+        Ratio,
+        "weight of the reference in the mixture policy",
+    ),
+    gauge("learning_rate", Number, "current learning rate"),
+    gauge("grad_norm", Number, "gradient norm before clipping"),
+    gauge(
+        "grad_clipped_share",
+        Ratio,
+        "fraction of the run's steps with a clipped gradient",
+    ),
+    gauge(
+        "num_tokens",
+        Tokens,
+        "tokens trained on, since the run began",
+    ),
+];
+
+const fn gauge(name: &'static str, unit: MetricUnit, help: &'static str) -> MetricInfo {
+    MetricInfo {
+        name,
+        kind: MetricKind::Gauge,
+        unit,
+        help,
+    }
+}
+
+/// A duration, published as a histogram.
+const fn seconds(name: &'static str, help: &'static str) -> MetricInfo {
+    MetricInfo {
+        name,
+        kind: MetricKind::Histogram,
+        unit: Seconds,
+        help,
+    }
+}

@@ -1,0 +1,8 @@
+//! The run directory and its files; every file is complete or absent.
+
+pub(crate) mod atomic;
+pub(crate) mod directory;
+pub(crate) mod journal;
+pub(crate) mod lines;
+pub(crate) mod samples;
+pub(crate) mod tensorboard;

@@ -1,0 +1,525 @@
+//! Sender and receiver of a JetStream work queue: bounded, and a message is removed when it is acknowledged.
+//!
+//! A message is stored once however often it is sent, since the server deduplicates by its id. A full stream rejects
+//! messages, and senders retry. A message that cannot be decoded, or exceeded the delivery limit, is copied to the
+//! run's dead-letter stream for inspection.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{self, AckPolicy, PullConsumer};
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::message::PublishMessage;
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, State};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use messages::wire::{self, WireMessage};
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::nats::{Connection, RETRY_DELAY, one_line};
+use crate::{
+    delivery::Delivery,
+    error::TransportError,
+    stream::{StreamCounts, StreamLimits},
+};
+
+/// Name of a stream's durable consumer, which all receivers share; each message goes to one of them.
+const CONSUMER: &str = "readers";
+
+/// Expiry of a pull request, after which it is made again.
+const PULL_EXPIRY: Duration = Duration::from_secs(5);
+
+/// Maximum delay before a send to a full stream is retried.
+const MAX_SEND_DELAY: Duration = Duration::from_millis(100);
+
+/// Time in which the server deduplicates messages. Later duplicates are recognised by consumers, by message id.
+const DUPLICATE_WINDOW: Duration = Duration::from_secs(600);
+
+/// Name of the dead-letter stream.
+const DEAD_LETTERS: &str = "dead letters";
+
+/// Capacity of the dead-letter stream; the oldest message is discarded first.
+const MAX_DEAD_LETTERS: i64 = 1000;
+
+/// Names and limits of a stream on the server.
+#[derive(Debug, Clone)]
+pub(crate) struct StreamLocation {
+    connection: Arc<Connection>,
+    name: &'static str,
+    limits: StreamLimits,
+    stream: String,
+    subject: String,
+}
+
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    location: StreamLocation,
+}
+
+#[derive(Debug)]
+pub(crate) struct Downstream<T> {
+    location: StreamLocation,
+    fetched: flume::Receiver<Result<Delivery<T>, TransportError>>,
+    demand: Arc<Demand>,
+    fetch_loop: AbortHandle,
+    /// Sequence number of the first orphaned message found last time; 0 for none.
+    orphaned: AtomicU64,
+}
+
+/// Demand of the receivers, served by the fetch loop.
+#[derive(Debug)]
+struct Demand {
+    raised: Notify,
+    /// Waiting receivers less fetched messages. A single counter, so that no message is fetched, and kept from other
+    /// processes, for a receiver that has already been served.
+    unmet: AtomicI64,
+    batch_size: AtomicUsize,
+}
+
+impl Demand {
+    fn increment(&self) {
+        if self.unmet.fetch_add(1, Ordering::AcqRel) >= 0 {
+            self.raised.notify_one();
+        }
+    }
+
+    fn decrement(&self) {
+        self.unmet.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Waits until there are more waiting receivers than fetched messages.
+    async fn wait(&self) {
+        while self.unmet.load(Ordering::Acquire) <= 0 {
+            self.raised.notified().await;
+        }
+    }
+}
+
+/// Creates the run's dead-letter stream if it does not exist.
+pub(crate) async fn create_dead_letter_stream(
+    connection: &Connection,
+) -> Result<(), TransportError> {
+    let config = Config {
+        name: connection.name(DEAD_LETTERS),
+        subjects: vec![format!("{}.*", connection.subject(DEAD_LETTERS))],
+        max_messages: MAX_DEAD_LETTERS,
+        ..base_config(connection)
+    };
+    create(connection, &config).await
+}
+
+/// Configuration common to all streams of a run.
+fn base_config(connection: &Connection) -> Config {
+    Config {
+        duplicate_window: DUPLICATE_WINDOW,
+        num_replicas: connection.settings.replicas,
+        ..Config::default()
+    }
+}
+
+async fn create(connection: &Connection, config: &Config) -> Result<(), TransportError> {
+    let request = || connection.context.create_or_update_stream(config.clone());
+    connection.retry("create a stream", request).await?;
+    Ok(())
+}
+
+impl StreamLocation {
+    /// Creates the stream if it does not exist.
+    pub(crate) async fn create(
+        connection: &Arc<Connection>,
+        name: &'static str,
+        limits: StreamLimits,
+    ) -> Result<Self, TransportError> {
+        let location = Self {
+            connection: Arc::clone(connection),
+            name,
+            limits,
+            stream: connection.name(name),
+            subject: connection.subject(name),
+        };
+        let config = Config {
+            name: location.stream.clone(),
+            subjects: vec![location.subject.clone()],
+            retention: RetentionPolicy::WorkQueue,
+            discard: DiscardPolicy::New,
+            max_messages: i64::try_from(limits.capacity.get()).unwrap_or(i64::MAX),
+            ..base_config(connection)
+        };
+        create(connection, &config).await?;
+        Ok(location)
+    }
+
+    async fn consumer(&self) -> Result<PullConsumer, TransportError> {
+        let config = consumer::pull::Config {
+            durable_name: Some(CONSUMER.into()),
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: self.connection.lease(),
+            max_ack_pending: -1,
+            max_deliver: -1,
+            ..consumer::pull::Config::default()
+        };
+        let context = &self.connection.context;
+        let create = || context.create_consumer_on_stream(config.clone(), &self.stream);
+        self.connection
+            .retry("create the consumer of a stream", create)
+            .await
+    }
+
+    /// State of the stream and of its consumer.
+    async fn info(&self) -> Result<(State, consumer::Info), TransportError> {
+        let context = &self.connection.context;
+        let request = || context.get_stream(&self.stream);
+        let stream = self.connection.retry("inspect a stream", request).await?;
+        let request = || stream.consumer_info(CONSUMER);
+        let consumer = self.connection.retry("inspect a stream", request).await?;
+        Ok((stream.cached_info().state.clone(), consumer))
+    }
+
+    /// Sequence number of the first message if it is orphaned: stored although the consumer counts it as
+    /// acknowledged. A killed server may restore such messages, which then occupy slots and are never delivered.
+    async fn first_orphaned(&self) -> Result<Option<u64>, TransportError> {
+        let (state, consumer) = self.info().await?;
+        let is_orphaned =
+            state.messages > 0 && state.first_sequence <= consumer.ack_floor.stream_sequence;
+        Ok(is_orphaned.then_some(state.first_sequence))
+    }
+
+    /// Recreates the consumer, so that all stored messages are redelivered. Duplicates of messages in flight or
+    /// acknowledged are recognised by message id.
+    async fn recreate_consumer(&self) -> Result<(), TransportError> {
+        let context = &self.connection.context;
+        let deleted = context.delete_consumer_from_stream(CONSUMER, &self.stream);
+        if let Err(error) = deleted.await {
+            tracing::debug!(stream = self.name, %error, "the consumer could not be deleted; retrying later");
+        }
+        self.consumer().await.map(drop)
+    }
+
+    async fn counts(&self) -> Result<StreamCounts, TransportError> {
+        let (state, consumer) = self.info().await?;
+        let context = &self.connection.context;
+        let dead_letters = self.connection.name(DEAD_LETTERS);
+        let request = || context.get_stream(&dead_letters);
+        let dead_letters = self
+            .connection
+            .retry("inspect the dead-letter stream", request)
+            .await?;
+        let in_flight = consumer.num_ack_pending as u64;
+        Ok(StreamCounts {
+            sent: state.last_sequence,
+            acknowledged: state.last_sequence.saturating_sub(state.messages),
+            queued: state.messages.saturating_sub(in_flight),
+            in_flight,
+            redelivered: consumer.num_redelivered as u64,
+            given_up: dead_letters.cached_info().state.last_sequence,
+        })
+    }
+
+    async fn publish(&self, subject: &str, id: &str, payload: Bytes) -> Result<(), PublishError> {
+        let message = PublishMessage::build().message_id(id).payload(payload);
+        let context = &self.connection.context;
+        context
+            .send_publish(subject.to_owned(), message)
+            .await?
+            .await?;
+        Ok(())
+    }
+
+    /// Copies a message to the dead-letter stream. Returns whether it was stored.
+    async fn dead_letter(&self, id: &str, payload: Bytes) -> bool {
+        let prefix = self.connection.subject(DEAD_LETTERS);
+        let subject = format!("{prefix}.{}", self.name.replace(' ', "-"));
+        let stored = self.publish(&subject, id, payload).await;
+        if let Err(error) = &stored {
+            let (stream, error) = (self.name, one_line(error));
+            tracing::warn!(
+                stream,
+                error,
+                "a message could not be copied to the dead-letter stream; retrying"
+            );
+        }
+        stored.is_ok()
+    }
+}
+
+impl Upstream {
+    pub(crate) fn of(location: StreamLocation) -> Self {
+        Self { location }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.location.name
+    }
+
+    pub(crate) async fn counts(&self) -> Result<StreamCounts, TransportError> {
+        self.location.counts().await
+    }
+
+    /// Sends until the server has stored the message: without limit while the stream or the server's storage is
+    /// full, for the configured timeout while the server does not answer.
+    pub(crate) async fn send<T: WireMessage>(&self, message: &T) -> Result<(), TransportError> {
+        let connection = &self.location.connection;
+        let (payload, id) = (Bytes::from(wire::encode(message)), message.id());
+        let allowed = Duration::from_secs(connection.settings.timeout_seconds);
+        let mut deadline = Instant::now() + allowed;
+        let mut delay = Duration::from_millis(2);
+        let mut warned = false;
+        loop {
+            let sent = self
+                .location
+                .publish(&self.location.subject, &id, payload.clone());
+            let Err(error) = sent.await else {
+                return Ok(());
+            };
+            match retry_policy(&error) {
+                PublishRetry::StreamFull => deadline = Instant::now() + allowed,
+                PublishRetry::StorageFull => {
+                    deadline = Instant::now() + allowed;
+                    if !std::mem::replace(&mut warned, true) {
+                        let (stream, error) = (self.location.name, one_line(&error));
+                        tracing::warn!(
+                            stream,
+                            error,
+                            "the storage of the NATS server is full; waiting"
+                        );
+                    }
+                }
+                PublishRetry::UntilTimeout if Instant::now() < deadline => {}
+                PublishRetry::UntilTimeout | PublishRetry::Never => {
+                    let action = format!("send to stream {}", self.location.name);
+                    return Err(connection.refused(&action, &error));
+                }
+            }
+            sleep(delay).await;
+            delay = MAX_SEND_DELAY.min(2 * delay);
+        }
+    }
+}
+
+/// How to retry a message that was not stored.
+enum PublishRetry {
+    /// Until a slot is free.
+    StreamFull,
+    /// Until the server has disk space.
+    StorageFull,
+    /// Until the configured timeout.
+    UntilTimeout,
+    /// Not at all.
+    Never,
+}
+
+fn retry_policy(error: &PublishError) -> PublishRetry {
+    let text = one_line(error);
+    if text.contains("maximum messages exceeded") {
+        return PublishRetry::StreamFull;
+    }
+    let storage_full = ["resource", "no space", "maximum bytes"];
+    if storage_full.iter().any(|phrase| text.contains(phrase)) {
+        return PublishRetry::StorageFull;
+    }
+    match error.kind() {
+        PublishErrorKind::MaxPayloadExceeded => PublishRetry::Never,
+        _ => PublishRetry::UntilTimeout,
+    }
+}
+
+impl<T: WireMessage + Send + Sync + 'static> Downstream<T> {
+    pub(crate) async fn open(location: StreamLocation) -> Result<Self, TransportError> {
+        let (sender, fetched) = flume::unbounded();
+        let demand = Arc::new(Demand {
+            raised: Notify::new(),
+            unmet: AtomicI64::new(0),
+            batch_size: AtomicUsize::new(1),
+        });
+        let fetch_loop = FetchLoop {
+            consumer: location.consumer().await?,
+            location: location.clone(),
+            sender,
+            demand: Arc::clone(&demand),
+        };
+        Ok(Self {
+            location,
+            fetched,
+            demand,
+            fetch_loop: tokio::spawn(fetch_loop.run()).abort_handle(),
+            orphaned: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) async fn receive(&self) -> Result<Delivery<T>, TransportError> {
+        let demand = DemandGuard::new(&self.demand);
+        let received = self.fetched.recv_async().await;
+        demand.keep();
+        received.unwrap_or_else(|_| {
+            Err(TransportError::Refused {
+                action: format!("read stream {}", self.location.name),
+                url: self.location.connection.settings.url.clone(),
+                reason: "the runtime is shutting down".into(),
+            })
+        })
+    }
+
+    pub(crate) fn try_receive(&self) -> Option<Delivery<T>> {
+        let received = self.fetched.try_recv().ok()?;
+        self.demand.increment();
+        received.ok()
+    }
+
+    /// Redelivers orphaned messages that are found for the second time. Returns whether there were any.
+    pub(crate) async fn reclaim(&self) -> Result<bool, TransportError> {
+        let orphaned = self.location.first_orphaned().await?.unwrap_or(0);
+        let before = self.orphaned.swap(orphaned, Ordering::Relaxed);
+        if orphaned == 0 || orphaned != before {
+            return Ok(false);
+        }
+        let stream = self.location.name;
+        tracing::warn!(
+            stream,
+            "the NATS server holds orphaned messages; redelivering them"
+        );
+        self.location.recreate_consumer().await?;
+        Ok(true)
+    }
+
+    pub(crate) fn prefetch(&self, messages: usize) {
+        self.demand
+            .batch_size
+            .store(messages.max(1), Ordering::Relaxed);
+    }
+}
+
+impl<T> Downstream<T> {
+    pub(crate) fn name(&self) -> &'static str {
+        self.location.name
+    }
+
+    pub(crate) async fn counts(&self) -> Result<StreamCounts, TransportError> {
+        self.location.counts().await
+    }
+}
+
+impl<T> Drop for Downstream<T> {
+    fn drop(&mut self) {
+        // Fetched messages that nobody received are returned when the channel is dropped.
+        self.fetch_loop.abort();
+    }
+}
+
+/// The demand of one waiting receiver; withdrawn on drop, when the wait is cancelled.
+struct DemandGuard<'a>(&'a Demand);
+
+impl<'a> DemandGuard<'a> {
+    fn new(demand: &'a Demand) -> Self {
+        demand.increment();
+        Self(demand)
+    }
+
+    /// Leaves the demand counted: it balances the message that was received.
+    fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for DemandGuard<'_> {
+    fn drop(&mut self) {
+        self.0.decrement();
+    }
+}
+
+/// The task that fetches messages while receivers wait for them.
+struct FetchLoop<T> {
+    location: StreamLocation,
+    consumer: PullConsumer,
+    sender: flume::Sender<Result<Delivery<T>, TransportError>>,
+    demand: Arc<Demand>,
+}
+
+impl<T: WireMessage + Send + Sync + 'static> FetchLoop<T> {
+    async fn run(self) {
+        let allowed = Duration::from_secs(self.location.connection.settings.timeout_seconds);
+        let mut last_answer = Instant::now();
+        loop {
+            self.demand.wait().await;
+            match self.fetch().await {
+                Ok(()) => last_answer = Instant::now(),
+                Err(error) if last_answer.elapsed() > allowed => {
+                    let action = format!("read stream {}", self.location.name);
+                    let refused = self.location.connection.refused(&action, &*error);
+                    self.emit(Err(refused));
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(stream = self.location.name, %error, "a fetch failed; retrying");
+                    sleep(RETRY_DELAY).await;
+                }
+            }
+        }
+    }
+
+    fn emit(&self, received: Result<Delivery<T>, TransportError>) {
+        self.demand.decrement();
+        // Fails only when the receiver was dropped; the message is then returned.
+        drop(self.sender.send(received));
+    }
+
+    /// Makes one pull request and handles its messages until it is complete or expires.
+    async fn fetch(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let batch_size = self.demand.batch_size.load(Ordering::Relaxed);
+        let request = self.consumer.batch().max_messages(batch_size);
+        let mut batch = request.expires(PULL_EXPIRY).messages().await?;
+        // The timeout covers a lost connection, on which the server cannot end the request.
+        while let Some(message) = timeout(2 * PULL_EXPIRY, batch.next()).await? {
+            self.handle(message?).await?;
+        }
+        Ok(())
+    }
+
+    async fn handle(
+        &self,
+        message: async_nats::jetstream::Message,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let (deliveries, sequence) = {
+            let info = message.info()?;
+            (
+                u32::try_from(info.delivered).unwrap_or(u32::MAX),
+                info.stream_sequence,
+            )
+        };
+        let message = message.message;
+        let reply = message.reply.ok_or("a message without a reply subject")?;
+        let max_deliveries = self.location.limits.max_deliveries.get();
+        let lease = self
+            .location
+            .connection
+            .lease_keeper
+            .hold(reply, deliveries, max_deliveries);
+        let id = format!("{}-{sequence}", self.location.stream);
+        let decoded = wire::decode::<T>(&message.payload);
+        let is_dead = lease.is_given_up() || decoded.is_err();
+        if is_dead && !self.location.dead_letter(&id, message.payload).await {
+            lease.postpone();
+            return Ok(());
+        }
+        let stream = self.location.name;
+        match decoded {
+            Ok(decoded) => {
+                if lease.is_given_up() {
+                    tracing::warn!(
+                        stream,
+                        deliveries,
+                        "a message exceeded the delivery limit and is given up"
+                    );
+                }
+                self.emit(Ok(Delivery::jetstream(decoded, lease)));
+            }
+            Err(error) => {
+                tracing::error!(stream, sequence, %error, "a message cannot be decoded; moved to the dead-letter stream");
+                lease.terminate();
+            }
+        }
+        Ok(())
+    }
+}

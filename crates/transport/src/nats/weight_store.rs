@@ -1,0 +1,536 @@
+//! The weight store on NATS: blobs in an object store, and an entry of the run's registry that announces the newest.
+//!
+//! A blob is completely uploaded before the entry is written. With [`WeightsEncoding::Delta`] most blobs are deltas to
+//! the last full one, which readers keep in memory. A reader that finds a corrupt blob reports it in the registry, and
+//! the publisher uploads the blob again.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use async_nats::jetstream::object_store::{Config, ObjectMetadata, ObjectStore};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE;
+use messages::{WeightsManifest, WeightsVersion, wire};
+use settings::WeightsEncoding;
+use tokio::io::AsyncReadExt;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+use crate::memory::Announced;
+use crate::nats::{Connection, RunRegistry};
+use crate::{delta, error::TransportError};
+
+/// Registry key of the announcement of the newest weights.
+const ANNOUNCEMENT_KEY: &str = "weights";
+
+/// Registry key under which a reader reports a corrupt blob.
+const CORRUPT_KEY: &str = "torn";
+
+/// Maximum time between two reads of the registry.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Chunk size of the object store in bytes.
+const CHUNK_SIZE: usize = 512 << 10;
+
+/// Maximum number of re-uploads of a corrupt blob.
+const MAX_REUPLOADS: u32 = 8;
+
+#[derive(Debug)]
+pub(crate) struct NatsWeightStore {
+    connection: Arc<Connection>,
+    registry: RunRegistry,
+    store: DebugStore,
+    keep: NonZeroUsize,
+    announced: watch::Sender<Announced>,
+    /// What this process published: base of the next delta, and the blob to upload again if corrupt.
+    published: Mutex<Published>,
+    /// The full blob last downloaded, to which deltas refer.
+    downloaded: Mutex<Option<(WeightsVersion, Arc<Vec<u8>>)>>,
+    watch_task: Mutex<Option<AbortHandle>>,
+}
+
+/// The object store, with a `Debug` implementation.
+struct DebugStore(ObjectStore);
+
+#[derive(Debug, Default)]
+struct Published {
+    /// The last full blob, and the number of deltas since.
+    full: Option<(WeightsVersion, Arc<Vec<u8>>)>,
+    deltas: u64,
+    /// The newest blob, as uploaded.
+    newest: Option<(WeightsVersion, ObjectMetadata, Arc<Vec<u8>>)>,
+    reuploads: u32,
+    /// Whether the blobs of earlier sessions have been listed.
+    listed: bool,
+    /// Stored versions, each with the full version that its delta refers to.
+    stored: BTreeMap<WeightsVersion, Option<WeightsVersion>>,
+}
+
+impl NatsWeightStore {
+    pub(crate) async fn open(
+        connection: &Arc<Connection>,
+        registry: &RunRegistry,
+        keep: NonZeroUsize,
+    ) -> Result<Arc<Self>, TransportError> {
+        let config = Config {
+            bucket: connection.name("weights"),
+            num_replicas: connection.settings.replicas,
+            ..Config::default()
+        };
+        let context = &connection.context;
+        let open = || async {
+            match context.get_object_store(&config.bucket).await {
+                Ok(store) => Ok(store),
+                Err(_) => context.create_object_store(config.clone()).await,
+            }
+        };
+        let store = connection.retry("open the weight store", open).await?;
+        let weight_store = Arc::new(Self {
+            connection: Arc::clone(connection),
+            registry: registry.clone(),
+            store: DebugStore(store),
+            keep,
+            announced: watch::Sender::new(Announced::default()),
+            published: Mutex::default(),
+            downloaded: Mutex::default(),
+            watch_task: Mutex::default(),
+        });
+        weight_store.refresh().await?;
+        let (changes, weak) = (
+            registry.follow(ANNOUNCEMENT_KEY),
+            Arc::downgrade(&weight_store),
+        );
+        let watch = tokio::spawn(watch_registry(weak, changes));
+        *weight_store
+            .watch_task
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(watch.abort_handle());
+        Ok(weight_store)
+    }
+
+    /// Reads the announcement, and uploads a blob again that was reported corrupt.
+    async fn refresh(&self) -> Result<(), TransportError> {
+        let Some(entry) = self.registry.get(ANNOUNCEMENT_KEY).await? else {
+            return Ok(());
+        };
+        let manifest: WeightsManifest =
+            wire::decode(&entry.value).map_err(|error| TransportError::Foreign {
+                what: "the announcement of weights".into(),
+                reason: error.to_string(),
+            })?;
+        self.announced.send_if_modified(|announced| {
+            let newer = announced
+                .latest
+                .as_ref()
+                .is_none_or(|latest| latest.version < manifest.version);
+            if newer {
+                announced.latest = Some(manifest);
+            }
+            newer
+        });
+        self.reupload_if_corrupt().await
+    }
+
+    /// Uploads the newest blob again if a reader reported it corrupt.
+    async fn reupload_if_corrupt(&self) -> Result<(), TransportError> {
+        let newest = self.published().newest.clone();
+        let Some((version, meta, bytes)) = newest else {
+            return Ok(());
+        };
+        let report = self.registry.get(CORRUPT_KEY).await?;
+        if report.is_none_or(|entry| entry.value != name(version).as_bytes()) {
+            return Ok(());
+        }
+        let retry = {
+            let mut published = self.published();
+            published.reuploads += 1;
+            published.reuploads <= MAX_REUPLOADS
+        };
+        if retry {
+            tracing::warn!(%version, "stored weights are corrupt; uploading them again");
+            self.upload(meta, bytes).await?;
+        } else {
+            tracing::error!(%version, "stored weights are corrupt again after the maximum number of uploads; giving up");
+        }
+        // Cleared after the upload: many readers report the same blob until it is readable.
+        self.registry.put(CORRUPT_KEY, Vec::new()).await?;
+        Ok(())
+    }
+
+    fn published(&self) -> std::sync::MutexGuard<'_, Published> {
+        // Every change is complete before the lock is released, so a poisoned value is consistent.
+        self.published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) async fn publish(
+        &self,
+        manifest: WeightsManifest,
+        blob: Arc<Vec<u8>>,
+    ) -> Result<(), TransportError> {
+        if let Some(latest) = self.latest()
+            && latest.version >= manifest.version
+        {
+            return Err(TransportError::NotNewer {
+                offered: manifest.version,
+                current: latest.version,
+            });
+        }
+        let version = manifest.version;
+        self.list_stored().await;
+        let (meta, bytes) = self.encode(version, blob).await;
+        self.upload(meta.clone(), Arc::clone(&bytes)).await?;
+        self.registry
+            .put(ANNOUNCEMENT_KEY, wire::encode(&manifest))
+            .await?;
+        self.announced
+            .send_modify(|announced| announced.latest = Some(manifest));
+        let pruned = {
+            let mut published = self.published();
+            let base = base(&meta);
+            published.newest = Some((version, meta, bytes));
+            published.reuploads = 0;
+            published.stored.insert(version, base);
+            published.prune(self.keep)
+        };
+        for version in pruned {
+            // On failure the next session lists and deletes it.
+            if let Err(error) = self.delete(&name(version)).await {
+                tracing::debug!(%error, %version, "superseded weights could not be deleted");
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes a blob, and the tombstone that the object store keeps of it.
+    async fn delete(&self, name: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.store.0.delete(name).await?;
+        let bucket = self.connection.name("weights");
+        let tombstone = format!("$O.{bucket}.M.{}", URL_SAFE.encode(name));
+        let context = &self.connection.context;
+        let stream = context.get_stream(format!("OBJ_{bucket}")).await?;
+        stream.purge().filter(tombstone).await?;
+        Ok(())
+    }
+
+    /// Lists, once before the first publication, the blobs of earlier sessions, so that they are deleted when
+    /// superseded.
+    async fn list_stored(&self) {
+        if std::mem::replace(&mut self.published().listed, true) {
+            return;
+        }
+        let found = async {
+            let mut found = BTreeMap::new();
+            let bucket = self.connection.name("weights");
+            let (stream, prefix) = (format!("OBJ_{bucket}"), format!("$O.{bucket}.M."));
+            for subject in self.connection.subjects(stream, prefix).await? {
+                let name = String::from_utf8(URL_SAFE.decode(subject)?)?;
+                if let Some(version) = version(&name) {
+                    let object = self.store.0.info(&name).await?;
+                    let base = object.metadata.get("base");
+                    found.insert(version, base.and_then(|base| self::version(base)));
+                }
+            }
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(found)
+        };
+        match found.await {
+            Ok(found) => self.published().stored.extend(found),
+            Err(error) => {
+                tracing::warn!(%error, "weights of earlier sessions could not be listed and stay stored");
+            }
+        }
+    }
+
+    /// Encodes a blob for upload: in full, or as a delta to the last full one if configured, not due for a full one,
+    /// and shorter.
+    async fn encode(
+        &self,
+        version: WeightsVersion,
+        blob: Arc<Vec<u8>>,
+    ) -> (ObjectMetadata, Arc<Vec<u8>>) {
+        let settings = &self.connection.settings;
+        let full = match settings.weights {
+            WeightsEncoding::Full => None,
+            WeightsEncoding::Delta => {
+                let published = self.published();
+                let due = published.deltas + 1 >= settings.full_every;
+                published.full.clone().filter(|_| !due)
+            }
+        };
+        let mut meta = ObjectMetadata {
+            name: name(version),
+            chunk_size: Some(CHUNK_SIZE),
+            ..ObjectMetadata::default()
+        };
+        if let Some((base, before)) = full {
+            let now = Arc::clone(&blob);
+            let delta = tokio::task::spawn_blocking(move || delta::encode(&before, &now));
+            if let Ok(Some(delta)) = delta.await {
+                meta.metadata.insert("base".into(), name(base));
+                self.published().deltas += 1;
+                return (meta, Arc::new(delta));
+            }
+        }
+        let mut published = self.published();
+        published.full = Some((version, Arc::clone(&blob)));
+        published.deltas = 0;
+        (meta, blob)
+    }
+
+    async fn upload(
+        &self,
+        meta: ObjectMetadata,
+        bytes: Arc<Vec<u8>>,
+    ) -> Result<(), TransportError> {
+        let put = || async { self.store.0.put(meta.clone(), &mut bytes.as_slice()).await };
+        self.connection.retry("publish weights", put).await?;
+        Ok(())
+    }
+
+    pub(crate) async fn fetch(
+        &self,
+        version: WeightsVersion,
+    ) -> Result<Arc<Vec<u8>>, TransportError> {
+        let manifest = self
+            .latest()
+            .ok_or(TransportError::Unpublished { version })?;
+        if manifest.version != version {
+            return Err(TransportError::Pruned {
+                version,
+                newest: manifest.version,
+            });
+        }
+        let fetched = self.download(version).await;
+        let corrupt = |found| TransportError::Corrupt {
+            manifest: manifest.clone(),
+            found,
+        };
+        let blob = match fetched {
+            Ok(blob) => blob,
+            Err(error) => {
+                if self
+                    .registry
+                    .get(ANNOUNCEMENT_KEY)
+                    .await?
+                    .is_some_and(|entry| entry.value != wire::encode(&manifest))
+                {
+                    self.refresh().await?;
+                    let newest = self.latest().map_or(version, |latest| latest.version);
+                    return Err(TransportError::Pruned { version, newest });
+                }
+                tracing::warn!(%version, error, "weights cannot be downloaded");
+                self.registry
+                    .put(CORRUPT_KEY, name(version).into_bytes())
+                    .await?;
+                return Err(corrupt(0));
+            }
+        };
+        let (checked, described) = (Arc::clone(&blob), manifest.clone());
+        let matches = tokio::task::spawn_blocking(move || described.describes(&checked));
+        if matches.await.unwrap_or(false) {
+            return Ok(blob);
+        }
+        *self
+            .downloaded
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
+        self.registry
+            .put(CORRUPT_KEY, name(version).into_bytes())
+            .await?;
+        Err(corrupt(blob.len() as u64))
+    }
+
+    /// Downloads the blob of a version, applying its delta if it is stored as one.
+    async fn download(&self, version: WeightsVersion) -> Result<Arc<Vec<u8>>, String> {
+        let (bytes, base) = self.object(&name(version)).await?;
+        let Some(base) = base else {
+            let blob = Arc::new(bytes);
+            if self.connection.settings.weights == WeightsEncoding::Delta {
+                self.cache_full(version, &blob);
+            }
+            return Ok(blob);
+        };
+        let cached = {
+            let downloaded = self
+                .downloaded
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            downloaded.clone().filter(|(version, _)| *version == base)
+        };
+        let before = match cached {
+            Some((_, blob)) => blob,
+            None => {
+                let (bytes, _) = self.object(&name(base)).await?;
+                let blob = Arc::new(bytes);
+                self.cache_full(base, &blob);
+                blob
+            }
+        };
+        let decode = tokio::task::spawn_blocking(move || delta::decode(&before, &bytes));
+        let blob = decode.await.map_err(|error| error.to_string())?;
+        blob.map(Arc::new).map_err(|error| error.to_string())
+    }
+
+    fn cache_full(&self, version: WeightsVersion, blob: &Arc<Vec<u8>>) {
+        let mut downloaded = self
+            .downloaded
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *downloaded = Some((version, Arc::clone(blob)));
+    }
+
+    /// An object's bytes, and the version to which it is a delta.
+    async fn object(&self, name: &str) -> Result<(Vec<u8>, Option<WeightsVersion>), String> {
+        let reason = |error: &dyn std::error::Error| crate::nats::one_line(error);
+        let object = self.store.0.get(name).await;
+        let mut object = object.map_err(|error| reason(&error))?;
+        let info = object.info();
+        let base = info.metadata.get("base").and_then(|base| version(base));
+        let mut bytes = Vec::with_capacity(info.size);
+        // The timeout applies to each read, not to the whole transfer, which resumes after a lost connection.
+        let allowed = Duration::from_secs(self.connection.settings.timeout_seconds);
+        loop {
+            let read = timeout(allowed, object.read_buf(&mut bytes)).await;
+            let read = read.map_err(|_| "the server stopped sending".to_owned())?;
+            if read.map_err(|error| reason(&error))? == 0 {
+                return Ok((bytes, base));
+            }
+        }
+    }
+
+    pub(crate) fn latest(&self) -> Option<WeightsManifest> {
+        self.announced.borrow().latest.clone()
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Announced> {
+        self.announced.subscribe()
+    }
+
+    pub(crate) fn close(&self) {
+        self.announced
+            .send_modify(|announced| announced.closed = true);
+    }
+
+    /// Uploads another file of the run.
+    pub(crate) async fn put_file(&self, name: &str, bytes: Vec<u8>) -> Result<(), TransportError> {
+        let meta = ObjectMetadata {
+            name: format!("file-{name}"),
+            chunk_size: Some(CHUNK_SIZE),
+            ..ObjectMetadata::default()
+        };
+        self.upload(meta, Arc::new(bytes)).await
+    }
+
+    /// Downloads a file uploaded with [`Self::put_file`].
+    pub(crate) async fn get_file(&self, name: &str) -> Result<Vec<u8>, TransportError> {
+        let name = format!("file-{name}");
+        let get = || async { self.object(&name).await.map_err(FetchFailure) };
+        let (bytes, _) = self
+            .connection
+            .retry("fetch a file of the run", get)
+            .await?;
+        Ok(bytes)
+    }
+}
+
+/// Why an object cannot be downloaded.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct FetchFailure(String);
+
+impl Drop for NatsWeightStore {
+    fn drop(&mut self) {
+        let task = self
+            .watch_task
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        task.iter().for_each(AbortHandle::abort);
+    }
+}
+
+/// Reads the registry after each change of the announcement, and at least every [`POLL_INTERVAL`].
+async fn watch_registry(weight_store: Weak<NatsWeightStore>, mut changes: watch::Receiver<u64>) {
+    loop {
+        drop(timeout(POLL_INTERVAL, changes.changed()).await);
+        let Some(weight_store) = weight_store.upgrade() else {
+            return;
+        };
+        if let Err(error) = weight_store.refresh().await {
+            tracing::warn!(%error, "the weight store is unavailable");
+        }
+    }
+}
+
+impl Published {
+    /// Forgets and returns the versions that are neither among the newest `keep` nor the base of one of them.
+    fn prune(&mut self, keep: NonZeroUsize) -> Vec<WeightsVersion> {
+        let newest: Vec<_> = self.stored.keys().rev().take(keep.get()).copied().collect();
+        let needed: Vec<_> = newest.iter().filter_map(|v| self.stored[v]).collect();
+        let stays = |v: &WeightsVersion| newest.contains(v) || needed.contains(v);
+        let pruned: Vec<_> = self.stored.keys().filter(|v| !stays(v)).copied().collect();
+        self.stored.retain(|v, _| !pruned.contains(v));
+        pruned
+    }
+}
+
+fn base(meta: &ObjectMetadata) -> Option<WeightsVersion> {
+    meta.metadata.get("base").and_then(|base| version(base))
+}
+
+/// Name of a version in the object store.
+fn name(version: WeightsVersion) -> String {
+    format!("{}-{}", version.session, version.step)
+}
+
+fn version(name: &str) -> Option<WeightsVersion> {
+    let (session, step) = name.split_once('-')?;
+    Some(WeightsVersion {
+        session: session.parse().ok()?,
+        step: step.parse().ok()?,
+    })
+}
+
+impl std::fmt::Debug for DebugStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ObjectStore")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_blob_is_kept_while_a_delta_refers_to_it() {
+        let at = WeightsVersion::at;
+        let mut published = Published::default();
+        let keep = NonZeroUsize::new(2).expect("two");
+        let cases = [
+            (1, None, vec![]),
+            (2, Some(1), vec![]),
+            (3, Some(1), vec![]),
+            (4, None, vec![2]),
+            (5, Some(4), vec![1, 3]),
+            (6, Some(4), vec![]),
+        ];
+        for (step, base, pruned) in cases {
+            published.stored.insert(at(step), base.map(at));
+            let pruned: Vec<_> = pruned.into_iter().map(at).collect();
+            assert_eq!(published.prune(keep), pruned, "after {step}");
+        }
+    }
+
+    #[test]
+    fn names_parse_to_versions() {
+        let resumed = WeightsVersion {
+            session: 2,
+            step: 30,
+        };
+        assert_eq!(version(&name(resumed)), Some(resumed));
+        assert_eq!(version("2"), None);
+    }
+}

@@ -1,0 +1,139 @@
+//! The backend of a run's streams and weights: the memory of one process, or a NATS server.
+
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::sync::Arc;
+
+use messages::wire::WireMessage;
+use settings::JetStreamSettings;
+
+use crate::nats::{
+    Connection, Downstream, RunRegistry, StreamLocation, Upstream, create_dead_letter_stream,
+};
+use crate::{
+    error::TransportError,
+    stream::{Receiver, Sender, StreamLimits, stream},
+    weight_store::WeightStore,
+};
+
+/// A handle on the backend of a run; clones share it.
+#[derive(Debug, Clone)]
+pub struct Transport {
+    backend: Backend,
+}
+
+#[derive(Debug, Clone)]
+enum Backend {
+    Memory,
+    JetStream(Arc<Connection>, RunRegistry),
+}
+
+impl Transport {
+    /// A backend in the memory of this process.
+    #[must_use]
+    pub fn in_memory() -> Self {
+        Self {
+            backend: Backend::Memory,
+        }
+    }
+
+    /// Connects to the server for the run named `run`; creates what is missing there.
+    ///
+    /// # Errors
+    /// When the server cannot be reached within the configured timeout, or refuses.
+    pub async fn connect(settings: &JetStreamSettings, run: &str) -> Result<Self, TransportError> {
+        let connection = Connection::open(settings, run).await?;
+        let registry = RunRegistry::open(&connection).await?;
+        create_dead_letter_stream(&connection).await?;
+        Ok(Self {
+            backend: Backend::JetStream(connection, registry),
+        })
+    }
+
+    /// As [`Self::connect`] for an existing run; `None` if it does not exist, and nothing is created.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn find(
+        settings: &JetStreamSettings,
+        run: &str,
+    ) -> Result<Option<Self>, TransportError> {
+        let connection = Connection::open(settings, run).await?;
+        let registry = RunRegistry::find(&connection).await?;
+        Ok(registry.map(|registry| Self {
+            backend: Backend::JetStream(connection, registry),
+        }))
+    }
+
+    /// A stream of at most `capacity` unacknowledged messages. In memory each call creates a new stream; on a
+    /// server the name identifies it.
+    ///
+    /// # Errors
+    /// When the server refuses.
+    ///
+    /// # Panics
+    /// When `capacity` is zero.
+    pub async fn stream<T>(
+        &self,
+        name: &'static str,
+        capacity: usize,
+    ) -> Result<(Sender<T>, Receiver<T>), TransportError>
+    where
+        T: WireMessage + Clone + Send + Sync + 'static,
+    {
+        let Backend::JetStream(connection, _) = &self.backend else {
+            return Ok(stream(name, capacity));
+        };
+        let capacity = NonZeroUsize::new(capacity).expect("the capacity is positive");
+        let deliveries = NonZeroU32::new(connection.max_deliveries());
+        let limits = StreamLimits {
+            capacity,
+            max_deliveries: deliveries.unwrap_or(StreamLimits::MAX_DELIVERIES),
+        };
+        let location = StreamLocation::create(connection, name, limits).await?;
+        let downstream = Downstream::open(location.clone()).await?;
+        Ok((
+            Sender::over_jetstream(Arc::new(Upstream::of(location))),
+            Receiver::over_jetstream(Arc::new(downstream)),
+        ))
+    }
+
+    /// The run's weight store.
+    ///
+    /// # Errors
+    /// When the server refuses.
+    pub async fn weight_store(&self) -> Result<WeightStore, TransportError> {
+        match &self.backend {
+            Backend::Memory => Ok(WeightStore::default()),
+            Backend::JetStream(connection, registry) => {
+                WeightStore::over_jetstream(connection, registry).await
+            }
+        }
+    }
+
+    /// The run's registry; `None` in memory.
+    #[must_use]
+    pub fn registry(&self) -> Option<&RunRegistry> {
+        match &self.backend {
+            Backend::Memory => None,
+            Backend::JetStream(_, registry) => Some(registry),
+        }
+    }
+
+    /// Waits until all acknowledgements are sent. To be called before the process exits.
+    pub async fn flush(&self) {
+        if let Backend::JetStream(connection, _) = &self.backend {
+            connection.flush().await;
+        }
+    }
+
+    /// Removes all data of the run from the server.
+    ///
+    /// # Errors
+    /// When the server refuses.
+    pub async fn remove(&self) -> Result<(), TransportError> {
+        match &self.backend {
+            Backend::Memory => Ok(()),
+            Backend::JetStream(connection, _) => connection.remove().await,
+        }
+    }
+}

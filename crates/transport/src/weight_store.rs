@@ -1,0 +1,404 @@
+//! The versioned weight store. One learner publishes, any number of actors read. Only the newest version is
+//! announced, so that a late or busy reader catches up in one step.
+//!
+//! Promises: weights are complete before they are announced, versions only increase, and digests are checked on
+//! upload and on download. It does not know the contents of a blob.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use messages::{WeightsManifest, WeightsVersion};
+use tokio::sync::watch;
+
+use crate::error::TransportError;
+use crate::memory::{Announced, MemoryWeightStore};
+use crate::nats::{Connection, NatsWeightStore, RunRegistry};
+
+/// A handle on a weight store; clones share the store.
+#[derive(Debug, Clone)]
+pub struct WeightStore {
+    backend: StoreBackend,
+}
+
+#[derive(Debug, Clone)]
+enum StoreBackend {
+    Memory(Arc<MemoryWeightStore>),
+    JetStream(Arc<NatsWeightStore>),
+}
+
+/// A subscription to the updates of a weight store.
+#[derive(Debug, Clone)]
+pub struct WeightUpdates {
+    announced: watch::Receiver<Announced>,
+}
+
+impl WeightStore {
+    /// Number of blobs kept on a server: the newest, and the previous one for readers that are fetching it.
+    const KEEP: NonZeroUsize = NonZeroUsize::new(2).expect("two is not zero");
+
+    /// An empty store in memory that keeps the newest `keep` blobs. Fetched blobs are reference-counted.
+    #[must_use]
+    pub fn in_memory(keep: NonZeroUsize) -> Self {
+        Self {
+            backend: StoreBackend::Memory(Arc::new(MemoryWeightStore::new(keep))),
+        }
+    }
+
+    pub(crate) async fn over_jetstream(
+        connection: &Arc<Connection>,
+        registry: &RunRegistry,
+    ) -> Result<Self, TransportError> {
+        let weight_store = NatsWeightStore::open(connection, registry, Self::KEEP).await?;
+        Ok(Self {
+            backend: StoreBackend::JetStream(weight_store),
+        })
+    }
+
+    /// Uploads `blob`, then announces `manifest`. The digest is computed on the runtime's blocking threads; a
+    /// cancelled call may still take effect.
+    ///
+    /// # Errors
+    /// When the blob does not match the manifest, the version is not newer than the announced one, or the store is
+    /// closed; the store is then unchanged. Over JetStream, when the server does not answer.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn publish(
+        &self,
+        manifest: WeightsManifest,
+        blob: impl Into<Arc<Vec<u8>>>,
+    ) -> Result<(), TransportError> {
+        let (blob, version) = (blob.into(), manifest.version);
+        match &self.backend {
+            StoreBackend::Memory(weight_store) => {
+                let weight_store = Arc::clone(weight_store);
+                let publish = move || weight_store.publish(manifest, blob);
+                on_blocking_thread("publish", version, publish).await
+            }
+            StoreBackend::JetStream(weight_store) => weight_store.publish(manifest, blob).await,
+        }
+    }
+
+    /// Downloads the blob of `version`; its digest is checked on the runtime's blocking threads.
+    ///
+    /// # Errors
+    /// When the version is no longer stored, was never published, or is corrupt. Over JetStream, when the server
+    /// does not answer; the publisher uploads a corrupt blob again.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn fetch(&self, version: WeightsVersion) -> Result<Arc<Vec<u8>>, TransportError> {
+        match &self.backend {
+            StoreBackend::Memory(weight_store) => {
+                let weight_store = Arc::clone(weight_store);
+                on_blocking_thread("fetch", version, move || weight_store.fetch(version)).await
+            }
+            StoreBackend::JetStream(weight_store) => weight_store.fetch(version).await,
+        }
+    }
+
+    /// Manifest of the newest published weights; `None` before the first publication.
+    #[must_use]
+    pub fn latest(&self) -> Option<WeightsManifest> {
+        match &self.backend {
+            StoreBackend::Memory(weight_store) => weight_store.latest(),
+            StoreBackend::JetStream(weight_store) => weight_store.latest(),
+        }
+    }
+
+    /// Subscribes to updates; the current one is delivered first.
+    #[must_use]
+    pub fn subscribe(&self) -> WeightUpdates {
+        let announced = match &self.backend {
+            StoreBackend::Memory(weight_store) => weight_store.subscribe(),
+            StoreBackend::JetStream(weight_store) => weight_store.subscribe(),
+        };
+        WeightUpdates { announced }
+    }
+
+    /// Ends publication and wakes all waiting readers of this process. Stored weights can still be fetched.
+    pub fn close(&self) {
+        match &self.backend {
+            StoreBackend::Memory(weight_store) => weight_store.close(),
+            StoreBackend::JetStream(weight_store) => weight_store.close(),
+        }
+    }
+
+    /// Uploads another file of the run over JetStream; does nothing in memory, where there is no other process.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn put_file(&self, name: &str, bytes: Vec<u8>) -> Result<(), TransportError> {
+        match &self.backend {
+            StoreBackend::Memory(_) => Ok(()),
+            StoreBackend::JetStream(weight_store) => weight_store.put_file(name, bytes).await,
+        }
+    }
+
+    /// Downloads a file of the run that was uploaded with [`Self::put_file`]; `None` in memory.
+    ///
+    /// # Errors
+    /// When the server does not answer or does not have the file.
+    pub async fn get_file(&self, name: &str) -> Result<Option<Vec<u8>>, TransportError> {
+        match &self.backend {
+            StoreBackend::Memory(_) => Ok(None),
+            StoreBackend::JetStream(weight_store) => weight_store.get_file(name).await.map(Some),
+        }
+    }
+}
+
+impl Default for WeightStore {
+    /// A store in memory that keeps only the newest blob, since a fetch there is immediate.
+    fn default() -> Self {
+        Self::in_memory(NonZeroUsize::MIN)
+    }
+}
+
+impl WeightUpdates {
+    /// Manifest of the newest weights, as [`WeightStore::latest`].
+    #[must_use]
+    pub fn latest(&self) -> Option<WeightsManifest> {
+        self.announced.borrow().latest.clone()
+    }
+
+    /// Waits until the newest weights are newer than `version`, or published at all for `None`.
+    ///
+    /// # Errors
+    /// When the store is closed, or its last handle is dropped, before that.
+    pub async fn newer_than(
+        &self,
+        version: impl Into<Option<WeightsVersion>>,
+    ) -> Result<WeightsManifest, TransportError> {
+        let version = version.into();
+        self.wait(|manifest| Some(manifest.version) > version).await
+    }
+
+    /// Waits until the newest weights are `version` or newer.
+    ///
+    /// # Errors
+    /// As [`Self::newer_than`].
+    pub async fn at_least(
+        &self,
+        version: WeightsVersion,
+    ) -> Result<WeightsManifest, TransportError> {
+        self.wait(|manifest| manifest.version >= version).await
+    }
+
+    async fn wait(
+        &self,
+        accepts: impl Fn(&WeightsManifest) -> bool,
+    ) -> Result<WeightsManifest, TransportError> {
+        let mut announced = self.announced.clone();
+        let is_accepted = |now: &Announced| now.latest.as_ref().is_some_and(&accepts);
+        let now = announced
+            .wait_for(|now| now.closed || is_accepted(now))
+            .await
+            .map_err(|_| TransportError::WeightStoreClosed)?;
+        now.latest
+            .clone()
+            .filter(&accepts)
+            .ok_or(TransportError::WeightStoreClosed)
+    }
+}
+
+/// Runs `work` on a blocking thread; its panics propagate to the caller.
+async fn on_blocking_thread<R: Send + 'static>(
+    action: &'static str,
+    version: WeightsVersion,
+    work: impl FnOnce() -> Result<R, TransportError> + Send + 'static,
+) -> Result<R, TransportError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(TransportError::Interrupted { action, version }),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::{Pin, pin};
+
+    use super::*;
+
+    fn blob(version: u64) -> Vec<u8> {
+        format!("weights {version}").into_bytes()
+    }
+
+    fn manifest(version: u64) -> WeightsManifest {
+        WeightsManifest::of(WeightsVersion::at(version), &blob(version))
+    }
+
+    fn store_with(versions: &[u64]) -> WeightStore {
+        let weight_store = WeightStore::default();
+        for &version in versions {
+            let StoreBackend::Memory(inner) = &weight_store.backend else {
+                unreachable!("the default store is in memory");
+            };
+            let published = inner.publish(manifest(version), Arc::new(blob(version)));
+            published.expect("newer and whole");
+        }
+        weight_store
+    }
+
+    async fn waits<F: Future>(future: Pin<&mut F>) -> bool {
+        tokio::select! {
+            biased;
+            _ = future => false,
+            () = std::future::ready(()) => true,
+        }
+    }
+
+    #[tokio::test]
+    async fn published_weights_are_announced_and_fetched() {
+        let weight_store = WeightStore::default();
+        assert_eq!(weight_store.latest(), None);
+        weight_store
+            .publish(manifest(0), blob(0))
+            .await
+            .expect("the first is newer than nothing");
+        assert_eq!(weight_store.latest(), Some(manifest(0)));
+        assert_eq!(
+            *weight_store
+                .fetch(WeightsVersion::REFERENCE)
+                .await
+                .expect("it is stored"),
+            blob(0)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_late_joiner_gets_the_current_weights_at_once() {
+        let updates = store_with(&[0, 4]).subscribe();
+        assert_eq!(updates.latest(), Some(manifest(4)));
+        assert_eq!(updates.newer_than(None).await, Ok(manifest(4)));
+        assert_eq!(
+            updates.newer_than(WeightsVersion::at(3)).await,
+            Ok(manifest(4))
+        );
+        assert_eq!(
+            updates.at_least(WeightsVersion::at(4)).await,
+            Ok(manifest(4))
+        );
+    }
+
+    #[tokio::test]
+    async fn a_publication_wakes_only_readers_that_wait_for_it() {
+        let weight_store = store_with(&[1]);
+        let updates = weight_store.subscribe();
+        let mut newer = pin!(updates.newer_than(WeightsVersion::at(1)));
+        let mut much_newer = pin!(updates.at_least(WeightsVersion::at(3)));
+        assert!(waits(newer.as_mut()).await);
+        weight_store
+            .publish(manifest(2), blob(2))
+            .await
+            .expect("newer and whole");
+        assert_eq!(newer.await, Ok(manifest(2)));
+        assert!(waits(much_newer.as_mut()).await);
+        weight_store
+            .publish(manifest(5), blob(5))
+            .await
+            .expect("newer and whole");
+        assert_eq!(much_newer.await, Ok(manifest(5)));
+    }
+
+    #[tokio::test]
+    async fn a_rejected_publication_changes_nothing() {
+        let not_newer = |offered| TransportError::NotNewer {
+            offered: WeightsVersion::at(offered),
+            current: WeightsVersion::at(7),
+        };
+        let mismatched = |found| TransportError::Mismatched {
+            manifest: manifest(8),
+            found,
+        };
+        let cases = [
+            (manifest(7), blob(7), not_newer(7)),
+            (manifest(6), blob(6), not_newer(6)),
+            (manifest(8), blob(9), mismatched(9)),
+            (manifest(8), b"weights".to_vec(), mismatched(7)),
+        ];
+        for (manifest_offered, blob_offered, expected) in cases {
+            let weight_store = store_with(&[7]);
+            assert_eq!(
+                weight_store.publish(manifest_offered, blob_offered).await,
+                Err(expected)
+            );
+            assert_eq!(weight_store.latest(), Some(manifest(7)));
+            assert_eq!(
+                *weight_store
+                    .fetch(WeightsVersion::at(7))
+                    .await
+                    .expect("still stored"),
+                blob(7)
+            );
+            let eight = TransportError::Unpublished {
+                version: WeightsVersion::at(8),
+            };
+            assert_eq!(weight_store.fetch(WeightsVersion::at(8)).await, Err(eight));
+        }
+    }
+
+    #[tokio::test]
+    async fn pruning_superseded_weights_keeps_fetched_blobs_alive() {
+        let weight_store = store_with(&[0]);
+        let fetched = weight_store
+            .fetch(WeightsVersion::REFERENCE)
+            .await
+            .expect("it is stored");
+        weight_store
+            .publish(manifest(4), blob(4))
+            .await
+            .expect("newer and whole");
+        let pruned = weight_store
+            .fetch(WeightsVersion::REFERENCE)
+            .await
+            .expect_err("one is kept");
+        let (version, newest) = (WeightsVersion::REFERENCE, WeightsVersion::at(4));
+        assert_eq!(pruned, TransportError::Pruned { version, newest });
+        assert_eq!(
+            pruned.to_string(),
+            "fetch weights version 0: superseded and no longer stored; fetch version 4"
+        );
+        assert_eq!(*fetched, blob(0));
+        assert_eq!(
+            *weight_store
+                .fetch(WeightsVersion::at(4))
+                .await
+                .expect("the newest is kept"),
+            blob(4)
+        );
+    }
+
+    #[tokio::test]
+    async fn closing_the_store_wakes_readers_and_rejects_publications() {
+        let weight_store = store_with(&[1]);
+        let updates = weight_store.subscribe();
+        let mut newer = pin!(updates.newer_than(WeightsVersion::at(1)));
+        assert!(waits(newer.as_mut()).await);
+        weight_store.close();
+        assert_eq!(newer.await, Err(TransportError::WeightStoreClosed));
+        assert_eq!(updates.newer_than(None).await, Ok(manifest(1)));
+        assert_eq!(
+            weight_store.publish(manifest(2), blob(2)).await,
+            Err(TransportError::WeightStoreClosed)
+        );
+        assert_eq!(
+            *weight_store
+                .fetch(WeightsVersion::at(1))
+                .await
+                .expect("still stored"),
+            blob(1)
+        );
+    }
+
+    #[tokio::test]
+    async fn dropping_the_last_handle_wakes_readers() {
+        let updates = store_with(&[1]).subscribe();
+        assert_eq!(
+            updates.newer_than(WeightsVersion::at(1)).await,
+            Err(TransportError::WeightStoreClosed)
+        );
+    }
+}
