@@ -11,8 +11,7 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use crate::{
-    EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
-    stub::Engine,
+    Engine, EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
 };
 
 /// Grace period added to the completion timeout before the caller gives up.

@@ -24,8 +24,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::{
-    EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
-    stub::Engine,
+    Engine, EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
 };
 
 /// Maximum wait of [`Rollouts::step`] for a completion, so that new requests are admitted in between.
