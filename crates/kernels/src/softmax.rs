@@ -2,7 +2,7 @@
 
 use crate::simd::{Arithmetic, Kernel, LANES, dispatch, exp, maximum, sum_lanes};
 
-/// Values summed in `f32`, in [`LANES`] partial sums; the sums of such chunks are added in `f64`.
+/// Values summed in `f32`, in `LANES` partial sums; the sums of such chunks are added in `f64`.
 pub const SUM_CHUNK: usize = 1024;
 
 /// ln Σ e^z, in nats. NaN where a logit is NaN.

@@ -191,7 +191,7 @@ impl Sampler for Rollouts {
         Ok(())
     }
 
-    /// Starts the next completion, then waits up to [`STEP_TIMEOUT`] for it to end.
+    /// Starts the next completion, then waits up to `STEP_TIMEOUT` for it to end.
     fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
         self.start()?;
         if let Ok(ended) = self.ended.recv_timeout(STEP_TIMEOUT) {

@@ -144,7 +144,7 @@ impl SampleIndex {
         self.entries.rows.is_empty()
     }
 
-    /// A page of the rows indexed so far. A text search returns a partial page after [`MAX_SEARCHED_ROWS`] rows.
+    /// A page of the rows indexed so far. A text search returns a partial page after `MAX_SEARCHED_ROWS` rows.
     ///
     /// # Errors
     /// When the file cannot be read.
