@@ -299,7 +299,7 @@ impl SupervisedProcess {
         } = limit;
         let name = &command.name;
         let message = self.child.last_message();
-        tracing::warn!(name, %status, message, "a process ended; restarting it");
+        tracing::warn!(name, %status, last = message, "a process ended; restarting it");
         let now = Instant::now();
         self.restarts
             .retain(|then| now.duration_since(*then) < period);
