@@ -411,6 +411,8 @@ async fn a_corrupt_blob_is_rejected_and_uploaded_again() {
         assert!(matches!(error, TransportError::Corrupt { .. }), "{error}");
         let reader = Arc::new(reader);
         until("it is restored", async || {
+            // As actors do, which wait for the next version: every failed read is a report, and those are limited.
+            sleep(Duration::from_millis(500)).await;
             reader
                 .fetch(version)
                 .await
