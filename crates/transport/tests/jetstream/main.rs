@@ -5,7 +5,6 @@ mod server;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use messages::{
@@ -409,17 +408,50 @@ async fn a_corrupt_blob_is_rejected_and_uploaded_again() {
             .await
             .expect_err("it does not match its manifest");
         assert!(matches!(error, TransportError::Corrupt { .. }), "{error}");
-        let reader = Arc::new(reader);
-        until("it is restored", async || {
-            // As actors do, which wait for the next version: every failed read is a report, and those are limited.
-            sleep(Duration::from_millis(500)).await;
-            reader
-                .fetch(version)
-                .await
-                .is_ok_and(|blob| *blob == weights(1))
-        })
-        .await;
+        until_restored(&reader, 1).await;
     }
+}
+
+/// Waits until the reader gets the weights of `step`. Every failed read until then is a report to the publisher.
+async fn until_restored(reader: &transport::WeightStore, step: u64) {
+    until("the weights are restored", async || {
+        let blob = reader.fetch(WeightsVersion::at(step)).await;
+        blob.is_ok_and(|blob| *blob == weights(step))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delta_whose_base_is_corrupt_is_uploaded_again_in_full() {
+    let Some(server) = TestServer::start() else {
+        return;
+    };
+    let publisher = server.connect_with("base", "weights = \"delta\"").await;
+    let weight_store = publisher.weight_store().await.expect("it is created");
+    upload(&weight_store, 1).await;
+    upload(&weight_store, 2).await;
+    let context = server.client().await;
+    let store = context.get_object_store("agon-base-weights").await;
+    let store = store.expect("it is there");
+    let base = async |name: &str| {
+        let object = store.info(name).await.expect("stored");
+        object.metadata.get("base").cloned()
+    };
+    assert_eq!(base("0-2").await.as_deref(), Some("0-1"));
+    let mut bytes: &[u8] = &weights(9);
+    let overwritten = store.put("0-1", &mut bytes).await;
+    overwritten.expect("it is overwritten");
+    let reader = server.connect_with("base", "weights = \"delta\"").await;
+    let reader = reader.weight_store().await.expect("it is created");
+    until_restored(&reader, 2).await;
+    assert_eq!(base("0-2").await, None);
+    // The next delta refers to the new upload.
+    upload(&weight_store, 3).await;
+    assert_eq!(base("0-3").await.as_deref(), Some("0-2"));
+    let updates = reader.subscribe();
+    let newest = timeout(DEADLINE, updates.at_least(WeightsVersion::at(3))).await;
+    newest.expect("in time").expect("announced");
+    until_restored(&reader, 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
