@@ -1,7 +1,8 @@
 //! A fake Hugging Face hub with one model, on plain sockets, independent of the program's HTTP stack.
 //!
-//! It lists the files of a revision, serves small files itself and redirects requests for weights, with support for
-//! range requests. The requested paths are recorded.
+//! It lists the files of a revision, serves small files itself and redirects requests for weights to a delivery server
+//! at another address, with support for range requests. The requested paths are recorded, and the tokens that the
+//! delivery server receives. A hostile hub states names and sizes that are not those of the files.
 
 use std::{
     collections::BTreeMap,
@@ -40,11 +41,41 @@ pub struct FakeHub {
     state: Arc<HubState>,
 }
 
+/// What a hostile hub states; the default is an honest one.
+#[derive(Debug, Clone, Default)]
+pub struct HubLies {
+    /// Commit in the metadata of the repository.
+    pub sha: Option<String>,
+    /// Commit in the headers of files.
+    pub commit: Option<String>,
+    /// ETag of every file.
+    pub etag: Option<String>,
+    /// Files that the repository lists in addition.
+    pub siblings: Vec<String>,
+    /// Size of every file in bytes.
+    pub size: Option<u64>,
+    /// Where requests for weights are redirected.
+    pub location: Option<String>,
+    /// Whether all requests are redirected to the delivery server.
+    pub redirects_everything: bool,
+}
+
 struct HubState {
     files: BTreeMap<String, Vec<u8>>,
     /// Token required for files.
     token: Option<&'static str>,
+    lies: HubLies,
     requests: Mutex<Vec<String>>,
+    delivery_address: SocketAddr,
+    /// Tokens that the delivery server received.
+    delivered_tokens: Mutex<Vec<String>>,
+}
+
+/// The two servers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Server {
+    Hub,
+    Delivery,
 }
 
 impl FakeHub {
@@ -53,28 +84,49 @@ impl FakeHub {
     /// # Panics
     /// If there is no free port, or a file cannot be read.
     pub fn start(folder: &Path, token: Option<&'static str>) -> Self {
+        Self::hostile(folder, token, HubLies::default())
+    }
+
+    /// As [`Self::start`], with these statements in place of the truth.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn hostile(folder: &Path, token: Option<&'static str>, lies: HubLies) -> Self {
         let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
         let files = entries.map(|entry| {
             let entry = entry.expect("a directory entry");
             let name = entry.file_name().into_string().expect("a plain name");
             (name, fs::read(entry.path()).expect("a file of a model"))
         });
+        let [hub, delivery] =
+            [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
+        let address = |listener: &TcpListener| listener.local_addr().expect("a bound listener");
         let state = Arc::new(HubState {
             files: files.collect(),
             token,
+            lies,
             requests: Mutex::default(),
+            delivery_address: address(&delivery),
+            delivered_tokens: Mutex::default(),
         });
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = listener.local_addr().expect("a bound listener");
-        let server_state = Arc::clone(&state);
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let state = Arc::clone(&server_state);
-                // The client may disconnect before the response.
-                thread::spawn(move || drop(state.serve(stream, address)));
-            }
-        });
+        let address = address(&hub);
+        for (listener, server) in [(hub, Server::Hub), (delivery, Server::Delivery)] {
+            let server_state = Arc::clone(&state);
+            thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    let state = Arc::clone(&server_state);
+                    // The client may disconnect before the response.
+                    thread::spawn(move || drop(state.serve(stream, server)));
+                }
+            });
+        }
         Self { address, state }
+    }
+
+    /// Tokens that were sent to the delivery server so far.
+    pub fn delivered_tokens(&self) -> Vec<String> {
+        let tokens = self.state.delivered_tokens.lock();
+        tokens.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Paths requested so far.
@@ -146,14 +198,19 @@ fn read_request(stream: &TcpStream) -> Option<HubRequest> {
 }
 
 impl HubState {
-    fn serve(&self, mut stream: TcpStream, address: SocketAddr) -> std::io::Result<()> {
+    fn serve(&self, mut stream: TcpStream, server: Server) -> std::io::Result<()> {
         let Some(request) = read_request(&stream) else {
             return Ok(());
         };
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         requests.push(request.path.clone());
         drop(requests);
-        let (status, headers, body) = self.respond(&request, address);
+        if server == Server::Delivery {
+            let tokens = self.delivered_tokens.lock();
+            let mut tokens = tokens.unwrap_or_else(PoisonError::into_inner);
+            tokens.extend(request.token.clone());
+        }
+        let (status, headers, body) = self.respond(&request, server);
         let length = body.len();
         write!(
             stream,
@@ -166,9 +223,13 @@ impl HubState {
         stream.write_all(&body)
     }
 
-    fn respond(&self, request: &HubRequest, address: SocketAddr) -> HubResponse {
+    fn respond(&self, request: &HubRequest, server: Server) -> HubResponse {
         if let Some(file) = request.path.strip_prefix("/redirected/") {
             return self.file(file, request);
+        }
+        if server == Server::Hub && self.lies.redirects_everything {
+            let location = format!("http://{}{}", self.delivery_address, request.path);
+            return (307, vec![("location", location)], Vec::new());
         }
         let api = format!("/api/models/{REPOSITORY}/revision/");
         let resolve = format!("/{REPOSITORY}/resolve/");
@@ -190,16 +251,17 @@ impl HubState {
             return error(404, "RevisionNotFound");
         }
         match (self.token, request.token.as_deref()) {
+            _ if server == Server::Delivery => {}
             (Some(_), None) => return error(401, "GatedRepo"),
             (Some(expected), Some(token)) if expected != token => return error(403, "GatedRepo"),
             _ => {}
         }
         if file.ends_with(".safetensors") && self.files.contains_key(file) {
-            let location = format!("http://{address}/redirected/{file}");
+            let location = format!("http://{}/redirected/{file}", self.delivery_address);
             let headers = vec![
-                ("location", location),
-                ("x-repo-commit", COMMIT.to_owned()),
-                ("x-linked-etag", etag(file)),
+                ("location", self.lies.location.clone().unwrap_or(location)),
+                ("x-repo-commit", self.commit()),
+                ("x-linked-etag", self.etag(file)),
             ];
             return (302, headers, Vec::new());
         }
@@ -207,29 +269,42 @@ impl HubState {
     }
 
     fn info(&self) -> HubResponse {
-        let names = self.files.keys().map(|name| json!({"rfilename": name}));
-        let info = json!({"sha": COMMIT, "siblings": names.collect::<Vec<_>>()});
+        let names = self.files.keys().chain(&self.lies.siblings);
+        let siblings: Vec<_> = names.map(|name| json!({"rfilename": name})).collect();
+        let sha = self.lies.sha.as_deref().unwrap_or(COMMIT);
+        let info = json!({"sha": sha, "siblings": siblings});
         (200, Vec::new(), info.to_string().into_bytes())
     }
 
     fn file(&self, name: &str, request: &HubRequest) -> HubResponse {
-        let Some(bytes) = self.files.get(name) else {
+        let known = self.files.get(name);
+        // A hostile hub has every file that it lists.
+        let any = (!self.lies.siblings.is_empty()).then(Vec::new);
+        let Some(bytes) = known.or(any.as_ref()) else {
             return error(404, "EntryNotFound");
         };
-        let last = bytes.len() - 1;
+        let last = bytes.len().saturating_sub(1);
         let range = request.range.as_deref().unwrap_or("0-");
         let (first, end) = range.split_once('-').expect("a range");
         let first: usize = first.parse().expect("an offset");
         let end = end.parse().unwrap_or(last).min(last);
+        let size = self.lies.size.unwrap_or(bytes.len() as u64);
         let headers = vec![
-            ("etag", etag(name)),
-            ("x-repo-commit", COMMIT.to_owned()),
-            (
-                "content-range",
-                format!("bytes {first}-{end}/{}", bytes.len()),
-            ),
+            ("etag", self.etag(name)),
+            ("x-repo-commit", self.commit()),
+            ("content-range", format!("bytes {first}-{end}/{size}")),
         ];
-        (206, headers, bytes[first..=end].to_vec())
+        let body = bytes.get(first..=end).unwrap_or_default().to_vec();
+        (206, headers, body)
+    }
+
+    fn commit(&self) -> String {
+        self.lies.commit.as_deref().unwrap_or(COMMIT).to_owned()
+    }
+
+    fn etag(&self, name: &str) -> String {
+        let etag = self.lies.etag.clone();
+        format!("{:?}", etag.unwrap_or_else(|| format!("{name}-1")))
     }
 }
 
@@ -237,10 +312,6 @@ type HubResponse = (u16, Vec<(&'static str, String)>, Vec<u8>);
 
 fn is_revision(revision: &str) -> bool {
     ["main", "v1", COMMIT].contains(&revision)
-}
-
-fn etag(name: &str) -> String {
-    format!("\"{name}-1\"")
 }
 
 fn error(status: u16, code: &str) -> HubResponse {

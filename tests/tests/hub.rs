@@ -9,7 +9,7 @@ use std::{
 use playground::Bandit;
 use serde_json::Value;
 use system_tests::{
-    FakeHub, HUB_COMMIT, HUB_REPOSITORY, ProcessOutput, Sandbox, agon_with_hub, config,
+    FakeHub, HUB_COMMIT, HUB_REPOSITORY, HubLies, ProcessOutput, Sandbox, agon_with_hub, config,
     has_nats_server, report, run_with_hub,
 };
 
@@ -288,6 +288,10 @@ fn the_token_is_sent_to_the_hub_only() {
     // The trace log does not contain the token.
     assert!(log.contains("TRACE") || log.contains("DEBUG"), "{log}");
     assert!(!log.contains("hf_right"), "{log}");
+    // The weights came from another server.
+    let requests = hub.requests();
+    assert!(requests.iter().any(|path| path.starts_with("/redirected/")));
+    assert_eq!(hub.delivered_tokens(), [""; 0]);
     let doctor = run_with_hub(
         &sandbox,
         &hub.url(),
@@ -301,6 +305,127 @@ fn the_token_is_sent_to_the_hub_only() {
         "{line}"
     );
     assert!(!line.contains("hf_right"), "{line}");
+}
+
+#[test]
+fn a_redirect_to_another_host_does_not_carry_the_token() {
+    let sandbox = Sandbox::new();
+    let lies = HubLies {
+        redirects_everything: true,
+        ..HubLies::default()
+    };
+    let hub = FakeHub::hostile(&model(&sandbox), Some("hf_right"), lies);
+    scored(&sandbox, &hub.url(), MODEL, &[("HF_TOKEN", "hf_right")]).succeeded();
+    assert_eq!(hub.delivered_tokens(), [""; 0]);
+
+    let endpoint = hub.url().replace("http://", "http://user:hf_secret@");
+    let output = scored(&sandbox, &endpoint, MODEL, &[]);
+    let output = output.check(3, &["HF_ENDPOINT", "has a user name or password"]);
+    assert!(!output.stderr.contains("hf_secret"), "{}", output.stderr);
+}
+
+/// Lies of a hostile hub about a file outside of the cache at the path `planted`, each with a fragment of the error.
+fn hostile_hubs(planted: &str) -> Vec<(HubLies, &'static str)> {
+    let up = "../../../../../../planted";
+    let etag = |etag: &str| HubLies {
+        etag: Some(etag.to_owned()),
+        ..HubLies::default()
+    };
+    let commit = |commit: &str| HubLies {
+        commit: Some(commit.to_owned()),
+        ..HubLies::default()
+    };
+    let sha = |sha: &str| HubLies {
+        sha: Some(sha.to_owned()),
+        ..HubLies::default()
+    };
+    let sibling = |name: &str| HubLies {
+        siblings: vec![name.to_owned()],
+        ..HubLies::default()
+    };
+    let location = |location: &str| HubLies {
+        location: Some(location.to_owned()),
+        ..HubLies::default()
+    };
+    let size = |size: u64| HubLies {
+        size: Some(size),
+        ..HubLies::default()
+    };
+    vec![
+        (etag(planted), "has a path separator"),
+        (etag(up), "has a path separator"),
+        (etag(".."), "it names a folder"),
+        (etag(""), "it is empty"),
+        (commit(planted), "is of the commit"),
+        (commit(up), "is of the commit"),
+        (sha(planted), "as its commit"),
+        (sha(up), "as its commit"),
+        (sha(""), "as its commit"),
+        (sibling(planted), "no path in a repository"),
+        (sibling(up), "no path in a repository"),
+        (
+            sibling("LICENSE/../../../../../../planted"),
+            "no path in a repository",
+        ),
+        (location("file:///etc/passwd"), "which is not HTTP"),
+        (location("http://"), "to what is no URL"),
+        (size(1), "has more than 1 bytes"),
+        (size(1 << 50), "more than"),
+    ]
+}
+
+#[test]
+fn a_hostile_hub_writes_nothing_outside_of_its_cache() {
+    let sandbox = Sandbox::new();
+    let folder = model(&sandbox);
+    let planted = sandbox.path("planted");
+    let tokens = [("HF_TOKEN", "hf_right")];
+    for (lies, says) in hostile_hubs(&planted.display().to_string()) {
+        let hub = FakeHub::hostile(&folder, Some("hf_right"), lies.clone());
+        let output = scored(&sandbox, &hub.url(), MODEL, &tokens);
+        output.check(3, &["hf:org/tiny@main", says]).without_panic();
+        assert!(!planted.exists(), "{lies:?}");
+        assert_eq!(hub.delivered_tokens(), [""; 0], "{lies:?}");
+        fs::remove_dir_all(sandbox.path("hf")).ok();
+    }
+}
+
+#[test]
+fn the_index_of_a_hub_model_names_files_of_its_repository_only() {
+    let sandbox = Sandbox::new();
+    let folder = model(&sandbox);
+    shard(&folder);
+    for path in [
+        "../../../../secret.safetensors",
+        "/dev/zero",
+        "missing.safetensors",
+    ] {
+        let index = serde_json::json!({"weight_map": {"model.norm.weight": path}});
+        let file = folder.join("model.safetensors.index.json");
+        fs::write(file, index.to_string()).expect("an index");
+        let hub = FakeHub::start(&folder, None);
+        let output = scored(&sandbox, &hub.url(), MODEL, &[]);
+        output
+            .check(3, &["model.safetensors.index.json", path])
+            .without_panic();
+        fs::remove_dir_all(sandbox.path("hf")).expect("the cache was used");
+    }
+}
+
+#[test]
+fn an_interrupted_download_is_resumed() {
+    let sandbox = Sandbox::new();
+    let folder = model(&sandbox);
+    let hub = FakeHub::start(&folder, None);
+    let blobs = sandbox.path("hf/hub/models--org--tiny/blobs");
+    fs::create_dir_all(&blobs).expect("a folder");
+    let weights = fs::read(folder.join("model.safetensors")).expect("the file was written");
+    let partial = blobs.join("model.safetensors-1.part");
+    fs::write(&partial, &weights[..weights.len() / 2]).expect("a part of a blob");
+    scored(&sandbox, &hub.url(), MODEL, &[]).succeeded();
+    let blob = fs::read(blobs.join("model.safetensors-1")).expect("a blob");
+    assert!(blob == weights, "the blob differs from the file");
+    assert!(!partial.exists());
 }
 
 /// Settings of a short run on `model`.

@@ -239,3 +239,104 @@ fn keys_that_change_the_computation_are_rejected_and_unknown_ones_logged() {
     let after = score(&sandbox, &copy, &ids, &[]).check(0, &["a_key_of_its_own"]);
     assert_eq!(sum(after), before);
 }
+
+/// Folder of a small model, copied so that it can be changed.
+fn changeable(sandbox: &Sandbox, name: &str) -> Option<PathBuf> {
+    Some(sandbox.copy_of(&case("../models/random-llama3")?, name))
+}
+
+#[test]
+fn an_index_names_plain_files_only() {
+    let Some(ids) = ids() else { return };
+    let sandbox = Sandbox::new();
+    let Some(folder) = changeable(&sandbox, "model") else {
+        return;
+    };
+    fs::remove_file(folder.join("model.safetensors")).expect("a file of the model");
+    let index = folder.join("model.safetensors.index.json");
+    let Some(cases) = case("security/index") else {
+        return;
+    };
+    for entry in fs::read_dir(cases).expect("a folder") {
+        let case = entry.expect("an entry").path();
+        fs::write(&index, fs::read(&case).expect("a file")).expect("a writable copy");
+        let says = ["model.safetensors.index.json", "is not a plain file name"];
+        assert_rejected(&sandbox, &folder, &ids, &says);
+    }
+}
+
+#[test]
+fn configurations_with_impossible_sizes_are_rejected() {
+    let Some(ids) = ids() else { return };
+    let sandbox = Sandbox::new();
+    let Some(folder) = changeable(&sandbox, "model") else {
+        return;
+    };
+    let Some(cases) = case("security/config") else {
+        return;
+    };
+    for entry in fs::read_dir(cases).expect("a folder") {
+        let case = entry.expect("an entry").path();
+        let config = fs::read(&case).expect("a file");
+        fs::write(folder.join("config.json"), config).expect("a writable copy");
+        let name = text(case.file_name().expect("a name").as_ref());
+        let (key, _) = name.rsplit_once('_').expect("a key and its value");
+        assert_rejected(&sandbox, &folder, &ids, &["config.json is not usable", key]);
+    }
+}
+
+#[test]
+fn tokenizers_that_break_the_library_are_rejected() {
+    let Some(ids) = ids() else { return };
+    let sandbox = Sandbox::new();
+    let Some(folder) = changeable(&sandbox, "model") else {
+        return;
+    };
+    let Some(cases) = case("security/tokenizer") else {
+        return;
+    };
+    for entry in fs::read_dir(cases).expect("a folder") {
+        let case = entry.expect("an entry").path();
+        let tokenizer = fs::read(&case).expect("a file");
+        fs::write(folder.join("tokenizer.json"), tokenizer).expect("a writable copy");
+        assert_rejected(&sandbox, &folder, &ids, &["tokenizer.json is not usable"]);
+    }
+}
+
+#[test]
+fn only_regular_files_inside_a_folder_are_read() {
+    let Some(ids) = ids() else { return };
+    let sandbox = Sandbox::new();
+    for (index, name) in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "adapter_config.json",
+        "LICENSE",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let Some(folder) = changeable(&sandbox, &format!("model-{index}")) else {
+            return;
+        };
+        let file = folder.join(name);
+        let content = fs::read(&file).unwrap_or_else(|_| b"{}".to_vec());
+        let outside = sandbox.write("outside", content);
+        fs::remove_file(&file).ok();
+        std::os::unix::fs::symlink(&outside, &file).expect("a link");
+        let says = [name, "outside of its folder"];
+        assert_rejected(&sandbox, &folder, &ids, &says);
+        if name == "LICENSE" {
+            // A licence is a regular file, or none.
+            continue;
+        }
+        fs::remove_file(&file).expect("the link");
+        let made = std::process::Command::new("mkfifo").arg(&file).status();
+        assert!(made.expect("mkfifo starts").success());
+        let says = [name, "it is a named pipe, not a regular file"];
+        assert_rejected(&sandbox, &folder, &ids, &says);
+    }
+}

@@ -99,6 +99,9 @@ pub enum HubError {
     /// The environment names no directory for the cache.
     #[error("there is no directory for the cache of the hub: set HF_HOME, or HOME")]
     NoCache,
+    /// The configured endpoint is not usable.
+    #[error("HF_ENDPOINT is not usable as the URL of a hub: {0}")]
+    Endpoint(String),
     /// The configured token is malformed.
     #[error("{0} is not a token: it holds white space or other characters that no token has")]
     Token(String),

@@ -9,28 +9,36 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hf_hub::{
-    Cache,
-    api::{self, sync::Api},
-};
+use messages::FileName;
 use settings::HubModel;
 use telemetry::Progress;
 
-use crate::{HubClient, cancel::CancelToken, error::HubError, files, repo_at};
+use crate::{
+    HubClient,
+    blob::{self, Blob, BlobError},
+    cancel::CancelToken,
+    error::HubError,
+    files,
+    http::HttpClient,
+};
 
 /// Download timeout: the longest time without data.
-const STALL_TIMEOUT: Duration = Duration::from_secs(90);
+pub(crate) const STALL_TIMEOUT: Duration = Duration::from_secs(90);
 /// Interval between two checks for cancellation or for the lock.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// Smallest file with a progress bar, in bytes.
-const PROGRESS_THRESHOLD: usize = 1 << 20;
+const PROGRESS_THRESHOLD: u64 = 1 << 20;
+/// Number of times that an interrupted download is resumed.
+const RETRIES: u32 = 3;
+/// Delay before the first of them; doubled for each further one.
+const RETRY_DELAY: Duration = Duration::from_millis(300);
 
 /// Event of the download thread.
-enum DownloadEvent {
+pub(crate) enum DownloadEvent {
     /// A file of this many bytes begins, possibly again after a retry.
-    FileStarted(String, usize),
+    FileStarted(String, u64),
     /// This many more bytes of it have arrived.
-    Bytes(usize),
+    Bytes(u64),
     /// Another process holds the lock of the repository.
     WaitingForLock,
     /// The snapshot is complete, or the download failed.
@@ -118,29 +126,31 @@ struct Download {
 impl Download {
     fn run(&self) -> Result<PathBuf, HubError> {
         let (hub, model) = (&self.hub, &self.model);
-        let api = hub.api(model)?;
-        let info = hub.info(&api, model)?;
-        let folder = hub.snapshot(model, &info.sha);
-        self.complete(&api, &files::names(&info), &folder, &info.sha)?;
+        let client = hub.http_client(STALL_TIMEOUT);
+        let info = hub.info(&client, model)?;
+        let folder = hub.snapshot(model, &info.commit);
+        self.complete(&client, &info.files, &info.commit)?;
         if hub.cached(model).as_ref() != Some(&folder) {
-            let repository = Cache::new(hub.cache.clone()).repo(repo_at(model, model.revision()));
-            let created = repository.create_ref(&info.sha);
-            created.map_err(|error| failed(model, &error))?;
+            let path = hub.reference(model);
+            let written = fs::create_dir_all(path.parent().unwrap_or(Path::new("")))
+                .and_then(|()| fs::write(&path, info.commit.as_str()));
+            written.map_err(|error| self.failed_at(&path, &error))?;
         }
         Ok(folder)
     }
 
-    /// Downloads the missing files of `folder`. One process at a time: the others wait for the lock and check again.
+    /// Downloads the missing files of the snapshot of `commit`. One process at a time: the others wait for the lock
+    /// and check again.
     fn complete(
         &self,
-        api: &Api,
-        names: &BTreeSet<String>,
-        folder: &Path,
-        commit: &str,
+        client: &HttpClient,
+        names: &BTreeSet<FileName>,
+        commit: &FileName,
     ) -> Result<(), HubError> {
+        let folder = self.hub.snapshot(&self.model, commit);
         let mut lock = None;
         loop {
-            let mut missing = files::required(&self.model, names, folder)?;
+            let mut missing = files::required(&self.model, names, &folder)?;
             missing.retain(|name| !folder.join(name).exists());
             if missing.is_empty() {
                 return Ok(());
@@ -150,34 +160,69 @@ impl Download {
                 continue;
             }
             let (model, endpoint) = (&self.model, &self.hub.endpoint);
-            tracing::info!(%model, commit, endpoint, into = %folder.display(), "fetching a model");
-            let repository = api.repo(repo_at(&self.model, commit));
-            for name in missing {
-                let progress = EventSender(self.events.clone());
-                let path = repository.download_with_progress(&name, progress);
-                let path = path.map_err(|error| self.hub.classify(&self.model, error))?;
-                if path != folder.join(&name) {
-                    let reason = format!("{name} is of another commit: {}", path.display());
-                    return Err(failed(&self.model, &reason));
+            tracing::info!(%model, %commit, %endpoint, into = %folder.display(), "fetching a model");
+            fs::create_dir_all(&folder).map_err(|error| self.failed_at(&folder, &error))?;
+            for name in &missing {
+                let blob = self.blob(client, commit, name)?;
+                let linked = blob::link(&blob, &folder.join(name));
+                linked.map_err(|error| self.failed_at(&folder, &error))?;
+            }
+        }
+    }
+
+    /// Path of the content of a file, downloaded if it is not in the cache.
+    fn blob(
+        &self,
+        client: &HttpClient,
+        commit: &FileName,
+        name: &FileName,
+    ) -> Result<PathBuf, HubError> {
+        let blob = Blob {
+            folder: self.hub.repository(&self.model).join("blobs"),
+            repository: self.model.repository(),
+            commit,
+            name,
+            events: &self.events,
+        };
+        let mut retries = 0;
+        loop {
+            match blob.fetch(client) {
+                Ok(path) => return Ok(path),
+                Err(BlobError::Interrupted(_)) if retries < RETRIES => {
+                    thread::sleep(RETRY_DELAY * 2_u32.pow(retries));
+                    retries += 1;
+                }
+                Err(BlobError::Interrupted(reason)) => {
+                    return Err(self.hub.unreachable(&self.model, reason));
+                }
+                Err(BlobError::Refused(reason)) => return Err(failed(&self.model, &reason)),
+                Err(BlobError::Request(error)) => {
+                    return Err(self.hub.classify(&self.model, error));
+                }
+                Err(BlobError::Abandoned) => {
+                    return Err(HubError::Cancelled {
+                        model: self.model.clone(),
+                    });
                 }
             }
         }
     }
 
+    fn failed_at(&self, path: &Path, error: &std::io::Error) -> HubError {
+        failed(&self.model, &format!("{}: {error}", path.display()))
+    }
+
     /// Takes the repository's file lock, which the system releases when its process ends.
     fn lock(&self) -> Result<File, HubError> {
-        let failed = |error: std::io::Error, path: &Path| {
-            failed(&self.model, &format!("{}: {error}", path.display()))
-        };
         let folder = self.hub.repository(&self.model);
-        fs::create_dir_all(&folder).map_err(|error| failed(error, &folder))?;
+        fs::create_dir_all(&folder).map_err(|error| self.failed_at(&folder, &error))?;
         let path = folder.join("agon.lock");
-        let file = File::create(&path).map_err(|error| failed(error, &path))?;
+        let file = File::create(&path).map_err(|error| self.failed_at(&path, &error))?;
         let mut is_logged = false;
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
-                Err(TryLockError::Error(error)) => return Err(failed(error, &path)),
+                Err(TryLockError::Error(error)) => return Err(self.failed_at(&path, &error)),
                 Err(TryLockError::WouldBlock) => {}
             }
             if !std::mem::replace(&mut is_logged, true) {
@@ -189,22 +234,6 @@ impl Download {
     }
 }
 
-/// Forwards the client's progress as events; after a timeout or cancellation the receiver is gone.
-struct EventSender(SyncSender<DownloadEvent>);
-
-impl api::Progress for EventSender {
-    fn init(&mut self, size: usize, filename: &str) {
-        let started = DownloadEvent::FileStarted(filename.into(), size);
-        self.0.send(started).ok();
-    }
-
-    fn update(&mut self, size: usize) {
-        self.0.send(DownloadEvent::Bytes(size)).ok();
-    }
-
-    fn finish(&mut self) {}
-}
-
 /// Progress bar of the current file.
 #[derive(Default)]
 struct FileProgress {
@@ -214,19 +243,19 @@ struct FileProgress {
 }
 
 impl FileProgress {
-    fn begin(&mut self, file: &str, bytes: usize) {
+    fn begin(&mut self, file: &str, bytes: u64) {
         self.bytes = 0;
         if self.file == file {
             return;
         }
         self.end();
         file.clone_into(&mut self.file);
-        let title = || Progress::new(&format!("fetching {file}, MiB"), (bytes >> 20) as u64);
+        let title = || Progress::new(&format!("fetching {file}, MiB"), bytes >> 20);
         self.progress = (bytes >= PROGRESS_THRESHOLD).then(title);
     }
 
-    fn advance(&mut self, bytes: usize) {
-        self.bytes += bytes as u64;
+    fn advance(&mut self, bytes: u64) {
+        self.bytes += bytes;
         if let Some(progress) = &mut self.progress {
             progress.advance_to(self.bytes >> 20, "");
         }

@@ -1,9 +1,10 @@
 //! Which files of a repository make up a model.
+//!
+//! The names come from the Hub and from the index of a sharded model. Only plain file names are used.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, path::Path};
 
-use hf_hub::api::RepoInfo;
-use serde_json::Value;
+use messages::FileName;
 use settings::HubModel;
 
 use crate::error::HubError;
@@ -25,34 +26,55 @@ const OPTIONAL: [&str; 7] = [
     "reward_config.json",
 ];
 
-/// Names of all files of a repository.
-pub(super) fn names(info: &RepoInfo) -> BTreeSet<String> {
-    let files = info.siblings.iter();
-    files.map(|file| file.rfilename.clone()).collect()
+/// Largest file of a repository: the Hub takes none of more than 500 GB.
+const MAX_WEIGHTS_BYTES: u64 = 1 << 39;
+/// Largest file other than weights.
+const MAX_TEXT_BYTES: u64 = 1 << 27;
+
+/// Largest size that a file of this name may have, in bytes.
+pub(super) fn max_bytes(name: &FileName) -> u64 {
+    match name.as_str().ends_with(".safetensors") {
+        true => MAX_WEIGHTS_BYTES,
+        false => MAX_TEXT_BYTES,
+    }
+}
+
+/// The files directly in a repository that lists these paths; those in its folders are no part of a model.
+///
+/// # Errors
+/// When a path leads out of the repository, such as one with `..`.
+pub(super) fn in_root(paths: &[String]) -> Result<BTreeSet<FileName>, String> {
+    let leads_out = |path: &&String| path.split('/').any(|part| ["", ".", ".."].contains(&part));
+    match paths.iter().find(leads_out) {
+        Some(path) => Err(format!(
+            "it lists {path:?}, which is no path in a repository"
+        )),
+        None => Ok(paths.iter().flat_map(FileName::new).collect()),
+    }
 }
 
 /// The files to download from a repository with files of these names: configuration and tokenizer, an adapter, and
 /// the weights. The shards are known once their index is in `folder`.
 pub(super) fn required(
     model: &HubModel,
-    names: &BTreeSet<String>,
+    names: &BTreeSet<FileName>,
     folder: &Path,
-) -> Result<Vec<String>, HubError> {
-    let has = |name: &&str| names.contains(*name);
-    let weights: Vec<String> = match [WEIGHTS, INDEX].into_iter().find(has) {
-        Some(INDEX) => shards(model, names, folder)?,
-        Some(single) => vec![single.to_owned()],
-        None => Vec::new(),
+) -> Result<Vec<FileName>, HubError> {
+    let named = |name: &str| names.iter().find(|known| known.as_str() == name).cloned();
+    let weights = match (named(WEIGHTS), named(INDEX)) {
+        (Some(single), _) => vec![single],
+        (None, Some(index)) => shards(model, names, index, folder)?,
+        (None, None) => Vec::new(),
     };
-    let adapter = ADAPTER.iter().all(has);
-    if weights.is_empty() && !adapter {
+    let adapter: Vec<FileName> = ADAPTER.into_iter().filter_map(named).collect();
+    let has_adapter = adapter.len() == ADAPTER.len();
+    if weights.is_empty() && !has_adapter {
         return Err(no_safetensors(model, names));
     }
-    let licences = names.iter().filter(|name| model::is_licence(name)).cloned();
-    let optional = OPTIONAL.into_iter().filter(has).map(str::to_owned);
-    let optional = optional.chain(licences);
-    let adapter = adapter.then_some(ADAPTER).into_iter().flatten();
-    let adapter = adapter.map(str::to_owned);
+    let licences = names.iter().filter(|name| model::is_licence(name.as_str()));
+    let optional = OPTIONAL.into_iter().filter_map(named);
+    let optional = optional.chain(licences.cloned());
+    let adapter = has_adapter.then_some(adapter).into_iter().flatten();
     // Weights last: their presence means that the snapshot is complete.
     Ok(optional.chain(adapter).chain(weights).collect())
 }
@@ -60,35 +82,30 @@ pub(super) fn required(
 /// The index, and the shards it lists.
 fn shards(
     model: &HubModel,
-    names: &BTreeSet<String>,
+    names: &BTreeSet<FileName>,
+    index: FileName,
     folder: &Path,
-) -> Result<Vec<String>, HubError> {
-    let mut files = vec![INDEX.to_owned()];
-    let Some(shards) = indexed_shards(&folder.join(INDEX)) else {
-        return Ok(files);
+) -> Result<Vec<FileName>, HubError> {
+    let failed = |reason: String| HubError::Failed {
+        model: model.clone(),
+        reason,
+    };
+    let shards = match folder.join(&index).exists() {
+        true => model::indexed_files(folder).map_err(|error| failed(error.to_string()))?,
+        false => return Ok(vec![index]),
     };
     if let Some(missing) = shards.iter().find(|name| !names.contains(*name)) {
-        return Err(HubError::Failed {
-            model: model.clone(),
-            reason: format!("its {INDEX} lists {missing:?}, which the repository does not have"),
-        });
+        return Err(failed(format!(
+            "its {INDEX} lists {:?}, which the repository does not have",
+            missing.as_str()
+        )));
     }
-    files.extend(shards);
-    Ok(files)
+    Ok([index].into_iter().chain(shards).collect())
 }
 
-/// The files that an index lists; `None` if it is missing or malformed.
-fn indexed_shards(index: &Path) -> Option<BTreeSet<String>> {
-    let index: Value = serde_json::from_slice(&fs::read(index).ok()?).ok()?;
-    let map = index["weight_map"].as_object()?;
-    map.values()
-        .map(|file| file.as_str().map(str::to_owned))
-        .collect()
-}
-
-fn no_safetensors(model: &HubModel, names: &BTreeSet<String>) -> HubError {
+fn no_safetensors(model: &HubModel, names: &BTreeSet<FileName>) -> HubError {
     let extensions = [".bin", ".gguf", ".pth", ".pt", ".msgpack", ".h5"];
-    let is_weights = |name: &&String| extensions.iter().any(|end| name.ends_with(end));
+    let is_weights = |name: &&FileName| extensions.iter().any(|end| name.as_str().ends_with(end));
     let found = names.iter().find(is_weights);
     HubError::NoSafetensors {
         model: model.clone(),
@@ -99,14 +116,20 @@ fn no_safetensors(model: &HubModel, names: &BTreeSet<String>) -> HubError {
 /// Whether a folder holds every mandatory file of a model or an adapter.
 pub(super) fn is_complete(folder: &Path) -> bool {
     let has = |name: &str| folder.join(name).exists();
-    let shards = || indexed_shards(&folder.join(INDEX));
-    let weights = || has(WEIGHTS) || shards().is_some_and(|all| all.iter().all(|name| has(name)));
-    let model = has(CONFIG) && has(TOKENIZER) && weights();
+    let shards = || {
+        has(INDEX)
+            .then(|| model::indexed_files(folder).ok())
+            .flatten()
+    };
+    let has_shards = || shards().is_some_and(|all| all.iter().all(|name| has(name.as_str())));
+    let model = has(CONFIG) && has(TOKENIZER) && (has(WEIGHTS) || has_shards());
     model || (!has(CONFIG) && ADAPTER.into_iter().all(has))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use settings::ModelSource;
 
     use super::*;
@@ -119,8 +142,10 @@ mod tests {
     }
 
     fn required_of(names: &[&str], folder: &Path) -> Result<Vec<String>, String> {
-        let names = names.iter().map(|name| (*name).to_owned()).collect();
-        required(&model(), &names, folder).map_err(|error| error.to_string())
+        let paths: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let found = required(&model(), &in_root(&paths)?, folder);
+        let found = found.map_err(|error| error.to_string())?;
+        Ok(found.into_iter().map(String::from).collect())
     }
 
     #[test]
@@ -172,9 +197,41 @@ mod tests {
         fs::write(folder.path().join(INDEX), index).unwrap();
         let names = [INDEX, "a.safetensors", "b.safetensors", "c.safetensors"];
         assert_eq!(required_of(&names, folder.path()).unwrap(), &names[..3]);
-        // Hence an index cannot name a path outside the cache.
         let foreign = required_of(&names[..2], folder.path()).unwrap_err();
         assert!(foreign.contains("b.safetensors"), "{foreign}");
+        for path in ["../b.safetensors", "/dev/zero", "x/b.safetensors"] {
+            let index = format!(r#"{{"weight_map": {{"x": {path:?}}}}}"#);
+            fs::write(folder.path().join(INDEX), index).unwrap();
+            let refused = required_of(&names, folder.path()).unwrap_err();
+            assert!(
+                refused.contains(path) && refused.contains("not a plain file name"),
+                "{refused}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_paths_inside_a_repository_are_taken() {
+        let listed = |paths: &[&str]| {
+            let paths: Vec<String> = paths.iter().map(|path| (*path).to_owned()).collect();
+            in_root(&paths)
+        };
+        let root = listed(&["onnx/model.onnx", "LICENSE", ".gitattributes", "a\\..\\b"]).unwrap();
+        assert_eq!(
+            root.into_iter().map(String::from).collect::<Vec<_>>(),
+            [".gitattributes", "LICENSE"]
+        );
+        for path in [
+            "LICENSE/../../../x",
+            "../x",
+            "/etc/passwd",
+            "a//b",
+            "",
+            "..",
+        ] {
+            let refused = listed(&[CONFIG, path]).unwrap_err();
+            assert!(refused.contains("no path in a repository"), "{refused}");
+        }
     }
 
     #[test]

@@ -2,40 +2,44 @@
 //!
 //! The cache has the layout of Python's `huggingface_hub` and is shared with it. A revision is resolved to a commit once
 //! per process; if the Hub cannot be reached, the cached snapshot of that revision is used and a warning is logged. All
-//! files of a model are of one commit. What a model is used for, this crate does not know.
+//! files of a model are of one commit. Names that the Hub states (commits, ETags, files) are one plain path component
+//! each, sizes are bounded, and the token goes to no other host than the endpoint's. What a model is used for, this crate
+//! does not know.
 
+mod blob;
 mod cancel;
 mod error;
 mod fetch;
 mod files;
+mod http;
 mod token;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    io::Read,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use hf_hub::{
-    Cache, Repo, RepoType,
-    api::{
-        RepoInfo,
-        sync::{Api, ApiBuilder, ApiError},
-    },
-};
+use messages::FileName;
+use serde::Deserialize;
 use settings::{HubModel, ModelSource};
+use url::Url;
 
 pub use cancel::CancelToken;
 pub use error::HubError;
+use http::{HttpClient, RequestFailure};
 use token::Token;
 
 /// Repository metadata received by this process, by endpoint and model: each is requested once, and a run downloads
 /// the commit that was checked before it.
-static REPOSITORIES: Mutex<BTreeMap<(String, String), RepoInfo>> = Mutex::new(BTreeMap::new());
+static REPOSITORIES: Mutex<BTreeMap<(String, String), Repository>> = Mutex::new(BTreeMap::new());
 
 /// Timeout of a request for the metadata of a repository.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(30);
+/// Largest metadata of a repository, in bytes.
+const MAX_METADATA_BYTES: u64 = 1 << 25;
 
 /// Folder of a model, downloaded first if it is on the Hub. Blocks; ends early once `cancel` is cancelled.
 ///
@@ -86,10 +90,32 @@ pub fn describe() -> Result<String, HubError> {
     Ok(HubClient::from_environment()?.to_string())
 }
 
+/// Commit of a repository's revision, and the files directly in it.
+#[derive(Debug, Clone)]
+struct Repository {
+    commit: FileName,
+    files: BTreeSet<FileName>,
+}
+
+/// Metadata of a repository as the Hub sends it.
+#[derive(Debug, Deserialize)]
+struct RepositoryMetadata {
+    sha: String,
+    siblings: Vec<RepositoryFile>,
+}
+
+/// A file of a repository.
+#[derive(Debug, Deserialize)]
+struct RepositoryFile {
+    /// Path in the repository.
+    rfilename: String,
+}
+
 /// Client configured by the environment variables of `huggingface_hub`.
 #[derive(Clone)]
 struct HubClient {
-    endpoint: String,
+    /// URL of the Hub without a slash at its end.
+    endpoint: Endpoint,
     cache: PathBuf,
     /// Sent to the endpoint only; never logged.
     token: Token,
@@ -114,9 +140,10 @@ impl HubClient {
         let cache = cache.ok_or(HubError::NoCache)?;
         let token = Token::find(variable, home.as_deref().unwrap_or(Path::new("")))?;
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        let endpoint = Endpoint::parse(&endpoint)?;
         let offline = variable("HF_HUB_OFFLINE").unwrap_or_default();
         Ok(Self {
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            endpoint,
             // Symbolic links in the cache join absolute paths.
             cache: std::path::absolute(&cache).unwrap_or(cache),
             token,
@@ -153,16 +180,12 @@ impl HubClient {
         if self.is_offline {
             return Err(self.offline(model));
         }
-        let info = self.info(&self.api(model)?, model)?;
-        files::required(
-            model,
-            &files::names(&info),
-            &self.snapshot(model, &info.sha),
-        )?;
+        let info = self.info(&self.http_client(METADATA_TIMEOUT), model)?;
+        files::required(model, &info.files, &self.snapshot(model, &info.commit))?;
         Ok(ModelLookup {
             origin: format!(
                 "{model}, commit {} at {}: will be fetched into {cache} on first use",
-                info.sha, self.endpoint
+                info.commit, self.endpoint
             ),
             folder: None,
         })
@@ -170,59 +193,68 @@ impl HubClient {
 
     /// Cached snapshot of the model, if it is complete.
     fn cached(&self, model: &HubModel) -> Option<PathBuf> {
-        let reference = self.repository(model).join("refs").join(model.revision());
-        let commit = std::fs::read_to_string(reference);
+        let commit = std::fs::read_to_string(self.reference(model));
         let commit = commit.unwrap_or_else(|_| model.revision().to_owned());
-        let folder = self.snapshot(model, commit.trim());
+        let folder = self.snapshot(model, &FileName::new(commit.trim()).ok()?);
         files::is_complete(&folder).then_some(folder)
     }
 
+    /// File with the commit of the model's revision in the cache.
+    fn reference(&self, model: &HubModel) -> PathBuf {
+        self.repository(model).join("refs").join(model.revision())
+    }
+
     /// Path of a commit's snapshot in the cache.
-    fn snapshot(&self, model: &HubModel, commit: &str) -> PathBuf {
+    fn snapshot(&self, model: &HubModel, commit: &FileName) -> PathBuf {
         self.repository(model).join("snapshots").join(commit)
     }
 
+    /// Folder of the model's repository in the cache.
     fn repository(&self, model: &HubModel) -> PathBuf {
-        self.cache
-            .join(repo_at(model, model.revision()).folder_name())
+        let name = model.repository().replace('/', "--");
+        self.cache.join(format!("models--{name}"))
     }
 
-    fn api(&self, model: &HubModel) -> Result<Api, HubError> {
-        ApiBuilder::from_cache(Cache::new(self.cache.clone()))
-            .with_endpoint(self.endpoint.clone())
-            .with_token(self.token.secret())
-            .with_retries(3)
-            .with_user_agent("agon", env!("CARGO_PKG_VERSION"))
-            .build()
-            .map_err(|error| self.classify(model, error))
+    fn http_client(&self, read_timeout: Duration) -> HttpClient {
+        HttpClient::new(self.endpoint.url.clone(), self.token.secret(), read_timeout)
     }
 
     /// Commit and files of the repository at the revision, requested once per process.
-    fn info(&self, api: &Api, model: &HubModel) -> Result<RepoInfo, HubError> {
-        let key = (self.endpoint.clone(), model.to_string());
+    fn info(&self, client: &HttpClient, model: &HubModel) -> Result<Repository, HubError> {
+        let key = (self.endpoint.to_string(), model.to_string());
         let mut repositories = REPOSITORIES.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(info) = repositories.get(&key) {
             return Ok(info.clone());
         }
-        let info = self.request_info(api, model)?;
+        let info = self.request_info(client, model)?;
         repositories.insert(key, info.clone());
         Ok(info)
     }
 
-    fn request_info(&self, api: &Api, model: &HubModel) -> Result<RepoInfo, HubError> {
-        let request = api.repo(repo_at(model, model.revision())).info_request();
-        let response = request.timeout(METADATA_TIMEOUT).call();
-        let response = response.map_err(|error| self.classify(model, Box::new(error).into()))?;
-        let info = response.into_json::<RepoInfo>();
-        let info = info.map_err(|error| self.classify(model, error.into()))?;
-        let is_commit = !info.sha.is_empty() && info.sha.chars().all(|c| c.is_ascii_hexdigit());
-        match is_commit {
-            true => Ok(info),
-            false => Err(HubError::Failed {
-                model: model.clone(),
-                reason: format!("{} names {:?} as its commit", self.endpoint, info.sha),
-            }),
-        }
+    fn request_info(&self, client: &HttpClient, model: &HubModel) -> Result<Repository, HubError> {
+        let path = ["api", "models"].into_iter();
+        let path = path.chain(model.repository().split('/'));
+        let path: Vec<&str> = path.chain(["revision", model.revision()]).collect();
+        let found = client.get(&path, None);
+        let found = found.map_err(|error| self.classify(model, error))?;
+        let mut body = Vec::new();
+        let reader = found.response.into_reader();
+        let read = reader.take(MAX_METADATA_BYTES).read_to_end(&mut body);
+        read.map_err(|error| self.unreachable(model, error.to_string()))?;
+        let failed = |reason: String| HubError::Failed {
+            model: model.clone(),
+            reason: format!("the metadata from {}: {reason}", self.endpoint),
+        };
+        let metadata: RepositoryMetadata =
+            serde_json::from_slice(&body).map_err(|error| failed(error.to_string()))?;
+        let sha = metadata.sha;
+        let is_commit = !sha.is_empty() && sha.chars().all(|c| c.is_ascii_hexdigit());
+        let commit = FileName::new(sha.clone()).ok().filter(|_| is_commit);
+        let paths = metadata.siblings.into_iter().map(|file| file.rfilename);
+        Ok(Repository {
+            commit: commit.ok_or_else(|| failed(format!("it names {sha:?} as its commit")))?,
+            files: files::in_root(&paths.collect::<Vec<_>>()).map_err(failed)?,
+        })
     }
 
     fn offline(&self, model: &HubModel) -> HubError {
@@ -238,22 +270,18 @@ impl HubClient {
     }
 
     /// Maps an error of the HTTP client to the cause that the user can act on.
-    fn classify(&self, model: &HubModel, error: ApiError) -> HubError {
-        let error = match error {
-            ApiError::TooManyRetries(error) => return self.classify(model, *error),
-            ApiError::RequestError(error) => error,
-            other => {
+    fn classify(&self, model: &HubModel, error: RequestFailure) -> HubError {
+        let response = match error {
+            RequestFailure::Status(response) => response,
+            RequestFailure::Transport(reason) => return self.unreachable(model, reason),
+            RequestFailure::Redirect(reason) => {
                 return HubError::Failed {
                     model: model.clone(),
-                    reason: other.to_string(),
+                    reason,
                 };
             }
         };
-        let reason = error.to_string();
-        let Some(response) = error.into_response() else {
-            return self.unreachable(model, reason);
-        };
-        let (model, endpoint) = (model.clone(), self.endpoint.clone());
+        let (model, endpoint) = (model.clone(), self.endpoint.to_string());
         match (response.status(), response.header("x-error-code")) {
             (_, Some("RevisionNotFound")) => HubError::NoRevision { model, endpoint },
             (_, Some("RepoNotFound")) | (404, _) => HubError::NoRepository { model, endpoint },
@@ -263,8 +291,42 @@ impl HubClient {
                 status,
                 token: self.token.no_access_reason(),
             },
-            _ => self.unreachable(&model, reason),
+            (status, _) => self.unreachable(&model, format!("{endpoint} answered {status}")),
         }
+    }
+}
+
+/// URL of the Hub, shown without a slash at its end.
+#[derive(Debug, Clone)]
+struct Endpoint {
+    url: Url,
+}
+
+impl Endpoint {
+    /// Parses the value of `HF_ENDPOINT`.
+    ///
+    /// # Errors
+    /// When it is no HTTP URL, or has a user name or password, which messages would show.
+    fn parse(text: &str) -> Result<Self, HubError> {
+        let refused = |reason: &str| HubError::Endpoint(reason.to_owned());
+        let url = Url::parse(text.trim()).map_err(|error| refused(&error.to_string()))?;
+        if !["http", "https"].contains(&url.scheme()) || url.host().is_none() {
+            Err(refused("it is no http:// or https:// URL"))
+        } else if !url.username().is_empty() || url.password().is_some() {
+            Err(refused(
+                "it has a user name or password; set HF_TOKEN instead",
+            ))
+        } else if url.query().is_some() || url.fragment().is_some() {
+            Err(refused("it has a query or a fragment"))
+        } else {
+            Ok(Self { url })
+        }
+    }
+}
+
+impl std::fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.url.as_str().trim_end_matches('/'))
     }
 }
 
@@ -293,12 +355,6 @@ fn expand_tilde(path: &str, variable: impl Fn(&str) -> Option<String>) -> PathBu
         Some((rest, home)) => PathBuf::from(home + rest),
         None => PathBuf::from(path),
     }
-}
-
-/// Repository of the model at this revision, in the client's type.
-fn repo_at(model: &HubModel, revision: &str) -> Repo {
-    let repository = model.repository().to_owned();
-    Repo::with_revision(repository, RepoType::Model, revision.to_owned())
 }
 
 /// Commit of a cached snapshot: the name of its folder.
@@ -339,6 +395,57 @@ mod tests {
             assert_eq!(hub.cache, Path::new(cache), "{variables:?}");
         }
         assert!(matches!(hub(&[]), Err(HubError::NoCache)));
+    }
+
+    #[test]
+    fn an_endpoint_is_a_url_without_secrets() {
+        let endpoint = |text: &str| {
+            let found = hub(&[("HOME", "/h"), ("HF_ENDPOINT", text)]);
+            found.map(|hub| hub.endpoint.to_string())
+        };
+        for (text, shown) in [
+            ("https://hub.example/", "https://hub.example"),
+            (" http://[::1]:8080/mirror/ ", "http://[::1]:8080/mirror"),
+            ("", "https://huggingface.co"),
+        ] {
+            assert_eq!(endpoint(text).unwrap(), shown);
+        }
+        for text in [
+            "https://user:hf_secret@hub.example",
+            "https://hf_secret@hub.example",
+            "https://hub.example?token=hf_secret",
+            "ftp://hf_secret.example",
+            "hf_secret",
+        ] {
+            let refused = endpoint(text).unwrap_err().to_string();
+            assert!(refused.contains("HF_ENDPOINT"), "{refused}");
+            assert!(!refused.contains("hf_secret"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_reference_that_is_no_commit_is_not_followed() {
+        let cache = tempfile::tempdir().unwrap();
+        let path = cache.path().display().to_string();
+        let hub = hub(&[("HF_HUB_CACHE", &path)]).unwrap();
+        let Ok(ModelSource::Hub(model)) = "hf:org/name".parse() else {
+            panic!("it is a model of the hub");
+        };
+        let complete = |folder: &Path| {
+            std::fs::create_dir_all(folder).unwrap();
+            for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+                std::fs::write(folder.join(file), "").unwrap();
+            }
+        };
+        let commit = FileName::new("0123").unwrap();
+        complete(&hub.snapshot(&model, &commit));
+        complete(&hub.repository(&model).join("elsewhere"));
+        let reference = hub.reference(&model);
+        std::fs::create_dir_all(reference.parent().unwrap()).unwrap();
+        for (text, is_found) in [("0123\n", true), ("../elsewhere", false), ("", false)] {
+            std::fs::write(&reference, text).unwrap();
+            assert_eq!(hub.cached(&model).is_some(), is_found, "{text:?}");
+        }
     }
 
     #[test]

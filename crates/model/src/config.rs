@@ -10,10 +10,11 @@ use serde_json::Value;
 
 use crate::{
     error::ModelError,
+    input_file,
     keys::{self, AttentionMask},
     reward,
     rope::{Rope, cached_rows},
-    shards::{EMBEDDING, ExpectedTensors, HEAD, Shards, check_not_lfs_pointer, missing},
+    shards::{EMBEDDING, ExpectedTensors, HEAD, Shards, check_not_lfs_pointer},
     stop_tokens::StopTokens,
 };
 
@@ -339,10 +340,10 @@ impl ModelConfig {
         }
     }
 
-    /// Number of elements of one cached RoPE table (cos and sin together).
+    /// Number of elements of the cached RoPE table (cos and sin together) for sequences of up to `length` tokens.
     #[must_use]
-    pub fn rope_table_elements(&self) -> usize {
-        cached_rows(self.max_positions) * self.head_dim
+    pub fn rope_table_elements(&self, length: usize) -> usize {
+        cached_rows(length, self.max_positions) * self.head_dim
     }
 
     /// Number of parameters.
@@ -356,9 +357,9 @@ impl ModelConfig {
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
-    let text = std::fs::read_to_string(path).map_err(|source| missing(path, source))?;
-    check_not_lfs_pointer(path, text.as_bytes())?;
-    serde_json::from_str(&text).map_err(|error| ModelError::Malformed {
+    let text = input_file::read(path, input_file::MAX_TEXT_BYTES)?;
+    check_not_lfs_pointer(path, &text)?;
+    serde_json::from_slice(&text).map_err(|error| ModelError::Malformed {
         path: path.to_owned(),
         reason: error.to_string(),
     })

@@ -15,6 +15,7 @@ use crate::{
     DType, Device,
     config::{ModelConfig, ModelTask, tokens},
     error::ModelError,
+    input_file::{self, InputFile},
     lora::BaseModel,
     shards::Shards,
     special_tokens::optional_json,
@@ -101,6 +102,10 @@ impl ModelFolder {
                 reason,
             });
         }
+        // They are copied into checkpoints: better refused now than after the training.
+        for licence in licences(path)? {
+            InputFile::open(&path.join(licence))?;
+        }
         let mut config = ModelConfig::load_for(task, path)?;
         let tokenizer = Tokenizer::load(path, &config, chat_template)?;
         config.stops = tokenizer.stops().clone();
@@ -157,10 +162,7 @@ pub(crate) fn copy_tokenizer_files(to: &Path, from: &ModelFolder) -> Result<(), 
     for file in copied.chain(licences(&from.path)?) {
         let source = from.path.join(&file);
         if source.exists() {
-            let bytes = fs::read(&source).map_err(|error| ModelError::Unreadable {
-                path: source,
-                source: error,
-            })?;
+            let bytes = input_file::read(&source, input_file::MAX_TOKENIZER_BYTES)?;
             write(&to.join(file), &bytes)?;
         }
     }

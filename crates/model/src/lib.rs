@@ -15,10 +15,13 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 mod folder;
+mod guarded_tokenizer;
+pub mod input_file;
 mod keys;
 mod logprobs;
 mod lora;
 mod optimizer;
+mod panic_guard;
 mod precision;
 mod ragged;
 mod reward;
@@ -59,6 +62,7 @@ pub use sampling::{
     CompletionSampler, Finished, MixtureSampler, Precision, Request, Sampler, SamplingSettings,
 };
 pub use schedule::Schedule;
+pub use shards::indexed_files;
 pub use stop_tokens::StopTokens;
 pub use tokenizer::Tokenizer;
 pub use transformer::LanguageModel;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use crate::{config::ModelConfig, error::ModelError};
+use crate::{config::ModelConfig, error::ModelError, rope::Positions};
 use kernels::Segments;
 
 /// A prompt with a completion whose tokens are scored.
@@ -30,8 +30,8 @@ pub struct SharedPrefix<'a> {
 pub struct RaggedBatch {
     /// Token ids, `[N]`, u32.
     pub(crate) ids: Tensor,
-    /// Position of each token in its own sequence, `[N]`, u32.
-    pub(crate) positions: Tensor,
+    /// Position of each token in its own sequence.
+    pub(crate) positions: Positions,
     /// Row ranges of the sequences.
     pub(crate) segments: Arc<Segments>,
 }
@@ -85,7 +85,7 @@ impl RaggedBatch {
         let total = ids.len();
         Ok(Self {
             ids: Tensor::from_vec(ids, total, device)?,
-            positions: Tensor::from_vec(positions, total, device)?,
+            positions: Positions::new(positions, device)?,
             segments: Arc::new(Segments::branching(lengths)),
         })
     }
@@ -143,7 +143,10 @@ mod tests {
         let batch =
             RaggedBatch::with_shared_prefixes(&prefixes, &fixtures::config(8), &Device::Cpu)?;
         assert_eq!(batch.ids.to_vec1::<u32>()?, [5, 6, 7, 1, 2, 3, 4]);
-        assert_eq!(batch.positions.to_vec1::<u32>()?, [0, 1, 2, 3, 4, 3, 0]);
+        assert_eq!(
+            batch.positions.index.to_vec1::<u32>()?,
+            [0, 1, 2, 3, 4, 3, 0]
+        );
         let expected = Segments::branching([(3, vec![2, 0, 1]), (1, vec![])]);
         assert_eq!(*batch.segments, expected);
         Ok(())

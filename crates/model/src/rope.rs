@@ -2,14 +2,18 @@
 //! tables.
 //!
 //! Keys are read as in transformers 5.23: a non-empty `rope_scaling` replaces `rope_parameters`, and keys missing there
-//! come from the top level. All model families use it, and training and decoding share the same tables.
+//! come from the top level. All model families use it, and training and decoding share the same tables, which grow with
+//! the sequences: what a configuration says of its positions costs no memory.
 
-use std::f64::consts::TAU;
+use std::{
+    f64::consts::TAU,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
-use crate::{config::ModelConfig, error::ModelError, keys::is_off};
+use crate::{config::ModelConfig, keys::is_off};
 
 /// Default base θ.
 const DEFAULT_THETA: f64 = 10_000.0;
@@ -361,21 +365,43 @@ impl<'a> RopeKeys<'a> {
     }
 }
 
-/// Maximum number of positions with cached tables. For models with more, each forward pass computes the rows that it
-/// needs.
+/// Maximum number of rows of a cached table. A forward pass over longer sequences computes the rows that it needs.
 const MAX_CACHED: usize = 1 << 17;
+/// Number of rows with which a table begins, unless the model has fewer positions.
+const MIN_CACHED: usize = 1 << 8;
 
-/// Number of rows of the cached table for a model with this number of positions.
-pub(crate) fn cached_rows(max_positions: usize) -> usize {
-    if max_positions > MAX_CACHED {
+/// Number of rows of the cached table once sequences of `length` tokens were processed; 0 for those that are too long.
+pub(crate) fn cached_rows(length: usize, max_positions: usize) -> usize {
+    if length > MAX_CACHED {
         0
     } else {
-        max_positions
+        let grown = length.next_power_of_two().max(MIN_CACHED);
+        grown.min(max_positions.max(length))
     }
 }
 
 /// cos and sin, each `[positions, head_dim / 2]`.
 type Angles = (Tensor, Tensor);
+
+/// Positions of tokens in their sequences.
+#[derive(Debug)]
+pub(crate) struct Positions {
+    /// One for each token, `[N]`, u32.
+    pub(crate) index: Tensor,
+    /// Number of positions from the first on that include all of them.
+    span: usize,
+}
+
+impl Positions {
+    /// Moves positions to a device.
+    pub(crate) fn new(positions: Vec<u32>, device: &Device) -> candle_core::Result<Self> {
+        let last = positions.iter().max();
+        Ok(Self {
+            span: last.map_or(0, |&last| last as usize + 1),
+            index: Tensor::new(positions, device)?,
+        })
+    }
+}
 
 /// Tables of cos and sin for every position and frequency.
 #[derive(Debug, Clone)]
@@ -385,29 +411,43 @@ pub(crate) struct RopeTable {
     dtype: DType,
     device: Device,
     max_positions: usize,
-    /// Rows of all positions, up to [`MAX_CACHED`].
-    cached: Option<Angles>,
+    /// Rows of the first positions, as many as were needed so far; shared by clones.
+    cached: Arc<RwLock<Option<Angles>>>,
 }
 
 impl RopeTable {
-    pub(crate) fn new(
-        config: &ModelConfig,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self, ModelError> {
-        let mut table = Self {
+    pub(crate) fn new(config: &ModelConfig, dtype: DType, device: &Device) -> Self {
+        Self {
             frequencies: config.rope.frequencies(config.head_dim),
             factor: config.rope.attention_factor(),
             dtype,
             device: device.clone(),
             max_positions: config.max_positions,
-            cached: None,
-        };
-        let cached = cached_rows(config.max_positions);
-        if cached > 0 {
-            table.cached = Some(table.computed(0..cached)?);
+            cached: Arc::default(),
         }
-        Ok(table)
+    }
+
+    /// Table of at least the first `length` positions, which grows if it is shorter; `None` for more than
+    /// [`MAX_CACHED`].
+    fn covering(&self, length: usize) -> candle_core::Result<Option<Angles>> {
+        let rows = cached_rows(length, self.max_positions);
+        if rows == 0 {
+            return Ok(None);
+        }
+        let covers = |(cos, _): &&Angles| cos.dims().first().is_some_and(|&rows| rows >= length);
+        let cached = self.cached.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = cached.as_ref().filter(covers) {
+            return Ok(Some(found.clone()));
+        }
+        drop(cached);
+        let grown = self.computed(0..rows)?;
+        let mut cached = self.cached.write().unwrap_or_else(PoisonError::into_inner);
+        // Another thread may have grown it further.
+        let found = match cached.as_ref().filter(covers) {
+            Some(found) => found.clone(),
+            None => cached.insert(grown).clone(),
+        };
+        Ok(Some(found))
     }
 
     fn computed(
@@ -430,7 +470,7 @@ impl RopeTable {
     /// cos and sin of the first `count` positions, at most all: `head_dim / 2` values per position, row-major.
     pub(crate) fn rows(&self, count: usize) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
         let count = count.min(self.max_positions);
-        let (cos, sin) = match &self.cached {
+        let (cos, sin) = match self.covering(count)? {
             Some((cos, sin)) => (cos.narrow(0, 0, count)?, sin.narrow(0, 0, count)?),
             None => self.computed(0..count)?,
         };
@@ -439,14 +479,14 @@ impl RopeTable {
     }
 
     /// cos and sin at these positions, each `[N, head_dim / 2]`.
-    pub(crate) fn at(&self, positions: &Tensor) -> candle_core::Result<Angles> {
-        match &self.cached {
+    pub(crate) fn at(&self, positions: &Positions) -> candle_core::Result<Angles> {
+        match self.covering(positions.span)? {
             Some((cos, sin)) => Ok((
-                cos.index_select(positions, 0)?,
-                sin.index_select(positions, 0)?,
+                cos.index_select(&positions.index, 0)?,
+                sin.index_select(&positions.index, 0)?,
             )),
             None => {
-                let positions = positions.to_vec1::<u32>()?;
+                let positions = positions.index.to_vec1::<u32>()?;
                 self.computed(positions.into_iter().map(|position| position as usize))
             }
         }
@@ -779,26 +819,50 @@ mod tests {
         }
     }
 
+    fn table(positions: usize) -> RopeTable {
+        let mut raw = crate::fixtures::config_json(8);
+        raw["max_position_embeddings"] = json!(positions);
+        let config = ModelConfig::from_json(raw, std::path::Path::new("config.json")).unwrap();
+        RopeTable::new(&config, DType::F32, &Device::Cpu)
+    }
+
+    fn row_count(table: &RopeTable) -> usize {
+        let cached = table.cached.read().unwrap();
+        cached.as_ref().map_or(0, |(cos, _)| cos.dims()[0])
+    }
+
     #[test]
-    fn uncached_tables_have_the_same_rows() {
-        let raw = |positions: usize| {
-            let mut raw = crate::fixtures::config_json(8);
-            raw["max_position_embeddings"] = json!(positions);
-            raw
-        };
-        let table = |positions: usize| {
-            let path = std::path::Path::new("config.json");
-            let config = ModelConfig::from_json(raw(positions), path).unwrap();
-            RopeTable::new(&config, DType::F32, &Device::Cpu).unwrap()
-        };
-        let (cached, computed) = (table(64), table(1 << 24));
-        assert!(cached.cached.is_some() && computed.cached.is_none());
-        assert_eq!(cached.rows(9).unwrap(), computed.rows(9).unwrap());
-        let positions = Tensor::new(&[0u32, 7, 63, 7], &Device::Cpu).unwrap();
+    fn a_table_grows_with_the_sequences_and_not_with_the_configuration() {
+        let (small, large) = (table(64), table(1 << 24));
+        assert_eq!((row_count(&small), row_count(&large)), (0, 0));
+        let positions = Positions::new(vec![0, 7, 63, 7], &Device::Cpu).unwrap();
         let rows = |table: &RopeTable| {
             let (cos, sin) = table.at(&positions).unwrap();
             [cos, sin].map(|rows| rows.to_vec2::<f32>().unwrap())
         };
-        assert_eq!(rows(&cached), rows(&computed));
+        let clone = large.clone();
+        assert_eq!(rows(&small), rows(&large));
+        assert_eq!((row_count(&small), row_count(&large)), (64, MIN_CACHED));
+        assert_eq!(row_count(&clone), MIN_CACHED, "clones share the rows");
+        assert_eq!(small.rows(9).unwrap(), large.rows(9).unwrap());
+
+        let before = rows(&large);
+        large.rows(MIN_CACHED + 1).unwrap();
+        assert_eq!(row_count(&large), 2 * MIN_CACHED);
+        assert_eq!(rows(&large), before);
+    }
+
+    #[test]
+    fn positions_beyond_the_largest_table_are_computed() {
+        let table = table(1 << 24);
+        let last = MAX_CACHED as u32;
+        let positions = Positions::new(vec![3, last], &Device::Cpu).unwrap();
+        let (cos, _) = table.at(&positions).unwrap();
+        assert_eq!(row_count(&table), 0);
+        let cos = cos.to_vec2::<f32>().unwrap();
+        assert!((cos[1][0] - f64::from(last).cos() as f32).abs() < 1e-6);
+        let near = Positions::new(vec![3], &Device::Cpu).unwrap();
+        let (cached, _) = table.at(&near).unwrap();
+        assert_eq!(cached.to_vec2::<f32>().unwrap()[0], cos[0]);
     }
 }

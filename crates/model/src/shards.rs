@@ -1,21 +1,31 @@
 //! Safetensors files of a model folder: single or sharded, with validation by their headers.
 //!
 //! A header has the name, dtype and shape of every tensor, so that a folder can be validated without loading its
-//! weights. An unexpected tensor is refused unless it is a known obsolete buffer, since ignoring a scale or bias would
+//! weights. It is refused unless its tensors fill the file exactly, so that loading needs no more memory than the file
+//! has bytes. An unexpected tensor is refused unless it is a known obsolete buffer, since ignoring a scale or bias would
 //! change the logits.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fs::File,
+    fmt,
     io::{self, Read, Seek, SeekFrom},
     ops::Range,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use candle_core::{DType, Device, Tensor, safetensors::SliceSafetensors};
-use serde_json::{Map, Value};
+use messages::FileName;
+use safetensors::Dtype;
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, IgnoredAny, IntoDeserializer, MapAccess, Visitor, value::StrDeserializer},
+};
 
-use crate::{config::read_json, error::ModelError, weights::not_safetensors};
+use crate::{
+    error::ModelError,
+    input_file::{self, InputFile, MAX_INDEX_BYTES},
+    weights::not_safetensors,
+};
 
 /// Name of the token embedding.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -155,11 +165,10 @@ impl Shards {
     fn same_bytes(&self, a: &TensorEntry, b: &TensorEntry) -> Result<bool, ModelError> {
         let open = |entry: &TensorEntry| {
             let path = &self.files[entry.file];
-            let reader = File::open(path).and_then(|mut file| {
-                file.seek(SeekFrom::Start(entry.bytes.start))?;
-                Ok(file.take(entry.bytes.end - entry.bytes.start))
-            });
-            reader.map_err(|source| unreadable(path, source))
+            let mut file = InputFile::open(path)?.into_file();
+            file.seek(SeekFrom::Start(entry.bytes.start))
+                .map_err(|source| unreadable(path, source))?;
+            Ok::<_, ModelError>(file.take(entry.bytes.end - entry.bytes.start))
         };
         let (mut left, mut right) = (open(a)?, open(b)?);
         let (mut left_chunk, mut right_chunk) = (vec![0; CHUNK], vec![0; CHUNK]);
@@ -251,8 +260,8 @@ impl Shards {
             if is_quantised(name) {
                 return Some(name.clone());
             }
-            let is_float = ["F64", "F32", "F16", "BF16"].contains(&entry.dtype.as_str());
-            (!is_float && !is_obsolete_buffer(name)).then(|| format!("{name} is {}", entry.dtype))
+            (!entry.is_float() && !is_obsolete_buffer(name))
+                .then(|| format!("{name} is {}", entry.dtype))
         });
         match marker {
             None => Ok(()),
@@ -287,7 +296,7 @@ impl Shards {
                 let source = self.stored_name(name, expected);
                 (self.tensors[source].file == file).then_some((name, source))
             });
-            let bytes = read(path)?;
+            let bytes = read_weights(path)?;
             let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
             let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
             for (name, source) in in_file {
@@ -306,7 +315,7 @@ impl Shards {
         self.check_unquantised()?;
         let mut tensors = HashMap::new();
         for (file, path) in self.files.iter().enumerate() {
-            let bytes = read(path)?;
+            let bytes = read_weights(path)?;
             let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
             let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
             let in_file = self.tensors.iter().filter(|(_, entry)| entry.file == file);
@@ -320,7 +329,7 @@ impl Shards {
     fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
         let path = &self.files[self.tensors[name].file];
         let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
-        let bytes = read(path)?;
+        let bytes = read_weights(path)?;
         let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
         shard.load(name, device).map_err(refused)
     }
@@ -361,17 +370,27 @@ fn unreadable(path: &Path, source: io::Error) -> ModelError {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
-    std::fs::read(path).map_err(|source| missing(path, source))
+/// Content of a safetensors file, whose header was checked.
+pub(crate) fn read_weights(path: &Path) -> Result<Vec<u8>, ModelError> {
+    let file = InputFile::open(path)?;
+    let length = file.length;
+    file.read(length)
 }
 
 /// Shapes of the tensors of a file by name, from its header.
 ///
 /// # Errors
-/// When the file is missing, or its header is invalid.
+/// When the file is missing, its header is invalid, or a tensor is not of floating-point numbers.
 pub(crate) fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>, ModelError> {
     let tensors = header(path, 0)?.into_iter();
-    Ok(tensors.map(|(name, entry)| (name, entry.shape)).collect())
+    let shape = |(name, entry): (String, TensorEntry)| match entry.is_float() {
+        true => Ok((name, entry.shape)),
+        false => {
+            let reason = format!("{name} is {}, not of floating-point numbers", entry.dtype);
+            Err(malformed(path, reason))
+        }
+    };
+    tensors.map(shape).collect()
 }
 
 /// Start of a Git LFS pointer file.
@@ -403,10 +422,9 @@ fn header(path: &Path, file: usize) -> Result<Vec<(String, TensorEntry)>, ModelE
             format!("it is truncated or not a safetensors file ({reason})"),
         )
     };
-    let mut opened = File::open(path).map_err(|source| missing(path, source))?;
-    let metadata = opened
-        .metadata()
-        .map_err(|source| unreadable(path, source))?;
+    let input = InputFile::open(path)?;
+    let file_length = input.length;
+    let mut opened = input.into_file();
     let mut length = [0; LENGTH_BYTES as usize];
     opened
         .read_exact(&mut length)
@@ -415,7 +433,7 @@ fn header(path: &Path, file: usize) -> Result<Vec<(String, TensorEntry)>, ModelE
         return Err(malformed(path, lfs_reason(path)));
     }
     let length = u64::from_le_bytes(length);
-    if length > MAX_HEADER_BYTES.min(metadata.len()) {
+    if length > MAX_HEADER_BYTES.min(file_length.saturating_sub(LENGTH_BYTES)) {
         return Err(invalid("its header is longer than the file"));
     }
     let mut text = Vec::new();
@@ -423,39 +441,157 @@ fn header(path: &Path, file: usize) -> Result<Vec<(String, TensorEntry)>, ModelE
         .take(length)
         .read_to_end(&mut text)
         .map_err(|source| unreadable(path, source))?;
-    let keys: Map<String, Value> =
+    let header: Header =
         serde_json::from_slice(&text).map_err(|error| invalid(&error.to_string()))?;
     let start = LENGTH_BYTES + length;
-    let entry = |(name, value): (String, Value)| {
-        let entry = TensorEntry::read(&value, file, start);
-        let entry = entry.ok_or_else(|| invalid(&format!("its header says {value} of {name}")))?;
-        if entry.bytes.end > metadata.len() {
-            return Err(invalid(&format!("{name} ends after the end of the file")));
+    let entries: Vec<_> = header
+        .tensors
+        .into_iter()
+        .map(|(name, tensor)| Some((name, tensor.entry(file, start)?)))
+        .collect::<Option<_>>()
+        .ok_or_else(|| invalid("a tensor ends before it begins"))?;
+    check_extents(&entries, start, file_length).map_err(|reason| invalid(&reason))?;
+    Ok(entries)
+}
+
+/// Checks that the tensors lie one after another, from the end of the header to the end of the file, and that each has
+/// as many bytes as its shape needs.
+fn check_extents(
+    entries: &[(String, TensorEntry)],
+    start: u64,
+    file_length: u64,
+) -> Result<(), String> {
+    let mut sorted: Vec<_> = entries.iter().collect();
+    sorted.sort_by_key(|(_, entry)| (entry.bytes.start, entry.bytes.end));
+    let mut end = start;
+    for (name, entry) in sorted {
+        if entry.bytes.end > file_length {
+            return Err(format!("{name} ends after the end of the file"));
         }
-        Ok((name, entry))
-    };
-    keys.into_iter()
-        .filter(|(name, _)| name != "__metadata__")
-        .map(entry)
-        .collect()
+        if entry.bytes.start != end {
+            return Err(format!(
+                "{name} does not begin where the tensor before it ends"
+            ));
+        }
+        end = entry.bytes.end;
+        let count = entry.bytes.end - entry.bytes.start;
+        if entry
+            .expected_bytes()
+            .is_some_and(|expected| expected != Some(count))
+        {
+            let (dtype, shape) = (&entry.dtype, &entry.shape);
+            return Err(format!(
+                "{name} has {count} bytes, which is not {dtype} {shape:?}"
+            ));
+        }
+    }
+    match end == file_length {
+        true => Ok(()),
+        false => Err(format!(
+            "its tensors end {} bytes before the file",
+            file_length - end
+        )),
+    }
 }
 
 impl TensorEntry {
-    /// Parses a header entry; `start` is the offset of the data section.
-    fn read(value: &Value, file: usize, start: u64) -> Option<Self> {
-        let shape = value["shape"].as_array()?.iter();
-        let offset = |index: usize| value["data_offsets"][index].as_u64()?.checked_add(start);
-        let bytes = offset(0)?..offset(1)?;
-        (bytes.start <= bytes.end).then_some(())?;
-        Some(Self {
-            dtype: value["dtype"].as_str()?.to_owned(),
-            shape: shape
-                .map(|size| usize::try_from(size.as_u64()?).ok())
-                .collect::<Option<_>>()?,
+    /// Whether it has floating-point numbers that are not quantised.
+    fn is_float(&self) -> bool {
+        ["F64", "F32", "F16", "BF16"].contains(&self.dtype.as_str())
+    }
+
+    /// Bytes that dtype and shape need, `Some(None)` for more than a number holds or no whole ones; `None` for a dtype
+    /// that is not known.
+    fn expected_bytes(&self) -> Option<Option<u64>> {
+        let name: StrDeserializer<'_, de::value::Error> = self.dtype.as_str().into_deserializer();
+        let bits = u64::try_from(Dtype::deserialize(name).ok()?.bitsize()).ok();
+        let product = |bits: u64, size: &usize| bits.checked_mul(u64::try_from(*size).ok()?);
+        let bits = bits.and_then(|bits| self.shape.iter().try_fold(bits, product));
+        Some(
+            bits.filter(|bits| bits.is_multiple_of(8))
+                .map(|bits| bits / 8),
+        )
+    }
+}
+
+/// Header of a safetensors file.
+struct Header {
+    tensors: Vec<(String, HeaderTensor)>,
+}
+
+/// A tensor in a header.
+#[derive(Deserialize)]
+struct HeaderTensor {
+    dtype: String,
+    shape: Vec<usize>,
+    /// First byte and end in the data section.
+    data_offsets: [u64; 2],
+}
+
+impl HeaderTensor {
+    /// The entry of a file whose data section begins at `start`; `None` when its offsets are no range.
+    fn entry(self, file: usize, start: u64) -> Option<TensorEntry> {
+        let [first, end] = self.data_offsets;
+        let bytes = first.checked_add(start)?..end.checked_add(start)?;
+        (bytes.start <= bytes.end).then_some(TensorEntry {
+            dtype: self.dtype,
+            shape: self.shape,
             file,
             bytes,
         })
     }
+}
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(HeaderVisitor)
+    }
+}
+
+/// Reads the tensors of a header, without its metadata.
+struct HeaderVisitor;
+
+impl<'de> Visitor<'de> for HeaderVisitor {
+    type Value = Header;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("tensors by name")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+        let mut tensors = Vec::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if name == "__metadata__" {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let tensor = map.next_value();
+            let tensor = tensor.map_err(|error| de::Error::custom(format!("{name}: {error}")))?;
+            tensors.push((name, tensor));
+        }
+        Ok(Header { tensors })
+    }
+}
+
+/// Index of a sharded model.
+#[derive(Deserialize)]
+struct Index {
+    /// File of each tensor.
+    weight_map: BTreeMap<String, FileName>,
+}
+
+/// Names of the files that the index of the sharded model in `folder` lists, each once, sorted.
+///
+/// # Errors
+/// When there is no index, or it is malformed or lists what is not a plain file name.
+pub fn indexed_files(folder: &Path) -> Result<Vec<FileName>, ModelError> {
+    let path = folder.join(INDEX);
+    let bytes = input_file::read(&path, MAX_INDEX_BYTES)?;
+    check_not_lfs_pointer(&path, &bytes)?;
+    let index: Index = serde_json::from_slice(&bytes)
+        .map_err(|error| malformed(&path, format!("its weight_map is not usable ({error})")))?;
+    let files: BTreeSet<FileName> = index.weight_map.into_values().collect();
+    Ok(files.into_iter().collect())
 }
 
 /// Safetensors files of a folder: the single file, or those of the index.
@@ -464,27 +600,9 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     if single.exists() || !index.exists() {
         return Ok(vec![single]);
     }
-    let map = read_json(&index)?;
-    let Some(map) = map["weight_map"].as_object() else {
-        return Err(malformed(&index, "it has no \"weight_map\"".into()));
-    };
-    let mut files: Vec<&str> = map.values().filter_map(Value::as_str).collect();
-    files.sort_unstable();
-    files.dedup();
-    let is_outside = |file: &&&str| {
-        !Path::new(file)
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)))
-    };
-    if let Some(file) = files.iter().find(is_outside) {
-        let reason = format!(
-            "it names {file:?}, which is not a file in its folder; correct its \"weight_map\""
-        );
-        return Err(malformed(&index, reason));
-    }
-    let missing: Vec<&str> = files
+    let files = indexed_files(folder)?;
+    let missing: Vec<&FileName> = files
         .iter()
-        .copied()
         .filter(|file| !folder.join(file).exists())
         .collect();
     if let [first, others @ ..] = missing.as_slice() {
@@ -498,7 +616,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
         );
         return Err(malformed(&index, reason));
     }
-    Ok(files.into_iter().map(|file| folder.join(file)).collect())
+    Ok(files.iter().map(|file| folder.join(file)).collect())
 }
 
 /// Alternative file formats: the supported file, files in other formats, and how to convert them.
@@ -823,9 +941,11 @@ mod tests {
         for (shard, expected) in [
             (
                 "../other.safetensors",
-                "names \"../other.safetensors\", which is not a file in its folder",
+                "\"../other.safetensors\" is not a plain file name",
             ),
-            ("/model.safetensors", "which is not a file in its folder"),
+            ("/model.safetensors", "is not a plain file name"),
+            ("/dev/zero", "\"/dev/zero\" is not a plain file name"),
+            ("sub/model.safetensors", "is not a plain file name"),
             (
                 "model-2.safetensors",
                 "names model-2.safetensors of 1 files, which the folder does not hold",
@@ -884,25 +1004,47 @@ mod tests {
     fn invalid_headers_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(SINGLE);
-        let file = |header: &str| {
+        let file = |header: &str, data: usize| {
             let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
             bytes.extend(header.as_bytes());
+            bytes.extend(vec![0; data]);
             fs::write(&path, bytes).unwrap();
-            shapes(&path).unwrap_err().to_string()
+            shapes(&path).map_err(|error| error.to_string())
         };
-        for (header, expected) in [
-            ("{", "EOF"),
-            ("{\"x\": {}}", "its header says {} of x"),
-            (
-                "{\"x\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0, 4]}}",
-                "x ends after the end of the file",
-            ),
+        let tensor = |dtype: &str, shape: &str, offsets: &str| {
+            format!(r#"{{"dtype": {dtype:?}, "shape": {shape}, "data_offsets": {offsets}}}"#)
+        };
+        let one =
+            |shape: &str, offsets: &str| format!(r#"{{"x": {}}}"#, tensor("F32", shape, offsets));
+        let two = |a: &str, b: &str| {
+            let (a, b) = (tensor("F32", "[1]", a), tensor("F32", "[1]", b));
+            format!(r#"{{"__metadata__": {{}}, "x": {a}, "y": {b}}}"#)
+        };
+        let whole = two("[4, 8]", "[0, 4]");
+        assert_eq!(file(&whole, 8).unwrap().len(), 2);
+        let huge = "18446744073709551615";
+        let overflow = format!("[{huge}, {huge}]");
+        for (header, data, expected) in [
+            ("{".to_owned(), 0, "EOF"),
+            ("[]".to_owned(), 0, "tensors by name"),
+            ("{\"x\": {}}".to_owned(), 0, "x: missing field `dtype`"),
+            (one("[-1]", "[0, 4]"), 4, "x: invalid value"),
+            (one("[1]", "[0, 4]"), 0, "x ends after the end of the file"),
+            (one("[1]", "[4, 0]"), 4, "ends before it begins"),
+            (one("[1]", &overflow), 4, "ends before it begins"),
+            (one("[1]", "[0, 4]"), 5, "end 1 bytes before the file"),
+            (one("[1]", "[1, 5]"), 5, "x does not begin where"),
+            (one("[2]", "[0, 4]"), 4, "which is not F32 [2]"),
+            (one("[0]", "[0, 4]"), 4, "which is not F32 [0]"),
+            (one(&overflow, "[0, 4]"), 4, "which is not F32"),
+            (two("[0, 4]", "[0, 4]"), 4, "y does not begin where"),
+            (two("[0, 4]", "[8, 12]"), 12, "y does not begin where"),
         ] {
-            let message = file(header);
+            let message = file(&header, data).unwrap_err();
             assert!(
                 message.contains("truncated or not a safetensors file")
                     && message.contains(expected),
-                "{message}"
+                "{expected:?} is not in {message}"
             );
         }
         fs::write(&path, [255; 12]).unwrap();

@@ -8,7 +8,9 @@ use std::collections::BTreeSet;
 
 use messages::{Dialogue, Message, PromptText};
 
-use crate::{chat::ChatTemplate, special_tokens::SpecialTokens};
+use crate::{
+    chat::ChatTemplate, guarded_tokenizer::GuardedTokenizer, special_tokens::SpecialTokens,
+};
 
 /// Set of stop tokens, possibly empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -38,7 +40,7 @@ impl StopTokens {
     /// Adds the tokenizer's `eos_token` and the chat template's end-of-turn token, where they are below `vocab_size`.
     pub(crate) fn with_tokenizer(
         mut self,
-        tokenizer: &tokenizers::Tokenizer,
+        tokenizer: &GuardedTokenizer,
         vocab_size: usize,
         special: &SpecialTokens,
         chat: Option<&ChatTemplate>,
@@ -144,14 +146,11 @@ impl TurnDelimiters {
 
     /// The first special token after a final answer; else the first one between turns that does not open a turn; else
     /// the first added token after a final answer.
-    fn end_token(&self, tokenizer: &tokenizers::Tokenizer, stops: &BTreeSet<u32>) -> Option<u32> {
-        let added = tokenizer.get_added_tokens_decoder();
+    fn end_token(&self, tokenizer: &GuardedTokenizer, stops: &BTreeSet<u32>) -> Option<u32> {
+        let added = tokenizer.added_tokens();
         // Tokens that occur in the text literally, unlike the `<unk>` of text that cannot be tokenised.
         let ids = |text: &str| {
-            let encoding = tokenizer.encode_fast(text, false).ok();
-            let ids = encoding
-                .map(|encoding| encoding.get_ids().to_vec())
-                .unwrap_or_default();
+            let ids = tokenizer.ids(text, false).unwrap_or_default();
             let is_literal = |id: &u32| {
                 added
                     .get(id)

@@ -3,7 +3,8 @@
 //! A [`Tokenizer`] combines the `tokenizer.json` of a Hugging Face folder with its chat template. It promises that
 //! every id is in the model's vocabulary, that prompt and completion are tokenised as during generation and decode to
 //! the concatenated text, and that a text starts with exactly one BOS token and has no EOS token. It knows the stop
-//! tokens ([`StopTokens`]). Does not know the maximum sequence length.
+//! tokens ([`StopTokens`]). A `tokenizer.json` that makes the tokenizers library panic, hang or use memory beyond measure
+//! is an error that names the file. Does not know the maximum sequence length.
 
 use std::{
     borrow::Cow,
@@ -22,7 +23,7 @@ use crate::{
     },
     config::ModelConfig,
     error::ModelError,
-    shards::{check_not_lfs_pointer, missing},
+    guarded_tokenizer::GuardedTokenizer,
     special_tokens::SpecialTokens,
     stop_tokens::StopTokens,
 };
@@ -34,9 +35,9 @@ pub struct Tokenizer {
 }
 
 struct TokenizerInner {
-    tokenizer: tokenizers::Tokenizer,
+    tokenizer: GuardedTokenizer,
     /// Variant for text that continues a prompt, created on first use.
-    continuation: OnceLock<tokenizers::Tokenizer>,
+    continuation: OnceLock<GuardedTokenizer>,
     /// Number of tokens that the post-processor appends to a text.
     suffix_length: usize,
     chat: Option<ChatTemplate>,
@@ -265,7 +266,7 @@ impl Tokenizer {
         self.inner
             .tokenizer
             .decode(ids, true)
-            .unwrap_or_else(|_| self.pieces(ids))
+            .unwrap_or_else(|| self.pieces(ids))
     }
 
     /// Text of `ids` with special tokens, for debugging.
@@ -274,7 +275,7 @@ impl Tokenizer {
         self.inner
             .tokenizer
             .decode(ids, false)
-            .unwrap_or_else(|_| self.pieces(ids))
+            .unwrap_or_else(|| self.pieces(ids))
     }
 
     /// Vocabulary entry of an id, which may be part of a character.
@@ -353,11 +354,11 @@ impl Tokenizer {
     }
 
     /// The tokenizer variant for text that continues a prompt.
-    fn continuation_tokenizer(&self) -> Result<&tokenizers::Tokenizer, ModelError> {
+    fn continuation_tokenizer(&self) -> Result<&GuardedTokenizer, ModelError> {
         if let Some(tokenizer) = self.inner.continuation.get() {
             return Ok(tokenizer);
         }
-        let copy = without_prefix_space(&self.inner.tokenizer);
+        let copy = self.inner.tokenizer.changed(without_prefix_space);
         let copy = copy.map_err(|error| ModelError::Tokens {
             reason: format!(
                 "failed to make a tokenizer for text that is continued ({error}); \
@@ -391,30 +392,24 @@ impl Tokenizer {
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokenizer")
-            .field("tokens", &self.inner.tokenizer.get_vocab_size(true))
+            .field("tokens", &self.inner.tokenizer.token_count())
             .field("has_chat_template", &self.has_chat_template())
             .finish_non_exhaustive()
     }
 }
 
 fn tokenize(
-    tokenizer: &tokenizers::Tokenizer,
+    tokenizer: &GuardedTokenizer,
     text: &str,
     specials: SpecialTokenSource,
 ) -> Result<Vec<u32>, ModelError> {
-    let encoding = tokenizer.encode_fast(text, matches!(specials, SpecialTokenSource::Tokenizer));
-    match encoding {
-        Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-        Err(error) => Err(ModelError::Tokens {
-            reason: format!("failed to split a text into tokens: {error}"),
-        }),
-    }
+    tokenizer.ids(text, matches!(specials, SpecialTokenSource::Tokenizer))
 }
 
 /// Number of tokens that the post-processor of `tokenizer` appends to a text. They are removed from prompts, which
 /// completions follow.
-fn suffix_length(tokenizer: &tokenizers::Tokenizer) -> usize {
-    let marks = tokenizer.encode_fast("a", true);
+fn suffix_length(tokenizer: &GuardedTokenizer) -> usize {
+    let marks = tokenizer.encode("a", true);
     let marks = marks.map_or(Vec::new(), |encoding| {
         encoding.get_special_tokens_mask().to_vec()
     });
@@ -423,20 +418,32 @@ fn suffix_length(tokenizer: &tokenizers::Tokenizer) -> usize {
     if added == marks.len() { 0 } else { added }
 }
 
+/// Longest token in bytes; a completion of thousands of tokens decodes to a text of that many times its length.
+const MAX_TOKEN_BYTES: usize = 1 << 14;
+
 /// Loads `tokenizer.json` of `folder` and checks that its ids are below `vocab_size`; those of added tokens only where
 /// every text gets them. Truncation and padding are disabled.
 pub(crate) fn load_tokenizer(
     folder: &Path,
     vocab_size: usize,
-) -> Result<tokenizers::Tokenizer, ModelError> {
-    let tokenizer = read(&folder.join("tokenizer.json"))?;
+) -> Result<GuardedTokenizer, ModelError> {
+    let tokenizer = GuardedTokenizer::load(&folder.join("tokenizer.json"))?;
     let mismatch = |reason: String| ModelError::Tokenizer {
         path: folder.to_owned(),
         reason,
     };
     let is_beyond = |id: u32| id as usize >= vocab_size;
-    let added = tokenizer.get_added_tokens_decoder();
-    let own = tokenizer.get_vocab(false).into_values();
+    let added = tokenizer.added_tokens();
+    let vocabulary = tokenizer.vocabulary();
+    let texts = added.iter().map(|(id, token)| (*id, &token.content));
+    let mut texts = texts.chain(vocabulary.iter().map(|(text, id)| (*id, text)));
+    if let Some((id, text)) = texts.find(|(_, text)| text.len() > MAX_TOKEN_BYTES) {
+        let length = text.len();
+        return Err(mismatch(format!(
+            "its token {id} has {length} bytes, more than {MAX_TOKEN_BYTES}"
+        )));
+    }
+    let own = vocabulary.into_values();
     let largest = own.filter(|id| !added.contains_key(id)).max();
     if let Some(largest) = largest.filter(|&id| is_beyond(id)) {
         return Err(mismatch(format!(
@@ -444,8 +451,7 @@ pub(crate) fn load_tokenizer(
              use the tokenizer.json that the model was published with"
         )));
     }
-    let empty = tokenizer.encode_fast("", true);
-    let always = empty.map_or(Vec::new(), |encoding| encoding.get_ids().to_vec());
+    let always = tokenizer.ids("", true).unwrap_or_default();
     if let Some(id) = always.into_iter().find(|&id| is_beyond(id)) {
         return Err(mismatch(format!(
             "every text gets the token {id} but the model's vocab_size is {vocab_size}; \
@@ -461,22 +467,6 @@ pub(crate) fn load_tokenizer(
             "the tokenizer has added tokens that the model has no embedding of: a text with one is refused"
         );
     }
-    Ok(tokenizer)
-}
-
-/// Parses `tokenizer.json` with truncation and padding disabled.
-fn read(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
-    let bytes = std::fs::read(path).map_err(|source| missing(path, source))?;
-    check_not_lfs_pointer(path, &bytes)?;
-    let malformed = |error: tokenizers::Error| ModelError::Malformed {
-        path: path.to_owned(),
-        reason: format!("it is not a tokenizer.json of the tokenizers library ({error})"),
-    };
-    let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?;
-    tokenizer
-        .with_padding(None)
-        .with_truncation(None)
-        .map_err(malformed)?;
     Ok(tokenizer)
 }
 

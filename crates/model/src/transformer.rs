@@ -9,7 +9,7 @@ use crate::{
     config::ModelConfig,
     error::ModelError,
     lora::{Adapter, LowRank},
-    rope::RopeTable,
+    rope::{Positions, RopeTable},
     sampling::Precision,
     weights::Weights,
 };
@@ -105,7 +105,7 @@ impl LanguageModel {
         let blocks = (0..config.layers)
             .map(|layer| TransformerBlock::new(layer, &config, &weights))
             .collect::<Result<_, _>>()?;
-        let rope = RopeTable::new(&config, embedding.dtype(), embedding.device())?;
+        let rope = RopeTable::new(&config, embedding.dtype(), embedding.device());
         let final_norm = weights.get("model.norm.weight")?;
         Ok(Self {
             config,
@@ -179,7 +179,7 @@ impl LanguageModel {
     pub(crate) fn forward(
         &self,
         ids: &Tensor,
-        positions: &Tensor,
+        positions: &Positions,
         attention: &mut dyn Attend,
     ) -> candle_core::Result<Tensor> {
         let context = ForwardContext {

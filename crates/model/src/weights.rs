@@ -141,6 +141,14 @@ impl Weights {
                 reason: format!("the tensor {name} of shape {shape:?} is missing"),
             })?;
             check_shape(&name, &tensor, &shape)?;
+            let stored = tensor.dtype();
+            if ![DType::F64, DType::F32, DType::F16, DType::BF16].contains(&stored) {
+                let reason = format!(
+                    "{name} is {}, not of floating-point numbers",
+                    stored.as_str()
+                );
+                return Err(ModelError::Weights { reason });
+            }
             tensors.insert(name, tensor.to_dtype(dtype)?);
         }
         match found.into_keys().min() {
@@ -220,6 +228,15 @@ impl Weights {
     /// When a tensor cannot be read from its device.
     pub fn digest(&self) -> Result<Digest, ModelError> {
         Ok(Digest::of(&self.to_blob()?))
+    }
+
+    /// Euclidean norm of all values; not finite if any of them is not.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read from its device.
+    pub fn norm(&self) -> Result<f64, ModelError> {
+        let squares = self.tensors.values().map(kernels::squared_norm);
+        Ok(squares.sum::<Result<f64, _>>()?.sqrt())
     }
 
     /// Whether all values are finite.

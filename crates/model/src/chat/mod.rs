@@ -4,7 +4,8 @@
 //! `apply_chat_template`: with `add_generation_prompt`, or with `continue_final_message` if the last turn is the
 //! assistant's. Constructs that `jinja` does not support are refused, never rendered differently. A template of a
 //! folder that does not compile fails when a dialogue is rendered; a template given by the user fails when it is
-//! loaded. Does not know tokens, except for the names of special ones.
+//! loaded. A template is a program of a stranger: `jinja` bounds its size, time and memory. Does not know tokens, except
+//! for the names of special ones.
 
 pub(crate) mod continuation_tokenizer;
 mod continue_final_message;
@@ -18,6 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     error::ModelError,
+    input_file::read_text,
     special_tokens::{SpecialTokens, optional_json},
 };
 
@@ -49,11 +51,21 @@ impl TemplateSource {
         }
     }
 
+    /// Reads a file of a model folder.
     fn read(path: PathBuf) -> Result<Self, ModelError> {
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Ok(Self::new(path, text)),
-            Err(source) => Err(ModelError::Unreadable { path, source }),
-        }
+        let text = read_text(&path, jinja::MAX_SOURCE_BYTES as u64)?;
+        Ok(Self::new(path, text))
+    }
+
+    /// Reads a file that the configuration names, which may be a link.
+    fn read_given(path: &Path) -> Result<Self, ModelError> {
+        let unreadable = |source| ModelError::Unreadable {
+            path: path.to_owned(),
+            source,
+        };
+        let target = path.canonicalize().map_err(unreadable)?;
+        let text = read_text(&target, jinja::MAX_SOURCE_BYTES as u64)?;
+        Ok(Self::new(path.to_owned(), text))
     }
 
     /// The compiled template.
@@ -75,7 +87,7 @@ impl TemplateSource {
 /// # Errors
 /// When it cannot be read, or does not compile.
 pub fn check_chat_template(path: &Path) -> Result<(), ModelError> {
-    TemplateSource::read(path.to_owned())?.compiled().map(drop)
+    TemplateSource::read_given(path)?.compiled().map(drop)
 }
 
 /// Variables that are set from the dialogue and must not be overridden.
@@ -97,7 +109,7 @@ impl ChatTemplate {
         let own = folder.join("chat_template.jinja");
         let (default, tool_use) = if let Some(path) = given {
             check_chat_template(path)?;
-            (Some(TemplateSource::read(path.to_owned())?), None)
+            (Some(TemplateSource::read_given(path)?), None)
         } else if own.exists() {
             let other = folder.join("additional_chat_templates/tool_use.jinja");
             let tool_use = other
@@ -234,7 +246,7 @@ impl ChatTemplate {
         let template = source.compiled().map_err(|error| error.to_string())?;
         template
             .render(&variables)
-            .map_err(|error| error.to_string())
+            .map_err(|error| format!("{}: {error}", source.path.display()))
     }
 }
 
@@ -523,7 +535,8 @@ mod tests {
             .render(&dialogue())
             .unwrap_err()
             .to_string();
-        assert!(error.contains("no system message, please"), "{error}");
+        let named = "template: line 3: no system message, please";
+        assert!(error.contains(named), "{error}");
         assert_eq!(
             template(source).render(&Dialogue::of_user("Hi")).unwrap(),
             ""

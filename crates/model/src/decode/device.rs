@@ -6,6 +6,7 @@ use crate::decode::{Prefill, SlotToken};
 use crate::{
     error::ModelError,
     ragged::RaggedBatch,
+    rope::Positions,
     transformer::{Attend, LanguageModel, LayerAttention},
 };
 use kernels::{self, CacheRows};
@@ -81,7 +82,7 @@ impl TensorKvCache {
             to: CacheRowIndex::new(&to, model)?,
         };
         let ids = Tensor::new(ids, model.device())?;
-        let positions = Tensor::new(positions, model.device())?;
+        let positions = Positions::new(positions, model.device())?;
         let hidden = model.forward(&ids, &positions, &mut attention)?;
         Ok(model.logits(&hidden)?.flatten_all()?.to_vec1()?)
     }

@@ -18,7 +18,9 @@ use serde_json::{Map, Value};
 use crate::{
     config::{layers, read_json, size},
     error::ModelError,
+    guarded_tokenizer::GuardedTokenizer,
     keys::{self, AttentionMask},
+    panic_guard::guarded,
     shards::{Shards, is_ignorable},
     tokenizer::load_tokenizer,
 };
@@ -35,10 +37,13 @@ pub const SUPPORTED_ENCODERS: [&str; 2] = [
 /// Maximum number of tokens in a forward pass, padding included; a longer text is alone in one.
 const MAX_PASS_TOKENS: usize = 8192;
 
+/// Largest number of positions, whatever the configuration says: networks make tables of all positions.
+const MAX_POSITIONS: usize = 1 << 15;
+
 /// An encoder with a single-label classification head, and its tokenizer.
 pub struct Encoder {
     network: EncoderNetwork,
-    tokenizer: tokenizers::Tokenizer,
+    tokenizer: GuardedTokenizer,
     vocab_size: usize,
     max_positions: usize,
     device: Device,
@@ -56,7 +61,7 @@ struct EncoderFolder {
     architecture: EncoderArchitecture,
     vocab_size: usize,
     max_positions: usize,
-    tokenizer: tokenizers::Tokenizer,
+    tokenizer: GuardedTokenizer,
     shards: Shards,
 }
 
@@ -73,8 +78,12 @@ impl EncoderFolder {
             let number = size(&raw, key).map_err(malformed)?;
             number.ok_or_else(|| malformed(format!("{key} is missing")))
         };
-        for key in ["hidden_size", "num_attention_heads", "intermediate_size"] {
-            number(key)?;
+        number("intermediate_size")?;
+        let (width, heads) = (number("hidden_size")?, number("num_attention_heads")?);
+        if !width.is_multiple_of(heads) {
+            return Err(malformed(format!(
+                "num_attention_heads = {heads} does not divide hidden_size = {width}"
+            )));
         }
         layers(&raw).map_err(malformed)?;
         let (vocab_size, max_positions) =
@@ -96,7 +105,7 @@ impl EncoderFolder {
             raw,
             architecture,
             vocab_size,
-            max_positions,
+            max_positions: max_positions.min(MAX_POSITIONS),
         })
     }
 
@@ -109,8 +118,11 @@ impl EncoderFolder {
     ) -> Result<EncoderNetwork, ModelError> {
         let (backend, used) = RecordingBackend::new(tensors);
         let tensors = VarBuilder::from_backend(Box::new(backend), DType::F32, device.clone());
-        let network =
-            (self.architecture.build)(&self.raw, &tensors).map_err(|error| match error {
+        // candle panics on some configurations.
+        let built = guarded(|| (self.architecture.build)(&self.raw, &tensors));
+        let network = built
+            .unwrap_or_else(|panic| Err(BuildError::Config(panic)))
+            .map_err(|error| match error {
                 BuildError::Config(reason) => ModelError::Malformed {
                     path: path.join("config.json"),
                     reason,
@@ -133,14 +145,16 @@ impl EncoderFolder {
 
 impl Encoder {
     /// Validates that the folder `path` holds an encoder with its tokenizer, by the headers of its weights' files.
+    /// Returns the maximum length of a text in tokens.
     ///
     /// # Errors
     /// As [`Self::load`], as far as the headers show.
-    pub fn check_folder(path: &Path) -> Result<(), ModelError> {
+    pub fn check_folder(path: &Path) -> Result<usize, ModelError> {
         let folder = EncoderFolder::read(path)?;
         folder.shards.check_unquantised()?;
         let shapes = TensorSource::Headers(folder.shards.shapes());
-        folder.network(path, shapes, &Device::Cpu).map(drop)
+        folder.network(path, shapes, &Device::Cpu)?;
+        Ok(folder.max_positions)
     }
 
     /// Loads the model in the folder `path` onto `device`.
@@ -178,11 +192,7 @@ impl Encoder {
     /// # Errors
     /// When the tokenizer fails on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
-        let encoding = self.tokenizer.encode_fast(text, true);
-        let encoding = encoding.map_err(|error| ModelError::Tokens {
-            reason: format!("failed to split a text into tokens: {error}"),
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        self.tokenizer.ids(text, true)
     }
 
     /// One score per text, in order; special tokens are added.

@@ -9,7 +9,7 @@ use candle_transformers::models::modernbert::{Config, ModernBert};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::encoder::{BuildError, EncoderArchitecture, EncoderNetwork};
+use crate::encoder::{BuildError, EncoderArchitecture, EncoderNetwork, MAX_POSITIONS};
 
 /// Encoder backbone and classification head.
 pub(super) struct ModernBertClassifier {
@@ -116,7 +116,7 @@ fn config(raw: &Value) -> Result<Config, String> {
         "num_hidden_layers": raw["num_hidden_layers"],
         "num_attention_heads": raw["num_attention_heads"],
         "intermediate_size": raw["intermediate_size"],
-        "max_position_embeddings": raw["max_position_embeddings"],
+        "max_position_embeddings": raw["max_position_embeddings"].as_u64().map(|n| n.min(MAX_POSITIONS as u64)),
         "layer_norm_eps": number(raw, "norm_eps", 1e-5),
         "pad_token_id": raw["pad_token_id"].as_u64().unwrap_or(0),
         "global_attn_every_n_layers": global_every(raw)?,

@@ -1,7 +1,8 @@
 //! Name of an adapter's base model: a Hugging Face Hub repository with its revision, or a path.
 //!
 //! PEFT stores both in `adapter_config.json`. A folder of the Hub's cache is named by its repository and commit, so
-//! that the name refers to the same model on every machine. Nothing is downloaded here.
+//! that the name refers to the same model on every machine. An adapter in the Hub's cache can name a repository only: a
+//! path in it would be one of its author's machine. Nothing is downloaded here.
 
 use std::path::{Path, PathBuf};
 
@@ -53,9 +54,13 @@ impl BaseModel {
         }
     }
 
-    /// Local folder of the base model: the name as a path, or as a path relative to the folder `adapter`.
+    /// Local folder of the base model: the name as a path, or as a path relative to the folder `adapter`. `None` when
+    /// there is none, or the adapter is in the Hub's cache.
     #[must_use]
     pub fn folder(&self, adapter: &Path) -> Option<PathBuf> {
+        if Self::of_folder(adapter).revision.is_some() {
+            return None;
+        }
         let named = Path::new(&self.name);
         let candidates = [named.to_owned(), adapter.join(named)];
         let is_model = |path: &PathBuf| path.join("config.json").exists();
@@ -158,6 +163,18 @@ mod tests {
             ("org/tiny", Some("v1"))
         );
         assert_eq!(hub.folder(directory.path()), None);
+        // What came from the Hub names no folder of this machine.
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        let snapshot = directory
+            .path()
+            .join("models--org--adapter/snapshots")
+            .join(commit);
+        std::fs::create_dir_all(&snapshot).unwrap();
+        let absolute = directory.path().display().to_string();
+        std::fs::write(directory.path().join("config.json"), "{}").unwrap();
+        let path = named(json!({NAME: absolute}));
+        assert_eq!(path.folder(&snapshot), None);
+        assert!(path.folder(directory.path()).is_some());
         // A folder relative to the adapter takes precedence over the Hub.
         let beside = directory.path().join("org/tiny");
         std::fs::create_dir_all(&beside).unwrap();

@@ -61,6 +61,10 @@ const READ: [&str; 27] = [
     "lora_ga_config",
     "runtime_config",
 ];
+/// Largest rank; no module is as wide.
+const MAX_RANK: f64 = 16_777_216.0;
+/// Largest number of patterns of modules: more than a model has modules.
+const MAX_PATTERNS: usize = 4096;
 /// Values of `init_lora_weights` that leave the base weights unchanged.
 const PLAIN_INITIALISATIONS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
 
@@ -270,6 +274,12 @@ fn patterns(keys: &Map<String, Value>, key: &str) -> Result<Vec<(NamePattern, f6
         Some(Value::Object(entries)) => entries,
         Some(other) => return Err(format!("{key} is {other}, not an object")),
     };
+    if entries.len() > MAX_PATTERNS {
+        let count = entries.len();
+        return Err(format!(
+            "{key} has {count} patterns, more than {MAX_PATTERNS}"
+        ));
+    }
     let entry = |(source, value): (&String, &Value)| {
         let pattern = NamePattern::at_end(source).map_err(|reason| format!("{key}: {reason}"))?;
         let number = value
@@ -297,7 +307,7 @@ fn ranks(keys: &Map<String, Value>) -> Result<Vec<(NamePattern, usize)>, String>
 }
 
 fn integer_rank(number: f64) -> Option<usize> {
-    (number >= 1.0 && number.fract() == 0.0).then_some(number as usize)
+    ((1.0..=MAX_RANK).contains(&number) && number.fract() == 0.0).then_some(number as usize)
 }
 
 fn bad_rank(key: &str, number: f64) -> String {

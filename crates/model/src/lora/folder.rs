@@ -3,10 +3,7 @@
 //! The metadata of the safetensors file also has a fingerprint of the base weights. PEFT ignores it; here an adapter
 //! with a fingerprint is refused for any other base.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use messages::Digest;
@@ -17,7 +14,7 @@ use crate::{
     config::{ModelConfig, ModelTask, read_json},
     error::ModelError,
     folder::{ModelFolder, copy_tokenizer_files, create_folder, save_folder, sync, write},
-    shards::{missing, shapes},
+    shards::{read_weights, shapes},
     transformer::LanguageModel,
     weights::{Weights, not_safetensors},
 };
@@ -132,6 +129,7 @@ impl AdapterFolder {
         extra: Vec<(String, Vec<usize>)>,
         base: &LanguageModel,
     ) -> Result<(Adapter, Weights), ModelError> {
+        self.check_with(&extra, base.config())?;
         let bytes = self.tensors()?;
         let truncated = |error: &candle_core::Error| ModelError::Malformed {
             path: self.path.join(TENSORS),
@@ -139,14 +137,11 @@ impl AdapterFolder {
         };
         let found = candle_core::safetensors::load_buffer(&bytes, base.device())
             .map_err(|error| truncated(&error))?;
-        let expected = self.expected(&extra, base.config())?;
         let to_f32 = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
         let tensors = found.into_iter().map(to_f32);
         let mut weights = Weights {
             tensors: tensors.collect::<Result<_, candle_core::Error>>()?,
         };
-        config::check_shapes(&weights.shapes(), &expected)
-            .map_err(|error| self.with_base_name(&error))?;
         if let Some(saved) = saved_fingerprint(&bytes)
             && saved != fingerprint(base.weights())?
         {
@@ -174,8 +169,7 @@ impl AdapterFolder {
     }
 
     fn tensors(&self) -> Result<Vec<u8>, ModelError> {
-        let path = self.path.join(TENSORS);
-        fs::read(&path).map_err(|source| missing(&path, source))
+        read_weights(&self.path.join(TENSORS))
     }
 
     /// Adds the name of the adapter's base to an error.

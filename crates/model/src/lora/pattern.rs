@@ -1,8 +1,11 @@
 //! Regular expressions of an `adapter_config.json`, with the semantics of Python's `re` as used by PEFT.
 
-use fancy_regex::Regex;
+use fancy_regex::{Regex, RegexBuilder};
 
 use crate::error::ModelError;
+
+/// Largest number of backtracking steps of one match. Module names are short; an expression that needs more is refused.
+const MAX_BACKTRACKING: usize = 10_000;
 
 /// A regular expression over module names, with its source text for saving.
 #[derive(Debug, Clone)]
@@ -41,7 +44,10 @@ impl NamePattern {
 
     fn compile(source: &str, regex: &str) -> Result<Self, String> {
         // The source is compiled alone first: when wrapped, an unbalanced bracket could close the wrapping group.
-        let compiled = Regex::new(source).and_then(|_| Regex::new(regex));
+        let regex = RegexBuilder::new(regex)
+            .backtrack_limit(MAX_BACKTRACKING)
+            .build();
+        let compiled = Regex::new(source).and(regex);
         let regex = compiled
             .map_err(|error| format!("{source:?} is not a valid regular expression: {error}"))?;
         Ok(Self {

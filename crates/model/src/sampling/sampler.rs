@@ -360,7 +360,7 @@ mod tests {
                     &completion.ref_logp,
                     &uncached_logprobs(&tiny_model(9, 2), prompt, completion),
                 );
-                assert!(completion.is_sound());
+                assert!(completion.is_valid());
                 let ended = completion.ids.last() == Some(&1);
                 assert_eq!(completion.finish == Finish::EndOfText, ended);
                 assert!(
