@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use serde_json::{Value, json};
@@ -161,4 +162,40 @@ fn chat_templates_of_real_models_render() {
         let literal = format!("{{% raw %}}{expected}{{% endraw %}}");
         assert_eq!(scored(&template), scored(&literal), "{case}");
     }
+}
+
+/// A template is a program of a stranger: each of these exhausts time, memory or the stack of a naive interpreter.
+#[test]
+fn hostile_chat_templates_are_refused_with_their_file() {
+    let Some(templates) = shared("templates_are_refused", "data/cases/security/templates") else {
+        return;
+    };
+    let doubled = "{% set ns = namespace(l=[1]) %}{% for i in range(99) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}";
+    let mut hostile = vec![
+        format!("{doubled}{{{{ ns.l }}}}"),
+        format!("{{{{ 1|{}a }}}}", "a.".repeat(500_000)),
+        " ".repeat(2 << 20),
+    ];
+    let cases = fs::read_dir(templates).expect("a folder of templates");
+    let paths = cases.map(|entry| entry.expect("an entry").path());
+    // Long but harmless: 50,000 concatenated letters.
+    let paths = paths.filter(|path| !path.ends_with("deeptilde.jinja"));
+    hostile.extend(paths.map(|path| fs::read_to_string(path).expect("a template")));
+    let sandbox = Sandbox::new();
+    let Some(model) = stories_with(&sandbox, &[]) else {
+        return;
+    };
+    let row = json!({"prompt": [{"role": "user", "content": "Hi"}], "completion": " x"});
+    let rows = text(&sandbox.write("rows.jsonl", row.to_string()));
+    let file = model.join("chat_template.jinja");
+    for template in hostile {
+        fs::write(&file, template).expect("the file is writable");
+        let result = sandbox.run(&["score", "--model", &text(&model), "--input", &rows]);
+        result.check(3, &["chat_template.jinja"]).without_panic();
+    }
+    fs::remove_file(&file).expect("the file is there");
+    let made = Command::new("mkfifo").arg(&file).status();
+    assert!(made.is_ok_and(|status| status.success()), "mkfifo");
+    let result = sandbox.run(&["score", "--model", &text(&model), "--input", &rows]);
+    result.check(3, &["chat_template.jinja"]).without_panic();
 }

@@ -4,7 +4,9 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     fs,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use serde_json::Value;
@@ -408,4 +410,69 @@ fn common_file_formats_are_read() {
     sandbox
         .run(&["score", "--model", &model, "--input", &ids])
         .succeeded();
+}
+
+#[test]
+fn hostile_files_are_refused_with_the_limit() {
+    let Some(cases) = cases("hostile_files_are_refused_with_the_limit") else {
+        return;
+    };
+    let sandbox = Sandbox::new();
+    let pipe = sandbox.path("pipe.jsonl");
+    let made = Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.is_ok_and(|status| status.success()), "mkfifo");
+    symlink("/dev/zero", sandbox.path("zero.jsonl")).expect("a link");
+    // Four bytes for each 128 KiB of white space.
+    let mut bomb = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x38];
+    for block in 0..2500 {
+        bomb.extend([0x02 | u8::from(block == 2499), 0x00, 0x10, b' ']);
+    }
+    sandbox.write("bomb.jsonl.zst", bomb);
+    sandbox.write(
+        "rows.jsonl",
+        "{\"prompt\": \"a\", \"completion\": \"b\"}\n".repeat(9),
+    );
+    let long = format!("{{\"prompt\": \"{}\"}}", "a".repeat(17 << 20));
+    sandbox.write("long.jsonl", long);
+    for (rows, set, says) in [
+        ("pipe.jsonl", "", "it is a named pipe, not a regular file"),
+        ("zero.jsonl", "", "it is a device, not a regular file"),
+        (
+            "bomb.jsonl.zst",
+            "",
+            "expands to more than 200 times its size",
+        ),
+        (
+            "long.jsonl",
+            "",
+            "line 1: the row is longer than 16777216 bytes",
+        ),
+        (
+            "rows.jsonl",
+            "max_rows=8",
+            "more than 8 rows, the maximum of",
+        ),
+        (
+            "rows.jsonl",
+            "max_file_bytes=99",
+            "more than 99 bytes, the maximum of",
+        ),
+    ] {
+        for (section, command) in [
+            ("prompts", &["train", "--run-dir", "refused"][..]),
+            ("sft", &["sft", "--output", "refused"]),
+        ] {
+            // White space takes a while to expand.
+            if rows.starts_with("bomb") && section == "sft" {
+                continue;
+            }
+            let mut sets = vec![format!("{section}.path={:?}", sandbox.path(rows))];
+            sets.extend((!set.is_empty()).then(|| format!("{section}.{set}")));
+            let named = (!set.is_empty())
+                .then(|| format!("{section}.{}", set.split('=').next().unwrap_or_default()));
+            agon(&sandbox, &cases, command, &sets)
+                .check(3, &[says, rows, named.as_deref().unwrap_or("")])
+                .without_panic();
+        }
+    }
 }

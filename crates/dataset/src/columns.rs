@@ -1,5 +1,7 @@
 //! Column names: those of the settings, and the common ones of data sets.
 
+use crate::limits::FileLimits;
+
 /// Columns of complete dialogues, whose last assistant turn is the answer.
 pub(crate) const DIALOGUES: [&str; 3] = ["messages", "conversations", "conversation"];
 /// Columns of a single answer; the first that exists is used.
@@ -32,7 +34,7 @@ pub struct Column {
     pub setting: Option<&'static str>,
 }
 
-/// Column names by role.
+/// Column names by role, and the limits of the files that have them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Columns {
     /// Prompt; optional in many formats.
@@ -45,6 +47,8 @@ pub struct Columns {
     pub chosen: Column,
     /// Rejected response, or the dialogue that ends with it.
     pub rejected: Column,
+    /// Limits of each file.
+    pub limits: FileLimits,
 }
 
 impl Column {
@@ -81,11 +85,29 @@ impl Default for Columns {
             golden: None,
             chosen: Column::fixed("chosen"),
             rejected: Column::fixed("rejected"),
+            limits: FileLimits::default(),
         }
     }
 }
 
 impl Columns {
+    /// Whether some format may read the column `name`, depending on the other columns of the row.
+    pub(crate) fn may_read(&self, name: &str) -> bool {
+        self.is_known(name)
+            || [&QUESTIONS[..], &INPUTS].concat().contains(&name)
+            || [HISTORY, TEXT].contains(&name)
+    }
+
+    /// Whether rows with these columns may be texts with an implicit prompt, which depend on all other texts of the
+    /// row.
+    pub(crate) fn may_be_implicit(&self, names: &[&str]) -> bool {
+        let has = |name: &str| names.contains(&name);
+        has(&self.chosen.name)
+            && has(&self.rejected.name)
+            && !has(&self.prompt.name)
+            && !DIALOGUES.iter().chain(&QUESTIONS).any(|name| has(name))
+    }
+
     /// Whether some format reads the column `name`.
     pub(crate) fn is_known(&self, name: &str) -> bool {
         let named = [&self.prompt, &self.answer, &self.chosen, &self.rejected];

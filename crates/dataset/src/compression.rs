@@ -1,17 +1,24 @@
 //! Decompression of files, by their magic numbers and regardless of their names.
 
 use std::{
-    fs::File,
+    cell::Cell,
     io::{self, BufRead, BufReader, Cursor, Read},
     path::Path,
+    rc::Rc,
 };
 
 use flate2::read::MultiGzDecoder;
 
-use crate::error::DatasetError;
+use crate::{
+    error::DatasetError,
+    limits::{BoundedReader, CountingReader, FileLimits, open_regular},
+};
 
 /// Length of the longest magic number, in bytes.
 const MAGIC_BYTES: usize = 8;
+
+/// Size of the buffer of decompressed text.
+const BUFFER_BYTES: usize = 64 << 10;
 
 /// Format of a file, by its magic number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,24 +59,44 @@ impl FileFormat {
 
 /// The format of a file.
 pub(crate) fn format_of(path: &Path) -> Result<FileFormat, DatasetError> {
-    let (head, _) = File::open(path).and_then(head).map_err(unreadable(path))?;
+    let (head, _) = head(open_regular(path)?).map_err(unreadable(path))?;
     Ok(FileFormat::of(&head))
 }
 
-/// Opens a file as text, decompressing gzip and zstd.
+/// Opens a regular file as text, decompressing gzip and zstd, within the default limits.
 ///
 /// # Errors
-/// When it cannot be read, or its format is not text.
+/// When it cannot be read, or its format is not text; reading fails beyond the limits.
 pub fn open(path: &Path) -> Result<Box<dyn BufRead>, DatasetError> {
-    let file = File::open(path).map_err(unreadable(path))?;
-    unpacked(path, file)
+    open_within(path, FileLimits::default())
 }
 
-/// Reads `input` as text, decompressing gzip and zstd; errors refer to it as `name`.
+/// Like [`open`], within these limits.
+pub(crate) fn open_within(
+    path: &Path,
+    limits: FileLimits,
+) -> Result<Box<dyn BufRead>, DatasetError> {
+    unpacked_within(path, open_regular(path)?, limits)
+}
+
+/// Reads `input` as text, decompressing gzip and zstd, within the default limits; errors refer to it as `name`.
 ///
 /// # Errors
-/// When it cannot be read, or its format is not text.
+/// When it cannot be read, or its format is not text; reading fails beyond the limits.
 pub fn unpacked(name: &Path, input: impl Read + 'static) -> Result<Box<dyn BufRead>, DatasetError> {
+    unpacked_within(name, input, FileLimits::default())
+}
+
+fn unpacked_within(
+    name: &Path,
+    input: impl Read + 'static,
+    limits: FileLimits,
+) -> Result<Box<dyn BufRead>, DatasetError> {
+    let packed = Rc::new(Cell::new(0));
+    let input = CountingReader {
+        inner: input,
+        count: Rc::clone(&packed),
+    };
     let (head, rest) = head(input).map_err(unreadable(name))?;
     let format = FileFormat::of(&head);
     let stream = Cursor::new(head).chain(rest);
@@ -78,11 +105,11 @@ pub fn unpacked(name: &Path, input: impl Read + 'static) -> Result<Box<dyn BufRe
         reason: format!("it is {reason}"),
     };
     Ok(match format {
-        FileFormat::Plain => Box::new(BufReader::new(stream)),
-        FileFormat::Gzip => Box::new(BufReader::new(MultiGzDecoder::new(stream))),
+        FileFormat::Plain => bounded(stream, limits, None),
+        FileFormat::Gzip => bounded(MultiGzDecoder::new(stream), limits, Some(packed)),
         FileFormat::Zstd => {
             let decoder = zstd::stream::read::Decoder::new(stream).map_err(unreadable(name))?;
-            Box::new(BufReader::new(decoder))
+            bounded(decoder, limits, Some(packed))
         }
         FileFormat::Parquet => {
             return Err(unsupported(
@@ -91,6 +118,20 @@ pub fn unpacked(name: &Path, input: impl Read + 'static) -> Result<Box<dyn BufRe
         }
         FileFormat::Unsupported(reason) => return Err(unsupported(reason)),
     })
+}
+
+fn bounded(
+    stream: impl Read + 'static,
+    limits: FileLimits,
+    packed: Option<Rc<Cell<u64>>>,
+) -> Box<dyn BufRead> {
+    let reader = BoundedReader {
+        inner: stream,
+        limits,
+        read: 0,
+        packed,
+    };
+    Box::new(BufReader::with_capacity(BUFFER_BYTES, reader))
 }
 
 /// Reads the magic number; returns it and the rest of the stream.

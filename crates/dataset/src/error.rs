@@ -79,6 +79,14 @@ pub enum DatasetError {
 }
 
 impl DatasetError {
+    /// The error of a file as a whole.
+    pub(crate) fn file(path: &Path, reason: impl Into<String>) -> Self {
+        Self::File {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
+    }
+
     /// The file with the error.
     #[must_use]
     pub fn path(&self) -> &Path {

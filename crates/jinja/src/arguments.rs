@@ -17,6 +17,13 @@ pub(crate) struct BoundArguments {
 }
 
 impl CallArguments {
+    /// Work units of an operation that goes through every argument once.
+    pub(crate) fn work(&self) -> usize {
+        let named = self.named.iter().map(|(_, value)| value);
+        let units = self.positional.iter().chain(named).map(Value::work);
+        units.fold(0, usize::saturating_add)
+    }
+
     /// Binds the arguments to these parameters.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! The fixed date at which templates are rendered.
 
-use crate::error::Error;
+use crate::{error::Error, limits};
 
 /// Python's `strftime` at midnight of Friday 26 July 2024, the default date of Llama 3's template: prompts must not
 /// depend on the current date.
@@ -23,6 +23,7 @@ pub(crate) fn strftime(format: &str) -> Result<String, Error> {
             )));
         };
         written.push_str(text);
+        limits::text(written.len())?;
         for _ in directive.chars() {
             chars.next();
         }

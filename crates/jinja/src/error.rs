@@ -2,6 +2,9 @@
 
 use thiserror::Error;
 
+/// Length at which a message is cut: templates and dialogues write parts of it.
+const MAX_MESSAGE_CHARS: usize = 1000;
+
 /// An error of a template, with its line if known.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{}{message}", line.map(|line| format!("line {line}: ")).unwrap_or_default())]
@@ -14,8 +17,13 @@ pub struct Error {
 
 impl Error {
     pub(crate) fn new(message: impl Into<String>) -> Self {
+        let mut message = message.into();
+        if let Some((end, _)) = message.char_indices().nth(MAX_MESSAGE_CHARS) {
+            message.truncate(end);
+            message.push('…');
+        }
         Self {
-            message: message.into(),
+            message,
             line: None,
         }
     }

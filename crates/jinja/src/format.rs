@@ -105,7 +105,7 @@ impl Spec {
 }
 
 /// Maximum field width.
-const WIDEST: usize = 100_000;
+const WIDEST: usize = 10_000;
 
 /// Parses digits; `None` if there are none.
 fn width(digits: &str) -> Result<Option<usize>, Error> {
@@ -374,7 +374,10 @@ fn closing(text: &str) -> Option<usize> {
 /// Python's `text % values`.
 pub(crate) fn percent(text: &Text, values: &Value) -> Result<Value, Error> {
     let positional = match values {
-        Value::Tuple(tuple) => tuple.items.clone(),
+        Value::Tuple(tuple) => {
+            limits::work(tuple.items.len())?;
+            tuple.items.clone()
+        }
         other => vec![other.clone()],
     };
     let mut directives = Directives {

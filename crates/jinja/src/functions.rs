@@ -1,13 +1,13 @@
 //! Global functions of jinja2 and transformers.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::Cell, rc::Rc};
 
 use crate::{
     arguments::CallArguments,
     clock,
     error::Error,
     methods,
-    value::{Range, Value},
+    value::{Cycler, Range, Value},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,11 +48,11 @@ impl Function {
             Self::Cycler if args.positional.is_empty() => {
                 Err(Error::new("at least one item has to be provided"))
             }
-            Self::Cycler => Ok(Value::Cycler(Rc::new((args.positional, RefCell::new(0))))),
+            Self::Cycler => Ok(Value::Cycler(Rc::new(Cycler::new(args.positional)))),
             Self::Joiner => {
                 let args = args.bind("joiner", &["sep"])?;
                 let separator = args.get(0).cloned().unwrap_or_else(|| ", ".into());
-                Ok(Value::Joiner(Rc::new((separator, RefCell::new(false)))))
+                Ok(Value::Joiner(Rc::new((separator, Cell::new(false)))))
             }
             Self::Lipsum => Err(Error::unsupported("lipsum()")),
             Self::RaiseException => {
@@ -80,7 +80,7 @@ fn range(args: CallArguments) -> Result<Value, Error> {
         return Err(Error::new("range() arg 3 must not be zero"));
     }
     let range = Range { start, stop, step };
-    if range.len() > MAX_RANGE {
+    if range.checked_len().is_none_or(|length| length > MAX_RANGE) {
         let message = format!("range too big, the sandbox blocks ranges larger than {MAX_RANGE}");
         return Err(Error::new(message));
     }

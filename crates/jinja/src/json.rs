@@ -58,12 +58,17 @@ pub(crate) fn to_json(value: &Value, args: CallArguments) -> Result<Value, Error
 
 impl JsonWriter {
     fn value(&self, value: &Value, depth: usize, json: &mut String) -> Result<(), Error> {
+        limits::work(1)?;
+        limits::text(json.len())?;
         match value {
             Value::None => json.push_str("null"),
             Value::Bool(value) => json.push_str(if *value { "true" } else { "false" }),
             Value::Int(number) => json.push_str(&number.to_string()),
             Value::Float(number) => json.push_str(&float(*number)),
-            Value::Text(text) => self.text(&text.text, json),
+            Value::Text(text) => {
+                limits::work(value.work())?;
+                self.text(&text.text, json);
+            }
             Value::List(list) => self.items(&list.items, depth, json)?,
             Value::Tuple(tuple) => self.items(&tuple.items, depth, json)?,
             Value::Dict(dict) => self.dict(dict, depth, json)?,
@@ -105,7 +110,7 @@ impl JsonWriter {
     fn dict(&self, dict: &Dict, depth: usize, json: &mut String) -> Result<(), Error> {
         let mut pairs: Vec<_> = dict.pairs.iter().collect();
         if self.sort_keys {
-            crate::filters::sort_by(&mut pairs, |pair| &pair.0)?;
+            pairs = crate::filters::sort_by(pairs, |pair| &pair.0)?;
         }
         json.push('{');
         for (position, (key, value)) in pairs.into_iter().enumerate() {

@@ -6,8 +6,8 @@
 //! and `strftime_now` of transformers. Values are formatted, compared, sorted and computed as in Python.
 //!
 //! Exceptions of jinja2 become an [`Error`], as do unsupported features (`include`, `urlize`, integers beyond 128 bits)
-//! and excessive time or memory; the output never silently differs. Rendering is deterministic: `strftime_now` uses a
-//! fixed date. The crate knows nothing of messages and tools.
+//! and excessive source, output, time, memory or nesting; the output never silently differs. Rendering is deterministic:
+//! `strftime_now` uses a fixed date. The crate knows nothing of messages and tools.
 
 #[cfg(test)]
 mod against_jinja2;
@@ -27,6 +27,7 @@ mod number;
 mod operators;
 mod parser;
 mod render;
+mod repr;
 mod scope;
 mod template;
 mod tests;
@@ -34,4 +35,5 @@ mod text;
 mod value;
 
 pub use error::Error;
+pub use limits::MAX_SOURCE_BYTES;
 pub use template::Template;

@@ -60,6 +60,9 @@ pub(crate) fn parse_int(text: &str, base: u32) -> Option<i128> {
             Some((rest.strip_prefix('_').unwrap_or(rest).to_owned(), radix))
         });
     let (digits, radix) = prefixed.unwrap_or((lower, if base == 0 { 10 } else { base }));
+    if digits.starts_with(['-', '+']) {
+        return None;
+    }
     if base == 0
         && radix == 10
         && digits.starts_with('0')
@@ -113,19 +116,20 @@ pub(crate) fn round_float(number: f64, digits: i32) -> f64 {
     }
 }
 
-/// Python's `round` of an integer to a negative number of digits: to tens, to hundreds.
-pub(crate) fn round_int(number: i128, digits: i32) -> i128 {
-    let Some(unit) = 10i128
-        .checked_pow(digits.unsigned_abs())
-        .filter(|_| digits < 0)
-    else {
-        return if digits < 0 { 0 } else { number };
+/// Python's `round` of an integer to a negative number of digits: to tens, to hundreds; `None` beyond 128 bits.
+pub(crate) fn round_int(number: i128, digits: i32) -> Option<i128> {
+    if digits >= 0 {
+        return Some(number);
+    }
+    let Some(unit) = 10i128.checked_pow(digits.unsigned_abs()) else {
+        // Half of 10^39 is more than any number here has.
+        return Some(0);
     };
     let (below, rest) = (number.div_euclid(unit), number.rem_euclid(unit));
-    let up = match (rest * 2).cmp(&unit) {
+    let up = match rest.cmp(&(unit - rest)) {
         Ordering::Less => 0,
         Ordering::Greater => 1,
         Ordering::Equal => below.rem_euclid(2),
     };
-    (below + up) * unit
+    (below + up).checked_mul(unit)
 }

@@ -55,6 +55,7 @@ impl Value {
         right: &Value,
     ) -> Result<Value, Error> {
         self.must_be_defined()?;
+        limits::work(self.work().saturating_add(right.work()))?;
         if let (ArithmeticOperator::Modulo, Value::Text(text)) = (operator, self) {
             return format::percent(text, right);
         }
@@ -81,10 +82,10 @@ impl Value {
         Some(Ok(match (self, right) {
             (Value::Text(left), Value::Text(right)) => Value::Text(left.plus(right)),
             (Value::List(left), Value::List(right)) => {
-                Value::list(left.items.iter().chain(&right.items).cloned().collect())
+                return Some(chained(&left.items, &right.items).map(Value::list));
             }
             (Value::Tuple(left), Value::Tuple(right)) => {
-                Value::tuple(left.items.iter().chain(&right.items).cloned().collect())
+                return Some(chained(&left.items, &right.items).map(Value::tuple));
             }
             _ => return None,
         }))
@@ -106,10 +107,7 @@ impl Value {
             return Some(Err(error));
         }
         Some(Ok(match items {
-            Value::Text(text) => Value::Text(Text {
-                text: text.text.repeat(times).into(),
-                is_safe: text.is_safe,
-            }),
+            Value::Text(text) => text.with(&text.text.repeat(times)),
             Value::List(list) => Value::list(cycled(&list.items, times)),
             Value::Tuple(tuple) => Value::tuple(cycled(&tuple.items, times)),
             _ => return None,
@@ -163,8 +161,12 @@ impl Value {
         }
     }
 
-    /// `self == right`.
+    /// `self == right`. A value that contains another one several times is compared as often: once a limit is exceeded,
+    /// nothing equals anything.
     pub(crate) fn equals(&self, right: &Value) -> bool {
+        if !limits::spend(1) {
+            return false;
+        }
         if let (Some(left), Some(right)) = (Number::of(self), Number::of(right)) {
             return compare_numbers(left, right) == Some(Ordering::Equal);
         }
@@ -173,7 +175,7 @@ impl Value {
         };
         match (self, right) {
             (Value::Undefined(_), Value::Undefined(_)) | (Value::None, Value::None) => true,
-            (Value::Text(left), Value::Text(right)) => left.text == right.text,
+            (Value::Text(left), Value::Text(right)) => left.equals(right),
             (Value::List(left), Value::List(right)) => all(&left.items, &right.items),
             (Value::Tuple(left), Value::Tuple(right)) => all(&left.items, &right.items),
             (Value::Dict(left), Value::Dict(right)) => {
@@ -182,7 +184,10 @@ impl Value {
                     && pairs
                         .all(|(key, value)| right.get(key).is_some_and(|other| value.equals(other)))
             }
-            (Value::Range(left), Value::Range(right)) => all(&left.items(), &right.items()),
+            (Value::Range(left), Value::Range(right)) => {
+                limits::spend(left.len().min(right.len()) as usize);
+                left.len() == right.len() && all(&left.items(), &right.items())
+            }
             (Value::View(left), Value::View(right)) => left.equals(right),
             _ => self.is_same_as(right),
         }
@@ -213,11 +218,15 @@ impl Value {
     pub(crate) fn order(&self, right: &Value, operator: &str) -> Result<Option<Ordering>, Error> {
         self.must_be_defined()?;
         right.must_be_defined()?;
+        limits::work(1)?;
         if let (Some(left), Some(right)) = (Number::of(self), Number::of(right)) {
             return Ok(compare_numbers(left, right));
         }
         match (self, right) {
-            (Value::Text(left), Value::Text(right)) => Ok(Some(left.text.cmp(&right.text))),
+            (Value::Text(l), Value::Text(r)) => {
+                limits::work(self.work().min(right.work()))?;
+                Ok(Some(l.text.cmp(&r.text)))
+            }
             (Value::List(left), Value::List(right)) => {
                 sequences(&left.items, &right.items, operator)
             }
@@ -238,7 +247,10 @@ impl Value {
     pub(crate) fn contains(&self, item: &Value) -> Result<bool, Error> {
         match self {
             Value::Text(text) => match item {
-                Value::Text(part) => Ok(text.text.contains(&*part.text)),
+                Value::Text(part) => {
+                    limits::work(self.work().saturating_add(item.work()))?;
+                    Ok(text.text.contains(&*part.text))
+                }
                 other => {
                     let name = other.type_name();
                     let message =
@@ -301,6 +313,11 @@ impl Value {
             _ => None,
         })
     }
+}
+
+fn chained(left: &[Value], right: &[Value]) -> Result<Vec<Value>, Error> {
+    limits::items(left.len() + right.len())?;
+    Ok(left.iter().chain(right).cloned().collect())
 }
 
 fn cycled(items: &[Value], times: usize) -> Vec<Value> {
@@ -407,7 +424,8 @@ fn integers(operator: ArithmeticOperator, left: i128, right: i128) -> Result<Val
         }
         ArithmeticOperator::Divide => return Ok(Value::Float(divided(left, right))),
         ArithmeticOperator::FloorDivide => {
-            let is_inexact = left % right != 0 && (left < 0) != (right < 0);
+            let rest = left.checked_rem(right).unwrap_or(0);
+            let is_inexact = rest != 0 && (left < 0) != (right < 0);
             left.checked_div(right)
                 .map(|quotient| quotient - i128::from(is_inexact))
         }
@@ -430,7 +448,9 @@ fn divided(left: i128, right: i128) -> f64 {
     if is_exact(left) && is_exact(right) {
         return left as f64 / right as f64;
     }
-    let (whole, rest) = (left / right, left % right);
+    let (Some(whole), Some(rest)) = (left.checked_div(right), left.checked_rem(right)) else {
+        return left as f64 / right as f64;
+    };
     if is_exact(whole) {
         whole as f64 + rest as f64 / right as f64
     } else {
@@ -454,10 +474,16 @@ impl View {
 impl Text {
     /// A string with the same escaping state as this one.
     pub(crate) fn with(&self, text: &str) -> Value {
-        Value::Text(Text {
-            text: text.into(),
-            is_safe: self.is_safe,
-        })
+        Value::Text(Text::new(text, self.is_safe))
+    }
+
+    fn equals(&self, right: &Text) -> bool {
+        if Rc::ptr_eq(&self.text, &right.text) {
+            return true;
+        }
+        self.text.len() == right.text.len()
+            && limits::spend(self.text.len() / 64)
+            && self.text == right.text
     }
 
     /// `self + right`: if one operand is escaped, the other is escaped too.
@@ -467,10 +493,7 @@ impl Text {
             true => escaped(&text.text),
             false => text.text.to_string(),
         };
-        Text {
-            text: (part(self) + &part(right)).into(),
-            is_safe,
-        }
+        Text::new(&(part(self) + &part(right)), is_safe)
     }
 }
 

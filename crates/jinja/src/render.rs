@@ -40,6 +40,9 @@ struct LoopContext<'a> {
     depth0: usize,
 }
 
+/// Bytes of a scope that a macro keeps until the end of the rendering, without the values of its variables.
+const SCOPE_BYTES: usize = 1024;
+
 /// State of one rendering.
 #[derive(Default)]
 pub(crate) struct Renderer {
@@ -170,12 +173,14 @@ impl Renderer {
     }
 
     fn print(&self, written: &str, text: &mut String) -> Result<(), Error> {
-        self.budget.take(written.len())?;
+        limits::output(text.len() + written.len())?;
+        limits::allocate(written.len());
         text.push_str(written);
         Ok(())
     }
 
     fn macro_value(&self, definition: &Arc<Macro>, scope: &Rc<Scope>) -> Value {
+        limits::allocate(SCOPE_BYTES);
         self.scopes.borrow_mut().push(Rc::clone(scope));
         Value::Macro(Rc::new(MacroValue {
             definition: Arc::clone(definition),
@@ -273,16 +278,6 @@ impl Renderer {
                 "more than {most} nested lists or dictionaries"
             )));
         }
-        let is_created = !matches!(
-            expression,
-            Expression::Literal(_)
-                | Expression::Name(_)
-                | Expression::Attribute(..)
-                | Expression::Item(..)
-        );
-        if is_created {
-            self.budget.take(value.size())?;
-        }
         if let (Value::Namespace(namespace), Expression::Call(..)) = (&value, expression) {
             self.namespaces.borrow_mut().push(Rc::clone(namespace));
         }
@@ -301,7 +296,13 @@ impl Renderer {
                 None => Function::named(name).map_or_else(|| undefined_name(name), Value::Function),
             },
             Expression::Attribute(object, name) => of(object)?.attribute(name)?,
-            Expression::Item(object, item) => of(object)?.subscript(&of(item)?)?,
+            Expression::Item(object, item) => {
+                let object = of(object)?;
+                if matches!(object, Value::Text(_)) {
+                    limits::work(object.work())?;
+                }
+                object.subscript(&of(item)?)?
+            }
             Expression::Slice(object, slice) => self.slice(&of(object)?, slice, scope)?,
             Expression::List(items) => Value::list(all(items)?),
             Expression::Tuple(items) => Value::tuple(all(items)?),
@@ -393,6 +394,7 @@ impl Renderer {
             evaluated(&slice.step)?,
         );
         object.must_be_defined()?;
+        limits::work(object.work())?;
         let (Some(length), true) = (object.len(), is_sliceable(object)) else {
             let name = object.type_name();
             return Err(Error::new(format!("'{name}' object cannot be sliced")));
@@ -452,6 +454,8 @@ impl Renderer {
                 return Err(Error::new("argument after ** must be a mapping"));
             };
             for (name, value) in &dict.pairs {
+                limits::work(1 + name.work())?;
+                limits::allocate(name.work());
                 let named = name
                     .as_str()
                     .ok_or_else(|| Error::new("keywords must be strings"))?;
@@ -505,12 +509,14 @@ impl Renderer {
             mut named,
         } = args;
         let scope = called.scope.inner();
+        let args_left = named.len();
         let mut positional = positional.into_iter();
         let mut take = |name: &str| {
             let position = named.iter().position(|(known, _)| known == name)?;
             Some(named.remove(position).1)
         };
         for (name, default) in &definition.parameters {
+            limits::work(1 + args_left)?;
             let value = match (positional.next().or_else(|| take(name)), default) {
                 (Some(value), _) => value,
                 (None, Some(default)) => self.value(default, &scope)?,
@@ -603,6 +609,7 @@ fn assign(
                 )));
             }
             for (target, value) in targets.iter().zip(values) {
+                limits::check()?;
                 assign(target, value, scope, around)?;
             }
         }

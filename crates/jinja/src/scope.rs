@@ -2,7 +2,10 @@
 
 use std::{cell::RefCell, rc::Rc};
 
-use crate::value::Value;
+use crate::{limits, value::Value};
+
+/// Variables that a lookup compares for one unit of work.
+const VARIABLES_PER_UNIT: usize = 8;
 
 /// Variables of a block, with a link to those of the enclosing block.
 #[derive(Debug)]
@@ -31,6 +34,9 @@ impl Scope {
     /// Value of a variable in the innermost scope that defines it.
     pub(crate) fn get(&self, name: &str) -> Option<Value> {
         let own = self.variables.borrow();
+        if !limits::spend(own.len() / VARIABLES_PER_UNIT) {
+            return None;
+        }
         let found = own.iter().find(|(known, _)| known == name);
         match (found, &self.parent) {
             (Some((_, value)), _) => Some(value.clone()),
@@ -47,6 +53,9 @@ impl Scope {
     /// Sets a variable of this scope.
     pub(crate) fn set(&self, name: &str, value: Value) {
         let mut own = self.variables.borrow_mut();
+        if !limits::spend(own.len() / VARIABLES_PER_UNIT) {
+            return;
+        }
         match own.iter_mut().find(|(known, _)| known == name) {
             Some((_, old)) => *old = value,
             None => own.push((name.to_owned(), value)),

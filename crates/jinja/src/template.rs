@@ -2,7 +2,9 @@
 
 use serde_json::{Map, Value as Json};
 
-use crate::{ast::Statement, error::Error, parser, render::Renderer, scope::Scope, value::Value};
+use crate::{
+    ast::Statement, error::Error, limits, parser, render::Renderer, scope::Scope, value::Value,
+};
 
 /// A compiled template.
 #[derive(Debug)]
@@ -14,8 +16,10 @@ impl Template {
     /// Compiles `source`.
     ///
     /// # Errors
-    /// If it is not valid Jinja2 or uses an unsupported statement; with the line.
+    /// If it is not valid Jinja2, uses an unsupported statement, or is longer than [`crate::MAX_SOURCE_BYTES`]; with the
+    /// line.
     pub fn compile(source: &str) -> Result<Self, Error> {
+        limits::source(source.len())?;
         let body = parser::parse(source)?;
         Ok(Self { body })
     }
@@ -30,6 +34,7 @@ impl Template {
             scope.set(name, Value::from(value));
         }
         let mut text = String::new();
+        // The budget begins here: the variables are the caller's.
         let renderer = Renderer::default();
         renderer.render(&self.body, &scope, &mut text)?;
         Ok(text)

@@ -1,8 +1,8 @@
 //! Tests: the operator `is`.
 
 use crate::{
-    arguments::CallArguments, ast::ComparisonOperator, error::Error, filters, number::parse_int,
-    value::Value,
+    arguments::CallArguments, ast::ComparisonOperator, error::Error, filters, limits,
+    number::parse_int, value::Value,
 };
 
 /// Names of all tests.
@@ -58,6 +58,7 @@ pub(crate) fn holds(name: &str, value: &Value, args: CallArguments) -> Result<bo
     let Some(name) = known else {
         return Err(Error::new(format!("No test named '{name}'.")));
     };
+    limits::work(1)?;
     if let Some(comparison) = comparison(name) {
         let args = args.bind(name, &["other"])?;
         return value.compare(comparison, args.required(0)?);
@@ -100,6 +101,7 @@ fn comparison(name: &str) -> Option<ComparisonOperator> {
 fn is(name: &str, value: &Value) -> Result<bool, Error> {
     let all_cased = |is_case: fn(char) -> bool, is_other: fn(char) -> bool| {
         let text = value.to_text()?;
+        limits::work(value.work())?;
         Ok(text.chars().any(is_case) && !text.chars().any(is_other))
     };
     Ok(match name {

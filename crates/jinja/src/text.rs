@@ -48,16 +48,21 @@ fn escape(c: char) -> String {
 }
 
 /// Python's `str.splitlines`.
-pub(crate) fn lines(text: &str, keeps_ends: bool) -> Vec<String> {
+pub(crate) fn lines(text: &str, keeps_ends: bool) -> impl Iterator<Item = &str> {
     let is_end = |c: char| {
         matches!(
             c,
             '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}'
         )
     };
-    let mut lines = Vec::new();
     let mut rest = text;
-    while let Some(position) = rest.find(is_end) {
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let Some(position) = rest.find(is_end) else {
+            return Some(std::mem::take(&mut rest));
+        };
         let ending = if rest[position..].starts_with("\r\n") {
             2
         } else {
@@ -68,14 +73,23 @@ pub(crate) fn lines(text: &str, keeps_ends: bool) -> Vec<String> {
         } else {
             position
         };
-        lines.push(rest[..kept].to_owned());
+        let line = &rest[..kept];
         rest = &rest[position + ending..];
-    }
-    if !rest.is_empty() {
-        lines.push(rest.to_owned());
-    }
-    lines
+        Some(line)
+    })
 }
+
+/// A name for messages: its beginning if it is long.
+pub(crate) fn shortened(name: &str) -> String {
+    let mut short: String = name.chars().take(MAX_NAME_CHARS).collect();
+    if short.len() < name.len() {
+        short.push('…');
+    }
+    short
+}
+
+/// Length at which a name is cut in messages.
+const MAX_NAME_CHARS: usize = 100;
 
 /// Title case of a character; of a digraph, only the first letter is upper case.
 fn title_case(c: char) -> String {

@@ -1,13 +1,21 @@
 //! Python's values, as far as templates need them.
 
-use std::{cell::RefCell, collections::VecDeque, fmt, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    fmt,
+    rc::Rc,
+};
 
 use serde_json::Value as Json;
 
 use crate::{
-    ast::Literal, error::Error, functions::Function, limits, loops::Loop, methods::Method, number,
-    render::MacroValue, text,
+    ast::Literal, error::Error, functions::Function, limits, loops::Loop, methods::Method,
+    render::MacroValue, repr::ReprWriter,
 };
+
+/// Bytes of text that an operation goes through for one unit of work.
+const TEXT_BYTES_PER_UNIT: usize = 8;
 
 /// A value of a template.
 #[derive(Clone)]
@@ -32,10 +40,10 @@ pub(crate) enum Value {
     Macro(Rc<MacroValue>),
     Method(Rc<Method>),
     Function(Function),
-    /// Result of `cycler`: values and the current index.
-    Cycler(Rc<(Vec<Value>, RefCell<usize>)>),
+    /// Result of `cycler`.
+    Cycler(Rc<Cycler>),
     /// Result of `joiner`: a separator and whether it was used.
-    Joiner(Rc<(Value, RefCell<bool>)>),
+    Joiner(Rc<(Value, Cell<bool>)>),
 }
 
 /// Reason for an undefined value.
@@ -70,6 +78,22 @@ pub(crate) struct Tuple {
 pub(crate) struct Generator {
     pub(crate) rest: RefCell<VecDeque<Value>>,
     depth: usize,
+}
+
+/// Values that are repeated in turn.
+pub(crate) struct Cycler {
+    /// At least one.
+    pub(crate) items: Vec<Value>,
+    pub(crate) next: Cell<usize>,
+    depth: usize,
+}
+
+impl Cycler {
+    pub(crate) fn new(items: Vec<Value>) -> Self {
+        let depth = deepest(&items);
+        let next = Cell::new(0);
+        Self { items, next, depth }
+    }
 }
 
 /// Maximum depth of these values.
@@ -108,18 +132,23 @@ pub(crate) struct Range {
 }
 
 impl Range {
-    pub(crate) fn len(self) -> i128 {
+    /// Number of elements; `None` beyond 128 bits.
+    pub(crate) fn checked_len(self) -> Option<i128> {
         let span = if self.step > 0 {
-            self.stop - self.start
+            self.stop.checked_sub(self.start)?
         } else {
-            self.start - self.stop
+            self.start.checked_sub(self.stop)?
         };
-        let step = self.step.abs();
         if span <= 0 {
-            0
-        } else {
-            (span + step - 1) / step
+            return Some(0);
         }
+        let steps = (span - 1).unsigned_abs() / self.step.unsigned_abs();
+        i128::try_from(steps).ok()?.checked_add(1)
+    }
+
+    /// Number of elements, which the function `range` bounds.
+    pub(crate) fn len(self) -> i128 {
+        self.checked_len().unwrap_or(i128::MAX)
     }
 
     pub(crate) fn items(self) -> Vec<Value> {
@@ -136,6 +165,7 @@ impl Dict {
     }
 
     pub(crate) fn get_text(&self, key: &str) -> Option<&Value> {
+        limits::spend(self.pairs.len() / 8);
         let is_key = |known: &Value| matches!(known, Value::Text(text) if *text.text == *key);
         let found = self.pairs.iter().find(|(known, _)| is_key(known));
         found.map(|(_, value)| value)
@@ -153,9 +183,12 @@ impl Dict {
         }
         match self.pairs.iter_mut().find(|(known, _)| known.equals(&key)) {
             Some((_, old)) => *old = value,
-            None => self.pairs.push((key, value)),
+            None => {
+                limits::allocate(size_of::<(Value, Value)>());
+                self.pairs.push((key, value));
+            }
         }
-        Ok(())
+        limits::check()
     }
 }
 
@@ -173,10 +206,17 @@ impl View {
 
 impl From<&str> for Value {
     fn from(text: &str) -> Self {
-        Self::Text(Text {
+        Self::Text(Text::new(text, false))
+    }
+}
+
+impl Text {
+    pub(crate) fn new(text: &str, is_safe: bool) -> Self {
+        limits::allocate_text(text.len());
+        Self {
             text: text.into(),
-            is_safe: false,
-        })
+            is_safe,
+        }
     }
 }
 
@@ -224,6 +264,7 @@ impl From<&Json> for Value {
 
 impl Value {
     pub(crate) fn list(items: Vec<Value>) -> Self {
+        limits::allocate_items(items.len(), size_of::<Value>());
         let depth = deepest(&items);
         Self::List(Rc::new(List { items, depth }))
     }
@@ -233,6 +274,7 @@ impl Value {
     }
 
     pub(crate) fn named_tuple(items: Vec<Value>, names: &'static [&'static str]) -> Self {
+        limits::allocate_items(items.len(), size_of::<Value>());
         let depth = deepest(&items);
         Self::Tuple(Rc::new(Tuple {
             items,
@@ -242,10 +284,12 @@ impl Value {
     }
 
     pub(crate) fn dict(pairs: Dict) -> Self {
+        limits::allocate_items(pairs.pairs.len(), size_of::<(Value, Value)>());
         Self::Dict(Rc::new(pairs))
     }
 
     pub(crate) fn generator(items: Vec<Value>) -> Self {
+        limits::allocate_items(items.len(), size_of::<Value>());
         let depth = deepest(&items);
         let rest = RefCell::new(items.into());
         Self::Generator(Rc::new(Generator { rest, depth }))
@@ -261,31 +305,31 @@ impl Value {
             Self::Generator(generator) => generator.depth,
             Self::Loop(around) => around.depth,
             Self::Method(method) => method.receiver.depth(),
-            Self::Cycler(cycler) => deepest(&cycler.0),
+            Self::Cycler(cycler) => cycler.depth,
             Self::Joiner(joiner) => joiner.0.depth(),
             _ => 0,
         }
     }
 
-    /// Approximate size in bytes, without nested values.
-    pub(crate) fn size(&self) -> usize {
+    /// Work units of an operation that goes through the value once, without nested values.
+    pub(crate) fn work(&self) -> usize {
         match self {
-            Self::Text(text) => text.text.len(),
-            other => size_of::<Value>() * other.len().unwrap_or(1),
+            Self::Text(text) => text.text.len() / TEXT_BYTES_PER_UNIT,
+            Self::Range(range) => usize::try_from(range.len()).unwrap_or(usize::MAX),
+            Self::Generator(generator) => generator.rest.borrow().len(),
+            other => other.len().unwrap_or(0),
         }
     }
 
     pub(crate) fn undefined(reason: impl Into<String>) -> Self {
         let reason = reason.into();
+        limits::allocate(reason.len());
         Self::Undefined(Rc::new(Undefined { reason }))
     }
 
     /// A string marked as safe HTML.
     pub(crate) fn safe(text: &str) -> Self {
-        Self::Text(Text {
-            text: text.into(),
-            is_safe: true,
-        })
+        Self::Text(Text::new(text, true))
     }
 
     pub(crate) fn as_str(&self) -> Option<&str> {
@@ -349,6 +393,7 @@ impl Value {
             Self::Bool(value) => *value,
             Self::Int(number) => *number != 0,
             Self::Float(number) => *number != 0.0,
+            Self::Text(text) => !text.text.is_empty(),
             _ => self.len().is_none_or(|length| length > 0),
         }
     }
@@ -357,7 +402,10 @@ impl Value {
     pub(crate) fn len(&self) -> Option<usize> {
         Some(match self {
             Self::Undefined(_) => 0,
-            Self::Text(text) => text.text.chars().count(),
+            Self::Text(text) => {
+                limits::spend(self.work());
+                text.text.chars().count()
+            }
             Self::List(list) => list.items.len(),
             Self::Tuple(tuple) => tuple.items.len(),
             Self::Dict(dict) => dict.pairs.len(),
@@ -370,6 +418,12 @@ impl Value {
 
     /// Elements of an iterable. A one-pass iterator is exhausted.
     pub(crate) fn iterate(&self) -> Result<Vec<Value>, Error> {
+        let units = match self {
+            Self::Text(text) => text.text.len(),
+            other => other.work(),
+        };
+        limits::work(units)?;
+        limits::allocate(units.saturating_mul(size_of::<Value>()));
         Ok(match self {
             Self::Undefined(_) => Vec::new(),
             Self::Text(text) => {
@@ -426,6 +480,7 @@ impl Value {
 
     /// Error if the value is not hashable.
     pub(crate) fn check_hashable(&self) -> Result<(), Error> {
+        limits::work(1)?;
         match self {
             Self::List(_) | Self::Dict(_) => Err(Error::new(format!(
                 "unhashable type: '{}'",
@@ -441,80 +496,18 @@ impl Value {
         Ok(match self {
             Self::Undefined(_) => "".into(),
             Self::Text(text) => Rc::clone(&text.text),
-            other => other.repr()?.into(),
+            other => {
+                let text = other.repr()?;
+                limits::allocate_text(text.len());
+                text.into()
+            }
         })
     }
 
     /// Python's `repr`.
     pub(crate) fn repr(&self) -> Result<String, Error> {
-        self.repr_within(0)
+        ReprWriter::written(self)
     }
-
-    /// Like [`Self::repr`], at this depth of nested namespaces.
-    fn repr_within(&self, namespaces: usize) -> Result<String, Error> {
-        let joined = |items: &[Value]| joined(items, namespaces);
-        Ok(match self {
-            Self::Undefined(_) => "Undefined".into(),
-            Self::None => "None".into(),
-            Self::Bool(true) => "True".into(),
-            Self::Bool(false) => "False".into(),
-            Self::Int(number) => number.to_string(),
-            Self::Float(number) => number::float_repr(*number),
-            Self::Text(text) if text.is_safe => format!("Markup({})", text::repr(&text.text)),
-            Self::Text(text) => text::repr(&text.text),
-            Self::List(list) => format!("[{}]", joined(&list.items)?),
-            Self::Tuple(tuple) => match tuple.items.as_slice() {
-                [only] => format!("({},)", only.repr_within(namespaces)?),
-                items => format!("({})", joined(items)?),
-            },
-            Self::Dict(dict) => dict.repr(namespaces)?,
-            Self::View(view) => format!("{}([{}])", self.type_name(), joined(&view.items())?),
-            Self::Range(Range {
-                start,
-                stop,
-                step: 1,
-            }) => format!("range({start}, {stop})"),
-            Self::Range(range) => {
-                format!("range({}, {}, {})", range.start, range.stop, range.step)
-            }
-            Self::Namespace(namespace) => {
-                if namespaces == 1 {
-                    return Err(Error::unsupported(
-                        "printing a namespace that holds another",
-                    ));
-                }
-                format!("<Namespace {}>", namespace.borrow().repr(namespaces + 1)?)
-            }
-            Self::Loop(around) => {
-                format!("<LoopContext {}/{}>", around.index(), around.items.len())
-            }
-            Self::Macro(defined) => format!("<Macro {}>", text::repr(&defined.definition.name)),
-            other => {
-                let name = other.type_name();
-                return Err(Error::new(format!(
-                    "a {name} cannot be printed: Python prints its address"
-                )));
-            }
-        })
-    }
-}
-
-impl Dict {
-    fn repr(&self, namespaces: usize) -> Result<String, Error> {
-        let pairs = self.pairs.iter();
-        let pairs = pairs.map(|(key, value)| {
-            let value = value.repr_within(namespaces)?;
-            Ok(format!("{}: {value}", key.repr_within(namespaces)?))
-        });
-        let pairs: Vec<String> = pairs.collect::<Result<_, Error>>()?;
-        Ok(format!("{{{}}}", pairs.join(", ")))
-    }
-}
-
-fn joined(items: &[Value], namespaces: usize) -> Result<String, Error> {
-    let items = items.iter().map(|item| item.repr_within(namespaces));
-    let items: Vec<String> = items.collect::<Result<_, _>>()?;
-    Ok(items.join(", "))
 }
 
 impl fmt::Debug for Value {

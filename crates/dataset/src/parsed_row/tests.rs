@@ -290,6 +290,7 @@ fn configured_columns_are_read_in_every_format() {
         golden: Some(Column::named("gold", "prompts.golden_column")),
         chosen: Column::named("good", "chosen_column"),
         rejected: Column::named("bad", "rejected_column"),
+        ..Columns::default()
     };
     let read = extract(&text_row, &columns, |row| row.pair()).expect("a pair");
     assert_eq!((read.prompt, read.rejected.as_str()), (text("q"), "b"));

@@ -8,8 +8,8 @@ pub(crate) use sequences::sort_by;
 use crate::{
     arguments::CallArguments,
     error::Error,
-    json,
-    number::{parse_float, parse_int, round_float, round_int},
+    json, limits,
+    number::{float_repr, parse_float, parse_int, round_float, round_int},
     value::Value,
 };
 
@@ -76,6 +76,9 @@ pub(crate) fn is_known(name: &str) -> bool {
 
 /// `value|name(…)`.
 pub(crate) fn apply(name: &str, value: &Value, args: CallArguments) -> Result<Value, Error> {
+    // Those that go through a list are charged there.
+    let text = matches!(value, Value::Text(_)).then(|| value.work());
+    limits::work(text.unwrap_or(1).saturating_add(args.work()))?;
     if name == "tojson" {
         return json::to_json(value, args);
     }
@@ -90,13 +93,7 @@ pub(crate) fn apply(name: &str, value: &Value, args: CallArguments) -> Result<Va
     match name {
         "abs" => {
             args.bind(name, &[])?;
-            let zero = Value::Int(0);
-            let is_negative = value.compare(crate::ast::ComparisonOperator::Less, &zero)?;
-            if is_negative {
-                value.negated()
-            } else {
-                value.plus()
-            }
+            absolute(value)
         }
         "attr" => {
             let args = args.bind(name, &["name"])?;
@@ -115,10 +112,21 @@ pub(crate) fn apply(name: &str, value: &Value, args: CallArguments) -> Result<Va
             let default = || args.get(0).cloned().unwrap_or_else(|| "".into());
             Ok(if is_missing { default() } else { value.clone() })
         }
+        "filesizeformat" => file_size(value, args),
         "int" => int(value, args),
         "float" => float(value, args),
         "round" => round(value, args),
         _ => Err(Error::unsupported(&format!("the filter {name}"))),
+    }
+}
+
+fn absolute(value: &Value) -> Result<Value, Error> {
+    let zero = Value::Int(0);
+    let is_negative = value.compare(crate::ast::ComparisonOperator::Less, &zero)?;
+    if is_negative {
+        value.negated()
+    } else {
+        value.plus()
     }
 }
 
@@ -152,6 +160,54 @@ fn int(value: &Value, args: CallArguments) -> Result<Value, Error> {
     Ok(found.unwrap_or_else(|| args.get(0).cloned().unwrap_or(Value::Int(0))))
 }
 
+/// jinja2's `filesizeformat`: a number of bytes with a decimal or binary prefix.
+fn file_size(value: &Value, args: CallArguments) -> Result<Value, Error> {
+    let args = args.bind("filesizeformat", &["binary"])?;
+    value.must_be_defined()?;
+    let bytes = match value {
+        Value::Float(number) => Some(*number),
+        Value::Text(text) => parse_float(&text.text),
+        other => other.as_int().map(|number| number as f64),
+    };
+    let bytes = bytes.ok_or_else(|| {
+        let name = value.type_name();
+        Error::new(format!("filesizeformat: a {name} that is no number"))
+    })?;
+    if bytes == f64::NEG_INFINITY {
+        return Err(Error::new("cannot convert float infinity to integer"));
+    }
+    Ok(with_prefix(bytes, args.is_true(0)).into())
+}
+
+/// A number of bytes with a decimal or binary prefix.
+fn with_prefix(bytes: f64, is_binary: bool) -> String {
+    let (base, prefixes, suffix) = if is_binary {
+        (1024.0f64, "KMGTPEZY", "iB")
+    } else {
+        (1000.0, "kMGTPEZY", "B")
+    };
+    if bytes == 1.0 {
+        return "1 Byte".into();
+    }
+    if bytes < base {
+        return format!("{:.0} Bytes", bytes.trunc() + 0.0);
+    }
+    let mut unit = base;
+    let mut chosen = 'k';
+    for prefix in prefixes.chars() {
+        chosen = prefix;
+        unit *= base;
+        if bytes < unit {
+            break;
+        }
+    }
+    let size = base * bytes / unit;
+    match size.is_finite() {
+        true => format!("{size:.1} {chosen}{suffix}"),
+        false => format!("{} {chosen}{suffix}", float_repr(size)),
+    }
+}
+
 fn float(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let args = args.bind("float", &["default"])?;
     value.must_be_defined()?;
@@ -180,8 +236,15 @@ fn round(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let unit = 10f64.powi(precision);
     Ok(
         match (args.some_text(1)?.unwrap_or("common"), value.as_int()) {
-            ("common", Some(number)) => Value::Int(round_int(number, precision)),
+            ("common", Some(number)) => {
+                let rounded = round_int(number, precision);
+                let too_large = || Error::unsupported("an integer of more than 128 bits");
+                Value::Int(rounded.ok_or_else(too_large)?)
+            }
             ("common", None) => Value::Float(round_float(number, precision)),
+            (_, _) if !unit.is_finite() => {
+                return Err(Error::unsupported("a precision of more than 308 digits"));
+            }
             ("ceil", _) => Value::Float((number * unit).ceil() / unit),
             ("floor", _) => Value::Float((number * unit).floor() / unit),
             _ => return Err(Error::new("method must be common, ceil or floor")),

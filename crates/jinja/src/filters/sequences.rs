@@ -44,6 +44,8 @@ fn first(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let found = match value {
         // The remaining items stay available.
         Value::Generator(generator) => generator.rest.borrow_mut().pop_front(),
+        Value::List(list) => list.items.first().cloned(),
+        Value::Tuple(tuple) => tuple.items.first().cloned(),
         other => other.iterate()?.into_iter().next(),
     };
     Ok(found.unwrap_or_else(|| Value::undefined("No first item, sequence was empty.")))
@@ -51,7 +53,11 @@ fn first(value: &Value, args: CallArguments) -> Result<Value, Error> {
 
 fn last(value: &Value, args: CallArguments) -> Result<Value, Error> {
     args.bind("last", &[])?;
-    let found = reversed(value)?.into_iter().next();
+    let found = match value {
+        Value::List(list) => list.items.last().cloned(),
+        Value::Tuple(tuple) => tuple.items.last().cloned(),
+        other => reversed(other)?.into_iter().next(),
+    };
     Ok(found.unwrap_or_else(|| Value::undefined("No last item, sequence was empty.")))
 }
 
@@ -95,22 +101,38 @@ fn reversed(value: &Value) -> Result<Vec<Value>, Error> {
 /// Path to an attribute of an element: names and indices separated by dots, or an index.
 struct Path(Vec<Value>);
 
+/// Maximum number of parts of a path, and of attributes to sort by.
+const MAX_PARTS: usize = 100;
+
+/// Splits names at a separator.
+fn parts(names: &str, separator: char) -> Result<Vec<&str>, Error> {
+    let parts: Vec<&str> = names.split(separator).take(MAX_PARTS + 1).collect();
+    if parts.len() > MAX_PARTS {
+        let message = format!("more than {MAX_PARTS} attributes in one argument");
+        return Err(Error::new(message));
+    }
+    Ok(parts)
+}
+
 impl Path {
-    fn of(attribute: Option<&Value>) -> Self {
-        Self(match attribute {
-            None | Some(Value::None) => Vec::new(),
-            Some(Value::Text(text)) => {
-                let part =
-                    |part: &str| tests::position(part).map_or_else(|| part.into(), Value::Int);
-                text.text.split('.').map(part).collect()
-            }
-            Some(other) => vec![other.clone()],
+    fn of(attribute: Option<&Value>) -> Result<Self, Error> {
+        Ok(match attribute {
+            None | Some(Value::None) => Self(Vec::new()),
+            Some(Value::Text(text)) => Self::named(&text.text)?,
+            Some(other) => Self(vec![other.clone()]),
         })
+    }
+
+    fn named(names: &str) -> Result<Self, Error> {
+        let part = |part: &str| tests::position(part).map_or_else(|| part.into(), Value::Int);
+        let names = parts(names, '.')?;
+        Ok(Self(names.into_iter().map(part).collect()))
     }
 
     /// Resolves the path in `item`; `default` replaces each missing part.
     fn find(&self, item: &Value, default: Option<&Value>) -> Result<Value, Error> {
         let mut found = item.clone();
+        limits::work(self.0.len())?;
         for part in &self.0 {
             found = found.subscript(part)?;
             if let (Value::Undefined(_), Some(default)) = (&found, default) {
@@ -129,23 +151,34 @@ fn folded(value: Value, is_case_sensitive: bool) -> Value {
     }
 }
 
-/// Stable sort by a key.
+/// Stable merge sort by a key; the standard library's requires an order that cannot fail.
 ///
 /// # Errors
-/// If Python cannot order two of the keys.
-pub(crate) fn sort_by<T>(items: &mut [T], key: impl Fn(&T) -> &Value) -> Result<(), Error> {
-    let mut failure = None;
-    items.sort_by(|left, right| {
-        // Python evaluates `right < left`.
-        key(left).order(key(right), "<").map_or_else(
-            |error| {
-                failure.get_or_insert(error);
-                Ordering::Equal
-            },
-            |order| order.unwrap_or(Ordering::Equal),
-        )
-    });
-    failure.map_or(Ok(()), Err)
+/// If Python cannot order two of the keys, or one is NaN, whose place depends on Python's algorithm.
+pub(crate) fn sort_by<T>(
+    mut items: Vec<T>,
+    key: impl Fn(&T) -> &Value + Copy,
+) -> Result<Vec<T>, Error> {
+    if items.len() < 2 {
+        return Ok(items);
+    }
+    let right = items.split_off(items.len() / 2);
+    let mut left = sort_by(items, key)?.into_iter().peekable();
+    let mut right = sort_by(right, key)?.into_iter().peekable();
+    let mut sorted = Vec::with_capacity(left.len() + right.len());
+    while let (Some(first), Some(second)) = (left.peek(), right.peek()) {
+        let order = key(second).order(key(first), "<")?;
+        let order = order.ok_or_else(|| Error::unsupported("sorting NaN"))?;
+        let next = if order == Ordering::Less {
+            &mut right
+        } else {
+            &mut left
+        };
+        sorted.extend(next.next());
+    }
+    sorted.extend(left);
+    sorted.extend(right);
+    Ok(sorted)
 }
 
 /// Elements sorted by a key.
@@ -154,7 +187,7 @@ fn sorted(keyed: Vec<(Value, Value)>, is_reversed: bool) -> Result<Vec<(Value, V
     if is_reversed {
         keyed.reverse();
     }
-    sort_by(&mut keyed, |(key, _)| key)?;
+    keyed = sort_by(keyed, |(key, _)| key)?;
     if is_reversed {
         keyed.reverse();
     }
@@ -164,12 +197,11 @@ fn sorted(keyed: Vec<(Value, Value)>, is_reversed: bool) -> Result<Vec<(Value, V
 fn sort(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let args = args.bind("sort", &["reverse", "case_sensitive", "attribute"])?;
     let paths: Vec<Path> = match args.get(2) {
-        Some(Value::Text(text)) => text
-            .text
-            .split(',')
-            .map(|name| Path::of(Some(&name.into())))
-            .collect(),
-        other => vec![Path::of(other)],
+        Some(Value::Text(text)) => {
+            let names = parts(&text.text, ',')?.into_iter();
+            names.map(Path::named).collect::<Result<_, _>>()?
+        }
+        other => vec![Path::of(other)?],
     };
     let key = |item: &Value| {
         let parts = paths
@@ -218,7 +250,7 @@ fn dictsort(value: &Value, args: CallArguments) -> Result<Value, Error> {
 
 fn groupby(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let args = args.bind("groupby", &["attribute", "default", "case_sensitive"])?;
-    let path = Path::of(Some(args.required(0)?));
+    let path = Path::of(Some(args.required(0)?))?;
     let (default, is_case_sensitive) = (args.some(1), args.is_true(2));
     let key = |item: &Value| Ok(folded(path.find(item, default)?, is_case_sensitive));
     let keyed = value
@@ -246,7 +278,7 @@ fn groupby(value: &Value, args: CallArguments) -> Result<Value, Error> {
 
 fn unique(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let args = args.bind("unique", &["case_sensitive", "attribute"])?;
-    let path = Path::of(args.get(1));
+    let path = Path::of(args.get(1))?;
     let (mut seen, mut kept): (Vec<Value>, Vec<Value>) = (Vec::new(), Vec::new());
     for item in value.iterate()? {
         let key = folded(path.find(&item, None)?, args.is_true(0));
@@ -272,7 +304,7 @@ fn extreme(
     wanted: Ordering,
 ) -> Result<Value, Error> {
     let args = args.bind(name, &["case_sensitive", "attribute"])?;
-    let path = Path::of(args.get(1));
+    let path = Path::of(args.get(1))?;
     let mut best: Option<(Value, Value)> = None;
     for item in value.iterate()? {
         let key = folded(path.find(&item, None)?, args.is_true(0));
@@ -291,7 +323,7 @@ fn extreme(
 
 fn join(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let args = args.bind("join", &["d", "attribute"])?;
-    let path = Path::of(args.get(1));
+    let path = Path::of(args.get(1))?;
     let separator = args.get(0).map(Value::to_text).transpose()?;
     let separator = separator.as_deref().unwrap_or("");
     let texts = value
@@ -299,14 +331,14 @@ fn join(value: &Value, args: CallArguments) -> Result<Value, Error> {
         .into_iter()
         .map(|item| path.find(&item, None)?.to_text());
     let texts = texts.collect::<Result<Vec<_>, _>>()?;
-    let length: usize = texts.iter().map(|text| text.len() + separator.len()).sum();
-    limits::text(length)?;
+    let length = texts.iter().map(|text| text.len() + separator.len());
+    limits::text(length.fold(0, usize::saturating_add))?;
     Ok(texts.join(separator).into())
 }
 
 fn sum(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let args = args.bind("sum", &["attribute", "start"])?;
-    let path = Path::of(args.get(0));
+    let path = Path::of(args.get(0))?;
     let start = args.get(1).cloned().unwrap_or(Value::Int(0));
     if matches!(start, Value::Text(_)) {
         return Err(Error::new(
@@ -364,7 +396,7 @@ fn map(value: &Value, args: CallArguments) -> Result<Value, Error> {
     if args.positional.is_empty() {
         let args = args.bind("map", &["attribute", "default"])?;
         let missing = |_| Error::new("map requires a filter argument");
-        let path = Path::of(Some(args.required(0).map_err(missing)?));
+        let path = Path::of(Some(args.required(0).map_err(missing)?))?;
         let found = items()?
             .into_iter()
             .map(|item| path.find(&item, args.some(1)));
@@ -379,6 +411,7 @@ fn map(value: &Value, args: CallArguments) -> Result<Value, Error> {
         .as_str()
         .ok_or_else(|| Error::new("map requires the name of a filter"))?;
     let mapped = items()?.into_iter().map(|item| {
+        limits::work(positional.len() + named.len())?;
         let args = CallArguments {
             positional: positional.clone(),
             named: named.clone(),
@@ -423,8 +456,8 @@ fn select(value: &Value, args: CallArguments, how: Selection) -> Result<Value, E
     } = args;
     let path = match (how.by_attribute, positional.is_empty()) {
         (true, true) => return Err(Error::new("Missing parameter for attribute name")),
-        (true, false) => Path::of(Some(&positional.remove(0))),
-        (false, _) => Path::of(None),
+        (true, false) => Path::of(Some(&positional.remove(0)))?,
+        (false, _) => Path::of(None)?,
     };
     let test = (!positional.is_empty()).then(|| positional.remove(0));
     let test = test.as_ref().map(|test| {
@@ -437,6 +470,7 @@ fn select(value: &Value, args: CallArguments, how: Selection) -> Result<Value, E
         let found = path.find(&item, None)?;
         let holds = match test {
             Some(test) => {
+                limits::work(positional.len() + named.len())?;
                 let args = CallArguments {
                     positional: positional.clone(),
                     named: named.clone(),

@@ -161,22 +161,22 @@ fn indent(value: &Value, args: CallArguments) -> Result<Value, Error> {
             " ".repeat(width)
         }
     };
-    let lines = text::lines(&format!("{}\n", text.text), false);
-    limits::text(text.text.len() + lines.len().saturating_mul(indentation.len()))?;
-    let written = lines.iter().enumerate().map(|(position, line)| {
+    let whole = format!("{}\n", text.text);
+    let mut written = String::new();
+    for (position, line) in text::lines(&whole, false).enumerate() {
         let is_indented = if position == 0 {
             args.is_true(1)
         } else {
+            written.push('\n');
             args.is_true(2) || !line.is_empty()
         };
         if is_indented {
-            format!("{indentation}{line}")
-        } else {
-            line.clone()
+            written.push_str(&indentation);
         }
-    });
-    let written: Vec<String> = written.collect();
-    Ok(text.with(&written.join("\n")))
+        written.push_str(line);
+        limits::text(written.len())?;
+    }
+    Ok(text.with(&written))
 }
 
 fn truncate(value: &Value, args: CallArguments) -> Result<Value, Error> {
@@ -193,10 +193,10 @@ fn truncate(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let (length, leeway) = (args.int(0, 255)?, args.some_int(3)?.unwrap_or(5));
     let end: Rc<str> = args.get(2).map_or(Ok("...".into()), Value::to_text)?;
     let chars: Vec<char> = text.text.chars().collect();
-    if (chars.len() as i128) <= length + leeway {
+    if (chars.len() as i128) <= length.saturating_add(leeway) {
         return Ok(value.clone());
     }
-    let kept = usize::try_from(length - end.chars().count() as i128);
+    let kept = usize::try_from(length.saturating_sub(end.chars().count() as i128));
     let kept = kept.map_err(|_| Error::new("truncate: the length is shorter than the end"))?;
     let mut cut: String = chars[..kept.min(chars.len())].iter().collect();
     if !args.is_true(1)

@@ -10,7 +10,8 @@ use crate::{
     arguments::CallArguments,
     error::Error,
     functions::Function,
-    text::repr,
+    limits,
+    text::{repr, shortened},
     value::{Dict, Value, View, ViewKind},
 };
 
@@ -121,10 +122,13 @@ impl Value {
             other => format!("'{} object'", other.type_name()),
         };
         match item.as_str() {
-            Some(name) => Value::undefined(format!("{object} has no attribute {}", repr(name))),
+            Some(name) => {
+                let name = repr(&shortened(name));
+                Value::undefined(format!("{object} has no attribute {name}"))
+            }
             None => {
                 let object = object.trim_matches('\'');
-                Value::undefined(format!("{object} has no element {item:?}"))
+                Value::undefined(format!("{object} has no element {}", shown(item)))
             }
         }
     }
@@ -179,7 +183,7 @@ impl Value {
                 Some(Value::Bool(defined.definition.takes.varargs))
             }
             (Value::Macro(defined), "caller") => Some(Value::Bool(defined.definition.takes.caller)),
-            (Value::Cycler(cycler), "current") => cycler.0.get(*cycler.1.borrow()).cloned(),
+            (Value::Cycler(cycler), "current") => cycler.items.get(cycler.next.get()).cloned(),
             (Value::Int(_) | Value::Bool(_), "real") => self.as_int().map(Value::Int),
             (Value::Int(_) | Value::Bool(_), "imag") => Some(Value::Int(0)),
             (Value::Float(_), "real") => Some(self.clone()),
@@ -195,6 +199,12 @@ impl Value {
 impl Method {
     /// Calls the method.
     pub(crate) fn call(&self, args: CallArguments) -> Result<Value, Error> {
+        let receiver = match &self.receiver {
+            // Lookups are charged by the keys that they compare.
+            Value::Dict(_) => 1,
+            other => other.work(),
+        };
+        limits::work(receiver.saturating_add(args.work()))?;
         match &self.receiver {
             Value::Text(text) => strings::call(text, self.name, args),
             Value::Dict(dict) => of_dict(dict, self.name, args),
@@ -218,14 +228,13 @@ impl Method {
             }
             Value::Cycler(cycler) => {
                 args.bind(self.name, &[])?;
-                let (values, position) = cycler.as_ref();
                 if self.name == "reset" {
-                    *position.borrow_mut() = 0;
+                    cycler.next.set(0);
                     return Ok(Value::None);
                 }
-                let now = *position.borrow();
-                *position.borrow_mut() = (now + 1) % values.len();
-                Ok(values[now].clone())
+                let now = cycler.next.get();
+                cycler.next.set((now + 1) % cycler.items.len());
+                Ok(cycler.items[now].clone())
             }
             Value::Function(Function::Dict) => from_keys(args),
             Value::Float(number) if self.name == "is_integer" => {
@@ -239,6 +248,15 @@ impl Method {
                 )))
             }
         }
+    }
+}
+
+/// A value for messages: containers by their type, since they may be of any size.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Text(text) => repr(&shortened(&text.text)),
+        Value::Int(_) | Value::Float(_) | Value::Bool(_) | Value::None => format!("{value:?}"),
+        other => format!("of type {}", other.type_name()),
     }
 }
 
@@ -262,7 +280,7 @@ fn of_dict(dict: &Rc<Dict>, name: &'static str, args: CallArguments) -> Result<V
                 "items" => view(ViewKind::Items),
                 "keys" => view(ViewKind::Keys),
                 "values" => view(ViewKind::Values),
-                _ => Value::Dict(Rc::new(dict.as_ref().clone())),
+                _ => Value::dict(dict.as_ref().clone()),
             })
         }
     }
@@ -290,7 +308,8 @@ fn of_sequence(items: &[Value], name: &'static str, args: CallArguments) -> Resu
     let mut positions =
         crate::operators::slice_indices(items.len(), bounds.0, bounds.1, 1).into_iter();
     let position = positions.find(|&position| items[position].equals(value));
-    let position = position.ok_or_else(|| Error::new(format!("{value:?} is not in list")))?;
+    let position =
+        position.ok_or_else(|| Error::new(format!("{} is not in list", shown(value))))?;
     Ok(Value::Int(position as i128))
 }
 

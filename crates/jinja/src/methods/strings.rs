@@ -1,5 +1,7 @@
 //! Methods of strings.
 
+use std::borrow::Cow;
+
 use crate::{
     arguments::{BoundArguments, CallArguments},
     error::Error,
@@ -52,10 +54,9 @@ pub(super) fn call(string: &Text, name: &'static str, args: CallArguments) -> Re
         }
         "splitlines" => {
             let args = args.bind(name, &["keepends"])?;
-            let lines = text::lines(s, args.is_true(0));
-            return Ok(Value::list(
-                lines.iter().map(|line| string.with(line)).collect(),
-            ));
+            let lines = limits::collect(text::lines(s, args.is_true(0)))?;
+            let lines = lines.into_iter().map(|line| string.with(line));
+            return Ok(Value::list(lines.collect()));
         }
         "zfill" => {
             let args = args.bind(name, &["width"])?;
@@ -173,21 +174,17 @@ fn split(string: &Text, name: &'static str, args: CallArguments) -> Result<Value
     let args = args.bind(name, &["sep", "maxsplit"])?;
     let most = usize::try_from(args.int(1, -1)?).ok();
     let s: &str = &string.text;
-    limits::items(s.len() / 2)?;
+    let most = most.unwrap_or(usize::MAX - 1);
     let parts: Vec<&str> = match (args.some_text(0)?, name) {
         (Some(""), _) => return Err(Error::new("empty separator")),
-        (Some(sep), "split") => match most {
-            Some(most) => s.splitn(most + 1, sep).collect(),
-            None => s.split(sep).collect(),
-        },
+        (Some(sep), "split") => limits::collect(s.splitn(most.saturating_add(1), sep))?,
         (Some(sep), _) => {
-            let most = most.unwrap_or(usize::MAX - 1);
-            let mut parts: Vec<&str> = s.rsplitn(most + 1, sep).collect();
+            let mut parts = limits::collect(s.rsplitn(most.saturating_add(1), sep))?;
             parts.reverse();
             parts
         }
-        (None, "split") => split_at_space(s, most.unwrap_or(usize::MAX)),
-        (None, _) => rsplit_at_space(s, most.unwrap_or(usize::MAX)),
+        (None, "split") => split_at_space(s, most)?,
+        (None, _) => rsplit_at_space(s, most)?,
     };
     Ok(Value::list(
         parts.into_iter().map(|part| string.with(part)).collect(),
@@ -195,7 +192,7 @@ fn split(string: &Text, name: &'static str, args: CallArguments) -> Result<Value
 }
 
 /// Splits at whitespace at most `most` times, from the left.
-fn split_at_space(s: &str, most: usize) -> Vec<&str> {
+fn split_at_space(s: &str, most: usize) -> Result<Vec<&str>, Error> {
     let (mut parts, mut rest) = (Vec::new(), s.trim_start_matches(is_space));
     while !rest.is_empty() {
         let cut = rest.find(is_space).filter(|_| parts.len() < most);
@@ -210,13 +207,14 @@ fn split_at_space(s: &str, most: usize) -> Vec<&str> {
             break;
         };
         parts.push(&rest[..position]);
+        limits::items(parts.len())?;
         rest = rest[position..].trim_start_matches(is_space);
     }
-    parts
+    Ok(parts)
 }
 
 /// Splits at whitespace at most `most` times, from the right.
-fn rsplit_at_space(s: &str, most: usize) -> Vec<&str> {
+fn rsplit_at_space(s: &str, most: usize) -> Result<Vec<&str>, Error> {
     let (mut parts, mut rest) = (Vec::new(), s.trim_end_matches(is_space));
     while !rest.is_empty() {
         let cut = rest.rfind(is_space).filter(|_| parts.len() < most);
@@ -230,10 +228,11 @@ fn rsplit_at_space(s: &str, most: usize) -> Vec<&str> {
         };
         let after = position + rest[position..].chars().next().map_or(1, char::len_utf8);
         parts.push(&rest[after..]);
+        limits::items(parts.len())?;
         rest = rest[..position].trim_end_matches(is_space);
     }
     parts.reverse();
-    parts
+    Ok(parts)
 }
 
 fn partition(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
@@ -259,17 +258,24 @@ fn partition(string: &Text, name: &'static str, args: CallArguments) -> Result<V
 }
 
 /// The substring `[start:stop]` given by the arguments from `position` on; `None` if it starts after the end.
-fn part(s: &str, args: &BoundArguments, position: usize) -> Result<Option<(usize, String)>, Error> {
-    let chars: Vec<char> = s.chars().collect();
+fn part<'a>(
+    s: &'a str,
+    args: &BoundArguments,
+    position: usize,
+) -> Result<Option<(usize, Cow<'a, str>)>, Error> {
     let (start, stop) = (args.some_int(position)?, args.some_int(position + 1)?);
+    if (start, stop) == (None, None) {
+        return Ok(Some((0, s.into())));
+    }
+    let chars: Vec<char> = s.chars().collect();
     if start.is_some_and(|start| start > chars.len() as i128) {
         return Ok(None);
     }
     let positions = slice_indices(chars.len(), start, stop, 1);
     let first = positions.first().copied();
     let first = first.or_else(|| slice_indices(chars.len(), start, None, 1).first().copied());
-    let text = positions.iter().map(|&position| chars[position]).collect();
-    Ok(Some((first.unwrap_or(chars.len()), text)))
+    let text: String = positions.iter().map(|&position| chars[position]).collect();
+    Ok(Some((first.unwrap_or(chars.len()), text.into())))
 }
 
 fn has_affix(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {

@@ -11,6 +11,7 @@ use crate::{
     },
     error::Error,
     lexer::{self, LocatedToken, TemplateToken},
+    limits,
 };
 
 /// Maximum number of operators, filters and attributes per tag; each may add one level to the tree.
@@ -142,7 +143,7 @@ impl Parser {
             return Err(self.failure(format!("the template is nested more than {MAX_DEPTH} deep")));
         }
         self.depth += 1;
-        let parsed = parse(self);
+        let parsed = limits::with_stack(|| parse(self));
         self.depth -= 1;
         parsed
     }
@@ -219,9 +220,9 @@ impl Parser {
             "print" => return self.print(),
             "generation" => {
                 let loops = std::mem::take(&mut self.loops);
-                let (body, _) = self.body(&["endgeneration"])?;
+                let parsed = self.body(&["endgeneration"]);
                 self.loops = loops;
-                StatementKind::Generation(body)
+                StatementKind::Generation(parsed?.0)
             }
             "break" | "continue" if self.loops == 0 => {
                 return Err(self.failure(format!("'{name}' outside a loop")));
@@ -380,9 +381,10 @@ impl Parser {
     ) -> Result<Macro, Error> {
         let loops = std::mem::take(&mut self.loops);
         let around = std::mem::take(&mut self.takes);
-        let (body, _) = self.body(&[end])?;
+        let parsed = self.body(&[end]);
         self.loops = loops;
         let takes = std::mem::replace(&mut self.takes, around);
+        let (body, _) = parsed?;
         // Special variables of an inner macro may also refer to the enclosing one.
         self.takes.caller |= takes.caller;
         self.takes.kwargs |= takes.kwargs;
@@ -408,7 +410,10 @@ impl Parser {
             } else {
                 None
             };
-            if default.is_none() && parameters.iter().any(|(_, default)| default.is_some()) {
+            let follows_default = parameters
+                .last()
+                .is_some_and(|(_, default)| default.is_some());
+            if default.is_none() && follows_default {
                 return Err(self.failure("non-default argument follows default argument"));
             }
             parameters.push((name, default));
@@ -485,7 +490,8 @@ impl Parser {
     fn dotted(&mut self) -> Result<String, Error> {
         let mut name = self.name()?;
         while self.takes_operator(".") {
-            name = format!("{name}.{}", self.name()?);
+            name.push('.');
+            name.push_str(&self.name()?);
         }
         Ok(name)
     }
