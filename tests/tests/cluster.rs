@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
     thread::sleep,
@@ -11,8 +12,8 @@ use std::{
 
 use serde_json::Value;
 use system_tests::{
-    RunningProcess, Sandbox, config, has_nats_server, number, present, report, signal, status,
-    status_now, steps, tiny_bandit, tiny_playground, wait_until,
+    ProcessOutput, RawNats, RunningProcess, Sandbox, config, free_port, has_nats_server, number,
+    present, report, signal, status, status_now, steps, tiny_bandit, tiny_playground, wait_until,
 };
 
 /// A sandbox and a run directory in it; `None` if `nats-server` is not installed.
@@ -220,7 +221,7 @@ fn non_finite_weights_are_not_published_and_the_run_reports_divergence() {
     let text = log("learner");
     for part in [
         "the weights are not finite",
-        "going back to the last checkpoint",
+        "rolling back to the last checkpoint",
         "diverged",
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");
@@ -371,25 +372,20 @@ fn a_terminated_run_saves_its_state_and_is_resumed() {
 /// A NATS server for roles that are started individually.
 struct TestNatsServer {
     process: std::process::Child,
+    port: u16,
     url: String,
 }
 
 impl TestNatsServer {
     fn start(sandbox: &Sandbox) -> Self {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let port = free.local_addr().expect("a bound listener").port();
-        drop(free);
         let store = sandbox.path("store").display().to_string();
+        Self::start_with(free_port(), &["-a", "127.0.0.1", "-js", "-sd", &store])
+    }
+
+    fn start_with(port: u16, arguments: &[&str]) -> Self {
         let process = Command::new("nats-server")
-            .args([
-                "-a",
-                "127.0.0.1",
-                "-p",
-                &port.to_string(),
-                "-js",
-                "-sd",
-                &store,
-            ])
+            .args(arguments)
+            .args(["-p", &port.to_string()])
             .stderr(std::process::Stdio::null())
             .spawn()
             .expect("nats-server starts");
@@ -397,7 +393,7 @@ impl TestNatsServer {
             std::net::TcpStream::connect(("127.0.0.1", port)).ok()
         });
         let url = format!("transport.url=nats://127.0.0.1:{port}");
-        Self { process, url }
+        Self { process, port, url }
     }
 }
 
@@ -469,7 +465,7 @@ fn roles_join_individually_and_mismatched_ones_are_rejected() {
     late.wait().succeeded();
     service.wait().succeeded();
     assert_conserved(&run, 300);
-    let status = sandbox.run(&["status", &run.to_string_lossy()]);
+    let status = sandbox.run(&["status", "--connect", &run.to_string_lossy()]);
     status
         .check(2, &["it has finished and was removed"])
         .without_panic();
@@ -483,4 +479,362 @@ fn assert_conserved(run: &Path, last: u64) {
         let counters = &report["stages"][stage];
         assert_eq!(counters["conserved"], true, "{stage}: {counters:#}");
     }
+}
+
+/// The files below a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("a folder").flatten() {
+        let path = entry.path();
+        match path.is_dir() {
+            true => found.extend(files(&path)),
+            false => found.push(path),
+        }
+    }
+    found
+}
+
+#[test]
+fn the_started_server_is_for_the_runs_processes_only() {
+    let Some((sandbox, run)) = nats_sandbox() else {
+        return;
+    };
+    let mut running = sandbox.start(&long_run(&run, "own"));
+    wait_for_steps(&mut running, &run, 5);
+    let port = fs::read_to_string(run.join("jetstream/port")).expect("a server has a port");
+    let refused = RawNats::connect(port.trim().parse().expect("a number"));
+    let refused = refused.expect_err("a client without a key");
+    assert!(refused.contains("Authorization Violation"), "{refused}");
+    let keys = run.join("jetstream/keys");
+    let mode = |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o777;
+    assert_eq!(mode(&keys), 0o700);
+    let seeds: Vec<String> = files(&keys)
+        .iter()
+        .inspect(|path| assert_eq!(mode(path), 0o600, "{}", path.display()))
+        .map(|path| fs::read_to_string(path).expect("a key"))
+        .filter(|key| key.starts_with('S'))
+        .collect();
+    assert_eq!(seeds.len(), 5, "four users and the run");
+    let holds_seed = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        seeds.iter().any(|seed| text.contains(seed.as_str()))
+    };
+    let status = status(&sandbox, &run);
+    assert!(!holds_seed(status.to_string().as_bytes()));
+    for role in ["learner", "actor", "preference"] {
+        for (name, pid) in present(&status, role) {
+            let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            assert!(!holds_seed(&arguments), "{name}");
+        }
+    }
+    running.terminate();
+    let output = running.wait().check(5, &[]);
+    assert!(!holds_seed(output.stderr.as_bytes()) && !holds_seed(output.stdout.as_bytes()));
+    let others = files(&run);
+    for path in others.iter().filter(|path| !path.starts_with(&keys)) {
+        let content = fs::read(path).expect("a file of the run");
+        assert!(!holds_seed(&content), "{}", path.display());
+    }
+}
+
+/// A server with the configuration and the keys that `agon nats-config` wrote.
+struct GuardedServer {
+    sandbox: Sandbox,
+    run: PathBuf,
+    /// Folder of the keys.
+    keys: String,
+    server: TestNatsServer,
+}
+
+impl GuardedServer {
+    fn start() -> Option<Self> {
+        let (sandbox, run) = nats_sandbox()?;
+        let (keys, port) = (sandbox.path("nats").display().to_string(), free_port());
+        let generate = nats_config(&keys, &format!("nats://127.0.0.1:{port}"));
+        let printed = sandbox.run(&generate).succeeded().stdout;
+        for expected in ["agon actor ", "actor.nk"] {
+            assert!(printed.contains(expected), "{printed}");
+        }
+        sandbox
+            .run(&generate)
+            .check(2, &["exists already"])
+            .without_panic();
+        let config = format!("{keys}/nats-server.conf");
+        let server = TestNatsServer::start_with(port, &["-c", &config]);
+        Some(Self {
+            sandbox,
+            run,
+            keys,
+            server,
+        })
+    }
+
+    /// Settings with the server's key of `role` and the run key in `run_key`.
+    fn keys(&self, role: &str, run_key: &str) -> [String; 2] {
+        [("nkey", format!("{role}.nk")), ("run_key", run_key.into())]
+            .map(|(setting, file)| format!("transport.{setting}_path={}/{file}", self.keys))
+    }
+
+    fn arguments(&self, role: &str, keys: &[String; 2]) -> Vec<String> {
+        let sets = [
+            "learner.steps=60",
+            "learner.max_staleness=2",
+            &keys[0],
+            &keys[1],
+        ];
+        role_arguments(role, &self.run, &self.server, &sets)
+    }
+
+    /// `agon status` with the key for it, and these further arguments.
+    fn status(&self, more: &[&str]) -> ProcessOutput {
+        let (config, [key, _]) = (
+            config("bandit.toml").display().to_string(),
+            self.keys("view", ""),
+        );
+        let arguments = [
+            "status",
+            &config,
+            "--json",
+            "--set",
+            "run.name=roles",
+            "--set",
+            "transport.kind=jetstream",
+            "--set",
+            &self.server.url,
+            "--set",
+            &key,
+        ];
+        self.sandbox.run(&[&arguments[..], more].concat())
+    }
+}
+
+/// Arguments that generate a server's configuration and keys in `folder`.
+fn nats_config(folder: &str, url: &str) -> Vec<String> {
+    let config = config("bandit.toml").display().to_string();
+    let url = format!("transport.url={url}");
+    [
+        "nats-config",
+        &config,
+        "--directory",
+        folder,
+        "--set",
+        "run.name=roles",
+        "--set",
+        "transport.kind=jetstream",
+        "--set",
+        &url,
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+#[test]
+fn generated_permissions_let_each_role_work() {
+    let Some(guarded) = GuardedServer::start() else {
+        return;
+    };
+    let start = |role: &str, run_key: &str| {
+        let keys = guarded.keys(role, run_key);
+        guarded.sandbox.start(&guarded.arguments(role, &keys))
+    };
+    let learner = start("learner", "run.key");
+    wait_until("the status", || {
+        (guarded.status(&[]).code == Some(0)).then_some(())
+    });
+    let others = ["actor", "preference"].map(|role| start(role, "run.pub"));
+    learner.wait().succeeded();
+    for other in others {
+        let output = other.wait().succeeded();
+        assert!(
+            !output.stderr.contains("Permissions Violation"),
+            "{}",
+            output.stderr
+        );
+    }
+    assert_conserved(&guarded.run, 60);
+}
+
+#[test]
+fn only_the_learners_keys_lead() {
+    let Some(guarded) = GuardedServer::start() else {
+        return;
+    };
+    let (sandbox, run) = (&guarded.sandbox, &guarded.run);
+    let _learner =
+        sandbox.start(&guarded.arguments("learner", &guarded.keys("learner", "run.key")));
+    wait_until("a run", || {
+        (guarded.status(&[]).code == Some(0)).then_some(())
+    });
+    // An actor's key does not lead, with whatever run key; and the learner's run key is needed to sign.
+    let other = sandbox.path("other").display().to_string();
+    let forger = guarded.arguments("learner", &guarded.keys("actor", "run.key"));
+    let forger: Vec<String> = forger
+        .into_iter()
+        .map(|argument| match argument == run.to_string_lossy() {
+            true => other.clone(),
+            false => argument,
+        })
+        .collect();
+    sandbox
+        .run(&forger)
+        .check(3, &["Permissions Violation"])
+        .without_panic();
+    let unsigned = guarded.arguments("learner", &guarded.keys("learner", "run.pub"));
+    sandbox
+        .run(&unsigned)
+        .check(3, &["run.pub", "seed"])
+        .without_panic();
+    // Without a key nobody gets in, and what other keys signed is refused.
+    let stranger = role_arguments("actor", run, &guarded.server, &[]);
+    sandbox
+        .run(&stranger)
+        .check(3, &["authorization violation"])
+        .without_panic();
+    let foreign = sandbox.path("foreign").display().to_string();
+    sandbox
+        .run(&nats_config(&foreign, "nats://127.0.0.1:4222"))
+        .succeeded();
+    let mut misled = guarded.keys("actor", "run.pub");
+    misled[1] = format!("transport.run_key_path={foreign}/run.pub");
+    sandbox
+        .run(&guarded.arguments("actor", &misled))
+        .check(2, &["its signature is not of this run's key"])
+        .without_panic();
+    guarded
+        .status(&["--remove"])
+        .check(3, &["Permissions Violation"])
+        .without_panic();
+}
+
+#[test]
+fn a_record_on_the_server_writes_no_file_outside_the_models_folder() {
+    let Some((sandbox, run)) = nats_sandbox() else {
+        return;
+    };
+    let server = TestNatsServer::start(&sandbox);
+    let _learner = sandbox.start(&role_arguments("learner", &run, &server, &[]));
+    let (stream, subject) = ("KV_agon-roles-register", "$KV.agon-roles-register.run");
+    wait_until("a run", || status_now(&sandbox, &run));
+    let mut client = RawNats::connect(server.port).expect("it lets everyone in");
+    let honest = client.last(stream, subject);
+    let text = String::from_utf8(honest[1..].to_vec()).expect("a record");
+    let record: Value = serde_json::from_str(&text).expect("a record");
+    let victim = sandbox.path("victim.json");
+    let names = [
+        "../victim.json".to_owned(),
+        victim.display().to_string(),
+        "..".to_owned(),
+        ".bashrc".to_owned(),
+        "a\u{1b}[2J.json".to_owned(),
+    ];
+    for name in names {
+        let mut forged = record.clone();
+        forged["model"][0]["name"] = Value::from(name.as_str());
+        client.publish(subject, &[&[0], forged.to_string().as_bytes()].concat());
+        let output = sandbox.run(&role_arguments("actor", &run, &server, &[]));
+        let output = output.without_panic();
+        assert!(
+            [Some(1), Some(2)].contains(&output.code),
+            "{}",
+            output.stderr
+        );
+        assert!(
+            output.stderr.contains("record"),
+            "{name}: {}",
+            output.stderr
+        );
+        assert!(!output.stderr.contains('\u{1b}'), "{name}");
+        assert!(!victim.exists(), "{name}");
+    }
+    // A file that is larger than the record says is not read.
+    let mut forged = record.clone();
+    forged["model"][0]["bytes"] = Value::from(1);
+    forged["settings"] = Value::from(record["settings"].as_str().expect("settings"));
+    client.publish(subject, &[&[0], forged.to_string().as_bytes()].concat());
+    sandbox
+        .run(&role_arguments("actor", &run, &server, &[]))
+        .check(1, &["more than the 1 bytes"])
+        .without_panic();
+}
+
+#[test]
+fn secrets_in_urls_are_refused_and_not_repeated() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
+    let config = config("bandit.toml").display().to_string();
+    let cases: [(&[&str], &str); 4] = [
+        (
+            &[
+                "transport.kind=jetstream",
+                "transport.url=nats://ann:SESAME@127.0.0.1:1",
+            ],
+            "transport.password_path",
+        ),
+        (
+            &[
+                "transport.kind=jetstream",
+                "transport.url=nats://ann:SES%41ME@127.0.0.1:1",
+            ],
+            "transport.password_path",
+        ),
+        (
+            &[
+                "preference.judge.kind=http",
+                "preference.judge.urls=[\"http://ann:SESAME@127.0.0.1/v1\"]",
+            ],
+            "preference.judge.api_key_path",
+        ),
+        (
+            &[
+                "preference.judge.kind=service",
+                "preference.judge.urls=[\"http://127.0.0.1/?k=SESAME\"]",
+            ],
+            "preference.judge.token_path",
+        ),
+    ];
+    for (sets, remedy) in cases {
+        for command in ["train", "check"] {
+            let mut arguments = vec![command, config.as_str()];
+            let run = run.display().to_string();
+            if command == "train" {
+                arguments.extend(["--run-dir", &run]);
+            }
+            arguments.extend(sets.iter().flat_map(|set| ["--set", *set]));
+            let output = sandbox.run(&arguments).check(2, &[]).without_panic();
+            let text = output.stdout + &output.stderr;
+            assert!(text.contains(remedy), "{text}");
+            assert!(
+                !text.contains("SESAME") && !text.contains("SES%41ME"),
+                "{text}"
+            );
+        }
+    }
+    assert!(!run.exists());
+}
+
+#[test]
+fn a_server_that_cannot_carry_a_run_is_named_at_once_and_one_that_is_away_may_come_back() {
+    let Some((sandbox, run)) = nats_sandbox() else {
+        return;
+    };
+    let plain = TestNatsServer::start_with(free_port(), &["-a", "127.0.0.1"]);
+    for role in ["actor", "learner"] {
+        let started = std::time::Instant::now();
+        sandbox
+            .run(&role_arguments(role, &run, &plain, &[]))
+            .check(3, &["without JetStream", "-js"])
+            .without_panic();
+        assert!(started.elapsed() < Duration::from_secs(30), "at once");
+    }
+    let away = format!("transport.url=nats://127.0.0.1:{}", free_port());
+    // Not a code that keeps a supervisor from starting it again.
+    sandbox
+        .run(&role_arguments(
+            "actor",
+            &run,
+            &plain,
+            &[&away, "transport.timeout_seconds=1"],
+        ))
+        .check(1, &["failed to connect to NATS"])
+        .without_panic();
 }

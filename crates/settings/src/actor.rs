@@ -27,7 +27,7 @@ pub struct ActorSettings {
     /// Weight precision used for sampling.
     pub precision: PrecisionSetting,
     /// Maximum quantisation error in nats per token before sampling falls back to f32; 0: no check.
-    pub max_drift: f64,
+    pub max_quantization_error: f64,
     /// Maximum completion length in tokens.
     pub max_new_tokens: usize,
     /// Maximum prompt length in tokens.
@@ -94,7 +94,7 @@ impl ActorSettings {
         checks.positive(self.top_p, "actor.top_p");
         checks.ratio(self.top_p, "actor.top_p");
         checks.ratio_below_one(self.min_p, "actor.min_p");
-        checks.non_negative(self.max_drift, "actor.max_drift");
+        checks.non_negative(self.max_quantization_error, "actor.max_quantization_error");
         if let EngineSettings::Mistral { timeout_seconds } = self.engine {
             checks.positive(timeout_seconds, "actor.engine.timeout_seconds");
             checks.require(
@@ -119,8 +119,8 @@ mod tests {
                 "actor.mixture_coef: 1.5 must be from 0 to 1",
             ),
             (
-                "[actor]\nmax_drift = -1",
-                "actor.max_drift: -1 must not be negative",
+                "[actor]\nmax_quantization_error = -1",
+                "actor.max_quantization_error: -1 must not be negative",
             ),
             ("[actor]\nslots = 2\ntemperature = 0.7", "three completions"),
         ]);

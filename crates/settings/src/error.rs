@@ -4,6 +4,8 @@ use std::{fmt, path::PathBuf};
 
 use thiserror::Error;
 
+use crate::url::without_secrets;
+
 /// An error of a configuration.
 #[derive(Debug, Error)]
 pub enum SettingsError {
@@ -52,7 +54,7 @@ impl Problem {
     pub(crate) fn new(path: &str, message: impl Into<String>) -> Self {
         Self {
             path: path.into(),
-            message: message.into(),
+            message: without_secrets(&message.into()),
         }
     }
 }

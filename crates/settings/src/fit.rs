@@ -121,6 +121,10 @@ pub struct DatasetPairs {
     pub chosen_column: String,
     /// Column of the rejected response or dialogue.
     pub rejected_column: String,
+    /// Maximum size of a file's rows in bytes: decompressed, and in Parquet of the columns that are read.
+    pub max_file_bytes: u64,
+    /// Maximum number of rows of a file.
+    pub max_rows: u64,
     /// Pairs for validation; empty: the pairs of a fraction of the prompts of `path`.
     pub validation_path: PathBuf,
 }

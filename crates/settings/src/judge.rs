@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Settings, checks::Checks, prompts::PromptsSettings, source::ModelSource};
+use crate::{Settings, checks::Checks, prompts::PromptsSettings, source::ModelSource, url};
 
 /// The judge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -212,7 +212,10 @@ impl JudgeSettings {
             }
             Self::Http(endpoints) => endpoints.check(checks),
             Self::Mistral(model) => model.check(checks),
-            Self::Service { urls, .. } => check_urls(urls, checks),
+            Self::Service { urls, .. } => {
+                let remedy = "the token goes into a file that preference.judge.token_path names";
+                check_urls(urls, remedy, checks);
+            }
         }
     }
 
@@ -298,21 +301,25 @@ fn check_members(members: &[JudgeSettings], settings: &Settings, checks: &mut Ch
     }
 }
 
-fn check_urls(urls: &[String], checks: &mut Checks) {
+/// Checks the URLs of a judge; `remedy` says where a secret belongs.
+fn check_urls(urls: &[String], remedy: &str, checks: &mut Checks) {
     let path = "preference.judge.urls";
     checks.require(!urls.is_empty(), path, "name at least one URL");
     for url in urls {
-        checks.require(
-            url.starts_with("http://") || url.starts_with("https://"),
-            path,
-            format!("{url:?} does not begin with http:// or https://"),
-        );
+        if url::check(url, path, remedy, checks) {
+            checks.require(
+                url.starts_with("http://") || url.starts_with("https://"),
+                path,
+                format!("{url:?} does not begin with http:// or https://"),
+            );
+        }
     }
 }
 
 impl EndpointSettings {
     fn check(&self, checks: &mut Checks) {
-        check_urls(&self.urls, checks);
+        let remedy = "the API key goes into a file that preference.judge.api_key_path names";
+        check_urls(&self.urls, remedy, checks);
         checks.require(
             !self.model.is_empty(),
             "preference.judge.model",
@@ -370,6 +377,29 @@ mod tests {
                 "preference.judge.rules: \"exact-match\" compares with a golden answer",
             ),
         ]);
+    }
+
+    #[test]
+    fn urls_with_secrets_are_refused_without_repeating_them() {
+        for (kind, remedy) in [
+            ("http", "preference.judge.api_key_path"),
+            ("service", "preference.judge.token_path"),
+        ] {
+            for url in [
+                "http://ann:SESAME@host/v1",
+                "ann:SESAME@host",
+                "https://host/v1?key=SESAME",
+                "https://host/v1#SESAME",
+            ] {
+                let problems = problems(&format!(
+                    "[preference.judge]\nkind = {kind:?}\nurls = [\"http://host\", {url:?}]"
+                ));
+                let problem = problems.iter().find(|problem| problem.contains("urls: "));
+                let problem = problem.map_or("", String::as_str);
+                assert!(problem.contains(remedy), "{kind} {url}: {problems:?}");
+                assert!(!problems.concat().contains("SESAME"), "{problems:?}");
+            }
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod choice;
 mod error;
 mod evaluation;
 mod fit;
+mod flat;
 mod ganpo;
 mod judge;
 mod learner;
@@ -29,6 +30,7 @@ mod sft;
 mod source;
 mod telemetry;
 mod transport;
+mod url;
 
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +39,7 @@ pub use apo::{ApoForm, ApoSettings};
 pub use error::{Problem, SettingsError};
 pub use evaluation::EvaluationSettings;
 pub use fit::{DatasetPairs, FitSettings, Head, PairsSettings, PlaygroundPairs, PoolingSetting};
+pub use flat::{changed_settings, flat};
 pub use ganpo::GanpoSettings;
 pub use judge::{
     ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, RuleSettings,

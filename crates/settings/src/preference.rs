@@ -1,6 +1,6 @@
 //! `[preference]`: the preference service. Its judges are in `judge`, its reward models in `fit` and `apo`.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -75,8 +75,10 @@ pub enum OrdersSetting {
 pub struct HttpServiceSettings {
     /// Listen address, `host:port`; empty: disabled.
     pub listen: String,
-    /// File with the bearer token that clients must send; empty: none.
+    /// File with the bearer token that clients must send; empty: none, and the address must be loopback.
     pub token_path: PathBuf,
+    /// Maximum number of open connections.
+    pub max_connections: usize,
     /// Maximum number of comparisons per request.
     pub max_pairs: usize,
     /// Maximum size of a request in bytes.
@@ -117,6 +119,7 @@ impl PreferenceSettings {
 impl HttpServiceSettings {
     fn check(&self, checks: &mut Checks) {
         let path = |key: &str| format!("preference.http.{key}");
+        checks.at_least(self.max_connections as u64, 1, &path("max_connections"));
         checks.at_least(self.max_pairs as u64, 1, &path("max_pairs"));
         checks.at_least(self.max_bytes as u64, 1, &path("max_bytes"));
         checks.at_least(self.max_characters as u64, 1, &path("max_characters"));
@@ -125,5 +128,48 @@ impl HttpServiceSettings {
             &path("listen"),
             format!("{:?} is not host:port", self.listen),
         );
+        checks.require(
+            self.listen.is_empty() || self.is_local() || !self.token_path.as_os_str().is_empty(),
+            &path("listen"),
+            format!(
+                "{:?} is reachable from other machines: name a file with a token, preference.http.token_path, or listen \
+                 on 127.0.0.1",
+                self.listen
+            ),
+        );
+    }
+
+    /// Whether the address is loopback, or a name, which is checked when it is bound.
+    fn is_local(&self) -> bool {
+        match self.listen.parse::<SocketAddr>() {
+            Ok(address) => address.ip().to_canonical().is_loopback(),
+            Err(_) => true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::checks::tests::{assert_reported, problems};
+
+    #[test]
+    fn a_service_beyond_loopback_needs_a_token() {
+        for text in [
+            "listen = \"\"",
+            "listen = \"127.0.0.1:8000\"",
+            "listen = \"localhost:8000\"",
+            "listen = \"[::1]:0\"",
+            "listen = \"0.0.0.0:80\"\ntoken_path = \"token\"",
+        ] {
+            let problems = problems(&format!("[preference.http]\n{text}"));
+            assert_eq!(problems, Vec::<String>::new(), "{text}");
+        }
+        let section = "[preference.http]\n";
+        for listen in ["0.0.0.0:80", "[::]:80", "192.168.0.7:80"] {
+            let text = format!("{section}listen = {listen:?}");
+            assert_reported(&[(&text, "preference.http.token_path")]);
+        }
+        let text = format!("{section}max_connections = 0");
+        assert_reported(&[(&text, "preference.http.max_connections")]);
     }
 }

@@ -43,6 +43,10 @@ pub struct DatasetPrompts {
     pub prompt_column: String,
     /// Column of the golden answer; empty: none.
     pub golden_column: String,
+    /// Maximum size of a file's rows in bytes: decompressed, and in Parquet of the columns that are read.
+    pub max_file_bytes: u64,
+    /// Maximum number of rows of a file.
+    pub max_rows: u64,
     /// Prompts of evaluations; empty: the last `held_out` distinct prompts.
     pub held_out_path: PathBuf,
     /// Number of distinct held-out prompts when `held_out_path` is empty, in proportion to the weights of several files.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
-use crate::{Settings, checks, choice, error::SettingsError, repair};
+use crate::{Settings, checks, choice, error::SettingsError, repair, url::without_secrets};
 
 /// The commented default file: all keys with their defaults and meanings.
 pub const DEFAULT_TOML: &str = include_str!("../../../configs/default.toml");
@@ -48,7 +48,7 @@ impl std::str::FromStr for Override {
             Err(error) => {
                 return Err(SettingsError::NotToml {
                     origin: format!("the value of --set {key}"),
-                    reason: error.message().to_owned(),
+                    reason: without_secrets(error.message()),
                 });
             }
         };
@@ -57,10 +57,11 @@ impl std::str::FromStr for Override {
 }
 
 fn is_bare_string(text: &str) -> bool {
-    !text.is_empty()
-        && text
-            .chars()
-            .all(|c| c.is_alphanumeric() || "-_./:~@+".contains(c))
+    let is_plain = |c: char| c.is_alphanumeric() || "-_./:~@+".contains(c);
+    // A URL may have more symbols; what it may not have is reported without repeating it.
+    let ends_url = |c: char| c.is_whitespace() || "\"'[]{}".contains(c);
+    let is_url = text.contains("://") && !text.contains(ends_url);
+    !text.is_empty() && (is_url || text.chars().all(is_plain))
 }
 
 /// Reads the file at `path` and resolves it.
@@ -111,7 +112,7 @@ fn parse(text: &str, origin: &str) -> Result<Table, SettingsError> {
     text.parse::<Table>()
         .map_err(|error| SettingsError::NotToml {
             origin: origin.to_owned(),
-            reason: error.to_string(),
+            reason: without_secrets(&error.to_string()),
         })
 }
 

@@ -6,6 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::checks::Checks;
 
+/// Maximum length of a run's name in bytes: a file name with a prefix and a suffix, as in the name of a systemd unit,
+/// has 255.
+const MAX_NAME_BYTES: usize = 200;
+
 /// Identity of the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -32,6 +36,18 @@ impl RunSettings {
                  set run.output_dir to choose its parent"
             ),
         );
+        self.check_name_length(checks);
+    }
+
+    fn check_name_length(&self, checks: &mut Checks) {
+        let bytes = self.name.len();
+        checks.require(
+            bytes <= MAX_NAME_BYTES,
+            "run.name",
+            format!(
+                "{bytes} bytes are too long for the name of a folder: use at most {MAX_NAME_BYTES}"
+            ),
+        );
     }
 
     /// Checks that the name is valid in NATS subjects and bucket names.
@@ -45,12 +61,29 @@ impl RunSettings {
                 "{name:?} must consist of letters, digits, - and _: it is part of the names of streams on the server"
             ),
         );
+        self.check_name_length(checks);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use crate::checks::tests::problems;
+
+    #[test]
+    fn a_run_name_fits_a_file_name() {
+        for transport in ["memory", "jetstream"] {
+            let of = |length: usize| {
+                let name = "x".repeat(length);
+                problems(&format!(
+                    "[run]\nname = {name:?}\n[transport]\nkind = {transport:?}"
+                ))
+            };
+            assert_eq!(of(200), Vec::<String>::new(), "{transport}");
+            let expected =
+                "run.name: 201 bytes are too long for the name of a folder: use at most 200";
+            assert_eq!(of(201), [expected], "{transport}");
+        }
+    }
 
     #[test]
     fn a_run_name_is_a_single_path_component() {

@@ -21,6 +21,10 @@ pub struct SftSettings {
     pub prompt_column: String,
     /// Column of the completion.
     pub completion_column: String,
+    /// Maximum size of a file's rows in bytes: decompressed, and in Parquet of the columns that are read.
+    pub max_file_bytes: u64,
+    /// Maximum number of rows of a file.
+    pub max_rows: u64,
     /// Number of optimiser steps.
     pub steps: u64,
     /// Rows per step.

@@ -14,7 +14,7 @@ pub struct TelemetrySettings {
     pub listen: SocketAddr,
     /// Listen address of the live page, `host:port`; empty: no page.
     pub page: String,
-    /// File with the page's bearer token; empty: none, and the page must be on a loopback address.
+    /// File with the bearer token of the page and of the metrics; empty: none, and both must be on loopback addresses.
     pub token_path: PathBuf,
     /// Whether metrics are also written as TensorBoard event files.
     pub tensorboard: bool,
@@ -34,6 +34,7 @@ impl TelemetrySettings {
 
     pub(crate) fn check(&self, checks: &mut Checks) {
         checks.at_least(self.logging_steps, 1, "telemetry.logging_steps");
+        self.require_token(self.listen, "telemetry.listen", checks);
         let page = &self.page;
         let Some(address) = self.page_address() else {
             let message = format!(
@@ -41,9 +42,15 @@ impl TelemetrySettings {
             );
             return checks.require(page.is_empty(), "telemetry.page", message);
         };
+        self.require_token(address, "telemetry.page", checks);
+    }
+
+    /// An address that other machines can reach needs a token.
+    fn require_token(&self, address: SocketAddr, key: &str, checks: &mut Checks) {
+        let is_local = address.ip().to_canonical().is_loopback();
         checks.require(
-            address.ip().is_loopback() || !self.token_path.as_os_str().is_empty(),
-            "telemetry.page",
+            is_local || !self.token_path.as_os_str().is_empty(),
+            key,
             format!(
                 "{address} is reachable from other machines: name a file with a token, telemetry.token_path, or listen on \
                  127.0.0.1"
@@ -57,18 +64,25 @@ mod tests {
     use crate::checks::tests::{assert_reported, problems};
 
     #[test]
-    fn a_non_loopback_page_needs_a_token() {
+    fn addresses_beyond_loopback_need_a_token() {
         for text in [
             "page = \"\"",
             "page = \"127.0.0.1:8080\"",
             "page = \"[::1]:0\"",
             "page = \"0.0.0.0:80\"\ntoken_path = \"token\"",
+            "listen = \"[::ffff:127.0.0.1]:0\"",
+            "listen = \"0.0.0.0:9464\"\ntoken_path = \"token\"",
         ] {
             let problems = problems(&format!("[telemetry]\n{text}"));
             assert_eq!(problems, Vec::<String>::new(), "{text}");
         }
         assert_reported(&[
             ("[telemetry]\npage = \"0.0.0.0:80\"", "telemetry.token_path"),
+            (
+                "[telemetry]\nlisten = \"0.0.0.0:80\"",
+                "telemetry.token_path",
+            ),
+            ("[telemetry]\nlisten = \"[::]:80\"", "telemetry.listen"),
             (
                 "[telemetry]\npage = \"localhost\"",
                 "is not an address with a port",

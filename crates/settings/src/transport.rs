@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Settings, checks::Checks, model::DtypeSetting};
+use crate::{Settings, checks::Checks, model::DtypeSetting, url};
 
 /// How the roles communicate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,14 +40,19 @@ pub struct JetStreamSettings {
     pub certificate_path: PathBuf,
     /// Private key of the client certificate; empty: none.
     pub key_path: PathBuf,
+    /// File with the run's key, with which the learner signs the run's record and its weights: the seed for the learner,
+    /// the public key for other roles. Empty: nothing is signed or checked.
+    pub run_key_path: PathBuf,
     /// Replicas of every stream in a cluster of servers.
     pub replicas: usize,
     /// Heartbeat timeout in seconds, after which a process's unacknowledged messages are delivered to others.
     pub lease_seconds: u64,
     /// Maximum number of deliveries of a message before it is dead-lettered.
     pub max_deliveries: u32,
-    /// Timeout of the server in seconds, after which a process exits.
+    /// Timeout of the server in seconds: at the start of a process, and while it is connected and does not answer.
     pub timeout_seconds: u64,
+    /// Time in seconds for which a running process waits for a server that is away.
+    pub max_outage_seconds: u64,
     /// Encoding of published weights.
     pub weights: WeightsEncoding,
     /// Publications from one full one to the next, with `weights = "delta"`.
@@ -107,7 +112,19 @@ impl TransportSettings {
 impl JetStreamSettings {
     fn check(&self, checks: &mut Checks) {
         checks.at_least(self.lease_seconds, 1, "transport.lease_seconds");
+        url::check(
+            &self.url,
+            "transport.url",
+            "a password goes into a file that transport.password_path names, a token into that of \
+             transport.token_path",
+            checks,
+        );
         checks.at_least(self.timeout_seconds, 1, "transport.timeout_seconds");
+        checks.at_least(
+            self.max_outage_seconds,
+            self.timeout_seconds,
+            "transport.max_outage_seconds",
+        );
         checks.at_least(
             u64::from(self.max_deliveries),
             1,
@@ -124,5 +141,39 @@ impl JetStreamSettings {
             "transport.key_path",
             "set both certificate_path and key_path, or neither",
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::checks::tests::{assert_reported, problems};
+
+    #[test]
+    fn urls_with_secrets_are_refused_without_repeating_them() {
+        for url in [
+            "nats://ann:SESAME@host:4222",
+            "nats://SESAME@host:4222",
+            "ann:SESAME@host",
+            "nats://one:4222,nats://ann:SESAME@two:4222",
+            "wss://host:443/?token=SESAME",
+            "tls://host:4222#SESAME",
+        ] {
+            let text = format!("[transport]\nkind = \"jetstream\"\nurl = {url:?}");
+            let problems = problems(&text);
+            let problem = problems.first().map_or("", String::as_str);
+            assert!(problem.contains("transport.url: "), "{url}: {problem}");
+            assert!(problem.contains("transport.password_path"), "{problem}");
+            assert!(!problem.contains("SESAME"), "{problem}");
+        }
+        for url in ["", "nats://host:4222", "host", "nats://a:1,tls://[::1]:2"] {
+            let text = format!("[transport]\nkind = \"jetstream\"\nurl = {url:?}");
+            assert_eq!(problems(&text), Vec::<String>::new(), "{url}");
+        }
+    }
+
+    #[test]
+    fn an_outage_may_last_at_least_as_long_as_a_request() {
+        let text = "[transport]\nkind = \"jetstream\"\ntimeout_seconds = 9\nmax_outage_seconds = 8";
+        assert_reported(&[(text, "transport.max_outage_seconds: 8 must be at least 9")]);
     }
 }

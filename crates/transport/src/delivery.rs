@@ -2,9 +2,13 @@
 //! consumer that panics loses nothing.
 
 use std::fmt;
+use std::future::ready;
+
+use futures_util::future::BoxFuture;
+use messages::wire::{self, WireMessage};
 
 use crate::memory::InFlightMessage;
-use crate::nats::Lease;
+use crate::nats::HeldMessage;
 
 /// A received message that is not yet acknowledged. Dropping it returns it for redelivery.
 #[must_use = "a delivery that is dropped is delivered again"]
@@ -14,7 +18,7 @@ pub struct Delivery<T> {
 
 enum DeliveryBackend<T> {
     Memory(InFlightMessage<T>),
-    JetStream(T, Lease),
+    JetStream(T, HeldMessage),
 }
 
 /// The acknowledgement handle of a [`Delivery`] whose message was taken. Dropping it returns the message for
@@ -28,17 +32,29 @@ pub struct Receipt {
 /// A type-erased delivery; dropping it returns the message.
 trait Settle: fmt::Debug + Send + Sync {
     fn acknowledge(self: Box<Self>);
+    /// Puts the message aside, whose encoding is `payload`.
+    fn put_aside(self: Box<Self>, payload: Vec<u8>) -> BoxFuture<'static, ()>;
 }
 
-impl<T: Send + Sync> Settle for InFlightMessage<T> {
+impl<T: Send + Sync + 'static> Settle for InFlightMessage<T> {
     fn acknowledge(self: Box<Self>) {
         Self::acknowledge(*self);
     }
+
+    /// A message in memory is of this process, which has logged it: there is no sender to find.
+    fn put_aside(self: Box<Self>, _payload: Vec<u8>) -> BoxFuture<'static, ()> {
+        Self::acknowledge(*self);
+        Box::pin(ready(()))
+    }
 }
 
-impl Settle for Lease {
+impl Settle for HeldMessage {
     fn acknowledge(self: Box<Self>) {
         Self::acknowledge(*self);
+    }
+
+    fn put_aside(self: Box<Self>, payload: Vec<u8>) -> BoxFuture<'static, ()> {
+        Box::pin(Self::put_aside(*self, payload))
     }
 }
 
@@ -49,9 +65,9 @@ impl<T> Delivery<T> {
         }
     }
 
-    pub(crate) fn jetstream(message: T, lease: Lease) -> Self {
+    pub(crate) fn jetstream(message: T, held: HeldMessage) -> Self {
         Self {
-            backend: DeliveryBackend::JetStream(message, lease),
+            backend: DeliveryBackend::JetStream(message, held),
         }
     }
 
@@ -69,17 +85,17 @@ impl<T> Delivery<T> {
     pub fn deliveries(&self) -> u32 {
         match &self.backend {
             DeliveryBackend::Memory(message) => message.deliveries(),
-            DeliveryBackend::JetStream(_, lease) => lease.deliveries(),
+            DeliveryBackend::JetStream(_, held) => held.deliveries(),
         }
     }
 
     /// Whether the message exceeded the stream's delivery limit. It must not be processed, only recorded and
     /// acknowledged.
     #[must_use]
-    pub fn is_given_up(&self) -> bool {
+    pub fn exceeds_delivery_limit(&self) -> bool {
         match &self.backend {
-            DeliveryBackend::Memory(message) => message.is_given_up(),
-            DeliveryBackend::JetStream(_, lease) => lease.is_given_up(),
+            DeliveryBackend::Memory(message) => message.exceeds_delivery_limit(),
+            DeliveryBackend::JetStream(_, held) => held.exceeds_delivery_limit(),
         }
     }
 
@@ -88,7 +104,7 @@ impl<T> Delivery<T> {
     pub fn acknowledge(self) {
         match self.backend {
             DeliveryBackend::Memory(message) => message.acknowledge(),
-            DeliveryBackend::JetStream(_, lease) => lease.acknowledge(),
+            DeliveryBackend::JetStream(_, held) => held.acknowledge(),
         }
     }
 
@@ -104,7 +120,7 @@ impl<T: Clone + Send + Sync + 'static> Delivery<T> {
     pub fn take(self) -> (T, Receipt) {
         let (message, settle): (T, Box<dyn Settle>) = match self.backend {
             DeliveryBackend::Memory(message) => (message.message().clone(), Box::new(message)),
-            DeliveryBackend::JetStream(message, lease) => (message, Box::new(lease)),
+            DeliveryBackend::JetStream(message, held) => (message, Box::new(held)),
         };
         (message, Receipt { settle })
     }
@@ -114,6 +130,13 @@ impl Receipt {
     /// As [`Delivery::acknowledge`].
     pub fn acknowledge(self) {
         self.settle.acknowledge();
+    }
+
+    /// Removes an invalid message from the stream and frees its slot: over JetStream a copy goes to the run's
+    /// dead-letter stream. `message` is the one of this receipt.
+    pub async fn put_aside<T: WireMessage>(self, message: &T) {
+        let payload = wire::encode(message);
+        self.settle.put_aside(payload).await;
     }
 
     /// As [`Delivery::return_for_redelivery`].
@@ -126,7 +149,7 @@ impl<T> fmt::Debug for Delivery<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state: &dyn fmt::Debug = match &self.backend {
             DeliveryBackend::Memory(message) => message,
-            DeliveryBackend::JetStream(_, lease) => lease,
+            DeliveryBackend::JetStream(_, held) => held,
         };
         f.debug_tuple("Delivery").field(state).finish()
     }

@@ -5,7 +5,7 @@ use thiserror::Error;
 
 /// The stream is closed: no more messages can be sent, or none will arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("use stream {stream}: {cause}")]
+#[error("failed to use stream {stream}: {cause}")]
 #[non_exhaustive]
 pub struct Closed {
     /// The stream's name.
@@ -26,7 +26,7 @@ pub enum ClosedBy {
     Receivers,
 }
 
-/// Why a transport operation failed. Messages are lowercase fragments that read after "failed to".
+/// Why a transport operation failed. Messages say what failed, why, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum TransportError {
@@ -34,11 +34,11 @@ pub enum TransportError {
     #[error(transparent)]
     Closed(#[from] Closed),
     /// The weight store is closed: it accepts and announces no more weights.
-    #[error("use the weight store: it has been closed")]
+    #[error("failed to use the weight store: it has been closed")]
     WeightStoreClosed,
     /// The version is not newer than the announced one; the store is unchanged.
     #[error(
-        "publish weights {offered}: the weight store already holds {current}; versions only increase"
+        "failed to publish weights {offered}: the weight store already holds {current}; versions only increase"
     )]
     NotNewer {
         /// Version to be published.
@@ -48,7 +48,7 @@ pub enum TransportError {
     },
     /// The blob does not match its manifest; the store is unchanged.
     #[error(
-        "publish weights {}: the blob of {found} bytes is not the {} bytes with digest {} of its \
+        "failed to publish weights {}: the blob of {found} bytes is not the {} bytes with digest {} of its \
          manifest; make the manifest from the whole blob",
         .manifest.version, .manifest.bytes, .manifest.digest
     )]
@@ -60,7 +60,7 @@ pub enum TransportError {
     },
     /// The stored blob is corrupt.
     #[error(
-        "fetch weights {}: the {found} stored bytes are not the {} bytes with digest {} that \
+        "failed to fetch weights {}: the {found} stored bytes are not the {} bytes with digest {} that \
          were announced; wait for a newer version",
         .manifest.version, .manifest.bytes, .manifest.digest
     )]
@@ -71,7 +71,7 @@ pub enum TransportError {
         found: u64,
     },
     /// The version is older than every stored one.
-    #[error("fetch weights {version}: superseded and no longer stored; fetch {newest}")]
+    #[error("failed to fetch weights {version}: superseded and no longer stored; fetch {newest}")]
     Pruned {
         /// Requested version.
         version: WeightsVersion,
@@ -79,13 +79,13 @@ pub enum TransportError {
         newest: WeightsVersion,
     },
     /// The version was never published.
-    #[error("fetch weights {version}: never published; wait until it is announced")]
+    #[error("failed to fetch weights {version}: never published; wait until it is announced")]
     Unpublished {
         /// Requested version.
         version: WeightsVersion,
     },
     /// The runtime shut down during the call.
-    #[error("{action} weights {version}: the runtime is shutting down")]
+    #[error("failed to {action} weights {version}: the runtime is shutting down")]
     Interrupted {
         /// Interrupted operation.
         action: &'static str,
@@ -94,7 +94,7 @@ pub enum TransportError {
     },
     /// The server cannot be reached.
     #[error(
-        "connect to NATS at {url}: {reason}; start a nats-server with JetStream, or set transport.url"
+        "failed to connect to NATS at {url}: {reason}; start a nats-server with JetStream, or set transport.url"
     )]
     Unreachable {
         /// Configured URL.
@@ -102,8 +102,39 @@ pub enum TransportError {
         /// Cause.
         reason: String,
     },
+    /// The server or the settings must be changed: no restart and no wait helps.
+    #[error("failed to use NATS at {url}: {reason}")]
+    Rejected {
+        /// Configured URL.
+        url: String,
+        /// Cause and remedy.
+        reason: String,
+    },
+    /// What only the run's leader may write was written by someone else.
+    #[error(
+        "failed to read {what}: {reason}, so the run's learner has not written it; name the learner's key with \
+         transport.run_key_path (here {path}), and find out who writes to the server"
+    )]
+    Unauthentic {
+        /// Name of the data.
+        what: String,
+        /// Cause.
+        reason: String,
+        /// File with the key.
+        path: std::path::PathBuf,
+    },
+    /// A file of the run on the server is larger than the run's record says.
+    #[error(
+        "failed to fetch {name}: the server holds more than the {limit} bytes of the run's record"
+    )]
+    TooLarge {
+        /// Name of the file.
+        name: String,
+        /// Its size according to the record.
+        limit: u64,
+    },
     /// The server rejected a request, or did not answer within the configured timeout.
-    #[error("{action} at {url}: {reason}")]
+    #[error("failed to {action} at {url}: {reason}")]
     Refused {
         /// Request.
         action: String,
@@ -113,7 +144,7 @@ pub enum TransportError {
         reason: String,
     },
     /// A credentials, token, key or certificate file cannot be read.
-    #[error("read {path}: {reason}")]
+    #[error("failed to read {path}: {reason}")]
     Unreadable {
         /// The file.
         path: std::path::PathBuf,
@@ -121,7 +152,9 @@ pub enum TransportError {
         reason: String,
     },
     /// The lease is held by another live process.
-    #[error("take the lease of the {what}: {holder} has it and is alive; end that process first")]
+    #[error(
+        "failed to take the lease of the {what}: {holder} has it and is alive; end that process first"
+    )]
     LeaseHeld {
         /// Name of the lease.
         what: String,
@@ -129,7 +162,7 @@ pub enum TransportError {
         holder: String,
     },
     /// Data on the server was written by an incompatible build.
-    #[error("read {what}: {reason}")]
+    #[error("failed to read {what}: {reason}")]
     Foreign {
         /// Name of the data.
         what: String,
@@ -141,8 +174,11 @@ pub enum TransportError {
 impl Classified for TransportError {
     fn class(&self) -> ErrorClass {
         match self {
-            Self::Unreachable { .. } | Self::Unreadable { .. } => ErrorClass::Resource,
-            Self::LeaseHeld { .. } | Self::Foreign { .. } => ErrorClass::Usage,
+            Self::Rejected { .. } | Self::Unreadable { .. } => ErrorClass::Resource,
+            Self::LeaseHeld { .. } | Self::Foreign { .. } | Self::Unauthentic { .. } => {
+                ErrorClass::Usage
+            }
+            // A server that is away comes back: a process that ends for it is to be started again.
             _ => ErrorClass::Failed,
         }
     }

@@ -6,10 +6,13 @@
 //! - A stream is bounded: a message occupies its slot until it is acknowledged, so a slow consumer exerts
 //!   backpressure on senders, even while all messages are in flight and the queue is empty.
 //! - Delivery is at least once. A message that is dropped or returned unacknowledged is redelivered before newer
-//!   ones. After `max_deliveries` of its [`StreamLimits`] it is [given up](Delivery::is_given_up): it must only be
-//!   recorded and acknowledged. Message ids make duplicates harmless.
+//!   ones. After `max_deliveries` of its [`StreamLimits`] it
+//!   [exceeds the delivery limit](Delivery::exceeds_delivery_limit): it must only be recorded and acknowledged. Message
+//!   ids make duplicates harmless.
 //! - Nothing is lost silently: sent = acknowledged + queued + in flight at every moment, and [`StreamCounts`] counts
 //!   each independently.
+//! - What only a run's leader may say, its record and the announcements of weights, is signed with the run's key if it
+//!   has one, and what is not signed is refused.
 //! - Weights are complete before they are announced, versions only increase, and digests are checked on upload
 //!   and on download.
 //!
@@ -21,13 +24,15 @@ mod delta;
 mod error;
 mod memory;
 mod nats;
+mod run_key;
 mod stream;
 mod transport;
 mod weight_store;
 
 pub use delivery::{Delivery, Receipt};
 pub use error::{Closed, ClosedBy, TransportError};
-pub use nats::{LeaderLease, RegistryEntry, RunRegistry, check_files};
+pub use nats::{LeaderLease, Permissions, RegistryEntry, RoleAccess, RunRegistry, check_files};
+pub use run_key::NewKey;
 pub use stream::{Receiver, Sender, StreamCounts, StreamLimits, stream, stream_within};
 pub use transport::Transport;
 pub use weight_store::{WeightStore, WeightUpdates};

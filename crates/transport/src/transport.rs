@@ -15,6 +15,9 @@ use crate::{
     weight_store::WeightStore,
 };
 
+/// Role of the process that leads a run, in the names of its subjects on the server.
+const LEADER: &str = "learner";
+
 /// A handle on the backend of a run; clones share it.
 #[derive(Debug, Clone)]
 pub struct Transport {
@@ -36,12 +39,12 @@ impl Transport {
         }
     }
 
-    /// Connects to the server for the run named `run`; creates what is missing there.
+    /// Connects to the server as the leader of the run named `run`; creates what is missing there.
     ///
     /// # Errors
-    /// When the server cannot be reached within the configured timeout, or refuses.
+    /// When the server cannot be reached within the configured timeout, refuses, or lacks what a run needs.
     pub async fn connect(settings: &JetStreamSettings, run: &str) -> Result<Self, TransportError> {
-        let connection = Connection::open(settings, run).await?;
+        let connection = Connection::open(settings, run, LEADER, true).await?;
         let registry = RunRegistry::open(&connection).await?;
         create_dead_letter_stream(&connection).await?;
         Ok(Self {
@@ -49,15 +52,17 @@ impl Transport {
         })
     }
 
-    /// As [`Self::connect`] for an existing run; `None` if it does not exist, and nothing is created.
+    /// Connects to the server as a process of the role `role` in the run named `run`; `None` if there is no such run.
+    /// Nothing is created, and no permission for that is needed.
     ///
     /// # Errors
     /// As [`Self::connect`].
     pub async fn find(
         settings: &JetStreamSettings,
         run: &str,
+        role: &str,
     ) -> Result<Option<Self>, TransportError> {
-        let connection = Connection::open(settings, run).await?;
+        let connection = Connection::open(settings, run, role, false).await?;
         let registry = RunRegistry::find(&connection).await?;
         Ok(registry.map(|registry| Self {
             backend: Backend::JetStream(connection, registry),
@@ -89,7 +94,7 @@ impl Transport {
             capacity,
             max_deliveries: deliveries.unwrap_or(StreamLimits::MAX_DELIVERIES),
         };
-        let location = StreamLocation::create(connection, name, limits).await?;
+        let location = StreamLocation::open(connection, name, limits).await?;
         let downstream = Downstream::open(location.clone()).await?;
         Ok((
             Sender::over_jetstream(Arc::new(Upstream::of(location))),
@@ -119,6 +124,25 @@ impl Transport {
         }
     }
 
+    /// Checks that the server takes messages of `bytes` bytes.
+    ///
+    /// # Errors
+    /// When it does not; the message names both sizes.
+    pub fn require_payload(&self, bytes: usize) -> Result<(), TransportError> {
+        match &self.backend {
+            Backend::Memory => Ok(()),
+            Backend::JetStream(connection, _) => connection.require_payload(bytes),
+        }
+    }
+
+    /// Records that this process has started and has work to lose: from now on it waits for a server that is away, for
+    /// the configured outage.
+    pub fn set_started(&self) {
+        if let Backend::JetStream(connection, _) = &self.backend {
+            connection.set_started();
+        }
+    }
+
     /// Waits until all acknowledgements are sent. To be called before the process exits.
     pub async fn flush(&self) {
         if let Backend::JetStream(connection, _) = &self.backend {
@@ -126,14 +150,14 @@ impl Transport {
         }
     }
 
-    /// Removes all data of the run from the server.
+    /// Removes all data of the run, whose streams are `streams`, from the server.
     ///
     /// # Errors
     /// When the server refuses.
-    pub async fn remove(&self) -> Result<(), TransportError> {
+    pub async fn remove(&self, streams: &[&str]) -> Result<(), TransportError> {
         match &self.backend {
             Backend::Memory => Ok(()),
-            Backend::JetStream(connection, _) => connection.remove().await,
+            Backend::JetStream(connection, _) => connection.remove(streams).await,
         }
     }
 }

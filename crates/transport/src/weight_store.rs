@@ -106,6 +106,18 @@ impl WeightStore {
         }
     }
 
+    /// Reads the announcement of the newest weights from the server; [`Self::latest`] may be a moment behind it. Does
+    /// nothing in memory, where it never is.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn refresh(&self) -> Result<(), TransportError> {
+        match &self.backend {
+            StoreBackend::Memory(_) => Ok(()),
+            StoreBackend::JetStream(weight_store) => weight_store.refresh().await,
+        }
+    }
+
     /// Subscribes to updates; the current one is delivered first.
     #[must_use]
     pub fn subscribe(&self) -> WeightUpdates {
@@ -135,14 +147,21 @@ impl WeightStore {
         }
     }
 
-    /// Downloads a file of the run that was uploaded with [`Self::put_file`]; `None` in memory.
+    /// Downloads a file of the run that was uploaded with [`Self::put_file`] and has at most `limit` bytes; `None` in
+    /// memory.
     ///
     /// # Errors
-    /// When the server does not answer or does not have the file.
-    pub async fn get_file(&self, name: &str) -> Result<Option<Vec<u8>>, TransportError> {
+    /// When the server does not answer or does not have the file, or the file is larger.
+    pub async fn get_file(
+        &self,
+        name: &str,
+        limit: u64,
+    ) -> Result<Option<Vec<u8>>, TransportError> {
         match &self.backend {
             StoreBackend::Memory(_) => Ok(None),
-            StoreBackend::JetStream(weight_store) => weight_store.get_file(name).await.map(Some),
+            StoreBackend::JetStream(weight_store) => {
+                weight_store.get_file(name, limit).await.map(Some)
+            }
         }
     }
 }
@@ -359,7 +378,7 @@ mod tests {
         assert_eq!(pruned, TransportError::Pruned { version, newest });
         assert_eq!(
             pruned.to_string(),
-            "fetch weights version 0: superseded and no longer stored; fetch version 4"
+            "failed to fetch weights version 0: superseded and no longer stored; fetch version 4"
         );
         assert_eq!(*fetched, blob(0));
         assert_eq!(

@@ -4,7 +4,9 @@
 use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, anyhow};
+use messages::Stage;
 use settings::Settings;
+use telemetry::StageCounters;
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -15,11 +17,12 @@ use transport::RunRegistry;
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource},
     cluster::{
-        membership::{RunPhase, RunRecord},
+        membership::{Followed, RunPhase, RunRecord},
         model_files::FetchedModel,
         session::{ClusterSession, EXIT_GRACE, POLL_INTERVAL},
     },
-    run::{ApoSession, Role, RoleBuilder, RunStreams, join_all},
+    exit_code::sentence,
+    run::{ApoSession, Role, RoleBuilder, RunStreams, StageMember, join_all},
     signals,
 };
 
@@ -61,6 +64,7 @@ pub(crate) async fn join_preference(
 ) -> anyhow::Result<()> {
     let mut requested = shutdown.subscribe();
     let cancel = signals::cancel_token(shutdown);
+    let mut counters = StageCounters::new(Stage::Preference);
     loop {
         let Some(record) = session.wait_for_run(settings, &mut requested).await? else {
             return Ok(());
@@ -77,8 +81,12 @@ pub(crate) async fn join_preference(
         };
         let (finish, finishing) = watch::channel(false);
         let builder = session.role_builder(settings, &streams, finishing);
+        let member = StageMember {
+            name: &session.name,
+            counters: counters.clone(),
+        };
         let role = builder
-            .preference(&session.name, &Arc::new(judge), apo_session, &cancel)
+            .preference(member, &Arc::new(judge), apo_session, &cancel)
             .await?;
         if let Some(address) = role.http_address {
             out!("http://{address}")?;
@@ -97,6 +105,7 @@ pub(crate) async fn join_preference(
         if run_role(session, role, run_end).await? == ExitReason::Over {
             return Ok(());
         }
+        counters = counters.following();
     }
 }
 
@@ -141,6 +150,7 @@ async fn run_role(
     role: Role,
     run_end: RunEnd,
 ) -> anyhow::Result<ExitReason> {
+    session.transport.set_started();
     let membership = session.start_membership(role.status_source);
     let mut tasks = JoinSet::new();
     role.tasks.into_iter().for_each(|task| {
@@ -159,7 +169,9 @@ async fn run_until_end(
 ) -> anyhow::Result<ExitReason> {
     let reason = tokio::select! {
         Some(ended) = tasks.join_next() => {
-            ended.context("a role panicked")??;
+            ended
+                .context("a role panicked")?
+                .map_err(|error| failure(&error))?;
             return Err(anyhow!("a role ended unexpectedly"));
         }
         reason = wait_until_over(registry, run_end.leaves_after) => reason?,
@@ -172,10 +184,15 @@ async fn run_until_end(
             EXIT_GRACE.as_secs()
         )
     };
-    timeout(EXIT_GRACE, join_all(&mut tasks))
-        .await
-        .map_err(late)??;
+    let ended = timeout(EXIT_GRACE, join_all(&mut tasks)).await;
+    ended.map_err(late)?.map_err(|error| failure(&error))?;
     Ok(reason)
+}
+
+/// The failure of a role that was at work. Whatever its cause, another start may succeed, so that the class of the cause
+/// is not the exit code: a missing resource is final only before a process has joined.
+fn failure(error: &anyhow::Error) -> anyhow::Error {
+    anyhow!(sentence(error))
 }
 
 /// Waits until the run is done, removed from the server, or led by another session than `session`.
@@ -183,15 +200,20 @@ async fn wait_until_over(
     registry: &RunRegistry,
     session: Option<u64>,
 ) -> anyhow::Result<ExitReason> {
+    let mut refused = None;
     loop {
         sleep(POLL_INTERVAL).await;
-        match RunRecord::read(registry).await? {
-            None => return Ok(ExitReason::Over),
-            Some(record) if record.state == RunPhase::Done => return Ok(ExitReason::Over),
-            Some(record) if session.is_some_and(|session| session != record.session) => {
+        match RunRecord::follow(registry, &mut refused).await? {
+            Followed::Removed => return Ok(ExitReason::Over),
+            Followed::Record(record) if record.state == RunPhase::Done => {
+                return Ok(ExitReason::Over);
+            }
+            Followed::Record(record)
+                if session.is_some_and(|session| session != record.session) =>
+            {
                 return Ok(ExitReason::NewSession);
             }
-            Some(_) => {}
+            Followed::Record(_) | Followed::Refused => {}
         }
     }
 }

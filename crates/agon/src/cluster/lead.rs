@@ -31,6 +31,7 @@ pub(crate) async fn lead(
     let streams = RunStreams::open(&session.transport, settings).await?;
     let mut record = initial_record(&context, registry, &streams).await?;
     record.write(registry).await?;
+    session.transport.set_started();
     let builder = RoleBuilder {
         settings,
         streams: &streams,
@@ -44,20 +45,47 @@ pub(crate) async fn lead(
     let publisher = StatusPublisher::start(directory, settings, streams.clone(), source);
     let result = learner.run(shutdown.subscribe()).await;
     record.state = RunPhase::after(result.as_ref().ok().map(|summary| summary.ending));
-    record.write(registry).await?;
-    membership.leave().await;
-    publisher.end(record.state).await;
-    session.transport.flush().await;
-    let summary = result?;
-    let peers = match summary.ending {
-        Ending::Finished => wait_for_peers(registry).await?,
-        Ending::Interrupted => membership::peers(registry).await?,
+    let end = async {
+        record.write(registry).await?;
+        membership.leave().await;
+        publisher.end(record.state).await;
+        session.transport.flush().await;
+        anyhow::Ok(())
     };
+    let peers = match result.as_ref().map(|summary| summary.ending) {
+        Ok(Ending::Finished) => {
+            end.await?;
+            wait_for_peers(registry).await?
+        }
+        Ok(Ending::Interrupted) | Err(_) => {
+            let end = async {
+                end.await?;
+                membership::peers(registry).await
+            };
+            within_farewell(end).await
+        }
+    };
+    let summary = result?;
     let mut stages: Vec<(Stage, StageSnapshot)> = [Stage::Actor, Stage::Preference]
         .map(|stage| (stage, membership::stage_counters(&peers, stage)))
         .to_vec();
     stages.push((Stage::Learner, counters.snapshot()));
     context.outcome(summary, stages)
+}
+
+/// The other processes of a run that ends before it is finished. Its state is saved, so a server that is away is not waited
+/// for: then the other processes are unknown, and see from the lease that the learner has gone.
+async fn within_farewell(end: impl Future<Output = anyhow::Result<Vec<Peer>>>) -> Vec<Peer> {
+    let failure = match timeout(membership::FAREWELL, end).await {
+        Ok(Ok(peers)) => return peers,
+        Ok(Err(error)) => format!("{error:#}"),
+        Err(elapsed) => elapsed.to_string(),
+    };
+    tracing::warn!(
+        failure,
+        "the NATS server does not learn that this learner has ended"
+    );
+    Vec::new()
 }
 
 /// The record of this session, with the initial model's files, which are uploaded unless an earlier session did.

@@ -5,15 +5,14 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use anyhow::Context;
 use learner::Ending;
-use messages::{Digest, Stage, WeightsVersion, wire};
+use messages::{Classified, Digest, ErrorClass, FileName, Stage, WeightsVersion, wire};
 use model::BaseModel;
 use serde::{Deserialize, Serialize};
 use settings::Settings;
 use telemetry::{RunDirectory, StageCounters, StageSnapshot, Waits};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
-use transport::RunRegistry;
+use transport::{RunRegistry, TransportError};
 
 use crate::exit_code::UsageError;
 
@@ -25,6 +24,9 @@ pub(crate) const LEASE_KEY: &str = "learner";
 
 /// Prefix of the registry keys of heartbeats.
 const HEARTBEAT_PREFIX: &str = "present.";
+
+/// Time for which an ending process tries to reach the server.
+pub(crate) const FAREWELL: Duration = Duration::from_secs(15);
 
 /// Heartbeats per lease duration.
 const HEARTBEATS_PER_LEASE: u32 = 5;
@@ -64,13 +66,36 @@ pub(crate) struct RunRecord {
     pub(crate) settings: String,
 }
 
+/// Why the record on the server cannot be used: it is not signed by the run's learner, or of another build.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct RefusedRecord(String);
+
+impl Classified for RefusedRecord {
+    fn class(&self) -> ErrorClass {
+        ErrorClass::Usage
+    }
+}
+
+/// The record of a run as a process that has joined finds it.
+pub(crate) enum Followed {
+    /// It is there.
+    Record(RunRecord),
+    /// The run was removed from the server.
+    Removed,
+    /// It is not the learner's.
+    Refused,
+}
+
 /// A file of the initial model or adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ModelFile {
     /// File name.
-    pub(crate) name: String,
+    pub(crate) name: FileName,
     /// Digest of the contents.
     pub(crate) digest: Digest,
+    /// Length in bytes.
+    pub(crate) bytes: u64,
 }
 
 /// Version of this build and of its messages.
@@ -110,14 +135,43 @@ impl RunRecord {
     }
 
     /// Reads the record; `None` if there is no run.
+    ///
+    /// # Errors
+    /// When the server does not answer; a [`RefusedRecord`] when the record is not the learner's or cannot be used.
     pub(crate) async fn read(registry: &RunRegistry) -> anyhow::Result<Option<Self>> {
-        let Some(entry) = registry.get(RECORD_KEY).await? else {
-            return Ok(None);
+        let content = match registry.get_signed(RECORD_KEY, "the run's record").await {
+            Ok(None) => return Ok(None),
+            Ok(Some(content)) => content,
+            Err(error @ (TransportError::Unauthentic { .. } | TransportError::Foreign { .. })) => {
+                return Err(RefusedRecord(error.to_string()).into());
+            }
+            Err(error) => return Err(error.into()),
         };
-        let record = serde_json::from_slice(&entry.value);
-        Ok(Some(record.context(
-            "the run on the server was written by another build; run one build everywhere",
-        )?))
+        let record = serde_json::from_slice(&content).map_err(|error| {
+            RefusedRecord(format!(
+                "failed to read the run's record on the server: {error}; run one build everywhere"
+            ))
+        });
+        Ok(Some(record?))
+    }
+
+    /// As [`Self::read`], for a process that has joined: a record that is refused changes nothing. It is logged when
+    /// `refused` does not hold its reason yet.
+    pub(crate) async fn follow(
+        registry: &RunRegistry,
+        refused: &mut Option<String>,
+    ) -> anyhow::Result<Followed> {
+        match Self::read(registry).await {
+            Ok(record) => Ok(record.map_or(Followed::Removed, Followed::Record)),
+            Err(error) => {
+                let reason = error.downcast::<RefusedRecord>()?.0;
+                if refused.as_ref() != Some(&reason) {
+                    tracing::error!(reason, "the run's record on the server is ignored");
+                    *refused = Some(reason);
+                }
+                Ok(Followed::Refused)
+            }
+        }
     }
 
     /// Weights version at which this session started.
@@ -130,7 +184,8 @@ impl RunRecord {
 
     /// Writes the record.
     pub(crate) async fn write(&self, registry: &RunRegistry) -> anyhow::Result<()> {
-        Ok(registry.put(RECORD_KEY, serde_json::to_vec(self)?).await?)
+        let content = serde_json::to_vec(self)?;
+        Ok(registry.put_signed(RECORD_KEY, &content).await?)
     }
 
     /// Checks that a process of this build with these settings may join.
@@ -268,11 +323,14 @@ pub(crate) fn stage_counters(peers: &[Peer], stage: Stage) -> StageSnapshot {
         if heartbeat.role != stage.name() {
             continue;
         }
+        // Heartbeats come from other processes: no value of theirs overflows.
         let counters = &heartbeat.stage;
-        sum.received += counters.emitted + counters.total_dropped();
-        sum.emitted += counters.emitted;
+        let add = |sum: &mut u64, count: u64| *sum = sum.saturating_add(count);
+        add(&mut sum.received, counters.emitted);
+        add(&mut sum.emitted, counters.emitted);
         for (reason, count) in &counters.dropped {
-            *sum.dropped.entry(*reason).or_default() += count;
+            add(&mut sum.received, *count);
+            add(sum.dropped.entry(*reason).or_default(), *count);
         }
     }
     sum
@@ -332,21 +390,29 @@ impl Membership {
         Self { leave, task }
     }
 
-    /// Publishes the final counters and leaves the run.
-    pub(crate) async fn leave(self) {
+    /// Publishes the final counters and leaves the run. A server that is away is not waited for: others see from the
+    /// lease that the process has gone.
+    pub(crate) async fn leave(mut self) {
         self.leave.send_replace(true);
-        if self.task.await.is_err() {
+        let left = timeout(FAREWELL, &mut self.task).await;
+        if !matches!(left, Ok(Ok(()))) {
+            self.task.abort();
             tracing::warn!("the final heartbeat was not published");
         }
     }
 }
 
 impl Heartbeat {
-    /// Address of its metrics, `host:port`.
+    /// Address of its metrics, `host:port`; `None` if the heartbeat names anything else.
     pub(crate) fn metrics_address(&self) -> Option<&str> {
-        self.metrics
+        let address = self
+            .metrics
             .strip_prefix("http://")?
-            .strip_suffix("/metrics")
+            .strip_suffix("/metrics")?;
+        let (host, port) = address.rsplit_once(':')?;
+        let is_of_host = |c: char| c.is_ascii_alphanumeric() || "-._[]:".contains(c);
+        let is_address = !host.is_empty() && host.chars().all(is_of_host);
+        (is_address && port.parse::<u16>().is_ok()).then_some(address)
     }
 }
 
@@ -468,24 +534,81 @@ mod tests {
     }
 
     #[test]
+    fn a_heartbeat_names_no_address_but_of_its_metrics() {
+        let address = |metrics: &str| Heartbeat {
+            metrics: metrics.into(),
+            ..heartbeat("actor", StageSnapshot::default())
+        };
+        for (metrics, expected) in [
+            ("http://host-1:9464/metrics", Some("host-1:9464")),
+            ("http://[::1]:9464/metrics", Some("[::1]:9464")),
+            ("http://host/metrics", None),
+            ("http://host:80/secret?x=:1/metrics", None),
+            ("http://user@host:80/metrics", None),
+            ("file:///etc/metrics", None),
+            ("http://:80/metrics", None),
+        ] {
+            assert_eq!(address(metrics).metrics_address(), expected, "{metrics}");
+        }
+    }
+
+    #[test]
+    fn counters_of_other_processes_do_not_overflow() {
+        let stage = StageSnapshot {
+            emitted: u64::MAX,
+            dropped: BTreeMap::from([(DropReason::Failed, u64::MAX)]),
+            ..StageSnapshot::default()
+        };
+        let peer = Peer {
+            heartbeat: heartbeat("actor", stage),
+            age: Duration::ZERO,
+        };
+        let sum = stage_counters(&[peer.clone(), peer], Stage::Actor);
+        assert_eq!((sum.received, sum.emitted), (u64::MAX, u64::MAX));
+    }
+
+    fn heartbeat(role: &str, stage: StageSnapshot) -> Heartbeat {
+        Heartbeat {
+            role: role.into(),
+            name: "x".into(),
+            host: "h".into(),
+            pid: 1,
+            left: false,
+            step: None,
+            waits: Vec::new(),
+            stage,
+            metrics: String::new(),
+        }
+    }
+
+    #[test]
+    fn names_of_files_in_a_record_are_plain() {
+        let text = serde_json::to_string(&record("")).expect("a record");
+        let with = |name: &str| {
+            let digest = serde_json::to_string(&Digest::of(b"")).expect("a digest");
+            let file = format!("{{\"name\": {name:?}, \"digest\": {digest}, \"bytes\": 0}}");
+            text.replacen("\"model\":[]", &format!("\"model\":[{file}]"), 1)
+        };
+        let parse = |text: &str| serde_json::from_str::<RunRecord>(text);
+        parse(&with("config.json")).expect("a plain name");
+        for name in ["../config.json", "/etc/passwd", "..", "a/b", ""] {
+            let error = parse(&with(name)).expect_err(name).to_string();
+            assert!(error.contains("file name"), "{error}");
+        }
+    }
+
+    #[test]
     fn messages_in_flight_at_dead_processes_are_not_counted() {
         let peer = |role: &str, received, emitted, stale| Peer {
-            heartbeat: Heartbeat {
-                role: role.into(),
-                name: "x".into(),
-                host: "h".into(),
-                pid: 1,
-                left: false,
-                step: None,
-                waits: Vec::new(),
-                stage: StageSnapshot {
+            heartbeat: heartbeat(
+                role,
+                StageSnapshot {
                     received,
                     emitted,
                     dropped: BTreeMap::from([(DropReason::Identical, stale)]),
                     in_flight: received - emitted - stale,
                 },
-                metrics: String::new(),
-            },
+            ),
             age: Duration::ZERO,
         };
         let all = [

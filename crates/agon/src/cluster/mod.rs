@@ -5,9 +5,10 @@ pub(crate) mod launch;
 mod lead;
 pub(crate) mod membership;
 mod model_files;
+pub(crate) mod server_users;
 mod session;
 pub(crate) mod status;
 
 pub(crate) use join::{join_actor, join_preference};
 pub(crate) use lead::lead;
-pub(crate) use session::ClusterSession;
+pub(crate) use session::{ClusterSession, ProcessNames};

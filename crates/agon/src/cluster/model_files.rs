@@ -1,10 +1,14 @@
 //! Files of the initial model and adapter: uploaded by the leader to the weight store, so that other processes need
 //! nothing but the server, and fetched by processes that do not have them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Context, anyhow};
-use messages::Digest;
+use anyhow::{Context, anyhow, ensure};
+use messages::{Digest, FileName};
 use model::ModelFolder;
 use settings::{ModelSource, Settings};
 use tempfile::TempDir;
@@ -26,7 +30,8 @@ pub(super) enum ModelFileKind {
 }
 
 impl ModelFileKind {
-    fn includes(self, name: &str) -> bool {
+    fn includes(self, name: &FileName) -> bool {
+        let name = name.as_str();
         match self {
             Self::Model => ["json", "safetensors", "jinja", "model"]
                 .iter()
@@ -35,6 +40,9 @@ impl ModelFileKind {
         }
     }
 }
+
+/// Largest number of files of a model or an adapter: its shards and some others.
+const MAX_FILES: usize = 4096;
 
 /// Uploads a folder's files of this kind, except those that are `uploaded` already. Returns all of them, by name.
 pub(super) async fn upload(
@@ -46,7 +54,7 @@ pub(super) async fn upload(
     let mut files = Vec::new();
     let mut names: Vec<_> = std::fs::read_dir(folder)
         .with_context(|| format!("failed to read {}", folder.display()))?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter_map(|entry| FileName::new(entry.ok()?.file_name().into_string().ok()?).ok())
         .filter(|name| kind.includes(name))
         .collect();
     names.sort();
@@ -54,8 +62,11 @@ pub(super) async fn upload(
         let path = folder.join(&name);
         let bytes =
             std::fs::read(&path).with_context(|| format!("failed to read {}", path.display()))?;
-        let digest = Digest::of(&bytes);
-        let file = ModelFile { name, digest };
+        let file = ModelFile {
+            name,
+            digest: Digest::of(&bytes),
+            bytes: bytes.len() as u64,
+        };
         if !uploaded.contains(&file) {
             weight_store.put_file(&stored_name(&file), bytes).await?;
         }
@@ -88,10 +99,15 @@ impl FetchedModel {
     ) -> anyhow::Result<Self> {
         let (device, dtype) = assembly::device(settings)?;
         let source = &settings.model;
-        let files = FileFolder::find(source.path.as_ref(), &record.model, weight_store).await?;
+        let kind = ModelFileKind::Model;
+        let source_path = source.path.as_ref();
+        let files = FileFolder::find(source_path, &record.model, kind, weight_store).await?;
         let adapter = match record.adapter.as_slice() {
             [] => None,
-            files => Some(FileFolder::find(source.adapter.as_ref(), files, weight_store).await?),
+            files => {
+                let (source, kind) = (source.adapter.as_ref(), ModelFileKind::Adapter);
+                Some(FileFolder::find(source, files, kind, weight_store).await?)
+            }
         };
         let mut folder = ModelFolder::open(files.path(), source.chat_template.as_deref())?;
         folder.base_model = record.base_model.clone();
@@ -135,26 +151,138 @@ impl FileFolder {
     async fn find(
         source: Option<&ModelSource>,
         files: &[ModelFile],
+        kind: ModelFileKind,
         weight_store: &WeightStore,
     ) -> anyhow::Result<Self> {
-        let has_file = |folder: &Path, file: &ModelFile| {
-            let bytes = std::fs::read(folder.join(&file.name));
-            bytes.is_ok_and(|bytes| Digest::of(&bytes) == file.digest)
-        };
+        check(files, kind)?;
         let local = source.and_then(hub::cached_folder);
-        if let Some(local) = local.filter(|local| files.iter().all(|file| has_file(local, file))) {
+        if let Some(local) = local.filter(|local| files.iter().all(|file| has(local, file))) {
             return Ok(Self::Local(local));
         }
         let folder = tempfile::tempdir().context("failed to make a folder for the model")?;
+        let needed: u64 = files.iter().map(|file| file.bytes).sum();
+        let free = telemetry::free_bytes(folder.path());
+        ensure!(
+            free.is_none_or(|free| free >= needed),
+            "failed to fetch the run's model: its {needed} bytes do not fit into {}; set TMPDIR to a folder with room",
+            folder.path().display()
+        );
         for file in files {
-            let bytes = weight_store.get_file(&stored_name(file)).await?;
+            let bytes = weight_store
+                .get_file(&stored_name(file), file.bytes)
+                .await?;
             let bytes = bytes.context("a server stores the files of the run")?;
             if Digest::of(&bytes) != file.digest {
                 return Err(anyhow!("{} from the server is corrupt", file.name));
             }
-            std::fs::write(folder.path().join(&file.name), bytes)
-                .with_context(|| format!("failed to write into {}", folder.path().display()))?;
+            write_new(&folder.path().join(&file.name), &bytes)?;
         }
         Ok(Self::Fetched(folder))
+    }
+}
+
+/// Whether `folder` has this file: a regular one of its length, with its digest.
+fn has(folder: &Path, file: &ModelFile) -> bool {
+    let path = folder.join(&file.name);
+    let metadata = std::fs::metadata(&path);
+    let is_candidate = metadata.is_ok_and(|found| found.is_file() && found.len() == file.bytes);
+    is_candidate && std::fs::read(path).is_ok_and(|bytes| Digest::of(&bytes) == file.digest)
+}
+
+/// Checks what a run's record says of its files: only files of the kind, each once, and not too many.
+fn check(files: &[ModelFile], kind: ModelFileKind) -> anyhow::Result<()> {
+    ensure!(
+        files.len() <= MAX_FILES,
+        "the run's record names {} files of a model: at most {MAX_FILES} are fetched",
+        files.len()
+    );
+    let total = files
+        .iter()
+        .try_fold(0u64, |total, file| total.checked_add(file.bytes));
+    ensure!(
+        total.is_some(),
+        "the run's record names files of more bytes than there are"
+    );
+    let mut seen = std::collections::BTreeSet::new();
+    for file in files {
+        ensure!(
+            kind.includes(&file.name) && seen.insert(file.name.as_str()),
+            "the run's record names the file {:?}, which is no file of {kind:?} or is there twice",
+            file.name.as_str()
+        );
+    }
+    Ok(())
+}
+
+/// Writes a file that does not exist yet, for its owner only.
+fn write_new(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let failed = || format!("failed to write {}", path.display());
+    let mut options = std::fs::OpenOptions::new();
+    let created = options.write(true).create_new(true).mode(0o600).open(path);
+    let mut file = created.with_context(failed)?;
+    file.write_all(bytes).with_context(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(name: &str, bytes: u64) -> ModelFile {
+        ModelFile {
+            name: FileName::new(name).expect("a plain name"),
+            digest: Digest::of(b"x"),
+            bytes,
+        }
+    }
+
+    #[test]
+    fn a_record_names_only_files_of_a_model_each_once() {
+        let model =
+            |files: &[ModelFile]| check(files, ModelFileKind::Model).map_err(|e| e.to_string());
+        assert_eq!(
+            model(&[file("config.json", 3), file("a.safetensors", 9)]),
+            Ok(())
+        );
+        let cases = [
+            (vec![file(".bashrc", 3)], ".bashrc"),
+            (vec![file("a.json", 3), file("a.json", 3)], "twice"),
+            (
+                vec![file("a.json", u64::MAX), file("b.json", 1)],
+                "more bytes",
+            ),
+            (vec![file("a.json", 0); MAX_FILES + 1], "at most"),
+        ];
+        for (files, expected) in cases {
+            let error = model(&files).expect_err(expected);
+            assert!(error.contains(expected), "{error}");
+        }
+        let adapter = check(&[file("config.json", 3)], ModelFileKind::Adapter);
+        assert!(adapter.is_err());
+    }
+
+    #[test]
+    fn a_file_is_written_once_and_for_its_owner() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("config.json");
+        write_new(&path, b"{}").expect("it is new");
+        let mode = std::fs::metadata(&path)
+            .expect("a file")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let error = write_new(&path, b"[]").expect_err("it exists").to_string();
+        assert!(error.contains("config.json"), "{error}");
+        assert_eq!(std::fs::read(&path).expect("a file"), b"{}");
+    }
+
+    #[test]
+    fn a_local_file_is_regular_and_has_its_digest() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("a.json"), "x").expect("a file");
+        std::fs::create_dir(folder.path().join("b.json")).expect("a folder");
+        assert!(has(folder.path(), &file("a.json", 1)));
+        assert!(!has(folder.path(), &file("a.json", 2)));
+        assert!(!has(folder.path(), &file("b.json", 1)));
     }
 }

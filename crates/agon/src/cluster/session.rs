@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use anyhow::{Context, anyhow};
-use settings::{Settings, TransportSettings};
+use settings::{JetStreamSettings, Settings, TransportSettings};
 use tokio::{
     sync::watch,
     time::{sleep, timeout},
@@ -11,8 +11,12 @@ use tokio::{
 use transport::{LeaderLease, RunRegistry, Transport};
 
 use crate::{
-    cluster::membership::{self, Membership, RunPhase, RunRecord, StatusSource, home},
+    cluster::{
+        membership::{self, Membership, RunPhase, RunRecord, StatusSource, home},
+        server_users::{ServerRole, message_bytes},
+    },
     exit_code::UsageError,
+    run::STREAM_NAMES,
 };
 
 /// Time for a run to start that a role is to join; training a base policy may take long.
@@ -35,29 +39,60 @@ pub(crate) struct ClusterSession {
 }
 
 impl ClusterSession {
-    /// Connects to the server of the settings. `metrics` is the URL of this process's Prometheus metrics.
+    /// Connects to the server of the settings as the run's leader. `metrics` is the URL of this process's Prometheus
+    /// metrics.
     pub(crate) async fn connect(
         settings: &Settings,
         name: String,
         metrics: String,
     ) -> anyhow::Result<Self> {
-        let TransportSettings::Jetstream(jetstream) = &settings.transport else {
-            return Err(UsageError(
-                "transport.kind is \"memory\": a role of its own needs transport.kind = \"jetstream\"; \
-                 agon train runs all roles in one process"
-                    .into(),
-            )
-            .into());
-        };
-        if jetstream.url.is_empty() {
-            return Err(UsageError(
-                "transport.url is empty: set the URL of the run's NATS server, as in \
-                 --set transport.url=nats://host:4222"
-                    .into(),
-            )
-            .into());
+        let transport = Transport::connect(server_of(settings)?, &settings.run.name).await?;
+        let session = Self::over(transport, settings, name, metrics)?;
+        if !session.registry.is_signed() {
+            tracing::warn!(
+                "transport.run_key_path is not set: every client that the NATS server lets write can publish weights in \
+                 this run; agon nats-config makes keys and permissions"
+            );
         }
-        let transport = Transport::connect(jetstream, &settings.run.name).await?;
+        Ok(session)
+    }
+
+    /// Connects to the server of the settings as a process of this role, and waits for the run to be there. `None` when
+    /// shutdown is requested.
+    pub(crate) async fn join(
+        settings: &Settings,
+        role: ServerRole,
+        names: ProcessNames,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> anyhow::Result<Option<Self>> {
+        let (jetstream, run) = (server_of(settings)?, &settings.run.name);
+        let waiting = async {
+            let mut logged = false;
+            loop {
+                if let Some(found) = Transport::find(jetstream, run, role.name()).await? {
+                    return anyhow::Ok(found);
+                }
+                log_waiting(run, &mut logged);
+                sleep(POLL_INTERVAL).await;
+            }
+        };
+        tokio::select! {
+            found = timeout(JOIN_TIMEOUT, waiting) => {
+                let transport = found.map_err(|_| no_leader(run))??;
+                let ProcessNames { name, metrics } = names;
+                Self::over(transport, settings, name, metrics).map(Some)
+            }
+            _ = shutdown.wait_for(|requested| *requested) => Ok(None),
+        }
+    }
+
+    fn over(
+        transport: Transport,
+        settings: &Settings,
+        name: String,
+        metrics: String,
+    ) -> anyhow::Result<Self> {
+        transport.require_payload(message_bytes(settings))?;
         let registry = transport
             .registry()
             .context("a server has a registry")?
@@ -84,21 +119,13 @@ impl ClusterSession {
                 {
                     return anyhow::Ok(record);
                 }
-                if !std::mem::replace(&mut logged, true) {
-                    tracing::info!(
-                        run = settings.run.name,
-                        "waiting for a learner to lead the run"
-                    );
-                }
+                log_waiting(&settings.run.name, &mut logged);
                 sleep(POLL_INTERVAL).await;
             }
         };
         tokio::select! {
             record = timeout(JOIN_TIMEOUT, waiting) => {
-                let record = record.map_err(|_| anyhow!(
-                    "no learner led the run {} within {} s; start one with agon learner",
-                    settings.run.name, JOIN_TIMEOUT.as_secs()
-                ))??;
+                let record = record.map_err(|_| no_leader(&settings.run.name))??;
                 record.check_compatible(settings)?;
                 Ok(Some(record))
             }
@@ -141,12 +168,54 @@ impl ClusterSession {
             .into());
         }
         tracing::warn!("removing the data of an earlier run of this directory from the server");
-        self.transport.remove().await?;
+        self.clear().await?;
         Ok(None)
     }
 
     /// Removes the run from the server, once it is finished and its results are in its directory.
     pub(crate) async fn clear(&self) -> anyhow::Result<()> {
-        Ok(self.transport.remove().await?)
+        Ok(self.transport.remove(&STREAM_NAMES).await?)
     }
+}
+
+/// How a process is called in its run.
+pub(crate) struct ProcessNames {
+    /// Its name.
+    pub(crate) name: String,
+    /// URL of its Prometheus metrics.
+    pub(crate) metrics: String,
+}
+
+/// The server of the settings.
+fn server_of(settings: &Settings) -> anyhow::Result<&JetStreamSettings> {
+    let TransportSettings::Jetstream(jetstream) = &settings.transport else {
+        return Err(UsageError(
+            "transport.kind is \"memory\": a role of its own needs transport.kind = \"jetstream\"; \
+             agon train runs all roles in one process"
+                .into(),
+        )
+        .into());
+    };
+    if jetstream.url.is_empty() {
+        return Err(UsageError(
+            "transport.url is empty: set the URL of the run's NATS server, as in \
+             --set transport.url=nats://host:4222"
+                .into(),
+        )
+        .into());
+    }
+    Ok(jetstream)
+}
+
+fn log_waiting(run: &str, logged: &mut bool) {
+    if !std::mem::replace(logged, true) {
+        tracing::info!(run, "waiting for a learner to lead the run");
+    }
+}
+
+fn no_leader(run: &str) -> anyhow::Error {
+    anyhow!(
+        "no learner led the run {run} within {} s; start one with agon learner",
+        JOIN_TIMEOUT.as_secs()
+    )
 }

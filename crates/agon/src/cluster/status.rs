@@ -14,7 +14,9 @@ use anyhow::Context;
 use messages::Stage;
 use serde::{Deserialize, Serialize};
 use settings::Settings;
-use telemetry::{Measurements, MetricsPage, RunDirectory, StageSnapshot, write_atomically};
+use telemetry::{
+    Measurements, MetricsPage, RunDirectory, RunFiles, StageSnapshot, write_atomically,
+};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use transport::{RunRegistry, StreamCounts};
 
@@ -28,6 +30,18 @@ const PUBLISH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Age of `status.json` after which a process of a single-process run counts as dead.
 const SINGLE_PROCESS_LEASE: Duration = Duration::from_secs(15);
+
+/// Status in a run directory, for `agon status`.
+const STATUS_FILE: &str = "status.json";
+
+/// Scrape targets in a run directory, for Prometheus and the live page.
+const TARGETS_FILE: &str = "targets.json";
+
+/// The launcher's scrape target.
+const LAUNCHER_FILE: &str = "targets-launcher.json";
+
+/// Maximum size of these files in bytes: some thousand processes.
+const MAX_STATUS_BYTES: u64 = 16 << 20;
 
 /// Snapshot of a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -190,15 +204,16 @@ impl ClusterStatus {
     /// Reads the status last written to a run directory, with the ages of heartbeats as of now.
     pub(crate) fn read(directory: &Path) -> anyhow::Result<Option<Self>> {
         let path = status_file(directory);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(error).with_context(|| format!("failed to read {}", path.display()));
-            }
+        let bytes = RunFiles::new(directory).read(STATUS_FILE, MAX_STATUS_BYTES)?;
+        let Some(bytes) = bytes else {
+            return Ok(None);
         };
-        let status: Self = serde_json::from_slice(&bytes)
-            .with_context(|| format!("{} was not written by this build", path.display()))?;
+        let status: Self = serde_json::from_slice(&bytes).with_context(|| {
+            format!(
+                "failed to read {}: it is damaged, or of another build",
+                path.display()
+            )
+        })?;
         Ok(Some(status.aged_to(since_1970().as_secs_f64())))
     }
 
@@ -316,11 +331,11 @@ pub(crate) fn service_discovery(directory: &Path) -> MetricsPage {
 }
 
 fn targets(directory: &Path) -> Vec<ScrapeTarget> {
-    let read = |file: PathBuf| std::fs::read(file).ok();
+    let files = RunFiles::new(directory);
+    let read = |name| files.read(name, MAX_STATUS_BYTES).ok().flatten();
     let parse = |bytes: Vec<u8>| serde_json::from_slice::<Vec<ScrapeTarget>>(&bytes).ok();
-    let files = [targets_file(directory), launcher_file(directory)];
-    let found = files.into_iter().filter_map(read).filter_map(parse);
-    found.flatten().collect()
+    let found = [TARGETS_FILE, LAUNCHER_FILE].into_iter();
+    found.filter_map(read).filter_map(parse).flatten().collect()
 }
 
 /// The launcher's entry among the scrape targets; removed on drop.
@@ -351,15 +366,15 @@ impl Drop for LauncherTarget {
 }
 
 fn status_file(directory: &Path) -> PathBuf {
-    directory.join("status.json")
+    directory.join(STATUS_FILE)
 }
 
 fn targets_file(directory: &Path) -> PathBuf {
-    directory.join("targets.json")
+    directory.join(TARGETS_FILE)
 }
 
 fn launcher_file(directory: &Path) -> PathBuf {
-    directory.join("targets-launcher.json")
+    directory.join(LAUNCHER_FILE)
 }
 
 fn since_1970() -> Duration {

@@ -81,7 +81,7 @@ impl Lease {
         self.deliveries
     }
 
-    pub(crate) fn is_given_up(&self) -> bool {
+    pub(crate) fn exceeds_delivery_limit(&self) -> bool {
         self.deliveries > self.max_deliveries
     }
 

@@ -1,32 +1,44 @@
 //! The NATS JetStream backend. Streams, the weight store and the registry of a run are on the server and outlive
 //! every process.
 //!
-//! All names on the server contain the run's name, so runs that share a server do not interfere. The first process
-//! creates what is missing. Requests to an unavailable server are retried for the configured timeout.
+//! All names on the server contain the run's name, so runs that share a server do not interfere. The leader creates what
+//! is missing; other processes need no permission for that. What a restart or a wait cannot mend, such as a server without
+//! JetStream or a missing permission, is an error at once. A server that is away is waited for: at the start for the
+//! configured timeout, by a running process for the configured outage.
 
+mod access;
+mod health;
 mod lease_keeper;
+mod names;
 mod registry;
+mod requirements;
 mod stream;
 mod weight_store;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream::{self, Context};
 use async_nats::rustls::crypto::ring;
-use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, Event};
+use async_nats::{Client, ConnectError, ConnectErrorKind, ConnectOptions};
 use futures_util::TryStreamExt;
 use settings::JetStreamSettings;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::error::TransportError;
+use crate::run_key::RunKey;
+use health::ConnectionHealth;
 use lease_keeper::LeaseKeeper;
+use names::RunNames;
 
-pub(crate) use lease_keeper::Lease;
-pub(crate) use stream::{Downstream, StreamLocation, Upstream, create_dead_letter_stream};
+pub(crate) use stream::{
+    Downstream, HeldMessage, StreamLocation, Upstream, create_dead_letter_stream,
+};
 pub(crate) use weight_store::NatsWeightStore;
 
+pub use access::{Permissions, RoleAccess};
 pub use registry::{LeaderLease, RegistryEntry, RunRegistry};
 
 /// Timeout of one request.
@@ -35,54 +47,116 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Delay before a failed request is retried.
 const RETRY_DELAY: Duration = Duration::from_millis(250);
 
+/// The server's error code of a stream that does not exist.
+const NO_STREAM: &str = "error code 10059";
+
+/// Delay before a warning about a request that keeps failing is repeated.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
+
 /// A run's connection to its server.
 #[derive(Debug)]
 pub(crate) struct Connection {
+    client: Client,
     context: Context,
-    run: String,
+    names: RunNames,
     settings: JetStreamSettings,
     lease_keeper: LeaseKeeper,
+    health: Arc<ConnectionHealth>,
+    key: RunKey,
+    /// Whether this process leads the run and creates what is missing.
+    leads: bool,
+    /// Whether the process has started, after which it waits for a server that is away.
+    started: AtomicBool,
+}
+
+/// How long a failing request is repeated, and how it is reported meanwhile.
+pub(crate) struct Patience {
+    action: String,
+    /// Time of the last success, or of the first attempt.
+    started: Instant,
+    /// Since when the server has been connected and has failed.
+    connected: Instant,
+    warned: Option<Instant>,
+    refusals: u64,
 }
 
 impl Connection {
-    /// Connects to the server of the run named `run`.
+    /// Connects to the server of the run named `run`, as its leader or as another role.
     pub(crate) async fn open(
         settings: &JetStreamSettings,
         run: &str,
+        role: &str,
+        leads: bool,
     ) -> Result<Arc<Self>, TransportError> {
+        let names = RunNames::of(run);
+        let key = RunKey::read(settings, run)?;
+        if leads {
+            key.require_seed()?;
+        }
+        let health = Arc::new(ConnectionHealth::default());
+        let connect = || {
+            let events = Arc::clone(&health);
+            let options = options(settings)?.custom_inbox_prefix(names.inbox(role));
+            Ok::<_, TransportError>(options.event_callback(move |event| {
+                let events = Arc::clone(&events);
+                async move { events.handle(&event) }
+            }))
+        };
         let deadline = Instant::now() + Duration::from_secs(settings.timeout_seconds);
         let client = loop {
-            let error = match options(settings)?.connect(&settings.url).await {
+            let error = match connect()?.connect(&settings.url).await {
                 Ok(client) => break client,
                 Err(error) => error,
             };
-            if is_final(&error) || Instant::now() > deadline {
-                return Err(TransportError::Unreachable {
-                    url: settings.url.clone(),
-                    reason: one_line(&error),
-                });
+            let reason = one_line(&error);
+            let remedy = requirements::remedy_of_connection(&reason);
+            if is_final(&error) || remedy.is_some() {
+                let url = settings.url.clone();
+                let reason = remedy.map_or(reason.clone(), |remedy| format!("{reason}: {remedy}"));
+                return Err(TransportError::Rejected { url, reason });
+            }
+            if Instant::now() > deadline {
+                let url = settings.url.clone();
+                return Err(TransportError::Unreachable { url, reason });
             }
             sleep(RETRY_DELAY).await;
         };
+        requirements::check(&client.server_info(), settings)?;
         let mut context = jetstream::new(client.clone());
         context.set_timeout(REQUEST_TIMEOUT);
         let lease = Duration::from_secs(settings.lease_seconds);
         Ok(Arc::new(Self {
-            lease_keeper: LeaseKeeper::start(client, lease),
+            lease_keeper: LeaseKeeper::start(client.clone(), lease),
+            client,
             context,
-            run: run.to_owned(),
+            names,
             settings: settings.clone(),
+            health,
+            key,
+            leads,
+            started: AtomicBool::new(false),
         }))
     }
 
-    /// Name of `part` of this run on the server.
-    fn name(&self, part: &str) -> String {
-        format!("agon-{}-{}", self.run, part.replace(' ', "-"))
+    /// Records that the process has started: from now on it waits for a server that is away.
+    pub(crate) fn set_started(&self) {
+        self.started.store(true, Ordering::Relaxed);
     }
 
-    /// Subject of the messages of `part`.
-    fn subject(&self, part: &str) -> String {
-        self.name(part).replacen('-', ".", 1)
+    /// Checks that the server takes messages of `bytes` bytes.
+    pub(crate) fn require_payload(&self, bytes: usize) -> Result<(), TransportError> {
+        let info = self.client.server_info();
+        requirements::check_payload(&info, &self.settings, bytes)
+    }
+
+    /// State of the connection.
+    pub(crate) fn health(&self) -> &ConnectionHealth {
+        &self.health
+    }
+
+    /// Key of the run.
+    pub(crate) fn key(&self) -> &RunKey {
+        &self.key
     }
 
     /// Number of deliveries after which a message is given up.
@@ -95,7 +169,7 @@ impl Connection {
         Duration::from_secs(self.settings.lease_seconds)
     }
 
-    /// Retries `request` until it succeeds or the configured timeout has passed.
+    /// Retries `request` until it succeeds, fails for a reason that a retry cannot mend, or patience ends.
     async fn retry<T, E, F>(
         &self,
         action: &str,
@@ -105,19 +179,82 @@ impl Connection {
         E: std::error::Error,
         F: Future<Output = Result<T, E>>,
     {
-        let deadline = Instant::now() + Duration::from_secs(self.settings.timeout_seconds);
+        let allowed = Duration::from_secs(self.settings.timeout_seconds);
+        let mut patience = self.patience(action);
         loop {
-            match timeout_at(deadline, request()).await {
+            let failure = match timeout(allowed, request()).await {
                 Ok(Ok(response)) => return Ok(response),
-                Ok(Err(error)) if Instant::now() > deadline => {
-                    return Err(self.refused(action, &error));
-                }
-                Ok(Err(error)) => {
-                    tracing::debug!(action, error = one_line(&error), "request failed; retrying");
-                }
-                Err(elapsed) => return Err(self.refused(action, &elapsed)),
-            }
+                Ok(Err(error)) => one_line(&error),
+                Err(elapsed) => one_line(&elapsed),
+            };
+            self.bear(&mut patience, &failure)?;
             sleep(RETRY_DELAY).await;
+        }
+    }
+
+    /// Patience with a request that begins now. `action` reads after "failed to".
+    pub(crate) fn patience(&self, action: &str) -> Patience {
+        Patience {
+            action: action.to_owned(),
+            started: Instant::now(),
+            connected: Instant::now(),
+            warned: None,
+            refusals: self.health.refusals(),
+        }
+    }
+
+    /// Decides on a failed attempt: returns if it is to be repeated.
+    ///
+    /// # Errors
+    /// When a retry cannot help, or patience has ended: after the configured timeout of a connected server, after the
+    /// configured outage of one that is away from a running process.
+    pub(crate) fn bear(
+        &self,
+        patience: &mut Patience,
+        failure: &str,
+    ) -> Result<(), TransportError> {
+        let (now, started) = (Instant::now(), self.started.load(Ordering::Relaxed));
+        if let Some(reason) = self.permanent(patience, failure, started) {
+            return Err(TransportError::Rejected {
+                url: self.settings.url.clone(),
+                reason: format!("{}: {reason}", patience.action),
+            });
+        }
+        let waits = started && (self.health.is_away() || requirements::is_absent(failure));
+        if waits {
+            patience.connected = now;
+        }
+        let outage = Duration::from_secs(self.settings.max_outage_seconds);
+        let allowed = Duration::from_secs(self.settings.timeout_seconds);
+        if now - patience.connected > allowed || (waits && now - patience.started > outage) {
+            return Err(self.refused(&patience.action, failure));
+        }
+        let storage_full = requirements::is_storage_full(failure);
+        if storage_full || now - patience.started > REQUEST_TIMEOUT {
+            patience.warn(failure);
+        }
+        let action = &patience.action;
+        tracing::debug!(action, failure, "request failed; retrying");
+        Ok(())
+    }
+
+    /// The reason and remedy of a failure that a retry cannot mend.
+    fn permanent(&self, patience: &Patience, failure: &str, started: bool) -> Option<String> {
+        if let Some(refusal) = self.health.refusal_since(patience.refusals) {
+            return Some(requirements::permission(&refusal));
+        }
+        let remedy = requirements::remedy(failure).or_else(|| match started {
+            true => None,
+            false => requirements::remedy_at_start(failure, patience.started.elapsed()),
+        });
+        remedy.map(|remedy| format!("{failure}: {remedy}"))
+    }
+
+    pub(crate) fn refused(&self, action: &str, reason: &str) -> TransportError {
+        TransportError::Refused {
+            action: action.to_owned(),
+            url: self.settings.url.clone(),
+            reason: reason.to_owned(),
         }
     }
 
@@ -147,36 +284,58 @@ impl Connection {
         Ok(suffixes.map(str::to_owned).collect())
     }
 
-    fn refused(&self, action: &str, error: &dyn std::error::Error) -> TransportError {
-        TransportError::Refused {
-            action: action.to_owned(),
-            url: self.settings.url.clone(),
-            reason: one_line(error),
-        }
-    }
-
     /// Waits until all acknowledgements are sent.
     pub(crate) async fn flush(&self) {
         self.lease_keeper.flush().await;
     }
 
-    /// Removes all data of this run from the server.
-    pub(crate) async fn remove(&self) -> Result<(), TransportError> {
-        let prefix = self.name("");
-        let prefixes = [
-            prefix.clone(),
-            format!("KV_{prefix}"),
-            format!("OBJ_{prefix}"),
+    /// Removes all data of this run from the server: these streams, the dead letters, the weights and the registry.
+    pub(crate) async fn remove(&self, streams: &[&str]) -> Result<(), TransportError> {
+        let queues = streams.iter().map(|stream| self.names.stream(stream));
+        let kept = [
+            self.names.stream(names::DEAD_LETTERS),
+            self.names.weights_stream(),
+            // Last, so that an interrupted removal is found and repeated.
+            self.names.registry_stream(),
         ];
-        let listed = self.context.stream_names().try_collect::<Vec<_>>().await;
-        let names = listed.map_err(|error| self.refused("list streams", &error))?;
-        for name in names {
-            if prefixes.iter().any(|prefix| name.starts_with(prefix)) {
-                let deleted = self.context.delete_stream(&name).await;
-                deleted.map_err(|error| self.refused("delete a stream", &error))?;
-            }
+        for name in queues.chain(kept) {
+            let delete = || async {
+                match self.context.delete_stream(&name).await {
+                    Err(error) if one_line(&error).contains(NO_STREAM) => Ok(()),
+                    deleted => deleted.map(drop),
+                }
+            };
+            self.retry("delete a stream", delete).await?;
         }
         Ok(())
+    }
+}
+
+impl Patience {
+    /// Begins again, after a success.
+    pub(crate) fn restart(&mut self, connection: &Connection) {
+        let action = std::mem::take(&mut self.action);
+        *self = connection.patience(&action);
+    }
+
+    /// Begins the timeouts again, after a failure that is waited out without limit.
+    pub(crate) fn extend(&mut self) {
+        (self.started, self.connected) = (Instant::now(), Instant::now());
+    }
+
+    /// Warns at the first call and then once a minute.
+    pub(crate) fn warn(&mut self, failure: &str) {
+        let now = Instant::now();
+        if self.warned.is_none_or(|last| now - last > WARNING_INTERVAL) {
+            self.warned = Some(now);
+            let seconds = (now - self.started).as_secs();
+            tracing::warn!(
+                action = self.action,
+                failure,
+                seconds,
+                "the NATS server does not answer or refuses; retrying"
+            );
+        }
     }
 }
 
@@ -185,6 +344,7 @@ impl Connection {
 /// # Errors
 /// When one cannot be read or is malformed.
 pub fn check_files(settings: &JetStreamSettings) -> Result<(), TransportError> {
+    RunKey::read(settings, "")?;
     options(settings).map(drop)
 }
 
@@ -195,12 +355,7 @@ fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, TransportErro
         .request_timeout(Some(REQUEST_TIMEOUT))
         .ping_interval(Duration::from_secs(5))
         .max_reconnects(None)
-        .reconnect_delay_callback(|_| RETRY_DELAY)
-        .event_callback(async |event| match event {
-            Event::Disconnected => tracing::warn!("the connection to the NATS server is lost"),
-            Event::Connected => tracing::debug!("connected to the NATS server"),
-            other => tracing::debug!(%other, "event of the NATS client"),
-        });
+        .reconnect_delay_callback(|_| RETRY_DELAY);
     if let Some(pair) = secret(&settings.password_path)? {
         let (user, password) = pair
             .split_once(':')
@@ -225,6 +380,14 @@ fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, TransportErro
                 reason: error.to_string(),
             })?;
     }
+    with_tls(options, settings)
+}
+
+/// Adds what TLS needs.
+fn with_tls(
+    mut options: ConnectOptions,
+    settings: &JetStreamSettings,
+) -> Result<ConnectOptions, TransportError> {
     // Explicit, because rustls panics when a build has several providers and none is installed. An error means that
     // one is installed already.
     ring::default_provider().install_default().ok();
@@ -270,12 +433,12 @@ fn is_final(error: &ConnectError) -> bool {
     )
 }
 
-fn is_set(path: &Path) -> bool {
+pub(crate) fn is_set(path: &Path) -> bool {
     !path.as_os_str().is_empty()
 }
 
 /// Contents of the file, trimmed; `None` if no file is named.
-fn secret(path: &Path) -> Result<Option<String>, TransportError> {
+pub(crate) fn secret(path: &Path) -> Result<Option<String>, TransportError> {
     if !is_set(path) {
         return Ok(None);
     }

@@ -1,7 +1,7 @@
 //! The registry of a run: a NATS key-value bucket that all processes of the run read and write. It holds the run's
 //! description, its members and the leader lease.
 //!
-//! It does not know the contents of its entries.
+//! What only the leader may say is signed with the run's key. The registry does not know the contents of its entries.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,10 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use crate::error::TransportError;
-use crate::nats::{Connection, RETRY_DELAY};
-
-/// Name of the bucket on the server.
-const BUCKET: &str = "register";
+use crate::nats::{Connection, RETRY_DELAY, one_line};
 
 /// Renewals per lease duration.
 const RENEWALS_PER_LEASE: u32 = 5;
@@ -51,16 +48,17 @@ pub struct LeaderLease {
 }
 
 impl RunRegistry {
+    /// Creates the registry if it does not exist.
     pub(crate) async fn open(connection: &Arc<Connection>) -> Result<Self, TransportError> {
-        let bucket = connection.name(BUCKET);
+        let bucket = connection.names.registry();
         // The bucket's stream is created directly: the client's bucket API first queries the account's limits, whose
-        // answer from servers before 2.10 it cannot parse.
+        // answer from servers before 2.10 it cannot parse. Without rollups no client can clear the registry by a write.
         let config = Config {
-            name: format!("KV_{bucket}"),
+            name: connection.names.registry_stream(),
             subjects: vec![format!("$KV.{bucket}.>")],
             max_messages_per_subject: 1,
             discard: DiscardPolicy::New,
-            allow_rollup: true,
+            allow_rollup: false,
             deny_delete: true,
             allow_direct: true,
             num_replicas: connection.settings.replicas,
@@ -75,7 +73,7 @@ impl RunRegistry {
 
     /// The registry of an existing run; `None` if there is none.
     pub(crate) async fn find(connection: &Arc<Connection>) -> Result<Option<Self>, TransportError> {
-        let stream = format!("KV_{}", connection.name(BUCKET));
+        let stream = connection.names.registry_stream();
         let exists = || async {
             match connection.context.get_stream(&stream).await {
                 Ok(_) => Ok(true),
@@ -93,7 +91,7 @@ impl RunRegistry {
     }
 
     async fn of(connection: &Arc<Connection>) -> Result<Self, TransportError> {
-        let bucket = connection.name(BUCKET);
+        let bucket = connection.names.registry();
         let open = || connection.context.get_key_value(&bucket);
         let store = connection.retry("open the run's registry", open).await?;
         Ok(Self {
@@ -115,12 +113,23 @@ impl RunRegistry {
         Ok(())
     }
 
-    /// Reads an entry; `None` if there is none.
+    /// Reads an entry; `None` if there is none, or the registry was removed.
     ///
     /// # Errors
     /// When the server does not answer within the configured timeout.
     pub async fn get(&self, key: &str) -> Result<Option<RegistryEntry>, TransportError> {
-        let get = || self.store.entry(key);
+        let stream = self.connection.names.registry_stream();
+        let get = || async {
+            let entry = self.store.entry(key).await;
+            let Err(error) = entry else {
+                return entry;
+            };
+            // A direct read of a registry that does not exist is not answered.
+            match self.connection.context.get_stream(&stream).await {
+                Err(missing) if is_missing(&missing) => Ok(None),
+                _ => Err(error),
+            }
+        };
         let entry = self
             .connection
             .retry("read the run's registry", get)
@@ -128,13 +137,47 @@ impl RunRegistry {
         Ok(entry.and_then(RegistryEntry::of))
     }
 
+    /// Writes an entry that only the leader may write: signed, if the run has a key.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub async fn put_signed(&self, key: &str, content: &[u8]) -> Result<(), TransportError> {
+        self.put(key, self.connection.key().seal(key, content))
+            .await
+    }
+
+    /// Reads an entry written with [`Self::put_signed`]; `None` if there is none. `what` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Self::get`], and when the settings name the run's key and the entry is not signed with it.
+    pub async fn get_signed(
+        &self,
+        key: &str,
+        what: &str,
+    ) -> Result<Option<Vec<u8>>, TransportError> {
+        let Some(entry) = self.get(key).await? else {
+            return Ok(None);
+        };
+        let run_key = self.connection.key();
+        let opened = run_key.open(key, &entry.value);
+        opened
+            .map(Some)
+            .map_err(|reason| run_key.refuse(what, reason))
+    }
+
+    /// Whether the settings name a key with which signatures are made or checked.
+    #[must_use]
+    pub fn is_signed(&self) -> bool {
+        self.connection.key().is_set()
+    }
+
     /// All entries whose keys start with `prefix`, sorted by key.
     ///
     /// # Errors
     /// As [`Self::get`].
     pub async fn all(&self, prefix: &str) -> Result<Vec<RegistryEntry>, TransportError> {
-        let bucket = self.connection.name(BUCKET);
-        let (stream, subject_prefix) = (format!("KV_{bucket}"), format!("$KV.{bucket}."));
+        let names = &self.connection.names;
+        let (stream, subject_prefix) = (names.registry_stream(), names.registry_subject(""));
         let mut keys = self.connection.subjects(stream, subject_prefix).await?;
         keys.retain(|key| key.starts_with(prefix));
         keys.sort();
@@ -187,6 +230,7 @@ impl RunRegistry {
         let value = bytes::Bytes::from(owner.as_bytes().to_vec());
         let deadline = Instant::now() + self.lease() + self.lease() / 4;
         let mut first_revision = None;
+        let mut patience = self.connection.patience("take a lease of the run");
         let revision = loop {
             let entry = || self.store.entry(key);
             let entry = self.connection.retry("read the run's registry", entry);
@@ -194,11 +238,11 @@ impl RunRegistry {
             let Some(entry) = entry else {
                 match self.store.create(key, value.clone()).await {
                     Ok(revision) => break revision,
-                    Err(_) => {
-                        sleep(RETRY_DELAY).await;
-                        continue;
-                    }
+                    // Another process may have taken it.
+                    Err(error) => self.connection.bear(&mut patience, &one_line(&error))?,
                 }
+                sleep(RETRY_DELAY).await;
+                continue;
             };
             let first = *first_revision.get_or_insert(entry.revision);
             if entry.revision != first {
@@ -207,13 +251,19 @@ impl RunRegistry {
                     holder: String::from_utf8_lossy(&entry.value).into_owned(),
                 });
             }
-            if Instant::now() > deadline
-                && let Ok(revision) = self.store.update(key, value.clone(), first).await
-            {
-                break revision;
+            if Instant::now() > deadline {
+                match self.store.update(key, value.clone(), first).await {
+                    Ok(revision) => break revision,
+                    Err(error) => self.connection.bear(&mut patience, &one_line(&error))?,
+                }
             }
             sleep(RETRY_DELAY).await;
         };
+        Ok(self.renewed_lease(key, value, revision))
+    }
+
+    /// The lease stored in `revision`, renewed until it is dropped or lost.
+    fn renewed_lease(&self, key: &str, value: bytes::Bytes, revision: u64) -> LeaderLease {
         let (lost_sender, lost) = watch::channel(false);
         let renewal = Renewal {
             registry: self.clone(),
@@ -222,13 +272,12 @@ impl RunRegistry {
             revision,
             lost: lost_sender,
         };
-        let renewal = tokio::spawn(renewal.run());
-        Ok(LeaderLease {
+        LeaderLease {
             lost,
-            renewal,
+            renewal: tokio::spawn(renewal.run()),
             registry: self.clone(),
             key: key.to_owned(),
-        })
+        }
     }
 }
 

@@ -1,15 +1,15 @@
 //! Sender and receiver of a JetStream work queue: bounded, and a message is removed when it is acknowledged.
 //!
 //! A message is stored once however often it is sent, since the server deduplicates by its id. A full stream rejects
-//! messages, and senders retry. A message that cannot be decoded, or exceeded the delivery limit, is copied to the
-//! run's dead-letter stream for inspection.
+//! messages, and senders retry. A message that cannot be decoded, exceeded the delivery limit, or was put aside by
+//! its receiver is copied to the run's dead-letter stream for inspection.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy, PullConsumer};
-use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::context::PublishError;
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, State};
 use bytes::Bytes;
@@ -19,15 +19,14 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::nats::{Connection, RETRY_DELAY, one_line};
+use crate::nats::lease_keeper::Lease;
+use crate::nats::names::{CONSUMER, DEAD_LETTERS};
+use crate::nats::{Connection, RETRY_DELAY, one_line, requirements};
 use crate::{
     delivery::Delivery,
     error::TransportError,
     stream::{StreamCounts, StreamLimits},
 };
-
-/// Name of a stream's durable consumer, which all receivers share; each message goes to one of them.
-const CONSUMER: &str = "readers";
 
 /// Expiry of a pull request, after which it is made again.
 const PULL_EXPIRY: Duration = Duration::from_secs(5);
@@ -37,9 +36,6 @@ const MAX_SEND_DELAY: Duration = Duration::from_millis(100);
 
 /// Time in which the server deduplicates messages. Later duplicates are recognised by consumers, by message id.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(600);
-
-/// Name of the dead-letter stream.
-const DEAD_LETTERS: &str = "dead letters";
 
 /// Capacity of the dead-letter stream; the oldest message is discarded first.
 const MAX_DEAD_LETTERS: i64 = 1000;
@@ -103,8 +99,8 @@ pub(crate) async fn create_dead_letter_stream(
     connection: &Connection,
 ) -> Result<(), TransportError> {
     let config = Config {
-        name: connection.name(DEAD_LETTERS),
-        subjects: vec![format!("{}.*", connection.subject(DEAD_LETTERS))],
+        name: connection.names.stream(DEAD_LETTERS),
+        subjects: vec![connection.names.dead_letters_of("*")],
         max_messages: MAX_DEAD_LETTERS,
         ..base_config(connection)
     };
@@ -127,8 +123,8 @@ async fn create(connection: &Connection, config: &Config) -> Result<(), Transpor
 }
 
 impl StreamLocation {
-    /// Creates the stream if it does not exist.
-    pub(crate) async fn create(
+    /// The stream named `name`, which the leader creates if it does not exist.
+    pub(crate) async fn open(
         connection: &Arc<Connection>,
         name: &'static str,
         limits: StreamLimits,
@@ -137,9 +133,12 @@ impl StreamLocation {
             connection: Arc::clone(connection),
             name,
             limits,
-            stream: connection.name(name),
-            subject: connection.subject(name),
+            stream: connection.names.stream(name),
+            subject: connection.names.subject(name),
         };
+        if !connection.leads {
+            return Ok(location);
+        }
         let config = Config {
             name: location.stream.clone(),
             subjects: vec![location.subject.clone()],
@@ -152,7 +151,14 @@ impl StreamLocation {
         Ok(location)
     }
 
+    /// The stream's consumer, which the leader creates if it does not exist.
     async fn consumer(&self) -> Result<PullConsumer, TransportError> {
+        let context = &self.connection.context;
+        if !self.connection.leads {
+            let find = || context.get_consumer_from_stream(CONSUMER, &self.stream);
+            let found = self.connection.retry("open a stream", find);
+            return found.await;
+        }
         let config = consumer::pull::Config {
             durable_name: Some(CONSUMER.into()),
             ack_policy: AckPolicy::Explicit,
@@ -161,7 +167,6 @@ impl StreamLocation {
             max_deliver: -1,
             ..consumer::pull::Config::default()
         };
-        let context = &self.connection.context;
         let create = || context.create_consumer_on_stream(config.clone(), &self.stream);
         self.connection
             .retry("create the consumer of a stream", create)
@@ -201,7 +206,7 @@ impl StreamLocation {
     async fn counts(&self) -> Result<StreamCounts, TransportError> {
         let (state, consumer) = self.info().await?;
         let context = &self.connection.context;
-        let dead_letters = self.connection.name(DEAD_LETTERS);
+        let dead_letters = self.connection.names.stream(DEAD_LETTERS);
         let request = || context.get_stream(&dead_letters);
         let dead_letters = self
             .connection
@@ -230,8 +235,7 @@ impl StreamLocation {
 
     /// Copies a message to the dead-letter stream. Returns whether it was stored.
     async fn dead_letter(&self, id: &str, payload: Bytes) -> bool {
-        let prefix = self.connection.subject(DEAD_LETTERS);
-        let subject = format!("{prefix}.{}", self.name.replace(' ', "-"));
+        let subject = self.connection.names.dead_letters_of(self.name);
         let stored = self.publish(&subject, id, payload).await;
         if let Err(error) = &stored {
             let (stream, error) = (self.name, one_line(error));
@@ -254,19 +258,21 @@ impl Upstream {
         self.location.name
     }
 
+    pub(crate) fn last_away(&self) -> Option<Instant> {
+        self.location.connection.health().last_away()
+    }
+
     pub(crate) async fn counts(&self) -> Result<StreamCounts, TransportError> {
         self.location.counts().await
     }
 
     /// Sends until the server has stored the message: without limit while the stream or the server's storage is
-    /// full, for the configured timeout while the server does not answer.
+    /// full, else as long as any other request.
     pub(crate) async fn send<T: WireMessage>(&self, message: &T) -> Result<(), TransportError> {
         let connection = &self.location.connection;
         let (payload, id) = (Bytes::from(wire::encode(message)), message.id());
-        let allowed = Duration::from_secs(connection.settings.timeout_seconds);
-        let mut deadline = Instant::now() + allowed;
+        let mut patience = connection.patience(&format!("send to stream {}", self.location.name));
         let mut delay = Duration::from_millis(2);
-        let mut warned = false;
         loop {
             let sent = self
                 .location
@@ -274,24 +280,14 @@ impl Upstream {
             let Err(error) = sent.await else {
                 return Ok(());
             };
-            match retry_policy(&error) {
-                PublishRetry::StreamFull => deadline = Instant::now() + allowed,
-                PublishRetry::StorageFull => {
-                    deadline = Instant::now() + allowed;
-                    if !std::mem::replace(&mut warned, true) {
-                        let (stream, error) = (self.location.name, one_line(&error));
-                        tracing::warn!(
-                            stream,
-                            error,
-                            "the storage of the NATS server is full; waiting"
-                        );
-                    }
-                }
-                PublishRetry::UntilTimeout if Instant::now() < deadline => {}
-                PublishRetry::UntilTimeout | PublishRetry::Never => {
-                    let action = format!("send to stream {}", self.location.name);
-                    return Err(connection.refused(&action, &error));
-                }
+            let failure = one_line(&error);
+            if is_stream_full(&failure) {
+                patience.restart(connection);
+            } else if requirements::is_storage_full(&failure) {
+                patience.warn(&failure);
+                patience.extend();
+            } else {
+                connection.bear(&mut patience, &failure)?;
             }
             sleep(delay).await;
             delay = MAX_SEND_DELAY.min(2 * delay);
@@ -299,31 +295,9 @@ impl Upstream {
     }
 }
 
-/// How to retry a message that was not stored.
-enum PublishRetry {
-    /// Until a slot is free.
-    StreamFull,
-    /// Until the server has disk space.
-    StorageFull,
-    /// Until the configured timeout.
-    UntilTimeout,
-    /// Not at all.
-    Never,
-}
-
-fn retry_policy(error: &PublishError) -> PublishRetry {
-    let text = one_line(error);
-    if text.contains("maximum messages exceeded") {
-        return PublishRetry::StreamFull;
-    }
-    let storage_full = ["resource", "no space", "maximum bytes"];
-    if storage_full.iter().any(|phrase| text.contains(phrase)) {
-        return PublishRetry::StorageFull;
-    }
-    match error.kind() {
-        PublishErrorKind::MaxPayloadExceeded => PublishRetry::Never,
-        _ => PublishRetry::UntilTimeout,
-    }
+/// Whether a message was not stored for want of a slot, which its consumers free.
+fn is_stream_full(failure: &str) -> bool {
+    failure.contains("maximum messages exceeded")
 }
 
 impl<T: WireMessage + Send + Sync + 'static> Downstream<T> {
@@ -336,7 +310,7 @@ impl<T: WireMessage + Send + Sync + 'static> Downstream<T> {
         });
         let fetch_loop = FetchLoop {
             consumer: location.consumer().await?,
-            location: location.clone(),
+            location: Arc::new(location.clone()),
             sender,
             demand: Arc::clone(&demand),
         };
@@ -354,11 +328,9 @@ impl<T: WireMessage + Send + Sync + 'static> Downstream<T> {
         let received = self.fetched.recv_async().await;
         demand.keep();
         received.unwrap_or_else(|_| {
-            Err(TransportError::Refused {
-                action: format!("read stream {}", self.location.name),
-                url: self.location.connection.settings.url.clone(),
-                reason: "the runtime is shutting down".into(),
-            })
+            let action = format!("read stream {}", self.location.name);
+            let reason = "the runtime is shutting down";
+            Err(self.location.connection.refused(&action, reason))
         })
     }
 
@@ -396,6 +368,10 @@ impl<T> Downstream<T> {
         self.location.name
     }
 
+    pub(crate) fn last_away(&self) -> Option<Instant> {
+        self.location.connection.health().last_away()
+    }
+
     pub(crate) async fn counts(&self) -> Result<StreamCounts, TransportError> {
         self.location.counts().await
     }
@@ -429,9 +405,41 @@ impl Drop for DemandGuard<'_> {
     }
 }
 
+/// A message in flight at this process; dropping it returns it.
+#[derive(Debug)]
+pub(crate) struct HeldMessage {
+    lease: Lease,
+    location: Arc<StreamLocation>,
+    /// Id of its dead letter.
+    id: String,
+}
+
+impl HeldMessage {
+    pub(crate) fn deliveries(&self) -> u32 {
+        self.lease.deliveries()
+    }
+
+    pub(crate) fn exceeds_delivery_limit(&self) -> bool {
+        self.lease.exceeds_delivery_limit()
+    }
+
+    pub(crate) fn acknowledge(self) {
+        self.lease.acknowledge();
+    }
+
+    /// Copies it to the dead-letter stream and removes it from its own; returns it for a later try if the copy is not
+    /// stored.
+    pub(crate) async fn put_aside(self, payload: Vec<u8>) {
+        match self.location.dead_letter(&self.id, payload.into()).await {
+            true => self.lease.terminate(),
+            false => self.lease.postpone(),
+        }
+    }
+}
+
 /// The task that fetches messages while receivers wait for them.
 struct FetchLoop<T> {
-    location: StreamLocation,
+    location: Arc<StreamLocation>,
     consumer: PullConsumer,
     sender: flume::Sender<Result<Delivery<T>, TransportError>>,
     demand: Arc<Demand>,
@@ -439,23 +447,23 @@ struct FetchLoop<T> {
 
 impl<T: WireMessage + Send + Sync + 'static> FetchLoop<T> {
     async fn run(self) {
-        let allowed = Duration::from_secs(self.location.connection.settings.timeout_seconds);
-        let mut last_answer = Instant::now();
+        let connection = &self.location.connection;
+        let mut patience = connection.patience(&format!("read stream {}", self.location.name));
+        let mut failing = false;
         loop {
             self.demand.wait().await;
-            match self.fetch().await {
-                Ok(()) => last_answer = Instant::now(),
-                Err(error) if last_answer.elapsed() > allowed => {
-                    let action = format!("read stream {}", self.location.name);
-                    let refused = self.location.connection.refused(&action, &*error);
-                    self.emit(Err(refused));
-                    return;
-                }
-                Err(error) => {
-                    tracing::debug!(stream = self.location.name, %error, "a fetch failed; retrying");
-                    sleep(RETRY_DELAY).await;
-                }
+            if !failing {
+                // Nothing may have been wanted for long.
+                patience.restart(connection);
             }
+            let fetched = self.fetch().await;
+            failing = fetched.is_err();
+            let Err(error) = fetched else { continue };
+            if let Err(over) = connection.bear(&mut patience, &one_line(&*error)) {
+                self.emit(Err(over));
+                return;
+            }
+            sleep(RETRY_DELAY).await;
         }
     }
 
@@ -498,7 +506,7 @@ impl<T: WireMessage + Send + Sync + 'static> FetchLoop<T> {
             .hold(reply, deliveries, max_deliveries);
         let id = format!("{}-{sequence}", self.location.stream);
         let decoded = wire::decode::<T>(&message.payload);
-        let is_dead = lease.is_given_up() || decoded.is_err();
+        let is_dead = lease.exceeds_delivery_limit() || decoded.is_err();
         if is_dead && !self.location.dead_letter(&id, message.payload).await {
             lease.postpone();
             return Ok(());
@@ -506,14 +514,20 @@ impl<T: WireMessage + Send + Sync + 'static> FetchLoop<T> {
         let stream = self.location.name;
         match decoded {
             Ok(decoded) => {
-                if lease.is_given_up() {
+                if lease.exceeds_delivery_limit() {
                     tracing::warn!(
                         stream,
                         deliveries,
                         "a message exceeded the delivery limit and is given up"
                     );
                 }
-                self.emit(Ok(Delivery::jetstream(decoded, lease)));
+                let location = Arc::clone(&self.location);
+                let held = HeldMessage {
+                    lease,
+                    location,
+                    id,
+                };
+                self.emit(Ok(Delivery::jetstream(decoded, held)));
             }
             Err(error) => {
                 tracing::error!(stream, sequence, %error, "a message cannot be decoded; moved to the dead-letter stream");

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_nats::jetstream::object_store::{Config, ObjectMetadata, ObjectStore};
@@ -20,7 +20,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use crate::memory::Announced;
-use crate::nats::{Connection, RunRegistry};
+use crate::nats::{Connection, RequestError, RunRegistry};
 use crate::{delta, error::TransportError};
 
 /// Registry key of the announcement of the newest weights.
@@ -34,6 +34,9 @@ const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Chunk size of the object store in bytes.
 const CHUNK_SIZE: usize = 512 << 10;
+
+/// Maximum number of bytes for which memory is reserved before they arrive.
+const MAX_RESERVED: usize = 64 << 20;
 
 /// Maximum number of re-uploads of a corrupt blob.
 const MAX_REUPLOADS: u32 = 8;
@@ -49,6 +52,8 @@ pub(crate) struct NatsWeightStore {
     published: Mutex<Published>,
     /// The full blob last downloaded, to which deltas refer.
     downloaded: Mutex<Option<(WeightsVersion, Arc<Vec<u8>>)>>,
+    /// The reason for which the announcement was last refused, so that it is logged once.
+    refused: Mutex<Option<String>>,
     watch_task: Mutex<Option<AbortHandle>>,
 }
 
@@ -93,7 +98,7 @@ impl NatsWeightStore {
         keep: NonZeroUsize,
     ) -> Result<Arc<Self>, TransportError> {
         let config = Config {
-            bucket: connection.name("weights"),
+            bucket: connection.names.weights(),
             num_replicas: connection.settings.replicas,
             ..Config::default()
         };
@@ -101,7 +106,11 @@ impl NatsWeightStore {
         let open = || async {
             match context.get_object_store(&config.bucket).await {
                 Ok(store) => Ok(store),
-                Err(_) => context.create_object_store(config.clone()).await,
+                Err(error) if !connection.leads => Err(RequestError::of(error)),
+                Err(_) => context
+                    .create_object_store(config.clone())
+                    .await
+                    .map_err(RequestError::of),
             }
         };
         let store = connection.retry("open the weight store", open).await?;
@@ -113,6 +122,7 @@ impl NatsWeightStore {
             announced: watch::Sender::new(Announced::default()),
             published: Mutex::default(),
             downloaded: Mutex::default(),
+            refused: Mutex::default(),
             watch_task: Mutex::default(),
         });
         weight_store.refresh().await?;
@@ -128,16 +138,43 @@ impl NatsWeightStore {
         Ok(weight_store)
     }
 
+    /// The announced manifest; `None` if there is none. One that the learner has not signed, or that cannot be decoded,
+    /// is logged once and counts as none, so that it ends no process: the learner's next announcement replaces it.
+    async fn announcement(&self) -> Result<Option<WeightsManifest>, TransportError> {
+        let what = "the announcement of weights";
+        let read = match self.registry.get_signed(ANNOUNCEMENT_KEY, what).await {
+            Ok(None) => return Ok(None),
+            Ok(Some(bytes)) => wire::decode(&bytes).map_err(|error| TransportError::Foreign {
+                what: what.into(),
+                reason: error.to_string(),
+            }),
+            Err(error) => Err(error),
+        };
+        match read {
+            Ok(manifest) => {
+                *lock(&self.refused) = None;
+                Ok(Some(manifest))
+            }
+            Err(error @ (TransportError::Foreign { .. } | TransportError::Unauthentic { .. })) => {
+                let reason = error.to_string();
+                let before = lock(&self.refused).replace(reason.clone());
+                if before.as_ref() != Some(&reason) {
+                    tracing::error!(
+                        reason,
+                        "announced weights are not the learner's and are ignored"
+                    );
+                }
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Reads the announcement, and uploads a blob again that was reported corrupt.
-    async fn refresh(&self) -> Result<(), TransportError> {
-        let Some(entry) = self.registry.get(ANNOUNCEMENT_KEY).await? else {
+    pub(crate) async fn refresh(&self) -> Result<(), TransportError> {
+        let Some(manifest) = self.announcement().await? else {
             return Ok(());
         };
-        let manifest: WeightsManifest =
-            wire::decode(&entry.value).map_err(|error| TransportError::Foreign {
-                what: "the announcement of weights".into(),
-                reason: error.to_string(),
-            })?;
         self.announced.send_if_modified(|announced| {
             let newer = announced
                 .latest
@@ -231,7 +268,7 @@ impl NatsWeightStore {
         let (meta, bytes) = self.encode(version, blob).await;
         self.upload(meta.clone(), Arc::clone(&bytes)).await?;
         self.registry
-            .put(ANNOUNCEMENT_KEY, wire::encode(&manifest))
+            .put_signed(ANNOUNCEMENT_KEY, &wire::encode(&manifest))
             .await?;
         self.announced
             .send_modify(|announced| announced.latest = Some(manifest));
@@ -259,7 +296,7 @@ impl NatsWeightStore {
     /// Deletes a blob, and the tombstone that the object store keeps of it.
     async fn delete(&self, name: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         self.store.0.delete(name).await?;
-        let bucket = self.connection.name("weights");
+        let bucket = self.connection.names.weights();
         let tombstone = format!("$O.{bucket}.M.{}", URL_SAFE.encode(name));
         let context = &self.connection.context;
         let stream = context.get_stream(format!("OBJ_{bucket}")).await?;
@@ -275,7 +312,7 @@ impl NatsWeightStore {
         }
         let found = async {
             let mut found = BTreeMap::new();
-            let bucket = self.connection.name("weights");
+            let bucket = self.connection.names.weights();
             let (stream, prefix) = (format!("OBJ_{bucket}"), format!("$O.{bucket}.M."));
             for subject in self.connection.subjects(stream, prefix).await? {
                 let name = String::from_utf8(URL_SAFE.decode(subject)?)?;
@@ -355,7 +392,7 @@ impl NatsWeightStore {
             });
         }
         let mut stored = Download::default();
-        let downloaded = self.download(version, &mut stored).await;
+        let downloaded = self.download(&manifest, &mut stored).await;
         let size = match downloaded {
             Ok(blob) => {
                 let (checked, described) = (Arc::clone(&blob), manifest.clone());
@@ -366,12 +403,8 @@ impl NatsWeightStore {
                 blob.len() as u64
             }
             Err(error) => {
-                if self
-                    .registry
-                    .get(ANNOUNCEMENT_KEY)
-                    .await?
-                    .is_some_and(|entry| entry.value != wire::encode(&manifest))
-                {
+                let announced = self.announcement().await?;
+                if announced.is_some_and(|announced| announced != manifest) {
                     self.refresh().await?;
                     let newest = self.latest().map_or(version, |latest| latest.version);
                     return Err(TransportError::Pruned { version, newest });
@@ -380,10 +413,7 @@ impl NatsWeightStore {
                 0
             }
         };
-        *self
-            .downloaded
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.downloaded) = None;
         let report = format!("{} {}", name(version), stored.upload);
         self.registry.put(CORRUPT_KEY, report.into_bytes()).await?;
         Err(TransportError::Corrupt {
@@ -392,14 +422,15 @@ impl NatsWeightStore {
         })
     }
 
-    /// Downloads the blob of a version, applying its delta if it is stored as one. `stored` receives the object of the
-    /// version itself.
+    /// Downloads the blob of a manifest, applying its delta if it is stored as one. `stored` receives the object of the
+    /// version itself. A blob is at most as long as its manifest says, and so is a full blob that a delta refers to.
     async fn download(
         &self,
-        version: WeightsVersion,
+        manifest: &WeightsManifest,
         stored: &mut Download,
     ) -> Result<Arc<Vec<u8>>, String> {
-        self.read_object(&name(version), stored).await?;
+        let (version, limit) = (manifest.version, manifest.bytes);
+        self.read_object(&name(version), limit, stored).await?;
         let bytes = std::mem::take(&mut stored.bytes);
         let Some(base) = stored.base else {
             let blob = Arc::new(bytes);
@@ -408,18 +439,12 @@ impl NatsWeightStore {
             }
             return Ok(blob);
         };
-        let cached = {
-            let downloaded = self
-                .downloaded
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            downloaded.clone().filter(|(version, _)| *version == base)
-        };
-        let before = match cached {
+        let cached = lock(&self.downloaded).clone();
+        let before = match cached.filter(|(version, _)| *version == base) {
             Some((_, blob)) => blob,
             None => {
                 let mut full = Download::default();
-                self.read_object(&name(base), &mut full).await?;
+                self.read_object(&name(base), limit, &mut full).await?;
                 let blob = Arc::new(full.bytes);
                 self.cache_full(base, &blob);
                 blob
@@ -431,32 +456,40 @@ impl NatsWeightStore {
     }
 
     fn cache_full(&self, version: WeightsVersion, blob: &Arc<Vec<u8>>) {
-        let mut downloaded = self
-            .downloaded
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *downloaded = Some((version, Arc::clone(blob)));
+        *lock(&self.downloaded) = Some((version, Arc::clone(blob)));
     }
 
-    /// Reads an object into `download`; on failure it holds what was read before.
-    async fn read_object(&self, name: &str, download: &mut Download) -> Result<(), String> {
+    /// Reads an object of at most `limit` bytes into `download`; on failure it holds what was read before.
+    async fn read_object(
+        &self,
+        name: &str,
+        limit: u64,
+        download: &mut Download,
+    ) -> Result<(), String> {
         let reason = |error: &dyn std::error::Error| crate::nats::one_line(error);
-        let object = self.store.0.get(name).await;
-        let mut object = object.map_err(|error| reason(&error))?;
+        let stopped = |_| "the server stopped sending".to_owned();
+        // The timeout applies to each read, not to the whole transfer, which resumes after a lost connection.
+        let allowed = Duration::from_secs(self.connection.settings.timeout_seconds);
+        let object = timeout(allowed, self.store.0.get(name)).await;
+        let object = object.map_err(stopped)?.map_err(|error| reason(&error))?;
         let info = object.info();
         let base = info.metadata.get("base").and_then(|base| version(base));
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         *download = Download {
-            bytes: Vec::with_capacity(info.size),
+            // What the object says of its size is not trusted.
+            bytes: Vec::with_capacity(info.size.min(limit).min(MAX_RESERVED)),
             base,
             upload: info.nuid.clone(),
         };
-        // The timeout applies to each read, not to the whole transfer, which resumes after a lost connection.
-        let allowed = Duration::from_secs(self.connection.settings.timeout_seconds);
+        // One byte more than allowed is read, to tell.
+        let mut object = object.take((limit as u64).saturating_add(1));
         loop {
             let read = timeout(allowed, object.read_buf(&mut download.bytes)).await;
-            let read = read.map_err(|_| "the server stopped sending".to_owned())?;
-            if read.map_err(|error| reason(&error))? == 0 {
+            if read.map_err(stopped)?.map_err(|error| reason(&error))? == 0 {
                 return Ok(());
+            }
+            if download.bytes.len() > limit {
+                return Err(format!("the object has more than its {limit} bytes"));
             }
         }
     }
@@ -484,16 +517,31 @@ impl NatsWeightStore {
         self.upload(meta, Arc::new(bytes)).await
     }
 
-    /// Downloads a file uploaded with [`Self::put_file`].
-    pub(crate) async fn get_file(&self, name: &str) -> Result<Vec<u8>, TransportError> {
-        let name = format!("file-{name}");
+    /// Downloads a file uploaded with [`Self::put_file`], of at most `limit` bytes.
+    pub(crate) async fn get_file(&self, name: &str, limit: u64) -> Result<Vec<u8>, TransportError> {
+        let object = format!("file-{name}");
         let get = || async {
             let mut download = Download::default();
-            let read = self.read_object(&name, &mut download).await;
-            read.map(|()| download.bytes).map_err(FetchFailure)
+            match self.read_object(&object, limit, &mut download).await {
+                Err(_) if download.bytes.len() as u64 > limit => Ok(None),
+                Err(reason) => Err(FetchFailure(reason)),
+                Ok(()) => Ok(Some(download.bytes)),
+            }
         };
-        self.connection.retry("fetch a file of the run", get).await
+        let fetched = self
+            .connection
+            .retry("fetch a file of the run", get)
+            .await?;
+        fetched.ok_or_else(|| TransportError::TooLarge {
+            name: name.to_owned(),
+            limit,
+        })
     }
+}
+
+/// The value behind a lock. A poisoned one is consistent: every change is a single assignment.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why an object cannot be downloaded.

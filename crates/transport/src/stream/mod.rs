@@ -4,6 +4,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 
 use messages::wire::WireMessage;
+use tokio::time::Instant;
 
 use crate::memory::{Downstream, Queue, Upstream};
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
 pub struct StreamLimits {
     /// Maximum number of unacknowledged messages, queued and in flight.
     pub capacity: NonZeroUsize,
-    /// Number of deliveries after which a message is [given up](Delivery::is_given_up).
+    /// Number of deliveries after which a message [exceeds the limit](Delivery::exceeds_delivery_limit).
     pub max_deliveries: NonZeroU32,
 }
 
@@ -199,6 +200,16 @@ macro_rules! accessors {
                 match &self.backend {
                     $backend::Memory(end) => end.0.name(),
                     $backend::JetStream(end) => end.name(),
+                }
+            }
+
+            /// The time until which the server was last away: now while it is; `None` if it never was, and in memory.
+            /// A deadline for progress does not count an outage.
+            #[must_use]
+            pub fn last_away(&self) -> Option<Instant> {
+                match &self.backend {
+                    $backend::Memory(_) => None,
+                    $backend::JetStream(end) => end.last_away(),
                 }
             }
 

@@ -159,7 +159,7 @@ async fn returned_messages_precede_new_ones_in_send_order() {
 }
 
 #[tokio::test]
-async fn a_message_is_given_up_after_max_deliveries() {
+async fn a_message_exceeds_delivery_limit_after_max_deliveries() {
     for max_deliveries in [1, 2, 5] {
         let limits = StreamLimits {
             max_deliveries: NonZeroU32::new(max_deliveries).expect("not zero"),
@@ -170,12 +170,17 @@ async fn a_message_is_given_up_after_max_deliveries() {
         for delivery in 1..=max_deliveries {
             let received = receiver.try_receive().expect("it was redelivered");
             assert_eq!(
-                (received.deliveries(), received.is_given_up()),
+                (received.deliveries(), received.exceeds_delivery_limit()),
                 (delivery, false)
             );
         }
         for _ in 0..2 {
-            assert!(receiver.try_receive().expect("given up").is_given_up());
+            assert!(
+                receiver
+                    .try_receive()
+                    .expect("given up")
+                    .exceeds_delivery_limit()
+            );
         }
         let last = receiver.try_receive().expect("given up");
         last.acknowledge();
@@ -262,7 +267,7 @@ async fn dropping_the_last_receiver_wakes_senders() {
     assert_eq!(why, closed(ClosedBy::Receivers));
     assert_eq!(
         why.to_string(),
-        "use stream notes: all its receivers were dropped"
+        "failed to use stream notes: all its receivers were dropped"
     );
 }
 

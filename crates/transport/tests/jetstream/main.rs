@@ -2,6 +2,7 @@
 
 mod entry;
 mod server;
+mod trust;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -151,7 +152,7 @@ async fn messages_in_flight_stay_leased_until_their_process_dies() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_is_given_up_is_copied_to_the_dead_letter_stream() {
+async fn a_message_that_exceeds_delivery_limit_is_copied_to_the_dead_letter_stream() {
     let Some(server) = TestServer::start() else {
         return;
     };
@@ -160,10 +161,13 @@ async fn a_message_that_is_given_up_is_copied_to_the_dead_letter_stream() {
     sender.send(note(1)).await.expect("a slot is free");
     for delivery in 1..=2 {
         let held = next(&receiver).await;
-        assert_eq!((held.deliveries(), held.is_given_up()), (delivery, false));
+        assert_eq!(
+            (held.deliveries(), held.exceeds_delivery_limit()),
+            (delivery, false)
+        );
     }
     let dead = next(&receiver).await;
-    assert!(dead.is_given_up());
+    assert!(dead.exceeds_delivery_limit());
     dead.acknowledge();
     until("it is a dead letter", async || {
         let counts = receiver.counts().await.expect("it answers");

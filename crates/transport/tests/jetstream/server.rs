@@ -7,6 +7,9 @@ use std::process::{Child, Command, Stdio};
 use settings::{JetStreamSettings, TransportSettings, resolve};
 use transport::Transport;
 
+/// In place of a JetStream configuration: the server has none.
+const NO_JETSTREAM: &str = "none";
+
 /// A server on a free port with a temporary storage directory.
 pub struct TestServer {
     store: tempfile::TempDir,
@@ -32,7 +35,13 @@ impl TestServer {
         Self::configured("", config)
     }
 
-    fn configured(jetstream_config: &'static str, config: &str) -> Option<Self> {
+    /// A server without JetStream.
+    pub fn without_jetstream() -> Option<Self> {
+        Self::configured(NO_JETSTREAM, "")
+    }
+
+    /// A server with additional lines in its JetStream configuration and in its configuration.
+    pub fn configured(jetstream_config: &'static str, config: &str) -> Option<Self> {
         let version = Command::new("nats-server").arg("--version").output();
         if version.is_err() {
             assert!(
@@ -57,9 +66,13 @@ impl TestServer {
     }
 
     pub fn settings(&self, more: &str) -> JetStreamSettings {
+        self.settings_with(&format!("timeout_seconds = 20\n{more}"))
+    }
+
+    /// Settings with these lines alone in addition to the server and a short lease.
+    pub fn settings_with(&self, lines: &str) -> JetStreamSettings {
         let text = format!(
-            "[transport]\nkind = \"jetstream\"\nurl = \"nats://127.0.0.1:{}\"\nlease_seconds = 1\n\
-             timeout_seconds = 20\n{more}",
+            "[transport]\nkind = \"jetstream\"\nurl = \"nats://127.0.0.1:{}\"\nlease_seconds = 1\n{lines}",
             self.port
         );
         let resolved = resolve(&text, "test", &[]).expect("valid settings");
@@ -123,10 +136,12 @@ impl Drop for TestServer {
 
 fn spawn(store: &Path, port: u16, jetstream_config: &str, config: &str) -> Child {
     let path = store.join("server.conf");
-    let text = format!(
-        "listen: \"127.0.0.1:{port}\"\n{config}\njetstream {{\n store_dir: {:?}\n {jetstream_config}\n}}\n",
-        store.join("jetstream").display().to_string()
-    );
+    let folder = store.join("jetstream").display().to_string();
+    let jetstream = match jetstream_config {
+        NO_JETSTREAM => String::new(),
+        more => format!("jetstream {{\n store_dir: {folder:?}\n {more}\n}}\n"),
+    };
+    let text = format!("listen: \"127.0.0.1:{port}\"\n{config}\n{jetstream}");
     std::fs::write(&path, text).expect("it can be written");
     Command::new("nats-server")
         .arg("-c")

@@ -22,6 +22,7 @@ use tokio::{sync::watch, task::JoinSet, time::timeout};
 
 use crate::{
     assembly::{Preflight, PreflightScope},
+    cluster::server_users::{RunKeys, ServerRole, max_payload_mib},
     cluster::status::LauncherTarget,
     exit_code::Code,
     signals,
@@ -38,20 +39,30 @@ const LEARNER_EXIT_WAIT: Duration = Duration::from_secs(5);
 /// Delay before the first restart of a process; doubled for each further one.
 const RESTART_DELAY: Duration = Duration::from_millis(250);
 
+/// How a run is to be resumed, if at all.
+#[derive(Clone, Copy)]
+pub(crate) struct ResumeRequest<'a> {
+    /// Value of `--resume`.
+    pub(crate) which: Option<&'a str>,
+    /// Whether the run is resumed although its inputs have changed.
+    pub(crate) accepts_changes: bool,
+}
+
 /// Starts all processes of the run in the directory `path`, supervises them, and ends with the learner.
 pub(crate) async fn run(
     path: &Path,
     resolved: &Resolved,
-    resume: Option<&str>,
+    resume: ResumeRequest<'_>,
 ) -> anyhow::Result<ExitCode> {
-    if resume.is_none() && path.join("config.toml").exists() {
+    if resume.which.is_none() && path.join("config.toml").exists() {
         RunDirectory::create(path, &resolved.toml)?;
     }
+    // Before anything is printed: a signal that is not handled yet would lose what follows.
+    let shutdown = signals::on_signal()?;
     // Checked before any process is started.
     let scope = PreflightScope::AllRoles;
     tokio::task::block_in_place(|| Preflight::of(&resolved.settings, path, scope).into_result())?;
-    let shutdown = signals::on_signal()?;
-    let exporter = Exporter::start(([127, 0, 0, 1], 0).into())?;
+    let exporter = Exporter::start(([127, 0, 0, 1], 0).into(), Path::new(""))?;
     tracing::info!(
         run = %path.display(),
         metrics = format!("http://{}/metrics", exporter.address()),
@@ -61,7 +72,7 @@ pub(crate) async fn run(
     let logs = path.join("logs");
     std::fs::create_dir_all(&logs)
         .with_context(|| format!("failed to make the folder {}", logs.display()))?;
-    let (server, url) = server(&resolved.settings.transport, path).await?;
+    let (server, url) = server(&resolved.settings, path).await?;
     let launcher_target = LauncherTarget::write(
         path,
         &resolved.settings.run.name,
@@ -73,6 +84,7 @@ pub(crate) async fn run(
         path,
         config: &config,
         url: &url,
+        keys: server.as_ref().map(|server| server.keys().clone()),
     };
     let mut group = ProcessGroup::start(resolved, &commands, resume, server)?;
     let result = group.supervise(shutdown.subscribe()).await;
@@ -82,13 +94,11 @@ pub(crate) async fn run(
 }
 
 /// The run's NATS server, started here unless the settings name one, and its URL.
-async fn server(
-    transport: &TransportSettings,
-    run: &Path,
-) -> anyhow::Result<(Option<NatsServer>, String)> {
-    match transport {
+async fn server(settings: &Settings, path: &Path) -> anyhow::Result<(Option<NatsServer>, String)> {
+    match &settings.transport {
         TransportSettings::Jetstream(jetstream) if jetstream.url.is_empty() => {
-            let server = NatsServer::start(&jetstream.server, run).await?;
+            let (runs, payload) = ([settings.run.name.as_str()], max_payload_mib(settings));
+            let server = NatsServer::start(&jetstream.server, path, &runs, payload).await?;
             let url = server.url();
             Ok((Some(server), url))
         }
@@ -128,22 +138,27 @@ struct Commands<'a> {
     config: &'a Path,
     /// URL of the NATS server.
     url: &'a str,
+    /// Keys of the NATS server's users; `None` if the settings name the server and its credentials.
+    keys: Option<RunKeys>,
 }
 
 impl ProcessGroup {
     fn start(
         resolved: &Resolved,
         commands: &Commands<'_>,
-        resume: Option<&str>,
+        resume: ResumeRequest<'_>,
         server: Option<NatsServer>,
     ) -> anyhow::Result<Self> {
         let settings = &resolved.settings;
         // A restart resumes from the newest checkpoint, not from the one that was asked for.
-        let restart = commands.learner();
+        let mut restart = commands.learner();
+        let accepts = resume
+            .accepts_changes
+            .then(|| "--accept-changes".to_owned());
+        restart.arguments.extend(accepts);
         let mut first = restart.clone();
-        first
-            .arguments
-            .extend(resume.map(|which| format!("--resume={which}")));
+        let which = resume.which.map(|which| format!("--resume={which}"));
+        first.arguments.extend(which);
         let learner = SupervisedProcess {
             child: ChildProcess::start(&first, true)?,
             command: restart,
@@ -320,7 +335,7 @@ impl SupervisedProcess {
 
 impl Commands<'_> {
     fn learner(&self) -> ChildCommand {
-        self.command("learner", "learner", &self.run_dir())
+        self.command(ServerRole::Learner, "learner", &self.run_dir())
     }
 
     fn actors_and_services(&self, settings: &Settings) -> Vec<ChildCommand> {
@@ -333,7 +348,7 @@ impl Commands<'_> {
         let actors = (0..topology.actors).map(|index| {
             let name = format!("actor-{index}");
             let extra = [&own_port[..], &["--name".into(), name.clone()]].concat();
-            self.command("actor", &name, &extra)
+            self.command(ServerRole::Actor, &name, &extra)
         });
         let services = (0..topology.preference).map(|index| {
             let name = format!("preference-{index}");
@@ -342,14 +357,21 @@ impl Commands<'_> {
             if index > 0 {
                 extra.extend(["--set".into(), "preference.http.listen=\"\"".into()]);
             }
-            self.command("preference", &name, &extra)
+            self.command(ServerRole::Preference, &name, &extra)
         });
         actors.chain(services).collect()
     }
 
-    fn command(&self, subcommand: &str, name: &str, extra: &[String]) -> ChildCommand {
-        let mut arguments = vec![subcommand.to_owned(), self.config.display().to_string()];
+    /// The command of a process of this role. Arguments are visible to all users of the machine: they name the files of
+    /// keys.
+    fn command(&self, role: ServerRole, name: &str, extra: &[String]) -> ChildCommand {
+        let mut arguments = vec![role.name().to_owned(), self.config.display().to_string()];
         arguments.extend(["--set".into(), format!("transport.url={}", self.url)]);
+        let keys = self.keys.iter().flat_map(|keys| keys.settings(role));
+        for (key, path) in keys {
+            let path = toml::Value::String(path.display().to_string());
+            arguments.extend(["--set".into(), format!("{key}={path}")]);
+        }
         arguments.push("--end-with-stdin".into());
         arguments.extend_from_slice(extra);
         ChildCommand {

@@ -1,4 +1,5 @@
-//! The NATS server that the launcher starts if the settings name none; its storage is in the run directory.
+//! The NATS server that the launcher starts if the settings name none; its storage is in the run directory. It has a user
+//! for each role, whose keys are made with it: other users of this machine cannot use it.
 
 use std::{
     io::ErrorKind,
@@ -9,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use telemetry::write_atomically;
+use telemetry::{create_private_directory, write_atomically};
 use tokio::{
     net::TcpStream,
     process::{Child, Command},
@@ -17,13 +18,11 @@ use tokio::{
 };
 
 use crate::cluster::launch::nats_watchdog::NatsWatchdog;
+use crate::cluster::server_users::{RunKeys, server_config};
 use crate::exit_code::UsageError;
 
 /// Time for the server to start listening.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// Maximum message size: pairs of long completions have three values for each token.
-const MAX_PAYLOAD: &str = "8MB";
 
 /// A NATS server with JetStream on the loopback address.
 pub(crate) struct NatsServer {
@@ -31,17 +30,24 @@ pub(crate) struct NatsServer {
     config: PathBuf,
     log: PathBuf,
     port: u16,
+    keys: RunKeys,
     process: Child,
     watchdog: Option<NatsWatchdog>,
 }
 
 impl NatsServer {
-    /// Starts `program` with its storage in the run directory `path`, on the port of its previous start if that is
-    /// free.
-    pub(crate) async fn start(program: &str, path: &Path) -> anyhow::Result<Self> {
+    /// Starts `program` for the runs of these names, with its storage in the run directory `path`, on the port of its
+    /// previous start if that is free. It takes messages of `max_payload_mib` MiB.
+    pub(crate) async fn start(
+        program: &str,
+        path: &Path,
+        runs: &[&str],
+        max_payload_mib: usize,
+    ) -> anyhow::Result<Self> {
         let store = path.join("jetstream");
-        std::fs::create_dir_all(&store)
+        create_private_directory(&store)
             .with_context(|| format!("failed to make the folder {}", store.display()))?;
+        let keys = RunKeys::open(&store.join("keys"))?;
         let port_file = store.join("port");
         let previous = std::fs::read_to_string(&port_file).ok();
         let previous = previous
@@ -58,11 +64,8 @@ impl NatsServer {
         write_atomically(&port_file, format!("{port}\n").as_bytes())?;
         let config = store.join("server.conf");
         let absolute = std::path::absolute(&store).context("the run directory has a path")?;
-        let text = format!(
-            "listen: \"127.0.0.1:{port}\"\nmax_payload: {MAX_PAYLOAD}\njetstream {{ store_dir: {:?} }}\n",
-            absolute.display().to_string()
-        );
-        write_atomically(&config, text.as_bytes())?;
+        let text = server_config(&format!("127.0.0.1:{port}"), max_payload_mib, &absolute);
+        write_atomically(&config, (text + &keys.authorization(runs)).as_bytes())?;
         let log = path.join("logs").join("nats-server.log");
         let mut server = Self {
             process: spawn(program, &config, &log)?,
@@ -70,6 +73,7 @@ impl NatsServer {
             config,
             log,
             port,
+            keys,
             watchdog: None,
         };
         server.start_watchdog().await?;
@@ -80,6 +84,11 @@ impl NatsServer {
     /// URL for clients.
     pub(crate) fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// Keys of its clients.
+    pub(crate) fn keys(&self) -> &RunKeys {
+        &self.keys
     }
 
     /// Restarts it on the same port with the same storage.
@@ -128,8 +137,11 @@ impl NatsServer {
                 .try_wait()
                 .context("the NATS server is a process")?;
             if ended.is_some() || started.elapsed() > STARTUP_TIMEOUT {
+                let last = std::fs::read_to_string(&self.log).unwrap_or_default();
+                let last = last.lines().next_back().unwrap_or("it has logged nothing");
                 bail!(
-                    "the NATS server does not listen; see {}",
+                    "failed to start the NATS server {}: it does not listen ({last}); see {}",
+                    self.program,
                     self.log.display()
                 );
             }

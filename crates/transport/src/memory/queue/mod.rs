@@ -233,7 +233,7 @@ impl<T> InFlightMessage<T> {
         self.entry().deliveries
     }
 
-    pub(crate) fn is_given_up(&self) -> bool {
+    pub(crate) fn exceeds_delivery_limit(&self) -> bool {
         self.deliveries() > self.queue.limits.max_deliveries.get()
     }
 

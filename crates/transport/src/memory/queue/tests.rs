@@ -102,7 +102,10 @@ impl ReferenceModel {
             let deliveries = self.deliveries.entry(*message.message()).or_default();
             *deliveries += 1;
             assert_eq!(message.deliveries(), *deliveries);
-            assert_eq!(message.is_given_up(), *deliveries > MAX_DELIVERIES);
+            assert_eq!(
+                message.exceeds_delivery_limit(),
+                *deliveries > MAX_DELIVERIES
+            );
             self.in_flight.push(message);
         }
     }
