@@ -3,11 +3,12 @@
 //!
 //! An [`Actor`] waits on streams; its model runs on a thread of its own. Promises: weights change only while no
 //! completion is being sampled, so no completion mixes versions; a prompt is acknowledged only after its pair, or
-//! the note that it was dropped, is stored. Does not know who judges the pairs or who learns from them.
+//! the note that it was dropped, is stored; a prompt that does not fit the run is put aside and ends nothing.
+//! Does not know who judges the pairs or who learns from them.
 
 mod error;
 mod metrics;
-mod outlet;
+mod pair_publisher;
 mod prompt_queue;
 mod quantization_check;
 mod run;
@@ -15,6 +16,6 @@ mod sampler_thread;
 mod weight_loader;
 
 pub use error::ActorError;
-pub use outlet::IdenticalPairs;
+pub use pair_publisher::IdenticalPairs;
 pub use quantization_check::PrecisionLimit;
 pub use run::{Actor, ActorModel, ActorParts, ActorStreams, CompletionPlan};

@@ -27,9 +27,9 @@ impl Throughput {
     }
 
     /// Publishes the quantisation error, in nats per token.
-    pub(crate) fn publish_drift(&self, nats: f64) {
+    pub(crate) fn publish_quantization_error(&self, nats: f64) {
         let mut measurements = Measurements::new();
-        measurements.set("actor/drift", nats);
+        measurements.set("actor/quantization_error", nats);
         telemetry::publish(&measurements, &[("role", "actor"), ("actor", &self.actor)]);
     }
 

@@ -1,9 +1,23 @@
 //! Prompts of an actor: queued for newer weights or for the rest of their batch, and in progress.
+//!
+//! A prompt may name weights that are still being uploaded, at most one upload ahead of the announced ones. It waits
+//! for them without holding up others; one whose weights are not announced in time names weights that do not exist.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
-use messages::{Pacing, Prompt, PromptBatch, PromptId, WeightsVersion};
+use messages::{Pacing, Prompt, PromptId, WeightsVersion};
+use tokio::time::Instant;
 use transport::{Delivery, Receipt};
+
+/// Time after which a prompt that waits for its weights no longer takes the room of others.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Number of announcements that a prompt may wait for its weights. Those before the next may have been made when it was
+/// sent, and be read only after it was received.
+const MAX_ANNOUNCEMENTS: u64 = 3;
 
 /// All prompts that were received and neither answered nor dropped.
 #[derive(Debug)]
@@ -11,11 +25,12 @@ pub(crate) struct PromptQueue {
     pacing: Pacing,
     /// Largest number of ready prompts: what the sampler's slots can hold.
     capacity: usize,
-    /// Newest session seen.
-    session: u64,
-    /// Incomplete batches, by first prompt.
-    partial: BTreeMap<PromptId, (PromptBatch, Vec<QueuedPrompt>)>,
-    ready: VecDeque<QueuedPrompt>,
+    /// Newest announced weights, and the number of announcements.
+    newest: WeightsVersion,
+    announcements: u64,
+    /// Incomplete batches, by first prompt and size.
+    partial: BTreeMap<(PromptId, u32), Vec<WaitingPrompt>>,
+    ready: VecDeque<WaitingPrompt>,
     /// By sampling key, since a prompt may be in progress twice after a session was superseded.
     in_progress: BTreeMap<u64, QueuedPrompt>,
     next_key: u64,
@@ -26,6 +41,15 @@ pub(crate) struct PromptQueue {
 pub(crate) struct QueuedPrompt {
     pub(crate) prompt: Prompt,
     pub(crate) receipt: Receipt,
+}
+
+/// A prompt that is not in progress.
+#[derive(Debug)]
+struct WaitingPrompt {
+    queued: QueuedPrompt,
+    since: Instant,
+    /// Number of announcements before it was queued.
+    announcements: u64,
 }
 
 impl From<Delivery<Prompt>> for QueuedPrompt {
@@ -42,13 +66,20 @@ pub(crate) struct StartedPrompt {
     pub(crate) prompt: Prompt,
 }
 
+impl WaitingPrompt {
+    fn prompt(&self) -> &Prompt {
+        &self.queued.prompt
+    }
+}
+
 impl PromptQueue {
     /// An empty queue with room for `capacity` ready prompts.
     pub(crate) fn new(pacing: Pacing, capacity: usize) -> Self {
         Self {
             pacing,
             capacity,
-            session: 0,
+            newest: WeightsVersion::REFERENCE,
+            announcements: 0,
             partial: BTreeMap::new(),
             ready: VecDeque::new(),
             in_progress: BTreeMap::new(),
@@ -58,11 +89,7 @@ impl PromptQueue {
 
     /// Number of prompts: queued and in progress.
     pub(crate) fn len(&self) -> usize {
-        let partial: usize = self
-            .partial
-            .values()
-            .map(|(_, prompts)| prompts.len())
-            .sum();
+        let partial: usize = self.partial.values().map(Vec::len).sum();
         partial + self.ready.len() + self.in_progress.len()
     }
 
@@ -77,84 +104,128 @@ impl PromptQueue {
     }
 
     /// How many more ready prompts may be queued. An actor takes no more than its slots can start next; the rest is
-    /// left to other actors.
-    pub(crate) fn room(&self) -> usize {
-        self.capacity.saturating_sub(self.ready.len())
+    /// left to other actors. Prompts that have waited for their weights for [`PATIENCE`] are not counted.
+    pub(crate) fn room(&self, now: Instant) -> usize {
+        let takes_room = |waiting: &&WaitingPrompt| {
+            !self.is_ahead(waiting) || now.duration_since(waiting.since) < PATIENCE
+        };
+        let taken = self.ready.iter().filter(takes_room).count();
+        self.capacity.saturating_sub(taken)
     }
 
     /// Whether another prompt may be received.
-    pub(crate) fn has_room(&self) -> bool {
-        self.room() > 0
+    pub(crate) fn has_room(&self, now: Instant) -> bool {
+        self.room(now) > 0
     }
 
-    /// Newest session seen.
+    /// When the next prompt that waits for its weights ceases to take room; `None` if none does.
+    pub(crate) fn next_room(&self, now: Instant) -> Option<Instant> {
+        let ahead = self.ready.iter().filter(|waiting| self.is_ahead(waiting));
+        let ends = ahead.map(|waiting| waiting.since + PATIENCE);
+        ends.filter(|&end| end > now).min()
+    }
+
+    /// Current session: that of the newest announced weights.
     pub(crate) fn session(&self) -> u64 {
-        self.session
+        self.newest.session
     }
 
     /// Queues a prompt; with [`Pacing::Batched`] it becomes ready once its whole batch is here.
-    pub(crate) fn push(&mut self, queued: QueuedPrompt) {
+    pub(crate) fn push(&mut self, queued: QueuedPrompt, now: Instant) {
         let prompt_batch = queued.prompt.prompt_batch;
+        let waiting = WaitingPrompt {
+            queued,
+            since: now,
+            announcements: self.announcements,
+        };
         if self.pacing == Pacing::EachPrompt || prompt_batch.count == 1 {
-            self.ready.push_back(queued);
+            self.ready.push_back(waiting);
             return;
         }
-        let (_, partial) = self
-            .partial
-            .entry(prompt_batch.first)
-            .or_insert((prompt_batch, Vec::new()));
-        partial.retain(|other| other.prompt.id != queued.prompt.id);
-        partial.push(queued);
+        let key = (prompt_batch.first, prompt_batch.count);
+        let partial = self.partial.entry(key).or_default();
+        partial.retain(|other| other.prompt().id != waiting.prompt().id);
+        partial.push(waiting);
         if partial.len() == prompt_batch.count as usize
-            && let Some((_, mut complete)) = self.partial.remove(&prompt_batch.first)
+            && let Some(mut complete) = self.partial.remove(&key)
         {
-            complete.sort_by_key(|queued| queued.prompt.id);
+            complete.sort_by_key(|waiting| waiting.prompt().id);
             self.ready.extend(complete);
         }
     }
 
-    /// Enters a session if it is newer. Returns the queued prompts of earlier ones, which will be sent again or were
-    /// given up; those in progress stay.
-    pub(crate) fn enter_session(&mut self, session: u64) -> Vec<QueuedPrompt> {
-        if session <= self.session {
+    /// Enters the session of newly announced weights if it is newer. Returns the queued prompts of earlier ones, which
+    /// will be sent again or were given up; those in progress stay.
+    pub(crate) fn supersede(&mut self, newest: WeightsVersion) -> Vec<QueuedPrompt> {
+        let session = newest.session;
+        if session <= self.session() {
             return Vec::new();
         }
-        self.session = session;
-        let is_old = |queued: &QueuedPrompt| queued.prompt.version.session < session;
-        let mut superseded = Vec::new();
-        for (_, partial) in self.partial.values_mut() {
-            superseded.extend(partial.extract_if(.., |queued| is_old(queued)));
-        }
-        self.partial.retain(|_, (_, partial)| !partial.is_empty());
-        let (old, ready) = self.ready.drain(..).partition(is_old);
-        self.ready = ready;
-        superseded.extend::<VecDeque<_>>(old);
+        self.newest = newest;
+        let is_old = |waiting: &WaitingPrompt| waiting.prompt().version.session < session;
+        let mut superseded = self.take_partial(is_old);
+        superseded.extend(self.take_ready(is_old));
         superseded
     }
 
-    /// Starts up to `limit` ready prompts that weights `version` may answer; they are in progress from now on. Whole
-    /// batches are started whole.
+    /// Counts an announcement. Returns the queued prompts that have waited for their weights, or for the rest of their
+    /// batch, for too many of them.
+    pub(crate) fn announce(&mut self, newest: WeightsVersion) -> Vec<QueuedPrompt> {
+        self.newest = self.newest.max(newest);
+        self.announcements += 1;
+        let (newest, announcements) = (self.newest, self.announcements);
+        let is_late =
+            |waiting: &WaitingPrompt| announcements - waiting.announcements >= MAX_ANNOUNCEMENTS;
+        let mut late = self.take_partial(is_late);
+        late.extend(
+            self.take_ready(|waiting| is_late(waiting) && waiting.prompt().version > newest),
+        );
+        late
+    }
+
+    fn take_ready(&mut self, is_taken: impl FnMut(&WaitingPrompt) -> bool) -> Vec<QueuedPrompt> {
+        let (taken, ready): (VecDeque<_>, _) = self.ready.drain(..).partition(is_taken);
+        self.ready = ready;
+        taken.into_iter().map(|waiting| waiting.queued).collect()
+    }
+
+    fn take_partial(&mut self, is_taken: impl Fn(&WaitingPrompt) -> bool) -> Vec<QueuedPrompt> {
+        let mut taken = Vec::new();
+        for partial in self.partial.values_mut() {
+            taken.extend(partial.extract_if(.., |waiting| is_taken(waiting)));
+        }
+        self.partial.retain(|_, partial| !partial.is_empty());
+        taken.into_iter().map(|waiting| waiting.queued).collect()
+    }
+
+    /// Whether a prompt waits for weights that are not announced.
+    fn is_ahead(&self, waiting: &WaitingPrompt) -> bool {
+        waiting.prompt().version > self.newest
+    }
+
+    /// Starts up to `limit` ready prompts that weights `version` may answer, oldest first; they are in progress from
+    /// now on. Whole batches are started whole.
     pub(crate) fn start(&mut self, version: WeightsVersion, limit: usize) -> Vec<StartedPrompt> {
-        let limit = match self.pacing {
+        let mut limit = match self.pacing {
             Pacing::Batched => usize::MAX,
             Pacing::EachPrompt => limit,
         };
-        let mut started = Vec::new();
-        while started.len() < limit
-            && self
-                .ready
-                .front()
-                .is_some_and(|queued| queued.prompt.version <= version)
-        {
-            let Some(queued) = self.ready.pop_front() else {
-                break;
-            };
-            let (key, prompt) = (self.next_key, queued.prompt.clone());
-            started.push(StartedPrompt { key, prompt });
-            self.in_progress.insert(key, queued);
-            self.next_key += 1;
-        }
+        let started = self.take_ready(|waiting| {
+            let is_started = limit > 0 && waiting.prompt().version <= version;
+            limit -= usize::from(is_started);
+            is_started
+        });
         started
+            .into_iter()
+            .map(|queued| self.begin(queued))
+            .collect()
+    }
+
+    fn begin(&mut self, queued: QueuedPrompt) -> StartedPrompt {
+        let (key, prompt) = (self.next_key, queued.prompt.clone());
+        self.in_progress.insert(key, queued);
+        self.next_key += 1;
+        StartedPrompt { key, prompt }
     }
 
     /// Removes the prompt in progress under `key`.
@@ -166,7 +237,7 @@ impl PromptQueue {
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt;
-    use messages::{Purpose, Seed};
+    use messages::{PromptBatch, Purpose, Seed};
 
     use super::*;
 
@@ -192,7 +263,7 @@ mod tests {
             let sent = sender.send(prompt.clone()).now_or_never();
             sent.expect("there is room").expect("the stream is open");
             let delivery = receiver.try_receive().expect("a prompt was sent");
-            queue.push(delivery.into());
+            queue.push(delivery.into(), Instant::now());
         }
         (queue, receiver)
     }
@@ -248,6 +319,60 @@ mod tests {
     }
 
     #[test]
+    fn a_prompt_for_weights_that_do_not_exist_holds_up_no_other() {
+        let single = |id, version| prompt(id, PromptBatch::single(PromptId(id)), version);
+        let prompts = [single(0, 90), single(1, 0), single(2, 91), single(3, 0)];
+        let (mut queue, _stream) = queue(Pacing::EachPrompt, &prompts);
+        assert_eq!(ids(&queue.start(WeightsVersion::at(0), 9)), vec![1, 3]);
+        // It takes room for a while, as a prompt does whose weights are being uploaded.
+        let now = Instant::now();
+        assert_eq!(queue.room(now), 14);
+        let later = queue.next_room(now).expect("it ends") + PATIENCE;
+        assert_eq!((queue.room(later), queue.next_room(later)), (16, None));
+        // Weights are at most one upload ahead: announcements decide.
+        for step in [5, 90, 95] {
+            let late = queue.announce(WeightsVersion::at(step));
+            assert!(late.is_empty(), "95 is enough");
+        }
+        assert_eq!(ids(&queue.start(WeightsVersion::at(95), 9)), vec![0, 2]);
+    }
+
+    #[test]
+    fn prompts_whose_weights_or_batches_never_come_are_late() {
+        let pair = PromptBatch {
+            first: PromptId(4),
+            count: 2,
+        };
+        let prompts = [
+            prompt(4, pair, 0),
+            prompt(9, PromptBatch::single(PromptId(9)), 90),
+        ];
+        let (mut queue, _stream) = queue(Pacing::Batched, &prompts);
+        for step in 1..MAX_ANNOUNCEMENTS {
+            assert!(queue.announce(WeightsVersion::at(step)).is_empty());
+        }
+        let late = queue.announce(WeightsVersion::at(MAX_ANNOUNCEMENTS));
+        let late: Vec<_> = late.iter().map(|queued| queued.prompt.id.0).collect();
+        assert_eq!((late, queue.len()), (vec![4, 9], 0));
+    }
+
+    #[test]
+    fn batches_of_another_size_do_not_mix() {
+        let batch = |count| PromptBatch {
+            first: PromptId(4),
+            count,
+        };
+        let prompts = [
+            prompt(4, batch(2), 0),
+            prompt(5, batch(u32::MAX), 0),
+            prompt(5, batch(2), 0),
+        ];
+        let (mut queue, _stream) = queue(Pacing::Batched, &prompts);
+        assert_eq!(ids(&queue.start(WeightsVersion::at(0), 9)), vec![4, 5]);
+        assert_eq!((queue.len(), queue.in_progress()), (3, 2));
+    }
+
+    #[test]
     fn queued_prompts_are_returned_to_the_stream_on_drop() {
         let prompts = [prompt(0, PromptBatch::single(PromptId(0)), 9)];
         let (queue, stream) = queue(Pacing::EachPrompt, &prompts);
@@ -269,17 +394,18 @@ mod tests {
             let (sender, receiver) = transport::stream("prompts", 1);
             let sent = sender.send(prompt).now_or_never();
             sent.expect("there is room").expect("the stream is open");
-            queue.push(receiver.try_receive().expect("a prompt was sent").into());
+            let delivery = receiver.try_receive().expect("a prompt was sent");
+            queue.push(delivery.into(), Instant::now());
         }
-        let superseded = queue.enter_session(1);
-        let superseded: Vec<_> = superseded.iter().map(|queued| queued.prompt.id.0).collect();
-        assert_eq!(superseded, vec![1]);
-        assert!(queue.enter_session(1).is_empty());
-        let version = WeightsVersion {
+        let session = WeightsVersion {
             session: 1,
             step: 0,
         };
-        let new = queue.start(version, 8);
+        let superseded = queue.supersede(session);
+        let superseded: Vec<_> = superseded.iter().map(|queued| queued.prompt.id.0).collect();
+        assert_eq!(superseded, vec![1]);
+        assert!(queue.supersede(session).is_empty());
+        let new = queue.start(session, 8);
         assert_eq!(ids(&new), vec![0, 1]);
         assert_ne!(new[0].key, old[0].key, "the same prompt twice");
         assert_eq!(queue.in_progress(), 3);

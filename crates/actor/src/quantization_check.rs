@@ -13,7 +13,7 @@ pub struct PrecisionLimit {
     pub precision: Precision,
     /// Largest mean absolute difference of log-probabilities from f32, in nats per token; above it sampling falls
     /// back to f32. 0: unlimited.
-    pub max_drift: f64,
+    pub max_error: f64,
 }
 
 /// Checks the quantisation error of one prompt per version of the weights.
@@ -25,11 +25,11 @@ pub(crate) struct QuantizationCheck {
 
 /// Measured quantisation error.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Drift {
+pub(crate) struct QuantizationError {
     /// Mean absolute difference of log-probabilities, in nats per token.
     pub(crate) nats: f64,
     /// Whether it exceeds the limit, so that the next version is loaded in f32.
-    pub(crate) is_too_far: bool,
+    pub(crate) is_too_large: bool,
 }
 
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl QuantizationCheck {
 
     /// Selects the first prompt of a version for the check.
     pub(crate) fn admit(&mut self, request: &Request) {
-        let is_checked = self.limit.precision != Precision::F32 && self.limit.max_drift > 0.0;
+        let is_checked = self.limit.precision != Precision::F32 && self.limit.max_error > 0.0;
         if is_checked && matches!(self.state, CheckState::Ready) {
             self.state = CheckState::Waiting {
                 key: request.key,
@@ -82,7 +82,7 @@ impl QuantizationCheck {
         &mut self,
         policy: &LanguageModel,
         finished: &Finished,
-    ) -> Result<Option<Drift>, ModelError> {
+    ) -> Result<Option<QuantizationError>, ModelError> {
         let CheckState::Waiting { key, ids } = &self.state else {
             return Ok(None);
         };
@@ -91,11 +91,11 @@ impl QuantizationCheck {
         }
         let nats = mean_difference(policy, ids, &finished.completions)?;
         self.state = CheckState::Done;
-        let is_too_far = nats.is_nan() || nats > self.limit.max_drift;
-        if is_too_far {
+        let is_too_large = nats.is_nan() || nats > self.limit.max_error;
+        if is_too_large {
             self.limit.precision = Precision::F32;
         }
-        Ok(Some(Drift { nats, is_too_far }))
+        Ok(Some(QuantizationError { nats, is_too_large }))
     }
 }
 

@@ -1,15 +1,20 @@
 //! The actor's loop: receives prompts, samples completions, sends pairs; loads newer weights while idle.
 
-use messages::{Dropped, Pacing, Pair, Prompt, Purpose, WeightsVersion};
+use messages::{
+    Dropped, InvalidMessage, MessageLimits, Pacing, Pair, Prompt, Purpose, WeightsVersion,
+};
 use model::{Finished, LanguageModel, Request, Sampler, Tokenizer};
 use telemetry::{InFlightGauge, StageCounters, WaitGuard, Waits};
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 use transport::{Delivery, Receiver, Sender, TransportError, WeightStore};
 
 use crate::{
     error::ActorError,
     metrics::Throughput,
-    outlet::{IdenticalPairs, Outlet, PromptDrop},
+    pair_publisher::{IdenticalPairs, PairPublisher, PromptDrop},
     prompt_queue::{PromptQueue, QueuedPrompt, StartedPrompt},
     quantization_check::{PrecisionLimit, QuantizationCheck},
     sampler_thread::{SamplerEvent, SamplerThread},
@@ -72,6 +77,8 @@ pub struct ActorStreams {
     pub drops: Sender<Dropped>,
     /// Incoming weights.
     pub weight_store: WeightStore,
+    /// Limits of incoming prompts.
+    pub limits: MessageLimits,
 }
 
 /// An actor.
@@ -79,10 +86,11 @@ pub struct Actor {
     slots: usize,
     completions: CompletionPlan,
     prompts: Receiver<Prompt>,
+    limits: MessageLimits,
     queue: PromptQueue,
     weights: WeightLoader,
     sampler: SamplerThread,
-    outlet: Outlet,
+    publisher: PairPublisher,
     throughput: Throughput,
     in_flight: InFlightGauge,
     wait: Option<(&'static str, WaitGuard)>,
@@ -107,12 +115,13 @@ impl Actor {
             slots: model.slots,
             completions: parts.completions,
             prompts: parts.streams.prompts,
+            limits: parts.streams.limits,
             queue: PromptQueue::new(parts.pacing, capacity),
             weights: WeightLoader::new(&name, parts.streams.weight_store),
             sampler,
             throughput: Throughput::new(&name),
             in_flight: parts.counters.in_flight_gauge(),
-            outlet: Outlet {
+            publisher: PairPublisher {
                 actor: name,
                 pairs: parts.streams.pairs,
                 drops: parts.streams.drops,
@@ -129,7 +138,7 @@ impl Actor {
     /// sampling.
     #[must_use]
     pub fn waits(&self) -> Waits {
-        self.outlet.waits.clone()
+        self.publisher.waits.clone()
     }
 
     /// Watches the weights version that it samples with.
@@ -150,26 +159,28 @@ impl Actor {
                 self.advance().await?;
             }
             self.in_flight.set(self.queue.len() as u64);
-            self.prompts.prefetch(self.queue.room());
+            let now = Instant::now();
+            self.prompts.prefetch(self.queue.room(now));
             self.note_wait();
-            let receives = !draining && !exhausted && self.queue.has_room();
+            let has_room = self.queue.has_room(now);
+            let next_room = self.queue.next_room(now).filter(|_| !has_room);
+            let receives = !draining && !exhausted && has_room;
             let follows = !draining && !self.weights.is_pending();
             tokio::select! {
                 event = self.sampler.next() => self.handle(event?).await?,
                 delivery = self.prompts.receive(), if receives => match delivery {
                     Ok(delivery) => self.accept(delivery).await?,
                     Err(TransportError::Closed(_)) => exhausted = true,
-                    Err(source) => return Err(self.outlet.error(source)),
+                    Err(source) => return Err(self.publisher.error(source)),
                 },
-                newer = self.weights.newer(), if follows => {
-                    self.enter_session(newer?.session).await?;
-                },
+                newer = self.weights.newer(), if follows => self.announce(newer?).await?,
+                () = until(next_room) => {}
                 changed = shutdown.changed(), if !draining => {
                     draining = changed.is_err() || *shutdown.borrow();
                 }
             }
         }
-        self.outlet.counters.returned(self.queue.len() as u64);
+        self.publisher.counters.returned(self.queue.len() as u64);
         self.in_flight.set(0);
         self.sampler.join()
     }
@@ -213,7 +224,7 @@ impl Actor {
         };
         if self.wait.as_ref().map(|(current, _)| *current) != reason {
             self.wait = None;
-            self.wait = reason.map(|reason| (reason, self.outlet.waits.enter(reason)));
+            self.wait = reason.map(|reason| (reason, self.publisher.waits.enter(reason)));
         }
     }
 
@@ -221,29 +232,68 @@ impl Actor {
     async fn accept(&mut self, delivery: Delivery<Prompt>) -> Result<(), ActorError> {
         let mut next = Some(delivery);
         while let Some(delivery) = next {
-            self.outlet.counters.received(1);
-            let (is_given_up, deliveries) = (delivery.is_given_up(), delivery.deliveries());
+            self.publisher.counters.received(1);
+            let exhausted = delivery.exceeds_delivery_limit();
+            let exhausted = exhausted.then(|| delivery.deliveries());
             let queued = QueuedPrompt::from(delivery);
-            let session = queued.prompt.version.session;
-            self.enter_session(session).await?;
-            if is_given_up {
-                let detail = format!("no answer after {} deliveries", deliveries - 1);
-                self.outlet.drop(queued, PromptDrop::failed(detail)).await?;
-            } else if session < self.queue.session() {
-                self.outlet.drop(queued, PromptDrop::superseded()).await?;
-            } else {
-                self.queue.push(queued);
+            match self.rejection(&queued.prompt, exhausted).await? {
+                Some(cause) => self.publisher.drop(queued, cause).await?,
+                None => self.queue.push(queued, Instant::now()),
             }
-            let room = self.queue.has_room();
+            let room = self.queue.has_room(Instant::now());
             next = room.then(|| self.prompts.try_receive()).flatten();
         }
         Ok(())
     }
 
-    /// Drops the queued prompts of earlier sessions.
-    async fn enter_session(&mut self, session: u64) -> Result<(), ActorError> {
-        for queued in self.queue.enter_session(session) {
-            self.outlet.drop(queued, PromptDrop::superseded()).await?;
+    /// Why a received prompt is not queued; `None` if it is. `exhausted` is its number of deliveries if that exceeds
+    /// the limit. Enters the prompt's session.
+    async fn rejection(
+        &mut self,
+        prompt: &Prompt,
+        exhausted: Option<u32>,
+    ) -> Result<Option<PromptDrop>, ActorError> {
+        if let Some(deliveries) = exhausted {
+            let detail = format!("no answer after {} deliveries", deliveries - 1);
+            return Ok(Some(PromptDrop::failed(detail)));
+        }
+        if let Err(invalid) = self.check(prompt).await {
+            return Ok(Some(PromptDrop::invalid(&invalid)));
+        }
+        self.supersede(self.limits.newest).await?;
+        let is_old = prompt.version.session < self.queue.session();
+        Ok(is_old.then(PromptDrop::superseded))
+    }
+
+    /// Checks a prompt. One of weights that are not announced, as far as this process knows, is checked again after a
+    /// look at the weight store.
+    async fn check(&mut self, prompt: &Prompt) -> Result<(), InvalidMessage> {
+        self.limits.newest = self.weights.announced();
+        match prompt.check(&self.limits) {
+            Err(InvalidMessage::Unannounced { .. }) => {}
+            checked => return checked,
+        }
+        self.weights.refresh().await;
+        self.limits.newest = self.weights.announced();
+        prompt.check(&self.limits)
+    }
+
+    /// Enters the session of newly announced weights, and drops the prompts that name weights which do not exist.
+    async fn announce(&mut self, newest: WeightsVersion) -> Result<(), ActorError> {
+        self.supersede(newest).await?;
+        for queued in self.queue.announce(newest) {
+            let found = queued.prompt.version;
+            let cause = PromptDrop::invalid(&InvalidMessage::Unannounced { found, newest });
+            self.publisher.drop(queued, cause).await?;
+        }
+        Ok(())
+    }
+
+    /// Drops the queued prompts of sessions before that of these announced weights.
+    async fn supersede(&mut self, newest: WeightsVersion) -> Result<(), ActorError> {
+        for queued in self.queue.supersede(newest) {
+            let cause = PromptDrop::superseded();
+            self.publisher.drop(queued, cause).await?;
         }
         Ok(())
     }
@@ -252,20 +302,24 @@ impl Actor {
         match event {
             SamplerEvent::Finished(finished) => self.finish(finished).await,
             SamplerEvent::Rejected(key, detail) => match self.queue.finish(key) {
-                Some(queued) => self.outlet.drop(queued, PromptDrop::failed(detail)).await,
+                Some(queued) => {
+                    self.publisher
+                        .drop(queued, PromptDrop::failed(detail))
+                        .await
+                }
                 None => Ok(()),
             },
             SamplerEvent::Loaded(version) => {
                 self.weights.finish(version);
                 Ok(())
             }
-            SamplerEvent::Drift(drift) => {
-                self.throughput.publish_drift(drift.nats);
-                if drift.is_too_far {
+            SamplerEvent::QuantizationError(error) => {
+                self.throughput.publish_quantization_error(error.nats);
+                if error.is_too_large {
                     tracing::warn!(
-                        actor = self.outlet.actor,
-                        nats_per_token = drift.nats,
-                        "quantised log-probs drift too far from f32 (actor.max_drift); the next version is loaded in f32"
+                        actor = self.publisher.actor,
+                        nats_per_token = error.nats,
+                        "the quantisation error exceeds actor.max_quantization_error; the next version is loaded in f32"
                     );
                 }
                 Ok(())
@@ -280,9 +334,17 @@ impl Actor {
         let completions = finished.completions;
         self.throughput
             .count(&completions, self.queue.in_progress());
-        self.outlet
+        self.publisher
             .send(queued, completions, self.weights.version())
             .await
+    }
+}
+
+/// Waits until `instant`; for ever without one.
+async fn until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => sleep_until(instant).await,
+        None => std::future::pending().await,
     }
 }
 

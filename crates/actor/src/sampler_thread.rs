@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     error::ActorError,
-    quantization_check::{Drift, QuantizationCheck},
+    quantization_check::{QuantizationCheck, QuantizationError},
 };
 
 /// Command to the sampler thread. The thread ends when the channel closes.
@@ -29,7 +29,7 @@ pub(crate) enum SamplerEvent {
     /// A version of the weights has been loaded.
     Loaded(WeightsVersion),
     /// The quantisation error of the loaded version.
-    Drift(Drift),
+    QuantizationError(QuantizationError),
 }
 
 /// An event; or the model's error, with which the thread has ended.
@@ -178,8 +178,8 @@ impl SamplerLoop {
             }
         }
         for finished in self.sampler.step()? {
-            if let Some(drift) = self.quantization.check(&self.policy, &finished)? {
-                self.emit(Ok(SamplerEvent::Drift(drift)));
+            if let Some(error) = self.quantization.check(&self.policy, &finished)? {
+                self.emit(Ok(SamplerEvent::QuantizationError(error)));
             }
             self.emit(Ok(SamplerEvent::Finished(finished)));
         }

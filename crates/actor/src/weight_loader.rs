@@ -48,6 +48,18 @@ impl WeightLoader {
         self.version
     }
 
+    /// Newest announced version.
+    pub(crate) fn announced(&self) -> WeightsVersion {
+        self.latest().unwrap_or(WeightsVersion::REFERENCE)
+    }
+
+    /// Reads the announcement from the weight store. A failure is logged: the announcement is followed anyway.
+    pub(crate) async fn refresh(&self) {
+        if let Err(error) = self.weight_store.refresh().await {
+            tracing::warn!(actor = self.actor, %error, "the announcement of weights could not be read");
+        }
+    }
+
     /// Whether an announced version is not loaded yet.
     pub(crate) fn is_pending(&self) -> bool {
         self.pending.is_some()

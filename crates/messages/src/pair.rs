@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     id::{JudgeVersion, PromptId, WeightsVersion},
     probability::Probability,
-    prompt::Prompt,
+    prompt::{Prompt, Purpose},
 };
 
 /// One completion of a prompt, with the log-probabilities recorded while sampling.
@@ -109,8 +109,8 @@ pub enum DropReason {
     Stale,
     /// The pair was trained on before.
     Duplicate,
-    /// The pair holds a non-finite value.
-    Poisoned,
+    /// The message does not fit the run, or the step on it was not finite.
+    Invalid,
     /// The prompt, or the weights that sampled its completions, came from an abandoned session.
     Superseded,
 }
@@ -131,6 +131,18 @@ pub struct Dropped {
     pub log_ratio: Option<f32>,
     /// Human-readable explanation.
     pub detail: String,
+}
+
+impl Dropped {
+    /// Longest explanation in bytes.
+    pub const MAX_DETAIL_BYTES: usize = 4096;
+
+    /// The explanation `detail`, cut to [`Self::MAX_DETAIL_BYTES`].
+    #[must_use]
+    pub fn shortened(mut detail: String) -> String {
+        detail.truncate(detail.floor_char_boundary(Self::MAX_DETAIL_BYTES));
+        detail
+    }
 }
 
 impl Stage {
@@ -155,7 +167,7 @@ impl DropReason {
             Self::Abstained => "abstained",
             Self::Stale => "stale",
             Self::Duplicate => "duplicate",
-            Self::Poisoned => "poisoned",
+            Self::Invalid => "invalid",
             Self::Superseded => "superseded",
         }
     }
@@ -182,7 +194,7 @@ impl Completion {
 
     /// Whether all log-probabilities are finite and there is one of each kind per token.
     #[must_use]
-    pub fn is_sound(&self) -> bool {
+    pub fn is_valid(&self) -> bool {
         [&self.logp, &self.ref_logp, &self.behaviour_logp]
             .iter()
             .all(|l| l.len() == self.ids.len() && l.iter().all(|x| x.is_finite()))
@@ -194,6 +206,17 @@ impl Pair {
     #[must_use]
     pub fn id(&self) -> PromptId {
         self.prompt.id
+    }
+
+    /// All i < j of its completions in lexicographic order; of an evaluation pair only the policy's and the
+    /// reference's completion. Empty for fewer than two completions, and for more than `u16` can index.
+    pub fn compared(&self) -> impl Iterator<Item = (u16, u16)> {
+        let count = match self.prompt.purpose {
+            Purpose::Evaluate => self.completions.len().min(2),
+            Purpose::Train | Purpose::Apo => self.completions.len(),
+        };
+        let count = u16::try_from(count).unwrap_or(0);
+        (0..count).flat_map(move |i| (i + 1..count).map(move |j| (i, j)))
     }
 
     /// Whether all completions have the same tokens.

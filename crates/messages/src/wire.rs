@@ -12,7 +12,11 @@ use crate::{
 };
 
 /// Version of the encoding; incremented with every change to any message.
-pub const VERSION: u8 = 3;
+pub const VERSION: u8 = 4;
+
+/// Largest encoding of a message in bytes: the largest payload that a NATS server takes. What a message claims to hold
+/// is allocated only as far as its bytes reach, so this bounds the memory of decoding too.
+pub const MAX_BYTES: usize = 64 * 1024 * 1024;
 
 /// A message type with a wire encoding.
 pub trait WireMessage: Serialize + DeserializeOwned {
@@ -54,6 +58,14 @@ pub enum WireError {
     /// Fewer than two bytes.
     #[error("{expected}: {length} bytes are too few for a message")]
     Short {
+        /// Name of the expected message.
+        expected: &'static str,
+        /// Number of bytes.
+        length: usize,
+    },
+    /// More bytes than any message has.
+    #[error("{expected}: {length} bytes are too many for a message; it has at most {MAX_BYTES}")]
+    Long {
         /// Name of the expected message.
         expected: &'static str,
         /// Number of bytes.
@@ -108,6 +120,12 @@ pub fn decode<M: WireMessage>(bytes: &[u8]) -> Result<M, WireError> {
             length: bytes.len(),
         });
     };
+    if bytes.len() > MAX_BYTES {
+        return Err(WireError::Long {
+            expected,
+            length: bytes.len(),
+        });
+    }
     if *version != VERSION {
         return Err(WireError::Version {
             expected,
@@ -207,10 +225,7 @@ mod tests {
         let longer = [good.as_slice(), &[0]].concat();
         let cases = [
             (vec![], "too few"),
-            (
-                with(0, 9),
-                "encoded as version 9, this build reads version 3",
-            ),
+            (with(0, 9), "encoded as version 9, this build reads version"),
             (
                 with(1, 1),
                 "holds a message of kind 1".trim_start_matches("holds "),
@@ -227,6 +242,24 @@ mod tests {
                 "{message:?} does not contain {expected:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_length_prefix_alone_allocates_nothing() {
+        let prompt = &pair(&[1, 2], "x", 0.5).pair.prompt;
+        let good = encode(prompt);
+        let lengths = [u64::from(u32::MAX), 1 << 40, u64::MAX >> 1];
+        for at in 2..good.len() {
+            for length in lengths {
+                let prefix = postcard::to_allocvec(&length).expect("a number");
+                let bytes = [&good[..at], &prefix, &good[at + 1..]].concat();
+                // Terabytes would abort the test.
+                drop(decode::<Prompt>(&bytes));
+            }
+        }
+        let long = vec![VERSION; MAX_BYTES + 1];
+        let message = decode::<Prompt>(&long).expect_err("too long").to_string();
+        assert!(message.contains("too many for a message"), "{message}");
     }
 
     #[test]

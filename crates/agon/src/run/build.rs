@@ -22,8 +22,8 @@ use crate::{
     run::{
         RunContext, RunStreams,
         role_settings::{
-            apo_schedule, completion_plan, identical_pairs, pacing, sampling, sampling_kind,
-            weights_dtype,
+            apo_schedule, completion_plan, identical_pairs, message_limits, pacing, sampling,
+            sampling_kind, weights_dtype,
         },
     },
 };
@@ -57,6 +57,14 @@ pub(crate) struct ApoSession<'a> {
     pub(crate) rounds: PathBuf,
     /// Weights version at which the session starts.
     pub(crate) start: WeightsVersion,
+}
+
+/// A role as a member of its stage.
+pub(crate) struct StageMember<'a> {
+    /// Name in the run.
+    pub(crate) name: &'a str,
+    /// Counters of the stage in this process.
+    pub(crate) counters: StageCounters,
 }
 
 /// Builds the roles of one process.
@@ -108,7 +116,7 @@ impl RoleBuilder<'_> {
         let sampling = sampling(self.settings);
         let precision = PrecisionLimit {
             precision: sampling.precision,
-            max_drift: settings.max_drift,
+            max_error: settings.max_quantization_error,
         };
         let parts = SamplerParts {
             folder: (*reference.folder).clone(),
@@ -135,6 +143,7 @@ impl RoleBuilder<'_> {
                 pairs: self.streams.pairs.sender.clone(),
                 drops: self.streams.drops.sender.clone(),
                 weight_store: self.streams.weight_store.clone(),
+                limits: message_limits(self.settings, &reference.folder.config),
             },
             counters: counters.clone(),
         })?)
@@ -144,12 +153,14 @@ impl RoleBuilder<'_> {
     /// name an address. Loading the judge of APO blocks; ends early once `cancel` is cancelled.
     pub(crate) async fn preference(
         &self,
-        role_name: &str,
+        member: StageMember<'_>,
         judge: &Arc<JudgeSource>,
         session: ApoSession<'_>,
         cancel: &CancelToken,
     ) -> anyhow::Result<Role> {
         let settings = self.settings;
+        let StageMember { name, counters } = member;
+        let limits = message_limits(settings, &session.policy.folder.config);
         let (judge, apo) = judge_and_apo(settings, judge, session, cancel)?;
         let pool = assembly::pool(settings, &judge)?;
         let mut tasks = Vec::new();
@@ -158,20 +169,24 @@ impl RoleBuilder<'_> {
             let server = assembly::server(settings, &judge, pool.clone()).await?;
             http_address = Some(server.address());
             let shutdown = self.shutdown.clone();
-            tasks.push(task(async move { Ok(server.run(shutdown).await?) }));
+            tasks.push(task(async move {
+                server.run(shutdown).await;
+                Ok(())
+            }));
         }
-        let counters = StageCounters::new(Stage::Preference);
         let service = PreferenceService::new(PreferenceServiceParts {
             judge: pool,
             gold: assembly::gold_pool(settings)?,
             orders: settings.preference.orders,
             apo,
             pairs: self.streams.pairs.receiver.clone(),
+            limits,
+            weight_store: self.streams.weight_store.clone(),
             labelled: self.streams.labelled.sender.clone(),
             drops: self.streams.drops.sender.clone(),
             counters: Arc::new(counters.clone()),
         });
-        let mut status_source = self.status_source(counters, role_name);
+        let mut status_source = self.status_source(counters, name);
         status_source.waits.push(service.waits());
         let shutdown = self.shutdown.clone();
         tasks.push(task(async move { Ok(service.run(shutdown).await?) }));
@@ -214,13 +229,14 @@ impl RoleBuilder<'_> {
                 drops: self.streams.drops.receiver.clone(),
                 weight_store: self.streams.weight_store.clone(),
                 weights_dtype: weights_dtype(settings),
+                limits: message_limits(settings, &inputs.model.folder.config),
             },
             directory: Arc::clone(context.directory),
             counters: LearnerCounters {
                 own: counters.clone(),
                 stages: [others, std::slice::from_ref(&counters)].concat(),
             },
-            resume: context.resume.clone(),
+            origin: context.origin.clone(),
         })
         .await?;
         let mut status_source = self.status_source(counters, role_name);

@@ -5,9 +5,9 @@ mod role_settings;
 mod single_process;
 mod streams;
 
-use std::{path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
-use learner::Summary;
+use learner::{RunOrigin, Summary};
 use messages::{Stage, WeightsVersion};
 use preference::apo::{History, RoundReport};
 use settings::Settings;
@@ -15,10 +15,10 @@ use telemetry::{RunDirectory, StageSnapshot};
 
 use crate::assembly::{self, RunInputs};
 
-pub(crate) use build::{ApoSession, InitialActorPolicy, Role, RoleBuilder};
+pub(crate) use build::{ApoSession, InitialActorPolicy, Role, RoleBuilder, StageMember};
 pub(crate) use role_settings::sampling;
 pub(crate) use single_process::{join_all, run_single_process};
-pub(crate) use streams::RunStreams;
+pub(crate) use streams::{RunStreams, STREAM_NAMES};
 
 /// A run that a learner of this process starts or resumes.
 pub(crate) struct RunContext<'a> {
@@ -30,17 +30,18 @@ pub(crate) struct RunContext<'a> {
     pub(crate) inputs: &'a RunInputs,
     /// Run directory.
     pub(crate) directory: &'a Arc<RunDirectory>,
-    /// Checkpoint to resume.
-    pub(crate) resume: Option<PathBuf>,
+    /// Where the run begins, and what it is made of.
+    pub(crate) origin: RunOrigin,
 }
 
 impl RunContext<'_> {
     /// Weights version at which this session starts.
     pub(crate) fn start(&self) -> anyhow::Result<WeightsVersion> {
-        let step = self.resume.as_deref().map(learner::checkpoint_step);
+        let resumed = self.origin.resume.as_deref();
+        let version = resumed.map(learner::checkpoint_version).transpose()?;
         Ok(WeightsVersion {
             session: self.directory.session(),
-            step: step.transpose()?.unwrap_or(0),
+            step: version.map_or(0, |version| version.step),
         })
     }
 

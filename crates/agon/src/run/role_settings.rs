@@ -2,8 +2,8 @@
 
 use actor::{CompletionPlan, IdenticalPairs};
 use learner::{ApoSchedule, Sampling};
-use messages::Pacing;
-use model::{DType, Precision, SamplingSettings};
+use messages::{CompletionCounts, MessageLimits, Pacing, WeightsVersion};
+use model::{DType, ModelConfig, Precision, SamplingSettings};
 use settings::{ObjectiveSettings, Settings, TransportSettings};
 
 use crate::assembly;
@@ -70,6 +70,27 @@ pub(super) fn completion_plan(settings: &Settings) -> CompletionPlan {
         apo_samples: settings.preference.apo.samples,
         exact_samples: usize::from(!sampling(settings).is_exact()),
         max_new_tokens: settings.actor.max_new_tokens,
+    }
+}
+
+/// Limits of the messages of a run whose policy has this configuration.
+pub(super) fn message_limits(settings: &Settings, config: &ModelConfig) -> MessageLimits {
+    let plan = completion_plan(settings);
+    let room = config.max_positions.saturating_sub(plan.max_new_tokens);
+    let reads_golden = assembly::reads_golden(settings);
+    MessageLimits {
+        vocabulary: config.vocab_size,
+        prompt_tokens: settings.actor.max_prompt_length.min(room),
+        golden_tokens: reads_golden.then_some(config.max_positions),
+        completion_tokens: plan.max_new_tokens,
+        completions: CompletionCounts {
+            train: plan.mixture_coefs.len(),
+            evaluate: 2 + plan.exact_samples,
+            apo: plan.apo_samples,
+        },
+        // A prompt is at most one upload ahead, and a rollback skips steps.
+        lead_steps: settings.learner.weight_sync_steps.saturating_add(1000),
+        newest: WeightsVersion::REFERENCE,
     }
 }
 

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow};
 use learner::{Learner, Summary};
+use messages::Stage;
 use telemetry::StageCounters;
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 use transport::Transport;
@@ -14,7 +15,10 @@ use crate::{
         membership::{RunPhase, RunRecord},
         status::{MemberSource, StatusPublisher},
     },
-    run::{ApoSession, InitialActorPolicy, RoleBuilder, RunContext, RunOutcome, RunStreams},
+    run::{
+        ApoSession, InitialActorPolicy, RoleBuilder, RunContext, RunOutcome, RunStreams,
+        StageMember,
+    },
     signals,
 };
 
@@ -57,9 +61,11 @@ pub(crate) async fn run_single_process(
         start,
     };
     let cancel = signals::cancel_token(shutdown);
-    let preference = builder
-        .preference("preference", judge, session, &cancel)
-        .await?;
+    let member = StageMember {
+        name: "preference",
+        counters: StageCounters::new(Stage::Preference),
+    };
+    let preference = builder.preference(member, judge, session, &cancel).await?;
     preference.tasks.into_iter().for_each(|task| {
         roles.spawn(task);
     });

@@ -6,6 +6,10 @@ use messages::{Dropped, LabelledPair, Pair, Prompt};
 use settings::Settings;
 use transport::{Receiver, Sender, StreamCounts, Transport, TransportError, WeightStore};
 
+/// Names of a run's streams, in the order of the data flow.
+pub(crate) const STREAM_NAMES: [&str; 4] =
+    ["prompts", "pairs", "labelled pairs", "dropped prompts"];
+
 /// All streams of a run.
 #[derive(Clone)]
 pub(crate) struct RunStreams {
@@ -64,12 +68,13 @@ impl RunStreams {
             0
         };
         let capacity = 2 * (window + EVALUATION_WINDOW + round);
+        let [prompts, pairs, labelled, drops] = STREAM_NAMES;
         Ok(Self {
             capacity,
-            prompts: StreamEnds::open(transport, "prompts", capacity).await?,
-            pairs: StreamEnds::open(transport, "pairs", capacity).await?,
-            labelled: StreamEnds::open(transport, "labelled pairs", capacity).await?,
-            drops: StreamEnds::open(transport, "dropped prompts", capacity).await?,
+            prompts: StreamEnds::open(transport, prompts, capacity).await?,
+            pairs: StreamEnds::open(transport, pairs, capacity).await?,
+            labelled: StreamEnds::open(transport, labelled, capacity).await?,
+            drops: StreamEnds::open(transport, drops, capacity).await?,
             weight_store: transport.weight_store().await?,
         })
     }

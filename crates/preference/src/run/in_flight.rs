@@ -14,7 +14,7 @@ use messages::Pair;
 use transport::{Delivery, Receipt};
 
 use crate::error::ComparisonError;
-use crate::labelling::{Labeller, PairLabels};
+use crate::labelling::{DropCause, Labeller, PairLabels};
 use crate::pool::PoolSettings;
 
 /// Received pairs that are not acknowledged, oldest first, with the futures of their labels.
@@ -70,16 +70,18 @@ impl InFlightQueue {
         room.min(self.max_prefetch)
     }
 
-    /// Starts labelling a pair. One that reached its delivery limit is not judged: its labels are a drop cause.
-    pub(super) fn push(&mut self, delivery: Delivery<Pair>) {
-        let exhausted = delivery.is_given_up().then(|| delivery.deliveries());
+    /// Starts labelling a pair. One that is `rejected`, for this cause, is not judged: its labels are the drop cause.
+    pub(super) fn push(&mut self, delivery: Delivery<Pair>, rejected: Option<DropCause>) {
         let (pair, receipt) = delivery.take();
         let pair = Arc::new(pair);
-        let comparisons = self.labeller.comparisons(&pair);
+        let comparisons = match rejected {
+            Some(_) => 0,
+            None => self.labeller.comparisons(&pair),
+        };
         let (labeller, labelled) = (Arc::clone(&self.labeller), Arc::clone(&pair));
         self.labels.push_back(Box::pin(async move {
-            match exhausted {
-                Some(deliveries) => Ok(labeller.deliveries_exhausted(deliveries)),
+            match rejected {
+                Some(cause) => Ok(labeller.unlabelled(cause)),
                 None => labeller.label(labelled).await,
             }
         }));

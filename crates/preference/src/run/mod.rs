@@ -1,30 +1,32 @@
 //! The preference service: receives pairs, has them judged, sends labelled pairs.
 //!
 //! Promises: a pair is acknowledged after its label or its drop note is stored, so a service that ends at any moment
-//! loses nothing: its unacknowledged pairs are delivered again. Many pairs are judged concurrently; they leave in the
-//! order in which they arrived.
+//! loses nothing: its unacknowledged pairs are delivered again. A pair that does not fit the run is put aside and ends
+//! nothing. Many pairs are judged concurrently; they leave in the order in which they arrived.
 //! Does not know what its judges are.
 
 mod in_flight;
+mod label_publisher;
 mod named_wait;
-mod outlet;
+mod pair_check;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use messages::{Dropped, LabelledPair, Pair, Purpose};
+use messages::{Dropped, LabelledPair, MessageLimits, Pair, Purpose};
 use settings::OrdersSetting;
 use telemetry::{StageCounters, Waits};
 use tokio::sync::watch;
-use transport::{Receipt, Receiver, Sender, TransportError};
+use transport::{Receipt, Receiver, Sender, TransportError, WeightStore};
 
 use crate::apo::{ApoRunner, next_model};
 use crate::error::{ComparisonError, PreferenceError};
 use crate::labelling::{Labeller, PairLabels};
 use crate::pool::{JudgePool, JudgeReplicas, Outage};
 use in_flight::{InFlightPair, InFlightQueue};
+use label_publisher::{LabelPublisher, publish_judge_wait};
 use named_wait::NamedWait;
-use outlet::{Outlet, publish_judge_wait};
+use pair_check::PairCheck;
 
 /// Dependencies of a [`PreferenceService`].
 pub struct PreferenceServiceParts {
@@ -39,6 +41,10 @@ pub struct PreferenceServiceParts {
     pub apo: Option<ApoRunner>,
     /// Source of pairs.
     pub pairs: Receiver<Pair>,
+    /// Limits of received pairs.
+    pub limits: MessageLimits,
+    /// Announces the weights that completions may be of.
+    pub weight_store: WeightStore,
     /// Output of labelled pairs.
     pub labelled: Sender<LabelledPair>,
     /// Output of the notes of dropped pairs.
@@ -63,8 +69,8 @@ impl PreferenceService {
         }
     }
 
-    /// Current waits of the service: "pairs", "verdicts", "a judge: every circuit is open", "an APO round", or
-    /// "room for labels".
+    /// Current waits of the service: "pairs", "verdicts", "a judge: every circuit is open", "a judge: it asks for a
+    /// pause", "an APO round", or "room for labels".
     #[must_use]
     pub fn waits(&self) -> Waits {
         self.waits.clone()
@@ -96,11 +102,12 @@ impl PreferenceService {
 /// State of the loop.
 struct RunningService {
     pairs: Receiver<Pair>,
+    check: PairCheck,
     judge: JudgePool,
     outage: watch::Receiver<Option<Outage>>,
     in_flight: InFlightQueue,
     apo: Option<ApoRunner>,
-    outlet: Outlet,
+    publisher: LabelPublisher,
     waits: Waits,
 }
 
@@ -115,11 +122,15 @@ impl RunningService {
         });
         Self {
             pairs: parts.pairs,
+            check: PairCheck {
+                limits: parts.limits,
+                weight_store: parts.weight_store,
+            },
             outage: parts.judge.outage(),
             in_flight: InFlightQueue::new(labeller, parts.judge.settings()),
             judge: parts.judge,
             apo: parts.apo,
-            outlet: Outlet {
+            publisher: LabelPublisher {
                 labelled: parts.labelled,
                 drops: parts.drops,
                 counters: parts.counters,
@@ -150,8 +161,9 @@ impl RunningService {
                 _changed = self.outage.changed() => {}
                 received = self.pairs.receive(), if !draining && self.in_flight.has_room() => match received {
                     Ok(delivery) => {
-                        self.outlet.counters.received(1);
-                        self.in_flight.push(delivery);
+                        let rejected = self.check.rejection(&delivery).await;
+                        self.publisher.counters.received(1);
+                        self.in_flight.push(delivery, rejected);
                         self.count_in_flight();
                     }
                     Err(_closed) => draining = true,
@@ -163,10 +175,9 @@ impl RunningService {
     fn wait_reason(&mut self) -> &'static str {
         if self.in_flight.is_empty() {
             "pairs"
-        } else if self.outage.borrow_and_update().is_some() {
-            "a judge: every circuit is open"
         } else {
-            "verdicts"
+            let outage = self.outage.borrow_and_update();
+            outage.as_ref().map_or("verdicts", Outage::wait_reason)
         }
     }
 
@@ -178,17 +189,22 @@ impl RunningService {
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<(), PreferenceError> {
         let labels = labels
-            .inspect_err(|_| self.outlet.counters.returned(1))
+            .inspect_err(|_| self.publisher.counters.returned(1))
             .map_err(PreferenceError::NoJudge)?;
         publish_judge_wait(in_flight.received_at.elapsed());
         let InFlightPair { pair, receipt, .. } = in_flight;
+        let invalid = labels.is_invalid().then(|| Arc::clone(&pair));
         let receipt = match pair.prompt.purpose {
-            Purpose::Apo => self.collect_samples(&pair, receipt, shutdown).await?,
+            Purpose::Apo if labels.labels.is_ok() => {
+                self.collect_samples(&pair, receipt, shutdown).await?
+            }
             _ => Some(receipt),
         };
-        self.outlet.send(pair, labels, self.judge.name()).await?;
-        if let Some(receipt) = receipt {
-            receipt.acknowledge();
+        self.publisher.send(pair, labels, self.judge.name()).await?;
+        match (receipt, invalid) {
+            (Some(receipt), Some(pair)) => receipt.put_aside(&*pair).await,
+            (Some(receipt), None) => receipt.acknowledge(),
+            (None, _) => {}
         }
         self.count_in_flight();
         Ok(())
@@ -230,14 +246,14 @@ impl RunningService {
 
     fn count_in_flight(&self) {
         let count = self.in_flight.len() as u64;
-        self.outlet.counters.set_in_flight(count);
+        self.publisher.counters.set_in_flight(count);
     }
 }
 
 impl Drop for RunningService {
     /// Counts the pairs that return to their stream with the service.
     fn drop(&mut self) {
-        let counters = &self.outlet.counters;
+        let counters = &self.publisher.counters;
         counters.returned(self.in_flight.len() as u64);
         counters.set_in_flight(0);
     }

@@ -13,12 +13,14 @@ use transport::{ClosedBy, StreamCounts, StreamLimits, stream, stream_within};
 use super::*;
 use crate::error::JudgeError;
 use crate::judge::Judge;
-use crate::judge::fake::{FakeJudge, abstained, pair, preferred};
+use crate::judge::fake::{FakeJudge, abstained, message_limits, pair, preferred};
 use crate::pool::fake::{self, FakeReplica, pool};
 use crate::pool::{JudgeReplicas, PoolSettings, Rebuild};
 
 /// Streams, counters and shutdown of a service.
 struct Harness {
+    /// Completions per training pair.
+    completions: usize,
     pairs: Option<Sender<Pair>>,
     pairs_receiver: Receiver<Pair>,
     labelled: (Sender<LabelledPair>, Receiver<LabelledPair>),
@@ -35,6 +37,7 @@ impl Harness {
         };
         let (pairs, pairs_receiver) = stream_within("pairs", limits);
         Self {
+            completions: 2,
             pairs: Some(pairs),
             pairs_receiver,
             labelled: stream("labelled pairs", 64),
@@ -77,6 +80,8 @@ impl Harness {
             gold: None,
             orders: OrdersSetting::Auto,
             pairs: self.pairs_receiver.clone(),
+            limits: message_limits(self.completions),
+            weight_store: WeightStore::default(),
             labelled: self.labelled.0.clone(),
             drops: self.drops.0.clone(),
             counters: Arc::clone(&self.counters),
@@ -183,6 +188,7 @@ async fn queued_pairs_are_judged_in_batches_and_keep_their_order() {
     ];
     for (name, count, texts, max_batch, expected) in cases {
         let mut harness = Harness::new();
+        harness.completions = texts.len();
         (0..count).for_each(|id| harness.send(pair(id, texts)));
         harness.close();
         let judge = even();
@@ -231,6 +237,7 @@ async fn a_batch_waits_at_most_max_wait_from_its_first_request() {
 #[tokio::test]
 async fn a_labelled_pair_carries_labels_judge_and_gold_preference() {
     let mut harness = Harness::new();
+    harness.completions = 3;
     let train = pair(0, &["a", "b", "c"]);
     let mut evaluate = pair(1, &["b", "a"]);
     evaluate.prompt.purpose = Purpose::Evaluate;
@@ -303,11 +310,11 @@ async fn unlabelled_pairs_are_dropped_with_a_reason_and_not_retried() {
         .await
         .expect("failures cost only their pairs");
 
-    let single = "the pair has 1 completions; from 2 to 65535 can be compared";
+    let single = "the pair has 1 completions; the settings ask for 2";
     let expected = [
         (0, DropReason::Abstained, "completions 0 and 1: permanent"),
         (2, DropReason::Abstained, "completions 0 and 1: abstains"),
-        (3, DropReason::Failed, single),
+        (3, DropReason::Invalid, single),
     ];
     let expected = expected.map(|(id, reason, detail)| (id, reason, detail.to_owned()));
     assert_eq!(harness.notes(), expected);
@@ -319,6 +326,54 @@ async fn unlabelled_pairs_are_dropped_with_a_reason_and_not_retried() {
     );
     assert_eq!(harness.stage_counters(), [6, 3, 3, 0]);
     assert_eq!(harness.pair_counts().acknowledged, 6);
+}
+
+/// An alteration that makes a pair invalid, and part of the reason.
+type InvalidCase = (fn(&mut Pair), &'static str);
+
+#[tokio::test]
+async fn invalid_pairs_are_put_aside_and_neither_judged_nor_collected() {
+    let mut harness = Harness::new();
+    let altered = |id, alter: fn(&mut Pair)| {
+        let mut pair = pair(id, &["a", "b"]);
+        alter(&mut pair);
+        pair
+    };
+    let cases: [InvalidCase; 6] = [
+        (|p| p.completions[1].ids = vec![8], "token 8"),
+        (|p| p.completions[0].logp[0] = f32::NAN, "not finite numb"),
+        (|p| p.version.step = u64::MAX, "newest announced weights"),
+        (|p| p.version.session = u64::MAX, "newest announced weig"),
+        (
+            |p| p.completions = vec![p.completions[0].clone(); 70_000],
+            "has 70000 completions",
+        ),
+        (
+            |p| {
+                p.prompt.purpose = Purpose::Apo;
+                p.prompt.ids.clear();
+            },
+            "the prompt has 0 tokens",
+        ),
+    ];
+    for (id, (alter, _)) in cases.iter().enumerate() {
+        harness.send(altered(id as u64, *alter));
+    }
+    harness.send_all(6..7);
+    harness.close();
+    let judge = even();
+    let calls = judge.calls();
+    harness.run(judge, 4).await.expect("they end nothing");
+    assert_eq!(calls.recorded(), [1]);
+    let notes = harness.notes();
+    assert_eq!(notes.len(), cases.len());
+    for ((id, reason, detail), (_, expected)) in notes.into_iter().zip(cases) {
+        assert_eq!(reason, DropReason::Invalid, "{id}");
+        assert!(detail.contains(expected), "{id}: {detail}");
+    }
+    assert_eq!(harness.labelled_ids(), [6]);
+    assert_eq!(harness.stage_counters(), [7, 1, 6, 0]);
+    assert_eq!(harness.pair_counts().acknowledged, 7);
 }
 
 #[tokio::test]
@@ -517,7 +572,8 @@ async fn a_shutdown_finishes_received_pairs_and_receives_no_more() {
 
 #[tokio::test]
 async fn pairs_received_beyond_a_batch_are_judged_before_a_shutdown() {
-    let harness = Harness::new();
+    let mut harness = Harness::new();
+    harness.completions = 3;
     (0..2).for_each(|id| harness.send(pair(id, &["a", "b", "c"])));
     let (judge, mut batch_started, gate) = gated();
     let calls = judge.calls();

@@ -1,4 +1,4 @@
-//! Outputs of the service: labelled pairs and drop notes.
+//! Publisher of labels: sends labelled pairs and drop notes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use crate::error::PreferenceError;
 use crate::labelling::PairLabels;
 
 /// Sends every pair either on with its labels or out with a drop note, and counts it.
-pub(super) struct Outlet {
+pub(super) struct LabelPublisher {
     pub(super) labelled: Sender<LabelledPair>,
     pub(super) drops: Sender<Dropped>,
     pub(super) counters: Arc<StageCounters>,
     pub(super) waits: Waits,
 }
 
-impl Outlet {
+impl LabelPublisher {
     /// Sends a pair with the labels of `judge`, or its drop note. Returns when the message is stored.
     ///
     /// # Errors
@@ -50,7 +50,7 @@ impl Outlet {
                     stage: Stage::Preference,
                     reason: cause.reason,
                     log_ratio: None,
-                    detail: cause.detail,
+                    detail: Dropped::shortened(cause.detail),
                 };
                 let sent = self.drops.send(note).await;
                 sent.map(|()| self.counters.dropped(cause.reason, 1))

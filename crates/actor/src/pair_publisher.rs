@@ -1,9 +1,11 @@
-//! Outlet of an actor: sends pairs and drop notes, then acknowledges their prompts.
+//! Publisher of pairs: sends pairs and drop notes, then acknowledges their prompts.
 //!
 //! Promises that every finished prompt leaves as exactly one message, counted, and is acknowledged only once that
-//! message is stored. Does not know where prompts come from.
+//! message is stored; and that an invalid prompt is put aside. Does not know where prompts come from.
 
-use messages::{Completion, DropReason, Dropped, Pair, Purpose, Stage, WeightsVersion};
+use messages::{
+    Completion, DropReason, Dropped, InvalidMessage, Pair, PromptId, Purpose, Stage, WeightsVersion,
+};
 use model::Tokenizer;
 use telemetry::{StageCounters, Waits};
 use transport::{Sender, TransportError};
@@ -36,6 +38,14 @@ impl PromptDrop {
         }
     }
 
+    pub(crate) fn invalid(cause: &InvalidMessage) -> Self {
+        Self {
+            reason: DropReason::Invalid,
+            detail: cause.to_string(),
+            log_ratio: None,
+        }
+    }
+
     pub(crate) fn superseded() -> Self {
         Self {
             reason: DropReason::Superseded,
@@ -54,7 +64,7 @@ impl PromptDrop {
 }
 
 /// Sends pairs and drop notes.
-pub(crate) struct Outlet {
+pub(crate) struct PairPublisher {
     pub(crate) actor: String,
     pub(crate) pairs: Sender<Pair>,
     pub(crate) drops: Sender<Dropped>,
@@ -64,7 +74,7 @@ pub(crate) struct Outlet {
     pub(crate) identical: IdenticalPairs,
 }
 
-impl Outlet {
+impl PairPublisher {
     /// Sends the pair of a prompt, sampled with weights `version`; or the note that it was dropped because its
     /// completions are identical.
     ///
@@ -117,29 +127,37 @@ impl Outlet {
             detail,
             log_ratio,
         } = cause;
-        if reason == DropReason::Failed {
-            tracing::warn!(
-                actor = self.actor,
-                prompt = prompt.id.0,
-                detail,
-                "a prompt was dropped"
-            );
-        }
+        self.log(prompt.id, reason, &detail);
         let note = Dropped {
             prompt: prompt.id,
             session: prompt.version.session,
             stage: Stage::Actor,
             reason,
             log_ratio,
-            detail,
+            detail: Dropped::shortened(detail),
         };
         let wait = self.waits.enter("room for notes");
         let sent = self.drops.send(note).await;
         drop(wait);
         sent.map_err(|source| self.error(source))?;
-        receipt.acknowledge();
+        match reason {
+            DropReason::Invalid => receipt.put_aside(&prompt).await,
+            _ => receipt.acknowledge(),
+        }
         self.counters.dropped(reason, 1);
         Ok(())
+    }
+
+    /// Logs the drops that a working run does not have.
+    fn log(&self, prompt: PromptId, reason: DropReason, detail: &str) {
+        let (actor, prompt) = (&self.actor, prompt.0);
+        match reason {
+            DropReason::Failed => tracing::warn!(actor, prompt, detail, "a prompt was dropped"),
+            DropReason::Invalid => {
+                tracing::warn!(actor, prompt, detail, "an invalid prompt was put aside");
+            }
+            _ => {}
+        }
     }
 
     /// The error of a stream.

@@ -1,0 +1,344 @@
+//! Checks of received messages against the limits of the run.
+//!
+//! Promises that a message which passes fits the run: its tokens are in the vocabulary, its lengths and counts are
+//! those of the settings, its numbers are finite, and its weights were announced. Does not know where a message comes from,
+//! what the stages know of one another, or what follows an invalid message.
+
+use thiserror::Error;
+
+use crate::{
+    id::{PromptId, WeightsVersion},
+    pair::{Completion, DropReason, Dropped, LabelledPair, Pair, Stage},
+    prompt::{Prompt, Purpose},
+};
+
+/// Longest name of an actor or a judge in bytes. A judge may be named by a path.
+const MAX_NAME_BYTES: usize = 4096;
+
+/// Limits of a run's messages; the same at all its stages, except `newest`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MessageLimits {
+    /// Size of the policy's vocabulary: all token ids are below it.
+    pub vocabulary: usize,
+    /// Longest prompt in tokens.
+    pub prompt_tokens: usize,
+    /// Longest prompt together with its golden answer in tokens; `None` if no model reads golden answers.
+    pub golden_tokens: Option<usize>,
+    /// Longest completion in tokens.
+    pub completion_tokens: usize,
+    /// Completions per prompt.
+    pub completions: CompletionCounts,
+    /// Largest number of steps by which a prompt's weights may be ahead of the announced ones.
+    pub lead_steps: u64,
+    /// Newest announced weights, as the stage that checks knows them.
+    pub newest: WeightsVersion,
+}
+
+/// Number of completions per prompt, by purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompletionCounts {
+    /// Of training prompts.
+    pub train: usize,
+    /// Of evaluation prompts.
+    pub evaluate: usize,
+    /// Of prompts for adversarial preference optimisation (APO).
+    pub apo: usize,
+}
+
+/// Why a message does not fit the run.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum InvalidMessage {
+    /// A token outside the vocabulary.
+    #[error("{what} has token {token}, which is not in the vocabulary of {vocabulary} tokens")]
+    Token {
+        /// Part of the message.
+        what: &'static str,
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// Too few or too many tokens.
+    #[error("{what} has {found} tokens; from 1 to {most} are possible")]
+    Length {
+        /// Part of the message.
+        what: &'static str,
+        /// Number of tokens.
+        found: usize,
+        /// Largest number of tokens.
+        most: usize,
+    },
+    /// Another number of completions than the settings ask for.
+    #[error("the pair has {found} completions; the settings ask for {expected}")]
+    Completions {
+        /// Number of completions.
+        found: usize,
+        /// Number of completions that the settings ask for.
+        expected: usize,
+    },
+    /// Numbers that are not finite, out of range, or not one per token or completion.
+    #[error("{what} are not finite numbers, one for each {of}")]
+    Numbers {
+        /// Part of the message.
+        what: &'static str,
+        /// What there is one number of.
+        of: &'static str,
+    },
+    /// A mixture coefficient that is not a weight.
+    #[error("the mixture coefficient of a completion is {0}; it is from 0 to 1")]
+    Mixture(String),
+    /// Labels that are not those of the completions.
+    #[error("the labels are not one for each compared pair of completions, in order")]
+    Labels,
+    /// A prompt outside its own batch.
+    #[error("{id} is not one of the {count} prompts from {first} of its batch")]
+    Batch {
+        /// The prompt.
+        id: PromptId,
+        /// First prompt of the batch.
+        first: PromptId,
+        /// Number of prompts in the batch.
+        count: u32,
+    },
+    /// Weights, or a session, that no announcement has named.
+    #[error("it names weights {found}; the newest announced weights are {newest}")]
+    Unannounced {
+        /// The named weights.
+        found: WeightsVersion,
+        /// The newest announced weights.
+        newest: WeightsVersion,
+    },
+    /// Completions sampled with weights that are older than the prompt requires.
+    #[error("its completions are of weights {found}; its prompt requires {required} or newer")]
+    Outdated {
+        /// Weights that sampled the completions.
+        found: WeightsVersion,
+        /// Oldest weights that may sample them.
+        required: WeightsVersion,
+    },
+    /// A name or an explanation that is too long.
+    #[error("{what} has {bytes} bytes; at most {most} are possible")]
+    Text {
+        /// Part of the message.
+        what: &'static str,
+        /// Its length in bytes.
+        bytes: usize,
+        /// Longest length in bytes.
+        most: usize,
+    },
+    /// A drop note with a reason that its stage does not have.
+    #[error("the stage {} does not drop messages as {}", .stage.name(), .reason.name())]
+    Reason {
+        /// The stage.
+        stage: Stage,
+        /// The reason.
+        reason: DropReason,
+    },
+    /// A pair whose prompt is not the one that was sent under its id.
+    #[error("its prompt is not the one that was sent as {0}")]
+    Foreign(PromptId),
+}
+
+impl MessageLimits {
+    fn check_tokens(&self, what: &'static str, ids: &[u32]) -> Result<(), InvalidMessage> {
+        let vocabulary = self.vocabulary;
+        match ids.iter().find(|&&id| id as usize >= vocabulary) {
+            None => Ok(()),
+            Some(&token) => Err(InvalidMessage::Token {
+                what,
+                token,
+                vocabulary,
+            }),
+        }
+    }
+
+    /// Checks the weights that a prompt requires. Prompts are sent while their weights are being uploaded, so the step
+    /// may be ahead of the announced one; the session may not.
+    fn check_required(&self, found: WeightsVersion) -> Result<(), InvalidMessage> {
+        let newest = self.newest;
+        let ahead = found.step.saturating_sub(newest.step);
+        if found.session < newest.session
+            || found.session == newest.session && ahead <= self.lead_steps
+        {
+            return Ok(());
+        }
+        Err(InvalidMessage::Unannounced { found, newest })
+    }
+
+    /// Checks weights that were loaded, so that they must have been announced.
+    fn check_loaded(&self, found: WeightsVersion) -> Result<(), InvalidMessage> {
+        let newest = self.newest;
+        match found <= newest {
+            true => Ok(()),
+            false => Err(InvalidMessage::Unannounced { found, newest }),
+        }
+    }
+
+    fn completions_of(&self, purpose: Purpose) -> usize {
+        match purpose {
+            Purpose::Train => self.completions.train,
+            Purpose::Evaluate => self.completions.evaluate,
+            Purpose::Apo => self.completions.apo,
+        }
+    }
+}
+
+impl Prompt {
+    /// Checks the prompt against the limits of the run.
+    ///
+    /// # Errors
+    /// The first limit that it exceeds.
+    pub fn check(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+        let length = self.ids.len();
+        check_length("the prompt", length, limits.prompt_tokens)?;
+        limits.check_tokens("the prompt", &self.ids)?;
+        if let Some(golden) = &self.golden {
+            limits.check_tokens("the golden answer", golden)?;
+            let most = limits.golden_tokens.unwrap_or(usize::MAX);
+            let both = length.saturating_add(golden.len());
+            check_length("the prompt with its golden answer", both, most)?;
+        }
+        self.check_batch()?;
+        limits.check_required(self.version)
+    }
+
+    fn check_batch(&self) -> Result<(), InvalidMessage> {
+        let (id, batch) = (self.id, self.prompt_batch);
+        match id.0.checked_sub(batch.first.0) {
+            Some(place) if place < u64::from(batch.count) => Ok(()),
+            _ => Err(InvalidMessage::Batch {
+                id,
+                first: batch.first,
+                count: batch.count,
+            }),
+        }
+    }
+}
+
+impl Pair {
+    /// Checks the pair and its prompt against the limits of the run.
+    ///
+    /// # Errors
+    /// The first limit that it exceeds.
+    pub fn check(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+        self.prompt.check(limits)?;
+        limits.check_loaded(self.version)?;
+        let (found, required) = (self.version, self.prompt.version);
+        if found < required {
+            return Err(InvalidMessage::Outdated { found, required });
+        }
+        let expected = limits.completions_of(self.prompt.purpose);
+        let found = self.completions.len();
+        if found != expected {
+            return Err(InvalidMessage::Completions { found, expected });
+        }
+        check_text("the name of the actor", &self.actor, MAX_NAME_BYTES)?;
+        self.completions.iter().try_for_each(|c| c.check(limits))
+    }
+}
+
+impl Completion {
+    fn check(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+        check_length("a completion", self.ids.len(), limits.completion_tokens)?;
+        limits.check_tokens("a completion", &self.ids)?;
+        if !(0.0..=1.0).contains(&self.mixture_coef) {
+            return Err(InvalidMessage::Mixture(self.mixture_coef.to_string()));
+        }
+        match self.is_valid() {
+            true => Ok(()),
+            false => Err(InvalidMessage::Numbers {
+                what: "the log-probabilities of a completion",
+                of: "token",
+            }),
+        }
+    }
+}
+
+impl LabelledPair {
+    /// Checks the pair, its labels and its scores against the limits of the run.
+    ///
+    /// # Errors
+    /// The first limit that it exceeds.
+    pub fn check(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+        self.pair.check(limits)?;
+        check_text("the name of the judge", &self.judge, MAX_NAME_BYTES)?;
+        let labels = self.labels.iter().map(|label| (label.first, label.second));
+        let is_labelled = match self.pair.prompt.purpose {
+            Purpose::Apo => self.labels.is_empty(),
+            Purpose::Train | Purpose::Evaluate => labels.eq(self.pair.compared()),
+        };
+        if !is_labelled {
+            return Err(InvalidMessage::Labels);
+        }
+        let completions = self.pair.completions.len();
+        let are_numbers = |scores: &Vec<f32>| {
+            scores.len() == completions && scores.iter().all(|score| score.is_finite())
+        };
+        match self.scores.as_ref().is_none_or(are_numbers) {
+            true => Ok(()),
+            false => Err(InvalidMessage::Numbers {
+                what: "the scores",
+                of: "completion",
+            }),
+        }
+    }
+}
+
+impl Dropped {
+    /// Checks the drop note against the limits of the run.
+    ///
+    /// # Errors
+    /// The first limit that it exceeds.
+    pub fn check(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+        // The note of an invalid message names whatever session that message named.
+        if self.reason != DropReason::Invalid {
+            limits.check_loaded(WeightsVersion {
+                session: self.session,
+                step: 0,
+            })?;
+        }
+        if !self.stage.has_reason(self.reason) {
+            return Err(InvalidMessage::Reason {
+                stage: self.stage,
+                reason: self.reason,
+            });
+        }
+        if self.log_ratio.is_some_and(|ratio| !ratio.is_finite()) {
+            return Err(InvalidMessage::Numbers {
+                what: "the log-ratios",
+                of: "completion",
+            });
+        }
+        check_text("the explanation", &self.detail, Self::MAX_DETAIL_BYTES)
+    }
+}
+
+impl Stage {
+    /// Whether the stage sends drop notes with this reason.
+    fn has_reason(self, reason: DropReason) -> bool {
+        use DropReason::{Abstained, Failed, Identical, Invalid, Superseded};
+        match self {
+            Self::Actor => [Identical, Failed, Invalid, Superseded].contains(&reason),
+            Self::Preference => [Abstained, Failed, Invalid].contains(&reason),
+            Self::Learner => false,
+        }
+    }
+}
+
+fn check_length(what: &'static str, found: usize, most: usize) -> Result<(), InvalidMessage> {
+    match (1..=most).contains(&found) {
+        true => Ok(()),
+        false => Err(InvalidMessage::Length { what, found, most }),
+    }
+}
+
+fn check_text(what: &'static str, text: &str, most: usize) -> Result<(), InvalidMessage> {
+    let bytes = text.len();
+    match bytes <= most {
+        true => Ok(()),
+        false => Err(InvalidMessage::Text { what, bytes, most }),
+    }
+}
+
+#[cfg(test)]
+mod tests;
