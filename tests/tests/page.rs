@@ -312,3 +312,39 @@ fn a_hundred_thousand_samples_can_be_browsed_on_a_phone() {
     running.terminate();
     running.wait().succeeded();
 }
+
+#[test]
+fn extreme_values_and_many_names_do_not_hang_the_page() {
+    let Some(mut browser) = Browser::start("extreme_values_and_many_names_do_not_hang_the_page")
+    else {
+        return;
+    };
+    let sandbox = Sandbox::new();
+    let run = fake_run(&sandbox, "extreme", &[row(1, "p", "t")]);
+    let names: String = (0..50_000).map(|n| format!(",\"m{n}\":1e308")).collect();
+    let mut lines = format!("{{\"step\":1,\"loss\":1e308,\"eval/kl\":1e16{names}}}\n");
+    lines += "{\"step\":2,\"loss\":-1e308,\"eval/kl\":10000000000000002}\n";
+    lines += "{\"step\":3,\"loss\":5e-324,\"objective/entropy\":1e308}\n";
+    fs::write(run.join("metrics.jsonl"), lines).expect("a file");
+    let (running, url) = view(&sandbox, &[&run]);
+    browser.set_screen(DESKTOP);
+    browser.open(&url);
+    for chart in ["Loss", "KL", "Entropy"] {
+        browser.until(&format!(
+            "document.querySelector('[data-chart={chart:?}] path.stroke') !== null"
+        ));
+    }
+    let path = browser
+        .value("document.querySelector('[data-chart=\"Loss\"] path.stroke').getAttribute('d')");
+    assert!(!path.to_string().contains("NaN"), "{path}");
+    let figures = browser.text(".figures");
+    assert!(figures.contains("values of too many metrics"), "{figures}");
+    assert_eq!(
+        // 1000, the prompt, and what Agon itself names beyond the limit.
+        browser.value("document.querySelector('#more').options.length <= 1002"),
+        true
+    );
+    assert_no_errors(&browser);
+    running.terminate();
+    running.wait().succeeded();
+}

@@ -1,8 +1,14 @@
 //! `agon preference`: the HTTP preference service.
 
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    process::Command,
+};
+
 use playground::{Vocabulary, train_post};
 use serde_json::{Value, json};
-use system_tests::{RunningProcess, Sandbox, config, http, tiny_bandit};
+use system_tests::{RunningProcess, Sandbox, agon_binary, config, http, tiny_bandit};
 
 const LISTEN: &str = "preference.http.listen=\"127.0.0.1:0\"";
 
@@ -11,7 +17,14 @@ fn serve(sandbox: &Sandbox, sets: &[&str]) -> (RunningProcess, String) {
     let path = config("default.toml").display().to_string();
     let mut arguments = vec!["preference", &path, "--set", LISTEN];
     arguments.extend(sets.iter().flat_map(|set| ["--set", *set]));
-    let mut running = sandbox.start(&arguments);
+    let mut command = Command::new(agon_binary());
+    command.args(arguments);
+    serve_with(sandbox, command)
+}
+
+/// Starts a command that runs `agon preference`; returns the process and its address.
+fn serve_with(sandbox: &Sandbox, command: Command) -> (RunningProcess, String) {
+    let mut running = sandbox.start_command(command);
     let [stdout, _] = running.output_files();
     let address = running.until("its address", || {
         let text = std::fs::read_to_string(&stdout).ok()?;
@@ -184,4 +197,99 @@ fn a_run_serves_its_judge_over_http() {
     assert!((p - 0.8).abs() < 1e-6, "the matrix entry is 0.8: {answer}");
     running.terminate();
     running.wait().check(5, &[]).without_panic();
+}
+
+/// Sends a request with these headers and this body; returns the whole response.
+fn exchange(base: &str, headers: &str, body: &str) -> String {
+    let address = base.trim_start_matches("http://");
+    let mut client = TcpStream::connect(address).expect("the service listens");
+    let request = format!(
+        "POST /v1/preferences HTTP/1.1\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    client
+        .write_all(request.as_bytes())
+        .expect("the server reads the request");
+    let mut answer = String::new();
+    client
+        .read_to_string(&mut answer)
+        .expect("the server responds");
+    answer
+}
+
+#[test]
+fn requests_from_elsewhere_are_refused() {
+    let sandbox = Sandbox::new();
+    let token = sandbox.write("token", "sesame").display().to_string();
+    let path = config("default.toml").display().to_string();
+    let listen = "preference.http.listen=\"0.0.0.0:0\"";
+    sandbox
+        .run(&["preference", &path, "--set", listen])
+        .check(2, &["preference.http.listen", "preference.http.token_path"]);
+    let metrics = "telemetry.listen=\"0.0.0.0:0\"";
+    sandbox
+        .run(&["preference", &path, "--set", LISTEN, "--set", metrics])
+        .check(2, &["telemetry.listen", "telemetry.token_path"]);
+
+    let (open, base) = serve(&sandbox, &[]);
+    let json = "Content-Type: application/json\r\n";
+    let large = " ".repeat(5 << 20);
+    for (headers, body, status) in [
+        (format!("Host: localhost\r\n{json}"), "{", "400"),
+        (format!("Host: evil.example\r\n{json}"), "{", "403"),
+        (
+            format!("Host: localhost\r\nOrigin: https://evil.example\r\n{json}"),
+            "{",
+            "403",
+        ),
+        (
+            "Host: localhost\r\nContent-Type: text/plain\r\n".into(),
+            "{",
+            "415",
+        ),
+        (format!("Host: localhost\r\n{json}"), large.as_str(), "413"),
+        ("Host: evil.example\r\n".into(), large.as_str(), "403"),
+    ] {
+        let answer = exchange(&base, &headers, body);
+        let expected = format!("HTTP/1.1 {status}");
+        assert!(answer.starts_with(&expected), "{headers}: {answer}");
+    }
+    open.terminate();
+    open.wait().succeeded().without_panic();
+
+    let token_path = format!("preference.http.token_path={token:?}");
+    let (closed, base) = serve(&sandbox, &[listen, &token_path]);
+    let base = base.replace("0.0.0.0", "127.0.0.1");
+    for (header, status) in [("", "401"), ("Authorization: Bearer sesame\r\n", "400")] {
+        let answer = exchange(&base, &format!("Host: elsewhere\r\n{header}{json}"), "{");
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")),
+            "{answer}"
+        );
+    }
+    assert_eq!(http(&base, "GET", "/healthz", "").0, 200);
+    closed.terminate();
+    closed.wait().succeeded().without_panic();
+}
+
+#[test]
+fn silent_connections_leave_descriptors_and_answers() {
+    let sandbox = Sandbox::new();
+    let mut command = Command::new("bash");
+    let path = config("default.toml").display().to_string();
+    command
+        .args(["-c", "ulimit -n 256; exec \"$0\" \"$@\""])
+        .arg(agon_binary())
+        .args(["preference", &path, "--set", LISTEN]);
+    let (running, base) = serve_with(&sandbox, command);
+    let address = base.trim_start_matches("http://");
+    let silent: Vec<_> = (0..200)
+        .filter_map(|_| TcpStream::connect(address).ok())
+        .collect();
+    assert_eq!(silent.len(), 200, "connections are queued");
+    let (status, answer) = post_preferences(&base, &json!([]));
+    assert_eq!(status, 422, "{answer}");
+    drop(silent);
+    running.terminate();
+    running.wait().succeeded().without_panic();
 }

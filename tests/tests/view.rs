@@ -2,9 +2,11 @@
 
 use std::{
     fs,
-    io::{Read, Write},
-    net::TcpStream,
-    path::PathBuf,
+    io::{ErrorKind, Read, Write},
+    net::{TcpListener, TcpStream},
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::Command,
 };
 
 use serde_json::Value;
@@ -283,4 +285,228 @@ fn a_single_process_run_has_a_status_during_and_after_the_run() {
     let after = status(&sandbox, &run);
     assert_eq!(after["state"], "interrupted");
     assert!(present(&after, "learner").is_empty(), "{after:#}");
+}
+
+#[test]
+fn what_a_run_leaves_is_readable_by_its_owner_only() {
+    let sandbox = Sandbox::new();
+    let run = evaluated(&sandbox);
+    sandbox
+        .run(&["report", &run.display().to_string()])
+        .succeeded();
+    let mode = |path: &Path| {
+        let metadata = fs::metadata(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        metadata.permissions().mode() & 0o777
+    };
+    assert_eq!(mode(&run), 0o700);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&run).expect("the run directory") {
+        let path = entry.expect("a directory entry").path();
+        let expected = if path.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(mode(&path), expected, "{}", path.display());
+        names.push(path);
+    }
+    for name in [
+        "samples.jsonl",
+        "metrics.jsonl",
+        "report.json",
+        "report.html",
+    ] {
+        assert!(names.contains(&run.join(name)), "no {name}");
+    }
+}
+
+/// A server that counts its connections.
+struct Trap(TcpListener);
+
+impl Trap {
+    fn new() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        listener.set_nonblocking(true).expect("a listener");
+        Self(listener)
+    }
+
+    fn address(&self) -> String {
+        self.0.local_addr().expect("an address").to_string()
+    }
+
+    #[track_caller]
+    fn assert_untouched(&self) {
+        let accepted = self.0.accept();
+        let waits = accepted.as_ref().err().map(std::io::Error::kind);
+        assert_eq!(waits, Some(ErrorKind::WouldBlock), "{accepted:?}");
+    }
+}
+
+/// Writes the directory of a run that somebody sent, whose files name the trap's address.
+fn foreign_run(sandbox: &Sandbox, trap: &Trap) -> PathBuf {
+    let run = sandbox.path("foreign");
+    let address = trap.address();
+    let write = |name: &str, text: String| fs::write(run.join(name), text).expect("a file");
+    fs::create_dir_all(&run).expect("a folder in the sandbox");
+    write(
+        "config.toml",
+        format!(
+            "[run]\nname = \"foreign\"\n[transport]\nkind = \"jetstream\"\nurl = \"nats://{address}\"\n\
+             timeout_seconds = 5\n"
+        ),
+    );
+    write("run.lock", "1\n".into());
+    write(
+        "targets.json",
+        format!("[{{\"targets\": [{address:?}], \"labels\": {{}}}}]"),
+    );
+    write(
+        "status.json",
+        serde_json::json!({
+            "run": "\u{1b}[31mforeign", "state": "running", "session": 0, "home": "h:/r",
+            "present": [{
+                "role": "actor", "name": "a", "host": "h", "pid": 1, "left": false, "step": null,
+                "waits": [["prompts", 1e308]], "metrics": format!("http://{address}/metrics"),
+                "stage": {"received": 0, "emitted": 0, "dropped": {}, "in_flight": 0},
+                "state": "present", "silent_seconds": 1e308,
+            }],
+            "streams": [], "stages": {}, "at": -1e308,
+        })
+        .to_string(),
+    );
+    let names: String = (0..200_000).map(|n| format!(",\"m{n}\":1e308")).collect();
+    write(
+        "metrics.jsonl",
+        format!(
+            "{{\"step\":1,\"wall_seconds\":1e308,\"loss\":1e308{names}}}\n\
+             {{\"step\":18446744073709551615,\"loss\":-1e308}}\n{{\"step\":3,\"loss\":NaN}}\n"
+        ),
+    );
+    write(
+        "report.json",
+        serde_json::json!({
+            "finished": true,
+            "evaluations": [{
+                "step": 1e308,
+                "win_rate": {"mean": format!("<img src=http://{address}>")},
+            }],
+        })
+        .to_string(),
+    );
+    run
+}
+
+/// Reads the first update of a page.
+fn first_update(address: &str) -> String {
+    let mut client = TcpStream::connect(address).expect("the page listens");
+    client
+        .write_all(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .expect("the server accepts the request");
+    let mut seen = Vec::new();
+    let mut block = [0; 4096];
+    while !String::from_utf8_lossy(&seen).contains("\n\n") {
+        let count = client.read(&mut block).expect("an update");
+        assert!(count > 0, "the event stream ended");
+        seen.extend(&block[..count]);
+    }
+    String::from_utf8_lossy(&seen).into_owned()
+}
+
+#[test]
+fn looking_at_a_strangers_run_makes_no_request() {
+    let sandbox = Sandbox::new();
+    let trap = Trap::new();
+    let run = foreign_run(&sandbox, &trap);
+    let path = run.display().to_string();
+    let status = sandbox.run(&["status", &path]).succeeded().stdout;
+    assert!(status.contains("| actor a (h, pid 1)"), "{status}");
+    assert!(!status.contains('\u{1b}'), "{status:?}");
+    let json = sandbox.run(&["status", &path, "--json"]).succeeded().stdout;
+    assert!(
+        json.contains("foreign") && !json.contains('\u{1b}'),
+        "{json:?}"
+    );
+    sandbox.run(&["report", &path]).succeeded().without_panic();
+    let page = fs::read_to_string(run.join("report.html")).expect("a report is written");
+    assert!(page.contains("&lt;img src=http") && !page.contains("<img"));
+    sandbox
+        .run(&["samples", &path])
+        .check(0, &[])
+        .without_panic();
+
+    let mut running = sandbox.start(&["view", &path]);
+    let [stdout, _] = running.output_files();
+    let url = running.until("the address of the page", || {
+        let text = fs::read_to_string(&stdout).ok()?;
+        Some(text.split_once('\n')?.0.to_owned())
+    });
+    let address = url.trim_start_matches("http://").trim_end_matches('/');
+    let update = first_update(address);
+    assert!(update.contains("\"ignored\":199001"), "{update}");
+    running.terminate();
+    running.wait().succeeded().without_panic();
+    trap.assert_untouched();
+
+    // Only on request.
+    let asking = sandbox.start(&["status", "--connect", &path]);
+    wait_until("a connection", || trap.0.accept().ok());
+    drop(asking);
+}
+
+#[test]
+fn damaged_run_directories_are_refused_by_file_name() {
+    type Breaking<'a> = &'a dyn Fn(&Path);
+
+    let sandbox = Sandbox::new();
+    let trap = Trap::new();
+    let run = foreign_run(&sandbox, &trap);
+    let path = run.display().to_string();
+    let secret = sandbox.write("secret", "secret");
+    let broken: [(&str, Breaking<'_>); 5] = [
+        ("a pipe", &|file| {
+            let made = Command::new("mkfifo").arg(file).status();
+            assert!(made.expect("mkfifo").success());
+        }),
+        ("a link out", &|file| {
+            symlink(&secret, file).expect("a link");
+        }),
+        ("a device", &|file| {
+            symlink("/dev/zero", file).expect("a link");
+        }),
+        ("a directory", &|file| {
+            fs::create_dir(file).expect("a folder");
+        }),
+        ("garbage", &|file| {
+            fs::write(file, "\u{0}{[").expect("a file");
+        }),
+    ];
+    for (command, name) in [
+        ("status", "status.json"),
+        ("report", "report.json"),
+        ("report", "metrics.jsonl"),
+        ("report", "preference/rounds.jsonl"),
+        ("report", "config.toml"),
+    ] {
+        let file = run.join(name);
+        fs::create_dir_all(file.parent().expect("a parent")).expect("a folder in the sandbox");
+        let whole = fs::read(&file).ok();
+        for (kind, make) in broken {
+            fs::remove_file(&file).ok();
+            make(&file);
+            let output = sandbox.run(&[command, &path]).without_panic();
+            // Malformed lines are counted, and the report says so.
+            let is_counted = kind == "garbage" && name.ends_with(".jsonl");
+            let is_expected = match output.code {
+                Some(0) => is_counted,
+                Some(1..=3) => output.stderr.contains(name),
+                _ => false,
+            };
+            assert!(is_expected, "{command} with {kind} for {name}: {output:?}");
+            assert!(!output.stderr.contains("secret"), "{output:?}");
+            if kind == "a directory" {
+                fs::remove_dir(&file).expect("an empty folder");
+            }
+        }
+        fs::remove_file(&file).ok();
+        if let Some(whole) = whole {
+            fs::write(&file, whole).expect("a file");
+        }
+    }
+    trap.assert_untouched();
 }

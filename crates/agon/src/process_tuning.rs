@@ -1,9 +1,26 @@
-//! Process-wide settings of the allocator and of candle's thread pool, applied before any other thread exists.
+//! Process-wide settings of the allocator, of candle's thread pool and of file descriptors, applied before any other
+//! thread exists.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Applies all settings.
 pub(crate) fn apply() {
     keep_freed_pages();
     limit_candle_threads();
+    raise_descriptor_limit();
+}
+
+/// Raises the number of files that this process may open to what the system allows it.
+///
+/// Many systems start processes with 1024, of which connections could take all. If this fails the limit stays as it
+/// is, and listeners take fewer connections.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    setrlimit(Resource::Nofile, raised).ok();
 }
 
 /// Makes malloc keep freed pages instead of returning them to the system, with one arena per core.
@@ -41,5 +58,17 @@ fn limit_candle_threads() {
         unsafe {
             std::env::set_var(THREADS, "1");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_descriptor_limit_is_raised_to_its_maximum() {
+        raise_descriptor_limit();
+        let limit = getrlimit(Resource::Nofile);
+        assert_eq!(limit.current, limit.maximum);
     }
 }

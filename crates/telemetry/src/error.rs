@@ -68,11 +68,19 @@ pub enum Error {
         /// The address.
         address: SocketAddr,
     },
-    /// The page's token file is missing or contains no valid token.
+    /// The metrics would be readable without authentication from other machines.
     #[error(
-        "read the page's token from {}: it must contain one line of printable characters without spaces", path.display()
+        "serve metrics on {address}: an address reachable from other machines needs a token; name its file with `telemetry.token_path`, or set `telemetry.listen` to an address of 127.0.0.1"
     )]
-    PageToken {
+    ExporterExposed {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// A token file is missing or contains no valid token.
+    #[error(
+        "read the token in {}: it must contain one line of letters, digits and -._~", path.display()
+    )]
+    Token {
         /// The file.
         path: PathBuf,
         /// The I/O error; `None` where the content is invalid.
@@ -87,6 +95,14 @@ pub enum Error {
         path: PathBuf,
         /// The I/O error.
         source: io::Error,
+    },
+    /// A document of a run is not JSON.
+    #[error("read {}: it is not valid JSON; the process that writes it replaces it", path.display())]
+    Document {
+        /// The file.
+        path: PathBuf,
+        /// The parser's error.
+        source: serde_json::Error,
     },
     /// A line of a log does not have the format of this build.
     #[error("read line {line} of {}; remove the line, or read the file with the build that wrote it", path.display())]

@@ -2,35 +2,44 @@
 //! live web page, progress bars, named waits, and a description of the machine.
 //!
 //! This crate promises that a file of a run is complete or absent, that every line of a log is valid JSON,
-//! and that every metric is declared once, in [`METRICS`]. No other crate depends on Prometheus. It does not
-//! know roles, models or streams, and of the settings only that they are TOML: it takes plain arguments.
+//! that every metric is declared once, in [`METRICS`], that the directory of a stranger's run is read within bounds
+//! and without requests, and that a hostile HTTP client takes a bounded share of the process. No other crate depends
+//! on Prometheus. It does not know roles, models or streams, and of the settings only that they are TOML: it takes
+//! plain arguments.
 
 mod environment;
 mod error;
+pub mod http;
 mod metrics;
 mod page;
 mod printable;
 mod progress;
 mod run_dir;
 mod server;
+mod standard_error;
 mod view;
 
+pub use crate::metrics::declaration::{MetricInfo, MetricKind, MetricUnit};
 pub use crate::metrics::exporter::{Exporter, Recording};
 pub use crate::metrics::measurements::Measurements;
 pub use crate::metrics::reference::metrics_markdown;
-pub use crate::metrics::registry::{MetricInfo, MetricKind, MetricUnit, metric, publish};
+pub use crate::metrics::registry::{metric, publish};
 pub use crate::metrics::stage::{InFlightGauge, StageCounters, StageSnapshot};
 pub use crate::metrics::table::METRICS;
 pub use crate::metrics::waits::{Wait, WaitGuard, Waits};
 pub use crate::run_dir::atomic::write_atomically;
+pub use crate::run_dir::descriptors::wait_for_descriptor;
 pub use crate::run_dir::directory::RunDirectory;
+pub use crate::run_dir::files::RunFiles;
 pub use crate::run_dir::journal::{Journal, JournalLine};
+pub use crate::run_dir::private::create_private_directory;
 pub use crate::run_dir::samples::{SampleLog, SampleRow, TokenTexts};
 pub use environment::{Machine, describe_machine, free_bytes, peak_memory_bytes};
 pub use error::Error;
-pub use page::{MetricsPage, PageParts, PageServer, page_token};
+pub use page::{MetricsPage, PageParts, PageServer};
 pub use printable::{printable, printable_json, printable_line, takes_ansi};
 pub use progress::Progress;
+pub use standard_error::StandardError;
 pub use view::{
     Curve, Curves, EvaluationRecord, Reading, RunState, RunStatus, RunView, SampleIndex,
     SamplePage, SampleQuery, evaluation_differences, readings,

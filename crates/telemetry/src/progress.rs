@@ -3,12 +3,14 @@
 //! On a terminal it is a progress bar with a message line below it. Elsewhere, and with `NO_COLOR`, it is a plain
 //! line every ten seconds and one at the end, so that a log stays short.
 
-use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::printable::{printable_line, stderr_takes_ansi};
+use crate::{
+    printable::{printable_line, stderr_takes_ansi},
+    standard_error::StandardError,
+};
 
 /// Minimum time between two plain lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -93,8 +95,7 @@ fn bar(title: &str, total: u64) -> ProgressBar {
 }
 
 fn print(line: &str) {
-    // Standard error may be closed; progress is then not reported.
-    writeln!(io::stderr().lock(), "{line}").ok();
+    StandardError::line(format_args!("{line}"));
 }
 
 impl PlainLines {

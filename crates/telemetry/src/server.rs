@@ -1,21 +1,26 @@
 //! HTTP server on a thread and a tokio runtime of its own.
 //!
 //! The runtime is shared with nothing else, so that compute never starves a request and a request never delays a
-//! role. A slow or silent client does not block others. This part does not know what the routes serve.
+//! role. This part does not know what the routes serve.
 
-use std::future::IntoFuture;
+use std::future::pending;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::thread::{self, JoinHandle};
 
 use axum::Router;
+use axum::middleware::from_fn;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
 use crate::error::Error;
+use crate::http::{self, ConnectionLimits, drain_requests};
 
 /// Number of blocking threads, which read files.
 const BLOCKING_THREADS: usize = 4;
+
+/// Maximum number of connections: a few browsers, or a few Prometheus servers.
+const CONNECTIONS: usize = 64;
 
 /// An HTTP server that listens until it is dropped.
 pub(crate) struct HttpServer {
@@ -47,9 +52,12 @@ impl HttpServer {
             .max_blocking_threads(BLOCKING_THREADS)
             .build()
             .map_err(thread_error)?;
-        let serving = async {
+        let router = router.layer(from_fn(drain_requests));
+        let limits = ConnectionLimits::new(CONNECTIONS);
+        let serving = async move {
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            axum::serve(listener, router).into_future().await
+            http::serve(listener, router, limits, pending()).await;
+            Ok(())
         };
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new()

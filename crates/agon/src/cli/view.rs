@@ -7,15 +7,22 @@ use std::{
 };
 
 use reqwest::Url;
-use telemetry::{PageParts, PageServer, RunView, evaluation_differences, page_token};
+use telemetry::http::read_token;
+use telemetry::{MetricsPage, PageParts, PageServer, RunView, evaluation_differences};
 
-use crate::{cli::monitoring, exit_code::UsageError, signals};
+use crate::{
+    cli::monitoring::{self, MetricsClient},
+    exit_code::UsageError,
+    signals,
+};
 
 /// Show runs in a browser: curves, stages and their messages, samples, APO rounds, settings.
 ///
-/// Reads run directories and changes nothing; a run in progress is followed. The curves of several runs are
-/// overlaid; a warning says where their evaluations differ in stop tokens, chat template or sampling, or in the
-/// rate of truncated answers. Prints the address on standard output; ends on SIGTERM or Ctrl-C.
+/// Reads run directories and changes nothing; a run in progress is followed. Directories may be strangers': only their
+/// own regular files are read, and the processes that a directory lists are asked for their metrics only while a
+/// process of this user runs there. The curves of several runs are overlaid; a warning says where their evaluations
+/// differ in stop tokens, chat template or sampling, or in the rate of truncated answers. Prints the address on
+/// standard output; ends on SIGTERM or Ctrl-C.
 ///
 /// Example: agon view runs/quickstart runs/another
 #[derive(clap::Args)]
@@ -27,12 +34,15 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
     /// Metrics URL of a process of the first run, as it logged it: shows its messages in flight and current waits.
-    /// Needed once per process if the run's targets.json does not list them.
+    /// Needed once per process of a run that no process of this user leads on this machine.
     #[arg(long, value_name = "URL")]
     metrics: Vec<String>,
     /// A file with the page's access token; required on a non-loopback address.
     #[arg(long, value_name = "FILE")]
     token_path: Option<PathBuf>,
+    /// A file with the token of the processes' metrics, their telemetry.token_path, if they have one.
+    #[arg(long, value_name = "FILE")]
+    metrics_token_path: Option<PathBuf>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
@@ -40,22 +50,18 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut runs = runs.collect::<Result<Vec<_>, _>>()?;
     warn_of_differences(&mut runs)?;
     let runtime = crate::runtime()?;
+    let token = |path: &Option<PathBuf>| read_token(path.as_deref().unwrap_or(Path::new("")));
     let parts = PageParts {
         listen: arguments.listen,
-        token: page_token(arguments.token_path.as_deref().unwrap_or(Path::new("")))?,
+        token: token(&arguments.token_path)?,
         runs,
-        live: Some(match arguments.metrics.as_slice() {
-            [] => monitoring::run_metrics(&arguments.runs[0], None, runtime.handle().clone())?,
-            urls => {
-                for url in urls {
-                    let invalid =
-                        |error| UsageError(format!("--metrics {url:?} is not a URL: {error}"));
-                    Url::parse(url).map_err(invalid)?;
-                }
-                let urls = urls.to_vec();
-                monitoring::scraped_metrics(runtime.handle().clone(), move || urls.clone())?
-            }
-        }),
+        live: Some(live_metrics(
+            arguments,
+            MetricsClient::new(
+                runtime.handle().clone(),
+                token(&arguments.metrics_token_path)?,
+            )?,
+        )?),
     };
     runtime.block_on(async {
         let mut shutdown = signals::on_signal()?.subscribe();
@@ -65,6 +71,20 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         drop(shutdown.wait_for(|stop| *stop).await);
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Metrics of the processes that the arguments name, or else of those of the first run while it is this user's.
+fn live_metrics(arguments: &Arguments, client: MetricsClient) -> anyhow::Result<MetricsPage> {
+    if arguments.metrics.is_empty() {
+        let run = RunView::new(&arguments.runs[0]);
+        return Ok(monitoring::metrics_of_own_run(run, client));
+    }
+    for url in &arguments.metrics {
+        let invalid = |error| UsageError(format!("--metrics {url:?} is not a URL: {error}"));
+        Url::parse(url).map_err(invalid)?;
+    }
+    let urls = arguments.metrics.clone();
+    Ok(client.page(move || urls.clone()))
 }
 
 /// Logs a warning if the last evaluations of these runs are not comparable.

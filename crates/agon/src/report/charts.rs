@@ -32,6 +32,10 @@ const COLOURS: [RGBColor; 3] = [
 ];
 /// Margin above and below the values, as a share of their range.
 const MARGIN: f64 = 0.04;
+/// Values beyond this are drawn at it: differences of the largest numbers are infinite.
+const MAX_VALUE: f64 = 1e100;
+/// Least share of a value that an axis shows: its marks cannot be told apart below the precision of numbers.
+const MIN_SHARE: f64 = 1e-6;
 
 /// A point: step and value.
 type Point = (f64, f64);
@@ -153,18 +157,34 @@ impl<'a> LineChart<'a> {
         let (low, high) = all.iter().fold(initial, |(low, high), point| {
             (low.min(point.1), high.max(point.1))
         });
-        if high > low {
-            let margin = MARGIN * (high - low);
-            return (last_step, (low - margin, high + margin));
-        }
-        let middle = if low.is_finite() { low } else { 0.0 };
-        (last_step, (middle - 1.0, middle + 1.0))
+        (last_step, axis(low, high))
     }
+}
+
+/// Range of an axis that shows these values with margins; `low` above `high` means that there are none.
+fn axis(low: f64, high: f64) -> (f64, f64) {
+    if low > high {
+        return (-1.0, 1.0);
+    }
+    let middle = low / 2.0 + high / 2.0;
+    let half = match high > low {
+        true => (high - low) * (0.5 + MARGIN),
+        false => 1.0,
+    };
+    let half = half.max(MIN_SHARE * low.abs().max(high.abs())).max(1e-12);
+    (middle - half, middle + half)
 }
 
 fn points(curve: &Curve) -> Vec<Point> {
     let both = curve.steps.iter().zip(&curve.values);
-    both.filter_map(|(&step, value)| Some((step as f64, (*value)?)))
+    drawable(both.filter_map(|(&step, value)| Some((step as f64, (*value)?))))
+}
+
+/// The points that can be drawn, within bounds.
+fn drawable(points: impl Iterator<Item = Point>) -> Vec<Point> {
+    points
+        .filter(|point| !point.1.is_nan())
+        .map(|point| (point.0, point.1.clamp(-MAX_VALUE, MAX_VALUE)))
         .collect()
 }
 
@@ -249,4 +269,50 @@ fn draw_svg(
     drawn.map_err(|error| anyhow!("failed to draw a chart: {error}"))?;
     drop(area);
     Ok(svg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn charts_of_extreme_values_are_drawn() {
+        let cases: [&[f64]; 11] = [
+            &[],
+            &[1e308],
+            &[-1e308, 1e308],
+            &[1e308, 1e308 * (1.0 - f64::EPSILON)],
+            &[f64::MAX, f64::INFINITY, f64::NEG_INFINITY, f64::NAN],
+            &[1e16, 1e16 + 2.0],
+            &[9.007e15, 9.007e15 + 1.0],
+            &[5e-324, 0.0],
+            &[1e-300, 2e-300],
+            &[1.0, 1.0 + f64::EPSILON],
+            &[-0.0, 0.0],
+        ];
+        for values in cases {
+            let steps = (0..u64::MAX).rev();
+            let points = drawable(steps.map(|step| step as f64).zip(values.iter().copied()));
+            let lines = vec![ChartLine {
+                name: "loss",
+                band: points.clone(),
+                points,
+            }];
+            let svg = LineChart::new(lines, None).svg().unwrap();
+            assert!(svg.contains("</svg>"), "{values:?}");
+            assert!(!svg.contains("NaN"), "{values:?}: {svg}");
+        }
+    }
+
+    #[test]
+    fn an_axis_has_margins_and_a_resolvable_range() {
+        let close = |a: f64, b: f64| (a - b).abs() < 1e-12;
+        let (low, high) = axis(0.0, 1.0);
+        assert!(close(low, -0.04) && close(high, 1.04), "{low} {high}");
+        let (low, high) = axis(2.0, 2.0);
+        assert!(close(low, 1.0) && close(high, 3.0), "{low} {high}");
+        let (low, high) = axis(1e16, 1e16 + 2.0);
+        assert!(high - low >= 1e10, "{low} {high}");
+        assert_eq!(axis(f64::INFINITY, f64::NEG_INFINITY), (-1.0, 1.0));
+    }
 }

@@ -1,12 +1,13 @@
 //! The report of a run as one HTML page. All text from the run is escaped.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 
 use serde_json::Value;
 use telemetry::{Curves, RunView};
 
 use crate::report::charts::{ChartLine, LineChart};
-use crate::report::markup::{escaped, list, short, table};
+use crate::report::markup::{MAX_ROWS, escaped, list, number, short, table};
 
 const STYLE: &str = include_str!("page.css");
 
@@ -91,16 +92,24 @@ fn figures(page: &mut String, view: &RunView, report: &Value) -> std::fmt::Resul
             status.step
         )?;
     }
+    if status.unreadable > 0 || status.ignored > 0 {
+        writeln!(
+            page,
+            "<p class=\"note\">metrics.jsonl has {} malformed lines, and {} values of more metrics than this page \
+             shows.</p>",
+            status.unreadable, status.ignored
+        )?;
+    }
     let last = |name: &str| {
         let value = view.curves().get(name).and_then(|curve| curve.last);
-        value.map_or("–".into(), |value| format!("{value:.3}"))
+        value.map_or("–".into(), |value| number(value, 3))
     };
     let (low, high) = (last("eval/win_rate_ci_low"), last("eval/win_rate_ci_high"));
     let evaluated = view.curves().get("eval/win_rate");
     let evaluated = evaluated.and_then(|curve| curve.steps.last());
     let last_whole = |name: &str| {
         let value = view.curves().get(name).and_then(|curve| curve.last);
-        value.map_or("–".into(), |value| format!("{value:.0}"))
+        value.map_or("–".into(), |value| number(value, 0))
     };
     let figures = [
         ("win rate", last("eval/win_rate")),
@@ -116,7 +125,7 @@ fn figures(page: &mut String, view: &RunView, report: &Value) -> std::fmt::Resul
         ("steps", status.step.to_string()),
         ("pairs", short(&report["pairs"])),
         ("pairs per second", short(&report["pairs_per_second"])),
-        ("seconds", format!("{:.0}", status.wall_seconds)),
+        ("seconds", number(status.wall_seconds, 0)),
     ];
     page.push_str("<dl>\n");
     for (name, value) in figures.iter().filter(|(_, value)| value != "–") {
@@ -139,7 +148,7 @@ fn charts(page: &mut String, curves: &Curves) -> anyhow::Result<()> {
         let last: Vec<_> = known
             .iter()
             .map(|(name, curve)| {
-                let value = curve.last.map_or("–".into(), |v| format!("{v:.3}"));
+                let value = curve.last.map_or("–".into(), |v| number(v, 3));
                 format!("{name} {value}")
             })
             .collect();
@@ -208,10 +217,14 @@ fn examples(page: &mut String, report: &Value) -> std::fmt::Result {
     let (Some(first), Some(last)) = (evaluations.first(), evaluations.last()) else {
         return Ok(());
     };
+    let before: HashMap<_, _> = list(&first["examples"])
+        .iter()
+        .filter_map(|example| Some((example["prompt"].as_str()?, example)))
+        .collect();
     page.push_str("<h2>Samples before and after</h2>\n");
     for example in list(&last["examples"]) {
-        let same = |other: &&Value| other["prompt"] == example["prompt"];
-        let before = list(&first["examples"]).iter().find(same);
+        let prompt = example["prompt"].as_str();
+        let before = prompt.and_then(|prompt| before.get(prompt));
         let before = before.filter(|_| evaluations.len() > 1);
         let mut sides = vec![("reference", &example["reference"])];
         sides.extend(before.map(|before| ("policy before", &before["policy"])));
@@ -271,7 +284,8 @@ fn rounds(page: &mut String, view: &RunView) -> anyhow::Result<()> {
         "accuracy on the policy's samples",
         "",
     ];
-    table(page, &heads, &rounds.iter().map(row).collect::<Vec<_>>())?;
+    let rows: Vec<_> = rounds.iter().take(MAX_ROWS).map(row).collect();
+    table(page, &heads, &rows)?;
     Ok(())
 }
 
@@ -282,6 +296,7 @@ fn stages(page: &mut String, report: &Value) -> std::fmt::Result {
     let row = |(name, stage_counters): (&String, &Value)| {
         let dropped = stage_counters["dropped"].as_object().into_iter().flatten();
         let dropped: Vec<_> = dropped
+            .take(MAX_ROWS)
             .map(|(reason, n)| format!("{} {}", short(n), escaped(reason)))
             .collect();
         let dropped = if dropped.is_empty() {
@@ -299,7 +314,8 @@ fn stages(page: &mut String, report: &Value) -> std::fmt::Result {
     };
     page.push_str("<h2>Flow</h2>\n");
     let heads = ["stage", "received", "emitted", "dropped", "in flight"];
-    table(page, &heads, &stages.iter().map(row).collect::<Vec<_>>())
+    let rows: Vec<_> = stages.iter().take(MAX_ROWS).map(row).collect();
+    table(page, &heads, &rows)
 }
 
 fn environment(page: &mut String, report: &Value) -> std::fmt::Result {
@@ -309,14 +325,18 @@ fn environment(page: &mut String, report: &Value) -> std::fmt::Result {
         return Ok(());
     };
     let text = |value: &Value| match value {
-        Value::Array(values) => values.iter().map(short).collect::<Vec<_>>().join(" "),
+        Value::Array(_) => list(value).iter().map(short).collect::<Vec<_>>().join(" "),
         other => short(other),
     };
     let row = |(name, value): (&String, &Value)| vec![escaped(name).replace('_', " "), text(value)];
     table(
         page,
         &["what", "value"],
-        &environment.iter().map(row).collect::<Vec<_>>(),
+        &environment
+            .iter()
+            .take(MAX_ROWS)
+            .map(row)
+            .collect::<Vec<_>>(),
     )
 }
 
@@ -395,5 +415,42 @@ mod tests {
         let page = super::page(&view).unwrap();
         assert!(page.contains("shows its state at step 3"), "{page}");
         assert!(!page.contains("<h2>Settings"), "{page}");
+    }
+
+    #[test]
+    fn a_hostile_run_is_reported_within_bounds() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(directory.path().join(name), text).unwrap();
+        write("config.toml", "[run]\nname = \"</pre><script>\"\n");
+        let names: String = (0..200_000).map(|n| format!(",\"m{n}\":1e308")).collect();
+        write(
+            "metrics.jsonl",
+            &format!(
+                "{{\"step\":1,\"loss\":1e308{names}}}\n{{\"step\":2,\"loss\":-1e308}}\n{{\"step\":3,\"loss\":NaN}}\n"
+            ),
+        );
+        let example = serde_json::json!({"prompt": "p", "policy": "x".repeat(1 << 20)});
+        let mut evaluations = vec![serde_json::json!({"step": 1e308}); 5000];
+        evaluations.push(serde_json::json!({"step": 1e308, "examples": vec![&example; 3]}));
+        let report = serde_json::json!({
+            "pairs": -1e308, "pairs_per_second": [[["<img src=x>"]]], "stages": {"<b>": 1},
+            "environment": {"<i>": ["\u{1b}[31m", {}]}, "evaluations": evaluations,
+        });
+        write("report.json", &report.to_string());
+        let mut view = RunView::open(directory.path()).unwrap();
+        view.refresh().unwrap();
+        let page = super::page(&view).unwrap();
+        for expected in [
+            "1 malformed lines, and 199",
+            "loss -1.000e308",
+            "&lt;img src=x&gt;",
+            "&lt;b&gt;",
+        ] {
+            assert!(page.contains(expected), "no {expected:?}");
+        }
+        for foreign in ["<script", "<img", "<b>", "<i>", "\u{1b}"] {
+            assert!(!page.contains(foreign), "{foreign}");
+        }
+        assert!(page.len() < 2 << 20, "{} bytes", page.len());
     }
 }

@@ -21,16 +21,36 @@ pub(crate) fn escaped(text: &str) -> String {
     safe
 }
 
-/// A value as escaped text: three decimals for floats, a dash for null.
+/// Magnitude from which numbers are written with an exponent.
+const MAX_DECIMAL: f64 = 1e15;
+
+/// Maximum length of a cell's text in characters.
+const MAX_CHARACTERS: usize = 20_000;
+
+/// Maximum number of rows of a table.
+pub(crate) const MAX_ROWS: usize = 2000;
+
+/// A number with this many decimals, or with an exponent if it is large.
+pub(crate) fn number(value: f64, decimals: usize) -> String {
+    match value.abs() < MAX_DECIMAL {
+        true => format!("{value:.decimals$}"),
+        false => format!("{value:.decimals$e}"),
+    }
+}
+
+/// A value as escaped text of bounded length: three decimals for floats, a dash for null.
 pub(crate) fn short(value: &Value) -> String {
     match value {
-        Value::Number(number) if number.is_f64() => {
-            format!("{:.3}", number.as_f64().unwrap_or(f64::NAN))
-        }
+        Value::Number(value) if value.is_f64() => number(value.as_f64().unwrap_or(f64::NAN), 3),
         Value::Null => "–".into(),
-        Value::String(text) => escaped(text),
-        other => escaped(&other.to_string()),
+        Value::String(text) => escaped(cut_off(text)),
+        other => escaped(cut_off(&other.to_string())),
     }
+}
+
+fn cut_off(text: &str) -> &str {
+    let end = text.char_indices().nth(MAX_CHARACTERS);
+    end.map_or(text, |(end, _)| &text[..end])
 }
 
 /// Writes a table whose cells are HTML.
@@ -48,7 +68,8 @@ pub(crate) fn table(page: &mut String, heads: &[&str], rows: &[Vec<String>]) -> 
     Ok(())
 }
 
-/// Elements of an array; none for any other value.
+/// Elements of an array, at most [`MAX_ROWS`]; none for any other value.
 pub(crate) fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
+    let all = value.as_array().map_or(&[][..], Vec::as_slice);
+    &all[..all.len().min(MAX_ROWS)]
 }

@@ -2,7 +2,7 @@
 
 pub(crate) mod charts;
 pub(crate) mod html;
-mod markup;
+pub(crate) mod markup;
 mod summary;
 pub(crate) mod verdict;
 
@@ -53,8 +53,12 @@ impl Report {
         if self.evaluations.len() > 1 {
             charts::write_win_rates(&directory.root().join(WIN_RATE_CHART), &self.evaluations)?;
         }
-        out!("{}", self.markdown)?;
-        out!("Report: {}", directory.report_markdown().display())?;
+        let path = directory.report_markdown();
+        let printed = out!("{}", self.markdown).and_then(|()| out!("Report: {}", path.display()));
+        if let Err(error) = printed {
+            // The run is done and its report written: a full disk behind standard output takes nothing from it.
+            tracing::warn!(%error, path = %path.display(), "the report could not be printed");
+        }
         Ok(())
     }
 }

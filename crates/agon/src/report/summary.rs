@@ -52,7 +52,7 @@ pub(super) fn to_json(
         "wall_seconds": summary.wall_seconds,
         "base_seconds": inputs.model.base_seconds,
         "peak_memory_bytes": telemetry::peak_memory_bytes(),
-        "nonfinite_steps": summary.nonfinite,
+        "nonfinite_steps": summary.rejected,
         "rollbacks": summary.rollbacks,
         "weights_digest": summary.weights_digest.to_string(),
         "checkpoint": summary.checkpoint,

@@ -216,7 +216,7 @@ mod tests {
             wall_seconds: 1.0,
             weights_digest: Digest::of(b""),
             evaluations: Vec::new(),
-            nonfinite: 0,
+            rejected: 0,
             rollbacks: 0,
             checkpoint: PathBuf::new(),
         };

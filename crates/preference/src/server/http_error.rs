@@ -5,6 +5,7 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::response::{IntoResponse, Json, Response};
+use telemetry::http::AccessRefusal;
 
 use crate::error::ComparisonError;
 use crate::wire::{ErrorBody, ErrorDetail};
@@ -56,9 +57,24 @@ impl HttpError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "too_slow", message)
     }
 
-    pub(super) fn unauthorized() -> Self {
-        let message = "show the token: Authorization: Bearer <token>";
-        Self::new(StatusCode::UNAUTHORIZED, "unauthorized", message)
+    /// The body is not declared to be JSON, as a page of another site would send it without asking first.
+    pub(super) fn unsupported_media_type() -> Self {
+        let message = "send JSON with the header Content-Type: application/json";
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_media_type",
+            message,
+        )
+    }
+
+    /// The access control refuses the request.
+    pub(super) fn refused(refusal: AccessRefusal) -> Self {
+        let code = match refusal {
+            AccessRefusal::Unauthorized => "unauthorized",
+            AccessRefusal::Host => "foreign_host",
+            AccessRefusal::Origin => "foreign_origin",
+        };
+        Self::new(refusal.status(), code, refusal.message())
     }
 
     pub(super) fn not_found() -> Self {

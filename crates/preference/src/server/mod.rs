@@ -1,20 +1,24 @@
 //! The preference service over HTTP: `POST /v1/preferences`, `GET /healthz` and `GET /readyz`.
 //!
 //! [`crate::wire`] documents the messages. Every error is JSON and names the field or the limit. Requests do not wait
-//! for admission: with a full queue they get 429, without a judge in time 503.
+//! for admission: with a full queue they get 429, without a judge in time 503. Requests of other machines must show a
+//! token, and pages of other sites that a browser of this machine shows get no answer.
 //! Does not know what its judges are.
 
-use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::response::Json;
+use axum::http::HeaderValue;
+use axum::http::header::{CACHE_CONTROL, X_CONTENT_TYPE_OPTIONS};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use messages::Purpose;
 use serde_json::{Value, json};
 use settings::{HttpServiceSettings, OrdersSetting};
+use telemetry::http::{self, AccessControl, ConnectionLimits, drain_requests, is_exposed};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
@@ -25,11 +29,9 @@ use crate::pool::{JudgePool, Orders, Preference};
 use crate::prompt_encoder::PromptEncoder;
 use crate::wire::{PreferenceResult, Preferences, PreferencesRequest};
 use request::RequestReader;
-use token::BearerToken;
 
 mod http_error;
 mod request;
-mod token;
 
 use http_error::HttpError;
 
@@ -49,6 +51,7 @@ pub struct ServerParts {
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
+    limits: ConnectionLimits,
     state: Arc<ServerState>,
 }
 
@@ -57,7 +60,7 @@ struct ServerState {
     pool: JudgePool,
     orders: OrdersSetting,
     reader: Arc<RequestReader>,
-    token: Option<BearerToken>,
+    access: AccessControl,
     /// Limits concurrent requests, each of which holds at least one comparison.
     concurrent: Semaphore,
 }
@@ -66,7 +69,8 @@ impl Server {
     /// Binds the address; port 0 means any free port.
     ///
     /// # Errors
-    /// When the address cannot be listened on, or the token cannot be read.
+    /// When the address cannot be listened on, other machines can reach it and there is no token, or the token cannot
+    /// be read.
     pub async fn bind(parts: ServerParts) -> Result<Self, PreferenceError> {
         let ServerParts {
             pool,
@@ -83,6 +87,8 @@ impl Server {
             .map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
         let token = read_key(&settings.token_path)?;
+        require_protection(address, token.as_deref())?;
+        let limits = ConnectionLimits::new(settings.max_connections);
         let state = ServerState {
             concurrent: Semaphore::new(pool.settings().max_queue.max(1)),
             reader: Arc::new(RequestReader::new(
@@ -90,29 +96,30 @@ impl Server {
                 encoder,
                 pool.settings().timeout,
             )),
-            token: token.as_deref().map(BearerToken::new),
+            access: AccessControl::new(token.as_deref()),
             pool,
             orders,
         };
         Ok(Self {
             listener,
             address,
+            limits,
             state: Arc::new(state),
         })
     }
 
-    /// Checks that the address can be bound now.
+    /// Checks that the service can be bound to the address with this token now.
     ///
     /// # Errors
     /// As [`Self::bind`].
-    pub fn check(listen: &str) -> Result<(), PreferenceError> {
+    pub fn check(listen: &str, token: Option<&str>) -> Result<(), PreferenceError> {
         let listen_error = |source| PreferenceError::Listen {
             listen: listen.to_owned(),
             source,
         };
-        std::net::TcpListener::bind(listen)
-            .map(drop)
-            .map_err(listen_error)
+        let bound = std::net::TcpListener::bind(listen);
+        let address = bound.and_then(|listener| listener.local_addr());
+        require_protection(address.map_err(listen_error)?, token)
     }
 
     /// Bound address, with the actual port.
@@ -123,13 +130,9 @@ impl Server {
 
     /// Serves until `shutdown` is true or its sender is dropped. Requests in progress are still answered; connections
     /// that are open after twice the judge timeout are closed.
-    ///
-    /// # Errors
-    /// When accepting connections fails.
-    pub async fn run(self, shutdown: watch::Receiver<bool>) -> Result<(), PreferenceError> {
-        let listen = self.address.to_string();
+    pub async fn run(self, shutdown: watch::Receiver<bool>) {
         let grace = 2 * self.state.pool.settings().timeout;
-        tracing::info!(address = listen, "preference service listens");
+        tracing::info!(address = %self.address, "preference service listens");
         let grace_over = {
             let stop = shutdown_requested(shutdown.clone());
             async move {
@@ -137,17 +140,22 @@ impl Server {
                 tokio::time::sleep(grace).await;
             }
         };
-        let serving = axum::serve(self.listener, routes(self.state))
-            .with_graceful_shutdown(shutdown_requested(shutdown));
+        let router = routes(self.state);
+        let stop = shutdown_requested(shutdown);
         tokio::select! {
-            result = serving.into_future() => {
-                result.map_err(|source| PreferenceError::Listen { listen, source })
-            }
+            () = http::serve(self.listener, router, self.limits, stop) => {}
             () = grace_over => {
                 tracing::warn!("closing connections that are still open after the grace period");
-                Ok(())
             }
         }
+    }
+}
+
+/// Checks that the address is loopback or a token is set.
+fn require_protection(address: SocketAddr, token: Option<&str>) -> Result<(), PreferenceError> {
+    match is_exposed(address.ip(), token.is_some()) {
+        true => Err(PreferenceError::Exposed { address }),
+        false => Ok(()),
     }
 }
 
@@ -163,7 +171,29 @@ fn routes(state: Arc<ServerState>) -> Router {
         .route("/readyz", get(readyz))
         .fallback(async || HttpError::not_found())
         .method_not_allowed_fallback(async || HttpError::method_not_allowed())
+        .layer(from_fn_with_state(Arc::clone(&state), authorize))
+        .layer(from_fn(drain_requests))
         .with_state(state)
+}
+
+/// Middleware: checks access. Only preferences require the token.
+async fn authorize(
+    State(state): State<Arc<ServerState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let checked = match request.uri().path() {
+        "/healthz" | "/readyz" => state.access.check_source(request.headers()),
+        _ => state.access.check(request.headers()),
+    };
+    let mut response = match checked {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => HttpError::refused(refusal).into_response(),
+    };
+    let headers = response.headers_mut();
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
 }
 
 /// Liveness of the process.
@@ -190,9 +220,6 @@ async fn preferences(
     State(state): State<Arc<ServerState>>,
     request: Request,
 ) -> Result<Json<Preferences>, HttpError> {
-    if let Some(token) = &state.token {
-        token.check(request.headers())?;
-    }
     let _permit = state.concurrent.try_acquire().map_err(|_| {
         HttpError::too_many_requests("too many requests at once: preference.max_queue is reached")
     })?;
@@ -218,6 +245,7 @@ impl ServerState {
         Ok(Preferences {
             judge: self.pool.name(),
             version: version.0,
+            digest: self.pool.digest().map(|digest| digest.to_string()),
             results: preferences.into_iter().map(result).collect(),
         })
     }

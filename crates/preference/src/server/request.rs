@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use axum::body::{Bytes, to_bytes};
 use axum::extract::Request;
-use axum::http::header::CONTENT_LENGTH;
+use axum::http::HeaderMap;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use messages::{
     Completion, Dialogue, Finish, Pair, Prompt, PromptBatch, PromptId, PromptText, Purpose, Seed,
     WeightsVersion,
 };
 use serde_json::{Map, Value};
 use settings::HttpServiceSettings;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::pool::ComparisonRequest;
@@ -19,12 +21,20 @@ use crate::prompt_encoder::PromptEncoder;
 use crate::server::HttpError;
 use crate::wire::{ComparisonInput, PreferencesRequest};
 
+/// Number of largest requests whose bodies may be in memory at once.
+const LARGEST_REQUESTS: usize = 64;
+
+/// Unit in which the memory of bodies is counted, in bytes.
+const UNIT_BYTES: usize = 1024;
+
 /// Reads and validates requests.
 pub(super) struct RequestReader {
     limits: HttpServiceSettings,
     encoder: Arc<dyn PromptEncoder>,
     /// Time limit for the arrival of a body.
     body_timeout: Duration,
+    /// Units of memory for bodies.
+    memory: Semaphore,
 }
 
 impl RequestReader {
@@ -33,10 +43,12 @@ impl RequestReader {
         encoder: Arc<dyn PromptEncoder>,
         body_timeout: Duration,
     ) -> Self {
+        let units = LARGEST_REQUESTS.saturating_mul(units(limits.max_bytes) as usize);
         Self {
             limits,
             encoder,
             body_timeout,
+            memory: Semaphore::new(units.min(Semaphore::MAX_PERMITS)),
         }
     }
 
@@ -59,6 +71,9 @@ impl RequestReader {
     }
 
     async fn body(&self, request: Request) -> Result<Bytes, HttpError> {
+        if !is_json(request.headers()) {
+            return Err(HttpError::unsupported_media_type());
+        }
         let max = self.limits.max_bytes;
         let too_large = || {
             HttpError::too_large(format!(
@@ -70,6 +85,12 @@ impl RequestReader {
         if length.is_some_and(|length| length > max) {
             return Err(too_large());
         }
+        let memory = self.memory.try_acquire_many(units(length.unwrap_or(max)));
+        let _memory = memory.map_err(|_| {
+            HttpError::too_many_requests(
+                "too many bytes at once: the requests in progress fill the memory for them",
+            )
+        })?;
         match timeout(self.body_timeout, to_bytes(request.into_body(), max)).await {
             Ok(body) => body.map_err(|_| too_large()),
             Err(_elapsed) => Err(HttpError::too_slow()),
@@ -193,6 +214,20 @@ impl RequestReader {
             "{characters} characters are more than preference.http.max_characters = {max}"
         ))
     }
+}
+
+/// Whether the body is declared to be JSON.
+fn is_json(headers: &HeaderMap) -> bool {
+    let value = headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    let essence = value.and_then(|value| value.split(';').next());
+    essence.is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
+}
+
+/// Units of memory for this many bytes.
+fn units(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX)
 }
 
 fn parse(body: &[u8]) -> Result<PreferencesRequest, HttpError> {

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use messages::{Dialogue, Finish, PromptText};
+use reqwest::header::CONTENT_TYPE;
 use reqwest::{Client, StatusCode};
+use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
 
 use super::*;
@@ -18,7 +20,7 @@ use crate::prompt_encoder::NoEncoding;
 struct Harness {
     url: String,
     shutdown: watch::Sender<bool>,
-    task: JoinHandle<Result<(), PreferenceError>>,
+    task: JoinHandle<()>,
     client: Client,
 }
 
@@ -26,6 +28,7 @@ fn limits() -> HttpServiceSettings {
     HttpServiceSettings {
         listen: "127.0.0.1:0".into(),
         token_path: std::path::PathBuf::new(),
+        max_connections: 1024,
         max_pairs: 3,
         max_bytes: 4096,
         max_characters: 100,
@@ -59,9 +62,15 @@ impl Harness {
     }
 
     async fn post(&self, body: impl Into<reqwest::Body>) -> (u16, Value) {
-        let url = format!("{}/v1/preferences", self.url);
-        let response = self.client.post(url).body(body).send().await;
+        let response = self.request().body(body).send().await;
         answer(response.expect("it answers")).await
+    }
+
+    fn request(&self) -> reqwest::RequestBuilder {
+        let url = format!("{}/v1/preferences", self.url);
+        self.client
+            .post(url)
+            .header(CONTENT_TYPE, "application/json")
     }
 
     async fn get(&self, path: &str) -> (u16, Value) {
@@ -215,6 +224,115 @@ async fn invalid_requests_are_rejected_by_field_name() {
 }
 
 #[tokio::test]
+async fn pages_of_other_sites_get_no_answer() {
+    let replica = larger();
+    let batches = replica.batches();
+    let harness = Harness::new(pool(replica), limits()).await;
+    let body = json!({"pairs": [one()]}).to_string();
+    let request = || {
+        harness
+            .client
+            .post(format!("{}/v1/preferences", harness.url))
+    };
+    let json = "application/json";
+    for (name, value, status, code) in [
+        ("content-type", "text/plain", 415, "unsupported_media_type"),
+        (
+            "content-type",
+            "text/plain; a=application/json",
+            415,
+            "unsupported_media_type",
+        ),
+        ("content-type", "", 415, "unsupported_media_type"),
+        ("origin", "https://evil.example", 403, "foreign_origin"),
+        ("origin", "null", 403, "foreign_origin"),
+        ("host", "evil.example", 403, "foreign_host"),
+    ] {
+        let mut request = request().body(body.clone()).header(name, value);
+        if name != "content-type" {
+            request = request.header("content-type", json);
+        }
+        let (actual, answer) = answer(request.send().await.unwrap()).await;
+        let error = &answer["error"];
+        assert_eq!(
+            (actual, &error["code"]),
+            (status, &code.into()),
+            "{name}: {value}: {answer}"
+        );
+    }
+    let (status, _) = answer(request().body(body.clone()).send().await.unwrap()).await;
+    assert_eq!(status, 415, "without a type");
+    assert!(batches.sizes().is_empty(), "a judge was called");
+    let typed = request().header("content-type", "Application/JSON; charset=utf-8");
+    assert_eq!(answer(typed.body(body).send().await.unwrap()).await.0, 200);
+    let url = format!("{}/readyz", harness.url);
+    let foreign = harness.client.get(url).header("host", "evil.example");
+    assert_eq!(answer(foreign.send().await.unwrap()).await.0, 403);
+}
+
+#[tokio::test]
+async fn a_request_that_is_too_large_is_read_before_it_is_refused() {
+    let harness = Harness::new(pool(larger()), limits()).await;
+    for size in [4097, 16 << 20] {
+        let body = " ".repeat(size);
+        let message = "preference.http.max_bytes = 4096";
+        harness.rejects(body, 413, "too_large", message).await;
+    }
+}
+
+#[tokio::test]
+async fn the_memory_for_bodies_is_bounded() {
+    let narrow = HttpServiceSettings {
+        max_bytes: 1024,
+        ..limits()
+    };
+    let harness = Harness::new(pool(larger()), narrow).await;
+    let address = harness.url.strip_prefix("http://").unwrap();
+    let head = format!(
+        "POST /v1/preferences HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n\
+         Content-Length: 1024\r\n\r\n"
+    );
+    let mut held = Vec::new();
+    let mut status = 200;
+    // Each request holds the memory for its body, which does not arrive.
+    for _ in 0..200 {
+        let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+        client.write_all(head.as_bytes()).await.unwrap();
+        held.push(client);
+        status = harness.post(json!({"pairs": [one()]}).to_string()).await.0;
+        if status != 200 {
+            break;
+        }
+    }
+    assert_eq!(status, 429, "after {} requests", held.len());
+    drop(held);
+    while harness.post(json!({"pairs": [one()]}).to_string()).await.0 != 200 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn an_address_beyond_loopback_needs_a_token() {
+    let open = HttpServiceSettings {
+        listen: "0.0.0.0:0".into(),
+        ..limits()
+    };
+    let parts = ServerParts {
+        pool: pool(larger()),
+        orders: OrdersSetting::Auto,
+        encoder: Arc::new(NoEncoding),
+        settings: open,
+    };
+    let error = Server::bind(parts).await.err().expect("it is refused");
+    assert!(
+        error.to_string().contains("preference.http.token_path"),
+        "{error}"
+    );
+    assert!(Server::check("0.0.0.0:0", None).is_err());
+    Server::check("0.0.0.0:0", Some("sesame")).unwrap();
+}
+
+#[tokio::test]
 async fn only_preferences_require_the_token() {
     let folder = std::env::temp_dir().join(format!("agon-token-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
@@ -231,8 +349,7 @@ async fn only_preferences_require_the_token() {
         (status, &response["error"]["code"]),
         (401, &"unauthorized".into())
     );
-    let url = format!("{}/v1/preferences", harness.url);
-    let request = harness.client.post(url).bearer_auth("sesame").body(body);
+    let request = harness.request().bearer_auth("sesame").body(body);
     assert_eq!(request.send().await.unwrap().status(), StatusCode::OK);
     assert_eq!(harness.get("/healthz").await.0, 200);
     assert_eq!(
@@ -306,14 +423,7 @@ async fn a_full_queue_is_429_with_retry_after() {
     while pool.free_permits() > 0 {
         tokio::task::yield_now().await;
     }
-    let url = format!("{}/v1/preferences", harness.url);
-    let rejected = harness
-        .client
-        .post(url)
-        .body(request())
-        .send()
-        .await
-        .unwrap();
+    let rejected = harness.request().body(request()).send().await.unwrap();
     assert_eq!(rejected.status(), StatusCode::TOO_MANY_REQUESTS);
     assert_eq!(rejected.headers()["retry-after"], "1");
     assert_eq!(answer(rejected).await.1["error"]["code"], "busy");
@@ -388,8 +498,8 @@ async fn a_shutdown_answers_requests_in_progress_and_accepts_no_more() {
     let batches = slow.batches();
     let harness = Harness::new(pool(slow), limits()).await;
     let url = format!("{}/v1/preferences", harness.url);
-    let request = Client::new()
-        .post(&url)
+    let request = harness
+        .request()
         .body(json!({"pairs": [one()]}).to_string());
     let request = tokio::spawn(request.send());
     while batches.sizes().is_empty() {
@@ -397,11 +507,7 @@ async fn a_shutdown_answers_requests_in_progress_and_accepts_no_more() {
     }
     harness.shutdown.send_replace(true);
     assert_eq!(request.await.unwrap().unwrap().status(), StatusCode::OK);
-    harness
-        .task
-        .await
-        .expect("no panic")
-        .expect("it was stopped");
+    harness.task.await.expect("no panic");
     let error = Client::new().post(&url).send().await;
     assert!(error.is_err_and(|error| error.is_connect()));
 }

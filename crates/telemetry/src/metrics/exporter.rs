@@ -4,6 +4,7 @@
 //! them over HTTP. This part does not know which metrics exist, only the histogram buckets of seconds and steps.
 
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
@@ -11,12 +12,17 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
-use axum::http::{StatusCode, header::CONTENT_TYPE};
+use axum::extract::{Request, State};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
+use crate::http::{AccessControl, is_exposed, read_token};
 use crate::server::HttpServer;
 use crate::{
     error::Error,
@@ -62,16 +68,20 @@ pub struct Recording {
 
 impl Exporter {
     /// Installs the global recorder and serves `http://listen/metrics` from threads of its own; port 0 picks a free
-    /// port. The recorder stays installed for the life of the process.
+    /// port. Requests must show the token in the file at `token_path`; with an empty path they must come from this
+    /// machine. The recorder stays installed for the life of the process.
     ///
     /// # Errors
-    /// When the address cannot be bound, the process already has a recorder, or a thread cannot be spawned. Only
-    /// success installs the recorder.
-    pub fn start(listen: SocketAddr) -> Result<Self, Error> {
+    /// When the address is not loopback and there is no token, the token cannot be read, the address cannot be bound,
+    /// the process already has a recorder, or a thread cannot be spawned. Only success installs the recorder.
+    pub fn start(listen: SocketAddr, token_path: &Path) -> Result<Self, Error> {
         // Checked first: a second start usually also finds its own address in use.
         if STARTED.load(Ordering::Acquire) {
             return Err(Error::RecorderInstalled);
         }
+        let token = read_token(token_path)?;
+        require_protection(listen, token.as_deref())?;
+        let access = AccessControl::new(token.as_deref());
         let recorder = build_recorder();
         let handle = recorder.handle();
         let bind_error = |source| Error::Listen {
@@ -79,7 +89,7 @@ impl Exporter {
             source,
         };
         let targets = Arc::default();
-        let router = router(handle.clone(), Arc::clone(&targets));
+        let router = router(handle.clone(), Arc::clone(&targets), access);
         let server = HttpServer::start("exporter", listen, bind_error, router, async {})?;
         let upkeep = Upkeep::start(handle.clone())?;
         metrics::set_global_recorder(recorder).map_err(|_| Error::RecorderInstalled)?;
@@ -93,11 +103,12 @@ impl Exporter {
         })
     }
 
-    /// Checks that the address can be bound now.
+    /// Checks that metrics can be served at the address with this token now.
     ///
     /// # Errors
-    /// When it cannot, as [`Self::start`].
-    pub fn check(listen: SocketAddr) -> Result<(), Error> {
+    /// As [`Self::start`].
+    pub fn check(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+        require_protection(listen, token)?;
         let bind_error = |source| Error::Listen {
             address: listen,
             source,
@@ -152,8 +163,16 @@ impl Recording {
     }
 }
 
-/// Routes of the exporter.
-fn router(handle: PrometheusHandle, targets: TargetsPage) -> Router {
+/// Checks that the address is loopback or a token is set.
+fn require_protection(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+    match is_exposed(listen.ip(), token.is_some()) {
+        true => Err(Error::ExporterExposed { address: listen }),
+        false => Ok(()),
+    }
+}
+
+/// Routes of the exporter. `/healthz` needs no token: it tells nothing but that the process lives.
+fn router(handle: PrometheusHandle, targets: TargetsPage, access: AccessControl) -> Router {
     let metrics = move || async move { ([(CONTENT_TYPE, EXPOSITION_TYPE)], handle.render()) };
     let targets = move || async move {
         let page = targets
@@ -165,6 +184,20 @@ fn router(handle: PrometheusHandle, targets: TargetsPage) -> Router {
         .route("/metrics", get(metrics))
         .route("/targets", get(targets))
         .fallback(|| async { (StatusCode::NOT_FOUND, "see /metrics\n") })
+        .layer(from_fn_with_state(access, authorize))
+        .route("/healthz", get(|| async { "ok\n" }))
+}
+
+/// Middleware: checks access.
+async fn authorize(State(access): State<AccessControl>, request: Request, next: Next) -> Response {
+    let mut response = match access.check(request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => (refusal.status(), format!("{}\n", refusal.message())).into_response(),
+    };
+    let headers = response.headers_mut();
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
 }
 
 fn build_recorder() -> PrometheusRecorder {
@@ -239,16 +272,75 @@ mod tests {
     use super::*;
     use crate::metrics::registry::publish;
 
+    fn get_page(address: SocketAddr, path: &str, host: &str, header: &str) -> String {
+        let mut client = TcpStream::connect(address).unwrap();
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{header}\r\n");
+        client.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    #[test]
+    fn metrics_are_served_to_this_machine_or_with_a_token() {
+        let serve = |token: Option<&str>| {
+            let listen = (Ipv4Addr::LOCALHOST, 0).into();
+            let bind_error = |source| Error::Listen {
+                address: listen,
+                source,
+            };
+            let handle = build_recorder().handle();
+            let router = router(handle, Arc::default(), AccessControl::new(token));
+            HttpServer::start("exporter", listen, bind_error, router, async {}).unwrap()
+        };
+        let (open, closed) = (serve(None), serve(Some("sesame")));
+        let bearer = "Authorization: Bearer sesame\r\n";
+        for (server, path, host, header, status) in [
+            (&open, "/metrics", "127.0.0.1:9", "", "200"),
+            (&open, "/metrics", "evil.example", "", "403"),
+            (&open, "/targets", "evil.example", "", "403"),
+            (&open, "/", "evil.example", "", "403"),
+            (
+                &open,
+                "/metrics",
+                "127.0.0.1:9",
+                "Origin: http://evil.example\r\n",
+                "403",
+            ),
+            (&closed, "/metrics", "127.0.0.1:9", "", "401"),
+            (&closed, "/metrics", "learner:9", "", "401"),
+            (&closed, "/metrics", "learner:9", bearer, "200"),
+            (&closed, "/healthz", "learner:9", "", "200"),
+        ] {
+            let answer = get_page(server.address(), path, host, header);
+            let expected = format!("HTTP/1.1 {status}");
+            assert!(
+                answer.starts_with(&expected),
+                "{path} {host} {header}: {answer}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_address_beyond_loopback_needs_a_token() {
+        let listen = "0.0.0.0:0".parse().unwrap();
+        let message = Exporter::check(listen, None).unwrap_err().to_string();
+        assert!(message.contains("`telemetry.token_path`"), "{message}");
+        Exporter::check(listen, Some("sesame")).unwrap();
+    }
+
     // The only test that installs the global recorder.
     #[test]
     fn the_global_exporter_serves_metrics_of_all_threads() {
         let occupied = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let busy = Exporter::start(occupied.local_addr().unwrap())
+        let none = Path::new("");
+        let busy = Exporter::start(occupied.local_addr().unwrap(), none)
             .err()
             .unwrap();
         assert!(matches!(busy, Error::Listen { .. }), "{busy}");
 
-        let exporter = Exporter::start((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let exporter = Exporter::start((Ipv4Addr::LOCALHOST, 0).into(), none).unwrap();
         let publishing = || {
             publish(
                 &[("beta", 0.125)].into_iter().collect(),
@@ -256,17 +348,7 @@ mod tests {
             );
         };
         thread::spawn(publishing).join().unwrap();
-        let request = |path: &str| {
-            let mut client = TcpStream::connect(exporter.address()).unwrap();
-            write!(
-                client,
-                "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            )
-            .unwrap();
-            let mut answer = String::new();
-            client.read_to_string(&mut answer).unwrap();
-            answer
-        };
+        let request = |path: &str| get_page(exporter.address(), path, "localhost", "");
         for page in [request("/metrics"), exporter.render()] {
             assert!(
                 page.contains("\nagon_beta{role=\"exported\"} 0.125\n"),
@@ -285,7 +367,7 @@ mod tests {
         assert!(response.ends_with("\r\n\r\n[]"), "{response}");
 
         for listen in [exporter.address(), (Ipv4Addr::LOCALHOST, 0).into()] {
-            let second = Exporter::start(listen).err().unwrap();
+            let second = Exporter::start(listen, none).err().unwrap();
             assert!(matches!(second, Error::RecorderInstalled), "{second}");
         }
     }

@@ -17,6 +17,11 @@ impl Measurements {
         Self::default()
     }
 
+    /// A map of names that differ from one another, which is not checked.
+    pub(crate) fn of_distinct(values: Vec<(Cow<'static, str>, f64)>) -> Self {
+        Self { values }
+    }
+
     /// Inserts or replaces the value of `name`; a replaced value keeps its position.
     pub fn set(&mut self, name: impl Into<Cow<'static, str>>, value: f64) {
         let name = name.into();

@@ -2,16 +2,8 @@
 
 use std::fmt::Write as _;
 
-use crate::metrics::registry::{MetricInfo, MetricKind};
+use crate::metrics::declaration::{MetricInfo, MetricKind, ProcessMetric};
 use crate::metrics::{stage, table::METRICS, waits};
-
-/// A metric that exists in Prometheus only.
-pub(crate) struct ProcessMetric {
-    pub(crate) name: &'static str,
-    pub(crate) kind: &'static str,
-    pub(crate) labels: &'static str,
-    pub(crate) help: &'static str,
-}
 
 const HEAD: &str = "# Metrics
 

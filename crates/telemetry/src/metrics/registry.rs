@@ -1,81 +1,14 @@
 //! Metric names and their publication to the exporter.
 //!
-//! A journal name maps to one Prometheus name: prefix `agon_`, `_` for `/`, and the suffix `_seconds` or `_bytes`
-//! when that is the unit and the name does not end in it. This part promises that only declared metrics are
-//! published; it does not know what measures them.
+//! This part promises that only declared metrics are published; it does not know what measures them.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use metrics::Label;
 
+use crate::metrics::declaration::{MetricInfo, MetricKind};
 use crate::metrics::{measurements::Measurements, table::METRICS};
-
-/// Declaration of a metric.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MetricInfo {
-    /// Name in the journal, such as `eval/win_rate`.
-    pub name: &'static str,
-    /// Gauge or histogram.
-    pub kind: MetricKind,
-    /// Unit of its values.
-    pub unit: MetricUnit,
-    /// Help text.
-    pub help: &'static str,
-}
-
-/// Kind of a metric in Prometheus.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MetricKind {
-    /// The latest value.
-    Gauge,
-    /// The distribution of all values: `_bucket`, `_sum` and `_count`.
-    Histogram,
-}
-
-/// Unit of a metric.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MetricUnit {
-    /// Dimensionless.
-    Number,
-    /// A fraction from 0 to 1.
-    Ratio,
-    /// Nats: natural-logarithm units of information.
-    Nats,
-    /// Seconds.
-    Seconds,
-    /// Bytes.
-    Bytes,
-    /// Tokens.
-    Tokens,
-    /// Learner steps.
-    Steps,
-    /// A count.
-    Count,
-    /// Tokens per second.
-    TokensPerSecond,
-    /// Pairs per second.
-    PairsPerSecond,
-}
-
-impl MetricUnit {
-    /// The unit's name in METRICS.md.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Number => "number",
-            Self::Ratio => "ratio",
-            Self::Nats => "nats",
-            Self::Seconds => "seconds",
-            Self::Bytes => "bytes",
-            Self::Tokens => "tokens",
-            Self::Steps => "steps",
-            Self::Count => "count",
-            Self::TokensPerSecond => "tokens per second",
-            Self::PairsPerSecond => "pairs per second",
-        }
-    }
-}
 
 struct Declared {
     info: &'static MetricInfo,
@@ -94,25 +27,6 @@ static DECLARED: LazyLock<HashMap<&'static str, Declared>> = LazyLock::new(|| {
     };
     METRICS.iter().map(declared).collect()
 });
-
-impl MetricInfo {
-    /// Name in Prometheus, such as `agon_eval_win_rate` or `agon_time_step_seconds`.
-    #[must_use]
-    pub fn prometheus_name(&self) -> String {
-        let name = format!("agon_{}", self.name.replace('/', "_"));
-        let suffix = match self.unit {
-            MetricUnit::Seconds => "_seconds",
-            MetricUnit::Bytes => "_bytes",
-            MetricUnit::Steps if self.kind == MetricKind::Histogram => "_steps",
-            _ => "",
-        };
-        if name.ends_with(suffix) {
-            name
-        } else {
-            name + suffix
-        }
-    }
-}
 
 /// The declaration of a journal name.
 #[must_use]
@@ -183,7 +97,7 @@ mod tests {
         judge/{latency_seconds,batch_size,timeouts,retries,tie_rate,order_inconsistency} \
         judge/{abstained,cache_hits,queue} \
         preference/{accuracy,ece,brier,drift} actor/{gen_throughput,generate_seconds,in_flight,restarts} \
-        staleness/{steps,mean,max,dropped,in_flight} policy_version \
+        staleness/{steps,mean,max,dropped,outstanding} policy_version \
         weight_sync/{seconds,bytes,version,failures} \
         time/{step,wait_for_batch,wait_for_judge,forward,backward,optimizer} idle_ratio \
         perf/{pairs_per_second,tokens_per_second,peak_memory_bytes} \
@@ -195,7 +109,8 @@ mod tests {
         stream/{queued,in_flight,fill,redelivered,dead_lettered}";
 
     /// Names without an established convention.
-    const OWN: &str = "actor/drift objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
+    const OWN: &str = "judge/{rate_limited,model_changes,order_bias} \
+        actor/quantization_error objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
         grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate}";
 
     fn expanded(pattern: &str) -> Vec<String> {

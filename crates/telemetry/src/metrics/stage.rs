@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use messages::{DropReason, Stage};
 use serde::{Deserialize, Serialize};
 
-use crate::metrics::reference::ProcessMetric;
+use crate::metrics::declaration::ProcessMetric;
 
 const RECEIVED: &str = "agon_stage_received_total";
 const EMITTED: &str = "agon_stage_emitted_total";
@@ -24,7 +24,7 @@ const REASONS: [DropReason; 7] = [
     DropReason::Abstained,
     DropReason::Stale,
     DropReason::Duplicate,
-    DropReason::Poisoned,
+    DropReason::Invalid,
     DropReason::Superseded,
 ];
 
@@ -34,6 +34,8 @@ const REASONS: [DropReason; 7] = [
 pub struct StageCounters {
     stage: Stage,
     counts: Arc<Mutex<StageSnapshot>>,
+    /// Totals of the sessions that this process took part in before, which exported totals include.
+    before: Arc<StageSnapshot>,
 }
 
 /// Consistent snapshot of a stage's counts, in messages since the run began.
@@ -79,9 +81,27 @@ impl StageCounters {
     /// Counters at zero.
     #[must_use]
     pub fn new(stage: Stage) -> Self {
+        Self::after(stage, StageSnapshot::default())
+    }
+
+    /// Counters at zero for another session of the same run in this process. Their snapshots are of that session alone;
+    /// the exported totals continue, since a counter of Prometheus decreases only when its process is restarted.
+    #[must_use]
+    pub fn following(&self) -> Self {
+        let (ended, mut before) = (self.snapshot(), (*self.before).clone());
+        before.received += ended.received;
+        before.emitted += ended.emitted;
+        for (reason, messages) in ended.dropped {
+            *before.dropped.entry(reason).or_default() += messages;
+        }
+        Self::after(self.stage, before)
+    }
+
+    fn after(stage: Stage, before: StageSnapshot) -> Self {
         let counters = Self {
             stage,
             counts: Arc::default(),
+            before: Arc::new(before),
         };
         counters.publish_all(&counters.counts());
         counters
@@ -159,16 +179,19 @@ impl StageCounters {
     /// Publishes the total rather than an increment, which is correct even when the exporter started later or the
     /// counts were restored. Only the changed series is published: a metric look-up costs more than counting.
     fn publish(&self, series: Series, counts: &StageSnapshot) {
-        let stage = self.stage.name();
+        let (stage, before) = (self.stage.name(), &self.before);
         match series {
             Series::Received => {
-                metrics::counter!(RECEIVED, "stage" => stage).absolute(counts.received);
+                metrics::counter!(RECEIVED, "stage" => stage)
+                    .absolute(before.received + counts.received);
             }
             Series::Emitted => {
-                metrics::counter!(EMITTED, "stage" => stage).absolute(counts.emitted);
+                metrics::counter!(EMITTED, "stage" => stage)
+                    .absolute(before.emitted + counts.emitted);
             }
             Series::Dropped(reason) => {
-                let dropped = counts.dropped.get(&reason).copied().unwrap_or_default();
+                let of = |counts: &StageSnapshot| counts.dropped.get(&reason).copied();
+                let dropped = of(before).unwrap_or_default() + of(counts).unwrap_or_default();
                 metrics::counter!(DROPPED, "stage" => stage, "reason" => reason.name())
                     .absolute(dropped);
             }
@@ -328,7 +351,7 @@ mod tests {
     fn totals_are_published_to_an_exporter_that_starts_late() {
         let counters = StageCounters::new(Stage::Learner);
         counters.received(7);
-        counters.dropped(DropReason::Poisoned, 1);
+        counters.dropped(DropReason::Invalid, 1);
         let recording = Exporter::recorder_only();
         recording.during(|| counters.restore(counters.snapshot()));
         recording.during(|| counters.set_in_flight(6));
@@ -337,7 +360,7 @@ mod tests {
             "# TYPE agon_stage_received_total counter",
             "agon_stage_received_total{stage=\"learner\"} 7",
             "agon_stage_emitted_total{stage=\"learner\"} 0",
-            "agon_stage_dropped_total{stage=\"learner\",reason=\"poisoned\"} 1",
+            "agon_stage_dropped_total{stage=\"learner\",reason=\"invalid\"} 1",
             "agon_stage_dropped_total{stage=\"learner\",reason=\"stale\"} 0",
             "agon_stage_in_flight{stage=\"learner\"} 6",
         ] {
@@ -345,6 +368,36 @@ mod tests {
                 page.lines().any(|l| l == line),
                 "no line {line:?} in\n{page}"
             );
+        }
+    }
+
+    #[test]
+    fn exported_totals_continue_in_another_session_and_snapshots_begin_again() {
+        let recording = Exporter::recorder_only();
+        let next = recording.during(|| {
+            let counters = StageCounters::new(Stage::Preference);
+            counters.received(7);
+            counters.emitted(4);
+            counters.dropped(DropReason::Failed, 1);
+            counters.set_in_flight(2);
+            let next = counters.following();
+            assert_eq!(next.snapshot(), StageSnapshot::default());
+            next.received(2);
+            next.emitted(1);
+            let last = next.following();
+            last.emitted(1);
+            last.dropped(DropReason::Failed, 1);
+            next
+        });
+        assert_eq!((next.snapshot().received, next.snapshot().emitted), (2, 1));
+        let page = recording.render();
+        for line in [
+            "agon_stage_received_total{stage=\"preference\"} 9",
+            "agon_stage_emitted_total{stage=\"preference\"} 6",
+            "agon_stage_dropped_total{stage=\"preference\",reason=\"failed\"} 2",
+            "agon_stage_in_flight{stage=\"preference\"} 0",
+        ] {
+            assert!(page.lines().any(|l| l == line), "no {line:?} in\n{page}");
         }
     }
 

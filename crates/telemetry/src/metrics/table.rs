@@ -2,10 +2,10 @@
 //!
 //! A metric that is not declared here is not published. The names are those of `metrics.jsonl`.
 
-use crate::metrics::registry::MetricUnit::{
+use crate::metrics::declaration::MetricUnit::{
     Bytes, Count, Nats, Number, PairsPerSecond, Ratio, Seconds, Steps, Tokens, TokensPerSecond,
 };
-use crate::metrics::registry::{MetricInfo, MetricKind, MetricUnit};
+use crate::metrics::declaration::{MetricInfo, MetricKind, MetricUnit};
 
 /// All metrics, grouped by topic.
 pub const METRICS: &[MetricInfo] = &[
@@ -149,6 +149,16 @@ pub const METRICS: &[MetricInfo] = &[
         Count,
         "retried judge calls, since the run began",
     ),
+    gauge(
+        "judge/rate_limited",
+        Count,
+        "judge calls refused with \"too many requests\", since the run began",
+    ),
+    gauge(
+        "judge/model_changes",
+        Count,
+        "models or versions that a remote judge answered as after its first, since the run began",
+    ),
     gauge("judge/tie_rate", Ratio, "fraction of labels that are ties"),
     gauge(
         "judge/abstained",
@@ -165,6 +175,11 @@ pub const METRICS: &[MetricInfo] = &[
         "judge/order_inconsistency",
         Ratio,
         "fraction of comparisons whose winner depends on the order of the completions",
+    ),
+    gauge(
+        "judge/order_bias",
+        Number,
+        "mean preference for the completion that the judge sees first, minus 0.5; 0 without an order bias",
     ),
     gauge(
         "preference/accuracy",
@@ -197,7 +212,7 @@ pub const METRICS: &[MetricInfo] = &[
         "time to generate a batch of pairs",
     ),
     gauge(
-        "actor/drift",
+        "actor/quantization_error",
         Nats,
         "quantisation error: mean absolute difference per token of the sampler's log-probabilities from f32, measured on one prompt per weights version",
     ),
@@ -234,7 +249,7 @@ pub const METRICS: &[MetricInfo] = &[
         "pairs dropped as stale, since the run began",
     ),
     gauge(
-        "staleness/in_flight",
+        "staleness/outstanding",
         Count,
         "prompts sent and not yet trained on",
     ),
@@ -368,7 +383,7 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "health/nonfinite_steps",
         Count,
-        "steps with a non-finite loss or gradient, since the run began",
+        "steps rejected because the loss or gradient was not finite or far beyond the run's past, since the run began",
     ),
     gauge(
         "health/skipped_steps",

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::metrics::reference::ProcessMetric;
+use crate::metrics::declaration::ProcessMetric;
 
 const WAIT_SECONDS: &str = "agon_wait_seconds";
 const WAIT_OPEN_SINCE: &str = "agon_wait_open_since_seconds";

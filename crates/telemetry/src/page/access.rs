@@ -1,64 +1,39 @@
-//! Access control of the live page.
-//!
-//! Without a token a request must have a loopback `Host` header, which protects against DNS rebinding. With a token
-//! the request must present it: once in the URL, then in a cookie, or in an `Authorization` header.
+//! How a browser shows the page's token: once in the URL, then in a cookie. Other clients send it in an
+//! `Authorization` header.
 
-use axum::http::header::{AUTHORIZATION, COOKIE, HOST};
+use axum::http::header::COOKIE;
 use axum::http::{HeaderMap, Uri};
-use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
+
+use crate::http::{AccessControl, AccessRefusal};
 
 /// The cookie that holds the token.
-pub(crate) const TOKEN_COOKIE: &str = "agon_token";
-
-/// Decides which requests are answered.
-pub(crate) struct AccessControl {
-    /// Digest of the token: comparing digests in constant time reveals neither the token nor its length.
-    token: Option<[u8; 32]>,
-}
+pub(super) const TOKEN_COOKIE: &str = "agon_token";
 
 /// Access decision for a request.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum AccessDecision {
+pub(super) enum AccessDecision {
     /// Answer the request.
     Allow,
     /// Redirect to the URL without the token and set the cookie.
     SetCookie(String),
-    /// The token is missing or wrong.
-    Unauthorized,
-    /// The `Host` header does not name this machine.
-    WrongHost,
+    /// Refuse the request.
+    Refuse(AccessRefusal),
 }
 
-impl AccessControl {
-    pub(crate) fn new(token: Option<&str>) -> Self {
-        Self {
-            token: token.map(|token| Sha256::digest(token.as_bytes()).into()),
-        }
+/// Decides whether a request for this URL is answered.
+pub(super) fn decide(access: &AccessControl, uri: &Uri, headers: &HeaderMap) -> AccessDecision {
+    if let Err(refusal) = access.check_source(headers) {
+        return AccessDecision::Refuse(refusal);
     }
-
-    pub(crate) fn decide(&self, uri: &Uri, headers: &HeaderMap) -> AccessDecision {
-        let Some(token) = &self.token else {
-            let host = headers.get(HOST).and_then(|host| host.to_str().ok());
-            return if host.is_some_and(is_loopback) {
-                AccessDecision::Allow
-            } else {
-                AccessDecision::WrongHost
-            };
-        };
-        let is_valid = |given: &str| {
-            let digest: [u8; 32] = Sha256::digest(given.as_bytes()).into();
-            bool::from(digest.ct_eq(token))
-        };
-        if let Some(given) = token_in_url(uri).filter(|given| is_valid(given)) {
-            return AccessDecision::SetCookie(given.to_owned());
-        }
-        let given = token_in_cookie(headers).or_else(|| token_in_header(headers));
-        if given.is_some_and(is_valid) {
-            AccessDecision::Allow
-        } else {
-            AccessDecision::Unauthorized
-        }
+    if let Some(given) = token_in_url(uri).filter(|given| access.accepts(given)) {
+        return AccessDecision::SetCookie(given.to_owned());
+    }
+    if token_in_cookie(headers).is_some_and(|given| access.accepts(given)) {
+        return AccessDecision::Allow;
+    }
+    match access.check(headers) {
+        Ok(()) => AccessDecision::Allow,
+        Err(refusal) => AccessDecision::Refuse(refusal),
     }
 }
 
@@ -76,107 +51,65 @@ fn token_in_cookie(headers: &HeaderMap) -> Option<&str> {
     cookies.find_map(|cookie| cookie.trim().strip_prefix(TOKEN_COOKIE)?.strip_prefix('='))
 }
 
-fn token_in_header(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
-    let (scheme, token) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then_some(token)
-}
-
-/// Whether a `Host` header is `localhost` or a loopback address.
-fn is_loopback(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or_default(),
-        None => host.split(':').next().unwrap_or_default(),
-    };
-    let is_loopback_ip = |ip: std::net::IpAddr| ip.is_loopback();
-    name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(is_loopback_ip)
-}
-
 #[cfg(test)]
 mod tests {
+    use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
     use axum::http::{HeaderName, HeaderValue};
 
     use super::*;
 
-    fn decision(
-        access: &AccessControl,
-        path: &str,
-        headers: &[(HeaderName, &str)],
-    ) -> AccessDecision {
-        let pairs = headers
-            .iter()
-            .map(|(name, value)| (name.clone(), HeaderValue::from_str(value).unwrap()));
-        access.decide(&path.parse().unwrap(), &pairs.collect())
-    }
+    type Given<'a> = &'a [(HeaderName, &'a str)];
 
-    #[test]
-    fn without_a_token_only_loopback_hosts_are_allowed() {
-        let access = AccessControl::new(None);
-        for (host, expected) in [
-            ("127.0.0.1:8000", AccessDecision::Allow),
-            ("localhost", AccessDecision::Allow),
-            ("LOCALHOST:1", AccessDecision::Allow),
-            ("[::1]:8000", AccessDecision::Allow),
-            ("127.9.9.9", AccessDecision::Allow),
-            ("evil.example:8000", AccessDecision::WrongHost),
-            ("localhost.evil.example", AccessDecision::WrongHost),
-            ("10.0.0.1", AccessDecision::WrongHost),
-            ("", AccessDecision::WrongHost),
-        ] {
-            assert_eq!(decision(&access, "/", &[(HOST, host)]), expected, "{host}");
+    fn decision(token: Option<&str>, path: &str, given: Given<'_>) -> AccessDecision {
+        let mut headers = HeaderMap::new();
+        for (name, value) in given {
+            headers.append(name, HeaderValue::from_str(value).unwrap());
         }
-        assert_eq!(decision(&access, "/", &[]), AccessDecision::WrongHost);
+        decide(&AccessControl::new(token), &path.parse().unwrap(), &headers)
     }
 
     #[test]
     fn a_token_is_read_from_the_url_a_cookie_or_a_header() {
-        let access = AccessControl::new(Some("sesame"));
-        let cases = [
-            (
-                "/?token=sesame",
-                None,
-                AccessDecision::SetCookie("sesame".into()),
-            ),
-            (
-                "/?a=1&token=sesame",
-                None,
-                AccessDecision::SetCookie("sesame".into()),
-            ),
-            ("/?token=sesam", None, AccessDecision::Unauthorized),
-            ("/", None, AccessDecision::Unauthorized),
+        let unauthorized = || AccessDecision::Refuse(AccessRefusal::Unauthorized);
+        let set_cookie = || AccessDecision::SetCookie("sesame".into());
+        let cases: [(&str, Given<'_>, AccessDecision); 8] = [
+            ("/?token=sesame", &[], set_cookie()),
+            ("/?a=1&token=sesame", &[], set_cookie()),
+            ("/?token=sesam", &[], unauthorized()),
+            ("/", &[], unauthorized()),
             (
                 "/",
-                Some((COOKIE, "a=b; agon_token=sesame")),
+                &[(COOKIE, "a=b; agon_token=sesame")],
                 AccessDecision::Allow,
             ),
+            ("/", &[(COOKIE, "agon_token=Sesame")], unauthorized()),
+            ("/", &[(COOKIE, "agon_tokens=sesame")], unauthorized()),
             (
                 "/",
-                Some((COOKIE, "agon_token=Sesame")),
-                AccessDecision::Unauthorized,
-            ),
-            (
-                "/",
-                Some((COOKIE, "agon_tokens=sesame")),
-                AccessDecision::Unauthorized,
-            ),
-            (
-                "/",
-                Some((AUTHORIZATION, "bearer sesame")),
+                &[(AUTHORIZATION, "bearer sesame")],
                 AccessDecision::Allow,
-            ),
-            (
-                "/",
-                Some((AUTHORIZATION, "Basic sesame")),
-                AccessDecision::Unauthorized,
             ),
         ];
-        for (path, header, expected) in cases {
-            let headers: Vec<_> = header.clone().into_iter().collect();
+        for (path, given, expected) in cases {
             assert_eq!(
-                decision(&access, path, &headers),
+                decision(Some("sesame"), path, given),
                 expected,
-                "{path} {header:?}"
+                "{path} {given:?}"
             );
         }
+        let foreign = [
+            (COOKIE, "agon_token=sesame"),
+            (ORIGIN, "http://evil.example"),
+        ];
+        assert_eq!(
+            decision(Some("sesame"), "/", &foreign),
+            AccessDecision::Refuse(AccessRefusal::Origin)
+        );
+        let local = [(HOST, "127.0.0.1:1")];
+        assert_eq!(decision(None, "/?token=x", &local), AccessDecision::Allow);
+        assert_eq!(
+            decision(None, "/", &[(HOST, "evil.example")]),
+            AccessDecision::Refuse(AccessRefusal::Host)
+        );
     }
 }

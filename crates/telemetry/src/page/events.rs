@@ -19,6 +19,9 @@ use crate::view::{Reading, RunStatus, evaluation_differences, readings};
 /// Interval between two updates.
 const UPDATE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Maximum number of open pages; the connections above it are left to their requests.
+const MAX_PAGES: usize = 24;
+
 /// Metrics of the process that the page displays.
 const LIVE_METRICS: [&str; 13] = [
     "agon_stage_received_total",
@@ -31,7 +34,7 @@ const LIVE_METRICS: [&str; 13] = [
     "agon_health_judge_circuit_open",
     "agon_actor_gen_throughput",
     "agon_actor_in_flight",
-    "agon_staleness_in_flight",
+    "agon_staleness_outstanding",
     "agon_policy_version",
     "agon_perf_pairs_per_second",
 ];
@@ -55,10 +58,13 @@ struct StatusUpdate {
     live: Option<Vec<Reading>>,
 }
 
-/// Event stream of one page.
+/// Event stream of one page; `None` when too many are open.
 pub(super) fn stream(
     state: &PageState,
-) -> Sse<impl Stream<Item = Result<Event, Infallible>> + use<>> {
+) -> Option<Sse<impl Stream<Item = Result<Event, Infallible>> + use<>>> {
+    if state.events.update.receiver_count() >= MAX_PAGES {
+        return None;
+    }
     let mut updates = state.events.update.subscribe();
     // The previous update may be old: the new page waits for the next one.
     updates.mark_unchanged();
@@ -69,7 +75,7 @@ pub(super) fn stream(
         let event = Event::default().event("update").data(text);
         Some((Ok(event), updates))
     });
-    Sse::new(events).keep_alive(KeepAlive::default())
+    Some(Sse::new(events).keep_alive(KeepAlive::default()))
 }
 
 /// Sends updates to all open pages until cancelled.

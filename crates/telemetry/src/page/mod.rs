@@ -11,12 +11,11 @@ mod files;
 mod routes;
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use crate::http::{AccessControl, is_exposed};
 use crate::server::HttpServer;
 use crate::{error::Error, view::RunView};
-use access::AccessControl;
 
 /// Renders the current metrics of one or several processes in the text exposition format.
 pub type MetricsPage = Arc<dyn Fn() -> String + Send + Sync>;
@@ -115,32 +114,10 @@ impl PageServer {
 
 /// Checks that the address is loopback or a token is set.
 fn require_protection(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
-    match token {
-        None if !listen.ip().is_loopback() => Err(Error::PageExposed { address: listen }),
-        _ => Ok(()),
+    match is_exposed(listen.ip(), token.is_some()) {
+        true => Err(Error::PageExposed { address: listen }),
+        false => Ok(()),
     }
-}
-
-/// Reads the token from a file; `None` for an empty path.
-///
-/// # Errors
-/// When the file cannot be read or contains no valid token.
-pub fn page_token(path: &Path) -> Result<Option<String>, Error> {
-    if path.as_os_str().is_empty() {
-        return Ok(None);
-    }
-    let error = |source| Error::PageToken {
-        path: path.to_owned(),
-        source,
-    };
-    let text = std::fs::read_to_string(path).map_err(|source| error(Some(source)))?;
-    let token = text.trim();
-    // Restricted to characters that need no escaping in URLs and cookies.
-    let is_unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    let is_valid = !token.is_empty() && token.bytes().all(is_unreserved);
-    is_valid
-        .then(|| Some(token.to_owned()))
-        .ok_or_else(|| error(None))
 }
 
 #[cfg(test)]

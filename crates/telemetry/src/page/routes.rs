@@ -15,7 +15,8 @@ use axum::routing::get;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::page::access::{AccessDecision, TOKEN_COOKIE};
+use crate::http::AccessRefusal;
+use crate::page::access::{AccessDecision, TOKEN_COOKIE, decide};
 use crate::page::{PageState, events, files};
 use crate::{
     error::Error,
@@ -48,19 +49,10 @@ pub(super) fn router(state: Arc<PageState>) -> Router {
 
 /// Middleware: checks access, and adds security headers to every response.
 async fn authorize(State(state): State<Arc<PageState>>, request: Request, next: Next) -> Response {
-    let mut response = match state.access.decide(request.uri(), request.headers()) {
+    let mut response = match decide(&state.access, request.uri(), request.headers()) {
         AccessDecision::Allow => next.run(request).await,
         AccessDecision::SetCookie(token) => redirect_with_cookie(&token),
-        AccessDecision::Unauthorized => (
-            StatusCode::UNAUTHORIZED,
-            "this page requires its token: open the printed URL, which ends with ?token=...\n",
-        )
-            .into_response(),
-        AccessDecision::WrongHost => (
-            StatusCode::FORBIDDEN,
-            "this page is served at 127.0.0.1 and localhost only\n",
-        )
-            .into_response(),
+        AccessDecision::Refuse(refusal) => refused(refusal),
     };
     let headers = response.headers_mut();
     for (name, value) in [
@@ -71,7 +63,21 @@ async fn authorize(State(state): State<Arc<PageState>>, request: Request, next: 
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
+    headers.insert(
+        "cross-origin-resource-policy",
+        HeaderValue::from_static("same-origin"),
+    );
     response
+}
+
+fn refused(refusal: AccessRefusal) -> Response {
+    let text = match refusal {
+        AccessRefusal::Unauthorized => {
+            "this page requires its token: open the printed URL, which ends with ?token=..."
+        }
+        other => other.message(),
+    };
+    (refusal.status(), format!("{text}\n")).into_response()
 }
 
 /// Redirects to the URL without the token, which would otherwise stay in the browser's history.
@@ -85,8 +91,14 @@ fn redirect_with_cookie(token: &str) -> Response {
     (StatusCode::SEE_OTHER, headers).into_response()
 }
 
-async fn event_stream(State(state): State<Arc<PageState>>) -> impl IntoResponse {
-    events::stream(&state)
+async fn event_stream(State(state): State<Arc<PageState>>) -> Response {
+    match events::stream(&state) {
+        Some(stream) => stream.into_response(),
+        None => {
+            let text = "too many pages of this run are open: close one\n";
+            (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+        }
+    }
 }
 
 async fn page(uri: Uri) -> Response {

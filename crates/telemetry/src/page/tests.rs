@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -150,6 +151,49 @@ fn a_token_is_required_and_removed_from_the_url() {
 }
 
 #[test]
+fn requests_for_other_sites_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = served(directory.path(), None);
+    let (head, body) = get(
+        &server,
+        "/api/runs/0/config",
+        "Origin: http://evil.example\r\n",
+    );
+    assert!(head.starts_with("HTTP/1.1 403"), "{head}");
+    assert!(body.contains("other origins"), "{body}");
+    let mut client = connect(&server);
+    client
+        .write_all(b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+}
+
+#[test]
+fn the_number_of_open_pages_is_bounded() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = served(directory.path(), None);
+    let open = || {
+        let mut client = connect(&server);
+        client
+            .write_all(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            .unwrap();
+        let mut status = [0; 12];
+        client.read_exact(&mut status).unwrap();
+        (client, String::from_utf8_lossy(&status).into_owned())
+    };
+    let pages: Vec<_> = (0..64).map(|_| open()).collect();
+    let refused = pages
+        .iter()
+        .filter(|(_, status)| status.ends_with("503"))
+        .count();
+    assert!(refused > 0 && refused < 64, "{refused} of 64 are refused");
+    let (head, _) = get(&server, "/", "");
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+}
+
+#[test]
 fn open_pages_receive_updates() {
     let directory = tempfile::tempdir().unwrap();
     let server = served(directory.path(), None);
@@ -213,28 +257,4 @@ fn a_non_loopback_address_requires_a_token() {
         .err()
         .unwrap();
     assert!(matches!(in_use, Error::PageListen { .. }), "{in_use}");
-}
-
-#[test]
-fn a_token_file_contains_one_line_of_unreserved_characters() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("token");
-    assert_eq!(page_token(Path::new("")).unwrap(), None);
-    for (text, expected) in [
-        (" se-same_1.x~\n", Some("se-same_1.x~")),
-        ("", None),
-        ("two words", None),
-        ("a&b", None),
-    ] {
-        fs::write(&path, text).unwrap();
-        assert_eq!(
-            page_token(&path).ok().flatten().as_deref(),
-            expected,
-            "{text:?}"
-        );
-    }
-    let message = page_token(&directory.path().join("none"))
-        .unwrap_err()
-        .to_string();
-    assert!(message.contains("none"), "{message}");
 }

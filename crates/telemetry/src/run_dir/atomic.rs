@@ -1,7 +1,8 @@
 //! Atomic file replacement: write a temporary file, sync it, rename it.
 //!
-//! A reader never sees a partial file, and after a crash the path has either the old or the new contents. This
-//! part does not know what it writes.
+//! A reader never sees a partial file, and after a crash the path has either the old or the new contents. Files are
+//! readable by their owner only, because they hold samples; a full table of file descriptors is waited for. This part
+//! does not know what it writes.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -10,8 +11,9 @@ use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::Error;
+use crate::run_dir::{descriptors::wait_for_descriptor, private::private_file};
 
-/// Atomically replaces the file at `path` with `contents`; on failure it is unchanged.
+/// Atomically replaces the file at `path` with `contents`; on failure it is unchanged. Only the owner can read it.
 ///
 /// # Errors
 /// When the temporary file cannot be created, written, synced or renamed.
@@ -41,7 +43,16 @@ fn write_and_sync<T>(
     tmp_path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
 ) -> io::Result<T> {
-    let mut file = BufWriter::new(File::create_new(tmp_path)?);
+    // A file of this name is the leftover of a killed process with the same id, as every process in a container has.
+    let create = || {
+        let mut options = private_file();
+        options
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(tmp_path)
+    };
+    let mut file = BufWriter::new(wait_for_descriptor(create)?);
     let value = write(&mut file)?;
     file.flush()?;
     file.get_ref().sync_all()?;
@@ -62,13 +73,16 @@ fn sync_directory(path: &Path) -> io::Result<()> {
         let parent = path
             .parent()
             .filter(|parent| !parent.as_os_str().is_empty());
-        File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
+        let parent = parent.unwrap_or(Path::new("."));
+        wait_for_descriptor(|| File::open(parent))?.sync_all()?;
     }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn names(directory: &Path) -> Vec<String> {
@@ -86,7 +100,18 @@ mod tests {
             write_atomically(&path, contents.as_bytes()).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), contents);
             assert_eq!(names(directory.path()), ["report.md"]);
+            let mode = fs::metadata(&path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600);
         }
+    }
+
+    #[test]
+    fn the_leftover_of_a_killed_process_is_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let tmp_path = tmp_path(&directory.path().join("report.md"));
+        fs::write(&tmp_path, "a longer text than the new one").unwrap();
+        write_and_sync(&tmp_path, |file| file.write_all(b"new")).unwrap();
+        assert_eq!(fs::read_to_string(&tmp_path).unwrap(), "new");
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! Run directory: its layout, and the lock that gives one process exclusive access.
 //!
 //! A directory contains a run when it contains `config.toml`, which is written last. The file lock on `run.lock`
-//! lasts as long as the value, and the operating system releases it however the process ends. This part does not
-//! know the contents of the files.
+//! lasts as long as the value, and the operating system releases it however the process ends. New directories belong
+//! to their owner alone. This part does not know the contents of the files.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 
-use crate::{error::Error, run_dir::atomic::write_atomically};
+use crate::error::Error;
+use crate::run_dir::atomic::write_atomically;
+use crate::run_dir::private::{create_private_directory, private_file};
 
 /// A run's directory, locked by this process:
 /// `{config.toml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, quarantine/, report.json,
@@ -29,7 +31,7 @@ impl RunDirectory {
     /// When `path` already contains a run, another process has locked it, or a file operation fails.
     pub fn create(path: impl Into<PathBuf>, resolved_toml: &str) -> Result<Self, Error> {
         let root = path.into();
-        fs::create_dir_all(&root).map_err(Error::file("create the directory", &root))?;
+        create_private_directory(&root).map_err(Error::file("create the directory", &root))?;
         let run = Self {
             _lock: lock(&root)?,
             root,
@@ -76,6 +78,19 @@ impl RunDirectory {
     #[must_use]
     pub fn session(&self) -> u64 {
         self.session
+    }
+
+    /// Skips the session numbers up to `last`, that of a checkpoint which another copy of this directory wrote, so that
+    /// this session is newer.
+    ///
+    /// # Errors
+    /// When the session number cannot be written.
+    pub fn skip_sessions(&mut self, last: u64) -> Result<(), Error> {
+        if self.session > last {
+            return Ok(());
+        }
+        self.session = last + 1;
+        self.write_session()
     }
 
     fn session_file(&self) -> PathBuf {
@@ -159,7 +174,7 @@ impl RunDirectory {
 
     fn create_directories(&self) -> Result<(), Error> {
         for directory in [self.checkpoints(), self.quarantine(), self.logs()] {
-            fs::create_dir_all(&directory)
+            create_private_directory(&directory)
                 .map_err(Error::file("create the directory", &directory))?;
         }
         Ok(())
@@ -169,7 +184,7 @@ impl RunDirectory {
 /// Locks `run.lock` and writes this process's id into it, for the error message of later processes.
 fn lock(root: &Path) -> Result<File, Error> {
     let path = root.join("run.lock");
-    let mut file = OpenOptions::new()
+    let mut file = private_file()
         .create(true)
         .truncate(false)
         .read(true)
@@ -206,6 +221,8 @@ fn holder(file: &mut File) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -214,8 +231,18 @@ mod tests {
         let path = directory.path().join("runs").join("first");
         let run = RunDirectory::create(&path, "seed = 1\n").unwrap();
         assert_eq!(fs::read_to_string(run.config()).unwrap(), "seed = 1\n");
-        for directory in [run.checkpoints(), run.quarantine(), run.logs()] {
-            assert!(directory.is_dir(), "{}", directory.display());
+        for directory in [
+            run.checkpoints(),
+            run.quarantine(),
+            run.logs(),
+            path.clone(),
+        ] {
+            let mode = fs::metadata(&directory).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o700, "{}", directory.display());
+        }
+        for file in [run.config(), path.join("run.lock"), path.join("session")] {
+            let mode = fs::metadata(&file).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{}", file.display());
         }
         let paths = [
             (run.root().to_path_buf(), ""),
@@ -250,6 +277,19 @@ mod tests {
         let run = RunDirectory::open(&path).unwrap();
         assert_eq!(fs::read_to_string(run.config()).unwrap(), "seed = 1\n");
         assert!(run.logs().is_dir());
+    }
+
+    #[test]
+    fn a_session_is_newer_than_the_checkpoint_that_it_resumes() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(RunDirectory::create(directory.path(), "").unwrap());
+        let mut run = RunDirectory::open(directory.path()).unwrap();
+        run.skip_sessions(0).unwrap();
+        assert_eq!(run.session(), 1);
+        run.skip_sessions(7).unwrap();
+        assert_eq!(run.session(), 8);
+        drop(run);
+        assert_eq!(RunDirectory::open(directory.path()).unwrap().session(), 9);
     }
 
     #[test]

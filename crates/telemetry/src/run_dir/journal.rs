@@ -149,18 +149,20 @@ impl TryFrom<Map<String, Value>> for JournalLine {
         let wall_seconds = take(WALL_SECONDS).as_f64().unwrap_or(f64::NAN);
         take(NONFINITE);
         let conditions = Some(take(CONDITIONS)).filter(|conditions| !conditions.is_null());
-        let number = |(name, value): (String, Value)| match value {
-            Value::Null => Ok((name, f64::NAN)),
-            value => value
-                .as_f64()
-                .map(|x| (name.clone(), x))
-                .ok_or(format!("`{name}` is not a number")),
-        };
-        let measurements = row.into_iter().map(number).collect::<Result<_, _>>()?;
+        let mut measurements = Vec::with_capacity(row.len());
+        for (name, value) in row {
+            let number = match value {
+                Value::Null => f64::NAN,
+                value => value
+                    .as_f64()
+                    .ok_or_else(|| format!("`{name}` is not a number"))?,
+            };
+            measurements.push((name.into(), number));
+        }
         Ok(Self {
             step,
             wall_seconds,
-            measurements,
+            measurements: Measurements::of_distinct(measurements),
             conditions,
         })
     }

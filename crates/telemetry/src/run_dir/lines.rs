@@ -3,13 +3,17 @@
 //! A line is passed to the operating system in one write. A last line truncated by a crash is removed on opening,
 //! so that the next one never continues it. This part does not know the contents of a line beyond its step.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{error::Error, printable::printable_json, run_dir::atomic};
+use crate::{
+    error::Error,
+    printable::printable_json,
+    run_dir::{atomic, descriptors::wait_for_descriptor, private::private_file},
+};
 
 /// Block size of the backward search for the last line, in bytes.
 const BLOCK_BYTES: u64 = 64 * 1024;
@@ -58,7 +62,8 @@ impl LineFile {
     /// Removes all lines of later steps and all malformed lines; returns their number. The file is replaced
     /// atomically.
     pub(crate) fn truncate_after(&mut self, step: u64) -> Result<usize, Error> {
-        let old = File::open(&self.path).map_err(Error::file("open", &self.path))?;
+        let old = wait_for_descriptor(|| File::open(&self.path))
+            .map_err(Error::file("open", &self.path))?;
         let dropped = atomic::replace(&self.path, |new| copy_until(step, old, new))?;
         *self = Self::open(&self.path)?;
         Ok(dropped)
@@ -97,11 +102,14 @@ fn step_of(line: &[u8]) -> Option<u64> {
 }
 
 fn open_repaired(path: &Path) -> io::Result<(File, u64)> {
-    let mut file = OpenOptions::new()
-        .create(true)
-        .read(true)
-        .append(true)
-        .open(path)?;
+    let open = || {
+        private_file()
+            .create(true)
+            .read(true)
+            .append(true)
+            .open(path)
+    };
+    let mut file = wait_for_descriptor(open)?;
     let length = file.seek(SeekFrom::End(0))?;
     let start = last_line_start(&mut file, length)?;
     let mut tail = Vec::new();
@@ -150,6 +158,7 @@ fn copy_until(step: u64, old: File, new: &mut impl Write) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     use serde_json::{Value, json};
 
@@ -187,6 +196,17 @@ mod tests {
             );
             assert_eq!(lines.length, fs::metadata(&lines.path).unwrap().len());
         }
+    }
+
+    #[test]
+    fn a_new_file_is_readable_by_its_owner_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lines.jsonl");
+        let mut lines = LineFile::open(&path).unwrap();
+        let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(), 0o600);
+        lines.truncate_after(0).unwrap();
+        assert_eq!(mode(), 0o600);
     }
 
     #[test]

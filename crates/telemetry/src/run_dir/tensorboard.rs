@@ -4,12 +4,14 @@
 //! the event. Scalars need four protobuf field types only, which are encoded here. Every session of a run has a
 //! file of its own that begins with a `SessionLog` start event; TensorBoard discards later steps of earlier files.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::{error::Error, metrics::measurements::Measurements};
+use crate::error::Error;
+use crate::metrics::measurements::Measurements;
+use crate::run_dir::private::{create_private_directory, private_file};
 
 /// File version of the first event.
 const FILE_VERSION: &str = "brain.Event:2";
@@ -24,7 +26,8 @@ pub(crate) struct EventFile {
 impl EventFile {
     /// Creates a file in `directory` for a session that continues after `step`.
     pub(crate) fn create(directory: &Path, step: u64) -> Result<Self, Error> {
-        fs::create_dir_all(directory).map_err(Error::file("create the directory", directory))?;
+        create_private_directory(directory)
+            .map_err(Error::file("create the directory", directory))?;
         let now = now();
         let (path, file) = create_new(directory, now.as_secs())?;
         let mut events = Self { path, file };
@@ -66,7 +69,7 @@ fn create_new(directory: &Path, seconds: u64) -> Result<(PathBuf, File), Error> 
     for count in 0_u64.. {
         let name = format!("events.out.tfevents.{seconds:010}.{host}.{count}");
         let path = directory.join(name);
-        match OpenOptions::new().append(true).create_new(true).open(&path) {
+        match private_file().append(true).create_new(true).open(&path) {
             Ok(file) => return Ok((path, file)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(source) => return Err(Error::file("create", &path)(source)),

@@ -3,11 +3,21 @@
 //! The same weights score 7.97 without their stop tokens and 15.36 with them, so differences in conditions are
 //! reported wherever runs are compared. This part does not know the meaning of a condition.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::printable::printable_line;
+
 /// Minimum difference between truncation rates that is reported.
 const TRUNCATION_DIFFERENCE: f64 = 0.05;
+
+/// Maximum number of differences that are reported.
+const MAX_DIFFERENCES: usize = 20;
+
+/// Maximum length of a difference in characters.
+const MAX_CHARACTERS: usize = 500;
 
 /// Conditions of the last evaluation of a run or model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -20,7 +30,8 @@ pub struct EvaluationRecord {
     pub truncation_rate: Option<f64>,
 }
 
-/// Differences between these evaluations, one sentence each; empty when they are comparable.
+/// Differences between these evaluations, one printable sentence each; empty when they are comparable. There are at
+/// most twenty, and long ones are cut off.
 #[must_use]
 pub fn evaluation_differences(records: &[EvaluationRecord]) -> Vec<String> {
     let unknown: Vec<_> = records
@@ -41,17 +52,33 @@ pub fn evaluation_differences(records: &[EvaluationRecord]) -> Vec<String> {
             .filter_map(|key| condition_difference(key, records)),
     );
     differences.extend(truncation_difference(records));
+    let omitted = differences.len().saturating_sub(MAX_DIFFERENCES);
+    differences.truncate(MAX_DIFFERENCES);
+    for difference in &mut differences {
+        *difference = shortened(difference);
+    }
+    if omitted > 0 {
+        differences.push(format!("{omitted} more differences"));
+    }
     differences
+}
+
+fn shortened(text: &str) -> String {
+    let text = printable_line(text);
+    match text.char_indices().nth(MAX_CHARACTERS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.into_owned(),
+    }
 }
 
 /// Names of all conditions, in order of first occurrence.
 fn keys(records: &[EvaluationRecord]) -> Vec<&str> {
-    let mut keys = Vec::new();
+    let (mut keys, mut seen) = (Vec::new(), BTreeSet::new());
     let objects = records
         .iter()
         .filter_map(|r| r.conditions.as_ref()?.as_object());
     for key in objects.flat_map(|conditions| conditions.keys()) {
-        if !keys.contains(&key.as_str()) {
+        if seen.insert(key.as_str()) {
             keys.push(key.as_str());
         }
     }
@@ -132,5 +159,25 @@ mod tests {
         assert!(unknown[0].contains("recorded for b"), "{unknown:?}");
         assert!(evaluation_differences(&[record("b", None, 1.0)]).is_empty());
         assert!(evaluation_differences(&[]).is_empty());
+    }
+
+    #[test]
+    fn many_and_long_differences_are_cut_off() {
+        let conditions = |value: &str| {
+            let entries = (0..20_000).map(|n| (format!("key{n}"), json!(value)));
+            Some(entries.collect::<serde_json::Map<_, _>>().into())
+        };
+        let long = "\u{1b}[31m".to_owned() + &"x".repeat(1000);
+        let records = [
+            record("a", conditions("y"), 0.1),
+            record("b", conditions(&long), 0.1),
+        ];
+        let differences = evaluation_differences(&records);
+        assert_eq!(differences.len(), MAX_DIFFERENCES + 1);
+        assert_eq!(differences[MAX_DIFFERENCES], "19980 more differences");
+        for difference in &differences {
+            assert!(difference.chars().count() <= MAX_CHARACTERS + 1);
+            assert!(!difference.contains('\u{1b}'), "{difference:?}");
+        }
     }
 }

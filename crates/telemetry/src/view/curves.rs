@@ -8,11 +8,21 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::metrics::table::METRICS;
 use crate::run_dir::journal::JournalLine;
 use crate::view::tail::LineSink;
 
 /// Maximum number of points of a curve.
 const MAX_POINTS: usize = 1024;
+
+/// Maximum number of curves: several times the metrics that there are.
+const MAX_CURVES: usize = 1000;
+
+/// Maximum length of a curve's name in bytes.
+const MAX_NAME_BYTES: usize = 200;
+
+/// Factor of summed values, a power of two: sums of the largest numbers are finite, and means are exact.
+const SUM_SCALE: f64 = 1.0 / (1u128 << 64) as f64;
 
 /// All curves of a run, read from its `metrics.jsonl`.
 #[derive(Debug, Default)]
@@ -20,6 +30,7 @@ pub struct Curves {
     curves: BTreeMap<String, Curve>,
     lines: u64,
     unreadable: u64,
+    ignored: u64,
     step: u64,
     wall_seconds: f64,
     conditions: Option<Value>,
@@ -45,6 +56,7 @@ pub struct Curve {
 struct Pending {
     count: usize,
     finite: usize,
+    /// Sum of the finite values times [`SUM_SCALE`].
     sum: f64,
 }
 
@@ -70,6 +82,12 @@ impl Curves {
     #[must_use]
     pub fn unreadable(&self) -> u64 {
         self.unreadable
+    }
+
+    /// Number of values without a curve, because there are too many names or a name is too long.
+    #[must_use]
+    pub fn ignored(&self) -> u64 {
+        self.ignored
     }
 
     /// The last step read.
@@ -102,13 +120,22 @@ impl Curves {
         for (name, value) in line.measurements.iter() {
             match self.curves.get_mut(name) {
                 Some(curve) => curve.push(line.step, value),
-                None => {
-                    let mut curve = Curve::new();
-                    curve.push(line.step, value);
-                    self.curves.insert(name.to_owned(), curve);
-                }
+                None => self.begin(name, line.step, value),
             }
         }
+    }
+
+    /// Begins a curve with its first value. Other programs' metrics leave room for Agon's own.
+    fn begin(&mut self, name: &str, step: u64, value: f64) {
+        let is_declared = || METRICS.iter().any(|metric| metric.name == name);
+        let is_full = self.curves.len() >= MAX_CURVES && !is_declared();
+        if is_full || name.len() > MAX_NAME_BYTES {
+            self.ignored += 1;
+            return;
+        }
+        let mut curve = Curve::new();
+        curve.push(step, value);
+        self.curves.insert(name.to_owned(), curve);
     }
 }
 
@@ -122,6 +149,10 @@ impl LineSink for Curves {
             Ok(line) => self.add(&line),
             Err(_) => self.unreadable += 1,
         }
+    }
+
+    fn overlong(&mut self) {
+        self.unreadable += 1;
     }
 }
 
@@ -183,7 +214,7 @@ impl Pending {
         self.count += 1;
         if let Some(value) = value {
             self.finite += 1;
-            self.sum += value;
+            self.sum += value * SUM_SCALE;
         }
     }
 
@@ -193,7 +224,7 @@ impl Pending {
             reason = "a point has fewer than 2^53 values"
         )]
         let count = self.finite as f64;
-        (self.finite > 0).then(|| self.sum / count)
+        (self.finite > 0).then(|| self.sum / count / SUM_SCALE)
     }
 }
 
@@ -240,5 +271,33 @@ mod tests {
         assert_eq!(curve.last, Some(1.0));
         let whole = &curve.values[..curve.values.len() - 1];
         assert!(whole.iter().all(|&value| value == Some(2.0)), "{whole:?}");
+    }
+
+    #[test]
+    fn extreme_values_have_finite_means() {
+        let mut curve = Curve::new();
+        for step in 1..=4 * MAX_POINTS as u64 {
+            curve.push(step, if step % 4 == 0 { -1e308 } else { 1e308 });
+        }
+        assert_eq!(curve.stride, 4);
+        let mean = curve.values[0].unwrap();
+        assert!((mean / 5e307 - 1.0).abs() < 1e-12, "{mean}");
+    }
+
+    #[test]
+    fn the_number_of_curves_is_bounded() {
+        let names = 200_000;
+        let values: Vec<_> = (0..names).map(|n| format!("\"m{n}\":1")).collect();
+        let line = format!("{{\"step\":1,{}}}", values.join(","));
+        let long = format!("{{\"step\":2,\"{}\":1}}", "x".repeat(1 + MAX_NAME_BYTES));
+        let mut curves = Curves::default();
+        for line in [&line, &long] {
+            curves.line(0, line.as_bytes());
+        }
+        assert_eq!((curves.names().count(), curves.step()), (MAX_CURVES, 2));
+        let declared = format!("{{\"step\":3,\"{}\":1}}", METRICS[0].name);
+        curves.line(0, declared.as_bytes());
+        assert_eq!(curves.names().count(), MAX_CURVES + 1);
+        assert_eq!(curves.ignored(), names - MAX_CURVES as u64 + 1);
     }
 }

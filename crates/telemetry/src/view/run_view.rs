@@ -1,7 +1,10 @@
 //! View of one run directory, refreshed repeatedly.
+//!
+//! The directory may be a stranger's: only its own regular files are read, within bounds, and nothing in it causes a
+//! request or a wait.
 
 use std::fs;
-use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -9,15 +12,23 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::Error;
+use crate::run_dir::files::RunFiles;
 use crate::view::comparability::EvaluationRecord;
 use crate::view::curves::Curves;
 use crate::view::sample_index::SampleIndex;
 use crate::view::tail::Tail;
 
+/// Maximum size of a document (settings, report, rounds) in bytes.
+const MAX_DOCUMENT_BYTES: u64 = 64 << 20;
+
+/// Maximum number of rounds that are read.
+const MAX_ROUNDS: usize = 10_000;
+
 /// View of a run. Nothing is read before [`Self::refresh`].
 #[derive(Debug)]
 pub struct RunView {
     root: PathBuf,
+    files: RunFiles,
     metrics: Tail,
     curves: Curves,
     samples: SampleIndex,
@@ -44,7 +55,7 @@ pub struct RunStatus {
     /// Name of the directory.
     pub name: String,
     /// The directory.
-    pub directory: PathBuf,
+    pub directory: String,
     /// State of the run.
     pub state: RunState,
     /// Last learner step.
@@ -55,6 +66,8 @@ pub struct RunStatus {
     pub lines: u64,
     /// Number of lines of it that could not be parsed.
     pub unreadable: u64,
+    /// Number of values of it without a curve, because there are too many names.
+    pub ignored: u64,
     /// Number of rows of `samples.jsonl`.
     pub samples: usize,
     /// Modification time of `metrics.jsonl`, in seconds since 1970.
@@ -67,9 +80,10 @@ impl RunView {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         let root = root.into();
         Self {
-            metrics: Tail::new(root.join("metrics.jsonl")),
+            files: RunFiles::new(&root),
+            metrics: Tail::new(&root, "metrics.jsonl"),
             curves: Curves::default(),
-            samples: SampleIndex::new(root.join("samples.jsonl")),
+            samples: SampleIndex::new(&root),
             root,
         }
     }
@@ -80,10 +94,13 @@ impl RunView {
     /// When it contains none.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, Error> {
         let root = root.into();
-        if root.join("config.toml").is_file() || root.join("metrics.jsonl").is_file() {
-            return Ok(Self::new(root));
+        let view = Self::new(root);
+        match view.files.contains("config.toml") || view.files.contains("metrics.jsonl") {
+            true => Ok(view),
+            false => Err(Error::NoRun {
+                directory: view.root,
+            }),
         }
-        Err(Error::NoRun { directory: root })
     }
 
     /// Reads the lines appended since the last refresh.
@@ -121,12 +138,13 @@ impl RunView {
         let since_1970 = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).ok();
         RunStatus {
             name: self.name(),
-            directory: self.root.clone(),
+            directory: self.root.to_string_lossy().into_owned(),
             state: self.state(),
             step: self.curves.step(),
             wall_seconds: self.curves.wall_seconds(),
             lines: self.curves.lines(),
             unreadable: self.curves.unreadable(),
+            ignored: self.curves.ignored(),
             samples: self.samples.len(),
             written: modified
                 .ok()
@@ -170,12 +188,11 @@ impl RunView {
         let Some(text) = self.text("report.json")? else {
             return Ok(None);
         };
-        let line = |source| Error::Line {
+        let document = |source| Error::Document {
             path: self.root.join("report.json"),
-            line: 1,
             source,
         };
-        Ok(Some(serde_json::from_str(&text).map_err(line)?))
+        Ok(Some(serde_json::from_str(&text).map_err(document)?))
     }
 
     /// The rounds of adversarial preference optimisation, oldest first; incomplete lines are skipped.
@@ -187,16 +204,44 @@ impl RunView {
         Ok(text
             .lines()
             .filter_map(|line| serde_json::from_str(line).ok())
+            .take(MAX_ROUNDS)
             .collect())
     }
 
-    fn text(&self, file: &str) -> Result<Option<String>, Error> {
-        let path = self.root.join(file);
-        match fs::read_to_string(&path) {
-            Ok(text) => Ok(Some(text)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::file("read", &path)(source)),
+    /// Whether a process of this user has locked the directory: the addresses that it lists are then those of that
+    /// process, not a stranger's.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.is_held().unwrap_or(false)
+    }
+
+    fn is_held(&self) -> Option<bool> {
+        let lock = self.files.open("run.lock").ok()??.metadata().ok()?;
+        let process = Path::new("/proc").join(self.lock_holder()?);
+        let owner = rustix::process::geteuid().as_raw();
+        if fs::metadata(&process).ok()?.uid() != owner {
+            return Some(false);
         }
+        let identity = |file: &fs::Metadata| (file.dev(), file.ino());
+        let mut open_files = fs::read_dir(process.join("fd")).ok()?;
+        Some(open_files.any(|entry| {
+            // The metadata of the open file itself, without opening it.
+            let open = entry.and_then(|entry| fs::metadata(entry.path()));
+            open.is_ok_and(|open| identity(&open) == identity(&lock))
+        }))
+    }
+
+    /// The process id in the lock file.
+    fn lock_holder(&self) -> Option<String> {
+        let holder = self.text("run.lock").ok()??;
+        let pid = holder.trim();
+        let is_number = !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit());
+        is_number.then(|| pid.to_owned())
+    }
+
+    fn text(&self, file: &str) -> Result<Option<String>, Error> {
+        let bytes = self.files.read(file, MAX_DOCUMENT_BYTES)?;
+        Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
     fn name(&self) -> String {
@@ -221,10 +266,8 @@ impl RunView {
     /// Whether the process named in the lock file is alive. The lock itself is not tried: that could make a run fail
     /// that starts at this moment.
     fn is_locked(&self) -> bool {
-        let holder = fs::read_to_string(self.root.join("run.lock")).unwrap_or_default();
-        let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        let pid = holder.trim();
-        is_number(pid) && Path::new("/proc").join(pid).exists()
+        let process = self.lock_holder().map(|pid| Path::new("/proc").join(pid));
+        process.is_some_and(|process| process.exists())
     }
 }
 
@@ -258,6 +301,7 @@ mod tests {
         );
         assert_eq!((status.wall_seconds, status.samples), (1.5, 0));
         assert_eq!(status.state, RunState::Running);
+        assert!(view.is_own(), "this process has locked it");
         assert_eq!(view.config().unwrap().unwrap()["learner"]["steps"], 3);
         assert_eq!(
             (view.report().unwrap(), view.rounds().unwrap().len()),
@@ -266,6 +310,7 @@ mod tests {
 
         let at = run.root().to_owned();
         drop((run, journal));
+        assert!(!view.is_own(), "it is unlocked");
         fs::write(at.join("run.lock"), "4194305\n").unwrap();
         for (report, state) in [
             (r#"{"finished":true}"#, RunState::Finished),
@@ -294,5 +339,49 @@ mod tests {
             };
             assert!(message.contains(expected), "{message}");
         }
+    }
+
+    #[test]
+    fn a_directory_whose_name_is_not_text_has_a_status() {
+        let directory = tempfile::tempdir().unwrap();
+        let name = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"\xff");
+        let status = RunView::new(directory.path().join(name)).status();
+        assert!(serde_json::to_string(&status).is_ok(), "{status:?}");
+    }
+
+    #[test]
+    fn a_lock_file_that_names_a_process_is_not_its_lock() {
+        let directory = tempfile::tempdir().unwrap();
+        for pid in [
+            std::process::id().to_string(),
+            "1".into(),
+            "../proc/1".into(),
+        ] {
+            fs::write(directory.path().join("run.lock"), &pid).unwrap();
+            assert!(!RunView::new(directory.path()).is_own(), "{pid}");
+        }
+    }
+
+    #[test]
+    fn files_of_other_kinds_are_errors_and_are_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("config.toml"), "").unwrap();
+        let link = |name: &str, target: &str| {
+            std::os::unix::fs::symlink(target, path.join(name)).unwrap();
+        };
+        link("metrics.jsonl", "/dev/zero");
+        let error = RunView::open(&path).unwrap().refresh().unwrap_err();
+        assert!(error.to_string().ends_with("run/metrics.jsonl"), "{error}");
+        fs::remove_file(path.join("metrics.jsonl")).unwrap();
+        link("samples.jsonl", "/dev/zero");
+        let error = RunView::open(&path).unwrap().refresh().unwrap_err();
+        assert!(error.to_string().ends_with("run/samples.jsonl"), "{error}");
+        link("report.json", "/dev/zero");
+        link("run.lock", "/dev/zero");
+        let view = RunView::open(&path).unwrap();
+        assert!(view.report().is_err());
+        assert_eq!(view.status().state, RunState::Silent);
     }
 }

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,9 @@ use crate::{error::Error, run_dir::samples::SampleRow};
 
 /// Maximum number of rows whose texts one query searches before it returns a partial page.
 const MAX_SEARCHED_ROWS: usize = 20_000;
+
+/// Maximum number of indexed rows; the index then takes about 130 MB.
+const MAX_ROWS: usize = 4_000_000;
 
 /// Index of one `samples.jsonl`.
 #[derive(Debug)]
@@ -114,11 +117,12 @@ impl Default for SampleQuery {
 }
 
 impl SampleIndex {
-    /// An index of the file at `path`, which need not exist yet. Nothing is read before [`Self::refresh`].
+    /// An index of `samples.jsonl` in the directory `root`, which need not exist yet. Nothing is read before
+    /// [`Self::refresh`].
     #[must_use]
-    pub fn new(path: PathBuf) -> Self {
+    pub fn new(root: &Path) -> Self {
         Self {
-            tail: Tail::new(path),
+            tail: Tail::new(root, "samples.jsonl"),
             entries: IndexEntries::default(),
         }
     }
@@ -136,6 +140,12 @@ impl SampleIndex {
     #[must_use]
     pub fn len(&self) -> usize {
         self.entries.rows.len()
+    }
+
+    /// Number of lines that are not rows, and of rows beyond the size of the index.
+    #[must_use]
+    pub fn unreadable(&self) -> u64 {
+        self.entries.unreadable
     }
 
     /// Whether there are no rows.
@@ -160,7 +170,7 @@ impl SampleIndex {
             return Ok(page);
         }
         let path = self.tail.path();
-        let file = File::open(path).map_err(Error::file("open", path))?;
+        let file = self.tail.open().map_err(Error::file("open", path))?;
         let needle = query.search.trim().to_lowercase();
         let mut searched = 0;
         let end = query.before.unwrap_or(rows.len()).min(rows.len());
@@ -237,6 +247,10 @@ impl LineSink for IndexEntries {
             self.unreadable += 1;
             return;
         };
+        if self.rows.len() == MAX_ROWS {
+            self.unreadable += 1;
+            return;
+        }
         self.rows.push(IndexEntry {
             offset,
             step: fields.step,
@@ -244,6 +258,10 @@ impl LineSink for IndexEntries {
             longest: fields.lengths.iter().copied().max().unwrap_or_default(),
             confidence: fields.p.map_or(f32::NAN, |p| (2.0 * p - 1.0).abs()),
         });
+    }
+
+    fn overlong(&mut self) {
+        self.unreadable += 1;
     }
 }
 
@@ -271,7 +289,7 @@ mod tests {
             .iter()
             .map(|row| serde_json::to_string(row).unwrap() + "\n");
         fs::write(&path, lines.collect::<String>()).unwrap();
-        let mut index = SampleIndex::new(path);
+        let mut index = SampleIndex::new(directory.path());
         index.refresh().unwrap();
         (directory, index)
     }

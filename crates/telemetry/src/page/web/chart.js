@@ -10,6 +10,10 @@ const RIGHT = 14;
 const TOP = 8;
 const BOTTOM = 22;
 
+// Larger values are drawn at this value: differences of the largest numbers are infinite.
+const LIMIT = 1e100;
+const clamped = (value) => Math.min(LIMIT, Math.max(-LIMIT, value));
+
 // Exponential moving average; weight 0 returns the values unchanged.
 export function smoothed(values, weight) {
   if (weight <= 0) return values;
@@ -29,14 +33,17 @@ function extent(series, range) {
     for (const values of [line.values, line.low ?? [], line.high ?? []]) {
       for (const value of values) {
         if (value === null) continue;
-        low = Math.min(low, value);
-        high = Math.max(high, value);
+        low = Math.min(low, clamped(value));
+        high = Math.max(high, clamped(value));
       }
     }
     last = Math.max(last, line.steps.at(-1) ?? 1);
   }
   if (low > high) [low, high] = [0, 1];
+  // A range that the values' precision does not resolve, or that underflows, is widened.
+  const least = Math.max(1e-6 * Math.max(Math.abs(low), Math.abs(high)), 1e-100);
   if (low === high) [low, high] = [low - (Math.abs(low) / 10 || 1), high + (Math.abs(high) / 10 || 1)];
+  else if (high - low < least) [low, high] = [low - least, high + least];
   return { low, high, last };
 }
 
@@ -98,7 +105,7 @@ export class Chart {
   y(value) {
     if (value === null) return null;
     const { low, high } = this.scale;
-    return HEIGHT - BOTTOM - ((value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+    return HEIGHT - BOTTOM - ((clamped(value) - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   }
 
   draw() {

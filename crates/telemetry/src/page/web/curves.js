@@ -114,6 +114,7 @@ export class Curves {
     this.figures.setAttribute("aria-label", `Latest values of ${run.name}`);
     this.figures.replaceChildren(...figures.filter(([, value]) => value !== "–")
       .map(([name, value]) => el("div", {}, el("b", {}, value), el("span", {}, name))));
+    if (run.ignored > 0) this.figures.append(el("div", {}, el("b", { class: "bad" }, short(run.ignored)), el("span", {}, "values of too many metrics")));
     if (run.unreadable > 0) this.figures.append(el("div", {}, el("b", { class: "bad" }, run.unreadable), el("span", {}, "malformed lines")));
   }
 }

@@ -89,7 +89,7 @@ export class Flow {
     const inTransit = (emitted, received) => Math.max(0, emitted - received);
     const rate = others.agon_actor_gen_throughput;
     const labels = {
-      prompts: others.agon_staleness_in_flight === undefined ? "prompts" : `${short(others.agon_staleness_in_flight)} prompts in flight`,
+      prompts: others.agon_staleness_outstanding === undefined ? "prompts" : `${short(others.agon_staleness_outstanding)} prompts in flight`,
       pairs: `${short(inTransit(actor.emitted, preference.received))} pairs`,
       labelled: `${short(inTransit(preference.emitted, learner.received))} labelled pairs in transit`,
       weights: others.agon_policy_version === undefined ? "weights" : `weights, version ${short(others.agon_policy_version)}`,
