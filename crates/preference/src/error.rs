@@ -1,6 +1,7 @@
 //! Errors of the crate, by what the caller can do about them.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -62,6 +63,14 @@ pub enum PreferenceError {
         listen: String,
         /// I/O error.
         source: io::Error,
+    },
+    /// The HTTP service would answer other machines without authentication.
+    #[error(
+        "listen on preference.http.listen = {address}: an address reachable from other machines needs a token; name its file with preference.http.token_path, or listen on 127.0.0.1"
+    )]
+    Exposed {
+        /// The address.
+        address: SocketAddr,
     },
     /// A thread cannot be started.
     #[error("start the thread {thread} of the judge {judge}")]
@@ -172,10 +181,11 @@ impl JudgeError {
         Self::with_kind(JudgeErrorKind::Permanent, reason)
     }
 
-    /// An overloaded judge that asks to retry after `delay`. It does not count against the request's retries.
+    /// An overloaded judge. The pool pauses the replica, as long as [`Self::with_retry_after`] says or, without it, for
+    /// longer with every refusal in a row. It does not count against the request's retries.
     #[must_use]
-    pub fn rate_limited(reason: impl Into<String>, delay: Duration) -> Self {
-        Self::with_kind(JudgeErrorKind::RateLimited, reason).with_retry_after(delay)
+    pub fn rate_limited(reason: impl Into<String>) -> Self {
+        Self::with_kind(JudgeErrorKind::RateLimited, reason)
     }
 
     pub(crate) fn with_kind(kind: JudgeErrorKind, reason: impl Into<String>) -> Self {
@@ -186,7 +196,15 @@ impl JudgeError {
         }
     }
 
-    /// The same error; the replica gets no request before `delay` has passed.
+    /// The same error without `secret` in its reason: servers repeat what was sent to them.
+    pub(crate) fn without_secret(self, secret: &str) -> Self {
+        Self {
+            reason: self.reason.replace(secret, "(the key)"),
+            ..self
+        }
+    }
+
+    /// The same error; the replica gets no request before `delay` has passed, within the pool's bound.
     #[must_use]
     pub fn with_retry_after(self, delay: Duration) -> Self {
         Self {
@@ -233,7 +251,7 @@ pub enum ComparisonError {
     TimedOut {
         /// The deadline, from the call on.
         timeout: Duration,
-        /// Reason of the current outage, if there is one.
+        /// The current outage, if there is one.
         reason: Option<String>,
     },
     /// Every replica is dead.
@@ -247,9 +265,7 @@ pub enum ComparisonError {
 }
 
 fn outage(reason: Option<&str>) -> String {
-    reason.map_or_else(String::new, |reason| {
-        format!(": every circuit breaker of the judge is open ({reason})")
-    })
+    reason.map_or_else(String::new, |reason| format!(": {reason}"))
 }
 
 impl messages::Classified for PreferenceError {
@@ -259,7 +275,8 @@ impl messages::Classified for PreferenceError {
             Self::Pattern { .. }
             | Self::Weight { .. }
             | Self::Temperature(_)
-            | Self::Matrix { .. } => ErrorClass::Usage,
+            | Self::Matrix { .. }
+            | Self::Exposed { .. } => ErrorClass::Usage,
             Self::Key { .. } | Self::Listen { .. } => ErrorClass::Resource,
             Self::FitStopped => ErrorClass::Interrupted,
             _ => ErrorClass::Failed,

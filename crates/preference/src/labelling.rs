@@ -1,17 +1,23 @@
 //! Labels of a pair: comparisons of its completions, answered by the judge pool.
 //!
-//! Does not know streams.
+//! Promises: in training, which completion a judge sees first is random and repeats with the prompt's seed, however
+//! the completions were sampled. Does not know streams.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use messages::{DropReason, JudgeVersion, Label, Pair, Probability, Purpose};
+use messages::{
+    DropReason, InvalidMessage, JudgeVersion, Label, Pair, Probability, Prompt, Purpose,
+};
 use settings::OrdersSetting;
 use tokio::time::timeout;
 
 use crate::error::ComparisonError;
 use crate::judge::Verdict;
 use crate::pool::{ComparisonRequest, JudgePool, Orders, Preference};
+
+/// RNG stream id for the orders in which completions are compared.
+const ORDER_STREAM: u64 = 0xbfd;
 
 /// Labels pairs with a judge and, for evaluation, a gold judge.
 pub(crate) struct Labeller {
@@ -42,24 +48,13 @@ pub(crate) struct DropCause {
     pub detail: String,
 }
 
-/// All i < j of a pair's completions in lexicographic order; of an evaluation pair only the policy's and the
-/// reference's completion. Empty for fewer than two completions, and for more than `u16` can index.
-pub(crate) fn completion_pairs(pair: &Pair) -> impl Iterator<Item = (u16, u16)> {
-    let count = match pair.prompt.purpose {
-        Purpose::Evaluate => pair.completions.len().min(2),
-        Purpose::Train | Purpose::Apo => pair.completions.len(),
-    };
-    let count = u16::try_from(count).unwrap_or(0);
-    (0..count).flat_map(move |i| (i + 1..count).map(move |j| (i, j)))
-}
-
 impl Labeller {
     /// Number of judge requests that a pair needs, at most.
     pub(crate) fn comparisons(&self, pair: &Pair) -> usize {
         if pair.prompt.purpose == Purpose::Apo {
             return 0;
         }
-        Orders::of(self.orders, pair.prompt.purpose).count() * completion_pairs(pair).count()
+        Orders::of(self.orders, pair.prompt.purpose).count() * pair.compared().count()
     }
 
     /// Compares every two completions of `pair`. Samples for APO are not judged and get no labels: they are training
@@ -77,23 +72,36 @@ impl Labeller {
             });
         }
         let orders = Orders::of(self.orders, pair.prompt.purpose);
-        let request = |(first, second)| ComparisonRequest::new(Arc::clone(&pair), first, second);
-        let requests: Vec<_> = completion_pairs(&pair).map(request).collect();
+        let is_swapped = |(first, second)| {
+            orders == Orders::One
+                && !self.judge.is_antisymmetric()
+                && pair.prompt.purpose == Purpose::Train
+                && draws_second(&pair.prompt, first, second)
+        };
+        let request = |(first, second)| {
+            let request = ComparisonRequest::new(Arc::clone(&pair), first, second);
+            match is_swapped((first, second)) {
+                true => request.swapped(),
+                false => request,
+            }
+        };
+        let requests: Vec<_> = pair.compared().map(request).collect();
         let (preferences, gold) = tokio::join!(
             self.judge.compare_all(&requests, orders),
             self.gold_preference(&pair, requests.first()),
         );
-        PairLabels::new(&pair, preferences, gold)
+        let in_order = |(indices, preference): (_, Result<Preference, _>)| match preference {
+            Ok(preference) if is_swapped(indices) => Ok(preference.swapped()),
+            preference => preference,
+        };
+        let preferences = pair.compared().zip(preferences).map(in_order);
+        PairLabels::new(&pair, preferences.collect(), gold)
     }
 
-    /// Drop cause of a pair at its delivery limit; `deliveries` includes the current one. A pair on which every judge
-    /// panics thus does not block the run, and its credit is returned.
-    pub(crate) fn deliveries_exhausted(&self, deliveries: u32) -> PairLabels {
+    /// Labels of a pair that is dropped for this cause without being judged.
+    pub(crate) fn unlabelled(&self, cause: DropCause) -> PairLabels {
         PairLabels {
-            labels: Err(DropCause {
-                reason: DropReason::Failed,
-                detail: format!("no label after {} deliveries", deliveries - 1),
-            }),
+            labels: Err(cause),
             version: self.judge.version().unwrap_or_default(),
             scores: None,
             gold: None,
@@ -144,7 +152,7 @@ impl PairLabels {
         let mut version = JudgeVersion::default();
         let mut labels = Ok(Vec::with_capacity(preferences.len()));
         let mut scores = vec![None; pair.completions.len()];
-        for ((first, second), preference) in completion_pairs(pair).zip(preferences) {
+        for ((first, second), preference) in pair.compared().zip(preferences) {
             let label = match preference {
                 Err(error @ ComparisonError::NoJudge { .. }) => return Err(error),
                 Err(error) => Err(DropCause {
@@ -177,6 +185,39 @@ impl PairLabels {
             scores: scores.into_iter().collect(),
             gold,
         })
+    }
+}
+
+/// Whether a judge that sees one order sees completion `second` first.
+fn draws_second(prompt: &Prompt, first: u16, second: u16) -> bool {
+    let pair = u64::from(first) << 16 | u64::from(second);
+    let drawn = prompt.seed.derive(ORDER_STREAM).derive(pair);
+    drawn.0 % 2 == 1
+}
+
+impl PairLabels {
+    /// Whether the pair is dropped because it does not fit the run.
+    pub(crate) fn is_invalid(&self) -> bool {
+        (self.labels.as_ref()).is_err_and(|cause| cause.reason == DropReason::Invalid)
+    }
+}
+
+impl DropCause {
+    /// Cause of a pair that exceeds its delivery limit; `deliveries` includes the current one. A pair on which every
+    /// judge panics thus does not block the run, and its credit is returned.
+    pub(crate) fn exhausted(deliveries: u32) -> Self {
+        Self {
+            reason: DropReason::Failed,
+            detail: format!("no label after {} deliveries", deliveries - 1),
+        }
+    }
+
+    /// Cause of a pair that does not fit the run.
+    pub(crate) fn invalid(cause: &InvalidMessage) -> Self {
+        Self {
+            reason: DropReason::Invalid,
+            detail: cause.to_string(),
+        }
     }
 }
 
@@ -268,6 +309,33 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_judge_of_one_order_sees_either_completion_first_and_the_labels_do_not_show_it() {
+        let larger = larger();
+        let batches = larger.batches();
+        let labeller = labeller(larger, None);
+        let seeded = |seed| {
+            let mut pair = pair(0, &["3", "1", "2"]);
+            pair.prompt.seed = messages::Seed(seed);
+            Arc::new(pair)
+        };
+        for seed in 0..100 {
+            let labelled = labeller.label(seeded(seed)).await.unwrap();
+            let expected = [(0, 1, 0.75), (0, 2, 0.625), (1, 2, 0.375)];
+            assert_eq!(labels(&labelled), expected, "{seed}");
+        }
+        let firsts: Vec<_> = batches.texts().concat();
+        // Completion 0 would be first in 200 of 300 comparisons without a draw.
+        for text in ["3", "1", "2"] {
+            let count = firsts.iter().filter(|first| **first == text).count();
+            assert!((75..125).contains(&count), "{text}: {count}");
+        }
+        labeller.label(seeded(7)).await.unwrap();
+        labeller.label(seeded(7)).await.unwrap();
+        let texts = batches.texts();
+        assert_eq!(texts[300..303], texts[303..306], "a seed repeats");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn only_evaluation_pairs_are_compared_in_both_orders_and_by_the_gold_judge() {
         let biased = FakeReplica::new(|batch| Ok(vec![preferred(0.75); batch.len()]));
         let (batches, gold) = (biased.batches(), larger());
@@ -314,6 +382,7 @@ mod tests {
             name: "rule".into(),
             version: Some(JudgeVersion(0)),
             is_antisymmetric: true,
+            digest: None,
             replicas: vec![Arc::new(thread)],
         };
         let labeller = Labeller {

@@ -26,8 +26,8 @@ pub use judge::{
     Matrix, RewardModelJudge, Rules, ScoredToken, ScoredVerdict, TopLogprob, Verdict, read_key,
 };
 pub use pool::{
-    ComparisonRequest, JudgePool, JudgeReplicas, Orders, Outage, PoolSettings, Preference, Rebuild,
-    Replica, VersionedVerdict,
+    ComparisonRequest, JudgePool, JudgeReplicas, Orders, Outage, OutageCause, PoolSettings,
+    Preference, Rebuild, Replica, VersionedVerdict,
 };
 pub use prompt_encoder::{EosPolicy, NoEncoding, PromptEncoder, TokenEncoder};
 pub use run::{PreferenceService, PreferenceServiceParts};

@@ -4,7 +4,7 @@
 //!
 //! ```json
 //! {"pairs": [{"prompt": "What is 2 + 2?", "first": "4", "second": "5"}], "orders": "both"}
-//! {"judge": "rule", "version": 0, "results": [{"p": 0.98, "version": 0, "order_gap": 0.02}]}
+//! {"judge": "rule", "version": 0, "digest": "2ab3…", "results": [{"p": 0.98, "version": 0, "order_gap": 0.02}]}
 //! ```
 //!
 //! - `prompt`: a text, or a dialogue as a list of messages with `role` and `content`, optionally with `tools` and
@@ -110,6 +110,9 @@ pub(crate) struct Preferences {
     pub judge: String,
     /// Version of the judge; 0 when it is known only from verdicts and all of them are abstentions.
     pub version: u64,
+    /// Digest of what determines the verdicts of this version: settings, weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
     /// One result for every pair, in their order.
     pub results: Vec<PreferenceResult>,
 }
@@ -164,6 +167,7 @@ mod tests {
         let response = Preferences {
             judge: "rule".into(),
             version: 3,
+            digest: Some("2ab3".into()),
             results: vec![
                 PreferenceResult {
                     p: Some(0.75),
@@ -180,6 +184,7 @@ mod tests {
         let written = json!({
             "judge": "rule",
             "version": 3,
+            "digest": "2ab3",
             "results": [{"p": 0.75, "version": 3, "order_gap": 0.5}, {"abstained": "too long"}],
         });
         assert_eq!(serde_json::to_value(&response).unwrap(), written);

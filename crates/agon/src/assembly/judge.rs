@@ -1,19 +1,23 @@
 //! Builds the configured judge: its models are loaded once, and every replica shares their weights.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context;
 use hub::CancelToken;
 use messages::JudgeVersion;
 use model::{Encoder, ModelFolder, RewardModel};
 use preference::{EncoderJudge, Ensemble, Judge, JudgeReplicas, Matrix, Rules};
-use settings::{ChatSettings, Combine, Head, JudgeSettings, ModelSource, Settings};
+use settings::{Combine, Head, JudgeSettings, ModelSource, Settings};
 
 use crate::assembly::{
     LoadedModel, LoadedRewardModel, ModelLocation,
     local_chat::{self, LocalChat},
+    longest_sequence,
     playground::GoldJudge,
-    preference_model, reward_folder,
+    preference_model, reads_tokens_of, reward_folder,
 };
 use crate::exit_code::UsageError;
 
@@ -23,8 +27,15 @@ pub(crate) enum JudgeSource {
     Plain(JudgeSettings),
     /// A reward model on a decoder.
     Model(Box<LoadedRewardModel>),
-    /// A reward model on an encoder, and the template of its input.
-    Encoder(Arc<Encoder>, String),
+    /// A reward model on an encoder.
+    Encoder {
+        /// The model.
+        encoder: Arc<Encoder>,
+        /// Its folder.
+        folder: PathBuf,
+        /// The template of its input.
+        template: String,
+    },
     /// A chat model of mistral.rs.
     Chat(Arc<LocalChat>),
     /// Several judges.
@@ -87,9 +98,13 @@ impl JudgeLoader<'_> {
             JudgeSettings::BradleyTerry { path } => self.model(path, Head::BradleyTerry),
             JudgeSettings::Pairwise { path } => self.model(path, Head::Pairwise),
             JudgeSettings::Encoder { path, template } => {
-                let path = hub::folder(path, self.cancel)?;
-                let encoder = Encoder::load(&path, &crate::assembly::device(self.settings)?.0)?;
-                Ok(JudgeSource::Encoder(Arc::new(encoder), template.clone()))
+                let folder = hub::folder(path, self.cancel)?;
+                let encoder = Encoder::load(&folder, &crate::assembly::device(self.settings)?.0)?;
+                Ok(JudgeSource::Encoder {
+                    encoder: Arc::new(encoder),
+                    folder,
+                    template: template.clone(),
+                })
             }
             JudgeSettings::Ensemble {
                 members,
@@ -161,7 +176,7 @@ impl JudgeSource {
             Self::Plain(JudgeSettings::Gold { .. } | JudgeSettings::Matrix { .. }) => true,
             Self::Model(model) => model.shares_tokens(),
             Self::Ensemble { members, .. } => members.iter().any(Self::reads_tokens),
-            Self::Plain(_) | Self::Encoder(..) | Self::Chat(_) => false,
+            Self::Plain(_) | Self::Encoder { .. } | Self::Chat(_) => false,
         }
     }
 
@@ -170,9 +185,9 @@ impl JudgeSource {
         Ok(match self {
             Self::Plain(settings) => plain(settings)?,
             Self::Model(model) => model.judge(),
-            Self::Encoder(encoder, template) => {
-                Box::new(EncoderJudge::new(Arc::clone(encoder), template.clone()))
-            }
+            Self::Encoder {
+                encoder, template, ..
+            } => Box::new(EncoderJudge::new(Arc::clone(encoder), template.clone())),
             Self::Chat(chat) => chat.judge(),
             Self::Ensemble {
                 members,
@@ -188,11 +203,62 @@ impl JudgeSource {
 
 /// Checks that the judge can be loaded, without reading weights or training; the only requests are for metadata of
 /// models of the Hub that are not cached.
-///
-/// # Errors
-/// As [`JudgeSource::open`] and [`judge_replicas`](crate::assembly::judge_replicas), as far as can be known before.
-pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Result<()> {
-    let model = |path: &ModelSource, head| {
+pub(crate) struct JudgeCheck<'a> {
+    settings: &'a Settings,
+    /// Folder of the policy, where it is known.
+    policy: Option<&'a ModelFolder>,
+    /// What a run with the judge should know.
+    pub(crate) warnings: Vec<String>,
+}
+
+impl<'a> JudgeCheck<'a> {
+    /// A check for a run with this policy.
+    pub(crate) fn new(settings: &'a Settings, policy: Option<&'a ModelFolder>) -> Self {
+        Self {
+            settings,
+            policy,
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Checks `judge`, recursively for ensembles.
+    ///
+    /// # Errors
+    /// As [`JudgeSource::open`] and [`judge_replicas`](crate::assembly::judge_replicas), as far as can be known before;
+    /// also when it reads the policy's tokens, but fewer than a prompt and its completion may have.
+    pub(crate) fn judge(&mut self, judge: &JudgeSettings) -> anyhow::Result<()> {
+        match judge {
+            JudgeSettings::BradleyTerry { path } => self.model(path, Head::BradleyTerry)?,
+            JudgeSettings::Pairwise { path } => self.model(path, Head::Pairwise)?,
+            JudgeSettings::Encoder { path, .. } => {
+                if let Some(folder) = hub::locate(path)?.folder {
+                    let positions = Encoder::check_folder(&folder)?;
+                    self.own_positions(&folder, positions);
+                }
+            }
+            JudgeSettings::Mistral(model) => {
+                mistral::is_built()?;
+                local_chat::source(model).check()?;
+            }
+            JudgeSettings::Ensemble { members, .. } => {
+                for (index, member) in members.iter().enumerate() {
+                    let checked = self.judge(member);
+                    checked.with_context(|| format!("members[{index}]"))?;
+                }
+            }
+            JudgeSettings::Http(endpoints) => {
+                let chat = &self.settings.preference.chat;
+                drop(JudgeReplicas::chat(endpoints, chat)?);
+            }
+            JudgeSettings::Service { urls, token_path } => {
+                drop(JudgeReplicas::services(urls, token_path)?);
+            }
+            without_files => drop(plain(without_files)?),
+        }
+        Ok(())
+    }
+
+    fn model(&mut self, path: &ModelSource, head: Head) -> anyhow::Result<()> {
         if !path.is_empty()
             && let Some(folder) = hub::locate(path)?.folder
             && let Some(location) = ModelLocation::if_cached(folder)?
@@ -200,33 +266,46 @@ pub(crate) fn check(judge: &JudgeSettings, chat: &ChatSettings) -> anyhow::Resul
             let reward = reward_folder(&location, head)?;
             reward.folder.tokenizer.check_chat_template()?;
             reward.check_weights()?;
+            self.positions(&reward.folder)?;
         }
-        anyhow::Ok(())
-    };
-    match judge {
-        JudgeSettings::BradleyTerry { path } => model(path, Head::BradleyTerry)?,
-        JudgeSettings::Pairwise { path } => model(path, Head::Pairwise)?,
-        JudgeSettings::Encoder { path, .. } => {
-            if let Some(folder) = hub::locate(path)?.folder {
-                Encoder::check_folder(&folder)?;
-            }
-        }
-        JudgeSettings::Mistral(model) => {
-            mistral::is_built()?;
-            local_chat::source(model).check()?;
-        }
-        JudgeSettings::Ensemble { members, .. } => {
-            for (index, member) in members.iter().enumerate() {
-                check(member, chat).with_context(|| format!("members[{index}]"))?;
-            }
-        }
-        JudgeSettings::Http(endpoints) => drop(JudgeReplicas::chat(endpoints, chat)?),
-        JudgeSettings::Service { urls, token_path } => {
-            drop(JudgeReplicas::services(urls, token_path)?);
-        }
-        without_files => drop(plain(without_files)?),
+        Ok(())
     }
-    Ok(())
+
+    /// Checks that the preference model in `folder`, or one that is trained from it, reads every pair.
+    pub(crate) fn positions(&mut self, folder: &ModelFolder) -> anyhow::Result<()> {
+        let positions = folder.config.max_positions;
+        let is_shared = |policy: &ModelFolder| reads_tokens_of(&folder.path, &policy.path);
+        if !self.policy.is_some_and(is_shared) {
+            self.own_positions(&folder.path, positions);
+            return Ok(());
+        }
+        match self.too_few_positions(&folder.path, positions) {
+            Some(reason) => Err(UsageError(format!(
+                "{reason}: lower actor.max_prompt_length or actor.max_new_tokens"
+            ))
+            .into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Warns of a judge that may read too little: with a tokenizer of its own, the same text has another length.
+    fn own_positions(&mut self, folder: &Path, positions: usize) {
+        if let Some(reason) = self.too_few_positions(folder, positions) {
+            self.warnings.push(format!(
+                "{reason}: in its own tokens it may be less; a pair that is longer is dropped"
+            ));
+        }
+    }
+
+    fn too_few_positions(&self, folder: &Path, positions: usize) -> Option<String> {
+        let longest = longest_sequence(self.settings);
+        (positions < longest).then(|| {
+            format!(
+                "the judge {} reads {positions} tokens, a prompt and its completion have up to {longest}",
+                folder.display()
+            )
+        })
+    }
 }
 
 /// Whether a preference model must be trained for this judge.

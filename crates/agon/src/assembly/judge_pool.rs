@@ -7,7 +7,7 @@ use preference::{
 };
 use settings::{JudgeSettings, PreferenceSettings, Settings};
 
-use crate::assembly::JudgeSource;
+use crate::assembly::{JudgeSource, judge_digest};
 
 /// A pool of replicas of this judge; its tasks run on the current runtime.
 pub(crate) fn pool(settings: &Settings, judge: &Arc<JudgeSource>) -> anyhow::Result<JudgePool> {
@@ -45,12 +45,16 @@ pub(crate) fn judge_replicas(
         _ => {
             let replicas = (0..settings.replicas).map(|_| judge.make());
             let replicas = replicas.collect::<anyhow::Result<_>>()?;
+            let digest = Some(judge_digest(judge)?);
             let judge = Arc::clone(judge);
             let rebuild: Rebuild = Arc::new(move || {
                 let judge = judge.make();
                 judge.map_err(|error| JudgeError::new(format!("{error:#}")))
             });
-            Ok(JudgeReplicas::on_threads(replicas, Some(&rebuild))?)
+            Ok(JudgeReplicas {
+                digest,
+                ..JudgeReplicas::on_threads(replicas, Some(&rebuild))?
+            })
         }
     }
 }

@@ -50,6 +50,11 @@ impl LocalChat {
         })
     }
 
+    /// Digest of the model's files.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
+    }
+
     /// A replica of the judge, which shares the model.
     pub(crate) fn judge(self: &Arc<Self>) -> Box<dyn Judge> {
         let client = Box::new(LocalChatClient(Arc::clone(self)));

@@ -8,7 +8,9 @@ mod adapter;
 mod apo;
 mod cache;
 mod conditions;
+mod input_record;
 mod judge;
+mod judge_digest;
 mod judge_pool;
 mod loaded_model;
 mod local_chat;
@@ -32,6 +34,7 @@ pub(crate) use adapter::{adapter, adapter_shape, fresh_adapter, saved_adapter};
 pub(crate) use apo::{ApoJudge, judge_version, rounds_directory};
 pub(crate) use conditions::conditions;
 pub(crate) use judge::{CompletionOrigin, JudgeSource};
+pub(crate) use judge_digest::judge_digest;
 pub(crate) use judge_pool::{gold_pool, judge_replicas, pool, server};
 pub(crate) use loaded_model::{
     LoadedModel, NO_STOP_TOKENS, device, dtype, warn_without_stop_tokens,
@@ -39,12 +42,13 @@ pub(crate) use loaded_model::{
 pub(crate) use model_location::ModelLocation;
 pub(crate) use playground::{StyleComparison, base_model, gold_judge, style_comparisons};
 pub(crate) use preference_model::{
-    Backbone, LoadedRewardModel, check_fit_adapter, preference_model, reward_folder, same_tokenizer,
+    Backbone, LoadedRewardModel, check_fit_adapter, preference_model, reads_tokens_of,
+    reward_folder, same_tokenizer,
 };
 pub(crate) use preference_pairs::{AnnotatedPairs, SkippedPairs, annotated_pairs};
 pub(crate) use preflight::{Preflight, PreflightFinding, PreflightScope};
 pub(crate) use prompt_encoder::prompt_encoder;
-pub(crate) use prompts::{check_positions, prompts};
+pub(crate) use prompts::{check_positions, longest_sequence, prompts, reads_golden};
 pub(crate) use sampler::{SamplerParts, check_engines, sampler};
 
 /// Base model, adapter and prompts of a run.

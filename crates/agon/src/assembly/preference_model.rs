@@ -149,7 +149,7 @@ pub(crate) fn preference_model(
 
 /// Whether the model in the folder `judge` can read the tokens of the model in `policy`: it has the same tokenizer and
 /// the same chat template, or no template.
-fn reads_tokens_of(judge: &Path, policy: &Path) -> bool {
+pub(crate) fn reads_tokens_of(judge: &Path, policy: &Path) -> bool {
     let template = chat_template(judge);
     let same_template = template.is_none() || template == chat_template(policy);
     same_template && same_tokenizer(judge, policy)

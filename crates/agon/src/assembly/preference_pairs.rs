@@ -7,9 +7,9 @@ use std::{
     path::Path,
 };
 
-use dataset::{Column, Columns, DatasetError, PreferencePair, WithSource, shuffled};
+use dataset::{Column, Columns, DatasetError, FileLimits, PreferencePair, shuffled};
 use hub::CancelToken;
-use learner::{BoundaryCounts, log_dialogue_use};
+use learner::{BoundaryCounts, DialogueUse};
 use messages::{Digest, Seed};
 use model::{AnswerBoundary, ModelError, ModelFolder, Tokenizer};
 use preference::reward_training::PreferenceExample;
@@ -256,6 +256,11 @@ fn columns(files: &DatasetPairs) -> Columns {
             &files.rejected_column,
             "preference.fit.pairs.rejected_column",
         ),
+        limits: FileLimits {
+            max_file_bytes: files.max_file_bytes,
+            max_rows: files.max_rows,
+            section: Some("preference.fit.pairs"),
+        },
         ..Columns::default()
     }
 }
@@ -267,13 +272,13 @@ fn examples(
     longest: usize,
     folder: &ModelFolder,
 ) -> anyhow::Result<(Vec<PreferenceExample>, SkippedPairs)> {
-    let pairs = dataset::read(path, &columns(files), |form| form.pair())?;
-    let prompts: Vec<_> = pairs.iter().map(|pair| &pair.value.prompt).collect();
-    log_dialogue_use(path, &prompts, &folder.tokenizer);
-    let (mut examples, mut skipped) = (Vec::new(), SkippedPairs::default());
-    let mut boundaries = BoundaryCounts::default();
-    for WithSource { source, value } in &pairs {
-        let encoded = encode(value, &folder.tokenizer);
+    let (mut examples, mut skipped, mut count) = (Vec::new(), SkippedPairs::default(), 0);
+    let (mut boundaries, mut dialogues) = (BoundaryCounts::default(), DialogueUse::default());
+    dataset::visit(path, &columns(files), |source, row| {
+        let value = row.pair().map_err(|reason| source.refuse(reason))?;
+        count += 1;
+        dialogues.count(&value.prompt);
+        let encoded = encode(&value, &folder.tokenizer);
         let (example, boundary) = encoded.map_err(|error| source.refuse(error.to_string()))?;
         boundaries.count(boundary);
         let length = example.prompt.len() + example.first.len().max(example.second.len());
@@ -287,13 +292,15 @@ fn examples(
         } else {
             examples.push(example);
         }
-    }
+        Ok(())
+    })?;
+    dialogues.log(path, &folder.tokenizer);
     boundaries.log(path);
     if examples.len() < 2 {
         let reason = format!(
             "{} pairs are left of {}: {skipped} are skipped; a pair has at most {longest} tokens, see preference.fit.max_length",
             examples.len(),
-            pairs.len(),
+            count,
         );
         return Err(unusable(path, reason).into());
     }

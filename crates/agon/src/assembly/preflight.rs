@@ -23,7 +23,9 @@ use settings::{
 use tempfile::TempDir;
 
 use crate::assembly::{
-    adapter_shape, check_fit_adapter, check_positions, judge, playground, preference_pairs,
+    adapter_shape, check_fit_adapter, check_positions,
+    judge::{self, JudgeCheck},
+    playground, preference_pairs,
     prompts::prompt_files,
 };
 use crate::{
@@ -36,6 +38,8 @@ use crate::{
 pub(crate) enum PreflightFinding {
     /// The item is usable; a description.
     Usable(String),
+    /// The item is usable, with a risk to the run.
+    Doubtful(String),
     /// The item is not usable, but the run does not need it; the reason and the command that does.
     Unneeded(String),
     /// The run cannot start with the item.
@@ -114,7 +118,9 @@ impl Preflight {
         for finding in self.findings {
             match finding {
                 PreflightFinding::Usable(_) => {}
-                PreflightFinding::Unneeded(reason) => tracing::warn!("{reason}"),
+                PreflightFinding::Doubtful(reason) | PreflightFinding::Unneeded(reason) => {
+                    tracing::warn!("{reason}");
+                }
                 PreflightFinding::Failed(error) => errors.push(error),
             }
         }
@@ -122,6 +128,12 @@ impl Preflight {
             true => Ok(self.prompts),
             false => Err(Refused(errors)),
         }
+    }
+
+    fn doubtful(&mut self, check: JudgeCheck<'_>) {
+        let warnings = check.warnings.into_iter();
+        self.findings
+            .extend(warnings.map(PreflightFinding::Doubtful));
     }
 
     fn usable(&mut self, description: String) {
@@ -263,7 +275,7 @@ impl Preflight {
             }
             (PromptsSettings::Dataset(dataset), None) => {
                 for (key, path) in prompt_paths(dataset) {
-                    let read = dataset::read_rows(path).map_err(Into::into);
+                    let read = dataset::check(path).map_err(Into::into);
                     if self.require(key, read).is_some() {
                         self.usable(format!("{key} = {}", path.display()));
                     }
@@ -275,10 +287,12 @@ impl Preflight {
     fn judge(&mut self, settings: &Settings, policy: Option<&ModelFolder>) {
         let preference = &settings.preference;
         let name = preference.judge.name();
-        let checked = judge::check(&preference.judge, &preference.chat);
+        let mut check = JudgeCheck::new(settings, policy);
+        let checked = check.judge(&preference.judge);
         if self.require("preference.judge", checked).is_some() {
             self.usable(format!("judge {name}"));
         }
+        self.doubtful(check);
         if !trains_preference_model(settings) {
             return;
         }
@@ -299,6 +313,12 @@ impl Preflight {
         if let Some(backbone) = backbone {
             let checked = check_fit_adapter(fit, &backbone.config);
             self.require("", checked.map_err(Into::into));
+            if own_backbone.is_some() {
+                let mut check = JudgeCheck::new(settings, policy);
+                let checked = check.positions(backbone);
+                self.require("preference.fit.path", checked);
+                self.doubtful(check);
+            }
         }
         match &fit.pairs {
             PairsSettings::Playground(_) => {
@@ -310,9 +330,7 @@ impl Preflight {
                     Some(backbone) => {
                         preference_pairs::read_pairs(settings, files, backbone).map(drop)
                     }
-                    None => dataset::read_rows(&files.path)
-                        .map(drop)
-                        .map_err(Into::into),
+                    None => dataset::check(&files.path).map_err(Into::into),
                 };
                 let read = read.map_err(|error| with_key(error, &pair_paths(settings)));
                 if self.require("", read).is_some() {
@@ -327,13 +345,11 @@ impl Preflight {
     /// Checks the addresses to listen on and the files with their tokens.
     fn addresses(&mut self, settings: &Settings, scope: PreflightScope) {
         let telemetry = &settings.telemetry;
-        self.require(
-            "",
-            telemetry::Exporter::check(telemetry.listen).map_err(Into::into),
-        );
-        if let Some(listen) = telemetry.page_address() {
-            let token = telemetry::page_token(&telemetry.token_path).map_err(Into::into);
-            if let Some(token) = self.require("telemetry.token_path", token) {
+        let token = telemetry::http::read_token(&telemetry.token_path).map_err(Into::into);
+        if let Some(token) = self.require("telemetry.token_path", token) {
+            let exporter = telemetry::Exporter::check(telemetry.listen, token.as_deref());
+            self.require("", exporter.map_err(Into::into));
+            if let Some(listen) = telemetry.page_address() {
                 let page = telemetry::PageServer::check(listen, token.as_deref());
                 self.require("", page.map_err(Into::into));
             }
@@ -341,9 +357,10 @@ impl Preflight {
         let http = &settings.preference.http;
         if scope == PreflightScope::AllRoles && !http.listen.is_empty() {
             let token = preference::read_key(&http.token_path).map_err(Into::into);
-            self.require("preference.http.token_path", token);
-            let listens = preference::Server::check(&http.listen).map_err(Into::into);
-            self.require("", listens);
+            if let Some(token) = self.require("preference.http.token_path", token) {
+                let listens = preference::Server::check(&http.listen, token.as_deref());
+                self.require("", listens.map_err(Into::into));
+            }
         }
     }
 
@@ -489,7 +506,7 @@ fn pair_paths(settings: &Settings) -> PathsByKey<'_> {
 }
 
 fn transport_paths(jetstream: &JetStreamSettings) -> PathsByKey<'_> {
-    let files: [(_, &Path); 7] = [
+    let files: [(_, &Path); 8] = [
         ("transport.password_path", &jetstream.password_path),
         ("transport.token_path", &jetstream.token_path),
         ("transport.nkey_path", &jetstream.nkey_path),
@@ -497,6 +514,7 @@ fn transport_paths(jetstream: &JetStreamSettings) -> PathsByKey<'_> {
         ("transport.ca_path", &jetstream.ca_path),
         ("transport.certificate_path", &jetstream.certificate_path),
         ("transport.key_path", &jetstream.key_path),
+        ("transport.run_key_path", &jetstream.run_key_path),
     ];
     files
         .into_iter()

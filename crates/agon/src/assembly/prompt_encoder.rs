@@ -34,7 +34,7 @@ pub(crate) fn prompt_encoder(
         },
         JudgeSource::Model(_)
         | JudgeSource::Plain(_)
-        | JudgeSource::Encoder(..)
+        | JudgeSource::Encoder { .. }
         | JudgeSource::Chat(_) => Arc::new(NoEncoding),
     })
 }

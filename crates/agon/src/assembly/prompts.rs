@@ -41,18 +41,22 @@ pub(crate) fn prompts(
     })
 }
 
+/// Whether a model reads the golden answers of prompts: RPO scores them under the policy, and the preference model of APO
+/// is trained on them.
+pub(crate) fn reads_golden(settings: &Settings) -> bool {
+    matches!(settings.learner.objective, ObjectiveSettings::Rpo { .. })
+        || settings.preference.apo.refresh_steps > 0
+}
+
 /// The prompts of files, as tokens of the policy in this folder.
 pub(super) fn prompt_files(
     settings: &Settings,
     dataset: &DatasetPrompts,
     folder: &ModelFolder,
 ) -> anyhow::Result<PromptFiles> {
-    // RPO scores golden answers under the policy; APO reads them with the preference model.
-    let reads_golden = matches!(settings.learner.objective, ObjectiveSettings::Rpo { .. })
-        || settings.preference.apo.refresh_steps > 0;
     let limits = PromptLimits {
         prompt: settings.actor.max_prompt_length,
-        with_golden: reads_golden.then_some(folder.config.max_positions),
+        with_golden: reads_golden(settings).then_some(folder.config.max_positions),
     };
     let seed = Seed(settings.run.seed);
     Ok(PromptFiles::load(dataset, seed, limits, &folder.tokenizer)?)
@@ -74,15 +78,25 @@ pub(crate) fn check_positions(settings: &Settings, config: &ModelConfig) -> Resu
             actor.max_prompt_length,
         )));
     }
-    let prompt = match settings.prompts {
-        PromptsSettings::Dataset(_) => actor.max_prompt_length,
-        PromptsSettings::Playground { .. } | PromptsSettings::Bandit {} => 0,
-    };
-    if prompt.saturating_add(actor.max_new_tokens) <= positions {
+    let prompt = max_prompt_length(settings);
+    if longest_sequence(settings) <= positions {
         return Ok(());
     }
     Err(UsageError(format!(
         "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {} positions: lower one of them",
         actor.max_new_tokens, config.max_positions,
     )))
+}
+
+/// Tokens of the longest prompt that the settings allow; 0 where the generated prompts are always shorter.
+fn max_prompt_length(settings: &Settings) -> usize {
+    match settings.prompts {
+        PromptsSettings::Dataset(_) => settings.actor.max_prompt_length,
+        PromptsSettings::Playground { .. } | PromptsSettings::Bandit {} => 0,
+    }
+}
+
+/// Tokens of the longest prompt with its completion that the settings allow.
+pub(crate) fn longest_sequence(settings: &Settings) -> usize {
+    max_prompt_length(settings).saturating_add(settings.actor.max_new_tokens)
 }

@@ -19,7 +19,6 @@ use tokio::sync::oneshot;
 
 use crate::error::PreferenceError;
 use crate::judge::{Comparison, Judge, Verdict};
-use crate::labelling::completion_pairs;
 use crate::reward_training::{AdversarialExample, PreferenceExample};
 
 pub use history::History;
@@ -208,7 +207,7 @@ impl Apo {
             first: &pair.completions[usize::from(first)],
             second: &pair.completions[usize::from(second)],
         };
-        let comparisons: Vec<_> = completion_pairs(pair).map(comparison).collect();
+        let comparisons: Vec<_> = pair.compared().map(comparison).collect();
         let Ok(verdicts) = gold.judge(&comparisons) else {
             return Vec::new();
         };

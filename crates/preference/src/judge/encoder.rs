@@ -23,8 +23,23 @@ impl EncoderJudge {
         Self { encoder, template }
     }
 
-    fn text(&self, prompt: &Prompt, completion: &Completion) -> String {
-        fill(&self.template, &prompt.transcript(), &completion.text)
+    /// Token ids of the filled template.
+    ///
+    /// # Errors
+    /// When the encoder cannot read them: a reason for an abstention.
+    fn encode(&self, prompt: &Prompt, completion: &Completion) -> Result<Vec<u32>, String> {
+        let text = fill(&self.template, &prompt.transcript(), &completion.text);
+        let ids = self.encoder.encode(&text).map_err(|e| e.to_string())?;
+        let (length, max_length) = (ids.len(), self.encoder.max_positions());
+        if ids.is_empty() {
+            return Err("prompt and response have no tokens".into());
+        }
+        if length > max_length {
+            return Err(format!(
+                "prompt and response have {length} tokens, the encoder reads {max_length}"
+            ));
+        }
+        Ok(ids)
     }
 }
 
@@ -54,17 +69,26 @@ impl Judge for EncoderJudge {
     }
 
     fn judge_scored(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<ScoredVerdict>, JudgeError> {
-        let mut texts = Deduplicated::default();
-        let mut index =
-            |prompt: &Prompt, completion: &Completion| texts.insert(self.text(prompt, completion));
-        let pairs: Vec<_> = batch
+        let mut ids = Deduplicated::default();
+        let mut index = |prompt: &Prompt, completion: &Completion| {
+            Ok::<usize, String>(ids.insert(self.encode(prompt, completion)?))
+        };
+        let pairs: Vec<Result<[usize; 2], String>> = batch
             .iter()
-            .map(|c| [index(c.prompt, c.first), index(c.prompt, c.second)])
+            .map(|c| Ok([index(c.prompt, c.first)?, index(c.prompt, c.second)?]))
             .collect();
-        let scores = self.encoder.score_texts(texts.items());
+        let scores = self.encoder.score_ids(ids.items());
         let scores = scores.map_err(|error| JudgeError::new(error.to_string()))?;
-        let verdict = |pair: [usize; 2]| {
-            let [first, second] = pair.map(|index| scores[index]);
+        let verdict = |pair: Result<[usize; 2], String>| {
+            let [first, second] = match pair {
+                Ok(pair) => pair.map(|index| scores[index]),
+                Err(reason) => {
+                    return ScoredVerdict {
+                        verdict: Verdict::Abstained { reason },
+                        scores: None,
+                    };
+                }
+            };
             let log_odds = f64::from(first) - f64::from(second);
             let verdict = match Probability::from_log_odds(log_odds) {
                 Ok(p) => Verdict::Preference(p),

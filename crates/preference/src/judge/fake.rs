@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use messages::{
-    Completion, Finish, JudgeVersion, Pair, Probability, Prompt, PromptBatch, PromptId, Purpose,
-    Seed, WeightsVersion,
+    Completion, CompletionCounts, Finish, JudgeVersion, MessageLimits, Pair, Probability, Prompt,
+    PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
 };
 
 use crate::error::JudgeError;
@@ -123,11 +123,29 @@ pub(crate) fn prompt() -> Prompt {
     }
 }
 
+/// Limits of a run whose training pairs have this number of completions.
+pub(crate) fn message_limits(completions: usize) -> MessageLimits {
+    MessageLimits {
+        vocabulary: 8,
+        prompt_tokens: 4,
+        golden_tokens: None,
+        completion_tokens: 4,
+        completions: CompletionCounts {
+            train: completions,
+            evaluate: 2,
+            apo: 2,
+        },
+        lead_steps: 8,
+        newest: WeightsVersion::REFERENCE,
+    }
+}
+
 /// A training pair whose completions have these texts.
 pub(crate) fn pair(id: u64, texts: &[&str]) -> Pair {
     Pair {
         prompt: Prompt {
             id: PromptId(id),
+            prompt_batch: PromptBatch::single(PromptId(id)),
             ..prompt()
         },
         version: WeightsVersion::REFERENCE,

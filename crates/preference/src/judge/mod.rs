@@ -7,6 +7,7 @@ mod encoder;
 mod endpoint;
 mod ensemble;
 mod http;
+mod identity;
 mod matrix;
 mod reward_model;
 mod rule;

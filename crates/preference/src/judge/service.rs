@@ -12,7 +12,8 @@ use serde_json::json;
 use settings::OrdersSetting;
 
 use crate::error::{JudgeError, PreferenceError};
-use crate::judge::endpoint::Endpoint;
+use crate::judge::endpoint::{Endpoint, excerpt};
+use crate::judge::identity::IdentityMonitor;
 use crate::judge::{Comparison, Verdict};
 use crate::pool::{ComparisonRequest, JudgeReplicas, Replica, VersionedVerdict};
 use crate::wire::{ComparisonInput, PreferenceResult, Preferences, PreferencesRequest};
@@ -23,6 +24,7 @@ const CONCURRENCY: usize = 4;
 /// A remote service.
 struct ServiceJudge {
     endpoint: Endpoint,
+    identity: Arc<IdentityMonitor>,
 }
 
 impl JudgeReplicas {
@@ -30,16 +32,19 @@ impl JudgeReplicas {
     /// empty.
     ///
     /// # Errors
-    /// When the token cannot be read or a client cannot be built.
+    /// When the token cannot be read or a URL is not valid.
     pub fn services(urls: &[String], token_path: &Path) -> Result<Self, PreferenceError> {
+        let identity = Arc::new(IdentityMonitor::new("service"));
         let replica = |url: &String| {
             let endpoint = Endpoint::new(url, "/v1/preferences", token_path)?;
-            Ok(Arc::new(ServiceJudge { endpoint }) as Arc<dyn Replica>)
+            let identity = Arc::clone(&identity);
+            Ok(Arc::new(ServiceJudge { endpoint, identity }) as Arc<dyn Replica>)
         };
         Ok(Self {
             name: "service".into(),
             version: None,
             is_antisymmetric: false,
+            digest: None,
             replicas: urls
                 .iter()
                 .map(replica)
@@ -59,11 +64,29 @@ impl ServiceJudge {
         };
         let preferences: Preferences = self.endpoint.post(&request).await?;
         let default_version = JudgeVersion(preferences.version);
+        // Without a preference the version may not be known.
+        if preferences.results.iter().any(|result| result.p.is_some()) {
+            let identity = identity(&preferences);
+            self.identity.observe(self.endpoint.url(), identity);
+        }
         preferences
             .results
             .into_iter()
             .map(|result| verdict(result, default_version))
             .collect()
+    }
+}
+
+/// The judge behind a service: its name, its version, and the digest of what determines its verdicts.
+fn identity(preferences: &Preferences) -> String {
+    let judge = excerpt(preferences.judge.as_bytes());
+    let version = preferences.version;
+    match &preferences.digest {
+        Some(digest) => format!(
+            "judge {judge}, version {version}, digest {}",
+            excerpt(digest.as_bytes())
+        ),
+        None => format!("judge {judge}, version {version}"),
     }
 }
 
@@ -100,7 +123,9 @@ fn verdict(
     let version = result.version.map_or(default_version, JudgeVersion);
     let verdict = match (result.p, result.abstained) {
         (Some(p), None) => Verdict::from_probability(f64::from(p)),
-        (None, Some(reason)) => Verdict::Abstained { reason },
+        (None, Some(reason)) => Verdict::Abstained {
+            reason: excerpt(reason.as_bytes()),
+        },
         _ => {
             return Err(JudgeError::new(
                 "a result must have either \"p\" or \"abstained\"",

@@ -1,13 +1,16 @@
 //! Parsing of a chat model's reply: the probability that it prefers the first response, from the log-probabilities of
-//! its verdict where they are given, else from the text.
+//! its verdict where they are given, else from the text. Reasoning in `<think>` tags is not part of the answer.
 
-use serde::Deserialize;
 use settings::ChatSettings;
 
 use crate::judge::Verdict;
 
 /// Longest excerpt of a reply without a verdict, in characters.
 const MAX_EXCERPT: usize = 80;
+/// Largest log-probability: 0, and what rounding adds to it. A larger one is not a log-probability.
+const MAX_LOGPROB: f64 = 0.01;
+/// Begin and end of the reasoning that some models print before their answer.
+const REASONING: [&str; 2] = ["<think>", "</think>"];
 
 /// Verdict strings: for the first response, for the second, and for a tie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,19 +21,18 @@ pub(super) struct VerdictParser {
 }
 
 /// A generated token with the most likely tokens at its position.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ScoredToken {
     /// Text of the token.
     pub token: String,
     /// Log-probability, natural.
     pub logprob: f64,
     /// Most likely tokens at this position.
-    #[serde(default)]
     pub top_logprobs: Vec<TopLogprob>,
 }
 
 /// A candidate token at a position.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TopLogprob {
     /// Text of the token.
     pub token: String,
@@ -58,17 +60,13 @@ impl VerdictParser {
 
     /// Verdict in `reply`; `tokens` are its tokens, or empty without log-probabilities.
     pub(super) fn parse(&self, reply: &str, tokens: &[ScoredToken]) -> Verdict {
-        if let Some(p) = self.probability(tokens) {
-            return Verdict::from_probability(p);
-        }
-        match self.last_verdict(reply) {
-            Some((_, 0)) => Verdict::from_probability(1.0),
-            Some((_, 1)) => Verdict::from_probability(0.0),
-            Some(_) => Verdict::from_probability(0.5),
-            None => Verdict::Abstained {
+        let Some((_, which)) = self.last_verdict(answer(reply)) else {
+            return Verdict::Abstained {
                 reason: format!("no verdict in {:?}", excerpt(reply)),
-            },
-        }
+            };
+        };
+        let by_text = [1.0, 0.0, 0.5][which];
+        Verdict::from_probability(self.probability(tokens).unwrap_or(by_text))
     }
 
     /// Start and index of the last verdict; the longest of several at one position.
@@ -101,20 +99,33 @@ impl VerdictParser {
             .iter()
             .map(|marker| Some(format!("{before}{}", marker.get(skipped..)?)))
             .collect::<Option<_>>()?;
-        let mass = self.mass(token, &expected, distinguishing - start);
+        let mass = if skipped == 0 && before.trim().is_empty() {
+            // White space may precede a verdict: "A" and " A" are two tokens for one.
+            self.mass(token, &self.markers, self.common_prefix, str::trim_start)
+        } else {
+            self.mass(token, &expected, distinguishing - start, |text| text)
+        };
         let total: f64 = mass.iter().sum();
         let tie = mass.get(2).copied().unwrap_or(0.0);
         (total > 0.0).then(|| (mass[0] + tie / 2.0) / total)
     }
 
-    /// Probability of each verdict at `token`. `expected` holds the text of each verdict from the token's start on, and
-    /// `distinguishing` the index of the first byte in which they differ.
-    fn mass(&self, token: &ScoredToken, expected: &[String], distinguishing: usize) -> Vec<f64> {
+    /// Probability of each verdict at `token`, whose candidates are read through `normalized`. `expected` holds the
+    /// text of each verdict from the token's start on, and `distinguishing` the index of the first byte in which they
+    /// differ.
+    fn mass(
+        &self,
+        token: &ScoredToken,
+        expected: &[String],
+        distinguishing: usize,
+        normalized: impl Fn(&str) -> &str,
+    ) -> Vec<f64> {
         let mut mass = vec![0.0; self.markers.len()];
         let is_listed = token.top_logprobs.iter().any(|a| a.token == token.token);
         let own = (!is_listed).then_some((&token.token, token.logprob));
         let all = token.top_logprobs.iter().map(|a| (&a.token, a.logprob));
         for (text, logprob) in all.chain(own) {
+            let text = normalized(text);
             let matches = |marker: &String| marker.starts_with(text) || text.starts_with(marker);
             let mut matching = (0..expected.len()).filter(|&which| matches(&expected[which]));
             // A token that ends before the verdicts differ matches all of them.
@@ -122,9 +133,9 @@ impl VerdictParser {
                 matching.next(),
                 matching.next(),
                 text.len() > distinguishing,
-            ) && logprob.is_finite()
+            ) && logprob <= MAX_LOGPROB
             {
-                mass[which] += logprob.exp();
+                mass[which] += logprob.exp().min(1.0);
             }
         }
         mass
@@ -142,6 +153,16 @@ fn common_prefix(markers: &[String]) -> usize {
         others.iter().all(|marker| marker.starts_with(prefix))
     };
     lengths.take_while(is_common).last().unwrap_or(0)
+}
+
+/// The reply without the reasoning before it; empty if the reasoning does not end.
+fn answer(reply: &str) -> &str {
+    let [begin, end] = REASONING;
+    match reply.rsplit_once(end) {
+        Some((_, answer)) => answer,
+        None if reply.trim_start().starts_with(begin) => "",
+        None => reply,
+    }
 }
 
 /// End of a reply, for an abstention.
@@ -196,6 +217,12 @@ mod tests {
             (
                 "[A] is better",
                 abstained("no verdict in \"[A] is better\""),
+            ),
+            ("<think>[[A]]? No, [[B]].</think>\n\n[[A]]", preferred(1.0)),
+            ("[[B]]?</think>[[A]]", preferred(1.0)),
+            (
+                "<think>Perhaps [[A]]",
+                abstained("no verdict in \"<think>Perhaps [[A]]\""),
             ),
             ("", abstained("no verdict in \"\"")),
             (&long, abstained(&end)),
@@ -270,13 +297,41 @@ mod tests {
             logprob,
             ..token("[[B]]", &[])
         };
+        let positive = [("[[B]]", 1f64.exp()), ("[[A]]", 3f64.exp())];
         for tokens in [
             vec![odd(f64::NAN)],
             vec![odd(f64::NEG_INFINITY)],
+            vec![odd(f64::INFINITY)],
+            vec![token("[[B]]", &positive)],
             vec![token("nothing", &[])],
         ] {
             assert_eq!(brackets().parse("[[B]]", &tokens), preferred(0.0));
         }
+    }
+
+    #[test]
+    fn white_space_before_a_verdict_does_not_part_its_probability() {
+        let letters = parser("A", "B", "");
+        let spaced = [
+            ("A", 0.25),
+            (" A", 0.25),
+            ("B", 0.125),
+            ("\nB", 0.125),
+            ("b", 0.25),
+        ];
+        for own in ["A", " A"] {
+            let tokens = [token(own, &spaced)];
+            let Verdict::Preference(p) = letters.parse(own, &tokens) else {
+                panic!("{own:?}");
+            };
+            assert!((p.get() - 2.0 / 3.0).abs() < 1e-6, "{own:?}: {}", p.get());
+        }
+        // Within brackets a space is another text.
+        let tokens = [token("[[", &[]), token("A", &spaced), token("]]", &[])];
+        let Verdict::Preference(p) = brackets().parse("[[A]]", &tokens) else {
+            panic!("in brackets");
+        };
+        assert!((p.get() - 2.0 / 3.0).abs() < 1e-6, "{}", p.get());
     }
 
     #[test]

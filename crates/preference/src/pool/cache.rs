@@ -1,8 +1,9 @@
 //! LRU cache of verdicts.
 //!
 //! Caches preferences only: an abstention may not repeat. The key is a digest of the judge's name, its version and the
-//! content of the request, so a new version never returns an old verdict. An antisymmetric judge gets both orders of
-//! two completions as the same request: its verdict is then bit-identical whether or not it comes from the cache.
+//! content of the request, so a new version never returns an old verdict, nor does a remote judge that changed. An
+//! antisymmetric judge gets both orders of two completions as the same request: its verdict is then bit-identical
+//! whether or not it comes from the cache.
 
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, PoisonError};
@@ -58,7 +59,9 @@ impl VerdictCache {
                 key: None,
             };
         };
-        let digest = |request: &ComparisonRequest| request.digest(&judges.name, version.0);
+        let revision = judges.revision();
+        let digest =
+            |request: &ComparisonRequest| request.digest(&judges.name, version.0, revision);
         let key = digest(&request);
         let reversed = judges.is_antisymmetric.then(|| digest(&swapped));
         match reversed.filter(|reversed| reversed.0 < key.0) {
@@ -126,6 +129,7 @@ mod tests {
             name: "rule".into(),
             version: version.map(JudgeVersion),
             is_antisymmetric: false,
+            digest: None,
             replicas: Vec::new(),
         }
     }
@@ -210,6 +214,45 @@ mod tests {
             let lookup = cache.lookup(&judges(Some(1)), &original);
             assert_eq!(cache.put(&lookup, given.clone()), given, "{name}");
             assert_eq!(cached(&cache, &judges(Some(1)), &original), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn verdicts_of_a_remote_judge_that_changed_are_not_returned() {
+        struct Changing(std::sync::atomic::AtomicU64);
+        impl crate::pool::Replica for Changing {
+            fn name(&self) -> &str {
+                "changing"
+            }
+
+            fn revision(&self) -> u64 {
+                self.0.load(std::sync::atomic::Ordering::Relaxed)
+            }
+
+            fn judge<'a>(
+                &'a self,
+                _batch: &'a [ComparisonRequest],
+            ) -> futures_util::future::BoxFuture<
+                'a,
+                Result<Vec<VersionedVerdict>, crate::error::JudgeError>,
+            > {
+                unreachable!("the cache asks no judge")
+            }
+        }
+        let cache = VerdictCache::new(8);
+        let replica = Arc::new(Changing(0.into()));
+        let judges = JudgeReplicas {
+            replicas: vec![Arc::clone(&replica) as Arc<dyn crate::pool::Replica>],
+            ..judges(Some(1))
+        };
+        let original = request(&["a", "b"]);
+        let given = answer(preferred(0.75), 1);
+        cache.put(&cache.lookup(&judges, &original), given.clone());
+        for (revision, expected) in [(0, Some(&given)), (1, None), (0, Some(&given))] {
+            replica
+                .0
+                .store(revision, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(cached(&cache, &judges, &original).as_ref(), expected);
         }
     }
 

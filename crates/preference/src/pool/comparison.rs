@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use messages::{Completion, Dialogue, Digest, Finish, Pair, Prompt};
+use messages::{Completion, Dialogue, Digest, Finish, Pair, Prompt, Purpose};
 use sha2::{Digest as _, Sha256};
 
 use crate::judge::Comparison;
@@ -56,8 +56,14 @@ impl ComparisonRequest {
         }
     }
 
-    /// Digest of everything that a judge may read, and of the judge's name and version.
-    pub(crate) fn digest(&self, judge: &str, version: u64) -> Digest {
+    /// Whether the order of the two completions is random: of a training pair, see
+    /// [`Labeller`](crate::labelling::Labeller), but not of an evaluation, where the policy's completion is the first.
+    pub(crate) fn has_random_order(&self) -> bool {
+        self.pair.prompt.purpose == Purpose::Train
+    }
+
+    /// Digest of everything that a judge may read, and of the judge's name, version and revision.
+    pub(crate) fn digest(&self, judge: &str, version: u64, revision: u64) -> Digest {
         let Comparison {
             prompt,
             first,
@@ -66,6 +72,7 @@ impl ComparisonRequest {
         let mut hasher = RequestHasher(Sha256::new());
         hasher.bytes(judge.as_bytes());
         hasher.integer(version);
+        hasher.integer(revision);
         hasher.prompt(prompt);
         hasher.completion(first);
         hasher.completion(second);
@@ -125,7 +132,7 @@ mod tests {
         let digest = |change: &dyn Fn(&mut Pair)| {
             let mut pair = pair(0, &["ab", "c"]);
             change(&mut pair);
-            ComparisonRequest::new(Arc::new(pair), 0, 1).digest("rule", 1)
+            ComparisonRequest::new(Arc::new(pair), 0, 1).digest("rule", 1, 0)
         };
         let plain = digest(&|_| {});
         type Change = fn(&mut Pair);
@@ -156,16 +163,17 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_distinguishes_judges_versions_and_orders() {
+    fn the_digest_distinguishes_judges_versions_revisions_and_orders() {
         let request = ComparisonRequest::new(Arc::new(pair(0, &["a", "b"])), 0, 1);
         let digests = [
-            request.digest("rule", 1),
-            request.digest("rule", 2),
-            request.digest("gold", 1),
-            request.swapped().digest("rule", 1),
+            request.digest("rule", 1, 0),
+            request.digest("rule", 2, 0),
+            request.digest("gold", 1, 0),
+            request.digest("rule", 1, 1),
+            request.swapped().digest("rule", 1, 0),
         ];
         let distinct: std::collections::HashSet<_> = digests.iter().collect();
-        assert_eq!(distinct.len(), 4);
-        assert_eq!(request.swapped().swapped().digest("rule", 1), digests[0]);
+        assert_eq!(distinct.len(), 5);
+        assert_eq!(request.swapped().swapped().digest("rule", 1, 0), digests[0]);
     }
 }

@@ -18,9 +18,12 @@ use crate::error::{ComparisonError, JudgeError, JudgeErrorKind};
 use crate::judge::Verdict;
 use crate::pool::circuit_breaker::CircuitBreakerLimits;
 use crate::pool::metrics::PoolMetrics;
-use crate::pool::outage::{Outage, OutagePublisher};
+use crate::pool::outage::{Outage, OutageCause, OutagePublisher};
 use crate::pool::replica_set::{ReplicaChoice, ReplicaSet};
 use crate::pool::{ComparisonRequest, JudgeReplicas, PoolSettings, VersionedVerdict};
+
+/// Shortest time between two lines of the log about pauses.
+const PAUSE_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A queued request.
 pub(crate) struct PendingRequest {
@@ -81,6 +84,8 @@ pub(crate) struct Dispatcher {
     /// Number of batches answered so far.
     answered: u64,
     last_failure: String,
+    /// When a pause was logged last.
+    pause_logged: Option<Instant>,
 }
 
 /// A batch with its result.
@@ -121,6 +126,7 @@ impl Dispatcher {
             backing_off: FuturesUnordered::new(),
             answered: 0,
             last_failure: String::new(),
+            pause_logged: None,
         }
     }
 
@@ -246,7 +252,9 @@ impl Dispatcher {
         match verdicts {
             Ok(verdicts) => {
                 self.answered += 1;
-                self.replicas.get_mut(replica).circuit.succeeded();
+                let state = self.replicas.get_mut(replica);
+                state.circuit.succeeded();
+                state.pause.answered();
                 for (request, verdict) in batch.into_iter().zip(verdicts) {
                     request.reply(Ok(verdict));
                 }
@@ -281,12 +289,44 @@ impl Dispatcher {
             JudgeErrorKind::Panicked => state.circuit.open(now),
             JudgeErrorKind::Dead => state.is_dead = true,
         }
-        if let Some(pause) = error.retry_after() {
-            state.pause(now, pause);
-        }
+        let asked = error.retry_after();
+        let is_refused = error.kind() == JudgeErrorKind::RateLimited;
+        let pause = (is_refused || asked.is_some()).then(|| state.pause.begin(now, asked));
         let replica = state.replica.name();
         tracing::debug!(judge = self.judges.name, replica, %error, "a judge failed");
         self.last_failure = format!("{replica}: {error}");
+        if is_refused {
+            self.metrics.rate_limited();
+        }
+        if let Some(pause) = pause {
+            self.log_pause(now, asked, pause);
+        }
+    }
+
+    /// Logs that a replica is paused, after [`Self::last_failure`]; at most one line a minute.
+    fn log_pause(&mut self, now: Instant, asked: Option<Duration>, pause: Duration) {
+        let is_recent = |logged: Instant| now - logged < PAUSE_LOG_INTERVAL;
+        if self.pause_logged.is_some_and(is_recent) {
+            return;
+        }
+        self.pause_logged = Some(now);
+        let (judge, failure) = (&self.judges.name, &self.last_failure);
+        let pause_seconds = pause.as_secs_f64();
+        match asked.map(|asked| asked.as_secs_f64()) {
+            Some(retry_after_seconds) => tracing::warn!(
+                judge,
+                failure,
+                retry_after_seconds,
+                pause_seconds,
+                "the judge asks for a pause"
+            ),
+            None => tracing::warn!(
+                judge,
+                failure,
+                pause_seconds,
+                "the judge refuses requests and is paused"
+            ),
+        }
     }
 
     /// Queues the request for another attempt, or fails it when its retries are used up.
@@ -367,16 +407,24 @@ impl Dispatcher {
 
     fn publish_outage(&mut self) {
         let now = Instant::now();
-        let outage = self.replicas.all_open().then(|| Outage {
+        let cause = if self.replicas.all_open() {
+            Some(OutageCause::CircuitOpen)
+        } else {
+            let is_paused = self.replicas.all_paused(now);
+            is_paused.then_some(OutageCause::Paused)
+        };
+        let outage = cause.map(|cause| Outage {
+            cause,
             reason: self.last_failure.clone(),
             probe_at: self.replicas.probe_at(now),
         });
-        let Some(begins) = self.outages.publish(outage) else {
+        let Some(change) = self.outages.publish(outage) else {
             return;
         };
-        self.metrics.circuit(begins);
+        let open = Some(OutageCause::CircuitOpen);
+        self.metrics.circuit(change.after == open);
         let (judge, failure) = (&self.judges.name, &self.last_failure);
-        if begins {
+        if change.after == open {
             let waiting = self.waiting.len() + self.backing_off.len();
             tracing::error!(
                 judge,
@@ -384,7 +432,7 @@ impl Dispatcher {
                 waiting,
                 "every circuit breaker of the judge is open"
             );
-        } else {
+        } else if change.before == open && change.after.is_none() {
             tracing::info!(judge, "the judge answers again");
         }
     }

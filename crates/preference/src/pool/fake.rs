@@ -128,6 +128,7 @@ pub(crate) fn judges(replicas: impl IntoIterator<Item = FakeReplica>) -> JudgeRe
         name: "fake".into(),
         version: Some(JudgeVersion(7)),
         is_antisymmetric: false,
+        digest: None,
         replicas: replicas.into_iter().map(replica).collect(),
     }
 }

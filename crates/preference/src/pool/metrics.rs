@@ -25,6 +25,7 @@ struct PoolStatistics {
     order_inconsistency: RecentMean,
     timeouts: u64,
     retries: u64,
+    rate_limited: u64,
     abstained: u64,
     cache_hits: u64,
     queue: Option<usize>,
@@ -46,6 +47,7 @@ impl PoolMetrics {
         let initial = [
             "judge/timeouts",
             "judge/retries",
+            "judge/rate_limited",
             "judge/abstained",
             "judge/cache_hits",
             "health/judge_circuit_open",
@@ -85,6 +87,15 @@ impl PoolMetrics {
 
     pub(crate) fn retried(&self) {
         self.count("judge/retries", &mut self.statistics().retries);
+    }
+
+    pub(crate) fn rate_limited(&self) {
+        self.count("judge/rate_limited", &mut self.statistics().rate_limited);
+    }
+
+    /// Records the mean preference for the completion that is shown first, less ½.
+    pub(crate) fn order_bias(&self, bias: f64) {
+        self.publish("judge/order_bias", bias);
     }
 
     pub(crate) fn cache_hit(&self) {
@@ -200,6 +211,8 @@ mod tests {
                 metrics.preference(&both(0.25, 0.25), Duration::ZERO);
                 metrics.preference(&preference(abstained("why"), None), Duration::ZERO);
                 (0..2).for_each(|_| metrics.retried());
+                (0..4).for_each(|_| metrics.rate_limited());
+                metrics.order_bias(0.25);
                 metrics.timed_out();
                 (0..3).for_each(|_| metrics.cache_hit());
                 metrics.queue(5);
@@ -216,6 +229,8 @@ mod tests {
             ("agon_judge_latency_seconds_count", "5"),
             ("agon_judge_abstained", "1"),
             ("agon_judge_retries", "2"),
+            ("agon_judge_rate_limited", "4"),
+            ("agon_judge_order_bias", "0.25"),
             ("agon_judge_timeouts", "1"),
             ("agon_judge_cache_hits", "3"),
             ("agon_judge_queue", "5"),

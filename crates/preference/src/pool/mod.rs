@@ -15,9 +15,11 @@ mod dispatcher;
 #[cfg(test)]
 pub(crate) mod fake;
 mod metrics;
+mod order_bias;
 mod order_swap;
 mod outage;
 mod replica;
+mod replica_pause;
 mod replica_set;
 mod settings;
 #[cfg(test)]
@@ -31,14 +33,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout};
 
 use crate::error::ComparisonError;
+use crate::judge::Verdict;
 use cache::VerdictCache;
 use dispatcher::{Dispatcher, PendingRequest};
 use metrics::PoolMetrics;
+use order_bias::OrderBiasMonitor;
 use outage::OutagePublisher;
 
 pub use comparison::ComparisonRequest;
 pub use order_swap::{Orders, Preference};
-pub use outage::Outage;
+pub use outage::{Outage, OutageCause};
 pub use replica::{JudgeReplicas, Rebuild, Replica, VersionedVerdict};
 pub use settings::PoolSettings;
 
@@ -54,6 +58,7 @@ struct PoolInner {
     admission: Arc<Semaphore>,
     cache: VerdictCache,
     metrics: Arc<PoolMetrics>,
+    order_bias: OrderBiasMonitor,
     outages: OutagePublisher,
     current: Mutex<Arc<Generation>>,
 }
@@ -88,6 +93,7 @@ impl JudgePool {
                 admission: Arc::new(Semaphore::new(settings.max_queue.max(1))),
                 cache: VerdictCache::new(settings.cache_size),
                 metrics,
+                order_bias: OrderBiasMonitor::default(),
                 outages,
                 current: Mutex::new(Arc::new(generation)),
             }),
@@ -118,6 +124,17 @@ impl JudgePool {
     #[must_use]
     pub fn version(&self) -> Option<messages::JudgeVersion> {
         self.inner.current().judges.version
+    }
+
+    /// Digest of what determines the judge's verdicts, where it is known.
+    #[must_use]
+    pub fn digest(&self) -> Option<messages::Digest> {
+        self.inner.current().judges.digest
+    }
+
+    /// Whether p(first ≻ second) = 1 − p(second ≻ first) by construction.
+    pub(crate) fn is_antisymmetric(&self) -> bool {
+        self.inner.current().judges.is_antisymmetric
     }
 
     /// Settings of the pool.
@@ -190,7 +207,7 @@ impl JudgePool {
             let outage = inner.outages.current();
             Err(ComparisonError::TimedOut {
                 timeout: limit,
-                reason: outage.map(|outage| outage.reason),
+                reason: outage.map(|outage| outage.to_string()),
             })
         })
     }
@@ -243,6 +260,9 @@ impl PoolInner {
         let one_order = orders == Orders::One || generation.judges.is_antisymmetric;
         let preference = if one_order {
             let verdict = self.verdict(generation, request, permit()).await?;
+            if request.has_random_order() {
+                self.observe_order(&generation.judges, &[&verdict.verdict]);
+            }
             Preference::one_sided(verdict, margins)
         } else {
             let swapped = request.swapped();
@@ -250,10 +270,22 @@ impl PoolInner {
                 self.verdict(generation, request, permit()),
                 self.verdict(generation, &swapped, permit()),
             )?;
+            let verdicts = [&forward.verdict, &backward.verdict];
+            self.observe_order(&generation.judges, &verdicts);
             Preference::two_sided(forward, backward, margins)
         };
         self.metrics.preference(&preference, start.elapsed());
         Ok(preference)
+    }
+
+    /// Measures the order bias with verdicts on a random order, or on both.
+    fn observe_order(&self, judges: &JudgeReplicas, verdicts: &[&Verdict]) {
+        if judges.is_antisymmetric {
+            return;
+        }
+        if let Some(bias) = self.order_bias.observe(&judges.name, verdicts) {
+            self.metrics.order_bias(bias);
+        }
     }
 
     /// Verdict on a request in its own order, from the cache or from a replica.

@@ -16,7 +16,7 @@ pub enum Orders {
 }
 
 impl Orders {
-    /// Orders for a pair of this purpose. With `auto`, training uses one: the first completion is random, so position
+    /// Orders for a pair of this purpose. With `auto`, training uses one: the first completion is drawn, so position
     /// bias averages out. Evaluation uses both: the first completion is always the policy's.
     #[must_use]
     pub fn of(setting: OrdersSetting, purpose: Purpose) -> Self {
@@ -61,6 +61,20 @@ pub(crate) struct Margins {
 }
 
 impl Preference {
+    /// The preference for the second completion over the first.
+    #[must_use]
+    pub(crate) fn swapped(self) -> Self {
+        Self {
+            verdict: match self.verdict {
+                Verdict::Preference(p) => Verdict::Preference(p.complement()),
+                abstained @ Verdict::Abstained { .. } => abstained,
+            },
+            version: self.version,
+            estimates: self.estimates.map(|both| both.map(Probability::complement)),
+            scores: self.scores.map(|[first, second]| [second, first]),
+        }
+    }
+
     /// |p − (1 − p′)|, the difference between both orders, from 0 to 1.
     #[must_use]
     pub fn order_gap(&self) -> Option<f32> {
@@ -171,6 +185,21 @@ mod tests {
             );
             assert_eq!(preference.version, JudgeVersion(3));
         }
+    }
+
+    #[test]
+    fn a_swapped_preference_is_the_other_completions() {
+        let preference = Preference {
+            scores: Some([1.0, 2.0]),
+            ..two_sided(0.75, 0.375, PLAIN)
+        };
+        let swapped = preference.clone().swapped();
+        assert_eq!(swapped.verdict, preferred(0.3125));
+        assert_eq!(swapped.scores, Some([2.0, 1.0]));
+        assert_eq!(swapped.order_gap(), preference.order_gap());
+        assert_eq!(swapped.swapped(), preference);
+        let abstention = Preference::one_sided(answer(abstained("no")), PLAIN);
+        assert_eq!(abstention.clone().swapped(), abstention);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
-use messages::JudgeVersion;
+use messages::{Digest, JudgeVersion};
 
 use crate::error::{JudgeError, PreferenceError};
 use crate::judge::{Judge, Verdict};
@@ -23,6 +23,12 @@ pub trait Replica: Send + Sync {
     /// Largest batch, at least 1 request.
     fn max_batch(&self) -> usize {
         usize::MAX
+    }
+
+    /// Number that changes when another judge answers under the same version, which a remote judge may do: verdicts of
+    /// one revision are not cached for another.
+    fn revision(&self) -> u64 {
+        0
     }
 
     /// One verdict for every request of `batch`, in its order. Dropping the future abandons the batch.
@@ -68,6 +74,9 @@ pub struct JudgeReplicas {
     pub version: Option<JudgeVersion>,
     /// Whether p(first ≻ second) = 1 − p(second ≻ first) by construction.
     pub is_antisymmetric: bool,
+    /// Digest of what determines the verdicts of this version, for clients of the HTTP service; `None` where it is not
+    /// known.
+    pub digest: Option<Digest>,
     /// At least one replica.
     pub replicas: Vec<Arc<dyn Replica>>,
 }
@@ -99,7 +108,15 @@ impl JudgeReplicas {
             name,
             version: Some(version),
             is_antisymmetric,
+            digest: None,
             replicas: replicas.collect::<Result<_, PreferenceError>>()?,
         })
+    }
+
+    /// Revision of all replicas, which share it.
+    pub(crate) fn revision(&self) -> u64 {
+        self.replicas
+            .first()
+            .map_or(0, |replica| replica.revision())
     }
 }

@@ -1,15 +1,12 @@
 //! State of every replica of a judge, and the choice of one for the next batch.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::pool::Replica;
 use crate::pool::circuit_breaker::{Admission, CircuitBreaker, CircuitBreakerLimits};
-
-/// Upper bound of a pause that a replica requests.
-const MAX_PAUSE: Duration = Duration::from_secs(600);
+use crate::pool::replica_pause::ReplicaPause;
 
 /// A replica with its circuit breaker and load.
 pub(crate) struct ReplicaState {
@@ -19,7 +16,8 @@ pub(crate) struct ReplicaState {
     pub(crate) in_flight: usize,
     /// Whether it will never answer again.
     pub(crate) is_dead: bool,
-    paused_until: Option<Instant>,
+    /// The pause that it asked for.
+    pub(crate) pause: ReplicaPause,
 }
 
 /// All replicas of a judge.
@@ -44,7 +42,7 @@ impl ReplicaState {
         if self.is_dead || self.in_flight >= self.replica.concurrency().max(1) {
             return Err(None);
         }
-        if let Some(until) = self.paused_until.filter(|&until| until > now) {
+        if let Some(until) = self.pause.until(now) {
             return Err(Some(until));
         }
         match self.circuit.admission(now) {
@@ -55,17 +53,12 @@ impl ReplicaState {
         }
     }
 
-    /// Sends it nothing for `pause`, at most [`MAX_PAUSE`].
-    pub(crate) fn pause(&mut self, now: Instant, pause: Duration) {
-        self.paused_until = Some(now + pause.min(MAX_PAUSE));
-    }
-
     fn is_usable(&self) -> bool {
         !self.is_dead && !self.circuit.is_open()
     }
 
     fn is_paused(&self, now: Instant) -> bool {
-        self.paused_until.is_some_and(|until| until > now)
+        self.pause.until(now).is_some()
     }
 }
 
@@ -76,7 +69,7 @@ impl ReplicaSet {
             circuit: CircuitBreaker::new(limits),
             in_flight: 0,
             is_dead: false,
-            paused_until: None,
+            pause: ReplicaPause::default(),
         };
         Self {
             replicas: replicas.iter().map(state).collect(),
@@ -134,17 +127,27 @@ impl ReplicaSet {
         !self.replicas.iter().any(ReplicaState::is_usable)
     }
 
+    /// Whether every replica that is usable has asked for a pause.
+    pub(crate) fn all_paused(&self, now: Instant) -> bool {
+        let mut usable = self.replicas.iter().filter(|replica| replica.is_usable());
+        usable.all(|replica| replica.is_paused(now))
+    }
+
     /// Whether every replica is dead.
     pub(crate) fn all_dead(&self) -> bool {
         self.replicas.iter().all(|replica| replica.is_dead)
     }
 
-    /// First instant at which an open circuit breaker admits a probe; `now` when a probe is due or in flight.
+    /// First instant at which a pause ends or an open circuit breaker admits a probe; `now` when one is due or in
+    /// flight.
     pub(crate) fn probe_at(&self, now: Instant) -> Instant {
         let alive = self.replicas.iter().filter(|replica| !replica.is_dead);
-        let at = alive.map(|replica| match replica.circuit.admission(now) {
-            Admission::RetryAt(until) => until,
-            Admission::Allow | Admission::Probe | Admission::Wait => now,
+        let at = alive.map(|replica| {
+            let admitted = match replica.circuit.admission(now) {
+                Admission::RetryAt(until) => until,
+                Admission::Allow | Admission::Probe | Admission::Wait => now,
+            };
+            replica.pause.until(now).unwrap_or(now).max(admitted)
         });
         at.min().unwrap_or(now)
     }
@@ -152,6 +155,8 @@ impl ReplicaSet {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::pool::fake::FakeReplica;
 
@@ -223,9 +228,12 @@ mod tests {
         let now = Instant::now();
         let mut replicas = replicas(3);
         replicas.get_mut(0).circuit.failed(now);
-        replicas.get_mut(1).pause(now, Duration::from_secs(2));
+        let pause = &mut replicas.get_mut(1).pause;
+        pause.begin(now, Some(Duration::from_secs(2)));
         replicas.get_mut(2).is_dead = true;
         assert!(!replicas.all_open(), "the second is only paused");
+        assert!(replicas.all_paused(now));
+        assert_eq!(replicas.probe_at(now), now + Duration::from_secs(2));
         let soon = now + Duration::from_secs(2);
         assert_eq!(
             replicas.choose(now, None),
@@ -258,7 +266,9 @@ mod tests {
             "the other is full"
         );
         assert_eq!(send_batch(&mut replicas, now, None), Some(0));
-        replicas.get_mut(1).pause(now, Duration::from_secs(1));
+        let pause = &mut replicas.get_mut(1).pause;
+        pause.begin(now, Some(Duration::from_secs(1)));
+        assert!(!replicas.all_paused(now), "one of two");
         assert_eq!(
             send_batch(&mut replicas, now, Some(0)),
             Some(0),
@@ -270,17 +280,5 @@ mod tests {
         replicas.get_mut(1).is_dead = true;
         assert!(!replicas.has_other(0, resumed));
         assert_eq!(send_batch(&mut replicas, resumed, Some(0)), Some(0));
-    }
-
-    #[test]
-    fn pauses_are_bounded() {
-        let now = Instant::now();
-        let mut replicas = replicas(1);
-        replicas.get_mut(0).pause(now, Duration::MAX);
-        let until = now + MAX_PAUSE;
-        assert_eq!(
-            replicas.choose(now, None),
-            ReplicaChoice::Unavailable { until: Some(until) }
-        );
     }
 }

@@ -246,14 +246,86 @@ async fn a_permanent_failure_is_an_abstention_of_that_request_alone() {
 
 #[tokio::test(start_paused = true)]
 async fn a_rate_limited_replica_is_paused_without_using_up_retries() {
-    let rate_limited = || JudgeError::rate_limited("too many requests", 7 * SECOND);
+    let rate_limited =
+        || JudgeError::rate_limited("too many requests").with_retry_after(7 * SECOND);
     let replica = FakeReplica::failing((0..10).map(|_| rate_limited()));
     let pool = pool([replica], settings());
     let start = Instant::now();
     let actual = verdicts(&pool, &requests(1)).await;
     assert_eq!(actual, [Ok(preferred(0.5))]);
     assert_eq!(start.elapsed(), 70 * SECOND);
-    assert_eq!(*pool.outage().borrow(), None, "it responds");
+    assert_eq!(*pool.outage().borrow(), None, "it answers");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_judge_that_refuses_every_request_is_named_and_asked_less_often() {
+    let replica = FakeReplica::new(|_| Err(JudgeError::rate_limited("quota exceeded")));
+    let batches = replica.batches();
+    let pool = pool([replica], settings());
+    let mut outage = pool.outage();
+    let all = requests(1);
+    let late = pool.compare_within(600 * SECOND, &all, Orders::One);
+    let watching = async {
+        let outage = outage.wait_for(Option::is_some).await;
+        outage.expect("the pool lives").clone().expect("an outage")
+    };
+    let (late, outage) = tokio::join!(late, watching);
+    assert_eq!(outage.cause, OutageCause::Paused);
+    assert_eq!(outage.wait_reason(), "a judge: it asks for a pause");
+    assert_eq!(
+        late.expect_err("no verdict").to_string(),
+        "no answer within 600 s: the judge asks for a pause (fake: quota exceeded)"
+    );
+    // After 1, 3, 7, 15, 31 and 63 s, then once a minute.
+    assert_eq!(batches.sizes().len(), 15);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_order_bias_is_measured_in_training_and_in_both_orders() {
+    let evaluation = |index: usize| {
+        let mut pair = crate::judge::fake::pair(0, &[&index.to_string(), "other"]);
+        pair.prompt.purpose = messages::Purpose::Evaluate;
+        ComparisonRequest::new(Arc::new(pair), 0, 1)
+    };
+    let training = requests(40);
+    let evaluations: Vec<_> = (0..40).map(evaluation).collect();
+    for (name, requests, orders, is_antisymmetric, expected) in [
+        ("in training", &training, Orders::One, false, Some("0.25")),
+        (
+            "in both orders",
+            &evaluations,
+            Orders::Both,
+            false,
+            Some("0.25"),
+        ),
+        ("the policy's first", &evaluations, Orders::One, false, None),
+        ("by construction", &training, Orders::Both, true, None),
+    ] {
+        let biased = FakeReplica::new(|batch| Ok(vec![preferred(0.75); batch.len()]));
+        let recording = telemetry::Exporter::recorder_only();
+        let pool = JudgePool::new(
+            JudgeReplicas {
+                is_antisymmetric,
+                ..judges([biased])
+            },
+            settings(),
+        );
+        let mut comparing = Box::pin(pool.compare_all(requests, orders));
+        let done = std::future::poll_fn(|context| {
+            let mut poll = None;
+            recording.during(|| poll = Some(comparing.as_mut().poll(context)));
+            poll.expect("it was polled")
+        });
+        done.await;
+        let line = expected.map(|bias| {
+            format!("agon_judge_order_bias{{role=\"preference\",judge=\"fake\"}} {bias}")
+        });
+        let page = recording.render();
+        let found = page
+            .lines()
+            .find(|l| l.starts_with("agon_judge_order_bias{"));
+        assert_eq!(found.map(str::to_owned), line, "{name}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -202,7 +202,7 @@ fn sample_pairs(
     while !sampler.is_idle() {
         anyhow::ensure!(
             !cancel.is_cancelled(),
-            "interrupted while generating annotated pairs; begin again"
+            "interrupted while generating annotated pairs; start again"
         );
         for group in sampler.step()? {
             let [first, second] = <[Completion; 2]>::try_from(group.completions)

@@ -20,7 +20,7 @@ use super::*;
 use crate::error::ComparisonError;
 use crate::judge::Verdict;
 use crate::judge::chat::tests::settings;
-use crate::judge::fake::{abstained, pair, preferred};
+use crate::judge::fake::{abstained, message_limits, pair, preferred};
 use crate::pool::fake::{request, settings as pool_settings};
 use crate::pool::{JudgePool, Orders, PoolSettings};
 use crate::run::{PreferenceService, PreferenceServiceParts};
@@ -245,6 +245,26 @@ async fn transient_failures_are_retried_and_bad_requests_are_not() {
 }
 
 #[tokio::test]
+async fn verdicts_of_the_model_before_a_change_are_not_taken_from_the_cache() {
+    let server = FakeOpenAi::start(|before, _| {
+        let model = if before == 0 { "m-1" } else { "m-2" };
+        let message = json!({"role": "assistant", "content": "[[A]]"});
+        Json(json!({"model": model, "choices": [{"message": message}]})).into_response()
+    })
+    .await;
+    let cached = PoolSettings {
+        cache_size: 8,
+        ..pool_settings()
+    };
+    let judges = JudgeReplicas::chat(&endpoints(&[server.url()]), &settings()).expect("clients");
+    let pool = JudgePool::new(judges, cached);
+    for (first, requests) in [("a", 1), ("a", 1), ("b", 2), ("a", 3), ("a", 3), ("b", 4)] {
+        assert_eq!(verdict(&pool, first, "-").await, Ok(preferred(1.0)));
+        assert_eq!(server.requests.lock().unwrap().len(), requests, "{first}");
+    }
+}
+
+#[tokio::test]
 async fn no_request_is_lost_when_a_replica_dies() {
     let [dying, living] = [
         FakeOpenAi::start(|_, _| reply("[[A]]")).await,
@@ -292,6 +312,8 @@ async fn with_all_endpoints_unreachable_the_service_waits_until_one_returns() {
         gold: None,
         orders: OrdersSetting::One,
         pairs: pairs_receiver,
+        limits: message_limits(2),
+        weight_store: transport::WeightStore::default(),
         labelled,
         drops,
         counters: Arc::clone(&counters),
