@@ -1,8 +1,9 @@
-//! Numerical divergence: non-finite values are neither trained on nor published.
+//! Numerical divergence: values that are not finite, or far beyond the run's past, are neither trained on, published nor
+//! saved.
 
 use std::fs;
 
-use system_tests::{Sandbox, number, report, tiny_bandit};
+use system_tests::{Sandbox, number, report, tiny_bandit, tiny_playground};
 
 /// Runs a bandit for twelve steps with these settings changed, in the run directory `run`.
 fn bandit(sandbox: &Sandbox, sets: &[&str]) -> system_tests::ProcessOutput {
@@ -47,7 +48,7 @@ fn non_finite_weights_are_not_published_and_cause_a_rollback() {
     ];
     let says = [
         "the weights are not finite",
-        "going back to the last checkpoint",
+        "rolling back to the last checkpoint",
         "diverged",
     ];
     let output = bandit(&sandbox, &sets).check(4, &says).without_panic();
@@ -56,6 +57,45 @@ fn non_finite_weights_are_not_published_and_cause_a_rollback() {
         "an actor received them: {}",
         output.stderr
     );
+}
+
+#[test]
+fn huge_weights_are_divergence_and_the_run_can_be_resumed() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
+    for rate in ["1e10", "1e4"] {
+        let name = format!("run-{rate}");
+        let rate = format!("learner.learning_rate={rate}");
+        let sets = ["learner.steps=12", "learner.save_steps=1", &rate];
+        let output = sandbox.run(&tiny_playground(&sandbox.path(&name), &sets));
+        let says = [
+            "far beyond the run's past",
+            "rolling back to the last checkpoint",
+            "diverged",
+        ];
+        let output = output.check(4, &says).without_panic();
+        assert!(
+            !output.stderr.contains("the logits of a token"),
+            "{}",
+            output.stderr
+        );
+    }
+    // Whatever was saved meanwhile is usable.
+    fs::rename(sandbox.path("run-1e10"), &run).expect("a run");
+    let mut resume = tiny_playground(&run, &["learner.steps=12"]);
+    resume.push("--resume".into());
+    sandbox.run(&resume).succeeded();
+    assert_eq!(report(&run)["steps"], 12);
+}
+
+#[test]
+fn supervised_fine_tuning_reports_divergence() {
+    let sandbox = Sandbox::new();
+    let sets = ["sft.learning_rate=1e10"];
+    sandbox
+        .run(&tiny_playground(&sandbox.path("run"), &sets))
+        .check(4, &["diverged", "lower sft.learning_rate"])
+        .without_panic();
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! A full disk during a save loses only the checkpoint that is being written.
+//! Full disks and unread output: a full disk during a save loses only the checkpoint that is being written, and one
+//! behind the log, or a log that nobody reads, nothing.
 
 use std::{
     collections::BTreeMap,
@@ -7,7 +8,9 @@ use std::{
     process::Command,
 };
 
-use system_tests::{Sandbox, agon_binary, report, tiny_playground};
+use system_tests::{
+    RunningProcess, Sandbox, agon_binary, number, report, steps, tiny_bandit, tiny_playground,
+};
 
 /// Maximum file size in KiB: enough for metrics and logs, too small for the weights.
 const LIMIT_KIB: u32 = 48;
@@ -69,15 +72,55 @@ fn a_failed_save_leaves_earlier_checkpoints_unchanged() {
     ];
     output.check(1, &says);
     // Unchanged byte for byte, without unfinished files.
-    assert!(before == contents(&checkpoints), "the checkpoints changed");
+    let lineage = checkpoints.join("lineage.json");
+    let without_lineage = |mut contents: BTreeMap<PathBuf, Vec<u8>>| {
+        contents.remove(&lineage);
+        contents
+    };
+    let (before, now) = (
+        without_lineage(before),
+        without_lineage(contents(&checkpoints)),
+    );
+    assert!(before == now, "the checkpoints changed");
     let names: Vec<_> = fs::read_dir(&checkpoints)
         .expect("the folder exists")
         .map(|entry| entry.expect("a directory entry").file_name())
-        .filter(|name| !name.to_string_lossy().starts_with("step_"))
+        .filter(|name| !name.to_string_lossy().starts_with("step_") && name != "lineage.json")
         .collect();
     assert!(names.is_empty(), "left behind: {names:?}");
 
     sandbox.run(&more).succeeded();
     assert_eq!(report(&run)["steps"], 6);
     assert!(checkpoints.join("step_6/model.safetensors").exists());
+}
+
+/// Starts a bandit through this shell script, which has the program and its arguments as `$0` and `$@`.
+fn through_shell(sandbox: &Sandbox, script: &str, sets: &[&str]) -> RunningProcess {
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(agon_binary());
+    command.args(tiny_bandit(&sandbox.path("run"), sets));
+    sandbox.start_command(command)
+}
+
+#[test]
+fn a_full_disk_behind_the_log_takes_nothing_from_a_run() {
+    let sandbox = Sandbox::new();
+    let script = "exec \"$0\" \"$@\" > /dev/full 2>&1";
+    through_shell(&sandbox, script, &["learner.steps=5"])
+        .wait()
+        .check(0, &[]);
+    assert_eq!(report(&sandbox.path("run"))["finished"], true);
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
+    // The pipe is open and full, and nobody reads it.
+    let script = "mkfifo pipe; exec 3<> pipe; head -c 65536 /dev/zero >&3; exec \"$0\" \"$@\" 2>&3";
+    let mut running = through_shell(&sandbox, script, &["learner.steps=1000000"]);
+    running.until("its first steps", || (steps(&run).len() > 2).then_some(()));
+    running.terminate();
+    running.wait().check(5, &[]);
+    assert!(number(&report(&run), "/steps") > 2.0);
 }

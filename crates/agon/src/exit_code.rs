@@ -17,6 +17,8 @@ use settings::SettingsError;
 use telemetry::printable;
 use transport::TransportError;
 
+use crate::cluster::membership::RefusedRecord;
+
 /// The documented exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Code {
@@ -131,9 +133,10 @@ fn code_of(cause: &(dyn Error + 'static)) -> Option<Code> {
 }
 
 /// One downcast for each classified error type.
-const CLASSES: [fn(&(dyn Error + 'static)) -> Option<ErrorClass>; 12] = [
+const CLASSES: [fn(&(dyn Error + 'static)) -> Option<ErrorClass>; 13] = [
     class_of::<SettingsError>,
     class_of::<UsageError>,
+    class_of::<RefusedRecord>,
     class_of::<Resource>,
     class_of::<LearnerError>,
     class_of::<TransportError>,

@@ -2,7 +2,7 @@
 
 use std::{fmt::Debug, io};
 
-use telemetry::{printable_line, takes_ansi};
+use telemetry::{StandardError, printable_line, takes_ansi};
 use tracing_subscriber::{
     EnvFilter,
     field::MakeExt,
@@ -19,7 +19,8 @@ pub(crate) fn start() {
     });
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        // A log that nobody reads stops nothing.
+        .with_writer(|| StandardError)
         // Internal errors would go to standard error and panic if that is closed.
         .log_internal_errors(false)
         .with_ansi(takes_ansi(&io::stderr()))

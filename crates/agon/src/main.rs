@@ -24,8 +24,9 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use cli::{
-    actor, bench, check, doctor, eval, export, fit_preference, generate, golden, learner,
-    manifests, metrics, nats_watchdog, preference, samples, score, sft, status, train, view,
+    actor, bench, check, doctor, eval, export, fit_preference, generate, golden, learner, licenses,
+    manifests, metrics, nats_config, nats_watchdog, preference, samples, score, sft, status, train,
+    view,
 };
 use exit_code::UsageError;
 
@@ -50,6 +51,7 @@ enum AgonCommand {
     Preference(preference::Arguments),
     Status(status::Arguments),
     Manifests(manifests::Arguments),
+    NatsConfig(nats_config::Arguments),
     Sft(sft::Arguments),
     FitPreference(fit_preference::Arguments),
     Eval(eval::Arguments),
@@ -60,6 +62,7 @@ enum AgonCommand {
     Samples(samples::Arguments),
     Report(cli::report::Arguments),
     Metrics(metrics::Arguments),
+    Licenses(licenses::Arguments),
     Check(check::Arguments),
     Doctor(doctor::Arguments),
     Export(export::Arguments),
@@ -104,6 +107,7 @@ fn run(command: AgonCommand) -> anyhow::Result<ExitCode> {
         AgonCommand::Actor(arguments) => actor::run(&arguments),
         AgonCommand::Status(arguments) => status::run(&arguments),
         AgonCommand::Manifests(arguments) => manifests::run(&arguments),
+        AgonCommand::NatsConfig(arguments) => nats_config::run(&arguments),
         AgonCommand::Preference(arguments) => preference::run(&arguments),
         AgonCommand::Sft(arguments) => sft::run(&arguments),
         AgonCommand::FitPreference(arguments) => fit_preference::run(&arguments),
@@ -115,6 +119,7 @@ fn run(command: AgonCommand) -> anyhow::Result<ExitCode> {
         AgonCommand::Samples(arguments) => samples::run(&arguments),
         AgonCommand::Report(arguments) => cli::report::run(&arguments),
         AgonCommand::Metrics(arguments) => metrics::run(&arguments),
+        AgonCommand::Licenses(arguments) => licenses::run(&arguments),
         AgonCommand::Check(arguments) => check::run(&arguments),
         AgonCommand::Doctor(arguments) => doctor::run(&arguments),
         AgonCommand::Export(arguments) => export::run(&arguments),

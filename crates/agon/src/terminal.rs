@@ -1,7 +1,10 @@
 //! Output to the terminal or a pipe, without panics. `println!` and `eprintln!` panic when the reader has closed,
-//! which would end the printing task: a run whose terminal was closed could then no longer be stopped.
+//! which would end the printing task: a run whose terminal was closed could then no longer be stopped. What is written
+//! to standard error never waits for a reader that does not read.
 
 use std::{fmt, io, io::Write};
+
+use telemetry::StandardError;
 
 /// Writes a line to standard output; a closed pipe is not an error.
 ///
@@ -17,7 +20,7 @@ pub(crate) fn line(text: fmt::Arguments<'_>) -> io::Result<()> {
 
 /// Writes a line to standard error; failures are ignored.
 pub(crate) fn note(text: fmt::Arguments<'_>) {
-    drop(writeln!(io::stderr().lock(), "{text}"));
+    StandardError::line(text);
 }
 
 /// [`line()`](crate::terminal::line) of a format string; evaluates to its `io::Result`.

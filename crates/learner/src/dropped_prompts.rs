@@ -7,9 +7,13 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use messages::{DropReason, Dropped};
+use telemetry::printable_line;
 use tokio::time::Instant;
 
 use crate::trainer::PolicySamples;
+
+/// Longest explanation of a drop that is shown, in characters: it comes from another process.
+const MAX_DETAIL_CHARS: usize = 300;
 
 /// Counts of dropped prompts.
 #[derive(Debug)]
@@ -73,17 +77,19 @@ impl DroppedPrompts {
     }
 
     /// Counts a pair that the learner itself dropped.
-    pub(crate) fn count_pair(&mut self, reason: DropReason) {
-        if matches!(reason, DropReason::Stale | DropReason::Poisoned) {
+    pub(crate) fn count_pair(&mut self, reason: DropReason, detail: &str) {
+        if matches!(reason, DropReason::Stale | DropReason::Invalid) {
             self.since_step.unknown += 1;
         }
-        self.count(reason, "");
+        self.count(reason, detail);
     }
 
     fn count(&mut self, reason: DropReason, detail: &str) {
+        let detail: String = detail.chars().take(MAX_DETAIL_CHARS).collect();
+        let detail = printable_line(&detail);
         let drops = self.since_progress.entry(reason).or_default();
         drops.count += 1;
-        detail.clone_into(&mut drops.detail);
+        drops.detail = detail.clone().into_owned();
         let is_unlabelled = matches!(reason, DropReason::Failed | DropReason::Abstained);
         if is_unlabelled && !self.has_warned {
             self.has_warned = true;
@@ -206,11 +212,11 @@ mod tests {
         assert_eq!(dropped.take_step().mean_log_ratio(samples, 2), None);
         for (reason, mean) in [
             (DropReason::Stale, None),
-            (DropReason::Poisoned, None),
+            (DropReason::Invalid, None),
             (DropReason::Duplicate, Some(0.5)),
             (DropReason::Superseded, Some(0.5)),
         ] {
-            dropped.count_pair(reason);
+            dropped.count_pair(reason, "");
             assert_eq!(dropped.take_step().mean_log_ratio(samples, 2), mean);
         }
     }
@@ -233,6 +239,12 @@ mod tests {
         assert_eq!(dropped.to_string(), listed);
         dropped.extend_deadline();
         assert_eq!(dropped.to_string(), listed);
+        dropped.count(DropReason::Abstained, &"\u{1b}\n".repeat(9000));
+        let shown = dropped.to_string();
+        assert!(
+            shown.contains("\\u{1b}\\n") && shown.len() < 3000,
+            "{shown}"
+        );
         dropped.restart_deadline();
         assert!(dropped.deadline(3) >= deadline);
         assert_eq!(dropped.to_string(), "");

@@ -21,6 +21,9 @@ pub enum LearnerError {
     /// A thread panicked.
     #[error("the trainer thread ended unexpectedly (it panicked; see the log)")]
     ThreadPanicked,
+    /// The task that uploads weights panicked.
+    #[error("the upload of weights ended unexpectedly (it panicked; see the log)")]
+    UploadPanicked,
     /// The trainer thread cannot be started.
     #[error("failed to start the trainer thread: {0}")]
     Thread(std::io::Error),
@@ -51,6 +54,36 @@ pub enum LearnerError {
         /// Reason.
         reason: String,
     },
+    /// A checkpoint is not whole, or of another build.
+    #[error(
+        "the checkpoint {path} cannot be resumed: {reason}; --resume=auto takes the newest whole one, --resume=FOLDER another"
+    )]
+    DamagedCheckpoint {
+        /// Path of its folder.
+        path: PathBuf,
+        /// Reason.
+        reason: String,
+    },
+    /// A run has no checkpoint that it could be resumed from.
+    #[error(
+        "the run in {directory} cannot be resumed, and it has begun, so it does not start again from nothing: {reason}; name a checkpoint with --resume=FOLDER, or start a new run in another directory"
+    )]
+    NoWholeCheckpoint {
+        /// Run directory.
+        directory: PathBuf,
+        /// What is there instead.
+        reason: String,
+    },
+    /// A run is resumed with other inputs.
+    #[error(
+        "the run cannot be resumed from {path} with other inputs than it began with: {changes}; put them back, or accept the changes with --accept-changes"
+    )]
+    ChangedInputs {
+        /// Path of the checkpoint.
+        path: PathBuf,
+        /// Each change by name.
+        changes: String,
+    },
     /// Pairs do not arrive in time.
     #[error(
         "no step for {seconds} s: waited for {reason} with {outstanding} prompts outstanding and {buffered} pairs buffered{dropped}; see learner.batch_timeout_seconds"
@@ -77,7 +110,7 @@ pub enum LearnerError {
     },
     /// The run diverges, and rollbacks have not helped.
     #[error(
-        "diverged: the run went back to a checkpoint {rollbacks} times and its loss, gradient or weights are not finite again; its batches are in {quarantine}; lower learner.learning_rate"
+        "diverged: the run was rolled back to a checkpoint {rollbacks} times, and its loss, gradient or weights are again not finite or far beyond its past; its batches are in {quarantine}; lower learner.learning_rate"
     )]
     Diverged {
         /// Number of rollbacks to a checkpoint.
@@ -85,8 +118,20 @@ pub enum LearnerError {
         /// Folder of the quarantined batches.
         quarantine: PathBuf,
     },
+    /// Supervised fine-tuning diverges.
+    #[error(
+        "diverged: the loss of supervised fine-tuning is {loss} at step {step}, after {first} at the first; nothing was saved; lower sft.learning_rate"
+    )]
+    SftDiverged {
+        /// Step, from 1.
+        step: u64,
+        /// Its loss, in nats per token; that of the weights after it, if NaN.
+        loss: f64,
+        /// Loss of the first step.
+        first: f64,
+    },
     /// A shutdown was requested before there was anything to save.
-    #[error("interrupted while {work}; nothing was saved, begin again")]
+    #[error("interrupted while {work}; nothing was saved, start again")]
     Interrupted {
         /// Work in progress.
         work: &'static str,
@@ -111,11 +156,14 @@ impl messages::Classified for LearnerError {
     fn class(&self) -> messages::ErrorClass {
         use messages::ErrorClass;
         match self {
-            Self::Diverged { .. } => ErrorClass::Diverged,
+            Self::Diverged { .. } | Self::SftDiverged { .. } => ErrorClass::Diverged,
             Self::Interrupted { .. } => ErrorClass::Interrupted,
-            Self::Unreadable { .. } | Self::Checkpoint { .. } | Self::NoGolden { .. } => {
-                ErrorClass::Resource
-            }
+            Self::ChangedInputs { .. } => ErrorClass::Usage,
+            Self::Unreadable { .. }
+            | Self::Checkpoint { .. }
+            | Self::DamagedCheckpoint { .. }
+            | Self::NoWholeCheckpoint { .. }
+            | Self::NoGolden { .. } => ErrorClass::Resource,
             Self::Dataset(error) => error.class(),
             Self::Model(error) => error.class(),
             Self::Telemetry(error) => error.class(),

@@ -54,6 +54,11 @@ impl Evaluator {
         self.settings.eval_steps
     }
 
+    /// Whether the weights of `step` were evaluated.
+    pub(crate) fn has_evaluated(&self, step: u64) -> bool {
+        self.history.last().is_some_and(|last| last.step == step)
+    }
+
     /// Evaluations so far, oldest first.
     pub(crate) fn history(&self) -> &[Evaluation] {
         &self.history
@@ -87,8 +92,6 @@ impl Evaluator {
                 Arrival::ApoSample | Arrival::Handled => {}
                 Arrival::Shutdown => return Ok(Evaluated::Interrupted),
             }
-            // Every prompt is sent once, so a drop is progress too.
-            source.extend_deadline();
         }
         let target = EvaluationTarget {
             step: version.step,

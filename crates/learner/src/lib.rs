@@ -13,9 +13,11 @@ mod error;
 mod evaluation;
 mod evaluator;
 mod ganpo;
+mod input_record;
 mod length_control;
 pub mod objective;
 mod pair_buffer;
+mod pair_file;
 mod pair_source;
 mod progress;
 mod prompt_scheduler;
@@ -24,20 +26,27 @@ mod publisher;
 mod recovery;
 mod reporter;
 mod run;
+mod run_scale;
 pub mod sft;
 mod step_metrics;
 mod trainer;
 
 pub use apo_sampler::ApoSchedule;
 pub use boundary_counts::BoundaryCounts;
-pub use checkpoint::{latest as latest_checkpoint, step_of as checkpoint_step};
+pub use checkpoint::{
+    NewestCheckpoint, SkippedCheckpoint, check_whole as check_checkpoint,
+    is_complete as is_complete_checkpoint, latest as latest_checkpoint,
+    newest_model as newest_checkpoint_model, newest_whole as newest_whole_checkpoint,
+    tidy as tidy_checkpoints, version_of as checkpoint_version,
+};
 pub use error::LearnerError;
 pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample, Interval};
 pub use evaluator::EVALUATION_WINDOW;
-pub use prompts::{PromptFiles, PromptLimits, PromptRow, PromptSet, log_dialogue_use};
+pub use input_record::InputRecord;
+pub use prompts::{DialogueUse, PromptFiles, PromptLimits, PromptRow, PromptSet};
 pub use reporter::Sampling;
 pub use run::{
     Ending, InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams, PromptPlan,
-    Summary,
+    RunOrigin, Summary,
 };
 pub use trainer::{PolicySamples, StepOutcome, Trainer};

@@ -94,20 +94,3 @@ impl JudgeVersionTracker {
 pub(crate) fn staleness(labelled: &LabelledPair, step: u64) -> u64 {
     step.saturating_sub(labelled.pair.version.step)
 }
-
-/// Whether a pair can be trained on: finite log-probabilities, and labels and scores that fit its completions.
-pub(crate) fn is_sound(labelled: &LabelledPair) -> bool {
-    let completions = &labelled.pair.completions;
-    let are_completions_sound = completions.len() > 1
-        && completions
-            .iter()
-            .all(|c| !c.ids.is_empty() && c.is_sound());
-    let are_labels_sound = !labelled.labels.is_empty()
-        && labelled
-            .labels
-            .iter()
-            .all(|l| l.first < l.second && usize::from(l.second) < completions.len());
-    let scores = labelled.scores.as_ref();
-    let are_scores_sound = scores.is_none_or(|scores| scores.len() == completions.len());
-    are_completions_sound && are_labels_sound && are_scores_sound
-}

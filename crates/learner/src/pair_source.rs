@@ -1,12 +1,16 @@
 //! Source of training batches: sends prompts, receives labelled pairs and drop notes, buffers the pairs.
 //!
 //! Promises that every received pair is trained on, dropped with a counted reason, or handed to the evaluation or
-//! APO loop that waits for it; that no pair is trained on twice; and that a wait without progress ends with an error.
+//! APO loop that waits for it; that no pair is trained on twice; that a message which does not fit the run is put aside
+//! and ends nothing; and that a wait without progress ends with an error.
 //! Does not know what a step does with a batch.
 
 use std::time::{Duration, Instant};
 
-use messages::{DropReason, Dropped, LabelledPair, Pacing, PromptId, Purpose, WeightsVersion};
+use messages::{
+    DropReason, Dropped, InvalidMessage, LabelledPair, MessageLimits, Pacing, PromptId, Purpose,
+    WeightsVersion,
+};
 use settings::LearnerSettings;
 use telemetry::{StageCounters, Waits};
 use tokio::sync::watch;
@@ -15,9 +19,9 @@ use transport::{Delivery, Receipt, Receiver};
 use crate::{
     dropped_prompts::{DroppedPrompts, StepDrops},
     error::LearnerError,
-    pair_buffer::{self, BufferedPair, PairBuffer},
+    pair_buffer::{BufferedPair, PairBuffer},
     progress::SessionLineage,
-    prompt_scheduler::{PromptScheduler, PromptSchedulerState},
+    prompt_scheduler::{PromptScheduler, PromptSchedulerState, is_evaluation},
     publisher::Publisher,
 };
 
@@ -32,6 +36,7 @@ pub(crate) struct PairSource {
     counters: StageCounters,
     waits: Waits,
     limits: BatchLimits,
+    message_limits: MessageLimits,
     /// Time spent waiting for batches since the last step.
     waited: Duration,
 }
@@ -45,6 +50,8 @@ pub(crate) struct PairSourceParts {
     pub(crate) counters: StageCounters,
     pub(crate) waits: Waits,
     pub(crate) limits: BatchLimits,
+    /// Limits of received pairs and drop notes.
+    pub(crate) message_limits: MessageLimits,
 }
 
 /// Batch size, number of steps and limits on staleness and waiting.
@@ -114,6 +121,7 @@ impl PairSource {
             counters: parts.counters,
             waits: parts.waits,
             limits: parts.limits,
+            message_limits: parts.message_limits,
             waited: Duration::ZERO,
         }
     }
@@ -174,16 +182,22 @@ impl PairSource {
         self.dropped.restart_deadline();
         loop {
             for stale in self.buffer.remove_stale(step, self.limits.max_staleness) {
-                self.drop_pair(stale, DropReason::Stale);
+                self.drop_pair(stale, Rejection::of(DropReason::Stale))
+                    .await;
             }
             let batch = self.buffer.pop(batch_size);
             let popped = batch.as_ref().map_or(0, Vec::len);
             let needed = (steps - step) as usize * batch_size;
             // The popped batch still holds its credits: prompts sent now require weights at least as new as those
             // before its step.
-            self.scheduler
-                .refill(publisher.version(), self.buffer.len() + popped, needed)
-                .await?;
+            let buffered = self.buffer.len() + popped;
+            let refill = self.scheduler.refill(publisher.version(), buffered, needed);
+            tokio::select! {
+                biased;
+                refilled = refill => refilled?,
+                // The server may be away for long.
+                _ = shutdown.wait_for(|requested| *requested) => {}
+            }
             if let Some(batch) = batch {
                 self.waited += started.elapsed();
                 let in_flight = self.buffer.len() + batch.len();
@@ -210,13 +224,18 @@ impl PairSource {
             return Ok(Arrival::Shutdown);
         }
         let _wait = self.waits.enter(reason);
-        let deadline = self.dropped.deadline(self.limits.timeout_seconds);
+        let deadline = self.deadline();
+        self.message_limits.newest = publisher.version();
         let arrival = tokio::select! {
-            delivery = self.labelled.receive() => self.receive(delivery?),
-            delivery = self.drops.receive() => self.receive_note(delivery?),
+            delivery = self.labelled.receive() => self.receive(delivery?).await,
+            delivery = self.drops.receive() => self.receive_note(delivery?).await,
             uploaded = publisher.uploaded() => uploaded.map(|()| Arrival::Handled)?,
             _ = shutdown.changed() => return Ok(Arrival::Shutdown),
-            () = tokio::time::sleep_until(deadline) => return Err(self.overdue(reason)),
+            // The server may have been away meanwhile.
+            () = tokio::time::sleep_until(deadline) => match self.deadline() > tokio::time::Instant::now() {
+                true => Arrival::Handled,
+                false => return Err(self.overdue(reason)),
+            },
         };
         self.counters.set_in_flight(self.buffer.len() as u64);
         Ok(arrival)
@@ -227,9 +246,12 @@ impl PairSource {
         self.dropped.restart_deadline();
     }
 
-    /// Restarts the deadline of waits without forgetting what was dropped.
-    pub(crate) fn extend_deadline(&mut self) {
-        self.dropped.extend_deadline();
+    /// Deadline of the current wait. Time in which the server was away does not count.
+    fn deadline(&self) -> tokio::time::Instant {
+        let deadline = self.dropped.deadline(self.limits.timeout_seconds);
+        let allowed = Duration::from_secs(self.limits.timeout_seconds);
+        let after_outage = self.labelled.last_away().map(|until| until + allowed);
+        after_outage.map_or(deadline, |after_outage| deadline.max(after_outage))
     }
 
     /// Prompts dropped since the last progress.
@@ -258,16 +280,17 @@ impl PairSource {
     /// Counts `pairs` pairs as dropped: their step was not finite.
     pub(crate) fn drop_nonfinite(&mut self, pairs: usize) {
         for _ in 0..pairs {
-            self.dropped.count_pair(DropReason::Poisoned);
+            self.dropped
+                .count_pair(DropReason::Invalid, "the step on it was not finite");
         }
-        self.counters.dropped(DropReason::Poisoned, pairs as u64);
+        self.counters.dropped(DropReason::Invalid, pairs as u64);
     }
 
-    fn receive(&mut self, delivery: Delivery<LabelledPair>) -> Arrival {
+    async fn receive(&mut self, delivery: Delivery<LabelledPair>) -> Arrival {
         self.counters.received(1);
         let pair = BufferedPair::from(delivery);
-        if let Some(reason) = self.rejection(&pair.labelled) {
-            self.drop_pair(pair, reason);
+        if let Some(rejection) = self.rejection(&pair.labelled) {
+            self.drop_pair(pair, rejection).await;
             return Arrival::Handled;
         }
         self.dropped.restart_deadline();
@@ -285,22 +308,33 @@ impl PairSource {
     }
 
     /// Why a received pair must be dropped; `None` if it is accepted, and its prompt no longer outstanding.
-    fn rejection(&mut self, labelled: &LabelledPair) -> Option<DropReason> {
+    fn rejection(&mut self, labelled: &LabelledPair) -> Option<Rejection> {
+        let prompt = &labelled.pair.prompt;
+        if let Err(foreign) = self.scheduler.check_sent(prompt) {
+            return Some(Rejection::invalid(labelled, &foreign));
+        }
+        let checked = labelled.check(&self.message_limits);
         if !self.is_of_this_run(labelled) {
-            return Some(DropReason::Superseded);
+            let reason = Rejection::of(DropReason::Superseded);
+            return Some(checked.map_or_else(|e| Rejection::invalid(labelled, &e), |()| reason));
         }
-        let id = labelled.pair.id();
-        if !self.scheduler.mark_returned(id) {
-            return Some(DropReason::Duplicate);
+        // An invalid pair returns its credit too: its prompt has come back.
+        let is_outstanding = self.mark_returned(prompt.id);
+        match checked {
+            Err(invalid) => Some(Rejection::invalid(labelled, &invalid)),
+            Ok(()) if !is_outstanding => Some(Rejection::of(DropReason::Duplicate)),
+            Ok(()) => None,
         }
-        if labelled.pair.prompt.purpose != Purpose::Apo && !pair_buffer::is_sound(labelled) {
-            tracing::warn!(
-                prompt = id.0,
-                "a pair holds values that are not finite, or labels that do not fit it"
-            );
-            return Some(DropReason::Poisoned);
+    }
+
+    /// Marks a prompt as no longer outstanding; returns whether it was. An evaluation sends every prompt once, so that
+    /// each that comes back is progress, with a verdict or without.
+    fn mark_returned(&mut self, id: PromptId) -> bool {
+        let was_outstanding = self.scheduler.mark_returned(id);
+        if was_outstanding && is_evaluation(id) {
+            self.dropped.extend_deadline();
         }
-        None
+        was_outstanding
     }
 
     /// Whether a pair may be trained on although a session may have been superseded: its weights must be ancestors of
@@ -311,19 +345,39 @@ impl PairSource {
         is_of_session || !is_batched && self.lineage.descends_from(labelled.pair.version)
     }
 
-    fn receive_note(&mut self, delivery: Delivery<Dropped>) -> Arrival {
-        let note = delivery.message();
-        if note.session == self.lineage.session {
-            self.scheduler.mark_returned(note.prompt);
-            self.dropped.count_note(note);
+    async fn receive_note(&mut self, delivery: Delivery<Dropped>) -> Arrival {
+        let (note, receipt) = delivery.take();
+        if let Err(invalid) = note.check(&self.message_limits) {
+            self.put_note_aside(&note, receipt, &invalid).await;
+            return Arrival::Handled;
         }
-        delivery.acknowledge();
+        if note.session == self.lineage.session {
+            self.mark_returned(note.prompt);
+            self.dropped.count_note(&note);
+        }
+        receipt.acknowledge();
         Arrival::Handled
     }
 
-    fn drop_pair(&mut self, pair: BufferedPair, reason: DropReason) {
-        self.dropped.count_pair(reason);
-        acknowledge(pair.receipt);
+    /// Puts an invalid drop note aside. Unlike others, it counts as a message that the stage received and dropped.
+    async fn put_note_aside(&mut self, note: &Dropped, receipt: Receipt, invalid: &InvalidMessage) {
+        let (prompt, detail) = (note.prompt.0, invalid.to_string());
+        tracing::warn!(prompt, detail, "an invalid drop note was put aside");
+        self.counters.received(1);
+        receipt.put_aside(note).await;
+        self.dropped.count_pair(DropReason::Invalid, &detail);
+        self.counters.dropped(DropReason::Invalid, 1);
+    }
+
+    async fn drop_pair(&mut self, pair: BufferedPair, rejection: Rejection) {
+        let Rejection { reason, detail } = rejection;
+        self.dropped.count_pair(reason, &detail);
+        match pair.receipt {
+            Some(receipt) if reason == DropReason::Invalid => {
+                receipt.put_aside(&pair.labelled).await;
+            }
+            receipt => acknowledge(receipt),
+        }
         self.counters.dropped(reason, 1);
     }
 
@@ -334,6 +388,36 @@ impl PairSource {
             outstanding: self.scheduler.outstanding() + self.scheduler.eval_outstanding(),
             buffered: self.buffer.len(),
             dropped: self.dropped.to_string(),
+        }
+    }
+}
+
+/// Why a pair is dropped.
+struct Rejection {
+    reason: DropReason,
+    detail: String,
+}
+
+impl Rejection {
+    fn of(reason: DropReason) -> Self {
+        let detail = String::new();
+        Self { reason, detail }
+    }
+
+    /// Logs an invalid pair, which is put aside.
+    fn invalid(labelled: &LabelledPair, invalid: &InvalidMessage) -> Self {
+        let (prompt, detail) = (labelled.pair.id().0, invalid.to_string());
+        let (actor, judge) = (&labelled.pair.actor, &labelled.judge);
+        tracing::warn!(
+            prompt,
+            ?actor,
+            ?judge,
+            detail,
+            "an invalid labelled pair was put aside"
+        );
+        Self {
+            reason: DropReason::Invalid,
+            detail,
         }
     }
 }
@@ -352,5 +436,265 @@ impl TrainingBatch {
 fn acknowledge(receipt: Option<Receipt>) {
     if let Some(receipt) = receipt {
         receipt.acknowledge();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use messages::{
+        Completion, CompletionCounts, Finish, JudgeVersion, Label, Pair, Probability, Prompt, Seed,
+        Stage,
+    };
+    use model::DType;
+    use transport::{Sender, WeightStore};
+
+    use super::*;
+    use crate::{
+        prompt_scheduler::PromptSchedulerParts,
+        prompts::{PromptRow, PromptSet},
+    };
+
+    struct OneToken;
+
+    impl PromptSet for OneToken {
+        fn train(&self, index: u64) -> PromptRow {
+            PromptRow {
+                ids: vec![index as u32 % 8],
+                text: String::new(),
+                dialogue: None,
+                golden: None,
+                answer: None,
+            }
+        }
+        fn held_out(&self, index: u64) -> PromptRow {
+            self.train(index)
+        }
+        fn held_out_count(&self) -> Option<usize> {
+            None
+        }
+    }
+
+    /// A source and the other ends of its streams.
+    struct Harness {
+        source: PairSource,
+        publisher: Publisher,
+        prompts: Receiver<Prompt>,
+        labelled: Sender<LabelledPair>,
+        drops: Sender<Dropped>,
+    }
+
+    /// Step after which weights were published last.
+    const PUBLISHED: u64 = 3;
+
+    impl Harness {
+        fn new() -> Self {
+            let (prompts_sender, prompts) = transport::stream("prompts", 64);
+            let (labelled, labelled_receiver) = transport::stream("labelled pairs", 64);
+            let (drops, drops_receiver) = transport::stream("dropped prompts", 64);
+            let waits = Waits::new("learner");
+            let scheduler = PromptScheduler::new(PromptSchedulerParts {
+                prompts: prompts_sender,
+                set: Arc::new(OneToken),
+                seed: Seed(1),
+                pacing: Pacing::EachPrompt,
+                window: 4,
+                timeout: Duration::from_secs(60),
+                waits: waits.clone(),
+            });
+            let source = PairSource::new(PairSourceParts {
+                scheduler,
+                labelled: labelled_receiver,
+                drops: drops_receiver,
+                lineage: SessionLineage::new(0),
+                counters: StageCounters::new(Stage::Learner),
+                waits,
+                limits: BatchLimits {
+                    steps: 9,
+                    batch_size: 4,
+                    max_staleness: 9,
+                    timeout_seconds: 10,
+                },
+                message_limits: MessageLimits {
+                    vocabulary: 8,
+                    prompt_tokens: 1,
+                    golden_tokens: None,
+                    completion_tokens: 1,
+                    completions: CompletionCounts {
+                        train: 2,
+                        evaluate: 2,
+                        apo: 2,
+                    },
+                    lead_steps: 9,
+                    newest: WeightsVersion::REFERENCE,
+                },
+            });
+            let version = WeightsVersion::at(PUBLISHED);
+            Self {
+                source,
+                publisher: Publisher::new(WeightStore::default(), DType::F32, 0, version),
+                prompts,
+                labelled,
+                drops,
+            }
+        }
+
+        /// The prompts sent so far.
+        fn sent(&self) -> Vec<Prompt> {
+            let deliveries = std::iter::from_fn(|| self.prompts.try_receive());
+            let take = |delivery: Delivery<Prompt>| {
+                let (prompt, receipt) = delivery.take();
+                receipt.acknowledge();
+                prompt
+            };
+            deliveries.map(take).collect()
+        }
+
+        async fn next(&mut self) -> Result<Arrival, LearnerError> {
+            let (_running, mut shutdown) = watch::channel(false);
+            self.source
+                .next("labelled pairs", &mut self.publisher, &mut shutdown)
+                .await
+        }
+
+        async fn receive(&mut self, labelled: LabelledPair) {
+            self.labelled.send(labelled).await.expect("open");
+            self.next().await.expect("it ends nothing");
+        }
+
+        fn dropped(&self, reason: DropReason) -> u64 {
+            let counts = self.source.counters.snapshot();
+            assert!(counts.is_conserved(), "{counts:?}");
+            counts.dropped.get(&reason).copied().unwrap_or(0)
+        }
+    }
+
+    fn labelled(prompt: &Prompt) -> LabelledPair {
+        let completion = Completion {
+            ids: vec![1],
+            finish: Finish::Length,
+            mixture_coef: 0.0,
+            logp: vec![-1.0],
+            ref_logp: vec![-1.0],
+            behaviour_logp: vec![-1.0],
+            text: String::new(),
+        };
+        LabelledPair {
+            pair: Pair {
+                prompt: prompt.clone(),
+                version: WeightsVersion::at(PUBLISHED),
+                completions: vec![completion.clone(), completion],
+                actor: "actor-0".into(),
+            },
+            labels: vec![Label {
+                first: 0,
+                second: 1,
+                p: Probability::HALF,
+            }],
+            judge: "gold".into(),
+            judge_version: JudgeVersion(1),
+            scores: None,
+            gold: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn invalid_messages_are_dropped_and_return_the_credit_of_their_own_prompt_only() {
+        let mut harness = Harness::new();
+        let version = WeightsVersion::at(PUBLISHED);
+        let refilled = harness.source.scheduler.refill(version, 0, 4).await;
+        refilled.expect("the stream has room");
+        let sent = harness.sent();
+        let [first, second, ..] = &sent[..] else {
+            panic!("four were sent");
+        };
+        let alterations: [fn(&mut LabelledPair); 6] = [
+            |l| l.pair.prompt.seed = Seed(9),
+            |l| l.pair.prompt.ids = vec![7],
+            |l| l.pair.prompt.purpose = Purpose::Evaluate,
+            |l| {
+                l.pair.prompt.id = PromptId(99);
+                l.pair.prompt.prompt_batch.first = PromptId(99);
+                l.labels.clear();
+            },
+            |l| {
+                l.pair.prompt.seed = Seed(9);
+                l.pair.prompt.version.session = u64::MAX;
+            },
+            |l| {
+                l.pair.prompt.id = PromptId(99);
+                l.pair.prompt.prompt_batch.first = PromptId(99);
+                l.pair.version.step = u64::MAX;
+            },
+        ];
+        for (index, alter) in alterations.into_iter().enumerate() {
+            let mut forged = labelled(first);
+            alter(&mut forged);
+            harness.receive(forged).await;
+            assert_eq!(harness.dropped(DropReason::Invalid), index as u64 + 1);
+            assert_eq!(harness.source.scheduler.outstanding(), 4, "case {index}");
+        }
+        // One that came of the prompt itself returns its credit.
+        let mut nonfinite = labelled(first);
+        nonfinite.pair.completions[0].logp[0] = f32::NAN;
+        harness.receive(nonfinite).await;
+        assert_eq!(harness.dropped(DropReason::Invalid), 7);
+        assert_eq!(harness.source.scheduler.outstanding(), 3);
+        let note = Dropped {
+            prompt: second.id,
+            session: u64::MAX,
+            stage: Stage::Actor,
+            reason: DropReason::Failed,
+            log_ratio: None,
+            detail: String::new(),
+        };
+        harness.drops.send(note).await.expect("open");
+        harness.next().await.expect("it ends nothing");
+        assert_eq!(harness.dropped(DropReason::Invalid), 8);
+        assert_eq!(harness.source.scheduler.outstanding(), 3);
+        harness.receive(labelled(second)).await;
+        assert_eq!(harness.source.buffered(), [labelled(second)]);
+        harness.receive(labelled(second)).await;
+        assert_eq!(harness.dropped(DropReason::Duplicate), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_evaluation_progresses_with_each_of_its_prompts_and_with_nothing_else() {
+        let mut harness = Harness::new();
+        let version = WeightsVersion::at(PUBLISHED);
+        for index in 0..3 {
+            let sent = harness.source.scheduler.send_held_out(index, version).await;
+            sent.expect("the stream has room");
+        }
+        let sent = harness.sent();
+        harness.source.restart_deadline();
+        let started = tokio::time::Instant::now();
+        // Of ten seconds, a prompt comes back after eight.
+        for (prompt, seconds) in sent.iter().take(2).zip([8, 16]) {
+            tokio::time::sleep_until(started + Duration::from_secs(seconds)).await;
+            let note = Dropped {
+                prompt: prompt.id,
+                session: 0,
+                stage: Stage::Preference,
+                reason: DropReason::Abstained,
+                log_ratio: None,
+                detail: "no verdict".into(),
+            };
+            harness.drops.send(note).await.expect("open");
+            assert!(harness.next().await.is_ok());
+        }
+        // Then every second one that came back before.
+        for _ in 0..9 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let again = harness.labelled.send(labelled(&sent[0])).await;
+            again.expect("open");
+            assert!(harness.next().await.is_ok());
+        }
+        let error = harness.next().await.err().expect("no progress");
+        let message = error.to_string();
+        let listed = "2 abstained (the last: no verdict), 9 duplicate";
+        assert!(message.contains(listed), "{message}");
+        assert_eq!(started.elapsed().as_secs(), 26);
     }
 }

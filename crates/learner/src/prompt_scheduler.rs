@@ -3,9 +3,11 @@
 //! Promises that the prompt of an id and its seed are the same in every run with the same seed. Does not know what is
 //! done with the pairs that come back.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, pin::pin, sync::Arc, time::Duration};
 
-use messages::{Pacing, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion};
+use messages::{
+    Digest, InvalidMessage, Pacing, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
+};
 use serde::{Deserialize, Serialize};
 use telemetry::Waits;
 use tokio::time::timeout;
@@ -52,7 +54,30 @@ pub(crate) struct PromptSchedulerParts {
 pub(crate) struct PromptScheduler {
     parts: PromptSchedulerParts,
     cursor: u64,
-    outstanding: BTreeMap<PromptId, PromptBatch>,
+    outstanding: BTreeMap<PromptId, OutstandingPrompt>,
+}
+
+/// A prompt that was sent and has not come back.
+struct OutstandingPrompt {
+    prompt_batch: PromptBatch,
+    content: Digest,
+}
+
+/// Whether an id is of an evaluation prompt.
+pub(crate) fn is_evaluation(id: PromptId) -> bool {
+    id.0 >= EVALUATION_IDS
+}
+
+/// Digest of what makes a prompt, however often it is sent: purpose, seed, tokens and golden answer.
+fn content(prompt: &Prompt) -> Digest {
+    let golden = prompt.golden.as_deref();
+    let lengths = [prompt.ids.len(), golden.map_or(0, |ids| ids.len() + 1)];
+    let numbers = [prompt.purpose as u64, prompt.seed.0].into_iter();
+    let numbers = numbers.chain(lengths.map(|length| length as u64));
+    let mut bytes: Vec<u8> = numbers.flat_map(u64::to_le_bytes).collect();
+    let tokens = prompt.ids.iter().chain(golden.unwrap_or_default());
+    bytes.extend(tokens.flat_map(|token| token.to_le_bytes()));
+    Digest::of(&bytes)
 }
 
 /// Header of a prompt: everything but its text.
@@ -87,6 +112,19 @@ impl PromptScheduler {
         self.outstanding.remove(&id).is_some()
     }
 
+    /// Checks that a prompt which came back is the one that was sent under its id, if that is outstanding.
+    ///
+    /// # Errors
+    /// If it is another one.
+    pub(crate) fn check_sent(&self, prompt: &Prompt) -> Result<(), InvalidMessage> {
+        match self.outstanding.get(&prompt.id) {
+            Some(sent) if sent.content != content(prompt) => {
+                Err(InvalidMessage::Foreign(prompt.id))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Number of outstanding training prompts.
     pub(crate) fn outstanding(&self) -> usize {
         self.outstanding.keys().filter(|id| id.0 < APO_IDS).count()
@@ -98,7 +136,8 @@ impl PromptScheduler {
     }
 
     /// Sends as many training prompts as there are credits: `buffered` pairs still hold one each, and at most
-    /// `needed` more prompts will be trained on before the end of the run.
+    /// `needed` more prompts will be trained on before the end of the run. Cancel-safe: of a batch that is sent in part
+    /// the cursor is at the end, since it is sent again whole.
     ///
     /// # Errors
     /// If the prompt stream is closed or stays full.
@@ -118,8 +157,8 @@ impl PromptScheduler {
             return Ok(());
         }
         let first = PromptId(self.cursor);
-        for _ in 0..credits {
-            let id = PromptId(self.cursor);
+        for index in 0..credits as u64 {
+            let id = PromptId(first.0 + index);
             let prompt_batch = match self.pacing() {
                 Pacing::EachPrompt => PromptBatch::single(id),
                 Pacing::Batched => PromptBatch {
@@ -127,7 +166,8 @@ impl PromptScheduler {
                     count: credits as u32,
                 },
             };
-            self.cursor += 1;
+            let end = prompt_batch.first.0 + u64::from(prompt_batch.count);
+            self.cursor = self.cursor.max(end);
             self.send_training(id, prompt_batch, version).await?;
         }
         Ok(())
@@ -173,13 +213,31 @@ impl PromptScheduler {
             golden: row.golden,
             answer: row.answer,
         };
-        self.outstanding.insert(id, prompt_batch);
+        let content = content(&prompt);
+        let sent = OutstandingPrompt {
+            prompt_batch,
+            content,
+        };
+        self.outstanding.insert(id, sent);
         let _wait = self.parts.waits.enter("room for prompts");
-        let sent = timeout(self.parts.timeout, self.parts.prompts.send(prompt)).await;
-        sent.map_err(|_| LearnerError::NoRoom {
-            seconds: self.parts.timeout.as_secs(),
-        })??;
-        Ok(())
+        let allowed = self.parts.timeout;
+        let mut sending = pin!(self.parts.prompts.send(prompt));
+        loop {
+            match timeout(allowed, &mut sending).await {
+                Ok(sent) => return Ok(sent?),
+                // Time in which the server was away does not count. Training prompts are sent under a shutdown.
+                Err(_) if purpose == Purpose::Train && self.was_away_within(allowed) => {}
+                Err(_) => {
+                    let seconds = allowed.as_secs();
+                    return Err(LearnerError::NoRoom { seconds });
+                }
+            }
+        }
+    }
+
+    fn was_away_within(&self, duration: Duration) -> bool {
+        let until = self.parts.prompts.last_away();
+        until.is_some_and(|until| until.elapsed() < duration)
     }
 
     /// Sends the held-out prompt `index` of the evaluation at `version`. Its seed is the same in every evaluation, so
@@ -233,7 +291,7 @@ impl PromptScheduler {
             .outstanding
             .iter()
             .filter(|(id, _)| id.0 < APO_IDS)
-            .map(|(&id, &prompt_batch)| (id, prompt_batch));
+            .map(|(&id, sent)| (id, sent.prompt_batch));
         PromptSchedulerState {
             cursor: self.cursor,
             outstanding: outstanding.collect(),
@@ -356,6 +414,30 @@ mod tests {
         assert!(scheduler.mark_returned(PromptId(0)));
         scheduler.refill(version, 0, 5).await.expect("open");
         assert!(sent(&receiver).is_empty(), "no more than the run needs");
+    }
+
+    #[tokio::test]
+    async fn a_prompt_comes_back_as_it_was_sent() {
+        let (mut scheduler, receiver) = scheduler(Pacing::EachPrompt);
+        let version = WeightsVersion::REFERENCE;
+        scheduler.refill(version, 0, 100).await.expect("open");
+        let [first, ..] = &sent(&receiver)[..] else {
+            panic!("six were sent");
+        };
+        let check = |alter: fn(&mut Prompt)| {
+            let mut prompt = first.clone();
+            alter(&mut prompt);
+            scheduler.check_sent(&prompt).is_ok()
+        };
+        // Another session sends the same prompt for newer weights, perhaps in another batch.
+        assert!(check(|prompt| prompt.version.session = 1));
+        assert!(check(|prompt| prompt.prompt_batch.count = 2));
+        assert!(check(|prompt| prompt.id = PromptId(99)), "not outstanding");
+        assert!(!check(|prompt| prompt.ids.push(1)));
+        assert!(!check(|prompt| prompt.seed = Seed(0)));
+        assert!(!check(|prompt| prompt.purpose = Purpose::Evaluate));
+        assert!(!check(|prompt| prompt.golden = Some(Vec::new())));
+        assert!(!check(|prompt| prompt.id = PromptId(1)));
     }
 
     #[tokio::test]

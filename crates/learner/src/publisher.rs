@@ -1,8 +1,7 @@
 //! Publishes weights to the weight store.
 //!
-//! Promises that versions only grow, that non-finite weights are never published, and that one upload runs at a time,
-//! in the background: training waits for the copy out of the optimiser, not for the upload. Does not know when to
-//! publish, or what follows non-finite weights.
+//! Promises that versions only grow, and that one upload runs at a time, in the background: training waits for the copy
+//! out of the optimiser, not for the upload. Does not know when to publish, or which weights are valid.
 
 use std::time::Instant;
 
@@ -23,15 +22,6 @@ pub(crate) struct Publisher {
     /// Last published version, of this or an earlier session.
     version: WeightsVersion,
     upload: Option<JoinHandle<Result<(), LearnerError>>>,
-}
-
-/// Outcome of a publication.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Publication {
-    /// The weights of this step are published, or their upload has started.
-    Published,
-    /// The weights are not finite; nothing was published.
-    NonFinite,
 }
 
 impl Publisher {
@@ -56,6 +46,18 @@ impl Publisher {
         self.version
     }
 
+    /// Whether the weights of `step` are published, or newer ones.
+    pub(crate) fn has_published(&self, step: u64) -> bool {
+        self.version >= self.version_of(step)
+    }
+
+    fn version_of(&self, step: u64) -> WeightsVersion {
+        WeightsVersion {
+            session: self.session,
+            step,
+        }
+    }
+
     /// Publishes the trainer's weights as the version of `step`, unless it is published already. Returns once the
     /// upload has started.
     ///
@@ -65,24 +67,18 @@ impl Publisher {
         &mut self,
         trainer: &TrainerThread,
         step: u64,
-    ) -> Result<Publication, LearnerError> {
-        let version = WeightsVersion {
-            session: self.session,
-            step,
-        };
-        if self.version >= version {
-            return Ok(Publication::Published);
+    ) -> Result<(), LearnerError> {
+        if self.has_published(step) {
+            return Ok(());
         }
         let started = Instant::now();
-        let Some(blob) = trainer.weights(self.dtype).await? else {
-            tracing::warn!(step, "the weights are not finite and are not published");
-            return Ok(Publication::NonFinite);
-        };
+        let blob = trainer.weights(self.dtype).await?;
         self.settle().await?;
+        let version = self.version_of(step);
         self.version = version;
         let weight_store = self.weight_store.clone();
         self.upload = Some(tokio::spawn(upload(weight_store, version, blob, started)));
-        Ok(Publication::Published)
+        Ok(())
     }
 
     /// Waits for the upload in progress, if any.
@@ -106,7 +102,7 @@ impl Publisher {
         };
         let ended = upload.await;
         self.upload = None;
-        ended.map_err(|_| LearnerError::ThreadPanicked)?
+        ended.map_err(|_| LearnerError::UploadPanicked)?
     }
 }
 
@@ -117,7 +113,7 @@ async fn upload(
     started: Instant,
 ) -> Result<(), LearnerError> {
     let manifest = tokio::task::spawn_blocking(move || (WeightsManifest::of(version, &blob), blob));
-    let (manifest, blob) = manifest.await.map_err(|_| LearnerError::ThreadPanicked)?;
+    let (manifest, blob) = manifest.await.map_err(|_| LearnerError::UploadPanicked)?;
     let bytes = manifest.bytes;
     weight_store.publish(manifest, blob).await?;
     let mut measurements = Measurements::new();

@@ -1,65 +1,89 @@
-//! Recovery from non-finite steps: quarantines their batches and rolls back to the last checkpoint.
+//! Recovery from divergence: quarantines the batches of rejected steps and rolls back to a checkpoint.
 //!
-//! Does not know when weights are published or saved.
+//! A step is rejected, and weights are invalid, if they are not finite or far beyond the run's own past. Does not know
+//! when weights are published or saved.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use messages::LabelledPair;
 use serde::{Deserialize, Serialize};
-use telemetry::{RunDirectory, SampleLog};
+use telemetry::{Measurements, RunDirectory, SampleLog};
 
 use crate::{
-    checkpoint::{self, encode_pairs},
     error::LearnerError,
+    pair_file::encode_pairs,
+    run_scale::{RunScale, StepLimits},
     trainer::thread::TrainerThread,
 };
 
 /// Rollbacks after which a run has diverged.
 const MAX_ROLLBACKS: u64 = 3;
 
-/// Counts of non-finite steps and rollbacks; part of every checkpoint.
+/// Counts of rejected steps and rollbacks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RecoveryCounts {
-    /// Non-finite steps in a row.
-    consecutive_nonfinite: u64,
-    /// Non-finite steps in total.
-    pub(crate) nonfinite: u64,
+    /// Rejected steps in a row.
+    consecutive_rejected: u64,
+    /// Rejected steps in total.
+    pub(crate) rejected: u64,
     /// Rollbacks to a checkpoint.
     pub(crate) rollbacks: u64,
 }
 
-/// Recovers a run from non-finite steps.
+/// State of a [`Recovery`]; part of every checkpoint.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct RecoveryState {
+    counts: RecoveryCounts,
+    scale: RunScale,
+}
+
+/// Recovers a run from divergence.
 pub(crate) struct Recovery {
     directory: Arc<RunDirectory>,
-    /// Non-finite steps in a row after which the run rolls back.
+    /// Rejected steps in a row after which the run rolls back.
     rollback_after: u64,
-    counts: RecoveryCounts,
+    state: RecoveryState,
 }
 
 impl Recovery {
-    /// Continues from these counts.
+    /// Continues from this state.
     pub(crate) fn new(
         directory: Arc<RunDirectory>,
         rollback_after: u64,
-        counts: RecoveryCounts,
+        state: RecoveryState,
     ) -> Self {
         Self {
             directory,
             rollback_after,
-            counts,
+            state,
         }
     }
 
     pub(crate) fn counts(&self) -> RecoveryCounts {
-        self.counts
+        self.state.counts
     }
 
-    /// Counts a finite step.
-    pub(crate) fn count_finite(&mut self) {
-        self.counts.consecutive_nonfinite = 0;
+    /// State for a checkpoint.
+    pub(crate) fn state(&self) -> RecoveryState {
+        self.state
     }
 
-    /// Counts a non-finite step and writes its batch into the run's quarantine.
+    /// Limits of the next step.
+    pub(crate) fn step_limits(&self) -> StepLimits {
+        self.state.scale.step_limits()
+    }
+
+    /// Counts a step that was applied, with its metrics.
+    pub(crate) fn count_applied(&mut self, measurements: &Measurements) {
+        self.state.counts.consecutive_rejected = 0;
+        let of = |name| measurements.get(name).unwrap_or(0.0);
+        self.state.scale.observe_step(of("loss"), of("grad_norm"));
+    }
+
+    /// Counts a rejected step and writes its batch into the run's quarantine.
     ///
     /// # Errors
     /// If the files cannot be written.
@@ -67,26 +91,65 @@ impl Recovery {
         &mut self,
         step: u64,
         pairs: &[LabelledPair],
+        measurements: &Measurements,
     ) -> Result<(), LearnerError> {
-        self.counts.nonfinite += 1;
-        self.counts.consecutive_nonfinite += 1;
-        let path = write_quarantine(&self.directory, step, self.counts.nonfinite, pairs)?;
-        tracing::warn!(step, batch = %path.display(), "a step was not finite and changed nothing");
+        let counts = &mut self.state.counts;
+        counts.rejected += 1;
+        counts.consecutive_rejected += 1;
+        let path = write_quarantine(&self.directory, step, counts.rejected, pairs)?;
+        let [loss, grad_norm] =
+            ["loss", "grad_norm"].map(|name| measurements.get(name).unwrap_or(f64::NAN));
+        let reason = match loss.is_finite() && grad_norm.is_finite() {
+            true => "a step was far beyond the run's past and changed nothing",
+            false => "a step was not finite and changed nothing",
+        };
+        tracing::warn!(step, loss, grad_norm, batch = %path.display(), "{reason}");
         Ok(())
     }
 
-    /// Whether the number of consecutive non-finite steps requires a rollback.
+    /// Whether the number of consecutive rejected steps requires a rollback.
     pub(crate) fn must_roll_back(&self) -> bool {
-        self.counts.consecutive_nonfinite >= self.rollback_after
+        self.state.counts.consecutive_rejected >= self.rollback_after
     }
 
-    /// Restores the trainer from the last checkpoint.
+    /// Whether the trainer's weights are valid, to be published or saved; logs why not.
+    ///
+    /// # Errors
+    /// If the trainer fails.
+    pub(crate) async fn has_valid_weights(
+        &mut self,
+        trainer: &TrainerThread,
+        step: u64,
+    ) -> Result<bool, LearnerError> {
+        let norm = trainer.weight_norm().await?;
+        let is_valid = self.state.scale.accept_weights(norm);
+        if !norm.is_finite() {
+            tracing::warn!(
+                step,
+                "the weights are not finite: they are neither published nor saved"
+            );
+        } else if !is_valid {
+            let largest = self.state.scale.weight_norm();
+            tracing::warn!(
+                step,
+                norm,
+                largest,
+                "the weights have grown far beyond the run's past: they are neither published nor saved"
+            );
+        }
+        Ok(is_valid)
+    }
+
+    /// Restores the trainer from the checkpoint `last`.
     ///
     /// # Errors
     /// [`LearnerError::Diverged`] after [`MAX_ROLLBACKS`], or without a checkpoint. If the checkpoint cannot be read.
-    pub(crate) async fn roll_back(&mut self, trainer: &TrainerThread) -> Result<(), LearnerError> {
-        let rollbacks = self.counts.rollbacks;
-        let last = checkpoint::latest(&self.directory.checkpoints())?;
+    pub(crate) async fn roll_back(
+        &mut self,
+        trainer: &TrainerThread,
+        last: Option<PathBuf>,
+    ) -> Result<(), LearnerError> {
+        let rollbacks = self.state.counts.rollbacks;
         let Some(last) = last.filter(|_| rollbacks < MAX_ROLLBACKS) else {
             let quarantine = self.directory.quarantine();
             return Err(LearnerError::Diverged {
@@ -94,16 +157,16 @@ impl Recovery {
                 quarantine,
             });
         };
-        tracing::warn!(checkpoint = %last.display(), "going back to the last checkpoint");
+        tracing::warn!(checkpoint = %last.display(), "rolling back to the last checkpoint");
         trainer.restore(last).await?;
-        self.counts.rollbacks += 1;
-        self.counts.consecutive_nonfinite = 0;
+        self.state.counts.rollbacks += 1;
+        self.state.counts.consecutive_rejected = 0;
         Ok(())
     }
 }
 
-/// Writes the batch of the `count`-th non-finite step into the run's quarantine: its wire encoding, and its samples
-/// as JSON lines. Returns the path of the former.
+/// Writes the batch of the `count`-th rejected step into the run's quarantine: its wire encoding, and its samples as
+/// JSON lines. Returns the path of the former.
 fn write_quarantine(
     directory: &RunDirectory,
     step: u64,
@@ -113,15 +176,18 @@ fn write_quarantine(
     let folder = directory.quarantine();
     let name = format!("step_{step}_{count}");
     let path = folder.join(format!("{name}.pairs"));
-    let unwritable = |reason: std::io::Error| LearnerError::Unwritable {
-        path: path.clone(),
-        reason: reason.to_string(),
-    };
-    std::fs::create_dir_all(&folder).map_err(unwritable)?;
+    create_folder(&folder)?;
     telemetry::write_atomically(&path, &encode_pairs(pairs))?;
     let mut samples = SampleLog::open(&folder.join(format!("{name}.jsonl")))?;
     for pair in pairs {
         samples.append(step, pair)?;
     }
     Ok(path)
+}
+
+fn create_folder(path: &Path) -> Result<(), LearnerError> {
+    telemetry::create_private_directory(path).map_err(|reason| LearnerError::Unwritable {
+        path: path.to_owned(),
+        reason: reason.to_string(),
+    })
 }

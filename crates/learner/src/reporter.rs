@@ -155,7 +155,7 @@ impl Reporter {
     ///
     /// # Errors
     /// If the journal cannot be written.
-    pub(crate) fn log_nonfinite(
+    pub(crate) fn log_rejected(
         &mut self,
         totals: &RunTotals,
         measurements: &Measurements,
@@ -211,7 +211,7 @@ impl Reporter {
         let tokens: usize = completions.map(|c| c.ids.len()).sum();
         let mut m = staleness_metrics(&staleness);
         m.set("staleness/dropped", intake.stale as f64);
-        m.set("staleness/in_flight", intake.outstanding as f64);
+        m.set("staleness/outstanding", intake.outstanding as f64);
         m.set("policy_version", run.version.step as f64);
         m.set("time/step", seconds);
         m.set("time/wait_for_batch", waited);
@@ -233,8 +233,8 @@ impl Reporter {
         if let Some(bytes) = telemetry::free_bytes(self.directory.root()) {
             m.set("disk/free_bytes", bytes as f64);
         }
-        m.set("health/nonfinite_steps", run.recovery.nonfinite as f64);
-        m.set("health/skipped_steps", run.recovery.nonfinite as f64);
+        m.set("health/nonfinite_steps", run.recovery.rejected as f64);
+        m.set("health/skipped_steps", run.recovery.rejected as f64);
         m.set("health/rollbacks", run.recovery.rollbacks as f64);
         m
     }

@@ -2,9 +2,13 @@
 //!
 //! The components own their state and return outcomes; the loop alone decides what follows, rollbacks included.
 
-use std::{path::PathBuf, sync::Arc, time::Duration, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use messages::{Digest, Dropped, LabelledPair, Pacing, Prompt, Seed};
+use messages::{Digest, Dropped, LabelledPair, MessageLimits, Pacing, Prompt, Seed};
 use model::{DType, LanguageModel, ModelFolder};
 use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
 use telemetry::{RunDirectory, StageCounters, Waits};
@@ -13,15 +17,16 @@ use transport::{Receiver, Sender, WeightStore};
 
 use crate::{
     apo_sampler::{ApoSampler, ApoSchedule},
-    checkpoint::{self, Checkpoint, Checkpoints, RunSnapshot, SaveOutcome},
+    checkpoint::{self, Checkpoint, Checkpoints, RunSnapshot},
     error::LearnerError,
     evaluation::{Evaluation, EvaluationConditions},
     evaluator::{Evaluated, Evaluator},
+    input_record::InputRecord,
     pair_source::{BatchLimits, PairSource, PairSourceParts, TrainingBatch},
     progress::RunProgress,
     prompt_scheduler::{PromptScheduler, PromptSchedulerParts, PromptSchedulerState},
     prompts::PromptSet,
-    publisher::{Publication, Publisher},
+    publisher::Publisher,
     recovery::Recovery,
     reporter::{AppliedStep, Reporter, ReporterParts, Sampling, StepContext},
     trainer::{StepOutcome, Trainer, thread::TrainerThread},
@@ -51,8 +56,19 @@ pub struct LearnerParts {
     pub counters: LearnerCounters,
     /// Run directory.
     pub directory: Arc<RunDirectory>,
-    /// Checkpoint to resume.
+    /// Where the run begins.
+    pub origin: RunOrigin,
+}
+
+/// Where a run begins, and what it is made of. [`Self::check`] checks that both fit.
+#[derive(Debug, Clone, Default)]
+pub struct RunOrigin {
+    /// Checkpoint to resume, which is whole; `None` for a new run.
     pub resume: Option<PathBuf>,
+    /// What the run is made of; part of every checkpoint.
+    pub inputs: InputRecord,
+    /// Whether the run is resumed although its inputs have changed.
+    pub accepts_changes: bool,
 }
 
 /// Message counters of the learner's process.
@@ -93,6 +109,8 @@ pub struct LearnerStreams {
     pub weight_store: WeightStore,
     /// Dtype of outgoing weights.
     pub weights_dtype: DType,
+    /// Limits of incoming labelled pairs and drop notes.
+    pub limits: MessageLimits,
 }
 
 /// Ending of a learner's run.
@@ -121,8 +139,8 @@ pub struct Summary {
     pub weights_digest: Digest,
     /// Evaluations, oldest first.
     pub evaluations: Vec<Evaluation>,
-    /// Number of non-finite steps.
-    pub nonfinite: u64,
+    /// Number of steps that were rejected because they were not finite or far beyond the run's past.
+    pub rejected: u64,
     /// Number of rollbacks to a checkpoint.
     pub rollbacks: u64,
     /// Last checkpoint.
@@ -170,18 +188,23 @@ impl Learner {
             tokenizer,
         })?;
         let session = directory.session();
-        let (snapshot, buffered) = match parts.resume {
+        let (snapshot, buffered) = match &parts.origin.resume {
             Some(path) => {
-                let Checkpoint { snapshot, buffered } = resume(&trainer, path).await?;
+                let Checkpoint { snapshot, buffered } = checkpoint::read(path)?;
+                trainer.restore(path.clone()).await?;
                 (snapshot.resumed_by(session), Some(buffered))
             }
             None => (RunSnapshot::initial(session), None),
         };
-        reporter.continue_from(snapshot.totals.step)?;
-        let limit = settings.save_total_limit;
-        let mut checkpoints =
-            Checkpoints::new(Arc::clone(&directory), limit, parts.counters.stages);
+        let mut checkpoints = Checkpoints::new(
+            Arc::clone(&directory),
+            settings.save_total_limit,
+            parts.origin.inputs,
+            parts.counters.stages,
+        );
+        checkpoints.begin(&snapshot.lineage)?;
         checkpoints.restore_counters(snapshot.stages);
+        reporter.continue_from(snapshot.totals.step)?;
         let waits = Waits::new("learner");
         let source = PairSource::new(PairSourceParts {
             scheduler: PromptScheduler::new(PromptSchedulerParts {
@@ -199,6 +222,7 @@ impl Learner {
             counters: parts.counters.own,
             waits,
             limits: BatchLimits::new(&settings),
+            message_limits: streams.limits,
         });
         let (weight_store, dtype) = (streams.weight_store, streams.weights_dtype);
         let scheduler = snapshot.scheduler;
@@ -258,17 +282,25 @@ impl Learner {
                 self.save().await?;
             }
         }
-        match self.evaluate(&mut shutdown).await? {
+        let evaluated = match self.evaluator.has_evaluated(self.progress.step()) {
+            // By the session that this one resumes.
+            true => Evaluated::Completed,
+            false => self.evaluate(&mut shutdown).await?,
+        };
+        match evaluated {
             Evaluated::Completed | Evaluated::Unjudged => self.finish(Ending::Finished).await,
             Evaluated::Interrupted => self.finish(Ending::Interrupted).await,
         }
     }
 
-    /// Restores a checkpoint's pairs and prompts; or begins with an evaluation, and a checkpoint to roll back to.
+    /// Restores a checkpoint's pairs and prompts, after the evaluation of its step if that was interrupted; or begins
+    /// with an evaluation, and a checkpoint to roll back to.
     async fn start(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<(), LearnerError> {
         if self.source.lineage().session > 0 {
-            // Newer than everything that earlier sessions published.
+            // Newer than everything that earlier sessions published. Announced before the session's first prompt, since
+            // actors take a session from its announcement only.
             self.publish().await?;
+            self.publisher.settle().await?;
         }
         let Some(ResumedPairs {
             scheduler,
@@ -280,6 +312,14 @@ impl Learner {
             }
             return self.save().await;
         };
+        let step = self.progress.step();
+        if self.is_due(self.evaluator.interval()) && !self.evaluator.has_evaluated(step) {
+            tracing::info!(
+                step,
+                "the evaluation of this step was interrupted and is made up for"
+            );
+            self.evaluate(shutdown).await?;
+        }
         let version = self.publisher.version();
         let in_flight = self.source.restore(scheduler, buffered, version).await?;
         tracing::info!(step = self.progress.step(), in_flight, "resumed");
@@ -296,16 +336,17 @@ impl Learner {
             .await
     }
 
-    /// Takes a step on this batch. A non-finite step changes nothing; too many in a row roll the run back.
+    /// Takes a step on this batch. A rejected step changes nothing; too many in a row roll the run back.
     async fn train(&mut self, batch: TrainingBatch) -> Result<(), LearnerError> {
         let (started, step) = (Instant::now(), self.progress.step());
-        let (outcome, pairs) = self.trainer.step(batch.pairs, step).await?;
+        let limits = self.recovery.step_limits();
+        let (outcome, pairs) = self.trainer.step(batch.pairs, step, limits).await?;
         self.source.acknowledge(batch.receipts);
         match outcome {
             StepOutcome::Applied(measurements, samples) => {
                 let intake = self.source.finish_step(pairs.len());
                 self.progress.advance(&pairs);
-                self.recovery.count_finite();
+                self.recovery.count_applied(&measurements);
                 let applied = AppliedStep {
                     pairs: &pairs,
                     samples,
@@ -321,11 +362,11 @@ impl Learner {
                 };
                 self.reporter.log_step(applied, &run)
             }
-            StepOutcome::NonFinite(measurements) => {
+            StepOutcome::Rejected(measurements) => {
                 self.source.drop_nonfinite(pairs.len());
                 let totals = self.progress.totals();
-                self.reporter.log_nonfinite(&totals, &measurements)?;
-                self.recovery.quarantine(step, &pairs)?;
+                self.reporter.log_rejected(&totals, &measurements)?;
+                self.recovery.quarantine(step, &pairs, &measurements)?;
                 if !self.recovery.must_roll_back() {
                     return Ok(());
                 }
@@ -338,21 +379,32 @@ impl Learner {
     /// Rolls back to the last checkpoint. That takes a step number, so that the restored weights get a newer version
     /// than those that are given up.
     async fn roll_back(&mut self) -> Result<(), LearnerError> {
-        self.recovery.roll_back(&self.trainer).await?;
+        let last = self.checkpoints.newest()?;
+        self.recovery.roll_back(&self.trainer, last).await?;
         self.progress.skip_step();
         Ok(())
     }
 
-    /// Publishes the weights of this step; rolls back while they are not finite.
-    async fn publish(&mut self) -> Result<(), LearnerError> {
-        while let Publication::NonFinite = self
-            .publisher
-            .publish(&self.trainer, self.progress.step())
+    /// Rolls back while the weights are not valid.
+    async fn ensure_valid_weights(&mut self) -> Result<(), LearnerError> {
+        while !self
+            .recovery
+            .has_valid_weights(&self.trainer, self.progress.step())
             .await?
         {
             self.roll_back().await?;
         }
         Ok(())
+    }
+
+    /// Publishes the weights of this step; rolls back while they are not valid.
+    async fn publish(&mut self) -> Result<(), LearnerError> {
+        if self.publisher.has_published(self.progress.step()) {
+            return Ok(());
+        }
+        self.ensure_valid_weights().await?;
+        let step = self.progress.step();
+        self.publisher.publish(&self.trainer, step).await
     }
 
     /// Evaluates the weights of this step.
@@ -389,26 +441,22 @@ impl Learner {
             .await
     }
 
-    /// Writes a checkpoint; rolls back while the weights are not finite.
+    /// Writes a checkpoint; rolls back while the weights are not valid.
     async fn save(&mut self) -> Result<(), LearnerError> {
-        while let SaveOutcome::NonFinite = self
-            .checkpoints
+        self.ensure_valid_weights().await?;
+        self.checkpoints
             .save(&self.trainer, self.checkpoint())
-            .await?
-        {
-            self.roll_back().await?;
-        }
-        Ok(())
+            .await
     }
 
-    /// The run as of now; [`Checkpoints::save`] adds the stages' counters.
+    /// The run as of now; [`Checkpoints::save`] adds the inputs and the stages' counters.
     fn checkpoint(&self) -> Checkpoint {
         Checkpoint {
             snapshot: RunSnapshot {
                 totals: self.progress.totals(),
                 lineage: self.source.lineage().clone(),
                 version: self.publisher.version(),
-                recovery: self.recovery.counts(),
+                recovery: self.recovery.state(),
                 scheduler: self.source.scheduler.state(),
                 apo_step: self.apo.last_step(),
                 evaluations: self.evaluator.history().to_vec(),
@@ -428,7 +476,7 @@ impl Learner {
     async fn finish(mut self, ending: Ending) -> Result<Summary, LearnerError> {
         self.publisher.settle().await?;
         self.save().await?;
-        let blob = self.trainer.weights(DType::F32).await?.unwrap_or_default();
+        let blob = self.trainer.weights(DType::F32).await?;
         let note = match ending {
             Ending::Finished => "done",
             Ending::Interrupted => "interrupted; saved",
@@ -442,7 +490,7 @@ impl Learner {
             wall_seconds: totals.wall_seconds,
             weights_digest: Digest::of(&blob),
             checkpoint: self.checkpoints.path(totals.step),
-            nonfinite: recovery.nonfinite,
+            rejected: recovery.rejected,
             rollbacks: recovery.rollbacks,
             evaluations: self.evaluator.into_history(),
         };
@@ -452,8 +500,30 @@ impl Learner {
     }
 }
 
-/// Restores the trainer from a checkpoint and reads the rest of it.
-async fn resume(trainer: &TrainerThread, path: PathBuf) -> Result<Checkpoint, LearnerError> {
-    trainer.restore(path.clone()).await?;
-    checkpoint::read(&path)
+impl RunOrigin {
+    /// Checks that the run may be resumed with these inputs: they are those of its checkpoint, or changes are accepted,
+    /// which are logged.
+    ///
+    /// # Errors
+    /// If they differ, or the checkpoint cannot be read.
+    pub fn check(&self) -> Result<(), LearnerError> {
+        let Some(path) = &self.resume else {
+            return Ok(());
+        };
+        let changes = self
+            .inputs
+            .changes(&checkpoint::read(path)?.snapshot.inputs);
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let changes = changes.join("; ");
+        if self.accepts_changes {
+            tracing::warn!("the run is resumed with other inputs than it began with: {changes}");
+            return Ok(());
+        }
+        Err(LearnerError::ChangedInputs {
+            path: path.clone(),
+            changes,
+        })
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Instant};
 
-use dataset::{Column, Columns, DatasetError, PromptAnswer, WithSource};
+use dataset::{Column, Columns, DatasetError, FileLimits, PromptAnswer};
 use messages::Seed;
 use model::{
     AdamWSettings, AnswerBoundary, EncodedAnswers, Gradients, LanguageModel, Optimizer, Schedule,
@@ -11,7 +11,10 @@ use model::{
 use settings::SftSettings;
 use telemetry::Progress;
 
-use crate::{boundary_counts::BoundaryCounts, error::LearnerError, prompts::log_dialogue_use};
+use crate::{boundary_counts::BoundaryCounts, error::LearnerError, prompts::DialogueUse};
+
+/// Factor over the first loss at which fine-tuning has diverged; below one nat, over one nat.
+const DIVERGENCE_FACTOR: f64 = 1e3;
 
 /// A prompt and its target completion, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +40,8 @@ pub struct SftSummary {
 /// trained model. `examples` returns `None` to stop. `seed` is that of an adapter's dropout.
 ///
 /// # Errors
-/// If an example does not fit the model, a loss is not finite, or `examples` stops.
+/// [`LearnerError::SftDiverged`] if a loss is not finite or far beyond the first, or the weights are not finite. If an
+/// example does not fit the model, or `examples` stops.
 pub fn train(
     model: &LanguageModel,
     settings: &SftSettings,
@@ -50,12 +54,22 @@ pub fn train(
     let schedule = Schedule::new(&settings.optimizer(), settings.steps);
     let mut progress = Progress::new(title, settings.steps);
     let started = Instant::now();
-    let mut loss = f64::NAN;
+    let (mut first, mut loss) = (f64::NAN, f64::NAN);
     for step in 0..settings.steps {
         let batch = examples(step).ok_or(LearnerError::Interrupted { work: title })?;
         let with_dropout = model.with_dropout_seed(seed.derive(step));
-        loss = self::step(&with_dropout, &mut optimizer, &batch, schedule.at(step))?;
+        let gradients;
+        LossGradients { loss, gradients } = loss_gradients(&with_dropout, &batch)?;
+        if step == 0 {
+            first = loss;
+        }
+        let norm = optimizer.norm(&gradients)?;
+        check(step + 1, loss, norm, first)?;
+        optimizer.step(&gradients, norm, schedule.at(step))?;
         progress.advance_to(step + 1, &format!("loss {loss:.3}"));
+    }
+    if !model.trained().is_finite()? {
+        check(settings.steps, f64::NAN, 0.0, first)?;
     }
     progress.finish(&format!("loss {loss:.3}"));
     let summary = SftSummary {
@@ -66,13 +80,17 @@ pub fn train(
     Ok((model, summary))
 }
 
-/// One step on a batch; returns its loss, the mean over all completion tokens.
-fn step(
+/// Loss of a batch and its gradients.
+struct LossGradients {
+    /// Mean over all completion tokens, in nats.
+    loss: f64,
+    gradients: Gradients,
+}
+
+fn loss_gradients(
     model: &LanguageModel,
-    optimizer: &mut Optimizer,
     examples: &[ExampleIds],
-    learning_rate: f64,
-) -> Result<f64, LearnerError> {
+) -> Result<LossGradients, LearnerError> {
     let sequences: Vec<Sequence<'_>> = examples
         .iter()
         .map(|e| Sequence {
@@ -83,17 +101,19 @@ fn step(
     let loss = model.logprobs(&sequences)?.logp.mean_all()?.neg()?;
     let mut gradients = Gradients::default();
     gradients.backward(&loss)?;
-    let norm = optimizer.norm(&gradients)?;
-    let loss = f64::from(loss.to_scalar::<f32>()?);
-    if !loss.is_finite() || !norm.is_finite() {
-        let reason =
-            "supervised fine-tuning diverged: the loss is not finite; lower sft.learning_rate";
-        return Err(LearnerError::Model(model::ModelError::Weights {
-            reason: reason.into(),
-        }));
+    Ok(LossGradients {
+        loss: f64::from(loss.to_scalar::<f32>()?),
+        gradients,
+    })
+}
+
+/// Checks that a step has not diverged: a loss of some nats per token has a scale from the first step on.
+fn check(step: u64, loss: f64, grad_norm: f64, first: f64) -> Result<(), LearnerError> {
+    let limit = DIVERGENCE_FACTOR * first.max(1.0);
+    match loss <= limit && grad_norm.is_finite() {
+        true => Ok(()),
+        false => Err(LearnerError::SftDiverged { step, loss, first }),
     }
-    optimizer.step(&gradients, norm, learning_rate)?;
-    Ok(loss)
 }
 
 /// Reads rows in any format with an answer. Rows with an empty answer are left out and counted.
@@ -106,31 +126,29 @@ pub fn read_examples(
     tokenizer: &Tokenizer,
     max_length: usize,
 ) -> Result<Vec<ExampleIds>, LearnerError> {
-    let columns = Columns {
-        prompt: Column::named(&settings.prompt_column, "sft.prompt_column"),
-        answer: Column::named(&settings.completion_column, "sft.completion_column"),
-        ..Columns::default()
-    };
-    let rows = dataset::read(path, &columns, |form| form.answered())?;
-    if rows.is_empty() {
+    let columns = columns(settings);
+    let (mut examples, mut boundaries, mut empty) = (Vec::new(), BoundaryCounts::default(), 0);
+    let mut dialogues = DialogueUse::default();
+    dataset::visit(path, &columns, |source, row| {
+        let value = row.answered().map_err(|reason| source.refuse(reason))?;
+        dialogues.count(&value.prompt);
+        if value.answer.trim().is_empty() {
+            empty += 1;
+            return Ok(());
+        }
+        let read = example(&value, tokenizer, max_length);
+        let (example, boundary) = read.map_err(|reason| source.refuse(reason))?;
+        boundaries.count(boundary);
+        examples.push(example);
+        Ok(())
+    })?;
+    if examples.is_empty() && empty == 0 {
         return Err(LearnerError::Dataset(DatasetError::File {
             path: path.to_owned(),
             reason: "the file holds no examples".into(),
         }));
     }
-    let prompts: Vec<_> = rows.iter().map(|row| &row.value.prompt).collect();
-    log_dialogue_use(path, &prompts, tokenizer);
-    let (mut examples, mut boundaries, mut empty) = (Vec::new(), BoundaryCounts::default(), 0);
-    for WithSource { source, value } in &rows {
-        if value.answer.trim().is_empty() {
-            empty += 1;
-            continue;
-        }
-        let read = example(value, tokenizer, max_length);
-        let (example, boundary) = read.map_err(|reason| source.refuse(reason))?;
-        boundaries.count(boundary);
-        examples.push(example);
-    }
+    dialogues.log(path, tokenizer);
     if empty > 0 {
         tracing::warn!(path = %path.display(), empty, "examples were left out: their answers are empty");
     }
@@ -143,6 +161,20 @@ pub fn read_examples(
             ),
         })),
         false => Ok(examples),
+    }
+}
+
+/// Columns of prompts and completions.
+fn columns(settings: &SftSettings) -> Columns {
+    Columns {
+        prompt: Column::named(&settings.prompt_column, "sft.prompt_column"),
+        answer: Column::named(&settings.completion_column, "sft.completion_column"),
+        limits: FileLimits {
+            max_file_bytes: settings.max_file_bytes,
+            max_rows: settings.max_rows,
+            section: Some("sft"),
+        },
+        ..Columns::default()
     }
 }
 

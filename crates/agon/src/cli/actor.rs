@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use crate::cli::{config_args::Configuration, join_args::JoinArguments};
+use crate::cluster::server_users::ServerRole;
 
 /// Join a run over JetStream as an actor: sample completions until the run is done.
 ///
@@ -22,7 +23,10 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let settings = arguments.configuration.resolve()?.settings;
     crate::runtime()?.block_on(async {
-        let process = arguments.join.connect(&settings).await?;
+        let joined = arguments.join.connect(&settings, ServerRole::Actor).await?;
+        let Some(process) = joined else {
+            return Ok(ExitCode::SUCCESS);
+        };
         crate::cluster::join_actor(&process.session, &settings, &process.shutdown).await?;
         Ok(ExitCode::SUCCESS)
     })

@@ -81,7 +81,9 @@ impl CheckReport {
         for finding in preflight.findings {
             match finding {
                 PreflightFinding::Usable(description) => report.line("ok", &description),
-                PreflightFinding::Unneeded(reason) => report.line("warn", &reason),
+                PreflightFinding::Doubtful(reason) | PreflightFinding::Unneeded(reason) => {
+                    report.line("warn", &reason);
+                }
                 PreflightFinding::Failed(error) => {
                     report.line("fail", &sentence(&error));
                     report.errors.0.push(error);
@@ -193,7 +195,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         // One of the policy, one of the reference.
         (
             "RoPE tables",
-            product(&[&[2, config.rope_table_elements(), bytes]]),
+            product(&[&[2, config.rope_table_elements(longest), bytes]]),
         ),
         (
             "actors' copies of the policy",
@@ -435,7 +437,7 @@ mod tests {
             format!("fail model.chat_template: {path}: it is a folder"),
             format!("fail prompts.path: failed to read {path}/prompts.jsonl: No such file"),
             "fail preference.judge: ".to_owned(),
-            format!("fail telemetry.token_path: read the page's token from {path}/token"),
+            format!("fail telemetry.token_path: read the token in {path}/token"),
             format!("warn sft.path = {path}/sft.jsonl: No such file"),
         ] {
             assert!(

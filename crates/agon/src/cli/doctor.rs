@@ -9,7 +9,7 @@ use std::{
     io::{self, Write as _},
     net::{Ipv4Addr, TcpListener},
     path::Path,
-    process::{self, Command, ExitCode},
+    process::{self, ExitCode},
 };
 
 use anyhow::Context;
@@ -104,7 +104,7 @@ fn diagnostics() -> impl Iterator<Item = Diagnostic> {
         memory(machine.memory_bytes),
     ];
     let slow: [fn() -> Diagnostic; 8] = [
-        || disk(free_bytes()),
+        || disk(telemetry::free_bytes(Path::new("."))),
         || Diagnostic::essential("device cpu", matmul_throughput()),
         || device("cuda", "device cuda"),
         || device("metal", "device metal"),
@@ -181,22 +181,6 @@ fn amount(subject: &'static str, bytes: Option<u64>, description: &str) -> Diagn
     )
 }
 
-/// Free bytes for this user on the file system of the current directory, from POSIX `df`.
-fn free_bytes() -> Option<u64> {
-    let output = Command::new("df").args(["-P", "-k", "."]).output().ok()?;
-    available(&String::from_utf8_lossy(&output.stdout))
-}
-
-/// Available bytes in the output of `df -P -k`: the column before the percentage.
-fn available(output: &str) -> Option<u64> {
-    let fields: Vec<&str> = output.lines().nth(1)?.split_whitespace().collect();
-    let used = fields.iter().position(|field| field.ends_with('%'))?;
-    fields[used.checked_sub(1)?]
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
-}
-
 /// Throughput of matrix multiplication on the CPU.
 fn matmul_throughput() -> anyhow::Result<String> {
     let rate = model::roofline::matmul_flops()? / 1e9;
@@ -267,22 +251,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn available_space_is_left_of_the_percentage() {
-        let heading = "Filesystem 1024-blocks Used Available Capacity Mounted on\n";
-        let cases = [
-            ("/dev/sda1 100 60 40 60% /\n", Some(40 * 1024)),
-            ("a name 100 60 7 93% /with a space\n", Some(7 * 1024)),
-            ("/dev/sda1 100 60 40 - /\n", None),
-            ("50% /\n", None),
-            ("/dev/sda1 100 60 many 60% /\n", None),
-            ("", None),
-        ];
-        for (line, expected) in cases {
-            assert_eq!(available(&format!("{heading}{line}")), expected, "{line:?}");
-        }
-    }
-
-    #[test]
     fn a_line_has_severity_subject_and_text() {
         let cases = [
             (
@@ -345,5 +313,10 @@ mod tests {
         assert_eq!(defaults().unwrap(), "the default configuration is readable");
         assert!(loopback().unwrap().contains("127.0.0.1"));
         assert!(device("abacus", "device").text.contains("not usable"));
+        let free = disk(telemetry::free_bytes(Path::new(".")));
+        assert!(
+            free.text.ends_with("GiB free in the current directory"),
+            "{free}"
+        );
     }
 }

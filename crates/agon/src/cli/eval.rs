@@ -265,7 +265,7 @@ fn model_folder(path: &Path) -> anyhow::Result<PathBuf> {
     if !path.join("config.toml").exists() || !path.join("checkpoints").exists() {
         return Ok(path.to_owned());
     }
-    learner::latest_checkpoint(&path.join("checkpoints"))?.ok_or_else(|| {
+    learner::newest_checkpoint_model(&path.join("checkpoints"))?.ok_or_else(|| {
         UsageError(format!(
             "the run {} holds no checkpoint yet",
             path.display()

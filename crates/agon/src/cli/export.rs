@@ -174,7 +174,7 @@ fn checkpoint(path: &Path) -> anyhow::Result<PathBuf> {
         source,
     };
     fs::metadata(path).map_err(unreadable)?;
-    let of_run = learner::latest_checkpoint(&path.join("checkpoints"))?;
+    let of_run = learner::newest_checkpoint_model(&path.join("checkpoints"))?;
     if let Some(checkpoint) = of_run {
         return Ok(checkpoint);
     }

@@ -2,6 +2,9 @@
 
 use std::{process::ExitCode, sync::Arc};
 
+use settings::Resolved;
+use transport::LeaderLease;
+
 use crate::cli::{
     config_args::{self, RunArguments},
     join_args::StdinArgument,
@@ -34,32 +37,49 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     crate::runtime()?.block_on(lead(&arguments.run, &arguments.stdin))
 }
 
+/// Connects to the run's server, and waits until this process leads the run.
+async fn lead_session(
+    arguments: &RunArguments,
+    resolved: &Resolved,
+    monitoring: &Monitoring,
+) -> anyhow::Result<(ClusterSession, LeaderLease)> {
+    let settings = &resolved.settings;
+    let path = arguments.directory.path(settings);
+    let is_resumed = arguments.resume.is_some() && path.join("config.toml").exists();
+    loop {
+        let session = ClusterSession::connect(settings, host(), monitoring.metrics.clone()).await?;
+        if let Some(lease) = session.lease(settings, &path, is_resumed).await? {
+            return Ok((session, lease));
+        }
+    }
+}
+
 async fn lead(arguments: &RunArguments, stdin: &StdinArgument) -> anyhow::Result<ExitCode> {
     let resolved = arguments.configuration.resolve()?;
     let settings = &resolved.settings;
     let path = arguments.directory.path(settings);
+    if arguments.is_finished(&path, settings) {
+        return config_args::nothing_left(&path, settings);
+    }
+    // Before anything is printed: a signal that is not handled yet would lose what follows.
+    let shutdown = stdin.shutdown()?;
     let preflight = || Preflight::of(settings, &path, PreflightScope::Learner).into_result();
     let prompts = tokio::task::block_in_place(preflight)?;
     let monitoring = Monitoring::start(&settings.telemetry, &path)?;
-    let shutdown = stdin.shutdown()?;
-    let is_resumed = arguments.resume.is_some() && path.join("config.toml").exists();
-    let (session, lease) = loop {
-        let session = ClusterSession::connect(settings, host(), monitoring.metrics.clone()).await?;
-        if let Some(lease) = session.lease(settings, &path, is_resumed).await? {
-            break (session, lease);
-        }
-    };
+    let (session, lease) = lead_session(arguments, &resolved, &monitoring).await?;
     let cancel = signals::cancel_token(&shutdown);
     let inputs = tokio::task::block_in_place(|| RunInputs::build(settings, prompts, &cancel))?;
-    let (directory, resume) = arguments.open_directory(&path, &resolved)?;
-    let directory = Arc::new(directory);
+    let opened = arguments.open_directory(&path, &resolved)?;
+    let origin = || arguments.origin(&opened, &resolved, &inputs, None);
+    let origin = tokio::task::block_in_place(origin)?;
+    let directory = Arc::new(opened.directory);
     config_args::log_start(settings, &inputs);
     let context = RunContext {
         settings,
         config: &resolved.toml,
         inputs: &inputs,
         directory: &directory,
-        resume,
+        origin,
     };
     let run = cluster::lead(&session, context, &shutdown);
     let outcome = tokio::select! {

@@ -11,7 +11,7 @@ use crate::cli::{
 };
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource},
-    cluster::membership::metrics_url,
+    cluster::{membership::metrics_url, server_users::ServerRole},
     exit_code::UsageError,
     signals,
 };
@@ -52,7 +52,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 async fn join(arguments: &Arguments, settings: &Settings) -> anyhow::Result<ExitCode> {
-    let process = arguments.join.connect(settings).await?;
+    let joined = arguments.join.connect(settings, ServerRole::Preference);
+    let Some(process) = joined.await? else {
+        return Ok(ExitCode::SUCCESS);
+    };
     let run_dir = arguments.directory.path(settings);
     crate::cluster::join_preference(&process.session, settings, &run_dir, &process.shutdown)
         .await?;
@@ -60,7 +63,7 @@ async fn join(arguments: &Arguments, settings: &Settings) -> anyhow::Result<Exit
 }
 
 async fn serve(settings: &Settings) -> anyhow::Result<ExitCode> {
-    let exporter = Exporter::start(settings.telemetry.listen)?;
+    let exporter = Exporter::start(settings.telemetry.listen, &settings.telemetry.token_path)?;
     let shutdown = signals::on_signal()?;
     let cancel = signals::cancel_token(&shutdown);
     let judge = tokio::task::block_in_place(|| {
@@ -77,6 +80,6 @@ async fn serve(settings: &Settings) -> anyhow::Result<ExitCode> {
         env!("CARGO_PKG_VERSION")
     );
     out!("http://{}", server.address())?;
-    server.run(shutdown.subscribe()).await?;
+    server.run(shutdown.subscribe()).await;
     Ok(ExitCode::SUCCESS)
 }

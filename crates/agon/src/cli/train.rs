@@ -11,7 +11,7 @@ use crate::cli::{
 };
 use crate::{
     assembly::{CompletionOrigin, JudgeSource, Preflight, PreflightScope, RunInputs},
-    cluster::launch,
+    cluster::launch::{self, ResumeRequest},
     report::Report,
     run::{RunContext, run_single_process},
     signals,
@@ -36,11 +36,17 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let arguments = &arguments.run;
     let resolved = arguments.configuration.resolve()?;
     let path = arguments.directory.path(&resolved.settings);
+    if arguments.is_finished(&path, &resolved.settings) {
+        return config_args::nothing_left(&path, &resolved.settings);
+    }
     let runtime = crate::runtime()?;
     match resolved.settings.transport {
         TransportSettings::Memory {} => runtime.block_on(align(arguments, &path, &resolved)),
         TransportSettings::Jetstream(_) => {
-            let resume = arguments.resume.as_deref();
+            let resume = ResumeRequest {
+                which: arguments.resume.as_deref(),
+                accepts_changes: arguments.accept_changes,
+            };
             runtime.block_on(launch::run(&path, &resolved, resume))
         }
     }
@@ -57,25 +63,28 @@ async fn align(
         // Fails: the directory holds another run.
         RunDirectory::create(path, &resolved.toml)?;
     }
+    // Before anything is printed: a signal that is not handled yet would lose what follows.
+    let shutdown = signals::on_signal()?;
     let preflight = || Preflight::of(settings, path, PreflightScope::AllRoles).into_result();
     let prompts = tokio::task::block_in_place(preflight)?;
     let monitoring = Monitoring::start(&settings.telemetry, path)?;
-    let shutdown = signals::on_signal()?;
     let cancel = signals::cancel_token(&shutdown);
     let inputs = tokio::task::block_in_place(|| RunInputs::build(settings, prompts, &cancel))?;
     let judge = tokio::task::block_in_place(|| {
         let origin = CompletionOrigin::Policy(&inputs.model);
         JudgeSource::open(settings, origin, &cancel)
     })?;
-    let (directory, resume) = arguments.open_directory(path, resolved)?;
-    let directory = Arc::new(directory);
+    let opened = arguments.open_directory(path, resolved)?;
+    let origin = || arguments.origin(&opened, resolved, &inputs, Some(&judge));
+    let origin = tokio::task::block_in_place(origin)?;
+    let directory = Arc::new(opened.directory);
     config_args::log_start(settings, &inputs);
     let context = RunContext {
         settings,
         config: &resolved.toml,
         inputs: &inputs,
         directory: &directory,
-        resume,
+        origin,
     };
     let outcome =
         run_single_process(context, &Arc::new(judge), &monitoring.metrics, &shutdown).await?;

@@ -48,6 +48,11 @@ impl HeldOut {
         self.rows.len()
     }
 
+    /// All prompts in order of evaluation.
+    pub(super) fn rows(&self) -> &[PromptRow] {
+        &self.rows
+    }
+
     /// The prompt at `index`, modulo the number of prompts.
     pub(super) fn row(&self, index: u64) -> PromptRow {
         self.rows[(index % self.rows.len() as u64) as usize].clone()

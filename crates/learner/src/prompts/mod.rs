@@ -4,8 +4,8 @@ mod held_out;
 
 use std::{collections::HashSet, path::Path};
 
-use dataset::{Column, Columns, DatasetError, Mix, WithSource, shuffled};
-use messages::{Dialogue, PromptText, Seed};
+use dataset::{Column, Columns, DatasetError, FileLimits, Mix, ParsedRow, shuffled};
+use messages::{Dialogue, Digest, PromptText, Seed};
 use model::{AnswerBoundary, ModelError, Tokenizer};
 use settings::{DatasetPrompts, TooLong};
 
@@ -35,6 +35,10 @@ pub trait PromptSet: Send + Sync {
     /// Number of distinct held-out prompts, at indices `0..count`; after those they repeat. `None` if every index is an
     /// independent draw.
     fn held_out_count(&self) -> Option<usize>;
+    /// Digests by name of everything that the set can return; none if the settings alone determine it.
+    fn digests(&self) -> Vec<(&'static str, Digest)> {
+        Vec::new()
+    }
 }
 
 /// Prompts of files: mixed by weight, each file shuffled anew every epoch.
@@ -44,6 +48,8 @@ pub struct PromptFiles {
     files: Vec<Vec<PromptRow>>,
     held_out: HeldOut,
     mix: Mix,
+    /// Sampling weight of each file.
+    weights: Vec<f64>,
     shuffle: Option<Seed>,
 }
 
@@ -95,6 +101,7 @@ impl PromptFiles {
             files,
             held_out: HeldOut::interleaved(&mut held_out, &mix),
             mix,
+            weights,
             shuffle: settings.shuffle.then_some(seed),
         })
     }
@@ -106,6 +113,11 @@ fn columns(settings: &DatasetPrompts) -> Columns {
     Columns {
         prompt: Column::named(&settings.prompt_column, "prompts.prompt_column"),
         golden: (!golden.is_empty()).then(|| Column::named(golden, "prompts.golden_column")),
+        limits: FileLimits {
+            max_file_bytes: settings.max_file_bytes,
+            max_rows: settings.max_rows,
+            section: Some("prompts"),
+        },
         ..Columns::default()
     }
 }
@@ -197,6 +209,31 @@ impl PromptSet for PromptFiles {
     fn held_out_count(&self) -> Option<usize> {
         Some(self.held_out.len())
     }
+
+    fn digests(&self) -> Vec<(&'static str, Digest)> {
+        let mut train = format!("{:?}", self.weights).into_bytes();
+        for rows in &self.files {
+            train.extend(rows_digest(rows).0);
+        }
+        vec![
+            ("rows of the training prompts", Digest::of(&train)),
+            (
+                "rows of the held-out prompts",
+                rows_digest(self.held_out.rows()),
+            ),
+        ]
+    }
+}
+
+/// Digest of the tokens of prompts and golden answers.
+fn rows_digest(rows: &[PromptRow]) -> Digest {
+    let row = |row: &PromptRow| {
+        let golden = row.golden.as_deref().unwrap_or_default();
+        let lengths = [row.ids.len() as u32, golden.len() as u32];
+        let all = lengths.iter().chain(&row.ids).chain(golden);
+        Digest::of(&all.flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>()).0
+    };
+    Digest::of(&rows.iter().flat_map(row).collect::<Vec<u8>>())
 }
 
 /// RNG stream id of the order of files in the mix.
@@ -234,8 +271,8 @@ struct PromptReader<'a> {
     columns: Columns,
     limits: PromptLimits,
     tokenizer: &'a Tokenizer,
-    /// Tokens of the prompts read before, in any file.
-    seen: HashSet<Vec<u32>>,
+    /// Digests of the tokens of the prompts read before, in any file.
+    seen: HashSet<Digest>,
 }
 
 /// Number of rows of a file that were left out, by reason.
@@ -292,45 +329,62 @@ struct ParsedPrompt {
     golden: Option<String>,
 }
 
+/// What is counted over the rows of a file.
+#[derive(Default)]
+struct FileCounts {
+    skipped: SkippedRows,
+    boundaries: BoundaryCounts,
+    dialogues: DialogueUse,
+}
+
 impl PromptReader<'_> {
+    /// Reads row after row, so that only what is kept takes memory.
     fn rows(&mut self, path: &Path) -> Result<Vec<PromptRow>, DatasetError> {
-        let parsed = dataset::read(path, &self.columns, |form| {
-            let (prompt, golden) = (form.prompt()?, form.golden()?);
-            Ok(ParsedPrompt { prompt, golden })
+        let (mut kept, mut counts) = (Vec::new(), FileCounts::default());
+        let columns = self.columns.clone();
+        dataset::visit(path, &columns, |source, row| {
+            let row = self.kept(row, &mut counts);
+            kept.extend(row.map_err(|reason| source.refuse(reason))?);
+            Ok(())
         })?;
-        let prompts: Vec<&PromptText> = parsed.iter().map(|row| &row.value.prompt).collect();
-        log_dialogue_use(path, &prompts, self.tokenizer);
-        let (mut kept, mut skipped) = (Vec::new(), SkippedRows::default());
-        let mut boundaries = BoundaryCounts::default();
-        for WithSource { source, value } in parsed {
-            if value
-                .golden
-                .as_ref()
-                .is_some_and(|answer| answer.trim().is_empty())
-            {
-                skipped.unanswered += 1;
-                continue;
-            }
-            let row = self
-                .row(value, &mut boundaries)
-                .map_err(|error| source.refuse(error.to_string()))?;
-            let length = row.ids.len();
-            if let Some(reason) = self.limits.exceeded(&row) {
-                if self.settings.too_long == TooLong::Refuse {
-                    return Err(source.refuse(reason));
-                }
-                skipped.long += 1;
-            } else if length < self.settings.min_length {
-                skipped.short += 1;
-            } else if self.settings.deduplicate && !self.seen.insert(row.ids.clone()) {
-                skipped.duplicates += 1;
-            } else {
-                kept.push(row);
-            }
-        }
-        boundaries.log(path);
-        skipped.log(path, kept.len())?;
+        counts.dialogues.log(path, self.tokenizer);
+        counts.boundaries.log(path);
+        counts.skipped.log(path, kept.len())?;
         Ok(kept)
+    }
+
+    /// The prompt of a row, unless it is left out.
+    fn kept(
+        &mut self,
+        row: &ParsedRow<'_>,
+        counts: &mut FileCounts,
+    ) -> Result<Option<PromptRow>, String> {
+        let (prompt, golden) = (row.prompt()?, row.golden()?);
+        counts.dialogues.count(&prompt);
+        let skipped = &mut counts.skipped;
+        if golden
+            .as_ref()
+            .is_some_and(|answer| answer.trim().is_empty())
+        {
+            skipped.unanswered += 1;
+            return Ok(None);
+        }
+        let parsed = ParsedPrompt { prompt, golden };
+        let row = self.row(parsed, &mut counts.boundaries);
+        let row = row.map_err(|error| error.to_string())?;
+        if let Some(reason) = self.limits.exceeded(&row) {
+            if self.settings.too_long == TooLong::Refuse {
+                return Err(reason);
+            }
+            skipped.long += 1;
+        } else if row.ids.len() < self.settings.min_length {
+            skipped.short += 1;
+        } else if self.settings.deduplicate && !self.seen.insert(digest(&row.ids)) {
+            skipped.duplicates += 1;
+        } else {
+            return Ok(Some(row));
+        }
+        Ok(None)
     }
 
     fn row(
@@ -375,32 +429,48 @@ impl PromptReader<'_> {
     }
 }
 
-/// Logs, once per set of prompts, that completions continue a final assistant message, and that the chat template
-/// ignores the tools.
-pub fn log_dialogue_use(path: &Path, prompts: &[&PromptText], tokenizer: &Tokenizer) {
-    let dialogues = prompts.iter().filter_map(|prompt| match prompt {
-        PromptText::Dialogue(dialogue) => Some(dialogue),
-        PromptText::Text(_) => None,
-    });
-    let continued = dialogues
-        .clone()
-        .filter(|dialogue| dialogue.continues_final_message())
-        .count();
-    if continued > 0 {
-        tracing::info!(
-            path = %path.display(),
-            prompts = continued,
-            "prompts end with a turn of the assistant, which completions continue"
-        );
+fn digest(ids: &[u32]) -> Digest {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    Digest::of(&bytes)
+}
+
+/// How the dialogues of a set of prompts use the chat template.
+#[derive(Debug, Default)]
+pub struct DialogueUse {
+    /// Number of dialogues whose final assistant message is continued.
+    continued: usize,
+    /// The first dialogue with tools.
+    with_tools: Option<Dialogue>,
+}
+
+impl DialogueUse {
+    /// Counts a prompt.
+    pub fn count(&mut self, prompt: &PromptText) {
+        let PromptText::Dialogue(dialogue) = prompt else {
+            return;
+        };
+        self.continued += usize::from(dialogue.continues_final_message());
+        if self.with_tools.is_none() && !dialogue.tools.is_empty() {
+            self.with_tools = Some(dialogue.clone());
+        }
     }
-    let with_tools = dialogues
-        .clone()
-        .find(|dialogue| !dialogue.tools.is_empty());
-    if with_tools.is_some_and(|dialogue| !renders_tools(tokenizer, dialogue)) {
-        tracing::warn!(
-            path = %path.display(),
-            "the chat template does not use the tools of the column \"tools\""
-        );
+
+    /// Logs that completions continue a final assistant message, and that the chat template ignores the tools.
+    pub fn log(&self, path: &Path, tokenizer: &Tokenizer) {
+        if self.continued > 0 {
+            tracing::info!(
+                path = %path.display(),
+                prompts = self.continued,
+                "prompts end with a turn of the assistant, which completions continue"
+            );
+        }
+        let with_tools = self.with_tools.as_ref();
+        if with_tools.is_some_and(|dialogue| !renders_tools(tokenizer, dialogue)) {
+            tracing::warn!(
+                path = %path.display(),
+                "the chat template does not use the tools of the column \"tools\""
+            );
+        }
     }
 }
 
@@ -442,6 +512,8 @@ mod tests {
             mix: Vec::new(),
             prompt_column: "prompt".into(),
             golden_column: String::new(),
+            max_file_bytes: u64::MAX,
+            max_rows: u64::MAX,
             held_out_path: "".into(),
             held_out,
             shuffle: false,
@@ -468,6 +540,29 @@ mod tests {
             error.contains("prompts.held_out = 2 leaves nothing of 2 distinct prompts"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_digest_is_of_every_token_and_its_place() {
+        let golden = |golden: &[u32]| PromptRow {
+            golden: Some(golden.to_vec()),
+            ..row(1)
+        };
+        let of = |ids: &[u32]| PromptRow {
+            ids: ids.to_vec(),
+            ..row(1)
+        };
+        let all = [
+            vec![],
+            vec![of(&[1, 2])],
+            vec![of(&[1]), of(&[2])],
+            vec![of(&[2]), of(&[1])],
+            vec![golden(&[2])],
+            vec![golden(&[2, 3])],
+        ];
+        let digests: HashSet<_> = all.iter().map(|rows| rows_digest(rows)).collect();
+        assert_eq!(digests.len(), all.len());
+        assert_eq!(rows_digest(&all[2]), rows_digest(&all[2].clone()));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Optimiser steps of the policy: log-probabilities, loss, gradients, update.
 //!
-//! Promises that a step whose loss or gradient is not finite changes nothing. Does not know where pairs come from or
-//! what follows a step.
+//! Promises that a step whose loss or gradient is not finite, or beyond its limits, changes nothing. Does not know where
+//! pairs come from or what follows a step.
 
 use std::{path::Path, sync::Arc, time::Instant};
 
@@ -21,6 +21,7 @@ use crate::{
         Baseline, Batch, Dpo, Ipo, Labelling, NashMdPg, Objective, Rpo, RpoBaseline, Slic,
         reduction,
     },
+    run_scale::StepLimits,
     trainer::{
         batch::{BatchSplit, MicroBatch},
         metrics::{PassOutput, StepSums},
@@ -63,8 +64,8 @@ struct PassLogprobs {
 pub enum StepOutcome {
     /// The update was applied: its metrics, and the policy's own samples in the batch.
     Applied(Measurements, PolicySamples),
-    /// The loss or the gradient was not finite; nothing has changed.
-    NonFinite(Measurements),
+    /// The loss or the gradient was not finite or beyond its limit; nothing has changed.
+    Rejected(Measurements),
 }
 
 impl Trainer {
@@ -115,6 +116,19 @@ impl Trainer {
     /// # Errors
     /// If a pair does not fit the model, or the device is out of memory.
     pub fn step(&mut self, pairs: &[LabelledPair], step: u64) -> Result<StepOutcome, LearnerError> {
+        self.step_within(pairs, step, StepLimits::FINITE)
+    }
+
+    /// As [`Self::step`], if its loss and gradient norm are within `limits`.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub(crate) fn step_within(
+        &mut self,
+        pairs: &[LabelledPair],
+        step: u64,
+        limits: StepLimits,
+    ) -> Result<StepOutcome, LearnerError> {
         let mut gradients = Gradients::default();
         let mut sums = StepSums::default();
         let clock = Instant::now();
@@ -149,9 +163,9 @@ impl Trainer {
         measurements.set("learning_rate", learning_rate);
         measurements.set("time/forward", forward_seconds);
         measurements.set("time/backward", backward_seconds);
-        if !sums.loss.is_finite() || !norm.is_finite() {
+        if !limits.accept(sums.loss, norm) {
             self.ganpo.as_mut().map_or(Ok(()), GanpoRegulariser::undo)?;
-            return Ok(StepOutcome::NonFinite(measurements));
+            return Ok(StepOutcome::Rejected(measurements));
         }
         let before = clock.elapsed().as_secs_f64();
         self.optimizer.step(&gradients, norm, learning_rate)?;

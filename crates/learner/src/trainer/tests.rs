@@ -140,7 +140,7 @@ fn step(
     let mut trainer = Trainer::new(folder, policy, &settings(sets), Seed(3)).unwrap();
     match trainer.step(pairs, 0).unwrap() {
         StepOutcome::Applied(measurements, _) => measurements,
-        StepOutcome::NonFinite(_) => panic!("the step was not finite"),
+        StepOutcome::Rejected(_) => panic!("the step was rejected"),
     }
 }
 

@@ -1,4 +1,6 @@
 //! Trainer thread: holds the policy in training.
+//!
+//! Does not know what is read from the trainer, nor where checkpoints are.
 
 use std::{path::PathBuf, thread::JoinHandle};
 
@@ -8,8 +10,8 @@ use model::DType;
 use tokio::sync::oneshot;
 
 use crate::{
-    checkpoint::{self, Checkpoint},
     error::LearnerError,
+    run_scale::StepLimits,
     trainer::{StepOutcome, Trainer},
 };
 
@@ -20,24 +22,15 @@ enum TrainerCommand {
     Step {
         pairs: Vec<LabelledPair>,
         step: u64,
+        limits: StepLimits,
         reply: TrainerReply<(StepOutcome, Vec<LabelledPair>)>,
-    },
-    Weights {
-        dtype: DType,
-        reply: TrainerReply<Option<Vec<u8>>>,
-    },
-    IsFinite {
-        reply: TrainerReply<bool>,
-    },
-    Save {
-        to: PathBuf,
-        checkpoint: Box<Checkpoint>,
-        reply: TrainerReply<()>,
     },
     Restore {
         from: PathBuf,
         reply: TrainerReply<()>,
     },
+    /// Reads from the trainer and replies.
+    Inspect(Box<dyn FnOnce(&Trainer) + Send>),
 }
 
 /// Handle of the trainer thread.
@@ -60,7 +53,7 @@ impl TrainerThread {
         Ok(Self { commands, thread })
     }
 
-    /// Takes step `step`, counted from 0; returns the pairs with the outcome.
+    /// Takes step `step`, counted from 0, within these limits; returns the pairs with the outcome.
     ///
     /// # Errors
     /// If the step fails or the thread has ended.
@@ -68,42 +61,45 @@ impl TrainerThread {
         &self,
         pairs: Vec<LabelledPair>,
         step: u64,
+        limits: StepLimits,
     ) -> Result<(StepOutcome, Vec<LabelledPair>), LearnerError> {
-        self.call(|reply| TrainerCommand::Step { pairs, step, reply })
-            .await
+        self.call(|reply| TrainerCommand::Step {
+            pairs,
+            step,
+            limits,
+            reply,
+        })
+        .await
     }
 
-    /// The trained weights as a blob in this dtype; `None` if they are not finite.
+    /// The trained weights as a blob in this dtype.
     ///
     /// # Errors
     /// If copying fails or the thread has ended.
-    pub(crate) async fn weights(&self, dtype: DType) -> Result<Option<Vec<u8>>, LearnerError> {
-        self.call(|reply| TrainerCommand::Weights { dtype, reply })
+    pub(crate) async fn weights(&self, dtype: DType) -> Result<Vec<u8>, LearnerError> {
+        self.inspect(move |trainer| Ok(trainer.policy().trained().to_dtype(dtype)?.to_blob()?))
             .await
     }
 
-    /// Whether every trained weight is finite.
+    /// Euclidean norm of all trained weights; not finite if any of them is not.
     ///
     /// # Errors
     /// If computing fails or the thread has ended.
-    pub(crate) async fn is_finite(&self) -> Result<bool, LearnerError> {
-        self.call(|reply| TrainerCommand::IsFinite { reply }).await
+    pub(crate) async fn weight_norm(&self) -> Result<f64, LearnerError> {
+        self.inspect(|trainer| Ok(trainer.policy().trained().norm()?))
+            .await
     }
 
-    /// Writes a checkpoint to the folder `to`.
+    /// Calls `read` with the trainer, on its thread.
     ///
     /// # Errors
-    /// If a file cannot be written or the thread has ended.
-    pub(crate) async fn save(
+    /// Those of `read`, or if the thread has ended.
+    pub(crate) async fn inspect<T: Send + 'static>(
         &self,
-        to: PathBuf,
-        checkpoint: Checkpoint,
-    ) -> Result<(), LearnerError> {
-        let checkpoint = Box::new(checkpoint);
-        self.call(|reply| TrainerCommand::Save {
-            to,
-            checkpoint,
-            reply,
+        read: impl FnOnce(&Trainer) -> Result<T, LearnerError> + Send + 'static,
+    ) -> Result<T, LearnerError> {
+        self.call(|reply| {
+            TrainerCommand::Inspect(Box::new(move |trainer| send(reply, read(trainer))))
         })
         .await
     }
@@ -142,34 +138,19 @@ impl TrainerThread {
 fn run(mut trainer: Trainer, inbox: &Receiver<TrainerCommand>) {
     for command in inbox {
         match command {
-            TrainerCommand::Step { pairs, step, reply } => {
-                let outcome = trainer.step(&pairs, step);
-                send(reply, outcome.map(|outcome| (outcome, pairs)));
-            }
-            TrainerCommand::Weights { dtype, reply } => send(reply, weights(&trainer, dtype)),
-            TrainerCommand::IsFinite { reply } => {
-                let finite = trainer.policy().trained().is_finite();
-                send(reply, finite.map_err(LearnerError::from));
-            }
-            TrainerCommand::Save {
-                to,
-                checkpoint,
+            TrainerCommand::Step {
+                pairs,
+                step,
+                limits,
                 reply,
             } => {
-                send(reply, checkpoint::write(&to, &checkpoint, &trainer));
+                let outcome = trainer.step_within(&pairs, step, limits);
+                send(reply, outcome.map(|outcome| (outcome, pairs)));
             }
             TrainerCommand::Restore { from, reply } => send(reply, trainer.restore(&from)),
+            TrainerCommand::Inspect(inspect) => inspect(&trainer),
         }
     }
-}
-
-fn weights(trainer: &Trainer, dtype: DType) -> Result<Option<Vec<u8>>, LearnerError> {
-    let weights = trainer.policy().trained();
-    Ok(if weights.is_finite()? {
-        Some(weights.to_dtype(dtype)?.to_blob()?)
-    } else {
-        None
-    })
 }
 
 fn send<T>(reply: TrainerReply<T>, result: Result<T, LearnerError>) {

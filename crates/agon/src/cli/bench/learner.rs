@@ -64,7 +64,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
             last = measurements;
             Ok(())
         }
-        StepOutcome::NonFinite(_) => anyhow::bail!("a step was not finite"),
+        StepOutcome::Rejected(_) => anyhow::bail!("a step was not finite"),
     })?;
     let phases = ["forward", "backward", "optimizer"];
     let phases = phases.map(|phase| (phase, last.get(&format!("time/{phase}"))));

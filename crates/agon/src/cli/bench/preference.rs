@@ -213,7 +213,7 @@ async fn serve(
     }
     let rate = latencies.len() as f64 / started.elapsed().as_secs_f64();
     stop.send_replace(true);
-    serving.await.context("the service panicked")??;
+    serving.await.context("the service panicked")?;
     latencies.sort_by(f64::total_cmp);
     Ok(LoadResult { rate, latencies })
 }

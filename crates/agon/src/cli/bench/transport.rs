@@ -18,10 +18,13 @@ use settings::{JetStreamSettings, TransportSettings, WeightsEncoding, resolve};
 use tokio::task::JoinSet;
 use transport::{Receiver, Sender, Transport, TransportError};
 
-use crate::cluster::launch::NatsServer;
+use crate::cluster::{launch::NatsServer, server_users::ServerRole};
 
 /// Tokens per prompt and per completion.
 const TOKENS: usize = 64;
+
+/// Names of the runs on the server.
+const RUNS: [&str; 3] = ["bench", "weights-full", "weights-delta"];
 
 /// Capacity of each stream, in messages.
 const CAPACITY: usize = 512;
@@ -60,9 +63,10 @@ async fn measure(arguments: &Arguments) -> anyhow::Result<Value> {
     let memory = flow(&Transport::in_memory(), arguments).await?;
     let directory = tempfile::tempdir().context("failed to make a folder for the server")?;
     std::fs::create_dir_all(directory.path().join("logs")).context("failed to make a folder")?;
-    let mut server = NatsServer::start(&arguments.server, directory.path()).await?;
-    let settings = jetstream(&server.url(), WeightsEncoding::Full)?;
-    let transport = Transport::connect(&settings, "bench").await?;
+    let mut server = NatsServer::start(&arguments.server, directory.path(), &RUNS, 8).await?;
+    let settings = jetstream(&server, WeightsEncoding::Full)?;
+    let [flow_run, ..] = RUNS;
+    let transport = Transport::connect(&settings, flow_run).await?;
     let jetstream = flow(&transport, arguments).await?;
     let flow_memory = telemetry::peak_memory_bytes();
     let weights = weights(&server, arguments).await?;
@@ -78,11 +82,15 @@ async fn measure(arguments: &Arguments) -> anyhow::Result<Value> {
     }))
 }
 
-fn jetstream(url: &str, weights: WeightsEncoding) -> anyhow::Result<JetStreamSettings> {
+fn jetstream(server: &NatsServer, weights: WeightsEncoding) -> anyhow::Result<JetStreamSettings> {
+    let url = server.url();
     let text = format!("[transport]\nkind = \"jetstream\"\nurl = {url:?}\n");
+    let [(_, nkey_path), (_, run_key_path)] = server.keys().settings(ServerRole::Learner);
     match resolve(&text, "bench", &[])?.settings.transport {
         TransportSettings::Jetstream(settings) => Ok(JetStreamSettings {
             weights,
+            nkey_path,
+            run_key_path,
             ..*settings
         }),
         TransportSettings::Memory {} => unreachable!("the kind is jetstream"),
@@ -230,7 +238,7 @@ async fn weights(server: &NatsServer, arguments: &Arguments) -> anyhow::Result<V
         ("full", WeightsEncoding::Full),
         ("delta", WeightsEncoding::Delta),
     ] {
-        let settings = jetstream(&server.url(), encoding)?;
+        let settings = jetstream(server, encoding)?;
         let run = format!("weights-{name}");
         let publisher = Transport::connect(&settings, &run)
             .await?
