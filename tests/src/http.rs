@@ -24,7 +24,8 @@ pub fn http(base: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
         .expect("a valid timeout");
     // HTTP/1.0: the response is not chunked and ends with the connection.
     let request = format!(
-        "{method} {path} HTTP/1.0\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.0\r\nhost: {address}\r\nconnection: close\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
     stream

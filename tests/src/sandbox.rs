@@ -187,6 +187,11 @@ impl RunningProcess {
         [self.stdout.clone(), self.stderr.clone()]
     }
 
+    /// Process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Standard error so far.
     pub fn stderr(&self) -> String {
         read_lossy(&self.stderr)

@@ -122,6 +122,7 @@ fn a_run_trains_only_the_adapter_and_writes_peft_checkpoints() {
         "adapter_config.json",
         "adapter_model.safetensors",
         "buffered.pairs",
+        "checksums.json",
         "optimizer.safetensors",
         "state.json",
         "tokenizer.json",

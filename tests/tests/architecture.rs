@@ -11,7 +11,7 @@ use system_tests::workspace_root;
 
 /// Workspace crates that each crate may depend on, in its tests too. A role depends on no other role, and only the
 /// program depends on roles.
-const ALLOWED_DEPENDENCIES: [(&str, &[&str]); 17] = [
+const ALLOWED_DEPENDENCIES: [(&str, &[&str]); 18] = [
     ("messages", &[]),
     ("settings", &["messages"]),
     ("dataset", &["messages"]),
@@ -45,6 +45,7 @@ const ALLOWED_DEPENDENCIES: [(&str, &[&str]); 17] = [
         ],
     ),
     ("system-tests", &["playground", "settings"]),
+    ("fuzz", FUZZED),
     (FEATURES_ONLY, &[]),
 ];
 
@@ -59,6 +60,18 @@ const ROLE: &[&str] = &[
     "dataset",
     "model",
     "transport",
+    "telemetry",
+];
+
+/// Dependencies of the fuzzer: the crates with parsers, and the support code of the system tests.
+const FUZZED: &[&str] = &[
+    "dataset",
+    "jinja",
+    "messages",
+    "model",
+    "preference",
+    "settings",
+    "system-tests",
     "telemetry",
 ];
 
@@ -83,12 +96,12 @@ const EXCLUSIVE_DEPENDENCIES: [(&str, &[&str]); 14] = [
     ("flume", &["transport"]),
     ("async-nats", &["transport"]),
     ("axum", &["preference", "telemetry"]),
-    ("hf-hub", &["hub"]),
+    ("ureq", &["hub"]),
     ("plotters", &["agon"]),
     ("reqwest", &["preference", "agon"]),
     ("metrics", &["telemetry"]),
     ("metrics-exporter-prometheus", &["telemetry"]),
-    ("toml", &["settings", "telemetry", "agon"]),
+    ("toml", &["settings", "telemetry", "agon", "system-tests"]),
 ];
 
 /// Third-party crates that at least one crate must depend on.

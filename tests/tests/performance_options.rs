@@ -38,20 +38,20 @@ fn sampling_falls_back_to_f32_when_the_quantisation_error_exceeds_its_bound() {
         let output = sandbox.run(&tiny_playground(&run, sets)).succeeded();
         (column(&run, "mismatch/logp_abs_diff"), output.stderr)
     };
-    let unbounded = ["actor.precision=int8", "actor.max_drift=0"];
+    let unbounded = ["actor.precision=int8", "actor.max_quantization_error=0"];
     let (gaps, log) = run("unbounded", &unbounded);
     assert!(gaps.iter().all(|&gap| gap > 1e-4), "{gaps:?}");
-    assert!(!log.contains("actor.max_drift"), "{log}");
+    assert!(!log.contains("actor.max_quantization_error"), "{log}");
     // Version 0 exceeds the bound, and all later versions are sampled in f32.
-    let strict = ["actor.precision=int8", "actor.max_drift=1e-6"];
+    let strict = ["actor.precision=int8", "actor.max_quantization_error=1e-6"];
     let (gaps, log) = run("strict", &strict);
     assert!(gaps[0] > 1e-4, "{gaps:?}");
     assert!(gaps[1..].iter().all(|&gap| gap < 1e-5), "{gaps:?}");
-    let warnings = log.matches("actor.max_drift").count();
+    let warnings = log.matches("actor.max_quantization_error").count();
     assert_eq!(warnings, 1, "{log}");
-    let (gaps, log) = run("f32", &["actor.max_drift=1e-6"]);
+    let (gaps, log) = run("f32", &["actor.max_quantization_error=1e-6"]);
     assert!(gaps.iter().all(|&gap| gap < 1e-5), "{gaps:?}");
-    assert!(!log.contains("actor.max_drift"), "{log}");
+    assert!(!log.contains("actor.max_quantization_error"), "{log}");
 }
 
 #[test]

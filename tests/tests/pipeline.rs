@@ -73,7 +73,7 @@ fn assert_finite_losses(run: &Path, expected: usize) {
 fn scrape(address: SocketAddr) -> Option<String> {
     let mut stream = TcpStream::connect(address).ok()?;
     stream
-        .write_all(b"GET /metrics HTTP/1.1\r\nHost: agon\r\nConnection: close\r\n\r\n")
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         .ok()?;
     let mut page = String::new();
     stream.read_to_string(&mut page).ok()?;

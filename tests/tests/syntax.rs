@@ -19,11 +19,10 @@ const MAX_FIELDS: usize = 12;
 /// Crates of the roles.
 const ROLES: [&str; 3] = ["actor", "preference", "learner"];
 /// Type names that stand in several files: by convention, or as the same idea in private modules.
-const SHARED_NAMES: [&str; 6] = [
+const SHARED_NAMES: [&str; 5] = [
     "Arguments",
     "Error",
     "Engine",     // mistral.rs, and its stub
-    "Outlet",     // of the actor and of the preference service
     "Upstream",   // of a stream in memory and over NATS
     "Downstream", // the same
 ];
