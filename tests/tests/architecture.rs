@@ -11,16 +11,20 @@ use system_tests::workspace_root;
 
 /// Workspace crates that each crate may depend on, in its tests too. A role depends on no other role, and only the
 /// program depends on roles.
-const ALLOWED_DEPENDENCIES: [(&str, &[&str]); 18] = [
+const ALLOWED_DEPENDENCIES: [(&str, &[&str]); 19] = [
     ("messages", &[]),
     ("settings", &["messages"]),
-    ("dataset", &["messages"]),
+    ("dataset", &["messages", "panic-guard"]),
     ("playground", &[]),
     ("transport", &["messages", "settings"]),
     ("telemetry", &["messages", "settings"]),
     ("jinja", &[]),
     ("kernels", &[]),
-    ("model", &["jinja", "kernels", "messages", "settings"]),
+    ("panic-guard", &[]),
+    (
+        "model",
+        &["jinja", "kernels", "messages", "panic-guard", "settings"],
+    ),
     ("hub", &["messages", "model", "settings", "telemetry"]),
     ("mistral", &["messages", "model"]),
     ("actor", ROLE),

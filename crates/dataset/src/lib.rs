@@ -16,7 +16,6 @@ mod json_rows;
 mod limits;
 mod mix;
 mod order;
-mod panic_guard;
 mod parquet;
 mod parsed_row;
 mod rows;

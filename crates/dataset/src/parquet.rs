@@ -19,9 +19,9 @@ use crate::{
     error::{DatasetError, RowPosition},
     json_rows::RowSink,
     limits::{FileLimits, RowBytes, check_expansion, open_regular},
-    panic_guard::guarded,
     turn::without_nulls,
 };
+use panic_guard::guarded;
 
 /// Values of a column that are decoded at once.
 const BATCH: usize = 128;

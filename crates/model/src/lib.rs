@@ -21,7 +21,6 @@ mod keys;
 mod logprobs;
 mod lora;
 mod optimizer;
-mod panic_guard;
 mod precision;
 mod ragged;
 mod reward;

@@ -20,12 +20,12 @@ use crate::{
     error::ModelError,
     guarded_tokenizer::GuardedTokenizer,
     keys::{self, AttentionMask},
-    panic_guard::guarded,
     shards::{Shards, is_ignorable},
     tokenizer::load_tokenizer,
 };
 use deberta_v2::DebertaV2Classifier;
 use modern_bert::ModernBertClassifier;
+use panic_guard::guarded;
 use tensors::{RecordingBackend, TensorSource};
 
 /// Supported encoder architectures, as `config.json` names them.

@@ -24,10 +24,10 @@ use tokenizers::{AddedToken, Encoding};
 use crate::{
     error::ModelError,
     input_file::{self, MAX_TOKENIZER_BYTES},
-    panic_guard::guarded,
     shards::check_not_lfs_pointer,
 };
 use inspection::Inspection;
+use panic_guard::guarded;
 
 /// Deadline of loading a tokenizer and of trying it out.
 const LOAD_DEADLINE: Duration = Duration::from_secs(60);

@@ -1,4 +1,4 @@
-//! Panics of libraries on input that they did not expect, returned as errors.
+//! Panics of libraries on input that they did not expect, returned as errors. Independent of which library it is.
 
 use std::{
     any::Any,
@@ -17,7 +17,7 @@ thread_local! {
 ///
 /// # Errors
 /// When it panics.
-pub(crate) fn guarded<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+pub fn guarded<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     silence_guarded_panics();
     let outer = IS_GUARDED.replace(true);
     let result = panic::catch_unwind(AssertUnwindSafe(run));
