@@ -150,10 +150,22 @@ impl RunningProcess {
     /// Waits for the process to exit.
     ///
     /// # Panics
-    /// If it does not exit within the timeout.
+    /// If it does not exit within the timeout; the message has its standard error.
+    #[track_caller]
     pub fn wait(mut self) -> ProcessOutput {
-        let what = format!("the exit of {}", self.call);
-        let status = wait_until(&what, || self.exit_status());
+        let started = Instant::now();
+        let status = loop {
+            if let Some(status) = self.exit_status() {
+                break status;
+            }
+            let (call, stderr) = (&self.call, &self.stderr);
+            assert!(
+                started.elapsed() < TIMEOUT,
+                "{call} does not exit:\n{}",
+                read_lossy(stderr)
+            );
+            thread::sleep(POLL_INTERVAL);
+        };
         ProcessOutput {
             call: self.call.clone(),
             code: status.code(),

@@ -81,7 +81,10 @@ impl ApoSampler {
         while collected < wanted {
             let window = EVALUATION_WINDOW.min(wanted - collected);
             while source.scheduler.eval_outstanding() < window {
-                source.scheduler.send_apo(sent, version).await?;
+                tokio::select! {
+                    sent = source.scheduler.send_apo(sent, version) => sent?,
+                    _ = shutdown.wait_for(|requested| *requested) => return Ok(()),
+                }
                 sent += 1;
             }
             match source.next("APO samples", publisher, shutdown).await? {

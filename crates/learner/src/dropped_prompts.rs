@@ -1,14 +1,10 @@
 //! Dropped prompts: counts since the last step, for the means over its pairs, and since the last progress, for the
-//! deadline of a wait.
-//!
-//! The deadline counts from the last progress, not from the last message: a policy that has collapsed onto single
-//! answers, or a judge that never reaches a verdict, keeps sending messages.
+//! error of a wait without any.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt};
 
 use messages::{DropReason, Dropped};
 use telemetry::printable_line;
-use tokio::time::Instant;
 
 use crate::trainer::PolicySamples;
 
@@ -20,7 +16,6 @@ const MAX_DETAIL_CHARS: usize = 300;
 pub(crate) struct DroppedPrompts {
     since_step: StepDrops,
     since_progress: BTreeMap<DropReason, ReasonDrops>,
-    progress_at: Instant,
     /// Whether a pair without a label was logged; only the first is.
     has_warned: bool,
 }
@@ -49,25 +44,13 @@ impl DroppedPrompts {
         Self {
             since_step: StepDrops::default(),
             since_progress: BTreeMap::new(),
-            progress_at: Instant::now(),
             has_warned: false,
         }
     }
 
-    /// Restarts the deadline: a wait begins, or a wait made progress.
-    pub(crate) fn restart_deadline(&mut self) {
-        self.progress_at = Instant::now();
+    /// Forgets the counts since the last progress: a wait begins, or made progress.
+    pub(crate) fn progressed(&mut self) {
         self.since_progress.clear();
-    }
-
-    /// Restarts the deadline but keeps the counts: a message that may have been a drop counts as progress.
-    pub(crate) fn extend_deadline(&mut self) {
-        self.progress_at = Instant::now();
-    }
-
-    /// Deadline of a wait that makes no progress for `seconds`.
-    pub(crate) fn deadline(&self, seconds: u64) -> Instant {
-        self.progress_at + Duration::from_secs(seconds)
     }
 
     /// Counts a prompt that another stage dropped.
@@ -222,9 +205,8 @@ mod tests {
     }
 
     #[test]
-    fn drops_are_listed_and_do_not_move_the_deadline() {
+    fn drops_are_listed_until_there_is_progress() {
         let mut dropped = DroppedPrompts::new();
-        let deadline = dropped.deadline(3);
         assert_eq!(dropped.to_string(), "");
         for reason in [
             DropReason::Identical,
@@ -233,11 +215,8 @@ mod tests {
         ] {
             dropped.count(reason, "");
         }
-        assert_eq!(dropped.deadline(3), deadline);
         dropped.count(DropReason::Abstained, "too long");
         let listed = "; dropped meanwhile: 2 identical, 2 abstained (the last: too long)";
-        assert_eq!(dropped.to_string(), listed);
-        dropped.extend_deadline();
         assert_eq!(dropped.to_string(), listed);
         dropped.count(DropReason::Abstained, &"\u{1b}\n".repeat(9000));
         let shown = dropped.to_string();
@@ -245,8 +224,7 @@ mod tests {
             shown.contains("\\u{1b}\\n") && shown.len() < 3000,
             "{shown}"
         );
-        dropped.restart_deadline();
-        assert!(dropped.deadline(3) >= deadline);
+        dropped.progressed();
         assert_eq!(dropped.to_string(), "");
     }
 }

@@ -84,7 +84,10 @@ impl Evaluator {
         source.restart_deadline();
         while sent < prompts || source.scheduler.eval_outstanding() > 0 {
             while sent < prompts && source.scheduler.eval_outstanding() < EVALUATION_WINDOW {
-                source.scheduler.send_held_out(sent, version).await?;
+                tokio::select! {
+                    sent = source.scheduler.send_held_out(sent, version) => sent?,
+                    _ = shutdown.wait_for(|requested| *requested) => return Ok(Evaluated::Interrupted),
+                }
                 sent += 1;
             }
             match source.next("evaluation pairs", publisher, shutdown).await? {

@@ -20,6 +20,7 @@ mod pair_buffer;
 mod pair_file;
 mod pair_source;
 mod progress;
+mod progress_deadline;
 mod prompt_scheduler;
 mod prompts;
 mod publisher;

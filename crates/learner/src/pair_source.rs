@@ -21,6 +21,7 @@ use crate::{
     error::LearnerError,
     pair_buffer::{BufferedPair, PairBuffer},
     progress::SessionLineage,
+    progress_deadline::ProgressDeadline,
     prompt_scheduler::{PromptScheduler, PromptSchedulerState, is_evaluation},
     publisher::Publisher,
 };
@@ -32,6 +33,7 @@ pub(crate) struct PairSource {
     drops: Receiver<Dropped>,
     buffer: PairBuffer,
     dropped: DroppedPrompts,
+    progress: ProgressDeadline,
     lineage: SessionLineage,
     counters: StageCounters,
     waits: Waits,
@@ -117,6 +119,7 @@ impl PairSource {
             drops: parts.drops,
             buffer: PairBuffer::default(),
             dropped: DroppedPrompts::new(),
+            progress: ProgressDeadline::start(Duration::ZERO),
             lineage: parts.lineage,
             counters: parts.counters,
             waits: parts.waits,
@@ -179,7 +182,7 @@ impl PairSource {
         let BatchLimits {
             steps, batch_size, ..
         } = self.limits;
-        self.dropped.restart_deadline();
+        self.restart_deadline();
         loop {
             for stale in self.buffer.remove_stale(step, self.limits.max_staleness) {
                 self.drop_pair(stale, Rejection::of(DropReason::Stale))
@@ -241,17 +244,23 @@ impl PairSource {
         Ok(arrival)
     }
 
-    /// Restarts the deadline of waits.
+    /// Restarts the deadline: a wait begins, or made progress. It counts from the last progress, not from the last
+    /// message: a policy that has collapsed onto single answers, or a judge that never reaches a verdict, keeps
+    /// sending messages.
     pub(crate) fn restart_deadline(&mut self) {
-        self.dropped.restart_deadline();
+        self.extend_deadline();
+        self.dropped.progressed();
     }
 
-    /// Deadline of the current wait. Time in which the server was away does not count.
+    /// Restarts the deadline but keeps the counts of drops: a message that may have been one counts as progress.
+    fn extend_deadline(&mut self) {
+        self.progress = ProgressDeadline::start(self.labelled.time_away());
+    }
+
+    /// Deadline of the current wait.
     fn deadline(&self) -> tokio::time::Instant {
-        let deadline = self.dropped.deadline(self.limits.timeout_seconds);
         let allowed = Duration::from_secs(self.limits.timeout_seconds);
-        let after_outage = self.labelled.last_away().map(|until| until + allowed);
-        after_outage.map_or(deadline, |after_outage| deadline.max(after_outage))
+        self.progress.after(allowed, self.labelled.time_away())
     }
 
     /// Prompts dropped since the last progress.
@@ -293,7 +302,7 @@ impl PairSource {
             self.drop_pair(pair, rejection).await;
             return Arrival::Handled;
         }
-        self.dropped.restart_deadline();
+        self.restart_deadline();
         let arrival = match pair.labelled.pair.prompt.purpose {
             Purpose::Train => {
                 self.buffer.push(pair);
@@ -332,7 +341,7 @@ impl PairSource {
     fn mark_returned(&mut self, id: PromptId) -> bool {
         let was_outstanding = self.scheduler.mark_returned(id);
         if was_outstanding && is_evaluation(id) {
-            self.dropped.extend_deadline();
+            self.extend_deadline();
         }
         was_outstanding
     }

@@ -10,11 +10,12 @@ use messages::{
 };
 use serde::{Deserialize, Serialize};
 use telemetry::Waits;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use transport::Sender;
 
 use crate::{
     error::LearnerError,
+    progress_deadline::ProgressDeadline,
     prompts::{PromptRow, PromptSet},
 };
 
@@ -220,24 +221,21 @@ impl PromptScheduler {
         };
         self.outstanding.insert(id, sent);
         let _wait = self.parts.waits.enter("room for prompts");
-        let allowed = self.parts.timeout;
-        let mut sending = pin!(self.parts.prompts.send(prompt));
+        let (prompts, allowed) = (&self.parts.prompts, self.parts.timeout);
+        let wait = ProgressDeadline::start(prompts.time_away());
+        let mut sending = pin!(prompts.send(prompt));
         loop {
-            match timeout(allowed, &mut sending).await {
+            let deadline = wait.after(allowed, prompts.time_away());
+            match timeout_at(deadline, &mut sending).await {
                 Ok(sent) => return Ok(sent?),
-                // Time in which the server was away does not count. Training prompts are sent under a shutdown.
-                Err(_) if purpose == Purpose::Train && self.was_away_within(allowed) => {}
+                // The server was away meanwhile.
+                Err(_) if wait.after(allowed, prompts.time_away()) > Instant::now() => {}
                 Err(_) => {
                     let seconds = allowed.as_secs();
                     return Err(LearnerError::NoRoom { seconds });
                 }
             }
         }
-    }
-
-    fn was_away_within(&self, duration: Duration) -> bool {
-        let until = self.parts.prompts.last_away();
-        until.is_some_and(|until| until.elapsed() < duration)
     }
 
     /// Sends the held-out prompt `index` of the evaluation at `version`. Its seed is the same in every evaluation, so
@@ -327,6 +325,8 @@ impl PromptScheduler {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
 
     struct Counting;

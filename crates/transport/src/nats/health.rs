@@ -1,6 +1,9 @@
 //! The state of a connection as its events tell it: whether the server is away, and what it last refused.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use async_nats::{Event, ServerError};
 use tokio::time::Instant;
@@ -13,8 +16,8 @@ pub(crate) struct ConnectionHealth(Mutex<State>);
 struct State {
     /// Since when the server is away.
     away_since: Option<Instant>,
-    /// End of the last outage.
-    outage_end: Option<Instant>,
+    /// Sum of the outages that have ended.
+    past_outages: Duration,
     /// Number of refusals, and the last one.
     refusals: u64,
     last_refusal: String,
@@ -31,13 +34,11 @@ impl ConnectionHealth {
         self.state().away_since.is_some()
     }
 
-    /// The time until which the server was last away: now while it is, `None` if it never was.
-    pub(crate) fn last_away(&self) -> Option<Instant> {
+    /// Time in which the server was away so far, in all outages together.
+    pub(crate) fn time_away(&self) -> Duration {
         let state = self.state();
-        state
-            .away_since
-            .map(|_| Instant::now())
-            .or(state.outage_end)
+        let current = state.away_since.map(|since| since.elapsed());
+        state.past_outages + current.unwrap_or_default()
     }
 
     /// Number of requests that the server has refused for want of a permission.
@@ -88,7 +89,7 @@ impl ConnectionHealth {
             tracing::debug!("connected to the NATS server");
             return;
         };
-        state.outage_end = Some(Instant::now());
+        state.past_outages += since.elapsed();
         let seconds = since.elapsed().as_secs();
         tracing::info!(seconds, "connected to the NATS server again");
     }
@@ -102,17 +103,25 @@ fn is_permission(error: &str) -> bool {
 mod tests {
     use super::*;
 
-    #[test]
-    fn an_outage_lasts_from_disconnection_to_reconnection() {
+    #[tokio::test(start_paused = true)]
+    async fn outages_last_from_disconnection_to_reconnection_and_add_up() {
         let health = ConnectionHealth::default();
+        let pass = |seconds| tokio::time::advance(Duration::from_secs(seconds));
+        let away = || (health.is_away(), health.time_away().as_secs());
         health.handle(&Event::Connected);
-        assert_eq!((health.is_away(), health.last_away()), (false, None));
+        pass(1).await;
+        assert_eq!(away(), (false, 0));
         health.handle(&Event::Disconnected);
-        let during = health.last_away();
-        assert!(health.is_away() && during.is_some());
+        pass(2).await;
+        assert_eq!(away(), (true, 2));
+        health.handle(&Event::Disconnected);
+        pass(3).await;
         health.handle(&Event::Connected);
-        assert!(!health.is_away());
-        assert!(health.last_away() >= during);
+        pass(4).await;
+        assert_eq!(away(), (false, 5));
+        health.handle(&Event::Disconnected);
+        pass(6).await;
+        assert_eq!(away(), (true, 11));
     }
 
     #[test]

@@ -207,7 +207,7 @@ impl Connection {
     ///
     /// # Errors
     /// When a retry cannot help, or patience has ended: after the configured timeout of a connected server, after the
-    /// configured outage of one that is away from a running process.
+    /// configured outage of one that is away from a running process, and after both of one that comes and goes.
     pub(crate) fn bear(
         &self,
         patience: &mut Patience,
@@ -226,7 +226,9 @@ impl Connection {
         }
         let outage = Duration::from_secs(self.settings.max_outage_seconds);
         let allowed = Duration::from_secs(self.settings.timeout_seconds);
-        if now - patience.connected > allowed || (waits && now - patience.started > outage) {
+        let patience_ended = now - patience.connected > allowed
+            || now - patience.started > if waits { outage } else { outage + allowed };
+        if patience_ended {
             return Err(self.refused(&patience.action, failure));
         }
         let storage_full = requirements::is_storage_full(failure);

@@ -17,7 +17,7 @@ use futures_util::StreamExt;
 use messages::wire::{self, WireMessage};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::nats::lease_keeper::Lease;
 use crate::nats::names::{CONSUMER, DEAD_LETTERS};
@@ -30,6 +30,10 @@ use crate::{
 
 /// Expiry of a pull request, after which it is made again.
 const PULL_EXPIRY: Duration = Duration::from_secs(5);
+
+/// Time after the expiry of a pull request in which the server says that it has expired. Shorter than the client
+/// library's own, after which a server that does not answer would look like an empty stream.
+const PULL_GRACE: Duration = Duration::from_secs(3);
 
 /// Maximum delay before a send to a full stream is retried.
 const MAX_SEND_DELAY: Duration = Duration::from_millis(100);
@@ -258,8 +262,8 @@ impl Upstream {
         self.location.name
     }
 
-    pub(crate) fn last_away(&self) -> Option<Instant> {
-        self.location.connection.health().last_away()
+    pub(crate) fn time_away(&self) -> Duration {
+        self.location.connection.health().time_away()
     }
 
     pub(crate) async fn counts(&self) -> Result<StreamCounts, TransportError> {
@@ -368,8 +372,8 @@ impl<T> Downstream<T> {
         self.location.name
     }
 
-    pub(crate) fn last_away(&self) -> Option<Instant> {
-        self.location.connection.health().last_away()
+    pub(crate) fn time_away(&self) -> Duration {
+        self.location.connection.health().time_away()
     }
 
     pub(crate) async fn counts(&self) -> Result<StreamCounts, TransportError> {
@@ -473,13 +477,16 @@ impl<T: WireMessage + Send + Sync + 'static> FetchLoop<T> {
         drop(self.sender.send(received));
     }
 
-    /// Makes one pull request and handles its messages until it is complete or expires.
+    /// Makes one pull request and handles its messages until it is complete or the server says that it has expired.
     async fn fetch(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let batch_size = self.demand.batch_size.load(Ordering::Relaxed);
         let request = self.consumer.batch().max_messages(batch_size);
+        let deadline = Instant::now() + PULL_EXPIRY + PULL_GRACE;
         let mut batch = request.expires(PULL_EXPIRY).messages().await?;
-        // The timeout covers a lost connection, on which the server cannot end the request.
-        while let Some(message) = timeout(2 * PULL_EXPIRY, batch.next()).await? {
+        while let Some(message) = timeout_at(deadline, batch.next())
+            .await
+            .map_err(|_| "the server does not answer a request for messages")?
+        {
             self.handle(message?).await?;
         }
         Ok(())

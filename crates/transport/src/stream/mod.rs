@@ -2,9 +2,9 @@
 
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
+use std::time::Duration;
 
 use messages::wire::WireMessage;
-use tokio::time::Instant;
 
 use crate::memory::{Downstream, Queue, Upstream};
 use crate::{
@@ -203,13 +203,13 @@ macro_rules! accessors {
                 }
             }
 
-            /// The time until which the server was last away: now while it is; `None` if it never was, and in memory.
-            /// A deadline for progress does not count an outage.
+            /// Time in which the server was away so far, in all outages together; none in memory. A deadline for
+            /// progress does not count it.
             #[must_use]
-            pub fn last_away(&self) -> Option<Instant> {
+            pub fn time_away(&self) -> Duration {
                 match &self.backend {
-                    $backend::Memory(_) => None,
-                    $backend::JetStream(end) => end.last_away(),
+                    $backend::Memory(_) => Duration::ZERO,
+                    $backend::JetStream(end) => end.time_away(),
                 }
             }
 

@@ -1,6 +1,7 @@
 //! Tests of the transport on a real NATS server, which is stopped, restarted, filled up and corrupted.
 
 mod entry;
+mod relay;
 mod server;
 mod trust;
 

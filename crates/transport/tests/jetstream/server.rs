@@ -71,9 +71,13 @@ impl TestServer {
 
     /// Settings with these lines alone in addition to the server and a short lease.
     pub fn settings_with(&self, lines: &str) -> JetStreamSettings {
+        Self::settings_at(self.port, lines)
+    }
+
+    /// Settings with these lines alone in addition to a server at this port and a short lease.
+    pub fn settings_at(port: u16, lines: &str) -> JetStreamSettings {
         let text = format!(
-            "[transport]\nkind = \"jetstream\"\nurl = \"nats://127.0.0.1:{}\"\nlease_seconds = 1\n{lines}",
-            self.port
+            "[transport]\nkind = \"jetstream\"\nurl = \"nats://127.0.0.1:{port}\"\nlease_seconds = 1\n{lines}",
         );
         let resolved = resolve(&text, "test", &[]).expect("valid settings");
         match resolved.settings.transport {

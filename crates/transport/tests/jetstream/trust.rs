@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use messages::{WeightsManifest, WeightsVersion, wire};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 use transport::{NewKey, RoleAccess, Transport, TransportError};
 
-use crate::server::TestServer;
 use crate::{DEADLINE, next, note, number, until, upload, weights};
+use crate::{relay::Relay, server::TestServer};
 
 /// Time within which a problem of the server must be named: far below the timeout of the settings.
 const AT_ONCE: Duration = Duration::from_secs(12);
@@ -308,10 +308,9 @@ async fn a_running_process_waits_for_a_server_that_is_away() {
     let transport = transport.expect("the server runs");
     let (sender, receiver) = transport.stream("notes", 8).await.expect("it is created");
     let registry = transport.registry().expect("a server has one").clone();
-    assert_eq!(receiver.last_away(), None);
+    assert_eq!(receiver.time_away(), Duration::ZERO);
     transport.set_started();
     server.stop();
-    let before = Instant::now();
     let sending = tokio::spawn(async move { sender.send(note(1)).await });
     let writing = tokio::spawn(async move { registry.put("run", b"x".to_vec()).await });
     let receiving = receiver.clone();
@@ -324,7 +323,7 @@ async fn a_running_process_waits_for_a_server_that_is_away() {
     ] {
         assert!(!finished, "the server is away for longer than a timeout");
     }
-    assert!(receiver.last_away() > Some(before));
+    assert!(receiver.time_away() > Duration::from_secs(2));
     server.restart();
     sending.await.expect("no panic").expect("it is back");
     writing.await.expect("no panic").expect("it is back");
@@ -332,7 +331,32 @@ async fn a_running_process_waits_for_a_server_that_is_away() {
     let delivery = delivery.expect("it is back");
     assert_eq!(number(&delivery), 1);
     delivery.acknowledge();
-    assert!(receiver.last_away() < Some(Instant::now()));
+    let away = receiver.time_away();
+    sleep(Duration::from_millis(50)).await;
+    assert_eq!(receiver.time_away(), away, "it is back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_hangs_is_no_empty_stream() {
+    let Some(server) = TestServer::start() else {
+        return;
+    };
+    let relay = Relay::before(server.port).await;
+    let settings = TestServer::settings_at(relay.port, "timeout_seconds = 7");
+    let transport = Transport::connect(&settings, "run").await;
+    let transport = transport.expect("the server runs");
+    let (sender, receiver) = transport.stream("notes", 8).await.expect("it is created");
+    transport.set_started();
+    sender.send(note(1)).await.expect("a slot is free");
+    next(&receiver).await.acknowledge();
+    let waiting = timeout(Duration::from_secs(6), receiver.receive()).await;
+    assert!(waiting.is_err(), "an empty stream is waited for");
+    relay.hang();
+    let received = timeout(DEADLINE, receiver.receive()).await;
+    let error = received.expect("in time").expect_err("it hangs");
+    let (action, reason) = ("failed to read stream notes", "the server does not answer");
+    let error = error.to_string();
+    assert!(error.contains(action) && error.contains(reason), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

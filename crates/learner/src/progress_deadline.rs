@@ -1,0 +1,44 @@
+//! The deadline of a wait for progress.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Start of a wait, whose deadline moves by the time in which the server is away: an outage is neither progress, so
+/// that a server which comes and goes does not postpone the deadline for ever, nor the fault of those waited for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ProgressDeadline {
+    started: Instant,
+    /// Time in which the server had been away by then.
+    away: Duration,
+}
+
+impl ProgressDeadline {
+    /// A wait that begins now; the server has been `away` for so long in all.
+    pub(crate) fn start(away: Duration) -> Self {
+        let started = Instant::now();
+        Self { started, away }
+    }
+
+    /// When the wait has lasted `allowed`, if the server has been `away` for so long in all by now.
+    pub(crate) fn after(&self, allowed: Duration, away: Duration) -> Instant {
+        self.started + allowed + away.saturating_sub(self.away)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_deadline_moves_by_the_outages_of_the_wait_alone() {
+        let seconds = Duration::from_secs;
+        let started = Instant::now();
+        let deadline = ProgressDeadline::start(seconds(7));
+        let after = |away| deadline.after(seconds(60), seconds(away)) - started;
+        assert_eq!(after(7), seconds(60));
+        assert_eq!(after(9), seconds(62));
+        tokio::time::advance(seconds(50)).await;
+        assert_eq!(after(9), seconds(62), "progress alone starts it again");
+    }
+}
