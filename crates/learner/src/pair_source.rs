@@ -535,6 +535,7 @@ mod tests {
                         evaluate: 2,
                         apo: 2,
                     },
+                    batch_prompts: 6,
                     lead_steps: 9,
                     newest: WeightsVersion::REFERENCE,
                 },

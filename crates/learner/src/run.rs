@@ -212,7 +212,7 @@ impl Learner {
                 set: parts.prompts.set,
                 seed: parts.seed,
                 pacing: parts.prompts.pacing,
-                window: (settings.max_staleness as usize + 1) * settings.train_batch_size,
+                window: settings.prompt_window(),
                 timeout: Duration::from_secs(settings.batch_timeout_seconds),
                 waits: waits.clone(),
             }),

@@ -158,6 +158,15 @@ pub enum LogpReduction {
 }
 
 impl LearnerSettings {
+    /// Number of prompts that may be outstanding or buffered: as many as are trained on before they are stale.
+    #[must_use]
+    pub fn prompt_window(&self) -> usize {
+        let steps = usize::try_from(self.max_staleness).unwrap_or(usize::MAX);
+        steps
+            .saturating_add(1)
+            .saturating_mul(self.train_batch_size)
+    }
+
     /// Optimiser and learning-rate schedule.
     #[must_use]
     pub fn optimizer(&self) -> OptimizerSettings {

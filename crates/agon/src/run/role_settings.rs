@@ -88,6 +88,7 @@ pub(super) fn message_limits(settings: &Settings, config: &ModelConfig) -> Messa
             evaluate: 2 + plan.exact_samples,
             apo: plan.apo_samples,
         },
+        batch_prompts: settings.learner.prompt_window(),
         // A prompt is at most one upload ahead, and a rollback skips steps.
         lead_steps: settings.learner.weight_sync_steps.saturating_add(1000),
         newest: WeightsVersion::REFERENCE,

@@ -57,8 +57,7 @@ impl RunStreams {
         transport: &Transport,
         settings: &Settings,
     ) -> Result<Self, TransportError> {
-        let batch = settings.learner.train_batch_size;
-        let window = (settings.learner.max_staleness as usize + 1) * batch;
+        let window = settings.learner.prompt_window();
         // Room for every credit, so that a full stream indicates a defect, and for the messages of an abandoned
         // session. The samples of an APO round stay in their stream until its model is trained.
         let apo = &settings.preference.apo;

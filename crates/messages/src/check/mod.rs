@@ -28,6 +28,8 @@ pub struct MessageLimits {
     pub completion_tokens: usize,
     /// Completions per prompt.
     pub completions: CompletionCounts,
+    /// Largest number of prompts of a batch.
+    pub batch_prompts: usize,
     /// Largest number of steps by which a prompt's weights may be ahead of the announced ones.
     pub lead_steps: u64,
     /// Newest announced weights, as the stage that checks knows them.
@@ -99,6 +101,14 @@ pub enum InvalidMessage {
         first: PromptId,
         /// Number of prompts in the batch.
         count: u32,
+    },
+    /// More prompts in a batch than are ever sent together: an actor would wait for the rest for ever.
+    #[error("its batch has {count} prompts; at most {most} are sent together")]
+    BatchSize {
+        /// Number of prompts in the batch.
+        count: u32,
+        /// Largest number of prompts.
+        most: usize,
     },
     /// Weights, or a session, that no announcement has named.
     #[error("it names weights {found}; the newest announced weights are {newest}")]
@@ -198,18 +208,22 @@ impl Prompt {
             let both = length.saturating_add(golden.len());
             check_length("the prompt with its golden answer", both, most)?;
         }
-        self.check_batch()?;
+        self.check_batch(limits.batch_prompts)?;
         limits.check_required(self.version)
     }
 
-    fn check_batch(&self) -> Result<(), InvalidMessage> {
+    fn check_batch(&self, most: usize) -> Result<(), InvalidMessage> {
         let (id, batch) = (self.id, self.prompt_batch);
+        let count = batch.count;
+        if count as usize > most {
+            return Err(InvalidMessage::BatchSize { count, most });
+        }
         match id.0.checked_sub(batch.first.0) {
-            Some(place) if place < u64::from(batch.count) => Ok(()),
+            Some(place) if place < u64::from(count) => Ok(()),
             _ => Err(InvalidMessage::Batch {
                 id,
                 first: batch.first,
-                count: batch.count,
+                count,
             }),
         }
     }

@@ -10,6 +10,7 @@ const LIMITS: MessageLimits = MessageLimits {
         evaluate: 2,
         apo: 4,
     },
+    batch_prompts: 2,
     lead_steps: 100,
     newest: WeightsVersion {
         session: 1,
@@ -115,7 +116,7 @@ fn assert_cases<M>(
 
 #[test]
 fn prompts_fit_vocabulary_positions_batch_and_announced_weights() {
-    let cases: [Case<Prompt>; 17] = [
+    let cases: [Case<Prompt>; 18] = [
         (|p| p.ids = vec![1; 4], ""),
         (|p| p.ids = vec![1; 5], "5 tokens; from 1 to 4 are possible"),
         (|p| p.ids.clear(), "the prompt has 0 tokens"),
@@ -133,6 +134,10 @@ fn prompts_fit_vocabulary_positions_batch_and_announced_weights() {
         (|p| p.id = PromptId(8), "one of the 2 prompts from prompt 6"),
         (|p| p.id = PromptId(5), "prompt 5 is not one of"),
         (|p| p.prompt_batch.count = 0, "one of the 0 prompts"),
+        (
+            |p| p.prompt_batch.count = 3,
+            "its batch has 3 prompts; at most 2 are sent together",
+        ),
         (
             |p| p.version = version(u64::MAX, 0),
             "the newest announced weights are version 50 of session 1",

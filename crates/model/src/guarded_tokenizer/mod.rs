@@ -108,9 +108,12 @@ impl GuardedTokenizer {
             }
         };
         result.map_err(|failure| match failure {
-            Failure::Refused(error) => ModelError::Tokens {
-                reason: format!("failed to split a text into tokens: {error}"),
-            },
+            Failure::Refused(error) => {
+                let path = self.path.display();
+                ModelError::Tokens {
+                    reason: format!("{path} failed to split a text into tokens: {error}"),
+                }
+            }
             Failure::Broken(reason) => self.broken(&reason),
         })
     }

@@ -135,6 +135,7 @@ pub(crate) fn message_limits(completions: usize) -> MessageLimits {
             evaluate: 2,
             apo: 2,
         },
+        batch_prompts: 8,
         lead_steps: 8,
         newest: WeightsVersion::REFERENCE,
     }

@@ -29,6 +29,7 @@ fn limits() -> MessageLimits {
             evaluate: 2,
             apo: 2,
         },
+        batch_prompts: 1,
         lead_steps: 0,
         newest: WeightsVersion {
             session: 1,
