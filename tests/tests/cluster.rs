@@ -507,7 +507,9 @@ fn the_started_server_is_for_the_runs_processes_only() {
     assert!(refused.contains("Authorization Violation"), "{refused}");
     let keys = run.join("jetstream/keys");
     let mode = |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o777;
-    assert_eq!(mode(&keys), 0o700);
+    for folder in [&run, &run.join("logs"), &keys] {
+        assert_eq!(mode(folder), 0o700, "{}", folder.display());
+    }
     let seeds: Vec<String> = files(&keys)
         .iter()
         .inspect(|path| assert_eq!(mode(path), 0o600, "{}", path.display()))

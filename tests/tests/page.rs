@@ -149,6 +149,82 @@ fn the_page_follows_a_live_run() {
     assert!(steps(&run).len() > 5);
 }
 
+/// The lines of a JSON Lines file of a run.
+fn json_lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).expect("the file was written");
+    let lines = text
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"));
+    lines.collect()
+}
+
+#[test]
+fn a_person_judges_pairs_and_nothing_is_lost() {
+    let Some(mut browser) = Browser::start("a_person_judges_pairs_and_nothing_is_lost") else {
+        return;
+    };
+    let sandbox = Sandbox::new();
+    // The judge is least certain about the third pair, then about the first; the last one has equal completions.
+    let rows: Vec<_> = [(1, 0.8), (2, 0.1), (3, 0.45), (4, 0.5)]
+        .into_iter()
+        .map(|(step, p)| {
+            let text = if step == 4 { "another" } else { "an answer" };
+            let mut row = row(step, &format!("question {step}"), text);
+            row["p"] = json!(p);
+            row
+        })
+        .collect();
+    let run = fake_run(&sandbox, "judged", &rows);
+    let (viewer, url) = view(&sandbox, &[&run]);
+    browser.set_screen(DESKTOP);
+    browser.open(&format!("{url}#verdicts"));
+    let shown = |step: u32| {
+        format!("document.querySelector('#pair [data-step]').dataset.step === '{step}'")
+    };
+    browser.until(&shown(3));
+    // Neither the judge's label nor its name is shown.
+    let text = browser.text("#pair");
+    assert!(
+        text.contains("question 3") && !text.contains("rule"),
+        "{text}"
+    );
+    let left = browser.text("#pair .side:first-of-type .text");
+    let key = if left == "an answer" { "1" } else { "2" };
+    browser.press(key);
+    browser.until(&shown(1));
+    browser.click("[data-verdict=tie]");
+    browser.until(&shown(2));
+    browser.press("b");
+    browser.until("document.querySelector('#pair').innerText.startsWith('No pair is left')");
+    browser.press("u");
+    browser.until(&shown(2));
+    assert_no_errors(&browser);
+    viewer.terminate();
+    viewer.wait().succeeded();
+
+    // Another page shows what the first one wrote.
+    let (viewer, url) = view(&sandbox, &[&run]);
+    browser.open(&format!("{url}#verdicts"));
+    browser.until("document.querySelector('#verdict-status').textContent.startsWith('2 verdicts: 1 decided, 1 equal, 0 both bad.')");
+    let status = browser.text("#verdict-status");
+    // The person preferred the first completion of the third pair, the judge the second.
+    assert!(
+        status.contains("Agreement with the judge: 0.0 % (0.0 % to 79.3 %) of 1"),
+        "{status}"
+    );
+    assert!(status.contains("at random: none yet"), "{status}");
+    browser.until(&shown(2));
+    let pairs = json_lines(&run.join("annotated_pairs.jsonl"));
+    let expected = json!({"prompt": "question 3", "chosen": "an answer", "rejected": "another"});
+    assert_eq!(pairs, [expected]);
+    let journal = json_lines(&run.join("verdicts.jsonl"));
+    let kinds: Vec<_> = journal.iter().map(|line| &line["line"]).collect();
+    assert_eq!(kinds, ["verdict", "verdict", "verdict", "withdrawn"]);
+    assert_no_errors(&browser);
+    viewer.terminate();
+    viewer.wait().succeeded();
+}
+
 #[test]
 fn runs_are_overlaid_and_their_settings_compared() {
     let Some(mut browser) = Browser::start("runs_are_overlaid_and_their_settings_compared") else {
@@ -185,7 +261,7 @@ fn runs_are_overlaid_and_their_settings_compared() {
     let label = browser.text("[data-chart=\"Loss\"] output");
     assert!(label.contains("one loss 0.021 at step 48"), "{label}");
     browser.value("document.querySelector('#tab-curves').focus()");
-    for _ in 0..4 {
+    for _ in 0..5 {
         browser.press("ArrowRight");
     }
     browser

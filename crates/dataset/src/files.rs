@@ -111,7 +111,12 @@ fn matches(pattern: &Path) -> Result<Vec<PathBuf>, DatasetError> {
         path: pattern.to_owned(),
         reason,
     };
-    let found = glob::glob(&pattern.to_string_lossy())
+    // As a shell and a folder: a hidden file is matched only by a pattern that begins with a dot.
+    let options = glob::MatchOptions {
+        require_literal_leading_dot: true,
+        ..glob::MatchOptions::new()
+    };
+    let found = glob::glob_with(&pattern.to_string_lossy(), options)
         .map_err(|error| unusable(format!("not a glob: {error}")))?;
     let mut all = Vec::new();
     for entry in found {
@@ -360,6 +365,17 @@ mod tests {
         let expected = Ok(vec![names[1].to_owned(), names[0].to_owned()]);
         assert_eq!(found(shards.path()), expected);
         assert_eq!(found(&shards.path().join("train-*.parquet")), expected);
+        assert_eq!(
+            found(&shards.path().join("*.jsonl")),
+            Err(format!(
+                "{}: no file matches the glob",
+                shards.path().join("*.jsonl").display()
+            ))
+        );
+        assert_eq!(
+            found(&shards.path().join(".*.jsonl")),
+            Ok(vec![".hidden.jsonl".into()])
+        );
         assert_eq!(found(&shards.path().join("train-0000[01]*")), expected);
 
         let lines = folder(&["b.jsonl.gz", "a.jsonl", "c.json.zst", "more/d.jsonl"]);

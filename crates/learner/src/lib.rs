@@ -41,7 +41,7 @@ pub use checkpoint::{
     tidy as tidy_checkpoints, version_of as checkpoint_version,
 };
 pub use error::LearnerError;
-pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample, Interval};
+pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample};
 pub use evaluator::EVALUATION_WINDOW;
 pub use input_record::InputRecord;
 pub use prompts::{DialogueUse, PromptFiles, PromptLimits, PromptRow, PromptSet};

@@ -10,6 +10,7 @@
 mod environment;
 mod error;
 pub mod http;
+mod interval;
 mod metrics;
 mod page;
 mod printable;
@@ -17,6 +18,7 @@ mod progress;
 mod run_dir;
 mod server;
 mod standard_error;
+mod verdicts;
 mod view;
 
 pub use crate::metrics::declaration::{MetricInfo, MetricKind, MetricUnit};
@@ -36,6 +38,7 @@ pub use crate::run_dir::private::create_private_directory;
 pub use crate::run_dir::samples::{SampleLog, SampleRow, TokenTexts};
 pub use environment::{Machine, describe_machine, free_bytes, peak_memory_bytes};
 pub use error::Error;
+pub use interval::Interval;
 pub use page::{MetricsPage, PageParts, PageServer};
 pub use printable::{printable, printable_json, printable_line, takes_ansi};
 pub use progress::Progress;

@@ -31,7 +31,9 @@ mod weight_store;
 
 pub use delivery::{Delivery, Receipt};
 pub use error::{Closed, ClosedBy, TransportError};
-pub use nats::{LeaderLease, Permissions, RegistryEntry, RoleAccess, RunRegistry, check_files};
+pub use nats::{
+    KeptEntry, LeaderLease, Permissions, RegistryEntry, RoleAccess, RunRegistry, check_files,
+};
 pub use run_key::NewKey;
 pub use stream::{Receiver, Sender, StreamCounts, StreamLimits, stream, stream_within};
 pub use transport::Transport;

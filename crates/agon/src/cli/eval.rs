@@ -7,13 +7,13 @@ use std::{
 };
 
 use hub::CancelToken;
-use learner::{EvaluationConditions, Interval, PromptSet};
+use learner::{EvaluationConditions, PromptSet};
 use messages::{Finish, Pair, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion};
 use model::{LanguageModel, MixtureSampler, ModelFolder, Request, Sampler as _};
 use preference::{ComparisonError, ComparisonRequest, Orders, Preference, Verdict};
 use serde_json::json;
 use settings::{ModelSource, Settings, resolve_file};
-use telemetry::{EvaluationRecord, RunView, evaluation_differences, printable_json};
+use telemetry::{EvaluationRecord, Interval, RunView, evaluation_differences, printable_json};
 
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource, LoadedModel, ModelLocation},

@@ -18,9 +18,9 @@ use crate::{
 
 /// Show runs in a browser: curves, stages and their messages, samples, APO rounds, settings.
 ///
-/// Reads run directories and changes nothing; a run in progress is followed. Directories may be strangers': only their
-/// own regular files are read, and the processes that a directory lists are asked for their metrics only while a
-/// process of this user runs there. The curves of several runs are overlaid; a warning says where their evaluations
+/// Reads run directories and writes nothing but the verdicts that people give on the page; a run in progress is followed.
+/// Directories may be untrusted: only regular files inside them are read, and the processes that a directory lists are
+/// asked for their metrics only while a process of this user runs there. The curves of several runs are overlaid; a warning says where their evaluations
 /// differ in stop tokens, chat template or sampling, or in the rate of truncated answers. Prints the address on
 /// standard output; ends on SIGTERM or Ctrl-C.
 ///

@@ -30,7 +30,7 @@ pub(crate) async fn lead(
     let registry = &session.registry;
     let streams = RunStreams::open(&session.transport, settings).await?;
     let mut record = initial_record(&context, registry, &streams).await?;
-    record.write(registry).await?;
+    let kept = record.keep(registry).await?;
     session.transport.set_started();
     let builder = RoleBuilder {
         settings,
@@ -44,6 +44,7 @@ pub(crate) async fn lead(
     let source = MemberSource::Registry(registry.clone());
     let publisher = StatusPublisher::start(directory, settings, streams.clone(), source);
     let result = learner.run(shutdown.subscribe()).await;
+    drop(kept);
     record.state = RunPhase::after(result.as_ref().ok().map(|summary| summary.ending));
     let end = async {
         record.write(registry).await?;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use settings::Settings;
 use telemetry::{RunDirectory, StageCounters, StageSnapshot, Waits};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
-use transport::{RunRegistry, TransportError};
+use transport::{KeptEntry, RunRegistry, TransportError};
 
 use crate::exit_code::UsageError;
 
@@ -83,7 +83,7 @@ pub(crate) enum Followed {
     Record(RunRecord),
     /// The run was removed from the server.
     Removed,
-    /// It is not the learner's.
+    /// It is not the learner's, or missing.
     Refused,
 }
 
@@ -162,7 +162,10 @@ impl RunRecord {
         refused: &mut Option<String>,
     ) -> anyhow::Result<Followed> {
         match Self::read(registry).await {
-            Ok(record) => Ok(record.map_or(Followed::Removed, Followed::Record)),
+            Ok(Some(record)) => Ok(Followed::Record(record)),
+            // A removed run has no registry: what is missing there will be written again.
+            Ok(None) if registry.exists().await? => Ok(Followed::Refused),
+            Ok(None) => Ok(Followed::Removed),
             Err(error) => {
                 let reason = error.downcast::<RefusedRecord>()?.0;
                 if refused.as_ref() != Some(&reason) {
@@ -180,6 +183,12 @@ impl RunRecord {
             session: self.session,
             step: self.step,
         }
+    }
+
+    /// Writes the record, and writes it again whenever it was overwritten or deleted, until the result is dropped.
+    pub(crate) async fn keep(&self, registry: &RunRegistry) -> anyhow::Result<KeptEntry> {
+        let content = serde_json::to_vec(self)?;
+        Ok(registry.keep_signed(RECORD_KEY, &content).await?)
     }
 
     /// Writes the record.

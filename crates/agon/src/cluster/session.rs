@@ -6,13 +6,13 @@ use anyhow::{Context, anyhow};
 use settings::{JetStreamSettings, Settings, TransportSettings};
 use tokio::{
     sync::watch,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use transport::{LeaderLease, RunRegistry, Transport};
 
 use crate::{
     cluster::{
-        membership::{self, Membership, RunPhase, RunRecord, StatusSource, home},
+        membership::{self, Membership, RefusedRecord, RunPhase, RunRecord, StatusSource, home},
         server_users::{ServerRole, message_bytes},
     },
     exit_code::UsageError,
@@ -112,12 +112,21 @@ impl ClusterSession {
         shutdown: &mut watch::Receiver<bool>,
     ) -> anyhow::Result<Option<RunRecord>> {
         let waiting = async {
-            let mut logged = false;
+            let (mut logged, mut refused_at) = (false, None);
             loop {
-                if let Some(record) = RunRecord::read(&self.registry).await?
-                    && record.state == RunPhase::Running
-                {
-                    return anyhow::Ok(record);
+                match RunRecord::read(&self.registry).await {
+                    Ok(Some(record)) if record.state == RunPhase::Running => {
+                        return anyhow::Ok(record);
+                    }
+                    Ok(_) => refused_at = None,
+                    // A learner that leads the run writes its record again.
+                    Err(error) if error.is::<RefusedRecord>() => {
+                        let first = *refused_at.get_or_insert_with(Instant::now);
+                        if first.elapsed() > self.registry.lease() {
+                            return Err(error);
+                        }
+                    }
+                    Err(error) => return Err(error),
                 }
                 log_waiting(&settings.run.name, &mut logged);
                 sleep(POLL_INTERVAL).await;

@@ -3,10 +3,10 @@
 use std::{error::Error, path::Path};
 
 use anyhow::anyhow;
-use learner::{Evaluation, Interval};
+use learner::Evaluation;
 use plotters::{coord::Shift, prelude::*};
 use preference::Calibration;
-use telemetry::{Curve, write_atomically};
+use telemetry::{Curve, Interval, write_atomically};
 
 /// Size of an image, in pixels.
 #[derive(Debug, Clone, Copy)]

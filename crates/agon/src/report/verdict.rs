@@ -167,8 +167,8 @@ pub(crate) fn describe(conditions: &EvaluationConditions) -> String {
 mod tests {
     use std::path::PathBuf;
 
-    use learner::Interval;
     use messages::Digest;
+    use telemetry::Interval;
 
     use super::*;
 

@@ -110,6 +110,7 @@ mod tests {
 
     /// Names without an established convention.
     const OWN: &str = "judge/{rate_limited,model_changes,order_bias} \
+        judge/{human_verdicts,human_agreement,human_agreement_ci_low,human_agreement_ci_high} \
         actor/quantization_error objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
         grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate}";
 

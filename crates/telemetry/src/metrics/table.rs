@@ -159,6 +159,26 @@ pub const METRICS: &[MetricInfo] = &[
         Count,
         "models or versions that a remote judge answered as after its first, since the run began",
     ),
+    gauge(
+        "judge/human_verdicts",
+        Count,
+        "verdicts that people gave on the page on pairs of this run",
+    ),
+    gauge(
+        "judge/human_agreement",
+        Ratio,
+        "fraction of the pairs with a verdict of a person and of the judge on which both prefer the same completion",
+    ),
+    gauge(
+        "judge/human_agreement_ci_low",
+        Ratio,
+        "lower end of its 95 % interval",
+    ),
+    gauge(
+        "judge/human_agreement_ci_high",
+        Ratio,
+        "upper end of its 95 % interval",
+    ),
     gauge("judge/tie_rate", Ratio, "fraction of labels that are ties"),
     gauge(
         "judge/abstained",

@@ -9,7 +9,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
 /// All files: path, content type, content.
-const FILES: [(&str, &str, &str); 11] = [
+const FILES: [(&str, &str, &str); 12] = [
     ("/", HTML, include_str!("web/page.html")),
     ("/page.css", CSS, include_str!("web/page.css")),
     ("/icon.svg", SVG, include_str!("web/icon.svg")),
@@ -21,6 +21,7 @@ const FILES: [(&str, &str, &str); 11] = [
     ("/pipeline.js", SCRIPT, include_str!("web/pipeline.js")),
     ("/samples.js", SCRIPT, include_str!("web/samples.js")),
     ("/tables.js", SCRIPT, include_str!("web/tables.js")),
+    ("/verdicts.js", SCRIPT, include_str!("web/verdicts.js")),
 ];
 
 /// The file at this path.

@@ -3,12 +3,13 @@
 //! A single page, embedded in the binary and served from a thread and a runtime of its own, so that busy compute
 //! never starves it and it never delays a role. It shows what [`crate::RunView`] reads from run directories and,
 //! for the first run, the current metrics of its processes. Requests must use a loopback address or present a
-//! token. The page is read-only.
+//! token. It writes nothing but the verdicts that people give on it.
 
 mod access;
 mod events;
 mod files;
 mod routes;
+mod verdicts;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
@@ -74,6 +75,11 @@ impl PageServer {
             live,
             events: events::EventChannel::default(),
         });
+        state
+            .runs
+            .first()
+            .iter()
+            .for_each(|run| verdicts::announce(run));
         let broadcast = events::broadcast(Arc::clone(&state));
         let server =
             HttpServer::start("page", listen, bind_error, routes::router(state), broadcast)?;

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::http::AccessRefusal;
 use crate::page::access::{AccessDecision, TOKEN_COOKIE, decide};
-use crate::page::{PageState, events, files};
+use crate::page::{PageState, events, files, verdicts};
 use crate::{
     error::Error,
     view::{EvaluationRecord, RunStatus, RunView, SamplePage, SampleQuery},
@@ -31,7 +31,7 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
                       img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// An error response: status and plain text.
-type ErrorResponse = (StatusCode, String);
+pub(super) type ErrorResponse = (StatusCode, String);
 
 /// All routes.
 pub(super) fn router(state: Arc<PageState>) -> Router {
@@ -42,6 +42,7 @@ pub(super) fn router(state: Arc<PageState>) -> Router {
         .route("/api/runs/{run}/rounds", get(rounds))
         .route("/api/runs/{run}/config", get(config))
         .route("/api/runs/{run}/report", get(report))
+        .merge(verdicts::router())
         .fallback(get(page))
         .layer(from_fn_with_state(Arc::clone(&state), authorize))
         .with_state(state)
@@ -165,7 +166,7 @@ async fn report(
 }
 
 impl PageState {
-    fn run(&self, index: usize) -> Result<&Arc<Mutex<RunView>>, ErrorResponse> {
+    pub(super) fn run(&self, index: usize) -> Result<&Arc<Mutex<RunView>>, ErrorResponse> {
         let missing = || (StatusCode::NOT_FOUND, format!("no such run: {index}\n"));
         self.runs.get(index).ok_or_else(missing)
     }
@@ -194,7 +195,7 @@ fn locked(run: &Mutex<RunView>) -> MutexGuard<'_, RunView> {
 }
 
 /// Refreshes a run and reads from it on a blocking thread.
-async fn read<T: Send + 'static>(
+pub(super) async fn read<T: Send + 'static>(
     run: &Arc<Mutex<RunView>>,
     extract: impl FnOnce(&RunView) -> Result<T, Error> + Send + 'static,
 ) -> Result<T, ErrorResponse> {
@@ -213,7 +214,7 @@ async fn read<T: Send + 'static>(
 }
 
 /// An error and its causes on one line.
-fn error_chain(error: &dyn std::error::Error) -> String {
+pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes
         .map(ToString::to_string)

@@ -70,6 +70,80 @@ fn get(server: &PageServer, path: &str, header: &str) -> (String, String) {
     (head.to_owned(), body.to_owned())
 }
 
+/// Status line and body of the response to a POST request with these headers.
+fn post(server: &PageServer, path: &str, headers: &str, body: &str) -> (String, String) {
+    let mut client = connect(server);
+    let length = body.len();
+    let request = format!(
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
+    );
+    client.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.lines().next().unwrap_or_default();
+    (status.to_owned(), body.to_owned())
+}
+
+#[test]
+fn verdicts_are_taken_from_the_page_alone() {
+    const JSON: &str = "Content-Type: application/json\r\n";
+    let directory = tempfile::tempdir().unwrap();
+    let server = served(directory.path(), Some("sesame"));
+    let path = "/api/runs/0/verdicts";
+    let bearer = format!("{JSON}Authorization: Bearer sesame\r\n");
+    let verdict = |prompt: u64, verdict: &str| {
+        format!(
+            r#"{{"step":2,"prompt_id":{prompt},"verdict":"{verdict}","swapped":true,"choice":"random"}}"#
+        )
+    };
+    let first = verdict(0, "first");
+    let foreign = format!("{bearer}Origin: http://evil.example\r\n");
+    let text = "Content-Type: text/plain\r\nAuthorization: Bearer sesame\r\n";
+    let long = verdict(0, &"x".repeat(5000));
+    for (headers, body, expected) in [
+        (JSON, first.as_str(), "401"),
+        (&foreign, &first, "403"),
+        (text, &first, "415"),
+        (&bearer, "{", "400"),
+        (&bearer, &verdict(0, "third"), "422"),
+        (&bearer, &verdict(7, "first"), "404"),
+        (&bearer, &long, "413"),
+    ] {
+        let (status, _) = post(&server, path, headers, body);
+        assert!(status.contains(expected), "{status} {headers} {body}");
+        assert!(!directory.path().join("verdicts.jsonl").exists());
+    }
+    let (head, offered) = get(
+        &server,
+        &format!("{path}/next?choice=uncertain"),
+        "Authorization: Bearer sesame\r\n",
+    );
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    let offered: Value = serde_json::from_str(&offered).unwrap();
+    assert_eq!(
+        (&offered["step"], &offered["row"]["p"]),
+        (&2.into(), &Value::Null)
+    );
+    let (status, body) = post(&server, path, &bearer, &first);
+    assert!(status.contains("200"), "{status} {body}");
+    let summary: Value = serde_json::from_str(&body).unwrap();
+    let found = [
+        &summary["decided"],
+        &summary["first_shown"],
+        &summary["last"],
+    ];
+    assert_eq!(found, [&Value::from(1), &Value::from(0), &Value::from(1)]);
+    assert_eq!(summary["agreement"]["mean"], 1.0);
+    let (status, _) = post(&server, path, &bearer, &first);
+    assert!(status.contains("409"), "{status}");
+    let withdraw = format!("{path}/withdraw");
+    for (id, expected) in [(2, "409"), (1, "200"), (1, "409")] {
+        let (status, _) = post(&server, &withdraw, &bearer, &format!(r#"{{"id":{id}}}"#));
+        assert!(status.contains(expected), "{status}");
+    }
+}
+
 #[test]
 fn the_api_serves_all_parts_of_a_run() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,9 +1,10 @@
 //! Paginated samples: an index of byte offsets into `samples.jsonl`.
 //!
-//! The index has the filterable fields and takes about thirty bytes per row; texts stay in the file. Pages are
+//! The index has the filterable fields and takes about forty bytes per row; texts stay in the file. Pages are
 //! selected from the index alone. Only a text search reads texts, at most [`MAX_SEARCHED_ROWS`] per query.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -11,13 +12,14 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::verdicts::{PairChoice, SampleKey, is_pair};
 use crate::view::tail::{LineSink, Tail};
 use crate::{error::Error, run_dir::samples::SampleRow};
 
 /// Maximum number of rows whose texts one query searches before it returns a partial page.
 const MAX_SEARCHED_ROWS: usize = 20_000;
 
-/// Maximum number of indexed rows; the index then takes about 130 MB.
+/// Maximum number of indexed rows; the index then takes about 160 MB.
 const MAX_ROWS: usize = 4_000_000;
 
 /// Index of one `samples.jsonl`.
@@ -37,7 +39,7 @@ struct IndexEntries {
 #[derive(Debug, Clone, Copy)]
 struct IndexEntry {
     offset: u64,
-    step: u64,
+    key: SampleKey,
     length: u32,
     /// Length of the longest completion, in tokens.
     longest: u32,
@@ -49,6 +51,8 @@ struct IndexEntry {
 #[derive(Deserialize)]
 struct IndexedFields {
     step: u64,
+    #[serde(default)]
+    prompt_id: u64,
     #[serde(default)]
     p: Option<f32>,
     #[serde(default)]
@@ -192,6 +196,54 @@ impl SampleIndex {
     }
 }
 
+impl SampleIndex {
+    /// The row of a logged pair; `None` if there is none.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub(crate) fn row(&self, key: SampleKey) -> Result<Option<SampleRow>, Error> {
+        let rows = &self.entries.rows;
+        let entry = rows.iter().rev().find(|entry| entry.key == key);
+        entry.map_or(Ok(None), |entry| self.read_entry(entry))
+    }
+
+    /// A labelled pair for a person's verdict, of those that `judged` does not have: the least certain one, or the first
+    /// from the place `start` on, counted modulo their number.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub(crate) fn candidate(
+        &self,
+        choice: PairChoice,
+        start: u64,
+        judged: &HashSet<SampleKey>,
+    ) -> Result<Option<(SampleKey, SampleRow)>, Error> {
+        let is_open =
+            |entry: &&IndexEntry| !entry.confidence.is_nan() && !judged.contains(&entry.key);
+        let mut open: Vec<&IndexEntry> = self.entries.rows.iter().filter(is_open).collect();
+        match choice {
+            PairChoice::Uncertain => open.sort_by(|a, b| a.confidence.total_cmp(&b.confidence)),
+            PairChoice::Random if open.is_empty() => {}
+            PairChoice::Random => {
+                let place = start % open.len() as u64;
+                open.rotate_left(usize::try_from(place).unwrap_or(0));
+            }
+        }
+        for entry in open.into_iter().take(MAX_SEARCHED_ROWS) {
+            if let Some(row) = self.read_entry(entry)?.filter(is_pair) {
+                return Ok(Some((entry.key, row)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read_entry(&self, entry: &IndexEntry) -> Result<Option<SampleRow>, Error> {
+        let path = self.tail.path();
+        let file = self.tail.open().map_err(Error::file("open", path))?;
+        read(&file, path, entry, "")
+    }
+}
+
 /// Reads the row of an entry if it contains the needle. A row that no longer exists is skipped: the file has just
 /// been truncated, and the next refresh starts over.
 fn read(
@@ -226,7 +278,7 @@ impl SampleQuery {
             low.is_none_or(|low| value >= low) && high.is_none_or(|high| value <= high)
         };
         let any_confidence = self.least_confidence <= 0.0 && self.most_confidence >= 1.0;
-        in_range(entry.step, self.first_step, self.last_step)
+        in_range(entry.key.step, self.first_step, self.last_step)
             && entry.longest >= self.shortest
             && self.longest.is_none_or(|longest| entry.longest <= longest)
             && (any_confidence
@@ -253,7 +305,10 @@ impl LineSink for IndexEntries {
         }
         self.rows.push(IndexEntry {
             offset,
-            step: fields.step,
+            key: SampleKey {
+                step: fields.step,
+                prompt_id: fields.prompt_id,
+            },
             length,
             longest: fields.lengths.iter().copied().max().unwrap_or_default(),
             confidence: fields.p.map_or(f32::NAN, |p| (2.0 * p - 1.0).abs()),

@@ -39,7 +39,7 @@ pub(crate) use stream::{
 pub(crate) use weight_store::NatsWeightStore;
 
 pub use access::{Permissions, RoleAccess};
-pub use registry::{LeaderLease, RegistryEntry, RunRegistry};
+pub use registry::{KeptEntry, LeaderLease, RegistryEntry, RunRegistry};
 
 /// Timeout of one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);

@@ -47,6 +47,12 @@ pub struct LeaderLease {
     key: String,
 }
 
+/// An entry of the leader that is written again whenever another value is found in its place. No longer once dropped.
+#[derive(Debug)]
+pub struct KeptEntry {
+    keeping: tokio::task::JoinHandle<()>,
+}
+
 impl RunRegistry {
     /// Creates the registry if it does not exist.
     pub(crate) async fn open(connection: &Arc<Connection>) -> Result<Self, TransportError> {
@@ -146,6 +152,51 @@ impl RunRegistry {
             .await
     }
 
+    /// As [`Self::put_signed`], and writes the entry again when it was overwritten or deleted: whoever may write anything
+    /// can have the server write its answers there.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub async fn keep_signed(
+        &self,
+        key: &'static str,
+        content: &[u8],
+    ) -> Result<KeptEntry, TransportError> {
+        let value = self.connection.key().seal(key, content);
+        self.put(key, value.clone()).await?;
+        let registry = self.clone();
+        let keeping = tokio::spawn(async move {
+            loop {
+                sleep(registry.lease() / RENEWALS_PER_LEASE).await;
+                if let Err(error) = registry.restore(key, &value).await {
+                    tracing::debug!(%error, key, "an entry of the run could not be checked; retrying");
+                }
+            }
+        });
+        Ok(KeptEntry { keeping })
+    }
+
+    /// Writes an entry again if it has another value.
+    async fn restore(&self, key: &str, value: &[u8]) -> Result<(), TransportError> {
+        let found = self.get(key).await?;
+        if found.is_some_and(|entry| entry.value == value) {
+            return Ok(());
+        }
+        tracing::warn!(
+            key,
+            "another client of the server has overwritten or deleted an entry of the run; writing it again"
+        );
+        self.put(key, value.to_vec()).await
+    }
+
+    /// Whether the registry is on the server: the run was not removed.
+    ///
+    /// # Errors
+    /// When the server does not answer within the configured timeout.
+    pub async fn exists(&self) -> Result<bool, TransportError> {
+        Ok(Self::find(&self.connection).await?.is_some())
+    }
+
     /// Reads an entry written with [`Self::put_signed`]; `None` if there is none. `what` names it in errors.
     ///
     /// # Errors
@@ -227,7 +278,7 @@ impl RunRegistry {
     /// # Errors
     /// When the lease is held by a live process, or the server does not answer.
     pub async fn acquire(&self, key: &str, owner: &str) -> Result<LeaderLease, TransportError> {
-        let value = bytes::Bytes::from(owner.as_bytes().to_vec());
+        let value = bytes::Bytes::from(self.connection.key().seal(key, owner.as_bytes()));
         let deadline = Instant::now() + self.lease() + self.lease() / 4;
         let mut first_revision = None;
         let mut patience = self.connection.patience("take a lease of the run");
@@ -244,14 +295,21 @@ impl RunRegistry {
                 sleep(RETRY_DELAY).await;
                 continue;
             };
-            let first = *first_revision.get_or_insert(entry.revision);
-            if entry.revision != first {
+            // What no learner has written holds nothing.
+            let holder = self.connection.key().open(key, &entry.value).ok();
+            let first = match &holder {
+                Some(_) => *first_revision.get_or_insert(entry.revision),
+                None => entry.revision,
+            };
+            if let Some(holder) = &holder
+                && entry.revision != first
+            {
                 return Err(TransportError::LeaseHeld {
                     what: key.to_owned(),
-                    holder: String::from_utf8_lossy(&entry.value).into_owned(),
+                    holder: String::from_utf8_lossy(holder).into_owned(),
                 });
             }
-            if Instant::now() > deadline {
+            if holder.is_none() || Instant::now() > deadline {
                 match self.store.update(key, value.clone(), first).await {
                     Ok(revision) => break revision,
                     Err(error) => self.connection.bear(&mut patience, &one_line(&error))?,
@@ -316,21 +374,37 @@ impl Renewal {
             match updated.await {
                 Ok(revision) => self.revision = revision,
                 Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => {
-                    // A previous renewal may have been stored although its answer was lost.
                     match store.entry(self.key.as_str()).await {
-                        Ok(Some(entry)) if entry.value == self.value => {
-                            self.revision = entry.revision;
-                        }
-                        Ok(_) => {
+                        Ok(Some(entry)) if self.is_taken_over(&entry) => {
                             self.lost.send_replace(true);
                             return;
                         }
+                        Ok(Some(entry)) => self.revision = entry.revision,
+                        Ok(None) => self.revision = 0,
                         Err(error) => self.log_failure(&error),
                     }
                 }
                 Err(error) => self.log_failure(&error),
             }
         }
+    }
+
+    /// Whether another process has taken the lease over. It has not if a previous renewal was stored although its answer
+    /// was lost, or if what is there was written by nobody who may lead: it is then overwritten by the next renewal.
+    fn is_taken_over(&self, entry: &kv::Entry) -> bool {
+        if entry.value == self.value {
+            return false;
+        }
+        let run_key = self.registry.connection.key();
+        let is_a_leader =
+            entry.operation == Operation::Put && run_key.open(&self.key, &entry.value).is_ok();
+        if !is_a_leader {
+            tracing::warn!(
+                key = self.key,
+                "another client of the server has overwritten or deleted the lease; writing it again"
+            );
+        }
+        is_a_leader
     }
 
     fn log_failure(&self, error: &dyn std::error::Error) {
@@ -354,6 +428,12 @@ impl LeaderLease {
         if let Err(error) = self.registry.store.delete(&self.key).await {
             tracing::debug!(%error, key = self.key, "the lease could not be released; it will expire");
         }
+    }
+}
+
+impl Drop for KeptEntry {
+    fn drop(&mut self) {
+        self.keeping.abort();
     }
 }
 

@@ -218,6 +218,63 @@ async fn a_role_can_do_its_work_and_not_the_learners() {
     leader.remove(&STREAMS).await.expect("the leader may");
 }
 
+/// Has the server write one of its answers into an entry of the run's registry, as every client with a permission for any
+/// request can.
+async fn overwrite_with_an_answer(server: &TestServer, key: &str) {
+    let client = server.client().await.client();
+    let reply = format!("$KV.agon-run-register.{key}");
+    let request = "$JS.API.STREAM.INFO.agon-run-notes";
+    let sent = client.publish_with_reply(request, reply, "".into()).await;
+    sent.expect("the server runs");
+    client.flush().await.expect("the server runs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_record_and_the_lease_are_written_again_when_others_overwrite_them() {
+    let Some(server) = TestServer::start() else {
+        return;
+    };
+    let keys = Keys::new();
+    let key = NewKey::run().expect("a key");
+    let more = keys.setting("run_key_path", &key.seed);
+    let leader = server.connect_with("run", &more).await;
+    let notes = leader.stream::<messages::Dropped>("notes", 8).await;
+    notes.expect("it is created");
+    let registry = leader.registry().expect("a server has one");
+    let lease = registry.acquire("learner", "the first").await;
+    let lease = lease.expect("it is free");
+    let kept = registry.keep_signed("run", b"record").await;
+    let kept = kept.expect("it is written");
+    let stored = async |key: &str| {
+        let entry = registry.get(key).await.expect("it answers");
+        entry.map(|entry| entry.value)
+    };
+    for key in ["run", "learner"] {
+        let before = stored(key).await;
+        assert!(before.is_some());
+        overwrite_with_an_answer(&server, key).await;
+        until("it is overwritten", async || stored(key).await != before).await;
+        until("it is written again", async || stored(key).await == before).await;
+    }
+    let record = registry.get_signed("run", "the record").await;
+    assert_eq!(
+        record.expect("it is signed").as_deref(),
+        Some(&b"record"[..])
+    );
+    let lost = timeout(Duration::from_secs(2), lease.lost()).await;
+    assert!(lost.is_err(), "nobody else leads");
+    let other = server.connect_with("run", &more).await;
+    let other = other.registry().expect("a server has one");
+    let refused = other.acquire("learner", "the second").await;
+    let error = refused.expect_err("it is held").to_string();
+    assert!(error.contains("the first has it and is alive"), "{error}");
+    // What is left when the leader has gone is nobody's.
+    drop((lease, kept));
+    overwrite_with_an_answer(&server, "learner").await;
+    let taken = timeout(AT_ONCE, other.acquire("learner", "the second")).await;
+    taken.expect("in time").expect("it is free");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_removed_without_the_runs_whose_names_begin_with_its() {
     let Some(server) = TestServer::start() else {

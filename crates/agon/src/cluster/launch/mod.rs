@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use settings::{Resolved, Settings, TransportSettings};
-use telemetry::{Exporter, Measurements, RunDirectory, write_atomically};
+use telemetry::{Exporter, Measurements, RunDirectory, create_private_directory, write_atomically};
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 
 use crate::{
@@ -70,7 +70,7 @@ pub(crate) async fn run(
         env!("CARGO_PKG_VERSION")
     );
     let logs = path.join("logs");
-    std::fs::create_dir_all(&logs)
+    create_private_directory(&logs)
         .with_context(|| format!("failed to make the folder {}", logs.display()))?;
     let (server, url) = server(&resolved.settings, path).await?;
     let launcher_target = LauncherTarget::write(

@@ -27,6 +27,12 @@ export async function fetchJson(path) {
   return response.json();
 }
 
+export async function postJson(path, body) {
+  const response = await fetch(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+  if (!response.ok) throw new Error((await response.text()).trim() || `${path}: ${response.status}`);
+  return response.json();
+}
+
 export function errorMessage(error) {
   return el("p", { class: "bad", role: "alert" }, `Failed to load: ${error.message}`);
 }

@@ -5,10 +5,11 @@ import { el } from "./elements.js";
 import { Flow } from "./pipeline.js";
 import { Samples } from "./samples.js";
 import { Rounds, Settings } from "./tables.js";
+import { Verdicts } from "./verdicts.js";
 
 const STATES = { running: "running", finished: "finished", interrupted: "interrupted", silent: "no process" };
 const state = { runs: [], selected: [], live: null };
-const views = { curves: new Curves(state), flow: new Flow(state), samples: new Samples(state), rounds: new Rounds(state), settings: new Settings(state) };
+const views = { curves: new Curves(state), flow: new Flow(state), samples: new Samples(state), verdicts: new Verdicts(state), rounds: new Rounds(state), settings: new Settings(state) };
 const panel = document.getElementById("view");
 const tabs = [...document.querySelectorAll("[role=tab]")];
 let open = "curves";

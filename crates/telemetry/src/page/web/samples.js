@@ -94,7 +94,7 @@ function sample(number, row) {
 }
 
 // The prompt: a single user turn as plain text, a longer dialogue turn by turn, or the prompt's text.
-function promptText(row) {
+export function promptText(row) {
   const turns = row.dialogue?.messages;
   if (!turns) return row.prompt;
   const turnText = (turn) => {
