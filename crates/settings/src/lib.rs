@@ -29,6 +29,7 @@ mod resolve;
 mod run;
 mod sft;
 mod source;
+mod staleness;
 mod telemetry;
 mod transport;
 mod url;
