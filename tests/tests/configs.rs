@@ -69,6 +69,21 @@ fn the_default_file_equals_an_empty_configuration() {
 }
 
 #[test]
+fn one_trainer_is_offline_semi_online_and_online_by_settings() {
+    let of = |name: &str| {
+        let resolved = resolve_file(&config(name), &[]).unwrap_or_else(|e| panic!("{e}"));
+        resolved.settings
+    };
+    let offline = of("offline.toml");
+    assert!(offline.pairs.is_offline() && offline.pairs.epochs > 0);
+    let semi_online = of("semi-online.toml").learner;
+    assert!(semi_online.weight_sync_steps > 1);
+    let staleness = semi_online.weight_sync_steps - 1;
+    assert_eq!(semi_online.max_staleness, staleness);
+    assert!(!of("quickstart.toml").pairs.is_used());
+}
+
+#[test]
 fn the_quickstart_uses_ipo_md() {
     let settings = resolve_file(&config("quickstart.toml"), &[])
         .expect("the quickstart resolves")

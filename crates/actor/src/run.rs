@@ -353,7 +353,8 @@ impl CompletionPlan {
     fn request(&self, started: StartedPrompt) -> Request {
         let StartedPrompt { key, prompt } = started;
         let (mixture_coefs, exact) = match prompt.purpose {
-            Purpose::Train => (self.mixture_coefs.clone(), 0),
+            // Prompts of pairs from files are not sent to actors.
+            Purpose::Train | Purpose::File => (self.mixture_coefs.clone(), 0),
             Purpose::Evaluate => {
                 let mut coefs = vec![0.0, 1.0];
                 coefs.resize(2 + self.exact_samples, 0.0);

@@ -34,6 +34,30 @@ pub struct Column {
     pub setting: Option<&'static str>,
 }
 
+/// Columns with the label of a pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LabelColumns {
+    /// Probability that the chosen response is preferred.
+    Probability(Column),
+    /// Scores of both responses.
+    Scores {
+        /// Score of the chosen response.
+        chosen: Column,
+        /// Score of the rejected response.
+        rejected: Column,
+    },
+}
+
+impl LabelColumns {
+    /// Whether `name` is one of the columns.
+    fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Probability(column) => column.name == name,
+            Self::Scores { chosen, rejected } => chosen.name == name || rejected.name == name,
+        }
+    }
+}
+
 /// Column names by role, and the limits of the files that have them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Columns {
@@ -47,6 +71,8 @@ pub struct Columns {
     pub chosen: Column,
     /// Rejected response, or the dialogue that ends with it.
     pub rejected: Column,
+    /// Label of a pair, which does not affect the format of a row; `None`: not read.
+    pub label: Option<LabelColumns>,
     /// Limits of each file.
     pub limits: FileLimits,
 }
@@ -85,6 +111,7 @@ impl Default for Columns {
             golden: None,
             chosen: Column::fixed("chosen"),
             rejected: Column::fixed("rejected"),
+            label: None,
             limits: FileLimits::default(),
         }
     }
@@ -113,6 +140,7 @@ impl Columns {
         let named = [&self.prompt, &self.answer, &self.chosen, &self.rejected];
         let mut named = named.into_iter().chain(&self.golden);
         named.any(|column| column.name == name)
+            || self.label.as_ref().is_some_and(|label| label.has(name))
             || [&DIALOGUES[..], &ANSWERS, &SYSTEMS, &MEDIA]
                 .concat()
                 .contains(&name)

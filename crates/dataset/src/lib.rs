@@ -22,7 +22,7 @@ mod rows;
 mod tally;
 mod turn;
 
-pub use columns::{Column, Columns};
+pub use columns::{Column, Columns, LabelColumns};
 pub use compression::{open, unpacked};
 pub use error::{DatasetError, RowPosition};
 pub use files::files;
@@ -30,6 +30,6 @@ pub use json::parse_row;
 pub use limits::FileLimits;
 pub use mix::Mix;
 pub use order::shuffled;
-pub use parsed_row::{ParsedRow, PreferencePair, PromptAnswer};
+pub use parsed_row::{PairLabel, ParsedRow, PreferencePair, PromptAnswer};
 pub use rows::{DatasetRow, RowSource, WithSource, check, read, read_rows, visit};
 pub use turn::prompt;

@@ -100,11 +100,13 @@ pub enum LearnerError {
         /// Prompts dropped meanwhile, by reason, as the end of a sentence.
         dropped: String,
     },
-    /// The prompt stream stays full.
+    /// The stream of prompts or pairs stays full.
     #[error(
-        "no room for a prompt for {seconds} s: its stream is full and nobody takes from it; see agon status and learner.batch_timeout_seconds"
+        "no room for {what} for {seconds} s: its stream is full and nobody takes from it; see agon status and learner.batch_timeout_seconds"
     )]
     NoRoom {
+        /// What there is no room for.
+        what: &'static str,
         /// Duration of the wait.
         seconds: u64,
     },

@@ -49,9 +49,17 @@ impl Evaluator {
         }
     }
 
-    /// Steps between two evaluations; 0: only at the end of the run.
+    /// Steps between two evaluations; 0: only at the end of the run, if at all.
     pub(crate) fn interval(&self) -> u64 {
-        self.settings.eval_steps
+        match self.is_off() {
+            true => 0,
+            false => self.settings.eval_steps,
+        }
+    }
+
+    /// Whether there are no evaluations, not even at the end of the run.
+    pub(crate) fn is_off(&self) -> bool {
+        self.settings.prompts == 0
     }
 
     /// Whether the weights of `step` were evaluated.

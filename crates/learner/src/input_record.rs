@@ -20,6 +20,12 @@ impl InputRecord {
         self.0.insert(name.into(), value.into());
     }
 
+    /// The value or digest of an input.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
     /// The inputs that differ from those of the run's `earlier` record, as `NAME was VALUE and is VALUE`, by name. What
     /// only one of the two names is not compared: a learner of several processes does not know the judge's files.
     #[must_use]

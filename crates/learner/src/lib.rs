@@ -12,6 +12,7 @@ mod dropped_prompts;
 mod error;
 mod evaluation;
 mod evaluator;
+mod file_pairs;
 mod ganpo;
 mod input_record;
 mod length_control;
@@ -43,11 +44,14 @@ pub use checkpoint::{
 pub use error::LearnerError;
 pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample};
 pub use evaluator::EVALUATION_WINDOW;
+pub use file_pairs::{
+    BatchShare, PairAnswer, PairCounts, PairFiles, PairLimit, PairRow, planned_steps, visit_pairs,
+};
 pub use input_record::InputRecord;
-pub use prompts::{DialogueUse, PromptFiles, PromptLimits, PromptRow, PromptSet};
+pub use prompts::{DialogueUse, NoPrompts, PromptFiles, PromptLimits, PromptRow, PromptSet};
 pub use reporter::Sampling;
 pub use run::{
-    Ending, InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams, PromptPlan,
-    RunOrigin, Summary,
+    Ending, FilePairsPlan, InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams,
+    PromptPlan, RunOrigin, Summary,
 };
-pub use trainer::{PolicySamples, StepOutcome, Trainer};
+pub use trainer::{PolicySamples, ReferenceLogprobs, StepOutcome, Trainer};

@@ -19,6 +19,7 @@ use transport::{Delivery, Receipt, Receiver};
 use crate::{
     dropped_prompts::{DroppedPrompts, StepDrops},
     error::LearnerError,
+    file_pairs::{FileBatch, FilePairs, FilePairsState, is_from_file},
     pair_buffer::{BufferedPair, PairBuffer},
     progress::SessionLineage,
     progress_deadline::ProgressDeadline,
@@ -32,6 +33,8 @@ pub(crate) struct PairSource {
     labelled: Receiver<LabelledPair>,
     drops: Receiver<Dropped>,
     buffer: PairBuffer,
+    /// Pairs from files; `None` in a run without them.
+    files: Option<FilePairs>,
     dropped: DroppedPrompts,
     progress: ProgressDeadline,
     lineage: SessionLineage,
@@ -48,6 +51,7 @@ pub(crate) struct PairSourceParts {
     pub(crate) scheduler: PromptScheduler,
     pub(crate) labelled: Receiver<LabelledPair>,
     pub(crate) drops: Receiver<Dropped>,
+    pub(crate) files: Option<FilePairs>,
     pub(crate) lineage: SessionLineage,
     pub(crate) counters: StageCounters,
     pub(crate) waits: Waits,
@@ -97,6 +101,8 @@ pub(crate) struct IntakeMetrics {
     pub(crate) outstanding: usize,
     /// Number of stale pairs dropped in the run.
     pub(crate) stale: u64,
+    /// Passes over the pairs from files; `None` in a run without them.
+    pub(crate) passes: Option<f64>,
 }
 
 impl BatchLimits {
@@ -118,6 +124,7 @@ impl PairSource {
             labelled: parts.labelled,
             drops: parts.drops,
             buffer: PairBuffer::default(),
+            files: parts.files,
             dropped: DroppedPrompts::new(),
             progress: ProgressDeadline::start(Duration::ZERO),
             lineage: parts.lineage,
@@ -141,6 +148,21 @@ impl PairSource {
     /// Copies of the buffered pairs, for a checkpoint.
     pub(crate) fn buffered(&self) -> Vec<LabelledPair> {
         self.buffer.pairs()
+    }
+
+    /// State of the pairs from files, for a checkpoint.
+    pub(crate) fn files_state(&self) -> FilePairsState {
+        self.files
+            .as_ref()
+            .map(FilePairs::state)
+            .unwrap_or_default()
+    }
+
+    /// Restores the state of the pairs from files.
+    pub(crate) fn restore_files(&mut self, state: FilePairsState) {
+        if let Some(files) = &mut self.files {
+            files.restore(state);
+        }
     }
 
     /// Restores a checkpoint's buffered pairs and sends its outstanding prompts again, for weights `version` or
@@ -179,38 +201,108 @@ impl PairSource {
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<Option<TrainingBatch>, LearnerError> {
         let started = Instant::now();
-        let BatchLimits {
-            steps, batch_size, ..
-        } = self.limits;
+        let online = self.online_pairs(step, step + 1);
         self.restart_deadline();
+        // A run without actors never waits, and only waits notice a shutdown.
+        if self.files.is_some() && *shutdown.borrow() {
+            return Ok(None);
+        }
         loop {
             for stale in self.buffer.remove_stale(step, self.limits.max_staleness) {
                 self.drop_pair(stale, Rejection::of(DropReason::Stale))
                     .await;
             }
-            let batch = self.buffer.pop(batch_size);
+            let batch = match self.draw_from_files(step, shutdown).await? {
+                true => self.buffer.pop(online),
+                false => None,
+            };
             let popped = batch.as_ref().map_or(0, Vec::len);
-            let needed = (steps - step) as usize * batch_size;
-            // The popped batch still holds its credits: prompts sent now require weights at least as new as those
-            // before its step.
-            let buffered = self.buffer.len() + popped;
-            let refill = self.scheduler.refill(publisher.version(), buffered, needed);
-            tokio::select! {
-                biased;
-                refilled = refill => refilled?,
-                // The server may be away for long.
-                _ = shutdown.wait_for(|requested| *requested) => {}
-            }
+            self.refill(step, popped, publisher.version(), shutdown)
+                .await?;
             if let Some(batch) = batch {
                 self.waited += started.elapsed();
-                let in_flight = self.buffer.len() + batch.len();
+                let from_files = self.take_from_files(step);
+                let in_flight = self.buffered_count() + batch.len() + from_files.len();
                 self.counters.set_in_flight(in_flight as u64);
-                return Ok(Some(TrainingBatch::new(batch)));
+                return Ok(Some(TrainingBatch::new(batch, from_files)));
             }
             if let Arrival::Shutdown = self.next("labelled pairs", publisher, shutdown).await? {
                 return Ok(None);
             }
         }
+    }
+
+    /// Whether all pairs are from files, so that nobody waits for weights.
+    pub(crate) fn is_offline(&self) -> bool {
+        self.files.is_some() && self.online_pairs(0, self.limits.steps) == 0
+    }
+
+    /// Number of pairs from actors in the steps from `step` on and before `end`, or the run's end.
+    fn online_pairs(&self, step: u64, end: u64) -> usize {
+        let BatchLimits {
+            steps, batch_size, ..
+        } = self.limits;
+        let end = end.min(steps);
+        match self.files.as_ref().map(FilePairs::share) {
+            Some(share) => share.online_between(step, end),
+            None => (end - step) as usize * batch_size,
+        }
+    }
+
+    /// Draws the pairs of step `step` from files, and sends those without a label to the judge; returns whether all of
+    /// them have one.
+    async fn draw_from_files(
+        &mut self,
+        step: u64,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<bool, LearnerError> {
+        let Some(files) = &mut self.files else {
+            return Ok(true);
+        };
+        tokio::select! {
+            biased;
+            drawn = files.refill(step) => drawn?,
+            // The server may be away for long.
+            _ = shutdown.wait_for(|requested| *requested) => {}
+        }
+        Ok(files.is_ready(step))
+    }
+
+    /// Sends prompts as far as there are credits; ends early on shutdown. `popped` pairs are about to be trained on.
+    async fn refill(
+        &mut self,
+        step: u64,
+        popped: usize,
+        version: WeightsVersion,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<(), LearnerError> {
+        let window = self.limits.max_staleness.saturating_add(1);
+        let needed = self.online_pairs(step, step.saturating_add(window));
+        // The popped batch still holds its credits: prompts sent now require weights at least as new as those
+        // before its step.
+        let buffered = self.buffer.len() + popped;
+        let refill = self.scheduler.refill(version, buffered, needed);
+        tokio::select! {
+            biased;
+            refilled = refill => refilled,
+            // The server may be away for long.
+            _ = shutdown.wait_for(|requested| *requested) => Ok(()),
+        }
+    }
+
+    /// The pairs of step `step` from files. Those that did not come in a message count as received now.
+    fn take_from_files(&mut self, step: u64) -> Vec<LabelledPair> {
+        let Some(files) = &mut self.files else {
+            return Vec::new();
+        };
+        let FileBatch { pairs, received } = files.take(step);
+        self.counters.received(pairs.len() as u64 - received);
+        pairs
+    }
+
+    /// Number of pairs that were received and are not yet part of a batch.
+    fn buffered_count(&self) -> usize {
+        self.buffer.len() + self.files.as_ref().map_or(0, FilePairs::received)
     }
 
     /// Waits for a pair, a drop note, the end of an upload or a shutdown, and handles it. `reason` names the wait.
@@ -240,7 +332,7 @@ impl PairSource {
                 false => return Err(self.overdue(reason)),
             },
         };
-        self.counters.set_in_flight(self.buffer.len() as u64);
+        self.counters.set_in_flight(self.buffered_count() as u64);
         Ok(arrival)
     }
 
@@ -271,7 +363,7 @@ impl PairSource {
     /// Acknowledges the pairs of a step.
     pub(crate) fn acknowledge(&mut self, receipts: BatchReceipts) {
         receipts.0.into_iter().for_each(acknowledge);
-        self.counters.set_in_flight(self.buffer.len() as u64);
+        self.counters.set_in_flight(self.buffered_count() as u64);
     }
 
     /// Counts `pairs` pairs as trained on; returns the metrics since the step before.
@@ -283,6 +375,7 @@ impl PairSource {
             waited: std::mem::take(&mut self.waited),
             outstanding: self.scheduler.outstanding(),
             stale: dropped.get(&DropReason::Stale).copied().unwrap_or(0),
+            passes: self.files.as_ref().map(FilePairs::passes),
         }
     }
 
@@ -310,6 +403,11 @@ impl PairSource {
             }
             Purpose::Evaluate => Arrival::Evaluation(Box::new(pair.labelled)),
             Purpose::Apo => Arrival::ApoSample,
+            Purpose::File => {
+                // Part of the next batches; it counts as emitted when it is trained on.
+                acknowledge(pair.receipt);
+                return Arrival::Handled;
+            }
         };
         acknowledge(pair.receipt);
         self.counters.emitted(1);
@@ -319,6 +417,9 @@ impl PairSource {
     /// Why a received pair must be dropped; `None` if it is accepted, and its prompt no longer outstanding.
     fn rejection(&mut self, labelled: &LabelledPair) -> Option<Rejection> {
         let prompt = &labelled.pair.prompt;
+        if is_from_file(prompt.id) || prompt.purpose == Purpose::File {
+            return self.file_rejection(labelled);
+        }
         if let Err(foreign) = self.scheduler.check_sent(prompt) {
             return Some(Rejection::invalid(labelled, &foreign));
         }
@@ -333,6 +434,32 @@ impl PairSource {
             Err(invalid) => Some(Rejection::invalid(labelled, &invalid)),
             Ok(()) if !is_outstanding => Some(Rejection::of(DropReason::Duplicate)),
             Ok(()) => None,
+        }
+    }
+
+    /// Why the judge's label of a pair from a file must be dropped; `None` if it is accepted. Of the message only the label
+    /// is read: the pair is the one that was sent.
+    fn file_rejection(&mut self, labelled: &LabelledPair) -> Option<Rejection> {
+        let prompt = &labelled.pair.prompt;
+        let mut checked = labelled.check(&self.message_limits);
+        if !is_from_file(prompt.id) || prompt.purpose != Purpose::File {
+            checked = Err(InvalidMessage::Foreign(prompt.id));
+        }
+        let is_of_session = prompt.version.session == self.lineage.session;
+        let files = self.files.as_mut().filter(|_| is_of_session);
+        match (checked, files) {
+            (Err(invalid), files) => {
+                // Its place in the order is given up.
+                if let Some(files) = files {
+                    files.discard(prompt.id);
+                }
+                Some(Rejection::invalid(labelled, &invalid))
+            }
+            (Ok(()), None) => Some(Rejection::of(DropReason::Superseded)),
+            (Ok(()), Some(files)) => match files.accept(labelled) {
+                true => None,
+                false => Some(Rejection::of(DropReason::Duplicate)),
+            },
         }
     }
 
@@ -361,7 +488,12 @@ impl PairSource {
             return Arrival::Handled;
         }
         if note.session == self.lineage.session {
-            self.mark_returned(note.prompt);
+            match self.files.as_mut().filter(|_| is_from_file(note.prompt)) {
+                Some(files) => files.forget(&note),
+                None => {
+                    self.mark_returned(note.prompt);
+                }
+            }
             self.dropped.count_note(&note);
         }
         receipt.acknowledge();
@@ -394,8 +526,10 @@ impl PairSource {
         LearnerError::Overdue {
             reason,
             seconds: self.limits.timeout_seconds,
-            outstanding: self.scheduler.outstanding() + self.scheduler.eval_outstanding(),
-            buffered: self.buffer.len(),
+            outstanding: self.scheduler.outstanding()
+                + self.scheduler.eval_outstanding()
+                + self.files.as_ref().map_or(0, FilePairs::awaited),
+            buffered: self.buffered_count(),
             dropped: self.dropped.to_string(),
         }
     }
@@ -432,9 +566,11 @@ impl Rejection {
 }
 
 impl TrainingBatch {
-    fn new(batch: Vec<BufferedPair>) -> Self {
+    /// The pairs from actors, then those from files, each in order of their ids.
+    fn new(batch: Vec<BufferedPair>, from_files: Vec<LabelledPair>) -> Self {
         let pairs = batch.into_iter().map(|pair| (pair.labelled, pair.receipt));
-        let (pairs, receipts) = pairs.unzip();
+        let from_files = from_files.into_iter().map(|labelled| (labelled, None));
+        let (pairs, receipts) = pairs.chain(from_files).unzip();
         Self {
             pairs,
             receipts: BatchReceipts(receipts),
@@ -516,6 +652,7 @@ mod tests {
                 scheduler,
                 labelled: labelled_receiver,
                 drops: drops_receiver,
+                files: None,
                 lineage: SessionLineage::new(0),
                 counters: StageCounters::new(Stage::Learner),
                 waits,
@@ -530,6 +667,7 @@ mod tests {
                     prompt_tokens: 1,
                     golden_tokens: None,
                     completion_tokens: 1,
+                    file_tokens: None,
                     completions: CompletionCounts {
                         train: 2,
                         evaluate: 2,

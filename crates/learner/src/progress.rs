@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use messages::{LabelledPair, WeightsVersion};
+use messages::{LabelledPair, Purpose, WeightsVersion};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
@@ -13,6 +13,8 @@ pub(crate) struct RunTotals {
     pub(crate) step: u64,
     /// Pairs trained on.
     pub(crate) pairs: u64,
+    /// Those of them that came from files.
+    pub(crate) file_pairs: u64,
     /// Response tokens trained on.
     pub(crate) tokens: u64,
     /// Working time in seconds, earlier sessions included.
@@ -59,6 +61,7 @@ impl RunProgress {
         self.totals.step += 1;
         self.steps.send_replace(self.totals.step);
         self.totals.pairs += label_count(pairs) as u64;
+        self.totals.file_pairs += count_from_files(pairs) as u64;
         let completions = pairs.iter().flat_map(|l| &l.pair.completions);
         self.totals.tokens += completions.map(|c| c.ids.len() as u64).sum::<u64>();
     }
@@ -72,6 +75,12 @@ impl RunProgress {
 /// Number of compared pairs of completions: one per label, so three for a prompt with three completions.
 pub(crate) fn label_count(pairs: &[LabelledPair]) -> usize {
     pairs.iter().map(|labelled| labelled.labels.len()).sum()
+}
+
+/// Number of pairs that came from files.
+pub(crate) fn count_from_files(pairs: &[LabelledPair]) -> usize {
+    let is_from_file = |labelled: &&LabelledPair| labelled.pair.prompt.purpose == Purpose::File;
+    pairs.iter().filter(is_from_file).count()
 }
 
 /// Sessions of a run: the current one, and the points at which earlier ones were resumed.

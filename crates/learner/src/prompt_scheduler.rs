@@ -3,19 +3,18 @@
 //! Promises that the prompt of an id and its seed are the same in every run with the same seed. Does not know what is
 //! done with the pairs that come back.
 
-use std::{collections::BTreeMap, pin::pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use messages::{
     Digest, InvalidMessage, Pacing, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
 };
 use serde::{Deserialize, Serialize};
 use telemetry::Waits;
-use tokio::time::{Instant, timeout_at};
 use transport::Sender;
 
 use crate::{
     error::LearnerError,
-    progress_deadline::ProgressDeadline,
+    progress_deadline::send_in_time,
     prompts::{PromptRow, PromptSet},
 };
 
@@ -222,20 +221,7 @@ impl PromptScheduler {
         self.outstanding.insert(id, sent);
         let _wait = self.parts.waits.enter("room for prompts");
         let (prompts, allowed) = (&self.parts.prompts, self.parts.timeout);
-        let wait = ProgressDeadline::start(prompts.time_away());
-        let mut sending = pin!(prompts.send(prompt));
-        loop {
-            let deadline = wait.after(allowed, prompts.time_away());
-            match timeout_at(deadline, &mut sending).await {
-                Ok(sent) => return Ok(sent?),
-                // The server was away meanwhile.
-                Err(_) if wait.after(allowed, prompts.time_away()) > Instant::now() => {}
-                Err(_) => {
-                    let seconds = allowed.as_secs();
-                    return Err(LearnerError::NoRoom { seconds });
-                }
-            }
-        }
+        send_in_time(prompts, prompt, "a prompt", allowed).await
     }
 
     /// Sends the held-out prompt `index` of the evaluation at `version`. Its seed is the same in every evaluation, so
@@ -376,7 +362,7 @@ mod tests {
         assert_eq!(waits.current()[0].reason, "room for prompts");
         let error = refill.await.expect_err("the stream stays full");
         assert!(
-            matches!(error, LearnerError::NoRoom { seconds: 60 }),
+            matches!(error, LearnerError::NoRoom { seconds: 60, .. }),
             "{error}"
         );
         assert_eq!(sent(&receiver).len(), 2);

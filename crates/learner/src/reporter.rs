@@ -4,7 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use messages::{LabelledPair, WeightsVersion};
+use messages::{LabelledPair, Purpose, WeightsVersion};
 use model::Tokenizer;
 use settings::{LearnerSettings, TelemetrySettings};
 use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog};
@@ -14,7 +14,7 @@ use crate::{
     evaluation::Evaluation,
     pair_buffer,
     pair_source::IntakeMetrics,
-    progress::{RunTotals, label_count},
+    progress::{RunTotals, count_from_files, label_count},
     recovery::RecoveryCounts,
     step_metrics,
     trainer::PolicySamples,
@@ -132,7 +132,8 @@ impl Reporter {
             measurements.set("objective/kl", kl);
         }
         let step = run.totals.step;
-        let identical = self.identical_ratio(intake.drops.identical, pairs.len(), step);
+        let sampled = pairs.len() - count_from_files(pairs);
+        let identical = self.identical_ratio(intake.drops.identical, sampled, step);
         measurements.set("completions/identical_ratio", identical);
         measurements.merge(flow);
         self.journal
@@ -203,6 +204,7 @@ impl Reporter {
         let before = run.totals.step - 1;
         let staleness: Vec<u64> = pairs
             .iter()
+            .filter(|labelled| labelled.pair.prompt.purpose != Purpose::File)
             .map(|labelled| pair_buffer::staleness(labelled, before))
             .collect();
         let waited = intake.waited.as_secs_f64();
@@ -225,6 +227,10 @@ impl Reporter {
             m.set("perf/peak_memory_bytes", bytes as f64);
         }
         m.set("num_tokens", run.totals.tokens as f64);
+        if let Some(passes) = intake.passes {
+            m.set("epoch", passes);
+            m.set("pairs/from_files", count_from_files(pairs) as f64);
+        }
         m.merge(step_metrics::settings_metrics(
             &self.settings.objective,
             pairs,

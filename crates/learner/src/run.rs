@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use messages::{Digest, Dropped, LabelledPair, MessageLimits, Pacing, Prompt, Seed};
+use messages::{Digest, Dropped, LabelledPair, MessageLimits, Pacing, Pair, Prompt, Seed};
 use model::{DType, LanguageModel, ModelFolder};
 use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
 use telemetry::{RunDirectory, StageCounters, Waits};
@@ -21,6 +21,7 @@ use crate::{
     error::LearnerError,
     evaluation::{Evaluation, EvaluationConditions},
     evaluator::{Evaluated, Evaluator},
+    file_pairs::{BatchShare, FilePairs, FilePairsParts, Judging, PairFiles},
     input_record::InputRecord,
     pair_source::{BatchLimits, PairSource, PairSourceParts, TrainingBatch},
     progress::RunProgress,
@@ -29,7 +30,7 @@ use crate::{
     publisher::Publisher,
     recovery::Recovery,
     reporter::{AppliedStep, Reporter, ReporterParts, Sampling, StepContext},
-    trainer::{StepOutcome, Trainer, thread::TrainerThread},
+    trainer::{ReferenceLogprobs, StepOutcome, Trainer, thread::TrainerThread},
 };
 
 /// Parts of a learner.
@@ -50,6 +51,8 @@ pub struct LearnerParts {
     pub model: InitialPolicy,
     /// Prompts and how they are answered.
     pub prompts: PromptPlan,
+    /// Pairs from files, if batches have some.
+    pub pairs: Option<FilePairsPlan>,
     /// Streams.
     pub streams: LearnerStreams,
     /// Message counters.
@@ -97,6 +100,18 @@ pub struct PromptPlan {
     pub sampling: Sampling,
 }
 
+/// Pairs from files and how they are used.
+pub struct FilePairsPlan {
+    /// The pairs.
+    pub files: Arc<PairFiles>,
+    /// Split of every batch.
+    pub share: BatchShare,
+    /// Where the reference's log-probabilities of the pairs are kept; `None`: they are computed in every pass.
+    pub reference_logprobs: Option<ReferenceLogprobs>,
+    /// Outgoing pairs, if the run's judge labels them.
+    pub judge: Option<Sender<Pair>>,
+}
+
 /// Streams of a learner.
 pub struct LearnerStreams {
     /// Outgoing prompts.
@@ -131,6 +146,8 @@ pub struct Summary {
     pub steps: u64,
     /// Pairs trained on.
     pub pairs: u64,
+    /// Those of them that came from files.
+    pub file_pairs: u64,
     /// Response tokens trained on.
     pub tokens: u64,
     /// Working time in seconds, earlier sessions included.
@@ -178,7 +195,14 @@ impl Learner {
         let (settings, directory) = (parts.settings, parts.directory);
         let (model, streams) = (parts.model, parts.streams);
         let tokenizer = model.folder.tokenizer.clone();
-        let trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?;
+        let mut trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?;
+        if let Some(kept) = parts
+            .pairs
+            .as_ref()
+            .and_then(|p| p.reference_logprobs.clone())
+        {
+            trainer.keep_reference_logprobs(kept);
+        }
         let trainer = TrainerThread::spawn(trainer)?;
         let mut reporter = Reporter::open(ReporterParts {
             settings: settings.clone(),
@@ -206,7 +230,10 @@ impl Learner {
         checkpoints.restore_counters(snapshot.stages);
         reporter.continue_from(snapshot.totals.step)?;
         let waits = Waits::new("learner");
-        let source = PairSource::new(PairSourceParts {
+        let files = parts
+            .pairs
+            .map(|plan| plan.pairs(&settings, session, &waits));
+        let mut source = PairSource::new(PairSourceParts {
             scheduler: PromptScheduler::new(PromptSchedulerParts {
                 prompts: streams.prompts,
                 set: parts.prompts.set,
@@ -218,12 +245,14 @@ impl Learner {
             }),
             labelled: streams.labelled,
             drops: streams.drops,
+            files,
             lineage: snapshot.lineage,
             counters: parts.counters.own,
             waits,
             limits: BatchLimits::new(&settings),
             message_limits: streams.limits,
         });
+        source.restore_files(snapshot.files);
         let (weight_store, dtype) = (streams.weight_store, streams.weights_dtype);
         let scheduler = snapshot.scheduler;
         Ok(Self {
@@ -272,7 +301,7 @@ impl Learner {
             };
             self.train(batch).await?;
             let sync_steps = self.settings.weight_sync_steps;
-            if self.progress.step().is_multiple_of(sync_steps) {
+            if self.progress.step().is_multiple_of(sync_steps) && !self.source.is_offline() {
                 self.publish().await?;
             }
             if self.is_due(self.evaluator.interval()) {
@@ -282,8 +311,9 @@ impl Learner {
                 self.save().await?;
             }
         }
-        let evaluated = match self.evaluator.has_evaluated(self.progress.step()) {
-            // By the session that this one resumes.
+        let is_evaluated = self.evaluator.has_evaluated(self.progress.step());
+        let evaluated = match is_evaluated || self.evaluator.is_off() {
+            // By the session that this one resumes, or never.
             true => Evaluated::Completed,
             false => self.evaluate(&mut shutdown).await?,
         };
@@ -446,7 +476,12 @@ impl Learner {
         self.ensure_valid_weights().await?;
         self.checkpoints
             .save(&self.trainer, self.checkpoint())
-            .await
+            .await?;
+        let save = |trainer: &Trainer| {
+            trainer.save_reference_logprobs();
+            Ok(())
+        };
+        self.trainer.inspect(save).await
     }
 
     /// The run as of now; [`Checkpoints::save`] adds the inputs and the stages' counters.
@@ -458,6 +493,7 @@ impl Learner {
                 version: self.publisher.version(),
                 recovery: self.recovery.state(),
                 scheduler: self.source.scheduler.state(),
+                files: self.source.files_state(),
                 apo_step: self.apo.last_step(),
                 evaluations: self.evaluator.history().to_vec(),
                 ..RunSnapshot::default()
@@ -486,6 +522,7 @@ impl Learner {
             ending,
             steps: totals.step,
             pairs: totals.pairs,
+            file_pairs: totals.file_pairs,
             tokens: totals.tokens,
             wall_seconds: totals.wall_seconds,
             weights_digest: Digest::of(&blob),
@@ -497,6 +534,23 @@ impl Learner {
         self.reporter.finish(totals.step, note);
         self.trainer.join()?;
         Ok(summary)
+    }
+}
+
+impl FilePairsPlan {
+    /// The pairs of `session`.
+    fn pairs(self, settings: &LearnerSettings, session: u64, waits: &Waits) -> FilePairs {
+        FilePairs::new(FilePairsParts {
+            files: self.files,
+            share: self.share,
+            session,
+            steps: settings.steps,
+            judging: self.judge.map(|pairs| Judging {
+                pairs,
+                timeout: Duration::from_secs(settings.batch_timeout_seconds),
+                waits: waits.clone(),
+            }),
+        })
     }
 }
 

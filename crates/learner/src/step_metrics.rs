@@ -17,7 +17,10 @@ pub(crate) fn settings_metrics(
         | ObjectiveSettings::Slic { beta }
         | ObjectiveSettings::Rpo { beta, .. } => ("beta", *beta),
     };
-    let completions = || pairs.iter().flat_map(|labelled| &labelled.pair.completions);
+    let completions = || {
+        let all = pairs.iter().flat_map(|labelled| &labelled.pair.completions);
+        all.filter(|completion| completion.is_recorded())
+    };
     let sum: f64 = completions().map(|c| f64::from(c.mixture_coef)).sum();
     let mean = sum / completions().count().max(1) as f64;
     [temperature, ("mixture_coef", mean)].into_iter().collect()

@@ -10,7 +10,7 @@ use crate::{
 
 /// One completion of a prompt, with the log-probabilities recorded while sampling.
 ///
-/// The three log-probabilities have one entry per token of `ids`, in nats. `logp` and `ref_logp` are under the
+/// The three log-probabilities have one entry per token of `ids`, in nats; a completion from a file has none of them. `logp` and `ref_logp` are under the
 /// full distribution at temperature 1; `behaviour_logp` is under the sampling distribution: mixed, tempered,
 /// truncated.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -192,6 +192,14 @@ impl Completion {
         (self.sum_logp() - self.sum_ref_logp()) as f32
     }
 
+    /// Whether log-probabilities were recorded: not those of a completion from a file.
+    #[must_use]
+    pub fn is_recorded(&self) -> bool {
+        [&self.logp, &self.ref_logp, &self.behaviour_logp]
+            .iter()
+            .any(|recorded| !recorded.is_empty())
+    }
+
     /// Whether all log-probabilities are finite and there is one of each kind per token.
     #[must_use]
     pub fn is_valid(&self) -> bool {
@@ -213,7 +221,7 @@ impl Pair {
     pub fn compared(&self) -> impl Iterator<Item = (u16, u16)> {
         let count = match self.prompt.purpose {
             Purpose::Evaluate => self.completions.len().min(2),
-            Purpose::Train | Purpose::Apo => self.completions.len(),
+            Purpose::Train | Purpose::Apo | Purpose::File => self.completions.len(),
         };
         let count = u16::try_from(count).unwrap_or(0);
         (0..count).flat_map(move |i| (i + 1..count).map(move |j| (i, j)))

@@ -47,6 +47,8 @@ pub enum Purpose {
     Evaluate,
     /// Adversarial preference optimisation (APO): policy samples, compared with the golden answer.
     Apo,
+    /// Training on a pair from a file: its completions were not sampled in this run, so nothing was recorded of them.
+    File,
 }
 
 /// Consecutive prompts that were sent together. A single strictly on-policy actor starts a batch only when all of

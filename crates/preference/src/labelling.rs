@@ -75,7 +75,7 @@ impl Labeller {
         let is_swapped = |(first, second)| {
             orders == Orders::One
                 && !self.judge.is_antisymmetric()
-                && pair.prompt.purpose == Purpose::Train
+                && matches!(pair.prompt.purpose, Purpose::Train | Purpose::File)
                 && draws_second(&pair.prompt, first, second)
         };
         let request = |(first, second)| {

@@ -12,11 +12,11 @@ pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
     };
     settings.actor.check(settings, &mut checks);
     settings.learner.check(settings, &mut checks);
-    settings.evaluation.check(&mut checks);
     settings.sft.check(&mut checks);
     settings.model.check(settings, &mut checks);
     settings.playground.check(&mut checks);
     settings.prompts.check(settings, &mut checks);
+    settings.pairs.check(settings, &mut checks);
     settings.preference.check(settings, &mut checks);
     settings.telemetry.check(&mut checks);
     settings.learner.objective.check(settings, &mut checks);

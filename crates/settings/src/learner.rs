@@ -54,6 +54,7 @@ pub struct LearnerSettings {
     /// Steps between two publications of weights.
     pub weight_sync_steps: u64,
     /// Maximum staleness of a pair that is trained on, in learner steps, inclusive.
+    #[serde(deserialize_with = "crate::staleness::number")]
     pub max_staleness: u64,
     /// Steps between two checkpoints; 0: only at the end.
     pub save_steps: u64,

@@ -20,6 +20,7 @@ mod lora;
 mod model;
 mod objective;
 mod optimizer;
+mod pairs;
 mod playground;
 mod preference;
 mod prompts;
@@ -28,6 +29,7 @@ mod resolve;
 mod run;
 mod sft;
 mod source;
+mod staleness;
 mod telemetry;
 mod transport;
 mod url;
@@ -48,6 +50,7 @@ pub use learner::{LabelKind, LearnerSettings, LogpReduction, MaxGradNorm};
 pub use model::{DtypeSetting, ModelSettings};
 pub use objective::{CLIPPED_SLOPES, IpoScale, ObjectiveSettings, RpoNll};
 pub use optimizer::{LrSchedulerType, OptimizerSettings};
+pub use pairs::{FilePairsSettings, PairLabel};
 pub use playground::PlaygroundSettings;
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
 pub use prompts::{DatasetPrompts, MixedFile, PlaygroundGolden, PromptsSettings, TooLong};
@@ -68,6 +71,7 @@ pub struct Settings {
     pub topology: TopologySettings,
     pub model: ModelSettings,
     pub prompts: PromptsSettings,
+    pub pairs: FilePairsSettings,
     pub playground: PlaygroundSettings,
     pub sft: SftSettings,
     pub actor: ActorSettings,

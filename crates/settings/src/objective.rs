@@ -130,7 +130,7 @@ impl ObjectiveSettings {
                     format!("{nll_coef} must not be negative"),
                 );
                 checks.require(
-                    settings.prompts.has_golden(),
+                    settings.prompts.has_golden() || settings.pairs.is_offline(),
                     &path("kind"),
                     "\"rpo\" needs a golden answer for every prompt: name prompts.golden_column",
                 );

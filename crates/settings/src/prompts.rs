@@ -72,7 +72,8 @@ pub struct MixedFile {
     pub weight: f64,
 }
 
-fn one() -> f64 {
+/// The default weight of a file.
+pub(crate) fn one() -> f64 {
     1.0
 }
 

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
-use crate::{Settings, checks, choice, error::SettingsError, repair, url::without_secrets};
+use crate::{
+    Settings, checks, choice, error::SettingsError, repair, staleness, url::without_secrets,
+};
 
 /// The commented default file: all keys with their defaults and meanings.
 pub const DEFAULT_TOML: &str = include_str!("../../../configs/default.toml");
@@ -92,6 +94,7 @@ pub fn resolve(
     choice::merge(&mut table, user);
     choice::merge(&mut table, nested(overrides));
     choice::apply_defaults(&mut table);
+    staleness::resolve_sync(&mut table);
     let problems = |problems| SettingsError::Problems {
         origin: origin.to_owned(),
         problems,

@@ -19,13 +19,14 @@ use settings::{JudgeSettings, PairsSettings, Settings, flat};
 use crate::assembly::{JudgeSource, RunInputs, judge_digest};
 
 /// Keys, or beginnings of keys, of the settings in the record.
-const RECORDED: [&str; 19] = [
+const RECORDED: &[&str] = &[
     "run.seed",
     "model.dtype",
     "model.reference_probabilities",
     "model.lora_",
     "model.target_modules",
     "prompts.",
+    "pairs.",
     "actor.temperature",
     "actor.top_",
     "actor.min_p",
@@ -42,11 +43,16 @@ const RECORDED: [&str; 19] = [
 ];
 
 /// Keys among those that do not change what a run is: places, limits and speed.
-const NOT_RECORDED: [&str; 10] = [
+const NOT_RECORDED: &[&str] = &[
     "prompts.path",
     "prompts.mix",
     "prompts.held_out_path",
     "prompts.max_",
+    "pairs.path",
+    "pairs.mix",
+    "pairs.max_",
+    "pairs.too_long",
+    "pairs.epochs",
     "playground.base_dir",
     "preference.judge.path",
     "preference.judge.urls",
@@ -85,6 +91,9 @@ impl RunInputs {
         for (name, digest) in self.prompts.digests() {
             record.insert(name, digest.to_string());
         }
+        if let Some(pairs) = &self.pairs {
+            record.insert("rows of the pairs", pairs.digest().to_string());
+        }
         if let PairsSettings::Dataset(pairs) = &settings.preference.fit.pairs
             && is_fitted(settings)
         {
@@ -100,7 +109,7 @@ impl RunInputs {
 
 fn is_recorded(key: &str) -> bool {
     let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| key.starts_with(prefix));
-    starts(&RECORDED) && !starts(&NOT_RECORDED)
+    starts(RECORDED) && !starts(NOT_RECORDED)
 }
 
 /// Records the reference model: its weights and what determines how it reads and writes.

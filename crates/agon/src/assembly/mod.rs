@@ -8,6 +8,7 @@ mod adapter;
 mod apo;
 mod cache;
 mod conditions;
+mod file_pairs;
 mod input_record;
 mod judge;
 mod judge_digest;
@@ -26,13 +27,14 @@ mod sampler;
 use std::{path::PathBuf, sync::Arc};
 
 use hub::CancelToken;
-use learner::PromptSet;
+use learner::{NoPrompts, PairFiles, PromptSet};
 use model::{Adapter, LanguageModel};
 use settings::Settings;
 
 pub(crate) use adapter::{adapter, adapter_shape, fresh_adapter, saved_adapter};
 pub(crate) use apo::{ApoJudge, judge_version, rounds_directory};
 pub(crate) use conditions::conditions;
+pub(crate) use file_pairs::{file_pairs, reference_key, reference_logprobs_path};
 pub(crate) use judge::{CompletionOrigin, JudgeSource};
 pub(crate) use judge_digest::judge_digest;
 pub(crate) use judge_pool::{gold_pool, judge_replicas, pool, server};
@@ -46,7 +48,7 @@ pub(crate) use preference_model::{
     reward_folder, same_tokenizer,
 };
 pub(crate) use preference_pairs::{AnnotatedPairs, SkippedPairs, annotated_pairs};
-pub(crate) use preflight::{Preflight, PreflightFinding, PreflightScope};
+pub(crate) use preflight::{Preflight, PreflightFinding, PreflightScope, ReadInputs};
 pub(crate) use prompt_encoder::prompt_encoder;
 pub(crate) use prompts::{check_positions, longest_sequence, prompts, reads_golden};
 pub(crate) use sampler::{SamplerParts, check_engines, sampler};
@@ -59,23 +61,30 @@ pub(crate) struct RunInputs {
     adapter: Option<Adapter>,
     /// The folder it was loaded from; `None` for a newly initialised one.
     pub(crate) adapter_folder: Option<PathBuf>,
-    /// Training and held-out prompts.
+    /// Training and held-out prompts; none in a run that samples nothing.
     pub(crate) prompts: Arc<dyn PromptSet>,
+    /// Pairs from files; `None` if batches have none.
+    pub(crate) pairs: Option<Arc<PairFiles>>,
 }
 
 impl RunInputs {
-    /// Loads or makes the base model and the prompts that the settings name; `prompts` are used as they are if they
-    /// were read before. Blocks; ends early once `cancel` is cancelled.
+    /// Loads or makes the base model, the prompts and the pairs that the settings name; those in `read` are used as they
+    /// are. Blocks; ends early once `cancel` is cancelled.
     pub(crate) fn build(
         settings: &Settings,
-        prompts: Option<Arc<dyn PromptSet>>,
+        read: ReadInputs,
         cancel: &CancelToken,
     ) -> anyhow::Result<Self> {
         check_engines(settings)?;
         let model = LoadedModel::open(settings, cancel)?;
-        let prompts = match prompts {
+        let prompts = match read.prompts {
             Some(prompts) => prompts,
-            None => prompts::prompts(settings, &model, cancel)?,
+            None if settings.needs_samples() => prompts::prompts(settings, &model, cancel)?,
+            None => Arc::new(NoPrompts),
+        };
+        let pairs = match read.pairs {
+            Some(pairs) => Some(pairs),
+            None => file_pairs(settings, &model, cancel)?,
         };
         check_positions(settings, &model.folder.config)?;
         let adapter_folder = saved_adapter(settings, cancel)?;
@@ -85,6 +94,7 @@ impl RunInputs {
             adapter,
             adapter_folder,
             prompts,
+            pairs,
         })
     }
 

@@ -7,11 +7,11 @@ use std::{
     path::Path,
 };
 
-use dataset::{Column, Columns, DatasetError, FileLimits, PreferencePair, shuffled};
+use dataset::{Column, Columns, DatasetError, FileLimits, shuffled};
 use hub::CancelToken;
-use learner::{BoundaryCounts, DialogueUse};
+use learner::{PairLimit, PairRow, visit_pairs};
 use messages::{Digest, Seed};
-use model::{AnswerBoundary, ModelError, ModelFolder, Tokenizer};
+use model::ModelFolder;
 use preference::reward_training::PreferenceExample;
 use serde::Serialize;
 use settings::{DatasetPairs, FitSettings, PairsSettings, Settings};
@@ -272,55 +272,36 @@ fn examples(
     longest: usize,
     folder: &ModelFolder,
 ) -> anyhow::Result<(Vec<PreferenceExample>, SkippedPairs)> {
-    let (mut examples, mut skipped, mut count) = (Vec::new(), SkippedPairs::default(), 0);
-    let (mut boundaries, mut dialogues) = (BoundaryCounts::default(), DialogueUse::default());
-    dataset::visit(path, &columns(files), |source, row| {
-        let value = row.pair().map_err(|reason| source.refuse(reason))?;
-        count += 1;
-        dialogues.count(&value.prompt);
-        let encoded = encode(&value, &folder.tokenizer);
-        let (example, boundary) = encoded.map_err(|error| source.refuse(error.to_string()))?;
-        boundaries.count(boundary);
-        let length = example.prompt.len() + example.first.len().max(example.second.len());
-        let responses = [&value.chosen, &value.rejected].map(|response| response.trim());
-        if responses[0] == responses[1] {
-            skipped.equal += 1;
-        } else if responses.contains(&"") {
-            skipped.empty += 1;
-        } else if length > longest {
-            skipped.too_long += 1;
-        } else {
-            examples.push(example);
-        }
-        Ok(())
-    })?;
-    dialogues.log(path, &folder.tokenizer);
-    boundaries.log(path);
+    let limit = PairLimit {
+        tokens: longest,
+        setting: "preference.fit.max_length",
+        refuses: false,
+    };
+    let mut examples = Vec::new();
+    let each = |row: PairRow| {
+        examples.push(PreferenceExample {
+            prompt: row.prompt,
+            first: row.chosen.ids,
+            second: row.rejected.ids,
+            label: 1.0,
+        });
+    };
+    let counts = visit_pairs(path, &columns(files), limit, &folder.tokenizer, each)?;
+    let skipped = SkippedPairs {
+        too_long: counts.too_long,
+        empty: counts.empty,
+        equal: counts.equal,
+        held_out: 0,
+    };
     if examples.len() < 2 {
         let reason = format!(
             "{} pairs are left of {}: {skipped} are skipped; a pair has at most {longest} tokens, see preference.fit.max_length",
             examples.len(),
-            count,
+            counts.read,
         );
         return Err(unusable(path, reason).into());
     }
     Ok((examples, skipped))
-}
-
-/// A pair as tokens, and how its responses follow the prompt.
-fn encode(
-    pair: &PreferencePair,
-    tokenizer: &Tokenizer,
-) -> Result<(PreferenceExample, AnswerBoundary), ModelError> {
-    let encoded = tokenizer.encode_answers(&pair.prompt, &[&pair.chosen, &pair.rejected])?;
-    let mut answers = encoded.answers.into_iter();
-    let example = PreferenceExample {
-        prompt: encoded.prompt,
-        first: answers.next().unwrap_or_default(),
-        second: answers.next().unwrap_or_default(),
-        label: 1.0,
-    };
-    Ok((example, encoded.boundary))
 }
 
 #[cfg(test)]

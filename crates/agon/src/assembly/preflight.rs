@@ -14,7 +14,7 @@ use std::{
 use ::playground::Bandit;
 use anyhow::Context;
 use hub::ModelLookup;
-use learner::{LearnerError, PromptSet};
+use learner::{LearnerError, PairFiles, PromptSet, planned_steps};
 use model::{LoraConfig, ModelConfig, ModelFolder};
 use settings::{
     DatasetPrompts, JetStreamSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
@@ -24,6 +24,7 @@ use tempfile::TempDir;
 
 use crate::assembly::{
     adapter_shape, check_fit_adapter, check_positions,
+    file_pairs::read_pair_files,
     judge::{self, JudgeCheck},
     playground, preference_pairs,
     prompts::prompt_files,
@@ -64,8 +65,16 @@ pub(crate) struct Preflight {
     pub(crate) config: Option<ModelConfig>,
     /// Configuration of the policy's adapter.
     adapter: Option<LoraConfig>,
-    /// The prompts of files, unless a later download may change their tokens.
-    prompts: Option<Arc<dyn PromptSet>>,
+    read: ReadInputs,
+}
+
+/// Prompts and pairs of files that were read, unless a later download may change their tokens.
+#[derive(Default)]
+pub(crate) struct ReadInputs {
+    /// The prompts.
+    pub(crate) prompts: Option<Arc<dyn PromptSet>>,
+    /// The pairs.
+    pub(crate) pairs: Option<Arc<PairFiles>>,
 }
 
 /// The policy at the start, as far as it is known before weights are read or trained.
@@ -91,13 +100,19 @@ impl Preflight {
                 check_positions(settings, &folder.config).map_err(Into::into),
             );
         }
-        preflight.prompts(settings, policy.folder.as_ref());
-        let judges_here = match &settings.transport {
-            TransportSettings::Memory {} => true,
-            TransportSettings::Jetstream(_) => {
-                scope == PreflightScope::AllRoles && settings.topology.preference > 0
-            }
-        };
+        if settings.needs_samples() {
+            preflight.prompts(settings, policy.folder.as_ref());
+        }
+        if settings.pairs.is_used() {
+            preflight.pairs(settings, policy.folder.as_ref());
+        }
+        let judges_here = settings.needs_judge()
+            && match &settings.transport {
+                TransportSettings::Memory {} => true,
+                TransportSettings::Jetstream(_) => {
+                    scope == PreflightScope::AllRoles && settings.topology.preference > 0
+                }
+            };
         if judges_here {
             preflight.judge(settings, policy.folder.as_ref());
         }
@@ -109,11 +124,11 @@ impl Preflight {
         preflight
     }
 
-    /// The prompts of files, if they were read; logs the items that are not needed.
+    /// The prompts and pairs of files, if they were read; logs the items that are not needed.
     ///
     /// # Errors
     /// All findings with which the run cannot start.
-    pub(crate) fn into_result(self) -> Result<Option<Arc<dyn PromptSet>>, Refused> {
+    pub(crate) fn into_result(self) -> Result<ReadInputs, Refused> {
         let mut errors = Vec::new();
         for finding in self.findings {
             match finding {
@@ -125,7 +140,7 @@ impl Preflight {
             }
         }
         match errors.is_empty() {
-            true => Ok(self.prompts),
+            true => Ok(self.read),
             false => Err(Refused(errors)),
         }
     }
@@ -270,7 +285,8 @@ impl Preflight {
                     let count = set.held_out_count().unwrap_or_default();
                     self.usable(format!("held-out prompts: {count} distinct ones"));
                     let is_final = settings.model.path.as_ref().is_some_and(is_folder);
-                    self.prompts = Some(Arc::new(set) as Arc<dyn PromptSet>).filter(|_| is_final);
+                    self.read.prompts =
+                        Some(Arc::new(set) as Arc<dyn PromptSet>).filter(|_| is_final);
                 }
             }
             (PromptsSettings::Dataset(dataset), None) => {
@@ -281,6 +297,52 @@ impl Preflight {
                     }
                 }
             }
+        }
+    }
+
+    fn pairs(&mut self, settings: &Settings, policy: Option<&ModelFolder>) {
+        let pairs = &settings.pairs;
+        if pairs.playground_pairs > 0 {
+            let base_dir = check_directory(&settings.playground.base_dir);
+            self.require("playground.base_dir", base_dir);
+            let checked = policy.map_or(Ok(()), playground::check_vocabulary);
+            self.require("pairs.playground_pairs", checked);
+            return;
+        }
+        let named = pairs.files();
+        let key = match pairs.mix.is_empty() {
+            true => "pairs.path",
+            false => "pairs.mix",
+        };
+        let paths: PathsByKey<'_> = named
+            .iter()
+            .map(|file| (key, file.path.as_path()))
+            .collect();
+        let Some(policy) = policy else {
+            for (key, path) in paths {
+                let read = dataset::check(path).map_err(Into::into);
+                if self.require(key, read).is_some() {
+                    self.usable(format!("{key} = {}", path.display()));
+                }
+            }
+            return;
+        };
+        let read = read_pair_files(settings, pairs, policy);
+        let read = read.map_err(|error| with_key(error, &paths));
+        if let Some(read) = self.require("", read) {
+            for (key, path) in paths {
+                self.usable(format!("{key} = {}", path.display()));
+            }
+            let (count, steps) = (read.count(), settings.learner.steps);
+            let planned = planned_steps(&settings.learner, pairs, count);
+            self.usable(match planned < steps {
+                true => format!(
+                    "{count} pairs: pairs.epochs ends the run after {planned} of {steps} steps"
+                ),
+                false => format!("{count} pairs"),
+            });
+            let is_final = settings.model.path.as_ref().is_none_or(is_folder);
+            self.read.pairs = Some(Arc::new(read)).filter(|_| is_final);
         }
     }
 

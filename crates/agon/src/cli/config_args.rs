@@ -87,8 +87,7 @@ impl RunArguments {
         let Ok(Some(checkpoint)) = checkpoint else {
             return false;
         };
-        let steps = settings.learner.steps;
-        let is_complete = learner::is_complete_checkpoint(&checkpoint, steps).unwrap_or(false);
+        let is_complete = learner::is_complete_checkpoint(&checkpoint, settings).unwrap_or(false);
         is_complete && is_reported(path, &checkpoint)
     }
 

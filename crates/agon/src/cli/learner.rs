@@ -64,11 +64,11 @@ async fn lead(arguments: &RunArguments, stdin: &StdinArgument) -> anyhow::Result
     // Before anything is printed: a signal that is not handled yet would lose what follows.
     let shutdown = stdin.shutdown()?;
     let preflight = || Preflight::of(settings, &path, PreflightScope::Learner).into_result();
-    let prompts = tokio::task::block_in_place(preflight)?;
+    let read = tokio::task::block_in_place(preflight)?;
     let monitoring = Monitoring::start(&settings.telemetry, &path)?;
     let (session, lease) = lead_session(arguments, &resolved, &monitoring).await?;
     let cancel = signals::cancel_token(&shutdown);
-    let inputs = tokio::task::block_in_place(|| RunInputs::build(settings, prompts, &cancel))?;
+    let inputs = tokio::task::block_in_place(|| RunInputs::build(settings, read, &cancel))?;
     let opened = arguments.open_directory(&path, &resolved)?;
     let origin = || arguments.origin(&opened, &resolved, &inputs, None);
     let origin = tokio::task::block_in_place(origin)?;

@@ -66,16 +66,17 @@ async fn align(
     // Before anything is printed: a signal that is not handled yet would lose what follows.
     let shutdown = signals::on_signal()?;
     let preflight = || Preflight::of(settings, path, PreflightScope::AllRoles).into_result();
-    let prompts = tokio::task::block_in_place(preflight)?;
+    let read = tokio::task::block_in_place(preflight)?;
     let monitoring = Monitoring::start(&settings.telemetry, path)?;
     let cancel = signals::cancel_token(&shutdown);
-    let inputs = tokio::task::block_in_place(|| RunInputs::build(settings, prompts, &cancel))?;
+    let inputs = tokio::task::block_in_place(|| RunInputs::build(settings, read, &cancel))?;
     let judge = tokio::task::block_in_place(|| {
         let origin = CompletionOrigin::Policy(&inputs.model);
-        JudgeSource::open(settings, origin, &cancel)
+        let open = || JudgeSource::open(settings, origin, &cancel).map(Arc::new);
+        settings.needs_judge().then(open).transpose()
     })?;
     let opened = arguments.open_directory(path, resolved)?;
-    let origin = || arguments.origin(&opened, resolved, &inputs, Some(&judge));
+    let origin = || arguments.origin(&opened, resolved, &inputs, judge.as_deref());
     let origin = tokio::task::block_in_place(origin)?;
     let directory = Arc::new(opened.directory);
     config_args::log_start(settings, &inputs);
@@ -87,7 +88,7 @@ async fn align(
         origin,
     };
     let outcome =
-        run_single_process(context, &Arc::new(judge), &monitoring.metrics, &shutdown).await?;
+        run_single_process(context, judge.as_ref(), &monitoring.metrics, &shutdown).await?;
     Report::new(settings, &inputs, &outcome)?.write(&directory)?;
     Ok(config_args::exit_code(outcome.summary.ending))
 }

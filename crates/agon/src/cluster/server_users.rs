@@ -49,7 +49,8 @@ impl ServerRole {
                 role: "learner",
                 leads: true,
                 receives: &["labelled pairs", "dropped prompts"],
-                sends: &["prompts"],
+                // Pairs from files go to the judge.
+                sends: &["prompts", "pairs"],
                 writes: &[],
                 fetches_weights: true,
             },

@@ -47,6 +47,7 @@ pub(super) fn to_json(
         "evaluation_conditions": last.and_then(|e| e.conditions.as_ref()),
         "steps": summary.steps,
         "pairs": summary.pairs,
+        "pairs_from_files": summary.file_pairs,
         "tokens": summary.tokens,
         "pairs_per_second": summary.pairs as f64 / summary.wall_seconds.max(1e-9),
         "wall_seconds": summary.wall_seconds,
@@ -100,13 +101,17 @@ pub(super) fn to_markdown(
     let mut text = format!("# {}\n\n", settings.run.name);
     match summary.evaluations.last() {
         Some(last) => verdict::write(&mut text, settings, summary, last)?,
-        None => verdict::write_unevaluated(&mut text, summary)?,
+        None => verdict::write_unevaluated(&mut text, settings, summary)?,
     }
     writeln!(
         text,
-        "\n{} steps on {} pairs in {:.0} s ({:.1} pairs/s){}.",
+        "\n{} steps on {} pairs{} in {:.0} s ({:.1} pairs/s){}.",
         summary.steps,
         summary.pairs,
+        match summary.file_pairs {
+            0 => String::new(),
+            count => format!(", {count} of them from files,"),
+        },
         summary.wall_seconds,
         summary.pairs as f64 / summary.wall_seconds.max(1e-9),
         inputs.model.base_seconds.map_or(String::new(), |s| format!(

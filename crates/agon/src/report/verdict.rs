@@ -66,9 +66,16 @@ fn write_evaluated_step(text: &mut String, summary: &Summary, last: &Evaluation)
 }
 
 /// Writes the result of a run without an evaluation.
-pub(super) fn write_unevaluated(text: &mut String, summary: &Summary) -> fmt::Result {
+pub(super) fn write_unevaluated(
+    text: &mut String,
+    settings: &Settings,
+    summary: &Summary,
+) -> fmt::Result {
     write_ending(text, summary)?;
-    writeln!(text, "The run ended before its first evaluation.")
+    match settings.evaluation.prompts {
+        0 => writeln!(text, "Not evaluated: evaluation.prompts is 0."),
+        _ => writeln!(text, "The run ended before its first evaluation."),
+    }
 }
 
 fn write_ending(text: &mut String, summary: &Summary) -> fmt::Result {
@@ -212,6 +219,7 @@ mod tests {
             ending,
             steps: 40,
             pairs: 0,
+            file_pairs: 0,
             tokens: 0,
             wall_seconds: 1.0,
             weights_digest: Digest::of(b""),

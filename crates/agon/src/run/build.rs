@@ -5,25 +5,28 @@ use std::{net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc};
 use actor::{Actor, ActorModel, ActorParts, ActorStreams, PrecisionLimit};
 use anyhow::Error;
 use hub::CancelToken;
-use learner::{InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams, PromptPlan};
+use learner::{
+    BatchShare, FilePairsPlan, InitialPolicy, Learner, LearnerCounters, LearnerParts,
+    LearnerStreams, PromptPlan, ReferenceLogprobs,
+};
 use messages::{Seed, Stage, WeightsVersion};
 use model::LanguageModel;
 use preference::{
     PreferenceError, PreferenceService, PreferenceServiceParts,
     apo::{ApoRunner, ReplicaFactory},
 };
-use settings::Settings;
+use settings::{LearnerSettings, PairLabel, Settings};
 use telemetry::StageCounters;
 use tokio::sync::watch;
 
 use crate::{
-    assembly::{self, ApoJudge, JudgeSource, LoadedModel, SamplerParts},
+    assembly::{self, ApoJudge, JudgeSource, LoadedModel, RunInputs, SamplerParts},
     cluster::membership::StatusSource,
     run::{
         RunContext, RunStreams,
         role_settings::{
             apo_schedule, completion_plan, identical_pairs, message_limits, pacing, sampling,
-            sampling_kind, weights_dtype,
+            sampling_kind, steps, weights_dtype,
         },
     },
 };
@@ -208,7 +211,7 @@ impl RoleBuilder<'_> {
         let (settings, inputs) = (self.settings, context.inputs);
         let counters = StageCounters::new(Stage::Learner);
         let learner = Learner::new(LearnerParts {
-            settings: settings.learner.clone(),
+            settings: planned(settings, inputs),
             evaluation: settings.evaluation.clone(),
             conditions: assembly::conditions(&inputs.model.folder, &sampling(settings)),
             apo: apo_schedule(settings),
@@ -223,6 +226,7 @@ impl RoleBuilder<'_> {
                 pacing: pacing(settings),
                 sampling: sampling_kind(settings),
             },
+            pairs: self.file_pairs(context),
             streams: LearnerStreams {
                 prompts: self.streams.prompts.sender.clone(),
                 labelled: self.streams.labelled.receiver.clone(),
@@ -246,6 +250,25 @@ impl RoleBuilder<'_> {
         Ok((learner, status_source))
     }
 
+    /// Pairs from files and how they are used; `None` if batches have none.
+    fn file_pairs(&self, context: &RunContext<'_>) -> Option<FilePairsPlan> {
+        let settings = self.settings;
+        let files = context.inputs.pairs.as_ref()?;
+        // Elsewhere the last bit of a row may depend on its batch.
+        let is_cpu = settings.model.device == "cpu";
+        let reference_logprobs = is_cpu.then(|| ReferenceLogprobs {
+            path: assembly::reference_logprobs_path(context.directory.root()),
+            key: assembly::reference_key(settings, &context.origin.inputs, files),
+        });
+        let judges = settings.pairs.label == PairLabel::Judge;
+        Some(FilePairsPlan {
+            files: Arc::clone(files),
+            share: BatchShare::new(&settings.learner, &settings.pairs),
+            reference_logprobs,
+            judge: judges.then(|| self.streams.pairs.sender.clone()),
+        })
+    }
+
     fn status_source(&self, counters: StageCounters, name: &str) -> StatusSource {
         StatusSource {
             stage: counters.stage(),
@@ -255,6 +278,22 @@ impl RoleBuilder<'_> {
             waits: Vec::new(),
             step: None,
         }
+    }
+}
+
+/// The learner's settings with the steps that it takes.
+fn planned(settings: &Settings, inputs: &RunInputs) -> LearnerSettings {
+    let steps = steps(settings, inputs);
+    if steps < settings.learner.steps {
+        tracing::info!(
+            steps,
+            epochs = settings.pairs.epochs,
+            "pairs.epochs ends the run before learner.steps"
+        );
+    }
+    LearnerSettings {
+        steps,
+        ..settings.learner.clone()
     }
 }
 

@@ -1,12 +1,12 @@
 //! What the roles derive from several settings at once: sampling, pacing, mixtures and dtypes.
 
 use actor::{CompletionPlan, IdenticalPairs};
-use learner::{ApoSchedule, Sampling};
+use learner::{ApoSchedule, Sampling, planned_steps};
 use messages::{CompletionCounts, MessageLimits, Pacing, WeightsVersion};
 use model::{DType, ModelConfig, Precision, SamplingSettings};
 use settings::{ObjectiveSettings, Settings, TransportSettings};
 
-use crate::assembly;
+use crate::assembly::{self, RunInputs};
 
 /// Sampling settings of the actors.
 pub(crate) fn sampling(settings: &Settings) -> SamplingSettings {
@@ -53,6 +53,12 @@ pub(super) fn weights_dtype(settings: &Settings) -> DType {
     })
 }
 
+/// Steps that the run takes: `learner.steps`, or fewer if `pairs.epochs` passes over its pairs end it earlier.
+pub(super) fn steps(settings: &Settings, inputs: &RunInputs) -> u64 {
+    let pairs = inputs.pairs.as_ref().map_or(0, |pairs| pairs.count());
+    planned_steps(&settings.learner, &settings.pairs, pairs)
+}
+
 /// Schedule of adversarial preference optimisation; `None` if it is off.
 pub(super) fn apo_schedule(settings: &Settings) -> Option<ApoSchedule> {
     let apo = &settings.preference.apo;
@@ -83,6 +89,10 @@ pub(super) fn message_limits(settings: &Settings, config: &ModelConfig) -> Messa
         prompt_tokens: settings.actor.max_prompt_length.min(room),
         golden_tokens: reads_golden.then_some(config.max_positions),
         completion_tokens: plan.max_new_tokens,
+        file_tokens: settings
+            .pairs
+            .is_used()
+            .then_some(settings.pairs.max_length.min(config.max_positions)),
         completions: CompletionCounts {
             train: plan.mixture_coefs.len(),
             evaluate: 2 + plan.exact_samples,

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow};
+use hub::CancelToken;
 use learner::{Learner, Summary};
 use messages::Stage;
 use telemetry::StageCounters;
@@ -16,7 +17,7 @@ use crate::{
         status::{MemberSource, StatusPublisher},
     },
     run::{
-        ApoSession, InitialActorPolicy, RoleBuilder, RunContext, RunOutcome, RunStreams,
+        ApoSession, InitialActorPolicy, Role, RoleBuilder, RunContext, RunOutcome, RunStreams,
         StageMember,
     },
     signals,
@@ -25,15 +26,15 @@ use crate::{
 /// Time for actors and the preference service to finish after the learner.
 const EXIT_GRACE: Duration = Duration::from_secs(60);
 
-/// Builds all roles, runs them until the learner is done or shutdown is requested, then lets the others finish.
-/// `metrics` is the URL of this process's Prometheus metrics.
+/// Builds all roles that the run needs, runs them until the learner is done or shutdown is requested, then lets the others finish.
+/// `judge` is absent if nothing is judged; `metrics` is the URL of this process's Prometheus metrics.
 pub(crate) async fn run_single_process(
     context: RunContext<'_>,
-    judge: &Arc<JudgeSource>,
+    judge: Option<&Arc<JudgeSource>>,
     metrics: &str,
     shutdown: &watch::Sender<bool>,
 ) -> anyhow::Result<RunOutcome> {
-    let (settings, inputs) = (context.settings, context.inputs);
+    let settings = context.settings;
     // Both ends of every stream stay open until all roles have ended, so that none fails because another ended first.
     let streams = RunStreams::open(&Transport::in_memory(), settings).await?;
     let start = context.start()?;
@@ -44,33 +45,17 @@ pub(crate) async fn run_single_process(
         metrics,
         shutdown: finishing,
     };
-    let policy = || {
-        Ok(InitialActorPolicy {
-            reference: &inputs.model,
-            policy: inputs.policy()?,
-        })
-    };
     let mut roles = JoinSet::new();
-    let actors = builder.actors("actors", |index| format!("actor-{index}"), policy)?;
-    actors.tasks.into_iter().for_each(|task| {
-        roles.spawn(task);
-    });
-    let session = ApoSession {
-        policy: &inputs.model,
-        rounds: assembly::rounds_directory(context.directory.root()),
-        start,
-    };
     let cancel = signals::cancel_token(shutdown);
-    let member = StageMember {
-        name: "preference",
-        counters: StageCounters::new(Stage::Preference),
-    };
-    let preference = builder.preference(member, judge, session, &cancel).await?;
-    preference.tasks.into_iter().for_each(|task| {
-        roles.spawn(task);
-    });
-    let statuses = [actors.status_source, preference.status_source];
-    let others = [&statuses[0], &statuses[1]].map(|status| status.counters.clone());
+    let others = other_roles(&builder, &context, judge, &cancel).await?;
+    let mut statuses = Vec::new();
+    for role in others {
+        role.tasks.into_iter().for_each(|task| {
+            roles.spawn(task);
+        });
+        statuses.push(role.status_source);
+    }
+    let others: Vec<StageCounters> = statuses.iter().map(|s| s.counters.clone()).collect();
     let (learner, learner_status) = builder.learner("learner", &context, &others).await?;
 
     let counters: Vec<StageCounters> =
@@ -85,6 +70,39 @@ pub(crate) async fn run_single_process(
     publisher.end(RunPhase::after(ending)).await;
     let stages = counters.iter().map(|c| (c.stage(), c.snapshot()));
     context.outcome(result?, stages.collect())
+}
+
+/// The actors and the preference service, as far as the run needs them.
+async fn other_roles(
+    builder: &RoleBuilder<'_>,
+    context: &RunContext<'_>,
+    judge: Option<&Arc<JudgeSource>>,
+    cancel: &CancelToken,
+) -> anyhow::Result<Vec<Role>> {
+    let inputs = context.inputs;
+    let mut roles = Vec::new();
+    if context.settings.needs_samples() {
+        let policy = || {
+            Ok(InitialActorPolicy {
+                reference: &inputs.model,
+                policy: inputs.policy()?,
+            })
+        };
+        roles.push(builder.actors("actors", |index| format!("actor-{index}"), policy)?);
+    }
+    if let Some(judge) = judge {
+        let session = ApoSession {
+            policy: &inputs.model,
+            rounds: assembly::rounds_directory(context.directory.root()),
+            start: context.start()?,
+        };
+        let member = StageMember {
+            name: "preference",
+            counters: StageCounters::new(Stage::Preference),
+        };
+        roles.push(builder.preference(member, judge, session, cancel).await?);
+    }
+    Ok(roles)
 }
 
 /// Waits for the learner, then lets the other roles finish. A role that ends unrequested, with or without an error, is

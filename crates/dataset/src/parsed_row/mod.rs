@@ -16,6 +16,7 @@
 //! it is the answer.
 
 mod implicit;
+mod label;
 
 use std::collections::BTreeSet;
 
@@ -27,7 +28,10 @@ use crate::{
         ANSWERS, Column, Columns, DIALOGUES, HISTORY, INPUTS, LABEL, MEDIA, QUESTIONS, SYSTEMS,
         TEMPLATE_KWARGS, TEXT, TOOLS,
     },
-    parsed_row::implicit::{ASSISTANT, implicit},
+    parsed_row::{
+        implicit::{ASSISTANT, implicit},
+        label::label_of,
+    },
     turn::{answer, first_role, is_messages, present, prompt_of, shortened, turns},
 };
 
@@ -50,6 +54,8 @@ pub struct PreferencePair {
     /// The rejected response.
     pub rejected: String,
 }
+
+pub use label::PairLabel;
 
 /// A row in a recognised format.
 #[derive(Debug, Clone)]
@@ -206,6 +212,16 @@ impl<'a> ParsedRow<'a> {
             chosen,
             rejected,
         })
+    }
+
+    /// The label of the pair; `None` when the settings name no column for it.
+    ///
+    /// # Errors
+    /// When a column is missing, or has no number, a probability outside `[0, 1]`, or a score that is not finite.
+    pub fn label(&self) -> Result<Option<PairLabel>, String> {
+        let columns = self.row.columns.label.as_ref();
+        let number = |column: &Column| self.row.number(column);
+        columns.map(|columns| label_of(columns, number)).transpose()
     }
 
     /// Kind of the prompt.
@@ -584,6 +600,19 @@ impl<'a> RowView<'a> {
         }
         turns.push(Message::new("user", &question));
         Ok(turns)
+    }
+
+    /// The number in a column.
+    fn number(self, column: &Column) -> Result<f64, String> {
+        let value = self.value(&column.name);
+        let value = value.ok_or_else(|| self.missing(column))?;
+        value.as_f64().ok_or_else(|| {
+            let (name, remedy) = (&column.name, column.remedy());
+            format!(
+                "column {name:?} is not a number but {}{remedy}",
+                shortened(value)
+            )
+        })
     }
 
     /// A dialogue with the system message, tools and template variables of the row.

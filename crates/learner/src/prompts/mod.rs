@@ -41,6 +41,31 @@ pub trait PromptSet: Send + Sync {
     }
 }
 
+/// The prompts of a run that samples nothing: none.
+#[derive(Debug, Clone, Copy)]
+pub struct NoPrompts;
+
+impl PromptSet for NoPrompts {
+    /// An empty prompt, which no actor would answer; nothing asks for it.
+    fn train(&self, _index: u64) -> PromptRow {
+        PromptRow {
+            ids: Vec::new(),
+            text: String::new(),
+            dialogue: None,
+            golden: None,
+            answer: None,
+        }
+    }
+
+    fn held_out(&self, index: u64) -> PromptRow {
+        self.train(index)
+    }
+
+    fn held_out_count(&self) -> Option<usize> {
+        Some(0)
+    }
+}
+
 /// Prompts of files: mixed by weight, each file shuffled anew every epoch.
 #[derive(Debug)]
 pub struct PromptFiles {

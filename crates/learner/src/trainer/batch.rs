@@ -1,9 +1,9 @@
 //! Batches: labelled pairs split into passes, and the sequences and label rows of a pass.
 
-use messages::LabelledPair;
+use messages::{LabelledPair, Purpose};
 use model::Sequence;
 
-use crate::{error::LearnerError, objective::Labelling};
+use crate::{error::LearnerError, file_pairs::label_id, objective::Labelling};
 
 /// Split of a step's pairs into passes.
 #[derive(Debug, Clone, Copy)]
@@ -82,7 +82,7 @@ impl<'a> MicroBatch<'a> {
                 batch.second.push(base + u32::from(row.second));
                 batch
                     .p
-                    .push(labelling.label(labelled.pair.id(), row) as f32);
+                    .push(labelling.label(label_id(labelled.pair.id()), row) as f32);
                 batch.pair_weight.push(1.0 / labelled.labels.len() as f32);
             }
         }
@@ -101,7 +101,12 @@ impl<'a> MicroBatch<'a> {
         self.pairs.iter().flat_map(of).collect()
     }
 
-    /// Sequences of the golden answers, one per prompt.
+    /// The pairs.
+    pub(crate) fn pairs(&self) -> &'a [LabelledPair] {
+        self.pairs
+    }
+
+    /// Sequences of the golden answers, one per prompt; of a pair from a file the preferred response.
     ///
     /// # Errors
     /// If a prompt has none.
@@ -117,7 +122,11 @@ impl<'a> MicroBatch<'a> {
                     objective,
                     prompt: prompt.id,
                 };
-                let completion = prompt.golden.as_deref().ok_or(missing)?;
+                let golden = match prompt.purpose {
+                    Purpose::File => preferred(labelled),
+                    Purpose::Train | Purpose::Evaluate | Purpose::Apo => prompt.golden.as_deref(),
+                };
+                let completion = golden.ok_or(missing)?;
                 Ok(Sequence {
                     prompt: &prompt.ids,
                     completion,
@@ -126,12 +135,12 @@ impl<'a> MicroBatch<'a> {
             .collect()
     }
 
-    /// log π of every response token as recorded by the actors, under the weights and in the precision of sampling.
+    /// log π of every recorded response token by the actors, under the weights and in the precision of sampling.
     pub(crate) fn recorded_logp(&self) -> Vec<f32> {
         self.collect(|c| &c.logp)
     }
 
-    /// log ref of every response token as recorded by the actors.
+    /// log ref of every recorded response token by the actors.
     pub(crate) fn recorded_ref_logp(&self) -> Vec<f32> {
         self.collect(|c| &c.ref_logp)
     }
@@ -142,7 +151,16 @@ impl<'a> MicroBatch<'a> {
             .pairs
             .iter()
             .flat_map(|labelled| &labelled.pair.completions);
-        completions.map(|c| c.mixture_coef == 0.0)
+        completions.map(|c| c.is_recorded() && c.mixture_coef == 0.0)
+    }
+
+    /// Whether log-probabilities were recorded of each completion.
+    pub(crate) fn is_recorded(&self) -> impl Iterator<Item = bool> {
+        let completions = self
+            .pairs
+            .iter()
+            .flat_map(|labelled| &labelled.pair.completions);
+        completions.map(messages::Completion::is_recorded)
     }
 
     fn collect(&self, of: impl Fn(&messages::Completion) -> &Vec<f32>) -> Vec<f32> {
@@ -152,6 +170,17 @@ impl<'a> MicroBatch<'a> {
             .flat_map(|labelled| &labelled.pair.completions);
         completions.flat_map(|c| of(c).iter().copied()).collect()
     }
+}
+
+/// The preferred completion of a pair, the first of equal ones; `None` without a label.
+fn preferred(labelled: &LabelledPair) -> Option<&[u32]> {
+    let label = labelled.labels.first()?;
+    let index = match label.p.get() >= 0.5 {
+        true => label.first,
+        false => label.second,
+    };
+    let completion = labelled.pair.completions.get(usize::from(index))?;
+    Some(&completion.ids)
 }
 
 #[cfg(test)]

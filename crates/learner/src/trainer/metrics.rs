@@ -25,9 +25,11 @@ pub(crate) struct StepSums {
     labels: Vec<LabelRow>,
 }
 
-/// Values of every response token.
+/// Values of every response token; those of the log-probabilities only where the actors recorded theirs.
 #[derive(Default)]
 struct TokenValues {
+    /// Token counts of the recorded completions.
+    lengths: Vec<usize>,
     /// The learner's log π.
     logp: Vec<f32>,
     /// The learner's log ref.
@@ -86,14 +88,27 @@ impl StepSums {
                 p: f64::from(p),
             }));
         self.lengths.extend(&micro.lengths);
+        let recorded: Vec<bool> = micro.is_recorded().collect();
+        let both = micro.lengths.iter().zip(&recorded);
+        let lengths = both.filter(|(_, recorded)| **recorded);
+        self.tokens
+            .lengths
+            .extend(lengths.map(|(length, _)| length));
         self.is_of_policy.extend(micro.is_of_policy());
         self.tokens.recorded_logp.extend(micro.recorded_logp());
         self.tokens
             .recorded_ref_logp
             .extend(micro.recorded_ref_logp());
         self.tokens.entropy.extend(pass.entropy.to_vec1::<f32>()?);
-        self.tokens.logp.extend(tokens);
-        self.tokens.ref_logp.extend(reference);
+        for (all, kept) in [
+            (&tokens, &mut self.tokens.logp),
+            (&reference, &mut self.tokens.ref_logp),
+        ] {
+            let parts = split_by_lengths(all, &micro.lengths).zip(&recorded);
+            parts
+                .filter(|(_, recorded)| **recorded)
+                .for_each(|(part, _)| kept.extend(part));
+        }
         self.objective += f64::from(pass.loss.to_scalar::<f32>()?);
         Ok(())
     }
@@ -194,6 +209,10 @@ impl StepSums {
     /// importance weights would correct. It is due to staleness and to arithmetic; `mismatch/ref_logp_abs_diff`, of the
     /// reference, is due to arithmetic alone.
     pub(crate) fn mismatch(&self, m: &mut Measurements) {
+        if self.tokens.lengths.is_empty() {
+            // Nothing was recorded of pairs from files.
+            return;
+        }
         let gaps = differences(&self.tokens.logp, &self.tokens.recorded_logp);
         let mean = |f: &dyn Fn(f64) -> f64| {
             gaps.iter().map(|&gap| f(gap)).sum::<f64>() / gaps.len().max(1) as f64
@@ -201,7 +220,7 @@ impl StepSums {
         m.set("mismatch/logp_abs_diff", mean(&f64::abs));
         m.set("mismatch/kl", mean(&|gap| -gap));
         m.set("mismatch/k3_kl", mean(&|gap| gap.exp() - 1.0 - gap));
-        let of_completions: Vec<f64> = split_by_lengths(&gaps, &self.lengths)
+        let of_completions: Vec<f64> = split_by_lengths(&gaps, &self.tokens.lengths)
             .map(|gaps| gaps.iter().sum())
             .collect();
         m.set("mismatch/ess", effective_share(&of_completions));
@@ -290,6 +309,7 @@ mod tests {
         let wide = |tokens: &[f32]| tokens.iter().map(|&x| f64::from(x)).collect();
         StepSums {
             tokens: TokenValues {
+                lengths: vec![1; 100],
                 logp: of(now),
                 ref_logp: of(reference),
                 recorded_logp: of(policy),

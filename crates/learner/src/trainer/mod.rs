@@ -5,17 +5,18 @@
 
 use std::{path::Path, sync::Arc, time::Instant};
 
-use messages::{LabelledPair, Seed};
+use messages::{LabelledPair, Pair, Seed};
 use model::{
-    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule, Tensor,
-    TokenLogprobs,
+    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule,
+    Sequence, Tensor, TokenLogprobs,
 };
 use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, RpoNll};
 use telemetry::Measurements;
 
-pub use crate::trainer::metrics::PolicySamples;
+pub use crate::trainer::{metrics::PolicySamples, reference_logprobs::ReferenceLogprobs};
 use crate::{
     error::LearnerError,
+    file_pairs::{index_of, is_from_file},
     ganpo::regulariser::{GanpoRegulariser, GanpoStep, pass_features},
     objective::{
         Baseline, Batch, Dpo, Ipo, Labelling, NashMdPg, Objective, Rpo, RpoBaseline, Slic,
@@ -25,11 +26,13 @@ use crate::{
     trainer::{
         batch::{BatchSplit, MicroBatch},
         metrics::{PassOutput, StepSums},
+        reference_logprobs::ReferenceCache,
     },
 };
 
 pub(crate) mod batch;
 mod metrics;
+mod reference_logprobs;
 pub(crate) mod thread;
 
 /// RNG stream id for LoRA dropout.
@@ -52,12 +55,33 @@ pub struct Trainer {
     split: BatchSplit,
     dropout: Seed,
     ganpo: Option<GanpoRegulariser>,
+    /// The reference's log-probabilities of pairs from files; `None`: they are computed in every step.
+    reference_cache: Option<ReferenceCache>,
 }
 
 /// Token log-probabilities of one pass: the policy's with gradient, and the reference's.
 struct PassLogprobs {
     policy: TokenLogprobs,
-    reference: TokenLogprobs,
+    reference: ReferencePass,
+}
+
+/// What is known of the reference in one pass.
+enum ReferencePass {
+    /// All of it, computed now.
+    Computed(TokenLogprobs),
+    /// log ref of the completions' tokens `[R]`, some of it kept from earlier passes.
+    Logp(Tensor),
+}
+
+impl ReferencePass {
+    /// log ref of the first `count` response tokens `[count]`, without gradient.
+    fn logp(&self, count: usize) -> Result<Tensor, LearnerError> {
+        let logp = match self {
+            Self::Computed(reference) => &reference.logp,
+            Self::Logp(logp) => logp,
+        };
+        Ok(logp.narrow(0, 0, count)?.detach())
+    }
 }
 
 /// Outcome of a step.
@@ -108,7 +132,23 @@ impl Trainer {
             },
             dropout: seed.derive(DROPOUT_STREAM),
             ganpo,
+            reference_cache: None,
         })
+    }
+
+    /// Keeps the reference's log-probabilities of pairs from files. Without effect with GANPO, which reads the reference's
+    /// hidden states.
+    pub fn keep_reference_logprobs(&mut self, kept: ReferenceLogprobs) {
+        if self.ganpo.is_none() {
+            self.reference_cache = Some(ReferenceCache::open(kept));
+        }
+    }
+
+    /// Saves the kept log-probabilities.
+    pub(crate) fn save_reference_logprobs(&self) {
+        if let Some(cache) = &self.reference_cache {
+            cache.save();
+        }
     }
 
     /// Takes step `step`, counted from 0, on these pairs.
@@ -192,7 +232,9 @@ impl Trainer {
         let mut passes = Vec::with_capacity(micros.len());
         for (pass, micro) in (0..).zip(micros) {
             let logprobs = self.logprobs(micro, step, pass)?;
-            passes.push(pass_features(micro, &logprobs.policy, &logprobs.reference)?);
+            if let ReferencePass::Computed(reference) = &logprobs.reference {
+                passes.push(pass_features(micro, &logprobs.policy, reference)?);
+            }
             cached = (micros.len() == 1).then_some(logprobs);
         }
         let learning_rate = self.schedule.at(step);
@@ -205,7 +247,7 @@ impl Trainer {
     /// Log-probabilities of a pass under the policy in training and its reference: of the completions, then of the
     /// golden answers.
     fn logprobs(
-        &self,
+        &mut self,
         micro: &MicroBatch<'_>,
         step: u64,
         pass: u64,
@@ -215,7 +257,10 @@ impl Trainer {
             sequences.extend(micro.golden(self.objective.name())?);
         }
         // The reference first, before the policy's graph takes memory.
-        let reference = self.reference.logprobs(&sequences)?;
+        let reference = match &mut self.reference_cache {
+            Some(cache) => ReferencePass::Logp(kept_logp(&self.reference, cache, micro)?),
+            None => ReferencePass::Computed(self.reference.logprobs(&sequences)?),
+        };
         let model = self
             .model
             .with_dropout_seed(self.dropout.derive(step).derive(pass));
@@ -236,7 +281,7 @@ impl Trainer {
         let device = self.model.device();
         let policy = &logprobs.policy;
         let token_logp = policy.logp.narrow(0, 0, response)?;
-        let token_ref_logp = logprobs.reference.logp.narrow(0, 0, response)?.detach();
+        let token_ref_logp = logprobs.reference.logp(response)?;
         let logp = reduction::reduce(self.reduction, &token_logp, &micro.lengths)?;
         let ref_logp = reduction::reduce(self.reduction, &token_ref_logp, &micro.lengths)?;
         let golden = policy
@@ -337,6 +382,52 @@ impl Trainer {
     }
 }
 
+/// log ref of the completions' tokens `[R]`: of pairs from files as kept in `cache`, which gets those that it lacks.
+fn kept_logp(
+    reference: &LanguageModel,
+    cache: &mut ReferenceCache,
+    micro: &MicroBatch<'_>,
+) -> Result<Tensor, LearnerError> {
+    let pairs = || micro.pairs().iter().map(|labelled| &labelled.pair);
+    let tokens = |pair: &Pair| pair.completions.iter().map(|c| c.ids.len()).sum::<usize>();
+    // Decided before any is added: at the end of a pass a pair may be in a batch twice.
+    let kept: Vec<Option<Box<[f32]>>> = pairs()
+        .map(|pair| {
+            let id = Some(pair.id()).filter(|&id| is_from_file(id))?;
+            cache.get(index_of(id), tokens(pair)).map(Box::from)
+        })
+        .collect();
+    let missing = pairs().zip(&kept).filter(|(_, kept)| kept.is_none());
+    let sequences: Vec<Sequence<'_>> = missing
+        .flat_map(|(pair, _)| {
+            let prompt = pair.prompt.ids.as_slice();
+            let completions = pair.completions.iter();
+            completions.map(move |c| Sequence {
+                prompt,
+                completion: &c.ids,
+            })
+        })
+        .collect();
+    let computed: Vec<f32> = match sequences.is_empty() {
+        true => Vec::new(),
+        false => reference.logprobs(&sequences)?.logp.to_vec1()?,
+    };
+    let (mut rest, mut logp) = (computed.as_slice(), Vec::new());
+    for (pair, kept) in pairs().zip(&kept) {
+        let Some(kept) = kept else {
+            let (own, after) = rest.split_at(tokens(pair));
+            if is_from_file(pair.id()) {
+                cache.insert(index_of(pair.id()), own);
+            }
+            logp.extend_from_slice(own);
+            rest = after;
+            continue;
+        };
+        logp.extend_from_slice(kept);
+    }
+    Ok(Tensor::new(logp, reference.device())?)
+}
+
 /// The objective of the settings, and its temperature τ or β.
 fn objective(settings: &ObjectiveSettings) -> (Box<dyn Objective>, f64) {
     match *settings {
@@ -360,4 +451,4 @@ fn objective(settings: &ObjectiveSettings) -> (Box<dyn Objective>, f64) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

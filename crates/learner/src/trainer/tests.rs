@@ -11,10 +11,11 @@ use model::{
 use serde_json::json;
 
 use super::*;
+use crate::file_pairs::PairFiles;
 
 /// A model of two blocks with a vocabulary of 12, and its folder.
-struct TinyModel {
-    folder: Arc<ModelFolder>,
+pub(crate) struct TinyModel {
+    pub(crate) folder: Arc<ModelFolder>,
     policy: LanguageModel,
     _temp_dir: tempfile::TempDir,
 }
@@ -38,7 +39,7 @@ fn write(path: &Path) {
     std::fs::write(path.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }
 
-fn tiny(dtype: DType) -> TinyModel {
+pub(crate) fn tiny(dtype: DType) -> TinyModel {
     let temp_dir = tempfile::tempdir().unwrap();
     write(temp_dir.path());
     let folder = ModelFolder::open(temp_dir.path(), None).unwrap();
@@ -249,6 +250,180 @@ fn training_in_bf16_accumulates_updates_in_master_weights() {
         count += each.len();
     }
     assert!(count > 0 && moved * 100 > 93 * count, "{moved} of {count}");
+}
+
+/// Twelve pairs of a file, with soft labels, prompts that repeat and lengths that differ.
+fn pair_files(tiny: &TinyModel) -> PairFiles {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    let text = |from: u32, count: u32| {
+        let words = (0..count).map(|i| format!("w{}", 3 + (from + i * 5) % 9));
+        words.collect::<Vec<_>>().join(" ")
+    };
+    let rows = (0..12u32).map(|i| {
+        let row = json!({
+            "prompt": text(i / 3, 3 + i / 3), "chosen": text(i, 1 + i % 7),
+            "rejected": text(i + 1, 2 + i % 5), "p": 0.95 - 0.07 * f64::from(i),
+        });
+        format!("{row}\n")
+    });
+    std::fs::write(&path, rows.collect::<String>()).unwrap();
+    let sets = [
+        format!("pairs.path={:?}", path.display().to_string()),
+        "pairs.label_column=p".into(),
+    ];
+    let sets: Vec<_> = sets.iter().map(|set| set.parse().unwrap()).collect();
+    let settings = settings::resolve("", "test", &sets).unwrap().settings;
+    PairFiles::load(&settings.pairs, Seed(5), 64, &tiny.folder.tokenizer).unwrap()
+}
+
+/// The pairs of the numbers `cursors` in the order of the files.
+fn drawn(files: &PairFiles, cursors: std::ops::Range<u64>) -> Vec<LabelledPair> {
+    let mut pairs: Vec<LabelledPair> = cursors
+        .map(|cursor| files.message(files.place(cursor), 0))
+        .collect();
+    pairs.sort_by_key(|labelled| labelled.pair.id());
+    pairs
+}
+
+/// Three passes in batches of 8, so that a batch has pairs of two passes; returns the losses and the optimiser's state.
+fn three_passes(
+    tiny: &TinyModel,
+    sets: &[&str],
+    kept: Option<&ReferenceLogprobs>,
+) -> (Vec<Option<f64>>, Vec<u8>) {
+    let (files, settings) = (pair_files(tiny), settings(sets));
+    let folder = Arc::clone(&tiny.folder);
+    let mut trainer = Trainer::new(folder, &tiny.policy, &settings, Seed(3)).unwrap();
+    if let Some(kept) = kept {
+        trainer.keep_reference_logprobs(kept.clone());
+    }
+    let mut losses = Vec::new();
+    // Pairs from actors among those from files, in every other step.
+    let online = sampled(&tiny.policy, Precision::F32);
+    for step in 0..5 {
+        let mut pairs = drawn(&files, 8 * step..8 * (step + 1));
+        if step % 2 == 1 {
+            pairs.splice(0..0, online.iter().cloned());
+        }
+        let StepOutcome::Applied(m, _) = trainer.step(&pairs, step).unwrap() else {
+            panic!("the step was rejected")
+        };
+        losses.push(m.get("loss"));
+    }
+    trainer.save_reference_logprobs();
+    (losses, trainer.optimizer_blob().unwrap())
+}
+
+#[test]
+fn kept_log_probabilities_of_the_reference_change_no_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    for (number, (dtype, sets)) in [
+        (DType::F32, &["objective.kind=ipo"][..]),
+        (
+            DType::F32,
+            &["objective.kind=rpo", "max_tokens_per_pass=40"],
+        ),
+        (
+            DType::F32,
+            &["precision=bf16", "gradient_accumulation_steps=4"],
+        ),
+        (DType::BF16, &["objective.kind=dpo"]),
+        (DType::F32, &["ganpo.lambda=1.0"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let tiny = tiny(dtype);
+        let kept = ReferenceLogprobs {
+            path: folder.path().join(number.to_string()),
+            key: messages::Digest::of(b"key"),
+        };
+        let sets = [sets, &["learning_rate=0.01", "warmup_ratio=0"]].concat();
+        let computed = three_passes(&tiny, &sets, None);
+        assert!(
+            computed == three_passes(&tiny, &sets, Some(&kept)),
+            "{sets:?}"
+        );
+        // GANPO reads the reference's hidden states, so nothing is kept.
+        assert_eq!(kept.path.exists(), !sets.contains(&"ganpo.lambda=1.0"));
+        // From the file of the run before.
+        assert!(
+            computed == three_passes(&tiny, &sets, Some(&kept)),
+            "{sets:?}"
+        );
+    }
+}
+
+#[test]
+fn pairs_from_files_begin_at_h_zero_and_have_no_mismatch() {
+    let tiny = tiny(DType::F32);
+    let folder = tempfile::tempdir().unwrap();
+    let kept = ReferenceLogprobs {
+        path: folder.path().join("kept"),
+        key: messages::Digest::of(b"key"),
+    };
+    let pairs = drawn(&pair_files(&tiny), 0..12);
+    for _ in 0..2 {
+        let settings = settings(&["precision=bf16"]);
+        let folder = Arc::clone(&tiny.folder);
+        let mut trainer = Trainer::new(folder, &tiny.policy, &settings, Seed(3)).unwrap();
+        trainer.keep_reference_logprobs(kept.clone());
+        let outcome = trainer.step(&pairs, 0).unwrap();
+        trainer.save_reference_logprobs();
+        let StepOutcome::Applied(m, samples) = outcome else {
+            panic!("the step was rejected")
+        };
+        for name in ["objective/log_ratio", "rewards/chosen", "rewards/margins"] {
+            assert_eq!(m.get(name), Some(0.0), "{name}");
+        }
+        assert_eq!(m.get("mismatch/ess"), None, "nothing was recorded");
+        assert_eq!(samples, PolicySamples::default(), "nothing was sampled");
+        assert_eq!(m.get("completions/clipped_ratio"), Some(0.0));
+    }
+}
+
+/// The mismatch of a mixed batch is that of its samples.
+#[test]
+fn the_mismatch_of_a_mixed_batch_is_that_of_its_samples() {
+    let tiny = tiny(DType::F32);
+    let online = sampled(&tiny.policy, Precision::Int8);
+    let mixed = [online.clone(), drawn(&pair_files(&tiny), 0..7)].concat();
+    for name in ["mismatch/logp_abs_diff", "mismatch/kl", "mismatch/ess"] {
+        let of = |pairs: &[LabelledPair]| step(&tiny, &tiny.policy, pairs, &[]).get(name);
+        let (found, expected) = (of(&mixed).unwrap(), of(&online).unwrap());
+        assert!(
+            (found - expected).abs() < 1e-5,
+            "{name}: {found} {expected}"
+        );
+    }
+}
+
+/// RPO's baseline of pairs from files is their preferred side: the same as a golden answer with its tokens.
+#[test]
+fn rpo_takes_the_preferred_response_of_a_file_for_its_baseline() {
+    let tiny = tiny(DType::F32);
+    let pairs = drawn(&pair_files(&tiny), 0..12);
+    let mut golden = pairs.clone();
+    for labelled in &mut golden {
+        let preferred = usize::from(labelled.labels[0].p.get() < 0.5);
+        labelled.pair.prompt.purpose = Purpose::Train;
+        labelled.pair.prompt.golden = Some(labelled.pair.completions[preferred].ids.clone());
+        for completion in &mut labelled.pair.completions {
+            completion.logp = vec![-1.0; completion.ids.len()];
+            completion.ref_logp.clone_from(&completion.logp);
+            completion.behaviour_logp.clone_from(&completion.logp);
+        }
+    }
+    assert!(
+        pairs.iter().any(|l| l.labels[0].p.get() < 0.5),
+        "both sides"
+    );
+    let of = |pairs| {
+        let m = step(&tiny, &tiny.policy, pairs, &["objective.kind=rpo"]);
+        (m.get("loss"), m.get("grad_norm"))
+    };
+    assert_eq!(of(&pairs), of(&golden));
 }
 
 #[test]

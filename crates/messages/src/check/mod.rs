@@ -26,6 +26,8 @@ pub struct MessageLimits {
     pub golden_tokens: Option<usize>,
     /// Longest completion in tokens.
     pub completion_tokens: usize,
+    /// Longest prompt together with a completion, in tokens, of a pair from a file; `None` if no pairs are read.
+    pub file_tokens: Option<usize>,
     /// Completions per prompt.
     pub completions: CompletionCounts,
     /// Largest number of prompts of a batch.
@@ -86,6 +88,9 @@ pub enum InvalidMessage {
         /// What there is one number of.
         of: &'static str,
     },
+    /// Log-probabilities, or a mixture, of a completion that was not sampled in the run.
+    #[error("a completion from a file has recorded log-probabilities or a mixture coefficient")]
+    Recorded,
     /// A mixture coefficient that is not a weight.
     #[error("the mixture coefficient of a completion is {0}; it is from 0 to 1")]
     Mixture(String),
@@ -110,6 +115,9 @@ pub enum InvalidMessage {
         /// Largest number of prompts.
         most: usize,
     },
+    /// A pair from a file in a run without files of pairs.
+    #[error("it is a pair from a file, and the run reads no files of pairs")]
+    NoFiles,
     /// Weights, or a session, that no announcement has named.
     #[error("it names weights {found}; the newest announced weights are {newest}")]
     Unannounced {
@@ -189,6 +197,15 @@ impl MessageLimits {
             Purpose::Train => self.completions.train,
             Purpose::Evaluate => self.completions.evaluate,
             Purpose::Apo => self.completions.apo,
+            Purpose::File => 2,
+        }
+    }
+
+    /// Longest prompt of this purpose, in tokens.
+    fn prompt_tokens_of(&self, purpose: Purpose) -> Result<usize, InvalidMessage> {
+        match purpose {
+            Purpose::Train | Purpose::Evaluate | Purpose::Apo => Ok(self.prompt_tokens),
+            Purpose::File => self.file_tokens.ok_or(InvalidMessage::NoFiles),
         }
     }
 }
@@ -200,7 +217,8 @@ impl Prompt {
     /// The first limit that it exceeds.
     pub fn check(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
         let length = self.ids.len();
-        check_length("the prompt", length, limits.prompt_tokens)?;
+        let most = limits.prompt_tokens_of(self.purpose)?;
+        check_length("the prompt", length, most)?;
         limits.check_tokens("the prompt", &self.ids)?;
         if let Some(golden) = &self.golden {
             limits.check_tokens("the golden answer", golden)?;
@@ -247,7 +265,13 @@ impl Pair {
             return Err(InvalidMessage::Completions { found, expected });
         }
         check_text("the name of the actor", &self.actor, MAX_NAME_BYTES)?;
-        self.completions.iter().try_for_each(|c| c.check(limits))
+        let mut completions = self.completions.iter();
+        match self.prompt.purpose {
+            Purpose::Train | Purpose::Evaluate | Purpose::Apo => {
+                completions.try_for_each(|c| c.check(limits))
+            }
+            Purpose::File => completions.try_for_each(|c| c.check_given(&self.prompt, limits)),
+        }
     }
 }
 
@@ -266,6 +290,18 @@ impl Completion {
             }),
         }
     }
+
+    /// Checks a completion from a file: it has no log-probabilities, and its length is limited with its prompt's.
+    fn check_given(&self, prompt: &Prompt, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+        let most = limits.file_tokens.ok_or(InvalidMessage::NoFiles)?;
+        let most = most.saturating_sub(prompt.ids.len());
+        check_length("a completion from a file", self.ids.len(), most)?;
+        limits.check_tokens("a completion", &self.ids)?;
+        match self.is_recorded() || self.mixture_coef != 0.0 {
+            false => Ok(()),
+            true => Err(InvalidMessage::Recorded),
+        }
+    }
 }
 
 impl LabelledPair {
@@ -279,7 +315,7 @@ impl LabelledPair {
         let labels = self.labels.iter().map(|label| (label.first, label.second));
         let is_labelled = match self.pair.prompt.purpose {
             Purpose::Apo => self.labels.is_empty(),
-            Purpose::Train | Purpose::Evaluate => labels.eq(self.pair.compared()),
+            Purpose::Train | Purpose::Evaluate | Purpose::File => labels.eq(self.pair.compared()),
         };
         if !is_labelled {
             return Err(InvalidMessage::Labels);

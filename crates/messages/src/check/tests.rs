@@ -5,6 +5,7 @@ const LIMITS: MessageLimits = MessageLimits {
     prompt_tokens: 4,
     golden_tokens: Some(6),
     completion_tokens: 3,
+    file_tokens: Some(8),
     completions: CompletionCounts {
         train: 3,
         evaluate: 2,
@@ -186,6 +187,43 @@ fn pairs_have_the_completions_of_the_settings_sampled_with_announced_weights() {
     assert_cases(|| pair(Purpose::Train, 3), check, &cases);
     assert_cases(|| pair(Purpose::Evaluate, 2), check, &[]);
     assert_cases(|| pair(Purpose::Apo, 4), check, &[]);
+}
+
+/// A pair from a file: nothing was recorded, and its lengths are limited together.
+fn file_pair() -> LabelledPair {
+    let mut labelled = labelled(Purpose::File, 2);
+    labelled.pair.prompt.golden = None;
+    for completion in &mut labelled.pair.completions {
+        completion.mixture_coef = 0.0;
+        completion.logp.clear();
+        completion.ref_logp.clear();
+        completion.behaviour_logp.clear();
+    }
+    labelled
+}
+
+#[test]
+fn pairs_from_files_are_unrecorded_and_within_their_own_lengths() {
+    let cases: [Case<LabelledPair>; 10] = [
+        (|l| l.pair.prompt.ids = vec![1; 6], ""),
+        (|l| l.pair.prompt.ids = vec![1; 7], "from 1 to 1 are"),
+        (|l| l.pair.prompt.ids = vec![1; 9], "the prompt has 9"),
+        (|l| l.pair.completions[1].ids = vec![1; 6], ""),
+        (|l| l.pair.completions[1].ids = vec![1; 7], "from 1 to 6"),
+        (|l| l.pair.completions[1].ids.clear(), "file has 0 tokens"),
+        (|l| l.pair.completions[0].ids[0] = 10, "has token 10"),
+        (|l| l.pair.completions[0].logp = vec![-1.0; 2], "recorded"),
+        (|l| l.pair.completions[0].mixture_coef = 0.5, "mixture"),
+        (|l| l.labels.clear(), "the labels are not"),
+    ];
+    assert_cases(file_pair, |labelled| labelled.check(&LIMITS), &cases);
+    assert!(!file_pair().pair.completions[0].is_recorded());
+    assert!(pair(Purpose::Train, 3).completions[0].is_recorded());
+    let online = MessageLimits {
+        file_tokens: None,
+        ..LIMITS
+    };
+    assert_eq!(file_pair().check(&online), Err(InvalidMessage::NoFiles));
 }
 
 #[test]

@@ -130,6 +130,7 @@ pub(crate) fn message_limits(completions: usize) -> MessageLimits {
         prompt_tokens: 4,
         golden_tokens: None,
         completion_tokens: 4,
+        file_tokens: None,
         completions: CompletionCounts {
             train: completions,
             evaluate: 2,

@@ -59,7 +59,7 @@ impl ComparisonRequest {
     /// Whether the order of the two completions is random: of a training pair, see
     /// [`Labeller`](crate::labelling::Labeller), but not of an evaluation, where the policy's completion is the first.
     pub(crate) fn has_random_order(&self) -> bool {
-        self.pair.prompt.purpose == Purpose::Train
+        matches!(self.pair.prompt.purpose, Purpose::Train | Purpose::File)
     }
 
     /// Digest of everything that a judge may read, and of the judge's name, version and revision.

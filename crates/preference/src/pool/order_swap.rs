@@ -17,14 +17,18 @@ pub enum Orders {
 
 impl Orders {
     /// Orders for a pair of this purpose. With `auto`, training uses one: the first completion is drawn, so position
-    /// bias averages out. Evaluation uses both: the first completion is always the policy's.
+    /// bias averages out. Evaluation uses both: the first completion is always the policy's. Pairs from files too: the
+    /// first is the chosen one.
     #[must_use]
     pub fn of(setting: OrdersSetting, purpose: Purpose) -> Self {
         match (setting, purpose) {
             (OrdersSetting::One, _) | (OrdersSetting::Auto, Purpose::Train | Purpose::Apo) => {
                 Self::One
             }
-            (OrdersSetting::Both, _) | (OrdersSetting::Auto, Purpose::Evaluate) => Self::Both,
+            // Evaluation, and pairs from files, which are judged once and trained on in every pass.
+            (OrdersSetting::Both, _) | (OrdersSetting::Auto, Purpose::Evaluate | Purpose::File) => {
+                Self::Both
+            }
         }
     }
 

@@ -274,6 +274,16 @@ pub const METRICS: &[MetricInfo] = &[
         "prompts sent and not yet trained on",
     ),
     gauge(
+        "pairs/from_files",
+        Count,
+        "pairs of the step that came from files; only with [pairs]",
+    ),
+    gauge(
+        "epoch",
+        Number,
+        "passes over the pairs of the files; only with [pairs]",
+    ),
+    gauge(
         "policy_version",
         Count,
         "weights version of the learner's policy",

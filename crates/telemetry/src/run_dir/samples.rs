@@ -151,8 +151,8 @@ impl SampleRow {
             judge: judge.clone(),
             judge_version: judge_version.0,
             scores: scores.clone().unwrap_or_default(),
-            sum_logp: each(&pair.completions, |c| finite(c.sum_logp())),
-            sum_ref_logp: each(&pair.completions, |c| finite(c.sum_ref_logp())),
+            sum_logp: each(&pair.completions, |c| recorded(c, c.sum_logp())),
+            sum_ref_logp: each(&pair.completions, |c| recorded(c, c.sum_ref_logp())),
             actor: pair.actor.clone(),
             ..Self::default()
         }
@@ -198,8 +198,9 @@ fn each<T>(completions: &[Completion], of: impl Fn(&Completion) -> T) -> Vec<T> 
     completions.iter().map(of).collect()
 }
 
-fn finite(value: f64) -> Option<f64> {
-    value.is_finite().then_some(value)
+/// A finite sum of recorded log-probabilities; `None` for a completion from a file.
+fn recorded(completion: &Completion, sum: f64) -> Option<f64> {
+    (completion.is_recorded() && sum.is_finite()).then_some(sum)
 }
 
 fn purpose_name(purpose: Purpose) -> &'static str {
@@ -207,6 +208,7 @@ fn purpose_name(purpose: Purpose) -> &'static str {
         Purpose::Train => "train",
         Purpose::Evaluate => "evaluate",
         Purpose::Apo => "apo",
+        Purpose::File => "file",
     }
 }
 

@@ -24,6 +24,7 @@ fn limits() -> MessageLimits {
         prompt_tokens: MAX_TOKENS,
         golden_tokens: Some(2 * MAX_TOKENS),
         completion_tokens: MAX_TOKENS,
+        file_tokens: None,
         completions: CompletionCounts {
             train: 2,
             evaluate: 2,

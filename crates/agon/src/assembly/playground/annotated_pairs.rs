@@ -4,16 +4,18 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{BufWriter, Write as _},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::Context;
 use dataset::read_rows;
 use hub::CancelToken;
 use learner::PromptRow;
-use messages::{Completion, Finish, Seed};
+use messages::{Completion, Digest, Finish, Seed};
 use model::{LanguageModel, MixtureSampler, Request, Sampler as _, SamplingSettings};
-use playground::{Post, Utility, noisy_label, preference, train_post, train_seed, utility};
+use playground::{
+    EOS, Post, Utility, Vocabulary, noisy_label, preference, train_post, train_seed, utility,
+};
 use preference::reward_training::PreferenceExample;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -97,6 +99,51 @@ pub(crate) fn generated_pairs(
     read(&path.join(PAIRS_FILE))
 }
 
+/// A file of the annotated pairs in the row form of data sets, text with the prompt's special tokens, beside the base
+/// policies of `playground.base_dir`; cached like [`generated_pairs`]. Blocks while they are sampled.
+pub(crate) fn pairs_file(
+    settings: &Settings,
+    pairs: PlaygroundPairs,
+    base: &LoadedModel,
+    cancel: &CancelToken,
+) -> anyhow::Result<PathBuf> {
+    let generated = generated_pairs(settings, pairs, base, cancel)?;
+    let rows: Vec<TextPair> = generated.iter().map(TextPair::of).collect();
+    let mut digests = Vec::new();
+    for row in &rows {
+        digests.extend(Digest::of(&serde_json::to_vec(row)?).0);
+    }
+    let cache_key = ("pairs file", Digest::of(&digests).to_string());
+    let path = cached(&settings.playground.base_dir, &cache_key, |tmp| {
+        write(&tmp.join(PAIRS_FILE), &rows)
+    })?;
+    Ok(path.join(PAIRS_FILE))
+}
+
+/// A generated pair as a row of text.
+#[derive(Debug, Serialize)]
+struct TextPair {
+    prompt: String,
+    chosen: String,
+    rejected: String,
+}
+
+impl TextPair {
+    fn of(pair: &GeneratedPair) -> Self {
+        let vocabulary = Vocabulary::shared();
+        // An answer that reached its limit is closed by the reader like any other.
+        let answer = |ids: &[u32]| {
+            let end = ids.iter().position(|&id| id == EOS).unwrap_or(ids.len());
+            vocabulary.text(&ids[..end])
+        };
+        Self {
+            prompt: vocabulary.text(&pair.prompt_ids),
+            chosen: answer(&pair.chosen_ids),
+            rejected: answer(&pair.rejected_ids),
+        }
+    }
+}
+
 /// Splits off the last share of the pairs for validation, labelled with the true preference.
 pub(crate) fn split(pairs: &[GeneratedPair], fit: &FitSettings) -> AnnotatedPairs {
     let validation = validation_count(pairs.len(), fit.validation);
@@ -110,7 +157,7 @@ pub(crate) fn split(pairs: &[GeneratedPair], fit: &FitSettings) -> AnnotatedPair
     }
 }
 
-fn write(path: &Path, pairs: &[GeneratedPair]) -> anyhow::Result<()> {
+fn write(path: &Path, pairs: &[impl Serialize]) -> anyhow::Result<()> {
     let file = File::create(path).with_context(|| format!("failed to write {}", path.display()))?;
     let mut file = BufWriter::new(file);
     for pair in pairs {

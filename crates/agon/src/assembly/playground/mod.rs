@@ -10,7 +10,7 @@ mod styles;
 
 use model::{ModelError, ModelFolder};
 
-pub(super) use annotated_pairs::{generated_pairs, split};
+pub(super) use annotated_pairs::{generated_pairs, pairs_file, split};
 pub(super) use bandit::{BanditPrompt, bandit_model};
 pub(super) use base_model::base_folder;
 pub(crate) use base_model::base_model;

@@ -15,7 +15,7 @@ use settings::Settings;
 use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
-    assembly::{self, CompletionOrigin, JudgeSource, RunInputs},
+    assembly::{self, CompletionOrigin, JudgeSource, ReadInputs, RunInputs},
     cli::config_args::Configuration,
     exit_code::UsageError,
 };
@@ -50,7 +50,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     settings.preference.http.listen = "127.0.0.1:0".into();
     settings.preference.http.token_path = PathBuf::new();
     let never = CancelToken::never();
-    let inputs = RunInputs::build(&settings, None, &never)?;
+    let inputs = RunInputs::build(&settings, ReadInputs::default(), &never)?;
     let judge = JudgeSource::open(&settings, CompletionOrigin::Policy(&inputs.model), &never)?;
     let judge = Arc::new(judge);
     let rows = rows(&inputs)?;

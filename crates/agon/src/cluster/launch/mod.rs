@@ -345,12 +345,13 @@ impl Commands<'_> {
             "--set".to_owned(),
             "telemetry.listen=127.0.0.1:0".to_owned(),
         ];
-        let actors = (0..topology.actors).map(|index| {
+        let (actors, services) = needed(settings, topology.actors, topology.preference);
+        let actors = (0..actors).map(|index| {
             let name = format!("actor-{index}");
             let extra = [&own_port[..], &["--name".into(), name.clone()]].concat();
             self.command(ServerRole::Actor, &name, &extra)
         });
-        let services = (0..topology.preference).map(|index| {
+        let services = (0..services).map(|index| {
             let name = format!("preference-{index}");
             let named = ["--name".to_owned(), name.clone()];
             let mut extra = [&own_port[..], &named, &self.run_dir()].concat();
@@ -384,6 +385,15 @@ impl Commands<'_> {
     fn run_dir(&self) -> [String; 2] {
         ["--run-dir".to_owned(), self.path.display().to_string()]
     }
+}
+
+/// The numbers of actors and preference services to start: none of a role that the run does not need.
+fn needed(settings: &Settings, actors: usize, services: usize) -> (usize, usize) {
+    let count = |is_needed, count| if is_needed { count } else { 0 };
+    (
+        count(settings.needs_samples(), actors),
+        count(settings.needs_judge(), services),
+    )
 }
 
 /// Waits for the next of these processes to end. Returns its index and exit status.

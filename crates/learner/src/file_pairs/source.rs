@@ -1,0 +1,313 @@
+//! Draws the pairs of files into batches, labelled by the file or, once for each pair, by the run's judge.
+//!
+//! Promises that the pairs of a step are the next ones of the order that have a label, whatever the order in which labels
+//! arrive, and that a pair is drawn again only in the next pass. Does not know the pairs from actors.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use messages::{
+    DropReason, Dropped, JudgeVersion, Label, LabelledPair, Pair, Probability, PromptId,
+};
+use serde::{Deserialize, Serialize};
+use telemetry::Waits;
+use transport::Sender;
+
+use crate::{
+    error::LearnerError,
+    file_pairs::{BatchShare, PairFiles, index_of},
+    progress_deadline::send_in_time,
+};
+
+/// Number of steps whose pairs are with the judge at once.
+const STEPS_AHEAD: u64 = 2;
+
+/// Inputs of a [`FilePairs`].
+pub(crate) struct FilePairsParts {
+    pub(crate) files: Arc<PairFiles>,
+    pub(crate) share: BatchShare,
+    /// Session of the learner.
+    pub(crate) session: u64,
+    /// Number of steps of the run.
+    pub(crate) steps: u64,
+    /// How pairs are judged; `None`: the files have the labels.
+    pub(crate) judging: Option<Judging>,
+}
+
+/// How pairs of files reach the judge.
+pub(crate) struct Judging {
+    /// Outgoing pairs.
+    pub(crate) pairs: Sender<Pair>,
+    /// Longest wait for room in their stream.
+    pub(crate) timeout: Duration,
+    /// Registry of such waits.
+    pub(crate) waits: Waits,
+}
+
+/// State of a [`FilePairs`]; part of every checkpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FilePairsState {
+    /// Number of the next pair in the order that was not trained on.
+    cursor: u64,
+    /// Number of pairs of the files.
+    pub(crate) count: u64,
+    /// Name of the judge of the verdicts.
+    judge: String,
+    /// The judge's verdicts by index of the pair.
+    verdicts: BTreeMap<u64, Verdict>,
+}
+
+/// What the judge said of a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Verdict {
+    /// Bits of p, so that they survive as text; `None` if the judge abstained.
+    p_bits: Option<u32>,
+    version: JudgeVersion,
+}
+
+/// A pair that was drawn and not yet trained on.
+struct Drawn {
+    /// Its number in the order.
+    cursor: u64,
+    pair: LabelledPair,
+    label: LabelState,
+}
+
+/// Where the label of a drawn pair is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LabelState {
+    /// With the pair.
+    Known,
+    /// With the judge.
+    Awaited,
+    /// With the pair; its message came from the judge and counts as received.
+    Received,
+}
+
+/// Pairs of one step from files.
+#[derive(Default)]
+pub(crate) struct FileBatch {
+    pub(crate) pairs: Vec<LabelledPair>,
+    /// Number of them that came from the judge in a message.
+    pub(crate) received: u64,
+}
+
+/// The pairs of the files, in order.
+pub(crate) struct FilePairs {
+    parts: FilePairsParts,
+    /// Number of the next pair to draw.
+    cursor: u64,
+    drawn: VecDeque<Drawn>,
+    judge: String,
+    /// Newest judge version among the verdicts; those of older ones are asked for again.
+    newest: JudgeVersion,
+    verdicts: BTreeMap<u64, Verdict>,
+}
+
+impl FilePairs {
+    pub(crate) fn new(parts: FilePairsParts) -> Self {
+        Self {
+            parts,
+            cursor: 0,
+            drawn: VecDeque::new(),
+            judge: String::new(),
+            newest: JudgeVersion::default(),
+            verdicts: BTreeMap::new(),
+        }
+    }
+
+    /// Split of the batches.
+    pub(crate) fn share(&self) -> BatchShare {
+        self.parts.share
+    }
+
+    /// State for a checkpoint. What is with the judge is asked for again.
+    pub(crate) fn state(&self) -> FilePairsState {
+        FilePairsState {
+            cursor: self.drawn.front().map_or(self.cursor, |d| d.cursor),
+            count: self.parts.files.count(),
+            judge: self.judge.clone(),
+            verdicts: self.verdicts.clone(),
+        }
+    }
+
+    /// Restores the state of a checkpoint.
+    pub(crate) fn restore(&mut self, state: FilePairsState) {
+        let FilePairsState {
+            cursor,
+            count: _,
+            judge,
+            verdicts,
+        } = state;
+        self.newest = verdicts
+            .values()
+            .map(|v| v.version)
+            .max()
+            .unwrap_or_default();
+        (self.cursor, self.judge, self.verdicts) = (cursor, judge, verdicts);
+        self.drawn.clear();
+    }
+
+    /// Passes over the pairs that the pairs trained on make.
+    pub(crate) fn passes(&self) -> f64 {
+        let cursor = self.drawn.front().map_or(self.cursor, |d| d.cursor);
+        cursor as f64 / self.parts.files.count().max(1) as f64
+    }
+
+    /// Number of pairs with the judge.
+    pub(crate) fn awaited(&self) -> usize {
+        let states = self.drawn.iter().map(|drawn| drawn.label);
+        states.filter(|&label| label == LabelState::Awaited).count()
+    }
+
+    /// Number of drawn pairs that came from the judge in a message.
+    pub(crate) fn received(&self) -> usize {
+        let states = self.drawn.iter().map(|drawn| drawn.label);
+        states
+            .filter(|&label| label == LabelState::Received)
+            .count()
+    }
+
+    /// Draws what step `step` needs, and with a judge what the next one does, which it is sent. Cancel-safe: a pair that
+    /// is being sent when this is cancelled is sent again after a resume.
+    ///
+    /// # Errors
+    /// If the stream of pairs is closed or stays full.
+    pub(crate) async fn refill(&mut self, step: u64) -> Result<(), LearnerError> {
+        let ahead = match self.parts.judging {
+            Some(_) => STEPS_AHEAD,
+            None => 1,
+        };
+        let end = (step + ahead).min(self.parts.steps);
+        let wanted = self.parts.share.from_files_between(step, end);
+        while self.drawn.len() < wanted {
+            let Some(asked) = self.draw() else { break };
+            if let (Some(pair), Some(judging)) = (asked, &self.parts.judging) {
+                let _wait = judging.waits.enter("room for pairs");
+                send_in_time(&judging.pairs, pair, "a pair", judging.timeout).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Draws the next pair; returns what is to be sent to the judge, if anything. `None` if the judge has no verdict on
+    /// any pair.
+    fn draw(&mut self) -> Option<Option<Pair>> {
+        for _ in 0..self.parts.files.count() {
+            let cursor = self.cursor;
+            self.cursor += 1;
+            let place = self.parts.files.place(cursor);
+            let mut pair = self.parts.files.message(place, self.parts.session);
+            let verdict = self.verdicts.get(&place.index);
+            let verdict = verdict.filter(|verdict| verdict.version == self.newest);
+            let label = match (&self.parts.judging, verdict) {
+                (None, _) => LabelState::Known,
+                (Some(_), None) => LabelState::Awaited,
+                (Some(_), Some(Verdict { p_bits: None, .. })) => continue,
+                (
+                    Some(_),
+                    Some(&Verdict {
+                        p_bits: Some(bits),
+                        version,
+                    }),
+                ) => {
+                    let p = Probability::new(f32::from_bits(bits)).unwrap_or(Probability::HALF);
+                    self.set_label(&mut pair, p, version);
+                    LabelState::Known
+                }
+            };
+            let asked = (label == LabelState::Awaited).then(|| pair.pair.clone());
+            self.drawn.push_back(Drawn {
+                cursor,
+                pair,
+                label,
+            });
+            return Some(asked);
+        }
+        None
+    }
+
+    fn set_label(&self, pair: &mut LabelledPair, p: Probability, version: JudgeVersion) {
+        pair.labels = vec![Label {
+            first: 0,
+            second: 1,
+            p,
+        }];
+        (pair.judge, pair.judge_version) = (self.judge.clone(), version);
+    }
+
+    /// Takes the judge's label of a pair, whose tokens are those that were sent; returns whether it was awaited.
+    pub(crate) fn accept(&mut self, labelled: &LabelledPair) -> bool {
+        let Some(place) = self.position(labelled.pair.id()) else {
+            return false;
+        };
+        let (version, p) = (labelled.judge_version, labelled.labels.first());
+        let Some(p) = p.map(|label| label.p) else {
+            return false;
+        };
+        self.judge.clone_from(&labelled.judge);
+        self.newest = self.newest.max(version);
+        let verdict = Verdict {
+            p_bits: Some(p.get().to_bits()),
+            version,
+        };
+        self.verdicts.insert(index_of(labelled.pair.id()), verdict);
+        let mut pair = self.drawn[place].pair.clone();
+        self.set_label(&mut pair, p, version);
+        self.drawn[place].pair = pair;
+        self.drawn[place].label = LabelState::Received;
+        true
+    }
+
+    /// Removes a pair that the judge has dropped, if it is awaited. If the judge abstained, it is not asked again.
+    pub(crate) fn forget(&mut self, note: &Dropped) {
+        let Some(place) = self.position(note.prompt) else {
+            return;
+        };
+        if note.reason == DropReason::Abstained {
+            let version = self.newest;
+            let verdict = Verdict {
+                p_bits: None,
+                version,
+            };
+            self.verdicts.insert(index_of(note.prompt), verdict);
+        }
+        self.drawn.remove(place);
+    }
+
+    /// Removes a pair whose label is invalid, if it is awaited.
+    pub(crate) fn discard(&mut self, id: PromptId) {
+        if let Some(place) = self.position(id) {
+            self.drawn.remove(place);
+        }
+    }
+
+    /// Position of an awaited pair among the drawn ones.
+    fn position(&self, id: PromptId) -> Option<usize> {
+        self.drawn
+            .iter()
+            .position(|d| d.label == LabelState::Awaited && d.pair.pair.id() == id)
+    }
+
+    /// Whether the pairs of step `step` were drawn and are labelled.
+    pub(crate) fn is_ready(&self, step: u64) -> bool {
+        let count = self.parts.share.of_step(step);
+        let first = self.drawn.iter().take(count);
+        first.filter(|d| d.label != LabelState::Awaited).count() == count
+    }
+
+    /// Takes the pairs of step `step`, which are ready.
+    pub(crate) fn take(&mut self, step: u64) -> FileBatch {
+        let count = self.parts.share.of_step(step).min(self.drawn.len());
+        let mut batch = FileBatch::default();
+        for drawn in self.drawn.drain(..count) {
+            batch.received += u64::from(drawn.label == LabelState::Received);
+            batch.pairs.push(drawn.pair);
+        }
+        batch.pairs.sort_by_key(|labelled| labelled.pair.id());
+        batch
+    }
+}

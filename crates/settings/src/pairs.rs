@@ -1,0 +1,323 @@
+//! `[pairs]`: pairs from files that are trained on, beside the actors' samples or instead of them.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    PromptsSettings, Settings,
+    checks::Checks,
+    fit::PairsSettings,
+    objective::ObjectiveSettings,
+    prompts::{MixedFile, TooLong, one},
+};
+
+/// Smallest share of a batch above 0 that a run can have: shares are counted in millionths.
+const SMALLEST_SHARE: f64 = 1e-6;
+
+/// Pairs from files that are trained on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FilePairsSettings {
+    /// A file, a folder of shards or a glob; empty: the files of `mix`, or none.
+    pub path: PathBuf,
+    /// Several files, in proportion to their weights.
+    pub mix: Vec<MixedFile>,
+    /// Number of pairs that the playground generates and writes to a file; 0: none.
+    pub playground_pairs: usize,
+    /// Share of every batch that comes from files: 1 offline, 0 online.
+    pub share: f64,
+    /// Source of the labels.
+    pub label: PairLabel,
+    /// Passes over the pairs after which the run ends; 0: as many as the learner's steps take.
+    pub epochs: u64,
+    /// Whether every pass has an order of its own.
+    pub shuffle: bool,
+    /// Column of the prompt; in rows without it, the prompt is the common prefix of both dialogues.
+    pub prompt_column: String,
+    /// Column of the preferred response or dialogue.
+    pub chosen_column: String,
+    /// Column of the rejected response or dialogue.
+    pub rejected_column: String,
+    /// Column of the probability that the chosen response is preferred; empty: it is 1.
+    pub label_column: String,
+    /// Column of the chosen response's score; empty: none.
+    pub chosen_score_column: String,
+    /// Column of the rejected response's score; empty: none.
+    pub rejected_score_column: String,
+    /// Temperature of the scores: p = σ((score − score′) / temperature); 0: the higher score wins.
+    pub score_temperature: f64,
+    /// Maximum tokens of prompt and response together.
+    pub max_length: usize,
+    /// Handling of longer pairs.
+    pub too_long: TooLong,
+    /// Maximum size of a file's rows in bytes: decompressed, and in Parquet of the columns that are read.
+    pub max_file_bytes: u64,
+    /// Maximum number of rows of a file.
+    pub max_rows: u64,
+}
+
+/// Source of the labels of pairs from files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PairLabel {
+    /// The file: chosen and rejected, a probability, or scores.
+    File,
+    /// The judge of the run, once for each pair.
+    Judge,
+}
+
+impl FilePairsSettings {
+    /// Whether batches have pairs from files.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        self.has_source() && self.share > 0.0
+    }
+
+    /// Whether all pairs are from files.
+    #[must_use]
+    pub fn is_offline(&self) -> bool {
+        self.has_source() && self.share == 1.0
+    }
+
+    /// Whether the settings name pairs.
+    fn has_source(&self) -> bool {
+        self.playground_pairs > 0 || !self.files().is_empty()
+    }
+
+    /// All named files, with their weights; not the one that the playground writes.
+    #[must_use]
+    pub fn files(&self) -> Vec<MixedFile> {
+        if !self.mix.is_empty() {
+            return self.mix.clone();
+        }
+        let path = self.path.clone();
+        let single = (!path.as_os_str().is_empty()).then(|| MixedFile {
+            path,
+            weight: one(),
+        });
+        single.into_iter().collect()
+    }
+
+    pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
+        self.check_source(settings, checks);
+        self.check_labels(checks);
+        checks.ratio(self.share, "pairs.share");
+        checks.require(
+            self.share == 0.0 || self.share >= SMALLEST_SHARE,
+            "pairs.share",
+            format!(
+                "{} is less than a millionth: raise it, or set it to 0",
+                self.share
+            ),
+        );
+        checks.at_least(self.max_length as u64, 2, "pairs.max_length");
+        checks.require(
+            self.epochs == 0 || self.is_used(),
+            "pairs.epochs",
+            "no pairs are passed over: name pairs.path and a pairs.share above 0, or set it to 0",
+        );
+        if self.is_used() {
+            self.check_objective(settings, checks);
+        }
+        if self.is_offline() {
+            self.check_offline(settings, checks);
+        }
+    }
+
+    fn check_source(&self, settings: &Settings, checks: &mut Checks) {
+        let named = [
+            !self.path.as_os_str().is_empty(),
+            !self.mix.is_empty(),
+            self.playground_pairs > 0,
+        ];
+        checks.require(
+            named.iter().filter(|&&named| named).count() <= 1,
+            "pairs.path",
+            "name one source of pairs: pairs.path, pairs.mix or pairs.playground_pairs",
+        );
+        for file in &self.mix {
+            checks.positive(file.weight, "pairs.mix");
+            let is_named = !file.path.as_os_str().is_empty();
+            checks.require(is_named, "pairs.mix", "a file has no path");
+        }
+        if self.playground_pairs > 0 {
+            checks.at_least(self.playground_pairs as u64, 10, "pairs.playground_pairs");
+            checks.require(
+                matches!(settings.preference.fit.pairs, PairsSettings::Playground(_))
+                    && !matches!(settings.prompts, PromptsSettings::Bandit {}),
+                "pairs.playground_pairs",
+                "they are generated as those of [preference.fit.pairs]: set preference.fit.pairs.kind = \"playground\" \
+                 and use the playground's model",
+            );
+        }
+    }
+
+    fn check_labels(&self, checks: &mut Checks) {
+        let named = |column: &String| !column.is_empty();
+        let scores = [&self.chosen_score_column, &self.rejected_score_column].map(named);
+        checks.require(
+            scores[0] == scores[1],
+            "pairs.rejected_score_column",
+            "scores need both columns: name pairs.chosen_score_column and pairs.rejected_score_column, or neither",
+        );
+        checks.require(
+            !(named(&self.label_column) && scores[0]),
+            "pairs.label_column",
+            "a pair has one label: name pairs.label_column or the columns of scores, not both",
+        );
+        let has_columns = named(&self.label_column) || scores.contains(&true);
+        checks.require(
+            self.label == PairLabel::File || !has_columns,
+            "pairs.label",
+            "\"judge\" does not read the file's labels: remove pairs.label_column and the columns of scores, or set it \
+             to \"file\"",
+        );
+        checks.non_negative(self.score_temperature, "pairs.score_temperature");
+    }
+
+    /// Objectives that need samples cannot train on given answers.
+    fn check_objective(&self, settings: &Settings, checks: &mut Checks) {
+        checks.require(
+            !matches!(
+                settings.learner.objective,
+                ObjectiveSettings::NashMdPg { .. }
+            ),
+            "learner.objective.kind",
+            "\"nash-md-pg\" is a policy gradient and needs the policy's own samples: set pairs.share = 0, or choose \
+             \"ipo\", \"dpo\", \"slic\" or \"rpo\"",
+        );
+    }
+
+    /// Settings that nothing follows from in a run without samples, although they were set.
+    fn check_offline(&self, settings: &Settings, checks: &mut Checks) {
+        checks.require(
+            settings.actor.mixture_coef == 0.0,
+            "actor.mixture_coef",
+            "pairs.share = 1 trains on no samples, so there is no mixture to sample from: set it to 0, or lower \
+             pairs.share",
+        );
+        checks.require(
+            settings.actor.num_generations == 2,
+            "actor.num_generations",
+            "pairs.share = 1 trains on no samples: set it to 2, or lower pairs.share",
+        );
+        checks.require(
+            settings.preference.apo.refresh_steps == 0 || self.label == PairLabel::Judge,
+            "preference.apo.refresh_steps",
+            "pairs.share = 1 with pairs.label = \"file\" trains on no label of the preference model: set it to 0, or \
+             pairs.label = \"judge\"",
+        );
+    }
+}
+
+impl Settings {
+    /// Whether actors are needed: a batch, an evaluation or APO has samples.
+    #[must_use]
+    pub fn needs_samples(&self) -> bool {
+        !self.pairs.is_offline()
+            || self.evaluation.prompts > 0
+            || self.preference.apo.refresh_steps > 0
+    }
+
+    /// Whether a preference service is needed: samples, or pairs from files, are judged.
+    #[must_use]
+    pub fn needs_judge(&self) -> bool {
+        self.needs_samples() || self.pairs.is_used() && self.pairs.label == PairLabel::Judge
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Settings, checks::tests::assert_reported, resolve};
+
+    fn settings(text: &str) -> Settings {
+        resolve(text, "test", &[])
+            .unwrap_or_else(|error| panic!("{text}: {error}"))
+            .settings
+    }
+
+    #[test]
+    fn contradictions_of_pairs_are_reported() {
+        let of = |key: &str, rest: &str| format!("[pairs]\npath = \"x\"\n{key}\n{rest}");
+        let cases = [
+            (of("mix = [{ path = \"y\" }]", ""), "one source"),
+            (of("playground_pairs = 10", ""), "one source"),
+            (of("share = 1.5", ""), "pairs.share: 1.5 must be"),
+            (of("share = 1e-9", ""), "less than a millionth"),
+            (of("share = -0.1", ""), "must be from 0 to 1"),
+            (of("share = 0.0\nepochs = 1", ""), "pairs.epochs"),
+            (of("chosen_score_column = \"s\"", ""), "need both columns"),
+            (
+                of(
+                    "label_column = \"p\"\nchosen_score_column = \"s\"\nrejected_score_column = \"t\"",
+                    "",
+                ),
+                "one label",
+            ),
+            (
+                of("label = \"judge\"\nlabel_column = \"p\"", ""),
+                "does not read",
+            ),
+            (
+                of("score_temperature = -1.0", ""),
+                "must not be negative",
+            ),
+            (of("max_length = 1", ""), "pairs.max_length"),
+            (
+                of("share = 0.5", "[learner.objective]\nkind = \"nash-md-pg\""),
+                "needs the policy's own samples",
+            ),
+            (of("", "[actor]\nmixture_coef = 0.1"), "no mixture"),
+            (of("", "[actor]\nnum_generations = 4"), "trains on no samples"),
+            (
+                of("", "[preference.apo]\nrefresh_steps = 10"),
+                "preference.apo.refresh_steps",
+            ),
+            ("[pairs]\nepochs = 1".into(), "name pairs.path"),
+            (
+                "[pairs]\nplayground_pairs = 100\n[preference.fit.pairs]\nkind = \"dataset\"\npath = \"x\"".into(),
+                "pairs.playground_pairs",
+            ),
+        ];
+        let cases: Vec<(&str, &str)> = cases.iter().map(|(text, e)| (text.as_str(), *e)).collect();
+        assert_reported(&cases);
+    }
+
+    #[test]
+    fn only_the_roles_that_are_needed_are() {
+        for (text, samples, judge) in [
+            ("", true, true),
+            ("[pairs]\npath = \"x\"", true, true),
+            ("[evaluation]\nprompts = 0", true, true),
+            (
+                "[pairs]\npath = \"x\"\n[evaluation]\nprompts = 0",
+                false,
+                false,
+            ),
+            (
+                "[pairs]\npath = \"x\"\nlabel = \"judge\"\n[evaluation]\nprompts = 0",
+                false,
+                true,
+            ),
+            (
+                "[pairs]\npath = \"x\"\nshare = 0.5\n[evaluation]\nprompts = 0",
+                true,
+                true,
+            ),
+        ] {
+            let settings = settings(text);
+            let needed = (settings.needs_samples(), settings.needs_judge());
+            assert_eq!(needed, (samples, judge), "{text}");
+        }
+    }
+
+    #[test]
+    fn rpo_needs_no_golden_answers_where_the_chosen_ones_are_the_baseline() {
+        let rpo = "[prompts]\nkind = \"bandit\"\n[model]\nreference_probabilities = [0.5, 0.5]\n\
+                   [actor]\nmax_new_tokens = 1\n[learner.objective]\nkind = \"rpo\"\n\
+                   [preference.judge]\nkind = \"matrix\"\nmatrix = [[0.5, 0.5], [0.5, 0.5]]\n";
+        assert_reported(&[(rpo, "golden")]);
+        settings(&format!("{rpo}[pairs]\npath = \"x\"\n"));
+    }
+}
