@@ -21,7 +21,9 @@ pub fn moving_average_step(average: &Var, value: &Tensor, decay: f64) -> Result<
             (value.dims(), value.dtype()),
             (average.dims(), average.dtype()),
         );
-        bail!("moving average: {value:?} are the shape and dtype of a value, {average:?} those of its average");
+        bail!(
+            "moving average: {value:?} are the shape and dtype of a value, {average:?} those of its average"
+        );
     }
     if fusible(&[average.as_tensor(), value]) && average.is_contiguous() {
         return fused(average, value, decay);

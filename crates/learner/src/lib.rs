@@ -41,7 +41,9 @@ pub use checkpoint::{
     tidy as tidy_checkpoints, version_of as checkpoint_version,
 };
 pub use error::LearnerError;
-pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample, Interval};
+pub use evaluation::{
+    Evaluation, EvaluationConditions, EvaluationExample, FurtherComparison, Interval,
+};
 pub use evaluator::EVALUATION_WINDOW;
 pub use input_record::InputRecord;
 pub use prompts::{DialogueUse, PromptFiles, PromptLimits, PromptRow, PromptSet};
@@ -50,4 +52,5 @@ pub use run::{
     Ending, InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams, PromptPlan,
     RunOrigin, Summary,
 };
+pub use trainer::followers::{checkpoint_average, checkpoint_reference};
 pub use trainer::{PolicySamples, StepOutcome, Trainer};

@@ -214,7 +214,10 @@ mod tests {
             average.update(&optimizer).unwrap();
             expected = DECAY * expected + (1.0 - DECAY) * (1.0 - 0.01 * f64::from(step));
             for (value, now) in values(average.model()).iter().zip(values(&model)) {
-                assert!((f64::from(*value) - expected).abs() < 1e-4, "{value} {expected}");
+                assert!(
+                    (f64::from(*value) - expected).abs() < 1e-4,
+                    "{value} {expected}"
+                );
                 assert!((now - (1.0 - 0.01 * step as f32)).abs() < 1e-4, "{now}");
             }
         }

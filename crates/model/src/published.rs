@@ -136,7 +136,9 @@ mod tests {
                     reference: with_reference.then(|| reference.trained()),
                     average: with_average.then(|| average.trained()),
                 };
-                let read = reader.read_published(&weights.to_blob(DType::F32).unwrap()).unwrap();
+                let read = reader
+                    .read_published(&weights.to_blob(DType::F32).unwrap())
+                    .unwrap();
                 assert_eq!(digest(&read.policy), digest(policy));
                 let expected = with_reference.then(|| digest(reference));
                 assert_eq!(read.reference.as_ref().map(digest), expected);
@@ -180,7 +182,9 @@ mod tests {
         assert!(refused(&whole[..whole.len() - 4]).contains("truncated"));
         let mut unknown = policy.weights().clone();
         let tensor = unknown.get("model.norm.weight").unwrap();
-        unknown.tensors.insert("other/model.norm.weight".into(), tensor);
+        unknown
+            .tensors
+            .insert("other/model.norm.weight".into(), tensor);
         assert!(refused(&unknown.to_blob().unwrap()).contains("unexpected tensor other/"));
     }
 }

@@ -19,7 +19,7 @@ use settings::{JudgeSettings, PairsSettings, Settings, flat};
 use crate::assembly::{JudgeSource, RunInputs, judge_digest};
 
 /// Keys, or beginnings of keys, of the settings in the record.
-const RECORDED: [&str; 19] = [
+const RECORDED: [&str; 20] = [
     "run.seed",
     "model.dtype",
     "model.reference_probabilities",
@@ -39,6 +39,7 @@ const RECORDED: [&str; 19] = [
     "learner.label",
     "learner.logp_reduction",
     "playground.",
+    "reference.",
 ];
 
 /// Keys among those that do not change what a run is: places, limits and speed.

@@ -177,7 +177,9 @@ impl MessageLimits {
     fn completions_of(&self, purpose: Purpose) -> usize {
         match purpose {
             Purpose::Train => self.completions.train,
-            Purpose::Evaluate => self.completions.evaluate,
+            Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => {
+                self.completions.evaluate
+            }
             Purpose::Apo => self.completions.apo,
         }
     }
@@ -265,7 +267,7 @@ impl LabelledPair {
         let labels = self.labels.iter().map(|label| (label.first, label.second));
         let is_labelled = match self.pair.prompt.purpose {
             Purpose::Apo => self.labels.is_empty(),
-            Purpose::Train | Purpose::Evaluate => labels.eq(self.pair.compared()),
+            _ => labels.eq(self.pair.compared()),
         };
         if !is_labelled {
             return Err(InvalidMessage::Labels);

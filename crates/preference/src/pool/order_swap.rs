@@ -21,10 +21,10 @@ impl Orders {
     #[must_use]
     pub fn of(setting: OrdersSetting, purpose: Purpose) -> Self {
         match (setting, purpose) {
-            (OrdersSetting::One, _) | (OrdersSetting::Auto, Purpose::Train | Purpose::Apo) => {
-                Self::One
-            }
-            (OrdersSetting::Both, _) | (OrdersSetting::Auto, Purpose::Evaluate) => Self::Both,
+            (OrdersSetting::One, _) => Self::One,
+            (OrdersSetting::Both, _) => Self::Both,
+            (OrdersSetting::Auto, purpose) if purpose.is_evaluation() => Self::Both,
+            (OrdersSetting::Auto, _) => Self::One,
         }
     }
 

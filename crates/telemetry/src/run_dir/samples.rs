@@ -207,6 +207,8 @@ fn purpose_name(purpose: Purpose) -> &'static str {
         Purpose::Train => "train",
         Purpose::Evaluate => "evaluate",
         Purpose::Apo => "apo",
+        Purpose::EvaluateAverage => "evaluate_average",
+        Purpose::EvaluateReference => "evaluate_reference",
     }
 }
 
