@@ -52,7 +52,7 @@ struct Reference {
 /// How the reference follows the policy.
 enum ReferenceRule {
     Fixed,
-    /// A copy of the policy after every so many applied steps.
+    /// A copy of the policy, at this interval in applied steps.
     Every(u64),
     Ema(MovingAverage),
 }
