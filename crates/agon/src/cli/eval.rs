@@ -231,7 +231,8 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
     let [truncated_a, truncated_b] = result.truncation_rates;
     if result.arguments.json {
         let row = json!({
-            "a": a.to_string(), "b": b.to_string(), "average": result.arguments.average, "prompts": prompts, "abstained": abstained,
+            "a": a.to_string(), "b": b.to_string(), "average": result.arguments.average,
+            "prompts": prompts, "abstained": abstained,
             "win_rate": rate.mean, "win_rate_ci_low": rate.low, "win_rate_ci_high": rate.high,
             "conditions": result.conditions, "truncation_rate_a": truncated_a,
             "truncation_rate_b": truncated_b, "differences": result.differences,

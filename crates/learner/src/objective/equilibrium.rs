@@ -14,29 +14,29 @@ use crate::objective::bandit::{
 use crate::objective::{Dpo, Ipo, NashMdPg, Objective, Slic};
 
 /// A preference model over actions and the reference policy.
-pub(super) struct Bandit {
+struct Bandit {
     /// `beats[i][j]`: the probability that i is preferred to j.
     beats: Vec<Vec<f64>>,
-    pub(super) reference: Vec<f64>,
+    reference: Vec<f64>,
 }
 
 /// Distributions of the two completions.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Samples {
+enum Samples {
     /// Both from the mixture with this weight on the reference; 0 is the policy.
     Both(f64),
     /// The first from the policy, the second from the mixture.
     SecondOnly(f64),
 }
 
-pub(super) fn softmax(logits: &[f64]) -> Vec<f64> {
+fn softmax(logits: &[f64]) -> Vec<f64> {
     let total: f64 = logits.iter().map(|z| z.exp()).sum();
     logits.iter().map(|z| z.exp() / total).collect()
 }
 
 impl Bandit {
     /// Each action beats another: no scalar reward explains it.
-    pub(super) fn cycle() -> Self {
+    fn cycle() -> Self {
         Self {
             beats: vec![
                 vec![0.5, 0.8, 0.3],
@@ -68,7 +68,7 @@ impl Bandit {
     }
 
     /// All pairs of actions with their probabilities at `theta` and soft labels.
-    pub(super) fn rows(&self, theta: &[f64], samples: Samples) -> Vec<ActionPair> {
+    fn rows(&self, theta: &[f64], samples: Samples) -> Vec<ActionPair> {
         let (first, second) = match samples {
             Samples::Both(m) => (self.mixture(theta, m), self.mixture(theta, m)),
             Samples::SecondOnly(m) => (softmax(theta), self.mixture(theta, m)),
@@ -89,12 +89,7 @@ impl Bandit {
     }
 
     /// Logits to which gradient descent from the reference converges.
-    pub(super) fn converge(
-        &self,
-        objective: &dyn Objective,
-        samples: Samples,
-        rate: f64,
-    ) -> Result<Vec<f64>> {
+    fn converge(&self, objective: &dyn Objective, samples: Samples, rate: f64) -> Result<Vec<f64>> {
         let mut theta: Vec<f64> = self.reference.iter().map(|r| r.ln()).collect();
         for _ in 0..5000 {
             let rows = self.rows(&theta, samples);
@@ -115,7 +110,7 @@ impl Bandit {
     }
 
     /// Distance of `theta` from `π ∝ ref·exp(p(y ≻ mixture)/τ)`: the largest difference in log π.
-    pub(super) fn residual(&self, theta: &[f64], tau: f64, mixture_coef: f64) -> f64 {
+    fn residual(&self, theta: &[f64], tau: f64, mixture_coef: f64) -> f64 {
         let opponent = self.mixture(theta, mixture_coef);
         let answer = self
             .beats
@@ -138,7 +133,7 @@ impl Bandit {
     }
 }
 
-pub(super) fn ipo(tau: f64) -> Ipo {
+fn ipo(tau: f64) -> Ipo {
     Ipo {
         tau,
         scale: IpoScale::Square,

@@ -357,8 +357,8 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "eval/kl",
         Nats,
-        "KL of the policy from the reference of the start per completion on evaluation prompts, estimated from samples at \
-         temperature 1 without truncation",
+        "KL of the policy from the reference of the start per completion on evaluation prompts, estimated from \
+         samples at temperature 1 without truncation",
     ),
     gauge(
         "eval/response_length",
