@@ -1,5 +1,5 @@
 //! Prompts in, pairs out: samples at least two completions of every prompt from the mixture of the trained policy
-//! and its fixed reference.
+//! and its reference.
 //!
 //! An [`Actor`] waits on streams; its model runs on a thread of its own. Promises: weights change only while no
 //! completion is being sampled, so no completion mixes versions; a prompt is acknowledged only after its pair, or
@@ -8,6 +8,7 @@
 
 mod error;
 mod metrics;
+mod model_selection;
 mod pair_publisher;
 mod prompt_queue;
 mod quantization_check;

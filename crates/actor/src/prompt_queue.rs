@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use messages::{Pacing, Prompt, PromptId, WeightsVersion};
+use messages::{Pacing, Prompt, PromptId, Purpose, WeightsVersion};
 use tokio::time::Instant;
 use transport::{Delivery, Receipt};
 
@@ -203,16 +203,33 @@ impl PromptQueue {
         waiting.prompt().version > self.newest
     }
 
-    /// Starts up to `limit` ready prompts that weights `version` may answer, oldest first; they are in progress from
-    /// now on. Whole batches are started whole.
-    pub(crate) fn start(&mut self, version: WeightsVersion, limit: usize) -> Vec<StartedPrompt> {
+    /// Purpose of the oldest ready prompt that weights `version` may answer.
+    pub(crate) fn next_purpose(&self, version: WeightsVersion) -> Option<Purpose> {
+        let mut prompts = self.ready.iter().map(WaitingPrompt::prompt);
+        let next = prompts.find(|prompt| prompt.version <= version);
+        next.map(|prompt| prompt.purpose)
+    }
+
+    /// Starts up to `limit` ready prompts that weights `version` may answer, oldest first, up to the first whose purpose
+    /// needs other models than those that are selected; they are in progress from now on. Whole batches are started
+    /// whole.
+    pub(crate) fn start(
+        &mut self,
+        version: WeightsVersion,
+        limit: usize,
+        is_selected: impl Fn(Purpose) -> bool,
+    ) -> Vec<StartedPrompt> {
         let mut limit = match self.pacing {
             Pacing::Batched => usize::MAX,
             Pacing::EachPrompt => limit,
         };
         let started = self.take_ready(|waiting| {
-            let is_started = limit > 0 && waiting.prompt().version <= version;
-            limit -= usize::from(is_started);
+            if limit == 0 || waiting.prompt().version > version {
+                return false;
+            }
+            let is_started = is_selected(waiting.prompt().purpose);
+            // None overtakes one that waits for its models.
+            limit = if is_started { limit - 1 } else { 0 };
             is_started
         });
         started
@@ -291,26 +308,62 @@ mod tests {
         ];
         let (mut partial, _stream) = queue(Pacing::Batched, &three[..2]);
         assert_eq!(
-            ids(&partial.start(WeightsVersion::REFERENCE, 1)),
+            ids(&partial.start(WeightsVersion::REFERENCE, 1, |_| true)),
             Vec::<u64>::new()
         );
         assert_eq!(partial.len(), 2);
         let (mut whole, _stream) = queue(Pacing::Batched, &three);
         assert_eq!(
-            ids(&whole.start(WeightsVersion::REFERENCE, 1)),
+            ids(&whole.start(WeightsVersion::REFERENCE, 1, |_| true)),
             vec![4, 5, 6]
         );
         let (mut each, _stream) = queue(Pacing::EachPrompt, &three);
-        assert_eq!(ids(&each.start(WeightsVersion::REFERENCE, 2)), vec![6, 4]);
+        assert_eq!(
+            ids(&each.start(WeightsVersion::REFERENCE, 2, |_| true)),
+            vec![6, 4]
+        );
+    }
+
+    #[test]
+    fn no_prompt_overtakes_one_that_waits_for_other_models() {
+        let purposes = [
+            Purpose::Train,
+            Purpose::Train,
+            Purpose::Evaluate,
+            Purpose::Train,
+        ];
+        let prompts: Vec<Prompt> = (0..)
+            .zip(purposes)
+            .map(|(id, purpose)| Prompt {
+                purpose,
+                ..prompt(id, PromptBatch::single(PromptId(id)), 0)
+            })
+            .collect();
+        let (mut queue, _stream) = queue(Pacing::EachPrompt, &prompts);
+        let now = WeightsVersion::at(0);
+        let started = queue.start(now, 9, |purpose| purpose == Purpose::Train);
+        assert_eq!(ids(&started), vec![0, 1]);
+        assert_eq!(queue.next_purpose(now), Some(Purpose::Evaluate));
+        let none = queue.start(now, 9, |purpose| purpose == Purpose::Train);
+        assert!(none.is_empty());
+        let started = queue.start(now, 9, |purpose| purpose == Purpose::Evaluate);
+        assert_eq!(ids(&started), vec![2]);
+        assert_eq!(queue.next_purpose(now), Some(Purpose::Train));
+        let started = queue.start(now, 9, |purpose| purpose == Purpose::Train);
+        assert_eq!(ids(&started), vec![3]);
+        assert_eq!(queue.next_purpose(now), None);
     }
 
     #[test]
     fn a_prompt_waits_for_its_minimum_weights_version() {
         let prompts = [prompt(0, PromptBatch::single(PromptId(0)), 2)];
         let (mut queue, stream) = queue(Pacing::EachPrompt, &prompts);
-        assert!(queue.start(WeightsVersion::at(1), 8).is_empty());
+        assert!(queue.start(WeightsVersion::at(1), 8, |_| true).is_empty());
         assert_eq!((queue.len(), queue.in_progress(), queue.ready()), (1, 0, 1));
-        assert_eq!(ids(&queue.start(WeightsVersion::at(2), 8)), vec![0]);
+        assert_eq!(
+            ids(&queue.start(WeightsVersion::at(2), 8, |_| true)),
+            vec![0]
+        );
         assert_eq!((queue.len(), queue.in_progress()), (1, 1));
         let finished = queue.finish(0).expect("it is in progress");
         assert_eq!(counts(&stream), (0, 1));
@@ -323,7 +376,10 @@ mod tests {
         let single = |id, version| prompt(id, PromptBatch::single(PromptId(id)), version);
         let prompts = [single(0, 90), single(1, 0), single(2, 91), single(3, 0)];
         let (mut queue, _stream) = queue(Pacing::EachPrompt, &prompts);
-        assert_eq!(ids(&queue.start(WeightsVersion::at(0), 9)), vec![1, 3]);
+        assert_eq!(
+            ids(&queue.start(WeightsVersion::at(0), 9, |_| true)),
+            vec![1, 3]
+        );
         // It takes room for a while, as a prompt does whose weights are being uploaded.
         let now = Instant::now();
         assert_eq!(queue.room(now), 14);
@@ -334,7 +390,10 @@ mod tests {
             let late = queue.announce(WeightsVersion::at(step));
             assert!(late.is_empty(), "95 is enough");
         }
-        assert_eq!(ids(&queue.start(WeightsVersion::at(95), 9)), vec![0, 2]);
+        assert_eq!(
+            ids(&queue.start(WeightsVersion::at(95), 9, |_| true)),
+            vec![0, 2]
+        );
     }
 
     #[test]
@@ -368,7 +427,10 @@ mod tests {
             prompt(5, batch(2), 0),
         ];
         let (mut queue, _stream) = queue(Pacing::Batched, &prompts);
-        assert_eq!(ids(&queue.start(WeightsVersion::at(0), 9)), vec![4, 5]);
+        assert_eq!(
+            ids(&queue.start(WeightsVersion::at(0), 9, |_| true)),
+            vec![4, 5]
+        );
         assert_eq!((queue.len(), queue.in_progress()), (3, 2));
     }
 
@@ -388,7 +450,7 @@ mod tests {
             prompt
         };
         let (mut queue, _stream) = queue(Pacing::EachPrompt, &[of(0, 0), of(1, 0)]);
-        let old = queue.start(WeightsVersion::at(0), 1);
+        let old = queue.start(WeightsVersion::at(0), 1, |_| true);
         assert_eq!(ids(&old), vec![0]);
         for prompt in [of(0, 1), of(1, 1)] {
             let (sender, receiver) = transport::stream("prompts", 1);
@@ -405,7 +467,7 @@ mod tests {
         let superseded: Vec<_> = superseded.iter().map(|queued| queued.prompt.id.0).collect();
         assert_eq!(superseded, vec![1]);
         assert!(queue.supersede(session).is_empty());
-        let new = queue.start(session, 8);
+        let new = queue.start(session, 8, |_| true);
         assert_eq!(ids(&new), vec![0, 1]);
         assert_ne!(new[0].key, old[0].key, "the same prompt twice");
         assert_eq!(queue.in_progress(), 3);

@@ -56,6 +56,11 @@ impl QuantizationCheck {
         self.limit.precision
     }
 
+    /// Precision of the loaded version.
+    pub(crate) fn precision(&self) -> Precision {
+        self.limit.precision
+    }
+
     /// Selects the first prompt of a version for the check.
     pub(crate) fn admit(&mut self, request: &Request) {
         let is_checked = self.limit.precision != Precision::F32 && self.limit.max_error > 0.0;

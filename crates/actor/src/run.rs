@@ -196,12 +196,25 @@ impl Actor {
         self.weights.load_into(&self.sampler).await
     }
 
-    /// Submits the prompts that the loaded weights may answer to the free slots.
+    /// Submits the prompts that the loaded weights may answer to the free slots. Prompts for other models than those that
+    /// are being sampled from wait until the sampler is idle, and hold up later ones.
     fn start(&mut self) -> Result<(), ActorError> {
+        let version = self.weights.version();
+        let Some(purpose) = self.queue.next_purpose(version) else {
+            return Ok(());
+        };
+        if !self.sampler.selects(purpose) {
+            if self.queue.in_progress() > 0 {
+                return Ok(());
+            }
+            self.sampler.select(purpose)?;
+        }
         let width = self.completions.mixture_coefs.len();
         let busy = self.queue.in_progress() * width;
         let limit = self.slots.saturating_sub(busy).div_ceil(width);
-        let started = self.queue.start(self.weights.version(), limit);
+        let sampler = &self.sampler;
+        let is_selected = |purpose| sampler.selects(purpose);
+        let started = self.queue.start(version, limit, is_selected);
         if started.is_empty() {
             return Ok(());
         }
@@ -309,8 +322,8 @@ impl Actor {
                 }
                 None => Ok(()),
             },
-            SamplerEvent::Loaded(version) => {
-                self.weights.finish(version);
+            SamplerEvent::Loaded(loaded) => {
+                self.weights.finish(loaded.version);
                 Ok(())
             }
             SamplerEvent::QuantizationError(error) => {
@@ -355,7 +368,7 @@ impl CompletionPlan {
         let (mixture_coefs, exact) = match prompt.purpose {
             // Prompts of pairs from files are not sent to actors.
             Purpose::Train | Purpose::File => (self.mixture_coefs.clone(), 0),
-            Purpose::Evaluate => {
+            Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => {
                 let mut coefs = vec![0.0, 1.0];
                 coefs.resize(2 + self.exact_samples, 0.0);
                 (coefs, self.exact_samples)

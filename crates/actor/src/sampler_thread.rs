@@ -3,12 +3,13 @@
 use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
-use messages::WeightsVersion;
-use model::{Finished, LanguageModel, ModelError, Request, Sampler};
+use messages::{Purpose, WeightsVersion};
+use model::{Finished, LanguageModel, ModelError, Precision, Request, Sampler};
 use tokio::sync::mpsc;
 
 use crate::{
     error::ActorError,
+    model_selection::{LoadedModels, ModelSelection},
     quantization_check::{QuantizationCheck, QuantizationError},
 };
 
@@ -16,8 +17,10 @@ use crate::{
 enum SamplerCommand {
     /// Sample completions of these prompts, all admitted before the next decoding step.
     Sample(Vec<Request>),
-    /// Load this version. Sent only while the sampler is idle.
+    /// Load this version and select its policy and reference. Sent only while the sampler is idle.
     Load(WeightsVersion, Arc<Vec<u8>>),
+    /// Sample from these of the loaded models. Sent only while the sampler is idle, before prompts for them.
+    Select(ModelSelection),
 }
 
 /// Event from the sampler thread.
@@ -27,9 +30,17 @@ pub(crate) enum SamplerEvent {
     /// The sampler rejected the prompt with this key, and why.
     Rejected(u64, String),
     /// A version of the weights has been loaded.
-    Loaded(WeightsVersion),
+    Loaded(LoadedWeights),
     /// The quantisation error of the loaded version.
     QuantizationError(QuantizationError),
+}
+
+/// Weights that have been loaded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LoadedWeights {
+    pub(crate) version: WeightsVersion,
+    /// Whether the reference that came with them is not that of the start.
+    pub(crate) reference_has_moved: bool,
 }
 
 /// An event; or the model's error, with which the thread has ended.
@@ -41,6 +52,9 @@ pub(crate) struct SamplerThread {
     commands: Sender<SamplerCommand>,
     events: mpsc::Receiver<SamplerOutput>,
     thread: JoinHandle<()>,
+    /// Models that submitted prompts are sampled with.
+    selection: ModelSelection,
+    reference_has_moved: bool,
 }
 
 impl SamplerThread {
@@ -60,7 +74,9 @@ impl SamplerThread {
         let (outbox, events) = mpsc::channel(slots + 1);
         let sampler_loop = SamplerLoop {
             sampler,
-            policy,
+            models: LoadedModels::at_start(policy),
+            selection: ModelSelection::Current,
+            has_moved_reference: false,
             quantization,
             commands: inbox,
             events: outbox,
@@ -77,7 +93,23 @@ impl SamplerThread {
             commands,
             events,
             thread,
+            selection: ModelSelection::Current,
+            reference_has_moved: false,
         })
+    }
+
+    /// Whether prompts of this purpose are sampled with the selected models.
+    pub(crate) fn selects(&self, purpose: Purpose) -> bool {
+        self.selection == ModelSelection::of(purpose, self.reference_has_moved)
+    }
+
+    /// Selects the models for prompts of this purpose; only while the sampler is idle.
+    ///
+    /// # Errors
+    /// If the thread has ended.
+    pub(crate) fn select(&mut self, purpose: Purpose) -> Result<(), ActorError> {
+        self.selection = ModelSelection::of(purpose, self.reference_has_moved);
+        self.send(SamplerCommand::Select(self.selection))
     }
 
     /// Submits prompts for sampling.
@@ -106,7 +138,13 @@ impl SamplerThread {
     /// If the model failed or the thread has ended.
     pub(crate) async fn next(&mut self) -> Result<SamplerEvent, ActorError> {
         match self.events.recv().await {
-            Some(Ok(event)) => Ok(event),
+            Some(Ok(event)) => {
+                if let SamplerEvent::Loaded(loaded) = &event {
+                    self.selection = ModelSelection::Current;
+                    self.reference_has_moved = loaded.reference_has_moved;
+                }
+                Ok(event)
+            }
             Some(Err(source)) => Err(ActorError::Model {
                 actor: self.actor.clone(),
                 source,
@@ -140,8 +178,11 @@ impl SamplerThread {
 /// State of the thread itself.
 struct SamplerLoop {
     sampler: Box<dyn Sampler>,
-    /// Base of new weights; with an adapter, only the adapter is replaced.
-    policy: LanguageModel,
+    models: LoadedModels,
+    /// Models that the sampler has.
+    selection: ModelSelection,
+    /// Whether the sampler's reference is another than that of the start.
+    has_moved_reference: bool,
     quantization: QuantizationCheck,
     commands: Receiver<SamplerCommand>,
     events: mpsc::Sender<SamplerOutput>,
@@ -178,7 +219,9 @@ impl SamplerLoop {
             }
         }
         for finished in self.sampler.step()? {
-            if let Some(error) = self.quantization.check(&self.policy, &finished)? {
+            if let Some(policy) = self.models.policy(self.selection)
+                && let Some(error) = self.quantization.check(policy, &finished)?
+            {
                 self.emit(Ok(SamplerEvent::QuantizationError(error)));
             }
             self.emit(Ok(SamplerEvent::Finished(finished)));
@@ -188,23 +231,59 @@ impl SamplerLoop {
 
     fn handle(&mut self, command: SamplerCommand) -> Result<(), ModelError> {
         match command {
-            SamplerCommand::Sample(requests) => {
-                for request in requests {
-                    let key = request.key;
-                    self.quantization.admit(&request);
-                    if let Err(error) = self.sampler.admit(request) {
-                        self.quantization.reject(key);
-                        self.emit(Ok(SamplerEvent::Rejected(key, error.to_string())));
-                    }
-                }
+            SamplerCommand::Sample(requests) => self.admit(requests),
+            SamplerCommand::Select(selection) => {
+                let precision = self.quantization.precision();
+                self.select(selection, precision)?;
             }
             SamplerCommand::Load(version, blob) => {
-                self.policy = self.policy.with_blob(&blob)?;
+                self.models.load(&blob)?;
                 let precision = self.quantization.start_version();
-                self.sampler.set_policy(self.policy.clone(), precision)?;
-                self.emit(Ok(SamplerEvent::Loaded(version)));
+                self.select(ModelSelection::Current, precision)?;
+                self.emit(Ok(SamplerEvent::Loaded(LoadedWeights {
+                    version,
+                    reference_has_moved: self.models.reference_has_moved(),
+                })));
             }
         }
+        Ok(())
+    }
+
+    /// Submits prompts to the sampler; rejects those that it cannot answer.
+    fn admit(&mut self, requests: Vec<Request>) {
+        let is_available = self.models.policy(self.selection).is_some();
+        for request in requests {
+            let key = request.key;
+            if !is_available {
+                let reason = "no moving average was published with the loaded weights";
+                self.emit(Ok(SamplerEvent::Rejected(key, reason.to_owned())));
+                continue;
+            }
+            self.quantization.admit(&request);
+            if let Err(error) = self.sampler.admit(request) {
+                self.quantization.reject(key);
+                self.emit(Ok(SamplerEvent::Rejected(key, error.to_string())));
+            }
+        }
+    }
+
+    /// Gives the sampler these of the loaded models.
+    fn select(
+        &mut self,
+        selection: ModelSelection,
+        precision: Precision,
+    ) -> Result<(), ModelError> {
+        self.selection = selection;
+        if let Some(policy) = self.models.policy(selection) {
+            self.sampler.set_policy(policy.clone(), precision)?;
+        }
+        let moved = self.models.moved_reference(selection);
+        let has_moved = moved.is_some();
+        if has_moved || self.has_moved_reference {
+            let reference = moved.unwrap_or_else(|| self.models.start());
+            self.sampler.set_reference(reference.clone(), precision)?;
+        }
+        self.has_moved_reference = has_moved;
         Ok(())
     }
 

@@ -1,4 +1,6 @@
 //! Evaluation results: win rate of the policy against its reference on held-out prompts, and KL divergence.
+//!
+//! The reference of an evaluation is the one with which the run began, unless its name says otherwise.
 
 use messages::{Finish, LabelledPair};
 use serde::{Deserialize, Serialize};
@@ -83,6 +85,63 @@ pub struct Evaluation {
     pub reference_truncation_rate: Option<f64>,
     /// Some of the prompts with both completions.
     pub examples: Vec<EvaluationExample>,
+    /// The moving average of the policy's weights against the same reference, on the same prompts with the same seeds;
+    /// absent without `learner.ema_decay`.
+    #[serde(default)]
+    pub average: Option<FurtherComparison>,
+    /// Step after which the current reference last changed; `None` if it is still the one of the start, against which
+    /// everything above is.
+    #[serde(default)]
+    pub reference_version: Option<u64>,
+    /// The policy against the current reference, if that has moved; its `kl` is from that reference.
+    #[serde(default)]
+    pub current_reference: Option<FurtherComparison>,
+}
+
+/// Result of another comparison of an evaluation, in the terms of [`Evaluation`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FurtherComparison {
+    /// Number of judged prompts.
+    pub prompts: usize,
+    /// Share of prompts on which the run's judge prefers the first model's completion.
+    pub win_rate: Interval,
+    /// Mean of the judge's p.
+    pub soft_win_rate: f64,
+    /// `win_rate` under the gold preference, if there is one.
+    pub gold_win_rate: Option<Interval>,
+    /// Length-controlled `win_rate`.
+    pub win_rate_lc: Option<f64>,
+    /// KL of the first model from the second per completion, in nats.
+    pub kl: f64,
+    /// Mean length of the first model's completions, in tokens.
+    pub response_length: f64,
+}
+
+impl From<Evaluation> for FurtherComparison {
+    fn from(evaluation: Evaluation) -> Self {
+        Self {
+            prompts: evaluation.prompts,
+            win_rate: evaluation.win_rate,
+            soft_win_rate: evaluation.soft_win_rate,
+            gold_win_rate: evaluation.gold_win_rate,
+            win_rate_lc: evaluation.win_rate_lc,
+            kl: evaluation.kl,
+            response_length: evaluation.response_length,
+        }
+    }
+}
+
+impl FurtherComparison {
+    fn add_to(&self, m: &mut Measurements, name: &str) {
+        m.set(format!("eval/{name}_win_rate"), self.win_rate.mean);
+        if let Some(rate) = self.win_rate_lc {
+            m.set(format!("eval/{name}_win_rate_lc"), rate);
+        }
+        if let Some(gold) = self.gold_win_rate {
+            m.set(format!("eval/{name}_gold_win_rate"), gold.mean);
+        }
+        m.set(format!("eval/{name}_kl"), self.kl);
+    }
 }
 
 /// Judged pairs of an evaluation in progress.
@@ -169,6 +228,9 @@ impl EvaluationTally {
                 .take(show)
                 .map(|l| example(l, p(l)))
                 .collect(),
+            average: None,
+            reference_version: None,
+            current_reference: None,
         })
     }
 }
@@ -230,6 +292,15 @@ impl Evaluation {
         }
         if let Some(gold) = self.gold_win_rate {
             measurements.set("eval/gold_win_rate", gold.mean);
+        }
+        let further = [
+            ("average", &self.average),
+            ("current_reference", &self.current_reference),
+        ];
+        for (name, comparison) in further {
+            if let Some(comparison) = comparison {
+                comparison.add_to(&mut measurements, name);
+            }
         }
         measurements
     }

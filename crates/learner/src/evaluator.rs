@@ -1,13 +1,18 @@
 //! Evaluates the policy against its reference on held-out prompts, through the same actors and judge as training.
 //!
-//! Promises that every distinct prompt is sent once. Does not know when to evaluate.
+//! Promises that every distinct prompt is sent once for each comparison. Does not know when to evaluate.
 
+use std::ops::ControlFlow;
+
+use messages::Purpose;
 use settings::EvaluationSettings;
 use tokio::sync::watch;
 
 use crate::{
     error::LearnerError,
-    evaluation::{Evaluation, EvaluationConditions, EvaluationTally, EvaluationTarget},
+    evaluation::{
+        Evaluation, EvaluationConditions, EvaluationTally, EvaluationTarget, FurtherComparison,
+    },
     pair_source::{Arrival, PairSource},
     publisher::Publisher,
 };
@@ -77,7 +82,8 @@ impl Evaluator {
         self.history
     }
 
-    /// Evaluates the published weights.
+    /// Evaluates the published weights: the policy against the reference of the start; and with the same prompts the
+    /// moving average against it, and the policy against the current reference, where they were published.
     ///
     /// # Errors
     /// If prompts do not come back in time, a stream is closed, or an upload of weights fails.
@@ -87,21 +93,59 @@ impl Evaluator {
         publisher: &mut Publisher,
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<Evaluated, LearnerError> {
+        let content = publisher.content();
+        let compared = self.compare(Purpose::Evaluate, source, publisher, shutdown);
+        let mut evaluation = match compared.await? {
+            ControlFlow::Continue(evaluation) => evaluation,
+            ControlFlow::Break(evaluated) => return Ok(evaluated),
+        };
+        evaluation.reference_version = content.reference;
+        for (purpose, is_published) in [
+            (Purpose::EvaluateAverage, content.has_average),
+            (Purpose::EvaluateReference, content.reference.is_some()),
+        ] {
+            if !is_published {
+                continue;
+            }
+            let compared = self.compare(purpose, source, publisher, shutdown);
+            let comparison = match compared.await? {
+                ControlFlow::Continue(comparison) => Some(FurtherComparison::from(comparison)),
+                ControlFlow::Break(Evaluated::Interrupted) => return Ok(Evaluated::Interrupted),
+                ControlFlow::Break(_) => None,
+            };
+            match purpose {
+                Purpose::EvaluateAverage => evaluation.average = comparison,
+                _ => evaluation.current_reference = comparison,
+            }
+        }
+        self.history.push(evaluation);
+        Ok(Evaluated::Completed)
+    }
+
+    /// One comparison of an evaluation on all its prompts; breaks without a result.
+    async fn compare(
+        &self,
+        purpose: Purpose,
+        source: &mut PairSource,
+        publisher: &mut Publisher,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<ControlFlow<Evaluated, Evaluation>, LearnerError> {
         let (version, prompts) = (publisher.version(), self.prompt_count(source) as u64);
         let (mut sent, mut tally) = (0, EvaluationTally::default());
+        let interrupted = ControlFlow::Break(Evaluated::Interrupted);
         source.restart_deadline();
         while sent < prompts || source.scheduler.eval_outstanding() > 0 {
             while sent < prompts && source.scheduler.eval_outstanding() < EVALUATION_WINDOW {
                 tokio::select! {
-                    sent = source.scheduler.send_held_out(sent, version) => sent?,
-                    _ = shutdown.wait_for(|requested| *requested) => return Ok(Evaluated::Interrupted),
+                    sent = source.scheduler.send_held_out(sent, purpose, version) => sent?,
+                    _ = shutdown.wait_for(|requested| *requested) => return Ok(interrupted),
                 }
                 sent += 1;
             }
             match source.next("evaluation pairs", publisher, shutdown).await? {
                 Arrival::Evaluation(labelled) => tally.add(*labelled),
                 Arrival::ApoSample | Arrival::Handled => {}
-                Arrival::Shutdown => return Ok(Evaluated::Interrupted),
+                Arrival::Shutdown => return Ok(interrupted),
             }
         }
         let target = EvaluationTarget {
@@ -115,10 +159,9 @@ impl Evaluator {
                 "an evaluation without a single verdict measures nothing{}",
                 source.dropped()
             );
-            return Ok(Evaluated::Unjudged);
+            return Ok(ControlFlow::Break(Evaluated::Unjudged));
         };
-        self.history.push(evaluation);
-        Ok(Evaluated::Completed)
+        Ok(ControlFlow::Continue(evaluation))
     }
 
     /// Number of prompts of an evaluation: that of the settings, but no more than there are distinct ones.

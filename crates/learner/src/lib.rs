@@ -42,7 +42,7 @@ pub use checkpoint::{
     tidy as tidy_checkpoints, version_of as checkpoint_version,
 };
 pub use error::LearnerError;
-pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample};
+pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample, FurtherComparison};
 pub use evaluator::EVALUATION_WINDOW;
 pub use file_pairs::{
     BatchShare, PairAnswer, PairCounts, PairFiles, PairLimit, PairRow, planned_steps, visit_pairs,
@@ -54,4 +54,5 @@ pub use run::{
     Ending, FilePairsPlan, InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams,
     PromptPlan, RunOrigin, Summary,
 };
+pub use trainer::followers::{checkpoint_average, checkpoint_reference};
 pub use trainer::{PolicySamples, ReferenceLogprobs, StepOutcome, Trainer};

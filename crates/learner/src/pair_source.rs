@@ -401,7 +401,9 @@ impl PairSource {
                 self.buffer.push(pair);
                 return Arrival::Handled;
             }
-            Purpose::Evaluate => Arrival::Evaluation(Box::new(pair.labelled)),
+            Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => {
+                Arrival::Evaluation(Box::new(pair.labelled))
+            }
             Purpose::Apo => Arrival::ApoSample,
             Purpose::File => {
                 // Part of the next batches; it counts as emitted when it is trained on.
@@ -812,7 +814,10 @@ mod tests {
         let mut harness = Harness::new();
         let version = WeightsVersion::at(PUBLISHED);
         for index in 0..3 {
-            let sent = harness.source.scheduler.send_held_out(index, version).await;
+            let scheduler = &mut harness.source.scheduler;
+            let sent = scheduler
+                .send_held_out(index, Purpose::Evaluate, version)
+                .await;
             sent.expect("the stream has room");
         }
         let sent = harness.sent();

@@ -21,6 +21,12 @@ use crate::{
 /// First id of evaluation prompts.
 const EVALUATION_IDS: u64 = 1 << 63;
 
+/// Bit in the ids of evaluation prompts that the average answers.
+const AVERAGE_IDS: u64 = 1 << 61;
+
+/// Bit in the ids of evaluation prompts that the current reference answers.
+const REFERENCE_IDS: u64 = 1 << 60;
+
 /// First id of APO prompts; evaluation prompts follow them.
 const APO_IDS: u64 = 1 << 62;
 
@@ -224,21 +230,27 @@ impl PromptScheduler {
         send_in_time(prompts, prompt, "a prompt", allowed).await
     }
 
-    /// Sends the held-out prompt `index` of the evaluation at `version`. Its seed is the same in every evaluation, so
-    /// that they share the reference's completions and the sampling noise.
+    /// Sends the held-out prompt `index` of the evaluation at `version`, for a comparison of this purpose. Its seed is the
+    /// same in every evaluation, so that they share the reference's completions and the sampling noise.
     ///
     /// # Errors
     /// If the prompt stream is closed or stays full.
     pub(crate) async fn send_held_out(
         &mut self,
         index: u64,
+        purpose: Purpose,
         version: WeightsVersion,
     ) -> Result<(), LearnerError> {
-        let id = PromptId(EVALUATION_IDS | version.step << 24 | index);
+        let comparison = match purpose {
+            Purpose::EvaluateAverage => AVERAGE_IDS,
+            Purpose::EvaluateReference => REFERENCE_IDS,
+            _ => 0,
+        };
+        let id = PromptId(EVALUATION_IDS | comparison | version.step << 24 | index);
         let header = PromptHeader {
             id,
             prompt_batch: PromptBatch::single(id),
-            purpose: Purpose::Evaluate,
+            purpose,
             seed: self.parts.seed.derive(EVALUATION_IDS | index),
         };
         let row = self.parts.set.held_out(index);

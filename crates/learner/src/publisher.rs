@@ -11,7 +11,13 @@ use telemetry::Measurements;
 use tokio::task::JoinHandle;
 use transport::WeightStore;
 
-use crate::{error::LearnerError, trainer::thread::TrainerThread};
+use crate::{
+    error::LearnerError,
+    trainer::{
+        followers::Publication,
+        thread::{PublishedBlob, PublishedContent, TrainerThread},
+    },
+};
 
 /// Publisher of a session's weights.
 pub(crate) struct Publisher {
@@ -21,6 +27,8 @@ pub(crate) struct Publisher {
     session: u64,
     /// Last published version, of this or an earlier session.
     version: WeightsVersion,
+    /// Models that were published with it.
+    content: PublishedContent,
     upload: Option<JoinHandle<Result<(), LearnerError>>>,
 }
 
@@ -37,6 +45,7 @@ impl Publisher {
             dtype,
             session,
             version,
+            content: PublishedContent::default(),
             upload: None,
         }
     }
@@ -44,6 +53,11 @@ impl Publisher {
     /// Last published version.
     pub(crate) fn version(&self) -> WeightsVersion {
         self.version
+    }
+
+    /// Models that were published with the last version.
+    pub(crate) fn content(&self) -> PublishedContent {
+        self.content
     }
 
     /// Whether the weights of `step` are published, or newer ones.
@@ -58,8 +72,8 @@ impl Publisher {
         }
     }
 
-    /// Publishes the trainer's weights as the version of `step`, unless it is published already. Returns once the
-    /// upload has started.
+    /// Publishes the trainer's weights as the version of `step`, unless it is published already: the policy's, those of
+    /// a reference that has moved, and those that an evaluation needs. Returns once the upload has started.
     ///
     /// # Errors
     /// If the trainer or the previous upload fails.
@@ -67,15 +81,16 @@ impl Publisher {
         &mut self,
         trainer: &TrainerThread,
         step: u64,
+        publication: Publication,
     ) -> Result<(), LearnerError> {
         if self.has_published(step) {
             return Ok(());
         }
         let started = Instant::now();
-        let blob = trainer.weights(self.dtype).await?;
+        let PublishedBlob { blob, content } = trainer.publish(self.dtype, publication).await?;
         self.settle().await?;
         let version = self.version_of(step);
-        self.version = version;
+        (self.version, self.content) = (version, content);
         let weight_store = self.weight_store.clone();
         self.upload = Some(tokio::spawn(upload(weight_store, version, blob, started)));
         Ok(())

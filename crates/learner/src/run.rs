@@ -10,7 +10,7 @@ use std::{
 
 use messages::{Digest, Dropped, LabelledPair, MessageLimits, Pacing, Pair, Prompt, Seed};
 use model::{DType, LanguageModel, ModelFolder};
-use settings::{EvaluationSettings, LearnerSettings, TelemetrySettings};
+use settings::{EvaluationSettings, LearnerSettings, ReferenceSettings, TelemetrySettings};
 use telemetry::{RunDirectory, StageCounters, Waits};
 use tokio::sync::watch;
 use transport::{Receiver, Sender, WeightStore};
@@ -30,7 +30,9 @@ use crate::{
     publisher::Publisher,
     recovery::Recovery,
     reporter::{AppliedStep, Reporter, ReporterParts, Sampling, StepContext},
-    trainer::{ReferenceLogprobs, StepOutcome, Trainer, thread::TrainerThread},
+    trainer::{
+        ReferenceLogprobs, StepOutcome, Trainer, followers::Publication, thread::TrainerThread,
+    },
 };
 
 /// Parts of a learner.
@@ -88,6 +90,8 @@ pub struct InitialPolicy {
     pub folder: Arc<ModelFolder>,
     /// The reference, or the reference with an adapter.
     pub policy: LanguageModel,
+    /// How the reference follows the policy.
+    pub reference: ReferenceSettings,
 }
 
 /// Prompts of a run and how they are answered.
@@ -195,7 +199,8 @@ impl Learner {
         let (settings, directory) = (parts.settings, parts.directory);
         let (model, streams) = (parts.model, parts.streams);
         let tokenizer = model.folder.tokenizer.clone();
-        let mut trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?;
+        let mut trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?
+            .with_reference(model.reference)?;
         if let Some(kept) = parts
             .pairs
             .as_ref()
@@ -429,12 +434,23 @@ impl Learner {
 
     /// Publishes the weights of this step; rolls back while they are not valid.
     async fn publish(&mut self) -> Result<(), LearnerError> {
+        let is_last = self.progress.step() >= self.settings.steps;
+        let publication = match is_last || self.is_due(self.evaluator.interval()) {
+            true => Publication::Evaluation,
+            false => Publication::Training,
+        };
+        self.publish_for(publication).await
+    }
+
+    async fn publish_for(&mut self, publication: Publication) -> Result<(), LearnerError> {
         if self.publisher.has_published(self.progress.step()) {
             return Ok(());
         }
         self.ensure_valid_weights().await?;
         let step = self.progress.step();
-        self.publisher.publish(&self.trainer, step).await
+        self.publisher
+            .publish(&self.trainer, step, publication)
+            .await
     }
 
     /// Evaluates the weights of this step.
@@ -442,7 +458,7 @@ impl Learner {
         &mut self,
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<Evaluated, LearnerError> {
-        self.publish().await?;
+        self.publish_for(Publication::Evaluation).await?;
         let evaluated = self
             .evaluator
             .run(&mut self.source, &mut self.publisher, shutdown)
@@ -512,7 +528,7 @@ impl Learner {
     async fn finish(mut self, ending: Ending) -> Result<Summary, LearnerError> {
         self.publisher.settle().await?;
         self.save().await?;
-        let blob = self.trainer.weights(DType::F32).await?;
+        let blob = self.trainer.weights().await?;
         let note = match ending {
             Ending::Finished => "done",
             Ending::Interrupted => "interrupted; saved",

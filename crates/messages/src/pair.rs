@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     id::{JudgeVersion, PromptId, WeightsVersion},
     probability::Probability,
-    prompt::{Prompt, Purpose},
+    prompt::Prompt,
 };
 
 /// One completion of a prompt, with the log-probabilities recorded while sampling.
@@ -23,7 +23,7 @@ pub struct Completion {
     pub mixture_coef: f32,
     /// log π of each token under the pair's weights version.
     pub logp: Vec<f32>,
-    /// log ref of each token.
+    /// log ref of each token, under the reference of the pair's weights version.
     pub ref_logp: Vec<f32>,
     /// Log-probability of each token under the distribution it was sampled from.
     pub behaviour_logp: Vec<f32>,
@@ -46,7 +46,8 @@ pub enum Finish {
 pub struct Pair {
     /// The prompt.
     pub prompt: Prompt,
-    /// Version of the weights that sampled the completions.
+    /// Version of the weights that sampled the completions: of the policy, and of the reference that is published with
+    /// it.
     pub version: WeightsVersion,
     /// Completions, at least two.
     pub completions: Vec<Completion>,
@@ -126,8 +127,8 @@ pub struct Dropped {
     pub stage: Stage,
     /// Reason for the drop.
     pub reason: DropReason,
-    /// log π/ref in nats, as the actor recorded it, for a prompt whose completions were identical. Without it
-    /// the mean over the remaining pairs would be biased.
+    /// log π/ref in nats, as the actor recorded it under the weights and the reference that it had, for a prompt whose
+    /// completions were identical. Without it the mean over the remaining pairs would be biased.
     pub log_ratio: Option<f32>,
     /// Human-readable explanation.
     pub detail: String,
@@ -220,8 +221,8 @@ impl Pair {
     /// reference's completion. Empty for fewer than two completions, and for more than `u16` can index.
     pub fn compared(&self) -> impl Iterator<Item = (u16, u16)> {
         let count = match self.prompt.purpose {
-            Purpose::Evaluate => self.completions.len().min(2),
-            Purpose::Train | Purpose::Apo | Purpose::File => self.completions.len(),
+            purpose if purpose.is_evaluation() => self.completions.len().min(2),
+            _ => self.completions.len(),
         };
         let count = u16::try_from(count).unwrap_or(0);
         (0..count).flat_map(move |i| (i + 1..count).map(move |j| (i, j)))

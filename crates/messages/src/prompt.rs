@@ -41,14 +41,29 @@ pub struct Prompt {
 pub enum Purpose {
     /// Training: completions are sampled from the configured behaviour policies.
     Train,
-    /// Evaluation: the first completion is the policy's, the second the reference's; these two are judged. If the
-    /// settings temper or truncate, a third is sampled from the policy's full distribution at temperature 1, for
-    /// the KL and entropy estimates.
+    /// Evaluation: the first completion is the policy's, the second that of the reference at the start of the run;
+    /// these two are judged. If the settings temper or truncate, a third is sampled from the policy's full distribution
+    /// at temperature 1, for the KL and entropy estimates.
     Evaluate,
     /// Adversarial preference optimisation (APO): policy samples, compared with the golden answer.
     Apo,
     /// Training on a pair from a file: its completions were not sampled in this run, so nothing was recorded of them.
     File,
+    /// As [`Self::Evaluate`], with the moving average of the policy's weights in place of the policy.
+    EvaluateAverage,
+    /// As [`Self::Evaluate`], against the current reference, which has moved since the start.
+    EvaluateReference,
+}
+
+impl Purpose {
+    /// Whether the completions are compared to evaluate weights, and not trained on.
+    #[must_use]
+    pub fn is_evaluation(self) -> bool {
+        match self {
+            Self::Evaluate | Self::EvaluateAverage | Self::EvaluateReference => true,
+            Self::Train | Self::Apo | Self::File => false,
+        }
+    }
 }
 
 /// Consecutive prompts that were sent together. A single strictly on-policy actor starts a batch only when all of

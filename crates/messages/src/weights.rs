@@ -1,4 +1,7 @@
 //! The announcement of weights that are completely uploaded.
+//!
+//! A version names all models that are published together: the policy, and the reference once it has moved. A pair thus
+//! names the reference of its recorded log-probabilities by the version of its weights.
 
 use serde::{Deserialize, Serialize};
 

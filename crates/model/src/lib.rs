@@ -20,8 +20,10 @@ pub mod input_file;
 mod keys;
 mod logprobs;
 mod lora;
+mod moving_average;
 mod optimizer;
 mod precision;
+mod published;
 mod ragged;
 mod reward;
 pub mod roofline;
@@ -50,8 +52,10 @@ pub use folder::{ModelFolder, dtype_name, is_licence, save_folder};
 pub use kernels::Gradients;
 pub use logprobs::TokenLogprobs;
 pub use lora::{Adapter, AdapterFolder, BaseModel, LoraConfig, open_policy, save_policy};
+pub use moving_average::MovingAverage;
 pub use optimizer::{AdamWSettings, Optimizer};
 pub use precision::{sampling_precision, training_precision};
+pub use published::{PublishedModels, PublishedWeights};
 pub use ragged::{RaggedBatch, Sequence, SharedPrefix};
 pub use reward::{
     Pooling, RewardArchitecture, RewardConfig, RewardFolder, RewardKind, RewardModel,

@@ -105,6 +105,21 @@ impl Optimizer {
         &self.vars
     }
 
+    /// The trained values by name, in f32 where the variables are in half precision: the master copies if there are any.
+    /// They change in place with every step.
+    pub fn values(&self) -> impl Iterator<Item = (&str, Tensor)> {
+        self.vars.iter().map(|(name, var)| {
+            let value = self.masters.get(name).unwrap_or(var);
+            (name.as_str(), value.as_detached_tensor())
+        })
+    }
+
+    /// Number of steps taken.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
     /// Assigns `weights` to the variables and their master copies, in place. Saved master copies are only restored by
     /// [`Self::restore`], to be called afterwards.
     ///

@@ -130,7 +130,8 @@ impl Weights {
         Ok(Self { tensors })
     }
 
-    fn checked(
+    /// Checks that tensors have these names and shapes, and converts them to `dtype`.
+    pub(crate) fn checked(
         mut found: HashMap<String, Tensor>,
         expected: Vec<(String, Vec<usize>)>,
         dtype: DType,

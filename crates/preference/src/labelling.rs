@@ -116,7 +116,7 @@ impl Labeller {
         request: Option<&ComparisonRequest>,
     ) -> Option<Probability> {
         let (gold, request) = (self.gold.as_ref()?, request?);
-        if pair.prompt.purpose != Purpose::Evaluate {
+        if !pair.prompt.purpose.is_evaluation() {
             return None;
         }
         let preference =

@@ -70,6 +70,8 @@ pub struct LearnerSettings {
     pub logp_reduction: LogpReduction,
     /// Consecutive non-finite steps before the run rolls back to its last checkpoint.
     pub rollback_after: u64,
+    /// Decay of the exponential moving average of the policy's weights; 0: no average.
+    pub ema_decay: f64,
     /// Timeout of a step that waits for its pairs, in seconds.
     pub batch_timeout_seconds: u64,
     /// The loss.
@@ -218,6 +220,7 @@ impl LearnerSettings {
             "it supports full training on the CPU only: set model.device = \"cpu\" and model.lora_rank = 0",
         );
         checks.ratio(self.label_smoothing, "learner.label_smoothing");
+        checks.ratio_below_one(self.ema_decay, "learner.ema_decay");
     }
 
     fn check_intervals(&self, checks: &mut Checks) {

@@ -24,6 +24,7 @@ mod pairs;
 mod playground;
 mod preference;
 mod prompts;
+mod reference;
 mod repair;
 mod resolve;
 mod run;
@@ -54,6 +55,7 @@ pub use pairs::{FilePairsSettings, PairLabel};
 pub use playground::PlaygroundSettings;
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
 pub use prompts::{DatasetPrompts, MixedFile, PlaygroundGolden, PromptsSettings, TooLong};
+pub use reference::ReferenceSettings;
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::RunSettings;
 pub use sft::SftSettings;
@@ -77,6 +79,7 @@ pub struct Settings {
     pub actor: ActorSettings,
     pub preference: PreferenceSettings,
     pub learner: LearnerSettings,
+    pub reference: ReferenceSettings,
     pub evaluation: EvaluationSettings,
     pub telemetry: TelemetrySettings,
 }

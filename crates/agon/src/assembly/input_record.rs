@@ -40,6 +40,7 @@ const RECORDED: &[&str] = &[
     "learner.label",
     "learner.logp_reduction",
     "playground.",
+    "reference.",
 ];
 
 /// Keys among those that do not change what a run is: places, limits and speed.

@@ -17,7 +17,7 @@ use telemetry::{EvaluationRecord, Interval, RunView, evaluation_differences, pri
 
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource, LoadedModel, ModelLocation},
-    cli::config_args::Overrides,
+    cli::{config_args::Overrides, export},
     exit_code::UsageError,
     report::verdict::describe,
 };
@@ -46,6 +46,9 @@ pub(crate) struct Arguments {
     /// if there are fewer.
     #[arg(long, value_name = "N")]
     prompts: Option<usize>,
+    /// Take the moving average of A's weights, which runs with learner.ema_decay keep, instead of the last ones.
+    #[arg(long)]
+    average: bool,
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,
@@ -71,10 +74,14 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             )
         })?;
     let settings = resolve_file(&config, &arguments.overrides.set)?.settings;
-    let models = [
+    let mut models = [
         load(&settings, &arguments.a)?,
         load(&settings, &arguments.b)?,
     ];
+    if arguments.average {
+        let checkpoint = model_folder(&hub::folder(&arguments.a, &CancelToken::never())?)?;
+        models[0].model = export::average(&checkpoint, &models[0].model)?;
+    }
     let [a, b] = &models;
     let base = LoadedModel::new(a.folder.clone(), a.model.weights().clone());
     let prompts = assembly::prompts(&settings, &base, &CancelToken::never())?;
@@ -224,7 +231,8 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
     let [truncated_a, truncated_b] = result.truncation_rates;
     if result.arguments.json {
         let row = json!({
-            "a": a.to_string(), "b": b.to_string(), "prompts": prompts, "abstained": abstained,
+            "a": a.to_string(), "b": b.to_string(), "average": result.arguments.average,
+            "prompts": prompts, "abstained": abstained,
             "win_rate": rate.mean, "win_rate_ci_low": rate.low, "win_rate_ci_high": rate.high,
             "conditions": result.conditions, "truncation_rate_a": truncated_a,
             "truncation_rate_b": truncated_b, "differences": result.differences,
@@ -232,8 +240,12 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
         out!("{}", printable_json(&row.to_string()))?;
         return Ok(());
     }
+    let of_a = match result.arguments.average {
+        true => "the moving average of ",
+        false => "",
+    };
     out!(
-        "{a} is preferred to {b} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
+        "{of_a}{a} is preferred to {b} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
         100.0 * rate.mean,
         100.0 * rate.low,
         100.0 * rate.high,

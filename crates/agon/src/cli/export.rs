@@ -49,6 +49,8 @@ const MODEL_FILES: [&str; 10] = [
 /// Hub's name and commit or by a path; with --merge the adapter is merged into its model, which is written in
 /// f32 unless --dtype is given.
 ///
+/// With --average the moving average of the weights is written, which runs with learner.ema_decay keep.
+///
 /// Example: agon export --run runs/quickstart --output models/aligned --dtype bf16
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -64,6 +66,9 @@ pub(crate) struct Arguments {
     /// Merge an adapter into its model.
     #[arg(long)]
     merge: bool,
+    /// Export the moving average of the weights (learner.ema_decay) instead of the last ones.
+    #[arg(long)]
+    average: bool,
     /// Write into a folder that is not empty: a model in it is replaced, other files are kept.
     #[arg(long)]
     force: bool,
@@ -111,6 +116,7 @@ impl ExportedPolicy {
         }
         let location = ModelLocation::of_folder(checkpoint.to_owned(), &CancelToken::never())?;
         let (folder, model) = location.policy(None, DType::F32, &Device::Cpu)?;
+        let model = Self::selected(arguments, checkpoint, model)?;
         if !arguments.merge {
             return Ok(Self { folder, model });
         }
@@ -134,7 +140,20 @@ impl ExportedPolicy {
             .map_or_else(|| saved_dtype(&folder.config.raw), DType::from);
         let weights = folder.weights(dtype, &Device::Cpu)?;
         let model = LanguageModel::new(folder.config.clone(), weights)?;
+        let model = Self::selected(arguments, checkpoint, model)?;
         Ok(Self { folder, model })
+    }
+
+    /// The policy of the checkpoint, or the moving average of its weights.
+    fn selected(
+        arguments: &Arguments,
+        checkpoint: &Path,
+        policy: LanguageModel,
+    ) -> anyhow::Result<LanguageModel> {
+        match arguments.average {
+            true => average(checkpoint, &policy),
+            false => Ok(policy),
+        }
     }
 
     /// Number of parameters and dtype, as text.
@@ -165,6 +184,20 @@ impl ExportedPolicy {
             other => self.folder.path.join(other).exists(),
         }
     }
+}
+
+/// The moving average in a checkpoint of `policy`.
+///
+/// # Errors
+/// When there is none, or it cannot be read.
+pub(super) fn average(checkpoint: &Path, policy: &LanguageModel) -> anyhow::Result<LanguageModel> {
+    learner::checkpoint_average(checkpoint, policy)?.ok_or_else(|| {
+        UsageError(format!(
+            "{} holds no moving average of the weights: its run has learner.ema_decay = 0; leave out --average",
+            checkpoint.display()
+        ))
+        .into()
+    })
 }
 
 /// The newest checkpoint of the run in `path`, or `path` itself if it is a model's folder.
@@ -268,6 +301,7 @@ mod tests {
             output: output.to_owned(),
             dtype: None,
             merge: false,
+            average: false,
             force,
         }
     }
@@ -325,6 +359,31 @@ mod tests {
                 .unwrap()
         };
         assert_eq!(read(&output), read(&run.path().join("checkpoints/step_1")));
+    }
+
+    #[test]
+    fn the_average_is_exported_if_the_run_has_one() {
+        let run = run_with(&[1]);
+        let checkpoint = run.path().join("checkpoints/step_1");
+        let target = tempfile::tempdir().unwrap();
+        let mut arguments = arguments(run.path(), target.path(), true);
+        arguments.average = true;
+        let refused = super::run(&arguments).unwrap_err();
+        assert!(refused.is::<UsageError>(), "{refused}");
+        assert!(refused.to_string().contains("learner.ema_decay = 0"));
+        let other = tempfile::tempdir().unwrap();
+        let bandit = Bandit::new(&[0.25, 0.75]).unwrap();
+        bandit.write_model(other.path()).unwrap();
+        let weights = |folder: &Path| {
+            let folder = ModelFolder::open(folder, None).unwrap();
+            folder.weights(DType::F32, &Device::Cpu).unwrap()
+        };
+        let average = weights(other.path()).to_blob().unwrap();
+        fs::write(checkpoint.join("average.safetensors"), average).unwrap();
+        super::run(&arguments).unwrap();
+        let digest = |folder: &Path| weights(folder).digest().unwrap();
+        assert_eq!(digest(target.path()), digest(other.path()));
+        assert_ne!(digest(target.path()), digest(&checkpoint));
     }
 
     #[test]

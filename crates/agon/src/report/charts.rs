@@ -25,10 +25,11 @@ const PAGE_SIZE: ImageSize = ImageSize {
     width: 560,
     height: 300,
 };
-const COLOURS: [RGBColor; 3] = [
+const COLOURS: [RGBColor; 4] = [
     RGBColor(0x2a, 0x6f, 0xb0),
     RGBColor(0xc7, 0x7b, 0x0a),
     RGBColor(0x1b, 0x7f, 0x4b),
+    RGBColor(0x8a, 0x3f, 0x8f),
 ];
 /// Margin above and below the values, as a share of their range.
 const MARGIN: f64 = 0.04;

@@ -34,7 +34,12 @@ impl PageChart {
 const CHARTS: [PageChart; 8] = [
     PageChart {
         title: "Win rate against the reference",
-        curves: &["eval/win_rate", "eval/gold_win_rate"],
+        curves: &[
+            "eval/win_rate",
+            "eval/gold_win_rate",
+            "eval/average_win_rate",
+            "eval/average_gold_win_rate",
+        ],
         band: Some(["eval/win_rate_ci_low", "eval/win_rate_ci_high"]),
         range: Some((0.0, 1.0)),
     },

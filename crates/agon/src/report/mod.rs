@@ -65,22 +65,32 @@ impl Report {
 
 /// Probabilities of a bandit's arms.
 struct ArmProbabilities {
+    /// The current reference.
     reference: Vec<f64>,
     policy: Vec<f64>,
+    /// The mixture of these two.
     mixture: Vec<f64>,
+    /// The moving average of the policy's weights, if the run has one.
+    average: Option<Vec<f64>>,
 }
 
 impl ArmProbabilities {
     fn new(settings: &Settings, inputs: &RunInputs, outcome: &RunOutcome) -> anyhow::Result<Self> {
         let initial = inputs.policy()?;
-        let policy = initial.with_saved_weights(&outcome.summary.checkpoint)?;
+        let checkpoint = &outcome.summary.checkpoint;
+        let policy = initial.with_saved_weights(checkpoint)?;
         let policy = next_token_probabilities(&policy, &[0])?;
-        let reference = next_token_probabilities(&initial.without_adapter(), &[0])?;
+        let reference = learner::checkpoint_reference(checkpoint, &initial)?
+            .unwrap_or_else(|| initial.without_adapter());
+        let reference = next_token_probabilities(&reference, &[0])?;
+        let average = learner::checkpoint_average(checkpoint, &initial)?;
+        let average = average.map(|average| next_token_probabilities(&average, &[0]));
         let mixture = playground::mixture(&policy, &reference, settings.actor.mixture_coef);
         Ok(Self {
             reference,
             policy,
             mixture,
+            average: average.transpose()?,
         })
     }
 }

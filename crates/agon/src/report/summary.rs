@@ -45,6 +45,9 @@ pub(super) fn to_json(
         "truncation_rate": last.and_then(|e| e.truncation_rate),
         "reference_truncation_rate": last.and_then(|e| e.reference_truncation_rate),
         "evaluation_conditions": last.and_then(|e| e.conditions.as_ref()),
+        "average": last.and_then(|e| e.average.as_ref()),
+        "reference_version": last.and_then(|e| e.reference_version),
+        "current_reference": last.and_then(|e| e.current_reference.as_ref()),
         "steps": summary.steps,
         "pairs": summary.pairs,
         "pairs_from_files": summary.file_pairs,
@@ -66,6 +69,7 @@ pub(super) fn to_json(
         report["reference"] = json!(arms.reference);
         report["policy"] = json!(arms.policy);
         report["mixture"] = json!(arms.mixture);
+        report["average_policy"] = json!(arms.average);
     }
     report
 }

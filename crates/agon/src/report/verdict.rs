@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use learner::{Ending, Evaluation, EvaluationConditions, Summary};
+use learner::{Ending, Evaluation, EvaluationConditions, FurtherComparison, Interval, Summary};
 use settings::{PromptsSettings, Settings};
 
 /// Writes the result of the evaluation `last` of the run in `summary`.
@@ -38,11 +38,50 @@ pub(super) fn write(
     }
     writeln!(
         text,
-        "It moved {:.2} nats (KL) from the reference; answers have {:.1} tokens, the reference's {:.1}.",
-        last.kl, last.response_length, last.reference_length
+        "It moved {:.2} nats (KL) from {}; answers have {:.1} tokens, the reference's {:.1}.",
+        last.kl,
+        match last.reference_version {
+            Some(_) => "the reference of the start",
+            None => "the reference",
+        },
+        last.response_length,
+        last.reference_length
     )?;
+    write_further(text, settings, last)?;
     write_prompts(text, settings, last)?;
     write_conditions(text, last)
+}
+
+/// Writes the comparisons with the moving average and with a reference that has moved.
+fn write_further(text: &mut String, settings: &Settings, last: &Evaluation) -> fmt::Result {
+    let percent = |rate: &Interval| {
+        let [mean, low, high] = [rate.mean, rate.low, rate.high].map(|rate| 100.0 * rate);
+        format!("{mean:.1} % ({low:.1} to {high:.1} %)")
+    };
+    let result = |comparison: &FurtherComparison| {
+        let gold = comparison.gold_win_rate.as_ref();
+        let gold = gold.map_or(String::new(), |gold| {
+            format!(", {} under the gold preference", percent(gold))
+        });
+        let (rate, kl) = (percent(&comparison.win_rate), comparison.kl);
+        format!("{rate}{gold}; KL {kl:.2} nats")
+    };
+    if let Some(average) = &last.average {
+        writeln!(
+            text,
+            "The moving average of its weights (learner.ema_decay = {}) against the same reference: {}.",
+            settings.learner.ema_decay,
+            result(average)
+        )?;
+    }
+    if let (Some(version), Some(current)) = (last.reference_version, &last.current_reference) {
+        writeln!(
+            text,
+            "The policy against the current reference, of step {version}: {}.",
+            result(current)
+        )?;
+    }
+    Ok(())
 }
 
 /// Step of the last evaluation, where it is not the last step.
@@ -97,15 +136,19 @@ fn comparison(last: &Evaluation) -> String {
         _ => "The policy",
     };
     let predicate = if last.step == 0 {
-        "was compared with its reference"
+        "was compared with"
     } else if rate.low > 0.5 {
-        "beats its reference"
+        "beats"
     } else if rate.high < 0.5 {
-        "loses against its reference"
+        "loses against"
     } else {
-        "is not distinguishable from its reference"
+        "is not distinguishable from"
     };
-    format!("{subject} {predicate}")
+    let reference = match last.reference_version {
+        Some(_) => "the reference of the start",
+        None => "its reference",
+    };
+    format!("{subject} {predicate} {reference}")
 }
 
 /// The prompts of the win rate.
@@ -211,6 +254,9 @@ mod tests {
             truncation_rate: Some(0.25),
             reference_truncation_rate: Some(0.125),
             examples: Vec::new(),
+            average: None,
+            reference_version: None,
+            current_reference: None,
         }
     }
 
@@ -273,6 +319,33 @@ mod tests {
             "{abstained}"
         );
         assert!(!abstained.contains("distinct"), "{abstained}");
+    }
+
+    #[test]
+    fn the_reference_and_the_model_of_each_comparison_are_named() {
+        let mut last = evaluation(40);
+        let plain = text_of(Ending::Finished, &last, &[]);
+        assert!(plain.contains("The policy beats its reference:"), "{plain}");
+        last.reference_version = Some(30);
+        let further = FurtherComparison::from(evaluation(40));
+        last.current_reference = Some(FurtherComparison {
+            kl: 0.25,
+            ..further.clone()
+        });
+        last.average = Some(FurtherComparison {
+            win_rate: Interval::wilson(0.5, 128),
+            ..further
+        });
+        let text = text_of(Ending::Finished, &last, &["learner.ema_decay=0.9"]);
+        for expected in [
+            "The policy beats the reference of the start:",
+            "from the reference of the start; answers",
+            "(learner.ema_decay = 0.9) against the same reference: 50.0 % (41.5 to 58.5 %); KL 0.50 nats.",
+            "against the current reference, of step 30: 80.0 %",
+            "KL 0.25 nats.",
+        ] {
+            assert!(text.contains(expected), "{expected:?} is not in {text}");
+        }
     }
 
     #[test]

@@ -220,6 +220,7 @@ impl RoleBuilder<'_> {
             model: InitialPolicy {
                 folder: Arc::clone(&inputs.model.folder),
                 policy: inputs.policy()?,
+                reference: settings.reference,
             },
             prompts: PromptPlan {
                 set: Arc::clone(&inputs.prompts),

@@ -25,6 +25,8 @@ mod bandit;
 mod equilibrium;
 #[cfg(test)]
 mod finite_difference;
+#[cfg(test)]
+mod moving_models;
 
 pub use batch::{Baseline, Batch};
 pub use dpo::Dpo;

@@ -124,7 +124,7 @@ impl<'a> MicroBatch<'a> {
                 };
                 let golden = match prompt.purpose {
                     Purpose::File => preferred(labelled),
-                    Purpose::Train | Purpose::Evaluate | Purpose::Apo => prompt.golden.as_deref(),
+                    _ => prompt.golden.as_deref(),
                 };
                 let completion = golden.ok_or(missing)?;
                 Ok(Sequence {
@@ -140,9 +140,17 @@ impl<'a> MicroBatch<'a> {
         self.collect(|c| &c.logp)
     }
 
-    /// log ref of every recorded response token by the actors.
-    pub(crate) fn recorded_ref_logp(&self) -> Vec<f32> {
-        self.collect(|c| &c.ref_logp)
+    /// log ref of every recorded response token by the actors; NaN for pairs of weights before step `since`, which came
+    /// with another reference.
+    pub(crate) fn recorded_ref_logp(&self, since: u64) -> Vec<f32> {
+        let of = |labelled: &LabelledPair| {
+            let is_current = labelled.pair.version.step >= since;
+            let completions = labelled.pair.completions.iter();
+            let tokens = completions.flat_map(|c| c.ref_logp.clone());
+            let current = tokens.map(move |logp| if is_current { logp } else { f32::NAN });
+            current.collect::<Vec<_>>()
+        };
+        self.pairs.iter().flat_map(of).collect()
     }
 
     /// Whether each completion was sampled from the policy alone.

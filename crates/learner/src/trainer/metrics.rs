@@ -23,6 +23,8 @@ pub(crate) struct StepSums {
     /// Token counts of the completions.
     lengths: Vec<usize>,
     labels: Vec<LabelRow>,
+    /// First step of the weights that were published with the current reference.
+    recorded_since: u64,
 }
 
 /// Values of every response token; those of the log-probabilities only where the actors recorded theirs.
@@ -36,7 +38,7 @@ struct TokenValues {
     ref_logp: Vec<f32>,
     /// The actors' log π.
     recorded_logp: Vec<f32>,
-    /// The actors' log ref.
+    /// The actors' log ref; NaN under another reference than the learner's.
     recorded_ref_logp: Vec<f32>,
     /// The policy's entropy, in nats.
     entropy: Vec<f32>,
@@ -73,6 +75,15 @@ pub struct PolicySamples {
 }
 
 impl StepSums {
+    /// Sums over nothing, for pairs whose log ref counts as recorded under the current reference if their weights are of
+    /// step `step` or newer.
+    pub(crate) fn recorded_since(step: u64) -> Self {
+        Self {
+            recorded_since: step,
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn add(&mut self, pass: &PassOutput<'_>) -> Result<(), LearnerError> {
         let micro = pass.micro;
         let tokens: Vec<f32> = pass.token_logp.to_vec1()?;
@@ -98,7 +109,7 @@ impl StepSums {
         self.tokens.recorded_logp.extend(micro.recorded_logp());
         self.tokens
             .recorded_ref_logp
-            .extend(micro.recorded_ref_logp());
+            .extend(micro.recorded_ref_logp(self.recorded_since));
         self.tokens.entropy.extend(pass.entropy.to_vec1::<f32>()?);
         for (all, kept) in [
             (&tokens, &mut self.tokens.logp),
@@ -224,11 +235,16 @@ impl StepSums {
             .map(|gaps| gaps.iter().sum())
             .collect();
         m.set("mismatch/ess", effective_share(&of_completions));
-        let of_reference = differences(&self.tokens.ref_logp, &self.tokens.recorded_ref_logp);
+        let mut of_reference = differences(&self.tokens.ref_logp, &self.tokens.recorded_ref_logp);
+        of_reference.retain(|gap| !gap.is_nan());
+        if of_reference.is_empty() {
+            // All were recorded under another reference.
+            return;
+        }
         let total: f64 = of_reference.iter().map(|gap| gap.abs()).sum();
         m.set(
             "mismatch/ref_logp_abs_diff",
-            total / of_reference.len().max(1) as f64,
+            total / of_reference.len() as f64,
         );
     }
 }

@@ -7,10 +7,10 @@ use std::{path::Path, sync::Arc, time::Instant};
 
 use messages::{LabelledPair, Pair, Seed};
 use model::{
-    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule,
+    AdamWSettings, DType, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule,
     Sequence, Tensor, TokenLogprobs,
 };
-use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, RpoNll};
+use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, ReferenceSettings, RpoNll};
 use telemetry::Measurements;
 
 pub use crate::trainer::{metrics::PolicySamples, reference_logprobs::ReferenceLogprobs};
@@ -25,12 +25,14 @@ use crate::{
     run_scale::StepLimits,
     trainer::{
         batch::{BatchSplit, MicroBatch},
+        followers::{Followers, Publication},
         metrics::{PassOutput, StepSums},
         reference_logprobs::ReferenceCache,
     },
 };
 
 pub(crate) mod batch;
+pub(crate) mod followers;
 mod metrics;
 mod reference_logprobs;
 pub(crate) mod thread;
@@ -42,9 +44,8 @@ const DROPOUT_STREAM: u64 = 0xd709;
 pub struct Trainer {
     folder: Arc<ModelFolder>,
     model: LanguageModel,
-    /// Fixed reference, evaluated on the same batch with the same kernels in the same precision as the policy, so that
-    /// log π − log ref is exactly 0 for equal weights, whatever the actors computed.
-    reference: LanguageModel,
+    /// Its reference and its moving average.
+    followers: Followers,
     optimizer: Optimizer,
     objective: Box<dyn Objective>,
     /// τ or β: the factor from log-ratios to rewards.
@@ -106,7 +107,7 @@ impl Trainer {
         let precision = model::training_precision(settings.precision);
         let (model, vars) = policy.trainable()?;
         let model = model.with_precision(precision);
-        let reference = policy.without_adapter().with_precision(precision);
+        let followers = Followers::new(policy, precision, settings.ema_decay)?;
         let model = model.with_checkpointing(settings.gradient_checkpointing);
         let adamw = AdamWSettings::from(&settings.optimizer());
         let (objective, temperature) = objective(&settings.objective);
@@ -114,7 +115,7 @@ impl Trainer {
         Ok(Self {
             folder,
             model,
-            reference,
+            followers,
             optimizer: Optimizer::new(vars, adamw)?,
             objective,
             temperature,
@@ -136,10 +137,20 @@ impl Trainer {
         })
     }
 
+    /// The trainer, before its first step, with a reference that moves as the settings say. Without it the reference is
+    /// fixed.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub fn with_reference(mut self, settings: ReferenceSettings) -> Result<Self, LearnerError> {
+        self.followers.set_rule(settings, &self.model)?;
+        Ok(self)
+    }
+
     /// Keeps the reference's log-probabilities of pairs from files. Without effect with GANPO, which reads the reference's
-    /// hidden states.
+    /// hidden states, and with a reference that moves.
     pub fn keep_reference_logprobs(&mut self, kept: ReferenceLogprobs) {
-        if self.ganpo.is_none() {
+        if self.ganpo.is_none() && !self.followers.moves() {
             self.reference_cache = Some(ReferenceCache::open(kept));
         }
     }
@@ -170,7 +181,7 @@ impl Trainer {
         limits: StepLimits,
     ) -> Result<StepOutcome, LearnerError> {
         let mut gradients = Gradients::default();
-        let mut sums = StepSums::default();
+        let mut sums = StepSums::recorded_since(self.followers.recorded_since(step));
         let clock = Instant::now();
         let mut backward_seconds = 0.0;
         let passes = self.split.passes(pairs);
@@ -209,6 +220,8 @@ impl Trainer {
         }
         let before = clock.elapsed().as_secs_f64();
         self.optimizer.step(&gradients, norm, learning_rate)?;
+        self.followers
+            .follow(&self.model, &self.optimizer, step + 1)?;
         measurements.set("time/optimizer", clock.elapsed().as_secs_f64() - before);
         measurements.set("grad_clipped_share", self.optimizer.clipped_share());
         Ok(StepOutcome::Applied(measurements, sums.policy_samples()))
@@ -257,9 +270,10 @@ impl Trainer {
             sequences.extend(micro.golden(self.objective.name())?);
         }
         // The reference first, before the policy's graph takes memory.
+        let reference = self.followers.reference();
         let reference = match &mut self.reference_cache {
-            Some(cache) => ReferencePass::Logp(kept_logp(&self.reference, cache, micro)?),
-            None => ReferencePass::Computed(self.reference.logprobs(&sequences)?),
+            Some(cache) => ReferencePass::Logp(kept_logp(reference, cache, micro)?),
+            None => ReferencePass::Computed(reference.logprobs(&sequences)?),
         };
         let model = self
             .model
@@ -325,6 +339,7 @@ impl Trainer {
         sums.completions(pairs, &mut m);
         metrics::judge_scores(pairs, &mut m);
         sums.mismatch(&mut m);
+        self.followers.add_metrics(&mut m);
         m
     }
 
@@ -338,7 +353,21 @@ impl Trainer {
         Ok(self.optimizer.to_blob()?)
     }
 
-    /// Restores weights, optimiser and discriminators from a checkpoint.
+    /// The weights to publish as a blob in this dtype.
+    pub(crate) fn publish(
+        &self,
+        dtype: DType,
+        publication: Publication,
+    ) -> Result<Vec<u8>, LearnerError> {
+        self.followers.publish(&self.model, dtype, publication)
+    }
+
+    /// The models that follow the policy.
+    pub(crate) fn followers(&self) -> &Followers {
+        &self.followers
+    }
+
+    /// Restores weights, optimiser, reference, average and discriminators from a checkpoint.
     ///
     /// # Errors
     /// If the checkpoint cannot be read, or its weights are not finite.
@@ -363,6 +392,7 @@ impl Trainer {
             std::fs::read(&path).map_err(|source| LearnerError::Unreadable { path, source })?;
         self.optimizer.assign(&weights).map_err(broken)?;
         self.optimizer.restore(&blob).map_err(broken_optimizer)?;
+        self.followers.restore(checkpoint, &self.model)?;
         match &mut self.ganpo {
             Some(ganpo) => ganpo.read(checkpoint),
             None => Ok(()),
@@ -371,9 +401,11 @@ impl Trainer {
 
     /// Further files of a checkpoint: names and contents.
     pub(crate) fn extra_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>, LearnerError> {
-        self.ganpo
-            .as_ref()
-            .map_or(Ok(Vec::new()), GanpoRegulariser::files)
+        let mut files = self.followers.files()?;
+        if let Some(ganpo) = &self.ganpo {
+            files.extend(ganpo.files()?);
+        }
+        Ok(files)
     }
 
     /// Model folder of the reference.

@@ -444,3 +444,193 @@ fn scores_are_reported_only_if_every_pair_has_them() {
     pairs[1].scores = Some(vec![0.0, -1.0]);
     assert_eq!(of(&pairs), [Some(0.75), Some(1.5)]);
 }
+
+/// A trainer of `policy` on `pairs` with a reference that moves.
+fn moving(tiny: &TinyModel, policy: &LanguageModel, rule: ReferenceSettings) -> Trainer {
+    let sets = ["learning_rate=1e-2", "warmup_ratio=0", "ema_decay=0.5"];
+    Trainer::new(Arc::clone(&tiny.folder), policy, &settings(&sets), Seed(3))
+        .and_then(|trainer| trainer.with_reference(rule))
+        .unwrap()
+}
+
+fn applied(trainer: &mut Trainer, pairs: &[LabelledPair], step: u64) -> Measurements {
+    match trainer.step(pairs, step).unwrap() {
+        StepOutcome::Applied(measurements, _) => measurements,
+        StepOutcome::Rejected(_) => panic!("step {step} was rejected"),
+    }
+}
+
+/// Writes the files of a checkpoint that hold tensors.
+fn save(trainer: &Trainer, folder: &Path) {
+    model::save_policy(folder, trainer.folder(), trainer.policy()).unwrap();
+    let optimizer = trainer.optimizer_blob().unwrap();
+    std::fs::write(folder.join("optimizer.safetensors"), optimizer).unwrap();
+    for (name, bytes) in trainer.extra_files().unwrap() {
+        std::fs::write(folder.join(name), bytes).unwrap();
+    }
+}
+
+fn published(trainer: &Trainer) -> Vec<u8> {
+    trainer
+        .publish(DType::F32, Publication::Evaluation)
+        .unwrap()
+}
+
+const RULES: [ReferenceSettings; 3] = [
+    ReferenceSettings::Fixed {},
+    ReferenceSettings::Every { every_steps: 2 },
+    ReferenceSettings::Ema { decay: 0.75 },
+];
+
+/// After a copy, log π/ref is exactly 0 for every completion, whole models and adapters, f32 and bf16.
+#[test]
+fn a_copied_reference_equals_the_policy_to_the_bit() {
+    for dtype in [DType::F32, DType::BF16] {
+        let tiny = tiny(dtype);
+        for policy in [tiny.policy.clone(), adapted(&tiny)] {
+            let pairs = sampled(&policy, Precision::F32);
+            let mut trainer = moving(&tiny, &policy, ReferenceSettings::Every { every_steps: 2 });
+            let mut moves = Vec::new();
+            for step in 0..5 {
+                let m = applied(&mut trainer, &pairs, step);
+                // Dropout is part of the policy's pass, so that an adapter's margins are not 0.
+                let is_zero = m.get("rewards/margins") == Some(0.0);
+                assert_eq!(
+                    is_zero,
+                    step % 2 == 0 && (step == 0 || policy.adapter().is_none()),
+                    "{step}"
+                );
+                moves.push(m.get("reference/version").unwrap());
+            }
+            // Of the reference with which the step computed.
+            assert_eq!(moves, [0.0, 0.0, 2.0, 2.0, 4.0]);
+        }
+    }
+}
+
+/// The reference and the average are the moving averages of the weights after each step.
+#[test]
+fn moving_averages_have_their_closed_form() {
+    let tiny = tiny(DType::F32);
+    let pairs = sampled(&tiny.policy, Precision::F32);
+    let mut trainer = moving(&tiny, &tiny.policy, ReferenceSettings::Ema { decay: 0.75 });
+    let values = |weights: &Weights| -> Vec<f64> {
+        let tensor = weights.get("model.norm.weight").unwrap();
+        let values: Vec<f32> = tensor.to_vec1().unwrap();
+        values.into_iter().map(f64::from).collect()
+    };
+    let start = values(tiny.policy.weights());
+    let (mut reference, mut average) = (start.clone(), start.clone());
+    for step in 0..4 {
+        applied(&mut trainer, &pairs, step);
+        let now = values(trainer.policy().trained());
+        for (to, decay) in [(&mut reference, 0.75), (&mut average, 0.5)] {
+            for (to, now) in to.iter_mut().zip(&now) {
+                *to = decay * *to + (1.0 - decay) * now;
+            }
+        }
+    }
+    let models = tiny.policy.read_published(&published(&trainer)).unwrap();
+    let close = |model: &LanguageModel, expected: &[f64]| {
+        for (found, expected) in values(model.trained()).iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+        }
+    };
+    close(&models.reference.unwrap(), &reference);
+    close(&models.average.unwrap(), &average);
+    assert!(reference != start && average != reference);
+}
+
+/// A trainer that is restored from a checkpoint continues to the bit, its reference and its average included; so does
+/// one that has gone on meanwhile and is rolled back.
+#[test]
+fn followers_are_restored_and_rolled_back_to_the_bit() {
+    for dtype in [DType::F32, DType::BF16] {
+        let tiny = tiny(dtype);
+        for policy in [tiny.policy.clone(), adapted(&tiny)] {
+            let pairs = sampled(&policy, Precision::F32);
+            for rule in RULES {
+                for saved_after in [1, 3] {
+                    let mut whole = moving(&tiny, &policy, rule);
+                    let folder = tempfile::tempdir().unwrap();
+                    for step in 0..5 {
+                        if step == saved_after {
+                            save(&whole, folder.path());
+                        }
+                        applied(&mut whole, &pairs, step);
+                    }
+                    let end = (published(&whole), whole.extra_files().unwrap());
+                    let mut resumed = moving(&tiny, &policy, rule);
+                    resumed.restore(folder.path()).unwrap();
+                    whole.restore(folder.path()).unwrap();
+                    assert_eq!(published(&whole), published(&resumed), "{rule:?}");
+                    for trainer in [&mut whole, &mut resumed] {
+                        for step in saved_after..5 {
+                            applied(trainer, &pairs, step);
+                        }
+                        let again = (published(trainer), trainer.extra_files().unwrap());
+                        assert!(again == end, "{dtype:?} {rule:?} after {saved_after}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Weights are published as ever while nothing moves; with a reference once that has moved, and with the average only
+/// for an evaluation.
+#[test]
+fn only_what_has_moved_is_published() {
+    let tiny = tiny(DType::F32);
+    let pairs = sampled(&tiny.policy, Precision::F32);
+    for rule in RULES {
+        let mut trainer = moving(&tiny, &tiny.policy, rule);
+        for step in 0..2 {
+            let models = |publication| {
+                let blob = trainer.publish(DType::F32, publication).unwrap();
+                tiny.policy.read_published(&blob).unwrap()
+            };
+            let has_moved = step > 0 && matches!(rule, ReferenceSettings::Ema { .. });
+            let (training, evaluation) = (
+                models(Publication::Training),
+                models(Publication::Evaluation),
+            );
+            assert_eq!(training.reference.is_some(), has_moved, "{rule:?} {step}");
+            assert_eq!(evaluation.reference.is_some(), has_moved, "{rule:?} {step}");
+            assert!(training.average.is_none() && evaluation.average.is_some());
+            assert_eq!(trainer.followers().moved_at(), has_moved.then_some(step));
+            applied(&mut trainer, &pairs, step);
+        }
+    }
+}
+
+/// Log-probabilities that were recorded under an earlier reference are not compared with those under the current one.
+#[test]
+fn recorded_log_probabilities_of_another_reference_are_left_out() {
+    let tiny = tiny(DType::F32);
+    let recorded_at = |version: u64| {
+        let mut pairs = sampled(&tiny.policy, Precision::F32);
+        for labelled in &mut pairs {
+            labelled.pair.version = WeightsVersion::at(version);
+        }
+        pairs
+    };
+    let of = |m: &Measurements| m.get("mismatch/ref_logp_abs_diff");
+    let every = ReferenceSettings::Every { every_steps: 2 };
+    let mut trainer = moving(&tiny, &tiny.policy, every);
+    for step in 0..2 {
+        assert!(of(&applied(&mut trainer, &recorded_at(0), step)).unwrap() < 1e-5);
+    }
+    assert_eq!(of(&applied(&mut trainer, &recorded_at(1), 2)), None);
+    // Recorded under the start, although the version says otherwise: the difference shows.
+    assert!(of(&applied(&mut trainer, &recorded_at(2), 3)).unwrap() > 1e-4);
+    let folder = tempfile::tempdir().unwrap();
+    save(&trainer, folder.path());
+    trainer.restore(folder.path()).unwrap();
+    // Whether older weights came with this reference is not known after a rollback.
+    assert_eq!(of(&applied(&mut trainer, &recorded_at(4), 5)), None);
+    let mut fixed = moving(&tiny, &tiny.policy, ReferenceSettings::Fixed {});
+    for step in 0..3 {
+        assert!(of(&applied(&mut fixed, &recorded_at(0), step)).unwrap() < 1e-5);
+    }
+}

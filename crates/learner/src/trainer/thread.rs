@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use crate::{
     error::LearnerError,
     run_scale::StepLimits,
-    trainer::{StepOutcome, Trainer},
+    trainer::{StepOutcome, Trainer, followers::Publication},
 };
 
 type TrainerReply<T> = oneshot::Sender<Result<T, LearnerError>>;
@@ -31,6 +31,21 @@ enum TrainerCommand {
     },
     /// Reads from the trainer and replies.
     Inspect(Box<dyn FnOnce(&Trainer) + Send>),
+}
+
+/// Weights to publish, serialised.
+pub(crate) struct PublishedBlob {
+    pub(crate) blob: Vec<u8>,
+    pub(crate) content: PublishedContent,
+}
+
+/// Models that were published with a policy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct PublishedContent {
+    /// Version of the reference; `None`: the one of the start, which actors have.
+    pub(crate) reference: Option<u64>,
+    /// Whether the moving average is among them.
+    pub(crate) has_average: bool,
 }
 
 /// Handle of the trainer thread.
@@ -72,13 +87,36 @@ impl TrainerThread {
         .await
     }
 
-    /// The trained weights as a blob in this dtype.
+    /// The policy's trained weights as a blob in f32.
     ///
     /// # Errors
     /// If copying fails or the thread has ended.
-    pub(crate) async fn weights(&self, dtype: DType) -> Result<Vec<u8>, LearnerError> {
-        self.inspect(move |trainer| Ok(trainer.policy().trained().to_dtype(dtype)?.to_blob()?))
+    pub(crate) async fn weights(&self) -> Result<Vec<u8>, LearnerError> {
+        self.inspect(|trainer| Ok(trainer.policy().trained().to_dtype(DType::F32)?.to_blob()?))
             .await
+    }
+
+    /// The weights to publish.
+    ///
+    /// # Errors
+    /// If copying fails or the thread has ended.
+    pub(crate) async fn publish(
+        &self,
+        dtype: DType,
+        publication: Publication,
+    ) -> Result<PublishedBlob, LearnerError> {
+        self.inspect(move |trainer| {
+            let followers = trainer.followers();
+            let is_evaluated = publication == Publication::Evaluation;
+            Ok(PublishedBlob {
+                blob: trainer.publish(dtype, publication)?,
+                content: PublishedContent {
+                    reference: followers.moved_at(),
+                    has_average: is_evaluated && followers.has_average(),
+                },
+            })
+        })
+        .await
     }
 
     /// Euclidean norm of all trained weights; not finite if any of them is not.
@@ -104,7 +142,7 @@ impl TrainerThread {
         .await
     }
 
-    /// Restores weights and optimiser from a checkpoint.
+    /// Restores weights, optimiser, reference and average from a checkpoint.
     ///
     /// # Errors
     /// If the checkpoint cannot be read or the thread has ended.

@@ -195,7 +195,9 @@ impl MessageLimits {
     fn completions_of(&self, purpose: Purpose) -> usize {
         match purpose {
             Purpose::Train => self.completions.train,
-            Purpose::Evaluate => self.completions.evaluate,
+            Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => {
+                self.completions.evaluate
+            }
             Purpose::Apo => self.completions.apo,
             Purpose::File => 2,
         }
@@ -204,8 +206,8 @@ impl MessageLimits {
     /// Longest prompt of this purpose, in tokens.
     fn prompt_tokens_of(&self, purpose: Purpose) -> Result<usize, InvalidMessage> {
         match purpose {
-            Purpose::Train | Purpose::Evaluate | Purpose::Apo => Ok(self.prompt_tokens),
             Purpose::File => self.file_tokens.ok_or(InvalidMessage::NoFiles),
+            _ => Ok(self.prompt_tokens),
         }
     }
 }
@@ -267,10 +269,8 @@ impl Pair {
         check_text("the name of the actor", &self.actor, MAX_NAME_BYTES)?;
         let mut completions = self.completions.iter();
         match self.prompt.purpose {
-            Purpose::Train | Purpose::Evaluate | Purpose::Apo => {
-                completions.try_for_each(|c| c.check(limits))
-            }
             Purpose::File => completions.try_for_each(|c| c.check_given(&self.prompt, limits)),
+            _ => completions.try_for_each(|c| c.check(limits)),
         }
     }
 }
@@ -315,7 +315,7 @@ impl LabelledPair {
         let labels = self.labels.iter().map(|label| (label.first, label.second));
         let is_labelled = match self.pair.prompt.purpose {
             Purpose::Apo => self.labels.is_empty(),
-            Purpose::Train | Purpose::Evaluate | Purpose::File => labels.eq(self.pair.compared()),
+            _ => labels.eq(self.pair.compared()),
         };
         if !is_labelled {
             return Err(InvalidMessage::Labels);

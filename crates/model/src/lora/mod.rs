@@ -153,6 +153,28 @@ impl LanguageModel {
         base
     }
 
+    /// The model with its adapter's B set to zero, with which the adapter changes nothing. Without an adapter the model is
+    /// unchanged.
+    ///
+    /// # Errors
+    /// When the device cannot hold it.
+    pub fn with_neutral_adapter(&self) -> Result<Self, ModelError> {
+        let Some(adapter) = &self.adapter else {
+            return Ok(self.clone());
+        };
+        let neutral = |(name, tensor): (&String, &Tensor)| {
+            let tensor = match name.ends_with(config::B) {
+                true => tensor.zeros_like()?,
+                false => tensor.detach(),
+            };
+            Ok((name.clone(), tensor))
+        };
+        let tensors = adapter.weights.tensors.iter().map(neutral);
+        self.with_trained(Weights::of(
+            tensors.collect::<Result<_, candle_core::Error>>()?,
+        ))
+    }
+
     /// The model in training mode: the adapter's dropout masks, one per module, are drawn from `seed`. Without dropout
     /// the model is unchanged.
     #[must_use]

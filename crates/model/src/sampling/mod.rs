@@ -42,6 +42,20 @@ pub trait Sampler: Send {
     /// When the sampler is not idle, or the policy cannot be loaded.
     fn set_policy(&mut self, policy: LanguageModel, precision: Precision)
     -> Result<(), ModelError>;
+
+    /// Replaces the reference, stored in `precision`. Requires an idle sampler. The reference of other samplers than
+    /// Agon's own is fixed.
+    ///
+    /// # Errors
+    /// When the sampler is not idle, its reference is fixed, or the reference cannot be loaded.
+    fn set_reference(
+        &mut self,
+        _reference: LanguageModel,
+        _precision: Precision,
+    ) -> Result<(), ModelError> {
+        let reason = "replace the reference of this engine: set actor.engine.kind = \"own\"";
+        Err(ModelError::Engine(reason.into()))
+    }
 }
 
 /// A prompt with the completions to sample for it.

@@ -234,6 +234,21 @@ impl Sampler for MixtureSampler {
         }
         self.policy.set_model(policy, precision)
     }
+
+    fn set_reference(
+        &mut self,
+        reference: LanguageModel,
+        precision: Precision,
+    ) -> Result<(), ModelError> {
+        crate::sampling::ensure_idle(self)?;
+        crate::sampling::ensure_shared_vocabulary(self.policy.model(), &reference)?;
+        match &mut self.reference {
+            Some(decoder) => decoder.set_model(reference, precision),
+            None => Err(ModelError::Engine(
+                "replace the reference: the policy is its own".into(),
+            )),
+        }
+    }
 }
 
 impl ActiveCompletion {

@@ -22,13 +22,12 @@ impl Orders {
     #[must_use]
     pub fn of(setting: OrdersSetting, purpose: Purpose) -> Self {
         match (setting, purpose) {
-            (OrdersSetting::One, _) | (OrdersSetting::Auto, Purpose::Train | Purpose::Apo) => {
-                Self::One
-            }
-            // Evaluation, and pairs from files, which are judged once and trained on in every pass.
-            (OrdersSetting::Both, _) | (OrdersSetting::Auto, Purpose::Evaluate | Purpose::File) => {
-                Self::Both
-            }
+            (OrdersSetting::One, _) => Self::One,
+            (OrdersSetting::Both, _) => Self::Both,
+            // Pairs from files are judged once and trained on in every pass.
+            (OrdersSetting::Auto, Purpose::File) => Self::Both,
+            (OrdersSetting::Auto, purpose) if purpose.is_evaluation() => Self::Both,
+            (OrdersSetting::Auto, _) => Self::One,
         }
     }
 

@@ -112,7 +112,9 @@ mod tests {
     const OWN: &str = "judge/{rate_limited,model_changes,order_bias} \
         judge/{human_verdicts,human_agreement,human_agreement_ci_low,human_agreement_ci_high} \
         actor/quantization_error objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
-        grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate}";
+        grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate} reference/version \
+        eval/average_{win_rate,win_rate_lc,gold_win_rate,kl} \
+        eval/current_reference_{win_rate,win_rate_lc,gold_win_rate,kl}";
 
     fn expanded(pattern: &str) -> Vec<String> {
         match pattern.split_once('{') {

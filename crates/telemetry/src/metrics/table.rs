@@ -288,6 +288,11 @@ pub const METRICS: &[MetricInfo] = &[
         Count,
         "weights version of the learner's policy",
     ),
+    gauge(
+        "reference/version",
+        Count,
+        "step after which the reference last changed, of a reference that moves (reference.kind); 0: the start",
+    ),
     // Weight sync.
     seconds("weight_sync/seconds", "time to publish or load weights"),
     gauge(
@@ -359,13 +364,14 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "mismatch/ref_logp_abs_diff",
         Nats,
-        "mean absolute difference per token of log ref, recorded against recomputed: numerical differences only",
+        "mean absolute difference per token of log ref, recorded against recomputed: numerical differences only; \
+         pairs that were recorded under an earlier reference are left out",
     ),
     // Evaluation.
     gauge(
         "eval/win_rate",
         Ratio,
-        "fraction of prompts on which the policy beats the reference",
+        "fraction of prompts on which the policy beats the reference of the start",
     ),
     gauge(
         "eval/win_rate_ci_low",
@@ -381,8 +387,8 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "eval/kl",
         Nats,
-        "KL of the policy from the reference per completion on evaluation prompts, estimated from samples at \
-         temperature 1 without truncation",
+        "KL of the policy from the reference of the start per completion on evaluation prompts, estimated from \
+         samples at temperature 1 without truncation",
     ),
     gauge(
         "eval/response_length",
@@ -393,6 +399,46 @@ pub const METRICS: &[MetricInfo] = &[
         "eval/gold_win_rate",
         Ratio,
         "win rate under the playground's or bandit's known preference",
+    ),
+    gauge(
+        "eval/average_win_rate",
+        Ratio,
+        "win rate of the moving average of the policy's weights (learner.ema_decay) against the reference of the start",
+    ),
+    gauge(
+        "eval/average_win_rate_lc",
+        Ratio,
+        "length-controlled win rate of the moving average",
+    ),
+    gauge(
+        "eval/average_gold_win_rate",
+        Ratio,
+        "win rate of the moving average under the playground's or bandit's known preference",
+    ),
+    gauge(
+        "eval/average_kl",
+        Nats,
+        "KL of the moving average from the reference of the start per completion",
+    ),
+    gauge(
+        "eval/current_reference_win_rate",
+        Ratio,
+        "win rate of the policy against the current reference, once that has moved; eval/win_rate is against the start",
+    ),
+    gauge(
+        "eval/current_reference_win_rate_lc",
+        Ratio,
+        "length-controlled win rate against the current reference",
+    ),
+    gauge(
+        "eval/current_reference_gold_win_rate",
+        Ratio,
+        "win rate against the current reference under the playground's or bandit's known preference",
+    ),
+    gauge(
+        "eval/current_reference_kl",
+        Nats,
+        "KL of the policy from the current reference per completion",
     ),
     gauge(
         "eval/prompts",

@@ -209,6 +209,8 @@ fn purpose_name(purpose: Purpose) -> &'static str {
         Purpose::Evaluate => "evaluate",
         Purpose::Apo => "apo",
         Purpose::File => "file",
+        Purpose::EvaluateAverage => "evaluate_average",
+        Purpose::EvaluateReference => "evaluate_reference",
     }
 }
 

@@ -5,7 +5,7 @@ import { el, errorMessage, fetchJson } from "./elements.js";
 import { duration, short } from "./format.js";
 
 const CHARTS = [
-  { title: "Win rate", names: ["eval/win_rate", "eval/gold_win_rate"], range: [0.4, 0.7], half: 0.5, band: ["eval/win_rate_ci_low", "eval/win_rate_ci_high"] },
+  { title: "Win rate", names: ["eval/win_rate", "eval/gold_win_rate", "eval/average_win_rate", "eval/average_gold_win_rate"], range: [0.4, 0.7], half: 0.5, band: ["eval/win_rate_ci_low", "eval/win_rate_ci_high"] },
   { title: "KL", unit: "nats per completion", names: ["objective/kl", "eval/kl", "objective/log_ratio"] },
   { title: "Loss", names: ["loss"] },
   { title: "Implicit rewards", unit: "nats", names: ["rewards/margins", "rewards/chosen", "rewards/rejected"] },
