@@ -44,7 +44,9 @@ pub use ganpo::GanpoSettings;
 pub use judge::{
     ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, RuleSettings,
 };
-pub use learner::{LabelKind, LearnerSettings, LogpReduction, MaxGradNorm};
+pub use learner::{
+    LabelKind, LearnerSettings, LogpReduction, MaxGradNorm, OffPolicy, PairSelection,
+};
 pub use model::{DtypeSetting, ModelSettings};
 pub use objective::{CLIPPED_SLOPES, IpoScale, ObjectiveSettings, RpoNll};
 pub use optimizer::{LrSchedulerType, OptimizerSettings};
