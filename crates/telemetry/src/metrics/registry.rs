@@ -111,6 +111,7 @@ mod tests {
     /// Names without an established convention.
     const OWN: &str = "judge/{rate_limited,model_changes,order_bias} \
         actor/quantization_error objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
+        completions/no_signal_ratio off_policy/{ess,log_weight,clipped_ratio,masked_ratio} \
         grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate}";
 
     fn expanded(pattern: &str) -> Vec<String> {
