@@ -18,6 +18,7 @@ mod length_control;
 pub mod objective;
 mod pair_buffer;
 mod pair_file;
+mod pair_selection;
 mod pair_source;
 mod progress;
 mod progress_deadline;

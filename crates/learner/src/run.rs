@@ -22,6 +22,7 @@ use crate::{
     evaluation::{Evaluation, EvaluationConditions},
     evaluator::{Evaluated, Evaluator},
     input_record::InputRecord,
+    pair_selection::LabelSelection,
     pair_source::{BatchLimits, PairSource, PairSourceParts, TrainingBatch},
     progress::RunProgress,
     prompt_scheduler::{PromptScheduler, PromptSchedulerParts, PromptSchedulerState},
@@ -222,6 +223,7 @@ impl Learner {
             counters: parts.counters.own,
             waits,
             limits: BatchLimits::new(&settings),
+            selection: LabelSelection::new(&settings, parts.seed),
             message_limits: streams.limits,
         });
         let (weight_store, dtype) = (streams.weight_store, streams.weights_dtype);
