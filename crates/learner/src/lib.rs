@@ -8,6 +8,7 @@
 mod apo_sampler;
 mod boundary_counts;
 mod checkpoint;
+mod curriculum;
 mod dropped_prompts;
 mod error;
 mod evaluation;

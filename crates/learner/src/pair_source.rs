@@ -344,7 +344,13 @@ impl PairSource {
     /// remains.
     fn select(&mut self, labelled: &mut LabelledPair) -> Option<Rejection> {
         let purpose = labelled.pair.prompt.purpose;
-        if matches!(purpose, Purpose::Evaluate | Purpose::Apo) || self.buffer.select(labelled) {
+        if matches!(purpose, Purpose::Evaluate | Purpose::Apo) {
+            return None;
+        }
+        if purpose == Purpose::Train {
+            self.scheduler.measure(labelled);
+        }
+        if self.buffer.select(labelled) {
             return None;
         }
         self.dropped.keep_samples(&labelled.pair);
@@ -379,7 +385,10 @@ impl PairSource {
             return Arrival::Handled;
         }
         if note.session == self.lineage.session {
-            self.mark_returned(note.prompt);
+            let was_outstanding = self.mark_returned(note.prompt);
+            if was_outstanding && note.reason == DropReason::Identical {
+                self.scheduler.measure_identical(note.prompt);
+            }
             self.dropped.count_note(&note);
         }
         receipt.acknowledge();
@@ -542,6 +551,7 @@ mod tests {
                 window: 4,
                 timeout: Duration::from_secs(60),
                 waits: waits.clone(),
+                curriculum: None,
             });
             let source = PairSource::new(PairSourceParts {
                 scheduler,

@@ -18,6 +18,7 @@ use transport::{Receiver, Sender, WeightStore};
 use crate::{
     apo_sampler::{ApoSampler, ApoSchedule},
     checkpoint::{self, Checkpoint, Checkpoints, RunSnapshot},
+    curriculum::Curriculum,
     error::LearnerError,
     evaluation::{Evaluation, EvaluationConditions},
     evaluator::{Evaluated, Evaluator},
@@ -92,10 +93,21 @@ pub struct InitialPolicy {
 pub struct PromptPlan {
     /// Prompt set.
     pub set: Arc<dyn PromptSet>,
+    /// Floor of the curriculum by signal, `prompts.curriculum_floor`; `None` without a curriculum. Ignored for a set
+    /// without [`PromptSet::train_count`].
+    pub curriculum_floor: Option<f64>,
     /// Pacing of prompts.
     pub pacing: Pacing,
     /// Distribution of the completions.
     pub sampling: Sampling,
+}
+
+impl PromptPlan {
+    /// The curriculum of a run with this seed, if there is one.
+    fn curriculum(&self, seed: Seed) -> Option<Curriculum> {
+        let count = self.set.train_count()? as u64;
+        Some(Curriculum::new(count, self.curriculum_floor?, seed))
+    }
 }
 
 /// Streams of a learner.
@@ -207,6 +219,7 @@ impl Learner {
         checkpoints.restore_counters(snapshot.stages);
         reporter.continue_from(snapshot.totals.step)?;
         let waits = Waits::new("learner");
+        let curriculum = parts.prompts.curriculum(parts.seed);
         let source = PairSource::new(PairSourceParts {
             scheduler: PromptScheduler::new(PromptSchedulerParts {
                 prompts: streams.prompts,
@@ -216,6 +229,7 @@ impl Learner {
                 window: (settings.max_staleness as usize + 1) * settings.train_batch_size,
                 timeout: Duration::from_secs(settings.batch_timeout_seconds),
                 waits: waits.clone(),
+                curriculum,
             }),
             labelled: streams.labelled,
             drops: streams.drops,

@@ -316,6 +316,14 @@ mod tests {
     }
 
     #[test]
+    fn only_recorded_pairs_are_corrected() {
+        for kind in [OffPolicy::Truncate, OffPolicy::Mask] {
+            assert!(kind.corrects(true) && !kind.corrects(false), "{kind:?}");
+        }
+        assert!(!OffPolicy::None.corrects(true));
+    }
+
+    #[test]
     fn contradictions_of_the_learner_are_reported() {
         assert_reported(&[
             (

@@ -52,7 +52,9 @@ pub use objective::{CLIPPED_SLOPES, IpoScale, ObjectiveSettings, RpoNll};
 pub use optimizer::{LrSchedulerType, OptimizerSettings};
 pub use playground::PlaygroundSettings;
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
-pub use prompts::{DatasetPrompts, MixedFile, PlaygroundGolden, PromptsSettings, TooLong};
+pub use prompts::{
+    CurriculumSetting, DatasetPrompts, MixedFile, PlaygroundGolden, PromptsSettings, TooLong,
+};
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::RunSettings;
 pub use sft::SftSettings;

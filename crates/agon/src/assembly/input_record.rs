@@ -19,7 +19,7 @@ use settings::{JudgeSettings, PairsSettings, Settings, flat};
 use crate::assembly::{JudgeSource, RunInputs, judge_digest};
 
 /// Keys, or beginnings of keys, of the settings in the record.
-const RECORDED: [&str; 19] = [
+const RECORDED: [&str; 23] = [
     "run.seed",
     "model.dtype",
     "model.reference_probabilities",
@@ -37,6 +37,10 @@ const RECORDED: [&str; 19] = [
     "preference.chat.",
     "learner.objective.",
     "learner.label",
+    "learner.off_policy",
+    "learner.max_ratio",
+    "learner.pair_selection",
+    "learner.min_margin",
     "learner.logp_reduction",
     "playground.",
 ];

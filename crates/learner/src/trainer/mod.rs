@@ -278,7 +278,7 @@ impl Trainer {
         logprobs: &PassLogprobs,
     ) -> Result<Vec<Option<f64>>, LearnerError> {
         let response: usize = micro.lengths.iter().sum();
-        let has_mixture = self.loss.correction.is_on();
+        let has_mixture = self.loss.correction.is_on(micro);
         let mut tokens: Vec<f32> = logprobs.policy.logp.narrow(0, 0, response)?.to_vec1()?;
         if has_mixture {
             self.mix(micro, logprobs, &mut tokens)?;

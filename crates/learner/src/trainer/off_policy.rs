@@ -33,9 +33,11 @@ impl Correction {
         }
     }
 
-    /// Whether labels are weighted.
-    pub(crate) fn is_on(&self) -> bool {
-        self.kind != OffPolicy::None
+    /// Whether labels of a pass are weighted.
+    pub(crate) fn is_on(&self, micro: &MicroBatch<'_>) -> bool {
+        let mut completions = micro.scored();
+        self.kind
+            .corrects(completions.any(|c| !c.behaviour_logp.is_empty()))
     }
 
     /// Weight in the loss of every label of a pass, given its log w.
