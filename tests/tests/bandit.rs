@@ -229,3 +229,63 @@ fn ipo_md_converges_on_five_cyclic_arms() {
         0.125,
     );
 }
+
+/// The fixed point of IPO on pairs of the policy at another temperature: `π ∝ ref·exp(p(y ≻ π^(1/T))/τ)`, by damped
+/// iteration.
+fn tempered_fixed_point(game: &MatrixGame, tau: f64, temperature: f64) -> Vec<f64> {
+    let softmax = |logits: &[f64]| -> Vec<f64> {
+        let total: f64 = logits.iter().map(|z| z.exp()).sum();
+        logits.iter().map(|z| z.exp() / total).collect()
+    };
+    let mut logits: Vec<f64> = game.reference.iter().map(|p| p.ln()).collect();
+    for _ in 0..20_000 {
+        let tempered: Vec<f64> = logits.iter().map(|z| z / temperature).collect();
+        let opponent = softmax(&tempered);
+        let arms = game.matrix.iter().zip(game.reference).zip(&mut logits);
+        for ((row, reference), logit) in arms {
+            let wins: f64 = row.iter().zip(&opponent).map(|(p, q)| p * q).sum();
+            *logit += 0.02 * (reference.ln() + (wins - 0.5) / tau - *logit);
+        }
+    }
+    softmax(&logits)
+}
+
+struct MatrixGame {
+    matrix: [[f64; 3]; 3],
+    reference: [f64; 3],
+}
+
+/// Pairs are sampled at temperature 2, as the actors record: the importance weights of the labels correct it.
+#[test]
+fn importance_weights_lead_tempered_samples_to_the_on_policy_fixed_point() {
+    let game = MatrixGame {
+        matrix: [[0.5, 0.8, 0.3], [0.2, 0.5, 0.9], [0.7, 0.1, 0.5]],
+        reference: [0.5, 0.3, 0.2],
+    };
+    let matrix = game.matrix.map(|row| row.to_vec());
+    let (tau, temperature) = (0.1, 2.0);
+    let of = |mixture_coef: f64, off_policy: &[&str]| {
+        let sets = [
+            format!("learner.objective.tau={tau}"),
+            format!("actor.temperature={temperature:?}"),
+            format!("actor.mixture_coef={mixture_coef}"),
+        ];
+        let more = off_policy.iter().map(|&set| set.to_owned());
+        train(&sets.into_iter().chain(more).collect::<Vec<_>>())
+    };
+    let truncate = ["learner.off_policy=truncate", "learner.max_ratio=1000.0"];
+    for mixture_coef in [0.0, 0.5] {
+        let policy = playground::fixed_point(&matrix, &game.reference, tau, mixture_coef);
+        let policy = policy.expect("a valid game");
+        assert_close(&of(mixture_coef, &truncate), "policy", &policy);
+    }
+    let uncorrected = of(0.0, &[]);
+    let elsewhere = tempered_fixed_point(&game, tau, temperature);
+    assert_close(&uncorrected, "policy", &elsewhere);
+    let on_policy = [0.530186, 0.192368, 0.277445];
+    let (actual, difference) = distance(&uncorrected, "policy", &on_policy);
+    assert!(
+        difference > 0.08,
+        "{actual:.4?} is the on-policy fixed point"
+    );
+}

@@ -4,7 +4,9 @@
 use std::path::Path;
 
 use serde_json::Value;
-use system_tests::{Sandbox, report, steps, tiny_adapted, tiny_bandit, tiny_playground};
+use system_tests::{
+    Sandbox, column, config, report, steps, tiny_adapted, tiny_bandit, tiny_playground,
+};
 
 /// Arguments of one of the tiny runs.
 type TinyRun = fn(&Path, &[&str]) -> Vec<String>;
@@ -163,4 +165,94 @@ fn a_finished_run_can_be_resumed_with_more_steps() {
         .succeeded();
     assert_every_step_once(&run, 9);
     assert_eq!(report(&run)["steps"], 9);
+}
+
+/// Four completions per prompt, of which a random pair is trained on if the judge is decided enough.
+#[test]
+fn selected_and_weighted_labels_are_the_same_after_an_interruption() {
+    let sandbox = Sandbox::new();
+    let selected: TinyRun = |run, sets| {
+        let own = [
+            "actor.num_generations=4",
+            "actor.temperature=1.2",
+            "learner.pair_selection=random",
+            "learner.min_margin=0.05",
+            "learner.off_policy=truncate",
+        ];
+        tiny_playground(run, &[&own, sets].concat())
+    };
+    let expected = run_to_completion(&sandbox, "uninterrupted", selected, &[]);
+    let run = sandbox.path("stopped");
+    let mut running = sandbox.start(&selected(&run, &[]));
+    running.until("a third of the steps", || reached(&run, 4));
+    running.terminate();
+    running.wait().check(5, &[]).without_panic();
+    sandbox.run(&resume(selected(&run, &[]))).succeeded();
+    assert_eq!((digest(&run), losses(&run)), expected);
+    let dropped = report(&run)["stages"]["learner"]["dropped"].clone();
+    assert!(dropped["no_signal"].as_u64() > Some(0), "{dropped}");
+    let ess = column(&run, "off_policy/ess");
+    assert!(ess.iter().all(|ess| (0.0..0.999).contains(ess)), "{ess:?}");
+    let others = ["learner.pair_selection=all", "learner.off_policy=none"];
+    for (number, other) in others.into_iter().enumerate() {
+        let name = format!("other-{number}");
+        assert_ne!(
+            run_to_completion(&sandbox, &name, selected, &[other]).0,
+            expected.0
+        );
+    }
+}
+
+/// The second epoch's prompts are drawn by the signals of the first.
+#[test]
+fn a_curriculum_continues_where_it_was() {
+    let sandbox = Sandbox::new();
+    let model = sandbox.path("model");
+    std::fs::create_dir_all(&model).expect("a folder");
+    let bandit = playground::Bandit::new(&[0.5, 0.5]).expect("probabilities");
+    bandit.write_model(&model).expect("a model");
+    let prompts: String = (0..8)
+        .map(|bits: u32| {
+            let arms = (0..3).map(|bit| format!("arm{}", bits >> bit & 1));
+            serde_json::json!({"prompt": arms.collect::<Vec<_>>().join(" ")}).to_string() + "\n"
+        })
+        .collect();
+    let prompts = sandbox.write("prompts.jsonl", prompts);
+    let train = |name: &str, more: &[&str], flags: &[&str]| {
+        let sets = [
+            format!("model.path={model:?}"),
+            "prompts.kind=dataset".into(),
+            format!("prompts.path={prompts:?}"),
+            "prompts.held_out=1".into(),
+            "preference.judge.kind=rule".into(),
+            "preference.judge.rules=[{kind = \"keyword\", words = [\"arm0\"], weight = 1.0}]"
+                .into(),
+            "actor.max_new_tokens=3".into(),
+            "actor.max_prompt_length=8".into(),
+            "learner.steps=9".into(),
+            "learner.train_batch_size=4".into(),
+            "learner.max_staleness=0".into(),
+            "learner.warmup_ratio=0".into(),
+            "evaluation.prompts=1".into(),
+            "telemetry.page=\"\"".into(),
+        ];
+        let run = sandbox.path(name);
+        let (config, folder) = (config("default.toml"), run.display().to_string());
+        let mut arguments = vec!["train".to_owned(), config.display().to_string()];
+        arguments.extend(["--run-dir".to_owned(), folder]);
+        let sets = sets
+            .into_iter()
+            .chain(more.iter().map(|&set| set.to_owned()));
+        arguments.extend(sets.flat_map(|set| ["--set".to_owned(), set]));
+        arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
+        sandbox.run(&arguments).succeeded();
+        (digest(&run), losses(&run))
+    };
+    let signal = "prompts.curriculum=signal";
+    let expected = train("uninterrupted", &[signal], &[]);
+    train("resumed", &[signal, "learner.steps=4"], &[]);
+    assert_eq!(train("resumed", &[signal], &["--resume"]), expected);
+    let without = train("without", &[], &[]);
+    assert_eq!(without.1[0], expected.1[0], "the first epoch is in order");
+    assert_ne!(without.0, expected.0);
 }

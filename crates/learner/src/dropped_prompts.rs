@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use messages::{DropReason, Dropped};
+use messages::{DropReason, Dropped, Pair};
 use telemetry::printable_line;
 
 use crate::trainer::PolicySamples;
@@ -27,6 +27,10 @@ pub(crate) struct StepDrops {
     pub(crate) identical: u64,
     /// Sum of log π/ref of one completion of each of those, in nats.
     log_ratio: f64,
+    /// Number of pairs without a label that is trained on.
+    pub(crate) no_signal: u64,
+    /// The policy's own samples among those, as recorded.
+    no_signal_samples: PolicySamples,
     /// Number of prompts dropped for other reasons, whose log-ratios are unknown.
     unknown: u64,
 }
@@ -65,6 +69,13 @@ impl DroppedPrompts {
             self.since_step.unknown += 1;
         }
         self.count(reason, detail);
+    }
+
+    /// Keeps the policy samples of a pair that the learner is about to drop because none of its labels is trained on.
+    pub(crate) fn keep_samples(&mut self, pair: &Pair) {
+        let samples = PolicySamples::recorded(pair.completions.iter());
+        self.since_step.no_signal += 1;
+        self.since_step.no_signal_samples = self.since_step.no_signal_samples.and(samples);
     }
 
     fn count(&mut self, reason: DropReason, detail: &str) {
@@ -122,12 +133,14 @@ impl StepDrops {
         }
     }
 
-    /// Mean log π/ref over a step's policy samples and the dropped identical ones, `completions` per prompt. `None`
+    /// Mean log π/ref over a step's policy samples, those of pairs without signal, and the dropped identical ones,
+    /// `completions` per prompt. `None`
     /// if the step has no policy samples, or if prompts were dropped for other reasons, which would bias the mean.
     pub(crate) fn mean_log_ratio(&self, samples: PolicySamples, completions: usize) -> Option<f64> {
         if samples.count == 0 || self.unknown > 0 {
             return None;
         }
+        let samples = samples.and(self.no_signal_samples);
         let dropped = self.identical as f64 * completions as f64;
         let sum = samples.log_ratio + completions as f64 * self.log_ratio;
         Some(sum / (samples.count as f64 + dropped))
@@ -136,7 +149,7 @@ impl StepDrops {
 
 #[cfg(test)]
 mod tests {
-    use messages::{PromptId, Stage};
+    use messages::{Completion, Finish, PromptId, Stage};
 
     use super::*;
 
@@ -202,6 +215,33 @@ mod tests {
             dropped.count_pair(reason, "");
             assert_eq!(dropped.take_step().mean_log_ratio(samples, 2), mean);
         }
+    }
+
+    /// Two samples of the policy with log π/ref .5 and −1, and one of the mixture.
+    #[test]
+    fn samples_of_pairs_without_signal_are_part_of_the_mean() {
+        let completion = |mixture_coef, logp, ref_logp| Completion {
+            ids: vec![1],
+            finish: Finish::Length,
+            mixture_coef,
+            logp: vec![logp],
+            ref_logp: vec![ref_logp],
+            behaviour_logp: vec![logp],
+            text: String::new(),
+        };
+        let completions = [(0.0, -1.0, -1.5), (0.0, -3.0, -2.0), (0.5, -9.0, -1.0)];
+        let completions = completions.map(|(m, logp, ref_logp)| completion(m, logp, ref_logp));
+        let labelled = crate::trainer::batch::tests::labelled(completions.to_vec());
+        let mut dropped = DroppedPrompts::new();
+        dropped.keep_samples(&labelled.pair);
+        dropped.count_pair(DropReason::NoSignal, "");
+        let drops = dropped.take_step();
+        let samples = PolicySamples {
+            count: 4,
+            log_ratio: 2.0,
+        };
+        assert_eq!(drops.mean_log_ratio(samples, 2), Some(1.5 / 6.0));
+        assert_eq!(drops.no_signal, 1);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod apo_sampler;
 mod boundary_counts;
 mod checkpoint;
+mod curriculum;
 mod dropped_prompts;
 mod error;
 mod evaluation;
@@ -19,6 +20,7 @@ mod length_control;
 pub mod objective;
 mod pair_buffer;
 mod pair_file;
+mod pair_selection;
 mod pair_source;
 mod progress;
 mod progress_deadline;

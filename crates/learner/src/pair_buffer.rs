@@ -3,9 +3,11 @@
 use messages::{JudgeVersion, LabelledPair, PromptId};
 use transport::{Delivery, Receipt};
 
-/// Labelled pairs that wait for their step.
-#[derive(Default)]
+use crate::pair_selection::LabelSelection;
+
+/// Labelled pairs that wait for their step, with the labels that are trained on.
 pub(crate) struct PairBuffer {
+    selection: LabelSelection,
     pairs: Vec<BufferedPair>,
     judge: JudgeVersionTracker,
 }
@@ -34,6 +36,21 @@ impl From<Delivery<LabelledPair>> for BufferedPair {
 }
 
 impl PairBuffer {
+    /// An empty buffer of pairs with these labels.
+    pub(crate) fn new(selection: LabelSelection) -> Self {
+        Self {
+            selection,
+            pairs: Vec::new(),
+            judge: JudgeVersionTracker::default(),
+        }
+    }
+
+    /// Removes the labels of a pair that are not trained on. Returns whether any remains: if not, there is nothing to
+    /// buffer.
+    pub(crate) fn select(&self, labelled: &mut LabelledPair) -> bool {
+        self.selection.apply(labelled)
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.pairs.len()
     }

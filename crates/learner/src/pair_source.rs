@@ -21,6 +21,7 @@ use crate::{
     error::LearnerError,
     file_pairs::{FileBatch, FilePairs, FilePairsState, is_from_file},
     pair_buffer::{BufferedPair, PairBuffer},
+    pair_selection::LabelSelection,
     progress::SessionLineage,
     progress_deadline::ProgressDeadline,
     prompt_scheduler::{PromptScheduler, PromptSchedulerState, is_evaluation},
@@ -56,6 +57,8 @@ pub(crate) struct PairSourceParts {
     pub(crate) counters: StageCounters,
     pub(crate) waits: Waits,
     pub(crate) limits: BatchLimits,
+    /// Labels that are trained on.
+    pub(crate) selection: LabelSelection,
     /// Limits of received pairs and drop notes.
     pub(crate) message_limits: MessageLimits,
 }
@@ -123,7 +126,7 @@ impl PairSource {
             scheduler: parts.scheduler,
             labelled: parts.labelled,
             drops: parts.drops,
-            buffer: PairBuffer::default(),
+            buffer: PairBuffer::new(parts.selection),
             files: parts.files,
             dropped: DroppedPrompts::new(),
             progress: ProgressDeadline::start(Duration::ZERO),
@@ -390,8 +393,9 @@ impl PairSource {
 
     async fn receive(&mut self, delivery: Delivery<LabelledPair>) -> Arrival {
         self.counters.received(1);
-        let pair = BufferedPair::from(delivery);
-        if let Some(rejection) = self.rejection(&pair.labelled) {
+        let mut pair = BufferedPair::from(delivery);
+        let rejection = self.rejection(&pair.labelled);
+        if let Some(rejection) = rejection.or_else(|| self.select(&mut pair.labelled)) {
             self.drop_pair(pair, rejection).await;
             return Arrival::Handled;
         }
@@ -465,6 +469,24 @@ impl PairSource {
         }
     }
 
+    /// Removes the labels of an accepted training pair that are not trained on. Why the pair must be dropped if none
+    /// remains.
+    fn select(&mut self, labelled: &mut LabelledPair) -> Option<Rejection> {
+        // A pair from a file has one label, which was chosen to be trained on.
+        if labelled.pair.prompt.purpose != Purpose::Train {
+            return None;
+        }
+        self.scheduler.measure(labelled);
+        if self.buffer.select(labelled) {
+            return None;
+        }
+        self.dropped.keep_samples(&labelled.pair);
+        Some(Rejection {
+            reason: DropReason::NoSignal,
+            detail: "every |p - 1/2| is below learner.min_margin".into(),
+        })
+    }
+
     /// Marks a prompt as no longer outstanding; returns whether it was. An evaluation sends every prompt once, so that
     /// each that comes back is progress, with a verdict or without.
     fn mark_returned(&mut self, id: PromptId) -> bool {
@@ -493,7 +515,10 @@ impl PairSource {
             match self.files.as_mut().filter(|_| is_from_file(note.prompt)) {
                 Some(files) => files.forget(&note),
                 None => {
-                    self.mark_returned(note.prompt);
+                    let was_outstanding = self.mark_returned(note.prompt);
+                    if was_outstanding && note.reason == DropReason::Identical {
+                        self.scheduler.measure_identical(note.prompt);
+                    }
                 }
             }
             self.dropped.count_note(&note);
@@ -595,6 +620,7 @@ mod tests {
         Stage,
     };
     use model::DType;
+    use settings::PairSelection;
     use transport::{Sender, WeightStore};
 
     use super::*;
@@ -635,8 +661,20 @@ mod tests {
     /// Step after which weights were published last.
     const PUBLISHED: u64 = 3;
 
+    /// Every label is trained on.
+    const ALL: LabelSelection = LabelSelection {
+        kind: PairSelection::All,
+        min_margin: 0.0,
+        seed: Seed(1),
+    };
+
     impl Harness {
         fn new() -> Self {
+            Self::with(ALL, 2)
+        }
+
+        /// With pairs of this many completions.
+        fn with(selection: LabelSelection, completions: usize) -> Self {
             let (prompts_sender, prompts) = transport::stream("prompts", 64);
             let (labelled, labelled_receiver) = transport::stream("labelled pairs", 64);
             let (drops, drops_receiver) = transport::stream("dropped prompts", 64);
@@ -649,6 +687,7 @@ mod tests {
                 window: 4,
                 timeout: Duration::from_secs(60),
                 waits: waits.clone(),
+                curriculum: None,
             });
             let source = PairSource::new(PairSourceParts {
                 scheduler,
@@ -664,6 +703,7 @@ mod tests {
                     max_staleness: 9,
                     timeout_seconds: 10,
                 },
+                selection,
                 message_limits: MessageLimits {
                     vocabulary: 8,
                     prompt_tokens: 1,
@@ -671,7 +711,7 @@ mod tests {
                     completion_tokens: 1,
                     file_tokens: None,
                     completions: CompletionCounts {
-                        train: 2,
+                        train: completions,
                         evaluate: 2,
                         apo: 2,
                     },
@@ -807,6 +847,64 @@ mod tests {
         assert_eq!(harness.source.buffered(), [labelled(second)]);
         harness.receive(labelled(second)).await;
         assert_eq!(harness.dropped(DropReason::Duplicate), 1);
+    }
+
+    /// The pair of a prompt with three completions and these p.
+    fn labelled_three(prompt: &Prompt, p: [f32; 3]) -> LabelledPair {
+        let mut labelled = labelled(prompt);
+        let third = labelled.pair.completions[0].clone();
+        labelled.pair.completions.push(third);
+        let rows = [(0, 1), (0, 2), (1, 2)].into_iter().zip(p);
+        let labels = rows.map(|((first, second), p)| Label {
+            first,
+            second,
+            p: Probability::new(p).unwrap(),
+        });
+        labelled.labels = labels.collect();
+        labelled
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn labels_that_are_not_trained_on_are_not_buffered_and_a_pair_without_any_is_dropped() {
+        let selection = LabelSelection {
+            kind: PairSelection::BestWorst,
+            min_margin: 0.1,
+            ..ALL
+        };
+        let mut harness = Harness::with(selection, 3);
+        let version = WeightsVersion::at(PUBLISHED);
+        let refilled = harness.source.scheduler.refill(version, 0, 4).await;
+        refilled.expect("the stream has room");
+        let sent = harness.sent();
+        let started = tokio::time::Instant::now();
+        harness.source.restart_deadline();
+        harness
+            .receive(labelled_three(&sent[0], [0.9, 0.6, 0.3]))
+            .await;
+        // The best is 0, the worst 1.
+        let mut selected = labelled_three(&sent[0], [0.9, 0.6, 0.3]);
+        selected.labels.truncate(1);
+        assert_eq!(harness.source.buffered(), [selected.clone()]);
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        harness
+            .receive(labelled_three(&sent[1], [0.55, 0.5, 0.45]))
+            .await;
+        assert_eq!(harness.dropped(DropReason::NoSignal), 1);
+        assert_eq!(harness.source.buffered(), [selected]);
+        assert_eq!(
+            harness.source.scheduler.outstanding(),
+            2,
+            "its credit is back"
+        );
+        let refilled = harness.source.scheduler.refill(version, 1, 4).await;
+        refilled.expect("the stream has room");
+        assert_eq!(harness.sent().len(), 1, "another prompt takes its place");
+        assert_eq!(harness.source.finish_step(1).drops.no_signal, 1);
+        // A judge without an opinion is no progress.
+        let error = harness.next().await.err().expect("no progress");
+        let listed = "1 no_signal (the last: every |p - 1/2| is below learner.min_margin)";
+        assert!(error.to_string().contains(listed), "{error}");
+        assert_eq!(started.elapsed().as_secs(), 10);
     }
 
     #[tokio::test(start_paused = true)]

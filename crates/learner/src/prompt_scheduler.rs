@@ -6,13 +6,15 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use messages::{
-    Digest, InvalidMessage, Pacing, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
+    Digest, InvalidMessage, LabelledPair, Pacing, Prompt, PromptBatch, PromptId, Purpose, Seed,
+    WeightsVersion,
 };
 use serde::{Deserialize, Serialize};
 use telemetry::Waits;
 use transport::Sender;
 
 use crate::{
+    curriculum::{Curriculum, CurriculumState},
     error::LearnerError,
     progress_deadline::send_in_time,
     prompts::{PromptRow, PromptSet},
@@ -40,6 +42,9 @@ pub(crate) struct PromptSchedulerState {
     cursor: u64,
     /// Outstanding training prompts.
     outstanding: Vec<(PromptId, PromptBatch)>,
+    /// Signals and draws of the curriculum, if there is one.
+    #[serde(default)]
+    curriculum: CurriculumState,
 }
 
 /// Inputs of a [`PromptScheduler`].
@@ -54,6 +59,8 @@ pub(crate) struct PromptSchedulerParts {
     pub(crate) timeout: Duration,
     /// Registry of such waits.
     pub(crate) waits: Waits,
+    /// Curriculum of training prompts; `None`: their order is that of the set.
+    pub(crate) curriculum: Option<Curriculum>,
 }
 
 /// Sends prompts and tracks which are outstanding.
@@ -162,6 +169,7 @@ impl PromptScheduler {
         if credits == 0 || (self.pacing() == Pacing::Batched && outstanding > 0) {
             return Ok(());
         }
+        self.forget_rows();
         let first = PromptId(self.cursor);
         for index in 0..credits as u64 {
             let id = PromptId(first.0 + index);
@@ -191,8 +199,36 @@ impl PromptScheduler {
             purpose: Purpose::Train,
             seed: self.parts.seed.derive(id.0),
         };
-        let row = self.parts.set.train(id.0);
+        let index = match &mut self.parts.curriculum {
+            Some(curriculum) => curriculum.row(id),
+            None => id.0,
+        };
+        let row = self.parts.set.train(index);
         self.send(header, row, version).await
+    }
+
+    /// Tells the curriculum the labels of a training pair.
+    pub(crate) fn measure(&mut self, labelled: &LabelledPair) {
+        if let Some(curriculum) = &mut self.parts.curriculum {
+            curriculum.measure(labelled);
+        }
+    }
+
+    /// Tells the curriculum that a prompt's completions were identical.
+    pub(crate) fn measure_identical(&mut self, id: PromptId) {
+        if let Some(curriculum) = &mut self.parts.curriculum {
+            curriculum.record(id, 0.0);
+        }
+    }
+
+    /// Lets the curriculum forget the prompts of batches that have come back whole.
+    fn forget_rows(&mut self) {
+        let training = self.outstanding.range(..PromptId(APO_IDS));
+        let batches = training.map(|(_, sent)| sent.prompt_batch.first);
+        let first = batches.min().unwrap_or(PromptId(self.cursor));
+        if let Some(curriculum) = &mut self.parts.curriculum {
+            curriculum.forget_before(first);
+        }
     }
 
     async fn send(
@@ -291,6 +327,8 @@ impl PromptScheduler {
         PromptSchedulerState {
             cursor: self.cursor,
             outstanding: outstanding.collect(),
+            curriculum: (self.parts.curriculum.as_ref())
+                .map_or_else(CurriculumState::default, Curriculum::state),
         }
     }
 
@@ -307,6 +345,9 @@ impl PromptScheduler {
         mut remove: impl FnMut(PromptId),
     ) -> Result<(), LearnerError> {
         self.cursor = state.cursor;
+        if let Some(curriculum) = &mut self.parts.curriculum {
+            curriculum.restore(state.curriculum);
+        }
         let mut resent = BTreeMap::new();
         for (id, prompt_batch) in state.outstanding {
             let whole = prompt_batch.first.0..prompt_batch.first.0 + u64::from(prompt_batch.count);
@@ -361,6 +402,7 @@ mod tests {
             window: 6,
             timeout: Duration::from_secs(60),
             waits: Waits::new("learner"),
+            curriculum: None,
         });
         (scheduler, receiver)
     }
@@ -488,5 +530,35 @@ mod tests {
             .expect("open");
         assert_eq!(sent(&receiver), before);
         assert_eq!((removed, resumed.outstanding()), (vec![0, 1, 2], 3));
+    }
+
+    /// A batch that was drawn before one of its prompts was measured, and is sent again whole.
+    #[tokio::test]
+    async fn a_restored_scheduler_sends_the_rows_that_the_curriculum_had_drawn() {
+        let (mut scheduler, receiver) = scheduler(Pacing::Batched);
+        let curriculum = || Some(Curriculum::new(3, 0.01, Seed(1)));
+        scheduler.parts.curriculum = curriculum();
+        let version = WeightsVersion::REFERENCE;
+        scheduler.refill(version, 0, 3).await.expect("open");
+        let first: Vec<u32> = sent(&receiver).iter().map(|prompt| prompt.ids[0]).collect();
+        assert_eq!(first, [0, 1, 2]);
+        for id in 0..3 {
+            scheduler.mark_returned(PromptId(id));
+            scheduler.measure_identical(PromptId(id));
+        }
+        scheduler.refill(version, 0, 6).await.expect("open");
+        let drawn = sent(&receiver);
+        assert!(scheduler.mark_returned(PromptId(4)));
+        let mut labelled = crate::trainer::batch::tests::labelled(Vec::new());
+        labelled.pair.prompt = drawn[1].clone();
+        scheduler.measure(&labelled);
+        let state = scheduler.state();
+        let json = serde_json::to_string(&state).expect("it serialises");
+        let state: PromptSchedulerState = serde_json::from_str(&json).expect("it is what it was");
+        let (mut resumed, receiver) = self::scheduler(Pacing::Batched);
+        resumed.parts.curriculum = curriculum();
+        let restored = resumed.restore(state, version, |_| {});
+        restored.await.expect("open");
+        assert_eq!(sent(&receiver), drawn);
     }
 }

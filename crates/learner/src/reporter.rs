@@ -135,6 +135,9 @@ impl Reporter {
         let sampled = pairs.len() - count_from_files(pairs);
         let identical = self.identical_ratio(intake.drops.identical, sampled, step);
         measurements.set("completions/identical_ratio", identical);
+        let no_signal = intake.drops.no_signal as f64;
+        let judged = (no_signal + pairs.len() as f64).max(1.0);
+        measurements.set("completions/no_signal_ratio", no_signal / judged);
         measurements.merge(flow);
         self.journal
             .append(step, run.totals.wall_seconds, &measurements)?;

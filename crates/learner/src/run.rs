@@ -18,11 +18,13 @@ use transport::{Receiver, Sender, WeightStore};
 use crate::{
     apo_sampler::{ApoSampler, ApoSchedule},
     checkpoint::{self, Checkpoint, Checkpoints, RunSnapshot},
+    curriculum::Curriculum,
     error::LearnerError,
     evaluation::{Evaluation, EvaluationConditions},
     evaluator::{Evaluated, Evaluator},
     file_pairs::{BatchShare, FilePairs, FilePairsParts, Judging, PairFiles},
     input_record::InputRecord,
+    pair_selection::LabelSelection,
     pair_source::{BatchLimits, PairSource, PairSourceParts, TrainingBatch},
     progress::RunProgress,
     prompt_scheduler::{PromptScheduler, PromptSchedulerParts, PromptSchedulerState},
@@ -98,6 +100,9 @@ pub struct InitialPolicy {
 pub struct PromptPlan {
     /// Prompt set.
     pub set: Arc<dyn PromptSet>,
+    /// Floor of the curriculum by signal, `prompts.curriculum_floor`; `None` without a curriculum. Ignored for a set
+    /// without [`PromptSet::train_count`].
+    pub curriculum_floor: Option<f64>,
     /// Pacing of prompts.
     pub pacing: Pacing,
     /// Distribution of the completions.
@@ -114,6 +119,14 @@ pub struct FilePairsPlan {
     pub reference_logprobs: Option<ReferenceLogprobs>,
     /// Outgoing pairs, if the run's judge labels them.
     pub judge: Option<Sender<Pair>>,
+}
+
+impl PromptPlan {
+    /// The curriculum of a run with this seed, if there is one.
+    fn curriculum(&self, seed: Seed) -> Option<Curriculum> {
+        let count = self.set.train_count()? as u64;
+        Some(Curriculum::new(count, self.curriculum_floor?, seed))
+    }
 }
 
 /// Streams of a learner.
@@ -235,6 +248,7 @@ impl Learner {
         checkpoints.restore_counters(snapshot.stages);
         reporter.continue_from(snapshot.totals.step)?;
         let waits = Waits::new("learner");
+        let curriculum = parts.prompts.curriculum(parts.seed);
         let files = parts
             .pairs
             .map(|plan| plan.pairs(&settings, session, &waits));
@@ -247,6 +261,7 @@ impl Learner {
                 window: settings.prompt_window(),
                 timeout: Duration::from_secs(settings.batch_timeout_seconds),
                 waits: waits.clone(),
+                curriculum,
             }),
             labelled: streams.labelled,
             drops: streams.drops,
@@ -255,6 +270,7 @@ impl Learner {
             counters: parts.counters.own,
             waits,
             limits: BatchLimits::new(&settings),
+            selection: LabelSelection::new(&settings, parts.seed),
             message_limits: streams.limits,
         });
         source.restore_files(snapshot.files);

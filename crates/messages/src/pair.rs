@@ -71,7 +71,7 @@ pub struct Label {
 pub struct LabelledPair {
     /// The pair.
     pub pair: Pair,
-    /// One label for each pair of completions i < j, in lexicographic order.
+    /// One label for each pair of completions i < j, in lexicographic order; in the learner those that are trained on.
     pub labels: Vec<Label>,
     /// Name of the judge.
     pub judge: String,
@@ -114,6 +114,8 @@ pub enum DropReason {
     Invalid,
     /// The prompt, or the weights that sampled its completions, came from an abandoned session.
     Superseded,
+    /// No label of the pair is far enough from even odds.
+    NoSignal,
 }
 
 /// The note that returns a dropped prompt's credit to the learner.
@@ -170,6 +172,7 @@ impl DropReason {
             Self::Duplicate => "duplicate",
             Self::Invalid => "invalid",
             Self::Superseded => "superseded",
+            Self::NoSignal => "no_signal",
         }
     }
 }

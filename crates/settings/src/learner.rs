@@ -66,6 +66,14 @@ pub struct LearnerSettings {
     pub label_flip: f64,
     /// Label smoothing: the fraction of the distance to ½ that labels are moved.
     pub label_smoothing: f64,
+    /// Correction of pairs that the current policy did not sample.
+    pub off_policy: OffPolicy,
+    /// Bound c of the importance weights that `off_policy` uses.
+    pub max_ratio: f64,
+    /// Labels of a pair that are trained on.
+    pub pair_selection: PairSelection,
+    /// Least |p − ½| of a label that is trained on; 0: every label is.
+    pub min_margin: f64,
     /// Reduction of token log-probabilities to a completion's.
     pub logp_reduction: LogpReduction,
     /// Consecutive non-finite steps before the run rolls back to its last checkpoint.
@@ -150,6 +158,40 @@ pub enum LabelKind {
     Hard,
 }
 
+/// Correction of pairs that the current policy did not sample, by the importance weight w = Π π_now(y)/μ(y) over both
+/// completions of a label, with μ the distribution that they were sampled from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OffPolicy {
+    /// Every label counts as 1.
+    None,
+    /// A label counts as min(w, `max_ratio`).
+    Truncate,
+    /// A label counts as 1 if w is from 1/`max_ratio` to `max_ratio`, else as 0.
+    Mask,
+}
+
+impl OffPolicy {
+    /// Whether labels are weighted in a run, some of whose pairs have a recorded μ. Pairs from files have none and count
+    /// as 1, so that in a run on these alone nothing is corrected.
+    #[must_use]
+    pub fn corrects(self, has_recorded_pairs: bool) -> bool {
+        self != Self::None && has_recorded_pairs
+    }
+}
+
+/// Labels of a pair of more than two completions that are trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PairSelection {
+    /// Those of all two of its completions.
+    All,
+    /// That of the completions with the highest and the lowest mean preference over the others.
+    BestWorst,
+    /// One, drawn from the run's seed and the prompt's id.
+    Random,
+}
+
 /// Reduction of token log-probabilities to a completion's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -191,6 +233,7 @@ impl LearnerSettings {
 
     pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
         self.check_step(settings, checks);
+        self.check_pairs(checks);
         self.check_intervals(checks);
     }
 
@@ -221,6 +264,21 @@ impl LearnerSettings {
         );
         checks.ratio(self.label_smoothing, "learner.label_smoothing");
         checks.ratio_below_one(self.ema_decay, "learner.ema_decay");
+    }
+
+    fn check_pairs(&self, checks: &mut Checks) {
+        let ratio = self.max_ratio;
+        checks.require(
+            ratio > 1.0 && ratio.is_finite(),
+            "learner.max_ratio",
+            format!("{ratio} must be greater than 1, the importance weight of an on-policy pair"),
+        );
+        let margin = self.min_margin;
+        checks.require(
+            (0.0..=0.5).contains(&margin),
+            "learner.min_margin",
+            format!("{margin} must be from 0 to 0.5, the |p - 1/2| of a certain label: no label has more"),
+        );
     }
 
     fn check_intervals(&self, checks: &mut Checks) {
@@ -271,6 +329,14 @@ mod tests {
     }
 
     #[test]
+    fn only_recorded_pairs_are_corrected() {
+        for kind in [OffPolicy::Truncate, OffPolicy::Mask] {
+            assert!(kind.corrects(true) && !kind.corrects(false), "{kind:?}");
+        }
+        assert!(!OffPolicy::None.corrects(true));
+    }
+
+    #[test]
     fn contradictions_of_the_learner_are_reported() {
         assert_reported(&[
             (
@@ -284,6 +350,26 @@ mod tests {
             (
                 "[learner]\ngradient_checkpointing = true\n[model]\nlora_rank = 4",
                 "model.lora_rank = 0",
+            ),
+            (
+                "[learner]\nmax_ratio = 1",
+                "learner.max_ratio: 1 must be greater than 1",
+            ),
+            (
+                "[learner]\nmax_ratio = inf",
+                "learner.max_ratio: inf must be",
+            ),
+            (
+                "[learner]\nmin_margin = 0.6",
+                "learner.min_margin: 0.6 must be from 0 to 0.5",
+            ),
+            (
+                "[learner]\nmin_margin = nan",
+                "learner.min_margin: NaN must be",
+            ),
+            (
+                "[learner]\noff_policy = \"clip\"\npair_selection = \"best_worst\"",
+                "learner.pair_selection: ",
             ),
         ]);
     }

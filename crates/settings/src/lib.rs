@@ -47,14 +47,18 @@ pub use ganpo::GanpoSettings;
 pub use judge::{
     ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, RuleSettings,
 };
-pub use learner::{LabelKind, LearnerSettings, LogpReduction, MaxGradNorm};
+pub use learner::{
+    LabelKind, LearnerSettings, LogpReduction, MaxGradNorm, OffPolicy, PairSelection,
+};
 pub use model::{DtypeSetting, ModelSettings};
 pub use objective::{CLIPPED_SLOPES, IpoScale, ObjectiveSettings, RpoNll};
 pub use optimizer::{LrSchedulerType, OptimizerSettings};
 pub use pairs::{FilePairsSettings, PairLabel};
 pub use playground::PlaygroundSettings;
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
-pub use prompts::{DatasetPrompts, MixedFile, PlaygroundGolden, PromptsSettings, TooLong};
+pub use prompts::{
+    CurriculumSetting, DatasetPrompts, MixedFile, PlaygroundGolden, PromptsSettings, TooLong,
+};
 pub use reference::ReferenceSettings;
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::RunSettings;

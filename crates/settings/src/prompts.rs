@@ -59,6 +59,20 @@ pub struct DatasetPrompts {
     pub min_length: usize,
     /// Handling of prompts of more than `actor.max_prompt_length` tokens.
     pub too_long: TooLong,
+    /// How often a prompt is drawn after the first epoch.
+    pub curriculum: CurriculumSetting,
+    /// Weight of a prompt without signal, relative to the signal of certain labels.
+    pub curriculum_floor: f64,
+}
+
+/// How often a prompt is drawn after the first epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CurriculumSetting {
+    /// Once per epoch.
+    None,
+    /// In proportion to `curriculum_floor` plus the mean |2p − 1| of its last labels.
+    Signal,
 }
 
 /// One file of a mix.
@@ -110,6 +124,14 @@ impl DatasetPrompts {
             checks.positive(file.weight, "prompts.mix");
         }
         checks.require(
+            self.curriculum == CurriculumSetting::None || self.mix.len() < 2,
+            "prompts.curriculum",
+            "\"signal\" draws from one set of prompts, and prompts.mix has weights of its own: name prompts.path, or set \
+             it to \"none\"",
+        );
+        checks.positive(self.curriculum_floor, "prompts.curriculum_floor");
+        checks.ratio(self.curriculum_floor, "prompts.curriculum_floor");
+        checks.require(
             settings.model.path.is_some(),
             "model.path",
             "prompts.kind = \"dataset\" needs a model: name a Hugging Face folder, or hf:ORG/NAME",
@@ -152,5 +174,20 @@ mod tests {
     #[test]
     fn a_dataset_needs_a_model() {
         assert_reported(&[("[prompts]\nkind = \"dataset\"\npath = \"x\"", "model.path")]);
+    }
+
+    #[test]
+    fn contradictions_of_the_curriculum_are_reported() {
+        let of = |keys: &str| {
+            format!(
+                "[model]\npath = \"m\"\n[prompts]\nkind = \"dataset\"\ncurriculum = \"signal\"\n{keys}"
+            )
+        };
+        let mix = of("mix = [{ path = \"a\" }, { path = \"b\" }]");
+        let floor = of("path = \"a\"\ncurriculum_floor = 0");
+        assert_reported(&[
+            (&mix, "prompts.curriculum: \"signal\" draws from one set"),
+            (&floor, "prompts.curriculum_floor: 0 must be greater than 0"),
+        ]);
     }
 }

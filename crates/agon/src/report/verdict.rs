@@ -2,8 +2,9 @@
 
 use std::fmt::{self, Write as _};
 
-use learner::{Ending, Evaluation, EvaluationConditions, FurtherComparison, Interval, Summary};
+use learner::{Ending, Evaluation, EvaluationConditions, FurtherComparison, Summary};
 use settings::{PromptsSettings, Settings};
+use telemetry::Interval;
 
 /// Writes the result of the evaluation `last` of the run in `summary`.
 ///
@@ -218,7 +219,6 @@ mod tests {
     use std::path::PathBuf;
 
     use messages::Digest;
-    use telemetry::Interval;
 
     use super::*;
 

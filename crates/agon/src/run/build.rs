@@ -25,8 +25,8 @@ use crate::{
     run::{
         RunContext, RunStreams,
         role_settings::{
-            apo_schedule, completion_plan, identical_pairs, message_limits, pacing, sampling,
-            sampling_kind, steps, weights_dtype,
+            apo_schedule, completion_plan, curriculum_floor, identical_pairs, message_limits,
+            pacing, sampling, sampling_kind, steps, weights_dtype,
         },
     },
 };
@@ -224,6 +224,7 @@ impl RoleBuilder<'_> {
             },
             prompts: PromptPlan {
                 set: Arc::clone(&inputs.prompts),
+                curriculum_floor: curriculum_floor(settings),
                 pacing: pacing(settings),
                 sampling: sampling_kind(settings),
             },

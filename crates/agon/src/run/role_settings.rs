@@ -4,7 +4,9 @@ use actor::{CompletionPlan, IdenticalPairs};
 use learner::{ApoSchedule, Sampling, planned_steps};
 use messages::{CompletionCounts, MessageLimits, Pacing, WeightsVersion};
 use model::{DType, ModelConfig, Precision, SamplingSettings};
-use settings::{ObjectiveSettings, Settings, TransportSettings};
+use settings::{
+    CurriculumSetting, ObjectiveSettings, PromptsSettings, Settings, TransportSettings,
+};
 
 use crate::assembly::{self, RunInputs};
 
@@ -31,6 +33,17 @@ pub(super) fn pacing(settings: &Settings) -> Pacing {
         Pacing::Batched
     } else {
         Pacing::EachPrompt
+    }
+}
+
+/// Floor of the curriculum over the prompts, if there is one.
+pub(super) fn curriculum_floor(settings: &Settings) -> Option<f64> {
+    match &settings.prompts {
+        PromptsSettings::Dataset(dataset) => {
+            let is_on = dataset.curriculum == CurriculumSetting::Signal;
+            is_on.then_some(dataset.curriculum_floor)
+        }
+        PromptsSettings::Playground { .. } | PromptsSettings::Bandit {} => None,
     }
 }
 

@@ -68,7 +68,7 @@ impl RunStreams {
         };
         // Pairs from files are with the judge for two steps at once.
         let from_files = match settings.pairs.label {
-            PairLabel::Judge if settings.pairs.is_used() => 2 * batch,
+            PairLabel::Judge if settings.pairs.is_used() => 2 * settings.learner.train_batch_size,
             PairLabel::Judge | PairLabel::File => 0,
         };
         let capacity = 2 * (window + EVALUATION_WINDOW + round + from_files);

@@ -6,12 +6,13 @@
 
 use candle_core::Result;
 use messages::Seed;
-use settings::IpoScale;
+use settings::{IpoScale, OffPolicy};
 
 use crate::objective::bandit::{
     ActionPair, close, loss_and_gradient, random_preferences, uniforms,
 };
 use crate::objective::{Dpo, Ipo, NashMdPg, Objective, Slic};
+use crate::trainer::off_policy::Correction;
 
 /// A preference model over actions and the reference policy.
 struct Bandit {
@@ -88,11 +89,42 @@ impl Bandit {
         rows
     }
 
+    /// All pairs of actions with their probabilities under a fixed `behaviour`, times what each counts as at `theta`.
+    fn off_policy_rows(
+        &self,
+        theta: &[f64],
+        behaviour: &[f64],
+        correction: &Correction,
+    ) -> Vec<ActionPair> {
+        let policy = softmax(theta);
+        let log_ratio = |action: u32| {
+            let action = action as usize;
+            (policy[action] / behaviour[action]).ln()
+        };
+        let fixed: Vec<f64> = behaviour.iter().map(|p| p.ln()).collect();
+        let mut rows = self.rows(&fixed, Samples::Both(0.0));
+        for row in &mut rows {
+            let log_weight = log_ratio(row.first) + log_ratio(row.second);
+            row.weight *= correction.factor(Some(log_weight));
+        }
+        rows
+    }
+
     /// Logits to which gradient descent from the reference converges.
     fn converge(&self, objective: &dyn Objective, samples: Samples, rate: f64) -> Result<Vec<f64>> {
+        self.descend(objective, rate, |theta| self.rows(theta, samples))
+    }
+
+    /// Logits to which gradient descent from the reference on these rows converges.
+    fn descend(
+        &self,
+        objective: &dyn Objective,
+        rate: f64,
+        rows: impl Fn(&[f64]) -> Vec<ActionPair>,
+    ) -> Result<Vec<f64>> {
         let mut theta: Vec<f64> = self.reference.iter().map(|r| r.ln()).collect();
         for _ in 0..5000 {
-            let rows = self.rows(&theta, samples);
+            let rows = rows(&theta);
             let (_, gradient) = loss_and_gradient(objective, &theta, &self.reference, &rows, None)?;
             theta
                 .iter_mut()
@@ -103,7 +135,7 @@ impl Bandit {
             }
         }
         panic!(
-            "{} with {samples:?} does not converge: {:?}",
+            "{} does not converge: {:?}",
             objective.name(),
             softmax(&theta)
         );
@@ -111,7 +143,11 @@ impl Bandit {
 
     /// Distance of `theta` from `π ∝ ref·exp(p(y ≻ mixture)/τ)`: the largest difference in log π.
     fn residual(&self, theta: &[f64], tau: f64, mixture_coef: f64) -> f64 {
-        let opponent = self.mixture(theta, mixture_coef);
+        self.residual_against(&self.mixture(theta, mixture_coef), theta, tau)
+    }
+
+    /// Distance of `theta` from `π ∝ ref·exp(p(y ≻ opponent)/τ)`.
+    fn residual_against(&self, opponent: &[f64], theta: &[f64], tau: f64) -> f64 {
         let answer = self
             .beats
             .iter()
@@ -119,7 +155,7 @@ impl Bandit {
             .map(|(beats, reference)| {
                 let wins: f64 = beats
                     .iter()
-                    .zip(&opponent)
+                    .zip(opponent)
                     .map(|(p, weight)| p * weight)
                     .sum();
                 reference.ln() + wins / tau
@@ -213,6 +249,102 @@ fn online_dpo_converges_elsewhere() -> Result<()> {
     let theta = bandit.converge(&Dpo { beta: 0.5 }, Samples::Both(0.0), 10.0)?;
     close(&softmax(&theta), &[0.541511, 0.195309, 0.263181], 1e-6);
     assert!(bandit.residual(&theta, 0.5, 0.0) > 0.1);
+    Ok(())
+}
+
+/// A bound that no weight of these games reaches.
+const TRUNCATED: Correction = Correction {
+    kind: OffPolicy::Truncate,
+    max_ratio: 1e6,
+};
+const UNCORRECTED: Correction = Correction {
+    kind: OffPolicy::None,
+    max_ratio: 1e6,
+};
+
+#[test]
+fn the_expected_gradient_of_weighted_off_policy_pairs_is_the_on_policy_one() -> Result<()> {
+    let bandit = Bandit::cycle();
+    let (theta, behaviour) = ([0.3, -0.2, 0.1], [0.2, 0.3, 0.5]);
+    let gradient = |correction: &Correction| {
+        let rows = bandit.off_policy_rows(&theta, &behaviour, correction);
+        let found = loss_and_gradient(&ipo(0.5), &theta, &bandit.reference, &rows, None);
+        found.map(|(_, gradient)| gradient)
+    };
+    let on_policy = [-0.4280536, -0.2564531, 0.6845067];
+    close(&gradient(&TRUNCATED)?, &on_policy, 1e-7);
+    // Outside the bounds of masks and truncations it is not, nor without weights.
+    let masked = Correction {
+        kind: OffPolicy::Mask,
+        max_ratio: 1e6,
+    };
+    assert_eq!(gradient(&masked)?, gradient(&UNCORRECTED)?);
+    for correction in [
+        UNCORRECTED,
+        Correction {
+            max_ratio: 1.1,
+            ..TRUNCATED
+        },
+        Correction {
+            max_ratio: 2.0,
+            ..masked
+        },
+    ] {
+        let biased = gradient(&correction)?;
+        assert!(
+            (biased[0] - on_policy[0]).abs() > 0.01,
+            "{correction:?} {biased:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Policy-gradient and regression objectives alike; the policy's own pairs would give the same.
+#[test]
+fn weighted_pairs_of_any_behaviour_lead_to_the_on_policy_fixed_point() -> Result<()> {
+    let bandit = Bandit::cycle();
+    let behaviour = [0.2, 0.3, 0.5];
+    for (tau, m, policy, _) in TABLE {
+        if m > 0.0 {
+            continue;
+        }
+        let rows = |theta: &[f64]| bandit.off_policy_rows(theta, &behaviour, &TRUNCATED);
+        let theta = bandit.descend(&ipo(tau), 0.3, rows)?;
+        close(&softmax(&theta), &policy, 1e-6);
+        let theta = bandit.descend(&NashMdPg { tau }, 1.0 / tau, rows)?;
+        close(&softmax(&theta), &policy, 1e-6);
+    }
+    let rows = |theta: &[f64]| bandit.off_policy_rows(theta, &behaviour, &TRUNCATED);
+    let theta = bandit.descend(&Dpo { beta: 0.5 }, 10.0, rows)?;
+    close(&softmax(&theta), &[0.541511, 0.195309, 0.263181], 1e-6);
+    for (arms, seed) in [(4, 1), (5, 3)] {
+        let bandit = Bandit::random(arms, Seed(seed));
+        let behaviour = Bandit::random(arms, Seed(seed + 10)).reference;
+        let rows = |theta: &[f64]| bandit.off_policy_rows(theta, &behaviour, &TRUNCATED);
+        let theta = bandit.descend(&ipo(0.3), 0.3, rows)?;
+        let residual = bandit.residual(&theta, 0.3, 0.0);
+        assert!(residual < 1e-6, "{arms} arms: {residual:e}");
+    }
+    Ok(())
+}
+
+/// Without weights, IPO regresses on `p(y ≻ μ)/τ`: the weights of least squares are a product.
+#[test]
+fn pairs_of_another_behaviour_lead_elsewhere_without_weights() -> Result<()> {
+    for (bandit, behaviour) in [
+        (Bandit::cycle(), vec![0.2, 0.3, 0.5]),
+        (
+            Bandit::random(4, Seed(1)),
+            Bandit::random(4, Seed(11)).reference,
+        ),
+    ] {
+        let rows = |theta: &[f64]| bandit.off_policy_rows(theta, &behaviour, &UNCORRECTED);
+        let theta = bandit.descend(&ipo(0.3), 0.3, rows)?;
+        let residual = bandit.residual_against(&behaviour, &theta, 0.3);
+        assert!(residual < 1e-6, "{residual:e}");
+        let on_policy = bandit.residual(&theta, 0.3, 0.0);
+        assert!(on_policy > 0.05, "{on_policy}");
+    }
     Ok(())
 }
 

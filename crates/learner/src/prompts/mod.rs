@@ -35,6 +35,11 @@ pub trait PromptSet: Send + Sync {
     /// Number of distinct held-out prompts, at indices `0..count`; after those they repeat. `None` if every index is an
     /// independent draw.
     fn held_out_count(&self) -> Option<usize>;
+    /// Number of distinct training prompts, of which indices `0..count` have each once. `None` if there is no such number:
+    /// every index is an independent draw, or prompts are mixed by weight.
+    fn train_count(&self) -> Option<usize> {
+        None
+    }
     /// Digests by name of everything that the set can return; none if the settings alone determine it.
     fn digests(&self) -> Vec<(&'static str, Digest)> {
         Vec::new()
@@ -233,6 +238,13 @@ impl PromptSet for PromptFiles {
 
     fn held_out_count(&self) -> Option<usize> {
         Some(self.held_out.len())
+    }
+
+    fn train_count(&self) -> Option<usize> {
+        match &self.files[..] {
+            [rows] => Some(rows.len()),
+            _ => None,
+        }
     }
 
     fn digests(&self) -> Vec<(&'static str, Digest)> {
@@ -545,6 +557,8 @@ mod tests {
             deduplicate: false,
             min_length: 0,
             too_long: TooLong::Refuse,
+            curriculum: settings::CurriculumSetting::None,
+            curriculum_floor: 0.1,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Batches: labelled pairs split into passes, and the sequences and label rows of a pass.
 
-use messages::{LabelledPair, Purpose};
+use messages::{Completion, LabelledPair, Purpose};
 use model::Sequence;
 
 use crate::{error::LearnerError, file_pairs::label_id, objective::Labelling};
@@ -39,20 +39,44 @@ impl BatchSplit {
     }
 }
 
-/// Number of tokens of a prompt, its completions and its golden answer.
+/// Number of tokens of a prompt, its compared completions and its golden answer.
 fn tokens(labelled: &LabelledPair) -> usize {
     let pair = &labelled.pair;
-    let completions = pair.completions.iter().map(|c| c.ids.len());
+    let completions = compared(labelled).map(|(_, c)| c.ids.len());
     let golden = pair.prompt.golden.as_ref().map_or(0, Vec::len);
     pair.prompt.ids.len() + completions.sum::<usize>() + golden
 }
 
-/// Pairs of one pass as sequences and label rows: all completions, pair by pair, then the golden answers.
+/// The completions of a pair that any of its labels compares, with their indices. The others are not scored.
+pub(crate) fn compared(labelled: &LabelledPair) -> impl Iterator<Item = (u16, &Completion)> {
+    let labels = &labelled.labels;
+    let is_compared = |index: u16| labels.iter().any(|l| l.first == index || l.second == index);
+    let completions = (0..).zip(&labelled.pair.completions);
+    completions.filter(move |&(index, _)| is_compared(index))
+}
+
+/// The completions of a pair that none of its labels compares.
+pub(crate) fn not_compared(labelled: &LabelledPair) -> impl Iterator<Item = &Completion> {
+    let mut compared = compared(labelled).map(|(index, _)| index).peekable();
+    let completions = (0..).zip(&labelled.pair.completions);
+    completions
+        .filter(move |&(index, _)| compared.next_if_eq(&index).is_none())
+        .map(|(_, completion)| completion)
+}
+
+/// A completion of a pass, with its prompt's tokens.
+struct ScoredCompletion<'a> {
+    prompt: &'a [u32],
+    completion: &'a Completion,
+}
+
+/// Pairs of one pass as sequences and label rows: all compared completions, pair by pair, then the golden answers.
 pub(crate) struct MicroBatch<'a> {
     pairs: &'a [LabelledPair],
-    /// Token counts of the completions.
+    scored: Vec<ScoredCompletion<'a>>,
+    /// Token counts of the compared completions.
     pub(crate) lengths: Vec<usize>,
-    /// Index of the first completion of every label row, among all completions.
+    /// Index of the first completion of every label row, among all compared completions.
     pub(crate) first: Vec<u32>,
     /// Index of the second completion of every label row.
     pub(crate) second: Vec<u32>,
@@ -66,6 +90,7 @@ impl<'a> MicroBatch<'a> {
     pub(crate) fn new(pairs: &'a [LabelledPair], labelling: &Labelling) -> Self {
         let mut batch = Self {
             pairs,
+            scored: Vec::new(),
             lengths: Vec::new(),
             first: Vec::new(),
             second: Vec::new(),
@@ -73,32 +98,34 @@ impl<'a> MicroBatch<'a> {
             pair_weight: Vec::new(),
         };
         for labelled in pairs {
-            let base = batch.lengths.len() as u32;
-            batch
-                .lengths
-                .extend(labelled.pair.completions.iter().map(|c| c.ids.len()));
+            let base = batch.lengths.len();
+            let mut positions = vec![0; labelled.pair.completions.len()];
+            for (position, (index, completion)) in (base as u32..).zip(compared(labelled)) {
+                positions[usize::from(index)] = position;
+                batch.lengths.push(completion.ids.len());
+                batch.scored.push(ScoredCompletion {
+                    prompt: &labelled.pair.prompt.ids,
+                    completion,
+                });
+            }
             for row in &labelled.labels {
-                batch.first.push(base + u32::from(row.first));
-                batch.second.push(base + u32::from(row.second));
-                batch
-                    .p
-                    .push(labelling.label(label_id(labelled.pair.id()), row) as f32);
+                batch.first.push(positions[usize::from(row.first)]);
+                batch.second.push(positions[usize::from(row.second)]);
+                let p = labelling.label(label_id(labelled.pair.id()), row);
+                batch.p.push(p as f32);
                 batch.pair_weight.push(1.0 / labelled.labels.len() as f32);
             }
         }
         batch
     }
 
-    /// Sequences of all completions.
+    /// Sequences of all compared completions.
     pub(crate) fn completions(&self) -> Vec<Sequence<'a>> {
-        let of = |labelled: &'a LabelledPair| {
-            let prompt = labelled.pair.prompt.ids.as_slice();
-            labelled.pair.completions.iter().map(move |c| Sequence {
-                prompt,
-                completion: &c.ids,
-            })
+        let of = |scored: &ScoredCompletion<'a>| Sequence {
+            prompt: scored.prompt,
+            completion: &scored.completion.ids,
         };
-        self.pairs.iter().flat_map(of).collect()
+        self.scored.iter().map(of).collect()
     }
 
     /// The pairs.
@@ -145,8 +172,7 @@ impl<'a> MicroBatch<'a> {
     pub(crate) fn recorded_ref_logp(&self, since: u64) -> Vec<f32> {
         let of = |labelled: &LabelledPair| {
             let is_current = labelled.pair.version.step >= since;
-            let completions = labelled.pair.completions.iter();
-            let tokens = completions.flat_map(|c| c.ref_logp.clone());
+            let tokens = compared(labelled).flat_map(|(_, c)| c.ref_logp.clone());
             let current = tokens.map(move |logp| if is_current { logp } else { f32::NAN });
             current.collect::<Vec<_>>()
         };
@@ -155,28 +181,23 @@ impl<'a> MicroBatch<'a> {
 
     /// Whether each completion was sampled from the policy alone.
     pub(crate) fn is_of_policy(&self) -> impl Iterator<Item = bool> {
-        let completions = self
-            .pairs
-            .iter()
-            .flat_map(|labelled| &labelled.pair.completions);
-        completions.map(|c| c.is_recorded() && c.mixture_coef == 0.0)
+        self.scored()
+            .map(|c| c.is_recorded() && c.mixture_coef == 0.0)
     }
 
-    /// Whether log-probabilities were recorded of each completion.
+    /// Whether log-probabilities were recorded of each compared completion.
     pub(crate) fn is_recorded(&self) -> impl Iterator<Item = bool> {
-        let completions = self
-            .pairs
-            .iter()
-            .flat_map(|labelled| &labelled.pair.completions);
-        completions.map(messages::Completion::is_recorded)
+        self.scored().map(Completion::is_recorded)
     }
 
-    fn collect(&self, of: impl Fn(&messages::Completion) -> &Vec<f32>) -> Vec<f32> {
-        let completions = self
-            .pairs
-            .iter()
-            .flat_map(|labelled| &labelled.pair.completions);
-        completions.flat_map(|c| of(c).iter().copied()).collect()
+    /// All compared completions, in order.
+    pub(crate) fn scored(&self) -> impl Iterator<Item = &'a Completion> {
+        self.scored.iter().map(|scored| scored.completion)
+    }
+
+    fn collect(&self, of: impl Fn(&Completion) -> &Vec<f32>) -> Vec<f32> {
+        let tokens = self.scored().flat_map(|c| of(c).iter().copied());
+        tokens.collect()
     }
 }
 
@@ -198,6 +219,7 @@ impl MicroBatch<'static> {
         let rows = p.len() as u32;
         Self {
             pairs: &[],
+            scored: Vec::new(),
             lengths: lengths.to_vec(),
             first: (0..rows).map(|row| 2 * row).collect(),
             second: (0..rows).map(|row| 2 * row + 1).collect(),
@@ -210,8 +232,8 @@ impl MicroBatch<'static> {
 #[cfg(test)]
 pub(crate) mod tests {
     use messages::{
-        Completion, Finish, JudgeVersion, Pair, Prompt, PromptBatch, PromptId, Purpose, Seed,
-        WeightsVersion,
+        Finish, JudgeVersion, Label, Pair, Probability, Prompt, PromptBatch, PromptId, Purpose,
+        Seed, WeightsVersion,
     };
 
     use super::*;
@@ -228,6 +250,7 @@ pub(crate) mod tests {
             text: String::new(),
         };
         let mut labelled = labelled(vec![completion.clone(), completion]);
+        labelled.labels = vec![label(0, 1)];
         labelled.pair.prompt.id = PromptId(length as u64);
         labelled
     }
@@ -259,6 +282,41 @@ pub(crate) mod tests {
             scores: None,
             gold: None,
         }
+    }
+
+    fn label(first: u16, second: u16) -> Label {
+        let p = Probability::new(0.75).unwrap();
+        Label { first, second, p }
+    }
+
+    /// Completions of 1, 2, 3, 4 tokens, of which the last and the second are compared.
+    #[test]
+    fn completions_that_no_label_compares_are_not_scored() {
+        let mut selected = of_length(1);
+        let completions = [1, 2, 3, 4].map(|length| of_length(length).pair.completions[0].clone());
+        selected.pair.completions = completions.to_vec();
+        selected.labels = vec![label(1, 3)];
+        let pairs = [of_length(7), selected, of_length(5)];
+        let labelling = Labelling {
+            kind: settings::LabelKind::Soft,
+            flip: 0.0,
+            smoothing: 0.0,
+            seed: Seed(0),
+        };
+        let batch = MicroBatch::new(&pairs, &labelling);
+        assert_eq!(batch.lengths, [7, 7, 2, 4, 5, 5]);
+        assert_eq!(
+            (&batch.first[..], &batch.second[..]),
+            (&[0, 2, 4][..], &[1, 3, 5][..])
+        );
+        assert_eq!(batch.pair_weight, [1.0; 3]);
+        let lengths = batch.completions().into_iter().map(|s| s.completion.len());
+        assert_eq!(lengths.collect::<Vec<_>>(), batch.lengths);
+        assert_eq!(batch.recorded_logp().len(), 30);
+        assert_eq!(tokens(&pairs[1]), 1 + 2 + 4);
+        let rest: Vec<_> = not_compared(&pairs[1]).map(|c| c.ids.len()).collect();
+        assert_eq!(rest, [1, 3]);
+        assert_eq!(not_compared(&pairs[0]).count(), 0);
     }
 
     #[test]

@@ -1,10 +1,16 @@
 //! Metrics of a step, from sums over its passes.
 
-use messages::LabelledPair;
+use messages::{Completion, LabelledPair};
 use model::Tensor;
 use telemetry::Measurements;
 
-use crate::{error::LearnerError, trainer::batch::MicroBatch};
+use crate::{
+    error::LearnerError,
+    trainer::{
+        batch::{MicroBatch, not_compared},
+        off_policy::Correction,
+    },
+};
 
 /// Sums over the passes of a step, and values of its tokens and completions.
 #[derive(Default)]
@@ -14,7 +20,7 @@ pub(crate) struct StepSums {
     /// Loss of the objective alone.
     objective: f64,
     tokens: TokenValues,
-    /// log π of every completion.
+    /// log π of every compared completion.
     logp: Vec<f64>,
     /// log ref of every completion.
     ref_logp: Vec<f64>,
@@ -25,6 +31,8 @@ pub(crate) struct StepSums {
     labels: Vec<LabelRow>,
     /// First step of the weights that were published with the current reference.
     recorded_since: u64,
+    /// log of the labels' importance weights, where there is one.
+    log_weights: Vec<f64>,
 }
 
 /// Values of every response token; those of the log-probabilities only where the actors recorded theirs.
@@ -63,6 +71,8 @@ pub(crate) struct PassOutput<'a> {
     pub(crate) entropy: &'a Tensor,
     /// Contribution of the pass to the batch's mean loss.
     pub(crate) loss: &'a Tensor,
+    /// log of the importance weight of every label.
+    pub(crate) log_weights: &'a [Option<f64>],
 }
 
 /// Completions of a step that were sampled from the policy alone (`mixture_coef` 0).
@@ -72,6 +82,30 @@ pub struct PolicySamples {
     pub count: usize,
     /// Sum of their log π/ref, in nats.
     pub log_ratio: f64,
+}
+
+impl PolicySamples {
+    /// Those among `completions`, with log π/ref as their actors recorded it; without those that have no record.
+    pub(crate) fn recorded<'a>(completions: impl Iterator<Item = &'a Completion>) -> Self {
+        let is_sample = |c: &&Completion| c.mixture_coef == 0.0 && c.logp.len() == c.ids.len();
+        completions
+            .filter(is_sample)
+            .fold(Self::default(), |sum, completion| {
+                sum.and(Self {
+                    count: 1,
+                    log_ratio: f64::from(completion.log_ratio()),
+                })
+            })
+    }
+
+    /// Both together.
+    #[must_use]
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            count: self.count + other.count,
+            log_ratio: self.log_ratio + other.log_ratio,
+        }
+    }
 }
 
 impl StepSums {
@@ -120,6 +154,7 @@ impl StepSums {
                 .filter(|(_, recorded)| **recorded)
                 .for_each(|(part, _)| kept.extend(part));
         }
+        self.log_weights.extend(pass.log_weights.iter().flatten());
         self.objective += f64::from(pass.loss.to_scalar::<f32>()?);
         Ok(())
     }
@@ -168,7 +203,7 @@ impl StepSums {
         );
     }
 
-    /// Log-ratios, entropy and lengths of the completions.
+    /// Log-ratios and entropy of the compared completions, lengths of all.
     pub(crate) fn completions(&self, pairs: &[LabelledPair], m: &mut Measurements) {
         let count = self.lengths.len().max(1) as f64;
         let log_ratio: f64 = self.log_ratios().sum();
@@ -178,20 +213,22 @@ impl StepSums {
             "objective/entropy",
             entropy / self.tokens.entropy.len().max(1) as f64,
         );
+        let completions = || pairs.iter().flat_map(|labelled| &labelled.pair.completions);
+        let lengths = || completions().map(|c| c.ids.len());
+        let count = completions().count().max(1) as f64;
         m.set(
             "completions/mean_length",
-            self.lengths.iter().sum::<usize>() as f64 / count,
+            lengths().sum::<usize>() as f64 / count,
         );
         m.set(
             "completions/min_length",
-            self.lengths.iter().min().map_or(0.0, |&l| l as f64),
+            lengths().min().map_or(0.0, |l| l as f64),
         );
         m.set(
             "completions/max_length",
-            self.lengths.iter().max().map_or(0.0, |&l| l as f64),
+            lengths().max().map_or(0.0, |l| l as f64),
         );
-        let completions = pairs.iter().flat_map(|labelled| &labelled.pair.completions);
-        let clipped = completions
+        let clipped = completions()
             .filter(|c| c.finish == messages::Finish::Length)
             .count() as f64;
         m.set("completions/clipped_ratio", clipped / count);
@@ -204,16 +241,23 @@ impl StepSums {
         both.map(|(logp, ref_logp)| logp - ref_logp)
     }
 
-    /// Completions that were sampled from the policy alone.
-    pub(crate) fn policy_samples(&self) -> PolicySamples {
+    /// Completions that were sampled from the policy alone: those that were scored, and as recorded those of `pairs`
+    /// that no label compares. Which completions are compared depends on their labels, and so may their log-ratios.
+    pub(crate) fn policy_samples(&self, pairs: &[LabelledPair]) -> PolicySamples {
         let all = self.log_ratios().zip(&self.is_of_policy);
         let of_policy = all.filter(|(_, of_policy)| **of_policy);
-        of_policy.fold(PolicySamples::default(), |sum, (log_ratio, _)| {
-            PolicySamples {
-                count: sum.count + 1,
-                log_ratio: sum.log_ratio + log_ratio,
-            }
-        })
+        let scored = of_policy.fold(PolicySamples::default(), |sum, (log_ratio, _)| {
+            sum.and(PolicySamples {
+                count: 1,
+                log_ratio,
+            })
+        });
+        scored.and(PolicySamples::recorded(pairs.iter().flat_map(not_compared)))
+    }
+
+    /// What the labels' importance weights are, whether or not they enter the loss.
+    pub(crate) fn off_policy(&self, correction: &Correction, m: &mut Measurements) {
+        correction.metrics(&self.log_weights, m);
     }
 
     /// Mismatch between the learner's policy and the one that sampled the completions, as its actor recorded it: what
@@ -269,7 +313,10 @@ pub(crate) fn judge_scores(pairs: &[LabelledPair], m: &mut Measurements) {
 }
 
 /// Consecutive parts of a list with these lengths.
-fn split_by_lengths<'a, T>(all: &'a [T], lengths: &'a [usize]) -> impl Iterator<Item = &'a [T]> {
+pub(super) fn split_by_lengths<'a, T>(
+    all: &'a [T],
+    lengths: &'a [usize],
+) -> impl Iterator<Item = &'a [T]> {
     let mut rest = all;
     lengths.iter().map(move |&length| {
         let (part, after) = rest.split_at(length);
@@ -300,7 +347,7 @@ fn differences(a: &[f32], b: &[f32]) -> Vec<f64> {
 
 /// (Σw)² / (n·Σw²): effective sample size of importance weights w as a share of their number n (Kong 1992), from their
 /// logarithms.
-fn effective_share(log_weights: &[f64]) -> f64 {
+pub(super) fn effective_share(log_weights: &[f64]) -> f64 {
     // A common factor cancels; dividing by the largest keeps the weights finite.
     let most = log_weights.iter().copied().fold(f64::MIN, f64::max);
     let weights: Vec<f64> = log_weights.iter().map(|w| (w - most).exp()).collect();
@@ -388,7 +435,7 @@ mod tests {
     fn policy_samples_exclude_those_of_the_mixture() {
         let mut sums = sampled([0.5, 0.3, 0.2], [0.2, 0.3, 0.5]);
         let kl = 0.3 * 2.5f64.ln();
-        let samples = sums.policy_samples();
+        let samples = sums.policy_samples(&[]);
         assert_eq!(samples.count, 100);
         assert!((samples.log_ratio / 100.0 - kl).abs() < 1e-6);
         let mut m = Measurements::new();
@@ -396,7 +443,7 @@ mod tests {
         close(&m, "objective/log_ratio", kl);
         // Every other one is from the mixture.
         sums.is_of_policy = (0..100).map(|i| i % 2 == 0).collect();
-        let samples = sums.policy_samples();
+        let samples = sums.policy_samples(&[]);
         assert_eq!(samples.count, 50);
         assert!((samples.log_ratio / 50.0 - kl).abs() < 1e-6);
     }

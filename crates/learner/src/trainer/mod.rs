@@ -7,10 +7,10 @@ use std::{path::Path, sync::Arc, time::Instant};
 
 use messages::{LabelledPair, Pair, Seed};
 use model::{
-    AdamWSettings, DType, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule,
-    Sequence, Tensor, TokenLogprobs,
+    AdamWSettings, DType, Gradients, LanguageModel, MixtureInputs, ModelError, ModelFolder,
+    Optimizer, Schedule, Sequence, Tensor, TokenLogprobs,
 };
-use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, ReferenceSettings, RpoNll};
+use settings::{LearnerSettings, OffPolicy, ReferenceSettings};
 use telemetry::Measurements;
 
 pub use crate::trainer::{metrics::PolicySamples, reference_logprobs::ReferenceLogprobs};
@@ -18,15 +18,14 @@ use crate::{
     error::LearnerError,
     file_pairs::{index_of, is_from_file},
     ganpo::regulariser::{GanpoRegulariser, GanpoStep, pass_features},
-    objective::{
-        Baseline, Batch, Dpo, Ipo, Labelling, NashMdPg, Objective, Rpo, RpoBaseline, Slic,
-        reduction,
-    },
+    objective::{Baseline, Batch, Labelling, reduction},
     run_scale::StepLimits,
     trainer::{
         batch::{BatchSplit, MicroBatch},
         followers::{Followers, Publication},
         metrics::{PassOutput, StepSums},
+        off_policy::{MixedTokens, TargetLogprobs},
+        pair_loss::PairLoss,
         reference_logprobs::ReferenceCache,
     },
 };
@@ -34,6 +33,8 @@ use crate::{
 pub(crate) mod batch;
 pub(crate) mod followers;
 mod metrics;
+pub(crate) mod off_policy;
+mod pair_loss;
 mod reference_logprobs;
 pub(crate) mod thread;
 
@@ -47,11 +48,8 @@ pub struct Trainer {
     /// Its reference and its moving average.
     followers: Followers,
     optimizer: Optimizer,
-    objective: Box<dyn Objective>,
-    /// τ or β: the factor from log-ratios to rewards.
-    temperature: f64,
+    loss: PairLoss,
     labelling: Labelling,
-    reduction: LogpReduction,
     schedule: Schedule,
     split: BatchSplit,
     dropout: Seed,
@@ -110,22 +108,19 @@ impl Trainer {
         let followers = Followers::new(policy, precision, settings.ema_decay)?;
         let model = model.with_checkpointing(settings.gradient_checkpointing);
         let adamw = AdamWSettings::from(&settings.optimizer());
-        let (objective, temperature) = objective(&settings.objective);
         let ganpo = GanpoRegulariser::new(settings, policy, adamw, seed)?;
         Ok(Self {
             folder,
             model,
             followers,
             optimizer: Optimizer::new(vars, adamw)?,
-            objective,
-            temperature,
+            loss: PairLoss::new(settings),
             labelling: Labelling {
                 kind: settings.label,
                 flip: settings.label_flip,
                 smoothing: settings.label_smoothing,
                 seed,
             },
-            reduction: settings.logp_reduction,
             schedule: Schedule::new(&settings.optimizer(), settings.steps),
             split: BatchSplit {
                 passes: settings.gradient_accumulation_steps,
@@ -147,10 +142,11 @@ impl Trainer {
         Ok(self)
     }
 
-    /// Keeps the reference's log-probabilities of pairs from files. Without effect with GANPO, which reads the reference's
-    /// hidden states, and with a reference that moves.
+    /// Keeps the reference's log-probabilities of pairs from files. Without effect with GANPO and importance weights, which
+    /// read the reference's hidden states, and with a reference that moves.
     pub fn keep_reference_logprobs(&mut self, kept: ReferenceLogprobs) {
-        if self.ganpo.is_none() && !self.followers.moves() {
+        let needs_hidden = self.ganpo.is_some() || self.loss.correction.kind != OffPolicy::None;
+        if !needs_hidden && !self.followers.moves() {
             self.reference_cache = Some(ReferenceCache::open(kept));
         }
     }
@@ -224,7 +220,10 @@ impl Trainer {
             .follow(&self.model, &self.optimizer, step + 1)?;
         measurements.set("time/optimizer", clock.elapsed().as_secs_f64() - before);
         measurements.set("grad_clipped_share", self.optimizer.clipped_share());
-        Ok(StepOutcome::Applied(measurements, sums.policy_samples()))
+        Ok(StepOutcome::Applied(
+            measurements,
+            sums.policy_samples(pairs),
+        ))
     }
 
     /// Trains the discriminators on this batch, if they are trained at this step. The log-probabilities of a batch of
@@ -266,8 +265,8 @@ impl Trainer {
         pass: u64,
     ) -> Result<PassLogprobs, LearnerError> {
         let mut sequences = micro.completions();
-        if self.objective.needs_baseline() {
-            sequences.extend(micro.golden(self.objective.name())?);
+        if self.loss.objective.needs_baseline() {
+            sequences.extend(micro.golden(self.loss.objective.name())?);
         }
         // The reference first, before the policy's graph takes memory.
         let reference = self.followers.reference();
@@ -296,15 +295,17 @@ impl Trainer {
         let policy = &logprobs.policy;
         let token_logp = policy.logp.narrow(0, 0, response)?;
         let token_ref_logp = logprobs.reference.logp(response)?;
-        let logp = reduction::reduce(self.reduction, &token_logp, &micro.lengths)?;
-        let ref_logp = reduction::reduce(self.reduction, &token_ref_logp, &micro.lengths)?;
+        let logp = reduction::reduce(self.loss.reduction, &token_logp, &micro.lengths)?;
+        let ref_logp = reduction::reduce(self.loss.reduction, &token_ref_logp, &micro.lengths)?;
         let golden = policy
             .logp
             .narrow(0, response, policy.logp.dim(0)? - response)?;
-        let baseline = self.objective.needs_baseline().then_some(Baseline {
+        let baseline = self.loss.objective.needs_baseline().then_some(Baseline {
             token_logp: &golden,
             lengths: &policy.lengths[completions..],
         });
+        let log_weights = self.log_weights(micro, logprobs)?;
+        let weights = self.loss.correction.row_weights(micro, &log_weights);
         let batch = Batch {
             token_logp: &token_logp,
             token_ref_logp: &token_ref_logp,
@@ -314,32 +315,83 @@ impl Trainer {
             first: &micro.first,
             second: &micro.second,
             p: &Tensor::new(micro.p.as_slice(), device)?,
-            pair_weight: &Tensor::new(micro.pair_weight.as_slice(), device)?,
+            pair_weight: &Tensor::new(weights, device)?,
             baseline,
         };
-        let loss = (self.objective.loss(&batch)? / batch_size as f64)?;
+        let loss = (self.loss.objective.loss(&batch)? / batch_size as f64)?;
         sums.add(&PassOutput {
             micro,
             token_logp: &token_logp,
             token_ref_logp: &token_ref_logp,
             entropy: &policy.entropy.narrow(0, 0, response)?,
             loss: &loss,
+            log_weights: &log_weights,
         })?;
         Ok(loss)
+    }
+
+    /// log of the importance weight of every label of a pass, where it has one. That of the mixture is computed only
+    /// if labels are weighted, since it costs two products with the head.
+    fn log_weights(
+        &self,
+        micro: &MicroBatch<'_>,
+        logprobs: &PassLogprobs,
+    ) -> Result<Vec<Option<f64>>, LearnerError> {
+        let response: usize = micro.lengths.iter().sum();
+        let mut tokens: Vec<f32> = logprobs.policy.logp.narrow(0, 0, response)?.to_vec1()?;
+        let has_mixture = match &logprobs.reference {
+            ReferencePass::Computed(reference) if self.loss.correction.is_on(micro) => {
+                self.mix(micro, &logprobs.policy, reference, &mut tokens)?;
+                true
+            }
+            _ => false,
+        };
+        let target = TargetLogprobs {
+            tokens,
+            has_mixture,
+        };
+        Ok(target.log_weights(micro))
+    }
+
+    /// Replaces log π of the tokens of mixture samples by the mixture's.
+    fn mix(
+        &self,
+        micro: &MicroBatch<'_>,
+        policy: &TokenLogprobs,
+        reference: &TokenLogprobs,
+        tokens: &mut [f32],
+    ) -> Result<(), LearnerError> {
+        let mixed = MixedTokens::of(micro);
+        if mixed.rows.is_empty() {
+            return Ok(());
+        }
+        let rows = Tensor::new(mixed.rows.as_slice(), self.model.device())?;
+        let logp = self.model.mixture_logprobs(&MixtureInputs {
+            reference: self.followers.reference(),
+            hidden: &policy.hidden.index_select(&rows, 0)?,
+            ref_hidden: &reference.hidden.index_select(&rows, 0)?,
+            mixture_coefs: &mixed.mixture_coefs,
+            targets: &mixed.targets,
+        })?;
+        for (row, logp) in mixed.rows.iter().zip(logp.to_vec1::<f32>()?) {
+            tokens[*row as usize] = logp;
+        }
+        Ok(())
     }
 
     fn metrics(&self, sums: &StepSums, pairs: &[LabelledPair]) -> Measurements {
         let mut m = Measurements::new();
         m.set("loss", sums.loss);
         m.set(
-            format!("loss/{}", self.objective.name().replace('-', "_")),
+            format!("loss/{}", self.loss.objective.name().replace('-', "_")),
             sums.objective(),
         );
-        sums.rewards(self.temperature, &mut m);
+        sums.rewards(self.loss.temperature, &mut m);
         sums.completions(pairs, &mut m);
         metrics::judge_scores(pairs, &mut m);
         sums.mismatch(&mut m);
         self.followers.add_metrics(&mut m);
+        sums.off_policy(&self.loss.correction, &mut m);
         m
     }
 
@@ -458,28 +510,6 @@ fn kept_logp(
         logp.extend_from_slice(kept);
     }
     Ok(Tensor::new(logp, reference.device())?)
-}
-
-/// The objective of the settings, and its temperature τ or β.
-fn objective(settings: &ObjectiveSettings) -> (Box<dyn Objective>, f64) {
-    match *settings {
-        ObjectiveSettings::Ipo { tau, scale } => (Box::new(Ipo { tau, scale }), tau),
-        ObjectiveSettings::Dpo { beta } => (Box::new(Dpo { beta }), beta),
-        ObjectiveSettings::Slic { beta } => (Box::new(Slic { beta }), beta),
-        ObjectiveSettings::Rpo {
-            beta,
-            eta,
-            nll,
-            nll_coef: coefficient,
-        } => {
-            let nll = match nll {
-                RpoNll::Sum => RpoBaseline::Sum,
-                RpoNll::Mean => RpoBaseline::Mean { coefficient },
-            };
-            (Box::new(Rpo { beta, eta, nll }), beta)
-        }
-        ObjectiveSettings::NashMdPg { tau } => (Box::new(NashMdPg { tau }), tau),
-    }
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::file_pairs::PairFiles;
 /// A model of two blocks with a vocabulary of 12, and its folder.
 pub(crate) struct TinyModel {
     pub(crate) folder: Arc<ModelFolder>,
-    policy: LanguageModel,
+    pub(crate) policy: LanguageModel,
     _temp_dir: tempfile::TempDir,
 }
 
@@ -53,8 +53,17 @@ pub(crate) fn tiny(dtype: DType) -> TinyModel {
 }
 
 /// The policy with a fresh adapter, whose B is zero, so that it equals its reference.
-fn adapted(tiny: &TinyModel) -> LanguageModel {
-    let config = LoraConfig::new(4, 16.0, 0.3, &["all-linear".into()]);
+pub(super) fn adapted(tiny: &TinyModel) -> LanguageModel {
+    with_adapter(tiny, 0.3)
+}
+
+/// As [`adapted`], without dropout.
+pub(super) fn plain_adapter(tiny: &TinyModel) -> LanguageModel {
+    with_adapter(tiny, 0.0)
+}
+
+fn with_adapter(tiny: &TinyModel, dropout: f64) -> LanguageModel {
+    let config = LoraConfig::new(4, 16.0, dropout, &["all-linear".into()]);
     let shape = tiny.policy.config();
     let adapter = Adapter::fresh(config, shape, Seed(2), &Device::Cpu).unwrap();
     tiny.policy.with_adapter(adapter).unwrap()
@@ -72,13 +81,22 @@ fn settings(changes: &[&str]) -> LearnerSettings {
 }
 
 /// Five pairs that an actor sampled with weights in `precision`, all labelled .9.
-fn sampled(policy: &LanguageModel, precision: Precision) -> Vec<LabelledPair> {
+pub(super) fn sampled(policy: &LanguageModel, precision: Precision) -> Vec<LabelledPair> {
+    sampled_beside(policy, policy.without_adapter(), precision)
+}
+
+/// As [`sampled`], with this reference.
+pub(super) fn sampled_beside(
+    policy: &LanguageModel,
+    reference: LanguageModel,
+    precision: Precision,
+) -> Vec<LabelledPair> {
     let sampling = SamplingSettings {
         precision,
         ..SamplingSettings::plain(12)
     };
-    let reference = Some(policy.without_adapter());
-    let mut sampler = MixtureSampler::new(policy.clone(), reference, sampling, 10, 24).unwrap();
+    let policy = policy.clone();
+    let mut sampler = MixtureSampler::new(policy, Some(reference), sampling, 10, 24).unwrap();
     for key in 0..5 {
         let request = Request {
             key,
@@ -131,15 +149,23 @@ fn labelled(key: u64, completions: Vec<Completion>) -> LabelledPair {
     }
 }
 
-fn step(
+pub(super) fn step(
     tiny: &TinyModel,
     policy: &LanguageModel,
     pairs: &[LabelledPair],
     sets: &[&str],
 ) -> Measurements {
+    apply(&mut trainer(tiny, policy, sets), pairs, 0)
+}
+
+pub(super) fn trainer(tiny: &TinyModel, policy: &LanguageModel, sets: &[&str]) -> Trainer {
     let folder = Arc::clone(&tiny.folder);
-    let mut trainer = Trainer::new(folder, policy, &settings(sets), Seed(3)).unwrap();
-    match trainer.step(pairs, 0).unwrap() {
+    Trainer::new(folder, policy, &settings(sets), Seed(3)).unwrap()
+}
+
+/// Takes a step that is applied.
+pub(super) fn apply(trainer: &mut Trainer, pairs: &[LabelledPair], step: u64) -> Measurements {
+    match trainer.step(pairs, step).unwrap() {
         StepOutcome::Applied(measurements, _) => measurements,
         StepOutcome::Rejected(_) => panic!("the step was rejected"),
     }
@@ -633,4 +659,46 @@ fn recorded_log_probabilities_of_another_reference_are_left_out() {
     for step in 0..3 {
         assert!(of(&applied(&mut fixed, &recorded_at(0), step)).unwrap() < 1e-5);
     }
+}
+
+/// The means of a step whose labels leave out a completion are those over all completions, and its policy samples are
+/// as without that selection.
+#[test]
+fn completions_that_are_left_out_still_count_as_samples() {
+    let tiny = tiny(DType::F32);
+    let mut pairs = sampled(&tiny.policy, Precision::F32);
+    for labelled in &mut pairs {
+        let completions = &mut labelled.pair.completions;
+        let mut third = completions[0].clone();
+        third.ids.push(4);
+        for logp in [&mut third.logp, &mut third.behaviour_logp] {
+            logp.push(-2.0);
+        }
+        third.ref_logp.push(-2.5);
+        completions.push(third);
+    }
+    let take =
+        |pairs: &[LabelledPair]| match trainer(&tiny, &tiny.policy, &[]).step(pairs, 0).unwrap() {
+            StepOutcome::Applied(measurements, samples) => (measurements, samples),
+            StepOutcome::Rejected(_) => panic!("the step was rejected"),
+        };
+    let (m, samples) = take(&pairs);
+    assert_eq!(
+        samples.count, 10,
+        "of the policy: the first and the third of each"
+    );
+    assert!((samples.log_ratio - 5.0 * 0.5).abs() < 1e-4, "{samples:?}");
+    let lengths = pairs
+        .iter()
+        .flat_map(|l| &l.pair.completions)
+        .map(|c| c.ids.len());
+    let mean = lengths.clone().sum::<usize>() as f64 / 15.0;
+    assert_eq!(m.get("completions/mean_length"), Some(mean));
+    assert_eq!(
+        m.get("completions/max_length"),
+        lengths.max().map(|l| l as f64)
+    );
+    // The third is neither scored nor in the loss.
+    assert_eq!(m.get("objective/log_ratio"), Some(0.0));
+    assert!((m.get("loss/ipo").unwrap() - 16.0).abs() < 1e-4);
 }

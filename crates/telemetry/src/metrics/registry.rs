@@ -114,6 +114,7 @@ mod tests {
         actor/quantization_error objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
         grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate} reference/version \
         eval/average_{win_rate,win_rate_lc,gold_win_rate,kl} \
+        completions/no_signal_ratio off_policy/{ess,log_weight,clipped_ratio,masked_ratio} \
         eval/current_reference_{win_rate,win_rate_lc,gold_win_rate,kl}";
 
     fn expanded(pattern: &str) -> Vec<String> {

@@ -18,7 +18,7 @@ const DROPPED: &str = "agon_stage_dropped_total";
 const IN_FLIGHT: &str = "agon_stage_in_flight";
 
 /// All reasons. Each has a series from the start, so that sums over reasons are never absent.
-const REASONS: [DropReason; 7] = [
+const REASONS: [DropReason; 8] = [
     DropReason::Identical,
     DropReason::Failed,
     DropReason::Abstained,
@@ -26,6 +26,7 @@ const REASONS: [DropReason; 7] = [
     DropReason::Duplicate,
     DropReason::Invalid,
     DropReason::Superseded,
+    DropReason::NoSignal,
 ];
 
 /// Counters of one stage, published as metrics with the label `stage`. Clones share the counts; a process has one

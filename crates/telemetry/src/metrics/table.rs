@@ -71,17 +71,19 @@ pub const METRICS: &[MetricInfo] = &[
         Nats,
         "KL of the policy from the reference per completion; only when the step's samples are on-policy: \
          max_staleness 0, mixture_coef 0, temperature 1, no truncation, actors with the learner's weights in f32; \
-         dropped identical completions are included",
+         dropped identical completions are included, and those that learner.pair_selection and min_margin leave out",
     ),
     gauge(
         "objective/log_ratio",
         Nats,
-        "mean log(pi/ref) of the step's completions under their behaviour policies; not a KL estimate",
+        "mean log(pi/ref) of the step's completions under their behaviour policies, without those that \
+         learner.pair_selection leaves out; not a KL estimate",
     ),
     gauge(
         "objective/entropy",
         Nats,
-        "mean entropy of the policy's next-token distribution over the tokens of the step's completions",
+        "mean entropy of the policy's next-token distribution over the tokens of the step's completions, without those \
+         that learner.pair_selection leaves out",
     ),
     gauge(
         "objective/scores",
@@ -118,6 +120,12 @@ pub const METRICS: &[MetricInfo] = &[
         "completions/identical_ratio",
         Ratio,
         "fraction of prompts since the last step that were dropped because all completions were identical",
+    ),
+    gauge(
+        "completions/no_signal_ratio",
+        Ratio,
+        "fraction of the labelled pairs since the last step that were dropped because every |p - 1/2| was below \
+         learner.min_margin; the means over the other pairs are biased toward prompts that the judge finds easy",
     ),
     gauge(
         "completions/clipped_ratio",
@@ -366,6 +374,31 @@ pub const METRICS: &[MetricInfo] = &[
         Nats,
         "mean absolute difference per token of log ref, recorded against recomputed: numerical differences only; \
          pairs that were recorded under an earlier reference are left out",
+    ),
+    // Importance weights of the labels: w is the product of pi now / pi that sampled over a label's two completions.
+    gauge(
+        "off_policy/ess",
+        Ratio,
+        "effective sample size (sum w)^2 / (n sum w^2) of the labels' importance weights w before any bound, as a \
+         fraction; w is the product of pi now / behaviour policy as recorded over both completions, and with actors in \
+         bf16 or int8 not exactly 1 for current weights. Not reported for pairs from files, and for samples of the \
+         mixture only with learner.off_policy",
+    ),
+    gauge(
+        "off_policy/log_weight",
+        Nats,
+        "mean log of the labels' importance weights: minus the divergence of the policy from its stale, tempered or \
+         quantised samplers",
+    ),
+    gauge(
+        "off_policy/clipped_ratio",
+        Ratio,
+        "fraction of labels with an importance weight above learner.max_ratio, which off_policy \"truncate\" bounds",
+    ),
+    gauge(
+        "off_policy/masked_ratio",
+        Ratio,
+        "fraction of labels with an importance weight outside [1/max_ratio, max_ratio], which off_policy \"mask\" leaves out",
     ),
     // Evaluation.
     gauge(

@@ -18,8 +18,8 @@ pub struct SampleLog {
     lines: LineFile,
 }
 
-/// A row of `samples.jsonl`. Lists have one entry per completion, in the pair's order; log-probabilities are natural
-/// logarithms, null where not finite.
+/// A row of `samples.jsonl`. Lists have one entry per completion: those of the first label, then the others in the pair's
+/// order; log-probabilities are natural logarithms, null where not finite.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SampleRow {
     /// Learner step that received the pair.
@@ -128,6 +128,7 @@ impl SampleRow {
     /// The row of a pair that the learner received at `step`.
     #[must_use]
     pub fn of(step: u64, labelled: &LabelledPair) -> Self {
+        let labelled = &*in_order_of_the_row(labelled);
         let LabelledPair {
             pair,
             labels,
@@ -170,6 +171,7 @@ impl SampleRow {
     /// Adds the tokens of the pair's completions.
     #[must_use]
     pub fn with_tokens(self, labelled: &LabelledPair, texts: TokenTexts<'_>) -> Self {
+        let labelled = &*in_order_of_the_row(labelled);
         let Pair {
             prompt,
             completions,
@@ -182,6 +184,31 @@ impl SampleRow {
             ..self
         }
     }
+}
+
+/// The pair with the completions of its first label in front: a learner that selects labels may have left out that of the
+/// first two. The labels still name the indices that they did.
+fn in_order_of_the_row(labelled: &LabelledPair) -> Cow<'_, LabelledPair> {
+    let first = labelled.labels.first();
+    let compared = first.map_or([0, 1], |label| [label.first, label.second].map(usize::from));
+    if compared == [0, 1] {
+        return Cow::Borrowed(labelled);
+    }
+    let rank = |index: usize| compared.iter().position(|&i| i == index).unwrap_or(2);
+    let mut order: Vec<usize> = (0..labelled.pair.completions.len()).collect();
+    order.sort_by_key(|&index| rank(index));
+    let mut arranged = labelled.clone();
+    arranged.pair.completions = permuted(&labelled.pair.completions, &order);
+    arranged.scores = (labelled.scores.as_ref()).map(|scores| permuted(scores, &order));
+    Cow::Owned(arranged)
+}
+
+fn permuted<T: Clone>(values: &[T], order: &[usize]) -> Vec<T> {
+    order
+        .iter()
+        .filter_map(|&i| values.get(i))
+        .cloned()
+        .collect()
 }
 
 /// Rounds to thousandths; negative zero becomes zero, non-finite values `None`.
@@ -300,6 +327,29 @@ mod tests {
             SampleLog::read(&path).unwrap(),
             [SampleRow::of(9, &labelled(7))]
         );
+    }
+
+    #[test]
+    fn the_completions_of_the_first_label_come_first() {
+        let mut selected = labelled(7);
+        let third = completion("third", &[-0.125], Finish::EndOfText);
+        selected.pair.completions.push(third);
+        selected.scores = Some(vec![1.0, 2.0, 3.0]);
+        let label = selected.labels[0];
+        selected.labels = vec![Label {
+            first: 1,
+            second: 2,
+            ..label
+        }];
+        let row = SampleRow::of(9, &selected)
+            .with_tokens(&selected, &|_, ids| vec![ids.len().to_string()]);
+        assert_eq!(row.completions, ["long", "third", "short"]);
+        assert_eq!(
+            (row.lengths, row.scores),
+            (vec![3, 1, 2], vec![2.0, 3.0, 1.0])
+        );
+        assert_eq!(row.tokens, [["3"], ["1"], ["2"]]);
+        assert_eq!(row.p, Some(0.75));
     }
 
     #[test]

@@ -1,0 +1,52 @@
+//! The loss of a run: its objective, and how completions and labels enter it.
+
+use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, RpoNll};
+
+use crate::{
+    objective::{Dpo, Ipo, NashMdPg, Objective, Rpo, RpoBaseline, Slic},
+    trainer::off_policy::Correction,
+};
+
+/// The loss of a run.
+pub(super) struct PairLoss {
+    pub(super) objective: Box<dyn Objective>,
+    /// τ or β: the factor from log-ratios to rewards.
+    pub(super) temperature: f64,
+    pub(super) reduction: LogpReduction,
+    pub(super) correction: Correction,
+}
+
+impl PairLoss {
+    /// The loss of the settings.
+    pub(super) fn new(settings: &LearnerSettings) -> Self {
+        let (objective, temperature) = objective(&settings.objective);
+        Self {
+            objective,
+            temperature,
+            reduction: settings.logp_reduction,
+            correction: Correction::new(settings),
+        }
+    }
+}
+
+/// The objective of the settings, and its temperature τ or β.
+fn objective(settings: &ObjectiveSettings) -> (Box<dyn Objective>, f64) {
+    match *settings {
+        ObjectiveSettings::Ipo { tau, scale } => (Box::new(Ipo { tau, scale }), tau),
+        ObjectiveSettings::Dpo { beta } => (Box::new(Dpo { beta }), beta),
+        ObjectiveSettings::Slic { beta } => (Box::new(Slic { beta }), beta),
+        ObjectiveSettings::Rpo {
+            beta,
+            eta,
+            nll,
+            nll_coef: coefficient,
+        } => {
+            let nll = match nll {
+                RpoNll::Sum => RpoBaseline::Sum,
+                RpoNll::Mean => RpoBaseline::Mean { coefficient },
+            };
+            (Box::new(Rpo { beta, eta, nll }), beta)
+        }
+        ObjectiveSettings::NashMdPg { tau } => (Box::new(NashMdPg { tau }), tau),
+    }
+}
