@@ -159,7 +159,11 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         .min(config.max_positions);
     let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
     // Every actor has one cache for the policy and one for the reference.
-    let actors = if settings.needs_samples() { actor.count } else { 0 };
+    let actors = if settings.needs_samples() {
+        actor.count
+    } else {
+        0
+    };
     let slots = [2, actors, actor.slots, longest];
     let mistral_copies = match actor.engine {
         EngineSettings::Own {} => 0,
