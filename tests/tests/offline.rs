@@ -106,7 +106,7 @@ fn least_squares(comparisons: &[(usize, usize, f64, usize)], tau: f64) -> [f64; 
 #[test]
 fn offline_ipo_converges_to_the_weighted_least_squares_solution() {
     // A cycle, compared unequally often.
-    let comparisons = [(0, 1, 0.8, 5), (1, 2, 0.9, 2), (2, 0, 0.7, 3)];
+    let comparisons = [(0, 1, 0.8, 8), (1, 2, 0.9, 1), (2, 0, 0.7, 1)];
     let rows: Vec<Value> = comparisons
         .iter()
         .flat_map(|&(i, j, p, count)| vec![arms(i, j, p); count])

@@ -212,16 +212,9 @@ impl Learner {
         let (settings, directory) = (parts.settings, parts.directory);
         let (model, streams) = (parts.model, parts.streams);
         let tokenizer = model.folder.tokenizer.clone();
-        let mut trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?
+        let trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?
             .with_reference(model.reference)?;
-        if let Some(kept) = parts
-            .pairs
-            .as_ref()
-            .and_then(|p| p.reference_logprobs.clone())
-        {
-            trainer.keep_reference_logprobs(kept);
-        }
-        let trainer = TrainerThread::spawn(trainer)?;
+        let trainer = spawn(trainer, parts.pairs.as_ref())?;
         let mut reporter = Reporter::open(ReporterParts {
             settings: settings.clone(),
             telemetry: parts.telemetry,
@@ -567,6 +560,17 @@ impl Learner {
         self.trainer.join()?;
         Ok(summary)
     }
+}
+
+/// Starts the thread of a trainer that keeps the reference's log-probabilities of these pairs.
+fn spawn(
+    mut trainer: Trainer,
+    pairs: Option<&FilePairsPlan>,
+) -> Result<TrainerThread, LearnerError> {
+    if let Some(kept) = pairs.and_then(|plan| plan.reference_logprobs.clone()) {
+        trainer.keep_reference_logprobs(kept);
+    }
+    TrainerThread::spawn(trainer)
 }
 
 impl FilePairsPlan {

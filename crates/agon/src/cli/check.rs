@@ -159,13 +159,22 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         .min(config.max_positions);
     let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
     // Every actor has one cache for the policy and one for the reference.
-    let slots = [2, actor.count, actor.slots, longest];
+    let actors = if settings.needs_samples() {
+        actor.count
+    } else {
+        0
+    };
+    let slots = [2, actors, actor.slots, longest];
     let mistral_copies = match actor.engine {
         EngineSettings::Own {} => 0,
-        EngineSettings::Mistral { .. } => actor.count,
+        EngineSettings::Mistral { .. } => actors,
     };
     let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
-    let prompt_tokens = completions_per_prompt(settings).saturating_mul(longest);
+    let trained_length = match settings.pairs.is_used() {
+        true => longest.max(settings.pairs.max_length.min(config.max_positions)),
+        false => longest,
+    };
+    let prompt_tokens = completions_per_prompt(settings).saturating_mul(trained_length);
     let prompts = learner
         .train_batch_size
         .div_ceil(learner.gradient_accumulation_steps.max(1));

@@ -127,16 +127,21 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Number of held-out prompts: that of the command line, else the lower of `evaluation.prompts` and what there is.
+/// Number of held-out prompts: that of the command line, else the lower of `evaluation.prompts` and what there is, which
+/// is all of it where `evaluation.prompts` is 0.
 ///
 /// # Errors
-/// When the command line requests more distinct prompts than there are.
+/// When the command line requests more distinct prompts than there are, or nobody names a number.
 fn prompt_count(
     requested: Option<usize>,
     settings: &Settings,
     prompts: &dyn PromptSet,
 ) -> Result<usize, UsageError> {
-    let count = requested.unwrap_or(settings.evaluation.prompts);
+    let of_settings = Some(settings.evaluation.prompts).filter(|&count| count > 0);
+    let count = requested.or(of_settings).or(prompts.held_out_count());
+    let count = count.ok_or_else(|| {
+        UsageError("evaluation.prompts is 0: name the number of prompts with --prompts".into())
+    })?;
     let Some(distinct) = prompts
         .held_out_count()
         .filter(|&distinct| distinct < count)

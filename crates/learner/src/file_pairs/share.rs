@@ -30,7 +30,7 @@ impl BatchShare {
     }
 
     /// Number of pairs from files in the first `steps` steps.
-    fn from_files(self, steps: u64) -> u64 {
+    fn files_before(self, steps: u64) -> u64 {
         let each = u128::from(self.batch_size) * u128::from(self.millionths);
         let total = u128::from(steps).saturating_mul(each) / WHOLE;
         u64::try_from(total).unwrap_or(u64::MAX)
@@ -38,18 +38,18 @@ impl BatchShare {
 
     /// Number of pairs from files in step `step`, counted from 0.
     pub(crate) fn of_step(self, step: u64) -> usize {
-        (self.from_files(step + 1) - self.from_files(step)) as usize
+        (self.files_before(step + 1) - self.files_before(step)) as usize
     }
 
     /// Number of pairs from files in the steps from `step` on and before `end`.
-    pub(crate) fn from_files_between(self, step: u64, end: u64) -> usize {
-        (self.from_files(end) - self.from_files(step)) as usize
+    pub(crate) fn files_between(self, step: u64, end: u64) -> usize {
+        (self.files_before(end) - self.files_before(step)) as usize
     }
 
     /// Number of pairs from actors in the steps from `step` on and before `end`.
     pub(crate) fn online_between(self, step: u64, end: u64) -> usize {
         let all = end.saturating_sub(step).saturating_mul(self.batch_size);
-        (all as usize).saturating_sub(self.from_files_between(step, end))
+        (all as usize).saturating_sub(self.files_between(step, end))
     }
 
     /// The smallest number of steps with `pairs` pairs from files.
@@ -106,7 +106,7 @@ mod tests {
                 let online = split.online_between(step, step + 1);
                 assert_eq!(online + split.of_step(step), batch as usize);
             }
-            assert_eq!(split.from_files_between(0, 1000) as u64, total);
+            assert_eq!(split.files_between(0, 1000) as u64, total);
             let online = split.online_between(0, 1000) as u64;
             assert_eq!(online + total, 1000 * batch);
         }

@@ -107,6 +107,13 @@ pub(crate) struct FilePairs {
     verdicts: BTreeMap<u64, Verdict>,
 }
 
+impl Drawn {
+    /// Whether the label of this pair, in whichever pass it was asked for, is awaited.
+    fn awaits(&self, id: PromptId) -> bool {
+        self.label == LabelState::Awaited && index_of(self.pair.pair.id()) == index_of(id)
+    }
+}
+
 impl FilePairs {
     pub(crate) fn new(parts: FilePairsParts) -> Self {
         Self {
@@ -182,7 +189,7 @@ impl FilePairs {
             None => 1,
         };
         let end = (step + ahead).min(self.parts.steps);
-        let wanted = self.parts.share.from_files_between(step, end);
+        let wanted = self.parts.share.files_between(step, end);
         while self.drawn.len() < wanted {
             let Some(asked) = self.draw() else { break };
             if let (Some(pair), Some(judging)) = (asked, &self.parts.judging) {
@@ -219,7 +226,10 @@ impl FilePairs {
                     LabelState::Known
                 }
             };
-            let asked = (label == LabelState::Awaited).then(|| pair.pair.clone());
+            // It may have been asked for in the pass before.
+            let is_asked = self.drawn.iter().any(|drawn| drawn.awaits(pair.pair.id()));
+            let asks = label == LabelState::Awaited && !is_asked;
+            let asked = asks.then(|| pair.pair.clone());
             self.drawn.push_back(Drawn {
                 cursor,
                 pair,
@@ -241,55 +251,44 @@ impl FilePairs {
 
     /// Takes the judge's label of a pair, whose tokens are those that were sent; returns whether it was awaited.
     pub(crate) fn accept(&mut self, labelled: &LabelledPair) -> bool {
-        let Some(place) = self.position(labelled.pair.id()) else {
+        let (id, version) = (labelled.pair.id(), labelled.judge_version);
+        let Some(p) = labelled.labels.first().map(|label| label.p) else {
             return false;
         };
-        let (version, p) = (labelled.judge_version, labelled.labels.first());
-        let Some(p) = p.map(|label| label.p) else {
+        if !self.drawn.iter().any(|drawn| drawn.awaits(id)) {
             return false;
-        };
+        }
         self.judge.clone_from(&labelled.judge);
         self.newest = self.newest.max(version);
-        let verdict = Verdict {
-            p_bits: Some(p.get().to_bits()),
-            version,
-        };
-        self.verdicts.insert(index_of(labelled.pair.id()), verdict);
-        let mut pair = self.drawn[place].pair.clone();
-        self.set_label(&mut pair, p, version);
-        self.drawn[place].pair = pair;
-        self.drawn[place].label = LabelState::Received;
+        let p_bits = Some(p.get().to_bits());
+        self.verdicts
+            .insert(index_of(id), Verdict { p_bits, version });
+        let mut drawn = std::mem::take(&mut self.drawn);
+        for drawn in drawn.iter_mut().filter(|drawn| drawn.awaits(id)) {
+            self.set_label(&mut drawn.pair, p, version);
+            drawn.label = match drawn.pair.pair.id() == id {
+                true => LabelState::Received,
+                false => LabelState::Known,
+            };
+        }
+        self.drawn = drawn;
         true
     }
 
     /// Removes a pair that the judge has dropped, if it is awaited. If the judge abstained, it is not asked again.
     pub(crate) fn forget(&mut self, note: &Dropped) {
-        let Some(place) = self.position(note.prompt) else {
-            return;
-        };
-        if note.reason == DropReason::Abstained {
-            let version = self.newest;
-            let verdict = Verdict {
-                p_bits: None,
-                version,
-            };
-            self.verdicts.insert(index_of(note.prompt), verdict);
+        let is_awaited = self.drawn.iter().any(|drawn| drawn.awaits(note.prompt));
+        if is_awaited && note.reason == DropReason::Abstained {
+            let (p_bits, version) = (None, self.newest);
+            self.verdicts
+                .insert(index_of(note.prompt), Verdict { p_bits, version });
         }
-        self.drawn.remove(place);
+        self.discard(note.prompt);
     }
 
-    /// Removes a pair whose label is invalid, if it is awaited.
+    /// Removes a pair whose label does not come, if it is awaited.
     pub(crate) fn discard(&mut self, id: PromptId) {
-        if let Some(place) = self.position(id) {
-            self.drawn.remove(place);
-        }
-    }
-
-    /// Position of an awaited pair among the drawn ones.
-    fn position(&self, id: PromptId) -> Option<usize> {
-        self.drawn
-            .iter()
-            .position(|d| d.label == LabelState::Awaited && d.pair.pair.id() == id)
+        self.drawn.retain(|drawn| !drawn.awaits(id));
     }
 
     /// Whether the pairs of step `step` were drawn and are labelled.

@@ -330,6 +330,26 @@ async fn judged_pairs_keep_their_order_and_are_judged_once() {
 }
 
 #[tokio::test]
+async fn a_pair_of_two_passes_is_with_the_judge_once() {
+    let files = Files::new();
+    let path = files.write_pairs("a.jsonl", 3);
+    let sets = [path_of(&path), "label=judge".into(), "shuffle=false".into()];
+    let mut source = Judged::new(&Arc::new(files.load(&sets).unwrap()));
+    source.pairs.refill(0).await.unwrap();
+    let asked = source.asked();
+    assert_eq!((asked.len(), source.pairs.awaited()), (3, 8));
+    source.pairs.forget(&dropped(&asked[1], DropReason::Failed));
+    for pair in [&asked[2], &asked[0]] {
+        assert!(source.pairs.accept(&judged(pair.clone(), 0.75)));
+    }
+    let batch = source.pairs.take(0);
+    assert_eq!(batch.received, 2);
+    // In order of pass and index.
+    assert_eq!(ids(&batch.pairs), [0, 2, 0, 2]);
+    assert!(batch.pairs.iter().all(|l| l.labels[0].p.get() == 0.75));
+}
+
+#[tokio::test]
 async fn a_judge_without_any_verdict_ends_the_draws() {
     let files = Files::new();
     let path = files.write_pairs("a.jsonl", 10);

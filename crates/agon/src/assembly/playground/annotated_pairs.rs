@@ -259,3 +259,40 @@ fn sample_pairs(
     }
     Ok(finished.into_values().collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use messages::PromptText;
+
+    use super::*;
+    use crate::assembly::playground::base_folder;
+
+    #[test]
+    fn the_text_of_a_generated_pair_has_its_tokens() {
+        let settings = settings::resolve("", "test", &[]).expect("the defaults");
+        let folder = tempfile::tempdir().expect("a folder");
+        let folder = base_folder(&settings.settings, folder.path()).expect("a tokenizer");
+        for index in 0..20 {
+            let post = train_post(7, index);
+            let golden = post.golden(index);
+            // One that ended, and one that was cut off, which the reader closes.
+            let cut = golden[..golden.len() / 2].to_vec();
+            let pair = GeneratedPair {
+                prompt: post.text(),
+                chosen: String::new(),
+                rejected: String::new(),
+                gold: 1.0,
+                prompt_ids: post.prompt_ids(),
+                chosen_ids: golden.clone(),
+                rejected_ids: cut.clone(),
+            };
+            let text = TextPair::of(&pair);
+            let prompt = PromptText::Text(text.prompt);
+            let answers = [text.chosen.as_str(), text.rejected.as_str()];
+            let encoded = folder.tokenizer.encode_answers(&prompt, &answers);
+            let encoded = encoded.expect("words of the vocabulary");
+            assert_eq!(encoded.prompt, post.prompt_ids());
+            assert_eq!(encoded.answers, [golden, [cut, vec![EOS]].concat()]);
+        }
+    }
+}
