@@ -253,6 +253,7 @@ mod tests {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         }
     }
 

@@ -14,6 +14,7 @@ mod evaluation;
 mod evaluator;
 mod ganpo;
 mod input_record;
+mod judge_evaluation;
 mod length_control;
 pub mod objective;
 mod pair_buffer;
@@ -44,6 +45,9 @@ pub use error::LearnerError;
 pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample, Interval};
 pub use evaluator::EVALUATION_WINDOW;
 pub use input_record::InputRecord;
+pub use judge_evaluation::{
+    JudgeEvaluation, judge_evaluations, length_controlled_win_rate, win_rate,
+};
 pub use prompts::{DialogueUse, PromptFiles, PromptLimits, PromptRow, PromptSet};
 pub use reporter::Sampling;
 pub use run::{

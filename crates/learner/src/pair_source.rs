@@ -475,6 +475,7 @@ mod tests {
                 dialogue: None,
                 golden: None,
                 answer: None,
+                route: None,
             }
         }
         fn held_out(&self, index: u64) -> PromptRow {
@@ -604,7 +605,7 @@ mod tests {
             judge: "gold".into(),
             judge_version: JudgeVersion(1),
             scores: None,
-            gold: None,
+            verdicts: Vec::new(),
         }
     }
 

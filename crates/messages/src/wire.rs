@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Version of the encoding; incremented with every change to any message.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 
 /// Largest encoding of a message in bytes: the largest payload that a NATS server takes. What a message claims to hold
 /// is allocated only as far as its bytes reach, so this bounds the memory of decoding too.
@@ -170,6 +170,7 @@ mod tests {
             dialogue: Some(crate::Dialogue::of_user("a \" b")),
             golden: Some(ids.to_vec()),
             answer: None,
+            route: None,
         };
         let completion = Completion {
             ids: ids.to_vec(),
@@ -197,7 +198,10 @@ mod tests {
             judge: "gold".into(),
             judge_version: JudgeVersion(1),
             scores: Some(vec![0.5, -1.0]),
-            gold: Some(p),
+            verdicts: vec![EvaluationVerdict {
+                judge: GOLD.into(),
+                p,
+            }],
         }
     }
 

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
-use crate::{Settings, checks, choice, error::SettingsError, repair, url::without_secrets};
+use crate::{
+    Settings, checks, choice, error::SettingsError, evaluation, repair, url::without_secrets,
+};
 
 /// The commented default file: all keys with their defaults and meanings.
 pub const DEFAULT_TOML: &str = include_str!("../../../configs/default.toml");
@@ -91,6 +93,7 @@ pub fn resolve(
     choice::apply_defaults(&mut defaults);
     choice::merge(&mut table, user);
     choice::merge(&mut table, nested(overrides));
+    evaluation::name_single_judge(&mut table);
     choice::apply_defaults(&mut table);
     let problems = |problems| SettingsError::Problems {
         origin: origin.to_owned(),

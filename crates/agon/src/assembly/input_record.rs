@@ -19,7 +19,7 @@ use settings::{JudgeSettings, PairsSettings, Settings, flat};
 use crate::assembly::{JudgeSource, RunInputs, judge_digest};
 
 /// Keys, or beginnings of keys, of the settings in the record.
-const RECORDED: [&str; 19] = [
+const RECORDED: [&str; 21] = [
     "run.seed",
     "model.dtype",
     "model.reference_probabilities",
@@ -34,6 +34,8 @@ const RECORDED: [&str; 19] = [
     "actor.max_new_tokens",
     "preference.judge.",
     "preference.orders",
+    "preference.missing_eos_penalty",
+    "preference.length_",
     "preference.chat.",
     "learner.objective.",
     "learner.label",

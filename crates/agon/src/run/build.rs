@@ -9,7 +9,7 @@ use learner::{InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStre
 use messages::{Seed, Stage, WeightsVersion};
 use model::LanguageModel;
 use preference::{
-    PreferenceError, PreferenceService, PreferenceServiceParts,
+    LabelPenalties, PreferenceError, PreferenceService, PreferenceServiceParts,
     apo::{ApoRunner, ReplicaFactory},
 };
 use settings::Settings;
@@ -17,7 +17,7 @@ use telemetry::StageCounters;
 use tokio::sync::watch;
 
 use crate::{
-    assembly::{self, ApoJudge, JudgeSource, LoadedModel, SamplerParts},
+    assembly::{self, ApoJudge, CompletionOrigin, JudgeSource, LoadedModel, SamplerParts},
     cluster::membership::StatusSource,
     run::{
         RunContext, RunStreams,
@@ -160,9 +160,13 @@ impl RoleBuilder<'_> {
     ) -> anyhow::Result<Role> {
         let settings = self.settings;
         let StageMember { name, counters } = member;
-        let limits = message_limits(settings, &session.policy.folder.config);
+        let policy = session.policy;
+        let limits = message_limits(settings, &policy.folder.config);
         let (judge, apo) = judge_and_apo(settings, judge, session, cancel)?;
         let pool = assembly::pool(settings, &judge)?;
+        let evaluation = tokio::task::block_in_place(|| {
+            assembly::evaluation_judges(settings, CompletionOrigin::Policy(policy), cancel)
+        })?;
         let mut tasks = Vec::new();
         let mut http_address = None;
         if !settings.preference.http.listen.is_empty() {
@@ -176,8 +180,9 @@ impl RoleBuilder<'_> {
         }
         let service = PreferenceService::new(PreferenceServiceParts {
             judge: pool,
-            gold: assembly::gold_pool(settings)?,
+            evaluation,
             orders: settings.preference.orders,
+            penalties: LabelPenalties::from(&settings.preference),
             apo,
             pairs: self.streams.pairs.receiver.clone(),
             limits,

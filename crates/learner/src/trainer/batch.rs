@@ -208,6 +208,7 @@ pub(crate) mod tests {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         };
         LabelledPair {
             pair: Pair {
@@ -220,7 +221,7 @@ pub(crate) mod tests {
             judge: String::new(),
             judge_version: JudgeVersion(0),
             scores: None,
-            gold: None,
+            verdicts: Vec::new(),
         }
     }
 
