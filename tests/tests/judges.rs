@@ -492,3 +492,77 @@ fn a_judge_that_reads_fewer_tokens_than_a_pair_has_is_refused_or_named() {
         output.stderr
     );
 }
+
+#[test]
+fn a_rule_and_a_model_are_mixed_by_weight_and_scores_are_compared() {
+    let server = FakeChat::start(|_, request| {
+        let text = if request.text().contains("two") {
+            "[[4]]"
+        } else {
+            "[[5]]"
+        };
+        FakeChatResponse::completion("judge", text)
+    });
+    let model = chat(&server.url(), ", form = \"pointwise\", rubric = \"Count.\"");
+    let rule = "{ kind = \"rule\", temperature = 0, rules = [{ kind = \"keyword\", words = [\"two\"], weight = 1.0 }] }";
+    let mixed =
+        format!("{{ kind = \"ensemble\", members = [{rule}, {model}], weights = [1.0, 3.0] }}");
+    let sandbox = Sandbox::new();
+    let (running, address) = serve(&sandbox, &mixed, &[]);
+    let (status, answer) = compare(&address, "mixed");
+    assert_eq!(status, 200, "{answer}");
+    // The rule says 0, the model σ(5 - 4) = .731059.
+    let p = answer["results"][0]["p"].as_f64().expect("a number");
+    assert!((p - 0.75 * 0.731_059).abs() < 1e-5, "{answer}");
+    let requests = server.requests();
+    assert_eq!(requests.len(), 2, "one for each response");
+    assert!(requests.iter().all(|request| {
+        request.body["messages"][0]["content"]
+            .as_str()
+            .is_some_and(|system| system.ends_with("\n\nCount."))
+    }));
+    running.terminate();
+    running.wait().succeeded();
+}
+
+#[test]
+fn prompts_with_an_answer_go_to_a_rule_and_the_rest_to_a_model() {
+    let test = "prompts_with_an_answer_go_to_a_rule_and_the_rest_to_a_model";
+    let Some(model) = shared(test, "data/models/stories260K") else {
+        return;
+    };
+    let server = FakeChat::start(|_, _| FakeChatResponse::completion("judge", "[[A]]"));
+    let sandbox = Sandbox::new();
+    let rows = (0..12).map(|index| match index % 2 {
+        0 => format!("{{\"prompt\": \"Checked number {index} is\", \"answer\": \"{index}\"}}\n"),
+        _ => format!("{{\"prompt\": \"Open number {index} is\"}}\n"),
+    });
+    let prompts = sandbox.write("prompts.jsonl", rows.collect::<String>());
+    let rule = "{kind=\"rule\",rules=[{kind=\"exact-match\",weight=1.0}]}";
+    let judge = format!(
+        "preference.judge={{kind=\"route\",values=[\"*\"],members=[{rule},{}]}}",
+        chat(&server.url(), "")
+    );
+    let sets = [
+        format!("model.path={model:?}"),
+        format!("prompts.path={prompts:?}"),
+        "prompts.golden_column=answer".into(),
+        "prompts.route_column=answer".into(),
+        "prompts.held_out=2".into(),
+        "learner.steps=2".into(),
+        "learner.train_batch_size=4".into(),
+        "actor.max_new_tokens=8".into(),
+        judge,
+    ];
+    let run = sandbox.path("run").display().to_string();
+    let stories = config("stories.toml").display().to_string();
+    let mut arguments = vec!["train", &stories, "--run-dir", &run];
+    arguments.extend(sets.iter().flat_map(|set| ["--set", set.as_str()]));
+    sandbox.run(&arguments).succeeded();
+    let requests = server.requests();
+    assert!(!requests.is_empty());
+    for request in &requests {
+        let prompt = prompt_of(request);
+        assert!(prompt.starts_with("Open number"), "{prompt:?}");
+    }
+}

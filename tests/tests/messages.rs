@@ -13,7 +13,7 @@ use system_tests::{
 };
 
 /// Version byte of the encoding; see `messages::wire`.
-const VERSION: u8 = 4;
+const VERSION: u8 = 5;
 
 /// A client of a NATS server without authentication, as plain as one that does not belong to the run.
 struct Client {
@@ -138,8 +138,8 @@ impl Prompt {
             self.step,
             seed,
         ]);
-        let (dialogue, golden, answer) = (0, 0, 0);
-        let options = numbers(&[dialogue, golden, answer]);
+        let (dialogue, golden, answer, route) = (0, 0, 0, 0);
+        let options = numbers(&[dialogue, golden, answer, route]);
         [head, list(&self.ids), text("x"), options].concat()
     }
 
@@ -198,8 +198,8 @@ impl Pair {
             bytes.extend(numbers(&[first, second]));
             bytes.extend(0.5f32.to_le_bytes());
         }
-        let (version, scores, gold) = (u64::MAX, 0, 0);
-        [bytes, text("nobody"), numbers(&[version, scores, gold])].concat()
+        let (version, scores, verdicts) = (u64::MAX, 0, 0);
+        [bytes, text("nobody"), numbers(&[version, scores, verdicts])].concat()
     }
 }
 

@@ -270,6 +270,7 @@ mod tests {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         }
     }
 

@@ -67,6 +67,8 @@ pub struct Columns {
     pub answer: Column,
     /// Golden answer, which does not affect the format of a row; `None`: not read.
     pub golden: Option<Column>,
+    /// Value by which a judge is chosen, which does not affect the format of a row; `None`: not read.
+    pub route: Option<Column>,
     /// Preferred response, or the dialogue that ends with it.
     pub chosen: Column,
     /// Rejected response, or the dialogue that ends with it.
@@ -109,6 +111,7 @@ impl Default for Columns {
             prompt: Column::fixed("prompt"),
             answer: Column::fixed("completion"),
             golden: None,
+            route: None,
             chosen: Column::fixed("chosen"),
             rejected: Column::fixed("rejected"),
             label: None,
@@ -135,10 +138,15 @@ impl Columns {
             && !DIALOGUES.iter().chain(&QUESTIONS).any(|name| has(name))
     }
 
+    /// Whether the column `name` is the golden answer's.
+    pub(crate) fn is_golden(&self, name: &str) -> bool {
+        (self.golden.as_ref()).is_some_and(|column| column.name == name)
+    }
+
     /// Whether some format reads the column `name`.
     pub(crate) fn is_known(&self, name: &str) -> bool {
         let named = [&self.prompt, &self.answer, &self.chosen, &self.rejected];
-        let mut named = named.into_iter().chain(&self.golden);
+        let mut named = named.into_iter().chain(&self.golden).chain(&self.route);
         named.any(|column| column.name == name)
             || self.label.as_ref().is_some_and(|label| label.has(name))
             || [&DIALOGUES[..], &ANSWERS, &SYSTEMS, &MEDIA]

@@ -2,10 +2,11 @@
 //!
 //! The reference of an evaluation is the one with which the run began, unless its name says otherwise.
 
-use messages::{Finish, LabelledPair};
+use messages::{Finish, LabelledPair, Probability};
 use serde::{Deserialize, Serialize};
 use telemetry::{Interval, Measurements};
 
+use crate::judge_evaluation::{JudgeEvaluation, judge_evaluations};
 use crate::length_control;
 
 /// A held-out prompt with both completions.
@@ -63,6 +64,9 @@ pub struct Evaluation {
     pub gold_win_rate: Option<Interval>,
     /// Share of agreement between the run's judge and the gold preference, ties of either excluded.
     pub judge_accuracy: Option<f64>,
+    /// Results under the other judges of evaluations, by name.
+    #[serde(default)]
+    pub judges: Vec<JudgeEvaluation>,
     /// Length-controlled `win_rate`; absent in evaluations of older builds.
     #[serde(default)]
     pub win_rate_lc: Option<f64>,
@@ -181,15 +185,6 @@ impl EvaluationTally {
                 .first()
                 .map_or(0.5, |label| f64::from(label.p.get()))
         };
-        let win = |p: f64| {
-            if p > 0.5 {
-                1.0
-            } else if p < 0.5 {
-                0.0
-            } else {
-                0.5
-            }
-        };
         fn policy(labelled: &LabelledPair) -> &messages::Completion {
             &labelled.pair.completions[0]
         }
@@ -198,10 +193,11 @@ impl EvaluationTally {
         let golds: Vec<f64> = self
             .pairs
             .iter()
-            .filter_map(|l| Some(win(f64::from(l.gold?.get()))))
+            .filter_map(|l| Some(win(f64::from(l.gold()?.get()))))
             .collect();
         let gold =
             (golds.len() == n).then(|| Interval::wilson(golds.iter().sum::<f64>() / n as f64, n));
+        let wins: Vec<f64> = self.pairs.iter().map(|l| win(p(l))).collect();
         let truncated = |i: usize| {
             mean(&|l| f64::from(u8::from(l.pair.completions[i].finish == Finish::Length)))
         };
@@ -213,8 +209,9 @@ impl EvaluationTally {
             win_rate: Interval::wilson(mean(&|l| win(p(l))), n),
             soft_win_rate: mean(&p),
             gold_win_rate: gold,
-            judge_accuracy: judge_accuracy(&self.pairs),
-            win_rate_lc: Some(length_controlled(&self.pairs, &|l| win(p(l)))),
+            judge_accuracy: agreement(&self.pairs, &LabelledPair::gold),
+            judges: judge_evaluations(&self.pairs),
+            win_rate_lc: Some(length_controlled(&self.pairs, &wins)),
             kl: mean(&|l| exact(l).sum_logp() - exact(l).sum_ref_logp()),
             response_length: tokens,
             reference_length: mean(&|l| l.pair.completions[1].ids.len() as f64),
@@ -242,21 +239,41 @@ fn exact(labelled: &LabelledPair) -> &messages::Completion {
     completions.get(2).unwrap_or(&completions[0])
 }
 
-fn judge_accuracy(pairs: &[LabelledPair]) -> Option<f64> {
+/// 1 for a p above ½, 0 below, ½ for a tie.
+pub(crate) fn win(p: f64) -> f64 {
+    if p > 0.5 {
+        1.0
+    } else if p < 0.5 {
+        0.0
+    } else {
+        0.5
+    }
+}
+
+/// Share of the pairs on which the run's judge and `verdict` prefer the same completion, ties of either excluded;
+/// `None` without such pairs.
+pub(crate) fn agreement<'a>(
+    pairs: impl IntoIterator<Item = &'a LabelledPair>,
+    verdict: &dyn Fn(&LabelledPair) -> Option<Probability>,
+) -> Option<f64> {
     let agree = |labelled: &LabelledPair| {
         let judge = f64::from(labelled.labels.first()?.p.get()) - 0.5;
-        let gold = f64::from(labelled.gold?.get()) - 0.5;
-        (judge * gold != 0.0).then(|| f64::from(u8::from(judge * gold > 0.0)))
+        let other = f64::from(verdict(labelled)?.get()) - 0.5;
+        (judge * other != 0.0).then(|| f64::from(u8::from(judge * other > 0.0)))
     };
-    let agreements: Vec<f64> = pairs.iter().filter_map(agree).collect();
+    let agreements: Vec<f64> = pairs.into_iter().filter_map(agree).collect();
     (!agreements.is_empty()).then(|| agreements.iter().sum::<f64>() / agreements.len() as f64)
 }
 
-fn length_controlled(pairs: &[LabelledPair], win: &dyn Fn(&LabelledPair) -> f64) -> f64 {
-    let wins: Vec<f64> = pairs.iter().map(win).collect();
+/// Length-controlled win rate of `wins`, one for each of `pairs`.
+pub(crate) fn length_controlled<P: std::borrow::Borrow<LabelledPair>>(
+    pairs: &[P],
+    wins: &[f64],
+) -> f64 {
     let length = |l: &LabelledPair, i: usize| l.pair.completions[i].ids.len() as f64;
     let longer = |l: &LabelledPair| length(l, 0) - length(l, 1);
-    length_control::win_rate(&wins, &pairs.iter().map(longer).collect::<Vec<_>>())
+    let differences: Vec<f64> = pairs.iter().map(|l| longer(l.borrow())).collect();
+    length_control::win_rate(wins, &differences)
 }
 
 fn example(labelled: &LabelledPair, p: f64) -> EvaluationExample {
@@ -270,6 +287,12 @@ fn example(labelled: &LabelledPair, p: f64) -> EvaluationExample {
 }
 
 impl Evaluation {
+    /// The result under this judge of evaluations.
+    #[must_use]
+    pub fn under(&self, judge: &str) -> Option<&JudgeEvaluation> {
+        self.judges.iter().find(|result| result.judge == judge)
+    }
+
     /// Metrics of the evaluation.
     #[must_use]
     pub fn measurements(&self) -> Measurements {
@@ -301,6 +324,9 @@ impl Evaluation {
             if let Some(comparison) = comparison {
                 comparison.add_to(&mut measurements, name);
             }
+        }
+        for judge in &self.judges {
+            judge.measure(&mut measurements);
         }
         measurements
     }

@@ -16,6 +16,7 @@ mod evaluator;
 mod file_pairs;
 mod ganpo;
 mod input_record;
+mod judge_evaluation;
 mod length_control;
 pub mod objective;
 mod pair_buffer;
@@ -50,6 +51,9 @@ pub use file_pairs::{
     BatchShare, PairAnswer, PairCounts, PairFiles, PairLimit, PairRow, planned_steps, visit_pairs,
 };
 pub use input_record::InputRecord;
+pub use judge_evaluation::{
+    JudgeEvaluation, judge_evaluations, length_controlled_win_rate, win_rate,
+};
 pub use prompts::{DialogueUse, NoPrompts, PromptFiles, PromptLimits, PromptRow, PromptSet};
 pub use reporter::Sampling;
 pub use run::{

@@ -639,6 +639,7 @@ mod tests {
                 dialogue: None,
                 golden: None,
                 answer: None,
+                route: None,
             }
         }
         fn held_out(&self, index: u64) -> PromptRow {
@@ -785,7 +786,7 @@ mod tests {
             judge: "gold".into(),
             judge_version: JudgeVersion(1),
             scores: None,
-            gold: None,
+            verdicts: Vec::new(),
         }
     }
 

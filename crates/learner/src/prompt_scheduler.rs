@@ -254,6 +254,7 @@ impl PromptScheduler {
             dialogue: row.dialogue,
             golden: row.golden,
             answer: row.answer,
+            route: row.route,
         };
         let content = content(&prompt);
         let sent = OutstandingPrompt {
@@ -378,6 +379,7 @@ mod tests {
                 dialogue: None,
                 golden: None,
                 answer: None,
+                route: None,
             }
         }
         fn held_out(&self, index: u64) -> PromptRow {

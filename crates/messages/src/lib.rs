@@ -22,7 +22,10 @@ pub use dialogue::{Dialogue, Message, PromptText};
 pub use error_class::{Classified, ErrorClass};
 pub use file_name::{FileName, InvalidFileName};
 pub use id::{Digest, JudgeVersion, PromptId, Seed, WeightsVersion};
-pub use pair::{Completion, DropReason, Dropped, Finish, Label, LabelledPair, Pair, Stage};
+pub use pair::{
+    Completion, DropReason, Dropped, EvaluationVerdict, Finish, GOLD, Label, LabelledPair, Pair,
+    Stage,
+};
 pub use probability::{InvalidProbability, Probability};
 pub use prompt::{Pacing, Prompt, PromptBatch, Purpose};
 pub use weights::WeightsManifest;

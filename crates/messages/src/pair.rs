@@ -79,10 +79,21 @@ pub struct LabelledPair {
     pub judge_version: JudgeVersion,
     /// Score of each completion, if the judge scores completions individually.
     pub scores: Option<Vec<f32>>,
-    /// Gold probability that the first completion is preferred to the second; only in the playground, for
-    /// evaluation pairs.
-    pub gold: Option<Probability>,
+    /// Verdicts of the judges of evaluations, by name; only of evaluation pairs.
+    pub verdicts: Vec<EvaluationVerdict>,
 }
+
+/// Verdict of a judge of evaluations, which gives no labels.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationVerdict {
+    /// The judge's name; [`GOLD`] is the playground's known preference.
+    pub judge: String,
+    /// Probability that the first completion is preferred to the second.
+    pub p: Probability,
+}
+
+/// Name of the judge with the true preference, where that is known.
+pub const GOLD: &str = "gold";
 
 /// A pipeline stage. Messages received, emitted and dropped are counted per stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -134,6 +145,21 @@ pub struct Dropped {
     pub log_ratio: Option<f32>,
     /// Human-readable explanation.
     pub detail: String,
+}
+
+impl LabelledPair {
+    /// Gold probability that the first completion is preferred to the second, where it is known.
+    #[must_use]
+    pub fn gold(&self) -> Option<Probability> {
+        self.verdict_of(GOLD)
+    }
+
+    /// The verdict of this judge of evaluations, where it gave one.
+    #[must_use]
+    pub fn verdict_of(&self, judge: &str) -> Option<Probability> {
+        let verdict = self.verdicts.iter().find(|verdict| verdict.judge == judge);
+        verdict.map(|verdict| verdict.p)
+    }
 }
 
 impl Dropped {

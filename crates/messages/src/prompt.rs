@@ -34,6 +34,8 @@ pub struct Prompt {
     pub golden: Option<Vec<u32>>,
     /// Text of the golden answer, for exact-match rules.
     pub answer: Option<String>,
+    /// Value of the column that decides which member of a routing judge compares the completions.
+    pub route: Option<String>,
 }
 
 /// Purpose of a pair.

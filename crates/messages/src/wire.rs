@@ -170,6 +170,7 @@ mod tests {
             dialogue: Some(crate::Dialogue::of_user("a \" b")),
             golden: Some(ids.to_vec()),
             answer: None,
+            route: None,
         };
         let completion = Completion {
             ids: ids.to_vec(),
@@ -197,7 +198,10 @@ mod tests {
             judge: "gold".into(),
             judge_version: JudgeVersion(1),
             scores: Some(vec![0.5, -1.0]),
-            gold: Some(p),
+            verdicts: vec![EvaluationVerdict {
+                judge: GOLD.into(),
+                p,
+            }],
         }
     }
 

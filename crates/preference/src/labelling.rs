@@ -4,28 +4,29 @@
 //! the completions were sampled. Does not know streams.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures_util::future::join_all;
 use messages::{
-    DropReason, InvalidMessage, JudgeVersion, Label, Pair, Probability, Prompt, Purpose,
+    DropReason, EvaluationVerdict, InvalidMessage, JudgeVersion, Label, Pair, Prompt, Purpose,
 };
 use settings::OrdersSetting;
-use tokio::time::timeout;
 
 use crate::error::ComparisonError;
+use crate::evaluation_judge::EvaluationJudge;
 use crate::judge::Verdict;
+use crate::label_penalties::LabelPenalties;
 use crate::pool::{ComparisonRequest, JudgePool, Orders, Preference};
 
 /// RNG stream id for the orders in which completions are compared.
 const ORDER_STREAM: u64 = 0xbfd;
 
-/// Labels pairs with a judge and, for evaluation, a gold judge.
+/// Labels pairs with a judge, and has evaluation pairs judged by the judges of evaluations too.
 pub(crate) struct Labeller {
     pub judge: JudgePool,
-    pub gold: Option<JudgePool>,
+    pub evaluation: Vec<EvaluationJudge>,
     pub orders: OrdersSetting,
-    /// Whether a failure of the gold judge was logged; only the first is.
-    pub gold_failed: AtomicBool,
+    /// Penalties of training labels; verdicts of evaluations have none.
+    pub penalties: LabelPenalties,
 }
 
 /// Labels of one pair.
@@ -37,8 +38,8 @@ pub(crate) struct PairLabels {
     pub version: JudgeVersion,
     /// Score of every completion, where the judge has scores.
     pub scores: Option<Vec<f32>>,
-    /// Gold preference for the first completion over the second.
-    pub gold: Option<Probability>,
+    /// Verdicts of the judges of evaluations on the first two completions.
+    pub verdicts: Vec<EvaluationVerdict>,
 }
 
 /// Why a pair is dropped.
@@ -68,7 +69,7 @@ impl Labeller {
                 labels: Ok(Vec::new()),
                 version: self.judge.version().unwrap_or_default(),
                 scores: None,
-                gold: None,
+                verdicts: Vec::new(),
             });
         }
         let orders = Orders::of(self.orders, pair.prompt.purpose);
@@ -86,16 +87,38 @@ impl Labeller {
             }
         };
         let requests: Vec<_> = pair.compared().map(request).collect();
-        let (preferences, gold) = tokio::join!(
+        let (preferences, verdicts) = tokio::join!(
             self.judge.compare_all(&requests, orders),
-            self.gold_preference(&pair, requests.first()),
+            self.verdicts(&pair, requests.first()),
         );
         let in_order = |(indices, preference): (_, Result<Preference, _>)| match preference {
             Ok(preference) if is_swapped(indices) => Ok(preference.swapped()),
             preference => preference,
         };
         let preferences = pair.compared().zip(preferences).map(in_order);
-        PairLabels::new(&pair, preferences.collect(), gold)
+        let preferences = pair
+            .compared()
+            .zip(preferences)
+            .map(|(indices, preference)| {
+                let request = ComparisonRequest::new(Arc::clone(&pair), indices.0, indices.1);
+                preference.map(|preference| self.penalised(&request, preference))
+            });
+        PairLabels::new(&pair, preferences.collect(), verdicts)
+    }
+
+    /// The preference for a label: less the penalties, except of an evaluation, where the judge's verdict counts.
+    fn penalised(&self, request: &ComparisonRequest, preference: Preference) -> Preference {
+        let comparison = request.comparison();
+        if comparison.prompt.purpose == Purpose::Evaluate {
+            return preference;
+        }
+        let scores = preference.scores;
+        Preference {
+            verdict: self
+                .penalties
+                .apply(preference.verdict, scores, &comparison),
+            ..preference
+        }
     }
 
     /// Labels of a pair that is dropped for this cause without being judged.
@@ -104,42 +127,21 @@ impl Labeller {
             labels: Err(cause),
             version: self.judge.version().unwrap_or_default(),
             scores: None,
-            gold: None,
+            verdicts: Vec::new(),
         }
     }
 
-    /// Gold preference between the first two completions of an evaluation pair; `None` when the gold judge is absent,
-    /// fails or abstains.
-    async fn gold_preference(
+    /// Verdicts of the judges of evaluations on an evaluation pair, in their order; those that fail or abstain give none.
+    async fn verdicts(
         &self,
         pair: &Pair,
         request: Option<&ComparisonRequest>,
-    ) -> Option<Probability> {
-        let (gold, request) = (self.gold.as_ref()?, request?);
-        if !pair.prompt.purpose.is_evaluation() {
-            return None;
-        }
-        let preference =
-            timeout(gold.settings().timeout, gold.compare(request, Orders::Both)).await;
-        let error = match preference {
-            Ok(Ok(preference)) => {
-                return match preference.verdict {
-                    Verdict::Preference(p) => Some(p),
-                    Verdict::Abstained { .. } => None,
-                };
-            }
-            Ok(Err(error)) => error.to_string(),
-            Err(elapsed) => elapsed.to_string(),
+    ) -> Vec<EvaluationVerdict> {
+        let Some(request) = request.filter(|_| pair.prompt.purpose.is_evaluation()) else {
+            return Vec::new();
         };
-        if !self.gold_failed.swap(true, Ordering::Relaxed) {
-            let judge = gold.name();
-            tracing::warn!(
-                judge,
-                error,
-                "gold judge failed; its pairs go without a gold preference"
-            );
-        }
-        None
+        let verdicts = self.evaluation.iter().map(|judge| judge.verdict(request));
+        join_all(verdicts).await.into_iter().flatten().collect()
     }
 }
 
@@ -147,7 +149,7 @@ impl PairLabels {
     fn new(
         pair: &Pair,
         preferences: Vec<Result<Preference, ComparisonError>>,
-        gold: Option<Probability>,
+        verdicts: Vec<EvaluationVerdict>,
     ) -> Result<Self, ComparisonError> {
         let mut version = JudgeVersion::default();
         let mut labels = Ok(Vec::with_capacity(preferences.len()));
@@ -183,7 +185,7 @@ impl PairLabels {
             version,
             // `None` unless every completion has a score.
             scores: scores.into_iter().collect(),
-            gold,
+            verdicts,
         })
     }
 }
@@ -243,6 +245,8 @@ fn wrong_completion_count(completions: usize) -> DropCause {
 
 #[cfg(test)]
 mod tests {
+    use messages::GOLD;
+
     use super::*;
     use crate::error::JudgeError;
     use crate::judge::fake::{abstained, pair, preferred};
@@ -268,9 +272,12 @@ mod tests {
     fn labeller(judge: FakeReplica, gold: Option<FakeReplica>) -> Labeller {
         Labeller {
             judge: pool([judge], settings()),
-            gold: gold.map(|gold| pool([gold], settings())),
+            evaluation: gold
+                .into_iter()
+                .map(|gold| EvaluationJudge::new(GOLD.into(), pool([gold], settings())))
+                .collect(),
             orders: OrdersSetting::Auto,
-            gold_failed: AtomicBool::new(false),
+            penalties: LabelPenalties::default(),
         }
     }
 
@@ -336,7 +343,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn only_evaluation_pairs_are_compared_in_both_orders_and_by_the_gold_judge() {
+    async fn only_evaluation_pairs_are_compared_in_both_orders_and_by_the_judges_of_evaluations() {
         let biased = FakeReplica::new(|batch| Ok(vec![preferred(0.75); batch.len()]));
         let (batches, gold) = (biased.batches(), larger());
         let gold_batches = gold.batches();
@@ -357,7 +364,8 @@ mod tests {
             assert_eq!(labeller.comparisons(&pair), comparisons);
             let labelled = labeller.label(pair).await.unwrap();
             assert_eq!(labels(&labelled), expected);
-            assert_eq!(labelled.gold.map(Probability::get), gold);
+            let p = labelled.verdicts.first().map(|verdict| verdict.p.get());
+            assert_eq!(p, gold);
             let calls = batches.sizes().len();
             assert_eq!(calls - before, comparisons);
             before = calls;
@@ -424,16 +432,43 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_failing_gold_judge_costs_only_the_gold_preference() {
+    async fn penalties_are_of_training_labels_only() {
+        let labeller = Labeller {
+            penalties: LabelPenalties {
+                missing_eos: 3f64.ln(),
+                ..LabelPenalties::default()
+            },
+            ..labeller(larger(), None)
+        };
+        let cut_off = |mut pair: Pair| {
+            pair.completions[0].finish = messages::Finish::Length;
+            pair.completions[1].finish = messages::Finish::EndOfText;
+            Arc::new(pair)
+        };
+        let train = cut_off(pair(0, &["2", "2"]));
+        let [(_, _, p)] = labels(&labeller.label(train).await.unwrap())[..] else {
+            panic!("one label");
+        };
+        assert!((p - 0.25).abs() < 1e-6, "{p}");
+        let mut evaluated = pair(0, &["2", "2"]);
+        evaluated.prompt.purpose = Purpose::Evaluate;
+        let evaluated = labeller.label(cut_off(evaluated)).await.unwrap();
+        assert_eq!(labels(&evaluated), [(0, 1, 0.5)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failing_judge_of_evaluations_costs_only_its_own_verdict() {
         let gold = FakeReplica::new(|_| Err(JudgeError::new("no gold")));
-        let mut labeller = labeller(larger(), None);
+        let mut labeller = labeller(larger(), Some(larger()));
         let one_failure = PoolSettings {
             circuit_failures: 1,
             ..settings()
         };
-        labeller.gold = Some(pool([gold], one_failure));
+        let failing = EvaluationJudge::new("failing".into(), pool([gold], one_failure));
+        labeller.evaluation.push(failing);
         let labelled = labeller.label(evaluation(&["2", "1"])).await.unwrap();
         assert_eq!(labels(&labelled), [(0, 1, 0.625)]);
-        assert_eq!(labelled.gold, None);
+        let judges: Vec<_> = labelled.verdicts.iter().map(|v| v.judge.as_str()).collect();
+        assert_eq!(judges, [GOLD]);
     }
 }

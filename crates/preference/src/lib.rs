@@ -9,8 +9,10 @@ pub mod apo;
 mod calibration;
 mod dedup;
 mod error;
+mod evaluation_judge;
 mod judge;
 mod judge_thread;
+mod label_penalties;
 mod labelling;
 mod pool;
 mod prompt_encoder;
@@ -21,13 +23,16 @@ mod wire;
 
 pub use calibration::{BINS, Bin, Calibration, LengthQuarter, Prediction};
 pub use error::{ComparisonError, JudgeError, JudgeErrorKind, PreferenceError};
+pub use evaluation_judge::EvaluationJudge;
 pub use judge::{
-    ChatJudge, ChatModel, ChatReply, Comparison, EncoderJudge, Ensemble, Judge, JudgeTokenizer,
-    Matrix, RewardModelJudge, Rules, ScoredToken, ScoredVerdict, TopLogprob, Verdict, read_key,
+    ChatJudge, ChatModel, ChatReply, ChatRequest, Comparison, EncoderJudge, Ensemble, EnsembleRule,
+    Judge, JudgeTokenizer, Matrix, ReplySettings, RewardModelJudge, Route, RouteRule, Rules,
+    ScoredToken, ScoredVerdict, TopLogprob, Verdict, read_key,
 };
+pub use label_penalties::LabelPenalties;
 pub use pool::{
-    ComparisonRequest, JudgePool, JudgeReplicas, Orders, Outage, OutageCause, PoolSettings,
-    Preference, Rebuild, Replica, VersionedVerdict,
+    ComparisonRequest, Composition, JudgePool, JudgeReplicas, Orders, Outage, OutageCause,
+    PoolSettings, Preference, Rebuild, Replica, VersionedVerdict,
 };
 pub use prompt_encoder::{EosPolicy, NoEncoding, PromptEncoder, TokenEncoder};
 pub use run::{PreferenceService, PreferenceServiceParts};

@@ -13,6 +13,7 @@ pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
     settings.actor.check(settings, &mut checks);
     settings.learner.check(settings, &mut checks);
     settings.reference.check(settings, &mut checks);
+    settings.evaluation.check(settings, &mut checks);
     settings.sft.check(&mut checks);
     settings.model.check(settings, &mut checks);
     settings.playground.check(&mut checks);

@@ -29,6 +29,23 @@ fn changes_kind(below: &Table, above: &Table) -> bool {
 pub(crate) fn apply_defaults(settings: &mut Table) {
     if let Some(Value::Table(choices)) = settings.remove("choice") {
         apply_choices(&choices, settings);
+        apply_judge_choices(&choices, settings);
+    }
+}
+
+/// Adds the defaults of `[choice.preference.judge]` to every judge of `[evaluation.judge]`.
+fn apply_judge_choices(choices: &Table, settings: &mut Table) {
+    let section = |key: &str| choices.get(key).and_then(Value::as_table);
+    let choices = section("preference").and_then(|preference| preference.get("judge")?.as_table());
+    let evaluation = settings.get_mut("evaluation").and_then(Value::as_table_mut);
+    let judges = evaluation.and_then(|evaluation| evaluation.get_mut("judge")?.as_table_mut());
+    let (Some(choices), Some(judges)) = (choices, judges) else {
+        return;
+    };
+    for (_, judge) in judges.iter_mut() {
+        if let Value::Table(judge) = judge {
+            apply_choice(choices, judge);
+        }
     }
 }
 

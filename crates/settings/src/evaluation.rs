@@ -1,9 +1,17 @@
-//! `[evaluation]`: comparisons of the policy with its reference on held-out prompts.
+//! `[evaluation]`: comparisons of the policy with its reference on held-out prompts, and their judges.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
 
-/// Frequency and size of evaluations.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+use crate::{Settings, checks::Checks, judge::JudgeSettings};
+
+/// Longest name of a judge of evaluations, in characters.
+const MAX_NAME: usize = 32;
+
+/// Frequency, size and judges of evaluations.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvaluationSettings {
     /// Steps between two evaluations; 0: only at the end.
@@ -12,4 +20,113 @@ pub struct EvaluationSettings {
     pub prompts: usize,
     /// Number of prompts shown in the final report.
     pub show: usize,
+    /// Judges of evaluations by name, in addition to the run's judge. They give no labels.
+    pub judge: BTreeMap<String, JudgeSettings>,
+}
+
+impl EvaluationSettings {
+    pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
+        for (name, judge) in &self.judge {
+            let path = format!("evaluation.judge.{name}");
+            check_name(&path, name, judge, checks);
+            judge.check(&path, settings, checks);
+            checks.require(
+                !judge.is_trained_by_the_run(),
+                &path,
+                "a judge of evaluations is not trained by the run: name the folder of its model in path",
+            );
+        }
+    }
+}
+
+fn check_name(path: &str, name: &str, judge: &JudgeSettings, checks: &mut Checks) {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    let fits = !name.is_empty() && name.len() <= MAX_NAME && name.chars().all(is_plain);
+    checks.require(
+        fits && name != "kind",
+        path,
+        format!(
+            "a judge's name has up to {MAX_NAME} letters, digits, \"-\" and \"_\", and is not \"kind\""
+        ),
+    );
+    checks.require(
+        name != "gold" || matches!(judge, JudgeSettings::Gold { .. }),
+        path,
+        "the name \"gold\" is the playground's known preference: choose another",
+    );
+}
+
+/// Names the judge of `[evaluation.judge]` after its kind, where that table is a single judge.
+pub(crate) fn name_single_judge(settings: &mut Table) {
+    let evaluation = settings.get_mut("evaluation").and_then(Value::as_table_mut);
+    let Some(Value::Table(judges)) = evaluation.and_then(|table| table.get_mut("judge")) else {
+        return;
+    };
+    if let Some(kind) = judges.get("kind").and_then(Value::as_str) {
+        let (name, judge) = (kind.to_owned(), std::mem::take(judges));
+        judges.insert(name, Value::Table(judge));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::checks::tests::assert_reported;
+    use crate::resolve::{Override, resolve};
+    use crate::{EvaluationSettings, JudgeSettings};
+
+    fn evaluation(text: &str, sets: &[&str]) -> EvaluationSettings {
+        let sets: Vec<Override> = sets.iter().map(|set| set.parse().unwrap()).collect();
+        let resolved = resolve(text, "f", &sets).expect(text);
+        let again = resolve(&resolved.toml, "config.toml", &[]).expect("it resolves again");
+        assert_eq!(again, resolved);
+        resolved.settings.evaluation
+    }
+
+    #[test]
+    fn judges_of_evaluations_are_one_or_several_with_the_defaults_of_their_kinds() {
+        assert!(evaluation("", &[]).judge.is_empty(), "none by default");
+        let rule = "rules = [{ kind = \"ended\", weight = 1.0 }]";
+        let single = evaluation(&format!("[evaluation.judge]\nkind = \"rule\"\n{rule}"), &[]);
+        let temperature = |judge: &JudgeSettings| match judge {
+            JudgeSettings::Rule { temperature, .. } => *temperature,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(temperature(&single.judge["rule"]), 1.0, "the default");
+        let several = format!(
+            "[evaluation.judge.strict]\nkind = \"rule\"\n{rule}\n\
+             [evaluation.judge.cycling]\nkind = \"gold\"\ncycle = 2.0"
+        );
+        let several = evaluation(&several, &["evaluation.judge.strict.temperature=0.5"]);
+        assert_eq!(temperature(&several.judge["strict"]), 0.5);
+        let cycling = &several.judge["cycling"];
+        assert_eq!(cycling, &JudgeSettings::Gold { cycle: 2.0 });
+        let set = evaluation("", &["evaluation.judge.kind=gold"]);
+        assert_eq!(set.judge["gold"], JudgeSettings::Gold { cycle: 0.0 });
+    }
+
+    #[test]
+    fn mistakes_of_judges_of_evaluations_are_named_with_their_key() {
+        assert_reported(&[
+            (
+                "[evaluation.judge]\nkind = \"golden\"",
+                "evaluation.judge.golden.kind: no `golden` here; did you mean `gold`?",
+            ),
+            (
+                "[evaluation.judge.a]\nkind = \"http\"",
+                "evaluation.judge.a.urls: name at least one URL",
+            ),
+            (
+                "[evaluation.judge.a]\nkind = \"bradley-terry\"",
+                "evaluation.judge.a: a judge of evaluations is not trained by the run",
+            ),
+            (
+                "[evaluation.judge.gold]\nkind = \"rule\"\nrules = []",
+                "evaluation.judge.gold: the name \"gold\"",
+            ),
+            (
+                "[evaluation.judge.\"a b\"]\nkind = \"gold\"",
+                "evaluation.judge.a b: a judge's name has up to 32 letters",
+            ),
+        ]);
+    }
 }

@@ -45,7 +45,8 @@ pub use fit::{DatasetPairs, FitSettings, Head, PairsSettings, PlaygroundPairs, P
 pub use flat::{changed_settings, flat};
 pub use ganpo::GanpoSettings;
 pub use judge::{
-    ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, RuleSettings,
+    ChatSettings, Combine, EndpointSettings, JudgeSettings, LocalChatSettings, PointwiseSettings,
+    RubricSettings, RuleSettings, VerdictForm,
 };
 pub use learner::{
     LabelKind, LearnerSettings, LogpReduction, MaxGradNorm, OffPolicy, PairSelection,

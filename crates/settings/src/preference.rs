@@ -33,6 +33,12 @@ pub struct PreferenceSettings {
     pub tie_margin: f64,
     /// Maximum difference between the two orders of a comparison, above which the judge abstains; 1: never.
     pub max_order_gap: f64,
+    /// Log-odds that a completion which did not end with an end-of-turn token loses in labels.
+    pub missing_eos_penalty: f64,
+    /// Log-odds that a completion loses in labels for each of its tokens.
+    pub length_penalty: f64,
+    /// Whether labels compare scores per token.
+    pub length_normalization: bool,
     /// Capacity of the verdict cache, whose keys are judge version and content; 0: no cache.
     pub cache_size: usize,
     /// Timeout of one judge call, in seconds.
@@ -91,7 +97,7 @@ impl PreferenceSettings {
     pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
         self.check_service(checks);
         self.http.check(checks);
-        self.judge.check(settings, checks);
+        self.judge.check("preference.judge", settings, checks);
         self.chat.check(checks);
         self.fit.check(checks);
         if self.apo.refresh_steps > 0 {
@@ -113,6 +119,18 @@ impl PreferenceSettings {
             format!("{} must be from 0 to below 1/2", self.tie_margin),
         );
         checks.ratio(self.max_order_gap, &path("max_order_gap"));
+        checks.non_negative(self.missing_eos_penalty, &path("missing_eos_penalty"));
+        checks.non_negative(self.length_penalty, &path("length_penalty"));
+        checks.require(
+            !self.length_normalization || self.judge.score_temperature(&self.chat).is_some(),
+            &path("length_normalization"),
+            format!(
+                "the judge {:?} gives no scores to divide by lengths: use length_penalty, or one of the kinds \
+                 \"bradley-terry\", \"encoder\", \"rule\" with a temperature above 0, or a chat judge with form = \
+                 \"pointwise\"",
+                self.judge.name()
+            ),
+        );
     }
 }
 
@@ -151,6 +169,31 @@ impl HttpServiceSettings {
 #[cfg(test)]
 mod tests {
     use crate::checks::tests::{assert_reported, problems};
+
+    #[test]
+    fn penalties_and_normalisation_have_bounds_and_need_scores() {
+        let rule = "[preference]\nlength_normalization = true\n[preference.judge]\nkind = \"rule\"\n\
+                    rules = [{ kind = \"ended\", weight = 1 }]\n";
+        assert_eq!(problems(rule), Vec::<String>::new());
+        assert_reported(&[
+            (
+                "[preference]\nlength_normalization = true",
+                "preference.length_normalization: the judge \"gold\" gives no scores",
+            ),
+            (
+                &format!("{rule}temperature = 0.0"),
+                "preference.length_normalization: the judge \"rule\"",
+            ),
+            (
+                "[preference]\nmissing_eos_penalty = -1.0",
+                "preference.missing_eos_penalty: -1 must not be negative",
+            ),
+            (
+                "[preference]\nlength_penalty = nan",
+                "preference.length_penalty: NaN must not be negative",
+            ),
+        ]);
+    }
 
     #[test]
     fn a_service_beyond_loopback_needs_a_token() {

@@ -43,6 +43,9 @@ pub struct DatasetPrompts {
     pub prompt_column: String,
     /// Column of the golden answer; empty: none.
     pub golden_column: String,
+    /// Column by whose value a judge of the kind "route" chooses its member; empty: none. Where it is the golden column,
+    /// rows may be without a golden answer.
+    pub route_column: String,
     /// Maximum size of a file's rows in bytes: decompressed, and in Parquet of the columns that are read.
     pub max_file_bytes: u64,
     /// Maximum number of rows of a file.
@@ -114,6 +117,12 @@ impl DatasetPrompts {
         }]
     }
 
+    /// Whether rows may be without a golden answer: those are told apart by the routing judge.
+    #[must_use]
+    pub fn has_optional_golden(&self) -> bool {
+        !self.golden_column.is_empty() && self.golden_column == self.route_column
+    }
+
     fn check(&self, settings: &Settings, checks: &mut Checks) {
         checks.require(
             self.path.as_os_str().is_empty() != self.mix.is_empty(),
@@ -145,8 +154,23 @@ impl PromptsSettings {
         match self {
             Self::Playground { .. } => true,
             Self::Bandit {} => false,
-            Self::Dataset(dataset) => !dataset.golden_column.is_empty(),
+            Self::Dataset(dataset) => {
+                !dataset.golden_column.is_empty() && !dataset.has_optional_golden()
+            }
         }
+    }
+
+    /// Whether some prompts may have a golden answer.
+    pub(crate) fn may_have_golden(&self) -> bool {
+        match self {
+            Self::Dataset(dataset) => !dataset.golden_column.is_empty(),
+            other => other.has_golden(),
+        }
+    }
+
+    /// Whether prompts have a column by which a judge can be chosen.
+    pub(crate) fn has_routes(&self) -> bool {
+        matches!(self, Self::Dataset(dataset) if !dataset.route_column.is_empty())
     }
 
     pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {

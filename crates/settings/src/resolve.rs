@@ -5,7 +5,8 @@ use std::path::Path;
 use toml::{Table, Value};
 
 use crate::{
-    Settings, checks, choice, error::SettingsError, repair, staleness, url::without_secrets,
+    Settings, checks, choice, error::SettingsError, evaluation, repair, staleness,
+    url::without_secrets,
 };
 
 /// The commented default file: all keys with their defaults and meanings.
@@ -93,6 +94,7 @@ pub fn resolve(
     choice::apply_defaults(&mut defaults);
     choice::merge(&mut table, user);
     choice::merge(&mut table, nested(overrides));
+    evaluation::name_single_judge(&mut table);
     choice::apply_defaults(&mut table);
     staleness::resolve_sync(&mut table);
     let problems = |problems| SettingsError::Problems {

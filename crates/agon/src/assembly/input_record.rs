@@ -35,6 +35,8 @@ const RECORDED: &[&str] = &[
     "actor.max_new_tokens",
     "preference.judge.",
     "preference.orders",
+    "preference.missing_eos_penalty",
+    "preference.length_",
     "preference.chat.",
     "learner.objective.",
     "learner.label",

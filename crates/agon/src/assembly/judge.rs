@@ -9,8 +9,11 @@ use anyhow::Context;
 use hub::CancelToken;
 use messages::JudgeVersion;
 use model::{Encoder, ModelFolder, RewardModel};
-use preference::{EncoderJudge, Ensemble, Judge, JudgeReplicas, Matrix, Rules};
-use settings::{Combine, Head, JudgeSettings, ModelSource, Settings};
+use preference::{
+    Composition, EncoderJudge, Ensemble, EnsembleRule, Judge, JudgeReplicas, Matrix, Route,
+    RouteRule, Rules,
+};
+use settings::{Head, JudgeSettings, ModelSource, Settings};
 
 use crate::assembly::{
     LoadedModel, LoadedRewardModel, ModelLocation,
@@ -39,13 +42,11 @@ pub(crate) enum JudgeSource {
     /// A chat model of mistral.rs.
     Chat(Arc<LocalChat>),
     /// Several judges.
-    Ensemble {
+    Composed {
         /// The judges.
-        members: Vec<JudgeSource>,
-        /// How their verdicts are combined.
-        combine: Combine,
-        /// Number of standard deviations that [`Combine::LowerBound`] subtracts.
-        deviations: f64,
+        members: Vec<Arc<JudgeSource>>,
+        /// How their verdicts become one.
+        composition: Composition,
     },
 }
 
@@ -77,6 +78,16 @@ impl JudgeSource {
         origin: CompletionOrigin<'_>,
         cancel: &CancelToken,
     ) -> anyhow::Result<Self> {
+        Self::load(settings, &settings.preference.judge, origin, cancel)
+    }
+
+    /// Loads `judge`, as [`Self::open`] loads the run's.
+    pub(crate) fn load(
+        settings: &Settings,
+        judge: &JudgeSettings,
+        origin: CompletionOrigin<'_>,
+        cancel: &CancelToken,
+    ) -> anyhow::Result<Self> {
         let (policy, tokens) = match origin {
             CompletionOrigin::Policy(policy) => (Some(policy), Some(&*policy.folder)),
             CompletionOrigin::Model(folder) => (None, Some(folder)),
@@ -88,7 +99,7 @@ impl JudgeSource {
             tokens: tokens.map(|folder| folder.path.clone()),
             cancel,
         };
-        loader.judge(&settings.preference.judge)
+        loader.judge(judge)
     }
 }
 
@@ -108,22 +119,41 @@ impl JudgeLoader<'_> {
             }
             JudgeSettings::Ensemble {
                 members,
+                weights,
                 combine,
                 deviations,
-            } => Ok(JudgeSource::Ensemble {
-                members: members
-                    .iter()
-                    .map(|judge| self.judge(judge))
-                    .collect::<Result<_, _>>()?,
-                combine: *combine,
-                deviations: *deviations,
-            }),
+            } => self.composed(
+                members,
+                Composition::Ensemble(EnsembleRule {
+                    weights: weights.clone(),
+                    combine: *combine,
+                    deviations: *deviations,
+                }),
+            ),
+            JudgeSettings::Route { members, values } => self.composed(
+                members,
+                Composition::Route(RouteRule {
+                    values: values.clone(),
+                }),
+            ),
             JudgeSettings::Mistral(model) => {
                 let chat = LocalChat::open(model, &self.settings.preference)?;
                 Ok(JudgeSource::Chat(Arc::new(chat)))
             }
             plain => Ok(JudgeSource::Plain(plain.clone())),
         }
+    }
+
+    fn composed(
+        &mut self,
+        members: &[JudgeSettings],
+        composition: Composition,
+    ) -> anyhow::Result<JudgeSource> {
+        let members = members.iter().map(|judge| Ok(Arc::new(self.judge(judge)?)));
+        Ok(JudgeSource::Composed {
+            members: members.collect::<anyhow::Result<_>>()?,
+            composition,
+        })
     }
 
     fn model(&mut self, source: &ModelSource, head: Head) -> anyhow::Result<JudgeSource> {
@@ -175,12 +205,26 @@ impl JudgeSource {
         match self {
             Self::Plain(JudgeSettings::Gold { .. } | JudgeSettings::Matrix { .. }) => true,
             Self::Model(model) => model.shares_tokens(),
-            Self::Ensemble { members, .. } => members.iter().any(Self::reads_tokens),
+            Self::Composed { members, .. } => members.iter().any(|member| member.reads_tokens()),
             Self::Plain(_) | Self::Encoder { .. } | Self::Chat(_) => false,
         }
     }
 
-    /// A new replica.
+    /// Whether the judge, or a member of it, is behind URLs.
+    pub(crate) fn is_remote(&self) -> bool {
+        match self {
+            Self::Plain(judge) => {
+                matches!(
+                    judge,
+                    JudgeSettings::Http(_) | JudgeSettings::Service { .. }
+                )
+            }
+            Self::Composed { members, .. } => members.iter().any(|member| member.is_remote()),
+            Self::Model(_) | Self::Encoder { .. } | Self::Chat(_) => false,
+        }
+    }
+
+    /// A new replica of a judge without remote members.
     pub(crate) fn make(&self) -> anyhow::Result<Box<dyn Judge>> {
         Ok(match self {
             Self::Plain(settings) => plain(settings)?,
@@ -189,13 +233,18 @@ impl JudgeSource {
                 encoder, template, ..
             } => Box::new(EncoderJudge::new(Arc::clone(encoder), template.clone())),
             Self::Chat(chat) => chat.judge(),
-            Self::Ensemble {
+            Self::Composed {
                 members,
-                combine,
-                deviations,
+                composition,
             } => {
-                let members = members.iter().map(Self::make).collect::<Result<_, _>>()?;
-                Box::new(Ensemble::new(members, *combine, *deviations))
+                let members = members
+                    .iter()
+                    .map(|member| member.make())
+                    .collect::<Result<_, _>>()?;
+                match composition {
+                    Composition::Ensemble(rule) => Box::new(Ensemble::new(members, rule.clone())),
+                    Composition::Route(rule) => Box::new(Route::new(members, rule.clone())?),
+                }
             }
         })
     }
@@ -240,7 +289,7 @@ impl<'a> JudgeCheck<'a> {
                 mistral::is_built()?;
                 local_chat::source(model).check()?;
             }
-            JudgeSettings::Ensemble { members, .. } => {
+            JudgeSettings::Ensemble { members, .. } | JudgeSettings::Route { members, .. } => {
                 for (index, member) in members.iter().enumerate() {
                     let checked = self.judge(member);
                     checked.with_context(|| format!("members[{index}]"))?;
@@ -305,15 +354,6 @@ impl<'a> JudgeCheck<'a> {
                 folder.display()
             )
         })
-    }
-}
-
-/// Whether a preference model must be trained for this judge.
-pub(crate) fn needs_training(judge: &JudgeSettings) -> bool {
-    match judge {
-        JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => path.is_empty(),
-        JudgeSettings::Ensemble { members, .. } => members.iter().any(needs_training),
-        _ => false,
     }
 }
 

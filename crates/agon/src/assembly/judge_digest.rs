@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::Context;
 use messages::Digest;
+use preference::Composition;
 use serde_json::json;
 
 use crate::assembly::JudgeSource;
@@ -31,14 +32,21 @@ pub(crate) fn judge_digest(judge: &JudgeSource) -> anyhow::Result<Digest> {
             folder, template, ..
         } => json!([folder_digest(folder)?, template]),
         JudgeSource::Chat(chat) => json!(chat.version()),
-        JudgeSource::Ensemble {
+        JudgeSource::Composed {
             members,
-            combine,
-            deviations,
+            composition,
         } => {
-            let members = members.iter().map(judge_digest);
+            let members = members.iter().map(|member| judge_digest(member));
             let members = members.collect::<anyhow::Result<Vec<_>>>()?;
-            json!([members, combine, deviations])
+            match composition {
+                Composition::Ensemble(rule) if rule.weights.is_empty() => {
+                    json!([members, rule.combine, rule.deviations])
+                }
+                Composition::Ensemble(rule) => {
+                    json!([members, rule.combine, rule.deviations, rule.weights])
+                }
+                Composition::Route(rule) => json!(["route", members, rule.values]),
+            }
         }
     };
     Ok(Digest::of(parts.to_string().as_bytes()))

@@ -2,17 +2,21 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use messages::{Dialogue, Message, PromptText, Seed};
+use messages::{Dialogue, PromptText};
 use mistral::{Chat, MistralError, ModelFiles};
 use model::SamplingSettings;
-use preference::{ChatJudge, ChatModel, ChatReply, Judge, JudgeError, ScoredToken, TopLogprob};
-use settings::{ChatSettings, LocalChatSettings, PreferenceSettings};
+use preference::{
+    ChatJudge, ChatModel, ChatReply, ChatRequest, Judge, JudgeError, ReplySettings, ScoredToken,
+    TopLogprob,
+};
+use settings::{ChatSettings, LocalChatSettings, PreferenceSettings, RubricSettings};
 
 /// A loaded chat model and the settings of its judge.
 pub(crate) struct LocalChat {
     chat: Chat,
     version: u64,
     settings: ChatSettings,
+    rubric: RubricSettings,
 }
 
 /// The model's files that the settings name.
@@ -47,6 +51,7 @@ impl LocalChat {
             chat,
             version: u64::from_le_bytes(version),
             settings: settings.chat.clone(),
+            rubric: model.rubric(),
         })
     }
 
@@ -58,7 +63,7 @@ impl LocalChat {
     /// A replica of the judge, which shares the model.
     pub(crate) fn judge(self: &Arc<Self>) -> Box<dyn Judge> {
         let client = Box::new(LocalChatClient(Arc::clone(self)));
-        Box::new(ChatJudge::new(client, &self.settings))
+        Box::new(ChatJudge::new(client, &self.settings, &self.rubric))
     }
 }
 
@@ -76,24 +81,28 @@ impl ChatModel for LocalChatClient {
 
     fn reply(
         &mut self,
-        dialogues: &[Vec<Message>],
-        max_tokens: usize,
-        alternatives: usize,
+        requests: &[ChatRequest],
+        settings: ReplySettings,
     ) -> Result<Vec<ChatReply>, JudgeError> {
-        let greedy = SamplingSettings {
-            top_k: 1,
-            ..SamplingSettings::plain(max_tokens)
+        let plain = SamplingSettings::plain(settings.max_tokens);
+        let sampling = if settings.temperature > 0.0 {
+            SamplingSettings {
+                temperature: settings.temperature,
+                ..plain
+            }
+        } else {
+            SamplingSettings { top_k: 1, ..plain }
         };
-        let answer = |dialogue: &Vec<Message>| {
-            let prompt = PromptText::Dialogue(Dialogue::new(dialogue.clone()));
+        let answer = |request: &ChatRequest| {
+            let prompt = PromptText::Dialogue(Dialogue::new(request.messages.clone()));
             let chat = &self.0.chat;
-            let answer = chat.answer(&prompt, &greedy, Seed(0), alternatives);
+            let answer = chat.answer(&prompt, &sampling, request.seed, settings.top_logprobs);
             answer.map(reply).map_err(|error| match error {
                 MistralError::Prompt { .. } => JudgeError::permanent(error.to_string()),
                 other => JudgeError::new(other.to_string()),
             })
         };
-        dialogues.iter().map(answer).collect()
+        requests.iter().map(answer).collect()
     }
 }
 

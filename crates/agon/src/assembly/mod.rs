@@ -37,7 +37,7 @@ pub(crate) use conditions::conditions;
 pub(crate) use file_pairs::{file_pairs, reference_key, reference_logprobs_path};
 pub(crate) use judge::{CompletionOrigin, JudgeSource};
 pub(crate) use judge_digest::judge_digest;
-pub(crate) use judge_pool::{gold_pool, judge_replicas, pool, server};
+pub(crate) use judge_pool::{evaluation_judges, judge_replicas, pool, server};
 pub(crate) use loaded_model::{
     LoadedModel, NO_STOP_TOKENS, device, dtype, warn_without_stop_tokens,
 };

@@ -23,11 +23,8 @@ use settings::{
 use tempfile::TempDir;
 
 use crate::assembly::{
-    adapter_shape, check_fit_adapter, check_positions,
-    file_pairs::read_pair_files,
-    judge::{self, JudgeCheck},
-    playground, preference_pairs,
-    prompts::prompt_files,
+    adapter_shape, check_fit_adapter, check_positions, file_pairs::read_pair_files,
+    judge::JudgeCheck, playground, preference_pairs, prompts::prompt_files,
 };
 use crate::{
     cluster::launch,
@@ -346,6 +343,18 @@ impl Preflight {
         }
     }
 
+    fn evaluation_judges(&mut self, settings: &Settings, policy: Option<&ModelFolder>) {
+        for (name, judge) in &settings.evaluation.judge {
+            let key = format!("evaluation.judge.{name}");
+            let mut check = JudgeCheck::new(settings, policy);
+            let checked = check.judge(judge);
+            if self.require(&key, checked).is_some() {
+                self.usable(format!("judge of evaluations {name}: {}", judge.name()));
+            }
+            self.doubtful(check);
+        }
+    }
+
     fn judge(&mut self, settings: &Settings, policy: Option<&ModelFolder>) {
         let preference = &settings.preference;
         let name = preference.judge.name();
@@ -355,6 +364,7 @@ impl Preflight {
             self.usable(format!("judge {name}"));
         }
         self.doubtful(check);
+        self.evaluation_judges(settings, policy);
         if !trains_preference_model(settings) {
             return;
         }
@@ -462,7 +472,7 @@ impl Preflight {
 
 /// Whether this run trains a preference model: before it judges, or in rounds of APO.
 fn trains_preference_model(settings: &Settings) -> bool {
-    judge::needs_training(&settings.preference.judge) || settings.preference.apo.refresh_steps > 0
+    settings.preference.judge.is_trained_by_the_run() || settings.preference.apo.refresh_steps > 0
 }
 
 /// Opens and checks the model's folder; `None` if it is not downloaded yet.

@@ -28,7 +28,7 @@ pub(crate) fn prompt_encoder(
             let eos_policy = EosPolicy::of(model.model.config());
             Arc::new(TokenEncoder::new(model.tokenizer(), eos_policy))
         }
-        JudgeSource::Ensemble { members, .. } => match members.iter().find(|m| m.reads_tokens()) {
+        JudgeSource::Composed { members, .. } => match members.iter().find(|m| m.reads_tokens()) {
             Some(member) => prompt_encoder(settings, member)?,
             None => Arc::new(NoEncoding),
         },

@@ -55,7 +55,9 @@ pub(crate) fn sampler(
 /// When they name mistral.rs and the build is without it.
 pub(crate) fn check_engines(settings: &Settings) -> anyhow::Result<()> {
     let samples = matches!(settings.actor.engine, EngineSettings::Mistral { .. });
-    if samples || judges_with_mistral(&settings.preference.judge) {
+    let mut judges = settings.evaluation.judge.values();
+    let judges = judges.any(judges_with_mistral) || judges_with_mistral(&settings.preference.judge);
+    if samples || judges {
         mistral::is_built()?;
     }
     Ok(())
@@ -63,9 +65,5 @@ pub(crate) fn check_engines(settings: &Settings) -> anyhow::Result<()> {
 
 /// Whether the judge, or a member of it, is a model of mistral.rs.
 fn judges_with_mistral(judge: &JudgeSettings) -> bool {
-    match judge {
-        JudgeSettings::Mistral(_) => true,
-        JudgeSettings::Ensemble { members, .. } => members.iter().any(judges_with_mistral),
-        _ => false,
-    }
+    judge.any(&|judge| matches!(judge, JudgeSettings::Mistral(_)))
 }

@@ -1,6 +1,6 @@
 //! Charts as self-contained SVG: line charts over learner steps, and reliability diagrams.
 
-use std::{error::Error, path::Path};
+use std::{collections::BTreeSet, error::Error, path::Path};
 
 use anyhow::anyhow;
 use learner::Evaluation;
@@ -25,11 +25,14 @@ const PAGE_SIZE: ImageSize = ImageSize {
     width: 560,
     height: 300,
 };
-const COLOURS: [RGBColor; 4] = [
+/// Colours of lines, in their order; further lines repeat them.
+const COLOURS: [RGBColor; 6] = [
     RGBColor(0x2a, 0x6f, 0xb0),
     RGBColor(0xc7, 0x7b, 0x0a),
     RGBColor(0x1b, 0x7f, 0x4b),
-    RGBColor(0x8a, 0x3f, 0x8f),
+    RGBColor(0x8e, 0x44, 0x9c),
+    RGBColor(0xb0, 0x3a, 0x3a),
+    RGBColor(0x4a, 0x4a, 0x4a),
 ];
 /// Margin above and below the values, as a share of their range.
 const MARGIN: f64 = 0.04;
@@ -127,7 +130,7 @@ impl<'a> LineChart<'a> {
                 let ends = [(0.0, value), (last_step, value)];
                 chart.draw_series(LineSeries::new(ends, BLACK.mix(0.4)))?;
             }
-            for (line, colour) in self.lines.iter().zip(COLOURS) {
+            for (line, colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
                 if !line.band.is_empty() {
                     chart.draw_series([Polygon::new(line.band.clone(), colour.mix(0.18))])?;
                 }
@@ -189,8 +192,8 @@ fn drawable(points: impl Iterator<Item = Point>) -> Vec<Point> {
         .collect()
 }
 
-/// Writes a chart of the win rates over steps: under the run's judge and, where known, under the gold preference. If
-/// the former rises while the latter falls, the policy exploits its judge.
+/// Writes a chart of the win rates over steps: under the run's judge, where known under the gold preference, and under
+/// the other judges of evaluations. If the first rises while the others fall, the policy exploits its judge.
 pub(crate) fn write_win_rates(path: &Path, evaluations: &[Evaluation]) -> anyhow::Result<()> {
     let intervals = |of: &dyn Fn(&Evaluation) -> Option<Interval>| -> Vec<(f64, Interval)> {
         let known = evaluations.iter();
@@ -198,10 +201,13 @@ pub(crate) fn write_win_rates(path: &Path, evaluations: &[Evaluation]) -> anyhow
             .filter_map(|e| Some((e.step as f64, of(e)?)))
             .collect()
     };
-    let lines = [
+    let mut lines = vec![
         ("the run's judge", intervals(&|e| Some(e.win_rate))),
         ("gold", intervals(&|e| e.gold_win_rate)),
     ];
+    for judge in judge_names(evaluations) {
+        lines.push((judge, intervals(&|e| Some(e.under(judge)?.win_rate))));
+    }
     let lines = lines.iter().filter(|(_, known)| !known.is_empty());
     let chart = LineChart {
         lines: lines
@@ -213,6 +219,12 @@ pub(crate) fn write_win_rates(path: &Path, evaluations: &[Evaluation]) -> anyhow
         size: FILE_SIZE,
     };
     Ok(write_atomically(path, chart.svg()?.as_bytes())?)
+}
+
+/// Names of the judges of these evaluations besides the run's and gold, sorted.
+pub(crate) fn judge_names(evaluations: &[Evaluation]) -> BTreeSet<&str> {
+    let judges = evaluations.iter().flat_map(|e| &e.judges);
+    judges.map(|judge| judge.judge.as_str()).collect()
 }
 
 /// Writes a reliability diagram: the share of comparisons in which the first response was preferred, against the

@@ -18,6 +18,8 @@ struct PageChart {
     curves: &'static [&'static str],
     band: Option<[&'static str; 2]>,
     range: Option<(f64, f64)>,
+    /// Beginning of the names of further curves.
+    prefix: Option<&'static str>,
 }
 
 impl PageChart {
@@ -27,6 +29,7 @@ impl PageChart {
             curves,
             band: None,
             range: None,
+            prefix: None,
         }
     }
 }
@@ -37,11 +40,13 @@ const CHARTS: [PageChart; 8] = [
         curves: &[
             "eval/win_rate",
             "eval/gold_win_rate",
+            "eval/win_rate_lc",
             "eval/average_win_rate",
             "eval/average_gold_win_rate",
         ],
         band: Some(["eval/win_rate_ci_low", "eval/win_rate_ci_high"]),
         range: Some((0.0, 1.0)),
+        prefix: Some("eval/judge_win_rate/"),
     },
     PageChart::new(
         "KL from the reference and log-ratio of the samples, nats",
@@ -125,6 +130,7 @@ fn figures(page: &mut String, view: &RunView, report: &Value) -> std::fmt::Resul
         ),
         ("held-out prompts", last_whole("eval/prompts")),
         ("cut off, share", last("eval/truncation_rate")),
+        ("length-controlled win rate", last("eval/win_rate_lc")),
         ("gold win rate", last("eval/gold_win_rate")),
         ("KL, nats", last("eval/kl")),
         ("steps", status.step.to_string()),
@@ -143,9 +149,12 @@ fn figures(page: &mut String, view: &RunView, report: &Value) -> std::fmt::Resul
 fn charts(page: &mut String, curves: &Curves) -> anyhow::Result<()> {
     page.push_str("<h2>Curves</h2>\n<div class=\"grid\">\n");
     for chart in CHARTS {
-        let known = chart.curves.iter();
+        let prefix = chart.prefix;
+        let is_of_prefix = |name: &&str| prefix.is_some_and(|prefix| name.starts_with(prefix));
+        let more = curves.names().filter(is_of_prefix).take(MAX_ROWS);
+        let known = chart.curves.iter().copied().chain(more);
         let known: Vec<_> = known
-            .filter_map(|&name| Some((name, curves.get(name)?)))
+            .filter_map(|name| Some((name, curves.get(name)?)))
             .collect();
         if known.is_empty() {
             continue;
@@ -191,7 +200,9 @@ fn evaluations(page: &mut String, report: &Value) -> std::fmt::Result {
             of("/step"),
             of("/win_rate/mean"),
             format!("{}–{}", of("/win_rate/low"), of("/win_rate/high")),
+            of("/win_rate_lc"),
             of("/gold_win_rate/mean"),
+            judges(e),
             of("/kl"),
             of("/response_length"),
             of("/truncation_rate"),
@@ -203,7 +214,9 @@ fn evaluations(page: &mut String, report: &Value) -> std::fmt::Result {
         "step",
         "win rate",
         "95 % interval",
+        "length-controlled",
         "gold",
+        "other judges",
         "KL",
         "length",
         "cut off",
@@ -214,6 +227,21 @@ fn evaluations(page: &mut String, report: &Value) -> std::fmt::Result {
         &heads,
         &evaluations.iter().map(row).collect::<Vec<_>>(),
     )
+}
+
+/// Win rates of an evaluation under the judges that give no labels.
+fn judges(evaluation: &Value) -> String {
+    let judges = list(&evaluation["judges"]).iter().take(MAX_ROWS);
+    let texts: Vec<_> = judges
+        .map(|judge| {
+            let rate = short(&judge["win_rate"]["mean"]);
+            format!("{} {rate}", short(&judge["judge"]))
+        })
+        .collect();
+    match texts.is_empty() {
+        true => "–".into(),
+        false => texts.join(", "),
+    }
 }
 
 /// Completions of the same prompts at the first and the last evaluation.

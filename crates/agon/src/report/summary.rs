@@ -9,7 +9,7 @@ use settings::Settings;
 
 use crate::{
     assembly::RunInputs,
-    report::{ArmProbabilities, WIN_RATE_CHART, verdict},
+    report::{ArmProbabilities, WIN_RATE_CHART, charts::judge_names, verdict},
     run::RunOutcome,
 };
 
@@ -32,9 +32,11 @@ pub(super) fn to_json(
         "win_rate_ci_low": last_value(&|e| e.win_rate.low),
         "win_rate_ci_high": last_value(&|e| e.win_rate.high),
         "soft_win_rate": last_value(&|e| e.soft_win_rate),
+        "win_rate_lc": last.and_then(|e| e.win_rate_lc),
         "gold_win_rate": gold.map(|g| g.mean),
         "gold_win_rate_ci_low": gold.map(|g| g.low),
         "gold_win_rate_ci_high": gold.map(|g| g.high),
+        "evaluation_judges": last.map(|e| &e.judges),
         "kl": last_value(&|e| e.kl),
         "entropy": last_value(&|e| e.entropy),
         "response_length": last_value(&|e| e.response_length),
@@ -154,20 +156,26 @@ fn write_evaluations(text: &mut String, evaluations: &[Evaluation]) -> fmt::Resu
     if evaluations.len() < 2 {
         return Ok(());
     }
+    let judges = judge_names(evaluations);
+    let heads: String = judges.iter().map(|judge| format!(" {judge} |")).collect();
     writeln!(
         text,
-        "\n| step | win rate | interval | gold | KL | length | cut off | entropy |\n|---|---|---|---|---|---|---|---|"
+        "\n| step | win rate | interval | length-controlled | gold |{heads} KL | length | cut off | entropy |\n\
+         |---|---|---|---|---|{}---|---|---|---|",
+        "---|".repeat(judges.len())
     )?;
     for e in evaluations {
-        let gold = e
-            .gold_win_rate
-            .map_or("–".into(), |g| format!("{:.3}", g.mean));
-        let cut_off = e
-            .truncation_rate
-            .map_or("–".into(), |rate| format!("{rate:.3}"));
+        let rate = |rate: Option<f64>| rate.map_or("–".into(), |rate| format!("{rate:.3}"));
+        let (gold, lc) = (rate(e.gold_win_rate.map(|g| g.mean)), rate(e.win_rate_lc));
+        let under = |judge: &&str| rate(e.under(judge).map(|result| result.win_rate.mean));
+        let others: String = judges
+            .iter()
+            .map(|judge| format!(" {} |", under(judge)))
+            .collect();
+        let cut_off = rate(e.truncation_rate);
         writeln!(
             text,
-            "| {} | {:.3} | {:.3}–{:.3} | {gold} | {:.2} | {:.1} | {cut_off} | {:.3} |",
+            "| {} | {:.3} | {:.3}–{:.3} | {lc} | {gold} |{others} {:.2} | {:.1} | {cut_off} | {:.3} |",
             e.step,
             e.win_rate.mean,
             e.win_rate.low,

@@ -37,6 +37,7 @@ pub(super) fn write(
             100.0 * gold.high
         )?;
     }
+    write_judges(text, last)?;
     writeln!(
         text,
         "It moved {:.2} nats (KL) from {}; answers have {:.1} tokens, the reference's {:.1}.",
@@ -80,6 +81,30 @@ fn write_further(text: &mut String, settings: &Settings, last: &Evaluation) -> f
             text,
             "The policy against the current reference, of step {version}: {}.",
             result(current)
+        )?;
+    }
+    Ok(())
+}
+
+/// Win rates under the judges that give no labels, and at equal lengths.
+fn write_judges(text: &mut String, last: &Evaluation) -> fmt::Result {
+    for judge in &last.judges {
+        let rate = judge.win_rate;
+        writeln!(
+            text,
+            "Under the evaluation judge {}, which gives no labels: {:.1} % ({:.1} to {:.1} %) of {} prompts.",
+            judge.judge,
+            100.0 * rate.mean,
+            100.0 * rate.low,
+            100.0 * rate.high,
+            judge.prompts
+        )?;
+    }
+    if let Some(rate) = last.win_rate_lc {
+        writeln!(
+            text,
+            "At equal lengths of both answers (length-controlled): {:.1} %.",
+            100.0 * rate
         )?;
     }
     Ok(())
@@ -244,6 +269,7 @@ mod tests {
             win_rate: Interval::wilson(0.8, 128),
             soft_win_rate: 0.8,
             gold_win_rate: None,
+            judges: Vec::new(),
             judge_accuracy: None,
             win_rate_lc: None,
             kl: 0.5,

@@ -12,7 +12,7 @@ use learner::{
 use messages::{Seed, Stage, WeightsVersion};
 use model::LanguageModel;
 use preference::{
-    PreferenceError, PreferenceService, PreferenceServiceParts,
+    LabelPenalties, PreferenceError, PreferenceService, PreferenceServiceParts,
     apo::{ApoRunner, ReplicaFactory},
 };
 use settings::{LearnerSettings, PairLabel, Settings};
@@ -20,7 +20,9 @@ use telemetry::StageCounters;
 use tokio::sync::watch;
 
 use crate::{
-    assembly::{self, ApoJudge, JudgeSource, LoadedModel, RunInputs, SamplerParts},
+    assembly::{
+        self, ApoJudge, CompletionOrigin, JudgeSource, LoadedModel, RunInputs, SamplerParts,
+    },
     cluster::membership::StatusSource,
     run::{
         RunContext, RunStreams,
@@ -163,9 +165,13 @@ impl RoleBuilder<'_> {
     ) -> anyhow::Result<Role> {
         let settings = self.settings;
         let StageMember { name, counters } = member;
-        let limits = message_limits(settings, &session.policy.folder.config);
+        let policy = session.policy;
+        let limits = message_limits(settings, &policy.folder.config);
         let (judge, apo) = judge_and_apo(settings, judge, session, cancel)?;
         let pool = assembly::pool(settings, &judge)?;
+        let evaluation = tokio::task::block_in_place(|| {
+            assembly::evaluation_judges(settings, CompletionOrigin::Policy(policy), cancel)
+        })?;
         let mut tasks = Vec::new();
         let mut http_address = None;
         if !settings.preference.http.listen.is_empty() {
@@ -179,8 +185,9 @@ impl RoleBuilder<'_> {
         }
         let service = PreferenceService::new(PreferenceServiceParts {
             judge: pool,
-            gold: assembly::gold_pool(settings)?,
+            evaluation,
             orders: settings.preference.orders,
+            penalties: LabelPenalties::from(&settings.preference),
             apo,
             pairs: self.streams.pairs.receiver.clone(),
             limits,

@@ -158,6 +158,31 @@ impl<'a> ParsedRow<'a> {
         column.map(|column| self.row.response(column)).transpose()
     }
 
+    /// The value by which a judge is chosen, as text: of text itself, of a number or a truth value its JSON. `None` when
+    /// it is missing, null or blank, or when the settings name no column for it.
+    ///
+    /// # Errors
+    /// When it is a list or an object and not the golden answer as messages.
+    pub fn route(&self) -> Result<Option<String>, String> {
+        let Some(column) = self.row.columns.route.as_ref() else {
+            return Ok(None);
+        };
+        let value = match self.row.value(&column.name) {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::String(text)) => text.clone(),
+            Some(value @ (Value::Number(_) | Value::Bool(_))) => value.to_string(),
+            Some(_) if self.row.columns.is_golden(&column.name) => self.row.response(column)?,
+            Some(Value::Array(_) | Value::Object(_)) => {
+                return Err(format!(
+                    "column {:?} is neither text nor a number{}",
+                    column.name,
+                    column.remedy()
+                ));
+            }
+        };
+        Ok(Some(value).filter(|text| !text.trim().is_empty()))
+    }
+
     /// The prompt and its answer: `completion` or a synonym, the chosen response of a pair, or the end of a dialogue. A
     /// row with text only has an empty prompt.
     ///

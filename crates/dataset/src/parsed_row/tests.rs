@@ -589,3 +589,39 @@ fn missing_columns_are_reported_with_their_setting() {
         assert!(error.contains(expected), "{error}");
     }
 }
+
+#[test]
+fn a_route_is_text_a_number_or_a_golden_answer_and_may_be_missing() {
+    let columns = |golden: Option<&str>| Columns {
+        golden: golden.map(|name| Column::named(name, "prompts.golden_column")),
+        route: Some(Column::named("task", "prompts.route_column")),
+        ..Columns::default()
+    };
+    let route = |task: Value, golden| {
+        let row = json!({"prompt": "q", "task": task});
+        extract(&row, &columns(golden), |row| row.route())
+    };
+    let missing = json!({"prompt": "q"});
+    assert_eq!(
+        extract(&missing, &columns(None), |row| row.route()),
+        Ok(None)
+    );
+    for (task, expected) in [
+        (json!("math"), Some("math")),
+        (json!(7), Some("7")),
+        (json!(true), Some("true")),
+        (json!(" "), None),
+        (Value::Null, None),
+    ] {
+        let found = route(task.clone(), None);
+        assert_eq!(found, Ok(expected.map(str::to_owned)), "{task}");
+    }
+    let messages = json!([turn("assistant", "42")]);
+    let refused = route(messages.clone(), None).expect_err("a list");
+    assert!(
+        refused.contains("column \"task\" is neither text nor a number"),
+        "{refused}"
+    );
+    assert!(refused.contains("prompts.route_column"), "{refused}");
+    assert_eq!(route(messages, Some("task")), Ok(Some("42".into())));
+}

@@ -185,6 +185,7 @@ impl PairFiles {
             dialogue: row.dialogue.clone(),
             golden: None,
             answer: None,
+            route: None,
         };
         LabelledPair {
             pair: Pair {
@@ -201,7 +202,7 @@ impl PairFiles {
             judge: FROM_FILE.into(),
             judge_version: JudgeVersion(0),
             scores: scores(row),
-            gold: None,
+            verdicts: Vec::new(),
         }
     }
 }

@@ -247,7 +247,7 @@ fn judged(pair: Pair, p: f32) -> LabelledPair {
         judge: "judge".into(),
         judge_version: JudgeVersion(2),
         scores: None,
-        gold: None,
+        verdicts: Vec::new(),
     }
 }
 

@@ -72,6 +72,7 @@ mod tests {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         };
         ids.iter().map(row).collect()
     }

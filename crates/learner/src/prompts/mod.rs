@@ -24,6 +24,8 @@ pub struct PromptRow {
     pub golden: Option<Vec<u32>>,
     /// Text of the golden answer.
     pub answer: Option<String>,
+    /// Value of the column that a routing judge reads.
+    pub route: Option<String>,
 }
 
 /// A set of prompts. An index always gives the same prompt, so that a cursor suffices to resume.
@@ -59,6 +61,7 @@ impl PromptSet for NoPrompts {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         }
     }
 
@@ -137,12 +140,13 @@ impl PromptFiles {
     }
 }
 
-/// Columns of prompts and golden answers.
+/// Columns of prompts, golden answers and routes.
 fn columns(settings: &DatasetPrompts) -> Columns {
-    let golden = settings.golden_column.as_str();
+    let [golden, route] = [&settings.golden_column, &settings.route_column];
     Columns {
         prompt: Column::named(&settings.prompt_column, "prompts.prompt_column"),
         golden: (!golden.is_empty()).then(|| Column::named(golden, "prompts.golden_column")),
+        route: (!route.is_empty()).then(|| Column::named(route, "prompts.route_column")),
         limits: FileLimits {
             max_file_bytes: settings.max_file_bytes,
             max_rows: settings.max_rows,
@@ -262,13 +266,15 @@ impl PromptSet for PromptFiles {
     }
 }
 
-/// Digest of the tokens of prompts and golden answers.
+/// Digest of the tokens of prompts and golden answers, and of their routes.
 fn rows_digest(rows: &[PromptRow]) -> Digest {
     let row = |row: &PromptRow| {
         let golden = row.golden.as_deref().unwrap_or_default();
         let lengths = [row.ids.len() as u32, golden.len() as u32];
         let all = lengths.iter().chain(&row.ids).chain(golden);
-        Digest::of(&all.flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>()).0
+        let mut bytes: Vec<u8> = all.flat_map(|id| id.to_le_bytes()).collect();
+        bytes.extend(row.route.as_deref().unwrap_or_default().as_bytes());
+        Digest::of(&bytes).0
     };
     Digest::of(&rows.iter().flat_map(row).collect::<Vec<u8>>())
 }
@@ -360,10 +366,11 @@ impl SkippedRows {
     }
 }
 
-/// Prompt and golden answer of a row.
+/// Prompt, golden answer and route of a row.
 struct ParsedPrompt {
     prompt: PromptText,
     golden: Option<String>,
+    route: Option<String>,
 }
 
 /// What is counted over the rows of a file.
@@ -396,7 +403,11 @@ impl PromptReader<'_> {
         row: &ParsedRow<'_>,
         counts: &mut FileCounts,
     ) -> Result<Option<PromptRow>, String> {
-        let (prompt, golden) = (row.prompt()?, row.golden()?);
+        let (prompt, route) = (row.prompt()?, row.route()?);
+        let golden = match route.is_none() && self.settings.has_optional_golden() {
+            true => None,
+            false => row.golden()?,
+        };
         counts.dialogues.count(&prompt);
         let skipped = &mut counts.skipped;
         if golden
@@ -406,7 +417,11 @@ impl PromptReader<'_> {
             skipped.unanswered += 1;
             return Ok(None);
         }
-        let parsed = ParsedPrompt { prompt, golden };
+        let parsed = ParsedPrompt {
+            prompt,
+            golden,
+            route,
+        };
         let row = self.row(parsed, &mut counts.boundaries);
         let row = row.map_err(|error| error.to_string())?;
         if let Some(reason) = self.limits.exceeded(&row) {
@@ -426,7 +441,11 @@ impl PromptReader<'_> {
 
     fn row(
         &self,
-        ParsedPrompt { prompt, golden }: ParsedPrompt,
+        ParsedPrompt {
+            prompt,
+            golden,
+            route,
+        }: ParsedPrompt,
         boundaries: &mut BoundaryCounts,
     ) -> Result<PromptRow, ModelError> {
         let ids = self.tokenizer.encode_prompt(&prompt)?;
@@ -445,6 +464,7 @@ impl PromptReader<'_> {
             dialogue,
             golden,
             answer,
+            route,
         })
     }
 
@@ -536,6 +556,7 @@ mod tests {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         }
     }
 
@@ -549,6 +570,7 @@ mod tests {
             mix: Vec::new(),
             prompt_column: "prompt".into(),
             golden_column: String::new(),
+            route_column: String::new(),
             max_file_bytes: u64::MAX,
             max_rows: u64::MAX,
             held_out_path: "".into(),
@@ -598,6 +620,10 @@ mod tests {
             vec![of(&[2]), of(&[1])],
             vec![golden(&[2])],
             vec![golden(&[2, 3])],
+            vec![PromptRow {
+                route: Some("math".into()),
+                ..row(1)
+            }],
         ];
         let digests: HashSet<_> = all.iter().map(|rows| rows_digest(rows)).collect();
         assert_eq!(digests.len(), all.len());

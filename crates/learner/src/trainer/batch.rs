@@ -268,6 +268,7 @@ pub(crate) mod tests {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         };
         LabelledPair {
             pair: Pair {
@@ -280,7 +281,7 @@ pub(crate) mod tests {
             judge: String::new(),
             judge_version: JudgeVersion(0),
             scores: None,
-            gold: None,
+            verdicts: Vec::new(),
         }
     }
 

@@ -129,6 +129,7 @@ fn labelled(key: u64, completions: Vec<Completion>) -> LabelledPair {
         dialogue: None,
         golden: Some(vec![5, 6, 1]),
         answer: None,
+        route: None,
     };
     LabelledPair {
         pair: Pair {
@@ -145,7 +146,7 @@ fn labelled(key: u64, completions: Vec<Completion>) -> LabelledPair {
         judge: String::new(),
         judge_version: JudgeVersion(0),
         scores: None,
-        gold: None,
+        verdicts: Vec::new(),
     }
 }
 

@@ -4,6 +4,8 @@
 //! those of the settings, its numbers are finite, and its weights were announced. Does not know where a message comes from,
 //! what the stages know of one another, or what follows an invalid message.
 
+use std::collections::HashSet;
+
 use thiserror::Error;
 
 use crate::{
@@ -97,6 +99,9 @@ pub enum InvalidMessage {
     /// Labels that are not those of the completions.
     #[error("the labels are not one for each compared pair of completions, in order")]
     Labels,
+    /// Verdicts of judges of evaluations that are not one a judge, or not of an evaluation pair.
+    #[error("the verdicts of judges of evaluations are not one a judge of an evaluation pair")]
+    Verdicts,
     /// A prompt outside its own batch.
     #[error("{id} is not one of the {count} prompts from {first} of its batch")]
     Batch {
@@ -320,6 +325,7 @@ impl LabelledPair {
         if !is_labelled {
             return Err(InvalidMessage::Labels);
         }
+        self.check_verdicts()?;
         let completions = self.pair.completions.len();
         let are_numbers = |scores: &Vec<f32>| {
             scores.len() == completions && scores.iter().all(|score| score.is_finite())
@@ -331,6 +337,20 @@ impl LabelledPair {
                 of: "completion",
             }),
         }
+    }
+}
+
+impl LabelledPair {
+    /// Checks the verdicts of the judges of evaluations: at most one a judge, and only of an evaluation pair.
+    fn check_verdicts(&self) -> Result<(), InvalidMessage> {
+        let mut judges = HashSet::new();
+        for verdict in &self.verdicts {
+            check_text("the name of a judge", &verdict.judge, MAX_NAME_BYTES)?;
+            if !self.pair.prompt.purpose.is_evaluation() || !judges.insert(&verdict.judge) {
+                return Err(InvalidMessage::Verdicts);
+            }
+        }
+        Ok(())
     }
 }
 

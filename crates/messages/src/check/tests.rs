@@ -38,6 +38,7 @@ fn prompt() -> Prompt {
         dialogue: None,
         golden: Some(vec![9, 1]),
         answer: None,
+        route: None,
     }
 }
 
@@ -79,7 +80,7 @@ fn labelled(purpose: Purpose, completions: usize) -> LabelledPair {
         judge: "gold".into(),
         judge_version: JudgeVersion(1),
         scores: Some(vec![0.5; completions]),
-        gold: None,
+        verdicts: Vec::new(),
     }
 }
 
@@ -253,7 +254,30 @@ fn labelled_pairs_have_every_label_once_and_in_order() {
         "the labels are not",
     )];
     assert_cases(|| labelled(Purpose::Apo, 4), check, &samples);
-    assert_cases(|| labelled(Purpose::Evaluate, 2), check, &[]);
+    let verdict = |judge: &str| EvaluationVerdict {
+        judge: judge.into(),
+        p: Probability::HALF,
+    };
+    let judged = || LabelledPair {
+        verdicts: vec![verdict("gold"), verdict("strict")],
+        ..labelled(Purpose::Evaluate, 2)
+    };
+    let verdicts: [Case<LabelledPair>; 2] = [
+        (
+            |l| l.verdicts[1].judge = "gold".into(),
+            "the verdicts of judges of evaluations are not one a judge",
+        ),
+        (
+            |l| l.verdicts[1].judge = "j".repeat(4097),
+            "the name of a judge",
+        ),
+    ];
+    assert_cases(judged, check, &verdicts);
+    let trained = LabelledPair {
+        verdicts: vec![verdict("gold")],
+        ..labelled(Purpose::Train, 3)
+    };
+    assert_eq!(trained.check(&LIMITS), Err(InvalidMessage::Verdicts));
 }
 
 #[test]

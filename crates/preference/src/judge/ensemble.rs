@@ -9,26 +9,56 @@ use crate::judge::{Comparison, Judge, Verdict};
 /// Combines the p of several judges. Members that abstain are skipped; if all abstain, so does the ensemble.
 pub struct Ensemble {
     members: Vec<Box<dyn Judge>>,
-    combine: Combine,
-    deviations: f64,
+    rule: EnsembleRule,
+}
+
+/// How the verdicts of an ensemble's members are combined.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EnsembleRule {
+    /// Weight of each member, above 0; empty: equal weights.
+    pub weights: Vec<f64>,
+    /// Aggregation of the members' probabilities.
+    pub combine: Combine,
+    /// Number of standard deviations that [`Combine::LowerBound`] subtracts.
+    pub deviations: f64,
+}
+
+/// A member's p and its weight.
+#[derive(Debug, Clone, Copy)]
+struct WeightedP {
+    p: Probability,
+    weight: f64,
 }
 
 impl Ensemble {
-    /// An ensemble of `members`; [`Combine::LowerBound`] subtracts `deviations` standard deviations.
+    /// An ensemble of `members`.
     #[must_use]
-    pub fn new(members: Vec<Box<dyn Judge>>, combine: Combine, deviations: f64) -> Self {
-        Self {
-            members,
-            combine,
-            deviations,
+    pub fn new(members: Vec<Box<dyn Judge>>, rule: EnsembleRule) -> Self {
+        Self { members, rule }
+    }
+}
+
+impl EnsembleRule {
+    /// The verdict of members with these verdicts, in their order; with the last reason if all abstain.
+    pub(crate) fn verdict(&self, verdicts: impl IntoIterator<Item = Verdict>) -> Verdict {
+        let (mut ps, mut last) = (Vec::new(), String::new());
+        for (index, verdict) in verdicts.into_iter().enumerate() {
+            let weight = self.weights.get(index).copied().unwrap_or(1.0);
+            match verdict {
+                Verdict::Preference(p) => ps.push(WeightedP { p, weight }),
+                Verdict::Abstained { reason } => last = reason,
+            }
+        }
+        match self.combined(&ps) {
+            Some(p) => Verdict::Preference(p),
+            None => Verdict::Abstained { reason: last },
         }
     }
 
-    fn combined(&self, ps: &[Probability]) -> Option<Probability> {
-        let count = ps.len() as f64;
+    fn combined(&self, ps: &[WeightedP]) -> Option<Probability> {
         let p = match self.combine {
             _ if ps.is_empty() => return None,
-            Combine::Mean => ps.iter().map(|p| f64::from(p.get())).sum::<f64>() / count,
+            Combine::Mean => weighted_mean(ps, f64::from),
             Combine::LowerBound => sigmoid(self.lower_bound(ps)),
         };
         Probability::new(p as f32).ok()
@@ -36,13 +66,18 @@ impl Ensemble {
 
     /// Mean of the log-odds, shrunk toward 0 by `deviations` standard deviations, at most to 0: p is ½ where the
     /// members disagree.
-    fn lower_bound(&self, ps: &[Probability]) -> f64 {
-        let odds: Vec<f64> = ps.iter().map(|p| log_odds(f64::from(p.get()))).collect();
-        let count = odds.len() as f64;
-        let mean = odds.iter().sum::<f64>() / count;
-        let variance = odds.iter().map(|o| (o - mean).powi(2)).sum::<f64>() / count;
+    fn lower_bound(&self, ps: &[WeightedP]) -> f64 {
+        let odds = |p: f32| log_odds(f64::from(p));
+        let mean = weighted_mean(ps, odds);
+        let variance = weighted_mean(ps, |p| (odds(p) - mean).powi(2));
         mean.signum() * (mean.abs() - self.deviations * variance.sqrt()).max(0.0)
     }
+}
+
+/// Mean of `of` over all p, by weight.
+fn weighted_mean(ps: &[WeightedP], of: impl Fn(f32) -> f64) -> f64 {
+    let sum: f64 = ps.iter().map(|one| one.weight * of(one.p.get())).sum();
+    sum / ps.iter().map(|one| one.weight).sum::<f64>()
 }
 
 fn sigmoid(x: f64) -> f64 {
@@ -60,9 +95,9 @@ impl Judge for Ensemble {
         "ensemble"
     }
 
-    /// Sum of the members' versions: it grows with any of them.
+    /// Sum of the members' versions: it changes with any of them.
     fn version(&self) -> JudgeVersion {
-        JudgeVersion(self.members.iter().map(|member| member.version().0).sum())
+        sum_of_versions(self.members.iter().map(|member| member.version()))
     }
 
     fn is_antisymmetric(&self) -> bool {
@@ -70,23 +105,22 @@ impl Judge for Ensemble {
     }
 
     fn judge(&mut self, batch: &[Comparison<'_>]) -> Result<Vec<Verdict>, JudgeError> {
-        let mut ps = vec![Vec::new(); batch.len()];
-        let mut reasons = vec![String::new(); batch.len()];
+        let mut by_comparison = vec![Vec::new(); batch.len()];
         for member in &mut self.members {
             let verdicts = member.judge(batch)?;
-            for (index, verdict) in verdicts.into_iter().enumerate() {
-                match verdict {
-                    Verdict::Preference(p) => ps[index].push(p),
-                    Verdict::Abstained { reason } => reasons[index] = reason,
-                }
+            for (all, verdict) in by_comparison.iter_mut().zip(verdicts) {
+                all.push(verdict);
             }
         }
-        let verdict = |(ps, reason): (Vec<Probability>, String)| match self.combined(&ps) {
-            Some(p) => Verdict::Preference(p),
-            None => Verdict::Abstained { reason },
-        };
-        Ok(ps.into_iter().zip(reasons).map(verdict).collect())
+        let verdicts = by_comparison.into_iter();
+        Ok(verdicts.map(|all| self.rule.verdict(all)).collect())
     }
+}
+
+/// Version of a judge of several members. Versions may be digests, so the sum wraps around.
+pub(crate) fn sum_of_versions(versions: impl IntoIterator<Item = JudgeVersion>) -> JudgeVersion {
+    let versions = versions.into_iter();
+    JudgeVersion(versions.fold(0, |sum, version| sum.wrapping_add(version.0)))
 }
 
 #[cfg(test)]
@@ -95,12 +129,21 @@ mod tests {
     use crate::judge::fake::{FakeJudge, abstained, completion, preferred, prompt};
 
     fn verdict(answers: &[Verdict], combine: Combine) -> Verdict {
+        weighted(answers, &[], combine)
+    }
+
+    fn weighted(answers: &[Verdict], weights: &[f64], combine: Combine) -> Verdict {
         let member = |answer: &Verdict| {
             let answer = answer.clone();
             Box::new(FakeJudge::answering(move |_| answer.clone()).antisymmetric())
                 as Box<dyn Judge>
         };
-        let mut ensemble = Ensemble::new(answers.iter().map(member).collect(), combine, 1.0);
+        let rule = EnsembleRule {
+            weights: weights.to_vec(),
+            combine,
+            deviations: 1.0,
+        };
+        let mut ensemble = Ensemble::new(answers.iter().map(member).collect(), rule);
         assert!(ensemble.is_antisymmetric());
         let (prompt, a, b) = (prompt(), completion("a", &[]), completion("b", &[]));
         let comparison = Comparison {
@@ -124,6 +167,27 @@ mod tests {
         assert_eq!(p(&mean(&[preferred(0.25), preferred(0.75)])), 0.5);
         assert_eq!(p(&mean(&[preferred(0.25), abstained("no")])), 0.25);
         assert_eq!(mean(&[abstained("a"), abstained("b")]), abstained("b"));
+    }
+
+    #[test]
+    fn weights_are_of_the_members_that_answer() {
+        let mean = |answers: &[Verdict]| p(&weighted(answers, &[3.0, 1.0, 4.0], Combine::Mean));
+        // (3 · .25 + 1 · .75 + 4 · .5) / 8 and, without the first, (1 · .75 + 4 · .5) / 5.
+        assert_eq!(
+            mean(&[preferred(0.25), preferred(0.75), preferred(0.5)]),
+            0.4375
+        );
+        assert_eq!(
+            mean(&[abstained("no"), preferred(0.75), preferred(0.5)]),
+            0.55
+        );
+        // Log-odds ln 3 and -ln 3 with weights 3 and 1: mean ½ ln 3, deviation ½·√3·ln 3, beyond it.
+        let bound = weighted(
+            &[preferred(0.75), preferred(0.25)],
+            &[3.0, 1.0],
+            Combine::LowerBound,
+        );
+        assert_eq!(p(&bound), 0.5);
     }
 
     #[test]

@@ -120,6 +120,7 @@ pub(crate) fn prompt() -> Prompt {
         dialogue: None,
         golden: None,
         answer: None,
+        route: None,
     }
 }
 

@@ -10,7 +10,9 @@ mod http;
 mod identity;
 mod matrix;
 mod reward_model;
+mod route;
 mod rule;
+mod score_parser;
 mod service;
 mod verdict_parser;
 
@@ -21,12 +23,14 @@ use messages::{Completion, JudgeVersion, Probability, Prompt};
 
 use crate::error::JudgeError;
 
-pub use chat::{ChatJudge, ChatModel, ChatReply};
+pub use chat::{ChatJudge, ChatModel, ChatReply, ChatRequest, ReplySettings};
 pub use encoder::EncoderJudge;
 pub use endpoint::read_key;
-pub use ensemble::Ensemble;
+pub(crate) use ensemble::sum_of_versions;
+pub use ensemble::{Ensemble, EnsembleRule};
 pub use matrix::Matrix;
 pub use reward_model::{JudgeTokenizer, RewardModelJudge};
+pub use route::{Route, RouteRule};
 pub use rule::Rules;
 pub use verdict_parser::{ScoredToken, TopLogprob};
 

@@ -156,7 +156,7 @@ fn common_prefix(markers: &[String]) -> usize {
 }
 
 /// The reply without the reasoning before it; empty if the reasoning does not end.
-fn answer(reply: &str) -> &str {
+pub(super) fn answer(reply: &str) -> &str {
     let [begin, end] = REASONING;
     match reply.rsplit_once(end) {
         Some((_, answer)) => answer,
@@ -166,7 +166,7 @@ fn answer(reply: &str) -> &str {
 }
 
 /// End of a reply, for an abstention.
-fn excerpt(reply: &str) -> &str {
+pub(super) fn excerpt(reply: &str) -> &str {
     let reply = reply.trim();
     match reply.char_indices().rev().nth(MAX_EXCERPT - 1) {
         Some((start, _)) => &reply[start..],

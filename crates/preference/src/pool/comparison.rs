@@ -108,6 +108,8 @@ impl RequestHasher {
         self.ids(prompt.golden.as_deref().unwrap_or_default());
         self.integer(u64::from(prompt.answer.is_some()));
         self.bytes(prompt.answer.as_deref().unwrap_or_default().as_bytes());
+        self.integer(u64::from(prompt.route.is_some()));
+        self.bytes(prompt.route.as_deref().unwrap_or_default().as_bytes());
     }
 
     fn completion(&mut self, completion: &Completion) {
@@ -136,13 +138,14 @@ mod tests {
         };
         let plain = digest(&|_| {});
         type Change = fn(&mut Pair);
-        let changes: [(&str, Change); 8] = [
+        let changes: [(&str, Change); 9] = [
             ("the prompt's text", |p| p.prompt.text.push('!')),
             ("the dialogue", |p| {
                 p.prompt.dialogue = Some(Dialogue::of_user(""));
             }),
             ("the prompt's ids", |p| p.prompt.ids.push(7)),
             ("the answer", |p| p.prompt.answer = Some(String::new())),
+            ("the route", |p| p.prompt.route = Some(String::new())),
             ("the golden ids", |p| p.prompt.golden = Some(vec![])),
             ("where a text ends", |p| {
                 p.completions[0].text = "a".into();

@@ -11,6 +11,7 @@
 mod cache;
 mod circuit_breaker;
 mod comparison;
+mod composed;
 mod dispatcher;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -41,6 +42,7 @@ use order_bias::OrderBiasMonitor;
 use outage::OutagePublisher;
 
 pub use comparison::ComparisonRequest;
+pub use composed::Composition;
 pub use order_swap::{Orders, Preference};
 pub use outage::{Outage, OutageCause};
 pub use replica::{JudgeReplicas, Rebuild, Replica, VersionedVerdict};

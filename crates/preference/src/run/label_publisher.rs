@@ -38,7 +38,7 @@ impl LabelPublisher {
                     judge,
                     judge_version: outcome.version,
                     scores: outcome.scores,
-                    gold: outcome.gold,
+                    verdicts: outcome.verdicts,
                 };
                 let sent = self.labelled.send(labelled).await;
                 sent.map(|()| self.counters.emitted(1))

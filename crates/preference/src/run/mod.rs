@@ -11,7 +11,6 @@ mod named_wait;
 mod pair_check;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use messages::{Dropped, LabelledPair, MessageLimits, Pair, Purpose};
 use settings::OrdersSetting;
@@ -21,6 +20,8 @@ use transport::{Receipt, Receiver, Sender, TransportError, WeightStore};
 
 use crate::apo::{ApoRunner, next_model};
 use crate::error::{ComparisonError, PreferenceError};
+use crate::evaluation_judge::EvaluationJudge;
+use crate::label_penalties::LabelPenalties;
 use crate::labelling::{Labeller, PairLabels};
 use crate::pool::{JudgePool, JudgeReplicas, Outage};
 use in_flight::{InFlightPair, InFlightQueue};
@@ -32,11 +33,12 @@ use pair_check::PairCheck;
 pub struct PreferenceServiceParts {
     /// Judge of all pairs.
     pub judge: JudgePool,
-    /// Judge with the true preference, where it is known. It compares the first two completions of every evaluation
-    /// pair.
-    pub gold: Option<JudgePool>,
+    /// Judges of evaluations, which compare the first two completions of every evaluation pair and give no labels.
+    pub evaluation: Vec<EvaluationJudge>,
     /// Orders in which completions are compared.
     pub orders: OrdersSetting,
+    /// Penalties of training labels.
+    pub penalties: LabelPenalties,
     /// Adversarial preference optimisation, if enabled.
     pub apo: Option<ApoRunner>,
     /// Source of pairs.
@@ -116,9 +118,9 @@ impl RunningService {
         let PreferenceService { parts, waits } = service;
         let labeller = Arc::new(Labeller {
             judge: parts.judge.clone(),
-            gold: parts.gold,
+            evaluation: parts.evaluation,
             orders: parts.orders,
-            gold_failed: AtomicBool::new(false),
+            penalties: parts.penalties,
         });
         Self {
             pairs: parts.pairs,

@@ -77,8 +77,9 @@ impl Harness {
         PreferenceServiceParts {
             apo: None,
             judge,
-            gold: None,
+            evaluation: Vec::new(),
             orders: OrdersSetting::Auto,
+            penalties: LabelPenalties::default(),
             pairs: self.pairs_receiver.clone(),
             limits: message_limits(self.completions),
             weight_store: WeightStore::default(),
@@ -235,7 +236,7 @@ async fn a_batch_waits_at_most_max_wait_from_its_first_request() {
 }
 
 #[tokio::test]
-async fn a_labelled_pair_carries_labels_judge_and_gold_preference() {
+async fn a_labelled_pair_carries_labels_judge_and_verdicts_of_evaluations() {
     let mut harness = Harness::new();
     harness.completions = 3;
     let train = pair(0, &["a", "b", "c"]);
@@ -250,7 +251,10 @@ async fn a_labelled_pair_carries_labels_judge_and_gold_preference() {
     });
     let gold = FakeJudge::answering(|_| preferred(0.125)).antisymmetric();
     let parts = PreferenceServiceParts {
-        gold: Some(thread_pool(gold, 64)),
+        evaluation: vec![EvaluationJudge::new(
+            messages::GOLD.into(),
+            thread_pool(gold, 64),
+        )],
         ..harness.parts(thread_pool(judge, 64))
     };
     let service = PreferenceService::new(parts);
@@ -275,14 +279,17 @@ async fn a_labelled_pair_carries_labels_judge_and_gold_preference() {
         (trained.judge.as_str(), trained.judge_version),
         ("fake", JudgeVersion(7))
     );
-    assert_eq!(trained.gold, None);
+    assert_eq!(trained.verdicts, []);
     assert_eq!(evaluated.pair, evaluate);
     assert_eq!(
         labels(evaluated),
         [(0, 1, 0.125)],
         "the mean of 0.25 and 1 - 1"
     );
-    assert_eq!(evaluated.gold.map(messages::Probability::get), Some(0.125));
+    assert_eq!(
+        evaluated.gold().map(messages::Probability::get),
+        Some(0.125)
+    );
 }
 
 #[tokio::test]

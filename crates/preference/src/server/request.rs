@@ -312,6 +312,7 @@ impl EncodedPrompt {
             },
             golden: None,
             answer,
+            route: None,
         }
     }
 }

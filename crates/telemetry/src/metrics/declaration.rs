@@ -14,6 +14,9 @@ pub struct MetricInfo {
     pub unit: MetricUnit,
     /// Help text.
     pub help: &'static str,
+    /// Label whose value follows the name in the journal, as in `eval/judge_win_rate/NAME`; `None` for metrics of one
+    /// value.
+    pub label: Option<&'static str>,
 }
 
 /// A metric that exists in Prometheus only.

@@ -59,15 +59,19 @@ fn row(page: &mut String, info: &MetricInfo) -> std::fmt::Result {
     let topic = info.name.split('/').next().unwrap_or_default();
     let labels = match (topic, info.name) {
         ("judge", _) | (_, "health/judge_circuit_open") => "role, judge",
+        _ if info.label == Some("judge") => "role, judge",
         ("actor", _) => "role, actor",
         ("stream", _) => "role, stream",
         _ => "role",
     };
+    let journal = match info.label {
+        Some(label) => format!("{}/{}", info.name, label.to_uppercase()),
+        None => info.name.to_owned(),
+    };
     writeln!(
         page,
-        "| `{}` | `{}` | {kind} | {} | {labels} | {} |",
+        "| `{}` | `{journal}` | {kind} | {} | {labels} | {} |",
         info.prometheus_name(),
-        info.name,
         info.unit.name(),
         info.help
     )

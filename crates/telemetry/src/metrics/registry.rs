@@ -31,7 +31,18 @@ static DECLARED: LazyLock<HashMap<&'static str, Declared>> = LazyLock::new(|| {
 /// The declaration of a journal name.
 #[must_use]
 pub fn metric(name: &str) -> Option<&'static MetricInfo> {
-    DECLARED.get(name).map(|declared| declared.info)
+    declared(name).map(|(declared, _)| declared.info)
+}
+
+/// The declaration of a journal name, and the label at its end where it has one.
+fn declared(name: &str) -> Option<(&'static Declared, Option<Label>)> {
+    if let Some(declared) = DECLARED.get(name) {
+        return Some((declared, None)).filter(|(declared, _)| declared.info.label.is_none());
+    }
+    let (metric, value) = name.rsplit_once('/')?;
+    let declared = DECLARED.get(metric)?;
+    let label = Label::new(declared.info.label?, value.to_owned());
+    Some((declared, Some(label)))
 }
 
 /// Publishes the measurements to the current recorder, each with `labels` (`role`, `actor`, `judge`, `stream`);
@@ -46,16 +57,17 @@ pub fn publish(measurements: &Measurements, labels: &[(&'static str, &str)]) {
         .map(|&(key, value)| Label::new(key, value.to_owned()))
         .collect();
     for (name, value) in measurements.iter() {
-        let Some(declared) = DECLARED.get(name) else {
+        let Some((declared, label)) = declared(name) else {
             warn_once(name);
             debug_assert!(false, "the metric `{name}` is not declared in METRICS");
             continue;
         };
         let prometheus = declared.prometheus.as_str();
+        let labels: Vec<_> = labels.iter().cloned().chain(label).collect();
         match declared.info.kind {
-            MetricKind::Gauge => metrics::gauge!(prometheus, labels.clone()).set(value),
+            MetricKind::Gauge => metrics::gauge!(prometheus, labels).set(value),
             MetricKind::Histogram if value.is_finite() => {
-                metrics::histogram!(prometheus, labels.clone()).record(value);
+                metrics::histogram!(prometheus, labels).record(value);
             }
             MetricKind::Histogram => {}
         }
@@ -115,6 +127,8 @@ mod tests {
         grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate} reference/version \
         eval/average_{win_rate,win_rate_lc,gold_win_rate,kl} \
         completions/no_signal_ratio off_policy/{ess,log_weight,clipped_ratio,masked_ratio} \
+        eval/{judge_win_rate,judge_win_rate_ci_low,judge_win_rate_ci_high,judge_win_rate_lc} \
+        eval/{judge_agreement,judge_prompts} \
         eval/current_reference_{win_rate,win_rate_lc,gold_win_rate,kl}";
 
     fn expanded(pattern: &str) -> Vec<String> {
@@ -161,6 +175,10 @@ mod tests {
             assert_eq!(metric(name).unwrap().prometheus_name(), expected);
         }
         assert_eq!(metric("no/such"), None);
+        assert_eq!(metric("eval/judge_win_rate"), None, "it names no judge");
+        assert_eq!(metric("eval/win_rate/strict"), None, "it is not of judges");
+        let of_judge = metric("eval/judge_win_rate/strict").unwrap();
+        assert_eq!(of_judge.prometheus_name(), "agon_eval_judge_win_rate");
     }
 
     #[test]
@@ -170,6 +188,7 @@ mod tests {
             ("eval/win_rate", 0.75),
             ("time/step", 0.2),
             ("loss", f64::NAN),
+            ("eval/judge_win_rate/strict", 0.25),
         ];
         let slow = [("time/step", f64::NAN), ("time/step", 40.0)];
         recording.during(|| {
@@ -187,6 +206,7 @@ mod tests {
             "# TYPE agon_eval_win_rate gauge",
             "agon_eval_win_rate{role=\"learner\"} 0.75",
             "agon_loss{role=\"learner\"} NaN",
+            "agon_eval_judge_win_rate{role=\"learner\",judge=\"strict\"} 0.25",
             "# TYPE agon_time_step_seconds histogram",
             "agon_time_step_seconds_bucket{role=\"learner\",le=\"0.1\"} 0",
             "agon_time_step_seconds_bucket{role=\"learner\",le=\"0.3\"} 1",

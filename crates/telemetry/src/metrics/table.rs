@@ -260,6 +260,7 @@ pub const METRICS: &[MetricInfo] = &[
         kind: MetricKind::Histogram,
         unit: Steps,
         help: "staleness of each pair trained on; not in metrics.jsonl",
+        label: None,
     },
     gauge(
         "staleness/mean",
@@ -433,6 +434,36 @@ pub const METRICS: &[MetricInfo] = &[
         Ratio,
         "win rate under the playground's or bandit's known preference",
     ),
+    of_judges(
+        "eval/judge_win_rate",
+        Ratio,
+        "win rate under a judge of evaluations, which gives no labels",
+    ),
+    of_judges(
+        "eval/judge_win_rate_ci_low",
+        Ratio,
+        "lower bound of that win rate's 95 % confidence interval",
+    ),
+    of_judges(
+        "eval/judge_win_rate_ci_high",
+        Ratio,
+        "upper bound of that win rate's 95 % confidence interval",
+    ),
+    of_judges(
+        "eval/judge_win_rate_lc",
+        Ratio,
+        "length-controlled win rate under a judge of evaluations",
+    ),
+    of_judges(
+        "eval/judge_agreement",
+        Ratio,
+        "fraction of prompts on which a judge of evaluations and the run's judge prefer the same completion, ties excluded",
+    ),
+    of_judges(
+        "eval/judge_prompts",
+        Count,
+        "distinct prompts that a judge of evaluations judged",
+    ),
     gauge(
         "eval/average_win_rate",
         Ratio,
@@ -592,6 +623,15 @@ const fn gauge(name: &'static str, unit: MetricUnit, help: &'static str) -> Metr
         kind: MetricKind::Gauge,
         unit,
         help,
+        label: None,
+    }
+}
+
+/// A gauge of every judge of evaluations, whose name follows in the journal.
+const fn of_judges(name: &'static str, unit: MetricUnit, help: &'static str) -> MetricInfo {
+    MetricInfo {
+        label: Some("judge"),
+        ..gauge(name, unit, help)
     }
 }
 
@@ -602,5 +642,6 @@ const fn seconds(name: &'static str, help: &'static str) -> MetricInfo {
         kind: MetricKind::Histogram,
         unit: Seconds,
         help,
+        label: None,
     }
 }

@@ -4,9 +4,10 @@
 //! with their log-probabilities; no token ids and no tensors.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use messages::{Completion, Dialogue, Finish, LabelledPair, Pair, Purpose};
+use messages::{Completion, Dialogue, Finish, GOLD, LabelledPair, Pair, Purpose};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
@@ -45,6 +46,9 @@ pub struct SampleRow {
     pub p: Option<f32>,
     /// Known probability that the first completion is preferred to the second, if there is one.
     pub gold: Option<f32>,
+    /// Probabilities of the other judges of evaluations that the first completion is preferred to the second.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub verdicts: BTreeMap<String, f32>,
     /// The judge's name.
     pub judge: String,
     /// The judge's version.
@@ -135,8 +139,9 @@ impl SampleRow {
             judge,
             judge_version,
             scores,
-            gold,
+            verdicts,
         } = labelled;
+        let others = verdicts.iter().filter(|verdict| verdict.judge != GOLD);
         Self {
             step,
             prompt_id: pair.id().0,
@@ -148,7 +153,10 @@ impl SampleRow {
             lengths: each(&pair.completions, |c| c.ids.len()),
             finish: each(&pair.completions, |c| finish_name(c.finish).into()),
             p: labels.first().map(|label| label.p.get()),
-            gold: gold.map(messages::Probability::get),
+            gold: labelled.gold().map(messages::Probability::get),
+            verdicts: others
+                .map(|verdict| (verdict.judge.clone(), verdict.p.get()))
+                .collect(),
             judge: judge.clone(),
             judge_version: judge_version.0,
             scores: scores.clone().unwrap_or_default(),
@@ -282,6 +290,7 @@ mod tests {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         };
         let completions = vec![
             completion("short", &[-0.5, -0.25], Finish::EndOfText),
@@ -303,7 +312,7 @@ mod tests {
             judge: "gold".into(),
             judge_version: JudgeVersion(2),
             scores: None,
-            gold: None,
+            verdicts: Vec::new(),
         }
     }
 

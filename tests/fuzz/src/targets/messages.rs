@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use messages::{
-    Completion, CompletionCounts, Dialogue, DropReason, Dropped, Finish, InvalidMessage,
-    JudgeVersion, Label, LabelledPair, MessageLimits, Pair, Probability, Prompt, PromptBatch,
-    PromptId, Purpose, Seed, Stage, WeightsManifest, WeightsVersion,
+    Completion, CompletionCounts, Dialogue, DropReason, Dropped, EvaluationVerdict, Finish,
+    InvalidMessage, JudgeVersion, Label, LabelledPair, MessageLimits, Pair, Probability, Prompt,
+    PromptBatch, PromptId, Purpose, Seed, Stage, WeightsManifest, WeightsVersion,
     wire::{self, WireMessage},
 };
 
@@ -139,6 +139,7 @@ fn prompt() -> Prompt {
         dialogue: Some(Dialogue::of_user("a prompt")),
         golden: Some(vec![4, 5]),
         answer: Some("an answer".into()),
+        route: Some("math".into()),
     }
 }
 
@@ -162,8 +163,10 @@ fn pair() -> Pair {
 
 fn labelled() -> LabelledPair {
     let p = Probability::new(0.75).expect("a probability");
+    let mut pair = pair();
+    pair.prompt.purpose = Purpose::Evaluate;
     LabelledPair {
-        pair: pair(),
+        pair,
         labels: vec![Label {
             first: 0,
             second: 1,
@@ -172,7 +175,10 @@ fn labelled() -> LabelledPair {
         judge: "gold".into(),
         judge_version: JudgeVersion(1),
         scores: Some(vec![0.5, -1.0]),
-        gold: Some(p),
+        verdicts: vec![EvaluationVerdict {
+            judge: "gold".into(),
+            p,
+        }],
     }
 }
 

@@ -5,15 +5,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use messages::{
-    Completion, Finish, Message, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
-};
+use messages::{Completion, Finish, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion};
 use preference::{
-    ChatJudge, ChatModel, ChatReply, Comparison, Judge, JudgeError, ScoredToken, TopLogprob,
-    Verdict,
+    ChatJudge, ChatModel, ChatReply, ChatRequest, Comparison, Judge, JudgeError, ReplySettings,
+    ScoredToken, TopLogprob, Verdict,
 };
 use serde_json::{Value, json};
-use settings::resolve;
+use settings::{RubricSettings, VerdictForm, resolve};
 
 use crate::targets::{Input, Outcome};
 
@@ -34,16 +32,15 @@ impl ChatModel for FixedReply {
 
     fn reply(
         &mut self,
-        dialogues: &[Vec<Message>],
-        _: usize,
-        _: usize,
+        requests: &[ChatRequest],
+        _: ReplySettings,
     ) -> Result<Vec<ChatReply>, JudgeError> {
         let reply = self
             .0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        Ok(vec![reply; dialogues.len()])
+        Ok(vec![reply; requests.len()])
     }
 }
 
@@ -53,7 +50,12 @@ pub(super) fn prepare(_: &Path) -> Input {
         .settings;
     let reply = Arc::new(Mutex::new(ChatReply::default()));
     let model = FixedReply(Arc::clone(&reply));
-    let mut judge = ChatJudge::new(Box::new(model), &settings.preference.chat);
+    let rubric = RubricSettings {
+        form: VerdictForm::Pairwise,
+        rubric: String::new(),
+        votes: 1,
+    };
+    let mut judge = ChatJudge::new(Box::new(model), &settings.preference.chat, &rubric);
     let (prompt, first, second) = (prompt(), completion("one"), completion("two"));
     let tokens = tokens();
     Box::new(move |mutator| {
@@ -116,6 +118,7 @@ fn prompt() -> Prompt {
         dialogue: None,
         golden: None,
         answer: None,
+        route: None,
     }
 }
 

@@ -59,6 +59,7 @@ impl GeneratedPair {
             dialogue: None,
             golden: Some(self.chosen_ids),
             answer: Some(self.chosen),
+            route: None,
         }
     }
 

@@ -37,6 +37,7 @@ impl PromptSet for BanditPrompt {
             dialogue: None,
             golden: None,
             answer: None,
+            route: None,
         }
     }
 

@@ -5,11 +5,12 @@ use playground::{Facts, Post, Utility, utility};
 use preference::{Comparison, Judge, JudgeError, Verdict};
 use settings::{JudgeSettings, PromptsSettings, Settings};
 
-/// The gold judge of a playground run, with the cycle of the configured judge if that is a gold judge; `None` for
-/// other prompts.
+/// The gold judge of a playground run, with the cycle of `evaluation.judge.gold`, or of the configured judge if that
+/// is a gold judge; `None` for other prompts.
 pub(crate) fn gold_judge(settings: &Settings) -> Option<Box<dyn Judge>> {
-    let cycle = match settings.preference.judge {
-        JudgeSettings::Gold { cycle } => cycle,
+    let configured = settings.evaluation.judge.get(messages::GOLD);
+    let cycle = match configured.unwrap_or(&settings.preference.judge) {
+        JudgeSettings::Gold { cycle } => *cycle,
         _ => 0.0,
     };
     matches!(settings.prompts, PromptsSettings::Playground { .. })

@@ -26,6 +26,7 @@ impl PostPrompts {
             dialogue: None,
             golden: Some(golden),
             answer: Some(answer),
+            route: None,
         }
     }
 }

@@ -120,6 +120,7 @@ fn pair(workload: &WorkloadOptions, config: &ModelConfig, index: usize) -> Label
                 dialogue: None,
                 golden: None,
                 answer: None,
+                route: None,
             },
             completions: vec![completion(1), completion(2)],
             version,
@@ -133,6 +134,6 @@ fn pair(workload: &WorkloadOptions, config: &ModelConfig, index: usize) -> Label
         judge: "bench".into(),
         judge_version: JudgeVersion(0),
         scores: None,
-        gold: None,
+        verdicts: Vec::new(),
     }
 }

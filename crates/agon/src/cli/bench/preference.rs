@@ -128,6 +128,7 @@ fn rows(inputs: &RunInputs) -> anyhow::Result<Vec<AnsweredPrompt>> {
                 dialogue: None,
                 golden: None,
                 answer: None,
+                route: None,
             },
             answers: [answer(index)?, answer(index + 1)?],
         })

@@ -192,6 +192,7 @@ fn prompt(id: u64) -> Prompt {
         dialogue: None,
         golden: None,
         answer: None,
+        route: None,
     }
 }
 
@@ -225,7 +226,7 @@ fn judge(pair: Pair) -> LabelledPair {
         judge: "bench".into(),
         judge_version: JudgeVersion(1),
         scores: None,
-        gold: None,
+        verdicts: Vec::new(),
     }
 }
 

@@ -36,7 +36,11 @@ impl SecretFile {
     /// Whether a process of this role reads the file: the server's and the listeners' all of them, the judges' the
     /// preference services.
     pub(super) fn is_read_by(&self, role: &str) -> bool {
-        !self.name.starts_with("preference.") || role == "preference"
+        let is_judges = ["preference.", "evaluation."];
+        let is_judges = is_judges
+            .iter()
+            .any(|section| self.name.starts_with(section));
+        !is_judges || role == "preference"
     }
 }
 

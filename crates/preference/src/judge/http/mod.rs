@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use settings::{ChatSettings, EndpointSettings};
 
 use crate::error::{JudgeError, PreferenceError};
-use crate::judge::Verdict;
-use crate::judge::chat::ChatPrompt;
+use crate::judge::ScoredVerdict;
+use crate::judge::chat::{ChatPrompt, ChatRequest};
 use crate::judge::endpoint::Endpoint;
 use crate::judge::identity::IdentityMonitor;
 use crate::pool::{ComparisonRequest, JudgeReplicas, Replica, VersionedVerdict};
@@ -37,7 +37,7 @@ impl JudgeReplicas {
     /// When the API key cannot be read or a URL is not valid.
     pub fn chat(settings: &EndpointSettings, chat: &ChatSettings) -> Result<Self, PreferenceError> {
         let settings = Arc::new(settings.clone());
-        let prompt = Arc::new(ChatPrompt::new(chat));
+        let prompt = Arc::new(ChatPrompt::new(chat, &settings.rubric()));
         let version = prompt.version(&settings.model);
         let identity = Arc::new(IdentityMonitor::new("http"));
         let replica = |url: &String| {
@@ -55,7 +55,7 @@ impl JudgeReplicas {
         Ok(Self {
             name: "http".into(),
             version: Some(version),
-            is_antisymmetric: false,
+            is_antisymmetric: prompt.is_pointwise(),
             digest: None,
             replicas: replicas.collect::<Result<_, PreferenceError>>()?,
         })
@@ -63,40 +63,52 @@ impl JudgeReplicas {
 }
 
 impl RemoteChat {
-    fn body(&self, request: &ComparisonRequest) -> Value {
-        let chat = &self.prompt.settings;
-        let messages = self.prompt.dialogue(&request.comparison());
+    fn body(&self, request: &ChatRequest) -> Value {
+        let settings = self.prompt.reply_settings();
         let turn =
             |message: &messages::Message| json!({"role": message.role, "content": message.content});
         let mut body = json!({
             "model": self.settings.model,
-            "messages": messages.iter().map(turn).collect::<Vec<_>>(),
-            "max_tokens": chat.max_tokens,
+            "messages": request.messages.iter().map(turn).collect::<Vec<_>>(),
+            "max_tokens": settings.max_tokens,
             "temperature": 0,
         });
-        if chat.logprobs {
+        if settings.temperature > 0.0 {
+            body["temperature"] = settings.temperature.into();
+            // Servers read it as a signed number of 32 or 64 bits.
+            body["seed"] = (request.seed.0 >> 33).into();
+        }
+        if settings.top_logprobs > 0 {
             body["logprobs"] = true.into();
-            body["top_logprobs"] = self.prompt.top_logprobs().into();
+            body["top_logprobs"] = settings.top_logprobs.into();
         }
         body
     }
 
     async fn verdict(&self, request: &ComparisonRequest) -> Result<VersionedVerdict, JudgeError> {
+        let requests = self.prompt.requests(&request.comparison());
+        let opinions = requests.iter().map(|request| self.opinion(request));
+        let opinions = try_join_all(opinions).await?;
+        let ScoredVerdict { verdict, scores } = self.prompt.verdict(&opinions);
+        Ok(VersionedVerdict {
+            verdict,
+            version: self.version,
+            scores,
+        })
+    }
+
+    /// What the reply to one request says, or why it says nothing.
+    async fn opinion(&self, request: &ChatRequest) -> Result<Result<f64, String>, JudgeError> {
         let body: Value = self.endpoint.post(&self.body(request)).await?;
         let completion = ChatCompletion::read(&body)?;
         if let Some(identity) = completion.identity {
             self.identity.observe(self.endpoint.url(), identity);
         }
-        let verdict = match (
-            self.prompt.verdict(&completion.reply),
-            completion.shortcoming,
-        ) {
-            (Verdict::Abstained { reason }, Some(shortcoming)) => Verdict::Abstained {
-                reason: self.explain(&reason, &shortcoming),
-            },
-            (verdict, _) => verdict,
-        };
-        Ok(VersionedVerdict::new(verdict, self.version))
+        let opinion = self.prompt.opinion(&completion.reply);
+        Ok(opinion.map_err(|reason| match completion.shortcoming {
+            Some(shortcoming) => self.explain(&reason, &shortcoming),
+            None => reason,
+        }))
     }
 
     fn explain(&self, reason: &str, shortcoming: &Shortcoming) -> String {

@@ -9,7 +9,7 @@ use axum::extract::Request;
 use axum::http::header::AUTHORIZATION;
 use axum::response::{IntoResponse, Json, Response};
 use messages::{DropReason, Dropped, LabelledPair, Stage};
-use settings::OrdersSetting;
+use settings::{OrdersSetting, VerdictForm};
 use telemetry::StageCounters;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -32,6 +32,9 @@ fn endpoints(urls: &[String]) -> EndpointSettings {
         model: "some-judge".into(),
         api_key_path: std::path::PathBuf::new(),
         concurrency: 8,
+        form: VerdictForm::Pairwise,
+        rubric: String::new(),
+        votes: 1,
     }
 }
 
@@ -309,8 +312,9 @@ async fn with_all_endpoints_unreachable_the_service_waits_until_one_returns() {
     let service = PreferenceService::new(PreferenceServiceParts {
         apo: None,
         judge: pool,
-        gold: None,
+        evaluation: Vec::new(),
         orders: OrdersSetting::One,
+        penalties: crate::label_penalties::LabelPenalties::default(),
         pairs: pairs_receiver,
         limits: message_limits(2),
         weight_store: transport::WeightStore::default(),
@@ -414,4 +418,60 @@ async fn the_pair_templates_of_fastchat_work_with_renamed_placeholders() {
     assert_eq!(actual, Ok(preferred(1.0)));
     let system = &server.requests.lock().unwrap()[0].1["messages"][0]["content"];
     assert!(system.as_str().unwrap().contains("[[C]]"), "{system}");
+}
+
+#[tokio::test]
+async fn votes_are_sampled_with_seeds_of_their_own_and_averaged() {
+    let server =
+        FakeOpenAi::start(|before, _| reply(["[[A]]", "[[B]]", "[[A]]", "[[A]]"][before % 4]))
+            .await;
+    let endpoints = EndpointSettings {
+        votes: 4,
+        ..endpoints(&[server.url()])
+    };
+    let found = verdict(&pool_with(&endpoints, &settings()), "x", "y").await;
+    assert_eq!(found.unwrap(), preferred(0.75));
+    let requests = server.requests.lock().unwrap().clone();
+    let seeds: std::collections::HashSet<_> = requests
+        .iter()
+        .map(|(_, body)| body["seed"].as_u64())
+        .collect();
+    assert_eq!((requests.len(), seeds.len()), (4, 4));
+    assert!(
+        requests.iter().all(|(_, body)| body["temperature"] == 0.5),
+        "{requests:?}"
+    );
+}
+
+#[tokio::test]
+async fn pointwise_scores_of_an_endpoint_need_one_order() {
+    let score = |_: usize, user: &str| {
+        reply(if user.ends_with('x') {
+            "[[9]]"
+        } else {
+            "[[5]]"
+        })
+    };
+    let server = FakeOpenAi::start(score).await;
+    let endpoints = EndpointSettings {
+        form: VerdictForm::Pointwise,
+        ..endpoints(&[server.url()])
+    };
+    let pool = pool_with(&endpoints, &settings());
+    let preference = pool
+        .compare(&request("x", "y"), Orders::Both)
+        .await
+        .unwrap();
+    assert_eq!(preference.scores, Some([9.0, 5.0]));
+    // Log-odds 4/2.
+    let Verdict::Preference(p) = preference.verdict else {
+        panic!("{preference:?}");
+    };
+    assert!((p.get() - 0.880_797).abs() < 1e-6, "{p:?}");
+    let requests = server.requests.lock().unwrap().clone();
+    assert_eq!(requests.len(), 2, "one for each response");
+    assert!(
+        requests.iter().all(|(_, body)| body["seed"].is_null()),
+        "one vote is greedy"
+    );
 }

@@ -5,7 +5,7 @@ import { el, errorMessage, fetchJson } from "./elements.js";
 import { duration, short } from "./format.js";
 
 const CHARTS = [
-  { title: "Win rate", names: ["eval/win_rate", "eval/gold_win_rate", "eval/average_win_rate", "eval/average_gold_win_rate"], range: [0.4, 0.7], half: 0.5, band: ["eval/win_rate_ci_low", "eval/win_rate_ci_high"] },
+  { title: "Win rate", names: ["eval/win_rate", "eval/gold_win_rate", "eval/win_rate_lc", "eval/average_win_rate", "eval/average_gold_win_rate"], prefix: "eval/judge_win_rate/", range: [0.4, 0.7], half: 0.5, band: ["eval/win_rate_ci_low", "eval/win_rate_ci_high"] },
   { title: "KL", unit: "nats per completion", names: ["objective/kl", "eval/kl", "objective/log_ratio"] },
   { title: "Loss", names: ["loss"] },
   { title: "Implicit rewards", unit: "nats", names: ["rewards/margins", "rewards/chosen", "rewards/rejected"] },
@@ -58,8 +58,22 @@ export class Curves {
       this.note.replaceChildren(errorMessage(error));
       return;
     }
+    if (this.extend()) await this.read();
     this.offer();
     this.draw();
+  }
+
+  // Adds curves of which only the beginning of the name is known, such as those of judges of evaluations. Returns
+  // whether there are new ones.
+  extend() {
+    const all = [...new Set(this.found.flatMap(({ names }) => names))].sort();
+    let count = 0;
+    for (const chart of this.charts.filter(({ prefix }) => prefix)) {
+      const more = all.filter((name) => name.startsWith(chart.prefix) && !chart.names.includes(name));
+      chart.names = [...chart.names, ...more];
+      count += more.length;
+    }
+    return count > 0;
   }
 
   offer() {
@@ -106,6 +120,7 @@ export class Curves {
       ["step", short(run.step)],
       ["win rate", short(last("eval/win_rate"))],
       ["gold win rate", short(last("eval/gold_win_rate"))],
+      ["length-controlled win rate", short(last("eval/win_rate_lc"))],
       ["KL", short(last("objective/kl") ?? last("eval/kl"))],
       ["pairs per second", short(last("perf/pairs_per_second"))],
       ["max staleness, steps", short(last("staleness/max"))],

@@ -1,0 +1,271 @@
+//! Questions and answers in the files of AlpacaEval and MT-Bench.
+
+use std::{collections::HashMap, path::Path};
+
+use dataset::{DatasetError, DatasetRow};
+use serde_json::{Map, Value};
+
+/// Form of a file of questions, and of the files of their answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// AlpacaEval: a JSON list of `instruction`, `output`, `generator`, `dataset`.
+    AlpacaEval,
+    /// MT-Bench of FastChat: JSON Lines of `question_id`, `category`, `turns`.
+    MtBench,
+}
+
+/// A question: what the user says in each turn.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Question {
+    /// `question_id`, or the place in an AlpacaEval file.
+    pub(super) id: Value,
+    /// `category` or `dataset`.
+    pub(super) category: String,
+    /// The user's turns, at least one.
+    pub(super) turns: Vec<String>,
+}
+
+/// The questions of a file.
+#[derive(Debug)]
+pub(super) struct Questions {
+    pub(super) form: Form,
+    pub(super) rows: Vec<Question>,
+}
+
+/// An answer of a file.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct GivenAnswer {
+    /// What the model said in each turn.
+    pub(super) turns: Vec<String>,
+    /// Whether the last turn was cut off at the limit of new tokens, where the file says so.
+    pub(super) truncated: bool,
+}
+
+/// The answers of a model that were written earlier.
+#[derive(Debug)]
+pub(super) struct GivenAnswers {
+    /// The model's name in the file.
+    pub(super) generator: String,
+    /// By instruction or question id.
+    answers: HashMap<String, GivenAnswer>,
+}
+
+impl Questions {
+    /// Reads a file of questions; its form is that of its first row.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is empty, or a row has neither form, with file and line.
+    pub(super) fn read(path: &Path) -> Result<Self, DatasetError> {
+        let (mut form, mut rows) = (None, Vec::new());
+        for (index, row) in dataset::read_rows(path)?.into_iter().enumerate() {
+            let parsed = Question::of(&row.columns, index);
+            let (of_row, question) = parsed.map_err(|reason| row.source.refuse(reason))?;
+            if *form.get_or_insert(of_row) != of_row {
+                let reason =
+                    "it has another form than the first row: instructions and turns do not mix";
+                return Err(row.source.refuse(reason));
+            }
+            rows.push(question);
+        }
+        match form {
+            Some(form) => Ok(Self { form, rows }),
+            None => Err(DatasetError::File {
+                path: path.to_owned(),
+                reason: "it holds no questions".into(),
+            }),
+        }
+    }
+}
+
+impl Question {
+    fn of(row: &Map<String, Value>, index: usize) -> Result<(Form, Self), String> {
+        let text = |column: &str| row.get(column).and_then(Value::as_str);
+        if let Some(turns) = row.get("turns") {
+            let question = Self {
+                id: row
+                    .get("question_id")
+                    .cloned()
+                    .ok_or("it has no question_id")?,
+                category: text("category").unwrap_or_default().to_owned(),
+                turns: texts(turns).ok_or("turns is not a list of texts")?,
+            };
+            return Ok((Form::MtBench, question));
+        }
+        let instruction = text("instruction").filter(|text| !text.trim().is_empty());
+        let instruction = instruction.ok_or(
+            "it has neither an instruction (AlpacaEval) nor question_id and turns (MT-Bench)",
+        )?;
+        let question = Self {
+            id: index.into(),
+            category: text("dataset").unwrap_or("agon").to_owned(),
+            turns: vec![instruction.to_owned()],
+        };
+        Ok((Form::AlpacaEval, question))
+    }
+
+    /// Key of the question's answer in a file of answers.
+    fn key(&self, form: Form) -> String {
+        match form {
+            Form::AlpacaEval => self.turns.concat(),
+            Form::MtBench => self.id.to_string(),
+        }
+    }
+}
+
+/// A list of texts, of which none is blank; at least one.
+fn texts(value: &Value) -> Option<Vec<String>> {
+    let texts: Option<Vec<String>> = value
+        .as_array()?
+        .iter()
+        .map(|text| Some(text.as_str()?.to_owned()))
+        .collect();
+    texts.filter(|texts| !texts.is_empty() && texts.iter().all(|text| !text.trim().is_empty()))
+}
+
+impl GivenAnswers {
+    /// Reads the answers of one model: AlpacaEval's model outputs, or MT-Bench's model answers.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or a row is no answer of the form, with file and line.
+    pub(super) fn read(path: &Path, form: Form) -> Result<Self, DatasetError> {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        let (mut answers, mut generator) = (HashMap::new(), stem.into_owned());
+        for DatasetRow { columns, source } in dataset::read_rows(path)? {
+            let parsed = match form {
+                Form::AlpacaEval => alpaca_answer(&columns),
+                Form::MtBench => mt_bench_answer(&columns),
+            };
+            let (key, turns) = parsed.map_err(|reason| source.refuse(reason))?;
+            let name = ["generator", "model_id"]
+                .into_iter()
+                .find_map(|key| columns.get(key));
+            if let Some(name) = name.and_then(Value::as_str) {
+                name.clone_into(&mut generator);
+            }
+            let truncated = columns.get("truncated").and_then(Value::as_bool);
+            let answer = GivenAnswer {
+                turns,
+                truncated: truncated.unwrap_or_default(),
+            };
+            answers.insert(key, answer);
+        }
+        Ok(Self { generator, answers })
+    }
+
+    /// The answer to each question, in their order.
+    ///
+    /// # Errors
+    /// When a question has none, or one of fewer turns.
+    pub(super) fn of(&self, questions: &Questions) -> Result<Vec<GivenAnswer>, String> {
+        let answer = |question: &Question| {
+            let answer = self.answers.get(&question.key(questions.form));
+            let answer = answer.filter(|answer| answer.turns.len() >= question.turns.len());
+            answer.cloned().ok_or_else(|| {
+                format!(
+                    "question {} has no answer of {}",
+                    question.id, self.generator
+                )
+            })
+        };
+        questions.rows.iter().map(answer).collect()
+    }
+}
+
+fn alpaca_answer(row: &Map<String, Value>) -> Result<(String, Vec<String>), String> {
+    let text = |column: &str| {
+        let text = row.get(column).and_then(Value::as_str);
+        text.map(str::to_owned)
+            .ok_or_else(|| format!("it has no {column} as text"))
+    };
+    Ok((text("instruction")?, vec![text("output")?]))
+}
+
+fn mt_bench_answer(row: &Map<String, Value>) -> Result<(String, Vec<String>), String> {
+    let id = row.get("question_id").ok_or("it has no question_id")?;
+    let choice = row
+        .get("choices")
+        .and_then(|choices| choices.get(0)?.get("turns"));
+    let turns = choice
+        .and_then(Value::as_array)
+        .ok_or("it has no choices with turns")?;
+    let turns: Option<Vec<String>> = turns
+        .iter()
+        .map(|turn| Some(turn.as_str()?.to_owned()))
+        .collect();
+    Ok((id.to_string(), turns.ok_or("a turn is not text")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn file(name: &str, content: &str) -> (tempfile::TempDir, std::path::PathBuf) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join(name);
+        fs::write(&path, content).expect("a file");
+        (folder, path)
+    }
+
+    #[test]
+    fn both_forms_are_read_and_recognised() {
+        let (_folder, path) = file(
+            "eval.json",
+            r#"[{"dataset": "helpful_base", "instruction": "Say hi.", "output": "Hi.", "generator": "other"}]"#,
+        );
+        let questions = Questions::read(&path).expect("AlpacaEval");
+        assert_eq!(questions.form, Form::AlpacaEval);
+        assert_eq!(questions.rows[0].category, "helpful_base");
+        let answers = GivenAnswers::read(&path, Form::AlpacaEval).expect("outputs");
+        assert_eq!(answers.generator, "other");
+        assert_eq!(answers.of(&questions).expect("one")[0].turns, ["Hi."]);
+
+        let (_folder, path) = file(
+            "question.jsonl",
+            "{\"question_id\": 81, \"category\": \"writing\", \"turns\": [\"Write.\", \"Again.\"]}\n",
+        );
+        let questions = Questions::read(&path).expect("MT-Bench");
+        assert_eq!(questions.form, Form::MtBench);
+        assert_eq!(questions.rows[0].turns, ["Write.", "Again."]);
+        let answer = |turns: &str| {
+            let row = format!(
+                "{{\"question_id\": 81, \"model_id\": \"m\", \"choices\": [{{\"index\": 0, \"turns\": {turns}}}]}}"
+            );
+            let (_folder, path) = file("m.jsonl", &row);
+            let answers = GivenAnswers::read(&path, Form::MtBench).expect("answers");
+            answers.of(&questions)
+        };
+        assert_eq!(
+            answer("[\"a\", \"b\"]").expect("two turns")[0].turns,
+            ["a", "b"]
+        );
+        let missing = answer("[\"a\"]").expect_err("one turn");
+        assert_eq!(missing, "question 81 has no answer of m");
+    }
+
+    #[test]
+    fn rows_of_neither_form_are_named() {
+        for (content, expected) in [
+            (
+                "{\"prompt\": \"x\"}\n",
+                "neither an instruction (AlpacaEval) nor question_id",
+            ),
+            ("{\"instruction\": \" \"}\n", "neither an instruction"),
+            ("{\"turns\": [\"x\"]}\n", "it has no question_id"),
+            (
+                "{\"question_id\": 1, \"turns\": []}\n",
+                "turns is not a list of texts",
+            ),
+            (
+                "{\"instruction\": \"x\"}\n{\"question_id\": 1, \"turns\": [\"x\"]}\n",
+                "another form than the first row",
+            ),
+            ("", "it holds no questions"),
+        ] {
+            let (_folder, path) = file("rows.jsonl", content);
+            let error = Questions::read(&path).expect_err(content).to_string();
+            assert!(error.contains(expected), "{content:?}: {error}");
+        }
+    }
+}

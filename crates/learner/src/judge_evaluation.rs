@@ -1,0 +1,175 @@
+//! Results of an evaluation under the judges of evaluations, which give no labels.
+
+use std::collections::BTreeSet;
+
+use messages::{GOLD, LabelledPair};
+use serde::{Deserialize, Serialize};
+use telemetry::{Interval, Measurements};
+
+use crate::evaluation::{agreement, length_controlled, win};
+
+/// An evaluation under one judge of evaluations: over the prompts that it judged.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JudgeEvaluation {
+    /// The judge's name.
+    pub judge: String,
+    /// Number of prompts that it judged.
+    pub prompts: usize,
+    /// Number of prompts that only the run's judge judged.
+    pub unjudged: usize,
+    /// Share of prompts on which it prefers the policy's completion; ties count one half.
+    pub win_rate: Interval,
+    /// Length-controlled `win_rate`.
+    pub win_rate_lc: f64,
+    /// Share of the prompts on which it prefers the same completion as the run's judge, ties of either excluded.
+    pub agreement: Option<f64>,
+}
+
+/// The evaluations under all judges of `pairs` except the gold judge, by name.
+#[must_use]
+pub fn judge_evaluations(pairs: &[LabelledPair]) -> Vec<JudgeEvaluation> {
+    let verdicts = pairs.iter().flat_map(|labelled| &labelled.verdicts);
+    let judges: BTreeSet<&str> = verdicts.map(|verdict| verdict.judge.as_str()).collect();
+    let others = judges.into_iter().filter(|&judge| judge != GOLD);
+    others.map(|judge| under(judge, pairs)).collect()
+}
+
+/// Share of pairs on which the run's judge prefers the first completion; ties, and pairs without a label, count one half.
+#[must_use]
+pub fn win_rate(pairs: &[LabelledPair]) -> Interval {
+    let wins = wins(pairs);
+    Interval::wilson(
+        wins.iter().sum::<f64>() / wins.len().max(1) as f64,
+        wins.len(),
+    )
+}
+
+/// Length-controlled [`win_rate`].
+#[must_use]
+pub fn length_controlled_win_rate(pairs: &[LabelledPair]) -> f64 {
+    length_controlled(pairs, &wins(pairs))
+}
+
+fn wins(pairs: &[LabelledPair]) -> Vec<f64> {
+    let p = |labelled: &LabelledPair| labelled.labels.first().map_or(0.5, |label| label.p.get());
+    pairs
+        .iter()
+        .map(|labelled| win(f64::from(p(labelled))))
+        .collect()
+}
+
+fn under(judge: &str, pairs: &[LabelledPair]) -> JudgeEvaluation {
+    let judged = |labelled: &&LabelledPair| labelled.verdict_of(judge).is_some();
+    let judged: Vec<&LabelledPair> = pairs.iter().filter(judged).collect();
+    let verdict = |labelled: &LabelledPair| labelled.verdict_of(judge);
+    let wins: Vec<f64> = judged
+        .iter()
+        .map(|&labelled| verdict(labelled).map_or(0.5, |p| win(f64::from(p.get()))))
+        .collect();
+    let mean = wins.iter().sum::<f64>() / wins.len().max(1) as f64;
+    JudgeEvaluation {
+        judge: judge.to_owned(),
+        prompts: judged.len(),
+        unjudged: pairs.len() - judged.len(),
+        win_rate: Interval::wilson(mean, wins.len()),
+        win_rate_lc: length_controlled(&judged, &wins),
+        agreement: agreement(judged.iter().copied(), &verdict),
+    }
+}
+
+impl JudgeEvaluation {
+    /// Adds the metrics of the judge, with its name.
+    pub(crate) fn measure(&self, measurements: &mut Measurements) {
+        let mut set = |metric: &str, value: f64| {
+            measurements.set(format!("eval/{metric}/{}", self.judge), value);
+        };
+        set("judge_win_rate", self.win_rate.mean);
+        set("judge_win_rate_ci_low", self.win_rate.low);
+        set("judge_win_rate_ci_high", self.win_rate.high);
+        set("judge_win_rate_lc", self.win_rate_lc);
+        #[expect(clippy::cast_precision_loss, reason = "no evaluation has 2^53 prompts")]
+        set("judge_prompts", self.prompts as f64);
+        if let Some(agreement) = self.agreement {
+            set("judge_agreement", agreement);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use messages::{Completion, EvaluationVerdict, Finish, Probability};
+
+    use super::*;
+
+    /// A pair with completions of these lengths, under the run's judge and under others.
+    fn pair(lengths: [usize; 2], p: f32, verdicts: &[(&str, f32)]) -> LabelledPair {
+        let completion = |length: usize| Completion {
+            ids: vec![0; length],
+            finish: Finish::EndOfText,
+            mixture_coef: 0.0,
+            logp: vec![0.0; length],
+            ref_logp: vec![0.0; length],
+            behaviour_logp: vec![0.0; length],
+            text: String::new(),
+        };
+        let mut labelled = crate::trainer::batch::tests::labelled(lengths.map(completion).to_vec());
+        let probability = |p| Probability::new(p).expect("a probability");
+        labelled.labels[0].p = probability(p);
+        labelled.verdicts = verdicts
+            .iter()
+            .map(|&(judge, p)| EvaluationVerdict {
+                judge: judge.into(),
+                p: probability(p),
+            })
+            .collect();
+        labelled
+    }
+
+    #[test]
+    fn every_judge_has_its_own_win_rate_over_what_it_judged() {
+        let pairs = [
+            pair([3, 3], 0.9, &[("strict", 0.75), ("gold", 1.0)]),
+            pair([3, 3], 0.8, &[("strict", 0.25), ("lenient", 0.5)]),
+            pair([3, 3], 0.2, &[("strict", 0.0)]),
+            pair([3, 3], 0.5, &[("strict", 0.5)]),
+            pair([3, 3], 0.6, &[("lenient", 1.0)]),
+        ];
+        let [lenient, strict] = &judge_evaluations(&pairs)[..] else {
+            panic!("two judges besides gold");
+        };
+        assert_eq!(
+            (lenient.judge.as_str(), strict.judge.as_str()),
+            ("lenient", "strict")
+        );
+        assert_eq!((strict.prompts, strict.unjudged), (4, 1));
+        // Wins 1, 0, 0 and a tie; it agrees on the first and the third of three without ties.
+        assert_eq!(strict.win_rate, Interval::wilson(0.375, 4));
+        assert_eq!(strict.agreement, Some(2.0 / 3.0));
+        assert_eq!((lenient.prompts, lenient.win_rate.mean), (2, 0.75));
+        assert_eq!(lenient.agreement, Some(1.0));
+        // Equal lengths: the ridge penalty moves .375 a little towards ½.
+        assert!((strict.win_rate_lc - 0.375).abs() < 1e-2, "{strict:?}");
+        let mut measurements = Measurements::new();
+        strict.measure(&mut measurements);
+        assert_eq!(measurements.get("eval/judge_win_rate/strict"), Some(0.375));
+        assert_eq!(measurements.get("eval/judge_prompts/strict"), Some(4.0));
+        assert_eq!(
+            measurements.get("eval/judge_agreement/strict"),
+            Some(2.0 / 3.0)
+        );
+    }
+
+    #[test]
+    fn a_judge_of_lengths_alone_has_a_length_controlled_win_rate_of_one_half() {
+        // It prefers the longer one, and the policy's is the longer on three of four.
+        let judged = |lengths: [usize; 2]| {
+            let p = if lengths[0] > lengths[1] { 1.0 } else { 0.0 };
+            pair(lengths, 0.5, &[("length", p)])
+        };
+        let lengths = [[8, 3], [3, 8], [9, 4], [7, 2]];
+        let pairs: Vec<_> = lengths.into_iter().cycle().take(400).map(judged).collect();
+        let under = under("length", &pairs);
+        assert_eq!(under.win_rate.mean, 0.75);
+        assert!((under.win_rate_lc - 0.5).abs() < 0.05, "{under:?}");
+    }
+}
