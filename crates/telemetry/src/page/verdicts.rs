@@ -1,5 +1,6 @@
 //! Routes of the verdicts that people give: the next pair, a verdict, its withdrawal, and their summary.
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -163,6 +164,7 @@ fn without_labels(row: SampleRow) -> SampleRow {
         p: None,
         gold: None,
         judge: String::new(),
+        verdicts: BTreeMap::new(),
         scores: Vec::new(),
         sum_logp: Vec::new(),
         sum_ref_logp: Vec::new(),
