@@ -51,8 +51,6 @@ pub struct LearnerParts {
     pub model: InitialPolicy,
     /// Prompts and how they are answered.
     pub prompts: PromptPlan,
-    /// Pairs from files, if batches have some.
-    pub pairs: Option<FilePairsPlan>,
     /// Streams.
     pub streams: LearnerStreams,
     /// Message counters.
@@ -90,7 +88,7 @@ pub struct InitialPolicy {
     pub policy: LanguageModel,
 }
 
-/// Prompts of a run and how they are answered.
+/// Prompts of a run and how they are answered, and the pairs from files beside the answers.
 pub struct PromptPlan {
     /// Prompt set.
     pub set: Arc<dyn PromptSet>,
@@ -98,6 +96,8 @@ pub struct PromptPlan {
     pub pacing: Pacing,
     /// Distribution of the completions.
     pub sampling: Sampling,
+    /// Pairs from files, if batches have some.
+    pub pairs: Option<FilePairsPlan>,
 }
 
 /// Pairs from files and how they are used.
@@ -196,7 +196,7 @@ impl Learner {
         let (model, streams) = (parts.model, parts.streams);
         let tokenizer = model.folder.tokenizer.clone();
         let trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?;
-        let trainer = spawn(trainer, parts.pairs.as_ref())?;
+        let trainer = spawn(trainer, parts.prompts.pairs.as_ref())?;
         let mut reporter = Reporter::open(ReporterParts {
             settings: settings.clone(),
             telemetry: parts.telemetry,
@@ -224,6 +224,7 @@ impl Learner {
         reporter.continue_from(snapshot.totals.step)?;
         let waits = Waits::new("learner");
         let files = parts
+            .prompts
             .pairs
             .map(|plan| plan.pairs(&settings, session, &waits));
         let mut source = PairSource::new(PairSourceParts {

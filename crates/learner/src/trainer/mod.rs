@@ -5,10 +5,10 @@
 
 use std::{path::Path, sync::Arc, time::Instant};
 
-use messages::{LabelledPair, Pair, Seed};
+use messages::{LabelledPair, Seed};
 use model::{
-    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule,
-    Sequence, Tensor, TokenLogprobs,
+    AdamWSettings, Gradients, LanguageModel, ModelError, ModelFolder, Optimizer, Schedule, Tensor,
+    TokenLogprobs,
 };
 use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, RpoNll};
 use telemetry::Measurements;
@@ -16,7 +16,6 @@ use telemetry::Measurements;
 pub use crate::trainer::{metrics::PolicySamples, reference_logprobs::ReferenceLogprobs};
 use crate::{
     error::LearnerError,
-    file_pairs::{index_of, is_from_file},
     ganpo::regulariser::{GanpoRegulariser, GanpoStep, pass_features},
     objective::{
         Baseline, Batch, Dpo, Ipo, Labelling, NashMdPg, Objective, Rpo, RpoBaseline, Slic,
@@ -26,12 +25,13 @@ use crate::{
     trainer::{
         batch::{BatchSplit, MicroBatch},
         metrics::{PassOutput, StepSums},
-        reference_logprobs::ReferenceCache,
+        reference::{Reference, ReferencePass},
     },
 };
 
 pub(crate) mod batch;
 mod metrics;
+mod reference;
 mod reference_logprobs;
 pub(crate) mod thread;
 
@@ -44,7 +44,7 @@ pub struct Trainer {
     model: LanguageModel,
     /// Fixed reference, evaluated on the same batch with the same kernels in the same precision as the policy, so that
     /// log π − log ref is exactly 0 for equal weights, whatever the actors computed.
-    reference: LanguageModel,
+    reference: Reference,
     optimizer: Optimizer,
     objective: Box<dyn Objective>,
     /// τ or β: the factor from log-ratios to rewards.
@@ -55,33 +55,12 @@ pub struct Trainer {
     split: BatchSplit,
     dropout: Seed,
     ganpo: Option<GanpoRegulariser>,
-    /// The reference's log-probabilities of pairs from files; `None`: they are computed in every step.
-    reference_cache: Option<ReferenceCache>,
 }
 
 /// Token log-probabilities of one pass: the policy's with gradient, and the reference's.
 struct PassLogprobs {
     policy: TokenLogprobs,
     reference: ReferencePass,
-}
-
-/// What is known of the reference in one pass.
-enum ReferencePass {
-    /// All of it, computed now.
-    Computed(TokenLogprobs),
-    /// log ref of the completions' tokens `[R]`, some of it kept from earlier passes.
-    Logp(Tensor),
-}
-
-impl ReferencePass {
-    /// log ref of the first `count` response tokens `[count]`, without gradient.
-    fn logp(&self, count: usize) -> Result<Tensor, LearnerError> {
-        let logp = match self {
-            Self::Computed(reference) => &reference.logp,
-            Self::Logp(logp) => logp,
-        };
-        Ok(logp.narrow(0, 0, count)?.detach())
-    }
 }
 
 /// Outcome of a step.
@@ -106,7 +85,7 @@ impl Trainer {
         let precision = model::training_precision(settings.precision);
         let (model, vars) = policy.trainable()?;
         let model = model.with_precision(precision);
-        let reference = policy.without_adapter().with_precision(precision);
+        let reference = Reference::new(policy.without_adapter().with_precision(precision));
         let model = model.with_checkpointing(settings.gradient_checkpointing);
         let adamw = AdamWSettings::from(&settings.optimizer());
         let (objective, temperature) = objective(&settings.objective);
@@ -132,7 +111,6 @@ impl Trainer {
             },
             dropout: seed.derive(DROPOUT_STREAM),
             ganpo,
-            reference_cache: None,
         })
     }
 
@@ -140,15 +118,13 @@ impl Trainer {
     /// hidden states.
     pub fn keep_reference_logprobs(&mut self, kept: ReferenceLogprobs) {
         if self.ganpo.is_none() {
-            self.reference_cache = Some(ReferenceCache::open(kept));
+            self.reference.keep(kept);
         }
     }
 
     /// Saves the kept log-probabilities.
     pub(crate) fn save_reference_logprobs(&self) {
-        if let Some(cache) = &self.reference_cache {
-            cache.save();
-        }
+        self.reference.save();
     }
 
     /// Takes step `step`, counted from 0, on these pairs.
@@ -257,10 +233,7 @@ impl Trainer {
             sequences.extend(micro.golden(self.objective.name())?);
         }
         // The reference first, before the policy's graph takes memory.
-        let reference = match &mut self.reference_cache {
-            Some(cache) => ReferencePass::Logp(kept_logp(&self.reference, cache, micro)?),
-            None => ReferencePass::Computed(self.reference.logprobs(&sequences)?),
-        };
+        let reference = self.reference.pass(micro, &sequences)?;
         let model = self
             .model
             .with_dropout_seed(self.dropout.derive(step).derive(pass));
@@ -380,52 +353,6 @@ impl Trainer {
     pub(crate) fn folder(&self) -> &ModelFolder {
         &self.folder
     }
-}
-
-/// log ref of the completions' tokens `[R]`: of pairs from files as kept in `cache`, which gets those that it lacks.
-fn kept_logp(
-    reference: &LanguageModel,
-    cache: &mut ReferenceCache,
-    micro: &MicroBatch<'_>,
-) -> Result<Tensor, LearnerError> {
-    let pairs = || micro.pairs().iter().map(|labelled| &labelled.pair);
-    let tokens = |pair: &Pair| pair.completions.iter().map(|c| c.ids.len()).sum::<usize>();
-    // Decided before any is added: at the end of a pass a pair may be in a batch twice.
-    let kept: Vec<Option<Box<[f32]>>> = pairs()
-        .map(|pair| {
-            let id = Some(pair.id()).filter(|&id| is_from_file(id))?;
-            cache.get(index_of(id), tokens(pair)).map(Box::from)
-        })
-        .collect();
-    let missing = pairs().zip(&kept).filter(|(_, kept)| kept.is_none());
-    let sequences: Vec<Sequence<'_>> = missing
-        .flat_map(|(pair, _)| {
-            let prompt = pair.prompt.ids.as_slice();
-            let completions = pair.completions.iter();
-            completions.map(move |c| Sequence {
-                prompt,
-                completion: &c.ids,
-            })
-        })
-        .collect();
-    let computed: Vec<f32> = match sequences.is_empty() {
-        true => Vec::new(),
-        false => reference.logprobs(&sequences)?.logp.to_vec1()?,
-    };
-    let (mut rest, mut logp) = (computed.as_slice(), Vec::new());
-    for (pair, kept) in pairs().zip(&kept) {
-        let Some(kept) = kept else {
-            let (own, after) = rest.split_at(tokens(pair));
-            if is_from_file(pair.id()) {
-                cache.insert(index_of(pair.id()), own);
-            }
-            logp.extend_from_slice(own);
-            rest = after;
-            continue;
-        };
-        logp.extend_from_slice(kept);
-    }
-    Ok(Tensor::new(logp, reference.device())?)
 }
 
 /// The objective of the settings, and its temperature τ or β.
