@@ -402,7 +402,11 @@ fn another_judge_behind_a_service_is_named() {
     }
     running.terminate();
     let output = running.wait().succeeded();
-    for says in ["model or version of the judge has changed", "digest 2ab3", "digest 77f0"] {
+    for says in [
+        "model or version of the judge has changed",
+        "digest 2ab3",
+        "digest 77f0",
+    ] {
         assert!(output.stderr.contains(says), "{}", output.stderr);
     }
 }

@@ -37,13 +37,18 @@ pub(crate) struct PairSource {
     /// Pairs from files; `None` in a run without them.
     files: Option<FilePairs>,
     dropped: DroppedPrompts,
-    progress: ProgressDeadline,
+    waiting: Waiting,
     lineage: SessionLineage,
     counters: StageCounters,
     waits: Waits,
     limits: BatchLimits,
     message_limits: MessageLimits,
-    /// Time spent waiting for batches since the last step.
+}
+
+/// Times of waits for batches.
+struct Waiting {
+    progress: ProgressDeadline,
+    /// Time spent waiting since the last step.
     waited: Duration,
 }
 
@@ -129,13 +134,15 @@ impl PairSource {
             buffer: PairBuffer::new(parts.selection),
             files: parts.files,
             dropped: DroppedPrompts::new(),
-            progress: ProgressDeadline::start(Duration::ZERO),
+            waiting: Waiting {
+                progress: ProgressDeadline::start(Duration::ZERO),
+                waited: Duration::ZERO,
+            },
             lineage: parts.lineage,
             counters: parts.counters,
             waits: parts.waits,
             limits: parts.limits,
             message_limits: parts.message_limits,
-            waited: Duration::ZERO,
         }
     }
 
@@ -223,7 +230,7 @@ impl PairSource {
             self.refill(step, popped, publisher.version(), shutdown)
                 .await?;
             if let Some(batch) = batch {
-                self.waited += started.elapsed();
+                self.waiting.waited += started.elapsed();
                 let from_files = self.take_from_files(step);
                 let in_flight = self.buffered_count() + batch.len() + from_files.len();
                 self.counters.set_in_flight(in_flight as u64);
@@ -349,13 +356,15 @@ impl PairSource {
 
     /// Restarts the deadline but keeps the counts of drops: a message that may have been one counts as progress.
     fn extend_deadline(&mut self) {
-        self.progress = ProgressDeadline::start(self.labelled.time_away());
+        self.waiting.progress = ProgressDeadline::start(self.labelled.time_away());
     }
 
     /// Deadline of the current wait.
     fn deadline(&self) -> tokio::time::Instant {
         let allowed = Duration::from_secs(self.limits.timeout_seconds);
-        self.progress.after(allowed, self.labelled.time_away())
+        self.waiting
+            .progress
+            .after(allowed, self.labelled.time_away())
     }
 
     /// Prompts dropped since the last progress.
@@ -375,7 +384,7 @@ impl PairSource {
         let dropped = self.counters.snapshot().dropped;
         IntakeMetrics {
             drops: self.dropped.take_step(),
-            waited: std::mem::take(&mut self.waited),
+            waited: std::mem::take(&mut self.waiting.waited),
             outstanding: self.scheduler.outstanding(),
             stale: dropped.get(&DropReason::Stale).copied().unwrap_or(0),
             passes: self.files.as_ref().map(FilePairs::passes),

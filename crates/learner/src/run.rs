@@ -55,8 +55,6 @@ pub struct LearnerParts {
     pub model: InitialPolicy,
     /// Prompts and how they are answered.
     pub prompts: PromptPlan,
-    /// Pairs from files, if batches have some.
-    pub pairs: Option<FilePairsPlan>,
     /// Streams.
     pub streams: LearnerStreams,
     /// Message counters.
@@ -96,7 +94,7 @@ pub struct InitialPolicy {
     pub reference: ReferenceSettings,
 }
 
-/// Prompts of a run and how they are answered.
+/// Prompts of a run and how they are answered, and the pairs from files beside the answers.
 pub struct PromptPlan {
     /// Prompt set.
     pub set: Arc<dyn PromptSet>,
@@ -107,6 +105,8 @@ pub struct PromptPlan {
     pub pacing: Pacing,
     /// Distribution of the completions.
     pub sampling: Sampling,
+    /// Pairs from files, if batches have some.
+    pub pairs: Option<FilePairsPlan>,
 }
 
 /// Pairs from files and how they are used.
@@ -214,7 +214,7 @@ impl Learner {
         let tokenizer = model.folder.tokenizer.clone();
         let trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?
             .with_reference(model.reference)?;
-        let trainer = spawn(trainer, parts.pairs.as_ref())?;
+        let trainer = spawn(trainer, parts.prompts.pairs.as_ref())?;
         let mut reporter = Reporter::open(ReporterParts {
             settings: settings.clone(),
             telemetry: parts.telemetry,
@@ -243,6 +243,7 @@ impl Learner {
         let waits = Waits::new("learner");
         let curriculum = parts.prompts.curriculum(parts.seed);
         let files = parts
+            .prompts
             .pairs
             .map(|plan| plan.pairs(&settings, session, &waits));
         let mut source = PairSource::new(PairSourceParts {

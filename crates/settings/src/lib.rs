@@ -54,7 +54,7 @@ pub use learner::{
 pub use model::{DtypeSetting, ModelSettings};
 pub use objective::{CLIPPED_SLOPES, IpoScale, ObjectiveSettings, RpoNll};
 pub use optimizer::{LrSchedulerType, OptimizerSettings};
-pub use pairs::{FilePairsSettings, PairLabel};
+pub use pairs::{FilePairsSettings, PairLabelSource};
 pub use playground::PlaygroundSettings;
 pub use preference::{HttpServiceSettings, OrdersSetting, PreferenceSettings};
 pub use prompts::{

@@ -28,7 +28,7 @@ pub struct FilePairsSettings {
     /// Share of every batch that comes from files: 1 offline, 0 online.
     pub share: f64,
     /// Source of the labels.
-    pub label: PairLabel,
+    pub label: PairLabelSource,
     /// Passes over the pairs after which the run ends; 0: as many as the learner's steps take.
     pub epochs: u64,
     /// Whether every pass has an order of its own.
@@ -60,7 +60,7 @@ pub struct FilePairsSettings {
 /// Source of the labels of pairs from files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum PairLabel {
+pub enum PairLabelSource {
     /// The file: chosen and rejected, a probability, or scores.
     File,
     /// The judge of the run, once for each pair.
@@ -168,7 +168,7 @@ impl FilePairsSettings {
         );
         let has_columns = named(&self.label_column) || scores.contains(&true);
         checks.require(
-            self.label == PairLabel::File || !has_columns,
+            self.label == PairLabelSource::File || !has_columns,
             "pairs.label",
             "\"judge\" does not read the file's labels: remove pairs.label_column and the columns of scores, or set it \
              to \"file\"",
@@ -203,7 +203,7 @@ impl FilePairsSettings {
             "pairs.share = 1 trains on no samples: set it to 2, or lower pairs.share",
         );
         checks.require(
-            settings.preference.apo.refresh_steps == 0 || self.label == PairLabel::Judge,
+            settings.preference.apo.refresh_steps == 0 || self.label == PairLabelSource::Judge,
             "preference.apo.refresh_steps",
             "pairs.share = 1 with pairs.label = \"file\" trains on no label of the preference model: set it to 0, or \
              pairs.label = \"judge\"",
@@ -223,7 +223,7 @@ impl Settings {
     /// Whether a preference service is needed: samples, or pairs from files, are judged.
     #[must_use]
     pub fn needs_judge(&self) -> bool {
-        self.needs_samples() || self.pairs.is_used() && self.pairs.label == PairLabel::Judge
+        self.needs_samples() || self.pairs.is_used() && self.pairs.label == PairLabelSource::Judge
     }
 }
 

@@ -136,6 +136,22 @@ struct MemoryPart {
     bytes: u64,
 }
 
+/// Tokens of the longest prompt with a response of a pair from a file; 0 without such pairs.
+fn longest_file_pair(settings: &Settings, config: &ModelConfig) -> usize {
+    match settings.pairs.is_used() {
+        true => settings.pairs.max_length.min(config.max_positions),
+        false => 0,
+    }
+}
+
+/// Number of actors of a run in one process.
+fn actors(settings: &Settings) -> usize {
+    match settings.needs_samples() {
+        true => settings.actor.count,
+        false => 0,
+    }
+}
+
 /// Estimated peak memory of a run of all roles in one process, by contribution.
 fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
     let (actor, learner) = (&settings.actor, &settings.learner);
@@ -159,21 +175,14 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         .min(config.max_positions);
     let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
     // Every actor has one cache for the policy and one for the reference.
-    let actors = if settings.needs_samples() {
-        actor.count
-    } else {
-        0
-    };
+    let actors = actors(settings);
     let slots = [2, actors, actor.slots, longest];
     let mistral_copies = match actor.engine {
         EngineSettings::Own {} => 0,
         EngineSettings::Mistral { .. } => actors,
     };
     let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
-    let trained_length = match settings.pairs.is_used() {
-        true => longest.max(settings.pairs.max_length.min(config.max_positions)),
-        false => longest,
-    };
+    let trained_length = longest.max(longest_file_pair(settings, config));
     let prompt_tokens = completions_per_prompt(settings).saturating_mul(trained_length);
     let prompts = learner
         .train_batch_size

@@ -15,7 +15,7 @@ use preference::{
     LabelPenalties, PreferenceError, PreferenceService, PreferenceServiceParts,
     apo::{ApoRunner, ReplicaFactory},
 };
-use settings::{LearnerSettings, PairLabel, Settings};
+use settings::{LearnerSettings, PairLabelSource, Settings};
 use telemetry::StageCounters;
 use tokio::sync::watch;
 
@@ -234,8 +234,8 @@ impl RoleBuilder<'_> {
                 curriculum_floor: curriculum_floor(settings),
                 pacing: pacing(settings),
                 sampling: sampling_kind(settings),
+                pairs: self.file_pairs(context),
             },
-            pairs: self.file_pairs(context),
             streams: LearnerStreams {
                 prompts: self.streams.prompts.sender.clone(),
                 labelled: self.streams.labelled.receiver.clone(),
@@ -269,7 +269,7 @@ impl RoleBuilder<'_> {
             path: assembly::reference_logprobs_path(context.directory.root()),
             key: assembly::reference_key(settings, &context.origin.inputs, files),
         });
-        let judges = settings.pairs.label == PairLabel::Judge;
+        let judges = settings.pairs.label == PairLabelSource::Judge;
         Some(FilePairsPlan {
             files: Arc::clone(files),
             share: BatchShare::new(&settings.learner, &settings.pairs),

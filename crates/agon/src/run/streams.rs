@@ -3,7 +3,7 @@
 use learner::EVALUATION_WINDOW;
 use messages::wire::WireMessage;
 use messages::{Dropped, LabelledPair, Pair, Prompt};
-use settings::{PairLabel, Settings};
+use settings::{PairLabelSource, Settings};
 use transport::{Receiver, Sender, StreamCounts, Transport, TransportError, WeightStore};
 
 /// Names of a run's streams, in the order of the data flow.
@@ -68,8 +68,10 @@ impl RunStreams {
         };
         // Pairs from files are with the judge for two steps at once.
         let from_files = match settings.pairs.label {
-            PairLabel::Judge if settings.pairs.is_used() => 2 * settings.learner.train_batch_size,
-            PairLabel::Judge | PairLabel::File => 0,
+            PairLabelSource::Judge if settings.pairs.is_used() => {
+                2 * settings.learner.train_batch_size
+            }
+            PairLabelSource::Judge | PairLabelSource::File => 0,
         };
         let capacity = 2 * (window + EVALUATION_WINDOW + round + from_files);
         let [prompts, pairs, labelled, drops] = STREAM_NAMES;

@@ -11,7 +11,6 @@ mod files;
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,7 +18,7 @@ use std::{
 use messages::{LabelledPair, WeightsVersion};
 use serde::{Deserialize, Serialize};
 use settings::Settings;
-use telemetry::{RunDirectory, StageCounters, StageSnapshot, wait_for_descriptor};
+use telemetry::{RunDirectory, StageCounters, StageSnapshot};
 
 use crate::{
     checkpoint::branch::Branch,

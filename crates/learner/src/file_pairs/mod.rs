@@ -15,7 +15,7 @@ use messages::{
     PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
 };
 use model::Tokenizer;
-use settings::{FilePairsSettings, PairLabel, TooLong};
+use settings::{FilePairsSettings, PairLabelSource, TooLong};
 
 use crate::error::LearnerError;
 
@@ -234,7 +234,7 @@ fn scores(row: &PairRow) -> Option<Vec<f32>> {
 /// Columns of pairs and labels.
 fn columns(settings: &FilePairsSettings) -> Columns {
     let [label, chosen_score] = [&settings.label_column, &settings.chosen_score_column];
-    let label = if settings.label == PairLabel::Judge {
+    let label = if settings.label == PairLabelSource::Judge {
         None
     } else if !label.is_empty() {
         let column = Column::named(label, "pairs.label_column");
