@@ -376,10 +376,10 @@ fn a_judge_that_changes_or_always_says_the_first_is_named() {
     let judge = format!("preference.judge={}", chat(&server.url(), ""));
     let output = sandbox.run(&tiny_playground(&run, &[&judge])).succeeded();
     for says in [
-        "the judge is another model or version than before",
+        "the model or version of the judge has changed",
         "before=\"model judge-1\"",
         "now=\"model judge-2\"",
-        "the judge prefers a completion for its place",
+        "the judge has a significant position bias",
         "prefers=\"first\"",
     ] {
         assert!(output.stderr.contains(says), "{says}: {}", output.stderr);
@@ -402,7 +402,11 @@ fn another_judge_behind_a_service_is_named() {
     }
     running.terminate();
     let output = running.wait().succeeded();
-    for says in ["another model or version", "digest 2ab3", "digest 77f0"] {
+    for says in [
+        "model or version of the judge has changed",
+        "digest 2ab3",
+        "digest 77f0",
+    ] {
         assert!(output.stderr.contains(says), "{}", output.stderr);
     }
 }

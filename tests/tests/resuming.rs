@@ -243,7 +243,9 @@ fn an_interrupted_evaluation_is_made_up_for() {
     ];
     let mut resume = tiny_playground(&run, &sets);
     resume.push("--resume".into());
-    sandbox.run(&resume).check(0, &["is made up for"]);
+    sandbox
+        .run(&resume)
+        .check(0, &["repeating the interrupted evaluation"]);
     let lines = metrics(&run);
     let evaluated = lines.iter().filter(|line| !line["eval/win_rate"].is_null());
     let evaluated: Vec<f64> = evaluated.map(|line| number(line, "/step")).collect();

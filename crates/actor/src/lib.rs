@@ -3,7 +3,7 @@
 //!
 //! An [`Actor`] waits on streams; its model runs on a thread of its own. Promises: weights change only while no
 //! completion is being sampled, so no completion mixes versions; a prompt is acknowledged only after its pair, or
-//! the note that it was dropped, is stored; a prompt that does not fit the run is put aside and ends nothing.
+//! the note that it was dropped, is stored; an invalid prompt is dead-lettered and never ends the process.
 //! Does not know who judges the pairs or who learns from them.
 
 mod error;

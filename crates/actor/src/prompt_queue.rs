@@ -12,7 +12,7 @@ use messages::{Pacing, Prompt, PromptId, WeightsVersion};
 use tokio::time::Instant;
 use transport::{Delivery, Receipt};
 
-/// Time after which a prompt that waits for its weights no longer takes the room of others.
+/// Time after which a prompt still waiting for its weights no longer counts towards the capacity.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Number of announcements that a prompt may wait for its weights. Those before the next may have been made when it was

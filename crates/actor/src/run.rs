@@ -265,8 +265,8 @@ impl Actor {
         Ok(is_old.then(PromptDrop::superseded))
     }
 
-    /// Checks a prompt. One of weights that are not announced, as far as this process knows, is checked again after a
-    /// look at the weight store.
+    /// Checks a prompt. If its weights are unknown here, refreshes the announcement from the weight store and checks
+    /// again.
     async fn check(&mut self, prompt: &Prompt) -> Result<(), InvalidMessage> {
         self.limits.newest = self.weights.announced();
         match prompt.check(&self.limits) {

@@ -43,7 +43,7 @@ pub(crate) enum BlobError {
     Interrupted(String),
     /// The server's answer is not usable, or a file cannot be written.
     Refused(String),
-    /// Nobody waits for the download any more.
+    /// The receiver was dropped.
     Abandoned,
 }
 

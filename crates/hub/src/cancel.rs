@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-/// Tells long-running work whether to end early. Clones share one source; work polls it between units.
+/// Cancellation token, polled by long-running work. Clones share one source; work polls it between units.
 #[derive(Clone, Default)]
 pub struct CancelToken {
     is_cancelled: Option<Arc<dyn Fn() -> bool + Send + Sync>>,

@@ -5,7 +5,7 @@
 
 use crate::simd::{Arithmetic, LANES};
 
-/// LeftMatrix operand, `[m, k]`.
+/// Left operand, `[m, k]`.
 #[derive(Clone, Copy)]
 pub(crate) enum LeftMatrix<'a> {
     /// `(i, k)` is at `i * stride + k`.
@@ -14,7 +14,7 @@ pub(crate) enum LeftMatrix<'a> {
     ColumnMajor { data: &'a [f32], stride: usize },
 }
 
-/// RightMatrix operand, `[k, n]`, row-major.
+/// Right operand, `[k, n]`, row-major.
 #[derive(Clone, Copy)]
 pub(crate) struct RightMatrix<'a> {
     pub data: &'a [f32],

@@ -26,7 +26,7 @@ use crate::{
     publisher::Publisher,
 };
 
-/// Sends prompts and receives what comes of them.
+/// Sends prompts; receives labelled pairs and drop notes.
 pub(crate) struct PairSource {
     pub(crate) scheduler: PromptScheduler,
     labelled: Receiver<LabelledPair>,

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Start of a wait, whose deadline moves by the time in which the server is away: an outage is neither progress, so
-/// that a server which comes and goes does not postpone the deadline for ever, nor the fault of those waited for.
+/// Deadline of a wait for progress, not counting server outages: an outage extends it by its length and does not restart
+/// it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ProgressDeadline {
     started: Instant,

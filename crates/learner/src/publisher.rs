@@ -1,7 +1,7 @@
 //! Publishes weights to the weight store.
 //!
-//! Promises that versions only grow, and that one upload runs at a time, in the background: training waits for the copy
-//! out of the optimiser, not for the upload. Does not know when to publish, or which weights are valid.
+//! Promises that versions only grow, and that one upload runs at a time, in the background: training blocks only
+//! while the weights are copied, not during the upload. Does not know when to publish, or which weights are valid.
 
 use std::time::Instant;
 

@@ -60,7 +60,7 @@ pub struct LearnerParts {
     pub origin: RunOrigin,
 }
 
-/// Where a run begins, and what it is made of. [`Self::check`] checks that both fit.
+/// Origin of a run: the checkpoint to resume and the record of its inputs. [`Self::check`] checks that both fit.
 #[derive(Debug, Clone, Default)]
 pub struct RunOrigin {
     /// Checkpoint to resume, which is whole; `None` for a new run.
@@ -314,10 +314,7 @@ impl Learner {
         };
         let step = self.progress.step();
         if self.is_due(self.evaluator.interval()) && !self.evaluator.has_evaluated(step) {
-            tracing::info!(
-                step,
-                "the evaluation of this step was interrupted and is made up for"
-            );
+            tracing::info!(step, "repeating the interrupted evaluation of this step");
             self.evaluate(shutdown).await?;
         }
         let version = self.publisher.version();
@@ -376,8 +373,8 @@ impl Learner {
         }
     }
 
-    /// Rolls back to the last checkpoint. That takes a step number, so that the restored weights get a newer version
-    /// than those that are given up.
+    /// Rolls back to the last checkpoint. Consumes a step number, so that the restored weights get a newer version
+    /// than the discarded ones.
     async fn roll_back(&mut self) -> Result<(), LearnerError> {
         let last = self.checkpoints.newest()?;
         self.recovery.roll_back(&self.trainer, last).await?;
@@ -466,7 +463,7 @@ impl Learner {
         }
     }
 
-    /// Whether something that happens every `interval` steps, but not after the last one, happens now.
+    /// Whether an action with this interval is due at this step; never at the last.
     fn is_due(&self, interval: u64) -> bool {
         let step = self.progress.step();
         interval > 0 && step.is_multiple_of(interval) && step < self.settings.steps

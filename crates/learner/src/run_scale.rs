@@ -1,4 +1,4 @@
-//! Scale of a run's losses, gradients and weights, against which divergence is measured.
+//! Thresholds of divergence from the run's past losses, gradient norms and weight norms.
 //!
 //! Weights that explode stay finite for a long time: what shows it is a value far beyond everything that the run has
 //! seen. The limits are wide, so that only divergence exceeds them. Does not know what follows.

@@ -11,7 +11,7 @@ use crate::seed::{RngStream, generator};
 use crate::target::{TargetKind, draw_body};
 use crate::vocabulary::{Vocabulary, WordCategory};
 
-/// GrammarSymbol of the bigram grammar.
+/// Symbol of the bigram grammar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum GrammarSymbol {
     Start,

@@ -81,7 +81,7 @@ impl LinearWeight {
     }
 }
 
-/// LlamaWeights of one Llama layer and its embeddings; RMSNorm weights are all one.
+/// Weights of one Llama layer and its embeddings; RMSNorm weights are all one.
 pub(crate) struct LlamaWeights {
     embedding: LinearWeight,
     query: LinearWeight,

@@ -110,7 +110,12 @@ fn record_model(folder: &ModelFolder, record: &mut InputRecord) -> anyhow::Resul
         "weights of the reference model",
         files_digest(&safetensors_in(path)?)?,
     );
-    for name in ["config.json", "tokenizer.json"] {
+    for name in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ] {
         let files: Vec<PathBuf> = Some(path.join(name))
             .into_iter()
             .filter(|f| f.is_file())
@@ -120,6 +125,9 @@ fn record_model(folder: &ModelFolder, record: &mut InputRecord) -> anyhow::Resul
             files_digest(&files)?,
         );
     }
+    let stops = folder.tokenizer.stops();
+    let ids: Vec<String> = stops.ids().map(|id| id.to_string()).collect();
+    record.insert("stop tokens", ids.join(", "));
     let template = folder.tokenizer.chat_template_digest();
     let template = template.map_or_else(|| "none".to_owned(), |digest| digest.to_string());
     record.insert("chat template", template);

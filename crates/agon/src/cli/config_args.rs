@@ -176,6 +176,12 @@ fn check_unused(path: &Path) -> anyhow::Result<()> {
             newest.display()
         ))
         .into()),
+        None if path.join("metrics.jsonl").exists() => Err(Resource(format!(
+            "{} holds the metrics of a run, but neither config.toml nor a checkpoint: start a new run in another directory, \
+             or remove this one",
+            path.display()
+        ))
+        .into()),
         _ => Ok(()),
     }
 }
@@ -205,7 +211,7 @@ fn newest_whole(directory: &RunDirectory) -> anyhow::Result<Option<PathBuf>> {
     let newest = learner::newest_whole_checkpoint(&directory.checkpoints())?;
     let NewestCheckpoint { path, skipped } = newest;
     for SkippedCheckpoint { path, reason } in &skipped {
-        tracing::warn!(checkpoint = %path.display(), reason, "a checkpoint is not whole and is skipped");
+        tracing::warn!(checkpoint = %path.display(), reason, "a checkpoint is incomplete or damaged and is skipped");
     }
     let last = last_step(directory);
     if path.is_some() || skipped.is_empty() && last == 0 {

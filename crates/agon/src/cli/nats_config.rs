@@ -68,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the configuration says to its reader.
+/// Header comment of the server configuration.
 fn notes(run: &str) -> String {
     format!(
         "# A NATS server for the run {run}: nats-server -c THIS_FILE\n\

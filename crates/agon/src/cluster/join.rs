@@ -17,7 +17,7 @@ use transport::RunRegistry;
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource},
     cluster::{
-        membership::{Followed, RunPhase, RunRecord},
+        membership::{FAREWELL, Followed, RunPhase, RunRecord},
         model_files::FetchedModel,
         session::{ClusterSession, EXIT_GRACE, POLL_INTERVAL},
     },
@@ -157,8 +157,13 @@ async fn run_role(
         tasks.spawn(task);
     });
     let result = run_until_end(&session.registry, tasks, run_end).await;
-    membership.leave().await;
-    session.transport.flush().await;
+    let leaving = async {
+        membership.leave().await;
+        session.transport.flush().await;
+    };
+    if timeout(FAREWELL, leaving).await.is_err() {
+        tracing::warn!("the NATS server does not learn that this process has left");
+    }
     result
 }
 
@@ -189,8 +194,8 @@ async fn run_until_end(
     Ok(reason)
 }
 
-/// The failure of a role that was at work. Whatever its cause, another start may succeed, so that the class of the cause
-/// is not the exit code: a missing resource is final only before a process has joined.
+/// Error of a role that had joined. It loses its class, so that the process exits 1 and supervisors restart it: a
+/// missing resource is final only before a process has joined.
 fn failure(error: &anyhow::Error) -> anyhow::Error {
     anyhow!(sentence(error))
 }

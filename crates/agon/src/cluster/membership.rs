@@ -77,13 +77,13 @@ impl Classified for RefusedRecord {
     }
 }
 
-/// The record of a run as a process that has joined finds it.
+/// Result of reading the run record again.
 pub(crate) enum Followed {
-    /// It is there.
+    /// Present and valid.
     Record(RunRecord),
     /// The run was removed from the server.
     Removed,
-    /// It is not the learner's, or missing.
+    /// Rejected (bad signature, another build) or missing.
     Refused,
 }
 

@@ -187,7 +187,7 @@ impl ClusterSession {
     }
 }
 
-/// How a process is called in its run.
+/// Identity of a process in the run: its name and metrics URL.
 pub(crate) struct ProcessNames {
     /// Its name.
     pub(crate) name: String,

@@ -56,7 +56,7 @@ impl Report {
         let path = directory.report_markdown();
         let printed = out!("{}", self.markdown).and_then(|()| out!("Report: {}", path.display()));
         if let Err(error) = printed {
-            // The run is done and its report written: a full disk behind standard output takes nothing from it.
+            // The run is done and its report written: a failed write to standard output does not fail the run.
             tracing::warn!(%error, path = %path.display(), "the report could not be printed");
         }
         Ok(())

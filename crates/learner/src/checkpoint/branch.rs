@@ -147,7 +147,7 @@ pub fn newest_model(checkpoints: &Path) -> Result<Option<PathBuf>, LearnerError>
         return Err(LearnerError::DamagedCheckpoint { path, reason });
     }
     for SkippedCheckpoint { path, reason } in skipped {
-        tracing::warn!(checkpoint = %path.display(), reason, "a checkpoint is not whole and is passed over");
+        tracing::warn!(checkpoint = %path.display(), reason, "a checkpoint is incomplete or damaged and is skipped");
     }
     Ok(path)
 }
@@ -188,7 +188,7 @@ pub(super) fn write_lineage(
 
 /// Lineage of the newest session; `None` if it was not recorded.
 fn current_lineage(checkpoints: &Path) -> Option<SessionLineage> {
-    let json = wait_for_descriptor(|| fs::read(checkpoints.join(LINEAGE))).ok()?;
+    let json = files::read_regular(&checkpoints.join(LINEAGE)).ok()?;
     serde_json::from_slice(&json).ok()
 }
 
@@ -202,11 +202,8 @@ fn version(checkpoint: &Path) -> Option<WeightsVersion> {
 }
 
 fn header(checkpoint: &Path) -> Option<StateHeader> {
-    let path = checkpoint.join("state.json");
-    if !path.is_file() {
-        return None;
-    }
-    serde_json::from_slice(&wait_for_descriptor(|| fs::read(&path)).ok()?).ok()
+    let json = files::read_regular(&checkpoint.join("state.json")).ok()?;
+    serde_json::from_slice(&json).ok()
 }
 
 /// Session and step at which a checkpoint was written.

@@ -157,6 +157,10 @@ fn unreadable(error: &io::Error) -> Defect {
 }
 
 fn checksum(path: &Path) -> io::Result<FileChecksum> {
+    if !fs::metadata(path)?.is_file() {
+        let reason = "it is not a regular file";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+    }
     let mut file = wait_for_descriptor(|| File::open(path))?;
     let mut block = vec![0; BLOCK_BYTES];
     let (mut bytes, mut crc32c) = (0, 0);

@@ -190,6 +190,15 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), LearnerError> {
     write().map_err(|error| unwritable(path, &error))
 }
 
+/// Reads a regular file: a pipe or a device in a checkpoint is an error, and is not waited for.
+pub(super) fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
+    if !fs::metadata(path)?.is_file() {
+        let reason = "it is not a regular file";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+    }
+    wait_for_descriptor(|| fs::read(path))
+}
+
 /// Makes the names in a folder durable.
 pub(super) fn sync_folder(path: &Path) -> Result<(), LearnerError> {
     wait_for_descriptor(|| File::open(path))

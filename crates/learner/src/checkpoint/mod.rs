@@ -11,14 +11,13 @@ mod files;
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use messages::{LabelledPair, WeightsVersion};
 use serde::{Deserialize, Serialize};
-use telemetry::{RunDirectory, StageCounters, StageSnapshot, wait_for_descriptor};
+use telemetry::{RunDirectory, StageCounters, StageSnapshot};
 
 use crate::{
     checkpoint::branch::Branch,
@@ -139,7 +138,7 @@ impl Checkpoints {
     pub(crate) fn newest(&self) -> Result<Option<PathBuf>, LearnerError> {
         let NewestCheckpoint { path, skipped } = newest_whole(&self.directory.checkpoints())?;
         for SkippedCheckpoint { path, reason } in skipped {
-            tracing::warn!(checkpoint = %path.display(), reason, "a checkpoint is not whole and is skipped");
+            tracing::warn!(checkpoint = %path.display(), reason, "a checkpoint is incomplete or damaged and is skipped");
         }
         Ok(path)
     }
@@ -203,8 +202,7 @@ pub(crate) fn read(path: &Path) -> Result<Checkpoint, LearnerError> {
 
 fn read_file(folder: &Path, name: &str) -> Result<Vec<u8>, LearnerError> {
     let path = folder.join(name);
-    let bytes = wait_for_descriptor(|| fs::read(&path));
-    bytes.map_err(|source| LearnerError::Unreadable { path, source })
+    files::read_regular(&path).map_err(|source| LearnerError::Unreadable { path, source })
 }
 
 /// Checks that a checkpoint is whole and of this build.

@@ -76,7 +76,7 @@ impl IdentityMonitor {
                 before,
                 now,
                 changes,
-                "the judge is another model or version than before: labels from here on follow its preference; \
+                "the model or version of the judge has changed: labels from here on follow its preference; \
                  name a fixed version in the judge's settings"
             );
         }

@@ -51,7 +51,7 @@ impl OrderBiasMonitor {
                 prefers,
                 p_first,
                 comparisons,
-                "the judge prefers a completion for its place, more than chance allows; compare in both orders \
+                "the judge has a significant position bias; compare in both orders \
                  (preference.orders = \"both\") or change the judge"
             );
         }

@@ -1,4 +1,4 @@
-//! The state of a connection as its events tell it: whether the server is away, and what it last refused.
+//! State of a connection from the client's events: the current outage and the last permission error.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},

@@ -203,7 +203,7 @@ impl Connection {
         }
     }
 
-    /// Decides on a failed attempt: returns if it is to be repeated.
+    /// Returns if a failed request should be retried, else the final error.
     ///
     /// # Errors
     /// When a retry cannot help, or patience has ended: after the configured timeout of a connected server, after the

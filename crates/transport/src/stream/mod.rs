@@ -26,7 +26,7 @@ impl StreamLimits {
     /// Default of `max_deliveries`.
     pub const MAX_DELIVERIES: NonZeroU32 = NonZeroU32::new(5).expect("five is not zero");
 
-    /// StreamLimits with this capacity and [`Self::MAX_DELIVERIES`].
+    /// Limits with this capacity and [`Self::MAX_DELIVERIES`].
     #[must_use]
     pub fn of(capacity: NonZeroUsize) -> Self {
         Self {

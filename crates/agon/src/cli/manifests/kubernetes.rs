@@ -21,7 +21,7 @@ const WORK_DIR: &str = "/work";
 
 const ROLES: [&str; 3] = ["learner", "actor", "preference"];
 
-/// What a container gets.
+/// Container image and resource requests.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ContainerResources<'a> {
     /// Image with the program.
