@@ -226,9 +226,11 @@ fn non_finite_weights_are_not_published_and_the_run_reports_divergence() {
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
-    for name in ["actor-0", "actor-1"] {
-        let text = log(name);
-        assert!(text.contains("joined the run"), "{text}");
+    // The run may end before the second one has joined.
+    let actors = ["actor-0", "actor-1"].map(log);
+    let joined = |text: &String| text.contains("joined the run");
+    assert!(actors.iter().any(joined), "{actors:?}");
+    for text in &actors {
         assert!(!text.contains("the logits of a token"), "{text}");
     }
 }
@@ -714,11 +716,13 @@ fn a_record_on_the_server_writes_no_file_outside_the_models_folder() {
         return;
     };
     let server = TestNatsServer::start(&sandbox);
-    let _learner = sandbox.start(&role_arguments("learner", &run, &server, &[]));
+    let learner = sandbox.start(&role_arguments("learner", &run, &server, &[]));
     let (stream, subject) = ("KV_agon-roles-register", "$KV.agon-roles-register.run");
     wait_until("a run", || status_now(&sandbox, &run));
     let mut client = RawNats::connect(server.port).expect("it lets everyone in");
     let honest = client.last(stream, subject);
+    // Killed, or it would write its own record again.
+    drop(learner);
     let text = String::from_utf8(honest[1..].to_vec()).expect("a record");
     let record: Value = serde_json::from_str(&text).expect("a record");
     let victim = sandbox.path("victim.json");

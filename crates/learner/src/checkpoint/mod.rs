@@ -17,14 +17,12 @@ use std::{
 
 use messages::{LabelledPair, WeightsVersion};
 use serde::{Deserialize, Serialize};
-use settings::Settings;
 use telemetry::{RunDirectory, StageCounters, StageSnapshot};
 
 use crate::{
     checkpoint::branch::Branch,
     error::LearnerError,
     evaluation::Evaluation,
-    file_pairs::{FilePairsState, planned_steps},
     input_record::InputRecord,
     pair_file::decode_pairs,
     progress::{RunTotals, SessionLineage},
@@ -47,7 +45,6 @@ pub(crate) struct RunSnapshot {
     pub(crate) version: WeightsVersion,
     pub(crate) recovery: RecoveryState,
     pub(crate) scheduler: PromptSchedulerState,
-    pub(crate) files: FilePairsState,
     /// Step of the last completed APO round; 0: none.
     pub(crate) apo_step: u64,
     /// What the run is made of.
@@ -225,19 +222,16 @@ pub fn check_whole(path: &Path) -> Result<(), LearnerError> {
     })
 }
 
-/// Whether the run of a checkpoint has taken the steps of these settings or more, and has evaluated its last weights if
-/// they are to be.
+/// Whether the run of a checkpoint has taken `steps` steps or more and has evaluated its last weights.
 ///
 /// # Errors
 /// If the checkpoint cannot be read.
-pub fn is_complete(path: &Path, settings: &Settings) -> Result<bool, LearnerError> {
+pub fn is_complete(path: &Path, steps: u64) -> Result<bool, LearnerError> {
     let RunSnapshot {
         totals,
         evaluations,
-        files,
         ..
     } = read(path)?.snapshot;
-    let steps = planned_steps(&settings.learner, &settings.pairs, files.count);
     let evaluated = evaluations.last().is_some_and(|e| e.step == totals.step);
-    Ok(totals.step >= steps && (evaluated || settings.evaluation.prompts == 0))
+    Ok(totals.step >= steps && evaluated)
 }
