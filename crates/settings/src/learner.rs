@@ -233,7 +233,7 @@ impl LearnerSettings {
 
     pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
         self.check_step(settings, checks);
-        self.check_pairs(checks);
+        self.check_pairs(settings, checks);
         self.check_intervals(checks);
     }
 
@@ -266,12 +266,19 @@ impl LearnerSettings {
         checks.ratio_below_one(self.ema_decay, "learner.ema_decay");
     }
 
-    fn check_pairs(&self, checks: &mut Checks) {
+    fn check_pairs(&self, settings: &Settings, checks: &mut Checks) {
         let ratio = self.max_ratio;
         checks.require(
             ratio > 1.0 && ratio.is_finite(),
             "learner.max_ratio",
             format!("{ratio} must be greater than 1, the importance weight of an on-policy pair"),
+        );
+        let has_samples = !settings.pairs.is_offline();
+        checks.require(
+            self.off_policy == OffPolicy::None || self.off_policy.corrects(has_samples),
+            "learner.off_policy",
+            "pairs from files have no recorded sampling distribution, so that an offline run has nothing to correct: set \
+             it to \"none\", or pairs.share below 1",
         );
         let margin = self.min_margin;
         checks.require(
@@ -358,6 +365,10 @@ mod tests {
             (
                 "[learner]\nmax_ratio = inf",
                 "learner.max_ratio: inf must be",
+            ),
+            (
+                "[learner]\noff_policy = \"mask\"\n[pairs]\nplayground_pairs = 100\nshare = 1.0",
+                "learner.off_policy: pairs from files have no recorded sampling distribution",
             ),
             (
                 "[learner]\nmin_margin = 0.6",

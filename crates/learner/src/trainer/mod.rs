@@ -5,7 +5,7 @@
 
 use std::{path::Path, sync::Arc, time::Instant};
 
-use messages::{LabelledPair, Pair, Seed};
+use messages::{LabelledPair, Seed};
 use model::{
     AdamWSettings, DType, Gradients, LanguageModel, MixtureInputs, ModelError, ModelFolder,
     Optimizer, Schedule, Sequence, Tensor, TokenLogprobs,
@@ -466,27 +466,28 @@ impl Trainer {
     }
 }
 
-/// log ref of the completions' tokens `[R]`: of pairs from files as kept in `cache`, which gets those that it lacks.
+/// log ref of the compared completions' tokens `[R]`: of pairs from files as kept in `cache`, which gets those that it
+/// lacks.
 fn kept_logp(
     reference: &LanguageModel,
     cache: &mut ReferenceCache,
     micro: &MicroBatch<'_>,
 ) -> Result<Tensor, LearnerError> {
-    let pairs = || micro.pairs().iter().map(|labelled| &labelled.pair);
-    let tokens = |pair: &Pair| pair.completions.iter().map(|c| c.ids.len()).sum::<usize>();
+    let pairs = || micro.pairs().iter();
+    let scored = |labelled| batch::compared(labelled).map(|(_, completion)| completion);
+    let tokens = |labelled| scored(labelled).map(|c| c.ids.len()).sum::<usize>();
     // Decided before any is added: at the end of a pass a pair may be in a batch twice.
     let kept: Vec<Option<Box<[f32]>>> = pairs()
-        .map(|pair| {
-            let id = Some(pair.id()).filter(|&id| is_from_file(id))?;
-            cache.get(index_of(id), tokens(pair)).map(Box::from)
+        .map(|labelled| {
+            let id = Some(labelled.pair.id()).filter(|&id| is_from_file(id))?;
+            cache.get(index_of(id), tokens(labelled)).map(Box::from)
         })
         .collect();
     let missing = pairs().zip(&kept).filter(|(_, kept)| kept.is_none());
     let sequences: Vec<Sequence<'_>> = missing
-        .flat_map(|(pair, _)| {
-            let prompt = pair.prompt.ids.as_slice();
-            let completions = pair.completions.iter();
-            completions.map(move |c| Sequence {
+        .flat_map(|(labelled, _)| {
+            let prompt = labelled.pair.prompt.ids.as_slice();
+            scored(labelled).map(move |c| Sequence {
                 prompt,
                 completion: &c.ids,
             })
@@ -497,11 +498,12 @@ fn kept_logp(
         false => reference.logprobs(&sequences)?.logp.to_vec1()?,
     };
     let (mut rest, mut logp) = (computed.as_slice(), Vec::new());
-    for (pair, kept) in pairs().zip(&kept) {
+    for (labelled, kept) in pairs().zip(&kept) {
         let Some(kept) = kept else {
-            let (own, after) = rest.split_at(tokens(pair));
-            if is_from_file(pair.id()) {
-                cache.insert(index_of(pair.id()), own);
+            let (own, after) = rest.split_at(tokens(labelled));
+            let id = labelled.pair.id();
+            if is_from_file(id) {
+                cache.insert(index_of(id), own);
             }
             logp.extend_from_slice(own);
             rest = after;

@@ -325,8 +325,13 @@ fn three_passes(
         trainer.keep_reference_logprobs(kept.clone());
     }
     let mut losses = Vec::new();
-    // Pairs from actors among those from files, in every other step.
-    let online = sampled(&tiny.policy, Precision::F32);
+    // Pairs from actors among those from files, in every other step; of three completions the last two are compared.
+    let mut online = sampled(&tiny.policy, Precision::F32);
+    for labelled in &mut online {
+        let left_out = labelled.pair.completions[1].clone();
+        labelled.pair.completions.insert(0, left_out);
+        (labelled.labels[0].first, labelled.labels[0].second) = (1, 2);
+    }
     for step in 0..5 {
         let mut pairs = drawn(&files, 8 * step..8 * (step + 1));
         if step % 2 == 1 {
