@@ -3,7 +3,8 @@
     python tests/peers/offline.py --agon target/release/agon --model ../shared/data/models/stories260K
 
 Prints, for each loss, the largest difference of the step losses as a line of JSON, and fails above the tolerance. TRL's
-IPO divides log-probabilities by the number of tokens (learner.logp_reduction = "mean"); its sigmoid loss is DPO.
+IPO divides log-probabilities by the number of tokens (learner.logp_reduction = "mean"); its sigmoid loss is DPO, and with
+its sft loss RPO with nll = "mean", in batches of one pair, since TRL takes the mean over the tokens of a batch.
 """
 
 import argparse
@@ -27,9 +28,15 @@ WORDS = (
     "dog cat happy sad friend said hello mom dad went home found new toy very fun and they ran sun sky tree bird sang"
 ).split()
 
-BATCH = 8
 RATE = 1e-4
-BETA = {"dpo": 0.1, "ipo": 0.1}
+BETA = 0.1
+NLL = 0.2
+# Of each objective: TRL's losses and their weights, our temperature and reduction, and the pairs of a batch.
+LOSSES = {
+    "dpo": (["sigmoid"], None, "beta", "sum", 8),
+    "ipo": (["ipo"], None, "tau", "mean", 8),
+    "rpo": (["sigmoid", "sft"], [1.0, NLL], "beta", "sum", 1),
+}
 
 
 def text(rng, low, high):
@@ -64,11 +71,13 @@ def theirs(model, rows, loss, steps, folder):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    kinds, weights, _, _, batch = LOSSES[loss]
     arguments = DPOConfig(
         output_dir=str(folder),
-        beta=BETA[loss],
-        loss_type={"dpo": "sigmoid", "ipo": "ipo"}[loss],
-        per_device_train_batch_size=BATCH,
+        beta=BETA,
+        loss_type=kinds,
+        loss_weights=weights,
+        per_device_train_batch_size=batch,
         max_steps=steps,
         learning_rate=RATE,
         lr_scheduler_type="constant",
@@ -100,23 +109,24 @@ def theirs(model, rows, loss, steps, folder):
 
 def ours(agon, model, path, loss, steps, folder):
     run = folder / f"agon-{loss}"
-    temperature = {"dpo": "beta", "ipo": "tau"}[loss]
-    reduction = {"dpo": "sum", "ipo": "mean"}[loss]
+    _, _, temperature, reduction, batch = LOSSES[loss]
     settings = [
         f'model.path="{model}"',
         f'pairs.path="{path}"',
         "pairs.shuffle=false",
         "evaluation.prompts=0",
         f"learner.objective.kind={loss}",
-        f"learner.objective.{temperature}={BETA[loss]}",
+        f"learner.objective.{temperature}={BETA}",
         f"learner.logp_reduction={reduction}",
         f"learner.steps={steps}",
-        f"learner.train_batch_size={BATCH}",
+        f"learner.train_batch_size={batch}",
         f"learner.learning_rate={RATE}",
         "learner.warmup_ratio=0",
         "learner.max_grad_norm=1e9",
         "learner.save_steps=0",
     ]
+    if loss == "rpo":
+        settings += ["learner.objective.nll=mean", f"learner.objective.nll_coef={NLL}"]
     command = [agon, "train", "configs/default.toml", "--run-dir", str(run)]
     command += [part for setting in settings for part in ("--set", setting)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -136,8 +146,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         path = folder / "pairs.jsonl"
-        rows = write_pairs(path, BATCH * arguments.steps)
-        for loss in BETA:
+        rows = write_pairs(path, 8 * arguments.steps)
+        for loss in LOSSES:
             peer = theirs(model, rows, loss, arguments.steps, folder / "trl")
             own = ours(arguments.agon, model, path, loss, arguments.steps, folder)
             if len(peer) != arguments.steps or len(own) != arguments.steps:
