@@ -54,7 +54,7 @@ enum ReferenceRule {
     Fixed,
     /// A copy of the policy, at this interval in applied steps.
     Every(u64),
-    Ema(MovingAverage),
+    Ema(Box<MovingAverage>),
 }
 
 /// State of a reference in a checkpoint, besides its weights.
@@ -104,7 +104,7 @@ impl Followers {
             ReferenceSettings::Every { every_steps } => ReferenceRule::Every(every_steps),
             ReferenceSettings::Ema { decay } => {
                 let initial = self.reference.initial(policy)?;
-                ReferenceRule::Ema(MovingAverage::new(&initial, decay)?)
+                ReferenceRule::Ema(Box::new(MovingAverage::new(&initial, decay)?))
             }
         };
         Ok(())

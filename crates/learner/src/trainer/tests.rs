@@ -580,32 +580,40 @@ fn followers_are_restored_and_rolled_back_to_the_bit() {
     for dtype in [DType::F32, DType::BF16] {
         let tiny = tiny(dtype);
         for policy in [tiny.policy.clone(), adapted(&tiny)] {
-            let pairs = sampled(&policy, Precision::F32);
             for rule in RULES {
                 for saved_after in [1, 3] {
-                    let mut whole = moving(&tiny, &policy, rule);
-                    let folder = tempfile::tempdir().unwrap();
-                    for step in 0..5 {
-                        if step == saved_after {
-                            save(&whole, folder.path());
-                        }
-                        applied(&mut whole, &pairs, step);
-                    }
-                    let end = (published(&whole), whole.extra_files().unwrap());
-                    let mut resumed = moving(&tiny, &policy, rule);
-                    resumed.restore(folder.path()).unwrap();
-                    whole.restore(folder.path()).unwrap();
-                    assert_eq!(published(&whole), published(&resumed), "{rule:?}");
-                    for trainer in [&mut whole, &mut resumed] {
-                        for step in saved_after..5 {
-                            applied(trainer, &pairs, step);
-                        }
-                        let again = (published(trainer), trainer.extra_files().unwrap());
-                        assert!(again == end, "{dtype:?} {rule:?} after {saved_after}");
-                    }
+                    assert_restored(&tiny, &policy, rule, saved_after);
                 }
             }
         }
+    }
+}
+
+#[track_caller]
+fn assert_restored(
+    tiny: &TinyModel,
+    policy: &LanguageModel,
+    rule: ReferenceSettings,
+    saved_after: u64,
+) {
+    let pairs = sampled(policy, Precision::F32);
+    let train = |trainer: &mut Trainer, steps: std::ops::Range<u64>| {
+        for step in steps {
+            applied(trainer, &pairs, step);
+        }
+    };
+    let end = |trainer: &Trainer| (published(trainer), trainer.extra_files().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let mut whole = moving(tiny, policy, rule);
+    train(&mut whole, 0..saved_after);
+    save(&whole, folder.path());
+    train(&mut whole, saved_after..5);
+    let expected = end(&whole);
+    let mut resumed = moving(tiny, policy, rule);
+    for trainer in [&mut whole, &mut resumed] {
+        trainer.restore(folder.path()).unwrap();
+        train(trainer, saved_after..5);
+        assert!(end(trainer) == expected, "{rule:?} after {saved_after}");
     }
 }
 
