@@ -109,7 +109,7 @@ impl AnswerSampler<'_> {
             sampler.admit(Request {
                 key,
                 ids: one.ids.clone(),
-                seed: seed.derive(turn as u64),
+                seed: seed.derive((2 * turn + one.model) as u64),
                 mixture_coefs: vec![one.model as f32],
                 exact: 0,
                 max_new_tokens: sampling.max_new_tokens,

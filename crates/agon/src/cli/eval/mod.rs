@@ -436,8 +436,12 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
     let (rate, prompts, abstained) = (result.rate, result.prompts, result.abstained);
     let (a, b) = (&result.arguments.a, result.b);
     let [truncated_a, truncated_b] = result.truncation_rates;
+    let what = match result.arguments.questions {
+        Some(_) => "answered turns",
+        None => "held-out prompts",
+    };
     out!(
-        "{a} is preferred to {b} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
+        "{a} is preferred to {b} on {:.1} % of {prompts} {what} (95 % interval {:.1} to {:.1} %{}).",
         100.0 * rate.mean,
         100.0 * rate.low,
         100.0 * rate.high,
