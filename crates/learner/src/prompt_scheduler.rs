@@ -256,10 +256,9 @@ impl PromptScheduler {
             answer: row.answer,
             route: row.route,
         };
-        let content = content(&prompt);
         let sent = OutstandingPrompt {
             prompt_batch,
-            content,
+            content: content(&prompt),
         };
         self.outstanding.insert(id, sent);
         let _wait = self.parts.waits.enter("room for prompts");

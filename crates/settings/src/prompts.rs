@@ -117,7 +117,7 @@ impl DatasetPrompts {
         }]
     }
 
-    /// Whether rows may be without a golden answer: those are told apart by the routing judge.
+    /// Whether rows may be without a golden answer: the routing judge distinguishes them.
     #[must_use]
     pub fn has_optional_golden(&self) -> bool {
         !self.golden_column.is_empty() && self.golden_column == self.route_column

@@ -12,7 +12,7 @@ use learner::{
 use messages::{Seed, Stage, WeightsVersion};
 use model::LanguageModel;
 use preference::{
-    LabelPenalties, PreferenceError, PreferenceService, PreferenceServiceParts,
+    JudgePool, LabelPenalties, PreferenceError, PreferenceService, PreferenceServiceParts,
     apo::{ApoRunner, ReplicaFactory},
 };
 use settings::{LearnerSettings, PairLabelSource, Settings};
@@ -173,16 +173,7 @@ impl RoleBuilder<'_> {
             assembly::evaluation_judges(settings, CompletionOrigin::Policy(policy), cancel)
         })?;
         let mut tasks = Vec::new();
-        let mut http_address = None;
-        if !settings.preference.http.listen.is_empty() {
-            let server = assembly::server(settings, &judge, pool.clone()).await?;
-            http_address = Some(server.address());
-            let shutdown = self.shutdown.clone();
-            tasks.push(task(async move {
-                server.run(shutdown).await;
-                Ok(())
-            }));
-        }
+        let http_address = self.serve(&judge, &pool, &mut tasks).await?;
         let service = PreferenceService::new(PreferenceServiceParts {
             judge: pool,
             evaluation,
@@ -205,6 +196,25 @@ impl RoleBuilder<'_> {
             status_source,
             http_address,
         })
+    }
+
+    /// Adds the HTTP server of `pool` to the tasks, if the settings name an address; returns the address.
+    async fn serve(
+        &self,
+        judge: &JudgeSource,
+        pool: &JudgePool,
+        tasks: &mut Vec<RoleTask>,
+    ) -> anyhow::Result<Option<SocketAddr>> {
+        if self.settings.preference.http.listen.is_empty() {
+            return Ok(None);
+        }
+        let server = assembly::server(self.settings, judge, pool.clone()).await?;
+        let (address, shutdown) = (server.address(), self.shutdown.clone());
+        tasks.push(task(async move {
+            server.run(shutdown).await;
+            Ok(())
+        }));
+        Ok(Some(address))
     }
 
     /// The learner, restored from the checkpoint of `context` if there is one. `others` are the counters of the other

@@ -1,15 +1,18 @@
 //! Answers of both models to questions: sampled turn by turn, or read from a file.
 
 use anyhow::Context;
+use learner::PromptRow;
 use messages::{
-    Completion, Dialogue, Finish, Message, Pair, Prompt, PromptBatch, PromptId, PromptText,
-    Purpose, Seed, WeightsVersion,
+    Completion, Dialogue, Finish, Message, Pair, PromptId, PromptText, Seed, WeightsVersion,
 };
 use model::{LanguageModel, MixtureSampler, Request, Sampler as _, Tokenizer};
 use settings::Settings;
 
 use crate::{
-    cli::eval::questions::{GivenAnswer, Question},
+    cli::eval::{
+        evaluation_prompt,
+        questions::{GivenAnswer, Question},
+    },
     exit_code::UsageError,
 };
 
@@ -109,7 +112,7 @@ impl AnswerSampler<'_> {
             sampler.admit(Request {
                 key,
                 ids: one.ids.clone(),
-                seed: seed.derive(turn as u64),
+                seed: seed.derive((2 * turn + one.model) as u64),
                 mixture_coefs: vec![one.model as f32],
                 exact: 0,
                 max_new_tokens: sampling.max_new_tokens,
@@ -186,28 +189,29 @@ pub(super) fn pair(
         .map(completion)
         .collect::<anyhow::Result<_>>()?;
     let id = PromptId(place.index as u64);
-    let (text, dialogue) = match prompt {
-        PromptText::Text(text) => (text, None),
-        PromptText::Dialogue(dialogue) => (tokenizer.decode(&ids), Some(dialogue)),
-    };
+    let prompt = evaluation_prompt(id, Seed(id.0), row(tokenizer, prompt, ids));
     Ok(Pair {
-        prompt: Prompt {
-            id,
-            prompt_batch: PromptBatch::single(id),
-            purpose: Purpose::Evaluate,
-            version: WeightsVersion::REFERENCE,
-            seed: Seed(place.index as u64),
-            ids,
-            text,
-            dialogue,
-            golden: None,
-            answer: None,
-            route: None,
-        },
+        prompt,
         version: WeightsVersion::REFERENCE,
         completions,
         actor: "eval".into(),
     })
+}
+
+/// The prompt as a row of a set of prompts.
+fn row(tokenizer: &Tokenizer, prompt: PromptText, ids: Vec<u32>) -> PromptRow {
+    let (text, dialogue) = match prompt {
+        PromptText::Text(text) => (text, None),
+        PromptText::Dialogue(dialogue) => (tokenizer.decode(&ids), Some(dialogue)),
+    };
+    PromptRow {
+        ids,
+        text,
+        dialogue,
+        golden: None,
+        answer: None,
+        route: None,
+    }
 }
 
 /// A completion without log-probabilities, which no judge reads.

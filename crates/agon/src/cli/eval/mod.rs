@@ -11,7 +11,7 @@ use std::{
 };
 
 use hub::CancelToken;
-use learner::{EvaluationConditions, JudgeEvaluation, PromptSet};
+use learner::{EvaluationConditions, JudgeEvaluation, PromptRow, PromptSet};
 use messages::{Finish, Pair, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion};
 use model::{LanguageModel, MixtureSampler, ModelFolder, Request, Sampler as _};
 use serde_json::{Value, json};
@@ -454,8 +454,12 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
         true => "the moving average of ",
         false => "",
     };
+    let what = match result.arguments.questions {
+        Some(_) => "answered turns",
+        None => "held-out prompts",
+    };
     out!(
-        "{of_a}{a} is preferred to {b} on {:.1} % of {prompts} held-out prompts (95 % interval {:.1} to {:.1} %{}).",
+        "{of_a}{a} is preferred to {b} on {:.1} % of {prompts} {what} (95 % interval {:.1} to {:.1} %{}).",
         100.0 * rate.mean,
         100.0 * rate.low,
         100.0 * rate.high,
@@ -520,6 +524,23 @@ fn load(settings: &Settings, source: &ModelSource) -> anyhow::Result<EvaluatedMo
     Ok(EvaluatedModel { folder, model })
 }
 
+/// The prompt of a row, for one pair of completions.
+fn evaluation_prompt(id: PromptId, seed: Seed, row: PromptRow) -> Prompt {
+    Prompt {
+        id,
+        prompt_batch: PromptBatch::single(id),
+        purpose: Purpose::Evaluate,
+        version: WeightsVersion::REFERENCE,
+        seed,
+        ids: row.ids,
+        text: row.text,
+        dialogue: row.dialogue,
+        golden: row.golden,
+        answer: row.answer,
+        route: row.route,
+    }
+}
+
 /// Samples one completion of each model for every held-out prompt.
 fn sample(
     settings: &Settings,
@@ -551,19 +572,7 @@ fn sample(
             exact: 0,
             max_new_tokens: sampling.max_new_tokens,
         })?;
-        pending.push(Some(Prompt {
-            id,
-            prompt_batch: PromptBatch::single(id),
-            purpose: Purpose::Evaluate,
-            version: WeightsVersion::REFERENCE,
-            seed,
-            ids: row.ids,
-            text: row.text,
-            dialogue: row.dialogue,
-            golden: row.golden,
-            answer: row.answer,
-            route: row.route,
-        }));
+        pending.push(Some(evaluation_prompt(id, seed, row)));
     }
     let mut pairs = Vec::new();
     while !sampler.is_idle() {
