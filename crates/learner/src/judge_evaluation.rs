@@ -97,7 +97,7 @@ impl JudgeEvaluation {
 
 #[cfg(test)]
 mod tests {
-    use messages::{Completion, EvaluationVerdict, Finish, Probability};
+    use messages::{Completion, EvaluationVerdict, Finish, Label, Probability};
 
     use super::*;
 
@@ -114,7 +114,11 @@ mod tests {
         };
         let mut labelled = crate::trainer::batch::tests::labelled(lengths.map(completion).to_vec());
         let probability = |p| Probability::new(p).expect("a probability");
-        labelled.labels[0].p = probability(p);
+        labelled.labels = vec![Label {
+            first: 0,
+            second: 1,
+            p: probability(p),
+        }];
         labelled.verdicts = verdicts
             .iter()
             .map(|&(judge, p)| EvaluationVerdict {

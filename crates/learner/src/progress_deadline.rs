@@ -1,8 +1,12 @@
 //! The deadline of a wait for progress.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
-use tokio::time::Instant;
+use messages::wire::WireMessage;
+use tokio::time::{Instant, timeout_at};
+use transport::Sender;
+
+use crate::error::LearnerError;
 
 /// Deadline of a wait for progress, not counting server outages: an outage extends it by its length and does not restart
 /// it.
@@ -23,6 +27,33 @@ impl ProgressDeadline {
     /// When the wait has lasted `allowed`, if the server has been `away` for so long in all by now.
     pub(crate) fn after(&self, allowed: Duration, away: Duration) -> Instant {
         self.started + allowed + away.saturating_sub(self.away)
+    }
+}
+
+/// Sends a message, waiting for room in its stream as long as `allowed`, without the time in which the server is away.
+/// `what` names the message in the error.
+///
+/// # Errors
+/// If the stream is closed or stays full.
+pub(crate) async fn send_in_time<T: WireMessage + Clone + Send + Sync + 'static>(
+    sender: &Sender<T>,
+    message: T,
+    what: &'static str,
+    allowed: Duration,
+) -> Result<(), LearnerError> {
+    let wait = ProgressDeadline::start(sender.time_away());
+    let mut sending = pin!(sender.send(message));
+    loop {
+        let deadline = wait.after(allowed, sender.time_away());
+        match timeout_at(deadline, &mut sending).await {
+            Ok(sent) => return Ok(sent?),
+            // The server was away meanwhile.
+            Err(_) if wait.after(allowed, sender.time_away()) > Instant::now() => {}
+            Err(_) => {
+                let seconds = allowed.as_secs();
+                return Err(LearnerError::NoRoom { what, seconds });
+            }
+        }
     }
 }
 

@@ -17,12 +17,14 @@ use std::{
 
 use messages::{LabelledPair, WeightsVersion};
 use serde::{Deserialize, Serialize};
+use settings::Settings;
 use telemetry::{RunDirectory, StageCounters, StageSnapshot};
 
 use crate::{
     checkpoint::branch::Branch,
     error::LearnerError,
     evaluation::Evaluation,
+    file_pairs::{FilePairsState, planned_steps},
     input_record::InputRecord,
     pair_file::decode_pairs,
     progress::{RunTotals, SessionLineage},
@@ -45,6 +47,7 @@ pub(crate) struct RunSnapshot {
     pub(crate) version: WeightsVersion,
     pub(crate) recovery: RecoveryState,
     pub(crate) scheduler: PromptSchedulerState,
+    pub(crate) files: FilePairsState,
     /// Step of the last completed APO round; 0: none.
     pub(crate) apo_step: u64,
     /// What the run is made of.
@@ -222,16 +225,19 @@ pub fn check_whole(path: &Path) -> Result<(), LearnerError> {
     })
 }
 
-/// Whether the run of a checkpoint has taken `steps` steps or more and has evaluated its last weights.
+/// Whether the run of a checkpoint has taken the steps of these settings or more, and has evaluated its last weights if
+/// they are to be.
 ///
 /// # Errors
 /// If the checkpoint cannot be read.
-pub fn is_complete(path: &Path, steps: u64) -> Result<bool, LearnerError> {
+pub fn is_complete(path: &Path, settings: &Settings) -> Result<bool, LearnerError> {
     let RunSnapshot {
         totals,
         evaluations,
+        files,
         ..
     } = read(path)?.snapshot;
+    let steps = planned_steps(&settings.learner, &settings.pairs, files.count);
     let evaluated = evaluations.last().is_some_and(|e| e.step == totals.step);
-    Ok(totals.step >= steps && evaluated)
+    Ok(totals.step >= steps && (evaluated || settings.evaluation.prompts == 0))
 }
