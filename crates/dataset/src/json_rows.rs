@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Columns that identify an object as a row rather than a wrapper of rows.
-const ROW_COLUMNS: [&str; 10] = [
+const ROW_COLUMNS: [&str; 11] = [
     "prompt",
     "completion",
     "chosen",
@@ -26,6 +26,7 @@ const ROW_COLUMNS: [&str; 10] = [
     "conversation",
     "instruction",
     "question",
+    "question_id",
     "text",
 ];
 
