@@ -2,7 +2,7 @@
 //!
 //! Promises that a verdict which was answered for is on the disk, in `verdicts.jsonl` of the run directory, whatever ends
 //! the page or the run; that pages of several processes can write at once; and that `annotated_pairs.jsonl`, pairs in
-//! the form of TRL, follows from it. Independent of who asks and of how a pair is shown.
+//! the form of TRL, follows from it. Independent of the client and of how a pair is shown.
 
 mod agreement;
 mod journal;
