@@ -64,10 +64,16 @@ impl RawNats {
         message[headers..total].to_vec()
     }
 
+    /// The next line, after answers to the server's own pings.
     fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.0.read_line(&mut line).expect("an answer");
-        line.trim_end().to_owned()
+        loop {
+            let mut line = String::new();
+            self.0.read_line(&mut line).expect("an answer");
+            match line.trim_end() {
+                "PING" => self.send(b"PONG\r\n"),
+                text => return text.to_owned(),
+            }
+        }
     }
 
     fn send(&mut self, bytes: &[u8]) {

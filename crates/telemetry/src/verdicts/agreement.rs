@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::interval::Interval;
 use crate::metrics::measurements::Measurements;
-use crate::verdicts::{PairChoice, Verdict, VerdictRow};
+use crate::verdicts::{HumanVerdict, PairChoice, VerdictRow};
 
 /// Counts of verdicts, and the agreement with the judge.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -44,8 +44,8 @@ impl VerdictSummary {
         Self {
             verdicts: rows.len(),
             decided: count(&|row| prefers_first(row).is_some()),
-            ties: count(&|row| row.verdict == Verdict::Tie),
-            both_bad: count(&|row| row.verdict == Verdict::BothBad),
+            ties: count(&|row| row.verdict == HumanVerdict::Tie),
+            both_bad: count(&|row| row.verdict == HumanVerdict::BothBad),
             first_shown: count(&|row| first_shown(row) == Some(true)),
             last: rows.last().map(|row| row.id),
             agreement: Agreement::of(rows.iter()),
@@ -93,8 +93,8 @@ fn agrees(row: &VerdictRow) -> Option<bool> {
 
 fn prefers_first(row: &VerdictRow) -> Option<bool> {
     match row.verdict {
-        Verdict::First => Some(true),
-        Verdict::Second => Some(false),
-        Verdict::Tie | Verdict::BothBad => None,
+        HumanVerdict::First => Some(true),
+        HumanVerdict::Second => Some(false),
+        HumanVerdict::Tie | HumanVerdict::BothBad => None,
     }
 }

@@ -44,12 +44,12 @@ impl Line {
 
 /// The journal, locked for writing until it is dropped.
 #[derive(Debug)]
-pub(super) struct Journal {
+pub(super) struct VerdictJournal {
     path: PathBuf,
     file: File,
 }
 
-impl Journal {
+impl VerdictJournal {
     /// Opens and locks the journal of the run directory `root`, waiting for other writers; creates it if absent.
     pub(super) fn lock(root: &Path) -> Result<Self, Error> {
         let path = root.join(FILE);

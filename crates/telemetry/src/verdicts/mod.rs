@@ -2,7 +2,7 @@
 //!
 //! Promises that a verdict which was answered for is on the disk, in `verdicts.jsonl` of the run directory, whatever ends
 //! the page or the run; that pages of several processes can write at once; and that `annotated_pairs.jsonl`, pairs in
-//! the form of TRL, follows from it. Independent of who asks and of how a pair is shown.
+//! the form of TRL, follows from it. Independent of the client and of how a pair is shown.
 
 mod agreement;
 mod journal;
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::run_dir::{atomic::write_atomically, samples::SampleRow};
-use crate::verdicts::journal::{Journal, Line};
+use crate::verdicts::journal::{Line, VerdictJournal};
 
 pub(crate) use agreement::VerdictSummary;
 
@@ -26,7 +26,7 @@ const PAIRS_FILE: &str = "annotated_pairs.jsonl";
 /// A person's verdict on two completions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Verdict {
+pub(crate) enum HumanVerdict {
     /// The first completion is better.
     First,
     /// The second completion is better.
@@ -66,7 +66,7 @@ pub(crate) struct VerdictRow {
     #[serde(flatten)]
     pub(crate) sample: SampleKey,
     /// The verdict.
-    pub(crate) verdict: Verdict,
+    pub(crate) verdict: HumanVerdict,
     /// Whether the second completion was shown in the first place.
     pub(crate) swapped: bool,
     /// How the pair was chosen.
@@ -95,7 +95,7 @@ pub(crate) struct GivenVerdict {
     /// Prompt of the pair's row.
     pub(crate) prompt_id: u64,
     /// The verdict.
-    pub(crate) verdict: Verdict,
+    pub(crate) verdict: HumanVerdict,
     /// Whether the second completion was shown in the first place.
     pub(crate) swapped: bool,
     /// How the pair was chosen.
@@ -148,7 +148,7 @@ impl RunVerdicts {
         if !is_pair(&row) {
             return Err(VerdictError::NoPair);
         }
-        let mut journal = Journal::lock(&self.root)?;
+        let mut journal = VerdictJournal::lock(&self.root)?;
         let lines = journal.lines()?;
         let id = 1 + lines.iter().map(Line::id).max().unwrap_or(0);
         let mut rows = standing(lines);
@@ -165,7 +165,7 @@ impl RunVerdicts {
 
     /// Withdraws the last verdict, `id`; returns all that stand.
     pub(crate) fn withdraw(&self, id: u64) -> Result<Vec<VerdictRow>, VerdictError> {
-        let mut journal = Journal::lock(&self.root)?;
+        let mut journal = VerdictJournal::lock(&self.root)?;
         let mut rows = standing(journal.lines()?);
         if rows.pop().is_none_or(|last| last.id != id) {
             return Err(VerdictError::NotLast);

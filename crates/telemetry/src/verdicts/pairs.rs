@@ -4,7 +4,7 @@ use messages::{Dialogue, Message};
 use serde_json::{Value, json};
 
 use crate::printable::printable_json;
-use crate::verdicts::{Verdict, VerdictRow};
+use crate::verdicts::{HumanVerdict, VerdictRow};
 
 /// JSON Lines of the verdicts that prefer a completion. Ties and rejections of both are no pairs of this form.
 pub(super) fn lines(rows: &[VerdictRow]) -> String {
@@ -12,9 +12,9 @@ pub(super) fn lines(rows: &[VerdictRow]) -> String {
     for row in rows {
         let [first, second] = &row.completions;
         let pair = match row.verdict {
-            Verdict::First => pair(row, first, second),
-            Verdict::Second => pair(row, second, first),
-            Verdict::Tie | Verdict::BothBad => continue,
+            HumanVerdict::First => pair(row, first, second),
+            HumanVerdict::Second => pair(row, second, first),
+            HumanVerdict::Tie | HumanVerdict::BothBad => continue,
         };
         text.push_str(&printable_json(&pair.to_string()));
         text.push('\n');

@@ -17,7 +17,7 @@ fn row(p: f32) -> SampleRow {
     }
 }
 
-fn given(prompt_id: u64, verdict: Verdict) -> GivenVerdict {
+fn given(prompt_id: u64, verdict: HumanVerdict) -> GivenVerdict {
     GivenVerdict {
         step: 3,
         prompt_id,
@@ -43,10 +43,10 @@ fn verdicts_are_kept_withdrawn_and_written_as_pairs() {
     let verdicts = RunVerdicts::new(root);
     assert!(verdicts.read().unwrap().is_empty());
     let kinds = [
-        Verdict::First,
-        Verdict::Second,
-        Verdict::Tie,
-        Verdict::BothBad,
+        HumanVerdict::First,
+        HumanVerdict::Second,
+        HumanVerdict::Tie,
+        HumanVerdict::BothBad,
     ];
     for (id, verdict) in (1..).zip(kinds) {
         let rows = verdicts.add(given(id, verdict), row(0.8)).unwrap();
@@ -55,7 +55,7 @@ fn verdicts_are_kept_withdrawn_and_written_as_pairs() {
     let four = json!({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"});
     let five = json!({"prompt": "2 + 2 =", "chosen": " 5", "rejected": " 4"});
     assert_eq!(pairs(root), [four.clone(), five]);
-    let again = verdicts.add(given(4, Verdict::First), row(0.8));
+    let again = verdicts.add(given(4, HumanVerdict::First), row(0.8));
     assert!(matches!(again, Err(VerdictError::Judged)));
     for id in [4, 3, 2] {
         assert!(matches!(verdicts.withdraw(1), Err(VerdictError::NotLast)));
@@ -63,7 +63,9 @@ fn verdicts_are_kept_withdrawn_and_written_as_pairs() {
     }
     assert_eq!(pairs(root), [four]);
     // Numbers are not used twice, and a withdrawn pair can be judged again.
-    let rows = verdicts.add(given(4, Verdict::Second), row(0.8)).unwrap();
+    let rows = verdicts
+        .add(given(4, HumanVerdict::Second), row(0.8))
+        .unwrap();
     assert_eq!(rows.iter().map(|row| row.id).collect::<Vec<_>>(), [1, 5]);
     assert_eq!(RunVerdicts::new(root).read().unwrap(), rows);
     for file in ["verdicts.jsonl", PAIRS_FILE] {
@@ -72,7 +74,7 @@ fn verdicts_are_kept_withdrawn_and_written_as_pairs() {
     }
     let mut same = row(0.8);
     same.completions[1] = " 4".into();
-    let nothing = verdicts.add(given(9, Verdict::First), same);
+    let nothing = verdicts.add(given(9, HumanVerdict::First), same);
     assert!(matches!(nothing, Err(VerdictError::NoPair)));
 }
 
@@ -84,7 +86,7 @@ fn dialogues_are_written_as_messages() {
     let mut dialogue = Dialogue::new(vec![Message::new("user", "2 + 2?")]);
     dialogue.tools = vec![json!({"name": "add"})];
     chat.dialogue = Some(dialogue);
-    verdicts.add(given(1, Verdict::Second), chat).unwrap();
+    verdicts.add(given(1, HumanVerdict::Second), chat).unwrap();
     let expected = json!({
         "prompt": [{"role": "user", "content": "2 + 2?"}],
         "chosen": [{"role": "assistant", "content": " 5"}],
@@ -99,17 +101,21 @@ fn a_truncated_line_is_removed_and_a_damaged_one_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("verdicts.jsonl");
     let verdicts = RunVerdicts::new(directory.path());
-    let first = verdicts.add(given(1, Verdict::First), row(0.8)).unwrap();
+    let first = verdicts
+        .add(given(1, HumanVerdict::First), row(0.8))
+        .unwrap();
     let whole = fs::read_to_string(&path).unwrap();
     for cut in [1, whole.len() / 2, whole.len() - 1] {
         fs::write(&path, format!("{whole}{}", &whole[..cut])).unwrap();
         assert_eq!(verdicts.read().unwrap(), first);
-        let rows = verdicts.add(given(2, Verdict::Tie), row(0.8)).unwrap();
+        let rows = verdicts.add(given(2, HumanVerdict::Tie), row(0.8)).unwrap();
         assert_eq!(rows.len(), 2);
         assert_eq!(verdicts.read().unwrap(), rows);
     }
     fs::write(&path, format!("{whole}{{\"line\":\"other\"}}\n")).unwrap();
-    let error = verdicts.add(given(3, Verdict::Tie), row(0.8)).unwrap_err();
+    let error = verdicts
+        .add(given(3, HumanVerdict::Tie), row(0.8))
+        .unwrap_err();
     let VerdictError::File(error) = error else {
         panic!("{error:?}")
     };
@@ -125,12 +131,14 @@ fn links_and_pipes_are_refused() {
     let verdicts = RunVerdicts::new(&root);
     symlink(&outside, root.join("verdicts.jsonl")).unwrap();
     assert!(verdicts.read().is_err());
-    let refused = verdicts.add(given(1, Verdict::First), row(0.8));
+    let refused = verdicts.add(given(1, HumanVerdict::First), row(0.8));
     assert!(matches!(refused, Err(VerdictError::File(_))));
     fs::remove_file(root.join("verdicts.jsonl")).unwrap();
     // The file of pairs is replaced, not followed.
     symlink(&outside, root.join(PAIRS_FILE)).unwrap();
-    verdicts.add(given(1, Verdict::First), row(0.8)).unwrap();
+    verdicts
+        .add(given(1, HumanVerdict::First), row(0.8))
+        .unwrap();
     assert_eq!(fs::read_to_string(&outside).unwrap(), "kept");
 }
 
@@ -142,7 +150,7 @@ fn writers_do_not_overwrite_one_another() {
         for writer in 0..4 {
             scope.spawn(move || {
                 for index in 0..10 {
-                    let given = given(writer * 10 + index, Verdict::First);
+                    let given = given(writer * 10 + index, HumanVerdict::First);
                     RunVerdicts::new(root).add(given, row(0.8)).unwrap();
                 }
             });
@@ -160,12 +168,12 @@ fn agreement_counts_the_pairs_that_both_decide() {
     let verdicts = RunVerdicts::new(directory.path());
     // Of six, the judge decides five and the person four; they agree on two of the three that both decide.
     let cases = [
-        (Verdict::First, 0.9),
-        (Verdict::Second, 0.9),
-        (Verdict::Second, 0.1),
-        (Verdict::First, 0.5),
-        (Verdict::Tie, 0.9),
-        (Verdict::BothBad, 0.9),
+        (HumanVerdict::First, 0.9),
+        (HumanVerdict::Second, 0.9),
+        (HumanVerdict::Second, 0.1),
+        (HumanVerdict::First, 0.5),
+        (HumanVerdict::Tie, 0.9),
+        (HumanVerdict::BothBad, 0.9),
     ];
     let mut rows = Vec::new();
     for (id, (verdict, p)) in (1..).zip(cases) {

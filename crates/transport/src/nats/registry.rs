@@ -152,8 +152,8 @@ impl RunRegistry {
             .await
     }
 
-    /// As [`Self::put_signed`], and writes the entry again when it was overwritten or deleted: whoever may write anything
-    /// can have the server write its answers there.
+    /// As [`Self::put_signed`], and writes the entry again when it was overwritten or deleted: every client that may send a
+    /// request can have the server write its answers there.
     ///
     /// # Errors
     /// As [`Self::put`].
