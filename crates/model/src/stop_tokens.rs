@@ -59,7 +59,15 @@ impl StopTokens {
         self.text_end = eos.or(self.text_end);
         self.ids.extend(self.text_end);
         self.turn_end = chat.and_then(|chat| {
-            TurnDelimiters::of(chat)
+            let delimiters = TurnDelimiters::of(chat);
+            if delimiters.is_none() {
+                tracing::warn!(
+                    token = named.unwrap_or("none"),
+                    "the chat template does not print a short dialogue, so that it does not show the token that ends a \
+                     turn: the tokenizer's eos_token is taken"
+                );
+            }
+            delimiters
                 .and_then(|delimiters| delimiters.end_token(tokenizer, &self.ids))
                 .filter(in_vocabulary)
                 .or(self.text_end)
@@ -117,16 +125,25 @@ struct TurnDelimiters {
     before: String,
 }
 
+const SYSTEM: &str = "You answer in one sentence.";
 const QUESTION: &str = "Which colour has grass?";
 const ANSWER: &str = "Grass is green, mostly.";
 const THANKS: &str = "And which the sky?";
 
 impl TurnDelimiters {
-    /// Renders a short dialogue with `chat`; `None` when the template fails or does not print the messages verbatim.
+    /// Renders a short dialogue with `chat`, without a system turn or, if the template needs one, with it; `None` when
+    /// the template fails or does not print the messages verbatim.
     fn of(chat: &ChatTemplate) -> Option<Self> {
+        let system = Message::new("system", SYSTEM);
+        Self::after(chat, &[]).or_else(|| Self::after(chat, &[system]))
+    }
+
+    /// Renders a short dialogue that begins with `opening`.
+    fn after(chat: &ChatTemplate, opening: &[Message]) -> Option<Self> {
         let turns = [("user", QUESTION), ("assistant", ANSWER), ("user", THANKS)];
         let render = |turns: &[(&str, &str)]| {
             let messages = turns.iter().map(|(role, text)| Message::new(role, text));
+            let messages = opening.iter().cloned().chain(messages);
             chat.render_closed(&Dialogue::new(messages.collect())).ok()
         };
         let finished = render(&turns[..2])?;
@@ -229,6 +246,9 @@ mod tests {
         let raising = "{% for m in messages %}{{ raise_exception('no') }}{% endfor %}";
         let altering = "{% for m in messages %}{{ m.content|upper }}<|eot|>{% endfor %}";
         let own = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}";
+        let with_system = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}\
+                           {% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}";
+        let parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|eot|>{% endfor %}";
         // Template, the tokenizer's eos_token, turn end, text end.
         let cases = [
             (CHATML, "</s>", 9, 10),
@@ -239,6 +259,8 @@ mod tests {
             (raising, "</s>", 10, 10),
             (altering, "</s>", 10, 10),
             (own, "<s>", 1, 1),
+            (with_system, "</s>", 9, 10),
+            (parts, "</s>", 11, 10),
         ];
         for (template, eos, turn, text) in cases {
             let generation = json!({"eos_token_id": [11, 2]});

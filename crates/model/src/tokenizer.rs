@@ -14,6 +14,7 @@ use std::{
 };
 
 use messages::{Dialogue, Digest, PromptText};
+use serde_json::Value;
 
 use crate::{
     chat::{
@@ -24,7 +25,7 @@ use crate::{
     config::ModelConfig,
     error::ModelError,
     guarded_tokenizer::GuardedTokenizer,
-    special_tokens::SpecialTokens,
+    special_tokens::{SpecialTokens, optional_json},
     stop_tokens::StopTokens,
 };
 
@@ -77,6 +78,7 @@ impl Tokenizer {
         chat_template: Option<&Path>,
     ) -> Result<Self, ModelError> {
         let tokenizer = load_tokenizer(folder, config.vocab_size)?;
+        let tokenizer = as_configured(tokenizer, folder)?;
         let special = SpecialTokens::read(folder)?;
         let chat = ChatTemplate::load(folder, chat_template, &special)?;
         let declared = config.stops.clone();
@@ -418,6 +420,25 @@ fn suffix_length(tokenizer: &GuardedTokenizer) -> usize {
     if added == marks.len() { 0 } else { added }
 }
 
+/// Follows `add_prefix_space: false` in the `tokenizer_config.json` of `folder`, which transformers applies to Llama's
+/// tokenizers whatever their `tokenizer.json` says. Other classes ignore it.
+fn as_configured(
+    tokenizer: GuardedTokenizer,
+    folder: &Path,
+) -> Result<GuardedTokenizer, ModelError> {
+    let path = folder.join("tokenizer_config.json");
+    let settings = optional_json(&path)?;
+    let is_llama = ["LlamaTokenizer", "LlamaTokenizerFast"].map(Value::from);
+    if settings["add_prefix_space"] != false || !is_llama.contains(&settings["tokenizer_class"]) {
+        return Ok(tokenizer);
+    }
+    let changed = tokenizer.changed(without_prefix_space);
+    changed.map_err(|error| ModelError::Malformed {
+        path,
+        reason: format!("its add_prefix_space = false cannot be applied: {error}"),
+    })
+}
+
 /// Longest token in bytes; a completion of thousands of tokens decodes to a text of that many times its length.
 const MAX_TOKEN_BYTES: usize = 1 << 14;
 
@@ -474,7 +495,7 @@ pub(crate) fn load_tokenizer(
 mod tests {
     use std::fs;
 
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
     use crate::fixtures::{WORD_TOKENIZER, config, shared};
@@ -984,5 +1005,31 @@ mod tests {
         for (value, expected) in refused {
             assert_eq!(read(value), Err(expected.to_owned()));
         }
+    }
+
+    /// The ids are those of transformers 5.23, whose `LlamaTokenizer` follows the key; without it they begin with 403.
+    #[test]
+    fn add_prefix_space_of_llama_tokenizers_is_followed() {
+        let Some(source) = shared("data/models/stories260K") else {
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let path = |file: &str| folder.path().join(file);
+        fs::copy(source.join("tokenizer.json"), path("tokenizer.json")).unwrap();
+        let ids = |class: &str, adds: Value| {
+            let settings = json!({"tokenizer_class": class, "add_prefix_space": adds});
+            fs::write(path("tokenizer_config.json"), settings.to_string()).unwrap();
+            let tokenizer = Tokenizer::load(folder.path(), &config(512), None).unwrap();
+            tokenizer
+                .encode_prompt(&PromptText::Text("Once upon a time".into()))
+                .unwrap()
+        };
+        let prefixed = [1, 403, 407, 261, 378];
+        let plain = [1, 441, 416, 331, 407, 261, 378];
+        assert_eq!(ids("LlamaTokenizer", json!(false)), plain);
+        assert_eq!(ids("LlamaTokenizerFast", json!(false)), plain);
+        assert_eq!(ids("LlamaTokenizer", json!(true)), prefixed);
+        assert_eq!(ids("LlamaTokenizer", Value::Null), prefixed);
+        assert_eq!(ids("PreTrainedTokenizerFast", json!(false)), prefixed);
     }
 }

@@ -4,7 +4,7 @@
 //! `apply_chat_template`: with `add_generation_prompt`, or with `continue_final_message` if the last turn is the
 //! assistant's. Constructs that `jinja` does not support are refused, never rendered differently. A template of a
 //! folder that does not compile fails when a dialogue is rendered; a template given by the user fails when it is
-//! loaded. A template is a program of a stranger: `jinja` bounds its size, time and memory. Does not know tokens, except
+//! loaded. A template is an untrusted program: `jinja` bounds its size, time and memory. Does not know tokens, except
 //! for the names of special ones.
 
 pub(crate) mod continuation_tokenizer;
@@ -28,6 +28,8 @@ pub(crate) struct ChatTemplate {
     default: Option<TemplateSource>,
     tool_use: Option<TemplateSource>,
     special: Vec<(String, String)>,
+    /// Whether the template prints content parts only, so that texts are passed to it as parts.
+    needs_parts: bool,
 }
 
 /// Source of a template with the compiled template or the compile error.
@@ -136,11 +138,53 @@ impl ChatTemplate {
                 "the chat template uses the current date: it is fixed at 26 July 2024, so that prompts are reproducible"
             );
         }
-        Ok(Some(Self {
+        let mut chat = Self {
             default,
             tool_use,
             special: special.variables().to_vec(),
-        }))
+            needs_parts: false,
+        };
+        chat.needs_parts = chat.prints_parts_only();
+        if chat.needs_parts {
+            tracing::info!(
+                path = %folder.display(),
+                "the chat template prints content parts only: messages with text are passed to it as one part"
+            );
+        }
+        Ok(Some(chat))
+    }
+
+    /// Whether the template prints nothing of a message whose content is a text, but prints a text part.
+    fn prints_parts_only(&self) -> bool {
+        let roles: [&[&str]; 2] = [&["user"], &["system", "user"]];
+        let is_printed = |roles: &[&str], content: &Value| {
+            let turn = |role: &&str| {
+                let mut message = Message::new(role, "");
+                message.content = content.clone();
+                message
+            };
+            let dialogue = Dialogue::new(roles.iter().map(turn).collect());
+            let text = self.render_to(&dialogue, RenderEnd::Closed);
+            text.is_ok_and(|text| text.contains(PROBE))
+        };
+        let is_any_printed = |content: Value| roles.iter().any(|roles| is_printed(roles, &content));
+        !is_any_printed(PROBE.into()) && is_any_printed(text_part(PROBE))
+    }
+
+    /// Messages as the template takes them.
+    fn messages(&self, dialogue: &Dialogue) -> Vec<Value> {
+        let mut messages = messages(dialogue);
+        if self.needs_parts {
+            for content in messages
+                .iter_mut()
+                .filter_map(|turn| turn.get_mut("content"))
+            {
+                if let Value::String(text) = content {
+                    *content = text_part(text);
+                }
+            }
+        }
+        messages
     }
 
     /// Checks that every template compiles.
@@ -157,7 +201,7 @@ impl ChatTemplate {
     pub(crate) fn render(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
         if dialogue.continues_final_message() {
             let source = self.source(dialogue)?;
-            let messages = messages(dialogue);
+            let messages = self.messages(dialogue);
             let text = continue_final_message::rendered(&source.text, messages, |messages| {
                 self.text(source, dialogue, messages, RenderEnd::Closed)
             });
@@ -198,7 +242,7 @@ impl ChatTemplate {
 
     fn render_to(&self, dialogue: &Dialogue, end: RenderEnd) -> Result<String, ModelError> {
         let source = self.source(dialogue)?;
-        let text = self.text(source, dialogue, messages(dialogue), end);
+        let text = self.text(source, dialogue, self.messages(dialogue), end);
         text.map_err(failure)
     }
 
@@ -257,6 +301,14 @@ enum RenderEnd {
     GenerationPrompt,
     /// The closed last turn.
     Closed,
+}
+
+/// Text that tells whether a template prints a message.
+const PROBE: &str = "Which colour has grass?";
+
+/// Content with one part, a text.
+fn text_part(text: &str) -> Value {
+    json!([{"type": "text", "text": text}])
 }
 
 fn failure(reason: String) -> ModelError {
@@ -329,11 +381,14 @@ mod tests {
 
     fn template(source: &str) -> ChatTemplate {
         let special = SpecialTokens::named_by(&[json!({"bos_token": "<s>"})]);
-        ChatTemplate {
+        let mut chat = ChatTemplate {
             default: Some(TemplateSource::new("template".into(), source.to_owned())),
             tool_use: None,
             special: special.variables().to_vec(),
-        }
+            needs_parts: false,
+        };
+        chat.needs_parts = chat.prints_parts_only();
+        chat
     }
 
     fn pretrained(folder: &str) -> Option<ChatTemplate> {
@@ -496,6 +551,34 @@ mod tests {
             .insert("messages".into(), json!([]));
         let error = template("").render(&dialogue).unwrap_err().to_string();
         assert!(error.contains("may not set \"messages\""), "{error}");
+    }
+
+    /// vLLM finds out the form of a message's content in the same way.
+    #[test]
+    fn a_template_of_content_parts_prints_texts_too() {
+        let parts = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}";
+        let either = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}\
+                      {% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}";
+        let of_user = |content: Value| {
+            let mut message = Message::new("user", "");
+            message.content = content;
+            Dialogue::new(vec![message])
+        };
+        for (source, content, expected) in [
+            (parts, "Hi".into(), "[Hi]"),
+            (parts, json!([{"type": "text", "text": "Hi"}]), "[Hi]"),
+            (either, "Hi".into(), "Hi"),
+            (either, json!([{"type": "text", "text": "Hi"}]), "[Hi]"),
+            ("{{ messages|length }}", "Hi".into(), "1"),
+        ] {
+            let text = template(source).render(&of_user(content)).unwrap();
+            assert_eq!(text, expected, "{source}");
+        }
+        let continued = Dialogue::new(vec![
+            Message::new("user", "Hi"),
+            Message::new("assistant", "Well, "),
+        ]);
+        assert_eq!(template(parts).render(&continued).unwrap(), "[Hi][Well, ");
     }
 
     #[test]
