@@ -1,14 +1,15 @@
-//! Shapes of the code that a formatter and clippy do not hold: parameters, sizes of structs and functions, unique names.
+//! Shapes of the code that a formatter and clippy do not hold: parameters, sizes of structs and functions, unique names,
+//! modules that do not import each other in a circle.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
 
 use syn::{
     Attribute, FnArg, ImplItemFn, Item, ItemFn, ItemImpl, ItemMod, ItemStruct, Pat, Signature,
-    TraitItemFn, Type, Visibility,
+    TraitItemFn, Type, UseTree, Visibility,
     spanned::Spanned,
     visit::{self, Visit},
 };
@@ -25,6 +26,68 @@ const SHARED_NAMES: [&str; 5] = [
     "Engine",     // mistral.rs, and its stub
     "Upstream",   // of a stream in memory and over NATS
     "Downstream", // the same
+];
+
+/// Modules at the root of a crate that import each other, with the reason.
+const CIRCLES: [(&str, &[&str], &str); 5] = [
+    (
+        "agon",
+        &["assembly", "cluster", "exit_code", "run"],
+        "a run in one process shows its state as one in many does, and both are built of the same roles",
+    ),
+    (
+        "jinja",
+        &[
+            "arguments",
+            "filters",
+            "format",
+            "functions",
+            "json",
+            "loops",
+            "methods",
+            "operators",
+            "render",
+            "repr",
+            "scope",
+            "value",
+        ],
+        "values of a template are also its functions, macros and loops",
+    ),
+    (
+        "model",
+        &[
+            "chat",
+            "config",
+            "decode",
+            "encoder",
+            "folder",
+            "guarded_tokenizer",
+            "input_file",
+            "logprobs",
+            "lora",
+            "ragged",
+            "reward",
+            "rope",
+            "sampling",
+            "shards",
+            "special_tokens",
+            "stop_tokens",
+            "tokenizer",
+            "transformer",
+            "weights",
+        ],
+        "a model with its adapter, reward head and sampler is one thing in several files",
+    ),
+    (
+        "preference",
+        &["judge", "judge_thread", "pool"],
+        "a judge asks for comparisons of the pool's form, and the pool runs judges",
+    ),
+    (
+        "transport",
+        &["delivery", "memory", "nats", "run_key", "stream"],
+        "a stream is one of memory or of NATS, chosen by an enum",
+    ),
 ];
 
 /// A production source file.
@@ -112,6 +175,10 @@ struct Shapes {
     fields: Vec<(usize, String)>,
     /// Public type names.
     names: Vec<String>,
+    /// Modules at the crate's root that are imported or named.
+    imports: BTreeSet<String>,
+    /// Modules in other files that are for tests.
+    test_modules: Vec<String>,
 }
 
 fn is_tuple(argument: &FnArg) -> bool {
@@ -124,6 +191,16 @@ fn is_tuple(argument: &FnArg) -> bool {
     }
     let by_type = matches!(inner, Type::Tuple(tuple) if !tuple.elems.is_empty());
     by_type || matches!(&*typed.pat, Pat::Tuple(_))
+}
+
+/// First names of all paths in a tree of imports.
+fn first_names(tree: &UseTree) -> Vec<String> {
+    match tree {
+        UseTree::Path(path) => vec![path.ident.to_string()],
+        UseTree::Name(name) => vec![name.ident.to_string()],
+        UseTree::Group(group) => group.items.iter().flat_map(first_names).collect(),
+        UseTree::Rename(_) | UseTree::Glob(_) => Vec::new(),
+    }
 }
 
 impl Shapes {
@@ -147,7 +224,28 @@ impl<'ast> Visit<'ast> for Shapes {
     fn visit_item_mod(&mut self, module: &'ast ItemMod) {
         if !is_for_tests(&module.attrs) {
             visit::visit_item_mod(self, module);
+        } else if module.content.is_none() {
+            self.test_modules.push(module.ident.to_string());
         }
+    }
+
+    fn visit_item_use(&mut self, item: &'ast syn::ItemUse) {
+        if let UseTree::Path(path) = &item.tree
+            && path.ident == "crate"
+        {
+            self.imports.extend(first_names(&path.tree));
+        }
+    }
+
+    fn visit_path(&mut self, path: &'ast syn::Path) {
+        let mut names = path
+            .segments
+            .iter()
+            .map(|segment| segment.ident.to_string());
+        if names.next().is_some_and(|name| name == "crate") {
+            self.imports.extend(names.next());
+        }
+        visit::visit_path(self, path);
     }
 
     fn visit_item(&mut self, item: &'ast Item) {
@@ -279,5 +377,75 @@ fn a_public_type_name_stands_for_one_thing() {
         "{} names:\n{}",
         twice.len(),
         twice.join("\n")
+    );
+}
+
+/// Imports of every module at the root of every crate, tests aside: crate, module, imported modules.
+fn imports() -> BTreeMap<String, BTreeMap<String, BTreeSet<String>>> {
+    let shapes = shapes();
+    let is_test = |path: &str| {
+        let (folder, file) = path.rsplit_once('/').unwrap_or_default();
+        let name = file.trim_end_matches(".rs").to_owned();
+        let declares = |(parent, shapes): &(String, Shapes)| {
+            parent == &format!("{folder}/mod.rs") && shapes.test_modules.contains(&name)
+        };
+        shapes.iter().any(declares)
+    };
+    let mut imports: BTreeMap<String, BTreeMap<String, BTreeSet<String>>> = BTreeMap::new();
+    for (path, shapes) in &shapes {
+        let parts: Vec<&str> = path.splitn(5, '/').collect();
+        let ["crates", name, "src", module, ..] = parts[..] else {
+            continue;
+        };
+        let module = module.trim_end_matches(".rs");
+        if !is_test(path) && !["lib", "main"].contains(&module) {
+            let of_module = imports.entry(name.to_owned()).or_default();
+            let of_module = of_module.entry(module.to_owned()).or_default();
+            of_module.extend(
+                shapes
+                    .imports
+                    .iter()
+                    .filter(|import| *import != module)
+                    .cloned(),
+            );
+        }
+    }
+    imports
+}
+
+/// Modules that `from` imports, directly or not.
+fn reachable(imports: &BTreeMap<String, BTreeSet<String>>, from: &str) -> BTreeSet<String> {
+    let (mut found, mut open) = (BTreeSet::new(), vec![from.to_owned()]);
+    while let Some(module) = open.pop() {
+        for import in imports.get(&module).into_iter().flatten() {
+            if found.insert(import.clone()) {
+                open.push(import.clone());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn modules_at_the_root_of_a_crate_do_not_import_each_other_in_a_circle() {
+    let mut circles: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (name, imports) in imports() {
+        let in_circle = |module: &&String| reachable(&imports, module).contains(*module);
+        let modules: Vec<String> = imports.keys().filter(in_circle).cloned().collect();
+        if !modules.is_empty() {
+            circles.insert(name, modules);
+        }
+    }
+    let known = CIRCLES.iter().map(|(name, modules, reason)| {
+        assert!(!reason.is_empty(), "{name}");
+        (
+            (*name).to_owned(),
+            modules.iter().map(ToString::to_string).collect(),
+        )
+    });
+    assert_eq!(
+        circles,
+        known.collect(),
+        "a module in a circle: move what both need to a third"
     );
 }

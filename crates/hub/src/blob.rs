@@ -14,7 +14,7 @@ use std::{
 use messages::FileName;
 
 use crate::{
-    fetch::DownloadEvent,
+    download_event::DownloadEvent,
     files,
     http::{FileResponse, HttpClient, RequestFailure},
 };

@@ -17,6 +17,7 @@ use crate::{
     HubClient,
     blob::{self, Blob, BlobError},
     cancel::CancelToken,
+    download_event::DownloadEvent,
     error::HubError,
     files,
     http::HttpClient,
@@ -32,18 +33,6 @@ const PROGRESS_THRESHOLD: u64 = 1 << 20;
 const RETRIES: u32 = 3;
 /// Delay before the first of them; doubled for each further one.
 const RETRY_DELAY: Duration = Duration::from_millis(300);
-
-/// Event of the download thread.
-pub(crate) enum DownloadEvent {
-    /// A file of this many bytes begins, possibly again after a retry.
-    FileStarted(String, u64),
-    /// This many more bytes of it have arrived.
-    Bytes(u64),
-    /// Another process holds the lock of the repository.
-    WaitingForLock,
-    /// The snapshot is complete, or the download failed.
-    Finished(Result<PathBuf, HubError>),
-}
 
 /// Downloads the missing files of the commit that the model's revision resolves to; returns the snapshot's folder.
 pub(super) fn fetch(

@@ -8,6 +8,7 @@
 
 mod blob;
 mod cancel;
+mod download_event;
 mod error;
 mod fetch;
 mod files;

@@ -127,7 +127,7 @@ mod tests {
     use messages::{Label, Probability};
 
     use super::*;
-    use crate::trainer::batch::tests::labelled;
+    use crate::micro_batch::tests::labelled;
 
     /// Rows of these prompts.
     fn rows(curriculum: &mut Curriculum, ids: std::ops::Range<u64>) -> Vec<u64> {

@@ -231,7 +231,7 @@ mod tests {
         };
         let completions = [(0.0, -1.0, -1.5), (0.0, -3.0, -2.0), (0.5, -9.0, -1.0)];
         let completions = completions.map(|(m, logp, ref_logp)| completion(m, logp, ref_logp));
-        let labelled = crate::trainer::batch::tests::labelled(completions.to_vec());
+        let labelled = crate::micro_batch::tests::labelled(completions.to_vec());
         let mut dropped = DroppedPrompts::new();
         dropped.keep_samples(&labelled.pair);
         dropped.count_pair(DropReason::NoSignal, "");

@@ -6,7 +6,7 @@ use messages::{GOLD, LabelledPair};
 use serde::{Deserialize, Serialize};
 use telemetry::{Interval, Measurements};
 
-use crate::evaluation::{agreement, length_controlled, win};
+use crate::win_rates::{agreement, length_controlled, win};
 
 /// An evaluation under one judge of evaluations: over the prompts that it judged.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -112,7 +112,7 @@ mod tests {
             behaviour_logp: vec![0.0; length],
             text: String::new(),
         };
-        let mut labelled = crate::trainer::batch::tests::labelled(lengths.map(completion).to_vec());
+        let mut labelled = crate::micro_batch::tests::labelled(lengths.map(completion).to_vec());
         let probability = |p| Probability::new(p).expect("a probability");
         labelled.labels = vec![Label {
             first: 0,
@@ -165,15 +165,20 @@ mod tests {
 
     #[test]
     fn a_judge_of_lengths_alone_has_a_length_controlled_win_rate_of_one_half() {
-        // It prefers the longer one, and the policy's is the longer on three of four.
-        let judged = |lengths: [usize; 2]| {
-            let p = if lengths[0] > lengths[1] { 1.0 } else { 0.0 };
+        // It prefers the longer one four times of five, and the policy's is the longer on three of four.
+        let judged = |index: usize| {
+            let lengths = [[8, 3], [3, 8], [9, 4], [7, 2]][index % 4];
+            let prefers_longer = index / 4 % 5 != 0;
+            let p = if (lengths[0] > lengths[1]) == prefers_longer {
+                1.0
+            } else {
+                0.0
+            };
             pair(lengths, 0.5, &[("length", p)])
         };
-        let lengths = [[8, 3], [3, 8], [9, 4], [7, 2]];
-        let pairs: Vec<_> = lengths.into_iter().cycle().take(400).map(judged).collect();
+        let pairs: Vec<_> = (0..400).map(judged).collect();
         let under = under("length", &pairs);
-        assert_eq!(under.win_rate.mean, 0.75);
-        assert!((under.win_rate_lc - 0.5).abs() < 0.05, "{under:?}");
+        assert!((under.win_rate.mean - 0.65).abs() < 1e-12, "{under:?}");
+        assert!((under.win_rate_lc - 0.5).abs() < 0.01, "{under:?}");
     }
 }

@@ -18,6 +18,7 @@ mod ganpo;
 mod input_record;
 mod judge_evaluation;
 mod length_control;
+mod micro_batch;
 pub mod objective;
 mod pair_buffer;
 mod pair_file;
@@ -35,6 +36,7 @@ mod run_scale;
 pub mod sft;
 mod step_metrics;
 mod trainer;
+mod win_rates;
 
 pub use apo_sampler::ApoSchedule;
 pub use boundary_counts::BoundaryCounts;
@@ -55,6 +57,7 @@ pub use judge_evaluation::{
     JudgeEvaluation, judge_evaluations, length_controlled_win_rate, win_rate,
 };
 pub use prompts::{DialogueUse, NoPrompts, PromptFiles, PromptLimits, PromptRow, PromptSet};
+pub use recovery::RecoveryCounts;
 pub use reporter::Sampling;
 pub use run::{
     Ending, FilePairsPlan, InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams,

@@ -40,7 +40,7 @@ mod tests {
 
     #[test]
     fn pairs_survive_and_a_truncated_file_is_an_error() {
-        let pair = crate::trainer::batch::tests::labelled(Vec::new());
+        let pair = crate::micro_batch::tests::labelled(Vec::new());
         let bytes = encode_pairs(&[pair.clone(), pair.clone()]);
         assert_eq!(decode_pairs(&bytes).unwrap(), [pair.clone(), pair]);
         for length in [1, 7, 8, bytes.len() / 2 + 3, bytes.len() - 1] {

@@ -88,7 +88,7 @@ mod tests {
     use messages::{Probability, PromptId};
 
     use super::*;
-    use crate::trainer::batch::tests::labelled;
+    use crate::micro_batch::tests::labelled;
 
     fn selection(kind: PairSelection, min_margin: f64) -> LabelSelection {
         LabelSelection {

@@ -550,7 +550,7 @@ mod tests {
         scheduler.refill(version, 0, 6).await.expect("open");
         let drawn = sent(&receiver);
         assert!(scheduler.mark_returned(PromptId(4)));
-        let mut labelled = crate::trainer::batch::tests::labelled(Vec::new());
+        let mut labelled = crate::micro_batch::tests::labelled(Vec::new());
         labelled.pair.prompt = drawn[1].clone();
         scheduler.measure(&labelled);
         let state = scheduler.state();

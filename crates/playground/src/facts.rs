@@ -1,10 +1,9 @@
 //! Facts of a post, and a parser that recovers them from the prompt.
 //!
-//! A judge sees token ids, not the generator's state. [`Post::parse`] recovers every slot from the sentences: only the
+//! A judge sees token ids, not the generator's state. [`Facts::parse`] recovers every slot from the sentences: only the
 //! introduction contains a relation, only the problem contains a verb of damage, only the last sentence is a question.
 
 use crate::error::Error;
-use crate::post::Post;
 use crate::template::word;
 use crate::vocabulary::{BOS, PAD, SEP, Vocabulary, WordCategory};
 
@@ -41,14 +40,12 @@ impl Facts {
             _ => None,
         }
     }
-}
 
-impl Post {
     /// Recovers the slot values from the ids of a prompt, `<bos> post <sep>`; left padding is skipped.
     ///
     /// # Errors
     /// An id outside the vocabulary, missing `<bos>` or `<sep>`, or a post without one of its slots.
-    pub fn parse(prompt_ids: &[u32]) -> Result<Facts, Error> {
+    pub fn parse(prompt_ids: &[u32]) -> Result<Self, Error> {
         let vocabulary = Vocabulary::shared();
         if let Some(id) = prompt_ids.iter().find(|id| vocabulary.tag(**id).is_none()) {
             return Err(Error::UnknownToken { id: *id });
@@ -63,7 +60,7 @@ impl Post {
         let problem = sentence_with(&sentences, WordCategory::Verb);
         let feel = word("feel");
         let feeling = sentences.iter().find(|sentence| sentence.contains(&feel));
-        Ok(Facts {
+        Ok(Self {
             person: find_category(intro, WordCategory::Person)?,
             verb: find_category(problem, WordCategory::Verb)?,
             object: find_category(problem, WordCategory::Object)?,
@@ -124,7 +121,7 @@ mod tests {
             weekday: word("monday"),
             feeling: Some(word("sad")),
         };
-        assert_eq!(Post::parse(&prompt).unwrap(), expected);
+        assert_eq!(Facts::parse(&prompt).unwrap(), expected);
     }
 
     #[test]
@@ -149,7 +146,7 @@ mod tests {
             ),
         ];
         for (prompt, message) in cases {
-            let error = Post::parse(&prompt).unwrap_err().to_string();
+            let error = Facts::parse(&prompt).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
     }

@@ -167,7 +167,7 @@ mod tests {
     }
 
     fn facts() -> Facts {
-        Post::parse(&ids(
+        Facts::parse(&ids(
             "<bos> my sister ana went to the park on monday . there they lost the wallet . \
              the zoo was closed . should they sell it ? <sep>",
         ))

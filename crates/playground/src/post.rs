@@ -1,6 +1,6 @@
 //! Synthetic posts to be summarised: a small accident in 21 to 51 words, with irrelevant sentences in between.
 //!
-//! A post is a pure function of its seed. It stores its slot values; [`Post::parse`] recovers them from the token ids
+//! A post is a pure function of its seed. It stores its slot values; [`Facts::parse`] recovers them from the token ids
 //! alone.
 
 use rand::Rng;
@@ -148,7 +148,7 @@ mod tests {
         for seed in 0..4000 {
             let post = Post::generate(seed);
             assert_eq!(
-                Post::parse(&post.prompt_ids()).unwrap(),
+                Facts::parse(&post.prompt_ids()).unwrap(),
                 *post.facts(),
                 "{}",
                 post.text()

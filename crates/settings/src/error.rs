@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf};
 
 use thiserror::Error;
 
-use crate::url::without_secrets;
+use crate::redaction::without_secrets;
 
 /// An error of a configuration.
 #[derive(Debug, Error)]

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::{
     checks::Checks,
     lora::LoraSettings,
-    model::check_source,
     optimizer::{LrSchedulerType, OptimizerSettings},
     source::ModelSource,
+    source::check_source,
 };
 
 /// Training of a reward model on pairs.

@@ -24,6 +24,7 @@ mod pairs;
 mod playground;
 mod preference;
 mod prompts;
+mod redaction;
 mod reference;
 mod repair;
 mod resolve;

@@ -5,7 +5,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Settings, checks::Checks, lora::LoraSettings, prompts::PromptsSettings, source::ModelSource,
+    Settings,
+    checks::Checks,
+    lora::LoraSettings,
+    prompts::PromptsSettings,
+    source::{ModelSource, check_source},
 };
 
 /// The language model that is trained, its dtype and its device.
@@ -46,15 +50,6 @@ pub enum DtypeSetting {
     F32,
     /// 16-bit brain floating point.
     Bf16,
-}
-
-/// Requires that an optional model source, if given, is not the empty path.
-pub(crate) fn check_source(path: &str, source: Option<&ModelSource>, checks: &mut Checks) {
-    checks.require(
-        source.is_none_or(|source| !source.is_empty()),
-        path,
-        "it is empty: name a folder or hf:ORG/NAME@REVISION, or leave the key out",
-    );
 }
 
 impl ModelSettings {

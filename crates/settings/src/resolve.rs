@@ -5,8 +5,8 @@ use std::path::Path;
 use toml::{Table, Value};
 
 use crate::{
-    Settings, checks, choice, error::SettingsError, evaluation, repair, staleness,
-    url::without_secrets,
+    Settings, checks, choice, error::SettingsError, evaluation, redaction::without_secrets, repair,
+    staleness,
 };
 
 /// The commented default file: all keys with their defaults and meanings.

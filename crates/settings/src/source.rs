@@ -5,6 +5,8 @@ use std::{fmt, path::PathBuf, str::FromStr};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::checks::Checks;
+
 /// Prefix of a model on the hub.
 const HUB_PREFIX: &str = "hf:";
 
@@ -16,6 +18,15 @@ pub enum ModelSource {
     Folder(PathBuf),
     /// A model on the hub.
     Hub(HubModel),
+}
+
+/// Requires that an optional model source, if given, is not the empty path.
+pub(crate) fn check_source(path: &str, source: Option<&ModelSource>, checks: &mut Checks) {
+    checks.require(
+        source.is_none_or(|source| !source.is_empty()),
+        path,
+        "it is empty: name a folder or hf:ORG/NAME@REVISION, or leave the key out",
+    );
 }
 
 /// A model on the Hugging Face hub. Its parts are valid hub names, which are safe as path components.

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use crate::trainer::batch::MicroBatch;
+use crate::micro_batch::MicroBatch;
 
 /// Hidden states of the response tokens of some completions, without prompts and without padding.
 #[derive(Debug, Clone)]

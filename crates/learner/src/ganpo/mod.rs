@@ -22,7 +22,7 @@ use messages::Seed;
 use model::{AdamWSettings, Device, Gradients, Optimizer, Weights};
 use settings::GanpoSettings;
 
-use crate::{error::LearnerError, trainer::batch::MicroBatch};
+use crate::{error::LearnerError, micro_batch::MicroBatch};
 use discriminator::{Discriminator, DiscriminatorShape, SPECTRAL};
 use features::{Features, PreferenceRows, Stream};
 use loss::Streams;

@@ -10,7 +10,7 @@ use telemetry::Measurements;
 use crate::{
     error::LearnerError,
     ganpo::{self, DiscriminatorMetrics, Ganpo, GanpoState, PassFeatures},
-    trainer::batch::MicroBatch,
+    micro_batch::MicroBatch,
 };
 
 /// RNG stream id for the discriminators' initial weights.

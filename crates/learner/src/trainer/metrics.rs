@@ -6,10 +6,8 @@ use telemetry::Measurements;
 
 use crate::{
     error::LearnerError,
-    trainer::{
-        batch::{MicroBatch, not_compared},
-        off_policy::Correction,
-    },
+    micro_batch::{MicroBatch, not_compared},
+    trainer::off_policy::Correction,
 };
 
 /// Sums over the passes of a step, and values of its tokens and completions.

@@ -18,10 +18,10 @@ use crate::{
     error::LearnerError,
     file_pairs::{index_of, is_from_file},
     ganpo::regulariser::{GanpoRegulariser, GanpoStep, pass_features},
+    micro_batch::{self, BatchSplit, MicroBatch},
     objective::{Baseline, Batch, Labelling, reduction},
     run_scale::StepLimits,
     trainer::{
-        batch::{BatchSplit, MicroBatch},
         followers::{Followers, Publication},
         metrics::{PassOutput, StepSums},
         off_policy::{MixedTokens, TargetLogprobs},
@@ -30,7 +30,6 @@ use crate::{
     },
 };
 
-pub(crate) mod batch;
 pub(crate) mod followers;
 mod metrics;
 pub(crate) mod off_policy;
@@ -124,7 +123,7 @@ impl Trainer {
             schedule: Schedule::new(&settings.optimizer(), settings.steps),
             split: BatchSplit {
                 passes: settings.gradient_accumulation_steps,
-                max_tokens: settings.max_tokens_per_pass,
+                max_tokens: settings.max_tokens_per_micro_batch,
             },
             dropout: seed.derive(DROPOUT_STREAM),
             ganpo,
@@ -474,7 +473,7 @@ fn kept_logp(
     micro: &MicroBatch<'_>,
 ) -> Result<Tensor, LearnerError> {
     let pairs = || micro.pairs().iter();
-    let scored = |labelled| batch::compared(labelled).map(|(_, completion)| completion);
+    let scored = |labelled| micro_batch::compared(labelled).map(|(_, completion)| completion);
     let tokens = |labelled| scored(labelled).map(|c| c.ids.len()).sum::<usize>();
     // Decided before any is added: at the end of a pass a pair may be in a batch twice.
     let kept: Vec<Option<Box<[f32]>>> = pairs()

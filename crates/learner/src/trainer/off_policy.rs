@@ -12,9 +12,9 @@ use messages::Completion;
 use settings::{LearnerSettings, OffPolicy};
 use telemetry::Measurements;
 
-use crate::trainer::{
-    batch::MicroBatch,
-    metrics::{effective_share, split_by_lengths},
+use crate::{
+    micro_batch::MicroBatch,
+    trainer::metrics::{effective_share, split_by_lengths},
 };
 
 /// Correction of a run's labels by their importance weights.

@@ -197,7 +197,7 @@ fn h_is_exactly_zero_where_the_policy_is_its_reference() {
                     for more in [
                         &[][..],
                         &passes,
-                        &["max_tokens_per_pass=40"],
+                        &["max_tokens_per_micro_batch=40"],
                         &["gradient_checkpointing=true"],
                         &["objective.kind=rpo"],
                         &["ganpo.lambda=1.0"],
@@ -354,7 +354,7 @@ fn kept_log_probabilities_of_the_reference_change_no_bit() {
         (DType::F32, &["objective.kind=ipo"][..]),
         (
             DType::F32,
-            &["objective.kind=rpo", "max_tokens_per_pass=40"],
+            &["objective.kind=rpo", "max_tokens_per_micro_batch=40"],
         ),
         (
             DType::F32,

@@ -1,7 +1,7 @@
 //! The playground's true preference as a judge.
 
 use messages::{Completion, Finish, JudgeVersion, Probability};
-use playground::{Facts, Post, Utility, utility};
+use playground::{Facts, Utility, utility};
 use preference::{Comparison, Judge, JudgeError, Verdict};
 use settings::{JudgeSettings, PromptsSettings, Settings};
 
@@ -29,7 +29,7 @@ impl GoldJudge {
     }
 
     fn verdict(&self, comparison: &Comparison<'_>) -> Verdict {
-        let facts = match Post::parse(&comparison.prompt.ids) {
+        let facts = match Facts::parse(&comparison.prompt.ids) {
             Ok(facts) => facts,
             Err(error) => {
                 return Verdict::Abstained {
