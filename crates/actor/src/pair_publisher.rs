@@ -1,7 +1,7 @@
 //! Publisher of pairs: sends pairs and drop notes, then acknowledges their prompts.
 //!
 //! Promises that every finished prompt leaves as exactly one message, counted, and is acknowledged only once that
-//! message is stored; and that an invalid prompt is put aside. Does not know where prompts come from.
+//! message is stored; and that an invalid prompt is rejected. Does not know where prompts come from.
 
 use messages::{
     Completion, DropReason, Dropped, InvalidMessage, Pair, PromptId, Purpose, Stage, WeightsVersion,
@@ -141,7 +141,7 @@ impl PairPublisher {
         drop(wait);
         sent.map_err(|source| self.error(source))?;
         match reason {
-            DropReason::Invalid => receipt.put_aside(&prompt).await,
+            DropReason::Invalid => receipt.dead_letter(&prompt).await,
             _ => receipt.acknowledge(),
         }
         self.counters.dropped(reason, 1);
@@ -154,7 +154,7 @@ impl PairPublisher {
         match reason {
             DropReason::Failed => tracing::warn!(actor, prompt, detail, "a prompt was dropped"),
             DropReason::Invalid => {
-                tracing::warn!(actor, prompt, detail, "an invalid prompt was put aside");
+                tracing::warn!(actor, prompt, detail, "an invalid prompt was rejected");
             }
             _ => {}
         }

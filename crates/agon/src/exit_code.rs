@@ -14,7 +14,7 @@ use mistral::MistralError;
 use model::ModelError;
 use preference::PreferenceError;
 use settings::SettingsError;
-use telemetry::printable;
+use telemetry::{printable, shortened};
 use transport::TransportError;
 
 use crate::cluster::membership::RefusedRecord;
@@ -102,12 +102,14 @@ fn is_broken_pipe(cause: &(dyn Error + 'static)) -> bool {
     io.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
 }
 
-/// The error and its causes in one line; a cause whose text is already contained is left out.
+/// The error and its causes in one line; a cause whose text is already contained is left out, and so is the middle of a
+/// long text.
 pub(crate) fn sentence(error: &anyhow::Error) -> String {
-    let mut text = error.to_string();
+    let mut text = shortened(&error.to_string()).into_owned();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
-        if !text.contains(&cause) {
+        let cause = shortened(&cause);
+        if !text.contains(&*cause) {
             text = format!("{text}: {cause}");
         }
     }

@@ -1,4 +1,4 @@
-//! Limits of data files, which may be written by strangers: files are read as streams, and what they expand to is
+//! Limits of data files, which may be untrusted: files are read as streams, and what they expand to is
 //! bounded.
 
 use std::{

@@ -1,4 +1,4 @@
-//! Resource limits: templates are programs of strangers and must not exhaust time, memory or stack.
+//! Resource limits: templates are untrusted programs and must not exhaust time, memory or stack.
 //!
 //! A rendering has a budget of work units, of bytes and of time, all far above the needs of a dialogue. Values and
 //! operations are charged where they are created and computed, on the budget of the current thread. Where an operation

@@ -48,6 +48,9 @@ pub enum PreferenceError {
         /// I/O error, if reading failed.
         source: Option<io::Error>,
     },
+    /// The token of the HTTP service cannot be read, or is none.
+    #[error(transparent)]
+    Token(#[from] telemetry::Error),
     /// The HTTP client of a remote judge cannot be built.
     #[error("build the HTTP client for {url}")]
     Client {
@@ -278,6 +281,7 @@ impl messages::Classified for PreferenceError {
             | Self::Matrix { .. }
             | Self::Exposed { .. } => ErrorClass::Usage,
             Self::Key { .. } | Self::Listen { .. } => ErrorClass::Resource,
+            Self::Token(error) => error.class(),
             Self::FitStopped => ErrorClass::Interrupted,
             _ => ErrorClass::Failed,
         }

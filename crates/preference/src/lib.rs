@@ -27,7 +27,7 @@ pub use evaluation_judge::EvaluationJudge;
 pub use judge::{
     ChatJudge, ChatModel, ChatReply, ChatRequest, Comparison, EncoderJudge, Ensemble, EnsembleRule,
     Judge, JudgeTokenizer, Matrix, ReplySettings, RewardModelJudge, Route, RouteRule, Rules,
-    ScoredToken, ScoredVerdict, TopLogprob, Verdict, read_key,
+    ScoredToken, ScoredVerdict, TopLogprob, Verdict,
 };
 pub use label_penalties::LabelPenalties;
 pub use pool::{

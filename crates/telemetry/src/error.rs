@@ -78,7 +78,8 @@ pub enum Error {
     },
     /// A token file is missing or contains no valid token.
     #[error(
-        "read the token in {}: it must contain one line of letters, digits and -._~", path.display()
+        "read the token in {}: it must contain one line of at least 16 letters, digits and -._~, such as openssl rand \
+         -hex 32 prints", path.display()
     )]
     Token {
         /// The file.

@@ -2,7 +2,7 @@
 //! live web page, progress bars, named waits, and a description of the machine.
 //!
 //! This crate promises that a file of a run is complete or absent, that every line of a log is valid JSON,
-//! that every metric is declared once, in [`METRICS`], that the directory of a stranger's run is read within bounds
+//! that every metric is declared once, in [`METRICS`], that an untrusted run directory is read within bounds
 //! and without requests, and that a hostile HTTP client takes a bounded share of the process. No other crate depends
 //! on Prometheus. It does not know roles, models or streams, and of the settings only that they are TOML: it takes
 //! plain arguments.
@@ -15,6 +15,7 @@ mod metrics;
 mod page;
 mod printable;
 mod progress;
+mod regular_file;
 mod run_dir;
 mod server;
 mod standard_error;
@@ -22,7 +23,7 @@ mod verdicts;
 mod view;
 
 pub use crate::metrics::declaration::{MetricInfo, MetricKind, MetricUnit};
-pub use crate::metrics::exporter::{Exporter, Recording};
+pub use crate::metrics::exporter::{Exporter, MetricsPage, Recording};
 pub use crate::metrics::measurements::Measurements;
 pub use crate::metrics::reference::metrics_markdown;
 pub use crate::metrics::registry::{metric, publish};
@@ -39,8 +40,8 @@ pub use crate::run_dir::samples::{SampleLog, SampleRow, TokenTexts};
 pub use environment::{Machine, describe_machine, free_bytes, peak_memory_bytes};
 pub use error::Error;
 pub use interval::Interval;
-pub use page::{MetricsPage, PageParts, PageServer};
-pub use printable::{printable, printable_json, printable_line, takes_ansi};
+pub use page::{PageParts, PageServer};
+pub use printable::{printable, printable_json, printable_line, shortened, takes_ansi};
 pub use progress::Progress;
 pub use standard_error::StandardError;
 pub use view::{

@@ -31,12 +31,29 @@ pub fn printable_json(json: &str) -> Cow<'_, str> {
     escaped(json, is_escaped, |c| format!("\\u{:04x}", u32::from(c)))
 }
 
-/// Whether ANSI escape sequences may be written to this stream: it is a terminal, and `NO_COLOR` is unset or empty
-/// (<https://no-color.org>).
+/// Most bytes of a text that [`shortened`] leaves as they are, those at its start and those at its end.
+const KEPT_BYTES: [usize; 2] = [3000, 1000];
+
+/// A text for a log or an error; the middle of a long one, such as a value from a file, is left out.
+#[must_use]
+pub fn shortened(text: &str) -> Cow<'_, str> {
+    let [start, end] = KEPT_BYTES;
+    if text.len() <= start + end {
+        return text.into();
+    }
+    let start = text.floor_char_boundary(start);
+    let end = text.ceil_char_boundary(text.len() - end);
+    let (omitted, first, last) = (end - start, &text[..start], &text[end..]);
+    format!("{first}… ({omitted} bytes left out) …{last}").into()
+}
+
+/// Whether ANSI escape sequences may be written to this stream: it is a terminal, one that knows them (`TERM` is not
+/// `dumb`), and `NO_COLOR` is unset or empty (<https://no-color.org>).
 #[must_use]
 pub fn takes_ansi(stream: &impl IsTerminal) -> bool {
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    stream.is_terminal() && !no_color
+    let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    stream.is_terminal() && !no_color && !is_dumb
 }
 
 /// Whether ANSI escape sequences may be written to standard error.
@@ -88,6 +105,23 @@ mod tests {
             assert!(matches!(printable(unchanged), Cow::Borrowed(same) if same == unchanged));
         }
         assert_eq!(printable_line("a\n\tb"), "a\\n\\tb");
+    }
+
+    #[test]
+    fn the_middle_of_a_long_text_is_left_out() {
+        let text = "é".repeat(2000);
+        assert!(matches!(shortened(&text), Cow::Borrowed(same) if same == text));
+        let long = format!("value {}; remedy", "é".repeat(100_000));
+        let short = shortened(&long);
+        assert!(
+            short.starts_with("value éé") && short.ends_with("é; remedy"),
+            "{short}"
+        );
+        assert!(
+            short.contains("bytes left out") && short.len() < 4100,
+            "{}",
+            short.len()
+        );
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub struct Receipt {
 trait Settle: fmt::Debug + Send + Sync {
     fn acknowledge(self: Box<Self>);
     /// Puts the message aside, whose encoding is `payload`.
-    fn put_aside(self: Box<Self>, payload: Vec<u8>) -> BoxFuture<'static, ()>;
+    fn dead_letter(self: Box<Self>, payload: Vec<u8>) -> BoxFuture<'static, ()>;
 }
 
 impl<T: Send + Sync + 'static> Settle for InFlightMessage<T> {
@@ -42,7 +42,7 @@ impl<T: Send + Sync + 'static> Settle for InFlightMessage<T> {
     }
 
     /// A message in memory is of this process, which has logged it: there is no sender to find.
-    fn put_aside(self: Box<Self>, _payload: Vec<u8>) -> BoxFuture<'static, ()> {
+    fn dead_letter(self: Box<Self>, _payload: Vec<u8>) -> BoxFuture<'static, ()> {
         Self::acknowledge(*self);
         Box::pin(ready(()))
     }
@@ -53,8 +53,8 @@ impl Settle for HeldMessage {
         Self::acknowledge(*self);
     }
 
-    fn put_aside(self: Box<Self>, payload: Vec<u8>) -> BoxFuture<'static, ()> {
-        Box::pin(Self::put_aside(*self, payload))
+    fn dead_letter(self: Box<Self>, payload: Vec<u8>) -> BoxFuture<'static, ()> {
+        Box::pin(Self::dead_letter(*self, payload))
     }
 }
 
@@ -134,9 +134,9 @@ impl Receipt {
 
     /// Removes an invalid message from the stream and frees its slot: over JetStream a copy goes to the run's
     /// dead-letter stream. `message` is the one of this receipt.
-    pub async fn put_aside<T: WireMessage>(self, message: &T) {
+    pub async fn dead_letter<T: WireMessage>(self, message: &T) {
         let payload = wire::encode(message);
-        self.settle.put_aside(payload).await;
+        self.settle.dead_letter(payload).await;
     }
 
     /// As [`Delivery::return_for_redelivery`].

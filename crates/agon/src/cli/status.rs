@@ -176,17 +176,18 @@ fn print_tables(status: &ClusterStatus) -> std::io::Result<()> {
         line(row(process))?;
     }
     out!(
-        "\n| stream | sent | acknowledged | queued | in flight | room |\n|---|---|---|---|---|---|"
+        "\n| stream | sent | acknowledged | queued | in flight | room | dead letters |\n|---|---|---|---|---|---|---|"
     )?;
     for stream in status.streams.iter().take(MAX_SHOWN) {
         line(format!(
-            "| {} | {} | {} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {} | {} |",
             stream.name,
             stream.sent,
             stream.acknowledged,
             stream.queued,
             stream.in_flight,
-            stream.capacity
+            stream.capacity,
+            stream.dead_lettered
         ))?;
     }
     let shown = status.present.len().max(status.streams.len());

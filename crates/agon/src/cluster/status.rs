@@ -105,8 +105,8 @@ pub(crate) struct StreamState {
     pub(crate) in_flight: u64,
     /// Messages redelivered.
     pub(crate) redelivered: u64,
-    /// Messages that exceeded the delivery limit.
-    pub(crate) given_up: u64,
+    /// Its messages in the dead-letter stream: undecodable, invalid, or delivered too often.
+    pub(crate) dead_lettered: u64,
 }
 
 /// Value of the label `process` for a process that runs all roles: its command.
@@ -273,7 +273,7 @@ impl ClusterStatus {
             measurements.set("stream/in_flight", stream.in_flight as f64);
             measurements.set("stream/fill", waiting as f64 / stream.capacity as f64);
             measurements.set("stream/redelivered", stream.redelivered as f64);
-            measurements.set("stream/dead_lettered", stream.given_up as f64);
+            measurements.set("stream/dead_lettered", stream.dead_lettered as f64);
             let labels = [("role", "learner"), ("stream", stream.name.as_str())];
             telemetry::publish(&measurements, &labels);
         }
@@ -304,7 +304,7 @@ impl StreamState {
             queued: counts.queued,
             in_flight: counts.in_flight,
             redelivered: counts.redelivered,
-            given_up: counts.given_up,
+            dead_lettered: counts.dead_lettered,
         }
     }
 }

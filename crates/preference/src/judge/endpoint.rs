@@ -101,7 +101,7 @@ impl Endpoint {
 ///
 /// # Errors
 /// When the file cannot be read, or its content cannot be a header value.
-pub fn read_key(path: &Path) -> Result<Option<String>, PreferenceError> {
+fn read_key(path: &Path) -> Result<Option<String>, PreferenceError> {
     if path.as_os_str().is_empty() {
         return Ok(None);
     }

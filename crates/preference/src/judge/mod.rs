@@ -25,7 +25,6 @@ use crate::error::JudgeError;
 
 pub use chat::{ChatJudge, ChatModel, ChatReply, ChatRequest, ReplySettings};
 pub use encoder::EncoderJudge;
-pub use endpoint::read_key;
 pub(crate) use ensemble::sum_of_versions;
 pub use ensemble::{Ensemble, EnsembleRule};
 pub use matrix::Matrix;

@@ -94,8 +94,8 @@ impl PoolMetrics {
     }
 
     /// Records the mean preference for the completion that is shown first, less ½.
-    pub(crate) fn order_bias(&self, bias: f64) {
-        self.publish("judge/order_bias", bias);
+    pub(crate) fn position_bias(&self, bias: f64) {
+        self.publish("judge/position_bias", bias);
     }
 
     pub(crate) fn cache_hit(&self) {
@@ -212,7 +212,7 @@ mod tests {
                 metrics.preference(&preference(abstained("why"), None), Duration::ZERO);
                 (0..2).for_each(|_| metrics.retried());
                 (0..4).for_each(|_| metrics.rate_limited());
-                metrics.order_bias(0.25);
+                metrics.position_bias(0.25);
                 metrics.timed_out();
                 (0..3).for_each(|_| metrics.cache_hit());
                 metrics.queue(5);
@@ -230,7 +230,7 @@ mod tests {
             ("agon_judge_abstained", "1"),
             ("agon_judge_retries", "2"),
             ("agon_judge_rate_limited", "4"),
-            ("agon_judge_order_bias", "0.25"),
+            ("agon_judge_position_bias", "0.25"),
             ("agon_judge_timeouts", "1"),
             ("agon_judge_cache_hits", "3"),
             ("agon_judge_queue", "5"),

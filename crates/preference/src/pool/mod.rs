@@ -16,9 +16,9 @@ mod dispatcher;
 #[cfg(test)]
 pub(crate) mod fake;
 mod metrics;
-mod order_bias;
 mod order_swap;
 mod outage;
+mod position_bias;
 mod replica;
 mod replica_pause;
 mod replica_set;
@@ -38,8 +38,8 @@ use crate::judge::Verdict;
 use cache::VerdictCache;
 use dispatcher::{Dispatcher, PendingRequest};
 use metrics::PoolMetrics;
-use order_bias::OrderBiasMonitor;
 use outage::OutagePublisher;
+use position_bias::PositionBiasMonitor;
 
 pub use comparison::ComparisonRequest;
 pub use composed::Composition;
@@ -60,7 +60,7 @@ struct PoolInner {
     admission: Arc<Semaphore>,
     cache: VerdictCache,
     metrics: Arc<PoolMetrics>,
-    order_bias: OrderBiasMonitor,
+    position_bias: PositionBiasMonitor,
     outages: OutagePublisher,
     current: Mutex<Arc<Generation>>,
 }
@@ -95,7 +95,7 @@ impl JudgePool {
                 admission: Arc::new(Semaphore::new(settings.max_queue.max(1))),
                 cache: VerdictCache::new(settings.cache_size),
                 metrics,
-                order_bias: OrderBiasMonitor::default(),
+                position_bias: PositionBiasMonitor::default(),
                 outages,
                 current: Mutex::new(Arc::new(generation)),
             }),
@@ -280,13 +280,13 @@ impl PoolInner {
         Ok(preference)
     }
 
-    /// Measures the order bias with verdicts on a random order, or on both.
+    /// Measures the position bias with verdicts on a random order, or on both.
     fn observe_order(&self, judges: &JudgeReplicas, verdicts: &[&Verdict]) {
         if judges.is_antisymmetric {
             return;
         }
-        if let Some(bias) = self.order_bias.observe(&judges.name, verdicts) {
-            self.metrics.order_bias(bias);
+        if let Some(bias) = self.position_bias.observe(&judges.name, verdicts) {
+            self.metrics.position_bias(bias);
         }
     }
 

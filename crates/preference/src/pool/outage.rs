@@ -38,9 +38,22 @@ impl Outage {
     /// Name of a wait for its end.
     #[must_use]
     pub fn wait_reason(&self) -> &'static str {
-        match self.cause {
-            OutageCause::CircuitOpen => "a judge: every circuit is open",
-            OutageCause::Paused => "a judge: it asks for a pause",
+        self.cause.wait_reason()
+    }
+
+    /// Whether a wait with this name is for the end of an outage.
+    #[must_use]
+    pub fn is_waited_for(reason: &str) -> bool {
+        let causes = [OutageCause::CircuitOpen, OutageCause::Paused];
+        causes.iter().any(|cause| cause.wait_reason() == reason)
+    }
+}
+
+impl OutageCause {
+    fn wait_reason(self) -> &'static str {
+        match self {
+            Self::CircuitOpen => "a judge: every circuit is open",
+            Self::Paused => "a judge: it asks for a pause",
         }
     }
 }

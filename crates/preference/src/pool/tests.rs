@@ -281,7 +281,7 @@ async fn a_judge_that_refuses_every_request_is_named_and_asked_less_often() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_order_bias_is_measured_in_training_and_in_both_orders() {
+async fn the_position_bias_is_measured_in_training_and_in_both_orders() {
     let evaluation = |index: usize| {
         let mut pair = crate::judge::fake::pair(0, &[&index.to_string(), "other"]);
         pair.prompt.purpose = messages::Purpose::Evaluate;
@@ -318,12 +318,12 @@ async fn the_order_bias_is_measured_in_training_and_in_both_orders() {
         });
         done.await;
         let line = expected.map(|bias| {
-            format!("agon_judge_order_bias{{role=\"preference\",judge=\"fake\"}} {bias}")
+            format!("agon_judge_position_bias{{role=\"preference\",judge=\"fake\"}} {bias}")
         });
         let page = recording.render();
         let found = page
             .lines()
-            .find(|l| l.starts_with("agon_judge_order_bias{"));
+            .find(|l| l.starts_with("agon_judge_position_bias{"));
         assert_eq!(found.map(str::to_owned), line, "{name}");
     }
 }

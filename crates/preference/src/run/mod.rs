@@ -1,7 +1,7 @@
 //! The preference service: receives pairs, has them judged, sends labelled pairs.
 //!
 //! Promises: a pair is acknowledged after its label or its drop note is stored, so a service that ends at any moment
-//! loses nothing: its unacknowledged pairs are delivered again. A pair that does not fit the run is put aside and ends
+//! loses nothing: its unacknowledged pairs are delivered again. A pair that does not fit the run is rejected and ends
 //! nothing. Many pairs are judged concurrently; they leave in the order in which they arrived.
 //! Does not know what its judges are.
 
@@ -204,7 +204,7 @@ impl RunningService {
         };
         self.publisher.send(pair, labels, self.judge.name()).await?;
         match (receipt, invalid) {
-            (Some(receipt), Some(pair)) => receipt.put_aside(&*pair).await,
+            (Some(receipt), Some(pair)) => receipt.dead_letter(&*pair).await,
             (Some(receipt), None) => receipt.acknowledge(),
             (None, _) => {}
         }

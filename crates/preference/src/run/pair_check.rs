@@ -23,7 +23,7 @@ impl PairCheck {
         let pair = delivery.message();
         let invalid = self.check(pair).await.err()?;
         let (prompt, actor) = (pair.id().0, &pair.actor);
-        tracing::warn!(prompt, ?actor, detail = %invalid, "an invalid pair was put aside");
+        tracing::warn!(prompt, ?actor, detail = %invalid, "an invalid pair was rejected");
         Some(DropCause::invalid(&invalid))
     }
 

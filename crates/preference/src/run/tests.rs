@@ -339,7 +339,7 @@ async fn unlabelled_pairs_are_dropped_with_a_reason_and_not_retried() {
 type InvalidCase = (fn(&mut Pair), &'static str);
 
 #[tokio::test]
-async fn invalid_pairs_are_put_aside_and_neither_judged_nor_collected() {
+async fn invalid_pairs_are_rejected_and_neither_judged_nor_collected() {
     let mut harness = Harness::new();
     let altered = |id, alter: fn(&mut Pair)| {
         let mut pair = pair(id, &["a", "b"]);

@@ -18,13 +18,15 @@ use axum::routing::{get, post};
 use messages::Purpose;
 use serde_json::{Value, json};
 use settings::{HttpServiceSettings, OrdersSetting};
-use telemetry::http::{self, AccessControl, ConnectionLimits, drain_requests, is_exposed};
+use telemetry::http::{
+    self, AccessControl, ConnectionLimits, drain_requests, is_exposed, read_token,
+};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::error::PreferenceError;
-use crate::judge::{Verdict, read_key};
+use crate::judge::Verdict;
 use crate::pool::{JudgePool, Orders, Preference};
 use crate::prompt_encoder::PromptEncoder;
 use crate::wire::{PreferenceResult, Preferences, PreferencesRequest};
@@ -86,7 +88,7 @@ impl Server {
             .await
             .map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
-        let token = read_key(&settings.token_path)?;
+        let token = read_token(&settings.token_path)?;
         require_protection(address, token.as_deref())?;
         let limits = ConnectionLimits::new(settings.max_connections);
         let state = ServerState {

@@ -329,7 +329,7 @@ async fn an_address_beyond_loopback_needs_a_token() {
         "{error}"
     );
     assert!(Server::check("0.0.0.0:0", None).is_err());
-    Server::check("0.0.0.0:0", Some("sesame")).unwrap();
+    Server::check("0.0.0.0:0", Some("sesame-sesame-sesame")).unwrap();
 }
 
 #[tokio::test]
@@ -337,7 +337,7 @@ async fn only_preferences_require_the_token() {
     let folder = std::env::temp_dir().join(format!("agon-token-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let token_path = folder.join("token");
-    std::fs::write(&token_path, "sesame").unwrap();
+    std::fs::write(&token_path, "sesame-sesame-sesame").unwrap();
     let with_token = HttpServiceSettings {
         token_path: token_path.clone(),
         ..limits()
@@ -349,7 +349,10 @@ async fn only_preferences_require_the_token() {
         (status, &response["error"]["code"]),
         (401, &"unauthorized".into())
     );
-    let request = harness.request().bearer_auth("sesame").body(body);
+    let request = harness
+        .request()
+        .bearer_auth("sesame-sesame-sesame")
+        .body(body);
     assert_eq!(request.send().await.unwrap().status(), StatusCode::OK);
     assert_eq!(harness.get("/healthz").await.0, 200);
     assert_eq!(

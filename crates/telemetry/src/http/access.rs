@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use crate::error::Error;
-use crate::run_dir::files::read_bounded;
+use crate::regular_file::read_bounded;
 
 /// Maximum size of a token file in bytes.
 const MAX_TOKEN_BYTES: u64 = 4096;
@@ -155,7 +155,10 @@ pub fn is_exposed(address: IpAddr, has_token: bool) -> bool {
     !has_token && !address.to_canonical().is_loopback()
 }
 
-/// Reads a token from a file; `None` for an empty path.
+/// Least length of a token: one that is guessed in a day is none.
+const MIN_TOKEN_BYTES: usize = 16;
+
+/// Reads the token that clients of a server must send from a file; `None` for an empty path.
 ///
 /// # Errors
 /// When the file cannot be read or contains no valid token.
@@ -172,7 +175,7 @@ pub fn read_token(path: &Path) -> Result<Option<String>, Error> {
     let token = text.trim();
     // Restricted to characters that need no escaping in URLs and cookies.
     let is_unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    let is_valid = !token.is_empty() && token.bytes().all(is_unreserved);
+    let is_valid = token.len() >= MIN_TOKEN_BYTES && token.bytes().all(is_unreserved);
     is_valid
         .then(|| Some(token.to_owned()))
         .ok_or_else(|| error(None))
@@ -298,10 +301,11 @@ mod tests {
         let path = directory.path().join("token");
         assert_eq!(read_token(Path::new("")).unwrap(), None);
         for (text, expected) in [
-            (" se-same_1.x~\n", Some("se-same_1.x~")),
+            (" se-same_1.x~0123\n", Some("se-same_1.x~0123")),
             ("", None),
-            ("two words", None),
-            ("a&b", None),
+            ("fifteen-letters", None),
+            ("two words, twenty letters", None),
+            ("a&b-and-many-letters-more", None),
         ] {
             std::fs::write(&path, text).unwrap();
             assert_eq!(

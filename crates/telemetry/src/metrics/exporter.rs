@@ -27,7 +27,6 @@ use crate::server::HttpServer;
 use crate::{
     error::Error,
     metrics::{registry, stage, waits},
-    page::MetricsPage,
 };
 
 /// Bucket bounds of every `…_seconds` histogram, from 1 ms to 1000 s.
@@ -44,6 +43,9 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Content type of the Prometheus text exposition format.
 const EXPOSITION_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Renders the current metrics of one or several processes in the text exposition format.
+pub type MetricsPage = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// Scrape targets of all processes of a run, in Prometheus' HTTP service discovery format; set once known.
 type TargetsPage = Arc<OnceLock<MetricsPage>>;

@@ -121,12 +121,12 @@ mod tests {
         stream/{queued,in_flight,fill,redelivered,dead_lettered}";
 
     /// Names without an established convention.
-    const OWN: &str = "judge/{rate_limited,model_changes,order_bias} \
+    const OWN: &str = "judge/{rate_limited,model_changes,position_bias} \
         judge/{human_verdicts,human_agreement,human_agreement_ci_low,human_agreement_ci_high} \
         actor/quantization_error objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
         grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate} reference/version \
         eval/average_{win_rate,win_rate_lc,gold_win_rate,kl} \
-        completions/no_signal_ratio off_policy/{ess,log_weight,clipped_ratio,masked_ratio} \
+        epoch pairs/from_files completions/no_signal_ratio off_policy/{ess,log_weight,clipped_ratio,masked_ratio} \
         eval/{judge_win_rate,judge_win_rate_ci_low,judge_win_rate_ci_high,judge_win_rate_lc} \
         eval/{judge_agreement,judge_prompts} \
         eval/current_reference_{win_rate,win_rate_lc,gold_win_rate,kl}";
@@ -202,7 +202,7 @@ mod tests {
         });
         let page = recording.render();
         for line in [
-            "# HELP agon_eval_win_rate fraction of prompts on which the policy beats the reference",
+            "# HELP agon_eval_win_rate fraction of prompts on which the policy beats the reference of the start",
             "# TYPE agon_eval_win_rate gauge",
             "agon_eval_win_rate{role=\"learner\"} 0.75",
             "agon_loss{role=\"learner\"} NaN",

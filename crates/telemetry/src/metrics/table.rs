@@ -205,9 +205,9 @@ pub const METRICS: &[MetricInfo] = &[
         "fraction of comparisons whose winner depends on the order of the completions",
     ),
     gauge(
-        "judge/order_bias",
+        "judge/position_bias",
         Number,
-        "mean preference for the completion that the judge sees first, minus 0.5; 0 without an order bias",
+        "mean preference for the completion that the judge sees first, minus 0.5; 0 without a position bias",
     ),
     gauge(
         "preference/accuracy",
@@ -523,12 +523,12 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "health/nonfinite_steps",
         Count,
-        "steps rejected because the loss or gradient was not finite or far beyond the run's past, since the run began",
+        "steps rejected because the loss or gradient was not finite, since the run began",
     ),
     gauge(
         "health/skipped_steps",
         Count,
-        "steps without a weight update, since the run began",
+        "steps rejected because the loss or gradient was not finite or far beyond the run's past, since the run began",
     ),
     gauge(
         "health/rollbacks",
@@ -569,7 +569,7 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "stream/dead_lettered",
         Count,
-        "messages of a stream that reached the maximum number of deliveries",
+        "messages of a stream in the run's dead-letter stream, which keeps the last 1,000: undecodable, invalid, or delivered too often",
     ),
     gauge(
         "disk/free_bytes",

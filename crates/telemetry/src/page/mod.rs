@@ -15,11 +15,9 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
 
 use crate::http::{AccessControl, is_exposed};
+use crate::metrics::exporter::MetricsPage;
 use crate::server::HttpServer;
 use crate::{error::Error, view::RunView};
-
-/// Renders the current metrics of one or several processes in the text exposition format.
-pub type MetricsPage = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// Configuration of a page.
 pub struct PageParts {

@@ -148,7 +148,7 @@ impl RunDirectory {
         self.checkpoints().join(format!("step_{step}"))
     }
 
-    /// The directory of batches with a non-finite loss or gradient; it always exists.
+    /// The directory of batches of rejected steps; it always exists.
     #[must_use]
     pub fn quarantine(&self) -> PathBuf {
         self.root.join("quarantine")

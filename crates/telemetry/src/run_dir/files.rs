@@ -1,16 +1,14 @@
-//! Files of a directory that may be a stranger's, such as a run that somebody sent.
+//! Files of a directory that may be untrusted, such as a run that somebody sent.
 //!
 //! Only regular files inside the directory are opened: no link that leads out of it, no pipe, no device. Opening never
 //! blocks, and what is read is bounded. This part does not know the contents of the files.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
-
 use crate::error::Error;
+use crate::regular_file::{invalid, open_regular, read_at_most};
 
 /// Regular files inside one directory.
 #[derive(Debug, Clone)]
@@ -67,41 +65,6 @@ pub(crate) fn open_inside(root: &Path, name: &str) -> io::Result<File> {
         return Err(invalid("it is a link out of the directory"));
     }
     open_regular(&target)
-}
-
-/// Opens a regular file; anything else is an error, and is not waited for.
-pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
-    if !fs::metadata(path)?.is_file() {
-        return Err(invalid("it is not a regular file"));
-    }
-    // The file may have been replaced since.
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-        .open(path)?;
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(invalid("it is not a regular file")),
-    }
-}
-
-/// Reads a regular file of at most `max_bytes`.
-pub(crate) fn read_bounded(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
-    read_at_most(open_regular(path)?, max_bytes)
-}
-
-fn read_at_most(file: File, max_bytes: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    file.take(max_bytes.saturating_add(1))
-        .read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > max_bytes {
-        return Err(invalid(&format!("it has more than {max_bytes} bytes")));
-    }
-    Ok(bytes)
-}
-
-fn invalid(reason: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
 #[cfg(test)]

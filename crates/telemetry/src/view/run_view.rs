@@ -1,6 +1,6 @@
 //! View of one run directory, refreshed repeatedly.
 //!
-//! The directory may be a stranger's: only its own regular files are read, within bounds, and nothing in it causes a
+//! The directory may be untrusted: only its own regular files are read, within bounds, and nothing in it causes a
 //! request or a wait.
 
 use std::fs;
@@ -209,7 +209,7 @@ impl RunView {
     }
 
     /// Whether a process of this user has locked the directory: the addresses that it lists are then those of that
-    /// process, not a stranger's.
+    /// process, not untrusted.
     #[must_use]
     pub fn is_own(&self) -> bool {
         self.is_held().unwrap_or(false)

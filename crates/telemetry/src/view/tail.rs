@@ -13,6 +13,10 @@ use crate::run_dir::files::open_inside;
 /// Maximum length of a line in bytes.
 const MAX_LINE_BYTES: u64 = 64 << 20;
 
+/// Maximum size of a file in bytes: far above the log of a run of weeks, and far below a sparse file that takes hours to
+/// read.
+const MAX_FILE_BYTES: u64 = 64 << 30;
+
 /// Read position of a followed file.
 #[derive(Debug)]
 pub(crate) struct Tail {
@@ -77,6 +81,12 @@ impl Tail {
             Err(error) => return Err(error),
         };
         let metadata = file.metadata()?;
+        if metadata.len() > MAX_FILE_BYTES {
+            let bytes = metadata.len();
+            let reason =
+                format!("it has {bytes} bytes, more than the {MAX_FILE_BYTES} that are read");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+        }
         let identity = (metadata.dev(), metadata.ino());
         let is_replaced = self.file.is_some_and(|known| known != identity);
         if is_replaced || metadata.len() < self.offset {
@@ -147,6 +157,16 @@ mod tests {
         fn overlong(&mut self) {
             self.overlong += 1;
         }
+    }
+
+    #[test]
+    fn a_file_beyond_measure_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let sparse = File::create(directory.path().join("lines")).unwrap();
+        sparse.set_len(MAX_FILE_BYTES + 1).unwrap();
+        let mut tail = Tail::new(directory.path(), "lines");
+        let error = tail.follow(&mut RecordedLines::default()).unwrap_err();
+        assert!(error.to_string().contains("68719476737 bytes"), "{error}");
     }
 
     #[test]

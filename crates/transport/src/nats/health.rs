@@ -15,7 +15,7 @@ pub(crate) struct ConnectionHealth(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     /// Since when the server is away.
-    away_since: Option<Instant>,
+    disconnected_since: Option<Instant>,
     /// Sum of the outages that have ended.
     past_outages: Duration,
     /// Number of refusals, and the last one.
@@ -30,14 +30,14 @@ impl ConnectionHealth {
     }
 
     /// Whether the connection is lost and not restored yet.
-    pub(crate) fn is_away(&self) -> bool {
-        self.state().away_since.is_some()
+    pub(crate) fn is_disconnected(&self) -> bool {
+        self.state().disconnected_since.is_some()
     }
 
     /// Time in which the server was away so far, in all outages together.
-    pub(crate) fn time_away(&self) -> Duration {
+    pub(crate) fn outage_time(&self) -> Duration {
         let state = self.state();
-        let current = state.away_since.map(|since| since.elapsed());
+        let current = state.disconnected_since.map(|since| since.elapsed());
         state.past_outages + current.unwrap_or_default()
     }
 
@@ -56,7 +56,9 @@ impl ConnectionHealth {
     pub(crate) fn handle(&self, event: &Event) {
         match event {
             Event::Disconnected => {
-                self.state().away_since.get_or_insert_with(Instant::now);
+                self.state()
+                    .disconnected_since
+                    .get_or_insert_with(Instant::now);
                 tracing::warn!("the connection to the NATS server is lost; reconnecting");
             }
             Event::Connected => self.restored(),
@@ -85,7 +87,7 @@ impl ConnectionHealth {
 
     fn restored(&self) {
         let mut state = self.state();
-        let Some(since) = state.away_since.take() else {
+        let Some(since) = state.disconnected_since.take() else {
             tracing::debug!("connected to the NATS server");
             return;
         };
@@ -107,7 +109,7 @@ mod tests {
     async fn outages_last_from_disconnection_to_reconnection_and_add_up() {
         let health = ConnectionHealth::default();
         let pass = |seconds| tokio::time::advance(Duration::from_secs(seconds));
-        let away = || (health.is_away(), health.time_away().as_secs());
+        let away = || (health.is_disconnected(), health.outage_time().as_secs());
         health.handle(&Event::Connected);
         pass(1).await;
         assert_eq!(away(), (false, 0));

@@ -2,7 +2,7 @@
 //! every process.
 //!
 //! All names on the server contain the run's name, so runs that share a server do not interfere. The leader creates what
-//! is missing; other processes need no permission for that. What a restart or a wait cannot mend, such as a server without
+//! is missing; other processes need no permission for that. What a restart or a wait cannot fix, such as a server without
 //! JetStream or a missing permission, is an error at once. A server that is away is waited for: at the start for the
 //! configured timeout, by a running process for the configured outage.
 
@@ -70,7 +70,7 @@ pub(crate) struct Connection {
 }
 
 /// How long a failing request is repeated, and how it is reported meanwhile.
-pub(crate) struct Patience {
+pub(crate) struct RetryState {
     action: String,
     /// Time of the last success, or of the first attempt.
     started: Instant,
@@ -169,7 +169,7 @@ impl Connection {
         Duration::from_secs(self.settings.lease_seconds)
     }
 
-    /// Retries `request` until it succeeds, fails for a reason that a retry cannot mend, or patience ends.
+    /// Retries `request` until it succeeds, fails for a reason that a retry cannot fix, or its time is up.
     async fn retry<T, E, F>(
         &self,
         action: &str,
@@ -180,21 +180,21 @@ impl Connection {
         F: Future<Output = Result<T, E>>,
     {
         let allowed = Duration::from_secs(self.settings.timeout_seconds);
-        let mut patience = self.patience(action);
+        let mut retries = self.retry_state(action);
         loop {
             let failure = match timeout(allowed, request()).await {
                 Ok(Ok(response)) => return Ok(response),
                 Ok(Err(error)) => one_line(&error),
                 Err(elapsed) => one_line(&elapsed),
             };
-            self.bear(&mut patience, &failure)?;
+            self.on_failure(&mut retries, &failure)?;
             sleep(RETRY_DELAY).await;
         }
     }
 
-    /// Patience with a request that begins now. `action` reads after "failed to".
-    pub(crate) fn patience(&self, action: &str) -> Patience {
-        Patience {
+    /// State of the retries of with a request that begins now. `action` reads after "failed to".
+    pub(crate) fn retry_state(&self, action: &str) -> RetryState {
+        RetryState {
             action: action.to_owned(),
             started: Instant::now(),
             connected: Instant::now(),
@@ -206,48 +206,48 @@ impl Connection {
     /// Returns if a failed request should be retried, else the final error.
     ///
     /// # Errors
-    /// When a retry cannot help, or patience has ended: after the configured timeout of a connected server, after the
+    /// When a retry cannot help, or its time is up: after the configured timeout of a connected server, after the
     /// configured outage of one that is away from a running process, and after both of one that comes and goes.
-    pub(crate) fn bear(
+    pub(crate) fn on_failure(
         &self,
-        patience: &mut Patience,
+        retries: &mut RetryState,
         failure: &str,
     ) -> Result<(), TransportError> {
         let (now, started) = (Instant::now(), self.started.load(Ordering::Relaxed));
-        if let Some(reason) = self.permanent(patience, failure, started) {
+        if let Some(reason) = self.permanent(retries, failure, started) {
             return Err(TransportError::Rejected {
                 url: self.settings.url.clone(),
-                reason: format!("{}: {reason}", patience.action),
+                reason: format!("{}: {reason}", retries.action),
             });
         }
-        let waits = started && (self.health.is_away() || requirements::is_absent(failure));
+        let waits = started && (self.health.is_disconnected() || requirements::is_absent(failure));
         if waits {
-            patience.connected = now;
+            retries.connected = now;
         }
         let outage = Duration::from_secs(self.settings.max_outage_seconds);
         let allowed = Duration::from_secs(self.settings.timeout_seconds);
-        let patience_ended = now - patience.connected > allowed
-            || now - patience.started > if waits { outage } else { outage + allowed };
-        if patience_ended {
-            return Err(self.refused(&patience.action, failure));
+        let is_over = now - retries.connected > allowed
+            || now - retries.started > if waits { outage } else { outage + allowed };
+        if is_over {
+            return Err(self.refused(&retries.action, failure));
         }
         let storage_full = requirements::is_storage_full(failure);
-        if storage_full || now - patience.started > REQUEST_TIMEOUT {
-            patience.warn(failure);
+        if storage_full || now - retries.started > REQUEST_TIMEOUT {
+            retries.warn(failure);
         }
-        let action = &patience.action;
+        let action = &retries.action;
         tracing::debug!(action, failure, "request failed; retrying");
         Ok(())
     }
 
-    /// The reason and remedy of a failure that a retry cannot mend.
-    fn permanent(&self, patience: &Patience, failure: &str, started: bool) -> Option<String> {
-        if let Some(refusal) = self.health.refusal_since(patience.refusals) {
+    /// The reason and remedy of a failure that a retry cannot fix.
+    fn permanent(&self, retries: &RetryState, failure: &str, started: bool) -> Option<String> {
+        if let Some(refusal) = self.health.refusal_since(retries.refusals) {
             return Some(requirements::permission(&refusal));
         }
         let remedy = requirements::remedy(failure).or_else(|| match started {
             true => None,
-            false => requirements::remedy_at_start(failure, patience.started.elapsed()),
+            false => requirements::remedy_at_start(failure, retries.started.elapsed()),
         });
         remedy.map(|remedy| format!("{failure}: {remedy}"))
     }
@@ -313,11 +313,11 @@ impl Connection {
     }
 }
 
-impl Patience {
+impl RetryState {
     /// Begins again, after a success.
     pub(crate) fn restart(&mut self, connection: &Connection) {
         let action = std::mem::take(&mut self.action);
-        *self = connection.patience(&action);
+        *self = connection.retry_state(&action);
     }
 
     /// Begins the timeouts again, after a failure that is waited out without limit.

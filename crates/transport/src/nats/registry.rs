@@ -281,7 +281,7 @@ impl RunRegistry {
         let value = bytes::Bytes::from(self.connection.key().seal(key, owner.as_bytes()));
         let deadline = Instant::now() + self.lease() + self.lease() / 4;
         let mut first_revision = None;
-        let mut patience = self.connection.patience("take a lease of the run");
+        let mut retries = self.connection.retry_state("take a lease of the run");
         let revision = loop {
             let entry = || self.store.entry(key);
             let entry = self.connection.retry("read the run's registry", entry);
@@ -290,7 +290,9 @@ impl RunRegistry {
                 match self.store.create(key, value.clone()).await {
                     Ok(revision) => break revision,
                     // Another process may have taken it.
-                    Err(error) => self.connection.bear(&mut patience, &one_line(&error))?,
+                    Err(error) => self
+                        .connection
+                        .on_failure(&mut retries, &one_line(&error))?,
                 }
                 sleep(RETRY_DELAY).await;
                 continue;
@@ -312,7 +314,9 @@ impl RunRegistry {
             if holder.is_none() || Instant::now() > deadline {
                 match self.store.update(key, value.clone(), first).await {
                     Ok(revision) => break revision,
-                    Err(error) => self.connection.bear(&mut patience, &one_line(&error))?,
+                    Err(error) => self
+                        .connection
+                        .on_failure(&mut retries, &one_line(&error))?,
                 }
             }
             sleep(RETRY_DELAY).await;

@@ -1,4 +1,4 @@
-//! What a run needs of its server, checked when it connects, and the errors that a retry cannot mend, with their
+//! What a run needs of its server, checked when it connects, and the errors that a retry cannot fix, with their
 //! remedies.
 
 use std::time::Duration;
@@ -109,8 +109,18 @@ fn version(text: &str) -> Option<[u64; 2]> {
 
 /// What to do about a connection that the server ends at once, if trying again cannot help.
 pub(crate) fn remedy_of_connection(failure: &str) -> Option<&'static str> {
-    let is_headers = failure.to_ascii_lowercase().contains("requires headers");
-    is_headers.then_some("remove no_header_support from the server's configuration")
+    let failure = failure.to_ascii_lowercase();
+    if failure.contains("requires headers") {
+        return Some("remove no_header_support from the server's configuration");
+    }
+    let is_unknown = ["authorization violation", "authentication"]
+        .iter()
+        .any(|phrase| failure.contains(phrase));
+    is_unknown.then_some(
+        "the server does not know this user: name the key of this process's role with transport.nkey_path, or other \
+         credentials with transport.credentials_path, transport.token_path or transport.password_path, and reload the \
+         server if they are new",
+    )
 }
 
 /// What to do about a failed request if repeating it cannot help.
@@ -247,6 +257,9 @@ mod tests {
         }
         let headers = "No Responders Requires Headers Support";
         assert!(remedy_of_connection(headers).is_some());
+        let unknown =
+            remedy_of_connection("authorization violation: nats: authorization violation");
+        assert!(unknown.is_some_and(|remedy| remedy.contains("transport.nkey_path")));
         assert_eq!(remedy_of_connection("connection refused"), None);
         let (none, long) = (Duration::ZERO, Duration::from_secs(60));
         let full = "insufficient storage resources available (code 500, error code 10047)";

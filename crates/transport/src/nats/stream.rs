@@ -1,7 +1,7 @@
 //! Sender and receiver of a JetStream work queue: bounded, and a message is removed when it is acknowledged.
 //!
 //! A message is stored once however often it is sent, since the server deduplicates by its id. A full stream rejects
-//! messages, and senders retry. A message that cannot be decoded, exceeded the delivery limit, or was put aside by
+//! messages, and senders retry. A message that cannot be decoded, exceeded the delivery limit, or was rejected by
 //! its receiver is copied to the run's dead-letter stream for inspection.
 
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use async_nats::jetstream::context::PublishError;
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, State};
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{StreamExt, TryStreamExt};
 use messages::wire::{self, WireMessage};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
@@ -209,13 +209,6 @@ impl StreamLocation {
 
     async fn counts(&self) -> Result<StreamCounts, TransportError> {
         let (state, consumer) = self.info().await?;
-        let context = &self.connection.context;
-        let dead_letters = self.connection.names.stream(DEAD_LETTERS);
-        let request = || context.get_stream(&dead_letters);
-        let dead_letters = self
-            .connection
-            .retry("inspect the dead-letter stream", request)
-            .await?;
         let in_flight = consumer.num_ack_pending as u64;
         Ok(StreamCounts {
             sent: state.last_sequence,
@@ -223,8 +216,27 @@ impl StreamLocation {
             queued: state.messages.saturating_sub(in_flight),
             in_flight,
             redelivered: consumer.num_redelivered as u64,
-            given_up: dead_letters.cached_info().state.last_sequence,
+            dead_lettered: self.dead_letters().await?,
         })
+    }
+
+    /// Number of this stream's messages in the dead-letter stream.
+    async fn dead_letters(&self) -> Result<u64, TransportError> {
+        let Connection { context, names, .. } = &*self.connection;
+        let action = "inspect the dead-letter stream";
+        let name = names.stream(DEAD_LETTERS);
+        let request = || context.get_stream_no_info(&name);
+        let stream = self.connection.retry(action, request).await?;
+        let subject = names.dead_letters_of(self.name);
+        let request = || async {
+            let counts = stream.info_with_subjects(&subject).await?;
+            counts
+                .map_ok(|(_, count)| count as u64)
+                .try_collect::<Vec<_>>()
+                .await
+        };
+        let counts: Vec<u64> = self.connection.retry(action, request).await?;
+        Ok(counts.into_iter().sum())
     }
 
     async fn publish(&self, subject: &str, id: &str, payload: Bytes) -> Result<(), PublishError> {
@@ -262,8 +274,8 @@ impl Upstream {
         self.location.name
     }
 
-    pub(crate) fn time_away(&self) -> Duration {
-        self.location.connection.health().time_away()
+    pub(crate) fn outage_time(&self) -> Duration {
+        self.location.connection.health().outage_time()
     }
 
     pub(crate) async fn counts(&self) -> Result<StreamCounts, TransportError> {
@@ -275,7 +287,7 @@ impl Upstream {
     pub(crate) async fn send<T: WireMessage>(&self, message: &T) -> Result<(), TransportError> {
         let connection = &self.location.connection;
         let (payload, id) = (Bytes::from(wire::encode(message)), message.id());
-        let mut patience = connection.patience(&format!("send to stream {}", self.location.name));
+        let mut retries = connection.retry_state(&format!("send to stream {}", self.location.name));
         let mut delay = Duration::from_millis(2);
         loop {
             let sent = self
@@ -286,12 +298,12 @@ impl Upstream {
             };
             let failure = one_line(&error);
             if is_stream_full(&failure) {
-                patience.restart(connection);
+                retries.restart(connection);
             } else if requirements::is_storage_full(&failure) {
-                patience.warn(&failure);
-                patience.extend();
+                retries.warn(&failure);
+                retries.extend();
             } else {
-                connection.bear(&mut patience, &failure)?;
+                connection.on_failure(&mut retries, &failure)?;
             }
             sleep(delay).await;
             delay = MAX_SEND_DELAY.min(2 * delay);
@@ -372,8 +384,8 @@ impl<T> Downstream<T> {
         self.location.name
     }
 
-    pub(crate) fn time_away(&self) -> Duration {
-        self.location.connection.health().time_away()
+    pub(crate) fn outage_time(&self) -> Duration {
+        self.location.connection.health().outage_time()
     }
 
     pub(crate) async fn counts(&self) -> Result<StreamCounts, TransportError> {
@@ -433,7 +445,7 @@ impl HeldMessage {
 
     /// Copies it to the dead-letter stream and removes it from its own; returns it for a later try if the copy is not
     /// stored.
-    pub(crate) async fn put_aside(self, payload: Vec<u8>) {
+    pub(crate) async fn dead_letter(self, payload: Vec<u8>) {
         match self.location.dead_letter(&self.id, payload.into()).await {
             true => self.lease.terminate(),
             false => self.lease.postpone(),
@@ -452,18 +464,18 @@ struct FetchLoop<T> {
 impl<T: WireMessage + Send + Sync + 'static> FetchLoop<T> {
     async fn run(self) {
         let connection = &self.location.connection;
-        let mut patience = connection.patience(&format!("read stream {}", self.location.name));
+        let mut retries = connection.retry_state(&format!("read stream {}", self.location.name));
         let mut failing = false;
         loop {
             self.demand.wait().await;
             if !failing {
                 // Nothing may have been wanted for long.
-                patience.restart(connection);
+                retries.restart(connection);
             }
             let fetched = self.fetch().await;
             failing = fetched.is_err();
             let Err(error) = fetched else { continue };
-            if let Err(over) = connection.bear(&mut patience, &one_line(&*error)) {
+            if let Err(over) = connection.on_failure(&mut retries, &one_line(&*error)) {
                 self.emit(Err(over));
                 return;
             }
@@ -525,7 +537,7 @@ impl<T: WireMessage + Send + Sync + 'static> FetchLoop<T> {
                     tracing::warn!(
                         stream,
                         deliveries,
-                        "a message exceeded the delivery limit and is given up"
+                        "a message exceeded the delivery limit; moved to the dead-letter stream"
                     );
                 }
                 let location = Arc::clone(&self.location);

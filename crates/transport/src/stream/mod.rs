@@ -51,8 +51,9 @@ pub struct StreamCounts {
     /// Returns to the queue; one message may be returned several times. Over JetStream: messages currently being
     /// redelivered.
     pub redelivered: u64,
-    /// Messages that exceeded the delivery limit. Over JetStream: messages ever added to the dead-letter stream.
-    pub given_up: u64,
+    /// Messages that exceeded the delivery limit. Over JetStream: messages of this stream that the run's dead-letter
+    /// stream holds, with those that were invalid or could not be decoded.
+    pub dead_lettered: u64,
 }
 
 /// The sending end of a stream. In memory the stream closes when the last clone is dropped.
@@ -206,10 +207,10 @@ macro_rules! accessors {
             /// Time in which the server was away so far, in all outages together; none in memory. A deadline for
             /// progress does not count it.
             #[must_use]
-            pub fn time_away(&self) -> Duration {
+            pub fn outage_time(&self) -> Duration {
                 match &self.backend {
                     $backend::Memory(_) => Duration::ZERO,
-                    $backend::JetStream(end) => end.time_away(),
+                    $backend::JetStream(end) => end.outage_time(),
                 }
             }
 

@@ -185,7 +185,7 @@ async fn a_message_exceeds_delivery_limit_after_max_deliveries() {
         let last = receiver.try_receive().expect("given up");
         last.acknowledge();
         let now = counts(&receiver).await;
-        assert_eq!((now.given_up, now.acknowledged, now.queued), (1, 1, 0));
+        assert_eq!((now.dead_lettered, now.acknowledged, now.queued), (1, 1, 0));
     }
 }
 

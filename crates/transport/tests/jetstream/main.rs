@@ -172,7 +172,7 @@ async fn a_message_that_exceeds_delivery_limit_is_copied_to_the_dead_letter_stre
     dead.acknowledge();
     until("it is a dead letter", async || {
         let counts = receiver.counts().await.expect("it answers");
-        (counts.given_up, counts.acknowledged) == (1, 1)
+        (counts.dead_lettered, counts.acknowledged) == (1, 1)
     })
     .await;
 }
@@ -184,6 +184,10 @@ async fn an_undecodable_message_becomes_a_dead_letter() {
     };
     let transport = server.connect("foreign").await;
     let (sender, receiver) = transport.stream("notes", 8).await.expect("it is created");
+    let (_, others) = transport
+        .stream::<Dropped>("others", 8)
+        .await
+        .expect("it is created");
     let client = server.client().await;
     // Stored first, before the next is sent.
     let foreign = client.publish("agon.foreign-notes", vec![9, 4, 0].into());
@@ -198,9 +202,14 @@ async fn an_undecodable_message_becomes_a_dead_letter() {
     delivery.acknowledge();
     until("nothing is left", async || {
         let counts = receiver.counts().await.expect("it answers");
-        (counts.sent, counts.acknowledged, counts.given_up) == (2, 2, 1)
+        (counts.sent, counts.acknowledged, counts.dead_lettered) == (2, 2, 1)
     })
     .await;
+    let counts = others.counts().await.expect("it answers");
+    assert_eq!(
+        counts.dead_lettered, 0,
+        "a dead letter counts for its own stream"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -243,7 +252,7 @@ async fn a_message_that_cannot_become_a_dead_letter_stays_in_its_stream() {
     let (sender, receiver) = again.stream("notes", 8).await.expect("it is created");
     until("it is a dead letter", async || {
         let counts = receiver.counts().await.expect("it answers");
-        (counts.sent, counts.acknowledged, counts.given_up) == (2, 2, 1)
+        (counts.sent, counts.acknowledged, counts.dead_lettered) == (2, 2, 1)
     })
     .await;
     sender.send(note(3)).await.expect("a slot is free");

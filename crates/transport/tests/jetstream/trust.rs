@@ -365,7 +365,7 @@ async fn a_running_process_waits_for_a_server_that_is_away() {
     let transport = transport.expect("the server runs");
     let (sender, receiver) = transport.stream("notes", 8).await.expect("it is created");
     let registry = transport.registry().expect("a server has one").clone();
-    assert_eq!(receiver.time_away(), Duration::ZERO);
+    assert_eq!(receiver.outage_time(), Duration::ZERO);
     transport.set_started();
     server.stop();
     let sending = tokio::spawn(async move { sender.send(note(1)).await });
@@ -380,7 +380,7 @@ async fn a_running_process_waits_for_a_server_that_is_away() {
     ] {
         assert!(!finished, "the server is away for longer than a timeout");
     }
-    assert!(receiver.time_away() > Duration::from_secs(2));
+    assert!(receiver.outage_time() > Duration::from_secs(2));
     server.restart();
     sending.await.expect("no panic").expect("it is back");
     writing.await.expect("no panic").expect("it is back");
@@ -388,9 +388,9 @@ async fn a_running_process_waits_for_a_server_that_is_away() {
     let delivery = delivery.expect("it is back");
     assert_eq!(number(&delivery), 1);
     delivery.acknowledge();
-    let away = receiver.time_away();
+    let away = receiver.outage_time();
     sleep(Duration::from_millis(50)).await;
-    assert_eq!(receiver.time_away(), away, "it is back");
+    assert_eq!(receiver.outage_time(), away, "it is back");
 }
 
 #[tokio::test(flavor = "multi_thread")]

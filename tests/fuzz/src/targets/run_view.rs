@@ -1,4 +1,4 @@
-//! Run directories of strangers: metrics, samples, settings, reports, and a page of Prometheus metrics.
+//! Untrusted run directories: metrics, samples, settings, reports, and a page of Prometheus metrics.
 
 use std::{fs, hint::black_box, path::Path};
 

@@ -32,7 +32,7 @@ struct QueueState<T> {
     sent: u64,
     acknowledged: u64,
     redelivered: u64,
-    given_up: u64,
+    dead_lettered: u64,
     closed: Option<ClosedBy>,
     /// Dropped when the queue is closed, which wakes waiting senders.
     slot_tokens: Option<flume::Sender<()>>,
@@ -72,7 +72,7 @@ impl<T> Queue<T> {
             sent: 0,
             acknowledged: 0,
             redelivered: 0,
-            given_up: 0,
+            dead_lettered: 0,
             closed: None,
             slot_tokens: Some(slot_tokens),
             ready_tokens: Some(ready_tokens),
@@ -136,7 +136,7 @@ impl<T> Queue<T> {
             .expect("there is an entry for every ready token");
         entry.deliveries += 1;
         if entry.deliveries == self.limits.max_deliveries.get() + 1 {
-            state.given_up += 1;
+            state.dead_lettered += 1;
         }
         state.in_flight += 1;
         InFlightMessage {
@@ -171,7 +171,7 @@ impl<T> Queue<T> {
             sent: state.sent,
             acknowledged: state.acknowledged,
             redelivered: state.redelivered,
-            given_up: state.given_up,
+            dead_lettered: state.dead_lettered,
             queued: state.queued.len() as u64,
             in_flight: state.in_flight,
         }

@@ -116,8 +116,8 @@ impl ReferenceModel {
         assert_eq!(counts.queued, self.queued.len() as u64);
         assert_eq!(counts.in_flight, self.in_flight.len() as u64);
         assert_eq!(counts.acknowledged, self.acknowledged.len() as u64);
-        let given_up = self.deliveries.values().filter(|&&d| d > MAX_DELIVERIES);
-        assert_eq!(counts.given_up, given_up.count() as u64);
+        let dead_lettered = self.deliveries.values().filter(|&&d| d > MAX_DELIVERIES);
+        assert_eq!(counts.dead_lettered, dead_lettered.count() as u64);
         let acknowledged = counts.acknowledged;
         assert_eq!(counts.sent, acknowledged + counts.queued + counts.in_flight);
         assert!(counts.queued + counts.in_flight <= CAPACITY as u64);

@@ -1,4 +1,4 @@
-//! Order bias: the preference of a judge for the completion that it is shown first.
+//! Position bias: the preference of a judge for the completion that it is shown first.
 //!
 //! Over comparisons whose order says nothing about which completion is better, p − ½ is as likely positive as negative,
 //! whatever the completions are worth. Its mean is the bias. Σ(p − ½) / √Σ(p − ½)² tells a bias from chance: without
@@ -17,13 +17,13 @@ const MIN_COUNT: f64 = 30.0;
 /// Statistic beyond which a bias is no chance: probability below 1e-5 in a window.
 const SIGNIFICANT: f64 = 5.0;
 
-/// The order bias of one judge over its recent preferences; warns once when it is significant.
+/// The position bias of one judge over its recent preferences; warns once when it is significant.
 #[derive(Default)]
-pub(crate) struct OrderBiasMonitor(Mutex<OrderBias>);
+pub(crate) struct PositionBiasMonitor(Mutex<PositionBias>);
 
 /// Sums over recent preferences.
 #[derive(Debug, Default)]
-struct OrderBias {
+struct PositionBias {
     count: f64,
     /// Σ(p − ½), with p for the completion shown first.
     sum: f64,
@@ -32,7 +32,7 @@ struct OrderBias {
     was_reported: bool,
 }
 
-impl OrderBiasMonitor {
+impl PositionBiasMonitor {
     /// Records verdicts of `judge` on comparisons in a random order, or on both orders of one comparison. Returns the
     /// mean bias, from −½ (always the second) to ½ (always the first); `None` before the first preference.
     pub(crate) fn observe(&self, judge: &str, verdicts: &[&Verdict]) -> Option<f64> {
@@ -59,7 +59,7 @@ impl OrderBiasMonitor {
     }
 }
 
-impl OrderBias {
+impl PositionBias {
     fn add(&mut self, p: Probability) {
         let difference = f64::from(p.get()) - 0.5;
         self.count += 1.0;
@@ -90,7 +90,7 @@ mod tests {
 
     /// The mean after these p, and the number of them after which the bias is significant.
     fn bias(ps: impl IntoIterator<Item = f32>) -> (f64, Option<usize>) {
-        let mut bias = OrderBias::default();
+        let mut bias = PositionBias::default();
         let mut significant_at = None;
         for (index, p) in ps.into_iter().enumerate() {
             bias.add(Probability::new(p).unwrap());
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn abstentions_are_not_counted() {
-        let monitor = OrderBiasMonitor::default();
+        let monitor = PositionBiasMonitor::default();
         let (first, no) = (preferred(1.0), abstained("no"));
         assert_eq!(monitor.observe("http", &[&no]), None);
         assert_eq!(monitor.observe("http", &[&first, &no]), Some(0.5));

@@ -1,13 +1,17 @@
 //! The program's log, on standard error.
 
+mod line_limit;
+
 use std::{fmt::Debug, io};
 
-use telemetry::{StandardError, printable_line, takes_ansi};
+use telemetry::{StandardError, printable_line, shortened, takes_ansi};
 use tracing_subscriber::{
     EnvFilter,
     field::MakeExt,
-    fmt::format::{Writer, debug_fn},
+    fmt::format::{Writer, debug_fn, format},
 };
+
+use crate::logging::line_limit::LineLimit;
 
 /// Installs the log subscriber. Level `info` by default (`warn` for noisy libraries), or the filter in `AGON_LOG`,
 /// as in `AGON_LOG=learner=debug`.
@@ -24,9 +28,8 @@ pub(crate) fn start() {
         // Internal errors would go to standard error and panic if that is closed.
         .log_internal_errors(false)
         .with_ansi(takes_ansi(&io::stderr()))
-        .with_target(false)
         .fmt_fields(debug_fn(write_field).delimited(" "))
-        .compact()
+        .event_format(LineLimit::new(format().with_target(false).compact()))
         .init();
 }
 
@@ -38,6 +41,7 @@ fn write_field(
     value: &dyn Debug,
 ) -> std::fmt::Result {
     let value = format!("{value:?}");
+    let value = shortened(&value);
     let value = printable_line(&value);
     match field.name() {
         "message" => write!(out, "{value}"),
