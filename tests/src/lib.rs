@@ -38,7 +38,7 @@ pub use nats_server::{NatsServer, free_port};
 pub use process_output::ProcessOutput;
 pub use raw_nats::RawNats;
 pub use run_files::{column, metrics, number, report, steps};
-pub use sandbox::{RunningProcess, Sandbox, wait_until, workspace_root};
+pub use sandbox::{RunningProcess, Sandbox, make_pipe, wait_until, workspace_root};
 pub use shared::shared;
 pub use tiny_runs::{config, tiny_adapted, tiny_bandit, tiny_playground};
 pub use tools::tool;

@@ -96,6 +96,34 @@ fn adapter_log_probabilities_match_peft() {
     );
 }
 
+/// PEFT writes `"task_type": null` when `get_peft_model` was not told one.
+#[test]
+fn an_adapter_that_names_no_task_is_scored_as_a_language_model() {
+    let Some((base, adapter)) = fixtures("score_adapter_without_task") else {
+        return;
+    };
+    let sandbox = Sandbox::new();
+    let folder = sandbox.path("adapter");
+    fs::create_dir(&folder).expect("a folder in the sandbox");
+    fs::copy(
+        adapter.join("adapter_model.safetensors"),
+        folder.join("adapter_model.safetensors"),
+    )
+    .expect("the adapter's weights");
+    let mut config = read(&adapter.join("adapter_config.json"));
+    config["task_type"] = Value::Null;
+    config["base_model_name_or_path"] = text(&base).into();
+    fs::write(folder.join("adapter_config.json"), config.to_string()).expect("its configuration");
+    let alone = log_probabilities(score(&sandbox, &folder, &rows(), &[]));
+    let beside = log_probabilities(score(
+        &sandbox,
+        &base,
+        &rows(),
+        &["--adapter", &text(&adapter)],
+    ));
+    assert_eq!(alone, beside);
+}
+
 const ROWS: [&str; 2] = [
     r#"{"ids": [1, 20, 30, 40, 50]}"#,
     r#"{"prompt": "my friend ana", "completion": " went"}"#,

@@ -3,11 +3,10 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use serde_json::{Value, json};
-use system_tests::{Sandbox, shared};
+use system_tests::{Sandbox, make_pipe, shared};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -164,7 +163,7 @@ fn chat_templates_of_real_models_render() {
     }
 }
 
-/// A template is a program of a stranger: each of these exhausts time, memory or the stack of a naive interpreter.
+/// A template is an untrusted program: each of these exhausts time, memory or the stack of a naive interpreter.
 #[test]
 fn hostile_chat_templates_are_refused_with_their_file() {
     let Some(templates) = shared("templates_are_refused", "data/cases/security/templates") else {
@@ -194,8 +193,7 @@ fn hostile_chat_templates_are_refused_with_their_file() {
         result.check(3, &["chat_template.jinja"]).without_panic();
     }
     fs::remove_file(&file).expect("the file is there");
-    let made = Command::new("mkfifo").arg(&file).status();
-    assert!(made.is_ok_and(|status| status.success()), "mkfifo");
+    make_pipe(&file);
     let result = sandbox.run(&["score", "--model", &text(&model), "--input", &rows]);
     result.check(3, &["chat_template.jinja"]).without_panic();
 }

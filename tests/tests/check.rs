@@ -290,6 +290,29 @@ fn files_of_other_commands_cause_warnings_only() {
 }
 
 #[test]
+fn rows_are_not_called_usable_before_they_are_checked() {
+    let both = CheckAndTrain::new();
+    both.sandbox.write(
+        "rows.jsonl",
+        "{\"question_id\": 81, \"turns\": [\"Why?\"]}\n",
+    );
+    let sets = [
+        "model.path=\"missing\"",
+        "prompts.kind=dataset",
+        "prompts.path=\"rows.jsonl\"",
+        "preference.judge={kind=\"rule\",rules=[{kind=\"ended\",weight=1.0}]}",
+    ];
+    let checked = both.run("check", &sets);
+    checked.check(
+        3,
+        &[
+            "fail model.path",
+            "warn prompts.path = rows.jsonl: read, but its columns are only checked once",
+        ],
+    );
+}
+
+#[test]
 fn check_and_train_report_all_errors_at_once() {
     let both = CheckAndTrain::new();
     let sets = ["model.path=\"missing\"", "telemetry.token_path=\"folder\""];

@@ -31,7 +31,7 @@ const MAY_BE_EMPTY: [(&str, &str); 7] = [
         "these judges are antisymmetric by construction and evaluated in one order",
     ),
     (
-        "agon_judge_order_bias",
+        "agon_judge_position_bias",
         "these judges are antisymmetric by construction and evaluated in one order",
     ),
     (
@@ -352,7 +352,9 @@ fn every_panel_and_alert_has_data_on_live_runs() {
         &[
             "learner.steps=1000000",
             "learner.max_staleness=2",
+            "learner.off_policy=truncate",
             "evaluation.eval_steps=10",
+            "evaluation.judge={kind=\"rule\",rules=[{kind=\"ended\",weight=1.0}]}",
             "preference.judge.kind=bradley-terry",
             "preference.fit.pairs.count=60",
             "preference.fit.train_batch_size=16",

@@ -6,11 +6,10 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use serde_json::Value;
-use system_tests::{ProcessOutput, Sandbox, config, shared};
+use system_tests::{ProcessOutput, Sandbox, config, make_pipe, shared};
 
 /// Runs `agon train` for a few steps on a small model with these prompt settings; every pair is logged as a sample.
 fn train(sandbox: &Sandbox, model: &Path, run: &Path, sets: &[String]) -> ProcessOutput {
@@ -419,8 +418,7 @@ fn hostile_files_are_refused_with_the_limit() {
     };
     let sandbox = Sandbox::new();
     let pipe = sandbox.path("pipe.jsonl");
-    let made = Command::new("mkfifo").arg(&pipe).status();
-    assert!(made.is_ok_and(|status| status.success()), "mkfifo");
+    make_pipe(&pipe);
     symlink("/dev/zero", sandbox.path("zero.jsonl")).expect("a link");
     // Four bytes for each 128 KiB of white space.
     let mut bomb = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x38];

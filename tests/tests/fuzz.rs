@@ -134,7 +134,7 @@ fn copy_folder(from: &Path, to: &Path) {
 }
 
 #[test]
-fn run_directories_of_strangers_are_shown_or_refused() {
+fn run_untrusted_directories_are_shown_or_refused() {
     const INPUTS: u64 = 16;
     let sandbox = Sandbox::new();
     let run = sandbox.path("run");

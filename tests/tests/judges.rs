@@ -570,3 +570,18 @@ fn prompts_with_an_answer_go_to_a_rule_and_the_rest_to_a_model() {
         assert!(prompt.starts_with("Open number"), "{prompt:?}");
     }
 }
+
+/// The last line of a run is what a supervisor shows.
+#[test]
+fn a_run_that_ends_for_its_judge_says_so_in_its_last_line() {
+    let server = FakeChat::start(|_, _| FakeChatResponse::json(401, &json!({"error": "no key"})));
+    let sandbox = Sandbox::new();
+    let judge = format!("preference.judge={}", chat(&server.url(), ""));
+    let sets = ["learner.batch_timeout_seconds=4", &judge];
+    let output = sandbox.run(&tiny_playground(&sandbox.path("run"), &sets));
+    let output = output.without_panic();
+    let last = output.stderr.lines().last().unwrap_or_default();
+    for says in ["error: labels are waiting for a judge: ", "no step for 4 s"] {
+        assert!(last.contains(says), "no {says:?} in {last:?}");
+    }
+}

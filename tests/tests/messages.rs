@@ -361,7 +361,7 @@ fn invalid_messages_are_counted_put_aside_and_logged_and_end_nothing() {
     }
     let sent: usize = streams.iter().map(|(_, messages)| messages.len() + 1).sum();
     let mut aside = 0;
-    wait_until("every message is put aside", || {
+    wait_until("every message is rejected", || {
         aside = client.messages("agon-forged-dead-letters");
         (aside >= sent as u64).then_some(())
     });
@@ -409,7 +409,7 @@ fn assert_counted(run: &Path, counts: [usize; 4]) {
 fn assert_logged(log: &str, counts: [usize; 4]) {
     let whats = ["prompt", "pair", "labelled pair", "drop note"];
     for (what, count) in whats.into_iter().zip(counts) {
-        let what = format!("an invalid {what} was put aside");
+        let what = format!("an invalid {what} was rejected");
         let lines = log.lines().filter(|line| line.contains(&what));
         assert_eq!(lines.count(), count, "{what}: {log}");
     }

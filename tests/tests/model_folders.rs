@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use system_tests::{ProcessOutput, Sandbox, shared, workspace_root};
+use system_tests::{ProcessOutput, Sandbox, make_pipe, shared, workspace_root};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -334,8 +334,7 @@ fn only_regular_files_inside_a_folder_are_read() {
             continue;
         }
         fs::remove_file(&file).expect("the link");
-        let made = std::process::Command::new("mkfifo").arg(&file).status();
-        assert!(made.expect("mkfifo starts").success());
+        make_pipe(&file);
         let says = [name, "it is a named pipe, not a regular file"];
         assert_rejected(&sandbox, &folder, &ids, &says);
     }

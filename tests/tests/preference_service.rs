@@ -220,7 +220,10 @@ fn exchange(base: &str, headers: &str, body: &str) -> String {
 #[test]
 fn requests_from_elsewhere_are_refused() {
     let sandbox = Sandbox::new();
-    let token = sandbox.write("token", "sesame").display().to_string();
+    let token = sandbox
+        .write("token", "sesame-sesame-sesame")
+        .display()
+        .to_string();
     let path = config("default.toml").display().to_string();
     let listen = "preference.http.listen=\"0.0.0.0:0\"";
     sandbox
@@ -260,7 +263,10 @@ fn requests_from_elsewhere_are_refused() {
     let token_path = format!("preference.http.token_path={token:?}");
     let (closed, base) = serve(&sandbox, &[listen, &token_path]);
     let base = base.replace("0.0.0.0", "127.0.0.1");
-    for (header, status) in [("", "401"), ("Authorization: Bearer sesame\r\n", "400")] {
+    for (header, status) in [
+        ("", "401"),
+        ("Authorization: Bearer sesame-sesame-sesame\r\n", "400"),
+    ] {
         let answer = exchange(&base, &format!("Host: elsewhere\r\n{header}{json}"), "{");
         assert!(
             answer.starts_with(&format!("HTTP/1.1 {status}")),

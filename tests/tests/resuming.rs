@@ -11,8 +11,8 @@ use std::{
 use playground::Bandit;
 use serde_json::json;
 use system_tests::{
-    ProcessOutput, Sandbox, agon_binary, config, metrics, number, report, steps, tiny_adapted,
-    tiny_bandit, tiny_playground,
+    ProcessOutput, Sandbox, agon_binary, config, make_pipe, metrics, number, report, steps,
+    tiny_adapted, tiny_bandit, tiny_playground,
 };
 
 /// Runs a short bandit with run directory `run`, resumed as `resume` says, such as `--resume=auto`.
@@ -84,6 +84,35 @@ fn resuming_a_finished_run_changes_nothing() {
     }
     bandit(&sandbox, &run, &["learner.steps=8"], &["--resume"]).succeeded();
     assert_eq!(report(&run)["steps"], 8);
+}
+
+#[test]
+fn a_finished_run_with_a_damaged_last_checkpoint_is_not_left_at_that() {
+    let sandbox = Sandbox::new();
+    let run = finished(&sandbox);
+    damage(&run.join("checkpoints/step_6/model.safetensors"));
+    let says = ["step_6", "model.safetensors is damaged", "--resume=auto"];
+    bandit(&sandbox, &run, &[], &["--resume"]).check(3, &says);
+    let again = bandit(&sandbox, &run, &[], &["--resume=auto"]);
+    again.check(0, &["is skipped", "step_6", "resumed step=4"]);
+    bandit(&sandbox, &run, &[], &["--resume"]).check(0, &["nothing is left to do"]);
+}
+
+/// A run that waits for a pipe's writer would hang without a word.
+#[test]
+fn a_pipe_in_place_of_a_checkpoints_file_is_damage() {
+    let sandbox = Sandbox::new();
+    let run = finished(&sandbox);
+    for name in ["state.json", "buffered.pairs", "checksums.json"] {
+        let path = run.join("checkpoints/step_6").join(name);
+        let content = fs::read(&path).expect("a file of the checkpoint");
+        fs::remove_file(&path).expect("a writable run");
+        make_pipe(&path);
+        let output = bandit(&sandbox, &run, &["learner.steps=8"], &["--resume"]);
+        output.check(3, &["step_6", name, "not a regular file"]);
+        fs::remove_file(&path).expect("a writable run");
+        fs::write(&path, content).expect("a writable run");
+    }
 }
 
 #[test]

@@ -6,12 +6,11 @@ use std::{
     net::{TcpListener, TcpStream},
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use serde_json::Value;
 use system_tests::{
-    Sandbox, column, config, metrics, number, present, status, status_now, tiny_bandit,
+    Sandbox, column, config, make_pipe, metrics, number, present, status, status_now, tiny_bandit,
     tiny_playground, wait_until, workspace_root,
 };
 
@@ -178,7 +177,7 @@ fn get(port: &str, path: &str, header: &str) -> String {
 fn the_page_requires_its_token() {
     let sandbox = Sandbox::new();
     let run = sandbox.path("run");
-    let token = sandbox.write("token", "sesame\n");
+    let token = sandbox.write("token", "sesame-sesame-sesame\n");
     let listen = "telemetry.page=\"0.0.0.0:0\"";
     let arguments = tiny_playground(&run, &["learner.steps=100000", listen]);
     sandbox
@@ -199,7 +198,11 @@ fn the_page_requires_its_token() {
     let config = "/api/runs/0/config";
     let unauthorised = get(&port, config, "");
     assert!(unauthorised.starts_with("HTTP/1.1 401"), "{unauthorised}");
-    let authorised = get(&port, config, "Authorization: Bearer sesame\r\n");
+    let authorised = get(
+        &port,
+        config,
+        "Authorization: Bearer sesame-sesame-sesame\r\n",
+    );
     assert!(
         authorised.starts_with("HTTP/1.1 200") && authorised.contains("\"mixture_coef\":0.125"),
         "{authorised}"
@@ -207,7 +210,7 @@ fn the_page_requires_its_token() {
     running.terminate();
     let output = running.wait().check(5, &[]).without_panic();
     assert!(
-        !output.stderr.contains("sesame"),
+        !output.stderr.contains("sesame-sesame-sesame"),
         "the log contains the token: {}",
         output.stderr
     );
@@ -248,7 +251,18 @@ fn every_declared_metric_is_recorded() {
         let objective = name
             .strip_prefix("loss/")
             .map(|kind| format!("{:?}", kind.replace('_', "-")));
+        // Names of further comparisons begin with the other side's name.
+        let of_comparison = ["average", "current_reference"].iter().find_map(|other| {
+            let rest = name.strip_prefix(&format!("eval/{other}_"))?;
+            Some(format!("eval/{{name}}_{rest}"))
+        });
+        // Names of evaluation judges' metrics are made of their prefix, their own part and the judge's name.
+        let of_judge = name
+            .strip_suffix("/JUDGE")
+            .and_then(|name| name.strip_prefix("eval/"));
         let is_recorded = sources.contains(&format!("{name:?}"))
+            || of_comparison.is_some_and(|name| sources.contains(&format!("{name:?}")))
+            || of_judge.is_some_and(|name| sources.contains(&format!("{name:?}")))
             || objective.is_some_and(|kind| sources.contains(&kind));
         assert!(is_recorded, "{name} is declared but not recorded");
     }
@@ -416,7 +430,7 @@ fn first_update(address: &str) -> String {
 }
 
 #[test]
-fn looking_at_a_strangers_run_makes_no_request() {
+fn looking_at_an_untrusted_run_makes_no_request() {
     let sandbox = Sandbox::new();
     let trap = Trap::new();
     let run = foreign_run(&sandbox, &trap);
@@ -467,8 +481,7 @@ fn damaged_run_directories_are_refused_by_file_name() {
     let secret = sandbox.write("secret", "secret");
     let broken: [(&str, Breaking<'_>); 5] = [
         ("a pipe", &|file| {
-            let made = Command::new("mkfifo").arg(file).status();
-            assert!(made.expect("mkfifo").success());
+            make_pipe(file);
         }),
         ("a link out", &|file| {
             symlink(&secret, file).expect("a link");

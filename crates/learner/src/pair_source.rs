@@ -1,7 +1,7 @@
 //! Source of training batches: sends prompts, receives labelled pairs and drop notes, buffers the pairs.
 //!
 //! Promises that every received pair is trained on, dropped with a counted reason, or handed to the evaluation or
-//! APO loop that waits for it; that no pair is trained on twice; that a message which does not fit the run is put aside
+//! APO loop that waits for it; that no pair is trained on twice; that a message which does not fit the run is rejected
 //! and ends nothing; and that a wait without progress ends with an error.
 //! Does not know what a step does with a batch.
 
@@ -100,7 +100,7 @@ pub(crate) enum Arrival {
 
 /// Drops, waits and outstanding prompts since the last step.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct IntakeMetrics {
+pub(crate) struct BatchWaitMetrics {
     /// Drops since the last step.
     pub(crate) drops: StepDrops,
     /// Time spent waiting for batches since the last step.
@@ -356,7 +356,7 @@ impl PairSource {
 
     /// Restarts the deadline but keeps the counts of drops: a message that may have been one counts as progress.
     fn extend_deadline(&mut self) {
-        self.waiting.progress = ProgressDeadline::start(self.labelled.time_away());
+        self.waiting.progress = ProgressDeadline::start(self.labelled.outage_time());
     }
 
     /// Deadline of the current wait.
@@ -364,7 +364,7 @@ impl PairSource {
         let allowed = Duration::from_secs(self.limits.timeout_seconds);
         self.waiting
             .progress
-            .after(allowed, self.labelled.time_away())
+            .after(allowed, self.labelled.outage_time())
     }
 
     /// Prompts dropped since the last progress.
@@ -379,10 +379,10 @@ impl PairSource {
     }
 
     /// Counts `pairs` pairs as trained on; returns the metrics since the step before.
-    pub(crate) fn finish_step(&mut self, pairs: usize) -> IntakeMetrics {
+    pub(crate) fn finish_step(&mut self, pairs: usize) -> BatchWaitMetrics {
         self.counters.emitted(pairs as u64);
         let dropped = self.counters.snapshot().dropped;
-        IntakeMetrics {
+        BatchWaitMetrics {
             drops: self.dropped.take_step(),
             waited: std::mem::take(&mut self.waiting.waited),
             outstanding: self.scheduler.outstanding(),
@@ -539,9 +539,9 @@ impl PairSource {
     /// Puts an invalid drop note aside. Unlike others, it counts as a message that the stage received and dropped.
     async fn put_note_aside(&mut self, note: &Dropped, receipt: Receipt, invalid: &InvalidMessage) {
         let (prompt, detail) = (note.prompt.0, invalid.to_string());
-        tracing::warn!(prompt, detail, "an invalid drop note was put aside");
+        tracing::warn!(prompt, detail, "an invalid drop note was rejected");
         self.counters.received(1);
-        receipt.put_aside(note).await;
+        receipt.dead_letter(note).await;
         self.dropped.count_pair(DropReason::Invalid, &detail);
         self.counters.dropped(DropReason::Invalid, 1);
     }
@@ -551,7 +551,7 @@ impl PairSource {
         self.dropped.count_pair(reason, &detail);
         match pair.receipt {
             Some(receipt) if reason == DropReason::Invalid => {
-                receipt.put_aside(&pair.labelled).await;
+                receipt.dead_letter(&pair.labelled).await;
             }
             receipt => acknowledge(receipt),
         }
@@ -583,7 +583,7 @@ impl Rejection {
         Self { reason, detail }
     }
 
-    /// Logs an invalid pair, which is put aside.
+    /// Logs an invalid pair, which is rejected.
     fn invalid(labelled: &LabelledPair, invalid: &InvalidMessage) -> Self {
         let (prompt, detail) = (labelled.pair.id().0, invalid.to_string());
         let (actor, judge) = (&labelled.pair.actor, &labelled.judge);
@@ -592,7 +592,7 @@ impl Rejection {
             ?actor,
             ?judge,
             detail,
-            "an invalid labelled pair was put aside"
+            "an invalid labelled pair was rejected"
         );
         Self {
             reason: DropReason::Invalid,

@@ -41,14 +41,14 @@ pub(crate) async fn send_in_time<T: WireMessage + Clone + Send + Sync + 'static>
     what: &'static str,
     allowed: Duration,
 ) -> Result<(), LearnerError> {
-    let wait = ProgressDeadline::start(sender.time_away());
+    let wait = ProgressDeadline::start(sender.outage_time());
     let mut sending = pin!(sender.send(message));
     loop {
-        let deadline = wait.after(allowed, sender.time_away());
+        let deadline = wait.after(allowed, sender.outage_time());
         match timeout_at(deadline, &mut sending).await {
             Ok(sent) => return Ok(sent?),
             // The server was away meanwhile.
-            Err(_) if wait.after(allowed, sender.time_away()) > Instant::now() => {}
+            Err(_) if wait.after(allowed, sender.outage_time()) > Instant::now() => {}
             Err(_) => {
                 let seconds = allowed.as_secs();
                 return Err(LearnerError::NoRoom { what, seconds });

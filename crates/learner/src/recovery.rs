@@ -23,14 +23,16 @@ use crate::{
 const MAX_ROLLBACKS: u64 = 3;
 
 /// Counts of rejected steps and rollbacks.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct RecoveryCounts {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryCounts {
     /// Rejected steps in a row.
     consecutive_rejected: u64,
-    /// Rejected steps in total.
-    pub(crate) rejected: u64,
+    /// Steps that were rejected because they were not finite or far beyond the run's past.
+    pub rejected: u64,
+    /// Those of them whose loss or gradient was not finite.
+    pub nonfinite: u64,
     /// Rollbacks to a checkpoint.
-    pub(crate) rollbacks: u64,
+    pub rollbacks: u64,
 }
 
 /// State of a [`Recovery`]; part of every checkpoint.
@@ -99,7 +101,9 @@ impl Recovery {
         let path = write_quarantine(&self.directory, step, counts.rejected, pairs)?;
         let [loss, grad_norm] =
             ["loss", "grad_norm"].map(|name| measurements.get(name).unwrap_or(f64::NAN));
-        let reason = match loss.is_finite() && grad_norm.is_finite() {
+        let is_finite = loss.is_finite() && grad_norm.is_finite();
+        counts.nonfinite += u64::from(!is_finite);
+        let reason = match is_finite {
             true => "a step was far beyond the run's past and changed nothing",
             false => "a step was not finite and changed nothing",
         };

@@ -13,7 +13,7 @@ use crate::{
     error::LearnerError,
     evaluation::Evaluation,
     pair_buffer,
-    pair_source::IntakeMetrics,
+    pair_source::BatchWaitMetrics,
     progress::{RunTotals, count_from_files, label_count},
     recovery::RecoveryCounts,
     step_metrics,
@@ -44,6 +44,8 @@ pub(crate) struct Reporter {
     terminal: Progress,
     /// Whether the last step's policy counted as collapsed.
     has_collapsed: bool,
+    /// Fraction of the run's steps with a clipped gradient, as of the last step.
+    clipped_share: Option<f64>,
 }
 
 /// Inputs of a [`Reporter`].
@@ -64,7 +66,7 @@ pub(crate) struct AppliedStep<'a> {
     /// Metrics of the trainer.
     pub(crate) measurements: Measurements,
     /// Drops, waits and outstanding prompts since the step before.
-    pub(crate) intake: IntakeMetrics,
+    pub(crate) waits: BatchWaitMetrics,
     /// Duration of the step, without the wait for its batch.
     pub(crate) busy: Duration,
 }
@@ -94,6 +96,7 @@ impl Reporter {
             directory: parts.directory,
             tokenizer: parts.tokenizer,
             has_collapsed: false,
+            clipped_share: None,
         })
     }
 
@@ -125,17 +128,18 @@ impl Reporter {
             pairs,
             samples,
             mut measurements,
-            intake,
+            waits,
             ..
         } = step;
-        if let Some(kl) = self.kl(pairs, samples, intake) {
+        if let Some(kl) = self.kl(pairs, samples, waits) {
             measurements.set("objective/kl", kl);
         }
+        self.clipped_share = measurements.get("grad_clipped_share");
         let step = run.totals.step;
         let sampled = pairs.len() - count_from_files(pairs);
-        let identical = self.identical_ratio(intake.drops.identical, sampled, step);
+        let identical = self.identical_ratio(waits.drops.identical, sampled, step);
         measurements.set("completions/identical_ratio", identical);
-        let no_signal = intake.drops.no_signal as f64;
+        let no_signal = waits.drops.no_signal as f64;
         let judged = (no_signal + pairs.len() as f64).max(1.0);
         measurements.set("completions/no_signal_ratio", no_signal / judged);
         measurements.merge(flow);
@@ -195,6 +199,11 @@ impl Reporter {
         Ok(())
     }
 
+    /// Fraction of the run's steps with a clipped gradient; `None` before the first step of this session.
+    pub(crate) fn clipped_share(&self) -> Option<f64> {
+        self.clipped_share
+    }
+
     /// Ends the progress display at `step`.
     pub(crate) fn finish(self, step: u64, note: &str) {
         self.terminal.finish_at(step, note);
@@ -202,7 +211,7 @@ impl Reporter {
 
     /// Staleness, waiting time, throughput and health of a step.
     fn flow_metrics(&self, step: &AppliedStep<'_>, run: &StepContext<'_>) -> Measurements {
-        let AppliedStep { pairs, intake, .. } = step;
+        let AppliedStep { pairs, waits, .. } = step;
         // The weights that the step started from.
         let before = run.totals.step - 1;
         let staleness: Vec<u64> = pairs
@@ -210,13 +219,13 @@ impl Reporter {
             .filter(|labelled| labelled.pair.prompt.purpose != Purpose::File)
             .map(|labelled| pair_buffer::staleness(labelled, before))
             .collect();
-        let waited = intake.waited.as_secs_f64();
+        let waited = waits.waited.as_secs_f64();
         let seconds = waited + step.busy.as_secs_f64();
         let completions = pairs.iter().flat_map(|l| &l.pair.completions);
         let tokens: usize = completions.map(|c| c.ids.len()).sum();
         let mut m = staleness_metrics(&staleness);
-        m.set("staleness/dropped", intake.stale as f64);
-        m.set("staleness/outstanding", intake.outstanding as f64);
+        m.set("staleness/dropped", waits.stale as f64);
+        m.set("staleness/outstanding", waits.outstanding as f64);
         m.set("policy_version", run.version.step as f64);
         m.set("time/step", seconds);
         m.set("time/wait_for_batch", waited);
@@ -230,7 +239,7 @@ impl Reporter {
             m.set("perf/peak_memory_bytes", bytes as f64);
         }
         m.set("num_tokens", run.totals.tokens as f64);
-        if let Some(passes) = intake.passes {
+        if let Some(passes) = waits.passes {
             m.set("epoch", passes);
             m.set("pairs/from_files", count_from_files(pairs) as f64);
         }
@@ -242,7 +251,7 @@ impl Reporter {
         if let Some(bytes) = telemetry::free_bytes(self.directory.root()) {
             m.set("disk/free_bytes", bytes as f64);
         }
-        m.set("health/nonfinite_steps", run.recovery.rejected as f64);
+        m.set("health/nonfinite_steps", run.recovery.nonfinite as f64);
         m.set("health/skipped_steps", run.recovery.rejected as f64);
         m.set("health/rollbacks", run.recovery.rollbacks as f64);
         m
@@ -255,11 +264,11 @@ impl Reporter {
         &self,
         pairs: &[LabelledPair],
         samples: PolicySamples,
-        intake: IntakeMetrics,
+        waits: BatchWaitMetrics,
     ) -> Option<f64> {
         let is_current = self.settings.max_staleness == 0 && self.sampling == Sampling::Exact;
         let completions = pairs.first().map_or(0, |l| l.pair.completions.len());
-        let mean = intake.drops.mean_log_ratio(samples, completions);
+        let mean = waits.drops.mean_log_ratio(samples, completions);
         mean.filter(|_| is_current)
     }
 

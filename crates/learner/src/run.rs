@@ -30,7 +30,7 @@ use crate::{
     prompt_scheduler::{PromptScheduler, PromptSchedulerParts, PromptSchedulerState},
     prompts::PromptSet,
     publisher::Publisher,
-    recovery::Recovery,
+    recovery::{Recovery, RecoveryCounts},
     reporter::{AppliedStep, Reporter, ReporterParts, Sampling, StepContext},
     trainer::{
         ReferenceLogprobs, StepOutcome, Trainer, followers::Publication, thread::TrainerThread,
@@ -173,10 +173,10 @@ pub struct Summary {
     pub weights_digest: Digest,
     /// Evaluations, oldest first.
     pub evaluations: Vec<Evaluation>,
-    /// Number of steps that were rejected because they were not finite or far beyond the run's past.
-    pub rejected: u64,
-    /// Number of rollbacks to a checkpoint.
-    pub rollbacks: u64,
+    /// Rejected steps and rollbacks.
+    pub recovery: RecoveryCounts,
+    /// Fraction of the steps with a clipped gradient; `None` if this session took none.
+    pub clipped_share: Option<f64>,
     /// Last checkpoint.
     pub checkpoint: PathBuf,
 }
@@ -386,14 +386,14 @@ impl Learner {
         self.source.acknowledge(batch.receipts);
         match outcome {
             StepOutcome::Applied(measurements, samples) => {
-                let intake = self.source.finish_step(pairs.len());
+                let waits = self.source.finish_step(pairs.len());
                 self.progress.advance(&pairs);
                 self.recovery.count_applied(&measurements);
                 let applied = AppliedStep {
                     pairs: &pairs,
                     samples,
                     measurements,
-                    intake,
+                    waits,
                     busy: started.elapsed(),
                 };
                 let run = StepContext {
@@ -540,7 +540,7 @@ impl Learner {
             Ending::Finished => "done",
             Ending::Interrupted => "interrupted; saved",
         };
-        let (totals, recovery) = (self.progress.totals(), self.recovery.counts());
+        let totals = self.progress.totals();
         let summary = Summary {
             ending,
             steps: totals.step,
@@ -550,8 +550,8 @@ impl Learner {
             wall_seconds: totals.wall_seconds,
             weights_digest: Digest::of(&blob),
             checkpoint: self.checkpoints.path(totals.step),
-            rejected: recovery.rejected,
-            rollbacks: recovery.rollbacks,
+            recovery: self.recovery.counts(),
+            clipped_share: self.reporter.clipped_share(),
             evaluations: self.evaluator.into_history(),
         };
         self.reporter.finish(totals.step, note);

@@ -1,4 +1,4 @@
-//! Files of a model folder, which may come from strangers.
+//! Files of a model folder, which may be untrusted.
 //!
 //! Promises that only regular files are read, at most a known number of bytes, and only files of the folder: a symbolic
 //! link may not lead out of it, because files of a model are copied into checkpoints and uploaded to other processes. The

@@ -32,7 +32,7 @@ pub struct LearnerSettings {
     /// Minimum number of passes that a step is split into.
     pub gradient_accumulation_steps: usize,
     /// Maximum number of tokens per pass, prompts and completions, unless a single prompt exceeds it; 0: no limit.
-    pub max_tokens_per_pass: usize,
+    pub max_tokens_per_micro_batch: usize,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// Decay of the learning rate after warm-up.

@@ -287,12 +287,20 @@ impl Preflight {
                 }
             }
             (PromptsSettings::Dataset(dataset), None) => {
-                for (key, path) in prompt_paths(dataset) {
-                    let read = dataset::check(path).map_err(Into::into);
-                    if self.require(key, read).is_some() {
-                        self.usable(format!("{key} = {}", path.display()));
-                    }
-                }
+                self.rows_without_tokenizer(&prompt_paths(dataset));
+            }
+        }
+    }
+
+    /// Reads the rows of files whose forms cannot be checked, for want of the model's tokenizer.
+    fn rows_without_tokenizer(&mut self, paths: &PathsByKey<'_>) {
+        for (key, path) in paths {
+            let read = dataset::check(path).map_err(Into::into);
+            if self.require(key, read).is_some() {
+                let path = path.display();
+                self.findings.push(PreflightFinding::Doubtful(format!(
+                    "{key} = {path}: read, but its columns are only checked once the model's tokenizer can be opened"
+                )));
             }
         }
     }
@@ -316,12 +324,7 @@ impl Preflight {
             .map(|file| (key, file.path.as_path()))
             .collect();
         let Some(policy) = policy else {
-            for (key, path) in paths {
-                let read = dataset::check(path).map_err(Into::into);
-                if self.require(key, read).is_some() {
-                    self.usable(format!("{key} = {}", path.display()));
-                }
-            }
+            self.rows_without_tokenizer(&paths);
             return;
         };
         let read = read_pair_files(settings, pairs, policy);
@@ -398,12 +401,11 @@ impl Preflight {
                 self.require("preference.fit.pairs.kind", checked);
             }
             PairsSettings::Dataset(files) => {
-                let read = match backbone {
-                    Some(backbone) => {
-                        preference_pairs::read_pairs(settings, files, backbone).map(drop)
-                    }
-                    None => dataset::check(&files.path).map_err(Into::into),
+                let Some(backbone) = backbone else {
+                    self.rows_without_tokenizer(&pair_paths(settings));
+                    return;
                 };
+                let read = preference_pairs::read_pairs(settings, files, backbone);
                 let read = read.map_err(|error| with_key(error, &pair_paths(settings)));
                 if self.require("", read).is_some() {
                     for (key, path) in pair_paths(settings) {
@@ -428,7 +430,7 @@ impl Preflight {
         }
         let http = &settings.preference.http;
         if scope == PreflightScope::AllRoles && !http.listen.is_empty() {
-            let token = preference::read_key(&http.token_path).map_err(Into::into);
+            let token = telemetry::http::read_token(&http.token_path).map_err(Into::into);
             if let Some(token) = self.require("preference.http.token_path", token) {
                 let listens = preference::Server::check(&http.listen, token.as_deref());
                 self.require("", listens.map_err(Into::into));

@@ -187,7 +187,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
     let prompts = learner
         .train_batch_size
         .div_ceil(learner.gradient_accumulation_steps.max(1));
-    let pass_tokens = match learner.max_tokens_per_pass {
+    let pass_tokens = match learner.max_tokens_per_micro_batch {
         0 => usize::MAX,
         limit => limit.max(prompt_tokens),
     };

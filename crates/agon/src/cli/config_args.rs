@@ -71,7 +71,8 @@ pub(crate) struct RunArguments {
 }
 
 impl RunArguments {
-    /// Whether the run is to be resumed and has nothing left to do: it has taken all steps and written its report.
+    /// Whether the run is to be resumed and has nothing left to do: it has taken all steps and written its report,
+    /// and its last checkpoint is whole.
     pub(crate) fn is_finished(&self, path: &Path, settings: &Settings) -> bool {
         let Some(which) = self.resume.as_deref() else {
             return false;
@@ -88,7 +89,10 @@ impl RunArguments {
             return false;
         };
         let is_complete = learner::is_complete_checkpoint(&checkpoint, settings).unwrap_or(false);
-        is_complete && is_reported(path, &checkpoint)
+        // A damaged last checkpoint is not left at that: `latest` refuses it, `auto` goes back to one that is whole.
+        is_complete
+            && is_reported(path, &checkpoint)
+            && learner::check_checkpoint(&checkpoint).is_ok()
     }
 
     /// Creates the run directory `path`, or opens it and finds the checkpoint to resume from.

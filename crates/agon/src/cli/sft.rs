@@ -67,6 +67,7 @@ fn fine_tune(settings: &Settings, output: &Path) -> anyhow::Result<()> {
     let never = CancelToken::never();
     let base = LoadedModel::read(settings, &hub::folder(source, &never)?)?;
     let folder = &base.folder;
+    assembly::warn_without_stop_tokens(folder);
     let longest = settings.sft.max_length.min(folder.config.max_positions);
     let examples = sft::read_examples(rows, &settings.sft, &folder.tokenizer, longest)?;
     let saved = assembly::saved_adapter(settings, &never)?;

@@ -16,7 +16,7 @@ use crate::{
         session::{ClusterSession, EXIT_GRACE, POLL_INTERVAL},
         status::{MemberSource, StatusPublisher},
     },
-    run::{RoleBuilder, RunContext, RunOutcome, RunStreams},
+    run::{RoleBuilder, RunContext, RunOutcome, RunStreams, with_judge_outage},
 };
 
 /// Leads the run under the leader lease: publishes its record and initial model, runs the learner until all steps are
@@ -66,7 +66,9 @@ pub(crate) async fn lead(
             within_farewell(end).await
         }
     };
-    let summary = result?;
+    let waits = peers.iter().filter(|peer| !peer.heartbeat.left);
+    let waits = waits.flat_map(|peer| peer.heartbeat.waits.clone());
+    let summary = result.map_err(|error| with_judge_outage(error.into(), waits))?;
     let mut stages: Vec<(Stage, StageSnapshot)> = [Stage::Actor, Stage::Preference]
         .map(|stage| (stage, membership::stage_counters(&peers, stage)))
         .to_vec();

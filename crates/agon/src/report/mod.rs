@@ -11,7 +11,7 @@ use model::LanguageModel;
 use model::decode::{Decoder, Precision, Prefill};
 use serde_json::Value;
 use settings::{PromptsSettings, Settings};
-use telemetry::{RunDirectory, printable, write_atomically};
+use telemetry::{RunDirectory, printable, printable_json, write_atomically};
 
 use crate::{assembly::RunInputs, run::RunOutcome};
 
@@ -46,9 +46,9 @@ impl Report {
 
     /// Writes all files to the run directory and the Markdown to standard output.
     pub(crate) fn write(&self, directory: &RunDirectory) -> anyhow::Result<()> {
-        let mut json = serde_json::to_vec_pretty(&self.json)?;
-        json.push(b'\n');
-        write_atomically(&directory.report_json(), &json)?;
+        let json = serde_json::to_string_pretty(&self.json)?;
+        let json = format!("{}\n", printable_json(&json));
+        write_atomically(&directory.report_json(), json.as_bytes())?;
         write_atomically(&directory.report_markdown(), self.markdown.as_bytes())?;
         if self.evaluations.len() > 1 {
             charts::write_win_rates(&directory.root().join(WIN_RATE_CHART), &self.evaluations)?;

@@ -24,7 +24,8 @@ pub(super) fn to_json(
     let last = summary.evaluations.last();
     let last_value = |f: &dyn Fn(&Evaluation) -> f64| last.map_or(Value::Null, |e| json!(f(e)));
     let gold = last.and_then(|e| e.gold_win_rate);
-    let mut report = json!({
+    let mut report = training_json(inputs, outcome);
+    let evaluation = json!({
         "finished": summary.ending == Ending::Finished,
         "objective": settings.learner.objective,
         "judge": settings.preference.judge,
@@ -50,6 +51,24 @@ pub(super) fn to_json(
         "average": last.and_then(|e| e.average.as_ref()),
         "reference_version": last.and_then(|e| e.reference_version),
         "current_reference": last.and_then(|e| e.current_reference.as_ref()),
+        "evaluations": summary.evaluations,
+    });
+    for (key, value) in evaluation.as_object().into_iter().flatten() {
+        report[key] = value.clone();
+    }
+    if let Some(arms) = bandit {
+        report["reference"] = json!(arms.reference);
+        report["policy"] = json!(arms.policy);
+        report["mixture"] = json!(arms.mixture);
+        report["average_policy"] = json!(arms.average);
+    }
+    report
+}
+
+/// The part of the summary on training.
+fn training_json(inputs: &RunInputs, outcome: &RunOutcome) -> Value {
+    let summary = &outcome.summary;
+    json!({
         "steps": summary.steps,
         "pairs": summary.pairs,
         "pairs_from_files": summary.file_pairs,
@@ -58,22 +77,16 @@ pub(super) fn to_json(
         "wall_seconds": summary.wall_seconds,
         "base_seconds": inputs.model.base_seconds,
         "peak_memory_bytes": telemetry::peak_memory_bytes(),
-        "nonfinite_steps": summary.rejected,
-        "rollbacks": summary.rollbacks,
+        "nonfinite_steps": summary.recovery.nonfinite,
+        "skipped_steps": summary.recovery.rejected,
+        "rollbacks": summary.recovery.rollbacks,
+        "grad_clipped_share": summary.clipped_share,
         "weights_digest": summary.weights_digest.to_string(),
         "checkpoint": summary.checkpoint,
         "environment": environment(),
         "stages": stages(outcome),
-        "evaluations": summary.evaluations,
         "rounds": outcome.rounds,
-    });
-    if let Some(arms) = bandit {
-        report["reference"] = json!(arms.reference);
-        report["policy"] = json!(arms.policy);
-        report["mixture"] = json!(arms.mixture);
-        report["average_policy"] = json!(arms.average);
-    }
-    report
+    })
 }
 
 /// Version of the program and description of the machine.
@@ -124,6 +137,14 @@ pub(super) fn to_markdown(
             ", after {s:.0} s for the base policy"
         )),
     )?;
+    if let Some(share) = summary.clipped_share.filter(|&share| share > 0.0) {
+        writeln!(
+            text,
+            "The gradient was clipped in {:.0} % of the steps (at a norm of {}).",
+            100.0 * share,
+            settings.learner.optimizer().max_grad_norm
+        )?;
+    }
     write_evaluations(&mut text, &summary.evaluations)?;
     if let Some(arms) = bandit {
         writeln!(

@@ -296,8 +296,8 @@ mod tests {
             wall_seconds: 1.0,
             weights_digest: Digest::of(b""),
             evaluations: Vec::new(),
-            rejected: 0,
-            rollbacks: 0,
+            recovery: learner::RecoveryCounts::default(),
+            clipped_share: None,
             checkpoint: PathBuf::new(),
         };
         let mut text = String::new();

@@ -1,6 +1,7 @@
 //! Builds and runs the roles of a run. Each role knows its streams and nothing of the other roles.
 
 mod build;
+mod judge_outage;
 mod role_settings;
 mod single_process;
 mod streams;
@@ -16,6 +17,7 @@ use telemetry::{RunDirectory, StageSnapshot};
 use crate::assembly::{self, RunInputs};
 
 pub(crate) use build::{ApoSession, InitialActorPolicy, Role, RoleBuilder, StageMember};
+pub(crate) use judge_outage::with_judge_outage;
 pub(crate) use role_settings::sampling;
 pub(crate) use single_process::{join_all, run_single_process};
 pub(crate) use streams::{RunStreams, STREAM_NAMES};

@@ -6,7 +6,7 @@ use anyhow::{Context, anyhow};
 use hub::CancelToken;
 use learner::{Learner, Summary};
 use messages::Stage;
-use telemetry::StageCounters;
+use telemetry::{StageCounters, Waits};
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 use transport::Transport;
 
@@ -18,7 +18,7 @@ use crate::{
     },
     run::{
         ApoSession, InitialActorPolicy, Role, RoleBuilder, RunContext, RunOutcome, RunStreams,
-        StageMember,
+        StageMember, with_judge_outage,
     },
     signals,
 };
@@ -45,14 +45,15 @@ pub(crate) async fn run_single_process(
         metrics,
         shutdown: finishing,
     };
-    let mut roles = JoinSet::new();
+    let mut roles = RunningRoles::default();
     let cancel = signals::cancel_token(shutdown);
     let others = other_roles(&builder, &context, judge, &cancel).await?;
     let mut statuses = Vec::new();
     for role in others {
         role.tasks.into_iter().for_each(|task| {
-            roles.spawn(task);
+            roles.tasks.spawn(task);
         });
+        roles.waits.extend(role.status_source.waits.clone());
         statuses.push(role.status_source);
     }
     let others: Vec<StageCounters> = statuses.iter().map(|s| s.counters.clone()).collect();
@@ -70,6 +71,23 @@ pub(crate) async fn run_single_process(
     publisher.end(RunPhase::after(ending)).await;
     let stages = counters.iter().map(|c| (c.stage(), c.snapshot()));
     context.outcome(result?, stages.collect())
+}
+
+/// The actors and the preference service at work.
+#[derive(Default)]
+struct RunningRoles {
+    tasks: JoinSet<anyhow::Result<()>>,
+    waits: Vec<Waits>,
+}
+
+impl RunningRoles {
+    /// Reasons and durations in seconds of the open waits.
+    fn open_waits(&self) -> Vec<(String, f64)> {
+        let waits = self.waits.iter().flat_map(Waits::current);
+        waits
+            .map(|wait| (wait.reason.to_owned(), wait.elapsed.as_secs_f64()))
+            .collect()
+    }
 }
 
 /// The actors and the preference service, as far as the run needs them.
@@ -109,14 +127,17 @@ async fn other_roles(
 /// a failure: the learner saves, and the run ends with that role's error.
 async fn supervise(
     learner: Learner,
-    mut roles: JoinSet<anyhow::Result<()>>,
+    mut roles: RunningRoles,
     finish: watch::Sender<bool>,
     shutdown: &watch::Sender<bool>,
 ) -> anyhow::Result<Summary> {
     let mut learning = tokio::spawn(learner.run(shutdown.subscribe()));
     let summary = tokio::select! {
-        result = &mut learning => result.context("the learner panicked")??,
-        Some(ended) = roles.join_next() => {
+        result = &mut learning => {
+            let result = result.context("the learner panicked")?;
+            result.map_err(|error| with_judge_outage(error.into(), roles.open_waits()))?
+        }
+        Some(ended) = roles.tasks.join_next() => {
             let unrequested = || Err(anyhow!("an actor or the preference service ended unexpectedly"));
             let error = ended.context("a role panicked").and_then(|result| result);
             let error = error.and_then(|()| unrequested());
@@ -128,7 +149,7 @@ async fn supervise(
         }
     };
     finish.send_replace(true);
-    within(EXIT_GRACE, "actors or judge", join_all(&mut roles)).await??;
+    within(EXIT_GRACE, "actors or judge", join_all(&mut roles.tasks)).await??;
     Ok(summary)
 }
 

@@ -14,6 +14,8 @@ use messages::wire;
 use serde::{Deserialize, Serialize};
 use telemetry::wait_for_descriptor;
 
+use crate::checkpoint::files::read_regular;
+
 /// Name of the file.
 pub(super) const CHECKSUMS: &str = "checksums.json";
 
@@ -93,8 +95,7 @@ pub(super) fn of_folder(folder: &Path) -> io::Result<Vec<u8>> {
 /// # Errors
 /// The first defect.
 pub(crate) fn verify(folder: &Path) -> Result<(), Defect> {
-    let path = folder.join(CHECKSUMS);
-    let Some(bytes) = read_regular(&path)? else {
+    let Some(bytes) = read_checksums(folder)? else {
         return Err(match folder.join("state.json").is_file() {
             true => Defect::OtherBuild("an earlier"),
             false => Defect::Damaged("state.json and checksums.json are missing".into()),
@@ -137,30 +138,17 @@ fn check_file(folder: &Path, name: &str, expected: &FileChecksum) -> Result<(), 
 }
 
 /// Content of a regular file; `None` if there is none.
-fn read_regular(path: &Path) -> Result<Option<Vec<u8>>, Defect> {
-    match fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() => {}
-        Ok(_) => {
-            return Err(Defect::Damaged(format!(
-                "{CHECKSUMS} is not a regular file"
-            )));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(unreadable(&error)),
+fn read_checksums(folder: &Path) -> Result<Option<Vec<u8>>, Defect> {
+    match read_regular(&folder.join(CHECKSUMS)) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Defect::Damaged(format!(
+            "{CHECKSUMS} cannot be read: {error}"
+        ))),
     }
-    let bytes = wait_for_descriptor(|| fs::read(path));
-    bytes.map(Some).map_err(|error| unreadable(&error))
-}
-
-fn unreadable(error: &io::Error) -> Defect {
-    Defect::Damaged(format!("{CHECKSUMS} cannot be read: {error}"))
 }
 
 fn checksum(path: &Path) -> io::Result<FileChecksum> {
-    if !fs::metadata(path)?.is_file() {
-        let reason = "it is not a regular file";
-        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
-    }
     let mut file = wait_for_descriptor(|| File::open(path))?;
     let mut block = vec![0; BLOCK_BYTES];
     let (mut bytes, mut crc32c) = (0, 0);

@@ -1,4 +1,4 @@
-//! A tokenizer of the tokenizers library, whose `tokenizer.json` may come from strangers.
+//! A tokenizer of the tokenizers library, whose `tokenizer.json` may be untrusted.
 //!
 //! Such a file is a program: it names regular expressions, replacements and tables that the library runs on every text.
 //! Promises that loading and use return an error that names the file instead of a panic, end within a deadline, and need

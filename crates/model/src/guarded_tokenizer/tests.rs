@@ -24,7 +24,7 @@ fn a_tokenizer_that_makes_the_library_panic_is_refused() {
 }
 
 #[test]
-fn tokenizers_of_strangers_are_refused_with_their_file() {
+fn tokenizers_of_untrusted_sources_are_refused_with_their_file() {
     let Some(cases) = shared("data/cases/security/tokenizer") else {
         return;
     };

@@ -3,7 +3,7 @@
 use std::{path::Path, process::ExitCode};
 
 use anyhow::Context;
-use model::{LanguageModel, ModelFolder, RewardArchitecture, Sequence};
+use model::{AdapterFolder, LanguageModel, ModelFolder, RewardArchitecture, Sequence};
 use serde::Serialize;
 
 use crate::cli::{
@@ -17,7 +17,9 @@ use crate::exit_code::UsageError;
 /// Scores all rows of `input` and writes the results to standard output.
 pub(crate) fn run(located: &LocatedModel, input: RowInput) -> anyhow::Result<ExitCode> {
     let path = &located.location.path;
-    if RewardArchitecture::of(path).is_ok() {
+    // An adapter that names no task may be of either model.
+    let is_language_adapter = AdapterFolder::is_at(path) && AdapterFolder::open(path).is_ok();
+    if !is_language_adapter && RewardArchitecture::of(path).is_ok() {
         let path = path.display();
         let advice =
             format!("{path} is a reward model, which gives no log-probabilities; add --reward");
