@@ -206,7 +206,7 @@ fn alpaca_evals_instructions_are_answered_in_its_form_and_read_back() {
     assert!(row["stop_ids"].is_array(), "{row:#}");
     let annotations = read("annotations.json");
     for row in annotations.as_array().expect("a list") {
-        assert_eq!(row["output_2"].is_string(), true);
+        assert!(row["output_2"].is_string());
         let preference = number(row, "/preference");
         assert!((1.0..=2.0).contains(&preference), "{row:#}");
     }

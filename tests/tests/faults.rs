@@ -130,6 +130,33 @@ fn a_run_survives_a_slow_server_and_half_open_connections() {
 }
 
 #[test]
+fn a_termination_during_an_outage_ends_every_role() {
+    let Some((sandbox, run)) = nats_sandbox() else {
+        return;
+    };
+    let faulty = FaultyRun {
+        sandbox: &sandbox,
+        run: &run,
+        sets: &["learner.steps=100000"],
+    };
+    let server = NatsServer::start(&sandbox);
+    let proxy = FaultyProxy::start(server.port());
+    let mut learner = faulty.start("learner", proxy.port());
+    let others = ["actor", "preference"].map(|role| faulty.start(role, proxy.port()));
+    faulty.wait_for_steps(&mut learner, 2);
+    drop(server);
+    proxy.sever();
+    std::thread::sleep(LEASE);
+    learner.terminate();
+    others.iter().for_each(RunningProcess::terminate);
+    learner.wait().check(5, &[]).without_panic();
+    for role in others {
+        role.wait().succeeded().without_panic();
+    }
+    assert!(run.join("checkpoints").exists(), "the run can be resumed");
+}
+
+#[test]
 fn a_clock_that_steps_does_not_disturb_a_run() {
     let Some((sandbox, run)) = nats_sandbox() else {
         return;

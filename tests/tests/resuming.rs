@@ -374,6 +374,29 @@ fn changed_files_are_refused_by_name() {
     write_prompts(&["arm0", "arm1", "arm0 arm1"]);
     write_model(&[0.6, 0.4]);
     train(3, &["--resume"]).check(2, &["weights of the reference model was"]);
+    // Files that need not be there.
+    write_model(&[0.5, 0.5]);
+    for (file, content, says) in [
+        (
+            "generation_config.json",
+            json!({"eos_token_id": [0, 1]}),
+            "stop tokens was",
+        ),
+        (
+            "tokenizer_config.json",
+            json!({"add_bos_token": true}),
+            "tokenizer_config.json of the reference model was",
+        ),
+    ] {
+        let file = model.join(file);
+        let before = fs::read(&file).ok();
+        fs::write(&file, content.to_string()).expect("a writable model");
+        train(3, &["--resume"]).check(2, &[says, "--accept-changes"]);
+        match before {
+            Some(before) => fs::write(&file, before).expect("a writable model"),
+            None => fs::remove_file(&file).expect("a writable model"),
+        }
+    }
     assert_eq!(steps(&run).len(), 2);
     // The same content elsewhere is no change.
     write_model(&[0.5, 0.5]);

@@ -168,7 +168,7 @@ mod tests {
         // It prefers the longer one four times of five, and the policy's is the longer on three of four.
         let judged = |index: usize| {
             let lengths = [[8, 3], [3, 8], [9, 4], [7, 2]][index % 4];
-            let prefers_longer = index / 4 % 5 != 0;
+            let prefers_longer = !(index / 4).is_multiple_of(5);
             let p = if (lengths[0] > lengths[1]) == prefers_longer {
                 1.0
             } else {

@@ -3,12 +3,12 @@
 //! Promises that versions only grow, and that one upload runs at a time, in the background: training blocks only
 //! while the weights are copied, not during the upload. Does not know when to publish, or which weights are valid.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use messages::{WeightsManifest, WeightsVersion};
 use model::DType;
 use telemetry::Measurements;
-use tokio::task::JoinHandle;
+use tokio::{sync::watch, task::JoinHandle, time::sleep};
 use transport::WeightStore;
 
 use crate::{
@@ -18,6 +18,10 @@ use crate::{
         thread::{PublishedBlob, PublishedContent, TrainerThread},
     },
 };
+
+/// Time for an upload to end after a shutdown was requested: a run that is saved does not wait for a server that is
+/// unreachable.
+const LAST_UPLOAD: Duration = Duration::from_secs(10);
 
 /// Publisher of a session's weights.
 pub(crate) struct Publisher {
@@ -30,6 +34,8 @@ pub(crate) struct Publisher {
     /// Models that were published with it.
     content: PublishedContent,
     upload: Option<JoinHandle<Result<(), LearnerError>>>,
+    /// Turns true when the run is to end early.
+    shutdown: watch::Receiver<bool>,
 }
 
 impl Publisher {
@@ -41,6 +47,7 @@ impl Publisher {
         version: WeightsVersion,
     ) -> Self {
         Self {
+            shutdown: watch::channel(false).1,
             weight_store,
             dtype,
             session,
@@ -48,6 +55,11 @@ impl Publisher {
             content: PublishedContent::default(),
             upload: None,
         }
+    }
+
+    /// Abandons uploads that last for too long after `shutdown` has turned true.
+    pub(crate) fn abandon_after(&mut self, shutdown: watch::Receiver<bool>) {
+        self.shutdown = shutdown;
     }
 
     /// Last published version.
@@ -96,7 +108,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Waits for the upload in progress, if any.
+    /// Waits for the upload in progress, if any; abandons it if it lasts for too long after a shutdown was requested.
     ///
     /// # Errors
     /// If it fails.
@@ -104,7 +116,23 @@ impl Publisher {
         if self.upload.is_none() {
             return Ok(());
         }
-        self.uploaded().await
+        let mut shutdown = self.shutdown.clone();
+        let is_late = async {
+            if shutdown.wait_for(|requested| *requested).await.is_err() {
+                // Nobody can request it any more.
+                std::future::pending::<()>().await;
+            }
+            sleep(LAST_UPLOAD).await;
+        };
+        tokio::select! {
+            ended = self.uploaded() => return ended,
+            () = is_late => {}
+        }
+        if let Some(upload) = self.upload.take() {
+            upload.abort();
+            tracing::warn!(version = %self.version, "the upload of weights is abandoned: the run is saved without it");
+        }
+        Ok(())
     }
 
     /// Waits for the upload in progress; for ever if there is none. Cancel-safe.

@@ -308,6 +308,7 @@ impl Learner {
         mut self,
         mut shutdown: watch::Receiver<bool>,
     ) -> Result<Summary, LearnerError> {
+        self.publisher.abandon_after(shutdown.clone());
         self.start(&mut shutdown).await?;
         while self.progress.step() < self.settings.steps {
             self.collect_apo_samples(&mut shutdown).await?;

@@ -2,6 +2,7 @@
 
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
+use std::time::Duration;
 
 use messages::wire::WireMessage;
 use settings::JetStreamSettings;
@@ -140,6 +141,15 @@ impl Transport {
     pub fn set_started(&self) {
         if let Backend::JetStream(connection, _) = &self.backend {
             connection.set_started();
+        }
+    }
+
+    /// Time for which the server was unreachable so far, in all outages together; zero in memory.
+    #[must_use]
+    pub fn outage_time(&self) -> Duration {
+        match &self.backend {
+            Backend::Memory => Duration::ZERO,
+            Backend::JetStream(connection, _) => connection.health().outage_time(),
         }
     }
 

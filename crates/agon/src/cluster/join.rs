@@ -12,7 +12,7 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
-use transport::RunRegistry;
+use transport::{RunRegistry, Transport};
 
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource},
@@ -156,7 +156,7 @@ async fn run_role(
     role.tasks.into_iter().for_each(|task| {
         tasks.spawn(task);
     });
-    let result = run_until_end(&session.registry, tasks, run_end).await;
+    let result = run_until_end(session, tasks, run_end).await;
     let leaving = async {
         membership.leave().await;
         session.transport.flush().await;
@@ -168,7 +168,7 @@ async fn run_role(
 }
 
 async fn run_until_end(
-    registry: &RunRegistry,
+    session: &ClusterSession,
     mut tasks: JoinSet<anyhow::Result<()>>,
     mut run_end: RunEnd,
 ) -> anyhow::Result<ExitReason> {
@@ -179,7 +179,7 @@ async fn run_until_end(
                 .map_err(|error| failure(&error))?;
             return Err(anyhow!("a role ended unexpectedly"));
         }
-        reason = wait_until_over(registry, run_end.leaves_after) => reason?,
+        reason = wait_until_over(&session.registry, run_end.leaves_after) => reason?,
         _ = run_end.shutdown.wait_for(|requested| *requested) => ExitReason::Over,
     };
     run_end.finish.send_replace(true);
@@ -189,9 +189,23 @@ async fn run_until_end(
             EXIT_GRACE.as_secs()
         )
     };
-    let ended = timeout(EXIT_GRACE, join_all(&mut tasks)).await;
-    ended.map_err(late)?.map_err(|error| failure(&error))?;
+    tokio::select! {
+        ended = timeout(EXIT_GRACE, join_all(&mut tasks)) => {
+            ended.map_err(late)?.map_err(|error| failure(&error))?;
+        }
+        () = long_outage(&session.transport) => {
+            tracing::warn!("the NATS server is unreachable: messages in flight are left to other processes");
+        }
+    }
     Ok(reason)
+}
+
+/// Waits until the server was unreachable for [`FAREWELL`] in all, from now on.
+async fn long_outage(transport: &Transport) {
+    let before = transport.outage_time();
+    while transport.outage_time() - before < FAREWELL {
+        sleep(POLL_INTERVAL).await;
+    }
 }
 
 /// Error of a role that had joined. It loses its class, so that the process exits 1 and supervisors restart it: a
