@@ -229,7 +229,11 @@ impl Connection {
         let is_over = now - retries.connected > allowed
             || now - retries.started > if waits { outage } else { outage + allowed };
         if is_over {
-            return Err(self.refused(&retries.action, failure));
+            let reason = match requirements::is_storage_full(failure) {
+                true => format!("{failure}: {}", requirements::MORE_STORAGE),
+                false => failure.to_owned(),
+            };
+            return Err(self.refused(&retries.action, &reason));
         }
         let storage_full = requirements::is_storage_full(failure);
         if storage_full || now - retries.started > REQUEST_TIMEOUT {
@@ -330,13 +334,22 @@ impl RetryState {
         let now = Instant::now();
         if self.warned.is_none_or(|last| now - last > WARNING_INTERVAL) {
             self.warned = Some(now);
-            let seconds = (now - self.started).as_secs();
-            tracing::warn!(
-                action = self.action,
-                failure,
-                seconds,
-                "the NATS server does not answer or refuses; retrying"
-            );
+            let (action, seconds) = (&self.action, (now - self.started).as_secs());
+            match requirements::is_storage_full(failure) {
+                true => tracing::warn!(
+                    action,
+                    failure,
+                    seconds,
+                    "the NATS server has no storage left: {}; retrying",
+                    requirements::MORE_STORAGE
+                ),
+                false => tracing::warn!(
+                    action,
+                    failure,
+                    seconds,
+                    "the NATS server does not answer or refuses; retrying"
+                ),
+            }
         }
     }
 }

@@ -45,6 +45,10 @@ const PERMANENT: [(u64, &str); 9] = [
     ),
 ];
 
+/// Remedy for a full store.
+pub(crate) const MORE_STORAGE: &str =
+    "give the server's JetStream more storage (max_file_store), or free some";
+
 /// Remedy where the server has JetStream and the account of the client has not.
 const ENABLE_JETSTREAM: &str = "enable JetStream for the account of this process's user";
 
@@ -139,7 +143,7 @@ pub(crate) fn remedy(failure: &str) -> Option<&'static str> {
 /// but whose JetStream has not answered `since` the request began.
 pub(crate) fn remedy_at_start(failure: &str, since: Duration) -> Option<&'static str> {
     if is_storage_full(failure) {
-        return Some("give the server's JetStream more storage (max_file_store), or free some");
+        return Some(MORE_STORAGE);
     }
     (is_absent(failure) && since > ABSENCE_AT_START).then_some(ENABLE_JETSTREAM)
 }
