@@ -4,7 +4,7 @@
 //! any order and on every delivery. The mean over the labels that remain is biased toward prompts that the judge finds
 //! easy. Does not know what a step does with a label.
 
-use messages::{Label, LabelledPair, Seed};
+use messages::{Label, LabelledPair, Probability, Seed};
 use settings::{LearnerSettings, PairSelection};
 
 /// RNG stream id of [`PairSelection::Random`].
@@ -12,6 +12,11 @@ const SELECTION_STREAM: u64 = 0x5e1ec7;
 
 /// Rounding error of a probability in f32 near ½, so that p and 1 − p are on the same side of the margin.
 const ROUNDING: f64 = f32::EPSILON as f64 / 2.0;
+
+/// Whether |p − ½| is `min_margin` or more.
+pub(crate) fn has_margin(p: Probability, min_margin: f64) -> bool {
+    (f64::from(p.get()) - 0.5).abs() + ROUNDING >= min_margin
+}
 
 /// Selection of a run's labels.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +52,7 @@ impl LabelSelection {
     }
 
     fn has_signal(&self, label: &Label) -> bool {
-        (f64::from(label.p.get()) - 0.5).abs() + ROUNDING >= self.min_margin
+        has_margin(label.p, self.min_margin)
     }
 
     fn random(&self, labelled: &LabelledPair) -> Option<Label> {

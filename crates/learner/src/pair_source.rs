@@ -19,7 +19,7 @@ use transport::{Delivery, Receipt, Receiver};
 use crate::{
     dropped_prompts::{DroppedPrompts, StepDrops},
     error::LearnerError,
-    file_pairs::{FileBatch, FilePairs, FilePairsState, is_from_file},
+    file_pairs::{FileBatch, FilePairs, FilePairsState, LabelArrival, is_from_file},
     pair_buffer::{BufferedPair, PairBuffer},
     pair_selection::LabelSelection,
     progress::SessionLineage,
@@ -472,8 +472,9 @@ impl PairSource {
             }
             (Ok(()), None) => Some(Rejection::of(DropReason::Superseded)),
             (Ok(()), Some(files)) => match files.accept(labelled) {
-                true => None,
-                false => Some(Rejection::of(DropReason::Duplicate)),
+                LabelArrival::Accepted => None,
+                LabelArrival::WithoutSignal => Some(Rejection::without_signal()),
+                LabelArrival::Duplicate => Some(Rejection::of(DropReason::Duplicate)),
             },
         }
     }
@@ -481,7 +482,7 @@ impl PairSource {
     /// Removes the labels of an accepted training pair that are not trained on. Why the pair must be dropped if none
     /// remains.
     fn select(&mut self, labelled: &mut LabelledPair) -> Option<Rejection> {
-        // A pair from a file has one label, which was chosen to be trained on.
+        // The one label of a pair from a file has been checked.
         if labelled.pair.prompt.purpose != Purpose::Train {
             return None;
         }
@@ -490,10 +491,7 @@ impl PairSource {
             return None;
         }
         self.dropped.keep_samples(&labelled.pair);
-        Some(Rejection {
-            reason: DropReason::NoSignal,
-            detail: "every |p - 1/2| is below learner.min_margin".into(),
-        })
+        Some(Rejection::without_signal())
     }
 
     /// Marks a prompt as no longer outstanding; returns whether it was. An evaluation sends every prompt once, so that
@@ -581,6 +579,13 @@ impl Rejection {
     fn of(reason: DropReason) -> Self {
         let detail = String::new();
         Self { reason, detail }
+    }
+
+    fn without_signal() -> Self {
+        Self {
+            reason: DropReason::NoSignal,
+            detail: "every |p - 1/2| is below learner.min_margin".into(),
+        }
     }
 
     /// Logs an invalid pair, which is rejected.

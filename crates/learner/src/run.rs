@@ -584,6 +584,7 @@ impl FilePairsPlan {
                 pairs,
                 timeout: Duration::from_secs(settings.batch_timeout_seconds),
                 waits: waits.clone(),
+                min_margin: settings.min_margin,
             }),
         })
     }

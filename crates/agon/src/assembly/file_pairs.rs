@@ -54,7 +54,8 @@ pub(super) fn read_pair_files(
 ) -> anyhow::Result<PairFiles> {
     let seed = Seed(settings.run.seed);
     let positions = folder.config.max_positions;
-    Ok(PairFiles::load(pairs, seed, positions, &folder.tokenizer)?)
+    let (margin, tokenizer) = (settings.learner.min_margin, &folder.tokenizer);
+    Ok(PairFiles::load(pairs, margin, seed, positions, tokenizer)?)
 }
 
 /// Digest of everything that the reference's log-probabilities of these pairs depend on: the reference's files, `record`ed

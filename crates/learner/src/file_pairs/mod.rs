@@ -17,11 +17,13 @@ use messages::{
 use model::Tokenizer;
 use settings::{FilePairsSettings, PairLabelSource, TooLong};
 
-use crate::error::LearnerError;
+use crate::{error::LearnerError, pair_selection::has_margin};
 
 pub use rows::{PairAnswer, PairCounts, PairLimit, PairRow, visit_pairs};
 pub use share::{BatchShare, planned_steps};
-pub(crate) use source::{FileBatch, FilePairs, FilePairsParts, FilePairsState, Judging};
+pub(crate) use source::{
+    FileBatch, FilePairs, FilePairsParts, FilePairsState, Judging, LabelArrival,
+};
 
 /// First id of pairs from files; those of APO follow.
 const FILE_IDS: u64 = 1 << 61;
@@ -102,13 +104,15 @@ impl FilePlace {
 
 impl PairFiles {
     /// Reads and tokenises all files; logs how many rows were left out and why. A pair has at most `positions` tokens,
-    /// those of the model, and `pairs.max_length`.
+    /// those of the model, and `pairs.max_length`. Pairs whose label in the file has a |p − ½| below `min_margin` are left
+    /// out; labels of the judge are not known yet.
     ///
     /// # Errors
-    /// If a file cannot be read or has no pairs, or a row is malformed, does not tokenise, has a label outside its range,
+    /// If a file cannot be read or has no pairs to train on, or a row is malformed, does not tokenise, has a label outside its range,
     /// or is too long without `pairs.too_long = "drop"`: with file and line.
     pub fn load(
         settings: &FilePairsSettings,
+        min_margin: f64,
         seed: Seed,
         positions: usize,
         tokenizer: &Tokenizer,
@@ -127,7 +131,13 @@ impl PairFiles {
             })?;
         let files: Result<Vec<_>, LearnerError> = named
             .iter()
-            .map(|file| read(&file.path, settings, positions, tokenizer))
+            .map(|file| {
+                let pairs = read(&file.path, settings, positions, tokenizer)?;
+                match settings.label {
+                    PairLabelSource::Judge => Ok(pairs),
+                    _ => with_margin(&file.path, pairs, min_margin),
+                }
+            })
             .collect();
         let files = files?;
         Ok(Self {
@@ -296,6 +306,29 @@ fn read(
         Ok(FilePair { row, p })
     };
     rows.into_iter().map(pair).collect()
+}
+
+/// The pairs of the file at `path` whose label has this margin; logs the number of the others.
+fn with_margin(
+    path: &Path,
+    mut pairs: Vec<FilePair>,
+    min_margin: f64,
+) -> Result<Vec<FilePair>, LearnerError> {
+    let read = pairs.len();
+    pairs.retain(|pair| has_margin(pair.p, min_margin));
+    let without_signal = read - pairs.len();
+    if pairs.is_empty() {
+        let reason = format!(
+            "the file holds no pairs to train on: all {read} have a |p - 1/2| below learner.min_margin = {min_margin}"
+        );
+        let path = path.to_owned();
+        return Err(DatasetError::File { path, reason }.into());
+    }
+    if without_signal > 0 {
+        let (path, kept) = (path.display(), pairs.len());
+        tracing::warn!(%path, kept, without_signal, "pairs were left out: learner.min_margin");
+    }
+    Ok(pairs)
 }
 
 impl PairCounts {

@@ -19,6 +19,7 @@ use transport::Sender;
 use crate::{
     error::LearnerError,
     file_pairs::{BatchShare, PairFiles, index_of},
+    pair_selection::has_margin,
     progress_deadline::send_in_time,
 };
 
@@ -45,6 +46,19 @@ pub(crate) struct Judging {
     pub(crate) timeout: Duration,
     /// Registry of such waits.
     pub(crate) waits: Waits,
+    /// Least |p − ½| of a label that is trained on.
+    pub(crate) min_margin: f64,
+}
+
+/// What becomes of a label that the judge gave to a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LabelArrival {
+    /// The pair is trained on.
+    Accepted,
+    /// The pair is left out, in later passes too: its margin is too small.
+    WithoutSignal,
+    /// It was not awaited.
+    Duplicate,
 }
 
 /// State of a [`FilePairs`]; part of every checkpoint.
@@ -63,7 +77,7 @@ pub(crate) struct FilePairsState {
 /// What the judge said of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Verdict {
-    /// Bits of p, so that they survive as text; `None` if the judge abstained.
+    /// Bits of p, so that they survive as text; `None` if the judge abstained or its margin is too small.
     p_bits: Option<u32>,
     version: JudgeVersion,
 }
@@ -249,17 +263,26 @@ impl FilePairs {
         (pair.judge, pair.judge_version) = (self.judge.clone(), version);
     }
 
-    /// Takes the judge's label of a pair, whose tokens are those that were sent; returns whether it was awaited.
-    pub(crate) fn accept(&mut self, labelled: &LabelledPair) -> bool {
+    /// Takes the judge's label of a pair, whose tokens are those that were sent.
+    pub(crate) fn accept(&mut self, labelled: &LabelledPair) -> LabelArrival {
         let (id, version) = (labelled.pair.id(), labelled.judge_version);
         let Some(p) = labelled.labels.first().map(|label| label.p) else {
-            return false;
+            return LabelArrival::Duplicate;
         };
         if !self.drawn.iter().any(|drawn| drawn.awaits(id)) {
-            return false;
+            return LabelArrival::Duplicate;
         }
         self.judge.clone_from(&labelled.judge);
         self.newest = self.newest.max(version);
+        let min_margin = self
+            .parts
+            .judging
+            .as_ref()
+            .map_or(0.0, |judging| judging.min_margin);
+        if !has_margin(p, min_margin) {
+            self.leave_out(id);
+            return LabelArrival::WithoutSignal;
+        }
         let p_bits = Some(p.get().to_bits());
         self.verdicts
             .insert(index_of(id), Verdict { p_bits, version });
@@ -272,18 +295,24 @@ impl FilePairs {
             };
         }
         self.drawn = drawn;
-        true
+        LabelArrival::Accepted
+    }
+
+    /// Removes a pair that is awaited, and does not ask for it in later passes.
+    fn leave_out(&mut self, id: PromptId) {
+        let (p_bits, version) = (None, self.newest);
+        self.verdicts
+            .insert(index_of(id), Verdict { p_bits, version });
+        self.discard(id);
     }
 
     /// Removes a pair that the judge has dropped, if it is awaited. If the judge abstained, it is not asked again.
     pub(crate) fn forget(&mut self, note: &Dropped) {
         let is_awaited = self.drawn.iter().any(|drawn| drawn.awaits(note.prompt));
-        if is_awaited && note.reason == DropReason::Abstained {
-            let (p_bits, version) = (None, self.newest);
-            self.verdicts
-                .insert(index_of(note.prompt), Verdict { p_bits, version });
+        match is_awaited && note.reason == DropReason::Abstained {
+            true => self.leave_out(note.prompt),
+            false => self.discard(note.prompt),
         }
-        self.discard(note.prompt);
     }
 
     /// Removes a pair whose label does not come, if it is awaited.

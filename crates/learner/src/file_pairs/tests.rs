@@ -46,11 +46,21 @@ impl Files {
     fn load(&self, sets: &[String]) -> Result<PairFiles, String> {
         let sets: Vec<_> = sets
             .iter()
-            .map(|set| format!("pairs.{set}").parse().unwrap())
+            .map(|set| match set.starts_with("learner.") {
+                true => set.parse().unwrap(),
+                false => format!("pairs.{set}").parse().unwrap(),
+            })
             .collect();
         let settings = settings::resolve("", "test", &sets).unwrap().settings;
-        PairFiles::load(&settings.pairs, Seed(5), 64, &self.model.folder.tokenizer)
-            .map_err(|error| error.to_string())
+        let margin = settings.learner.min_margin;
+        PairFiles::load(
+            &settings.pairs,
+            margin,
+            Seed(5),
+            64,
+            &self.model.folder.tokenizer,
+        )
+        .map_err(|error| error.to_string())
     }
 }
 
@@ -148,6 +158,32 @@ fn labels_are_part_of_the_digest_and_of_the_messages() {
 }
 
 #[test]
+fn pairs_without_the_margin_are_left_out() {
+    let files = Files::new();
+    let row = |p: f64| json!({"prompt": "w3", "chosen": "w4", "rejected": "w5", "p": p});
+    let path = files.write("a.jsonl", &[0.5, 0.4, 0.6, 0.25, 1.0].map(row));
+    let of = |label: &str, margin: f64| {
+        let margin = format!("learner.min_margin={margin}");
+        files.load(&[path_of(&path), label.into(), margin])
+    };
+    let count = |label: &str, margin: f64| of(label, margin).unwrap().count();
+    let p = "label_column=p";
+    assert_eq!(
+        [0.0, 0.1, 0.2, 0.5].map(|margin| count(p, margin)),
+        [5, 4, 2, 1]
+    );
+    // The judge's labels are not known yet; hard ones have the largest margin.
+    assert_eq!(count("label=judge", 0.5), 5);
+    assert_eq!(count("too_long=drop", 0.5), 5);
+    let none = files.write("b.jsonl", &[row(0.5)]);
+    let sets = [path_of(&none), p.into(), "learner.min_margin=0.1".into()];
+    let error = files.load(&sets).unwrap_err();
+    for says in ["b.jsonl", "all 1 have", "learner.min_margin = 0.1"] {
+        assert!(error.contains(says), "no {says:?} in {error}");
+    }
+}
+
+#[test]
 fn unusable_rows_are_left_out_or_refused_with_the_remedy() {
     let files = Files::new();
     let row = |chosen: &str, rejected: &str| json!({"prompt": "w3", "chosen": chosen, "rejected": rejected, "p": 1.5});
@@ -206,6 +242,10 @@ struct Judged {
 
 impl Judged {
     fn new(files: &Arc<PairFiles>) -> Self {
+        Self::with_margin(files, 0.0)
+    }
+
+    fn with_margin(files: &Arc<PairFiles>, min_margin: f64) -> Self {
         let (sender, sent) = transport::stream("pairs", 64);
         let settings = "[pairs]\npath = \"x\"\n[learner]\ntrain_batch_size = 4\n";
         let settings = settings::resolve(settings, "test", &[]).unwrap().settings;
@@ -218,6 +258,7 @@ impl Judged {
                 pairs: sender,
                 timeout: std::time::Duration::from_secs(60),
                 waits: Waits::new("learner"),
+                min_margin,
             }),
         });
         Self { pairs, sent }
@@ -287,8 +328,8 @@ async fn judged_pairs_keep_their_order_and_are_judged_once() {
             2 => source.pairs.forget(&dropped(pair, DropReason::Failed)),
             index => {
                 let labelled = judged(pair.clone(), 0.1 * index as f32);
-                assert!(source.pairs.accept(&labelled));
-                assert!(!source.pairs.accept(&labelled), "a duplicate");
+                assert_eq!(source.pairs.accept(&labelled), LabelArrival::Accepted);
+                assert_eq!(source.pairs.accept(&labelled), LabelArrival::Duplicate);
             }
         }
     }
@@ -312,7 +353,10 @@ async fn judged_pairs_keep_their_order_and_are_judged_once() {
             .collect::<Vec<_>>(),
         [2, 8]
     );
-    assert!(resumed.pairs.accept(&judged(again[0].clone(), 0.5)));
+    assert_eq!(
+        resumed.pairs.accept(&judged(again[0].clone(), 0.5)),
+        LabelArrival::Accepted
+    );
     assert!(resumed.pairs.is_ready(0));
     assert_eq!(ids(&resumed.pairs.take(0).pairs), [0, 2, 3, 4]);
     // The second pass asks for nothing that was judged, and leaves out what has no verdict.
@@ -321,12 +365,36 @@ async fn judged_pairs_keep_their_order_and_are_judged_once() {
     let indices: Vec<u64> = asked.iter().map(|pair| index_of(pair.id())).collect();
     assert_eq!(indices, [8, 9, 2], "the last had failed");
     for pair in asked {
-        assert!(source.pairs.accept(&judged(pair, 1.0)));
+        assert_eq!(
+            source.pairs.accept(&judged(pair, 1.0)),
+            LabelArrival::Accepted
+        );
     }
     assert_eq!(ids(&source.pairs.take(1).pairs), [6, 7, 8, 9]);
     source.pairs.refill(2).await.unwrap();
     assert_eq!(ids(&source.pairs.take(2).pairs), [0, 2, 3, 4]);
     assert!(source.asked().is_empty());
+}
+
+#[tokio::test]
+async fn a_judged_pair_without_the_margin_is_left_out_of_every_pass() {
+    let files = Files::new();
+    let path = files.write_pairs("a.jsonl", 3);
+    let sets = [path_of(&path), "label=judge".into(), "shuffle=false".into()];
+    let mut source = Judged::with_margin(&Arc::new(files.load(&sets).unwrap()), 0.25);
+    source.pairs.refill(0).await.unwrap();
+    let asked = source.asked();
+    for (pair, p) in asked.iter().zip([0.25, 0.6, 0.75]) {
+        let arrival = match p == 0.6 {
+            true => LabelArrival::WithoutSignal,
+            false => LabelArrival::Accepted,
+        };
+        assert_eq!(source.pairs.accept(&judged(pair.clone(), p)), arrival);
+    }
+    assert_eq!(ids(&source.pairs.take(0).pairs), [0, 2, 0, 2]);
+    source.pairs.refill(1).await.unwrap();
+    assert_eq!(ids(&source.pairs.take(1).pairs), [0, 2, 0, 2]);
+    assert!(source.asked().is_empty(), "it is not judged again");
 }
 
 #[tokio::test]
@@ -340,7 +408,10 @@ async fn a_pair_of_two_passes_is_with_the_judge_once() {
     assert_eq!((asked.len(), source.pairs.awaited()), (3, 8));
     source.pairs.forget(&dropped(&asked[1], DropReason::Failed));
     for pair in [&asked[2], &asked[0]] {
-        assert!(source.pairs.accept(&judged(pair.clone(), 0.75)));
+        assert_eq!(
+            source.pairs.accept(&judged(pair.clone(), 0.75)),
+            LabelArrival::Accepted
+        );
     }
     let batch = source.pairs.take(0);
     assert_eq!(batch.received, 2);

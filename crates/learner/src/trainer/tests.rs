@@ -301,7 +301,7 @@ fn pair_files(tiny: &TinyModel) -> PairFiles {
     ];
     let sets: Vec<_> = sets.iter().map(|set| set.parse().unwrap()).collect();
     let settings = settings::resolve("", "test", &sets).unwrap().settings;
-    PairFiles::load(&settings.pairs, Seed(5), 64, &tiny.folder.tokenizer).unwrap()
+    PairFiles::load(&settings.pairs, 0.0, Seed(5), 64, &tiny.folder.tokenizer).unwrap()
 }
 
 /// The pairs of the numbers `cursors` in the order of the files.
