@@ -4,7 +4,7 @@ use messages::{
     Dropped, InvalidMessage, MessageLimits, Pacing, Pair, Prompt, Purpose, WeightsVersion,
 };
 use model::{Finished, LanguageModel, Request, Sampler, Tokenizer};
-use telemetry::{InFlightGauge, StageCounters, WaitGuard, Waits};
+use telemetry::{InFlightGauge, NamedWait, StageCounters, Waits};
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until},
@@ -93,7 +93,7 @@ pub struct Actor {
     publisher: PairPublisher,
     throughput: Throughput,
     in_flight: InFlightGauge,
-    wait: Option<(&'static str, WaitGuard)>,
+    wait: NamedWait,
 }
 
 impl Actor {
@@ -111,7 +111,9 @@ impl Actor {
             model.slots,
         )?;
         let capacity = model.slots.div_ceil(parts.completions.mixture_coefs.len());
+        let waits = Waits::new("actor");
         Ok(Self {
+            wait: NamedWait::new(waits.clone()),
             slots: model.slots,
             completions: parts.completions,
             prompts: parts.streams.prompts,
@@ -126,11 +128,10 @@ impl Actor {
                 pairs: parts.streams.pairs,
                 drops: parts.streams.drops,
                 counters: parts.counters,
-                waits: Waits::new("actor"),
+                waits,
                 tokenizer: model.tokenizer,
                 identical: parts.identical,
             },
-            wait: None,
         })
     }
 
@@ -235,10 +236,7 @@ impl Actor {
         } else {
             Some("prompts")
         };
-        if self.wait.as_ref().map(|(current, _)| *current) != reason {
-            self.wait = None;
-            self.wait = reason.map(|reason| (reason, self.publisher.waits.enter(reason)));
-        }
+        self.wait.set(reason);
     }
 
     /// Queues this prompt, and further ones that have arrived, while there is room.
@@ -282,13 +280,13 @@ impl Actor {
     /// again.
     async fn check(&mut self, prompt: &Prompt) -> Result<(), InvalidMessage> {
         self.limits.newest = self.weights.announced();
-        match prompt.check(&self.limits) {
+        match prompt.check_open(&self.limits) {
             Err(InvalidMessage::Unannounced { .. }) => {}
             checked => return checked,
         }
         self.weights.refresh().await;
         self.limits.newest = self.weights.announced();
-        prompt.check(&self.limits)
+        prompt.check_open(&self.limits)
     }
 
     /// Enters the session of newly announced weights, and drops the prompts that name weights which do not exist.

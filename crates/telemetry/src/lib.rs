@@ -29,7 +29,7 @@ pub use crate::metrics::reference::metrics_markdown;
 pub use crate::metrics::registry::{metric, publish};
 pub use crate::metrics::stage::{InFlightGauge, StageCounters, StageSnapshot};
 pub use crate::metrics::table::METRICS;
-pub use crate::metrics::waits::{Wait, WaitGuard, Waits};
+pub use crate::metrics::waits::{NamedWait, Wait, WaitGuard, Waits};
 pub use crate::run_dir::atomic::write_atomically;
 pub use crate::run_dir::descriptors::wait_for_descriptor;
 pub use crate::run_dir::directory::RunDirectory;

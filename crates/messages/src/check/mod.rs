@@ -123,6 +123,9 @@ pub enum InvalidMessage {
     /// A pair from a file in a run without files of pairs.
     #[error("it is a pair from a file, and the run reads no files of pairs")]
     NoFiles,
+    /// A prompt to answer whose pair is in a file.
+    #[error("it is the prompt of a pair from a file, which has its completions")]
+    Answered,
     /// Weights, or a session, that no announcement has named.
     #[error("it names weights {found}; the newest announced weights are {newest}")]
     Unannounced {
@@ -235,6 +238,17 @@ impl Prompt {
         }
         self.check_batch(limits.batch_prompts)?;
         limits.check_required(self.version)
+    }
+
+    /// As [`Self::check`], for a prompt that an actor is to answer.
+    ///
+    /// # Errors
+    /// As there, and when its pair is in a file.
+    pub fn check_open(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+        match self.purpose {
+            Purpose::File => Err(InvalidMessage::Answered),
+            _ => self.check(limits),
+        }
     }
 
     fn check_batch(&self, most: usize) -> Result<(), InvalidMessage> {

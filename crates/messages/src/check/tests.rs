@@ -225,6 +225,11 @@ fn pairs_from_files_are_unrecorded_and_within_their_own_lengths() {
         ..LIMITS
     };
     assert_eq!(file_pair().check(&online), Err(InvalidMessage::NoFiles));
+    let prompt = file_pair().pair.prompt;
+    assert_eq!(prompt.check(&LIMITS), Ok(()));
+    assert_eq!(prompt.check_open(&LIMITS), Err(InvalidMessage::Answered));
+    let open = pair(Purpose::Train, 3).prompt;
+    assert_eq!(open.check_open(&LIMITS), open.check(&LIMITS));
 }
 
 #[test]

@@ -7,14 +7,13 @@
 
 mod in_flight;
 mod label_publisher;
-mod named_wait;
 mod pair_check;
 
 use std::sync::Arc;
 
 use messages::{Dropped, LabelledPair, MessageLimits, Pair, Purpose};
 use settings::OrdersSetting;
-use telemetry::{StageCounters, Waits};
+use telemetry::{NamedWait, StageCounters, Waits};
 use tokio::sync::watch;
 use transport::{Receipt, Receiver, Sender, TransportError, WeightStore};
 
@@ -26,7 +25,6 @@ use crate::labelling::{Labeller, PairLabels};
 use crate::pool::{JudgePool, JudgeReplicas, Outage};
 use in_flight::{InFlightPair, InFlightQueue};
 use label_publisher::{LabelPublisher, publish_judge_wait};
-use named_wait::NamedWait;
 use pair_check::PairCheck;
 
 /// Dependencies of a [`PreferenceService`].
@@ -155,7 +153,7 @@ impl RunningService {
                 biased;
                 () = shutdown_requested(shutdown), if !draining => draining = true,
                 Some((pair, labels)) = self.in_flight.next() => {
-                    wait.end();
+                    wait.set(None);
                     self.complete(pair, labels, shutdown).await?;
                 }
                 replicas = next_model(&mut self.apo) => self.finish_apo_round(replicas?),

@@ -44,6 +44,34 @@ pub struct WaitGuard {
     since: Instant,
 }
 
+/// The one wait that a loop is in, recorded under its reason until the reason changes.
+#[derive(Debug)]
+pub struct NamedWait {
+    waits: Waits,
+    current: Option<WaitGuard>,
+}
+
+impl NamedWait {
+    /// A loop that is in no wait.
+    #[must_use]
+    pub fn new(waits: Waits) -> Self {
+        Self {
+            waits,
+            current: None,
+        }
+    }
+
+    /// Makes the loop's wait one for `reason`, or ends it with `None`.
+    pub fn set(&mut self, reason: impl Into<Option<&'static str>>) {
+        let reason = reason.into();
+        if self.current.as_ref().map(|guard| guard.reason) != reason {
+            // The current wait ends before the next one begins.
+            self.current = None;
+            self.current = reason.map(|reason| self.waits.enter(reason));
+        }
+    }
+}
+
 impl Waits {
     /// A set without open waits; `role` is their label.
     #[must_use]
