@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Context;
 use model::ModelConfig;
-use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, Settings};
+use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, ReferenceSettings, Settings};
 
 use crate::cli::config_args::Configuration;
 use crate::{
@@ -231,10 +231,37 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
             logits(settings, config, predicted.min(pass_tokens)),
         ),
     ];
-    let parts = parts.into_iter().filter(|&(_, bytes)| bytes > 0);
+    let parts = parts
+        .into_iter()
+        .chain(followers(settings, trained, trained_parameters));
+    let parts = parts.filter(|&(_, bytes)| bytes > 0);
     parts
         .map(|(name, bytes)| MemoryPart { name, bytes })
         .collect()
+}
+
+/// Memory of the models that follow the policy, whose trained weights have these sizes: a moving average of it, and a
+/// reference that moves, in the learner and in every actor.
+fn followers(
+    settings: &Settings,
+    trained: [usize; 2],
+    parameters: usize,
+) -> [(&'static str, u64); 2] {
+    let average = product(&[&[parameters, MASTER_BYTES]]);
+    let when = |holds: bool, bytes: u64| if holds { bytes } else { 0 };
+    let copies = product(&[&trained, &[1 + actors(settings)]]);
+    let is_average = matches!(settings.reference, ReferenceSettings::Ema { .. });
+    let moved = copies.saturating_add(when(is_average, average));
+    [
+        (
+            "moving average of the policy in f32",
+            when(settings.learner.ema_decay > 0.0, average),
+        ),
+        (
+            "reference that moves",
+            when(settings.reference.moves(), moved),
+        ),
+    ]
 }
 
 /// Elements saved for the backward pass per token, in all blocks: two residuals, two normalised inputs and two
@@ -371,6 +398,16 @@ mod tests {
             logits,
         ];
         assert_eq!(bytes(&sets), half);
+        // An average in f32; a reference that moves, in the learner and three actors, and its own average in f32.
+        sets.extend([
+            "learner.ema_decay=0.9",
+            "reference.kind=ema",
+            "reference.decay=0.5",
+        ]);
+        assert_eq!(
+            bytes(&sets),
+            [&half[..], &[4 * p, 4 * 2 * p + 4 * p]].concat()
+        );
     }
 
     #[test]

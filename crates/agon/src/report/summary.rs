@@ -177,21 +177,23 @@ fn write_evaluations(text: &mut String, evaluations: &[Evaluation]) -> fmt::Resu
     if evaluations.len() < 2 {
         return Ok(());
     }
-    let judges = judge_names(evaluations);
-    let heads: String = judges.iter().map(|judge| format!(" {judge} |")).collect();
+    let others = other_win_rates(evaluations);
+    let heads: String = others
+        .iter()
+        .map(|other| format!(" {} |", other.name))
+        .collect();
     writeln!(
         text,
         "\n| step | win rate | interval | length-controlled | gold |{heads} KL | length | cut off | entropy |\n\
          |---|---|---|---|---|{}---|---|---|---|",
-        "---|".repeat(judges.len())
+        "---|".repeat(others.len())
     )?;
     for e in evaluations {
         let rate = |rate: Option<f64>| rate.map_or("–".into(), |rate| format!("{rate:.3}"));
         let (gold, lc) = (rate(e.gold_win_rate.map(|g| g.mean)), rate(e.win_rate_lc));
-        let under = |judge: &&str| rate(e.under(judge).map(|result| result.win_rate.mean));
-        let others: String = judges
+        let others: String = others
             .iter()
-            .map(|judge| format!(" {} |", under(judge)))
+            .map(|other| format!(" {} |", rate((other.of)(e))))
             .collect();
         let cut_off = rate(e.truncation_rate);
         writeln!(
@@ -207,6 +209,42 @@ fn write_evaluations(text: &mut String, evaluations: &[Evaluation]) -> fmt::Resu
         )?;
     }
     writeln!(text, "\n![win rate]({WIN_RATE_CHART})")
+}
+
+/// A column of win rates beside the policy's against the reference of the start under the run's judge.
+struct OtherWinRate<'a> {
+    name: String,
+    /// The win rate in an evaluation; `None` if it has none.
+    of: Box<dyn Fn(&Evaluation) -> Option<f64> + 'a>,
+}
+
+/// The win rates of the moving average, against a reference that has moved, and under judges of evaluations, as far as an
+/// evaluation has them.
+fn other_win_rates(evaluations: &[Evaluation]) -> Vec<OtherWinRate<'_>> {
+    let average = |e: &Evaluation| e.average.as_ref().map(|average| average.win_rate.mean);
+    let current = |e: &Evaluation| {
+        e.current_reference
+            .as_ref()
+            .map(|other| other.win_rate.mean)
+    };
+    let models: [OtherWinRate<'_>; 2] = [
+        OtherWinRate {
+            name: "average".to_owned(),
+            of: Box::new(average),
+        },
+        OtherWinRate {
+            name: "against the current reference".to_owned(),
+            of: Box::new(current),
+        },
+    ];
+    let judges = judge_names(evaluations)
+        .into_iter()
+        .map(|judge| OtherWinRate {
+            name: judge.to_owned(),
+            of: Box::new(move |e| e.under(judge).map(|result| result.win_rate.mean)),
+        });
+    let has_any = |other: &OtherWinRate<'_>| evaluations.iter().any(|e| (other.of)(e).is_some());
+    models.into_iter().filter(has_any).chain(judges).collect()
 }
 
 /// Rounds of adversarial preference optimisation: quality of the preference model before and after each.
