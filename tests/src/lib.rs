@@ -19,6 +19,7 @@ mod raw_nats;
 mod run_files;
 mod sandbox;
 mod shared;
+mod smollm2;
 mod tiny_runs;
 mod tools;
 
@@ -40,5 +41,6 @@ pub use raw_nats::RawNats;
 pub use run_files::{column, metrics, number, report, steps};
 pub use sandbox::{RunningProcess, Sandbox, make_pipe, wait_until, workspace_root};
 pub use shared::shared;
+pub use smollm2::smollm2;
 pub use tiny_runs::{config, tiny_adapted, tiny_bandit, tiny_playground};
 pub use tools::tool;

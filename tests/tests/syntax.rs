@@ -61,6 +61,7 @@ const CIRCLES: [(&str, &[&str], &str); 5] = [
             "decode",
             "encoder",
             "folder",
+            "gguf",
             "guarded_tokenizer",
             "input_file",
             "logprobs",
@@ -378,6 +379,42 @@ fn a_public_type_name_stands_for_one_thing() {
         twice.len(),
         twice.join("\n")
     );
+}
+
+#[test]
+fn every_classified_error_has_its_exit_code() {
+    let path = workspace_root().join("crates/agon/src/exit_code.rs");
+    let exit_code = fs::read_to_string(path).expect("a source file");
+    let mut count = 0;
+    for source in sources() {
+        for item in &source.syntax.items {
+            let Item::Impl(item) = item else { continue };
+            let Some((_, path, _)) = &item.trait_ else {
+                continue;
+            };
+            let Type::Path(name) = &*item.self_ty else {
+                continue;
+            };
+            if path
+                .segments
+                .last()
+                .is_some_and(|s| s.ident == "Classified")
+            {
+                let name = &name.path.segments.last().expect("a type").ident;
+                let name = match name == "Error" {
+                    true => "telemetry::Error".to_owned(),
+                    false => name.to_string(),
+                };
+                count += 1;
+                let row = format!("class_of::<{name}>");
+                assert!(
+                    exit_code.contains(&row),
+                    "no {row} in agon/src/exit_code.rs"
+                );
+            }
+        }
+    }
+    assert!(count > 10, "only {count} classified errors");
 }
 
 /// Imports of every module at the root of every crate, tests aside: crate, module, imported modules.

@@ -99,6 +99,9 @@ pub enum HubError {
     /// The environment names no directory for the cache.
     #[error("there is no directory for the cache of the hub: set HF_HOME, or HOME")]
     NoCache,
+    /// A GGUF file cannot be used.
+    #[error(transparent)]
+    Gguf(#[from] model::ModelError),
     /// The configured endpoint is not usable.
     #[error("HF_ENDPOINT is not usable as the URL of a hub: {0}")]
     Endpoint(String),
@@ -122,6 +125,7 @@ impl messages::Classified for HubError {
     fn class(&self) -> messages::ErrorClass {
         match self {
             Self::Cancelled { .. } => messages::ErrorClass::Interrupted,
+            Self::Gguf(error) => error.class(),
             _ => messages::ErrorClass::Resource,
         }
     }

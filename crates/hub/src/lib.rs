@@ -12,6 +12,7 @@ mod download_event;
 mod error;
 mod fetch;
 mod files;
+mod gguf;
 mod http;
 mod token;
 
@@ -42,12 +43,13 @@ const METADATA_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest metadata of a repository, in bytes.
 const MAX_METADATA_BYTES: u64 = 1 << 25;
 
-/// Folder of a model, downloaded first if it is on the Hub. Blocks; ends early once `cancel` is cancelled.
+/// Folder of a model, downloaded first if it is on the Hub, unpacked if it is a GGUF file. Blocks; ends early once `cancel` is cancelled.
 ///
 /// # Errors
 /// When the model cannot be found or downloaded, or the download was cancelled.
 pub fn folder(source: &ModelSource, cancel: &CancelToken) -> Result<PathBuf, HubError> {
     match source {
+        ModelSource::Folder(path) if model::is_gguf(path) => gguf::folder(path),
         ModelSource::Folder(path) => Ok(path.clone()),
         ModelSource::Hub(model) => HubClient::from_environment()?.folder(model, cancel),
     }
@@ -56,6 +58,7 @@ pub fn folder(source: &ModelSource, cancel: &CancelToken) -> Result<PathBuf, Hub
 /// Folder of a model if this machine has it; sends no request.
 pub fn cached_folder(source: &ModelSource) -> Option<PathBuf> {
     match source {
+        ModelSource::Folder(path) if model::is_gguf(path) => gguf::cached(path),
         ModelSource::Folder(path) => Some(path.clone()),
         ModelSource::Hub(model) => HubClient::from_environment().ok()?.cached(model),
     }
@@ -75,6 +78,7 @@ pub struct ModelLookup {
 /// When the model does not exist, or cannot be used.
 pub fn locate(source: &ModelSource) -> Result<ModelLookup, HubError> {
     match source {
+        ModelSource::Folder(path) if model::is_gguf(path) => gguf::locate(path),
         ModelSource::Folder(path) => Ok(ModelLookup {
             folder: Some(path.clone()),
             origin: path.display().to_string(),
@@ -123,6 +127,13 @@ struct HubClient {
     is_offline: bool,
 }
 
+/// The user's folder of caches, by environment variables.
+fn caches(variable: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    let variable = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
+    let named = variable("XDG_CACHE_HOME").map(|path| expand_tilde(&path, variable));
+    named.or_else(|| Some(Path::new(&variable("HOME")?).join(".cache")))
+}
+
 impl HubClient {
     fn from_environment() -> Result<Self, HubError> {
         Self::from_variables(|name| std::env::var(name).ok())
@@ -132,11 +143,7 @@ impl HubClient {
     fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self, HubError> {
         let variable = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
         let folder = |name: &str| variable(name).map(|path| expand_tilde(&path, variable));
-        let caches = || {
-            folder("XDG_CACHE_HOME")
-                .or(variable("HOME").map(|home| Path::new(&home).join(".cache")))
-        };
-        let home = folder("HF_HOME").or_else(|| Some(caches()?.join("huggingface")));
+        let home = folder("HF_HOME").or_else(|| Some(caches(variable)?.join("huggingface")));
         let cache = folder("HF_HUB_CACHE").or_else(|| Some(home.as_ref()?.join("hub")));
         let cache = cache.ok_or(HubError::NoCache)?;
         let token = Token::find(variable, home.as_deref().unwrap_or(Path::new("")))?;

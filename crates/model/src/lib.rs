@@ -15,6 +15,7 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 mod folder;
+mod gguf;
 mod guarded_tokenizer;
 pub mod input_file;
 mod keys;
@@ -50,6 +51,7 @@ pub use config::{
 pub use encoder::{Encoder, SUPPORTED_ENCODERS};
 pub use error::ModelError;
 pub use folder::{ModelFolder, dtype_name, is_licence, save_folder};
+pub use gguf::{GgufModel, is_gguf};
 pub use kernels::Gradients;
 pub use logprobs::TokenLogprobs;
 pub use lora::{Adapter, AdapterFolder, BaseModel, LoraConfig, open_policy, save_policy};

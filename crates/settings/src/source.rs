@@ -10,11 +10,11 @@ use crate::checks::Checks;
 /// Prefix of a model on the hub.
 const HUB_PREFIX: &str = "hf:";
 
-/// Source of a model: a folder, or the Hugging Face hub as `hf:ORG/NAME@REVISION`.
+/// Source of a model: a folder, a GGUF file, or the Hugging Face hub as `hf:ORG/NAME@REVISION`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ModelSource {
-    /// A Hugging Face folder. Some settings allow the empty path, which means none.
+    /// A Hugging Face folder, or a GGUF file. Some settings allow the empty path, which means none.
     Folder(PathBuf),
     /// A model on the hub.
     Hub(HubModel),
@@ -25,7 +25,7 @@ pub(crate) fn check_source(path: &str, source: Option<&ModelSource>, checks: &mu
     checks.require(
         source.is_none_or(|source| !source.is_empty()),
         path,
-        "it is empty: name a folder or hf:ORG/NAME@REVISION, or leave the key out",
+        "it is empty: name a folder, a GGUF file or hf:ORG/NAME@REVISION, or leave the key out",
     );
 }
 

@@ -11,7 +11,7 @@ use crate::assembly::ModelLocation;
 // No doc comment: clap would show it in place of the command's own.
 #[derive(clap::Args)]
 pub(crate) struct ModelArguments {
-    /// The model: a Hugging Face folder, such as a run's checkpoint, or hf:ORG/NAME@REVISION.
+    /// The model: a Hugging Face folder, such as a run's checkpoint, a GGUF file, or hf:ORG/NAME@REVISION.
     #[arg(long, value_name = "MODEL")]
     model: ModelSource,
     /// A PEFT folder with a LoRA adapter for the model. A checkpoint that is an adapter names its model itself.

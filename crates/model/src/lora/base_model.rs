@@ -10,7 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::lora::folder::CONFIG;
-use crate::{config::read_json, error::ModelError};
+use crate::{
+    config::read_json,
+    error::ModelError,
+    gguf::{is_gguf, origin_of},
+};
 
 /// PEFT's key of the name.
 pub(super) const NAME: &str = "base_model_name_or_path";
@@ -30,13 +34,14 @@ pub struct BaseModel {
 
 impl BaseModel {
     /// Name of the model in the folder `path`: repository and commit for a folder in the Hub's cache
-    /// (`models--ORG--NAME/snapshots/COMMIT`), otherwise the absolute path.
+    /// (`models--ORG--NAME/snapshots/COMMIT`), the GGUF file for a folder that was unpacked from one, otherwise the
+    /// absolute path.
     #[must_use]
     pub fn of_folder(path: &Path) -> Self {
         let absolute = path.canonicalize();
         let absolute = absolute.as_deref().unwrap_or(path);
         of_snapshot(absolute).unwrap_or_else(|| Self {
-            name: absolute.display().to_string(),
+            name: origin_of(absolute).unwrap_or_else(|| absolute.display().to_string()),
             revision: None,
         })
     }
@@ -54,7 +59,7 @@ impl BaseModel {
         }
     }
 
-    /// Local folder of the base model: the name as a path, or as a path relative to the folder `adapter`. `None` when
+    /// Local folder, or GGUF file, of the base model: the name as a path, or as a path relative to the folder `adapter`. `None` when
     /// there is none, or the adapter is in the Hub's cache.
     #[must_use]
     pub fn folder(&self, adapter: &Path) -> Option<PathBuf> {
@@ -63,7 +68,8 @@ impl BaseModel {
         }
         let named = Path::new(&self.name);
         let candidates = [named.to_owned(), adapter.join(named)];
-        let is_model = |path: &PathBuf| path.join("config.json").exists();
+        let is_model =
+            |path: &PathBuf| path.join("config.json").exists() || is_gguf(path) && path.exists();
         candidates
             .into_iter()
             .find(|path| !self.name.is_empty() && is_model(path))

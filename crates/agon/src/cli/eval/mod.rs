@@ -159,7 +159,7 @@ fn questions(arguments: &Arguments) -> anyhow::Result<Option<Questions>> {
 /// The file of answers that B is; `None` for a model.
 fn answers_file(source: &ModelSource) -> Option<&Path> {
     match source {
-        ModelSource::Folder(path) if path.is_file() => Some(path),
+        ModelSource::Folder(path) if path.is_file() && !model::is_gguf(path) => Some(path),
         _ => None,
     }
 }

@@ -1,0 +1,56 @@
+//! Models in GGUF files: each is unpacked into a folder of Agon's own cache, once.
+
+use std::path::{Path, PathBuf};
+
+use model::GgufModel;
+
+use crate::{ModelLookup, caches, error::HubError};
+
+/// Folder of Agon's cache for unpacked files.
+const FOLDER: &str = "agon/gguf";
+
+/// The folder of the model in the file at `path`, unpacked first if it is not there.
+pub(crate) fn folder(path: &Path) -> Result<PathBuf, HubError> {
+    let model = GgufModel::open(path)?;
+    let folder = place(&model)?;
+    if !is_unpacked(&folder) {
+        tracing::info!(file = %path.display(), folder = %folder.display(), "unpacking a GGUF file");
+        model.unpack(&folder)?;
+    }
+    Ok(folder)
+}
+
+/// The folder of the model in the file at `path`, if it was unpacked.
+pub(crate) fn cached(path: &Path) -> Option<PathBuf> {
+    let folder = place(&GgufModel::open(path).ok()?).ok()?;
+    is_unpacked(&folder).then_some(folder)
+}
+
+/// What is known of the model in the file at `path` without unpacking it.
+pub(crate) fn locate(path: &Path) -> Result<ModelLookup, HubError> {
+    let folder = place(&GgufModel::open(path)?)?;
+    let path = path.display();
+    Ok(match is_unpacked(&folder) {
+        true => ModelLookup {
+            origin: format!("{path}, unpacked in {}", folder.display()),
+            folder: Some(folder),
+        },
+        false => ModelLookup {
+            origin: format!(
+                "{path}: will be unpacked into {} on first use",
+                folder.display()
+            ),
+            folder: None,
+        },
+    })
+}
+
+fn place(model: &GgufModel) -> Result<PathBuf, HubError> {
+    let cache = caches(|name| std::env::var(name).ok()).ok_or(HubError::NoCache)?;
+    Ok(cache.join(FOLDER).join(model.folder_name()))
+}
+
+/// Whether a folder is there, which is then whole.
+fn is_unpacked(folder: &Path) -> bool {
+    folder.join("config.json").is_file()
+}

@@ -1,0 +1,305 @@
+//! Header of a GGUF file: metadata and the table of tensors.
+//!
+//! The file is untrusted: every length is checked against what is left of the file before anything is allocated, and a
+//! tensor must lie in the file. Source: the GGUF specification of the ggml project, versions 2 and 3, little-endian.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{BufReader, Read},
+};
+
+use candle_core::quantized::GgmlDType;
+
+/// Largest header in bytes: a vocabulary of a million tokens with its merges has 60 MB.
+const MAX_HEADER_BYTES: u64 = 1 << 29;
+/// Largest number of metadata entries, and of tensors.
+const MAX_ENTRIES: u64 = 1 << 17;
+/// Largest number of elements of an array.
+const MAX_ELEMENTS: u64 = 1 << 22;
+/// Largest number of dimensions of a tensor.
+const MAX_DIMENSIONS: u32 = 4;
+/// Alignment of tensors where the file names none.
+const DEFAULT_ALIGNMENT: u64 = 32;
+
+/// A metadata value. Arrays do not nest.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum MetadataValue {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f64),
+    Bool(bool),
+    Text(String),
+    Array(Vec<MetadataValue>),
+}
+
+/// A tensor of the file.
+#[derive(Debug, Clone)]
+pub(super) struct TensorEntry {
+    pub(super) name: String,
+    /// Shape, outermost dimension first.
+    pub(super) shape: Vec<usize>,
+    pub(super) dtype: GgmlDType,
+    /// Position in the file in bytes.
+    pub(super) start: u64,
+    /// Length in bytes.
+    pub(super) bytes: u64,
+}
+
+/// The header of a file.
+#[derive(Debug)]
+pub(super) struct GgufHeader {
+    pub(super) metadata: BTreeMap<String, MetadataValue>,
+    pub(super) tensors: Vec<TensorEntry>,
+}
+
+impl MetadataValue {
+    pub(super) fn as_u64(&self) -> Option<u64> {
+        match self {
+            Self::Unsigned(value) => Some(*value),
+            Self::Signed(value) => u64::try_from(*value).ok(),
+            _ => None,
+        }
+    }
+
+    pub(super) fn as_f64(&self) -> Option<f64> {
+        match self {
+            Self::Float(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    pub(super) fn as_bool(&self) -> Option<bool> {
+        match self {
+            Self::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    pub(super) fn as_text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    pub(super) fn as_array(&self) -> Option<&[Self]> {
+        match self {
+            Self::Array(values) => Some(values),
+            _ => None,
+        }
+    }
+}
+
+impl GgufHeader {
+    /// Reads the header of a file of `length` bytes.
+    ///
+    /// # Errors
+    /// The reason why it is not a GGUF file of a supported version, or is malformed.
+    pub(super) fn read(file: File, length: u64) -> Result<Self, String> {
+        let mut reader = HeaderReader {
+            input: BufReader::new(file),
+            position: 0,
+            limit: length.min(MAX_HEADER_BYTES),
+        };
+        if reader.bytes::<4>()? != *b"GGUF" {
+            return Err("it does not begin with GGUF".into());
+        }
+        let version = reader.u32()?;
+        if !(2..=3).contains(&version) {
+            return Err(format!(
+                "it is of GGUF version {version}; supported are 2 and 3, little-endian"
+            ));
+        }
+        let tensors = reader.count("tensors")?;
+        let entries = reader.count("metadata entries")?;
+        let mut metadata = BTreeMap::new();
+        for _ in 0..entries {
+            let key = reader.text()?;
+            let kind = reader.u32()?;
+            let value = reader
+                .value(kind, true)
+                .map_err(|reason| format!("{key}: {reason}"))?;
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(format!("it has {key} twice"));
+            }
+        }
+        let tensors: Result<Vec<_>, _> = (0..tensors).map(|_| reader.tensor()).collect();
+        let mut header = Self {
+            metadata,
+            tensors: tensors?,
+        };
+        header.place_tensors(reader.position, length)?;
+        Ok(header)
+    }
+
+    /// Moves the tensors' positions from the end of the header, `from`, to the start of the file, and checks that all lie
+    /// in its `length` bytes.
+    fn place_tensors(&mut self, from: u64, length: u64) -> Result<(), String> {
+        let alignment = self.metadata.get("general.alignment");
+        let alignment = alignment.map_or(Some(DEFAULT_ALIGNMENT), MetadataValue::as_u64);
+        let alignment = alignment.filter(|a| a.is_power_of_two());
+        let alignment = alignment.ok_or("general.alignment is not a power of two")?;
+        let data = from
+            .checked_next_multiple_of(alignment)
+            .ok_or("general.alignment is too large")?;
+        for tensor in &mut self.tensors {
+            let start = data.checked_add(tensor.start);
+            let end = start.and_then(|start| start.checked_add(tensor.bytes));
+            match (start, end) {
+                (Some(start), Some(end)) if end <= length => tensor.start = start,
+                _ => {
+                    return Err(format!(
+                        "the tensor {} is not in the file, which has {length} bytes: it is cut off",
+                        tensor.name
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bounded reader of a header.
+struct HeaderReader {
+    input: BufReader<File>,
+    position: u64,
+    limit: u64,
+}
+
+impl HeaderReader {
+    /// Counts `bytes` as read.
+    fn advance(&mut self, bytes: u64) -> Result<(), String> {
+        self.position = self.position.saturating_add(bytes);
+        match self.position <= self.limit {
+            true => Ok(()),
+            false => Err("its header is cut off, or larger than 512 MiB".into()),
+        }
+    }
+
+    fn bytes<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        self.advance(N as u64)?;
+        let mut bytes = [0; N];
+        let read = self.input.read_exact(&mut bytes);
+        read.map_err(|error| error.to_string())?;
+        Ok(bytes)
+    }
+
+    fn u32(&mut self) -> Result<u32, String> {
+        Ok(u32::from_le_bytes(self.bytes()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, String> {
+        Ok(u64::from_le_bytes(self.bytes()?))
+    }
+
+    fn count(&mut self, what: &str) -> Result<u64, String> {
+        let count = self.u64()?;
+        match count <= MAX_ENTRIES {
+            true => Ok(count),
+            false => Err(format!(
+                "it has {count} {what}; at most {MAX_ENTRIES} are read"
+            )),
+        }
+    }
+
+    fn text(&mut self) -> Result<String, String> {
+        let length = self.u64()?;
+        self.advance(length)?;
+        let mut bytes = vec![0; length as usize];
+        let read = self.input.read_exact(&mut bytes);
+        read.map_err(|error| error.to_string())?;
+        String::from_utf8(bytes).map_err(|_| "a text is not UTF-8".into())
+    }
+
+    fn value(&mut self, kind: u32, may_be_array: bool) -> Result<MetadataValue, String> {
+        let signed = |value: i64| Ok(MetadataValue::Signed(value));
+        match kind {
+            0 => Ok(MetadataValue::Unsigned(
+                u8::from_le_bytes(self.bytes()?).into(),
+            )),
+            1 => signed(i8::from_le_bytes(self.bytes()?).into()),
+            2 => Ok(MetadataValue::Unsigned(
+                u16::from_le_bytes(self.bytes()?).into(),
+            )),
+            3 => signed(i16::from_le_bytes(self.bytes()?).into()),
+            4 => Ok(MetadataValue::Unsigned(self.u32()?.into())),
+            5 => signed(i32::from_le_bytes(self.bytes()?).into()),
+            6 => Ok(MetadataValue::Float(
+                f32::from_le_bytes(self.bytes()?).into(),
+            )),
+            7 => Ok(MetadataValue::Bool(self.bytes::<1>()? != [0])),
+            8 => self.text().map(MetadataValue::Text),
+            9 if may_be_array => {
+                let (kind, count) = (self.u32()?, self.u64()?);
+                if count > MAX_ELEMENTS {
+                    return Err(format!(
+                        "it has {count} elements; at most {MAX_ELEMENTS} are read"
+                    ));
+                }
+                let values = (0..count).map(|_| self.value(kind, false));
+                values.collect::<Result<_, _>>().map(MetadataValue::Array)
+            }
+            10 => Ok(MetadataValue::Unsigned(self.u64()?)),
+            11 => signed(i64::from_le_bytes(self.bytes()?)),
+            12 => Ok(MetadataValue::Float(f64::from_le_bytes(self.bytes()?))),
+            other => Err(format!(
+                "its values have the type {other}, which is unknown here"
+            )),
+        }
+    }
+
+    fn tensor(&mut self) -> Result<TensorEntry, String> {
+        let name = self.text()?;
+        let dimensions = self.u32()?;
+        if dimensions > MAX_DIMENSIONS {
+            return Err(format!("the tensor {name} has {dimensions} dimensions"));
+        }
+        let shape: Result<Vec<u64>, _> = (0..dimensions).map(|_| self.u64()).collect();
+        // The file has the innermost dimension first.
+        let shape: Vec<u64> = shape?.into_iter().rev().collect();
+        let (kind, start) = (self.u32()?, self.u64()?);
+        let dtype = dtype(kind).ok_or_else(|| {
+            format!(
+                "the tensor {name} is of ggml type {kind}; supported are F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, \
+                 Q4_K, Q5_K and Q6_K"
+            )
+        })?;
+        let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+        let too_large = || format!("the tensor {name} has the impossible shape {shape:?}");
+        let elements = elements.ok_or_else(too_large)?;
+        let block = dtype.block_size() as u64;
+        let innermost = shape.last().copied().unwrap_or(1);
+        if !innermost.is_multiple_of(block) {
+            return Err(format!(
+                "the rows of the tensor {name} have {innermost} elements, which are no blocks of {block}"
+            ));
+        }
+        let bytes = (elements / block).checked_mul(dtype.type_size() as u64);
+        Ok(TensorEntry {
+            shape: shape.iter().map(|&d| d as usize).collect(),
+            bytes: bytes.ok_or_else(too_large)?,
+            name,
+            dtype,
+            start,
+        })
+    }
+}
+
+/// The supported type of this number.
+fn dtype(kind: u32) -> Option<GgmlDType> {
+    Some(match kind {
+        0 => GgmlDType::F32,
+        1 => GgmlDType::F16,
+        2 => GgmlDType::Q4_0,
+        3 => GgmlDType::Q4_1,
+        6 => GgmlDType::Q5_0,
+        7 => GgmlDType::Q5_1,
+        8 => GgmlDType::Q8_0,
+        12 => GgmlDType::Q4K,
+        13 => GgmlDType::Q5K,
+        14 => GgmlDType::Q6K,
+        30 => GgmlDType::BF16,
+        _ => return None,
+    })
+}

@@ -1,0 +1,295 @@
+//! Models in GGUF files, unpacked into Hugging Face folders.
+//!
+//! A file holds a whole model: configuration, tokenizer, chat template and weights, which may be quantised. It is unpacked
+//! once, so that everything else reads one form of models: quantised weights are dequantised to f32 (through candle), those
+//! in f16 and bf16 stay what they are, and the rows of queries and keys return to Hugging Face's order. Promises that what is
+//! not understood is refused by name, and that a folder is whole or absent. The file is untrusted.
+
+mod config;
+mod header;
+mod tensors;
+#[cfg(test)]
+mod tests;
+mod tokenizer;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
+use messages::Digest;
+use serde_json::{Value, json};
+
+use crate::{
+    error::ModelError,
+    gguf::{
+        config::{Architecture, ModelShape},
+        header::{GgufHeader, TensorEntry},
+        tensors::TensorReader,
+        tokenizer::TokenizerFiles,
+    },
+    input_file::InputFile,
+};
+
+/// Device of everything here.
+const CPU: Device = Device::Cpu;
+/// Name of the file in an unpacked folder that says what it was unpacked from.
+const ORIGIN: &str = "gguf.json";
+/// Version of what is written; part of the folder's name.
+const FORMAT: u32 = 1;
+/// Size of a weights file above which another is begun, in bytes.
+const SHARD_BYTES: u64 = 1 << 30;
+
+/// Whether the path is that of a GGUF file, by its name.
+#[must_use]
+pub fn is_gguf(path: &Path) -> bool {
+    let extension = path.extension();
+    extension.is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && !path.is_dir()
+}
+
+/// Path of the GGUF file that the folder was unpacked from.
+pub(crate) fn origin_of(folder: &Path) -> Option<String> {
+    let text = fs::read_to_string(folder.join(ORIGIN)).ok()?;
+    let origin: Value = serde_json::from_str(&text).ok()?;
+    origin["file"].as_str().map(str::to_owned)
+}
+
+/// A model in a GGUF file.
+pub struct GgufModel {
+    path: PathBuf,
+    header: GgufHeader,
+    architecture: Architecture,
+    shape: ModelShape,
+    config: Value,
+    generation: Value,
+    tokenizer: TokenizerFiles,
+    /// Distinguishes the file from others, and from what it was before it was replaced.
+    digest: Digest,
+}
+
+impl GgufModel {
+    /// Reads everything but the weights of the file at `path`.
+    ///
+    /// # Errors
+    /// When it cannot be read, or holds anything that is not supported, which is named.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let malformed = |reason: String| ModelError::Malformed {
+            path: path.to_owned(),
+            reason,
+        };
+        // The user names the file itself, which may be a link.
+        let target = path
+            .canonicalize()
+            .map_err(|source| ModelError::Unreadable {
+                path: path.to_owned(),
+                source,
+            })?;
+        let input = InputFile::open(&target)?;
+        let length = input.length;
+        let header = GgufHeader::read(input.into_file(), length).map_err(malformed)?;
+        let architecture = config::architecture(&header).map_err(malformed)?;
+        let factors = rope_factors(&target, &header)?;
+        let read = config::config(&header, architecture, factors.as_deref());
+        let (mut config, shape) = read.map_err(malformed)?;
+        let special = config::special_ids(&header).map_err(malformed)?;
+        let tokenizer = tokenizer::tokenizer(&header, special).map_err(malformed)?;
+        let embedding = header.tensors.iter().find(|t| t.name == tensors::EMBEDDING);
+        let vocabulary = embedding.and_then(|t| t.shape.first().copied());
+        let vocabulary =
+            vocabulary.ok_or_else(|| malformed("it has no token_embd.weight".into()))?;
+        config["vocab_size"] = vocabulary.into();
+        config["bos_token_id"] = special.bos.into();
+        config["eos_token_id"] = special.eos.into();
+        config["tie_word_embeddings"] =
+            (!header.tensors.iter().any(|t| t.name == tensors::HEAD)).into();
+        config["torch_dtype"] = "float32".into();
+        let model = Self {
+            digest: digest(&target, length, &header)?,
+            generation: json!({"bos_token_id": special.bos, "eos_token_id": special.ends()}),
+            path: target,
+            header,
+            architecture,
+            shape,
+            config,
+            tokenizer,
+        };
+        model.check_tensors().map_err(malformed)?;
+        Ok(model)
+    }
+
+    /// Name of the folder that it is unpacked into.
+    #[must_use]
+    pub fn folder_name(&self) -> String {
+        let stem = self.path.file_stem().unwrap_or_default().to_string_lossy();
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let stem: String = stem
+            .chars()
+            .map(|c| if is_plain(c) { c } else { '-' })
+            .collect();
+        let digest = self.digest.to_string();
+        format!(
+            "{}-{}",
+            stem.trim_start_matches('.'),
+            &digest[..16.min(digest.len())]
+        )
+    }
+
+    /// Names of Hugging Face for all tensors; those of the file in the same order.
+    fn check_tensors(&self) -> Result<(), String> {
+        for tensor in &self.header.tensors {
+            if tensor.name != tensors::ROPE_FACTORS {
+                tensors::target(&tensor.name, self.architecture, self.shape.layers)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the model as a Hugging Face folder at `folder`, which does not exist yet.
+    ///
+    /// # Errors
+    /// When the file changes meanwhile, or the folder cannot be written.
+    pub fn unpack(&self, folder: &Path) -> Result<(), ModelError> {
+        let unwritable = |source| ModelError::Unwritable {
+            path: folder.to_owned(),
+            source,
+        };
+        let parent = folder.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(parent).map_err(unwritable)?;
+        let partial = parent.join(format!(
+            ".partial-{}-{}",
+            std::process::id(),
+            self.folder_name()
+        ));
+        let written = self.write_files(&partial);
+        let written = written.and_then(|()| match fs::rename(&partial, folder) {
+            // Another process was first.
+            Err(_) if folder.join("config.json").is_file() => Ok(()),
+            renamed => renamed.map_err(unwritable),
+        });
+        // What is left of a failure, or of the slower of two processes.
+        if partial.exists() {
+            fs::remove_dir_all(&partial).ok();
+        }
+        written
+    }
+
+    fn write_files(&self, folder: &Path) -> Result<(), ModelError> {
+        fs::create_dir_all(folder).map_err(|source| ModelError::Unwritable {
+            path: folder.to_owned(),
+            source,
+        })?;
+        self.write_weights(folder)?;
+        let origin = json!({"file": self.path});
+        for (name, content) in [
+            ("generation_config.json", &self.generation),
+            ("tokenizer.json", &self.tokenizer.tokenizer),
+            ("tokenizer_config.json", &self.tokenizer.settings),
+            (ORIGIN, &origin),
+            ("config.json", &self.config),
+        ] {
+            let path = folder.join(name);
+            let written = fs::write(&path, format!("{content:#}\n"));
+            written.map_err(|source| ModelError::Unwritable { path, source })?;
+        }
+        Ok(())
+    }
+
+    fn write_weights(&self, folder: &Path) -> Result<(), ModelError> {
+        let mut reader = TensorReader::open(&self.path)?;
+        let mut shards: Vec<Vec<&TensorEntry>> = Vec::new();
+        let mut size = SHARD_BYTES;
+        for tensor in &self.header.tensors {
+            if tensor.name == tensors::ROPE_FACTORS {
+                continue;
+            }
+            let elements: usize = tensor.shape.iter().product();
+            let bytes = (elements * stored_dtype(tensor.dtype).size_in_bytes()) as u64;
+            if size.saturating_add(bytes) > SHARD_BYTES {
+                shards.push(Vec::new());
+                size = 0;
+            }
+            size += bytes;
+            shards
+                .last_mut()
+                .into_iter()
+                .for_each(|shard| shard.push(tensor));
+        }
+        let mut index = serde_json::Map::new();
+        for (number, shard) in shards.iter().enumerate() {
+            let file = match shards.len() {
+                1 => "model.safetensors".to_owned(),
+                count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+            };
+            let mut weights = std::collections::HashMap::new();
+            for tensor in shard {
+                let (name, weight) = self.weight(&mut reader, tensor)?;
+                index.insert(name.clone(), file.clone().into());
+                weights.insert(name, weight);
+            }
+            candle_core::safetensors::save(&weights, folder.join(&file))?;
+        }
+        if shards.len() > 1 {
+            let index = json!({"metadata": {}, "weight_map": index});
+            let path = folder.join("model.safetensors.index.json");
+            let written = fs::write(&path, index.to_string());
+            written.map_err(|source| ModelError::Unwritable { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// A tensor under its name in Hugging Face's form.
+    fn weight(
+        &self,
+        reader: &mut TensorReader,
+        tensor: &TensorEntry,
+    ) -> Result<(String, Tensor), ModelError> {
+        let malformed = |reason: String| ModelError::Malformed {
+            path: self.path.clone(),
+            reason,
+        };
+        let target = tensors::target(&tensor.name, self.architecture, self.shape.layers);
+        let target = target.map_err(malformed)?;
+        let mut weight = reader.read(tensor, stored_dtype(tensor.dtype))?;
+        if let Some(heads) = target.permuted_heads(self.architecture, self.shape) {
+            let rows = heads.checked_mul(self.shape.head_dim);
+            if tensor.shape.first().copied() != rows || !self.shape.head_dim.is_multiple_of(2) {
+                let reason = format!("the tensor {} has not {heads} heads", tensor.name);
+                return Err(malformed(reason));
+            }
+            weight = tensors::unpermuted(&weight, heads)?;
+        }
+        Ok((target.name, weight))
+    }
+}
+
+/// Dtype in which a tensor is stored: f16 and bf16 as they are, all else in f32.
+fn stored_dtype(dtype: GgmlDType) -> DType {
+    match dtype {
+        GgmlDType::F16 => DType::F16,
+        GgmlDType::BF16 => DType::BF16,
+        _ => DType::F32,
+    }
+}
+
+/// Factors of RoPE's frequencies, if the file has any.
+fn rope_factors(path: &Path, header: &GgufHeader) -> Result<Option<Vec<f32>>, ModelError> {
+    let mut tensors = header.tensors.iter();
+    let Some(factors) = tensors.find(|tensor| tensor.name == tensors::ROPE_FACTORS) else {
+        return Ok(None);
+    };
+    let factors = TensorReader::open(path)?.read(factors, DType::F32)?;
+    Ok(Some(factors.flatten_all()?.to_vec1()?))
+}
+
+/// Digest of the header, the file's size and the time of its last change.
+fn digest(path: &Path, length: u64, header: &GgufHeader) -> Result<Digest, ModelError> {
+    let unreadable = |source| ModelError::Unreadable {
+        path: path.to_owned(),
+        source,
+    };
+    let changed = fs::metadata(path).and_then(|metadata| metadata.modified());
+    let changed = changed.map_err(unreadable)?;
+    let text = format!("{FORMAT} {length} {changed:?} {path:?} {header:?}");
+    Ok(Digest::of(text.as_bytes()))
+}

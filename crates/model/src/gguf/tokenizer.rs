@@ -1,0 +1,336 @@
+//! The `tokenizer.json` and `tokenizer_config.json` that say what a GGUF file's metadata says.
+
+use std::collections::{HashMap, HashSet};
+
+use serde_json::{Map, Value, json};
+
+use crate::gguf::{
+    config::SpecialIds,
+    header::{GgufHeader, MetadataValue},
+};
+
+/// Kinds of tokens.
+const UNKNOWN: u64 = 2;
+const CONTROL: u64 = 3;
+const USER_DEFINED: u64 = 4;
+const BYTE: u64 = 6;
+
+/// The space of SentencePiece.
+const SPACE: &str = "▁";
+
+/// Splits of texts before byte-level BPE, as the models' own `tokenizer.json` have them.
+const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The files of a tokenizer.
+pub(super) struct TokenizerFiles {
+    /// `tokenizer.json`.
+    pub(super) tokenizer: Value,
+    /// `tokenizer_config.json`.
+    pub(super) settings: Value,
+}
+
+/// Vocabulary of a file.
+struct Vocabulary<'a> {
+    tokens: Vec<&'a str>,
+    kinds: Vec<u64>,
+    scores: Vec<f64>,
+}
+
+impl<'a> Vocabulary<'a> {
+    fn of(header: &'a GgufHeader) -> Result<Self, String> {
+        let texts = array(header, "tokenizer.ggml.tokens", MetadataValue::as_text)?;
+        let tokens = texts.ok_or("it has no tokenizer.ggml.tokens")?;
+        let kinds = array(header, "tokenizer.ggml.token_type", MetadataValue::as_u64)?;
+        let kinds = kinds.unwrap_or_else(|| vec![1; tokens.len()]);
+        let scores = array(header, "tokenizer.ggml.scores", MetadataValue::as_f64)?;
+        let scores = scores.unwrap_or_else(|| vec![0.0; tokens.len()]);
+        if kinds.len() != tokens.len() || scores.len() != tokens.len() {
+            return Err("its tokens, their types and their scores are not of one number".into());
+        }
+        let distinct: HashSet<&str> = tokens.iter().copied().collect();
+        if distinct.len() != tokens.len() {
+            return Err("two of its tokens have the same text".into());
+        }
+        Ok(Self {
+            tokens,
+            kinds,
+            scores,
+        })
+    }
+
+    fn ids(&self) -> Value {
+        let ids = self.tokens.iter().zip(0u32..);
+        let ids: Map<String, Value> = ids.map(|(text, id)| ((*text).into(), id.into())).collect();
+        Value::Object(ids)
+    }
+
+    /// Special tokens and those that users have defined, as `tokenizer.json` lists them.
+    fn added(&self) -> Vec<Value> {
+        let tokens = self.tokens.iter().zip(&self.kinds).zip(0u32..);
+        let is_added = |kind: u64| [UNKNOWN, CONTROL, USER_DEFINED].contains(&kind);
+        tokens
+            .filter(|((_, kind), _)| is_added(**kind))
+            .map(|((text, kind), id)| {
+                json!({
+                    "id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+                    "normalized": false, "special": *kind != USER_DEFINED,
+                })
+            })
+            .collect()
+    }
+
+    fn text(&self, id: Option<u32>) -> Option<&'a str> {
+        self.tokens.get(id? as usize).copied()
+    }
+}
+
+/// The elements of an array; `None` if the file does not have it.
+fn array<'a, T>(
+    header: &'a GgufHeader,
+    key: &str,
+    element: impl Fn(&'a MetadataValue) -> Option<T>,
+) -> Result<Option<Vec<T>>, String> {
+    let Some(value) = header.metadata.get(key) else {
+        return Ok(None);
+    };
+    let elements = value.as_array().map(|values| values.iter().map(element));
+    let elements = elements.and_then(|elements| elements.collect::<Option<Vec<T>>>());
+    elements
+        .map(Some)
+        .ok_or_else(|| format!("{key} is not the list that it should be"))
+}
+
+/// The tokenizer of a file.
+///
+/// # Errors
+/// The reason why it is incomplete or not supported, with its key.
+pub(super) fn tokenizer(
+    header: &GgufHeader,
+    special: SpecialIds,
+) -> Result<TokenizerFiles, String> {
+    let text = |key: &str| header.metadata.get(key).and_then(MetadataValue::as_text);
+    let flag = |key: &str| header.metadata.get(key).and_then(MetadataValue::as_bool);
+    let kind = text("tokenizer.ggml.model").ok_or("it has no tokenizer.ggml.model")?;
+    let pre = text("tokenizer.ggml.pre").unwrap_or("default");
+    let vocabulary = Vocabulary::of(header)?;
+    let adds_bos = flag("tokenizer.ggml.add_bos_token");
+    if flag("tokenizer.ggml.add_eos_token") == Some(true) {
+        return Err(
+            "tokenizer.ggml.add_eos_token is true: an end after every text is not supported".into(),
+        );
+    }
+    let (parts, adds_bos) = match kind {
+        "gpt2" => (
+            byte_level(header, &vocabulary, pre)?,
+            adds_bos.unwrap_or(pre == "llama-bpe"),
+        ),
+        "llama" => {
+            let adds_space = flag("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+            (
+                sentence_piece(&vocabulary, special, adds_space),
+                adds_bos.unwrap_or(true),
+            )
+        }
+        other => {
+            return Err(format!(
+                "its tokenizer.ggml.model is {other:?}; supported are \"gpt2\" and \"llama\""
+            ));
+        }
+    };
+    let bos = vocabulary.text(special.bos).filter(|_| adds_bos);
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": vocabulary.added(),
+        "normalizer": parts.normalizer, "pre_tokenizer": parts.pre_tokenizer,
+        "post_processor": post_processor(bos, special.bos), "decoder": parts.decoder, "model": parts.model,
+    });
+    Ok(TokenizerFiles {
+        tokenizer,
+        settings: settings(header, &vocabulary, special),
+    })
+}
+
+/// Parts of a `tokenizer.json`.
+struct TokenizerParts {
+    normalizer: Value,
+    pre_tokenizer: Value,
+    decoder: Value,
+    model: Value,
+}
+
+/// Puts the beginning-of-text token before a text.
+fn post_processor(bos: Option<&str>, id: Option<u32>) -> Value {
+    let Some((bos, id)) = bos.zip(id) else {
+        return Value::Null;
+    };
+    let special = json!({"SpecialToken": {"id": bos, "type_id": 0}});
+    let text = |name: &str, type_id: u32| json!({"Sequence": {"id": name, "type_id": type_id}});
+    let second = json!({"SpecialToken": {"id": bos, "type_id": 1}});
+    json!({
+        "type": "TemplateProcessing",
+        "single": [special, text("A", 0)],
+        "pair": [special, text("A", 0), second, text("B", 1)],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    })
+}
+
+/// Byte-level BPE, as in GPT-2.
+fn byte_level(
+    header: &GgufHeader,
+    vocabulary: &Vocabulary<'_>,
+    pre: &str,
+) -> Result<TokenizerParts, String> {
+    let bytes = |splits: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": splits});
+    let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+    let sequence =
+        |first: Value, second: Value| json!({"type": "Sequence", "pretokenizers": [first, second]});
+    let pre_tokenizer = match pre {
+        "gpt-2" => bytes(true),
+        "smollm" => sequence(
+            json!({"type": "Digits", "individual_digits": true}),
+            bytes(true),
+        ),
+        "llama-bpe" => sequence(split(LLAMA3_SPLIT), bytes(false)),
+        "qwen2" => sequence(split(QWEN2_SPLIT), bytes(false)),
+        other => {
+            return Err(format!(
+                "its tokenizer.ggml.pre is {other:?}; supported are \"gpt-2\", \"llama-bpe\", \"qwen2\" and \"smollm\": \
+                 use the model's own tokenizer.json with its Hugging Face folder"
+            ));
+        }
+    };
+    let merges = array(header, "tokenizer.ggml.merges", MetadataValue::as_text)?;
+    let merges = merges.ok_or("it has no tokenizer.ggml.merges")?;
+    let normalizer = match pre {
+        "qwen2" => json!({"type": "NFC"}),
+        _ => Value::Null,
+    };
+    Ok(TokenizerParts {
+        normalizer,
+        pre_tokenizer,
+        decoder: bytes(true),
+        model: json!({
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "ignore_merges": pre == "llama-bpe", "vocab": vocabulary.ids(), "merges": merges,
+        }),
+    })
+}
+
+/// SentencePiece BPE, as in Llama 2 and Mistral.
+fn sentence_piece(
+    vocabulary: &Vocabulary<'_>,
+    special: SpecialIds,
+    adds_space: bool,
+) -> TokenizerParts {
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
+    let prepend = json!({"type": "Prepend", "prepend": SPACE});
+    let normalizers = match adds_space {
+        true => vec![prepend, replace],
+        false => vec![replace],
+    };
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if adds_space {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    TokenizerParts {
+        normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
+        pre_tokenizer: Value::Null,
+        decoder: json!({"type": "Sequence", "decoders": decoders}),
+        model: json!({
+            "type": "BPE", "dropout": null, "unk_token": vocabulary.text(special.unknown),
+            "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true,
+            "ignore_merges": false, "vocab": vocabulary.ids(), "merges": merges(vocabulary),
+        }),
+    }
+}
+
+/// A pair of tokens that are merged.
+struct Merge<'a> {
+    left: &'a str,
+    right: &'a str,
+    /// Score of the merged token.
+    score: f64,
+}
+
+/// The merges of a SentencePiece vocabulary, best first, as transformers derives them from the scores.
+fn merges(vocabulary: &Vocabulary<'_>) -> Vec<Value> {
+    let is_piece = |kind: u64| ![UNKNOWN, CONTROL, BYTE].contains(&kind);
+    let pieces = vocabulary.tokens.iter().zip(&vocabulary.kinds);
+    let ids: HashMap<&str, usize> = pieces
+        .enumerate()
+        .filter(|(_, (_, kind))| is_piece(**kind))
+        .map(|(id, (text, _))| (*text, id))
+        .collect();
+    let mut merges = Vec::new();
+    for (id, token) in vocabulary.tokens.iter().enumerate() {
+        if !ids.contains_key(token) {
+            continue;
+        }
+        let places = token.char_indices().map(|(place, _)| place).skip(1);
+        let halves = places.map(|place| token.split_at(place));
+        let mut of_token: Vec<_> = halves
+            .filter_map(|(left, right)| Some((*ids.get(left)?, *ids.get(right)?, left, right)))
+            .collect();
+        of_token.sort_by_key(|&(left, right, ..)| (left, right));
+        merges.extend(of_token.into_iter().map(|(_, _, left, right)| Merge {
+            left,
+            right,
+            score: vocabulary.scores[id],
+        }));
+    }
+    let length = |text: &str| text.chars().count();
+    // Python's `sorted` with `reverse` keeps the order of equal elements.
+    merges.sort_by(|a, b| {
+        let by_score = b.score.total_cmp(&a.score);
+        let by_left = || length(b.left).cmp(&length(a.left));
+        let by_right = || length(b.right).cmp(&length(a.right));
+        by_score.then_with(by_left).then_with(by_right)
+    });
+    merges
+        .into_iter()
+        .map(|merge| json!([merge.left, merge.right]))
+        .collect()
+}
+
+/// The `tokenizer_config.json`: special tokens and chat templates.
+fn settings(header: &GgufHeader, vocabulary: &Vocabulary<'_>, special: SpecialIds) -> Value {
+    let mut settings = Map::new();
+    settings.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+    for (name, id) in [
+        ("bos_token", special.bos),
+        ("eos_token", special.eos),
+        ("unk_token", special.unknown),
+        ("pad_token", special.padding),
+    ] {
+        if let Some(text) = vocabulary.text(id) {
+            settings.insert(name.into(), text.into());
+        }
+    }
+    let template = |name: &str| {
+        let key = match name {
+            "default" => "tokenizer.chat_template".to_owned(),
+            name => format!("tokenizer.chat_template.{name}"),
+        };
+        let text = header.metadata.get(&key).and_then(MetadataValue::as_text)?;
+        Some(json!({"name": name, "template": text}))
+    };
+    let templates: Vec<Value> = ["default", "tool_use"]
+        .into_iter()
+        .filter_map(template)
+        .collect();
+    match templates.as_slice() {
+        [] => {}
+        [only] if only["name"] == "default" => {
+            settings.insert("chat_template".into(), only["template"].clone());
+        }
+        _ => {
+            settings.insert("chat_template".into(), templates.into());
+        }
+    }
+    Value::Object(settings)
+}
