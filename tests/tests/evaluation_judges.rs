@@ -1,4 +1,4 @@
-//! Judges of evaluations: several, of any kind, beside the run's judge; they change no label and no weight.
+//! Evaluation judges: several, of any kind, beside the run's judge; they change no label and no weight.
 
 use std::{fs, path::Path};
 
@@ -110,7 +110,7 @@ fn a_judge_of_evaluations_that_is_away_costs_its_verdicts_only() {
     assert!(
         output
             .stderr
-            .contains("a judge of evaluations gave no verdict"),
+            .contains("an evaluation judge gave no verdict"),
         "{}",
         output.stderr
     );
@@ -129,7 +129,7 @@ fn mistakes_in_judges_of_evaluations_are_named_before_the_run() {
     let pattern = "{kind=\"regex\",pattern=\"(\",weight=1.0}";
     let rule = format!("evaluation.judge.a={{kind=\"rule\",rules=[{pattern}]}}");
     check(&rule).check(2, &["evaluation.judge.a", "pattern"]);
-    check(SHORT).check(0, &["judge of evaluations short: rule"]);
+    check(SHORT).check(0, &["evaluation judge short: rule"]);
 }
 
 /// Arguments of `agon eval` of the model with itself: greedy, with a rule for short answers.

@@ -135,7 +135,7 @@ impl Actor {
         })
     }
 
-    /// Current waits: "prompts", "the rest of a batch", "weights", or room in an outgoing stream; none while
+    /// Current waits: "prompts", "the rest of a prompt batch", "weights", or room in an outgoing stream; none while
     /// sampling.
     #[must_use]
     pub fn waits(&self) -> Waits {
@@ -232,7 +232,7 @@ impl Actor {
         } else if self.weights.is_pending() || self.queue.ready() > 0 {
             Some("weights")
         } else if self.queue.len() > 0 {
-            Some("the rest of a batch")
+            Some("the rest of a prompt batch")
         } else {
             Some("prompts")
         };

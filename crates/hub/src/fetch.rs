@@ -14,9 +14,9 @@ use settings::HubModel;
 use telemetry::Progress;
 
 use crate::{
-    HubClient,
     blob::{self, Blob, BlobError},
     cancel::CancelToken,
+    client::{HubClient, commit_of},
     download_event::DownloadEvent,
     error::HubError,
     files,
@@ -33,6 +33,28 @@ const PROGRESS_THRESHOLD: u64 = 1 << 20;
 const RETRIES: u32 = 3;
 /// Delay before the first of them; doubled for each further one.
 const RETRY_DELAY: Duration = Duration::from_millis(300);
+
+/// The folder of a model: downloaded, or as it is in the cache if the Hub cannot be reached.
+pub(crate) fn folder(
+    hub: &HubClient,
+    model: &HubModel,
+    cancel: &CancelToken,
+) -> Result<PathBuf, HubError> {
+    let fetched = match hub.is_offline {
+        true => Err(hub.offline(model)),
+        false => fetch(hub, model, cancel),
+    };
+    let folder = match (fetched, hub.cached(model)) {
+        (Err(HubError::Unreachable { .. }), Some(folder)) if hub.is_offline => folder,
+        (Err(HubError::Unreachable { reason, .. }), Some(folder)) => {
+            tracing::warn!(%model, reason, "the hub cannot be reached: using the cached model");
+            folder
+        }
+        (fetched, _) => fetched?,
+    };
+    tracing::info!(%model, commit = commit_of(&folder), "the model is in the hub's cache");
+    Ok(folder)
+}
 
 /// Downloads the missing files of the commit that the model's revision resolves to; returns the snapshot's folder.
 pub(super) fn fetch(

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use model::GgufModel;
 
-use crate::{ModelLookup, caches, error::HubError};
+use crate::{ModelLookup, environment::caches, error::HubError};
 
 /// Folder of Agon's cache for unpacked files.
 const FOLDER: &str = "agon/gguf";

@@ -8,7 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::error::HubError;
+use crate::{
+    environment::{expand_tilde, is_true},
+    error::HubError,
+};
 
 /// The variables that may hold a token, by precedence.
 const VARIABLES: [&str; 2] = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"];
@@ -49,7 +52,7 @@ impl Token {
         home: &Path,
     ) -> Result<Self, HubError> {
         let is_disabled = variable("HF_HUB_DISABLE_IMPLICIT_TOKEN");
-        if is_disabled.as_deref().is_some_and(crate::is_true) {
+        if is_disabled.as_deref().is_some_and(is_true) {
             return Ok(Self::Disabled);
         }
         for name in VARIABLES {
@@ -57,7 +60,7 @@ impl Token {
                 return Self::known(&secret, TokenSource::Variable(name));
             }
         }
-        let file = variable("HF_TOKEN_PATH").map(|path| crate::expand_tilde(&path, &variable));
+        let file = variable("HF_TOKEN_PATH").map(|path| expand_tilde(&path, &variable));
         let file = file.unwrap_or_else(|| home.join("token"));
         match std::fs::read_to_string(&file) {
             Ok(secret) if secret.trim().is_empty() => Ok(Self::Missing(file)),

@@ -64,7 +64,7 @@ pub struct Evaluation {
     pub gold_win_rate: Option<Interval>,
     /// Share of agreement between the run's judge and the gold preference, ties of either excluded.
     pub judge_accuracy: Option<f64>,
-    /// Results under the other judges of evaluations, by name.
+    /// Results under the other evaluation judges, by name.
     #[serde(default)]
     pub judges: Vec<JudgeEvaluation>,
     /// Length-controlled `win_rate`; absent in evaluations of older builds.
@@ -250,7 +250,7 @@ fn example(labelled: &LabelledPair, p: f64) -> EvaluationExample {
 }
 
 impl Evaluation {
-    /// The result under this judge of evaluations.
+    /// The result under this evaluation judge.
     #[must_use]
     pub fn under(&self, judge: &str) -> Option<&JudgeEvaluation> {
         self.judges.iter().find(|result| result.judge == judge)

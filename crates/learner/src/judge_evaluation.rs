@@ -1,4 +1,4 @@
-//! Results of an evaluation under the judges of evaluations, which give no labels.
+//! Results of an evaluation under the evaluation judges, which give no labels.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use telemetry::{Interval, Measurements};
 
 use crate::win_rates::{agreement, length_controlled, win};
 
-/// An evaluation under one judge of evaluations: over the prompts that it judged.
+/// An evaluation under one evaluation judge: over the prompts that it judged.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JudgeEvaluation {
     /// The judge's name.

@@ -515,7 +515,7 @@ impl PairSource {
     async fn receive_note(&mut self, delivery: Delivery<Dropped>) -> Arrival {
         let (note, receipt) = delivery.take();
         if let Err(invalid) = note.check(&self.message_limits) {
-            self.put_note_aside(&note, receipt, &invalid).await;
+            self.reject_note(&note, receipt, &invalid).await;
             return Arrival::Handled;
         }
         if note.session == self.lineage.session {
@@ -535,7 +535,7 @@ impl PairSource {
     }
 
     /// Puts an invalid drop note aside. Unlike others, it counts as a message that the stage received and dropped.
-    async fn put_note_aside(&mut self, note: &Dropped, receipt: Receipt, invalid: &InvalidMessage) {
+    async fn reject_note(&mut self, note: &Dropped, receipt: Receipt, invalid: &InvalidMessage) {
         let (prompt, detail) = (note.prompt.0, invalid.to_string());
         tracing::warn!(prompt, detail, "an invalid drop note was rejected");
         self.counters.received(1);

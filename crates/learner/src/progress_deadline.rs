@@ -13,24 +13,24 @@ use crate::error::LearnerError;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ProgressDeadline {
     started: Instant,
-    /// Time in which the server had been away by then.
-    away: Duration,
+    /// Total time for which the server had been unreachable by then.
+    outage: Duration,
 }
 
 impl ProgressDeadline {
-    /// A wait that begins now; the server has been `away` for so long in all.
-    pub(crate) fn start(away: Duration) -> Self {
+    /// A wait that begins now, `outage` being the total time for which the server has been unreachable so far.
+    pub(crate) fn start(outage: Duration) -> Self {
         let started = Instant::now();
-        Self { started, away }
+        Self { started, outage }
     }
 
-    /// When the wait has lasted `allowed`, if the server has been `away` for so long in all by now.
-    pub(crate) fn after(&self, allowed: Duration, away: Duration) -> Instant {
-        self.started + allowed + away.saturating_sub(self.away)
+    /// When the wait has lasted `allowed`, `outage` being the total time for which the server has been unreachable by now.
+    pub(crate) fn after(&self, allowed: Duration, outage: Duration) -> Instant {
+        self.started + allowed + outage.saturating_sub(self.outage)
     }
 }
 
-/// Sends a message, waiting for room in its stream as long as `allowed`, without the time in which the server is away.
+/// Sends a message, waiting for room in its stream as long as `allowed`, without the time in which the server is unreachable.
 /// `what` names the message in the error.
 ///
 /// # Errors
@@ -47,7 +47,7 @@ pub(crate) async fn send_in_time<T: WireMessage + Clone + Send + Sync + 'static>
         let deadline = wait.after(allowed, sender.outage_time());
         match timeout_at(deadline, &mut sending).await {
             Ok(sent) => return Ok(sent?),
-            // The server was away meanwhile.
+            // The server was unreachable meanwhile.
             Err(_) if wait.after(allowed, sender.outage_time()) > Instant::now() => {}
             Err(_) => {
                 let seconds = allowed.as_secs();

@@ -1,4 +1,4 @@
-//! What the verdicts on the pairs of an evaluation say together. Does not know whose verdicts they are.
+//! Win rates and agreement of the verdicts on an evaluation's pairs. Does not know whose verdicts they are.
 
 use messages::{LabelledPair, Probability};
 

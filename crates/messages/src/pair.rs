@@ -79,11 +79,11 @@ pub struct LabelledPair {
     pub judge_version: JudgeVersion,
     /// Score of each completion, if the judge scores completions individually.
     pub scores: Option<Vec<f32>>,
-    /// Verdicts of the judges of evaluations, by name; only of evaluation pairs.
+    /// Verdicts of the evaluation judges, by name; only of evaluation pairs.
     pub verdicts: Vec<EvaluationVerdict>,
 }
 
-/// Verdict of a judge of evaluations, which gives no labels.
+/// Verdict of an evaluation judge, which gives no labels.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvaluationVerdict {
     /// The judge's name; [`GOLD`] is the playground's known preference.
@@ -154,7 +154,7 @@ impl LabelledPair {
         self.verdict_of(GOLD)
     }
 
-    /// The verdict of this judge of evaluations, where it gave one.
+    /// The verdict of this evaluation judge, where it gave one.
     #[must_use]
     pub fn verdict_of(&self, judge: &str) -> Option<Probability> {
         let verdict = self.verdicts.iter().find(|verdict| verdict.judge == judge);

@@ -1,6 +1,6 @@
-//! Judges of evaluations: they compare the policy's completion with the reference's, and give no labels.
+//! Evaluation judges: they compare the policy's completion with the reference's, and give no labels.
 //!
-//! Promises: a judge of evaluations that fails costs its own verdicts only. While it asks for a pause it is waited
+//! Promises: an evaluation judge that fails costs its own verdicts only. While it asks for a pause it is waited
 //! for; a pair goes without its verdict once every circuit breaker of it was open for `timeout`.
 //! Does not know the run's judge.
 
@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::judge::Verdict;
 use crate::pool::{ComparisonRequest, JudgePool, Orders, Outage, OutageCause};
 
-/// A judge of evaluations.
+/// An evaluation judge.
 pub struct EvaluationJudge {
     name: String,
     pool: JudgePool,
@@ -53,7 +53,7 @@ impl EvaluationJudge {
                     tracing::warn!(
                         judge,
                         reason,
-                        "a judge of evaluations gave no verdict; its pairs are not in its win rate"
+                        "an evaluation judge gave no verdict; its pairs are not in its win rate"
                     );
                 }
                 None

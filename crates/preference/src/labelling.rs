@@ -20,7 +20,7 @@ use crate::pool::{ComparisonRequest, JudgePool, Orders, Preference};
 /// RNG stream id for the orders in which completions are compared.
 const ORDER_STREAM: u64 = 0xbfd;
 
-/// Labels pairs with a judge, and has evaluation pairs judged by the judges of evaluations too.
+/// Labels pairs with a judge, and has evaluation pairs judged by the evaluation judges too.
 pub(crate) struct Labeller {
     pub judge: JudgePool,
     pub evaluation: Vec<EvaluationJudge>,
@@ -38,7 +38,7 @@ pub(crate) struct PairLabels {
     pub version: JudgeVersion,
     /// Score of every completion, where the judge has scores.
     pub scores: Option<Vec<f32>>,
-    /// Verdicts of the judges of evaluations on the first two completions.
+    /// Verdicts of the evaluation judges on the first two completions.
     pub verdicts: Vec<EvaluationVerdict>,
 }
 
@@ -131,7 +131,7 @@ impl Labeller {
         }
     }
 
-    /// Verdicts of the judges of evaluations on an evaluation pair, in their order; those that fail or abstain give none.
+    /// Verdicts of the evaluation judges on an evaluation pair, in their order; those that fail or abstain give none.
     async fn verdicts(
         &self,
         pair: &Pair,

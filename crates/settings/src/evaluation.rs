@@ -7,10 +7,10 @@ use toml::{Table, Value};
 
 use crate::{Settings, checks::Checks, judge::JudgeSettings};
 
-/// Longest name of a judge of evaluations, in characters.
+/// Longest name of an evaluation judge, in characters.
 const MAX_NAME: usize = 32;
 
-/// Frequency, size and judges of evaluations.
+/// Frequency, size and evaluation judges.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvaluationSettings {
@@ -20,7 +20,7 @@ pub struct EvaluationSettings {
     pub prompts: usize,
     /// Number of prompts shown in the final report.
     pub show: usize,
-    /// Judges of evaluations by name, in addition to the run's judge. They give no labels.
+    /// Evaluation judges by name, in addition to the run's judge. They give no labels.
     pub judge: BTreeMap<String, JudgeSettings>,
 }
 
@@ -33,7 +33,7 @@ impl EvaluationSettings {
             checks.require(
                 !judge.is_trained_by_the_run(),
                 &path,
-                "a judge of evaluations is not trained by the run: name the folder of its model in path",
+                "an evaluation judge is not trained by the run: name the folder of its model in path",
             );
         }
     }
@@ -117,7 +117,7 @@ mod tests {
             ),
             (
                 "[evaluation.judge.a]\nkind = \"bradley-terry\"",
-                "evaluation.judge.a: a judge of evaluations is not trained by the run",
+                "evaluation.judge.a: an evaluation judge is not trained by the run",
             ),
             (
                 "[evaluation.judge.gold]\nkind = \"rule\"\nrules = []",

@@ -76,7 +76,7 @@ pub struct LearnerSettings {
     pub min_margin: f64,
     /// Reduction of token log-probabilities to a completion's.
     pub logp_reduction: LogpReduction,
-    /// Consecutive non-finite steps before the run rolls back to its last checkpoint.
+    /// Consecutive rejected steps before the run rolls back to its last checkpoint.
     pub rollback_after: u64,
     /// Decay of the exponential moving average of the policy's weights; 0: no average.
     pub ema_decay: f64,

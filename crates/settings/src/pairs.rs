@@ -115,7 +115,7 @@ impl FilePairsSettings {
         checks.require(
             self.epochs == 0 || self.is_used(),
             "pairs.epochs",
-            "no pairs are passed over: name pairs.path and a pairs.share above 0, or set it to 0",
+            "it needs pairs from files: name pairs.path and a pairs.share above 0, or set it to 0",
         );
         if self.is_used() {
             self.check_objective(settings, checks);

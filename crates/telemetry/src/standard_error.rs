@@ -1,8 +1,7 @@
 //! Standard error that never stops the program.
 //!
-//! A pipe that nobody reads is full after some lines, and the next write would wait for its reader for ever, a full disk
-//! and a closed pipe are errors: none of them is a reason for a run to end or to stand still. What cannot be written is
-//! left out, and the number of lost lines is said once it can. Does not know what is written.
+//! A write neither fails nor blocks for long: with a full pipe, a full disk or a closed reader the line is dropped, and
+//! the number of dropped lines is reported later. Does not know what is written.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

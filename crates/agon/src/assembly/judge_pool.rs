@@ -1,4 +1,4 @@
-//! Builds judge pools of the configured judge and of the judges of evaluations, and the HTTP server in front of a pool.
+//! Builds judge pools of the configured judge and of the evaluation judges, and the HTTP server in front of a pool.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ pub(crate) fn pool(settings: &Settings, judge: &Arc<JudgeSource>) -> anyhow::Res
     ))
 }
 
-/// The judges of evaluations: the playground's gold judge where there is one, and those of `[evaluation.judge]`.
+/// The evaluation judges: the playground's gold judge where there is one, and those of `[evaluation.judge]`.
 /// Loading them blocks; ends early once `cancel` is cancelled. Their tasks run on the current runtime.
 pub(crate) fn evaluation_judges(
     settings: &Settings,

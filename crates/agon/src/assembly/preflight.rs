@@ -352,7 +352,7 @@ impl Preflight {
             let mut check = JudgeCheck::new(settings, policy);
             let checked = check.judge(judge);
             if self.require(&key, checked).is_some() {
-                self.usable(format!("judge of evaluations {name}: {}", judge.name()));
+                self.usable(format!("evaluation judge {name}: {}", judge.name()));
             }
             self.doubtful(check);
         }

@@ -162,7 +162,9 @@ async fn run_role(
         session.transport.flush().await;
     };
     if timeout(FAREWELL, leaving).await.is_err() {
-        tracing::warn!("the NATS server does not learn that this process has left");
+        tracing::warn!(
+            "could not publish that this process has left; others see it from its lease"
+        );
     }
     result
 }

@@ -86,7 +86,7 @@ async fn within_farewell(end: impl Future<Output = anyhow::Result<Vec<Peer>>>) -
     };
     tracing::warn!(
         failure,
-        "the NATS server does not learn that this learner has ended"
+        "could not publish that this learner has ended; others see it from its lease"
     );
     Vec::new()
 }

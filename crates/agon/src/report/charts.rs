@@ -193,7 +193,7 @@ fn drawable(points: impl Iterator<Item = Point>) -> Vec<Point> {
 }
 
 /// Writes a chart of the win rates over steps: under the run's judge, where known under the gold preference, and under
-/// the other judges of evaluations. If the first rises while the others fall, the policy exploits its judge.
+/// the other evaluation judges. If the first rises while the others fall, the policy exploits its judge.
 pub(crate) fn write_win_rates(path: &Path, evaluations: &[Evaluation]) -> anyhow::Result<()> {
     let intervals = |of: &dyn Fn(&Evaluation) -> Option<Interval>| -> Vec<(f64, Interval)> {
         let known = evaluations.iter();

@@ -129,7 +129,7 @@ fn figures(page: &mut String, view: &RunView, report: &Value) -> std::fmt::Resul
             evaluated.map_or("–".into(), u64::to_string),
         ),
         ("held-out prompts", last_whole("eval/prompts")),
-        ("cut off, share", last("eval/truncation_rate")),
+        ("truncated, share", last("eval/truncation_rate")),
         ("length-controlled win rate", last("eval/win_rate_lc")),
         ("gold win rate", last("eval/gold_win_rate")),
         ("KL, nats", last("eval/kl")),
@@ -219,7 +219,7 @@ fn evaluations(page: &mut String, report: &Value) -> std::fmt::Result {
         "other judges",
         "KL",
         "length",
-        "cut off",
+        "truncated",
         "entropy",
     ];
     table(
@@ -307,7 +307,7 @@ fn rounds(page: &mut String, view: &RunView) -> anyhow::Result<()> {
             r["refused"].as_str().map_or("accepted".into(), escaped),
         ]
     };
-    page.push_str("<h2>The preference model's rounds</h2>\n");
+    page.push_str("<h2>APO rounds of the preference model</h2>\n");
     let heads = [
         "round",
         "step",

@@ -184,7 +184,7 @@ fn write_evaluations(text: &mut String, evaluations: &[Evaluation]) -> fmt::Resu
         .collect();
     writeln!(
         text,
-        "\n| step | win rate | interval | length-controlled | gold |{heads} KL | length | cut off | entropy |\n\
+        "\n| step | win rate | interval | length-controlled | gold |{heads} KL | length | truncated | entropy |\n\
          |---|---|---|---|---|{}---|---|---|---|",
         "---|".repeat(others.len())
     )?;
@@ -218,7 +218,7 @@ struct OtherWinRate<'a> {
     of: Box<dyn Fn(&Evaluation) -> Option<f64> + 'a>,
 }
 
-/// The win rates of the moving average, against a reference that has moved, and under judges of evaluations, as far as an
+/// The win rates of the moving average, against a reference that has moved, and under evaluation judges, as far as an
 /// evaluation has them.
 fn other_win_rates(evaluations: &[Evaluation]) -> Vec<OtherWinRate<'_>> {
     let average = |e: &Evaluation| e.average.as_ref().map(|average| average.win_rate.mean);
@@ -252,7 +252,7 @@ fn write_rounds(text: &mut String, rounds: &[RoundReport]) -> fmt::Result {
     if rounds.is_empty() {
         return Ok(());
     }
-    writeln!(text, "\n## The preference model's rounds\n")?;
+    writeln!(text, "\n## APO rounds of the preference model\n")?;
     writeln!(
         text,
         "| round | step | golden answer wins | accuracy, ECE on annotated pairs | on the policy's samples: initial | before | after | |"

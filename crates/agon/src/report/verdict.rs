@@ -216,7 +216,7 @@ fn write_conditions(text: &mut String, last: &Evaluation) -> fmt::Result {
         |rate: Option<f64>| rate.map_or("–".into(), |rate| format!("{:.1} %", 100.0 * rate));
     writeln!(
         text,
-        "Evaluated with {}; {} of the policy's answers were cut off there, {} of the reference's.",
+        "Evaluated with {}; {} of the policy's answers were truncated there, {} of the reference's.",
         describe(conditions),
         share(last.truncation_rate),
         share(last.reference_truncation_rate)
@@ -378,7 +378,7 @@ mod tests {
     fn the_evaluation_conditions_are_stated() {
         let text = text_of(Ending::Finished, &evaluation(40), &[]);
         let expected = "Evaluated with stop tokens [1, 2], no chat template, at most 64 tokens; \
-                    25.0 % of the policy's answers were cut off there, 12.5 % of the reference's.";
+                    25.0 % of the policy's answers were truncated there, 12.5 % of the reference's.";
         assert!(text.contains(expected), "{text}");
     }
 }

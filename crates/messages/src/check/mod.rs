@@ -83,7 +83,7 @@ pub enum InvalidMessage {
         expected: usize,
     },
     /// Numbers that are not finite, out of range, or not one per token or completion.
-    #[error("{what} are not finite numbers, one for each {of}")]
+    #[error("{what} must be finite numbers, one per {of}")]
     Numbers {
         /// Part of the message.
         what: &'static str,
@@ -99,8 +99,8 @@ pub enum InvalidMessage {
     /// Labels that are not those of the completions.
     #[error("the labels are not one for each compared pair of completions, in order")]
     Labels,
-    /// Verdicts of judges of evaluations that are not one a judge, or not of an evaluation pair.
-    #[error("the verdicts of judges of evaluations are not one a judge of an evaluation pair")]
+    /// Verdicts of evaluation judges that are not one a judge, or not of an evaluation pair.
+    #[error("the verdicts are not one for each evaluation judge of an evaluation pair")]
     Verdicts,
     /// A prompt outside its own batch.
     #[error("{id} is not one of the {count} prompts from {first} of its batch")]
@@ -355,7 +355,7 @@ impl LabelledPair {
 }
 
 impl LabelledPair {
-    /// Checks the verdicts of the judges of evaluations: at most one a judge, and only of an evaluation pair.
+    /// Checks the verdicts of the evaluation judges: at most one a judge, and only of an evaluation pair.
     fn check_verdicts(&self) -> Result<(), InvalidMessage> {
         let mut judges = HashSet::new();
         for verdict in &self.verdicts {

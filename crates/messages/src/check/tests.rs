@@ -270,7 +270,7 @@ fn labelled_pairs_have_every_label_once_and_in_order() {
     let verdicts: [Case<LabelledPair>; 2] = [
         (
             |l| l.verdicts[1].judge = "gold".into(),
-            "the verdicts of judges of evaluations are not one a judge",
+            "the verdicts of evaluation judges are not one a judge",
         ),
         (
             |l| l.verdicts[1].judge = "j".repeat(4097),

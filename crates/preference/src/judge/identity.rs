@@ -1,7 +1,7 @@
 //! Identity under which a remote judge answers, and the detection of its changes.
 //!
-//! The settings name an address; which model is behind it the answers say. Labels of another model follow another
-//! preference, so a change is logged and counted, and no verdict from before it is taken from the cache.
+//! The settings name an address; the model behind it is known only from its responses. Labels of another model follow
+//! another preference, so a change is logged and counted, and no verdict from before it is taken from the cache.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -53,7 +53,7 @@ impl OutageCause {
     fn wait_reason(self) -> &'static str {
         match self {
             Self::CircuitOpen => "a judge: every circuit is open",
-            Self::Paused => "a judge: it asks for a pause",
+            Self::Paused => "a judge: its rate limit",
         }
     }
 }

@@ -271,7 +271,7 @@ async fn a_judge_that_refuses_every_request_is_named_and_asked_less_often() {
     };
     let (late, outage) = tokio::join!(late, watching);
     assert_eq!(outage.cause, OutageCause::Paused);
-    assert_eq!(outage.wait_reason(), "a judge: it asks for a pause");
+    assert_eq!(outage.wait_reason(), "a judge: its rate limit");
     assert_eq!(
         late.expect_err("no verdict").to_string(),
         "no answer within 600 s: the judge asks for a pause (fake: quota exceeded)"

@@ -31,7 +31,7 @@ use pair_check::PairCheck;
 pub struct PreferenceServiceParts {
     /// Judge of all pairs.
     pub judge: JudgePool,
-    /// Judges of evaluations, which compare the first two completions of every evaluation pair and give no labels.
+    /// Evaluation judges, which compare the first two completions of every evaluation pair and give no labels.
     pub evaluation: Vec<EvaluationJudge>,
     /// Orders in which completions are compared.
     pub orders: OrdersSetting,

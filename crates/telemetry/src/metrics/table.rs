@@ -437,7 +437,7 @@ pub const METRICS: &[MetricInfo] = &[
     of_judges(
         "eval/judge_win_rate",
         Ratio,
-        "win rate under a judge of evaluations, which gives no labels",
+        "win rate under an evaluation judge, which gives no labels",
     ),
     of_judges(
         "eval/judge_win_rate_ci_low",
@@ -452,17 +452,17 @@ pub const METRICS: &[MetricInfo] = &[
     of_judges(
         "eval/judge_win_rate_lc",
         Ratio,
-        "length-controlled win rate under a judge of evaluations",
+        "length-controlled win rate under an evaluation judge",
     ),
     of_judges(
         "eval/judge_agreement",
         Ratio,
-        "fraction of prompts on which a judge of evaluations and the run's judge prefer the same completion, ties excluded",
+        "fraction of prompts on which an evaluation judge and the run's judge prefer the same completion, ties excluded",
     ),
     of_judges(
         "eval/judge_prompts",
         Count,
-        "distinct prompts that a judge of evaluations judged",
+        "distinct prompts that an evaluation judge judged",
     ),
     gauge(
         "eval/average_win_rate",
@@ -627,7 +627,7 @@ const fn gauge(name: &'static str, unit: MetricUnit, help: &'static str) -> Metr
     }
 }
 
-/// A gauge of every judge of evaluations, whose name follows in the journal.
+/// A gauge of every evaluation judge, whose name follows in the journal.
 const fn of_judges(name: &'static str, unit: MetricUnit, help: &'static str) -> MetricInfo {
     MetricInfo {
         label: Some("judge"),

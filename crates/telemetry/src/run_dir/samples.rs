@@ -46,7 +46,7 @@ pub struct SampleRow {
     pub p: Option<f32>,
     /// Known probability that the first completion is preferred to the second, if there is one.
     pub gold: Option<f32>,
-    /// Probabilities of the other judges of evaluations that the first completion is preferred to the second.
+    /// Probabilities of the other evaluation judges that the first completion is preferred to the second.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub verdicts: BTreeMap<String, f32>,
     /// The judge's name.

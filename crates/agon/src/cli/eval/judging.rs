@@ -1,4 +1,4 @@
-//! Judgement of the pairs of an evaluation: by the configured judge and by the judges of evaluations.
+//! Judgement of the pairs of an evaluation: by the configured judge and by the evaluation judges.
 
 use std::sync::Arc;
 

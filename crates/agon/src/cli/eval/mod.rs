@@ -378,7 +378,7 @@ struct EvaluationResult<'a> {
     rate: Interval,
     /// Length-controlled `rate`.
     rate_lc: f64,
-    /// Results under the judges of evaluations.
+    /// Results under the evaluation judges.
     judges: Vec<JudgeEvaluation>,
     prompts: usize,
     abstained: usize,

@@ -1,8 +1,8 @@
 //! Chat models behind OpenAI-compatible endpoints as judges.
 //!
 //! Each URL is a replica that accepts single requests, several concurrently. The prompt and the parsing are shared with
-//! local chat judges; log-probabilities are optional. The version of a verdict is of the settings; the model behind the
-//! URLs is watched by what it calls itself.
+//! local chat judges; log-probabilities are optional. The version of a verdict is of the settings; a change of the
+//! model behind the URLs is detected from the `model` of its responses.
 
 mod completion;
 

@@ -63,7 +63,7 @@ export class Curves {
     this.draw();
   }
 
-  // Adds curves of which only the beginning of the name is known, such as those of judges of evaluations. Returns
+  // Adds curves of which only the beginning of the name is known, such as those of evaluation judges. Returns
   // whether there are new ones.
   extend() {
     const all = [...new Set(this.found.flatMap(({ names }) => names))].sort();
