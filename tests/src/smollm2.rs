@@ -14,14 +14,15 @@ use crate::shared;
 /// Held while the file is fetched, once for the tests of a process.
 static FETCH: Mutex<()> = Mutex::new(());
 
-/// The model's file, fetched first if this target directory does not have it, and its reference values. Logs that the test
+/// The model's file, fetched first if the folder `target` does not have it (`env!("CARGO_TARGET_TMPDIR")`), and its reference
+/// values. Logs that the test
 /// named `test` is skipped and returns `None` if it cannot be fetched.
 ///
 /// # Panics
 /// If it cannot be fetched and `CI=true`: a skip is a failure in CI.
-pub fn smollm2(test: &str) -> Option<(PathBuf, Value)> {
+pub fn smollm2(test: &str, target: &str) -> Option<(PathBuf, Value)> {
     let source = shared(test, "data/models/smollm2-135m")?;
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("smollm2-135m");
+    let folder = Path::new(target).join("smollm2-135m");
     let fetching = FETCH
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner());

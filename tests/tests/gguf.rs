@@ -26,7 +26,7 @@ fn score(sandbox: &Sandbox, model: &Path, rows: &[Value]) -> ProcessOutput {
 
 #[test]
 fn texts_dialogues_and_log_probabilities_are_those_of_transformers() {
-    let Some((model, reference)) = smollm2("gguf_values") else {
+    let Some((model, reference)) = smollm2("gguf_values", env!("CARGO_TARGET_TMPDIR")) else {
         return;
     };
     let sandbox = Sandbox::new();
@@ -71,7 +71,7 @@ fn texts_dialogues_and_log_probabilities_are_those_of_transformers() {
 
 #[test]
 fn greedy_answers_are_those_of_transformers() {
-    let Some((model, reference)) = smollm2("gguf_greedy") else {
+    let Some((model, reference)) = smollm2("gguf_greedy", env!("CARGO_TARGET_TMPDIR")) else {
         return;
     };
     let rows = array(&reference["rows"]).iter();
@@ -108,7 +108,7 @@ fn greedy_answers_are_those_of_transformers() {
 /// An adapter on the model: trained, interrupted, resumed to the same weights, exported and read back.
 #[test]
 fn an_adapter_is_trained_resumed_and_exported() {
-    let Some((model, _)) = smollm2("gguf_adapter") else {
+    let Some((model, _)) = smollm2("gguf_adapter", env!("CARGO_TARGET_TMPDIR")) else {
         return;
     };
     let sandbox = Sandbox::new();
