@@ -39,7 +39,8 @@ fn texts_dialogues_and_log_probabilities_are_those_of_transformers() {
     });
     let dialogues = rows.iter().map(|row| {
         let answer = json!({"role": "assistant", "content": row["completion"]});
-        json!({"messages": [array(&row["messages"]), &[answer]].concat()})
+        let messages = [array(&row["messages"]), &[answer]].concat();
+        json!({"messages": messages})
     });
     // A control token before a text, with which no text merges.
     let tokenised = texts
@@ -144,14 +145,15 @@ fn an_adapter_is_trained_resumed_and_exported() {
         "telemetry.page=\"\"".into(),
     ];
     let train = |run: &str, steps: u64, resume: &[&str]| {
-        let (config, run) = (system_tests::config("default.toml"), sandbox.path(run));
-        let (config, run) = (config.display().to_string(), run.display().to_string());
+        let directory = sandbox.path(run);
+        let config = system_tests::config("default.toml").display().to_string();
+        let run = directory.display().to_string();
         let steps = format!("learner.steps={steps}");
         let mut arguments = vec!["train", &config, "--run-dir", &run, "--set", &steps];
         arguments.extend(sets.iter().flat_map(|set| ["--set", set.as_str()]));
         arguments.extend(resume);
         sandbox.run(&arguments).succeeded();
-        system_tests::report(&sandbox.path(run))["weights_digest"].clone()
+        system_tests::report(&directory)["weights_digest"].clone()
     };
     let whole = train("whole", 3, &[]);
     train("parts", 2, &[]);

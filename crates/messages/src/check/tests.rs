@@ -171,7 +171,7 @@ fn pairs_have_the_completions_of_the_settings_sampled_with_announced_weights() {
         (|p| p.completions[2].ids.clear(), "a completion has 0"),
         (|p| p.completions[1].ids = vec![1; 4], "from 1 to 3"),
         (|p| p.completions[1].ids[1] = 10, "a completion has token"),
-        (|p| p.completions[0].logp[1] = f32::NAN, "one for each tok"),
+        (|p| p.completions[0].logp[1] = f32::NAN, "one per token"),
         (|p| p.completions[0].ref_logp[1] = f32::INFINITY, "finite"),
         (|p| p.completions[0].behaviour_logp.push(0.0), "finite"),
         (|p| p.completions[0].mixture_coef = 1.5, "is 1.5"),
@@ -241,7 +241,7 @@ fn labelled_pairs_have_every_label_once_and_in_order() {
         (|l| l.labels.swap(0, 1), "the labels are not"),
         (|l| l.labels[2].second = 3, "the labels are not"),
         (|l| l.labels.push(l.labels[0]), "the labels are not"),
-        (|l| l.scores = Some(vec![0.0; 2]), "the scores are not"),
+        (|l| l.scores = Some(vec![0.0; 2]), "the scores must be"),
         (|l| l.scores = Some(vec![f32::NAN; 3]), "for each completi"),
         (|l| l.scores = None, ""),
         (|l| l.judge = "j".repeat(4097), "the name of the judge"),
@@ -270,7 +270,7 @@ fn labelled_pairs_have_every_label_once_and_in_order() {
     let verdicts: [Case<LabelledPair>; 2] = [
         (
             |l| l.verdicts[1].judge = "gold".into(),
-            "the verdicts of evaluation judges are not one a judge",
+            "the verdicts are not one for each evaluation judge",
         ),
         (
             |l| l.verdicts[1].judge = "j".repeat(4097),

@@ -348,7 +348,7 @@ async fn invalid_pairs_are_rejected_and_neither_judged_nor_collected() {
     };
     let cases: [InvalidCase; 6] = [
         (|p| p.completions[1].ids = vec![8], "token 8"),
-        (|p| p.completions[0].logp[0] = f32::NAN, "not finite numb"),
+        (|p| p.completions[0].logp[0] = f32::NAN, "must be finite"),
         (|p| p.version.step = u64::MAX, "newest announced weights"),
         (|p| p.version.session = u64::MAX, "newest announced weig"),
         (
