@@ -116,6 +116,33 @@ fn a_pipe_in_place_of_a_checkpoints_file_is_damage() {
 }
 
 #[test]
+fn a_pipe_in_place_of_a_runs_file_is_not_waited_for() {
+    let sandbox = Sandbox::new();
+    let run = finished(&sandbox);
+    for name in ["config.toml", "session", "metrics.jsonl", "samples.jsonl"] {
+        let path = run.join(name);
+        let content = fs::read(&path).expect("a file of the run");
+        fs::remove_file(&path).expect("a writable run");
+        make_pipe(&path);
+        let output = bandit(&sandbox, &run, &["learner.steps=8"], &["--resume=auto"]);
+        assert!(
+            output.code.is_some_and(|code| [1, 3].contains(&code)),
+            "{:?}",
+            output.code
+        );
+        assert!(output.stderr.contains(name), "{}", output.stderr);
+        assert!(
+            output.stderr.contains("not a regular file"),
+            "{}",
+            output.stderr
+        );
+        fs::remove_file(&path).expect("a writable run");
+        fs::write(&path, content).expect("a writable run");
+    }
+    bandit(&sandbox, &run, &["learner.steps=8"], &["--resume=auto"]).succeeded();
+}
+
+#[test]
 fn a_finished_run_without_its_report_gets_it_without_another_evaluation() {
     let sandbox = Sandbox::new();
     let run = finished(&sandbox);

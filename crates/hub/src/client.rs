@@ -14,7 +14,7 @@ use settings::HubModel;
 
 use crate::{
     ModelLookup,
-    endpoint::Endpoint,
+    endpoint::HubEndpoint,
     environment::{caches, expand_tilde, is_true},
     error::HubError,
     files,
@@ -56,7 +56,7 @@ struct RepositoryFile {
 #[derive(Clone)]
 pub(crate) struct HubClient {
     /// URL of the Hub without a slash at its end.
-    pub(crate) endpoint: Endpoint,
+    pub(crate) endpoint: HubEndpoint,
     pub(crate) cache: PathBuf,
     /// Sent to the endpoint only; never logged.
     pub(crate) token: Token,
@@ -79,7 +79,7 @@ impl HubClient {
         let cache = cache.ok_or(HubError::NoCache)?;
         let token = Token::find(variable, home.as_deref().unwrap_or(Path::new("")))?;
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        let endpoint = Endpoint::parse(&endpoint)?;
+        let endpoint = HubEndpoint::parse(&endpoint)?;
         let offline = variable("HF_HUB_OFFLINE").unwrap_or_default();
         Ok(Self {
             endpoint,

@@ -6,11 +6,11 @@ use crate::error::HubError;
 
 /// URL of the Hub, shown without a slash at its end.
 #[derive(Debug, Clone)]
-pub(crate) struct Endpoint {
+pub(crate) struct HubEndpoint {
     pub(crate) url: Url,
 }
 
-impl Endpoint {
+impl HubEndpoint {
     /// Parses the value of `HF_ENDPOINT`.
     ///
     /// # Errors
@@ -32,7 +32,7 @@ impl Endpoint {
     }
 }
 
-impl std::fmt::Display for Endpoint {
+impl std::fmt::Display for HubEndpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.url.as_str().trim_end_matches('/'))
     }

@@ -1,7 +1,7 @@
 //! Evaluation judges: they compare the policy's completion with the reference's, and give no labels.
 //!
-//! Promises: an evaluation judge that fails costs its own verdicts only. While it asks for a pause it is waited
-//! for; a pair goes without its verdict once every circuit breaker of it was open for `timeout`.
+//! Promises: an evaluation judge that fails costs its own verdicts only. A pair goes without its verdict once no
+//! replica of it could be asked for `timeout`, whether circuit breakers are open or it limits the rate of requests.
 //! Does not know the run's judge.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::judge::Verdict;
-use crate::pool::{ComparisonRequest, JudgePool, Orders, Outage, OutageCause};
+use crate::pool::{ComparisonRequest, JudgePool, Orders, Outage};
 
 /// An evaluation judge.
 pub struct EvaluationJudge {
@@ -78,18 +78,15 @@ impl EvaluationJudge {
     }
 }
 
-/// Waits for an outage in which every circuit breaker is open for `limit`; its description.
+/// Waits for an outage that lasts for `limit`, of whatever cause; its description.
 async fn outage_of(mut outages: watch::Receiver<Option<Outage>>, limit: Duration) -> String {
-    let is_open = |outage: &Option<Outage>| {
-        (outage.as_ref()).is_some_and(|outage| outage.cause == OutageCause::CircuitOpen)
-    };
     loop {
-        let began = outages.wait_for(is_open).await.is_ok();
+        let began = outages.wait_for(Option::is_some).await.is_ok();
         if !began {
             // The pool has ended: its comparison says so.
             return std::future::pending().await;
         }
-        let ended = outages.wait_for(|outage| !is_open(outage));
+        let ended = outages.wait_for(Option::is_none);
         let is_over = timeout(limit, ended).await.is_ok();
         if !is_over {
             let outage = outages.borrow().as_ref().map(ToString::to_string);
@@ -141,5 +138,7 @@ mod tests {
         assert_eq!(verdict(abstains).await, None);
         let fails = FakeReplica::new(|_| Err(JudgeError::new("down")));
         assert_eq!(verdict(fails).await, None);
+        let limited = FakeReplica::new(|_| Err(JudgeError::rate_limited("quota exceeded")));
+        assert_eq!(verdict(limited).await, None);
     }
 }

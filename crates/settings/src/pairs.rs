@@ -9,7 +9,7 @@ use crate::{
     checks::Checks,
     fit::PairsSettings,
     objective::ObjectiveSettings,
-    prompts::{MixedFile, TooLong, one},
+    prompts::{CurriculumSetting, MixedFile, TooLong, one},
 };
 
 /// Smallest share of a batch above 0 that a run can have: shares are counted in millionths.
@@ -174,6 +174,11 @@ impl FilePairsSettings {
              to \"file\"",
         );
         checks.non_negative(self.score_temperature, "pairs.score_temperature");
+        checks.require(
+            self.score_temperature <= 0.0 || scores[0],
+            "pairs.score_temperature",
+            "there are no scores: name pairs.chosen_score_column and pairs.rejected_score_column, or set it to 0",
+        );
     }
 
     /// Objectives that need samples cannot train on given answers.
@@ -207,6 +212,28 @@ impl FilePairsSettings {
             "preference.apo.refresh_steps",
             "pairs.share = 1 with pairs.label = \"file\" trains on no label of the preference model: set it to 0, or \
              pairs.label = \"judge\"",
+        );
+        let preference = &settings.preference;
+        for (key, is_set) in [
+            ("missing_eos_penalty", preference.missing_eos_penalty > 0.0),
+            ("length_penalty", preference.length_penalty > 0.0),
+            ("length_normalization", preference.length_normalization),
+        ] {
+            checks.require(
+                !is_set || self.label == PairLabelSource::Judge,
+                &format!("preference.{key}"),
+                "it changes labels of the judge, and pairs.share = 1 with pairs.label = \"file\" has none: remove it, or set \
+                 pairs.label = \"judge\"",
+            );
+        }
+        let has_curriculum = match &settings.prompts {
+            PromptsSettings::Dataset(dataset) => dataset.curriculum != CurriculumSetting::None,
+            _ => false,
+        };
+        checks.require(
+            !has_curriculum,
+            "prompts.curriculum",
+            "pairs.share = 1 draws no prompts to train on: set it to \"none\", or lower pairs.share",
         );
     }
 }
@@ -248,6 +275,13 @@ mod tests {
             (of("share = -0.1", ""), "must be from 0 to 1"),
             (of("share = 0.0\nepochs = 1", ""), "pairs.epochs"),
             (of("chosen_score_column = \"s\"", ""), "need both columns"),
+            (of("score_temperature = 2.0", ""), "there are no scores"),
+            (of("", "[preference]\nlength_penalty = 0.1"), "preference.length_penalty"),
+            (of("", "[preference]\nmissing_eos_penalty = 0.1"), "preference.missing_eos_penalty"),
+            (
+                of("", "[model]\npath = \"m\"\n[prompts]\nkind = \"dataset\"\npath = \"p\"\ncurriculum = \"signal\""),
+                "prompts.curriculum",
+            ),
             (
                 of(
                     "label_column = \"p\"\nchosen_score_column = \"s\"\nrejected_score_column = \"t\"",

@@ -26,6 +26,7 @@ mod sampler;
 
 use std::{path::PathBuf, sync::Arc};
 
+use anyhow::Context;
 use hub::CancelToken;
 use learner::{NoPrompts, PairFiles, PromptSet};
 use model::{Adapter, LanguageModel};
@@ -82,10 +83,14 @@ impl RunInputs {
             None if settings.needs_samples() => prompts::prompts(settings, &model, cancel)?,
             None => Arc::new(NoPrompts),
         };
-        let pairs = match read.pairs {
+        let mut pairs = match read.pairs {
             Some(pairs) => Some(pairs),
             None => file_pairs(settings, &model, cancel)?,
         };
+        if let Some(pairs) = &mut pairs {
+            let pairs = Arc::get_mut(pairs).context("the pairs are in use already")?;
+            pairs.remove_held_out(&settings.pairs, &*prompts)?;
+        }
         check_positions(settings, &model.folder.config)?;
         let adapter_folder = saved_adapter(settings, cancel)?;
         let adapter = adapter(settings, &model, adapter_folder.as_deref())?;

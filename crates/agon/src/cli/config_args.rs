@@ -9,7 +9,7 @@ use anyhow::Context;
 use learner::{Ending, LearnerError, NewestCheckpoint, RunOrigin, SkippedCheckpoint};
 use serde_json::Value;
 use settings::{Override, Resolved, Settings, SettingsError, changed_settings, resolve_file};
-use telemetry::{Journal, RunDirectory, write_atomically};
+use telemetry::{Journal, RunDirectory, RunFiles, write_atomically};
 
 use crate::{
     assembly::{JudgeSource, RunInputs},
@@ -158,9 +158,13 @@ pub(crate) struct OpenedDirectory {
     pub(crate) checkpoint: Option<PathBuf>,
 }
 
+/// Largest report that is read, in bytes.
+const MAX_REPORT_BYTES: u64 = 1 << 28;
+
 /// Whether the report says that the run has finished with the step of this checkpoint.
 fn is_reported(run: &Path, checkpoint: &Path) -> bool {
-    let report = std::fs::read(run.join("report.json")).unwrap_or_default();
+    let report = RunFiles::new(run).read("report.json", MAX_REPORT_BYTES);
+    let report = report.ok().flatten().unwrap_or_default();
     let report: Value = serde_json::from_slice(&report).unwrap_or_default();
     let Ok(version) = learner::checkpoint_version(checkpoint) else {
         return false;

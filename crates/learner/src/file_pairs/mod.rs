@@ -7,17 +7,21 @@ mod rows;
 mod share;
 mod source;
 
-use std::path::Path;
+use std::{collections::HashSet, path::Path};
 
 use dataset::{Column, Columns, DatasetError, FileLimits, LabelColumns, Mix, shuffled};
 use messages::{
-    Completion, Digest, Finish, JudgeVersion, Label, LabelledPair, Pair, Probability, Prompt,
-    PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
+    Completion, Dialogue, Digest, Finish, JudgeVersion, Label, LabelledPair, Pair, Probability,
+    Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
 };
 use model::Tokenizer;
 use settings::{FilePairsSettings, PairLabelSource, TooLong};
 
-use crate::{error::LearnerError, pair_selection::has_margin};
+use crate::{
+    error::LearnerError,
+    pair_selection::has_margin,
+    prompts::{PromptRow, PromptSet},
+};
 
 pub use rows::{PairAnswer, PairCounts, PairLimit, PairRow, visit_pairs};
 pub use share::{BatchShare, planned_steps};
@@ -149,6 +153,52 @@ impl PairFiles {
         })
     }
 
+    /// Removes the pairs whose prompts are held out of `prompts`; logs their number.
+    ///
+    /// # Errors
+    /// If none of a file's remains.
+    pub fn remove_held_out(
+        &mut self,
+        settings: &FilePairsSettings,
+        prompts: &dyn PromptSet,
+    ) -> Result<(), LearnerError> {
+        let held_out = prompts.held_out_count().unwrap_or(0) as u64;
+        let held_out: Vec<PromptRow> = (0..held_out).map(|index| prompts.held_out(index)).collect();
+        let ids: HashSet<&[u32]> = held_out.iter().map(|row| row.ids.as_slice()).collect();
+        // Where a template renders an answered dialogue differently, its prompt has other tokens.
+        let contents: HashSet<String> = (held_out.iter())
+            .map(|row| content(&row.text, row.dialogue.as_ref()))
+            .collect();
+        let mut removed = 0;
+        for (pairs, file) in self.files.iter_mut().zip(settings.files()) {
+            let before = pairs.len();
+            pairs.retain(|FilePair { row, .. }| {
+                let content = content(&row.text, row.dialogue.as_ref());
+                !ids.contains(row.prompt.as_slice()) && !contents.contains(&content)
+            });
+            removed += before - pairs.len();
+            if pairs.is_empty() {
+                let reason = "the prompts of all its pairs are held out: hold out fewer (prompts.held_out), or name other \
+                              prompts (prompts.held_out_path)";
+                return Err(DatasetError::File {
+                    path: file.path,
+                    reason: reason.into(),
+                }
+                .into());
+            }
+        }
+        if removed > 0 {
+            tracing::warn!(
+                removed,
+                kept = self.count(),
+                "pairs with held-out prompts were left out"
+            );
+        }
+        let weights: Vec<f64> = settings.files().iter().map(|file| file.weight).collect();
+        self.digest = digest(&self.files, &weights);
+        Ok(())
+    }
+
     /// Number of pairs.
     #[must_use]
     pub fn count(&self) -> u64 {
@@ -215,6 +265,12 @@ impl PairFiles {
             verdicts: Vec::new(),
         }
     }
+}
+
+/// What a prompt says: its dialogue, or its text.
+fn content(text: &str, dialogue: Option<&Dialogue>) -> String {
+    let dialogue = dialogue.map(|dialogue| serde_json::json!(dialogue).to_string());
+    dialogue.unwrap_or_else(|| text.to_owned())
 }
 
 /// A response as a completion of which nothing was recorded.

@@ -184,6 +184,61 @@ fn pairs_without_the_margin_are_left_out() {
 }
 
 #[test]
+fn pairs_with_held_out_prompts_are_left_out() {
+    /// Holds out one prompt.
+    struct OneHeldOut(PromptRow);
+    impl PromptSet for OneHeldOut {
+        fn train(&self, _: u64) -> PromptRow {
+            self.0.clone()
+        }
+        fn held_out(&self, _: u64) -> PromptRow {
+            self.0.clone()
+        }
+        fn held_out_count(&self) -> Option<usize> {
+            Some(1)
+        }
+    }
+    let files = Files::new();
+    let path = files.write_pairs("a.jsonl", 18);
+    let mut pairs = files
+        .load(&[path_of(&path), "shuffle=false".into()])
+        .unwrap();
+    let before = pairs.digest();
+    let third = pairs.message(pairs.place(2), 0).pair.prompt;
+    let held_out = OneHeldOut(PromptRow {
+        ids: third.ids.clone(),
+        text: third.text,
+        dialogue: None,
+        golden: None,
+        answer: None,
+        route: None,
+    });
+    let sets = [format!("pairs.{}", path_of(&path)).parse().unwrap()];
+    let settings = settings::resolve("", "test", &sets).unwrap().settings;
+    pairs.remove_held_out(&settings.pairs, &held_out).unwrap();
+    // Prompts repeat after nine rows.
+    assert_eq!(pairs.count(), 16);
+    let prompts = (0..16).map(|cursor| pairs.message(pairs.place(cursor), 0).pair.prompt.ids);
+    assert!(prompts.into_iter().all(|ids| ids != third.ids));
+    assert_ne!(pairs.digest(), before);
+    let only = files.write_pairs("b.jsonl", 1);
+    let mut pairs = files.load(&[path_of(&only)]).unwrap();
+    let first = pairs.message(pairs.place(0), 0).pair.prompt;
+    let held_out = OneHeldOut(PromptRow {
+        ids: first.ids,
+        text: first.text,
+        ..held_out.0
+    });
+    let error = pairs
+        .remove_held_out(&settings.pairs, &held_out)
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("all its pairs are held out"),
+        "{error}"
+    );
+}
+
+#[test]
 fn unusable_rows_are_left_out_or_refused_with_the_remedy() {
     let files = Files::new();
     let row = |chosen: &str, rejected: &str| json!({"prompt": "w3", "chosen": chosen, "rejected": rejected, "p": 1.5});

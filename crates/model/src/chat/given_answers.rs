@@ -47,11 +47,12 @@ pub(crate) fn common_prefix_length(prompt: &str, texts: &[String]) -> usize {
 pub(crate) fn closed<'a>(rest: &'a str, answer: &str, closing: Option<&str>) -> Option<&'a str> {
     let answer = answer.trim();
     let visible = answer.rsplit(REASONING_END).next().unwrap_or(answer).trim();
+    let closing = closing.filter(|closing| !closing.is_empty());
     let (place, printed) = [answer, visible]
         .into_iter()
-        .find_map(|printed| Some((rest.rfind(printed)?, printed)))?;
+        .find_map(|printed| Some((place_of(printed, rest, closing)?, printed)))?;
     let end = place + printed.len();
-    let Some(closing) = closing.filter(|closing| !closing.is_empty()) else {
+    let Some(closing) = closing else {
         return Some(rest);
     };
     if printed.ends_with(closing) {
@@ -59,6 +60,16 @@ pub(crate) fn closed<'a>(rest: &'a str, answer: &str, closing: Option<&str>) -> 
     }
     let closed = rest[end..].find(closing);
     Some(closed.map_or(rest, |at| &rest[..end + at + closing.len()]))
+}
+
+/// Place of the answer `printed` in its rendering `rest`: the last one before the first closing token that follows any. A
+/// short answer may also stand in the text of that token, or of others after it.
+fn place_of(printed: &str, rest: &str, closing: Option<&str>) -> Option<usize> {
+    let mut ends = closing
+        .into_iter()
+        .flat_map(|closing| rest.match_indices(closing));
+    let closed = ends.find_map(|(end, _)| rest[..end].rfind(printed));
+    closed.or_else(|| rest.rfind(printed))
 }
 
 /// Whether a rendered answer consists of the answer, the end-of-turn token and white space only.
@@ -121,6 +132,25 @@ mod tests {
             ("x<|end|>", "x", None, Some("x<|end|>")),
             ("4<|end|>", "<think>2 + 2</think>\n4", end, Some("4<|end|>")),
             ("X<|end|>", "x", end, None),
+            (
+                "<think>\n\n</think>\n\nd<|end|>\n",
+                "d",
+                end,
+                Some("<think>\n\n</think>\n\nd<|end|>"),
+            ),
+            ("end<|end|>\n<|endoftext|>", "end", end, Some("end<|end|>")),
+            (
+                "<think>e</think>\n\ne<|end|>\n",
+                "<think>e</think>e",
+                end,
+                Some("<think>e</think>\n\ne<|end|>"),
+            ),
+            (
+                "a<|end|>b<|end|>\n",
+                "a<|end|>b",
+                end,
+                Some("a<|end|>b<|end|>"),
+            ),
         ] {
             assert_eq!(closed(rest, answer, closing), expected, "{rest}");
         }

@@ -165,7 +165,10 @@ impl ChatTemplate {
             };
             let dialogue = Dialogue::new(roles.iter().map(turn).collect());
             let text = self.render_to(&dialogue, RenderEnd::Closed);
-            text.is_ok_and(|text| text.contains(PROBE))
+            // A list that is printed as such is not read, and a shortened text is.
+            let is_read =
+                |text: String| text.contains(content_word(content)) && !text.contains("'type'");
+            text.is_ok_and(is_read)
         };
         let is_any_printed = |content: Value| roles.iter().any(|roles| is_printed(roles, &content));
         !is_any_printed(PROBE.into()) && is_any_printed(text_part(PROBE))
@@ -243,7 +246,14 @@ impl ChatTemplate {
     fn render_to(&self, dialogue: &Dialogue, end: RenderEnd) -> Result<String, ModelError> {
         let source = self.source(dialogue)?;
         let text = self.text(source, dialogue, self.messages(dialogue), end);
-        text.map_err(failure)
+        let text = text.map_err(failure)?;
+        if let Some(lost) = lost_part(dialogue, &text) {
+            tracing::warn!(
+                lost,
+                "the chat template prints nothing of a content part: give the content as a text"
+            );
+        }
+        Ok(text)
     }
 
     /// Selects the template for the dialogue, as transformers does.
@@ -305,6 +315,28 @@ enum RenderEnd {
 
 /// Text that tells whether a template prints a message.
 const PROBE: &str = "Which colour has grass?";
+
+/// What a template prints of [`PROBE`] at least: all of a part, the beginning of a text.
+fn content_word(content: &Value) -> &'static str {
+    match content {
+        Value::String(_) => &PROBE[..3],
+        _ => PROBE,
+    }
+}
+
+/// The first text part of a dialogue of which nothing is in its rendering, since the template does not read parts.
+fn lost_part<'a>(dialogue: &'a Dialogue, rendered: &str) -> Option<&'a str> {
+    let contents = dialogue
+        .messages
+        .iter()
+        .filter_map(|turn| turn.content.as_array());
+    let mut texts = contents.flatten().filter_map(|part| part["text"].as_str());
+    texts.find(|text| {
+        let mut words = text.split(|c: char| !c.is_alphanumeric());
+        let word = words.find(|word| !word.is_empty());
+        word.is_some_and(|word| !rendered.contains(word))
+    })
+}
 
 /// Content with one part, a text.
 fn text_part(text: &str) -> Value {
@@ -570,10 +602,20 @@ mod tests {
             (either, "Hi".into(), "Hi"),
             (either, json!([{"type": "text", "text": "Hi"}]), "[Hi]"),
             ("{{ messages|length }}", "Hi".into(), "1"),
+            ("{{ messages[0].content[:4] }}", "Hi there".into(), "Hi t"),
         ] {
             let text = template(source).render(&of_user(content)).unwrap();
             assert_eq!(text, expected, "{source}");
         }
+        let question = of_user(json!([{"type": "text", "text": " Why, then?"}]));
+        for (rendered, lost) in [
+            ("user: Why, then?", false),
+            ("[{'text': 'Why, then?'}]", false),
+            ("user: ", true),
+        ] {
+            assert_eq!(lost_part(&question, rendered).is_some(), lost, "{rendered}");
+        }
+        assert_eq!(lost_part(&of_user("Why?".into()), "user: "), None, "a text");
         let continued = Dialogue::new(vec![
             Message::new("user", "Hi"),
             Message::new("assistant", "Well, "),

@@ -10,7 +10,7 @@ use crate::gguf::header::{GgufHeader, MetadataValue};
 
 /// An architecture: its name in GGUF and in Hugging Face's files.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Architecture {
+pub(super) struct GgufArchitecture {
     pub(super) name: &'static str,
     class: &'static str,
     model_type: &'static str,
@@ -23,8 +23,8 @@ pub(super) struct Architecture {
 }
 
 /// Mistral's models are of the architecture `llama` in GGUF.
-const ARCHITECTURES: [Architecture; 3] = [
-    Architecture {
+const ARCHITECTURES: [GgufArchitecture; 3] = [
+    GgufArchitecture {
         name: "llama",
         class: "LlamaForCausalLM",
         model_type: "llama",
@@ -32,7 +32,7 @@ const ARCHITECTURES: [Architecture; 3] = [
         has_biases: false,
         has_head_norms: false,
     },
-    Architecture {
+    GgufArchitecture {
         name: "qwen2",
         class: "Qwen2ForCausalLM",
         model_type: "qwen2",
@@ -40,7 +40,7 @@ const ARCHITECTURES: [Architecture; 3] = [
         has_biases: true,
         has_head_norms: false,
     },
-    Architecture {
+    GgufArchitecture {
         name: "qwen3",
         class: "Qwen3ForCausalLM",
         model_type: "qwen3",
@@ -67,7 +67,7 @@ pub(super) struct ModelShape {
 ///
 /// # Errors
 /// The reason why it is not supported.
-pub(super) fn architecture(header: &GgufHeader) -> Result<Architecture, String> {
+pub(super) fn architecture(header: &GgufHeader) -> Result<GgufArchitecture, String> {
     let found = header.metadata.get("general.architecture");
     let found = found.and_then(MetadataValue::as_text).unwrap_or("none");
     let known = ARCHITECTURES.iter().find(|known| known.name == found);
@@ -140,7 +140,7 @@ impl<'a> ArchitectureKeys<'a> {
 /// The reason why the metadata is incomplete, contradictory or not supported, with its key.
 pub(super) fn config(
     header: &GgufHeader,
-    architecture: Architecture,
+    architecture: GgufArchitecture,
     rope_factors: Option<&[f32]>,
 ) -> Result<(Value, ModelShape), String> {
     let mut keys = ArchitectureKeys {

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use crate::{
     error::ModelError,
     gguf::{
-        config::{Architecture, ModelShape},
+        config::{GgufArchitecture, ModelShape},
         header::{GgufHeader, TensorEntry},
         tensors::TensorReader,
         tokenizer::TokenizerFiles,
@@ -59,7 +59,7 @@ pub(crate) fn origin_of(folder: &Path) -> Option<String> {
 pub struct GgufModel {
     path: PathBuf,
     header: GgufHeader,
-    architecture: Architecture,
+    architecture: GgufArchitecture,
     shape: ModelShape,
     config: Value,
     generation: Value,

@@ -8,7 +8,7 @@ use crate::{
     error::ModelError,
     gguf::{
         CPU,
-        config::{Architecture, ModelShape},
+        config::{GgufArchitecture, ModelShape},
         header::TensorEntry,
     },
     input_file::InputFile,
@@ -71,7 +71,7 @@ impl TargetTensor {
     /// Number of heads by which the rows of the tensor are permuted; `None` if they are in order.
     pub(super) fn permuted_heads(
         &self,
-        architecture: Architecture,
+        architecture: GgufArchitecture,
         shape: ModelShape,
     ) -> Option<usize> {
         let heads = match self.role {
@@ -89,7 +89,7 @@ impl TargetTensor {
 /// When the architecture has no such tensor.
 pub(super) fn target(
     name: &str,
-    architecture: Architecture,
+    architecture: GgufArchitecture,
     layers: usize,
 ) -> Result<TargetTensor, String> {
     let unknown = || {

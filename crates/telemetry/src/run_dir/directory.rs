@@ -5,13 +5,24 @@
 //! to their owner alone. This part does not know the contents of the files.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 
 use crate::error::Error;
 use crate::run_dir::atomic::write_atomically;
+use crate::run_dir::files::open_inside;
 use crate::run_dir::private::{create_private_directory, private_file};
+
+/// Files that a session reads or continues: a pipe in the place of one would be waited for without end.
+const FILES: [&str; 6] = [
+    "config.toml",
+    "session",
+    "run.lock",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "report.json",
+];
 
 /// A run's directory, locked by this process:
 /// `{config.toml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, quarantine/, report.json,
@@ -56,6 +67,13 @@ impl RunDirectory {
         let root = path.into();
         if !root.join("config.toml").exists() {
             return Err(Error::RunMissing { directory: root });
+        }
+        for name in FILES {
+            match open_inside(&root, name) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::file("open", &root.join(name))(error)),
+            }
         }
         let mut run = Self {
             _lock: lock(&root)?,

@@ -283,17 +283,22 @@ impl RunRegistry {
         let mut first_revision = None;
         let mut retries = self.connection.retry_state("take a lease of the run");
         let revision = loop {
-            let entry = || self.store.entry(key);
-            let entry = self.connection.retry("read the run's registry", entry);
-            let entry = entry.await?.filter(|e| e.operation == Operation::Put);
-            let Some(entry) = entry else {
-                match self.store.create(key, value.clone()).await {
+            let Some(entry) = self.lease_entry(key).await? else {
+                let failure = match self.store.create(key, value.clone()).await {
                     Ok(revision) => break revision,
-                    // Another process may have taken it.
-                    Err(error) => self
-                        .connection
-                        .on_failure(&mut retries, &one_line(&error))?,
+                    Err(error) => one_line(&error),
+                };
+                // Another process may have taken it. Otherwise a client has had the server store an answer without a
+                // value there: it is read as nothing, and prevents a creation for ever.
+                if self.lease_entry(key).await?.is_none() {
+                    match self.store.put(key, value.clone()).await {
+                        Ok(revision) => break revision,
+                        Err(error) => {
+                            tracing::debug!(%error, key, "a lease could not be written; retrying")
+                        }
+                    }
                 }
+                self.connection.on_failure(&mut retries, &failure)?;
                 sleep(RETRY_DELAY).await;
                 continue;
             };
@@ -322,6 +327,13 @@ impl RunRegistry {
             sleep(RETRY_DELAY).await;
         };
         Ok(self.renewed_lease(key, value, revision))
+    }
+
+    /// The entry of a lease; `None` if there is none, or none with a value.
+    async fn lease_entry(&self, key: &str) -> Result<Option<kv::Entry>, TransportError> {
+        let entry = || self.store.entry(key);
+        let entry = self.connection.retry("read the run's registry", entry);
+        Ok(entry.await?.filter(|e| e.operation == Operation::Put))
     }
 
     /// The lease stored in `revision`, renewed until it is dropped or lost.
@@ -384,12 +396,24 @@ impl Renewal {
                             return;
                         }
                         Ok(Some(entry)) => self.revision = entry.revision,
-                        Ok(None) => self.revision = 0,
+                        Ok(None) => self.write_again(&store).await,
                         Err(error) => self.log_failure(&error),
                     }
                 }
                 Err(error) => self.log_failure(&error),
             }
+        }
+    }
+
+    /// Writes the lease where nothing can be read, whatever another client has had the server store there.
+    async fn write_again(&mut self, store: &Store) {
+        tracing::warn!(
+            key = self.key,
+            "another client of the server has overwritten or deleted the lease; writing it again"
+        );
+        match store.put(&self.key, self.value.clone()).await {
+            Ok(revision) => self.revision = revision,
+            Err(error) => self.log_failure(&error),
         }
     }
 

@@ -229,6 +229,20 @@ async fn overwrite_with_an_answer(server: &TestServer, key: &str) {
     client.flush().await.expect("the server runs");
 }
 
+/// Has the server store the answer to a request for what is not there: an entry with a status and no value, which reads as
+/// none.
+async fn overwrite_with_nothing(server: &TestServer, key: &str) {
+    let client = server.client().await.client();
+    let reply = format!("$KV.agon-run-register.{key}");
+    let request = "$JS.API.DIRECT.GET.KV_agon-run-register";
+    let absent = r#"{"last_by_subj": "$KV.agon-run-register.nothing"}"#;
+    let sent = client
+        .publish_with_reply(request, reply, absent.into())
+        .await;
+    sent.expect("the server runs");
+    client.flush().await.expect("the server runs");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_record_and_the_lease_are_written_again_when_others_overwrite_them() {
     let Some(server) = TestServer::start() else {
@@ -255,6 +269,9 @@ async fn the_record_and_the_lease_are_written_again_when_others_overwrite_them()
         overwrite_with_an_answer(&server, key).await;
         until("it is overwritten", async || stored(key).await != before).await;
         until("it is written again", async || stored(key).await == before).await;
+        overwrite_with_nothing(&server, key).await;
+        until("it cannot be read", async || stored(key).await.is_none()).await;
+        until("it is written again", async || stored(key).await == before).await;
     }
     let record = registry.get_signed("run", "the record").await;
     assert_eq!(
@@ -272,6 +289,9 @@ async fn the_record_and_the_lease_are_written_again_when_others_overwrite_them()
     drop((lease, kept));
     overwrite_with_an_answer(&server, "learner").await;
     let taken = timeout(AT_ONCE, other.acquire("learner", "the second")).await;
+    drop(taken.expect("in time").expect("it is free"));
+    overwrite_with_nothing(&server, "learner").await;
+    let taken = timeout(AT_ONCE, other.acquire("learner", "the third")).await;
     taken.expect("in time").expect("it is free");
 }
 
