@@ -294,7 +294,7 @@ impl RunRegistry {
                     match self.store.put(key, value.clone()).await {
                         Ok(revision) => break revision,
                         Err(error) => {
-                            tracing::debug!(%error, key, "a lease could not be written; retrying")
+                            tracing::debug!(%error, key, "a lease could not be written; retrying");
                         }
                     }
                 }
