@@ -242,7 +242,7 @@ fn labelled_pairs_have_every_label_once_and_in_order() {
         (|l| l.labels[2].second = 3, "the labels are not"),
         (|l| l.labels.push(l.labels[0]), "the labels are not"),
         (|l| l.scores = Some(vec![0.0; 2]), "the scores must be"),
-        (|l| l.scores = Some(vec![f32::NAN; 3]), "for each completi"),
+        (|l| l.scores = Some(vec![f32::NAN; 3]), "one per completion"),
         (|l| l.scores = None, ""),
         (|l| l.judge = "j".repeat(4097), "the name of the judge"),
     ];
