@@ -211,11 +211,13 @@ fn write_evaluations(text: &mut String, evaluations: &[Evaluation]) -> fmt::Resu
     writeln!(text, "\n![win rate]({WIN_RATE_CHART})")
 }
 
+/// A win rate of an evaluation; `None` if it has none.
+type WinRateOf<'a> = dyn Fn(&Evaluation) -> Option<f64> + 'a;
+
 /// A column of win rates beside the policy's against the reference of the start under the run's judge.
 struct OtherWinRate<'a> {
     name: String,
-    /// The win rate in an evaluation; `None` if it has none.
-    of: Box<dyn Fn(&Evaluation) -> Option<f64> + 'a>,
+    of: Box<WinRateOf<'a>>,
 }
 
 /// The win rates of the moving average, against a reference that has moved, and under evaluation judges, as far as an
