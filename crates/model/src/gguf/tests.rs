@@ -279,96 +279,56 @@ fn a_sentence_piece_vocabulary_merges_by_score() {
 #[test]
 fn what_is_not_understood_is_refused_by_name() {
     let directory = tempfile::tempdir().unwrap();
-    type Change = fn(&mut SmallFile);
-    let cases: [(Change, &str); 11] = [
+    let refused = |small: &SmallFile, says: &str| {
+        let error = opened(&directory, &small.bytes()).err().unwrap_or_default();
+        let is_named = error.contains(says) && error.contains("small.gguf");
+        assert!(is_named, "no {says:?} in {error:?}");
+    };
+    let number = |value| Some(MetadataValue::Unsigned(value));
+    for (key, value, says) in [
+        ("general.architecture", Some(text("gemma")), "\"gemma\""),
+        ("llama.expert_count", number(8), "llama.expert_count"),
         (
-            |f| {
-                drop(
-                    f.metadata
-                        .insert("general.architecture".into(), text("gemma")),
-                )
-            },
-            "\"gemma\"",
-        ),
-        (
-            |f| {
-                drop(
-                    f.metadata
-                        .insert("llama.expert_count".into(), MetadataValue::Unsigned(8)),
-                )
-            },
-            "llama.expert_count",
-        ),
-        (
-            |f| {
-                drop(
-                    f.metadata
-                        .insert("llama.rope.scaling.type".into(), text("longrope")),
-                )
-            },
+            "llama.rope.scaling.type",
+            Some(text("longrope")),
             "longrope",
         ),
         (
-            |f| {
-                drop(f.metadata.insert(
-                    "llama.rope.dimension_count".into(),
-                    MetadataValue::Unsigned(8),
-                ))
-            },
+            "llama.rope.dimension_count",
+            number(8),
             "rope.dimension_count is 8",
         ),
+        ("llama.block_count", None, "llama.block_count"),
+        ("tokenizer.ggml.model", Some(text("bert")), "\"bert\""),
         (
-            |f| drop(f.metadata.remove("llama.block_count")),
-            "llama.block_count",
-        ),
-        (
-            |f| {
-                drop(
-                    f.metadata
-                        .insert("tokenizer.ggml.model".into(), text("bert")),
-                )
-            },
-            "\"bert\"",
-        ),
-        (
-            |f| {
-                f.metadata
-                    .insert("tokenizer.ggml.model".into(), text("gpt2"));
-                f.metadata
-                    .insert("tokenizer.ggml.pre".into(), text("tekken"));
-            },
-            "\"tekken\"",
-        ),
-        (
-            |f| {
-                drop(f.metadata.insert(
-                    "tokenizer.ggml.add_eos_token".into(),
-                    MetadataValue::Bool(true),
-                ))
-            },
+            "tokenizer.ggml.add_eos_token",
+            Some(MetadataValue::Bool(true)),
             "add_eos_token",
         ),
-        (
-            |f| f.tensors[4].0 = "blk.0.attn_q.bias".into(),
-            "blk.0.attn_q.bias",
-        ),
-        (
-            |f| f.tensors[4].0 = "blk.01.attn_q.weight".into(),
-            "blk.01.attn_q.weight",
-        ),
-        (
-            |f| f.tensors[4].0 = "blk.1.attn_q.weight".into(),
-            "blk.1.attn_q.weight",
-        ),
-    ];
-    for (change, says) in cases {
+    ] {
         let mut small = SmallFile::new();
-        change(&mut small);
-        let error = opened(&directory, &small.bytes()).err().unwrap_or_default();
-        assert!(
-            error.contains(says) && error.contains("small.gguf"),
-            "no {says:?} in {error:?}"
-        );
+        match value {
+            Some(value) => small.metadata.insert(key.into(), value),
+            None => small.metadata.remove(key),
+        };
+        refused(&small, says);
+    }
+    let mut other = SmallFile::new();
+    other
+        .metadata
+        .insert("tokenizer.ggml.model".into(), text("gpt2"));
+    other
+        .metadata
+        .insert("tokenizer.ggml.pre".into(), text("tekken"));
+    refused(&other, "\"tekken\"");
+    for name in [
+        "blk.0.attn_q.bias",
+        "blk.01.attn_q.weight",
+        "blk.1.attn_q.weight",
+    ] {
+        let mut small = SmallFile::new();
+        small.tensors[4].0 = name.into();
+        refused(&small, name);
     }
 }
 
