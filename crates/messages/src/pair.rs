@@ -222,6 +222,20 @@ impl Completion {
         (self.sum_logp() - self.sum_ref_logp()) as f32
     }
 
+    /// A completion that was not sampled in the run, so that nothing was recorded of it.
+    #[must_use]
+    pub fn unrecorded(ids: Vec<u32>, finish: Finish, text: String) -> Self {
+        Self {
+            ids,
+            finish,
+            mixture_coef: 0.0,
+            logp: Vec::new(),
+            ref_logp: Vec::new(),
+            behaviour_logp: Vec::new(),
+            text,
+        }
+    }
+
     /// Whether log-probabilities were recorded: not those of a completion from a file.
     #[must_use]
     pub fn is_recorded(&self) -> bool {

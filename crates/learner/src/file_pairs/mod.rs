@@ -163,6 +163,9 @@ impl PairFiles {
         prompts: &dyn PromptSet,
     ) -> Result<(), LearnerError> {
         let held_out = prompts.held_out_count().unwrap_or(0) as u64;
+        if held_out == 0 {
+            return Ok(());
+        }
         let held_out: Vec<PromptRow> = (0..held_out).map(|index| prompts.held_out(index)).collect();
         let ids: HashSet<&[u32]> = held_out.iter().map(|row| row.ids.as_slice()).collect();
         // Where a template renders an answered dialogue differently, its prompt has other tokens.
@@ -193,9 +196,9 @@ impl PairFiles {
                 kept = self.count(),
                 "pairs with held-out prompts were left out"
             );
+            let weights: Vec<f64> = settings.files().iter().map(|file| file.weight).collect();
+            self.digest = digest(&self.files, &weights);
         }
-        let weights: Vec<f64> = settings.files().iter().map(|file| file.weight).collect();
-        self.digest = digest(&self.files, &weights);
         Ok(())
     }
 
@@ -275,15 +278,7 @@ fn content(text: &str, dialogue: Option<&Dialogue>) -> String {
 
 /// A response as a completion of which nothing was recorded.
 fn completion(answer: &PairAnswer) -> Completion {
-    Completion {
-        ids: answer.ids.clone(),
-        finish: Finish::EndOfText,
-        mixture_coef: 0.0,
-        logp: Vec::new(),
-        ref_logp: Vec::new(),
-        behaviour_logp: Vec::new(),
-        text: answer.text.clone(),
-    }
+    Completion::unrecorded(answer.ids.clone(), Finish::EndOfText, answer.text.clone())
 }
 
 /// Scores of both responses, if the label is made of them.

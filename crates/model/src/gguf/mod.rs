@@ -135,7 +135,7 @@ impl GgufModel {
         )
     }
 
-    /// Names of Hugging Face for all tensors; those of the file in the same order.
+    /// Checks that the architecture has every tensor of the file.
     fn check_tensors(&self) -> Result<(), String> {
         for tensor in &self.header.tensors {
             if tensor.name != tensors::ROPE_FACTORS {

@@ -194,15 +194,7 @@ impl RequestReader {
                 (encoded, finish)
             }
         };
-        Ok(Completion {
-            ids,
-            finish,
-            mixture_coef: 0.0,
-            logp: Vec::new(),
-            ref_logp: Vec::new(),
-            behaviour_logp: Vec::new(),
-            text,
-        })
+        Ok(Completion::unrecorded(ids, finish, text))
     }
 
     fn check_length(&self, characters: usize) -> Result<(), String> {

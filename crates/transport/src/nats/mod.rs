@@ -271,23 +271,28 @@ impl Connection {
         stream: String,
         prefix: String,
     ) -> Result<Vec<String>, TransportError> {
-        let list = || async {
-            let stream = self
-                .context
-                .get_stream(&stream)
-                .await
-                .map_err(RequestError::of)?;
-            let subjects = stream.info_with_subjects(format!("{prefix}>")).await;
-            let subjects = subjects.map_err(RequestError::of)?;
-            subjects
-                .try_collect::<Vec<_>>()
-                .await
-                .map_err(RequestError::of)
-        };
-        let subjects = self.retry("list the subjects of a stream", list).await?;
+        let filter = format!("{prefix}>");
+        let subjects = self.messages_by_subject(&stream, &filter).await?;
         let suffixes = subjects.iter();
         let suffixes = suffixes.filter_map(|(subject, _)| subject.strip_prefix(&prefix));
         Ok(suffixes.map(str::to_owned).collect())
+    }
+
+    /// The stream's subjects that match `filter`, each with its number of messages.
+    async fn messages_by_subject(
+        &self,
+        stream: &str,
+        filter: &str,
+    ) -> Result<Vec<(String, usize)>, TransportError> {
+        let list = || async {
+            let stream = self.context.get_stream(stream).await;
+            let stream = stream.map_err(RequestError::of)?;
+            let subjects = stream.info_with_subjects(filter).await;
+            let subjects = subjects.map_err(RequestError::of)?;
+            let subjects = subjects.try_collect::<Vec<_>>().await;
+            subjects.map_err(RequestError::of)
+        };
+        self.retry("list the subjects of a stream", list).await
     }
 
     /// Waits until all acknowledgements are sent.

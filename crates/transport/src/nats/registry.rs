@@ -407,10 +407,7 @@ impl Renewal {
 
     /// Writes the lease where nothing can be read, whatever another client has had the server store there.
     async fn write_again(&mut self, store: &Store) {
-        tracing::warn!(
-            key = self.key,
-            "another client of the server has overwritten or deleted the lease; writing it again"
-        );
+        self.log_overwritten();
         match store.put(&self.key, self.value.clone()).await {
             Ok(revision) => self.revision = revision,
             Err(error) => self.log_failure(&error),
@@ -427,12 +424,16 @@ impl Renewal {
         let is_a_leader =
             entry.operation == Operation::Put && run_key.open(&self.key, &entry.value).is_ok();
         if !is_a_leader {
-            tracing::warn!(
-                key = self.key,
-                "another client of the server has overwritten or deleted the lease; writing it again"
-            );
+            self.log_overwritten();
         }
         is_a_leader
+    }
+
+    fn log_overwritten(&self) {
+        tracing::warn!(
+            key = self.key,
+            "another client of the server has overwritten or deleted the lease; writing it again"
+        );
     }
 
     fn log_failure(&self, error: &dyn std::error::Error) {

@@ -13,7 +13,7 @@ use async_nats::jetstream::context::PublishError;
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, State};
 use bytes::Bytes;
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::StreamExt;
 use messages::wire::{self, WireMessage};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
@@ -222,21 +222,13 @@ impl StreamLocation {
 
     /// Number of this stream's messages in the dead-letter stream.
     async fn dead_letters(&self) -> Result<u64, TransportError> {
-        let Connection { context, names, .. } = &*self.connection;
-        let action = "inspect the dead-letter stream";
-        let name = names.stream(DEAD_LETTERS);
-        let request = || context.get_stream_no_info(&name);
-        let stream = self.connection.retry(action, request).await?;
-        let subject = names.dead_letters_of(self.name);
-        let request = || async {
-            let counts = stream.info_with_subjects(&subject).await?;
-            counts
-                .map_ok(|(_, count)| count as u64)
-                .try_collect::<Vec<_>>()
-                .await
-        };
-        let counts: Vec<u64> = self.connection.retry(action, request).await?;
-        Ok(counts.into_iter().sum())
+        let names = &self.connection.names;
+        let (stream, subject) = (names.stream(DEAD_LETTERS), names.dead_letters_of(self.name));
+        let counts = self
+            .connection
+            .messages_by_subject(&stream, &subject)
+            .await?;
+        Ok(counts.into_iter().map(|(_, count)| count as u64).sum())
     }
 
     async fn publish(&self, subject: &str, id: &str, payload: Bytes) -> Result<(), PublishError> {

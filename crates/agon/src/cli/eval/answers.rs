@@ -182,7 +182,7 @@ pub(super) fn pair(
                 tokenizer.encode_closed(&prompt, &ids, &text)?,
             ),
         };
-        Ok(unrecorded(ids, finish, text))
+        Ok(Completion::unrecorded(ids, finish, text))
     };
     let completions = answers
         .iter()
@@ -211,19 +211,6 @@ fn row(tokenizer: &Tokenizer, prompt: PromptText, ids: Vec<u32>) -> PromptRow {
         golden: None,
         answer: None,
         route: None,
-    }
-}
-
-/// A completion without log-probabilities, which no judge reads.
-fn unrecorded(ids: Vec<u32>, finish: Finish, text: String) -> Completion {
-    Completion {
-        ids,
-        finish,
-        mixture_coef: 0.0,
-        logp: Vec::new(),
-        ref_logp: Vec::new(),
-        behaviour_logp: Vec::new(),
-        text,
     }
 }
 
