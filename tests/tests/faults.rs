@@ -428,8 +428,9 @@ fn a_server_with_a_full_store_is_given_up_by_name() {
     let roles = ["learner", "actor", "preference"].map(|role| faulty.start(role, server.port()));
     let address = format!("127.0.0.1:{}", server.port());
     for role in roles {
+        // An actor's failure begins with the actor's name.
         role.wait()
-            .check(1, &["error: failed to", &address])
+            .check(1, &["error: ", "failed to ", &address])
             .without_panic();
     }
     assert!(run.join("checkpoints").exists(), "the run can be resumed");
