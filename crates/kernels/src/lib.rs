@@ -39,7 +39,7 @@ pub use adamw::{AdamWStep, Moments, adamw_step};
 pub use attention::{AttentionParams, Heads, Segment, Segments, causal_attention};
 pub use autograd::gradients::{Gradients, backward};
 pub use autograd::storage::{CpuTensor, F32Guard, accumulation_dtype};
-pub use block::{BlockOptions, BlockWeights, LinearParams, Rotation, block};
+pub use block::{BlockOptions, BlockWeights, LinearParams, LowRankParams, Rotation, block};
 pub use cached_attention::{CacheRows, cached_attention};
 pub use embedding::embedding;
 pub use kv_cache::KvCache;

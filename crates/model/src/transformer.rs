@@ -132,7 +132,7 @@ impl LanguageModel {
 
     /// The same weights, not copied, with gradient checkpointing on or off: [`Self::logprobs`] and [`Self::hidden`]
     /// keep only the inputs of blocks, and the backward pass recomputes the rest (Chen et al. 2016). Takes effect on
-    /// the CPU without an adapter; elsewhere all activations are kept.
+    /// the CPU without dropout; elsewhere all activations are kept.
     #[must_use]
     pub fn with_checkpointing(&self, on: bool) -> Self {
         let mut model = self.clone();
@@ -173,6 +173,18 @@ impl LanguageModel {
             }
         }
         linears
+    }
+
+    /// Whether both models have the same frozen weights, in the same memory on the CPU, and differ by an adapter alone.
+    pub(crate) fn shares_weights(&self, other: &Self) -> bool {
+        let has_adapter = self.adapter.is_some() || other.adapter.is_some();
+        has_adapter && self.device().is_cpu() && self.weights.are_shared_with(&other.weights)
+    }
+
+    /// Low-rank updates of a layer's modules: query, key, value, output, gate, up and down projection.
+    pub(crate) fn low_rank_updates(&self, layer: usize) -> [Option<&LowRank>; 7] {
+        let linears = self.blocks[layer].linears();
+        linears.map(|linear| linear.low_rank.as_ref())
     }
 
     /// Final hidden states, after the last norm, of tokens `ids` `[N]` at `positions` `[N]`: `[N, hidden_size]`.
@@ -228,11 +240,11 @@ impl LinearLayer {
         })
     }
 
-    /// Weight and bias, without the low-rank update.
     fn params(&self) -> kernels::LinearParams {
         kernels::LinearParams {
             weight: self.weight.clone(),
             bias: self.bias.clone(),
+            low_rank: self.low_rank.as_ref().map(LowRank::params),
         }
     }
 
@@ -242,7 +254,7 @@ impl LinearLayer {
             y = y.broadcast_add(bias)?;
         }
         match &self.low_rank {
-            Some(low_rank) => y + low_rank.forward(x)?,
+            Some(low_rank) => y + low_rank.forward(x, precision)?,
             None => Ok(y),
         }
     }
@@ -270,6 +282,18 @@ impl TransformerBlock {
         })
     }
 
+    fn linears(&self) -> [&LinearLayer; 7] {
+        [
+            &self.query,
+            &self.key,
+            &self.value,
+            &self.output,
+            &self.gate,
+            &self.up,
+            &self.down,
+        ]
+    }
+
     fn linears_mut(&mut self) -> [(&'static str, &mut LinearLayer); 7] {
         [
             ("self_attn.q_proj", &mut self.query),
@@ -290,16 +314,10 @@ impl TransformerBlock {
         segments: &Arc<kernels::Segments>,
         attention: kernels::AttentionParams,
     ) -> candle_core::Result<Option<Tensor>> {
-        let linears = [
-            &self.query,
-            &self.key,
-            &self.value,
-            &self.output,
-            &self.gate,
-            &self.up,
-            &self.down,
-        ];
-        if linears.iter().any(|linear| linear.low_rank.is_some()) {
+        let linears = self.linears();
+        let has_dropout =
+            |linear: &&LinearLayer| linear.low_rank.as_ref().is_some_and(LowRank::has_dropout);
+        if linears.iter().any(has_dropout) {
             return Ok(None);
         }
         let [query, key, value, output, gate, up, down] = linears.map(LinearLayer::params);

@@ -23,6 +23,15 @@ pub struct Weights {
 }
 
 impl Weights {
+    /// Whether these are the same tensors, not equal ones, and none of them is trained in place.
+    pub(crate) fn are_shared_with(&self, other: &Self) -> bool {
+        let same = |((name, a), (other, b)): ((&String, &Tensor), (&String, &Tensor))| {
+            name == other && a.id() == b.id() && !a.is_variable()
+        };
+        self.tensors.len() == other.tensors.len()
+            && self.tensors.iter().zip(&other.tensors).all(same)
+    }
+
     /// Shapes of all tensors by name.
     pub(crate) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let tensors = self.tensors.iter();

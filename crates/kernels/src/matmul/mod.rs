@@ -261,6 +261,16 @@ impl PackedMatrix {
         self.product(&PackedRows::pack(x, self.precision()))
     }
 
+    /// Adds `x · weightᵀ` to `out`: `x` is `[n, in]`, `out` `[n, out]`.
+    ///
+    /// # Panics
+    /// In int8, whose products cannot be added.
+    pub fn multiply_add(&self, x: &[f32], out: &mut [f32]) {
+        let x = MatrixRef::new(x, x.len() / self.width, self.width);
+        let left = PackedRows::pack(x, self.precision());
+        self.product_into(Threads::All, &left, Accumulate::Add, out);
+    }
+
     /// `left · self`.
     pub(crate) fn product(&self, left: &PackedRows<'_>) -> Vec<f32> {
         let count = left.rows * self.out;

@@ -1,15 +1,18 @@
 //! CPU decoder: weights packed for matmuls with few rows, a KV cache laid out for single queries, plain slices instead
-//! of tensors.
+//! of tensors. Models that differ by an adapter share the packed weights, and a forward pass of their sequences computes
+//! every product with these weights once.
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use crate::decode::updates::{AdaptedRows, BlockUpdates, PackedAdapter, PackedUpdate};
 use crate::decode::{Prefill, SlotToken};
 use crate::{
     config::ModelConfig,
     error::ModelError,
     transformer::{LanguageModel, LayerAttention},
+    weights::Weights,
 };
 use kernels::{
     CpuTensor, Heads, KvCache, PackedMatrix, Precision, rms_norm_rows, rotate, swiglu_rows,
@@ -28,6 +31,8 @@ const MIN_SEQUENCES: usize = 4;
 /// Packed weights, which decoders may share, and the KV caches of all slots.
 pub(crate) struct CpuDecoder {
     weights: Arc<PackedWeights>,
+    /// The adapter of every model. The first share of the slots is the first model's, and so on.
+    adapters: Vec<Option<Arc<PackedAdapter>>>,
     slots: Vec<SlotCache>,
 }
 
@@ -42,11 +47,15 @@ struct ActiveSequence<'a> {
     start: usize,
     /// Tokens to append.
     tokens: &'a [u32],
+    adapter: Option<Arc<PackedAdapter>>,
 }
 
 /// Model weights packed for the CPU kernels.
 struct PackedWeights {
     config: ModelConfig,
+    /// The weights that were packed, and how.
+    source: Weights,
+    precision: Precision,
     /// `[vocab_size, hidden_size]`.
     embedding: CpuTensor,
     blocks: Vec<PackedBlock>,
@@ -74,36 +83,55 @@ struct PackedBlock {
 }
 
 impl CpuDecoder {
+    /// A decoder of `models`, which share their weights, with this number of slots in all.
     pub fn new(
-        model: &LanguageModel,
+        models: &[LanguageModel],
         precision: Precision,
         slots: usize,
         capacity: usize,
     ) -> Result<Self, ModelError> {
-        let weights = PackedWeights::new(model, precision, capacity)?;
-        Ok(Self::of(Arc::new(weights), slots))
+        let weights = Arc::new(PackedWeights::new(&models[0], precision, capacity)?);
+        let adapters = packed_adapters(models, precision)?;
+        Ok(Self::of(weights, adapters, slots))
     }
 
     /// Creates a decoder with empty slots that shares the weights.
     pub fn with_slots(&self, slots: usize) -> Self {
-        Self::of(Arc::clone(&self.weights), slots)
+        Self::of(Arc::clone(&self.weights), self.adapters.clone(), slots)
     }
 
-    fn of(weights: Arc<PackedWeights>, slots: usize) -> Self {
+    fn of(
+        weights: Arc<PackedWeights>,
+        adapters: Vec<Option<Arc<PackedAdapter>>>,
+        slots: usize,
+    ) -> Self {
         let empty = || (0..weights.config.layers).map(|_| KvCache::default());
         let slots = (0..slots).map(|_| SlotCache(empty().collect())).collect();
-        Self { weights, slots }
+        Self {
+            weights,
+            adapters,
+            slots,
+        }
     }
 
-    /// Replaces the weights by those of a model of the same shape.
+    /// Replaces the models by as many of the same shape. Frozen weights that are packed already stay.
     pub fn pack(
         &mut self,
-        model: &LanguageModel,
+        models: &[LanguageModel],
         precision: Precision,
         capacity: usize,
     ) -> Result<(), ModelError> {
-        self.weights = Arc::new(PackedWeights::new(model, precision, capacity)?);
+        if !self.weights.are_of(models, precision) {
+            self.weights = Arc::new(PackedWeights::new(&models[0], precision, capacity)?);
+        }
+        self.adapters = packed_adapters(models, precision)?;
         Ok(())
+    }
+
+    /// The adapter of the model that a slot is of.
+    fn adapter(&self, slot: usize) -> Option<Arc<PackedAdapter>> {
+        let each = self.slots.len() / self.adapters.len();
+        self.adapters[slot / each.max(1)].clone()
     }
 
     pub fn prefill(&mut self, prompts: &[Prefill<'_>]) -> Vec<f32> {
@@ -150,6 +178,7 @@ impl CpuDecoder {
             cache: std::mem::take(&mut self.slots[slot]),
             start,
             tokens,
+            adapter: self.adapter(slot),
         }
     }
 
@@ -166,14 +195,33 @@ impl CpuDecoder {
     }
 }
 
+/// The adapters of models, packed.
+fn packed_adapters(
+    models: &[LanguageModel],
+    precision: Precision,
+) -> Result<Vec<Option<Arc<PackedAdapter>>>, ModelError> {
+    let packed = models
+        .iter()
+        .map(|model| PackedAdapter::of(model, precision));
+    packed.collect()
+}
+
 impl PackedWeights {
+    /// Whether these are the frozen weights of `models` in this precision: weights below an adapter are not trained.
+    fn are_of(&self, models: &[LanguageModel], precision: Precision) -> bool {
+        precision == self.precision
+            && models.iter().any(|model| model.adapter().is_some())
+            && models[0].weights().are_shared_with(&self.source)
+    }
+
+    /// The weights of `model` without its adapter.
     fn new(
         model: &LanguageModel,
         precision: Precision,
         capacity: usize,
     ) -> Result<Self, ModelError> {
         let config = model.config().clone();
-        let weights = model.merged()?;
+        let weights = model.weights();
         let load = |name: &str| -> Result<CpuTensor, ModelError> {
             Ok(CpuTensor::of(&weights.get(name)?)?)
         };
@@ -198,6 +246,8 @@ impl PackedWeights {
             final_norm: load("model.norm.weight")?.values().to_vec(),
             angles: model.rope.rows(capacity)?,
             cache_resident: 4 * weights.parameter_count() <= CACHE_RESIDENT_BYTES,
+            source: weights.clone(),
+            precision,
             config,
         })
     }
@@ -227,18 +277,32 @@ impl PackedWeights {
             }
         }
         drop(embedding);
+        let adapters = sequences.iter();
+        let adapters = adapters.map(|sequence| (sequence.tokens.len(), sequence.adapter.as_ref()));
+        let adapted = AdaptedRows::of(adapters);
+        let multiply = |layer: usize, weight: &PackedMatrix, of: SelectUpdate, x: &[f32]| {
+            let mut rows = weight.multiply(x);
+            for group in &adapted {
+                group.add(layer, of, x, &mut rows);
+            }
+            rows
+        };
         for (layer, block) in self.blocks.iter().enumerate() {
             let normed = rms_norm_rows(&x, &block.attention_norm, eps);
-            let mut projected = block.projections.multiply(&normed);
+            let of: SelectUpdate = |updates| updates.projections.as_ref();
+            let mut projected = multiply(layer, &block.projections, of, &normed);
             add_to_rows(&mut projected, block.projections_bias.as_deref());
             let attended = self.attend(layer, block, sequences, &mut projected);
-            let mut rows = block.output.multiply(&attended);
+            let of: SelectUpdate = |updates| updates.output.as_ref();
+            let mut rows = multiply(layer, &block.output, of, &attended);
             add_to_rows(&mut rows, block.output_bias.as_deref());
             add(&mut x, &rows);
             let normed = rms_norm_rows(&x, &block.feed_forward_norm, eps);
-            let gated = block.gate_and_up.multiply(&normed);
+            let of: SelectUpdate = |updates| updates.gate_and_up.as_ref();
+            let gated = multiply(layer, &block.gate_and_up, of, &normed);
             let gated = swiglu_rows(&gated, self.config.intermediate_size);
-            add(&mut x, &block.down.multiply(&gated));
+            let of: SelectUpdate = |updates| updates.down.as_ref();
+            add(&mut x, &multiply(layer, &block.down, of, &gated));
         }
         let mut last = Vec::with_capacity(sequences.len() * width);
         let mut end = 0;
@@ -330,6 +394,9 @@ impl PackedWeights {
         query
     }
 }
+
+/// Selects the update of one product of a block.
+type SelectUpdate = fn(&BlockUpdates) -> Option<&PackedUpdate>;
 
 /// Loads a tensor by name.
 type LoadTensor<'a> = dyn Fn(&str) -> Result<CpuTensor, ModelError> + 'a;

@@ -5,11 +5,14 @@
 
 mod cpu;
 mod device;
+mod mixture;
+mod updates;
 
 use std::ops::Range;
 
 use crate::{error::ModelError, ragged::check_tokens, transformer::LanguageModel};
 pub use kernels::Precision;
+pub(crate) use mixture::{MixtureDecoder, MixtureLogits, SlotLimits};
 
 /// A prompt to process once and store in several slots.
 #[derive(Debug, Clone)]
@@ -22,7 +25,9 @@ pub struct Prefill<'a> {
 
 /// A model with the KV caches of a fixed number of slots.
 pub struct Decoder {
-    model: LanguageModel,
+    /// The model, or two that share their weights and the slots: each has the same number of them, the first model the
+    /// first ones.
+    models: Vec<LanguageModel>,
     precision: Precision,
     capacity: usize,
     /// Number of tokens in each slot.
@@ -71,7 +76,8 @@ impl Logits {
 
 impl Decoder {
     /// Creates a decoder with empty slots, each with room for `capacity` tokens, at most the model's positions. On the
-    /// CPU the weights are stored in `precision` with an adapter merged in; on other devices they are used unchanged.
+    /// CPU the weights are stored in `precision`, and an adapter is applied beside them; on other devices both are used
+    /// unchanged.
     ///
     /// # Errors
     /// When the device cannot hold it.
@@ -81,15 +87,39 @@ impl Decoder {
         slots: usize,
         capacity: usize,
     ) -> Result<Self, ModelError> {
+        Self::of(vec![model], precision, slots, capacity)
+    }
+
+    /// Creates a decoder of two models on the CPU that share their weights and differ by their adapters: slots below
+    /// `slots` are the first model's, as many from there on the second's. What both need is stored and computed once.
+    ///
+    /// # Errors
+    /// When the device cannot hold it.
+    pub(crate) fn shared(
+        models: [LanguageModel; 2],
+        precision: Precision,
+        slots: usize,
+        capacity: usize,
+    ) -> Result<Self, ModelError> {
+        Self::of(models.into(), precision, 2 * slots, capacity)
+    }
+
+    fn of(
+        models: Vec<LanguageModel>,
+        precision: Precision,
+        slots: usize,
+        capacity: usize,
+    ) -> Result<Self, ModelError> {
+        let model = &models[0];
         let capacity = capacity.min(model.config().max_positions);
         let backend = if model.device().is_cpu() {
-            let backend = cpu::CpuDecoder::new(&model, precision, slots, capacity)?;
+            let backend = cpu::CpuDecoder::new(&models, precision, slots, capacity)?;
             DecodeBackend::Cpu(Box::new(backend))
         } else {
-            DecodeBackend::Device(device::TensorKvCache::new(&model, slots, capacity)?)
+            DecodeBackend::Device(device::TensorKvCache::new(model, slots, capacity)?)
         };
         Ok(Self {
-            model,
+            models,
             precision,
             capacity,
             lengths: vec![0; slots],
@@ -107,11 +137,11 @@ impl Decoder {
         let backend = match &self.backend {
             DecodeBackend::Cpu(backend) => DecodeBackend::Cpu(Box::new(backend.with_slots(slots))),
             DecodeBackend::Device(_) => {
-                DecodeBackend::Device(device::TensorKvCache::new(&self.model, slots, capacity)?)
+                DecodeBackend::Device(device::TensorKvCache::new(self.model(), slots, capacity)?)
             }
         };
         Ok(Self {
-            model: self.model.clone(),
+            models: self.models.clone(),
             precision: self.precision,
             capacity,
             lengths: vec![0; slots],
@@ -126,14 +156,14 @@ impl Decoder {
     pub fn set_precision(&mut self, precision: Precision) -> Result<(), ModelError> {
         match precision == self.precision {
             true => Ok(()),
-            false => self.set_model(self.model.clone(), precision),
+            false => self.set_models(self.models.clone(), precision),
         }
     }
 
-    /// The decoded model.
+    /// The decoded model, the first of two.
     #[must_use]
     pub fn model(&self) -> &LanguageModel {
-        &self.model
+        &self.models[0]
     }
 
     /// Replaces the model by one of the same shape, stored in `precision`, and empties all slots.
@@ -145,10 +175,19 @@ impl Decoder {
         model: LanguageModel,
         precision: Precision,
     ) -> Result<(), ModelError> {
+        self.set_models(vec![model], precision)
+    }
+
+    /// Replaces the models by as many of the same shape, stored in `precision`, and empties all slots.
+    fn set_models(
+        &mut self,
+        models: Vec<LanguageModel>,
+        precision: Precision,
+    ) -> Result<(), ModelError> {
         if let DecodeBackend::Cpu(backend) = &mut self.backend {
-            backend.pack(&model, precision, self.capacity)?;
+            backend.pack(&models, precision, self.capacity)?;
         }
-        (self.model, self.precision) = (model, precision);
+        (self.models, self.precision) = (models, precision);
         self.lengths.fill(0);
         Ok(())
     }
@@ -170,12 +209,12 @@ impl Decoder {
                 let reason = "a prompt needs at least one token, and one slot".into();
                 return Err(ModelError::Tokens { reason });
             }
-            check_tokens(prompt.ids, self.model.config())?;
+            check_tokens(prompt.ids, self.model().config())?;
             self.check_capacity(0, prompt.ids.len())?;
         }
         let values = match &mut self.backend {
             DecodeBackend::Cpu(backend) => backend.prefill(prompts),
-            DecodeBackend::Device(cache) => cache.prefill(&self.model, prompts)?,
+            DecodeBackend::Device(cache) => cache.prefill(&self.models[0], prompts)?,
         };
         for prompt in prompts {
             for &slot in prompt.slots {
@@ -190,7 +229,7 @@ impl Decoder {
     /// # Errors
     /// When a slot is full or a token is unknown.
     pub fn extend(&mut self, slots: &[usize], tokens: &[u32]) -> Result<Logits, ModelError> {
-        check_tokens(tokens, self.model.config())?;
+        check_tokens(tokens, self.model().config())?;
         let mut steps = Vec::with_capacity(slots.len());
         for (&slot, &token) in slots.iter().zip(tokens) {
             let position = self.lengths[slot];
@@ -204,13 +243,13 @@ impl Decoder {
         }
         let values = match &mut self.backend {
             DecodeBackend::Cpu(backend) => backend.extend(&steps),
-            DecodeBackend::Device(cache) => cache.extend(&self.model, &steps)?,
+            DecodeBackend::Device(cache) => cache.extend(&self.models[0], &steps)?,
         };
         Ok(self.logits(values))
     }
 
     fn logits(&self, values: Vec<f32>) -> Logits {
-        let vocab_size = self.model.config().vocab_size;
+        let vocab_size = self.model().config().vocab_size;
         Logits { values, vocab_size }
     }
 

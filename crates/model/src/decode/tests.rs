@@ -13,7 +13,7 @@ use crate::{
 fn tensor_decoder(model: &LanguageModel, slots: usize, capacity: usize) -> Decoder {
     let cache = device::TensorKvCache::new(model, slots, capacity).unwrap();
     Decoder {
-        model: model.clone(),
+        models: vec![model.clone()],
         precision: Precision::F32,
         capacity,
         lengths: vec![0; slots],
@@ -103,8 +103,89 @@ fn both_backends_agree_on_every_architecture_and_reduced_precision_deviates_litt
     }
 }
 
+/// The logits of both models after three prompts in two slots each, and after each of four further tokens.
+fn both_logits(decoder: &mut MixtureDecoder) -> [Vec<f32>; 2] {
+    let prompts = [[0, 4, 2], [3, 3, 1], [5, 0, 8]];
+    let slots = [[4, 1], [0, 5], [2, 3]];
+    let prompts: Vec<Prefill<'_>> = prompts
+        .iter()
+        .zip(&slots)
+        .map(|(ids, slots)| Prefill { ids, slots })
+        .collect();
+    let mut found = [Vec::new(), Vec::new()];
+    let mut take = |logits: &MixtureLogits, count: usize| {
+        for row in 0..count {
+            found[0].extend_from_slice(logits.policy(row));
+            found[1].extend_from_slice(logits.reference(row));
+        }
+    };
+    take(&decoder.prefill(&prompts).unwrap(), 3);
+    let slots = [3, 0, 5, 1];
+    for step in 0..4 {
+        let tokens: Vec<u32> = slots.iter().map(|&slot| (slot as u32 + step) % 9).collect();
+        take(&decoder.extend(&slots, &tokens).unwrap(), 4);
+    }
+    found
+}
+
 #[test]
-fn an_adapter_is_merged_and_the_model_can_be_replaced() {
+fn a_policy_with_an_adapter_is_decoded_together_with_its_base() {
+    let limits = SlotLimits {
+        slots: 6,
+        capacity: 12,
+    };
+    for targets in [&["q_proj", "down_proj"][..], &["all-linear"]] {
+        let policy = adapted(9, 1, targets);
+        let base = policy.without_adapter();
+        for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+            let of = |policy: &LanguageModel, reference: Option<&LanguageModel>| {
+                MixtureDecoder::new(policy.clone(), reference.cloned(), precision, limits).unwrap()
+            };
+            let mut both = of(&policy, Some(&base));
+            assert!(matches!(both, MixtureDecoder::Shared { .. }));
+            let [of_policy, of_base] = both_logits(&mut both);
+            assert_eq!(of_policy, both_logits(&mut of(&policy, None))[0]);
+            assert_eq!(of_base, both_logits(&mut of(&base, None))[0]);
+            let merged = policy.merged().unwrap();
+            let merged = LanguageModel::new(policy.config().clone(), merged).unwrap();
+            let [of_merged, _] = both_logits(&mut of(&merged, None));
+            let largest = of_merged
+                .iter()
+                .fold(0f32, |largest, x| largest.max(x.abs()));
+            let difference = max_difference(&of_policy, &of_merged);
+            let tolerance = match precision {
+                Precision::F32 => 1e-5 * (1.0 + largest),
+                Precision::Bf16 | Precision::Int8 => 0.15 * largest,
+            };
+            assert!(
+                difference < tolerance,
+                "{precision:?}: {difference} of {largest}"
+            );
+            assert!(max_difference(&of_policy, &of_base) > 0.05, "no effect");
+
+            // Another adapter, of the reference too; then one that changes nothing.
+            let other = policy.with_neutral_adapter().unwrap();
+            both.set_reference(policy.clone(), precision).unwrap();
+            both.set_policy(other.clone(), precision).unwrap();
+            assert!(matches!(both, MixtureDecoder::Shared { .. }));
+            assert_eq!(both_logits(&mut both), [of_base.clone(), of_policy.clone()]);
+            both.set_reference(base.clone(), precision).unwrap();
+            assert_eq!(both_logits(&mut both), [of_base.clone(), of_base.clone()]);
+
+            // Weights of its own.
+            let unrelated = tiny_model(9, 2);
+            both.set_policy(unrelated.clone(), precision).unwrap();
+            assert!(matches!(both, MixtureDecoder::Separate { .. }));
+            let expected = both_logits(&mut of(&unrelated, None))[0].clone();
+            assert_eq!(both_logits(&mut both), [expected, of_base.clone()]);
+            both.set_policy(policy.clone(), precision).unwrap();
+            assert_eq!(both_logits(&mut both), [of_policy, of_base]);
+        }
+    }
+}
+
+#[test]
+fn an_adapter_is_applied_and_the_model_can_be_replaced() {
     let adapted = adapted(9, 1, &["q_proj", "down_proj"]);
     let last = |decoder: &mut Decoder| {
         let prompt = Prefill {

@@ -1,6 +1,7 @@
 //! The low-rank update of one linear layer.
 
 use candle_core::{DType, Tensor};
+use kernels::Precision;
 use messages::Seed;
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -9,10 +10,10 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 #[derive(Debug, Clone)]
 pub(crate) struct LowRank {
     /// `[r, in]`.
-    pub(super) a: Tensor,
+    pub(crate) a: Tensor,
     /// `[out, r]`.
-    pub(super) b: Tensor,
-    pub(super) scale: f64,
+    pub(crate) b: Tensor,
+    pub(crate) scale: f64,
     dropout: Option<Dropout>,
 }
 
@@ -38,15 +39,29 @@ impl LowRank {
         self.dropout = (rate > 0.0).then_some(Dropout { rate, seed });
     }
 
-    /// The update for rows `x` `[N, in]`: `[N, out]`, in the dtype of `x`.
-    pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+    /// Whether inputs are dropped out.
+    pub(crate) fn has_dropout(&self) -> bool {
+        self.dropout.is_some()
+    }
+
+    /// Its factors and scale, without dropout.
+    pub(crate) fn params(&self) -> kernels::LowRankParams {
+        kernels::LowRankParams {
+            a: self.a.clone(),
+            b: self.b.clone(),
+            scale: self.scale as f32,
+        }
+    }
+
+    /// The update for rows `x` `[N, in]`: `[N, out]`, in the dtype of `x`; products are in this precision.
+    pub(crate) fn forward(&self, x: &Tensor, precision: Precision) -> candle_core::Result<Tensor> {
         let dtype = x.dtype();
         let mut x = x.to_dtype(self.a.dtype())?;
         if let Some(dropout) = &self.dropout {
             x = (&x * dropout.mask(&x)?)?;
         }
-        let low = (x.matmul(&self.a.t()?)? * self.scale)?;
-        low.matmul(&self.b.t()?)?.to_dtype(dtype)
+        let low = (kernels::linear(&x, &self.a, precision)? * self.scale)?;
+        kernels::linear(&low, &self.b, precision)?.to_dtype(dtype)
     }
 }
 

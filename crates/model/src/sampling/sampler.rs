@@ -12,16 +12,14 @@ use crate::sampling::{
     Scratch, TokenLogits,
 };
 use crate::{
-    decode::{Decoder, Logits, Prefill},
+    decode::{MixtureDecoder, MixtureLogits, Prefill, SlotLimits},
     error::ModelError,
     transformer::LanguageModel,
 };
 
 /// Samples from the mixture of a policy and its reference with Agon's own decoder.
 pub struct MixtureSampler {
-    policy: Decoder,
-    /// `None` when the policy is its own reference.
-    reference: Option<Decoder>,
+    models: MixtureDecoder,
     settings: SamplingSettings,
     /// Maximum sequence length that both models support.
     max_positions: usize,
@@ -32,22 +30,6 @@ pub struct MixtureSampler {
 
 /// Minimum number of logits per thread when tokens are sampled.
 const LOGITS_PER_THREAD: usize = 16 * 1024;
-
-/// Rows of next-token logits of the policy and the reference.
-struct MixtureLogits {
-    policy: Logits,
-    reference: Option<Logits>,
-}
-
-impl MixtureLogits {
-    fn row(&self, index: usize) -> TokenLogits<'_> {
-        let reference = self.reference.as_ref().unwrap_or(&self.policy);
-        TokenLogits {
-            policy: self.policy.row(index),
-            reference: reference.row(index),
-        }
-    }
-}
 
 /// A completion in progress in a slot.
 struct ActiveCompletion {
@@ -74,10 +56,9 @@ impl MixtureSampler {
             crate::sampling::ensure_shared_vocabulary(&policy, reference)?;
             max_positions = max_positions.min(reference.config().max_positions);
         }
-        let decoder = |model| Decoder::new(model, settings.precision, slots, capacity);
+        let limits = SlotLimits { slots, capacity };
         Ok(Self {
-            policy: decoder(policy)?,
-            reference: reference.map(decoder).transpose()?,
+            models: MixtureDecoder::new(policy, reference, settings.precision, limits)?,
             settings,
             max_positions,
             slots: (0..slots).map(|_| None).collect(),
@@ -129,7 +110,7 @@ impl MixtureSampler {
                 slots,
             })
             .collect();
-        let logits = self.logits(|model| model.prefill(&prompts))?;
+        let logits = self.models.prefill(&prompts)?;
         let mut rows = Vec::new();
         for (row, (request, slots)) in admitted.iter().enumerate() {
             self.requests.begin(request);
@@ -140,21 +121,6 @@ impl MixtureSampler {
         }
         rows.sort_unstable_by_key(|&(_, slot)| slot);
         self.sample(&rows, &logits)
-    }
-
-    /// Runs `forward` on the policy and, if there is one, the reference, concurrently, so that one uses the threads
-    /// that the other's sequential parts leave idle.
-    fn logits(
-        &mut self,
-        forward: impl Fn(&mut Decoder) -> Result<Logits, ModelError> + Sync,
-    ) -> Result<MixtureLogits, ModelError> {
-        let (policy, reference) = (&mut self.policy, self.reference.as_mut());
-        let (policy, reference) =
-            rayon::join(|| forward(policy), || reference.map(&forward).transpose());
-        Ok(MixtureLogits {
-            policy: policy?,
-            reference: reference?,
-        })
     }
 
     /// Samples the next token of several slots, given as pairs of logits row and slot in ascending order of slots.
@@ -173,12 +139,16 @@ impl MixtureSampler {
                 rest = later;
             }
         }
-        let (settings, stops) = (&self.settings, &self.policy.model().config().stops);
+        let (settings, stops) = (&self.settings, &self.models.policy().config().stops);
         completions
             .into_par_iter()
-            .with_min_len((LOGITS_PER_THREAD / logits.policy.width()).max(1))
+            .with_min_len((LOGITS_PER_THREAD / logits.width()).max(1))
             .try_for_each_init(Scratch::default, |scratch, (row, sampler)| {
-                let drawn = sampler.sample(logits.row(row), settings, stops, scratch);
+                let logits = TokenLogits {
+                    policy: logits.policy(row),
+                    reference: logits.reference(row),
+                };
+                let drawn = sampler.sample(logits, settings, stops, scratch);
                 drawn.map(drop)
             })?;
         for &(_, slot) in rows {
@@ -212,7 +182,7 @@ impl Sampler for MixtureSampler {
             .filter_map(|slot| Some((slot, last(self.slots[slot].as_ref()?)?)))
             .unzip();
         if !slots.is_empty() {
-            let logits = self.logits(|model| model.extend(&slots, &tokens))?;
+            let logits = self.models.extend(&slots, &tokens)?;
             let rows: Vec<(usize, usize)> = slots.into_iter().enumerate().collect();
             self.sample(&rows, &logits)?;
         }
@@ -229,10 +199,7 @@ impl Sampler for MixtureSampler {
         precision: Precision,
     ) -> Result<(), ModelError> {
         crate::sampling::ensure_idle(self)?;
-        if let Some(reference) = &mut self.reference {
-            reference.set_precision(precision)?;
-        }
-        self.policy.set_model(policy, precision)
+        self.models.set_policy(policy, precision)
     }
 
     fn set_reference(
@@ -241,13 +208,8 @@ impl Sampler for MixtureSampler {
         precision: Precision,
     ) -> Result<(), ModelError> {
         crate::sampling::ensure_idle(self)?;
-        crate::sampling::ensure_shared_vocabulary(self.policy.model(), &reference)?;
-        match &mut self.reference {
-            Some(decoder) => decoder.set_model(reference, precision),
-            None => Err(ModelError::Engine(
-                "replace the reference: the policy is its own".into(),
-            )),
-        }
+        crate::sampling::ensure_shared_vocabulary(self.models.policy(), &reference)?;
+        self.models.set_reference(reference, precision)
     }
 }
 
@@ -267,6 +229,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        decode::Decoder,
         fixtures::tiny_model,
         ragged::Sequence,
         sampling::{Precision, log_softmax_at, mix},
