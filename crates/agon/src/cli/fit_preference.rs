@@ -1,17 +1,15 @@
 //! `agon fit-preference`: training of a preference model on annotated pairs.
 
-use std::{fmt::Write as _, path::Path, process::ExitCode, time::Instant};
+use std::{process::ExitCode, time::Instant};
 
 use messages::Seed;
-use preference::Calibration;
-use serde_json::json;
-use settings::{PairsSettings, Settings};
-use telemetry::{Journal, Measurements, RunDirectory, printable, write_atomically};
+use settings::PairsSettings;
+use telemetry::{Journal, Measurements, RunDirectory};
 
 use crate::cli::config_args::{Configuration, RunDirectoryArgument};
 use crate::{
-    assembly::{self, Backbone, LoadedModel, SkippedPairs, StyleComparison},
-    report::charts,
+    assembly::{self, Backbone, LoadedModel},
+    report::fit::FitReport,
     signals,
 };
 
@@ -80,7 +78,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
         PairsSettings::Dataset(_) => Vec::new(),
     };
-    let report = TrainingReport {
+    let report = FitReport {
         calibration: &calibration,
         styles: &styles,
         fitting: pairs.fitting.len(),
@@ -93,121 +91,6 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             false => "for Agon: other programs cannot compute its scores, and reject it",
         },
     };
-    write_report(settings, &report, &directory)?;
+    report.write(settings.preference.fit.head, &directory)?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Results of the training.
-struct TrainingReport<'a> {
-    calibration: &'a Calibration,
-    styles: &'a [StyleComparison],
-    fitting: usize,
-    skipped: SkippedPairs,
-    duplicates: usize,
-    seconds: f64,
-    model: &'a Path,
-    /// Programs that can compute the model's scores.
-    compatibility: &'static str,
-}
-
-/// Writes report.json, report.md and the reliability diagram, and prints the text.
-fn write_report(
-    settings: &Settings,
-    report: &TrainingReport<'_>,
-    directory: &RunDirectory,
-) -> anyhow::Result<()> {
-    let diagram = directory.root().join("reliability.svg");
-    charts::write_reliability(&diagram, report.calibration)?;
-    let json = json!({
-        "head": settings.preference.fit.head,
-        "pairs": report.fitting,
-        "left_out": report.skipped.total(),
-        "left_out_by_reason": report.skipped,
-        "repeated": report.duplicates,
-        "seconds": report.seconds,
-        "model": report.model,
-        "validation": report.calibration,
-        "styles": report.styles,
-        "peak_memory_bytes": telemetry::peak_memory_bytes(),
-    });
-    let mut bytes = serde_json::to_vec_pretty(&json)?;
-    bytes.push(b'\n');
-    write_atomically(&directory.report_json(), &bytes)?;
-    let text = markdown(report)?;
-    let text = printable(&text);
-    write_atomically(&directory.report_markdown(), text.as_bytes())?;
-    out!("{text}")?;
-    out!("Report: {}", directory.report_markdown().display())?;
-    Ok(())
-}
-
-fn markdown(report: &TrainingReport<'_>) -> Result<String, std::fmt::Error> {
-    let calibration = report.calibration;
-    let mut text = String::new();
-    writeln!(text, "# A preference model\n")?;
-    writeln!(
-        text,
-        "Trained on {} pairs in {:.0} s, of which {} repeat an earlier one; left out: {}.\n",
-        report.fitting, report.seconds, report.duplicates, report.skipped
-    )?;
-    writeln!(text, "| on {} held-out pairs | | |", calibration.pairs)?;
-    writeln!(text, "|---|---|---|")?;
-    for (name, value, meaning) in [
-        (
-            "accuracy",
-            calibration.accuracy,
-            "share of pairs on which it prefers the preferred response",
-        ),
-        (
-            "ECE",
-            calibration.ece,
-            "expected calibration error of p, both orders",
-        ),
-        (
-            "Brier score",
-            calibration.brier,
-            "mean squared error of p; 0.25 at p = 0.5",
-        ),
-        ("log loss", calibration.log_loss, "nats; 0.693 at p = 0.5"),
-        (
-            "length bias",
-            calibration.length_bias,
-            "preference for the longer response beyond the annotators' own",
-        ),
-    ] {
-        writeln!(text, "| {name} | {value:.3} | {meaning} |")?;
-    }
-    writeln!(
-        text,
-        "\n| length difference up to (tokens) | longer preferred: model | annotators |"
-    )?;
-    writeln!(text, "|---|---|---|")?;
-    for quarter in &calibration.length_quarters {
-        writeln!(
-            text,
-            "| {} | {:.3} | {:.3} |",
-            quarter.up_to, quarter.mean_p, quarter.mean_label
-        )?;
-    }
-    if !report.styles.is_empty() {
-        writeln!(
-            text,
-            "\n| style, all else equal | model | true preference |\n|---|---|---|"
-        )?;
-    }
-    for s in report.styles {
-        writeln!(
-            text,
-            "| {} over {} | {:.3} | {:.3} |",
-            s.style, s.over, s.mean_p, s.gold
-        )?;
-    }
-    writeln!(text, "\n![reliability](reliability.svg)\n")?;
-    writeln!(
-        text,
-        "Model: `{}` ({}).",
-        report.model.display(),
-        report.compatibility
-    )?;
-    Ok(text)
 }

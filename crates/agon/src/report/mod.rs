@@ -1,10 +1,11 @@
-//! Reports of a run: `report.json`, `report.md` and `win_rate.svg` at its end, and an HTML page on request.
+//! Reports of a run and of a fit: `report.json`, `report.md` and `win_rate.svg` at its end, and an HTML page on request.
 
 pub(crate) mod charts;
+pub(crate) mod conclusion;
+pub(crate) mod fit;
 pub(crate) mod html;
 pub(crate) mod markup;
 mod summary;
-pub(crate) mod verdict;
 
 use learner::Evaluation;
 use model::LanguageModel;
@@ -39,28 +40,37 @@ impl Report {
         let markdown = summary::to_markdown(settings, inputs, outcome, bandit.as_ref())?;
         Ok(Self {
             json,
-            markdown: printable(&markdown).into_owned(),
+            markdown,
             evaluations: outcome.summary.evaluations.clone(),
         })
     }
 
     /// Writes all files to the run directory and the Markdown to standard output.
     pub(crate) fn write(&self, directory: &RunDirectory) -> anyhow::Result<()> {
-        let json = serde_json::to_string_pretty(&self.json)?;
-        let json = format!("{}\n", printable_json(&json));
-        write_atomically(&directory.report_json(), json.as_bytes())?;
-        write_atomically(&directory.report_markdown(), self.markdown.as_bytes())?;
         if self.evaluations.len() > 1 {
             charts::write_win_rates(&directory.root().join(WIN_RATE_CHART), &self.evaluations)?;
         }
-        let path = directory.report_markdown();
-        let printed = out!("{}", self.markdown).and_then(|()| out!("Report: {}", path.display()));
-        if let Err(error) = printed {
-            // The run is done and its report written: a failed write to standard output does not fail the run.
-            tracing::warn!(%error, path = %path.display(), "the report could not be printed");
-        }
-        Ok(())
+        write(directory, &self.json, &self.markdown)
     }
+}
+
+/// Writes report.json and report.md to a run directory, and the text to standard output.
+///
+/// # Errors
+/// When a file cannot be written.
+fn write(directory: &RunDirectory, json: &Value, markdown: &str) -> anyhow::Result<()> {
+    let json = serde_json::to_string_pretty(json)?;
+    let json = format!("{}\n", printable_json(&json));
+    let markdown = printable(markdown);
+    write_atomically(&directory.report_json(), json.as_bytes())?;
+    write_atomically(&directory.report_markdown(), markdown.as_bytes())?;
+    let path = directory.report_markdown();
+    let printed = out!("{markdown}").and_then(|()| out!("Report: {}", path.display()));
+    if let Err(error) = printed {
+        // The work is done and its report written: a failed write to standard output does not fail the command.
+        tracing::warn!(%error, path = %path.display(), "the report could not be printed");
+    }
+    Ok(())
 }
 
 /// Probabilities of a bandit's arms.

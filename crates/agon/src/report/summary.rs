@@ -9,7 +9,7 @@ use settings::Settings;
 
 use crate::{
     assembly::RunInputs,
-    report::{ArmProbabilities, WIN_RATE_CHART, charts::judge_names, verdict},
+    report::{ArmProbabilities, WIN_RATE_CHART, charts::judge_names, conclusion},
     run::RunOutcome,
 };
 
@@ -119,8 +119,8 @@ pub(super) fn to_markdown(
     let summary = &outcome.summary;
     let mut text = format!("# {}\n\n", settings.run.name);
     match summary.evaluations.last() {
-        Some(last) => verdict::write(&mut text, settings, summary, last)?,
-        None => verdict::write_unevaluated(&mut text, settings, summary)?,
+        Some(last) => conclusion::write(&mut text, settings, summary, last)?,
+        None => conclusion::write_unevaluated(&mut text, settings, summary)?,
     }
     writeln!(
         text,

@@ -14,7 +14,7 @@ use settings::resolve;
 use telemetry::Measurements;
 
 use crate::cli::bench::{
-    TimingOptions, WorkloadOptions,
+    TimingOptions, TrainingPrecision, WorkloadOptions,
     cost::{TokenCost, token},
     peak_gib,
 };
@@ -40,8 +40,8 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     timing: TimingOptions,
     /// Precision of matrix products with weights.
-    #[arg(long, value_parser = ["f32", "bf16"], default_value = "f32")]
-    precision: String,
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: TrainingPrecision,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
@@ -52,6 +52,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     } = arguments;
     let (folder, policy) = workload.open()?;
     let (config, cost) = (folder.config.clone(), TokenCost::of(&folder.config));
+    let precision = precision.name();
     let settings = format!("[learner]\nprecision = \"{precision}\"\n");
     let settings = resolve(&settings, "agon bench", &[])?.settings.learner;
     let mut trainer = Trainer::new(Arc::new(folder), &policy, &settings, Seed(0))?;

@@ -79,6 +79,22 @@ enum SamplingPrecision {
     Int8,
 }
 
+/// Precision of matrix products with weights in training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum TrainingPrecision {
+    F32,
+    Bf16,
+}
+
+impl TrainingPrecision {
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
 impl SamplingPrecision {
     fn name(self) -> &'static str {
         match self {
@@ -89,10 +105,10 @@ impl SamplingPrecision {
     }
 
     /// Precision of training to go with it: int8 is inference-only.
-    fn training(self) -> &'static str {
+    fn training(self) -> TrainingPrecision {
         match self {
-            Self::F32 => "f32",
-            Self::Bf16 | Self::Int8 => "bf16",
+            Self::F32 => TrainingPrecision::F32,
+            Self::Bf16 | Self::Int8 => TrainingPrecision::Bf16,
         }
     }
 

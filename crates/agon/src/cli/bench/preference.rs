@@ -16,7 +16,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource, ReadInputs, RunInputs},
-    cli::config_args::Configuration,
+    cli::{bench::TimingOptions, config_args::Configuration},
     exit_code::UsageError,
 };
 
@@ -33,15 +33,17 @@ const ROWS: u64 = 256;
 /// Example: agon bench preference configs/overoptimization.toml --clients 200 --json
 #[derive(clap::Args)]
 #[group(skip)]
+#[command(mut_arg("seconds", |arg| {
+    arg.help("Seconds of each of the three measurements").default_value("10")
+}))]
 pub(crate) struct Arguments {
     #[command(flatten)]
     configuration: Configuration,
     /// Number of concurrent clients, each with one pair per request.
     #[arg(long, default_value_t = 200)]
     clients: usize,
-    /// Seconds of each of the three measurements.
-    #[arg(long, default_value_t = 10.0)]
-    seconds: f64,
+    #[command(flatten)]
+    timing: TimingOptions,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
@@ -57,7 +59,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let load = Load {
         rows: &rows,
         clients: arguments.clients,
-        duration: Duration::from_secs_f64(arguments.seconds),
+        duration: Duration::from_secs_f64(arguments.timing.seconds),
     };
     let own = judge_rate(&settings, &judge, &load)?;
     let runtime = crate::runtime()?;

@@ -1,7 +1,10 @@
 //! `agon bench rollout`: throughput of sampling.
 
 use messages::Seed;
-use model::{MixtureSampler, Precision, Request, Sampler, SamplingSettings, roofline::Roofline};
+use model::{
+    Adapter, LanguageModel, LoraConfig, MixtureSampler, Precision, Request, Sampler,
+    SamplingSettings, roofline::Roofline,
+};
 use serde_json::{Value, json};
 
 use crate::cli::bench::{
@@ -26,6 +29,9 @@ pub(crate) struct Arguments {
     sampling: SamplingOptions,
     #[command(flatten)]
     timing: TimingOptions,
+    /// Rank of the policy's adapter (LoRA), beside which the reference is the policy without it; 0: none.
+    #[arg(long, default_value_t = 0)]
+    lora_rank: usize,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
@@ -33,16 +39,21 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         workload,
         sampling: options,
         timing,
+        lora_rank,
     } = arguments;
-    let (folder, policy) = workload.open()?;
+    let (folder, base) = workload.open()?;
     let config = &folder.config;
     let is_mixture = options.mixture_coef > 0.0;
+    let policy = match lora_rank {
+        0 => base.clone(),
+        rank => adapted(&base, *rank)?,
+    };
     let sampling = SamplingSettings {
         precision: Precision::from(options.precision),
         ..SamplingSettings::plain(workload.new_tokens)
     };
     let capacity = workload.prompt + workload.new_tokens;
-    let reference = is_mixture.then(|| policy.clone());
+    let reference = is_mixture.then_some(base);
     let mut sampler = MixtureSampler::new(policy, reference, sampling, workload.batch, capacity)?;
     let seconds = timing.measure(|round| {
         for key in 0..workload.batch {
@@ -73,6 +84,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         "new_tokens": workload.new_tokens,
         "precision": options.precision.name(),
         "mixture_coef": options.mixture_coef,
+        "lora_rank": lora_rank,
         "tokens_per_second": tokens / seconds,
         "roofline_share": min_seconds / seconds,
         "peak_gib": peak_gib(),
@@ -81,7 +93,15 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     }))
 }
 
-/// Lower bound on the seconds of a batch, by the roofline model.
+/// The model with a fresh adapter of this rank on all linear layers.
+fn adapted(base: &LanguageModel, rank: usize) -> anyhow::Result<LanguageModel> {
+    let config = LoraConfig::new(rank, rank as f64, 0.0, &["all-linear".to_owned()]);
+    let adapter = Adapter::fresh(config, base.config(), Seed(0), base.device())?;
+    Ok(base.with_adapter(adapter)?)
+}
+
+/// Lower bound on the seconds of a batch, by the roofline model. A policy with an adapter and its reference read the same
+/// weights once; the operations of the adapter are left out.
 fn min_seconds(arguments: &Arguments, cost: &TokenCost, machine: Roofline) -> f64 {
     let (workload, sampling) = (&arguments.workload, &arguments.sampling);
     let models = if sampling.mixture_coef > 0.0 {
@@ -89,6 +109,7 @@ fn min_seconds(arguments: &Arguments, cost: &TokenCost, machine: Roofline) -> f6
     } else {
         1.0
     };
+    let copies = if arguments.lora_rank > 0 { 1.0 } else { models };
     let (batch, prompt, new) = (
         workload.batch as f64,
         workload.prompt as f64,
@@ -96,10 +117,9 @@ fn min_seconds(arguments: &Arguments, cost: &TokenCost, machine: Roofline) -> f6
     );
     let attended = |first: f64, last: f64| (last - first) * (first + last) / 2.0;
     // The last token is sampled but not read.
-    let prefill = batch * (prompt * cost.blocks + attended(0.0, prompt) * cost.attention);
-    let step = batch * (cost.blocks + cost.head);
-    let attention = batch * attended(prompt, prompt + new) * cost.attention;
-    let bytes = cost.weights() * sampling.precision.bytes();
-    let steps = new * machine.min_seconds(step, bytes);
-    models * (machine.min_seconds(prefill + attention, bytes) + steps)
+    let prefill = models * batch * (prompt * cost.blocks + attended(0.0, prompt) * cost.attention);
+    let step = models * batch * (cost.blocks + cost.head);
+    let attention = models * batch * attended(prompt, prompt + new) * cost.attention;
+    let bytes = copies * cost.weights() * sampling.precision.bytes();
+    machine.min_seconds(prefill + attention, bytes) + new * machine.min_seconds(step, bytes)
 }

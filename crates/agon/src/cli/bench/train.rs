@@ -10,10 +10,14 @@ use anyhow::{Context, ensure};
 use model::ModelFolder;
 use model::roofline::Roofline;
 use serde_json::{Value, json};
+use settings::resolve;
 
-use crate::cli::bench::{
-    SamplingOptions, WorkloadOptions,
-    cost::{TokenCost, token},
+use crate::cli::{
+    bench::{
+        SamplingOptions, WorkloadOptions,
+        cost::{TokenCost, token},
+    },
+    config_args::Overrides,
 };
 
 /// Number of steps before the measurement: roles start and the first weights are published.
@@ -47,9 +51,8 @@ pub(crate) struct Arguments {
     /// Optimiser steps.
     #[arg(long, default_value_t = 12)]
     steps: u64,
-    /// Override one setting of the run; VALUE is TOML. May be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    overrides: Overrides,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
@@ -66,10 +69,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let prompts = directory.path().join("prompts.jsonl");
     std::fs::write(&prompts, rows(workload, &folder)?).context("failed to write the prompts")?;
     let config = directory.path().join("bench.toml");
-    std::fs::write(&config, configuration(arguments, &prompts)?)
-        .context("failed to write the configuration")?;
+    let text = configuration(arguments, &prompts)?;
+    let resolved = resolve(&text, "agon bench train", &arguments.overrides.set)?;
+    std::fs::write(&config, resolved.toml).context("failed to write the configuration")?;
     let run = directory.path().join("run");
-    train(arguments, &config, &run)?;
+    train(&config, &run)?;
     let measured = RunThroughput::read(&run.join("metrics.jsonl"))?;
     let machine = Roofline::measure()?;
     let cost = TokenCost::of(&folder.config);
@@ -147,16 +151,13 @@ fn configuration(arguments: &Arguments, prompts: &Path) -> anyhow::Result<String
         slots = (2 * batch).min(MAX_SLOTS),
         longest = 4 * prompt,
         precision = precision.name(),
-        trained = precision.training(),
+        trained = precision.training().name(),
     ))
 }
 
-fn train(arguments: &Arguments, config: &Path, run: &Path) -> anyhow::Result<()> {
+fn train(config: &Path, run: &Path) -> anyhow::Result<()> {
     let mut command = Command::new(std::env::current_exe().context("failed to find this binary")?);
     command.arg("train").arg(config).arg("--run-dir").arg(run);
-    for set in &arguments.set {
-        command.arg("--set").arg(set);
-    }
     let output = command
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
