@@ -41,7 +41,7 @@ pub fn status_now(sandbox: &Sandbox, run: &Path) -> Option<Value> {
 
 /// Names and process ids of the participants of a role that are present, sorted by name.
 pub fn present(status: &Value, role: &str) -> Vec<(String, u32)> {
-    let participants = status["present"].as_array().expect("a list");
+    let participants = status["processes"].as_array().expect("a list");
     let mut found: Vec<_> = participants
         .iter()
         .filter(|one| one["role"] == role && one["state"] == "present")

@@ -717,7 +717,7 @@ fn a_record_on_the_server_writes_no_file_outside_the_models_folder() {
     };
     let server = TestNatsServer::start(&sandbox);
     let learner = sandbox.start(&role_arguments("learner", &run, &server, &[]));
-    let (stream, subject) = ("KV_agon-roles-register", "$KV.agon-roles-register.run");
+    let (stream, subject) = ("KV_agon-roles-registry", "$KV.agon-roles-registry.run");
     wait_until("a run", || status_now(&sandbox, &run));
     let mut client = RawNats::connect(server.port).expect("it lets everyone in");
     let honest = client.last(stream, subject);

@@ -1,4 +1,4 @@
-//! Invalid messages on the streams of a run: each is counted, put aside and logged, and ends no process and no run.
+//! Invalid messages on the streams of a run: each is counted, dead-lettered and logged, and ends no process and no run.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -293,10 +293,10 @@ fn invalid_labels_and_notes() -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
         pair.labelled(&[(0, 1), (0, 1)]),
         future.labelled(&[(0, 1)]),
     ];
-    let (actor, learner, identical, stale) = (0, 2, 0, 3);
+    let (actor, identical, stale, no_signal) = (0, 0, 3, 7);
     let notes = vec![
         note(u64::MAX, actor, identical),
-        note(0, learner, identical),
+        note(0, actor, no_signal),
         note(0, actor, stale),
     ];
     (labelled, notes)
@@ -317,7 +317,7 @@ fn wait_for_steps(running: &mut RunningProcess, run: &Path, more: u64) {
 }
 
 #[test]
-fn invalid_messages_are_counted_put_aside_and_logged_and_end_nothing() {
+fn invalid_messages_are_counted_dead_lettered_and_logged_and_end_nothing() {
     if !has_nats_server() {
         return;
     }
@@ -349,7 +349,7 @@ fn invalid_messages_are_counted_put_aside_and_logged_and_end_nothing() {
         ("prompts", invalid_prompts()),
         ("pairs", invalid_pairs()),
         ("labelled-pairs", labelled),
-        ("dropped-prompts", notes),
+        ("dropped-prompts.actor", notes),
     ];
     for (stream, messages) in &streams {
         for message in messages {
@@ -360,12 +360,12 @@ fn invalid_messages_are_counted_put_aside_and_logged_and_end_nothing() {
         client.publish(&format!("agon.forged-{stream}"), &prefix);
     }
     let sent: usize = streams.iter().map(|(_, messages)| messages.len() + 1).sum();
-    let mut aside = 0;
+    let mut dead_letters = 0;
     wait_until("every message is rejected", || {
-        aside = client.messages("agon-forged-dead-letters");
-        (aside >= sent as u64).then_some(())
+        dead_letters = client.messages("agon-forged-dead-letters");
+        (dead_letters >= sent as u64).then_some(())
     });
-    assert_eq!(aside, sent as u64);
+    assert_eq!(dead_letters, sent as u64);
     let counts = streams.map(|(_, messages)| messages.len());
     // The report of an interrupted run has the other processes' last heartbeats.
     running.until("actor and preference service to report them", || {

@@ -6,7 +6,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
 use crate::{
-    pair::{Dropped, LabelledPair, Pair},
+    pair::{Dropped, LabelledPair, Pair, Stage},
     prompt::Prompt,
     weights::WeightsManifest,
 };
@@ -28,10 +28,16 @@ pub trait WireMessage: Serialize + DeserializeOwned {
     /// Id, unique among messages of this type in a run. A message that is sent again has the same id, so that the
     /// server can deduplicate it.
     fn id(&self) -> String;
+
+    /// The stage in whose name it is sent, where several stages send messages of this type. It is a part of the
+    /// message's subject, for which the server gives permission.
+    fn sender(&self) -> Option<Stage> {
+        None
+    }
 }
 
 macro_rules! messages {
-    ($($type:ident = $kind:literal: |$message:ident| $id:expr),* $(,)?) => {
+    ($($type:ident = $kind:literal $(by $stage:ident)?: |$message:ident| $id:expr),* $(,)?) => {
         $(impl WireMessage for $type {
             const KIND: u8 = $kind;
             const NAME: &'static str = stringify!($type);
@@ -40,6 +46,10 @@ macro_rules! messages {
                 let $message = self;
                 $id
             }
+
+            $(fn sender(&self) -> Option<Stage> {
+                Some(self.$stage)
+            })?
         })*
     };
 }
@@ -48,7 +58,7 @@ messages!(
     Prompt = 1: |prompt| format!("{}-{}", prompt.version.session, prompt.id.0),
     Pair = 2: |pair| pair.prompt.id(),
     LabelledPair = 3: |labelled| labelled.pair.prompt.id(),
-    Dropped = 4: |note| format!("{}-{}-{}", note.session, note.prompt.0, note.stage.name()),
+    Dropped = 4 by stage: |note| format!("{}-{}-{}", note.session, note.prompt.0, note.stage.name()),
     WeightsManifest = 5: |manifest| format!("{}-{}", manifest.version.session, manifest.version.step),
 );
 

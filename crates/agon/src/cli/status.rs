@@ -169,10 +169,15 @@ fn print_tables(status: &ClusterStatus) -> std::io::Result<()> {
         (heartbeat.role.clone(), heartbeat.name.clone())
     };
     let is_present = |process: &&Participant| process.state == Liveness::Present;
-    let present: HashSet<_> = status.present.iter().filter(is_present).map(key).collect();
+    let present: HashSet<_> = status
+        .processes
+        .iter()
+        .filter(is_present)
+        .map(key)
+        .collect();
     // Earlier instances of a process that was restarted are left out.
     let is_shown = |process: &&Participant| is_present(process) || !present.contains(&key(process));
-    for process in status.present.iter().filter(is_shown).take(MAX_SHOWN) {
+    for process in status.processes.iter().filter(is_shown).take(MAX_SHOWN) {
         line(row(process))?;
     }
     out!(
@@ -190,7 +195,7 @@ fn print_tables(status: &ClusterStatus) -> std::io::Result<()> {
             stream.dead_lettered
         ))?;
     }
-    let shown = status.present.len().max(status.streams.len());
+    let shown = status.processes.len().max(status.streams.len());
     if shown > MAX_SHOWN {
         out!("\nThe first {MAX_SHOWN} of {shown} are shown; --json prints all.")?;
     }

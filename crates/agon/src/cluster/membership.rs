@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use learner::Ending;
-use messages::{Classified, Digest, ErrorClass, FileName, Stage, WeightsVersion, wire};
+use messages::{Digest, FileName, Stage, WeightsVersion, wire};
 use model::BaseModel;
 use serde::{Deserialize, Serialize};
 use settings::Settings;
@@ -14,7 +14,7 @@ use telemetry::{RunDirectory, StageCounters, StageSnapshot, Waits};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use transport::{KeptEntry, RunRegistry, TransportError};
 
-use crate::exit_code::UsageError;
+use crate::exit_code::{RefusedRecord, UsageError};
 
 /// Registry key of the run's record.
 const RECORD_KEY: &str = "run";
@@ -23,10 +23,16 @@ const RECORD_KEY: &str = "run";
 pub(crate) const LEASE_KEY: &str = "learner";
 
 /// Prefix of the registry keys of heartbeats.
-const HEARTBEAT_PREFIX: &str = "present.";
+const HEARTBEAT_PREFIX: &str = "heartbeat.";
+
+/// Maximum size of a heartbeat in bytes.
+const MAX_HEARTBEAT_BYTES: usize = 16 << 10;
+
+/// Maximum length of a host name in bytes.
+const MAX_HOST_BYTES: usize = 255;
 
 /// Time for which an ending process tries to reach the server.
-pub(crate) const FAREWELL: Duration = Duration::from_secs(15);
+pub(crate) const LEAVE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Heartbeats per lease duration.
 const HEARTBEATS_PER_LEASE: u32 = 5;
@@ -64,17 +70,6 @@ pub(crate) struct RunRecord {
     pub(crate) adapter: Vec<ModelFile>,
     /// Resolved settings, as TOML.
     pub(crate) settings: String,
-}
-
-/// Why the record on the server cannot be used: it is not signed by the run's learner, or of another build.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct RefusedRecord(String);
-
-impl Classified for RefusedRecord {
-    fn class(&self) -> ErrorClass {
-        ErrorClass::Usage
-    }
 }
 
 /// Result of reading the run record again.
@@ -312,12 +307,13 @@ pub(crate) struct Peer {
     pub(crate) age: Duration,
 }
 
-/// All processes that ever joined the run, by role and name.
+/// All processes that ever joined the run, by role and name. Entries that are no heartbeat of the process whose key they
+/// have are left out.
 pub(crate) async fn peers(registry: &RunRegistry) -> anyhow::Result<Vec<Peer>> {
     let now = registry.now().await?;
     let entries = registry.all(HEARTBEAT_PREFIX).await?;
     let read = |entry: transport::RegistryEntry| {
-        let heartbeat = serde_json::from_slice(&entry.value).ok()?;
+        let heartbeat = Heartbeat::read(&entry.key, &entry.value)?;
         let age = now.duration_since(entry.stored).unwrap_or_default();
         Some(Peer { heartbeat, age })
     };
@@ -376,12 +372,8 @@ impl Membership {
         let (leave, mut leaving) = watch::channel(false);
         let registry = registry.clone();
         let task = tokio::spawn(async move {
-            let key = format!(
-                "{HEARTBEAT_PREFIX}{}.{}-{}",
-                status_source.stage.name(),
-                status_source.name,
-                start_millis()
-            );
+            let key = heartbeat_key(status_source.stage.name(), &status_source.name);
+            let key = format!("{key}{}", start_millis());
             let interval = registry.lease() / HEARTBEATS_PER_LEASE;
             loop {
                 let left = *leaving.borrow_and_update();
@@ -403,7 +395,7 @@ impl Membership {
     /// lease that the process has gone.
     pub(crate) async fn leave(mut self) {
         self.leave.send_replace(true);
-        let left = timeout(FAREWELL, &mut self.task).await;
+        let left = timeout(LEAVE_TIMEOUT, &mut self.task).await;
         if !matches!(left, Ok(Ok(()))) {
             self.task.abort();
             tracing::warn!("the final heartbeat was not published");
@@ -411,7 +403,23 @@ impl Membership {
     }
 }
 
+/// Beginning of the registry keys of a process's heartbeats; the time of its start follows.
+fn heartbeat_key(role: &str, name: &str) -> String {
+    format!("{HEARTBEAT_PREFIX}{role}.{name}-")
+}
+
 impl Heartbeat {
+    /// The heartbeat in a registry entry; `None` if the entry is not one of the process whose key it has.
+    fn read(key: &str, value: &[u8]) -> Option<Self> {
+        if value.len() > MAX_HEARTBEAT_BYTES {
+            return None;
+        }
+        let heartbeat: Self = serde_json::from_slice(value).ok()?;
+        let start = key.strip_prefix(&heartbeat_key(&heartbeat.role, &heartbeat.name))?;
+        let is_own = start.parse::<u64>().is_ok() && heartbeat.host.len() <= MAX_HOST_BYTES;
+        is_own.then_some(heartbeat)
+    }
+
     /// Address of its metrics, `host:port`; `None` if the heartbeat names anything else.
     pub(crate) fn metrics_address(&self) -> Option<&str> {
         let address = self
@@ -559,6 +567,33 @@ mod tests {
         ] {
             assert_eq!(address(metrics).metrics_address(), expected, "{metrics}");
         }
+    }
+
+    #[test]
+    fn a_heartbeat_is_read_under_the_key_of_its_process_only() {
+        let sent = heartbeat("actor", StageSnapshot::default());
+        let read = |key: &str, heartbeat: &Heartbeat| {
+            let value = serde_json::to_vec(heartbeat).expect("a heartbeat");
+            Heartbeat::read(key, &value)
+        };
+        assert!(read("heartbeat.actor.x-17", &sent).is_some());
+        for key in [
+            "heartbeat.preference.x-17",
+            "heartbeat.actor.y-17",
+            "heartbeat.actor.x-",
+            "heartbeat.actor.x-y-17",
+        ] {
+            assert!(read(key, &sent).is_none(), "{key}");
+        }
+        let long = "h".repeat(MAX_HOST_BYTES + 1);
+        let named = Heartbeat {
+            host: long.clone(),
+            ..sent.clone()
+        };
+        assert!(read("heartbeat.actor.x-17", &named).is_none());
+        let waits = vec![(long, 0.0); 100];
+        let large = Heartbeat { waits, ..sent };
+        assert!(read("heartbeat.actor.x-17", &large).is_none());
     }
 
     #[test]

@@ -42,7 +42,7 @@ impl ServerRole {
         self.access().role
     }
 
-    /// What it does on the server.
+    /// Its streams and entries on the server.
     fn access(self) -> RoleAccess {
         match self {
             Self::Learner => RoleAccess {
@@ -58,16 +58,16 @@ impl ServerRole {
                 role: "actor",
                 leads: false,
                 receives: &["prompts"],
-                sends: &["pairs", "dropped prompts"],
-                writes: &["present.actor.>", "corrupt", "clock"],
+                sends: &["pairs", "dropped prompts.actor"],
+                writes: &["heartbeat.actor.>", "corrupt", "clock"],
                 fetches_weights: true,
             },
             Self::Preference => RoleAccess {
                 role: "preference",
                 leads: false,
                 receives: &["pairs"],
-                sends: &["labelled pairs", "dropped prompts"],
-                writes: &["present.preference.>", "corrupt", "clock"],
+                sends: &["labelled pairs", "dropped prompts.preference"],
+                writes: &["heartbeat.preference.>", "corrupt", "clock"],
                 fetches_weights: true,
             },
             Self::View => RoleAccess {

@@ -55,7 +55,7 @@ pub(crate) struct ClusterStatus {
     /// Host and directory of the leader.
     pub(crate) home: String,
     /// All processes that ever joined.
-    pub(crate) present: Vec<Participant>,
+    pub(crate) processes: Vec<Participant>,
     /// Streams, in the order of the data flow.
     pub(crate) streams: Vec<StreamState>,
     /// Counters of each stage, over all its processes.
@@ -188,7 +188,7 @@ impl ClusterStatus {
             state: record.state,
             session: record.session,
             home: record.home,
-            present: peers
+            processes: peers
                 .into_iter()
                 .map(|peer| Participant::new(peer, lease))
                 .collect(),
@@ -220,7 +220,7 @@ impl ClusterStatus {
     /// The status as of the time `now`, in seconds since 1970: a process without a recent heartbeat counts as dead.
     fn aged_to(mut self, now: f64) -> Self {
         let since = (now - self.at).max(0.0);
-        for process in &mut self.present {
+        for process in &mut self.processes {
             process.silent_seconds += since;
             if process.state == Liveness::Present
                 && process.silent_seconds > SINGLE_PROCESS_LEASE.as_secs_f64()
@@ -235,7 +235,7 @@ impl ClusterStatus {
     fn targets(&self) -> Vec<ScrapeTarget> {
         let mut targets: Vec<ScrapeTarget> = Vec::new();
         let mut heartbeats: Vec<&Heartbeat> = Vec::new();
-        for process in &self.present {
+        for process in &self.processes {
             let Some(address) = process.heartbeat.metrics_address() else {
                 continue;
             };
@@ -480,7 +480,7 @@ mod tests {
             state: RunPhase::Running,
             session: 0,
             home: "h:/r".into(),
-            present: vec![
+            processes: vec![
                 participant("a", "http://127.0.0.1:1/metrics", false, 0),
                 participant("b", "http://127.0.0.1:1/metrics", false, 0),
                 participant("c", "http://127.0.0.1:2/metrics", true, 0),
@@ -513,7 +513,11 @@ mod tests {
     fn processes_of_an_old_status_count_as_dead() {
         let liveness = |at: f64| -> Vec<Liveness> {
             let status = status().aged_to(at);
-            status.present.iter().map(|process| process.state).collect()
+            status
+                .processes
+                .iter()
+                .map(|process| process.state)
+                .collect()
         };
         use Liveness::{Gone, Left, Present};
         assert_eq!(liveness(1000.0), [Present, Present, Left, Gone, Present]);

@@ -2,7 +2,7 @@
 
 use crate::nats::names::{CONSUMER, DEAD_LETTERS, RunNames};
 
-/// What a role does in a run, from which its permissions follow. Everything that is not listed is refused by the server.
+/// Access of a role to a run, from which its permissions follow. Everything that is not listed is refused by the server.
 #[derive(Debug, Clone, Copy)]
 pub struct RoleAccess {
     /// Name of the role, with which its processes connect: "learner" for the leader.
@@ -11,7 +11,7 @@ pub struct RoleAccess {
     pub leads: bool,
     /// Streams from which it receives.
     pub receives: &'static [&'static str],
-    /// Streams to which it sends.
+    /// Streams to which it sends; `STREAM.STAGE` where several stages send to the stream, each in its own name.
     pub sends: &'static [&'static str],
     /// Keys of the registry that it writes, with NATS' wildcards.
     pub writes: &'static [&'static str],
@@ -139,8 +139,8 @@ mod tests {
             role: "actor",
             leads,
             receives: &["prompts"],
-            sends: &["dropped prompts"],
-            writes: &["present.actor.>"],
+            sends: &["dropped prompts.actor"],
+            writes: &["heartbeat.actor.>"],
             fetches_weights: true,
         }
     }
@@ -166,9 +166,9 @@ mod tests {
             permissions.publish.iter().any(|one| allows(one, subject))
         };
         for subject in [
-            "agon.one-dropped-prompts",
+            "agon.one-dropped-prompts.actor",
             "agon.one-dead-letters.prompts",
-            "$KV.agon-one-register.present.actor.a",
+            "$KV.agon-one-registry.heartbeat.actor.a",
             "$JS.API.CONSUMER.MSG.NEXT.agon-one-prompts.readers",
             "$JS.ACK.agon-one-prompts.readers.1.2.3.4.5",
             "$JS.API.DIRECT.GET.OBJ_agon-one-weights.$O.agon-one-weights.M.x",
@@ -177,22 +177,24 @@ mod tests {
             assert!(may(&leader, subject), "{subject}");
         }
         for subject in [
-            "$KV.agon-one-register.run",
-            "$KV.agon-one-register.weights",
-            "$KV.agon-one-register.learner",
+            "$KV.agon-one-registry.run",
+            "$KV.agon-one-registry.weights",
+            "$KV.agon-one-registry.learner",
             "$O.agon-one-weights.C.x",
             "$O.agon-one-weights.M.x",
             "$JS.API.STREAM.CREATE.agon-one-prompts",
             "$JS.API.STREAM.DELETE.OBJ_agon-one-weights",
-            "$JS.API.STREAM.PURGE.KV_agon-one-register",
+            "$JS.API.STREAM.PURGE.KV_agon-one-registry",
         ] {
             assert!(!may(&joined, subject), "{subject}");
             assert!(may(&leader, subject), "{subject}");
         }
         for subject in [
             "agon.one-prompts",
-            "agon.other-dropped-prompts",
-            "$KV.agon-other-register.present.actor.a",
+            "agon.one-dropped-prompts",
+            "agon.one-dropped-prompts.preference",
+            "agon.other-dropped-prompts.actor",
+            "$KV.agon-other-registry.heartbeat.actor.a",
             "$JS.API.CONSUMER.MSG.NEXT.agon-one-dropped-prompts.readers",
             "_INBOX.agon.one.actor.x",
         ] {

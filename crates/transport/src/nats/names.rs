@@ -8,7 +8,7 @@ pub(crate) const CONSUMER: &str = "readers";
 pub(crate) const DEAD_LETTERS: &str = "dead letters";
 
 /// Name of the registry's bucket.
-const REGISTRY: &str = "register";
+const REGISTRY: &str = "registry";
 
 /// Name of the weight store's bucket.
 const WEIGHTS: &str = "weights";

@@ -145,7 +145,7 @@ impl StreamLocation {
         }
         let config = Config {
             name: location.stream.clone(),
-            subjects: vec![location.subject.clone()],
+            subjects: vec![location.subject.clone(), format!("{}.*", location.subject)],
             retention: RetentionPolicy::WorkQueue,
             discard: DiscardPolicy::New,
             max_messages: i64::try_from(limits.capacity.get()).unwrap_or(i64::MAX),
@@ -231,6 +231,27 @@ impl StreamLocation {
         Ok(counts.into_iter().map(|(_, count)| count as u64).sum())
     }
 
+    /// Subject of `message`, which ends with the stage in whose name it is sent where several stages send.
+    fn subject_of<T: WireMessage>(&self, message: &T) -> String {
+        match message.sender() {
+            Some(stage) => format!("{}.{}", self.subject, stage.name()),
+            None => self.subject.clone(),
+        }
+    }
+
+    /// Decodes a message that was sent to `subject`.
+    fn decode<T: WireMessage>(&self, subject: &str, payload: &[u8]) -> Result<T, String> {
+        let message: T = wire::decode(payload).map_err(|error| error.to_string())?;
+        let own = self.subject_of(&message);
+        if subject != own {
+            let what = T::NAME;
+            return Err(format!(
+                "{what}: sent to subject {subject} and not to its sender's, {own}"
+            ));
+        }
+        Ok(message)
+    }
+
     async fn publish(&self, subject: &str, id: &str, payload: Bytes) -> Result<(), PublishError> {
         let message = PublishMessage::build().message_id(id).payload(payload);
         let context = &self.connection.context;
@@ -279,12 +300,11 @@ impl Upstream {
     pub(crate) async fn send<T: WireMessage>(&self, message: &T) -> Result<(), TransportError> {
         let connection = &self.location.connection;
         let (payload, id) = (Bytes::from(wire::encode(message)), message.id());
+        let subject = self.location.subject_of(message);
         let mut retries = connection.retry_state(&format!("send to stream {}", self.location.name));
         let mut delay = Duration::from_millis(2);
         loop {
-            let sent = self
-                .location
-                .publish(&self.location.subject, &id, payload.clone());
+            let sent = self.location.publish(&subject, &id, payload.clone());
             let Err(error) = sent.await else {
                 return Ok(());
             };
@@ -516,7 +536,9 @@ impl<T: WireMessage + Send + Sync + 'static> FetchLoop<T> {
             .lease_keeper
             .hold(reply, deliveries, max_deliveries);
         let id = format!("{}-{sequence}", self.location.stream);
-        let decoded = wire::decode::<T>(&message.payload);
+        let decoded = self
+            .location
+            .decode::<T>(&message.subject, &message.payload);
         let is_dead = lease.exceeds_delivery_limit() || decoded.is_err();
         if is_dead && !self.location.dead_letter(&id, message.payload).await {
             lease.postpone();

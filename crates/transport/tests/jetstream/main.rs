@@ -10,7 +10,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use messages::{
-    DropReason, Dropped, PromptId, Stage, WeightsManifest, WeightsVersion, wire::WireMessage,
+    DropReason, Dropped, PromptId, Stage, WeightsManifest, WeightsVersion,
+    wire::{self, WireMessage},
 };
 use settings::WeightsEncoding;
 use tokio::time::{sleep, timeout};
@@ -178,7 +179,7 @@ async fn a_message_that_exceeds_delivery_limit_is_copied_to_the_dead_letter_stre
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_undecodable_message_becomes_a_dead_letter() {
+async fn messages_that_are_undecodable_or_in_the_name_of_another_stage_become_dead_letters() {
     let Some(server) = TestServer::start() else {
         return;
     };
@@ -190,19 +191,22 @@ async fn an_undecodable_message_becomes_a_dead_letter() {
         .expect("it is created");
     let client = server.client().await;
     // Stored first, before the next is sent.
-    let foreign = client.publish("agon.foreign-notes", vec![9, 4, 0].into());
-    foreign
-        .await
-        .expect("it is sent")
-        .await
-        .expect("it is stored");
+    for (subject, payload) in [
+        ("agon.foreign-notes", vec![9, 4, 0]),
+        ("agon.foreign-notes", wire::encode(&note(1))),
+        ("agon.foreign-notes.preference", wire::encode(&note(1))),
+    ] {
+        let foreign = client.publish(subject, payload.into());
+        let sent = foreign.await.expect("it is sent");
+        sent.await.expect("it is stored");
+    }
     sender.send(note(2)).await.expect("a slot is free");
     let delivery = next(&receiver).await;
     assert_eq!(number(&delivery), 2);
     delivery.acknowledge();
     until("nothing is left", async || {
         let counts = receiver.counts().await.expect("it answers");
-        (counts.sent, counts.acknowledged, counts.dead_lettered) == (2, 2, 1)
+        (counts.sent, counts.acknowledged, counts.dead_lettered) == (4, 4, 3)
     })
     .await;
     let counts = others.counts().await.expect("it answers");
@@ -506,7 +510,7 @@ async fn the_registry_is_read_while_its_entries_are_replaced() {
     let [writer, reader] = [server.connect("run").await, server.connect("run").await];
     let registry = |transport: &Transport| transport.registry().expect("a server has one").clone();
     let (writer, reader) = (registry(&writer), registry(&reader));
-    let keys: Vec<_> = (0..8).map(|number| format!("present.{number}")).collect();
+    let keys: Vec<_> = (0..8).map(|number| format!("heartbeat.{number}")).collect();
     for key in &keys {
         writer.put(key, b"0".to_vec()).await.expect("a server");
     }
@@ -517,7 +521,7 @@ async fn the_registry_is_read_while_its_entries_are_replaced() {
         }
     });
     for _ in 0..300 {
-        let all = timeout(Duration::from_secs(20), reader.all("present."));
+        let all = timeout(Duration::from_secs(20), reader.all("heartbeat."));
         let all = all.await.expect("an answer").expect("a server");
         let found: Vec<_> = all.into_iter().map(|entry| entry.key).collect();
         assert_eq!(found, keys);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use messages::{WeightsManifest, WeightsVersion, wire};
+use messages::{Dropped, Stage, WeightsManifest, WeightsVersion, wire};
 use tokio::time::{sleep, timeout};
 use transport::{NewKey, RoleAccess, Transport, TransportError};
 
@@ -20,8 +20,8 @@ const ACTOR: RoleAccess = RoleAccess {
     role: "actor",
     leads: false,
     receives: &["notes"],
-    sends: &["notes"],
-    writes: &["present.actor.>", "corrupt", "clock"],
+    sends: &["notes.actor"],
+    writes: &["heartbeat.actor.>", "corrupt", "clock"],
     fetches_weights: true,
 };
 
@@ -29,7 +29,7 @@ const LEARNER: RoleAccess = RoleAccess {
     role: "learner",
     leads: true,
     receives: &[],
-    sends: &["notes"],
+    sends: &["notes.actor"],
     writes: &[],
     fetches_weights: true,
 };
@@ -89,7 +89,7 @@ async fn weights_that_the_learner_has_not_signed_are_ignored() {
     let unsigned = [&[0], announcement(99).as_slice()].concat();
     let client = server.client().await;
     for value in [forged, unsigned, announcement(97)] {
-        let put = client.publish("$KV.agon-run-register.weights", value.into());
+        let put = client.publish("$KV.agon-run-registry.weights", value.into());
         put.await.expect("it is sent").await.expect("it is stored");
         let late = Transport::find(&settings, "run", "actor").await;
         let late = late.expect("it answers").expect("the run is there");
@@ -185,27 +185,32 @@ async fn a_role_can_do_its_work_and_not_the_learners() {
     let blob = reads.fetch(WeightsVersion::at(1)).await;
     assert_eq!(*blob.expect("it may read"), weights(1));
     let registry = joined.registry().expect("a server has one");
-    let present = registry.put("present.actor.a", b"1".to_vec()).await;
+    let present = registry.put("heartbeat.actor.a", b"1".to_vec()).await;
     present.expect("it may be present");
     assert_eq!(
-        registry.all("present.").await.expect("it may list").len(),
+        registry.all("heartbeat.").await.expect("it may list").len(),
         1
     );
     registry.now().await.expect("it may read the clock");
     // What the learner does is refused, and named.
     let manifest = WeightsManifest::of(WeightsVersion::at(2), &weights(2));
+    let of_the_judge = Dropped {
+        stage: Stage::Preference,
+        ..note(3)
+    };
     let refused = timeout(AT_ONCE, async {
         tokio::join!(
             reads.publish(manifest, weights(2)),
             registry.put("run", b"{}".to_vec()),
             joined.remove(&STREAMS),
+            answers.send(of_the_judge),
         )
     });
-    let (forged, record, removal) = refused.await.expect("at once");
+    let (forged, record, removal, note) = refused.await.expect("at once");
     let may_not = "it may not";
     let (forged, record) = (forged.expect_err(may_not), record.expect_err(may_not));
-    let removal = removal.expect_err(may_not);
-    for error in [forged, record, removal] {
+    let (removal, note) = (removal.expect_err(may_not), note.expect_err(may_not));
+    for error in [forged, record, removal, note] {
         let text = error.to_string();
         assert!(matches!(error, TransportError::Rejected { .. }), "{text}");
         assert!(text.contains("Permissions Violation"), "{text}");
@@ -222,7 +227,7 @@ async fn a_role_can_do_its_work_and_not_the_learners() {
 /// request can.
 async fn overwrite_with_an_answer(server: &TestServer, key: &str) {
     let client = server.client().await.client();
-    let reply = format!("$KV.agon-run-register.{key}");
+    let reply = format!("$KV.agon-run-registry.{key}");
     let request = "$JS.API.STREAM.INFO.agon-run-notes";
     let sent = client.publish_with_reply(request, reply, "".into()).await;
     sent.expect("the server runs");
@@ -233,9 +238,9 @@ async fn overwrite_with_an_answer(server: &TestServer, key: &str) {
 /// none.
 async fn overwrite_with_nothing(server: &TestServer, key: &str) {
     let client = server.client().await.client();
-    let reply = format!("$KV.agon-run-register.{key}");
-    let request = "$JS.API.DIRECT.GET.KV_agon-run-register";
-    let absent = r#"{"last_by_subj": "$KV.agon-run-register.nothing"}"#;
+    let reply = format!("$KV.agon-run-registry.{key}");
+    let request = "$JS.API.DIRECT.GET.KV_agon-run-registry";
+    let absent = r#"{"last_by_subj": "$KV.agon-run-registry.nothing"}"#;
     let sent = client
         .publish_with_reply(request, reply, absent.into())
         .await;
