@@ -319,14 +319,19 @@ fn what_a_run_leaves_is_readable_by_its_owner_only() {
         let metadata = fs::metadata(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         metadata.permissions().mode() & 0o777
     };
-    assert_eq!(mode(&run), 0o700);
-    let mut names = Vec::new();
-    for entry in fs::read_dir(&run).expect("the run directory") {
-        let path = entry.expect("a directory entry").path();
+    let mut names = vec![run.clone()];
+    let mut at = 0;
+    while let Some(path) = names.get(at).cloned() {
         let expected = if path.is_dir() { 0o700 } else { 0o600 };
         assert_eq!(mode(&path), expected, "{}", path.display());
-        names.push(path);
+        if path.is_dir() {
+            let entries = fs::read_dir(&path).expect("a folder of the run");
+            names.extend(entries.map(|entry| entry.expect("a directory entry").path()));
+        }
+        at += 1;
     }
+    let has_checkpoint = |path: &PathBuf| path.ends_with("buffered.pairs");
+    assert!(names.iter().any(has_checkpoint), "{names:?}");
     for name in [
         "samples.jsonl",
         "metrics.jsonl",
@@ -381,7 +386,7 @@ fn foreign_run(sandbox: &Sandbox, trap: &Trap) -> PathBuf {
         "status.json",
         serde_json::json!({
             "run": "\u{1b}[31mforeign", "state": "running", "session": 0, "home": "h:/r",
-            "present": [{
+            "processes": [{
                 "role": "actor", "name": "a", "host": "h", "pid": 1, "left": false, "step": null,
                 "waits": [["prompts", 1e308]], "metrics": format!("http://{address}/metrics"),
                 "stage": {"received": 0, "emitted": 0, "dropped": {}, "in_flight": 0},

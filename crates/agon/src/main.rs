@@ -70,6 +70,16 @@ enum AgonCommand {
     NatsWatchdog(nats_watchdog::Arguments),
 }
 
+impl AgonCommand {
+    /// Whether it runs roles of a run, whose files hold samples.
+    fn takes_part_in_a_run(&self) -> bool {
+        matches!(
+            self,
+            Self::Train(_) | Self::Learner(_) | Self::Actor(_) | Self::Preference(_)
+        )
+    }
+}
+
 /// The tokio runtime for waiting; compute has threads of its own.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
@@ -83,6 +93,9 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 fn main() -> ExitCode {
     process_tuning::apply();
     let command = AgonCommandLine::parse().command;
+    if command.takes_part_in_a_run() {
+        process_tuning::keep_files_private();
+    }
     logging::start();
     match check_vector_mode().and_then(|()| run(command)) {
         Ok(code) => code,

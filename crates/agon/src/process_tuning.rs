@@ -1,7 +1,13 @@
-//! Process-wide settings of the allocator, of candle's thread pool and of file descriptors, applied before any other
-//! thread exists.
+//! Process-wide settings of the allocator, of candle's thread pool, of file descriptors and of new files' permissions,
+//! applied before any other thread exists.
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
+
+/// Makes the files that this process creates readable by their owner only: a run's logs, checkpoints and samples.
+pub(crate) fn keep_files_private() {
+    umask(Mode::RWXG | Mode::RWXO);
+}
 
 /// Applies all settings.
 pub(crate) fn apply() {
