@@ -105,6 +105,28 @@ fn deviations_from_the_configuration_are_logged() {
     }
 }
 
+#[test]
+fn a_template_whose_end_of_turn_is_no_token_is_logged() {
+    let test = "a_template_whose_end_of_turn_is_no_token_is_logged";
+    let Some(folder) = shared(test, "data/models/stories260K") else {
+        return;
+    };
+    let sandbox = Sandbox::new();
+    let says = "the chat template ends a turn with a text that is no token";
+    for (index, (end, is_said)) in [("<|nowhere|>", true), ("</s>", false), ("\n", false)]
+        .into_iter()
+        .enumerate()
+    {
+        let copy = sandbox.copy_of(&folder, &format!("chat-{index}"));
+        let template = format!(
+            "{{% for m in messages %}}{{{{ m.role }}}}: {{{{ m.content }}}}{end}{{% endfor %}}"
+        );
+        fs::write(copy.join("chat_template.jinja"), template).expect("a file");
+        let log = check(&sandbox, &copy).succeeded().stderr;
+        assert_eq!(log.contains(says), is_said, "{end:?}: {log}");
+    }
+}
+
 /// Quantised folders, each with a fragment of the error.
 const QUANTISED: [(&str, &str); 6] = [
     ("A01/fp8-qwen3", "quantization_config: fp8"),

@@ -78,6 +78,14 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     }
 }
 
+/// Whether `file` is one of the data files of `path`, a file, a folder or a glob, or `path` itself.
+#[must_use]
+pub fn is_part_of(file: &Path, path: &Path) -> bool {
+    let matches =
+        |pattern: &str| glob::Pattern::new(pattern).is_ok_and(|glob| glob.matches_path(file));
+    file.starts_with(path) || path.to_str().is_some_and(matches)
+}
+
 /// Rejects URLs: nothing is downloaded.
 fn reject_url(path: &Path) -> Result<(), DatasetError> {
     let text = path.to_string_lossy();
@@ -130,6 +138,9 @@ fn matches(pattern: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     }
     if all.is_empty() {
         return Err(unusable("no file matches the glob".into()));
+    }
+    if let Some(missing) = missing_shards(&all) {
+        tracing::warn!(path = %pattern.display(), "{missing} missing: the others are read");
     }
     all.sort();
     Ok(all)
@@ -218,6 +229,11 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     if splits.len() > 1 {
         return Err(error(several_splits(folder, &splits)));
     }
+    if let Some(missing) = missing_shards(&found.rows) {
+        return Err(error(format!(
+            "{missing} missing: complete the download, or name the files that are to be read by a glob"
+        )));
+    }
     found.log_skipped(folder);
     Ok(found.rows)
 }
@@ -296,6 +312,39 @@ fn splits(shards: &[PathBuf]) -> BTreeSet<String> {
         true => numbered.into_keys().collect(),
         false => BTreeSet::new(),
     }
+}
+
+/// Shards that the names of the others say there are: `train-00001-of-00002` beside `train-00000-of-00002`.
+fn missing_shards(shards: &[PathBuf]) -> Option<String> {
+    let mut numbers: BTreeMap<(String, usize), BTreeSet<usize>> = BTreeMap::new();
+    for shard in shards {
+        if let Some((split, number, count)) = shard_number(&name(shard)) {
+            numbers.entry((split, count)).or_default().insert(number);
+        }
+    }
+    numbers.into_iter().find_map(|((split, count), found)| {
+        let missing = (0..count).filter(|number| !found.contains(number));
+        let (first, missing) = (missing.clone().next()?, missing.count());
+        let verb = if missing == 1 { "is" } else { "are" };
+        Some(format!(
+            "{missing} of the {count} shards of {split:?}, the first {first:05}-of-{count:05}, {verb}"
+        ))
+    })
+}
+
+/// The split, number and count in the name of a shard, `train`, 0 and 2 in `train-00000-of-00002.parquet`; `None` for
+/// other names and for numbers that are not below the count.
+fn shard_number(name: &str) -> Option<(String, usize, usize)> {
+    let stem = without_compression(name);
+    let split = without_number(stem.rsplit_once('.')?.0).to_owned();
+    let mut parts = stem
+        .get(split.len()..)?
+        .trim_start_matches('-')
+        .split(['-', '.']);
+    let number = parts.next()?.parse().ok()?;
+    let count = parts.nth(1)?.parse().ok()?;
+    // Numbers of more digits are no shards; they would be listed one by one.
+    (number < count && count < 100_000).then_some((split, number, count))
 }
 
 /// The split name `train` of `train-00000-of-00002`, which may be followed by a hash.
@@ -395,6 +444,17 @@ mod tests {
         // Numbers within a name do not distinguish splits.
         let numbered = folder(&["part.0.jsonl", "part.1.jsonl"]);
         assert_eq!(found(numbered.path()).map(|all| all.len()), Ok(2));
+        for (file, path, expected) in [
+            ("a/b.jsonl", "a", true),
+            ("a/b.jsonl", "a/b.jsonl", true),
+            ("a/b.jsonl", "a/*.jsonl", true),
+            ("a/*.jsonl", "a/*.jsonl", true),
+            ("a/b.jsonl", "a/*.json", false),
+            ("ab", "a", false),
+        ] {
+            let found = is_part_of(Path::new(file), Path::new(path));
+            assert_eq!(found, expected, "{file} {path}");
+        }
         // An existing file is not treated as a glob.
         let odd = folder(&["a[1].jsonl"]);
         assert_eq!(
@@ -448,6 +508,17 @@ mod tests {
                 "it contains the folder \"data\": name that",
             ),
             (&["README.md"], "contains no data file"),
+            (
+                &["train-00000-of-00002.parquet"],
+                "1 of the 2 shards of \"train\", the first 00001-of-00002, is missing: complete",
+            ),
+            (
+                &[
+                    "a-00002-of-00005-9f2e.jsonl.zst",
+                    "a-00003-of-00005-17ab.jsonl.zst",
+                ],
+                "3 of the 5 shards of \"a\", the first 00000-of-00005, are missing",
+            ),
         ] {
             let folder = folder(names);
             let error = found(folder.path()).expect_err(expected);

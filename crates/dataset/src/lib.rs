@@ -25,7 +25,7 @@ mod turn;
 pub use columns::{Column, Columns, LabelColumns};
 pub use compression::{open, unpacked};
 pub use error::{DatasetError, RowPosition};
-pub use files::files;
+pub use files::{files, is_part_of};
 pub use json::parse_row;
 pub use limits::FileLimits;
 pub use mix::Mix;

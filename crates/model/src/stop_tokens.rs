@@ -67,10 +67,20 @@ impl StopTokens {
                      turn: the tokenizer's eos_token is taken"
                 );
             }
-            delimiters
-                .and_then(|delimiters| delimiters.end_token(tokenizer, &self.ids))
-                .filter(in_vocabulary)
-                .or(self.text_end)
+            let end = delimiters.as_ref().and_then(|delimiters| {
+                let end = delimiters.end_token(tokenizer, &self.ids);
+                end.filter(in_vocabulary)
+            });
+            let spelt_out = delimiters.as_ref().and_then(TurnDelimiters::printed_end);
+            if let (None, Some(text)) = (end, spelt_out) {
+                tracing::warn!(
+                    text,
+                    token = named.unwrap_or("none"),
+                    "the chat template ends a turn with a text that is no token of the model's vocabulary: generation \
+                     does not stop there, and the tokenizer's eos_token is taken"
+                );
+            }
+            end.or(self.text_end)
         });
         self.ids.extend(self.turn_end);
         self
@@ -159,6 +169,11 @@ impl TurnDelimiters {
             between: between.unwrap_or_default().to_owned(),
             before: before.to_owned(),
         })
+    }
+
+    /// Text that the template prints after a final answer, without white space around it.
+    fn printed_end(&self) -> Option<&str> {
+        Some(self.last.trim()).filter(|text| !text.is_empty())
     }
 
     /// The first special token after a final answer; else the first one between turns that does not open a turn; else

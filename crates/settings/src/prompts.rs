@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Settings, checks::Checks, fit::PairsSettings};
+use crate::{checks::Checks, fit::PairsSettings, settings::Settings};
 
 /// Source of prompts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -132,6 +132,12 @@ impl DatasetPrompts {
         for file in &self.mix {
             checks.positive(file.weight, "prompts.mix");
         }
+        let holds_out = self.held_out > 0 || !self.held_out_path.as_os_str().is_empty();
+        checks.require(
+            holds_out || settings.evaluation.prompts == 0,
+            "prompts.held_out",
+            "0 leaves no prompts for evaluations: hold some out, name prompts.held_out_path, or set evaluation.prompts = 0",
+        );
         checks.require(
             self.curriculum == CurriculumSetting::None || self.mix.len() < 2,
             "prompts.curriculum",

@@ -14,7 +14,7 @@ use std::{
 use ::playground::Bandit;
 use anyhow::Context;
 use hub::ModelLookup;
-use learner::{LearnerError, PairFiles, PromptSet, planned_steps};
+use learner::{BatchShare, LearnerError, PairFiles, PromptSet, planned_steps};
 use model::{LoraConfig, ModelConfig, ModelFolder};
 use settings::{
     DatasetPrompts, JetStreamSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
@@ -24,12 +24,10 @@ use tempfile::TempDir;
 
 use crate::assembly::{
     adapter_shape, check_fit_adapter, check_positions, file_pairs::read_pair_files,
-    judge::JudgeCheck, playground, preference_pairs, prompts::prompt_files,
+    judge::JudgeCheck, nats_program::find_nats_server, playground, preference_pairs,
+    prompts::prompt_files,
 };
-use crate::{
-    cluster::launch,
-    exit_code::{Refused, Resource},
-};
+use crate::exit_code::{Refused, Resource};
 
 /// Finding on one item of a configuration.
 #[derive(Debug)]
@@ -328,7 +326,15 @@ impl Preflight {
             return;
         };
         let read = read_pair_files(settings, pairs, policy);
-        let read = read.map_err(|error| with_key(error, &paths));
+        let read = read.map_err(|error| {
+            let error = with_key(error, &paths);
+            match settings.model.path {
+                Some(_) => error,
+                None => error.context(
+                    "model.path names no model, so that the pairs are read as words of the playground's",
+                ),
+            }
+        });
         if let Some(read) = self.require("", read) {
             for (key, path) in paths {
                 self.usable(format!("{key} = {}", path.display()));
@@ -341,6 +347,13 @@ impl Preflight {
                 ),
                 false => format!("{count} pairs"),
             });
+            let each = BatchShare::new(&settings.learner, pairs).most_per_step();
+            if count < each {
+                self.findings.push(PreflightFinding::Doubtful(format!(
+                    "a batch has {each} pairs from files, and there are {count}: pairs repeat within a batch; lower \
+                     learner.train_batch_size"
+                )));
+            }
             let is_final = settings.model.path.as_ref().is_none_or(is_folder);
             self.read.pairs = Some(Arc::new(read)).filter(|_| is_final);
         }
@@ -443,7 +456,7 @@ impl Preflight {
         let checked = checked.map_err(|error| with_key(error, &transport_paths(jetstream)));
         self.require("", checked);
         if jetstream.url.is_empty() && scope == PreflightScope::AllRoles {
-            let found = launch::find_server(&jetstream.server).map_err(Into::into);
+            let found = find_nats_server(&jetstream.server).map_err(Into::into);
             self.require("", found);
         }
     }
@@ -599,7 +612,11 @@ fn transport_paths(jetstream: &JetStreamSettings) -> PathsByKey<'_> {
 /// Adds the key of the setting whose file caused the error.
 fn with_key(error: anyhow::Error, paths: &PathsByKey<'_>) -> anyhow::Error {
     let cause = error.chain().find_map(path_of);
-    let key = cause.and_then(|cause| paths.iter().find(|(_, path)| cause.starts_with(path)));
+    let key = cause.and_then(|cause| {
+        paths
+            .iter()
+            .find(|(_, path)| dataset::is_part_of(cause, path))
+    });
     match key {
         Some(&(key, _)) => error.context(key),
         None => error,

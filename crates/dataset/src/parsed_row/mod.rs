@@ -786,12 +786,18 @@ impl<'a> RowView<'a> {
         format!("column {:?}: {reason}{}", prompt.name, prompt.remedy())
     }
 
-    /// Error message for a column that is missing or null.
+    /// Error message for a column that is missing, null, or another part of the row.
     fn missing(self, column: &Column) -> String {
         let name = &column.name;
         let remedy = column.remedy();
-        if self.row.contains_key(name) {
-            return format!("the value of column {name:?} is null{remedy}");
+        match self.row.get(name) {
+            None => {}
+            Some(Value::Null) => return format!("the value of column {name:?} is null{remedy}"),
+            Some(_) => {
+                return format!(
+                    "column {name:?} holds another part of the row, and cannot be this one too{remedy}"
+                );
+            }
         }
         let names: Vec<String> = self.row.keys().map(|name| format!("{name:?}")).collect();
         match names.len() {

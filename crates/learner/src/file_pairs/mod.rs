@@ -6,6 +6,7 @@
 mod rows;
 mod share;
 mod source;
+mod unusual_pairs;
 
 use std::{collections::HashSet, path::Path};
 
@@ -270,7 +271,7 @@ impl PairFiles {
     }
 }
 
-/// What a prompt says: its dialogue, or its text.
+/// Content of a prompt: its dialogue, or its text.
 fn content(text: &str, dialogue: Option<&Dialogue>) -> String {
     let dialogue = dialogue.map(|dialogue| serde_json::json!(dialogue).to_string());
     dialogue.unwrap_or_else(|| text.to_owned())

@@ -9,7 +9,9 @@ use dataset::{Columns, DatasetError, PairLabel, ParsedRow, PreferencePair};
 use messages::{Dialogue, PromptText};
 use model::{AnswerBoundary, ModelError, Tokenizer};
 
-use crate::{boundary_counts::BoundaryCounts, prompts::DialogueUse};
+use crate::{
+    boundary_counts::BoundaryCounts, file_pairs::unusual_pairs::UnusualPairs, prompts::DialogueUse,
+};
 
 /// A pair of a file, as tokens and as text.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,6 +82,7 @@ pub fn visit_pairs(
         counts: PairCounts::default(),
         boundaries: BoundaryCounts::default(),
         dialogues: DialogueUse::default(),
+        unusual: UnusualPairs::default(),
     };
     dataset::visit(path, columns, |source, row| {
         let kept = reader.kept(row).map_err(|reason| source.refuse(reason))?;
@@ -88,6 +91,7 @@ pub fn visit_pairs(
     })?;
     reader.dialogues.log(path, tokenizer);
     reader.boundaries.log(path);
+    reader.unusual.log(path);
     Ok(reader.counts)
 }
 
@@ -97,6 +101,7 @@ struct PairReader<'a> {
     counts: PairCounts,
     boundaries: BoundaryCounts,
     dialogues: DialogueUse,
+    unusual: UnusualPairs,
 }
 
 impl PairReader<'_> {
@@ -117,6 +122,7 @@ impl PairReader<'_> {
         } else if !self.is_short_enough(&row)? {
             self.counts.too_long += 1;
         } else {
+            self.unusual.count(&row);
             return Ok(Some(row));
         }
         Ok(None)

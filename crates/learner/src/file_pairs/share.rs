@@ -36,6 +36,13 @@ impl BatchShare {
         u64::try_from(total).unwrap_or(u64::MAX)
     }
 
+    /// The largest number of pairs from files in a step.
+    #[must_use]
+    pub fn most_per_step(self) -> u64 {
+        let most = u128::from(self.batch_size) * u128::from(self.millionths);
+        u64::try_from(most.div_ceil(WHOLE)).unwrap_or(u64::MAX)
+    }
+
     /// Number of pairs from files in step `step`, counted from 0.
     pub(crate) fn of_step(self, step: u64) -> usize {
         (self.files_before(step + 1) - self.files_before(step)) as usize
@@ -115,6 +122,9 @@ mod tests {
         assert_eq!(steps, [1, 2, 1, 2]);
         // .29 of 100 is 28.999… in floating point.
         assert_eq!(share(100, 0.29).of_step(0), 29);
+        let most =
+            [(3, 0.5), (100, 0.29), (8, 0.0)].map(|(batch, of)| share(batch, of).most_per_step());
+        assert_eq!(most, [2, 29, 0]);
     }
 
     #[test]

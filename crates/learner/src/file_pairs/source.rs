@@ -50,7 +50,7 @@ pub(crate) struct Judging {
     pub(crate) min_margin: f64,
 }
 
-/// What becomes of a label that the judge gave to a pair.
+/// Decision about a label that the judge gave to a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LabelArrival {
     /// The pair is trained on.
@@ -71,12 +71,12 @@ pub(crate) struct FilePairsState {
     /// Name of the judge of the verdicts.
     judge: String,
     /// The judge's verdicts by index of the pair.
-    verdicts: BTreeMap<u64, Verdict>,
+    verdicts: BTreeMap<u64, JudgedLabel>,
 }
 
-/// What the judge said of a pair.
+/// The judge's label of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Verdict {
+struct JudgedLabel {
     /// Bits of p, so that they survive as text; `None` if the judge abstained or its margin is too small.
     p_bits: Option<u32>,
     version: JudgeVersion,
@@ -118,7 +118,7 @@ pub(crate) struct FilePairs {
     judge: String,
     /// Newest judge version among the verdicts; those of older ones are asked for again.
     newest: JudgeVersion,
-    verdicts: BTreeMap<u64, Verdict>,
+    verdicts: BTreeMap<u64, JudgedLabel>,
 }
 
 impl Drawn {
@@ -227,10 +227,10 @@ impl FilePairs {
             let label = match (&self.parts.judging, verdict) {
                 (None, _) => LabelState::Known,
                 (Some(_), None) => LabelState::Awaited,
-                (Some(_), Some(Verdict { p_bits: None, .. })) => continue,
+                (Some(_), Some(JudgedLabel { p_bits: None, .. })) => continue,
                 (
                     Some(_),
-                    Some(&Verdict {
+                    Some(&JudgedLabel {
                         p_bits: Some(bits),
                         version,
                     }),
@@ -285,7 +285,7 @@ impl FilePairs {
         }
         let p_bits = Some(p.get().to_bits());
         self.verdicts
-            .insert(index_of(id), Verdict { p_bits, version });
+            .insert(index_of(id), JudgedLabel { p_bits, version });
         let mut drawn = std::mem::take(&mut self.drawn);
         for drawn in drawn.iter_mut().filter(|drawn| drawn.awaits(id)) {
             self.set_label(&mut drawn.pair, p, version);
@@ -302,7 +302,7 @@ impl FilePairs {
     fn leave_out(&mut self, id: PromptId) {
         let (p_bits, version) = (None, self.newest);
         self.verdicts
-            .insert(index_of(id), Verdict { p_bits, version });
+            .insert(index_of(id), JudgedLabel { p_bits, version });
         self.discard(id);
     }
 

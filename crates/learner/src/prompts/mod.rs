@@ -169,7 +169,7 @@ fn last_distinct(
     let mut held_out: Vec<PromptRow> = last.take(count).cloned().collect();
     held_out.reverse();
     let all: HashSet<&Vec<u32>> = rows.iter().map(|row| &row.ids).collect();
-    match count == 0 || count >= all.len() {
+    match count > 0 && count >= all.len() {
         false => Ok(held_out),
         true => Err(nothing_left(settings, all.len(), path)),
     }
@@ -373,7 +373,7 @@ struct ParsedPrompt {
     route: Option<String>,
 }
 
-/// What is counted over the rows of a file.
+/// Counts over the rows of a file.
 #[derive(Default)]
 struct FileCounts {
     skipped: SkippedRows,
@@ -595,6 +595,8 @@ mod tests {
         remove_held_out(&mut files, &[held_out], &settings).expect("some are left");
         assert_eq!(files[0], rows(&[1, 2, 1]));
 
+        let none = last_distinct(&rows(&[1, 1]), &holding_out(0), 1.0, path);
+        assert_eq!(none.expect("nothing to hold out"), []);
         let too_many = last_distinct(&rows(&[1, 1, 1, 2]), &settings, 1.0, path);
         let error = too_many.expect_err("two prompts").to_string();
         assert!(

@@ -6,6 +6,7 @@ use telemetry::Measurements;
 
 use crate::{
     error::LearnerError,
+    file_pairs::is_from_file,
     micro_batch::{MicroBatch, not_compared},
     trainer::off_policy::Correction,
 };
@@ -83,7 +84,7 @@ pub struct PolicySamples {
 }
 
 impl PolicySamples {
-    /// Those among `completions`, with log π/ref as their actors recorded it; without those that have no record.
+    /// Policy samples among `completions`, with log π/ref as their actors recorded it; without those that have no record.
     pub(crate) fn recorded<'a>(completions: impl Iterator<Item = &'a Completion>) -> Self {
         let is_sample = |c: &&Completion| c.mixture_coef == 0.0 && c.logp.len() == c.ids.len();
         completions
@@ -211,7 +212,17 @@ impl StepSums {
             "objective/entropy",
             entropy / self.tokens.entropy.len().max(1) as f64,
         );
-        let completions = || pairs.iter().flat_map(|labelled| &labelled.pair.completions);
+        let sampled = sampled(pairs);
+        let described = if sampled.is_empty() {
+            pairs.iter().collect()
+        } else {
+            sampled.clone()
+        };
+        let completions = || {
+            described
+                .iter()
+                .flat_map(|labelled| &labelled.pair.completions)
+        };
         let lengths = || completions().map(|c| c.ids.len());
         let count = completions().count().max(1) as f64;
         m.set(
@@ -226,6 +237,10 @@ impl StepSums {
             "completions/max_length",
             lengths().max().map_or(0.0, |l| l as f64),
         );
+        if sampled.is_empty() && !pairs.is_empty() {
+            // Answers of files were not truncated by a sampler.
+            return;
+        }
         let clipped = completions()
             .filter(|c| c.finish == messages::Finish::Length)
             .count() as f64;
@@ -253,7 +268,7 @@ impl StepSums {
         scored.and(PolicySamples::recorded(pairs.iter().flat_map(not_compared)))
     }
 
-    /// What the labels' importance weights are, whether or not they enter the loss.
+    /// Metrics of the labels' importance weights, whether or not they enter the loss.
     pub(crate) fn off_policy(&self, correction: &Correction, m: &mut Measurements) {
         correction.metrics(&self.log_weights, m);
     }
@@ -291,10 +306,22 @@ impl StepSums {
     }
 }
 
-/// Scores of the judge, if every pair of the step has them.
+/// The pairs that actors sampled, without those of files.
+fn sampled(pairs: &[LabelledPair]) -> Vec<&LabelledPair> {
+    let is_sampled = |labelled: &&LabelledPair| !is_from_file(labelled.pair.prompt.id);
+    pairs.iter().filter(is_sampled).collect()
+}
+
+/// Scores of the judge, if every sampled pair of the step has them; without samples those of the files' pairs.
 pub(crate) fn judge_scores(pairs: &[LabelledPair], m: &mut Measurements) {
-    let scored: Option<Vec<(&LabelledPair, &Vec<f32>)>> = pairs
-        .iter()
+    let sampled = sampled(pairs);
+    let described = if sampled.is_empty() {
+        pairs.iter().collect()
+    } else {
+        sampled
+    };
+    let scored: Option<Vec<(&LabelledPair, &Vec<f32>)>> = described
+        .into_iter()
         .map(|labelled| Some((labelled, labelled.scores.as_ref()?)))
         .collect();
     let Some(scored) = scored.filter(|scored| !scored.is_empty()) else {

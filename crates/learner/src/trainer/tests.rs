@@ -1,8 +1,8 @@
 use std::path::Path;
 
 use messages::{
-    Completion, JudgeVersion, Label, Pair, Probability, Prompt, PromptBatch, PromptId, Purpose,
-    WeightsVersion,
+    Completion, Finish, JudgeVersion, Label, Pair, Probability, Prompt, PromptBatch, PromptId,
+    Purpose, WeightsVersion,
 };
 use model::{
     Adapter, DType, Device, LoraConfig, MixtureSampler, Precision, Request, Sampler,
@@ -411,17 +411,29 @@ fn pairs_from_files_begin_at_h_zero_and_have_no_mismatch() {
         }
         assert_eq!(m.get("mismatch/ess"), None, "nothing was recorded");
         assert_eq!(samples, PolicySamples::default(), "nothing was sampled");
-        assert_eq!(m.get("completions/clipped_ratio"), Some(0.0));
+        assert!(m.get("completions/mean_length").is_some());
+        assert_eq!(m.get("completions/clipped_ratio"), None, "nor truncated");
     }
 }
 
-/// The mismatch of a mixed batch is that of its samples.
+/// The mismatch of a mixed batch is that of its samples, and so are lengths and scores.
 #[test]
 fn the_mismatch_of_a_mixed_batch_is_that_of_its_samples() {
     let tiny = tiny(DType::F32);
-    let online = sampled(&tiny.policy, Precision::Int8);
+    let mut online = sampled(&tiny.policy, Precision::Int8);
+    for labelled in &mut online {
+        labelled.scores = Some(vec![1.0; labelled.pair.completions.len()]);
+        labelled.pair.completions[0].finish = Finish::Length;
+    }
     let mixed = [online.clone(), drawn(&pair_files(&tiny), 0..7)].concat();
-    for name in ["mismatch/logp_abs_diff", "mismatch/kl", "mismatch/ess"] {
+    for name in [
+        "mismatch/logp_abs_diff",
+        "mismatch/kl",
+        "mismatch/ess",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "objective/scores",
+    ] {
         let of = |pairs: &[LabelledPair]| step(&tiny, &tiny.policy, pairs, &[]).get(name);
         let (found, expected) = (of(&mixed).unwrap(), of(&online).unwrap());
         assert!(

@@ -88,7 +88,7 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "objective/scores",
         Number,
-        "mean score of the step's completions, for judges that score completions",
+        "mean score of the step's sampled completions, for judges that score completions; of the files' without samples",
     ),
     gauge(
         "objective/scores_margin",
@@ -104,17 +104,17 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "completions/mean_length",
         Tokens,
-        "mean length of the step's completions",
+        "mean length of the step's sampled completions, of the files' in a step without samples",
     ),
     gauge(
         "completions/min_length",
         Tokens,
-        "length of the step's shortest completion",
+        "length of the shortest of the completions in completions/mean_length",
     ),
     gauge(
         "completions/max_length",
         Tokens,
-        "length of the step's longest completion",
+        "length of the longest of the completions in completions/mean_length",
     ),
     gauge(
         "completions/identical_ratio",
@@ -130,12 +130,12 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "completions/clipped_ratio",
         Ratio,
-        "fraction of completions truncated at max_new_tokens",
+        "fraction of sampled completions truncated at max_new_tokens",
     ),
     gauge(
         "val/contain_eos_token",
         Ratio,
-        "fraction of completions with an end-of-text token",
+        "fraction of sampled completions with an end-of-text token",
     ),
     // The judge.
     seconds(
@@ -280,7 +280,7 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "staleness/outstanding",
         Count,
-        "prompts sent and not yet trained on",
+        "training prompts sent and not yet back as a labelled pair or a drop note",
     ),
     gauge(
         "pairs/from_files",
