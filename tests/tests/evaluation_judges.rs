@@ -256,7 +256,9 @@ fn mt_benchs_turns_are_answered_and_judged_in_its_form() {
     let output = sandbox
         .run(&eval(&model, &model, &with_template))
         .succeeded();
-    assert_eq!(output.json_lines()[0]["prompts"], 3, "two turns and one");
+    let result = &output.json_lines()[0];
+    assert_eq!(result["prompts"], 3, "two turns and one");
+    assert_eq!(result["independent"], 2, "two questions");
     let answers = json_lines(&out.join("model_answer/stories260K-a.jsonl"));
     assert_eq!(answers[0]["question_id"], 81);
     assert_eq!(

@@ -6,7 +6,7 @@ use messages::{Finish, LabelledPair};
 use serde::{Deserialize, Serialize};
 use telemetry::{Interval, Measurements};
 
-use crate::judge_evaluation::{JudgeEvaluation, judge_evaluations};
+use crate::judge_evaluation::{IndependentUnit, JudgeEvaluation, judge_evaluations};
 use crate::win_rates::{agreement, length_controlled, win};
 
 /// A held-out prompt with both completions.
@@ -210,7 +210,7 @@ impl EvaluationTally {
             soft_win_rate: mean(&p),
             gold_win_rate: gold,
             judge_accuracy: agreement(&self.pairs, &LabelledPair::gold),
-            judges: judge_evaluations(&self.pairs),
+            judges: judge_evaluations(&self.pairs, IndependentUnit::Pair),
             win_rate_lc: Some(length_controlled(&self.pairs, &wins)),
             kl: mean(&|l| exact(l).sum_logp() - exact(l).sum_ref_logp()),
             response_length: tokens,

@@ -25,23 +25,30 @@ pub struct JudgeEvaluation {
     pub agreement: Option<f64>,
 }
 
+/// Which outcomes of an evaluation are independent of each other, and so counted in its intervals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IndependentUnit {
+    /// Every pair.
+    Pair,
+    /// Every distinct prompt: pairs of the same one (the turns of a dialogue, a question that occurs twice) count once.
+    Prompt,
+}
+
 /// The evaluations under all judges of `pairs` except the gold judge, by name.
 #[must_use]
-pub fn judge_evaluations(pairs: &[LabelledPair]) -> Vec<JudgeEvaluation> {
+pub fn judge_evaluations(pairs: &[LabelledPair], unit: IndependentUnit) -> Vec<JudgeEvaluation> {
     let verdicts = pairs.iter().flat_map(|labelled| &labelled.verdicts);
     let judges: BTreeSet<&str> = verdicts.map(|verdict| verdict.judge.as_str()).collect();
     let others = judges.into_iter().filter(|&judge| judge != GOLD);
-    others.map(|judge| under(judge, pairs)).collect()
+    others.map(|judge| under(judge, pairs, unit)).collect()
 }
 
 /// Share of pairs on which the run's judge prefers the first completion; ties, and pairs without a label, count one half.
 #[must_use]
-pub fn win_rate(pairs: &[LabelledPair]) -> Interval {
+pub fn win_rate(pairs: &[LabelledPair], unit: IndependentUnit) -> Interval {
     let wins = wins(pairs);
-    Interval::wilson(
-        wins.iter().sum::<f64>() / wins.len().max(1) as f64,
-        wins.len(),
-    )
+    let mean = wins.iter().sum::<f64>() / wins.len().max(1) as f64;
+    Interval::wilson(mean, unit.count(pairs.iter()))
 }
 
 /// Length-controlled [`win_rate`].
@@ -58,7 +65,21 @@ fn wins(pairs: &[LabelledPair]) -> Vec<f64> {
         .collect()
 }
 
-fn under(judge: &str, pairs: &[LabelledPair]) -> JudgeEvaluation {
+impl IndependentUnit {
+    /// Number of independent outcomes of `pairs`.
+    #[must_use]
+    pub fn count<'a>(self, pairs: impl Iterator<Item = &'a LabelledPair>) -> usize {
+        match self {
+            Self::Pair => pairs.count(),
+            Self::Prompt => {
+                let prompts = pairs.map(|labelled| labelled.pair.prompt.ids.as_slice());
+                prompts.collect::<BTreeSet<&[u32]>>().len()
+            }
+        }
+    }
+}
+
+fn under(judge: &str, pairs: &[LabelledPair], unit: IndependentUnit) -> JudgeEvaluation {
     let judged = |labelled: &&LabelledPair| labelled.verdict_of(judge).is_some();
     let judged: Vec<&LabelledPair> = pairs.iter().filter(judged).collect();
     let verdict = |labelled: &LabelledPair| labelled.verdict_of(judge);
@@ -71,7 +92,7 @@ fn under(judge: &str, pairs: &[LabelledPair]) -> JudgeEvaluation {
         judge: judge.to_owned(),
         prompts: judged.len(),
         unjudged: pairs.len() - judged.len(),
-        win_rate: Interval::wilson(mean, wins.len()),
+        win_rate: Interval::wilson(mean, unit.count(judged.iter().copied())),
         win_rate_lc: length_controlled(&judged, &wins),
         agreement: agreement(judged.iter().copied(), &verdict),
     }
@@ -138,7 +159,7 @@ mod tests {
             pair([3, 3], 0.5, &[("strict", 0.5)]),
             pair([3, 3], 0.6, &[("lenient", 1.0)]),
         ];
-        let [lenient, strict] = &judge_evaluations(&pairs)[..] else {
+        let [lenient, strict] = &judge_evaluations(&pairs, IndependentUnit::Pair)[..] else {
             panic!("two judges besides gold");
         };
         assert_eq!(
@@ -164,6 +185,25 @@ mod tests {
     }
 
     #[test]
+    fn pairs_of_one_prompt_count_once_in_an_interval() {
+        let with_prompt = |prompt: u32, p: f32| {
+            let mut labelled = pair([3, 3], p, &[("strict", p)]);
+            labelled.pair.prompt.ids = vec![prompt];
+            labelled
+        };
+        let pairs = [(1, 0.9), (1, 0.8), (2, 0.1), (3, 0.7)];
+        let pairs = pairs.map(|(prompt, p)| with_prompt(prompt, p));
+        assert_eq!(
+            win_rate(&pairs, IndependentUnit::Pair),
+            Interval::wilson(0.75, 4)
+        );
+        let by_prompt = Interval::wilson(0.75, 3);
+        assert_eq!(win_rate(&pairs, IndependentUnit::Prompt), by_prompt);
+        let judges = judge_evaluations(&pairs, IndependentUnit::Prompt);
+        assert_eq!(judges[0].win_rate, by_prompt);
+    }
+
+    #[test]
     fn a_judge_of_lengths_alone_has_a_length_controlled_win_rate_of_one_half() {
         // It prefers the longer one four times of five, and the policy's is the longer on three of four.
         let judged = |index: usize| {
@@ -177,7 +217,7 @@ mod tests {
             pair(lengths, 0.5, &[("length", p)])
         };
         let pairs: Vec<_> = (0..400).map(judged).collect();
-        let under = under("length", &pairs);
+        let under = under("length", &pairs, IndependentUnit::Pair);
         assert!((under.win_rate.mean - 0.65).abs() < 1e-12, "{under:?}");
         assert!((under.win_rate_lc - 0.5).abs() < 0.01, "{under:?}");
     }

@@ -19,7 +19,7 @@ use crate::{
 /// A model's answer to a question, turn by turn.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Answer {
-    /// What it said, without white space around it.
+    /// Its texts, without white space around them.
     pub(super) turns: Vec<String>,
     /// Whether each turn was cut off at the limit of new tokens.
     pub(super) truncated: Vec<bool>,
@@ -223,7 +223,7 @@ pub(super) struct PairPlace {
     pub(super) turns: usize,
 }
 
-/// What follows the first turn of the user, as text.
+/// The conversation after the first turn of the user, as text.
 fn conversation(question: &Question, answer: &Answer, turns: usize) -> String {
     let mut text = String::new();
     for turn in 0..turns {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use hub::CancelToken;
-use learner::{EvaluationConditions, JudgeEvaluation, PromptRow, PromptSet};
+use learner::{EvaluationConditions, IndependentUnit, JudgeEvaluation, PromptRow, PromptSet};
 use messages::{Finish, Pair, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion};
 use model::{LanguageModel, MixtureSampler, ModelFolder, Request, Sampler as _};
 use serde_json::{Value, json};
@@ -31,7 +31,7 @@ use crate::{
         export,
     },
     exit_code::UsageError,
-    report::verdict::describe,
+    report::conclusion::describe,
 };
 
 /// Compare two models on held-out prompts, or on the questions of AlpacaEval or MT-Bench, under a judge.
@@ -85,8 +85,8 @@ struct EvaluatedModel {
     model: LanguageModel,
 }
 
-/// What was compared: questions, answers and judgements.
-struct Comparison {
+/// A comparison of two models: questions, answers and judgements.
+struct ModelComparison {
     form: Form,
     /// Name of B.
     b: String,
@@ -95,11 +95,13 @@ struct Comparison {
     judged: Vec<JudgedPair>,
     /// Number of turns of each judged pair.
     turns: Vec<PairTurns>,
+    /// Unit that counts once in the intervals: a question, however many turns it has.
+    unit: IndependentUnit,
     /// Conditions of B's answers; `None` if they were read from a file.
     conditions_of_b: Option<EvaluationConditions>,
 }
 
-/// What a judged pair is of.
+/// Question and number of turns of a judged pair.
 #[derive(Debug, Clone, Copy)]
 struct PairTurns {
     question: usize,
@@ -168,7 +170,7 @@ fn compare_held_out(
     settings: &Settings,
     arguments: &Arguments,
     a: &EvaluatedModel,
-) -> anyhow::Result<Comparison> {
+) -> anyhow::Result<ModelComparison> {
     let b = load(settings, &arguments.b)?;
     let base = LoadedModel::new(a.folder.clone(), a.model.weights().clone());
     let prompts = assembly::prompts(settings, &base, &CancelToken::never())?;
@@ -189,12 +191,13 @@ fn compare_held_out(
         })
     };
     let turns = (0..pairs.len()).map(|question| PairTurns { question, turns: 1 });
-    Ok(Comparison {
+    Ok(ModelComparison {
         form: Form::AlpacaEval,
         b: arguments.b.to_string(),
         questions: pairs.iter().map(question).collect(),
         answers: pairs.iter().map(answers).collect(),
         turns: turns.collect(),
+        unit: IndependentUnit::Pair,
         judged: judged(settings, &a.folder, pairs)?,
         conditions_of_b: Some(assembly::conditions(
             &b.folder,
@@ -208,7 +211,7 @@ fn compare_answers(
     arguments: &Arguments,
     a: &EvaluatedModel,
     questions: Questions,
-) -> anyhow::Result<Comparison> {
+) -> anyhow::Result<ModelComparison> {
     let given = answers_file(&arguments.b)
         .map(|path| GivenAnswers::read(path, questions.form))
         .transpose()?;
@@ -240,12 +243,13 @@ fn compare_answers(
         }
     }
     let sampling = crate::run::sampling(settings);
-    Ok(Comparison {
+    Ok(ModelComparison {
         form: questions.form,
         b: given.map_or_else(|| arguments.b.to_string(), |given| given.generator),
         questions: questions.rows,
         answers,
         turns,
+        unit: IndependentUnit::Prompt,
         judged: judged(settings, &a.folder, pairs)?,
         conditions_of_b: b.map(|b| assembly::conditions(&b.folder, &sampling)),
     })
@@ -254,7 +258,7 @@ fn compare_answers(
 fn write_answers(
     arguments: &Arguments,
     settings: &Settings,
-    comparison: &Comparison,
+    comparison: &ModelComparison,
     conditions: &EvaluationConditions,
     folder: &Path,
 ) -> anyhow::Result<()> {
@@ -320,6 +324,11 @@ fn prompt_count(
     let count = count.ok_or_else(|| {
         UsageError("evaluation.prompts is 0: name the number of prompts with --prompts".into())
     })?;
+    if prompts.held_out_count() == Some(0) {
+        return Err(UsageError(
+            "no prompts are held out: set prompts.held_out or prompts.held_out_path, or name --questions".into(),
+        ));
+    }
     let Some(distinct) = prompts
         .held_out_count()
         .filter(|&distinct| distinct < count)
@@ -381,6 +390,9 @@ struct EvaluationResult<'a> {
     /// Results under the evaluation judges.
     judges: Vec<JudgeEvaluation>,
     prompts: usize,
+    unit: IndependentUnit,
+    /// Number of independent outcomes, over which the intervals are.
+    independent: usize,
     abstained: usize,
     conditions: EvaluationConditions,
     /// Shares of A's and of B's completions that were truncated.
@@ -393,7 +405,7 @@ impl<'a> EvaluationResult<'a> {
     /// When the judge abstained on every pair.
     fn new(
         arguments: &'a Arguments,
-        comparison: &'a Comparison,
+        comparison: &'a ModelComparison,
         conditions: EvaluationConditions,
         differences: Vec<String>,
     ) -> anyhow::Result<Self> {
@@ -414,13 +426,16 @@ impl<'a> EvaluationResult<'a> {
             let count = turns.clone().count().max(1) as f64;
             turns.filter(|&&truncated| truncated).count() as f64 / count
         };
+        let unit = comparison.unit;
         Ok(Self {
             arguments,
             b: &comparison.b,
-            rate: learner::win_rate(&labelled),
+            rate: learner::win_rate(&labelled, unit),
             rate_lc: learner::length_controlled_win_rate(&labelled),
-            judges: learner::judge_evaluations(&labelled),
+            judges: learner::judge_evaluations(&labelled, unit),
             prompts: labelled.len(),
+            unit,
+            independent: unit.count(labelled.iter()),
             abstained,
             conditions,
             truncation_rates: [truncated(0), truncated(1)],
@@ -433,6 +448,7 @@ impl<'a> EvaluationResult<'a> {
         let [truncated_a, truncated_b] = self.truncation_rates;
         json!({
             "a": self.arguments.a.to_string(), "b": self.b, "prompts": self.prompts,
+            "independent": self.independent,
             "average": self.arguments.average,
             "abstained": self.abstained, "win_rate": rate.mean, "win_rate_ci_low": rate.low,
             "win_rate_ci_high": rate.high, "win_rate_lc": self.rate_lc, "judges": self.judges,
@@ -454,9 +470,9 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
         true => "the moving average of ",
         false => "",
     };
-    let what = match result.arguments.questions {
-        Some(_) => "answered turns",
-        None => "held-out prompts",
+    let what = match result.unit {
+        IndependentUnit::Prompt => format!("answered turns of {} questions", result.independent),
+        IndependentUnit::Pair => "held-out prompts".to_owned(),
     };
     out!(
         "{of_a}{a} is preferred to {b} on {:.1} % of {prompts} {what} (95 % interval {:.1} to {:.1} %{}).",

@@ -35,7 +35,7 @@ pub(super) struct Questions {
 /// An answer of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct GivenAnswer {
-    /// What the model said in each turn.
+    /// The answer in each turn.
     pub(super) turns: Vec<String>,
     /// Whether the last turn was cut off at the limit of new tokens, where the file says so.
     pub(super) truncated: bool,
