@@ -1,6 +1,7 @@
 //! The parsers, each with valid inputs and what is done with a mutant.
 
 mod dataset;
+mod gguf;
 mod jinja;
 mod messages;
 mod model;
@@ -53,7 +54,7 @@ pub(crate) struct Target {
 }
 
 /// All parsers.
-pub(crate) const TARGETS: [Target; 9] = [
+pub(crate) const TARGETS: [Target; 10] = [
     Target {
         name: "messages",
         prepare: messages::prepare,
@@ -73,6 +74,10 @@ pub(crate) const TARGETS: [Target; 9] = [
     Target {
         name: "model",
         prepare: model::prepare,
+    },
+    Target {
+        name: "gguf",
+        prepare: gguf::prepare,
     },
     Target {
         name: "adapter",

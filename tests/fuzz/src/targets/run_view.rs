@@ -3,7 +3,7 @@
 use std::{fs, hint::black_box, path::Path};
 
 use serde_json::json;
-use telemetry::{Error, RunView, SampleQuery, SampleRow, readings};
+use telemetry::{RunView, SampleQuery, SampleRow, TelemetryError, readings};
 
 use crate::targets::{Input, Outcome};
 
@@ -70,7 +70,7 @@ pub(super) fn prepare(scratch: &Path) -> Input {
 }
 
 /// Reads everything that a view shows.
-fn view(root: &Path) -> Result<(), Error> {
+fn view(root: &Path) -> Result<(), TelemetryError> {
     let mut view = RunView::open(root)?;
     view.refresh()?;
     let shown = json!(view.status()).to_string().len()
