@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use transport::{Delivery, Receipt};
 
 /// Time after which a prompt still waiting for its weights no longer counts towards the capacity.
-const PATIENCE: Duration = Duration::from_secs(2);
+const WAIT_LIMIT: Duration = Duration::from_secs(2);
 
 /// Number of announcements that a prompt may wait for its weights. Those before the next may have been made when it was
 /// sent, and be read only after it was received.
@@ -104,10 +104,10 @@ impl PromptQueue {
     }
 
     /// How many more ready prompts may be queued. An actor takes no more than its slots can start next; the rest is
-    /// left to other actors. Prompts that have waited for their weights for [`PATIENCE`] are not counted.
+    /// left to other actors. Prompts that have waited for their weights for [`WAIT_LIMIT`] are not counted.
     pub(crate) fn room(&self, now: Instant) -> usize {
         let takes_room = |waiting: &&WaitingPrompt| {
-            !self.is_ahead(waiting) || now.duration_since(waiting.since) < PATIENCE
+            !self.is_ahead(waiting) || now.duration_since(waiting.since) < WAIT_LIMIT
         };
         let taken = self.ready.iter().filter(takes_room).count();
         self.capacity.saturating_sub(taken)
@@ -121,7 +121,7 @@ impl PromptQueue {
     /// When the next prompt that waits for its weights ceases to take room; `None` if none does.
     pub(crate) fn next_room(&self, now: Instant) -> Option<Instant> {
         let ahead = self.ready.iter().filter(|waiting| self.is_ahead(waiting));
-        let ends = ahead.map(|waiting| waiting.since + PATIENCE);
+        let ends = ahead.map(|waiting| waiting.since + WAIT_LIMIT);
         ends.filter(|&end| end > now).min()
     }
 
@@ -384,7 +384,7 @@ mod tests {
         // It takes room for a while, as a prompt does whose weights are being uploaded.
         let now = Instant::now();
         assert_eq!(queue.room(now), 14);
-        let later = queue.next_room(now).expect("it ends") + PATIENCE;
+        let later = queue.next_room(now).expect("it ends") + WAIT_LIMIT;
         assert_eq!((queue.room(later), queue.next_room(later)), (16, None));
         // Weights are at most one upload ahead: announcements decide.
         for step in [5, 90, 95] {

@@ -14,10 +14,8 @@ use mistral::MistralError;
 use model::ModelError;
 use preference::PreferenceError;
 use settings::SettingsError;
-use telemetry::{printable, shortened};
+use telemetry::{TelemetryError, printable, shortened};
 use transport::TransportError;
-
-use crate::cluster::membership::RefusedRecord;
 
 /// The documented exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +44,17 @@ impl From<Code> for ExitCode {
 pub(crate) struct UsageError(pub(crate) String);
 
 impl Classified for UsageError {
+    fn class(&self) -> ErrorClass {
+        ErrorClass::Usage
+    }
+}
+
+/// Reason why the record of a run on a server cannot be used: it is not signed by the run's learner, or of another build.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct RefusedRecord(pub(crate) String);
+
+impl Classified for RefusedRecord {
     fn class(&self) -> ErrorClass {
         ErrorClass::Usage
     }
@@ -147,7 +156,7 @@ const CLASSES: [fn(&(dyn Error + 'static)) -> Option<ErrorClass>; 13] = [
     class_of::<ModelError>,
     class_of::<PreferenceError>,
     class_of::<MistralError>,
-    class_of::<telemetry::Error>,
+    class_of::<TelemetryError>,
     class_of_io,
 ];
 

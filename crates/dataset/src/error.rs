@@ -51,7 +51,7 @@ pub enum DatasetError {
     File {
         /// The file, folder or glob.
         path: PathBuf,
-        /// What is wrong, and the remedy.
+        /// Reason and remedy.
         reason: String,
     },
     /// The file is not valid JSON.
@@ -63,7 +63,7 @@ pub enum DatasetError {
         line: usize,
         /// Byte in the line, counted from 1.
         column: usize,
-        /// What is wrong.
+        /// Reason.
         reason: String,
     },
     /// A row is invalid.
@@ -73,7 +73,7 @@ pub enum DatasetError {
         path: PathBuf,
         /// Position of the row.
         position: RowPosition,
-        /// What is wrong, and the remedy.
+        /// Reason and remedy.
         reason: String,
     },
 }

@@ -45,7 +45,7 @@ impl JsonRows<'_> {
     /// Passes every row to `each`.
     ///
     /// # Errors
-    /// Those of the file and of `each`.
+    /// When the file cannot be read, or `each` fails.
     pub(crate) fn read(&self, each: RowSink<'_>) -> Result<(), DatasetError> {
         let mut stream = self.stream()?;
         match stream.skip_space().map_err(self.located())? {

@@ -13,12 +13,12 @@ use serde::Deserialize;
 use settings::HubModel;
 
 use crate::{
-    ModelLookup,
     endpoint::HubEndpoint,
     environment::{caches, expand_tilde, is_true},
     error::HubError,
     files,
     http::{HttpClient, RequestFailure},
+    model_lookup::ModelLookup,
     token::Token,
 };
 

@@ -58,7 +58,7 @@ pub enum HubError {
         endpoint: String,
         /// HTTP status of the response: 401 or 403.
         status: u16,
-        /// What is known of the token, without the token itself.
+        /// Where the token came from, without the token itself.
         token: String,
     },
     /// The repository holds weights in unsupported formats only.

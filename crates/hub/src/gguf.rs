@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use model::GgufModel;
 
-use crate::{ModelLookup, environment::caches, error::HubError};
+use crate::{environment::caches, error::HubError, model_lookup::ModelLookup};
 
 /// Folder of Agon's cache for unpacked files.
 const FOLDER: &str = "agon/gguf";
@@ -26,7 +26,7 @@ pub(crate) fn cached(path: &Path) -> Option<PathBuf> {
     is_unpacked(&folder).then_some(folder)
 }
 
-/// What is known of the model in the file at `path` without unpacking it.
+/// Facts about the model in the file at `path` that are known without unpacking it.
 pub(crate) fn locate(path: &Path) -> Result<ModelLookup, HubError> {
     let folder = place(&GgufModel::open(path)?)?;
     let path = path.display();

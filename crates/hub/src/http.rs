@@ -39,7 +39,7 @@ pub(crate) struct FileResponse {
     pub(crate) headers: FileHeaders,
 }
 
-/// What the Hub's headers say of a file. The values are as the servers sent them.
+/// Facts about a file in the Hub's headers. The values are as the servers sent them.
 #[derive(Debug, Default)]
 pub(crate) struct FileHeaders {
     /// Commit of the repository.

@@ -17,6 +17,7 @@ mod fetch;
 mod files;
 mod gguf;
 mod http;
+mod model_lookup;
 mod token;
 
 use std::path::PathBuf;
@@ -26,8 +27,10 @@ use settings::ModelSource;
 pub use cancel::CancelToken;
 use client::HubClient;
 pub use error::HubError;
+pub use model_lookup::ModelLookup;
 
-/// Folder of a model, downloaded first if it is on the Hub, unpacked if it is a GGUF file. Blocks; ends early once `cancel` is cancelled.
+/// Folder of a model, downloaded first if it is on the Hub, unpacked if it is a GGUF file. Blocks; ends early once
+/// `cancel` is cancelled.
 ///
 /// # Errors
 /// When the model cannot be found or downloaded, or the download was cancelled.
@@ -46,14 +49,6 @@ pub fn cached_folder(source: &ModelSource) -> Option<PathBuf> {
         ModelSource::Folder(path) => Some(path.clone()),
         ModelSource::Hub(model) => HubClient::from_environment().ok()?.cached(model),
     }
-}
-
-/// What is known of a model without downloading it.
-pub struct ModelLookup {
-    /// Its folder; `None` if it is not downloaded yet.
-    pub folder: Option<PathBuf>,
-    /// Its path, or its commit and cache, as text for users.
-    pub origin: String,
 }
 
 /// Looks a model up. If it is not in the cache, it must exist on the Hub: metadata is requested, nothing is written.

@@ -1,6 +1,6 @@
 //! Evaluated arguments of a call, and binding them to the parameters of built-in functions.
 
-use crate::{error::Error, value::Value};
+use crate::{error::TemplateError, value::Value};
 
 /// Evaluated arguments of a call.
 #[derive(Debug, Clone, Default)]
@@ -32,11 +32,11 @@ impl CallArguments {
         self,
         function: &'static str,
         parameters: &'static [&'static str],
-    ) -> Result<BoundArguments, Error> {
+    ) -> Result<BoundArguments, TemplateError> {
         if self.positional.len() > parameters.len() {
             let (maximum, count) = (parameters.len(), self.positional.len());
             let message = format!("{function}() takes at most {maximum} arguments ({count} given)");
-            return Err(Error::new(message));
+            return Err(TemplateError::new(message));
         }
         let mut values: Vec<_> = self.positional.into_iter().map(Some).collect();
         values.resize(parameters.len(), None);
@@ -44,11 +44,11 @@ impl CallArguments {
             let position = parameters.iter().position(|parameter| *parameter == name);
             let Some(position) = position else {
                 let message = format!("{function}() got an unexpected keyword argument '{name}'");
-                return Err(Error::new(message));
+                return Err(TemplateError::new(message));
             };
             if values[position].replace(value).is_some() {
                 let message = format!("{function}() got multiple values for argument '{name}'");
-                return Err(Error::new(message));
+                return Err(TemplateError::new(message));
             }
         }
         Ok(BoundArguments {
@@ -71,10 +71,10 @@ impl BoundArguments {
             .filter(|value| !matches!(value, Value::None))
     }
 
-    pub(crate) fn required(&self, position: usize) -> Result<&Value, Error> {
+    pub(crate) fn required(&self, position: usize) -> Result<&Value, TemplateError> {
         self.get(position).ok_or_else(|| {
             let (function, name) = (self.function, self.parameters[position]);
-            Error::new(format!("{function}() missing required argument: '{name}'"))
+            TemplateError::new(format!("{function}() missing required argument: '{name}'"))
         })
     }
 
@@ -83,7 +83,7 @@ impl BoundArguments {
     }
 
     /// The integer at an index, or `default`.
-    pub(crate) fn int(&self, position: usize, default: i128) -> Result<i128, Error> {
+    pub(crate) fn int(&self, position: usize, default: i128) -> Result<i128, TemplateError> {
         match self.get(position) {
             None => Ok(default),
             Some(value) => self.as_int(value),
@@ -91,17 +91,17 @@ impl BoundArguments {
     }
 
     /// The integer at an index, if present and not `None`.
-    pub(crate) fn some_int(&self, position: usize) -> Result<Option<i128>, Error> {
+    pub(crate) fn some_int(&self, position: usize) -> Result<Option<i128>, TemplateError> {
         self.some(position)
             .map(|value| self.as_int(value))
             .transpose()
     }
 
-    fn as_int(&self, value: &Value) -> Result<i128, Error> {
+    fn as_int(&self, value: &Value) -> Result<i128, TemplateError> {
         value.must_be_defined()?;
         value.as_int().ok_or_else(|| {
             let name = value.type_name();
-            Error::new(format!(
+            TemplateError::new(format!(
                 "{}(): '{name}' object cannot be interpreted as an integer",
                 self.function
             ))
@@ -109,22 +109,22 @@ impl BoundArguments {
     }
 
     /// The string at an index, if present and not `None`.
-    pub(crate) fn some_text(&self, position: usize) -> Result<Option<&str>, Error> {
+    pub(crate) fn some_text(&self, position: usize) -> Result<Option<&str>, TemplateError> {
         self.some(position)
             .map(|value| self.as_text(value))
             .transpose()
     }
 
     /// The string at an index.
-    pub(crate) fn text(&self, position: usize) -> Result<&str, Error> {
+    pub(crate) fn text(&self, position: usize) -> Result<&str, TemplateError> {
         self.as_text(self.required(position)?)
     }
 
-    fn as_text<'a>(&self, value: &'a Value) -> Result<&'a str, Error> {
+    fn as_text<'a>(&self, value: &'a Value) -> Result<&'a str, TemplateError> {
         value.must_be_defined()?;
         value.as_str().ok_or_else(|| {
             let name = value.type_name();
-            Error::new(format!(
+            TemplateError::new(format!(
                 "{}() argument must be str, not {name}",
                 self.function
             ))

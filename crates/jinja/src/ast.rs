@@ -62,7 +62,7 @@ pub(crate) enum Expression {
     Concatenation(Vec<Expression>),
     Comparison(Box<Expression>, Vec<(ComparisonOperator, Expression)>),
     Conditional(Box<Conditional>),
-    Call(Box<Expression>, Box<Arguments>),
+    Call(Box<Expression>, Box<ArgumentList>),
     Filter(Box<Expression>, Box<Filter>),
     Test(Box<Expression>, Box<Filter>),
 }
@@ -77,7 +77,7 @@ pub(crate) struct Conditional {
 
 /// Argument expressions of a call.
 #[derive(Debug, Default)]
-pub(crate) struct Arguments {
+pub(crate) struct ArgumentList {
     pub(crate) positional: Vec<Expression>,
     pub(crate) named: Vec<(String, Expression)>,
     /// `*expression`.
@@ -90,7 +90,7 @@ pub(crate) struct Arguments {
 #[derive(Debug)]
 pub(crate) struct Filter {
     pub(crate) name: String,
-    pub(crate) arguments: Arguments,
+    pub(crate) arguments: ArgumentList,
 }
 
 /// Left-hand side of an assignment.
@@ -128,7 +128,7 @@ pub(crate) enum StatementKind {
     Macro(Arc<Macro>),
     CallBlock {
         callee: Expression,
-        arguments: Arguments,
+        arguments: ArgumentList,
         caller: Arc<Macro>,
     },
     FilterBlock {

@@ -1,10 +1,10 @@
 //! The fixed date at which templates are rendered.
 
-use crate::{error::Error, limits};
+use crate::{error::TemplateError, limits};
 
 /// Python's `strftime` at midnight of Friday 26 July 2024, the default date of Llama 3's template: prompts must not
 /// depend on the current date.
-pub(crate) fn strftime(format: &str) -> Result<String, Error> {
+pub(crate) fn strftime(format: &str) -> Result<String, TemplateError> {
     let mut written = String::new();
     let mut chars = format.chars();
     while let Some(c) = chars.next() {
@@ -18,7 +18,7 @@ pub(crate) fn strftime(format: &str) -> Result<String, Error> {
             .find(|(directive, _)| rest.starts_with(directive));
         let Some((directive, text)) = directive else {
             let shown: String = rest.chars().take(1).collect();
-            return Err(Error::unsupported(&format!(
+            return Err(TemplateError::unsupported(&format!(
                 "the directive %{shown} of strftime"
             )));
         };

@@ -8,14 +8,14 @@ const MAX_MESSAGE_CHARS: usize = 1000;
 /// An error of a template, with its line if known.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{}{message}", line.map(|line| format!("line {line}: ")).unwrap_or_default())]
-pub struct Error {
+pub struct TemplateError {
     /// Message, worded as in Python where Python raises.
     pub message: String,
     /// Line of the template, from 1.
     pub line: Option<usize>,
 }
 
-impl Error {
+impl TemplateError {
     pub(crate) fn new(message: impl Into<String>) -> Self {
         let mut message = message.into();
         if let Some((end, _)) = message.char_indices().nth(MAX_MESSAGE_CHARS) {

@@ -2,7 +2,7 @@
 
 use crate::{
     arguments::CallArguments,
-    error::Error,
+    error::TemplateError,
     limits,
     methods::{Side, padded},
     number::float_repr,
@@ -26,7 +26,7 @@ struct Spec {
 }
 
 impl Spec {
-    fn parse(spec: &str) -> Result<Self, Error> {
+    fn parse(spec: &str) -> Result<Self, TemplateError> {
         let chars: Vec<char> = spec.chars().collect();
         let mut parsed = Self::default();
         let mut position = 0;
@@ -57,12 +57,14 @@ impl Spec {
         parsed.width = number(&mut position)?.unwrap_or(0);
         parsed.grouping = takes(&mut position, ",_");
         if takes(&mut position, ".").is_some() {
-            let missing = || Error::new("Format specifier missing precision");
+            let missing = || TemplateError::new("Format specifier missing precision");
             parsed.precision = Some(number(&mut position)?.ok_or_else(missing)?);
         }
         parsed.kind = chars.get(position).copied();
         if position + usize::from(parsed.kind.is_some()) < chars.len() {
-            return Err(Error::new(format!("Invalid format specifier '{spec}'")));
+            return Err(TemplateError::new(format!(
+                "Invalid format specifier '{spec}'"
+            )));
         }
         Ok(parsed)
     }
@@ -108,17 +110,17 @@ impl Spec {
 const WIDEST: usize = 10_000;
 
 /// Parses digits; `None` if there are none.
-fn width(digits: &str) -> Result<Option<usize>, Error> {
+fn width(digits: &str) -> Result<Option<usize>, TemplateError> {
     if digits.is_empty() {
         return Ok(None);
     }
     let number = digits.parse().ok().filter(|&number| number <= WIDEST);
-    let too_wide = || Error::new(format!("a width or precision of more than {WIDEST}"));
+    let too_wide = || TemplateError::new(format!("a width or precision of more than {WIDEST}"));
     number.ok_or_else(too_wide).map(Some)
 }
 
 /// Python's `format(value, spec)`.
-fn formatted(value: &Value, spec: &str) -> Result<String, Error> {
+fn formatted(value: &Value, spec: &str) -> Result<String, TemplateError> {
     value.must_be_defined()?;
     if spec.is_empty() {
         return Ok(value.to_text()?.to_string());
@@ -131,7 +133,7 @@ fn formatted(value: &Value, spec: &str) -> Result<String, Error> {
                 let cut: String = text.text.chars().take(most).collect();
                 Ok(parsed.fill(&cut, '<'))
             }
-            _ => Err(Error::new(format!(
+            _ => Err(TemplateError::new(format!(
                 "Invalid format specifier '{spec}' for object of type 'str'"
             ))),
         },
@@ -147,14 +149,14 @@ fn formatted(value: &Value, spec: &str) -> Result<String, Error> {
         Value::Float(number) => Ok(parsed.fill(&float(*number, &parsed)?, '>')),
         other => {
             let name = other.type_name();
-            Err(Error::new(format!(
+            Err(TemplateError::new(format!(
                 "unsupported format string passed to {name}.__format__"
             )))
         }
     }
 }
 
-fn integer(number: i128, spec: &Spec) -> Result<String, Error> {
+fn integer(number: i128, spec: &Spec) -> Result<String, TemplateError> {
     let magnitude = number.unsigned_abs();
     let (prefix, digits) = match spec.kind {
         Some('b') => ("0b", format!("{magnitude:b}")),
@@ -169,12 +171,14 @@ fn integer(number: i128, spec: &Spec) -> Result<String, Error> {
 }
 
 /// Groups the digits of the integer part.
-fn grouped(digits: &str, spec: &Spec) -> Result<String, Error> {
+fn grouped(digits: &str, spec: &Spec) -> Result<String, TemplateError> {
     let Some(separator) = spec.grouping else {
         return Ok(digits.to_owned());
     };
     if spec.is_zero_filled {
-        return Err(Error::unsupported("a format with both zeros and grouping"));
+        return Err(TemplateError::unsupported(
+            "a format with both zeros and grouping",
+        ));
     }
     let group = if matches!(spec.kind, Some('b' | 'o' | 'x' | 'X')) {
         4
@@ -191,7 +195,7 @@ fn grouped(digits: &str, spec: &Spec) -> Result<String, Error> {
     Ok(written)
 }
 
-fn float(number: f64, spec: &Spec) -> Result<String, Error> {
+fn float(number: f64, spec: &Spec) -> Result<String, TemplateError> {
     let magnitude = number.abs();
     let precision = spec.precision.unwrap_or(6);
     let is_finite = number.is_finite();
@@ -204,7 +208,7 @@ fn float(number: f64, spec: &Spec) -> Result<String, Error> {
         None if spec.precision.is_none() && spec.grouping.is_none() => float_repr(magnitude),
         kind => {
             let kind = kind.map_or("none".to_owned(), |kind| format!("'{kind}'"));
-            return Err(Error::unsupported(&format!(
+            return Err(TemplateError::unsupported(&format!(
                 "the format code {kind} of this number"
             )));
         }
@@ -212,7 +216,7 @@ fn float(number: f64, spec: &Spec) -> Result<String, Error> {
     Ok(spec.with_sign(number.is_sign_negative() && !number.is_nan(), &digits))
 }
 
-fn fixed(magnitude: f64, precision: usize, spec: &Spec) -> Result<String, Error> {
+fn fixed(magnitude: f64, precision: usize, spec: &Spec) -> Result<String, TemplateError> {
     let written = format!("{magnitude:.precision$}");
     let (whole, fraction) = match written.split_once('.') {
         Some((whole, fraction)) => (whole, format!(".{fraction}")),
@@ -237,7 +241,7 @@ fn exponential(magnitude: f64, precision: usize) -> String {
 }
 
 /// Python's `str.format`.
-pub(crate) fn braces(text: &Text, args: &CallArguments) -> Result<Value, Error> {
+pub(crate) fn braces(text: &Text, args: &CallArguments) -> Result<Value, TemplateError> {
     let mut fields = Fields {
         args,
         next: 0,
@@ -256,7 +260,7 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     /// Formats the text; fields may be nested up to `depth`.
-    fn written(&mut self, format: &str, depth: usize) -> Result<String, Error> {
+    fn written(&mut self, format: &str, depth: usize) -> Result<String, TemplateError> {
         let mut written = String::new();
         let mut rest = format;
         while let Some(position) = rest.find(['{', '}']) {
@@ -269,12 +273,14 @@ impl Fields<'_> {
                 continue;
             }
             if brace == "}" {
-                return Err(Error::new("Single '}' encountered in format string"));
+                return Err(TemplateError::new(
+                    "Single '}' encountered in format string",
+                ));
             }
-            let end =
-                closing(rest).ok_or_else(|| Error::new("expected '}' before end of string"))?;
+            let end = closing(rest)
+                .ok_or_else(|| TemplateError::new("expected '}' before end of string"))?;
             if depth == 0 {
-                return Err(Error::new("Max string recursion exceeded"));
+                return Err(TemplateError::new("Max string recursion exceeded"));
             }
             written.push_str(&self.field(&rest[..end], depth)?);
             limits::text(written.len())?;
@@ -284,7 +290,7 @@ impl Fields<'_> {
         Ok(written)
     }
 
-    fn field(&mut self, field: &str, depth: usize) -> Result<String, Error> {
+    fn field(&mut self, field: &str, depth: usize) -> Result<String, TemplateError> {
         let (named, spec) = match field.find([':', '!']) {
             Some(position) if field[position..].starts_with(':') => {
                 (&field[..position], &field[position + 1..])
@@ -297,7 +303,11 @@ impl Fields<'_> {
                 let text = match conversion {
                     "s" => value.to_text()?.to_string(),
                     "r" => value.repr()?,
-                    _ => return Err(Error::unsupported(&format!("the conversion !{conversion}"))),
+                    _ => {
+                        return Err(TemplateError::unsupported(&format!(
+                            "the conversion !{conversion}"
+                        )));
+                    }
                 };
                 let spec = self.written(spec, depth - 1)?;
                 return formatted(&Value::from(text), &spec);
@@ -316,7 +326,7 @@ impl Fields<'_> {
     }
 
     /// Resolves a field name such as `0.name[key]`.
-    fn value(&mut self, named: &str) -> Result<Value, Error> {
+    fn value(&mut self, named: &str) -> Result<Value, TemplateError> {
         let end = named.find(['.', '[']).unwrap_or(named.len());
         let (first, mut rest) = named.split_at(end);
         let mut value = if first.is_empty() || first.bytes().all(|b| b.is_ascii_digit()) {
@@ -328,14 +338,14 @@ impl Fields<'_> {
             self.next += usize::from(first.is_empty());
             let found = self.args.positional.get(position).cloned();
             found.ok_or_else(|| {
-                Error::new(format!(
+                TemplateError::new(format!(
                     "Replacement index {position} out of range for positional args tuple"
                 ))
             })?
         } else {
             let found = self.args.named.iter().find(|(name, _)| name == first);
             found
-                .ok_or_else(|| Error::new(format!("KeyError: {}", repr(first))))?
+                .ok_or_else(|| TemplateError::new(format!("KeyError: {}", repr(first))))?
                 .1
                 .clone()
         };
@@ -347,7 +357,7 @@ impl Fields<'_> {
             } else {
                 let (key, after) = rest[1..]
                     .split_once(']')
-                    .ok_or_else(|| Error::new("Missing ']' in format string"))?;
+                    .ok_or_else(|| TemplateError::new("Missing ']' in format string"))?;
                 let key = key.parse().map_or_else(|_| Value::from(key), Value::Int);
                 value = value.subscript(&key)?;
                 rest = after;
@@ -372,7 +382,7 @@ fn closing(text: &str) -> Option<usize> {
 }
 
 /// Python's `text % values`.
-pub(crate) fn percent(text: &Text, values: &Value) -> Result<Value, Error> {
+pub(crate) fn percent(text: &Text, values: &Value) -> Result<Value, TemplateError> {
     let positional = match values {
         Value::Tuple(tuple) => {
             limits::work(tuple.items.len())?;
@@ -393,7 +403,7 @@ pub(crate) fn percent(text: &Text, values: &Value) -> Result<Value, Error> {
     }
     written.push_str(rest);
     if directives.positional.next().is_some() && !matches!(values, Value::Dict(_)) {
-        return Err(Error::new(
+        return Err(TemplateError::new(
             "not all arguments converted during string formatting",
         ));
     }
@@ -408,8 +418,8 @@ struct Directives<'a> {
 
 impl Directives<'_> {
     /// Formats the directive at the start of `text` and returns the rest.
-    fn write<'t>(&mut self, text: &'t str, written: &mut String) -> Result<&'t str, Error> {
-        let incomplete = || Error::new("incomplete format");
+    fn write<'t>(&mut self, text: &'t str, written: &mut String) -> Result<&'t str, TemplateError> {
+        let incomplete = || TemplateError::new("incomplete format");
         let (key, rest) = match text.strip_prefix('(') {
             Some(after) => {
                 let (key, rest) = after.split_once(')').ok_or_else(incomplete)?;
@@ -429,13 +439,13 @@ impl Directives<'_> {
         let value = match key {
             Some(key) => {
                 let Value::Dict(dict) = self.values else {
-                    return Err(Error::new("format requires a mapping"));
+                    return Err(TemplateError::new("format requires a mapping"));
                 };
                 let found = dict.get_text(key).cloned();
-                found.ok_or_else(|| Error::new(format!("KeyError: {}", repr(key))))?
+                found.ok_or_else(|| TemplateError::new(format!("KeyError: {}", repr(key))))?
             }
             None => {
-                let missing = || Error::new("not enough arguments for format string");
+                let missing = || TemplateError::new("not enough arguments for format string");
                 self.positional.next().ok_or_else(missing)?
             }
         };
@@ -449,9 +459,9 @@ impl Directives<'_> {
     }
 }
 
-fn directive(value: &Value, flags: &str, kind: char) -> Result<String, Error> {
+fn directive(value: &Value, flags: &str, kind: char) -> Result<String, TemplateError> {
     if flags.contains('*') {
-        return Err(Error::unsupported("a width of * in %"));
+        return Err(TemplateError::unsupported("a width of * in %"));
     }
     let end = flags
         .find(|c: char| !"#0- +".contains(c))
@@ -474,7 +484,7 @@ fn directive(value: &Value, flags: &str, kind: char) -> Result<String, Error> {
     };
     let number = || {
         let (name, wanted) = (value.type_name(), "a real number is required");
-        Error::new(format!("%{kind} format: {wanted}, not {name}"))
+        TemplateError::new(format!("%{kind} format: {wanted}, not {name}"))
     };
     match kind {
         's' | 'r' => {
@@ -498,7 +508,7 @@ fn directive(value: &Value, flags: &str, kind: char) -> Result<String, Error> {
                 other => other.as_int().ok_or_else(number)?,
             };
             if spec.precision.is_some() {
-                return Err(Error::unsupported("a precision of integers in %"));
+                return Err(TemplateError::unsupported("a precision of integers in %"));
             }
             Ok(spec.fill(&integer(whole, &spec)?, '>'))
         }
@@ -512,7 +522,7 @@ fn directive(value: &Value, flags: &str, kind: char) -> Result<String, Error> {
         'c' if value.as_str().is_some_and(|text| text.chars().count() == 1) => {
             Ok(spec.fill(&value.to_text()?, '>'))
         }
-        _ => Err(Error::unsupported(&format!(
+        _ => Err(TemplateError::unsupported(&format!(
             "the format code '{kind}' of %"
         ))),
     }

@@ -5,7 +5,7 @@ use std::{cell::Cell, rc::Rc};
 use crate::{
     arguments::CallArguments,
     clock,
-    error::Error,
+    error::TemplateError,
     methods,
     value::{Cycler, Range, Value},
 };
@@ -40,13 +40,13 @@ impl Function {
         })
     }
 
-    pub(crate) fn call(self, args: CallArguments) -> Result<Value, Error> {
+    pub(crate) fn call(self, args: CallArguments) -> Result<Value, TemplateError> {
         match self {
             Self::Range => range(args),
             Self::Dict => methods::dictionary(args).map(Value::dict),
             Self::Namespace => methods::namespace(args),
             Self::Cycler if args.positional.is_empty() => {
-                Err(Error::new("at least one item has to be provided"))
+                Err(TemplateError::new("at least one item has to be provided"))
             }
             Self::Cycler => Ok(Value::Cycler(Rc::new(Cycler::new(args.positional)))),
             Self::Joiner => {
@@ -54,10 +54,10 @@ impl Function {
                 let separator = args.get(0).cloned().unwrap_or_else(|| ", ".into());
                 Ok(Value::Joiner(Rc::new((separator, Cell::new(false)))))
             }
-            Self::Lipsum => Err(Error::unsupported("lipsum()")),
+            Self::Lipsum => Err(TemplateError::unsupported("lipsum()")),
             Self::RaiseException => {
                 let args = args.bind("raise_exception", &["message"])?;
-                Err(Error::new(&*args.required(0)?.to_text()?))
+                Err(TemplateError::new(&*args.required(0)?.to_text()?))
             }
             Self::StrftimeNow => {
                 let args = args.bind("strftime_now", &["format"])?;
@@ -67,7 +67,7 @@ impl Function {
     }
 }
 
-fn range(args: CallArguments) -> Result<Value, Error> {
+fn range(args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("range", &["start", "stop", "step"])?;
     args.required(0)?;
     let first = args.int(0, 0)?;
@@ -77,12 +77,12 @@ fn range(args: CallArguments) -> Result<Value, Error> {
     };
     let step = args.int(2, 1)?;
     if step == 0 {
-        return Err(Error::new("range() arg 3 must not be zero"));
+        return Err(TemplateError::new("range() arg 3 must not be zero"));
     }
     let range = Range { start, stop, step };
     if range.checked_len().is_none_or(|length| length > MAX_RANGE) {
         let message = format!("range too big, the sandbox blocks ranges larger than {MAX_RANGE}");
-        return Err(Error::new(message));
+        return Err(TemplateError::new(message));
     }
     Ok(Value::Range(range))
 }

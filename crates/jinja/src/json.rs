@@ -2,7 +2,7 @@
 
 use crate::{
     arguments::CallArguments,
-    error::Error,
+    error::TemplateError,
     limits,
     number::float_repr,
     value::{Dict, Value},
@@ -18,7 +18,7 @@ struct JsonWriter {
 }
 
 /// The `tojson` of transformers: no HTML escaping, and no ASCII escaping by default.
-pub(crate) fn to_json(value: &Value, args: CallArguments) -> Result<Value, Error> {
+pub(crate) fn to_json(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind(
         "tojson",
         &["ensure_ascii", "indent", "separators", "sort_keys"],
@@ -38,8 +38,8 @@ pub(crate) fn to_json(value: &Value, args: CallArguments) -> Result<Value, Error
             let pair = pair.iterate()?;
             let texts: Option<Vec<&str>> = pair.iter().map(Value::as_str).collect();
             let texts = texts.filter(|texts| texts.len() == 2);
-            let texts =
-                texts.ok_or_else(|| Error::new("tojson: separators must be two strings"))?;
+            let texts = texts
+                .ok_or_else(|| TemplateError::new("tojson: separators must be two strings"))?;
             (texts[0].to_owned(), texts[1].to_owned())
         }
         None => (item_separator.to_owned(), ": ".to_owned()),
@@ -57,7 +57,7 @@ pub(crate) fn to_json(value: &Value, args: CallArguments) -> Result<Value, Error
 }
 
 impl JsonWriter {
-    fn value(&self, value: &Value, depth: usize, json: &mut String) -> Result<(), Error> {
+    fn value(&self, value: &Value, depth: usize, json: &mut String) -> Result<(), TemplateError> {
         limits::work(1)?;
         limits::text(json.len())?;
         match value {
@@ -74,7 +74,7 @@ impl JsonWriter {
             Value::Dict(dict) => self.dict(dict, depth, json)?,
             other => {
                 let name = other.type_name();
-                return Err(Error::new(format!(
+                return Err(TemplateError::new(format!(
                     "Object of type {name} is not JSON serializable"
                 )));
             }
@@ -82,7 +82,7 @@ impl JsonWriter {
         Ok(())
     }
 
-    fn newline(&self, depth: usize, json: &mut String) -> Result<(), Error> {
+    fn newline(&self, depth: usize, json: &mut String) -> Result<(), TemplateError> {
         if let Some(indent) = &self.indent {
             limits::text(json.len() + indent.len().saturating_mul(depth))?;
             json.push('\n');
@@ -91,7 +91,7 @@ impl JsonWriter {
         limits::text(json.len())
     }
 
-    fn items(&self, items: &[Value], depth: usize, json: &mut String) -> Result<(), Error> {
+    fn items(&self, items: &[Value], depth: usize, json: &mut String) -> Result<(), TemplateError> {
         json.push('[');
         for (position, item) in items.iter().enumerate() {
             if position > 0 {
@@ -107,7 +107,7 @@ impl JsonWriter {
         Ok(())
     }
 
-    fn dict(&self, dict: &Dict, depth: usize, json: &mut String) -> Result<(), Error> {
+    fn dict(&self, dict: &Dict, depth: usize, json: &mut String) -> Result<(), TemplateError> {
         let mut pairs: Vec<_> = dict.pairs.iter().collect();
         if self.sort_keys {
             pairs = crate::filters::sort_by(pairs, |pair| &pair.0)?;
@@ -167,7 +167,7 @@ fn float(number: f64) -> String {
     }
 }
 
-fn key_text(key: &Value) -> Result<String, Error> {
+fn key_text(key: &Value) -> Result<String, TemplateError> {
     Ok(match key {
         Value::Text(text) => text.text.to_string(),
         Value::None => "null".into(),
@@ -177,7 +177,7 @@ fn key_text(key: &Value) -> Result<String, Error> {
         other => {
             let name = other.type_name();
             let message = format!("keys must be str, int, float, bool or None, not {name}");
-            return Err(Error::new(message));
+            return Err(TemplateError::new(message));
         }
     })
 }

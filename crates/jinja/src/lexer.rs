@@ -1,6 +1,6 @@
 //! Lexer: source to tokens, with whitespace control of tags applied.
 
-use crate::{error::Error, text::is_space};
+use crate::{error::TemplateError, text::is_space};
 
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum TemplateToken {
@@ -60,7 +60,7 @@ enum TagKind {
 }
 
 /// Tokenizes `source`; the last token is [`TemplateToken::End`].
-pub(crate) fn tokens(source: &str) -> Result<Vec<LocatedToken>, Error> {
+pub(crate) fn tokens(source: &str) -> Result<Vec<LocatedToken>, TemplateError> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let source = source.strip_suffix('\n').unwrap_or(&source);
     let mut lexer = Lexer {
@@ -92,8 +92,8 @@ impl Lexer {
         self.tokens.push(LocatedToken { token, line });
     }
 
-    fn failure(&self, message: impl Into<String>) -> Error {
-        Error::new(message).at(self.line)
+    fn failure(&self, message: impl Into<String>) -> TemplateError {
+        TemplateError::new(message).at(self.line)
     }
 
     fn peek(&self, ahead: usize) -> Option<char> {
@@ -120,7 +120,7 @@ impl Lexer {
     }
 
     /// Reads the text up to the next tag, and that tag.
-    fn data(&mut self) -> Result<(), Error> {
+    fn data(&mut self) -> Result<(), TemplateError> {
         let next = (self.position..self.source.len())
             .find_map(|position| Some((position, self.tag(position)?)));
         let Some((position, (tag, after))) = next else {
@@ -215,7 +215,7 @@ impl Lexer {
         Some(after + usize::from(newline))
     }
 
-    fn comment(&mut self) -> Result<(), Error> {
+    fn comment(&mut self) -> Result<(), TemplateError> {
         let end =
             (self.position..self.source.len()).find_map(|position| self.after_end(position, "#}"));
         let end = end.ok_or_else(|| self.failure("Missing end of comment tag"))?;
@@ -223,7 +223,7 @@ impl Lexer {
         Ok(())
     }
 
-    fn raw(&mut self) -> Result<(), Error> {
+    fn raw(&mut self) -> Result<(), TemplateError> {
         let end = (self.position..self.source.len())
             .find_map(|position| Some((position, self.end_of_raw(position)?)));
         let (position, after) = end.ok_or_else(|| self.failure("Missing end of raw directive"))?;
@@ -247,7 +247,7 @@ impl Lexer {
     }
 
     /// Reads the tokens of a tag.
-    fn expression(&mut self, tag: TagKind) -> Result<(), Error> {
+    fn expression(&mut self, tag: TagKind) -> Result<(), TemplateError> {
         let (end, token) = match tag {
             TagKind::Variable => ("}}", TemplateToken::VariableEnd),
             _ => ("%}", TemplateToken::BlockEnd),
@@ -275,7 +275,7 @@ impl Lexer {
         Ok(())
     }
 
-    fn token(&mut self, open: &mut Vec<char>) -> Result<(), Error> {
+    fn token(&mut self, open: &mut Vec<char>) -> Result<(), TemplateError> {
         let Some(first) = self.peek(0) else {
             return Ok(());
         };
@@ -299,7 +299,7 @@ impl Lexer {
         self.operator(open)
     }
 
-    fn operator(&mut self, open: &mut Vec<char>) -> Result<(), Error> {
+    fn operator(&mut self, open: &mut Vec<char>) -> Result<(), TemplateError> {
         let found = OPERATORS
             .into_iter()
             .find(|operator| self.is_at(self.position, operator));
@@ -339,7 +339,7 @@ impl Lexer {
         }
     }
 
-    fn number(&mut self) -> Result<(), Error> {
+    fn number(&mut self) -> Result<(), TemplateError> {
         let written = |lexer: &Self, from: usize, to: usize| -> String {
             lexer.source[from..to]
                 .iter()
@@ -404,7 +404,7 @@ impl Lexer {
         exponent.or((fraction > whole).then_some(fraction))
     }
 
-    fn string(&mut self, quote: char) -> Result<(), Error> {
+    fn string(&mut self, quote: char) -> Result<(), TemplateError> {
         let mut end = self.position + 1;
         loop {
             match self.source.get(end) {

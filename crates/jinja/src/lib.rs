@@ -5,7 +5,7 @@
 //! escaping, the lenient `Undefined`, and the tag `generation`, the filter `tojson` and the functions `raise_exception`
 //! and `strftime_now` of transformers. Values are formatted, compared, sorted and computed as in Python.
 //!
-//! Exceptions of jinja2 become an [`Error`], as do unsupported features (`include`, `urlize`, integers beyond 128 bits)
+//! Exceptions of jinja2 become an [`TemplateError`], as do unsupported features (`include`, `urlize`, integers beyond 128 bits)
 //! and excessive source, output, time, memory or nesting; the output never silently differs. Rendering is deterministic:
 //! `strftime_now` uses a fixed date. The crate knows nothing of messages and tools.
 
@@ -34,6 +34,6 @@ mod tests;
 mod text;
 mod value;
 
-pub use error::Error;
+pub use error::TemplateError;
 pub use limits::MAX_SOURCE_BYTES;
 pub use template::Template;

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::error::Error;
+use crate::error::TemplateError;
 
 /// Maximum length of a template's source, in bytes.
 pub const MAX_SOURCE_BYTES: usize = 1 << 20;
@@ -56,8 +56,8 @@ enum ExceededLimit {
 }
 
 impl ExceededLimit {
-    fn error(self) -> Error {
-        Error::new(match self {
+    fn error(self) -> TemplateError {
+        TemplateError::new(match self {
             Self::Work => "the template takes too many steps".to_owned(),
             Self::Time => format!("the template takes more than {} s", MAX_TIME.as_secs()),
             Self::Memory => "the template takes too much memory".to_owned(),
@@ -152,7 +152,7 @@ pub(crate) fn spend(units: usize) -> bool {
 ///
 /// # Errors
 /// If a limit is exceeded, now or earlier.
-pub(crate) fn work(units: usize) -> Result<(), Error> {
+pub(crate) fn work(units: usize) -> Result<(), TemplateError> {
     match spend(units) {
         true => Ok(()),
         false => check(),
@@ -181,22 +181,22 @@ pub(crate) fn allocate_items(count: usize, bytes_each: usize) {
 }
 
 /// Checks that no limit is exceeded.
-pub(crate) fn check() -> Result<(), Error> {
+pub(crate) fn check() -> Result<(), TemplateError> {
     let exceeded = BUDGET.with(|budget| budget.exceeded.get());
     exceeded.map_or(Ok(()), |limit| Err(limit.error()))
 }
 
 /// Checks the length of a template's source, in bytes.
-pub(crate) fn source(bytes: usize) -> Result<(), Error> {
+pub(crate) fn source(bytes: usize) -> Result<(), TemplateError> {
     if bytes > MAX_SOURCE_BYTES {
         let message = format!("a template of {bytes} bytes, more than {MAX_SOURCE_BYTES}");
-        return Err(Error::new(message));
+        return Err(TemplateError::new(message));
     }
     Ok(())
 }
 
 /// Checks the length of a string, in bytes.
-pub(crate) fn text(bytes: usize) -> Result<(), Error> {
+pub(crate) fn text(bytes: usize) -> Result<(), TemplateError> {
     match bytes > MAX_TEXT_BYTES {
         true => Err(ExceededLimit::Text.error()),
         false => Ok(()),
@@ -204,16 +204,16 @@ pub(crate) fn text(bytes: usize) -> Result<(), Error> {
 }
 
 /// Checks the length of the output, in bytes.
-pub(crate) fn output(bytes: usize) -> Result<(), Error> {
+pub(crate) fn output(bytes: usize) -> Result<(), TemplateError> {
     if bytes > MAX_OUTPUT_BYTES {
         let message = format!("the template writes more than {MAX_OUTPUT_BYTES} bytes");
-        return Err(Error::new(message));
+        return Err(TemplateError::new(message));
     }
     Ok(())
 }
 
 /// Checks the length of a list.
-pub(crate) fn items(count: usize) -> Result<(), Error> {
+pub(crate) fn items(count: usize) -> Result<(), TemplateError> {
     match count > MAX_ITEMS {
         true => Err(ExceededLimit::Items.error()),
         false => Ok(()),
@@ -224,7 +224,7 @@ pub(crate) fn items(count: usize) -> Result<(), Error> {
 ///
 /// # Errors
 /// If there are more.
-pub(crate) fn collect<T>(elements: impl Iterator<Item = T>) -> Result<Vec<T>, Error> {
+pub(crate) fn collect<T>(elements: impl Iterator<Item = T>) -> Result<Vec<T>, TemplateError> {
     let collected: Vec<T> = elements.take(MAX_ITEMS + 1).collect();
     items(collected.len())?;
     Ok(collected)
@@ -261,10 +261,13 @@ impl Drop for RenderBudget {
 
 impl RenderBudget {
     /// Runs `compute` one nesting level deeper, counting a step.
-    pub(crate) fn deeper<T>(&self, compute: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    pub(crate) fn deeper<T>(
+        &self,
+        compute: impl FnOnce() -> Result<T, TemplateError>,
+    ) -> Result<T, TemplateError> {
         work(STEP_WORK)?;
         if self.depth.get() == DEPTH {
-            return Err(Error::new(
+            return Err(TemplateError::new(
                 "the template is nested too deeply: does a macro recurse without end?",
             ));
         }

@@ -4,7 +4,7 @@ use std::{cmp::Ordering, rc::Rc};
 
 use crate::{
     ast::{ArithmeticOperator, ComparisonOperator},
-    error::Error,
+    error::TemplateError,
     format, limits, number,
     text::repr,
     value::{Text, Value, View, ViewKind},
@@ -53,7 +53,7 @@ impl Value {
         &self,
         operator: ArithmeticOperator,
         right: &Value,
-    ) -> Result<Value, Error> {
+    ) -> Result<Value, TemplateError> {
         self.must_be_defined()?;
         limits::work(self.work().saturating_add(right.work()))?;
         if let (ArithmeticOperator::Modulo, Value::Text(text)) = (operator, self) {
@@ -72,13 +72,13 @@ impl Value {
             let (left, right) = (self.type_name(), right.type_name());
             let operator = operator.written();
             let operands = format!("'{left}' and '{right}'");
-            Err(Error::new(format!(
+            Err(TemplateError::new(format!(
                 "unsupported operand type(s) for {operator}: {operands}"
             )))
         })
     }
 
-    fn joined_with(&self, right: &Value) -> Option<Result<Value, Error>> {
+    fn joined_with(&self, right: &Value) -> Option<Result<Value, TemplateError>> {
         Some(Ok(match (self, right) {
             (Value::Text(left), Value::Text(right)) => Value::Text(left.plus(right)),
             (Value::List(left), Value::List(right)) => {
@@ -91,7 +91,7 @@ impl Value {
         }))
     }
 
-    fn repeated(&self, right: &Value) -> Option<Result<Value, Error>> {
+    fn repeated(&self, right: &Value) -> Option<Result<Value, TemplateError>> {
         let (items, times) = match (self.as_int(), right.as_int()) {
             (None, Some(times)) => (self, times),
             (Some(times), None) => (right, times),
@@ -115,7 +115,7 @@ impl Value {
     }
 
     /// `-self`.
-    pub(crate) fn negated(&self) -> Result<Value, Error> {
+    pub(crate) fn negated(&self) -> Result<Value, TemplateError> {
         self.must_be_defined()?;
         match Number::of(self) {
             Some(Number::Int(number)) => number.checked_neg().map(Value::Int).ok_or_else(too_large),
@@ -125,7 +125,7 @@ impl Value {
     }
 
     /// `+self`.
-    pub(crate) fn plus(&self) -> Result<Value, Error> {
+    pub(crate) fn plus(&self) -> Result<Value, TemplateError> {
         self.must_be_defined()?;
         match Number::of(self) {
             Some(Number::Int(number)) => Ok(Value::Int(number)),
@@ -134,9 +134,9 @@ impl Value {
         }
     }
 
-    fn bad_operand(&self, operator: &str) -> Error {
+    fn bad_operand(&self, operator: &str) -> TemplateError {
         let name = self.type_name();
-        Error::new(format!("bad operand type for unary {operator}: '{name}'"))
+        TemplateError::new(format!("bad operand type for unary {operator}: '{name}'"))
     }
 
     /// `self comparison right`.
@@ -144,7 +144,7 @@ impl Value {
         &self,
         comparison: ComparisonOperator,
         right: &Value,
-    ) -> Result<bool, Error> {
+    ) -> Result<bool, TemplateError> {
         let is_ordered = |holds: fn(Ordering) -> bool, written: &str| {
             let order = self.order(right, written)?;
             Ok(order.is_some_and(holds))
@@ -215,7 +215,11 @@ impl Value {
     }
 
     /// Ordering of two values; `None` if one is NaN.
-    pub(crate) fn order(&self, right: &Value, operator: &str) -> Result<Option<Ordering>, Error> {
+    pub(crate) fn order(
+        &self,
+        right: &Value,
+        operator: &str,
+    ) -> Result<Option<Ordering>, TemplateError> {
         self.must_be_defined()?;
         right.must_be_defined()?;
         limits::work(1)?;
@@ -238,13 +242,13 @@ impl Value {
                 let message = format!(
                     "'{operator}' not supported between instances of '{left}' and '{right}'"
                 );
-                Err(Error::new(message))
+                Err(TemplateError::new(message))
             }
         }
     }
 
     /// `item in self`.
-    pub(crate) fn contains(&self, item: &Value) -> Result<bool, Error> {
+    pub(crate) fn contains(&self, item: &Value) -> Result<bool, TemplateError> {
         match self {
             Value::Text(text) => match item {
                 Value::Text(part) => {
@@ -255,7 +259,7 @@ impl Value {
                     let name = other.type_name();
                     let message =
                         format!("'in <string>' requires string as left operand, not {name}");
-                    Err(Error::new(message))
+                    Err(TemplateError::new(message))
                 }
             },
             Value::Dict(dict) => {
@@ -271,7 +275,7 @@ impl Value {
             }
             other => {
                 let name = other.type_name();
-                Err(Error::new(format!(
+                Err(TemplateError::new(format!(
                     "argument of type '{name}' is not iterable"
                 )))
             }
@@ -279,7 +283,7 @@ impl Value {
     }
 
     /// `self[item]`; `None` if there is no such element.
-    pub(crate) fn item(&self, item: &Value) -> Result<Option<Value>, Error> {
+    pub(crate) fn item(&self, item: &Value) -> Result<Option<Value>, TemplateError> {
         let at = |length: usize| {
             let position = item.as_int()?;
             let length = i128::try_from(length).ok()?;
@@ -315,7 +319,7 @@ impl Value {
     }
 }
 
-fn chained(left: &[Value], right: &[Value]) -> Result<Vec<Value>, Error> {
+fn chained(left: &[Value], right: &[Value]) -> Result<Vec<Value>, TemplateError> {
     limits::items(left.len() + right.len())?;
     Ok(left.iter().chain(right).cloned().collect())
 }
@@ -325,8 +329,8 @@ fn cycled(items: &[Value], times: usize) -> Vec<Value> {
     all.cloned().collect()
 }
 
-fn too_large() -> Error {
-    Error::unsupported("an integer of more than 128 bits")
+fn too_large() -> TemplateError {
+    TemplateError::unsupported("an integer of more than 128 bits")
 }
 
 fn compare_numbers(left: Number, right: Number) -> Option<Ordering> {
@@ -340,14 +344,22 @@ fn compare_numbers(left: Number, right: Number) -> Option<Ordering> {
     }
 }
 
-fn sequences(left: &[Value], right: &[Value], operator: &str) -> Result<Option<Ordering>, Error> {
+fn sequences(
+    left: &[Value],
+    right: &[Value],
+    operator: &str,
+) -> Result<Option<Ordering>, TemplateError> {
     match left.iter().zip(right).find(|(l, r)| !l.equals(r)) {
         Some((left, right)) => left.order(right, operator),
         None => Ok(Some(left.len().cmp(&right.len()))),
     }
 }
 
-fn computed(operator: ArithmeticOperator, left: Number, right: Number) -> Result<Value, Error> {
+fn computed(
+    operator: ArithmeticOperator,
+    left: Number,
+    right: Number,
+) -> Result<Value, TemplateError> {
     if let (Number::Int(left), Number::Int(right)) = (left, right) {
         return integers(operator, left, right);
     }
@@ -358,7 +370,7 @@ fn computed(operator: ArithmeticOperator, left: Number, right: Number) -> Result
         ArithmeticOperator::Modulo,
     ];
     if right == 0.0 && divides.contains(&operator) {
-        return Err(Error::new("float division by zero"));
+        return Err(TemplateError::new("float division by zero"));
     }
     Ok(Value::Float(match operator {
         ArithmeticOperator::Add => left + right,
@@ -396,20 +408,22 @@ fn floor_divided(left: f64, right: f64) -> f64 {
     }
 }
 
-fn power(left: f64, right: f64) -> Result<Value, Error> {
+fn power(left: f64, right: f64) -> Result<Value, TemplateError> {
     if left == 0.0 && right < 0.0 {
-        return Err(Error::new("0.0 cannot be raised to a negative power"));
+        return Err(TemplateError::new(
+            "0.0 cannot be raised to a negative power",
+        ));
     }
     if left < 0.0 && right.fract() != 0.0 && right.is_finite() {
-        return Err(Error::unsupported("a complex number"));
+        return Err(TemplateError::unsupported("a complex number"));
     }
     Ok(Value::Float(left.powf(right)))
 }
 
-fn integers(operator: ArithmeticOperator, left: i128, right: i128) -> Result<Value, Error> {
+fn integers(operator: ArithmeticOperator, left: i128, right: i128) -> Result<Value, TemplateError> {
     let is_zero = || match operator {
-        ArithmeticOperator::Divide => Error::new("division by zero"),
-        _ => Error::new("integer division or modulo by zero"),
+        ArithmeticOperator::Divide => TemplateError::new("division by zero"),
+        _ => TemplateError::new("integer division or modulo by zero"),
     };
     let number = match operator {
         ArithmeticOperator::Add => left.checked_add(right),
@@ -548,14 +562,14 @@ pub(crate) fn slice_indices(
 }
 
 /// Integer value of a slice bound.
-pub(crate) fn bound(value: Option<Value>) -> Result<Option<i128>, Error> {
+pub(crate) fn bound(value: Option<Value>) -> Result<Option<i128>, TemplateError> {
     match value {
         None | Some(Value::None) => Ok(None),
         Some(value) => {
             value.must_be_defined()?;
             let number = value.as_int();
             let message = "slice indices must be integers or None or have an __index__ method";
-            number.map(Some).ok_or_else(|| Error::new(message))
+            number.map(Some).ok_or_else(|| TemplateError::new(message))
         }
     }
 }

@@ -5,10 +5,10 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 use crate::{
     arguments::CallArguments,
     ast::{
-        Arguments, AssignTarget, ComparisonOperator, Expression, Filter, For, If, Macro, Slice,
+        ArgumentList, AssignTarget, ComparisonOperator, Expression, Filter, For, If, Macro, Slice,
         Statement, StatementKind,
     },
-    error::Error,
+    error::TemplateError,
     filters,
     functions::Function,
     limits::{self, RenderBudget},
@@ -70,7 +70,7 @@ impl Renderer {
         body: &[Statement],
         scope: &Rc<Scope>,
         text: &mut String,
-    ) -> Result<(), Error> {
+    ) -> Result<(), TemplateError> {
         self.statements(body, scope, text).map(drop)
     }
 
@@ -79,7 +79,7 @@ impl Renderer {
         body: &[Statement],
         scope: &Rc<Scope>,
         text: &mut String,
-    ) -> Result<Flow, Error> {
+    ) -> Result<Flow, TemplateError> {
         for statement in body {
             let flow = self
                 .budget
@@ -97,7 +97,7 @@ impl Renderer {
         kind: &StatementKind,
         scope: &Rc<Scope>,
         text: &mut String,
-    ) -> Result<Flow, Error> {
+    ) -> Result<Flow, TemplateError> {
         match kind {
             StatementKind::Text(written) => self.print(written, text)?,
             StatementKind::Print(printed) => {
@@ -163,7 +163,7 @@ impl Renderer {
         condition: &If,
         scope: &Rc<Scope>,
         text: &mut String,
-    ) -> Result<Flow, Error> {
+    ) -> Result<Flow, TemplateError> {
         for (test, body) in &condition.branches {
             if self.value(test, scope)?.is_true() {
                 return self.statements(body, scope, text);
@@ -172,7 +172,7 @@ impl Renderer {
         self.statements(&condition.otherwise, scope, text)
     }
 
-    fn print(&self, written: &str, text: &mut String) -> Result<(), Error> {
+    fn print(&self, written: &str, text: &mut String) -> Result<(), TemplateError> {
         limits::output(text.len() + written.len())?;
         limits::allocate(written.len());
         text.push_str(written);
@@ -194,7 +194,7 @@ impl Renderer {
         filters: &[Filter],
         body: &[Statement],
         scope: &Rc<Scope>,
-    ) -> Result<(Value, Flow), Error> {
+    ) -> Result<(Value, Flow), TemplateError> {
         let mut text = String::new();
         let flow = self.statements(body, &scope.inner(), &mut text)?;
         let mut value = Value::from(text);
@@ -215,7 +215,7 @@ impl Renderer {
         items: Vec<Value>,
         context: LoopContext<'_>,
         text: &mut String,
-    ) -> Result<Flow, Error> {
+    ) -> Result<Flow, TemplateError> {
         let LoopContext { scope, depth0 } = context;
         let items = Rc::new(self.filter_items(definition, items, scope)?);
         let depth = items.iter().map(Value::depth).max().unwrap_or(0);
@@ -255,7 +255,7 @@ impl Renderer {
         definition: &For,
         items: Vec<Value>,
         scope: &Rc<Scope>,
-    ) -> Result<Vec<Value>, Error> {
+    ) -> Result<Vec<Value>, TemplateError> {
         let Some(filter) = &definition.filter else {
             return Ok(items);
         };
@@ -270,11 +270,11 @@ impl Renderer {
         Ok(kept)
     }
 
-    fn value(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, Error> {
+    fn value(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, TemplateError> {
         let value = self.budget.deeper(|| self.evaluate(expression, scope))?;
         if value.depth() > limits::VALUE_DEPTH {
             let most = limits::VALUE_DEPTH;
-            return Err(Error::new(format!(
+            return Err(TemplateError::new(format!(
                 "more than {most} nested lists or dictionaries"
             )));
         }
@@ -284,7 +284,7 @@ impl Renderer {
         Ok(value)
     }
 
-    fn evaluate(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, Error> {
+    fn evaluate(&self, expression: &Expression, scope: &Rc<Scope>) -> Result<Value, TemplateError> {
         let of = |expression: &Expression| self.value(expression, scope);
         let all =
             |expressions: &[Expression]| expressions.iter().map(of).collect::<Result<Vec<_>, _>>();
@@ -292,7 +292,9 @@ impl Renderer {
             Expression::Literal(literal) => literal.into(),
             Expression::Name(name) => match scope.get(name) {
                 Some(value) => value,
-                None if name == "self" => return Err(Error::unsupported("the variable self")),
+                None if name == "self" => {
+                    return Err(TemplateError::unsupported("the variable self"));
+                }
                 None => Function::named(name).map_or_else(|| undefined_name(name), Value::Function),
             },
             Expression::Attribute(object, name) => of(object)?.attribute(name)?,
@@ -368,7 +370,7 @@ impl Renderer {
         first: &Expression,
         rest: &[(ComparisonOperator, Expression)],
         scope: &Rc<Scope>,
-    ) -> Result<bool, Error> {
+    ) -> Result<bool, TemplateError> {
         let mut left = self.value(first, scope)?;
         for (comparison, right) in rest {
             let right = self.value(right, scope)?;
@@ -380,13 +382,18 @@ impl Renderer {
         Ok(true)
     }
 
-    fn slice(&self, object: &Value, slice: &Slice, scope: &Rc<Scope>) -> Result<Value, Error> {
+    fn slice(
+        &self,
+        object: &Value,
+        slice: &Slice,
+        scope: &Rc<Scope>,
+    ) -> Result<Value, TemplateError> {
         let evaluated = |part: &Option<Expression>| {
             let value = part
                 .as_ref()
                 .map(|part| self.value(part, scope))
                 .transpose()?;
-            Ok::<_, Error>(value)
+            Ok::<_, TemplateError>(value)
         };
         let (start, stop, step) = (
             evaluated(&slice.start)?,
@@ -397,11 +404,13 @@ impl Renderer {
         limits::work(object.work())?;
         let (Some(length), true) = (object.len(), is_sliceable(object)) else {
             let name = object.type_name();
-            return Err(Error::new(format!("'{name}' object cannot be sliced")));
+            return Err(TemplateError::new(format!(
+                "'{name}' object cannot be sliced"
+            )));
         };
         let step = bound(step)?.unwrap_or(1);
         if step == 0 {
-            return Err(Error::new("slice step cannot be zero"));
+            return Err(TemplateError::new("slice step cannot be zero"));
         }
         let positions = slice_indices(length, bound(start)?, bound(stop)?, step);
         Ok(match object {
@@ -420,7 +429,7 @@ impl Renderer {
                     .map(|position| tuple.items[position].clone())
                     .collect(),
             ),
-            Value::Range(_) => return Err(Error::unsupported("a slice of a range")),
+            Value::Range(_) => return Err(TemplateError::unsupported("a slice of a range")),
             other => {
                 let items = other.iterate()?;
                 Value::list(
@@ -435,9 +444,9 @@ impl Renderer {
 
     fn evaluate_arguments(
         &self,
-        arguments: &Arguments,
+        arguments: &ArgumentList,
         scope: &Rc<Scope>,
-    ) -> Result<CallArguments, Error> {
+    ) -> Result<CallArguments, TemplateError> {
         let mut args = CallArguments::default();
         for argument in &arguments.positional {
             args.positional.push(self.value(argument, scope)?);
@@ -451,21 +460,21 @@ impl Renderer {
         }
         if let Some(more) = &arguments.more_named {
             let Value::Dict(dict) = self.value(more, scope)? else {
-                return Err(Error::new("argument after ** must be a mapping"));
+                return Err(TemplateError::new("argument after ** must be a mapping"));
             };
             for (name, value) in &dict.pairs {
                 limits::work(1 + name.work())?;
                 limits::allocate(name.work());
                 let named = name
                     .as_str()
-                    .ok_or_else(|| Error::new("keywords must be strings"))?;
+                    .ok_or_else(|| TemplateError::new("keywords must be strings"))?;
                 args.named.push((named.to_owned(), value.clone()));
             }
         }
         Ok(args)
     }
 
-    fn call(&self, callee: &Value, args: CallArguments) -> Result<Value, Error> {
+    fn call(&self, callee: &Value, args: CallArguments) -> Result<Value, TemplateError> {
         callee.must_be_defined()?;
         match callee {
             Value::Macro(called) => self.call_macro(called, args),
@@ -475,7 +484,7 @@ impl Renderer {
                 let Some((definition, scope)) = &enclosing.recursion else {
                     let message =
                         "The loop must have the 'recursive' marker to be called recursively.";
-                    return Err(Error::new(message));
+                    return Err(TemplateError::new(message));
                 };
                 let args = args.bind("loop", &["iterable"])?;
                 let items = args.required(0)?.iterate()?;
@@ -495,14 +504,14 @@ impl Renderer {
                     "".into()
                 })
             }
-            other => Err(Error::new(format!(
+            other => Err(TemplateError::new(format!(
                 "'{}' object is not callable",
                 other.type_name()
             ))),
         }
     }
 
-    fn call_macro(&self, called: &MacroValue, args: CallArguments) -> Result<Value, Error> {
+    fn call_macro(&self, called: &MacroValue, args: CallArguments) -> Result<Value, TemplateError> {
         let definition = &called.definition;
         let CallArguments {
             positional,
@@ -545,7 +554,7 @@ impl Renderer {
             }
             scope.set("kwargs", Value::dict(dict));
         } else if let Some((unknown, _)) = named.first() {
-            return Err(Error::new(format!(
+            return Err(TemplateError::new(format!(
                 "macro '{name}' takes no keyword argument '{unknown}'"
             )));
         }
@@ -553,7 +562,7 @@ impl Renderer {
             scope.set("varargs", Value::tuple(rest));
         } else if !rest.is_empty() {
             let most = definition.parameters.len();
-            return Err(Error::new(format!(
+            return Err(TemplateError::new(format!(
                 "macro '{name}' takes not more than {most} argument(s)"
             )));
         }
@@ -576,12 +585,12 @@ fn assign(
     value: Value,
     scope: &Rc<Scope>,
     around: &Rc<Scope>,
-) -> Result<(), Error> {
+) -> Result<(), TemplateError> {
     match target {
         AssignTarget::Name(name) => scope.set(name, value),
         AssignTarget::Attribute(name, attribute) => {
             let Some(Value::Namespace(namespace)) = around.get(name) else {
-                return Err(Error::new(
+                return Err(TemplateError::new(
                     "cannot assign attribute on non-namespace object",
                 ));
             };
@@ -589,7 +598,7 @@ fn assign(
                 let message = format!(
                     "a namespace cannot store '{attribute}', which begins with an underscore"
                 );
-                return Err(Error::new(message));
+                return Err(TemplateError::new(message));
             }
             namespace
                 .borrow_mut()
@@ -599,12 +608,12 @@ fn assign(
             let values = value.iterate()?;
             let (expected, got) = (targets.len(), values.len());
             if got < expected {
-                return Err(Error::new(format!(
+                return Err(TemplateError::new(format!(
                     "not enough values to unpack (expected {expected}, got {got})"
                 )));
             }
             if got > expected {
-                return Err(Error::new(format!(
+                return Err(TemplateError::new(format!(
                     "too many values to unpack (expected {expected})"
                 )));
             }

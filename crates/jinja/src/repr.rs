@@ -1,7 +1,7 @@
 //! Python's `repr`.
 
 use crate::{
-    error::Error,
+    error::TemplateError,
     limits,
     number::float_repr,
     text,
@@ -21,7 +21,7 @@ impl ReprWriter {
     ///
     /// # Errors
     /// If Python prints an address, or the text is too long.
-    pub(crate) fn written(value: &Value) -> Result<String, Error> {
+    pub(crate) fn written(value: &Value) -> Result<String, TemplateError> {
         let mut writer = Self {
             written: String::new(),
             namespaces: 0,
@@ -34,7 +34,7 @@ impl ReprWriter {
         self.written.push_str(text);
     }
 
-    fn value(&mut self, value: &Value) -> Result<(), Error> {
+    fn value(&mut self, value: &Value) -> Result<(), TemplateError> {
         limits::work(1)?;
         limits::text(self.written.len())?;
         match value {
@@ -70,7 +70,7 @@ impl ReprWriter {
             }
             other => {
                 let name = other.type_name();
-                return Err(Error::new(format!(
+                return Err(TemplateError::new(format!(
                     "a {name} cannot be printed: Python prints its address"
                 )));
             }
@@ -86,9 +86,9 @@ impl ReprWriter {
         }
     }
 
-    fn namespace(&mut self, attributes: &Dict) -> Result<(), Error> {
+    fn namespace(&mut self, attributes: &Dict) -> Result<(), TemplateError> {
         if self.namespaces == 1 {
-            return Err(Error::unsupported(
+            return Err(TemplateError::unsupported(
                 "printing a namespace that holds another",
             ));
         }
@@ -100,7 +100,7 @@ impl ReprWriter {
         Ok(())
     }
 
-    fn items(&mut self, begin: &str, items: &[Value], end: &str) -> Result<(), Error> {
+    fn items(&mut self, begin: &str, items: &[Value], end: &str) -> Result<(), TemplateError> {
         self.push(begin);
         for (position, item) in items.iter().enumerate() {
             if position > 0 {
@@ -112,7 +112,7 @@ impl ReprWriter {
         Ok(())
     }
 
-    fn dict(&mut self, dict: &Dict) -> Result<(), Error> {
+    fn dict(&mut self, dict: &Dict) -> Result<(), TemplateError> {
         self.push("{");
         for (position, (key, value)) in dict.pairs.iter().enumerate() {
             if position > 0 {

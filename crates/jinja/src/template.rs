@@ -3,7 +3,8 @@
 use serde_json::{Map, Value as Json};
 
 use crate::{
-    ast::Statement, error::Error, limits, parser, render::Renderer, scope::Scope, value::Value,
+    ast::Statement, error::TemplateError, limits, parser, render::Renderer, scope::Scope,
+    value::Value,
 };
 
 /// A compiled template.
@@ -18,7 +19,7 @@ impl Template {
     /// # Errors
     /// If it is not valid Jinja2, uses an unsupported statement, or is longer than [`crate::MAX_SOURCE_BYTES`]; with the
     /// line.
-    pub fn compile(source: &str) -> Result<Self, Error> {
+    pub fn compile(source: &str) -> Result<Self, TemplateError> {
         limits::source(source.len())?;
         let body = parser::parse(source)?;
         Ok(Self { body })
@@ -28,7 +29,7 @@ impl Template {
     ///
     /// # Errors
     /// If the template raises, an operation fails as in Python, or a limit is exceeded; with the line.
-    pub fn render(&self, variables: &Map<String, Json>) -> Result<String, Error> {
+    pub fn render(&self, variables: &Map<String, Json>) -> Result<String, TemplateError> {
         let scope = Scope::root();
         for (name, value) in variables {
             scope.set(name, Value::from(value));

@@ -1,7 +1,7 @@
 //! Tests: the operator `is`.
 
 use crate::{
-    arguments::CallArguments, ast::ComparisonOperator, error::Error, filters, limits,
+    arguments::CallArguments, ast::ComparisonOperator, error::TemplateError, filters, limits,
     number::parse_int, value::Value,
 };
 
@@ -53,10 +53,10 @@ pub(crate) fn is_known(name: &str) -> bool {
 }
 
 /// Whether `value is name(…)`.
-pub(crate) fn holds(name: &str, value: &Value, args: CallArguments) -> Result<bool, Error> {
+pub(crate) fn holds(name: &str, value: &Value, args: CallArguments) -> Result<bool, TemplateError> {
     let known = NAMES.into_iter().find(|known| *known == name);
     let Some(name) = known else {
-        return Err(Error::new(format!("No test named '{name}'.")));
+        return Err(TemplateError::new(format!("No test named '{name}'.")));
     };
     limits::work(1)?;
     if let Some(comparison) = comparison(name) {
@@ -75,7 +75,9 @@ pub(crate) fn holds(name: &str, value: &Value, args: CallArguments) -> Result<bo
             let other = args.required(0)?;
             let by_value = matches!(value, Value::Int(_) | Value::Float(_) | Value::Text(_));
             if by_value && value.type_name() == other.type_name() {
-                return Err(Error::unsupported("the test sameas of numbers and strings"));
+                return Err(TemplateError::unsupported(
+                    "the test sameas of numbers and strings",
+                ));
             }
             return Ok(value.is_same_as(other));
         }
@@ -98,7 +100,7 @@ fn comparison(name: &str) -> Option<ComparisonOperator> {
 }
 
 /// Tests without arguments.
-fn is(name: &str, value: &Value) -> Result<bool, Error> {
+fn is(name: &str, value: &Value) -> Result<bool, TemplateError> {
     let all_cased = |is_case: fn(char) -> bool, is_other: fn(char) -> bool| {
         let text = value.to_text()?;
         limits::work(value.work())?;
@@ -134,11 +136,11 @@ fn is(name: &str, value: &Value) -> Result<bool, Error> {
         "test" => value.as_str().is_some_and(is_known),
         "odd" => remainder(value)?.equals(&Value::Int(1)),
         "even" => remainder(value)?.equals(&Value::Int(0)),
-        _ => return Err(Error::new(format!("No test named '{name}'."))),
+        _ => return Err(TemplateError::new(format!("No test named '{name}'."))),
     })
 }
 
-fn remainder(value: &Value) -> Result<Value, Error> {
+fn remainder(value: &Value) -> Result<Value, TemplateError> {
     value.arithmetic(crate::ast::ArithmeticOperator::Modulo, &Value::Int(2))
 }
 

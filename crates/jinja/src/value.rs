@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value as Json;
 
 use crate::{
-    ast::Literal, error::Error, functions::Function, limits, loops::Loop, methods::Method,
+    ast::Literal, error::TemplateError, functions::Function, limits, loops::Loop, methods::Method,
     render::MacroValue, repr::ReprWriter,
 };
 
@@ -172,11 +172,11 @@ impl Dict {
     }
 
     /// Sets a key; an existing key keeps its position.
-    pub(crate) fn insert(&mut self, key: Value, value: Value) -> Result<(), Error> {
+    pub(crate) fn insert(&mut self, key: Value, value: Value) -> Result<(), TemplateError> {
         key.check_hashable()?;
         self.depth = self.depth.max(key.depth()).max(value.depth());
         if self.pairs.len() == limits::KEYS {
-            return Err(Error::new(format!(
+            return Err(TemplateError::new(format!(
                 "a dictionary of more than {} keys",
                 limits::KEYS
             )));
@@ -379,9 +379,9 @@ impl Value {
     }
 
     /// Error if the value is undefined.
-    pub(crate) fn must_be_defined(&self) -> Result<(), Error> {
+    pub(crate) fn must_be_defined(&self) -> Result<(), TemplateError> {
         match self {
-            Self::Undefined(undefined) => Err(Error::new(undefined.reason.clone())),
+            Self::Undefined(undefined) => Err(TemplateError::new(undefined.reason.clone())),
             _ => Ok(()),
         }
     }
@@ -417,7 +417,7 @@ impl Value {
     }
 
     /// Elements of an iterable. A one-pass iterator is exhausted.
-    pub(crate) fn iterate(&self) -> Result<Vec<Value>, Error> {
+    pub(crate) fn iterate(&self) -> Result<Vec<Value>, TemplateError> {
         let units = match self {
             Self::Text(text) => text.text.len(),
             other => other.work(),
@@ -440,9 +440,13 @@ impl Value {
             Self::View(view) => view.items(),
             Self::Range(range) => range.items(),
             Self::Generator(generator) => generator.rest.borrow_mut().drain(..).collect(),
-            Self::Loop(_) => return Err(Error::unsupported("going through a loop's own variable")),
+            Self::Loop(_) => {
+                return Err(TemplateError::unsupported(
+                    "going through a loop's own variable",
+                ));
+            }
             other => {
-                return Err(Error::new(format!(
+                return Err(TemplateError::new(format!(
                     "'{}' object is not iterable",
                     other.type_name()
                 )));
@@ -479,10 +483,10 @@ impl Value {
     }
 
     /// Error if the value is not hashable.
-    pub(crate) fn check_hashable(&self) -> Result<(), Error> {
+    pub(crate) fn check_hashable(&self) -> Result<(), TemplateError> {
         limits::work(1)?;
         match self {
-            Self::List(_) | Self::Dict(_) => Err(Error::new(format!(
+            Self::List(_) | Self::Dict(_) => Err(TemplateError::new(format!(
                 "unhashable type: '{}'",
                 self.type_name()
             ))),
@@ -492,7 +496,7 @@ impl Value {
     }
 
     /// Python's `str`.
-    pub(crate) fn to_text(&self) -> Result<Rc<str>, Error> {
+    pub(crate) fn to_text(&self) -> Result<Rc<str>, TemplateError> {
         Ok(match self {
             Self::Undefined(_) => "".into(),
             Self::Text(text) => Rc::clone(&text.text),
@@ -505,7 +509,7 @@ impl Value {
     }
 
     /// Python's `repr`.
-    pub(crate) fn repr(&self) -> Result<String, Error> {
+    pub(crate) fn repr(&self) -> Result<String, TemplateError> {
         ReprWriter::written(self)
     }
 }

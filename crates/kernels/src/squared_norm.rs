@@ -14,7 +14,7 @@ const LANES: usize = 8;
 /// infinite. The same tensor always gives the same bits.
 ///
 /// # Errors
-/// Those of candle's operations on other devices.
+/// When an operation of candle fails, on other devices.
 pub fn squared_norm(tensor: &Tensor) -> Result<f64> {
     let tensor = tensor.detach();
     if !fusible(&[&tensor]) {

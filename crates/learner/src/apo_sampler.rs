@@ -80,9 +80,9 @@ impl ApoSampler {
         source.restart_deadline();
         while collected < wanted {
             let window = EVALUATION_WINDOW.min(wanted - collected);
-            while source.scheduler.eval_outstanding() < window {
+            while source.eval_outstanding() < window {
                 tokio::select! {
-                    sent = source.scheduler.send_apo(sent, version) => sent?,
+                    sent = source.send_apo(sent, version) => sent?,
                     _ = shutdown.wait_for(|requested| *requested) => return Ok(()),
                 }
                 sent += 1;

@@ -27,7 +27,7 @@ pub(crate) struct Curriculum {
     state: CurriculumState,
 }
 
-/// What was measured and drawn; part of every checkpoint.
+/// Measured signals and numbers of draws; part of every checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CurriculumState {
     /// Last signal of every measured row, in 65 535ths.

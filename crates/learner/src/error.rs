@@ -17,7 +17,7 @@ pub enum LearnerError {
     Transport(#[from] TransportError),
     /// The run directory cannot be written.
     #[error(transparent)]
-    Telemetry(#[from] telemetry::Error),
+    Telemetry(#[from] telemetry::TelemetryError),
     /// A thread panicked.
     #[error("the trainer thread ended unexpectedly (it panicked; see the log)")]
     ThreadPanicked,
@@ -71,7 +71,7 @@ pub enum LearnerError {
     NoWholeCheckpoint {
         /// Run directory.
         directory: PathBuf,
-        /// What is there instead.
+        /// The content found instead.
         reason: String,
     },
     /// A run is resumed with other inputs.
@@ -105,7 +105,7 @@ pub enum LearnerError {
         "no room for {what} for {seconds} s: its stream is full and nobody takes from it; see agon status and learner.batch_timeout_seconds"
     )]
     NoRoom {
-        /// What there is no room for.
+        /// The file or value that needs room.
         what: &'static str,
         /// Duration of the wait.
         seconds: u64,

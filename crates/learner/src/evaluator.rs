@@ -134,10 +134,10 @@ impl Evaluator {
         let (mut sent, mut tally) = (0, EvaluationTally::default());
         let interrupted = ControlFlow::Break(Evaluated::Interrupted);
         source.restart_deadline();
-        while sent < prompts || source.scheduler.eval_outstanding() > 0 {
-            while sent < prompts && source.scheduler.eval_outstanding() < EVALUATION_WINDOW {
+        while sent < prompts || source.eval_outstanding() > 0 {
+            while sent < prompts && source.eval_outstanding() < EVALUATION_WINDOW {
                 tokio::select! {
-                    sent = source.scheduler.send_held_out(sent, purpose, version) => sent?,
+                    sent = source.send_held_out(sent, purpose, version) => sent?,
                     _ = shutdown.wait_for(|requested| *requested) => return Ok(interrupted),
                 }
                 sent += 1;
@@ -167,7 +167,7 @@ impl Evaluator {
     /// Number of prompts of an evaluation: that of the settings, but no more than there are distinct ones.
     fn prompt_count(&self, source: &PairSource) -> usize {
         let wanted = self.settings.prompts;
-        let distinct = source.scheduler.held_out_count();
+        let distinct = source.held_out_count();
         let Some(distinct) = distinct.filter(|&count| count < wanted) else {
             return wanted;
         };

@@ -54,7 +54,7 @@ pub use file_pairs::{
 };
 pub use input_record::InputRecord;
 pub use judge_evaluation::{
-    JudgeEvaluation, judge_evaluations, length_controlled_win_rate, win_rate,
+    IndependentUnit, JudgeEvaluation, judge_evaluations, length_controlled_win_rate, win_rate,
 };
 pub use prompts::{DialogueUse, NoPrompts, PromptFiles, PromptLimits, PromptRow, PromptSet};
 pub use recovery::RecoveryCounts;

@@ -30,7 +30,7 @@ use crate::{
 
 /// Sends prompts; receives labelled pairs and drop notes.
 pub(crate) struct PairSource {
-    pub(crate) scheduler: PromptScheduler,
+    scheduler: PromptScheduler,
     labelled: Receiver<LabelledPair>,
     drops: Receiver<Dropped>,
     buffer: PairBuffer,
@@ -149,6 +149,47 @@ impl PairSource {
     /// Current waits.
     pub(crate) fn waits(&self) -> Waits {
         self.waits.clone()
+    }
+
+    /// State of the prompts, for a checkpoint.
+    pub(crate) fn scheduler_state(&self) -> PromptSchedulerState {
+        self.scheduler.state()
+    }
+
+    /// Number of distinct held-out prompts; `None` if every index is an independent draw.
+    pub(crate) fn held_out_count(&self) -> Option<usize> {
+        self.scheduler.held_out_count()
+    }
+
+    /// Number of outstanding prompts that are not trained on: of an evaluation or of APO.
+    pub(crate) fn eval_outstanding(&self) -> usize {
+        self.scheduler.eval_outstanding()
+    }
+
+    /// Sends the held-out prompt `index` of the evaluation at `version`, for a comparison of this purpose.
+    ///
+    /// # Errors
+    /// If the prompt stream is closed or stays full.
+    pub(crate) async fn send_held_out(
+        &mut self,
+        index: u64,
+        purpose: Purpose,
+        version: WeightsVersion,
+    ) -> Result<(), LearnerError> {
+        let sent = self.scheduler.send_held_out(index, purpose, version);
+        sent.await
+    }
+
+    /// Sends the prompt `index` of the APO round at `version`.
+    ///
+    /// # Errors
+    /// If the prompt stream is closed or stays full.
+    pub(crate) async fn send_apo(
+        &mut self,
+        index: u64,
+        version: WeightsVersion,
+    ) -> Result<(), LearnerError> {
+        self.scheduler.send_apo(index, version).await
     }
 
     pub(crate) fn lineage(&self) -> &SessionLineage {
@@ -534,7 +575,7 @@ impl PairSource {
         Arrival::Handled
     }
 
-    /// Puts an invalid drop note aside. Unlike others, it counts as a message that the stage received and dropped.
+    /// Rejects an invalid drop note. Unlike others, it counts as a message that the stage received and dropped.
     async fn reject_note(&mut self, note: &Dropped, receipt: Receipt, invalid: &InvalidMessage) {
         let (prompt, detail) = (note.prompt.0, invalid.to_string());
         tracing::warn!(prompt, detail, "an invalid drop note was rejected");

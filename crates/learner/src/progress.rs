@@ -13,7 +13,7 @@ pub(crate) struct RunTotals {
     pub(crate) step: u64,
     /// Pairs trained on.
     pub(crate) pairs: u64,
-    /// Those of them that came from files.
+    /// Pairs among them that came from files.
     pub(crate) file_pairs: u64,
     /// Response tokens trained on.
     pub(crate) tokens: u64,

@@ -29,7 +29,7 @@ pub struct RecoveryCounts {
     consecutive_rejected: u64,
     /// Steps that were rejected because they were not finite or far beyond the run's past.
     pub rejected: u64,
-    /// Those of them whose loss or gradient was not finite.
+    /// Steps among them whose loss or gradient was not finite.
     pub nonfinite: u64,
     /// Rollbacks to a checkpoint.
     pub rollbacks: u64,

@@ -70,7 +70,7 @@ pub struct LearnerParts {
 pub struct RunOrigin {
     /// Checkpoint to resume, which is whole; `None` for a new run.
     pub resume: Option<PathBuf>,
-    /// What the run is made of; part of every checkpoint.
+    /// Record of the run's inputs; part of every checkpoint.
     pub inputs: InputRecord,
     /// Whether the run is resumed although its inputs have changed.
     pub accepts_changes: bool,
@@ -163,7 +163,7 @@ pub struct Summary {
     pub steps: u64,
     /// Pairs trained on.
     pub pairs: u64,
-    /// Those of them that came from files.
+    /// Pairs among them that came from files.
     pub file_pairs: u64,
     /// Response tokens trained on.
     pub tokens: u64,
@@ -516,7 +516,7 @@ impl Learner {
                 lineage: self.source.lineage().clone(),
                 version: self.publisher.version(),
                 recovery: self.recovery.state(),
-                scheduler: self.source.scheduler.state(),
+                scheduler: self.source.scheduler_state(),
                 files: self.source.files_state(),
                 apo_step: self.apo.last_step(),
                 evaluations: self.evaluator.history().to_vec(),

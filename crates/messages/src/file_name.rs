@@ -20,7 +20,7 @@ pub struct FileName(String);
 pub struct InvalidFileName {
     /// The text, shortened to what a message can show.
     name: String,
-    /// What is wrong with it.
+    /// Reason.
     reason: &'static str,
 }
 
@@ -47,7 +47,7 @@ impl FileName {
     }
 }
 
-/// What keeps a text from being a plain file name.
+/// Reason why a text is no plain file name.
 fn fault(name: &str) -> Option<&'static str> {
     let is_separator = |c: char| ['/', '\\'].contains(&c);
     if name.is_empty() {

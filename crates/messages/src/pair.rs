@@ -117,7 +117,8 @@ pub enum DropReason {
     Failed,
     /// The judge abstained.
     Abstained,
-    /// The pair is older than `max_staleness` allows.
+    /// The pair's weights are more than `max_staleness` steps old, or its judge was superseded by an APO round that long
+    /// ago.
     Stale,
     /// The pair was trained on before.
     Duplicate,

@@ -11,7 +11,10 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use crate::{
-    Engine, EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
+    engine::Engine,
+    error::MistralError,
+    model_files::ModelFiles,
+    request::{EngineRequest, LoadDtype, TokenSelector},
 };
 
 /// Grace period added to the completion timeout before the caller gives up.

@@ -27,7 +27,9 @@ use mistralrs::{
 use tokio::{runtime::Runtime, sync::mpsc::Sender, time::timeout};
 
 use crate::{
-    EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
+    error::MistralError,
+    model_files::ModelFiles,
+    request::{EngineRequest, LoadDtype, TokenSelector},
 };
 
 /// Timeout of loading a model, ample for any model that fits into memory.

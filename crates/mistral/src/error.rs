@@ -26,7 +26,7 @@ pub enum MistralError {
     Unusable {
         /// The file or folder.
         path: PathBuf,
-        /// What is wrong and what is required.
+        /// Reason and requirement.
         reason: String,
     },
     /// mistral.rs cannot load the model.

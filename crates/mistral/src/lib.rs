@@ -10,51 +10,19 @@
 //! what completions are used for.
 
 mod chat;
-#[cfg(feature = "engine")]
+#[cfg_attr(not(feature = "engine"), path = "stub.rs")]
 mod engine;
 mod error;
 mod model_files;
+mod request;
 mod rollouts;
-#[cfg(not(feature = "engine"))]
-mod stub;
-
-use std::time::Duration;
 
 pub use chat::{CandidateToken, Chat, GeneratedText, GeneratedToken};
-#[cfg(feature = "engine")]
 pub use engine::Engine;
 pub use error::MistralError;
 pub use model_files::ModelFiles;
+pub use request::{EngineRequest, LoadDtype, TokenSelector};
 pub use rollouts::{Rollouts, RolloutsParts};
-#[cfg(not(feature = "engine"))]
-pub use stub::Engine;
-
-/// Selects the tokens of one completion from its logits.
-pub trait TokenSelector: Send + 'static {
-    /// Selects the token that follows `context` (the prompt and the tokens generated so far) from `logits`, one value
-    /// per vocabulary token. `None` ends the completion.
-    fn select(&mut self, logits: &[f32], context: &[u32]) -> Option<u32>;
-}
-
-/// A completion request to an [`Engine`].
-#[derive(Debug, Clone)]
-pub struct EngineRequest {
-    /// Token ids of the prompt.
-    pub ids: Vec<u32>,
-    /// Maximum length of the completion, in tokens.
-    pub max_new_tokens: usize,
-    /// Timeout, queueing included.
-    pub timeout: Duration,
-}
-
-/// Dtype in which weights are loaded and computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LoadDtype {
-    /// 32-bit floating point.
-    F32,
-    /// Chosen by mistral.rs from the model's dtype and the processor.
-    Auto,
-}
 
 /// Checks that this build includes mistral.rs.
 ///

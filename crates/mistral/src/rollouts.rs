@@ -24,7 +24,10 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::{
-    Engine, EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
+    engine::Engine,
+    error::MistralError,
+    model_files::ModelFiles,
+    request::{EngineRequest, LoadDtype, TokenSelector},
 };
 
 /// Maximum wait of [`Rollouts::step`] for a completion, so that new requests are admitted in between.

@@ -3,7 +3,9 @@
 use messages::PromptText;
 
 use crate::{
-    EngineRequest, LoadDtype, TokenSelector, error::MistralError, model_files::ModelFiles,
+    error::MistralError,
+    model_files::ModelFiles,
+    request::{EngineRequest, LoadDtype, TokenSelector},
 };
 
 /// A model loaded by mistral.rs; uninhabited in this build.

@@ -28,7 +28,7 @@ pub enum ModelError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and the remedy.
+        /// Reason and remedy.
         reason: String,
     },
     /// An unsupported model architecture.

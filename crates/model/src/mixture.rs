@@ -11,7 +11,7 @@ pub struct MixtureInputs<'a> {
     pub reference: &'a LanguageModel,
     /// Final hidden state of the policy that predicts each token, `[R, hidden_size]`.
     pub hidden: &'a Tensor,
-    /// That of the reference.
+    /// Log-probability under the reference.
     pub ref_hidden: &'a Tensor,
     /// Weight m on the reference for each token.
     pub mixture_coefs: &'a [f32],

@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::json;
 
-use crate::error::Error;
+use crate::error::PlaygroundError;
 use crate::llama::{HIDDEN, LlamaWeights, NORMS, config};
 use crate::seed::{RngStream, generator};
 use crate::tokenizer::{word_level, write};
@@ -31,9 +31,9 @@ impl Bandit {
     /// Creates a bandit from its reference probabilities, one per arm.
     ///
     /// # Errors
-    /// [`Error::Probabilities`] unless there are 2 to 64 arms with positive probabilities that sum to 1 within 10⁻⁶.
-    pub fn new(probabilities: &[f64]) -> Result<Self, Error> {
-        let invalid = |reason| Err(Error::Probabilities { reason });
+    /// [`PlaygroundError::Probabilities`] unless there are 2 to 64 arms with positive probabilities that sum to 1 within 10⁻⁶.
+    pub fn new(probabilities: &[f64]) -> Result<Self, PlaygroundError> {
+        let invalid = |reason| Err(PlaygroundError::Probabilities { reason });
         if !ARMS.contains(&probabilities.len()) {
             return invalid(format!("has {} arms; give 2 to 64", probabilities.len()));
         }
@@ -70,7 +70,7 @@ impl Bandit {
     ///
     /// # Errors
     /// If a file cannot be written.
-    pub fn write_model(&self, folder: &Path) -> Result<(), Error> {
+    pub fn write_model(&self, folder: &Path) -> Result<(), PlaygroundError> {
         let arms = self.probabilities.len();
         let names: Vec<String> = (0..arms).map(|arm| format!("arm{arm}")).collect();
         let tokenizer = word_level(names.iter().map(String::as_str), &[]);
@@ -91,7 +91,7 @@ impl Bandit {
     }
 
     /// Serialises the weights as safetensors, with the LM head that yields the reference.
-    fn encode(&self, weights: &LlamaWeights) -> Result<Vec<u8>, Error> {
+    fn encode(&self, weights: &LlamaWeights) -> Result<Vec<u8>, PlaygroundError> {
         let mut tensors: Vec<(&str, Vec<usize>, Vec<u8>)> = Vec::new();
         for (name, matrix) in weights.named() {
             tensors.push((

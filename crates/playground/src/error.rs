@@ -6,7 +6,7 @@ use crate::vocabulary::WordCategory;
 
 /// Errors of the playground. Messages are fragments that read after "failed to …: ".
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum PlaygroundError {
     /// A token id outside the vocabulary: the prompt was encoded with another tokenizer.
     #[error(
         "token id {id} is not a playground word; encode the prompt with the playground's tokenizer"
@@ -27,13 +27,13 @@ pub enum Error {
     /// The reference probabilities of a bandit are not a probability distribution.
     #[error("model.reference_probabilities {reason}")]
     Probabilities {
-        /// What is wrong and what is required.
+        /// Reason and requirement.
         reason: String,
     },
     /// The matrix, reference, temperature or mixture of a matrix game is invalid.
     #[error("preference game {reason}")]
     Game {
-        /// What is wrong and what is required.
+        /// Reason and requirement.
         reason: String,
     },
     /// The fixed-point iteration did not converge within the iteration limit.

@@ -3,7 +3,7 @@
 //! A judge sees token ids, not the generator's state. [`Facts::parse`] recovers every slot from the sentences: only the
 //! introduction contains a relation, only the problem contains a verb of damage, only the last sentence is a question.
 
-use crate::error::Error;
+use crate::error::PlaygroundError;
 use crate::template::word;
 use crate::vocabulary::{BOS, PAD, SEP, Vocabulary, WordCategory};
 
@@ -45,14 +45,14 @@ impl Facts {
     ///
     /// # Errors
     /// An id outside the vocabulary, missing `<bos>` or `<sep>`, or a post without one of its slots.
-    pub fn parse(prompt_ids: &[u32]) -> Result<Self, Error> {
+    pub fn parse(prompt_ids: &[u32]) -> Result<Self, PlaygroundError> {
         let vocabulary = Vocabulary::shared();
         if let Some(id) = prompt_ids.iter().find(|id| vocabulary.tag(**id).is_none()) {
-            return Err(Error::UnknownToken { id: *id });
+            return Err(PlaygroundError::UnknownToken { id: *id });
         }
         let padding = prompt_ids.iter().take_while(|id| **id == PAD).count();
         let [BOS, post @ .., SEP] = &prompt_ids[padding..] else {
-            return Err(Error::PromptFrame);
+            return Err(PlaygroundError::PromptFrame);
         };
         let sentences = sentences(post);
         let last = sentences.last().copied().unwrap_or_default();
@@ -89,12 +89,12 @@ fn sentence_with<'a>(sentences: &[&'a [u32]], tag: WordCategory) -> &'a [u32] {
     found.copied().unwrap_or_default()
 }
 
-fn find_category(sentence: &[u32], slot: WordCategory) -> Result<u32, Error> {
+fn find_category(sentence: &[u32], slot: WordCategory) -> Result<u32, PlaygroundError> {
     let vocabulary = Vocabulary::shared();
     let found = sentence
         .iter()
         .find(|id| vocabulary.tag(**id) == Some(slot));
-    found.copied().ok_or(Error::MissingFact { slot })
+    found.copied().ok_or(PlaygroundError::MissingFact { slot })
 }
 
 #[cfg(test)]

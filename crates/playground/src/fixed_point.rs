@@ -4,7 +4,7 @@
 //! Feedback", 2312.00886; Calandriello et al., "Human Alignment of Large Language Models through Online Preference
 //! Optimisation", 2403.08635): π ∝ ref · exp(p(y ≻ mixture)/τ) with mixture ∝ π^(1−m) · ref^m.
 
-use crate::error::Error;
+use crate::error::PlaygroundError;
 
 /// Tolerance of the iteration, as an error of a probability. An error ε of the policy moves its best response by up
 /// to ε · (1 + slope), which is the residual that is tested.
@@ -27,7 +27,7 @@ pub fn fixed_point(
     reference: &[f64],
     tau: f64,
     m: f64,
-) -> Result<Vec<f64>, Error> {
+) -> Result<Vec<f64>, PlaygroundError> {
     let game = PreferenceGame::new(matrix, reference, tau, m)?;
     // The map's derivative is A·Cov/tau with A antisymmetric and small, hence the bound and the step.
     let slope = game.largest_advantage() * (1.0 - m) / tau;
@@ -45,7 +45,7 @@ pub fn fixed_point(
         let ahead = toward(&logits, &logits, &response, step);
         logits = toward(&logits, &ahead, &game.response(&ahead), step);
     }
-    Err(Error::NotConverged {
+    Err(PlaygroundError::NotConverged {
         iterations: limit,
         residual,
     })
@@ -66,7 +66,12 @@ struct PreferenceGame<'a> {
 }
 
 impl<'a> PreferenceGame<'a> {
-    fn new(matrix: &'a [Vec<f64>], reference: &[f64], tau: f64, m: f64) -> Result<Self, Error> {
+    fn new(
+        matrix: &'a [Vec<f64>],
+        reference: &[f64],
+        tau: f64,
+        m: f64,
+    ) -> Result<Self, PlaygroundError> {
         let arms = reference.len();
         let square = arms > 0 && matrix.len() == arms && matrix.iter().all(|row| row.len() == arms);
         let checks = [
@@ -89,7 +94,7 @@ impl<'a> PreferenceGame<'a> {
             ),
         ];
         if let Some((_, reason)) = checks.iter().find(|(holds, _)| !holds) {
-            return Err(Error::Game {
+            return Err(PlaygroundError::Game {
                 reason: (*reason).to_owned(),
             });
         }

@@ -25,7 +25,7 @@ mod vocabulary;
 
 pub use bandit::Bandit;
 pub use base::base_config_json;
-pub use error::Error;
+pub use error::PlaygroundError;
 pub use facts::Facts;
 pub use fixed_point::{fixed_point, mixture};
 pub use gold::{SUMMARY_CAP, Utility, preference, utility};

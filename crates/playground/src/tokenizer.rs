@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::error::Error;
+use crate::error::PlaygroundError;
 use crate::vocabulary::Vocabulary;
 
 /// Maximum sequence length of the playground's models, in tokens.
@@ -41,7 +41,7 @@ impl Vocabulary {
 ///
 /// # Errors
 /// If a file cannot be written.
-pub fn write_tokenizer(folder: &Path) -> Result<(), Error> {
+pub fn write_tokenizer(folder: &Path) -> Result<(), PlaygroundError> {
     let vocabulary = Vocabulary::shared();
     write(
         folder,
@@ -91,9 +91,9 @@ fn special_token(id: u32, word: &str) -> Value {
 }
 
 /// Writes a file of a model folder.
-pub(crate) fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
+pub(crate) fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), PlaygroundError> {
     let path = folder.join(name);
-    std::fs::write(&path, bytes).map_err(|source| Error::Write { path, source })
+    std::fs::write(&path, bytes).map_err(|source| PlaygroundError::Write { path, source })
 }
 
 #[cfg(test)]

@@ -8,14 +8,13 @@ use std::time::Duration;
 use thiserror::Error;
 use transport::TransportError;
 
-/// Failure to build a judge or to continue the service. Every message reads after "failed to";
-/// the cause, where there is one, is the error's source.
+/// Failure to build a judge or to continue the service; the cause, where there is one, is the error's source.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum PreferenceError {
     /// A rule's pattern is not a regular expression.
     #[error(
-        "compile preference.judge.rules[{rule}].pattern: write it in the syntax of the regex crate"
+        "failed to compile preference.judge.rules[{rule}].pattern: write it in the syntax of the regex crate"
     )]
     Pattern {
         /// Index of the rule, from 0.
@@ -24,7 +23,7 @@ pub enum PreferenceError {
         source: regex::Error,
     },
     /// A rule's weight is not finite.
-    #[error("use {weight} as preference.judge.rules[{rule}].weight: give a finite number")]
+    #[error("preference.judge.rules[{rule}].weight is {weight}: give a finite number")]
     Weight {
         /// Index of the rule, from 0.
         rule: usize,
@@ -32,16 +31,16 @@ pub enum PreferenceError {
         weight: f64,
     },
     /// The temperature of the rules is negative or not finite.
-    #[error("use {0} as preference.judge.temperature: give 0 or a positive number")]
+    #[error("preference.judge.temperature is {0}: give 0 or a positive number")]
     Temperature(f64),
     /// The matrix is not square or has an entry that is not a probability.
-    #[error("use preference.judge.matrix: {reason}")]
+    #[error("preference.judge.matrix: {reason}")]
     Matrix {
         /// The violated condition and how to meet it.
         reason: String,
     },
     /// A file with an API key or a token cannot be read, or is empty.
-    #[error("read the key in {}: it must be one line of visible ASCII", path.display())]
+    #[error("failed to read the key in {}: it must be one line of visible ASCII", path.display())]
     Key {
         /// The file.
         path: PathBuf,
@@ -50,9 +49,9 @@ pub enum PreferenceError {
     },
     /// The token of the HTTP service cannot be read, or is none.
     #[error(transparent)]
-    Token(#[from] telemetry::Error),
+    Token(#[from] telemetry::TelemetryError),
     /// The HTTP client of a remote judge cannot be built.
-    #[error("build the HTTP client for {url}")]
+    #[error("failed to build the HTTP client for {url}")]
     Client {
         /// URL of the judge.
         url: String,
@@ -60,7 +59,7 @@ pub enum PreferenceError {
         source: reqwest::Error,
     },
     /// The HTTP server cannot listen.
-    #[error("listen on preference.http.listen = {listen:?}: name a free host:port")]
+    #[error("failed to listen on preference.http.listen = {listen:?}: name a free host:port")]
     Listen {
         /// The address.
         listen: String,
@@ -69,14 +68,14 @@ pub enum PreferenceError {
     },
     /// The HTTP service would answer other machines without authentication.
     #[error(
-        "listen on preference.http.listen = {address}: an address reachable from other machines needs a token; name its file with preference.http.token_path, or listen on 127.0.0.1"
+        "failed to listen on preference.http.listen = {address}: an address reachable from other machines needs a token; name its file with preference.http.token_path, or listen on 127.0.0.1"
     )]
     Exposed {
         /// The address.
         address: SocketAddr,
     },
     /// A thread cannot be started.
-    #[error("start the thread {thread} of the judge {judge}")]
+    #[error("failed to start the thread {thread} of the judge {judge}")]
     Thread {
         /// Name of the judge.
         judge: String,
@@ -89,30 +88,32 @@ pub enum PreferenceError {
     #[error(transparent)]
     Model(#[from] model::ModelError),
     /// There are neither annotated pairs nor golden answers to train on.
-    #[error("fit a preference model: there are no pairs; see preference.fit.pairs")]
+    #[error("failed to fit a preference model: there are no pairs; see preference.fit.pairs")]
     NothingToFit,
     /// The loss or the gradient norm of a preference model is not finite.
     #[error(
-        "fit a preference model: the loss is not finite at step {step}; lower preference.fit.learning_rate"
+        "failed to fit a preference model: the loss is not finite at step {step}; lower preference.fit.learning_rate"
     )]
     FitDiverged {
         /// The step, from 1.
         step: u64,
     },
     /// The training thread panicked.
-    #[error("fit a preference model: its thread panicked; see the log")]
+    #[error("failed to fit a preference model: its thread panicked; see the log")]
     FitPanicked,
     /// A preference model computes scores that are not finite.
-    #[error("evaluate the preference model: its scores are not finite; its weights are damaged")]
+    #[error(
+        "failed to evaluate the preference model: its scores are not finite; its weights are damaged"
+    )]
     NotFinite,
     /// Training was interrupted.
-    #[error("fit a preference model: interrupted; begin again with the same command")]
+    #[error("the fit of the preference model was interrupted; begin again with the same command")]
     FitStopped,
     /// Replicas of a newly trained model cannot be built.
-    #[error("build judge replicas from the preference model of an APO round: {0}")]
+    #[error("failed to build judge replicas from the preference model of an APO round: {0}")]
     Replicas(String),
     /// The reports of earlier APO rounds cannot be read.
-    #[error("read {path}: {source}")]
+    #[error("failed to read {path}: {source}")]
     Unreadable {
         /// The file.
         path: std::path::PathBuf,
@@ -120,7 +121,9 @@ pub enum PreferenceError {
         source: io::Error,
     },
     /// A line of `rounds.jsonl` is not a round report.
-    #[error("read {path}, line {line}: {reason}; remove the line to go on without that round")]
+    #[error(
+        "failed to read {path}, line {line}: {reason}; remove the line to go on without that round"
+    )]
     MalformedRound {
         /// The file.
         path: std::path::PathBuf,
@@ -130,7 +133,7 @@ pub enum PreferenceError {
         reason: String,
     },
     /// The model or the report of an APO round cannot be written.
-    #[error("write {path}: {source}")]
+    #[error("failed to write {path}: {source}")]
     Unwritable {
         /// The file.
         path: std::path::PathBuf,
@@ -138,7 +141,7 @@ pub enum PreferenceError {
         source: io::Error,
     },
     /// Every replica of the judge is dead. Unacknowledged pairs are back in their stream.
-    #[error("judge pairs: {0}; start the service again with a new judge")]
+    #[error("failed to judge pairs: {0}; start the service again with a new judge")]
     NoJudge(ComparisonError),
     /// No receiver for labels or drop notes is left, or the server is gone. Unacknowledged pairs are back in their
     /// stream.

@@ -89,7 +89,7 @@ impl JudgeThread {
             return Err(JudgeError::with_kind(JudgeErrorKind::Dead, reason));
         };
         let started = self.spawn(move |commands| rebuild_and_serve(&rebuild, commands));
-        let started = started.map_err(|error| JudgeError::new(format!("failed to {error}")))?;
+        let started = started.map_err(|error| JudgeError::new(error.to_string()))?;
         tracing::warn!(
             judge = self.judge,
             thread = self.thread,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Settings, checks::Checks};
+use crate::{checks::Checks, settings::Settings};
 
 /// Sampling of completions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Settings, checks::Checks, judge::JudgeSettings};
+use crate::{checks::Checks, judge::JudgeSettings, settings::Settings};
 
 /// Adversarial preference optimisation: the reward model is trained again on golden answers against the policy's
 /// samples.

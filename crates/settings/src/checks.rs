@@ -3,7 +3,7 @@
 //! The checks of a section are in the file of the section. This file has the entry point and the collector of
 //! problems.
 
-use crate::{Settings, error::Problem};
+use crate::{error::Problem, settings::Settings};
 
 /// All values out of range and all contradictions, in the order of the sections.
 pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {

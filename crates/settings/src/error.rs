@@ -46,7 +46,7 @@ pub enum SettingsError {
 pub struct Problem {
     /// The dotted key.
     pub path: String,
-    /// What is wrong, and the remedy.
+    /// Reason and remedy.
     pub message: String,
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::{Settings, checks::Checks, judge::JudgeSettings};
+use crate::{checks::Checks, judge::JudgeSettings, settings::Settings};
 
 /// Longest name of an evaluation judge, in characters.
 const MAX_NAME: usize = 32;

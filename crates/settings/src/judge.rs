@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Settings, checks::Checks, prompts::PromptsSettings, source::ModelSource, url};
+use crate::{
+    checks::Checks, prompts::PromptsSettings, settings::Settings, source::ModelSource, url,
+};
 
 /// The judge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -97,7 +99,7 @@ pub struct EndpointSettings {
     pub api_key_path: PathBuf,
     /// Concurrent requests per URL.
     pub concurrency: usize,
-    /// What the model is asked for.
+    /// Form of its answers.
     pub form: VerdictForm,
     /// Criteria: the text of `{rubric}` in the template, or the end of the system message; empty: none.
     pub rubric: String,
@@ -105,7 +107,7 @@ pub struct EndpointSettings {
     pub votes: usize,
 }
 
-/// What a chat model is asked for.
+/// Form of the answers of a chat model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VerdictForm {
@@ -118,7 +120,7 @@ pub enum VerdictForm {
 /// How a chat model is asked: form, criteria and number of replies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RubricSettings {
-    /// What the model is asked for.
+    /// Form of its answers.
     pub form: VerdictForm,
     /// Criteria; empty: none.
     pub rubric: String,
@@ -138,7 +140,7 @@ pub struct LocalChatSettings {
     pub chat_template: PathBuf,
     /// In-situ quantisation of a folder's weights, by mistral.rs' name; empty: none.
     pub isq: String,
-    /// What the model is asked for.
+    /// Form of its answers.
     pub form: VerdictForm,
     /// Criteria: the text of `{rubric}` in the template, or the end of the system message; empty: none.
     pub rubric: String,

@@ -184,9 +184,9 @@ impl OffPolicy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PairSelection {
-    /// Those of all two of its completions.
+    /// Labels of all pairs of its completions.
     All,
-    /// That of the completions with the highest and the lowest mean preference over the others.
+    /// The label of the completions with the highest and the lowest mean preference over the others.
     BestWorst,
     /// One, drawn from the run's seed and the prompt's id.
     Random,

@@ -29,14 +29,13 @@ mod reference;
 mod repair;
 mod resolve;
 mod run;
+mod settings;
 mod sft;
 mod source;
 mod staleness;
 mod telemetry;
 mod transport;
 mod url;
-
-use serde::{Deserialize, Serialize};
 
 pub use actor::{ActorSettings, EngineSettings, PrecisionSetting};
 pub use apo::{ApoForm, ApoSettings};
@@ -64,28 +63,8 @@ pub use prompts::{
 pub use reference::ReferenceSettings;
 pub use resolve::{DEFAULT_TOML, Override, Resolved, resolve, resolve_file};
 pub use run::RunSettings;
+pub use settings::Settings;
 pub use sft::SftSettings;
 pub use source::{HubModel, InvalidHubModel, ModelSource};
 pub use telemetry::TelemetrySettings;
 pub use transport::{JetStreamSettings, TopologySettings, TransportSettings, WeightsEncoding};
-
-/// All settings. `configs/default.toml` documents every key.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "each section's type is documented")]
-pub struct Settings {
-    pub run: RunSettings,
-    pub transport: TransportSettings,
-    pub topology: TopologySettings,
-    pub model: ModelSettings,
-    pub prompts: PromptsSettings,
-    pub pairs: FilePairsSettings,
-    pub playground: PlaygroundSettings,
-    pub sft: SftSettings,
-    pub actor: ActorSettings,
-    pub preference: PreferenceSettings,
-    pub learner: LearnerSettings,
-    pub reference: ReferenceSettings,
-    pub evaluation: EvaluationSettings,
-    pub telemetry: TelemetrySettings,
-}

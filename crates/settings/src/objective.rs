@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Settings, actor::ActorSettings, checks::Checks};
+use crate::{actor::ActorSettings, checks::Checks, settings::Settings};
 
 /// The default gradient clip as a multiple of [`ObjectiveSettings::slope`]. At π = ref and certain labels it is the
 /// norm at which the gradient of the batch's mean h is clipped.

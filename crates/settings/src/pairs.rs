@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    PromptsSettings, Settings,
     checks::Checks,
     fit::PairsSettings,
     objective::ObjectiveSettings,
-    prompts::{CurriculumSetting, MixedFile, TooLong, one},
+    prompts::{CurriculumSetting, MixedFile, PromptsSettings, TooLong, one},
+    settings::Settings,
 };
 
 /// Smallest share of a batch above 0 that a run can have: shares are counted in millionths.
@@ -256,7 +256,7 @@ impl Settings {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Settings, checks::tests::assert_reported, resolve};
+    use crate::{checks::tests::assert_reported, resolve, settings::Settings};
 
     fn settings(text: &str) -> Settings {
         resolve(text, "test", &[])

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{EngineSettings, Settings, checks::Checks};
+use crate::{actor::EngineSettings, checks::Checks, settings::Settings};
 
 /// How the reference follows the policy in training.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

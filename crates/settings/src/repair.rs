@@ -3,7 +3,7 @@
 
 use toml::{Table, Value};
 
-use crate::{Settings, error::Problem};
+use crate::{error::Problem, settings::Settings};
 
 /// Maximum number of mistakes reported.
 const MAX_MISTAKES: usize = 100;

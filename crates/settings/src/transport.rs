@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Settings, checks::Checks, model::DtypeSetting, url};
+use crate::{checks::Checks, model::DtypeSetting, settings::Settings, url};
 
 /// How the roles communicate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

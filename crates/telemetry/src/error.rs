@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// A telemetry error. Every message reads after "failed to"; the cause, if any, is the error's source.
+/// A telemetry error; the cause, if any, is the error's source.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum Error {
+pub enum TelemetryError {
     /// The directory of a new run already contains a run.
     #[error(
-        "create a run in {}: it already contains one; continue it with `--resume`, or choose another `run.name` or `--run-dir`",
+        "failed to create a run in {}: it already contains one; continue it with `--resume`, or choose another `run.name` or `--run-dir`",
         directory.display()
     )]
     RunExists {
@@ -20,14 +20,14 @@ pub enum Error {
         directory: PathBuf,
     },
     /// The directory of a run to resume contains no run.
-    #[error("resume the run in {}: it contains no config.toml; leave out `--resume` to start a run there", directory.display())]
+    #[error("failed to resume the run in {}: it contains no config.toml; leave out `--resume` to start a run there", directory.display())]
     RunMissing {
         /// The directory.
         directory: PathBuf,
     },
     /// Another process has locked the run.
     #[error(
-        "lock the run in {}: it is in use by another process ({holder}); stop that one, or choose another `run.name` or `--run-dir`",
+        "failed to lock the run in {}: it is in use by another process ({holder}); stop that one, or choose another `run.name` or `--run-dir`",
         directory.display()
     )]
     RunInUse {
@@ -37,13 +37,13 @@ pub enum Error {
         holder: String,
     },
     /// The directory of a run to view contains no run.
-    #[error("open the run in {}: it contains neither config.toml nor metrics.jsonl; name a run directory, such as runs/quickstart", directory.display())]
+    #[error("failed to open the run in {}: it contains neither config.toml nor metrics.jsonl; name a run directory, such as runs/quickstart", directory.display())]
     NoRun {
         /// The directory.
         directory: PathBuf,
     },
     /// The configuration file of a run is not valid TOML.
-    #[error("read {}: it is not the configuration of a run", path.display())]
+    #[error("failed to read {}: it is not the configuration of a run", path.display())]
     Settings {
         /// The file.
         path: PathBuf,
@@ -52,7 +52,7 @@ pub enum Error {
     },
     /// The page's address is in use or does not belong to this machine.
     #[error(
-        "serve the page on {address}: set `telemetry.page` (or `--listen`) to a free address of this machine (port 0 picks a free port), or stop the process that uses this one"
+        "failed to serve the page on {address}: set `telemetry.page` (or `--listen`) to a free address of this machine (port 0 picks a free port), or stop the process that uses this one"
     )]
     PageListen {
         /// The address.
@@ -62,7 +62,7 @@ pub enum Error {
     },
     /// The page would be readable without authentication from other machines.
     #[error(
-        "serve the page on {address}: an address reachable from other machines needs a token; name its file with `telemetry.token_path` (or `--token-path`), or listen on 127.0.0.1"
+        "failed to serve the page on {address}: an address reachable from other machines needs a token; name its file with `telemetry.token_path` (or `--token-path`), or listen on 127.0.0.1"
     )]
     PageExposed {
         /// The address.
@@ -70,7 +70,7 @@ pub enum Error {
     },
     /// The metrics would be readable without authentication from other machines.
     #[error(
-        "serve metrics on {address}: an address reachable from other machines needs a token; name its file with `telemetry.token_path`, or set `telemetry.listen` to an address of 127.0.0.1"
+        "failed to serve metrics on {address}: an address reachable from other machines needs a token; name its file with `telemetry.token_path`, or set `telemetry.listen` to an address of 127.0.0.1"
     )]
     ExporterExposed {
         /// The address.
@@ -78,7 +78,7 @@ pub enum Error {
     },
     /// A token file is missing or contains no valid token.
     #[error(
-        "read the token in {}: it must contain one line of at least 16 letters, digits and -._~, such as openssl rand \
+        "failed to read the token in {}: it must contain one line of at least 16 letters, digits and -._~, such as openssl rand \
          -hex 32 prints", path.display()
     )]
     Token {
@@ -88,7 +88,7 @@ pub enum Error {
         source: Option<io::Error>,
     },
     /// A file operation failed.
-    #[error("{action} {}", path.display())]
+    #[error("failed to {action} {}", path.display())]
     File {
         /// The operation, a verb.
         action: &'static str,
@@ -98,7 +98,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A document of a run is not JSON.
-    #[error("read {}: it is not valid JSON; the process that writes it replaces it", path.display())]
+    #[error("failed to read {}: it is not valid JSON; the process that writes it replaces it", path.display())]
     Document {
         /// The file.
         path: PathBuf,
@@ -106,7 +106,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// A line of a log does not have the format of this build.
-    #[error("read line {line} of {}; remove the line, or read the file with the build that wrote it", path.display())]
+    #[error("failed to read line {line} of {}; remove the line, or read the file with the build that wrote it", path.display())]
     Line {
         /// The log.
         path: PathBuf,
@@ -117,7 +117,7 @@ pub enum Error {
     },
     /// A measurement has the name of a reserved column of the journal.
     #[error(
-        "journal the measurement `{name}`: the journal reserves a column of that name; rename the measurement"
+        "failed to journal the measurement `{name}`: the journal reserves a column of that name; rename the measurement"
     )]
     ReservedName {
         /// The measurement's name.
@@ -125,7 +125,7 @@ pub enum Error {
     },
     /// The exporter's address is in use or does not belong to this machine.
     #[error(
-        "listen on {address}: set `telemetry.listen` to a free address of this machine (port 0 picks a free port), or stop the process that uses this one"
+        "failed to listen on {address}: set `telemetry.listen` to a free address of this machine (port 0 picks a free port), or stop the process that uses this one"
     )]
     Listen {
         /// The address.
@@ -135,11 +135,11 @@ pub enum Error {
     },
     /// The process already has a global metrics recorder.
     #[error(
-        "start an exporter: this process already has a metrics recorder; start one exporter and share it"
+        "failed to start an exporter: this process already has a metrics recorder; start one exporter and share it"
     )]
     RecorderInstalled,
     /// A thread could not be spawned.
-    #[error("start the thread {name}")]
+    #[error("failed to start the thread {name}")]
     Thread {
         /// The thread's name.
         name: String,
@@ -148,7 +148,7 @@ pub enum Error {
     },
 }
 
-impl Error {
+impl TelemetryError {
     /// A closure for `map_err` that adds the operation and the path to an I/O error.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
@@ -160,7 +160,7 @@ impl Error {
     }
 }
 
-impl messages::Classified for Error {
+impl messages::Classified for TelemetryError {
     fn class(&self) -> messages::ErrorClass {
         messages::ErrorClass::Resource
     }

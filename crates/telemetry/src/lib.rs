@@ -38,7 +38,7 @@ pub use crate::run_dir::journal::{Journal, JournalLine};
 pub use crate::run_dir::private::create_private_directory;
 pub use crate::run_dir::samples::{SampleLog, SampleRow, TokenTexts};
 pub use environment::{Machine, describe_machine, free_bytes, peak_memory_bytes};
-pub use error::Error;
+pub use error::TelemetryError;
 pub use interval::Interval;
 pub use page::{PageParts, PageServer};
 pub use printable::{printable, printable_json, printable_line, shortened, takes_ansi};

@@ -13,7 +13,7 @@ use axum::middleware::from_fn;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::http::{self, ConnectionLimits, drain_requests};
 
 /// Number of blocking threads, which read files.
@@ -35,14 +35,14 @@ impl HttpServer {
     pub(crate) fn start(
         name: &'static str,
         listen: SocketAddr,
-        bind_error: impl Fn(io::Error) -> Error,
+        bind_error: impl Fn(io::Error) -> TelemetryError,
         router: Router,
         background: impl Future<Output = ()> + Send + 'static,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, TelemetryError> {
         let listener = TcpListener::bind(listen).map_err(&bind_error)?;
         listener.set_nonblocking(true).map_err(&bind_error)?;
         let address = listener.local_addr().map_err(&bind_error)?;
-        let thread_error = |source| Error::Thread {
+        let thread_error = |source| TelemetryError::Thread {
             name: name.into(),
             source,
         };
@@ -121,8 +121,8 @@ mod tests {
 
     use super::*;
 
-    fn start(listen: SocketAddr) -> Result<HttpServer, Error> {
-        let bind_error = |source| Error::Listen {
+    fn start(listen: SocketAddr) -> Result<HttpServer, TelemetryError> {
+        let bind_error = |source| TelemetryError::Listen {
             address: listen,
             source,
         };

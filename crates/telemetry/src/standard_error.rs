@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 
 /// Time that the first write waits for a reader; those after it do not wait until there is room again.
-const PATIENCE: Duration = Duration::from_secs(2);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Size of a write that does not block a pipe that has room: `PIPE_BUF`.
 const BLOCK_BYTES: usize = 4096;
@@ -71,7 +71,7 @@ fn write_all(bytes: &[u8]) {
 fn has_room(stderr: &io::StderrLock<'_>) -> bool {
     let patience = match IS_FULL.load(Ordering::Relaxed) {
         true => Duration::ZERO,
-        false => PATIENCE,
+        false => WRITE_TIMEOUT,
     };
     let has_room = is_writable(stderr, patience);
     IS_FULL.store(!has_room, Ordering::Relaxed);

@@ -32,7 +32,7 @@ pub struct Receipt {
 /// A type-erased delivery; dropping it returns the message.
 trait Settle: fmt::Debug + Send + Sync {
     fn acknowledge(self: Box<Self>);
-    /// Puts the message aside, whose encoding is `payload`.
+    /// Copies the message, whose encoding is `payload`, to the dead letters.
     fn dead_letter(self: Box<Self>, payload: Vec<u8>) -> BoxFuture<'static, ()>;
 }
 

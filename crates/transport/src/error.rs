@@ -110,7 +110,7 @@ pub enum TransportError {
         /// Cause and remedy.
         reason: String,
     },
-    /// What only the run's leader may write was written by someone else.
+    /// An entry that only the run's leader may write was written by someone else.
     #[error(
         "failed to read {what}: {reason}, so the run's learner has not written it; name the learner's key with \
          transport.run_key_path (here {path}), and find out who writes to the server"

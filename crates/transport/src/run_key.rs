@@ -188,7 +188,7 @@ impl RunKey {
         }
     }
 
-    /// What is signed: the value, bound to its run and its entry.
+    /// The signed bytes: the value, bound to its run and its entry.
     fn signed(&self, name: &str, content: &[u8]) -> Vec<u8> {
         let head = format!("agon run entry\0{}\0{name}\0", self.run);
         [head.as_bytes(), content].concat()

@@ -256,7 +256,7 @@ pub(crate) struct JudgeCheck<'a> {
     settings: &'a Settings,
     /// Folder of the policy, where it is known.
     policy: Option<&'a ModelFolder>,
-    /// What a run with the judge should know.
+    /// Warnings about a run with the judge.
     pub(crate) warnings: Vec<String>,
 }
 

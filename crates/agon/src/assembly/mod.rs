@@ -16,6 +16,7 @@ mod judge_pool;
 mod loaded_model;
 mod local_chat;
 mod model_location;
+mod nats_program;
 mod playground;
 mod preference_model;
 mod preference_pairs;
@@ -43,6 +44,7 @@ pub(crate) use loaded_model::{
     LoadedModel, NO_STOP_TOKENS, device, dtype, warn_without_stop_tokens,
 };
 pub(crate) use model_location::ModelLocation;
+pub(crate) use nats_program::missing_nats_server;
 pub(crate) use playground::{StyleComparison, base_model, gold_judge, style_comparisons};
 pub(crate) use preference_model::{
     Backbone, LoadedRewardModel, check_fit_adapter, preference_model, reads_tokens_of,

@@ -152,9 +152,36 @@ fn actors(settings: &Settings) -> usize {
     }
 }
 
+/// Prompts of a forward and backward pass of the learner.
+fn prompts_per_pass(settings: &Settings) -> usize {
+    let learner = &settings.learner;
+    let passes = learner.gradient_accumulation_steps.max(1);
+    learner.train_batch_size.div_ceil(passes)
+}
+
+/// Tokens of a pass of the learner, whose sequences have at most `longest` tokens.
+fn pass_tokens(settings: &Settings, longest: usize) -> usize {
+    let prompt_tokens = completions_per_prompt(settings).saturating_mul(longest);
+    let limit = match settings.learner.max_tokens_per_micro_batch {
+        0 => usize::MAX,
+        limit => limit.max(prompt_tokens),
+    };
+    limit.min(prompts_per_pass(settings).saturating_mul(prompt_tokens))
+}
+
+/// Tokens of a pass whose log-probabilities enter the loss: those of the completions.
+fn predicted_tokens(settings: &Settings) -> usize {
+    let predicted = product(&[&[
+        prompts_per_pass(settings),
+        completions_per_prompt(settings),
+        settings.actor.max_new_tokens,
+    ]]);
+    usize::try_from(predicted).unwrap_or(usize::MAX)
+}
+
 /// Estimated peak memory of a run of all roles in one process, by contribution.
 fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
-    let (actor, learner) = (&settings.actor, &settings.learner);
+    let actor = &settings.actor;
     let bytes = match settings.model.dtype {
         DtypeSetting::F32 => 4,
         DtypeSetting::Bf16 => 2,
@@ -182,22 +209,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         EngineSettings::Mistral { .. } => actors,
     };
     let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
-    let trained_length = longest.max(longest_file_pair(settings, config));
-    let prompt_tokens = completions_per_prompt(settings).saturating_mul(trained_length);
-    let prompts = learner
-        .train_batch_size
-        .div_ceil(learner.gradient_accumulation_steps.max(1));
-    let pass_tokens = match learner.max_tokens_per_micro_batch {
-        0 => usize::MAX,
-        limit => limit.max(prompt_tokens),
-    };
-    let pass_tokens = pass_tokens.min(prompts.saturating_mul(prompt_tokens));
-    let predicted = product(&[&[
-        prompts,
-        completions_per_prompt(settings),
-        actor.max_new_tokens,
-    ]]);
-    let predicted = usize::try_from(predicted).unwrap_or(usize::MAX);
+    let pass_tokens = pass_tokens(settings, longest.max(longest_file_pair(settings, config)));
     let parts = [
         ("policy's weights", product(&[&trained])),
         ("gradients", product(&[&trained])),
@@ -228,7 +240,11 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         ),
         (
             "logits of a pass (rough)",
-            logits(settings, config, predicted.min(pass_tokens)),
+            logits(
+                settings,
+                config,
+                predicted_tokens(settings).min(pass_tokens),
+            ),
         ),
     ];
     let parts = parts

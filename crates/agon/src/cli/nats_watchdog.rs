@@ -15,8 +15,8 @@ use std::{
 use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
-/// Time for the other processes to exit.
-const EXIT_GRACE: Duration = Duration::from_secs(90);
+use crate::cluster::launch::PROCESS_EXIT_GRACE;
+
 /// Interval between two checks of the other processes.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -39,7 +39,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     let started = Instant::now();
     let is_alive = |process: &Pid| test_kill_process(*process).is_ok();
-    while started.elapsed() < EXIT_GRACE && others.iter().any(is_alive) {
+    while started.elapsed() < PROCESS_EXIT_GRACE && others.iter().any(is_alive) {
         sleep(POLL_INTERVAL);
     }
     if let Some(server) = Pid::from_raw(arguments.server) {

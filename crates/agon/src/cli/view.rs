@@ -88,7 +88,7 @@ fn live_metrics(arguments: &Arguments, client: MetricsClient) -> anyhow::Result<
 }
 
 /// Logs a warning if the last evaluations of these runs are not comparable.
-fn warn_of_differences(runs: &mut [RunView]) -> Result<(), telemetry::Error> {
+fn warn_of_differences(runs: &mut [RunView]) -> Result<(), telemetry::TelemetryError> {
     for run in runs.iter_mut() {
         run.refresh()?;
     }

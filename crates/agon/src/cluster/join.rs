@@ -17,12 +17,12 @@ use transport::{RunRegistry, Transport};
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource},
     cluster::{
-        membership::{FAREWELL, Followed, RunPhase, RunRecord},
+        membership::{Followed, LEAVE_TIMEOUT, RunPhase, RunRecord},
         model_files::FetchedModel,
-        session::{ClusterSession, EXIT_GRACE, POLL_INTERVAL},
+        session::{ClusterSession, POLL_INTERVAL},
     },
     exit_code::sentence,
-    run::{ApoSession, Role, RoleBuilder, RunStreams, StageMember, join_all},
+    run::{ApoSession, EXIT_GRACE, Role, RoleBuilder, RunStreams, StageMember, join_all},
     signals,
 };
 
@@ -134,7 +134,7 @@ enum ExitReason {
     NewSession,
 }
 
-/// What ends a role.
+/// Events that end a role.
 struct RunEnd {
     /// Tells the role to finish.
     finish: watch::Sender<bool>,
@@ -161,7 +161,7 @@ async fn run_role(
         membership.leave().await;
         session.transport.flush().await;
     };
-    if timeout(FAREWELL, leaving).await.is_err() {
+    if timeout(LEAVE_TIMEOUT, leaving).await.is_err() {
         tracing::warn!(
             "could not publish that this process has left; others see it from its lease"
         );
@@ -202,10 +202,10 @@ async fn run_until_end(
     Ok(reason)
 }
 
-/// Waits until the server was unreachable for [`FAREWELL`] in all, from now on.
+/// Waits until the server was unreachable for [`LEAVE_TIMEOUT`] in all, from now on.
 async fn long_outage(transport: &Transport) {
     let before = transport.outage_time();
-    while transport.outage_time() - before < FAREWELL {
+    while transport.outage_time() - before < LEAVE_TIMEOUT {
         sleep(POLL_INTERVAL).await;
     }
 }

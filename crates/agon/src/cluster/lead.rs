@@ -13,10 +13,10 @@ use crate::{
     cluster::{
         membership::{self, Peer, RunPhase, RunRecord},
         model_files::{ModelFileKind, upload},
-        session::{ClusterSession, EXIT_GRACE, POLL_INTERVAL},
+        session::{ClusterSession, POLL_INTERVAL},
         status::{MemberSource, StatusPublisher},
     },
-    run::{RoleBuilder, RunContext, RunOutcome, RunStreams, with_judge_outage},
+    run::{EXIT_GRACE, RoleBuilder, RunContext, RunOutcome, RunStreams, with_judge_outage},
 };
 
 /// Leads the run under the leader lease: publishes its record and initial model, runs the learner until all steps are
@@ -63,7 +63,7 @@ pub(crate) async fn lead(
                 end.await?;
                 membership::peers(registry).await
             };
-            within_farewell(end).await
+            within_leave_timeout(end).await
         }
     };
     let waits = peers.iter().filter(|peer| !peer.heartbeat.left);
@@ -78,8 +78,8 @@ pub(crate) async fn lead(
 
 /// The other processes of a run that ends before it is finished. Its state is saved, so a server that is away is not waited
 /// for: then the other processes are unknown, and see from the lease that the learner has gone.
-async fn within_farewell(end: impl Future<Output = anyhow::Result<Vec<Peer>>>) -> Vec<Peer> {
-    let failure = match timeout(membership::FAREWELL, end).await {
+async fn within_leave_timeout(end: impl Future<Output = anyhow::Result<Vec<Peer>>>) -> Vec<Peer> {
+    let failure = match timeout(membership::LEAVE_TIMEOUT, end).await {
         Ok(Ok(peers)) => return peers,
         Ok(Err(error)) => format!("{error:#}"),
         Err(elapsed) => elapsed.to_string(),

@@ -12,10 +12,10 @@ use transport::{LeaderLease, RunRegistry, Transport};
 
 use crate::{
     cluster::{
-        membership::{self, Membership, RefusedRecord, RunPhase, RunRecord, StatusSource, home},
+        membership::{self, Membership, RunPhase, RunRecord, StatusSource, home},
         server_users::{ServerRole, message_bytes},
     },
-    exit_code::UsageError,
+    exit_code::{RefusedRecord, UsageError},
     run::STREAM_NAMES,
 };
 
@@ -24,9 +24,6 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(1800);
 
 /// Interval between two reads of the run's record.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(500);
-
-/// Time for roles to finish their messages in flight once the run is done.
-pub(super) const EXIT_GRACE: Duration = Duration::from_secs(60);
 
 /// The connection of a process to the server of its run.
 pub(crate) struct ClusterSession {

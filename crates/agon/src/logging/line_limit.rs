@@ -35,9 +35,9 @@ struct Place {
     lines: u64,
 }
 
-/// What to write for an event.
+/// Decision about the lines of an event.
 #[derive(Debug, PartialEq, Eq)]
-enum Admission {
+enum LineDecision {
     /// Its line, after the number of those that the period before left out, if any.
     Write { omitted: u64 },
     /// Its line, and that it is the last of this period.
@@ -48,7 +48,7 @@ enum Admission {
 
 impl Place {
     /// Counts a line at the time `now`.
-    fn admit(&mut self, now: Instant) -> Admission {
+    fn admit(&mut self, now: Instant) -> LineDecision {
         let mut omitted = 0;
         if now.duration_since(self.since) >= PERIOD {
             omitted = self.lines.saturating_sub(LINES);
@@ -59,9 +59,9 @@ impl Place {
         }
         self.lines += 1;
         match self.lines {
-            LINES => Admission::WriteLast,
-            lines if lines < LINES => Admission::Write { omitted },
-            _ => Admission::Omit,
+            LINES => LineDecision::WriteLast,
+            lines if lines < LINES => LineDecision::Write { omitted },
+            _ => LineDecision::Omit,
         }
     }
 }
@@ -74,10 +74,10 @@ impl<F> LineLimit<F> {
         }
     }
 
-    fn admit(&self, event: &Event<'_>) -> Admission {
+    fn admit(&self, event: &Event<'_>) -> LineDecision {
         let metadata = event.metadata();
         if *metadata.level() > Level::WARN {
-            return Admission::Write { omitted: 0 };
+            return LineDecision::Write { omitted: 0 };
         }
         let now = Instant::now();
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,14 +102,14 @@ where
         event: &Event<'_>,
     ) -> fmt::Result {
         match self.admit(event) {
-            Admission::Omit => Ok(()),
-            Admission::Write { omitted } => {
+            LineDecision::Omit => Ok(()),
+            LineDecision::Write { omitted } => {
                 if omitted > 0 {
                     writeln!(writer, "… {omitted} lines like the next one were left out")?;
                 }
                 self.format.format_event(context, writer, event)
             }
-            Admission::WriteLast => {
+            LineDecision::WriteLast => {
                 self.format.format_event(context, writer.by_ref(), event)?;
                 let seconds = PERIOD.as_secs();
                 writeln!(
@@ -131,14 +131,14 @@ mod tests {
         let mut place = Place { since, lines: 0 };
         let mut admit = |seconds: u64| place.admit(since + Duration::from_secs(seconds));
         for _ in 1..LINES {
-            assert_eq!(admit(1), Admission::Write { omitted: 0 });
+            assert_eq!(admit(1), LineDecision::Write { omitted: 0 });
         }
-        assert_eq!(admit(2), Admission::WriteLast);
+        assert_eq!(admit(2), LineDecision::WriteLast);
         for _ in 0..7 {
-            assert_eq!(admit(9), Admission::Omit);
+            assert_eq!(admit(9), LineDecision::Omit);
         }
-        assert_eq!(admit(10), Admission::Write { omitted: 7 });
-        assert_eq!(admit(19), Admission::Write { omitted: 0 });
-        assert_eq!(admit(20), Admission::Write { omitted: 0 });
+        assert_eq!(admit(10), LineDecision::Write { omitted: 7 });
+        assert_eq!(admit(19), LineDecision::Write { omitted: 0 });
+        assert_eq!(admit(20), LineDecision::Write { omitted: 0 });
     }
 }

@@ -6,7 +6,7 @@ mod role_settings;
 mod single_process;
 mod streams;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use learner::{RunOrigin, Summary};
 use messages::{Stage, WeightsVersion};
@@ -21,6 +21,9 @@ pub(crate) use judge_outage::with_judge_outage;
 pub(crate) use role_settings::sampling;
 pub(crate) use single_process::{join_all, run_single_process};
 pub(crate) use streams::{RunStreams, STREAM_NAMES};
+
+/// Time for roles to finish their messages in flight once the learner is done.
+pub(crate) const EXIT_GRACE: Duration = Duration::from_secs(60);
 
 /// A run that a learner of this process starts or resumes.
 pub(crate) struct RunContext<'a> {

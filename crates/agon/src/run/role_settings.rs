@@ -128,7 +128,7 @@ fn mixture_coefs(settings: &Settings) -> Vec<f32> {
     }
 }
 
-/// What happens to pairs of identical completions.
+/// Treatment of pairs of identical completions.
 pub(super) fn identical_pairs(settings: &Settings) -> IdenticalPairs {
     match settings.learner.objective {
         ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rpo { .. } => IdenticalPairs::Keep,

@@ -17,14 +17,11 @@ use crate::{
         status::{MemberSource, StatusPublisher},
     },
     run::{
-        ApoSession, InitialActorPolicy, Role, RoleBuilder, RunContext, RunOutcome, RunStreams,
-        StageMember, with_judge_outage,
+        ApoSession, EXIT_GRACE, InitialActorPolicy, Role, RoleBuilder, RunContext, RunOutcome,
+        RunStreams, StageMember, with_judge_outage,
     },
     signals,
 };
-
-/// Time for actors and the preference service to finish after the learner.
-const EXIT_GRACE: Duration = Duration::from_secs(60);
 
 /// Builds all roles that the run needs, runs them until the learner is done or shutdown is requested, then lets the others finish.
 /// `judge` is absent if nothing is judged; `metrics` is the URL of this process's Prometheus metrics.

@@ -7,7 +7,7 @@ pub(crate) use sequences::sort_by;
 
 use crate::{
     arguments::CallArguments,
-    error::Error,
+    error::TemplateError,
     json, limits,
     number::{float_repr, parse_float, parse_int, round_float, round_int},
     value::Value,
@@ -75,7 +75,11 @@ pub(crate) fn is_known(name: &str) -> bool {
 }
 
 /// `value|name(…)`.
-pub(crate) fn apply(name: &str, value: &Value, args: CallArguments) -> Result<Value, Error> {
+pub(crate) fn apply(
+    name: &str,
+    value: &Value,
+    args: CallArguments,
+) -> Result<Value, TemplateError> {
     // Those that go through a list are charged there.
     let text = matches!(value, Value::Text(_)).then(|| value.work());
     limits::work(text.unwrap_or(1).saturating_add(args.work()))?;
@@ -83,7 +87,7 @@ pub(crate) fn apply(name: &str, value: &Value, args: CallArguments) -> Result<Va
         return json::to_json(value, args);
     }
     let known = NAMES.into_iter().find(|known| *known == name);
-    let name = known.ok_or_else(|| Error::new(format!("No filter named '{name}'.")))?;
+    let name = known.ok_or_else(|| TemplateError::new(format!("No filter named '{name}'.")))?;
     if let Some(filter) = texts::named(name) {
         return filter(value, args);
     }
@@ -102,7 +106,7 @@ pub(crate) fn apply(name: &str, value: &Value, args: CallArguments) -> Result<Va
         "count" | "length" => {
             args.bind(name, &[])?;
             let name = value.type_name();
-            let missing = || Error::new(format!("object of type '{name}' has no len()"));
+            let missing = || TemplateError::new(format!("object of type '{name}' has no len()"));
             Ok(Value::Int(value.len().ok_or_else(missing)? as i128))
         }
         "d" | "default" => {
@@ -116,11 +120,11 @@ pub(crate) fn apply(name: &str, value: &Value, args: CallArguments) -> Result<Va
         "int" => int(value, args),
         "float" => float(value, args),
         "round" => round(value, args),
-        _ => Err(Error::unsupported(&format!("the filter {name}"))),
+        _ => Err(TemplateError::unsupported(&format!("the filter {name}"))),
     }
 }
 
-fn absolute(value: &Value) -> Result<Value, Error> {
+fn absolute(value: &Value) -> Result<Value, TemplateError> {
     let zero = Value::Int(0);
     let is_negative = value.compare(crate::ast::ComparisonOperator::Less, &zero)?;
     if is_negative {
@@ -130,12 +134,12 @@ fn absolute(value: &Value) -> Result<Value, Error> {
     }
 }
 
-fn int(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn int(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("int", &["default", "base"])?;
     let base = u32::try_from(args.int(1, 10)?)
         .ok()
         .filter(|base| *base == 0 || (2..=36).contains(base));
-    let base = base.ok_or_else(|| Error::new("int() base must be >= 2 and <= 36, or 0"))?;
+    let base = base.ok_or_else(|| TemplateError::new("int() base must be >= 2 and <= 36, or 0"))?;
     value.must_be_defined()?;
     let of_float = |number: f64| {
         let whole = number.trunc();
@@ -144,11 +148,15 @@ fn int(value: &Value, args: CallArguments) -> Result<Value, Error> {
         if fits || !number.is_finite() {
             return Ok(fits.then_some(Value::Int(whole as i128)));
         }
-        Err(Error::unsupported("an integer of more than 128 bits"))
+        Err(TemplateError::unsupported(
+            "an integer of more than 128 bits",
+        ))
     };
     let found = match value {
         Value::Float(number) if number.is_infinite() => {
-            return Err(Error::new("cannot convert float infinity to integer"));
+            return Err(TemplateError::new(
+                "cannot convert float infinity to integer",
+            ));
         }
         Value::Float(number) => of_float(*number)?,
         Value::Text(text) => match parse_int(&text.text, base) {
@@ -161,7 +169,7 @@ fn int(value: &Value, args: CallArguments) -> Result<Value, Error> {
 }
 
 /// jinja2's `filesizeformat`: a number of bytes with a decimal or binary prefix.
-fn file_size(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn file_size(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("filesizeformat", &["binary"])?;
     value.must_be_defined()?;
     let bytes = match value {
@@ -171,10 +179,12 @@ fn file_size(value: &Value, args: CallArguments) -> Result<Value, Error> {
     };
     let bytes = bytes.ok_or_else(|| {
         let name = value.type_name();
-        Error::new(format!("filesizeformat: a {name} that is no number"))
+        TemplateError::new(format!("filesizeformat: a {name} that is no number"))
     })?;
     if bytes == f64::NEG_INFINITY {
-        return Err(Error::new("cannot convert float infinity to integer"));
+        return Err(TemplateError::new(
+            "cannot convert float infinity to integer",
+        ));
     }
     Ok(with_prefix(bytes, args.is_true(0)).into())
 }
@@ -208,7 +218,7 @@ fn with_prefix(bytes: f64, is_binary: bool) -> String {
     }
 }
 
-fn float(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn float(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("float", &["default"])?;
     value.must_be_defined()?;
     let found = match value {
@@ -220,14 +230,14 @@ fn float(value: &Value, args: CallArguments) -> Result<Value, Error> {
     Ok(found.map_or_else(default, Value::Float))
 }
 
-fn round(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn round(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("round", &["precision", "method"])?;
     let precision = i32::try_from(args.int(0, 0)?).unwrap_or(i32::MAX);
     value.must_be_defined()?;
     let number = match value {
         Value::Float(number) => *number,
         other => other.as_int().ok_or_else(|| {
-            Error::new(format!(
+            TemplateError::new(format!(
                 "type {} doesn't define __round__ method",
                 other.type_name()
             ))
@@ -238,16 +248,18 @@ fn round(value: &Value, args: CallArguments) -> Result<Value, Error> {
         match (args.some_text(1)?.unwrap_or("common"), value.as_int()) {
             ("common", Some(number)) => {
                 let rounded = round_int(number, precision);
-                let too_large = || Error::unsupported("an integer of more than 128 bits");
+                let too_large = || TemplateError::unsupported("an integer of more than 128 bits");
                 Value::Int(rounded.ok_or_else(too_large)?)
             }
             ("common", None) => Value::Float(round_float(number, precision)),
             (_, _) if !unit.is_finite() => {
-                return Err(Error::unsupported("a precision of more than 308 digits"));
+                return Err(TemplateError::unsupported(
+                    "a precision of more than 308 digits",
+                ));
             }
             ("ceil", _) => Value::Float((number * unit).ceil() / unit),
             ("floor", _) => Value::Float((number * unit).floor() / unit),
-            _ => return Err(Error::new("method must be common, ceil or floor")),
+            _ => return Err(TemplateError::new("method must be common, ceil or floor")),
         },
     )
 }

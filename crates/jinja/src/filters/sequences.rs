@@ -3,11 +3,11 @@
 use std::cmp::Ordering;
 
 use crate::{
-    arguments::CallArguments, ast::ArithmeticOperator, error::Error, limits, methods, tests,
-    value::Value,
+    arguments::CallArguments, ast::ArithmeticOperator, error::TemplateError, limits, methods,
+    tests, value::Value,
 };
 
-type Apply = fn(&Value, CallArguments) -> Result<Value, Error>;
+type Apply = fn(&Value, CallArguments) -> Result<Value, TemplateError>;
 
 /// Applies the sequence filter of this name, if there is one.
 pub(super) fn named(name: &str) -> Option<Apply> {
@@ -39,7 +39,7 @@ pub(super) fn named(name: &str) -> Option<Apply> {
     })
 }
 
-fn first(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn first(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     args.bind("first", &[])?;
     let found = match value {
         // The remaining items stay available.
@@ -51,7 +51,7 @@ fn first(value: &Value, args: CallArguments) -> Result<Value, Error> {
     Ok(found.unwrap_or_else(|| Value::undefined("No first item, sequence was empty.")))
 }
 
-fn last(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn last(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     args.bind("last", &[])?;
     let found = match value {
         Value::List(list) => list.items.last().cloned(),
@@ -61,7 +61,7 @@ fn last(value: &Value, args: CallArguments) -> Result<Value, Error> {
     Ok(found.unwrap_or_else(|| Value::undefined("No last item, sequence was empty.")))
 }
 
-fn items(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn items(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     args.bind("items", &[])?;
     match value {
         Value::Undefined(_) => Ok(Value::generator(Vec::new())),
@@ -70,11 +70,13 @@ fn items(value: &Value, args: CallArguments) -> Result<Value, Error> {
             let pairs = pairs.map(|(key, value)| Value::tuple(vec![key.clone(), value.clone()]));
             Ok(Value::generator(pairs.collect()))
         }
-        _ => Err(Error::new("Can only get item pairs from a mapping.")),
+        _ => Err(TemplateError::new(
+            "Can only get item pairs from a mapping.",
+        )),
     }
 }
 
-fn reverse(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn reverse(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     args.bind("reverse", &[])?;
     match value {
         Value::Text(text) => Ok(text.with(&text.text.chars().rev().collect::<String>())),
@@ -88,10 +90,12 @@ fn reverse(value: &Value, args: CallArguments) -> Result<Value, Error> {
 }
 
 /// Reversed elements of a sequence that Python can reverse.
-fn reversed(value: &Value) -> Result<Vec<Value>, Error> {
+fn reversed(value: &Value) -> Result<Vec<Value>, TemplateError> {
     if matches!(value, Value::Generator(_)) || !value.is_iterable() {
         let name = value.type_name();
-        return Err(Error::new(format!("'{name}' object is not reversible")));
+        return Err(TemplateError::new(format!(
+            "'{name}' object is not reversible"
+        )));
     }
     let mut items = value.iterate()?;
     items.reverse();
@@ -105,17 +109,17 @@ struct Path(Vec<Value>);
 const MAX_PARTS: usize = 100;
 
 /// Splits names at a separator.
-fn parts(names: &str, separator: char) -> Result<Vec<&str>, Error> {
+fn parts(names: &str, separator: char) -> Result<Vec<&str>, TemplateError> {
     let parts: Vec<&str> = names.split(separator).take(MAX_PARTS + 1).collect();
     if parts.len() > MAX_PARTS {
         let message = format!("more than {MAX_PARTS} attributes in one argument");
-        return Err(Error::new(message));
+        return Err(TemplateError::new(message));
     }
     Ok(parts)
 }
 
 impl Path {
-    fn of(attribute: Option<&Value>) -> Result<Self, Error> {
+    fn of(attribute: Option<&Value>) -> Result<Self, TemplateError> {
         Ok(match attribute {
             None | Some(Value::None) => Self(Vec::new()),
             Some(Value::Text(text)) => Self::named(&text.text)?,
@@ -123,14 +127,14 @@ impl Path {
         })
     }
 
-    fn named(names: &str) -> Result<Self, Error> {
+    fn named(names: &str) -> Result<Self, TemplateError> {
         let part = |part: &str| tests::position(part).map_or_else(|| part.into(), Value::Int);
         let names = parts(names, '.')?;
         Ok(Self(names.into_iter().map(part).collect()))
     }
 
     /// Resolves the path in `item`; `default` replaces each missing part.
-    fn find(&self, item: &Value, default: Option<&Value>) -> Result<Value, Error> {
+    fn find(&self, item: &Value, default: Option<&Value>) -> Result<Value, TemplateError> {
         let mut found = item.clone();
         limits::work(self.0.len())?;
         for part in &self.0 {
@@ -158,7 +162,7 @@ fn folded(value: Value, is_case_sensitive: bool) -> Value {
 pub(crate) fn sort_by<T>(
     mut items: Vec<T>,
     key: impl Fn(&T) -> &Value + Copy,
-) -> Result<Vec<T>, Error> {
+) -> Result<Vec<T>, TemplateError> {
     if items.len() < 2 {
         return Ok(items);
     }
@@ -168,7 +172,7 @@ pub(crate) fn sort_by<T>(
     let mut sorted = Vec::with_capacity(left.len() + right.len());
     while let (Some(first), Some(second)) = (left.peek(), right.peek()) {
         let order = key(second).order(key(first), "<")?;
-        let order = order.ok_or_else(|| Error::unsupported("sorting NaN"))?;
+        let order = order.ok_or_else(|| TemplateError::unsupported("sorting NaN"))?;
         let next = if order == Ordering::Less {
             &mut right
         } else {
@@ -182,7 +186,10 @@ pub(crate) fn sort_by<T>(
 }
 
 /// Elements sorted by a key.
-fn sorted(keyed: Vec<(Value, Value)>, is_reversed: bool) -> Result<Vec<(Value, Value)>, Error> {
+fn sorted(
+    keyed: Vec<(Value, Value)>,
+    is_reversed: bool,
+) -> Result<Vec<(Value, Value)>, TemplateError> {
     let mut keyed = keyed;
     if is_reversed {
         keyed.reverse();
@@ -194,7 +201,7 @@ fn sorted(keyed: Vec<(Value, Value)>, is_reversed: bool) -> Result<Vec<(Value, V
     Ok(keyed)
 }
 
-fn sort(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn sort(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("sort", &["reverse", "case_sensitive", "attribute"])?;
     let paths: Vec<Path> = match args.get(2) {
         Some(Value::Text(text)) => {
@@ -207,25 +214,28 @@ fn sort(value: &Value, args: CallArguments) -> Result<Value, Error> {
         let parts = paths
             .iter()
             .map(|path| Ok(folded(path.find(item, None)?, args.is_true(1))));
-        parts.collect::<Result<_, Error>>().map(Value::list)
+        parts.collect::<Result<_, TemplateError>>().map(Value::list)
     };
     let keyed = value
         .iterate()?
         .into_iter()
         .map(|item| Ok((key(&item)?, item)));
-    let keyed = sorted(keyed.collect::<Result<_, Error>>()?, args.is_true(0))?;
+    let keyed = sorted(
+        keyed.collect::<Result<_, TemplateError>>()?,
+        args.is_true(0),
+    )?;
     Ok(Value::list(
         keyed.into_iter().map(|(_, item)| item).collect(),
     ))
 }
 
-fn dictsort(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn dictsort(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("dictsort", &["case_sensitive", "by", "reverse"])?;
     let by_value = match args.some_text(1)?.unwrap_or("key") {
         "key" => false,
         "value" => true,
         _ => {
-            return Err(Error::new(
+            return Err(TemplateError::new(
                 "You can only sort by either \"key\" or \"value\"",
             ));
         }
@@ -233,7 +243,7 @@ fn dictsort(value: &Value, args: CallArguments) -> Result<Value, Error> {
     value.must_be_defined()?;
     let Value::Dict(dict) = value else {
         let name = value.type_name();
-        return Err(Error::new(format!(
+        return Err(TemplateError::new(format!(
             "'{name}' object has no attribute 'items'"
         )));
     };
@@ -248,7 +258,7 @@ fn dictsort(value: &Value, args: CallArguments) -> Result<Value, Error> {
     ))
 }
 
-fn groupby(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn groupby(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("groupby", &["attribute", "default", "case_sensitive"])?;
     let path = Path::of(Some(args.required(0)?))?;
     let (default, is_case_sensitive) = (args.some(1), args.is_true(2));
@@ -257,7 +267,7 @@ fn groupby(value: &Value, args: CallArguments) -> Result<Value, Error> {
         .iterate()?
         .into_iter()
         .map(|item| Ok((key(&item)?, item)));
-    let keyed = sorted(keyed.collect::<Result<_, Error>>()?, false)?;
+    let keyed = sorted(keyed.collect::<Result<_, TemplateError>>()?, false)?;
     let mut groups: Vec<(Value, Vec<Value>)> = Vec::new();
     for (key, item) in keyed {
         match groups.last_mut() {
@@ -273,10 +283,10 @@ fn groupby(value: &Value, args: CallArguments) -> Result<Value, Error> {
         };
         Ok(methods::group(grouper, items))
     });
-    named.collect::<Result<_, Error>>().map(Value::list)
+    named.collect::<Result<_, TemplateError>>().map(Value::list)
 }
 
-fn unique(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn unique(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("unique", &["case_sensitive", "attribute"])?;
     let path = Path::of(args.get(1))?;
     let (mut seen, mut kept): (Vec<Value>, Vec<Value>) = (Vec::new(), Vec::new());
@@ -284,7 +294,7 @@ fn unique(value: &Value, args: CallArguments) -> Result<Value, Error> {
         let key = folded(path.find(&item, None)?, args.is_true(0));
         key.check_hashable()?;
         if seen.len() == limits::KEYS {
-            return Err(Error::new(format!(
+            return Err(TemplateError::new(format!(
                 "unique of more than {} elements",
                 limits::KEYS
             )));
@@ -302,7 +312,7 @@ fn extreme(
     args: CallArguments,
     name: &'static str,
     wanted: Ordering,
-) -> Result<Value, Error> {
+) -> Result<Value, TemplateError> {
     let args = args.bind(name, &["case_sensitive", "attribute"])?;
     let path = Path::of(args.get(1))?;
     let mut best: Option<(Value, Value)> = None;
@@ -321,7 +331,7 @@ fn extreme(
     Ok(best.map_or_else(none, |(_, item)| item))
 }
 
-fn join(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn join(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("join", &["d", "attribute"])?;
     let path = Path::of(args.get(1))?;
     let separator = args.get(0).map(Value::to_text).transpose()?;
@@ -336,12 +346,12 @@ fn join(value: &Value, args: CallArguments) -> Result<Value, Error> {
     Ok(texts.join(separator).into())
 }
 
-fn sum(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn sum(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("sum", &["attribute", "start"])?;
     let path = Path::of(args.get(0))?;
     let start = args.get(1).cloned().unwrap_or(Value::Int(0));
     if matches!(start, Value::Text(_)) {
-        return Err(Error::new(
+        return Err(TemplateError::new(
             "sum() can't sum strings [use ''.join(seq) instead]",
         ));
     }
@@ -351,13 +361,13 @@ fn sum(value: &Value, args: CallArguments) -> Result<Value, Error> {
     })
 }
 
-fn batch(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn batch(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("batch", &["linecount", "fill_with"])?;
     args.required(0)?;
     let count = usize::try_from(args.int(0, 1)?)
         .ok()
         .filter(|&count| count > 0);
-    let count = count.ok_or_else(|| Error::unsupported("batch of less than 1"))?;
+    let count = count.ok_or_else(|| TemplateError::unsupported("batch of less than 1"))?;
     limits::items(count)?;
     let rows = value.iterate()?;
     let rows = rows.chunks(count).map(|row| {
@@ -370,13 +380,13 @@ fn batch(value: &Value, args: CallArguments) -> Result<Value, Error> {
     Ok(Value::generator(rows.collect()))
 }
 
-fn slice(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn slice(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("slice", &["slices", "fill_with"])?;
     args.required(0)?;
     let slices = usize::try_from(args.int(0, 1)?)
         .ok()
         .filter(|&slices| slices > 0);
-    let slices = slices.ok_or_else(|| Error::new("integer division or modulo by zero"))?;
+    let slices = slices.ok_or_else(|| TemplateError::new("integer division or modulo by zero"))?;
     limits::items(slices)?;
     let items = value.iterate()?;
     let (each, longer) = (items.len() / slices, items.len() % slices);
@@ -391,11 +401,11 @@ fn slice(value: &Value, args: CallArguments) -> Result<Value, Error> {
     Ok(Value::generator(parts.collect()))
 }
 
-fn map(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn map(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let items = || value.iterate();
     if args.positional.is_empty() {
         let args = args.bind("map", &["attribute", "default"])?;
-        let missing = |_| Error::new("map requires a filter argument");
+        let missing = |_| TemplateError::new("map requires a filter argument");
         let path = Path::of(Some(args.required(0).map_err(missing)?))?;
         let found = items()?
             .into_iter()
@@ -409,7 +419,7 @@ fn map(value: &Value, args: CallArguments) -> Result<Value, Error> {
     let filter = positional.remove(0);
     let filter = filter
         .as_str()
-        .ok_or_else(|| Error::new("map requires the name of a filter"))?;
+        .ok_or_else(|| TemplateError::new("map requires the name of a filter"))?;
     let mapped = items()?.into_iter().map(|item| {
         limits::work(positional.len() + named.len())?;
         let args = CallArguments {
@@ -446,7 +456,7 @@ impl Selection {
     }
 }
 
-fn select(value: &Value, args: CallArguments, how: Selection) -> Result<Value, Error> {
+fn select(value: &Value, args: CallArguments, how: Selection) -> Result<Value, TemplateError> {
     if !value.is_true() {
         return Ok(Value::generator(Vec::new()));
     }
@@ -455,14 +465,14 @@ fn select(value: &Value, args: CallArguments, how: Selection) -> Result<Value, E
         named,
     } = args;
     let path = match (how.by_attribute, positional.is_empty()) {
-        (true, true) => return Err(Error::new("Missing parameter for attribute name")),
+        (true, true) => return Err(TemplateError::new("Missing parameter for attribute name")),
         (true, false) => Path::of(Some(&positional.remove(0)))?,
         (false, _) => Path::of(None)?,
     };
     let test = (!positional.is_empty()).then(|| positional.remove(0));
     let test = test.as_ref().map(|test| {
         test.as_str()
-            .ok_or_else(|| Error::new("a test is named by a string"))
+            .ok_or_else(|| TemplateError::new("a test is named by a string"))
     });
     let test = test.transpose()?;
     let mut kept = Vec::new();

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use crate::{
     arguments::CallArguments,
-    error::Error,
+    error::TemplateError,
     format, limits,
     methods::{Side, padded, strip},
     operators::escaped,
@@ -12,7 +12,7 @@ use crate::{
     value::{Text, Value},
 };
 
-type Apply = fn(&Value, CallArguments) -> Result<Value, Error>;
+type Apply = fn(&Value, CallArguments) -> Result<Value, TemplateError>;
 
 /// Applies the string filter of this name, if there is one.
 pub(super) fn named(name: &str) -> Option<Apply> {
@@ -64,7 +64,7 @@ pub(super) fn named(name: &str) -> Option<Apply> {
             }
             if !args.positional.is_empty() {
                 let message = "can't handle positional and keyword arguments at the same time";
-                return Err(Error::new(message));
+                return Err(TemplateError::new(message));
             }
             format::percent(&text, &Value::dict(crate::methods::dictionary(args)?))
         },
@@ -82,7 +82,7 @@ pub(super) fn named(name: &str) -> Option<Apply> {
                 Value::Text(_) | Value::Int(_) | Value::Float(_) | Value::Bool(_) | Value::None => {
                     Ok(quoted(&value.to_text()?).into())
                 }
-                _ => Err(Error::unsupported(
+                _ => Err(TemplateError::unsupported(
                     "the filter urlencode of what is no string",
                 )),
             }
@@ -92,7 +92,7 @@ pub(super) fn named(name: &str) -> Option<Apply> {
 }
 
 /// A string unchanged, or the string form of any other value.
-fn soft(value: &Value) -> Result<Text, Error> {
+fn soft(value: &Value) -> Result<Text, TemplateError> {
     Ok(match value {
         Value::Text(text) => text.clone(),
         other => Text {
@@ -107,7 +107,7 @@ fn plain(
     args: CallArguments,
     name: &'static str,
     apply: fn(&str) -> String,
-) -> Result<Value, Error> {
+) -> Result<Value, TemplateError> {
     args.bind(name, &[])?;
     let text = soft(value)?;
     Ok(text.with(&apply(&text.text)))
@@ -129,7 +129,7 @@ fn title(text: &str) -> String {
     written
 }
 
-fn replace(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn replace(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("replace", &["old", "new", "count"])?;
     let (text, old, new) = (
         value.to_text()?,
@@ -144,12 +144,12 @@ fn replace(value: &Value, args: CallArguments) -> Result<Value, Error> {
     .into())
 }
 
-fn indent(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn indent(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("indent", &["width", "first", "blank"])?;
     let Value::Text(text) = value else {
         value.must_be_defined()?;
         let name = value.type_name();
-        return Err(Error::new(format!(
+        return Err(TemplateError::new(format!(
             "indent: a string is needed, not {name}"
         )));
     };
@@ -179,13 +179,13 @@ fn indent(value: &Value, args: CallArguments) -> Result<Value, Error> {
     Ok(text.with(&written))
 }
 
-fn truncate(value: &Value, args: CallArguments) -> Result<Value, Error> {
+fn truncate(value: &Value, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("truncate", &["length", "killwords", "end", "leeway"])?;
     let text = match value {
         Value::Text(text) => text,
         Value::Undefined(_) => return Ok(value.clone()),
         _ => {
-            return Err(Error::unsupported(
+            return Err(TemplateError::unsupported(
                 "the filter truncate of what is no string",
             ));
         }
@@ -197,7 +197,8 @@ fn truncate(value: &Value, args: CallArguments) -> Result<Value, Error> {
         return Ok(value.clone());
     }
     let kept = usize::try_from(length.saturating_sub(end.chars().count() as i128));
-    let kept = kept.map_err(|_| Error::new("truncate: the length is shorter than the end"))?;
+    let kept =
+        kept.map_err(|_| TemplateError::new("truncate: the length is shorter than the end"))?;
     let mut cut: String = chars[..kept.min(chars.len())].iter().collect();
     if !args.is_true(1)
         && let Some((words, _)) = cut.rsplit_once(' ')

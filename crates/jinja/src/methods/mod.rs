@@ -8,7 +8,7 @@ use std::{cell::RefCell, rc::Rc};
 
 use crate::{
     arguments::CallArguments,
-    error::Error,
+    error::TemplateError,
     functions::Function,
     limits,
     text::{repr, shortened},
@@ -91,7 +91,7 @@ const CHANGES_LIST: [&str; 8] = [
 
 impl Value {
     /// `self.name`: the attribute, otherwise the element with this key.
-    pub(crate) fn attribute(&self, name: &str) -> Result<Value, Error> {
+    pub(crate) fn attribute(&self, name: &str) -> Result<Value, TemplateError> {
         self.must_be_defined()?;
         if let Some(found) = self.python_attribute(name) {
             return Ok(found);
@@ -101,7 +101,7 @@ impl Value {
     }
 
     /// `self[item]`: the element, otherwise the attribute of this name.
-    pub(crate) fn subscript(&self, item: &Value) -> Result<Value, Error> {
+    pub(crate) fn subscript(&self, item: &Value) -> Result<Value, TemplateError> {
         if let Some(found) = self.item(item)? {
             return Ok(found);
         }
@@ -110,7 +110,7 @@ impl Value {
     }
 
     /// Like [`Self::attribute`], without elements.
-    pub(crate) fn own_attribute(&self, name: &str) -> Result<Value, Error> {
+    pub(crate) fn own_attribute(&self, name: &str) -> Result<Value, TemplateError> {
         self.must_be_defined()?;
         let found = self.python_attribute(name);
         Ok(found.unwrap_or_else(|| self.lacks(&name.into())))
@@ -198,7 +198,7 @@ impl Value {
 
 impl Method {
     /// Calls the method.
-    pub(crate) fn call(&self, args: CallArguments) -> Result<Value, Error> {
+    pub(crate) fn call(&self, args: CallArguments) -> Result<Value, TemplateError> {
         let receiver = match &self.receiver {
             // Lookups are charged by the keys that they compare.
             Value::Dict(_) => 1,
@@ -219,7 +219,7 @@ impl Method {
             }
             Value::Loop(around) => {
                 let values = args.positional;
-                let missing = || Error::new("no items for cycling given");
+                let missing = || TemplateError::new("no items for cycling given");
                 let position = around
                     .index0
                     .checked_rem(values.len())
@@ -242,7 +242,7 @@ impl Method {
             }
             other => {
                 let name = other.type_name();
-                Err(Error::unsupported(&format!(
+                Err(TemplateError::unsupported(&format!(
                     "the method {} of {name}",
                     self.name
                 )))
@@ -260,7 +260,11 @@ fn shown(value: &Value) -> String {
     }
 }
 
-fn of_dict(dict: &Rc<Dict>, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+fn of_dict(
+    dict: &Rc<Dict>,
+    name: &'static str,
+    args: CallArguments,
+) -> Result<Value, TemplateError> {
     let view = |kind| {
         let dict = Rc::clone(dict);
         Value::View(Rc::new(View { kind, dict }))
@@ -286,7 +290,7 @@ fn of_dict(dict: &Rc<Dict>, name: &'static str, args: CallArguments) -> Result<V
     }
 }
 
-fn from_keys(args: CallArguments) -> Result<Value, Error> {
+fn from_keys(args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("fromkeys", &["iterable", "value"])?;
     let mut dict = Dict::default();
     for key in args.required(0)?.iterate()? {
@@ -295,7 +299,11 @@ fn from_keys(args: CallArguments) -> Result<Value, Error> {
     Ok(Value::dict(dict))
 }
 
-fn of_sequence(items: &[Value], name: &'static str, args: CallArguments) -> Result<Value, Error> {
+fn of_sequence(
+    items: &[Value],
+    name: &'static str,
+    args: CallArguments,
+) -> Result<Value, TemplateError> {
     if name == "count" {
         let args = args.bind(name, &["value"])?;
         let value = args.required(0)?;
@@ -309,12 +317,12 @@ fn of_sequence(items: &[Value], name: &'static str, args: CallArguments) -> Resu
         crate::operators::slice_indices(items.len(), bounds.0, bounds.1, 1).into_iter();
     let position = positions.find(|&position| items[position].equals(value));
     let position =
-        position.ok_or_else(|| Error::new(format!("{} is not in list", shown(value))))?;
+        position.ok_or_else(|| TemplateError::new(format!("{} is not in list", shown(value))))?;
     Ok(Value::Int(position as i128))
 }
 
 /// A namespace with these attributes.
-pub(crate) fn namespace(args: CallArguments) -> Result<Value, Error> {
+pub(crate) fn namespace(args: CallArguments) -> Result<Value, TemplateError> {
     let dict = dictionary(args)?;
     let hidden = dict
         .pairs
@@ -323,17 +331,17 @@ pub(crate) fn namespace(args: CallArguments) -> Result<Value, Error> {
     if let Some(name) = hidden {
         let message =
             format!("namespaces cannot store underscore-prefixed attributes, but got '{name}'");
-        return Err(Error::new(message));
+        return Err(TemplateError::new(message));
     }
     Ok(Value::Namespace(Rc::new(RefCell::new(dict))))
 }
 
 /// Python's `dict` of a mapping or pairs, and of keyword arguments.
-pub(crate) fn dictionary(args: CallArguments) -> Result<Dict, Error> {
+pub(crate) fn dictionary(args: CallArguments) -> Result<Dict, TemplateError> {
     let CallArguments { positional, named } = args;
     let mut dict = Dict::default();
     if positional.len() > 1 {
-        return Err(Error::new(format!(
+        return Err(TemplateError::new(format!(
             "dict expected at most 1 argument, got {}",
             positional.len()
         )));
@@ -343,7 +351,7 @@ pub(crate) fn dictionary(args: CallArguments) -> Result<Dict, Error> {
         Some(pairs) => {
             for pair in pairs.iterate()? {
                 let [key, value] = <[Value; 2]>::try_from(pair.iterate()?).map_err(|_| {
-                    Error::new("dictionary update sequence element has not length 2")
+                    TemplateError::new("dictionary update sequence element has not length 2")
                 })?;
                 dict.insert(key, value)?;
             }

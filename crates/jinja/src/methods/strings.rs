@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use crate::{
     arguments::{BoundArguments, CallArguments},
-    error::Error,
+    error::TemplateError,
     format, limits,
     operators::{escaped, slice_indices},
     text::{self, is_space},
@@ -12,7 +12,11 @@ use crate::{
 };
 
 /// Evaluates `string.name(…)`.
-pub(super) fn call(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+pub(super) fn call(
+    string: &Text,
+    name: &'static str,
+    args: CallArguments,
+) -> Result<Value, TemplateError> {
     let s: &str = &string.text;
     let plain = |args: CallArguments| args.bind(name, &[]).map(drop);
     match name {
@@ -20,7 +24,9 @@ pub(super) fn call(string: &Text, name: &'static str, args: CallArguments) -> Re
         "format_map" => {
             let args = args.bind(name, &["map"])?;
             let Value::Dict(dict) = args.required(0)? else {
-                return Err(Error::unsupported("format_map of what is no dictionary"));
+                return Err(TemplateError::unsupported(
+                    "format_map of what is no dictionary",
+                ));
             };
             let named = dict.pairs.iter();
             let named =
@@ -72,7 +78,9 @@ pub(super) fn call(string: &Text, name: &'static str, args: CallArguments) -> Re
             return Ok(string.with(&expand_tabs(s, size)));
         }
         "encode" | "maketrans" | "translate" => {
-            return Err(Error::unsupported(&format!("the method {name} of strings")));
+            return Err(TemplateError::unsupported(&format!(
+                "the method {name} of strings"
+            )));
         }
         _ => plain(args)?,
     }
@@ -99,7 +107,7 @@ fn swap_case(s: &str) -> String {
 }
 
 /// Predicates of a string, such as `isdigit`.
-fn is(s: &str, name: &str) -> Result<bool, Error> {
+fn is(s: &str, name: &str) -> Result<bool, TemplateError> {
     let all = |holds: fn(char) -> bool| !s.is_empty() && s.chars().all(holds);
     let (has_lower, has_upper) = (
         s.chars().any(char::is_lowercase),
@@ -110,7 +118,7 @@ fn is(s: &str, name: &str) -> Result<bool, Error> {
         if s.chars().all(is_known) {
             return Ok(all(|c| c.is_ascii_digit()));
         }
-        Err(Error::unsupported(&format!(
+        Err(TemplateError::unsupported(&format!(
             "{name} of digits beyond ASCII"
         )))
     };
@@ -132,7 +140,11 @@ fn is(s: &str, name: &str) -> Result<bool, Error> {
                 .is_some_and(|c| c.is_alphabetic() || c == '_');
             first && s.chars().all(|c| c.is_alphanumeric() || c == '_')
         }
-        _ => return Err(Error::unsupported(&format!("the method {name} of strings"))),
+        _ => {
+            return Err(TemplateError::unsupported(&format!(
+                "the method {name} of strings"
+            )));
+        }
     })
 }
 
@@ -149,14 +161,14 @@ pub(crate) fn strip<'a>(s: &'a str, name: &str, chars: Option<&str>) -> &'a str 
     }
 }
 
-fn join(string: &Text, args: CallArguments) -> Result<Value, Error> {
+fn join(string: &Text, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("join", &["iterable"])?;
     let mut joined = String::new();
     for (position, item) in args.required(0)?.iterate()?.iter().enumerate() {
         let Value::Text(part) = item else {
             let name = item.type_name();
             let message = format!("sequence item {position}: expected str instance, {name} found");
-            return Err(Error::new(message));
+            return Err(TemplateError::new(message));
         };
         limits::text(joined.len() + string.text.len() + part.text.len())?;
         if position > 0 {
@@ -170,13 +182,13 @@ fn join(string: &Text, args: CallArguments) -> Result<Value, Error> {
     Ok(string.with(&joined))
 }
 
-fn split(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+fn split(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind(name, &["sep", "maxsplit"])?;
     let most = usize::try_from(args.int(1, -1)?).ok();
     let s: &str = &string.text;
     let most = most.unwrap_or(usize::MAX - 1);
     let parts: Vec<&str> = match (args.some_text(0)?, name) {
-        (Some(""), _) => return Err(Error::new("empty separator")),
+        (Some(""), _) => return Err(TemplateError::new("empty separator")),
         (Some(sep), "split") => limits::collect(s.splitn(most.saturating_add(1), sep))?,
         (Some(sep), _) => {
             let mut parts = limits::collect(s.rsplitn(most.saturating_add(1), sep))?;
@@ -192,7 +204,7 @@ fn split(string: &Text, name: &'static str, args: CallArguments) -> Result<Value
 }
 
 /// Splits at whitespace at most `most` times, from the left.
-fn split_at_space(s: &str, most: usize) -> Result<Vec<&str>, Error> {
+fn split_at_space(s: &str, most: usize) -> Result<Vec<&str>, TemplateError> {
     let (mut parts, mut rest) = (Vec::new(), s.trim_start_matches(is_space));
     while !rest.is_empty() {
         let cut = rest.find(is_space).filter(|_| parts.len() < most);
@@ -214,7 +226,7 @@ fn split_at_space(s: &str, most: usize) -> Result<Vec<&str>, Error> {
 }
 
 /// Splits at whitespace at most `most` times, from the right.
-fn rsplit_at_space(s: &str, most: usize) -> Result<Vec<&str>, Error> {
+fn rsplit_at_space(s: &str, most: usize) -> Result<Vec<&str>, TemplateError> {
     let (mut parts, mut rest) = (Vec::new(), s.trim_end_matches(is_space));
     while !rest.is_empty() {
         let cut = rest.rfind(is_space).filter(|_| parts.len() < most);
@@ -235,11 +247,15 @@ fn rsplit_at_space(s: &str, most: usize) -> Result<Vec<&str>, Error> {
     Ok(parts)
 }
 
-fn partition(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+fn partition(
+    string: &Text,
+    name: &'static str,
+    args: CallArguments,
+) -> Result<Value, TemplateError> {
     let args = args.bind(name, &["sep"])?;
     let (s, sep): (&str, _) = (&string.text, args.text(0)?);
     if sep.is_empty() {
-        return Err(Error::new("empty separator"));
+        return Err(TemplateError::new("empty separator"));
     }
     let (before, found, after) = match name {
         "partition" => s
@@ -262,7 +278,7 @@ fn part<'a>(
     s: &'a str,
     args: &BoundArguments,
     position: usize,
-) -> Result<Option<(usize, Cow<'a, str>)>, Error> {
+) -> Result<Option<(usize, Cow<'a, str>)>, TemplateError> {
     let (start, stop) = (args.some_int(position)?, args.some_int(position + 1)?);
     if (start, stop) == (None, None) {
         return Ok(Some((0, s.into())));
@@ -278,14 +294,18 @@ fn part<'a>(
     Ok(Some((first.unwrap_or(chars.len()), text.into())))
 }
 
-fn has_affix(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+fn has_affix(
+    string: &Text,
+    name: &'static str,
+    args: CallArguments,
+) -> Result<Value, TemplateError> {
     let args = args.bind(name, &["affix", "start", "end"])?;
     let part = part(&string.text, &args, 1)?;
     let has = |affix: &Value| {
         let Some(affix) = affix.as_str() else {
             let found = affix.type_name();
             let message = format!("{name} first arg must be str or a tuple of str, not {found}");
-            return Err(Error::new(message));
+            return Err(TemplateError::new(message));
         };
         Ok(part.as_ref().is_some_and(|(_, part)| match name {
             "startswith" => part.starts_with(affix),
@@ -304,7 +324,7 @@ fn has_affix(string: &Text, name: &'static str, args: CallArguments) -> Result<V
     Ok(Value::Bool(found))
 }
 
-fn search(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+fn search(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind(name, &["sub", "start", "end"])?;
     let sub = args.text(0)?;
     let part = part(&string.text, &args, 1)?;
@@ -323,16 +343,16 @@ fn search(string: &Text, name: &'static str, args: CallArguments) -> Result<Valu
     match found {
         Some(position) => Ok(Value::Int(position as i128)),
         None if name.ends_with("find") => Ok(Value::Int(-1)),
-        None => Err(Error::new("substring not found")),
+        None => Err(TemplateError::new("substring not found")),
     }
 }
 
-fn justify(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, Error> {
+fn justify(string: &Text, name: &'static str, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind(name, &["width", "fillchar"])?;
     args.required(0)?;
     let fill = args.some_text(1)?.unwrap_or(" ");
     if fill.chars().count() != 1 {
-        return Err(Error::new(
+        return Err(TemplateError::new(
             "The fill character must be exactly one character long",
         ));
     }
@@ -365,7 +385,7 @@ pub(crate) fn padded(s: &str, width: usize, fill: &str, side: Side) -> String {
     format!("{}{s}{}", fill.repeat(left), fill.repeat(missing - left))
 }
 
-fn replace(string: &Text, args: CallArguments) -> Result<Value, Error> {
+fn replace(string: &Text, args: CallArguments) -> Result<Value, TemplateError> {
     let args = args.bind("replace", &["old", "new", "count"])?;
     let (old, new) = (args.text(0)?, args.text(1)?);
     limits::text(string.text.len() + string.text.matches(old).count().saturating_mul(new.len()))?;

@@ -3,16 +3,16 @@
 use super::Parser;
 use crate::{
     ast::{
-        Arguments, ArithmeticOperator, ComparisonOperator, Conditional, Expression, Filter,
+        ArgumentList, ArithmeticOperator, ComparisonOperator, Conditional, Expression, Filter,
         Literal, Slice,
     },
-    error::Error,
+    error::TemplateError,
     lexer::TemplateToken,
 };
 
 impl Parser {
     /// Parses an expression, or a tuple of several separated by commas.
-    pub(super) fn tuple(&mut self) -> Result<Expression, Error> {
+    pub(super) fn tuple(&mut self) -> Result<Expression, TemplateError> {
         self.tuple_until(&[], Self::expression)
     }
 
@@ -20,8 +20,8 @@ impl Parser {
     pub(super) fn tuple_until(
         &mut self,
         ends: &[&str],
-        parse: fn(&mut Self) -> Result<Expression, Error>,
-    ) -> Result<Expression, Error> {
+        parse: fn(&mut Self) -> Result<Expression, TemplateError>,
+    ) -> Result<Expression, TemplateError> {
         let found = self.token().describe();
         let missing = self.failure(format!("expected an expression, got '{found}'"));
         self.some_tuple(ends, parse)?.ok_or(missing)
@@ -31,8 +31,8 @@ impl Parser {
     fn some_tuple(
         &mut self,
         ends: &[&str],
-        parse: fn(&mut Self) -> Result<Expression, Error>,
-    ) -> Result<Option<Expression>, Error> {
+        parse: fn(&mut Self) -> Result<Expression, TemplateError>,
+    ) -> Result<Option<Expression>, TemplateError> {
         let (mut items, mut is_tuple) = (Vec::new(), false);
         loop {
             let is_end = matches!(
@@ -56,11 +56,11 @@ impl Parser {
         })
     }
 
-    pub(super) fn expression(&mut self) -> Result<Expression, Error> {
+    pub(super) fn expression(&mut self) -> Result<Expression, TemplateError> {
         self.deeper(Self::conditional)
     }
 
-    fn conditional(&mut self) -> Result<Expression, Error> {
+    fn conditional(&mut self) -> Result<Expression, TemplateError> {
         let mut then = self.or()?;
         while self.takes_name("if") {
             self.count_operator()?;
@@ -79,7 +79,7 @@ impl Parser {
         Ok(then)
     }
 
-    pub(super) fn or(&mut self) -> Result<Expression, Error> {
+    pub(super) fn or(&mut self) -> Result<Expression, TemplateError> {
         let mut left = self.and()?;
         while self.takes_name("or") {
             self.count_operator()?;
@@ -88,7 +88,7 @@ impl Parser {
         Ok(left)
     }
 
-    fn and(&mut self) -> Result<Expression, Error> {
+    fn and(&mut self) -> Result<Expression, TemplateError> {
         let mut left = self.not()?;
         while self.takes_name("and") {
             self.count_operator()?;
@@ -97,7 +97,7 @@ impl Parser {
         Ok(left)
     }
 
-    fn not(&mut self) -> Result<Expression, Error> {
+    fn not(&mut self) -> Result<Expression, TemplateError> {
         if self.takes_name("not") {
             let negated = self.deeper(Self::not)?;
             return Ok(Expression::Not(Box::new(negated)));
@@ -105,7 +105,7 @@ impl Parser {
         self.comparison()
     }
 
-    fn comparison(&mut self) -> Result<Expression, Error> {
+    fn comparison(&mut self) -> Result<Expression, TemplateError> {
         let first = self.sum()?;
         let mut rest = Vec::new();
         while let Some(comparison) = self.comparison_operator() {
@@ -143,9 +143,9 @@ impl Parser {
     /// Parses a left-associative chain of operators of one precedence.
     fn chain(
         &mut self,
-        operand: fn(&mut Self) -> Result<Expression, Error>,
+        operand: fn(&mut Self) -> Result<Expression, TemplateError>,
         operators: &[(&str, ArithmeticOperator)],
-    ) -> Result<Expression, Error> {
+    ) -> Result<Expression, TemplateError> {
         let mut left = operand(self)?;
         loop {
             let found = operators
@@ -161,7 +161,7 @@ impl Parser {
         }
     }
 
-    fn sum(&mut self) -> Result<Expression, Error> {
+    fn sum(&mut self) -> Result<Expression, TemplateError> {
         let operators = [
             ("+", ArithmeticOperator::Add),
             ("-", ArithmeticOperator::Subtract),
@@ -169,7 +169,7 @@ impl Parser {
         self.chain(Self::concatenation, &operators)
     }
 
-    fn concatenation(&mut self) -> Result<Expression, Error> {
+    fn concatenation(&mut self) -> Result<Expression, TemplateError> {
         let first = self.product()?;
         if !self.is_operator("~") {
             return Ok(first);
@@ -181,7 +181,7 @@ impl Parser {
         Ok(Expression::Concatenation(parts))
     }
 
-    fn product(&mut self) -> Result<Expression, Error> {
+    fn product(&mut self) -> Result<Expression, TemplateError> {
         let operators = [
             ("*", ArithmeticOperator::Multiply),
             ("/", ArithmeticOperator::Divide),
@@ -191,12 +191,12 @@ impl Parser {
         self.chain(Self::power, &operators)
     }
 
-    fn power(&mut self) -> Result<Expression, Error> {
+    fn power(&mut self) -> Result<Expression, TemplateError> {
         self.chain(Self::filtered, &[("**", ArithmeticOperator::Power)])
     }
 
     /// Parses a signed value with its filters and tests.
-    fn filtered(&mut self) -> Result<Expression, Error> {
+    fn filtered(&mut self) -> Result<Expression, TemplateError> {
         let mut value = self.signed()?;
         loop {
             value = if self.takes_operator("|") {
@@ -212,7 +212,7 @@ impl Parser {
         }
     }
 
-    fn signed(&mut self) -> Result<Expression, Error> {
+    fn signed(&mut self) -> Result<Expression, TemplateError> {
         let value = if self.takes_operator("-") {
             Expression::Negative(Box::new(self.deeper(Self::signed)?))
         } else if self.takes_operator("+") {
@@ -223,7 +223,7 @@ impl Parser {
         self.postfix(value)
     }
 
-    fn primary(&mut self) -> Result<Expression, Error> {
+    fn primary(&mut self) -> Result<Expression, TemplateError> {
         let value = match self.token().clone() {
             TemplateToken::Name(name) => {
                 self.next();
@@ -285,8 +285,8 @@ impl Parser {
     fn separated<T>(
         &mut self,
         end: &'static str,
-        mut parse: impl FnMut(&mut Self) -> Result<T, Error>,
-    ) -> Result<Vec<T>, Error> {
+        mut parse: impl FnMut(&mut Self) -> Result<T, TemplateError>,
+    ) -> Result<Vec<T>, TemplateError> {
         let mut items = Vec::new();
         while !self.is_operator(end) {
             items.push(parse(self)?);
@@ -298,7 +298,7 @@ impl Parser {
         Ok(items)
     }
 
-    fn postfix(&mut self, mut value: Expression) -> Result<Expression, Error> {
+    fn postfix(&mut self, mut value: Expression) -> Result<Expression, TemplateError> {
         loop {
             value = if self.takes_operator(".") {
                 match self.next() {
@@ -320,7 +320,7 @@ impl Parser {
         }
     }
 
-    fn subscript(&mut self, value: Expression) -> Result<Expression, Error> {
+    fn subscript(&mut self, value: Expression) -> Result<Expression, TemplateError> {
         let start = if self.is_operator(":") {
             None
         } else {
@@ -356,9 +356,9 @@ impl Parser {
         }
     }
 
-    pub(super) fn arguments(&mut self) -> Result<Arguments, Error> {
+    pub(super) fn arguments(&mut self) -> Result<ArgumentList, TemplateError> {
         self.expect_operator("(")?;
-        let mut arguments = Arguments::default();
+        let mut arguments = ArgumentList::default();
         while !self.is_operator(")") {
             self.argument(&mut arguments)?;
             if !self.takes_operator(",") {
@@ -369,8 +369,8 @@ impl Parser {
         Ok(arguments)
     }
 
-    fn argument(&mut self, arguments: &mut Arguments) -> Result<(), Error> {
-        let Arguments {
+    fn argument(&mut self, arguments: &mut ArgumentList) -> Result<(), TemplateError> {
+        let ArgumentList {
             positional,
             named,
             more,
@@ -407,7 +407,7 @@ impl Parser {
     }
 
     /// Parses the test after `is`.
-    fn test(&mut self, value: Expression) -> Result<Expression, Error> {
+    fn test(&mut self, value: Expression) -> Result<Expression, TemplateError> {
         let is_negated = self.takes_name("not");
         let name = self.dotted()?;
         let begins_value = match self.token() {
@@ -423,12 +423,12 @@ impl Parser {
                 return Err(self.failure("You cannot chain multiple tests with is"));
             }
             let argument = self.primary()?;
-            Arguments {
+            ArgumentList {
                 positional: vec![self.postfix(argument)?],
-                ..Arguments::default()
+                ..ArgumentList::default()
             }
         } else {
-            Arguments::default()
+            ArgumentList::default()
         };
         let test = Expression::Test(Box::new(value), Box::new(Filter { name, arguments }));
         Ok(if is_negated {

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use crate::{
     ast::{
-        Arguments, AssignTarget, Expression, Filter, For, If, Macro, Statement, StatementKind,
+        ArgumentList, AssignTarget, Expression, Filter, For, If, Macro, Statement, StatementKind,
         Takes,
     },
-    error::Error,
+    error::TemplateError,
     lexer::{self, LocatedToken, TemplateToken},
     limits,
 };
@@ -20,7 +20,7 @@ const MAX_OPERATORS: usize = 300;
 const MAX_DEPTH: usize = 60;
 
 /// Parses a template.
-pub(crate) fn parse(source: &str) -> Result<Vec<Statement>, Error> {
+pub(crate) fn parse(source: &str) -> Result<Vec<Statement>, TemplateError> {
     let mut parser = Parser {
         tokens: lexer::tokens(source)?,
         position: 0,
@@ -62,8 +62,8 @@ impl Parser {
         &self.tokens[next].token
     }
 
-    fn failure(&self, message: impl Into<String>) -> Error {
-        Error::new(message).at(self.line())
+    fn failure(&self, message: impl Into<String>) -> TemplateError {
+        TemplateError::new(message).at(self.line())
     }
 
     fn next(&mut self) -> TemplateToken {
@@ -98,7 +98,7 @@ impl Parser {
         found
     }
 
-    fn expect(&mut self, token: &TemplateToken) -> Result<(), Error> {
+    fn expect(&mut self, token: &TemplateToken) -> Result<(), TemplateError> {
         if self.token() == token {
             self.next();
             return Ok(());
@@ -107,15 +107,15 @@ impl Parser {
         Err(self.failure(format!("expected token '{expected}', got '{found}'")))
     }
 
-    fn expect_operator(&mut self, operator: &'static str) -> Result<(), Error> {
+    fn expect_operator(&mut self, operator: &'static str) -> Result<(), TemplateError> {
         self.expect(&TemplateToken::Operator(operator))
     }
 
-    fn expect_name(&mut self, name: &str) -> Result<(), Error> {
+    fn expect_name(&mut self, name: &str) -> Result<(), TemplateError> {
         self.expect(&TemplateToken::Name(name.to_owned()))
     }
 
-    fn name(&mut self) -> Result<String, Error> {
+    fn name(&mut self) -> Result<String, TemplateError> {
         match self.token() {
             TemplateToken::Name(name) => {
                 let name = name.clone();
@@ -130,7 +130,7 @@ impl Parser {
     }
 
     /// Counts an operator, a filter or an attribute against the limit.
-    fn count_operator(&mut self) -> Result<(), Error> {
+    fn count_operator(&mut self) -> Result<(), TemplateError> {
         let left = self.links.checked_sub(1);
         let message = format!("more than {MAX_OPERATORS} operators in a tag");
         self.links = left.ok_or_else(|| self.failure(message))?;
@@ -138,7 +138,10 @@ impl Parser {
     }
 
     /// Parses one nesting level deeper.
-    fn deeper<T>(&mut self, parse: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+    fn deeper<T>(
+        &mut self,
+        parse: impl FnOnce(&mut Self) -> Result<T, TemplateError>,
+    ) -> Result<T, TemplateError> {
         if self.depth == MAX_DEPTH {
             return Err(self.failure(format!("the template is nested more than {MAX_DEPTH} deep")));
         }
@@ -150,7 +153,7 @@ impl Parser {
 
     /// Parses statements up to a tag named in `ends`, which is not consumed, or to the end of the template if `ends` is
     /// empty.
-    fn statements(&mut self, ends: &[&str]) -> Result<Vec<Statement>, Error> {
+    fn statements(&mut self, ends: &[&str]) -> Result<Vec<Statement>, TemplateError> {
         let mut body = Vec::new();
         loop {
             self.links = MAX_OPERATORS;
@@ -195,14 +198,14 @@ impl Parser {
     }
 
     /// Parses the body of a block up to a tag of `ends`; returns the body and the name of that tag.
-    fn body(&mut self, ends: &[&str]) -> Result<(Vec<Statement>, String), Error> {
+    fn body(&mut self, ends: &[&str]) -> Result<(Vec<Statement>, String), TemplateError> {
         self.takes_operator(":");
         self.expect(&TemplateToken::BlockEnd)?;
         let body = self.statements(ends)?;
         Ok((body, self.name()?))
     }
 
-    fn statement(&mut self) -> Result<Vec<StatementKind>, Error> {
+    fn statement(&mut self) -> Result<Vec<StatementKind>, TemplateError> {
         let name = self.name()?;
         let kind = match name.as_str() {
             "for" => self.for_loop()?,
@@ -230,14 +233,16 @@ impl Parser {
             "break" => StatementKind::Break,
             "continue" => StatementKind::Continue,
             "autoescape" | "block" | "extends" | "from" | "import" | "include" => {
-                return Err(Error::unsupported(&format!("the tag '{name}'")).at(self.line()));
+                return Err(
+                    TemplateError::unsupported(&format!("the tag '{name}'")).at(self.line())
+                );
             }
             _ => return Err(self.failure(format!("encountered unknown tag '{name}'"))),
         };
         Ok(vec![kind])
     }
 
-    fn print(&mut self) -> Result<Vec<StatementKind>, Error> {
+    fn print(&mut self) -> Result<Vec<StatementKind>, TemplateError> {
         let mut printed = Vec::new();
         while self.token() != &TemplateToken::BlockEnd {
             if !printed.is_empty() {
@@ -248,7 +253,7 @@ impl Parser {
         Ok(printed)
     }
 
-    fn for_loop(&mut self) -> Result<StatementKind, Error> {
+    fn for_loop(&mut self) -> Result<StatementKind, TemplateError> {
         self.fors += 1;
         let parsed = self.target(&["in"]).and_then(|target| {
             self.check_loop_target(&target)?;
@@ -259,7 +264,7 @@ impl Parser {
     }
 
     /// Rejects assignments to the special variable `loop`, like jinja2.
-    fn check_loop_target(&self, target: &AssignTarget) -> Result<(), Error> {
+    fn check_loop_target(&self, target: &AssignTarget) -> Result<(), TemplateError> {
         match target {
             AssignTarget::Name(name) if name == "loop" && self.fors > 0 => {
                 Err(self.failure("Can't assign to special loop variable in for-loop target"))
@@ -271,7 +276,7 @@ impl Parser {
         }
     }
 
-    fn for_of(&mut self, target: AssignTarget) -> Result<StatementKind, Error> {
+    fn for_of(&mut self, target: AssignTarget) -> Result<StatementKind, TemplateError> {
         self.expect_name("in")?;
         let items = self.tuple_until(&["recursive"], Self::or)?;
         let filter = if self.takes_name("if") {
@@ -298,7 +303,7 @@ impl Parser {
         })))
     }
 
-    fn condition(&mut self) -> Result<StatementKind, Error> {
+    fn condition(&mut self) -> Result<StatementKind, TemplateError> {
         let (mut branches, mut otherwise) = (Vec::new(), Vec::new());
         loop {
             let test = self.tuple_until(&[], Self::or)?;
@@ -319,7 +324,7 @@ impl Parser {
         }))
     }
 
-    fn set(&mut self) -> Result<StatementKind, Error> {
+    fn set(&mut self) -> Result<StatementKind, TemplateError> {
         let target = self.target(&[])?;
         self.check_loop_target(&target)?;
         if self.takes_operator("=") {
@@ -334,7 +339,7 @@ impl Parser {
         })
     }
 
-    fn with(&mut self) -> Result<StatementKind, Error> {
+    fn with(&mut self) -> Result<StatementKind, TemplateError> {
         let mut variables = Vec::new();
         while self.token() != &TemplateToken::BlockEnd {
             if !variables.is_empty() {
@@ -348,14 +353,14 @@ impl Parser {
         Ok(StatementKind::With { variables, body })
     }
 
-    fn macro_definition(&mut self) -> Result<StatementKind, Error> {
+    fn macro_definition(&mut self) -> Result<StatementKind, TemplateError> {
         let name = self.name()?;
         let parameters = self.parameters()?;
         let defined = self.macro_of(name, parameters, "endmacro")?;
         Ok(StatementKind::Macro(Arc::new(defined)))
     }
 
-    fn call_block(&mut self) -> Result<StatementKind, Error> {
+    fn call_block(&mut self) -> Result<StatementKind, TemplateError> {
         let parameters = if self.is_operator("(") {
             self.parameters()?
         } else {
@@ -378,7 +383,7 @@ impl Parser {
         name: String,
         parameters: Vec<(String, Option<Expression>)>,
         end: &str,
-    ) -> Result<Macro, Error> {
+    ) -> Result<Macro, TemplateError> {
         let loops = std::mem::take(&mut self.loops);
         let around = std::mem::take(&mut self.takes);
         let parsed = self.body(&[end]);
@@ -397,7 +402,7 @@ impl Parser {
         })
     }
 
-    fn parameters(&mut self) -> Result<Vec<(String, Option<Expression>)>, Error> {
+    fn parameters(&mut self) -> Result<Vec<(String, Option<Expression>)>, TemplateError> {
         self.expect_operator("(")?;
         let mut parameters: Vec<(String, Option<Expression>)> = Vec::new();
         while !self.is_operator(")") {
@@ -423,7 +428,7 @@ impl Parser {
     }
 
     /// Parses an assignment target: one, or several separated by commas, up to a name in `ends`.
-    fn target(&mut self, ends: &[&str]) -> Result<AssignTarget, Error> {
+    fn target(&mut self, ends: &[&str]) -> Result<AssignTarget, TemplateError> {
         let (mut targets, mut is_tuple) = (Vec::new(), false);
         loop {
             let is_end = matches!(
@@ -451,7 +456,7 @@ impl Parser {
         }
     }
 
-    fn target_primary(&mut self) -> Result<AssignTarget, Error> {
+    fn target_primary(&mut self) -> Result<AssignTarget, TemplateError> {
         if self.takes_operator("(") {
             let target = self.deeper(|parser| parser.target(&[]))?;
             self.expect_operator(")")?;
@@ -468,7 +473,7 @@ impl Parser {
     }
 
     /// Parses the filters of `|name(arguments)|…`.
-    fn filters(&mut self) -> Result<Vec<Filter>, Error> {
+    fn filters(&mut self) -> Result<Vec<Filter>, TemplateError> {
         let mut filters = Vec::new();
         while self.takes_operator("|") {
             filters.push(self.filter()?);
@@ -477,17 +482,17 @@ impl Parser {
     }
 
     /// Parses `name(arguments)`.
-    fn filter(&mut self) -> Result<Filter, Error> {
+    fn filter(&mut self) -> Result<Filter, TemplateError> {
         let name = self.dotted()?;
         let arguments = if self.is_operator("(") {
             self.arguments()?
         } else {
-            Arguments::default()
+            ArgumentList::default()
         };
         Ok(Filter { name, arguments })
     }
 
-    fn dotted(&mut self) -> Result<String, Error> {
+    fn dotted(&mut self) -> Result<String, TemplateError> {
         let mut name = self.name()?;
         while self.takes_operator(".") {
             name.push('.');

@@ -302,7 +302,7 @@ pub(super) enum LeftOperand<'a, W> {
     Transposed { words: &'a [W], stride: usize },
 }
 
-/// What a product does with its output's values.
+/// Operation of a product on its output's values.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Accumulate {
     /// Replaces them.

@@ -27,9 +27,9 @@ const LINEAGE: &str = "lineage.json";
 
 /// Checkpoints of a run, oldest first.
 pub(super) struct Branch {
-    /// Those that the run continues from.
+    /// Checkpoints that the run continues from.
     members: Vec<CheckpointFolder>,
-    /// Those that it has left behind by resuming from an earlier one.
+    /// Checkpoints that it has left behind by resuming from an earlier one.
     abandoned: Vec<CheckpointFolder>,
 }
 

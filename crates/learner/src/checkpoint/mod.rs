@@ -50,7 +50,7 @@ pub(crate) struct RunSnapshot {
     pub(crate) files: FilePairsState,
     /// Step of the last completed APO round; 0: none.
     pub(crate) apo_step: u64,
-    /// What the run is made of.
+    /// Record of the run's inputs.
     pub(crate) inputs: InputRecord,
     /// Counters of every stage, by name.
     pub(crate) stages: BTreeMap<String, StageSnapshot>,
@@ -70,7 +70,7 @@ pub(crate) struct Checkpoints {
     directory: Arc<RunDirectory>,
     /// Number of checkpoints kept.
     limit: usize,
-    /// What the run is made of.
+    /// Record of the run's inputs.
     inputs: InputRecord,
     /// Counters of the stages in this process.
     counters: Vec<StageCounters>,

@@ -15,7 +15,7 @@ use crate::objective::{Dpo, Ipo, NashMdPg, Objective, Slic};
 use crate::trainer::off_policy::Correction;
 
 /// A preference model over actions and the reference policy.
-struct Bandit {
+struct ArmPreferences {
     /// `beats[i][j]`: the probability that i is preferred to j.
     beats: Vec<Vec<f64>>,
     reference: Vec<f64>,
@@ -35,7 +35,7 @@ fn softmax(logits: &[f64]) -> Vec<f64> {
     logits.iter().map(|z| z.exp() / total).collect()
 }
 
-impl Bandit {
+impl ArmPreferences {
     /// Each action beats another: no scalar reward explains it.
     fn cycle() -> Self {
         Self {
@@ -176,7 +176,7 @@ fn ipo(tau: f64) -> Ipo {
     }
 }
 
-/// (τ, m, policy, mixture) for [`Bandit::cycle`].
+/// (τ, m, policy, mixture) for [`ArmPreferences::cycle`].
 const TABLE: [(f64, f64, [f64; 3], [f64; 3]); 5] = [
     (
         1.0,
@@ -207,7 +207,7 @@ const TABLE: [(f64, f64, [f64; 3], [f64; 3]); 5] = [
 
 #[test]
 fn the_exact_expected_gradient_of_ipo() -> Result<()> {
-    let bandit = Bandit::cycle();
+    let bandit = ArmPreferences::cycle();
     let theta = [0.3, -0.2, 0.1];
     for (m, expected) in [
         (0.0, [-0.4280536, -0.2564531, 0.6845067]),
@@ -222,7 +222,7 @@ fn the_exact_expected_gradient_of_ipo() -> Result<()> {
 
 #[test]
 fn ipo_converges_to_the_equilibrium_of_the_cycle() -> Result<()> {
-    let bandit = Bandit::cycle();
+    let bandit = ArmPreferences::cycle();
     for (tau, m, policy, mixture) in TABLE {
         for (scale, rate) in [(IpoScale::Square, 0.3), (IpoScale::Scaled, 0.3 / tau)] {
             let theta = bandit.converge(&Ipo { tau, scale }, Samples::Both(m), rate)?;
@@ -235,7 +235,7 @@ fn ipo_converges_to_the_equilibrium_of_the_cycle() -> Result<()> {
 
 #[test]
 fn nash_md_pg_converges_to_the_same_policy() -> Result<()> {
-    let bandit = Bandit::cycle();
+    let bandit = ArmPreferences::cycle();
     for (tau, m, policy, _) in TABLE {
         let theta = bandit.converge(&NashMdPg { tau }, Samples::SecondOnly(m), 1.0 / tau)?;
         close(&softmax(&theta), &policy, 1e-6);
@@ -245,7 +245,7 @@ fn nash_md_pg_converges_to_the_same_policy() -> Result<()> {
 
 #[test]
 fn online_dpo_converges_elsewhere() -> Result<()> {
-    let bandit = Bandit::cycle();
+    let bandit = ArmPreferences::cycle();
     let theta = bandit.converge(&Dpo { beta: 0.5 }, Samples::Both(0.0), 10.0)?;
     close(&softmax(&theta), &[0.541511, 0.195309, 0.263181], 1e-6);
     assert!(bandit.residual(&theta, 0.5, 0.0) > 0.1);
@@ -264,7 +264,7 @@ const UNCORRECTED: Correction = Correction {
 
 #[test]
 fn the_expected_gradient_of_weighted_off_policy_pairs_is_the_on_policy_one() -> Result<()> {
-    let bandit = Bandit::cycle();
+    let bandit = ArmPreferences::cycle();
     let (theta, behaviour) = ([0.3, -0.2, 0.1], [0.2, 0.3, 0.5]);
     let gradient = |correction: &Correction| {
         let rows = bandit.off_policy_rows(&theta, &behaviour, correction);
@@ -302,7 +302,7 @@ fn the_expected_gradient_of_weighted_off_policy_pairs_is_the_on_policy_one() -> 
 /// Policy-gradient and regression objectives alike; the policy's own pairs would give the same.
 #[test]
 fn weighted_pairs_of_any_behaviour_lead_to_the_on_policy_fixed_point() -> Result<()> {
-    let bandit = Bandit::cycle();
+    let bandit = ArmPreferences::cycle();
     let behaviour = [0.2, 0.3, 0.5];
     for (tau, m, policy, _) in TABLE {
         if m > 0.0 {
@@ -318,8 +318,8 @@ fn weighted_pairs_of_any_behaviour_lead_to_the_on_policy_fixed_point() -> Result
     let theta = bandit.descend(&Dpo { beta: 0.5 }, 10.0, rows)?;
     close(&softmax(&theta), &[0.541511, 0.195309, 0.263181], 1e-6);
     for (arms, seed) in [(4, 1), (5, 3)] {
-        let bandit = Bandit::random(arms, Seed(seed));
-        let behaviour = Bandit::random(arms, Seed(seed + 10)).reference;
+        let bandit = ArmPreferences::random(arms, Seed(seed));
+        let behaviour = ArmPreferences::random(arms, Seed(seed + 10)).reference;
         let rows = |theta: &[f64]| bandit.off_policy_rows(theta, &behaviour, &TRUNCATED);
         let theta = bandit.descend(&ipo(0.3), 0.3, rows)?;
         let residual = bandit.residual(&theta, 0.3, 0.0);
@@ -332,10 +332,10 @@ fn weighted_pairs_of_any_behaviour_lead_to_the_on_policy_fixed_point() -> Result
 #[test]
 fn pairs_of_another_behaviour_lead_elsewhere_without_weights() -> Result<()> {
     for (bandit, behaviour) in [
-        (Bandit::cycle(), vec![0.2, 0.3, 0.5]),
+        (ArmPreferences::cycle(), vec![0.2, 0.3, 0.5]),
         (
-            Bandit::random(4, Seed(1)),
-            Bandit::random(4, Seed(11)).reference,
+            ArmPreferences::random(4, Seed(1)),
+            ArmPreferences::random(4, Seed(11)).reference,
         ),
     ] {
         let rows = |theta: &[f64]| bandit.off_policy_rows(theta, &behaviour, &UNCORRECTED);
@@ -351,7 +351,7 @@ fn pairs_of_another_behaviour_lead_elsewhere_without_weights() -> Result<()> {
 #[test]
 fn ipo_solves_the_fixed_point_of_any_preference_model() -> Result<()> {
     for (arms, seed) in [(4, 1), (4, 2), (5, 3), (5, 4)] {
-        let bandit = Bandit::random(arms, Seed(seed));
+        let bandit = ArmPreferences::random(arms, Seed(seed));
         for (tau, m) in [(1.0, 0.0), (0.3, 0.0), (0.3, 0.5), (0.5, 0.125)] {
             let theta = bandit.converge(&ipo(tau), Samples::Both(m), 0.3)?;
             let residual = bandit.residual(&theta, tau, m);
@@ -370,9 +370,9 @@ fn ipo_solves_the_fixed_point_of_any_preference_model() -> Result<()> {
 
 #[test]
 fn a_preference_model_of_ties_leaves_the_policy_at_the_reference() -> Result<()> {
-    let bandit = Bandit {
+    let bandit = ArmPreferences {
         beats: vec![vec![0.5; 3]; 3],
-        ..Bandit::cycle()
+        ..ArmPreferences::cycle()
     };
     let theta: [f64; 3] = [0.3, -0.2, 0.1];
     let objectives: [(&dyn Objective, f64); 3] = [

@@ -21,7 +21,7 @@ const REFERENCE_STATE: &str = "reference.json";
 /// File of the moving average in a checkpoint.
 const AVERAGE: &str = "average.safetensors";
 
-/// What weights are published for.
+/// Purpose for which weights are published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Publication {
     /// To sample training pairs: the policy, and the reference once it has moved.

@@ -63,7 +63,7 @@ struct PassLogprobs {
     reference: ReferencePass,
 }
 
-/// What is known of the reference in one pass.
+/// Outputs of the reference in one pass.
 enum ReferencePass {
     /// All of it, computed now.
     Computed(TokenLogprobs),

@@ -51,7 +51,7 @@ impl Correction {
             .collect()
     }
 
-    /// What a label with this log w counts as; 1 without a weight.
+    /// Factor of a label with this log w in the loss; 1 without a weight.
     pub(crate) fn factor(&self, log_weight: Option<f64>) -> f64 {
         let Some(log_weight) = log_weight else {
             return 1.0;

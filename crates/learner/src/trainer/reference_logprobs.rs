@@ -32,7 +32,7 @@ pub(crate) struct ReferenceCache {
 }
 
 impl ReferenceCache {
-    /// Those in the file, or none if there is no file or it is not of this key.
+    /// Values of the file; none if there is no file or it is not of this key.
     pub(crate) fn open(kept: ReferenceLogprobs) -> Self {
         let pairs = match fs::read(&kept.path) {
             Ok(bytes) => decode(&bytes, &kept.key),

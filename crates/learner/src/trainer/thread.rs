@@ -131,7 +131,7 @@ impl TrainerThread {
     /// Calls `read` with the trainer, on its thread.
     ///
     /// # Errors
-    /// Those of `read`, or if the thread has ended.
+    /// When `read` fails, or the thread has ended.
     pub(crate) async fn inspect<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Trainer) -> Result<T, LearnerError> + Send + 'static,

@@ -87,7 +87,7 @@ pub enum InvalidMessage {
     Numbers {
         /// Part of the message.
         what: &'static str,
-        /// What there is one number of.
+        /// Unit for which there is one number.
         of: &'static str,
     },
     /// Log-probabilities, or a mixture, of a completion that was not sampled in the run.

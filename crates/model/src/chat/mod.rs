@@ -316,7 +316,7 @@ enum RenderEnd {
 /// Text that tells whether a template prints a message.
 const PROBE: &str = "Which colour has grass?";
 
-/// What a template prints of [`PROBE`] at least: all of a part, the beginning of a text.
+/// The least that a template prints of [`PROBE`]: all of a part, the beginning of a text.
 fn content_word(content: &Value) -> &'static str {
     match content {
         Value::String(_) => &PROBE[..3],

@@ -35,7 +35,7 @@ pub(super) enum MetadataValue {
 
 /// A tensor of the file.
 #[derive(Debug, Clone)]
-pub(super) struct TensorEntry {
+pub(super) struct GgufTensor {
     pub(super) name: String,
     /// Shape, outermost dimension first.
     pub(super) shape: Vec<usize>,
@@ -50,7 +50,7 @@ pub(super) struct TensorEntry {
 #[derive(Debug)]
 pub(super) struct GgufHeader {
     pub(super) metadata: BTreeMap<String, MetadataValue>,
-    pub(super) tensors: Vec<TensorEntry>,
+    pub(super) tensors: Vec<GgufTensor>,
 }
 
 impl MetadataValue {
@@ -249,7 +249,7 @@ impl HeaderReader {
         }
     }
 
-    fn tensor(&mut self) -> Result<TensorEntry, String> {
+    fn tensor(&mut self) -> Result<GgufTensor, String> {
         let name = self.text()?;
         let dimensions = self.u32()?;
         if dimensions > MAX_DIMENSIONS {
@@ -276,7 +276,7 @@ impl HeaderReader {
             ));
         }
         let bytes = (elements / block).checked_mul(dtype.type_size() as u64);
-        Ok(TensorEntry {
+        Ok(GgufTensor {
             shape: shape.iter().map(|&d| d as usize).collect(),
             bytes: bytes.ok_or_else(too_large)?,
             name,

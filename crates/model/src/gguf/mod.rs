@@ -25,7 +25,7 @@ use crate::{
     error::ModelError,
     gguf::{
         config::{GgufArchitecture, ModelShape},
-        header::{GgufHeader, TensorEntry},
+        header::{GgufHeader, GgufTensor},
         tensors::TensorReader,
         tokenizer::TokenizerFiles,
     },
@@ -197,7 +197,7 @@ impl GgufModel {
 
     fn write_weights(&self, folder: &Path) -> Result<(), ModelError> {
         let mut reader = TensorReader::open(&self.path)?;
-        let mut shards: Vec<Vec<&TensorEntry>> = Vec::new();
+        let mut shards: Vec<Vec<&GgufTensor>> = Vec::new();
         let mut size = SHARD_BYTES;
         for tensor in &self.header.tensors {
             if tensor.name == tensors::ROPE_FACTORS {
@@ -242,7 +242,7 @@ impl GgufModel {
     fn weight(
         &self,
         reader: &mut TensorReader,
-        tensor: &TensorEntry,
+        tensor: &GgufTensor,
     ) -> Result<(String, Tensor), ModelError> {
         let malformed = |reason: String| ModelError::Malformed {
             path: self.path.clone(),

@@ -9,7 +9,7 @@ use crate::{
     gguf::{
         CPU,
         config::{GgufArchitecture, ModelShape},
-        header::TensorEntry,
+        header::GgufTensor,
     },
     input_file::InputFile,
 };
@@ -47,12 +47,12 @@ const HEAD_NORMS: [(&str, &str); 2] = [
 pub(super) struct TargetTensor {
     /// Its name.
     pub(super) name: String,
-    role: Role,
+    role: TensorRole,
 }
 
-/// What matters of a tensor's role.
+/// Role of a tensor, as far as it decides how rows are ordered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
+enum TensorRole {
     Query,
     Key,
     Other,
@@ -61,9 +61,9 @@ enum Role {
 impl TargetTensor {
     fn new(name: String) -> Self {
         let role = match () {
-            () if name.ends_with("q_proj.weight") => Role::Query,
-            () if name.ends_with("k_proj.weight") => Role::Key,
-            () => Role::Other,
+            () if name.ends_with("q_proj.weight") => TensorRole::Query,
+            () if name.ends_with("k_proj.weight") => TensorRole::Key,
+            () => TensorRole::Other,
         };
         Self { name, role }
     }
@@ -75,9 +75,9 @@ impl TargetTensor {
         shape: ModelShape,
     ) -> Option<usize> {
         let heads = match self.role {
-            Role::Query => shape.heads,
-            Role::Key => shape.kv_heads,
-            Role::Other => return None,
+            TensorRole::Query => shape.heads,
+            TensorRole::Key => shape.kv_heads,
+            TensorRole::Other => return None,
         };
         architecture.permutes_heads.then_some(heads)
     }
@@ -151,11 +151,7 @@ impl TensorReader {
     }
 
     /// The values of a tensor, dequantised, as `dtype`.
-    pub(super) fn read(
-        &mut self,
-        tensor: &TensorEntry,
-        dtype: DType,
-    ) -> Result<Tensor, ModelError> {
+    pub(super) fn read(&mut self, tensor: &GgufTensor, dtype: DType) -> Result<Tensor, ModelError> {
         let info = TensorInfo {
             ggml_dtype: tensor.dtype,
             shape: Shape::from(tensor.shape.clone()),

@@ -31,13 +31,13 @@ pub(super) struct TokenizerFiles {
 }
 
 /// Vocabulary of a file.
-struct Vocabulary<'a> {
+struct GgufVocabulary<'a> {
     tokens: Vec<&'a str>,
     kinds: Vec<u64>,
     scores: Vec<f64>,
 }
 
-impl<'a> Vocabulary<'a> {
+impl<'a> GgufVocabulary<'a> {
     fn of(header: &'a GgufHeader) -> Result<Self, String> {
         let texts = array(header, "tokenizer.ggml.tokens", MetadataValue::as_text)?;
         let tokens = texts.ok_or("it has no tokenizer.ggml.tokens")?;
@@ -113,7 +113,7 @@ pub(super) fn tokenizer(
     let flag = |key: &str| header.metadata.get(key).and_then(MetadataValue::as_bool);
     let kind = text("tokenizer.ggml.model").ok_or("it has no tokenizer.ggml.model")?;
     let pre = text("tokenizer.ggml.pre").unwrap_or("default");
-    let vocabulary = Vocabulary::of(header)?;
+    let vocabulary = GgufVocabulary::of(header)?;
     let adds_bos = flag("tokenizer.ggml.add_bos_token");
     if flag("tokenizer.ggml.add_eos_token") == Some(true) {
         return Err(
@@ -177,7 +177,7 @@ fn post_processor(bos: Option<&str>, id: Option<u32>) -> Value {
 /// Byte-level BPE, as in GPT-2.
 fn byte_level(
     header: &GgufHeader,
-    vocabulary: &Vocabulary<'_>,
+    vocabulary: &GgufVocabulary<'_>,
     pre: &str,
 ) -> Result<TokenizerParts, String> {
     let bytes = |splits: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": splits});
@@ -219,7 +219,7 @@ fn byte_level(
 
 /// SentencePiece BPE, as in Llama 2 and Mistral.
 fn sentence_piece(
-    vocabulary: &Vocabulary<'_>,
+    vocabulary: &GgufVocabulary<'_>,
     special: SpecialIds,
     adds_space: bool,
 ) -> TokenizerParts {
@@ -258,7 +258,7 @@ struct Merge<'a> {
 }
 
 /// The merges of a SentencePiece vocabulary, best first, as transformers derives them from the scores.
-fn merges(vocabulary: &Vocabulary<'_>) -> Vec<Value> {
+fn merges(vocabulary: &GgufVocabulary<'_>) -> Vec<Value> {
     let is_piece = |kind: u64| ![UNKNOWN, CONTROL, BYTE].contains(&kind);
     let pieces = vocabulary.tokens.iter().zip(&vocabulary.kinds);
     let ids: HashMap<&str, usize> = pieces
@@ -298,7 +298,7 @@ fn merges(vocabulary: &Vocabulary<'_>) -> Vec<Value> {
 }
 
 /// The `tokenizer_config.json`: special tokens and chat templates.
-fn settings(header: &GgufHeader, vocabulary: &Vocabulary<'_>, special: SpecialIds) -> Value {
+fn settings(header: &GgufHeader, vocabulary: &GgufVocabulary<'_>, special: SpecialIds) -> Value {
     let mut settings = Map::new();
     settings.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
     for (name, id) in [

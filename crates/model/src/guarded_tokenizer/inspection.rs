@@ -15,7 +15,7 @@ const MAX_ADDED_TOKENS: usize = 1024;
 /// Longest word that WordPiece splits in quadratic time, in characters.
 const MAX_WORD_CHARS: u64 = 1000;
 
-/// What is known of a tokenizer from its file.
+/// Facts about a tokenizer from its file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Inspection {
     /// Whether every use takes time linear in the text, up to a logarithm.

@@ -71,7 +71,7 @@ pub struct Apo {
     training: Option<oneshot::Receiver<Result<RoundOutcome, PreferenceError>>>,
 }
 
-/// What all rounds share.
+/// Models and settings that all rounds share.
 struct ApoContext {
     settings: ApoSettings,
     fit: FitSettings,

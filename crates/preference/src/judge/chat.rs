@@ -199,7 +199,7 @@ impl ChatPrompt {
         }
     }
 
-    /// What a reply says: the probability that the first response is better, or the score of its response; or why it
+    /// Verdict of a reply: the probability that the first response is better, or the score of its response; or why it
     /// says neither.
     pub(super) fn opinion(&self, reply: &ChatReply) -> Result<f64, String> {
         if self.is_pointwise() {

@@ -161,7 +161,7 @@ mod tests {
             let message = Matrix::new(matrix).unwrap_err().to_string();
             assert!(message.contains(reason), "{message}");
             assert!(
-                message.starts_with("use preference.judge.matrix: "),
+                message.starts_with("preference.judge.matrix: "),
                 "{message}"
             );
         }

@@ -338,23 +338,19 @@ mod tests {
             (
                 1.0,
                 vec![ENDED, regex("(")],
-                "compile preference.judge.rules[1].pattern: ",
+                "failed to compile preference.judge.rules[1].pattern: ",
             ),
             (
                 1.0,
                 vec![infinite],
-                "use inf as preference.judge.rules[0].weight: ",
+                "preference.judge.rules[0].weight is inf: ",
             ),
-            (-1.0, vec![], "use -1 as preference.judge.temperature: "),
-            (
-                f64::NAN,
-                vec![],
-                "use NaN as preference.judge.temperature: ",
-            ),
+            (-1.0, vec![], "preference.judge.temperature is -1: "),
+            (f64::NAN, vec![], "preference.judge.temperature is NaN: "),
             (
                 f64::INFINITY,
                 vec![],
-                "use inf as preference.judge.temperature: ",
+                "preference.judge.temperature is inf: ",
             ),
         ];
         for (temperature, rules, start) in cases {

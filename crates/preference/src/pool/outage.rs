@@ -10,7 +10,7 @@ use tokio::time::Instant;
 /// A period in which no replica of the judge can be asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outage {
-    /// What keeps requests back.
+    /// Cause for which requests are kept back.
     pub cause: OutageCause,
     /// Last failure.
     pub reason: String,

@@ -12,7 +12,7 @@ use axum::http::{HeaderMap, HeaderName, StatusCode};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::regular_file::read_bounded;
 
 /// Maximum size of a token file in bytes.
@@ -162,11 +162,11 @@ const MIN_TOKEN_BYTES: usize = 16;
 ///
 /// # Errors
 /// When the file cannot be read or contains no valid token.
-pub fn read_token(path: &Path) -> Result<Option<String>, Error> {
+pub fn read_token(path: &Path) -> Result<Option<String>, TelemetryError> {
     if path.as_os_str().is_empty() {
         return Ok(None);
     }
-    let error = |source| Error::Token {
+    let error = |source| TelemetryError::Token {
         path: path.to_owned(),
         source,
     };

@@ -51,7 +51,7 @@ impl ConnectionLimits {
     }
 }
 
-/// What a connection does.
+/// Phase of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// The head of a request is arriving, or the connection is new.
@@ -64,7 +64,7 @@ enum Phase {
 
 /// Progress of one connection.
 #[derive(Debug)]
-struct Progress {
+struct ConnectionProgress {
     phase: Phase,
     since: Instant,
     /// Since when the client has not read what is written to it.
@@ -74,7 +74,7 @@ struct Progress {
 /// One open connection.
 #[derive(Debug)]
 pub(super) struct ClientConnection {
-    progress: Mutex<Progress>,
+    progress: Mutex<ConnectionProgress>,
     ended: Notify,
 }
 
@@ -100,7 +100,7 @@ pub(super) struct BusyGuard(Arc<ClientConnection>);
 impl ClientConnection {
     fn new() -> Self {
         Self {
-            progress: Mutex::new(Progress {
+            progress: Mutex::new(ConnectionProgress {
                 phase: Phase::Head,
                 since: Instant::now(),
                 stalled: None,
@@ -109,7 +109,7 @@ impl ClientConnection {
         }
     }
 
-    fn progress(&self) -> MutexGuard<'_, Progress> {
+    fn progress(&self) -> MutexGuard<'_, ConnectionProgress> {
         // Each change is an assignment: the progress is valid even after a panic.
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }

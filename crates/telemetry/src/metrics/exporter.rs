@@ -25,7 +25,7 @@ use metrics_exporter_prometheus::{
 use crate::http::{AccessControl, is_exposed, read_token};
 use crate::server::HttpServer;
 use crate::{
-    error::Error,
+    error::TelemetryError,
     metrics::{registry, stage, waits},
 };
 
@@ -76,17 +76,17 @@ impl Exporter {
     /// # Errors
     /// When the address is not loopback and there is no token, the token cannot be read, the address cannot be bound,
     /// the process already has a recorder, or a thread cannot be spawned. Only success installs the recorder.
-    pub fn start(listen: SocketAddr, token_path: &Path) -> Result<Self, Error> {
+    pub fn start(listen: SocketAddr, token_path: &Path) -> Result<Self, TelemetryError> {
         // Checked first: a second start usually also finds its own address in use.
         if STARTED.load(Ordering::Acquire) {
-            return Err(Error::RecorderInstalled);
+            return Err(TelemetryError::RecorderInstalled);
         }
         let token = read_token(token_path)?;
         require_protection(listen, token.as_deref())?;
         let access = AccessControl::new(token.as_deref());
         let recorder = build_recorder();
         let handle = recorder.handle();
-        let bind_error = |source| Error::Listen {
+        let bind_error = |source| TelemetryError::Listen {
             address: listen,
             source,
         };
@@ -94,7 +94,7 @@ impl Exporter {
         let router = router(handle.clone(), Arc::clone(&targets), access);
         let server = HttpServer::start("exporter", listen, bind_error, router, async {})?;
         let upkeep = Upkeep::start(handle.clone())?;
-        metrics::set_global_recorder(recorder).map_err(|_| Error::RecorderInstalled)?;
+        metrics::set_global_recorder(recorder).map_err(|_| TelemetryError::RecorderInstalled)?;
         publish_start_time();
         STARTED.store(true, Ordering::Release);
         Ok(Self {
@@ -109,9 +109,9 @@ impl Exporter {
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn check(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+    pub fn check(listen: SocketAddr, token: Option<&str>) -> Result<(), TelemetryError> {
         require_protection(listen, token)?;
-        let bind_error = |source| Error::Listen {
+        let bind_error = |source| TelemetryError::Listen {
             address: listen,
             source,
         };
@@ -166,9 +166,9 @@ impl Recording {
 }
 
 /// Checks that the address is loopback or a token is set.
-fn require_protection(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+fn require_protection(listen: SocketAddr, token: Option<&str>) -> Result<(), TelemetryError> {
     match is_exposed(listen.ip(), token.is_some()) {
-        true => Err(Error::ExporterExposed { address: listen }),
+        true => Err(TelemetryError::ExporterExposed { address: listen }),
         false => Ok(()),
     }
 }
@@ -235,7 +235,7 @@ struct Upkeep {
 }
 
 impl Upkeep {
-    fn start(handle: PrometheusHandle) -> Result<Self, Error> {
+    fn start(handle: PrometheusHandle) -> Result<Self, TelemetryError> {
         let name = "exporter-upkeep";
         let (stop, stopped) = mpsc::channel::<()>();
         let thread = thread::Builder::new()
@@ -245,7 +245,7 @@ impl Upkeep {
                     handle.run_upkeep();
                 }
             })
-            .map_err(|source| Error::Thread {
+            .map_err(|source| TelemetryError::Thread {
                 name: name.into(),
                 source,
             })?;
@@ -288,7 +288,7 @@ mod tests {
     fn metrics_are_served_to_this_machine_or_with_a_token() {
         let serve = |token: Option<&str>| {
             let listen = (Ipv4Addr::LOCALHOST, 0).into();
-            let bind_error = |source| Error::Listen {
+            let bind_error = |source| TelemetryError::Listen {
                 address: listen,
                 source,
             };
@@ -340,7 +340,7 @@ mod tests {
         let busy = Exporter::start(occupied.local_addr().unwrap(), none)
             .err()
             .unwrap();
-        assert!(matches!(busy, Error::Listen { .. }), "{busy}");
+        assert!(matches!(busy, TelemetryError::Listen { .. }), "{busy}");
 
         let exporter = Exporter::start((Ipv4Addr::LOCALHOST, 0).into(), none).unwrap();
         let publishing = || {
@@ -370,7 +370,10 @@ mod tests {
 
         for listen in [exporter.address(), (Ipv4Addr::LOCALHOST, 0).into()] {
             let second = Exporter::start(listen, none).err().unwrap();
-            assert!(matches!(second, Error::RecorderInstalled), "{second}");
+            assert!(
+                matches!(second, TelemetryError::RecorderInstalled),
+                "{second}"
+            );
         }
     }
 

@@ -28,7 +28,7 @@ struct OpenWaits {
 /// An open wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wait {
-    /// What the role waits for.
+    /// Event for which the role waits.
     pub reason: &'static str,
     /// Duration so far.
     pub elapsed: Duration,

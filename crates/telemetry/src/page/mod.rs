@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use crate::http::{AccessControl, is_exposed};
 use crate::metrics::exporter::MetricsPage;
 use crate::server::HttpServer;
-use crate::{error::Error, view::RunView};
+use crate::{error::TelemetryError, view::RunView};
 
 /// Configuration of a page.
 pub struct PageParts {
@@ -52,7 +52,7 @@ impl PageServer {
     /// # Errors
     /// When the address is not loopback and there is no token, the address cannot be bound, or a thread cannot be
     /// spawned.
-    pub fn start(parts: PageParts) -> Result<Self, Error> {
+    pub fn start(parts: PageParts) -> Result<Self, TelemetryError> {
         let PageParts {
             listen,
             token,
@@ -60,7 +60,7 @@ impl PageServer {
             live,
         } = parts;
         require_protection(listen, token.as_deref())?;
-        let bind_error = |source| Error::PageListen {
+        let bind_error = |source| TelemetryError::PageListen {
             address: listen,
             source,
         };
@@ -94,9 +94,9 @@ impl PageServer {
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn check(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+    pub fn check(listen: SocketAddr, token: Option<&str>) -> Result<(), TelemetryError> {
         require_protection(listen, token)?;
-        let bind_error = |source| Error::PageListen {
+        let bind_error = |source| TelemetryError::PageListen {
             address: listen,
             source,
         };
@@ -117,9 +117,9 @@ impl PageServer {
 }
 
 /// Checks that the address is loopback or a token is set.
-fn require_protection(listen: SocketAddr, token: Option<&str>) -> Result<(), Error> {
+fn require_protection(listen: SocketAddr, token: Option<&str>) -> Result<(), TelemetryError> {
     match is_exposed(listen.ip(), token.is_some()) {
-        true => Err(Error::PageExposed { address: listen }),
+        true => Err(TelemetryError::PageExposed { address: listen }),
         false => Ok(()),
     }
 }

@@ -19,7 +19,7 @@ use crate::http::AccessRefusal;
 use crate::page::access::{AccessDecision, TOKEN_COOKIE, decide};
 use crate::page::{PageState, events, files, verdicts};
 use crate::{
-    error::Error,
+    error::TelemetryError,
     view::{EvaluationRecord, RunStatus, RunView, SamplePage, SampleQuery},
 };
 
@@ -197,7 +197,7 @@ fn locked(run: &Mutex<RunView>) -> MutexGuard<'_, RunView> {
 /// Refreshes a run and reads from it on a blocking thread.
 pub(super) async fn read<T: Send + 'static>(
     run: &Arc<Mutex<RunView>>,
-    extract: impl FnOnce(&RunView) -> Result<T, Error> + Send + 'static,
+    extract: impl FnOnce(&RunView) -> Result<T, TelemetryError> + Send + 'static,
 ) -> Result<T, ErrorResponse> {
     let run = Arc::clone(run);
     let task = tokio::task::spawn_blocking(move || {

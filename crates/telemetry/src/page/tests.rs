@@ -330,5 +330,8 @@ fn a_non_loopback_address_requires_a_token() {
     let in_use = PageServer::start(parts(&format!("0.0.0.0:{port}"), Some("x")))
         .err()
         .unwrap();
-    assert!(matches!(in_use, Error::PageListen { .. }), "{in_use}");
+    assert!(
+        matches!(in_use, TelemetryError::PageListen { .. }),
+        "{in_use}"
+    );
 }

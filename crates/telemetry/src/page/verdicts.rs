@@ -125,7 +125,7 @@ fn answer(
         }
         VerdictError::NoPair => conflict("this row has no two different completions"),
         VerdictError::File(error) => {
-            let text = format!("failed to {}\n", error_chain(&error));
+            let text = format!("{}\n", error_chain(&error));
             (StatusCode::INTERNAL_SERVER_ERROR, text)
         }
     })?;

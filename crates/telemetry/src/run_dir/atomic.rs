@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::run_dir::{descriptors::wait_for_descriptor, private::private_file};
 
 /// Atomically replaces the file at `path` with `contents`; on failure it is unchanged. Only the owner can read it.
 ///
 /// # Errors
 /// When the temporary file cannot be created, written, synced or renamed.
-pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<(), Error> {
+pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<(), TelemetryError> {
     replace(path, |file| file.write_all(contents))
 }
 
@@ -25,7 +25,7 @@ pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<(), Error> {
 pub(crate) fn replace<T>(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
-) -> Result<T, Error> {
+) -> Result<T, TelemetryError> {
     let tmp_path = tmp_path(path);
     let result = write_and_sync(&tmp_path, write).and_then(|value| {
         fs::rename(&tmp_path, path)?;
@@ -35,7 +35,7 @@ pub(crate) fn replace<T>(
     result.map_err(|source| {
         // After the rename there is no temporary file; before it, the first error is the one to report.
         fs::remove_file(&tmp_path).ok();
-        Error::file("write", path)(source)
+        TelemetryError::file("write", path)(source)
     })
 }
 
@@ -123,7 +123,12 @@ mod tests {
             file.write_all(b"half of the n")?;
             Err::<(), _>(io::Error::other("the disk is full"))
         });
-        assert!(failed.unwrap_err().to_string().starts_with("write "));
+        assert!(
+            failed
+                .unwrap_err()
+                .to_string()
+                .starts_with("failed to write ")
+        );
         assert_eq!(fs::read_to_string(&path).unwrap(), "old");
         assert_eq!(names(directory.path()), ["report.md"]);
     }

@@ -9,7 +9,7 @@ use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::run_dir::atomic::write_atomically;
 use crate::run_dir::files::open_inside;
 use crate::run_dir::private::{create_private_directory, private_file};
@@ -40,16 +40,17 @@ impl RunDirectory {
     ///
     /// # Errors
     /// When `path` already contains a run, another process has locked it, or a file operation fails.
-    pub fn create(path: impl Into<PathBuf>, resolved_toml: &str) -> Result<Self, Error> {
+    pub fn create(path: impl Into<PathBuf>, resolved_toml: &str) -> Result<Self, TelemetryError> {
         let root = path.into();
-        create_private_directory(&root).map_err(Error::file("create the directory", &root))?;
+        create_private_directory(&root)
+            .map_err(TelemetryError::file("create the directory", &root))?;
         let run = Self {
             _lock: lock(&root)?,
             root,
             session: 0,
         };
         if run.config().exists() {
-            return Err(Error::RunExists {
+            return Err(TelemetryError::RunExists {
                 directory: run.root,
             });
         }
@@ -63,16 +64,16 @@ impl RunDirectory {
     ///
     /// # Errors
     /// When `path` contains no run, another process has locked it, or a file operation fails.
-    pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, TelemetryError> {
         let root = path.into();
         if !root.join("config.toml").exists() {
-            return Err(Error::RunMissing { directory: root });
+            return Err(TelemetryError::RunMissing { directory: root });
         }
         for name in FILES {
             match open_inside(&root, name) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::file("open", &root.join(name))(error)),
+                Err(error) => return Err(TelemetryError::file("open", &root.join(name))(error)),
             }
         }
         let mut run = Self {
@@ -82,10 +83,10 @@ impl RunDirectory {
         };
         run.create_directories()?;
         let previous = fs::read_to_string(run.session_file())
-            .map_err(Error::file("read", &run.session_file()))?;
+            .map_err(TelemetryError::file("read", &run.session_file()))?;
         let previous: u64 = previous.trim().parse().map_err(|_| {
             let invalid = std::io::Error::other("it does not contain a number");
-            Error::file("read", &run.session_file())(invalid)
+            TelemetryError::file("read", &run.session_file())(invalid)
         })?;
         run.session = previous + 1;
         run.write_session()?;
@@ -103,7 +104,7 @@ impl RunDirectory {
     ///
     /// # Errors
     /// When the session number cannot be written.
-    pub fn skip_sessions(&mut self, last: u64) -> Result<(), Error> {
+    pub fn skip_sessions(&mut self, last: u64) -> Result<(), TelemetryError> {
         if self.session > last {
             return Ok(());
         }
@@ -117,7 +118,7 @@ impl RunDirectory {
 
     /// Persists the session number. It is written before anything is sent, so that no two sessions have the same
     /// number however they end.
-    fn write_session(&self) -> Result<(), Error> {
+    fn write_session(&self) -> Result<(), TelemetryError> {
         write_atomically(
             &self.session_file(),
             format!("{}\n", self.session).as_bytes(),
@@ -190,17 +191,17 @@ impl RunDirectory {
         self.root.join("logs")
     }
 
-    fn create_directories(&self) -> Result<(), Error> {
+    fn create_directories(&self) -> Result<(), TelemetryError> {
         for directory in [self.checkpoints(), self.quarantine(), self.logs()] {
             create_private_directory(&directory)
-                .map_err(Error::file("create the directory", &directory))?;
+                .map_err(TelemetryError::file("create the directory", &directory))?;
         }
         Ok(())
     }
 }
 
 /// Locks `run.lock` and writes this process's id into it, for the error message of later processes.
-fn lock(root: &Path) -> Result<File, Error> {
+fn lock(root: &Path) -> Result<File, TelemetryError> {
     let path = root.join("run.lock");
     let mut file = private_file()
         .create(true)
@@ -208,21 +209,23 @@ fn lock(root: &Path) -> Result<File, Error> {
         .read(true)
         .write(true)
         .open(&path)
-        .map_err(Error::file("open", &path))?;
+        .map_err(TelemetryError::file("open", &path))?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            return Err(Error::RunInUse {
+            return Err(TelemetryError::RunInUse {
                 directory: root.into(),
                 holder: holder(&mut file),
             });
         }
-        Err(TryLockError::Error(source)) => return Err(Error::file("lock", &path)(source)),
+        Err(TryLockError::Error(source)) => {
+            return Err(TelemetryError::file("lock", &path)(source));
+        }
     }
     file.set_len(0)
         .and_then(|()| file.rewind())
         .and_then(|()| writeln!(file, "{}", process::id()))
-        .map_err(Error::file("write", &path))?;
+        .map_err(TelemetryError::file("write", &path))?;
     Ok(file)
 }
 
@@ -314,7 +317,10 @@ mod tests {
     fn a_directory_without_a_run_is_not_resumed_or_changed() {
         let directory = tempfile::tempdir().unwrap();
         let error = RunDirectory::open(directory.path()).unwrap_err();
-        assert!(matches!(error, Error::RunMissing { .. }), "{error}");
+        assert!(
+            matches!(error, TelemetryError::RunMissing { .. }),
+            "{error}"
+        );
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::regular_file::{invalid, open_regular, read_at_most};
 
 /// Regular files inside one directory.
@@ -27,11 +27,11 @@ impl RunFiles {
     ///
     /// # Errors
     /// When it is not a regular file inside the directory, or cannot be opened.
-    pub fn open(&self, name: &str) -> Result<Option<File>, Error> {
+    pub fn open(&self, name: &str) -> Result<Option<File>, TelemetryError> {
         match open_inside(&self.root, name) {
             Ok(file) => Ok(Some(file)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::file("open", &self.root.join(name))(source)),
+            Err(source) => Err(TelemetryError::file("open", &self.root.join(name))(source)),
         }
     }
 
@@ -39,14 +39,14 @@ impl RunFiles {
     ///
     /// # Errors
     /// As [`Self::open`], and when the file is larger or cannot be read.
-    pub fn read(&self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, Error> {
+    pub fn read(&self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, TelemetryError> {
         let Some(file) = self.open(name)? else {
             return Ok(None);
         };
         let bytes = read_at_most(file, max_bytes);
         bytes
             .map(Some)
-            .map_err(Error::file("read", &self.root.join(name)))
+            .map_err(TelemetryError::file("read", &self.root.join(name)))
     }
 
     /// Whether there is a regular file at this path below the directory.

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::run_dir::lines::{LineFile, read_lines};
 use crate::run_dir::tensorboard::EventFile;
-use crate::{error::Error, metrics::measurements::Measurements};
+use crate::{error::TelemetryError, metrics::measurements::Measurements};
 
 const STEP: &str = "step";
 const WALL_SECONDS: &str = "wall_seconds";
@@ -44,7 +44,7 @@ impl Journal {
     ///
     /// # Errors
     /// When the file cannot be created, read or repaired.
-    pub fn open(path: &Path) -> Result<Self, Error> {
+    pub fn open(path: &Path) -> Result<Self, TelemetryError> {
         Ok(Self {
             lines: LineFile::open(path)?,
             events: None,
@@ -56,7 +56,11 @@ impl Journal {
     ///
     /// # Errors
     /// When the file cannot be created.
-    pub fn enable_tensorboard(&mut self, directory: &Path, step: u64) -> Result<(), Error> {
+    pub fn enable_tensorboard(
+        &mut self,
+        directory: &Path,
+        step: u64,
+    ) -> Result<(), TelemetryError> {
         self.events = Some(EventFile::create(directory, step)?);
         Ok(())
     }
@@ -71,7 +75,7 @@ impl Journal {
         step: u64,
         wall_seconds: f64,
         measurements: &Measurements,
-    ) -> Result<(), Error> {
+    ) -> Result<(), TelemetryError> {
         self.append_row(step, wall_seconds, measurements, None)
     }
 
@@ -85,7 +89,7 @@ impl Journal {
         wall_seconds: f64,
         measurements: &Measurements,
         conditions: Value,
-    ) -> Result<(), Error> {
+    ) -> Result<(), TelemetryError> {
         self.append_row(step, wall_seconds, measurements, Some(conditions))
     }
 
@@ -95,13 +99,13 @@ impl Journal {
         wall_seconds: f64,
         measurements: &Measurements,
         conditions: Option<Value>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), TelemetryError> {
         let mut row = Map::new();
         row.insert(STEP.into(), step.into());
         row.insert(WALL_SECONDS.into(), wall_seconds.into());
         for (name, value) in measurements.iter() {
             if [STEP, WALL_SECONDS, NONFINITE, CONDITIONS].contains(&name) {
-                return Err(Error::ReservedName { name: name.into() });
+                return Err(TelemetryError::ReservedName { name: name.into() });
             }
             // `Value::from` converts non-finite values to null.
             row.insert(name.into(), value.into());
@@ -127,7 +131,7 @@ impl Journal {
     ///
     /// # Errors
     /// When the file cannot be read or replaced; it is then unchanged.
-    pub fn truncate_after(&mut self, step: u64) -> Result<usize, Error> {
+    pub fn truncate_after(&mut self, step: u64) -> Result<usize, TelemetryError> {
         self.lines.truncate_after(step)
     }
 
@@ -135,7 +139,7 @@ impl Journal {
     ///
     /// # Errors
     /// When the file cannot be read, or a line is not a journal line.
-    pub fn read(path: &Path) -> Result<Vec<JournalLine>, Error> {
+    pub fn read(path: &Path) -> Result<Vec<JournalLine>, TelemetryError> {
         read_lines(path)
     }
 }
@@ -287,7 +291,10 @@ mod tests {
         for line in cases {
             fs::write(&path, format!("{line}\n")).unwrap();
             let message = Journal::read(&path).unwrap_err().to_string();
-            assert!(message.starts_with("read line 1 of "), "{line}: {message}");
+            assert!(
+                message.starts_with("failed to read line 1 of "),
+                "{line}: {message}"
+            );
         }
     }
 }

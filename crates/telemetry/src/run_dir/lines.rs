@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
-    error::Error,
+    error::TelemetryError,
     printable::printable_json,
     run_dir::{atomic, descriptors::wait_for_descriptor, private::private_file},
 };
@@ -35,8 +35,8 @@ struct StepField {
 
 impl LineFile {
     /// Opens the file for appending, creates it if absent, and removes an incomplete last line.
-    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
-        let (file, length) = open_repaired(path).map_err(Error::file("open", path))?;
+    pub(crate) fn open(path: &Path) -> Result<Self, TelemetryError> {
+        let (file, length) = open_repaired(path).map_err(TelemetryError::file("open", path))?;
         Ok(Self {
             path: path.to_path_buf(),
             file,
@@ -45,7 +45,7 @@ impl LineFile {
     }
 
     /// Appends one line without terminal control characters; when the write fails, the file is unchanged.
-    pub(crate) fn append(&mut self, row: &impl Serialize) -> Result<(), Error> {
+    pub(crate) fn append(&mut self, row: &impl Serialize) -> Result<(), TelemetryError> {
         let line =
             serde_json::to_string(row).expect("rows have string keys and serialise to memory");
         let mut line = printable_json(&line).into_owned();
@@ -53,7 +53,7 @@ impl LineFile {
         self.file.write_all(line.as_bytes()).map_err(|source| {
             // A full disk can still be truncated; if not, the next open removes the incomplete line.
             self.file.set_len(self.length).ok();
-            Error::file("append to", &self.path)(source)
+            TelemetryError::file("append to", &self.path)(source)
         })?;
         self.length += line.len() as u64;
         Ok(())
@@ -61,9 +61,9 @@ impl LineFile {
 
     /// Removes all lines of later steps and all malformed lines; returns their number. The file is replaced
     /// atomically.
-    pub(crate) fn truncate_after(&mut self, step: u64) -> Result<usize, Error> {
+    pub(crate) fn truncate_after(&mut self, step: u64) -> Result<usize, TelemetryError> {
         let old = wait_for_descriptor(|| File::open(&self.path))
-            .map_err(Error::file("open", &self.path))?;
+            .map_err(TelemetryError::file("open", &self.path))?;
         let dropped = atomic::replace(&self.path, |new| copy_until(step, old, new))?;
         *self = Self::open(&self.path)?;
         Ok(dropped)
@@ -71,19 +71,19 @@ impl LineFile {
 }
 
 /// All lines of the file in order; an incomplete last line is ignored.
-pub(crate) fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, Error> {
-    let mut reader = BufReader::new(File::open(path).map_err(Error::file("open", path))?);
+pub(crate) fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, TelemetryError> {
+    let mut reader = BufReader::new(File::open(path).map_err(TelemetryError::file("open", path))?);
     let (mut rows, mut line) = (Vec::new(), Vec::new());
     while reader
         .read_until(b'\n', &mut line)
-        .map_err(Error::file("read", path))?
+        .map_err(TelemetryError::file("read", path))?
         > 0
     {
         match serde_json::from_slice(&line) {
             Ok(row) => rows.push(row),
             Err(_) if !line.ends_with(b"\n") => break,
             Err(source) => {
-                return Err(Error::Line {
+                return Err(TelemetryError::Line {
                     path: path.to_path_buf(),
                     line: rows.len() + 1,
                     source,
@@ -230,6 +230,9 @@ mod tests {
         assert_eq!(rows, [json!({"step": 1}), json!({"step": 2})]);
         fs::write(&path, "{\"step\":1}\n{\"st\n{\"step\":3}\n").unwrap();
         let message = read_lines::<Value>(&path).unwrap_err().to_string();
-        assert!(message.starts_with("read line 2 of "), "{message}");
+        assert!(
+            message.starts_with("failed to read line 2 of "),
+            "{message}"
+        );
     }
 }

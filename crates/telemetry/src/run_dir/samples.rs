@@ -10,7 +10,7 @@ use std::path::Path;
 use messages::{Completion, Dialogue, Finish, GOLD, LabelledPair, Pair, Purpose};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::run_dir::lines::{LineFile, read_lines};
 
 /// Appender of `samples.jsonl`; one process appends, any process may read.
@@ -83,7 +83,7 @@ impl SampleLog {
     ///
     /// # Errors
     /// When the file cannot be created, read or repaired.
-    pub fn open(path: &Path) -> Result<Self, Error> {
+    pub fn open(path: &Path) -> Result<Self, TelemetryError> {
         Ok(Self {
             lines: LineFile::open(path)?,
         })
@@ -93,7 +93,7 @@ impl SampleLog {
     ///
     /// # Errors
     /// When the write fails.
-    pub fn append(&mut self, step: u64, labelled: &LabelledPair) -> Result<(), Error> {
+    pub fn append(&mut self, step: u64, labelled: &LabelledPair) -> Result<(), TelemetryError> {
         self.lines.append(&SampleRow::of(step, labelled))
     }
 
@@ -106,7 +106,7 @@ impl SampleLog {
         step: u64,
         labelled: &LabelledPair,
         texts: TokenTexts<'_>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), TelemetryError> {
         let row = SampleRow::of(step, labelled).with_tokens(labelled, texts);
         self.lines.append(&row)
     }
@@ -115,7 +115,7 @@ impl SampleLog {
     ///
     /// # Errors
     /// When the file cannot be read or replaced; it is then unchanged.
-    pub fn truncate_after(&mut self, step: u64) -> Result<usize, Error> {
+    pub fn truncate_after(&mut self, step: u64) -> Result<usize, TelemetryError> {
         self.lines.truncate_after(step)
     }
 
@@ -123,7 +123,7 @@ impl SampleLog {
     ///
     /// # Errors
     /// When the file cannot be read, or a line is not a row.
-    pub fn read(path: &Path) -> Result<Vec<SampleRow>, Error> {
+    pub fn read(path: &Path) -> Result<Vec<SampleRow>, TelemetryError> {
         read_lines(path)
     }
 }

@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::metrics::measurements::Measurements;
 use crate::run_dir::private::{create_private_directory, private_file};
 
@@ -25,9 +25,9 @@ pub(crate) struct EventFile {
 
 impl EventFile {
     /// Creates a file in `directory` for a session that continues after `step`.
-    pub(crate) fn create(directory: &Path, step: u64) -> Result<Self, Error> {
+    pub(crate) fn create(directory: &Path, step: u64) -> Result<Self, TelemetryError> {
         create_private_directory(directory)
-            .map_err(Error::file("create the directory", directory))?;
+            .map_err(TelemetryError::file("create the directory", directory))?;
         let now = now();
         let (path, file) = create_new(directory, now.as_secs())?;
         let mut events = Self { path, file };
@@ -39,7 +39,11 @@ impl EventFile {
     }
 
     /// Appends the measurements of a step, as one event.
-    pub(crate) fn append(&mut self, step: u64, measurements: &Measurements) -> Result<(), Error> {
+    pub(crate) fn append(
+        &mut self,
+        step: u64,
+        measurements: &Measurements,
+    ) -> Result<(), TelemetryError> {
         let mut summary = ProtoMessage::default();
         for (name, value) in measurements.iter() {
             summary = summary.message(1, &ProtoMessage::default().text(1, name).float(2, value));
@@ -47,9 +51,9 @@ impl EventFile {
         self.write(&EventMessage::at(now(), step).message(5, &summary))
     }
 
-    fn write(&mut self, event: &ProtoMessage) -> Result<(), Error> {
+    fn write(&mut self, event: &ProtoMessage) -> Result<(), TelemetryError> {
         let written = self.file.write_all(&record(&event.0));
-        written.map_err(Error::file("append to", &self.path))
+        written.map_err(TelemetryError::file("append to", &self.path))
     }
 }
 
@@ -59,7 +63,7 @@ fn now() -> Duration {
 }
 
 /// Creates a file whose name sorts after those of earlier sessions, as TensorBoard requires.
-fn create_new(directory: &Path, seconds: u64) -> Result<(PathBuf, File), Error> {
+fn create_new(directory: &Path, seconds: u64) -> Result<(PathBuf, File), TelemetryError> {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host = if host.trim().is_empty() {
         "localhost"
@@ -72,7 +76,7 @@ fn create_new(directory: &Path, seconds: u64) -> Result<(PathBuf, File), Error> 
         match private_file().append(true).create_new(true).open(&path) {
             Ok(file) => return Ok((path, file)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(source) => return Err(Error::file("create", &path)(source)),
+            Err(source) => return Err(TelemetryError::file("create", &path)(source)),
         }
     }
     unreachable!("a directory has fewer than 2^64 files")

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, OFlags, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::printable::printable_json;
 use crate::run_dir::{descriptors::wait_for_descriptor, files::RunFiles, private::private_file};
 use crate::verdicts::VerdictRow;
@@ -51,19 +51,21 @@ pub(super) struct VerdictJournal {
 
 impl VerdictJournal {
     /// Opens and locks the journal of the run directory `root`, waiting for other writers; creates it if absent.
-    pub(super) fn lock(root: &Path) -> Result<Self, Error> {
+    pub(super) fn lock(root: &Path) -> Result<Self, TelemetryError> {
         let path = root.join(FILE);
-        let file = open_locked(&path).map_err(Error::file("open", &path))?;
+        let file = open_locked(&path).map_err(TelemetryError::file("open", &path))?;
         Ok(Self { path, file })
     }
 
     /// All lines. An incomplete last line, which a crash left and nobody was answered for, is removed.
-    pub(super) fn lines(&mut self) -> Result<Vec<Line>, Error> {
-        let bytes = self.read().map_err(Error::file("read", &self.path))?;
+    pub(super) fn lines(&mut self) -> Result<Vec<Line>, TelemetryError> {
+        let bytes = self
+            .read()
+            .map_err(TelemetryError::file("read", &self.path))?;
         let end = complete(&bytes).len();
         if end < bytes.len() {
             let repaired = self.file.set_len(end as u64);
-            repaired.map_err(Error::file("repair", &self.path))?;
+            repaired.map_err(TelemetryError::file("repair", &self.path))?;
         }
         parse(&bytes, &self.path)
     }
@@ -80,9 +82,9 @@ impl VerdictJournal {
     }
 
     /// Appends a line and syncs it; when that fails, the file is unchanged.
-    pub(super) fn append(&mut self, line: &Line) -> Result<(), Error> {
+    pub(super) fn append(&mut self, line: &Line) -> Result<(), TelemetryError> {
         let before = self.file.metadata().map(|file| file.len());
-        let before = before.map_err(Error::file("inspect", &self.path))?;
+        let before = before.map_err(TelemetryError::file("inspect", &self.path))?;
         let text = serde_json::to_string(line).expect("lines have string keys");
         let text = printable_json(&text).into_owned() + "\n";
         let written = self.file.write_all(text.as_bytes());
@@ -90,13 +92,13 @@ impl VerdictJournal {
             .and_then(|()| self.file.sync_all())
             .map_err(|source| {
                 self.file.set_len(before).ok();
-                Error::file("append to", &self.path)(source)
+                TelemetryError::file("append to", &self.path)(source)
             })
     }
 }
 
 /// All lines of the journal of the run directory `root`; none if there is no journal.
-pub(super) fn read(root: &Path) -> Result<Vec<Line>, Error> {
+pub(super) fn read(root: &Path) -> Result<Vec<Line>, TelemetryError> {
     let bytes = RunFiles::new(root).read(FILE, MAX_BYTES)?;
     parse(&bytes.unwrap_or_default(), &root.join(FILE))
 }
@@ -129,11 +131,11 @@ fn complete(bytes: &[u8]) -> &[u8] {
     bytes.split_at(end.map_or(0, |end| end + 1)).0
 }
 
-fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Line>, Error> {
+fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Line>, TelemetryError> {
     let lines = complete(bytes).split(|&byte| byte == b'\n');
     let lines = lines.enumerate().filter(|(_, line)| !line.is_empty());
     let parsed = lines.map(|(index, line)| {
-        serde_json::from_slice(line).map_err(|source| Error::Line {
+        serde_json::from_slice(line).map_err(|source| TelemetryError::Line {
             path: path.to_owned(),
             line: index + 1,
             source,

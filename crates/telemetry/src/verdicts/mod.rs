@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use messages::Dialogue;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::run_dir::{atomic::write_atomically, samples::SampleRow};
 use crate::verdicts::journal::{Line, VerdictJournal};
 
@@ -112,11 +112,11 @@ pub(crate) enum VerdictError {
     /// The row has no two different completions.
     NoPair,
     /// A file could not be read or written.
-    File(Error),
+    File(TelemetryError),
 }
 
-impl From<Error> for VerdictError {
-    fn from(error: Error) -> Self {
+impl From<TelemetryError> for VerdictError {
+    fn from(error: TelemetryError) -> Self {
         Self::File(error)
     }
 }
@@ -135,8 +135,8 @@ impl RunVerdicts {
     }
 
     /// The verdicts that stand, oldest first.
-    pub(crate) fn read(&self) -> Result<Vec<VerdictRow>, Error> {
-        Ok(standing(journal::read(&self.root)?))
+    pub(crate) fn read(&self) -> Result<Vec<VerdictRow>, TelemetryError> {
+        Ok(current(journal::read(&self.root)?))
     }
 
     /// Records a verdict on the pair of this row; returns all that stand.
@@ -151,7 +151,7 @@ impl RunVerdicts {
         let mut journal = VerdictJournal::lock(&self.root)?;
         let lines = journal.lines()?;
         let id = 1 + lines.iter().map(Line::id).max().unwrap_or(0);
-        let mut rows = standing(lines);
+        let mut rows = current(lines);
         let row = VerdictRow::of(id, given, row);
         if rows.iter().any(|other| other.sample == row.sample) {
             return Err(VerdictError::Judged);
@@ -166,7 +166,7 @@ impl RunVerdicts {
     /// Withdraws the last verdict, `id`; returns all that stand.
     pub(crate) fn withdraw(&self, id: u64) -> Result<Vec<VerdictRow>, VerdictError> {
         let mut journal = VerdictJournal::lock(&self.root)?;
-        let mut rows = standing(journal.lines()?);
+        let mut rows = current(journal.lines()?);
         if rows.pop().is_none_or(|last| last.id != id) {
             return Err(VerdictError::NotLast);
         }
@@ -176,7 +176,7 @@ impl RunVerdicts {
     }
 
     /// Writes the pairs anew, while the journal is locked.
-    fn write_pairs(&self, rows: &[VerdictRow]) -> Result<(), Error> {
+    fn write_pairs(&self, rows: &[VerdictRow]) -> Result<(), TelemetryError> {
         write_atomically(&self.root.join(PAIRS_FILE), pairs::lines(rows).as_bytes())
     }
 }
@@ -215,7 +215,7 @@ pub(crate) fn judged(rows: &[VerdictRow]) -> HashSet<SampleKey> {
 }
 
 /// The verdicts that were not withdrawn.
-fn standing(lines: Vec<Line>) -> Vec<VerdictRow> {
+fn current(lines: Vec<Line>) -> Vec<VerdictRow> {
     let mut rows: Vec<VerdictRow> = Vec::new();
     for line in lines {
         match line {

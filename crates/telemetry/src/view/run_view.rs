@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::error::Error;
+use crate::error::TelemetryError;
 use crate::run_dir::files::RunFiles;
 use crate::view::comparability::EvaluationRecord;
 use crate::view::curves::Curves;
@@ -92,12 +92,12 @@ impl RunView {
     ///
     /// # Errors
     /// When it contains none.
-    pub fn open(root: impl Into<PathBuf>) -> Result<Self, Error> {
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self, TelemetryError> {
         let root = root.into();
         let view = Self::new(root);
         match view.files.contains("config.toml") || view.files.contains("metrics.jsonl") {
             true => Ok(view),
-            false => Err(Error::NoRun {
+            false => Err(TelemetryError::NoRun {
                 directory: view.root,
             }),
         }
@@ -107,9 +107,9 @@ impl RunView {
     ///
     /// # Errors
     /// When a file cannot be read.
-    pub fn refresh(&mut self) -> Result<(), Error> {
+    pub fn refresh(&mut self) -> Result<(), TelemetryError> {
         let read = self.metrics.follow(&mut self.curves);
-        read.map_err(Error::file("read", self.metrics.path()))?;
+        read.map_err(TelemetryError::file("read", self.metrics.path()))?;
         self.samples.refresh()
     }
 
@@ -169,11 +169,11 @@ impl RunView {
     ///
     /// # Errors
     /// When the file cannot be read or is not TOML.
-    pub fn config(&self) -> Result<Option<Value>, Error> {
+    pub fn config(&self) -> Result<Option<Value>, TelemetryError> {
         let Some(text) = self.text("config.toml")? else {
             return Ok(None);
         };
-        let tree = toml::from_str(&text).map_err(|source| Error::Settings {
+        let tree = toml::from_str(&text).map_err(|source| TelemetryError::Settings {
             path: self.root.join("config.toml"),
             source: Box::new(source),
         })?;
@@ -184,11 +184,11 @@ impl RunView {
     ///
     /// # Errors
     /// When the file cannot be read or is not JSON.
-    pub fn report(&self) -> Result<Option<Value>, Error> {
+    pub fn report(&self) -> Result<Option<Value>, TelemetryError> {
         let Some(text) = self.text("report.json")? else {
             return Ok(None);
         };
-        let document = |source| Error::Document {
+        let document = |source| TelemetryError::Document {
             path: self.root.join("report.json"),
             source,
         };
@@ -199,7 +199,7 @@ impl RunView {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn rounds(&self) -> Result<Vec<Value>, Error> {
+    pub fn rounds(&self) -> Result<Vec<Value>, TelemetryError> {
         let text = self.text("preference/rounds.jsonl")?.unwrap_or_default();
         Ok(text
             .lines()
@@ -239,7 +239,7 @@ impl RunView {
         is_number.then(|| pid.to_owned())
     }
 
-    fn text(&self, file: &str) -> Result<Option<String>, Error> {
+    fn text(&self, file: &str) -> Result<Option<String>, TelemetryError> {
         let bytes = self.files.read(file, MAX_DOCUMENT_BYTES)?;
         Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
@@ -280,7 +280,10 @@ mod tests {
     fn a_run_is_viewed_from_its_first_file_to_its_report() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("first");
-        assert!(matches!(RunView::open(&path), Err(Error::NoRun { .. })));
+        assert!(matches!(
+            RunView::open(&path),
+            Err(TelemetryError::NoRun { .. })
+        ));
         let mut view = RunView::new(&path);
         view.refresh().unwrap();
         assert_eq!(

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::verdicts::{PairChoice, SampleKey, is_pair};
 use crate::view::tail::{LineSink, Tail};
-use crate::{error::Error, run_dir::samples::SampleRow};
+use crate::{error::TelemetryError, run_dir::samples::SampleRow};
 
 /// Maximum number of rows whose texts one query searches before it returns a partial page.
 const MAX_SEARCHED_ROWS: usize = 20_000;
@@ -135,9 +135,9 @@ impl SampleIndex {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn refresh(&mut self) -> Result<(), Error> {
+    pub fn refresh(&mut self) -> Result<(), TelemetryError> {
         let read = self.tail.follow(&mut self.entries);
-        read.map_err(Error::file("read", self.tail.path()))
+        read.map_err(TelemetryError::file("read", self.tail.path()))
     }
 
     /// Number of rows.
@@ -162,7 +162,7 @@ impl SampleIndex {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn page(&self, query: &SampleQuery) -> Result<SamplePage, Error> {
+    pub fn page(&self, query: &SampleQuery) -> Result<SamplePage, TelemetryError> {
         let rows = &self.entries.rows;
         let mut page = SamplePage {
             rows: Vec::new(),
@@ -174,7 +174,10 @@ impl SampleIndex {
             return Ok(page);
         }
         let path = self.tail.path();
-        let file = self.tail.open().map_err(Error::file("open", path))?;
+        let file = self
+            .tail
+            .open()
+            .map_err(TelemetryError::file("open", path))?;
         let needle = query.search.trim().to_lowercase();
         let mut searched = 0;
         let end = query.before.unwrap_or(rows.len()).min(rows.len());
@@ -201,7 +204,7 @@ impl SampleIndex {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub(crate) fn row(&self, key: SampleKey) -> Result<Option<SampleRow>, Error> {
+    pub(crate) fn row(&self, key: SampleKey) -> Result<Option<SampleRow>, TelemetryError> {
         let rows = &self.entries.rows;
         let entry = rows.iter().rev().find(|entry| entry.key == key);
         entry.map_or(Ok(None), |entry| self.read_entry(entry))
@@ -217,7 +220,7 @@ impl SampleIndex {
         choice: PairChoice,
         start: u64,
         judged: &HashSet<SampleKey>,
-    ) -> Result<Option<(SampleKey, SampleRow)>, Error> {
+    ) -> Result<Option<(SampleKey, SampleRow)>, TelemetryError> {
         let is_open =
             |entry: &&IndexEntry| !entry.confidence.is_nan() && !judged.contains(&entry.key);
         let mut open: Vec<&IndexEntry> = self.entries.rows.iter().filter(is_open).collect();
@@ -237,9 +240,12 @@ impl SampleIndex {
         Ok(None)
     }
 
-    fn read_entry(&self, entry: &IndexEntry) -> Result<Option<SampleRow>, Error> {
+    fn read_entry(&self, entry: &IndexEntry) -> Result<Option<SampleRow>, TelemetryError> {
         let path = self.tail.path();
-        let file = self.tail.open().map_err(Error::file("open", path))?;
+        let file = self
+            .tail
+            .open()
+            .map_err(TelemetryError::file("open", path))?;
         read(&file, path, entry, "")
     }
 }
@@ -251,12 +257,12 @@ fn read(
     path: &Path,
     entry: &IndexEntry,
     needle: &str,
-) -> Result<Option<SampleRow>, Error> {
+) -> Result<Option<SampleRow>, TelemetryError> {
     let mut line = vec![0; entry.length as usize];
     match file.read_exact_at(&mut line, entry.offset) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        Err(source) => return Err(Error::file("read", path)(source)),
+        Err(source) => return Err(TelemetryError::file("read", path)(source)),
     }
     if !needle.is_empty() && !contains(&line, needle) {
         return Ok(None);

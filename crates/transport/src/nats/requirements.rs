@@ -111,7 +111,7 @@ fn version(text: &str) -> Option<[u64; 2]> {
     Some([numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?])
 }
 
-/// What to do about a connection that the server ends at once, if trying again cannot help.
+/// Remedy for a connection that the server ends at once, if trying again cannot help.
 pub(crate) fn remedy_of_connection(failure: &str) -> Option<&'static str> {
     let failure = failure.to_ascii_lowercase();
     if failure.contains("requires headers") {
@@ -127,7 +127,7 @@ pub(crate) fn remedy_of_connection(failure: &str) -> Option<&'static str> {
     )
 }
 
-/// What to do about a failed request if repeating it cannot help.
+/// Remedy for a failed request if repeating it cannot help.
 pub(crate) fn remedy(failure: &str) -> Option<&'static str> {
     if failure.contains("payload") && failure.contains("exceed") {
         return Some("raise max_payload in the server's configuration");

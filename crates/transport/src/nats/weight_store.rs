@@ -48,7 +48,7 @@ pub(crate) struct NatsWeightStore {
     store: DebugStore,
     keep: NonZeroUsize,
     announced: watch::Sender<Announced>,
-    /// What this process published: base of the next delta, and the blob to upload again if corrupt.
+    /// Weights that this process published: base of the next delta, and the blob to upload again if corrupt.
     published: Mutex<Published>,
     /// The full blob last downloaded, to which deltas refer.
     downloaded: Mutex<Option<(WeightsVersion, Arc<Vec<u8>>)>>,
@@ -83,7 +83,7 @@ struct StoredBlob {
 
 /// An object as it was read, complete or not.
 #[derive(Debug, Default)]
-struct Download {
+struct PartialBlob {
     bytes: Vec<u8>,
     /// The version to which it is a delta.
     base: Option<WeightsVersion>,
@@ -391,7 +391,7 @@ impl NatsWeightStore {
                 newest: manifest.version,
             });
         }
-        let mut stored = Download::default();
+        let mut stored = PartialBlob::default();
         let downloaded = self.download(&manifest, &mut stored).await;
         let size = match downloaded {
             Ok(blob) => {
@@ -427,7 +427,7 @@ impl NatsWeightStore {
     async fn download(
         &self,
         manifest: &WeightsManifest,
-        stored: &mut Download,
+        stored: &mut PartialBlob,
     ) -> Result<Arc<Vec<u8>>, String> {
         let (version, limit) = (manifest.version, manifest.bytes);
         self.read_object(&name(version), limit, stored).await?;
@@ -443,7 +443,7 @@ impl NatsWeightStore {
         let before = match cached.filter(|(version, _)| *version == base) {
             Some((_, blob)) => blob,
             None => {
-                let mut full = Download::default();
+                let mut full = PartialBlob::default();
                 self.read_object(&name(base), limit, &mut full).await?;
                 let blob = Arc::new(full.bytes);
                 self.cache_full(base, &blob);
@@ -464,7 +464,7 @@ impl NatsWeightStore {
         &self,
         name: &str,
         limit: u64,
-        download: &mut Download,
+        download: &mut PartialBlob,
     ) -> Result<(), String> {
         let reason = |error: &dyn std::error::Error| crate::nats::one_line(error);
         let stopped = |_| "the server stopped sending".to_owned();
@@ -475,7 +475,7 @@ impl NatsWeightStore {
         let info = object.info();
         let base = info.metadata.get("base").and_then(|base| version(base));
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        *download = Download {
+        *download = PartialBlob {
             // What the object says of its size is not trusted.
             bytes: Vec::with_capacity(info.size.min(limit).min(MAX_RESERVED)),
             base,
@@ -521,7 +521,7 @@ impl NatsWeightStore {
     pub(crate) async fn get_file(&self, name: &str, limit: u64) -> Result<Vec<u8>, TransportError> {
         let object = format!("file-{name}");
         let get = || async {
-            let mut download = Download::default();
+            let mut download = PartialBlob::default();
             match self.read_object(&object, limit, &mut download).await {
                 Err(_) if download.bytes.len() as u64 > limit => Ok(None),
                 Err(reason) => Err(FetchFailure(reason)),

@@ -25,13 +25,14 @@ use crate::{
     cluster::server_users::{RunKeys, ServerRole, max_payload_mib},
     cluster::status::LauncherTarget,
     exit_code::Code,
+    run::EXIT_GRACE,
     signals,
 };
 use child::{ChildCommand, ChildProcess};
-pub(crate) use nats_server::{NatsServer, find as find_server};
+pub(crate) use nats_server::NatsServer;
 
-/// Time for the other processes to end after the learner.
-const EXIT_GRACE: Duration = Duration::from_secs(90);
+/// Time for the other processes to end after the learner: that of their roles, and some to close.
+pub(crate) const PROCESS_EXIT_GRACE: Duration = EXIT_GRACE.saturating_add(Duration::from_secs(30));
 
 /// Time for the learner of a finished run to end after another process has left.
 const LEARNER_EXIT_WAIT: Duration = Duration::from_secs(5);
@@ -278,7 +279,7 @@ impl ProcessGroup {
         {
             child.request_shutdown();
             leaving.spawn(async move {
-                if timeout(EXIT_GRACE, child.wait()).await.is_err() {
+                if timeout(PROCESS_EXIT_GRACE, child.wait()).await.is_err() {
                     tracing::warn!(
                         name = command.name,
                         "a process did not end in time and is killed"
@@ -288,7 +289,7 @@ impl ProcessGroup {
             });
         }
         leaving.join_all().await;
-        if timeout(EXIT_GRACE, self.learner.child.wait())
+        if timeout(PROCESS_EXIT_GRACE, self.learner.child.wait())
             .await
             .is_err()
         {

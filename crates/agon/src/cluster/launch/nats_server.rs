@@ -17,9 +17,9 @@ use tokio::{
     time::sleep,
 };
 
+use crate::assembly::missing_nats_server;
 use crate::cluster::launch::nats_watchdog::NatsWatchdog;
 use crate::cluster::server_users::{RunKeys, server_config};
-use crate::exit_code::UsageError;
 
 /// Time for the server to start listening.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(20);
@@ -151,29 +151,6 @@ impl NatsServer {
     }
 }
 
-/// Checks that the program exists, at its path or on the search path.
-pub(crate) fn find(program: &str) -> Result<(), UsageError> {
-    let exists = |path: &Path| path.is_file();
-    let found = match program.contains('/') {
-        true => exists(Path::new(program)),
-        false => {
-            let folders = std::env::var_os("PATH").unwrap_or_default();
-            std::env::split_paths(&folders).any(|folder| exists(&folder.join(program)))
-        }
-    };
-    match found {
-        true => Ok(()),
-        false => Err(missing(program)),
-    }
-}
-
-fn missing(program: &str) -> UsageError {
-    UsageError(format!(
-        "{program} is not there: install a NATS server (apt install nats-server), name it with \
-         transport.server, or say where one runs with transport.url"
-    ))
-}
-
 fn spawn(program: &str, config: &Path, log: &Path) -> anyhow::Result<Child> {
     let log = std::fs::File::options()
         .create(true)
@@ -191,7 +168,9 @@ fn spawn(program: &str, config: &Path, log: &Path) -> anyhow::Result<Child> {
         .spawn();
     match spawned {
         Ok(process) => Ok(process),
-        Err(error) if error.kind() == ErrorKind::NotFound => Err(missing(program).into()),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Err(missing_nats_server(program).into())
+        }
         Err(error) => Err(error).context(format!("failed to start {program}")),
     }
 }

@@ -97,7 +97,7 @@ impl RemoteChat {
         })
     }
 
-    /// What the reply to one request says, or why it says nothing.
+    /// Verdict in the reply to one request, or the reason why there is none.
     async fn opinion(&self, request: &ChatRequest) -> Result<Result<f64, String>, JudgeError> {
         let body: Value = self.endpoint.post(&self.body(request)).await?;
         let completion = ChatCompletion::read(&body)?;
