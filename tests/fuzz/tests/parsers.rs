@@ -55,6 +55,11 @@ fn configurations_are_refused_or_resolved() {
 }
 
 #[test]
+fn models_in_gguf_files_are_refused_or_loaded() {
+    fuzz("gguf", 1500);
+}
+
+#[test]
 fn data_sets_are_refused_or_read() {
     fuzz("dataset", 1000);
 }

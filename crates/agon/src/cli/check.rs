@@ -508,7 +508,7 @@ mod tests {
             format!("fail model.chat_template: {path}: it is a folder"),
             format!("fail prompts.path: failed to read {path}/prompts.jsonl: No such file"),
             "fail preference.judge: ".to_owned(),
-            format!("fail telemetry.token_path: read the token in {path}/token"),
+            format!("fail telemetry.token_path: failed to read the token in {path}/token"),
             format!("warn sft.path = {path}/sft.jsonl: No such file"),
         ] {
             assert!(

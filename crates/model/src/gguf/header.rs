@@ -266,8 +266,9 @@ impl HeaderReader {
             )
         })?;
         let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
-        let too_large = || format!("the tensor {name} has the impossible shape {shape:?}");
-        let elements = elements.ok_or_else(too_large)?;
+        let impossible = || format!("the tensor {name} has the impossible shape {shape:?}");
+        let elements = elements.filter(|&n| n > 0 && !shape.is_empty());
+        let elements = elements.ok_or_else(impossible)?;
         let block = dtype.block_size() as u64;
         let innermost = shape.last().copied().unwrap_or(1);
         if !innermost.is_multiple_of(block) {
@@ -278,7 +279,7 @@ impl HeaderReader {
         let bytes = (elements / block).checked_mul(dtype.type_size() as u64);
         Ok(GgufTensor {
             shape: shape.iter().map(|&d| d as usize).collect(),
-            bytes: bytes.ok_or_else(too_large)?,
+            bytes: bytes.ok_or_else(impossible)?,
             name,
             dtype,
             start,

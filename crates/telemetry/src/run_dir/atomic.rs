@@ -138,6 +138,6 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("absent").join("report.md");
         let message = write_atomically(&path, b"x").unwrap_err().to_string();
-        assert_eq!(message, format!("write {}", path.display()));
+        assert_eq!(message, format!("failed to write {}", path.display()));
     }
 }
