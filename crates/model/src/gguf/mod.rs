@@ -253,8 +253,9 @@ impl GgufModel {
         let mut weight = reader.read(tensor, stored_dtype(tensor.dtype))?;
         if let Some(heads) = target.permuted_heads(self.architecture, self.shape) {
             let rows = heads.checked_mul(self.shape.head_dim);
-            if tensor.shape.first().copied() != rows || !self.shape.head_dim.is_multiple_of(2) {
-                let reason = format!("the tensor {} has not {heads} heads", tensor.name);
+            let is_matrix = tensor.shape.len() == 2 && tensor.shape.first().copied() == rows;
+            if !is_matrix || !self.shape.head_dim.is_multiple_of(2) {
+                let reason = format!("the tensor {} is no matrix of {heads} heads", tensor.name);
                 return Err(malformed(reason));
             }
             weight = tensors::unpermuted(&weight, heads)?;
