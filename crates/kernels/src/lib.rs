@@ -45,7 +45,7 @@ pub use embedding::embedding;
 pub use kv_cache::KvCache;
 pub use linear::linear;
 pub use logprobs::{LogprobsOutput, token_logprobs};
-pub use matmul::{PackedMatrix, Precision};
+pub use matmul::{PackedMatrix, Precision, uses_tiles};
 pub use moving_average::moving_average_step;
 pub use rms_norm::rms_norm;
 pub use rms_norm::rms_norm_rows;

@@ -170,6 +170,13 @@ fn row_layout() -> RowLayout {
     RowLayout::RowMajor
 }
 
+/// Whether products in this precision run on AMX tiles on this machine. A product of few rows with a large matrix then waits
+/// for memory; without tiles, and from eight rows on, it waits for the multiplications.
+#[must_use]
+pub fn uses_tiles(precision: Precision) -> bool {
+    precision == Precision::Bf16 && row_layout() == RowLayout::AmxTiles
+}
+
 /// Packed right operand `[in, out]`, for products with rows of `in` values.
 pub struct PackedMatrix {
     /// Columns of the result.

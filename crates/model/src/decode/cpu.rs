@@ -28,6 +28,10 @@ const CACHE_RESIDENT_BYTES: usize = 8 << 20;
 /// Minimum number of sequences per thread.
 const MIN_SEQUENCES: usize = 4;
 
+/// Number of sequences per thread from which on threads compute sequences of their own, where multiplications take longer
+/// than reading the weights: the parts between two products are parallel too then.
+const OWN_SEQUENCES: usize = 8;
+
 /// Packed weights, which decoders may share, and the KV caches of all slots.
 pub(crate) struct CpuDecoder {
     weights: Arc<PackedWeights>,
@@ -255,10 +259,12 @@ impl PackedWeights {
     /// Runs the new tokens of each sequence, which extend its slot. Returns the logits after the last token of each,
     /// `[sequences, vocab_size]`, row-major.
     fn advance(&self, sequences: &mut [ActiveSequence<'_>]) -> Vec<f32> {
-        if !self.cache_resident {
+        let threads = rayon::current_num_threads();
+        let computes =
+            sequences.len() >= OWN_SEQUENCES * threads && !kernels::uses_tiles(self.precision);
+        if !self.cache_resident && !computes {
             return self.forward(sequences);
         }
-        let threads = rayon::current_num_threads();
         let per_thread = sequences.len().div_ceil(threads).max(MIN_SEQUENCES);
         let logits: Vec<Vec<f32>> = sequences
             .par_chunks_mut(per_thread)
