@@ -30,7 +30,7 @@ const SHARED_NAMES: [&str; 6] = [
 ];
 
 /// Modules at the root of a crate that import each other, with the reason.
-const CIRCLES: [(&str, &[&str], &str); 5] = [
+const CIRCLES: [(&str, &[&str], &str); 6] = [
     (
         "agon",
         &["cluster", "run"],
@@ -84,6 +84,36 @@ const CIRCLES: [(&str, &[&str], &str); 5] = [
         "preference",
         &["judge", "judge_thread", "pool"],
         "a judge asks for comparisons of the pool's form, and the pool runs judges",
+    ),
+    (
+        "settings",
+        &[
+            "actor",
+            "apo",
+            "checks",
+            "evaluation",
+            "fit",
+            "ganpo",
+            "judge",
+            "learner",
+            "lora",
+            "model",
+            "objective",
+            "optimizer",
+            "pairs",
+            "playground",
+            "preference",
+            "prompts",
+            "reference",
+            "run",
+            "settings",
+            "sft",
+            "source",
+            "telemetry",
+            "transport",
+            "url",
+        ],
+        "the checks of a section read other sections",
     ),
     (
         "transport",

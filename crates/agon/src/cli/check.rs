@@ -12,7 +12,9 @@ use std::{
 
 use anyhow::Context;
 use model::ModelConfig;
-use settings::{DtypeSetting, EngineSettings, ObjectiveSettings, ReferenceSettings, Settings};
+use settings::{
+    DtypeSetting, EngineSettings, ObjectiveSettings, PrecisionSetting, ReferenceSettings, Settings,
+};
 
 use crate::cli::config_args::Configuration;
 use crate::{
@@ -159,9 +161,17 @@ fn prompts_per_pass(settings: &Settings) -> usize {
     learner.train_batch_size.div_ceil(passes)
 }
 
-/// Tokens of a pass of the learner, whose sequences have at most `longest` tokens.
-fn pass_tokens(settings: &Settings, longest: usize) -> usize {
-    let prompt_tokens = completions_per_prompt(settings).saturating_mul(longest);
+/// Tokens of a prompt of a pass with its completions, whose sequences have at most `longest` tokens; the completions share
+/// the prompt. A pair from a file may be all response.
+fn tokens_per_prompt(settings: &Settings, config: &ModelConfig, longest: usize) -> usize {
+    let new = settings.actor.max_new_tokens.min(longest);
+    let sampled = completions_per_prompt(settings).saturating_mul(new);
+    let sampled = sampled.saturating_add(longest - new);
+    sampled.max(longest_file_pair(settings, config).saturating_mul(2))
+}
+
+/// Tokens of a pass of the learner, of which each prompt has this number.
+fn pass_tokens(settings: &Settings, prompt_tokens: usize) -> usize {
     let limit = match settings.learner.max_tokens_per_micro_batch {
         0 => usize::MAX,
         limit => limit.max(prompt_tokens),
@@ -209,7 +219,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         EngineSettings::Mistral { .. } => actors,
     };
     let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
-    let pass_tokens = pass_tokens(settings, longest.max(longest_file_pair(settings, config)));
+    let pass_tokens = pass_tokens(settings, tokens_per_prompt(settings, config, longest));
     let parts = [
         ("policy's weights", product(&[&trained])),
         ("gradients", product(&[&trained])),
@@ -232,11 +242,15 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
             product(&[&trained, &[actor.count]]),
         ),
         ("mistral.rs's copies of the policy", product(&[&mistral])),
+        (
+            "weights packed for sampling",
+            packed_weights(settings, config),
+        ),
         ("published weights", product(&[&trained])),
         ("key-value caches", product(&[&slots, &keys_and_values])),
         (
-            "activations of a pass (rough)",
-            product(&[&[pass_tokens, activations(config), bytes]]),
+            "activations of a pass",
+            product(&[&[pass_tokens, activations(settings, config), bytes]]),
         ),
         (
             "logits of a pass (rough)",
@@ -280,16 +294,51 @@ fn followers(
     ]
 }
 
-/// Elements saved for the backward pass per token, in all blocks: two residuals, two normalised inputs and two
-/// outputs; queries before and after RoPE and the attention output; keys before and after RoPE and values; the gate
-/// projection, the up projection and their product.
-fn activations(config: &ModelConfig) -> usize {
+/// Bytes of the weights that actors pack for the CPU: of the policy and of the reference, which share them where they differ
+/// by an adapter.
+fn packed_weights(settings: &Settings, config: &ModelConfig) -> u64 {
+    if settings.model.device != "cpu" || !matches!(settings.actor.engine, EngineSettings::Own {}) {
+        return 0;
+    }
+    let models = match adapter_parameters(settings, config) {
+        Some(_) => 1,
+        None => 2,
+    };
+    let bytes = match settings.actor.precision {
+        PrecisionSetting::F32 => 4,
+        PrecisionSetting::Bf16 => 2,
+        PrecisionSetting::Int8 => 1,
+    };
+    product(&[&[actors(settings), models, config.parameter_count(), bytes]])
+}
+
+/// Elements saved for the backward pass per token, in all blocks.
+///
+/// A fused block saves its input; queries, keys and values, before their norm too if they have one; the attention's output
+/// and log-sums; the residual; gate and up projection. With gradient checkpointing only the inputs are kept, and one block's
+/// activations exist at a time. Composed of single operations, a block saves the normalised inputs and the outputs too.
+fn activations(settings: &Settings, config: &ModelConfig) -> usize {
+    let (width, inner) = (config.hidden_size, config.intermediate_size);
     let (queries, keys) = (
         config.heads * config.head_dim,
         config.kv_heads * config.head_dim,
     );
-    let block = 6 * config.hidden_size + 3 * queries + 3 * keys + 3 * config.intermediate_size;
-    config.layers * block
+    let has_dropout = settings.model.lora_rank > 0 && settings.model.lora_dropout > 0.0;
+    if !is_fused(settings) || has_dropout {
+        let block = 6 * width + 3 * queries + 3 * keys + 3 * inner;
+        return config.layers * block;
+    }
+    let before_norm = if config.qk_norm { queries + keys } else { 0 };
+    let block = 2 * width + 2 * queries + 2 * keys + before_norm + config.heads + 2 * inner;
+    match settings.learner.gradient_checkpointing {
+        true => config.layers * width + block,
+        false => config.layers * block,
+    }
+}
+
+/// Whether a block, and the head with the loss, are one operation each: on the CPU in f32.
+fn is_fused(settings: &Settings) -> bool {
+    settings.model.device == "cpu" && settings.model.dtype == DtypeSetting::F32
 }
 
 /// Number of parameters of the adapter; `None` if all weights are trained.
@@ -301,8 +350,7 @@ fn adapter_parameters(settings: &Settings, config: &ModelConfig) -> Option<usize
 
 /// Bytes of the logits and their log-softmax; 0 on the CPU in f32, where the head is fused with the loss.
 fn logits(settings: &Settings, config: &ModelConfig, predicted: usize) -> u64 {
-    let fused = settings.model.device == "cpu" && settings.model.dtype == DtypeSetting::F32;
-    if fused {
+    if is_fused(settings) {
         return 0;
     }
     product(&[&[predicted, config.vocab_size, 2, LOGIT_BYTES]])
@@ -384,8 +432,12 @@ mod tests {
         let cached = 2 * 3 * 4 * 16 * 32;
         // 2 models · 128 positions · 4 elements.
         let rotary = 2 * 128 * 4;
-        // 3 prompts · 2 completions · 16 tokens · 2 blocks · (6·8 + 3·8 + 3·8 + 3·16).
-        let active = 3 * 2 * 16 * 2 * 144;
+        // 3 prompts · (10 + 2 · 6 tokens) · 2 blocks · (2·8 + 2·8 + 2·8 + 2 heads + 2·16).
+        let active = 3 * 22 * 2 * 82;
+        // Composed: 6·8 + 3·8 + 3·8 + 3·16.
+        let composed = 3 * 22 * 2 * 144;
+        // 3 actors · 2 models, in f32.
+        let packed = 3 * 2 * 4 * p;
         let fused = [
             4 * p,
             4 * p,
@@ -393,6 +445,7 @@ mod tests {
             4 * p,
             4 * rotary,
             12 * p,
+            packed,
             4 * p,
             4 * cached,
             4 * active,
@@ -408,9 +461,10 @@ mod tests {
             2 * p,
             2 * rotary,
             6 * p,
+            packed,
             2 * p,
             2 * cached,
-            2 * active,
+            2 * composed,
             logits,
         ];
         assert_eq!(bytes(&sets), half);
@@ -430,7 +484,7 @@ mod tests {
     fn a_cache_is_never_longer_than_the_models_positions() {
         let cache = |sets: &[&str]| {
             let settings = settings(sets);
-            memory(&settings, &playground(&settings))[7].clone()
+            memory(&settings, &playground(&settings))[8].clone()
         };
         // The playground's models have 128 positions; the defaults allow for 576.
         let short = cache(&["actor.max_prompt_length=64", "actor.max_new_tokens=64"]);

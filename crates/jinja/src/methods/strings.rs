@@ -11,6 +11,23 @@ use crate::{
     value::{Text, Value},
 };
 
+/// `str.format_map`.
+fn format_map(string: &Text, args: CallArguments) -> Result<Value, TemplateError> {
+    let args = args.bind("format_map", &["map"])?;
+    let Value::Dict(dict) = args.required(0)? else {
+        return Err(TemplateError::unsupported(
+            "format_map of what is no dictionary",
+        ));
+    };
+    let named = dict.pairs.iter();
+    let named = named.filter_map(|(key, value)| Some((key.as_str()?.to_owned(), value.clone())));
+    let args = CallArguments {
+        positional: Vec::new(),
+        named: named.collect(),
+    };
+    format::braces(string, &args)
+}
+
 /// Evaluates `string.name(…)`.
 pub(super) fn call(
     string: &Text,
@@ -21,22 +38,7 @@ pub(super) fn call(
     let plain = |args: CallArguments| args.bind(name, &[]).map(drop);
     match name {
         "format" => return format::braces(string, &args),
-        "format_map" => {
-            let args = args.bind(name, &["map"])?;
-            let Value::Dict(dict) = args.required(0)? else {
-                return Err(TemplateError::unsupported(
-                    "format_map of what is no dictionary",
-                ));
-            };
-            let named = dict.pairs.iter();
-            let named =
-                named.filter_map(|(key, value)| Some((key.as_str()?.to_owned(), value.clone())));
-            let args = CallArguments {
-                positional: Vec::new(),
-                named: named.collect(),
-            };
-            return format::braces(string, &args);
-        }
+        "format_map" => return format_map(string, args),
         "join" => return join(string, args),
         "strip" | "lstrip" | "rstrip" => {
             let args = args.bind(name, &["chars"])?;
