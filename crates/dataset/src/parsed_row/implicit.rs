@@ -9,6 +9,12 @@ pub(super) const ASSISTANT: &str = "\n\nAssistant:";
 /// Start of a user's turn in such dialogues.
 const HUMAN: &str = "\n\nHuman:";
 
+/// Whether a response in such a dialogue goes on after the user's next turn.
+#[must_use]
+pub fn has_later_turn(response: &str) -> bool {
+    response.contains(HUMAN)
+}
+
 /// Splits two texts at the end of their common prompt: after the last `Assistant:` that they share (Anthropic's HH), or
 /// for texts without turns at the end of the common prefix, without a trailing space (TRL: `extract_prompt`).
 pub(super) fn implicit(chosen: &str, rejected: &str) -> Result<PreferencePair, String> {

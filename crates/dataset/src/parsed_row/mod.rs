@@ -55,6 +55,7 @@ pub struct PreferencePair {
     pub rejected: String,
 }
 
+pub use implicit::has_later_turn;
 pub use label::PairLabel;
 
 /// A row in a recognised format.

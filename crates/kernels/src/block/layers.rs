@@ -1,5 +1,7 @@
 //! Layers of a block on plain slices: RMS norms, and linear layers with an optional low-rank update.
 
+use std::cell::OnceCell;
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
@@ -18,7 +20,10 @@ pub(super) type WeightGradients<'a> = Vec<(&'a Tensor, Vec<f32>)>;
 /// The input of linear layers in the backward pass, `[N, in]`.
 pub(super) struct LayerInput<'n> {
     rows: MatrixRef<'n>,
-    /// Packed for the gradients of weights and of A, if any are trained.
+    precision: Precision,
+    /// Packed as a left operand, for the gradients of B, once for all layers that read it.
+    left: OnceCell<PackedRows<'n>>,
+    /// Packed as a right operand, for the gradients of weights and of A, if any are trained.
     packed: Option<PackedMatrix>,
 }
 
@@ -32,8 +37,15 @@ impl<'n> LayerInput<'n> {
         let rows = MatrixRef::new(values, values.len() / width, width);
         Self {
             rows,
+            precision,
+            left: OnceCell::new(),
             packed: trained.then(|| PackedMatrix::pack(rows, precision)),
         }
+    }
+
+    fn left(&self) -> &PackedRows<'n> {
+        let pack = || PackedRows::pack(self.rows, self.precision);
+        self.left.get_or_init(pack)
     }
 }
 
@@ -232,7 +244,7 @@ impl<'a> LowRankView<'a> {
     ) {
         let LowRankParams { a, b, .. } = self.params;
         if b.is_variable() {
-            let low = self.low(&PackedRows::pack(input.rows, self.precision));
+            let low = self.low(input.left());
             let columns = PackedRows::pack(dy.values.transpose(), self.precision);
             gradients.push((b, self.pack(self.of_rank(&low)).product(&columns)));
         }

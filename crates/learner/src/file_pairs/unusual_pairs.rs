@@ -6,9 +6,6 @@ use messages::Digest;
 
 use crate::file_pairs::PairRow;
 
-/// Start of the user's turn in dialogues that are written as text (Anthropic's HH).
-const HUMAN: &str = "\n\nHuman:";
-
 /// Pairs of a file that are trained on and seldom meant.
 #[derive(Debug, Default)]
 pub(super) struct UnusualPairs {
@@ -31,7 +28,9 @@ impl UnusualPairs {
         self.contradictory += usize::from(self.seen.contains(&[prompt, rejected, chosen]));
         self.repeated += usize::from(!self.seen.insert([prompt, chosen, rejected]));
         let answers = [&row.chosen, &row.rejected];
-        let has_later_turn = answers.iter().any(|answer| answer.text.contains(HUMAN));
+        let has_later_turn = answers
+            .iter()
+            .any(|answer| dataset::has_later_turn(&answer.text));
         self.later_turns += usize::from(row.dialogue.is_none() && has_later_turn);
     }
 

@@ -116,11 +116,22 @@ impl MixtureDecoder {
         policy: LanguageModel,
         precision: Precision,
     ) -> Result<(), ModelError> {
+        match self {
+            Self::Alone(decoder) => return decoder.set_model(policy, precision),
+            Self::Separate {
+                policy: own,
+                reference,
+            } if !policy.shares_weights(reference.model()) => {
+                reference.set_precision(precision)?;
+                return own.set_model(policy, precision);
+            }
+            Self::Separate { .. } | Self::Shared { .. } => {}
+        }
         let reference = self.reference().cloned();
         self.set_models(policy, reference, precision)
     }
 
-    /// Replaces the reference, stores both models in `precision` and empties all slots.
+    /// Replaces the reference, stores it in `precision` and empties its slots.
     ///
     /// # Errors
     /// When the policy is its own reference, or the device cannot hold them.
@@ -129,43 +140,36 @@ impl MixtureDecoder {
         reference: LanguageModel,
         precision: Precision,
     ) -> Result<(), ModelError> {
-        if self.reference().is_none() {
-            let reason = "replace the reference: the policy is its own";
-            return Err(ModelError::Engine(reason.into()));
+        match self {
+            Self::Alone(_) => {
+                let reason = "replace the reference: the policy is its own";
+                return Err(ModelError::Engine(reason.into()));
+            }
+            Self::Separate {
+                policy,
+                reference: own,
+            } if !policy.model().shares_weights(&reference) => {
+                return own.set_model(reference, precision);
+            }
+            Self::Separate { .. } | Self::Shared { .. } => {}
         }
         self.set_models(self.policy().clone(), Some(reference), precision)
     }
 
-    /// Replaces both models. Decoders of another kind are made where the models begin or cease to share their weights.
+    /// Replaces both models, at least one of which shares or shared its weights with the other: in the shared decoder, or
+    /// in decoders of another kind.
     fn set_models(
         &mut self,
         policy: LanguageModel,
         reference: Option<LanguageModel>,
         precision: Precision,
     ) -> Result<(), ModelError> {
-        let limits = self.limits();
         match (&mut *self, reference) {
-            (Self::Alone(decoder), None) => decoder.set_model(policy, precision),
             (Self::Shared { both, .. }, Some(reference)) if policy.shares_weights(&reference) => {
                 both.set_models(vec![policy, reference], precision)
             }
-            (
-                Self::Separate {
-                    policy: own,
-                    reference: other,
-                },
-                Some(reference),
-            ) if !policy.shares_weights(&reference) => {
-                own.set_model(policy, precision)?;
-                let is_same = other.model().weights().are_shared_with(reference.weights());
-                match is_same && reference.adapter().is_none() && other.model().adapter().is_none()
-                {
-                    true => other.set_precision(precision),
-                    false => other.set_model(reference, precision),
-                }
-            }
             (_, reference) => {
-                *self = Self::new(policy, reference, precision, limits)?;
+                *self = Self::new(policy, reference, precision, self.limits())?;
                 Ok(())
             }
         }
@@ -187,14 +191,14 @@ impl MixtureDecoder {
     /// # Errors
     /// As there.
     pub(crate) fn prefill(&mut self, prompts: &[Prefill<'_>]) -> Result<MixtureLogits, ModelError> {
-        if let Self::Shared { both, slots } = self {
+        let shared = |both: &mut Decoder, slots: usize| {
             let slots_of = |first: usize| {
                 let moved = move |prompt: &Prefill<'_>| -> Vec<usize> {
                     prompt.slots.iter().map(|slot| first + slot).collect()
                 };
                 prompts.iter().map(moved)
             };
-            let all: Vec<Vec<usize>> = slots_of(0).chain(slots_of(*slots)).collect();
+            let all: Vec<Vec<usize>> = slots_of(0).chain(slots_of(slots)).collect();
             let twice = prompts.iter().chain(prompts).zip(&all);
             let twice: Vec<Prefill<'_>> = twice
                 .map(|(prompt, slots)| Prefill {
@@ -202,9 +206,9 @@ impl MixtureDecoder {
                     slots,
                 })
                 .collect();
-            return Ok(MixtureLogits::stacked(both.prefill(&twice)?, prompts.len()));
-        }
-        self.each(|decoder| decoder.prefill(prompts))
+            both.prefill(&twice)
+        };
+        self.forward(|decoder| decoder.prefill(prompts), shared, prompts.len())
     }
 
     /// [`Decoder::extend`] of both models.
@@ -216,43 +220,31 @@ impl MixtureDecoder {
         slots: &[usize],
         tokens: &[u32],
     ) -> Result<MixtureLogits, ModelError> {
-        if let Self::Shared { both, slots: first } = self {
-            let below = slots.iter().map(|slot| *first + slot);
+        let shared = |both: &mut Decoder, first: usize| {
+            let below = slots.iter().map(|slot| first + slot);
             let all: Vec<usize> = slots.iter().copied().chain(below).collect();
-            let logits = both.extend(&all, &[tokens, tokens].concat())?;
-            return Ok(MixtureLogits::stacked(logits, slots.len()));
-        }
-        self.each(|decoder| decoder.extend(slots, tokens))
+            both.extend(&all, &[tokens, tokens].concat())
+        };
+        self.forward(|decoder| decoder.extend(slots, tokens), shared, slots.len())
     }
 
-    /// Runs `forward` on the policy and, if it has a decoder of its own, the reference, concurrently, so that one uses
-    /// the threads that the other's sequential parts leave idle.
-    fn each(
+    /// Runs `each` on the policy and, if it has a decoder of its own, the reference, concurrently, so that one uses the
+    /// threads that the other's sequential parts leave idle; or `shared` on the decoder of both, given its number of slots,
+    /// which returns `rows` rows of the policy and, below, as many of the reference.
+    fn forward(
         &mut self,
-        forward: impl Fn(&mut Decoder) -> Result<Logits, ModelError> + Sync,
+        each: impl Fn(&mut Decoder) -> Result<Logits, ModelError> + Sync,
+        shared: impl FnOnce(&mut Decoder, usize) -> Result<Logits, ModelError>,
+        rows: usize,
     ) -> Result<MixtureLogits, ModelError> {
-        match self {
-            Self::Alone(policy) | Self::Shared { both: policy, .. } => Ok(MixtureLogits {
-                policy: forward(policy)?,
-                reference: ReferenceLogits::Policy,
-            }),
+        let (policy, reference) = match self {
+            Self::Alone(policy) => (each(policy)?, ReferenceLogits::Policy),
             Self::Separate { policy, reference } => {
-                let (policy, reference) = rayon::join(|| forward(policy), || forward(reference));
-                Ok(MixtureLogits {
-                    policy: policy?,
-                    reference: ReferenceLogits::Own(reference?),
-                })
+                let (policy, reference) = rayon::join(|| each(policy), || each(reference));
+                (policy?, ReferenceLogits::Own(reference?))
             }
-        }
-    }
-}
-
-impl MixtureLogits {
-    /// Logits of `count` rows of the policy and, below, as many of the reference.
-    fn stacked(policy: Logits, count: usize) -> Self {
-        Self {
-            policy,
-            reference: ReferenceLogits::From(count),
-        }
+            Self::Shared { both, slots } => (shared(both, *slots)?, ReferenceLogits::From(rows)),
+        };
+        Ok(MixtureLogits { policy, reference })
     }
 }
