@@ -162,6 +162,24 @@ fn slic_converges_to_its_margin() {
     assert_eq!(report["objective"]["kind"], "slic");
 }
 
+/// Rewards (1, ½, 0) as Bradley–Terry preferences: RLOO converges to π ∝ ref · exp(r/β).
+#[test]
+fn rloo_converges_to_the_optimum_of_the_reward() {
+    let (reference, rewards, beta) = ([0.2, 0.5, 0.3], [1.0, 0.5, 0.0], 0.5_f64);
+    let win = |i: usize, j: usize| 1.0 / (1.0 + f64::exp(rewards[j] - rewards[i]));
+    let matrix: Vec<Vec<f64>> = (0..3)
+        .map(|i| (0..3).map(|j| win(i, j)).collect())
+        .collect();
+    let weights = [0, 1, 2].map(|i| reference[i] * f64::exp(rewards[i] / beta));
+    let total: f64 = weights.iter().sum();
+    let report = train(&[
+        format!("model.reference_probabilities={reference:?}"),
+        format!("preference.judge.matrix={matrix:?}"),
+        format!("learner.objective={{ kind = \"rloo\", beta = {beta:?} }}"),
+    ]);
+    assert_close(&report, "policy", &weights.map(|weight| weight / total));
+}
+
 #[test]
 fn online_ipo_converges_with_tau_1() {
     let nash = [0.523000, 0.278052, 0.198948];

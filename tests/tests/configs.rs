@@ -135,6 +135,7 @@ fn judges_and_objectives_are_selected_by_kind_with_their_own_temperature() {
         ("rpo", Some("beta")),
         ("rpo", Some("eta")),
         ("nash-md-pg", Some("tau")),
+        ("rloo", Some("beta")),
         ("dpo", None),
     ] {
         let kind_override = format!("learner.objective.kind={kind}");

@@ -65,3 +65,4 @@ pub use run::{
 };
 pub use trainer::followers::{checkpoint_average, checkpoint_reference};
 pub use trainer::{PolicySamples, ReferenceLogprobs, StepOutcome, Trainer};
+pub use win_rates::win;

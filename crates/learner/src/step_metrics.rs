@@ -11,12 +11,14 @@ pub(crate) fn settings_metrics(
     objective: &ObjectiveSettings,
     pairs: &[LabelledPair],
 ) -> Measurements {
-    let temperature = match objective {
-        ObjectiveSettings::Ipo { tau, .. } | ObjectiveSettings::NashMdPg { tau } => ("tau", *tau),
-        ObjectiveSettings::Dpo { beta }
-        | ObjectiveSettings::Slic { beta }
-        | ObjectiveSettings::Rpo { beta, .. } => ("beta", *beta),
+    let name = match objective {
+        ObjectiveSettings::Ipo { .. } | ObjectiveSettings::NashMdPg { .. } => "tau",
+        ObjectiveSettings::Dpo { .. }
+        | ObjectiveSettings::Slic { .. }
+        | ObjectiveSettings::Rpo { .. }
+        | ObjectiveSettings::Rloo { .. } => "beta",
     };
+    let temperature = (name, objective.temperature());
     let completions = || {
         let all = pairs.iter().flat_map(|labelled| &labelled.pair.completions);
         all.filter(|completion| completion.is_recorded())

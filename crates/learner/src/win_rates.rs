@@ -5,7 +5,8 @@ use messages::{LabelledPair, Probability};
 use crate::length_control;
 
 /// 1 for a p above ½, 0 below, ½ for a tie.
-pub(crate) fn win(p: f64) -> f64 {
+#[must_use]
+pub fn win(p: f64) -> f64 {
     if p > 0.5 {
         1.0
     } else if p < 0.5 {

@@ -27,6 +27,8 @@ pub struct ApoSettings {
     pub wait: bool,
     /// Whether the annotated pairs are part of the loss; without them it has no finite optimum.
     pub annotated: bool,
+    /// Whether a round trains the current judge further, instead of a fresh model on the backbone.
+    pub warm_start: bool,
     /// Minimum accuracy on held-out annotated pairs; a less accurate model is rejected.
     pub min_accuracy: f64,
     /// Maximum calibration error on held-out annotated pairs; a worse calibrated model is rejected.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{actor::ActorSettings, checks::Checks, settings::Settings};
+use crate::{actor::ActorSettings, checks::Checks, learner::LabelKind, settings::Settings};
 
 /// The default gradient clip as a multiple of [`ObjectiveSettings::slope`]. At π = ref and certain labels it is the
 /// norm at which the gradient of the batch's mean h is clipped.
@@ -45,6 +45,12 @@ pub enum ObjectiveSettings {
         /// KL regularisation strength τ.
         tau: f64,
     },
+    /// RLOO: policy gradient on the log-odds of p, of a reward model the reward difference, with a leave-one-out
+    /// baseline.
+    Rloo {
+        /// KL penalty β, in units of the reward.
+        beta: f64,
+    },
 }
 
 /// Scale of the IPO loss.
@@ -83,7 +89,20 @@ impl ObjectiveSettings {
             } => 1.0,
             Self::Dpo { beta } | Self::Rpo { beta, .. } => beta / 2.0,
             Self::Slic { beta } => beta,
-            Self::NashMdPg { .. } => 0.5,
+            // Of RLOO at log-odds, that is a reward difference, of 1.
+            Self::NashMdPg { .. } | Self::Rloo { .. } => 0.5,
+        }
+    }
+
+    /// τ or β: the factor from log-ratios to rewards.
+    #[must_use]
+    pub fn temperature(&self) -> f64 {
+        match *self {
+            Self::Ipo { tau, .. } | Self::NashMdPg { tau } => tau,
+            Self::Dpo { beta }
+            | Self::Slic { beta }
+            | Self::Rpo { beta, .. }
+            | Self::Rloo { beta } => beta,
         }
     }
 
@@ -104,6 +123,7 @@ impl ObjectiveSettings {
             Self::Slic { .. } => "slic",
             Self::Rpo { .. } => "rpo",
             Self::NashMdPg { .. } => "nash-md-pg",
+            Self::Rloo { .. } => "rloo",
         }
     }
 
@@ -137,35 +157,51 @@ impl ObjectiveSettings {
             }
             Self::NashMdPg { tau } => {
                 checks.positive(tau, &path("tau"));
-                check_policy_gradient(&settings.actor, checks);
+                self.check_policy_gradient(&settings.actor, checks);
                 checks.require(
                     settings.actor.num_generations == 2,
                     "actor.num_generations",
                     "\"nash-md-pg\" compares one completion of the policy with one of the mixture: set it to 2",
                 );
             }
+            Self::Rloo { beta } => {
+                checks.positive(beta, &path("beta"));
+                self.check_policy_gradient(&settings.actor, checks);
+                checks.require(
+                    settings.actor.mixture_coef == 0.0,
+                    "actor.mixture_coef",
+                    "\"rloo\" is a policy gradient, which is biased unless all completions are the policy's own: set \
+                     it to 0.0, or choose another learner.objective.kind",
+                );
+                checks.require(
+                    settings.learner.label == LabelKind::Soft,
+                    "learner.label",
+                    "\"rloo\" reads the reward difference from the log-odds of p: set it to \"soft\"",
+                );
+            }
         }
     }
-}
 
-/// Requires samples from the policy's full distribution at temperature 1, over which a policy gradient is an
-/// expectation.
-fn check_policy_gradient(actor: &ActorSettings, checks: &mut Checks) {
-    let requirements = [
-        ("temperature", actor.temperature == 1.0, "1.0"),
-        ("top_k", actor.top_k == 0, "0"),
-        ("top_p", actor.top_p == 1.0, "1.0"),
-        ("min_p", actor.min_p == 0.0, "0.0"),
-    ];
-    for (key, holds, required) in requirements {
-        checks.require(
-            holds,
-            &format!("actor.{key}"),
-            format!(
-                "\"nash-md-pg\" is a policy gradient, which is biased unless completions are drawn from the \
-                 policy's full distribution: set it to {required}, or choose another learner.objective.kind"
-            ),
-        );
+    /// Requires samples from the policy's full distribution at temperature 1, over which a policy gradient is an
+    /// expectation.
+    fn check_policy_gradient(&self, actor: &ActorSettings, checks: &mut Checks) {
+        let requirements = [
+            ("temperature", actor.temperature == 1.0, "1.0"),
+            ("top_k", actor.top_k == 0, "0"),
+            ("top_p", actor.top_p == 1.0, "1.0"),
+            ("min_p", actor.min_p == 0.0, "0.0"),
+        ];
+        for (key, holds, required) in requirements {
+            checks.require(
+                holds,
+                &format!("actor.{key}"),
+                format!(
+                    "\"{}\" is a policy gradient, which is biased unless completions are drawn from the \
+                     policy's full distribution: set it to {required}, or choose another learner.objective.kind",
+                    self.name()
+                ),
+            );
+        }
     }
 }
 
@@ -205,6 +241,22 @@ mod tests {
             (
                 "[learner.objective]\nkind = \"nash-md-pg\"\n[actor]\nmin_p = 0.05",
                 "actor.min_p: \"nash-md-pg\" is a policy gradient",
+            ),
+            (
+                "[learner.objective]\nkind = \"rloo\"\n[actor]\ntemperature = 0.7",
+                "actor.temperature: \"rloo\" is a policy gradient",
+            ),
+            (
+                "[learner.objective]\nkind = \"rloo\"\n[actor]\nmixture_coef = 0.125",
+                "actor.mixture_coef: \"rloo\" is a policy gradient",
+            ),
+            (
+                "[learner]\nlabel = \"hard\"\n[learner.objective]\nkind = \"rloo\"",
+                "learner.label: \"rloo\" reads the reward difference",
+            ),
+            (
+                "[learner.objective]\nkind = \"rloo\"\nbeta = 0",
+                "learner.objective.beta",
             ),
             (
                 "[learner.objective]\nkind = \"dpo\"\nbeta = 0",

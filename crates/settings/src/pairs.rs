@@ -186,11 +186,14 @@ impl FilePairsSettings {
         checks.require(
             !matches!(
                 settings.learner.objective,
-                ObjectiveSettings::NashMdPg { .. }
+                ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rloo { .. }
             ),
             "learner.objective.kind",
-            "\"nash-md-pg\" is a policy gradient and needs the policy's own samples: set pairs.share = 0, or choose \
-             \"ipo\", \"dpo\", \"slic\" or \"rpo\"",
+            format!(
+                "\"{}\" is a policy gradient and needs the policy's own samples: set pairs.share = 0, or choose \
+                 \"ipo\", \"dpo\", \"slic\" or \"rpo\"",
+                settings.learner.objective.name()
+            ),
         );
     }
 

@@ -11,7 +11,7 @@ use settings::{IpoScale, OffPolicy};
 use crate::objective::bandit::{
     ActionPair, close, loss_and_gradient, random_preferences, uniforms,
 };
-use crate::objective::{Dpo, Ipo, NashMdPg, Objective, Slic};
+use crate::objective::{Dpo, Ipo, NashMdPg, Objective, Rloo, Slic};
 use crate::trainer::off_policy::Correction;
 
 /// A preference model over actions and the reference policy.
@@ -240,6 +240,48 @@ fn nash_md_pg_converges_to_the_same_policy() -> Result<()> {
         let theta = bandit.converge(&NashMdPg { tau }, Samples::SecondOnly(m), 1.0 / tau)?;
         close(&softmax(&theta), &policy, 1e-6);
     }
+    Ok(())
+}
+
+/// Of a reward model, that is where RLHF's optimum and the fixed point of DPO with the same β are.
+#[test]
+fn rloo_maximises_the_reward_less_the_kl() -> Result<()> {
+    let (rewards, beta) = ([0.4, -0.3, 1.1], 0.5);
+    let win = |i: usize, j: usize| 1.0 / (1.0 + f64::exp(rewards[j] - rewards[i]));
+    let bandit = ArmPreferences {
+        beats: (0..3)
+            .map(|i| (0..3).map(|j| win(i, j)).collect())
+            .collect(),
+        ..ArmPreferences::cycle()
+    };
+    let theta = bandit.converge(&Rloo { beta }, Samples::Both(0.0), 1.0)?;
+    let optimum = (0..3).map(|i| bandit.reference[i].ln() + rewards[i] / beta);
+    close(
+        &softmax(&theta),
+        &softmax(&optimum.collect::<Vec<_>>()),
+        1e-6,
+    );
+    let dpo = bandit.converge(&Dpo { beta }, Samples::Both(0.0), 10.0)?;
+    close(&softmax(&theta), &softmax(&dpo), 1e-5);
+    Ok(())
+}
+
+/// Of a cycle, which no reward explains, RLOO solves `π ∝ ref·exp(E[log-odds of y against π]/β)`: not the equilibrium.
+#[test]
+fn rloo_solves_another_fixed_point_on_a_cycle() -> Result<()> {
+    let (bandit, beta) = (ArmPreferences::cycle(), 0.5);
+    let theta = bandit.converge(&Rloo { beta }, Samples::Both(0.0), 1.0)?;
+    let policy = softmax(&theta);
+    let answer = (0..3).map(|i| {
+        let log_odds = bandit.beats[i].iter().map(|p| (p / (1.0 - p)).ln());
+        let mean: f64 = log_odds
+            .zip(&policy)
+            .map(|(odds, weight)| odds * weight)
+            .sum();
+        bandit.reference[i].ln() + mean / beta
+    });
+    close(&policy, &softmax(&answer.collect::<Vec<_>>()), 1e-6);
+    assert!(bandit.residual(&theta, beta, 0.0) > 0.1);
     Ok(())
 }
 

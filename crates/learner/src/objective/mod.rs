@@ -16,6 +16,7 @@ pub mod ipo;
 mod labels;
 pub mod nash_md;
 pub mod reduction;
+pub mod rloo;
 pub mod rpo;
 pub mod slic;
 
@@ -33,6 +34,7 @@ pub use dpo::Dpo;
 pub use ipo::Ipo;
 pub use labels::Labelling;
 pub use nash_md::NashMdPg;
+pub use rloo::Rloo;
 pub use rpo::{Rpo, RpoBaseline};
 pub use slic::Slic;
 
@@ -81,6 +83,7 @@ mod tests {
             }),
             Box::new(Dpo { beta: 0.7 }),
             Box::new(Slic { beta: 2.0 }),
+            Box::new(Rloo { beta: 0.4 }),
         ]
     }
 

@@ -3,7 +3,7 @@
 use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, RpoNll};
 
 use crate::{
-    objective::{Dpo, Ipo, NashMdPg, Objective, Rpo, RpoBaseline, Slic},
+    objective::{Dpo, Ipo, NashMdPg, Objective, Rloo, Rpo, RpoBaseline, Slic},
     trainer::off_policy::Correction,
 };
 
@@ -19,22 +19,21 @@ pub(super) struct PairLoss {
 impl PairLoss {
     /// The loss of the settings.
     pub(super) fn new(settings: &LearnerSettings) -> Self {
-        let (objective, temperature) = objective(&settings.objective);
         Self {
-            objective,
-            temperature,
+            objective: objective(&settings.objective),
+            temperature: settings.objective.temperature(),
             reduction: settings.logp_reduction,
             correction: Correction::new(settings),
         }
     }
 }
 
-/// The objective of the settings, and its temperature τ or β.
-fn objective(settings: &ObjectiveSettings) -> (Box<dyn Objective>, f64) {
+/// The objective of the settings.
+fn objective(settings: &ObjectiveSettings) -> Box<dyn Objective> {
     match *settings {
-        ObjectiveSettings::Ipo { tau, scale } => (Box::new(Ipo { tau, scale }), tau),
-        ObjectiveSettings::Dpo { beta } => (Box::new(Dpo { beta }), beta),
-        ObjectiveSettings::Slic { beta } => (Box::new(Slic { beta }), beta),
+        ObjectiveSettings::Ipo { tau, scale } => Box::new(Ipo { tau, scale }),
+        ObjectiveSettings::Dpo { beta } => Box::new(Dpo { beta }),
+        ObjectiveSettings::Slic { beta } => Box::new(Slic { beta }),
         ObjectiveSettings::Rpo {
             beta,
             eta,
@@ -45,8 +44,9 @@ fn objective(settings: &ObjectiveSettings) -> (Box<dyn Objective>, f64) {
                 RpoNll::Sum => RpoBaseline::Sum,
                 RpoNll::Mean => RpoBaseline::Mean { coefficient },
             };
-            (Box::new(Rpo { beta, eta, nll }), beta)
+            Box::new(Rpo { beta, eta, nll })
         }
-        ObjectiveSettings::NashMdPg { tau } => (Box::new(NashMdPg { tau }), tau),
+        ObjectiveSettings::NashMdPg { tau } => Box::new(NashMdPg { tau }),
+        ObjectiveSettings::Rloo { beta } => Box::new(Rloo { beta }),
     }
 }

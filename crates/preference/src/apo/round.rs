@@ -18,7 +18,8 @@ use crate::apo::{ApoContext, RoundOutcome};
 use crate::calibration::Calibration;
 use crate::error::PreferenceError;
 use crate::reward_training::{
-    AdversarialExample, PreferenceExample, StepMetrics, TrainingData, calibrate, fit, predict,
+    AdversarialExample, PreferenceExample, StepMetrics, TrainingData, calibrate, fit, fit_further,
+    predict,
 };
 
 /// Data of a round and the model that it competes with.
@@ -107,17 +108,16 @@ impl ApoRound {
             apo: &context.settings,
         };
         let mut last = None;
+        let on_step = |step| {
+            last = Some(step);
+            !cancelled()
+        };
         // All rounds share the seed: the same initial head and the same order of annotated pairs.
-        let model = fit(
-            &context.backbone,
-            &context.fit,
-            data,
-            context.seed,
-            |step| {
-                last = Some(step);
-                !cancelled()
-            },
-        )?;
+        let (fit_settings, seed) = (&context.fit, context.seed);
+        let model = match context.settings.warm_start {
+            true => fit_further(&self.current, fit_settings, data, seed, on_step),
+            false => fit(&context.backbone, fit_settings, data, seed, on_step),
+        }?;
         let mut report = self.report(&model, last)?;
         report.seconds = start.elapsed().as_secs_f64();
         self.write(&model, &report)?;

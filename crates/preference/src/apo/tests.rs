@@ -136,6 +136,32 @@ async fn a_round_learns_to_prefer_golden_answers_and_writes_a_model_and_a_report
     );
 }
 
+/// With a learning rate of almost nothing, a round ends with what it began with.
+#[tokio::test]
+async fn a_warm_start_trains_the_current_judge_further() {
+    for (warm, is_near) in [
+        ("apo.warm_start=true", true),
+        ("apo.warm_start=false", false),
+    ] {
+        let harness = Harness::new();
+        let changes = [
+            &ROUND[..],
+            &[
+                "fit.learning_rate=1e-12",
+                warm,
+                "apo.min_accuracy=0.0",
+                "apo.max_ece=1.0",
+            ],
+        ];
+        let mut apo = harness.apo(&changes.concat(), compared(6, 5, 1.0));
+        for id in 0..4 {
+            apo.collect_samples(&samples(id, Some(vec![5, 1]))).unwrap();
+        }
+        let RoundOutcome { report, .. } = apo.outcome().await.unwrap();
+        assert_eq!(report.drift < 1e-4, is_near, "{warm}: {report:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_model_beyond_the_limits_is_rejected() {
     let harness = Harness::new();

@@ -86,10 +86,24 @@ pub fn fit(
     settings: &FitSettings,
     data: TrainingData<'_>,
     seed: Seed,
-    mut on_step: impl FnMut(StepMetrics) -> bool,
+    on_step: impl FnMut(StepMetrics) -> bool,
 ) -> Result<RewardModel, PreferenceError> {
     let backbone = trained_backbone(backbone, settings, seed)?;
     let model = RewardModel::from_backbone(&backbone, reward_config(settings), seed)?;
+    fit_further(&model, settings, data, seed, on_step)
+}
+
+/// As [`fit`], from the weights of `model`, of which a copy is trained.
+///
+/// # Errors
+/// As [`fit`].
+pub(crate) fn fit_further(
+    model: &RewardModel,
+    settings: &FitSettings,
+    data: TrainingData<'_>,
+    seed: Seed,
+    mut on_step: impl FnMut(StepMetrics) -> bool,
+) -> Result<RewardModel, PreferenceError> {
     let (model, vars) = model.trainable()?;
     let mut optimizer = Optimizer::new(vars, AdamWSettings::from(&settings.optimizer()))?;
     let order = EpochOrder::new(settings, data, seed)?;

@@ -25,6 +25,11 @@ pub const METRICS: &[MetricInfo] = &[
         "Nash-MD policy-gradient surrogate; only its gradient is meaningful, not its value",
     ),
     gauge(
+        "loss/rloo",
+        Number,
+        "RLOO policy-gradient surrogate; only its gradient is meaningful, not its value",
+    ),
+    gauge(
         "loss/ganpo",
         Number,
         "lambda times the GANPO generator loss",
