@@ -17,6 +17,7 @@ mod process_tuning;
 mod report;
 mod run;
 mod signals;
+mod tournament;
 
 use std::process::ExitCode;
 
@@ -66,6 +67,7 @@ enum AgonCommand {
     Check(check::Arguments),
     Doctor(doctor::Arguments),
     Export(export::Arguments),
+    Tournament(cli::tournament::Arguments),
     Bench(bench::Arguments),
     NatsWatchdog(nats_watchdog::Arguments),
 }
@@ -75,7 +77,11 @@ impl AgonCommand {
     fn takes_part_in_a_run(&self) -> bool {
         matches!(
             self,
-            Self::Train(_) | Self::Learner(_) | Self::Actor(_) | Self::Preference(_)
+            Self::Train(_)
+                | Self::Learner(_)
+                | Self::Actor(_)
+                | Self::Preference(_)
+                | Self::Tournament(_)
         )
     }
 }
@@ -136,6 +142,7 @@ fn run(command: AgonCommand) -> anyhow::Result<ExitCode> {
         AgonCommand::Check(arguments) => check::run(&arguments),
         AgonCommand::Doctor(arguments) => doctor::run(&arguments),
         AgonCommand::Export(arguments) => export::run(&arguments),
+        AgonCommand::Tournament(arguments) => cli::tournament::run(&arguments),
         AgonCommand::Bench(arguments) => bench::run(&arguments),
         AgonCommand::NatsWatchdog(arguments) => nats_watchdog::run(&arguments),
     }

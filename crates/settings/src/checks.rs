@@ -7,9 +7,7 @@ use crate::{error::Problem, settings::Settings};
 
 /// All values out of range and all contradictions, in the order of the sections.
 pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
-    let mut checks = Checks {
-        problems: Vec::new(),
-    };
+    let mut checks = Checks::default();
     settings.actor.check(settings, &mut checks);
     settings.learner.check(settings, &mut checks);
     settings.reference.check(settings, &mut checks);
@@ -28,8 +26,9 @@ pub(crate) fn contradictions(settings: &Settings) -> Vec<Problem> {
 }
 
 /// Collector of problems.
+#[derive(Default)]
 pub(crate) struct Checks {
-    problems: Vec<Problem>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 impl Checks {

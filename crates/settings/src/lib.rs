@@ -34,6 +34,7 @@ mod sft;
 mod source;
 mod staleness;
 mod telemetry;
+mod tournament;
 mod transport;
 mod url;
 
@@ -67,4 +68,5 @@ pub use settings::Settings;
 pub use sft::SftSettings;
 pub use source::{HubModel, InvalidHubModel, ModelSource};
 pub use telemetry::TelemetrySettings;
+pub use tournament::{KeptVariants, MethodVariant, Tournament, TournamentMethod};
 pub use transport::{JetStreamSettings, TopologySettings, TransportSettings, WeightsEncoding};

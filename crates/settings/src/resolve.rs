@@ -19,6 +19,17 @@ pub struct Override {
     value: Value,
 }
 
+impl Override {
+    /// The override of `key`, dotted, with `value`.
+    #[must_use]
+    pub fn new(key: &str, value: Value) -> Self {
+        Self {
+            key: key.to_owned(),
+            value,
+        }
+    }
+}
+
 /// Resolved settings, also as the TOML text for the run directory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolved {

@@ -27,5 +27,6 @@ pub(crate) mod samples;
 pub(crate) mod score;
 pub(crate) mod sft;
 pub(crate) mod status;
+pub(crate) mod tournament;
 pub(crate) mod train;
 pub(crate) mod view;

@@ -26,14 +26,24 @@ const PAGE_SIZE: ImageSize = ImageSize {
     height: 300,
 };
 /// Colours of lines, in their order; further lines repeat them.
-const COLOURS: [RGBColor; 6] = [
+const COLOURS: [RGBColor; 10] = [
     RGBColor(0x2a, 0x6f, 0xb0),
     RGBColor(0xc7, 0x7b, 0x0a),
     RGBColor(0x1b, 0x7f, 0x4b),
     RGBColor(0x8e, 0x44, 0x9c),
     RGBColor(0xb0, 0x3a, 0x3a),
     RGBColor(0x4a, 0x4a, 0x4a),
+    RGBColor(0x17, 0x9c, 0xa8),
+    RGBColor(0xd1, 0x4f, 0x92),
+    RGBColor(0x7a, 0x5c, 0x2e),
+    RGBColor(0x6f, 0x8f, 0x1a),
 ];
+/// Share of the width and of the height of a chart that a legend may cover.
+const LEGEND_SHARE: f64 = 0.45;
+/// Radius of the marks of a line, in pixels.
+const MARK_RADIUS: i32 = 3;
+/// Name of the axis of learner steps.
+const STEPS: &str = "step";
 /// Margin above and below the values, as a share of their range.
 const MARGIN: f64 = 0.04;
 /// Values beyond this are drawn at it: differences of the largest numbers are infinite.
@@ -41,8 +51,8 @@ const MAX_VALUE: f64 = 1e100;
 /// Least share of a value that an axis shows: its marks cannot be told apart below the precision of numbers.
 const MIN_SHARE: f64 = 1e-6;
 
-/// A point: step and value.
-type Point = (f64, f64);
+/// A point: step, or another value on the horizontal axis, and value.
+pub(crate) type Point = (f64, f64);
 
 /// A line with a legend entry.
 pub(crate) struct ChartLine<'a> {
@@ -50,6 +60,8 @@ pub(crate) struct ChartLine<'a> {
     points: Vec<Point>,
     /// Outline of the shaded band; empty for none.
     band: Vec<Point>,
+    /// Whether every point has a mark.
+    is_marked: bool,
 }
 
 impl<'a> ChartLine<'a> {
@@ -59,6 +71,32 @@ impl<'a> ChartLine<'a> {
             name,
             points: points(curve),
             band: Vec::new(),
+            is_marked: false,
+        }
+    }
+
+    /// A line through `means`, with a band between `low` and `high` where there are such.
+    pub(crate) fn with_outline(
+        name: &'a str,
+        means: Vec<Point>,
+        low: Vec<Point>,
+        high: Vec<Point>,
+    ) -> Self {
+        Self {
+            name,
+            points: means,
+            band: low.into_iter().chain(high.into_iter().rev()).collect(),
+            is_marked: false,
+        }
+    }
+
+    /// A line through points in any order, each with a mark.
+    pub(crate) fn with_marks(name: &'a str, points: Vec<Point>) -> Self {
+        Self {
+            name,
+            points,
+            band: Vec::new(),
+            is_marked: true,
         }
     }
 
@@ -71,19 +109,20 @@ impl<'a> ChartLine<'a> {
 
     /// Means of intervals by step, with the intervals as band.
     fn of_intervals(name: &'a str, intervals: &[(f64, Interval)]) -> Self {
-        let low = intervals.iter().map(|(step, i)| (*step, i.low));
-        let high = intervals.iter().rev().map(|(step, i)| (*step, i.high));
-        Self {
-            name,
-            points: intervals.iter().map(|(step, i)| (*step, i.mean)).collect(),
-            band: low.chain(high).collect(),
-        }
+        let of = |value: &dyn Fn(&Interval) -> f64| -> Vec<Point> {
+            let both = intervals.iter();
+            both.map(|(step, interval)| (*step, value(interval)))
+                .collect()
+        };
+        Self::with_outline(name, of(&|i| i.mean), of(&|i| i.low), of(&|i| i.high))
     }
 }
 
-/// A line chart over learner steps.
+/// A line chart, over learner steps unless it has another axis.
 pub(crate) struct LineChart<'a> {
     lines: Vec<ChartLine<'a>>,
+    /// Name of the horizontal axis.
+    axis: &'a str,
     /// Range of values that is shown in any case.
     range: Option<(f64, f64)>,
     caption: Option<&'a str>,
@@ -97,11 +136,17 @@ impl<'a> LineChart<'a> {
     pub(crate) fn new(lines: Vec<ChartLine<'a>>, range: Option<(f64, f64)>) -> Self {
         Self {
             lines,
+            axis: STEPS,
             range,
             caption: None,
             baseline: None,
             size: PAGE_SIZE,
         }
+    }
+
+    /// The same chart with another horizontal axis, from 0 on.
+    pub(crate) fn with_axis(self, axis: &'a str) -> Self {
+        Self { axis, ..self }
     }
 
     /// The chart as SVG.
@@ -110,7 +155,8 @@ impl<'a> LineChart<'a> {
     /// When it cannot be drawn.
     pub(crate) fn svg(&self) -> anyhow::Result<String> {
         draw_svg(self.size, |area| {
-            let (last_step, (low, high)) = self.extent();
+            let (last, (low, high)) = self.extent();
+            let decimals = if self.axis == STEPS { 0 } else { 2 };
             let mut builder = ChartBuilder::on(area);
             builder
                 .margin(8)
@@ -119,15 +165,15 @@ impl<'a> LineChart<'a> {
             if let Some(caption) = self.caption {
                 builder.caption(caption, ("sans-serif", 18));
             }
-            let mut chart = builder.build_cartesian_2d(0.0..last_step, low..high)?;
+            let mut chart = builder.build_cartesian_2d(0.0..last, low..high)?;
             chart
                 .configure_mesh()
                 .max_light_lines(0)
-                .x_desc("step")
-                .x_label_formatter(&|step| format!("{step:.0}"))
+                .x_desc(self.axis)
+                .x_label_formatter(&|value| format!("{value:.decimals$}"))
                 .draw()?;
             if let Some(value) = self.baseline {
-                let ends = [(0.0, value), (last_step, value)];
+                let ends = [(0.0, value), (last, value)];
                 chart.draw_series(LineSeries::new(ends, BLACK.mix(0.4)))?;
             }
             for (line, colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
@@ -139,29 +185,58 @@ impl<'a> LineChart<'a> {
                     .draw_series(LineSeries::new(line.points.iter().copied(), style))?
                     .label(line.name)
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], style));
+                if line.is_marked {
+                    let mark = |&point: &Point| Circle::new(point, MARK_RADIUS, colour.filled());
+                    chart.draw_series(line.points.iter().map(mark))?;
+                }
             }
             chart
                 .configure_series_labels()
                 .background_style(WHITE.mix(0.8))
                 .border_style(TRANSPARENT)
-                .position(SeriesLabelPosition::UpperLeft)
+                .position(self.emptiest_corner(last, low, high))
                 .draw()?;
             Ok(())
         })
     }
 
-    /// The last step, and the range of the values with margins.
+    /// The corner of the legend: the first in which the fewest points lie.
+    fn emptiest_corner(&self, last: f64, low: f64, high: f64) -> SeriesLabelPosition {
+        let points = || self.lines.iter().flat_map(|line| &line.points);
+        let count = |is_left: bool, is_upper: bool| {
+            let is_near = |share: f64, is_low: bool| match is_low {
+                true => share < LEGEND_SHARE,
+                false => share > 1.0 - LEGEND_SHARE,
+            };
+            let is_within = |point: &&Point| {
+                let height = (point.1 / 2.0 - low / 2.0) / (high / 2.0 - low / 2.0);
+                is_near(point.0 / last, is_left) && is_near(height, !is_upper)
+            };
+            points().filter(is_within).count()
+        };
+        let corners = [
+            (SeriesLabelPosition::UpperLeft, count(true, true)),
+            (SeriesLabelPosition::LowerRight, count(false, false)),
+            (SeriesLabelPosition::UpperRight, count(false, true)),
+            (SeriesLabelPosition::LowerLeft, count(true, false)),
+        ];
+        let best = corners.into_iter().min_by_key(|corner| corner.1);
+        best.map_or(SeriesLabelPosition::UpperLeft, |corner| corner.0)
+    }
+
+    /// The end of the horizontal axis, and the range of the values with margins.
     fn extent(&self) -> (f64, (f64, f64)) {
         let lines = self.lines.iter();
         let all: Vec<Point> = lines
             .flat_map(|line| line.points.iter().chain(&line.band).copied())
             .collect();
-        let last_step = all.iter().map(|point| point.0).fold(1.0, f64::max);
+        let least = if self.axis == STEPS { 1.0 } else { 0.1 };
+        let last = all.iter().map(|point| point.0).fold(least, f64::max);
         let initial = self.range.unwrap_or((f64::INFINITY, f64::NEG_INFINITY));
         let (low, high) = all.iter().fold(initial, |(low, high), point| {
             (low.min(point.1), high.max(point.1))
         });
-        (last_step, axis(low, high))
+        (last, axis(low, high))
     }
 }
 
@@ -213,6 +288,7 @@ pub(crate) fn write_win_rates(path: &Path, evaluations: &[Evaluation]) -> anyhow
         lines: lines
             .map(|(name, known)| ChartLine::of_intervals(name, known))
             .collect(),
+        axis: STEPS,
         range: Some((0.0, 1.0)),
         caption: Some("win rate against the reference"),
         baseline: Some(0.5),
@@ -310,6 +386,7 @@ mod tests {
                 name: "loss",
                 band: points.clone(),
                 points,
+                is_marked: true,
             }];
             let svg = LineChart::new(lines, None).svg().unwrap();
             assert!(svg.contains("</svg>"), "{values:?}");

@@ -7,9 +7,7 @@ use serde_json::Value;
 use telemetry::{Curves, RunView};
 
 use crate::report::charts::{ChartLine, LineChart};
-use crate::report::markup::{MAX_ROWS, escaped, list, number, short, table};
-
-const STYLE: &str = include_str!("page.css");
+use crate::report::markup::{MAX_ROWS, escaped, list, number, page_start, short, table};
 
 /// A chart of the page: title, names of its curves, curves of a band around the first, and a range of values that is
 /// shown in any case.
@@ -74,13 +72,7 @@ const CHARTS: [PageChart; 8] = [
 pub(crate) fn page(view: &RunView) -> anyhow::Result<String> {
     let status = view.status();
     let report = view.report()?.unwrap_or_default();
-    let name = escaped(&status.name);
-    let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
-         <title>{name}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
-    );
+    let mut page = page_start(&status.name);
     figures(&mut page, view, &report)?;
     charts(&mut page, view.curves())?;
     evaluations(&mut page, &report)?;

@@ -1,4 +1,4 @@
-//! HTML fragments: text, numbers and tables. Text from a run is escaped here.
+//! HTML fragments: the beginning of a page, text, numbers and tables. Text from a run is escaped here.
 
 use std::fmt::Write as _;
 
@@ -19,6 +19,19 @@ pub(crate) fn escaped(text: &str) -> String {
         }
     }
     safe
+}
+
+const STYLE: &str = include_str!("page.css");
+
+/// The beginning of a page, up to and with its heading. The page may load nothing and run no script.
+pub(crate) fn page_start(title: &str) -> String {
+    let title = escaped(title);
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
+         <title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+    )
 }
 
 /// Magnitude from which numbers are written with an exponent.

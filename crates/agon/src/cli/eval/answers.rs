@@ -9,10 +9,8 @@ use model::{LanguageModel, MixtureSampler, Request, Sampler as _, Tokenizer};
 use settings::Settings;
 
 use crate::{
-    cli::eval::{
-        evaluation_prompt,
-        questions::{GivenAnswer, Question},
-    },
+    assembly::held_out_prompt,
+    cli::eval::questions::{GivenAnswer, Question},
     exit_code::UsageError,
 };
 
@@ -189,7 +187,7 @@ pub(super) fn pair(
         .map(completion)
         .collect::<anyhow::Result<_>>()?;
     let id = PromptId(place.index as u64);
-    let prompt = evaluation_prompt(id, Seed(id.0), row(tokenizer, prompt, ids));
+    let prompt = held_out_prompt(id, Seed(id.0), row(tokenizer, prompt, ids));
     Ok(Pair {
         prompt,
         version: WeightsVersion::REFERENCE,

@@ -11,15 +11,15 @@ use std::{
 };
 
 use hub::CancelToken;
-use learner::{EvaluationConditions, IndependentUnit, JudgeEvaluation, PromptRow, PromptSet};
-use messages::{Finish, Pair, Prompt, PromptBatch, PromptId, Purpose, Seed, WeightsVersion};
+use learner::{EvaluationConditions, IndependentUnit, JudgeEvaluation, PromptSet};
+use messages::{Finish, Pair, Prompt, PromptId, Seed, WeightsVersion};
 use model::{LanguageModel, MixtureSampler, ModelFolder, Request, Sampler as _};
 use serde_json::{Value, json};
 use settings::{ModelSource, Settings, resolve_file};
 use telemetry::{EvaluationRecord, Interval, RunView, evaluation_differences, printable_json};
 
 use crate::{
-    assembly::{self, LoadedModel, ModelLocation},
+    assembly::{self, LoadedModel, ModelLocation, held_out_prompt},
     cli::{
         config_args::Overrides,
         eval::{
@@ -540,23 +540,6 @@ fn load(settings: &Settings, source: &ModelSource) -> anyhow::Result<EvaluatedMo
     Ok(EvaluatedModel { folder, model })
 }
 
-/// The prompt of a row, for one pair of completions.
-fn evaluation_prompt(id: PromptId, seed: Seed, row: PromptRow) -> Prompt {
-    Prompt {
-        id,
-        prompt_batch: PromptBatch::single(id),
-        purpose: Purpose::Evaluate,
-        version: WeightsVersion::REFERENCE,
-        seed,
-        ids: row.ids,
-        text: row.text,
-        dialogue: row.dialogue,
-        golden: row.golden,
-        answer: row.answer,
-        route: row.route,
-    }
-}
-
 /// Samples one completion of each model for every held-out prompt.
 fn sample(
     settings: &Settings,
@@ -588,7 +571,7 @@ fn sample(
             exact: 0,
             max_new_tokens: sampling.max_new_tokens,
         })?;
-        pending.push(Some(evaluation_prompt(id, seed, row)));
+        pending.push(Some(held_out_prompt(id, seed, row)));
     }
     let mut pairs = Vec::new();
     while !sampler.is_idle() {

@@ -1,0 +1,234 @@
+//! Runs as processes of `agon train`, several at a time, each with a log file beside its run directory.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    path::PathBuf,
+    process::{ExitStatus, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use telemetry::RunView;
+use tokio::{
+    process::{Child, Command},
+    sync::watch,
+    task::JoinSet,
+};
+
+use crate::{
+    exit_code::{Code, UsageError},
+    tournament::plan::PlannedRun,
+};
+
+/// Bytes at the end of a failed run's log that are searched for its last line.
+const LOG_TAIL: usize = 4096;
+
+/// Runs processes, as many at a time as there are jobs, until a shutdown.
+pub(super) struct RunQueue<'a> {
+    jobs: usize,
+    shutdown: &'a watch::Sender<bool>,
+}
+
+/// A run's process, ready to start.
+struct RunCommand {
+    name: String,
+    directory: PathBuf,
+    configuration: PathBuf,
+    seed: u64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RunEnding {
+    Finished,
+    Diverged,
+    Interrupted,
+}
+
+impl<'a> RunQueue<'a> {
+    pub(super) fn new(jobs: usize, shutdown: &'a watch::Sender<bool>) -> Self {
+        Self { jobs, shutdown }
+    }
+
+    /// Runs all of `runs` that have not ended yet. Whether all have: not after a shutdown, for which running ones are
+    /// saved.
+    ///
+    /// # Errors
+    /// When a run's directory holds a run with other settings, or a run fails; the others are then ended as by a shutdown.
+    pub(super) async fn run_all(&self, part: &str, runs: &[PlannedRun]) -> anyhow::Result<bool> {
+        let mut pending = Vec::new();
+        for run in runs {
+            if !run.has_ended()? {
+                pending.push(RunCommand::of(run));
+            }
+        }
+        let (total, count) = (runs.len(), pending.len());
+        if count > 0 {
+            tracing::info!(part, runs = count, done = total - count, "runs to do");
+        }
+        let started = Instant::now();
+        let mut waiting = pending.into_iter();
+        let mut running = JoinSet::new();
+        let mut ended = 0;
+        let mut failure = None;
+        loop {
+            while running.len() < self.jobs && failure.is_none() && !*self.shutdown.borrow() {
+                let Some(command) = waiting.next() else { break };
+                running.spawn(command.run(self.shutdown.subscribe()));
+            }
+            let Some(joined) = running.join_next().await else {
+                break;
+            };
+            match joined.context("the task of a run failed")? {
+                Ok(RunEnding::Interrupted) => {}
+                Ok(_) => {
+                    ended += 1;
+                    let each = started.elapsed().as_secs_f64() / f64::from(ended);
+                    let minutes = each * (count - ended as usize) as f64 / 60.0;
+                    tracing::info!(
+                        part,
+                        done = total - count + ended as usize,
+                        of = total,
+                        minutes_left = format!("{minutes:.0}"),
+                        "run ended"
+                    );
+                }
+                Err(error) => {
+                    self.shutdown.send_replace(true);
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(ended as usize == count),
+        }
+    }
+}
+
+impl PlannedRun {
+    /// Whether the run has finished or diverged. A process that is still running it is told apart by its own lock.
+    ///
+    /// # Errors
+    /// When the directory holds a run with other settings.
+    fn has_ended(&self) -> anyhow::Result<bool> {
+        if self.diverged() {
+            return Ok(true);
+        }
+        let Ok(recorded) = fs::read_to_string(self.directory.join("config.toml")) else {
+            return Ok(false);
+        };
+        if recorded != self.resolved.toml {
+            return Err(UsageError(format!(
+                "{} holds a run with other settings: choose another tournament.name, or remove the directory",
+                self.directory.display()
+            ))
+            .into());
+        }
+        let report = RunView::open(&self.directory)?
+            .report()?
+            .unwrap_or_default();
+        Ok(report["finished"] == true)
+    }
+
+    /// Whether the run has ended by divergence.
+    pub(super) fn diverged(&self) -> bool {
+        self.directory.with_extension("diverged").exists()
+    }
+}
+
+impl RunCommand {
+    fn of(run: &PlannedRun) -> Self {
+        Self {
+            name: run.name.clone(),
+            directory: run.directory.clone(),
+            configuration: run.configuration.clone(),
+            seed: run.seed,
+        }
+    }
+
+    /// Runs the process to its end; a shutdown is passed on to it.
+    async fn run(self, mut shutdown: watch::Receiver<bool>) -> anyhow::Result<RunEnding> {
+        tracing::info!(run = self.name, "run started");
+        let mut child = self.start()?;
+        let requested = async {
+            // Without a sender there is nothing to wait for.
+            if shutdown.wait_for(|requested| *requested).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let status = tokio::select! {
+            status = child.wait() => status,
+            () = requested => {
+                terminate(&child);
+                child.wait().await
+            }
+        };
+        let status = status.with_context(|| format!("failed to wait for {}", self.name))?;
+        self.ending(status)
+    }
+
+    fn start(&self) -> anyhow::Result<Child> {
+        let folder = self.directory.parent().context("a run is in a folder")?;
+        let log = self.log();
+        let unwritable = || format!("failed to write {}", log.display());
+        fs::create_dir_all(folder).with_context(unwritable)?;
+        let open = || OpenOptions::new().create(true).append(true).open(&log);
+        let output: File = open().with_context(unwritable)?;
+        let errors = output.try_clone().with_context(unwritable)?;
+        Command::new(std::env::current_exe().context("failed to find this binary")?)
+            .arg("train")
+            .arg(&self.configuration)
+            .arg("--set")
+            .arg(format!("run.seed={}", self.seed))
+            .arg("--run-dir")
+            .arg(&self.directory)
+            .args(["--resume", "auto"])
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            // A signal of the terminal reaches this process, which passes it on once.
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("failed to start {}", self.name))
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.with_extension("log")
+    }
+
+    fn ending(&self, status: ExitStatus) -> anyhow::Result<RunEnding> {
+        let code = status.code();
+        if status.success() {
+            return Ok(RunEnding::Finished);
+        }
+        if code == Some(Code::Interrupted as i32) {
+            return Ok(RunEnding::Interrupted);
+        }
+        if code == Some(Code::Diverged as i32) {
+            let mark = self.directory.with_extension("diverged");
+            fs::write(&mark, "").with_context(|| format!("failed to write {}", mark.display()))?;
+            tracing::warn!(run = self.name, "run diverged");
+            return Ok(RunEnding::Diverged);
+        }
+        let log = fs::read(self.log()).unwrap_or_default();
+        let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL)..]);
+        let last = tail.lines().rfind(|line| !line.trim().is_empty());
+        bail!(
+            "{} failed ({status}): {}; its log is {}",
+            self.name,
+            last.unwrap_or("it said nothing"),
+            self.log().display()
+        )
+    }
+}
+
+/// Asks the process to save and end.
+fn terminate(child: &Child) {
+    let id = child.id().and_then(|id| Pid::from_raw(id as i32));
+    if let Some(id) = id {
+        // It may have ended already.
+        kill_process(id, Signal::TERM).ok();
+    }
+}

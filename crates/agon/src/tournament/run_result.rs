@@ -1,0 +1,74 @@
+//! What a tournament reads of a run that has ended: its report, its curves, its policy.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use learner::Evaluation;
+use messages::GOLD;
+use preference::apo::RoundReport;
+use serde::Deserialize;
+use telemetry::RunView;
+
+use crate::tournament::plan::PlannedRun;
+
+/// The result of a run that has finished.
+pub(super) struct RunResult {
+    pub(super) report: RunReport,
+    /// The run, for further curves.
+    pub(super) view: RunView,
+    /// Folder of the last checkpoint.
+    pub(super) checkpoint: PathBuf,
+}
+
+/// The part of a run's `report.json` that a tournament reads.
+#[derive(Deserialize)]
+pub(super) struct RunReport {
+    pub(super) evaluations: Vec<Evaluation>,
+    #[serde(default)]
+    pub(super) rounds: Vec<RoundReport>,
+    pub(super) pairs: u64,
+    pub(super) wall_seconds: f64,
+    pub(super) peak_memory_bytes: Option<u64>,
+    pub(super) weights_digest: String,
+}
+
+impl RunResult {
+    /// The result of `run`; `None` if it diverged.
+    ///
+    /// # Errors
+    /// When its files cannot be read, or it has not finished.
+    pub(super) fn read(run: &PlannedRun) -> anyhow::Result<Option<Self>> {
+        if run.diverged() {
+            return Ok(None);
+        }
+        let mut view = RunView::open(&run.directory)?;
+        view.refresh()?;
+        let unfinished = || format!("{} has not finished", run.name);
+        let report = view.report()?.with_context(unfinished)?;
+        let report = serde_json::from_value(report)
+            .with_context(|| format!("the report of {} is of another version", run.name))?;
+        let checkpoints = run.directory.join("checkpoints");
+        let checkpoint =
+            learner::newest_checkpoint_model(&checkpoints)?.with_context(unfinished)?;
+        Ok(Some(Self {
+            report,
+            view,
+            checkpoint,
+        }))
+    }
+
+    /// The win rate of the last evaluation under this judge.
+    pub(super) fn last_win_rate(&self, judge: &str) -> Option<f64> {
+        win_rate(self.report.evaluations.last()?, judge)
+    }
+}
+
+/// Win rate against the reference of the start under a judge: "run", "gold" or an evaluation judge's name.
+pub(super) fn win_rate(evaluation: &Evaluation, judge: &str) -> Option<f64> {
+    let interval = match judge {
+        "run" => Some(evaluation.win_rate),
+        GOLD => evaluation.gold_win_rate,
+        name => evaluation.under(name).map(|result| result.win_rate),
+    };
+    interval.map(|interval| interval.mean)
+}

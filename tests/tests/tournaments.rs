@@ -1,0 +1,271 @@
+//! `agon tournament`: the claims' files in smoke runs, continuation after an interruption, and mistakes.
+
+use std::{fs, path::Path, time::SystemTime};
+
+use serde_json::Value;
+use system_tests::{ProcessOutput, Sandbox, workspace_root};
+
+/// Tiny runs of two methods on a playground.
+const TINY: &str = r#"
+[tournament]
+name = "tiny"
+output_dir = "tournaments"
+seeds = [11, 12, 13]
+selection_seeds = [1]
+prompts = 32
+curves = ["loss"]
+
+[settings]
+playground = { hidden_size = 32, layers = 1, heads = 2, intermediate_size = 64, base_dir = "base" }
+sft = { steps = 20, train_batch_size = 16 }
+actor = { slots = 16, max_new_tokens = 16 }
+learner = { steps = 20, train_batch_size = 16, learning_rate = 2e-3, save_steps = 5, max_staleness = 0 }
+evaluation = { prompts = 32, eval_steps = 10 }
+preference.judge = { kind = "gold", cycle = 1.0 }
+
+[[method]]
+name = "ipo"
+settings.learner.ema_decay = 0.5
+grid.learner.objective.tau = [0.05, 0.5]
+
+[[method]]
+name = "still"
+settings.learner.learning_rate = 1e-12
+"#;
+
+/// Runs `agon tournament`.
+fn tournament(sandbox: &Sandbox, file: &Path, more: &[&str]) -> ProcessOutput {
+    let file = file.display().to_string();
+    sandbox.run(&[&["tournament", &file], more].concat())
+}
+
+fn report(sandbox: &Sandbox, folder: &str) -> Value {
+    let path = sandbox.path(folder).join("report.json");
+    let text = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&text).expect("JSON")
+}
+
+fn list(value: &Value) -> &[Value] {
+    value
+        .as_array()
+        .unwrap_or_else(|| panic!("not a list: {value}"))
+}
+
+fn number(value: &Value, pointer: &str) -> f64 {
+    let found = value.pointer(pointer).and_then(Value::as_f64);
+    found.unwrap_or_else(|| panic!("no number {pointer} in {value:#}"))
+}
+
+/// The row of this name among the players of the first standings.
+fn player<'a>(report: &'a Value, name: &str) -> &'a Value {
+    let players = list(&report["standings"][0]["players"]);
+    let found = players.iter().find(|player| player["name"] == name);
+    found.unwrap_or_else(|| panic!("no {name} in {players:?}"))
+}
+
+/// A policy that does not move answers as its reference does, with the same seeds: every meeting of the two is a tie.
+#[test]
+fn a_tournament_chooses_settings_and_compares_the_policies() {
+    let sandbox = Sandbox::new();
+    let file = sandbox.write("tiny.toml", TINY);
+    let printed = tournament(&sandbox, &file, &["--jobs", "2"]).succeeded();
+    let report = report(&sandbox, "tournaments/tiny");
+    let still = player(&report, "still");
+    assert_eq!(number(still, "/win_rate/mean"), 0.5);
+    assert!(number(still, "/kl/mean").abs() < 1e-4, "{still}");
+    let ipo = player(&report, "ipo");
+    assert!(number(ipo, "/win_rate/mean") > 0.6, "{ipo}");
+    assert!(number(ipo, "/kl/mean") > 0.1, "{ipo}");
+    assert_eq!(number(ipo, "/win_rate/seeds"), 3.0);
+    assert!(number(ipo, "/win_rate/low") < number(ipo, "/win_rate/high"));
+    assert!(player(&report, "ipo, average")["kl"].is_object());
+    let mix = list(&player(&report, "reference")["styles"]["mix"]);
+    let total: f64 = mix.iter().filter_map(Value::as_f64).sum();
+    assert!((total - 1.0).abs() < 1e-9, "{mix:?}");
+
+    let candidates = list(&report["selected"][0]["candidates"]);
+    let score = |label: &str| {
+        let found = candidates.iter().find(|found| found["label"] == label);
+        number(found.expect("a candidate"), "/score")
+    };
+    let best = if score("tau=0.05") >= score("tau=0.5") {
+        "tau=0.05"
+    } else {
+        "tau=0.5"
+    };
+    assert_eq!(report["selected"][0]["label"], best, "{candidates:?}");
+
+    let comparisons = list(&report["standings"][0]["comparisons"]);
+    assert_eq!(comparisons.len(), 3, "of three policies: {comparisons:?}");
+    let against_still = comparisons
+        .iter()
+        .find(|found| found["a"] == "ipo" && found["b"] == "still");
+    let against_still = against_still.expect("they have met");
+    // Against a policy that answers as the reference does, the meeting is the comparison with the reference.
+    assert_eq!(
+        number(against_still, "/win_rate/mean"),
+        number(ipo, "/win_rate/mean")
+    );
+    let p = number(against_still, "/p");
+    assert!((0.0..=1.0).contains(&p), "{p}");
+
+    let html = fs::read_to_string(sandbox.path("tournaments/tiny/report.html")).expect("a page");
+    assert!(
+        html.contains("<svg") && html.contains("Row against column"),
+        "{html}"
+    );
+    assert!(!html.contains("<script"));
+    assert!(
+        printed.stdout.contains("## Comparisons"),
+        "{}",
+        printed.stdout
+    );
+
+    // Nothing is left to do: the same report, and no run is touched.
+    let run = sandbox.path("tournaments/tiny/runs/still/settings/seed-11/report.json");
+    let changed = |path: &Path| -> SystemTime { fs::metadata(path).unwrap().modified().unwrap() };
+    let before = changed(&run);
+    let again = tournament(&sandbox, &file, &[]).succeeded();
+    assert_eq!(again.stdout, printed.stdout);
+    assert_eq!(changed(&run), before);
+
+    let other = TINY.replace(
+        "steps = 20, train_batch_size = 16, learning",
+        "steps = 21, train_batch_size = 16, learning",
+    );
+    let other = sandbox.write("other.toml", other);
+    tournament(&sandbox, &other, &[])
+        .check(2, &["was made with other settings", "tournament.name"]);
+}
+
+#[test]
+fn an_interrupted_tournament_continues_to_the_same_report() {
+    let sandbox = Sandbox::new();
+    let long = TINY.replace("learner = { steps = 20", "learner = { steps = 60");
+    let file = sandbox.write("tiny.toml", long);
+    let name = file.display().to_string();
+    let whole = tournament(&sandbox, &file, &["--dir", "whole"]).succeeded();
+    let mut running = sandbox.start(&["tournament", &name, "--dir", "parts"]);
+    let checkpoints = sandbox.path("parts/runs/ipo/tau=0.05/seed-1/checkpoints");
+    running.until("a checkpoint", || {
+        fs::read_dir(&checkpoints).ok()?.flatten().next().map(drop)
+    });
+    running.terminate();
+    running.wait().check(5, &["the same command continues"]);
+    assert!(!sandbox.path("parts/report.json").exists());
+    let continued = tournament(&sandbox, &file, &["--dir", "parts"]).succeeded();
+    // Seconds and memory are of this run; everything else is of the seeds.
+    let results = |text: &str| {
+        let end = text.find("## Training").expect("a table of times");
+        text[..end].to_owned()
+    };
+    assert_eq!(results(&continued.stdout), results(&whole.stdout));
+}
+
+#[test]
+fn a_diverged_run_is_named_and_left_out() {
+    let sandbox = Sandbox::new();
+    let wild = TINY
+        .replace("seeds = [11, 12, 13]", "seeds = [11, 12]")
+        .replace("learning_rate = 1e-12", "learning_rate = 1e30");
+    let file = sandbox.write("wild.toml", wild);
+    tournament(&sandbox, &file, &[]).succeeded();
+    let report = report(&sandbox, "tournaments/tiny");
+    let diverged = list(&player(&report, "still")["diverged"]);
+    assert_eq!(diverged, [11, 12].map(Value::from), "{report:#}");
+    assert!(player(&report, "still")["win_rate"].is_null());
+    assert!(player(&report, "ipo")["win_rate"].is_object());
+}
+
+#[test]
+fn a_failed_run_ends_the_tournament_with_its_reason() {
+    let sandbox = Sandbox::new();
+    let broken = TINY.replace(
+        "[settings]",
+        "[settings]\nmodel.chat_template = \"nowhere.jinja\"",
+    );
+    let file = sandbox.write("broken.toml", broken);
+    let output = tournament(&sandbox, &file, &[]);
+    assert!(output.stderr.contains("nowhere.jinja"), "{}", output.stderr);
+    assert!(output.stderr.contains("its log is"), "{}", output.stderr);
+    assert_ne!(output.code, Some(0));
+}
+
+#[test]
+fn mistakes_are_reported_before_any_run() {
+    let sandbox = Sandbox::new();
+    for (change, fragments) in [
+        (
+            ("seeds = [11, 12, 13]", "seeds = [1]"),
+            &["tournament.selection_seeds", "[1]"][..],
+        ),
+        (
+            ("name = \"tiny\"", "nam = \"tiny\""),
+            &["unknown field `nam`", "line"],
+        ),
+        (
+            ("tau = [0.05, 0.5]", "tau = [0.0, -1.0]"),
+            &["2 mistakes", "method ipo (tau=-1.0): learner.objective.tau"],
+        ),
+        (
+            ("prompts = 32\ncurves", "judge = \"human\"\ncurves"),
+            &["tournament.judge = \"human\" is no judge"],
+        ),
+    ] {
+        let file = sandbox.write("bad.toml", TINY.replace(change.0, change.1));
+        tournament(&sandbox, &file, &[]).check(2, fragments);
+    }
+    let file = sandbox.write("tiny.toml", TINY);
+    tournament(&sandbox, &file, &["--jobs", "0"]).check(2, &["--jobs 0"]);
+    tournament(&sandbox, &sandbox.path("none.toml"), &[]).check(3, &["none.toml"]);
+    let counted = tournament(&sandbox, &file, &["--dry-run"]).succeeded();
+    assert!(
+        counted
+            .stdout
+            .contains("2 runs to choose settings and 6 final runs"),
+        "{}",
+        counted.stdout
+    );
+    assert!(!sandbox.path("tournaments").exists());
+}
+
+/// Every file of `configs/claims` runs through, with tiny models that learn nothing.
+#[test]
+fn every_claim_has_a_smoke_run() {
+    let sandbox = Sandbox::new();
+    let folder = workspace_root().join("configs/claims");
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .expect("the folder")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
+    files.sort();
+    assert!(files.len() >= 9, "{files:?}");
+    for file in files {
+        let counts = tournament(&sandbox, &file, &["--dry-run"]).succeeded();
+        assert!(counts.stdout.contains("final runs"), "{}", counts.stdout);
+        tournament(
+            &sandbox,
+            &file,
+            &["--smoke", "--jobs", "2", "--dir", "smoke"],
+        )
+        .succeeded();
+        let report = report(&sandbox, "smoke");
+        for standings in list(&report["standings"]) {
+            for player in list(&standings["players"]) {
+                let is_reference = player["name"] == "reference";
+                assert!(
+                    is_reference || player["win_rate"].is_object(),
+                    "{}: {player}",
+                    file.display()
+                );
+                assert_eq!(
+                    player["diverged"],
+                    Value::Array(Vec::new()),
+                    "{}: {player}",
+                    file.display()
+                );
+            }
+        }
+        fs::remove_dir_all(sandbox.path("smoke")).expect("it is there");
+    }
+}
