@@ -1,9 +1,19 @@
 //! Agreement of `agon check` and `agon train`: both reject the same configurations, with the same message and exit
 //! code.
 
-use std::{fs, net::TcpListener, path::PathBuf};
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+};
 
-use system_tests::{HUB_REPOSITORY, ProcessOutput, Sandbox, config, run_with_hub, shared};
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use serde_json::json;
+
+use system_tests::{
+    HUB_REPOSITORY, ProcessOutput, Sandbox, config, number, report, run_with_hub, shared,
+};
 
 /// URL of a closed port.
 const CLOSED_URL: &str = "http://127.0.0.1:9";
@@ -323,4 +333,104 @@ fn check_and_train_report_all_errors_at_once() {
     }
     let path: PathBuf = both.sandbox.path("runs");
     assert!(!path.exists(), "no run was started");
+}
+
+/// A Llama of 15 million parameters with random weights and the tokenizer of Phi-3, in the sandbox.
+fn write_model(sandbox: &Sandbox, tokenizer: &Path) -> PathBuf {
+    let folder = sandbox.copy_of(tokenizer, "model");
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32064, "hidden_size": 288,
+        "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 6,
+        "hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 32000, "torch_dtype": "float32",
+    });
+    fs::write(folder.join("config.json"), config.to_string()).expect("a file");
+    let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![32064, 288])];
+    for layer in 0..6 {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        for part in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            shapes.push((name(&format!("self_attn.{part}")), vec![288, 288]));
+        }
+        shapes.push((name("mlp.gate_proj"), vec![768, 288]));
+        shapes.push((name("mlp.up_proj"), vec![768, 288]));
+        shapes.push((name("mlp.down_proj"), vec![288, 768]));
+        shapes.push((name("input_layernorm"), vec![288]));
+        shapes.push((name("post_attention_layernorm"), vec![288]));
+    }
+    shapes.push(("model.norm.weight".to_owned(), vec![288]));
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    let mut random = ChaCha8Rng::seed_from_u64(1);
+    for (name, shape) in shapes {
+        let begin = data.len();
+        let is_norm = shape.len() == 1;
+        for _ in 0..shape.iter().product::<usize>() {
+            let value = if is_norm {
+                1.0
+            } else {
+                random.random_range(-0.05..0.05_f32)
+            };
+            data.extend(value.to_le_bytes());
+        }
+        let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": [begin, data.len()]});
+        header.insert(name, entry);
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.into_bytes());
+    file.extend(data);
+    fs::write(folder.join("model.safetensors"), file).expect("a file");
+    folder
+}
+
+/// Every completion has the greatest length, for which the estimate is: random weights hardly ever sample the end token.
+#[test]
+fn the_estimated_memory_is_that_of_a_run() {
+    let test = "the_estimated_memory_is_that_of_a_run";
+    let Some(tokenizer) = shared(test, "data/tokenizers/phi-3-mini") else {
+        return;
+    };
+    let sandbox = Sandbox::new();
+    let model = write_model(&sandbox, &tokenizer);
+    let prompt = "the little dog ran up the hill ".repeat(9);
+    let rows = (0..200).map(|row| format!("{}\n", json!({"prompt": format!("{row} {prompt}")})));
+    let prompts = sandbox.write("prompts.jsonl", rows.collect::<String>());
+    let config = sandbox.write("empty.toml", "");
+    for (name, changes) in [
+        ("full", &["actor.precision=f32"][..]),
+        ("adapter", &["model.lora_rank=16"]),
+    ] {
+        let mut sets = vec![
+            format!("model.path={model:?}"),
+            format!("prompts={{ kind = \"dataset\", path = {prompts:?}, held_out = 8 }}"),
+            "preference.judge={ kind = \"rule\", rules = [{ kind = \"length\", min = 1, max = 9, weight = 1.0 }] }".to_owned(),
+            "evaluation.prompts=0".to_owned(),
+            "learner={ steps = 3, train_batch_size = 8, save_steps = 0 }".to_owned(),
+            "actor={ slots = 16, max_new_tokens = 48, max_prompt_length = 80 }".to_owned(),
+        ];
+        sets.extend(changes.iter().map(|&change| change.to_owned()));
+        let sets = sets.iter().flat_map(|set| ["--set", set]);
+        let config = config.display().to_string();
+        let sets: Vec<&str> = sets.collect();
+        let checked = sandbox
+            .run(&[&["check", &config][..], &sets].concat())
+            .succeeded();
+        let line = checked
+            .stderr
+            .lines()
+            .find_map(|line| line.split_once("memory: about "));
+        let estimate: f64 = line
+            .and_then(|(_, rest)| rest.split(' ').next()?.parse().ok())
+            .unwrap_or_else(|| panic!("no estimate in {}", checked.stderr));
+        let run = sandbox.path(name);
+        let directory = run.display().to_string();
+        let train = ["train", &config, "--run-dir", &directory];
+        sandbox.run(&[&train[..], &sets].concat()).succeeded();
+        let peak = number(&report(&run), "/peak_memory_bytes") / f64::from(1 << 20);
+        let ratio = estimate / peak;
+        eprintln!("{name}: {estimate} MiB estimated, {peak:.1} MiB at the peak, ratio {ratio:.3}");
+        assert!(
+            (0.85..=1.15).contains(&ratio),
+            "{name}: {estimate} MiB for {peak} MiB"
+        );
+    }
 }

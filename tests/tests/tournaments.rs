@@ -1,9 +1,13 @@
 //! `agon tournament`: the claims' files in smoke runs, continuation after an interruption, and mistakes.
 
-use std::{fs, path::Path, time::SystemTime};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
-use serde_json::Value;
-use system_tests::{ProcessOutput, Sandbox, workspace_root};
+use serde_json::{Value, json};
+use system_tests::{FakeChat, FakeChatResponse, ProcessOutput, Sandbox, make_pipe, workspace_root};
 
 /// Tiny runs of two methods on a playground.
 const TINY: &str = r#"
@@ -160,6 +164,114 @@ fn an_interrupted_tournament_continues_to_the_same_report() {
         text[..end].to_owned()
     };
     assert_eq!(results(&continued.stdout), results(&whole.stdout));
+}
+
+/// However early the signal, nothing fails: the run's process may not have begun yet.
+#[test]
+fn a_signal_at_any_time_ends_with_the_code_of_an_interruption() {
+    let sandbox = Sandbox::new();
+    let long = TINY.replace("learner = { steps = 20", "learner = { steps = 2000");
+    let file = sandbox.write("tiny.toml", long).display().to_string();
+    for delay in [0, 3, 10, 30, 100] {
+        let mut running = sandbox.start(&["tournament", &file]);
+        let [_, errors] = running.output_files();
+        running.until("the first run", || {
+            let printed = fs::read_to_string(&errors).ok()?;
+            printed.contains("run started").then_some(())
+        });
+        std::thread::sleep(Duration::from_millis(delay));
+        running.terminate();
+        running.wait().check(5, &["the same command continues"]);
+    }
+}
+
+/// Files that are not the tournament's own: nothing outside is written, nothing hangs, nothing panics.
+#[test]
+fn a_foreign_directory_is_refused_or_repaired() {
+    let sandbox = Sandbox::new();
+    let file = sandbox.write("tiny.toml", TINY);
+    tournament(&sandbox, &file, &[]).succeeded();
+    let root = sandbox.path("tournaments/tiny");
+    let victim = sandbox.write("victim", "precious");
+    let replaced = |name: &str, by: &dyn Fn(&Path)| {
+        let path = root.join(name);
+        let kept = fs::read(&path).expect("it is there");
+        fs::remove_file(&path).expect("it is there");
+        by(&path);
+        let output = tournament(&sandbox, &file, &[]).without_panic();
+        fs::remove_file(&path).ok();
+        fs::write(&path, kept).expect("a file");
+        output
+    };
+    let link = |path: &Path| std::os::unix::fs::symlink(&victim, path).expect("a link");
+    let settings = "settings/still/settings.toml";
+    for name in ["tournament.lock", settings] {
+        assert_ne!(replaced(name, &link).code, Some(0), "{name}");
+        assert_ne!(replaced(name, &make_pipe).code, Some(0), "{name}");
+    }
+    assert_eq!(
+        fs::read_to_string(&victim).expect("it is there"),
+        "precious"
+    );
+
+    // Results that cannot be: those of meetings are made again, those of a run are refused.
+    let meetings = "meetings/seed-11.json";
+    let text = fs::read_to_string(root.join(meetings)).expect("meetings");
+    let mut shortened: Value = serde_json::from_str(&text).expect("JSON");
+    shortened["meetings"][0]["win_rates"] = json!([[null]]);
+    let write = |text: String| move |path: &Path| fs::write(path, &text).expect("a file");
+    replaced(meetings, &write(shortened.to_string())).succeeded();
+    let run = "runs/still/settings/seed-11/report.json";
+    let text = fs::read_to_string(root.join(run)).expect("a report");
+    let mut changed: Value = serde_json::from_str(&text).expect("JSON");
+    changed["evaluations"][0]["win_rate"]["mean"] = json!(1e308);
+    changed["evaluations"][0]["kl"] = json!(-1e308);
+    replaced(run, &write(changed.to_string())).succeeded();
+    changed["evaluations"] = json!([]);
+    replaced(run, &write(changed.to_string())).check(3, &["holds no evaluation", "remove"]);
+
+    // A damaged policy is not replaced by an older one.
+    let checkpoints = root.join("runs/still/settings/seed-11/checkpoints/step_20");
+    let weights = checkpoints.join("model.safetensors");
+    let mut bytes = fs::read(&weights).expect("weights");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 0xff;
+    fs::write(&weights, bytes).expect("a file");
+    fs::remove_dir_all(root.join("meetings")).expect("meetings");
+    tournament(&sandbox, &file, &[]).check(3, &["model.safetensors"]);
+}
+
+/// A judge that never decides gives no win rates: the tournament says so, and keeps nothing of it.
+#[test]
+fn a_judge_without_verdicts_is_named() {
+    let sandbox = Sandbox::new();
+    let server = FakeChat::start(|_, _| FakeChatResponse::completion("judge", "who knows"));
+    let judge = format!(
+        "judge.silent = {{ kind = \"http\", urls = [\"{}/v1\"], model = \"judge\" }}",
+        server.url()
+    );
+    let judged = TINY
+        .replace(
+            "prompts = 32\ncurves",
+            "judge = \"silent\"\nprompts = 8\ncurves",
+        )
+        .replace(
+            "evaluation = { prompts = 32, eval_steps = 10 }",
+            &format!("evaluation = {{ prompts = 8, eval_steps = 0, {judge} }}"),
+        );
+    let file = sandbox.write("judged.toml", &judged);
+    let named = ["judge \"silent\"", "verdict"];
+    let selection = tournament(&sandbox, &file, &[]);
+    assert_ne!(selection.code, Some(0));
+    for expected in named {
+        assert!(selection.stderr.contains(expected), "{}", selection.stderr);
+    }
+    // Without a selection, the meetings say it.
+    let all = judged.replace("grid.learner", "keep = \"all\"\ngrid.learner");
+    let file = sandbox.write("all.toml", all);
+    let meetings = tournament(&sandbox, &file, &["--dir", "all"]);
+    meetings.check(3, &named);
+    assert!(!sandbox.path("all/meetings/seed-11.json").exists());
 }
 
 #[test]

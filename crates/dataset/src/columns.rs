@@ -143,11 +143,21 @@ impl Columns {
         (self.golden.as_ref()).is_some_and(|column| column.name == name)
     }
 
-    /// Whether some format reads the column `name`.
-    pub(crate) fn is_known(&self, name: &str) -> bool {
+    /// Whether the column `name` is one of those with names of their own.
+    fn is_named(&self, name: &str) -> bool {
         let named = [&self.prompt, &self.answer, &self.chosen, &self.rejected];
         let mut named = named.into_iter().chain(&self.golden).chain(&self.route);
         named.any(|column| column.name == name)
+    }
+
+    /// Whether the column `name` is read as a dialogue where a row has no prompt, and not otherwise.
+    pub(crate) fn is_dialogue(&self, name: &str) -> bool {
+        DIALOGUES.contains(&name) && !self.is_named(name)
+    }
+
+    /// Whether some format reads the column `name`.
+    pub(crate) fn is_known(&self, name: &str) -> bool {
+        self.is_named(name)
             || self.label.as_ref().is_some_and(|label| label.has(name))
             || [&DIALOGUES[..], &ANSWERS, &SYSTEMS, &MEDIA]
                 .concat()

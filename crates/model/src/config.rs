@@ -502,6 +502,13 @@ fn windows(
         window => Ok(window),
     };
     if architecture == Architecture::Mistral {
+        if window.is_some() && !raw["layer_types"].is_null() {
+            return Err(
+                "sliding_window and layer_types are both set, which programs read in different ways: remove layer_types \
+                 from a copy of the file if every layer has the window, or set sliding_window to null if none has"
+                    .into(),
+            );
+        }
         return Ok(vec![nonzero(window)?; layers]);
     }
     let enabled = match raw.get("use_sliding_window") {
@@ -747,6 +754,12 @@ mod tests {
             ("Mistral", "sliding_window", json!(true), integer),
             ("Mistral", "sliding_window", json!(-1), integer),
             ("Mistral", "sliding_window", json!(0), "sliding_window is 0"),
+            (
+                "Mistral",
+                "layer_types",
+                json!(["full_attention"]),
+                "are both set",
+            ),
             ("Qwen2", "sliding_window", json!(16.0), integer),
             ("Qwen2", "sliding_window", json!(0), "sliding_window is 0"),
             (

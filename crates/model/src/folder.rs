@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::{
     DType, Device,
+    chat::{CHAT_TEMPLATE, TOOL_USE_TEMPLATE},
     config::{ModelConfig, ModelTask, tokens},
     error::ModelError,
     input_file::{self, InputFile},
@@ -32,7 +33,7 @@ const COPIED: [&str; 5] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     GENERATION,
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 ];
 
 /// Prefixes of licence file names, compared without regard to case.
@@ -166,10 +167,29 @@ pub(crate) fn copy_tokenizer_files(to: &Path, from: &ModelFolder) -> Result<(), 
             write(&to.join(file), &bytes)?;
         }
     }
+    copy_chat_templates(to, from)?;
     match generation_config(from)? {
         Some(generation) => write(&to.join(GENERATION), format!("{generation:#}\n").as_bytes()),
         None => Ok(()),
     }
+}
+
+/// Writes the chat template in use, if the settings gave it in place of the folder's own; else copies the folder's
+/// additional ones.
+fn copy_chat_templates(to: &Path, from: &ModelFolder) -> Result<(), ModelError> {
+    if let Some(template) = from.tokenizer.given_chat_template() {
+        return write(&to.join(CHAT_TEMPLATE), template.as_bytes());
+    }
+    let source = from.path.join(TOOL_USE_TEMPLATE);
+    if !source.exists() {
+        return Ok(());
+    }
+    let bytes = input_file::read(&source, input_file::MAX_TOKENIZER_BYTES)?;
+    let target = to.join(TOOL_USE_TEMPLATE);
+    if let Some(folder) = target.parent() {
+        create_folder(folder)?;
+    }
+    write(&target, &bytes)
 }
 
 /// `generation_config.json` with all stop tokens of this model as `eos_token_id`, so that other programs stop there
@@ -319,6 +339,32 @@ mod tests {
         assert_eq!(saved.config.stops.ids().collect::<Vec<_>>(), [1, 2]);
         let again = saved.weights(DType::F32, &Device::Cpu).unwrap();
         assert_eq!(again.digest().unwrap(), weights.digest().unwrap());
+    }
+
+    #[test]
+    fn a_saved_model_has_the_chat_template_in_use() {
+        let source = folder();
+        let own = "{{ messages[0].content }}";
+        fs::write(source.path().join(CHAT_TEMPLATE), own).unwrap();
+        let tool_use = source.path().join(TOOL_USE_TEMPLATE);
+        fs::create_dir(tool_use.parent().unwrap()).unwrap();
+        fs::write(&tool_use, "tools").unwrap();
+        let given = source.path().join("given.jinja");
+        fs::write(&given, "given {{ messages[0].content }}").unwrap();
+        for given in [None, Some(given.as_path())] {
+            let from = ModelFolder::open(source.path(), given).unwrap();
+            let weights = from.weights(DType::F32, &Device::Cpu).unwrap();
+            let target = tempfile::tempdir().unwrap();
+            save_folder(target.path(), &from, &weights).unwrap();
+            let saved = ModelFolder::open(target.path(), None).unwrap();
+            assert_eq!(
+                saved.tokenizer.chat_template_digest(),
+                from.tokenizer.chat_template_digest(),
+                "{given:?}"
+            );
+            let has_tool_use = target.path().join(TOOL_USE_TEMPLATE).exists();
+            assert_eq!(has_tool_use, given.is_none());
+        }
     }
 
     #[test]

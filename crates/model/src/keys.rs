@@ -8,7 +8,7 @@
 use serde_json::{Map, Value};
 
 /// Keys that do not affect the forward pass.
-const HARMLESS: [&str; 46] = [
+const HARMLESS: [&str; 47] = [
     "architectures",
     "attn_implementation",
     "chunk_size_feed_forward",
@@ -42,6 +42,7 @@ const HARMLESS: [&str; 46] = [
     "repetition_penalty",
     "return_dict",
     "return_dict_in_generate",
+    "router_aux_loss_coef",
     "seq_length",
     "task_specific_params",
     "temperature",
@@ -57,21 +58,20 @@ const HARMLESS: [&str; 46] = [
     "do_sample",
 ];
 
-/// Parts of a key name that mark it as harmless: `hidden_dropout_prob`, `unsloth_version`.
-const HARMLESS_PARTS: [&str; 12] = [
+/// Parts of a key name that mark it as harmless, whatever else it names: `attention_dropout`, `unsloth_version`.
+const HARMLESS_PARTS: [&str; 7] = [
     "checkpointing",
-    "coef",
     "dropout",
     "flash",
-    "generation",
-    "init",
     "initializer",
-    "label",
-    "loss",
     "pdrop",
     "sdpa",
     "version",
 ];
+
+/// Parts of a key name that mark it as harmless unless it also names a part of the forward pass: then its meaning is not
+/// known, and it is reported.
+const MOSTLY_HARMLESS_PARTS: [&str; 5] = ["coef", "generation", "init", "label", "loss"];
 
 /// Flags of components that every network here has and that transformers does not read: `true` is neutral, `false` is
 /// reported.
@@ -212,6 +212,12 @@ pub(crate) fn ignored(
     for (key, value) in keys {
         let is_read = read.iter().any(|read| read.contains(&key.as_str()));
         if is_read || is_harmless(key) {
+            continue;
+        }
+        if parts(key).any(|part| MOSTLY_HARMLESS_PARTS.contains(&part)) {
+            if affects_computation(key) && !is_off(value) {
+                ignored.push(key.clone());
+            }
             continue;
         }
         match key_effect(key, value, raw, attention) {
@@ -428,6 +434,9 @@ mod tests {
         for raw in cases {
             assert_eq!(ignored_of(&raw), Ok(Vec::new()), "{raw}");
         }
+        let mixed = json!({"residual_coef": 3.5, "attn_scale_init": 2.0, "classifier_loss": 1});
+        let reported = Ok(vec!["residual_coef".into(), "attn_scale_init".into()]);
+        assert_eq!(ignored_of(&mixed), reported);
         let unknown = ignored_of(&json!({"a_key_of_its_own": 1, "auto_map": {"AutoModel": "x"}}));
         assert_eq!(
             unknown,

@@ -176,8 +176,9 @@ impl TurnDelimiters {
         Some(self.last.trim()).filter(|text| !text.is_empty())
     }
 
-    /// The first special token after a final answer; else the first one between turns that does not open a turn; else
-    /// the first added token after a final answer.
+    /// The last special token of those that follow every answer, final or not; else the first special token after a final
+    /// answer; else the first one between turns that does not open a turn; else the first added token after a final
+    /// answer.
     fn end_token(&self, tokenizer: &GuardedTokenizer, stops: &BTreeSet<u32>) -> Option<u32> {
         let added = tokenizer.added_tokens();
         // Tokens that occur in the text literally, unlike the `<unk>` of text that cannot be tokenised.
@@ -193,7 +194,9 @@ impl TurnDelimiters {
         let is_special = |id: &u32| stops.contains(id) || added.get(id).is_some_and(|t| t.special);
         let (last, between, opening) = (ids(&self.last), ids(&self.between), ids(&self.before));
         let closes = |id: &&u32| is_special(id) && !opening.contains(id);
-        let found = last.iter().find(|id| is_special(id));
+        let both = last.iter().zip(&between).take_while(|(a, b)| a == b);
+        let common = both.map(|(id, _)| id).filter(closes).last();
+        let found = common.or_else(|| last.iter().find(|id| is_special(id)));
         let found = found.or_else(|| between.iter().find(closes));
         found
             .or_else(|| last.iter().find(|id| added.contains_key(id)))
@@ -264,8 +267,15 @@ mod tests {
         let with_system = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}\
                            {% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}";
         let parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|eot|>{% endfor %}";
+        // An answer has a closing token of its own before that of every turn.
+        let nested = "{% for m in messages %}<|im_start|>{{ m.content }}{{ '<|im_end|>' if m.role == 'assistant' }}<|eot|>\
+                      {% endfor %}";
+        // The text's end follows the last turn's.
+        let both = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{{ eos_token }}";
         // Template, the tokenizer's eos_token, turn end, text end.
         let cases = [
+            (nested, "</s>", 11, 10),
+            (both, "</s>", 9, 10),
             (CHATML, "</s>", 9, 10),
             (CHATML, "<|im_end|>", 9, 9),
             (last, "</s>", 11, 10),

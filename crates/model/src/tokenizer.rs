@@ -301,6 +301,12 @@ impl Tokenizer {
         self.inner.chat.as_ref().map_or(Ok(()), ChatTemplate::check)
     }
 
+    /// The chat template, if the settings gave it in place of the folder's own.
+    #[must_use]
+    pub fn given_chat_template(&self) -> Option<&str> {
+        self.inner.chat.as_ref().and_then(ChatTemplate::given)
+    }
+
     /// Digest of the chat template; `None` when there is none.
     #[must_use]
     pub fn chat_template_digest(&self) -> Option<Digest> {

@@ -90,6 +90,11 @@ impl ActorSettings {
             ),
         );
         checks.ratio(self.mixture_coef, "actor.mixture_coef");
+        checks.require(
+            self.top_k != 1 || settings.pairs.is_offline(),
+            "actor.top_k",
+            "at 1 all completions of a prompt are the same, and no pair is left to train on: 0 is off",
+        );
         checks.positive(self.temperature, "actor.temperature");
         checks.positive(self.top_p, "actor.top_p");
         checks.ratio(self.top_p, "actor.top_p");
@@ -117,6 +122,10 @@ mod tests {
             (
                 "[actor]\nmixture_coef = 1.5",
                 "actor.mixture_coef: 1.5 must be from 0 to 1",
+            ),
+            (
+                "[actor]\ntop_k = 1",
+                "actor.top_k: at 1 all completions of a prompt are the same",
             ),
             (
                 "[actor]\nmax_quantization_error = -1",

@@ -22,6 +22,8 @@ pub struct GanpoSettings {
     pub momentum: f64,
     /// Learning rate of the discriminators, as a fraction of the policy's.
     pub lr_ratio: f64,
+    /// Steps between two updates of the discriminators; 1: every step.
+    pub train_every: u64,
     /// Initial steps in which only the discriminators are trained.
     pub warmup_steps: u64,
     /// Steps after which the discriminators are frozen; 0: never.
@@ -45,6 +47,7 @@ impl GanpoSettings {
         );
         checks.ratio_below_one(self.momentum, &path("momentum"));
         checks.positive(self.lr_ratio, &path("lr_ratio"));
+        checks.at_least(self.train_every, 1, &path("train_every"));
         checks.require(
             self.freeze_after == 0 || self.freeze_after > self.warmup_steps,
             &path("freeze_after"),

@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use messages::Digest;
 use serde::Deserialize;
 use toml::{Table, Value};
 
@@ -24,6 +25,10 @@ use crate::{
 const MAX_NAME: usize = 40;
 /// What a name consists of.
 const NAME_RULE: &str = "up to 40 letters, digits, \"-\", \"_\" and \".\"";
+/// Longest beginning of a label in the name of a folder, in characters.
+const MAX_FOLDER: usize = 80;
+/// Digits of a label's digest in the name of a folder.
+const DIGEST_DIGITS: usize = 8;
 /// Largest number of grid points of a method: beyond that it is a mistake.
 const MAX_VARIANTS: usize = 1000;
 
@@ -437,20 +442,25 @@ impl MethodVariant {
         self.table.to_string()
     }
 
-    /// The label as part of a file name.
+    /// The label as part of a file name: with its digest, if it is long or has other characters than those of names.
     #[must_use]
     pub fn folder(&self) -> String {
-        let plain = |c: char| {
-            if c.is_ascii_alphanumeric() || "-_.=".contains(c) {
-                c
-            } else {
-                '_'
-            }
-        };
-        match self.label.is_empty() {
-            true => "settings".into(),
-            false => self.label.chars().map(plain).collect(),
+        if self.label.is_empty() {
+            return "settings".to_owned();
         }
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.=".contains(c);
+        let plain = |c: char| match c {
+            ' ' => '+',
+            c if is_plain(c) => c,
+            _ => '_',
+        };
+        let name: String = self.label.chars().take(MAX_FOLDER).map(plain).collect();
+        let is_whole = name.len() == self.label.len();
+        if is_whole && self.label.chars().all(|c| c == ' ' || is_plain(c)) {
+            return name;
+        }
+        let digest = Digest::of(self.label.as_bytes()).to_string();
+        format!("{name}-{}", &digest[..DIGEST_DIGITS])
     }
 }
 
@@ -627,6 +637,16 @@ mod tests {
         );
         assert!(ipo.selects() && !dpo.selects());
         assert_eq!(dpo.variants[0].folder(), "settings");
+        let folder = |label: &str| {
+            let (label, table) = (label.to_owned(), Table::new());
+            MethodVariant { label, table }.folder()
+        };
+        assert_eq!(folder("tau=0.05"), "tau=0.05");
+        assert_eq!(folder("tau=0.05 lr=1"), "tau=0.05+lr=1");
+        let alike = ["a=b c", "a=b_c", "a=b/c", "a=b:c"].map(folder);
+        let distinct: BTreeSet<_> = alike.iter().collect();
+        assert_eq!(distinct.len(), 4, "{alike:?}");
+        assert!(folder(&"x".repeat(500)).len() < 100);
         for variant in &ipo.variants {
             let settings = variant.resolve(12).expect("it resolves").settings;
             assert_eq!(settings.run.seed, 12);

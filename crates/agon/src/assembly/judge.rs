@@ -172,7 +172,8 @@ impl JudgeLoader<'_> {
         let folder = reward_folder(&location, head)?;
         let (device, dtype) = crate::assembly::device(settings)?;
         let model = folder.model(dtype, &device, shared)?;
-        let model = LoadedRewardModel::new(folder, model, tokens);
+        let given = settings.model.chat_template.as_deref();
+        let model = LoadedRewardModel::new(folder, model, tokens, given);
         let model = model.with_precision(settings.preference.precision);
         Ok(JudgeSource::Model(Box::new(model)))
     }
@@ -323,7 +324,8 @@ impl<'a> JudgeCheck<'a> {
     /// Checks that the preference model in `folder`, or one that is trained from it, reads every pair.
     pub(crate) fn positions(&mut self, folder: &ModelFolder) -> anyhow::Result<()> {
         let positions = folder.config.max_positions;
-        let is_shared = |policy: &ModelFolder| reads_tokens_of(&folder.path, &policy.path);
+        let given = self.settings.model.chat_template.as_deref();
+        let is_shared = |policy: &ModelFolder| reads_tokens_of(&folder.path, &policy.path, given);
         if !self.policy.is_some_and(is_shared) {
             self.own_positions(&folder.path, positions);
             return Ok(());

@@ -147,11 +147,16 @@ pub(crate) fn preference_model(
     })
 }
 
-/// Whether the model in the folder `judge` can read the tokens of the model in `policy`: it has the same tokenizer and
-/// the same chat template, or no template.
-pub(crate) fn reads_tokens_of(judge: &Path, policy: &Path) -> bool {
+/// Whether the model in the folder `judge` can read the tokens of the model in `policy`, whose chat template is `given`
+/// unless that is its own: it has the same tokenizer and the same chat template, or no template.
+pub(crate) fn reads_tokens_of(judge: &Path, policy: &Path, given: Option<&Path>) -> bool {
     let template = chat_template(judge);
-    let same_template = template.is_none() || template == chat_template(policy);
+    let of_policy = match given {
+        // Unreadable, it is refused elsewhere.
+        Some(given) => std::fs::read_to_string(given).ok().map(Value::from),
+        None => chat_template(policy),
+    };
+    let same_template = template.is_none() || template == of_policy;
     same_template && same_tokenizer(judge, policy)
 }
 
@@ -210,9 +215,14 @@ pub(crate) struct LoadedRewardModel {
 
 impl LoadedRewardModel {
     /// The initial judge with this model of `folder`. It reads tokens directly if they come from the tokenizer and
-    /// chat template in the folder `tokens` and these are its own.
-    pub(crate) fn new(folder: RewardFolder, model: RewardModel, tokens: &Path) -> Self {
-        let shares_tokens = reads_tokens_of(&folder.folder.path, tokens);
+    /// chat template in the folder `tokens`, or from the template `given` in its place, and these are its own.
+    pub(crate) fn new(
+        folder: RewardFolder,
+        model: RewardModel,
+        tokens: &Path,
+        given: Option<&Path>,
+    ) -> Self {
+        let shares_tokens = reads_tokens_of(&folder.folder.path, tokens, given);
         Self {
             model,
             version: JudgeVersion(1),
@@ -299,12 +309,21 @@ mod tests {
             ("another tokenizer", &[other, template("x")], false),
         ] {
             let judge = folder(name, files);
-            assert_eq!(reads_tokens_of(&judge, &policy), reads, "{name}");
+            assert_eq!(reads_tokens_of(&judge, &policy, None), reads, "{name}");
             let reads_bare = name == "none";
             assert_eq!(
-                reads_tokens_of(&judge, &bare),
+                reads_tokens_of(&judge, &bare, None),
                 reads_bare,
                 "{name}, without a template"
+            );
+            // In place of the policy's own.
+            let given = directory.path().join("given.jinja");
+            std::fs::write(&given, "y").unwrap();
+            let reads_given = ["none", "another template"].contains(&name);
+            assert_eq!(
+                reads_tokens_of(&judge, &policy, Some(&given)),
+                reads_given,
+                "{name}, with another template of the policy"
             );
         }
     }

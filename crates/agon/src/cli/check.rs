@@ -22,6 +22,10 @@ use crate::{
     exit_code::{Refused, sentence},
 };
 
+/// Bytes of the program without a model: code, runtime, threads.
+const PROGRAM_BYTES: u64 = 40 << 20;
+/// Bytes of a tokenizer's tables for each token of its vocabulary.
+const TOKEN_BYTES: usize = 1024;
 /// Bytes of a weight in mistral.rs: f32 whatever the dtype.
 const MISTRAL_BYTES: usize = 4;
 /// Bytes of an element of Adam's moments: f32 whatever the dtype.
@@ -221,6 +225,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
     let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
     let pass_tokens = pass_tokens(settings, tokens_per_prompt(settings, config, longest));
     let parts = [
+        ("program and tokenizer", program(config)),
         ("policy's weights", product(&[&trained])),
         ("gradients", product(&[&trained])),
         (
@@ -237,20 +242,26 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
             "RoPE tables",
             product(&[&[2, config.rope_table_elements(longest), bytes]]),
         ),
+        // The old one is in use while the new one is loaded.
         (
             "actors' copies of the policy",
-            product(&[&trained, &[actor.count]]),
+            product(&[&trained, &[2, actor.count]]),
         ),
         ("mistral.rs's copies of the policy", product(&[&mistral])),
         (
             "weights packed for sampling",
             packed_weights(settings, config),
         ),
-        ("published weights", product(&[&trained])),
+        // The last ones are kept while the next are serialised.
+        ("published weights", product(&[&trained, &[2]])),
         ("key-value caches", product(&[&slots, &keys_and_values])),
         (
             "activations of a pass",
             product(&[&[pass_tokens, activations(settings, config), bytes]]),
+        ),
+        (
+            "working memory of a pass (rough)",
+            working_memory(settings, config),
         ),
         (
             "logits of a pass (rough)",
@@ -310,6 +321,19 @@ fn packed_weights(settings: &Settings, config: &ModelConfig) -> u64 {
         PrecisionSetting::Int8 => 1,
     };
     product(&[&[actors(settings), models, config.parameter_count(), bytes]])
+}
+
+/// Bytes of the program itself, measured, and of the tokenizer's tables.
+fn program(config: &ModelConfig) -> u64 {
+    PROGRAM_BYTES + product(&[&[config.vocab_size, TOKEN_BYTES]])
+}
+
+/// Bytes of a pass's temporary tensors on the CPU, which grow with the head: twice its size, as measured.
+fn working_memory(settings: &Settings, config: &ModelConfig) -> u64 {
+    match is_fused(settings) {
+        true => product(&[&[2, config.vocab_size, config.hidden_size, 4]]),
+        false => 0,
+    }
 }
 
 /// Elements saved for the backward pass per token, in all blocks.
@@ -438,31 +462,37 @@ mod tests {
         let composed = 3 * 22 * 2 * 144;
         // 3 actors · 2 models, in f32.
         let packed = 3 * 2 * 4 * p;
+        // 40 MiB, and 1 KiB for each of 200 tokens.
+        let program = 40 * 1024 * 1024 + 200 * 1024;
+        let head = 2 * 200 * 8 * 4;
         let fused = [
+            program,
             4 * p,
             4 * p,
             8 * p,
             4 * p,
             4 * rotary,
-            12 * p,
+            24 * p,
             packed,
-            4 * p,
+            8 * p,
             4 * cached,
             4 * active,
+            head,
         ];
         assert_eq!(bytes(&sets), fused);
         sets.push("model.dtype=\"bf16\"");
         let logits = 3 * 2 * 6 * 200 * 2 * 4;
         let half = [
+            program,
             2 * p,
             2 * p,
             8 * p,
             4 * p,
             2 * p,
             2 * rotary,
-            6 * p,
+            12 * p,
             packed,
-            2 * p,
+            4 * p,
             2 * cached,
             2 * composed,
             logits,
@@ -484,7 +514,7 @@ mod tests {
     fn a_cache_is_never_longer_than_the_models_positions() {
         let cache = |sets: &[&str]| {
             let settings = settings(sets);
-            memory(&settings, &playground(&settings))[8].clone()
+            memory(&settings, &playground(&settings))[9].clone()
         };
         // The playground's models have 128 positions; the defaults allow for 576.
         let short = cache(&["actor.max_prompt_length=64", "actor.max_new_tokens=64"]);

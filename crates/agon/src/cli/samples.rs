@@ -85,7 +85,7 @@ fn text_of(row: &SampleRow) -> String {
         row.step,
         row.prompt_id,
         row.version,
-        row.judge,
+        shown(&row.judge),
         row.judge_version,
         shown(&row.prompt_transcript()),
     );

@@ -60,7 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     let unusable = || format!("failed to create {}", root.display());
     std::fs::create_dir_all(&root).with_context(unusable)?;
-    let lock = std::fs::File::create(root.join("tournament.lock")).with_context(unusable)?;
+    let lock = tournament::lock_file(&root)?;
     lock.try_lock().map_err(|_| {
         Resource(format!(
             "{} is in use by another agon tournament",

@@ -7,6 +7,7 @@ use telemetry::RunDirectory;
 
 use crate::cli::{
     config_args::{self, RunArguments},
+    join_args::StdinArgument,
     monitoring::Monitoring,
 };
 use crate::{
@@ -30,10 +31,12 @@ use crate::{
 pub(crate) struct Arguments {
     #[command(flatten)]
     run: RunArguments,
+    #[command(flatten)]
+    stdin: StdinArgument,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let arguments = &arguments.run;
+    let (arguments, stdin) = (&arguments.run, &arguments.stdin);
     let resolved = arguments.configuration.resolve()?;
     let path = arguments.directory.path(&resolved.settings);
     if arguments.is_finished(&path, &resolved.settings) {
@@ -41,7 +44,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     let runtime = crate::runtime()?;
     match resolved.settings.transport {
-        TransportSettings::Memory {} => runtime.block_on(align(arguments, &path, &resolved)),
+        TransportSettings::Memory {} => runtime.block_on(align(arguments, stdin, &path, &resolved)),
         TransportSettings::Jetstream(_) => {
             let resume = ResumeRequest {
                 which: arguments.resume.as_deref(),
@@ -55,6 +58,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 /// Builds all inputs before the run directory is created, so that a mistake in them leaves none behind.
 async fn align(
     arguments: &RunArguments,
+    stdin: &StdinArgument,
     path: &Path,
     resolved: &Resolved,
 ) -> anyhow::Result<ExitCode> {
@@ -64,7 +68,7 @@ async fn align(
         RunDirectory::create(path, &resolved.toml)?;
     }
     // Before anything is printed: a signal that is not handled yet would lose what follows.
-    let shutdown = signals::on_signal()?;
+    let shutdown = stdin.shutdown()?;
     let preflight = || Preflight::of(settings, path, PreflightScope::AllRoles).into_result();
     let read = tokio::task::block_in_place(preflight)?;
     let monitoring = Monitoring::start(&settings.telemetry, path)?;

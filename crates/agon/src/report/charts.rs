@@ -84,8 +84,8 @@ impl<'a> ChartLine<'a> {
     ) -> Self {
         Self {
             name,
-            points: means,
-            band: low.into_iter().chain(high.into_iter().rev()).collect(),
+            points: drawable(means.into_iter()),
+            band: drawable(low.into_iter().chain(high.into_iter().rev())),
             is_marked: false,
         }
     }
@@ -94,7 +94,7 @@ impl<'a> ChartLine<'a> {
     pub(crate) fn with_marks(name: &'a str, points: Vec<Point>) -> Self {
         Self {
             name,
-            points,
+            points: drawable(points.into_iter()),
             band: Vec::new(),
             is_marked: true,
         }
@@ -262,8 +262,8 @@ fn points(curve: &Curve) -> Vec<Point> {
 /// The points that can be drawn, within bounds.
 fn drawable(points: impl Iterator<Item = Point>) -> Vec<Point> {
     points
-        .filter(|point| !point.1.is_nan())
-        .map(|point| (point.0, point.1.clamp(-MAX_VALUE, MAX_VALUE)))
+        .filter(|point| !point.0.is_nan() && !point.1.is_nan())
+        .map(|(x, y)| (x.clamp(0.0, MAX_VALUE), y.clamp(-MAX_VALUE, MAX_VALUE)))
         .collect()
 }
 

@@ -1,7 +1,7 @@
 //! Meetings of the policies of one seed: each answers the same held-out prompts with the same sampling seeds, and the
 //! judge compares every two answers of a prompt.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use futures_util::future::join_all;
@@ -14,11 +14,14 @@ use preference::{ComparisonRequest, EvaluationJudge, JudgePool, Orders, Verdict}
 use serde::{Deserialize, Serialize};
 use settings::{PromptsSettings, Settings, Tournament};
 use telemetry::write_atomically;
+use tokio::sync::watch;
 
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource, LoadedModel, ModelLocation, held_out_prompt},
-    exit_code::UsageError,
+    exit_code::{Resource, UsageError},
+    signals,
     tournament::{
+        files,
         plan::{Entrant, PlannedRun},
         run_result::RunResult,
     },
@@ -35,8 +38,10 @@ pub(super) struct SeedMeetings {
     /// The reference, and then every entrant whose run has not diverged.
     pub(super) players: Vec<Player>,
     /// `win_rates[a][b]`: share of the judged prompts on which a's answer is preferred to b's, ties counting one half;
-    /// `None` without a verdict.
+    /// `None` on the diagonal.
     pub(super) win_rates: Vec<Vec<Option<f64>>>,
+    /// Comparisons without a verdict, which are in no win rate.
+    pub(super) unjudged: usize,
 }
 
 /// A policy's answers in the meetings of a seed.
@@ -68,17 +73,22 @@ struct Participant {
     mixture_coef: f32,
 }
 
-/// The meetings of one seed's `runs`, at each temperature. They are kept in a file and made again only if a policy or
-/// a setting of the meetings has changed.
+/// Comparisons that a judge gets at once; the deadline of its verdicts is that of a training step.
+const CHUNK: usize = 64;
+
+/// The meetings of one seed's `runs`, at each temperature; `None` after a shutdown. They are kept in a file and made again
+/// only if a policy or a setting of the meetings has changed.
 ///
 /// # Errors
-/// When a policy cannot be read or sampled from, there are too few prompts, or the judge fails.
+/// When a policy cannot be read or sampled from, there are too few prompts, or the judge fails, gives no verdict on two
+/// policies, or none in time.
 pub(super) fn meet(
     tournament: &Tournament,
     root: &Path,
     entrants: &[Entrant],
     runs: &[&PlannedRun],
-) -> anyhow::Result<Vec<SeedMeetings>> {
+    shutdown: &watch::Sender<bool>,
+) -> anyhow::Result<Option<Vec<SeedMeetings>>> {
     let first = runs.first().context("a seed has runs")?;
     let mut results = Vec::new();
     let mut parts = vec![first.resolved.toml.clone()];
@@ -93,27 +103,42 @@ pub(super) fn meet(
         }
     }
     let key = Digest::of(parts.join("\n").as_bytes()).to_string();
-    let path = root
-        .join("meetings")
-        .join(format!("seed-{}.json", first.seed));
-    let saved = fs::read(&path).ok();
-    let saved = saved.and_then(|bytes| serde_json::from_slice::<SavedMeetings>(&bytes).ok());
-    if let Some(saved) = saved.filter(|saved| saved.key == key) {
-        return Ok(saved.meetings);
+    files::create_folder(root, Path::new("meetings"))?;
+    let folder = root.join("meetings");
+    let name = format!("seed-{}.json", first.seed);
+    let saved = files::read(&folder, &name)?;
+    let saved = saved.and_then(|text| serde_json::from_str::<SavedMeetings>(&text).ok());
+    let is_valid = |saved: &SavedMeetings| saved.key == key && saved.fits(tournament);
+    if let Some(saved) = saved.filter(is_valid) {
+        return Ok(Some(saved.meetings));
     }
     tracing::info!(seed = first.seed, "meetings");
-    let venue = Venue::open(tournament, &first.resolved.settings)?;
+    let cancel = signals::cancel_token(shutdown);
+    let venue = Venue::open(tournament, &first.resolved.settings, &cancel)?;
     let participants = venue.participants(entrants, &results)?;
-    let meetings = tournament
-        .temperatures
-        .iter()
-        .map(|&temperature| venue.meetings(&participants, temperature));
-    let meetings = meetings.collect::<anyhow::Result<Vec<_>>>()?;
-    let folder = path.parent().context("meetings are in a folder")?;
-    fs::create_dir_all(folder).with_context(|| format!("failed to create {}", folder.display()))?;
+    let mut meetings = Vec::new();
+    for &temperature in &tournament.temperatures {
+        let Some(met) = venue.meetings(&participants, temperature, shutdown)? else {
+            return Ok(None);
+        };
+        meetings.push(met);
+    }
     let saved = SavedMeetings { key, meetings };
-    write_atomically(&path, &serde_json::to_vec_pretty(&saved)?)?;
-    Ok(saved.meetings)
+    write_atomically(&folder.join(name), &serde_json::to_vec_pretty(&saved)?)?;
+    Ok(Some(saved.meetings))
+}
+
+impl SavedMeetings {
+    /// Whether there is one for each temperature, with a row and a column for each player.
+    fn fits(&self, tournament: &Tournament) -> bool {
+        let is_square = |met: &SeedMeetings| {
+            let count = met.players.len();
+            let rows = &met.win_rates;
+            count > 0 && rows.len() == count && rows.iter().all(|row| row.len() == count)
+        };
+        let temperatures: Vec<f64> = self.meetings.iter().map(|met| met.temperature).collect();
+        temperatures == tournament.temperatures && self.meetings.iter().all(is_square)
+    }
 }
 
 /// What the policies of a seed share: reference, prompts and judge.
@@ -122,20 +147,25 @@ struct Venue<'a> {
     settings: &'a Settings,
     base: LoadedModel,
     prompts: Vec<Prompt>,
+    cancel: &'a CancelToken,
 }
 
 impl<'a> Venue<'a> {
-    fn open(tournament: &'a Tournament, settings: &'a Settings) -> anyhow::Result<Self> {
-        let never = CancelToken::never();
-        let base = LoadedModel::open(settings, &never)?;
+    fn open(
+        tournament: &'a Tournament,
+        settings: &'a Settings,
+        cancel: &'a CancelToken,
+    ) -> anyhow::Result<Self> {
+        let base = LoadedModel::open(settings, cancel)?;
         assembly::check_positions(settings, &base.folder.config)?;
-        let all = assembly::prompts(settings, &base, &never)?;
+        let all = assembly::prompts(settings, &base, cancel)?;
         let prompts = meeting_prompts(tournament, settings, all.as_ref())?;
         Ok(Self {
             tournament,
             settings,
             base,
             prompts,
+            cancel,
         })
     }
 
@@ -159,8 +189,7 @@ impl<'a> Venue<'a> {
                 continue;
             };
             let template = run.resolved.settings.model.chat_template.as_deref();
-            let location =
-                ModelLocation::of_folder(result.checkpoint.clone(), &CancelToken::never())?;
+            let location = ModelLocation::of_folder(result.checkpoint.clone(), self.cancel)?;
             let (_, mut model) = location.policy(template, dtype, &device)?;
             if entrant.average {
                 model = learner::checkpoint_average(&result.checkpoint, &model)?
@@ -175,29 +204,39 @@ impl<'a> Venue<'a> {
         Ok(participants)
     }
 
+    /// The meetings at one temperature; `None` after a shutdown.
     fn meetings(
         &self,
         participants: &[Participant],
         temperature: f64,
-    ) -> anyhow::Result<SeedMeetings> {
-        let answers = participants
-            .iter()
-            .map(|player| self.answers(player, temperature));
-        let answers: Vec<Vec<Completion>> = answers.collect::<anyhow::Result<_>>()?;
-        let players = participants
-            .iter()
-            .zip(&answers)
-            .map(|(player, answers)| self.player(&player.name, answers, temperature));
-        Ok(SeedMeetings {
+        shutdown: &watch::Sender<bool>,
+    ) -> anyhow::Result<Option<SeedMeetings>> {
+        let mut answers = Vec::new();
+        for player in participants {
+            let Some(of_player) = self.answers(player, temperature)? else {
+                return Ok(None);
+            };
+            answers.push(of_player);
+        }
+        let both = participants.iter().zip(&answers);
+        let players = both.map(|(player, answers)| self.player(&player.name, answers, temperature));
+        let mut met = SeedMeetings {
             seed: self.settings.run.seed,
             temperature,
             players: players.collect(),
-            win_rates: self.win_rates(&answers)?,
-        })
+            win_rates: vec![vec![None; answers.len()]; answers.len()],
+            unjudged: 0,
+        };
+        let judged = crate::runtime()?.block_on(self.judge(&answers, &mut met, shutdown))?;
+        Ok(judged.then_some(met))
     }
 
-    /// A participant's answers, one a prompt.
-    fn answers(&self, player: &Participant, temperature: f64) -> anyhow::Result<Vec<Completion>> {
+    /// A participant's answers, one a prompt; `None` after a shutdown.
+    fn answers(
+        &self,
+        player: &Participant,
+        temperature: f64,
+    ) -> anyhow::Result<Option<Vec<Completion>>> {
         let actor = &self.settings.actor;
         let sampling = SamplingSettings {
             temperature,
@@ -224,6 +263,9 @@ impl<'a> Venue<'a> {
         }
         let mut answers = vec![None; self.prompts.len()];
         while !sampler.is_idle() {
+            if self.cancel.is_cancelled() {
+                return Ok(None);
+            }
             for finished in sampler.step()? {
                 let index = finished.key as usize;
                 let mut completion = finished
@@ -236,10 +278,8 @@ impl<'a> Venue<'a> {
                 answers[index] = Some(completion);
             }
         }
-        answers
-            .into_iter()
-            .collect::<Option<_>>()
-            .context("a prompt was not answered")
+        let answers: Option<Vec<Completion>> = answers.into_iter().collect();
+        answers.map(Some).context("a prompt was not answered")
     }
 
     fn player(&self, name: &str, answers: &[Completion], temperature: f64) -> Player {
@@ -259,22 +299,61 @@ impl<'a> Venue<'a> {
         }
     }
 
-    /// Win rates of every participant against every other.
-    fn win_rates(&self, answers: &[Vec<Completion>]) -> anyhow::Result<Vec<Vec<Option<f64>>>> {
-        crate::runtime()?.block_on(async {
-            let judge = MeetingJudge::open(self.tournament, self.settings, &self.base)?;
-            let mut rates = vec![vec![None; answers.len()]; answers.len()];
-            for a in 0..answers.len() {
-                for b in a + 1..answers.len() {
-                    let rate = judge
-                        .win_rate(&self.pairs(&answers[a], &answers[b]))
-                        .await?;
-                    rates[a][b] = rate;
-                    rates[b][a] = rate.map(|rate| 1.0 - rate);
-                }
+    /// Judges every participant's answers against every other's. Whether all have met: not after a shutdown.
+    async fn judge(
+        &self,
+        answers: &[Vec<Completion>],
+        met: &mut SeedMeetings,
+        shutdown: &watch::Sender<bool>,
+    ) -> anyhow::Result<bool> {
+        let judge = MeetingJudge::open(self.tournament, self.settings, &self.base)?;
+        for a in 0..answers.len() {
+            for b in a + 1..answers.len() {
+                let mut requested = shutdown.subscribe();
+                let both = [met.players[a].name.as_str(), &met.players[b].name];
+                let requests = self.pairs(&answers[a], &answers[b]);
+                let wins = tokio::select! {
+                    wins = self.wins(&judge, &requests, both) => wins?,
+                    _ = requested.wait_for(|requested| *requested) => return Ok(false),
+                };
+                met.unjudged += self.prompts.len() - wins.len();
+                let rate = wins.iter().sum::<f64>() / wins.len() as f64;
+                met.win_rates[a][b] = Some(rate);
+                met.win_rates[b][a] = Some(1.0 - rate);
             }
-            Ok(rates)
-        })
+        }
+        Ok(true)
+    }
+
+    /// Outcomes of the judged comparisons of two players: 1, 0 or ½, at least one.
+    async fn wins(
+        &self,
+        judge: &MeetingJudge,
+        requests: &[ComparisonRequest],
+        [a, b]: [&str; 2],
+    ) -> anyhow::Result<Vec<f64>> {
+        let name = &self.tournament.judge;
+        let deadline = Duration::from_secs(self.settings.learner.batch_timeout_seconds);
+        let mut wins = Vec::new();
+        for chunk in requests.chunks(CHUNK) {
+            let verdicts = tokio::time::timeout(deadline, judge.verdicts(chunk)).await;
+            let verdicts = verdicts.map_err(|_| {
+                Resource(format!(
+                    "the judge {name:?} gave no verdict on {a} against {b} for {} s (learner.batch_timeout_seconds)",
+                    deadline.as_secs()
+                ))
+            })?;
+            wins.extend(verdicts?.into_iter().flatten().map(learner::win));
+        }
+        if wins.is_empty() {
+            let (seed, count) = (self.settings.run.seed, requests.len());
+            return Err(Resource(format!(
+                "the judge {name:?} gave no verdict on any of {count} answers of {a} against {b}, seed {seed}: when it is \
+                 repaired, the same command continues"
+            ))
+            .into());
+        }
+        Ok(wins)
     }
 
     fn pairs(&self, a: &[Completion], b: &[Completion]) -> Vec<ComparisonRequest> {
@@ -344,9 +423,9 @@ impl MeetingJudge {
         Ok(Self::Evaluation(named))
     }
 
-    /// Share of the requests on which the first completion is preferred, over those with a verdict.
-    async fn win_rate(&self, requests: &[ComparisonRequest]) -> anyhow::Result<Option<f64>> {
-        let verdicts: Vec<Option<f64>> = match self {
+    /// The probability that the first completion of each request is preferred; `None` without a verdict.
+    async fn verdicts(&self, requests: &[ComparisonRequest]) -> anyhow::Result<Vec<Option<f64>>> {
+        match self {
             Self::Run(pool) => {
                 let preferences = pool.compare_all(requests, Orders::Both).await;
                 let p = preferences
@@ -355,7 +434,7 @@ impl MeetingJudge {
                         Verdict::Preference(p) => Ok(Some(f64::from(p.get()))),
                         Verdict::Abstained { .. } => Ok(None),
                     });
-                p.collect::<anyhow::Result<_>>()?
+                p.collect()
             }
             Self::Evaluation(judge) => {
                 let verdicts =
@@ -363,11 +442,8 @@ impl MeetingJudge {
                 let p = verdicts
                     .into_iter()
                     .map(|verdict| Some(f64::from(verdict?.p.get())));
-                p.collect()
+                Ok(p.collect())
             }
-        };
-        let wins: Vec<f64> = verdicts.into_iter().flatten().map(learner::win).collect();
-        let mean = wins.iter().sum::<f64>() / wins.len().max(1) as f64;
-        Ok((!wins.is_empty()).then_some(mean))
+        }
     }
 }

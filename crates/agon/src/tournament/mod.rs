@@ -4,6 +4,7 @@
 //! Every run is a process of `agon train` with a directory of its own, so that a tournament which was interrupted
 //! continues where it was. Does not know how a run trains.
 
+mod files;
 mod meetings;
 mod page;
 mod plan;
@@ -32,6 +33,14 @@ pub(crate) enum TournamentEnding {
     Finished(String),
     /// It was interrupted; the same command continues it.
     Interrupted,
+}
+
+/// The file of the tournament in `root` that its process locks.
+///
+/// # Errors
+/// When it cannot be opened, or is no regular file.
+pub(crate) fn lock_file(root: &Path) -> anyhow::Result<std::fs::File> {
+    files::append(&root.join("tournament.lock"))
 }
 
 /// Runs what is missing of the tournament in the folder `root`, and writes `report.html`, `report.json` and `report.md`
@@ -64,10 +73,10 @@ pub(crate) async fn play(
     let mut met = Vec::new();
     for &seed in &tournament.seeds {
         let runs: Vec<_> = finals.iter().filter(|run| run.seed == seed).collect();
-        let meetings = || meetings::meet(tournament, root, &entrants, &runs);
-        met.extend(tokio::task::block_in_place(meetings)?);
-        if *shutdown.borrow() {
-            return Ok(TournamentEnding::Interrupted);
+        let meetings = || meetings::meet(tournament, root, &entrants, &runs, shutdown);
+        match tokio::task::block_in_place(meetings)? {
+            Some(of_seed) => met.extend(of_seed),
+            None => return Ok(TournamentEnding::Interrupted),
         }
     }
     let results = TournamentResults::new(tournament, &selected, &entrants, &finals, &met)?;

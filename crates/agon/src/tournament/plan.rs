@@ -1,15 +1,17 @@
 //! The runs of a tournament: which there are, where they are, and which settings of a method are chosen.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde::Serialize;
 use settings::{Resolved, Tournament};
 
-use crate::{exit_code::UsageError, tournament::run_result::RunResult};
+use telemetry::write_atomically;
+
+use crate::{
+    exit_code::UsageError,
+    tournament::{files, run_result::RunResult},
+};
 
 /// The runs of a tournament in a folder.
 pub(super) struct Plan<'a> {
@@ -30,6 +32,8 @@ pub(super) struct PlannedRun {
     pub(super) configuration: PathBuf,
     /// Its run directory.
     pub(super) directory: PathBuf,
+    /// The tournament's directory.
+    pub(super) root: PathBuf,
     /// Its settings.
     pub(super) resolved: Resolved,
 }
@@ -85,9 +89,11 @@ impl<'a> Plan<'a> {
             for (variant, settings) in method.variants.iter().enumerate() {
                 let path = self.configuration(index, variant);
                 let text = settings.toml();
-                if let Ok(written) = fs::read_to_string(&path)
-                    && written != text
-                {
+                let name = format!("{}.toml", settings.folder());
+                let folder = Path::new("settings").join(&method.name);
+                files::create_folder(self.root, &folder)?;
+                let written = files::read(&self.root.join(&folder), &name)?;
+                if written.is_some_and(|written| written != text) {
                     return Err(UsageError(format!(
                         "{} was made with other settings of {}: choose another tournament.name, or remove {}",
                         self.root.display(),
@@ -96,10 +102,7 @@ impl<'a> Plan<'a> {
                     ))
                     .into());
                 }
-                let folder = path.parent().context("a configuration is in a folder")?;
-                let unwritable = || format!("failed to write {}", path.display());
-                fs::create_dir_all(folder).with_context(unwritable)?;
-                fs::write(&path, text).with_context(unwritable)?;
+                write_atomically(&path, text.as_bytes())?;
             }
         }
         Ok(())
@@ -129,6 +132,7 @@ impl<'a> Plan<'a> {
             name,
             configuration: self.configuration(method, variant),
             directory,
+            root: self.root.to_owned(),
             resolved: of_variant.resolve(seed)?,
         })
     }
@@ -181,11 +185,9 @@ impl<'a> Plan<'a> {
             let own = runs
                 .iter()
                 .filter(|run| (run.method, run.variant) == (method_index, index));
-            let rates = own.map(|run| {
-                let result = RunResult::read(run)?;
-                Ok(result.and_then(|result| result.last_win_rate(&self.tournament.judge)))
-            });
-            let rates: Option<Vec<f64>> = rates.collect::<anyhow::Result<_>>()?;
+            let rates: Option<Vec<f64>> = own
+                .map(|run| self.selection_rate(run))
+                .collect::<anyhow::Result<_>>()?;
             let mean = |rates: Vec<f64>| rates.iter().sum::<f64>() / rates.len().max(1) as f64;
             candidates.push(Candidate {
                 label: variant.label.clone(),
@@ -209,6 +211,23 @@ impl<'a> Plan<'a> {
             label: candidates[variant_index].label.clone(),
             score: Some(score),
             candidates,
+        })
+    }
+
+    /// The win rate of a selection run; `None` if it diverged.
+    fn selection_rate(&self, run: &PlannedRun) -> anyhow::Result<Option<f64>> {
+        let Some(result) = RunResult::read(run)? else {
+            return Ok(None);
+        };
+        let judge = &self.tournament.judge;
+        let rate = result.last_win_rate(judge);
+        rate.map(Some).with_context(|| {
+            format!(
+                "the last evaluation of {} has no verdict of the judge {judge:?}: repair the judge, and remove {} to repeat \
+                 the run",
+                run.name,
+                run.directory.display()
+            )
         })
     }
 

@@ -34,6 +34,8 @@ pub(super) struct TournamentResults {
 #[derive(Serialize)]
 pub(super) struct Standings {
     pub(super) temperature: f64,
+    /// Comparisons without a verdict, over all seeds.
+    pub(super) unjudged: usize,
     pub(super) players: Vec<PlayerResult>,
     /// Every two entrants once, with p-values corrected over all of them.
     pub(super) comparisons: Vec<Comparison>,
@@ -225,6 +227,7 @@ impl Standings {
         }
         Self {
             temperature,
+            unjudged: met.iter().map(|met| met.unjudged).sum(),
             players,
             comparisons,
         }

@@ -1,7 +1,8 @@
 //! Runs as processes of `agon train`, several at a time, each with a log file beside its run directory.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs,
+    os::unix::process::ExitStatusExt as _,
     path::PathBuf,
     process::{ExitStatus, Stdio},
     time::Instant,
@@ -18,7 +19,7 @@ use tokio::{
 
 use crate::{
     exit_code::{Code, UsageError},
-    tournament::plan::PlannedRun,
+    tournament::{files, plan::PlannedRun},
 };
 
 /// Bytes at the end of a failed run's log that are searched for its last line.
@@ -33,6 +34,8 @@ pub(super) struct RunQueue<'a> {
 /// A run's process, ready to start.
 struct RunCommand {
     name: String,
+    /// The tournament's directory.
+    root: PathBuf,
     directory: PathBuf,
     configuration: PathBuf,
     seed: u64,
@@ -116,7 +119,7 @@ impl PlannedRun {
         if self.diverged() {
             return Ok(true);
         }
-        let Ok(recorded) = fs::read_to_string(self.directory.join("config.toml")) else {
+        let Some(recorded) = files::read(&self.directory, "config.toml")? else {
             return Ok(false);
         };
         if recorded != self.resolved.toml {
@@ -142,6 +145,7 @@ impl RunCommand {
     fn of(run: &PlannedRun) -> Self {
         Self {
             name: run.name.clone(),
+            root: run.root.clone(),
             directory: run.directory.clone(),
             configuration: run.configuration.clone(),
             seed: run.seed,
@@ -152,6 +156,8 @@ impl RunCommand {
     async fn run(self, mut shutdown: watch::Receiver<bool>) -> anyhow::Result<RunEnding> {
         tracing::info!(run = self.name, "run started");
         let mut child = self.start()?;
+        // Waiting would close it.
+        let stdin = child.stdin.take();
         let requested = async {
             // Without a sender there is nothing to wait for.
             if shutdown.wait_for(|requested| *requested).await.is_err() {
@@ -162,21 +168,32 @@ impl RunCommand {
             status = child.wait() => status,
             () = requested => {
                 terminate(&child);
-                child.wait().await
+                let status = child.wait().await;
+                let status = status.with_context(|| format!("failed to wait for {}", self.name))?;
+                // A signal that comes before the run has begun ends it at once.
+                return match status.signal() {
+                    Some(signal) if signal == Signal::TERM.as_raw() => Ok(RunEnding::Interrupted),
+                    _ => self.ending(status),
+                };
             }
         };
+        drop(stdin);
         let status = status.with_context(|| format!("failed to wait for {}", self.name))?;
-        self.ending(status)
+        let ending = self.ending(status)?;
+        if ending == RunEnding::Interrupted {
+            tracing::warn!(
+                run = self.name,
+                "run was interrupted by a signal of its own"
+            );
+        }
+        Ok(ending)
     }
 
     fn start(&self) -> anyhow::Result<Child> {
         let folder = self.directory.parent().context("a run is in a folder")?;
-        let log = self.log();
-        let unwritable = || format!("failed to write {}", log.display());
-        fs::create_dir_all(folder).with_context(unwritable)?;
-        let open = || OpenOptions::new().create(true).append(true).open(&log);
-        let output: File = open().with_context(unwritable)?;
-        let errors = output.try_clone().with_context(unwritable)?;
+        files::create_folder(&self.root, folder.strip_prefix(&self.root)?)?;
+        let output = files::append(&self.log())?;
+        let errors = output.try_clone().context("failed to share the log")?;
         Command::new(std::env::current_exe().context("failed to find this binary")?)
             .arg("train")
             .arg(&self.configuration)
@@ -184,8 +201,9 @@ impl RunCommand {
             .arg(format!("run.seed={}", self.seed))
             .arg("--run-dir")
             .arg(&self.directory)
-            .args(["--resume", "auto"])
-            .stdin(Stdio::null())
+            .args(["--resume", "auto", "--end-with-stdin"])
+            // Its end tells the run that this process is gone.
+            .stdin(Stdio::piped())
             .stdout(output)
             .stderr(errors)
             // A signal of the terminal reaches this process, which passes it on once.

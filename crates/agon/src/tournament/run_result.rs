@@ -9,7 +9,7 @@ use preference::apo::RoundReport;
 use serde::Deserialize;
 use telemetry::RunView;
 
-use crate::tournament::plan::PlannedRun;
+use crate::{exit_code::Resource, tournament::plan::PlannedRun};
 
 /// The result of a run that has finished.
 pub(super) struct RunResult {
@@ -45,11 +45,20 @@ impl RunResult {
         view.refresh()?;
         let unfinished = || format!("{} has not finished", run.name);
         let report = view.report()?.with_context(unfinished)?;
-        let report = serde_json::from_value(report)
+        let report: RunReport = serde_json::from_value(report)
             .with_context(|| format!("the report of {} is of another version", run.name))?;
+        if report.evaluations.is_empty() {
+            return Err(Resource(format!(
+                "the report of {} holds no evaluation: remove {} to repeat the run",
+                run.name,
+                run.directory.display()
+            ))
+            .into());
+        }
         let checkpoints = run.directory.join("checkpoints");
-        let checkpoint =
-            learner::newest_checkpoint_model(&checkpoints)?.with_context(unfinished)?;
+        let checkpoint = learner::latest_checkpoint(&checkpoints)?.with_context(unfinished)?;
+        // A damaged policy must not be replaced by an older one.
+        learner::check_checkpoint(&checkpoint)?;
         Ok(Some(Self {
             report,
             view,

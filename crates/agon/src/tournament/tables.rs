@@ -87,10 +87,15 @@ fn players(results: &TournamentResults, standings: &Standings, at: &str) -> Text
         title: format!("Against the reference{at}"),
         note: format!(
             "Win rate under the judge {:?} on {} prompts a seed; mean over {} seeds with its 95 % t-interval. KL and \
-             length of fresh samples.",
+             length of fresh samples.{}",
             results.judge,
             results.prompts,
-            results.seeds.len()
+            results.seeds.len(),
+            match standings.unjudged {
+                0 => String::new(),
+                count =>
+                    format!(" {count} comparisons of all meetings got no verdict and are left out."),
+            }
         ),
         heads: heads(&[
             "method",

@@ -275,9 +275,13 @@ impl<'a> ParsedRow<'a> {
     #[must_use]
     pub fn unread(&self) -> Vec<&'a str> {
         let RowView { row, columns } = self.row;
-        let names = row.keys().map(String::as_str);
-        let unread = names.filter(|name| !columns.is_known(name) && !self.read.contains(name));
-        unread.collect()
+        // Beside a prompt, a dialogue is not read.
+        let has_prompt = matches!(self.row.prompt_column(), Ok(Some(_)));
+        let is_unread = |name: &&str| {
+            let is_beside = has_prompt && columns.is_dialogue(name) && self.row.has(name);
+            (is_beside || !columns.is_known(name)) && !self.read.contains(name)
+        };
+        row.keys().map(String::as_str).filter(is_unread).collect()
     }
 
     /// Checks that an answer at the end of the dialogue equals one of the separate answers.

@@ -443,6 +443,13 @@ fn unread_columns_are_listed() {
     assert_eq!(unread, Ok(vec!["score".to_owned(), "input".into()]));
     let row = json!({"instruction": "q", "input": "x", "output": "a"});
     assert_eq!(extract(&row, &columns, |row| Ok(row.unread().len())), Ok(0));
+    // A dialogue beside a prompt is not read, and said so.
+    let row = json!({"prompt": "q", "chosen": "x", "rejected": "y",
+        "messages": [{"role": "user", "content": "first"}, {"role": "assistant", "content": "mid"}]});
+    let unread = extract(&row, &columns, |row| {
+        Ok(row.unread().into_iter().map(str::to_owned).collect())
+    });
+    assert_eq!(unread, Ok(vec!["messages".to_owned()]));
 }
 
 fn assert_pair_errors(cases: &[(Value, &str)]) {

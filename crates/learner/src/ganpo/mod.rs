@@ -132,7 +132,9 @@ impl Ganpo {
 
     /// Whether the discriminators are trained at this step, counted from 0.
     pub(crate) fn trains_discriminators(&self, step: u64) -> bool {
-        self.settings.freeze_after == 0 || step < self.settings.freeze_after
+        let is_due =
+            step < self.settings.warmup_steps || step.is_multiple_of(self.settings.train_every);
+        is_due && (self.settings.freeze_after == 0 || step < self.settings.freeze_after)
     }
 
     /// Whether the generator loss applies to the policy at this step.

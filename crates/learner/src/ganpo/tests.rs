@@ -16,6 +16,7 @@ fn settings() -> GanpoSettings {
         momentum: 0.9,
         lr_ratio: 0.5,
         warmup_steps: 0,
+        train_every: 1,
         freeze_after: 0,
     }
 }
@@ -341,6 +342,11 @@ fn the_settings_determine_schedule_and_width() {
     assert_eq!(of(0, 0), [(true, true); 3]);
     assert_eq!(of(2, 0), [(true, false), (true, true), (true, true)]);
     assert_eq!(of(0, 5), [(true, true), (true, true), (false, true)]);
+    let mut rare = ganpo(1);
+    rare.settings.train_every = 4;
+    rare.settings.warmup_steps = 2;
+    let trained = (0..9).filter(|&step| rare.trains_discriminators(step));
+    assert_eq!(trained.collect::<Vec<_>>(), [0, 1, 4, 8]);
     let widths = [
         (0, 96, 32),
         (0, 16, 16),

@@ -23,6 +23,11 @@ use crate::{
     special_tokens::{SpecialTokens, optional_json},
 };
 
+/// File of a folder's chat template.
+pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// File of the template for dialogues with tools, beside the other one.
+pub(crate) const TOOL_USE_TEMPLATE: &str = "additional_chat_templates/tool_use.jinja";
+
 /// A chat template with its variant for tool use and the special tokens that templates may reference.
 pub(crate) struct ChatTemplate {
     default: Option<TemplateSource>,
@@ -30,6 +35,8 @@ pub(crate) struct ChatTemplate {
     special: Vec<(String, String)>,
     /// Whether the template prints content parts only, so that texts are passed to it as parts.
     needs_parts: bool,
+    /// Whether the settings gave it in place of the folder's own.
+    is_given: bool,
 }
 
 /// Source of a template with the compiled template or the compile error.
@@ -108,12 +115,12 @@ impl ChatTemplate {
         given: Option<&Path>,
         special: &SpecialTokens,
     ) -> Result<Option<Self>, ModelError> {
-        let own = folder.join("chat_template.jinja");
+        let own = folder.join(CHAT_TEMPLATE);
         let (default, tool_use) = if let Some(path) = given {
             check_chat_template(path)?;
             (Some(TemplateSource::read_given(path)?), None)
         } else if own.exists() {
-            let other = folder.join("additional_chat_templates/tool_use.jinja");
+            let other = folder.join(TOOL_USE_TEMPLATE);
             let tool_use = other
                 .exists()
                 .then(|| TemplateSource::read(other))
@@ -143,6 +150,7 @@ impl ChatTemplate {
             tool_use,
             special: special.variables().to_vec(),
             needs_parts: false,
+            is_given: given.is_some(),
         };
         chat.needs_parts = chat.prints_parts_only();
         if chat.needs_parts {
@@ -211,6 +219,12 @@ impl ChatTemplate {
             return text.map_err(failure);
         }
         self.render_to(dialogue, RenderEnd::GenerationPrompt)
+    }
+
+    /// The text, if the settings gave it in place of the folder's own.
+    pub(crate) fn given(&self) -> Option<&str> {
+        let source = self.default.as_ref().filter(|_| self.is_given);
+        source.map(|source| source.text.as_str())
     }
 
     /// Digest of the template sources.
@@ -418,6 +432,7 @@ mod tests {
             tool_use: None,
             special: special.variables().to_vec(),
             needs_parts: false,
+            is_given: false,
         };
         chat.needs_parts = chat.prints_parts_only();
         chat
