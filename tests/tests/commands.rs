@@ -436,7 +436,15 @@ fn an_exported_policy_is_a_plain_model_folder() {
 fn every_command_has_help_with_an_example() {
     let sandbox = Sandbox::new();
     for command in [
-        "train", "sft", "eval", "generate", "score", "check", "doctor", "export",
+        "train",
+        "sft",
+        "eval",
+        "generate",
+        "score",
+        "check",
+        "doctor",
+        "export",
+        "tournament",
     ] {
         let output = sandbox.run(&[command, "--help"]).succeeded();
         assert!(

@@ -140,9 +140,12 @@ fn judges_and_objectives_are_selected_by_kind_with_their_own_temperature() {
     ] {
         let kind_override = format!("learner.objective.kind={kind}");
         let temperature_override = temperature.map(|key| format!("learner.objective.{key}=0.75"));
+        // Only the policy's own samples have its gradient.
+        let unmixed = (kind == "rloo").then_some("actor.mixture_coef=0");
         let sets: Vec<&str> = [
             Some(kind_override.as_str()),
             temperature_override.as_deref(),
+            unmixed,
         ]
         .into_iter()
         .flatten()

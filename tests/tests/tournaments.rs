@@ -60,11 +60,11 @@ fn number(value: &Value, pointer: &str) -> f64 {
     found.unwrap_or_else(|| panic!("no number {pointer} in {value:#}"))
 }
 
-/// The row of this name among the players of the first standings.
-fn player<'a>(report: &'a Value, name: &str) -> &'a Value {
-    let players = list(&report["standings"][0]["players"]);
-    let found = players.iter().find(|player| player["name"] == name);
-    found.unwrap_or_else(|| panic!("no {name} in {players:?}"))
+/// The row of this name among the policies of the first standings.
+fn policy<'a>(report: &'a Value, name: &str) -> &'a Value {
+    let policies = list(&report["standings"][0]["policies"]);
+    let found = policies.iter().find(|policy| policy["name"] == name);
+    found.unwrap_or_else(|| panic!("no {name} in {policies:?}"))
 }
 
 /// A policy that does not move answers as its reference does, with the same seeds: every meeting of the two is a tie.
@@ -74,16 +74,16 @@ fn a_tournament_chooses_settings_and_compares_the_policies() {
     let file = sandbox.write("tiny.toml", TINY);
     let printed = tournament(&sandbox, &file, &["--jobs", "2"]).succeeded();
     let report = report(&sandbox, "tournaments/tiny");
-    let still = player(&report, "still");
+    let still = policy(&report, "still");
     assert_eq!(number(still, "/win_rate/mean"), 0.5);
     assert!(number(still, "/kl/mean").abs() < 1e-4, "{still}");
-    let ipo = player(&report, "ipo");
+    let ipo = policy(&report, "ipo");
     assert!(number(ipo, "/win_rate/mean") > 0.6, "{ipo}");
     assert!(number(ipo, "/kl/mean") > 0.1, "{ipo}");
     assert_eq!(number(ipo, "/win_rate/seeds"), 3.0);
     assert!(number(ipo, "/win_rate/low") < number(ipo, "/win_rate/high"));
-    assert!(player(&report, "ipo, average")["kl"].is_object());
-    let mix = list(&player(&report, "reference")["styles"]["mix"]);
+    assert!(policy(&report, "ipo, average")["kl"].is_object());
+    let mix = list(&policy(&report, "reference")["styles"]["mix"]);
     let total: f64 = mix.iter().filter_map(Value::as_f64).sum();
     assert!((total - 1.0).abs() < 1e-9, "{mix:?}");
 
@@ -283,10 +283,10 @@ fn a_diverged_run_is_named_and_left_out() {
     let file = sandbox.write("wild.toml", wild);
     tournament(&sandbox, &file, &[]).succeeded();
     let report = report(&sandbox, "tournaments/tiny");
-    let diverged = list(&player(&report, "still")["diverged"]);
+    let diverged = list(&policy(&report, "still")["diverged"]);
     assert_eq!(diverged, [11, 12].map(Value::from), "{report:#}");
-    assert!(player(&report, "still")["win_rate"].is_null());
-    assert!(player(&report, "ipo")["win_rate"].is_object());
+    assert!(policy(&report, "still")["win_rate"].is_null());
+    assert!(policy(&report, "ipo")["win_rate"].is_object());
 }
 
 #[test]
@@ -363,17 +363,17 @@ fn every_claim_has_a_smoke_run() {
         .succeeded();
         let report = report(&sandbox, "smoke");
         for standings in list(&report["standings"]) {
-            for player in list(&standings["players"]) {
-                let is_reference = player["name"] == "reference";
+            for policy in list(&standings["policies"]) {
+                let is_reference = policy["name"] == "reference";
                 assert!(
-                    is_reference || player["win_rate"].is_object(),
-                    "{}: {player}",
+                    is_reference || policy["win_rate"].is_object(),
+                    "{}: {policy}",
                     file.display()
                 );
                 assert_eq!(
-                    player["diverged"],
+                    policy["diverged"],
                     Value::Array(Vec::new()),
-                    "{}: {player}",
+                    "{}: {policy}",
                     file.display()
                 );
             }

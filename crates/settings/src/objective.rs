@@ -164,22 +164,24 @@ impl ObjectiveSettings {
                     "\"nash-md-pg\" compares one completion of the policy with one of the mixture: set it to 2",
                 );
             }
-            Self::Rloo { beta } => {
-                checks.positive(beta, &path("beta"));
-                self.check_policy_gradient(&settings.actor, checks);
-                checks.require(
-                    settings.actor.mixture_coef == 0.0,
-                    "actor.mixture_coef",
-                    "\"rloo\" is a policy gradient, which is biased unless all completions are the policy's own: set \
-                     it to 0.0, or choose another learner.objective.kind",
-                );
-                checks.require(
-                    settings.learner.label == LabelKind::Soft,
-                    "learner.label",
-                    "\"rloo\" reads the reward difference from the log-odds of p: set it to \"soft\"",
-                );
-            }
+            Self::Rloo { beta } => self.check_rloo(beta, settings, checks),
         }
+    }
+
+    fn check_rloo(&self, beta: f64, settings: &Settings, checks: &mut Checks) {
+        checks.positive(beta, "learner.objective.beta");
+        self.check_policy_gradient(&settings.actor, checks);
+        checks.require(
+            settings.actor.mixture_coef == 0.0,
+            "actor.mixture_coef",
+            "\"rloo\" is a policy gradient, which is biased unless all completions are the policy's own: set \
+             it to 0.0, or choose another learner.objective.kind",
+        );
+        checks.require(
+            settings.learner.label == LabelKind::Soft,
+            "learner.label",
+            "\"rloo\" reads the reward difference from the log-odds of p: set it to \"soft\"",
+        );
     }
 
     /// Requires samples from the policy's full distribution at temperature 1, over which a policy gradient is an

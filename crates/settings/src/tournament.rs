@@ -8,15 +8,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use messages::Digest;
+use messages::{Digest, GOLD};
 use serde::Deserialize;
 use toml::{Table, Value};
 
 use crate::{
-    PromptsSettings,
     checks::Checks,
     choice,
     error::{Problem, SettingsError},
+    prompts::PromptsSettings,
     redaction::without_secrets,
     resolve::{Override, Resolved, resolve},
 };
@@ -32,7 +32,7 @@ const DIGEST_DIGITS: usize = 8;
 /// Largest number of grid points of a method: beyond that it is a mistake.
 const MAX_VARIANTS: usize = 1000;
 
-/// A tournament.
+/// Methods, seeds and judge of a tournament.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tournament {
     /// Name of its directory.
@@ -57,10 +57,10 @@ pub struct Tournament {
     pub methods: Vec<TournamentMethod>,
 }
 
-/// A method.
+/// A training method and its grid of settings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TournamentMethod {
-    /// Its name.
+    /// Name, unique in the tournament.
     pub name: String,
     /// Its settings: one for each point of the grid.
     pub variants: Vec<MethodVariant>,
@@ -68,13 +68,13 @@ pub struct TournamentMethod {
     pub keep: KeptVariants,
 }
 
-/// Which variants of a method play in the finals.
+/// Which variants of a method take part in the finals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KeptVariants {
-    /// That with the highest mean win rate over the selection seeds.
+    /// The variant with the highest mean win rate over the selection seeds.
     Best,
-    /// All, without a selection.
+    /// All variants, without a selection.
     All,
 }
 
@@ -87,7 +87,7 @@ pub struct MethodVariant {
     table: Table,
 }
 
-/// The file.
+/// Keys of a tournament file.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TournamentFile {
@@ -149,7 +149,7 @@ fn default_output_dir() -> PathBuf {
     "runs/tournaments".into()
 }
 fn default_judge() -> String {
-    "gold".into()
+    GOLD.into()
 }
 fn default_prompts() -> usize {
     512
@@ -296,7 +296,7 @@ impl Tournament {
         checks.require(
             !self.seeds.is_empty() && distinct(&self.seeds),
             "tournament.seeds",
-            "name at least one, each once; 5 to 8 for intervals of use",
+            "name at least one seed, each once; 5 to 8 for intervals of use",
         );
         let shared = self.selection_seeds.iter();
         let shared: Vec<_> = shared.filter(|seed| self.seeds.contains(seed)).collect();
@@ -379,7 +379,7 @@ impl Tournament {
             "run" => true,
             "gold" => {
                 matches!(settings.prompts, PromptsSettings::Playground { .. })
-                    || judges.contains_key("gold")
+                    || judges.contains_key(GOLD)
             }
             name => judges.contains_key(name),
         };
@@ -590,7 +590,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::ObjectiveSettings;
+    use crate::objective::ObjectiveSettings;
 
     const TWO_METHODS: &str = "[tournament]\nname = \"t\"\nseeds = [11, 12, 13]\nselection_seeds = [1]\n\
         [settings]\nlearner.objective = { kind = \"ipo\", tau = 0.5 }\n\

@@ -195,7 +195,6 @@ fn predicted_tokens(settings: &Settings) -> usize {
 
 /// Estimated peak memory of a run of all roles in one process, by contribution.
 fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
-    let actor = &settings.actor;
     let bytes = match settings.model.dtype {
         DtypeSetting::F32 => 4,
         DtypeSetting::Bf16 => 2,
@@ -209,43 +208,59 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
     // Trained bf16 weights have master weights in f32.
     let is_half = trained == weights && settings.model.dtype == DtypeSetting::Bf16;
     let masters = if is_half { trained_parameters } else { 0 };
-    // As in the sampler, no sequence exceeds the model's positions.
-    let longest = actor
-        .max_prompt_length
-        .saturating_add(actor.max_new_tokens)
-        .min(config.max_positions);
-    let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
-    // Every actor has one cache for the policy and one for the reference.
-    let actors = actors(settings);
-    let slots = [2, actors, actor.slots, longest];
-    let mistral_copies = match actor.engine {
-        EngineSettings::Own {} => 0,
-        EngineSettings::Mistral { .. } => actors,
-    };
-    let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
-    let pass_tokens = pass_tokens(settings, tokens_per_prompt(settings, config, longest));
-    let parts = [
+    let moments = product(&[&[2, trained_parameters, MOMENT_BYTES]]);
+    let of_training = [
         ("program and tokenizer", program(config)),
         ("policy's weights", product(&[&trained])),
         ("gradients", product(&[&trained])),
-        (
-            "Adam's moments",
-            product(&[&[2, trained_parameters, MOMENT_BYTES]]),
-        ),
+        ("Adam's moments", moments),
         (
             "master weights in f32",
             product(&[&[masters, MASTER_BYTES]]),
         ),
         ("reference's weights", product(&[&weights])),
+    ];
+    let parts = of_training
+        .into_iter()
+        .chain(sampling_memory(settings, config, trained))
+        .chain(pass_memory(settings, config, bytes))
+        .chain(followers(settings, trained, trained_parameters));
+    let parts = parts.filter(|&(_, bytes)| bytes > 0);
+    parts
+        .map(|(name, bytes)| MemoryPart { name, bytes })
+        .collect()
+}
+
+/// The longest sequence of a sampler: none exceeds the model's positions.
+fn longest_sample(settings: &Settings, config: &ModelConfig) -> usize {
+    let actor = &settings.actor;
+    let longest = actor.max_prompt_length.saturating_add(actor.max_new_tokens);
+    longest.min(config.max_positions)
+}
+
+/// Memory of the weights that travel to actors and of those that sample; `trained` is the size of the former.
+fn sampling_memory(
+    settings: &Settings,
+    config: &ModelConfig,
+    trained: [usize; 2],
+) -> [(&'static str, u64); 5] {
+    let bytes = match settings.model.dtype {
+        DtypeSetting::F32 => 4,
+        DtypeSetting::Bf16 => 2,
+    };
+    let tables = config.rope_table_elements(longest_sample(settings, config));
+    let mistral_copies = match settings.actor.engine {
+        EngineSettings::Own {} => 0,
+        EngineSettings::Mistral { .. } => actors(settings),
+    };
+    let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
+    [
         // One of the policy, one of the reference.
-        (
-            "RoPE tables",
-            product(&[&[2, config.rope_table_elements(longest), bytes]]),
-        ),
+        ("RoPE tables", product(&[&[2, tables, bytes]])),
         // The old one is in use while the new one is loaded.
         (
             "actors' copies of the policy",
-            product(&[&trained, &[2, actor.count]]),
+            product(&[&trained, &[2, settings.actor.count]]),
         ),
         ("mistral.rs's copies of the policy", product(&[&mistral])),
         (
@@ -254,6 +269,22 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         ),
         // The last ones are kept while the next are serialised.
         ("published weights", product(&[&trained, &[2]])),
+    ]
+}
+
+/// Memory of caches, and of a forward and backward pass with elements of this size.
+fn pass_memory(
+    settings: &Settings,
+    config: &ModelConfig,
+    bytes: usize,
+) -> [(&'static str, u64); 4] {
+    let longest = longest_sample(settings, config);
+    let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
+    // Every actor has one cache for the policy and one for the reference.
+    let slots = [2, actors(settings), settings.actor.slots, longest];
+    let pass_tokens = pass_tokens(settings, tokens_per_prompt(settings, config, longest));
+    let predicted = predicted_tokens(settings).min(pass_tokens);
+    [
         ("key-value caches", product(&[&slots, &keys_and_values])),
         (
             "activations of a pass",
@@ -265,20 +296,9 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         ),
         (
             "logits of a pass (rough)",
-            logits(
-                settings,
-                config,
-                predicted_tokens(settings).min(pass_tokens),
-            ),
+            logits(settings, config, predicted),
         ),
-    ];
-    let parts = parts
-        .into_iter()
-        .chain(followers(settings, trained, trained_parameters));
-    let parts = parts.filter(|&(_, bytes)| bytes > 0);
-    parts
-        .map(|(name, bytes)| MemoryPart { name, bytes })
-        .collect()
+    ]
 }
 
 /// Memory of the models that follow the policy, whose trained weights have these sizes: a moving average of it, and a

@@ -22,10 +22,10 @@ use crate::{
 /// Example: agon tournament configs/claims/ipo-md.toml
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The tournament.
+    /// Tournament file (TOML); docs/tournaments.md explains the keys.
     #[arg(value_name = "CONFIG")]
     config: PathBuf,
-    /// The whole course with tiny runs, in a directory of its own whose name ends with -smoke: two seeds, two points of
+    /// All stages with tiny runs, in a directory of its own whose name ends with -smoke: two seeds, two points of
     /// every grid, and the settings of [smoke].
     #[arg(long)]
     smoke: bool,
@@ -69,7 +69,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     })?;
     let ending = crate::runtime()?.block_on(async {
         let shutdown = signals::on_signal()?;
-        tournament::play(&tournament, &root, &shutdown).await
+        tournament::run(&tournament, &root, &shutdown).await
     })?;
     match ending {
         TournamentEnding::Finished(report) => {

@@ -1,4 +1,4 @@
-//! Charts as self-contained SVG: line charts over learner steps, and reliability diagrams.
+//! Charts as self-contained SVG: line charts over learner steps or another value, and reliability diagrams.
 
 use std::{collections::BTreeSet, error::Error, path::Path};
 

@@ -14,7 +14,7 @@ use preference::{ComparisonRequest, EvaluationJudge, JudgePool, Orders, Verdict}
 use serde::{Deserialize, Serialize};
 use settings::{PromptsSettings, Settings, Tournament};
 use telemetry::write_atomically;
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 
 use crate::{
     assembly::{self, CompletionOrigin, JudgeSource, LoadedModel, ModelLocation, held_out_prompt},
@@ -27,7 +27,7 @@ use crate::{
     },
 };
 
-/// Name of the policy at the start, which plays in every meeting.
+/// Name of the policy at the start, which takes part in every meeting.
 pub(super) const REFERENCE: &str = "reference";
 
 /// The meetings of one seed at one sampling temperature.
@@ -36,7 +36,7 @@ pub(super) struct SeedMeetings {
     pub(super) seed: u64,
     pub(super) temperature: f64,
     /// The reference, and then every entrant whose run has not diverged.
-    pub(super) players: Vec<Player>,
+    pub(super) policies: Vec<PolicyAnswers>,
     /// `win_rates[a][b]`: share of the judged prompts on which a's answer is preferred to b's, ties counting one half;
     /// `None` on the diagonal.
     pub(super) win_rates: Vec<Vec<Option<f64>>>,
@@ -46,7 +46,7 @@ pub(super) struct SeedMeetings {
 
 /// A policy's answers in the meetings of a seed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Player {
+pub(super) struct PolicyAnswers {
     pub(super) name: String,
     /// KL from the reference a completion, in nats, at temperature 1; `None` at others.
     pub(super) kl: Option<f64>,
@@ -65,8 +65,8 @@ struct SavedMeetings {
     meetings: Vec<SeedMeetings>,
 }
 
-/// A policy that plays.
-struct Participant {
+/// A policy that takes part.
+struct MeetingPolicy {
     name: String,
     model: LanguageModel,
     /// 1 for the reference, which is also the second model of its sampler.
@@ -114,11 +114,11 @@ pub(super) fn meet(
     }
     tracing::info!(seed = first.seed, "meetings");
     let cancel = signals::cancel_token(shutdown);
-    let venue = Venue::open(tournament, &first.resolved.settings, &cancel)?;
-    let participants = venue.participants(entrants, &results)?;
+    let inputs = MeetingInputs::open(tournament, &first.resolved.settings, &cancel)?;
+    let participants = inputs.participants(entrants, &results)?;
     let mut meetings = Vec::new();
     for &temperature in &tournament.temperatures {
-        let Some(met) = venue.meetings(&participants, temperature, shutdown)? else {
+        let Some(met) = inputs.meetings(&participants, temperature, shutdown)? else {
             return Ok(None);
         };
         meetings.push(met);
@@ -129,10 +129,10 @@ pub(super) fn meet(
 }
 
 impl SavedMeetings {
-    /// Whether there is one for each temperature, with a row and a column for each player.
+    /// Whether there is one for each temperature, with a row and a column for each policy.
     fn fits(&self, tournament: &Tournament) -> bool {
         let is_square = |met: &SeedMeetings| {
-            let count = met.players.len();
+            let count = met.policies.len();
             let rows = &met.win_rates;
             count > 0 && rows.len() == count && rows.iter().all(|row| row.len() == count)
         };
@@ -141,8 +141,8 @@ impl SavedMeetings {
     }
 }
 
-/// What the policies of a seed share: reference, prompts and judge.
-struct Venue<'a> {
+/// Inputs that the meetings of a seed share: settings, reference, prompts.
+struct MeetingInputs<'a> {
     tournament: &'a Tournament,
     settings: &'a Settings,
     base: LoadedModel,
@@ -150,7 +150,7 @@ struct Venue<'a> {
     cancel: &'a CancelToken,
 }
 
-impl<'a> Venue<'a> {
+impl<'a> MeetingInputs<'a> {
     fn open(
         tournament: &'a Tournament,
         settings: &'a Settings,
@@ -174,8 +174,8 @@ impl<'a> Venue<'a> {
         &self,
         entrants: &[Entrant],
         results: &[(&PlannedRun, RunResult)],
-    ) -> anyhow::Result<Vec<Participant>> {
-        let mut participants = vec![Participant {
+    ) -> anyhow::Result<Vec<MeetingPolicy>> {
+        let mut participants = vec![MeetingPolicy {
             name: REFERENCE.to_owned(),
             model: self.base.language_model()?,
             mixture_coef: 1.0,
@@ -195,7 +195,7 @@ impl<'a> Venue<'a> {
                 model = learner::checkpoint_average(&result.checkpoint, &model)?
                     .with_context(|| format!("{} has saved no average", run.name))?;
             }
-            participants.push(Participant {
+            participants.push(MeetingPolicy {
                 name: entrant.name.clone(),
                 model,
                 mixture_coef: 0.0,
@@ -207,34 +207,35 @@ impl<'a> Venue<'a> {
     /// The meetings at one temperature; `None` after a shutdown.
     fn meetings(
         &self,
-        participants: &[Participant],
+        participants: &[MeetingPolicy],
         temperature: f64,
         shutdown: &watch::Sender<bool>,
     ) -> anyhow::Result<Option<SeedMeetings>> {
         let mut answers = Vec::new();
-        for player in participants {
-            let Some(of_player) = self.answers(player, temperature)? else {
+        for policy in participants {
+            let Some(of_policy) = self.answers(policy, temperature)? else {
                 return Ok(None);
             };
-            answers.push(of_player);
+            answers.push(of_policy);
         }
         let both = participants.iter().zip(&answers);
-        let players = both.map(|(player, answers)| self.player(&player.name, answers, temperature));
+        let policies =
+            both.map(|(policy, answers)| self.policy(&policy.name, answers, temperature));
         let mut met = SeedMeetings {
             seed: self.settings.run.seed,
             temperature,
-            players: players.collect(),
+            policies: policies.collect(),
             win_rates: vec![vec![None; answers.len()]; answers.len()],
             unjudged: 0,
         };
-        let judged = crate::runtime()?.block_on(self.judge(&answers, &mut met, shutdown))?;
+        let judged = Handle::current().block_on(self.judge(&answers, &mut met, shutdown))?;
         Ok(judged.then_some(met))
     }
 
     /// A participant's answers, one a prompt; `None` after a shutdown.
     fn answers(
         &self,
-        player: &Participant,
+        policy: &MeetingPolicy,
         temperature: f64,
     ) -> anyhow::Result<Option<Vec<Completion>>> {
         let actor = &self.settings.actor;
@@ -245,21 +246,14 @@ impl<'a> Venue<'a> {
         let capacity = actor.max_prompt_length + actor.max_new_tokens;
         let reference = Some(self.base.language_model()?);
         let mut sampler = MixtureSampler::new(
-            player.model.clone(),
+            policy.model.clone(),
             reference,
             sampling,
             actor.slots,
             capacity,
         )?;
-        for (key, prompt) in (0..).zip(&self.prompts) {
-            sampler.admit(Request {
-                key,
-                ids: prompt.ids.clone(),
-                seed: prompt.seed,
-                mixture_coefs: vec![player.mixture_coef],
-                exact: 0,
-                max_new_tokens: sampling.max_new_tokens,
-            })?;
+        for request in self.requests(policy, sampling.max_new_tokens) {
+            sampler.admit(request)?;
         }
         let mut answers = vec![None; self.prompts.len()];
         while !sampler.is_idle() {
@@ -282,7 +276,24 @@ impl<'a> Venue<'a> {
         answers.map(Some).context("a prompt was not answered")
     }
 
-    fn player(&self, name: &str, answers: &[Completion], temperature: f64) -> Player {
+    /// A policy's requests, one a prompt, in the prompts' order.
+    fn requests(
+        &self,
+        policy: &MeetingPolicy,
+        max_new_tokens: usize,
+    ) -> impl Iterator<Item = Request> {
+        let request = move |(key, prompt): (u64, &Prompt)| Request {
+            key,
+            ids: prompt.ids.clone(),
+            seed: prompt.seed,
+            mixture_coefs: vec![policy.mixture_coef],
+            exact: 0,
+            max_new_tokens,
+        };
+        (0..).zip(&self.prompts).map(request)
+    }
+
+    fn policy(&self, name: &str, answers: &[Completion], temperature: f64) -> PolicyAnswers {
         let count = answers.len() as f64;
         let mean = |of: &dyn Fn(&Completion) -> f64| answers.iter().map(of).sum::<f64>() / count;
         let kl = || mean(&|answer| answer.sum_logp() - answer.sum_ref_logp());
@@ -290,7 +301,7 @@ impl<'a> Venue<'a> {
             mean(&|answer| f64::from(u8::from(playground::style_of(&answer.ids) == style)))
         };
         let on_playground = matches!(self.settings.prompts, PromptsSettings::Playground { .. });
-        Player {
+        PolicyAnswers {
             name: name.to_owned(),
             kl: (temperature == 1.0 && name != REFERENCE).then(kl),
             length: mean(&|answer| answer.ids.len() as f64),
@@ -310,7 +321,7 @@ impl<'a> Venue<'a> {
         for a in 0..answers.len() {
             for b in a + 1..answers.len() {
                 let mut requested = shutdown.subscribe();
-                let both = [met.players[a].name.as_str(), &met.players[b].name];
+                let both = [met.policies[a].name.as_str(), &met.policies[b].name];
                 let requests = self.pairs(&answers[a], &answers[b]);
                 let wins = tokio::select! {
                     wins = self.wins(&judge, &requests, both) => wins?,
@@ -325,7 +336,7 @@ impl<'a> Venue<'a> {
         Ok(true)
     }
 
-    /// Outcomes of the judged comparisons of two players: 1, 0 or ½, at least one.
+    /// Outcomes of the judged comparisons of two policies: 1, 0 or ½, at least one.
     async fn wins(
         &self,
         judge: &MeetingJudge,

@@ -18,7 +18,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use settings::Tournament;
-use telemetry::write_atomically;
+use telemetry::{printable, printable_json, write_atomically};
 use tokio::sync::watch;
 
 use crate::tournament::{
@@ -49,7 +49,7 @@ pub(crate) fn lock_file(root: &Path) -> anyhow::Result<std::fs::File> {
 /// # Errors
 /// When a run fails for another reason than divergence, a directory belongs to other settings, or a policy cannot be
 /// read or judged.
-pub(crate) async fn play(
+pub(crate) async fn run(
     tournament: &Tournament,
     root: &Path,
     shutdown: &watch::Sender<bool>,
@@ -87,9 +87,10 @@ pub(crate) async fn play(
 /// Writes the three reports; the Markdown is also returned.
 fn write_report(root: &Path, results: &TournamentResults) -> anyhow::Result<String> {
     let json = serde_json::to_string_pretty(results).context("failed to encode the results")?;
-    write_atomically(&root.join("report.json"), format!("{json}\n").as_bytes())?;
+    let json = format!("{}\n", printable_json(&json));
+    write_atomically(&root.join("report.json"), json.as_bytes())?;
     write_atomically(&root.join("report.html"), page::page(results)?.as_bytes())?;
-    let markdown = tables::markdown(results)?;
+    let markdown = printable(&tables::markdown(results)?).into_owned();
     write_atomically(&root.join("report.md"), markdown.as_bytes())?;
     Ok(markdown)
 }

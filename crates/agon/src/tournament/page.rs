@@ -110,6 +110,11 @@ fn charts(page: &mut String, results: &TournamentResults) -> anyhow::Result<()> 
         &|e| e.length,
         None,
     )?;
+    further_curves(page, training)
+}
+
+/// A chart of each further metric.
+fn further_curves(page: &mut String, training: &[Training]) -> anyhow::Result<()> {
     let metrics = training.first().map_or(&[][..], |first| &first.curves);
     for (index, metric) in metrics.iter().enumerate() {
         let lines = training.iter().map(|training| {

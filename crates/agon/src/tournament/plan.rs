@@ -34,11 +34,11 @@ pub(super) struct PlannedRun {
     pub(super) directory: PathBuf,
     /// The tournament's directory.
     pub(super) root: PathBuf,
-    /// Its settings.
+    /// Resolved settings, the seed included.
     pub(super) resolved: Resolved,
 }
 
-/// The variant with which a method plays in the finals.
+/// The variant with which a method takes part in the finals.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct SelectedVariant {
     /// Name of the method.
@@ -47,7 +47,7 @@ pub(super) struct SelectedVariant {
     pub(super) method_index: usize,
     #[serde(skip)]
     pub(super) variant_index: usize,
-    /// Its settings of the grid.
+    /// Values of the grid, as `key=value`.
     pub(super) label: String,
     /// Mean win rate against the reference over the selection seeds; `None` without a selection.
     pub(super) score: Option<f64>,
@@ -62,7 +62,7 @@ pub(super) struct Candidate {
     pub(super) score: Option<f64>,
 }
 
-/// A policy that plays: a run's last weights, or their moving average.
+/// A policy that takes part: a run's last weights, or their moving average.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Entrant {
     pub(super) name: String,

@@ -36,18 +36,18 @@ pub(super) struct Standings {
     pub(super) temperature: f64,
     /// Comparisons without a verdict, over all seeds.
     pub(super) unjudged: usize,
-    pub(super) players: Vec<PlayerResult>,
+    pub(super) policies: Vec<PolicyResult>,
     /// Every two entrants once, with p-values corrected over all of them.
-    pub(super) comparisons: Vec<Comparison>,
+    pub(super) comparisons: Vec<MethodComparison>,
 }
 
 /// A policy's results over the seeds.
 #[derive(Serialize)]
-pub(super) struct PlayerResult {
+pub(super) struct PolicyResult {
     pub(super) name: String,
-    /// Against the reference.
+    /// Win rate against the reference.
     pub(super) win_rate: Option<SeedMean>,
-    /// From the reference, at temperature 1.
+    /// KL from the reference in nats, at temperature 1.
     pub(super) kl: Option<SeedMean>,
     pub(super) length: Option<SeedMean>,
     pub(super) truncated: Option<SeedMean>,
@@ -69,16 +69,16 @@ pub(super) struct StyleResult {
 
 /// A meeting of two entrants over the seeds.
 #[derive(Serialize)]
-pub(super) struct Comparison {
+pub(super) struct MethodComparison {
     pub(super) a: String,
     pub(super) b: String,
     /// Win rate of a against b.
     pub(super) win_rate: SeedMean,
-    /// That it is ½, adjusted by Holm.
+    /// P-value of a two-sided t-test that the win rate is ½, adjusted by Holm's method.
     pub(super) p: Option<f64>,
     /// Win rate of a against the reference less that of b, paired by seed.
     pub(super) difference: Option<SeedMean>,
-    /// That the difference is 0, adjusted by Holm.
+    /// P-value of a t-test that the difference is 0, adjusted by Holm's method.
     pub(super) difference_p: Option<f64>,
 }
 
@@ -187,55 +187,24 @@ impl Standings {
         met: &[&SeedMeetings],
         cycle: Option<f64>,
     ) -> Self {
-        let mut players = vec![PlayerResult::new(REFERENCE, met)];
-        players[0].styles = cycle.and_then(|cycle| StyleResult::new(None, met, cycle));
+        let mut policies = vec![PolicyResult::new(REFERENCE, met)];
+        policies[0].styles = cycle.and_then(|cycle| StyleResult::new(None, met, cycle));
         for entrant in entrants {
-            let mut player = PlayerResult::new(&entrant.name, met);
-            player.styles = cycle.and_then(|cycle| StyleResult::new(Some(entrant), met, cycle));
-            players.push(player);
-        }
-        let mut comparisons = Vec::new();
-        let mut tests = [Vec::new(), Vec::new()];
-        for (index, a) in entrants.iter().enumerate() {
-            for b in &entrants[index + 1..] {
-                let rates: Vec<f64> = met
-                    .iter()
-                    .filter_map(|met| met.rate(&a.name, &b.name))
-                    .collect();
-                let Some(win_rate) = SeedMean::of_shares(&rates) else {
-                    continue;
-                };
-                let differences = met.iter().filter_map(|met| {
-                    Some(met.rate(&a.name, REFERENCE)? - met.rate(&b.name, REFERENCE)?)
-                });
-                let differences: Vec<f64> = differences.collect();
-                tests[0].push(t_test(&rates, 0.5));
-                tests[1].push(t_test(&differences, 0.0));
-                comparisons.push(Comparison {
-                    a: a.name.clone(),
-                    b: b.name.clone(),
-                    win_rate,
-                    p: None,
-                    difference: SeedMean::of(&differences),
-                    difference_p: None,
-                });
-            }
-        }
-        let [p, difference_p] = tests.map(|tests| adjusted(&tests));
-        for ((comparison, p), difference_p) in comparisons.iter_mut().zip(p).zip(difference_p) {
-            (comparison.p, comparison.difference_p) = (p, difference_p);
+            let mut policy = PolicyResult::new(&entrant.name, met);
+            policy.styles = cycle.and_then(|cycle| StyleResult::new(Some(entrant), met, cycle));
+            policies.push(policy);
         }
         Self {
             temperature,
             unjudged: met.iter().map(|met| met.unjudged).sum(),
-            players,
-            comparisons,
+            policies,
+            comparisons: comparisons(entrants, met),
         }
     }
 
     /// Whether the win rate of two entrants is apart from ½ at a family-wise error rate of .05.
     pub(super) fn differs(&self, a: &str, b: &str) -> bool {
-        let is_of = |found: &&Comparison| [(a, b), (b, a)].contains(&(&found.a, &found.b));
+        let is_of = |found: &&MethodComparison| [(a, b), (b, a)].contains(&(&found.a, &found.b));
         let found = self.comparisons.iter().find(is_of);
         found.and_then(|found| found.p).is_some_and(|p| p < 0.05)
     }
@@ -243,8 +212,8 @@ impl Standings {
     /// Mean win rate of `a` against `b`.
     pub(super) fn win_rate(&self, a: &str, b: &str) -> Option<f64> {
         if b == REFERENCE {
-            let player = self.players.iter().find(|player| player.name == a)?;
-            return player.win_rate.map(|rate| rate.mean);
+            let policy = self.policies.iter().find(|policy| policy.name == a)?;
+            return policy.win_rate.map(|rate| rate.mean);
         }
         if a == REFERENCE {
             return self.win_rate(b, a).map(|rate| 1.0 - rate);
@@ -260,6 +229,42 @@ impl Standings {
     }
 }
 
+/// Every two entrants that have met, with p-values adjusted for their number.
+fn comparisons(entrants: &[Entrant], met: &[&SeedMeetings]) -> Vec<MethodComparison> {
+    let mut comparisons = Vec::new();
+    let mut tests = [Vec::new(), Vec::new()];
+    for (index, a) in entrants.iter().enumerate() {
+        for b in &entrants[index + 1..] {
+            let rates: Vec<f64> = met
+                .iter()
+                .filter_map(|met| met.rate(&a.name, &b.name))
+                .collect();
+            let Some(win_rate) = SeedMean::of_shares(&rates) else {
+                continue;
+            };
+            let differences = met.iter().filter_map(|met| {
+                Some(met.rate(&a.name, REFERENCE)? - met.rate(&b.name, REFERENCE)?)
+            });
+            let differences: Vec<f64> = differences.collect();
+            tests[0].push(t_test(&rates, 0.5));
+            tests[1].push(t_test(&differences, 0.0));
+            comparisons.push(MethodComparison {
+                a: a.name.clone(),
+                b: b.name.clone(),
+                win_rate,
+                p: None,
+                difference: SeedMean::of(&differences),
+                difference_p: None,
+            });
+        }
+    }
+    let [p, difference_p] = tests.map(|tests| adjusted(&tests));
+    for ((comparison, p), difference_p) in comparisons.iter_mut().zip(p).zip(difference_p) {
+        (comparison.p, comparison.difference_p) = (p, difference_p);
+    }
+    comparisons
+}
+
 /// The p-values that there are, adjusted for their number.
 fn adjusted(tests: &[Option<f64>]) -> Vec<Option<f64>> {
     let known: Vec<f64> = tests.iter().flatten().copied().collect();
@@ -272,20 +277,20 @@ fn adjusted(tests: &[Option<f64>]) -> Vec<Option<f64>> {
 
 impl SeedMeetings {
     fn index(&self, name: &str) -> Option<usize> {
-        self.players.iter().position(|player| player.name == name)
+        self.policies.iter().position(|policy| policy.name == name)
     }
 
-    /// Win rate of `a` against `b`, if both have played.
+    /// Win rate of `a` against `b`, if both took part.
     fn rate(&self, a: &str, b: &str) -> Option<f64> {
         self.win_rates[self.index(a)?][self.index(b)?]
     }
 }
 
-impl PlayerResult {
+impl PolicyResult {
     fn new(name: &str, met: &[&SeedMeetings]) -> Self {
-        let players = || {
+        let policies = || {
             met.iter()
-                .filter_map(|met| Some(&met.players[met.index(name)?]))
+                .filter_map(|met| Some(&met.policies[met.index(name)?]))
         };
         let over = |values: Vec<f64>| SeedMean::of(&values);
         let share = |values: Vec<f64>| SeedMean::of_shares(&values);
@@ -297,9 +302,9 @@ impl PlayerResult {
                     .filter_map(|met| met.rate(name, REFERENCE))
                     .collect(),
             ),
-            kl: over(players().filter_map(|player| player.kl).collect()),
-            length: over(players().map(|player| player.length).collect()),
-            truncated: share(players().map(|player| player.truncated).collect()),
+            kl: over(policies().filter_map(|policy| policy.kl).collect()),
+            length: over(policies().map(|policy| policy.length).collect()),
+            truncated: share(policies().map(|policy| policy.truncated).collect()),
             styles: None,
             diverged: absent.map(|met| met.seed).collect(),
         }
@@ -313,7 +318,7 @@ impl StyleResult {
         let mut mixes = Vec::new();
         let mut distances = Vec::new();
         for met in met {
-            let styles = |name: &str| met.players[met.index(name)?].styles;
+            let styles = |name: &str| met.policies[met.index(name)?].styles;
             let (Some(mix), Some(reference)) = (styles(name), styles(REFERENCE)) else {
                 continue;
             };

@@ -88,14 +88,8 @@ impl<'a> RunQueue<'a> {
                 Ok(_) => {
                     ended += 1;
                     let each = started.elapsed().as_secs_f64() / f64::from(ended);
-                    let minutes = each * (count - ended as usize) as f64 / 60.0;
-                    tracing::info!(
-                        part,
-                        done = total - count + ended as usize,
-                        of = total,
-                        minutes_left = format!("{minutes:.0}"),
-                        "run ended"
-                    );
+                    let left = count - ended as usize;
+                    log_ended(part, [total - left, total], each * left as f64 / 60.0);
                 }
                 Err(error) => {
                     self.shutdown.send_replace(true);
@@ -111,7 +105,7 @@ impl<'a> RunQueue<'a> {
 }
 
 impl PlannedRun {
-    /// Whether the run has finished or diverged. A process that is still running it is told apart by its own lock.
+    /// Whether the run has finished or diverged. A process that still runs it is detected by the run's own lock.
     ///
     /// # Errors
     /// When the directory holds a run with other settings.
@@ -240,6 +234,12 @@ impl RunCommand {
             self.log().display()
         )
     }
+}
+
+/// Logs that a run has ended: how many of all have, and the minutes that the others will take.
+fn log_ended(part: &str, [done, of]: [usize; 2], minutes: f64) {
+    let minutes_left = format!("{minutes:.0}");
+    tracing::info!(part, done, of, minutes_left, "run ended");
 }
 
 /// Asks the process to save and end.

@@ -29,7 +29,7 @@ impl SeedMean {
 
     /// Mean and interval of one value a seed; `None` without values.
     pub(super) fn of(values: &[f64]) -> Option<Self> {
-        let moments = Moments::of(values)?;
+        let moments = SampleMoments::of(values)?;
         let half = moments.standard_error.map(|error| {
             let t = student(values.len()).inverse_cdf(0.5 + CONFIDENCE / 2.0);
             t * error
@@ -45,7 +45,7 @@ impl SeedMean {
 
 /// Two-sided p-value of Student's t-test that the mean of `values` is `expected`; `None` for fewer than two.
 pub(super) fn t_test(values: &[f64], expected: f64) -> Option<f64> {
-    let moments = Moments::of(values)?;
+    let moments = SampleMoments::of(values)?;
     let error = moments.standard_error?;
     let difference = (moments.mean - expected).abs();
     if error == 0.0 {
@@ -68,13 +68,13 @@ pub(super) fn holm(p: &[f64]) -> Vec<f64> {
     adjusted
 }
 
-struct Moments {
+struct SampleMoments {
     mean: f64,
-    /// Of the mean; `None` for a single value.
+    /// Standard error of the mean; `None` for a single value.
     standard_error: Option<f64>,
 }
 
-impl Moments {
+impl SampleMoments {
     fn of(values: &[f64]) -> Option<Self> {
         if values.is_empty() {
             return None;

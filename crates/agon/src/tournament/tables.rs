@@ -28,8 +28,8 @@ pub(super) fn tables(results: &TournamentResults) -> Vec<TextTable> {
             true => format!(", temperature {}", standings.temperature),
             false => String::new(),
         };
-        tables.push(players(results, standings, &at));
-        if standings.players.len() > 2 {
+        tables.push(policies(results, standings, &at));
+        if standings.policies.len() > 2 {
             tables.push(matrix(standings, &at));
             tables.push(comparisons(standings, &at));
         }
@@ -65,21 +65,21 @@ fn heads(names: &[&str]) -> Vec<String> {
     names.iter().map(|&name| name.to_owned()).collect()
 }
 
-fn players(results: &TournamentResults, standings: &Standings, at: &str) -> TextTable {
-    let rows = standings.players.iter().map(|player| {
+fn policies(results: &TournamentResults, standings: &Standings, at: &str) -> TextTable {
+    let rows = standings.policies.iter().map(|policy| {
         let chosen = results
             .selected
             .iter()
-            .find(|chosen| chosen.method == player.name);
+            .find(|chosen| chosen.method == policy.name);
         let label = chosen.map_or("", |chosen| chosen.label.as_str());
-        let diverged: Vec<_> = player.diverged.iter().map(u64::to_string).collect();
+        let diverged: Vec<_> = policy.diverged.iter().map(u64::to_string).collect();
         vec![
-            player.name.clone(),
+            policy.name.clone(),
             label.to_owned(),
-            interval(player.win_rate.as_ref(), 3),
-            interval(player.kl.as_ref(), 2),
-            interval(player.length.as_ref(), 1),
-            interval(player.truncated.as_ref(), 3),
+            interval(policy.win_rate.as_ref(), 3),
+            interval(policy.kl.as_ref(), 2),
+            interval(policy.length.as_ref(), 1),
+            interval(policy.truncated.as_ref(), 3),
             diverged.join(", "),
         ]
     });
@@ -113,9 +113,9 @@ fn players(results: &TournamentResults, standings: &Standings, at: &str) -> Text
 
 fn matrix(standings: &Standings, at: &str) -> TextTable {
     let names: Vec<&str> = standings
-        .players
+        .policies
         .iter()
-        .map(|player| player.name.as_str())
+        .map(|policy| policy.name.as_str())
         .collect();
     let row = |a: &&str| {
         let cells = names.iter().map(|b| match a == b {
@@ -163,11 +163,11 @@ fn comparisons(standings: &Standings, at: &str) -> TextTable {
 }
 
 fn styles(standings: &Standings, at: &str) -> Option<TextTable> {
-    let rows = standings.players.iter().filter_map(|player| {
-        let styles = player.styles.as_ref()?;
+    let rows = standings.policies.iter().filter_map(|policy| {
+        let styles = policy.styles.as_ref()?;
         let mix = styles.mix.map(|share| format!("{share:.3}"));
         Some(vec![
-            player.name.clone(),
+            policy.name.clone(),
             mix.join(" / "),
             interval(Some(&styles.exploitability), 3),
             interval(styles.distance.as_ref(), 3),
@@ -273,25 +273,25 @@ pub(super) fn markdown(results: &TournamentResults) -> Result<String, fmt::Error
 /// What was done, and the winner, in sentences.
 pub(super) fn summary(results: &TournamentResults) -> String {
     let standings = results.standings.first();
-    let players = standings.map_or(&[][..], |standings| &standings.players);
+    let policies = standings.map_or(&[][..], |standings| &standings.policies);
     let rate = |index: usize| {
-        players[index]
+        policies[index]
             .win_rate
             .map_or(f64::NEG_INFINITY, |rate| rate.mean)
     };
-    let entrants = (0..players.len()).filter(|&index| players[index].name != REFERENCE);
+    let entrants = (0..policies.len()).filter(|&index| policies[index].name != REFERENCE);
     let best = entrants.reduce(|best, next| if rate(next) > rate(best) { next } else { best });
     let best = best.map_or(String::new(), |best| {
         format!(
             " The highest win rate against the reference is that of {}: {}.",
-            players[best].name,
-            interval(players[best].win_rate.as_ref(), 3)
+            policies[best].name,
+            interval(policies[best].win_rate.as_ref(), 3)
         )
     });
     let seeds: Vec<_> = results.seeds.iter().map(u64::to_string).collect();
     format!(
         "{} methods, seeds {}; {}, {} cores; agon {}.{best}",
-        players.len().saturating_sub(1),
+        policies.len().saturating_sub(1),
         seeds.join(", "),
         results
             .machine

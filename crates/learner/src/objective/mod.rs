@@ -1,4 +1,4 @@
-//! Training objectives: pair losses, the policy-gradient form of Nash-MD, and their labels and reductions.
+//! Training objectives: pair losses, the policy gradients Nash-MD-PG and RLOO, and their labels and reductions.
 //!
 //! Every loss is a pure function of tensors in its own file; the trainer sees it as an [`Objective`]. Losses work in
 //! f32 and f64, check their shapes first, and stay finite with the right gradient for any log-ratio. The reference and

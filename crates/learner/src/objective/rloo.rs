@@ -12,7 +12,7 @@ use candle_core::{Result, Tensor};
 use crate::objective::batch::check_rows;
 use crate::objective::{Batch, Objective};
 
-/// The log-odds of labels are bounded as if p were at least this far from 0 and 1, at ±13.8.
+/// Lower bound of p and 1 − p in the log-odds, which are then within ±13.8.
 const MIN_P: f64 = 1e-6;
 
 /// RLOO as an objective. All completions must be from the policy itself.
@@ -41,8 +41,10 @@ impl Objective for Rloo {
 /// If the shapes disagree.
 pub fn surrogate(h: &Tensor, p: &Tensor, beta: f64) -> Result<Tensor> {
     check_rows(h, p)?;
-    let p = p.detach().clamp(MIN_P, 1.0 - MIN_P)?;
-    let log_odds = (p.log()? - p.affine(-1.0, 1.0)?.log()?)?;
+    let p = p.detach();
+    // Bounded on both sides alike, so that swapping the completions changes nothing.
+    let log = |p: &Tensor| p.maximum(MIN_P)?.log();
+    let log_odds = (log(&p)? - log(&p.affine(-1.0, 1.0)?)?)?;
     let advantage = (log_odds - (h.detach() * beta)?)?;
     (advantage * h)? * -0.5
 }
@@ -76,7 +78,7 @@ mod tests {
 
     #[test]
     fn certain_labels_have_bounded_log_odds() -> Result<()> {
-        let bound = ((1.0 - MIN_P) / MIN_P).ln();
+        let bound = -MIN_P.ln();
         for (p, log_odds) in [(1.0, bound), (0.0, -bound)] {
             let slope = gradient(&|h, p| surrogate(h, p, 0.1), 0.0, p)?;
             close(&[slope], &[-0.5 * log_odds], 1e-9);

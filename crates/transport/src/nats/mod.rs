@@ -41,6 +41,10 @@ pub(crate) use weight_store::NatsWeightStore;
 pub use access::{Permissions, RoleAccess};
 pub use registry::{KeptEntry, LeaderLease, RegistryEntry, RunRegistry};
 
+/// Beginning of the seed of a user's nkey.
+const USER_SEED: &str = "SU";
+/// Largest file of a secret, in bytes.
+const MAX_SECRET_BYTES: u64 = 1 << 16;
 /// Timeout of one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -389,6 +393,12 @@ fn options(settings: &JetStreamSettings) -> Result<ConnectOptions, TransportErro
         options = options.token(token);
     }
     if let Some(seed) = secret(&settings.nkey_path)? {
+        if !seed.starts_with(USER_SEED) {
+            return Err(TransportError::Unreadable {
+                path: settings.nkey_path.clone(),
+                reason: "it must hold the seed of a user's nkey, which begins with SU".into(),
+            });
+        }
         options = options.nkey(seed);
     }
     if let Some(credentials) = secret(&settings.credentials_path)? {
@@ -462,12 +472,20 @@ pub(crate) fn secret(path: &Path) -> Result<Option<String>, TransportError> {
     if !is_set(path) {
         return Ok(None);
     }
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text.trim().to_owned())),
-        Err(error) => Err(TransportError::Unreadable {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        }),
+    let unreadable = |reason: String| TransportError::Unreadable {
+        path: path.to_owned(),
+        reason,
+    };
+    let failed = |error: std::io::Error| unreadable(error.to_string());
+    let found = std::fs::metadata(path).map_err(failed)?;
+    if !found.is_file() || found.len() > MAX_SECRET_BYTES {
+        let reason = format!("it must be a regular file of at most {MAX_SECRET_BYTES} bytes");
+        return Err(unreadable(reason));
+    }
+    let text = std::fs::read_to_string(path).map_err(failed)?;
+    match text.trim() {
+        "" => Err(unreadable("it is empty".into())),
+        secret => Ok(Some(secret.to_owned())),
     }
 }
 
@@ -493,5 +511,59 @@ struct RequestError(String);
 impl RequestError {
     fn of(error: impl std::error::Error) -> Self {
         Self(one_line(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_a_small_file_with_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        assert_eq!(secret(Path::new("")).unwrap(), None);
+        let good = secret(&file("good", b" token \n")).unwrap();
+        assert_eq!(good.as_deref(), Some("token"));
+        for (path, expected) in [
+            (file("empty", b"\n"), "it is empty"),
+            (
+                file("large", &vec![b'x'; 1 << 17]),
+                "a regular file of at most",
+            ),
+            (
+                Path::new("/dev/zero").to_owned(),
+                "a regular file of at most",
+            ),
+            (folder.path().join("none"), "No such file"),
+        ] {
+            let error = secret(&path).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_public_key_is_not_taken_for_a_seed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("user.pub");
+        std::fs::write(&path, "UABC\n").unwrap();
+        let settings =
+            settings::resolve("", "test", &["transport.kind=jetstream".parse().unwrap()]);
+        let settings::TransportSettings::Jetstream(mut settings) =
+            settings.unwrap().settings.transport
+        else {
+            panic!("it was set");
+        };
+        settings.nkey_path = path;
+        let error = check_files(&settings).unwrap_err().to_string();
+        assert!(
+            error.contains("user.pub") && error.contains("begins with SU"),
+            "{error}"
+        );
     }
 }
