@@ -8,12 +8,12 @@ use serde::{
 };
 
 use crate::{
-    Settings,
     checks::Checks,
     ganpo::GanpoSettings,
     model::DtypeSetting,
     objective::ObjectiveSettings,
     optimizer::{LrSchedulerType, OptimizerSettings},
+    settings::Settings,
 };
 
 /// Training of the policy.

@@ -68,5 +68,8 @@ pub use settings::Settings;
 pub use sft::SftSettings;
 pub use source::{HubModel, InvalidHubModel, ModelSource};
 pub use telemetry::TelemetrySettings;
-pub use tournament::{KeptVariants, MethodVariant, Tournament, TournamentMethod};
+pub use tournament::{
+    KeptVariants, MethodVariant, TOURNAMENT_REFERENCE, Tournament, TournamentJudge,
+    TournamentMethod,
+};
 pub use transport::{JetStreamSettings, TopologySettings, TransportSettings, WeightsEncoding};

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Settings,
     checks::Checks,
     lora::LoraSettings,
     prompts::PromptsSettings,
+    settings::Settings,
     source::{ModelSource, check_source},
 };
 

@@ -5,12 +5,12 @@ use std::{net::SocketAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Settings,
     apo::ApoSettings,
     checks::Checks,
     fit::FitSettings,
     judge::{ChatSettings, JudgeSettings},
     model::DtypeSetting,
+    settings::Settings,
 };
 
 /// Labelling of pairs.

@@ -5,8 +5,8 @@ use std::path::Path;
 use toml::{Table, Value};
 
 use crate::{
-    Settings, checks, choice, error::SettingsError, evaluation, redaction::without_secrets, repair,
-    staleness,
+    checks, choice, error::SettingsError, evaluation, redaction::without_secrets, repair,
+    settings::Settings, staleness,
 };
 
 /// The commented default file: all keys with their defaults and meanings.

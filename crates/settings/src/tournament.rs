@@ -5,11 +5,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     path::{Path, PathBuf},
 };
 
 use messages::{Digest, GOLD};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
@@ -43,8 +44,8 @@ pub struct Tournament {
     pub seeds: Vec<u64>,
     /// Seeds of the runs that choose among the settings of a grid; none of them is in `seeds`.
     pub selection_seeds: Vec<u64>,
-    /// The judge that chooses and of the meetings: "gold", the name of an evaluation judge, or "run".
-    pub judge: String,
+    /// The judge whose win rates choose settings and compare policies.
+    pub judge: TournamentJudge,
     /// Held-out prompts of a meeting.
     pub prompts: usize,
     /// Sampling temperatures of the meetings.
@@ -55,6 +56,50 @@ pub struct Tournament {
     pub curves: Vec<String>,
     /// The methods in their order.
     pub methods: Vec<TournamentMethod>,
+}
+
+/// The judge whose win rates count in a tournament.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(from = "String", into = "String")]
+pub enum TournamentJudge {
+    /// The judge that labels the pairs of a run.
+    Run,
+    /// The playground's known preference.
+    #[default]
+    Gold,
+    /// An evaluation judge.
+    Named(String),
+}
+
+/// Name of [`TournamentJudge::Run`] in the file.
+const RUN: &str = "run";
+/// Name of the policy at the start in the results of a tournament; no method has it.
+pub const TOURNAMENT_REFERENCE: &str = "reference";
+
+impl From<String> for TournamentJudge {
+    fn from(name: String) -> Self {
+        match name.as_str() {
+            RUN => Self::Run,
+            GOLD => Self::Gold,
+            _ => Self::Named(name),
+        }
+    }
+}
+
+impl From<TournamentJudge> for String {
+    fn from(judge: TournamentJudge) -> Self {
+        judge.to_string()
+    }
+}
+
+impl fmt::Display for TournamentJudge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Run => RUN,
+            Self::Gold => GOLD,
+            Self::Named(name) => name,
+        })
+    }
 }
 
 /// A training method and its grid of settings.
@@ -110,8 +155,8 @@ struct TournamentTable {
     seeds: Vec<u64>,
     #[serde(default)]
     selection_seeds: Vec<u64>,
-    #[serde(default = "default_judge")]
-    judge: String,
+    #[serde(default)]
+    judge: TournamentJudge,
     #[serde(default = "default_prompts")]
     prompts: usize,
     #[serde(default = "default_temperatures")]
@@ -147,9 +192,6 @@ struct MethodTable {
 
 fn default_output_dir() -> PathBuf {
     "runs/tournaments".into()
-}
-fn default_judge() -> String {
-    GOLD.into()
 }
 fn default_prompts() -> usize {
     512
@@ -375,18 +417,16 @@ impl Tournament {
     fn unusable(&self, resolved: &Resolved) -> Option<String> {
         let settings = &resolved.settings;
         let judges = &settings.evaluation.judge;
-        let known = match self.judge.as_str() {
-            "run" => true,
-            "gold" => {
-                matches!(settings.prompts, PromptsSettings::Playground { .. })
-                    || judges.contains_key(GOLD)
-            }
-            name => judges.contains_key(name),
+        let on_playground = matches!(settings.prompts, PromptsSettings::Playground { .. });
+        let known = match &self.judge {
+            TournamentJudge::Run => true,
+            TournamentJudge::Gold => on_playground || judges.contains_key(GOLD),
+            TournamentJudge::Named(name) => judges.contains_key(name),
         };
         if !known {
             return Some(format!(
                 "tournament.judge = {:?} is no judge of this run: name one of [evaluation.judge], \"run\" for the judge that labels, or on the playground \"gold\"",
-                self.judge
+                self.judge.to_string()
             ));
         }
         (settings.evaluation.prompts == 0).then(|| {
@@ -399,7 +439,7 @@ impl TournamentMethod {
     fn check(&self, checks: &mut Checks) {
         let key = format!("method {}", self.name);
         checks.require(
-            is_folder_name(&self.name) && self.name != "reference",
+            is_folder_name(&self.name) && self.name != TOURNAMENT_REFERENCE,
             &key,
             format!("a name has {NAME_RULE}, and is not \"reference\""),
         );

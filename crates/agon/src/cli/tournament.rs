@@ -26,7 +26,7 @@ pub(crate) struct Arguments {
     #[arg(value_name = "CONFIG")]
     config: PathBuf,
     /// All stages with tiny runs, in a directory of its own whose name ends with -smoke: two seeds, two points of
-    /// every grid, and the settings of [smoke].
+    /// every grid, and the file's smoke settings.
     #[arg(long)]
     smoke: bool,
     /// Read the file and print the number of runs, without running any.

@@ -12,7 +12,7 @@ use model::{LanguageModel, MixtureSampler, Request, Sampler as _, SamplingSettin
 use playground::Style;
 use preference::{ComparisonRequest, EvaluationJudge, JudgePool, Orders, Verdict};
 use serde::{Deserialize, Serialize};
-use settings::{PromptsSettings, Settings, Tournament};
+use settings::{PromptsSettings, Settings, TOURNAMENT_REFERENCE, Tournament, TournamentJudge};
 use telemetry::write_atomically;
 use tokio::{runtime::Handle, sync::watch};
 
@@ -26,9 +26,6 @@ use crate::{
         run_result::RunResult,
     },
 };
-
-/// Name of the policy at the start, which takes part in every meeting.
-pub(super) const REFERENCE: &str = "reference";
 
 /// The meetings of one seed at one sampling temperature.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -176,7 +173,7 @@ impl<'a> MeetingInputs<'a> {
         results: &[(&PlannedRun, RunResult)],
     ) -> anyhow::Result<Vec<MeetingPolicy>> {
         let mut participants = vec![MeetingPolicy {
-            name: REFERENCE.to_owned(),
+            name: TOURNAMENT_REFERENCE.to_owned(),
             model: self.base.language_model()?,
             mixture_coef: 1.0,
         }];
@@ -303,7 +300,7 @@ impl<'a> MeetingInputs<'a> {
         let on_playground = matches!(self.settings.prompts, PromptsSettings::Playground { .. });
         PolicyAnswers {
             name: name.to_owned(),
-            kl: (temperature == 1.0 && name != REFERENCE).then(kl),
+            kl: (temperature == 1.0 && name != TOURNAMENT_REFERENCE).then(kl),
             length: mean(&|answer| answer.ids.len() as f64),
             truncated: mean(&|answer| f64::from(u8::from(answer.finish == Finish::Length))),
             styles: on_playground.then(|| Style::ALL.map(share)),
@@ -343,7 +340,7 @@ impl<'a> MeetingInputs<'a> {
         requests: &[ComparisonRequest],
         [a, b]: [&str; 2],
     ) -> anyhow::Result<Vec<f64>> {
-        let name = &self.tournament.judge;
+        let name = self.tournament.judge.to_string();
         let deadline = Duration::from_secs(self.settings.learner.batch_timeout_seconds);
         let mut wins = Vec::new();
         for chunk in requests.chunks(CHUNK) {
@@ -422,15 +419,14 @@ impl MeetingJudge {
         base: &LoadedModel,
     ) -> anyhow::Result<Self> {
         let (origin, never) = (CompletionOrigin::Policy(base), CancelToken::never());
-        if tournament.judge == "run" {
+        if tournament.judge == TournamentJudge::Run {
             let judge = JudgeSource::open(settings, origin, &never)?;
             return Ok(Self::Run(assembly::pool(settings, &Arc::new(judge))?));
         }
+        let name = tournament.judge.to_string();
         let judges = assembly::evaluation_judges(settings, origin, &never)?;
-        let named = judges
-            .into_iter()
-            .find(|judge| judge.name() == tournament.judge);
-        let named = named.with_context(|| format!("no evaluation judge {:?}", tournament.judge))?;
+        let named = judges.into_iter().find(|judge| judge.name() == name);
+        let named = named.with_context(|| format!("no evaluation judge {name:?}"))?;
         Ok(Self::Evaluation(named))
     }
 

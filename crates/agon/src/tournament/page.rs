@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use settings::TournamentJudge;
+
 use crate::{
     report::{
         charts::{ChartLine, LineChart, Point},
@@ -68,7 +70,7 @@ fn cell(text: &str, is_matrix: bool) -> String {
 
 fn charts(page: &mut String, results: &TournamentResults) -> anyhow::Result<()> {
     let training = &results.training;
-    let judge = &results.judge;
+    let judge = results.judge.to_string();
     let win_rate: &ValueOf = &|e| e.win_rate;
     let rates = Some((0.4, 1.0));
     over_steps(
@@ -85,7 +87,7 @@ fn charts(page: &mut String, results: &TournamentResults) -> anyhow::Result<()> 
         training,
         &|e| e.kl,
     )?;
-    if judge != "run" {
+    if results.judge != TournamentJudge::Run {
         let proxy: &ValueOf = &|e| e.run_win_rate;
         let title = format!("Win rate under {judge:?} against that under the run's judge");
         against(

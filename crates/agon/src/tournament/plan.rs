@@ -219,8 +219,8 @@ impl<'a> Plan<'a> {
         let Some(result) = RunResult::read(run)? else {
             return Ok(None);
         };
-        let judge = &self.tournament.judge;
-        let rate = result.last_win_rate(judge);
+        let rate = result.last_win_rate(&self.tournament.judge);
+        let judge = self.tournament.judge.to_string();
         rate.map(Some).with_context(|| {
             format!(
                 "the last evaluation of {} has no verdict of the judge {judge:?}: repair the judge, and remove {} to repeat \

@@ -3,11 +3,11 @@
 use messages::GOLD;
 use playground::{exploitability, style_preference};
 use serde::Serialize;
-use settings::{JudgeSettings, Tournament};
+use settings::{JudgeSettings, TOURNAMENT_REFERENCE, Tournament, TournamentJudge};
 use telemetry::{Machine, RunView, describe_machine};
 
 use crate::tournament::{
-    meetings::{REFERENCE, SeedMeetings},
+    meetings::SeedMeetings,
     plan::{Entrant, PlannedRun, SelectedVariant},
     run_result::{RunResult, win_rate},
     statistics::{SeedMean, holm, t_test},
@@ -17,7 +17,7 @@ use crate::tournament::{
 #[derive(Serialize)]
 pub(super) struct TournamentResults {
     pub(super) name: String,
-    pub(super) judge: String,
+    pub(super) judge: TournamentJudge,
     pub(super) seeds: Vec<u64>,
     pub(super) selection_seeds: Vec<u64>,
     /// Held-out prompts of a meeting.
@@ -169,12 +169,13 @@ impl TournamentResults {
 /// Strength of the cyclic preference of the tournament's judge, if it has one.
 fn cycle(tournament: &Tournament, run: &PlannedRun) -> Option<f64> {
     let settings = &run.resolved.settings;
-    let judge = match tournament.judge.as_str() {
-        "run" => Some(&settings.preference.judge),
-        name => settings.evaluation.judge.get(name),
+    let (of_run, others) = (&settings.preference.judge, &settings.evaluation.judge);
+    let judge = match &tournament.judge {
+        TournamentJudge::Run => of_run,
+        TournamentJudge::Gold => others.get(GOLD).unwrap_or(of_run),
+        TournamentJudge::Named(name) => others.get(name)?,
     };
-    let of_run = Some(&settings.preference.judge).filter(|_| tournament.judge == GOLD);
-    match judge.or(of_run)? {
+    match judge {
         JudgeSettings::Gold { cycle } if *cycle > 0.0 => Some(*cycle),
         _ => None,
     }
@@ -187,7 +188,7 @@ impl Standings {
         met: &[&SeedMeetings],
         cycle: Option<f64>,
     ) -> Self {
-        let mut policies = vec![PolicyResult::new(REFERENCE, met)];
+        let mut policies = vec![PolicyResult::new(TOURNAMENT_REFERENCE, met)];
         policies[0].styles = cycle.and_then(|cycle| StyleResult::new(None, met, cycle));
         for entrant in entrants {
             let mut policy = PolicyResult::new(&entrant.name, met);
@@ -211,11 +212,11 @@ impl Standings {
 
     /// Mean win rate of `a` against `b`.
     pub(super) fn win_rate(&self, a: &str, b: &str) -> Option<f64> {
-        if b == REFERENCE {
+        if b == TOURNAMENT_REFERENCE {
             let policy = self.policies.iter().find(|policy| policy.name == a)?;
             return policy.win_rate.map(|rate| rate.mean);
         }
-        if a == REFERENCE {
+        if a == TOURNAMENT_REFERENCE {
             return self.win_rate(b, a).map(|rate| 1.0 - rate);
         }
         let of = |a: &str, b: &str| {
@@ -243,7 +244,10 @@ fn comparisons(entrants: &[Entrant], met: &[&SeedMeetings]) -> Vec<MethodCompari
                 continue;
             };
             let differences = met.iter().filter_map(|met| {
-                Some(met.rate(&a.name, REFERENCE)? - met.rate(&b.name, REFERENCE)?)
+                Some(
+                    met.rate(&a.name, TOURNAMENT_REFERENCE)?
+                        - met.rate(&b.name, TOURNAMENT_REFERENCE)?,
+                )
             });
             let differences: Vec<f64> = differences.collect();
             tests[0].push(t_test(&rates, 0.5));
@@ -299,7 +303,7 @@ impl PolicyResult {
             name: name.to_owned(),
             win_rate: share(
                 met.iter()
-                    .filter_map(|met| met.rate(name, REFERENCE))
+                    .filter_map(|met| met.rate(name, TOURNAMENT_REFERENCE))
                     .collect(),
             ),
             kl: over(policies().filter_map(|policy| policy.kl).collect()),
@@ -314,12 +318,12 @@ impl PolicyResult {
 impl StyleResult {
     /// Styles of an entrant, or of the reference.
     fn new(entrant: Option<&Entrant>, met: &[&SeedMeetings], cycle: f64) -> Option<Self> {
-        let name = entrant.map_or(REFERENCE, |entrant| &entrant.name);
+        let name = entrant.map_or(TOURNAMENT_REFERENCE, |entrant| &entrant.name);
         let mut mixes = Vec::new();
         let mut distances = Vec::new();
         for met in met {
             let styles = |name: &str| met.policies[met.index(name)?].styles;
-            let (Some(mix), Some(reference)) = (styles(name), styles(REFERENCE)) else {
+            let (Some(mix), Some(reference)) = (styles(name), styles(TOURNAMENT_REFERENCE)) else {
                 continue;
             };
             mixes.push(mix);

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use learner::Evaluation;
-use messages::GOLD;
 use preference::apo::RoundReport;
 use serde::Deserialize;
+use settings::TournamentJudge;
 use telemetry::RunView;
 
 use crate::{exit_code::Resource, tournament::plan::PlannedRun};
@@ -67,17 +67,17 @@ impl RunResult {
     }
 
     /// The win rate of the last evaluation under this judge.
-    pub(super) fn last_win_rate(&self, judge: &str) -> Option<f64> {
+    pub(super) fn last_win_rate(&self, judge: &TournamentJudge) -> Option<f64> {
         win_rate(self.report.evaluations.last()?, judge)
     }
 }
 
-/// Win rate against the reference of the start under a judge: "run", "gold" or an evaluation judge's name.
-pub(super) fn win_rate(evaluation: &Evaluation, judge: &str) -> Option<f64> {
+/// Win rate against the reference of the start under a judge.
+pub(super) fn win_rate(evaluation: &Evaluation, judge: &TournamentJudge) -> Option<f64> {
     let interval = match judge {
-        "run" => Some(evaluation.win_rate),
-        GOLD => evaluation.gold_win_rate,
-        name => evaluation.under(name).map(|result| result.win_rate),
+        TournamentJudge::Run => Some(evaluation.win_rate),
+        TournamentJudge::Gold => evaluation.gold_win_rate,
+        TournamentJudge::Named(name) => evaluation.under(name).map(|result| result.win_rate),
     };
     interval.map(|interval| interval.mean)
 }

@@ -2,8 +2,9 @@
 
 use std::fmt::{self, Write as _};
 
+use settings::TOURNAMENT_REFERENCE;
+
 use crate::tournament::{
-    meetings::REFERENCE,
     results::{Standings, TournamentResults},
     statistics::SeedMean,
 };
@@ -88,7 +89,7 @@ fn policies(results: &TournamentResults, standings: &Standings, at: &str) -> Tex
         note: format!(
             "Win rate under the judge {:?} on {} prompts a seed; mean over {} seeds with its 95 % t-interval. KL and \
              length of fresh samples.{}",
-            results.judge,
+            results.judge.to_string(),
             results.prompts,
             results.seeds.len(),
             match standings.unjudged {
@@ -279,7 +280,8 @@ pub(super) fn summary(results: &TournamentResults) -> String {
             .win_rate
             .map_or(f64::NEG_INFINITY, |rate| rate.mean)
     };
-    let entrants = (0..policies.len()).filter(|&index| policies[index].name != REFERENCE);
+    let entrants =
+        (0..policies.len()).filter(|&index| policies[index].name != TOURNAMENT_REFERENCE);
     let best = entrants.reduce(|best, next| if rate(next) > rate(best) { next } else { best });
     let best = best.map_or(String::new(), |best| {
         format!(
