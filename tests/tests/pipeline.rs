@@ -242,7 +242,10 @@ fn every_objective_and_label_kind_improves_the_policy() {
         &["learner.objective={ kind = \"dpo\" }"],
         &["learner.objective={ kind = \"slic\" }"],
         &["learner.objective={ kind = \"nash-md-pg\", tau = 0.1 }"],
-        &["learner.objective={ kind = \"rloo\", beta = 0.1 }"],
+        &[
+            "learner.objective={ kind = \"rloo\", beta = 0.1 }",
+            "actor.mixture_coef=0",
+        ],
         &["learner.objective.tau=0.1", "actor.num_generations=4"],
         &["learner.objective.tau=0.1", "learner.label=sampled"],
         &[
