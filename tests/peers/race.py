@@ -76,12 +76,15 @@ class Judge:
             finish = "length" if len(text.split()) >= NEW_TOKENS else "stop"
             return {name: text or " ", f"{name}_finish": finish}
 
-        pairs = [{"prompt": prompt, **side("first", a), **side("second", b)} for prompt, a, b in rows]
+        # The judge adds the tokens around a post itself.
+        post = lambda prompt: prompt.removeprefix("<bos> ").removesuffix(" <sep>")
+        pairs = [{"prompt": post(prompt), **side("first", a), **side("second", b)} for prompt, a, b in rows]
         request = urllib.request.Request(
             self.url, json.dumps({"pairs": pairs}).encode(), {"Content-Type": "application/json"}
         )
         results = json.load(urllib.request.urlopen(request))["results"]
-        return [result.get("p", 0.5) for result in results]
+        # A judge that abstains would make a race of nothing.
+        return [result["p"] for result in results]
 
 
 def run_trl(seed, base, posts, options):
