@@ -222,7 +222,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
     ];
     let parts = of_training
         .into_iter()
-        .chain(sampling_memory(settings, config, trained))
+        .chain(sampling_memory(settings, config, trained, bytes))
         .chain(pass_memory(settings, config, bytes))
         .chain(followers(settings, trained, trained_parameters));
     let parts = parts.filter(|&(_, bytes)| bytes > 0);
@@ -238,16 +238,13 @@ fn longest_sample(settings: &Settings, config: &ModelConfig) -> usize {
     longest.min(config.max_positions)
 }
 
-/// Memory of the weights that travel to actors and of those that sample; `trained` is the size of the former.
+/// Memory of the weights that travel to actors, of size `trained`, and of those that sample, with elements of `bytes`.
 fn sampling_memory(
     settings: &Settings,
     config: &ModelConfig,
     trained: [usize; 2],
+    bytes: usize,
 ) -> [(&'static str, u64); 5] {
-    let bytes = match settings.model.dtype {
-        DtypeSetting::F32 => 4,
-        DtypeSetting::Bf16 => 2,
-    };
     let tables = config.rope_table_elements(longest_sample(settings, config));
     let mistral_copies = match settings.actor.engine {
         EngineSettings::Own {} => 0,

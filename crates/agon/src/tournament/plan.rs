@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::Serialize;
 use settings::{Resolved, Tournament};
-
 use telemetry::write_atomically;
 
 use crate::{
