@@ -244,17 +244,10 @@ impl PromptScheduler {
             seed,
         } = header;
         let prompt = Prompt {
-            id,
             prompt_batch,
             purpose,
             version,
-            seed,
-            ids: row.ids,
-            text: row.text,
-            dialogue: row.dialogue,
-            golden: row.golden,
-            answer: row.answer,
-            route: row.route,
+            ..row.held_out_prompt(id, seed)
         };
         let sent = OutstandingPrompt {
             prompt_batch,

@@ -17,7 +17,7 @@ use telemetry::write_atomically;
 use tokio::{runtime::Handle, sync::watch};
 
 use crate::{
-    assembly::{self, CompletionOrigin, JudgeSource, LoadedModel, ModelLocation, held_out_prompt},
+    assembly::{self, CompletionOrigin, JudgeSource, LoadedModel, ModelLocation},
     exit_code::{Resource, UsageError},
     signals,
     tournament::{
@@ -400,7 +400,7 @@ fn meeting_prompts(
     let prompts = (skipped..skipped + count).map(|index| {
         let index = index as u64;
         let seed = Seed(settings.run.seed).derive(1 << 63 | index);
-        held_out_prompt(PromptId(index), seed, all.held_out(index))
+        all.held_out(index).held_out_prompt(PromptId(index), seed)
     });
     Ok(prompts.collect())
 }

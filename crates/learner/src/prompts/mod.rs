@@ -5,7 +5,9 @@ mod held_out;
 use std::{collections::HashSet, path::Path};
 
 use dataset::{Column, Columns, DatasetError, FileLimits, Mix, ParsedRow, shuffled};
-use messages::{Dialogue, Digest, PromptText, Seed};
+use messages::{
+    Dialogue, Digest, Prompt, PromptBatch, PromptId, PromptText, Purpose, Seed, WeightsVersion,
+};
 use model::{AnswerBoundary, ModelError, Tokenizer};
 use settings::{DatasetPrompts, TooLong};
 
@@ -26,6 +28,26 @@ pub struct PromptRow {
     pub answer: Option<String>,
     /// Value of the column that a routing judge reads.
     pub route: Option<String>,
+}
+
+impl PromptRow {
+    /// The prompt of an evaluation by itself, which belongs to no run.
+    #[must_use]
+    pub fn held_out_prompt(self, id: PromptId, seed: Seed) -> Prompt {
+        Prompt {
+            id,
+            prompt_batch: PromptBatch::single(id),
+            purpose: Purpose::Evaluate,
+            version: WeightsVersion::REFERENCE,
+            seed,
+            ids: self.ids,
+            text: self.text,
+            dialogue: self.dialogue,
+            golden: self.golden,
+            answer: self.answer,
+            route: self.route,
+        }
+    }
 }
 
 /// A set of prompts. An index always gives the same prompt, so that a cursor suffices to resume.

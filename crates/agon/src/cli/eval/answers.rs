@@ -9,7 +9,6 @@ use model::{LanguageModel, MixtureSampler, Request, Sampler as _, Tokenizer};
 use settings::Settings;
 
 use crate::{
-    assembly::held_out_prompt,
     cli::eval::questions::{GivenAnswer, Question},
     exit_code::UsageError,
 };
@@ -187,7 +186,7 @@ pub(super) fn pair(
         .map(completion)
         .collect::<anyhow::Result<_>>()?;
     let id = PromptId(place.index as u64);
-    let prompt = held_out_prompt(id, Seed(id.0), row(tokenizer, prompt, ids));
+    let prompt = row(tokenizer, prompt, ids).held_out_prompt(id, Seed(id.0));
     Ok(Pair {
         prompt,
         version: WeightsVersion::REFERENCE,

@@ -19,7 +19,7 @@ use settings::{ModelSource, Settings, resolve_file};
 use telemetry::{EvaluationRecord, Interval, RunView, evaluation_differences, printable_json};
 
 use crate::{
-    assembly::{self, LoadedModel, ModelLocation, held_out_prompt},
+    assembly::{self, LoadedModel, ModelLocation},
     cli::{
         config_args::Overrides,
         eval::{
@@ -571,7 +571,7 @@ fn sample(
             exact: 0,
             max_new_tokens: sampling.max_new_tokens,
         })?;
-        pending.push(Some(held_out_prompt(id, seed, row)));
+        pending.push(Some(row.held_out_prompt(id, seed)));
     }
     let mut pairs = Vec::new();
     while !sampler.is_idle() {
