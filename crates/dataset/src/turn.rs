@@ -54,23 +54,20 @@ fn turn(value: &Value) -> Result<Message, String> {
     if is_function_call(turn) {
         return Ok(function_call(&content));
     }
-    let mut extra = turn.clone();
-    for key in ["role", "from", "content", "value"] {
-        // Preserves the order of the other keys, which templates print.
-        extra.shift_remove(key);
-    }
-    // Null keys of the turn are removed, as in transformers; nulls nested in a call are kept.
-    extra.retain(|_, value| !value.is_null());
-    let message = Message {
-        role,
-        content: checked(content)?,
-        extra,
-    };
-    let has_other_content = NON_TEXT_KEYS
-        .iter()
-        .any(|key| message.extra.contains_key(*key));
-    match message.content.is_null() && !has_other_content {
-        true => Err(format!("the turn of the {} has no content", message.role)),
+    // Keys stay in their order, which templates print; ShareGPT's come last under their new names, as in TRL. Null keys
+    // of the turn are removed, as in transformers; nulls nested in a call are kept.
+    let mut fields = turn.clone();
+    fields.retain(|key, value| match key.as_str() {
+        "from" | "value" => false,
+        "content" => true,
+        _ => !value.is_null(),
+    });
+    fields.insert("role".into(), role.into());
+    fields.insert("content".into(), checked(content)?);
+    let message = Message::try_from(fields)?;
+    let has_other_content = NON_TEXT_KEYS.iter().any(|key| message.get(key).is_some());
+    match message.content().is_null() && !has_other_content {
+        true => Err(format!("the turn of the {} has no content", message.role())),
         false => Ok(message),
     }
 }
@@ -131,11 +128,8 @@ fn function_call(content: &Value) -> Message {
     };
     let tool_calls: Option<Vec<Value>> = calls.iter().map(call).collect();
     match tool_calls {
-        Some(calls) if !calls.is_empty() => Message {
-            extra: Map::from_iter([("tool_calls".to_owned(), Value::Array(calls))]),
-            ..Message::new("assistant", "")
-        },
-        _ => Message::new("assistant", &text),
+        Some(calls) if !calls.is_empty() => Message::new("assistant", "").with("tool_calls", calls),
+        _ => Message::new("assistant", text),
     }
 }
 
@@ -189,24 +183,24 @@ pub(crate) fn without_nulls(value: &mut Value) {
 
 /// The text of an answer: an assistant turn that consists of text only.
 pub(crate) fn answer(turn: &Message) -> Result<String, String> {
-    if turn.role != "assistant" {
+    if turn.role() != "assistant" {
         return Err(format!(
             "the last turn is the {}'s ({}), not an answer of the assistant: remove the turns after the answer",
-            turn.role,
-            shortened(&turn.content)
+            turn.role(),
+            shortened(turn.content())
         ));
     }
     let is_filled =
         |value: &Value| !matches!(value, Value::Array(all) if all.is_empty()) && *value != "";
     let non_text = NON_TEXT_KEYS
         .iter()
-        .find(|key| turn.extra.get(**key).is_some_and(is_filled));
+        .find(|key| turn.get(key).is_some_and(is_filled));
     if let Some(key) = non_text {
         return Err(format!(
             "the answer has {key:?} in addition to its text, and only text is supported: include it in the content, or remove such rows"
         ));
     }
-    match &turn.content {
+    match turn.content() {
         Value::String(text) => Ok(text.clone()),
         Value::Array(parts) => {
             let texts = parts.iter().filter_map(|part| part.get("text")?.as_str());
@@ -236,7 +230,7 @@ pub fn prompt(value: &Value) -> Result<PromptText, String> {
 /// # Errors
 /// When there are no turns, or the last is the system's.
 pub(crate) fn prompt_of(turns: Vec<Message>) -> Result<PromptText, String> {
-    match turns.last().map(|turn| turn.role.as_str()) {
+    match turns.last().map(Message::role) {
         None => Err("there is no turn before the answer".into()),
         Some(role @ ("system" | "developer")) => Err(format!(
             "the last turn of the prompt is the {role}'s: it must be a user's, a tool's or the assistant's"
@@ -296,8 +290,8 @@ mod tests {
         ] {
             let turn = one(&json!({"from": "function_call", "value": value})).expect("a call");
             assert_eq!(
-                (turn.role.as_str(), &turn.extra["tool_calls"]),
-                ("assistant", &expected)
+                (turn.role(), turn.get("tool_calls")),
+                ("assistant", Some(&expected))
             );
         }
         let turn = one(&json!({"from": "function_call", "value": "{}"}));
@@ -312,7 +306,11 @@ mod tests {
         let calls = json!([{"function": {"name": "f", "arguments": {"a": 1, "b": null}}}]);
         let turn = one(&json!({"role": "assistant", "content": null, "tool_calls": calls}))
             .expect("a call");
-        assert_eq!(turn.extra["tool_calls"], calls, "an argument may be null");
+        assert_eq!(
+            turn.get("tool_calls"),
+            Some(&calls),
+            "an argument may be null"
+        );
     }
 
     #[test]
@@ -347,7 +345,7 @@ mod tests {
     fn only_text_content_is_accepted() {
         let text = json!({"type": "text", "text": "x", "image": null});
         let turn = one(&json!({"role": "assistant", "content": [text, text]})).expect("text");
-        assert_eq!(turn.content[0], json!({"type": "text", "text": "x"}));
+        assert_eq!(turn.content()[0], json!({"type": "text", "text": "x"}));
         assert_eq!(answer(&turn), Ok("xx".into()));
         for (turn, expected) in [
             (

@@ -3,28 +3,84 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// One message of a dialogue.
+const ROLE: &str = "role";
+const CONTENT: &str = "content";
+
+/// One message of a dialogue: a JSON object with a role and a content, whose keys stay in the order in which they were
+/// given, since a chat template may print the whole object.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Map<String, Value>", into = "Map<String, Value>")]
 pub struct Message {
-    /// Role of the author, such as `user`; the chat template decides which roles are valid.
-    pub role: String,
-    /// Content, usually a string; null for a message without any, such as one that only calls a tool.
-    #[serde(default)]
-    pub content: Value,
-    /// Other fields (`tool_calls`, `name`, `reasoning_content`), passed on to the template.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
+    /// `role` is a string; `content` is always there, null if the message has none.
+    fields: Map<String, Value>,
 }
 
 impl Message {
-    /// A message with text content only.
+    /// A message with a role and a content, usually a string.
     #[must_use]
-    pub fn new(role: &str, content: &str) -> Self {
+    pub fn new(role: &str, content: impl Into<Value>) -> Self {
+        let fields = [(ROLE, role.into()), (CONTENT, content.into())];
+        let named = fields.map(|(name, value)| (name.to_owned(), value));
         Self {
-            role: role.to_owned(),
-            content: content.into(),
-            extra: Map::new(),
+            fields: Map::from_iter(named),
         }
+    }
+
+    /// The message with this key in addition.
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.fields.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// Role of the author, such as `user`; the chat template decides which roles are valid.
+    #[must_use]
+    pub fn role(&self) -> &str {
+        self.fields[ROLE].as_str().unwrap_or_default()
+    }
+
+    /// Content, usually a string; null for a message without any, such as one that only calls a tool.
+    #[must_use]
+    pub fn content(&self) -> &Value {
+        &self.fields[CONTENT]
+    }
+
+    /// The content, to be changed.
+    pub fn content_mut(&mut self) -> &mut Value {
+        &mut self.fields[CONTENT]
+    }
+
+    /// The value of a key, if not null.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.fields.get(key).filter(|value| !value.is_null())
+    }
+
+    /// All keys with their values, in the order in which they were given.
+    #[must_use]
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+}
+
+impl TryFrom<Map<String, Value>> for Message {
+    type Error = String;
+
+    fn try_from(mut fields: Map<String, Value>) -> Result<Self, String> {
+        match fields.get(ROLE) {
+            Some(Value::String(_)) => {
+                fields.entry(CONTENT).or_insert(Value::Null);
+                Ok(Self { fields })
+            }
+            Some(other) => Err(format!("the role {other} is not text")),
+            None => Err("missing field `role`".into()),
+        }
+    }
+}
+
+impl From<Message> for Map<String, Value> {
+    fn from(message: Message) -> Self {
+        message.fields
     }
 }
 
@@ -63,7 +119,7 @@ impl Dialogue {
     #[must_use]
     pub fn continues_final_message(&self) -> bool {
         let last = self.messages.last();
-        last.is_some_and(|message| message.role == "assistant")
+        last.is_some_and(|message| message.role() == "assistant")
     }
 }
 

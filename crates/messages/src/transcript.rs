@@ -15,7 +15,7 @@ impl Dialogue {
     #[must_use]
     pub fn transcript(&self) -> String {
         if let ([only], true) = (self.messages.as_slice(), self.tools.is_empty())
-            && only.role == "user"
+            && only.role() == "user"
         {
             return only.text();
         }
@@ -36,7 +36,7 @@ impl Message {
     /// Text of the content: text parts concatenated, other parts as JSON.
     #[must_use]
     pub fn text(&self) -> String {
-        match &self.content {
+        match self.content() {
             Value::String(text) => text.clone(),
             Value::Null => String::new(),
             Value::Array(parts) => parts.iter().map(part_text).collect(),
@@ -46,14 +46,10 @@ impl Message {
 
     /// The message as `role: content`, with its tool calls.
     fn with_role(&self) -> String {
-        let calls = self
-            .extra
-            .get("tool_calls")
-            .filter(|calls| !calls.is_null());
-        let calls = calls.map(Value::to_string);
+        let calls = self.get("tool_calls").map(Value::to_string);
         let text = Some(self.text()).filter(|text| !text.is_empty());
         let parts: Vec<String> = text.into_iter().chain(calls).collect();
-        format!("{}: {}", self.role, parts.join("\n"))
+        format!("{}: {}", self.role(), parts.join("\n"))
     }
 }
 

@@ -269,16 +269,14 @@ fn completion_result(response: Response) -> Result<(), MistralError> {
 fn dialogue(messages: &[Message]) -> Result<TextMessages, MistralError> {
     let mut turns = TextMessages::new();
     for message in messages {
-        let text = message
-            .content
-            .as_str()
-            .filter(|_| message.extra.is_empty());
+        let has_more = message.fields().len() > 2;
+        let text = message.content().as_str().filter(|_| !has_more);
         let text = text.ok_or_else(|| MistralError::Prompt {
             reason:
                 "a message has more than a role and a text, which is not supported with mistral.rs"
                     .into(),
         })?;
-        turns = turns.add_message(TextMessageRole::Custom(message.role.clone()), text);
+        turns = turns.add_message(TextMessageRole::Custom(message.role().to_owned()), text);
     }
     Ok(turns)
 }

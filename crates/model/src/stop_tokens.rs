@@ -152,7 +152,7 @@ impl TurnDelimiters {
     fn after(chat: &ChatTemplate, opening: &[Message]) -> Option<Self> {
         let turns = [("user", QUESTION), ("assistant", ANSWER), ("user", THANKS)];
         let render = |turns: &[(&str, &str)]| {
-            let messages = turns.iter().map(|(role, text)| Message::new(role, text));
+            let messages = turns.iter().map(|(role, text)| Message::new(role, *text));
             let messages = opening.iter().cloned().chain(messages);
             chat.render_closed(&Dialogue::new(messages.collect())).ok()
         };

@@ -994,8 +994,8 @@ mod tests {
             panic!("a list is a dialogue")
         };
         assert_eq!(
-            (messages[0].role.as_str(), &messages[0].extra["name"]),
-            ("user", &json!("Ann"))
+            (messages[0].role(), messages[0].get("name")),
+            ("user", Some(&json!("Ann")))
         );
         let refused = [
             (

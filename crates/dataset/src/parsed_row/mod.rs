@@ -514,7 +514,7 @@ impl<'a> RowView<'a> {
             return Ok(None);
         };
         let mut turns = turns(value).map_err(|reason| format!("column {name:?}: {reason}"))?;
-        let answered = turns.last().is_some_and(|turn| turn.role == "assistant");
+        let answered = turns.last().is_some_and(|turn| turn.role() == "assistant");
         let answer = if answered { turns.pop() } else { None };
         Ok(Some(RawPrompt::Turns(turns, answer)))
     }
@@ -628,7 +628,7 @@ impl<'a> RowView<'a> {
                 question = format!("{question}{separator}{input}");
             }
         }
-        turns.push(Message::new("user", &question));
+        turns.push(Message::new("user", question));
         Ok(turns)
     }
 
@@ -654,9 +654,9 @@ impl<'a> RowView<'a> {
         if let Some((name, value)) = self.first(&SYSTEMS) {
             read.insert(name);
             let text = self.text(name, value)?;
-            let own = turns.first().filter(|turn| turn.role == "system");
+            let own = turns.first().filter(|turn| turn.role() == "system");
             match own {
-                Some(turn) if turn.content != *text && !text.is_empty() => {
+                Some(turn) if turn.content() != text && !text.is_empty() => {
                     return Err(format!(
                         "column {name:?} and the system message of the dialogue differ: remove one of them"
                     ));
@@ -754,7 +754,7 @@ impl<'a> RowView<'a> {
                 let turns = turns(value).map_err(in_column)?;
                 match turns.as_slice() {
                     [first, _, ..]
-                        if first.role == "assistant" && !self.is_dialogue_start(value) =>
+                        if first.role() == "assistant" && !self.is_dialogue_start(value) =>
                     {
                         Err(in_column(format!(
                             "the answer has {} turns instead of one assistant turn",
@@ -837,8 +837,8 @@ fn history(pairs: &[Value]) -> Result<Vec<Message>, String> {
             ));
         };
         turns.extend([
-            Message::new("user", question),
-            Message::new("assistant", answer),
+            Message::new("user", question.as_str()),
+            Message::new("assistant", answer.as_str()),
         ]);
     }
     Ok(turns)

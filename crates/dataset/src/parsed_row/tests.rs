@@ -43,7 +43,7 @@ fn turn(role: &str, content: &str) -> Value {
 }
 
 fn dialogue(turns: &[(&str, &str)]) -> PromptText {
-    let turns = turns.iter().map(|(role, text)| Message::new(role, text));
+    let turns = turns.iter().map(|(role, text)| Message::new(role, *text));
     PromptText::Dialogue(Dialogue::new(turns.collect()))
 }
 

@@ -15,7 +15,7 @@ pub struct EncodedAnswers {
     pub prompt: Vec<u32>,
     /// Token ids of each answer, including the stop token.
     pub answers: Vec<Vec<u32>>,
-    /// How the answers join the prompt.
+    /// Boundary between prompt and answers.
     pub boundary: AnswerBoundary,
 }
 

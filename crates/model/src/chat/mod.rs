@@ -166,11 +166,7 @@ impl ChatTemplate {
     fn prints_parts_only(&self) -> bool {
         let roles: [&[&str]; 2] = [&["user"], &["system", "user"]];
         let is_printed = |roles: &[&str], content: &Value| {
-            let turn = |role: &&str| {
-                let mut message = Message::new(role, "");
-                message.content = content.clone();
-                message
-            };
+            let turn = |role: &&str| Message::new(role, content.clone());
             let dialogue = Dialogue::new(roles.iter().map(turn).collect());
             let text = self.render_to(&dialogue, RenderEnd::Closed);
             // A list that is printed as such is not read, and a shortened text is.
@@ -248,7 +244,7 @@ impl ChatTemplate {
     ) -> Result<String, ModelError> {
         let mut answered = dialogue.clone();
         match answered.messages.last_mut() {
-            Some(last) if dialogue.continues_final_message() => match &mut last.content {
+            Some(last) if dialogue.continues_final_message() => match last.content_mut() {
                 Value::Array(parts) => parts.push(json!({"type": "text", "text": answer})),
                 content => *content = format!("{}{answer}", content.as_str().unwrap_or("")).into(),
             },
@@ -343,7 +339,7 @@ fn lost_part<'a>(dialogue: &'a Dialogue, rendered: &str) -> Option<&'a str> {
     let contents = dialogue
         .messages
         .iter()
-        .filter_map(|turn| turn.content.as_array());
+        .filter_map(|turn| turn.content().as_array());
     let mut texts = contents.flatten().filter_map(|part| part["text"].as_str());
     texts.find(|text| {
         let mut words = text.split(|c: char| !c.is_alphanumeric());
@@ -388,10 +384,7 @@ fn messages(dialogue: &Dialogue) -> Vec<Value> {
 }
 
 fn message_value(message: &Message) -> Map<String, Value> {
-    let mut turn = Map::new();
-    turn.insert("role".into(), message.role.as_str().into());
-    turn.insert("content".into(), message.content.clone());
-    turn.extend(message.extra.clone());
+    let mut turn = message.fields().clone();
     turn.retain(|_, value| !value.is_null());
     let Some(reasoning) = REASONING.iter().find_map(|name| turn.get(*name)).cloned() else {
         return turn;
@@ -420,7 +413,7 @@ mod tests {
         Dialogue::new(vec![
             Message::new("system", "Be brief."),
             Message::new("user", "Hi there"),
-            Message::new("assistant", &format!("{THOUGHT}Hello!")),
+            Message::new("assistant", format!("{THOUGHT}Hello!")),
             Message::new("user", "Why is the sky blue?"),
         ])
     }
@@ -534,10 +527,7 @@ mod tests {
             (begun, json!("ANSWER"), "<s>[user] Hi\n[assistant] ANSWER"),
         ];
         let continued = |source: &str, content: Value| {
-            let answer = Message {
-                content,
-                ..Message::new("assistant", "")
-            };
+            let answer = Message::new("assistant", content);
             template(source).render(&Dialogue::new(vec![Message::new("user", "Hi"), answer]))
         };
         for (source, content, expected) in cases {
@@ -566,14 +556,14 @@ mod tests {
     #[test]
     fn templates_get_messages_and_variables_as_in_transformers() {
         let messages: Vec<Message> = serde_json::from_value(json!([
-            {"role": "user", "content": "Hi", "name": null},
+            {"name": "Ann", "content": "Hi", "role": "user", "weight": null},
             {"role": "assistant", "content": null, "reasoning": "hm", "tool_calls": null},
             {"role": "user", "content": [{"type": "text", "text": "It's"}]},
         ]))
         .unwrap();
         let mut dialogue = Dialogue::new(messages);
         let text = |source: &str, dialogue: &Dialogue| template(source).render(dialogue).unwrap();
-        let printed = "{'role': 'user', 'content': 'Hi'}{'thinking': 'hm', 'role': 'assistant', \
+        let printed = "{'name': 'Ann', 'content': 'Hi', 'role': 'user'}{'thinking': 'hm', 'role': 'assistant', \
                        'reasoning': 'hm', 'reasoning_content': 'hm'}\
                        {'role': 'user', 'content': [{'type': 'text', 'text': \"It's\"}]}";
         assert_eq!(
@@ -606,11 +596,7 @@ mod tests {
         let parts = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}";
         let either = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}\
                       {% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}";
-        let of_user = |content: Value| {
-            let mut message = Message::new("user", "");
-            message.content = content;
-            Dialogue::new(vec![message])
-        };
+        let of_user = |content: Value| Dialogue::new(vec![Message::new("user", content)]);
         for (source, content, expected) in [
             (parts, "Hi".into(), "[Hi]"),
             (parts, json!([{"type": "text", "text": "Hi"}]), "[Hi]"),
@@ -644,10 +630,7 @@ mod tests {
             let turn = |role: &&str| Message::new(role, "Hi");
             Dialogue::new(roles.iter().map(turn).collect())
         };
-        let parts = Message {
-            content: json!([{"type": "text", "text": "a"}]),
-            ..Message::new("user", "")
-        };
+        let parts = Message::new("user", json!([{"type": "text", "text": "a"}]));
         let cases = [
             ("A04", turns(&["user"]), "Hi"),
             ("A16", turns(&["system", "user", "user", "user"]), "Hi|Hi|"),

@@ -26,13 +26,13 @@ pub(super) struct ChatPrompt {
 /// A dialogue that a chat model continues.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChatRequest {
-    /// Its messages.
+    /// Messages of the request.
     pub messages: Vec<Message>,
     /// Seed of a sampled reply; has no effect on a greedy one.
     pub seed: Seed,
 }
 
-/// How replies are generated.
+/// Settings of replies.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ReplySettings {
     /// Longest reply in tokens.
@@ -179,14 +179,14 @@ impl ChatPrompt {
             let separator = if system.is_empty() { "" } else { "\n\n" };
             system = [&system, separator, rubric].concat();
         }
-        let system = (!system.is_empty()).then(|| Message::new("system", &system));
+        let system = (!system.is_empty()).then(|| Message::new("system", system));
         system
             .into_iter()
-            .chain([Message::new("user", &user)])
+            .chain([Message::new("user", user)])
             .collect()
     }
 
-    /// How replies are generated: greedily, unless there are several votes.
+    /// Settings of replies: greedy, unless there are several votes.
     pub(super) fn reply_settings(&self) -> ReplySettings {
         let settings = &self.settings;
         ReplySettings {
@@ -377,9 +377,9 @@ pub(super) mod tests {
             assert_eq!((settings.max_tokens, settings.temperature), (16, 0.0));
             let reply = |request: &ChatRequest| {
                 let dialogue = &request.messages;
-                let roles: Vec<&str> = dialogue.iter().map(|turn| turn.role.as_str()).collect();
+                let roles: Vec<&str> = dialogue.iter().map(|turn| turn.role()).collect();
                 assert_eq!(roles, ["system", "user"]);
-                let text = dialogue[1].content.as_str().expect("text");
+                let text = dialogue[1].content().as_str().expect("text");
                 let text = text.rsplit('|').next().expect("a last part").to_owned();
                 let candidate = |token: &str, p: f64| TopLogprob {
                     token: token.into(),
@@ -411,7 +411,7 @@ pub(super) mod tests {
                 second: &pair.completions[1],
             };
             let dialogue = ChatPrompt::new(&settings(), &plain()).dialogue(&comparison);
-            dialogue[1].content.as_str().expect("text").to_owned()
+            dialogue[1].content().as_str().expect("text").to_owned()
         };
         let mut dialogue = Dialogue::of_user("Where?");
         pair.prompt.dialogue = Some(dialogue.clone());
@@ -539,7 +539,7 @@ pub(super) mod tests {
             (3, 3),
             "every vote has a seed"
         );
-        let system = requests[0].messages[0].content.as_str();
+        let system = requests[0].messages[0].content().as_str();
         assert_eq!(system, Some("Judge.\n\nBrevity counts."));
     }
 
@@ -555,7 +555,7 @@ pub(super) mod tests {
         assert_eq!(scored.scores, Some([7.0, 4.0]));
         let texts: Vec<_> = requests
             .iter()
-            .filter_map(|request| request.messages[1].content.as_str())
+            .filter_map(|request| request.messages[1].content().as_str())
             .collect();
         assert_eq!(texts[..2], ["say|x", "say|y"]);
         assert_eq!(requests[0].seed, requests[1].seed, "one vote has one seed");
@@ -583,7 +583,10 @@ pub(super) mod tests {
             second: &pair.completions[1],
         };
         let messages = &ChatPrompt::new(&placed, &rubric).requests(&comparison)[0].messages;
-        let texts: Vec<_> = messages.iter().filter_map(|m| m.content.as_str()).collect();
+        let texts: Vec<_> = messages
+            .iter()
+            .filter_map(|m| m.content().as_str())
+            .collect();
         assert_eq!(texts, ["Judge.", "Rhyme {first}.|x|y"]);
         let version = |rubric: &RubricSettings| ChatPrompt::new(&settings(), rubric).version("m");
         let variants = [

@@ -265,7 +265,7 @@ fn prompt_characters(prompt: &PromptText) -> usize {
     match prompt {
         PromptText::Text(text) => text.chars().count(),
         PromptText::Dialogue(dialogue) => {
-            let turns = dialogue.messages.iter().map(|turn| &turn.content);
+            let turns = dialogue.messages.iter().map(|turn| turn.content());
             turns.chain(&dialogue.tools).map(of_value).sum()
         }
     }

@@ -16,7 +16,7 @@ use crate::{
 /// A model's answer to a question, turn by turn.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Answer {
-    /// Its texts, without white space around them.
+    /// Texts of the turns, without white space around them.
     pub(super) turns: Vec<String>,
     /// Whether each turn was cut off at the limit of new tokens.
     pub(super) truncated: Vec<bool>,
@@ -147,8 +147,11 @@ fn prompt_text(
     }
     let mut messages = Vec::new();
     for (index, turn) in asked.enumerate() {
-        messages.push(Message::new("user", turn));
-        messages.extend(said.get(index).map(|text| Message::new("assistant", text)));
+        messages.push(Message::new("user", turn.as_str()));
+        messages.extend(
+            said.get(index)
+                .map(|text| Message::new("assistant", text.as_str())),
+        );
     }
     Ok(PromptText::Dialogue(Dialogue::new(messages)))
 }

@@ -161,7 +161,7 @@ fn plain_text(prompt: PromptText) -> Result<String, String> {
     let parts = dialogue
         .messages
         .iter()
-        .flat_map(|message| match &message.content {
+        .flat_map(|message| match message.content() {
             Value::Array(parts) => parts.as_slice(),
             _ => &[],
         });

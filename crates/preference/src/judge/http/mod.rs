@@ -65,8 +65,7 @@ impl JudgeReplicas {
 impl RemoteChat {
     fn body(&self, request: &ChatRequest) -> Value {
         let settings = self.prompt.reply_settings();
-        let turn =
-            |message: &messages::Message| json!({"role": message.role, "content": message.content});
+        let turn = |message: &messages::Message| json!({"role": message.role(), "content": message.content()});
         let mut body = json!({
             "model": self.settings.model,
             "messages": request.messages.iter().map(turn).collect::<Vec<_>>(),
