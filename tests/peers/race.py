@@ -5,7 +5,7 @@ usage: race.py --agon PROGRAM --output FOLDER [--seeds 1 2 3 4 5] [--steps 150]
 Both start from the same base policy, see the same posts, and are judged by the same gold preference: TRL asks
 `agon preference` over HTTP. Both train with batches of 64 posts, AdamW, and the learning rate of configs/quickstart.toml.
 The policy is evaluated every 10 steps by the gold preference on 512 held-out posts: Agon's evaluations are part of its
-time, TRL's checkpoints are saved and evaluated outside its time. Prints a line of JSON a seed, and the ratio of the times.
+time, TRL's checkpoints are saved and evaluated outside its time, which ends at the goal. Prints a line of JSON a seed, and the ratio of the times.
 """
 
 import argparse
@@ -87,6 +87,11 @@ class Judge:
         return [result["p"] for result in results]
 
 
+def win_rate(policy, base, seed, options):
+    call = ["eval", str(policy), base, "--config", CONFIG, "--prompts", str(HELD_OUT), "--json"]
+    return json.loads(agon([*call, *settings(seed, 1)], options))["win_rate"]
+
+
 def run_trl(seed, base, posts, options):
     import torch
     from datasets import Dataset
@@ -97,21 +102,24 @@ def run_trl(seed, base, posts, options):
     torch.set_num_threads(os.cpu_count())
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     folder = options.output / f"trl-{seed}"
-    seconds = {}
+    seconds, win_rates = {}, {}
 
     class Timer(TrainerCallback):
-        """Time of training alone: saving is not part of it."""
+        """Time of training alone, without saving and evaluation; ends training at the goal."""
 
         def on_train_begin(self, *_, **__):
             self.spent, self.started = 0.0, time.perf_counter()
 
         def on_step_end(self, arguments, state, control, model=None, **_):
-            if state.global_step % EVERY:
+            step = state.global_step
+            if step % EVERY:
                 return
             self.spent += time.perf_counter() - self.started
-            seconds[state.global_step] = self.spent
-            model.save_pretrained(folder / str(state.global_step))
-            tokenizer.save_pretrained(folder / str(state.global_step))
+            model.save_pretrained(folder / str(step))
+            tokenizer.save_pretrained(folder / str(step))
+            seconds[step] = self.spent
+            win_rates[step] = win_rate(folder / str(step), base, seed, options)
+            control.should_training_stop = win_rates[step] >= GOAL
             self.started = time.perf_counter()
 
     judge = Judge(seed, options)
@@ -132,12 +140,8 @@ def run_trl(seed, base, posts, options):
         trainer.train()
     finally:
         judge.close()
-    for step in sorted(seconds):
-        call = ["eval", str(folder / str(step)), base, "--config", CONFIG, "--prompts", str(HELD_OUT), "--json"]
-        result = json.loads(agon([*call, *settings(seed, 1)], options))
-        if result["win_rate"] >= GOAL:
-            return step, seconds[step]
-    return None, seconds.get(options.steps)
+    last = max(seconds)
+    return last if win_rates[last] >= GOAL else None, seconds[last]
 
 
 def main():

@@ -70,11 +70,19 @@ struct MeetingPolicy {
     mixture_coef: f32,
 }
 
+/// The final runs of one seed.
+pub(super) struct SeedFinals<'a> {
+    /// Any of them, diverged or not.
+    pub(super) first: &'a PlannedRun,
+    /// Results of those that have not diverged.
+    pub(super) results: Vec<&'a RunResult<'a>>,
+}
+
 /// Comparisons that a judge gets at once; the deadline of its verdicts is that of a training step.
 const CHUNK: usize = 64;
 
-/// The meetings of one seed's `runs`, at each temperature; `None` after a shutdown. They are kept in a file and made again
-/// only if a policy or a setting of the meetings has changed.
+/// The meetings of one seed, at each temperature; `None` after a shutdown. They are kept in a file and made again only if
+/// a policy or a setting of the meetings has changed.
 ///
 /// # Errors
 /// When a policy cannot be read or sampled from, there are too few prompts, or the judge fails, gives no verdict on two
@@ -83,21 +91,17 @@ pub(super) fn meet(
     tournament: &Tournament,
     root: &Path,
     entrants: &[Entrant],
-    runs: &[&PlannedRun],
+    finals: &SeedFinals<'_>,
     shutdown: &watch::Sender<bool>,
 ) -> anyhow::Result<Option<Vec<SeedMeetings>>> {
-    let first = runs.first().context("a seed has runs")?;
-    let mut results = Vec::new();
+    let first = finals.first;
     let mut parts = vec![first.resolved.toml.clone()];
     parts.push(format!(
         "{} {} {:?}",
         tournament.judge, tournament.prompts, tournament.temperatures
     ));
-    for run in runs {
-        if let Some(result) = RunResult::read(run)? {
-            parts.push(format!("{} {}", run.name, result.report.weights_digest));
-            results.push((*run, result));
-        }
+    for RunResult { run, report, .. } in &finals.results {
+        parts.push(format!("{} {}", run.name, report.weights_digest));
     }
     let key = Digest::of(parts.join("\n").as_bytes()).to_string();
     files::create_folder(root, Path::new("meetings"))?;
@@ -109,13 +113,13 @@ pub(super) fn meet(
     if let Some(saved) = saved.filter(is_valid) {
         return Ok(Some(saved.meetings));
     }
-    tracing::info!(seed = first.seed, "meetings");
+    tracing::info!(seed = first.seed, "comparing the final policies of a seed");
     let cancel = signals::cancel_token(shutdown);
     let inputs = MeetingInputs::open(tournament, &first.resolved.settings, &cancel)?;
-    let participants = inputs.participants(entrants, &results)?;
+    let policies = inputs.policies(entrants, &finals.results)?;
     let mut meetings = Vec::new();
     for &temperature in &tournament.temperatures {
-        let Some(met) = inputs.meetings(&participants, temperature, shutdown)? else {
+        let Some(met) = inputs.meetings(&policies, temperature, shutdown)? else {
             return Ok(None);
         };
         meetings.push(met);
@@ -167,24 +171,22 @@ impl<'a> MeetingInputs<'a> {
     }
 
     /// The reference, and the entrants whose runs have results.
-    fn participants(
+    fn policies(
         &self,
         entrants: &[Entrant],
-        results: &[(&PlannedRun, RunResult)],
+        results: &[&RunResult],
     ) -> anyhow::Result<Vec<MeetingPolicy>> {
-        let mut participants = vec![MeetingPolicy {
+        let mut policies = vec![MeetingPolicy {
             name: TOURNAMENT_REFERENCE.to_owned(),
             model: self.base.language_model()?,
             mixture_coef: 1.0,
         }];
         let (device, dtype) = assembly::device(self.settings)?;
         for entrant in entrants {
-            let of_entrant = |(run, _): &&(&PlannedRun, RunResult)| {
-                (run.method, run.variant) == (entrant.method, entrant.variant)
-            };
-            let Some((run, result)) = results.iter().find(of_entrant) else {
+            let Some(result) = results.iter().find(|result| result.is_of(entrant)) else {
                 continue;
             };
+            let run = result.run;
             let template = run.resolved.settings.model.chat_template.as_deref();
             let location = ModelLocation::of_folder(result.checkpoint.clone(), self.cancel)?;
             let (_, mut model) = location.policy(template, dtype, &device)?;
@@ -192,30 +194,30 @@ impl<'a> MeetingInputs<'a> {
                 model = learner::checkpoint_average(&result.checkpoint, &model)?
                     .with_context(|| format!("{} has saved no average", run.name))?;
             }
-            participants.push(MeetingPolicy {
+            policies.push(MeetingPolicy {
                 name: entrant.name.clone(),
                 model,
                 mixture_coef: 0.0,
             });
         }
-        Ok(participants)
+        Ok(policies)
     }
 
     /// The meetings at one temperature; `None` after a shutdown.
     fn meetings(
         &self,
-        participants: &[MeetingPolicy],
+        policies: &[MeetingPolicy],
         temperature: f64,
         shutdown: &watch::Sender<bool>,
     ) -> anyhow::Result<Option<SeedMeetings>> {
         let mut answers = Vec::new();
-        for policy in participants {
+        for policy in policies {
             let Some(of_policy) = self.answers(policy, temperature)? else {
                 return Ok(None);
             };
             answers.push(of_policy);
         }
-        let both = participants.iter().zip(&answers);
+        let both = policies.iter().zip(&answers);
         let policies =
             both.map(|(policy, answers)| self.policy(&policy.name, answers, temperature));
         let mut met = SeedMeetings {
@@ -229,7 +231,7 @@ impl<'a> MeetingInputs<'a> {
         Ok(judged.then_some(met))
     }
 
-    /// A participant's answers, one a prompt; `None` after a shutdown.
+    /// A policy's answers, one a prompt; `None` after a shutdown.
     fn answers(
         &self,
         policy: &MeetingPolicy,
@@ -307,7 +309,7 @@ impl<'a> MeetingInputs<'a> {
         }
     }
 
-    /// Judges every participant's answers against every other's. Whether all have met: not after a shutdown.
+    /// Judges every policy's answers against every other's. Whether all have met: not after a shutdown.
     async fn judge(
         &self,
         answers: &[Vec<Completion>],

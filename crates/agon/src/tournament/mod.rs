@@ -11,6 +11,7 @@ mod plan;
 mod results;
 mod run_process;
 mod run_result;
+mod selection;
 mod statistics;
 mod tables;
 
@@ -22,16 +23,18 @@ use telemetry::{printable, printable_json, write_atomically};
 use tokio::sync::watch;
 
 use crate::tournament::{
+    meetings::SeedFinals,
     plan::{Plan, SelectedVariant},
     results::TournamentResults,
     run_process::RunQueue,
+    run_result::RunResult,
 };
 
-/// How a tournament ended.
+/// Ending of a tournament.
 pub(crate) enum TournamentEnding {
     /// All runs and meetings are done; the text is the report.
     Finished(String),
-    /// It was interrupted; the same command continues it.
+    /// Interrupted; the same command continues it.
     Interrupted,
 }
 
@@ -61,7 +64,7 @@ pub(crate) async fn run(
     if !queue.run_all("selection", &selection).await? {
         return Ok(TournamentEnding::Interrupted);
     }
-    let selected = plan.select(&selection)?;
+    let selected = selection::select(tournament, &selection)?;
     for choice in &selected {
         choice.log();
     }
@@ -70,16 +73,26 @@ pub(crate) async fn run(
         return Ok(TournamentEnding::Interrupted);
     }
     let entrants = plan.entrants(&selected)?;
+    let read = || {
+        let results = finals.iter().map(RunResult::read);
+        results.filter_map(Result::transpose).collect()
+    };
+    let results: Vec<RunResult> = tokio::task::block_in_place::<_, anyhow::Result<_>>(read)?;
     let mut met = Vec::new();
     for &seed in &tournament.seeds {
-        let runs: Vec<_> = finals.iter().filter(|run| run.seed == seed).collect();
-        let meetings = || meetings::meet(tournament, root, &entrants, &runs, shutdown);
+        let of_seed = results.iter().filter(|result| result.run.seed == seed);
+        let first = finals.iter().find(|run| run.seed == seed);
+        let finals = SeedFinals {
+            first: first.context("a seed has runs")?,
+            results: of_seed.collect(),
+        };
+        let meetings = || meetings::meet(tournament, root, &entrants, &finals, shutdown);
         match tokio::task::block_in_place(meetings)? {
             Some(of_seed) => met.extend(of_seed),
             None => return Ok(TournamentEnding::Interrupted),
         }
     }
-    let results = TournamentResults::new(tournament, &selected, &entrants, &finals, &met)?;
+    let results = TournamentResults::new(tournament, &selected, &entrants, &results, &met);
     let text = write_report(root, &results)?;
     Ok(TournamentEnding::Finished(text))
 }

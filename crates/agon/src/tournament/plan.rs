@@ -1,16 +1,12 @@
-//! The runs of a tournament: which there are, where they are, and which settings of a method are chosen.
+//! The runs of a tournament, their files, and the policies that meet.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use serde::Serialize;
 use settings::{Resolved, Tournament};
 use telemetry::write_atomically;
 
-use crate::{
-    exit_code::UsageError,
-    tournament::{files, run_result::RunResult},
-};
+use crate::{exit_code::UsageError, tournament::files};
 
 /// The runs of a tournament in a folder.
 pub(super) struct Plan<'a> {
@@ -27,9 +23,9 @@ pub(super) struct PlannedRun {
     pub(super) seed: u64,
     /// Method, settings and seed, for people.
     pub(super) name: String,
-    /// Its configuration file, without the seed.
+    /// Configuration file of the run, without the seed.
     pub(super) configuration: PathBuf,
-    /// Its run directory.
+    /// Run directory.
     pub(super) directory: PathBuf,
     /// The tournament's directory.
     pub(super) root: PathBuf,
@@ -149,85 +145,6 @@ impl<'a> Plan<'a> {
             }
         }
         Ok(runs)
-    }
-
-    /// The best variant of each method by these runs; all variants of methods that keep all.
-    pub(super) fn select(&self, runs: &[PlannedRun]) -> anyhow::Result<Vec<SelectedVariant>> {
-        let mut selected = Vec::new();
-        for (index, method) in self.tournament.methods.iter().enumerate() {
-            if method.selects() {
-                selected.push(self.best(index, runs)?);
-                continue;
-            }
-            selected.extend(
-                method
-                    .variants
-                    .iter()
-                    .enumerate()
-                    .map(|(variant_index, variant)| SelectedVariant {
-                        method: method.name.clone(),
-                        method_index: index,
-                        variant_index,
-                        label: variant.label.clone(),
-                        score: None,
-                        candidates: Vec::new(),
-                    }),
-            );
-        }
-        Ok(selected)
-    }
-
-    fn best(&self, method_index: usize, runs: &[PlannedRun]) -> anyhow::Result<SelectedVariant> {
-        let method = &self.tournament.methods[method_index];
-        let mut candidates = Vec::new();
-        for (index, variant) in method.variants.iter().enumerate() {
-            let own = runs
-                .iter()
-                .filter(|run| (run.method, run.variant) == (method_index, index));
-            let rates: Option<Vec<f64>> = own
-                .map(|run| self.selection_rate(run))
-                .collect::<anyhow::Result<_>>()?;
-            let mean = |rates: Vec<f64>| rates.iter().sum::<f64>() / rates.len().max(1) as f64;
-            candidates.push(Candidate {
-                label: variant.label.clone(),
-                score: rates.map(mean),
-            });
-        }
-        let scored = candidates.iter().enumerate();
-        let scored = scored.filter_map(|(index, candidate)| Some((index, candidate.score?)));
-        // Of equal scores, the first.
-        let best = scored.reduce(|best, next| if next.1 > best.1 { next } else { best });
-        let (variant_index, score) = best.with_context(|| {
-            format!(
-                "every setting of {} diverged on a selection seed: widen its grid",
-                method.name
-            )
-        })?;
-        Ok(SelectedVariant {
-            method: method.name.clone(),
-            method_index,
-            variant_index,
-            label: candidates[variant_index].label.clone(),
-            score: Some(score),
-            candidates,
-        })
-    }
-
-    /// The win rate of a selection run; `None` if it diverged.
-    fn selection_rate(&self, run: &PlannedRun) -> anyhow::Result<Option<f64>> {
-        let Some(result) = RunResult::read(run)? else {
-            return Ok(None);
-        };
-        let rate = result.last_win_rate(&self.tournament.judge);
-        let judge = self.tournament.judge.to_string();
-        rate.map(Some).with_context(|| {
-            format!(
-                "the last evaluation of {} has no verdict of the judge {judge:?}: repair the judge, and remove {} to repeat \
-                 the run",
-                run.name,
-                run.directory.display()
-            )
-        })
     }
 
     /// The selected variants at every seed.

@@ -132,16 +132,17 @@ pub(super) struct RoundMean {
 }
 
 impl TournamentResults {
-    /// # Errors
-    /// When the results of a run cannot be read.
+    /// The results of the final runs and of their meetings.
     pub(super) fn new(
         tournament: &Tournament,
         selected: &[SelectedVariant],
         entrants: &[Entrant],
-        runs: &[PlannedRun],
+        results: &[RunResult],
         met: &[SeedMeetings],
-    ) -> anyhow::Result<Self> {
-        let cycle = runs.iter().find_map(|run| cycle(tournament, run));
+    ) -> Self {
+        let cycle = results
+            .iter()
+            .find_map(|result| cycle(tournament, result.run));
         let standings = tournament.temperatures.iter().map(|&temperature| {
             let met: Vec<_> = met
                 .iter()
@@ -150,8 +151,8 @@ impl TournamentResults {
             Standings::new(temperature, entrants, &met, cycle)
         });
         let last_weights = entrants.iter().filter(|entrant| !entrant.average);
-        let training = last_weights.map(|entrant| Training::read(tournament, entrant, runs));
-        Ok(Self {
+        let training = last_weights.map(|entrant| Training::new(tournament, entrant, results));
+        Self {
             name: tournament.name.clone(),
             judge: tournament.judge.clone(),
             seeds: tournament.seeds.clone(),
@@ -159,10 +160,10 @@ impl TournamentResults {
             prompts: tournament.prompts,
             selected: selected.to_vec(),
             standings: standings.collect(),
-            training: training.collect::<anyhow::Result<_>>()?,
+            training: training.collect(),
             version: env!("CARGO_PKG_VERSION"),
             machine: describe_machine(),
-        })
+        }
     }
 }
 
@@ -366,18 +367,13 @@ fn equilibrium(reference: &[f64; 3], entrant: &Entrant, cycle: f64) -> Option<Ve
 }
 
 impl Training {
-    fn read(
-        tournament: &Tournament,
-        entrant: &Entrant,
-        runs: &[PlannedRun],
-    ) -> anyhow::Result<Self> {
-        let own = runs
+    fn new(tournament: &Tournament, entrant: &Entrant, results: &[RunResult]) -> Self {
+        let results: Vec<&RunResult> = results
             .iter()
-            .filter(|run| (run.method, run.variant) == (entrant.method, entrant.variant));
-        let results = own.map(RunResult::read).filter_map(Result::transpose);
-        let results: Vec<RunResult> = results.collect::<anyhow::Result<_>>()?;
+            .filter(|result| result.is_of(entrant))
+            .collect();
         let over = |of: &dyn Fn(&RunResult) -> Option<f64>| {
-            let values: Vec<f64> = results.iter().filter_map(of).collect();
+            let values: Vec<f64> = results.iter().filter_map(|result| of(result)).collect();
             SeedMean::of(&values)
         };
         let views: Vec<&RunView> = results.iter().map(|result| &result.view).collect();
@@ -385,7 +381,7 @@ impl Training {
             metric: metric.clone(),
             points: mean_curve(&views, metric),
         });
-        Ok(Self {
+        Self {
             name: entrant.name.clone(),
             seconds: over(&|result| Some(result.report.wall_seconds)),
             pairs: over(&|result| Some(result.report.pairs as f64)),
@@ -395,11 +391,11 @@ impl Training {
             evaluations: evaluation_means(tournament, &results),
             curves: curves.collect(),
             rounds: round_means(&results),
-        })
+        }
     }
 }
 
-fn evaluation_means(tournament: &Tournament, results: &[RunResult]) -> Vec<EvaluationMean> {
+fn evaluation_means(tournament: &Tournament, results: &[&RunResult]) -> Vec<EvaluationMean> {
     let Some(first) = results.first() else {
         return Vec::new();
     };
@@ -451,7 +447,7 @@ fn mean_curve(views: &[&RunView], metric: &str) -> Vec<CurvePoint> {
     points.collect()
 }
 
-fn round_means(results: &[RunResult]) -> Vec<RoundMean> {
+fn round_means(results: &[&RunResult]) -> Vec<RoundMean> {
     let rounds = results.iter().flat_map(|result| &result.report.rounds);
     let last = rounds.map(|round| round.round).max();
     let Some(last) = last else {

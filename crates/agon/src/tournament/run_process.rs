@@ -41,7 +41,7 @@ struct RunCommand {
     seed: u64,
 }
 
-/// How a run ended.
+/// Ending of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum RunEnding {
     Finished,

@@ -1,4 +1,4 @@
-//! What a tournament reads of a run that has ended: its report, its curves, its policy.
+//! Results of a finished run, as a tournament reads them: its report, its curves, its policy.
 
 use std::path::PathBuf;
 
@@ -9,10 +9,14 @@ use serde::Deserialize;
 use settings::TournamentJudge;
 use telemetry::RunView;
 
-use crate::{exit_code::Resource, tournament::plan::PlannedRun};
+use crate::{
+    exit_code::Resource,
+    tournament::plan::{Entrant, PlannedRun},
+};
 
 /// The result of a run that has finished.
-pub(super) struct RunResult {
+pub(super) struct RunResult<'a> {
+    pub(super) run: &'a PlannedRun,
     pub(super) report: RunReport,
     /// The run, for further curves.
     pub(super) view: RunView,
@@ -32,12 +36,12 @@ pub(super) struct RunReport {
     pub(super) weights_digest: String,
 }
 
-impl RunResult {
+impl<'a> RunResult<'a> {
     /// The result of `run`; `None` if it diverged.
     ///
     /// # Errors
     /// When its files cannot be read, or it has not finished.
-    pub(super) fn read(run: &PlannedRun) -> anyhow::Result<Option<Self>> {
+    pub(super) fn read(run: &'a PlannedRun) -> anyhow::Result<Option<Self>> {
         if run.diverged() {
             return Ok(None);
         }
@@ -60,10 +64,16 @@ impl RunResult {
         // A damaged policy must not be replaced by an older one.
         learner::check_checkpoint(&checkpoint)?;
         Ok(Some(Self {
+            run,
             report,
             view,
             checkpoint,
         }))
+    }
+
+    /// Whether the run is one of this entrant.
+    pub(super) fn is_of(&self, entrant: &Entrant) -> bool {
+        (self.run.method, self.run.variant) == (entrant.method, entrant.variant)
     }
 
     /// The win rate of the last evaluation under this judge.

@@ -12,7 +12,7 @@ use crate::tournament::{
 /// A table.
 pub(super) struct TextTable {
     pub(super) title: String,
-    /// What the cells mean.
+    /// Meaning of the cells.
     pub(super) note: String,
     pub(super) heads: Vec<String>,
     pub(super) rows: Vec<Vec<String>>,
@@ -271,7 +271,7 @@ pub(super) fn markdown(results: &TournamentResults) -> Result<String, fmt::Error
     Ok(text)
 }
 
-/// What was done, and the winner, in sentences.
+/// Summary in sentences: what was done, and the winner.
 pub(super) fn summary(results: &TournamentResults) -> String {
     let standings = results.standings.first();
     let policies = standings.map_or(&[][..], |standings| &standings.policies);
