@@ -24,6 +24,7 @@ mod pair_buffer;
 mod pair_file;
 mod pair_selection;
 mod pair_source;
+mod parts;
 mod progress;
 mod progress_deadline;
 mod prompt_scheduler;
@@ -56,13 +57,14 @@ pub use input_record::InputRecord;
 pub use judge_evaluation::{
     IndependentUnit, JudgeEvaluation, judge_evaluations, length_controlled_win_rate, win_rate,
 };
+pub use parts::{
+    FilePairsPlan, InitialPolicy, LearnerCounters, LearnerParts, LearnerStreams, PromptPlan,
+    RunOrigin,
+};
 pub use prompts::{DialogueUse, NoPrompts, PromptFiles, PromptLimits, PromptRow, PromptSet};
 pub use recovery::RecoveryCounts;
 pub use reporter::Sampling;
-pub use run::{
-    Ending, FilePairsPlan, InitialPolicy, Learner, LearnerCounters, LearnerParts, LearnerStreams,
-    PromptPlan, RunOrigin, Summary,
-};
+pub use run::{Ending, Learner, Summary};
 pub use trainer::followers::{checkpoint_average, checkpoint_reference};
 pub use trainer::{PolicySamples, ReferenceLogprobs, StepOutcome, Trainer};
 pub use win_rates::win;

@@ -80,6 +80,8 @@ pub struct LearnerSettings {
     pub rollback_after: u64,
     /// Decay of the exponential moving average of the policy's weights; 0: no average.
     pub ema_decay: f64,
+    /// Weight of the mean squared difference between the policy's and the reference's last hidden states; 0: off.
+    pub hidden_l2: f64,
     /// Timeout of a step that waits for its pairs, in seconds.
     pub batch_timeout_seconds: u64,
     /// The loss.
@@ -196,9 +198,9 @@ pub enum PairSelection {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogpReduction {
-    /// Their sum.
+    /// Sum of the log-probabilities.
     Sum,
-    /// Their mean.
+    /// Mean of the log-probabilities.
     Mean,
 }
 
@@ -264,6 +266,7 @@ impl LearnerSettings {
         );
         checks.ratio(self.label_smoothing, "learner.label_smoothing");
         checks.ratio_below_one(self.ema_decay, "learner.ema_decay");
+        checks.non_negative(self.hidden_l2, "learner.hidden_l2");
     }
 
     fn check_pairs(&self, settings: &Settings, checks: &mut Checks) {

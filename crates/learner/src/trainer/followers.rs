@@ -49,7 +49,7 @@ struct Reference {
     since: Option<u64>,
 }
 
-/// How the reference follows the policy.
+/// Update rule of the reference.
 enum ReferenceRule {
     Fixed,
     /// A copy of the policy, at this interval in applied steps.

@@ -10,7 +10,7 @@ use model::{
     AdamWSettings, DType, Gradients, LanguageModel, MixtureInputs, ModelError, ModelFolder,
     Optimizer, Schedule, Sequence, Tensor, TokenLogprobs,
 };
-use settings::{LearnerSettings, OffPolicy, ReferenceSettings};
+use settings::{LearnerSettings, ReferenceSettings};
 use telemetry::Measurements;
 
 pub use crate::trainer::{metrics::PolicySamples, reference_logprobs::ReferenceLogprobs};
@@ -27,6 +27,7 @@ use crate::{
         off_policy::{MixedTokens, TargetLogprobs},
         pair_loss::PairLoss,
         reference_logprobs::ReferenceCache,
+        regularisers::StepRegularisers,
     },
 };
 
@@ -35,6 +36,7 @@ mod metrics;
 pub(crate) mod off_policy;
 mod pair_loss;
 mod reference_logprobs;
+mod regularisers;
 pub(crate) mod thread;
 
 /// RNG stream id for LoRA dropout.
@@ -44,7 +46,7 @@ const DROPOUT_STREAM: u64 = 0xd709;
 pub struct Trainer {
     folder: Arc<ModelFolder>,
     model: LanguageModel,
-    /// Its reference and its moving average.
+    /// Reference and moving average of the policy.
     followers: Followers,
     optimizer: Optimizer,
     loss: PairLoss,
@@ -141,11 +143,11 @@ impl Trainer {
         Ok(self)
     }
 
-    /// Keeps the reference's log-probabilities of pairs from files. Without effect with GANPO and importance weights, which
-    /// read the reference's hidden states, and with a reference that moves.
+    /// Keeps the reference's log-probabilities of pairs from files. Without effect with the regularisers of hidden states and
+    /// with importance weights, which read the reference's hidden states, and with a reference that moves.
     pub fn keep_reference_logprobs(&mut self, kept: ReferenceLogprobs) {
-        let needs_hidden = self.ganpo.is_some() || self.loss.correction.kind != OffPolicy::None;
-        if !needs_hidden && !self.followers.moves() {
+        let needs_states = self.ganpo.is_some() || self.loss.needs_reference_states();
+        if !needs_states && !self.followers.moves() {
             self.reference_cache = Some(ReferenceCache::open(kept));
         }
     }
@@ -184,17 +186,15 @@ impl Trainer {
             .into_iter()
             .map(|pairs| MicroBatch::new(pairs, &self.labelling))
             .collect();
-        let (mut ganpo_step, mut cached) = self.train_discriminators(&micros, step)?;
+        let (ganpo, mut cached) = self.train_discriminators(&micros, step)?;
+        let mut regularisers = StepRegularisers::new(ganpo, self.loss.hidden_l2, &micros);
         for (pass, micro) in (0..).zip(&micros) {
             let logprobs = match cached.take() {
                 Some(logprobs) => logprobs,
                 None => self.logprobs(micro, step, pass)?,
             };
             let loss = self.loss(micro, &logprobs, pairs.len(), &mut sums)?;
-            let loss = match &self.ganpo {
-                Some(ganpo) => ganpo.regularise(loss, micro, &logprobs.policy, &mut ganpo_step)?,
-                None => loss,
-            };
+            let loss = self.regularised(loss, micro, &logprobs, &mut regularisers)?;
             sums.loss += f64::from(loss.to_scalar::<f32>()?);
             let before = clock.elapsed().as_secs_f64();
             gradients.backward(&loss)?;
@@ -204,7 +204,7 @@ impl Trainer {
         let norm = self.optimizer.norm(&gradients)?;
         let learning_rate = self.schedule.at(step);
         let mut measurements = self.metrics(&sums, pairs);
-        ganpo_step.add_metrics(&mut measurements);
+        regularisers.add_metrics(&mut measurements);
         measurements.set("grad_norm", norm);
         measurements.set("learning_rate", learning_rate);
         measurements.set("time/forward", forward_seconds);
@@ -327,6 +327,27 @@ impl Trainer {
             log_weights: &log_weights,
         })?;
         Ok(loss)
+    }
+
+    /// Loss of a pass with the regularisers of hidden states.
+    fn regularised(
+        &self,
+        loss: Tensor,
+        micro: &MicroBatch<'_>,
+        logprobs: &PassLogprobs,
+        regularisers: &mut StepRegularisers,
+    ) -> Result<Tensor, LearnerError> {
+        let policy = &logprobs.policy;
+        let loss = match &self.ganpo {
+            Some(ganpo) => ganpo.regularise(loss, micro, policy, &mut regularisers.ganpo)?,
+            None => loss,
+        };
+        match &logprobs.reference {
+            ReferencePass::Computed(reference) => {
+                regularisers.add_distance(loss, micro, policy, reference)
+            }
+            ReferencePass::Logp(_) => Ok(loss),
+        }
     }
 
     /// log of the importance weight of every label of a pass, where it has one. That of the mixture is computed only

@@ -1,6 +1,6 @@
 //! The loss of a run: its objective, and how completions and labels enter it.
 
-use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, RpoNll};
+use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, OffPolicy, RpoNll};
 
 use crate::{
     objective::{Dpo, Ipo, NashMdPg, Objective, Rloo, Rpo, RpoBaseline, Slic},
@@ -14,6 +14,8 @@ pub(super) struct PairLoss {
     pub(super) temperature: f64,
     pub(super) reduction: LogpReduction,
     pub(super) correction: Correction,
+    /// Weight of the mean squared difference of the last hidden states; 0: off.
+    pub(super) hidden_l2: f64,
 }
 
 impl PairLoss {
@@ -24,7 +26,13 @@ impl PairLoss {
             temperature: settings.objective.temperature(),
             reduction: settings.logp_reduction,
             correction: Correction::new(settings),
+            hidden_l2: settings.hidden_l2,
         }
+    }
+
+    /// Whether a step reads the reference's hidden states, and not only its log-probabilities.
+    pub(super) fn needs_reference_states(&self) -> bool {
+        self.correction.kind != OffPolicy::None || self.hidden_l2 > 0.0
     }
 }
 

@@ -15,7 +15,7 @@ const MAGIC: &[u8; 8] = b"agonref1";
 /// Bytes of a digest.
 const DIGEST_BYTES: usize = 32;
 
-/// Where the reference's log-probabilities of pairs from files are kept.
+/// Storage of the reference's log-probabilities of pairs from files.
 #[derive(Debug, Clone)]
 pub struct ReferenceLogprobs {
     /// The file.

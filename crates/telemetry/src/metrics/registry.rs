@@ -121,7 +121,7 @@ mod tests {
         stream/{queued,in_flight,fill,redelivered,dead_lettered}";
 
     /// Names without an established convention.
-    const OWN: &str = "judge/{rate_limited,model_changes,position_bias} \
+    const OWN: &str = "loss/hidden_l2 judge/{rate_limited,model_changes,position_bias} \
         judge/{human_verdicts,human_agreement,human_agreement_ci_low,human_agreement_ci_high} \
         actor/quantization_error objective/{log_ratio,label_margin} mismatch/ref_logp_abs_diff \
         grad_clipped_share eval/{prompts,truncation_rate,reference_truncation_rate} reference/version \

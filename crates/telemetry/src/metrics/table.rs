@@ -35,6 +35,11 @@ pub const METRICS: &[MetricInfo] = &[
         "lambda times the GANPO generator loss",
     ),
     gauge(
+        "loss/hidden_l2",
+        Number,
+        "learner.hidden_l2 times the mean squared difference of the last hidden states of policy and reference",
+    ),
+    gauge(
         "loss/preference",
         Number,
         "training loss of the preference model",
