@@ -59,7 +59,7 @@ fn rounds_run_at_their_steps_and_their_models_become_judges() {
     );
     assert_eq!(of("pairs"), [Some(18), Some(18)]);
     for round in &rounds {
-        assert_eq!(round["refused"], Value::Null);
+        assert_eq!(round["rejected"], Value::Null);
         let accuracy = number(round, "/policy/after/accuracy");
         assert!((0.0..=1.0).contains(&accuracy), "{round:#}");
     }
@@ -151,7 +151,7 @@ fn a_model_that_fails_validation_is_rejected_and_the_judge_stays() {
     sandbox.run(&apo_run(&sandbox, "run", &strict)).succeeded();
     let run = sandbox.path("run");
     for round in rounds(&run) {
-        let rejected = round["refused"].as_str().unwrap_or_default();
+        let rejected = round["rejected"].as_str().unwrap_or_default();
         assert!(rejected.contains("held-out pairs"), "{round:#}");
     }
     assert!(

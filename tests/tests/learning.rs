@@ -134,25 +134,27 @@ fn rpo_raises_the_likelihood_of_golden_answers() {
     assert!(rpo > before && rpo > dpo + 1.0, "{before} {rpo} {dpo}");
 }
 
+/// Rounds of APO every ten steps on a fitted judge.
+const APO: [&str; 10] = [
+    "preference.judge.kind=bradley-terry",
+    "preference.fit.pairs.count=400",
+    "preference.fit.train_batch_size=32",
+    "preference.apo.refresh_steps=10",
+    "preference.apo.prompts=64",
+    "preference.apo.samples=2",
+    "preference.apo.wait=true",
+    "preference.apo.min_accuracy=0",
+    "preference.apo.max_ece=1",
+    "learner.label=hard",
+];
+
 #[test]
 fn an_apo_round_prefers_golden_answers_and_keeps_its_held_out_accuracy() {
     let sandbox = Sandbox::new();
     let (_, report) = align(
         &sandbox,
         "apo",
-        &[
-            "preference.judge.kind=bradley-terry",
-            "preference.fit.pairs.count=400",
-            "preference.fit.train_batch_size=32",
-            "preference.apo.refresh_steps=10",
-            "preference.apo.max_rounds=1",
-            "preference.apo.prompts=64",
-            "preference.apo.samples=2",
-            "preference.apo.wait=true",
-            "preference.apo.min_accuracy=0",
-            "preference.apo.max_ece=1",
-            "learner.label=hard",
-        ],
+        &[&APO[..], &["preference.apo.max_rounds=1"]].concat(),
     );
     let round = &report["rounds"][0];
     let of = |key: &str| number(round, key);
@@ -163,6 +165,47 @@ fn an_apo_round_prefers_golden_answers_and_keeps_its_held_out_accuracy() {
     );
     assert!(after > before + 0.05, "{round:#}");
     assert!(accuracy_change > -0.1, "{round:#}");
+}
+
+/// Verdicts on samples of the first round are pairs of the second, with the tokens that were sampled from.
+#[test]
+fn a_later_apo_round_trains_on_the_verdicts_of_people() {
+    let sandbox = Sandbox::new();
+    let sets = |steps: &'static str| [&APO[..], &["telemetry.samples_per_step=8", steps]].concat();
+    let (run, report) = align(&sandbox, "verdicts", &sets("learner.steps=12"));
+    assert_eq!(report["rounds"][0]["human_verdicts"], 0);
+    let samples = std::fs::read_to_string(run.join("samples.jsonl")).expect("samples");
+    let pair = |line: &str| {
+        let row: Value = serde_json::from_str(line).expect("a row");
+        let prompt = row["encoded_prompt"]
+            .as_str()
+            .expect("a text with special tokens");
+        let post = row["prompt"].as_str().expect("a post");
+        assert_eq!(prompt, format!("<bos> {post} <sep>"));
+        let [chosen, rejected] = [0, 1].map(|index| &row["completions"][index]);
+        format!(
+            "{}\n",
+            json!({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        )
+    };
+    let pairs: String = samples.lines().take(8).map(pair).collect();
+    std::fs::write(run.join("annotated_pairs.jsonl"), pairs).expect("written");
+    let mut arguments = quickstart("train", &[base_dir(&base().sandbox)]);
+    let more = sets("learner.steps=24");
+    arguments.extend(
+        more.iter()
+            .flat_map(|set| ["--set".to_owned(), (*set).to_owned()]),
+    );
+    let resume = [
+        "--run-dir",
+        &run.display().to_string(),
+        "--resume",
+        "--accept-changes",
+    ];
+    arguments.extend(resume.map(str::to_owned));
+    sandbox.run(&arguments).succeeded();
+    let rounds = &system_tests::report(&run)["rounds"];
+    assert_eq!(rounds[1]["human_verdicts"], 8, "{rounds:#}");
 }
 
 /// Generator loss, averaged over the last ten steps of a run with this GANPO weight.

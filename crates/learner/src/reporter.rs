@@ -4,10 +4,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use messages::{LabelledPair, Purpose, WeightsVersion};
+use messages::{LabelledPair, Prompt, PromptText, Purpose, WeightsVersion};
 use model::Tokenizer;
 use settings::{LearnerSettings, TelemetrySettings};
-use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog};
+use telemetry::{Journal, Measurements, Progress, RunDirectory, SampleLog, SampleTexts};
 
 use crate::{
     error::LearnerError,
@@ -146,9 +146,12 @@ impl Reporter {
         self.journal
             .append(step, run.totals.wall_seconds, &measurements)?;
         telemetry::publish(&measurements, &[("role", "learner")]);
-        let texts = |prompt: &[u32], ids: &[u32]| self.tokenizer.token_texts(prompt, ids);
+        let texts = SampleTexts {
+            tokens: &|prompt, ids| self.tokenizer.token_texts(prompt, ids),
+            encoded_prompt: &|prompt| encoded_prompt(&self.tokenizer, prompt),
+        };
         for labelled in pairs.iter().take(self.telemetry.samples_per_step) {
-            self.samples.append_with_tokens(step, labelled, &texts)?;
+            self.samples.append_with_tokens(step, labelled, texts)?;
         }
         let interval = self.telemetry.logging_steps;
         let is_due = interval > 0 && step.is_multiple_of(interval);
@@ -299,4 +302,16 @@ fn staleness_metrics(staleness: &[u64]) -> Measurements {
     m.set("staleness/mean", sum as f64 / staleness.len().max(1) as f64);
     m.set("staleness/max", max.map_or(0.0, |&s| s as f64));
     m
+}
+
+/// The text of a prompt's tokens, special ones included, if its own text is encoded otherwise, as on the playground.
+fn encoded_prompt(tokenizer: &Tokenizer, prompt: &Prompt) -> Option<String> {
+    if prompt.dialogue.is_some() {
+        return None;
+    }
+    let encoded = tokenizer.encode_prompt(&PromptText::Text(prompt.text.clone()));
+    match encoded {
+        Ok(ids) if ids == prompt.ids => None,
+        _ => Some(tokenizer.decode_all(&prompt.ids)),
+    }
 }

@@ -36,7 +36,7 @@ pub use crate::run_dir::directory::RunDirectory;
 pub use crate::run_dir::files::RunFiles;
 pub use crate::run_dir::journal::{Journal, JournalLine};
 pub use crate::run_dir::private::create_private_directory;
-pub use crate::run_dir::samples::{SampleLog, SampleRow, TokenTexts};
+pub use crate::run_dir::samples::{SampleLog, SampleRow, SampleTexts};
 pub use environment::{Machine, describe_machine, free_bytes, peak_memory_bytes};
 pub use error::TelemetryError;
 pub use interval::Interval;
@@ -44,6 +44,7 @@ pub use page::{PageParts, PageServer};
 pub use printable::{printable, printable_json, printable_line, shortened, takes_ansi};
 pub use progress::Progress;
 pub use standard_error::StandardError;
+pub use verdicts::HUMAN_VERDICT_PAIRS_FILE;
 pub use view::{
     Curve, Curves, EvaluationRecord, Reading, RunState, RunStatus, RunView, SampleIndex,
     SamplePage, SampleQuery, evaluation_differences, readings,

@@ -8,11 +8,12 @@ use std::{
 use anyhow::Context;
 use hub::CancelToken;
 use messages::{JudgeVersion, Seed, WeightsVersion};
-use preference::apo::{Apo, ApoParts, History};
+use preference::apo::{Apo, ApoPairs, ApoParts, History};
 use settings::{JudgeSettings, Settings};
 
 use crate::assembly::{
-    Backbone, JudgeSource, LoadedModel, ModelLocation, annotated_pairs, gold_judge, same_tokenizer,
+    Backbone, JudgeSource, LoadedModel, ModelLocation, annotated_pairs, gold_judge,
+    human_verdict_pairs, same_tokenizer,
 };
 use crate::exit_code::UsageError;
 
@@ -27,18 +28,19 @@ pub(crate) struct ApoJudge {
     /// Increases by one with every round that was accepted, see [`judge_version`].
     version: JudgeVersion,
     history: History,
-    rounds: PathBuf,
+    run_dir: PathBuf,
 }
 
 impl ApoJudge {
-    /// Loads the newest accepted model, or takes the initial one. The session starts at `since`.
+    /// Loads the newest model that was accepted in this run directory, or takes the initial one. The session starts at
+    /// `since`.
     pub(crate) fn load(
         settings: &Settings,
         judge: &JudgeSource,
-        rounds: PathBuf,
+        run_dir: &Path,
         since: WeightsVersion,
     ) -> anyhow::Result<Self> {
-        let history = History::load(&rounds, since)?;
+        let history = History::load(&rounds_directory(run_dir), since)?;
         let initial = judge.model().context("the judge is a model")?;
         let model = match history.model() {
             Some(path) => {
@@ -53,7 +55,7 @@ impl ApoJudge {
             model,
             version: judge_version(history.active_round()),
             history,
-            rounds,
+            run_dir: run_dir.to_owned(),
         })
     }
 
@@ -84,16 +86,21 @@ impl ApoJudge {
             check_tokenizer(&policy.folder.path, folder)?;
         }
         let pairs = annotated_pairs(&settings, &backbone.folder, policy, cancel)?;
+        let (fit, folder) = (&settings.preference.fit, backbone.folder.clone());
+        let human_verdicts = human_verdict_pairs(&self.run_dir, fit, folder, &pairs.validation);
         Ok(Apo::new(ApoParts {
             backbone: backbone.model,
             folder: backbone.folder,
             initial: initial.model.clone(),
             current: self.model,
             last: self.history.last(),
-            annotated: pairs.fitting,
-            held_out: pairs.validation,
+            pairs: ApoPairs {
+                annotated: pairs.fitting,
+                held_out: pairs.validation,
+                human_verdicts,
+            },
             gold: gold_judge(&settings),
-            directory: self.rounds,
+            directory: rounds_directory(&self.run_dir),
             seed: Seed(settings.run.seed),
             settings: settings.preference.apo,
             fit: settings.preference.fit,

@@ -34,7 +34,7 @@ pub(crate) enum JudgeSource {
     Encoder {
         /// The model.
         encoder: Arc<Encoder>,
-        /// Its folder.
+        /// Folder of the model.
         folder: PathBuf,
         /// The template of its input.
         template: String,
@@ -45,7 +45,7 @@ pub(crate) enum JudgeSource {
     Composed {
         /// The judges.
         members: Vec<Arc<JudgeSource>>,
-        /// How their verdicts become one.
+        /// Combination of their verdicts.
         composition: Composition,
     },
 }

@@ -50,7 +50,9 @@ pub(crate) use preference_model::{
     Backbone, LoadedRewardModel, check_fit_adapter, preference_model, reads_tokens_of,
     reward_folder, same_tokenizer,
 };
-pub(crate) use preference_pairs::{AnnotatedPairs, SkippedPairs, annotated_pairs};
+pub(crate) use preference_pairs::{
+    AnnotatedPairs, SkippedPairs, annotated_pairs, human_verdict_pairs,
+};
 pub(crate) use preflight::{Preflight, PreflightFinding, PreflightScope, ReadInputs};
 pub(crate) use prompt_encoder::prompt_encoder;
 pub(crate) use prompts::{check_positions, longest_sequence, prompts, reads_golden};

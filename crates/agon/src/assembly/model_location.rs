@@ -1,4 +1,4 @@
-//! Where a model's files are; for an adapter, also its base model's: a local folder or a model of the Hub.
+//! Location of a model's files, and for an adapter also of its base model's: a local folder or a model of the Hub.
 
 use std::path::{Path, PathBuf};
 

@@ -9,12 +9,13 @@ use std::{
 
 use dataset::{Column, Columns, DatasetError, FileLimits, shuffled};
 use hub::CancelToken;
-use learner::{PairLimit, PairRow, visit_pairs};
+use learner::{PairCounts, PairLimit, PairRow, visit_pairs};
 use messages::{Digest, Seed};
 use model::ModelFolder;
-use preference::reward_training::PreferenceExample;
+use preference::{apo::HumanVerdictPairs, reward_training::PreferenceExample};
 use serde::Serialize;
 use settings::{DatasetPairs, FitSettings, PairsSettings, Settings};
+use telemetry::HUMAN_VERDICT_PAIRS_FILE;
 
 use crate::assembly::{LoadedModel, playground};
 
@@ -272,21 +273,7 @@ fn examples(
     longest: usize,
     folder: &ModelFolder,
 ) -> anyhow::Result<(Vec<PreferenceExample>, SkippedPairs)> {
-    let limit = PairLimit {
-        tokens: longest,
-        setting: "preference.fit.max_length",
-        refuses: false,
-    };
-    let mut examples = Vec::new();
-    let each = |row: PairRow| {
-        examples.push(PreferenceExample {
-            prompt: row.prompt,
-            first: row.chosen.ids,
-            second: row.rejected.ids,
-            label: 1.0,
-        });
-    };
-    let counts = visit_pairs(path, &columns(files), limit, &folder.tokenizer, each)?;
+    let (examples, counts) = all_examples(path, &columns(files), longest, folder)?;
     let skipped = SkippedPairs {
         too_long: counts.too_long,
         empty: counts.empty,
@@ -302,6 +289,63 @@ fn examples(
         return Err(unusable(path, reason).into());
     }
     Ok((examples, skipped))
+}
+
+/// All pairs of a file that are not skipped, and the counts of the others.
+fn all_examples(
+    path: &Path,
+    columns: &Columns,
+    longest: usize,
+    folder: &ModelFolder,
+) -> Result<(Vec<PreferenceExample>, PairCounts), DatasetError> {
+    let limit = PairLimit {
+        tokens: longest,
+        setting: "preference.fit.max_length",
+        refuses: false,
+    };
+    let mut examples = Vec::new();
+    let each = |row: PairRow| {
+        examples.push(PreferenceExample {
+            prompt: row.prompt,
+            first: row.chosen.ids,
+            second: row.rejected.ids,
+            label: 1.0,
+        });
+    };
+    let counts = visit_pairs(path, columns, limit, &folder.tokenizer, each)?;
+    Ok((examples, counts))
+}
+
+/// Reads the pairs of people's verdicts in a run directory, but for prompts of the `held_out` pairs. A file that cannot be
+/// read is named in a warning: it does not end the run.
+pub(crate) fn human_verdict_pairs(
+    run_dir: &Path,
+    fit: &FitSettings,
+    backbone: ModelFolder,
+    held_out: &[PreferenceExample],
+) -> HumanVerdictPairs {
+    let path = run_dir.join(HUMAN_VERDICT_PAIRS_FILE);
+    let longest = fit.max_length.min(backbone.config.max_positions);
+    let held_out: HashSet<Vec<u32>> = held_out.iter().map(|pair| pair.prompt.clone()).collect();
+    Box::new(move || {
+        if !path.exists() {
+            return Vec::new();
+        }
+        match all_examples(&path, &Columns::default(), longest, &backbone) {
+            Ok((mut examples, _)) => {
+                examples.retain(|pair| !held_out.contains(&pair.prompt));
+                examples
+            }
+            Err(error) => {
+                tracing::warn!(
+                    path = %path.display(),
+                    %error,
+                    "failed to read the pairs of people's verdicts: the round trains without them"
+                );
+                Vec::new()
+            }
+        }
+    })
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use tokio::{
 use transport::{RunRegistry, Transport};
 
 use crate::{
-    assembly::{self, CompletionOrigin, JudgeSource},
+    assembly::{CompletionOrigin, JudgeSource},
     cluster::{
         membership::{Followed, LEAVE_TIMEOUT, RunPhase, RunRecord},
         model_files::FetchedModel,
@@ -76,7 +76,7 @@ pub(crate) async fn join_preference(
         })?;
         let apo_session = ApoSession {
             policy: &model.base,
-            rounds: assembly::rounds_directory(run_dir),
+            run_dir,
             start: record.start(),
         };
         let (finish, finishing) = watch::channel(false);
@@ -125,7 +125,7 @@ impl ClusterSession {
     }
 }
 
-/// Why a role ends.
+/// Reason why a role ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ExitReason {
     /// The run is done, or shutdown was requested.

@@ -296,7 +296,7 @@ fn rounds(page: &mut String, view: &RunView) -> anyhow::Result<()> {
             before_after("held_out", "/accuracy"),
             before_after("held_out", "/ece"),
             before_after("policy", "/accuracy"),
-            r["refused"].as_str().map_or("accepted".into(), escaped),
+            r["rejected"].as_str().map_or("accepted".into(), escaped),
         ]
     };
     page.push_str("<h2>APO rounds of the preference model</h2>\n");

@@ -277,7 +277,7 @@ fn write_rounds(text: &mut String, rounds: &[RoundReport]) -> fmt::Result {
             on_samples(&|p| p.initial),
             on_samples(&|p| p.before),
             on_samples(&|p| p.after),
-            r.refused.as_deref().unwrap_or("accepted"),
+            r.rejected.as_deref().unwrap_or("accepted"),
         )?;
     }
     Ok(())

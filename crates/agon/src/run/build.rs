@@ -1,6 +1,6 @@
 //! Builds the roles of a run from its settings: one builder per role, for runs of one process and of several.
 
-use std::{net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc};
+use std::{net::SocketAddr, path::Path, pin::Pin, sync::Arc};
 
 use actor::{Actor, ActorModel, ActorParts, ActorStreams, PrecisionLimit};
 use anyhow::Error;
@@ -55,11 +55,12 @@ pub(crate) struct InitialActorPolicy<'a> {
 }
 
 /// Start of this session's adversarial preference optimisation (APO).
+#[derive(Clone, Copy)]
 pub(crate) struct ApoSession<'a> {
     /// The policy at the start of the run.
     pub(crate) policy: &'a LoadedModel,
-    /// Directory of the rounds.
-    pub(crate) rounds: PathBuf,
+    /// Run directory of the process, with the rounds and people's verdicts.
+    pub(crate) run_dir: &'a Path,
     /// Weights version at which the session starts.
     pub(crate) start: WeightsVersion,
 }
@@ -330,7 +331,7 @@ fn judge_and_apo(
     if apo_schedule(settings).is_none() {
         return Ok((Arc::clone(judge), None));
     }
-    let apo_judge = ApoJudge::load(settings, judge, session.rounds, session.start)?;
+    let apo_judge = ApoJudge::load(settings, judge, session.run_dir, session.start)?;
     let current = apo_judge.source(judge)?;
     let policy = session.policy;
     let apo = tokio::task::block_in_place(|| apo_judge.apo(settings, policy, judge, cancel))?;

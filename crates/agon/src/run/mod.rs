@@ -35,7 +35,7 @@ pub(crate) struct RunContext<'a> {
     pub(crate) inputs: &'a RunInputs,
     /// Run directory.
     pub(crate) directory: &'a Arc<RunDirectory>,
-    /// Where the run begins, and what it is made of.
+    /// Start and inputs of the run.
     pub(crate) origin: RunOrigin,
 }
 

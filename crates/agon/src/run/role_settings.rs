@@ -1,4 +1,4 @@
-//! What the roles derive from several settings at once: sampling, pacing, mixtures and dtypes.
+//! Values that the roles derive from several settings at once: sampling, pacing, mixtures and dtypes.
 
 use actor::{CompletionPlan, IdenticalPairs};
 use learner::{ApoSchedule, Sampling, planned_steps};

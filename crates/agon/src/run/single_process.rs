@@ -11,7 +11,7 @@ use tokio::{sync::watch, task::JoinSet, time::timeout};
 use transport::Transport;
 
 use crate::{
-    assembly::{self, JudgeSource},
+    assembly::JudgeSource,
     cluster::{
         membership::{RunPhase, RunRecord},
         status::{MemberSource, StatusPublisher},
@@ -108,7 +108,7 @@ async fn other_roles(
     if let Some(judge) = judge {
         let session = ApoSession {
             policy: &inputs.model,
-            rounds: assembly::rounds_directory(context.directory.root()),
+            run_dir: context.directory.root(),
             start: context.start()?,
         };
         let member = StageMember {

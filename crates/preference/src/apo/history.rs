@@ -80,7 +80,7 @@ impl History {
             .rounds
             .iter()
             .rev()
-            .find(|round| round.refused.is_none());
+            .find(|round| round.rejected.is_none());
         accepted.map_or(0, |round| round.round)
     }
 }

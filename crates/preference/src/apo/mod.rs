@@ -27,6 +27,19 @@ pub use round::{BeforeAfter, PolicySampleQuality, Quality, RoundReport};
 pub(crate) use runner::next_model;
 pub use runner::{ApoRunner, ReplicaFactory};
 
+/// Reads the pairs of people's verdicts on the run's samples, as they are now. Called on the thread of a round.
+pub type HumanVerdictPairs = Box<dyn Fn() -> Vec<PreferenceExample> + Send + Sync>;
+
+/// Pairs that every round trains on and is measured on.
+pub struct ApoPairs {
+    /// Annotated pairs for training.
+    pub annotated: Vec<PreferenceExample>,
+    /// Annotated pairs for evaluation.
+    pub held_out: Vec<PreferenceExample>,
+    /// Pairs of people's verdicts, which are trained on as the annotated ones.
+    pub human_verdicts: HumanVerdictPairs,
+}
+
 /// Dependencies of [`Apo`].
 pub struct ApoParts {
     /// Settings of APO.
@@ -43,10 +56,8 @@ pub struct ApoParts {
     pub current: RewardModel,
     /// Number of the last finished round, and the weights that sampled for it.
     pub last: Option<(u64, WeightsVersion)>,
-    /// Annotated pairs for training.
-    pub annotated: Vec<PreferenceExample>,
-    /// Annotated pairs for evaluation.
-    pub held_out: Vec<PreferenceExample>,
+    /// Pairs of the rounds.
+    pub pairs: ApoPairs,
     /// Judge with the true preference between two samples, where it is known.
     pub gold: Option<Box<dyn Judge>>,
     /// Output directory: `round_N/` with the models, and `rounds.jsonl` with the reports.
@@ -78,8 +89,7 @@ struct ApoContext {
     backbone: LanguageModel,
     folder: ModelFolder,
     initial: RewardModel,
-    annotated: Vec<PreferenceExample>,
-    held_out: Vec<PreferenceExample>,
+    pairs: ApoPairs,
     directory: PathBuf,
     seed: Seed,
 }
@@ -118,8 +128,7 @@ impl Apo {
                 backbone: parts.backbone,
                 folder: parts.folder,
                 initial: parts.initial,
-                annotated: parts.annotated,
-                held_out: parts.held_out,
+                pairs: parts.pairs,
                 directory: parts.directory,
                 seed: parts.seed,
             }),

@@ -48,6 +48,8 @@ pub struct RoundReport {
     pub pairs: usize,
     /// Prompts without a golden answer.
     pub without_golden: usize,
+    /// Pairs of people's verdicts that were trained on besides the annotated ones.
+    pub human_verdicts: usize,
     /// Loss on annotated pairs at the last step; `None` when they are not trained on.
     pub annotated_loss: Option<f64>,
     /// Adversarial loss at the last step.
@@ -61,7 +63,7 @@ pub struct RoundReport {
     /// Quality on pairs of the policy's samples against the gold preference, where it is known.
     pub policy: Option<PolicySampleQuality>,
     /// Reason the model was rejected; `None` when it becomes the judge.
-    pub refused: Option<String>,
+    pub rejected: Option<String>,
     /// Duration of the round, in seconds.
     pub seconds: f64,
 }
@@ -102,8 +104,14 @@ impl ApoRound {
     pub(super) fn run(self, cancelled: &dyn Fn() -> bool) -> Result<RoundOutcome, PreferenceError> {
         let start = Instant::now();
         let context = &self.context;
+        let pairs = &context.pairs;
+        let human_verdicts = match context.settings.annotated {
+            true => (pairs.human_verdicts)(),
+            false => Vec::new(),
+        };
+        let examples = [pairs.annotated.as_slice(), &human_verdicts].concat();
         let data = TrainingData {
-            examples: &context.annotated,
+            examples: &examples,
             adversarial: &self.adversarial,
             apo: &context.settings,
         };
@@ -119,10 +127,11 @@ impl ApoRound {
             false => fit(&context.backbone, fit_settings, data, seed, on_step),
         }?;
         let mut report = self.report(&model, last)?;
+        report.human_verdicts = human_verdicts.len();
         report.seconds = start.elapsed().as_secs_f64();
         self.write(&model, &report)?;
         self.publish(&report);
-        let model = report.refused.is_none().then_some(model);
+        let model = report.rejected.is_none().then_some(model);
         Ok(RoundOutcome { report, model })
     }
 
@@ -131,7 +140,7 @@ impl ApoRound {
         model: &RewardModel,
         last: Option<StepMetrics>,
     ) -> Result<RoundReport, PreferenceError> {
-        let held_out = &self.context.held_out;
+        let held_out = &self.context.pairs.held_out;
         let quality = |model: &RewardModel, examples: &[PreferenceExample]| {
             Ok::<_, PreferenceError>(Quality::of(calibrate(model, examples)?))
         };
@@ -154,6 +163,7 @@ impl ApoRound {
             step: self.version.step,
             pairs: self.adversarial.iter().map(|c| c.samples.len()).sum(),
             without_golden: self.without_golden,
+            human_verdicts: 0,
             annotated_loss: last.and_then(|step| step.annotated),
             golden_loss: last.and_then(|step| step.golden),
             golden_wins: BeforeAfter {
@@ -161,7 +171,7 @@ impl ApoRound {
                 after: golden_wins(model, &self.adversarial)?,
             },
             drift: drift(&self.current, model, held_out)?,
-            refused: self.rejection(held_out_quality.after),
+            rejected: self.rejection(held_out_quality.after),
             held_out: held_out_quality,
             policy,
             seconds: 0.0,
@@ -221,6 +231,7 @@ impl ApoRound {
         tracing::info!(
             round = report.round,
             step = report.step,
+            human_verdicts = report.human_verdicts,
             accuracy = format!("{:.3}", report.held_out.after.accuracy),
             ece = format!("{:.3}", report.held_out.after.ece),
             golden_wins = format!(
@@ -228,7 +239,7 @@ impl ApoRound {
                 report.golden_wins.before, report.golden_wins.after
             ),
             seconds = format!("{:.1}", report.seconds),
-            refused = report.refused.as_deref().unwrap_or("no"),
+            rejected = report.rejected.as_deref().unwrap_or("no"),
             "APO round finished"
         );
     }

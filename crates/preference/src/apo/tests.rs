@@ -1,10 +1,12 @@
+use std::sync::Mutex;
+
 use messages::{Purpose, WeightsVersion};
 use model::{DType, Device, RewardFolder};
 
 use super::*;
 use crate::judge::fake::{FakeJudge, completion, pair, preferred};
 use crate::reward_training::tests::{TinyModel, compared, settings, tiny_model};
-use crate::reward_training::{TrainingData, fit};
+use crate::reward_training::{TrainingData, calibrate, fit};
 
 /// An initial model that prefers token 6, and an output directory. Golden answers are token 5.
 struct Harness {
@@ -49,8 +51,11 @@ impl Harness {
             initial: self.initial.clone(),
             current: self.initial.clone(),
             last: None,
-            held_out: annotated.clone(),
-            annotated,
+            pairs: ApoPairs {
+                held_out: annotated.clone(),
+                annotated,
+                human_verdicts: Box::new(Vec::new),
+            },
             gold: Some(Box::new(gold)),
             directory: self.directory.path().to_owned(),
             seed: Seed(3),
@@ -96,7 +101,7 @@ async fn a_round_learns_to_prefer_golden_answers_and_writes_a_model_and_a_report
         report.held_out.after.accuracy, 1.0,
         "the annotated pairs are still predicted"
     );
-    assert!(report.drift > 0.0 && report.refused.is_none());
+    assert!(report.drift > 0.0 && report.rejected.is_none());
     let policy = report.policy.expect("there is a gold judge");
     assert_eq!(
         policy.initial, policy.before,
@@ -173,7 +178,7 @@ async fn a_model_beyond_the_limits_is_rejected() {
     }
     let RoundOutcome { report, model } = apo.outcome().await.unwrap();
     assert!(model.is_none());
-    let reason = report.refused.expect("it is rejected");
+    let reason = report.rejected.expect("it is rejected");
     assert!(
         reason.contains("below preference.apo.min_accuracy = 0.8"),
         "{reason}"
@@ -204,6 +209,25 @@ async fn duplicate_samples_and_samples_of_a_finished_round_are_ignored() {
         assert!(!apo.collect_samples(&samples(id, Some(vec![5, 1]))).unwrap());
     }
     assert!(!apo.is_training());
+}
+
+/// The annotated pairs say nothing about the tokens 8 and 9; people prefer 9.
+#[tokio::test]
+async fn a_round_trains_on_the_verdicts_that_stand_when_it_starts() {
+    let harness = Harness::new();
+    let mut apo = harness.apo(&ROUND, compared(10, 11, 1.0));
+    let verdicts = Arc::new(Mutex::new(Vec::new()));
+    let read = Arc::clone(&verdicts);
+    let context = Arc::get_mut(&mut apo.context).unwrap();
+    context.pairs.human_verdicts = Box::new(move || read.lock().unwrap().clone());
+    *verdicts.lock().unwrap() = compared(9, 8, 1.0);
+    for id in 0..4 {
+        apo.collect_samples(&samples(id, Some(vec![5, 1]))).unwrap();
+    }
+    let outcome = apo.outcome().await.unwrap();
+    assert_eq!(outcome.report.human_verdicts, compared(9, 8, 1.0).len());
+    let quality = calibrate(&outcome.model.unwrap(), &compared(9, 8, 1.0)).unwrap();
+    assert_eq!(quality.unwrap().accuracy, 1.0);
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! How a browser shows the page's token: once in the URL, then in a cookie. Other clients send it in an
+//! Access control of the page: a browser shows its token once in the URL, then in a cookie. Other clients send it in an
 //! `Authorization` header.
 
 use axum::http::header::COOKIE;

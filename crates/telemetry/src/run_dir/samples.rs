@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use messages::{Completion, Dialogue, Finish, GOLD, LabelledPair, Pair, Purpose};
+use messages::{Completion, Dialogue, Finish, GOLD, LabelledPair, Pair, Prompt, Purpose};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TelemetryError;
@@ -33,6 +33,10 @@ pub struct SampleRow {
     pub version: u64,
     /// The prompt's text: as given, or for a dialogue the decoded prompt tokens without special tokens.
     pub prompt: String,
+    /// Text that is encoded as the prompt's tokens, where [`Self::prompt`] is not: what a file of pairs must hold. Absent
+    /// where the two agree, and for dialogues.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoded_prompt: Option<String>,
     /// The prompt's dialogue; absent for text prompts and in rows of older builds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dialogue: Option<Dialogue>,
@@ -78,6 +82,15 @@ pub struct SampleRow {
 /// Decodes completion tokens one by one: takes prompt ids and completion ids, returns one text per completion id.
 pub type TokenTexts<'a> = &'a dyn Fn(&[u32], &[u32]) -> Vec<String>;
 
+/// Texts that a tokenizer adds to a row.
+#[derive(Clone, Copy)]
+pub struct SampleTexts<'a> {
+    /// Texts of completion tokens.
+    pub tokens: TokenTexts<'a>,
+    /// Text that is encoded as the prompt's ids, if the prompt's own text is not.
+    pub encoded_prompt: &'a dyn Fn(&Prompt) -> Option<String>,
+}
+
 impl SampleLog {
     /// Opens the log at `path` for appending; a last line truncated by a crash is removed.
     ///
@@ -97,7 +110,7 @@ impl SampleLog {
         self.lines.append(&SampleRow::of(step, labelled))
     }
 
-    /// Appends the row with the completions' tokens, decoded by `texts`.
+    /// Appends the row with the completions' tokens, decoded by `texts`, and the prompt as it is encoded.
     ///
     /// # Errors
     /// When the write fails.
@@ -105,7 +118,7 @@ impl SampleLog {
         &mut self,
         step: u64,
         labelled: &LabelledPair,
-        texts: TokenTexts<'_>,
+        texts: SampleTexts<'_>,
     ) -> Result<(), TelemetryError> {
         let row = SampleRow::of(step, labelled).with_tokens(labelled, texts);
         self.lines.append(&row)
@@ -176,9 +189,9 @@ impl SampleRow {
         }
     }
 
-    /// Adds the tokens of the pair's completions.
+    /// Adds the tokens of the pair's completions, and the prompt as it is encoded.
     #[must_use]
-    pub fn with_tokens(self, labelled: &LabelledPair, texts: TokenTexts<'_>) -> Self {
+    pub fn with_tokens(self, labelled: &LabelledPair, texts: SampleTexts<'_>) -> Self {
         let labelled = &*in_order_of_the_row(labelled);
         let Pair {
             prompt,
@@ -186,7 +199,8 @@ impl SampleRow {
             ..
         } = &labelled.pair;
         Self {
-            tokens: each(completions, |c| texts(&prompt.ids, &c.ids)),
+            encoded_prompt: (texts.encoded_prompt)(prompt),
+            tokens: each(completions, |c| (texts.tokens)(&prompt.ids, &c.ids)),
             logp: each(completions, |c| round_to_thousandths(&c.logp)),
             ref_logp: each(completions, |c| round_to_thousandths(&c.ref_logp)),
             ..self
@@ -350,8 +364,11 @@ mod tests {
             second: 2,
             ..label
         }];
-        let row = SampleRow::of(9, &selected)
-            .with_tokens(&selected, &|_, ids| vec![ids.len().to_string()]);
+        let texts = SampleTexts {
+            tokens: &|_, ids| vec![ids.len().to_string()],
+            encoded_prompt: &|_| None,
+        };
+        let row = SampleRow::of(9, &selected).with_tokens(&selected, texts);
         assert_eq!(row.completions, ["long", "third", "short"]);
         assert_eq!(
             (row.lengths, row.scores),
@@ -382,10 +399,14 @@ mod tests {
     fn tokens_are_logged_with_their_texts_and_log_probabilities() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("samples.jsonl");
-        let texts = |_: &[u32], ids: &[u32]| ids.iter().map(|id| format!("<{id}>")).collect();
+        let texts = SampleTexts {
+            tokens: &|_, ids| ids.iter().map(|id| format!("<{id}>")).collect(),
+            encoded_prompt: &|prompt| Some(format!("<bos> {}", prompt.text)),
+        };
         let mut log = SampleLog::open(&path).unwrap();
-        log.append_with_tokens(9, &labelled(7), &texts).unwrap();
+        log.append_with_tokens(9, &labelled(7), texts).unwrap();
         let row = SampleLog::read(&path).unwrap().remove(0);
+        assert_eq!(row.encoded_prompt, Some(format!("<bos> {}", row.prompt)));
         let expected = [vec!["<5>"; 2], vec!["<5>"; 3]];
         assert_eq!(row.tokens, expected);
         let logp = [

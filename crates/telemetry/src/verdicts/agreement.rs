@@ -1,4 +1,4 @@
-//! How often people agree with the judge.
+//! Agreement of people with the judge.
 
 use serde::Serialize;
 

@@ -21,7 +21,7 @@ use crate::verdicts::journal::{Line, VerdictJournal};
 pub(crate) use agreement::VerdictSummary;
 
 /// Pairs for training preference models and policies, in the run directory.
-const PAIRS_FILE: &str = "annotated_pairs.jsonl";
+pub const HUMAN_VERDICT_PAIRS_FILE: &str = "annotated_pairs.jsonl";
 
 /// A person's verdict on two completions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,7 +37,7 @@ pub(crate) enum HumanVerdict {
     BothBad,
 }
 
-/// How a pair was chosen for a verdict.
+/// Selection of a pair for a verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum PairChoice {
@@ -69,7 +69,7 @@ pub(crate) struct VerdictRow {
     pub(crate) verdict: HumanVerdict,
     /// Whether the second completion was shown in the first place.
     pub(crate) swapped: bool,
-    /// How the pair was chosen.
+    /// Selection of the pair.
     pub(crate) choice: PairChoice,
     /// The judge's probability that the first completion is better; `None` without a label.
     pub(crate) p: Option<f32>,
@@ -77,7 +77,7 @@ pub(crate) struct VerdictRow {
     pub(crate) judge: String,
     /// The judge's version.
     pub(crate) judge_version: u64,
-    /// The prompt's text.
+    /// The prompt's text, as it is encoded.
     pub(crate) prompt: String,
     /// The prompt's dialogue, if it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -98,11 +98,11 @@ pub(crate) struct GivenVerdict {
     pub(crate) verdict: HumanVerdict,
     /// Whether the second completion was shown in the first place.
     pub(crate) swapped: bool,
-    /// How the pair was chosen.
+    /// Selection of the pair.
     pub(crate) choice: PairChoice,
 }
 
-/// Why a verdict was not taken.
+/// Reason why a verdict was not taken.
 #[derive(Debug)]
 pub(crate) enum VerdictError {
     /// The pair has one already.
@@ -177,7 +177,10 @@ impl RunVerdicts {
 
     /// Writes the pairs anew, while the journal is locked.
     fn write_pairs(&self, rows: &[VerdictRow]) -> Result<(), TelemetryError> {
-        write_atomically(&self.root.join(PAIRS_FILE), pairs::lines(rows).as_bytes())
+        write_atomically(
+            &self.root.join(HUMAN_VERDICT_PAIRS_FILE),
+            pairs::lines(rows).as_bytes(),
+        )
     }
 }
 
@@ -197,7 +200,7 @@ impl VerdictRow {
             p: row.p,
             judge: row.judge,
             judge_version: row.judge_version,
-            prompt: row.prompt,
+            prompt: row.encoded_prompt.unwrap_or(row.prompt),
             dialogue: row.dialogue,
             completions: [text(), text()],
         }

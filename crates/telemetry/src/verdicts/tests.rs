@@ -31,7 +31,7 @@ fn given(prompt_id: u64, verdict: HumanVerdict) -> GivenVerdict {
 }
 
 fn pairs(root: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(root.join(PAIRS_FILE)).unwrap();
+    let text = fs::read_to_string(root.join(HUMAN_VERDICT_PAIRS_FILE)).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
     lines.collect()
 }
@@ -68,7 +68,7 @@ fn verdicts_are_kept_withdrawn_and_written_as_pairs() {
         .unwrap();
     assert_eq!(rows.iter().map(|row| row.id).collect::<Vec<_>>(), [1, 5]);
     assert_eq!(RunVerdicts::new(root).read().unwrap(), rows);
-    for file in ["verdicts.jsonl", PAIRS_FILE] {
+    for file in ["verdicts.jsonl", HUMAN_VERDICT_PAIRS_FILE] {
         let mode = fs::metadata(root.join(file)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{file}");
     }
@@ -135,7 +135,7 @@ fn links_and_pipes_are_refused() {
     assert!(matches!(refused, Err(VerdictError::File(_))));
     fs::remove_file(root.join("verdicts.jsonl")).unwrap();
     // The file of pairs is replaced, not followed.
-    symlink(&outside, root.join(PAIRS_FILE)).unwrap();
+    symlink(&outside, root.join(HUMAN_VERDICT_PAIRS_FILE)).unwrap();
     verdicts
         .add(given(1, HumanVerdict::First), row(0.8))
         .unwrap();

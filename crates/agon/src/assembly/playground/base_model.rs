@@ -20,7 +20,7 @@ const SFT_STREAM: u64 = 0x5f7;
 
 /// The playground's base policy.
 pub(crate) struct PlaygroundBase {
-    /// Its folder.
+    /// Folder of the model.
     pub(crate) path: PathBuf,
     /// Seconds of fine-tuning; `None` if it was cached.
     pub(crate) seconds: Option<f64>,

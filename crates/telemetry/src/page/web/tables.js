@@ -36,7 +36,7 @@ export class Rounds {
       el("td", {}, both(round.held_out, (quality) => quality.ece)),
       el("td", {}, round.policy ? both(round.policy, (quality) => quality.accuracy) : "–"),
       el("td", {}, short(round.drift)), el("td", {}, duration(round.seconds)),
-      el("td", { class: round.refused ? "bad" : "good" }, round.refused ?? "accepted")));
+      el("td", { class: round.rejected ? "bad" : "good" }, round.rejected ?? "accepted")));
     const heads = ["round", "step", "pairs", "golden win rate", "accuracy", "calibration error", "accuracy on the policy's samples", "drift", "duration", "status"];
     const body = rows.length ? table("The preference model before and after each round", heads, rows)
       : el("p", { class: "soft" }, "No round of adversarial preference optimisation has run.");

@@ -22,7 +22,7 @@ export class Verdicts {
       button("left", "1", "Left is better"), button("right", "2", "Right is better"), button("tie", "t", "Equally good"),
       button("both-bad", "b", "Both bad"), button("undo", "u", "Undo"));
     this.element = el("div", { id: "verdicts" },
-      el("p", { class: "soft" }, "Which answer is better? The judge's label is hidden and the sides are shuffled. Verdicts are kept in verdicts.jsonl of the run directory; those for one side are pairs in annotated_pairs.jsonl, for [preference.fit.pairs] or [pairs]."),
+      el("p", { class: "soft" }, "Which answer is better? The judge's label is hidden and the sides are shuffled. Verdicts are kept in verdicts.jsonl of the run directory; those for one side are pairs in annotated_pairs.jsonl: the next APO round trains on them, and [preference.fit.pairs] or [pairs] of another run can name the file."),
       el("div", { class: "bar" }, el("label", { for: "choice" }, "Pairs that ", this.choice)),
       this.status, this.error, this.pair, this.buttons);
     addEventListener("keydown", (event) => this.key(event));
