@@ -103,7 +103,7 @@ impl PromptQueue {
         self.ready.len()
     }
 
-    /// How many more ready prompts may be queued. An actor takes no more than its slots can start next; the rest is
+    /// Number of further ready prompts that may be queued. An actor takes no more than its slots can start next; the rest is
     /// left to other actors. Prompts that have waited for their weights for [`WAIT_LIMIT`] are not counted.
     pub(crate) fn room(&self, now: Instant) -> usize {
         let takes_room = |waiting: &&WaitingPrompt| {
@@ -118,7 +118,7 @@ impl PromptQueue {
         self.room(now) > 0
     }
 
-    /// When the next prompt that waits for its weights ceases to take room; `None` if none does.
+    /// Time at which the next prompt that waits for its weights ceases to take room; `None` if none does.
     pub(crate) fn next_room(&self, now: Instant) -> Option<Instant> {
         let ahead = self.ready.iter().filter(|waiting| self.is_ahead(waiting));
         let ends = ahead.map(|waiting| waiting.since + WAIT_LIMIT);

@@ -257,7 +257,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Why a received prompt is not queued; `None` if it is. `exhausted` is its number of deliveries if that exceeds
+    /// Reason why a received prompt is not queued; `None` if it is. `exhausted` is its number of deliveries if that exceeds
     /// the limit. Enters the prompt's session.
     async fn rejection(
         &mut self,

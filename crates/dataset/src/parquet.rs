@@ -127,7 +127,7 @@ fn is_text(field: &TypePtr) -> bool {
 /// An open file.
 struct ParquetFile<'a> {
     path: &'a Path,
-    /// Its size in bytes.
+    /// Size in bytes.
     size: u64,
     limits: FileLimits,
     projection: Projection,

@@ -34,7 +34,7 @@ pub(crate) struct Blob<'a> {
     pub(crate) events: &'a SyncSender<DownloadEvent>,
 }
 
-/// Why a blob could not be downloaded.
+/// Reason why a blob could not be downloaded.
 #[derive(Debug)]
 pub(crate) enum BlobError {
     /// There is no usable response.

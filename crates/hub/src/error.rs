@@ -1,4 +1,4 @@
-//! Why a model of the Hugging Face Hub is not available, by what can be done about it.
+//! Reasons why a model of the Hugging Face Hub is not available, by what can be done about them.
 
 use std::path::PathBuf;
 
@@ -58,7 +58,7 @@ pub enum HubError {
         endpoint: String,
         /// HTTP status of the response: 401 or 403.
         status: u16,
-        /// Where the token came from, without the token itself.
+        /// Source of the token, without the token itself.
         token: String,
     },
     /// The repository holds weights in unsupported formats only.

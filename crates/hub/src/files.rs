@@ -1,4 +1,4 @@
-//! Which files of a repository make up a model.
+//! Files of a repository that make up a model.
 //!
 //! The names come from the Hub and from the index of a sharded model. Only plain file names are used.
 

@@ -20,7 +20,7 @@ pub(crate) struct HttpClient {
     token: Option<String>,
 }
 
-/// Why a request has no usable response.
+/// Reason why a request has no usable response.
 #[derive(Debug)]
 pub(crate) enum RequestFailure {
     /// A server answered with an error.
@@ -120,7 +120,7 @@ impl HttpClient {
     }
 }
 
-/// Where a response redirects; `None` if it is no redirect.
+/// Target of a redirection; `None` if it is no redirect.
 fn redirect_target(url: &Url, response: &ureq::Response) -> Result<Option<Url>, RequestFailure> {
     if !(300..400).contains(&response.status()) {
         return Ok(None);

@@ -23,7 +23,7 @@ pub(super) enum Token {
     Known {
         /// The token itself.
         secret: String,
-        /// Where it was found.
+        /// Source of the token.
         source: TokenSource,
     },
     /// No variable is set, and this file does not exist or is empty.
@@ -32,7 +32,7 @@ pub(super) enum Token {
     Disabled,
 }
 
-/// Where a token was found.
+/// Source of a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum TokenSource {
     /// In this variable.

@@ -88,7 +88,8 @@ impl DroppedPrompts {
         if is_unlabelled && !self.has_warned {
             self.has_warned = true;
             tracing::warn!(
-                "a pair got no label and is left out: {detail} (later ones are only counted)"
+                detail = %detail,
+                "a pair got no label and is left out; later ones are only counted"
             );
         }
     }

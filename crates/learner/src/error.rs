@@ -127,7 +127,7 @@ pub enum LearnerError {
     SftDiverged {
         /// Step, from 1.
         step: u64,
-        /// Its loss, in nats per token; that of the weights after it, if NaN.
+        /// Loss of the policy, in nats per token; that of the weights after it, if NaN.
         loss: f64,
         /// Loss of the first step.
         first: f64,

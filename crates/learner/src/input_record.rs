@@ -1,4 +1,4 @@
-//! What a run is made of: digests of its inputs, and the settings that change their meaning.
+//! Record of the inputs of a run: digests of its inputs, and the settings that change their meaning.
 //!
 //! A checkpoint holds the record of its run, so that a resumed run finds out what has changed. Does not know how the
 //! digests are computed.

@@ -25,7 +25,7 @@ pub struct JudgeEvaluation {
     pub agreement: Option<f64>,
 }
 
-/// Which outcomes of an evaluation are independent of each other, and so counted in its intervals.
+/// Outcomes of an evaluation that are independent of each other, and so counted in its intervals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IndependentUnit {
     /// Every pair.

@@ -470,7 +470,7 @@ impl PairSource {
         arrival
     }
 
-    /// Why a received pair must be dropped; `None` if it is accepted, and its prompt no longer outstanding.
+    /// Reason why a received pair must be dropped; `None` if it is accepted, and its prompt no longer outstanding.
     fn rejection(&mut self, labelled: &LabelledPair) -> Option<Rejection> {
         let prompt = &labelled.pair.prompt;
         if is_from_file(prompt.id) || prompt.purpose == Purpose::File {
@@ -493,7 +493,7 @@ impl PairSource {
         }
     }
 
-    /// Why the judge's label of a pair from a file must be dropped; `None` if it is accepted. Of the message only the label
+    /// Reason why the judge's label of a pair from a file must be dropped; `None` if it is accepted. Of the message only the label
     /// is read: the pair is the one that was sent.
     fn file_rejection(&mut self, labelled: &LabelledPair) -> Option<Rejection> {
         let prompt = &labelled.pair.prompt;
@@ -610,7 +610,7 @@ impl PairSource {
     }
 }
 
-/// Why a pair is dropped.
+/// Reason why a pair is dropped.
 struct Rejection {
     reason: DropReason,
     detail: String,

@@ -24,7 +24,7 @@ impl ProgressDeadline {
         Self { started, outage }
     }
 
-    /// When the wait has lasted `allowed`, `outage` being the total time for which the server has been unreachable by now.
+    /// Time at which the wait has lasted `allowed`, `outage` being the total time for which the server has been unreachable by now.
     pub(crate) fn after(&self, allowed: Duration, outage: Duration) -> Instant {
         self.started + allowed + outage.saturating_sub(self.outage)
     }

@@ -17,7 +17,7 @@ use crate::{
 pub struct Completion {
     /// Response tokens, end-of-text included if it was sampled.
     pub ids: Vec<u32>,
-    /// Why the completion ended.
+    /// Reason why the completion ended.
     pub finish: Finish,
     /// Weight of the reference in the behaviour policy's mixture: 0 is the policy, 1 the reference.
     pub mixture_coef: f32,
@@ -32,7 +32,7 @@ pub struct Completion {
     pub text: String,
 }
 
-/// Why a completion ended.
+/// Reason why a completion ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Finish {
     /// The end-of-text token was sampled.
@@ -107,7 +107,7 @@ pub enum Stage {
     Learner,
 }
 
-/// Why a stage dropped a message.
+/// Reason why a stage dropped a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DropReason {

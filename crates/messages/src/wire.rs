@@ -62,7 +62,7 @@ messages!(
     WeightsManifest = 5: |manifest| format!("{}-{}", manifest.version.session, manifest.version.step),
 );
 
-/// Why bytes cannot be decoded as the expected message.
+/// Reason why bytes cannot be decoded as the expected message.
 #[derive(Debug, Error)]
 pub enum WireError {
     /// Fewer than two bytes.

@@ -473,7 +473,7 @@ fn stop_tokens(raw: &Value, vocab_size: usize, path: &Path) -> Vec<u32> {
         let found = found.filter(|&id| (id as usize) < vocab_size);
         if found.is_none() {
             let path = path.display();
-            tracing::warn!(%path, %id, vocab_size, "{key} has a token that is not in the model's vocabulary: it is ignored");
+            tracing::warn!(%path, key, %id, vocab_size, "a stop token is not in the model's vocabulary: it is ignored");
         }
         found
     };

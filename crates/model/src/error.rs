@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Why a model cannot be loaded, used or saved.
+/// Reason why a model cannot be loaded, used or saved.
 #[derive(Debug, Error)]
 pub enum ModelError {
     /// A file cannot be read.
@@ -44,13 +44,13 @@ pub enum ModelError {
     /// Weights that do not match the configuration.
     #[error("the weights do not fit the model: {reason}")]
     Weights {
-        /// Which tensor, expected and found.
+        /// Tensor, with what is expected and found.
         reason: String,
     },
     /// An adapter that does not match its base model.
     #[error("the adapter does not fit the model: {reason}")]
     Adapter {
-        /// Which module or tensor, expected and found.
+        /// Module or tensor, with what is expected and found.
         reason: String,
     },
     /// A tokenizer that does not match the model.
@@ -73,7 +73,7 @@ pub enum ModelError {
     /// Tokens that the model cannot process.
     #[error("{reason}")]
     Tokens {
-        /// Which tokens, which limit.
+        /// Tokens and limit.
         reason: String,
     },
     /// An unavailable device.
@@ -81,7 +81,7 @@ pub enum ModelError {
     Device {
         /// The requested name.
         name: String,
-        /// Why it is unavailable.
+        /// Reason why it is unavailable.
         reason: String,
     },
     /// A tensor operation failed.

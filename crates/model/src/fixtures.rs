@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Device};
 use serde_json::{Value, json};
 
-use crate::{DType, Device, config::ModelConfig, weights::Weights};
+use crate::{config::ModelConfig, weights::Weights};
 
 /// A word-level tokenizer with ids 0 to 7, which prepends `<s>`.
 pub(crate) const WORD_TOKENIZER: &str = r#"{

@@ -242,7 +242,7 @@ enum KeyEffect {
     None,
     /// No known effect.
     Unknown,
-    /// It requires a different forward pass.
+    /// Requires a different forward pass.
     Deviates,
 }
 

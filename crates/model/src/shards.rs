@@ -70,7 +70,7 @@ const QUANTISED_PARTS: [&str; 9] = [
 /// Tensors that a model expects in its folder.
 #[derive(Debug, Clone)]
 pub(crate) struct ExpectedTensors {
-    /// Their names and shapes.
+    /// Names and shapes of the tensors.
     pub tensors: Vec<(String, Vec<usize>)>,
     /// Tensors that may be present but are not loaded: names, or name prefixes that end in a dot.
     pub ignorable: Vec<&'static str>,

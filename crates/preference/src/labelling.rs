@@ -42,7 +42,7 @@ pub(crate) struct PairLabels {
     pub verdicts: Vec<EvaluationVerdict>,
 }
 
-/// Why a pair is dropped.
+/// Reason why a pair is dropped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DropCause {
     pub reason: DropReason,

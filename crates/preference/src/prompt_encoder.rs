@@ -31,7 +31,7 @@ pub trait PromptEncoder: Send + Sync {
 #[derive(Debug, Clone, Copy)]
 pub struct NoEncoding;
 
-/// When end-of-text is appended to the tokens of a response.
+/// Rule for appending end-of-text to the tokens of a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EosPolicy {
     /// If the response finished with it.

@@ -70,9 +70,12 @@ pub(crate) fn name_single_judge(settings: &mut Table) {
 
 #[cfg(test)]
 mod tests {
-    use crate::checks::tests::assert_reported;
-    use crate::resolve::{Override, resolve};
-    use crate::{EvaluationSettings, JudgeSettings};
+    use super::EvaluationSettings;
+    use crate::{
+        checks::tests::assert_reported,
+        judge::JudgeSettings,
+        resolve::{Override, resolve},
+    };
 
     fn evaluation(text: &str, sets: &[&str]) -> EvaluationSettings {
         let sets: Vec<Override> = sets.iter().map(|set| set.parse().unwrap()).collect();

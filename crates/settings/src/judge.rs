@@ -117,7 +117,7 @@ pub enum VerdictForm {
     Pointwise,
 }
 
-/// How a chat model is asked: form, criteria and number of replies.
+/// Request to a chat model: form, criteria and number of replies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RubricSettings {
     /// Form of its answers.
@@ -474,7 +474,7 @@ impl LocalChatSettings {
 }
 
 impl EndpointSettings {
-    /// How the model is asked.
+    /// Request to the model.
     #[must_use]
     pub fn rubric(&self) -> RubricSettings {
         RubricSettings {
@@ -486,7 +486,7 @@ impl EndpointSettings {
 }
 
 impl LocalChatSettings {
-    /// How the model is asked.
+    /// Request to the model.
     #[must_use]
     pub fn rubric(&self) -> RubricSettings {
         RubricSettings {

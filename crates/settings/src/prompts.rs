@@ -62,13 +62,13 @@ pub struct DatasetPrompts {
     pub min_length: usize,
     /// Handling of prompts of more than `actor.max_prompt_length` tokens.
     pub too_long: TooLong,
-    /// How often a prompt is drawn after the first epoch.
+    /// Frequency of a prompt after the first epoch.
     pub curriculum: CurriculumSetting,
     /// Weight of a prompt without signal, relative to the signal of certain labels.
     pub curriculum_floor: f64,
 }
 
-/// How often a prompt is drawn after the first epoch.
+/// Frequency of a prompt after the first epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CurriculumSetting {

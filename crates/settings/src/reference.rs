@@ -4,18 +4,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::{actor::EngineSettings, checks::Checks, settings::Settings};
 
-/// How the reference follows the policy in training.
+/// Update rule of the reference in training.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum ReferenceSettings {
-    /// It stays what it is at the start of the run.
+    /// Stays what it is at the start of the run.
     Fixed {},
-    /// It becomes a copy of the policy at regular intervals.
+    /// Becomes a copy of the policy at regular intervals.
     Every {
         /// Applied optimiser steps between two copies.
         every_steps: u64,
     },
-    /// It is an exponential moving average of the policy's weights.
+    /// Is an exponential moving average of the policy's weights.
     Ema {
         /// Weight of the old reference in every step's average; the rest is the policy's.
         decay: f64,

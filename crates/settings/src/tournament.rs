@@ -24,7 +24,7 @@ use crate::{
 
 /// Longest name of a method, in characters.
 const MAX_NAME: usize = 40;
-/// What a name consists of.
+/// Characters and length of a name.
 const NAME_RULE: &str = "up to 40 letters, digits, \"-\", \"_\" and \".\"";
 /// Longest beginning of a label in the name of a folder, in characters.
 const MAX_FOLDER: usize = 80;
@@ -107,13 +107,13 @@ impl fmt::Display for TournamentJudge {
 pub struct TournamentMethod {
     /// Name, unique in the tournament.
     pub name: String,
-    /// Its settings: one for each point of the grid.
+    /// Settings of the method: one for each point of the grid.
     pub variants: Vec<MethodVariant>,
     /// Whether only the best variant meets the other methods, or each does under a name of its own.
     pub keep: KeptVariants,
 }
 
-/// Which variants of a method take part in the finals.
+/// Variants of a method that take part in the finals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KeptVariants {
@@ -413,7 +413,7 @@ impl Tournament {
         Ok(learner.steps * learner.train_batch_size as u64)
     }
 
-    /// Why the tournament cannot judge or evaluate a run with these settings.
+    /// Reason why the tournament cannot judge or evaluate a run with these settings.
     fn unusable(&self, resolved: &Resolved) -> Option<String> {
         let settings = &resolved.settings;
         let judges = &settings.evaluation.judge;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{checks::Checks, model::DtypeSetting, settings::Settings, url};
 
-/// How the roles communicate.
+/// Transport between the roles.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum TransportSettings {

@@ -12,10 +12,10 @@ const WIDTH: usize = 4;
 /// zstd compression level: the fastest of the standard ones, since a sync waits for it.
 const LEVEL: i32 = 1;
 
-/// Why a delta cannot be applied.
+/// Reason why a delta cannot be applied.
 #[derive(Debug, Error)]
 pub(crate) enum DeltaError {
-    /// It was computed from blobs of another length.
+    /// Computed from blobs of another length.
     #[error("a delta for {expected} bytes does not fit the {found} bytes it refers to")]
     Length {
         /// Length of the blobs it was computed from.
@@ -23,7 +23,7 @@ pub(crate) enum DeltaError {
         /// Length of the given base blob.
         found: usize,
     },
-    /// It cannot be decompressed.
+    /// Cannot be decompressed.
     #[error("a delta is corrupt: {0}")]
     Corrupt(std::io::Error),
 }

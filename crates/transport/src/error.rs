@@ -26,7 +26,7 @@ pub enum ClosedBy {
     Receivers,
 }
 
-/// Why a transport operation failed. Messages say what failed, why, and what to do.
+/// Reason why a transport operation failed. Messages say what failed, why, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum TransportError {
@@ -130,7 +130,7 @@ pub enum TransportError {
     TooLarge {
         /// Name of the file.
         name: String,
-        /// Its size according to the record.
+        /// Size of the file according to the record.
         limit: u64,
     },
     /// The server rejected a request, or did not answer within the configured timeout.

@@ -85,16 +85,16 @@ pub(crate) struct RunKey {
     pair: Option<KeyPair>,
 }
 
-/// Why a value is not the leader's.
+/// Reason why a value is not the leader's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Unauthentic {
-    /// It has another form.
+    /// Another form.
     #[error("another build has written it")]
     Form,
-    /// It has no signature.
+    /// No signature.
     #[error("it is not signed")]
     Unsigned,
-    /// Its signature is of another key, run, entry or value.
+    /// The signature is of another key, run, entry or value.
     #[error("its signature is not of this run's key")]
     Signature,
 }

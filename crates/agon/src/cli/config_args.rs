@@ -131,7 +131,7 @@ impl RunArguments {
         })
     }
 
-    /// Where the run begins, and what it is made of. `judge` is the run's judge, if this process has it. Reads the
+    /// Start and inputs of the run. `judge` is the run's judge, if this process has it. Reads the
     /// files of the inputs, refuses those that have changed, and records the configuration.
     pub(crate) fn origin(
         &self,
@@ -254,7 +254,10 @@ fn record_configuration(directory: &RunDirectory, resolved: &Resolved) -> anyhow
         return Ok(());
     }
     let changes = changed_settings(&previous, &resolved.toml).join("; ");
-    tracing::warn!("the configuration differs from the one that this run started with: {changes}");
+    tracing::warn!(
+        changes,
+        "the configuration differs from the one that this run started with"
+    );
     write_atomically(&directory.config(), resolved.toml.as_bytes())?;
     Ok(())
 }

@@ -94,7 +94,7 @@ fn warn_of_differences(runs: &mut [RunView]) -> Result<(), telemetry::TelemetryE
     }
     let evaluations: Vec<_> = runs.iter().filter_map(RunView::evaluation).collect();
     for difference in evaluation_differences(&evaluations) {
-        tracing::warn!("the win rates of these runs cannot be compared: {difference}");
+        tracing::warn!(difference, "the win rates of these runs cannot be compared");
     }
     Ok(())
 }

@@ -64,7 +64,7 @@ pub(crate) struct RunRecord {
     pub(crate) step: u64,
     /// Files of the initial model, in the weight store.
     pub(crate) model: Vec<ModelFile>,
-    /// How adapters name the initial model as their base.
+    /// Name of the initial model as the base of adapters.
     pub(crate) base_model: BaseModel,
     /// Files of the initial adapter; empty if it is newly initialised.
     pub(crate) adapter: Vec<ModelFile>,

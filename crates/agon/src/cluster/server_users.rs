@@ -37,12 +37,12 @@ impl ServerRole {
     /// All roles.
     pub(crate) const ALL: [Self; 4] = [Self::Learner, Self::Actor, Self::Preference, Self::View];
 
-    /// Its name.
+    /// Name of the role.
     pub(crate) fn name(self) -> &'static str {
         self.access().role
     }
 
-    /// Its streams and entries on the server.
+    /// Streams and entries of the role on the server.
     fn access(self) -> RoleAccess {
         match self {
             Self::Learner => RoleAccess {

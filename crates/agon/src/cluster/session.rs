@@ -186,7 +186,7 @@ impl ClusterSession {
 
 /// Identity of a process in the run: its name and metrics URL.
 pub(crate) struct ProcessNames {
-    /// Its name.
+    /// Name of the process.
     pub(crate) name: String,
     /// URL of its Prometheus metrics.
     pub(crate) metrics: String,

@@ -10,7 +10,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::Context;
 use messages::Stage;
 use serde::{Deserialize, Serialize};
 use settings::Settings;
@@ -22,6 +21,7 @@ use transport::{RunRegistry, StreamCounts};
 
 use crate::{
     cluster::membership::{self, Heartbeat, Peer, RunPhase, RunRecord, StatusSource},
+    exit_code::Resource,
     run::RunStreams,
 };
 
@@ -105,14 +105,14 @@ pub(crate) struct StreamState {
     pub(crate) in_flight: u64,
     /// Messages redelivered.
     pub(crate) redelivered: u64,
-    /// Its messages in the dead-letter stream: undecodable, invalid, or delivered too often.
+    /// Messages of the stage in the dead-letter stream: undecodable, invalid, or delivered too often.
     pub(crate) dead_lettered: u64,
 }
 
 /// Value of the label `process` for a process that runs all roles: its command.
 const SINGLE_PROCESS: &str = "train";
 
-/// Where the members of a run are read from.
+/// Source of the members of a run.
 pub(crate) enum MemberSource {
     /// All roles are in this process.
     SingleProcess {
@@ -208,12 +208,13 @@ impl ClusterStatus {
         let Some(bytes) = bytes else {
             return Ok(None);
         };
-        let status: Self = serde_json::from_slice(&bytes).with_context(|| {
-            format!(
-                "failed to read {}: it is damaged, or of another build",
+        let damaged = |error| {
+            Resource(format!(
+                "failed to read {}: it is damaged, or of another build: {error}",
                 path.display()
-            )
-        })?;
+            ))
+        };
+        let status: Self = serde_json::from_slice(&bytes).map_err(damaged)?;
         Ok(Some(status.aged_to(since_1970().as_secs_f64())))
     }
 
@@ -407,7 +408,8 @@ impl StatusPublisher {
                     record.state = state;
                 }
                 if let Err(error) = publish(&source, &settings, &streams, &root).await {
-                    tracing::warn!("the status of the run could not be written: {error:#}");
+                    let error = format!("{error:#}");
+                    tracing::warn!(error, "the status of the run could not be written");
                 }
                 if ended.is_some() {
                     return;

@@ -38,9 +38,9 @@ struct Place {
 /// Decision about the lines of an event.
 #[derive(Debug, PartialEq, Eq)]
 enum LineDecision {
-    /// Its line, after the number of those that the period before left out, if any.
+    /// Print the line, after the number of those that the period before left out, if any.
     Write { omitted: u64 },
-    /// Its line, and that it is the last of this period.
+    /// Print the line, and say that it is the last of this period.
     WriteLast,
     /// Nothing.
     Omit,

@@ -10,7 +10,7 @@ pub(super) const QUERY_BLOCK: usize = 64;
 /// The prefix of a segment or one of its branches.
 #[derive(Clone, Copy)]
 pub(super) struct SegmentPart {
-    /// Its first row.
+    /// First row of the part.
     pub row: usize,
     /// Position of its first token in the sequence: 0, or the prefix's length for a branch.
     pub start: usize,
@@ -19,7 +19,7 @@ pub(super) struct SegmentPart {
 }
 
 impl SegmentPart {
-    /// Its query blocks, of at most [`QUERY_BLOCK`] queries.
+    /// Query blocks of the part, of at most [`QUERY_BLOCK`] queries.
     pub fn blocks(self, window: Option<usize>) -> impl Iterator<Item = QueryBlock> {
         let window = window.unwrap_or(self.end);
         (self.start..self.end)

@@ -539,7 +539,7 @@ mod tests {
         options: BlockOptions,
     }
 
-    /// Which tensors of a block are variables.
+    /// Tensors of a block that are variables.
     #[derive(Clone, Copy, PartialEq)]
     enum Trained {
         Nothing,

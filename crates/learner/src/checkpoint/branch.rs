@@ -57,7 +57,7 @@ struct StepHeader {
 /// A checkpoint that was passed over because it cannot be resumed.
 #[derive(Debug)]
 pub struct SkippedCheckpoint {
-    /// Its folder.
+    /// Folder of the checkpoint.
     pub path: PathBuf,
     /// The reason.
     pub reason: String,
@@ -66,7 +66,7 @@ pub struct SkippedCheckpoint {
 /// Newest whole checkpoint of a run.
 #[derive(Debug, Default)]
 pub struct NewestCheckpoint {
-    /// Its folder; `None` if there is none.
+    /// Folder of the checkpoint; `None` if there is none.
     pub path: Option<PathBuf>,
     /// Newer ones of the same branch that are not whole, newest first.
     pub skipped: Vec<SkippedCheckpoint>,

@@ -34,11 +34,11 @@ pub(crate) struct FilePairsParts {
     pub(crate) session: u64,
     /// Number of steps of the run.
     pub(crate) steps: u64,
-    /// How pairs are judged; `None`: the files have the labels.
+    /// Judging of the pairs; `None`: the files have the labels.
     pub(crate) judging: Option<Judging>,
 }
 
-/// How pairs of files reach the judge.
+/// Way of the pairs of files to the judge.
 pub(crate) struct Judging {
     /// Outgoing pairs.
     pub(crate) pairs: Sender<Pair>,
@@ -57,7 +57,7 @@ pub(crate) enum LabelArrival {
     Accepted,
     /// The pair is left out, in later passes too: its margin is too small.
     WithoutSignal,
-    /// It was not awaited.
+    /// Not awaited.
     Duplicate,
 }
 
@@ -84,13 +84,13 @@ struct JudgedLabel {
 
 /// A pair that was drawn and not yet trained on.
 struct Drawn {
-    /// Its number in the order.
+    /// Number of the pair in the order.
     cursor: u64,
     pair: LabelledPair,
     label: LabelState,
 }
 
-/// Where the label of a drawn pair is.
+/// Place of the label of a drawn pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LabelState {
     /// With the pair.

@@ -33,12 +33,12 @@ impl Objective for NashMdPg {
 /// The loss per pair, `[B]`: `logp` and `ref_logp` are `[B, L]`, the tokens of y with zeros in both
 /// after its end; `p` is `[B]`.
 ///
-/// Its *gradient* is, with SG the stop-gradient,
+/// The *gradient* of the loss is, with SG the stop-gradient,
 /// `Σₙ ∇log π(yₙ)·SG[τ·Σ_{k≥n} log(π(y_k)/ref(y_k)) − (p − ½)]`:
 /// the score of y times the negative advantage, and the KL token by token with its reward-to-go. The log-ratios before
 /// token n are left out: they do not depend on it and only add variance.
 ///
-/// Its *value* is `τ·log(π(y)/ref(y)) − (p − ½)`, one sample of `J`: its mean over pairs is an unbiased estimate of the
+/// The *value* of the loss is `τ·log(π(y)/ref(y)) − (p − ½)`, one sample of `J`: its mean over pairs is an unbiased estimate of the
 /// objective. The gradient is not the derivative of that value, since the value's distribution changes with the policy;
 /// do not compare the two by finite differences of one sample, nor use the value in a line search.
 ///

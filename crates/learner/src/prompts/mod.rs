@@ -513,7 +513,7 @@ fn digest(ids: &[u32]) -> Digest {
     Digest::of(&bytes)
 }
 
-/// How the dialogues of a set of prompts use the chat template.
+/// Use of the chat template by the dialogues of a set of prompts.
 #[derive(Debug, Default)]
 pub struct DialogueUse {
     /// Number of dialogues whose final assistant message is continued.

@@ -51,7 +51,7 @@ pub struct CompletionCounts {
     pub apo: usize,
 }
 
-/// Why a message does not fit the run.
+/// Reason why a message does not fit the run.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum InvalidMessage {
     /// A token outside the vocabulary.
@@ -147,7 +147,7 @@ pub enum InvalidMessage {
     Text {
         /// Part of the message.
         what: &'static str,
-        /// Its length in bytes.
+        /// Length of the text in bytes.
         bytes: usize,
         /// Longest length in bytes.
         most: usize,

@@ -45,7 +45,7 @@ const HEAD_NORMS: [(&str, &str); 2] = [
 
 /// A tensor in Hugging Face's form.
 pub(super) struct TargetTensor {
-    /// Its name.
+    /// Name of the tensor.
     pub(super) name: String,
     role: TensorRole,
 }

@@ -58,7 +58,7 @@ pub(crate) struct GuardedTokenizer {
     is_stuck: Arc<AtomicBool>,
 }
 
-/// Why a use of a tokenizer has no result.
+/// Reason why a use of a tokenizer has no result.
 enum Failure {
     /// The library returned this error.
     Refused(tokenizers::Error),

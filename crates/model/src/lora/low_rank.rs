@@ -44,7 +44,7 @@ impl LowRank {
         self.dropout.is_some()
     }
 
-    /// Its factors and scale, without dropout.
+    /// Factors and scale of the adapter, without dropout.
     pub(crate) fn params(&self) -> kernels::LowRankParams {
         kernels::LowRankParams {
             a: self.a.clone(),

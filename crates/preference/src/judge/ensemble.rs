@@ -12,7 +12,7 @@ pub struct Ensemble {
     rule: EnsembleRule,
 }
 
-/// How the verdicts of an ensemble's members are combined.
+/// Combination of the verdicts of an ensemble's members.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EnsembleRule {
     /// Weight of each member, above 0; empty: equal weights.

@@ -27,7 +27,7 @@ pub struct RewardModelJudge {
 pub enum JudgeTokenizer {
     /// The policy's tokenizer: reads the policy's token ids.
     Shared,
-    /// Its own tokenizer and chat template: reads messages and text.
+    /// Tokenizer and chat template of the judge: reads messages and text.
     Own(Box<Tokenizer>),
 }
 

@@ -12,7 +12,7 @@ pub struct Route {
     rule: RouteRule,
 }
 
-/// Which member compares the completions of a prompt.
+/// Choice of the member that compares the completions of a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RouteRule {
     /// Values of the column, one for each member but the last, which has all other prompts; `*` is any.

@@ -14,7 +14,7 @@ use crate::pool::{
     VersionedVerdict,
 };
 
-/// How the verdicts of several members become one.
+/// Combination of the verdicts of several members.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Composition {
     /// All members are asked, and combined.

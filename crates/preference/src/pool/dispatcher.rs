@@ -29,7 +29,7 @@ const PAUSE_LOG_INTERVAL: Duration = Duration::from_secs(60);
 pub(crate) struct PendingRequest {
     request: ComparisonRequest,
     reply: oneshot::Sender<Result<VersionedVerdict, ComparisonError>>,
-    /// Its place in the queue, released when it is first sent to a replica.
+    /// Place of the request in the queue, released when it is first sent to a replica.
     permit: Option<OwnedSemaphorePermit>,
     queued_at: Instant,
     /// Failed attempts.
@@ -84,7 +84,7 @@ pub(crate) struct Dispatcher {
     /// Number of batches answered so far.
     answered: u64,
     last_failure: String,
-    /// When a pause was logged last.
+    /// Time at which a pause was logged last.
     pause_logged: Option<Instant>,
 }
 

@@ -15,7 +15,7 @@ pub(super) struct PairCheck {
 }
 
 impl PairCheck {
-    /// Why a received pair is not judged: it exceeds its delivery limit, or is invalid. `None` if it is judged.
+    /// Reason why a received pair is not judged: it exceeds its delivery limit, or is invalid. `None` if it is judged.
     pub(super) async fn rejection(&mut self, delivery: &Delivery<Pair>) -> Option<DropCause> {
         if delivery.exceeds_delivery_limit() {
             return Some(DropCause::exhausted(delivery.deliveries()));

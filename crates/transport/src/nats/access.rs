@@ -1,4 +1,4 @@
-//! What each role of a run may publish and subscribe to on the server, for the server's configuration.
+//! Permissions of each role of a run on the server, for the server's configuration.
 
 use crate::nats::names::{CONSUMER, DEAD_LETTERS, RunNames};
 

@@ -73,7 +73,7 @@ pub(crate) struct Connection {
     started: AtomicBool,
 }
 
-/// How long a failing request is repeated, and how it is reported meanwhile.
+/// Patience with a failing request: how long it is repeated, and how it is reported meanwhile.
 pub(crate) struct RetryState {
     action: String,
     /// Time of the last success, or of the first attempt.

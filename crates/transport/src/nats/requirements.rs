@@ -1,4 +1,4 @@
-//! What a run needs of its server, checked when it connects, and the errors that a retry cannot fix, with their
+//! Requirements of a run on its server, checked when it connects, and the errors that a retry cannot fix, with their
 //! remedies.
 
 use std::time::Duration;

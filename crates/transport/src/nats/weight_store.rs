@@ -544,7 +544,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Why an object cannot be downloaded.
+/// Reason why an object cannot be downloaded.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct FetchFailure(String);

@@ -1,4 +1,4 @@
-//! Who may do what on a server: signatures of the run's key, permissions of the roles, and servers that lack something.
+//! Rights on a server: signatures of the run's key, permissions of the roles, and servers that lack something.
 
 use std::time::Duration;
 

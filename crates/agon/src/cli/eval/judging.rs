@@ -78,7 +78,7 @@ impl JudgedPair {
         })
     }
 
-    /// Why the judge abstained, if it did.
+    /// Reason why the judge abstained, if it did.
     pub(super) fn reason(&self) -> Option<&str> {
         match &self.preference.verdict {
             Verdict::Preference(_) => None,

@@ -134,7 +134,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let conditions = assembly::conditions(&a.folder, &crate::run::sampling(&settings));
     let differences = differences(arguments, &conditions, comparison.conditions_of_b.as_ref());
     for difference in &differences {
-        tracing::warn!("evaluations that cannot be compared: {difference}");
+        tracing::warn!(difference, "evaluations that cannot be compared");
     }
     if let Some(folder) = &arguments.answers {
         write_answers(arguments, &settings, &comparison, &conditions, folder)?;

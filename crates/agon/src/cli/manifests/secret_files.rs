@@ -26,9 +26,9 @@ const LISTENER_TOKEN: [&str; 2] = ["telemetry", "token_path"];
 /// A file with a secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SecretFile {
-    /// Its key in the configuration without `_path`, which is also its name in the Secret: `transport.credentials`.
+    /// Key of the file in the configuration without `_path`, which is also its name in the Secret: `transport.credentials`.
     pub(super) name: String,
-    /// Its path on the machine where the configuration was written; empty if the configuration names none.
+    /// Path of the file on the machine where the configuration was written; empty if the configuration names none.
     pub(super) local: String,
 }
 

@@ -101,7 +101,7 @@ impl ChildProcess {
         }
     }
 
-    /// Its last error message, or else its last line of output.
+    /// Last error message of the process, or else its last line of output.
     pub(crate) fn last_message(&self) -> String {
         let last = self
             .last_lines

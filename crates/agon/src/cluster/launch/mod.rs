@@ -40,7 +40,7 @@ const LEARNER_EXIT_WAIT: Duration = Duration::from_secs(5);
 /// Delay before the first restart of a process; doubled for each further one.
 const RESTART_DELAY: Duration = Duration::from_millis(250);
 
-/// How a run is to be resumed, if at all.
+/// Checkpoint that a run is resumed from, if any.
 #[derive(Clone, Copy)]
 pub(crate) struct ResumeRequest<'a> {
     /// Value of `--resume`.

@@ -16,7 +16,7 @@ use crate::judge::verdict_parser::{ScoredToken, TopLogprob};
 pub(super) struct ChatCompletion {
     /// Text and tokens of the first choice.
     pub(super) reply: ChatReply,
-    /// Why the reply has no text, or may lack its end.
+    /// Reason why the reply has no text, or may lack its end.
     pub(super) shortcoming: Option<Shortcoming>,
     /// The model that answered and its configuration, as the server names them.
     pub(super) identity: Option<String>,
@@ -25,7 +25,7 @@ pub(super) struct ChatCompletion {
 /// Reason for a reply without a verdict.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Shortcoming {
-    /// It was cut off at the limit of tokens.
+    /// Cut off at the limit of tokens.
     Truncated,
     /// The server or the model refused to answer, with these words.
     Refused(String),
