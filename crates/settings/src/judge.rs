@@ -421,6 +421,19 @@ fn check_matrix(path: &str, matrix: &[Vec<f64>], settings: &Settings, checks: &m
     }
 }
 
+impl JudgeSettings {
+    /// Whether it, or a member of it, compares with golden answers.
+    pub(crate) fn reads_golden(&self) -> bool {
+        let is_exact = |rule: &RuleSettings| matches!(rule, RuleSettings::ExactMatch { .. });
+        self.any(&|judge| matches!(judge, Self::Rule { rules, .. } if rules.iter().any(is_exact)))
+    }
+
+    /// Whether it, or a member of it, chooses a judge by the route of a prompt.
+    pub(crate) fn reads_route(&self) -> bool {
+        self.any(&|judge| matches!(judge, Self::Route { .. }))
+    }
+}
+
 fn check_rules(path: &str, rules: &[RuleSettings], settings: &Settings, checks: &mut Checks) {
     checks.require(!rules.is_empty(), path, "name at least one rule");
     let needs_golden = |rule: &RuleSettings| matches!(rule, RuleSettings::ExactMatch { .. });

@@ -45,6 +45,10 @@ pub struct FilePairsSettings {
     pub chosen_score_column: String,
     /// Column of the rejected response's score; empty: none.
     pub rejected_score_column: String,
+    /// Column of the golden answer, which a judge by exact match compares with; empty: none.
+    pub golden_column: String,
+    /// Column of the value by which a judge is chosen; empty: none.
+    pub route_column: String,
     /// Temperature of the scores: p = σ((score − score′) / temperature); 0: the higher score wins.
     pub score_temperature: f64,
     /// Maximum tokens of prompt and response together.
@@ -102,6 +106,8 @@ impl FilePairsSettings {
     pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
         self.check_source(settings, checks);
         self.check_labels(checks);
+        self.check_judged_columns(settings, checks);
+        self.check_without_source(checks);
         checks.ratio(self.share, "pairs.share");
         checks.require(
             self.share == 0.0 || self.share >= SMALLEST_SHARE,
@@ -179,6 +185,59 @@ impl FilePairsSettings {
             "pairs.score_temperature",
             "there are no scores: name pairs.chosen_score_column and pairs.rejected_score_column, or set it to 0",
         );
+    }
+
+    /// Columns that only a judge reads, and that it needs.
+    fn check_judged_columns(&self, settings: &Settings, checks: &mut Checks) {
+        let judge = &settings.preference.judge;
+        let is_judged = self.is_used() && self.label == PairLabelSource::Judge;
+        for (key, column, is_needed, reader) in [
+            (
+                "golden_column",
+                &self.golden_column,
+                judge.reads_golden(),
+                "\"exact-match\" compares with a golden answer",
+            ),
+            (
+                "route_column",
+                &self.route_column,
+                judge.reads_route(),
+                "\"route\" chooses a judge by a column",
+            ),
+        ] {
+            checks.require(
+                !(is_judged && is_needed && column.is_empty()),
+                &format!("pairs.{key}"),
+                format!("pairs.label = \"judge\" asks [preference.judge], where {reader}: name the column of the pairs' files"),
+            );
+            checks.require(
+                column.is_empty() || self.label == PairLabelSource::Judge,
+                &format!("pairs.{key}"),
+                "only a judge reads it: set pairs.label = \"judge\", or remove it",
+            );
+        }
+    }
+
+    /// Settings that nothing follows from without pairs, although they were set.
+    fn check_without_source(&self, checks: &mut Checks) {
+        if self.has_source() {
+            return;
+        }
+        let columns = [
+            ("label_column", &self.label_column),
+            ("chosen_score_column", &self.chosen_score_column),
+            ("golden_column", &self.golden_column),
+            ("route_column", &self.route_column),
+        ];
+        let label = (self.label == PairLabelSource::Judge).then_some("label");
+        let set = columns.iter().filter(|(_, column)| !column.is_empty());
+        for key in set.map(|(key, _)| *key).chain(label) {
+            checks.require(
+                false,
+                &format!("pairs.{key}"),
+                "there are no pairs from files: name pairs.path, pairs.mix or pairs.playground_pairs, or remove it",
+            );
+        }
     }
 
     /// Objectives that need samples cannot train on given answers.
@@ -312,6 +371,16 @@ mod tests {
                 "preference.apo.refresh_steps",
             ),
             ("[pairs]\nepochs = 1".into(), "name pairs.path"),
+            ("[pairs]\nlabel_column = \"p\"".into(), "there are no pairs from files"),
+            ("[pairs]\nlabel = \"judge\"".into(), "there are no pairs from files"),
+            (of("golden_column = \"answer\"", ""), "only a judge reads it"),
+            (
+                of(
+                    "label = \"judge\"",
+                    "[preference.judge]\nkind = \"rule\"\nrules = [{ kind = \"exact-match\", weight = 1 }]",
+                ),
+                "pairs.golden_column: pairs.label = \"judge\" asks",
+            ),
             (
                 "[pairs]\nplayground_pairs = 100\n[preference.fit.pairs]\nkind = \"dataset\"\npath = \"x\"".into(),
                 "pairs.playground_pairs",

@@ -332,8 +332,10 @@ pub(crate) fn human_verdict_pairs(
             return Vec::new();
         }
         match all_examples(&path, &Columns::default(), longest, &backbone) {
-            Ok((mut examples, _)) => {
+            Ok((mut examples, counts)) => {
                 examples.retain(|pair| !held_out.contains(&pair.prompt));
+                let (read, kept) = (counts.read, examples.len());
+                tracing::info!(read, kept, "pairs of people's verdicts");
                 examples
             }
             Err(error) => {

@@ -248,8 +248,8 @@ impl PairFiles {
             text: row.text.clone(),
             dialogue: row.dialogue.clone(),
             golden: None,
-            answer: None,
-            route: None,
+            answer: row.golden.clone(),
+            route: row.route.clone(),
         };
         LabelledPair {
             pair: Pair {
@@ -310,11 +310,14 @@ fn columns(settings: &FilePairsSettings) -> Columns {
     } else {
         None
     };
+    let named = |name: &str, setting| (!name.is_empty()).then(|| Column::named(name, setting));
     Columns {
         prompt: Column::named(&settings.prompt_column, "pairs.prompt_column"),
         chosen: Column::named(&settings.chosen_column, "pairs.chosen_column"),
         rejected: Column::named(&settings.rejected_column, "pairs.rejected_column"),
         label,
+        golden: named(&settings.golden_column, "pairs.golden_column"),
+        route: named(&settings.route_column, "pairs.route_column"),
         limits: FileLimits {
             max_file_bytes: settings.max_file_bytes,
             max_rows: settings.max_rows,
@@ -420,6 +423,9 @@ fn digest(files: &[Vec<FilePair>], weights: &[f64]) -> Digest {
             let numbers = lengths.iter().chain(parts.into_iter().flatten());
             let mut bytes: Vec<u8> = numbers.flat_map(|number| number.to_le_bytes()).collect();
             bytes.extend(p.get().to_le_bytes());
+            for text in [&row.golden, &row.route].into_iter().flatten() {
+                bytes.extend(Digest::of(text.as_bytes()).0);
+            }
             all.extend(Digest::of(&bytes).0);
         }
     }

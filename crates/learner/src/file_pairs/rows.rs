@@ -28,6 +28,10 @@ pub struct PairRow {
     pub rejected: PairAnswer,
     /// The label, if the columns name one.
     pub label: Option<PairLabel>,
+    /// The golden answer, if the columns name one.
+    pub golden: Option<String>,
+    /// Value by which a judge is chosen, if the columns name one.
+    pub route: Option<String>,
 }
 
 /// A response of a pair.
@@ -108,10 +112,12 @@ impl PairReader<'_> {
     /// The pair of a row, unless it is left out.
     fn kept(&mut self, row: &ParsedRow<'_>) -> Result<Option<PairRow>, String> {
         let (pair, label) = (row.pair()?, row.label()?);
+        let (golden, route) = (row.golden()?, row.route()?);
         self.counts.read += 1;
         self.dialogues.count(&pair.prompt);
         let encoded = self.encode(pair, label);
-        let (row, boundary) = encoded.map_err(|error| error.to_string())?;
+        let (mut row, boundary) = encoded.map_err(|error| error.to_string())?;
+        (row.golden, row.route) = (golden, route);
         self.boundaries.count(boundary);
         let answers = [&row.chosen, &row.rejected];
         let texts = answers.map(|answer| answer.text.trim());
@@ -172,6 +178,8 @@ impl PairReader<'_> {
             chosen,
             rejected,
             label,
+            golden: None,
+            route: None,
         };
         Ok((row, encoded.boundary))
     }

@@ -157,6 +157,40 @@ fn labels_are_part_of_the_digest_and_of_the_messages() {
     assert_ne!(scored.2, tempered.2);
 }
 
+/// What a judge by exact match and one by routes read of a row; both are part of the digest.
+#[test]
+fn golden_answers_and_routes_reach_the_judge() {
+    let files = Files::new();
+    let row = |golden: &str| json!({"prompt": "w3", "chosen": "w4", "rejected": "w5", "answer": golden, "task": 2});
+    let load = |golden: &str, columns: &[&str]| {
+        let path = files.write("a.jsonl", &[row(golden), row("w4")]);
+        let columns = columns.iter().map(|set| (*set).to_owned());
+        let sets: Vec<String> = [path_of(&path)].into_iter().chain(columns).collect();
+        files.load(&sets).unwrap()
+    };
+    let columns = [
+        "label=judge",
+        "golden_column=answer",
+        "route_column=task",
+        "shuffle=false",
+    ];
+    let pairs = load("w5", &columns);
+    let Prompt {
+        answer,
+        route,
+        golden,
+        ..
+    } = pairs.message(pairs.place(0), 0).pair.prompt;
+    assert_eq!(
+        (answer.as_deref(), route.as_deref(), golden),
+        (Some("w5"), Some("2"), None)
+    );
+    assert_ne!(pairs.digest(), load("w6", &columns).digest());
+    let without = load("w5", &columns[..1]);
+    let Prompt { answer, route, .. } = without.message(without.place(0), 0).pair.prompt;
+    assert_eq!((answer, route), (None, None));
+}
+
 #[test]
 fn pairs_without_the_margin_are_left_out() {
     let files = Files::new();

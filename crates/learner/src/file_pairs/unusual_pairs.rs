@@ -83,6 +83,8 @@ mod tests {
             chosen: answer(chosen),
             rejected: answer(rejected),
             label: None,
+            golden: None,
+            route: None,
         };
         let mut counts = UnusualPairs::default();
         for pair in [row(1, "a", "b"), row(2, "b", "a"), row(1, "a", "c")] {

@@ -95,6 +95,9 @@ impl Question {
         let instruction = instruction.ok_or(
             "it has neither an instruction (AlpacaEval) nor question_id and turns (MT-Bench)",
         )?;
+        if text("input").is_some_and(|input| !input.trim().is_empty()) {
+            return Err("it has an input, which AlpacaEval's form does not have: append it to the instruction".into());
+        }
         let question = Self {
             id: index.into(),
             category: text("dataset").unwrap_or("agon").to_owned(),
