@@ -326,16 +326,16 @@ pub(crate) fn human_verdict_pairs(
 ) -> HumanVerdictPairs {
     let path = run_dir.join(HUMAN_VERDICT_PAIRS_FILE);
     let longest = fit.max_length.min(backbone.config.max_positions);
-    let held_out: HashSet<Vec<u32>> = held_out.iter().map(|pair| pair.prompt.clone()).collect();
+    let held_out = held_out.to_vec();
     Box::new(move || {
         if !path.exists() {
             return Vec::new();
         }
         match all_examples(&path, &Columns::default(), longest, &backbone) {
-            Ok((mut examples, counts)) => {
-                examples.retain(|pair| !held_out.contains(&pair.prompt));
+            Ok((examples, counts)) => {
+                let (examples, held_out) = without_prompts_of(examples, &held_out);
                 let (read, kept) = (counts.read, examples.len());
-                tracing::info!(read, kept, "pairs of people's verdicts");
+                tracing::info!(read, kept, held_out, "pairs of people's verdicts");
                 examples
             }
             Err(error) => {
