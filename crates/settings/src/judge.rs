@@ -424,8 +424,8 @@ fn check_matrix(path: &str, matrix: &[Vec<f64>], settings: &Settings, checks: &m
 impl JudgeSettings {
     /// Whether it, or a member of it, compares with golden answers.
     pub(crate) fn reads_golden(&self) -> bool {
-        let is_exact = |rule: &RuleSettings| matches!(rule, RuleSettings::ExactMatch { .. });
-        self.any(&|judge| matches!(judge, Self::Rule { rules, .. } if rules.iter().any(is_exact)))
+        let reads = |rules: &[RuleSettings]| rules.iter().any(RuleSettings::reads_golden);
+        self.any(&|judge| matches!(judge, Self::Rule { rules, .. } if reads(rules)))
     }
 
     /// Whether it, or a member of it, chooses a judge by the route of a prompt.
@@ -434,11 +434,17 @@ impl JudgeSettings {
     }
 }
 
+impl RuleSettings {
+    /// Whether it compares with golden answers.
+    fn reads_golden(&self) -> bool {
+        matches!(self, Self::ExactMatch { .. })
+    }
+}
+
 fn check_rules(path: &str, rules: &[RuleSettings], settings: &Settings, checks: &mut Checks) {
     checks.require(!rules.is_empty(), path, "name at least one rule");
-    let needs_golden = |rule: &RuleSettings| matches!(rule, RuleSettings::ExactMatch { .. });
     checks.require(
-        !rules.iter().any(needs_golden) || settings.prompts.may_have_golden(),
+        !rules.iter().any(RuleSettings::reads_golden) || settings.prompts.may_have_golden(),
         path,
         "\"exact-match\" compares with a golden answer: name prompts.golden_column",
     );
