@@ -7,7 +7,7 @@ use std::path::Path;
 
 use dataset::{Columns, DatasetError, PairLabel, ParsedRow, PreferencePair};
 use messages::{Dialogue, PromptText};
-use model::{AnswerBoundary, ModelError, Tokenizer};
+use model::{AnswerBoundary, Tokenizer};
 
 use crate::{
     boundary_counts::BoundaryCounts, file_pairs::unusual_pairs::UnusualPairs, prompts::DialogueUse,
@@ -108,16 +108,30 @@ struct PairReader<'a> {
     unusual: UnusualPairs,
 }
 
+/// What stands beside the texts of a pair in its row, where the columns name it.
+struct BesidePair {
+    label: Option<PairLabel>,
+    golden: Option<String>,
+    route: Option<String>,
+}
+
+impl BesidePair {
+    fn of(row: &ParsedRow<'_>) -> Result<Self, String> {
+        Ok(Self {
+            label: row.label()?,
+            golden: row.golden()?,
+            route: row.route()?,
+        })
+    }
+}
+
 impl PairReader<'_> {
     /// The pair of a row, unless it is left out.
     fn kept(&mut self, row: &ParsedRow<'_>) -> Result<Option<PairRow>, String> {
-        let (pair, label) = (row.pair()?, row.label()?);
-        let (golden, route) = (row.golden()?, row.route()?);
+        let (pair, beside) = (row.pair()?, BesidePair::of(row)?);
         self.counts.read += 1;
         self.dialogues.count(&pair.prompt);
-        let encoded = self.encode(pair, label);
-        let (mut row, boundary) = encoded.map_err(|error| error.to_string())?;
-        (row.golden, row.route) = (golden, route);
+        let (row, boundary) = self.encode(pair, beside)?;
         self.boundaries.count(boundary);
         let answers = [&row.chosen, &row.rejected];
         let texts = answers.map(|answer| answer.text.trim());
@@ -156,10 +170,11 @@ impl PairReader<'_> {
     fn encode(
         &self,
         pair: PreferencePair,
-        label: Option<PairLabel>,
-    ) -> Result<(PairRow, AnswerBoundary), ModelError> {
+        beside: BesidePair,
+    ) -> Result<(PairRow, AnswerBoundary), String> {
         let texts = [pair.chosen.as_str(), pair.rejected.as_str()];
-        let encoded = self.tokenizer.encode_answers(&pair.prompt, &texts)?;
+        let encoded = self.tokenizer.encode_answers(&pair.prompt, &texts);
+        let encoded = encoded.map_err(|error| error.to_string())?;
         let mut answers = encoded.answers.into_iter();
         let mut answer = |text| PairAnswer {
             ids: answers.next().unwrap_or_default(),
@@ -171,6 +186,11 @@ impl PairReader<'_> {
             PromptText::Text(text) => (text, None),
             PromptText::Dialogue(dialogue) => (self.tokenizer.decode(&prompt), Some(dialogue)),
         };
+        let BesidePair {
+            label,
+            golden,
+            route,
+        } = beside;
         let row = PairRow {
             prompt,
             text,
@@ -178,8 +198,8 @@ impl PairReader<'_> {
             chosen,
             rejected,
             label,
-            golden: None,
-            route: None,
+            golden,
+            route,
         };
         Ok((row, encoded.boundary))
     }
