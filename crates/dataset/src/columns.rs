@@ -89,6 +89,12 @@ impl Column {
         }
     }
 
+    /// A column that `setting` may leave unnamed: `None` if the name is empty.
+    #[must_use]
+    pub fn optional(name: &str, setting: &'static str) -> Option<Self> {
+        (!name.is_empty()).then(|| Self::named(name, setting))
+    }
+
     /// A column with a fixed name.
     fn fixed(name: &str) -> Self {
         Self {

@@ -295,29 +295,13 @@ fn scores(row: &PairRow) -> Option<Vec<f32>> {
 
 /// Columns of pairs and labels.
 fn columns(settings: &FilePairsSettings) -> Columns {
-    let [label, chosen_score] = [&settings.label_column, &settings.chosen_score_column];
-    let label = if settings.label == PairLabelSource::Judge {
-        None
-    } else if !label.is_empty() {
-        let column = Column::named(label, "pairs.label_column");
-        Some(LabelColumns::Probability(column))
-    } else if !chosen_score.is_empty() {
-        let rejected = &settings.rejected_score_column;
-        Some(LabelColumns::Scores {
-            chosen: Column::named(chosen_score, "pairs.chosen_score_column"),
-            rejected: Column::named(rejected, "pairs.rejected_score_column"),
-        })
-    } else {
-        None
-    };
-    let named = |name: &str, setting| (!name.is_empty()).then(|| Column::named(name, setting));
     Columns {
         prompt: Column::named(&settings.prompt_column, "pairs.prompt_column"),
         chosen: Column::named(&settings.chosen_column, "pairs.chosen_column"),
         rejected: Column::named(&settings.rejected_column, "pairs.rejected_column"),
-        label,
-        golden: named(&settings.golden_column, "pairs.golden_column"),
-        route: named(&settings.route_column, "pairs.route_column"),
+        label: label_columns(settings),
+        golden: Column::optional(&settings.golden_column, "pairs.golden_column"),
+        route: Column::optional(&settings.route_column, "pairs.route_column"),
         limits: FileLimits {
             max_file_bytes: settings.max_file_bytes,
             max_rows: settings.max_rows,
@@ -325,6 +309,24 @@ fn columns(settings: &FilePairsSettings) -> Columns {
         },
         ..Columns::default()
     }
+}
+
+/// Columns with the file's labels, if it has some that are read.
+fn label_columns(settings: &FilePairsSettings) -> Option<LabelColumns> {
+    if settings.label == PairLabelSource::Judge {
+        return None;
+    }
+    let scores = || {
+        Some(LabelColumns::Scores {
+            chosen: Column::optional(&settings.chosen_score_column, "pairs.chosen_score_column")?,
+            rejected: Column::named(
+                &settings.rejected_score_column,
+                "pairs.rejected_score_column",
+            ),
+        })
+    };
+    let probability = Column::optional(&settings.label_column, "pairs.label_column");
+    probability.map(LabelColumns::Probability).or_else(scores)
 }
 
 /// The pairs of one file.

@@ -164,11 +164,10 @@ impl PromptFiles {
 
 /// Columns of prompts, golden answers and routes.
 fn columns(settings: &DatasetPrompts) -> Columns {
-    let [golden, route] = [&settings.golden_column, &settings.route_column];
     Columns {
         prompt: Column::named(&settings.prompt_column, "prompts.prompt_column"),
-        golden: (!golden.is_empty()).then(|| Column::named(golden, "prompts.golden_column")),
-        route: (!route.is_empty()).then(|| Column::named(route, "prompts.route_column")),
+        golden: Column::optional(&settings.golden_column, "prompts.golden_column"),
+        route: Column::optional(&settings.route_column, "prompts.route_column"),
         limits: FileLimits {
             max_file_bytes: settings.max_file_bytes,
             max_rows: settings.max_rows,
