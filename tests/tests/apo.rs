@@ -82,7 +82,16 @@ fn rounds_run_at_their_steps_and_their_models_become_judges() {
 
 #[test]
 fn an_interrupted_run_resumes_with_its_judge() {
-    check_resume(&Sandbox::new(), &[]);
+    check_resume(&Sandbox::new(), &[], "--resume");
+}
+
+#[test]
+fn a_round_that_a_resumed_run_repeats_replaces_the_earlier_one() {
+    let sandbox = Sandbox::new();
+    let checkpoint = sandbox.path("stopped/checkpoints/step_4");
+    // Saved before the round of its step.
+    let resume = format!("--resume={}", checkpoint.display());
+    check_resume(&sandbox, &["learner.save_total_limit=20"], &resume);
 }
 
 #[test]
@@ -93,7 +102,7 @@ fn an_interrupted_run_with_adapter_judges_resumes() {
         "preference.fit.lora_rank=2",
         "preference.fit.lora_dropout=0.1",
     ];
-    check_resume(&sandbox, &adapters);
+    check_resume(&sandbox, &adapters, "--resume");
     let round = sandbox.path("stopped/preference/round_2");
     assert!(!round.join("model.safetensors").exists());
     let config = fs::read_to_string(round.join("adapter_config.json")).expect("PEFT's file");
@@ -113,8 +122,9 @@ fn an_interrupted_run_with_adapter_judges_resumes() {
     sandbox.run(&score).check(2, &says).without_panic();
 }
 
-/// Checks that an interrupted and resumed run ends with the weights and rounds of an uninterrupted one.
-fn check_resume(sandbox: &Sandbox, sets: &[&str]) {
+/// Checks that a run which is interrupted, and resumed by this argument, ends with the weights and rounds of an
+/// uninterrupted one.
+fn check_resume(sandbox: &Sandbox, sets: &[&str], resume: &str) {
     sandbox
         .run(&apo_run(sandbox, "uninterrupted", sets))
         .succeeded();
@@ -127,7 +137,7 @@ fn check_resume(sandbox: &Sandbox, sets: &[&str]) {
     });
     running.terminate();
     running.wait().check(5, &[]);
-    let resumed = [arguments, vec!["--resume".to_owned()]].concat();
+    let resumed = [arguments, vec![resume.to_owned()]].concat();
     sandbox.run(&resumed).succeeded();
     let uninterrupted = sandbox.path("uninterrupted");
     assert_eq!(

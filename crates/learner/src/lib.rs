@@ -42,10 +42,11 @@ mod win_rates;
 pub use apo_sampler::ApoSchedule;
 pub use boundary_counts::BoundaryCounts;
 pub use checkpoint::{
-    NewestCheckpoint, SkippedCheckpoint, check_whole as check_checkpoint,
-    is_complete as is_complete_checkpoint, latest as latest_checkpoint,
-    newest_model as newest_checkpoint_model, newest_whole as newest_whole_checkpoint,
-    tidy as tidy_checkpoints, version_of as checkpoint_version,
+    NewestCheckpoint, SkippedCheckpoint, apo_step_of as checkpoint_apo_step,
+    check_whole as check_checkpoint, is_complete as is_complete_checkpoint,
+    latest as latest_checkpoint, newest_model as newest_checkpoint_model,
+    newest_whole as newest_whole_checkpoint, tidy as tidy_checkpoints,
+    version_of as checkpoint_version,
 };
 pub use error::LearnerError;
 pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample, FurtherComparison};

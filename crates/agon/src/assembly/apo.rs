@@ -32,15 +32,15 @@ pub(crate) struct ApoJudge {
 }
 
 impl ApoJudge {
-    /// Loads the newest model that was accepted in this run directory, or takes the initial one. The session starts at
-    /// `since`.
+    /// Loads the newest model that was accepted in this run directory, or takes the initial one. Rounds of earlier
+    /// sessions count up to the step of `before`, those of its session all.
     pub(crate) fn load(
         settings: &Settings,
         judge: &JudgeSource,
         run_dir: &Path,
-        since: WeightsVersion,
+        before: WeightsVersion,
     ) -> anyhow::Result<Self> {
-        let history = History::load(&rounds_directory(run_dir), since)?;
+        let history = History::load(&rounds_directory(run_dir), before)?;
         let initial = judge.model().context("the judge is a model")?;
         let model = match history.model() {
             Some(path) => {

@@ -77,7 +77,7 @@ pub(crate) async fn join_preference(
         let apo_session = ApoSession {
             policy: &model.base,
             run_dir,
-            start: record.start(),
+            rounds_before: record.start().rounds_before(),
         };
         let (finish, finishing) = watch::channel(false);
         let builder = session.role_builder(settings, &streams, finishing);

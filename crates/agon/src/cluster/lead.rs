@@ -102,8 +102,7 @@ async fn initial_record(
     let uploaded = RunRecord::read(registry).await?;
     let uploaded = uploaded.map(|before| [before.model, before.adapter].concat());
     let uploaded = uploaded.unwrap_or_default();
-    let step = context.start()?.step;
-    let mut record = RunRecord::new(context.directory, context.config, step);
+    let mut record = RunRecord::new(context.directory, context.config, context.start()?);
     record.base_model = folder.base_model.clone();
     let weight_store = &streams.weight_store;
     record.model = upload(&folder.path, ModelFileKind::Model, weight_store, &uploaded).await?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use learner::Ending;
-use messages::{Digest, FileName, Stage, WeightsVersion, wire};
+use messages::{Digest, FileName, Stage, wire};
 use model::BaseModel;
 use serde::{Deserialize, Serialize};
 use settings::Settings;
@@ -14,7 +14,10 @@ use telemetry::{RunDirectory, StageCounters, StageSnapshot, Waits};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use transport::{KeptEntry, RunRegistry, TransportError};
 
-use crate::exit_code::{RefusedRecord, UsageError};
+use crate::{
+    exit_code::{RefusedRecord, UsageError},
+    run::SessionStart,
+};
 
 /// Registry key of the run's record.
 const RECORD_KEY: &str = "run";
@@ -62,6 +65,9 @@ pub(crate) struct RunRecord {
     pub(crate) session: u64,
     /// Learner step at which this session started.
     pub(crate) step: u64,
+    /// Step of the last APO round that this session continues from; 0: none.
+    #[serde(default)]
+    pub(crate) apo_step: u64,
     /// Files of the initial model, in the weight store.
     pub(crate) model: Vec<ModelFile>,
     /// Name of the initial model as the base of adapters.
@@ -113,15 +119,15 @@ impl RunPhase {
 }
 
 impl RunRecord {
-    /// Record of a session that starts at learner step `step` in `directory`, with these resolved settings and no
-    /// files yet.
-    pub(crate) fn new(directory: &RunDirectory, settings: &str, step: u64) -> Self {
+    /// Record of a session with this start in `directory`, with these resolved settings and no files yet.
+    pub(crate) fn new(directory: &RunDirectory, settings: &str, start: SessionStart) -> Self {
         Self {
             state: RunPhase::Running,
             build: build(),
             home: home(directory.root()),
-            session: directory.session(),
-            step,
+            session: start.session,
+            step: start.step,
+            apo_step: start.apo_step,
             model: Vec::new(),
             base_model: BaseModel::default(),
             adapter: Vec::new(),
@@ -172,11 +178,12 @@ impl RunRecord {
         }
     }
 
-    /// Weights version at which this session started.
-    pub(crate) fn start(&self) -> WeightsVersion {
-        WeightsVersion {
+    /// Start of this session.
+    pub(crate) fn start(&self) -> SessionStart {
+        SessionStart {
             session: self.session,
             step: self.step,
+            apo_step: self.apo_step,
         }
     }
 
@@ -499,6 +506,7 @@ mod tests {
             home: "here".into(),
             session: 0,
             step: 0,
+            apo_step: 0,
             model: Vec::new(),
             base_model: BaseModel::default(),
             adapter: Vec::new(),

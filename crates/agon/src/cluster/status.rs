@@ -117,7 +117,7 @@ pub(crate) enum MemberSource {
     /// All roles are in this process.
     SingleProcess {
         /// Record of the run.
-        record: RunRecord,
+        record: Box<RunRecord>,
         /// Status of each role.
         roles: Vec<StatusSource>,
     },
@@ -144,7 +144,7 @@ impl MemberSource {
                     age: Duration::ZERO,
                 };
                 Some(Members {
-                    record: record.clone(),
+                    record: RunRecord::clone(record),
                     peers: roles.iter().map(peer).collect(),
                     lease: SINGLE_PROCESS_LEASE,
                 })

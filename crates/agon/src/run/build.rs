@@ -61,8 +61,8 @@ pub(crate) struct ApoSession<'a> {
     pub(crate) policy: &'a LoadedModel,
     /// Run directory of the process, with the rounds and people's verdicts.
     pub(crate) run_dir: &'a Path,
-    /// Weights version at which the session starts.
-    pub(crate) start: WeightsVersion,
+    /// The session, with the step up to which rounds of earlier sessions count.
+    pub(crate) rounds_before: WeightsVersion,
 }
 
 /// A role as a member of its stage.
@@ -331,7 +331,7 @@ fn judge_and_apo(
     if apo_schedule(settings).is_none() {
         return Ok((Arc::clone(judge), None));
     }
-    let apo_judge = ApoJudge::load(settings, judge, session.run_dir, session.start)?;
+    let apo_judge = ApoJudge::load(settings, judge, session.run_dir, session.rounds_before)?;
     let current = apo_judge.source(judge)?;
     let policy = session.policy;
     let apo = tokio::task::block_in_place(|| apo_judge.apo(settings, policy, judge, cancel))?;

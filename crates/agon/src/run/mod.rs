@@ -40,13 +40,15 @@ pub(crate) struct RunContext<'a> {
 }
 
 impl RunContext<'_> {
-    /// Weights version at which this session starts.
-    pub(crate) fn start(&self) -> anyhow::Result<WeightsVersion> {
+    /// Start of this session.
+    pub(crate) fn start(&self) -> anyhow::Result<SessionStart> {
         let resumed = self.origin.resume.as_deref();
         let version = resumed.map(learner::checkpoint_version).transpose()?;
-        Ok(WeightsVersion {
+        let apo_step = resumed.map(learner::checkpoint_apo_step).transpose()?;
+        Ok(SessionStart {
             session: self.directory.session(),
             step: version.map_or(0, |version| version.step),
+            apo_step: apo_step.unwrap_or(0),
         })
     }
 
@@ -66,6 +68,27 @@ impl RunContext<'_> {
             stages,
             rounds,
         })
+    }
+}
+
+/// Start of a session: what it continues from; zeros in a new run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SessionStart {
+    /// Session number.
+    pub(crate) session: u64,
+    /// Learner step.
+    pub(crate) step: u64,
+    /// Step of the last completed APO round. One at `step` itself may be due still, although an earlier session had it.
+    pub(crate) apo_step: u64,
+}
+
+impl SessionStart {
+    /// The session, with the step up to which rounds of earlier sessions count.
+    pub(crate) fn rounds_before(self) -> WeightsVersion {
+        WeightsVersion {
+            session: self.session,
+            step: self.apo_step,
+        }
     }
 }
 

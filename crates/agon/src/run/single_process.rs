@@ -59,7 +59,7 @@ pub(crate) async fn run_single_process(
     let counters: Vec<StageCounters> =
         [&others[..], std::slice::from_ref(&learner_status.counters)].concat();
     let source = MemberSource::SingleProcess {
-        record: RunRecord::new(context.directory, context.config, start.step),
+        record: Box::new(RunRecord::new(context.directory, context.config, start)),
         roles: statuses.into_iter().chain([learner_status]).collect(),
     };
     let publisher = StatusPublisher::start(context.directory, settings, streams.clone(), source);
@@ -109,7 +109,7 @@ async fn other_roles(
         let session = ApoSession {
             policy: &inputs.model,
             run_dir: context.directory.root(),
-            start: context.start()?,
+            rounds_before: context.start()?.rounds_before(),
         };
         let member = StageMember {
             name: "preference",

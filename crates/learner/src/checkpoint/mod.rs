@@ -192,15 +192,31 @@ impl Checkpoints {
 
 /// Reads a checkpoint without its tensors. That it is whole was checked when it was chosen.
 pub(crate) fn read(path: &Path) -> Result<Checkpoint, LearnerError> {
-    let broken = |name: &str, reason: String| LearnerError::Checkpoint {
+    let snapshot = read_snapshot(path)?;
+    let buffered = decode_pairs(&read_file(path, "buffered.pairs")?)
+        .map_err(|reason| broken(path, "buffered.pairs", &reason))?;
+    Ok(Checkpoint { snapshot, buffered })
+}
+
+fn read_snapshot(path: &Path) -> Result<RunSnapshot, LearnerError> {
+    let state = read_file(path, "state.json")?;
+    serde_json::from_slice(&state).map_err(|error| broken(path, "state.json", &error))
+}
+
+fn broken(path: &Path, name: &str, reason: &dyn std::fmt::Display) -> LearnerError {
+    LearnerError::Checkpoint {
         path: path.to_owned(),
         reason: format!("{name}: {reason}"),
-    };
-    let snapshot = serde_json::from_slice(&read_file(path, "state.json")?)
-        .map_err(|error| broken("state.json", error.to_string()))?;
-    let buffered = decode_pairs(&read_file(path, "buffered.pairs")?)
-        .map_err(|reason| broken("buffered.pairs", reason))?;
-    Ok(Checkpoint { snapshot, buffered })
+    }
+}
+
+/// Step of the last APO round that the run of a checkpoint had completed when it was saved; 0: none. A round at the
+/// checkpoint's own step may have followed it.
+///
+/// # Errors
+/// If the checkpoint cannot be read.
+pub fn apo_step_of(checkpoint: &Path) -> Result<u64, LearnerError> {
+    Ok(read_snapshot(checkpoint)?.apo_step)
 }
 
 fn read_file(folder: &Path, name: &str) -> Result<Vec<u8>, LearnerError> {
@@ -236,7 +252,7 @@ pub fn is_complete(path: &Path, settings: &Settings) -> Result<bool, LearnerErro
         evaluations,
         files,
         ..
-    } = read(path)?.snapshot;
+    } = read_snapshot(path)?;
     let steps = planned_steps(&settings.learner, &settings.pairs, files.count);
     let evaluated = evaluations.last().is_some_and(|e| e.step == totals.step);
     Ok(totals.step >= steps && (evaluated || settings.evaluation.prompts == 0))

@@ -22,13 +22,13 @@ pub struct History {
 }
 
 impl History {
-    /// Reads the rounds in `directory` of a run whose session began at `since`: those of this session, and those of
-    /// earlier sessions up to that step. Other rounds are deleted from the file: a run that was rolled back repeats
-    /// them.
+    /// Reads the rounds in `directory` of a run: those of the session of `before`, and those of earlier sessions up to
+    /// its step. Other rounds are deleted from the file: a run that was rolled back repeats them. A session begins with
+    /// the step of the last round of its checkpoint, which may be older than a round at the checkpoint's own step.
     ///
     /// # Errors
     /// When the file of reports cannot be read, parsed or rewritten.
-    pub fn load(directory: &Path, since: WeightsVersion) -> Result<Self, PreferenceError> {
+    pub fn load(directory: &Path, before: WeightsVersion) -> Result<Self, PreferenceError> {
         let path = directory.join(ROUNDS);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
@@ -46,7 +46,7 @@ impl History {
             rounds.push(round);
         }
         let all = rounds.len();
-        rounds.retain(|round| round.session == since.session || round.step <= since.step);
+        rounds.retain(|round| round.session == before.session || round.step <= before.step);
         if rounds.len() < all {
             let lines: String = rounds.iter().map(|round| round.line() + "\n").collect();
             fs::write(&path, lines)
