@@ -130,6 +130,19 @@ fn mistakes_in_judges_of_evaluations_are_named_before_the_run() {
     let rule = format!("evaluation.judge.a={{kind=\"rule\",rules=[{pattern}]}}");
     check(&rule).check(2, &["evaluation.judge.a", "pattern"]);
     check(SHORT).check(0, &["evaluation judge short: rule"]);
+    let unused = [
+        "check",
+        &config,
+        "--set",
+        SHORT,
+        "--set",
+        "evaluation.prompts=0",
+    ];
+    let unused = sandbox.run(&unused);
+    unused.check(
+        0,
+        &["evaluation.judge: evaluation.prompts = 0 turns evaluations off"],
+    );
 }
 
 /// Arguments of `agon eval` of the model with itself: greedy, with a rule for short answers.

@@ -283,6 +283,12 @@ impl LearnerSettings {
             "pairs from files have no recorded sampling distribution, so that an offline run has nothing to correct: set \
              it to \"none\", or pairs.share below 1",
         );
+        checks.require(
+            self.pair_selection == PairSelection::All || settings.actor.num_generations > 2,
+            "learner.pair_selection",
+            "a pair of two completions has one label, and nothing is selected: raise actor.num_generations, or set it to \
+             \"all\"",
+        );
         let margin = self.min_margin;
         checks.require(
             (0.0..=0.5).contains(&margin),
@@ -372,6 +378,10 @@ mod tests {
             (
                 "[learner]\noff_policy = \"mask\"\n[pairs]\nplayground_pairs = 100\nshare = 1.0",
                 "learner.off_policy: pairs from files have no recorded sampling distribution",
+            ),
+            (
+                "[learner]\npair_selection = \"random\"",
+                "learner.pair_selection: a pair of two completions has one label",
             ),
             (
                 "[learner]\nmin_margin = 0.6",

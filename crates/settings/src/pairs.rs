@@ -223,6 +223,7 @@ impl FilePairsSettings {
         if self.has_source() {
             return;
         }
+        let remedy = "there are no pairs from files: name pairs.path, pairs.mix or pairs.playground_pairs, or remove it";
         let columns = [
             ("label_column", &self.label_column),
             ("chosen_score_column", &self.chosen_score_column),
@@ -230,13 +231,11 @@ impl FilePairsSettings {
             ("route_column", &self.route_column),
         ];
         let label = (self.label == PairLabelSource::Judge).then_some("label");
+        // 0 is true of a run without files, and 1 the default.
+        let share = (self.share > 0.0 && self.share < 1.0).then_some("share");
         let set = columns.iter().filter(|(_, column)| !column.is_empty());
-        for key in set.map(|(key, _)| *key).chain(label) {
-            checks.require(
-                false,
-                &format!("pairs.{key}"),
-                "there are no pairs from files: name pairs.path, pairs.mix or pairs.playground_pairs, or remove it",
-            );
+        for key in set.map(|(key, _)| *key).chain(label).chain(share) {
+            checks.require(false, &format!("pairs.{key}"), remedy);
         }
     }
 
@@ -373,6 +372,7 @@ mod tests {
             ("[pairs]\nepochs = 1".into(), "name pairs.path"),
             ("[pairs]\nlabel_column = \"p\"".into(), "there are no pairs from files"),
             ("[pairs]\nlabel = \"judge\"".into(), "there are no pairs from files"),
+            ("[pairs]\nshare = 0.5".into(), "pairs.share: there are no pairs from files"),
             (of("golden_column = \"answer\"", ""), "only a judge reads it"),
             (
                 of(
@@ -394,6 +394,7 @@ mod tests {
     fn only_the_roles_that_are_needed_are() {
         for (text, samples, judge) in [
             ("", true, true),
+            ("[pairs]\nshare = 0.0", true, true),
             ("[pairs]\npath = \"x\"", true, true),
             ("[evaluation]\nprompts = 0", true, true),
             (

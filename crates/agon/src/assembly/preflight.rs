@@ -461,7 +461,7 @@ impl Preflight {
         }
     }
 
-    /// Records files that cannot be read and that only other commands need.
+    /// Records what only other commands need: files that cannot be read, and judges that the run does not ask.
     fn unneeded(&mut self, settings: &Settings, judges_here: bool) {
         let mut files: Vec<(&str, &Path, &str)> = Vec::new();
         if let Some(path) = &settings.sft.path {
@@ -481,6 +481,13 @@ impl Preflight {
                     "{key} = {path}: {error}; only {reader} reads it"
                 )));
             }
+        }
+        if settings.evaluation.prompts == 0 && !settings.evaluation.judge.is_empty() {
+            self.findings.push(PreflightFinding::Unneeded(
+                "evaluation.judge: evaluation.prompts = 0 turns evaluations off, and only agon eval asks these judges; raise \
+                 evaluation.prompts to have the run evaluated by them"
+                    .into(),
+            ));
         }
     }
 }
