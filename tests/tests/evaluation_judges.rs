@@ -114,7 +114,16 @@ fn a_judge_of_evaluations_that_is_away_costs_its_verdicts_only() {
         "{}",
         output.stderr
     );
-    assert_eq!(judges(&report(&run)), ["short"]);
+    let report = report(&run);
+    assert_eq!(judges(&report), ["away", "short"]);
+    let away = &report["evaluation_judges"][0];
+    assert_eq!(
+        (&away["prompts"], &away["win_rate"]),
+        (&json!(0), &Value::Null)
+    );
+    let summary = fs::read_to_string(run.join("report.md")).expect("a report");
+    let expected = "judge away, which gives no labels: without a verdict on any of 16 prompts";
+    assert!(summary.contains(expected), "{summary}");
 }
 
 #[test]

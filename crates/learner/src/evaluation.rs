@@ -162,6 +162,8 @@ pub(crate) struct EvaluationTarget {
     pub(crate) prompts: usize,
     /// Sampling conditions.
     pub(crate) conditions: EvaluationConditions,
+    /// Names of the evaluation judges.
+    pub(crate) judges: Vec<String>,
 }
 
 impl EvaluationTally {
@@ -210,7 +212,7 @@ impl EvaluationTally {
             soft_win_rate: mean(&p),
             gold_win_rate: gold,
             judge_accuracy: agreement(&self.pairs, &LabelledPair::gold),
-            judges: judge_evaluations(&self.pairs, IndependentUnit::Pair),
+            judges: judge_evaluations(&target.judges, &self.pairs, IndependentUnit::Pair),
             win_rate_lc: Some(length_controlled(&self.pairs, &wins)),
             kl: mean(&|l| exact(l).sum_logp() - exact(l).sum_ref_logp()),
             response_length: tokens,
@@ -350,6 +352,7 @@ mod tests {
                 step: 0,
                 prompts: 380,
                 conditions: conditions(),
+                judges: Vec::new(),
             };
             let evaluation = tally.finish(target, 0).expect("pairs");
             assert!((evaluation.kl - kl).abs() < 1e-6, "{}", evaluation.kl);

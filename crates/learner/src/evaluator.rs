@@ -152,6 +152,7 @@ impl Evaluator {
             step: version.step,
             prompts: sent as usize,
             conditions: self.conditions.clone(),
+            judges: self.settings.judge.keys().cloned().collect(),
         };
         let Some(evaluation) = tally.finish(target, self.settings.show) else {
             tracing::warn!(

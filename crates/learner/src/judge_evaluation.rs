@@ -17,10 +17,11 @@ pub struct JudgeEvaluation {
     pub prompts: usize,
     /// Number of prompts that only the run's judge judged.
     pub unjudged: usize,
-    /// Share of prompts on which it prefers the policy's completion; ties count one half.
-    pub win_rate: Interval,
+    /// Share of the judged prompts on which it prefers the policy's completion; ties count one half. `None` if it judged
+    /// none.
+    pub win_rate: Option<Interval>,
     /// Length-controlled `win_rate`.
-    pub win_rate_lc: f64,
+    pub win_rate_lc: Option<f64>,
     /// Share of the prompts on which it prefers the same completion as the run's judge, ties of either excluded.
     pub agreement: Option<f64>,
 }
@@ -34,11 +35,14 @@ pub enum IndependentUnit {
     Prompt,
 }
 
-/// The evaluations under all judges of `pairs` except the gold judge, by name.
+/// The evaluations of `pairs` under the judges of these names except the gold judge, in their order; one without a verdict
+/// is among them.
 #[must_use]
-pub fn judge_evaluations(pairs: &[LabelledPair], unit: IndependentUnit) -> Vec<JudgeEvaluation> {
-    let verdicts = pairs.iter().flat_map(|labelled| &labelled.verdicts);
-    let judges: BTreeSet<&str> = verdicts.map(|verdict| verdict.judge.as_str()).collect();
+pub fn judge_evaluations<'a>(
+    judges: impl IntoIterator<Item = &'a String>,
+    pairs: &[LabelledPair],
+    unit: IndependentUnit,
+) -> Vec<JudgeEvaluation> {
     let others = judges.into_iter().filter(|&judge| judge != GOLD);
     others.map(|judge| under(judge, pairs, unit)).collect()
 }
@@ -88,12 +92,14 @@ fn under(judge: &str, pairs: &[LabelledPair], unit: IndependentUnit) -> JudgeEva
         .map(|&labelled| verdict(labelled).map_or(0.5, |p| win(f64::from(p.get()))))
         .collect();
     let mean = wins.iter().sum::<f64>() / wins.len().max(1) as f64;
+    let has_judged = !judged.is_empty();
+    let interval = || Interval::wilson(mean, unit.count(judged.iter().copied()));
     JudgeEvaluation {
         judge: judge.to_owned(),
         prompts: judged.len(),
         unjudged: pairs.len() - judged.len(),
-        win_rate: Interval::wilson(mean, unit.count(judged.iter().copied())),
-        win_rate_lc: length_controlled(&judged, &wins),
+        win_rate: has_judged.then(interval),
+        win_rate_lc: has_judged.then(|| length_controlled(&judged, &wins)),
         agreement: agreement(judged.iter().copied(), &verdict),
     }
 }
@@ -104,10 +110,14 @@ impl JudgeEvaluation {
         let mut set = |metric: &str, value: f64| {
             measurements.set(format!("eval/{metric}/{}", self.judge), value);
         };
-        set("judge_win_rate", self.win_rate.mean);
-        set("judge_win_rate_ci_low", self.win_rate.low);
-        set("judge_win_rate_ci_high", self.win_rate.high);
-        set("judge_win_rate_lc", self.win_rate_lc);
+        if let Some(Interval { mean, low, high }) = self.win_rate {
+            set("judge_win_rate", mean);
+            set("judge_win_rate_ci_low", low);
+            set("judge_win_rate_ci_high", high);
+        }
+        if let Some(rate) = self.win_rate_lc {
+            set("judge_win_rate_lc", rate);
+        }
         #[expect(clippy::cast_precision_loss, reason = "no evaluation has 2^53 prompts")]
         set("judge_prompts", self.prompts as f64);
         if let Some(agreement) = self.agreement {
@@ -159,23 +169,40 @@ mod tests {
             pair([3, 3], 0.5, &[("strict", 0.5)]),
             pair([3, 3], 0.6, &[("lenient", 1.0)]),
         ];
-        let [lenient, strict] = &judge_evaluations(&pairs, IndependentUnit::Pair)[..] else {
-            panic!("two judges besides gold");
+        let judges = ["away", "gold", "lenient", "strict"].map(str::to_owned);
+        let judged = judge_evaluations(&judges, &pairs, IndependentUnit::Pair);
+        let [away, lenient, strict] = &judged[..] else {
+            panic!("three judges besides gold");
         };
+        assert_eq!(
+            (away.judge.as_str(), away.prompts, away.unjudged),
+            ("away", 0, 5)
+        );
+        assert_eq!(
+            (away.win_rate, away.win_rate_lc, away.agreement),
+            (None, None, None)
+        );
         assert_eq!(
             (lenient.judge.as_str(), strict.judge.as_str()),
             ("lenient", "strict")
         );
         assert_eq!((strict.prompts, strict.unjudged), (4, 1));
         // Wins 1, 0, 0 and a tie; it agrees on the first and the third of three without ties.
-        assert_eq!(strict.win_rate, Interval::wilson(0.375, 4));
+        assert_eq!(strict.win_rate, Some(Interval::wilson(0.375, 4)));
         assert_eq!(strict.agreement, Some(2.0 / 3.0));
-        assert_eq!((lenient.prompts, lenient.win_rate.mean), (2, 0.75));
+        assert_eq!(
+            (lenient.prompts, lenient.win_rate),
+            (2, Some(Interval::wilson(0.75, 2)))
+        );
         assert_eq!(lenient.agreement, Some(1.0));
         // Equal lengths: the ridge penalty moves .375 a little towards ½.
-        assert!((strict.win_rate_lc - 0.375).abs() < 1e-2, "{strict:?}");
+        let rate = strict.win_rate_lc.unwrap_or_default();
+        assert!((rate - 0.375).abs() < 1e-2, "{strict:?}");
         let mut measurements = Measurements::new();
         strict.measure(&mut measurements);
+        away.measure(&mut measurements);
+        assert_eq!(measurements.get("eval/judge_win_rate/away"), None);
+        assert_eq!(measurements.get("eval/judge_prompts/away"), Some(0.0));
         assert_eq!(measurements.get("eval/judge_win_rate/strict"), Some(0.375));
         assert_eq!(measurements.get("eval/judge_prompts/strict"), Some(4.0));
         assert_eq!(
@@ -199,8 +226,8 @@ mod tests {
         );
         let by_prompt = Interval::wilson(0.75, 3);
         assert_eq!(win_rate(&pairs, IndependentUnit::Prompt), by_prompt);
-        let judges = judge_evaluations(&pairs, IndependentUnit::Prompt);
-        assert_eq!(judges[0].win_rate, by_prompt);
+        let judges = judge_evaluations(&["strict".to_owned()], &pairs, IndependentUnit::Prompt);
+        assert_eq!(judges[0].win_rate, Some(by_prompt));
     }
 
     #[test]
@@ -218,7 +245,9 @@ mod tests {
         };
         let pairs: Vec<_> = (0..400).map(judged).collect();
         let under = under("length", &pairs, IndependentUnit::Pair);
-        assert!((under.win_rate.mean - 0.65).abs() < 1e-12, "{under:?}");
-        assert!((under.win_rate_lc - 0.5).abs() < 0.01, "{under:?}");
+        let rate = under.win_rate.map(|rate| rate.mean).unwrap_or_default();
+        assert!((rate - 0.65).abs() < 1e-12, "{under:?}");
+        let rate = under.win_rate_lc.unwrap_or_default();
+        assert!((rate - 0.5).abs() < 0.01, "{under:?}");
     }
 }

@@ -10,6 +10,21 @@ use crate::{checks::Checks, judge::JudgeSettings, settings::Settings};
 /// Longest name of an evaluation judge, in characters.
 const MAX_NAME: usize = 32;
 
+/// Names that a judge cannot have: that of a key, of the run's judge in a tournament, and of the other columns in the
+/// report's table of evaluations.
+const TAKEN_NAMES: [&str; 10] = [
+    "kind",
+    "run",
+    "step",
+    "interval",
+    "length-controlled",
+    "average",
+    "KL",
+    "length",
+    "truncated",
+    "entropy",
+];
+
 /// Frequency, size and evaluation judges.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,10 +58,15 @@ fn check_name(path: &str, name: &str, judge: &JudgeSettings, checks: &mut Checks
     let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     let fits = !name.is_empty() && name.len() <= MAX_NAME && name.chars().all(is_plain);
     checks.require(
-        fits && name != "kind",
+        fits,
+        path,
+        format!("a judge's name has up to {MAX_NAME} letters, digits, \"-\" and \"_\""),
+    );
+    checks.require(
+        !TAKEN_NAMES.contains(&name),
         path,
         format!(
-            "a judge's name has up to {MAX_NAME} letters, digits, \"-\" and \"_\", and is not \"kind\""
+            "{name:?} is a name that reports or the configuration use themselves: choose another"
         ),
     );
     checks.require(
@@ -129,6 +149,14 @@ mod tests {
             (
                 "[evaluation.judge.\"a b\"]\nkind = \"gold\"",
                 "evaluation.judge.a b: a judge's name has up to 32 letters",
+            ),
+            (
+                "[evaluation.judge.run]\nkind = \"gold\"",
+                "evaluation.judge.run: \"run\" is a name that reports",
+            ),
+            (
+                "[evaluation.judge.length]\nkind = \"gold\"",
+                "evaluation.judge.length: \"length\" is a name that reports",
             ),
         ]);
     }

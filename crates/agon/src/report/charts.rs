@@ -281,7 +281,7 @@ pub(crate) fn write_win_rates(path: &Path, evaluations: &[Evaluation]) -> anyhow
         ("gold", intervals(&|e| e.gold_win_rate)),
     ];
     for judge in judge_names(evaluations) {
-        lines.push((judge, intervals(&|e| Some(e.under(judge)?.win_rate))));
+        lines.push((judge, intervals(&|e| e.under(judge)?.win_rate)));
     }
     let lines = lines.iter().filter(|(_, known)| !known.is_empty());
     let chart = LineChart {

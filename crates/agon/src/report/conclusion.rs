@@ -2,7 +2,9 @@
 
 use std::fmt::{self, Write as _};
 
-use learner::{Ending, Evaluation, EvaluationConditions, FurtherComparison, Summary};
+use learner::{
+    Ending, Evaluation, EvaluationConditions, FurtherComparison, JudgeEvaluation, Summary,
+};
 use settings::{PromptsSettings, Settings};
 use telemetry::Interval;
 
@@ -89,15 +91,11 @@ fn write_further(text: &mut String, settings: &Settings, last: &Evaluation) -> f
 /// Win rates under the judges that give no labels, and at equal lengths.
 fn write_judges(text: &mut String, last: &Evaluation) -> fmt::Result {
     for judge in &last.judges {
-        let rate = judge.win_rate;
+        let name = &judge.judge;
         writeln!(
             text,
-            "Under the evaluation judge {}, which gives no labels: {:.1} % ({:.1} to {:.1} %) of {} prompts.",
-            judge.judge,
-            100.0 * rate.mean,
-            100.0 * rate.low,
-            100.0 * rate.high,
-            judge.prompts
+            "Under the evaluation judge {name}, which gives no labels: {} prompts.",
+            judge_result(judge)
         )?;
     }
     if let Some(rate) = last.win_rate_lc {
@@ -108,6 +106,15 @@ fn write_judges(text: &mut String, last: &Evaluation) -> fmt::Result {
         )?;
     }
     Ok(())
+}
+
+/// Win rate under an evaluation judge with the number of prompts that it judged, as a phrase.
+pub(crate) fn judge_result(judge: &JudgeEvaluation) -> String {
+    let Some(rate) = judge.win_rate else {
+        return format!("without a verdict on any of {}", judge.unjudged);
+    };
+    let [mean, low, high] = [rate.mean, rate.low, rate.high].map(|rate| 100.0 * rate);
+    format!("{mean:.1} % ({low:.1} to {high:.1} %) of {}", judge.prompts)
 }
 
 /// Step of the last evaluation, where it is not the last step.
@@ -372,6 +379,23 @@ mod tests {
         ] {
             assert!(text.contains(expected), "{expected:?} is not in {text}");
         }
+    }
+
+    #[test]
+    fn a_judge_without_a_verdict_is_stated() {
+        let mut last = evaluation(40);
+        last.judges.push(JudgeEvaluation {
+            judge: "away".into(),
+            prompts: 0,
+            unjudged: 128,
+            win_rate: None,
+            win_rate_lc: None,
+            agreement: None,
+        });
+        let text = text_of(Ending::Finished, &last, &[]);
+        let expected =
+            "judge away, which gives no labels: without a verdict on any of 128 prompts.";
+        assert!(text.contains(expected), "{text}");
     }
 
     #[test]

@@ -226,7 +226,10 @@ fn judges(evaluation: &Value) -> String {
     let judges = list(&evaluation["judges"]).iter().take(MAX_ROWS);
     let texts: Vec<_> = judges
         .map(|judge| {
-            let rate = short(&judge["win_rate"]["mean"]);
+            let rate = match judge["win_rate"].is_null() {
+                true => "without a verdict".into(),
+                false => short(&judge["win_rate"]["mean"]),
+            };
             format!("{} {rate}", short(&judge["judge"]))
         })
         .collect();

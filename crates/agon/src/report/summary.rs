@@ -243,7 +243,7 @@ fn other_win_rates(evaluations: &[Evaluation]) -> Vec<OtherWinRate<'_>> {
         .into_iter()
         .map(|judge| OtherWinRate {
             name: judge.to_owned(),
-            of: Box::new(move |e| e.under(judge).map(|result| result.win_rate.mean)),
+            of: Box::new(move |e| e.under(judge)?.win_rate.map(|rate| rate.mean)),
         });
     let has_any = |other: &OtherWinRate<'_>| evaluations.iter().any(|e| (other.of)(e).is_some());
     models.into_iter().filter(has_any).chain(judges).collect()

@@ -87,7 +87,7 @@ pub(super) fn win_rate(evaluation: &Evaluation, judge: &TournamentJudge) -> Opti
     let interval = match judge {
         TournamentJudge::Run => Some(evaluation.win_rate),
         TournamentJudge::Gold => evaluation.gold_win_rate,
-        TournamentJudge::Named(name) => evaluation.under(name).map(|result| result.win_rate),
+        TournamentJudge::Named(name) => evaluation.under(name).and_then(|result| result.win_rate),
     };
     interval.map(|interval| interval.mean)
 }

@@ -31,7 +31,7 @@ use crate::{
         export,
     },
     exit_code::UsageError,
-    report::conclusion::describe,
+    report::conclusion::{describe, judge_result},
 };
 
 /// Compare two models on held-out prompts, or on the questions of AlpacaEval or MT-Bench, under a judge.
@@ -142,6 +142,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     print_result(&EvaluationResult::new(
         arguments,
         &comparison,
+        settings.evaluation.judge.keys(),
         conditions,
         differences,
     )?)?;
@@ -406,6 +407,7 @@ impl<'a> EvaluationResult<'a> {
     fn new(
         arguments: &'a Arguments,
         comparison: &'a ModelComparison,
+        judges: impl Iterator<Item = &'a String>,
         conditions: EvaluationConditions,
         differences: Vec<String>,
     ) -> anyhow::Result<Self> {
@@ -432,7 +434,7 @@ impl<'a> EvaluationResult<'a> {
             b: &comparison.b,
             rate: learner::win_rate(&labelled, unit),
             rate_lc: learner::length_controlled_win_rate(&labelled),
-            judges: learner::judge_evaluations(&labelled, unit),
+            judges: learner::judge_evaluations(judges, &labelled, unit),
             prompts: labelled.len(),
             unit,
             independent: unit.count(labelled.iter()),
@@ -490,14 +492,8 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
         100.0 * result.rate_lc
     )?;
     for judge in &result.judges {
-        out!(
-            "Under the evaluation judge {}: {:.1} % ({:.1} to {:.1} %) of {}.",
-            judge.judge,
-            100.0 * judge.win_rate.mean,
-            100.0 * judge.win_rate.low,
-            100.0 * judge.win_rate.high,
-            judge.prompts
-        )?;
+        let (name, judged) = (&judge.judge, judge_result(judge));
+        out!("Under the evaluation judge {name}: {judged}.")?;
     }
     out!(
         "Evaluated with {}; {:.1} % of {a}'s answers were truncated, {:.1} % of {b}'s.",
