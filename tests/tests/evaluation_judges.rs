@@ -250,7 +250,10 @@ fn alpaca_evals_instructions_are_answered_in_its_form_and_read_back() {
                     .to_string(),
             ],
         ))
-        .check(2, &["question 0 has no answer of stories260K-b"]);
+        .check(
+            3,
+            &["stories260K-b.json: it has no answer of stories260K-b to the question x"],
+        );
 }
 
 #[test]

@@ -18,8 +18,8 @@ use crate::{
 pub(super) struct Answer {
     /// Texts of the turns, without white space around them.
     pub(super) turns: Vec<String>,
-    /// Whether each turn was cut off at the limit of new tokens.
-    pub(super) truncated: Vec<bool>,
+    /// Whether each turn was cut off at the limit of new tokens; `None` where a file of answers does not say.
+    pub(super) truncated: Vec<Option<bool>>,
 }
 
 /// A turn to be sampled.
@@ -122,7 +122,9 @@ impl AnswerSampler<'_> {
                 let text = self.tokenizer.completion_text(&turn.ids, completion);
                 let answer = &mut answers[turn.question][turn.model];
                 answer.turns.push(text.trim().to_owned());
-                answer.truncated.push(completion.finish == Finish::Length);
+                answer
+                    .truncated
+                    .push(Some(completion.finish == Finish::Length));
             }
         }
         Ok(())
@@ -171,7 +173,7 @@ pub(super) fn pair(
     let ids = tokenizer.encode_prompt(&prompt)?;
     let completion = |answer: &Answer| -> anyhow::Result<Completion> {
         let text = conversation(question, answer, place.turns);
-        let is_truncated = answer.truncated.get(place.turns - 1).copied();
+        let is_truncated = answer.truncated.get(place.turns - 1).copied().flatten();
         let (finish, ids) = match is_truncated.unwrap_or_default() {
             true => (
                 Finish::Length,
@@ -249,7 +251,7 @@ mod tests {
         };
         let answer = Answer {
             turns: vec!["A1".into(), "A2".into()],
-            truncated: vec![false, true],
+            truncated: vec![Some(false), Some(true)],
         };
         assert_eq!(conversation(&question, &answer, 1), "A1");
         let both = "A1\n\nuser: Q2\n\nassistant: A2";

@@ -187,7 +187,7 @@ fn compare_held_out(
             let completion = &pair.completions[index];
             Answer {
                 turns: vec![completion.text.trim().to_owned()],
-                truncated: vec![completion.finish == Finish::Length],
+                truncated: vec![Some(completion.finish == Finish::Length)],
             }
         })
     };
@@ -220,7 +220,10 @@ fn compare_answers(
         Some(_) => None,
         None => Some(load(settings, &arguments.b)?),
     };
-    let given_answers = given.as_ref().map(|given| given.of(&questions)).transpose();
+    let given_answers = given
+        .as_ref()
+        .map(|given| given.of(&questions))
+        .transpose()?;
     assembly::check_positions(settings, &a.folder.config)?;
     let sampler = AnswerSampler {
         settings,
@@ -228,7 +231,7 @@ fn compare_answers(
         a: &a.model,
         b: b.as_ref().map(|b| &b.model),
     };
-    let answers = sampler.answers(&questions.rows, given_answers.map_err(UsageError)?)?;
+    let answers = sampler.answers(&questions.rows, given_answers)?;
     let (mut pairs, mut turns) = (Vec::new(), Vec::new());
     for (question, (row, answers)) in questions.rows.iter().zip(&answers).enumerate() {
         for count in 1..=row.turns.len() {
@@ -396,8 +399,8 @@ struct EvaluationResult<'a> {
     independent: usize,
     abstained: usize,
     conditions: EvaluationConditions,
-    /// Shares of A's and of B's completions that were truncated.
-    truncation_rates: [f64; 2],
+    /// Shares of A's and of B's completions that were truncated; `None` where a file of answers does not say.
+    truncation_rates: [Option<f64>; 2],
     differences: Vec<String>,
 }
 
@@ -420,14 +423,8 @@ impl<'a> EvaluationResult<'a> {
             "the judge abstained on all {abstained} prompts; the last reason: {}",
             last_reason.unwrap_or_default()
         );
-        let truncated = |model: usize| {
-            let turns = comparison
-                .answers
-                .iter()
-                .flat_map(|both| &both[model].truncated);
-            let count = turns.clone().count().max(1) as f64;
-            turns.filter(|&&truncated| truncated).count() as f64 / count
-        };
+        let answers = &comparison.answers;
+        let truncated = |model: usize| truncation_rate(answers.iter().map(|both| &both[model]));
         let unit = comparison.unit;
         Ok(Self {
             arguments,
@@ -460,6 +457,14 @@ impl<'a> EvaluationResult<'a> {
     }
 }
 
+/// Share of the answers' turns that were truncated; `None` if it is not known of all.
+fn truncation_rate<'a>(answers: impl Iterator<Item = &'a Answer>) -> Option<f64> {
+    let turns = answers.flat_map(|answer| answer.truncated.iter().copied());
+    let turns: Vec<bool> = turns.collect::<Option<_>>()?;
+    let count = turns.iter().filter(|&&truncated| truncated).count();
+    Some(count as f64 / turns.len().max(1) as f64)
+}
+
 fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
     if result.arguments.json {
         out!("{}", printable_json(&result.json().to_string()))?;
@@ -468,6 +473,12 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
     let (rate, prompts, abstained) = (result.rate, result.prompts, result.abstained);
     let (a, b) = (&result.arguments.a, result.b);
     let [truncated_a, truncated_b] = result.truncation_rates;
+    let share = |rate: Option<f64>| {
+        rate.map_or_else(
+            || "an unknown share".to_owned(),
+            |rate| format!("{:.1} %", 100.0 * rate),
+        )
+    };
     let of_a = match result.arguments.average {
         true => "the moving average of ",
         false => "",
@@ -496,10 +507,10 @@ fn print_result(result: &EvaluationResult<'_>) -> std::io::Result<()> {
         out!("Under the evaluation judge {name}: {judged}.")?;
     }
     out!(
-        "Evaluated with {}; {:.1} % of {a}'s answers were truncated, {:.1} % of {b}'s.",
+        "Evaluated with {}; {} of {a}'s answers were truncated, {} of {b}'s.",
         describe(&result.conditions),
-        100.0 * truncated_a,
-        100.0 * truncated_b
+        share(truncated_a),
+        share(truncated_b)
     )?;
     Ok(())
 }
@@ -594,6 +605,18 @@ fn sample(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_truncation_rate_is_known_if_that_of_every_turn_is() {
+        let answer = |truncated: &[Option<bool>]| Answer {
+            turns: Vec::new(),
+            truncated: truncated.to_vec(),
+        };
+        let known = answer(&[Some(true), Some(false)]);
+        let both = [known.clone(), answer(&[Some(false), Some(false)])];
+        assert_eq!(truncation_rate(both.iter()), Some(0.25));
+        assert_eq!(truncation_rate([known, answer(&[None])].iter()), None);
+    }
 
     #[test]
     fn models_have_distinct_file_names() {

@@ -1,6 +1,9 @@
 //! Questions and answers in the files of AlpacaEval and MT-Bench.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use dataset::{DatasetError, DatasetRow};
 use serde_json::{Map, Value};
@@ -37,17 +40,18 @@ pub(super) struct Questions {
 pub(super) struct GivenAnswer {
     /// The answer in each turn.
     pub(super) turns: Vec<String>,
-    /// Whether the last turn was cut off at the limit of new tokens, where the file says so.
-    pub(super) truncated: bool,
+    /// Whether the last turn was cut off at the limit of new tokens; `None` where the file does not say.
+    pub(super) truncated: Option<bool>,
 }
 
 /// The answers of a model that were written earlier.
 #[derive(Debug)]
 pub(super) struct GivenAnswers {
+    path: PathBuf,
     /// The model's name in the file.
     pub(super) generator: String,
-    /// By instruction or question id.
-    answers: HashMap<String, GivenAnswer>,
+    /// By instruction or question id, in the order of the file.
+    answers: HashMap<String, Vec<GivenAnswer>>,
 }
 
 impl Questions {
@@ -131,47 +135,87 @@ impl GivenAnswers {
     /// # Errors
     /// When the file cannot be read, or a row is no answer of the form, with file and line.
     pub(super) fn read(path: &Path, form: Form) -> Result<Self, DatasetError> {
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        let (mut answers, mut generator) = (HashMap::new(), stem.into_owned());
+        let mut answers: HashMap<String, Vec<GivenAnswer>> = HashMap::new();
+        let mut generator: Option<String> = None;
         for DatasetRow { columns, source } in dataset::read_rows(path)? {
             let parsed = match form {
                 Form::AlpacaEval => alpaca_answer(&columns),
                 Form::MtBench => mt_bench_answer(&columns),
             };
             let (key, turns) = parsed.map_err(|reason| source.refuse(reason))?;
-            let name = ["generator", "model_id"]
-                .into_iter()
-                .find_map(|key| columns.get(key));
-            if let Some(name) = name.and_then(Value::as_str) {
-                name.clone_into(&mut generator);
+            if let Some(name) = generator_of(&columns) {
+                let first = generator.get_or_insert_with(|| name.to_owned());
+                if first != name {
+                    return Err(source.refuse(format!(
+                        "it is an answer of {name}, and rows before it are of {first}: write the answers of each to a \
+                         file of its own"
+                    )));
+                }
             }
-            let truncated = columns.get("truncated").and_then(Value::as_bool);
             let answer = GivenAnswer {
                 turns,
-                truncated: truncated.unwrap_or_default(),
+                truncated: columns.get("truncated").and_then(Value::as_bool),
             };
-            answers.insert(key, answer);
+            answers.entry(key).or_default().push(answer);
         }
-        Ok(Self { generator, answers })
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        Ok(Self {
+            path: path.to_owned(),
+            generator: generator.unwrap_or_else(|| stem.into_owned()),
+            answers,
+        })
     }
 
-    /// The answer to each question, in their order.
+    /// The answer to each question, in their order. A question that occurs several times has as many answers, in the order of
+    /// the file.
     ///
     /// # Errors
-    /// When a question has none, or one of fewer turns.
-    pub(super) fn of(&self, questions: &Questions) -> Result<Vec<GivenAnswer>, String> {
-        let answer = |question: &Question| {
-            let answer = self.answers.get(&question.key(questions.form));
-            let answer = answer.filter(|answer| answer.turns.len() >= question.turns.len());
-            answer.cloned().ok_or_else(|| {
-                format!(
-                    "question {} has no answer of {}",
-                    question.id, self.generator
-                )
-            })
+    /// When a question has no answer, one of fewer turns, or more than one; with the file.
+    pub(super) fn of(&self, questions: &Questions) -> Result<Vec<GivenAnswer>, DatasetError> {
+        let mut asked: HashMap<String, usize> = HashMap::new();
+        let mut answer = |question: &Question| {
+            let key = question.key(questions.form);
+            let place = asked.entry(key.clone()).or_default();
+            *place += 1;
+            self.nth(&key, *place - 1, question.turns.len())
         };
-        questions.rows.iter().map(answer).collect()
+        let answers: Result<Vec<_>, String> = questions.rows.iter().map(&mut answer).collect();
+        let answers = answers.and_then(|answers| {
+            let count = |key: &str| self.answers.get(key).map_or(0, Vec::len);
+            match asked.iter().find(|(key, times)| count(key) > **times) {
+                Some((key, _)) => Err(format!(
+                    "it has {} answers to the question {key}: keep one",
+                    count(key)
+                )),
+                None => Ok(answers),
+            }
+        });
+        answers.map_err(|reason| DatasetError::File {
+            path: self.path.clone(),
+            reason,
+        })
     }
+
+    /// The answer with this place among those to a question, which has `turns` turns.
+    fn nth(&self, key: &str, place: usize, turns: usize) -> Result<GivenAnswer, String> {
+        let answer = self.answers.get(key).and_then(|answers| answers.get(place));
+        let answer = answer.ok_or_else(|| {
+            let generator = &self.generator;
+            format!("it has no answer of {generator} to the question {key}")
+        })?;
+        match answer.turns.len() {
+            answered if answered < turns => Err(format!(
+                "its answer to the question {key} has {answered} of {turns} turns"
+            )),
+            _ => Ok(answer.clone()),
+        }
+    }
+}
+
+/// Name of the model that a row is an answer of, where the row has one.
+fn generator_of(row: &Map<String, Value>) -> Option<&str> {
+    let names = ["generator", "model_id"].into_iter();
+    names.filter_map(|key| row.get(key)?.as_str()).next()
 }
 
 fn alpaca_answer(row: &Map<String, Value>) -> Result<(String, Vec<String>), String> {
@@ -243,8 +287,55 @@ mod tests {
             answer("[\"a\", \"b\"]").expect("two turns")[0].turns,
             ["a", "b"]
         );
-        let missing = answer("[\"a\"]").expect_err("one turn");
-        assert_eq!(missing, "question 81 has no answer of m");
+        let missing = answer("[\"a\"]").expect_err("one turn").to_string();
+        assert!(missing.contains("m.jsonl"), "{missing}");
+        let expected = "its answer to the question 81 has 1 of 2 turns";
+        assert!(missing.contains(expected), "{missing}");
+    }
+
+    #[test]
+    fn answers_of_several_models_and_repeated_ones_are_named() {
+        let answer = |instruction: &str, generator: &str| {
+            format!(
+                "{{\"instruction\": \"{instruction}\", \"output\": \"x\", \"generator\": \"{generator}\"}}\n"
+            )
+        };
+        let (_folder, path) = file(
+            "outputs.jsonl",
+            &[answer("q", "one"), answer("r", "two")].concat(),
+        );
+        let error = GivenAnswers::read(&path, Form::AlpacaEval);
+        let error = error.expect_err("two generators").to_string();
+        let expected = "line 2: it is an answer of two, and rows before it are of one";
+        assert!(
+            error.contains("outputs.jsonl") && error.contains(expected),
+            "{error}"
+        );
+
+        let twice = [answer("q", "one"), answer("q", "one")].concat();
+        let (_folder, path) = file("outputs.jsonl", &twice);
+        let given = GivenAnswers::read(&path, Form::AlpacaEval).expect("two answers");
+        let both = Questions::read(&path).expect("the question twice");
+        assert_eq!(given.of(&both).expect("an answer to each").len(), 2);
+        let (_folder, path) = file("eval.jsonl", &answer("q", "other"));
+        let once = Questions::read(&path).expect("a question");
+        let error = given.of(&once).expect_err("two answers").to_string();
+        let expected = "outputs.jsonl: it has 2 answers to the question q: keep one";
+        assert!(error.contains(expected), "{error}");
+
+        let (_folder, path) = file("outputs.jsonl", &answer("q", "one"));
+        let given = GivenAnswers::read(&path, Form::AlpacaEval).expect("one answer");
+        let (_folder, path) = file("eval.jsonl", &answer("r", "other"));
+        let questions = Questions::read(&path).expect("a question");
+        let error = given
+            .of(&questions)
+            .expect_err("another question")
+            .to_string();
+        assert!(error.contains("outputs.jsonl"), "{error}");
+        assert!(
+            error.contains("no answer of one to the question r"),
+            "{error}"
+        );
     }
 
     #[test]
