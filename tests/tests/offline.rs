@@ -356,9 +356,14 @@ fn a_file_that_changed_between_sessions_is_refused() {
     pairs(&sandbox, "arms.jsonl", &rows);
     let mut arguments = tiny_bandit(&run, &sets("learner.steps=6"));
     arguments.push("--resume".into());
-    sandbox
-        .run(&arguments)
-        .check(2, &["rows of the pairs was", "--accept-changes"]);
+    sandbox.run(&arguments).check(
+        2,
+        &[
+            "rows of the pairs (pairs.path = ",
+            "arms.jsonl) was",
+            "--accept-changes",
+        ],
+    );
     arguments.push("--accept-changes".into());
     let output = sandbox.run(&arguments).succeeded();
     let discarded = "the file is of another reference, other pairs";

@@ -12,33 +12,53 @@ const SHOWN_CHARACTERS: usize = 48;
 
 /// Inputs of a run by name, such as `run.seed` or `weights of model.path`, each with its value or digest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InputRecord(BTreeMap<String, String>);
+#[serde(transparent)]
+pub struct InputRecord {
+    values: BTreeMap<String, String>,
+    /// Settings with the files that an input was read from, by the input's name; not part of a checkpoint.
+    #[serde(skip)]
+    sources: BTreeMap<String, String>,
+}
 
 impl InputRecord {
     /// Adds an input.
     pub fn insert(&mut self, name: impl Into<String>, value: impl Into<String>) {
-        self.0.insert(name.into(), value.into());
+        self.values.insert(name.into(), value.into());
+    }
+
+    /// Adds an input that `source`, such as `pairs.path = FILE`, was read from; changes name it.
+    pub fn insert_from(
+        &mut self,
+        name: impl Into<String>,
+        source: impl Into<String>,
+        value: impl Into<String>,
+    ) {
+        let name = name.into();
+        self.sources.insert(name.clone(), source.into());
+        self.insert(name, value);
     }
 
     /// The value or digest of an input.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str)
+        self.values.get(name).map(String::as_str)
     }
 
-    /// The inputs that differ from those of the run's `earlier` record, as `NAME was VALUE and is VALUE`, by name. What
+    /// The inputs that differ from those of the run's `earlier` record, as `NAME (SOURCE) was VALUE and is VALUE`, by name. What
     /// only one of the two names is not compared: a learner of several processes does not know the judge's files.
     #[must_use]
     pub fn changes(&self, earlier: &Self) -> Vec<String> {
         let change = |(name, now): (&String, &String)| {
-            let before = earlier.0.get(name).filter(|before| *before != now)?;
+            let before = earlier.values.get(name).filter(|before| *before != now)?;
+            let source = self.sources.get(name);
+            let source = source.map_or(String::new(), |source| format!(" ({source})"));
             Some(format!(
-                "{name} was {} and is {}",
+                "{name}{source} was {} and is {}",
                 shown(before),
                 shown(now)
             ))
         };
-        self.0.iter().filter_map(change).collect()
+        self.values.iter().filter_map(change).collect()
     }
 }
 
@@ -84,5 +104,18 @@ mod tests {
                 "run.seed was 1 and is 5".to_owned(),
             ]
         );
+    }
+
+    #[test]
+    fn the_source_of_an_input_is_named_and_not_stored() {
+        let mut earlier = InputRecord::default();
+        earlier.insert_from("rows", "pairs.path = old.jsonl", "ab");
+        let text = serde_json::to_string(&earlier).expect("a record is JSON");
+        assert_eq!(text, r#"{"rows":"ab"}"#);
+        let earlier: InputRecord = serde_json::from_str(&text).expect("a record");
+        let mut now = InputRecord::default();
+        now.insert_from("rows", "pairs.path = new.jsonl", "cd");
+        let expected = "rows (pairs.path = new.jsonl) was ab and is cd";
+        assert_eq!(now.changes(&earlier), [expected]);
     }
 }

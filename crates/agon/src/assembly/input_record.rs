@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context;
-use learner::InputRecord;
+use learner::{InputRecord, PairFiles};
 use messages::Digest;
 use model::ModelFolder;
 use settings::{JudgeSettings, PairsSettings, Settings, flat};
@@ -99,13 +99,14 @@ impl RunInputs {
             record.insert(name, digest.to_string());
         }
         if let Some(pairs) = &self.pairs {
-            record.insert("rows of the pairs", pairs.digest().to_string());
+            record_pairs(pairs, &mut record);
         }
         if let PairsSettings::Dataset(pairs) = &settings.preference.fit.pairs
             && is_fitted(settings)
         {
             let digest = files_digest(&dataset::files(&pairs.path)?)?;
-            record.insert("files of preference.fit.pairs", digest);
+            let source = format!("preference.fit.pairs.path = {}", pairs.path.display());
+            record.insert_from("files of preference.fit.pairs", source, digest);
         }
         if let Some(judge) = judge.filter(|judge| !matches!(judge, JudgeSource::Plain(_))) {
             record.insert("model of the judge", judge_digest(judge)?.to_string());
@@ -117,6 +118,25 @@ impl RunInputs {
 fn is_recorded(key: &str) -> bool {
     let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| key.starts_with(prefix));
     starts(RECORDED) && !starts(NOT_RECORDED)
+}
+
+/// Records the pairs: together, and of several files each, so that a change names the file.
+fn record_pairs(pairs: &PairFiles, record: &mut InputRecord) {
+    let files = pairs.files();
+    let named: Vec<String> = files
+        .iter()
+        .map(|(path, _)| path.display().to_string())
+        .collect();
+    let key = match files.len() {
+        1 => "pairs.path",
+        _ => "pairs.mix",
+    };
+    let source = format!("{key} = {}", named.join(", "));
+    record.insert_from("rows of the pairs", source, pairs.digest().to_string());
+    for (number, (path, digest)) in (1..).zip(&files).filter(|_| files.len() > 1) {
+        let name = format!("rows of file {number} of pairs.mix");
+        record.insert_from(name, path.display().to_string(), digest.to_string());
+    }
 }
 
 /// Records the reference model: its weights and what determines how it reads and writes.

@@ -8,7 +8,10 @@ mod share;
 mod source;
 mod unusual_pairs;
 
-use std::{collections::HashSet, path::Path};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
 use dataset::{Column, Columns, DatasetError, FileLimits, LabelColumns, Mix, shuffled};
 use messages::{
@@ -75,6 +78,8 @@ pub(crate) fn label_id(id: PromptId) -> PromptId {
 pub struct PairFiles {
     /// Pairs of each file.
     files: Vec<Vec<FilePair>>,
+    /// Path of each file.
+    paths: Vec<PathBuf>,
     mix: Mix,
     shuffles: bool,
     seed: Seed,
@@ -148,6 +153,7 @@ impl PairFiles {
         Ok(Self {
             digest: digest(&files, &weights),
             files,
+            paths: named.into_iter().map(|file| file.path).collect(),
             mix,
             shuffles: settings.shuffle,
             seed,
@@ -174,7 +180,7 @@ impl PairFiles {
             .map(|row| content(&row.text, row.dialogue.as_ref()))
             .collect();
         let mut removed = 0;
-        for (pairs, file) in self.files.iter_mut().zip(settings.files()) {
+        for (pairs, path) in self.files.iter_mut().zip(&self.paths) {
             let before = pairs.len();
             pairs.retain(|FilePair { row, .. }| {
                 let content = content(&row.text, row.dialogue.as_ref());
@@ -185,7 +191,7 @@ impl PairFiles {
                 let reason = "the prompts of all its pairs are held out: hold out fewer (prompts.held_out), or name other \
                               prompts (prompts.held_out_path)";
                 return Err(DatasetError::File {
-                    path: file.path,
+                    path: path.clone(),
                     reason: reason.into(),
                 }
                 .into());
@@ -207,6 +213,26 @@ impl PairFiles {
     #[must_use]
     pub fn count(&self) -> u64 {
         self.files.iter().map(|rows| rows.len() as u64).sum()
+    }
+
+    /// Path of each file, and digest of the tokens and labels of its pairs.
+    #[must_use]
+    pub fn files(&self) -> Vec<(&Path, Digest)> {
+        let digests = self
+            .files
+            .iter()
+            .map(|pairs| digest(std::slice::from_ref(pairs), &[]));
+        self.paths
+            .iter()
+            .map(PathBuf::as_path)
+            .zip(digests)
+            .collect()
+    }
+
+    /// Paths of the files, for messages.
+    pub(crate) fn paths(&self) -> String {
+        let paths = self.paths.iter().map(|path| path.display().to_string());
+        paths.collect::<Vec<_>>().join(", ")
     }
 
     /// Digest of the tokens and labels of all pairs, and of the files' weights.
