@@ -343,6 +343,24 @@ fn pairs_that_cannot_be_used_are_named_with_the_remedy() {
 }
 
 #[test]
+fn a_judge_that_gives_no_pair_a_label_ends_the_run_at_once() {
+    let sandbox = Sandbox::new();
+    let path = pairs(
+        &sandbox,
+        "arms.jsonl",
+        &[arms(0, 1, 0.75), arms(1, 2, 0.75)],
+    );
+    let certain = ["pairs.label=judge", "learner.min_margin=0.5", &path];
+    let sets = [&ALONE[..], &certain].concat();
+    let expected = [
+        "the judge matrix gave none of the 2 pairs of",
+        "arms.jsonl a label that is trained on; dropped meanwhile: 2 no_signal",
+    ];
+    let output = sandbox.run(&tiny_bandit(&sandbox.path("run"), &sets));
+    output.check(1, &expected).without_panic();
+}
+
+#[test]
 fn a_file_that_changed_between_sessions_is_refused() {
     let sandbox = Sandbox::new();
     let run = sandbox.path("run");

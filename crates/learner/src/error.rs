@@ -100,6 +100,20 @@ pub enum LearnerError {
         /// Prompts dropped meanwhile, by reason, as the end of a sentence.
         dropped: String,
     },
+    /// The judge has given none of the pairs from files a label.
+    #[error(
+        "the judge {judge} gave none of the {pairs} pairs of {files} a label that is trained on{dropped}; see preference.judge and learner.min_margin, or set pairs.label = \"file\""
+    )]
+    NoLabels {
+        /// Kind of the judge.
+        judge: &'static str,
+        /// Number of pairs.
+        pairs: u64,
+        /// Paths of their files.
+        files: String,
+        /// Pairs dropped meanwhile, by reason, as the end of a sentence.
+        dropped: String,
+    },
     /// The stream of prompts or pairs stays full.
     #[error(
         "no room for {what} for {seconds} s: its stream is full and nobody takes from it; see agon status and learner.batch_timeout_seconds"

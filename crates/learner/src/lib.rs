@@ -59,8 +59,8 @@ pub use judge_evaluation::{
     IndependentUnit, JudgeEvaluation, judge_evaluations, length_controlled_win_rate, win_rate,
 };
 pub use parts::{
-    FilePairsPlan, InitialPolicy, LearnerCounters, LearnerParts, LearnerStreams, PromptPlan,
-    RunOrigin,
+    FilePairsJudge, FilePairsPlan, InitialPolicy, LearnerCounters, LearnerParts, LearnerStreams,
+    PromptPlan, RunOrigin,
 };
 pub use prompts::{DialogueUse, NoPrompts, PromptFiles, PromptLimits, PromptRow, PromptSet};
 pub use recovery::RecoveryCounts;

@@ -310,13 +310,16 @@ impl PairSource {
         let Some(files) = &mut self.files else {
             return Ok(true);
         };
-        tokio::select! {
+        let has_pairs = tokio::select! {
             biased;
             drawn = files.refill(step) => drawn?,
             // The server may be away for long.
-            _ = shutdown.wait_for(|requested| *requested) => {}
+            _ = shutdown.wait_for(|requested| *requested) => true,
+        };
+        match has_pairs {
+            true => Ok(files.is_ready(step)),
+            false => Err(files.without_labels(self.dropped.to_string())),
         }
-        Ok(files.is_ready(step))
     }
 
     /// Sends prompts as far as there are credits; ends early on shutdown. `popped` pairs are about to be trained on.

@@ -101,8 +101,16 @@ pub struct FilePairsPlan {
     pub share: BatchShare,
     /// Storage of the reference's log-probabilities of the pairs; `None`: they are computed in every pass.
     pub reference_logprobs: Option<ReferenceLogprobs>,
-    /// Outgoing pairs, if the run's judge labels them.
-    pub judge: Option<Sender<Pair>>,
+    /// The run's judge, if it labels them.
+    pub judge: Option<FilePairsJudge>,
+}
+
+/// The judge that labels pairs from files.
+pub struct FilePairsJudge {
+    /// Kind of the judge, for messages.
+    pub name: &'static str,
+    /// Outgoing pairs.
+    pub pairs: Sender<Pair>,
 }
 
 impl PromptPlan {
@@ -142,7 +150,8 @@ impl FilePairsPlan {
             share: self.share,
             session,
             steps: settings.steps,
-            judging: self.judge.map(|pairs| Judging {
+            judging: self.judge.map(|FilePairsJudge { name, pairs }| Judging {
+                name,
                 pairs,
                 timeout: Duration::from_secs(settings.batch_timeout_seconds),
                 waits: waits.clone(),

@@ -6,8 +6,8 @@ use actor::{Actor, ActorModel, ActorParts, ActorStreams, PrecisionLimit};
 use anyhow::Error;
 use hub::CancelToken;
 use learner::{
-    BatchShare, FilePairsPlan, InitialPolicy, Learner, LearnerCounters, LearnerParts,
-    LearnerStreams, PromptPlan, ReferenceLogprobs,
+    BatchShare, FilePairsJudge, FilePairsPlan, InitialPolicy, Learner, LearnerCounters,
+    LearnerParts, LearnerStreams, PromptPlan, ReferenceLogprobs,
 };
 use messages::{Seed, Stage, WeightsVersion};
 use model::LanguageModel;
@@ -285,7 +285,10 @@ impl RoleBuilder<'_> {
             files: Arc::clone(files),
             share: BatchShare::new(&settings.learner, &settings.pairs),
             reference_logprobs,
-            judge: judges.then(|| self.streams.pairs.sender.clone()),
+            judge: judges.then(|| FilePairsJudge {
+                name: settings.preference.judge.name(),
+                pairs: self.streams.pairs.sender.clone(),
+            }),
         })
     }
 

@@ -40,6 +40,8 @@ pub(crate) struct FilePairsParts {
 
 /// Way of the pairs of files to the judge.
 pub(crate) struct Judging {
+    /// Kind of the judge.
+    pub(crate) name: &'static str,
     /// Outgoing pairs.
     pub(crate) pairs: Sender<Pair>,
     /// Longest wait for room in their stream.
@@ -192,12 +194,13 @@ impl FilePairs {
             .count()
     }
 
-    /// Draws what step `step` needs, and with a judge what the next one does, which it is sent. Cancel-safe: a pair that
-    /// is being sent when this is cancelled is sent again after a resume.
+    /// Draws what step `step` needs, and with a judge what the next one does, which it is sent. Returns whether there is
+    /// anything to draw: not once the judge has given no pair a label in a whole pass. Cancel-safe: a pair that is being
+    /// sent when this is cancelled is sent again after a resume.
     ///
     /// # Errors
     /// If the stream of pairs is closed or stays full.
-    pub(crate) async fn refill(&mut self, step: u64) -> Result<(), LearnerError> {
+    pub(crate) async fn refill(&mut self, step: u64) -> Result<bool, LearnerError> {
         let ahead = match self.parts.judging {
             Some(_) => STEPS_AHEAD,
             None => 1,
@@ -205,13 +208,26 @@ impl FilePairs {
         let end = (step + ahead).min(self.parts.steps);
         let wanted = self.parts.share.files_between(step, end);
         while self.drawn.len() < wanted {
-            let Some(asked) = self.draw() else { break };
+            let Some(asked) = self.draw() else {
+                return Ok(false);
+            };
             if let (Some(pair), Some(judging)) = (asked, &self.parts.judging) {
                 let _wait = judging.waits.enter("room for pairs");
                 send_in_time(&judging.pairs, pair, "a pair", judging.timeout).await?;
             }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// The error of a judge that has given no pair a label; `dropped` are the reasons, as the end of a sentence.
+    pub(crate) fn without_labels(&self, dropped: String) -> LearnerError {
+        let judge = self.parts.judging.as_ref().map(|judging| judging.name);
+        LearnerError::NoLabels {
+            judge: judge.unwrap_or_default(),
+            pairs: self.parts.files.count(),
+            files: self.parts.files.paths(),
+            dropped,
+        }
     }
 
     /// Draws the next pair; returns what is to be sent to the judge, if anything. `None` if the judge has no verdict on

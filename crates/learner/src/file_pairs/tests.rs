@@ -344,6 +344,7 @@ impl Judged {
             session: 0,
             steps: 100,
             judging: Some(Judging {
+                name: "http",
                 pairs: sender,
                 timeout: std::time::Duration::from_secs(60),
                 waits: Waits::new("learner"),
@@ -515,11 +516,18 @@ async fn a_judge_without_any_verdict_ends_the_draws() {
     let path = files.write_pairs("a.jsonl", 10);
     let set = Arc::new(files.load(&[path_of(&path), "label=judge".into()]).unwrap());
     let mut source = Judged::new(&set);
-    for _ in 0..3 {
-        source.pairs.refill(0).await.unwrap();
+    for _ in 0..2 {
+        assert!(source.pairs.refill(0).await.unwrap());
         for pair in source.asked() {
             source.pairs.forget(&dropped(&pair, DropReason::Abstained));
         }
     }
+    assert!(!source.pairs.refill(0).await.unwrap());
     assert!(!source.pairs.is_ready(0) && source.pairs.awaited() == 0);
+    let error = source.pairs.without_labels(String::new()).to_string();
+    assert!(
+        error.contains("the judge http gave none of the 10 pairs of"),
+        "{error}"
+    );
+    assert!(error.contains("a.jsonl"), "{error}");
 }
