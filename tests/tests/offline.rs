@@ -343,6 +343,25 @@ fn pairs_that_cannot_be_used_are_named_with_the_remedy() {
 }
 
 #[test]
+fn a_run_without_actors_is_not_refused_for_their_settings() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run");
+    let long = [
+        "actor.max_prompt_length=100000",
+        "actor.max_new_tokens=100000",
+        "learner.steps=2",
+    ];
+    let sets = [&ALONE[..], &long, &["pairs.playground_pairs=60"]].concat();
+    let output = sandbox.run(&tiny_playground(&run, &sets)).succeeded();
+    assert!(output.stderr.contains("actors=0"), "{}", output.stderr);
+    let evaluated = [&sets[..], &["evaluation.prompts=4"]].concat();
+    let other = sandbox.path("other");
+    sandbox
+        .run(&tiny_playground(&other, &evaluated))
+        .check(2, &["exceed the model's"]);
+}
+
+#[test]
 fn a_judge_that_gives_no_pair_a_label_ends_the_run_at_once() {
     let sandbox = Sandbox::new();
     let path = pairs(

@@ -68,10 +68,30 @@ impl ActorSettings {
     }
 
     pub(crate) fn check(&self, settings: &Settings, checks: &mut Checks) {
+        self.check_values(checks);
+        // Elsewhere nothing is sampled, and a contradiction follows from nothing.
+        if settings.needs_samples() {
+            self.check_sampling(settings, checks);
+        }
+    }
+
+    fn check_values(&self, checks: &mut Checks) {
         checks.at_least(self.count as u64, 1, "actor.count");
         checks.at_least(self.num_generations as u64, 2, "actor.num_generations");
         checks.at_least(self.max_new_tokens as u64, 1, "actor.max_new_tokens");
         checks.at_least(self.max_prompt_length as u64, 1, "actor.max_prompt_length");
+        checks.ratio(self.mixture_coef, "actor.mixture_coef");
+        checks.positive(self.temperature, "actor.temperature");
+        checks.positive(self.top_p, "actor.top_p");
+        checks.ratio(self.top_p, "actor.top_p");
+        checks.ratio_below_one(self.min_p, "actor.min_p");
+        checks.non_negative(self.max_quantization_error, "actor.max_quantization_error");
+        if let EngineSettings::Mistral { timeout_seconds } = self.engine {
+            checks.positive(timeout_seconds, "actor.engine.timeout_seconds");
+        }
+    }
+
+    fn check_sampling(&self, settings: &Settings, checks: &mut Checks) {
         checks.require(
             self.slots >= self.num_generations,
             "actor.slots",
@@ -89,25 +109,17 @@ impl ActorSettings {
                 self.slots
             ),
         );
-        checks.ratio(self.mixture_coef, "actor.mixture_coef");
         checks.require(
             self.top_k != 1 || settings.pairs.is_offline(),
             "actor.top_k",
             "at 1 all completions of a prompt are the same, and no pair is left to train on: 0 is off",
         );
-        checks.positive(self.temperature, "actor.temperature");
-        checks.positive(self.top_p, "actor.top_p");
-        checks.ratio(self.top_p, "actor.top_p");
-        checks.ratio_below_one(self.min_p, "actor.min_p");
-        checks.non_negative(self.max_quantization_error, "actor.max_quantization_error");
-        if let EngineSettings::Mistral { timeout_seconds } = self.engine {
-            checks.positive(timeout_seconds, "actor.engine.timeout_seconds");
-            checks.require(
-                settings.model.device == "cpu",
-                "actor.engine.kind",
-                "\"mistral\" runs on the CPU only: set model.device = \"cpu\"",
-            );
-        }
+        checks.require(
+            !matches!(self.engine, EngineSettings::Mistral { .. })
+                || settings.model.device == "cpu",
+            "actor.engine.kind",
+            "\"mistral\" runs on the CPU only: set model.device = \"cpu\"",
+        );
     }
 }
 
@@ -133,5 +145,18 @@ mod tests {
             ),
             ("[actor]\nslots = 2\ntemperature = 0.7", "three completions"),
         ]);
+    }
+
+    #[test]
+    fn a_run_without_actors_has_no_contradictions_of_sampling() {
+        let offline =
+            "[pairs]\npath = \"x\"\n[actor]\nslots = 1\ntop_k = 1\n[evaluation]\nprompts = ";
+        let problems = crate::checks::tests::problems;
+        assert_eq!(problems(&format!("{offline}0")), Vec::<String>::new());
+        assert_eq!(
+            problems(&format!("{offline}8")).len(),
+            2,
+            "an evaluation samples"
+        );
     }
 }

@@ -308,6 +308,15 @@ impl Settings {
             || self.preference.apo.refresh_steps > 0
     }
 
+    /// Number of actors in this process; 0 if nothing is sampled.
+    #[must_use]
+    pub fn actor_count(&self) -> usize {
+        match self.needs_samples() {
+            true => self.actor.count,
+            false => 0,
+        }
+    }
+
     /// Whether a preference service is needed: samples, or pairs from files, are judged.
     #[must_use]
     pub fn needs_judge(&self) -> bool {
@@ -416,6 +425,7 @@ mod tests {
             let settings = settings(text);
             let needed = (settings.needs_samples(), settings.needs_judge());
             assert_eq!(needed, (samples, judge), "{text}");
+            assert_eq!(settings.actor_count() > 0, samples, "{text}");
         }
     }
 

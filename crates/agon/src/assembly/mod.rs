@@ -55,7 +55,9 @@ pub(crate) use preference_pairs::{
 };
 pub(crate) use preflight::{Preflight, PreflightFinding, PreflightScope, ReadInputs};
 pub(crate) use prompt_encoder::prompt_encoder;
-pub(crate) use prompts::{check_positions, longest_sequence, prompts, reads_golden};
+pub(crate) use prompts::{
+    check_positions, check_run_positions, longest_sequence, prompts, reads_golden,
+};
 pub(crate) use sampler::{SamplerParts, check_engines, sampler};
 
 /// Base model, adapter and prompts of a run.
@@ -95,7 +97,7 @@ impl RunInputs {
             let pairs = Arc::get_mut(pairs).context("the pairs are in use already")?;
             pairs.remove_held_out(&settings.pairs, &*prompts)?;
         }
-        check_positions(settings, &model.folder.config)?;
+        check_run_positions(settings, &model.folder.config)?;
         let adapter_folder = saved_adapter(settings, cancel)?;
         let adapter = adapter(settings, &model, adapter_folder.as_deref())?;
         Ok(Self {

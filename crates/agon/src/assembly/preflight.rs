@@ -23,7 +23,7 @@ use settings::{
 use tempfile::TempDir;
 
 use crate::assembly::{
-    adapter_shape, check_fit_adapter, check_positions, file_pairs::read_pair_files,
+    adapter_shape, check_fit_adapter, check_run_positions, file_pairs::read_pair_files,
     judge::JudgeCheck, nats_program::find_nats_server, playground, preference_pairs,
     prompts::prompt_files,
 };
@@ -92,7 +92,7 @@ impl Preflight {
             preflight.adapter(settings, folder);
             preflight.require(
                 "",
-                check_positions(settings, &folder.config).map_err(Into::into),
+                check_run_positions(settings, &folder.config).map_err(Into::into),
             );
         }
         if settings.needs_samples() {

@@ -63,7 +63,7 @@ pub(super) fn prompt_files(
 }
 
 /// Checks that the longest prompt and completion together fit the model's positions, and that the playground's
-/// prompts fit `actor.max_prompt_length`.
+/// prompts fit `actor.max_prompt_length`. A run that samples nothing has neither: [`check_run_positions`].
 ///
 /// # Errors
 /// When they do not fit.
@@ -79,13 +79,27 @@ pub(crate) fn check_positions(settings: &Settings, config: &ModelConfig) -> Resu
         )));
     }
     let prompt = max_prompt_length(settings);
-    if longest_sequence(settings) <= positions {
+    if longest_sample(settings) <= positions {
         return Ok(());
     }
     Err(UsageError(format!(
         "actor.max_prompt_length = {prompt} and actor.max_new_tokens = {} exceed the model's {} positions: lower one of them",
         actor.max_new_tokens, config.max_positions,
     )))
+}
+
+/// As [`check_positions`], where the run samples.
+///
+/// # Errors
+/// As [`check_positions`].
+pub(crate) fn check_run_positions(
+    settings: &Settings,
+    config: &ModelConfig,
+) -> Result<(), UsageError> {
+    match settings.needs_samples() {
+        true => check_positions(settings, config),
+        false => Ok(()),
+    }
 }
 
 /// Tokens of the longest prompt that the settings allow; 0 where the generated prompts are always shorter.
@@ -96,7 +110,15 @@ fn max_prompt_length(settings: &Settings) -> usize {
     }
 }
 
-/// Tokens of the longest prompt with its completion that the settings allow.
+/// Tokens of the longest prompt with its completion that the settings allow: sampled, or of a file where all are.
 pub(crate) fn longest_sequence(settings: &Settings) -> usize {
+    match settings.needs_samples() {
+        true => longest_sample(settings),
+        false => settings.pairs.max_length,
+    }
+}
+
+/// Tokens of the longest prompt with a sampled completion that the settings allow.
+fn longest_sample(settings: &Settings) -> usize {
     max_prompt_length(settings).saturating_add(settings.actor.max_new_tokens)
 }

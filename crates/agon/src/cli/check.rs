@@ -150,14 +150,6 @@ fn longest_file_pair(settings: &Settings, config: &ModelConfig) -> usize {
     }
 }
 
-/// Number of actors of a run in one process.
-fn actors(settings: &Settings) -> usize {
-    match settings.needs_samples() {
-        true => settings.actor.count,
-        false => 0,
-    }
-}
-
 /// Prompts of a forward and backward pass of the learner.
 fn prompts_per_pass(settings: &Settings) -> usize {
     let learner = &settings.learner;
@@ -248,7 +240,7 @@ fn sampling_memory(
     let tables = config.rope_table_elements(longest_sample(settings, config));
     let mistral_copies = match settings.actor.engine {
         EngineSettings::Own {} => 0,
-        EngineSettings::Mistral { .. } => actors(settings),
+        EngineSettings::Mistral { .. } => settings.actor_count(),
     };
     let mistral = [config.parameter_count(), MISTRAL_BYTES, mistral_copies];
     [
@@ -257,7 +249,7 @@ fn sampling_memory(
         // The old one is in use while the new one is loaded.
         (
             "actors' copies of the policy",
-            product(&[&trained, &[2, settings.actor.count]]),
+            product(&[&trained, &[2, settings.actor_count()]]),
         ),
         ("mistral.rs's copies of the policy", product(&[&mistral])),
         (
@@ -278,7 +270,7 @@ fn pass_memory(
     let longest = longest_sample(settings, config);
     let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
     // Every actor has one cache for the policy and one for the reference.
-    let slots = [2, actors(settings), settings.actor.slots, longest];
+    let slots = [2, settings.actor_count(), settings.actor.slots, longest];
     let pass_tokens = pass_tokens(settings, tokens_per_prompt(settings, config, longest));
     let predicted = predicted_tokens(settings).min(pass_tokens);
     [
@@ -307,7 +299,7 @@ fn followers(
 ) -> [(&'static str, u64); 2] {
     let average = product(&[&[parameters, MASTER_BYTES]]);
     let when = |holds: bool, bytes: u64| if holds { bytes } else { 0 };
-    let copies = product(&[&trained, &[1 + actors(settings)]]);
+    let copies = product(&[&trained, &[1 + settings.actor_count()]]);
     let is_average = matches!(settings.reference, ReferenceSettings::Ema { .. });
     let moved = copies.saturating_add(when(is_average, average));
     [
@@ -337,7 +329,12 @@ fn packed_weights(settings: &Settings, config: &ModelConfig) -> u64 {
         PrecisionSetting::Bf16 => 2,
         PrecisionSetting::Int8 => 1,
     };
-    product(&[&[actors(settings), models, config.parameter_count(), bytes]])
+    product(&[&[
+        settings.actor_count(),
+        models,
+        config.parameter_count(),
+        bytes,
+    ]])
 }
 
 /// Bytes of the program itself, measured, and of the tokenizer's tables.

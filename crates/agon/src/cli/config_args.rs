@@ -288,7 +288,7 @@ pub(crate) fn log_start(settings: &Settings, inputs: &RunInputs) {
         model = %folder.path.display(),
         parameters = folder.config.parameter_count(),
         objective = settings.learner.objective.name(),
-        actors = settings.actor.count,
+        actors = settings.actor_count(),
         steps = settings.learner.steps,
         "aligning"
     );
