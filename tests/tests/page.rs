@@ -171,6 +171,7 @@ fn a_person_judges_pairs_and_nothing_is_lost() {
             let text = if step == 4 { "another" } else { "an answer" };
             let mut row = row(step, &format!("question {step}"), text);
             row["p"] = json!(p);
+            row["judge_p"] = json!(p);
             row
         })
         .collect();

@@ -165,6 +165,7 @@ mod tests {
             first: 0,
             second: 1,
             p: Probability::new(p).unwrap(),
+            judged: None,
         };
         pair.labels = vec![label(1.0), label(0.5), label(0.25)];
         let mut curriculum = Curriculum::new(4, 0.25, Seed(5));

@@ -149,6 +149,7 @@ mod tests {
             first: 0,
             second: 1,
             p: probability(p),
+            judged: None,
         }];
         labelled.verdicts = verdicts
             .iter()

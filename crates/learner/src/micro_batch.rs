@@ -287,7 +287,12 @@ pub(crate) mod tests {
 
     fn label(first: u16, second: u16) -> Label {
         let p = Probability::new(0.75).unwrap();
-        Label { first, second, p }
+        Label {
+            first,
+            second,
+            p,
+            judged: None,
+        }
     }
 
     /// Completions of 1, 2, 3, 4 tokens, of which the last and the second are compared.

@@ -114,6 +114,7 @@ mod tests {
             first,
             second,
             p: Probability::new(p).unwrap(),
+            judged: None,
         });
         labelled.labels = labels.collect();
         labelled

@@ -840,6 +840,7 @@ mod tests {
                 first: 0,
                 second: 1,
                 p: Probability::HALF,
+                judged: None,
             }],
             judge: "gold".into(),
             judge_version: JudgeVersion(1),
@@ -918,6 +919,7 @@ mod tests {
             first,
             second,
             p: Probability::new(p).unwrap(),
+            judged: None,
         });
         labelled.labels = labels.collect();
         labelled

@@ -62,8 +62,10 @@ pub struct Label {
     pub first: u16,
     /// Index of the second completion; larger than `first`.
     pub second: u16,
-    /// Probability that the first is preferred to the second.
+    /// Probability that the first is preferred to the second, as it is trained on.
     pub p: Probability,
+    /// The judge's own probability, before penalties of labels; `None` if no judge gave the label, but a file.
+    pub judged: Option<Probability>,
 }
 
 /// A pair with the labels of a preference service.

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Version of the encoding; incremented with every change to any message.
-pub const VERSION: u8 = 5;
+pub const VERSION: u8 = 6;
 
 /// Largest encoding of a message in bytes: the largest payload that a NATS server takes. What a message claims to hold
 /// is allocated only as far as its bytes reach, so this bounds the memory of decoding too.
@@ -204,6 +204,7 @@ mod tests {
                 first: 0,
                 second: 1,
                 p,
+                judged: None,
             }],
             judge: "gold".into(),
             judge_version: JudgeVersion(1),

@@ -42,6 +42,12 @@ pub(crate) struct PairLabels {
     pub verdicts: Vec<EvaluationVerdict>,
 }
 
+/// The judge's own preference on two completions, and the verdict for their label.
+struct JudgedPreference {
+    own: Preference,
+    label: Verdict,
+}
+
 /// Reason why a pair is dropped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DropCause {
@@ -101,23 +107,20 @@ impl Labeller {
             .zip(preferences)
             .map(|(indices, preference)| {
                 let request = ComparisonRequest::new(Arc::clone(&pair), indices.0, indices.1);
-                preference.map(|preference| self.penalised(&request, preference))
+                preference.map(|preference| JudgedPreference {
+                    label: self.penalised(&request, &preference),
+                    own: preference,
+                })
             });
         PairLabels::new(&pair, preferences.collect(), verdicts)
     }
 
-    /// The preference for a label: less the penalties, except of an evaluation, where the judge's verdict counts.
-    fn penalised(&self, request: &ComparisonRequest, preference: Preference) -> Preference {
-        let comparison = request.comparison();
-        if comparison.prompt.purpose == Purpose::Evaluate {
-            return preference;
-        }
-        let scores = preference.scores;
-        Preference {
-            verdict: self
-                .penalties
-                .apply(preference.verdict, scores, &comparison),
-            ..preference
+    /// The verdict for a label: less the penalties, except of an evaluation, where the judge's own counts.
+    fn penalised(&self, request: &ComparisonRequest, preference: &Preference) -> Verdict {
+        let (comparison, verdict) = (request.comparison(), preference.verdict.clone());
+        match comparison.prompt.purpose {
+            purpose if purpose.is_evaluation() => verdict,
+            _ => (self.penalties).apply(verdict, preference.scores, &comparison),
         }
     }
 
@@ -148,7 +151,7 @@ impl Labeller {
 impl PairLabels {
     fn new(
         pair: &Pair,
-        preferences: Vec<Result<Preference, ComparisonError>>,
+        preferences: Vec<Result<JudgedPreference, ComparisonError>>,
         verdicts: Vec<EvaluationVerdict>,
     ) -> Result<Self, ComparisonError> {
         let mut version = JudgeVersion::default();
@@ -162,13 +165,13 @@ impl PairLabels {
                     detail: error.to_string(),
                 }),
                 Ok(preference) => {
-                    version = version.max(preference.version);
-                    if let Some(both) = preference.scores {
+                    version = version.max(preference.own.version);
+                    if let Some(both) = preference.own.scores {
                         for (index, score) in [first, second].into_iter().zip(both) {
                             scores[usize::from(index)] = Some(score);
                         }
                     }
-                    label(first, second, preference.verdict)
+                    label(first, second, &preference)
                 }
             };
             // The first drop cause wins.
@@ -223,9 +226,17 @@ impl DropCause {
     }
 }
 
-fn label(first: u16, second: u16, verdict: Verdict) -> Result<Label, DropCause> {
-    match verdict {
-        Verdict::Preference(p) => Ok(Label { first, second, p }),
+fn label(first: u16, second: u16, preference: &JudgedPreference) -> Result<Label, DropCause> {
+    match &preference.label {
+        &Verdict::Preference(p) => Ok(Label {
+            first,
+            second,
+            p,
+            judged: match preference.own.verdict {
+                Verdict::Preference(own) => Some(own),
+                Verdict::Abstained { .. } => None,
+            },
+        }),
         Verdict::Abstained { reason } => Err(DropCause {
             reason: DropReason::Abstained,
             detail: format!("completions {first} and {second}: {reason}"),
@@ -375,6 +386,33 @@ mod tests {
             4,
             "the first two completions of two evaluations, both ways"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn penalties_change_labels_of_training_and_the_judges_own_preference_stays_beside_them() {
+        let labeller = Labeller {
+            penalties: LabelPenalties {
+                per_token: 1.0,
+                ..LabelPenalties::default()
+            },
+            ..labeller(larger(), None)
+        };
+        for (purpose, is_penalised) in [
+            (Purpose::Train, true),
+            (Purpose::File, true),
+            (Purpose::Evaluate, false),
+            (Purpose::EvaluateAverage, false),
+            (Purpose::EvaluateReference, false),
+        ] {
+            let mut pair = pair(0, &["3", "1"]);
+            pair.prompt.purpose = purpose;
+            pair.completions[0].ids = vec![0; 20];
+            let labelled = labeller.label(Arc::new(pair)).await.unwrap();
+            let label = labelled.labels.unwrap()[0];
+            assert_eq!(label.p.get() < 0.5, is_penalised, "{purpose:?}: {label:?}");
+            let own = label.judged.map(messages::Probability::get);
+            assert_eq!(own, Some(0.75), "{purpose:?}");
+        }
     }
 
     #[tokio::test]

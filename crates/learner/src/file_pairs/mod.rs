@@ -288,6 +288,7 @@ impl PairFiles {
                 first: 0,
                 second: 1,
                 p: *p,
+                judged: None,
             }],
             judge: FROM_FILE.into(),
             judge_version: JudgeVersion(0),

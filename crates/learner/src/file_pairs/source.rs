@@ -81,6 +81,9 @@ pub(crate) struct FilePairsState {
 struct JudgedLabel {
     /// Bits of p, so that they survive as text; `None` if the judge abstained or its margin is too small.
     p_bits: Option<u32>,
+    /// Bits of the judge's own p, before penalties; absent in checkpoints of older builds.
+    #[serde(default)]
+    judged_bits: Option<u32>,
     version: JudgeVersion,
 }
 
@@ -121,6 +124,28 @@ pub(crate) struct FilePairs {
     /// Newest judge version among the verdicts; those of older ones are asked for again.
     newest: JudgeVersion,
     verdicts: BTreeMap<u64, JudgedLabel>,
+}
+
+impl JudgedLabel {
+    fn of(label: Label, version: JudgeVersion) -> Self {
+        let bits = |p: Probability| p.get().to_bits();
+        Self {
+            p_bits: Some(bits(label.p)),
+            judged_bits: label.judged.map(bits),
+            version,
+        }
+    }
+
+    /// The label of the pair; without a p one half.
+    fn label(self) -> Label {
+        let p = |bits: u32| Probability::new(f32::from_bits(bits)).ok();
+        Label {
+            first: 0,
+            second: 1,
+            p: self.p_bits.and_then(p).unwrap_or(Probability::HALF),
+            judged: self.judged_bits.and_then(p),
+        }
+    }
 }
 
 impl Drawn {
@@ -244,15 +269,8 @@ impl FilePairs {
                 (None, _) => LabelState::Known,
                 (Some(_), None) => LabelState::Awaited,
                 (Some(_), Some(JudgedLabel { p_bits: None, .. })) => continue,
-                (
-                    Some(_),
-                    Some(&JudgedLabel {
-                        p_bits: Some(bits),
-                        version,
-                    }),
-                ) => {
-                    let p = Probability::new(f32::from_bits(bits)).unwrap_or(Probability::HALF);
-                    self.set_label(&mut pair, p, version);
+                (Some(_), Some(&verdict)) => {
+                    self.set_label(&mut pair, verdict.label(), verdict.version);
                     LabelState::Known
                 }
             };
@@ -270,19 +288,15 @@ impl FilePairs {
         None
     }
 
-    fn set_label(&self, pair: &mut LabelledPair, p: Probability, version: JudgeVersion) {
-        pair.labels = vec![Label {
-            first: 0,
-            second: 1,
-            p,
-        }];
+    fn set_label(&self, pair: &mut LabelledPair, label: Label, version: JudgeVersion) {
+        pair.labels = vec![label];
         (pair.judge, pair.judge_version) = (self.judge.clone(), version);
     }
 
     /// Takes the judge's label of a pair, whose tokens are those that were sent.
     pub(crate) fn accept(&mut self, labelled: &LabelledPair) -> LabelArrival {
         let (id, version) = (labelled.pair.id(), labelled.judge_version);
-        let Some(p) = labelled.labels.first().map(|label| label.p) else {
+        let Some(&label) = labelled.labels.first() else {
             return LabelArrival::Duplicate;
         };
         if !self.drawn.iter().any(|drawn| drawn.awaits(id)) {
@@ -295,16 +309,15 @@ impl FilePairs {
             .judging
             .as_ref()
             .map_or(0.0, |judging| judging.min_margin);
-        if !has_margin(p, min_margin) {
+        if !has_margin(label.p, min_margin) {
             self.leave_out(id);
             return LabelArrival::WithoutSignal;
         }
-        let p_bits = Some(p.get().to_bits());
-        self.verdicts
-            .insert(index_of(id), JudgedLabel { p_bits, version });
+        let judged = JudgedLabel::of(label, version);
+        self.verdicts.insert(index_of(id), judged);
         let mut drawn = std::mem::take(&mut self.drawn);
         for drawn in drawn.iter_mut().filter(|drawn| drawn.awaits(id)) {
-            self.set_label(&mut drawn.pair, p, version);
+            self.set_label(&mut drawn.pair, judged.label(), version);
             drawn.label = match drawn.pair.pair.id() == id {
                 true => LabelState::Received,
                 false => LabelState::Known,
@@ -316,9 +329,12 @@ impl FilePairs {
 
     /// Removes a pair that is awaited, and does not ask for it in later passes.
     fn leave_out(&mut self, id: PromptId) {
-        let (p_bits, version) = (None, self.newest);
-        self.verdicts
-            .insert(index_of(id), JudgedLabel { p_bits, version });
+        let nothing = JudgedLabel {
+            p_bits: None,
+            judged_bits: None,
+            version: self.newest,
+        };
+        self.verdicts.insert(index_of(id), nothing);
         self.discard(id);
     }
 

@@ -373,6 +373,7 @@ fn judged(pair: Pair, p: f32) -> LabelledPair {
             first: 0,
             second: 1,
             p: Probability::new(p).unwrap(),
+            judged: Some(Probability::new(p).unwrap()),
         }],
         pair,
         judge: "judge".into(),
@@ -429,6 +430,8 @@ async fn judged_pairs_keep_their_order_and_are_judged_once() {
     assert_eq!((ids(&batch.pairs), batch.received), (vec![0, 3, 4, 5], 4));
     assert!((batch.pairs[1].labels[0].p.get() - 0.3).abs() < 1e-6);
     assert_eq!(batch.pairs[1].judge, "judge");
+    let label = batch.pairs[1].labels[0];
+    assert_eq!(label.judged, Some(label.p), "a checkpoint keeps it too");
     // Resumed before that step: the labels are known, the failed pair is asked for again.
     let mut resumed = Judged::new(&set);
     resumed

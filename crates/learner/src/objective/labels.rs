@@ -68,6 +68,7 @@ mod tests {
             first,
             second,
             p: Probability::new(p).expect("the table holds probabilities"),
+            judged: None,
         }
     }
 

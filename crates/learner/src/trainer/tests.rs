@@ -142,6 +142,7 @@ fn labelled(key: u64, completions: Vec<Completion>) -> LabelledPair {
             first: 0,
             second: 1,
             p: Probability::new(0.9).unwrap(),
+            judged: None,
         }],
         judge: String::new(),
         judge_version: JudgeVersion(0),

@@ -73,6 +73,7 @@ fn labelled(purpose: Purpose, completions: usize) -> LabelledPair {
         first,
         second,
         p: Probability::HALF,
+        judged: None,
     };
     LabelledPair {
         labels: compared.into_iter().map(label).collect(),
@@ -254,6 +255,7 @@ fn labelled_pairs_have_every_label_once_and_in_order() {
                 first: 0,
                 second: 1,
                 p: Probability::HALF,
+                judged: None,
             });
         },
         "the labels are not",

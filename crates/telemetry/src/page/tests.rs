@@ -24,6 +24,7 @@ fn run(directory: &Path) -> RunView {
         prompt: "<script>alert(1)</script>".into(),
         completions: vec!["a".into(), "b".into()],
         p: Some(0.75),
+        judge_p: Some(0.75),
         ..SampleRow::default()
     };
     let line = serde_json::to_string(&row).unwrap() + "\n";

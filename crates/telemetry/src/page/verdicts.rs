@@ -162,6 +162,7 @@ fn verdicts(view: &RunView) -> RunVerdicts {
 fn without_labels(row: SampleRow) -> SampleRow {
     SampleRow {
         p: None,
+        judge_p: None,
         gold: None,
         judge: String::new(),
         verdicts: BTreeMap::new(),

@@ -48,6 +48,10 @@ pub struct SampleRow {
     pub finish: Vec<String>,
     /// Probability of the first label that the first completion is preferred to the second; null without a label.
     pub p: Option<f32>,
+    /// The judge's own probability that the first completion is preferred to the second, before penalties; absent if no
+    /// judge gave the label, and in rows of older builds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge_p: Option<f32>,
     /// Known probability that the first completion is preferred to the second, if there is one.
     pub gold: Option<f32>,
     /// Probabilities of the other evaluation judges that the first completion is preferred to the second.
@@ -166,6 +170,10 @@ impl SampleRow {
             lengths: each(&pair.completions, |c| c.ids.len()),
             finish: each(&pair.completions, |c| finish_name(c.finish).into()),
             p: labels.first().map(|label| label.p.get()),
+            judge_p: labels
+                .first()
+                .and_then(|label| label.judged)
+                .map(messages::Probability::get),
             gold: labelled.gold().map(messages::Probability::get),
             verdicts: others
                 .map(|verdict| (verdict.judge.clone(), verdict.p.get()))
@@ -322,6 +330,7 @@ mod tests {
                 first: 0,
                 second: 1,
                 p: Probability::new(0.75).unwrap(),
+                judged: None,
             }],
             judge: "gold".into(),
             judge_version: JudgeVersion(2),

@@ -9,6 +9,7 @@ mod journal;
 mod pairs;
 
 use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use messages::Dialogue;
@@ -57,6 +58,21 @@ pub(crate) struct SampleKey {
     pub(crate) prompt_id: u64,
 }
 
+/// Hash of a prompt and two completions in either order. A pair of a file is logged anew in every pass, under another step
+/// and prompt number; its hash is the same. Not stored: it depends on the build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct PairHash(u64);
+
+impl PairHash {
+    /// Of a prompt as it is encoded, and the texts of both completions.
+    pub(crate) fn of(prompt: &str, completions: [&str; 2]) -> Self {
+        let [first, second] = completions;
+        let mut hasher = DefaultHasher::new();
+        (prompt, first.min(second), first.max(second)).hash(&mut hasher);
+        Self(hasher.finish())
+    }
+}
+
 /// A verdict with the pair that it is about.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct VerdictRow {
@@ -71,7 +87,8 @@ pub(crate) struct VerdictRow {
     pub(crate) swapped: bool,
     /// Selection of the pair.
     pub(crate) choice: PairChoice,
-    /// The judge's probability that the first completion is better; `None` without a label.
+    /// The judge's own probability that the first completion is better, before penalties of the label; `None` if no judge
+    /// gave the label.
     pub(crate) p: Option<f32>,
     /// The judge's name.
     pub(crate) judge: String,
@@ -153,7 +170,7 @@ impl RunVerdicts {
         let id = 1 + lines.iter().map(Line::id).max().unwrap_or(0);
         let mut rows = current(lines);
         let row = VerdictRow::of(id, given, row);
-        if rows.iter().any(|other| other.sample == row.sample) {
+        if rows.iter().any(|other| other.pair() == row.pair()) {
             return Err(VerdictError::Judged);
         }
         let line = Line::Verdict(Box::new(row.clone()));
@@ -185,6 +202,14 @@ impl RunVerdicts {
 }
 
 impl VerdictRow {
+    /// The pair that it is about.
+    fn pair(&self) -> PairHash {
+        PairHash::of(
+            &self.prompt,
+            self.completions.each_ref().map(String::as_str),
+        )
+    }
+
     fn of(id: u64, given: GivenVerdict, row: SampleRow) -> Self {
         let mut texts = row.completions.into_iter();
         let mut text = || texts.next().unwrap_or_default();
@@ -197,7 +222,7 @@ impl VerdictRow {
             verdict: given.verdict,
             swapped: given.swapped,
             choice: given.choice,
-            p: row.p,
+            p: row.judge_p,
             judge: row.judge,
             judge_version: row.judge_version,
             prompt: row.encoded_prompt.unwrap_or(row.prompt),
@@ -213,8 +238,8 @@ pub(crate) fn is_pair(row: &SampleRow) -> bool {
 }
 
 /// Pairs that have a verdict.
-pub(crate) fn judged(rows: &[VerdictRow]) -> HashSet<SampleKey> {
-    rows.iter().map(|row| row.sample).collect()
+pub(crate) fn judged(rows: &[VerdictRow]) -> HashSet<PairHash> {
+    rows.iter().map(VerdictRow::pair).collect()
 }
 
 /// The verdicts that were not withdrawn.

@@ -6,12 +6,22 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::interval::Interval;
+use crate::view::SampleIndex;
+
+/// A pair that only this prompt has.
+fn row_of(prompt_id: u64, p: f32) -> SampleRow {
+    SampleRow {
+        prompt: format!("{prompt_id}: 2 + 2 ="),
+        ..row(p)
+    }
+}
 
 fn row(p: f32) -> SampleRow {
     SampleRow {
         prompt: "2 + 2 =".into(),
         completions: vec![" 4".into(), " 5".into()],
         p: Some(p),
+        judge_p: Some(p),
         judge: "rule".into(),
         ..SampleRow::default()
     }
@@ -49,13 +59,13 @@ fn verdicts_are_kept_withdrawn_and_written_as_pairs() {
         HumanVerdict::BothBad,
     ];
     for (id, verdict) in (1..).zip(kinds) {
-        let rows = verdicts.add(given(id, verdict), row(0.8)).unwrap();
+        let rows = verdicts.add(given(id, verdict), row_of(id, 0.8)).unwrap();
         assert_eq!(rows.last().map(|row| row.id), Some(id));
     }
-    let four = json!({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"});
-    let five = json!({"prompt": "2 + 2 =", "chosen": " 5", "rejected": " 4"});
+    let four = json!({"prompt": "1: 2 + 2 =", "chosen": " 4", "rejected": " 5"});
+    let five = json!({"prompt": "2: 2 + 2 =", "chosen": " 5", "rejected": " 4"});
     assert_eq!(pairs(root), [four.clone(), five]);
-    let again = verdicts.add(given(4, HumanVerdict::First), row(0.8));
+    let again = verdicts.add(given(4, HumanVerdict::First), row_of(4, 0.8));
     assert!(matches!(again, Err(VerdictError::Judged)));
     for id in [4, 3, 2] {
         assert!(matches!(verdicts.withdraw(1), Err(VerdictError::NotLast)));
@@ -64,7 +74,7 @@ fn verdicts_are_kept_withdrawn_and_written_as_pairs() {
     assert_eq!(pairs(root), [four]);
     // Numbers are not used twice, and a withdrawn pair can be judged again.
     let rows = verdicts
-        .add(given(4, HumanVerdict::Second), row(0.8))
+        .add(given(4, HumanVerdict::Second), row_of(4, 0.8))
         .unwrap();
     assert_eq!(rows.iter().map(|row| row.id).collect::<Vec<_>>(), [1, 5]);
     assert_eq!(RunVerdicts::new(root).read().unwrap(), rows);
@@ -108,7 +118,9 @@ fn a_truncated_line_is_removed_and_a_damaged_one_is_named() {
     for cut in [1, whole.len() / 2, whole.len() - 1] {
         fs::write(&path, format!("{whole}{}", &whole[..cut])).unwrap();
         assert_eq!(verdicts.read().unwrap(), first);
-        let rows = verdicts.add(given(2, HumanVerdict::Tie), row(0.8)).unwrap();
+        let rows = verdicts
+            .add(given(2, HumanVerdict::Tie), row_of(2, 0.8))
+            .unwrap();
         assert_eq!(rows.len(), 2);
         assert_eq!(verdicts.read().unwrap(), rows);
     }
@@ -150,8 +162,9 @@ fn writers_do_not_overwrite_one_another() {
         for writer in 0..4 {
             scope.spawn(move || {
                 for index in 0..10 {
-                    let given = given(writer * 10 + index, HumanVerdict::First);
-                    RunVerdicts::new(root).add(given, row(0.8)).unwrap();
+                    let id = writer * 10 + index;
+                    let given = given(id, HumanVerdict::First);
+                    RunVerdicts::new(root).add(given, row_of(id, 0.8)).unwrap();
                 }
             });
         }
@@ -177,7 +190,7 @@ fn agreement_counts_the_pairs_that_both_decide() {
     ];
     let mut rows = Vec::new();
     for (id, (verdict, p)) in (1..).zip(cases) {
-        rows = verdicts.add(given(id, verdict), row(p)).unwrap();
+        rows = verdicts.add(given(id, verdict), row_of(id, p)).unwrap();
     }
     let summary = VerdictSummary::of(&rows);
     let counts = [
@@ -200,4 +213,57 @@ fn agreement_counts_the_pairs_that_both_decide() {
     assert_eq!(measurements.get("judge/human_verdicts"), Some(6.0));
     let none = VerdictSummary::of(&[]).measurements();
     assert_eq!(none.get("judge/human_agreement"), None);
+}
+
+#[test]
+fn agreement_is_with_the_judge_before_penalties_and_not_with_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let verdicts = RunVerdicts::new(directory.path());
+    // Penalties turned the label of the first; the second is a label of a file.
+    let turned = SampleRow {
+        judge_p: Some(0.9),
+        ..row_of(1, 0.2)
+    };
+    let of_a_file = SampleRow {
+        judge_p: None,
+        judge: "file".into(),
+        ..row_of(2, 1.0)
+    };
+    verdicts.add(given(1, HumanVerdict::First), turned).unwrap();
+    let rows = verdicts.add(given(2, HumanVerdict::Second), of_a_file);
+    let agreement = VerdictSummary::of(&rows.unwrap()).agreement;
+    assert_eq!((agreement.pairs, agreement.rate.mean), (1, 1.0));
+}
+
+#[test]
+fn a_pair_that_is_logged_again_has_its_verdict() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let verdicts = RunVerdicts::new(root);
+    let mut log = String::new();
+    let mut swapped = row(0.5);
+    swapped.completions.reverse();
+    // The first pair in two passes, and another one of which the judge is more certain.
+    for (step, row) in (1..).zip([row(0.5), swapped.clone(), row_of(7, 0.9)]) {
+        let row = SampleRow {
+            step,
+            prompt_id: step << 32,
+            ..row
+        };
+        log += &(serde_json::to_string(&row).unwrap() + "\n");
+    }
+    fs::write(root.join("samples.jsonl"), log).unwrap();
+    let mut index = SampleIndex::new(root);
+    index.refresh().unwrap();
+    let step = |rows: &[VerdictRow]| {
+        let found = index.candidate(PairChoice::Uncertain, 0, &judged(rows));
+        found.unwrap().map(|(key, _)| key.step)
+    };
+    assert_eq!(step(&[]), Some(1));
+    let rows = verdicts
+        .add(given(1, HumanVerdict::First), row(0.5))
+        .unwrap();
+    assert_eq!(step(&rows), Some(3), "the second pass is not offered");
+    let again = verdicts.add(given(2, HumanVerdict::First), swapped);
+    assert!(matches!(again, Err(VerdictError::Judged)));
 }

@@ -12,14 +12,14 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::verdicts::{PairChoice, SampleKey, is_pair};
+use crate::verdicts::{PairChoice, PairHash, SampleKey, is_pair};
 use crate::view::tail::{LineSink, Tail};
 use crate::{error::TelemetryError, run_dir::samples::SampleRow};
 
 /// Maximum number of rows whose texts one query searches before it returns a partial page.
 const MAX_SEARCHED_ROWS: usize = 20_000;
 
-/// Maximum number of indexed rows; the index then takes about 160 MB.
+/// Maximum number of indexed rows; the index then takes about 220 MB.
 const MAX_ROWS: usize = 4_000_000;
 
 /// Index of one `samples.jsonl`.
@@ -45,12 +45,24 @@ struct IndexEntry {
     longest: u32,
     /// |2p − 1|; NaN without a label.
     confidence: f32,
+    /// The same of the judge's own p; NaN if no judge gave the label.
+    certainty: f32,
+    /// The pair of the first two completions.
+    pair: PairHash,
 }
 
 /// The fields of a row that are parsed for the index.
 #[derive(Deserialize)]
-struct IndexedFields {
+struct IndexedFields<'a> {
     step: u64,
+    #[serde(borrow, default)]
+    prompt: Cow<'a, str>,
+    #[serde(default)]
+    encoded_prompt: Option<String>,
+    #[serde(borrow, default)]
+    completions: Vec<Cow<'a, str>>,
+    #[serde(default)]
+    judge_p: Option<f32>,
     #[serde(default)]
     prompt_id: u64,
     #[serde(default)]
@@ -219,13 +231,14 @@ impl SampleIndex {
         &self,
         choice: PairChoice,
         start: u64,
-        judged: &HashSet<SampleKey>,
+        judged: &HashSet<PairHash>,
     ) -> Result<Option<(SampleKey, SampleRow)>, TelemetryError> {
         let is_open =
-            |entry: &&IndexEntry| !entry.confidence.is_nan() && !judged.contains(&entry.key);
+            |entry: &&IndexEntry| !entry.confidence.is_nan() && !judged.contains(&entry.pair);
         let mut open: Vec<&IndexEntry> = self.entries.rows.iter().filter(is_open).collect();
         match choice {
-            PairChoice::Uncertain => open.sort_by(|a, b| a.confidence.total_cmp(&b.confidence)),
+            // Those that no judge labelled are the last.
+            PairChoice::Uncertain => open.sort_by(|a, b| a.certainty.total_cmp(&b.certainty)),
             PairChoice::Random if open.is_empty() => {}
             PairChoice::Random => {
                 let place = start % open.len() as u64;
@@ -292,6 +305,19 @@ impl SampleQuery {
     }
 }
 
+/// |2p − 1|; NaN without p.
+fn confidence(p: Option<f32>) -> f32 {
+    p.map_or(f32::NAN, |p| (2.0 * p - 1.0).abs())
+}
+
+impl IndexedFields<'_> {
+    fn pair(&self) -> PairHash {
+        let prompt = self.encoded_prompt.as_deref().unwrap_or(&self.prompt);
+        let text = |index: usize| self.completions.get(index).map_or("", |text| text.as_ref());
+        PairHash::of(prompt, [text(0), text(1)])
+    }
+}
+
 impl LineSink for IndexEntries {
     fn reset(&mut self) {
         *self = Self::default();
@@ -299,7 +325,7 @@ impl LineSink for IndexEntries {
 
     fn line(&mut self, offset: u64, line: &[u8]) {
         let (Ok(fields), Ok(length)) = (
-            serde_json::from_slice::<IndexedFields>(line),
+            serde_json::from_slice::<IndexedFields<'_>>(line),
             u32::try_from(line.len()),
         ) else {
             self.unreadable += 1;
@@ -317,7 +343,9 @@ impl LineSink for IndexEntries {
             },
             length,
             longest: fields.lengths.iter().copied().max().unwrap_or_default(),
-            confidence: fields.p.map_or(f32::NAN, |p| (2.0 * p - 1.0).abs()),
+            confidence: confidence(fields.p),
+            certainty: confidence(fields.judge_p),
+            pair: fields.pair(),
         });
     }
 

@@ -171,6 +171,7 @@ fn labelled() -> LabelledPair {
             first: 0,
             second: 1,
             p,
+            judged: None,
         }],
         judge: "gold".into(),
         judge_version: JudgeVersion(1),

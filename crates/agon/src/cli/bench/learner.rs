@@ -131,6 +131,7 @@ fn pair(workload: &WorkloadOptions, config: &ModelConfig, index: usize) -> Label
             first: 0,
             second: 1,
             p: Probability::HALF,
+            judged: None,
         }],
         judge: "bench".into(),
         judge_version: JudgeVersion(0),

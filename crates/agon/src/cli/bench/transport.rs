@@ -219,6 +219,7 @@ fn judge(pair: Pair) -> LabelledPair {
         first: 0,
         second: 1,
         p: Probability::HALF,
+        judged: None,
     };
     LabelledPair {
         pair,

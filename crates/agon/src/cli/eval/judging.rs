@@ -70,6 +70,7 @@ impl JudgedPair {
                 first: 0,
                 second: 1,
                 p,
+                judged: Some(p),
             }],
             judge: String::new(),
             judge_version: JudgeVersion::default(),
