@@ -44,7 +44,7 @@ pub use page::{PageParts, PageServer};
 pub use printable::{printable, printable_json, printable_line, shortened, takes_ansi};
 pub use progress::Progress;
 pub use standard_error::StandardError;
-pub use verdicts::HUMAN_VERDICT_PAIRS_FILE;
+pub use verdicts::{HUMAN_VERDICT_PAIRS_FILE, restore_human_verdict_pairs};
 pub use view::{
     Curve, Curves, EvaluationRecord, Reading, RunState, RunStatus, RunView, SampleIndex,
     SamplePage, SampleQuery, evaluation_differences, readings,

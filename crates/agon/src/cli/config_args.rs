@@ -115,6 +115,7 @@ impl RunArguments {
             });
         };
         let mut directory = RunDirectory::open(path)?;
+        telemetry::restore_human_verdict_pairs(path)?;
         learner::tidy_checkpoints(&directory.checkpoints())?;
         let checkpoint = match which {
             "auto" => newest_whole(&directory)?,

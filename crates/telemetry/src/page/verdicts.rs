@@ -145,10 +145,17 @@ fn summarised(rows: &[VerdictRow]) -> VerdictSummary {
     summary
 }
 
-/// Publishes the agreement of the verdicts that the run has already. A journal that cannot be read is reported when
-/// somebody opens the view.
+/// Publishes the agreement of the verdicts that the run has already, and restores their pairs. A journal that cannot be
+/// read is reported when somebody opens the view.
 pub(super) fn announce(run: &Mutex<RunView>) {
     let view = run.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Err(error) = verdicts(&view).restore_pairs() {
+        let error = error_chain(&error);
+        tracing::warn!(
+            error,
+            "the pairs of people's verdicts could not be restored"
+        );
+    }
     if let Ok(rows) = verdicts(&view).read() {
         summarised(&rows);
     }

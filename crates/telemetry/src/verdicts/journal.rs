@@ -17,7 +17,7 @@ use crate::verdicts::VerdictRow;
 const FILE: &str = "verdicts.jsonl";
 
 /// Maximum size in bytes: far more than a person can judge.
-const MAX_BYTES: u64 = 256 << 20;
+pub(super) const MAX_BYTES: u64 = 256 << 20;
 
 /// A line of the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

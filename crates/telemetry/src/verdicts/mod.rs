@@ -2,7 +2,7 @@
 //!
 //! Promises that a verdict which was answered for is on the disk, in `verdicts.jsonl` of the run directory, whatever ends
 //! the page or the run; that pages of several processes can write at once; and that `annotated_pairs.jsonl`, pairs in
-//! the form of TRL, follows from it. Independent of the client and of how a pair is shown.
+//! the form of TRL, follows from it: it is written anew when a page opens or a run resumes, if it was lost. Independent of the client and of how a pair is shown.
 
 mod agreement;
 mod journal;
@@ -16,8 +16,8 @@ use messages::Dialogue;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TelemetryError;
-use crate::run_dir::{atomic::write_atomically, samples::SampleRow};
-use crate::verdicts::journal::{Line, VerdictJournal};
+use crate::run_dir::{atomic::write_atomically, files::RunFiles, samples::SampleRow};
+use crate::verdicts::journal::{Line, MAX_BYTES, VerdictJournal};
 
 pub(crate) use agreement::VerdictSummary;
 
@@ -192,6 +192,28 @@ impl RunVerdicts {
         Ok(rows)
     }
 
+    /// Writes the pairs anew if they are not those of the journal: they were lost, or a process died before it had written
+    /// them. Without a journal nothing is changed.
+    ///
+    /// # Errors
+    /// When the journal cannot be read or locked, or the pairs cannot be written.
+    pub(crate) fn restore_pairs(&self) -> Result<(), TelemetryError> {
+        if journal::read(&self.root)?.is_empty() {
+            return Ok(());
+        }
+        let mut journal = VerdictJournal::lock(&self.root)?;
+        let rows = current(journal.lines()?);
+        let written = RunFiles::new(&self.root).read(HUMAN_VERDICT_PAIRS_FILE, MAX_BYTES);
+        // A link or a file that is too large is none of ours: it is replaced.
+        let written = written.ok().flatten();
+        if written.as_deref() == Some(pairs::lines(&rows).as_bytes()) {
+            return Ok(());
+        }
+        let (path, verdicts) = (self.root.join(HUMAN_VERDICT_PAIRS_FILE), rows.len());
+        tracing::info!(path = %path.display(), verdicts, "the pairs of people's verdicts are written anew");
+        self.write_pairs(&rows)
+    }
+
     /// Writes the pairs anew, while the journal is locked.
     fn write_pairs(&self, rows: &[VerdictRow]) -> Result<(), TelemetryError> {
         write_atomically(
@@ -199,6 +221,15 @@ impl RunVerdicts {
             pairs::lines(rows).as_bytes(),
         )
     }
+}
+
+/// Writes the pairs of people's verdicts in the run directory `root` anew from the journal, if they were lost or are stale.
+/// Without a journal nothing is changed.
+///
+/// # Errors
+/// When the journal cannot be read or locked, or the pairs cannot be written.
+pub fn restore_human_verdict_pairs(root: &Path) -> Result<(), TelemetryError> {
+    RunVerdicts::new(root).restore_pairs()
 }
 
 impl VerdictRow {

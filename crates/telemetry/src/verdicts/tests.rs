@@ -267,3 +267,35 @@ fn a_pair_that_is_logged_again_has_its_verdict() {
     let again = verdicts.add(given(2, HumanVerdict::First), swapped);
     assert!(matches!(again, Err(VerdictError::Judged)));
 }
+
+#[test]
+fn lost_and_stale_pairs_are_restored_from_the_journal() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let verdicts = RunVerdicts::new(root);
+    verdicts.restore_pairs().unwrap();
+    assert!(
+        fs::read_dir(root).unwrap().next().is_none(),
+        "nothing is created"
+    );
+    for id in 1..=2 {
+        let given = given(id, HumanVerdict::First);
+        verdicts.add(given, row_of(id, 0.8)).unwrap();
+    }
+    let (path, journal) = (
+        root.join(HUMAN_VERDICT_PAIRS_FILE),
+        root.join("verdicts.jsonl"),
+    );
+    let whole = fs::read_to_string(&path).unwrap();
+    let first = whole.lines().next().unwrap().to_owned() + "\n";
+    // A crash left half a line.
+    let lines = fs::read_to_string(&journal).unwrap();
+    fs::write(&journal, format!("{lines}{}", &lines[..40])).unwrap();
+    fs::remove_file(&path).unwrap();
+    verdicts.restore_pairs().unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), whole);
+    assert_eq!(fs::read_to_string(&journal).unwrap(), lines);
+    fs::write(&path, first).unwrap();
+    restore_human_verdict_pairs(root).unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), whole);
+}
