@@ -13,6 +13,8 @@ pub(crate) enum ModelSelection {
     Current,
     /// The policy and the reference with which the run began.
     AgainstStart,
+    /// The policy and the reference before it became a copy of this policy; the current one if it did not.
+    AgainstEarlier,
     /// The moving average of the policy and the reference with which the run began.
     AverageAgainstStart,
 }
@@ -23,6 +25,7 @@ impl ModelSelection {
         match purpose {
             Purpose::EvaluateAverage => Self::AverageAgainstStart,
             Purpose::Evaluate if reference_has_moved => Self::AgainstStart,
+            Purpose::EvaluateReference => Self::AgainstEarlier,
             _ => Self::Current,
         }
     }
@@ -42,6 +45,7 @@ impl LoadedModels {
         let published = PublishedModels {
             policy,
             reference: None,
+            earlier_reference: None,
             average: None,
         };
         Self { published, start }
@@ -65,14 +69,22 @@ impl LoadedModels {
     pub(crate) fn policy(&self, selection: ModelSelection) -> Option<&LanguageModel> {
         match selection {
             ModelSelection::AverageAgainstStart => self.published.average.as_ref(),
-            ModelSelection::Current | ModelSelection::AgainstStart => Some(&self.published.policy),
+            ModelSelection::Current
+            | ModelSelection::AgainstStart
+            | ModelSelection::AgainstEarlier => Some(&self.published.policy),
         }
     }
 
     /// The reference of a selection; `None` for that of the start.
     pub(crate) fn moved_reference(&self, selection: ModelSelection) -> Option<&LanguageModel> {
         let reference = self.published.reference.as_ref();
-        reference.filter(|_| selection == ModelSelection::Current)
+        match selection {
+            ModelSelection::Current => reference,
+            ModelSelection::AgainstEarlier => {
+                self.published.earlier_reference.as_ref().or(reference)
+            }
+            ModelSelection::AgainstStart | ModelSelection::AverageAgainstStart => None,
+        }
     }
 
     /// The reference with which the run began.

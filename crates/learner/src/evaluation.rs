@@ -93,11 +93,12 @@ pub struct Evaluation {
     /// absent without `learner.ema_decay`.
     #[serde(default)]
     pub average: Option<FurtherComparison>,
-    /// Step after which the current reference last changed; `None` if it is still the one of the start, against which
-    /// everything above is.
+    /// Step after which the reference of the last step's pairs had last changed; `None` if it is still the one of the
+    /// start, against which everything above is. A reference that is copied at the evaluated step is not meant: it is the
+    /// policy itself.
     #[serde(default)]
     pub reference_version: Option<u64>,
-    /// The policy against the current reference, if that has moved; its `kl` is from that reference.
+    /// The policy against that reference, if it has moved; its `kl` is from it.
     #[serde(default)]
     pub current_reference: Option<FurtherComparison>,
 }

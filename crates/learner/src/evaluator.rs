@@ -83,7 +83,7 @@ impl Evaluator {
     }
 
     /// Evaluates the published weights: the policy against the reference of the start; and with the same prompts the
-    /// moving average against it, and the policy against the current reference, where they were published.
+    /// moving average against it, and the policy against the reference of the last step's pairs, where they were published.
     ///
     /// # Errors
     /// If prompts do not come back in time, a stream is closed, or an upload of weights fails.
@@ -99,10 +99,13 @@ impl Evaluator {
             ControlFlow::Continue(evaluation) => evaluation,
             ControlFlow::Break(evaluated) => return Ok(evaluated),
         };
-        evaluation.reference_version = content.reference;
+        evaluation.reference_version = content.evaluated_reference;
         for (purpose, is_published) in [
             (Purpose::EvaluateAverage, content.has_average),
-            (Purpose::EvaluateReference, content.reference.is_some()),
+            (
+                Purpose::EvaluateReference,
+                content.evaluated_reference.is_some(),
+            ),
         ] {
             if !is_published {
                 continue;

@@ -15,6 +15,8 @@ use crate::{
 
 /// Beginning of the names of a reference's tensors; names of models have no slash.
 const REFERENCE: &str = "reference/";
+/// Beginning of the names of an earlier reference's tensors.
+const EARLIER_REFERENCE: &str = "earlier_reference/";
 /// Beginning of the names of an average's tensors.
 const AVERAGE: &str = "average/";
 
@@ -25,6 +27,8 @@ pub struct PublishedWeights<'a> {
     pub policy: &'a Weights,
     /// Reference; `None` as long as it is the one with which the run began.
     pub reference: Option<&'a Weights>,
+    /// Reference before it became a copy of this policy, where the policy is to be evaluated against it.
+    pub earlier_reference: Option<&'a Weights>,
     /// Moving average of the policy, where it is to be evaluated.
     pub average: Option<&'a Weights>,
 }
@@ -36,6 +40,8 @@ pub struct PublishedModels {
     pub policy: LanguageModel,
     /// Reference; `None` as long as it is the one with which the run began.
     pub reference: Option<LanguageModel>,
+    /// Reference before it became a copy of the policy, if it was published.
+    pub earlier_reference: Option<LanguageModel>,
     /// Moving average of the policy, if it was published.
     pub average: Option<LanguageModel>,
 }
@@ -47,7 +53,11 @@ impl PublishedWeights<'_> {
     /// When a tensor cannot be read from its device.
     pub fn to_blob(&self, dtype: DType) -> Result<Vec<u8>, ModelError> {
         let mut all = self.policy.clone();
-        for (prefix, weights) in [(REFERENCE, self.reference), (AVERAGE, self.average)] {
+        for (prefix, weights) in [
+            (REFERENCE, self.reference),
+            (EARLIER_REFERENCE, self.earlier_reference),
+            (AVERAGE, self.average),
+        ] {
             let tensors = weights.into_iter().flat_map(|weights| &weights.tensors);
             let tensors = tensors.map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone()));
             all.tensors.extend(tensors);
@@ -69,6 +79,7 @@ impl LanguageModel {
                 }
             })?;
         let (reference, tensors) = with_prefix(REFERENCE, tensors);
+        let (earlier_reference, tensors) = with_prefix(EARLIER_REFERENCE, tensors);
         let (average, policy) = with_prefix(AVERAGE, tensors);
         let further = |tensors: HashMap<String, Tensor>| match tensors.is_empty() {
             true => Ok(None),
@@ -77,6 +88,7 @@ impl LanguageModel {
         Ok(PublishedModels {
             policy: self.published(policy)?,
             reference: further(reference)?,
+            earlier_reference: further(earlier_reference)?,
             average: further(average)?,
         })
     }
@@ -134,6 +146,7 @@ mod tests {
                 let weights = PublishedWeights {
                     policy: policy.trained(),
                     reference: with_reference.then(|| reference.trained()),
+                    earlier_reference: with_reference.then(|| average.trained()),
                     average: with_average.then(|| average.trained()),
                 };
                 let read = reader
@@ -142,6 +155,8 @@ mod tests {
                 assert_eq!(digest(&read.policy), digest(policy));
                 let expected = with_reference.then(|| digest(reference));
                 assert_eq!(read.reference.as_ref().map(digest), expected);
+                let expected = with_reference.then(|| digest(average));
+                assert_eq!(read.earlier_reference.as_ref().map(digest), expected);
                 let expected = with_average.then(|| digest(average));
                 assert_eq!(read.average.as_ref().map(digest), expected);
             }
@@ -154,6 +169,7 @@ mod tests {
         let alone = PublishedWeights {
             policy: policy.trained(),
             reference: None,
+            earlier_reference: None,
             average: None,
         };
         let blob = alone.to_blob(DType::F32).unwrap();
@@ -173,6 +189,7 @@ mod tests {
             let weights = PublishedWeights {
                 policy: policy.trained(),
                 reference: Some(reference),
+                earlier_reference: None,
                 average: None,
             };
             weights.to_blob(DType::F32).unwrap()

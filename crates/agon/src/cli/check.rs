@@ -300,8 +300,13 @@ fn followers(
     let average = product(&[&[parameters, MASTER_BYTES]]);
     let when = |holds: bool, bytes: u64| if holds { bytes } else { 0 };
     let copies = product(&[&trained, &[1 + settings.actor_count()]]);
-    let is_average = matches!(settings.reference, ReferenceSettings::Ema { .. });
-    let moved = copies.saturating_add(when(is_average, average));
+    // An average is kept in f32; beside a copy there is the one before it, until the next step.
+    let beside = match settings.reference {
+        ReferenceSettings::Fixed {} => 0,
+        ReferenceSettings::Every { .. } => copies,
+        ReferenceSettings::Ema { .. } => average,
+    };
+    let moved = copies.saturating_add(beside);
     [
         (
             "moving average of the policy in f32",

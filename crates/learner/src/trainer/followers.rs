@@ -16,7 +16,9 @@ use crate::error::LearnerError;
 
 /// File of a moved reference's trained weights in a checkpoint.
 const REFERENCE: &str = "reference.safetensors";
-/// File of its version.
+/// File of the trained weights of the reference before it became a copy of the checkpoint's policy.
+const EARLIER_REFERENCE: &str = "earlier_reference.safetensors";
+/// File of the references' versions.
 const REFERENCE_STATE: &str = "reference.json";
 /// File of the moving average in a checkpoint.
 const AVERAGE: &str = "average.safetensors";
@@ -45,8 +47,19 @@ struct Reference {
     rule: ReferenceRule,
     precision: Precision,
     state: ReferenceState,
+    /// The reference before it became a copy of the policy, with which the last step's pairs were compared and an
+    /// evaluation after that step is; `None` if the last step did not copy.
+    earlier: Option<EarlierReference>,
     /// First step whose published weights are certain to have come with this reference; `None`: the next step.
     since: Option<u64>,
+}
+
+/// A reference that was replaced by a copy of the policy.
+struct EarlierReference {
+    /// `None`: the reference of the start.
+    model: Option<LanguageModel>,
+    /// Learner's step after which it had last changed; 0: it is the one of the start.
+    version: u64,
 }
 
 /// Update rule of the reference.
@@ -62,6 +75,9 @@ enum ReferenceRule {
 struct ReferenceState {
     /// Learner's step after which it last changed; 0: it is the one of the start.
     version: u64,
+    /// Version of the reference before it, if it is a copy of the checkpoint's policy.
+    #[serde(default)]
+    earlier: Option<u64>,
 }
 
 impl Followers {
@@ -84,6 +100,7 @@ impl Followers {
                 rule: ReferenceRule::Fixed,
                 precision,
                 state: ReferenceState::default(),
+                earlier: None,
                 since: Some(0),
             },
             average: average.transpose()?,
@@ -157,14 +174,26 @@ impl Followers {
         publication: Publication,
     ) -> Result<Vec<u8>, LearnerError> {
         let reference = &self.reference;
-        let average = self.average.as_ref();
-        let average = average.filter(|_| publication == Publication::Evaluation);
+        let is_evaluated = publication == Publication::Evaluation;
+        let average = self.average.as_ref().filter(|_| is_evaluated);
+        let earlier = reference.earlier.as_ref().filter(|_| is_evaluated);
+        let earlier = earlier.and_then(|earlier| earlier.model.as_ref());
         let weights = PublishedWeights {
             policy: policy.trained(),
             reference: reference.has_moved().then(|| reference.model.trained()),
+            earlier_reference: earlier.map(LanguageModel::trained),
             average: average.map(|average| average.model().trained()),
         };
         Ok(weights.to_blob(dtype)?)
+    }
+
+    /// Version of the reference that an evaluation compares with, that of the last step's pairs; `None` if it is the one of
+    /// the start.
+    pub(crate) fn evaluated_reference(&self) -> Option<u64> {
+        match &self.reference.earlier {
+            Some(earlier) => Some(earlier.version).filter(|&version| version > 0),
+            None => self.moved_at(),
+        }
     }
 
     /// Version of the reference; `None` if it is the one of the start.
@@ -193,8 +222,16 @@ impl Followers {
         let mut files = Vec::new();
         if self.reference.has_moved() {
             files.push((REFERENCE, self.reference.to_blob()?));
-            let state = serde_json::json!(self.reference.state).to_string();
+            let earlier = self.reference.earlier.as_ref();
+            let state = ReferenceState {
+                earlier: earlier.map(|earlier| earlier.version),
+                ..self.reference.state
+            };
+            let state = serde_json::json!(state).to_string();
             files.push((REFERENCE_STATE, state.into_bytes()));
+            if let Some(model) = earlier.and_then(|earlier| earlier.model.as_ref()) {
+                files.push((EARLIER_REFERENCE, model.trained().to_blob()?));
+            }
         }
         if let Some(average) = &self.average {
             files.push((AVERAGE, average.to_blob()?));
@@ -251,13 +288,20 @@ impl Reference {
         policy: &LanguageModel,
         optimizer: &Optimizer,
     ) -> Result<bool, LearnerError> {
+        self.earlier = None;
+        let has_moved = self.has_moved();
         match &mut self.rule {
             ReferenceRule::Fixed => return Ok(false),
             ReferenceRule::Every(interval) => {
                 if !optimizer.steps().is_multiple_of(*interval) {
                     return Ok(false);
                 }
-                self.model = policy.snapshot()?.with_precision(self.precision);
+                let copy = policy.snapshot()?.with_precision(self.precision);
+                let before = std::mem::replace(&mut self.model, copy);
+                self.earlier = Some(EarlierReference {
+                    model: has_moved.then_some(before),
+                    version: self.state.version,
+                });
             }
             ReferenceRule::Ema(average) => {
                 average.update(optimizer)?;
@@ -288,6 +332,7 @@ impl Reference {
             .map_err(|error| broken(checkpoint, REFERENCE_STATE, &error))?
             .unwrap_or_default();
         self.since = None;
+        self.earlier = self.restored_earlier(checkpoint, policy)?;
         let blob = match self.has_moved() {
             true => read(checkpoint, REFERENCE)?,
             false => None,
@@ -310,6 +355,23 @@ impl Reference {
         };
         self.model = model.with_precision(self.precision);
         Ok(())
+    }
+
+    /// The reference before the current one, if the checkpoint has it.
+    fn restored_earlier(
+        &self,
+        checkpoint: &Path,
+        policy: &LanguageModel,
+    ) -> Result<Option<EarlierReference>, LearnerError> {
+        let Some(version) = self.state.earlier else {
+            return Ok(None);
+        };
+        let model = match version {
+            0 => None,
+            _ => read_model(checkpoint, EARLIER_REFERENCE, policy)?,
+        };
+        let model = model.map(|model| model.with_precision(self.precision));
+        Ok(Some(EarlierReference { model, version }))
     }
 }
 

@@ -693,6 +693,52 @@ fn only_what_has_moved_is_published() {
     }
 }
 
+/// An evaluation after a step that copied the policy compares with the reference before, after a resume too.
+#[test]
+fn an_evaluation_does_not_compare_a_policy_with_its_copy() {
+    let tiny = tiny(DType::F32);
+    let pairs = sampled(&tiny.policy, Precision::F32);
+    let every = ReferenceSettings::Every { every_steps: 2 };
+    let mut trainer = moving(&tiny, &tiny.policy, every);
+    let models = |trainer: &Trainer, publication| {
+        let blob = trainer.publish(DType::F32, publication).unwrap();
+        tiny.policy.read_published(&blob).unwrap()
+    };
+    let digest = |model: &LanguageModel| model.trained().digest().unwrap().to_string();
+    let mut copies = Vec::new();
+    // Copied after steps 2 and 4; before step 2 the reference was that of the start.
+    for (step, expected) in [(1, None), (2, None), (3, Some(2)), (4, Some(2))] {
+        applied(&mut trainer, &pairs, step - 1);
+        let evaluated = trainer.followers().evaluated_reference();
+        assert_eq!(evaluated, expected, "step {step}");
+        copies.extend(
+            models(&trainer, Publication::Training)
+                .reference
+                .as_ref()
+                .map(digest),
+        );
+    }
+    let folder = tempfile::tempdir().unwrap();
+    save(&trainer, folder.path());
+    let mut resumed = moving(&tiny, &tiny.policy, every);
+    resumed.restore(folder.path()).unwrap();
+    for trainer in [&trainer, &resumed] {
+        let evaluation = models(trainer, Publication::Evaluation);
+        let earlier = evaluation.earlier_reference.as_ref().map(digest);
+        assert_eq!(earlier.as_ref(), copies.first());
+        assert_eq!(
+            evaluation.reference.as_ref().map(digest),
+            Some(digest(&evaluation.policy))
+        );
+        assert_eq!(trainer.followers().evaluated_reference(), Some(2));
+        assert!(
+            models(trainer, Publication::Training)
+                .earlier_reference
+                .is_none()
+        );
+    }
+}
+
 /// Log-probabilities that were recorded under an earlier reference are not compared with those under the current one.
 #[test]
 fn recorded_log_probabilities_of_another_reference_are_left_out() {

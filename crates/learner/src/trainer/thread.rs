@@ -42,8 +42,8 @@ pub(crate) struct PublishedBlob {
 /// Models that were published with a policy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct PublishedContent {
-    /// Version of the reference; `None`: the one of the start, which actors have.
-    pub(crate) reference: Option<u64>,
+    /// Version of the reference that an evaluation compares with; `None`: the one of the start, which actors have.
+    pub(crate) evaluated_reference: Option<u64>,
     /// Whether the moving average is among them.
     pub(crate) has_average: bool,
 }
@@ -111,7 +111,7 @@ impl TrainerThread {
             Ok(PublishedBlob {
                 blob: trainer.publish(dtype, publication)?,
                 content: PublishedContent {
-                    reference: followers.moved_at(),
+                    evaluated_reference: followers.evaluated_reference(),
                     has_average: is_evaluated && followers.has_average(),
                 },
             })

@@ -497,7 +497,7 @@ pub const METRICS: &[MetricInfo] = &[
     gauge(
         "eval/current_reference_win_rate",
         Ratio,
-        "win rate of the policy against the current reference, once that has moved; eval/win_rate is against the start",
+        "win rate of the policy against the reference that the step's pairs had, once that has moved; eval/win_rate is against the start",
     ),
     gauge(
         "eval/current_reference_win_rate_lc",
