@@ -49,12 +49,13 @@ def make_model(arguments):
 
 def rollout(arguments):
     """transformers' generate with plain sampling; with a mixture coefficient, the sampler of TRL's Nash-MD."""
-    model = load(arguments.model).eval()
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    model = load(arguments.model, dtype).eval()
     ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.prompt))
     if arguments.mixture_coef > 0:
         from trl.experimental.nash_md.nash_md_trainer import GeometricMixtureWrapper
 
-        reference = load(arguments.model).eval()
+        reference = load(arguments.model, dtype).eval()
         model = GeometricMixtureWrapper(
             model, reference, model.generation_config, arguments.mixture_coef, model.device
         )
@@ -72,14 +73,16 @@ def rollout(arguments):
 
 
 def learner(arguments):
-    """One IPO step of PyTorch on 16 completions of 128 tokens, all scored, clipped, AdamW."""
+    """One IPO step of PyTorch on completions of 128 tokens, all scored, clipped, AdamW; bf16: the usual mixed precision."""
     model = load(arguments.model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    ids = torch.randint(3, model.config.vocab_size, (16, 129))
-    reference = torch.full((16,), -1280.0)
+    ids = torch.randint(3, model.config.vocab_size, (arguments.batch, 129))
+    reference = torch.full((arguments.batch,), -1280.0)
 
     def step():
-        logps = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2).sum(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            logits = model(ids[:, :-1]).logits
+        logps = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2).sum(1)
         ratios = logps - reference
         loss = ((ratios[0::2] - ratios[1::2] - 1 / (2 * 0.1)) ** 2).mean()
         loss.backward()
@@ -87,7 +90,7 @@ def learner(arguments):
         optimizer.step()
         optimizer.zero_grad()
 
-    return {"peer": "PyTorch", "tokens_per_second": 16 * 128 / median_seconds(step, 3)}
+    return {"peer": "PyTorch", "tokens_per_second": arguments.batch * 128 / median_seconds(step, 3)}
 
 
 def train(arguments):
@@ -97,7 +100,8 @@ def train(arguments):
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    policy, reference = load(arguments.model), load(arguments.model)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    policy, reference = load(arguments.model, dtype), load(arguments.model, dtype)
     prompt = "Once upon a time there was a little girl who liked to"
     rows = Dataset.from_list([{"prompt": f"{prompt} {i}"} for i in range(256)])
     common = dict(
@@ -107,6 +111,13 @@ def train(arguments):
         missing_eos_penalty=None, gradient_checkpointing=False,
     )
     shared = dict(model=policy, ref_model=reference, processing_class=tokenizer, train_dataset=rows)
+    if arguments.lora > 0:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(
+            r=arguments.lora, lora_alpha=arguments.lora, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        shared.update(ref_model=None, peft_config=adapter)
     if arguments.mixture_coef == 0:
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -146,6 +157,8 @@ def main():
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--mixture-coef", type=float, default=0.0)
+    parser.add_argument("--lora", type=int, default=0, help="train: rank of an adapter on all linear layers")
+    parser.add_argument("--bf16", action="store_true", help="weights in bfloat16; learner: autocast")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
     report = globals()[arguments.part](arguments)

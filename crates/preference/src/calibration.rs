@@ -22,8 +22,9 @@ pub struct Prediction {
 pub struct Calibration {
     /// Number of comparisons.
     pub pairs: usize,
-    /// Rate at which the model and the label prefer the same response; labels of ½ are skipped, a p of ½ counts one
-    /// half.
+    /// Number of comparisons whose label is not ½.
+    pub decided: usize,
+    /// Rate at which the model and the label prefer the same response, of decided comparisons; a p of ½ counts one half.
     pub accuracy: f64,
     /// Expected calibration error (Naeini et al. 2015): the mean over comparisons of
     /// |mean p − mean label| of the bin that p falls in.
@@ -83,6 +84,7 @@ impl Calibration {
             / longer_first.len().max(1) as f64;
         Some(Self {
             pairs: predictions.len(),
+            decided: predictions.iter().filter(|j| j.is_decided()).count(),
             accuracy: accuracy(predictions),
             ece: bins.iter().map(gap).sum::<f64>() / (2.0 * n),
             brier: mean(&|j| (j.p - j.label).powi(2)),
@@ -95,6 +97,10 @@ impl Calibration {
 }
 
 impl Prediction {
+    fn is_decided(&self) -> bool {
+        self.label != 0.5
+    }
+
     fn swapped(&self) -> Self {
         Self {
             p: 1.0 - self.p,
@@ -127,7 +133,7 @@ fn accuracy(predictions: &[Prediction]) -> f64 {
     };
     let decided: Vec<f64> = predictions
         .iter()
-        .filter(|j| j.label != 0.5)
+        .filter(|j| j.is_decided())
         .map(right)
         .collect();
     if decided.is_empty() {
@@ -198,7 +204,7 @@ mod tests {
             prediction(0.5, 1.0, 4),
         ];
         let calibration = Calibration::of(&set).expect("there are comparisons");
-        assert_eq!(calibration.pairs, 4);
+        assert_eq!((calibration.pairs, calibration.decided), (4, 4));
         assert_eq!(calibration.accuracy, 2.5 / 4.0);
         // Both orders: .75 twice with labels 1, 0; .25 twice with 0, 1; .35 with 0; .65 with 1; .5 with 1
         // and with 0, in the same bin.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     checks::Checks,
     lora::LoraSettings,
+    model::DtypeSetting,
     optimizer::{LrSchedulerType, OptimizerSettings},
     source::ModelSource,
     source::check_source,
@@ -39,6 +40,10 @@ pub struct FitSettings {
     pub epochs: usize,
     /// Pairs per step.
     pub train_batch_size: usize,
+    /// Maximum number of tokens per pass of a step; 0: no limit.
+    pub max_tokens_per_micro_batch: usize,
+    /// Precision of matrix products with weights in training, on the CPU.
+    pub precision: DtypeSetting,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// Decay of the learning rate after warm-up.

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, path::Path};
 use preference::Calibration;
 use serde_json::json;
 use settings::Head;
-use telemetry::RunDirectory;
+use telemetry::{Interval, RunDirectory};
 
 use crate::{
     assembly::{SkippedPairs, StyleComparison},
@@ -49,11 +49,16 @@ impl FitReport<'_> {
             "seconds": self.seconds,
             "model": self.model,
             "validation": self.calibration,
+            "accuracy": accuracy(self.calibration),
             "styles": self.styles,
             "peak_memory_bytes": telemetry::peak_memory_bytes(),
         });
         super::write(directory, &json, &markdown(self)?)
     }
+}
+
+fn accuracy(calibration: &Calibration) -> Interval {
+    Interval::wilson(calibration.accuracy, calibration.decided)
 }
 
 fn markdown(report: &FitReport<'_>) -> Result<String, std::fmt::Error> {
@@ -67,12 +72,13 @@ fn markdown(report: &FitReport<'_>) -> Result<String, std::fmt::Error> {
     )?;
     writeln!(text, "| on {} held-out pairs | | |", calibration.pairs)?;
     writeln!(text, "|---|---|---|")?;
+    let accuracy = accuracy(calibration);
+    writeln!(
+        text,
+        "| accuracy | {:.3} ({:.3} to {:.3}) | share of pairs on which it prefers the preferred response, 95 % interval |",
+        accuracy.mean, accuracy.low, accuracy.high
+    )?;
     for (name, value, meaning) in [
-        (
-            "accuracy",
-            calibration.accuracy,
-            "share of pairs on which it prefers the preferred response",
-        ),
         (
             "ECE",
             calibration.ece,

@@ -33,6 +33,65 @@ pub(crate) struct StepRows<'a> {
     pub(crate) golden_weight: f64,
 }
 
+impl<'a> StepRows<'a> {
+    /// The same rows in order, in passes of at most `max_tokens` tokens, prompts counted once, unless a single row
+    /// exceeds it; 0: no limit.
+    pub(crate) fn passes(self, max_tokens: usize) -> Vec<Self> {
+        let golden_weight = self.golden_weight;
+        let mut passes = PassBuilder {
+            limit: if max_tokens == 0 {
+                usize::MAX
+            } else {
+                max_tokens
+            },
+            golden_weight,
+            tokens: 0,
+            passes: Vec::new(),
+        };
+        for example in self.examples {
+            let responses = example.first.len() + example.second.len();
+            let pass = passes.with_room(example.prompt.len() + responses);
+            pass.examples.push(example);
+        }
+        for example in self.adversarial {
+            let samples: usize = example.samples.iter().map(Vec::len).sum();
+            let pass = passes.with_room(example.prompt.len() + example.golden.len() + samples);
+            pass.adversarial.push(example);
+        }
+        passes.passes
+    }
+
+    /// Number of comparisons of golden answers with samples.
+    pub(crate) fn golden_rows(&self) -> usize {
+        self.adversarial.iter().map(|e| e.samples.len()).sum()
+    }
+}
+
+/// Passes of a step, the last one still being filled.
+struct PassBuilder<'a> {
+    limit: usize,
+    golden_weight: f64,
+    /// Tokens of the last pass.
+    tokens: usize,
+    passes: Vec<StepRows<'a>>,
+}
+
+impl<'a> PassBuilder<'a> {
+    /// The pass that a row of this many tokens belongs to.
+    fn with_room(&mut self, tokens: usize) -> &mut StepRows<'a> {
+        self.tokens = self.tokens.saturating_add(tokens);
+        if self.passes.is_empty() || self.tokens > self.limit {
+            self.tokens = tokens;
+            self.passes.push(StepRows {
+                examples: Vec::new(),
+                adversarial: Vec::new(),
+                golden_weight: self.golden_weight,
+            });
+        }
+        self.passes.last_mut().expect("a pass was added above")
+    }
+}
+
 impl<'a> EpochOrder<'a> {
     pub(crate) fn new(
         settings: &FitSettings,
@@ -224,5 +283,35 @@ mod tests {
             EpochOrder::new(&settings.fit, none, Seed(3)),
             Err(PreferenceError::NothingToFit)
         ));
+    }
+
+    /// Four pairs, then two golden answers, of three tokens each.
+    #[test]
+    fn passes_hold_rows_up_to_the_limit_in_order() {
+        let settings = settings(4);
+        let examples: Vec<_> = (0..4).map(example).collect();
+        let adversarial: Vec<_> = (0..2).map(adversarial_example).collect();
+        let data = TrainingData {
+            examples: &examples,
+            adversarial: &adversarial,
+            apo: &settings.apo,
+        };
+        let order = EpochOrder::new(&settings.fit, data, Seed(3)).expect("there are rows");
+        for (limit, expected) in [
+            (0, &[(4, 2)][..]),
+            (18, &[(4, 2)]),
+            (17, &[(4, 1), (0, 1)]),
+            (12, &[(4, 0), (0, 2)]),
+            (8, &[(2, 0), (2, 0), (0, 2)]),
+            (1, &[(1, 0), (1, 0), (1, 0), (1, 0), (0, 1), (0, 1)]),
+        ] {
+            let passes = order.step(0).passes(limit);
+            let sizes = passes
+                .iter()
+                .map(|p| (p.examples.len(), p.adversarial.len()));
+            assert_eq!(sizes.collect::<Vec<_>>(), expected, "{limit}");
+            let golden: usize = passes.iter().map(StepRows::golden_rows).sum();
+            assert_eq!(golden, 2);
+        }
     }
 }

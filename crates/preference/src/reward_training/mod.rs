@@ -105,6 +105,7 @@ pub(crate) fn fit_further(
     mut on_step: impl FnMut(StepMetrics) -> bool,
 ) -> Result<RewardModel, PreferenceError> {
     let (model, vars) = model.trainable()?;
+    let model = model.with_precision(model::training_precision(settings.precision));
     let mut optimizer = Optimizer::new(vars, AdamWSettings::from(&settings.optimizer()))?;
     let order = EpochOrder::new(settings, data, seed)?;
     let schedule = Schedule::new(&settings.optimizer(), order.steps());
@@ -117,10 +118,16 @@ pub(crate) fn fit_further(
             golden: None,
             grad_norm: 0.0,
         };
-        let running = model.with_dropout_seed(seed.derive(DROPOUT).derive(step));
-        let loss = MarginBatch::new(&rows, settings, data.apo).loss(&running, &mut metrics)?;
         let mut gradients = Gradients::default();
-        gradients.backward(&loss).map_err(model::ModelError::from)?;
+        let totals = [rows.examples.len(), rows.golden_rows()];
+        let passes = rows.passes(settings.max_tokens_per_micro_batch);
+        for (pass, rows) in (0..).zip(&passes) {
+            let dropout = seed.derive(DROPOUT).derive(step).derive(pass);
+            let running = model.with_dropout_seed(dropout);
+            let batch = MarginBatch::new(rows, totals, settings, data.apo);
+            let loss = batch.loss(&running, &mut metrics)?;
+            gradients.backward(&loss).map_err(model::ModelError::from)?;
+        }
         metrics.grad_norm = optimizer.norm(&gradients)?;
         let losses = [metrics.annotated, metrics.golden, Some(metrics.grad_norm)];
         if losses.into_iter().flatten().any(|value| !value.is_finite()) {
@@ -231,7 +238,7 @@ pub(crate) fn probability(
         .map_err(|_| PreferenceError::NotFinite)
 }
 
-/// Sequences of one step, and the rows as indices of their first and second sequence.
+/// Sequences of one pass of a step, and the rows as indices of their first and second sequence.
 struct MarginBatch<'a> {
     sequences: Vec<Sequence<'a>>,
     first: Vec<u32>,
@@ -239,10 +246,17 @@ struct MarginBatch<'a> {
     labels: Vec<f32>,
     apo: &'a ApoSettings,
     golden_weight: f64,
+    /// Annotated pairs and golden comparisons of the step.
+    totals: [usize; 2],
 }
 
 impl<'a> MarginBatch<'a> {
-    fn new(rows: &StepRows<'a>, settings: &FitSettings, apo: &'a ApoSettings) -> Self {
+    fn new(
+        rows: &StepRows<'a>,
+        totals: [usize; 2],
+        settings: &FitSettings,
+        apo: &'a ApoSettings,
+    ) -> Self {
         let mut batch = Self {
             sequences: Vec::new(),
             first: Vec::new(),
@@ -250,6 +264,7 @@ impl<'a> MarginBatch<'a> {
             labels: Vec::new(),
             apo,
             golden_weight: rows.golden_weight,
+            totals,
         };
         let smooth = settings.label_smoothing as f32;
         for example in &rows.examples {
@@ -280,7 +295,7 @@ impl<'a> MarginBatch<'a> {
         self.second.push(second);
     }
 
-    /// Loss of the step, a scalar with gradient; records its terms in `metrics`.
+    /// Contribution of the pass to the loss of the step, a scalar with gradient; adds its terms to `metrics`.
     fn loss(
         &self,
         model: &RewardModel,
@@ -297,20 +312,24 @@ impl<'a> MarginBatch<'a> {
         metrics: &mut StepMetrics,
     ) -> Result<Tensor, model::ModelError> {
         let (annotated, all) = (self.labels.len(), self.first.len());
-        let scalar =
-            |loss: &Tensor| Ok::<_, model::ModelError>(f64::from(loss.to_scalar::<f32>()?));
+        // Means over the step, of which this pass has a share.
+        let share = |rows: usize, total: usize| rows as f64 / total as f64;
+        let add = |sum: &mut Option<f64>, loss: &Tensor| -> Result<(), model::ModelError> {
+            *sum = Some(sum.unwrap_or(0.0) + f64::from(loss.to_scalar::<f32>()?));
+            Ok(())
+        };
         let mut total = None;
         if annotated > 0 {
-            let loss = loss::annotated(&margins.narrow(0, 0, annotated)?, &self.labels)?;
-            metrics.annotated = Some(scalar(&loss)?);
+            let mean = loss::annotated(&margins.narrow(0, 0, annotated)?, &self.labels)?;
+            let loss = (mean * share(annotated, self.totals[0]))?;
+            add(&mut metrics.annotated, &loss)?;
             total = Some(loss);
         }
         if all > annotated {
-            let loss = loss::golden(
-                &margins.narrow(0, annotated, all - annotated)?,
-                self.apo.form,
-            )?;
-            metrics.golden = Some(scalar(&loss)?);
+            let rows = all - annotated;
+            let mean = loss::golden(&margins.narrow(0, annotated, rows)?, self.apo.form)?;
+            let loss = (mean * share(rows, self.totals[1]))?;
+            add(&mut metrics.golden, &loss)?;
             let weighted = (loss * (self.apo.coef * self.golden_weight))?;
             total = Some(match total {
                 Some(total) => (total + weighted)?,

@@ -158,6 +158,59 @@ fn training_an_adapter_leaves_the_backbone_unchanged() {
     assert!(q_only.parameter_count() < one.parameter_count());
 }
 
+/// A step of eight pairs and one golden answer with samples of different numbers, in one pass, in two and in one per row.
+#[test]
+fn passes_of_a_step_do_not_change_its_losses_and_gradient() {
+    let examples = [compared(5, 6, 1.0), compared(8, 5, 0.3)].concat();
+    let golden = |prompt: u32, samples: &[u32]| AdversarialExample {
+        prompt: vec![0, prompt],
+        golden: vec![5, 1],
+        samples: samples.iter().map(|&token| vec![token, 6, 1]).collect(),
+    };
+    let adversarial = [golden(4, &[7, 8, 6]), golden(5, &[7]), golden(9, &[8, 6])];
+    let steps = |max_tokens: usize, precision: &str| {
+        let settings = settings(&[
+            &format!("fit.max_tokens_per_micro_batch={max_tokens}"),
+            &format!("fit.precision={precision}"),
+        ]);
+        let data = TrainingData {
+            examples: &examples,
+            adversarial: &adversarial,
+            apo: &settings.apo,
+        };
+        let mut steps = Vec::new();
+        fit(&tiny_model().model, &settings.fit, data, Seed(7), |step| {
+            steps.extend([
+                step.annotated.unwrap(),
+                step.golden.unwrap(),
+                step.grad_norm,
+            ]);
+            true
+        })
+        .unwrap();
+        steps
+    };
+    let whole = steps(0, "f32");
+    assert_eq!(whole.len(), 6);
+    for max_tokens in [1, 9, 30] {
+        let parts = steps(max_tokens, "f32");
+        for (part, all) in parts.iter().zip(&whole) {
+            assert!(
+                (part - all).abs() < 1e-4 * all.abs(),
+                "{parts:?} for {whole:?}"
+            );
+        }
+    }
+    let reduced = steps(9, "bf16");
+    assert_ne!(reduced, steps(9, "f32"));
+    for (value, exact) in reduced.iter().zip(&whole) {
+        assert!(
+            (value - exact).abs() < 0.05 * exact.abs(),
+            "{reduced:?} for {whole:?}"
+        );
+    }
+}
+
 #[test]
 fn a_pairwise_model_represents_a_cycle_and_a_scalar_reward_cannot() {
     let cycle = [(5, 6), (6, 7), (7, 5)];
