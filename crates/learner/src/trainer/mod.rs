@@ -198,6 +198,8 @@ impl Trainer {
             sums.loss += f64::from(loss.to_scalar::<f32>()?);
             let before = clock.elapsed().as_secs_f64();
             gradients.backward(&loss)?;
+            // Elsewhere than on the CPU the operations are only queued.
+            self.model.device().synchronize()?;
             backward_seconds += clock.elapsed().as_secs_f64() - before;
         }
         let forward_seconds = clock.elapsed().as_secs_f64() - backward_seconds;
@@ -217,6 +219,7 @@ impl Trainer {
         self.optimizer.step(&gradients, norm, learning_rate)?;
         self.followers
             .follow(&self.model, &self.optimizer, step + 1)?;
+        self.model.device().synchronize()?;
         measurements.set("time/optimizer", clock.elapsed().as_secs_f64() - before);
         measurements.set("grad_clipped_share", self.optimizer.clipped_share());
         Ok(StepOutcome::Applied(
