@@ -132,6 +132,22 @@ fn unknown_instruction_sets_are_rejected() {
 }
 
 #[test]
+fn reduced_precision_of_the_cpus_kernels_is_refused_on_other_devices() {
+    let sandbox = Sandbox::new();
+    for (part, precision, device) in [
+        ("rollout", "int8", "cuda"),
+        ("rollout", "bf16", "metal"),
+        ("learner", "bf16", "cuda:1"),
+    ] {
+        let arguments = ["bench", part, "--model", "nowhere", "--device", device];
+        let output = sandbox.run(&[&arguments[..], &["--precision", precision]].concat());
+        let refusal =
+            format!("--precision {precision} is for the CPU; on {device} use --dtype bf16");
+        output.check(2, &[&refusal]);
+    }
+}
+
+#[test]
 fn every_bench_reports_its_measurements() {
     let Some(model) = shared("benches", "data/models/stories260K") else {
         return;
@@ -178,6 +194,16 @@ fn every_bench_reports_its_measurements() {
             &["tokens_per_second", "roofline_share", "peak_gib"],
         );
         positive(&report["seconds"], &["forward", "backward", "optimizer"]);
+    }
+    for part in ["rollout", "learner"] {
+        let on_device = ["--device", "cpu", "--dtype", "bf16"];
+        let report = bench(part, &[&small[..], &on_device].concat());
+        positive(
+            &report,
+            &["tokens_per_second", "roofline_share", "machine_gflops"],
+        );
+        let placement = ["device", "dtype", "precision"].map(|key| report[key].as_str());
+        assert_eq!(placement, [Some("cpu"), Some("bf16"), Some("f32")]);
     }
     let run = [
         "--steps",

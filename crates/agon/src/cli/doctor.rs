@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::Context;
-use model::ModelError;
+use model::{DType, Device, ModelError};
 use telemetry::{Machine, describe_machine};
 
 use crate::exit_code::Code;
@@ -183,7 +183,7 @@ fn amount(subject: &'static str, bytes: Option<u64>, description: &str) -> Diagn
 
 /// Throughput of matrix multiplication on the CPU.
 fn matmul_throughput() -> anyhow::Result<String> {
-    let rate = model::roofline::matmul_flops()? / 1e9;
+    let rate = model::roofline::matmul_flops(&Device::Cpu, DType::F32)? / 1e9;
     let vectors = kernels::vectors().unwrap_or_default();
     Ok(format!(
         "usable, {rate:.1} GFLOP/s in f32 matrix multiplication, {vectors} kernels"

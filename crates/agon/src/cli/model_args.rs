@@ -34,6 +34,16 @@ pub(crate) enum DtypeArgument {
     Bf16,
 }
 
+impl DtypeArgument {
+    /// Its name on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
 impl From<DtypeArgument> for DType {
     fn from(dtype: DtypeArgument) -> Self {
         match dtype {

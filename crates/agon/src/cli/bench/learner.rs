@@ -14,7 +14,7 @@ use settings::resolve;
 use telemetry::Measurements;
 
 use crate::cli::bench::{
-    TimingOptions, TrainingPrecision, WorkloadOptions,
+    DeviceOptions, TimingOptions, TrainingPrecision, WorkloadOptions,
     cost::{TokenCost, token},
     peak_gib,
 };
@@ -24,9 +24,12 @@ use crate::cli::bench::{
 ///
 /// By default 16 completions of 128 tokens. tokens_per_second counts the tokens of completions; seconds are those
 /// of the phases of the last step; roofline_share is the operations of forward and backward pass as a share of
-/// the measured throughput of f32 matrix multiplication.
+/// the measured throughput of matrix multiplication in --dtype on --device. peak_gib is the peak memory of this
+/// process, without that of the device.
 ///
 /// Example: agon bench learner --model DIR --batch 16 --prompt 16 --new-tokens 64 --json
+///
+/// Example: agon bench learner --model DIR --device cuda --dtype bf16 --batch 64 --json
 #[derive(clap::Args)]
 #[group(skip)]
 #[command(
@@ -38,8 +41,10 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     workload: WorkloadOptions,
     #[command(flatten)]
+    placement: DeviceOptions,
+    #[command(flatten)]
     timing: TimingOptions,
-    /// Precision of matrix products with weights.
+    /// Precision of matrix products with weights on the CPU.
     #[arg(long, value_enum, default_value = "f32")]
     precision: TrainingPrecision,
 }
@@ -47,12 +52,14 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let Arguments {
         workload,
+        placement,
         timing,
         precision,
     } = arguments;
-    let (folder, policy) = workload.open()?;
-    let (config, cost) = (folder.config.clone(), TokenCost::of(&folder.config));
     let precision = precision.name();
+    placement.check_precision(precision)?;
+    let (folder, policy) = workload.open(placement)?;
+    let (config, cost) = (folder.config.clone(), TokenCost::of(&folder.config));
     let settings = format!("[learner]\nprecision = \"{precision}\"\n");
     let settings = resolve(&settings, "agon bench", &[])?.settings.learner;
     let mut trainer = Trainer::new(Arc::new(folder), &policy, &settings, Seed(0))?;
@@ -60,16 +67,18 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         .map(|index| pair(workload, &config, index))
         .collect();
     let mut last = Measurements::default();
-    let seconds = timing.measure(|step| match trainer.step(&pairs, step)? {
-        StepOutcome::Applied(measurements, _) => {
-            last = measurements;
-            Ok(())
+    let seconds = timing.measure(policy.device(), |step| {
+        match trainer.step(&pairs, step)? {
+            StepOutcome::Applied(measurements, _) => {
+                last = measurements;
+                Ok(())
+            }
+            StepOutcome::Rejected(_) => anyhow::bail!("a step was not finite"),
         }
-        StepOutcome::Rejected(_) => anyhow::bail!("a step was not finite"),
     })?;
     let phases = ["forward", "backward", "optimizer"];
     let phases = phases.map(|phase| (phase, last.get(&format!("time/{phase}"))));
-    let machine = Roofline::measure()?;
+    let machine = Roofline::measure(policy.device(), policy.dtype())?;
     let (pairs, new) = (pairs.len() as f64, workload.new_tokens as f64);
     let prompt = workload.prompt as f64;
     let read = pairs * (prompt + 2.0 * (new - 1.0));
@@ -82,6 +91,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         "batch": workload.batch,
         "prompt": workload.prompt,
         "new_tokens": workload.new_tokens,
+        "device": placement.device,
+        "dtype": placement.dtype.name(),
         "precision": precision,
         "tokens_per_second": 2.0 * pairs * new / seconds,
         "pairs_per_second": pairs / seconds,

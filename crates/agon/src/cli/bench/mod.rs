@@ -13,8 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use model::{DType, Device, LanguageModel, ModelFolder, Precision, StopTokens};
+use anyhow::Context;
+use model::{Device, LanguageModel, ModelFolder, Precision, StopTokens};
 use serde_json::Value;
+
+use crate::{cli::model_args::DtypeArgument, exit_code::UsageError};
 
 /// Measure the throughput of a component on this machine.
 #[derive(clap::Args)]
@@ -54,6 +57,17 @@ struct WorkloadOptions {
     new_tokens: usize,
 }
 
+// Device and dtype of the model.
+#[derive(clap::Args)]
+struct DeviceOptions {
+    /// The device of the model: `cpu`, `cuda`, `cuda:N` or `metal`.
+    #[arg(long, default_value = CPU)]
+    device: String,
+    /// Dtype of weights and activations.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DtypeArgument,
+}
+
 #[derive(clap::Args)]
 struct SamplingOptions {
     /// Precision of the weights for sampling.
@@ -70,6 +84,9 @@ struct TimingOptions {
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
 }
+
+/// Name of the device whose matrix products have a precision of their own.
+const CPU: &str = "cpu";
 
 /// Precision of the weights for sampling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -112,7 +129,7 @@ impl SamplingPrecision {
         }
     }
 
-    /// Bytes per weight.
+    /// Bytes per weight, as stored for sampling on the CPU.
     fn bytes(self) -> f64 {
         match self {
             Self::F32 => 4.0,
@@ -133,19 +150,44 @@ impl From<SamplingPrecision> for Precision {
 }
 
 impl WorkloadOptions {
-    /// The model in f32 on the CPU, without stop tokens, so that all completions have the same length.
-    fn open(&self) -> anyhow::Result<(ModelFolder, LanguageModel)> {
+    /// The model on its device, without stop tokens, so that all completions have the same length.
+    fn open(&self, options: &DeviceOptions) -> anyhow::Result<(ModelFolder, LanguageModel)> {
+        let device = model::device(&options.device)?;
         let mut folder = ModelFolder::open(&self.model, None)?;
         folder.config.stops = StopTokens::default();
-        let weights = folder.weights(DType::F32, &Device::Cpu)?;
+        let weights = folder.weights(options.dtype.into(), &device)?;
         let model = LanguageModel::new(folder.config.clone(), weights)?;
         Ok((folder, model))
     }
 }
 
+impl DeviceOptions {
+    /// Checks that a precision other than f32, which is one of the CPU's kernels, is for the CPU.
+    fn check_precision(&self, precision: &str) -> Result<(), UsageError> {
+        let kind = self.device.split(':').next();
+        if kind == Some(CPU) || precision == DtypeArgument::F32.name() {
+            return Ok(());
+        }
+        Err(UsageError(format!(
+            "--precision {precision} is for the CPU; on {} use --dtype bf16",
+            self.device
+        )))
+    }
+}
+
 impl TimingOptions {
-    /// Median seconds of a round, over at least three.
-    fn measure(&self, mut round: impl FnMut(u64) -> anyhow::Result<()>) -> anyhow::Result<f64> {
+    /// Median seconds of a round, over at least three. A round ends when `device` has finished its work.
+    fn measure(
+        &self,
+        device: &Device,
+        mut round: impl FnMut(u64) -> anyhow::Result<()>,
+    ) -> anyhow::Result<f64> {
+        let mut round = |index| {
+            round(index)?;
+            device
+                .synchronize()
+                .context("failed to wait for the device")
+        };
         round(0)?;
         let (clock, mut durations) = (Instant::now(), Vec::new());
         let time = Duration::from_secs_f64(self.seconds);

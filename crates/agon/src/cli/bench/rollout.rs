@@ -8,23 +8,28 @@ use model::{
 use serde_json::{Value, json};
 
 use crate::cli::bench::{
-    SamplingOptions, TimingOptions, WorkloadOptions,
+    DeviceOptions, SamplingOptions, TimingOptions, WorkloadOptions,
     cost::{TokenCost, token},
     peak_gib,
 };
 
 /// Measure sampling: prompts of random tokens, all completions in one batch and of full length.
 ///
-/// tokens_per_second counts new tokens. roofline_share is the share of the machine's limit: the operations at
-/// the measured throughput of f32 matrix multiplication, or reading the weights once per token at the measured
-/// memory bandwidth, whichever is slower. peak_gib is the peak memory of this process.
+/// tokens_per_second counts new tokens. roofline_share is the share of the device's limit: the operations at
+/// the measured throughput of matrix multiplication in --dtype on --device, or reading the weights once per token
+/// at that device's measured memory bandwidth, whichever is slower. On the CPU --precision decides the bytes of a
+/// weight, elsewhere --dtype does. peak_gib is the peak memory of this process, without that of the device.
 ///
 /// Example: agon bench rollout --model DIR --batch 32 --mixture-coef 0.125 --json
+///
+/// Example: agon bench rollout --model DIR --device cuda --dtype bf16 --batch 256 --json
 #[derive(clap::Args)]
 #[group(skip)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     workload: WorkloadOptions,
+    #[command(flatten)]
+    placement: DeviceOptions,
     #[command(flatten)]
     sampling: SamplingOptions,
     #[command(flatten)]
@@ -37,11 +42,14 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let Arguments {
         workload,
+        placement,
         sampling: options,
         timing,
         lora_rank,
     } = arguments;
-    let (folder, base) = workload.open()?;
+    placement.check_precision(options.precision.name())?;
+    let (folder, base) = workload.open(placement)?;
+    let (device, dtype) = (base.device().clone(), base.dtype());
     let config = &folder.config;
     let is_mixture = options.mixture_coef > 0.0;
     let policy = match lora_rank {
@@ -55,7 +63,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let capacity = workload.prompt + workload.new_tokens;
     let reference = is_mixture.then_some(base);
     let mut sampler = MixtureSampler::new(policy, reference, sampling, workload.batch, capacity)?;
-    let seconds = timing.measure(|round| {
+    let seconds = timing.measure(&device, |round| {
         for key in 0..workload.batch {
             let ids = (0..workload.prompt).map(|i| token(config, key * workload.prompt + i));
             sampler.admit(Request {
@@ -72,16 +80,22 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         }
         Ok(())
     })?;
-    let machine = Roofline::measure()?;
+    let machine = Roofline::measure(&device, dtype)?;
     let cost = TokenCost::of(config);
     let tokens = (workload.batch * workload.new_tokens) as f64;
-    let min_seconds = min_seconds(arguments, &cost, machine);
+    let bytes = match device.is_cpu() {
+        true => options.precision.bytes(),
+        false => dtype.size_in_bytes() as f64,
+    };
+    let min_seconds = min_seconds(arguments, &cost, machine, bytes);
     Ok(json!({
         "bench": "rollout",
         "model_parameters": config.parameter_count(),
         "batch": workload.batch,
         "prompt": workload.prompt,
         "new_tokens": workload.new_tokens,
+        "device": placement.device,
+        "dtype": placement.dtype.name(),
         "precision": options.precision.name(),
         "mixture_coef": options.mixture_coef,
         "lora_rank": lora_rank,
@@ -102,7 +116,12 @@ fn adapted(base: &LanguageModel, rank: usize) -> anyhow::Result<LanguageModel> {
 
 /// Lower bound on the seconds of a batch, by the roofline model. A policy with an adapter and its reference read the same
 /// weights once; the operations of the adapter are left out.
-fn min_seconds(arguments: &Arguments, cost: &TokenCost, machine: Roofline) -> f64 {
+fn min_seconds(
+    arguments: &Arguments,
+    cost: &TokenCost,
+    machine: Roofline,
+    weight_bytes: f64,
+) -> f64 {
     let (workload, sampling) = (&arguments.workload, &arguments.sampling);
     let models = if sampling.mixture_coef > 0.0 {
         2.0
@@ -120,6 +139,6 @@ fn min_seconds(arguments: &Arguments, cost: &TokenCost, machine: Roofline) -> f6
     let prefill = models * batch * (prompt * cost.blocks + attended(0.0, prompt) * cost.attention);
     let step = models * batch * (cost.blocks + cost.head);
     let attention = models * batch * attended(prompt, prompt + new) * cost.attention;
-    let bytes = copies * cost.weights() * sampling.precision.bytes();
+    let bytes = copies * cost.weights() * weight_bytes;
     machine.min_seconds(prefill + attention, bytes) + new * machine.min_seconds(step, bytes)
 }

@@ -7,8 +7,8 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use model::ModelFolder;
 use model::roofline::Roofline;
+use model::{DType, Device, ModelFolder};
 use serde_json::{Value, json};
 use settings::resolve;
 
@@ -75,7 +75,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let run = directory.path().join("run");
     train(&config, &run)?;
     let measured = RunThroughput::read(&run.join("metrics.jsonl"))?;
-    let machine = Roofline::measure()?;
+    let machine = Roofline::measure(&Device::Cpu, DType::F32)?;
     let cost = TokenCost::of(&folder.config);
     let operations = operations(workload, &cost, measured.tokens_per_pair);
     Ok(json!({
