@@ -188,6 +188,22 @@ impl RewardModel {
             vars,
         ))
     }
+
+    /// The model of the same weights once they are no longer trained: its forward passes keep nothing for gradients.
+    ///
+    /// # Errors
+    /// When the backbone cannot be put together again.
+    pub fn detached(&self) -> Result<Self, ModelError> {
+        let trained = self.backbone.trained().detached();
+        Ok(Self {
+            config: self.config,
+            backbone: self
+                .backbone
+                .with_trained(trained)?
+                .with_precision(self.backbone.precision),
+            head: self.head.detached(),
+        })
+    }
 }
 
 /// Initial head weights, row-major: the score's row, then the embedding's.

@@ -22,8 +22,8 @@ use crate::reward_training::epoch_order::{EpochOrder, StepRows};
 /// RNG stream ids of the adapter's initial values and of its dropout.
 const ADAPTER: u64 = 0x107a;
 const DROPOUT: u64 = 0xd209;
-/// Pairs per forward pass of an evaluation.
-const EVALUATION_BATCH: usize = 64;
+/// Maximum number of tokens, prompts and responses, per forward pass of an evaluation.
+const EVALUATION_TOKENS: usize = 8192;
 
 /// Two responses to a prompt with an annotator's label, as token ids.
 #[derive(Debug, Clone, PartialEq)]
@@ -138,7 +138,7 @@ pub(crate) fn fit_further(
             return Err(PreferenceError::FitStopped);
         }
     }
-    Ok(model)
+    Ok(model.detached()?)
 }
 
 /// The backbone without the policy's adapter, with a fresh one where the settings train an adapter.
@@ -184,7 +184,7 @@ pub(crate) fn predict(
     examples: &[PreferenceExample],
 ) -> Result<Vec<Prediction>, PreferenceError> {
     let mut predictions = Vec::with_capacity(examples.len());
-    for batch in examples.chunks(EVALUATION_BATCH) {
+    for batch in batches(examples) {
         let mut distinct = Deduplicated::default();
         let indices: Vec<_> = batch
             .iter()
@@ -205,6 +205,20 @@ pub(crate) fn predict(
         }
     }
     Ok(predictions)
+}
+
+/// The examples in order, in batches of at most [`EVALUATION_TOKENS`] tokens unless a single one exceeds it.
+fn batches(examples: &[PreferenceExample]) -> impl Iterator<Item = &[PreferenceExample]> {
+    let mut tokens = 0;
+    examples.chunk_by(move |before, next| {
+        let of = |e: &PreferenceExample| e.prompt.len() + e.first.len() + e.second.len();
+        tokens = if tokens == 0 { of(before) } else { tokens } + of(next);
+        let fits = tokens <= EVALUATION_TOKENS;
+        if !fits {
+            tokens = of(next);
+        }
+        fits
+    })
 }
 
 /// Prompt and response of both responses of an example.
