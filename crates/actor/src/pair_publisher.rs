@@ -58,7 +58,10 @@ impl PromptDrop {
         Self {
             reason: DropReason::Identical,
             detail: "all completions have the same tokens".to_owned(),
-            log_ratio: completions.first().map(Completion::log_ratio),
+            log_ratio: completions
+                .first()
+                .and_then(Completion::log_ratio)
+                .map(|ratio| ratio as f32),
         }
     }
 }

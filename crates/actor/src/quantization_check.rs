@@ -37,7 +37,7 @@ enum CheckState {
     /// No prompt of this version has been admitted.
     Ready,
     /// The completions of this prompt are being sampled.
-    Waiting { key: u64, ids: Vec<u32> },
+    Waiting { key: u64 },
     /// This version has been checked.
     Done,
 }
@@ -65,16 +65,13 @@ impl QuantizationCheck {
     pub(crate) fn admit(&mut self, request: &Request) {
         let is_checked = self.limit.precision != Precision::F32 && self.limit.max_error > 0.0;
         if is_checked && matches!(self.state, CheckState::Ready) {
-            self.state = CheckState::Waiting {
-                key: request.key,
-                ids: request.ids.clone(),
-            };
+            self.state = CheckState::Waiting { key: request.key };
         }
     }
 
     /// Deselects a prompt that the sampler rejected.
     pub(crate) fn reject(&mut self, key: u64) {
-        if matches!(&self.state, CheckState::Waiting { key: selected, .. } if *selected == key) {
+        if matches!(&self.state, CheckState::Waiting { key: selected } if *selected == key) {
             self.state = CheckState::Ready;
         }
     }
@@ -88,13 +85,10 @@ impl QuantizationCheck {
         policy: &LanguageModel,
         finished: &Finished,
     ) -> Result<Option<QuantizationError>, ModelError> {
-        let CheckState::Waiting { key, ids } = &self.state else {
-            return Ok(None);
-        };
-        if *key != finished.key {
+        if !matches!(self.state, CheckState::Waiting { key } if key == finished.key) {
             return Ok(None);
         }
-        let nats = mean_difference(policy, ids, &finished.completions)?;
+        let nats = mean_difference(policy, &finished.prompt, &finished.completions)?;
         self.state = CheckState::Done;
         let is_too_large = nats.is_nan() || nats > self.limit.max_error;
         if is_too_large {

@@ -65,6 +65,9 @@ pub struct CompletionPlan {
     pub exact_samples: usize,
     /// Longest completion, in tokens.
     pub max_new_tokens: usize,
+    /// Training: whether log ref is recorded of the policy's own completions. The learner computes it of all that its
+    /// labels compare; what it leaves out is known as recorded only.
+    pub records_reference: bool,
 }
 
 /// Streams of an actor.
@@ -373,12 +376,18 @@ impl CompletionPlan {
             }
             Purpose::Apo => (vec![0.0; self.apo_samples], 0),
         };
+        let records_reference = match prompt.purpose {
+            Purpose::Train | Purpose::File => self.records_reference,
+            Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => true,
+            Purpose::Apo => false,
+        };
         Request {
             key,
             seed: prompt.seed,
             mixture_coefs,
             exact,
             max_new_tokens: self.max_new_tokens,
+            records_reference,
             ids: prompt.ids,
         }
     }

@@ -4,7 +4,7 @@ use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use messages::{Purpose, WeightsVersion};
-use model::{Finished, LanguageModel, ModelError, Precision, Request, Sampler};
+use model::{Finished, LanguageModel, ModelError, Precision, Request, Sampler, Sequence};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -218,7 +218,9 @@ impl SamplerLoop {
                 Err(TryRecvError::Disconnected) => return Ok(false),
             }
         }
-        for finished in self.sampler.step()? {
+        let mut finished = self.sampler.step()?;
+        self.score_identical(&mut finished)?;
+        for finished in finished {
             if let Some(policy) = self.models.policy(self.selection)
                 && let Some(error) = self.quantization.check(policy, &finished)?
             {
@@ -227,6 +229,36 @@ impl SamplerLoop {
             self.emit(Ok(SamplerEvent::Finished(finished)));
         }
         Ok(true)
+    }
+
+    /// Records log ref of completions that are all identical, which no label compares: without it the divergence of a
+    /// step would leave out its most probable completions.
+    fn score_identical(&self, finished: &mut [Finished]) -> Result<(), ModelError> {
+        let is_unscored =
+            |f: &&mut Finished| f.is_identical() && f.completions[0].ref_logp.is_empty();
+        let mut unscored: Vec<&mut Finished> = finished.iter_mut().filter(is_unscored).collect();
+        if unscored.is_empty() {
+            return Ok(());
+        }
+        let sequences: Vec<_> = unscored
+            .iter()
+            .map(|finished| Sequence {
+                prompt: &finished.prompt,
+                completion: &finished.completions[0].ids,
+            })
+            .collect();
+        let reference = self.models.moved_reference(self.selection);
+        let reference = reference.unwrap_or_else(|| self.models.start());
+        let scored: Vec<f32> = reference.logprobs(&sequences)?.logp.to_vec1()?;
+        let mut rest = &scored[..];
+        for finished in &mut unscored {
+            let (logp, later) = rest.split_at(finished.completions[0].ids.len());
+            for completion in &mut finished.completions {
+                completion.ref_logp = logp.to_vec();
+            }
+            rest = later;
+        }
+        Ok(())
     }
 
     fn handle(&mut self, command: SamplerCommand) -> Result<(), ModelError> {

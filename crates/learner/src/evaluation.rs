@@ -215,7 +215,7 @@ impl EvaluationTally {
             judge_accuracy: agreement(&self.pairs, &LabelledPair::gold),
             judges: judge_evaluations(&target.judges, &self.pairs, IndependentUnit::Pair),
             win_rate_lc: Some(length_controlled(&self.pairs, &wins)),
-            kl: mean(&|l| exact(l).sum_logp() - exact(l).sum_ref_logp()),
+            kl: mean(&|l| exact(l).log_ratio().unwrap_or(f64::NAN)),
             response_length: tokens,
             reference_length: mean(&|l| l.pair.completions[1].ids.len() as f64),
             entropy: -mean(&|l| exact(l).sum_logp()) / exact_tokens.max(1.0),

@@ -64,6 +64,24 @@ pub(crate) fn not_compared(labelled: &LabelledPair) -> impl Iterator<Item = &Com
         .map(|(_, completion)| completion)
 }
 
+/// Records the learner's log ref where actors recorded none. `ref_logp` is that of every token of the compared completions
+/// that actors sampled, in order.
+pub(crate) fn record_ref_logp(pairs: &mut [LabelledPair], ref_logp: &[f32]) {
+    let mut rest = ref_logp;
+    for labelled in pairs {
+        let sampled = compared(labelled).filter(|(_, completion)| completion.is_recorded());
+        let indices: Vec<u16> = sampled.map(|(index, _)| index).collect();
+        for index in indices {
+            let completion = &mut labelled.pair.completions[usize::from(index)];
+            let (logp, later) = rest.split_at(completion.ids.len());
+            if completion.ref_logp.is_empty() {
+                completion.ref_logp = logp.to_vec();
+            }
+            rest = later;
+        }
+    }
+}
+
 /// A completion of a pass, with its prompt's tokens.
 struct ScoredCompletion<'a> {
     prompt: &'a [u32],
@@ -167,14 +185,18 @@ impl<'a> MicroBatch<'a> {
         self.collect(|c| &c.logp)
     }
 
-    /// log ref of every recorded response token by the actors; NaN for pairs of weights before step `since`, which came
-    /// with another reference.
+    /// log ref of every recorded response token by the actors; NaN where they recorded none, and for pairs of weights before
+    /// step `since`, which came with another reference.
     pub(crate) fn recorded_ref_logp(&self, since: u64) -> Vec<f32> {
         let of = |labelled: &LabelledPair| {
             let is_current = labelled.pair.version.step >= since;
-            let tokens = compared(labelled).flat_map(|(_, c)| c.ref_logp.clone());
-            let current = tokens.map(move |logp| if is_current { logp } else { f32::NAN });
-            current.collect::<Vec<_>>()
+            let of_completion = |(_, c): (u16, &Completion)| match is_current {
+                true if c.ref_logp.len() == c.logp.len() => c.ref_logp.clone(),
+                _ => vec![f32::NAN; c.logp.len()],
+            };
+            compared(labelled)
+                .flat_map(of_completion)
+                .collect::<Vec<_>>()
         };
         self.pairs.iter().flat_map(of).collect()
     }
@@ -293,6 +315,44 @@ pub(crate) mod tests {
             p,
             judged: None,
         }
+    }
+
+    /// Of the first pair's compared completions one has a log ref; the second pair is from a file.
+    #[test]
+    fn the_learners_log_ref_is_recorded_where_actors_recorded_none() {
+        let mut first = of_length(2);
+        first.pair.completions[1].ref_logp.clear();
+        let mut given = of_length(1);
+        for completion in &mut given.pair.completions {
+            completion.logp.clear();
+            completion.ref_logp.clear();
+            completion.behaviour_logp.clear();
+        }
+        let mut last = of_length(1);
+        for completion in &mut last.pair.completions {
+            completion.ref_logp.clear();
+        }
+        let labelling = Labelling {
+            kind: settings::LabelKind::Soft,
+            flip: 0.0,
+            smoothing: 0.0,
+            seed: Seed(0),
+        };
+        let mut pairs = [first, given, last];
+        let recorded = MicroBatch::new(&pairs, &labelling).recorded_ref_logp(0);
+        assert_eq!(recorded[..2], [-1.0, -1.0]);
+        assert!(recorded.len() == 6 && recorded[2..].iter().all(|logp| logp.is_nan()));
+        record_ref_logp(&mut pairs, &[-3.0, -4.0, -5.0, -6.0, -7.0, -8.0]);
+        let of = |pair: usize| {
+            pairs[pair]
+                .pair
+                .completions
+                .iter()
+                .map(|c| c.ref_logp.clone())
+        };
+        let found: Vec<Vec<f32>> = (0..3).flat_map(of).collect();
+        let expected: [&[f32]; 6] = [&[-1.0, -1.0], &[-5.0, -6.0], &[], &[], &[-7.0], &[-8.0]];
+        assert_eq!(found, expected);
     }
 
     /// Completions of 1, 2, 3, 4 tokens, of which the last and the second are compared.

@@ -10,9 +10,9 @@ use crate::{
 
 /// One completion of a prompt, with the log-probabilities recorded while sampling.
 ///
-/// The three log-probabilities have one entry per token of `ids`, in nats; a completion from a file has none of them. `logp` and `ref_logp` are under the
-/// full distribution at temperature 1; `behaviour_logp` is under the sampling distribution: mixed, tempered,
-/// truncated.
+/// The three log-probabilities have one entry per token of `ids`, in nats; a completion from a file has none of them, and
+/// one of the policy alone may lack `ref_logp`, which the learner computes anyway. `logp` and `ref_logp` are under the
+/// full distribution at temperature 1; `behaviour_logp` is under the sampling distribution: mixed, tempered, truncated.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
     /// Response tokens, end-of-text included if it was sampled.
@@ -23,7 +23,7 @@ pub struct Completion {
     pub mixture_coef: f32,
     /// log π of each token under the pair's weights version.
     pub logp: Vec<f32>,
-    /// log ref of each token, under the reference of the pair's weights version.
+    /// log ref of each token, under the reference of the pair's weights version; empty if it was not computed.
     pub ref_logp: Vec<f32>,
     /// Log-probability of each token under the distribution it was sampled from.
     pub behaviour_logp: Vec<f32>,
@@ -213,16 +213,17 @@ impl Completion {
         self.logp.iter().map(|&l| f64::from(l)).sum()
     }
 
-    /// log ref(y|x) in nats, summed like [`Self::sum_logp`].
+    /// log ref(y|x) in nats, summed like [`Self::sum_logp`]; `None` if it was not recorded.
     #[must_use]
-    pub fn sum_ref_logp(&self) -> f64 {
-        self.ref_logp.iter().map(|&l| f64::from(l)).sum()
+    pub fn sum_ref_logp(&self) -> Option<f64> {
+        let sum = || self.ref_logp.iter().map(|&l| f64::from(l)).sum();
+        (!self.ref_logp.is_empty()).then(sum)
     }
 
-    /// log π(y|x) − log ref(y|x) in nats, both as recorded.
+    /// log π(y|x) − log ref(y|x) in nats, both as recorded; `None` if log ref was not.
     #[must_use]
-    pub fn log_ratio(&self) -> f32 {
-        (self.sum_logp() - self.sum_ref_logp()) as f32
+    pub fn log_ratio(&self) -> Option<f64> {
+        Some(self.sum_logp() - self.sum_ref_logp()?)
     }
 
     /// A completion that was not sampled in the run, so that nothing was recorded of it.
@@ -247,12 +248,16 @@ impl Completion {
             .any(|recorded| !recorded.is_empty())
     }
 
-    /// Whether all log-probabilities are finite and there is one of each kind per token.
+    /// Whether all log-probabilities are finite and there is one of each kind per token; of the policy's own completions
+    /// those under the reference may be missing.
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        [&self.logp, &self.ref_logp, &self.behaviour_logp]
-            .iter()
-            .all(|l| l.len() == self.ids.len() && l.iter().all(|x| x.is_finite()))
+        let lacks_reference = self.ref_logp.is_empty() && self.mixture_coef == 0.0;
+        let is_complete =
+            |l: &Vec<f32>| l.len() == self.ids.len() && l.iter().all(|x| x.is_finite());
+        is_complete(&self.logp)
+            && is_complete(&self.behaviour_logp)
+            && (lacks_reference || is_complete(&self.ref_logp))
     }
 }
 

@@ -164,10 +164,15 @@ impl Rollouts {
     fn selector(&self, request: &Request, index: usize) -> Result<MixtureSelector, ModelError> {
         let capacity = request.ids.len() + request.max_new_tokens;
         let with_slot = |reference: &Decoder| reference.with_slots(1, capacity);
+        let reference = match &self.reference {
+            None => TokenReference::Policy,
+            Some(_) if !request.needs_reference() => TokenReference::Unrecorded,
+            Some(reference) => TokenReference::Decoder(with_slot(reference)?),
+        };
         Ok(MixtureSelector {
             prompt: request.ids.clone(),
             completion_sampler: CompletionSampler::new(request, index),
-            reference: self.reference.as_ref().map(with_slot).transpose()?,
+            reference,
             sampling: self.sampling,
             stops: self.stops.clone(),
             scratch: Scratch::default(),
@@ -275,12 +280,21 @@ fn load(folder: &ModelFolder, policy: &LanguageModel) -> Result<LoadedPolicy, Mo
     })
 }
 
+/// Reference of a completion.
+enum TokenReference {
+    /// The policy is its own reference.
+    Policy,
+    /// log ref is not recorded.
+    Unrecorded,
+    /// A decoder with one slot.
+    Decoder(Decoder),
+}
+
 /// Samples tokens from the mixture of policy and reference and records their log-probabilities.
 struct MixtureSelector {
     prompt: Vec<u32>,
     completion_sampler: CompletionSampler,
-    /// Reference decoder with one slot.
-    reference: Option<Decoder>,
+    reference: TokenReference,
     sampling: SamplingSettings,
     stops: StopTokens,
     scratch: Scratch,
@@ -296,9 +310,16 @@ impl MixtureSelector {
                 "sample a completion: the context of mistral.rs differs from the sampled tokens";
             return Err(ModelError::Engine(reason.into()));
         }
-        let reference = self.reference_logits()?;
-        let reference = reference.as_ref().map_or(policy, |logits| logits.row(0));
-        if reference.len() != policy.len() {
+        let logits = self.reference_logits()?;
+        let reference = match &self.reference {
+            TokenReference::Policy => Some(policy),
+            TokenReference::Unrecorded | TokenReference::Decoder(_) => {
+                logits.as_ref().map(|logits| logits.row(0))
+            }
+        };
+        if let Some(reference) = reference
+            && reference.len() != policy.len()
+        {
             let reason = format!(
                 "sample a completion: mistral.rs returned {} logits for a vocabulary of {}",
                 policy.len(),
@@ -314,9 +335,9 @@ impl MixtureSelector {
         )
     }
 
-    /// Logits of the reference for the next token.
+    /// Logits of the reference for the next token; `None` without a decoder.
     fn reference_logits(&mut self) -> Result<Option<Logits>, ModelError> {
-        let Some(reference) = &mut self.reference else {
+        let TokenReference::Decoder(reference) = &mut self.reference else {
             return Ok(None);
         };
         let logits = match self.completion_sampler.ids().last() {

@@ -214,6 +214,12 @@ impl LearnerSettings {
             .saturating_mul(self.train_batch_size)
     }
 
+    /// Whether labels may be left out, so that the learner does not score the completions that only these compare.
+    #[must_use]
+    pub fn leaves_out_labels(&self) -> bool {
+        self.min_margin > 0.0 || self.pair_selection != PairSelection::All
+    }
+
     /// Optimiser and learning-rate schedule.
     #[must_use]
     pub fn optimizer(&self) -> OptimizerSettings {

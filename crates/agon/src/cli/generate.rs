@@ -311,6 +311,7 @@ impl Arguments {
             mixture_coefs: vec![self.mixture_coef.unwrap_or(0.0); group.count],
             exact: 0,
             max_new_tokens: self.max_new_tokens,
+            records_reference: true,
         }
     }
 }

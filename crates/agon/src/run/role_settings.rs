@@ -89,6 +89,7 @@ pub(super) fn completion_plan(settings: &Settings) -> CompletionPlan {
         apo_samples: settings.preference.apo.samples,
         exact_samples: usize::from(!sampling(settings).is_exact()),
         max_new_tokens: settings.actor.max_new_tokens,
+        records_reference: settings.learner.leaves_out_labels(),
     }
 }
 

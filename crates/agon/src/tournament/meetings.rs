@@ -288,6 +288,7 @@ impl<'a> MeetingInputs<'a> {
             mixture_coefs: vec![policy.mixture_coef],
             exact: 0,
             max_new_tokens,
+            records_reference: true,
         };
         (0..).zip(&self.prompts).map(request)
     }
@@ -295,7 +296,7 @@ impl<'a> MeetingInputs<'a> {
     fn policy(&self, name: &str, answers: &[Completion], temperature: f64) -> PolicyAnswers {
         let count = answers.len() as f64;
         let mean = |of: &dyn Fn(&Completion) -> f64| answers.iter().map(of).sum::<f64>() / count;
-        let kl = || mean(&|answer| answer.sum_logp() - answer.sum_ref_logp());
+        let kl = || mean(&|answer| answer.log_ratio().unwrap_or(f64::NAN));
         let share = |style: Style| {
             mean(&|answer| f64::from(u8::from(playground::style_of(&answer.ids) == style)))
         };

@@ -45,7 +45,7 @@ struct TokenValues {
     ref_logp: Vec<f32>,
     /// The actors' log π.
     recorded_logp: Vec<f32>,
-    /// The actors' log ref; NaN under another reference than the learner's.
+    /// The actors' log ref; NaN where they recorded none, or under another reference than the learner's.
     recorded_ref_logp: Vec<f32>,
     /// The policy's entropy, in nats.
     entropy: Vec<f32>,
@@ -86,13 +86,13 @@ pub struct PolicySamples {
 impl PolicySamples {
     /// Policy samples among `completions`, with log π/ref as their actors recorded it; without those that have no record.
     pub(crate) fn recorded<'a>(completions: impl Iterator<Item = &'a Completion>) -> Self {
-        let is_sample = |c: &&Completion| c.mixture_coef == 0.0 && c.logp.len() == c.ids.len();
         completions
-            .filter(is_sample)
-            .fold(Self::default(), |sum, completion| {
+            .filter(|completion| completion.mixture_coef == 0.0)
+            .filter_map(Completion::log_ratio)
+            .fold(Self::default(), |sum, log_ratio| {
                 sum.and(Self {
                     count: 1,
-                    log_ratio: f64::from(completion.log_ratio()),
+                    log_ratio,
                 })
             })
     }
@@ -268,6 +268,11 @@ impl StepSums {
         scored.and(PolicySamples::recorded(pairs.iter().flat_map(not_compared)))
     }
 
+    /// The learner's log ref of every token of the compared completions that actors recorded, in order.
+    pub(crate) fn into_ref_logp(self) -> Vec<f32> {
+        self.tokens.ref_logp
+    }
+
     /// Metrics of the labels' importance weights, whether or not they enter the loss.
     pub(crate) fn off_policy(&self, correction: &Correction, m: &mut Measurements) {
         correction.metrics(&self.log_weights, m);
@@ -295,7 +300,7 @@ impl StepSums {
         let mut of_reference = differences(&self.tokens.ref_logp, &self.tokens.recorded_ref_logp);
         of_reference.retain(|gap| !gap.is_nan());
         if of_reference.is_empty() {
-            // All were recorded under another reference.
+            // None was recorded, or all under another reference.
             return;
         }
         let total: f64 = of_reference.iter().map(|gap| gap.abs()).sum();

@@ -164,19 +164,32 @@ impl Trainer {
     /// # Errors
     /// If a pair does not fit the model, or the device is out of memory.
     pub fn step(&mut self, pairs: &[LabelledPair], step: u64) -> Result<StepOutcome, LearnerError> {
-        self.step_within(pairs, step, StepLimits::FINITE)
+        Ok(self.scored_step(pairs, step, StepLimits::FINITE)?.0)
     }
 
-    /// As [`Self::step`], if its loss and gradient norm are within `limits`.
+    /// As [`Self::step`], if its loss and gradient norm are within `limits`. Compared completions whose log ref no actor
+    /// recorded get the learner's.
     ///
     /// # Errors
     /// As [`Self::step`].
     pub(crate) fn step_within(
         &mut self,
-        pairs: &[LabelledPair],
+        pairs: &mut [LabelledPair],
         step: u64,
         limits: StepLimits,
     ) -> Result<StepOutcome, LearnerError> {
+        let (outcome, ref_logp) = self.scored_step(pairs, step, limits)?;
+        micro_batch::record_ref_logp(pairs, &ref_logp);
+        Ok(outcome)
+    }
+
+    /// A step, and log ref of every token of the compared completions that actors recorded, in order.
+    fn scored_step(
+        &mut self,
+        pairs: &[LabelledPair],
+        step: u64,
+        limits: StepLimits,
+    ) -> Result<(StepOutcome, Vec<f32>), LearnerError> {
         let mut gradients = Gradients::default();
         let mut sums = StepSums::recorded_since(self.followers.recorded_since(step));
         let clock = Instant::now();
@@ -213,7 +226,7 @@ impl Trainer {
         measurements.set("time/backward", backward_seconds);
         if !limits.accept(sums.loss, norm) {
             self.ganpo.as_mut().map_or(Ok(()), GanpoRegulariser::undo)?;
-            return Ok(StepOutcome::Rejected(measurements));
+            return Ok((StepOutcome::Rejected(measurements), sums.into_ref_logp()));
         }
         let before = clock.elapsed().as_secs_f64();
         self.optimizer.step(&gradients, norm, learning_rate)?;
@@ -222,10 +235,9 @@ impl Trainer {
         self.model.device().synchronize()?;
         measurements.set("time/optimizer", clock.elapsed().as_secs_f64() - before);
         measurements.set("grad_clipped_share", self.optimizer.clipped_share());
-        Ok(StepOutcome::Applied(
-            measurements,
-            sums.policy_samples(pairs),
-        ))
+        let samples = sums.policy_samples(pairs);
+        let outcome = StepOutcome::Applied(measurements, samples);
+        Ok((outcome, sums.into_ref_logp()))
     }
 
     /// Trains the discriminators on this batch, if they are trained at this step. The log-probabilities of a batch of

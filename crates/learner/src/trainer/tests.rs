@@ -105,6 +105,7 @@ pub(super) fn sampled_beside(
             mixture_coefs: vec![0.0, 0.25],
             exact: 0,
             max_new_tokens: 12,
+            records_reference: true,
         };
         sampler.admit(request).unwrap();
     }

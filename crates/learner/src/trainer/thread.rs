@@ -177,12 +177,12 @@ fn run(mut trainer: Trainer, inbox: &Receiver<TrainerCommand>) {
     for command in inbox {
         match command {
             TrainerCommand::Step {
-                pairs,
+                mut pairs,
                 step,
                 limits,
                 reply,
             } => {
-                let outcome = trainer.step_within(&pairs, step, limits);
+                let outcome = trainer.step_within(&mut pairs, step, limits);
                 send(reply, outcome.map(|outcome| (outcome, pairs)));
             }
             TrainerCommand::Restore { from, reply } => send(reply, trainer.restore(&from)),

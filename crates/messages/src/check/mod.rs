@@ -289,7 +289,10 @@ impl Pair {
         let mut completions = self.completions.iter();
         match self.prompt.purpose {
             Purpose::File => completions.try_for_each(|c| c.check_given(&self.prompt, limits)),
-            _ => completions.try_for_each(|c| c.check(limits)),
+            Purpose::Train | Purpose::Apo => completions.try_for_each(|c| c.check(limits)),
+            Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => {
+                completions.try_for_each(|c| c.check_evaluated(limits))
+            }
         }
     }
 }
@@ -304,6 +307,18 @@ impl Completion {
         match self.is_valid() {
             true => Ok(()),
             false => Err(InvalidMessage::Numbers {
+                what: "the log-probabilities of a completion",
+                of: "token",
+            }),
+        }
+    }
+
+    /// Checks a completion of an evaluation, whose distance from the reference is measured.
+    fn check_evaluated(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+        self.check(limits)?;
+        match self.ref_logp.is_empty() {
+            false => Ok(()),
+            true => Err(InvalidMessage::Numbers {
                 what: "the log-probabilities of a completion",
                 of: "token",
             }),

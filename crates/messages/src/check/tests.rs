@@ -162,9 +162,17 @@ fn prompts_fit_vocabulary_positions_batch_and_announced_weights() {
     assert_eq!(long.check(&unread), Ok(()), "no model reads it");
 }
 
+/// A completion without log ref.
+fn without_reference(mixture_coef: f32) -> Completion {
+    let mut completion = pair(Purpose::Train, 3).completions.remove(0);
+    completion.mixture_coef = mixture_coef;
+    completion.ref_logp.clear();
+    completion
+}
+
 #[test]
 fn pairs_have_the_completions_of_the_settings_sampled_with_announced_weights() {
-    let cases: [Case<Pair>; 19] = [
+    let cases: [Case<Pair>; 21] = [
         (|p| p.prompt.ids[0] = 11, "the prompt has token 11"),
         (|p| p.completions.truncate(2), "the pair has 2 completions"),
         (|p| p.completions.clear(), "the settings ask for 3"),
@@ -175,6 +183,11 @@ fn pairs_have_the_completions_of_the_settings_sampled_with_announced_weights() {
         (|p| p.completions[0].logp[1] = f32::NAN, "one per token"),
         (|p| p.completions[0].ref_logp[1] = f32::INFINITY, "finite"),
         (|p| p.completions[0].behaviour_logp.push(0.0), "finite"),
+        (|p| p.completions[0] = without_reference(0.0), ""),
+        (
+            |p| p.completions[0] = without_reference(0.25),
+            "one per token",
+        ),
         (|p| p.completions[0].mixture_coef = 1.5, "is 1.5"),
         (|p| p.completions[0].mixture_coef = f32::NAN, "is NaN"),
         (|p| p.version = version(1, 51), "names weights version 51"),
@@ -187,7 +200,11 @@ fn pairs_have_the_completions_of_the_settings_sampled_with_announced_weights() {
     ];
     let check = |pair: &Pair| pair.check(&LIMITS);
     assert_cases(|| pair(Purpose::Train, 3), check, &cases);
-    assert_cases(|| pair(Purpose::Evaluate, 2), check, &[]);
+    let cases: [Case<Pair>; 1] = [(
+        |p| p.completions[0] = without_reference(0.0),
+        "one per token",
+    )];
+    assert_cases(|| pair(Purpose::Evaluate, 2), check, &cases);
     assert_cases(|| pair(Purpose::Apo, 4), check, &[]);
 }
 

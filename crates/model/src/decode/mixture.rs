@@ -29,10 +29,24 @@ pub(crate) struct MixtureLogits {
 enum ReferenceLogits {
     /// Those of the policy.
     Policy,
-    /// Rows of their own.
-    Own(Logits),
-    /// Rows from this one on, below the policy's.
-    From(usize),
+    /// Rows of their own, if there are any, and which of them belongs to each of the policy's rows.
+    Own(Option<Logits>, RowMap),
+    /// Rows below the policy's, and which of all rows belongs to each of the policy's.
+    Below(RowMap),
+}
+
+/// Row of the reference for each row of the policy; `None` for those that only the policy computed.
+type RowMap = Vec<Option<usize>>;
+
+/// The next token of a slot.
+#[derive(Clone, Copy)]
+pub(crate) struct NextToken {
+    /// The slot.
+    pub(crate) slot: usize,
+    /// Token that is appended.
+    pub(crate) token: u32,
+    /// Whether the reference reads it too.
+    pub(crate) is_scored: bool,
 }
 
 /// Slots and capacity of a decoder for two models.
@@ -50,12 +64,13 @@ impl MixtureLogits {
         self.policy.row(index)
     }
 
-    /// The reference's logits of row `index`; the same slice where the policy is its own reference.
-    pub(crate) fn reference(&self, index: usize) -> &[f32] {
+    /// The reference's logits of row `index`; the same slice where the policy is its own reference, `None` where the
+    /// reference did not compute it.
+    pub(crate) fn reference(&self, index: usize) -> Option<&[f32]> {
         match &self.reference {
-            ReferenceLogits::Policy => self.policy.row(index),
-            ReferenceLogits::Own(logits) => logits.row(index),
-            ReferenceLogits::From(first) => self.policy.row(first + index),
+            ReferenceLogits::Policy => Some(self.policy.row(index)),
+            ReferenceLogits::Own(logits, rows) => Some(logits.as_ref()?.row(rows[index]?)),
+            ReferenceLogits::Below(rows) => Some(self.policy.row(rows[index]?)),
         }
     }
 
@@ -186,65 +201,114 @@ impl MixtureDecoder {
         }
     }
 
-    /// [`Decoder::prefill`] of both models.
+    /// [`Decoder::prefill`] of the policy, and of the reference for those prompts that are `scored`.
     ///
     /// # Errors
     /// As there.
-    pub(crate) fn prefill(&mut self, prompts: &[Prefill<'_>]) -> Result<MixtureLogits, ModelError> {
+    pub(crate) fn prefill(
+        &mut self,
+        prompts: &[Prefill<'_>],
+        scored: &[bool],
+    ) -> Result<MixtureLogits, ModelError> {
+        let of_reference: Vec<Prefill<'_>> = of_scored(prompts, scored);
         let shared = |both: &mut Decoder, slots: usize| {
-            let slots_of = |first: usize| {
-                let moved = move |prompt: &Prefill<'_>| -> Vec<usize> {
-                    prompt.slots.iter().map(|slot| first + slot).collect()
-                };
-                prompts.iter().map(moved)
+            let moved = |prompt: &Prefill<'_>| -> Vec<usize> {
+                prompt.slots.iter().map(|slot| slots + slot).collect()
             };
-            let all: Vec<Vec<usize>> = slots_of(0).chain(slots_of(slots)).collect();
-            let twice = prompts.iter().chain(prompts).zip(&all);
-            let twice: Vec<Prefill<'_>> = twice
-                .map(|(prompt, slots)| Prefill {
-                    ids: prompt.ids,
-                    slots,
-                })
-                .collect();
-            both.prefill(&twice)
+            let below: Vec<Vec<usize>> = of_reference.iter().map(moved).collect();
+            let below = of_reference.iter().zip(&below);
+            let below = below.map(|(prompt, slots)| Prefill {
+                ids: prompt.ids,
+                slots,
+            });
+            let all: Vec<Prefill<'_>> = prompts.iter().copied().chain(below).collect();
+            both.prefill(&all)
         };
-        self.forward(|decoder| decoder.prefill(prompts), shared, prompts.len())
+        let work = MixtureWork {
+            policy: |decoder: &mut Decoder| decoder.prefill(prompts),
+            reference: |decoder: &mut Decoder| decoder.prefill(&of_reference),
+            shared,
+        };
+        self.forward(work, scored)
     }
 
-    /// [`Decoder::extend`] of both models.
+    /// [`Decoder::extend`] of the policy, and of the reference for those tokens that are scored. Slots that are not must
+    /// not have been prefilled as scored.
     ///
     /// # Errors
     /// As there.
-    pub(crate) fn extend(
-        &mut self,
-        slots: &[usize],
-        tokens: &[u32],
-    ) -> Result<MixtureLogits, ModelError> {
-        let shared = |both: &mut Decoder, first: usize| {
-            let below = slots.iter().map(|slot| first + slot);
-            let all: Vec<usize> = slots.iter().copied().chain(below).collect();
-            both.extend(&all, &[tokens, tokens].concat())
+    pub(crate) fn extend(&mut self, next: &[NextToken]) -> Result<MixtureLogits, ModelError> {
+        let scored: Vec<bool> = next.iter().map(|next| next.is_scored).collect();
+        let split = |next: &[NextToken]| -> (Vec<usize>, Vec<u32>) {
+            next.iter().map(|next| (next.slot, next.token)).unzip()
         };
-        self.forward(|decoder| decoder.extend(slots, tokens), shared, slots.len())
+        let (slots, tokens) = split(next);
+        let (scored_slots, scored_tokens) = split(&of_scored(next, &scored));
+        let shared = |both: &mut Decoder, first: usize| {
+            let below = scored_slots.iter().map(|slot| first + slot);
+            let all: Vec<usize> = slots.iter().copied().chain(below).collect();
+            both.extend(&all, &[&tokens[..], &scored_tokens].concat())
+        };
+        let work = MixtureWork {
+            policy: |decoder: &mut Decoder| decoder.extend(&slots, &tokens),
+            reference: |decoder: &mut Decoder| decoder.extend(&scored_slots, &scored_tokens),
+            shared,
+        };
+        self.forward(work, &scored)
     }
 
-    /// Runs `each` on the policy and, if it has a decoder of its own, the reference, concurrently, so that one uses the
-    /// threads that the other's sequential parts leave idle; or `shared` on the decoder of both, given its number of slots,
-    /// which returns `rows` rows of the policy and, below, as many of the reference.
-    fn forward(
+    /// Computes the policy's rows and those of the reference, where it has a decoder of its own concurrently, so that
+    /// one uses the threads that the other's sequential parts leave idle.
+    fn forward<P, R, S>(
         &mut self,
-        each: impl Fn(&mut Decoder) -> Result<Logits, ModelError> + Sync,
-        shared: impl FnOnce(&mut Decoder, usize) -> Result<Logits, ModelError>,
-        rows: usize,
-    ) -> Result<MixtureLogits, ModelError> {
+        work: MixtureWork<P, R, S>,
+        scored: &[bool],
+    ) -> Result<MixtureLogits, ModelError>
+    where
+        P: Fn(&mut Decoder) -> Result<Logits, ModelError> + Sync,
+        R: Fn(&mut Decoder) -> Result<Logits, ModelError> + Sync,
+        S: FnOnce(&mut Decoder, usize) -> Result<Logits, ModelError>,
+    {
         let (policy, reference) = match self {
-            Self::Alone(policy) => (each(policy)?, ReferenceLogits::Policy),
-            Self::Separate { policy, reference } => {
-                let (policy, reference) = rayon::join(|| each(policy), || each(reference));
-                (policy?, ReferenceLogits::Own(reference?))
+            Self::Alone(policy) => ((work.policy)(policy)?, ReferenceLogits::Policy),
+            Self::Separate { policy, reference } if scored.contains(&true) => {
+                let (policy, reference) =
+                    rayon::join(|| (work.policy)(policy), || (work.reference)(reference));
+                let rows = row_map(scored, 0);
+                (policy?, ReferenceLogits::Own(Some(reference?), rows))
             }
-            Self::Shared { both, slots } => (shared(both, *slots)?, ReferenceLogits::From(rows)),
+            Self::Separate { policy, .. } => {
+                let rows = row_map(scored, 0);
+                ((work.policy)(policy)?, ReferenceLogits::Own(None, rows))
+            }
+            Self::Shared { both, slots } => {
+                let rows = row_map(scored, scored.len());
+                ((work.shared)(both, *slots)?, ReferenceLogits::Below(rows))
+            }
         };
         Ok(MixtureLogits { policy, reference })
     }
+}
+
+/// A forward pass: on the policy's decoder, on the reference's, and on that of both, given its number of slots, which
+/// returns the policy's rows and, below, those of the reference.
+struct MixtureWork<P, R, S> {
+    policy: P,
+    reference: R,
+    shared: S,
+}
+
+/// Those of `all` that are scored.
+fn of_scored<T: Copy>(all: &[T], scored: &[bool]) -> Vec<T> {
+    let both = all.iter().zip(scored);
+    both.filter(|(_, scored)| **scored)
+        .map(|(one, _)| *one)
+        .collect()
+}
+
+/// Rows of the reference from `first` on, for the scored rows in order.
+fn row_map(scored: &[bool], first: usize) -> RowMap {
+    let mut rows = first..;
+    let row = |&scored: &bool| if scored { rows.next() } else { None };
+    scored.iter().map(row).collect()
 }

@@ -12,10 +12,10 @@ use std::ops::Range;
 
 use crate::{error::ModelError, ragged::check_tokens, transformer::LanguageModel};
 pub use kernels::Precision;
-pub(crate) use mixture::{MixtureDecoder, MixtureLogits, SlotLimits};
+pub(crate) use mixture::{MixtureDecoder, MixtureLogits, NextToken, SlotLimits};
 
 /// A prompt to process once and store in several slots.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct Prefill<'a> {
     /// Token ids of the prompt.
     pub ids: &'a [u32],

@@ -105,6 +105,16 @@ fn both_backends_agree_on_every_architecture_and_reduced_precision_deviates_litt
 
 /// The logits of both models after three prompts in two slots each, and after each of four further tokens.
 fn both_logits(decoder: &mut MixtureDecoder) -> [Vec<f32>; 2] {
+    let (policy, reference) = scored_logits(decoder, [true; 3]);
+    let reference: Vec<Vec<f32>> = reference.into_iter().flatten().collect();
+    [policy.concat(), reference.concat()]
+}
+
+/// Rows of the policy, and those of the reference, which reads only the `scored` ones of the three prompts.
+fn scored_logits(
+    decoder: &mut MixtureDecoder,
+    scored: [bool; 3],
+) -> (Vec<Vec<f32>>, Vec<Option<Vec<f32>>>) {
     let prompts = [[0, 4, 2], [3, 3, 1], [5, 0, 8]];
     let slots = [[4, 1], [0, 5], [2, 3]];
     let prompts: Vec<Prefill<'_>> = prompts
@@ -112,20 +122,58 @@ fn both_logits(decoder: &mut MixtureDecoder) -> [Vec<f32>; 2] {
         .zip(&slots)
         .map(|(ids, slots)| Prefill { ids, slots })
         .collect();
-    let mut found = [Vec::new(), Vec::new()];
+    let (mut policy, mut reference) = (Vec::new(), Vec::new());
     let mut take = |logits: &MixtureLogits, count: usize| {
-        for row in 0..count {
-            found[0].extend_from_slice(logits.policy(row));
-            found[1].extend_from_slice(logits.reference(row));
-        }
+        policy.extend((0..count).map(|row| logits.policy(row).to_vec()));
+        reference.extend((0..count).map(|row| logits.reference(row).map(<[f32]>::to_vec)));
     };
-    take(&decoder.prefill(&prompts).unwrap(), 3);
-    let slots = [3, 0, 5, 1];
+    take(&decoder.prefill(&prompts, &scored).unwrap(), 3);
+    // With the prompt of each slot.
+    let slots = [(3, 2), (0, 1), (5, 1), (1, 0)];
     for step in 0..4 {
-        let tokens: Vec<u32> = slots.iter().map(|&slot| (slot as u32 + step) % 9).collect();
-        take(&decoder.extend(&slots, &tokens).unwrap(), 4);
+        let next = slots.map(|(slot, prompt)| NextToken {
+            slot,
+            token: (slot as u32 + step) % 9,
+            is_scored: scored[prompt],
+        });
+        take(&decoder.extend(&next).unwrap(), 4);
     }
-    found
+    (policy, reference)
+}
+
+#[test]
+fn a_reference_reads_only_what_is_scored() {
+    let limits = SlotLimits {
+        slots: 6,
+        capacity: 12,
+    };
+    let adapted = adapted(9, 1, &["all-linear"]);
+    let (policy, reference) = (tiny_model(9, 1), tiny_model(9, 2));
+    for (policy, reference) in [
+        (policy, reference),
+        (adapted.clone(), adapted.without_adapter()),
+    ] {
+        let decoder = || {
+            let (policy, reference) = (policy.clone(), Some(reference.clone()));
+            MixtureDecoder::new(policy, reference, Precision::F32, limits).unwrap()
+        };
+        let (policy_rows, all) = scored_logits(&mut decoder(), [true; 3]);
+        for scored in [[true, false, true], [false, true, false], [false; 3]] {
+            let mut decoder = decoder();
+            let (rows, some) = scored_logits(&mut decoder, scored);
+            assert_eq!(
+                rows, policy_rows,
+                "the policy has the same bits: {scored:?}"
+            );
+            let prompts = [0, 1, 2].into_iter().chain([2, 1, 1, 0].repeat(4));
+            for ((prompt, found), expected) in prompts.zip(some).zip(&all) {
+                let expected = expected.clone().filter(|_| scored[prompt]);
+                assert_eq!(found, expected, "{scored:?}");
+            }
+            // All slots again, those of the reference from empty ones.
+            assert_eq!(scored_logits(&mut decoder, [true; 3]), (rows, all.clone()));
+        }
+    }
 }
 
 #[test]

@@ -228,6 +228,7 @@ fn mixture_coefficients_0_and_1_are_the_adapted_model_and_its_base() {
             mixture_coefs: vec![0.0, 1.0],
             exact: 0,
             max_new_tokens: 12,
+            records_reference: true,
         };
         sampler.admit(request).unwrap();
     }

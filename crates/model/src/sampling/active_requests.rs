@@ -11,6 +11,7 @@ pub struct ActiveRequests(Vec<ActiveRequest>);
 #[derive(Debug)]
 struct ActiveRequest {
     key: u64,
+    prompt: Vec<u32>,
     completions: Vec<Option<Completion>>,
 }
 
@@ -31,6 +32,7 @@ impl ActiveRequests {
     pub fn begin(&mut self, request: &Request) {
         self.0.push(ActiveRequest {
             key: request.key,
+            prompt: request.ids.clone(),
             completions: request.mixture_coefs.iter().map(|_| None).collect(),
         });
     }
@@ -49,6 +51,7 @@ impl ActiveRequests {
         let finished = self.0.extract_if(.., has_ended);
         let finished = finished.map(|request| Finished {
             key: request.key,
+            prompt: request.prompt,
             completions: request.completions.into_iter().flatten().collect(),
         });
         finished.collect()

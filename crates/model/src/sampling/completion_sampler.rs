@@ -24,8 +24,9 @@ pub struct CompletionSampler {
 pub struct TokenLogits<'a> {
     /// Logits of the policy.
     pub policy: &'a [f32],
-    /// Logits of the reference; the same slice as `policy` when the policy is its own reference.
-    pub reference: &'a [f32],
+    /// Logits of the reference; the same slice as `policy` when the policy is its own reference; `None` for a completion
+    /// of the policy alone whose log ref is not recorded.
+    pub reference: Option<&'a [f32]>,
 }
 
 impl CompletionSampler {
@@ -88,7 +89,9 @@ impl CompletionSampler {
             settings
         };
         let mut buffer = std::mem::take(&mut scratch.mixed);
-        let mixed = mix(policy, reference, self.completion.mixture_coef, &mut buffer);
+        // Without a reference the coefficient is 0.
+        let other = reference.unwrap_or(policy);
+        let mixed = mix(policy, other, self.completion.mixture_coef, &mut buffer);
         let drawn = draw(mixed, settings, self.random.random(), scratch);
         let drawn = drawn.ok_or_else(|| ModelError::Weights {
             reason: "the logits of a token are not finite".into(),
@@ -100,17 +103,16 @@ impl CompletionSampler {
         };
         let policy_logp = logp(policy);
         // Without a reference model the policy is its own reference.
-        let reference_logp = if std::ptr::eq(policy, reference) {
-            policy_logp
-        } else {
-            logp(reference)
-        };
+        let reference_logp = reference.map(|reference| match std::ptr::eq(policy, reference) {
+            true => policy_logp,
+            false => logp(reference),
+        });
         scratch.mixed = buffer;
         let completion = &mut self.completion;
         completion.ids.push(drawn.token);
         completion.behaviour_logp.push(drawn.behaviour_logp);
         completion.logp.push(policy_logp);
-        completion.ref_logp.push(reference_logp);
+        completion.ref_logp.extend(reference_logp);
         if stops.contains(drawn.token) {
             completion.finish = Finish::EndOfText;
         }

@@ -74,6 +74,9 @@ pub struct Request {
     pub exact: usize,
     /// Maximum completion length in tokens.
     pub max_new_tokens: usize,
+    /// Whether log ref of the tokens is recorded also where no completion is sampled from the reference. Where one is, it
+    /// is recorded of all.
+    pub records_reference: bool,
 }
 
 /// A finished request.
@@ -81,11 +84,30 @@ pub struct Request {
 pub struct Finished {
     /// Identifier chosen by the caller.
     pub key: u64,
+    /// Token ids of the prompt.
+    pub prompt: Vec<u32>,
     /// Completions in the order of the request's `mixture_coefs`, without text.
     pub completions: Vec<Completion>,
 }
 
+impl Finished {
+    /// Whether there are several completions, all of the same tokens.
+    #[must_use]
+    pub fn is_identical(&self) -> bool {
+        let [first, others @ ..] = &self.completions[..] else {
+            return false;
+        };
+        !others.is_empty() && others.iter().all(|other| other.ids == first.ids)
+    }
+}
+
 impl Request {
+    /// Whether the reference computes the tokens of this request.
+    #[must_use]
+    pub fn needs_reference(&self) -> bool {
+        self.records_reference || self.mixture_coefs.iter().any(|&coef| coef > 0.0)
+    }
+
     /// Checks that the request fits a sampler with `slots` slots and a model with `positions` positions.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use crate::sampling::{
     Scratch, TokenLogits,
 };
 use crate::{
-    decode::{MixtureDecoder, MixtureLogits, Prefill, SlotLimits},
+    decode::{MixtureDecoder, MixtureLogits, NextToken, Prefill, SlotLimits},
     error::ModelError,
     transformer::LanguageModel,
 };
@@ -35,6 +35,7 @@ const LOGITS_PER_THREAD: usize = 16 * 1024;
 struct ActiveCompletion {
     key: u64,
     index: usize,
+    needs_reference: bool,
     sampler: CompletionSampler,
 }
 
@@ -110,7 +111,11 @@ impl MixtureSampler {
                 slots,
             })
             .collect();
-        let logits = self.models.prefill(&prompts)?;
+        let scored: Vec<bool> = admitted
+            .iter()
+            .map(|(request, _)| request.needs_reference())
+            .collect();
+        let logits = self.models.prefill(&prompts, &scored)?;
         let mut rows = Vec::new();
         for (row, (request, slots)) in admitted.iter().enumerate() {
             self.requests.begin(request);
@@ -177,13 +182,22 @@ impl Sampler for MixtureSampler {
     /// Prefills waiting requests into free slots, then samples one token of every completion.
     fn step(&mut self) -> Result<Vec<Finished>, ModelError> {
         self.admit_waiting()?;
-        let last = |active: &ActiveCompletion| active.sampler.ids().last().copied();
-        let (slots, tokens): (Vec<usize>, Vec<u32>) = (0..self.slots.len())
-            .filter_map(|slot| Some((slot, last(self.slots[slot].as_ref()?)?)))
-            .unzip();
-        if !slots.is_empty() {
-            let logits = self.models.extend(&slots, &tokens)?;
-            let rows: Vec<(usize, usize)> = slots.into_iter().enumerate().collect();
+        let next: Vec<NextToken> = self
+            .slots
+            .iter()
+            .enumerate()
+            .filter_map(|(slot, active)| {
+                let active = active.as_ref()?;
+                Some(NextToken {
+                    slot,
+                    token: *active.sampler.ids().last()?,
+                    is_scored: active.needs_reference,
+                })
+            })
+            .collect();
+        if !next.is_empty() {
+            let logits = self.models.extend(&next)?;
+            let rows: Vec<(usize, usize)> = next.iter().map(|next| next.slot).enumerate().collect();
             self.sample(&rows, &logits)?;
         }
         Ok(self.requests.take_finished())
@@ -218,6 +232,7 @@ impl ActiveCompletion {
         Self {
             key: request.key,
             index,
+            needs_reference: request.needs_reference(),
             sampler: CompletionSampler::new(request, index),
         }
     }
@@ -244,6 +259,7 @@ mod tests {
             mixture_coefs: mixture_coefs.to_vec(),
             exact: 0,
             max_new_tokens,
+            records_reference: true,
         }
     }
 
@@ -300,6 +316,31 @@ mod tests {
                 "equal to a plain sampler's"
             );
             assert_ne!(tempered.behaviour_logp, tempered.logp);
+        }
+    }
+
+    /// Completions of the policy alone are the same whether or not the reference reads them, beside others that it reads.
+    #[test]
+    fn a_reference_that_is_not_recorded_changes_no_completion() {
+        let requests: Vec<Request> = (0..6)
+            .map(|key| {
+                let coefs: &[f32] = if key == 2 { &[0.0, 0.5] } else { &[0.0, 0.0] };
+                request(key, &[0, 2, 3 + key as u32 % 5], coefs, 12)
+            })
+            .collect();
+        let recorded = sample_all(sampler(1, 2, 7), &requests);
+        let without = requests.iter().cloned().map(|request| Request {
+            records_reference: request.key == 3,
+            ..request
+        });
+        let found = sample_all(sampler(1, 2, 7), &without.collect::<Vec<_>>());
+        assert_eq!(found.len(), 6);
+        for (found, recorded) in found.iter().zip(recorded) {
+            let mut expected = recorded.completions;
+            if ![2, 3].contains(&found.key) {
+                expected.iter_mut().for_each(|c| c.ref_logp.clear());
+            }
+            assert_eq!(found.completions, expected);
         }
     }
 

@@ -182,7 +182,9 @@ impl SampleRow {
             judge_version: judge_version.0,
             scores: scores.clone().unwrap_or_default(),
             sum_logp: each(&pair.completions, |c| recorded(c, c.sum_logp())),
-            sum_ref_logp: each(&pair.completions, |c| recorded(c, c.sum_ref_logp())),
+            sum_ref_logp: each(&pair.completions, |c| {
+                c.sum_ref_logp().filter(|sum| sum.is_finite())
+            }),
             actor: pair.actor.clone(),
             ..Self::default()
         }

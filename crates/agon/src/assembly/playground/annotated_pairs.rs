@@ -244,6 +244,7 @@ fn sample_pairs(
             mixture_coefs: vec![0.0; 2],
             exact: 0,
             max_new_tokens,
+            records_reference: false,
         })?;
     }
     let mut finished = BTreeMap::new();

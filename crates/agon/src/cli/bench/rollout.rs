@@ -73,6 +73,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
                 mixture_coefs: vec![options.mixture_coef],
                 exact: 0,
                 max_new_tokens: workload.new_tokens,
+                records_reference: false,
             })?;
         }
         while !sampler.is_idle() {

@@ -113,6 +113,7 @@ impl AnswerSampler<'_> {
                 mixture_coefs: vec![one.model as f32],
                 exact: 0,
                 max_new_tokens: sampling.max_new_tokens,
+                records_reference: false,
             })?;
         }
         while !sampler.is_idle() {

@@ -577,6 +577,7 @@ fn sample(
             mixture_coefs: vec![0.0, 1.0],
             exact: 0,
             max_new_tokens: sampling.max_new_tokens,
+            records_reference: true,
         })?;
         pending.push(Some(row.held_out_prompt(id, seed)));
     }
