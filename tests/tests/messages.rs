@@ -13,7 +13,7 @@ use system_tests::{
 };
 
 /// Version byte of the encoding; see `messages::wire`.
-const VERSION: u8 = 5;
+const VERSION: u8 = 6;
 
 /// A client of a NATS server without authentication, as plain as one that does not belong to the run.
 struct Client {
@@ -197,6 +197,8 @@ impl Pair {
         for &(first, second) in labels {
             bytes.extend(numbers(&[first, second]));
             bytes.extend(0.5f32.to_le_bytes());
+            // No judge's own p.
+            bytes.push(0);
         }
         let (version, scores, verdicts) = (u64::MAX, 0, 0);
         [bytes, text("nobody"), numbers(&[version, scores, verdicts])].concat()

@@ -346,15 +346,13 @@ fn pairs_that_cannot_be_used_are_named_with_the_remedy() {
 fn a_run_without_actors_is_not_refused_for_their_settings() {
     let sandbox = Sandbox::new();
     let run = sandbox.path("run");
-    let long = [
-        "actor.max_prompt_length=100000",
-        "actor.max_new_tokens=100000",
-        "learner.steps=2",
-    ];
+    // The playground's pairs are sampled with actor.max_new_tokens.
+    let long = ["actor.max_prompt_length=100000", "learner.steps=2"];
     let sets = [&ALONE[..], &long, &["pairs.playground_pairs=60"]].concat();
     let output = sandbox.run(&tiny_playground(&run, &sets)).succeeded();
     assert!(output.stderr.contains("actors=0"), "{}", output.stderr);
-    let evaluated = [&sets[..], &["evaluation.prompts=4"]].concat();
+    let evaluation = ["evaluation.prompts=4", "actor.max_new_tokens=100000"];
+    let evaluated = [&sets[..], &evaluation].concat();
     let other = sandbox.path("other");
     sandbox
         .run(&tiny_playground(&other, &evaluated))
@@ -373,7 +371,8 @@ fn a_judge_that_gives_no_pair_a_label_ends_the_run_at_once() {
     let sets = [&ALONE[..], &certain].concat();
     let expected = [
         "the judge matrix gave none of the 2 pairs of",
-        "arms.jsonl a label that is trained on; dropped meanwhile: 2 no_signal",
+        "arms.jsonl a label that is trained on; dropped meanwhile: ",
+        "no_signal (the last: every |p - 1/2| is below learner.min_margin)",
     ];
     let output = sandbox.run(&tiny_bandit(&sandbox.path("run"), &sets));
     output.check(1, &expected).without_panic();
