@@ -85,49 +85,51 @@ fn the_kl_of_training_includes_identical_pairs() {
     assert!((of_pairs - exact).abs() > 0.2, "{of_pairs} for {exact}");
 }
 
-/// Without a mixture actors do not compute log ref in training; the learner's is in the samples.
+/// The numbers under a key of a row of `samples.jsonl`.
+fn numbers(row: &Value, key: &str) -> Vec<f64> {
+    let values = row[key].as_array().expect("a list").iter();
+    values.map(|x| x.as_f64().expect("a number")).collect()
+}
+
+/// Without a mixture actors compute log ref of one training prompt a version; of the others the samples have the
+/// learner's. Before the first step it is log π of the actor.
 #[test]
-fn a_policy_that_samples_alone_records_no_log_ref() {
+fn a_policy_that_samples_alone_records_little_log_ref() {
     let sandbox = Sandbox::new();
     let run = sandbox.path("run");
     let sets = ["actor.mixture_coef=0.0", "telemetry.samples_per_step=4"];
     sandbox.run(&tiny_playground(&run, &sets)).succeeded();
+    let mut recorded = 0;
     for row in &steps(&run) {
         assert!(row["mismatch/kl"].is_number(), "{row}");
-        assert!(row["mismatch/ref_logp_abs_diff"].is_null(), "{row}");
         assert!(row["objective/kl"].is_number(), "{row}");
+        let deviation = row["mismatch/ref_logp_abs_diff"].as_f64();
+        assert!(deviation.is_none_or(|d| d < 1e-5), "{row}");
+        recorded += usize::from(deviation.is_some());
     }
+    assert!(recorded >= 6, "of 12 steps {recorded}");
     assert!(!values(&run, "eval/kl").is_empty());
     let samples = std::fs::read_to_string(run.join("samples.jsonl")).expect("samples");
     let samples: Vec<Value> = samples
         .lines()
         .map(|line| serde_json::from_str(line).expect("JSON"))
         .collect();
-    assert!(samples.len() >= 4 * 12, "{}", samples.len());
-    for row in samples.iter().filter(|row| row["purpose"] == "train") {
-        let numbers = |key: &str| -> Vec<f64> {
-            let sums = row[key].as_array().expect("a list").iter();
-            sums.map(|sum| sum.as_f64().expect("a number")).collect()
-        };
-        let (logp, ref_logp) = (numbers("sum_logp"), numbers("sum_ref_logp"));
+    assert_eq!(samples.len(), 4 * 12);
+    let (mut of_start, mut moved) = (0, 0);
+    for row in &samples {
+        let (logp, ref_logp) = (numbers(row, "sum_logp"), numbers(row, "sum_ref_logp"));
         assert_eq!((logp.len(), ref_logp.len()), (2, 2));
-        assert!(
-            logp.iter()
-                .zip(&ref_logp)
-                .all(|(a, b)| (a - b).abs() < 20.0),
-            "{row}"
-        );
-        for (tokens, sum) in row["ref_logp"]
-            .as_array()
-            .expect("tokens")
-            .iter()
-            .zip(ref_logp)
-        {
-            let tokens = tokens.as_array().expect("a list").iter();
-            let total: f64 = tokens.map(|logp| logp.as_f64().expect("a number")).sum();
-            assert!((total - sum).abs() < 0.05, "{row}");
+        let differs = |(a, b): (&f64, &f64)| (a - b).abs() > 1e-3;
+        let different = logp.iter().zip(&ref_logp).filter(|&(a, b)| differs((a, b)));
+        match row["version"].as_u64() {
+            Some(0) => {
+                assert_eq!(different.count(), 0, "{row}");
+                of_start += 1;
+            }
+            _ => moved += different.count(),
         }
     }
+    assert!(of_start >= 4 && moved > 40, "{of_start} {moved}");
 }
 
 #[test]

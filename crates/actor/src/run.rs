@@ -65,8 +65,8 @@ pub struct CompletionPlan {
     pub exact_samples: usize,
     /// Longest completion, in tokens.
     pub max_new_tokens: usize,
-    /// Training: whether log ref is recorded of the policy's own completions. The learner computes it of all that its
-    /// labels compare; what it leaves out is known as recorded only.
+    /// Training: whether log ref is recorded of all of the policy's own completions, and not of one prompt a version alone.
+    /// The learner computes it of all that its labels compare; what it leaves out is known as recorded only.
     pub records_reference: bool,
 }
 
@@ -97,6 +97,8 @@ pub struct Actor {
     throughput: Throughput,
     in_flight: InFlightGauge,
     wait: NamedWait,
+    /// Version of the weights of the last training prompt whose log ref was recorded for its own sake.
+    recorded: Option<WeightsVersion>,
 }
 
 impl Actor {
@@ -124,6 +126,7 @@ impl Actor {
             queue: PromptQueue::new(parts.pacing, capacity),
             weights: WeightLoader::new(&name, parts.streams.weight_store),
             sampler,
+            recorded: None,
             throughput: Throughput::new(&name),
             in_flight: parts.counters.in_flight_gauge(),
             publisher: PairPublisher {
@@ -222,10 +225,18 @@ impl Actor {
         if started.is_empty() {
             return Ok(());
         }
-        let requests = started
-            .into_iter()
-            .map(|started| self.completions.request(started))
-            .collect();
+        let mut requests = Vec::with_capacity(started.len());
+        for started in started {
+            // Of one prompt a version, so that the learner sees where this actor's arithmetic departs from its own.
+            let is_first =
+                started.prompt.purpose == Purpose::Train && self.recorded != Some(version);
+            if is_first {
+                self.recorded = Some(version);
+            }
+            let mut request = self.completions.request(started);
+            request.records_reference |= is_first;
+            requests.push(request);
+        }
         self.sampler.submit(requests)
     }
 

@@ -23,7 +23,8 @@ pub struct Completion {
     pub mixture_coef: f32,
     /// log π of each token under the pair's weights version.
     pub logp: Vec<f32>,
-    /// log ref of each token, under the reference of the pair's weights version; empty if it was not computed.
+    /// log ref of each token, under the reference of the pair's weights version; empty if no actor computed it. The learner
+    /// fills it in, under its own reference, once it has taken a step on the pair.
     pub ref_logp: Vec<f32>,
     /// Log-probability of each token under the distribution it was sampled from.
     pub behaviour_logp: Vec<f32>,

@@ -384,8 +384,8 @@ pub const METRICS: &[MetricInfo] = &[
         "mismatch/ref_logp_abs_diff",
         Nats,
         "mean absolute difference per token of log ref, recorded against recomputed: numerical differences only; \
-         pairs that were recorded under an earlier reference are left out. Not reported where actors do not compute it, with \
-         actor.mixture_coef = 0",
+         pairs that were recorded under an earlier reference are left out. With actor.mixture_coef = 0 actors record log ref of \
+         one prompt a version",
     ),
     // Importance weights of the labels: w is the product of pi now / pi that sampled over a label's two completions.
     gauge(
