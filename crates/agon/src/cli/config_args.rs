@@ -115,7 +115,10 @@ impl RunArguments {
             });
         };
         let mut directory = RunDirectory::open(path)?;
-        telemetry::restore_human_verdict_pairs(path)?;
+        if let Err(error) = telemetry::restore_human_verdict_pairs(path) {
+            // Only rounds of APO read the pairs, and refuse a damaged file themselves.
+            tracing::warn!(%error, "people's verdicts were not written anew as pairs");
+        }
         learner::tidy_checkpoints(&directory.checkpoints())?;
         let checkpoint = match which {
             "auto" => newest_whole(&directory)?,
