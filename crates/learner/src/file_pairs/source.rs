@@ -220,7 +220,7 @@ impl FilePairs {
     }
 
     /// Draws what step `step` needs, and with a judge what the next one does, which it is sent. Returns whether there is
-    /// anything to draw: not once the judge has given no pair a label in a whole pass. Cancel-safe: a pair that is being
+    /// anything to draw: not once the judge has given none of the pairs a label. Cancel-safe: a pair that is being
     /// sent when this is cancelled is sent again after a resume.
     ///
     /// # Errors
@@ -234,7 +234,8 @@ impl FilePairs {
         let wanted = self.parts.share.files_between(step, end);
         while self.drawn.len() < wanted {
             let Some(asked) = self.draw() else {
-                return Ok(false);
+                // Of several files, some may have labels that these draws did not come to.
+                return Ok(!self.has_no_labels());
             };
             if let (Some(pair), Some(judging)) = (asked, &self.parts.judging) {
                 let _wait = judging.waits.enter("room for pairs");
@@ -255,8 +256,15 @@ impl FilePairs {
         }
     }
 
-    /// Draws the next pair; returns what is to be sent to the judge, if anything. `None` if the judge has no verdict on
-    /// any pair.
+    /// Whether the newest judge has left every pair without a label.
+    fn has_no_labels(&self) -> bool {
+        let is_left_out =
+            |verdict: &&JudgedLabel| verdict.version == self.newest && verdict.p_bits.is_none();
+        self.verdicts.values().filter(is_left_out).count() as u64 == self.parts.files.count()
+    }
+
+    /// Draws the next pair; returns what is to be sent to the judge, if anything. `None` if as many draws as there are
+    /// pairs came to pairs without a label alone.
     fn draw(&mut self) -> Option<Option<Pair>> {
         for _ in 0..self.parts.files.count() {
             let cursor = self.cursor;

@@ -368,7 +368,10 @@ impl Reference {
         };
         let model = match version {
             0 => None,
-            _ => read_model(checkpoint, EARLIER_REFERENCE, policy)?,
+            _ => match read_model(checkpoint, EARLIER_REFERENCE, policy)? {
+                None => return Err(broken(checkpoint, EARLIER_REFERENCE, &"it is missing")),
+                found => found,
+            },
         };
         let model = model.map(|model| model.with_precision(self.precision));
         Ok(Some(EarlierReference { model, version }))
