@@ -171,6 +171,7 @@ impl Rollouts {
         };
         Ok(MixtureSelector {
             prompt: request.ids.clone(),
+            vocabulary: self.folder.config.vocab_size,
             completion_sampler: CompletionSampler::new(request, index),
             reference,
             sampling: self.sampling,
@@ -293,6 +294,8 @@ enum TokenReference {
 /// Samples tokens from the mixture of policy and reference and records their log-probabilities.
 struct MixtureSelector {
     prompt: Vec<u32>,
+    /// Number of logits that a token has.
+    vocabulary: usize,
     completion_sampler: CompletionSampler,
     reference: TokenReference,
     sampling: SamplingSettings,
@@ -310,6 +313,14 @@ impl MixtureSelector {
                 "sample a completion: the context of mistral.rs differs from the sampled tokens";
             return Err(ModelError::Engine(reason.into()));
         }
+        if policy.len() != self.vocabulary {
+            let reason = format!(
+                "sample a completion: mistral.rs returned {} logits for a vocabulary of {}",
+                policy.len(),
+                self.vocabulary
+            );
+            return Err(ModelError::Engine(reason));
+        }
         let logits = self.reference_logits()?;
         let reference = match &self.reference {
             TokenReference::Policy => Some(policy),
@@ -317,16 +328,6 @@ impl MixtureSelector {
                 logits.as_ref().map(|logits| logits.row(0))
             }
         };
-        if let Some(reference) = reference
-            && reference.len() != policy.len()
-        {
-            let reason = format!(
-                "sample a completion: mistral.rs returned {} logits for a vocabulary of {}",
-                policy.len(),
-                reference.len()
-            );
-            return Err(ModelError::Engine(reason));
-        }
         self.completion_sampler.sample(
             TokenLogits { policy, reference },
             &self.sampling,
