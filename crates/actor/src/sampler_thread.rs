@@ -4,7 +4,9 @@ use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use messages::{Purpose, WeightsVersion};
-use model::{Finished, LanguageModel, ModelError, Precision, Request, Sampler, Sequence};
+use model::{
+    Finished, LanguageModel, ModelError, Precision, Request, Sampler, Sequence, within_tokens,
+};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -12,6 +14,9 @@ use crate::{
     model_selection::{LoadedModels, ModelSelection},
     quantization_check::{QuantizationCheck, QuantizationError},
 };
+
+/// Maximum number of tokens, prompts and completions, of a pass that scores identical completions.
+const PASS_TOKENS: usize = 2048;
 
 /// Command to the sampler thread. The thread ends when the channel closes.
 enum SamplerCommand {
@@ -249,7 +254,11 @@ impl SamplerLoop {
             .collect();
         let reference = self.models.moved_reference(self.selection);
         let reference = reference.unwrap_or_else(|| self.models.start());
-        let scored: Vec<f32> = reference.logprobs(&sequences)?.logp.to_vec1()?;
+        let tokens = |sequence: &Sequence<'_>| sequence.prompt.len() + sequence.completion.len();
+        let mut scored: Vec<f32> = Vec::new();
+        for sequences in within_tokens(&sequences, PASS_TOKENS, tokens) {
+            scored.extend(reference.logprobs(sequences)?.logp.to_vec1::<f32>()?);
+        }
         let mut rest = &scored[..];
         for finished in &mut unscored {
             let (logp, later) = rest.split_at(finished.completions[0].ids.len());

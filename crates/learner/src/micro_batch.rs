@@ -1,7 +1,7 @@
 //! Batches: labelled pairs split into passes, and the sequences and label rows of a pass.
 
 use messages::{Completion, LabelledPair, Purpose};
-use model::Sequence;
+use model::{Sequence, within_tokens};
 
 use crate::{error::LearnerError, file_pairs::label_id, objective::Labelling};
 
@@ -21,21 +21,10 @@ impl BatchSplit {
             0 => usize::MAX,
             tokens => tokens,
         };
-        let mut passes = Vec::new();
-        for mut part in pairs.chunks(pairs.len().div_ceil(self.passes).max(1)) {
-            while !part.is_empty() {
-                let mut total = 0;
-                let fits = |pair: &&LabelledPair| {
-                    total += tokens(pair);
-                    total <= limit
-                };
-                let count = part.iter().take_while(fits).count().max(1);
-                let (pass, rest) = part.split_at(count);
-                passes.push(pass);
-                part = rest;
-            }
-        }
-        passes
+        let parts = pairs.chunks(pairs.len().div_ceil(self.passes).max(1));
+        parts
+            .flat_map(|part| within_tokens(part, limit, tokens))
+            .collect()
     }
 }
 

@@ -16,6 +16,26 @@ pub struct Sequence<'a> {
     pub completion: &'a [u32],
 }
 
+/// `items` in order, in runs of at most `limit` tokens, unless a single item has more.
+pub fn within_tokens<T>(
+    items: &[T],
+    limit: usize,
+    tokens: impl Fn(&T) -> usize,
+) -> impl Iterator<Item = &[T]> {
+    let mut rest = items;
+    std::iter::from_fn(move || {
+        let mut total = 0usize;
+        let fits = |item: &&T| {
+            total = total.saturating_add(tokens(item));
+            total <= limit
+        };
+        let count = rest.iter().take_while(fits).count().max(1).min(rest.len());
+        let (run, later) = rest.split_at(count);
+        rest = later;
+        (!run.is_empty()).then_some(run)
+    })
+}
+
 /// A prompt that is processed once for several continuations.
 #[derive(Debug, Clone)]
 pub struct SharedPrefix<'a> {

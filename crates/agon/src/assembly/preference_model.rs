@@ -104,7 +104,9 @@ impl Backbone {
                  transformers does (preference.fit.pooling = \"sum\" reads all tokens)"
             );
         }
-        let calibration = calibrate(&model, &pairs.validation)?
+        // As it will judge.
+        let precision = model::training_precision(settings.preference.precision);
+        let calibration = calibrate(&model.with_precision(precision), &pairs.validation)?
             .context("there are no held-out pairs; see preference.fit.validation")?;
         if let Some(progress) = progress {
             progress.finish(&format!(

@@ -197,10 +197,7 @@ impl RewardModel {
         let trained = self.backbone.trained().detached();
         Ok(Self {
             config: self.config,
-            backbone: self
-                .backbone
-                .with_trained(trained)?
-                .with_precision(self.backbone.precision),
+            backbone: self.backbone.with_trained(trained)?,
             head: self.head.detached(),
         })
     }

@@ -3,7 +3,7 @@
 use std::sync::Once;
 
 use messages::{Completion, JudgeVersion, Prompt, PromptText};
-use model::{RewardKind, RewardModel, Sequence, Tokenizer};
+use model::{RewardKind, RewardModel, Sequence, Tokenizer, within_tokens};
 
 use crate::dedup::Deduplicated;
 use crate::error::JudgeError;
@@ -11,8 +11,8 @@ use crate::judge::{Comparison, Judge, ScoredVerdict, Verdict};
 use crate::prompt_encoder::{EosPolicy, plain_if_no_template};
 use crate::reward_training;
 
-/// Sequences per forward pass.
-const SEQUENCES: usize = 256;
+/// Maximum number of tokens, prompts and responses, per forward pass.
+const PASS_TOKENS: usize = 16_384;
 
 /// A preference model as a judge.
 pub struct RewardModelJudge {
@@ -108,7 +108,8 @@ impl RewardModelJudge {
     /// Rewards of all sequences, `[N][rewards per response]`.
     fn rewards(&self, ids: &[TokenIds]) -> Result<Vec<Vec<f32>>, JudgeError> {
         let mut rows = Vec::with_capacity(ids.len());
-        for chunk in ids.chunks(SEQUENCES) {
+        let tokens = |ids: &TokenIds| ids.prompt.len() + ids.response.len();
+        for chunk in within_tokens(ids, PASS_TOKENS, tokens) {
             let sequences: Vec<_> = chunk.iter().map(TokenIds::sequence).collect();
             let rewards = reward_training::rewards(&self.model, &sequences);
             rows.extend(rewards.map_err(|error| JudgeError::new(error.to_string()))?);

@@ -9,8 +9,8 @@ mod loss;
 
 use messages::Seed;
 use model::{
-    AdamWSettings, Adapter, Gradients, LanguageModel, LoraConfig, Optimizer, Pooling, RewardConfig,
-    RewardKind, RewardModel, Schedule, Sequence, Tensor,
+    AdamWSettings, Adapter, Gradients, LanguageModel, LoraConfig, Optimizer, Pooling, Precision,
+    RewardConfig, RewardKind, RewardModel, Schedule, Sequence, Tensor, within_tokens,
 };
 use settings::{ApoSettings, FitSettings, Head, PoolingSetting};
 
@@ -138,7 +138,7 @@ pub(crate) fn fit_further(
             return Err(PreferenceError::FitStopped);
         }
     }
-    Ok(model.detached()?)
+    Ok(model.detached()?.with_precision(Precision::F32))
 }
 
 /// The backbone without the policy's adapter, with a fresh one where the settings train an adapter.
@@ -184,7 +184,8 @@ pub(crate) fn predict(
     examples: &[PreferenceExample],
 ) -> Result<Vec<Prediction>, PreferenceError> {
     let mut predictions = Vec::with_capacity(examples.len());
-    for batch in batches(examples) {
+    let tokens = |e: &PreferenceExample| e.prompt.len() + e.first.len() + e.second.len();
+    for batch in within_tokens(examples, EVALUATION_TOKENS, tokens) {
         let mut distinct = Deduplicated::default();
         let indices: Vec<_> = batch
             .iter()
@@ -205,20 +206,6 @@ pub(crate) fn predict(
         }
     }
     Ok(predictions)
-}
-
-/// The examples in order, in batches of at most [`EVALUATION_TOKENS`] tokens unless a single one exceeds it.
-fn batches(examples: &[PreferenceExample]) -> impl Iterator<Item = &[PreferenceExample]> {
-    let mut tokens = 0;
-    examples.chunk_by(move |before, next| {
-        let of = |e: &PreferenceExample| e.prompt.len() + e.first.len() + e.second.len();
-        tokens = if tokens == 0 { of(before) } else { tokens } + of(next);
-        let fits = tokens <= EVALUATION_TOKENS;
-        if !fits {
-            tokens = of(next);
-        }
-        fits
-    })
 }
 
 /// Prompt and response of both responses of an example.
