@@ -377,20 +377,17 @@ impl CompletionPlan {
     /// The sampling request of a prompt.
     fn request(&self, started: StartedPrompt) -> Request {
         let StartedPrompt { key, prompt } = started;
-        let (mixture_coefs, exact) = match prompt.purpose {
+        let (mixture_coefs, exact, records_reference) = match prompt.purpose {
             // Prompts of pairs from files are not sent to actors.
-            Purpose::Train | Purpose::File => (self.mixture_coefs.clone(), 0),
+            Purpose::Train | Purpose::File => {
+                (self.mixture_coefs.clone(), 0, self.records_reference)
+            }
             Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => {
                 let mut coefs = vec![0.0, 1.0];
                 coefs.resize(2 + self.exact_samples, 0.0);
-                (coefs, self.exact_samples)
+                (coefs, self.exact_samples, true)
             }
-            Purpose::Apo => (vec![0.0; self.apo_samples], 0),
-        };
-        let records_reference = match prompt.purpose {
-            Purpose::Train | Purpose::File => self.records_reference,
-            Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => true,
-            Purpose::Apo => false,
+            Purpose::Apo => (vec![0.0; self.apo_samples], 0, false),
         };
         Request {
             key,

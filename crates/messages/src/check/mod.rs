@@ -289,36 +289,23 @@ impl Pair {
         let mut completions = self.completions.iter();
         match self.prompt.purpose {
             Purpose::File => completions.try_for_each(|c| c.check_given(&self.prompt, limits)),
-            Purpose::Train | Purpose::Apo => completions.try_for_each(|c| c.check(limits)),
-            Purpose::Evaluate | Purpose::EvaluateAverage | Purpose::EvaluateReference => {
-                completions.try_for_each(|c| c.check_evaluated(limits))
-            }
+            purpose => completions.try_for_each(|c| c.check(purpose, limits)),
         }
     }
 }
 
 impl Completion {
-    fn check(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
+    fn check(&self, purpose: Purpose, limits: &MessageLimits) -> Result<(), InvalidMessage> {
         check_length("a completion", self.ids.len(), limits.completion_tokens)?;
         limits.check_tokens("a completion", &self.ids)?;
         if !(0.0..=1.0).contains(&self.mixture_coef) {
             return Err(InvalidMessage::Mixture(self.mixture_coef.to_string()));
         }
-        match self.is_valid() {
+        // An evaluation measures the distance from the reference.
+        let lacks_reference = purpose.is_evaluation() && self.ref_logp.is_empty();
+        match self.is_valid() && !lacks_reference {
             true => Ok(()),
             false => Err(InvalidMessage::Numbers {
-                what: "the log-probabilities of a completion",
-                of: "token",
-            }),
-        }
-    }
-
-    /// Checks a completion of an evaluation, whose distance from the reference is measured.
-    fn check_evaluated(&self, limits: &MessageLimits) -> Result<(), InvalidMessage> {
-        self.check(limits)?;
-        match self.ref_logp.is_empty() {
-            false => Ok(()),
-            true => Err(InvalidMessage::Numbers {
                 what: "the log-probabilities of a completion",
                 of: "token",
             }),
