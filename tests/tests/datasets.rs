@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use system_tests::{ProcessOutput, Sandbox, config, make_pipe, shared};
 
 /// Runs `agon train` for a few steps on a small model with these prompt settings; every pair is logged as a sample.
@@ -216,6 +216,81 @@ fn message_columns_take_precedence_over_a_text_prompt() {
     );
     let text = loss_of(&sandbox, &cases, "A02/sft-uf-astext.jsonl");
     assert!((text - messages).abs() > 0.05, "{text} and {messages}");
+}
+
+#[test]
+fn texts_of_a_human_and_an_assistant_are_dialogues_with_chat() {
+    let Some(cases) = cases("texts_of_a_human_and_an_assistant_are_dialogues_with_chat") else {
+        return;
+    };
+    let sandbox = Sandbox::new();
+    let (mut texts, mut messages) = (String::new(), String::new());
+    for index in 0..12 {
+        let hh = |answer: &str| format!("\n\nHuman: question {index}\n\nAssistant: {answer}");
+        writeln!(
+            texts,
+            "{}",
+            json!({"chosen": hh("yes"), "rejected": hh("no")})
+        )
+        .expect("a row");
+        let row = json!({
+            "prompt": [{"role": "user", "content": format!("question {index}")}],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        });
+        writeln!(messages, "{row}").expect("a row");
+    }
+    let parted = "\n\nHuman: question\n\nAssistant: yes\n\nHuman: sure?\n\nAssistant: yes";
+    let parted = json!({"chosen": parted, "rejected": "\n\nHuman: question\n\nAssistant: no"});
+    let texts = sandbox.write("texts.jsonl", format!("{texts}{parted}\n"));
+    let messages = sandbox.write("messages.jsonl", messages);
+    let fit = |pairs: &Path, run: &str, chat: bool| {
+        let sets = [
+            "preference.fit.pairs.kind=dataset".into(),
+            format!("preference.fit.pairs.path={pairs:?}"),
+            format!("preference.fit.pairs.chat={chat}"),
+            "preference.fit.train_batch_size=8".into(),
+        ];
+        let command = ["fit-preference", "--run-dir", run];
+        agon(&sandbox, &cases, &command, &sets).succeeded()
+    };
+    // The same models to the last bit, from the same tokens.
+    let weights = |run: &str| fs::read(sandbox.path(run).join("model/model.safetensors"));
+    let read_as_messages = fit(&messages, "messages", false);
+    let read_as_turns = fit(&texts, "turns", true);
+    assert_eq!(
+        weights("messages").expect("a model"),
+        weights("turns").expect("a model")
+    );
+    let left_out = "left out: 1 that part before their last turn";
+    assert!(
+        read_as_turns.stdout.contains(left_out),
+        "{}",
+        read_as_turns.stdout
+    );
+    // Continued as they stand, with a warning.
+    let warning = "with preference.fit.pairs.chat = true they are dialogues";
+    let read_as_text = fit(&texts, "text", false);
+    assert!(
+        read_as_text.stderr.contains(warning),
+        "{}",
+        read_as_text.stderr
+    );
+    assert_ne!(
+        weights("messages").expect("a model"),
+        weights("text").expect("a model")
+    );
+    for fitted in [read_as_messages, read_as_turns] {
+        assert!(!fitted.stderr.contains(warning), "{}", fitted.stderr);
+    }
+    let sets = [
+        format!("prompts.path={texts:?}"),
+        "prompts.chat=true".into(),
+    ];
+    for prompt in prompts_of(&sandbox, &cases, "run", &sets) {
+        assert!(prompt.starts_with("[user] question"), "{prompt:?}");
+        assert!(prompt.ends_with("\n[assistant]"), "{prompt:?}");
+    }
 }
 
 #[test]

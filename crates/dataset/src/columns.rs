@@ -58,7 +58,7 @@ impl LabelColumns {
     }
 }
 
-/// Column names by role, and the limits of the files that have them.
+/// Column names by role, what a text prompt is, and the limits of the files that have them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Columns {
     /// Prompt; optional in many formats.
@@ -75,6 +75,9 @@ pub struct Columns {
     pub rejected: Column,
     /// Label of a pair, which does not affect the format of a row; `None`: not read.
     pub label: Option<LabelColumns>,
+    /// Whether a text prompt is a dialogue, which goes through the chat template: the turns of a `Human:` and an
+    /// `Assistant:`, or one of the user.
+    pub chat: bool,
     /// Limits of each file.
     pub limits: FileLimits,
 }
@@ -121,6 +124,7 @@ impl Default for Columns {
             chosen: Column::fixed("chosen"),
             rejected: Column::fixed("rejected"),
             label: None,
+            chat: false,
             limits: FileLimits::default(),
         }
     }

@@ -167,6 +167,9 @@ pub fn visit(
         each(&source, &parsed)?;
         let tally = tallies.entry(Arc::clone(&source.path)).or_default();
         tally.count(parsed.kind(), source.position);
+        if parsed.repeats_prompt() {
+            tally.count_repeated(source.position);
+        }
         for name in parsed.unread() {
             if !unread.contains(name) {
                 unread.insert(name.to_owned());

@@ -7,15 +7,23 @@ use crate::{error::RowPosition, parsed_row::PromptKind};
 /// Number of rows of a file by kind of prompt, with the position of the first of each.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
-    rows: BTreeMap<PromptKind, (usize, Option<RowPosition>)>,
+    rows: BTreeMap<PromptKind, Count>,
+    /// Rows whose answers begin with the prompt.
+    repeated: Count,
 }
+
+/// Number of rows, and the position of the first.
+type Count = (usize, Option<RowPosition>);
 
 impl Tally {
     /// Counts a row.
     pub(crate) fn count(&mut self, kind: PromptKind, position: RowPosition) {
-        let (count, first) = self.rows.entry(kind).or_default();
-        *count += 1;
-        first.get_or_insert(position);
+        add(self.rows.entry(kind).or_default(), position);
+    }
+
+    /// Counts a row whose answers begin with the prompt.
+    pub(crate) fn count_repeated(&mut self, position: RowPosition) {
+        add(&mut self.repeated, position);
     }
 
     /// Logs warnings about the file `path`, whose prompts are in `column`.
@@ -27,14 +35,12 @@ impl Tally {
 
     /// Warning texts.
     fn warnings(&self, column: &str) -> Vec<String> {
-        let of = |kinds: [PromptKind; 2]| {
-            let found = kinds.map(|kind| self.rows.get(&kind).copied().unwrap_or_default());
-            let firsts = found.into_iter().filter_map(|(_, first)| first);
-            let first = firsts.min_by_key(|position| position.number());
-            (found[0].0 + found[1].0, first)
-        };
-        let texts = of([PromptKind::Text, PromptKind::Repeated]);
-        let dialogues = of([PromptKind::Dialogue, PromptKind::Continued]);
+        let of = |kind| self.rows.get(&kind).copied().unwrap_or_default();
+        let texts = of(PromptKind::Text);
+        let both = [PromptKind::Dialogue, PromptKind::Continued].map(of);
+        let firsts = both.iter().filter_map(|(_, first)| *first);
+        let first = firsts.min_by_key(|position| position.number());
+        let dialogues = (both[0].0 + both[1].0, first);
         let mut warnings = Vec::new();
         if let ((text, Some(a)), (dialogue, Some(b))) = (texts, dialogues) {
             warnings.push(format!(
@@ -43,15 +49,15 @@ impl Tally {
                  missing one)"
             ));
         }
-        let only = |kind| self.rows.get(&kind).copied().unwrap_or_default();
-        if let (continued, Some(first)) = only(PromptKind::Continued) {
+        if let (continued, Some(first)) = of(PromptKind::Continued) {
             warnings.push(format!(
                 "{continued} prompts of column {column:?} end with a turn of the assistant, the first at {first}: completions \
                  continue that turn; in a column \"messages\" that turn is the answer and not part of the prompt"
             ));
         }
-        let (repeated, first) = only(PromptKind::Repeated);
-        if let Some(first) = first.filter(|_| repeated * 2 > texts.0) {
+        let rows: usize = self.rows.values().map(|(count, _)| count).sum();
+        let (repeated, first) = self.repeated;
+        if let Some(first) = first.filter(|_| repeated * 2 > rows) {
             warnings.push(format!(
                 "{repeated} answers begin with their prompt, the first at {first}: the prompt is then repeated; remove it \
                  from the answers, or leave the column {column:?} out of pairs"
@@ -61,35 +67,46 @@ impl Tally {
     }
 }
 
+fn add((count, first): &mut Count, position: RowPosition) {
+    *count += 1;
+    first.get_or_insert(position);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn warnings_name_the_count_and_the_first_line() {
-        use PromptKind::{Continued, Dialogue, Repeated, Text, TextOnly};
-        for (kinds, expected) in [
-            (&[Text, Text, Repeated][..], &[][..]),
-            (&[Dialogue, Dialogue], &[]),
-            (&[TextOnly, TextOnly], &[]),
+        use PromptKind::{Continued, Dialogue, Text, TextOnly};
+        for (kinds, repeated, expected) in [
+            (&[Text, Text, Text][..], &[3][..], &[][..]),
+            (&[Dialogue, Dialogue], &[], &[]),
+            (&[TextOnly, TextOnly], &[], &[]),
             (
                 &[Dialogue, Text, Text],
+                &[],
                 &["2 rows are text, the first at line 2, and 1 are dialogues, the first at line 1"],
             ),
             (
                 &[Continued, Continued],
+                &[],
                 &[
                     "2 prompts of column \"dialog\" end with a turn of the assistant, the first at line 1",
                 ],
             ),
             (
-                &[Text, Repeated, Repeated],
+                &[Text, Text, Text],
+                &[2, 3],
                 &["2 answers begin with their prompt, the first at line 2"],
             ),
         ] {
             let mut tally = Tally::default();
             for (line, kind) in (1..).zip(kinds) {
                 tally.count(*kind, RowPosition::Line(line));
+            }
+            for line in repeated {
+                tally.count_repeated(RowPosition::Line(*line));
             }
             let warnings = tally.warnings("dialog");
             assert_eq!(warnings.len(), expected.len(), "{warnings:?}");

@@ -62,7 +62,7 @@ pub use parts::{
     FilePairsJudge, FilePairsPlan, InitialPolicy, LearnerCounters, LearnerParts, LearnerStreams,
     PromptPlan, RunOrigin,
 };
-pub use prompts::{DialogueUse, NoPrompts, PromptFiles, PromptLimits, PromptRow, PromptSet};
+pub use prompts::{NoPrompts, PromptFiles, PromptLimits, PromptRow, PromptSet, TemplateUse};
 pub use recovery::RecoveryCounts;
 pub use reporter::Sampling;
 pub use run::{Ending, Learner, Summary};

@@ -11,7 +11,7 @@ use model::{
 use settings::SftSettings;
 use telemetry::Progress;
 
-use crate::{boundary_counts::BoundaryCounts, error::LearnerError, prompts::DialogueUse};
+use crate::{boundary_counts::BoundaryCounts, error::LearnerError, prompts::TemplateUse};
 
 /// Factor over the first loss at which fine-tuning has diverged; below one nat, over one nat.
 const DIVERGENCE_FACTOR: f64 = 1e3;
@@ -128,10 +128,10 @@ pub fn read_examples(
 ) -> Result<Vec<ExampleIds>, LearnerError> {
     let columns = columns(settings);
     let (mut examples, mut boundaries, mut empty) = (Vec::new(), BoundaryCounts::default(), 0);
-    let mut dialogues = DialogueUse::default();
+    let mut template = TemplateUse::default();
     dataset::visit(path, &columns, |source, row| {
         let value = row.answered().map_err(|reason| source.refuse(reason))?;
-        dialogues.count(&value.prompt);
+        template.count(&value.prompt);
         if value.answer.trim().is_empty() {
             empty += 1;
             return Ok(());
@@ -148,7 +148,7 @@ pub fn read_examples(
             reason: "the file holds no examples".into(),
         }));
     }
-    dialogues.log(path, tokenizer);
+    template.log(path, &columns, tokenizer);
     if empty > 0 {
         tracing::warn!(path = %path.display(), empty, "examples were left out: their answers are empty");
     }
@@ -169,6 +169,7 @@ fn columns(settings: &SftSettings) -> Columns {
     Columns {
         prompt: Column::named(&settings.prompt_column, "sft.prompt_column"),
         answer: Column::named(&settings.completion_column, "sft.completion_column"),
+        chat: settings.chat,
         limits: FileLimits {
             max_file_bytes: settings.max_file_bytes,
             max_rows: settings.max_rows,

@@ -126,6 +126,9 @@ pub struct DatasetPairs {
     pub chosen_column: String,
     /// Column of the rejected response or dialogue.
     pub rejected_column: String,
+    /// Whether a text prompt is a dialogue, which goes through the chat template: the turns of a `Human:` and an
+    /// `Assistant:`, or one of the user.
+    pub chat: bool,
     /// Maximum size of a file's rows in bytes: decompressed, and in Parquet of the columns that are read.
     pub max_file_bytes: u64,
     /// Maximum number of rows of a file.

@@ -51,6 +51,9 @@ pub struct FilePairsSettings {
     pub route_column: String,
     /// Temperature of the scores: p = σ((score − score′) / temperature); 0: the higher score wins.
     pub score_temperature: f64,
+    /// Whether a text prompt is a dialogue, which goes through the chat template: the turns of a `Human:` and an
+    /// `Assistant:`, or one of the user.
+    pub chat: bool,
     /// Maximum tokens of prompt and response together.
     pub max_length: usize,
     /// Handling of longer pairs.

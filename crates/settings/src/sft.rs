@@ -21,6 +21,9 @@ pub struct SftSettings {
     pub prompt_column: String,
     /// Column of the completion.
     pub completion_column: String,
+    /// Whether a text prompt is a dialogue, which goes through the chat template: the turns of a `Human:` and an
+    /// `Assistant:`, or one of the user.
+    pub chat: bool,
     /// Maximum size of a file's rows in bytes: decompressed, and in Parquet of the columns that are read.
     pub max_file_bytes: u64,
     /// Maximum number of rows of a file.

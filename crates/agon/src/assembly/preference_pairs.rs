@@ -65,6 +65,8 @@ pub(crate) struct SkippedPairs {
     pub(crate) empty: usize,
     /// Two equal responses.
     pub(crate) equal: usize,
+    /// Two dialogues that part before their last turn.
+    pub(crate) later_turns: usize,
     /// A prompt that is also in the validation file.
     pub(crate) held_out: usize,
 }
@@ -72,7 +74,7 @@ pub(crate) struct SkippedPairs {
 impl SkippedPairs {
     /// Sum over all reasons.
     pub(crate) fn total(self) -> usize {
-        self.too_long + self.empty + self.equal + self.held_out
+        self.too_long + self.empty + self.equal + self.later_turns + self.held_out
     }
 }
 
@@ -84,6 +86,7 @@ impl std::ops::Add for SkippedPairs {
             too_long: self.too_long + other.too_long,
             empty: self.empty + other.empty,
             equal: self.equal + other.equal,
+            later_turns: self.later_turns + other.later_turns,
             held_out: self.held_out + other.held_out,
         }
     }
@@ -95,6 +98,7 @@ impl fmt::Display for SkippedPairs {
             (self.too_long, "too long"),
             (self.empty, "with an empty response"),
             (self.equal, "with two equal responses"),
+            (self.later_turns, "that part before their last turn"),
             (self.held_out, "with a prompt of the validation file"),
         ];
         let reasons = reasons.iter().filter(|(count, _)| *count > 0);
@@ -181,6 +185,7 @@ fn log_skipped(path: &Path, annotated: &AnnotatedPairs) {
             too_long = skipped.too_long,
             empty = skipped.empty,
             equal_responses = skipped.equal,
+            later_turns = skipped.later_turns,
             held_out = skipped.held_out,
             duplicates = annotated.duplicates,
             "some pairs are skipped or duplicates"
@@ -257,6 +262,7 @@ fn columns(files: &DatasetPairs) -> Columns {
             &files.rejected_column,
             "preference.fit.pairs.rejected_column",
         ),
+        chat: files.chat,
         limits: FileLimits {
             max_file_bytes: files.max_file_bytes,
             max_rows: files.max_rows,
@@ -278,6 +284,7 @@ fn examples(
         too_long: counts.too_long,
         empty: counts.empty,
         equal: counts.equal,
+        later_turns: counts.later_turns,
         held_out: 0,
     };
     if examples.len() < 2 {

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Context;
 use dataset::{Column, Columns, DatasetError, DatasetRow, ParsedRow};
-use messages::{Dialogue, Finish, PromptText, Seed};
+use messages::{Finish, PromptText, Seed};
 use mistral::{Chat, MistralError, ModelFiles};
 use model::SamplingSettings;
 use serde_json::Value;
@@ -56,7 +56,8 @@ pub(crate) struct Arguments {
     /// The file to write; an existing file is not overwritten.
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Render each text as a user's message with the model's chat template.
+    /// Read text prompts as dialogues, which go through the chat template: the turns of a `Human:` and an `Assistant:`,
+    /// any other text as one of the user.
     #[arg(long)]
     chat: bool,
     /// The longest answer, in tokens.
@@ -143,23 +144,16 @@ impl Arguments {
     fn rows(&self) -> Result<Vec<(Value, PromptText)>, DatasetError> {
         let columns = Columns {
             prompt: Column::named(&self.prompt_column, "--prompt-column"),
+            chat: self.chat,
             ..Columns::default()
         };
         let with_prompt = |row: DatasetRow| {
             let prompt = ParsedRow::of(&row.columns, &columns).and_then(|form| form.prompt());
             let prompt = prompt.map_err(|reason| row.source.refuse(reason))?;
-            Ok((Value::Object(row.columns), self.as_dialogue(prompt)))
+            Ok((Value::Object(row.columns), prompt))
         };
         let rows = dataset::read_rows(&self.prompts)?;
         rows.into_iter().map(with_prompt).collect()
-    }
-
-    /// With `--chat`, a text as a user's message.
-    fn as_dialogue(&self, prompt: PromptText) -> PromptText {
-        match prompt {
-            PromptText::Text(text) if self.chat => PromptText::Dialogue(Dialogue::of_user(&text)),
-            other => other,
-        }
     }
 
     fn sampling(&self) -> SamplingSettings {
@@ -221,7 +215,7 @@ mod tests {
     #[test]
     fn continuations_keep_their_leading_white_space() {
         let text = PromptText::Text("The cat sat on".into());
-        let dialogue = PromptText::Dialogue(Dialogue::of_user("Hi"));
+        let dialogue = PromptText::Dialogue(messages::Dialogue::of_user("Hi"));
         assert_eq!(golden(&text, " the floor.\n"), " the floor.");
         assert_eq!(golden(&text, " \n"), "");
         assert_eq!(golden(&dialogue, " Hello.\n"), "Hello.");

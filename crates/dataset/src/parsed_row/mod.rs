@@ -10,16 +10,18 @@
 //! | texts with an implicit prompt | `chosen`, `rejected` alone (Anthropic's HH) | the common prefix | the rest |
 //! | text only | `text` | none | the text |
 //!
+//! With `chat`, a text prompt is a dialogue: the turns of a `Human:` and an `Assistant:`, or one of the user.
+//!
 //! The formats are tried in this order. The reference is TRL's documentation of data-set formats (`is_conversational`,
 //! `maybe_extract_prompt`, `maybe_convert_to_chatml`, `apply_chat_template`), and LLaMA-Factory's for ShareGPT and
 //! Alpaca. In a prompt column a final assistant turn is continued by the completion; in a column of complete dialogues
 //! it is the answer.
 
 mod answers;
-mod implicit;
 mod label;
 mod prompt_forms;
 mod row_view;
+mod transcript;
 
 use std::collections::BTreeSet;
 
@@ -28,7 +30,9 @@ use serde_json::{Map, Value};
 
 use crate::{
     columns::{Column, Columns, LABEL, TEXT},
-    parsed_row::{label::label_of, prompt_forms::RawPrompt, row_view::RowView},
+    parsed_row::{
+        label::label_of, prompt_forms::RawPrompt, row_view::RowView, transcript::first_turn,
+    },
     turn::{answer, shortened},
 };
 
@@ -50,9 +54,10 @@ pub struct PreferencePair {
     pub chosen: String,
     /// The rejected response.
     pub rejected: String,
+    /// Whether the texts of two dialogues part before their last turn: a response then has further turns in it.
+    pub has_later_turns: bool,
 }
 
-pub use implicit::has_later_turn;
 pub use label::PairLabel;
 
 /// A row in a recognised format.
@@ -80,8 +85,6 @@ enum PromptContent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum PromptKind {
     Text,
-    /// A text that is a prefix of all answers.
-    Repeated,
     Dialogue,
     /// A dialogue that ends with an assistant turn, in a prompt column named by the settings.
     Continued,
@@ -107,8 +110,11 @@ impl<'a> ParsedRow<'a> {
                     Some(answer) => PromptContent::WithAnswer(prompt, answer),
                 }
             }
+            RawPrompt::Implicit(pair) if columns.chat => {
+                PromptContent::Implicit(transcript::as_dialogue(pair)?)
+            }
             RawPrompt::Implicit(pair) => PromptContent::Implicit(pair),
-            RawPrompt::TextOnly(text) => PromptContent::TextOnly(text),
+            RawPrompt::TextOnly(text) => row.of_text_only(text)?,
         };
         Ok(Self { row, content, read })
     }
@@ -135,8 +141,21 @@ impl<'a> ParsedRow<'a> {
     /// # Errors
     /// When it is missing, or is neither text nor messages that end with an assistant turn.
     pub fn golden(&self) -> Result<Option<String>, String> {
-        let column = self.row.columns.golden.as_ref();
-        column.map(|column| self.row.response(column)).transpose()
+        let Columns {
+            golden,
+            chosen,
+            rejected,
+            ..
+        } = self.row.columns;
+        let Some(golden) = golden else {
+            return Ok(None);
+        };
+        let answer = match &self.content {
+            PromptContent::Implicit(pair) if golden.name == chosen.name => &pair.chosen,
+            PromptContent::Implicit(pair) if golden.name == rejected.name => &pair.rejected,
+            _ => return self.response(golden).map(Some),
+        };
+        Ok(Some(first_turn(answer).to_owned()))
     }
 
     /// The value by which a judge is chosen, as text: of text itself, of a number or a truth value its JSON. `None` when
@@ -152,7 +171,7 @@ impl<'a> ParsedRow<'a> {
             None | Some(Value::Null) => return Ok(None),
             Some(Value::String(text)) => text.clone(),
             Some(value @ (Value::Number(_) | Value::Bool(_))) => value.to_string(),
-            Some(_) if self.row.columns.is_golden(&column.name) => self.row.response(column)?,
+            Some(_) if self.row.columns.is_golden(&column.name) => self.response(column)?,
             Some(Value::Array(_) | Value::Object(_)) => {
                 return Err(format!(
                     "column {:?} is neither text nor a number{}",
@@ -185,9 +204,9 @@ impl<'a> ParsedRow<'a> {
                     answer: text.clone(),
                 });
             }
-            (PromptContent::Implicit(pair), _) => pair.chosen.clone(),
+            (PromptContent::Implicit(pair), _) => first_turn(&pair.chosen).to_owned(),
             (_, Some(column)) => {
-                let answer = self.row.response(&column)?;
+                let answer = self.response(&column)?;
                 self.check_agreement(&[&answer])?;
                 answer
             }
@@ -211,12 +230,13 @@ impl<'a> ParsedRow<'a> {
         let Columns {
             chosen, rejected, ..
         } = self.row.columns;
-        let (chosen, rejected) = (self.row.response(chosen)?, self.row.response(rejected)?);
+        let (chosen, rejected) = (self.response(chosen)?, self.response(rejected)?);
         self.check_agreement(&[&chosen, &rejected])?;
         Ok(PreferencePair {
             prompt: self.prompt()?,
             chosen,
             rejected,
+            has_later_turns: false,
         })
     }
 
@@ -241,14 +261,20 @@ impl<'a> ParsedRow<'a> {
             {
                 PromptKind::Continued
             }
-            PromptContent::Prompt(PromptText::Text(text)) if self.row.answers_repeat(text) => {
-                PromptKind::Repeated
-            }
-            PromptContent::Prompt(PromptText::Text(_)) | PromptContent::Implicit(_) => {
-                PromptKind::Text
-            }
+            PromptContent::Prompt(PromptText::Text(_))
+            | PromptContent::Implicit(PreferencePair {
+                prompt: PromptText::Text(_),
+                ..
+            }) => PromptKind::Text,
             _ => PromptKind::Dialogue,
         }
+    }
+
+    /// Whether all answers begin with the text of the prompt.
+    pub(crate) fn repeats_prompt(&self) -> bool {
+        let prompt = self.row.prompt_column().ok().flatten();
+        let text = prompt.and_then(Value::as_str);
+        text.is_some_and(|text| self.row.answers_repeat(text))
     }
 
     /// Columns of the row that its format does not read.
@@ -262,6 +288,23 @@ impl<'a> ParsedRow<'a> {
             (is_beside || !columns.is_known(name)) && !self.read.contains(name)
         };
         row.keys().map(String::as_str).filter(is_unread).collect()
+    }
+
+    /// The answer in a column. A text that follows a turn of a user that was text is without the white space around it.
+    fn response(&self, column: &Column) -> Result<String, String> {
+        let answer = self.row.response(column)?;
+        let is_text = |name: &str| self.row.value(name).is_some_and(Value::is_string);
+        let follows_text = self.row.columns.chat
+            && is_text(&column.name)
+            && is_text(&self.row.columns.prompt.name);
+        match &self.content {
+            PromptContent::Prompt(PromptText::Dialogue(dialogue))
+                if follows_text && !dialogue.continues_final_message() =>
+            {
+                Ok(answer.trim().to_owned())
+            }
+            _ => Ok(answer),
+        }
     }
 
     /// Checks that an answer at the end of the dialogue equals one of the separate answers.

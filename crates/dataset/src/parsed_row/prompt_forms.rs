@@ -12,8 +12,8 @@ use crate::{
     },
     parsed_row::{
         PreferencePair, PromptContent,
-        implicit::{ASSISTANT, implicit},
         row_view::RowView,
+        transcript::{self, has_assistant, implicit, is_transcript},
     },
     turn::{answer, first_role, is_messages, prompt_of, shortened, turns},
 };
@@ -187,7 +187,11 @@ impl<'a> RowView<'a> {
         ];
         let mut answers = answers.into_iter().flatten();
         if answers.any(|column| self.value(&column.name).and_then(first_role).is_some()) {
-            return Ok(RawPrompt::Turns(vec![Message::new("user", text)], None));
+            let turns = match self.columns.chat {
+                true => transcript::turns(text),
+                false => vec![Message::new("user", text)],
+            };
+            return Ok(RawPrompt::Turns(turns, None));
         }
         if self.columns.prompt.name == "instruction" {
             read.insert("instruction");
@@ -267,7 +271,7 @@ impl<'a> RowView<'a> {
     /// Two texts with an implicit prompt. If the row has another text, which may be a prompt in a column of an unknown
     /// name, only texts with explicit turns are accepted.
     pub(super) fn implicit(self, chosen: &str, rejected: &str) -> Result<PreferencePair, String> {
-        let is_dialogue = chosen.contains(ASSISTANT);
+        let is_dialogue = has_assistant(chosen);
         let is_other_text =
             |(name, value): &(&String, &Value)| value.is_string() && !self.columns.is_known(name);
         match self.row.iter().find(is_other_text) {
@@ -278,7 +282,7 @@ impl<'a> RowView<'a> {
         }
     }
 
-    /// A text prompt, converted to a dialogue if the row has columns of a dialogue.
+    /// A text prompt, converted to a dialogue with `chat` and if the row has columns of a dialogue.
     pub(super) fn of_text(
         self,
         text: String,
@@ -295,6 +299,10 @@ impl<'a> RowView<'a> {
             let turns = self.question(name, &text, read)?;
             return self.in_context(turns, read).map(PromptContent::Prompt);
         }
+        if self.columns.chat {
+            let turns = transcript::turns(&text);
+            return self.in_context(turns, read).map(PromptContent::Prompt);
+        }
         match [TOOLS, TEMPLATE_KWARGS]
             .into_iter()
             .find(|name| self.is_filled(name))
@@ -304,6 +312,17 @@ impl<'a> RowView<'a> {
                 "column {name:?} is for a chat template, which a prompt of text does not go through: write the prompt as messages"
             )),
         }
+    }
+
+    /// A text without a prompt; with `chat`, a transcript is a dialogue and its answer.
+    pub(super) fn of_text_only(self, text: String) -> Result<PromptContent, String> {
+        if !self.columns.chat || !is_transcript(&text) {
+            return Ok(PromptContent::TextOnly(text));
+        }
+        let mut turns = transcript::turns(&text);
+        let last = turns.pop_if(|turn| turn.role() == "assistant");
+        let last = last.ok_or("the last turn of the text is not an answer of the Assistant")?;
+        Ok(PromptContent::WithAnswer(prompt_of(turns)?, last))
     }
 
     /// The question in the column `name`, after the turns of its history (Alpaca, as in LLaMA-Factory).

@@ -59,12 +59,21 @@ fn all_documented_examples_are_parsed() {
         let (rows, _) = rest.split_once("\n```").expect("an end");
         for row in rows.lines() {
             let value: Value = serde_json::from_str(row).unwrap_or_else(|e| panic!("{e}: {row}"));
+            let columns = Columns {
+                chat: kinds.starts_with("chat "),
+                ..Columns::default()
+            };
+            let of = |read: &dyn Fn(&ParsedRow<'_>) -> Result<PromptText, String>| {
+                extract(&value, &columns, read)
+            };
             let all = [
-                ("prompt", prompt(&value).map(|_| ())),
-                ("answered", answered(&value).map(|_| ())),
-                ("pair", pair(&value).map(|_| ())),
+                ("prompt", of(&|row| row.prompt())),
+                ("answered", of(&|row| Ok(row.answered()?.prompt))),
+                ("pair", of(&|row| Ok(row.pair()?.prompt))),
             ];
             for (kind, read) in all {
+                let is_dialogue = matches!(read, Ok(PromptText::Dialogue(_)));
+                assert!(is_dialogue || read.is_err() || !columns.chat, "{row}");
                 let expected = kinds.split(' ').any(|name| name == kind);
                 // A dialogue without a usable answer is still a prompt.
                 if expected || kind != "prompt" {
@@ -197,6 +206,148 @@ fn the_implicit_prompt_of_texts_is_their_common_prefix() {
         );
         assert_eq!(pair(&row), Ok(expected), "{row}");
     }
+}
+
+/// Columns of text prompts that are dialogues.
+fn chat() -> Columns {
+    Columns {
+        chat: true,
+        ..Columns::default()
+    }
+}
+
+#[test]
+fn text_prompts_are_dialogues_with_chat() {
+    let asked = dialogue(&[("user", "q")]);
+    let twice = dialogue(&[("user", "q"), ("assistant", "x"), ("user", "r")]);
+    let hh = |tail: &str| format!("\n\nHuman: q\n\nAssistant: x \n\nHuman: r\n\nAssistant:{tail}");
+    let open = "\n\nHuman: q\n\nAssistant:";
+    for (row, prompt, chosen, rejected) in [
+        (
+            json!({"chosen": hh(" a\n"), "rejected": hh(" b")}),
+            &twice,
+            "a",
+            "b",
+        ),
+        (
+            json!({"prompt": hh(""), "chosen": " a", "rejected": "b "}),
+            &twice,
+            "a",
+            "b",
+        ),
+        (
+            json!({"prompt": "q", "chosen": "a", "rejected": " b"}),
+            &asked,
+            "a",
+            "b",
+        ),
+        // The system's turn stands before the first one, or in a column.
+        (
+            json!({"prompt": format!("Be brief.{open}"), "chosen": "a", "rejected": "b"}),
+            &dialogue(&[("system", "Be brief."), ("user", "q")]),
+            "a",
+            "b",
+        ),
+        (
+            json!({"prompt": "Human: q", "chosen": "a", "rejected": "b", "system": ""}),
+            &dialogue(&[("user", "Human: q")]),
+            "a",
+            "b",
+        ),
+        // A turn that is continued keeps the white space of its continuation, and empty turns stay.
+        (
+            json!({"prompt": format!("{open} It is"), "chosen": " a", "rejected": " b"}),
+            &dialogue(&[("user", "q"), ("assistant", "It is")]),
+            " a",
+            " b",
+        ),
+        (
+            json!({"prompt": "Human:\n\nAssistant:\n\nHuman: q", "chosen": "a", "rejected": "b"}),
+            &dialogue(&[("user", ""), ("assistant", ""), ("user", "q")]),
+            "a",
+            "b",
+        ),
+        // Messages stay as they are.
+        (
+            json!({"prompt": [turn("user", "q")], "chosen": " a", "rejected": "b"}),
+            &asked,
+            " a",
+            "b",
+        ),
+        (
+            json!({"prompt": open, "chosen": [turn("assistant", " a")], "rejected": [turn("assistant", "b")]}),
+            &asked,
+            " a",
+            "b",
+        ),
+    ] {
+        let read = ParsedRow::of(row.as_object().expect("a row"), &chat())
+            .and_then(|row| row.pair())
+            .unwrap_or_else(|error| panic!("{row}: {error}"));
+        assert_eq!(&read.prompt, prompt, "{row}");
+        assert_eq!(
+            (read.chosen.as_str(), read.rejected.as_str()),
+            (chosen, rejected),
+            "{row}"
+        );
+        assert!(!read.has_later_turns, "{row}");
+    }
+}
+
+#[test]
+fn texts_that_part_before_their_last_turn_are_marked() {
+    let row = json!({
+        "chosen": "\n\nHuman: q\n\nAssistant: a",
+        "rejected": "\n\nHuman: q\n\nAssistant: b\n\nHuman: r\n\nAssistant: c",
+    });
+    for columns in [Columns::default(), chat()] {
+        let pair = extract(&row, &columns, |row| row.pair()).expect("a pair");
+        assert!(pair.has_later_turns);
+    }
+    // An answer is the first turn after the common ones.
+    let reversed = json!({"chosen": row["rejected"], "rejected": row["chosen"]});
+    let golden = Columns {
+        golden: Some(Column::named("chosen", "prompts.golden_column")),
+        ..chat()
+    };
+    let read = extract(&reversed, &golden, |row| {
+        Ok((row.answered()?, row.golden()?))
+    });
+    let (answered, golden) = read.expect("an answer");
+    assert_eq!(answered.prompt, dialogue(&[("user", "q")]));
+    assert_eq!(
+        (answered.answer.as_str(), golden.as_deref()),
+        ("b", Some("b"))
+    );
+}
+
+#[test]
+fn the_golden_answer_of_two_texts_is_without_their_prompt() {
+    let row = json!({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"});
+    for (column, expected) in [("chosen", " a"), ("rejected", " b")] {
+        let columns = Columns {
+            golden: Some(Column::named(column, "prompts.golden_column")),
+            ..Columns::default()
+        };
+        let golden = extract(&row, &columns, |row| row.golden());
+        assert_eq!(golden, Ok(Some(expected.into())));
+    }
+}
+
+#[test]
+fn a_transcript_without_a_prompt_is_a_dialogue_and_its_answer() {
+    let text = |text: &str| extract(&json!({"text": text}), &chat(), |row| row.answered());
+    let answered = text("\n\nHuman: q\n\nAssistant: a").expect("an answer");
+    assert_eq!(answered.prompt, dialogue(&[("user", "q")]));
+    assert_eq!(answered.answer, "a");
+    let plain = text("The sky is blue.").expect("a text");
+    assert_eq!(plain.prompt, super::tests::text(""));
+    assert_eq!(plain.answer, "The sky is blue.");
+    let error = text("\n\nHuman: q").expect_err("no answer");
+    assert!(error.contains("not an answer of the Assistant"), "{error}");
+    let row = json!({"chosen": "The sky is blue.", "rejected": "The sky is green."});
+    let error = extract(&row, &chat(), |row| row.pair()).expect_err("no dialogue");
+    assert!(error.contains("a turn of a \"Human:\""), "{error}");
 }
 
 #[test]
@@ -387,21 +538,6 @@ fn rows_have_a_kind_of_prompt() {
         ),
         (
             "prompt",
-            json!({"prompt": "hi", "completion": "hi you"}),
-            PromptKind::Repeated,
-        ),
-        (
-            "prompt",
-            json!({"prompt": "hi", "chosen": "hi a", "rejected": "hi b"}),
-            PromptKind::Repeated,
-        ),
-        (
-            "prompt",
-            json!({"prompt": "hi", "chosen": "hi a", "rejected": "b"}),
-            PromptKind::Text,
-        ),
-        (
-            "prompt",
             json!({"chosen": "hi a", "rejected": "hi b"}),
             PromptKind::Text,
         ),
@@ -427,6 +563,35 @@ fn rows_have_a_kind_of_prompt() {
         let kind = extract(&row, &prompt_in(column), |row| Ok(row.kind()));
         assert_eq!(kind, Ok(expected), "{row}");
     }
+}
+
+#[test]
+fn answers_that_begin_with_their_prompt_are_recognised() {
+    for (row, expected) in [
+        (json!({"prompt": "hi", "completion": " you"}), false),
+        (json!({"prompt": "hi", "completion": "hi you"}), true),
+        (
+            json!({"prompt": "hi", "chosen": "hi a", "rejected": "hi b"}),
+            true,
+        ),
+        (
+            json!({"prompt": "hi", "chosen": "hi a", "rejected": "b"}),
+            false,
+        ),
+        (json!({"chosen": "hi a", "rejected": "hi b"}), false),
+        (
+            json!({"prompt": [turn("user", "hi")], "completion": "hi you"}),
+            false,
+        ),
+    ] {
+        let repeats = extract(&row, &Columns::default(), |row| Ok(row.repeats_prompt()));
+        assert_eq!(repeats, Ok(expected), "{row}");
+    }
+    let row = json!({"prompt": "hi", "completion": "hi you"});
+    assert_eq!(
+        extract(&row, &chat(), |row| Ok(row.repeats_prompt())),
+        Ok(true)
+    );
 }
 
 #[test]

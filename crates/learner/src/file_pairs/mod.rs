@@ -329,6 +329,7 @@ fn columns(settings: &FilePairsSettings) -> Columns {
         label: label_columns(settings),
         golden: Column::optional(&settings.golden_column, "pairs.golden_column"),
         route: Column::optional(&settings.route_column, "pairs.route_column"),
+        chat: settings.chat,
         limits: FileLimits {
             max_file_bytes: settings.max_file_bytes,
             max_rows: settings.max_rows,
@@ -425,6 +426,7 @@ impl PairCounts {
                 too_long = self.too_long,
                 empty_responses = self.empty,
                 equal_responses = self.equal,
+                later_turns = self.later_turns,
                 "pairs were left out"
             );
         }
@@ -435,8 +437,8 @@ impl std::fmt::Display for PairCounts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} are too long, {} have an empty response and {} have two equal ones",
-            self.too_long, self.empty, self.equal
+            "{} are too long, {} have an empty response, {} have two equal ones and {} part before their last turn",
+            self.too_long, self.empty, self.equal, self.later_turns
         )
     }
 }

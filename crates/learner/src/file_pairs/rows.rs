@@ -10,7 +10,7 @@ use messages::{Dialogue, PromptText};
 use model::{AnswerBoundary, Tokenizer};
 
 use crate::{
-    boundary_counts::BoundaryCounts, file_pairs::unusual_pairs::UnusualPairs, prompts::DialogueUse,
+    boundary_counts::BoundaryCounts, file_pairs::unusual_pairs::UnusualPairs, prompts::TemplateUse,
 };
 
 /// A pair of a file, as tokens and as text.
@@ -54,6 +54,8 @@ pub struct PairCounts {
     pub empty: usize,
     /// With two equal responses.
     pub equal: usize,
+    /// Two dialogues of text that part before their last turn, where they are read as turns.
+    pub later_turns: usize,
 }
 
 /// Longest pair, and what happens to a longer one.
@@ -85,7 +87,7 @@ pub fn visit_pairs(
         tokenizer,
         counts: PairCounts::default(),
         boundaries: BoundaryCounts::default(),
-        dialogues: DialogueUse::default(),
+        template: TemplateUse::default(),
         unusual: UnusualPairs::default(),
     };
     dataset::visit(path, columns, |source, row| {
@@ -93,7 +95,7 @@ pub fn visit_pairs(
         kept.into_iter().for_each(&mut each);
         Ok(())
     })?;
-    reader.dialogues.log(path, tokenizer);
+    reader.template.log(path, columns, tokenizer);
     reader.boundaries.log(path);
     reader.unusual.log(path);
     Ok(reader.counts)
@@ -104,7 +106,7 @@ struct PairReader<'a> {
     tokenizer: &'a Tokenizer,
     counts: PairCounts,
     boundaries: BoundaryCounts,
-    dialogues: DialogueUse,
+    template: TemplateUse,
     unusual: UnusualPairs,
 }
 
@@ -130,7 +132,14 @@ impl PairReader<'_> {
     fn kept(&mut self, row: &ParsedRow<'_>) -> Result<Option<PairRow>, String> {
         let (pair, beside) = (row.pair()?, BesidePair::of(row)?);
         self.counts.read += 1;
-        self.dialogues.count(&pair.prompt);
+        self.template.count(&pair.prompt);
+        if pair.has_later_turns {
+            if let PromptText::Dialogue(_) = pair.prompt {
+                self.counts.later_turns += 1;
+                return Ok(None);
+            }
+            self.unusual.count_later_turns();
+        }
         let (row, boundary) = self.encode(pair, beside)?;
         self.boundaries.count(boundary);
         let answers = [&row.chosen, &row.rejected];

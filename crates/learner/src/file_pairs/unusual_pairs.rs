@@ -27,11 +27,11 @@ impl UnusualPairs {
             [&row.prompt, &row.chosen.ids, &row.rejected.ids].map(|ids| digest(ids));
         self.contradictory += usize::from(self.seen.contains(&[prompt, rejected, chosen]));
         self.repeated += usize::from(!self.seen.insert([prompt, chosen, rejected]));
-        let answers = [&row.chosen, &row.rejected];
-        let has_later_turn = answers
-            .iter()
-            .any(|answer| dataset::has_later_turn(&answer.text));
-        self.later_turns += usize::from(row.dialogue.is_none() && has_later_turn);
+    }
+
+    /// Counts a pair of texts that part before their last turn.
+    pub(super) fn count_later_turns(&mut self) {
+        self.later_turns += 1;
     }
 
     /// Logs the counts of the file at `path`.
@@ -91,13 +91,10 @@ mod tests {
             counts.count(&pair);
         }
         assert!(counts.warnings().is_empty());
-        for pair in [
-            row(1, "a", "b"),
-            row(1, "b", "a"),
-            row(3, " yes\n\nHuman: and?\n\nAssistant: no", "d"),
-        ] {
+        for pair in [row(1, "a", "b"), row(1, "b", "a")] {
             counts.count(&pair);
         }
+        counts.count_later_turns();
         let warnings = counts.warnings();
         assert_eq!(warnings.len(), 3, "{warnings:?}");
         for (warning, start) in warnings.iter().zip([

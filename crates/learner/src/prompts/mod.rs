@@ -168,6 +168,7 @@ fn columns(settings: &DatasetPrompts) -> Columns {
         prompt: Column::named(&settings.prompt_column, "prompts.prompt_column"),
         golden: Column::optional(&settings.golden_column, "prompts.golden_column"),
         route: Column::optional(&settings.route_column, "prompts.route_column"),
+        chat: settings.chat,
         limits: FileLimits {
             max_file_bytes: settings.max_file_bytes,
             max_rows: settings.max_rows,
@@ -399,7 +400,7 @@ struct ParsedPrompt {
 struct FileCounts {
     skipped: SkippedRows,
     boundaries: BoundaryCounts,
-    dialogues: DialogueUse,
+    template: TemplateUse,
 }
 
 impl PromptReader<'_> {
@@ -412,7 +413,7 @@ impl PromptReader<'_> {
             kept.extend(row.map_err(|reason| source.refuse(reason))?);
             Ok(())
         })?;
-        counts.dialogues.log(path, self.tokenizer);
+        counts.template.log(path, &self.columns, self.tokenizer);
         counts.boundaries.log(path);
         counts.skipped.log(path, kept.len())?;
         Ok(kept)
@@ -429,7 +430,7 @@ impl PromptReader<'_> {
             true => None,
             false => row.golden()?,
         };
-        counts.dialogues.count(&prompt);
+        counts.template.count(&prompt);
         let skipped = &mut counts.skipped;
         if golden
             .as_ref()
@@ -512,19 +513,22 @@ fn digest(ids: &[u32]) -> Digest {
     Digest::of(&bytes)
 }
 
-/// Use of the chat template by the dialogues of a set of prompts.
+/// Use of the chat template by a set of prompts.
 #[derive(Debug, Default)]
-pub struct DialogueUse {
+pub struct TemplateUse {
+    /// Number of texts, which do not go through it.
+    texts: usize,
     /// Number of dialogues whose final assistant message is continued.
     continued: usize,
     /// The first dialogue with tools.
     with_tools: Option<Dialogue>,
 }
 
-impl DialogueUse {
+impl TemplateUse {
     /// Counts a prompt.
     pub fn count(&mut self, prompt: &PromptText) {
         let PromptText::Dialogue(dialogue) = prompt else {
+            self.texts += 1;
             return;
         };
         self.continued += usize::from(dialogue.continues_final_message());
@@ -533,8 +537,20 @@ impl DialogueUse {
         }
     }
 
-    /// Logs that completions continue a final assistant message, and that the chat template ignores the tools.
-    pub fn log(&self, path: &Path, tokenizer: &Tokenizer) {
+    /// Logs that texts do not go through the chat template of the model, that completions continue a final assistant
+    /// message, and that the chat template ignores the tools.
+    pub fn log(&self, path: &Path, columns: &Columns, tokenizer: &Tokenizer) {
+        if let Some(section) = columns.limits.section
+            && self.texts > 0
+            && tokenizer.has_chat_template()
+        {
+            tracing::warn!(
+                path = %path.display(),
+                prompts = self.texts,
+                "text prompts are continued as they stand, although the model has a chat template: with {section}.chat = \
+                 true they are dialogues"
+            );
+        }
         if self.continued > 0 {
             tracing::info!(
                 path = %path.display(),
@@ -594,6 +610,7 @@ mod tests {
             route_column: String::new(),
             max_file_bytes: u64::MAX,
             max_rows: u64::MAX,
+            chat: false,
             held_out_path: "".into(),
             held_out,
             shuffle: false,

@@ -26,8 +26,14 @@ pub(crate) fn run(located: &LocatedModel, input: RowInput) -> anyhow::Result<Exi
         return Err(UsageError(advice).into());
     }
     let (folder, model) = located.open()?;
-    let RowInput { name, lines } = input;
-    let rows = read(&name, lines, |line, content| row(&folder, line, content));
+    let RowInput {
+        name,
+        columns,
+        lines,
+    } = input;
+    let rows = read(&name, &columns, lines, |line, content| {
+        row(&folder, line, content)
+    });
     score_all(rows, |rows| log_probabilities(&model, rows, &name))
 }
 
@@ -131,7 +137,8 @@ mod tests {
     }
 
     fn rows_of(folder: &ModelFolder, text: &[u8]) -> Vec<Result<TokenRow, String>> {
-        let rows = read(Path::new("rows.jsonl"), text, |line, content| {
+        let columns = dataset::Columns::default();
+        let rows = read(Path::new("rows.jsonl"), &columns, text, |line, content| {
             row(folder, line, content)
         });
         rows.map(|row| row.map_err(|error| error.to_string()))

@@ -10,6 +10,8 @@ mod rows;
 
 use std::{path::PathBuf, process::ExitCode};
 
+use dataset::Columns;
+
 use crate::cli::model_args::ModelArguments;
 
 /// Score given tokens under a language model or a reward model, from JSONL to JSONL.
@@ -39,13 +41,21 @@ pub(crate) struct Arguments {
     /// Append the end-of-text token to every completion of text, as the judge of a run reads it.
     #[arg(long, requires = "reward")]
     closed: bool,
+    /// Read text prompts as dialogues, which go through the chat template: the turns of a `Human:` and an `Assistant:`,
+    /// any other text as one of the user.
+    #[arg(long)]
+    chat: bool,
     /// The rows, one JSON object per line, optionally compressed by gzip or zstd; `-` is standard input.
     #[arg(long, value_name = "FILE", default_value = "-")]
     input: PathBuf,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let input = rows::RowInput::open(&arguments.input)?;
+    let columns = Columns {
+        chat: arguments.chat,
+        ..Columns::default()
+    };
+    let input = rows::RowInput::open(&arguments.input, columns)?;
     match arguments.reward {
         true => {
             let eos = match arguments.closed {

@@ -21,8 +21,14 @@ use crate::exit_code::UsageError;
 /// Scores all rows of `input` and writes the results to standard output.
 pub(crate) fn run(located: &LocatedModel, eos: Eos, input: RowInput) -> anyhow::Result<ExitCode> {
     let scorer = Scorer::open(located)?;
-    let RowInput { name, lines } = input;
-    let rows = read(&name, lines, |line, content| scorer.row(line, content, eos));
+    let RowInput {
+        name,
+        columns,
+        lines,
+    } = input;
+    let rows = read(&name, &columns, lines, |line, content| {
+        scorer.row(line, content, eos)
+    });
     score_all(rows, |rows| {
         let scores = rows.iter().zip(scorer.scores(rows)?);
         let scores = scores.map(|(row, score)| {
@@ -219,9 +225,13 @@ mod tests {
     }
 
     fn scores(scorer: &Scorer, text: &str) -> Result<Vec<f32>, String> {
-        let rows = read(Path::new("rows.jsonl"), text.as_bytes(), |line, content| {
-            scorer.row(line, content, Eos::Omit)
-        });
+        let columns = dataset::Columns::default();
+        let rows = read(
+            Path::new("rows.jsonl"),
+            &columns,
+            text.as_bytes(),
+            |line, content| scorer.row(line, content, Eos::Omit),
+        );
         let rows: Result<Vec<TokenRow>, _> = rows.collect();
         let rows = rows.map_err(|error| error.to_string())?;
         Ok(scorer.scores(&rows).unwrap())

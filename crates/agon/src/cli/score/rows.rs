@@ -76,28 +76,37 @@ impl TokenRow {
 pub(crate) struct RowInput {
     /// Path of the file, or `standard input`.
     pub(crate) name: PathBuf,
+    /// Columns of the rows.
+    pub(crate) columns: Columns,
     /// The lines.
     pub(crate) lines: Box<dyn BufRead>,
 }
 
 impl RowInput {
-    /// Opens the file `path`; `-` is standard input.
-    pub(crate) fn open(path: &Path) -> Result<Self, DatasetError> {
+    /// Opens the file `path` with these columns; `-` is standard input.
+    pub(crate) fn open(path: &Path, columns: Columns) -> Result<Self, DatasetError> {
         if path.as_os_str() == "-" {
             let name = PathBuf::from("standard input");
             let lines = dataset::unpacked(&name, io::stdin())?;
-            return Ok(Self { name, lines });
+            return Ok(Self {
+                name,
+                columns,
+                lines,
+            });
         }
         Ok(Self {
             name: path.to_owned(),
+            columns,
             lines: dataset::open(path)?,
         })
     }
 }
 
-/// The rows of `input`, named `name` in errors; `row` converts a line number and content. Empty lines are skipped.
+/// The rows of `input` with these columns, named `name` in errors; `row` converts a line number and content. Empty lines
+/// are skipped.
 pub(crate) fn read<'a>(
     name: &'a Path,
+    columns: &'a Columns,
     input: impl BufRead + 'a,
     row: impl Fn(usize, RowContent) -> Result<TokenRow, String> + 'a,
 ) -> impl Iterator<Item = Result<TokenRow, DatasetError>> + 'a {
@@ -105,14 +114,14 @@ pub(crate) fn read<'a>(
         let line = index + 1;
         let row = match text {
             Ok(text) if text.trim().is_empty() => return None,
-            Ok(text) => parse(&text).and_then(|content| row(line, content)),
+            Ok(text) => parse(&text, columns).and_then(|content| row(line, content)),
             Err(error) => Err(format!("the line cannot be read: {error}")),
         };
         Some(row.map_err(|reason| row_error(name, line, reason)))
     })
 }
 
-fn parse(text: &str) -> Result<RowContent, String> {
+fn parse(text: &str, columns: &Columns) -> Result<RowContent, String> {
     let mut row = dataset::parse_row(text)?;
     // The label of an unpaired preference does not matter here.
     row.shift_remove("label");
@@ -131,8 +140,7 @@ fn parse(text: &str) -> Result<RowContent, String> {
             "a row of \"chosen\" and \"rejected\" has two responses: score each as a \"completion\"".into(),
         );
     }
-    let columns = Columns::default();
-    let PromptAnswer { prompt, answer } = dataset::ParsedRow::of(&row, &columns)
+    let PromptAnswer { prompt, answer } = dataset::ParsedRow::of(&row, columns)
         .and_then(|form| form.answered())
         .map_err(|reason| {
             format!(
@@ -300,7 +308,7 @@ mod tests {
                 Err("two responses"),
             ),
         ] {
-            match (parse(row), expected) {
+            match (parse(row, &Columns::default()), expected) {
                 (Err(error), Err(part)) => assert!(error.contains(part), "{error}"),
                 (parsed, expected) => assert_eq!(parsed, expected.map_err(str::to_owned), "{row}"),
             }
@@ -312,9 +320,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.jsonl");
         std::fs::write(&path, "one\ntwo\n").unwrap();
-        let input = RowInput::open(&path).unwrap();
+        let input = RowInput::open(&path, Columns::default()).unwrap();
         assert_eq!((input.name, input.lines.lines().count()), (path, 2));
-        let missing = RowInput::open(Path::new("nowhere.jsonl")).err().unwrap();
+        let missing = RowInput::open(Path::new("nowhere.jsonl"), Columns::default())
+            .err()
+            .unwrap();
         assert!(missing.to_string().contains("nowhere.jsonl"));
     }
 }
