@@ -184,6 +184,20 @@ fn a_run_continues_on_the_branch_that_it_was_resumed_on() {
 }
 
 #[test]
+fn a_damaged_journal_of_verdicts_does_not_keep_a_run_from_resuming() {
+    let sandbox = Sandbox::new();
+    let run = finished(&sandbox);
+    let journal = run.join("verdicts.jsonl");
+    let damaged = "no verdict\n{}\n";
+    fs::write(&journal, damaged).expect("a journal");
+    let output = bandit(&sandbox, &run, &["learner.steps=7"], &["--resume"]);
+    output.check(0, &["WARN", "verdicts.jsonl, line 1", "resumed step=6"]);
+    // Nothing of it is lost.
+    let kept = fs::read_to_string(journal).expect("the journal is there");
+    assert_eq!(kept, damaged);
+}
+
+#[test]
 fn auto_takes_the_newest_whole_checkpoint_and_names_what_it_skips() {
     let sandbox = Sandbox::new();
     let run = finished(&sandbox);

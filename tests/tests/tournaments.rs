@@ -7,7 +7,9 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use system_tests::{FakeChat, FakeChatResponse, ProcessOutput, Sandbox, make_pipe, workspace_root};
+use system_tests::{
+    FakeChat, FakeChatResponse, ProcessOutput, Sandbox, make_pipe, shared, workspace_root,
+};
 
 /// Tiny runs of two methods on a playground.
 const TINY: &str = r#"
@@ -341,6 +343,45 @@ fn mistakes_are_reported_before_any_run() {
     assert!(!sandbox.path("tournaments").exists());
 }
 
+/// Prepares a chat model, pairs and two preference models as docs/real-model.md does; `false` without the shared data.
+fn prepare_chat_model(sandbox: &Sandbox) -> bool {
+    let Some(model) = shared("every_claim_has_a_smoke_run", "data/cases/A02/chat-bos") else {
+        return false;
+    };
+    std::os::unix::fs::symlink(model, sandbox.path("model")).expect("a link");
+    for (file, word) in [
+        ("pairs-a", "red"),
+        ("pairs-b", "blue"),
+        ("held-out", "green"),
+    ] {
+        let row = |index: usize| {
+            let hh = |answer: &str| format!("\n\nHuman: {word} {index}\n\nAssistant: {answer}");
+            json!({"chosen": hh("yes"), "rejected": hh("no")}).to_string() + "\n"
+        };
+        let rows: String = (0..24).map(row).collect();
+        sandbox.write(&format!("{file}.jsonl"), &rows);
+        if file == "pairs-a" {
+            sandbox.write("prompts.jsonl", &rows);
+        }
+    }
+    for (judge, pairs) in [("judge", "pairs-a"), ("independent", "pairs-b")] {
+        let config = workspace_root().join("configs/smollm2.toml");
+        sandbox
+            .run(&[
+                "fit-preference",
+                config.to_str().expect("a path"),
+                "--run-dir",
+                &format!("runs/smollm2-{judge}"),
+                "--set",
+                "model.path=model",
+                "--set",
+                &format!("preference.fit.pairs.path={pairs}.jsonl"),
+            ])
+            .succeeded();
+    }
+    true
+}
+
 /// Every file of `configs/claims` runs through, with tiny models that learn nothing.
 #[test]
 fn every_claim_has_a_smoke_run() {
@@ -351,8 +392,13 @@ fn every_claim_has_a_smoke_run() {
         .map(|entry| entry.expect("an entry").path())
         .collect();
     files.sort();
-    assert!(files.len() >= 9, "{files:?}");
+    assert!(files.len() >= 11, "{files:?}");
+    let has_chat_model = prepare_chat_model(&sandbox);
     for file in files {
+        let of_chat_model = ["smollm2.toml", "apo-hh.toml"];
+        if !has_chat_model && of_chat_model.iter().any(|name| file.ends_with(name)) {
+            continue;
+        }
         let counts = tournament(&sandbox, &file, &["--dry-run"]).succeeded();
         assert!(counts.stdout.contains("final runs"), "{}", counts.stdout);
         tournament(

@@ -3,7 +3,7 @@
 use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
-use messages::{Purpose, WeightsVersion};
+use messages::{Completion, Purpose, WeightsVersion};
 use model::{
     Finished, LanguageModel, ModelError, Precision, Request, Sampler, Sequence, within_tokens,
 };
@@ -239,8 +239,12 @@ impl SamplerLoop {
     /// Records log ref of completions that are all identical, which no label compares: without it the divergence of a
     /// step would leave out its most probable completions.
     fn score_identical(&self, finished: &mut [Finished]) -> Result<(), ModelError> {
-        let is_unscored =
-            |f: &&mut Finished| f.is_identical() && f.completions[0].ref_logp.is_empty();
+        let is_unscored = |finished: &&mut Finished| match &finished.completions[..] {
+            [first, _, ..] => {
+                first.ref_logp.is_empty() && Completion::are_identical(&finished.completions)
+            }
+            _ => false,
+        };
         let mut unscored: Vec<&mut Finished> = finished.iter_mut().filter(is_unscored).collect();
         if unscored.is_empty() {
             return Ok(());

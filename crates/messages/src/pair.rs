@@ -208,6 +208,12 @@ impl DropReason {
 }
 
 impl Completion {
+    /// Whether all of these completions have the same tokens.
+    #[must_use]
+    pub fn are_identical(completions: &[Self]) -> bool {
+        completions.windows(2).all(|two| two[0].ids == two[1].ids)
+    }
+
     /// log π(y|x) in nats: the sum over response tokens, end-of-text included.
     #[must_use]
     pub fn sum_logp(&self) -> f64 {
@@ -283,8 +289,6 @@ impl Pair {
     /// Whether all completions have the same tokens.
     #[must_use]
     pub fn is_identical(&self) -> bool {
-        self.completions
-            .windows(2)
-            .all(|two| two[0].ids == two[1].ids)
+        Completion::are_identical(&self.completions)
     }
 }

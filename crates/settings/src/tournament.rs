@@ -17,9 +17,11 @@ use crate::{
     checks::Checks,
     choice,
     error::{Problem, SettingsError},
+    learner::PairSelection,
     prompts::PromptsSettings,
     redaction::without_secrets,
     resolve::{Override, Resolved, resolve},
+    settings::Settings,
 };
 
 /// Longest name of a method, in characters.
@@ -380,8 +382,9 @@ impl Tournament {
             problems.push(Problem::new(
                 "tournament",
                 format!(
-                    "methods train on different numbers of pairs (learner.steps times learner.train_batch_size: {}): \
-                     make them equal, or set tournament.equal_budget = false",
+                    "methods train on different numbers of comparisons (learner.steps times learner.train_batch_size, times \
+                     those of a prompt's actor.num_generations: {}): make them equal, or set tournament.equal_budget = \
+                     false",
                     budgets.join(", ")
                 ),
             ));
@@ -409,8 +412,7 @@ impl Tournament {
         if let Some(reason) = self.unusable(&resolved) {
             return Err(vec![Problem::new(key, reason)]);
         }
-        let learner = &resolved.settings.learner;
-        Ok(learner.steps * learner.train_batch_size as u64)
+        Ok(comparisons(&resolved.settings))
     }
 
     /// Reason why the tournament cannot judge or evaluate a run with these settings.
@@ -610,6 +612,20 @@ fn in_brackets(label: &str) -> String {
     }
 }
 
+/// Number of comparisons that a run trains on: one of a pair from a file, of a prompt those of any two completions or one
+/// that is selected.
+fn comparisons(settings: &Settings) -> u64 {
+    let Settings { learner, pairs, .. } = settings;
+    let completions = settings.actor.num_generations as u64;
+    let of_prompt = match learner.pair_selection {
+        PairSelection::All => completions * (completions - 1) / 2,
+        PairSelection::BestWorst | PairSelection::Random => 1,
+    };
+    let share = if pairs.is_used() { pairs.share } else { 0.0 };
+    let of_batch_member = share + (1.0 - share) * of_prompt as f64;
+    ((learner.steps * learner.train_batch_size as u64) as f64 * of_batch_member).round() as u64
+}
+
 fn is_folder_name(name: &str) -> bool {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     !name.is_empty()
@@ -790,6 +806,13 @@ mod tests {
             "tournament.equal_budget = false",
         ),
         (
+            (
+                "\"a\"",
+                "\"a\"\n[[method]]\nname = \"b\"\nsettings = { actor.num_generations = 4 }",
+            ),
+            "method a 9600, method b 57600",
+        ),
+        (
             ("\"a\"", "\"a\"\n[[method]]\nname = \"a\""),
             "method: a name occurs twice",
         ),
@@ -802,6 +825,27 @@ mod tests {
             "nowhere.toml",
         ),
     ];
+
+    #[test]
+    fn a_budget_is_of_comparisons() {
+        let equal = |settings: &str| {
+            let text = format!(
+                "[tournament]\nname = \"t\"\nseeds = [1]\n[[method]]\nname = \"a\"\n[[method]]\nname = \"b\"\nsettings = {settings}\n"
+            );
+            read(&text, false)
+                .map(|_| ())
+                .map_err(|error| error.to_string())
+        };
+        // 300 steps of 32 prompts, two completions each.
+        for settings in [
+            "{ actor.num_generations = 4, learner.steps = 50 }",
+            "{ actor.num_generations = 4, learner.pair_selection = \"best-worst\" }",
+            "{ pairs.playground_pairs = 64 }",
+            "{ pairs = { playground_pairs = 64, share = 0.5 }, actor.num_generations = 3, learner.steps = 150 }",
+        ] {
+            assert_eq!(equal(settings), Ok(()), "{settings}");
+        }
+    }
 
     #[test]
     fn mistakes_are_named_with_their_key() {

@@ -90,17 +90,6 @@ pub struct Finished {
     pub completions: Vec<Completion>,
 }
 
-impl Finished {
-    /// Whether there are several completions, all of the same tokens.
-    #[must_use]
-    pub fn is_identical(&self) -> bool {
-        let [first, others @ ..] = &self.completions[..] else {
-            return false;
-        };
-        !others.is_empty() && others.iter().all(|other| other.ids == first.ids)
-    }
-}
-
 impl Request {
     /// Whether the reference computes the tokens of this request.
     #[must_use]
