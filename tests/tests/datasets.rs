@@ -262,7 +262,7 @@ fn texts_of_a_human_and_an_assistant_are_dialogues_with_chat() {
         weights("messages").expect("a model"),
         weights("turns").expect("a model")
     );
-    let left_out = "left out: 1 that part before their last turn";
+    let left_out = "left out: 1 with further turns in a response";
     assert!(
         read_as_turns.stdout.contains(left_out),
         "{}",

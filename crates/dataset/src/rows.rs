@@ -170,6 +170,9 @@ pub fn visit(
         if parsed.repeats_prompt() {
             tally.count_repeated(source.position);
         }
+        if parsed.has_stray_speakers() {
+            tally.count_stray_speakers(source.position);
+        }
         for name in parsed.unread() {
             if !unread.contains(name) {
                 unread.insert(name.to_owned());

@@ -10,6 +10,8 @@ pub(crate) struct Tally {
     rows: BTreeMap<PromptKind, Count>,
     /// Rows whose answers begin with the prompt.
     repeated: Count,
+    /// Rows whose prompt is one turn although it looks like several.
+    stray_speakers: Count,
 }
 
 /// Number of rows, and the position of the first.
@@ -24,6 +26,11 @@ impl Tally {
     /// Counts a row whose answers begin with the prompt.
     pub(crate) fn count_repeated(&mut self, position: RowPosition) {
         add(&mut self.repeated, position);
+    }
+
+    /// Counts a row whose prompt is one turn although it looks like several.
+    pub(crate) fn count_stray_speakers(&mut self, position: RowPosition) {
+        add(&mut self.stray_speakers, position);
     }
 
     /// Logs warnings about the file `path`, whose prompts are in `column`.
@@ -63,6 +70,12 @@ impl Tally {
                  from the answers, or leave the column {column:?} out of pairs"
             ));
         }
+        if let (stray, Some(first)) = self.stray_speakers {
+            warnings.push(format!(
+                "{stray} text prompts have a line that begins with \"Human:\" or \"Assistant:\", the first at {first}, and \
+                 are one turn of the user: the turns of a dialogue begin with \"Human:\", and each follows an empty line"
+            ));
+        }
         warnings
     }
 }
@@ -98,7 +111,10 @@ mod tests {
             (
                 &[Text, Text, Text],
                 &[2, 3],
-                &["2 answers begin with their prompt, the first at line 2"],
+                &[
+                    "2 answers begin with their prompt, the first at line 2",
+                    "1 text prompts have a line that begins with \"Human:\" or \"Assistant:\", the first at line 3",
+                ],
             ),
         ] {
             let mut tally = Tally::default();
@@ -107,6 +123,9 @@ mod tests {
             }
             for line in repeated {
                 tally.count_repeated(RowPosition::Line(*line));
+            }
+            if repeated == [2, 3] {
+                tally.count_stray_speakers(RowPosition::Line(3));
             }
             let warnings = tally.warnings("dialog");
             assert_eq!(warnings.len(), expected.len(), "{warnings:?}");

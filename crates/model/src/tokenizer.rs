@@ -320,7 +320,7 @@ impl Tokenizer {
     /// When there is no template, or it fails.
     pub fn render(&self, dialogue: &Dialogue) -> Result<String, ModelError> {
         let Some(chat) = &self.inner.chat else {
-            let reason = "the model has none; give the prompt as text, or name a template file";
+            let reason = "the model has none; give prompts as text without chat = true (--chat), or name a template file";
             return Err(ModelError::ChatTemplate {
                 reason: reason.into(),
             });

@@ -65,7 +65,7 @@ pub(crate) struct SkippedPairs {
     pub(crate) empty: usize,
     /// Two equal responses.
     pub(crate) equal: usize,
-    /// Two dialogues that part before their last turn.
+    /// A response with further turns in it.
     pub(crate) later_turns: usize,
     /// A prompt that is also in the validation file.
     pub(crate) held_out: usize,
@@ -98,7 +98,7 @@ impl fmt::Display for SkippedPairs {
             (self.too_long, "too long"),
             (self.empty, "with an empty response"),
             (self.equal, "with two equal responses"),
-            (self.later_turns, "that part before their last turn"),
+            (self.later_turns, "with further turns in a response"),
             (self.held_out, "with a prompt of the validation file"),
         ];
         let reasons = reasons.iter().filter(|(count, _)| *count > 0);

@@ -25,8 +25,8 @@ use crate::exit_code::UsageError;
 ///
 /// Reads a file of prompts, in any form that prompts.path accepts, and writes every row as a line of JSON with the
 /// model's answer in an additional column. Use the file as prompts.path and the column as prompts.golden_column. A
-/// dialogue is rendered by the model's chat template; a text is continued as it is, or with --chat is rendered as a
-/// user's message. Rows whose answer is empty or reaches --max-new-tokens are left out and counted. Runs mistral.rs
+/// dialogue is rendered by the model's chat template; a text is continued as it is, or with --chat is a dialogue as
+/// well. Rows whose answer is empty or reaches --max-new-tokens are left out and counted. Runs mistral.rs
 /// on the CPU: the build needs `--features mistral`.
 ///
 /// Example: agon golden --model models/strong.gguf --chat --prompts prompts.jsonl --output golden.jsonl

@@ -31,7 +31,10 @@ use serde_json::{Map, Value};
 use crate::{
     columns::{Column, Columns, LABEL, TEXT},
     parsed_row::{
-        label::label_of, prompt_forms::RawPrompt, row_view::RowView, transcript::first_turn,
+        label::label_of,
+        prompt_forms::RawPrompt,
+        row_view::RowView,
+        transcript::{first_turn, has_later_turns, has_speakers},
     },
     turn::{answer, shortened},
 };
@@ -54,7 +57,7 @@ pub struct PreferencePair {
     pub chosen: String,
     /// The rejected response.
     pub rejected: String,
-    /// Whether the texts of two dialogues part before their last turn: a response then has further turns in it.
+    /// Whether a response has further turns in it, as where the texts of two dialogues part before their last turn.
     pub has_later_turns: bool,
 }
 
@@ -110,11 +113,14 @@ impl<'a> ParsedRow<'a> {
                     Some(answer) => PromptContent::WithAnswer(prompt, answer),
                 }
             }
-            RawPrompt::Implicit(pair) if columns.chat => {
-                PromptContent::Implicit(transcript::as_dialogue(pair)?)
+            RawPrompt::Implicit(turns, mut pair) => {
+                match turns {
+                    Some(turns) => pair.prompt = row.in_context(turns, &mut read)?,
+                    None => row.reject_context()?,
+                }
+                PromptContent::Implicit(pair)
             }
-            RawPrompt::Implicit(pair) => PromptContent::Implicit(pair),
-            RawPrompt::TextOnly(text) => row.of_text_only(text)?,
+            RawPrompt::TextOnly(text) => row.of_text_only(text, &mut read)?,
         };
         Ok(Self { row, content, read })
     }
@@ -153,9 +159,9 @@ impl<'a> ParsedRow<'a> {
         let answer = match &self.content {
             PromptContent::Implicit(pair) if golden.name == chosen.name => &pair.chosen,
             PromptContent::Implicit(pair) if golden.name == rejected.name => &pair.rejected,
-            _ => return self.response(golden).map(Some),
+            _ => return self.single_response(golden).map(Some),
         };
-        Ok(Some(first_turn(answer).to_owned()))
+        Ok(Some(first_turn(answer)))
     }
 
     /// The value by which a judge is chosen, as text: of text itself, of a number or a truth value its JSON. `None` when
@@ -204,9 +210,9 @@ impl<'a> ParsedRow<'a> {
                     answer: text.clone(),
                 });
             }
-            (PromptContent::Implicit(pair), _) => first_turn(&pair.chosen).to_owned(),
+            (PromptContent::Implicit(pair), _) => first_turn(&pair.chosen),
             (_, Some(column)) => {
-                let answer = self.response(&column)?;
+                let answer = self.single_response(&column)?;
                 self.check_agreement(&[&answer])?;
                 answer
             }
@@ -230,13 +236,15 @@ impl<'a> ParsedRow<'a> {
         let Columns {
             chosen, rejected, ..
         } = self.row.columns;
-        let (chosen, rejected) = (self.response(chosen)?, self.response(rejected)?);
-        self.check_agreement(&[&chosen, &rejected])?;
+        let (chosen_text, rejected_text) = (self.response(chosen)?, self.response(rejected)?);
+        self.check_agreement(&[&chosen_text, &rejected_text])?;
+        let later =
+            |column: &Column, text: &str| self.is_chat_text(column) && has_later_turns(text);
         Ok(PreferencePair {
             prompt: self.prompt()?,
-            chosen,
-            rejected,
-            has_later_turns: false,
+            has_later_turns: later(chosen, &chosen_text) || later(rejected, &rejected_text),
+            chosen: chosen_text,
+            rejected: rejected_text,
         })
     }
 
@@ -277,6 +285,15 @@ impl<'a> ParsedRow<'a> {
         text.is_some_and(|text| self.row.answers_repeat(text))
     }
 
+    /// Whether the prompt is a text that is one turn of the user, although its lines begin as those of a dialogue.
+    pub(crate) fn has_stray_speakers(&self) -> bool {
+        let prompt = self.row.prompt_column().ok().flatten();
+        let text = prompt.and_then(Value::as_str);
+        text.is_some_and(|text| {
+            self.row.columns.chat && !transcript::is_transcript(text) && has_speakers(text)
+        })
+    }
+
     /// Columns of the row that its format does not read.
     #[must_use]
     pub fn unread(&self) -> Vec<&'a str> {
@@ -290,21 +307,39 @@ impl<'a> ParsedRow<'a> {
         row.keys().map(String::as_str).filter(is_unread).collect()
     }
 
-    /// The answer in a column. A text that follows a turn of a user that was text is without the white space around it.
+    /// The answer in a column. A text after a turn of a user that was text is without the white space around it.
     fn response(&self, column: &Column) -> Result<String, String> {
         let answer = self.row.response(column)?;
-        let is_text = |name: &str| self.row.value(name).is_some_and(Value::is_string);
-        let follows_text = self.row.columns.chat
-            && is_text(&column.name)
-            && is_text(&self.row.columns.prompt.name);
         match &self.content {
-            PromptContent::Prompt(PromptText::Dialogue(dialogue))
-                if follows_text && !dialogue.continues_final_message() =>
-            {
-                Ok(answer.trim().to_owned())
+            PromptContent::Prompt(PromptText::Dialogue(dialogue)) if self.is_chat_text(column) => {
+                if transcript::is_transcript(&answer) {
+                    return Err(format!(
+                        "column {:?} has a whole dialogue beside a prompt: leave {:?} out of such rows",
+                        column.name, self.row.columns.prompt.name
+                    ));
+                }
+                match dialogue.continues_final_message() {
+                    true => Ok(answer),
+                    false => Ok(answer.trim().to_owned()),
+                }
             }
             _ => Ok(answer),
         }
+    }
+
+    /// The answer in a column that is not compared with another one: of a text its first turn.
+    fn single_response(&self, column: &Column) -> Result<String, String> {
+        let answer = self.response(column)?;
+        match self.is_chat_text(column) {
+            true => Ok(first_turn(&answer)),
+            false => Ok(answer),
+        }
+    }
+
+    /// Whether an answer and the prompt are text that is read as a dialogue.
+    fn is_chat_text(&self, column: &Column) -> bool {
+        let is_text = |name: &str| self.row.value(name).is_some_and(Value::is_string);
+        self.row.columns.chat && is_text(&column.name) && is_text(&self.row.columns.prompt.name)
     }
 
     /// Checks that an answer at the end of the dialogue equals one of the separate answers.

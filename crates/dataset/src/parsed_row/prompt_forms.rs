@@ -13,7 +13,7 @@ use crate::{
     parsed_row::{
         PreferencePair, PromptContent,
         row_view::RowView,
-        transcript::{self, has_assistant, implicit, is_transcript},
+        transcript::{self, has_assistant, is_transcript},
     },
     turn::{answer, first_role, is_messages, prompt_of, shortened, turns},
 };
@@ -24,7 +24,8 @@ pub(super) enum RawPrompt {
     Text(String),
     /// Turns of a dialogue, and its answer if the column includes one.
     Turns(Vec<Message>, Option<Message>),
-    Implicit(PreferencePair),
+    /// Two texts with a common prompt, and with `chat` its turns.
+    Implicit(Option<Vec<Message>>, PreferencePair),
     TextOnly(String),
 }
 
@@ -249,10 +250,13 @@ impl<'a> RowView<'a> {
             [chosen, rejected].map(|column| self.value(&column.name).and_then(Value::as_str));
         if let [Some(chosen), Some(rejected)] = both {
             let missing = |reason| format!("{}, and {reason}", self.missing(&self.columns.prompt));
-            return self
-                .implicit(chosen, rejected)
-                .map(RawPrompt::Implicit)
-                .map_err(missing);
+            if self.columns.chat {
+                let (turns, pair) =
+                    transcript::implicit_dialogue(chosen, rejected).map_err(missing)?;
+                return Ok(RawPrompt::Implicit(Some(turns), pair));
+            }
+            let pair = self.implicit(chosen, rejected).map_err(missing)?;
+            return Ok(RawPrompt::Implicit(None, pair));
         }
         match (self.value(TEXT), self.first(&DIALOGUES)) {
             (Some(Value::String(text)), _) if !self.has_answer() => {
@@ -278,7 +282,7 @@ impl<'a> RowView<'a> {
             Some((name, _)) if !is_dialogue => Err(format!(
                 "{name:?} may be the prompt: a common prefix is used as the prompt only in rows without other texts"
             )),
-            _ => implicit(chosen, rejected),
+            _ => transcript::implicit(chosen, rejected),
         }
     }
 
@@ -294,6 +298,16 @@ impl<'a> RowView<'a> {
         };
         let context = [&SYSTEMS[..], inputs].concat();
         let has_context = context.iter().any(|name| self.row.contains_key(*name));
+        let is_transcript = self.columns.chat && is_transcript(&text);
+        if is_transcript && self.value(HISTORY).is_some_and(Value::is_array) {
+            return Err(format!(
+                "column {HISTORY:?} stands beside a text with turns of its own: remove one of them"
+            ));
+        }
+        if is_transcript {
+            let turns = transcript::turns(&text);
+            return self.in_context(turns, read).map(PromptContent::Prompt);
+        }
         if has_context || self.value(HISTORY).is_some_and(Value::is_array) {
             let name = self.columns.prompt.name.as_str();
             let turns = self.question(name, &text, read)?;
@@ -303,26 +317,42 @@ impl<'a> RowView<'a> {
             let turns = transcript::turns(&text);
             return self.in_context(turns, read).map(PromptContent::Prompt);
         }
-        match [TOOLS, TEMPLATE_KWARGS]
-            .into_iter()
-            .find(|name| self.is_filled(name))
-        {
-            None => Ok(PromptContent::Prompt(PromptText::Text(text))),
+        self.reject_context()?;
+        Ok(PromptContent::Prompt(PromptText::Text(text)))
+    }
+
+    /// Rejects columns that only a chat template reads, beside a text that does not go through one.
+    pub(super) fn reject_context(self) -> Result<(), String> {
+        let of_template = [TOOLS, TEMPLATE_KWARGS].into_iter();
+        let mut unread = of_template.filter(|name| self.is_filled(name));
+        let system = || {
+            let (name, value) = self.first(&SYSTEMS)?;
+            (value.as_str() != Some("")).then_some(name)
+        };
+        match unread.next().or_else(system) {
+            None => Ok(()),
             Some(name) => Err(format!(
-                "column {name:?} is for a chat template, which a prompt of text does not go through: write the prompt as messages"
+                "column {name:?} is for a chat template, which a prompt of text does not go through: write the prompt as \
+                 messages, or set chat = true"
             )),
         }
     }
 
     /// A text without a prompt; with `chat`, a transcript is a dialogue and its answer.
-    pub(super) fn of_text_only(self, text: String) -> Result<PromptContent, String> {
+    pub(super) fn of_text_only(
+        self,
+        text: String,
+        read: &mut BTreeSet<&'static str>,
+    ) -> Result<PromptContent, String> {
         if !self.columns.chat || !is_transcript(&text) {
+            self.reject_context()?;
             return Ok(PromptContent::TextOnly(text));
         }
         let mut turns = transcript::turns(&text);
         let last = turns.pop_if(|turn| turn.role() == "assistant");
         let last = last.ok_or("the last turn of the text is not an answer of the Assistant")?;
-        Ok(PromptContent::WithAnswer(prompt_of(turns)?, last))
+        let prompt = self.in_context(turns, read)?;
+        Ok(PromptContent::WithAnswer(prompt, last))
     }
 
     /// The question in the column `name`, after the turns of its history (Alpaca, as in LLaMA-Factory).

@@ -216,109 +216,175 @@ fn chat() -> Columns {
     }
 }
 
+/// Checks the prompt and the answers of a pair that is read with `chat`.
+fn assert_chat_pair(row: &Value, prompt: &PromptText, answers: [&str; 2]) {
+    let read = extract(row, &chat(), |row| row.pair());
+    let read = read.unwrap_or_else(|error| panic!("{row}: {error}"));
+    assert_eq!(&read.prompt, prompt, "{row}");
+    assert_eq!(
+        [read.chosen.as_str(), read.rejected.as_str()],
+        answers,
+        "{row}"
+    );
+    assert!(!read.has_later_turns, "{row}");
+}
+
 #[test]
-fn text_prompts_are_dialogues_with_chat() {
+fn transcripts_are_their_turns_with_chat() {
     let asked = dialogue(&[("user", "q")]);
     let twice = dialogue(&[("user", "q"), ("assistant", "x"), ("user", "r")]);
     let hh = |tail: &str| format!("\n\nHuman: q\n\nAssistant: x \n\nHuman: r\n\nAssistant:{tail}");
+    let ab = ["a", "b"];
+    let row = json!({"chosen": hh(" a\n"), "rejected": hh(" b")});
+    assert_chat_pair(&row, &twice, ab);
+    let row = json!({"prompt": hh(""), "chosen": " a", "rejected": "b "});
+    assert_chat_pair(&row, &twice, ab);
+    // White space and a mark before the first turn, other line ends, and several empty lines.
+    let prompt = "\u{feff} Human: q\r\n\r\nAssistant:";
+    let row = json!({"prompt": prompt, "chosen": "a", "rejected": "b"});
+    assert_chat_pair(&row, &asked, ab);
+    let windows = ["a", "b"].map(|answer| format!("\nHuman: q\r\n\r\n\r\nAssistant: {answer}"));
+    let row = json!({"chosen": windows[0], "rejected": windows[1]});
+    assert_chat_pair(&row, &asked, ab);
+    // Empty turns stay, and two of one speaker are one.
+    let prompt = "Human:\n\nAssistant:\n\nHuman: q \n\nHuman: r";
+    let row = json!({"prompt": prompt, "chosen": "a", "rejected": "b"});
+    let merged = dialogue(&[("user", ""), ("assistant", ""), ("user", "q\n\nr")]);
+    assert_chat_pair(&row, &merged, ab);
+    // A turn that is continued keeps the white space on both sides of the cut.
+    let prompt = "Human: q\n\nAssistant: It is ";
+    let row = json!({"prompt": prompt, "chosen": " a", "rejected": "b "});
+    let continued = dialogue(&[("user", "q"), ("assistant", "It is ")]);
+    assert_chat_pair(&row, &continued, [" a", "b "]);
+}
+
+#[test]
+fn other_texts_are_a_turn_of_the_user_with_chat() {
+    for prompt in ["q", "Human: rights", "Go on:\n\nHuman: q\n\nAssistant:"] {
+        let row = json!({"prompt": prompt, "chosen": "a", "rejected": " b"});
+        assert_chat_pair(&row, &dialogue(&[("user", prompt)]), ["a", "b"]);
+    }
+    // Messages stay as they are.
+    let row = json!({"prompt": [turn("user", "q")], "chosen": " a", "rejected": "b"});
+    assert_chat_pair(&row, &dialogue(&[("user", "q")]), [" a", "b"]);
+}
+
+#[test]
+fn columns_of_a_dialogue_go_with_a_transcript() {
+    let (asked, brief) = (
+        dialogue(&[("user", "q")]),
+        dialogue(&[("system", "s"), ("user", "q")]),
+    );
     let open = "\n\nHuman: q\n\nAssistant:";
-    for (row, prompt, chosen, rejected) in [
+    let [chosen, rejected] = [" a", " b"].map(|answer| format!("{open}{answer}"));
+    for (system, prompt) in [("s", &brief), ("", &asked)] {
+        let row = json!({"system": system, "prompt": open, "chosen": "a", "rejected": "b"});
+        assert_chat_pair(&row, prompt, ["a", "b"]);
+        let row = json!({"system": system, "chosen": chosen, "rejected": rejected});
+        assert_chat_pair(&row, prompt, ["a", "b"]);
+        let row = json!({"system": system, "text": chosen});
+        let answered = extract(&row, &chat(), |row| row.answered()).expect("an answer");
+        assert_eq!(&answered.prompt, prompt, "{row}");
+    }
+    let messages = [" a", "b"].map(|answer| json!([turn("assistant", answer)]));
+    let row = json!({"prompt": open, "chosen": messages[0], "rejected": messages[1]});
+    assert_chat_pair(&row, &asked, [" a", "b"]);
+}
+
+#[test]
+fn texts_that_are_no_dialogue_are_refused_with_chat() {
+    let single = |answer: &str| format!("Human: Up?\nAssistant: {answer}");
+    let open = "\n\nHuman: q\n\nAssistant:";
+    for (row, expected) in [
         (
-            json!({"chosen": hh(" a\n"), "rejected": hh(" b")}),
-            &twice,
-            "a",
-            "b",
+            json!({"chosen": single("Blue is it"), "rejected": single("Bright is it")}),
+            "each \"Human:\" and \"Assistant:\" follows an empty line",
         ),
         (
-            json!({"prompt": hh(""), "chosen": " a", "rejected": "b "}),
-            &twice,
-            "a",
-            "b",
+            json!({"chosen": "The sky is blue.", "rejected": "The sky is green."}),
+            "the texts are no dialogue",
         ),
         (
-            json!({"prompt": "q", "chosen": "a", "rejected": " b"}),
-            &asked,
-            "a",
-            "b",
-        ),
-        // The system's turn stands before the first one, or in a column.
-        (
-            json!({"prompt": format!("Be brief.{open}"), "chosen": "a", "rejected": "b"}),
-            &dialogue(&[("system", "Be brief."), ("user", "q")]),
-            "a",
-            "b",
+            json!({"prompt": "q", "chosen": format!("{open} a"), "rejected": format!("{open} b")}),
+            "a whole dialogue beside a prompt: leave \"prompt\" out",
         ),
         (
-            json!({"prompt": "Human: q", "chosen": "a", "rejected": "b", "system": ""}),
-            &dialogue(&[("user", "Human: q")]),
-            "a",
-            "b",
-        ),
-        // A turn that is continued keeps the white space of its continuation, and empty turns stay.
-        (
-            json!({"prompt": format!("{open} It is"), "chosen": " a", "rejected": " b"}),
-            &dialogue(&[("user", "q"), ("assistant", "It is")]),
-            " a",
-            " b",
-        ),
-        (
-            json!({"prompt": "Human:\n\nAssistant:\n\nHuman: q", "chosen": "a", "rejected": "b"}),
-            &dialogue(&[("user", ""), ("assistant", ""), ("user", "q")]),
-            "a",
-            "b",
-        ),
-        // Messages stay as they are.
-        (
-            json!({"prompt": [turn("user", "q")], "chosen": " a", "rejected": "b"}),
-            &asked,
-            " a",
-            "b",
-        ),
-        (
-            json!({"prompt": open, "chosen": [turn("assistant", " a")], "rejected": [turn("assistant", "b")]}),
-            &asked,
-            " a",
-            "b",
+            json!({"history": [["x", "y"]], "prompt": open, "chosen": "a", "rejected": "b"}),
+            "\"history\" stands beside a text with turns of its own",
         ),
     ] {
-        let read = ParsedRow::of(row.as_object().expect("a row"), &chat())
-            .and_then(|row| row.pair())
-            .unwrap_or_else(|error| panic!("{row}: {error}"));
-        assert_eq!(&read.prompt, prompt, "{row}");
-        assert_eq!(
-            (read.chosen.as_str(), read.rejected.as_str()),
-            (chosen, rejected),
-            "{row}"
-        );
-        assert!(!read.has_later_turns, "{row}");
+        let error = extract(&row, &chat(), |row| row.pair()).expect_err(expected);
+        assert!(error.contains(expected), "{row}: {error}");
     }
+    // Without `chat` no system's turn and no tools are lost.
+    let row =
+        json!({"system": "s", "chosen": format!("{open} a"), "rejected": format!("{open} b")});
+    let error = pair(&row).expect_err("a text has no system's turn");
+    assert!(
+        error.contains("\"system\"") && error.contains("chat = true"),
+        "{error}"
+    );
 }
 
 #[test]
 fn texts_that_part_before_their_last_turn_are_marked() {
-    let row = json!({
-        "chosen": "\n\nHuman: q\n\nAssistant: a",
-        "rejected": "\n\nHuman: q\n\nAssistant: b\n\nHuman: r\n\nAssistant: c",
-    });
-    for columns in [Columns::default(), chat()] {
-        let pair = extract(&row, &columns, |row| row.pair()).expect("a pair");
-        assert!(pair.has_later_turns);
+    let parting = |response: &str| {
+        json!({
+            "chosen": "\n\nHuman: q\n\nAssistant: a",
+            "rejected": format!("\n\nHuman: q\n\nAssistant: {response}"),
+        })
+    };
+    let marked = |row: &Value, columns: &Columns| {
+        extract(row, columns, |row| Ok(row.pair()?.has_later_turns)).expect("a pair")
+    };
+    for response in ["b\n\nHuman: r\n\nAssistant: c", "b\n\nAssistant: c"] {
+        assert!(
+            marked(&parting(response), &Columns::default()),
+            "{response}"
+        );
+        assert!(marked(&parting(response), &chat()), "{response}");
     }
+    // Also where the user has the last word, which is no answer to a text, and in an answer beside its prompt.
+    assert!(marked(&parting("b\n\nHuman: r"), &chat()));
+    assert!(!marked(&parting("b\nHuman: r"), &chat()));
+    let beside = json!({"prompt": "q", "chosen": "b\n\nHuman: r", "rejected": "a"});
+    assert!(marked(&beside, &chat()));
     // An answer is the first turn after the common ones.
+    let row = parting("b \n\nHuman: r\n\nAssistant: c");
     let reversed = json!({"chosen": row["rejected"], "rejected": row["chosen"]});
     let golden = Columns {
         golden: Some(Column::named("chosen", "prompts.golden_column")),
         ..chat()
     };
-    let read = extract(&reversed, &golden, |row| {
-        Ok((row.answered()?, row.golden()?))
-    });
-    let (answered, golden) = read.expect("an answer");
-    assert_eq!(answered.prompt, dialogue(&[("user", "q")]));
-    assert_eq!(
-        (answered.answer.as_str(), golden.as_deref()),
-        ("b", Some("b"))
-    );
+    for row in [reversed, beside] {
+        let read = extract(&row, &golden, |row| Ok((row.answered()?, row.golden()?)));
+        let (answered, golden) = read.expect("an answer");
+        assert_eq!(answered.prompt, dialogue(&[("user", "q")]));
+        assert_eq!(
+            (answered.answer.as_str(), golden.as_deref()),
+            ("b", Some("b"))
+        );
+    }
+}
+
+#[test]
+fn text_prompts_that_look_like_several_turns_are_recognised() {
+    for (prompt, expected) in [
+        ("\n\nHuman: q\n\nAssistant:", false),
+        ("Who is Human: a name?", false),
+        ("Human: q\nAssistant:", true),
+        ("Go on:\n\nHuman: q\n\nAssistant:", true),
+    ] {
+        let row = json!({"prompt": prompt, "completion": "a"});
+        let stray = extract(&row, &chat(), |row| Ok(row.has_stray_speakers()));
+        assert_eq!(stray, Ok(expected), "{prompt:?}");
+        let stray = extract(
+            &row,
+            &Columns::default(),
+            |row| Ok(row.has_stray_speakers()),
+        );
+        assert_eq!(stray, Ok(false), "{prompt:?}");
+    }
 }
 
 #[test]
@@ -343,11 +409,8 @@ fn a_transcript_without_a_prompt_is_a_dialogue_and_its_answer() {
     let plain = text("The sky is blue.").expect("a text");
     assert_eq!(plain.prompt, super::tests::text(""));
     assert_eq!(plain.answer, "The sky is blue.");
-    let error = text("\n\nHuman: q").expect_err("no answer");
+    let error = text("\n\nHuman: q\n\nAssistant: a\n\nHuman: r").expect_err("no answer");
     assert!(error.contains("not an answer of the Assistant"), "{error}");
-    let row = json!({"chosen": "The sky is blue.", "rejected": "The sky is green."});
-    let error = extract(&row, &chat(), |row| row.pair()).expect_err("no dialogue");
-    assert!(error.contains("a turn of a \"Human:\""), "{error}");
 }
 
 #[test]

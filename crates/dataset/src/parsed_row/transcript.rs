@@ -1,74 +1,141 @@
-//! Texts with turns of `Human:` and `Assistant:` (Anthropic's HH), and the implicit prompt of a pair of texts.
+//! Transcripts: dialogues as one text, with turns of a `Human:` and an `Assistant:` that each follow an empty line
+//! (Anthropic's HH); and the implicit prompt of a pair of texts.
 
 use messages::{Dialogue, Message, PromptText};
 
 use crate::parsed_row::PreferencePair;
 
-/// Start of an assistant's turn.
-const ASSISTANT: &str = "\n\nAssistant:";
-/// Start of a user's turn.
-const HUMAN: &str = "\n\nHuman:";
+/// Between two turns.
+const EMPTY_LINE: &str = "\n\n";
+/// Start of a turn of the user.
+const HUMAN: &str = "Human:";
+/// Start of a turn of the assistant.
+const ASSISTANT: &str = "Assistant:";
+
+/// Whether a text is a transcript: it begins with a turn of the user, and has one of the assistant.
+pub(super) fn is_transcript(text: &str) -> bool {
+    begins_with_user(text) && has_assistant(text)
+}
 
 /// Whether a text has a turn of the assistant.
 pub(super) fn has_assistant(text: &str) -> bool {
-    text.contains(ASSISTANT)
+    let starts = turn_starts(&with_line_feeds(text));
+    starts.iter().any(|(_, speaker)| *speaker == ASSISTANT)
 }
 
-/// Whether a text is a transcript: it has a turn of the user.
-pub(super) fn is_transcript(text: &str) -> bool {
-    text.contains(HUMAN) || text.starts_with(HUMAN.trim_start())
+/// Whether a line of a text begins with a speaker, as in a transcript or in something like one.
+pub(super) fn has_speakers(text: &str) -> bool {
+    text.lines().any(|line| {
+        let line = line.trim_start();
+        line.starts_with(HUMAN) || line.starts_with(ASSISTANT)
+    })
 }
 
-/// The text of a response up to the user's next turn.
-pub(super) fn first_turn(response: &str) -> &str {
-    response.split(HUMAN).next().unwrap_or(response)
+/// Whether a response has further turns after its own.
+pub(super) fn has_later_turns(response: &str) -> bool {
+    !turn_starts(&with_line_feeds(response)).is_empty()
 }
 
-/// The turns of a text: those of a transcript without the white space around them, what stands before the first one as
-/// the system's; any other text is one turn of the user. A last turn of the assistant without text, which only says whose
-/// turn it is, is left out.
+/// The text of a response up to the next turn.
+pub(super) fn first_turn(response: &str) -> String {
+    let response = with_line_feeds(response);
+    match turn_starts(&response).first() {
+        Some((end, _)) => response[..*end].trim_end().to_owned(),
+        None => response,
+    }
+}
+
+/// The turns of a text: those of a transcript, without the white space around them, two of one speaker as one; any other
+/// text is one turn of the user. Of a last turn of the assistant, which is continued, the white space at its end stays; if
+/// it has no text, it only says whose turn it is, and is left out.
 pub(super) fn turns(text: &str) -> Vec<Message> {
     if !is_transcript(text) {
         return vec![Message::new("user", text)];
     }
     // The first turn of some texts is without the empty line before it.
-    let text = format!("\n\n{text}");
-    let mut turns = Vec::new();
-    let (mut role, mut rest) = ("system", text.as_str());
-    loop {
-        let next = [(HUMAN, "user"), (ASSISTANT, "assistant")]
-            .into_iter()
-            .filter_map(|(start, role)| Some((rest.find(start)?, start, role)))
-            .min();
-        let end = next.map_or(rest.len(), |(at, ..)| at);
-        let content = rest[..end].trim();
-        let is_left_out = match role {
-            "system" => content.is_empty(),
-            "assistant" => content.is_empty() && next.is_none(),
-            _ => false,
-        };
-        if !is_left_out {
-            turns.push(Message::new(role, content));
-        }
-        match next {
-            Some((at, start, next_role)) => (role, rest) = (next_role, &rest[at + start.len()..]),
-            None => return turns,
+    let text = EMPTY_LINE.to_owned() + trimmed_start(&with_line_feeds(text));
+    let starts = turn_starts(&text);
+    let ends = starts.iter().skip(1).map(|(start, _)| *start);
+    let mut turns: Vec<(&str, String)> = Vec::new();
+    for ((start, speaker), end) in starts.iter().zip(ends.chain([text.len()])) {
+        let content = text[start + EMPTY_LINE.len() + speaker.len()..end].trim_start();
+        match turns.last_mut() {
+            Some((last, joined)) if last == speaker => {
+                joined.truncate(joined.trim_end().len());
+                joined.push_str(EMPTY_LINE);
+                joined.push_str(content);
+            }
+            _ => turns.push((speaker, content.to_owned())),
         }
     }
+    let continued = turns.pop_if(|(speaker, _)| *speaker == ASSISTANT);
+    let continued = continued.filter(|(_, content)| !content.is_empty());
+    let whole = turns.into_iter().map(|(speaker, content)| {
+        let role = if speaker == HUMAN {
+            "user"
+        } else {
+            "assistant"
+        };
+        Message::new(role, content.trim_end())
+    });
+    let continued = continued.map(|(_, content)| Message::new("assistant", content));
+    whole.chain(continued).collect()
 }
 
 /// Splits two texts at the end of their common prompt: after the last `Assistant:` that they share (Anthropic's HH), or
 /// for texts without turns at the end of the common prefix, without a trailing space (TRL: `extract_prompt`).
 pub(super) fn implicit(chosen: &str, rejected: &str) -> Result<PreferencePair, String> {
-    let turn_starts = chosen
-        .match_indices(ASSISTANT)
-        .map(|(offset, _)| offset + ASSISTANT.len());
-    let last_shared = turn_starts
+    let pair = split(chosen, rejected)?;
+    for response in [&pair.chosen, &pair.rejected] {
+        if matches!(turn_starts(response).last(), Some((_, HUMAN))) {
+            return Err(
+                "the last turn of a dialogue is the Human's, not an answer of the Assistant".into(),
+            );
+        }
+    }
+    Ok(pair)
+}
+
+/// Two transcripts as a dialogue and its responses, without the white space around them.
+pub(super) fn implicit_dialogue(
+    chosen: &str,
+    rejected: &str,
+) -> Result<(Vec<Message>, PreferencePair), String> {
+    let [chosen, rejected] = [chosen, rejected].map(with_line_feeds);
+    let pair = split(trimmed_start(&chosen), trimmed_start(&rejected))?;
+    match &pair.prompt {
+        PromptText::Text(prompt) if begins_with_user(prompt) && prompt.ends_with(ASSISTANT) => {
+            let turns = turns(prompt);
+            let pair = PreferencePair {
+                prompt: PromptText::Dialogue(Dialogue::new(turns.clone())),
+                chosen: pair.chosen.trim().to_owned(),
+                rejected: pair.rejected.trim().to_owned(),
+                has_later_turns: pair.has_later_turns,
+            };
+            Ok((turns, pair))
+        }
+        _ => Err(format!(
+            "the texts are no dialogue: one begins with {HUMAN:?}, and each {HUMAN:?} and {ASSISTANT:?} follows an empty line"
+        )),
+    }
+}
+
+fn split(chosen: &str, rejected: &str) -> Result<PreferencePair, String> {
+    let assistant = |text: &str| -> Vec<usize> {
+        let starts = turn_starts(text).into_iter();
+        let of_assistant = starts.filter(|(_, speaker)| *speaker == ASSISTANT);
+        let end = |(start, speaker): (usize, &str)| start + EMPTY_LINE.len() + speaker.len();
+        of_assistant.map(end).collect()
+    };
+    let cuts = assistant(chosen);
+    let last_shared = cuts
+        .iter()
+        .copied()
         .take_while(|&cut| rejected.get(..cut) == chosen.get(..cut))
         .last();
     let cut = match last_shared {
         Some(cut) => cut,
-        None if has_assistant(chosen) || has_assistant(rejected) => {
+        None if !cuts.is_empty() || !assistant(rejected).is_empty() => {
             return Err("the dialogues share no turn of an \"Assistant:\"".into());
         }
         None => common_prefix(chosen, rejected),
@@ -76,33 +143,38 @@ pub(super) fn implicit(chosen: &str, rejected: &str) -> Result<PreferencePair, S
     if cut == 0 {
         return Err("the two texts have no common prefix that could be a prompt".into());
     }
-    let answer = |text: &str| match text[cut..].rfind(HUMAN) > text[cut..].rfind(ASSISTANT) {
-        true => Err("the last turn of a dialogue is the Human's, not an answer of the Assistant"),
-        false => Ok(text[cut..].to_owned()),
-    };
+    let (prompt, responses) = (&chosen[..cut], [&chosen[cut..], &rejected[cut..]]);
     Ok(PreferencePair {
-        prompt: PromptText::Text(chosen[..cut].to_owned()),
-        chosen: answer(chosen)?,
-        rejected: answer(rejected)?,
-        has_later_turns: [chosen, rejected]
-            .iter()
-            .any(|text| text[cut..].contains(HUMAN)),
+        prompt: PromptText::Text(prompt.to_owned()),
+        chosen: responses[0].to_owned(),
+        rejected: responses[1].to_owned(),
+        has_later_turns: responses.into_iter().any(has_later_turns),
     })
 }
 
-/// A pair that was split by [`implicit`] as a dialogue: its prompt as turns, its responses without the white space around
-/// them.
-pub(super) fn as_dialogue(pair: PreferencePair) -> Result<PreferencePair, String> {
-    let trimmed = |text: &str| text.trim().to_owned();
-    match pair.prompt {
-        PromptText::Text(prompt) if is_transcript(&prompt) => Ok(PreferencePair {
-            prompt: PromptText::Dialogue(Dialogue::new(turns(&prompt))),
-            chosen: trimmed(&pair.chosen),
-            rejected: trimmed(&pair.rejected),
-            has_later_turns: pair.has_later_turns,
-        }),
-        _ => Err("the texts do not begin with a turn of a \"Human:\", as a dialogue does".into()),
-    }
+/// Offsets and speakers of the turns that follow an empty line, in their order.
+fn turn_starts(text: &str) -> Vec<(usize, &'static str)> {
+    let starts = |speaker: &'static str| {
+        let found = text.match_indices(speaker).map(|(at, _)| &text[..at]);
+        let after_empty_line = found.filter(|before| before.ends_with(EMPTY_LINE));
+        after_empty_line.map(move |before| (before.len() - EMPTY_LINE.len(), speaker))
+    };
+    let mut all: Vec<_> = starts(HUMAN).chain(starts(ASSISTANT)).collect();
+    all.sort_unstable();
+    all
+}
+
+fn begins_with_user(text: &str) -> bool {
+    trimmed_start(text).starts_with(HUMAN)
+}
+
+/// The text without white space and a byte order mark before it.
+fn trimmed_start(text: &str) -> &str {
+    text.trim_start_matches(|c: char| c.is_whitespace() || c == '\u{feff}')
+}
+
+fn with_line_feeds(text: &str) -> String {
+    text.replace("\r\n", "\n")
 }
 
 /// Length of the common prefix in bytes, without a trailing space.

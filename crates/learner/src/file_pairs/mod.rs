@@ -437,7 +437,7 @@ impl std::fmt::Display for PairCounts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} are too long, {} have an empty response, {} have two equal ones and {} part before their last turn",
+            "{} are too long, {} have an empty response, {} have two equal ones and {} have further turns in one",
             self.too_long, self.empty, self.equal, self.later_turns
         )
     }

@@ -54,7 +54,7 @@ pub struct PairCounts {
     pub empty: usize,
     /// With two equal responses.
     pub equal: usize,
-    /// Two dialogues of text that part before their last turn, where they are read as turns.
+    /// With further turns in a response, where texts are read as turns.
     pub later_turns: usize,
 }
 

@@ -308,7 +308,7 @@ fn unusable_rows_are_left_out_or_refused_with_the_remedy() {
         (
             &nothing,
             "too_long=drop",
-            "of 2 rows 0 are too long, 1 have an empty response, 1 have two equal ones and 0 part",
+            "of 2 rows 0 are too long, 1 have an empty response, 1 have two equal ones and 0 have",
         ),
         (
             &files.folder.path().join("none.jsonl"),

@@ -54,8 +54,8 @@ impl UnusualPairs {
             ),
             (
                 self.later_turns,
-                "pairs part before their last turn: the turns of the Human within their responses are trained on, as \
-                 in TRL; shorten such dialogues to the turn in which they differ",
+                "pairs part before their last turn: the further turns in their responses are trained on, as in TRL; \
+                 shorten such dialogues to the turn in which they differ (chat = true leaves them out)",
             ),
         ];
         let warnings = warnings.into_iter().filter(|(count, _)| *count > 0);

@@ -527,9 +527,12 @@ pub struct TemplateUse {
 impl TemplateUse {
     /// Counts a prompt.
     pub fn count(&mut self, prompt: &PromptText) {
-        let PromptText::Dialogue(dialogue) = prompt else {
-            self.texts += 1;
-            return;
+        let dialogue = match prompt {
+            PromptText::Dialogue(dialogue) => dialogue,
+            PromptText::Text(text) => {
+                self.texts += usize::from(!text.is_empty());
+                return;
+            }
         };
         self.continued += usize::from(dialogue.continues_final_message());
         if self.with_tools.is_none() && !dialogue.tools.is_empty() {
@@ -542,6 +545,7 @@ impl TemplateUse {
     pub fn log(&self, path: &Path, columns: &Columns, tokenizer: &Tokenizer) {
         if let Some(section) = columns.limits.section
             && self.texts > 0
+            && !columns.chat
             && tokenizer.has_chat_template()
         {
             tracing::warn!(
