@@ -14,23 +14,35 @@ pub(crate) struct Tally {
     stray_speakers: Count,
 }
 
-/// Number of rows, and the position of the first.
-type Count = (usize, Option<RowPosition>);
+/// Rows of one kind.
+#[derive(Debug, Default, Clone, Copy)]
+struct Count {
+    rows: usize,
+    /// Position of the first.
+    first: Option<RowPosition>,
+}
+
+impl Count {
+    fn add(&mut self, position: RowPosition) {
+        self.rows += 1;
+        self.first.get_or_insert(position);
+    }
+}
 
 impl Tally {
     /// Counts a row.
     pub(crate) fn count(&mut self, kind: PromptKind, position: RowPosition) {
-        add(self.rows.entry(kind).or_default(), position);
+        self.rows.entry(kind).or_default().add(position);
     }
 
     /// Counts a row whose answers begin with the prompt.
     pub(crate) fn count_repeated(&mut self, position: RowPosition) {
-        add(&mut self.repeated, position);
+        self.repeated.add(position);
     }
 
     /// Counts a row whose prompt is one turn although it looks like several.
     pub(crate) fn count_stray_speakers(&mut self, position: RowPosition) {
-        add(&mut self.stray_speakers, position);
+        self.stray_speakers.add(position);
     }
 
     /// Logs warnings about the file `path`, whose prompts are in `column`.
@@ -43,46 +55,47 @@ impl Tally {
     /// Warning texts.
     fn warnings(&self, column: &str) -> Vec<String> {
         let of = |kind| self.rows.get(&kind).copied().unwrap_or_default();
-        let texts = of(PromptKind::Text);
-        let both = [PromptKind::Dialogue, PromptKind::Continued].map(of);
-        let firsts = both.iter().filter_map(|(_, first)| *first);
-        let first = firsts.min_by_key(|position| position.number());
-        let dialogues = (both[0].0 + both[1].0, first);
+        let (texts, continued) = (of(PromptKind::Text), of(PromptKind::Continued));
+        let both = [of(PromptKind::Dialogue), continued];
+        let firsts = both.iter().filter_map(|count| count.first);
+        let first_dialogue = firsts.min_by_key(|position| position.number());
         let mut warnings = Vec::new();
-        if let ((text, Some(a)), (dialogue, Some(b))) = (texts, dialogues) {
+        if let (Some(first_text), Some(first_dialogue)) = (texts.first, first_dialogue) {
             warnings.push(format!(
-                "{text} rows are text, the first at {a}, and {dialogue} are dialogues, the first at {b}: only dialogues \
-                 go through the chat template; give every row the same columns (an empty system or input column instead of a \
-                 missing one)"
+                "{} rows are text, the first at {first_text}, and {} are dialogues, the first at {first_dialogue}: only \
+                 dialogues go through the chat template; give every row the same columns (an empty system or input column \
+                 instead of a missing one)",
+                texts.rows,
+                both[0].rows + both[1].rows
             ));
         }
-        if let (continued, Some(first)) = of(PromptKind::Continued) {
+        if let Some(first) = continued.first {
             warnings.push(format!(
-                "{continued} prompts of column {column:?} end with a turn of the assistant, the first at {first}: completions \
-                 continue that turn; in a column \"messages\" that turn is the answer and not part of the prompt"
+                "{} prompts of column {column:?} end with a turn of the assistant, the first at {first}: completions \
+                 continue that turn; in a column \"messages\" that turn is the answer and not part of the prompt",
+                continued.rows
             ));
         }
-        let rows: usize = self.rows.values().map(|(count, _)| count).sum();
-        let (repeated, first) = self.repeated;
-        if let Some(first) = first.filter(|_| repeated * 2 > rows) {
+        let (all, repeated) = (self.rows.values().map(|count| count.rows), self.repeated);
+        if let Some(first) = repeated.first
+            && repeated.rows * 2 > all.sum()
+        {
             warnings.push(format!(
-                "{repeated} answers begin with their prompt, the first at {first}: the prompt is then repeated; remove it \
-                 from the answers, or leave the column {column:?} out of pairs"
+                "{} answers begin with their prompt, the first at {first}: the prompt is then repeated; remove it from the \
+                 answers, or leave the column {column:?} out of pairs",
+                repeated.rows
             ));
         }
-        if let (stray, Some(first)) = self.stray_speakers {
+        let stray = self.stray_speakers;
+        if let Some(first) = stray.first {
             warnings.push(format!(
-                "{stray} text prompts have a line that begins with \"Human:\" or \"Assistant:\", the first at {first}, and \
-                 are one turn of the user: the turns of a dialogue begin with \"Human:\", and each follows an empty line"
+                "{} text prompts have a line that begins with \"Human:\" or \"Assistant:\", the first at {first}, and are \
+                 one turn of the user: the turns of a dialogue begin with \"Human:\", and each follows an empty line",
+                stray.rows
             ));
         }
         warnings
     }
-}
-
-fn add((count, first): &mut Count, position: RowPosition) {
-    *count += 1;
-    first.get_or_insert(position);
 }
 
 #[cfg(test)]
