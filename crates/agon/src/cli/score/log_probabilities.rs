@@ -8,9 +8,7 @@ use serde::Serialize;
 
 use crate::cli::{
     model_args::LocatedModel,
-    score::rows::{
-        Eos, RowContent, RowFormat, RowInput, TokenRow, read, row_error, score_all, text_row,
-    },
+    score::rows::{Eos, RowContent, RowFormat, RowInput, TokenRow, row_error, score_all, text_row},
 };
 use crate::exit_code::UsageError;
 
@@ -26,14 +24,7 @@ pub(crate) fn run(located: &LocatedModel, input: RowInput) -> anyhow::Result<Exi
         return Err(UsageError(advice).into());
     }
     let (folder, model) = located.open()?;
-    let RowInput {
-        name,
-        columns,
-        lines,
-    } = input;
-    let rows = read(&name, &columns, lines, |line, content| {
-        row(&folder, line, content)
-    });
+    let (name, rows) = input.rows(|line, content| row(&folder, line, content));
     score_all(rows, |rows| log_probabilities(&model, rows, &name))
 }
 
@@ -122,7 +113,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::cli::score::rows::write_lines;
+    use crate::cli::score::rows::{read, write_lines};
 
     /// A bandit with three arms, which follow token 0.
     fn bandit() -> (TempDir, ModelFolder, LanguageModel) {
@@ -138,7 +129,7 @@ mod tests {
 
     fn rows_of(folder: &ModelFolder, text: &[u8]) -> Vec<Result<TokenRow, String>> {
         let columns = dataset::Columns::default();
-        let rows = read(Path::new("rows.jsonl"), &columns, text, |line, content| {
+        let rows = read("rows.jsonl".into(), columns, text, |line, content| {
             row(folder, line, content)
         });
         rows.map(|row| row.map_err(|error| error.to_string()))

@@ -12,23 +12,14 @@ use serde_json::Value;
 
 use crate::cli::{
     model_args::{DtypeArgument, LocatedModel},
-    score::rows::{
-        Eos, RowContent, RowFormat, RowInput, TokenRow, read, row_error, score_all, text_row,
-    },
+    score::rows::{Eos, RowContent, RowFormat, RowInput, TokenRow, row_error, score_all, text_row},
 };
 use crate::exit_code::UsageError;
 
 /// Scores all rows of `input` and writes the results to standard output.
 pub(crate) fn run(located: &LocatedModel, eos: Eos, input: RowInput) -> anyhow::Result<ExitCode> {
     let scorer = Scorer::open(located)?;
-    let RowInput {
-        name,
-        columns,
-        lines,
-    } = input;
-    let rows = read(&name, &columns, lines, |line, content| {
-        scorer.row(line, content, eos)
-    });
+    let (name, rows) = input.rows(|line, content| scorer.row(line, content, eos));
     score_all(rows, |rows| {
         let scores = rows.iter().zip(scorer.scores(rows)?);
         let scores = scores.map(|(row, score)| {
@@ -190,8 +181,6 @@ fn output(score: f32) -> Result<RewardScore, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use hub::CancelToken;
     use messages::Seed;
     use model::{Adapter, Device, LanguageModel, LoraConfig, ModelFolder, Pooling, RewardConfig};
@@ -199,7 +188,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::assembly::ModelLocation;
+    use crate::{assembly::ModelLocation, cli::score::rows::read};
 
     /// A reward model with a new head on a bandit of three arms.
     fn reward(config: RewardConfig) -> TempDir {
@@ -227,8 +216,8 @@ mod tests {
     fn scores(scorer: &Scorer, text: &str) -> Result<Vec<f32>, String> {
         let columns = dataset::Columns::default();
         let rows = read(
-            Path::new("rows.jsonl"),
-            &columns,
+            "rows.jsonl".into(),
+            columns,
             text.as_bytes(),
             |line, content| scorer.row(line, content, Eos::Omit),
         );

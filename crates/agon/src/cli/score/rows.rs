@@ -100,24 +100,40 @@ impl RowInput {
             lines: dataset::open(path)?,
         })
     }
+
+    /// The rows, as [`read`] reads them, and the name of the input.
+    pub(crate) fn rows(
+        self,
+        row: impl Fn(usize, RowContent) -> Result<TokenRow, String>,
+    ) -> (
+        PathBuf,
+        impl Iterator<Item = Result<TokenRow, DatasetError>>,
+    ) {
+        let Self {
+            name,
+            columns,
+            lines,
+        } = self;
+        (name.clone(), read(name, columns, lines, row))
+    }
 }
 
 /// The rows of `input` with these columns, named `name` in errors; `row` converts a line number and content. Empty lines
 /// are skipped.
-pub(crate) fn read<'a>(
-    name: &'a Path,
-    columns: &'a Columns,
-    input: impl BufRead + 'a,
-    row: impl Fn(usize, RowContent) -> Result<TokenRow, String> + 'a,
-) -> impl Iterator<Item = Result<TokenRow, DatasetError>> + 'a {
+pub(crate) fn read(
+    name: PathBuf,
+    columns: Columns,
+    input: impl BufRead,
+    row: impl Fn(usize, RowContent) -> Result<TokenRow, String>,
+) -> impl Iterator<Item = Result<TokenRow, DatasetError>> {
     input.lines().enumerate().filter_map(move |(index, text)| {
         let line = index + 1;
         let row = match text {
             Ok(text) if text.trim().is_empty() => return None,
-            Ok(text) => parse(&text, columns).and_then(|content| row(line, content)),
+            Ok(text) => parse(&text, &columns).and_then(|content| row(line, content)),
             Err(error) => Err(format!("the line cannot be read: {error}")),
         };
-        Some(row.map_err(|reason| row_error(name, line, reason)))
+        Some(row.map_err(|reason| row_error(&name, line, reason)))
     })
 }
 
