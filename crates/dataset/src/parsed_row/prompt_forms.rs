@@ -298,27 +298,23 @@ impl<'a> RowView<'a> {
         };
         let context = [&SYSTEMS[..], inputs].concat();
         let has_context = context.iter().any(|name| self.row.contains_key(*name));
-        let is_transcript = self.columns.chat && is_transcript(&text);
-        if is_transcript && self.value(HISTORY).is_some_and(Value::is_array) {
-            return Err(format!(
-                "column {HISTORY:?} stands beside a text with turns of its own: remove one of them"
-            ));
-        }
-        if is_transcript {
-            let turns = transcript::turns(&text);
-            return self.in_context(turns, read).map(PromptContent::Prompt);
-        }
-        if has_context || self.value(HISTORY).is_some_and(Value::is_array) {
-            let name = self.columns.prompt.name.as_str();
-            let turns = self.question(name, &text, read)?;
-            return self.in_context(turns, read).map(PromptContent::Prompt);
-        }
-        if self.columns.chat {
-            let turns = transcript::turns(&text);
-            return self.in_context(turns, read).map(PromptContent::Prompt);
-        }
-        self.reject_context()?;
-        Ok(PromptContent::Prompt(PromptText::Text(text)))
+        let has_history = self.value(HISTORY).is_some_and(Value::is_array);
+        let turns = if self.columns.chat && is_transcript(&text) {
+            if has_history {
+                return Err(format!(
+                    "column {HISTORY:?} stands beside a text with turns of its own: remove one of them"
+                ));
+            }
+            transcript::turns(&text)
+        } else if has_context || has_history {
+            self.question(&self.columns.prompt.name, &text, read)?
+        } else if self.columns.chat {
+            transcript::turns(&text)
+        } else {
+            self.reject_context()?;
+            return Ok(PromptContent::Prompt(PromptText::Text(text)));
+        };
+        self.in_context(turns, read).map(PromptContent::Prompt)
     }
 
     /// Rejects columns that only a chat template reads, beside a text that does not go through one.
