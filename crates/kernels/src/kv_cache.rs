@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::slice::ChunksExact;
 
 use crate::attention::Heads;
+use crate::matmul::{Precision, bf16_bits};
 use crate::simd::{Arithmetic, CacheLine, Kernel, LANES, dispatch, exp, maximum, sum_lanes};
 
 /// Blocks of positions that are scored at a time.
@@ -14,12 +15,12 @@ const SCORED_BLOCKS: usize = 4;
 const VALUE_VECTORS: usize = 4;
 
 impl Heads {
-    /// Cache lines per value.
+    /// Lines per value.
     fn depth(&self) -> usize {
         self.width.div_ceil(LANES)
     }
 
-    /// Cache lines per block of 16 positions. First the keys: per head, one line for each dimension, its lanes the
+    /// Lines of 16 values per block of 16 positions. First the keys: per head, one line for each dimension, its lanes the
     /// positions. Then the values: per head and position, a row padded with zeros to whole lines.
     fn block_stride(&self) -> usize {
         self.keys * (self.width + LANES * self.depth())
@@ -40,69 +41,159 @@ impl Heads {
 }
 
 /// KV cache of one sequence in one layer: blocks of 16 positions, allocated as they are written.
-#[derive(Default)]
-pub struct KvCache {
-    lines: Vec<CacheLine<f32>>,
+pub struct KvCache(CachedValues);
+
+enum CachedValues {
+    F32(Lines<CacheLine<f32>>),
+    Bf16(Lines<HalfLine>),
+}
+
+/// 16 bf16 values, half a cache line.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(32))]
+struct HalfLine([u16; LANES]);
+
+/// 16 values as a cache stores them.
+trait StoredLine: Copy + Default {
+    fn load<A: Arithmetic>(&self) -> A::Vector;
+
+    /// Replaces values from `lane` on.
+    fn write(&mut self, lane: usize, values: &[f32]);
+}
+
+impl StoredLine for CacheLine<f32> {
+    #[inline(always)]
+    fn load<A: Arithmetic>(&self) -> A::Vector {
+        A::load(&self.0)
+    }
+
+    fn write(&mut self, lane: usize, values: &[f32]) {
+        self.0[lane..][..values.len()].copy_from_slice(values);
+    }
+}
+
+impl StoredLine for HalfLine {
+    #[inline(always)]
+    fn load<A: Arithmetic>(&self) -> A::Vector {
+        let mut values = [0.0; LANES];
+        for (value, &half) in values.iter_mut().zip(&self.0) {
+            *value = f32::from_bits(u32::from(half) << 16);
+        }
+        A::load(&values)
+    }
+
+    fn write(&mut self, lane: usize, values: &[f32]) {
+        for (half, &value) in self.0[lane..].iter_mut().zip(values) {
+            *half = bf16_bits(value);
+        }
+    }
 }
 
 impl KvCache {
-    /// Grows to `positions`, by at least a quarter of its size.
-    fn grow(&mut self, heads: Heads, positions: usize) {
-        let len = positions.div_ceil(LANES) * heads.block_stride();
-        if let Some(more) = len.checked_sub(self.lines.len()) {
-            if len > self.lines.capacity() {
-                self.lines.reserve_exact(more.max(self.lines.len() / 4));
-            }
-            self.lines.resize(len, CacheLine([0.0; LANES]));
-        }
+    /// An empty cache: of `f32` values for weights in f32, of bf16 values for coarser ones.
+    #[must_use]
+    pub fn new(precision: Precision) -> Self {
+        Self(match precision {
+            Precision::F32 => CachedValues::F32(Lines::default()),
+            Precision::Bf16 | Precision::Int8 => CachedValues::Bf16(Lines::default()),
+        })
     }
 
     /// Writes the key and the value of `position`, `[keys, width]` each.
     pub fn write(&mut self, heads: Heads, position: usize, key: &[f32], value: &[f32]) {
-        self.grow(heads, position + 1);
-        for head in 0..heads.keys {
-            let key = &key[head * heads.width..][..heads.width];
-            let lines = &mut self.lines[heads.key_lines(position / LANES, head)];
-            for (line, &x) in lines.iter_mut().zip(key) {
-                line.0[position % LANES] = x;
-            }
-            let value = &value[head * heads.width..][..heads.width];
-            let lines = &mut self.lines[heads.value_lines(position, head)];
-            for (line, x) in lines.iter_mut().zip(value.chunks(LANES)) {
-                line.0[..x.len()].copy_from_slice(x);
-            }
+        match &mut self.0 {
+            CachedValues::F32(lines) => lines.write(heads, position, key, value),
+            CachedValues::Bf16(lines) => lines.write(heads, position, key, value),
         }
     }
 
     /// Copies the first `positions` of another sequence, such as a shared prompt.
+    ///
+    /// # Panics
+    /// If the caches store their values in different formats.
     pub fn copy_prefix(&mut self, other: &Self, heads: Heads, positions: usize) {
-        self.grow(heads, positions);
-        let lines = positions.div_ceil(LANES) * heads.block_stride();
-        self.lines[..lines].copy_from_slice(&other.lines[..lines]);
+        match (&mut self.0, &other.0) {
+            (CachedValues::F32(lines), CachedValues::F32(other)) => {
+                lines.copy_prefix(other, heads, positions);
+            }
+            (CachedValues::Bf16(lines), CachedValues::Bf16(other)) => {
+                lines.copy_prefix(other, heads, positions);
+            }
+            _ => unreachable!("the caches of a decoder have one format"),
+        }
     }
 
     /// Causal attention, `softmax(scale · q kᵀ) v`, of the query at `position`, `[queries, width]`, written to `out`, of
     /// the same shape.
     pub fn attend(&self, heads: Heads, position: usize, query: &[f32], out: &mut [f32]) {
-        dispatch(AttendQuery {
-            lines: &self.lines,
-            heads,
-            position,
-            query,
-            out,
-        });
+        match &self.0 {
+            CachedValues::F32(Lines(lines)) => dispatch(AttendQuery {
+                lines,
+                heads,
+                position,
+                query,
+                out,
+            }),
+            CachedValues::Bf16(Lines(lines)) => dispatch(AttendQuery {
+                lines,
+                heads,
+                position,
+                query,
+                out,
+            }),
+        }
     }
 }
 
-struct AttendQuery<'a> {
-    lines: &'a [CacheLine<f32>],
+/// The lines of a cache, block after block.
+#[derive(Default)]
+struct Lines<L>(Vec<L>);
+
+impl<L: StoredLine> Lines<L> {
+    /// Grows to `positions`, by at least a quarter of its size.
+    fn grow(&mut self, heads: Heads, positions: usize) {
+        let lines = &mut self.0;
+        let len = positions.div_ceil(LANES) * heads.block_stride();
+        if let Some(more) = len.checked_sub(lines.len()) {
+            if len > lines.capacity() {
+                lines.reserve_exact(more.max(lines.len() / 4));
+            }
+            lines.resize(len, L::default());
+        }
+    }
+
+    fn write(&mut self, heads: Heads, position: usize, key: &[f32], value: &[f32]) {
+        self.grow(heads, position + 1);
+        for head in 0..heads.keys {
+            let key = &key[head * heads.width..][..heads.width];
+            let lines = &mut self.0[heads.key_lines(position / LANES, head)];
+            for (line, x) in lines.iter_mut().zip(key.chunks(1)) {
+                line.write(position % LANES, x);
+            }
+            let value = &value[head * heads.width..][..heads.width];
+            let lines = &mut self.0[heads.value_lines(position, head)];
+            for (line, x) in lines.iter_mut().zip(value.chunks(LANES)) {
+                line.write(0, x);
+            }
+        }
+    }
+
+    fn copy_prefix(&mut self, other: &Self, heads: Heads, positions: usize) {
+        self.grow(heads, positions);
+        let lines = positions.div_ceil(LANES) * heads.block_stride();
+        self.0[..lines].copy_from_slice(&other.0[..lines]);
+    }
+}
+
+struct AttendQuery<'a, L> {
+    lines: &'a [L],
     heads: Heads,
     position: usize,
     query: &'a [f32],
     out: &'a mut [f32],
 }
 
-impl Kernel for AttendQuery<'_> {
+impl<L: StoredLine> Kernel for AttendQuery<'_, L> {
     type Output = ();
 
     #[inline(always)]
@@ -123,11 +214,11 @@ impl Kernel for AttendQuery<'_> {
                 heads: self.heads,
                 head: head / group,
             };
-            score::<A>(query, head, blocks.clone(), &mut weights);
+            score::<A, L>(query, head, blocks.clone(), &mut weights);
             let offset = blocks.start * LANES;
             let weights = &mut weights[visible.start - offset..visible.end - offset];
             let sum = exponentiate::<A>(weights, attention.scale);
-            weighted_sum::<A>(weights, head, visible.start, out);
+            weighted_sum::<A, L>(weights, head, visible.start, out);
             out.iter_mut().for_each(|x| *x /= sum);
         }
     }
@@ -135,21 +226,21 @@ impl Kernel for AttendQuery<'_> {
 
 /// Cached keys and values of one head.
 #[derive(Clone, Copy)]
-struct CachedHead<'a> {
-    lines: &'a [CacheLine<f32>],
+struct CachedHead<'a, L> {
+    lines: &'a [L],
     heads: Heads,
     head: usize,
 }
 
-impl<'a> CachedHead<'a> {
+impl<'a, L: Copy> CachedHead<'a, L> {
     #[inline(always)]
-    fn keys(self, block: usize) -> &'a [CacheLine<f32>] {
+    fn keys(self, block: usize) -> &'a [L] {
         &self.lines[self.heads.key_lines(block, self.head)]
     }
 
     /// `count` values from `position` on, all in one block.
     #[inline(always)]
-    fn values(self, position: usize, count: usize) -> &'a [CacheLine<f32>] {
+    fn values(self, position: usize, count: usize) -> &'a [L] {
         let first = self.heads.value_lines(position, self.head);
         &self.lines[first.start..][..count * first.len()]
     }
@@ -157,9 +248,9 @@ impl<'a> CachedHead<'a> {
 
 /// q·k for every position of these blocks.
 #[inline(always)]
-fn score<A: Arithmetic>(
+fn score<A: Arithmetic, L: StoredLine>(
     query: &[f32],
-    head: CachedHead<'_>,
+    head: CachedHead<'_, L>,
     blocks: Range<usize>,
     scores: &mut [f32],
 ) {
@@ -171,10 +262,10 @@ fn score<A: Arithmetic>(
             std::array::from_fn(|block| head.keys(first + block));
         let mut sums = [A::load(&[0.0; LANES]); SCORED_BLOCKS];
         for ((((&x, a), b), c), d) in query.iter().zip(a).zip(b).zip(c).zip(d) {
-            sums[0] = A::accumulate(x, A::load(&a.0), sums[0]);
-            sums[1] = A::accumulate(x, A::load(&b.0), sums[1]);
-            sums[2] = A::accumulate(x, A::load(&c.0), sums[2]);
-            sums[3] = A::accumulate(x, A::load(&d.0), sums[3]);
+            sums[0] = A::accumulate(x, a.load::<A>(), sums[0]);
+            sums[1] = A::accumulate(x, b.load::<A>(), sums[1]);
+            sums[2] = A::accumulate(x, c.load::<A>(), sums[2]);
+            sums[3] = A::accumulate(x, d.load::<A>(), sums[3]);
         }
         for (scores, sum) in scores[done..].iter_mut().zip(sums) {
             A::store(sum, scores);
@@ -184,7 +275,7 @@ fn score<A: Arithmetic>(
     for (block, scores) in blocks.skip(done).zip(&mut scores[done..]) {
         let mut sum = A::load(&[0.0; LANES]);
         for (&x, key) in query.iter().zip(head.keys(block)) {
-            sum = A::accumulate(x, A::load(&key.0), sum);
+            sum = A::accumulate(x, key.load::<A>(), sum);
         }
         A::store(sum, scores);
     }
@@ -206,9 +297,9 @@ fn exponentiate<A: Arithmetic>(scores: &mut [f32], scale: f32) -> f32 {
 
 /// Σ w v over the values from `position` on.
 #[inline(always)]
-fn weighted_sum<A: Arithmetic>(
+fn weighted_sum<A: Arithmetic, L: StoredLine>(
     weights: &[f32],
-    head: CachedHead<'_>,
+    head: CachedHead<'_, L>,
     position: usize,
     out: &mut [f32],
 ) {
@@ -221,10 +312,10 @@ fn weighted_sum<A: Arithmetic>(
             let (weights, later) = rest.split_at(rest.len().min(LANES - position % LANES));
             let values = head.values(position, weights.len());
             match (depth - first).min(VALUE_VECTORS) {
-                1 => add_lines::<A, 1>(weights, values.chunks_exact(depth), first, &mut sums),
-                2 => add_lines::<A, 2>(weights, values.chunks_exact(depth), first, &mut sums),
-                3 => add_lines::<A, 3>(weights, values.chunks_exact(depth), first, &mut sums),
-                _ => add_lines::<A, VALUE_VECTORS>(
+                1 => add_lines::<A, L, 1>(weights, values.chunks_exact(depth), first, &mut sums),
+                2 => add_lines::<A, L, 2>(weights, values.chunks_exact(depth), first, &mut sums),
+                3 => add_lines::<A, L, 3>(weights, values.chunks_exact(depth), first, &mut sums),
+                _ => add_lines::<A, L, VALUE_VECTORS>(
                     weights,
                     values.chunks_exact(depth),
                     first,
@@ -241,11 +332,11 @@ fn weighted_sum<A: Arithmetic>(
     }
 }
 
-/// Adds `N` cache lines of every weighted value, from its line `first` on.
+/// Adds `N` lines of every weighted value, from its line `first` on.
 #[inline(always)]
-fn add_lines<A: Arithmetic, const N: usize>(
+fn add_lines<A: Arithmetic, L: StoredLine, const N: usize>(
     weights: &[f32],
-    values: ChunksExact<'_, CacheLine<f32>>,
+    values: ChunksExact<'_, L>,
     first: usize,
     sums: &mut [A::Vector; VALUE_VECTORS],
 ) {
@@ -253,7 +344,7 @@ fn add_lines<A: Arithmetic, const N: usize>(
     own.copy_from_slice(&sums[..N]);
     for (&weight, value) in weights.iter().zip(values) {
         for (sum, line) in own.iter_mut().zip(&value[first..first + N]) {
-            *sum = A::accumulate(weight, A::load(&line.0), *sum);
+            *sum = A::accumulate(weight, line.load::<A>(), *sum);
         }
     }
     sums[..N].copy_from_slice(&own);
@@ -296,7 +387,7 @@ mod tests {
                         width,
                         attention: AttentionParams { scale, window },
                     };
-                    let mut cache = KvCache::default();
+                    let mut cache = KvCache::new(Precision::F32);
                     let flat = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
                     let (key_rows, value_rows) = (flat(&k)?, flat(&v)?);
                     let row = keys * width;
@@ -315,6 +406,44 @@ mod tests {
         Ok(())
     }
 
+    /// A cache in bf16 is one in f32 of rounded keys and values, to the last bit.
+    #[test]
+    fn bf16_rounds_keys_and_values_alone() {
+        let heads = Heads {
+            queries: 4,
+            keys: 2,
+            width: 24,
+            attention: AttentionParams {
+                scale: 0.3,
+                window: None,
+            },
+        };
+        let row = heads.keys * heads.width;
+        let values = |seed| noise((70, row), seed).flatten_all().unwrap();
+        let [keys, values, query] = [1, 2, 3].map(|seed| values(seed).to_vec1::<f32>().unwrap());
+        let rounded = |x: &[f32]| -> Vec<f32> {
+            let round = |&x: &f32| f32::from_bits(u32::from(bf16_bits(x)) << 16);
+            x.iter().map(round).collect()
+        };
+        let attended = |precision, keys: &[f32], values: &[f32]| {
+            let mut cache = KvCache::new(precision);
+            let rows = keys.chunks(row).zip(values.chunks(row));
+            for (position, (key, value)) in rows.enumerate() {
+                cache.write(heads, position, key, value);
+            }
+            let mut copy = KvCache::new(precision);
+            copy.copy_prefix(&cache, heads, 70);
+            let mut out = vec![0.0; heads.queries * heads.width];
+            copy.attend(heads, 69, &query[..out.len()], &mut out);
+            out
+        };
+        let coarse = attended(Precision::Bf16, &keys, &values);
+        let exact = attended(Precision::F32, &rounded(&keys), &rounded(&values));
+        assert_eq!(coarse, exact);
+        assert_eq!(coarse, attended(Precision::Int8, &keys, &values));
+        assert_ne!(coarse, attended(Precision::F32, &keys, &values));
+    }
+
     #[test]
     fn earlier_contents_beyond_the_position_are_ignored() {
         let heads = Heads {
@@ -326,7 +455,7 @@ mod tests {
                 window: None,
             },
         };
-        let mut cache = KvCache::default();
+        let mut cache = KvCache::new(Precision::F32);
         for position in 0..20 {
             cache.write(heads, position, &[f32::NAN; 2], &[f32::NAN; 2]);
         }
@@ -348,7 +477,7 @@ mod tests {
             },
         };
         let row = |position: usize| [position as f32, 1.0, -0.5 * position as f32];
-        let (mut source, mut used) = (KvCache::default(), KvCache::default());
+        let (mut source, mut used) = (KvCache::new(Precision::F32), KvCache::new(Precision::F32));
         for position in 0..40 {
             source.write(heads, position, &row(position), &row(position + 1));
             used.write(heads, position, &[f32::NAN; 3], &[f32::NAN; 3]);
@@ -360,15 +489,16 @@ mod tests {
             out
         };
         let expected = attended(&source);
-        let mut empty = KvCache::default();
+        let mut empty = KvCache::new(Precision::F32);
         for copy in [&mut used, &mut empty] {
             copy.copy_prefix(&source, heads, 18);
             copy.write(heads, 18, &row(18), &row(19));
             assert_eq!(attended(copy), expected);
         }
-        assert!(
-            empty.lines.len() < source.lines.len(),
-            "copies the prefix only"
-        );
+        let lines = |cache: &KvCache| match &cache.0 {
+            CachedValues::F32(Lines(lines)) => lines.len(),
+            CachedValues::Bf16(Lines(lines)) => lines.len(),
+        };
+        assert!(lines(&empty) < lines(&source), "copies the prefix only");
     }
 }

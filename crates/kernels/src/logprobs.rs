@@ -30,6 +30,24 @@ pub struct LogprobsOutput {
     pub entropy: Tensor,
 }
 
+/// A language-model head.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadWeights<'a> {
+    /// `[V, D]`.
+    pub weight: &'a Tensor,
+    /// `weight` packed in the precision of the product, if that is kept: of a head that is not trained.
+    pub packed: Option<&'a PackedMatrix>,
+}
+
+impl<'a> From<&'a Tensor> for HeadWeights<'a> {
+    fn from(weight: &'a Tensor) -> Self {
+        Self {
+            weight,
+            packed: None,
+        }
+    }
+}
+
 /// Token log-probabilities, `log_softmax(hidden · headᵀ)` at each row's target, and the entropy of each row.
 ///
 /// `hidden` is `[R, D]`, `head` `[V, D]`, `targets` R ids below V. Differentiable in `hidden` and
@@ -38,12 +56,16 @@ pub struct LogprobsOutput {
 ///
 /// # Errors
 /// If there are no rows, the shapes do not match, a target is outside the vocabulary, or for [`Precision::Int8`].
-pub fn token_logprobs(
+pub fn token_logprobs<'a>(
     hidden: &Tensor,
-    head: &Tensor,
+    head: impl Into<HeadWeights<'a>>,
     targets: &[u32],
     precision: Precision,
 ) -> Result<LogprobsOutput> {
+    let HeadWeights {
+        weight: head,
+        packed,
+    } = head.into();
     let (rows, width) = hidden.dims2()?;
     let (vocab, head_width) = head.dims2()?;
     if rows == 0 || rows != targets.len() || width == 0 || width != head_width {
@@ -59,11 +81,32 @@ pub fn token_logprobs(
     if !fusible(&[hidden, head]) {
         return composed(hidden, head, targets);
     }
+    if let Some(packed) = packed
+        && (packed.precision() != precision
+            || packed.weight_dims() != [vocab, width]
+            || head.track_op())
+    {
+        bail!(
+            "token_logprobs: {packed:?} is not the frozen head [{vocab}, {width}] in {precision:?}"
+        );
+    }
     let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
+    let packed = packed.cloned();
+    let outputs = {
+        let (hidden, head) = (read_f32(&hidden)?, read_f32(&head)?);
+        let head = HeadTiles {
+            values: &head,
+            width,
+            precision,
+            packed: packed.as_ref(),
+        };
+        forward(&hidden, &head, targets)
+    };
     let op = TokenLogprobsOp {
-        outputs: forward(&read_f32(&hidden)?, &read_f32(&head)?, targets, precision),
+        outputs,
         targets: targets.to_vec(),
         precision,
+        packed,
     };
     let outputs = hidden.apply_op2(&head, op)?;
     Ok(LogprobsOutput {
@@ -93,6 +136,7 @@ struct TokenLogprobsOp {
     outputs: Vec<f32>,
     targets: Vec<u32>,
     precision: Precision,
+    packed: Option<PackedMatrix>,
 }
 
 impl CustomOp2 for TokenLogprobsOp {
@@ -124,7 +168,12 @@ impl CustomOp2 for TokenLogprobsOp {
         let mut differentiate = |dhead: Option<&mut [f32]>| {
             let inputs = BackwardInputs {
                 hidden: &hidden_,
-                head: &head_,
+                head: HeadTiles {
+                    values: &head_,
+                    width: hidden_.len() / self.targets.len(),
+                    precision: self.precision,
+                    packed: self.packed.as_ref(),
+                },
                 gradient: &gradient,
             };
             self.differentiate(inputs, &mut dhidden, dhead);
@@ -139,12 +188,44 @@ impl CustomOp2 for TokenLogprobsOp {
     }
 }
 
+/// A head, one vocabulary tile at a time.
+#[derive(Clone, Copy)]
+struct HeadTiles<'a> {
+    /// `[V, D]`.
+    values: &'a [f32],
+    width: usize,
+    precision: Precision,
+    packed: Option<&'a PackedMatrix>,
+}
+
+impl HeadTiles<'_> {
+    fn vocab(&self) -> usize {
+        self.values.len() / self.width
+    }
+
+    fn tile(&self, tokens: &Range<usize>) -> MatrixRef<'_> {
+        rows_of(self.values, self.width, tokens)
+    }
+
+    /// The transpose of a tile: for products with hidden states.
+    fn forward(&self, tokens: &Range<usize>) -> PackedMatrix {
+        let kept = self
+            .packed
+            .and_then(|packed| packed.columns(tokens.clone()));
+        kept.unwrap_or_else(|| PackedMatrix::pack(self.tile(tokens).transpose(), self.precision))
+    }
+
+    /// A tile: for products with gradients of logits.
+    fn backward(&self, tokens: &Range<usize>) -> PackedMatrix {
+        PackedMatrix::pack(self.tile(tokens), self.precision)
+    }
+}
+
 #[derive(Clone, Copy)]
 struct BackwardInputs<'a> {
     /// `[R, D]`.
     hidden: &'a [f32],
-    /// `[V, D]`.
-    head: &'a [f32],
+    head: HeadTiles<'a>,
     /// Of the log-probabilities, `[R]`.
     gradient: &'a [f32],
 }
@@ -164,7 +245,7 @@ impl TokenLogprobsOp {
         } = inputs;
         let (rows, precision) = (self.targets.len(), self.precision);
         let width = hidden.len() / rows;
-        let mut dlogits = vec![0.0; rows.min(ROW_TILE) * VOCAB_TILE.min(head.len() / width)];
+        let mut dlogits = vec![0.0; rows.min(ROW_TILE) * VOCAB_TILE.min(head.vocab())];
         for row_tile in tiles(rows, ROW_TILE) {
             let packed = pack_task_rows(&hidden[range_of(&row_tile, width)], width, precision);
             let hidden_tile = dhead
@@ -175,16 +256,14 @@ impl TokenLogprobsOp {
                 log_sums: &self.outputs[2 * rows..][row_tile.clone()],
                 gradient: &gradient[row_tile.clone()],
             };
-            for vocab_tile in tiles(head.len() / width, VOCAB_TILE) {
-                let head = rows_of(head, width, &vocab_tile);
+            for vocab_tile in tiles(head.vocab(), VOCAB_TILE) {
                 let dlogits = &mut dlogits[..row_tile.len() * vocab_tile.len()];
-                let head = [head.transpose(), head].map(|head| PackedMatrix::pack(head, precision));
+                let (head, head_backward) = (head.forward(&vocab_tile), head.backward(&vocab_tile));
                 dlogits
                     .par_chunks_mut(TASK_ROWS * vocab_tile.len())
                     .zip(dhidden[range_of(&row_tile, width)].par_chunks_mut(TASK_ROWS * width))
                     .zip(packed.par_iter().zip(rows.tasks()))
                     .for_each(|((dlogits, dhidden), (hidden, rows))| {
-                        let [head, head_backward] = &head;
                         head.product_into(Threads::Current, hidden, Accumulate::Overwrite, dlogits);
                         dispatch(DifferentiateLogits {
                             rows,
@@ -235,12 +314,14 @@ fn pack_task_rows(hidden: &[f32], width: usize, precision: Precision) -> Vec<Pac
 }
 
 /// Log-probability, entropy and log-sum-exp of each row: `[3, R]`.
-fn forward(hidden: &[f32], head: &[f32], targets: &[u32], precision: Precision) -> Vec<f32> {
-    let width = hidden.len() / targets.len();
+fn forward(hidden: &[f32], head: &HeadTiles<'_>, targets: &[u32]) -> Vec<f32> {
+    let HeadTiles {
+        width, precision, ..
+    } = *head;
     let mut rows: Vec<OnlineSoftmax> = targets.iter().copied().map(OnlineSoftmax::new).collect();
     let packed = pack_task_rows(hidden, width, precision);
-    for vocab_tile in tiles(head.len() / width, VOCAB_TILE) {
-        let head = PackedMatrix::pack(rows_of(head, width, &vocab_tile).transpose(), precision);
+    for vocab_tile in tiles(head.vocab(), VOCAB_TILE) {
+        let head = head.forward(&vocab_tile);
         rows.par_chunks_mut(TASK_ROWS).zip(&packed).for_each_init(
             Vec::new,
             |logits, (rows, hidden)| {
@@ -486,6 +567,43 @@ mod tests {
         let entropy = token_logprobs(hidden.as_tensor(), &head, &targets, Precision::F32)?.entropy;
         assert!(entropy.sum_all()?.backward()?.get(&hidden).is_none());
         Ok(())
+    }
+
+    #[test]
+    fn a_head_packed_beforehand_changes_no_bit() -> Result<()> {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let ([hidden, head], targets) = inputs(70, 1100, 24);
+            let values = head.flatten_all()?.to_vec1::<f32>()?;
+            let kept = PackedMatrix::stacked(&[&values], 24, precision);
+            let kept_head = HeadWeights {
+                weight: &head,
+                packed: Some(&kept),
+            };
+            let hidden = std::slice::from_ref(&hidden);
+            let differentiated = |head: HeadWeights<'_>| {
+                let (value, gradients) = value_and_gradients(hidden, |t| {
+                    Ok(token_logprobs(&t[0], head, &targets, precision)?.logp)
+                });
+                (bits(&value), bits(&gradients[0]))
+            };
+            let packed_anew = differentiated((&head).into());
+            assert!(differentiated(kept_head) == packed_anew, "{precision:?}");
+            let trained = Var::from_tensor(&head)?;
+            let trained = HeadWeights {
+                weight: trained.as_tensor(),
+                ..kept_head
+            };
+            assert!(token_logprobs(&hidden[0], trained, &targets, precision).is_err());
+            assert!(token_logprobs(&hidden[0], kept_head, &targets, other(precision)).is_err());
+        }
+        Ok(())
+    }
+
+    fn other(precision: Precision) -> Precision {
+        match precision {
+            Precision::F32 => Precision::Bf16,
+            _ => Precision::F32,
+        }
     }
 
     #[test]

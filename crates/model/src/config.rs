@@ -326,6 +326,14 @@ impl ModelConfig {
         tensors
     }
 
+    /// Name of the language-model head's weight: the embedding's if they are tied.
+    pub(crate) fn head_name(&self) -> &'static str {
+        match self.tied_head {
+            true => EMBEDDING,
+            false => HEAD,
+        }
+    }
+
     /// Tensors that the folder of a language model must contain.
     pub(crate) fn expected_tensors(&self) -> ExpectedTensors {
         ExpectedTensors {

@@ -24,6 +24,7 @@ mod lora;
 mod mixture;
 mod moving_average;
 mod optimizer;
+mod panels;
 mod precision;
 mod published;
 mod ragged;

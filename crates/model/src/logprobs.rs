@@ -68,7 +68,7 @@ impl LanguageModel {
         let targets = sequences.iter().flat_map(|s| s.completion);
         let targets: Vec<u32> = targets.copied().collect();
         check_tokens(&targets, &self.config)?;
-        let scored = kernels::token_logprobs(&hidden, &self.head, &targets, self.precision)?;
+        let scored = self.token_logprobs(&hidden, &targets)?;
         Ok(TokenLogprobs {
             logp: scored.logp,
             entropy: scored.entropy,

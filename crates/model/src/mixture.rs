@@ -37,14 +37,13 @@ impl LanguageModel {
         let of_policy = hidden.broadcast_mul(&m.affine(-1.0, 1.0)?)?;
         let of_reference = ref_hidden.broadcast_mul(&m)?;
         let (head, ref_head) = (&self.head, &inputs.reference.head);
-        let (hidden, head) = match head.id() == ref_head.id() {
-            true => ((of_policy + of_reference)?, head.detach()),
-            false => (
-                Tensor::cat(&[of_policy, of_reference], 1)?,
-                Tensor::cat(&[head.detach(), ref_head.detach()], 1)?,
-            ),
+        let scored = if head.id() == ref_head.id() {
+            self.token_logprobs(&(of_policy + of_reference)?, inputs.targets)?
+        } else {
+            let hidden = Tensor::cat(&[of_policy, of_reference], 1)?;
+            let head = Tensor::cat(&[head.detach(), ref_head.detach()], 1)?;
+            kernels::token_logprobs(&hidden, &head, inputs.targets, self.precision)?
         };
-        let scored = kernels::token_logprobs(&hidden, &head, inputs.targets, self.precision)?;
         Ok(scored.logp.detach())
     }
 }

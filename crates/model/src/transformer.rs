@@ -4,11 +4,13 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use kernels::PackedMatrix;
 
 use crate::{
     config::ModelConfig,
     error::ModelError,
     lora::{Adapter, LowRank},
+    panels::BlockStacks,
     rope::{Positions, RopeTable},
     sampling::Precision,
     weights::Weights,
@@ -34,10 +36,28 @@ pub struct LanguageModel {
 /// Inputs and options that all blocks of a forward pass share.
 struct ForwardContext<'a> {
     config: &'a ModelConfig,
+    weights: &'a Weights,
     /// cos and sin of every token's position.
     rotation: (Tensor, Tensor),
     precision: Precision,
     recompute: bool,
+}
+
+impl ForwardContext<'_> {
+    /// The packed weights of a block that are kept: query, key, value, output, gate, up and down projection.
+    fn packed(&self, layer: usize) -> candle_core::Result<[Option<PackedMatrix>; 7]> {
+        let BlockStacks {
+            projections,
+            output,
+            gate_and_up,
+            down,
+        } = BlockStacks::of(layer);
+        let [query, key, value] = self.weights.kept_panels(&projections, self.precision)?;
+        let [output] = self.weights.kept_panels(&output, self.precision)?;
+        let [gate, up] = self.weights.kept_panels(&gate_and_up, self.precision)?;
+        let [down] = self.weights.kept_panels(&down, self.precision)?;
+        Ok([query, key, value, output, gate, up, down])
+    }
 }
 
 /// Attention of one layer: over a ragged batch or through a KV cache.
@@ -97,11 +117,7 @@ impl LanguageModel {
     /// When a tensor is missing.
     pub fn new(config: ModelConfig, weights: Weights) -> Result<Self, ModelError> {
         let embedding = weights.get("model.embed_tokens.weight")?;
-        let head = if config.tied_head {
-            embedding.clone()
-        } else {
-            weights.get("lm_head.weight")?
-        };
+        let head = weights.get(config.head_name())?;
         let blocks = (0..config.layers)
             .map(|layer| TransformerBlock::new(layer, &config, &weights))
             .collect::<Result<_, _>>()?;
@@ -187,6 +203,22 @@ impl LanguageModel {
         linears.map(|linear| linear.low_rank.as_ref())
     }
 
+    /// Log-probabilities of `targets` given the final hidden states `[R, hidden_size]` that predict them, in the precision
+    /// of the model.
+    pub(crate) fn token_logprobs(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+    ) -> candle_core::Result<kernels::LogprobsOutput> {
+        let name = [self.config.head_name().to_owned()];
+        let [packed] = self.weights.kept_panels(&name, self.precision)?;
+        let head = kernels::HeadWeights {
+            weight: &self.head,
+            packed: packed.as_ref(),
+        };
+        kernels::token_logprobs(hidden, head, targets, self.precision)
+    }
+
     /// Final hidden states, after the last norm, of tokens `ids` `[N]` at `positions` `[N]`: `[N, hidden_size]`.
     pub(crate) fn forward(
         &self,
@@ -196,6 +228,7 @@ impl LanguageModel {
     ) -> candle_core::Result<Tensor> {
         let context = ForwardContext {
             config: &self.config,
+            weights: &self.weights,
             rotation: self.rope.at(positions)?,
             precision: self.precision,
             recompute: self.recompute,
@@ -207,7 +240,7 @@ impl LanguageModel {
                 params: self.attention_params(index),
             };
             if let Some(segments) = attention.ragged_segments()
-                && let Some(fused) = block.fused(&x, &context, segments, layer.params)?
+                && let Some(fused) = block.fused(&x, &context, segments, layer)?
             {
                 x = fused;
                 continue;
@@ -240,11 +273,12 @@ impl LinearLayer {
         })
     }
 
-    fn params(&self) -> kernels::LinearParams {
+    fn params(&self, packed: Option<PackedMatrix>) -> kernels::LinearParams {
         kernels::LinearParams {
             weight: self.weight.clone(),
             bias: self.bias.clone(),
             low_rank: self.low_rank.as_ref().map(LowRank::params),
+            packed,
         }
     }
 
@@ -312,7 +346,7 @@ impl TransformerBlock {
         x: &Tensor,
         context: &ForwardContext<'_>,
         segments: &Arc<kernels::Segments>,
-        attention: kernels::AttentionParams,
+        layer: LayerAttention,
     ) -> candle_core::Result<Option<Tensor>> {
         let linears = self.linears();
         let has_dropout =
@@ -320,7 +354,9 @@ impl TransformerBlock {
         if linears.iter().any(has_dropout) {
             return Ok(None);
         }
-        let [query, key, value, output, gate, up, down] = linears.map(LinearLayer::params);
+        let mut packed = context.packed(layer.index)?.into_iter();
+        let [query, key, value, output, gate, up, down] =
+            linears.map(|linear| linear.params(packed.next().flatten()));
         let weights = kernels::BlockWeights {
             attention_norm: self.attention_norm.clone(),
             query,
@@ -340,7 +376,7 @@ impl TransformerBlock {
                 queries: config.heads,
                 keys: config.kv_heads,
                 width: config.head_dim,
-                attention,
+                attention: layer.params,
             },
             eps: config.rms_norm_eps,
             precision: context.precision,

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
+    sync::Arc,
 };
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -13,6 +14,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use crate::{
     config::ModelConfig,
     error::ModelError,
+    panels::PanelStore,
     shards::{ExpectedTensors, Shards},
 };
 
@@ -20,6 +22,8 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Weights {
     pub(crate) tensors: BTreeMap<String, Tensor>,
+    /// Panels of weights that nothing trains in place; clones share them.
+    pub(crate) panels: Option<Arc<PanelStore>>,
 }
 
 impl Weights {
@@ -62,7 +66,7 @@ impl Weights {
         device: &Device,
     ) -> Result<Self, ModelError> {
         let tensors = Shards::open(folder)?.read(expected, dtype, device)?;
-        Ok(Self { tensors })
+        Ok(Self::of(tensors).frozen())
     }
 
     /// Deserialises a blob written by [`Self::to_blob`].
@@ -81,7 +85,10 @@ impl Weights {
     /// Wraps named tensors without any check.
     #[must_use]
     pub fn of(tensors: BTreeMap<String, Tensor>) -> Self {
-        Self { tensors }
+        Self {
+            tensors,
+            panels: None,
+        }
     }
 
     /// As [`Self::from_blob`], for the tensors of these names and shapes.
@@ -136,7 +143,7 @@ impl Weights {
             let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
             tensors.insert(name, tensor.to_dtype(dtype)?.to_device(device)?);
         }
-        Ok(Self { tensors })
+        Ok(Self::of(tensors))
     }
 
     /// Checks that tensors have these names and shapes, and converts them to `dtype`.
@@ -162,7 +169,7 @@ impl Weights {
             tensors.insert(name, tensor.to_dtype(dtype)?);
         }
         match found.into_keys().min() {
-            None => Ok(Self { tensors }),
+            None => Ok(Self::of(tensors)),
             Some(unexpected) => Err(ModelError::Weights {
                 reason: format!("unexpected tensor {unexpected}"),
             }),
@@ -181,7 +188,7 @@ impl Weights {
             tensors.insert(name.clone(), var.as_tensor().clone());
             vars.insert(name.clone(), var);
         }
-        Ok((Self { tensors }, vars))
+        Ok((Self::of(tensors), vars))
     }
 
     /// The weights converted to `dtype`.
@@ -192,9 +199,9 @@ impl Weights {
         let converted =
             |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?));
         let tensors = self.tensors.iter().map(converted);
-        Ok(Self {
-            tensors: tensors.collect::<Result<_, candle_core::Error>>()?,
-        })
+        Ok(Self::of(
+            tensors.collect::<Result<_, candle_core::Error>>()?,
+        ))
     }
 
     /// Number of parameters.
@@ -266,9 +273,7 @@ impl Weights {
     #[must_use]
     pub fn detached(&self) -> Self {
         let detached = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.detach());
-        Self {
-            tensors: self.tensors.iter().map(detached).collect(),
-        }
+        Self::of(self.tensors.iter().map(detached).collect())
     }
 
     /// The subset of tensors with these names and shapes, not copied.
@@ -286,15 +291,16 @@ impl Weights {
                 .into_iter()
                 .map(tensor)
                 .collect::<Result<_, ModelError>>()?,
+            panels: self.panels.clone(),
         })
     }
 
     /// Union of two sets of tensors, not copied; `others` take precedence.
     #[must_use]
     pub(crate) fn union(&self, others: &Self) -> Self {
-        let mut both = self.clone();
-        both.tensors.extend(others.tensors.clone());
-        both
+        let mut both = self.tensors.clone();
+        both.extend(others.tensors.clone());
+        Self::of(both)
     }
 
     /// Whether all tensors have this dtype and device.
@@ -445,6 +451,7 @@ mod tests {
                 .filter(|(i, _)| i % 2 == part)
                 .map(|(_, (n, t))| (n.clone(), t.clone()));
             let half = Weights {
+                panels: None,
                 tensors: tensors.collect(),
             };
             let path = folder.path().join(format!("part-{part}.safetensors"));

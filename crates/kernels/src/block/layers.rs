@@ -120,8 +120,10 @@ impl<'a> LinearView<'a> {
 
     /// `x · weightᵀ + bias`, and the update, `[N, out]`.
     pub(super) fn forward(&self, x: &PackedRows<'_>) -> Vec<f32> {
-        let weight = PackedMatrix::pack(self.weight_matrix().transpose(), self.precision);
-        let mut y = weight.product(x);
+        let mut y = match &self.params.packed {
+            Some(packed) => packed.product(x),
+            None => PackedMatrix::pack(self.weight_matrix().transpose(), self.precision).product(x),
+        };
         if let Some(bias) = &self.bias {
             let bias: &[f32] = bias;
             y.par_chunks_mut(SUM_ROWS * self.out).for_each(|rows| {

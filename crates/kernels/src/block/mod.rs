@@ -18,7 +18,7 @@ use self::layers::{LayerInput, LinearView, NormView, WeightGradients};
 use crate::attention::{AttentionLayer, Heads, Segments};
 use crate::autograd::gradients::{accumulate, par_add_assign, require_accumulator};
 use crate::autograd::storage::{F32Guard, argument, fusible, read_f32, result};
-use crate::matmul::{MatrixRef, PackedRows, Precision};
+use crate::matmul::{MatrixRef, PackedMatrix, PackedRows, Precision};
 use crate::rope::{Direction, rotated};
 use crate::swiglu;
 
@@ -31,6 +31,8 @@ pub struct LinearParams {
     pub bias: Option<Tensor>,
     /// The update of an adapter, if it has one.
     pub low_rank: Option<LowRankParams>,
+    /// `weight` packed in the precision of the block, if that is kept: of a weight that is not trained.
+    pub packed: Option<PackedMatrix>,
 }
 
 /// Low-rank update `s·B·A` of a linear layer (LoRA, Hu et al. 2021, eq. 3).
@@ -195,6 +197,13 @@ impl BlockOptions {
             if !linear.fits(from, to) {
                 let shapes: Vec<_> = linear.all().map(Tensor::dims).collect();
                 bail!("block: the {name} layer has {shapes:?}, expected a weight [{to}, {from}]");
+            }
+            if let Some(packed) = &linear.packed
+                && (packed.precision() != self.precision
+                    || packed.weight_dims() != [to, from]
+                    || linear.weight.is_variable())
+            {
+                bail!("block: {packed:?} is not the frozen weight of the {name} layer");
             }
         }
         let norms = [
@@ -519,6 +528,7 @@ mod tests {
     use super::*;
     use crate::attention::AttentionParams;
     use crate::check::{assert_close, bits, noise};
+    use crate::matmul::PanelStack;
     use crate::{
         attention::causal_attention, autograd::gradients::backward, linear::linear, rms_norm, rope,
     };
@@ -574,6 +584,7 @@ mod tests {
                     scale: 1.5,
                 }
             }),
+            packed: None,
         };
         let weights = BlockWeights {
             query: linear(WIDTH, QUERIES * HEAD, true),
@@ -610,6 +621,18 @@ mod tests {
                 precision: Precision::F32,
                 recompute: false,
             },
+        }
+    }
+
+    /// Packs the weights of these layers.
+    fn pack(layers: &mut [&mut LinearParams], precision: Precision) {
+        let flat = |layer: &&mut LinearParams| layer.weight.flatten_all()?.to_vec1::<f32>();
+        let weights = layers.iter().map(flat).collect::<Result<Vec<_>>>().unwrap();
+        let weights: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();
+        let width = layers[0].weight.dims()[1];
+        let parts = PanelStack::pack(&weights, width, precision).parts;
+        for (layer, packed) in layers.iter_mut().zip(parts) {
+            layer.packed = Some(packed);
         }
     }
 
@@ -707,6 +730,48 @@ mod tests {
             case.options.recompute = true;
             assert!(saved == found(&case));
         }
+    }
+
+    #[test]
+    fn weights_packed_beforehand_change_no_bit() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let mut case = case(true, Trained::Adapter);
+            case.options.precision = precision;
+            let found = |case: &Case| {
+                let (value, gradients) = case.differentiated(|x| Ok(case.fused(x)?.unwrap()));
+                let gradients: Vec<_> = gradients.iter().map(bits).collect();
+                (bits(&value), gradients)
+            };
+            let packed_anew = found(&case);
+            let BlockWeights {
+                query,
+                key,
+                value,
+                output,
+                gate,
+                up,
+                down,
+                ..
+            } = &mut case.weights;
+            pack(&mut [query, key, value], precision);
+            pack(&mut [gate, up], precision);
+            pack(&mut [output], precision);
+            pack(&mut [down], precision);
+            assert!(packed_anew == found(&case), "{precision:?}");
+        }
+    }
+
+    #[test]
+    fn other_packed_weights_are_rejected() {
+        let error_of = |case: &mut Case, precision| {
+            let BlockWeights { gate, .. } = &mut case.weights;
+            pack(&mut [gate], precision);
+            case.fused(&case.x).unwrap_err().to_string()
+        };
+        let error = error_of(&mut case(true, Trained::Adapter), Precision::Bf16);
+        assert!(error.contains("of the gate layer"), "{error}");
+        let error = error_of(&mut case(true, Trained::Weights), Precision::F32);
+        assert!(error.contains("is not the frozen weight"), "{error}");
     }
 
     #[test]

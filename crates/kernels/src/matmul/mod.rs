@@ -16,12 +16,16 @@ mod rows;
 mod tile;
 mod transpose;
 
+use std::fmt;
 use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use self::panels::{ColumnScales, pack_bf16, pack_f32, pack_int8};
+pub(crate) use self::rows::bf16_bits;
 use self::rows::{QuantisedRows, RowLayout, pack_bf16_rows};
 pub(crate) use self::tile::Accumulate;
 use self::tile::{Bf16, F32, Format, Int8, LeftOperand, Operands, OutputView, Tile, TileProduct};
@@ -177,7 +181,8 @@ pub fn uses_tiles(precision: Precision) -> bool {
     precision == Precision::Bf16 && row_layout() == RowLayout::AmxTiles
 }
 
-/// Packed right operand `[in, out]`, for products with rows of `in` values.
+/// Packed right operand `[in, out]`, for products with rows of `in` values. Clones share the panels.
+#[derive(Clone)]
 pub struct PackedMatrix {
     /// Columns of the result.
     out: usize,
@@ -186,13 +191,23 @@ pub struct PackedMatrix {
     /// Cache lines per panel.
     depth: usize,
     panels: Panels,
+    /// Index of the first column's panel.
+    first_panel: usize,
 }
 
 /// Panel after panel, `depth` cache lines each.
+#[derive(Clone)]
 enum Panels {
-    F32(Vec<CacheLine<f32>>),
-    Bf16(Vec<CacheLine<u32>>),
-    Int8(Vec<CacheLine<u32>>, Vec<ColumnScales>),
+    F32(Arc<Vec<CacheLine<f32>>>),
+    Bf16(Arc<Vec<CacheLine<u32>>>),
+    Int8(Arc<Vec<CacheLine<u32>>>, Arc<Vec<ColumnScales>>),
+}
+
+impl fmt::Debug for PackedMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (width, out, precision) = (self.width, self.out, self.precision());
+        write!(f, "PackedMatrix([{width}, {out}], {precision:?})")
+    }
 }
 
 /// Cache lines per bf16 panel are a multiple of this: one AMX tile.
@@ -226,6 +241,32 @@ struct Granularity {
     panels: usize,
 }
 
+/// Weights that read the same rows, packed once.
+#[derive(Clone, Debug)]
+pub struct PanelStack {
+    /// All of them side by side: their rows are the columns of the result.
+    pub all: PackedMatrix,
+    /// Each of them. The panels are those of `all`, but for a weight whose columns begin within a panel.
+    pub parts: Vec<PackedMatrix>,
+}
+
+impl PanelStack {
+    /// Packs weights `[out, in]`, row-major, whose `in` is `width`.
+    #[must_use]
+    pub fn pack(weights: &[&[f32]], width: usize, precision: Precision) -> Self {
+        let all = PackedMatrix::stacked(weights, width, precision);
+        let mut end = 0;
+        let parts = weights.iter().map(|weight| {
+            let start = end;
+            end += weight.len() / width;
+            let alone = || PackedMatrix::stacked(&[weight], width, precision);
+            all.columns(start..end).unwrap_or_else(alone)
+        });
+        let parts = parts.collect();
+        Self { all, parts }
+    }
+}
+
 impl PackedMatrix {
     /// Packs weights `[out, in]`, row-major, stacked along `out`: their rows are the columns of the result.
     pub fn stacked(weights: &[&[f32]], width: usize, precision: Precision) -> Self {
@@ -239,11 +280,11 @@ impl PackedMatrix {
         let width = right.rows;
         let depth = depth(width, precision);
         let panels = match precision {
-            Precision::F32 => Panels::F32(pack_f32(right)),
-            Precision::Bf16 => Panels::Bf16(pack_bf16(right, depth)),
+            Precision::F32 => Panels::F32(Arc::new(pack_f32(right))),
+            Precision::Bf16 => Panels::Bf16(Arc::new(pack_bf16(right, depth))),
             Precision::Int8 => {
                 let (lines, scales) = pack_int8(right, depth);
-                Panels::Int8(lines, scales)
+                Panels::Int8(Arc::new(lines), Arc::new(scales))
             }
         };
         Self {
@@ -251,10 +292,26 @@ impl PackedMatrix {
             width,
             depth,
             panels,
+            first_panel: 0,
         }
     }
 
-    fn precision(&self) -> Precision {
+    /// These columns, in the same panels; `None` if they do not begin with a panel.
+    pub(crate) fn columns(&self, columns: Range<usize>) -> Option<Self> {
+        assert!(columns.end <= self.out);
+        columns.start.is_multiple_of(LANES).then(|| Self {
+            out: columns.len(),
+            first_panel: self.first_panel + columns.start / LANES,
+            ..self.clone()
+        })
+    }
+
+    /// Dimensions `[out, in]` of the packed weight.
+    pub(crate) fn weight_dims(&self) -> [usize; 2] {
+        [self.out, self.width]
+    }
+
+    pub(crate) fn precision(&self) -> Precision {
         match self.panels {
             Panels::F32(_) => Precision::F32,
             Panels::Bf16(_) => Precision::Bf16,
@@ -317,17 +374,19 @@ impl PackedMatrix {
         assert_eq!(output.len(), left.rows * self.out);
         let accumulate = output.accumulate;
         let depth = self.depth;
+        let first_line = self.first_panel * depth;
         match (&self.panels, &left.words) {
             (Panels::F32(panels), RowWords::F32(left)) => {
                 let operands = Operands {
                     format: &F32,
                     left: *left,
-                    panels,
+                    panels: &panels[first_line..],
                     depth,
                 };
                 self.run_simd(threads, &operands, output);
             }
             (Panels::Bf16(panels), RowWords::Bf16(words)) => {
+                let panels = &panels[first_line..];
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 if let Some(amx) = amx::Amx::detect() {
                     let operands = amx::AmxOperands {
@@ -359,13 +418,13 @@ impl PackedMatrix {
                 let operands = Operands {
                     format: &Int8 {
                         row_scales: scales,
-                        columns,
+                        columns: &columns[self.first_panel..],
                     },
                     left: LeftOperand::RowMajor {
                         words,
                         stride: depth,
                     },
-                    panels,
+                    panels: &panels[first_line..],
                     depth,
                 };
                 self.run_simd(threads, &operands, output);

@@ -8,11 +8,15 @@ use crate::simd::{Arithmetic, Kernel, LANES, ROUND, dispatch};
 
 /// Bits of `x` in bf16, rounded to nearest even. NaN stays NaN.
 #[inline(always)]
-fn bf16_bits(x: f32) -> u32 {
+pub(crate) fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let quiet = (bits >> 16) | 0x40;
-    if x.is_nan() { quiet } else { rounded }
+    if x.is_nan() {
+        quiet as u16
+    } else {
+        rounded as u16
+    }
 }
 
 /// The first 32 values as 16 words of two bf16, zero-padded.
@@ -39,7 +43,7 @@ pub(super) fn zero_padded<const N: usize>(values: &[f32]) -> [f32; N] {
 /// Two values as bf16 in one word, the first in the low half.
 #[inline(always)]
 pub(super) fn bf16_pair(first: f32, second: f32) -> u32 {
-    bf16_bits(first) | bf16_bits(second) << 16
+    u32::from(bf16_bits(first)) | u32::from(bf16_bits(second)) << 16
 }
 
 /// Memory order of packed bf16 rows.

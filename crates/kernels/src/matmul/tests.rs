@@ -253,3 +253,30 @@ fn nan_stays_in_its_row() {
         }
     }
 }
+
+/// 40 columns end within a panel, so that the third part has panels of its own.
+#[test]
+fn a_part_of_a_stack_is_its_columns() {
+    let (rows, width) = (33, 70);
+    let x = values(rows * width, 0.3);
+    let parts = [(32, 1.0), (40, 2.0), (50, 3.0)].map(|(out, seed)| values(out * width, seed));
+    let weights: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
+    for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+        let stack = PanelStack::pack(&weights, width, precision);
+        let alone = weights.iter().map(|weight| {
+            let packed = PackedMatrix::stacked(&[weight], width, precision);
+            packed.multiply(&x)
+        });
+        let alone: Vec<Vec<f32>> = alone.collect();
+        let all = stack.all.multiply(&x);
+        let mut first = 0;
+        for (part, alone) in stack.parts.iter().zip(&alone) {
+            assert_eq!(part.multiply(&x), *alone, "{precision:?}");
+            let out = alone.len() / rows;
+            for (row, alone) in all.chunks_exact(122).zip(alone.chunks_exact(out)) {
+                assert_eq!(row[first..first + out], *alone, "{precision:?}");
+            }
+            first += out;
+        }
+    }
+}

@@ -11,6 +11,7 @@ use crate::decode::{Prefill, SlotToken};
 use crate::{
     config::ModelConfig,
     error::ModelError,
+    panels::BlockStacks,
     transformer::{LanguageModel, LayerAttention},
     weights::Weights,
 };
@@ -109,12 +110,10 @@ impl CpuDecoder {
         adapters: Vec<Option<Arc<PackedAdapter>>>,
         slots: usize,
     ) -> Self {
-        let empty = || (0..weights.config.layers).map(|_| KvCache::default());
-        let slots = (0..slots).map(|_| SlotCache(empty().collect())).collect();
         Self {
+            slots: weights.empty_slots(slots),
             weights,
             adapters,
-            slots,
         }
     }
 
@@ -126,7 +125,11 @@ impl CpuDecoder {
         capacity: usize,
     ) -> Result<(), ModelError> {
         if !self.weights.are_of(models, precision) {
+            let before = self.weights.precision;
             self.weights = Arc::new(PackedWeights::new(&models[0], precision, capacity)?);
+            if before != precision {
+                self.slots = self.weights.empty_slots(self.slots.len());
+            }
         }
         self.adapters = packed_adapters(models, precision)?;
         Ok(())
@@ -235,18 +238,13 @@ impl PackedWeights {
                     index,
                     params: model.attention_params(index),
                 };
-                PackedBlock::new(layer, &config, precision, &load)
+                PackedBlock::new(layer, &config, weights, precision)
             })
             .collect::<Result<_, _>>()?;
-        let embedding = load("model.embed_tokens.weight")?;
-        let untied = (!config.tied_head).then(|| load("lm_head.weight"));
-        let untied = untied.transpose()?;
-        let head = untied.as_ref().unwrap_or(&embedding);
-        let head = PackedMatrix::stacked(&[&head.values()], config.hidden_size, precision);
         Ok(Self {
             blocks,
-            head,
-            embedding,
+            head: weights.packed(&[config.head_name().to_owned()], precision)?,
+            embedding: load("model.embed_tokens.weight")?,
             final_norm: load("model.norm.weight")?.values().to_vec(),
             angles: model.rope.rows(capacity)?,
             cache_resident: 4 * weights.parameter_count() <= CACHE_RESIDENT_BYTES,
@@ -254,6 +252,11 @@ impl PackedWeights {
             precision,
             config,
         })
+    }
+
+    fn empty_slots(&self, count: usize) -> Vec<SlotCache> {
+        let empty = || (0..self.config.layers).map(|_| KvCache::new(self.precision));
+        (0..count).map(|_| SlotCache(empty().collect())).collect()
     }
 
     /// Runs the new tokens of each sequence, which extend its slot. Returns the logits after the last token of each,
@@ -404,42 +407,28 @@ impl PackedWeights {
 /// Selects the update of one product of a block.
 type SelectUpdate = fn(&BlockUpdates) -> Option<&PackedUpdate>;
 
-/// Loads a tensor by name.
-type LoadTensor<'a> = dyn Fn(&str) -> Result<CpuTensor, ModelError> + 'a;
-
 impl PackedBlock {
     fn new(
         layer: LayerAttention,
         config: &ModelConfig,
+        weights: &Weights,
         precision: Precision,
-        load: &LoadTensor<'_>,
     ) -> Result<Self, ModelError> {
-        let tensor = |part: &str| load(&format!("model.layers.{}.{part}", layer.index));
-        let (width, inner) = (config.hidden_size, config.intermediate_size);
-        let row =
-            |part: &str| -> Result<Vec<f32>, ModelError> { Ok(tensor(part)?.values().to_vec()) };
-        let packed = |parts: &[&str], width: usize| -> Result<PackedMatrix, ModelError> {
-            let weights: Result<Vec<CpuTensor>, _> =
-                parts.iter().map(|part| tensor(part)).collect();
-            let weights = weights?;
-            let weights: Vec<_> = weights.iter().map(CpuTensor::values).collect();
-            let weights: Vec<&[f32]> = weights.iter().map(|values| &**values).collect();
-            Ok(PackedMatrix::stacked(&weights, width, precision))
+        let name = |part: &str| format!("model.layers.{}.{part}", layer.index);
+        let row = |part: &str| -> Result<Vec<f32>, ModelError> {
+            Ok(CpuTensor::of(&weights.get(&name(part))?)?.values().to_vec())
         };
         let rows = |parts: &[&str]| -> Result<Vec<f32>, ModelError> {
             let rows: Result<Vec<_>, _> = parts.iter().map(|part| row(part)).collect();
             Ok(rows?.concat())
         };
-        let weights = [
-            "self_attn.q_proj.weight",
-            "self_attn.k_proj.weight",
-            "self_attn.v_proj.weight",
-        ];
         let biases = [
             "self_attn.q_proj.bias",
             "self_attn.k_proj.bias",
             "self_attn.v_proj.bias",
         ];
+        let packed = |names: &[String]| weights.packed(names, precision);
+        let stacks = BlockStacks::of(layer.index);
         let head_norm = |part: &str| config.qk_norm.then(|| row(part)).transpose();
         Ok(Self {
             heads: Heads {
@@ -449,18 +438,18 @@ impl PackedBlock {
                 attention: layer.params,
             },
             attention_norm: row("input_layernorm.weight")?,
-            projections: packed(&weights, width)?,
+            projections: packed(&stacks.projections)?,
             projections_bias: config.qkv_bias.then(|| rows(&biases)).transpose()?,
             query_norm: head_norm("self_attn.q_norm.weight")?,
             key_norm: head_norm("self_attn.k_norm.weight")?,
-            output: packed(&["self_attn.o_proj.weight"], config.heads * config.head_dim)?,
+            output: packed(&stacks.output)?,
             output_bias: config
                 .output_bias
                 .then(|| row("self_attn.o_proj.bias"))
                 .transpose()?,
             feed_forward_norm: row("post_attention_layernorm.weight")?,
-            gate_and_up: packed(&["mlp.gate_proj.weight", "mlp.up_proj.weight"], width)?,
-            down: packed(&["mlp.down_proj.weight"], inner)?,
+            gate_and_up: packed(&stacks.gate_and_up)?,
+            down: packed(&stacks.down)?,
         })
     }
 }

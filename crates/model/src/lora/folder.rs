@@ -139,9 +139,7 @@ impl AdapterFolder {
             .map_err(|error| truncated(&error))?;
         let to_f32 = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
         let tensors = found.into_iter().map(to_f32);
-        let mut weights = Weights {
-            tensors: tensors.collect::<Result<_, candle_core::Error>>()?,
-        };
+        let mut weights = Weights::of(tensors.collect::<Result<_, candle_core::Error>>()?);
         if let Some(saved) = saved_fingerprint(&bytes)
             && saved != fingerprint(base.weights())?
         {

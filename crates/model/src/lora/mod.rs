@@ -64,7 +64,7 @@ impl Adapter {
         }
         Ok(Self {
             config,
-            weights: Weights { tensors },
+            weights: Weights::of(tensors),
         })
     }
 

@@ -109,13 +109,7 @@ impl RewardModel {
         }
         let rows = Tensor::new(rows, self.device())?;
         let hidden = hidden.index_select(&rows, 0)?;
-        let logp = kernels::token_logprobs(
-            &hidden,
-            &self.backbone.head,
-            &targets,
-            self.backbone.precision,
-        )?
-        .logp;
+        let logp = self.backbone.token_logprobs(&hidden, &targets)?.logp;
         means(&logp.to_dtype(DType::F32)?.unsqueeze(1)?, &lengths)
     }
 }

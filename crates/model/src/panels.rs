@@ -1,0 +1,206 @@
+//! Frozen weights packed in bf16, once for all that multiply inputs by them: decoders, blocks and heads of every model that
+//! shares the weights.
+//!
+//! Only a decoder keeps them in f32, which are as large as the weights themselves. The backward packs anew: it needs
+//! the transpose.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use candle_core::{DType, Tensor};
+use kernels::{CpuTensor, PackedMatrix, PanelStack, Precision};
+
+use crate::{error::ModelError, weights::Weights};
+
+/// Names of a block's weights: those that read the same rows are stacked.
+pub(crate) struct BlockStacks {
+    /// Query, key and value.
+    pub(crate) projections: [String; 3],
+    pub(crate) output: [String; 1],
+    pub(crate) gate_and_up: [String; 2],
+    pub(crate) down: [String; 1],
+}
+
+impl BlockStacks {
+    pub(crate) fn of(layer: usize) -> Self {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        Self {
+            projections: ["q", "k", "v"].map(|part| name(&format!("self_attn.{part}_proj"))),
+            output: [name("self_attn.o_proj")],
+            gate_and_up: [name("mlp.gate_proj"), name("mlp.up_proj")],
+            down: [name("mlp.down_proj")],
+        }
+    }
+}
+
+/// Panels of frozen weights by the names of the weights of a stack.
+#[derive(Debug, Default)]
+pub(crate) struct PanelStore(Mutex<HashMap<String, PanelStack>>);
+
+impl PanelStore {
+    fn get(&self, names: &str) -> Option<PanelStack> {
+        let stacks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        stacks.get(names).cloned()
+    }
+
+    /// Keeps a stack, unless another thread has packed the same.
+    fn keep(&self, names: String, stack: PanelStack) -> PanelStack {
+        let mut stacks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        stacks.entry(names).or_insert(stack).clone()
+    }
+}
+
+impl Weights {
+    /// The weights, which nothing trains in place: their panels are kept.
+    #[must_use]
+    pub(crate) fn frozen(mut self) -> Self {
+        self.panels = Some(Arc::default());
+        self
+    }
+
+    /// Weights `[out, in]` that read the same rows, packed side by side.
+    ///
+    /// # Errors
+    /// When a tensor is missing or not on the CPU.
+    pub(crate) fn packed(
+        &self,
+        names: &[String],
+        precision: Precision,
+    ) -> Result<PackedMatrix, ModelError> {
+        if let Some(stack) = self.kept(names, precision)? {
+            return Ok(stack.all);
+        }
+        let pack = |weights: &[&[f32]], width| PackedMatrix::stacked(weights, width, precision);
+        self.pack_by(names, pack)
+    }
+
+    /// Each of these weights, which read the same rows, packed; `None` of each if that is not kept.
+    ///
+    /// # Errors
+    /// When a tensor is missing or not on the CPU.
+    pub(crate) fn kept_panels<const N: usize>(
+        &self,
+        names: &[String; N],
+        precision: Precision,
+    ) -> candle_core::Result<[Option<PackedMatrix>; N]> {
+        let kept = self
+            .kept(names, precision)
+            .map_err(candle_core::Error::wrap)?;
+        let mut parts = kept.map_or(Vec::new(), |stack| stack.parts).into_iter();
+        Ok(std::array::from_fn(|_| parts.next()))
+    }
+
+    fn kept(
+        &self,
+        names: &[String],
+        precision: Precision,
+    ) -> Result<Option<PanelStack>, ModelError> {
+        let is_kept = |tensor: &Tensor| {
+            precision == Precision::Bf16 && tensor.device().is_cpu() && tensor.dtype() == DType::F32
+        };
+        let Some(store) = &self.panels else {
+            return Ok(None);
+        };
+        if !is_kept(&self.get(&names[0])?) {
+            return Ok(None);
+        }
+        let key = names.join(" ");
+        if let Some(stack) = store.get(&key) {
+            return Ok(Some(stack));
+        }
+        // Not under the lock: a thread that waits for others of the pool may be given a task that needs it.
+        let stack = self.pack_by(names, |weights, width| {
+            PanelStack::pack(weights, width, precision)
+        })?;
+        Ok(Some(store.keep(key, stack)))
+    }
+
+    fn pack_by<P>(
+        &self,
+        names: &[String],
+        pack: impl FnOnce(&[&[f32]], usize) -> P,
+    ) -> Result<P, ModelError> {
+        let width = self.get(&names[0])?.dims2()?.1;
+        let tensors = names
+            .iter()
+            .map(|name| Ok(CpuTensor::of(&self.get(name)?)?));
+        let tensors = tensors.collect::<Result<Vec<_>, ModelError>>()?;
+        let values: Vec<_> = tensors.iter().map(CpuTensor::values).collect();
+        let values: Vec<&[f32]> = values.iter().map(|values| &**values).collect();
+        Ok(pack(&values, width))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        fixtures::{adapted, tiny_model},
+        ragged::Sequence,
+        transformer::LanguageModel,
+    };
+
+    /// A model of the same weights, whose panels are kept.
+    fn frozen(model: &LanguageModel) -> LanguageModel {
+        let weights = model.weights().clone().frozen();
+        LanguageModel::new(model.config().clone(), weights).unwrap()
+    }
+
+    /// Names of the stacks that are packed.
+    fn packed(model: &LanguageModel) -> Vec<String> {
+        let store = model.weights().panels.as_ref().unwrap();
+        let mut names: Vec<String> = store.0.lock().unwrap().keys().cloned().collect();
+        names.sort();
+        names
+    }
+
+    fn logprobs(model: &LanguageModel, precision: Precision) -> Vec<f32> {
+        let sequence = Sequence {
+            prompt: &[0, 3, 4],
+            completion: &[2, 6, 1],
+        };
+        let scored = model.with_precision(precision).logprobs(&[sequence]);
+        scored.unwrap().logp.to_vec1().unwrap()
+    }
+
+    #[test]
+    fn frozen_weights_are_packed_once_in_bf16_and_change_no_bit() {
+        let trained = tiny_model(7, 1);
+        let model = frozen(&trained);
+        let plain = adapted(7, 1, &["q_proj", "down_proj"]);
+        let adapter = plain.adapter().unwrap().clone();
+        let adapted = model.with_adapter(adapter).unwrap();
+        for precision in [Precision::F32, Precision::Bf16] {
+            assert_eq!(packed(&model).len(), 0, "before the first pass in bf16");
+            assert_eq!(logprobs(&adapted, precision), logprobs(&plain, precision));
+        }
+        // Four stacks a block, and the head: the same for the model below the adapter.
+        let names = packed(&adapted);
+        assert_eq!(names.len(), 4 * model.config().layers + 1);
+        assert!(names.contains(&model.config().head_name().to_owned()));
+        assert_eq!(
+            logprobs(&model, Precision::Bf16),
+            logprobs(&trained, Precision::Bf16)
+        );
+        assert_eq!(packed(&model), names);
+    }
+
+    #[test]
+    fn weights_that_may_be_trained_keep_nothing() {
+        let model = frozen(&tiny_model(7, 1));
+        let weights = model.weights();
+        assert!(
+            weights
+                .subset(model.config().tensors())
+                .unwrap()
+                .panels
+                .is_some()
+        );
+        assert!(weights.trainable().unwrap().0.panels.is_none());
+        assert!(weights.detached().panels.is_none());
+        assert!(weights.union(weights).panels.is_none());
+        assert!(model.snapshot().unwrap().weights().panels.is_none());
+    }
+}
