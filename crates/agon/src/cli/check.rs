@@ -236,7 +236,7 @@ fn sampling_memory(
     config: &ModelConfig,
     trained: [usize; 2],
     bytes: usize,
-) -> [(&'static str, u64); 5] {
+) -> [(&'static str, u64); 6] {
     let tables = config.rope_table_elements(longest_sample(settings, config));
     let mistral_copies = match settings.actor.engine {
         EngineSettings::Own {} => 0,
@@ -256,6 +256,10 @@ fn sampling_memory(
             "weights packed for sampling",
             packed_weights(settings, config),
         ),
+        (
+            "frozen weights packed for training",
+            kept_panels(settings, config),
+        ),
         // The last ones are kept while the next are serialised.
         ("published weights", product(&[&trained, &[2]])),
     ]
@@ -268,7 +272,13 @@ fn pass_memory(
     bytes: usize,
 ) -> [(&'static str, u64); 4] {
     let longest = longest_sample(settings, config);
-    let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, bytes];
+    // On the CPU an actor's caches are as coarse as its weights, at least in bf16.
+    let cached = match (settings.model.device.as_str(), settings.actor.precision) {
+        ("cpu", PrecisionSetting::F32) => 4,
+        ("cpu", PrecisionSetting::Bf16 | PrecisionSetting::Int8) => 2,
+        _ => bytes,
+    };
+    let keys_and_values = [2, config.layers, config.kv_heads, config.head_dim, cached];
     // Every actor has one cache for the policy and one for the reference.
     let slots = [2, settings.actor_count(), settings.actor.slots, longest];
     let pass_tokens = pass_tokens(settings, tokens_per_prompt(settings, config, longest));
@@ -320,26 +330,48 @@ fn followers(
 }
 
 /// Bytes of the weights that actors pack for the CPU: of the policy and of the reference, which share them where they differ
-/// by an adapter.
+/// by an adapter. Frozen weights in bf16 are packed once for all actors.
 fn packed_weights(settings: &Settings, config: &ModelConfig) -> u64 {
-    if settings.model.device != "cpu" || !matches!(settings.actor.engine, EngineSettings::Own {}) {
+    if !packs_for_sampling(settings) {
         return 0;
     }
-    let models = match adapter_parameters(settings, config) {
-        Some(_) => 1,
-        None => 2,
+    let actors = settings.actor_count();
+    let models = match (
+        adapter_parameters(settings, config).is_some(),
+        keeps_panels(settings),
+    ) {
+        (true, true) => 1,
+        (true, false) => actors,
+        (false, true) => actors + 1,
+        (false, false) => 2 * actors,
     };
     let bytes = match settings.actor.precision {
         PrecisionSetting::F32 => 4,
         PrecisionSetting::Bf16 => 2,
         PrecisionSetting::Int8 => 1,
     };
-    product(&[&[
-        settings.actor_count(),
-        models,
-        config.parameter_count(),
-        bytes,
-    ]])
+    product(&[&[models, config.parameter_count(), bytes]])
+}
+
+/// Bytes of the frozen weights that the learner keeps packed for forward passes, unless actors do: of the reference, which
+/// are also those below an adapter.
+fn kept_panels(settings: &Settings, config: &ModelConfig) -> u64 {
+    let is_half = settings.learner.precision == DtypeSetting::Bf16;
+    match is_fused(settings) && is_half && !keeps_panels(settings) {
+        true => product(&[&[config.parameter_count(), 2]]),
+        false => 0,
+    }
+}
+
+/// Whether actors pack weights of their own.
+fn packs_for_sampling(settings: &Settings) -> bool {
+    settings.model.device == "cpu" && matches!(settings.actor.engine, EngineSettings::Own {})
+}
+
+/// Whether actors keep the packed weights of frozen models, for all that multiply by them.
+fn keeps_panels(settings: &Settings) -> bool {
+    let is_half = settings.actor.precision == PrecisionSetting::Bf16;
+    packs_for_sampling(settings) && is_fused(settings) && is_half
 }
 
 /// Bytes of the program itself, measured, and of the tokenizer's tables.
@@ -499,6 +531,14 @@ mod tests {
             head,
         ];
         assert_eq!(bytes(&sets), fused);
+        // In bf16 the reference is packed once, and its panels serve the learner too.
+        let with = |set: &'static str| bytes(&[&sets[..], &[set]].concat());
+        let mut coarse = fused;
+        (coarse[7], coarse[9]) = ((3 + 1) * 2 * p, 2 * cached);
+        assert_eq!(with("actor.precision=\"bf16\""), coarse);
+        let mut kept = fused.to_vec();
+        kept.insert(8, 2 * p);
+        assert_eq!(with("learner.precision=\"bf16\""), kept);
         sets.push("model.dtype=\"bf16\"");
         let logits = 3 * 2 * 6 * 200 * 2 * 4;
         let half = [
@@ -512,7 +552,8 @@ mod tests {
             12 * p,
             packed,
             4 * p,
-            2 * cached,
+            // Actors on the CPU compute in f32.
+            4 * cached,
             2 * composed,
             logits,
         ];
