@@ -30,6 +30,6 @@ pub use json::parse_row;
 pub use limits::FileLimits;
 pub use mix::Mix;
 pub use order::shuffled;
-pub use parsed_row::{PairLabel, ParsedRow, PreferencePair, PromptAnswer};
+pub use parsed_row::{PairLabel, ParsedRow, PreferencePair, PromptAnswer, dialogue};
 pub use rows::{DatasetRow, RowSource, WithSource, check, read, read_rows, visit};
 pub use turn::prompt;

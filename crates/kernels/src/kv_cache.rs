@@ -57,8 +57,11 @@ struct HalfLine([u16; LANES]);
 trait StoredLine: Copy + Default {
     fn load<A: Arithmetic>(&self) -> A::Vector;
 
-    /// Replaces values from `lane` on.
-    fn write(&mut self, lane: usize, values: &[f32]);
+    /// Replaces one value.
+    fn set(&mut self, lane: usize, value: f32);
+
+    /// Replaces the first values.
+    fn write(&mut self, values: &[f32]);
 }
 
 impl StoredLine for CacheLine<f32> {
@@ -67,8 +70,12 @@ impl StoredLine for CacheLine<f32> {
         A::load(&self.0)
     }
 
-    fn write(&mut self, lane: usize, values: &[f32]) {
-        self.0[lane..][..values.len()].copy_from_slice(values);
+    fn set(&mut self, lane: usize, value: f32) {
+        self.0[lane] = value;
+    }
+
+    fn write(&mut self, values: &[f32]) {
+        self.0[..values.len()].copy_from_slice(values);
     }
 }
 
@@ -82,8 +89,12 @@ impl StoredLine for HalfLine {
         A::load(&values)
     }
 
-    fn write(&mut self, lane: usize, values: &[f32]) {
-        for (half, &value) in self.0[lane..].iter_mut().zip(values) {
+    fn set(&mut self, lane: usize, value: f32) {
+        self.0[lane] = bf16_bits(value);
+    }
+
+    fn write(&mut self, values: &[f32]) {
+        for (half, &value) in self.0.iter_mut().zip(values) {
             *half = bf16_bits(value);
         }
     }
@@ -167,13 +178,13 @@ impl<L: StoredLine> Lines<L> {
         for head in 0..heads.keys {
             let key = &key[head * heads.width..][..heads.width];
             let lines = &mut self.0[heads.key_lines(position / LANES, head)];
-            for (line, x) in lines.iter_mut().zip(key.chunks(1)) {
-                line.write(position % LANES, x);
+            for (line, &x) in lines.iter_mut().zip(key) {
+                line.set(position % LANES, x);
             }
             let value = &value[head * heads.width..][..heads.width];
             let lines = &mut self.0[heads.value_lines(position, head)];
             for (line, x) in lines.iter_mut().zip(value.chunks(LANES)) {
-                line.write(0, x);
+                line.write(x);
             }
         }
     }

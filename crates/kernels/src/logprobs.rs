@@ -81,13 +81,15 @@ pub fn token_logprobs<'a>(
     if !fusible(&[hidden, head]) {
         return composed(hidden, head, targets);
     }
-    if let Some(packed) = packed
-        && (packed.precision() != precision
-            || packed.weight_dims() != [vocab, width]
-            || head.track_op())
-    {
+    if packed.is_some() && head.track_op() {
+        bail!("token_logprobs: the head is trained, and given packed");
+    }
+    let is_other = |packed: &&PackedMatrix| {
+        packed.precision() != precision || packed.weight_dims() != [vocab, width]
+    };
+    if let Some(packed) = packed.filter(is_other) {
         bail!(
-            "token_logprobs: {packed:?} is not the frozen head [{vocab}, {width}] in {precision:?}"
+            "token_logprobs: the head is {packed:?}, expected [{vocab}, {width}] in {precision:?}"
         );
     }
     let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
@@ -588,6 +590,17 @@ mod tests {
             };
             let packed_anew = differentiated((&head).into());
             assert!(differentiated(kept_head) == packed_anew, "{precision:?}");
+            // What is given is what is multiplied by.
+            let doubled: Vec<f32> = values.iter().map(|value| 2.0 * value).collect();
+            let doubled = PackedMatrix::stacked(&[&doubled], 24, precision);
+            let other_head = HeadWeights {
+                packed: Some(&doubled),
+                ..kept_head
+            };
+            assert!(
+                differentiated(other_head).0 != packed_anew.0,
+                "{precision:?}"
+            );
             let trained = Var::from_tensor(&head)?;
             let trained = HeadWeights {
                 weight: trained.as_tensor(),

@@ -17,13 +17,9 @@ pub(crate) struct BatchSplit {
 impl BatchSplit {
     /// Pairs of every pass, in order.
     pub(crate) fn passes<'a>(&self, pairs: &'a [LabelledPair]) -> Vec<&'a [LabelledPair]> {
-        let limit = match self.max_tokens {
-            0 => usize::MAX,
-            tokens => tokens,
-        };
         let parts = pairs.chunks(pairs.len().div_ceil(self.passes).max(1));
         parts
-            .flat_map(|part| within_tokens(part, limit, tokens))
+            .flat_map(|part| within_tokens(part, self.max_tokens, tokens))
             .collect()
     }
 }

@@ -1,15 +1,15 @@
 //! Frozen weights packed in bf16, once for all that multiply inputs by them: decoders, blocks and heads of every model that
 //! shares the weights.
 //!
-//! Only a decoder keeps them in f32, which are as large as the weights themselves. The backward packs anew: it needs
-//! the transpose.
+//! They live as long as the weights. Only a decoder keeps them in f32, which are as large as the weights themselves. The
+//! backward packs anew: it needs the transpose.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, TensorId};
 use kernels::{CpuTensor, PackedMatrix, PanelStack, Precision};
 
 use crate::{error::ModelError, weights::Weights};
@@ -35,20 +35,20 @@ impl BlockStacks {
     }
 }
 
-/// Panels of frozen weights by the names of the weights of a stack.
+/// Packed stacks by the tensors that are in them, which nothing trains in place.
 #[derive(Debug, Default)]
-pub(crate) struct PanelStore(Mutex<HashMap<String, PanelStack>>);
+pub(crate) struct PanelStore(Mutex<HashMap<Vec<TensorId>, PanelStack>>);
 
 impl PanelStore {
-    fn get(&self, names: &str) -> Option<PanelStack> {
+    fn get(&self, tensors: &[TensorId]) -> Option<PanelStack> {
         let stacks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        stacks.get(names).cloned()
+        stacks.get(tensors).cloned()
     }
 
     /// Keeps a stack, unless another thread has packed the same.
-    fn keep(&self, names: String, stack: PanelStack) -> PanelStack {
+    fn keep(&self, tensors: Vec<TensorId>, stack: PanelStack) -> PanelStack {
         let mut stacks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        stacks.entry(names).or_insert(stack).clone()
+        stacks.entry(tensors).or_insert(stack).clone()
     }
 }
 
@@ -97,16 +97,20 @@ impl Weights {
         names: &[String],
         precision: Precision,
     ) -> Result<Option<PanelStack>, ModelError> {
-        let is_kept = |tensor: &Tensor| {
-            precision == Precision::Bf16 && tensor.device().is_cpu() && tensor.dtype() == DType::F32
-        };
-        let Some(store) = &self.panels else {
+        let Some(store) = self
+            .panels
+            .as_ref()
+            .filter(|_| precision == Precision::Bf16)
+        else {
             return Ok(None);
         };
-        if !is_kept(&self.get(&names[0])?) {
+        let tensors = names.iter().map(|name| self.get(name));
+        let tensors = tensors.collect::<Result<Vec<Tensor>, _>>()?;
+        let fits = |tensor: &Tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32;
+        if !tensors.iter().all(fits) {
             return Ok(None);
         }
-        let key = names.join(" ");
+        let key: Vec<TensorId> = tensors.iter().map(Tensor::id).collect();
         if let Some(stack) = store.get(&key) {
             return Ok(Some(stack));
         }
@@ -137,6 +141,7 @@ impl Weights {
 mod tests {
     use super::*;
     use crate::{
+        decode::Decoder,
         fixtures::{adapted, tiny_model},
         ragged::Sequence,
         transformer::LanguageModel,
@@ -148,12 +153,10 @@ mod tests {
         LanguageModel::new(model.config().clone(), weights).unwrap()
     }
 
-    /// Names of the stacks that are packed.
-    fn packed(model: &LanguageModel) -> Vec<String> {
+    /// Number of stacks that are kept.
+    fn kept(model: &LanguageModel) -> usize {
         let store = model.weights().panels.as_ref().unwrap();
-        let mut names: Vec<String> = store.0.lock().unwrap().keys().cloned().collect();
-        names.sort();
-        names
+        store.0.lock().unwrap().len()
     }
 
     fn logprobs(model: &LanguageModel, precision: Precision) -> Vec<f32> {
@@ -173,34 +176,57 @@ mod tests {
         let adapter = plain.adapter().unwrap().clone();
         let adapted = model.with_adapter(adapter).unwrap();
         for precision in [Precision::F32, Precision::Bf16] {
-            assert_eq!(packed(&model).len(), 0, "before the first pass in bf16");
+            assert_eq!(kept(&model), 0, "before the first pass in bf16");
             assert_eq!(logprobs(&adapted, precision), logprobs(&plain, precision));
         }
-        // Four stacks a block, and the head: the same for the model below the adapter.
-        let names = packed(&adapted);
-        assert_eq!(names.len(), 4 * model.config().layers + 1);
-        assert!(names.contains(&model.config().head_name().to_owned()));
-        assert_eq!(
-            logprobs(&model, Precision::Bf16),
-            logprobs(&trained, Precision::Bf16)
-        );
-        assert_eq!(packed(&model), names);
+        // Four stacks a block, and the head: the same for the model below the adapter, and for a decoder.
+        let stacks = 4 * model.config().layers + 1;
+        assert_eq!(kept(&adapted), stacks);
+        let bits = logprobs(&trained, Precision::Bf16);
+        assert_eq!(logprobs(&model, Precision::Bf16), bits);
+        Decoder::new(model.clone(), Precision::Bf16, 1, 8).unwrap();
+        assert_eq!(kept(&model), stacks);
+    }
+
+    /// Kept panels of other values are what a pass multiplies by: nothing is packed anew.
+    #[test]
+    fn a_pass_and_a_decoder_read_the_kept_panels() {
+        let (model, other) = (frozen(&tiny_model(7, 1)), tiny_model(7, 2));
+        let names = BlockStacks::of(0).down;
+        let stack = other.weights().pack_by(&names, |weights, width| {
+            PanelStack::pack(weights, width, Precision::Bf16)
+        });
+        let before = logprobs(&tiny_model(7, 1), Precision::Bf16);
+        let id = model.weights().get(&names[0]).unwrap().id();
+        let store = model.weights().panels.as_ref().unwrap();
+        let planted = store.keep(vec![id], stack.unwrap());
+        assert_ne!(logprobs(&model, Precision::Bf16), before);
+        let read = model.weights().packed(&names, Precision::Bf16).unwrap();
+        let row = vec![1.0; model.config().intermediate_size];
+        assert_eq!(read.multiply(&row), planted.all.multiply(&row));
     }
 
     #[test]
     fn weights_that_may_be_trained_keep_nothing() {
         let model = frozen(&tiny_model(7, 1));
         let weights = model.weights();
-        assert!(
-            weights
-                .subset(model.config().tensors())
-                .unwrap()
-                .panels
-                .is_some()
-        );
+        let subset = weights.subset(model.config().tensors()).unwrap();
+        assert!(subset.panels.is_some());
         assert!(weights.trainable().unwrap().0.panels.is_none());
         assert!(weights.detached().panels.is_none());
         assert!(weights.union(weights).panels.is_none());
         assert!(model.snapshot().unwrap().weights().panels.is_none());
+    }
+
+    /// A clone in which a tensor was replaced does not read the panels of the one before.
+    #[test]
+    fn panels_belong_to_tensors_and_not_to_names() {
+        let model = frozen(&tiny_model(7, 1));
+        let before = logprobs(&model, Precision::Bf16);
+        let name = &BlockStacks::of(1).output[0];
+        let changed = model.weights().clone().scaled(name, 2.0);
+        let changed = LanguageModel::new(model.config().clone(), changed).unwrap();
+        assert_ne!(logprobs(&changed, Precision::Bf16), before);
+        assert_eq!(logprobs(&model, Precision::Bf16), before);
     }
 }

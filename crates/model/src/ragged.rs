@@ -16,12 +16,13 @@ pub struct Sequence<'a> {
     pub completion: &'a [u32],
 }
 
-/// `items` in order, in runs of at most `limit` tokens, unless a single item has more.
+/// `items` in order, in runs of at most `limit` tokens, unless a single item has more; 0: no limit.
 pub fn within_tokens<T>(
     items: &[T],
     limit: usize,
     tokens: impl Fn(&T) -> usize,
 ) -> impl Iterator<Item = &[T]> {
+    let limit = if limit == 0 { usize::MAX } else { limit };
     let mut rest = items;
     std::iter::from_fn(move || {
         let mut total = 0usize;

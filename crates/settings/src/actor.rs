@@ -24,7 +24,7 @@ pub struct ActorSettings {
     pub top_p: f64,
     /// Minimum token probability relative to the most probable token; 0: off.
     pub min_p: f64,
-    /// Weight precision used for sampling.
+    /// Weight precision used for sampling; below f32 key-value caches are in bf16.
     pub precision: PrecisionSetting,
     /// Maximum quantisation error in nats per token before sampling falls back to f32; 0: no check.
     pub max_quantization_error: f64,

@@ -258,7 +258,7 @@ fn sampling_memory(
         ),
         (
             "frozen weights packed for training",
-            kept_panels(settings, config),
+            learner_panels(settings, config),
         ),
         // The last ones are kept while the next are serialised.
         ("published weights", product(&[&trained, &[2]])),
@@ -272,7 +272,7 @@ fn pass_memory(
     bytes: usize,
 ) -> [(&'static str, u64); 4] {
     let longest = longest_sample(settings, config);
-    // On the CPU an actor's caches are as coarse as its weights, at least in bf16.
+    // On the CPU caches are in f32 beside weights in f32, and in bf16 beside coarser ones.
     let cached = match (settings.model.device.as_str(), settings.actor.precision) {
         ("cpu", PrecisionSetting::F32) => 4,
         ("cpu", PrecisionSetting::Bf16 | PrecisionSetting::Int8) => 2,
@@ -338,10 +338,12 @@ fn packed_weights(settings: &Settings, config: &ModelConfig) -> u64 {
     let actors = settings.actor_count();
     let models = match (
         adapter_parameters(settings, config).is_some(),
-        keeps_panels(settings),
+        actors_keep_panels(settings),
     ) {
         (true, true) => 1,
         (true, false) => actors,
+        // A reference that moves is packed by every actor, and that of the start stays.
+        (false, true) if settings.reference.moves() => 2 * actors + 1,
         (false, true) => actors + 1,
         (false, false) => 2 * actors,
     };
@@ -355,23 +357,24 @@ fn packed_weights(settings: &Settings, config: &ModelConfig) -> u64 {
 
 /// Bytes of the frozen weights that the learner keeps packed for forward passes, unless actors do: of the reference, which
 /// are also those below an adapter.
-fn kept_panels(settings: &Settings, config: &ModelConfig) -> u64 {
-    let is_half = settings.learner.precision == DtypeSetting::Bf16;
-    match is_fused(settings) && is_half && !keeps_panels(settings) {
+fn learner_panels(settings: &Settings, config: &ModelConfig) -> u64 {
+    let is_bf16 = settings.learner.precision == DtypeSetting::Bf16;
+    match is_fused(settings) && is_bf16 && !actors_keep_panels(settings) {
         true => product(&[&[config.parameter_count(), 2]]),
         false => 0,
     }
 }
 
-/// Whether actors pack weights of their own.
+/// Whether there are actors, and they pack weights for the CPU.
 fn packs_for_sampling(settings: &Settings) -> bool {
-    settings.model.device == "cpu" && matches!(settings.actor.engine, EngineSettings::Own {})
+    let is_own = matches!(settings.actor.engine, EngineSettings::Own {});
+    settings.model.device == "cpu" && is_own && settings.actor_count() > 0
 }
 
 /// Whether actors keep the packed weights of frozen models, for all that multiply by them.
-fn keeps_panels(settings: &Settings) -> bool {
-    let is_half = settings.actor.precision == PrecisionSetting::Bf16;
-    packs_for_sampling(settings) && is_fused(settings) && is_half
+fn actors_keep_panels(settings: &Settings) -> bool {
+    let is_bf16 = settings.actor.precision == PrecisionSetting::Bf16;
+    packs_for_sampling(settings) && is_fused(settings) && is_bf16
 }
 
 /// Bytes of the program itself, measured, and of the tokenizer's tables.
@@ -536,6 +539,12 @@ mod tests {
         let mut coarse = fused;
         (coarse[7], coarse[9]) = ((3 + 1) * 2 * p, 2 * cached);
         assert_eq!(with("actor.precision=\"bf16\""), coarse);
+        let moving = [
+            "actor.precision=\"bf16\"",
+            "reference.kind=every",
+            "reference.every_steps=5",
+        ];
+        assert_eq!(bytes(&[&sets[..], &moving].concat())[7], 7 * 2 * p);
         let mut kept = fused.to_vec();
         kept.insert(8, 2 * p);
         assert_eq!(with("learner.precision=\"bf16\""), kept);

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use hub::CancelToken;
-use messages::{Completion, Dialogue, Finish, PromptText, Seed};
+use messages::{Completion, Finish, PromptText, Seed};
 use model::{LanguageModel, ModelFolder, Request, Sampler, SamplingSettings, Tokenizer};
 use serde::Serialize;
 use settings::{EngineSettings, ModelSource};
@@ -31,8 +31,9 @@ const TIMEOUT_SECONDS: f64 = 600.0;
 
 /// Sample completions of prompts from a model or from its mixture with a reference.
 ///
-/// Every --prompt is continued --num times. The text is continued as it is; with --chat it is rendered as a user's
-/// message by the model's chat template. With --reference, or with --adapter, whose base model is then the
+/// Every --prompt is continued --num times. The text is continued as it is; with --chat it is rendered by the model's
+/// chat template: the turns of a text "Human: ... Assistant: ...", each after an empty line, any other text as a
+/// user's message. With --reference, or with --adapter, whose base model is then the
 /// reference, every completion is also scored under the reference, and --mixture-coef samples from the geometric
 /// mixture of both models, as the actors of Nash-MD and IPO-MD do. With --json there is one line per completion:
 /// prompt, completion, ids, finish ("eos" or "length"), the sums logp, ref_logp and behaviour_logp, and logprobs
@@ -46,7 +47,7 @@ pub(crate) struct Arguments {
     /// A prompt. May be repeated.
     #[arg(long = "prompt", value_name = "TEXT", required = true)]
     prompts: Vec<String>,
-    /// Render each prompt as a user's message with the model's chat template.
+    /// Render each prompt as a dialogue with the model's chat template.
     #[arg(long)]
     chat: bool,
     /// Number of completions per prompt.
@@ -279,10 +280,9 @@ impl Arguments {
             return Err(UsageError(message).into());
         }
         let encode = |text: &String| {
-            let prompt = if self.chat {
-                PromptText::Dialogue(Dialogue::of_user(text))
-            } else {
-                PromptText::Text(text.clone())
+            let prompt = match self.chat {
+                true => PromptText::Dialogue(dataset::dialogue(text)),
+                false => PromptText::Text(text.clone()),
             };
             let ids = folder.tokenizer.encode_prompt(&prompt)?;
             Ok(TokenizedPrompt {

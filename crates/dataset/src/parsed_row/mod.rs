@@ -62,6 +62,7 @@ pub struct PreferencePair {
 }
 
 pub use label::PairLabel;
+pub use transcript::dialogue;
 
 /// A row in a recognised format.
 #[derive(Debug, Clone)]

@@ -45,6 +45,13 @@ pub(super) fn first_turn(response: &str) -> String {
     }
 }
 
+/// A text prompt for a chat model, as `chat = true` reads it: the turns of a transcript, any other text as one turn of the
+/// user.
+#[must_use]
+pub fn dialogue(text: &str) -> Dialogue {
+    Dialogue::new(turns(text))
+}
+
 /// The turns of a text: those of a transcript, without the white space around them, two of one speaker as one; any other
 /// text is one turn of the user. Of a last turn of the assistant, which is continued, the white space at its end stays; if
 /// it has no text, it only says whose turn it is, and is left out.

@@ -198,12 +198,17 @@ impl BlockOptions {
                 let shapes: Vec<_> = linear.all().map(Tensor::dims).collect();
                 bail!("block: the {name} layer has {shapes:?}, expected a weight [{to}, {from}]");
             }
-            if let Some(packed) = &linear.packed
-                && (packed.precision() != self.precision
-                    || packed.weight_dims() != [to, from]
-                    || linear.weight.is_variable())
-            {
-                bail!("block: {packed:?} is not the frozen weight of the {name} layer");
+            if linear.packed.is_some() && linear.weight.is_variable() {
+                bail!("block: the weight of the {name} layer is trained, and given packed");
+            }
+            let is_other = |packed: &PackedMatrix| {
+                packed.precision() != self.precision || packed.weight_dims() != [to, from]
+            };
+            if let Some(packed) = linear.packed.as_ref().filter(|packed| is_other(packed)) {
+                let precision = self.precision;
+                bail!(
+                    "block: the {name} layer has {packed:?}, expected [{to}, {from}] in {precision:?}"
+                );
             }
         }
         let norms = [
@@ -758,6 +763,9 @@ mod tests {
             pack(&mut [output], precision);
             pack(&mut [down], precision);
             assert!(packed_anew == found(&case), "{precision:?}");
+            // What is given is what is multiplied by.
+            case.weights.up.packed = case.weights.gate.packed.clone();
+            assert!(packed_anew.0 != found(&case).0, "{precision:?}");
         }
     }
 
@@ -769,9 +777,11 @@ mod tests {
             case.fused(&case.x).unwrap_err().to_string()
         };
         let error = error_of(&mut case(true, Trained::Adapter), Precision::Bf16);
-        assert!(error.contains("of the gate layer"), "{error}");
+        let expected =
+            "the gate layer has PackedMatrix(weight [36, 20] in Bf16), expected [36, 20] in F32";
+        assert!(error.contains(expected), "{error}");
         let error = error_of(&mut case(true, Trained::Weights), Precision::F32);
-        assert!(error.contains("is not the frozen weight"), "{error}");
+        assert!(error.contains("the gate layer is trained"), "{error}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod rows;
 mod tile;
 mod transpose;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -205,8 +206,8 @@ enum Panels {
 
 impl fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (width, out, precision) = (self.width, self.out, self.precision());
-        write!(f, "PackedMatrix([{width}, {out}], {precision:?})")
+        let (weight, precision) = (self.weight_dims(), self.precision());
+        write!(f, "PackedMatrix(weight {weight:?} in {precision:?})")
     }
 }
 
@@ -270,7 +271,10 @@ impl PanelStack {
 impl PackedMatrix {
     /// Packs weights `[out, in]`, row-major, stacked along `out`: their rows are the columns of the result.
     pub fn stacked(weights: &[&[f32]], width: usize, precision: Precision) -> Self {
-        let rows = weights.concat();
+        let rows = match weights {
+            [one] => Cow::Borrowed(*one),
+            _ => Cow::Owned(weights.concat()),
+        };
         let weight = MatrixRef::new(&rows, rows.len() / width, width);
         Self::pack(weight.transpose(), precision)
     }

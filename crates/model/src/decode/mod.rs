@@ -76,8 +76,8 @@ impl Logits {
 
 impl Decoder {
     /// Creates a decoder with empty slots, each with room for `capacity` tokens, at most the model's positions. On the
-    /// CPU the weights are stored in `precision`, and an adapter is applied beside them; on other devices both are used
-    /// unchanged.
+    /// CPU the weights are stored in `precision`, the caches in bf16 below f32, and an adapter is applied beside them;
+    /// on other devices weights and adapter are used unchanged.
     ///
     /// # Errors
     /// When the device cannot hold it.

@@ -2,6 +2,7 @@
 
 use dataset::shuffled;
 use messages::Seed;
+use model::within_tokens;
 use settings::FitSettings;
 
 use crate::error::PreferenceError;
@@ -38,27 +39,16 @@ impl<'a> StepRows<'a> {
     /// exceeds it; 0: no limit.
     pub(crate) fn passes(self, max_tokens: usize) -> Vec<Self> {
         let golden_weight = self.golden_weight;
-        let mut passes = PassBuilder {
-            limit: if max_tokens == 0 {
-                usize::MAX
-            } else {
-                max_tokens
-            },
-            golden_weight,
-            tokens: 0,
-            passes: Vec::new(),
-        };
-        for example in self.examples {
-            let responses = example.first.len() + example.second.len();
-            let pass = passes.with_room(example.prompt.len() + responses);
-            pass.examples.push(example);
-        }
-        for example in self.adversarial {
-            let samples: usize = example.samples.iter().map(Vec::len).sum();
-            let pass = passes.with_room(example.prompt.len() + example.golden.len() + samples);
-            pass.adversarial.push(example);
-        }
-        passes.passes
+        let examples = self.examples.into_iter().map(StepRow::Annotated);
+        let adversarial = self.adversarial.into_iter().map(StepRow::Adversarial);
+        let rows: Vec<StepRow<'a>> = examples.chain(adversarial).collect();
+        within_tokens(&rows, max_tokens, StepRow::tokens)
+            .map(|rows| Self {
+                examples: rows.iter().filter_map(|row| row.annotated()).collect(),
+                adversarial: rows.iter().filter_map(|row| row.adversarial()).collect(),
+                golden_weight,
+            })
+            .collect()
     }
 
     /// Number of comparisons of golden answers with samples.
@@ -67,28 +57,35 @@ impl<'a> StepRows<'a> {
     }
 }
 
-/// Passes of a step, the last one still being filled.
-struct PassBuilder<'a> {
-    limit: usize,
-    golden_weight: f64,
-    /// Tokens of the last pass.
-    tokens: usize,
-    passes: Vec<StepRows<'a>>,
+/// A row of either kind.
+enum StepRow<'a> {
+    Annotated(&'a PreferenceExample),
+    Adversarial(&'a AdversarialExample),
 }
 
-impl<'a> PassBuilder<'a> {
-    /// The pass that a row of this many tokens belongs to.
-    fn with_room(&mut self, tokens: usize) -> &mut StepRows<'a> {
-        self.tokens = self.tokens.saturating_add(tokens);
-        if self.passes.is_empty() || self.tokens > self.limit {
-            self.tokens = tokens;
-            self.passes.push(StepRows {
-                examples: Vec::new(),
-                adversarial: Vec::new(),
-                golden_weight: self.golden_weight,
-            });
+impl<'a> StepRow<'a> {
+    fn tokens(&self) -> usize {
+        match self {
+            Self::Annotated(row) => row.tokens(),
+            Self::Adversarial(row) => {
+                let samples: usize = row.samples.iter().map(Vec::len).sum();
+                row.prompt.len() + row.golden.len() + samples
+            }
         }
-        self.passes.last_mut().expect("a pass was added above")
+    }
+
+    fn annotated(&self) -> Option<&'a PreferenceExample> {
+        match self {
+            Self::Annotated(row) => Some(row),
+            Self::Adversarial(_) => None,
+        }
+    }
+
+    fn adversarial(&self) -> Option<&'a AdversarialExample> {
+        match self {
+            Self::Annotated(_) => None,
+            Self::Adversarial(row) => Some(row),
+        }
     }
 }
 

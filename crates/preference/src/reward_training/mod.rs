@@ -38,6 +38,13 @@ pub struct PreferenceExample {
     pub label: f32,
 }
 
+impl PreferenceExample {
+    /// Number of tokens, the prompt's counted once.
+    fn tokens(&self) -> usize {
+        self.prompt.len() + self.first.len() + self.second.len()
+    }
+}
+
 /// A golden answer and the policy's samples for the same prompt, as token ids.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdversarialExample {
@@ -184,8 +191,7 @@ pub(crate) fn predict(
     examples: &[PreferenceExample],
 ) -> Result<Vec<Prediction>, PreferenceError> {
     let mut predictions = Vec::with_capacity(examples.len());
-    let tokens = |e: &PreferenceExample| e.prompt.len() + e.first.len() + e.second.len();
-    for batch in within_tokens(examples, EVALUATION_TOKENS, tokens) {
+    for batch in within_tokens(examples, EVALUATION_TOKENS, PreferenceExample::tokens) {
         let mut distinct = Deduplicated::default();
         let indices: Vec<_> = batch
             .iter()
