@@ -88,6 +88,14 @@ fn fine_tuning_learns_the_end_of_turn_of_the_template() {
     );
     // The generation prompt ends with a space; the answers of the rows do not start with one.
     assert_eq!(line["completion"], "Lily was happy.", "{line}");
+    // A transcript is its turns: the last of them, begun by the assistant, is continued.
+    let begun = "Human: Say hi 3\n\nAssistant: Lily was";
+    let call = call.map(|argument| match argument {
+        "Say hi 3" => begun,
+        argument => argument,
+    });
+    let line = &sandbox.run(&call).succeeded().json_lines()[0];
+    assert_eq!(line["completion"], " happy.", "{line}");
 }
 
 #[test]
