@@ -448,11 +448,11 @@ mod tests {
             copy.attend(heads, 69, &query[..out.len()], &mut out);
             out
         };
-        let coarse = attended(Precision::Bf16, &keys, &values);
+        let in_bf16 = attended(Precision::Bf16, &keys, &values);
         let exact = attended(Precision::F32, &rounded(&keys), &rounded(&values));
-        assert_eq!(coarse, exact);
-        assert_eq!(coarse, attended(Precision::Int8, &keys, &values));
-        assert_ne!(coarse, attended(Precision::F32, &keys, &values));
+        assert_eq!(in_bf16, exact);
+        assert_eq!(in_bf16, attended(Precision::Int8, &keys, &values));
+        assert_ne!(in_bf16, attended(Precision::F32, &keys, &values));
     }
 
     #[test]

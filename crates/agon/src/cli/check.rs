@@ -536,9 +536,9 @@ mod tests {
         assert_eq!(bytes(&sets), fused);
         // In bf16 the reference is packed once, and its panels serve the learner too.
         let with = |set: &'static str| bytes(&[&sets[..], &[set]].concat());
-        let mut coarse = fused;
-        (coarse[7], coarse[9]) = ((3 + 1) * 2 * p, 2 * cached);
-        assert_eq!(with("actor.precision=\"bf16\""), coarse);
+        let mut rounded = fused;
+        (rounded[7], rounded[9]) = ((3 + 1) * 2 * p, 2 * cached);
+        assert_eq!(with("actor.precision=\"bf16\""), rounded);
         let moving = [
             "actor.precision=\"bf16\"",
             "reference.kind=every",
