@@ -6,13 +6,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use candle_core::{DType, Tensor, TensorId};
-use kernels::{CpuTensor, PackedMatrix, PanelStack, Precision};
-
-use crate::{error::ModelError, weights::Weights};
+use candle_core::{DType, Result, Tensor, TensorId};
+use kernels::{CpuTensor, PanelStack, Precision};
 
 /// Names of a block's weights: those that read the same rows are stacked.
 pub(crate) struct BlockStacks {
@@ -40,101 +38,46 @@ impl BlockStacks {
 pub(crate) struct PanelStore(Mutex<HashMap<Vec<TensorId>, PanelStack>>);
 
 impl PanelStore {
-    fn get(&self, tensors: &[TensorId]) -> Option<PanelStack> {
-        let stacks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        stacks.get(tensors).cloned()
+    /// The stack of weights `[out, in]` that read the same rows; `None` in a precision or of tensors whose panels are not
+    /// kept.
+    pub(crate) fn stack(
+        &self,
+        weights: &[Tensor],
+        precision: Precision,
+    ) -> Result<Option<PanelStack>> {
+        let fits = |weight: &Tensor| weight.device().is_cpu() && weight.dtype() == DType::F32;
+        if precision != Precision::Bf16 || !weights.iter().all(fits) {
+            return Ok(None);
+        }
+        let key: Vec<TensorId> = weights.iter().map(Tensor::id).collect();
+        if let Some(stack) = self.stacks().get(&key) {
+            return Ok(Some(stack.clone()));
+        }
+        // Not under the lock: a thread that waits for others of the pool may be given a task that needs it.
+        let stack = pack(weights, |weights, width| {
+            PanelStack::pack(weights, width, precision)
+        })?;
+        Ok(Some(self.keep(key, stack)))
     }
 
     /// Keeps a stack, unless another thread has packed the same.
-    fn keep(&self, tensors: Vec<TensorId>, stack: PanelStack) -> PanelStack {
-        let mut stacks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        stacks.entry(tensors).or_insert(stack).clone()
+    fn keep(&self, key: Vec<TensorId>, stack: PanelStack) -> PanelStack {
+        self.stacks().entry(key).or_insert(stack).clone()
+    }
+
+    fn stacks(&self) -> MutexGuard<'_, HashMap<Vec<TensorId>, PanelStack>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Weights {
-    /// The weights, which nothing trains in place: their panels are kept.
-    #[must_use]
-    pub(crate) fn frozen(mut self) -> Self {
-        self.panels = Some(Arc::default());
-        self
-    }
-
-    /// Weights `[out, in]` that read the same rows, packed side by side.
-    ///
-    /// # Errors
-    /// When a tensor is missing or not on the CPU.
-    pub(crate) fn packed(
-        &self,
-        names: &[String],
-        precision: Precision,
-    ) -> Result<PackedMatrix, ModelError> {
-        if let Some(stack) = self.kept(names, precision)? {
-            return Ok(stack.all);
-        }
-        let pack = |weights: &[&[f32]], width| PackedMatrix::stacked(weights, width, precision);
-        self.pack_by(names, pack)
-    }
-
-    /// Each of these weights, which read the same rows, packed; `None` of each if that is not kept.
-    ///
-    /// # Errors
-    /// When a tensor is missing or not on the CPU.
-    pub(crate) fn kept_panels<const N: usize>(
-        &self,
-        names: &[String; N],
-        precision: Precision,
-    ) -> candle_core::Result<[Option<PackedMatrix>; N]> {
-        let kept = self
-            .kept(names, precision)
-            .map_err(candle_core::Error::wrap)?;
-        let mut parts = kept.map_or(Vec::new(), |stack| stack.parts).into_iter();
-        Ok(std::array::from_fn(|_| parts.next()))
-    }
-
-    fn kept(
-        &self,
-        names: &[String],
-        precision: Precision,
-    ) -> Result<Option<PanelStack>, ModelError> {
-        let Some(store) = self
-            .panels
-            .as_ref()
-            .filter(|_| precision == Precision::Bf16)
-        else {
-            return Ok(None);
-        };
-        let tensors = names.iter().map(|name| self.get(name));
-        let tensors = tensors.collect::<Result<Vec<Tensor>, _>>()?;
-        let fits = |tensor: &Tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32;
-        if !tensors.iter().all(fits) {
-            return Ok(None);
-        }
-        let key: Vec<TensorId> = tensors.iter().map(Tensor::id).collect();
-        if let Some(stack) = store.get(&key) {
-            return Ok(Some(stack));
-        }
-        // Not under the lock: a thread that waits for others of the pool may be given a task that needs it.
-        let stack = self.pack_by(names, |weights, width| {
-            PanelStack::pack(weights, width, precision)
-        })?;
-        Ok(Some(store.keep(key, stack)))
-    }
-
-    fn pack_by<P>(
-        &self,
-        names: &[String],
-        pack: impl FnOnce(&[&[f32]], usize) -> P,
-    ) -> Result<P, ModelError> {
-        let width = self.get(&names[0])?.dims2()?.1;
-        let tensors = names
-            .iter()
-            .map(|name| Ok(CpuTensor::of(&self.get(name)?)?));
-        let tensors = tensors.collect::<Result<Vec<_>, ModelError>>()?;
-        let values: Vec<_> = tensors.iter().map(CpuTensor::values).collect();
-        let values: Vec<&[f32]> = values.iter().map(|values| &**values).collect();
-        Ok(pack(&values, width))
-    }
+/// Packs weights `[out, in]` that read the same rows by `pack`, which is given their values and their `in`.
+pub(crate) fn pack<P>(weights: &[Tensor], pack: impl FnOnce(&[&[f32]], usize) -> P) -> Result<P> {
+    let width = weights[0].dims2()?.1;
+    let tensors = weights.iter().map(CpuTensor::of);
+    let tensors = tensors.collect::<Result<Vec<_>>>()?;
+    let values: Vec<_> = tensors.iter().map(CpuTensor::values).collect();
+    let values: Vec<&[f32]> = values.iter().map(|values| &**values).collect();
+    Ok(pack(&values, width))
 }
 
 #[cfg(test)]
@@ -156,7 +99,7 @@ mod tests {
     /// Number of stacks that are kept.
     fn kept(model: &LanguageModel) -> usize {
         let store = model.weights().panels.as_ref().unwrap();
-        store.0.lock().unwrap().len()
+        store.stacks().len()
     }
 
     fn logprobs(model: &LanguageModel, precision: Precision) -> Vec<f32> {
@@ -193,7 +136,8 @@ mod tests {
     fn a_pass_and_a_decoder_read_the_kept_panels() {
         let (model, other) = (frozen(&tiny_model(7, 1)), tiny_model(7, 2));
         let names = BlockStacks::of(0).down;
-        let stack = other.weights().pack_by(&names, |weights, width| {
+        let values = [other.weights().get(&names[0]).unwrap()];
+        let stack = pack(&values, |weights, width| {
             PanelStack::pack(weights, width, Precision::Bf16)
         });
         let before = logprobs(&tiny_model(7, 1), Precision::Bf16);

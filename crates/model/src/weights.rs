@@ -7,6 +7,7 @@ use std::{
 };
 
 use candle_core::{DType, Device, Tensor, Var};
+use kernels::{PackedMatrix, PanelStack, Precision};
 use messages::{Digest, Seed};
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -14,7 +15,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use crate::{
     config::ModelConfig,
     error::ModelError,
-    panels::PanelStore,
+    panels::{self, PanelStore},
     shards::{ExpectedTensors, Shards},
 };
 
@@ -307,6 +308,61 @@ impl Weights {
     pub(crate) fn all_on(&self, dtype: DType, device: &Device) -> bool {
         let is = |tensor: &Tensor| tensor.dtype() == dtype && tensor.device().same_device(device);
         self.tensors.values().all(is)
+    }
+
+    /// The weights, which nothing trains in place: their panels are kept.
+    #[must_use]
+    pub(crate) fn frozen(mut self) -> Self {
+        self.panels = Some(Arc::default());
+        self
+    }
+
+    /// Weights `[out, in]` that read the same rows, packed side by side.
+    ///
+    /// # Errors
+    /// When a tensor is missing or not on the CPU.
+    pub(crate) fn packed(
+        &self,
+        names: &[String],
+        precision: Precision,
+    ) -> Result<PackedMatrix, ModelError> {
+        if let Some(stack) = self.kept(names, precision)? {
+            return Ok(stack.all);
+        }
+        let weights = self.tensors_of(names)?;
+        Ok(panels::pack(&weights, |weights, width| {
+            PackedMatrix::stacked(weights, width, precision)
+        })?)
+    }
+
+    /// Each of these weights, which read the same rows, packed; `None` of each if that is not kept.
+    ///
+    /// # Errors
+    /// When a tensor is missing or not on the CPU.
+    pub(crate) fn kept_panels<const N: usize>(
+        &self,
+        names: &[String; N],
+        precision: Precision,
+    ) -> candle_core::Result<[Option<PackedMatrix>; N]> {
+        let kept = self.kept(names, precision);
+        let kept = kept.map_err(candle_core::Error::wrap)?;
+        let mut parts = kept.map_or(Vec::new(), |stack| stack.parts).into_iter();
+        Ok(std::array::from_fn(|_| parts.next()))
+    }
+
+    fn kept(
+        &self,
+        names: &[String],
+        precision: Precision,
+    ) -> Result<Option<PanelStack>, ModelError> {
+        match &self.panels {
+            Some(store) => Ok(store.stack(&self.tensors_of(names)?, precision)?),
+            None => Ok(None),
+        }
+    }
+
+    fn tensors_of(&self, names: &[String]) -> Result<Vec<Tensor>, ModelError> {
+        names.iter().map(|name| self.get(name)).collect()
     }
 
     /// The tensor with this name, not copied.
