@@ -84,10 +84,9 @@ pub fn token_logprobs<'a>(
     if packed.is_some() && head.track_op() {
         bail!("token_logprobs: the head is trained, and given packed");
     }
-    let is_other = |packed: &&PackedMatrix| {
-        packed.precision() != precision || packed.weight_dims() != [vocab, width]
-    };
-    if let Some(packed) = packed.filter(is_other) {
+    if let Some(packed) = packed
+        && !packed.fits([vocab, width], precision)
+    {
         bail!(
             "token_logprobs: the head is {packed:?}, expected [{vocab}, {width}] in {precision:?}"
         );

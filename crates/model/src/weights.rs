@@ -506,10 +506,7 @@ mod tests {
             let tensors = tensors
                 .filter(|(i, _)| i % 2 == part)
                 .map(|(_, (n, t))| (n.clone(), t.clone()));
-            let half = Weights {
-                panels: None,
-                tensors: tensors.collect(),
-            };
+            let half = Weights::of(tensors.collect());
             let path = folder.path().join(format!("part-{part}.safetensors"));
             std::fs::write(path, half.to_blob().unwrap()).unwrap();
         }

@@ -201,10 +201,9 @@ impl BlockOptions {
             if linear.packed.is_some() && linear.weight.is_variable() {
                 bail!("block: the weight of the {name} layer is trained, and given packed");
             }
-            let is_other = |packed: &PackedMatrix| {
-                packed.precision() != self.precision || packed.weight_dims() != [to, from]
-            };
-            if let Some(packed) = linear.packed.as_ref().filter(|packed| is_other(packed)) {
+            if let Some(packed) = &linear.packed
+                && !packed.fits([to, from], self.precision)
+            {
                 let precision = self.precision;
                 bail!(
                     "block: the {name} layer has {packed:?}, expected [{to}, {from}] in {precision:?}"

@@ -311,11 +311,16 @@ impl PackedMatrix {
     }
 
     /// Dimensions `[out, in]` of the packed weight.
-    pub(crate) fn weight_dims(&self) -> [usize; 2] {
+    fn weight_dims(&self) -> [usize; 2] {
         [self.out, self.width]
     }
 
-    pub(crate) fn precision(&self) -> Precision {
+    /// Whether a weight of these dimensions, `[out, in]`, is packed in this precision.
+    pub(crate) fn fits(&self, weight_dims: [usize; 2], precision: Precision) -> bool {
+        self.weight_dims() == weight_dims && self.precision() == precision
+    }
+
+    fn precision(&self) -> Precision {
         match self.panels {
             Panels::F32(_) => Precision::F32,
             Panels::Bf16(_) => Precision::Bf16,
