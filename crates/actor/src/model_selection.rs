@@ -4,7 +4,7 @@
 //! may change its models.
 
 use messages::Purpose;
-use model::{LanguageModel, PublishedModels};
+use model::{LanguageModel, ModelError, PublishedModels, PublishedWeights};
 
 /// A policy and a reference among the models that an actor holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,9 +54,9 @@ impl LoadedModels {
     /// Replaces the models by those of published weights.
     ///
     /// # Errors
-    /// If the blob does not match the model.
-    pub(crate) fn load(&mut self, blob: &[u8]) -> Result<(), model::ModelError> {
-        self.published = self.published.policy.read_published(blob)?;
+    /// If the weights do not match the model.
+    pub(crate) fn load(&mut self, weights: &PublishedWeights) -> Result<(), ModelError> {
+        self.published = self.published.policy.with_published(weights)?;
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use messages::{
     Dropped, InvalidMessage, MessageLimits, Pacing, Pair, Prompt, Purpose, WeightsVersion,
 };
-use model::{Finished, LanguageModel, Request, Sampler, Tokenizer};
+use model::{Finished, LanguageModel, PublishedWeights, Request, Sampler, Tokenizer};
 use telemetry::{InFlightGauge, NamedWait, StageCounters, Waits};
 use tokio::{
     sync::watch,
@@ -79,7 +79,7 @@ pub struct ActorStreams {
     /// Outgoing notes of dropped prompts.
     pub drops: Sender<Dropped>,
     /// Incoming weights.
-    pub weight_store: WeightStore,
+    pub weight_store: WeightStore<PublishedWeights>,
     /// Limits of incoming prompts.
     pub limits: MessageLimits,
 }

@@ -5,7 +5,8 @@ use std::{sync::Arc, thread::JoinHandle};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use messages::{Completion, Purpose, WeightsVersion};
 use model::{
-    Finished, LanguageModel, ModelError, Precision, Request, Sampler, Sequence, within_tokens,
+    Finished, LanguageModel, ModelError, Precision, PublishedWeights, Request, Sampler, Sequence,
+    within_tokens,
 };
 use tokio::sync::mpsc;
 
@@ -23,7 +24,7 @@ enum SamplerCommand {
     /// Sample completions of these prompts, all admitted before the next decoding step.
     Sample(Vec<Request>),
     /// Load this version and select its policy and reference. Sent only while the sampler is idle.
-    Load(WeightsVersion, Arc<Vec<u8>>),
+    Load(WeightsVersion, Arc<PublishedWeights>),
     /// Sample from these of the loaded models. Sent only while the sampler is idle, before prompts for them.
     Select(ModelSelection),
 }
@@ -132,9 +133,9 @@ impl SamplerThread {
     pub(crate) fn load(
         &self,
         version: WeightsVersion,
-        blob: Arc<Vec<u8>>,
+        weights: Arc<PublishedWeights>,
     ) -> Result<(), ActorError> {
-        self.send(SamplerCommand::Load(version, blob))
+        self.send(SamplerCommand::Load(version, weights))
     }
 
     /// The next event. Cancel-safe.
@@ -281,8 +282,8 @@ impl SamplerLoop {
                 let precision = self.quantization.precision();
                 self.select(selection, precision)?;
             }
-            SamplerCommand::Load(version, blob) => {
-                self.models.load(&blob)?;
+            SamplerCommand::Load(version, weights) => {
+                self.models.load(&weights)?;
                 let precision = self.quantization.start_version();
                 self.select(ModelSelection::Current, precision)?;
                 self.emit(Ok(SamplerEvent::Loaded(LoadedWeights {

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use messages::WeightsVersion;
+use model::PublishedWeights;
 use telemetry::Measurements;
 use tokio::sync::watch;
 use transport::{TransportError, WeightStore, WeightUpdates};
@@ -18,7 +19,7 @@ const RETRY_DELAY: Duration = Duration::from_millis(500);
 /// Follows the weight store and loads its newest version.
 pub(crate) struct WeightLoader {
     actor: String,
-    weight_store: WeightStore,
+    weight_store: WeightStore<PublishedWeights>,
     updates: WeightUpdates,
     /// Version that the sampler has, or is loading.
     version: WeightsVersion,
@@ -31,7 +32,7 @@ pub(crate) struct WeightLoader {
 
 impl WeightLoader {
     /// A loader for an actor that begins with the reference.
-    pub(crate) fn new(actor: &str, weight_store: WeightStore) -> Self {
+    pub(crate) fn new(actor: &str, weight_store: WeightStore<PublishedWeights>) -> Self {
         Self {
             actor: actor.to_owned(),
             updates: weight_store.subscribe(),
@@ -76,7 +77,7 @@ impl WeightLoader {
     /// If the weight store is closed.
     pub(crate) async fn newer(&mut self) -> Result<WeightsVersion, ActorError> {
         let newer = self.updates.newer_than(self.version).await;
-        let version = newer.map_err(|source| self.error(source))?.version;
+        let version = newer.map_err(|source| self.error(source))?;
         self.pending = Some(version);
         Ok(version)
     }
@@ -91,9 +92,9 @@ impl WeightLoader {
             && version > self.version
         {
             match self.weight_store.fetch(version).await {
-                Ok(blob) => {
+                Ok(weights) => {
                     self.version = version;
-                    sampler.load(version, blob)?;
+                    sampler.load(version, weights)?;
                 }
                 // Superseded while completions were being sampled: a newer version is announced already.
                 Err(TransportError::Pruned { .. }) => self.pending = self.latest(),
@@ -117,7 +118,7 @@ impl WeightLoader {
     }
 
     fn latest(&self) -> Option<WeightsVersion> {
-        self.updates.latest().map(|manifest| manifest.version)
+        self.updates.latest()
     }
 
     fn count_failure(&mut self, error: &TransportError) {

@@ -52,7 +52,8 @@ pub use error::LearnerError;
 pub use evaluation::{Evaluation, EvaluationConditions, EvaluationExample, FurtherComparison};
 pub use evaluator::EVALUATION_WINDOW;
 pub use file_pairs::{
-    BatchShare, PairAnswer, PairCounts, PairFiles, PairLimit, PairRow, planned_steps, visit_pairs,
+    BatchShare, PairAnswer, PairCounts, PairFiles, PairLimit, PairRow, file_pair_id, planned_steps,
+    visit_pairs,
 };
 pub use input_record::InputRecord;
 pub use judge_evaluation::{

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use messages::{Dropped, LabelledPair, MessageLimits, Pacing, Pair, Prompt, Seed};
-use model::{DType, LanguageModel, ModelFolder};
+use model::{DType, LanguageModel, ModelFolder, PublishedWeights};
 use settings::{EvaluationSettings, LearnerSettings, ReferenceSettings, TelemetrySettings};
 use telemetry::{RunDirectory, StageCounters, Waits};
 use transport::{Receiver, Sender, WeightStore};
@@ -130,7 +130,7 @@ pub struct LearnerStreams {
     /// Incoming notes of dropped prompts.
     pub drops: Receiver<Dropped>,
     /// Outgoing weights.
-    pub weight_store: WeightStore,
+    pub weight_store: WeightStore<PublishedWeights>,
     /// Dtype of outgoing weights.
     pub weights_dtype: DType,
     /// Limits of incoming labelled pairs and drop notes.

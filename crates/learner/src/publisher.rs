@@ -5,8 +5,8 @@
 
 use std::time::{Duration, Instant};
 
-use messages::{WeightsManifest, WeightsVersion};
-use model::DType;
+use messages::WeightsVersion;
+use model::{DType, PublishedWeights};
 use telemetry::Measurements;
 use tokio::{sync::watch, task::JoinHandle, time::sleep};
 use transport::WeightStore;
@@ -15,7 +15,7 @@ use crate::{
     error::LearnerError,
     trainer::{
         followers::Publication,
-        thread::{PublishedBlob, PublishedContent, TrainerThread},
+        thread::{CopiedWeights, PublishedContent, TrainerThread},
     },
 };
 
@@ -25,7 +25,7 @@ const LAST_UPLOAD: Duration = Duration::from_secs(10);
 
 /// Publisher of a session's weights.
 pub(crate) struct Publisher {
-    weight_store: WeightStore,
+    weight_store: WeightStore<PublishedWeights>,
     /// Dtype of published weights.
     dtype: DType,
     session: u64,
@@ -41,7 +41,7 @@ pub(crate) struct Publisher {
 impl Publisher {
     /// A publisher for `session`, after `version` was published.
     pub(crate) fn new(
-        weight_store: WeightStore,
+        weight_store: WeightStore<PublishedWeights>,
         dtype: DType,
         session: u64,
         version: WeightsVersion,
@@ -99,12 +99,17 @@ impl Publisher {
             return Ok(());
         }
         let started = Instant::now();
-        let PublishedBlob { blob, content } = trainer.publish(self.dtype, publication).await?;
+        let CopiedWeights { weights, content } = trainer.publish(self.dtype, publication).await?;
         self.settle().await?;
         let version = self.version_of(step);
         (self.version, self.content) = (version, content);
         let weight_store = self.weight_store.clone();
-        self.upload = Some(tokio::spawn(upload(weight_store, version, blob, started)));
+        self.upload = Some(tokio::spawn(upload(
+            weight_store,
+            version,
+            weights,
+            started,
+        )));
         Ok(())
     }
 
@@ -150,15 +155,13 @@ impl Publisher {
 }
 
 async fn upload(
-    weight_store: WeightStore,
+    weight_store: WeightStore<PublishedWeights>,
     version: WeightsVersion,
-    blob: Vec<u8>,
+    weights: PublishedWeights,
     started: Instant,
 ) -> Result<(), LearnerError> {
-    let manifest = tokio::task::spawn_blocking(move || (WeightsManifest::of(version, &blob), blob));
-    let (manifest, blob) = manifest.await.map_err(|_| LearnerError::UploadPanicked)?;
-    let bytes = manifest.bytes;
-    weight_store.publish(manifest, blob).await?;
+    let bytes = weights.bytes();
+    weight_store.publish(version, weights).await?;
     let mut measurements = Measurements::new();
     measurements.set("weight_sync/seconds", started.elapsed().as_secs_f64());
     measurements.set("weight_sync/bytes", bytes as f64);

@@ -28,4 +28,4 @@ pub use pair::{
 };
 pub use probability::{InvalidProbability, Probability};
 pub use prompt::{Pacing, Prompt, PromptBatch, Purpose};
-pub use weights::WeightsManifest;
+pub use weights::{StoredWeights, WeightsManifest};

@@ -1,4 +1,4 @@
-//! The announcement of weights that are completely uploaded.
+//! What a weight store holds, and the announcement of weights that are completely uploaded.
 //!
 //! A version names all models that are published together: the policy, and the reference once it has moved. A pair thus
 //! names the reference of its recorded log-probabilities by the version of its weights.
@@ -33,5 +33,31 @@ impl WeightsManifest {
     #[must_use]
     pub fn describes(&self, blob: &[u8]) -> bool {
         self.bytes == blob.len() as u64 && self.digest == Digest::of(blob)
+    }
+}
+
+/// Content of a weight store: shared by the roles of one process, and serialised as a blob between processes.
+pub trait StoredWeights: Sized + Send + Sync + 'static {
+    /// Serialises the weights. Equal weights give equal bytes.
+    ///
+    /// # Errors
+    /// The reason why they cannot be.
+    fn to_blob(&self) -> Result<Vec<u8>, String>;
+
+    /// Reads what [`Self::to_blob`] wrote.
+    ///
+    /// # Errors
+    /// The reason why it cannot be read.
+    fn from_blob(blob: &[u8]) -> Result<Self, String>;
+}
+
+/// Weights that are a blob in memory too.
+impl StoredWeights for Vec<u8> {
+    fn to_blob(&self) -> Result<Vec<u8>, String> {
+        Ok(self.clone())
+    }
+
+    fn from_blob(blob: &[u8]) -> Result<Self, String> {
+        Ok(blob.to_vec())
     }
 }

@@ -1,11 +1,13 @@
-//! Weights that a learner publishes as one blob: the policy's, and those of the models that it moves with the policy.
+//! Weights that a learner publishes together: the policy's, and those of the models that it moves with the policy.
 //!
-//! One blob has one version and one digest, so that a policy is never paired with the reference of another version.
-//! Without further models the blob is that of the policy alone.
+//! They have one version, so that a policy is never paired with the reference of another version. Readers in the same
+//! process share the tensors; between processes they travel as one blob, which without further models is that of the
+//! policy alone.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor};
+use messages::StoredWeights;
 
 use crate::{
     error::ModelError,
@@ -21,19 +23,19 @@ const EARLIER_REFERENCE: &str = "earlier_reference/";
 const AVERAGE: &str = "average/";
 
 /// Trained weights of the models that are published together; all have the same names and shapes.
-#[derive(Debug)]
-pub struct PublishedWeights<'a> {
+#[derive(Debug, Clone)]
+pub struct PublishedWeights {
     /// Policy.
-    pub policy: &'a Weights,
+    pub policy: Weights,
     /// Reference; `None` as long as it is the one with which the run began.
-    pub reference: Option<&'a Weights>,
+    pub reference: Option<Weights>,
     /// Reference before it became a copy of this policy, where the policy is to be evaluated against it.
-    pub earlier_reference: Option<&'a Weights>,
+    pub earlier_reference: Option<Weights>,
     /// Moving average of the policy, where it is to be evaluated.
-    pub average: Option<&'a Weights>,
+    pub average: Option<Weights>,
 }
 
-/// Models of a blob.
+/// Models of published weights.
 #[derive(Debug, Clone)]
 pub struct PublishedModels {
     /// Policy.
@@ -46,75 +48,100 @@ pub struct PublishedModels {
     pub average: Option<LanguageModel>,
 }
 
-impl PublishedWeights<'_> {
-    /// Serialises all weights in `dtype` as one safetensors file. Equal weights give equal bytes.
-    ///
-    /// # Errors
-    /// When a tensor cannot be read from its device.
-    pub fn to_blob(&self, dtype: DType) -> Result<Vec<u8>, ModelError> {
+impl PublishedWeights {
+    /// Size of all tensors in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let further = self
+            .further()
+            .into_iter()
+            .filter_map(|(_, weights)| weights);
+        let all = std::iter::once(&self.policy).chain(further);
+        all.map(Weights::bytes).sum()
+    }
+
+    fn further(&self) -> [(&'static str, Option<&Weights>); 3] {
+        [
+            (REFERENCE, self.reference.as_ref()),
+            (EARLIER_REFERENCE, self.earlier_reference.as_ref()),
+            (AVERAGE, self.average.as_ref()),
+        ]
+    }
+}
+
+/// One safetensors file of all models.
+impl StoredWeights for PublishedWeights {
+    fn to_blob(&self) -> Result<Vec<u8>, String> {
         let mut all = self.policy.clone();
-        for (prefix, weights) in [
-            (REFERENCE, self.reference),
-            (EARLIER_REFERENCE, self.earlier_reference),
-            (AVERAGE, self.average),
-        ] {
+        for (prefix, weights) in self.further() {
             let tensors = weights.into_iter().flat_map(|weights| &weights.tensors);
             let tensors = tensors.map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone()));
             all.tensors.extend(tensors);
         }
-        all.to_dtype(dtype)?.to_blob()
+        all.to_blob().map_err(|error| error.to_string())
+    }
+
+    fn from_blob(blob: &[u8]) -> Result<Self, String> {
+        let tensors = candle_core::safetensors::load_buffer(blob, &Device::Cpu);
+        let mut rest: BTreeMap<String, Tensor> = tensors
+            .map_err(|error| not_safetensors(&error))?
+            .into_iter()
+            .collect();
+        let [reference, earlier_reference, average] =
+            [REFERENCE, EARLIER_REFERENCE, AVERAGE].map(|prefix| take_prefixed(prefix, &mut rest));
+        Ok(Self {
+            policy: Weights::of(rest),
+            reference,
+            earlier_reference,
+            average,
+        })
     }
 }
 
 impl LanguageModel {
-    /// The models of a blob that [`PublishedWeights::to_blob`] made of models like this one. Frozen weights are shared.
+    /// The models of weights that were published of models like this one. Frozen weights and, on the same device and in the
+    /// same dtype, the published ones are shared.
     ///
     /// # Errors
-    /// When the blob is truncated or does not match the model.
-    pub fn read_published(&self, blob: &[u8]) -> Result<PublishedModels, ModelError> {
-        let tensors =
-            candle_core::safetensors::load_buffer(blob, self.device()).map_err(|error| {
-                ModelError::Weights {
-                    reason: not_safetensors(&error),
-                }
-            })?;
-        let (reference, tensors) = with_prefix(REFERENCE, tensors);
-        let (earlier_reference, tensors) = with_prefix(EARLIER_REFERENCE, tensors);
-        let (average, policy) = with_prefix(AVERAGE, tensors);
-        let further = |tensors: HashMap<String, Tensor>| match tensors.is_empty() {
-            true => Ok(None),
-            false => self.published(tensors).map(Some),
+    /// When the weights do not match the model.
+    pub fn with_published(
+        &self,
+        weights: &PublishedWeights,
+    ) -> Result<PublishedModels, ModelError> {
+        let further = |weights: &Option<Weights>| {
+            let model = weights.as_ref().map(|weights| self.published(weights));
+            model.transpose()
         };
         Ok(PublishedModels {
-            policy: self.published(policy)?,
-            reference: further(reference)?,
-            earlier_reference: further(earlier_reference)?,
-            average: further(average)?,
+            policy: self.published(&weights.policy)?,
+            reference: further(&weights.reference)?,
+            earlier_reference: further(&weights.earlier_reference)?,
+            average: further(&weights.average)?,
         })
     }
 
-    fn published(&self, tensors: HashMap<String, Tensor>) -> Result<Self, ModelError> {
+    fn published(&self, weights: &Weights) -> Result<Self, ModelError> {
         let shapes = self.trained().shapes().into_iter().collect();
+        let tensors = weights.tensors.iter();
+        let tensors = tensors
+            .map(|(name, tensor)| Ok((name.clone(), tensor.to_device(self.device())?)))
+            .collect::<Result<_, candle_core::Error>>()?;
         self.with_trained(Weights::checked(tensors, shapes, self.trained_dtype())?)
     }
 }
 
-/// The tensors whose names begin with `prefix`, by the rest of their names; and the others.
-fn with_prefix(
-    prefix: &str,
-    tensors: HashMap<String, Tensor>,
-) -> (HashMap<String, Tensor>, HashMap<String, Tensor>) {
-    let (with, without): (HashMap<_, _>, _) = tensors
-        .into_iter()
-        .partition(|(name, _)| name.starts_with(prefix));
-    let with = with.into_iter();
-    let with = with.map(|(name, tensor)| (name[prefix.len()..].to_owned(), tensor));
-    (with.collect(), without)
+/// Takes out the tensors whose names begin with `prefix`, by the rest of their names; `None` if there are none.
+fn take_prefixed(prefix: &str, tensors: &mut BTreeMap<String, Tensor>) -> Option<Weights> {
+    let prefixed = tensors.extract_if(.., |name, _| name.starts_with(prefix));
+    let taken: BTreeMap<String, Tensor> = prefixed
+        .map(|(name, tensor)| (name[prefix.len()..].to_owned(), tensor))
+        .collect();
+    (!taken.is_empty()).then(|| Weights::of(taken))
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::DType;
     use messages::Seed;
 
     use super::*;
@@ -144,64 +171,99 @@ mod tests {
                 [(false, false), (true, false), (false, true), (true, true)]
             {
                 let weights = PublishedWeights {
-                    policy: policy.trained(),
-                    reference: with_reference.then(|| reference.trained()),
-                    earlier_reference: with_reference.then(|| average.trained()),
-                    average: with_average.then(|| average.trained()),
+                    policy: policy.trained().clone(),
+                    reference: with_reference.then(|| reference.trained().clone()),
+                    earlier_reference: with_reference.then(|| average.trained().clone()),
+                    average: with_average.then(|| average.trained().clone()),
                 };
-                let read = reader
-                    .read_published(&weights.to_blob(DType::F32).unwrap())
-                    .unwrap();
-                assert_eq!(digest(&read.policy), digest(policy));
-                let expected = with_reference.then(|| digest(reference));
-                assert_eq!(read.reference.as_ref().map(digest), expected);
-                let expected = with_reference.then(|| digest(average));
-                assert_eq!(read.earlier_reference.as_ref().map(digest), expected);
-                let expected = with_average.then(|| digest(average));
-                assert_eq!(read.average.as_ref().map(digest), expected);
+                let blob = weights.to_blob().unwrap();
+                let sent = PublishedWeights::from_blob(&blob).unwrap();
+                assert_eq!(sent.bytes(), weights.bytes());
+                assert!(sent.bytes() < blob.len() as u64);
+                for weights in [&weights, &sent] {
+                    let read = reader.with_published(weights).unwrap();
+                    assert_eq!(digest(&read.policy), digest(policy));
+                    let expected = with_reference.then(|| digest(reference));
+                    assert_eq!(read.reference.as_ref().map(digest), expected);
+                    let expected = with_reference.then(|| digest(average));
+                    assert_eq!(read.earlier_reference.as_ref().map(digest), expected);
+                    let expected = with_average.then(|| digest(average));
+                    assert_eq!(read.average.as_ref().map(digest), expected);
+                }
             }
         }
     }
 
-    #[test]
-    fn a_policy_alone_is_published_as_before() {
-        let policy = tiny_model(7, 1);
-        let alone = PublishedWeights {
-            policy: policy.trained(),
+    fn alone(policy: Weights) -> PublishedWeights {
+        PublishedWeights {
+            policy,
             reference: None,
             earlier_reference: None,
             average: None,
-        };
-        let blob = alone.to_blob(DType::F32).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_blob_of_a_policy_alone_is_that_of_its_weights() {
+        let policy = tiny_model(7, 1);
+        let blob = alone(policy.weights().clone()).to_blob().unwrap();
         assert_eq!(blob, policy.weights().to_blob().unwrap());
-        let half = alone.to_blob(DType::BF16).unwrap();
-        let rounded = policy.weights().to_dtype(DType::BF16).unwrap();
-        assert_eq!(half, rounded.to_blob().unwrap());
+    }
+
+    /// A model of published weights reads the published tensors themselves.
+    #[test]
+    fn models_share_the_published_weights() {
+        let (published, reader) = (tiny_model(7, 1), tiny_model(7, 2));
+        let models = reader.with_published(&alone(published.weights().clone()));
+        assert!(
+            models
+                .unwrap()
+                .policy
+                .weights()
+                .are_shared_with(published.weights())
+        );
+    }
+
+    /// Steps in place change the policy and not what was copied from it, in any dtype.
+    #[test]
+    fn a_copy_shares_nothing_with_weights_in_training() {
+        for dtype in [DType::F32, DType::BF16] {
+            let (trained, vars) = tiny_model(7, 1).weights().trainable().unwrap();
+            let copy = trained.copied(dtype).unwrap();
+            let digest = copy.digest().unwrap();
+            assert_eq!(
+                copy.bytes(),
+                (trained.parameter_count() * dtype.size_in_bytes()) as u64
+            );
+            for var in vars.values() {
+                var.set(&var.zeros_like().unwrap()).unwrap();
+            }
+            assert!(copy.tensors.values().all(|tensor| !tensor.track_op()));
+            assert_eq!(copy.digest().unwrap(), digest);
+        }
     }
 
     #[test]
     fn incomplete_and_unknown_parts_are_refused() {
         let policy = tiny_model(7, 1);
-        let refused = |blob: &[u8]| policy.read_published(blob).unwrap_err().to_string();
+        let refused = |weights: &PublishedWeights| {
+            let refused = policy.with_published(weights);
+            refused.unwrap_err().to_string()
+        };
+        let mut weights = alone(policy.weights().clone());
         let mut fewer = policy.weights().clone();
         fewer.tensors.remove("model.norm.weight");
-        let blob = |reference: &Weights| {
-            let weights = PublishedWeights {
-                policy: policy.trained(),
-                reference: Some(reference),
-                earlier_reference: None,
-                average: None,
-            };
-            weights.to_blob(DType::F32).unwrap()
-        };
-        assert!(refused(&blob(&fewer)).contains("model.norm.weight of shape [16] is missing"));
-        let whole = blob(policy.weights());
-        assert!(refused(&whole[..whole.len() - 4]).contains("truncated"));
+        weights.reference = Some(fewer);
+        assert!(refused(&weights).contains("model.norm.weight of shape [16] is missing"));
         let mut unknown = policy.weights().clone();
         let tensor = unknown.get("model.norm.weight").unwrap();
         unknown
             .tensors
             .insert("other/model.norm.weight".into(), tensor);
-        assert!(refused(&unknown.to_blob().unwrap()).contains("unexpected tensor other/"));
+        let sent = PublishedWeights::from_blob(&unknown.to_blob().unwrap()).unwrap();
+        assert!(refused(&sent).contains("unexpected tensor other/"));
+        let whole = weights.to_blob().unwrap();
+        let truncated = PublishedWeights::from_blob(&whole[..whole.len() - 4]);
+        assert!(truncated.unwrap_err().contains("truncated"));
     }
 }

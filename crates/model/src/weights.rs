@@ -205,6 +205,32 @@ impl Weights {
         ))
     }
 
+    /// A copy in `dtype`, which changes with no step that changes these weights in place.
+    ///
+    /// # Errors
+    /// When the device cannot hold it.
+    pub fn copied(&self, dtype: DType) -> Result<Self, ModelError> {
+        let copied = |(name, tensor): (&String, &Tensor)| {
+            let tensor = tensor.detach();
+            let copy = match tensor.dtype() == dtype {
+                true => tensor.copy()?,
+                false => tensor.to_dtype(dtype)?,
+            };
+            Ok((name.clone(), copy))
+        };
+        let tensors = self.tensors.iter().map(copied);
+        Ok(Self::of(
+            tensors.collect::<Result<_, candle_core::Error>>()?,
+        ))
+    }
+
+    /// Size of all tensors in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        self.tensors.values().map(bytes).sum::<usize>() as u64
+    }
+
     /// Number of parameters.
     #[must_use]
     pub fn parameter_count(&self) -> usize {

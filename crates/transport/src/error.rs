@@ -46,17 +46,15 @@ pub enum TransportError {
         /// Announced version.
         current: WeightsVersion,
     },
-    /// The blob does not match its manifest; the store is unchanged.
-    #[error(
-        "failed to publish weights {}: the blob of {found} bytes is not the {} bytes with digest {} of its \
-         manifest; make the manifest from the whole blob",
-        .manifest.version, .manifest.bytes, .manifest.digest
-    )]
-    Mismatched {
-        /// Manifest of the weights.
-        manifest: WeightsManifest,
-        /// Length of the given blob in bytes.
-        found: u64,
+    /// The weights cannot be serialised, or a whole blob is not of weights.
+    #[error("failed to {action} weights {version}: {reason}")]
+    Blob {
+        /// What was to be done.
+        action: &'static str,
+        /// Version concerned.
+        version: WeightsVersion,
+        /// Cause.
+        reason: String,
     },
     /// The stored blob is corrupt.
     #[error(

@@ -13,8 +13,8 @@
 //!   each independently.
 //! - What only a run's leader may say, its record and the announcements of weights, is signed with the run's key if it
 //!   has one, and what is not signed is refused.
-//! - Weights are complete before they are announced, versions only increase, and digests are checked on upload
-//!   and on download.
+//! - Weights are complete before they are announced, and versions only increase. In memory readers share them; on a server
+//!   they are a blob whose digest every reader checks.
 //!
 //! The backend of a [`Transport`] is this process's memory, or a NATS server, whose contents outlive every process.
 //! This crate alone knows NATS. It does not know what a message means, who sends it or which prompt it belongs to.

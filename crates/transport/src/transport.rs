@@ -4,7 +4,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 use std::time::Duration;
 
-use messages::wire::WireMessage;
+use messages::{StoredWeights, wire::WireMessage};
 use settings::JetStreamSettings;
 
 use crate::nats::{
@@ -107,7 +107,7 @@ impl Transport {
     ///
     /// # Errors
     /// When the server refuses.
-    pub async fn weight_store(&self) -> Result<WeightStore, TransportError> {
+    pub async fn weight_store<W: StoredWeights>(&self) -> Result<WeightStore<W>, TransportError> {
         match &self.backend {
             Backend::Memory => Ok(WeightStore::default()),
             Backend::JetStream(connection, registry) => {

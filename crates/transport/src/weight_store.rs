@@ -1,28 +1,29 @@
 //! The versioned weight store. One learner publishes, any number of actors read. Only the newest version is
 //! announced, so that a late or busy reader catches up in one step.
 //!
-//! Promises: weights are complete before they are announced, versions only increase, and digests are checked on
-//! upload and on download. It does not know the contents of a blob.
+//! Promises: weights are complete before they are announced, versions only increase, and what crosses a network is
+//! checked by its digest. In memory readers share the published weights: nothing is serialised or copied. It does not
+//! know the contents of weights.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use messages::{WeightsManifest, WeightsVersion};
+use messages::{StoredWeights, WeightsManifest, WeightsVersion};
 use tokio::sync::watch;
 
 use crate::error::TransportError;
 use crate::memory::{Announced, MemoryWeightStore};
 use crate::nats::{Connection, NatsWeightStore, RunRegistry};
 
-/// A handle on a weight store; clones share the store.
-#[derive(Debug, Clone)]
-pub struct WeightStore {
-    backend: StoreBackend,
+/// A handle on a store of weights `W`; clones share the store.
+#[derive(Debug)]
+pub struct WeightStore<W> {
+    backend: StoreBackend<W>,
 }
 
-#[derive(Debug, Clone)]
-enum StoreBackend {
-    Memory(Arc<MemoryWeightStore>),
+#[derive(Debug)]
+enum StoreBackend<W> {
+    Memory(Arc<MemoryWeightStore<W>>),
     JetStream(Arc<NatsWeightStore>),
 }
 
@@ -32,11 +33,11 @@ pub struct WeightUpdates {
     announced: watch::Receiver<Announced>,
 }
 
-impl WeightStore {
-    /// Number of blobs kept on a server: the newest, and the previous one for readers that are fetching it.
-    const KEEP: NonZeroUsize = NonZeroUsize::new(2).expect("two is not zero");
+/// Number of blobs kept on a server: the newest, and the previous one for readers that are fetching it.
+const KEEP: NonZeroUsize = NonZeroUsize::new(2).expect("two is not zero");
 
-    /// An empty store in memory that keeps the newest `keep` blobs. Fetched blobs are reference-counted.
+impl<W: StoredWeights> WeightStore<W> {
+    /// An empty store in memory that keeps the newest `keep` versions.
     #[must_use]
     pub fn in_memory(keep: NonZeroUsize) -> Self {
         Self {
@@ -48,58 +49,70 @@ impl WeightStore {
         connection: &Arc<Connection>,
         registry: &RunRegistry,
     ) -> Result<Self, TransportError> {
-        let weight_store = NatsWeightStore::open(connection, registry, Self::KEEP).await?;
+        let weight_store = NatsWeightStore::open(connection, registry, KEEP).await?;
         Ok(Self {
             backend: StoreBackend::JetStream(weight_store),
         })
     }
 
-    /// Uploads `blob`, then announces `manifest`. The digest is computed on the runtime's blocking threads; a
-    /// cancelled call may still take effect.
+    /// Stores `weights` as `version`, then announces it. Over JetStream they are serialised on the runtime's blocking
+    /// threads and uploaded; a cancelled call may still take effect.
     ///
     /// # Errors
-    /// When the blob does not match the manifest, the version is not newer than the announced one, or the store is
-    /// closed; the store is then unchanged. Over JetStream, when the server does not answer.
+    /// When the version is not newer than the announced one, or the store is closed; the store is then unchanged. Over
+    /// JetStream, when the weights cannot be serialised, or the server does not answer.
     ///
     /// # Panics
     /// Outside a tokio runtime.
     pub async fn publish(
         &self,
-        manifest: WeightsManifest,
-        blob: impl Into<Arc<Vec<u8>>>,
+        version: WeightsVersion,
+        weights: impl Into<Arc<W>>,
     ) -> Result<(), TransportError> {
-        let (blob, version) = (blob.into(), manifest.version);
+        let weights = weights.into();
         match &self.backend {
-            StoreBackend::Memory(weight_store) => {
-                let weight_store = Arc::clone(weight_store);
-                let publish = move || weight_store.publish(manifest, blob);
-                on_blocking_thread("publish", version, publish).await
+            StoreBackend::Memory(weight_store) => weight_store.publish(version, weights),
+            StoreBackend::JetStream(weight_store) => {
+                let action = "publish";
+                let serialise = move || {
+                    let blob = weights
+                        .to_blob()
+                        .map_err(|reason| blob_error(action, version, reason))?;
+                    Ok((WeightsManifest::of(version, &blob), blob))
+                };
+                let (manifest, blob) = on_blocking_thread(action, version, serialise).await?;
+                weight_store.publish(manifest, Arc::new(blob)).await
             }
-            StoreBackend::JetStream(weight_store) => weight_store.publish(manifest, blob).await,
         }
     }
 
-    /// Downloads the blob of `version`; its digest is checked on the runtime's blocking threads.
+    /// The weights of `version`. Over JetStream they are downloaded, and their digest is checked and their blob read on
+    /// the runtime's blocking threads.
     ///
     /// # Errors
-    /// When the version is no longer stored, was never published, or is corrupt. Over JetStream, when the server
-    /// does not answer; the publisher uploads a corrupt blob again.
+    /// When the version is no longer stored or was never published. Over JetStream, when it is corrupt, in which case the
+    /// publisher uploads it again, is not of weights, or the server does not answer.
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub async fn fetch(&self, version: WeightsVersion) -> Result<Arc<Vec<u8>>, TransportError> {
+    pub async fn fetch(&self, version: WeightsVersion) -> Result<Arc<W>, TransportError> {
         match &self.backend {
-            StoreBackend::Memory(weight_store) => {
-                let weight_store = Arc::clone(weight_store);
-                on_blocking_thread("fetch", version, move || weight_store.fetch(version)).await
+            StoreBackend::Memory(weight_store) => weight_store.fetch(version),
+            StoreBackend::JetStream(weight_store) => {
+                let blob = weight_store.fetch(version).await?;
+                let action = "read";
+                let read = move || {
+                    let read = W::from_blob(&blob).map(Arc::new);
+                    read.map_err(|reason| blob_error(action, version, reason))
+                };
+                on_blocking_thread(action, version, read).await
             }
-            StoreBackend::JetStream(weight_store) => weight_store.fetch(version).await,
         }
     }
 
-    /// Manifest of the newest published weights; `None` before the first publication.
+    /// Version of the newest published weights; `None` before the first publication.
     #[must_use]
-    pub fn latest(&self) -> Option<WeightsManifest> {
+    pub fn latest(&self) -> Option<WeightsVersion> {
         match &self.backend {
             StoreBackend::Memory(weight_store) => weight_store.latest(),
             StoreBackend::JetStream(weight_store) => weight_store.latest(),
@@ -166,18 +179,30 @@ impl WeightStore {
     }
 }
 
-impl Default for WeightStore {
-    /// A store in memory that keeps only the newest blob, since a fetch there is immediate.
+impl<W> Clone for WeightStore<W> {
+    fn clone(&self) -> Self {
+        let backend = match &self.backend {
+            StoreBackend::Memory(weight_store) => StoreBackend::Memory(Arc::clone(weight_store)),
+            StoreBackend::JetStream(weight_store) => {
+                StoreBackend::JetStream(Arc::clone(weight_store))
+            }
+        };
+        Self { backend }
+    }
+}
+
+impl<W: StoredWeights> Default for WeightStore<W> {
+    /// A store in memory that keeps only the newest weights, since a fetch there is immediate.
     fn default() -> Self {
         Self::in_memory(NonZeroUsize::MIN)
     }
 }
 
 impl WeightUpdates {
-    /// Manifest of the newest weights, as [`WeightStore::latest`].
+    /// Version of the newest weights, as [`WeightStore::latest`].
     #[must_use]
-    pub fn latest(&self) -> Option<WeightsManifest> {
-        self.announced.borrow().latest.clone()
+    pub fn latest(&self) -> Option<WeightsVersion> {
+        self.announced.borrow().latest
     }
 
     /// Waits until the newest weights are newer than `version`, or published at all for `None`.
@@ -187,9 +212,9 @@ impl WeightUpdates {
     pub async fn newer_than(
         &self,
         version: impl Into<Option<WeightsVersion>>,
-    ) -> Result<WeightsManifest, TransportError> {
+    ) -> Result<WeightsVersion, TransportError> {
         let version = version.into();
-        self.wait(|manifest| Some(manifest.version) > version).await
+        self.wait(|latest| Some(latest) > version).await
     }
 
     /// Waits until the newest weights are `version` or newer.
@@ -199,24 +224,31 @@ impl WeightUpdates {
     pub async fn at_least(
         &self,
         version: WeightsVersion,
-    ) -> Result<WeightsManifest, TransportError> {
-        self.wait(|manifest| manifest.version >= version).await
+    ) -> Result<WeightsVersion, TransportError> {
+        self.wait(|latest| latest >= version).await
     }
 
     async fn wait(
         &self,
-        accepts: impl Fn(&WeightsManifest) -> bool,
-    ) -> Result<WeightsManifest, TransportError> {
+        accepts: impl Fn(WeightsVersion) -> bool,
+    ) -> Result<WeightsVersion, TransportError> {
         let mut announced = self.announced.clone();
-        let is_accepted = |now: &Announced| now.latest.as_ref().is_some_and(&accepts);
+        let is_accepted = |now: &Announced| now.latest.is_some_and(&accepts);
         let now = announced
             .wait_for(|now| now.closed || is_accepted(now))
             .await
             .map_err(|_| TransportError::WeightStoreClosed)?;
         now.latest
-            .clone()
-            .filter(&accepts)
+            .filter(|&latest| accepts(latest))
             .ok_or(TransportError::WeightStoreClosed)
+    }
+}
+
+fn blob_error(action: &'static str, version: WeightsVersion, reason: String) -> TransportError {
+    TransportError::Blob {
+        action,
+        version,
+        reason,
     }
 }
 
@@ -245,18 +277,18 @@ mod tests {
         format!("weights {version}").into_bytes()
     }
 
-    fn manifest(version: u64) -> WeightsManifest {
-        WeightsManifest::of(WeightsVersion::at(version), &blob(version))
+    const fn at(step: u64) -> WeightsVersion {
+        WeightsVersion::at(step)
     }
 
-    fn store_with(versions: &[u64]) -> WeightStore {
+    fn store_with(versions: &[u64]) -> WeightStore<Vec<u8>> {
         let weight_store = WeightStore::default();
         for &version in versions {
             let StoreBackend::Memory(inner) = &weight_store.backend else {
                 unreachable!("the default store is in memory");
             };
-            let published = inner.publish(manifest(version), Arc::new(blob(version)));
-            published.expect("newer and whole");
+            let published = inner.publish(at(version), Arc::new(blob(version)));
+            published.expect("newer");
         }
         weight_store
     }
@@ -271,13 +303,13 @@ mod tests {
 
     #[tokio::test]
     async fn published_weights_are_announced_and_fetched() {
-        let weight_store = WeightStore::default();
+        let weight_store = WeightStore::<Vec<u8>>::default();
         assert_eq!(weight_store.latest(), None);
         weight_store
-            .publish(manifest(0), blob(0))
+            .publish(at(0), blob(0))
             .await
             .expect("the first is newer than nothing");
-        assert_eq!(weight_store.latest(), Some(manifest(0)));
+        assert_eq!(weight_store.latest(), Some(at(0)));
         assert_eq!(
             *weight_store
                 .fetch(WeightsVersion::REFERENCE)
@@ -288,93 +320,75 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn readers_in_memory_share_the_published_weights() {
+        let (weight_store, weights) = (WeightStore::default(), Arc::new(blob(1)));
+        let published = weight_store.publish(at(1), Arc::clone(&weights)).await;
+        published.expect("the first");
+        for _ in 0..2 {
+            let fetched = weight_store.fetch(at(1)).await.expect("it is stored");
+            assert!(Arc::ptr_eq(&fetched, &weights));
+        }
+    }
+
+    #[tokio::test]
     async fn a_late_joiner_gets_the_current_weights_at_once() {
         let updates = store_with(&[0, 4]).subscribe();
-        assert_eq!(updates.latest(), Some(manifest(4)));
-        assert_eq!(updates.newer_than(None).await, Ok(manifest(4)));
-        assert_eq!(
-            updates.newer_than(WeightsVersion::at(3)).await,
-            Ok(manifest(4))
-        );
-        assert_eq!(
-            updates.at_least(WeightsVersion::at(4)).await,
-            Ok(manifest(4))
-        );
+        assert_eq!(updates.latest(), Some(at(4)));
+        assert_eq!(updates.newer_than(None).await, Ok(at(4)));
+        assert_eq!(updates.newer_than(at(3)).await, Ok(at(4)));
+        assert_eq!(updates.at_least(at(4)).await, Ok(at(4)));
     }
 
     #[tokio::test]
     async fn a_publication_wakes_only_readers_that_wait_for_it() {
         let weight_store = store_with(&[1]);
         let updates = weight_store.subscribe();
-        let mut newer = pin!(updates.newer_than(WeightsVersion::at(1)));
-        let mut much_newer = pin!(updates.at_least(WeightsVersion::at(3)));
+        let mut newer = pin!(updates.newer_than(at(1)));
+        let mut much_newer = pin!(updates.at_least(at(3)));
         assert!(waits(newer.as_mut()).await);
-        weight_store
-            .publish(manifest(2), blob(2))
-            .await
-            .expect("newer and whole");
-        assert_eq!(newer.await, Ok(manifest(2)));
+        weight_store.publish(at(2), blob(2)).await.expect("newer");
+        assert_eq!(newer.await, Ok(at(2)));
         assert!(waits(much_newer.as_mut()).await);
-        weight_store
-            .publish(manifest(5), blob(5))
-            .await
-            .expect("newer and whole");
-        assert_eq!(much_newer.await, Ok(manifest(5)));
+        weight_store.publish(at(5), blob(5)).await.expect("newer");
+        assert_eq!(much_newer.await, Ok(at(5)));
     }
 
     #[tokio::test]
     async fn a_rejected_publication_changes_nothing() {
         let not_newer = |offered| TransportError::NotNewer {
-            offered: WeightsVersion::at(offered),
-            current: WeightsVersion::at(7),
+            offered: at(offered),
+            current: at(7),
         };
-        let mismatched = |found| TransportError::Mismatched {
-            manifest: manifest(8),
-            found,
-        };
-        let cases = [
-            (manifest(7), blob(7), not_newer(7)),
-            (manifest(6), blob(6), not_newer(6)),
-            (manifest(8), blob(9), mismatched(9)),
-            (manifest(8), b"weights".to_vec(), mismatched(7)),
-        ];
-        for (manifest_offered, blob_offered, expected) in cases {
+        let cases = [(at(7), not_newer(7)), (at(6), not_newer(6))];
+        for (offered, expected) in cases {
             let weight_store = store_with(&[7]);
             assert_eq!(
-                weight_store.publish(manifest_offered, blob_offered).await,
+                weight_store.publish(offered, blob(offered.step)).await,
                 Err(expected)
             );
-            assert_eq!(weight_store.latest(), Some(manifest(7)));
+            assert_eq!(weight_store.latest(), Some(at(7)));
             assert_eq!(
-                *weight_store
-                    .fetch(WeightsVersion::at(7))
-                    .await
-                    .expect("still stored"),
+                *weight_store.fetch(at(7)).await.expect("still stored"),
                 blob(7)
             );
-            let eight = TransportError::Unpublished {
-                version: WeightsVersion::at(8),
-            };
-            assert_eq!(weight_store.fetch(WeightsVersion::at(8)).await, Err(eight));
+            let eight = TransportError::Unpublished { version: at(8) };
+            assert_eq!(weight_store.fetch(at(8)).await, Err(eight));
         }
     }
 
     #[tokio::test]
-    async fn pruning_superseded_weights_keeps_fetched_blobs_alive() {
+    async fn pruning_superseded_weights_keeps_fetched_ones_alive() {
         let weight_store = store_with(&[0]);
         let fetched = weight_store
             .fetch(WeightsVersion::REFERENCE)
             .await
             .expect("it is stored");
-        weight_store
-            .publish(manifest(4), blob(4))
-            .await
-            .expect("newer and whole");
+        weight_store.publish(at(4), blob(4)).await.expect("newer");
         let pruned = weight_store
             .fetch(WeightsVersion::REFERENCE)
             .await
             .expect_err("one is kept");
-        let (version, newest) = (WeightsVersion::REFERENCE, WeightsVersion::at(4));
+        let (version, newest) = (WeightsVersion::REFERENCE, at(4));
         assert_eq!(pruned, TransportError::Pruned { version, newest });
         assert_eq!(
             pruned.to_string(),
@@ -382,10 +396,7 @@ mod tests {
         );
         assert_eq!(*fetched, blob(0));
         assert_eq!(
-            *weight_store
-                .fetch(WeightsVersion::at(4))
-                .await
-                .expect("the newest is kept"),
+            *weight_store.fetch(at(4)).await.expect("the newest is kept"),
             blob(4)
         );
     }
@@ -394,20 +405,17 @@ mod tests {
     async fn closing_the_store_wakes_readers_and_rejects_publications() {
         let weight_store = store_with(&[1]);
         let updates = weight_store.subscribe();
-        let mut newer = pin!(updates.newer_than(WeightsVersion::at(1)));
+        let mut newer = pin!(updates.newer_than(at(1)));
         assert!(waits(newer.as_mut()).await);
         weight_store.close();
         assert_eq!(newer.await, Err(TransportError::WeightStoreClosed));
-        assert_eq!(updates.newer_than(None).await, Ok(manifest(1)));
+        assert_eq!(updates.newer_than(None).await, Ok(at(1)));
         assert_eq!(
-            weight_store.publish(manifest(2), blob(2)).await,
+            weight_store.publish(at(2), blob(2)).await,
             Err(TransportError::WeightStoreClosed)
         );
         assert_eq!(
-            *weight_store
-                .fetch(WeightsVersion::at(1))
-                .await
-                .expect("still stored"),
+            *weight_store.fetch(at(1)).await.expect("still stored"),
             blob(1)
         );
     }
@@ -416,7 +424,7 @@ mod tests {
     async fn dropping_the_last_handle_wakes_readers() {
         let updates = store_with(&[1]).subscribe();
         assert_eq!(
-            updates.newer_than(WeightsVersion::at(1)).await,
+            updates.newer_than(at(1)).await,
             Err(TransportError::WeightStoreClosed)
         );
     }

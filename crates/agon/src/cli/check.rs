@@ -14,6 +14,7 @@ use anyhow::Context;
 use model::ModelConfig;
 use settings::{
     DtypeSetting, EngineSettings, ObjectiveSettings, PrecisionSetting, ReferenceSettings, Settings,
+    TransportSettings,
 };
 
 use crate::cli::config_args::Configuration;
@@ -34,6 +35,8 @@ const MOMENT_BYTES: usize = 4;
 const ADAPTER_BYTES: usize = 4;
 /// Bytes of a master weight: f32 whatever the dtype.
 const MASTER_BYTES: usize = 4;
+/// Published versions that are held at a time: the newest, and the one that actors still use or that is being copied.
+const PUBLISHED_VERSIONS: usize = 2;
 /// Bytes of a logit: f32.
 const LOGIT_BYTES: usize = 4;
 
@@ -246,10 +249,9 @@ fn sampling_memory(
     [
         // One of the policy, one of the reference.
         ("RoPE tables", product(&[&[2, tables, bytes]])),
-        // The old one is in use while the new one is loaded.
         (
             "actors' copies of the policy",
-            product(&[&trained, &[2, settings.actor_count()]]),
+            product(&[&trained, &[copies_of_actors(settings)]]),
         ),
         ("mistral.rs's copies of the policy", product(&[&mistral])),
         (
@@ -260,9 +262,20 @@ fn sampling_memory(
             "frozen weights packed for training",
             learner_panels(settings, config),
         ),
-        // The last ones are kept while the next are serialised.
-        ("published weights", product(&[&trained, &[2]])),
+        (
+            "published weights",
+            product(&[&trained, &[PUBLISHED_VERSIONS]]),
+        ),
     ]
+}
+
+/// Number of copies of the published weights that actors hold: in one process they share those of the weight store, else
+/// each has the old one in use while the new one is loaded.
+fn copies_of_actors(settings: &Settings) -> usize {
+    match settings.transport {
+        TransportSettings::Memory {} => 0,
+        TransportSettings::Jetstream(_) => 2 * settings.actor_count(),
+    }
 }
 
 /// Memory of caches, and of a forward and backward pass with elements of this size.
@@ -309,7 +322,9 @@ fn followers(
 ) -> [(&'static str, u64); 2] {
     let average = product(&[&[parameters, MASTER_BYTES]]);
     let when = |holds: bool, bytes: u64| if holds { bytes } else { 0 };
-    let copies = product(&[&trained, &[1 + settings.actor_count()]]);
+    // The learner's, and those that are published with the policy.
+    let copies = 1 + PUBLISHED_VERSIONS + copies_of_actors(settings);
+    let copies = product(&[&trained, &[copies]]);
     // An average is kept in f32; beside a copy there is the one before it, until the next step.
     let beside = match settings.reference {
         ReferenceSettings::Fixed {} => 0,
@@ -526,7 +541,6 @@ mod tests {
             8 * p,
             4 * p,
             4 * rotary,
-            24 * p,
             packed,
             8 * p,
             4 * cached,
@@ -534,19 +548,24 @@ mod tests {
             head,
         ];
         assert_eq!(bytes(&sets), fused);
+        // Over a network every actor loads weights of its own, while the old ones are in use.
+        let server = ["transport.kind=jetstream"];
+        let mut loaded = fused.to_vec();
+        loaded.insert(6, 2 * 3 * 4 * p);
+        assert_eq!(bytes(&[&sets[..], &server].concat()), loaded);
         // In bf16 the reference is packed once, and its panels serve the learner too.
         let with = |set: &'static str| bytes(&[&sets[..], &[set]].concat());
         let mut rounded = fused;
-        (rounded[7], rounded[9]) = ((3 + 1) * 2 * p, 2 * cached);
+        (rounded[6], rounded[8]) = ((3 + 1) * 2 * p, 2 * cached);
         assert_eq!(with("actor.precision=\"bf16\""), rounded);
         let moving = [
             "actor.precision=\"bf16\"",
             "reference.kind=every",
             "reference.every_steps=5",
         ];
-        assert_eq!(bytes(&[&sets[..], &moving].concat())[7], 7 * 2 * p);
+        assert_eq!(bytes(&[&sets[..], &moving].concat())[6], 7 * 2 * p);
         let mut kept = fused.to_vec();
-        kept.insert(8, 2 * p);
+        kept.insert(7, 2 * p);
         assert_eq!(with("learner.precision=\"bf16\""), kept);
         sets.push("model.dtype=\"bf16\"");
         let logits = 3 * 2 * 6 * 200 * 2 * 4;
@@ -558,7 +577,6 @@ mod tests {
             4 * p,
             2 * p,
             2 * rotary,
-            12 * p,
             packed,
             4 * p,
             // Actors on the CPU compute in f32.
@@ -567,7 +585,7 @@ mod tests {
             logits,
         ];
         assert_eq!(bytes(&sets), half);
-        // An average in f32; a reference that moves, in the learner and three actors, and its own average in f32.
+        // An average in f32; a reference that moves, in the learner and published twice, and its own average in f32.
         sets.extend([
             "learner.ema_decay=0.9",
             "reference.kind=ema",
@@ -575,7 +593,7 @@ mod tests {
         ]);
         assert_eq!(
             bytes(&sets),
-            [&half[..], &[4 * p, 4 * 2 * p + 4 * p]].concat()
+            [&half[..], &[4 * p, 3 * 2 * p + 4 * p]].concat()
         );
     }
 
@@ -583,7 +601,7 @@ mod tests {
     fn a_cache_is_never_longer_than_the_models_positions() {
         let cache = |sets: &[&str]| {
             let settings = settings(sets);
-            memory(&settings, &playground(&settings))[9].clone()
+            memory(&settings, &playground(&settings))[8].clone()
         };
         // The playground's models have 128 positions; the defaults allow for 576.
         let short = cache(&["actor.max_prompt_length=64", "actor.max_new_tokens=64"]);

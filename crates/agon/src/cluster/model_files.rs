@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, anyhow, ensure};
 use messages::{Digest, FileName};
-use model::ModelFolder;
+use model::{ModelFolder, PublishedWeights};
 use settings::{ModelSource, Settings};
 use tempfile::TempDir;
 use transport::WeightStore;
@@ -48,7 +48,7 @@ const MAX_FILES: usize = 4096;
 pub(super) async fn upload(
     folder: &Path,
     kind: ModelFileKind,
-    weight_store: &WeightStore,
+    weight_store: &WeightStore<PublishedWeights>,
     uploaded: &[ModelFile],
 ) -> anyhow::Result<Vec<ModelFile>> {
     let mut files = Vec::new();
@@ -95,7 +95,7 @@ impl FetchedModel {
     pub(super) async fn fetch(
         settings: &Settings,
         record: &RunRecord,
-        weight_store: &WeightStore,
+        weight_store: &WeightStore<PublishedWeights>,
     ) -> anyhow::Result<Self> {
         let (device, dtype) = assembly::device(settings)?;
         let source = &settings.model;
@@ -152,7 +152,7 @@ impl FileFolder {
         source: Option<&ModelSource>,
         files: &[ModelFile],
         kind: ModelFileKind,
-        weight_store: &WeightStore,
+        weight_store: &WeightStore<PublishedWeights>,
     ) -> anyhow::Result<Self> {
         check(files, kind)?;
         let local = source.and_then(hub::cached_folder);

@@ -3,6 +3,7 @@
 use learner::EVALUATION_WINDOW;
 use messages::wire::WireMessage;
 use messages::{Dropped, LabelledPair, Pair, Prompt};
+use model::PublishedWeights;
 use settings::{PairLabelSource, Settings};
 use transport::{Receiver, Sender, StreamCounts, Transport, TransportError, WeightStore};
 
@@ -18,7 +19,7 @@ pub(crate) struct RunStreams {
     pub(crate) pairs: StreamEnds<Pair>,
     pub(crate) labelled: StreamEnds<LabelledPair>,
     pub(crate) drops: StreamEnds<Dropped>,
-    pub(crate) weight_store: WeightStore,
+    pub(crate) weight_store: WeightStore<PublishedWeights>,
 }
 
 /// Both ends of a stream.

@@ -54,6 +54,12 @@ const SEED_STREAM: u64 = 0x5f11e;
 /// Name in the place of an actor's and a judge's.
 const FROM_FILE: &str = "file";
 
+/// Id in the first pass of the pair at `index` among all pairs of the files.
+#[must_use]
+pub fn file_pair_id(index: u32) -> PromptId {
+    PromptId(FILE_IDS | u64::from(index))
+}
+
 /// Whether an id is of a pair from a file.
 pub(crate) fn is_from_file(id: PromptId) -> bool {
     (FILE_IDS..FILE_IDS_END).contains(&id.0)

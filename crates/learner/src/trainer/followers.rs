@@ -163,7 +163,7 @@ impl Followers {
         Ok(())
     }
 
-    /// Weights to publish with the policy's, as a blob in this dtype.
+    /// A copy in this dtype of the weights to publish: the policy's, and those that go with them.
     ///
     /// # Errors
     /// If copying fails.
@@ -172,19 +172,20 @@ impl Followers {
         policy: &LanguageModel,
         dtype: DType,
         publication: Publication,
-    ) -> Result<Vec<u8>, LearnerError> {
+    ) -> Result<PublishedWeights, LearnerError> {
         let reference = &self.reference;
         let is_evaluated = publication == Publication::Evaluation;
         let average = self.average.as_ref().filter(|_| is_evaluated);
         let earlier = reference.earlier.as_ref().filter(|_| is_evaluated);
         let earlier = earlier.and_then(|earlier| earlier.model.as_ref());
-        let weights = PublishedWeights {
-            policy: policy.trained(),
-            reference: reference.has_moved().then(|| reference.model.trained()),
-            earlier_reference: earlier.map(LanguageModel::trained),
-            average: average.map(|average| average.model().trained()),
-        };
-        Ok(weights.to_blob(dtype)?)
+        let copied = |model: &LanguageModel| model.trained().copied(dtype);
+        let moved = reference.has_moved().then_some(&reference.model);
+        Ok(PublishedWeights {
+            policy: copied(policy)?,
+            reference: moved.map(copied).transpose()?,
+            earlier_reference: earlier.map(copied).transpose()?,
+            average: average.map(|average| copied(average.model())).transpose()?,
+        })
     }
 
     /// Version of the reference that an evaluation compares with, that of the last step's pairs; `None` if it is the one of

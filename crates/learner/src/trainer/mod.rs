@@ -8,7 +8,7 @@ use std::{path::Path, sync::Arc, time::Instant};
 use messages::{LabelledPair, Seed};
 use model::{
     AdamWSettings, DType, Gradients, LanguageModel, MixtureInputs, ModelError, ModelFolder,
-    Optimizer, Schedule, Sequence, Tensor, TokenLogprobs,
+    Optimizer, PublishedWeights, Schedule, Sequence, Tensor, TokenLogprobs,
 };
 use settings::{LearnerSettings, ReferenceSettings};
 use telemetry::Measurements;
@@ -440,12 +440,12 @@ impl Trainer {
         Ok(self.optimizer.to_blob()?)
     }
 
-    /// The weights to publish as a blob in this dtype.
+    /// A copy in this dtype of the weights to publish.
     pub(crate) fn publish(
         &self,
         dtype: DType,
         publication: Publication,
-    ) -> Result<Vec<u8>, LearnerError> {
+    ) -> Result<PublishedWeights, LearnerError> {
         self.followers.publish(&self.model, dtype, publication)
     }
 

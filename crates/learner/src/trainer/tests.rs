@@ -2,7 +2,7 @@ use std::path::Path;
 
 use messages::{
     Completion, Finish, JudgeVersion, Label, Pair, Probability, Prompt, PromptBatch, PromptId,
-    Purpose, WeightsVersion,
+    Purpose, StoredWeights, WeightsVersion,
 };
 use model::{
     Adapter, DType, Device, LoraConfig, MixtureSampler, Precision, Request, Sampler,
@@ -553,9 +553,10 @@ fn save(trainer: &Trainer, folder: &Path) {
 }
 
 fn published(trainer: &Trainer) -> Vec<u8> {
-    trainer
+    let weights = trainer
         .publish(DType::F32, Publication::Evaluation)
-        .unwrap()
+        .unwrap();
+    weights.to_blob().unwrap()
 }
 
 const RULES: [ReferenceSettings; 3] = [
@@ -612,7 +613,10 @@ fn moving_averages_have_their_closed_form() {
             }
         }
     }
-    let models = tiny.policy.read_published(&published(&trainer)).unwrap();
+    let weights = trainer
+        .publish(DType::F32, Publication::Evaluation)
+        .unwrap();
+    let models = tiny.policy.with_published(&weights).unwrap();
     let close = |model: &LanguageModel, expected: &[f64]| {
         for (found, expected) in values(model.trained()).iter().zip(expected) {
             assert!((found - expected).abs() < 1e-6, "{found} {expected}");
@@ -677,8 +681,8 @@ fn only_what_has_moved_is_published() {
         let mut trainer = moving(&tiny, &tiny.policy, rule);
         for step in 0..2 {
             let models = |publication| {
-                let blob = trainer.publish(DType::F32, publication).unwrap();
-                tiny.policy.read_published(&blob).unwrap()
+                let weights = trainer.publish(DType::F32, publication).unwrap();
+                tiny.policy.with_published(&weights).unwrap()
             };
             let has_moved = step > 0 && matches!(rule, ReferenceSettings::Ema { .. });
             let (training, evaluation) = (
@@ -702,8 +706,8 @@ fn an_evaluation_does_not_compare_a_policy_with_its_copy() {
     let every = ReferenceSettings::Every { every_steps: 2 };
     let mut trainer = moving(&tiny, &tiny.policy, every);
     let models = |trainer: &Trainer, publication| {
-        let blob = trainer.publish(DType::F32, publication).unwrap();
-        tiny.policy.read_published(&blob).unwrap()
+        let weights = trainer.publish(DType::F32, publication).unwrap();
+        tiny.policy.with_published(&weights).unwrap()
     };
     let digest = |model: &LanguageModel| model.trained().digest().unwrap().to_string();
     let mut copies = Vec::new();

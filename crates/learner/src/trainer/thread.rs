@@ -6,7 +6,7 @@ use std::{path::PathBuf, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender};
 use messages::LabelledPair;
-use model::DType;
+use model::{DType, PublishedWeights};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -33,9 +33,9 @@ enum TrainerCommand {
     Inspect(Box<dyn FnOnce(&Trainer) + Send>),
 }
 
-/// Weights to publish, serialised.
-pub(crate) struct PublishedBlob {
-    pub(crate) blob: Vec<u8>,
+/// A copy of the weights to publish.
+pub(crate) struct CopiedWeights {
+    pub(crate) weights: PublishedWeights,
     pub(crate) content: PublishedContent,
 }
 
@@ -96,7 +96,7 @@ impl TrainerThread {
             .await
     }
 
-    /// The weights to publish.
+    /// A copy in this dtype of the weights to publish.
     ///
     /// # Errors
     /// If copying fails or the thread has ended.
@@ -104,12 +104,12 @@ impl TrainerThread {
         &self,
         dtype: DType,
         publication: Publication,
-    ) -> Result<PublishedBlob, LearnerError> {
+    ) -> Result<CopiedWeights, LearnerError> {
         self.inspect(move |trainer| {
             let followers = trainer.followers();
             let is_evaluated = publication == Publication::Evaluation;
-            Ok(PublishedBlob {
-                blob: trainer.publish(dtype, publication)?,
+            Ok(CopiedWeights {
+                weights: trainer.publish(dtype, publication)?,
                 content: PublishedContent {
                     evaluated_reference: followers.evaluated_reference(),
                     has_average: is_evaluated && followers.has_average(),

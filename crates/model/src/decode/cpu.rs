@@ -9,10 +9,7 @@ use rayon::prelude::*;
 use crate::decode::updates::{AdaptedRows, BlockUpdates, PackedAdapter, PackedUpdate};
 use crate::decode::{Prefill, SlotToken};
 use crate::{
-    config::ModelConfig,
-    error::ModelError,
-    panels::BlockStacks,
-    transformer::{LanguageModel, LayerAttention},
+    config::ModelConfig, error::ModelError, panels::BlockStacks, transformer::LanguageModel,
     weights::Weights,
 };
 use kernels::{
@@ -126,7 +123,12 @@ impl CpuDecoder {
     ) -> Result<(), ModelError> {
         if !self.weights.are_of(models, precision) {
             let before = self.weights.precision;
-            self.weights = Arc::new(PackedWeights::new(&models[0], precision, capacity)?);
+            match Arc::get_mut(&mut self.weights) {
+                Some(weights) => weights.repack(&models[0], precision)?,
+                None => {
+                    self.weights = Arc::new(PackedWeights::new(&models[0], precision, capacity)?);
+                }
+            }
             if before != precision {
                 self.slots = self.weights.empty_slots(self.slots.len());
             }
@@ -228,30 +230,32 @@ impl PackedWeights {
         capacity: usize,
     ) -> Result<Self, ModelError> {
         let config = model.config().clone();
-        let weights = model.weights();
-        let load = |name: &str| -> Result<CpuTensor, ModelError> {
-            Ok(CpuTensor::of(&weights.get(name)?)?)
-        };
-        let blocks = (0..config.layers)
-            .map(|index| {
-                let layer = LayerAttention {
-                    index,
-                    params: model.attention_params(index),
-                };
-                PackedBlock::new(layer, &config, weights, precision)
-            })
-            .collect::<Result<_, _>>()?;
+        let blocks = (0..config.layers).map(|layer| PackedBlock::of(model, layer, precision));
         Ok(Self {
-            blocks,
-            head: weights.packed(&[config.head_name().to_owned()], precision)?,
-            embedding: load("model.embed_tokens.weight")?,
-            final_norm: load("model.norm.weight")?.values().to_vec(),
+            blocks: blocks.collect::<Result<_, _>>()?,
+            head: packed_head(model, precision)?,
+            embedding: embedding(model)?,
+            final_norm: final_norm(model)?,
             angles: model.rope.rows(capacity)?,
-            cache_resident: 4 * weights.parameter_count() <= CACHE_RESIDENT_BYTES,
-            source: weights.clone(),
+            cache_resident: 4 * model.weights().parameter_count() <= CACHE_RESIDENT_BYTES,
+            source: model.weights().clone(),
             precision,
             config,
         })
+    }
+
+    /// Replaces the weights by those of a model of the same shape, block by block: never are two models held, of the
+    /// packed weights or of those that they were packed from. After an error they are of neither model.
+    fn repack(&mut self, model: &LanguageModel, precision: Precision) -> Result<(), ModelError> {
+        self.source = model.weights().clone();
+        self.precision = precision;
+        self.embedding = embedding(model)?;
+        self.final_norm = final_norm(model)?;
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            *block = PackedBlock::of(model, layer, precision)?;
+        }
+        self.head = packed_head(model, precision)?;
+        Ok(())
     }
 
     fn empty_slots(&self, count: usize) -> Vec<SlotCache> {
@@ -404,17 +408,30 @@ impl PackedWeights {
     }
 }
 
+fn embedding(model: &LanguageModel) -> Result<CpuTensor, ModelError> {
+    Ok(CpuTensor::of(
+        &model.weights().get("model.embed_tokens.weight")?,
+    )?)
+}
+
+fn final_norm(model: &LanguageModel) -> Result<Vec<f32>, ModelError> {
+    Ok(CpuTensor::of(&model.weights().get("model.norm.weight")?)?
+        .values()
+        .to_vec())
+}
+
+fn packed_head(model: &LanguageModel, precision: Precision) -> Result<PackedMatrix, ModelError> {
+    let name = model.config().head_name().to_owned();
+    model.weights().packed(&[name], precision)
+}
+
 /// Selects the update of one product of a block.
 type SelectUpdate = fn(&BlockUpdates) -> Option<&PackedUpdate>;
 
 impl PackedBlock {
-    fn new(
-        layer: LayerAttention,
-        config: &ModelConfig,
-        weights: &Weights,
-        precision: Precision,
-    ) -> Result<Self, ModelError> {
-        let name = |part: &str| format!("model.layers.{}.{part}", layer.index);
+    fn of(model: &LanguageModel, layer: usize, precision: Precision) -> Result<Self, ModelError> {
+        let (config, weights) = (model.config(), model.weights());
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
         let row = |part: &str| -> Result<Vec<f32>, ModelError> {
             Ok(CpuTensor::of(&weights.get(&name(part))?)?.values().to_vec())
         };
@@ -428,14 +445,14 @@ impl PackedBlock {
             "self_attn.v_proj.bias",
         ];
         let packed = |names: &[String]| weights.packed(names, precision);
-        let stacks = BlockStacks::of(layer.index);
+        let stacks = BlockStacks::of(layer);
         let head_norm = |part: &str| config.qk_norm.then(|| row(part)).transpose();
         Ok(Self {
             heads: Heads {
                 queries: config.heads,
                 keys: config.kv_heads,
                 width: config.head_dim,
-                attention: layer.params,
+                attention: model.attention_params(layer),
             },
             attention_norm: row("input_layernorm.weight")?,
             projections: packed(&stacks.projections)?,

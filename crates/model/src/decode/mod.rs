@@ -166,7 +166,8 @@ impl Decoder {
         &self.models[0]
     }
 
-    /// Replaces the model by one of the same shape, stored in `precision`, and empties all slots.
+    /// Replaces the model by one of the same shape, stored in `precision`, and empties all slots. The one before is released
+    /// first: after an error there is neither.
     ///
     /// # Errors
     /// When the device cannot hold it.
@@ -184,11 +185,11 @@ impl Decoder {
         models: Vec<LanguageModel>,
         precision: Precision,
     ) -> Result<(), ModelError> {
-        if let DecodeBackend::Cpu(backend) = &mut self.backend {
-            backend.pack(&models, precision, self.capacity)?;
-        }
         (self.models, self.precision) = (models, precision);
         self.lengths.fill(0);
+        if let DecodeBackend::Cpu(backend) = &mut self.backend {
+            backend.pack(&self.models, precision, self.capacity)?;
+        }
         Ok(())
     }
 

@@ -12,6 +12,7 @@ mod pair_check;
 use std::sync::Arc;
 
 use messages::{Dropped, LabelledPair, MessageLimits, Pair, Purpose};
+use model::PublishedWeights;
 use settings::OrdersSetting;
 use telemetry::{NamedWait, StageCounters, Waits};
 use tokio::sync::watch;
@@ -44,7 +45,7 @@ pub struct PreferenceServiceParts {
     /// Limits of received pairs.
     pub limits: MessageLimits,
     /// Announces the weights that completions may be of.
-    pub weight_store: WeightStore,
+    pub weight_store: WeightStore<PublishedWeights>,
     /// Output of labelled pairs.
     pub labelled: Sender<LabelledPair>,
     /// Output of the notes of dropped pairs.

@@ -3,6 +3,7 @@
 //! Promises that no judge sees a pair that does not fit the run. Does not know what a judge does with a pair.
 
 use messages::{InvalidMessage, MessageLimits, Pair, WeightsVersion};
+use model::PublishedWeights;
 use transport::{Delivery, WeightStore};
 
 use crate::labelling::DropCause;
@@ -11,7 +12,7 @@ use crate::labelling::DropCause;
 pub(super) struct PairCheck {
     pub(super) limits: MessageLimits,
     /// Announces the weights that completions may be of.
-    pub(super) weight_store: WeightStore,
+    pub(super) weight_store: WeightStore<PublishedWeights>,
 }
 
 impl PairCheck {
@@ -44,6 +45,6 @@ impl PairCheck {
 
     fn newest(&self) -> WeightsVersion {
         let newest = self.weight_store.latest();
-        newest.map_or(WeightsVersion::REFERENCE, |manifest| manifest.version)
+        newest.unwrap_or(WeightsVersion::REFERENCE)
     }
 }

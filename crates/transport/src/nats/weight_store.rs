@@ -48,6 +48,8 @@ pub(crate) struct NatsWeightStore {
     store: DebugStore,
     keep: NonZeroUsize,
     announced: watch::Sender<Announced>,
+    /// Manifest of the announced weights.
+    manifest: Mutex<Option<WeightsManifest>>,
     /// Weights that this process published: base of the next delta, and the blob to upload again if corrupt.
     published: Mutex<Published>,
     /// The full blob last downloaded, to which deltas refer.
@@ -120,6 +122,7 @@ impl NatsWeightStore {
             store: DebugStore(store),
             keep,
             announced: watch::Sender::new(Announced::default()),
+            manifest: Mutex::default(),
             published: Mutex::default(),
             downloaded: Mutex::default(),
             refused: Mutex::default(),
@@ -175,17 +178,22 @@ impl NatsWeightStore {
         let Some(manifest) = self.announcement().await? else {
             return Ok(());
         };
-        self.announced.send_if_modified(|announced| {
-            let newer = announced
-                .latest
-                .as_ref()
-                .is_none_or(|latest| latest.version < manifest.version);
-            if newer {
-                announced.latest = Some(manifest);
-            }
-            newer
-        });
+        self.announce(manifest);
         self.reupload_if_corrupt().await
+    }
+
+    /// Announces weights to the readers of this process, unless they know newer ones.
+    fn announce(&self, manifest: WeightsManifest) {
+        let version = manifest.version;
+        let mut announced = lock(&self.manifest);
+        if announced
+            .as_ref()
+            .is_none_or(|latest| latest.version < version)
+        {
+            *announced = Some(manifest);
+            self.announced
+                .send_modify(|announced| announced.latest = Some(version));
+        }
     }
 
     /// Uploads the newest blob again, in full, if a reader reported it corrupt. A report of an upload that has been
@@ -255,23 +263,18 @@ impl NatsWeightStore {
         manifest: WeightsManifest,
         blob: Arc<Vec<u8>>,
     ) -> Result<(), TransportError> {
-        if let Some(latest) = self.latest()
-            && latest.version >= manifest.version
-        {
-            return Err(TransportError::NotNewer {
-                offered: manifest.version,
-                current: latest.version,
-            });
-        }
         let version = manifest.version;
+        if let Some(current) = self.latest().filter(|&latest| latest >= version) {
+            let offered = version;
+            return Err(TransportError::NotNewer { offered, current });
+        }
         self.list_stored().await;
         let (meta, bytes) = self.encode(version, blob).await;
         self.upload(meta.clone(), Arc::clone(&bytes)).await?;
         self.registry
             .put_signed(ANNOUNCEMENT_KEY, &wire::encode(&manifest))
             .await?;
-        self.announced
-            .send_modify(|announced| announced.latest = Some(manifest));
+        self.announce(manifest);
         let pruned = {
             let mut published = self.published();
             let base = base(&meta);
@@ -382,9 +385,8 @@ impl NatsWeightStore {
         &self,
         version: WeightsVersion,
     ) -> Result<Arc<Vec<u8>>, TransportError> {
-        let manifest = self
-            .latest()
-            .ok_or(TransportError::Unpublished { version })?;
+        let manifest = lock(&self.manifest).clone();
+        let manifest = manifest.ok_or(TransportError::Unpublished { version })?;
         if manifest.version != version {
             return Err(TransportError::Pruned {
                 version,
@@ -406,7 +408,7 @@ impl NatsWeightStore {
                 let announced = self.announcement().await?;
                 if announced.is_some_and(|announced| announced != manifest) {
                     self.refresh().await?;
-                    let newest = self.latest().map_or(version, |latest| latest.version);
+                    let newest = self.latest().unwrap_or(version);
                     return Err(TransportError::Pruned { version, newest });
                 }
                 tracing::warn!(%version, error, "weights cannot be downloaded");
@@ -494,8 +496,8 @@ impl NatsWeightStore {
         }
     }
 
-    pub(crate) fn latest(&self) -> Option<WeightsManifest> {
-        self.announced.borrow().latest.clone()
+    pub(crate) fn latest(&self) -> Option<WeightsVersion> {
+        self.announced.borrow().latest
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Announced> {

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use messages::{
-    DropReason, Dropped, PromptId, Stage, WeightsManifest, WeightsVersion,
+    DropReason, Dropped, PromptId, Stage, WeightsVersion,
     wire::{self, WireMessage},
 };
 use settings::WeightsEncoding;
@@ -334,13 +334,9 @@ fn weights(version: u64) -> Vec<u8> {
     values.flat_map(f32::to_le_bytes).collect()
 }
 
-async fn upload(weight_store: &transport::WeightStore, step: u64) {
-    let blob = weights(step);
-    let manifest = WeightsManifest::of(WeightsVersion::at(step), &blob);
-    weight_store
-        .publish(manifest, blob)
-        .await
-        .expect("it is newer");
+async fn upload(weight_store: &transport::WeightStore<Vec<u8>>, step: u64) {
+    let published = weight_store.publish(WeightsVersion::at(step), weights(step));
+    published.await.expect("it is newer");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -359,27 +355,24 @@ async fn early_and_late_readers_get_complete_weights() {
         let publisher = server.connect_with(run, encoding).await;
         let weight_store = publisher.weight_store().await.expect("it is created");
         let early = server.connect_with(run, encoding).await;
-        let early = early.weight_store().await.expect("it is created");
+        let early = early
+            .weight_store::<Vec<u8>>()
+            .await
+            .expect("it is created");
         let updates = early.subscribe();
         for step in 1..=7 {
             upload(&weight_store, step).await;
             let newest = timeout(DEADLINE, updates.at_least(WeightsVersion::at(step)));
             let newest = newest.await.expect("in time").expect("announced");
-            let blob = early.fetch(newest.version).await.expect("it is stored");
+            let blob = early.fetch(newest).await.expect("it is stored");
             assert_eq!(*blob, weights(step), "{run} {step}");
         }
         let late = server.connect_with(run, encoding).await;
-        let late = late.weight_store().await.expect("it is created");
+        let late = late.weight_store::<Vec<u8>>().await.expect("it is created");
         let newest = late.latest().expect("announced before it joined");
-        assert_eq!(newest.version, WeightsVersion::at(7));
-        assert_eq!(
-            *late.fetch(newest.version).await.expect("complete"),
-            weights(7)
-        );
-        let old = weight_store.publish(
-            WeightsManifest::of(WeightsVersion::at(6), &weights(6)),
-            weights(6),
-        );
+        assert_eq!(newest, WeightsVersion::at(7));
+        assert_eq!(*late.fetch(newest).await.expect("complete"), weights(7));
+        let old = weight_store.publish(WeightsVersion::at(6), weights(6));
         let refused = old.await.expect_err("versions only increase");
         assert!(
             matches!(refused, TransportError::NotNewer { .. }),
@@ -389,9 +382,8 @@ async fn early_and_late_readers_get_complete_weights() {
             session: 1,
             step: 4,
         };
-        let manifest = WeightsManifest::of(resumed, &weights(4));
         weight_store
-            .publish(manifest, weights(4))
+            .publish(resumed, weights(4))
             .await
             .expect("a later session is newer");
         let newest = timeout(DEADLINE, updates.at_least(resumed)).await;
@@ -431,7 +423,7 @@ async fn a_corrupt_blob_is_rejected_and_uploaded_again() {
 }
 
 /// Waits until the reader gets the weights of `step`. Every failed read until then is a report to the publisher.
-async fn until_restored(reader: &transport::WeightStore, step: u64) {
+async fn until_restored(reader: &transport::WeightStore<Vec<u8>>, step: u64) {
     until("the weights are restored", async || {
         let blob = reader.fetch(WeightsVersion::at(step)).await;
         blob.is_ok_and(|blob| *blob == weights(step))
@@ -651,12 +643,14 @@ async fn superseded_weights_are_deleted_including_those_of_earlier_sessions() {
     };
     let publish = async |session: u64, steps: std::ops::Range<u64>| {
         let transport = server.connect("run").await;
-        let weight_store = transport.weight_store().await.expect("it is created");
+        let weight_store = transport
+            .weight_store::<Vec<u8>>()
+            .await
+            .expect("it is created");
         for step in steps {
             let (version, blob) = (WeightsVersion { session, step }, vec![step as u8; 100]);
-            let manifest = WeightsManifest::of(version, &blob);
             weight_store
-                .publish(manifest, blob)
+                .publish(version, blob)
                 .await
                 .expect("it is newer");
         }

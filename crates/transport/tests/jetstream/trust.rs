@@ -72,12 +72,8 @@ async fn weights_that_the_learner_has_not_signed_are_ignored() {
     let settings = server.settings(&checks);
     let reader = Transport::find(&settings, "run", "actor").await;
     let reader = reader.expect("it answers").expect("the run is there");
-    let store_of_reader = reader.weight_store().await.expect("it is there");
-    let newest = || {
-        store_of_reader
-            .latest()
-            .map(|manifest| manifest.version.step)
-    };
+    let store_of_reader = reader.weight_store::<Vec<u8>>().await.expect("it is there");
+    let newest = || store_of_reader.latest().map(|version| version.step);
     assert_eq!(newest(), Some(1));
     // Without a signature, with one of another key, and with a form of another build.
     let stranger = server.connect_with("other", &signs(&other)).await;
@@ -93,7 +89,7 @@ async fn weights_that_the_learner_has_not_signed_are_ignored() {
         put.await.expect("it is sent").await.expect("it is stored");
         let late = Transport::find(&settings, "run", "actor").await;
         let late = late.expect("it answers").expect("the run is there");
-        let late = late.weight_store().await.expect("it is there");
+        let late = late.weight_store::<Vec<u8>>().await.expect("it is there");
         assert_eq!(late.latest(), None, "a late reader has seen nothing else");
         let registry = reader.registry().expect("a server has one");
         let refused = registry.get_signed("weights", "weights").await;
@@ -181,7 +177,7 @@ async fn a_role_can_do_its_work_and_not_the_learners() {
             .is_ok_and(|counts| counts.acknowledged == 1)
     })
     .await;
-    let reads = joined.weight_store().await.expect("it is there");
+    let reads = joined.weight_store::<Vec<u8>>().await.expect("it is there");
     let blob = reads.fetch(WeightsVersion::at(1)).await;
     assert_eq!(*blob.expect("it may read"), weights(1));
     let registry = joined.registry().expect("a server has one");
@@ -193,14 +189,13 @@ async fn a_role_can_do_its_work_and_not_the_learners() {
     );
     registry.now().await.expect("it may read the clock");
     // What the learner does is refused, and named.
-    let manifest = WeightsManifest::of(WeightsVersion::at(2), &weights(2));
     let of_the_judge = Dropped {
         stage: Stage::Preference,
         ..note(3)
     };
     let refused = timeout(AT_ONCE, async {
         tokio::join!(
-            reads.publish(manifest, weights(2)),
+            reads.publish(WeightsVersion::at(2), weights(2)),
             registry.put("run", b"{}".to_vec()),
             joined.remove(&STREAMS),
             answers.send(of_the_judge),
@@ -216,10 +211,7 @@ async fn a_role_can_do_its_work_and_not_the_learners() {
         assert!(text.contains("Permissions Violation"), "{text}");
         assert!(text.contains("agon nats-config"), "{text}");
     }
-    assert_eq!(
-        store.latest().map(|m| m.version),
-        Some(WeightsVersion::at(1))
-    );
+    assert_eq!(store.latest(), Some(WeightsVersion::at(1)));
     leader.remove(&STREAMS).await.expect("the leader may");
 }
 
@@ -332,7 +324,7 @@ async fn rejected(server: &TestServer, more: &str) -> String {
     let started = async {
         let transport = Transport::connect(&settings, "run").await?;
         transport.stream::<messages::Dropped>("notes", 8).await?;
-        let store = transport.weight_store().await?;
+        let store = transport.weight_store::<Vec<u8>>().await?;
         store.put_file("model", vec![1; 1 << 20]).await
     };
     match timeout(AT_ONCE, started).await {
@@ -447,7 +439,10 @@ async fn a_file_larger_than_its_record_is_not_read() {
         return;
     };
     let transport = server.connect("run").await;
-    let store = transport.weight_store().await.expect("it is created");
+    let store = transport
+        .weight_store::<Vec<u8>>()
+        .await
+        .expect("it is created");
     let put = store.put_file("config.json", vec![7; 3000]).await;
     put.expect("it is stored");
     let read = store.get_file("config.json", 3000).await;

@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use learner::{StepOutcome, Trainer};
+use learner::{ReferenceLogprobs, StepOutcome, Trainer, file_pair_id};
 use messages::{
-    Completion, Finish, JudgeVersion, Label, LabelledPair, Pair, Probability, Prompt, PromptBatch,
-    PromptId, Purpose, Seed, WeightsVersion,
+    Completion, Digest, Finish, JudgeVersion, Label, LabelledPair, Pair, Probability, Prompt,
+    PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
 };
 use model::ModelConfig;
 use model::roofline::Roofline;
@@ -47,6 +47,10 @@ pub(crate) struct Arguments {
     /// Precision of matrix products with weights on the CPU.
     #[arg(long, value_enum, default_value = "f32")]
     precision: TrainingPrecision,
+    /// Train on pairs of a file: the reference's log-probabilities are computed in the first step and kept, and the
+    /// other steps compute the policy alone.
+    #[arg(long)]
+    file_pairs: bool,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
@@ -55,6 +59,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         placement,
         timing,
         precision,
+        file_pairs,
     } = arguments;
     let precision = precision.name();
     placement.check_precision(precision)?;
@@ -63,9 +68,19 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let settings = format!("[learner]\nprecision = \"{precision}\"\n");
     let settings = resolve(&settings, "agon bench", &[])?.settings.learner;
     let mut trainer = Trainer::new(Arc::new(folder), &policy, &settings, Seed(0))?;
-    let pairs: Vec<LabelledPair> = (0..workload.batch / 2)
+    let mut pairs: Vec<LabelledPair> = (0..workload.batch / 2)
         .map(|index| pair(workload, &config, index))
         .collect();
+    if *file_pairs {
+        for (index, pair) in (0..).zip(&mut pairs) {
+            pair.pair.prompt.id = file_pair_id(index);
+        }
+        // Nothing saves them: the file is never written.
+        trainer.keep_reference_logprobs(ReferenceLogprobs {
+            path: tempfile::tempdir()?.path().join("reference_logprobs.bin"),
+            key: Digest::of(&[]),
+        });
+    }
     let mut last = Measurements::default();
     let seconds = timing.measure(policy.device(), |step| {
         match trainer.step(&pairs, step)? {
@@ -94,6 +109,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         "device": placement.device,
         "dtype": placement.dtype.name(),
         "precision": precision,
+        "file_pairs": file_pairs,
         "tokens_per_second": 2.0 * pairs * new / seconds,
         "pairs_per_second": pairs / seconds,
         "seconds": BTreeMap::from(phases),

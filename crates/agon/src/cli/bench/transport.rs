@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, ensure};
 use messages::{
     Completion, Finish, JudgeVersion, Label, LabelledPair, Pair, Probability, Prompt, PromptBatch,
-    PromptId, Purpose, Seed, WeightsManifest, WeightsVersion,
+    PromptId, Purpose, Seed, WeightsVersion,
 };
 use serde_json::{Value, json};
 use settings::{JetStreamSettings, TransportSettings, WeightsEncoding, resolve};
@@ -244,24 +244,23 @@ async fn weights(server: &NatsServer, arguments: &Arguments) -> anyhow::Result<V
         let run = format!("weights-{name}");
         let publisher = Transport::connect(&settings, &run)
             .await?
-            .weight_store()
+            .weight_store::<Vec<u8>>()
             .await?;
         let reader = Transport::connect(&settings, &run)
             .await?
-            .weight_store()
+            .weight_store::<Vec<u8>>()
             .await?;
         let updates = reader.subscribe();
         let (mut publish, mut fetch) = (Duration::ZERO, Duration::ZERO);
         // The first version is full in both encodings; the second is measured.
         for step in 1..=2 {
             let blob = blob(size, step);
-            let manifest = WeightsManifest::of(WeightsVersion::at(step), &blob);
             let started = Instant::now();
-            publisher.publish(manifest, blob).await?;
+            publisher.publish(WeightsVersion::at(step), blob).await?;
             publish = started.elapsed();
             let newest = updates.at_least(WeightsVersion::at(step)).await?;
             let started = Instant::now();
-            let fetched = reader.fetch(newest.version).await?;
+            let fetched = reader.fetch(newest).await?;
             fetch = started.elapsed();
             ensure!(
                 fetched.len() == size,
