@@ -548,11 +548,6 @@ mod tests {
             head,
         ];
         assert_eq!(bytes(&sets), fused);
-        // Over a network every actor loads weights of its own, while the old ones are in use.
-        let server = ["transport.kind=jetstream"];
-        let mut loaded = fused.to_vec();
-        loaded.insert(6, 2 * 3 * 4 * p);
-        assert_eq!(bytes(&[&sets[..], &server].concat()), loaded);
         // In bf16 the reference is packed once, and its panels serve the learner too.
         let with = |set: &'static str| bytes(&[&sets[..], &[set]].concat());
         let mut rounded = fused;
@@ -595,6 +590,21 @@ mod tests {
             bytes(&sets),
             [&half[..], &[4 * p, 3 * 2 * p + 4 * p]].concat()
         );
+    }
+
+    /// Each loads the next ones while the old ones are in use.
+    #[test]
+    fn only_over_a_network_do_actors_hold_weights_of_their_own() {
+        let of_actors = |sets: &[&str]| {
+            let settings = settings(sets);
+            let config = playground(&settings);
+            let parts = memory(&settings, &config);
+            let copies = parts.iter().find(|part| part.name.starts_with("actors'"));
+            copies.map(|part| part.bytes / (4 * config.parameter_count() as u64))
+        };
+        assert_eq!(of_actors(&["actor.count=3"]), None);
+        let server = ["actor.count=3", "transport.kind=jetstream"];
+        assert_eq!(of_actors(&server), Some(6));
     }
 
     #[test]
