@@ -383,6 +383,7 @@ fn write_model(sandbox: &Sandbox, tokenizer: &Path) -> PathBuf {
 }
 
 /// Every completion has the greatest length, for which the estimate is: random weights hardly ever sample the end token.
+/// The peak of a run varies by a tenth, with the arenas of malloc that its threads come to share: the median counts.
 #[test]
 fn the_estimated_memory_is_that_of_a_run() {
     let test = "the_estimated_memory_is_that_of_a_run";
@@ -421,11 +422,15 @@ fn the_estimated_memory_is_that_of_a_run() {
         let estimate: f64 = line
             .and_then(|(_, rest)| rest.split(' ').next()?.parse().ok())
             .unwrap_or_else(|| panic!("no estimate in {}", checked.stderr));
-        let run = sandbox.path(name);
-        let directory = run.display().to_string();
-        let train = ["train", &config, "--run-dir", &directory];
-        sandbox.run(&[&train[..], &sets].concat()).succeeded();
-        let peak = number(&report(&run), "/peak_memory_bytes") / f64::from(1 << 20);
+        let mut peaks = [1, 2, 3].map(|repetition| {
+            let run = sandbox.path(&format!("{name}-{repetition}"));
+            let directory = run.display().to_string();
+            let train = ["train", &config, "--run-dir", &directory];
+            sandbox.run(&[&train[..], &sets].concat()).succeeded();
+            number(&report(&run), "/peak_memory_bytes") / f64::from(1 << 20)
+        });
+        peaks.sort_by(f64::total_cmp);
+        let peak = peaks[1];
         let ratio = estimate / peak;
         eprintln!("{name}: {estimate} MiB estimated, {peak:.1} MiB at the peak, ratio {ratio:.3}");
         assert!(
