@@ -136,6 +136,7 @@ fn judges_and_objectives_are_selected_by_kind_with_their_own_temperature() {
         ("rpo", Some("eta")),
         ("nash-md-pg", Some("tau")),
         ("rloo", Some("beta")),
+        ("rejection-sampling", None),
         ("dpo", None),
     ] {
         let kind_override = format!("learner.objective.kind={kind}");

@@ -246,6 +246,12 @@ fn every_objective_and_label_kind_improves_the_policy() {
             "learner.objective={ kind = \"rloo\", beta = 0.1 }",
             "actor.mixture_coef=0",
         ],
+        &[
+            "learner.objective={ kind = \"rejection-sampling\" }",
+            "learner.label=hard",
+            "actor.num_generations=4",
+            "learner.pair_selection=best-worst",
+        ],
         &["learner.objective.tau=0.1", "actor.num_generations=4"],
         &["learner.objective.tau=0.1", "learner.label=sampled"],
         &[

@@ -6,26 +6,28 @@ use telemetry::{Measurements, publish};
 
 use crate::evaluation::Evaluation;
 
-/// The objective's temperature under its own name, and the mean `mixture_coef` of the completions.
+/// The objective's temperature under its own name, if it has one, and the mean `mixture_coef` of the completions.
 pub(crate) fn settings_metrics(
     objective: &ObjectiveSettings,
     pairs: &[LabelledPair],
 ) -> Measurements {
     let name = match objective {
-        ObjectiveSettings::Ipo { .. } | ObjectiveSettings::NashMdPg { .. } => "tau",
+        ObjectiveSettings::Ipo { .. } | ObjectiveSettings::NashMdPg { .. } => Some("tau"),
         ObjectiveSettings::Dpo { .. }
         | ObjectiveSettings::Slic { .. }
         | ObjectiveSettings::Rpo { .. }
-        | ObjectiveSettings::Rloo { .. } => "beta",
+        | ObjectiveSettings::Rloo { .. } => Some("beta"),
+        ObjectiveSettings::RejectionSampling {} => None,
     };
-    let temperature = (name, objective.temperature());
+    let temperature = name.map(|name| (name, objective.temperature()));
     let completions = || {
         let all = pairs.iter().flat_map(|labelled| &labelled.pair.completions);
         all.filter(|completion| completion.is_recorded())
     };
     let sum: f64 = completions().map(|c| f64::from(c.mixture_coef)).sum();
     let mean = sum / completions().count().max(1) as f64;
-    [temperature, ("mixture_coef", mean)].into_iter().collect()
+    let mixture = [("mixture_coef", mean)];
+    temperature.into_iter().chain(mixture).collect()
 }
 
 /// Publishes the staleness of every pair of a step, for the histogram.

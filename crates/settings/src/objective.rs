@@ -51,6 +51,8 @@ pub enum ObjectiveSettings {
         /// KL penalty β, in units of the reward.
         beta: f64,
     },
+    /// Rejection sampling: the likelihood of the preferred completion.
+    RejectionSampling {},
 }
 
 /// Scale of the IPO loss.
@@ -75,7 +77,7 @@ pub enum RpoNll {
 
 impl ObjectiveSettings {
     /// The largest |dL/dh| of a pair at h = 0, where the policy equals its reference: the scale of the loss and of
-    /// its gradient.
+    /// its gradient. Of rejection sampling with the mean of both log-probabilities held.
     #[must_use]
     pub fn slope(&self) -> f64 {
         match *self {
@@ -90,11 +92,11 @@ impl ObjectiveSettings {
             Self::Dpo { beta } | Self::Rpo { beta, .. } => beta / 2.0,
             Self::Slic { beta } => beta,
             // Of RLOO at log-odds, that is a reward difference, of 1.
-            Self::NashMdPg { .. } | Self::Rloo { .. } => 0.5,
+            Self::NashMdPg { .. } | Self::Rloo { .. } | Self::RejectionSampling {} => 0.5,
         }
     }
 
-    /// τ or β: the factor from log-ratios to rewards.
+    /// τ or β: the factor from log-ratios to rewards; 1 for rejection sampling, which has none.
     #[must_use]
     pub fn temperature(&self) -> f64 {
         match *self {
@@ -103,6 +105,7 @@ impl ObjectiveSettings {
             | Self::Slic { beta }
             | Self::Rpo { beta, .. }
             | Self::Rloo { beta } => beta,
+            Self::RejectionSampling {} => 1.0,
         }
     }
 
@@ -124,6 +127,7 @@ impl ObjectiveSettings {
             Self::Rpo { .. } => "rpo",
             Self::NashMdPg { .. } => "nash-md-pg",
             Self::Rloo { .. } => "rloo",
+            Self::RejectionSampling {} => "rejection-sampling",
         }
     }
 
@@ -165,6 +169,7 @@ impl ObjectiveSettings {
                 );
             }
             Self::Rloo { beta } => self.check_rloo(beta, settings, checks),
+            Self::RejectionSampling {} => {}
         }
     }
 

@@ -252,7 +252,7 @@ impl FilePairsSettings {
             "learner.objective.kind",
             format!(
                 "\"{}\" is a policy gradient and needs the policy's own samples: set pairs.share = 0, or choose \
-                 \"ipo\", \"dpo\", \"slic\" or \"rpo\"",
+                 \"ipo\", \"dpo\", \"slic\", \"rpo\" or \"rejection-sampling\"",
                 settings.learner.objective.name()
             ),
         );

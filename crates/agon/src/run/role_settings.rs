@@ -132,7 +132,9 @@ fn mixture_coefs(settings: &Settings) -> Vec<f32> {
 /// Treatment of pairs of identical completions.
 pub(super) fn identical_pairs(settings: &Settings) -> IdenticalPairs {
     match settings.learner.objective {
-        ObjectiveSettings::NashMdPg { .. } | ObjectiveSettings::Rpo { .. } => IdenticalPairs::Keep,
+        ObjectiveSettings::NashMdPg { .. }
+        | ObjectiveSettings::Rpo { .. }
+        | ObjectiveSettings::RejectionSampling {} => IdenticalPairs::Keep,
         _ => IdenticalPairs::Drop,
     }
 }

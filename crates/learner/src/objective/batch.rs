@@ -48,11 +48,23 @@ impl Batch<'_> {
     /// If the batch's shapes disagree or an index is out of range.
     pub fn margin(&self) -> Result<Tensor> {
         self.check()?;
-        let ratio = (self.logp - self.ref_logp.detach())?;
-        let device = ratio.device();
-        let of_first = ratio.index_select(&Tensor::new(self.first, device)?, 0)?;
-        let of_second = ratio.index_select(&Tensor::new(self.second, device)?, 0)?;
+        let [of_first, of_second] = self.of_rows(&(self.logp - self.ref_logp.detach())?)?;
         of_first - of_second
+    }
+
+    /// `log π` of each row's first and second completion, `[B]`; with gradient.
+    ///
+    /// # Errors
+    /// As [`Self::margin`].
+    pub(super) fn logp_of_rows(&self) -> Result<[Tensor; 2]> {
+        self.check()?;
+        self.of_rows(self.logp)
+    }
+
+    /// Entries of `values`, `[C]`, of each row's completions.
+    fn of_rows(&self, values: &Tensor) -> Result<[Tensor; 2]> {
+        let of = |rows: &[u32]| values.index_select(&Tensor::new(rows, values.device())?, 0);
+        Ok([of(self.first)?, of(self.second)?])
     }
 
     /// Sum over rows of `loss(h, p)`, `[B] -> [B]`, times the row's weight; a scalar.

@@ -11,7 +11,7 @@ use settings::{IpoScale, OffPolicy};
 use crate::objective::bandit::{
     ActionPair, close, loss_and_gradient, random_preferences, uniforms,
 };
-use crate::objective::{Dpo, Ipo, NashMdPg, Objective, Rloo, Slic};
+use crate::objective::{Dpo, Ipo, NashMdPg, Objective, RejectionSampling, Rloo, Slic};
 use crate::trainer::off_policy::Correction;
 
 /// A preference model over actions and the reference policy.
@@ -282,6 +282,23 @@ fn rloo_solves_another_fixed_point_on_a_cycle() -> Result<()> {
     });
     close(&policy, &softmax(&answer.collect::<Vec<_>>()), 1e-6);
     assert!(bandit.residual(&theta, beta, 0.0) > 0.1);
+    Ok(())
+}
+
+/// Of the reference's samples: `π(y) = 2·ref(y)·p(y ≻ ref)`, of a cycle too.
+#[test]
+fn rejection_sampling_learns_the_distribution_of_the_preferred_sample() -> Result<()> {
+    for bandit in [ArmPreferences::cycle(), ArmPreferences::random(5, Seed(3))] {
+        let theta = bandit.converge(&RejectionSampling, Samples::Both(1.0), 1.0)?;
+        let win = |arm: usize| -> f64 {
+            let others = bandit.beats[arm].iter().zip(&bandit.reference);
+            others.map(|(p, weight)| p * weight).sum()
+        };
+        let arms = bandit.reference.iter().enumerate();
+        let expected: Vec<f64> = arms.map(|(arm, weight)| 2.0 * weight * win(arm)).collect();
+        close(&[expected.iter().sum()], &[1.0], 1e-12);
+        close(&softmax(&theta), &expected, 1e-6);
+    }
     Ok(())
 }
 

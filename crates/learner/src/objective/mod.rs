@@ -1,4 +1,5 @@
-//! Training objectives: pair losses, the policy gradients Nash-MD-PG and RLOO, and their labels and reductions.
+//! Training objectives: pair losses, the policy gradients Nash-MD-PG and RLOO, rejection sampling, and their labels and
+//! reductions.
 //!
 //! Every loss is a pure function of tensors in its own file; the trainer sees it as an [`Objective`]. Losses work in
 //! f32 and f64, check their shapes first, and stay finite with the right gradient for any log-ratio. The reference and
@@ -16,6 +17,7 @@ pub mod ipo;
 mod labels;
 pub mod nash_md;
 pub mod reduction;
+pub mod rejection_sampling;
 pub mod rloo;
 pub mod rpo;
 pub mod slic;
@@ -34,6 +36,7 @@ pub use dpo::Dpo;
 pub use ipo::Ipo;
 pub use labels::Labelling;
 pub use nash_md::NashMdPg;
+pub use rejection_sampling::RejectionSampling;
 pub use rloo::Rloo;
 pub use rpo::{Rpo, RpoBaseline};
 pub use slic::Slic;
@@ -200,7 +203,7 @@ mod tests {
         for objective in pair_objectives() {
             assert!(!objective.needs_baseline(), "{}", objective.name());
         }
-        assert!(!NashMdPg { tau: 0.1 }.needs_baseline());
+        assert!(!NashMdPg { tau: 0.1 }.needs_baseline() && !RejectionSampling.needs_baseline());
         assert!(
             Rpo {
                 beta: 0.1,
@@ -250,6 +253,7 @@ mod tests {
             nll: RpoBaseline::Sum,
         }));
         objectives.push(Box::new(NashMdPg { tau: 0.3 }));
+        objectives.push(Box::new(RejectionSampling));
         for objective in objectives {
             let double = in_precision(&*objective, DType::F64)?;
             close(&in_precision(&*objective, DType::F32)?, &double, 1e-5);

@@ -3,7 +3,7 @@
 use settings::{LearnerSettings, LogpReduction, ObjectiveSettings, OffPolicy, RpoNll};
 
 use crate::{
-    objective::{Dpo, Ipo, NashMdPg, Objective, Rloo, Rpo, RpoBaseline, Slic},
+    objective::{Dpo, Ipo, NashMdPg, Objective, RejectionSampling, Rloo, Rpo, RpoBaseline, Slic},
     trainer::off_policy::Correction,
 };
 
@@ -56,5 +56,6 @@ fn objective(settings: &ObjectiveSettings) -> Box<dyn Objective> {
         }
         ObjectiveSettings::NashMdPg { tau } => Box::new(NashMdPg { tau }),
         ObjectiveSettings::Rloo { beta } => Box::new(Rloo { beta }),
+        ObjectiveSettings::RejectionSampling {} => Box::new(RejectionSampling),
     }
 }

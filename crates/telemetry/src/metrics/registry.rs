@@ -102,7 +102,7 @@ mod tests {
     use crate::metrics::exporter::Exporter;
 
     /// Names that follow the conventions of TRL and related trainers.
-    const CONVENTIONAL: &str = "loss loss/{ipo,dpo,slic,rpo,nash_md_pg,rloo,ganpo,preference} \
+    const CONVENTIONAL: &str = "loss loss/{ipo,dpo,slic,rpo,nash_md_pg,rloo,rejection_sampling,ganpo,preference} \
         rewards/{chosen,rejected,margins,accuracies} logps/{chosen,rejected} \
         objective/{kl,entropy,scores,scores_margin} completions/{mean_length,min_length,max_length} \
         completions/{clipped_ratio,identical_ratio} val/contain_eos_token \

@@ -30,6 +30,11 @@ pub const METRICS: &[MetricInfo] = &[
         "RLOO policy-gradient surrogate; only its gradient is meaningful, not its value",
     ),
     gauge(
+        "loss/rejection_sampling",
+        Number,
+        "negative log-likelihood of the preferred completions",
+    ),
+    gauge(
         "loss/ganpo",
         Number,
         "lambda times the GANPO generator loss",
