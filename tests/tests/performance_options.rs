@@ -184,11 +184,13 @@ fn every_bench_reports_its_measurements() {
         );
         assert_eq!(report["precision"], precision);
     }
-    for precision in ["f32", "bf16"] {
-        let report = bench(
-            "learner",
-            &[&small[..], &["--precision", precision]].concat(),
-        );
+    for more in [
+        &["--precision", "f32"][..],
+        &["--precision", "bf16"],
+        &["--file-pairs"],
+    ] {
+        let report = bench("learner", &[&small[..], more].concat());
+        assert_eq!(report["file_pairs"], more.contains(&"--file-pairs"));
         positive(
             &report,
             &["tokens_per_second", "roofline_share", "peak_gib"],

@@ -99,8 +99,9 @@ impl Publisher {
             return Ok(());
         }
         let started = Instant::now();
-        let CopiedWeights { weights, content } = trainer.publish(self.dtype, publication).await?;
+        // Before they are copied: no copy waits for an upload.
         self.settle().await?;
+        let CopiedWeights { weights, content } = trainer.publish(self.dtype, publication).await?;
         let version = self.version_of(step);
         (self.version, self.content) = (version, content);
         let weight_store = self.weight_store.clone();

@@ -1,5 +1,5 @@
 //! The messages exchanged between the roles: [`Prompt`], [`Pair`], [`LabelledPair`], [`Dropped`] and
-//! [`WeightsManifest`], their ids, versions and seeds, their [`wire`] encoding, the [`MessageLimits`] that received ones
+//! [`WeightsManifest`], the [`StoredWeights`] that it announces, their ids, versions and seeds, their [`wire`] encoding, the [`MessageLimits`] that received ones
 //! are checked against, and the [`ErrorClass`] of every crate's errors.
 //!
 //! Token ids are authoritative; text is for display and for judges that read text. This crate does not know

@@ -3,6 +3,8 @@
 //! A version names all models that are published together: the policy, and the reference once it has moved. A pair thus
 //! names the reference of its recorded log-probabilities by the version of its weights.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{Digest, WeightsVersion};
@@ -42,22 +44,22 @@ pub trait StoredWeights: Sized + Send + Sync + 'static {
     ///
     /// # Errors
     /// The reason why they cannot be.
-    fn to_blob(&self) -> Result<Vec<u8>, String>;
+    fn into_blob(self: Arc<Self>) -> Result<Vec<u8>, String>;
 
-    /// Reads what [`Self::to_blob`] wrote.
+    /// Reads what [`Self::into_blob`] wrote.
     ///
     /// # Errors
     /// The reason why it cannot be read.
-    fn from_blob(blob: &[u8]) -> Result<Self, String>;
+    fn from_blob(blob: Arc<Vec<u8>>) -> Result<Self, String>;
 }
 
 /// Weights that are a blob in memory too.
 impl StoredWeights for Vec<u8> {
-    fn to_blob(&self) -> Result<Vec<u8>, String> {
-        Ok(self.clone())
+    fn into_blob(self: Arc<Self>) -> Result<Vec<u8>, String> {
+        Ok(Arc::unwrap_or_clone(self))
     }
 
-    fn from_blob(blob: &[u8]) -> Result<Self, String> {
-        Ok(blob.to_vec())
+    fn from_blob(blob: Arc<Vec<u8>>) -> Result<Self, String> {
+        Ok(Arc::unwrap_or_clone(blob))
     }
 }

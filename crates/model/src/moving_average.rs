@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Var};
 use kernels::{accumulation_dtype, moving_average_step};
 
 use crate::{
@@ -127,10 +127,7 @@ impl LanguageModel {
     /// # Errors
     /// When the device cannot hold the copy.
     pub fn snapshot(&self) -> Result<Self, ModelError> {
-        let copy = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.detach().copy()?));
-        let copies = self.trained().tensors.iter().map(copy);
-        let copies = copies.collect::<Result<_, candle_core::Error>>()?;
-        self.with_trained(Weights::of(copies))
+        self.with_trained(self.trained().copied(self.trained_dtype())?)
     }
 
     /// The model with the trained weights in the file `path`, a blob of [`Weights::to_blob`] or

@@ -4,7 +4,7 @@
 //! process share the tensors; between processes they travel as one blob, which without further models is that of the
 //! policy alone.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::{Device, Tensor};
 use messages::StoredWeights;
@@ -71,7 +71,7 @@ impl PublishedWeights {
 
 /// One safetensors file of all models.
 impl StoredWeights for PublishedWeights {
-    fn to_blob(&self) -> Result<Vec<u8>, String> {
+    fn into_blob(self: Arc<Self>) -> Result<Vec<u8>, String> {
         let mut all = self.policy.clone();
         for (prefix, weights) in self.further() {
             let tensors = weights.into_iter().flat_map(|weights| &weights.tensors);
@@ -81,8 +81,8 @@ impl StoredWeights for PublishedWeights {
         all.to_blob().map_err(|error| error.to_string())
     }
 
-    fn from_blob(blob: &[u8]) -> Result<Self, String> {
-        let tensors = candle_core::safetensors::load_buffer(blob, &Device::Cpu);
+    fn from_blob(blob: Arc<Vec<u8>>) -> Result<Self, String> {
+        let tensors = candle_core::safetensors::load_buffer(&blob, &Device::Cpu);
         let mut rest: BTreeMap<String, Tensor> = tensors
             .map_err(|error| not_safetensors(&error))?
             .into_iter()
@@ -176,10 +176,8 @@ mod tests {
                     earlier_reference: with_reference.then(|| average.trained().clone()),
                     average: with_average.then(|| average.trained().clone()),
                 };
-                let blob = weights.to_blob().unwrap();
-                let sent = PublishedWeights::from_blob(&blob).unwrap();
+                let sent = PublishedWeights::from_blob(Arc::new(blob(&weights))).unwrap();
                 assert_eq!(sent.bytes(), weights.bytes());
-                assert!(sent.bytes() < blob.len() as u64);
                 for weights in [&weights, &sent] {
                     let read = reader.with_published(weights).unwrap();
                     assert_eq!(digest(&read.policy), digest(policy));
@@ -194,6 +192,10 @@ mod tests {
         }
     }
 
+    fn blob(weights: &PublishedWeights) -> Vec<u8> {
+        Arc::new(weights.clone()).into_blob().unwrap()
+    }
+
     fn alone(policy: Weights) -> PublishedWeights {
         PublishedWeights {
             policy,
@@ -206,7 +208,7 @@ mod tests {
     #[test]
     fn the_blob_of_a_policy_alone_is_that_of_its_weights() {
         let policy = tiny_model(7, 1);
-        let blob = alone(policy.weights().clone()).to_blob().unwrap();
+        let blob = blob(&alone(policy.weights().clone()));
         assert_eq!(blob, policy.weights().to_blob().unwrap());
     }
 
@@ -260,10 +262,10 @@ mod tests {
         unknown
             .tensors
             .insert("other/model.norm.weight".into(), tensor);
-        let sent = PublishedWeights::from_blob(&unknown.to_blob().unwrap()).unwrap();
+        let sent = PublishedWeights::from_blob(Arc::new(unknown.to_blob().unwrap())).unwrap();
         assert!(refused(&sent).contains("unexpected tensor other/"));
-        let whole = weights.to_blob().unwrap();
-        let truncated = PublishedWeights::from_blob(&whole[..whole.len() - 4]);
+        let whole = blob(&weights);
+        let truncated = PublishedWeights::from_blob(Arc::new(whole[..whole.len() - 4].to_vec()));
         assert!(truncated.unwrap_err().contains("truncated"));
     }
 }

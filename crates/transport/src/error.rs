@@ -46,11 +46,19 @@ pub enum TransportError {
         /// Announced version.
         current: WeightsVersion,
     },
-    /// The weights cannot be serialised, or a whole blob is not of weights.
-    #[error("failed to {action} weights {version}: {reason}")]
-    Blob {
-        /// What was to be done.
-        action: &'static str,
+    /// The weights cannot be serialised.
+    #[error("failed to serialise weights {version}: {reason}")]
+    Unserialisable {
+        /// Version concerned.
+        version: WeightsVersion,
+        /// Cause.
+        reason: String,
+    },
+    /// A complete blob is not of the weights that this build reads.
+    #[error(
+        "failed to read weights {version}: {reason}; start all processes of the run from the same build"
+    )]
+    NotWeights {
         /// Version concerned.
         version: WeightsVersion,
         /// Cause.
@@ -173,9 +181,10 @@ impl Classified for TransportError {
     fn class(&self) -> ErrorClass {
         match self {
             Self::Rejected { .. } | Self::Unreadable { .. } => ErrorClass::Resource,
-            Self::LeaseHeld { .. } | Self::Foreign { .. } | Self::Unauthentic { .. } => {
-                ErrorClass::Usage
-            }
+            Self::LeaseHeld { .. }
+            | Self::Foreign { .. }
+            | Self::Unauthentic { .. }
+            | Self::NotWeights { .. } => ErrorClass::Usage,
             // A server that is away comes back: a process that ends for it is to be started again.
             _ => ErrorClass::Failed,
         }

@@ -37,14 +37,6 @@ pub struct WeightUpdates {
 const KEEP: NonZeroUsize = NonZeroUsize::new(2).expect("two is not zero");
 
 impl<W: StoredWeights> WeightStore<W> {
-    /// An empty store in memory that keeps the newest `keep` versions.
-    #[must_use]
-    pub fn in_memory(keep: NonZeroUsize) -> Self {
-        Self {
-            backend: StoreBackend::Memory(Arc::new(MemoryWeightStore::new(keep))),
-        }
-    }
-
     pub(crate) async fn over_jetstream(
         connection: &Arc<Connection>,
         registry: &RunRegistry,
@@ -73,14 +65,11 @@ impl<W: StoredWeights> WeightStore<W> {
         match &self.backend {
             StoreBackend::Memory(weight_store) => weight_store.publish(version, weights),
             StoreBackend::JetStream(weight_store) => {
-                let action = "publish";
-                let serialise = move || {
-                    let blob = weights
-                        .to_blob()
-                        .map_err(|reason| blob_error(action, version, reason))?;
-                    Ok((WeightsManifest::of(version, &blob), blob))
+                let serialise = move || match weights.into_blob() {
+                    Ok(blob) => Ok((WeightsManifest::of(version, &blob), blob)),
+                    Err(reason) => Err(TransportError::Unserialisable { version, reason }),
                 };
-                let (manifest, blob) = on_blocking_thread(action, version, serialise).await?;
+                let (manifest, blob) = on_blocking_thread("publish", version, serialise).await?;
                 weight_store.publish(manifest, Arc::new(blob)).await
             }
         }
@@ -100,12 +89,11 @@ impl<W: StoredWeights> WeightStore<W> {
             StoreBackend::Memory(weight_store) => weight_store.fetch(version),
             StoreBackend::JetStream(weight_store) => {
                 let blob = weight_store.fetch(version).await?;
-                let action = "read";
-                let read = move || {
-                    let read = W::from_blob(&blob).map(Arc::new);
-                    read.map_err(|reason| blob_error(action, version, reason))
+                let read = move || match W::from_blob(blob) {
+                    Ok(weights) => Ok(Arc::new(weights)),
+                    Err(reason) => Err(TransportError::NotWeights { version, reason }),
                 };
-                on_blocking_thread(action, version, read).await
+                on_blocking_thread("read", version, read).await
             }
         }
     }
@@ -192,9 +180,11 @@ impl<W> Clone for WeightStore<W> {
 }
 
 impl<W: StoredWeights> Default for WeightStore<W> {
-    /// A store in memory that keeps only the newest weights, since a fetch there is immediate.
+    /// An empty store in memory. It keeps only the newest weights, since a fetch there is immediate.
     fn default() -> Self {
-        Self::in_memory(NonZeroUsize::MIN)
+        Self {
+            backend: StoreBackend::Memory(Arc::new(MemoryWeightStore::new())),
+        }
     }
 }
 
@@ -241,14 +231,6 @@ impl WeightUpdates {
         now.latest
             .filter(|&latest| accepts(latest))
             .ok_or(TransportError::WeightStoreClosed)
-    }
-}
-
-fn blob_error(action: &'static str, version: WeightsVersion, reason: String) -> TransportError {
-    TransportError::Blob {
-        action,
-        version,
-        reason,
     }
 }
 

@@ -35,8 +35,10 @@ const MOMENT_BYTES: usize = 4;
 const ADAPTER_BYTES: usize = 4;
 /// Bytes of a master weight: f32 whatever the dtype.
 const MASTER_BYTES: usize = 4;
-/// Published versions that are held at a time: the newest, and the one that actors still use or that is being copied.
-const PUBLISHED_VERSIONS: usize = 2;
+/// Copies of the published weights that are held at a time. In one process: of the newest version, of the one that an actor
+/// still uses, and of the one that is being copied. Over a network the learner holds the blob of the newest, and of the one that
+/// is being published a copy and its blob.
+const PUBLISHED_COPIES: usize = 3;
 /// Bytes of a logit: f32.
 const LOGIT_BYTES: usize = 4;
 
@@ -264,7 +266,7 @@ fn sampling_memory(
         ),
         (
             "published weights",
-            product(&[&trained, &[PUBLISHED_VERSIONS]]),
+            product(&[&trained, &[PUBLISHED_COPIES]]),
         ),
     ]
 }
@@ -313,8 +315,8 @@ fn pass_memory(
     ]
 }
 
-/// Memory of the models that follow the policy, whose trained weights have these sizes: a moving average of it, and a
-/// reference that moves, in the learner and in every actor.
+/// Memory of the models that follow the policy, whose trained weights have these sizes: a moving average of it, which is
+/// published to be evaluated, and a reference that moves, which is published with the policy.
 fn followers(
     settings: &Settings,
     trained: [usize; 2],
@@ -323,7 +325,7 @@ fn followers(
     let average = product(&[&[parameters, MASTER_BYTES]]);
     let when = |holds: bool, bytes: u64| if holds { bytes } else { 0 };
     // The learner's, and those that are published with the policy.
-    let copies = 1 + PUBLISHED_VERSIONS + copies_of_actors(settings);
+    let copies = 1 + PUBLISHED_COPIES + copies_of_actors(settings);
     let copies = product(&[&trained, &[copies]]);
     // An average is kept in f32; beside a copy there is the one before it, until the next step.
     let beside = match settings.reference {
@@ -335,7 +337,10 @@ fn followers(
     [
         (
             "moving average of the policy in f32",
-            when(settings.learner.ema_decay > 0.0, average),
+            when(
+                settings.learner.ema_decay > 0.0,
+                average.saturating_add(product(&[&trained])),
+            ),
         ),
         (
             "reference that moves",
@@ -542,7 +547,7 @@ mod tests {
             4 * p,
             4 * rotary,
             packed,
-            8 * p,
+            12 * p,
             4 * cached,
             4 * active,
             head,
@@ -573,14 +578,14 @@ mod tests {
             2 * p,
             2 * rotary,
             packed,
-            4 * p,
+            6 * p,
             // Actors on the CPU compute in f32.
             4 * cached,
             2 * composed,
             logits,
         ];
         assert_eq!(bytes(&sets), half);
-        // An average in f32; a reference that moves, in the learner and published twice, and its own average in f32.
+        // An average in f32 and published; a reference that moves, in the learner and published, and its own average in f32.
         sets.extend([
             "learner.ema_decay=0.9",
             "reference.kind=ema",
@@ -588,7 +593,7 @@ mod tests {
         ]);
         assert_eq!(
             bytes(&sets),
-            [&half[..], &[4 * p, 3 * 2 * p + 4 * p]].concat()
+            [&half[..], &[4 * p + 2 * p, 4 * 2 * p + 4 * p]].concat()
         );
     }
 

@@ -56,8 +56,8 @@ const FROM_FILE: &str = "file";
 
 /// Id in the first pass of the pair at `index` among all pairs of the files.
 #[must_use]
-pub fn file_pair_id(index: u32) -> PromptId {
-    PromptId(FILE_IDS | u64::from(index))
+pub fn file_pair_id(index: u64) -> PromptId {
+    PromptId(FILE_IDS | index)
 }
 
 /// Whether an id is of a pair from a file.
@@ -74,7 +74,7 @@ pub(crate) fn index_of(id: PromptId) -> u64 {
 /// file.
 pub(crate) fn label_id(id: PromptId) -> PromptId {
     match is_from_file(id) {
-        true => PromptId(FILE_IDS | index_of(id)),
+        true => file_pair_id(index_of(id)),
         false => id,
     }
 }

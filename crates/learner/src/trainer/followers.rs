@@ -163,7 +163,8 @@ impl Followers {
         Ok(())
     }
 
-    /// A copy in this dtype of the weights to publish: the policy's, and those that go with them.
+    /// The weights to publish, in this dtype: the policy's, and those that go with them. Those that change in place are
+    /// copied.
     ///
     /// # Errors
     /// If copying fails.
@@ -180,10 +181,15 @@ impl Followers {
         let earlier = earlier.and_then(|earlier| earlier.model.as_ref());
         let copied = |model: &LanguageModel| model.trained().copied(dtype);
         let moved = reference.has_moved().then_some(&reference.model);
+        let moved = moved.map(|model| match reference.rule {
+            ReferenceRule::Ema(_) => copied(model),
+            ReferenceRule::Fixed | ReferenceRule::Every(_) => model.trained().to_dtype(dtype),
+        });
+        let earlier = earlier.map(|model| model.trained().to_dtype(dtype));
         Ok(PublishedWeights {
             policy: copied(policy)?,
-            reference: moved.map(copied).transpose()?,
-            earlier_reference: earlier.map(copied).transpose()?,
+            reference: moved.transpose()?,
+            earlier_reference: earlier.transpose()?,
             average: average.map(|average| copied(average.model())).transpose()?,
         })
     }

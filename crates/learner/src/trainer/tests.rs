@@ -556,7 +556,7 @@ fn published(trainer: &Trainer) -> Vec<u8> {
     let weights = trainer
         .publish(DType::F32, Publication::Evaluation)
         .unwrap();
-    weights.to_blob().unwrap()
+    Arc::new(weights).into_blob().unwrap()
 }
 
 const RULES: [ReferenceSettings; 3] = [
@@ -694,6 +694,30 @@ fn only_what_has_moved_is_published() {
             assert!(training.average.is_none() && evaluation.average.is_some());
             assert_eq!(trainer.followers().moved_at(), has_moved.then_some(step));
             applied(&mut trainer, &pairs, step);
+        }
+    }
+}
+
+/// Actors in the learner's process read the published tensors themselves, while it trains on.
+#[test]
+fn published_weights_do_not_change_with_a_step() {
+    for dtype in [DType::F32, DType::BF16] {
+        let tiny = tiny(dtype);
+        for policy in [tiny.policy.clone(), adapted(&tiny)] {
+            for rule in RULES {
+                let pairs = sampled(&policy, Precision::F32);
+                let mut trainer = moving(&tiny, &policy, rule);
+                for step in 0..3 {
+                    let weights = trainer.publish(dtype, Publication::Evaluation).unwrap();
+                    let digest = || {
+                        let blob = Arc::new(weights.clone()).into_blob().unwrap();
+                        messages::Digest::of(&blob)
+                    };
+                    let before = digest();
+                    applied(&mut trainer, &pairs, step);
+                    assert_eq!(digest(), before, "{rule:?} {step}");
+                }
+            }
         }
     }
 }

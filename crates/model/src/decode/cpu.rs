@@ -55,8 +55,8 @@ struct ActiveSequence<'a> {
 /// Model weights packed for the CPU kernels.
 struct PackedWeights {
     config: ModelConfig,
-    /// The weights that were packed, and how.
-    source: Weights,
+    /// The weights that were packed, and how; `None` of weights that were being replaced when that failed.
+    source: Option<Weights>,
     precision: Precision,
     /// `[vocab_size, hidden_size]`.
     embedding: CpuTensor,
@@ -124,7 +124,7 @@ impl CpuDecoder {
         if !self.weights.are_of(models, precision) {
             let before = self.weights.precision;
             match Arc::get_mut(&mut self.weights) {
-                Some(weights) => weights.repack(&models[0], precision)?,
+                Some(weights) => weights.repack(&models[0], precision, capacity)?,
                 None => {
                     self.weights = Arc::new(PackedWeights::new(&models[0], precision, capacity)?);
                 }
@@ -220,7 +220,10 @@ impl PackedWeights {
     fn are_of(&self, models: &[LanguageModel], precision: Precision) -> bool {
         precision == self.precision
             && models.iter().any(|model| model.adapter().is_some())
-            && models[0].weights().are_shared_with(&self.source)
+            && self
+                .source
+                .as_ref()
+                .is_some_and(|source| models[0].weights().are_shared_with(source))
     }
 
     /// The weights of `model` without its adapter.
@@ -238,7 +241,7 @@ impl PackedWeights {
             final_norm: final_norm(model)?,
             angles: model.rope.rows(capacity)?,
             cache_resident: 4 * model.weights().parameter_count() <= CACHE_RESIDENT_BYTES,
-            source: model.weights().clone(),
+            source: Some(model.weights().clone()),
             precision,
             config,
         })
@@ -246,15 +249,23 @@ impl PackedWeights {
 
     /// Replaces the weights by those of a model of the same shape, block by block: never are two models held, of the
     /// packed weights or of those that they were packed from. After an error they are of neither model.
-    fn repack(&mut self, model: &LanguageModel, precision: Precision) -> Result<(), ModelError> {
-        self.source = model.weights().clone();
-        self.precision = precision;
+    fn repack(
+        &mut self,
+        model: &LanguageModel,
+        precision: Precision,
+        capacity: usize,
+    ) -> Result<(), ModelError> {
+        self.source = None;
+        self.config = model.config().clone();
+        self.angles = model.rope.rows(capacity)?;
         self.embedding = embedding(model)?;
         self.final_norm = final_norm(model)?;
         for (layer, block) in self.blocks.iter_mut().enumerate() {
             *block = PackedBlock::of(model, layer, precision)?;
         }
         self.head = packed_head(model, precision)?;
+        self.precision = precision;
+        self.source = Some(model.weights().clone());
         Ok(())
     }
 

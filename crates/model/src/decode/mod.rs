@@ -185,11 +185,13 @@ impl Decoder {
         models: Vec<LanguageModel>,
         precision: Precision,
     ) -> Result<(), ModelError> {
-        (self.models, self.precision) = (models, precision);
+        // Those before are released first.
+        self.models = models;
         self.lengths.fill(0);
         if let DecodeBackend::Cpu(backend) = &mut self.backend {
             backend.pack(&self.models, precision, self.capacity)?;
         }
+        self.precision = precision;
         Ok(())
     }
 

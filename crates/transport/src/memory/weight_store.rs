@@ -1,7 +1,5 @@
-//! The weight store in memory: weights by version, shared with their readers, and an announcement of the newest.
+//! The weight store in memory: the newest weights, shared with their readers, and their announcement.
 
-use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use messages::WeightsVersion;
@@ -21,27 +19,25 @@ pub(crate) struct Announced {
 /// The store, shared by all handles.
 #[derive(Debug)]
 pub(crate) struct MemoryWeightStore<W> {
-    keep: NonZeroUsize,
-    stored: Mutex<BTreeMap<WeightsVersion, Arc<W>>>,
+    newest: Mutex<Option<(WeightsVersion, Arc<W>)>>,
     announced: watch::Sender<Announced>,
 }
 
 impl<W> MemoryWeightStore<W> {
-    pub(crate) fn new(keep: NonZeroUsize) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
-            keep,
-            stored: Mutex::new(BTreeMap::new()),
+            newest: Mutex::new(None),
             announced: watch::Sender::new(Announced::default()),
         }
     }
 
-    /// Stores weights, announces them, then drops superseded ones.
+    /// Stores weights and announces them. Those before are superseded.
     pub(crate) fn publish(
         &self,
         version: WeightsVersion,
         weights: Arc<W>,
     ) -> Result<(), TransportError> {
-        let mut stored = self.stored();
+        let mut newest = self.newest();
         let Announced { latest, closed } = *self.announced.borrow();
         if closed {
             return Err(TransportError::WeightStoreClosed);
@@ -50,22 +46,19 @@ impl<W> MemoryWeightStore<W> {
             let offered = version;
             return Err(TransportError::NotNewer { offered, current });
         }
-        stored.insert(version, weights);
+        let superseded = newest.replace((version, weights));
         self.announced
             .send_modify(|announced| announced.latest = Some(version));
-        while stored.len() > self.keep.get() {
-            stored.pop_first();
-        }
+        // Freeing them takes a while; readers need not wait for it.
+        drop(newest);
+        drop(superseded);
         Ok(())
     }
 
     pub(crate) fn fetch(&self, version: WeightsVersion) -> Result<Arc<W>, TransportError> {
-        let stored = self.stored();
-        if let Some(weights) = stored.get(&version) {
-            return Ok(Arc::clone(weights));
-        }
-        match (stored.first_key_value(), stored.last_key_value()) {
-            (Some((&oldest, _)), Some((&newest, _))) if version < oldest => {
+        match &*self.newest() {
+            Some((newest, weights)) if *newest == version => Ok(Arc::clone(weights)),
+            &Some((newest, _)) if newest > version => {
                 Err(TransportError::Pruned { version, newest })
             }
             _ => Err(TransportError::Unpublished { version }),
@@ -82,13 +75,13 @@ impl<W> MemoryWeightStore<W> {
 
     pub(crate) fn close(&self) {
         // Under the lock of the weights, so that readers do not see the end during a publication.
-        let _stored = self.stored();
+        let _newest = self.newest();
         self.announced
             .send_modify(|announced| announced.closed = true);
     }
 
-    fn stored(&self) -> MutexGuard<'_, BTreeMap<WeightsVersion, Arc<W>>> {
-        self.stored
+    fn newest(&self) -> MutexGuard<'_, Option<(WeightsVersion, Arc<W>)>> {
+        self.newest
             .lock()
             .expect("nothing done under this lock panics")
     }

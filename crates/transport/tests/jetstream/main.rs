@@ -7,10 +7,11 @@ mod trust;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use messages::{
-    DropReason, Dropped, PromptId, Stage, WeightsVersion,
+    Classified, DropReason, Dropped, ErrorClass, PromptId, Stage, StoredWeights, WeightsVersion,
     wire::{self, WireMessage},
 };
 use settings::WeightsEncoding;
@@ -389,6 +390,47 @@ async fn early_and_late_readers_get_complete_weights() {
         let newest = timeout(DEADLINE, updates.at_least(resumed)).await;
         newest.expect("in time").expect("announced");
     }
+}
+
+/// Weights that no other build reads or writes.
+#[derive(Debug)]
+struct OtherForm;
+
+impl StoredWeights for OtherForm {
+    fn into_blob(self: Arc<Self>) -> Result<Vec<u8>, String> {
+        Err("it has no blob".into())
+    }
+
+    fn from_blob(blob: Arc<Vec<u8>>) -> Result<Self, String> {
+        Err(format!("{} bytes of another form", blob.len()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_of_another_form_are_named_with_the_remedy() {
+    let Some(server) = TestServer::start() else {
+        return;
+    };
+    let transport = server.connect("form").await;
+    let weight_store = transport.weight_store().await.expect("it is created");
+    upload(&weight_store, 1).await;
+    let reader = server.connect("form").await;
+    let reader = reader.weight_store::<OtherForm>().await.expect("created");
+    let version = WeightsVersion::at(1);
+    let error = reader.fetch(version).await.expect_err("it is another form");
+    assert_eq!(error.class(), ErrorClass::Usage);
+    let text = error.to_string();
+    assert!(
+        text.contains("bytes of another form; start all processes of the run from the same build"),
+        "{text}"
+    );
+    let error = reader.publish(WeightsVersion::at(2), OtherForm).await;
+    let error = error.expect_err("it has no blob").to_string();
+    assert_eq!(
+        error,
+        "failed to serialise weights version 2: it has no blob"
+    );
+    assert_eq!(reader.latest(), Some(version));
 }
 
 #[tokio::test(flavor = "multi_thread")]

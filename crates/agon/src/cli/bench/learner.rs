@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use anyhow::Context;
 use learner::{ReferenceLogprobs, StepOutcome, Trainer, file_pair_id};
 use messages::{
     Completion, Digest, Finish, JudgeVersion, Label, LabelledPair, Pair, Probability, Prompt,
@@ -71,13 +72,14 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let mut pairs: Vec<LabelledPair> = (0..workload.batch / 2)
         .map(|index| pair(workload, &config, index))
         .collect();
+    let directory = tempfile::tempdir().context("failed to make a folder")?;
     if *file_pairs {
         for (index, pair) in (0..).zip(&mut pairs) {
             pair.pair.prompt.id = file_pair_id(index);
         }
         // Nothing saves them: the file is never written.
         trainer.keep_reference_logprobs(ReferenceLogprobs {
-            path: tempfile::tempdir()?.path().join("reference_logprobs.bin"),
+            path: directory.path().join("reference_logprobs.bin"),
             key: Digest::of(&[]),
         });
     }

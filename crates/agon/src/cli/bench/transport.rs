@@ -33,8 +33,8 @@ const CAPACITY: usize = 512;
 /// starts.
 ///
 /// Reports pairs per second through all roles, after checking that none was lost; the peak memory of this process;
-/// and the time to publish and to fetch weights as a ratio to a plain copy of the same bytes over loopback, in
-/// full and as a delta after a step that changed every weight slightly.
+/// and the time to publish and to fetch weights, with the digest of each, as a ratio to a plain copy of the same
+/// bytes over loopback, in full and as a delta after a step that changed every weight slightly.
 ///
 /// Example: agon bench transport --pairs 20000 --actors 1000 --weights-mib 256 --json
 #[derive(clap::Args)]
