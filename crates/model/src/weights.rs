@@ -197,12 +197,7 @@ impl Weights {
     /// # Errors
     /// When the device cannot hold them.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self, ModelError> {
-        let converted =
-            |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?));
-        let tensors = self.tensors.iter().map(converted);
-        Ok(Self::of(
-            tensors.collect::<Result<_, candle_core::Error>>()?,
-        ))
+        self.converted(|tensor| tensor.to_dtype(dtype))
     }
 
     /// A copy in `dtype`, which changes with no step that changes these weights in place.
@@ -210,15 +205,19 @@ impl Weights {
     /// # Errors
     /// When the device cannot hold it.
     pub fn copied(&self, dtype: DType) -> Result<Self, ModelError> {
-        let copied = |(name, tensor): (&String, &Tensor)| {
-            let tensor = tensor.detach();
-            let copy = match tensor.dtype() == dtype {
-                true => tensor.copy()?,
-                false => tensor.to_dtype(dtype)?,
-            };
-            Ok((name.clone(), copy))
-        };
-        let tensors = self.tensors.iter().map(copied);
+        self.converted(|tensor| match tensor.dtype() == dtype {
+            true => tensor.detach().copy(),
+            false => tensor.detach().to_dtype(dtype),
+        })
+    }
+
+    /// What `convert` makes of each tensor, under its name.
+    fn converted(
+        &self,
+        convert: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Self, ModelError> {
+        let tensors = self.tensors.iter();
+        let tensors = tensors.map(|(name, tensor)| Ok((name.clone(), convert(tensor)?)));
         Ok(Self::of(
             tensors.collect::<Result<_, candle_core::Error>>()?,
         ))

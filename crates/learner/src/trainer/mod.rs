@@ -440,7 +440,7 @@ impl Trainer {
         Ok(self.optimizer.to_blob()?)
     }
 
-    /// A copy in this dtype of the weights to publish.
+    /// The weights to publish, in this dtype, which no later step changes.
     pub(crate) fn publish(
         &self,
         dtype: DType,

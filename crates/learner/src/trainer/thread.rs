@@ -96,7 +96,7 @@ impl TrainerThread {
             .await
     }
 
-    /// A copy in this dtype of the weights to publish.
+    /// The weights to publish, in this dtype, which no later step changes.
     ///
     /// # Errors
     /// If copying fails or the thread has ended.
