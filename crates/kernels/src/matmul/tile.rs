@@ -41,7 +41,8 @@ pub(super) trait Format: Sync {
     /// Whether a word holds several values.
     const SUBWORD: bool = true;
 
-    /// Maximum k-block: cache lines of a panel that stay in cache while all rows of the tile are multiplied.
+    /// Maximum k-block: cache lines of a panel that stay in a core's own cache, with those of its neighbours and the
+    /// tile's rows, while all rows are multiplied. Sums are stored and loaded again between two blocks.
     const K_BLOCK: usize;
 
     /// The accumulator's initial value, given the output so far.
@@ -69,7 +70,7 @@ impl Format for F32 {
     type Accumulator<A: Arithmetic> = A::Vector;
 
     const SUBWORD: bool = false;
-    const K_BLOCK: usize = 320;
+    const K_BLOCK: usize = 640;
 
     #[inline(always)]
     fn load<A: Arithmetic>(values: &[f32; LANES]) -> A::Vector {
@@ -95,7 +96,7 @@ impl Format for Bf16 {
     type Word = u32;
     type Accumulator<A: Arithmetic> = A::Vector;
 
-    const K_BLOCK: usize = F32::K_BLOCK;
+    const K_BLOCK: usize = 400;
 
     #[inline(always)]
     fn load<A: Arithmetic>(values: &[f32; LANES]) -> A::Vector {
@@ -483,13 +484,15 @@ impl<F: Format> TileProduct<'_, F> {
         let count = k_range.len();
         let panel_at = |panel: usize| &lines[panel * depth + k_range.start..][..count];
         let panels: [&[CacheLine<F::Word>]; N] = std::array::from_fn(|n| panel_at(panel + n));
-        // The first N blocks of rows prefetch one panel each of the next N.
-        let ahead = (row - self.tile.rows.start) / M;
-        let next = if ahead < N && (panel + N + ahead) * LANES < self.tile.columns.end {
-            panel_at(panel + N + ahead)
-        } else {
-            &[]
-        };
+        let ahead = self.prefetched::<M, N>(row);
+        let panels_left = lines.len() / depth - panel;
+        let next: [&[CacheLine<F::Word>]; N] = std::array::from_fn(|n| {
+            if ahead.contains(&n) && N + n < panels_left {
+                panel_at(panel + N + n)
+            } else {
+                &[]
+            }
+        });
         let mut sums = [[F::load::<A>(&[0.0; LANES]); N]; M];
         if self.accumulate == Accumulate::Add || k_range.start > 0 {
             for (m, sums) in sums.iter_mut().enumerate() {
@@ -501,8 +504,10 @@ impl<F: Format> TileProduct<'_, F> {
             }
         }
         for k in 0..count {
-            if let Some(line) = next.get(k) {
-                A::prefetch(line);
+            for next in next {
+                if let Some(line) = next.get(k) {
+                    A::prefetch(line);
+                }
             }
             for m in 0..M {
                 let x = x.word(m, k);
@@ -517,6 +522,19 @@ impl<F: Format> TileProduct<'_, F> {
                 self.tile.write(row + m, (panel + n) * LANES, &values);
             }
         }
+    }
+}
+
+impl<F: Format> TileProduct<'_, F> {
+    /// Which of the next `N` panels are prefetched while the `M` rows from `row` on are multiplied: a share of them in
+    /// each of the first blocks of rows, so that memory is read all the time. The next panels may be those of another
+    /// tile, which this thread probably takes next.
+    #[inline(always)]
+    fn prefetched<const M: usize, const N: usize>(&self, row: usize) -> Range<usize> {
+        let rows = &self.tile.rows;
+        let blocks = (rows.len() / M).clamp(1, N);
+        let block = (row - rows.start) / M;
+        block * N / blocks..(block + 1) * N / blocks
     }
 }
 
