@@ -371,18 +371,27 @@ fn pack_strips<W: Copy + Default, const STRIP: usize>(
     rows: &Range<usize>,
     strips: &mut Vec<[W; STRIP]>,
 ) {
-    let depth = words.len() / stride;
+    let strip_stride = strip_stride(words.len() / stride);
     strips.clear();
-    strips.resize(rows.len().div_ceil(STRIP) * depth, [W::default(); STRIP]);
+    strips.resize(
+        rows.len().div_ceil(STRIP) * strip_stride,
+        [W::default(); STRIP],
+    );
     for (k, column) in words.chunks_exact(stride).enumerate() {
         let (whole, rest) = column[rows.clone()].as_chunks::<STRIP>();
         for (strip, words) in whole.iter().enumerate() {
-            strips[strip * depth + k] = *words;
+            strips[strip * strip_stride + k] = *words;
         }
         if !rest.is_empty() {
-            strips[whole.len() * depth + k][..rest.len()].copy_from_slice(rest);
+            strips[whole.len() * strip_stride + k][..rest.len()].copy_from_slice(rest);
         }
     }
+}
+
+/// Distance of strips of `depth` words a row. They are written side by side: at a power of two they would share a few
+/// sets of the first cache.
+const fn strip_stride(depth: usize) -> usize {
+    depth.next_multiple_of(4) + 2
 }
 
 impl<F: Format> TileProduct<'_, F> {
@@ -452,7 +461,8 @@ impl<F: Format> TileProduct<'_, F> {
             }
             LeftOperand::Transposed { .. } => {
                 let offset = row - self.tile.rows.start;
-                let strip = &strips[offset / STRIP * k_range.len()..][..k_range.len()];
+                let strip = offset / STRIP * strip_stride(k_range.len());
+                let strip = &strips[strip..][..k_range.len()];
                 let first = offset % STRIP;
                 self.micro_kernel::<A, M, N>(row, panel, k_range, StripRows { strip, first });
             }
