@@ -4,7 +4,7 @@
 //! may change its models.
 
 use messages::Purpose;
-use model::{LanguageModel, ModelError, PublishedModels, PublishedWeights};
+use model::{LanguageModel, ModelError, Published, PublishedWeights};
 
 /// A policy and a reference among the models that an actor holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,7 @@ impl ModelSelection {
 /// Models of an actor: those of the loaded weights, and the reference with which the run began.
 #[derive(Debug)]
 pub(crate) struct LoadedModels {
-    published: PublishedModels,
+    published: Published<LanguageModel>,
     start: LanguageModel,
 }
 
@@ -42,12 +42,7 @@ impl LoadedModels {
     /// The models of a run's start: the policy, whose reference is the same without an adapter.
     pub(crate) fn at_start(policy: LanguageModel) -> Self {
         let start = policy.without_adapter();
-        let published = PublishedModels {
-            policy,
-            reference: None,
-            earlier_reference: None,
-            average: None,
-        };
+        let published = Published::alone(policy);
         Self { published, start }
     }
 

@@ -22,30 +22,43 @@ const EARLIER_REFERENCE: &str = "earlier_reference/";
 /// Beginning of the names of an average's tensors.
 const AVERAGE: &str = "average/";
 
-/// Trained weights of the models that are published together; all have the same names and shapes.
+/// What is published together, of each model: its trained weights, or for a reader the model itself.
 #[derive(Debug, Clone)]
-pub struct PublishedWeights {
+pub struct Published<T> {
     /// Policy.
-    pub policy: Weights,
+    pub policy: T,
     /// Reference; `None` as long as it is the one with which the run began.
-    pub reference: Option<Weights>,
+    pub reference: Option<T>,
     /// Reference before it became a copy of this policy, where the policy is to be evaluated against it.
-    pub earlier_reference: Option<Weights>,
+    pub earlier_reference: Option<T>,
     /// Moving average of the policy, where it is to be evaluated.
-    pub average: Option<Weights>,
+    pub average: Option<T>,
 }
 
-/// Models of published weights.
-#[derive(Debug, Clone)]
-pub struct PublishedModels {
-    /// Policy.
-    pub policy: LanguageModel,
-    /// Reference; `None` as long as it is the one with which the run began.
-    pub reference: Option<LanguageModel>,
-    /// Reference before it became a copy of the policy, if it was published.
-    pub earlier_reference: Option<LanguageModel>,
-    /// Moving average of the policy, if it was published.
-    pub average: Option<LanguageModel>,
+/// Trained weights of the models that are published together; all have the same names and shapes.
+pub type PublishedWeights = Published<Weights>;
+
+impl<T> Published<T> {
+    /// A policy without further models.
+    pub const fn alone(policy: T) -> Self {
+        Self {
+            policy,
+            reference: None,
+            earlier_reference: None,
+            average: None,
+        }
+    }
+
+    /// The same models in another form.
+    fn try_map<U, E>(&self, form: impl Fn(&T) -> Result<U, E>) -> Result<Published<U>, E> {
+        let further = |model: &Option<T>| model.as_ref().map(&form).transpose();
+        Ok(Published {
+            policy: form(&self.policy)?,
+            reference: further(&self.reference)?,
+            earlier_reference: further(&self.earlier_reference)?,
+            average: further(&self.average)?,
+        })
+    }
 }
 
 impl PublishedWeights {
@@ -107,17 +120,8 @@ impl LanguageModel {
     pub fn with_published(
         &self,
         weights: &PublishedWeights,
-    ) -> Result<PublishedModels, ModelError> {
-        let further = |weights: &Option<Weights>| {
-            let model = weights.as_ref().map(|weights| self.published(weights));
-            model.transpose()
-        };
-        Ok(PublishedModels {
-            policy: self.published(&weights.policy)?,
-            reference: further(&weights.reference)?,
-            earlier_reference: further(&weights.earlier_reference)?,
-            average: further(&weights.average)?,
-        })
+    ) -> Result<Published<Self>, ModelError> {
+        weights.try_map(|weights| self.published(weights))
     }
 
     fn published(&self, weights: &Weights) -> Result<Self, ModelError> {
@@ -196,19 +200,10 @@ mod tests {
         Arc::new(weights.clone()).into_blob().unwrap()
     }
 
-    fn alone(policy: Weights) -> PublishedWeights {
-        PublishedWeights {
-            policy,
-            reference: None,
-            earlier_reference: None,
-            average: None,
-        }
-    }
-
     #[test]
     fn the_blob_of_a_policy_alone_is_that_of_its_weights() {
         let policy = tiny_model(7, 1);
-        let blob = blob(&alone(policy.weights().clone()));
+        let blob = blob(&Published::alone(policy.weights().clone()));
         assert_eq!(blob, policy.weights().to_blob().unwrap());
     }
 
@@ -216,7 +211,7 @@ mod tests {
     #[test]
     fn models_share_the_published_weights() {
         let (published, reader) = (tiny_model(7, 1), tiny_model(7, 2));
-        let models = reader.with_published(&alone(published.weights().clone()));
+        let models = reader.with_published(&Published::alone(published.weights().clone()));
         assert!(
             models
                 .unwrap()
@@ -252,7 +247,7 @@ mod tests {
             let refused = policy.with_published(weights);
             refused.unwrap_err().to_string()
         };
-        let mut weights = alone(policy.weights().clone());
+        let mut weights = Published::alone(policy.weights().clone());
         let mut fewer = policy.weights().clone();
         fewer.tensors.remove("model.norm.weight");
         weights.reference = Some(fewer);
