@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// File in which transformers, vLLM and others look for the tokens that end a completion.
-const GENERATION: &str = "generation_config.json";
+pub(crate) const GENERATION: &str = "generation_config.json";
 
 /// Files copied from the base model's folder into a saved model, where they exist, in addition to licences.
 const COPIED: [&str; 5] = [
@@ -168,7 +168,7 @@ pub(crate) fn copy_tokenizer_files(to: &Path, from: &ModelFolder) -> Result<(), 
         }
     }
     copy_chat_templates(to, from)?;
-    match generation_config(from)? {
+    match generation_config(&from.path.join(GENERATION), from)? {
         Some(generation) => write(&to.join(GENERATION), format!("{generation:#}\n").as_bytes()),
         None => Ok(()),
     }
@@ -192,11 +192,14 @@ fn copy_chat_templates(to: &Path, from: &ModelFolder) -> Result<(), ModelError> 
     write(&target, &bytes)
 }
 
-/// `generation_config.json` with all stop tokens of this model as `eos_token_id`, so that other programs stop there
-/// too; `None` when the files of `from` declare them already.
-fn generation_config(from: &ModelFolder) -> Result<Option<Value>, ModelError> {
+/// The `generation_config.json` at `path`, if there is one, with all stop tokens of the model `from` as `eos_token_id`,
+/// so that other programs stop there too; `None` when it and the model's configuration declare them already.
+pub(crate) fn generation_config(
+    path: &Path,
+    from: &ModelFolder,
+) -> Result<Option<Value>, ModelError> {
     let stops = &from.config.stops;
-    let mut generation = optional_json(&from.path.join(GENERATION))?;
+    let mut generation = optional_json(path)?;
     let mut declared = tokens(&generation["eos_token_id"]);
     if declared.is_empty() {
         declared = tokens(&from.config.raw["eos_token_id"]);

@@ -24,7 +24,7 @@ pub(crate) fn adapter(
     };
     let model = base.language_model()?;
     let adapter = match saved {
-        Some(path) => open(path, fresh.rank)?.adapter(&model)?,
+        Some(path) => open(path, fresh.rank)?.adapter_of(&base.folder, &model)?,
         None => {
             let seed = Seed(settings.run.seed).derive(INIT_STREAM);
             Adapter::fresh(fresh, &base.folder.config, seed, model.device()).map_err(misfit)?

@@ -84,7 +84,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             checkpoint.display()
         );
     }
-    save_policy(&arguments.output, &exported.folder, &exported.model)?;
+    exported.save(&arguments.output)?;
     remove_stale_files(&arguments.output, &exported)?;
     note!(
         "exported {} to {}: {}",
@@ -102,6 +102,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 struct ExportedPolicy {
     /// The base model's folder; the checkpoint's if it holds a whole model.
     folder: ModelFolder,
+    /// The checkpoint, if it holds an adapter.
+    adapter: Option<AdapterFolder>,
     model: LanguageModel,
 }
 
@@ -116,14 +118,17 @@ impl ExportedPolicy {
         }
         let location = ModelLocation::of_folder(checkpoint.to_owned(), &CancelToken::never())?;
         let (folder, model) = location.policy(None, DType::F32, &Device::Cpu)?;
-        let model = Self::selected(arguments, checkpoint, model)?;
-        if !arguments.merge {
-            return Ok(Self { folder, model });
+        let mut model = Self::selected(arguments, checkpoint, model)?;
+        if arguments.merge {
+            let dtype = arguments.dtype.map_or(DType::F32, DType::from);
+            let merged = model.merged()?.to_dtype(dtype)?;
+            model = LanguageModel::new(folder.config.clone(), merged)?;
         }
-        let dtype = arguments.dtype.map_or(DType::F32, DType::from);
-        let merged = model.merged()?.to_dtype(dtype)?;
-        let model = LanguageModel::new(folder.config.clone(), merged)?;
-        Ok(Self { folder, model })
+        Ok(Self {
+            folder,
+            adapter: Some(AdapterFolder::open(checkpoint)?),
+            model,
+        })
     }
 
     fn whole(arguments: &Arguments, checkpoint: &Path) -> anyhow::Result<Self> {
@@ -141,7 +146,11 @@ impl ExportedPolicy {
         let weights = folder.weights(dtype, &Device::Cpu)?;
         let model = LanguageModel::new(folder.config.clone(), weights)?;
         let model = Self::selected(arguments, checkpoint, model)?;
-        Ok(Self { folder, model })
+        Ok(Self {
+            folder,
+            adapter: None,
+            model,
+        })
     }
 
     /// The policy of the checkpoint, or the moving average of its weights.
@@ -153,6 +162,15 @@ impl ExportedPolicy {
         match arguments.average {
             true => average(checkpoint, &policy),
             false => Ok(policy),
+        }
+    }
+
+    /// Saves the policy in the folder `output`, with the chat template that an adapter was trained with.
+    fn save(&self, output: &Path) -> Result<(), ModelError> {
+        save_policy(output, &self.folder, &self.model)?;
+        match &self.adapter {
+            Some(adapter) => adapter.save_tokenizer_files(output, &self.folder),
+            None => Ok(()),
         }
     }
 
@@ -175,14 +193,17 @@ impl ExportedPolicy {
     }
 
     /// Whether the export includes the file `name`.
-    fn has(&self, name: &str) -> bool {
+    fn has(&self, name: &str) -> Result<bool, ModelError> {
         let adapter = self.model.adapter().is_some();
-        match name {
+        Ok(match name {
             "config.json" | "model.safetensors" => !adapter,
             "adapter_config.json" | "adapter_model.safetensors" => adapter,
             "model.safetensors.index.json" => false,
-            other => self.folder.path.join(other).exists(),
-        }
+            other => match &self.adapter {
+                Some(adapter) => adapter.saves(other, &self.folder)?,
+                None => self.folder.path.join(other).exists(),
+            },
+        })
     }
 }
 
@@ -263,7 +284,7 @@ fn remove_stale_files(output: &Path, exported: &ExportedPolicy) -> anyhow::Resul
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     for name in entries.filter(|name| MODEL_FILES.contains(&name.as_str()) || is_licence(name)) {
         let path = output.join(&name);
-        if path.is_file() && !exported.has(&name) {
+        if path.is_file() && !exported.has(&name)? {
             fs::remove_file(&path)
                 .with_context(|| format!("failed to remove {}", path.display()))?;
         }
@@ -359,6 +380,44 @@ mod tests {
                 .unwrap()
         };
         assert_eq!(read(&output), read(&run.path().join("checkpoints/step_1")));
+    }
+
+    #[test]
+    fn an_adapter_is_exported_with_its_chat_template() {
+        let base = tempfile::tempdir().unwrap();
+        Bandit::new(&[0.5, 0.5])
+            .unwrap()
+            .write_model(base.path())
+            .unwrap();
+        let folder = ModelFolder::open(base.path(), None).unwrap();
+        let weights = folder.weights(DType::F32, &Device::Cpu).unwrap();
+        let model = LanguageModel::new(folder.config.clone(), weights).unwrap();
+        let config = model::LoraConfig::new(2, 4.0, 0.0, &["all-linear".to_owned()]);
+        let seed = messages::Seed(1);
+        let adapter = model::Adapter::fresh(config, &folder.config, seed, &Device::Cpu).unwrap();
+        let adapter = adapter.with_base_model(folder.base_model.clone());
+        let model = model.with_adapter(adapter).unwrap();
+        let template = base.path().join("given.jinja");
+        fs::write(&template, "trained {{ messages[0].content }}").unwrap();
+        let trained = ModelFolder::open(base.path(), Some(&template)).unwrap();
+        let checkpoint = tempfile::tempdir().unwrap();
+        save_policy(checkpoint.path(), &trained, &model).unwrap();
+        let generation = r#"{"temperature":0.5,"eos_token_id":[0]}"#;
+        fs::write(checkpoint.path().join("generation_config.json"), generation).unwrap();
+        for merge in [false, true] {
+            let target = tempfile::tempdir().unwrap();
+            let stale = target.path().join("special_tokens_map.json");
+            fs::write(&stale, "{}").unwrap();
+            let mut arguments = arguments(checkpoint.path(), target.path(), true);
+            arguments.merge = merge;
+            super::run(&arguments).unwrap();
+            let read = |name: &str| fs::read_to_string(target.path().join(name)).unwrap();
+            let template = fs::read_to_string(&template).unwrap();
+            assert_eq!(read("chat_template.jinja"), template, "merge: {merge}");
+            let saved = read("generation_config.json");
+            assert!(saved.contains("temperature"), "merge: {merge}");
+            assert!(!stale.exists(), "merge: {merge}");
+        }
     }
 
     #[test]

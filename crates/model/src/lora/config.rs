@@ -61,6 +61,14 @@ const READ: [&str; 27] = [
     "lora_ga_config",
     "runtime_config",
 ];
+/// Keys with a text, or null.
+const TEXTS: [&str; 5] = [
+    "peft_type",
+    "task_type",
+    "bias",
+    "base_model_name_or_path",
+    "revision",
+];
 /// Largest rank; no module is as wide.
 const MAX_RANK: f64 = 16_777_216.0;
 /// Largest number of patterns of modules: more than a model has modules.
@@ -184,13 +192,15 @@ impl LoraConfig {
         let keys = raw
             .as_object()
             .ok_or_else(|| malformed("it is not an object".into()))?;
+        check_types(keys).map_err(malformed)?;
         check_supported(keys, task).map_err(malformed)?;
         let number = |key: &str, default: Option<f64>| {
             let found = keys.get(key).filter(|value| !value.is_null());
             let number = found.map_or(default, Value::as_f64);
+            let value = found.unwrap_or(&Value::Null);
             number
                 .filter(|number| number.is_finite() && *number >= 0.0)
-                .ok_or_else(|| malformed(format!("{key} is not a number from 0 on")))
+                .ok_or_else(|| malformed(format!("{key} is {value}, not a number from 0 on")))
         };
         if keys.get("r").is_none_or(Value::is_null) {
             let reason =
@@ -361,6 +371,26 @@ pub(super) fn check_shapes(
             reason: format!("{unexpected} belongs to none of its target modules"),
         }),
     }
+}
+
+/// Checks the types of the keys that are read as a text or as true or false; PEFT takes 1 or "true" for true.
+fn check_types(keys: &Map<String, Value>) -> Result<(), String> {
+    let check = |key: &str, fits: fn(&Value) -> bool, expected: &str| match keys.get(key) {
+        Some(value) if !value.is_null() && !fits(value) => {
+            Err(format!("{key} is {value}, not {expected}"))
+        }
+        _ => Ok(()),
+    };
+    for key in TEXTS {
+        check(key, Value::is_string, "a text in quotes or null")?;
+    }
+    check("use_rslora", Value::is_boolean, "true, false or null")?;
+    let initialisation = |value: &Value| value.is_string() || value.is_boolean();
+    check(
+        "init_lora_weights",
+        initialisation,
+        "a text in quotes, true, false or null",
+    )
 }
 
 /// Checks that all unsupported features are disabled.

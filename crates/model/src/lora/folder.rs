@@ -3,7 +3,10 @@
 //! The metadata of the safetensors file also has a fingerprint of the base weights. PEFT ignores it; here an adapter
 //! with a fingerprint is refused for any other base.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+};
 
 use candle_core::{DType, Device, Tensor};
 use messages::Digest;
@@ -122,6 +125,46 @@ impl AdapterFolder {
         Ok(self.adapter_with(Vec::new(), base)?.0)
     }
 
+    /// As [`Self::adapter`], for the model `base` of `folder`. Warns if nothing shows that the adapter was trained on it:
+    /// there is no fingerprint, and the adapter names another base.
+    ///
+    /// # Errors
+    /// As [`Self::adapter`].
+    pub fn adapter_of(
+        &self,
+        folder: &ModelFolder,
+        base: &LanguageModel,
+    ) -> Result<Adapter, ModelError> {
+        self.check(base.config())?;
+        let bytes = self.tensors()?;
+        let (adapter, _) = self.adapter_from(&bytes, Vec::new(), base)?;
+        if saved_fingerprint(&bytes).is_none() && !self.names(folder) {
+            tracing::warn!(
+                adapter = %self.path.display(),
+                made_for = self.config.base_model.name,
+                base = folder.base_model.name,
+                "the adapter was made for a model of another name and has no fingerprint of its weights: it could not be \
+                 verified that it belongs to this base"
+            );
+        }
+        Ok(adapter)
+    }
+
+    /// Whether the adapter names this model as its base, or none. Of two paths the last components are compared, since
+    /// a folder can be moved.
+    fn names(&self, folder: &ModelFolder) -> bool {
+        let named = &self.config.base_model;
+        let last = |name: &str| Path::new(name).file_name().map(OsStr::to_owned);
+        let path = folder.path.to_string_lossy();
+        let known = [folder.base_model.name.as_str(), &path];
+        let is_same = |name: &&str| *name == named.name || last(name) == last(&named.name);
+        let same_folder = || {
+            let found = named.folder(&self.path)?;
+            Some(found.canonicalize().ok()? == folder.path.canonicalize().ok()?)
+        };
+        named.name.is_empty() || known.iter().any(is_same) || same_folder() == Some(true)
+    }
+
     /// As [`Self::adapter`], with additional full tensors from the file, given by their names in the base model and
     /// their shapes.
     pub(crate) fn adapter_with(
@@ -130,17 +173,26 @@ impl AdapterFolder {
         base: &LanguageModel,
     ) -> Result<(Adapter, Weights), ModelError> {
         self.check_with(&extra, base.config())?;
-        let bytes = self.tensors()?;
+        self.adapter_from(&self.tensors()?, extra, base)
+    }
+
+    /// As [`Self::adapter_with`], from the bytes of the tensors' file, whose names and shapes are checked.
+    fn adapter_from(
+        &self,
+        bytes: &[u8],
+        extra: Vec<(String, Vec<usize>)>,
+        base: &LanguageModel,
+    ) -> Result<(Adapter, Weights), ModelError> {
         let truncated = |error: &candle_core::Error| ModelError::Malformed {
             path: self.path.join(TENSORS),
             reason: not_safetensors(error),
         };
-        let found = candle_core::safetensors::load_buffer(&bytes, base.device())
+        let found = candle_core::safetensors::load_buffer(bytes, base.device())
             .map_err(|error| truncated(&error))?;
         let to_f32 = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
         let tensors = found.into_iter().map(to_f32);
         let mut weights = Weights::of(tensors.collect::<Result<_, candle_core::Error>>()?);
-        if let Some(saved) = saved_fingerprint(&bytes)
+        if let Some(saved) = saved_fingerprint(bytes)
             && saved != fingerprint(base.weights())?
         {
             let reason = "the model's weights are not those it was trained on".into();
@@ -185,7 +237,8 @@ impl AdapterFolder {
 }
 
 /// Opens a policy from disk: the model in the folder `path` with the adapter in the folder `adapter`, or the adapter in
-/// `path` with the base that it names. The returned folder is the base's.
+/// `path` with the base that it names. The returned folder is the base's, with the chat template and the stop tokens of
+/// the adapter's folder where that has its own.
 ///
 /// # Errors
 /// When a folder or a file in it is missing, or adapter and base do not match.
@@ -204,11 +257,14 @@ pub fn open_policy(
         }
         None => (path.to_owned(), None),
     };
-    let folder = ModelFolder::open(&base, chat_template)?;
+    let folder = match &adapter {
+        Some(adapter) => adapter.open_base(&base, chat_template)?,
+        None => ModelFolder::open(&base, chat_template)?,
+    };
     let weights = folder.weights(dtype, device)?;
     let mut model = LanguageModel::new(folder.config.clone(), weights)?;
     if let Some(adapter) = adapter {
-        model = model.with_adapter(adapter.adapter(&model)?)?;
+        model = model.with_adapter(adapter.adapter_of(&folder, &model)?)?;
     }
     Ok((folder, model))
 }

@@ -11,6 +11,7 @@ mod low_rank;
 mod merge;
 mod pattern;
 mod targets;
+mod tokenizer_files;
 
 use std::collections::BTreeMap;
 

@@ -248,7 +248,7 @@ fn selector(key: &str, value: &Value) -> Result<ModuleSelector, String> {
             .map_err(|reason| format!("{key}: {reason}")),
         Value::Array(names) => of_list(names)
             .map(ModuleSelector::Names)
-            .ok_or_else(|| format!("{key} has an entry that is not a string")),
+            .ok_or_else(|| format!("{key} has an entry that is not a string: {value}")),
         other => Err(format!(
             "{key} is {other}; it is a list of names or a regular expression"
         )),
@@ -264,7 +264,9 @@ impl LayerFilter {
             Value::Array(patterns) => {
                 let patterns = patterns.iter().map(Value::as_str);
                 let patterns = patterns.collect::<Option<Vec<_>>>();
-                patterns.ok_or("layers_pattern has an entry that is not a string")?
+                patterns.ok_or_else(|| {
+                    format!("layers_pattern has an entry that is not a string: {raw_pattern}")
+                })?
             }
             other => {
                 return Err(format!(
@@ -284,8 +286,10 @@ impl LayerFilter {
             Some(one) => (index(one).map(|index| vec![index]), true),
         };
         let indexes: Option<Vec<usize>> = indexes;
-        let indexes =
-            indexes.ok_or("layers_to_transform has an entry that is not a layer index")?;
+        let indexes = indexes.ok_or_else(|| {
+            let value = &keys["layers_to_transform"];
+            format!("layers_to_transform has an entry that is not a layer index: {value}")
+        })?;
         let sources = if sources.is_empty() {
             vec![""]
         } else {

@@ -372,23 +372,212 @@ fn an_adapter_of_a_different_base_is_refused() {
     );
 }
 
+/// Counts the warnings of a thread.
+struct WarningCount(std::sync::Arc<std::sync::atomic::AtomicUsize>);
+
+impl tracing::Subscriber for WarningCount {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() == tracing::Level::WARN
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        if event.metadata().target().ends_with("lora::folder") {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
 #[test]
-fn unsupported_peft_features_are_refused_by_name() {
-    let good = json!({
+fn an_adapter_that_cannot_be_verified_gives_a_warning() {
+    let (source, from, model) = on_disk();
+    let target = tempfile::tempdir().unwrap();
+    save_policy(target.path(), &from, &model).unwrap();
+    let folder_name = from.path.file_name().unwrap().to_str().unwrap();
+    let moved = format!("/elsewhere/{folder_name}/");
+    let rename = |name: Value| {
+        let path = target.path().join("adapter_config.json");
+        let mut raw = read_json(&path).unwrap();
+        raw["base_model_name_or_path"] = name;
+        fs::write(path, raw.to_string()).unwrap();
+    };
+    let warnings = || {
+        let count = WarningCount(std::sync::Arc::default());
+        let found = count.0.clone();
+        tracing::subscriber::with_default(count, || {
+            let adapter = Some(target.path());
+            open_policy(source.path(), adapter, None, DType::F32, &Device::Cpu).unwrap();
+        });
+        found.load(std::sync::atomic::Ordering::Relaxed)
+    };
+    rename(json!("org/another"));
+    assert_eq!(warnings(), 0, "its fingerprint shows the base");
+    let blob = model.trained().to_blob().unwrap();
+    fs::write(target.path().join("adapter_model.safetensors"), blob).unwrap();
+    for (name, expected) in [
+        (json!("org/another"), 1),
+        (json!("/models/another"), 1),
+        (json!(from.base_model.name), 0),
+        (json!(moved), 0),
+        (json!(format!("org/{folder_name}")), 0),
+        (json!(""), 0),
+        (json!(null), 0),
+    ] {
+        rename(name.clone());
+        assert_eq!(warnings(), expected, "{name}");
+    }
+}
+
+const OTHER_TEMPLATE: &str = "other {{ messages[0].content }}";
+
+/// A copy of a policy's folder.
+fn exported(adapter: &AdapterFolder, policy: &(ModelFolder, LanguageModel)) -> tempfile::TempDir {
+    let to = tempfile::tempdir().unwrap();
+    save_policy(to.path(), &policy.0, &policy.1).unwrap();
+    adapter.save_tokenizer_files(to.path(), &policy.0).unwrap();
+    to
+}
+
+#[test]
+fn the_chat_template_of_an_adapter_is_used_and_saved() {
+    let (source, _, model) = on_disk();
+    let given = source.path().join("given.jinja");
+    fs::write(&given, OTHER_TEMPLATE).unwrap();
+    fs::write(source.path().join("chat_template.jinja"), "base").unwrap();
+    let trained = ModelFolder::open(source.path(), Some(&given)).unwrap();
+    let digest = trained.tokenizer.chat_template_digest();
+    let checkpoint = tempfile::tempdir().unwrap();
+    save_policy(checkpoint.path(), &trained, &model).unwrap();
+    let in_folder = |name: &str| checkpoint.path().join(name);
+    let open = || {
+        let opened = open_policy(checkpoint.path(), None, None, DType::F32, &Device::Cpu);
+        opened.map_err(|error| error.to_string())
+    };
+    let check = |case: &str| {
+        let policy = open().unwrap();
+        assert_eq!(policy.0.tokenizer.chat_template_digest(), digest, "{case}");
+        let merged = policy.1.merged().unwrap();
+        let merged = LanguageModel::new(policy.0.config.clone(), merged).unwrap();
+        let adapter = AdapterFolder::open(checkpoint.path()).unwrap();
+        let copy = exported(&adapter, &policy);
+        let again = open_policy(copy.path(), None, None, DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(again.0.tokenizer.chat_template_digest(), digest, "{case}");
+        let copy = exported(&adapter, &(policy.0, merged));
+        let again = ModelFolder::open(copy.path(), None).unwrap();
+        assert_eq!(again.tokenizer.chat_template_digest(), digest, "{case}");
+    };
+    check("with a whole tokenizer");
+    fs::remove_file(in_folder("tokenizer.json")).unwrap();
+    check("with a template only");
+    fs::remove_file(in_folder("chat_template.jinja")).unwrap();
+    let raw = json!({"chat_template": OTHER_TEMPLATE}).to_string();
+    fs::write(in_folder("tokenizer_config.json"), raw).unwrap();
+    let refused = open().unwrap_err();
+    assert!(refused.contains("save the template as"), "{refused}");
+    let tokenizer = source.path().join("tokenizer.json");
+    fs::copy(tokenizer, in_folder("tokenizer.json")).unwrap();
+    check("in tokenizer_config.json");
+    // Settings override it.
+    fs::write(&given, "given").unwrap();
+    let opened = open_policy(
+        checkpoint.path(),
+        None,
+        Some(&given),
+        DType::F32,
+        &Device::Cpu,
+    );
+    let text = opened.unwrap().0.tokenizer;
+    assert_eq!(text.given_chat_template(), Some("given"));
+    // Without one, the base's is used.
+    fs::remove_file(in_folder("tokenizer_config.json")).unwrap();
+    let base = ModelFolder::open(source.path(), None).unwrap();
+    assert_eq!(
+        open().unwrap().0.tokenizer.chat_template_digest(),
+        base.tokenizer.chat_template_digest()
+    );
+}
+
+#[test]
+fn the_generation_configuration_of_an_adapter_is_used_and_saved() {
+    let (source, from, model) = on_disk();
+    let generation = |folder: &Path, raw: &str| {
+        fs::write(folder.join("generation_config.json"), raw).unwrap();
+    };
+    generation(source.path(), r#"{"eos_token_id": 3}"#);
+    let checkpoint = tempfile::tempdir().unwrap();
+    save_policy(checkpoint.path(), &from, &model).unwrap();
+    let raw = r#"{"eos_token_id": [2, 9999], "temperature": 0.5}"#;
+    generation(checkpoint.path(), raw);
+    let policy = open_policy(checkpoint.path(), None, None, DType::F32, &Device::Cpu).unwrap();
+    let stops: Vec<u32> = policy.0.config.stops.ids().collect();
+    assert_eq!(stops, [1, 2]);
+    let stops: Vec<u32> = policy.1.config().stops.ids().collect();
+    assert_eq!(stops, [1, 2]);
+    let adapter = AdapterFolder::open(checkpoint.path()).unwrap();
+    let copy = exported(&adapter, &policy);
+    let saved = fs::read_to_string(copy.path().join("generation_config.json")).unwrap();
+    assert_eq!(saved, raw);
+}
+
+#[test]
+fn an_adapter_with_another_vocabulary_is_refused() {
+    let (source, from, model) = on_disk();
+    let target = tempfile::tempdir().unwrap();
+    save_policy(target.path(), &from, &model).unwrap();
+    let open = |change: fn(&mut Value)| {
+        let mut raw = read_json(&source.path().join("tokenizer.json")).unwrap();
+        change(&mut raw);
+        fs::write(target.path().join("tokenizer.json"), raw.to_string()).unwrap();
+        let opened = open_policy(target.path(), None, None, DType::F32, &Device::Cpu);
+        opened.map(drop).map_err(|error| error.to_string())
+    };
+    // Another release writes other defaults.
+    assert_eq!(open(|raw| raw["padding"] = json!(null)), Ok(()));
+    let changes: [fn(&mut Value); 2] = [
+        |raw| raw["model"]["vocab"]["cat"] = json!(4),
+        |raw| raw["added_tokens"][0]["content"] = json!("<new>"),
+    ];
+    for change in changes {
+        let refused = open(change).unwrap_err();
+        assert!(
+            refused.contains("tokenizer.json") && refused.contains("name the model"),
+            "{refused}"
+        );
+    }
+}
+
+/// PEFT's file with some keys changed, as read.
+fn read_peft(changes: Value) -> Result<LoraConfig, ModelError> {
+    let mut raw = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none",
         "target_modules": ["q_proj"], "use_rslora": true, "megatron_core": "megatron.core",
         "rank_pattern": {}, "a_key_of_tomorrow": null, "inference_mode": true,
     });
-    let read = |changes: Value| {
-        let mut raw = good.clone();
-        let changes = changes.as_object().unwrap().clone();
-        raw.as_object_mut().unwrap().extend(changes);
-        LoraConfig::read(&raw, Path::new("adapter_config.json"), ModelTask::Language)
+    let Value::Object(changes) = changes else {
+        panic!("{changes} are no keys")
     };
-    let config = read(json!({})).unwrap();
+    raw.as_object_mut().unwrap().extend(changes);
+    LoraConfig::read(&raw, Path::new("adapter_config.json"), ModelTask::Language)
+}
+
+fn assert_refused(cases: impl IntoIterator<Item = (Value, &'static str)>) {
+    for (changes, expected) in cases {
+        let refused = read_peft(changes).unwrap_err().to_string();
+        assert!(refused.contains(expected), "{refused} lacks {expected}");
+    }
+}
+
+#[test]
+fn unsupported_peft_features_are_refused_by_name() {
+    let config = read_peft(json!({})).unwrap();
     assert_eq!((config.rank, config.alpha), (4, 8.0));
     assert!(config.rank_stabilised);
-    let cases = [
+    assert_refused([
         (json!({"peft_type": "IA3"}), "peft_type is IA3"),
         (json!({"task_type": "SEQ_CLS"}), "task_type is SEQ_CLS"),
         (json!({"use_dora": true}), "use_dora = true"),
@@ -431,14 +620,39 @@ fn unsupported_peft_features_are_refused_by_name() {
             "target_modules has an entry",
         ),
         (json!({"peft_type": "AGON_LORA"}), "peft_type is AGON_LORA"),
+    ]);
+}
+
+#[test]
+fn peft_keys_of_another_type_are_refused_by_name() {
+    assert_refused([
         (json!({"r": 0}), "r is 0"),
         (json!({"r": 2.5}), "r is 2.5"),
-        (json!({"r": "four"}), "r is not a number"),
-    ];
-    for (changes, expected) in cases {
-        let refused = read(changes).unwrap_err().to_string();
-        assert!(refused.contains(expected), "{refused} lacks {expected}");
-    }
+        (
+            json!({"r": "four"}),
+            "adapter_config.json is not usable: r is \"four\", not a number from 0 on",
+        ),
+        (
+            json!({"use_rslora": 1}),
+            "adapter_config.json is not usable: use_rslora is 1, not true, false or null",
+        ),
+        (
+            json!({"use_rslora": "true"}),
+            "use_rslora is \"true\", not true, false or null",
+        ),
+        (json!({"bias": true}), "bias is true, not a text"),
+        (json!({"task_type": 3}), "task_type is 3, not a text"),
+        (
+            json!({"peft_type": ["LORA"]}),
+            "peft_type is [\"LORA\"], not",
+        ),
+        (
+            json!({"base_model_name_or_path": 1}),
+            "base_model_name_or_path is 1, not",
+        ),
+        (json!({"revision": 1}), "revision is 1, not a text"),
+        (json!({"init_lora_weights": 1}), "init_lora_weights is 1"),
+    ]);
 }
 
 #[test]
