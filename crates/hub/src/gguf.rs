@@ -13,7 +13,7 @@ const FOLDER: &str = "agon/gguf";
 pub(crate) fn folder(path: &Path) -> Result<PathBuf, HubError> {
     let model = GgufModel::open(path)?;
     let folder = place(&model)?;
-    if !is_unpacked(&folder) {
+    if !model.is_unpacked_in(&folder) {
         tracing::info!(file = %path.display(), folder = %folder.display(), "unpacking a GGUF file");
         model.unpack(&folder)?;
     }
@@ -22,15 +22,17 @@ pub(crate) fn folder(path: &Path) -> Result<PathBuf, HubError> {
 
 /// The folder of the model in the file at `path`, if it was unpacked.
 pub(crate) fn cached(path: &Path) -> Option<PathBuf> {
-    let folder = place(&GgufModel::open(path).ok()?).ok()?;
-    is_unpacked(&folder).then_some(folder)
+    let model = GgufModel::open(path).ok()?;
+    let folder = place(&model).ok()?;
+    model.is_unpacked_in(&folder).then_some(folder)
 }
 
 /// Facts about the model in the file at `path` that are known without unpacking it.
 pub(crate) fn locate(path: &Path) -> Result<ModelLookup, HubError> {
-    let folder = place(&GgufModel::open(path)?)?;
+    let model = GgufModel::open(path)?;
+    let folder = place(&model)?;
     let path = path.display();
-    Ok(match is_unpacked(&folder) {
+    Ok(match model.is_unpacked_in(&folder) {
         true => ModelLookup {
             origin: format!("{path}, unpacked in {}", folder.display()),
             folder: Some(folder),
@@ -48,9 +50,4 @@ pub(crate) fn locate(path: &Path) -> Result<ModelLookup, HubError> {
 fn place(model: &GgufModel) -> Result<PathBuf, HubError> {
     let cache = caches(|name| std::env::var(name).ok()).ok_or(HubError::NoCache)?;
     Ok(cache.join(FOLDER).join(model.folder_name()))
-}
-
-/// Whether a folder is there, which is then whole.
-fn is_unpacked(folder: &Path) -> bool {
-    folder.join("config.json").is_file()
 }

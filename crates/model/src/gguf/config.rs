@@ -63,13 +63,32 @@ pub(super) struct ModelShape {
     pub(super) head_dim: usize,
 }
 
+/// Checks that the file is one whole model.
+///
+/// # Errors
+/// The reason why it is not: it is a part of one, or an adapter for one.
+pub(super) fn check_whole(header: &GgufHeader) -> Result<(), String> {
+    let number = |key: &str| header.get(key, "a number", MetadataValue::as_u64);
+    let part = number("split.no")?.unwrap_or(0) + 1;
+    if let Some(count) = number("split.count")?.filter(|&count| count > 1) {
+        return Err(format!(
+            "it is part {part} of {count} of a model (split.count): join them with `llama-gguf-split --merge`"
+        ));
+    }
+    match header.text("general.type")? {
+        None | Some("model") => Ok(()),
+        Some(other) => Err(format!(
+            "its general.type is {other:?}, where a model is needed; adapters are read as PEFT folders"
+        )),
+    }
+}
+
 /// The architecture of a file.
 ///
 /// # Errors
 /// The reason why it is not supported.
 pub(super) fn architecture(header: &GgufHeader) -> Result<GgufArchitecture, String> {
-    let found = header.metadata.get("general.architecture");
-    let found = found.and_then(MetadataValue::as_text).unwrap_or("none");
+    let found = header.text("general.architecture")?.unwrap_or("none");
     let known = ARCHITECTURES.iter().find(|known| known.name == found);
     known.copied().ok_or_else(|| {
         let names = ARCHITECTURES.map(|known| known.name).join(", ");
@@ -121,8 +140,9 @@ impl<'a> ArchitectureKeys<'a> {
             .ok_or_else(|| format!("{}{key} is not a positive number", self.prefix))
     }
 
-    fn text(&mut self, key: &str) -> Option<&'a str> {
-        self.get(key).and_then(MetadataValue::as_text)
+    fn text(&mut self, key: &str) -> Result<Option<&'a str>, String> {
+        self.get(key);
+        self.header.text(&format!("{}{key}", self.prefix))
     }
 
     /// The first key of the architecture that was not read.
@@ -229,7 +249,7 @@ fn shape(keys: &mut ArchitectureKeys<'_>) -> Result<(ModelShape, Map<String, Val
 
 /// RoPE scaling as `config.json` has it; null without any.
 fn scaling(keys: &mut ArchitectureKeys<'_>) -> Result<Option<Value>, String> {
-    let kind = keys.text("rope.scaling.type");
+    let kind = keys.text("rope.scaling.type")?;
     let factor = keys.float("rope.scaling.factor")?;
     let original = keys.optional_count("rope.scaling.original_context_length")?;
     keys.get("rope.scaling.finetuned");
@@ -283,11 +303,10 @@ fn llama3_scaling(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value,
 pub(super) fn special_ids(header: &GgufHeader) -> Result<SpecialIds, String> {
     let id = |name: &str| {
         let key = format!("tokenizer.ggml.{name}_token_id");
-        let Some(value) = header.metadata.get(&key) else {
-            return Ok(None);
-        };
-        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.map(Some).ok_or_else(|| format!("{key} is not a token"))
+        let read = |value: &MetadataValue| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let id = header.get(&key, "a token", read)?;
+        // Older converters write -1 for a token that there is not.
+        Ok::<_, String>(id.filter(|&id| id != u32::MAX))
     };
     Ok(SpecialIds {
         bos: id("bos")?,
@@ -310,6 +329,17 @@ pub(super) struct SpecialIds {
 }
 
 impl SpecialIds {
+    /// All of them, by their names in GGUF's keys.
+    pub(super) fn named(&self) -> [(&'static str, Option<u32>); 5] {
+        [
+            ("bos", self.bos),
+            ("eos", self.eos),
+            ("eot", self.eot),
+            ("unknown", self.unknown),
+            ("padding", self.padding),
+        ]
+    }
+
     /// Tokens that end a text or a turn.
     pub(super) fn ends(&self) -> Vec<u32> {
         let mut ends: Vec<u32> = self.eos.into_iter().chain(self.eot).collect();

@@ -1,10 +1,10 @@
 //! Header of a GGUF file: metadata and the table of tensors.
 //!
-//! The file is untrusted: every length is checked against what is left of the file before anything is allocated, and a
-//! tensor must lie in the file. Source: the GGUF specification of the ggml project, versions 2 and 3, little-endian.
+//! The file is untrusted: every length is checked against what is left of the file before anything is allocated, elements
+//! are kept only of arrays that are read, and every tensor has its own place in the file. Source: the GGUF specification of the ggml project, versions 2 and 3, little-endian.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{BufReader, Read},
 };
@@ -17,12 +17,19 @@ const MAX_HEADER_BYTES: u64 = 1 << 29;
 const MAX_ENTRIES: u64 = 1 << 17;
 /// Largest number of elements of an array.
 const MAX_ELEMENTS: u64 = 1 << 22;
+/// Number of the type of arrays.
+const ARRAY: u32 = 9;
 /// Largest number of dimensions of a tensor.
 const MAX_DIMENSIONS: u32 = 4;
+/// Keys of the arrays that are read.
+pub(super) const TOKENS: &str = "tokenizer.ggml.tokens";
+pub(super) const TOKEN_TYPES: &str = "tokenizer.ggml.token_type";
+pub(super) const SCORES: &str = "tokenizer.ggml.scores";
+pub(super) const MERGES: &str = "tokenizer.ggml.merges";
 /// Alignment of tensors where the file names none.
 const DEFAULT_ALIGNMENT: u64 = 32;
 
-/// A metadata value. Arrays do not nest.
+/// A metadata value. Arrays do not nest; one that is not read is empty.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum MetadataValue {
     Unsigned(u64),
@@ -65,6 +72,8 @@ impl MetadataValue {
     pub(super) fn as_f64(&self) -> Option<f64> {
         match self {
             Self::Float(value) => Some(*value),
+            Self::Unsigned(value) => Some(*value as f64),
+            Self::Signed(value) => Some(*value as f64),
             _ => None,
         }
     }
@@ -92,6 +101,40 @@ impl MetadataValue {
 }
 
 impl GgufHeader {
+    /// The value of a key, read by `read`; `None` if the file does not have it.
+    ///
+    /// # Errors
+    /// When `read` gives `None`: the value is not `expected`.
+    pub(super) fn get<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        read: impl Fn(&'a MetadataValue) -> Option<T>,
+    ) -> Result<Option<T>, String> {
+        let Some(value) = self.metadata.get(key) else {
+            return Ok(None);
+        };
+        read(value)
+            .map(Some)
+            .ok_or_else(|| format!("{key} is not {expected}"))
+    }
+
+    /// The text of a key; `None` if the file does not have it.
+    ///
+    /// # Errors
+    /// When the value is no text.
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>, String> {
+        self.get(key, "a text", MetadataValue::as_text)
+    }
+
+    /// The flag of a key; `None` if the file does not have it.
+    ///
+    /// # Errors
+    /// When the value is neither true nor false.
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, String> {
+        self.get(key, "true or false", MetadataValue::as_bool)
+    }
+
     /// Reads the header of a file of `length` bytes.
     ///
     /// # Errors
@@ -106,6 +149,9 @@ impl GgufHeader {
             return Err("it does not begin with GGUF".into());
         }
         let version = reader.u32()?;
+        if (2..=3).contains(&version.swap_bytes()) {
+            return Err("it is big-endian; supported is little-endian".into());
+        }
         if !(2..=3).contains(&version) {
             return Err(format!(
                 "it is of GGUF version {version}; supported are 2 and 3, little-endian"
@@ -117,8 +163,9 @@ impl GgufHeader {
         for _ in 0..entries {
             let key = reader.text()?;
             let kind = reader.u32()?;
+            let is_read = [TOKENS, TOKEN_TYPES, SCORES, MERGES].contains(&&*key);
             let value = reader
-                .value(kind, true)
+                .value_or_array(kind, is_read)
                 .map_err(|reason| format!("{key}: {reason}"))?;
             if metadata.insert(key.clone(), value).is_some() {
                 return Err(format!("it has {key} twice"));
@@ -134,7 +181,7 @@ impl GgufHeader {
     }
 
     /// Moves the tensors' positions from the end of the header, `from`, to the start of the file, and checks that all lie
-    /// in its `length` bytes.
+    /// in its `length` bytes, each in a place of its own and with a name of its own.
     fn place_tensors(&mut self, from: u64, length: u64) -> Result<(), String> {
         let alignment = self.metadata.get("general.alignment");
         let alignment = alignment.map_or(Some(DEFAULT_ALIGNMENT), MetadataValue::as_u64);
@@ -156,7 +203,21 @@ impl GgufHeader {
                 }
             }
         }
-        Ok(())
+        let mut by_place: Vec<&GgufTensor> = self.tensors.iter().collect();
+        by_place.sort_by_key(|tensor| tensor.start);
+        for pair in by_place.windows(2) {
+            if let [first, second] = pair
+                && first.start + first.bytes > second.start
+            {
+                let (first, second) = (&first.name, &second.name);
+                return Err(format!("its tensors {first} and {second} overlap"));
+            }
+        }
+        let mut names = BTreeSet::new();
+        match self.tensors.iter().find(|t| !names.insert(&t.name)) {
+            Some(twice) => Err(format!("it has the tensor {} twice", twice.name)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -212,7 +273,28 @@ impl HeaderReader {
         String::from_utf8(bytes).map_err(|_| "a text is not UTF-8".into())
     }
 
-    fn value(&mut self, kind: u32, may_be_array: bool) -> Result<MetadataValue, String> {
+    /// A value, which may be an array. Its elements are kept if it is read.
+    fn value_or_array(&mut self, kind: u32, is_read: bool) -> Result<MetadataValue, String> {
+        if kind != ARRAY {
+            return self.value(kind);
+        }
+        let (kind, count) = (self.u32()?, self.u64()?);
+        if count > MAX_ELEMENTS {
+            return Err(format!(
+                "it has {count} elements; at most {MAX_ELEMENTS} are read"
+            ));
+        }
+        let mut elements = Vec::new();
+        for _ in 0..count {
+            let element = self.value(kind)?;
+            if is_read {
+                elements.push(element);
+            }
+        }
+        Ok(MetadataValue::Array(elements))
+    }
+
+    fn value(&mut self, kind: u32) -> Result<MetadataValue, String> {
         let signed = |value: i64| Ok(MetadataValue::Signed(value));
         match kind {
             0 => Ok(MetadataValue::Unsigned(
@@ -230,16 +312,6 @@ impl HeaderReader {
             )),
             7 => Ok(MetadataValue::Bool(self.bytes::<1>()? != [0])),
             8 => self.text().map(MetadataValue::Text),
-            9 if may_be_array => {
-                let (kind, count) = (self.u32()?, self.u64()?);
-                if count > MAX_ELEMENTS {
-                    return Err(format!(
-                        "it has {count} elements; at most {MAX_ELEMENTS} are read"
-                    ));
-                }
-                let values = (0..count).map(|_| self.value(kind, false));
-                values.collect::<Result<_, _>>().map(MetadataValue::Array)
-            }
             10 => Ok(MetadataValue::Unsigned(self.u64()?)),
             11 => signed(i64::from_le_bytes(self.bytes()?)),
             12 => Ok(MetadataValue::Float(f64::from_le_bytes(self.bytes()?))),
@@ -303,4 +375,31 @@ fn dtype(kind: u32) -> Option<GgmlDType> {
         30 => GgmlDType::BF16,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_that_overlap_are_refused() {
+        let tensor = |name: &str, start| GgufTensor {
+            name: name.into(),
+            shape: vec![16],
+            dtype: GgmlDType::F32,
+            start,
+            bytes: 64,
+        };
+        let placed = |second| {
+            let mut header = GgufHeader {
+                metadata: BTreeMap::new(),
+                tensors: vec![tensor("b", second), tensor("a", 0)],
+            };
+            header
+                .place_tensors(32, 1024)
+                .map(|()| header.tensors[0].start)
+        };
+        assert_eq!(placed(64), Ok(96));
+        assert_eq!(placed(32), Err("its tensors a and b overlap".into()));
+    }
 }

@@ -13,6 +13,7 @@ mod tests;
 mod tokenizer;
 
 use std::{
+    collections::HashMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -22,6 +23,7 @@ use messages::Digest;
 use serde_json::{Value, json};
 
 use crate::{
+    config::ModelConfig,
     error::ModelError,
     gguf::{
         config::{GgufArchitecture, ModelShape},
@@ -36,6 +38,14 @@ use crate::{
 const CPU: Device = Device::Cpu;
 /// Name of the file in an unpacked folder that says what it was unpacked from.
 const ORIGIN: &str = "gguf.json";
+/// Files of an unpacked folder beside the weights'.
+const FILES: [&str; 5] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    ORIGIN,
+    "config.json",
+];
 /// Version of what is written; part of the folder's name.
 const FORMAT: u32 = 1;
 /// Size of a weights file above which another is begun, in bytes.
@@ -53,6 +63,12 @@ pub(crate) fn origin_of(folder: &Path) -> Option<String> {
     let text = fs::read_to_string(folder.join(ORIGIN)).ok()?;
     let origin: Value = serde_json::from_str(&text).ok()?;
     origin["file"].as_str().map(str::to_owned)
+}
+
+/// A file of an unpacked model's weights.
+struct Shard<'a> {
+    file: String,
+    tensors: Vec<&'a GgufTensor>,
 }
 
 /// A model in a GGUF file.
@@ -88,6 +104,7 @@ impl GgufModel {
         let input = InputFile::open(&target)?;
         let length = input.length;
         let header = GgufHeader::read(input.into_file(), length).map_err(malformed)?;
+        config::check_whole(&header).map_err(malformed)?;
         let architecture = config::architecture(&header).map_err(malformed)?;
         let factors = rope_factors(&target, &header)?;
         let read = config::config(&header, architecture, factors.as_deref());
@@ -114,7 +131,8 @@ impl GgufModel {
             config,
             tokenizer,
         };
-        model.check_tensors().map_err(malformed)?;
+        let expected = ModelConfig::from_json(model.config.clone(), &model.path)?;
+        model.check_tensors(&expected).map_err(malformed)?;
         Ok(model)
     }
 
@@ -135,17 +153,42 @@ impl GgufModel {
         )
     }
 
-    /// Checks that the architecture has every tensor of the file.
-    fn check_tensors(&self) -> Result<(), String> {
-        for tensor in &self.header.tensors {
-            if tensor.name != tensors::ROPE_FACTORS {
-                tensors::target(&tensor.name, self.architecture, self.shape.layers)?;
+    /// Checks that the file has the tensors of a model of this configuration, in their shapes, and no others.
+    fn check_tensors(&self, config: &ModelConfig) -> Result<(), String> {
+        let mut found = HashMap::new();
+        for tensor in self.weights() {
+            let target = tensors::target(&tensor.name, self.architecture, self.shape.layers)?;
+            found.insert(target.name, tensor);
+        }
+        for (name, shape) in config.tensors() {
+            let Some(tensor) = found.get(&name) else {
+                return Err(format!("it has no tensor for {name}, of shape {shape:?}"));
+            };
+            if tensor.shape != shape {
+                return Err(format!(
+                    "its tensor {} has shape {:?}, its metadata says {shape:?} (outermost dimension first)",
+                    tensor.name, tensor.shape
+                ));
             }
         }
         Ok(())
     }
 
-    /// Writes the model as a Hugging Face folder at `folder`, which does not exist yet.
+    /// The tensors that are weights.
+    fn weights(&self) -> impl Iterator<Item = &GgufTensor> {
+        let tensors = self.header.tensors.iter();
+        tensors.filter(|tensor| tensor.name != tensors::ROPE_FACTORS)
+    }
+
+    /// Whether the folder at `folder` has every file that [`Self::unpack`] writes.
+    #[must_use]
+    pub fn is_unpacked_in(&self, folder: &Path) -> bool {
+        let weights = self.shards().into_iter().map(|shard| shard.file);
+        let mut files = FILES.into_iter().map(str::to_owned).chain(weights);
+        files.all(|name| folder.join(name).is_file())
+    }
+
+    /// Writes the model as a Hugging Face folder at `folder`; replaces one from which files are missing.
     ///
     /// # Errors
     /// When the file changes meanwhile, or the folder cannot be written.
@@ -162,10 +205,16 @@ impl GgufModel {
             self.folder_name()
         ));
         let written = self.write_files(&partial);
-        let written = written.and_then(|()| match fs::rename(&partial, folder) {
-            // Another process was first.
-            Err(_) if folder.join("config.json").is_file() => Ok(()),
-            renamed => renamed.map_err(unwritable),
+        let written = written.and_then(|()| {
+            // Files of it may have been deleted since.
+            if folder.exists() && !self.is_unpacked_in(folder) {
+                fs::remove_dir_all(folder).map_err(unwritable)?;
+            }
+            match fs::rename(&partial, folder) {
+                // Another process was first.
+                Err(_) if self.is_unpacked_in(folder) => Ok(()),
+                renamed => renamed.map_err(unwritable),
+            }
         });
         // What is left of a failure, or of the slower of two processes.
         if partial.exists() {
@@ -181,13 +230,14 @@ impl GgufModel {
         })?;
         self.write_weights(folder)?;
         let origin = json!({"file": self.path});
-        for (name, content) in [
-            ("generation_config.json", &self.generation),
-            ("tokenizer.json", &self.tokenizer.tokenizer),
-            ("tokenizer_config.json", &self.tokenizer.settings),
-            (ORIGIN, &origin),
-            ("config.json", &self.config),
-        ] {
+        let contents = [
+            &self.generation,
+            &self.tokenizer.tokenizer,
+            &self.tokenizer.settings,
+            &origin,
+            &self.config,
+        ];
+        for (name, content) in FILES.into_iter().zip(contents) {
             let path = folder.join(name);
             let written = fs::write(&path, format!("{content:#}\n"));
             written.map_err(|source| ModelError::Unwritable { path, source })?;
@@ -195,14 +245,11 @@ impl GgufModel {
         Ok(())
     }
 
-    fn write_weights(&self, folder: &Path) -> Result<(), ModelError> {
-        let mut reader = TensorReader::open(&self.path)?;
+    /// The files of the weights.
+    fn shards(&self) -> Vec<Shard<'_>> {
         let mut shards: Vec<Vec<&GgufTensor>> = Vec::new();
         let mut size = SHARD_BYTES;
-        for tensor in &self.header.tensors {
-            if tensor.name == tensors::ROPE_FACTORS {
-                continue;
-            }
+        for tensor in self.weights() {
             let elements: usize = tensor.shape.iter().product();
             let bytes = (elements * stored_dtype(tensor.dtype).size_in_bytes()) as u64;
             if size.saturating_add(bytes) > SHARD_BYTES {
@@ -215,19 +262,30 @@ impl GgufModel {
                 .into_iter()
                 .for_each(|shard| shard.push(tensor));
         }
-        let mut index = serde_json::Map::new();
-        for (number, shard) in shards.iter().enumerate() {
-            let file = match shards.len() {
+        let count = shards.len();
+        let shards = shards.into_iter().zip(1..);
+        let shards = shards.map(|(tensors, number)| Shard {
+            file: match count {
                 1 => "model.safetensors".to_owned(),
-                count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
-            };
-            let mut weights = std::collections::HashMap::new();
-            for tensor in shard {
+                count => format!("model-{number:05}-of-{count:05}.safetensors"),
+            },
+            tensors,
+        });
+        shards.collect()
+    }
+
+    fn write_weights(&self, folder: &Path) -> Result<(), ModelError> {
+        let mut reader = TensorReader::open(&self.path)?;
+        let shards = self.shards();
+        let mut index = serde_json::Map::new();
+        for Shard { file, tensors } in &shards {
+            let mut weights = HashMap::new();
+            for tensor in tensors {
                 let (name, weight) = self.weight(&mut reader, tensor)?;
                 index.insert(name.clone(), file.clone().into());
                 weights.insert(name, weight);
             }
-            candle_core::safetensors::save(&weights, folder.join(&file))?;
+            candle_core::safetensors::save(&weights, folder.join(file))?;
         }
         if shards.len() > 1 {
             let index = json!({"metadata": {}, "weight_map": index});

@@ -276,14 +276,26 @@ fn a_sentence_piece_vocabulary_merges_by_score() {
     assert_eq!(tokenizer.stops().turn_end(), Some(2));
 }
 
-#[test]
-fn what_is_not_understood_is_refused_by_name() {
+/// The file is refused with an error that names it and says this.
+fn assert_refused(small: &SmallFile, says: &str) {
     let directory = tempfile::tempdir().unwrap();
-    let refused = |small: &SmallFile, says: &str| {
-        let error = opened(&directory, &small.bytes()).err().unwrap_or_default();
-        let is_named = error.contains(says) && error.contains("small.gguf");
-        assert!(is_named, "no {says:?} in {error:?}");
+    let error = opened(&directory, &small.bytes()).err().unwrap_or_default();
+    let is_named = error.contains(says) && error.contains("small.gguf");
+    assert!(is_named, "no {says:?} in {error:?}");
+}
+
+/// The file with this value of the key, or without it, is refused with an error that says this.
+fn assert_refused_with(key: &str, value: Option<MetadataValue>, says: &str) {
+    let mut small = SmallFile::new();
+    match value {
+        Some(value) => small.metadata.insert(key.into(), value),
+        None => small.metadata.remove(key),
     };
+    assert_refused(&small, says);
+}
+
+#[test]
+fn metadata_that_is_not_understood_is_refused_by_name() {
     let number = |value| Some(MetadataValue::Unsigned(value));
     for (key, value, says) in [
         ("general.architecture", Some(text("gemma")), "\"gemma\""),
@@ -300,18 +312,71 @@ fn what_is_not_understood_is_refused_by_name() {
         ),
         ("llama.block_count", None, "llama.block_count"),
         ("tokenizer.ggml.model", Some(text("bert")), "\"bert\""),
+        ("split.count", number(2), "part 1 of 2 of a model"),
+        (
+            "general.type",
+            Some(text("adapter")),
+            "general.type is \"adapter\"",
+        ),
+        (
+            "llama.rope.scaling.type",
+            number(1),
+            "llama.rope.scaling.type is not a text",
+        ),
+    ] {
+        assert_refused_with(key, value, says);
+    }
+}
+
+#[test]
+fn vocabularies_that_are_not_understood_are_refused_by_name() {
+    let number = |value| Some(MetadataValue::Unsigned(value));
+    for (key, value, says) in [
         (
             "tokenizer.ggml.add_eos_token",
             Some(MetadataValue::Bool(true)),
             "add_eos_token",
         ),
+        (
+            "tokenizer.ggml.bos_token_id",
+            None,
+            "no tokenizer.ggml.bos_token_id",
+        ),
+        (
+            "tokenizer.ggml.eos_token_id",
+            number(99),
+            "tokenizer.ggml.eos_token_id is 99, and its vocabulary has 8 tokens",
+        ),
+        (
+            "tokenizer.ggml.scores",
+            None,
+            "it has no tokenizer.ggml.scores",
+        ),
+        (
+            "tokenizer.ggml.scores",
+            Some(MetadataValue::Array(vec![
+                MetadataValue::Float(f64::NAN);
+                8
+            ])),
+            "tokenizer.ggml.scores: that of token 0 is not finite",
+        ),
+        (
+            "tokenizer.ggml.add_bos_token",
+            Some(text("false")),
+            "tokenizer.ggml.add_bos_token is not true or false",
+        ),
+        (
+            "tokenizer.chat_template",
+            Some(texts(&["a", "b"])),
+            "tokenizer.chat_template is not a text",
+        ),
+        (
+            "tokenizer.ggml.tokens",
+            Some(texts(&["<unk>", "<s>", "</s>", "a", "b", "▁", "ab", "a"])),
+            "its tokens 3 and 7 have the same text, \"a\"",
+        ),
     ] {
-        let mut small = SmallFile::new();
-        match value {
-            Some(value) => small.metadata.insert(key.into(), value),
-            None => small.metadata.remove(key),
-        };
-        refused(&small, says);
+        assert_refused_with(key, value, says);
     }
     let mut other = SmallFile::new();
     other
@@ -320,7 +385,26 @@ fn what_is_not_understood_is_refused_by_name() {
     other
         .metadata
         .insert("tokenizer.ggml.pre".into(), text("tekken"));
-    refused(&other, "\"tekken\"");
+    assert_refused(&other, "\"tekken\"");
+}
+
+#[test]
+fn tensors_that_the_model_does_not_have_are_refused_by_name() {
+    let mut twice = SmallFile::new();
+    twice.tensors.push(twice.tensors[2].clone());
+    assert_refused(&twice, "the tensor blk.0.attn_norm.weight twice");
+    let mut without = SmallFile::new();
+    without.tensors.remove(6);
+    assert_refused(
+        &without,
+        "no tensor for model.layers.0.self_attn.v_proj.weight, of shape [16, 32]",
+    );
+    let mut wider = SmallFile::new();
+    wider.tensors[6].1 = matrix(32, HIDDEN, 4);
+    assert_refused(
+        &wider,
+        "its tensor blk.0.attn_v.weight has shape [32, 32], its metadata says [16, 32]",
+    );
     for name in [
         "blk.0.attn_q.bias",
         "blk.01.attn_q.weight",
@@ -328,8 +412,57 @@ fn what_is_not_understood_is_refused_by_name() {
     ] {
         let mut small = SmallFile::new();
         small.tensors[4].0 = name.into();
-        refused(&small, name);
+        assert_refused(&small, name);
     }
+}
+
+/// Whole numbers are numbers, -1 is no token, and where nothing is put before a text no token is needed.
+#[test]
+fn other_ways_to_write_the_same_are_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut small = SmallFile::new();
+    let mut set = |key: &str, value| small.metadata.insert(key.to_owned(), value);
+    set("llama.rope.freq_base", MetadataValue::Unsigned(10_000));
+    set(
+        "tokenizer.ggml.padding_token_id",
+        MetadataValue::Unsigned(u64::from(u32::MAX)),
+    );
+    set("tokenizer.ggml.add_bos_token", MetadataValue::Bool(false));
+    small.metadata.remove("tokenizer.ggml.bos_token_id");
+    let model = opened(&directory, &small.bytes()).unwrap();
+    assert_eq!(model.config["rope_theta"], json!(10_000.0));
+    assert_eq!(model.tokenizer.tokenizer["post_processor"], Value::Null);
+    assert!(model.tokenizer.settings.get("pad_token").is_none());
+}
+
+/// Elements are kept only of arrays that are read: they take many times the memory of the file.
+#[test]
+fn arrays_that_are_not_read_are_passed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut small = SmallFile::new();
+    let many = MetadataValue::Array(vec![MetadataValue::Unsigned(7); 100]);
+    small.metadata.insert("general.tags".into(), many);
+    let model = opened(&directory, &small.bytes()).unwrap();
+    let kept = &model.header.metadata["general.tags"];
+    assert_eq!(kept, &MetadataValue::Array(Vec::new()));
+}
+
+#[test]
+fn a_folder_from_which_a_file_is_missing_is_unpacked_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = opened(&directory, &SmallFile::new().bytes()).unwrap();
+    let folder = directory.path().join("unpacked");
+    assert!(!model.is_unpacked_in(&folder));
+    for missing in ["model.safetensors", "tokenizer.json", "config.json"] {
+        model.unpack(&folder).unwrap();
+        assert!(model.is_unpacked_in(&folder));
+        fs::remove_file(folder.join(missing)).unwrap();
+        assert!(!model.is_unpacked_in(&folder));
+    }
+    model.unpack(&folder).unwrap();
+    ModelFolder::open(&folder, None).unwrap();
+    let left = fs::read_dir(directory.path()).unwrap();
+    assert_eq!(left.count(), 2, "the file and the folder");
 }
 
 /// A file that promises more than it has allocates nothing and is refused.
@@ -347,6 +480,10 @@ fn damaged_files_are_refused() {
         // Many places hold free text; what counts is that nothing panics or takes all memory.
         drop(opened(&directory, &damaged));
     }
+    let mut big_endian = whole.clone();
+    big_endian[4..8].copy_from_slice(&3u32.to_be_bytes());
+    let refused = opened(&directory, &big_endian).err().unwrap_or_default();
+    assert!(refused.contains("big-endian"), "{refused}");
     let mut huge = whole;
     huge[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
     assert!(

@@ -1,12 +1,12 @@
 //! The `tokenizer.json` and `tokenizer_config.json` that say what a GGUF file's metadata says.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
 use crate::gguf::{
     config::SpecialIds,
-    header::{GgufHeader, MetadataValue},
+    header::{GgufHeader, MERGES, MetadataValue, SCORES, TOKEN_TYPES, TOKENS},
 };
 
 /// Kinds of tokens.
@@ -34,23 +34,28 @@ pub(super) struct TokenizerFiles {
 struct GgufVocabulary<'a> {
     tokens: Vec<&'a str>,
     kinds: Vec<u64>,
-    scores: Vec<f64>,
+    /// `None` if the file has none.
+    scores: Option<Vec<f64>>,
 }
 
 impl<'a> GgufVocabulary<'a> {
     fn of(header: &'a GgufHeader) -> Result<Self, String> {
-        let texts = array(header, "tokenizer.ggml.tokens", MetadataValue::as_text)?;
+        let texts = array(header, TOKENS, MetadataValue::as_text)?;
         let tokens = texts.ok_or("it has no tokenizer.ggml.tokens")?;
-        let kinds = array(header, "tokenizer.ggml.token_type", MetadataValue::as_u64)?;
+        let kinds = array(header, TOKEN_TYPES, MetadataValue::as_u64)?;
         let kinds = kinds.unwrap_or_else(|| vec![1; tokens.len()]);
-        let scores = array(header, "tokenizer.ggml.scores", MetadataValue::as_f64)?;
-        let scores = scores.unwrap_or_else(|| vec![0.0; tokens.len()]);
-        if kinds.len() != tokens.len() || scores.len() != tokens.len() {
+        let scores = array(header, SCORES, MetadataValue::as_f64)?;
+        let count = scores.as_ref().map_or(tokens.len(), Vec::len);
+        if kinds.len() != tokens.len() || count != tokens.len() {
             return Err("its tokens, their types and their scores are not of one number".into());
         }
-        let distinct: HashSet<&str> = tokens.iter().copied().collect();
-        if distinct.len() != tokens.len() {
-            return Err("two of its tokens have the same text".into());
+        let mut ids = HashMap::new();
+        for (id, token) in tokens.iter().enumerate() {
+            if let Some(first) = ids.insert(*token, id) {
+                return Err(format!(
+                    "its tokens {first} and {id} have the same text, {token:?}"
+                ));
+            }
         }
         Ok(Self {
             tokens,
@@ -83,6 +88,19 @@ impl<'a> GgufVocabulary<'a> {
     fn text(&self, id: Option<u32>) -> Option<&'a str> {
         self.tokens.get(id? as usize).copied()
     }
+
+    /// Checks that the special tokens are in the vocabulary.
+    fn check_special(&self, special: SpecialIds) -> Result<(), String> {
+        let count = self.tokens.len();
+        for (name, id) in special.named() {
+            if let Some(id) = id.filter(|&id| id as usize >= count) {
+                return Err(format!(
+                    "tokenizer.ggml.{name}_token_id is {id}, and its vocabulary has {count} tokens"
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The elements of an array; `None` if the file does not have it.
@@ -109,13 +127,13 @@ pub(super) fn tokenizer(
     header: &GgufHeader,
     special: SpecialIds,
 ) -> Result<TokenizerFiles, String> {
-    let text = |key: &str| header.metadata.get(key).and_then(MetadataValue::as_text);
-    let flag = |key: &str| header.metadata.get(key).and_then(MetadataValue::as_bool);
-    let kind = text("tokenizer.ggml.model").ok_or("it has no tokenizer.ggml.model")?;
-    let pre = text("tokenizer.ggml.pre").unwrap_or("default");
+    let kind = header.text("tokenizer.ggml.model")?;
+    let kind = kind.ok_or("it has no tokenizer.ggml.model")?;
+    let pre = header.text("tokenizer.ggml.pre")?.unwrap_or("default");
     let vocabulary = GgufVocabulary::of(header)?;
-    let adds_bos = flag("tokenizer.ggml.add_bos_token");
-    if flag("tokenizer.ggml.add_eos_token") == Some(true) {
+    vocabulary.check_special(special)?;
+    let adds_bos = header.flag("tokenizer.ggml.add_bos_token")?;
+    if header.flag("tokenizer.ggml.add_eos_token")? == Some(true) {
         return Err(
             "tokenizer.ggml.add_eos_token is true: an end after every text is not supported".into(),
         );
@@ -126,9 +144,9 @@ pub(super) fn tokenizer(
             adds_bos.unwrap_or(pre == "llama-bpe"),
         ),
         "llama" => {
-            let adds_space = flag("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+            let adds_space = header.flag("tokenizer.ggml.add_space_prefix")?;
             (
-                sentence_piece(&vocabulary, special, adds_space),
+                sentence_piece(&vocabulary, special, adds_space.unwrap_or(true))?,
                 adds_bos.unwrap_or(true),
             )
         }
@@ -138,6 +156,11 @@ pub(super) fn tokenizer(
             ));
         }
     };
+    if adds_bos && special.bos.is_none() {
+        return Err("it has no tokenizer.ggml.bos_token_id, and texts begin with that token: set the key, or \
+                    tokenizer.ggml.add_bos_token to false"
+            .into());
+    }
     let bos = vocabulary.text(special.bos).filter(|_| adds_bos);
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": vocabulary.added(),
@@ -146,7 +169,7 @@ pub(super) fn tokenizer(
     });
     Ok(TokenizerFiles {
         tokenizer,
-        settings: settings(header, &vocabulary, special),
+        settings: settings(header, &vocabulary, special)?,
     })
 }
 
@@ -199,7 +222,7 @@ fn byte_level(
             ));
         }
     };
-    let merges = array(header, "tokenizer.ggml.merges", MetadataValue::as_text)?;
+    let merges = array(header, MERGES, MetadataValue::as_text)?;
     let merges = merges.ok_or("it has no tokenizer.ggml.merges")?;
     let normalizer = match pre {
         "qwen2" => json!({"type": "NFC"}),
@@ -222,7 +245,7 @@ fn sentence_piece(
     vocabulary: &GgufVocabulary<'_>,
     special: SpecialIds,
     adds_space: bool,
-) -> TokenizerParts {
+) -> Result<TokenizerParts, String> {
     let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
     let prepend = json!({"type": "Prepend", "prepend": SPACE});
     let normalizers = match adds_space {
@@ -237,16 +260,16 @@ fn sentence_piece(
     if adds_space {
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
-    TokenizerParts {
+    Ok(TokenizerParts {
         normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
         pre_tokenizer: Value::Null,
         decoder: json!({"type": "Sequence", "decoders": decoders}),
         model: json!({
             "type": "BPE", "dropout": null, "unk_token": vocabulary.text(special.unknown),
             "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true,
-            "ignore_merges": false, "vocab": vocabulary.ids(), "merges": merges(vocabulary),
+            "ignore_merges": false, "vocab": vocabulary.ids(), "merges": merges(vocabulary)?,
         }),
-    }
+    })
 }
 
 /// A pair of tokens that are merged.
@@ -258,7 +281,12 @@ struct Merge<'a> {
 }
 
 /// The merges of a SentencePiece vocabulary, best first, as transformers derives them from the scores.
-fn merges(vocabulary: &GgufVocabulary<'_>) -> Vec<Value> {
+fn merges(vocabulary: &GgufVocabulary<'_>) -> Result<Vec<Value>, String> {
+    let scores = vocabulary.scores.as_ref();
+    let scores = scores.ok_or_else(|| format!("it has no {SCORES}"))?;
+    if let Some(id) = scores.iter().position(|score| !score.is_finite()) {
+        return Err(format!("{SCORES}: that of token {id} is not finite"));
+    }
     let is_piece = |kind: u64| ![UNKNOWN, CONTROL, BYTE].contains(&kind);
     let pieces = vocabulary.tokens.iter().zip(&vocabulary.kinds);
     let ids: HashMap<&str, usize> = pieces
@@ -280,7 +308,7 @@ fn merges(vocabulary: &GgufVocabulary<'_>) -> Vec<Value> {
         merges.extend(of_token.into_iter().map(|(_, _, left, right)| Merge {
             left,
             right,
-            score: vocabulary.scores[id],
+            score: scores[id],
         }));
     }
     let length = |text: &str| text.chars().count();
@@ -291,14 +319,18 @@ fn merges(vocabulary: &GgufVocabulary<'_>) -> Vec<Value> {
         let by_right = || length(b.right).cmp(&length(a.right));
         by_score.then_with(by_left).then_with(by_right)
     });
-    merges
-        .into_iter()
+    let merges = merges.into_iter();
+    Ok(merges
         .map(|merge| json!([merge.left, merge.right]))
-        .collect()
+        .collect())
 }
 
 /// The `tokenizer_config.json`: special tokens and chat templates.
-fn settings(header: &GgufHeader, vocabulary: &GgufVocabulary<'_>, special: SpecialIds) -> Value {
+fn settings(
+    header: &GgufHeader,
+    vocabulary: &GgufVocabulary<'_>,
+    special: SpecialIds,
+) -> Result<Value, String> {
     let mut settings = Map::new();
     settings.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
     for (name, id) in [
@@ -311,18 +343,14 @@ fn settings(header: &GgufHeader, vocabulary: &GgufVocabulary<'_>, special: Speci
             settings.insert(name.into(), text.into());
         }
     }
-    let template = |name: &str| {
-        let key = match name {
-            "default" => "tokenizer.chat_template".to_owned(),
-            name => format!("tokenizer.chat_template.{name}"),
-        };
-        let text = header.metadata.get(&key).and_then(MetadataValue::as_text)?;
-        Some(json!({"name": name, "template": text}))
-    };
-    let templates: Vec<Value> = ["default", "tool_use"]
-        .into_iter()
-        .filter_map(template)
-        .collect();
+    let mut templates = Vec::new();
+    for (name, key) in [
+        ("default", "tokenizer.chat_template"),
+        ("tool_use", "tokenizer.chat_template.tool_use"),
+    ] {
+        let template = header.text(key)?;
+        templates.extend(template.map(|text| json!({"name": name, "template": text})));
+    }
     match templates.as_slice() {
         [] => {}
         [only] if only["name"] == "default" => {
@@ -332,5 +360,5 @@ fn settings(header: &GgufHeader, vocabulary: &GgufVocabulary<'_>, special: Speci
             settings.insert("chat_template".into(), templates.into());
         }
     }
-    Value::Object(settings)
+    Ok(Value::Object(settings))
 }
