@@ -49,12 +49,13 @@ pub enum LabelColumns {
 }
 
 impl LabelColumns {
-    /// Whether `name` is one of the columns.
-    fn has(&self, name: &str) -> bool {
-        match self {
-            Self::Probability(column) => column.name == name,
-            Self::Scores { chosen, rejected } => chosen.name == name || rejected.name == name,
-        }
+    /// The columns.
+    fn all(&self) -> impl Iterator<Item = &Column> {
+        let (first, second) = match self {
+            Self::Probability(column) => (column, None),
+            Self::Scores { chosen, rejected } => (chosen, Some(rejected)),
+        };
+        [first].into_iter().chain(second)
     }
 }
 
@@ -153,22 +154,17 @@ impl Columns {
         (self.golden.as_ref()).is_some_and(|column| column.name == name)
     }
 
-    /// Whether the column `name` is one of those with names of their own.
-    fn is_named(&self, name: &str) -> bool {
-        let named = [&self.prompt, &self.answer, &self.chosen, &self.rejected];
-        let mut named = named.into_iter().chain(&self.golden).chain(&self.route);
-        named.any(|column| column.name == name)
-    }
-
-    /// Whether the column `name` is read as a dialogue where a row has no prompt, and not otherwise.
-    pub(crate) fn is_dialogue(&self, name: &str) -> bool {
-        DIALOGUES.contains(&name) && !self.is_named(name)
+    /// The columns that do not affect the format of a row: golden answer, route and label.
+    pub(crate) fn beside(&self) -> impl Iterator<Item = &Column> {
+        let label = self.label.iter().flat_map(LabelColumns::all);
+        self.golden.iter().chain(&self.route).chain(label)
     }
 
     /// Whether some format reads the column `name`.
     pub(crate) fn is_known(&self, name: &str) -> bool {
-        self.is_named(name)
-            || self.label.as_ref().is_some_and(|label| label.has(name))
+        let of_format = [&self.prompt, &self.answer, &self.chosen, &self.rejected];
+        let mut named = of_format.into_iter().chain(self.beside());
+        named.any(|column| column.name == name)
             || [&DIALOGUES[..], &ANSWERS, &SYSTEMS, &MEDIA]
                 .concat()
                 .contains(&name)

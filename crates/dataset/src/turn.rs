@@ -11,6 +11,9 @@ const NON_TEXT_KEYS: [&str; 4] = [
     "thinking",
 ];
 
+/// Keys of a turn that say whether it is trained on: OpenAI's `weight`, 0 or 1, and `train` of ShareGPT's form (axolotl).
+const TRAINING_KEYS: [&str; 2] = ["weight", "train"];
+
 /// Parses the turns of a list, or the single turn of an object.
 pub(crate) fn turns(value: &Value) -> Result<Vec<Message>, String> {
     match value {
@@ -207,6 +210,26 @@ pub(crate) fn answer(turn: &Message) -> Result<String, String> {
             Ok(texts.collect())
         }
         other => Err(format!("the content {other} of the answer is not text")),
+    }
+}
+
+/// Checks that the last turn of messages, the answer, is not marked as one that is not trained on.
+pub(crate) fn check_trained_on(value: &Value) -> Result<(), String> {
+    let (number, last) = match value {
+        Value::Array(turns) => (turns.len(), turns.last()),
+        single => (1, Some(single)),
+    };
+    let mark = |key: &&'static str| {
+        let mark = last?.get(key)?;
+        let is_off = mark == &Value::Bool(false) || mark.as_f64() == Some(0.0);
+        is_off.then_some((*key, mark))
+    };
+    match TRAINING_KEYS.iter().find_map(mark) {
+        None => Ok(()),
+        Some((key, mark)) => Err(format!(
+            "turn {number} is the answer, and its {key:?} is {mark}: it is not to be trained on; remove the row, or the key \
+             {key:?}"
+        )),
     }
 }
 

@@ -11,20 +11,24 @@ use crate::{
 impl<'a> RowView<'a> {
     /// The column of the single answer, if the row has one.
     pub(super) fn answer_column(self) -> Option<Column> {
-        let named = &self.columns.answer;
-        if self.has(&named.name) {
-            return Some(named.clone());
+        Some(Column {
+            name: self.answer_name()?.to_owned(),
+            setting: self.columns.answer.setting,
+        })
+    }
+
+    /// Name of the column of the single answer, if the row has one.
+    pub(super) fn answer_name(self) -> Option<&'a str> {
+        let named = self.columns.answer.name.as_str();
+        if self.has(named) {
+            return Some(named);
         }
-        let others = if named.name == "completion" {
+        let others = if named == "completion" {
             &ANSWERS[..]
         } else {
             &[]
         };
-        let (name, _) = self.first(others)?;
-        Some(Column {
-            name: name.to_owned(),
-            setting: named.setting,
-        })
+        self.first(others).map(|(name, _)| name)
     }
 
     pub(super) fn has_answer(self) -> bool {

@@ -36,7 +36,7 @@ use crate::{
         row_view::RowView,
         transcript::{first_turn, has_later_turns, has_speakers},
     },
-    turn::{answer, shortened},
+    turn::{answer, check_trained_on, shortened},
 };
 
 /// A prompt and its answer.
@@ -69,7 +69,8 @@ pub use transcript::dialogue;
 pub struct ParsedRow<'a> {
     row: RowView<'a>,
     content: PromptContent,
-    read: BTreeSet<&'static str>,
+    /// Columns that the format reads, some of which the row may lack.
+    read: BTreeSet<&'a str>,
 }
 
 /// The prompt of a row, with an answer where the format includes one.
@@ -104,11 +105,11 @@ impl<'a> ParsedRow<'a> {
     pub fn of(row: &'a Map<String, Value>, columns: &'a Columns) -> Result<Self, String> {
         let row = RowView { row, columns };
         row.reject_media()?;
-        let mut read = BTreeSet::new();
+        let mut read = row.read_in_every_format();
         let content = match row.find(&mut read)? {
             RawPrompt::Text(text) => row.of_text(text, &mut read)?,
             RawPrompt::Turns(turns, answer) => {
-                let prompt = row.in_context(turns, &mut read)?;
+                let prompt = row.in_context(turns)?;
                 match answer {
                     None => PromptContent::Prompt(prompt),
                     Some(answer) => PromptContent::WithAnswer(prompt, answer),
@@ -116,13 +117,17 @@ impl<'a> ParsedRow<'a> {
             }
             RawPrompt::Implicit(turns, mut pair) => {
                 match turns {
-                    Some(turns) => pair.prompt = row.in_context(turns, &mut read)?,
+                    Some(turns) => pair.prompt = row.in_context(turns)?,
                     None => row.reject_context()?,
                 }
                 PromptContent::Implicit(pair)
             }
-            RawPrompt::TextOnly(text) => row.of_text_only(text, &mut read)?,
+            RawPrompt::TextOnly(text) => row.of_text_only(text)?,
         };
+        // Two texts with an implicit prompt are all of their format.
+        if !matches!(content, PromptContent::Implicit(_)) {
+            read.extend(row.answer_name());
+        }
         Ok(Self { row, content, read })
     }
 
@@ -194,7 +199,8 @@ impl<'a> ParsedRow<'a> {
     /// row with text only has an empty prompt.
     ///
     /// # Errors
-    /// When a column is missing or malformed.
+    /// When a column is missing or malformed, or when the row or the turn of the answer says that the answer is not to be
+    /// trained on.
     pub fn answered(&self) -> Result<PromptAnswer, String> {
         if self.row.value(LABEL) == Some(&Value::Bool(false)) {
             return Err(format!(
@@ -213,11 +219,16 @@ impl<'a> ParsedRow<'a> {
             }
             (PromptContent::Implicit(pair), _) => first_turn(&pair.chosen),
             (_, Some(column)) => {
+                self.check_trained_on(self.row.filled(&column.name))?;
+                self.check_trained_on(self.own_answer())?;
                 let answer = self.single_response(&column)?;
                 self.check_agreement(&[&answer])?;
                 answer
             }
-            (PromptContent::WithAnswer(_, turn), None) => self::answer(turn)?,
+            (PromptContent::WithAnswer(_, turn), None) => {
+                self.check_trained_on(self.own_answer())?;
+                self::answer(turn)?
+            }
             (PromptContent::Prompt(_), None) => return Err(self.row.no_answer()),
         };
         Ok(PromptAnswer {
@@ -288,22 +299,19 @@ impl<'a> ParsedRow<'a> {
 
     /// Whether the prompt is a text that is one turn of the user, although its lines begin as those of a dialogue.
     pub(crate) fn has_stray_speakers(&self) -> bool {
+        let Columns { prompt, chat, .. } = self.row.columns;
+        let is_read = self.read.contains(prompt.name.as_str());
         let prompt = self.row.prompt_column().ok().flatten();
-        let text = prompt.and_then(Value::as_str);
-        text.is_some_and(|text| {
-            self.row.columns.chat && !transcript::is_transcript(text) && has_speakers(text)
-        })
+        let text = prompt.filter(|_| is_read).and_then(Value::as_str);
+        text.is_some_and(|text| *chat && !transcript::is_transcript(text) && has_speakers(text))
     }
 
-    /// Columns of the row that its format does not read.
+    /// Columns of the row that its format does not read; of those that other formats read, the ones that are not null.
     #[must_use]
     pub fn unread(&self) -> Vec<&'a str> {
         let RowView { row, columns } = self.row;
-        // Beside a prompt, a dialogue is not read.
-        let has_prompt = matches!(self.row.prompt_column(), Ok(Some(_)));
         let is_unread = |name: &&str| {
-            let is_beside = has_prompt && columns.is_dialogue(name) && self.row.has(name);
-            (is_beside || !columns.is_known(name)) && !self.read.contains(name)
+            !self.read.contains(name) && (self.row.has(name) || !columns.is_known(name))
         };
         row.keys().map(String::as_str).filter(is_unread).collect()
     }
@@ -341,6 +349,22 @@ impl<'a> ParsedRow<'a> {
     fn is_chat_text(&self, column: &Column) -> bool {
         let is_text = |name: &str| self.row.value(name).is_some_and(Value::is_string);
         self.row.columns.chat && is_text(&column.name) && is_text(&self.row.columns.prompt.name)
+    }
+
+    /// The column of the dialogue whose last turn is the answer.
+    fn own_answer(&self) -> Option<(&'a str, &'a Value)> {
+        match &self.content {
+            PromptContent::WithAnswer(..) => self.row.dialogue_column(),
+            _ => None,
+        }
+    }
+
+    /// Checks that the answer in a column is not marked as one that is not trained on.
+    fn check_trained_on(&self, column: Option<(&str, &Value)>) -> Result<(), String> {
+        let Some((name, value)) = column else {
+            return Ok(());
+        };
+        check_trained_on(value).map_err(|reason| format!("column {name:?}: {reason}"))
     }
 
     /// Checks that an answer at the end of the dialogue equals one of the separate answers.

@@ -30,15 +30,20 @@ pub(super) enum RawPrompt {
 }
 
 impl<'a> RowView<'a> {
-    /// Tries the formats in order.
-    pub(super) fn find(self, read: &mut BTreeSet<&'static str>) -> Result<RawPrompt, String> {
+    /// Tries the formats in order, and adds the columns of the prompt to `read`.
+    pub(super) fn find(self, read: &mut BTreeSet<&'a str>) -> Result<RawPrompt, String> {
+        let name = self.columns.prompt.name.as_str();
         let prompt = self.prompt_column()?;
         let dialogue = self.complete_dialogue(prompt.is_some())?;
         match (prompt, dialogue) {
             (Some(Value::String(_)) | None, Some(shared)) => Ok(RawPrompt::Turns(shared, None)),
-            (Some(prompt), Some(shared)) => self.prompt_within(prompt, shared),
+            (Some(prompt), Some(shared)) => {
+                read.insert(name);
+                self.prompt_within(prompt, shared)
+            }
             (Some(Value::String(text)), None) => self.text_prompt(text, read),
             (Some(prompt), None) => {
+                read.insert(name);
                 let turns = turns(prompt).map_err(|reason| self.prompt_error(&reason))?;
                 Ok(RawPrompt::Turns(turns, None))
             }
@@ -163,22 +168,24 @@ impl<'a> RowView<'a> {
     pub(super) fn text_prompt(
         self,
         text: &str,
-        read: &mut BTreeSet<&'static str>,
+        read: &mut BTreeSet<&'a str>,
     ) -> Result<RawPrompt, String> {
         let dialogue = if self.has_answer() {
             None
         } else {
-            self.in_dialogue_column()?
+            self.in_dialogue_column(read)?
         };
         if let Some(found) = dialogue {
             return Ok(found);
         }
         let Columns {
+            prompt,
             chosen,
             rejected,
             golden,
             ..
         } = self.columns;
+        read.insert(&prompt.name);
         let answer = self.answer_column();
         let answers = [
             Some(chosen),
@@ -193,9 +200,6 @@ impl<'a> RowView<'a> {
                 false => vec![Message::new("user", text)],
             };
             return Ok(RawPrompt::Turns(turns, None));
-        }
-        if self.columns.prompt.name == "instruction" {
-            read.insert("instruction");
         }
         Ok(RawPrompt::Text(text.to_owned()))
     }
@@ -213,16 +217,25 @@ impl<'a> RowView<'a> {
         !prompt.is_empty() && values.clone().next().is_some() && values.all(begins)
     }
 
-    /// The turns of `messages` or a synonym, and the answer if the last turn is the assistant's.
-    pub(super) fn in_dialogue_column(self) -> Result<Option<RawPrompt>, String> {
+    /// `messages` or a synonym, if it is a list.
+    pub(super) fn dialogue_column(self) -> Option<(&'a str, &'a Value)> {
         let named = DIALOGUES
             .into_iter()
             .filter(|name| **name == self.columns.prompt.name);
         let list =
             |name: &'static str| Some((name, self.value(name).filter(|value| value.is_array())?));
-        let Some((name, value)) = named.chain(DIALOGUES).find_map(list) else {
+        named.chain(DIALOGUES).find_map(list)
+    }
+
+    /// The turns of `messages` or a synonym, and the answer if the last turn is the assistant's.
+    pub(super) fn in_dialogue_column(
+        self,
+        read: &mut BTreeSet<&'a str>,
+    ) -> Result<Option<RawPrompt>, String> {
+        let Some((name, value)) = self.dialogue_column() else {
             return Ok(None);
         };
+        read.insert(name);
         let mut turns = turns(value).map_err(|reason| format!("column {name:?}: {reason}"))?;
         let answered = turns.last().is_some_and(|turn| turn.role() == "assistant");
         let answer = if answered { turns.pop() } else { None };
@@ -230,11 +243,8 @@ impl<'a> RowView<'a> {
     }
 
     /// The formats without a prompt column.
-    pub(super) fn without_prompt(
-        self,
-        read: &mut BTreeSet<&'static str>,
-    ) -> Result<RawPrompt, String> {
-        if let Some(found) = self.in_dialogue_column()? {
+    pub(super) fn without_prompt(self, read: &mut BTreeSet<&'a str>) -> Result<RawPrompt, String> {
+        if let Some(found) = self.in_dialogue_column(read)? {
             return Ok(found);
         }
         if let Some((name, value)) = self.first(&QUESTIONS) {
@@ -290,11 +300,11 @@ impl<'a> RowView<'a> {
     pub(super) fn of_text(
         self,
         text: String,
-        read: &mut BTreeSet<&'static str>,
+        read: &mut BTreeSet<&'a str>,
     ) -> Result<PromptContent, String> {
-        let inputs = match read.contains("instruction") {
-            true => &INPUTS[..],
-            false => &[],
+        let inputs = match self.columns.prompt.name.as_str() {
+            "instruction" => &INPUTS[..],
+            _ => &[],
         };
         let context = [&SYSTEMS[..], inputs].concat();
         let has_context = context.iter().any(|name| self.row.contains_key(*name));
@@ -314,7 +324,7 @@ impl<'a> RowView<'a> {
             self.reject_context()?;
             return Ok(PromptContent::Prompt(PromptText::Text(text)));
         };
-        self.in_context(turns, read).map(PromptContent::Prompt)
+        self.in_context(turns).map(PromptContent::Prompt)
     }
 
     /// Rejects columns that only a chat template reads, beside a text that does not go through one.
@@ -335,11 +345,7 @@ impl<'a> RowView<'a> {
     }
 
     /// A text without a prompt; with `chat`, a transcript is a dialogue and its answer.
-    pub(super) fn of_text_only(
-        self,
-        text: String,
-        read: &mut BTreeSet<&'static str>,
-    ) -> Result<PromptContent, String> {
+    pub(super) fn of_text_only(self, text: String) -> Result<PromptContent, String> {
         if !self.columns.chat || !is_transcript(&text) {
             self.reject_context()?;
             return Ok(PromptContent::TextOnly(text));
@@ -347,7 +353,7 @@ impl<'a> RowView<'a> {
         let mut turns = transcript::turns(&text);
         let last = turns.pop_if(|turn| turn.role() == "assistant");
         let last = last.ok_or("the last turn of the text is not an answer of the Assistant")?;
-        let prompt = self.in_context(turns, read)?;
+        let prompt = self.in_context(turns)?;
         Ok(PromptContent::WithAnswer(prompt, last))
     }
 
@@ -356,7 +362,7 @@ impl<'a> RowView<'a> {
         self,
         name: &str,
         text: &str,
-        read: &mut BTreeSet<&'static str>,
+        read: &mut BTreeSet<&'a str>,
     ) -> Result<Vec<Message>, String> {
         let mut turns = Vec::new();
         if let Some(Value::Array(pairs)) = self.value(HISTORY) {
@@ -380,13 +386,8 @@ impl<'a> RowView<'a> {
     }
 
     /// A dialogue with the system message, tools and template variables of the row.
-    pub(super) fn in_context(
-        self,
-        mut turns: Vec<Message>,
-        read: &mut BTreeSet<&'static str>,
-    ) -> Result<PromptText, String> {
+    pub(super) fn in_context(self, mut turns: Vec<Message>) -> Result<PromptText, String> {
         if let Some((name, value)) = self.first(&SYSTEMS) {
-            read.insert(name);
             let text = self.text(name, value)?;
             let own = turns.first().filter(|turn| turn.role() == "system");
             match own {

@@ -1,9 +1,11 @@
 //! Cells of a row by column name, and the errors about them.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 use crate::{
-    columns::{Column, Columns, MEDIA, TEMPLATE_KWARGS, TOOLS},
+    columns::{Column, Columns, LABEL, MEDIA, SYSTEMS, TEMPLATE_KWARGS, TOOLS},
     turn::{present, shortened},
 };
 
@@ -29,6 +31,24 @@ impl<'a> RowView<'a> {
         names
             .iter()
             .find_map(|name| Some((*name, self.value(name)?)))
+    }
+
+    /// A column with its value, if not null.
+    pub(super) fn filled(self, name: &str) -> Option<(&str, &'a Value)> {
+        Some((name, self.value(name)?))
+    }
+
+    /// Columns that every format reads or refuses. Which of the answers is used depends on what the row is for.
+    pub(super) fn read_in_every_format(self) -> BTreeSet<&'a str> {
+        let Columns {
+            chosen, rejected, ..
+        } = self.columns;
+        let mut read = BTreeSet::from(MEDIA);
+        read.extend([TOOLS, TEMPLATE_KWARGS, LABEL]);
+        read.extend(self.first(&SYSTEMS).map(|(name, _)| name));
+        read.extend([chosen.name.as_str(), rejected.name.as_str()]);
+        read.extend(self.columns.beside().map(|column| column.name.as_str()));
+        read
     }
 
     pub(super) fn reject_media(self) -> Result<(), String> {

@@ -4,6 +4,7 @@ use messages::Dialogue;
 use serde_json::json;
 
 use super::*;
+use crate::columns::LabelColumns;
 
 /// The documentation of all formats.
 const DOCUMENTATION: &str = include_str!("../../../../docs/data.md");
@@ -295,7 +296,14 @@ fn columns_of_a_dialogue_go_with_a_transcript() {
 fn texts_that_are_no_dialogue_are_refused_with_chat() {
     let single = |answer: &str| format!("Human: Up?\nAssistant: {answer}");
     let open = "\n\nHuman: q\n\nAssistant:";
+    let by_chance = ["a", "b"].map(single);
     for (row, expected) in [
+        // What both begin with ends with "Assistant:".
+        (
+            json!({"chosen": by_chance[0], "rejected": by_chance[1]}),
+            "the texts are no dialogue: one begins with \"Human:\", and each \"Human:\" and \"Assistant:\" follows an \
+             empty line",
+        ),
         (
             json!({"chosen": single("Blue is it"), "rejected": single("Bright is it")}),
             "each \"Human:\" and \"Assistant:\" follows an empty line",
@@ -671,13 +679,157 @@ fn unread_columns_are_listed() {
     assert_eq!(unread, Ok(vec!["score".to_owned(), "input".into()]));
     let row = json!({"instruction": "q", "input": "x", "output": "a"});
     assert_eq!(extract(&row, &columns, |row| Ok(row.unread().len())), Ok(0));
-    // A dialogue beside a prompt is not read, and said so.
+    // A dialogue beside a prompt with answers is not read, and said so.
     let row = json!({"prompt": "q", "chosen": "x", "rejected": "y",
         "messages": [{"role": "user", "content": "first"}, {"role": "assistant", "content": "mid"}]});
     let unread = extract(&row, &columns, |row| {
         Ok(row.unread().into_iter().map(str::to_owned).collect())
     });
     assert_eq!(unread, Ok(vec!["messages".to_owned()]));
+}
+
+#[test]
+fn columns_beside_those_that_are_read_are_unread() {
+    let (user, assistant) = (turn("user", "q0"), turn("assistant", "a0"));
+    let complete = json!([user, assistant]);
+    let share = json!([{"from": "human", "value": "q0"}, {"from": "gpt", "value": "a0"}]);
+    let scored = Columns {
+        golden: Some(Column::named("answer", "prompts.golden_column")),
+        label: Some(LabelColumns::Probability(Column::named(
+            "p",
+            "pairs.label_column",
+        ))),
+        ..Columns::default()
+    };
+    let plain = Columns::default();
+    for (row, columns, expected) in [
+        // HuggingFaceH4/ultrachat_200k.
+        (
+            json!({"prompt": "P0", "messages": complete}),
+            &plain,
+            &["prompt"][..],
+        ),
+        (
+            json!({"prompt": [user], "messages": complete}),
+            &plain,
+            &["messages"],
+        ),
+        (
+            json!({"conversations": share, "messages": complete}),
+            &plain,
+            &["conversations"],
+        ),
+        (
+            json!({"conversations": share, "messages": complete}),
+            &prompt_in("conversations"),
+            &["messages"],
+        ),
+        (
+            json!({"prompt": "q", "completion": "a", "output": "b", "response": null, "answer": "c"}),
+            &plain,
+            &["output", "answer"],
+        ),
+        (
+            json!({"prompt": "q", "output": "b", "answer": "c"}),
+            &plain,
+            &["answer"],
+        ),
+        // UltraFeedback.
+        (
+            json!({"prompt": "q0", "messages": complete, "chosen": complete, "rejected": complete}),
+            &plain,
+            &["prompt", "messages"],
+        ),
+        (
+            json!({"chosen": "The a", "rejected": "The b", "output": "c"}),
+            &plain,
+            &["output"],
+        ),
+        (
+            json!({"system": "s", "system_prompt": "t", "question": "q", "answer": "a"}),
+            &plain,
+            &["system_prompt"],
+        ),
+        // Columns that the settings name are read beside the format's own.
+        (
+            json!({"prompt": "q", "completion": "a", "answer": "c", "p": 1, "q": 1}),
+            &scored,
+            &["q"],
+        ),
+        (json!({"messages": complete, "tools": []}), &plain, &[]),
+    ] {
+        let unread = extract(&row, columns, |row| {
+            Ok(row
+                .unread()
+                .into_iter()
+                .map(str::to_owned)
+                .collect::<Vec<_>>())
+        });
+        let expected = expected.iter().map(|name| (*name).to_owned()).collect();
+        assert_eq!(unread, Ok(expected), "{row}");
+    }
+    // Such a prompt is not one turn of the user either.
+    let row = json!({"prompt": "Human: q0\nAssistant:", "messages": complete});
+    let stray = extract(&row, &chat(), |row| Ok(row.has_stray_speakers()));
+    assert_eq!(stray, Ok(false));
+}
+
+#[test]
+fn an_answer_that_is_marked_as_not_trained_on_is_refused() {
+    let user = turn("user", "q0");
+    let marked = |key: &str, mark: Value| {
+        let mut turn = turn("assistant", "a0");
+        turn[key] = mark;
+        turn
+    };
+    let share = |from: &str, train: bool| json!({"from": from, "value": "x", "train": train});
+    for (row, expected) in [
+        (
+            json!({"messages": [user, marked("weight", json!(0))]}),
+            "column \"messages\": turn 2 is the answer, and its \"weight\" is 0",
+        ),
+        (
+            json!({"messages": [user, marked("weight", json!(0.0))]}),
+            "its \"weight\" is 0.0",
+        ),
+        (
+            json!({"conversations": [share("human", false), share("gpt", false)]}),
+            "column \"conversations\": turn 2 is the answer, and its \"train\" is false",
+        ),
+        (
+            json!({"conversations": [share("human", true), share("function_call", false)]}),
+            "its \"train\" is false",
+        ),
+        (
+            json!({"prompt": "q0", "completion": marked("train", json!(false))}),
+            "column \"completion\": turn 1 is the answer",
+        ),
+        (
+            json!({"messages": [user, marked("weight", json!(0))], "completion": "a0"}),
+            "column \"messages\": turn 2",
+        ),
+        (
+            json!({"chosen": [user, marked("weight", json!(0))], "rejected": [user, turn("assistant", "b")]}),
+            "column \"chosen\": turn 2",
+        ),
+    ] {
+        let error = answered(&row).expect_err(expected);
+        assert!(error.contains(expected), "{row}: {error}");
+        assert!(error.contains("remove the row, or the key"), "{error}");
+        // It is a prompt like any other.
+        assert!(prompt(&row).is_ok(), "{row}");
+    }
+    for row in [
+        json!({"messages": [user, marked("weight", json!(1))]}),
+        json!({"messages": [user, marked("weight", Value::Null)]}),
+        json!({"messages": [user, marked("weight", json!(0)), user, marked("weight", json!(1))]}),
+        json!({"conversations": [share("human", false), share("gpt", true)]}),
+        json!({"prompt": [user, marked("train", json!(false)), user], "completion": "a0"}),
+        json!({"chosen": [user, turn("assistant", "a")], "rejected": [user, marked("weight", json!(0))]}),
+    ] {
+        let read = answered(&row);
+        assert!(read.is_ok(), "{row}: {read:?}");
+    }
 }
 
 fn assert_pair_errors(cases: &[(Value, &str)]) {

@@ -111,7 +111,8 @@ pub(super) fn implicit_dialogue(
     let [chosen, rejected] = [chosen, rejected].map(with_line_feeds);
     let pair = split(trimmed_start(&chosen), trimmed_start(&rejected))?;
     match &pair.prompt {
-        PromptText::Text(prompt) if begins_with_user(prompt) && prompt.ends_with(ASSISTANT) => {
+        // A common prefix may end with "Assistant:" without a turn that begins there.
+        PromptText::Text(prompt) if is_transcript(prompt) => {
             let turns = turns(prompt);
             let pair = PreferencePair {
                 prompt: PromptText::Dialogue(Dialogue::new(turns.clone())),
