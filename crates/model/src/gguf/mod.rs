@@ -66,7 +66,7 @@ pub(crate) fn origin_of(folder: &Path) -> Option<String> {
 }
 
 /// A file of an unpacked model's weights.
-struct Shard<'a> {
+struct WeightsFile<'a> {
     file: String,
     tensors: Vec<&'a GgufTensor>,
 }
@@ -246,7 +246,7 @@ impl GgufModel {
     }
 
     /// The files of the weights.
-    fn shards(&self) -> Vec<Shard<'_>> {
+    fn shards(&self) -> Vec<WeightsFile<'_>> {
         let mut shards: Vec<Vec<&GgufTensor>> = Vec::new();
         let mut size = SHARD_BYTES;
         for tensor in self.weights() {
@@ -264,7 +264,7 @@ impl GgufModel {
         }
         let count = shards.len();
         let shards = shards.into_iter().zip(1..);
-        let shards = shards.map(|(tensors, number)| Shard {
+        let shards = shards.map(|(tensors, number)| WeightsFile {
             file: match count {
                 1 => "model.safetensors".to_owned(),
                 count => format!("model-{number:05}-of-{count:05}.safetensors"),
@@ -278,7 +278,7 @@ impl GgufModel {
         let mut reader = TensorReader::open(&self.path)?;
         let shards = self.shards();
         let mut index = serde_json::Map::new();
-        for Shard { file, tensors } in &shards {
+        for WeightsFile { file, tensors } in &shards {
             let mut weights = HashMap::new();
             for tensor in tensors {
                 let (name, weight) = self.weight(&mut reader, tensor)?;

@@ -36,7 +36,7 @@ const TOKENIZER_FILES: [&str; 5] = [
 
 /// Source of the chat template of a base with an adapter.
 #[derive(Debug, PartialEq, Eq)]
-enum TemplateSource {
+enum TemplateOrigin {
     /// The base's folder.
     Base,
     /// The adapter's folder, which has a whole tokenizer.
@@ -58,12 +58,12 @@ impl AdapterFolder {
     ) -> Result<ModelFolder, ModelError> {
         self.check_vocabulary(base)?;
         let source = match chat_template {
-            Some(_) => TemplateSource::Base,
+            Some(_) => TemplateOrigin::Base,
             None => self.template_source(base)?,
         };
         let given = match &source {
-            TemplateSource::File(file) => Some(file.as_path()),
-            TemplateSource::Base | TemplateSource::Adapter => chat_template,
+            TemplateOrigin::File(file) => Some(file.as_path()),
+            TemplateOrigin::Base | TemplateOrigin::Adapter => chat_template,
         };
         let mut folder = ModelFolder::open(base, given)?;
         let of_base = optional_json(&base.join(GENERATION))?;
@@ -71,11 +71,11 @@ impl AdapterFolder {
             Value::Null => of_base.clone(),
             own => own,
         };
-        if source == TemplateSource::Adapter || generation != of_base {
+        if source == TemplateOrigin::Adapter || generation != of_base {
             let config = with_declared_stops(&folder.config, &generation);
             let from = match source {
-                TemplateSource::Adapter => &self.path,
-                TemplateSource::Base | TemplateSource::File(_) => base,
+                TemplateOrigin::Adapter => &self.path,
+                TemplateOrigin::Base | TemplateOrigin::File(_) => base,
             };
             folder.tokenizer = Tokenizer::load(from, &config, given)?;
             folder.config.stops = folder.tokenizer.stops().clone();
@@ -89,7 +89,7 @@ impl AdapterFolder {
     /// # Errors
     /// When a file cannot be read or written.
     pub fn save_tokenizer_files(&self, to: &Path, folder: &ModelFolder) -> Result<(), ModelError> {
-        if self.template_source(&folder.path)? == TemplateSource::Adapter {
+        if self.template_source(&folder.path)? == TemplateOrigin::Adapter {
             for name in TOKENIZER_FILES {
                 copy_or_remove(&self.path.join(name), &to.join(name))?;
             }
@@ -120,9 +120,9 @@ impl AdapterFolder {
             return Ok(of_base);
         }
         Ok(match self.template_source(&folder.path)? {
-            TemplateSource::Base => of_base,
-            TemplateSource::Adapter => own,
-            TemplateSource::File(_) => of_base || name == CHAT_TEMPLATE,
+            TemplateOrigin::Base => of_base,
+            TemplateOrigin::Adapter => own,
+            TemplateOrigin::File(_) => of_base || name == CHAT_TEMPLATE,
         })
     }
 
@@ -137,7 +137,7 @@ impl AdapterFolder {
     }
 
     /// The folder or file with the chat template in use.
-    fn template_source(&self, base: &Path) -> Result<TemplateSource, ModelError> {
+    fn template_source(&self, base: &Path) -> Result<TemplateOrigin, ModelError> {
         let configured = |folder: &Path| -> Result<Value, ModelError> {
             Ok(optional_json(&folder.join(TOKENIZER_CONFIG))?["chat_template"].take())
         };
@@ -152,13 +152,13 @@ impl AdapterFolder {
             false => !base.join(CHAT_TEMPLATE).exists() && own == configured(base)?,
         };
         if is_base {
-            return Ok(TemplateSource::Base);
+            return Ok(TemplateOrigin::Base);
         }
         if self.path.join(TOKENIZER).exists() {
-            return Ok(TemplateSource::Adapter);
+            return Ok(TemplateOrigin::Adapter);
         }
         if file.exists() {
-            return Ok(TemplateSource::File(file));
+            return Ok(TemplateOrigin::File(file));
         }
         Err(ModelError::Malformed {
             path: self.path.join(TOKENIZER_CONFIG),

@@ -51,7 +51,7 @@ pub(crate) struct NatsWeightStore {
     /// Manifest of the announced weights.
     manifest: Mutex<Option<WeightsManifest>>,
     /// Weights that this process published: base of the next delta, and the blob to upload again if corrupt.
-    published: Mutex<Published>,
+    published: Mutex<PublishedVersions>,
     /// The full blob last downloaded, to which deltas refer.
     downloaded: Mutex<Option<(WeightsVersion, Arc<Vec<u8>>)>>,
     /// The reason for which the announcement was last refused, so that it is logged once.
@@ -63,7 +63,7 @@ pub(crate) struct NatsWeightStore {
 struct DebugStore(ObjectStore);
 
 #[derive(Debug, Default)]
-struct Published {
+struct PublishedVersions {
     /// The last full blob, and the number of deltas since.
     full: Option<(WeightsVersion, Arc<Vec<u8>>)>,
     deltas: u64,
@@ -251,7 +251,7 @@ impl NatsWeightStore {
         blob
     }
 
-    fn published(&self) -> std::sync::MutexGuard<'_, Published> {
+    fn published(&self) -> std::sync::MutexGuard<'_, PublishedVersions> {
         // Every change is complete before the lock is released, so a poisoned value is consistent.
         self.published
             .lock()
@@ -574,7 +574,7 @@ async fn watch_registry(weight_store: Weak<NatsWeightStore>, mut changes: watch:
     }
 }
 
-impl Published {
+impl PublishedVersions {
     /// Forgets and returns the versions that are neither among the newest `keep` nor the base of one of them.
     fn prune(&mut self, keep: NonZeroUsize) -> Vec<WeightsVersion> {
         let newest: Vec<_> = self.stored.keys().rev().take(keep.get()).copied().collect();
@@ -616,7 +616,7 @@ mod tests {
     #[test]
     fn a_full_blob_is_kept_while_a_delta_refers_to_it() {
         let at = WeightsVersion::at;
-        let mut published = Published::default();
+        let mut published = PublishedVersions::default();
         let keep = NonZeroUsize::new(2).expect("two");
         let cases = [
             (1, None, vec![]),
