@@ -138,7 +138,7 @@ impl AdapterFolder {
         self.check(base.config())?;
         let bytes = self.tensors()?;
         let (adapter, _) = self.adapter_from(&bytes, Vec::new(), base)?;
-        if saved_fingerprint(&bytes).is_none() && !self.names(folder) {
+        if !self.is_known_for(&bytes, folder) {
             tracing::warn!(
                 adapter = %self.path.display(),
                 made_for = self.config.base_model.name,
@@ -148,6 +148,11 @@ impl AdapterFolder {
             );
         }
         Ok(adapter)
+    }
+
+    /// Whether the tensors' file has a fingerprint of its base, which was compared, or the adapter names this model or none.
+    pub(super) fn is_known_for(&self, bytes: &[u8], folder: &ModelFolder) -> bool {
+        saved_fingerprint(bytes).is_some() || self.names(folder)
     }
 
     /// Whether the adapter names this model as its base, or none. Of two paths the last components are compared, since
