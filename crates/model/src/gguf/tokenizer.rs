@@ -41,7 +41,7 @@ struct GgufVocabulary<'a> {
 impl<'a> GgufVocabulary<'a> {
     fn of(header: &'a GgufHeader) -> Result<Self, String> {
         let texts = array(header, TOKENS, MetadataValue::as_text)?;
-        let tokens = texts.ok_or("it has no tokenizer.ggml.tokens")?;
+        let tokens = texts.ok_or_else(|| format!("it has no {TOKENS}"))?;
         let kinds = array(header, TOKEN_TYPES, MetadataValue::as_u64)?;
         let kinds = kinds.unwrap_or_else(|| vec![1; tokens.len()]);
         let scores = array(header, SCORES, MetadataValue::as_f64)?;
@@ -109,14 +109,9 @@ fn array<'a, T>(
     key: &str,
     element: impl Fn(&'a MetadataValue) -> Option<T>,
 ) -> Result<Option<Vec<T>>, String> {
-    let Some(value) = header.metadata.get(key) else {
-        return Ok(None);
-    };
-    let elements = value.as_array().map(|values| values.iter().map(element));
-    let elements = elements.and_then(|elements| elements.collect::<Option<Vec<T>>>());
-    elements
-        .map(Some)
-        .ok_or_else(|| format!("{key} is not the list that it should be"))
+    header.get(key, "the list that it should be", |value| {
+        value.as_array()?.iter().map(&element).collect()
+    })
 }
 
 /// The tokenizer of a file.
@@ -223,7 +218,7 @@ fn byte_level(
         }
     };
     let merges = array(header, MERGES, MetadataValue::as_text)?;
-    let merges = merges.ok_or("it has no tokenizer.ggml.merges")?;
+    let merges = merges.ok_or_else(|| format!("it has no {MERGES}"))?;
     let normalizer = match pre {
         "qwen2" => json!({"type": "NFC"}),
         _ => Value::Null,
