@@ -63,7 +63,6 @@ const CIRCLES: [(&str, &[&str], &str); 6] = [
             "encoder",
             "folder",
             "gguf",
-            "guarded_tokenizer",
             "input_file",
             "logprobs",
             "lora",

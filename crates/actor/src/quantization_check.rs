@@ -1,7 +1,7 @@
-//! Quantisation error check: compares reduced-precision log-probabilities with f32.
+//! Quantisation error check: compares reduced-precision log-probabilities with those that the learner computes.
 //!
-//! For every version of the weights, the completions of one prompt are scored again in f32. If their
-//! log-probabilities differ from the recorded ones by more than the limit, the next version is loaded in f32.
+//! For every version of the weights, the completions of one prompt are scored again in the learner's precision. If their
+//! log-probabilities differ from the recorded ones by more than the limit, the next version is loaded in that precision.
 
 use messages::Completion;
 use model::{Finished, LanguageModel, ModelError, Precision, Request, Sequence};
@@ -11,8 +11,10 @@ use model::{Finished, LanguageModel, ModelError, Precision, Request, Sequence};
 pub struct PrecisionLimit {
     /// Weight precision used for sampling.
     pub precision: Precision,
-    /// Largest mean absolute difference of log-probabilities from f32, in nats per token; above it sampling falls
-    /// back to f32. 0: unlimited.
+    /// Precision of the learner's products, with which samples are compared.
+    pub learner: Precision,
+    /// Largest mean absolute difference of log-probabilities from the learner's precision, in nats per token; above it
+    /// sampling falls back to that. 0: unlimited.
     pub max_error: f64,
 }
 
@@ -28,8 +30,10 @@ pub(crate) struct QuantizationCheck {
 pub(crate) struct QuantizationError {
     /// Mean absolute difference of log-probabilities, in nats per token.
     pub(crate) nats: f64,
-    /// Whether it exceeds the limit, so that the next version is loaded in f32.
+    /// Whether it exceeds the limit.
     pub(crate) is_too_large: bool,
+    /// Whether the next version is therefore loaded in the learner's precision, which is another than this one's.
+    pub(crate) falls_back: bool,
 }
 
 #[derive(Debug)]
@@ -88,17 +92,23 @@ impl QuantizationCheck {
         if !matches!(self.state, CheckState::Waiting { key } if key == finished.key) {
             return Ok(None);
         }
-        let nats = mean_difference(policy, &finished.prompt, &finished.completions)?;
+        let policy = policy.with_precision(self.limit.learner);
+        let nats = mean_difference(&policy, &finished.prompt, &finished.completions)?;
         self.state = CheckState::Done;
         let is_too_large = nats.is_nan() || nats > self.limit.max_error;
-        if is_too_large {
-            self.limit.precision = Precision::F32;
+        let falls_back = is_too_large && self.limit.precision != self.limit.learner;
+        if falls_back {
+            self.limit.precision = self.limit.learner;
         }
-        Ok(Some(QuantizationError { nats, is_too_large }))
+        Ok(Some(QuantizationError {
+            nats,
+            is_too_large,
+            falls_back,
+        }))
     }
 }
 
-/// Mean over tokens of |f32 log-probability − recorded log-probability|.
+/// Mean over tokens of |log-probability − recorded log-probability|.
 fn mean_difference(
     policy: &LanguageModel,
     prompt: &[u32],

@@ -27,6 +27,7 @@ mod rope;
 mod softmax;
 mod squared_norm;
 mod swiglu;
+mod weight;
 
 mod matmul;
 mod simd;
@@ -43,9 +44,9 @@ pub use block::{BlockOptions, BlockWeights, LinearParams, LowRankParams, Rotatio
 pub use cached_attention::{CacheRows, cached_attention};
 pub use embedding::embedding;
 pub use kv_cache::KvCache;
-pub use linear::linear;
-pub use logprobs::{HeadWeights, LogprobsOutput, token_logprobs};
-pub use matmul::{PackedMatrix, PanelStack, Precision, uses_tiles};
+pub use linear::{linear, packed_linear};
+pub use logprobs::{LogprobsOutput, token_logprobs};
+pub use matmul::{PackedMatrix, Precision, uses_tiles};
 pub use moving_average::moving_average_step;
 pub use rms_norm::rms_norm;
 pub use rms_norm::rms_norm_rows;
@@ -56,6 +57,7 @@ pub use softmax::{SUM_CHUNK, exponentials, log_sum_exp, max_value};
 pub use squared_norm::squared_norm;
 pub use swiglu::swiglu;
 pub use swiglu::swiglu_rows;
+pub use weight::WeightMatrix;
 
 #[cfg(test)]
 mod tests {

@@ -1,10 +1,10 @@
 //! Linear layer without bias, in `f32` or bf16.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use crate::autograd::gradients::accumulate;
 use crate::autograd::storage::{argument, fusible, read_f32, result};
-use crate::matmul::{MatrixRef, Precision, product};
+use crate::matmul::{MatrixRef, PackedMatrix, PackedRows, Precision, product};
 
 /// `x · weightᵀ`: `x` is `[N, in]`, `weight` `[out, in]`, the result `[N, out]`.
 ///
@@ -27,6 +27,52 @@ pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tenso
     }
     x.contiguous()?
         .apply_op2(&weight.contiguous()?, LinearOp { precision })
+}
+
+/// [`linear()`] with a frozen weight `[out, in]` that is packed, in its precision. Differentiable in `x`, `f32` on the CPU.
+///
+/// # Errors
+/// If the shapes do not match, `x` is of another dtype or on another device, or the weight is packed in int8.
+pub fn packed_linear(x: &Tensor, weight: &PackedMatrix) -> Result<Tensor> {
+    let ((_, width), [out, expected]) = (x.dims2()?, weight.weight_dims());
+    if width != expected {
+        bail!("packed_linear: rows of {width} for a weight [{out}, {expected}]");
+    }
+    if weight.precision() == Precision::Int8 {
+        bail!("packed_linear: int8 is inference-only, not for training: use f32 or bf16");
+    }
+    if !fusible(&[x]) {
+        let dtype = x.dtype();
+        bail!("packed_linear: rows in {dtype:?}, expected f32 on the CPU");
+    }
+    let weight = weight.clone();
+    x.contiguous()?.apply_op1(PackedLinearOp { weight })
+}
+
+struct PackedLinearOp {
+    weight: PackedMatrix,
+}
+
+impl CustomOp1 for PackedLinearOp {
+    fn name(&self) -> &'static str {
+        "packed-linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, _) = layout.shape().dims2()?;
+        let out = self.weight.multiply(argument(x, layout)?);
+        let [columns, _] = self.weight.weight_dims();
+        Ok(result(out, &Shape::from((rows, columns))))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let (rows, columns) = gradient.dims2()?;
+        let gradient = gradient.contiguous()?;
+        let gradient = read_f32(&gradient)?;
+        let gradient = MatrixRef::new(&gradient, rows, columns);
+        let gradient = PackedRows::pack(gradient, self.weight.precision());
+        accumulate(x, self.weight.transposed().product(&gradient))
+    }
 }
 
 struct LinearOp {
@@ -83,7 +129,7 @@ mod tests {
 
     use super::*;
     use crate::check::{
-        assert_close, assert_differentiates, assert_same, noise, value_and_gradients,
+        assert_close, assert_differentiates, assert_same, bits, noise, value_and_gradients,
     };
 
     #[test]
@@ -99,6 +145,30 @@ mod tests {
         assert_differentiates(&[noise((4, 7), 4), noise((5, 7), 3)], |t| {
             linear(&t[0], &t[1], Precision::F32)
         });
+    }
+
+    #[test]
+    fn a_packed_weight_has_the_bits_of_the_tensor() {
+        let (x, weight) = (noise((37, 24), 1), noise((19, 24), 2));
+        let values: Vec<f32> = weight.flatten_all().unwrap().to_vec1().unwrap();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let packed = PackedMatrix::stacked(&[&values], 24, precision);
+            let x = std::slice::from_ref(&x);
+            let found = value_and_gradients(x, |t| packed_linear(&t[0], &packed));
+            let expected = value_and_gradients(x, |t| linear(&t[0], &weight, precision));
+            assert_eq!(bits(&found.0), bits(&expected.0), "{precision:?}");
+            assert_eq!(bits(&found.1[0]), bits(&expected.1[0]), "{precision:?}");
+        }
+        let packed = PackedMatrix::stacked(&[&values], 24, Precision::F32);
+        let error = packed_linear(&noise((3, 23), 1), &packed).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("rows of 23 for a weight [19, 24]")
+        );
+        let half = x.to_dtype(candle_core::DType::BF16).unwrap();
+        let error = packed_linear(&half, &packed).unwrap_err();
+        assert!(error.to_string().contains("expected f32 on the CPU"));
     }
 
     #[test]

@@ -6,13 +6,14 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::autograd::gradients::{accumulate, accumulate_sparse};
 use crate::autograd::storage::{accumulation_dtype, fusible, read_f32};
 use crate::matmul::{Accumulate, MatrixRef, PackedMatrix, PackedRows, Precision, Threads};
 use crate::simd::{Arithmetic, Kernel, LANES, dispatch, exp, flush_to_zero, maximum, sum_lanes};
+use crate::weight::WeightMatrix;
 
 /// Token ids per vocabulary tile.
 const VOCAB_TILE: usize = 512;
@@ -30,24 +31,6 @@ pub struct LogprobsOutput {
     pub entropy: Tensor,
 }
 
-/// A language-model head.
-#[derive(Clone, Copy, Debug)]
-pub struct HeadWeights<'a> {
-    /// `[V, D]`.
-    pub weight: &'a Tensor,
-    /// `weight` packed in the precision of the product, if that is kept: of a head that is not trained.
-    pub packed: Option<&'a PackedMatrix>,
-}
-
-impl<'a> From<&'a Tensor> for HeadWeights<'a> {
-    fn from(weight: &'a Tensor) -> Self {
-        Self {
-            weight,
-            packed: None,
-        }
-    }
-}
-
 /// Token log-probabilities, `log_softmax(hidden · headᵀ)` at each row's target, and the entropy of each row.
 ///
 /// `hidden` is `[R, D]`, `head` `[V, D]`, `targets` R ids below V. Differentiable in `hidden` and
@@ -55,22 +38,22 @@ impl<'a> From<&'a Tensor> for HeadWeights<'a> {
 /// [`linear()`](crate::linear()).
 ///
 /// # Errors
-/// If there are no rows, the shapes do not match, a target is outside the vocabulary, or for [`Precision::Int8`].
-pub fn token_logprobs<'a>(
+/// If there are no rows, the shapes do not match, a target is outside the vocabulary, a packed head is of another precision
+/// or for hidden states that are not `f32` on the CPU, or for [`Precision::Int8`].
+pub fn token_logprobs(
     hidden: &Tensor,
-    head: impl Into<HeadWeights<'a>>,
+    head: impl Into<WeightMatrix>,
     targets: &[u32],
     precision: Precision,
 ) -> Result<LogprobsOutput> {
-    let HeadWeights {
-        weight: head,
-        packed,
-    } = head.into();
+    let head = head.into();
     let (rows, width) = hidden.dims2()?;
-    let (vocab, head_width) = head.dims2()?;
+    let [vocab, head_width] = head.dims()?;
     if rows == 0 || rows != targets.len() || width == 0 || width != head_width {
-        let (targets, hidden, head) = (targets.len(), hidden.dims(), head.dims());
-        bail!("token_logprobs: hidden {hidden:?}, head {head:?} and {targets} targets do not fit");
+        let (targets, hidden) = (targets.len(), hidden.dims());
+        bail!(
+            "token_logprobs: hidden {hidden:?}, head [{vocab}, {head_width}] and {targets} targets do not fit"
+        );
     }
     if precision == Precision::Int8 {
         bail!("token_logprobs: int8 is inference-only, not for training: use f32 or bf16");
@@ -78,38 +61,33 @@ pub fn token_logprobs<'a>(
     if let Some(target) = targets.iter().find(|&&target| target as usize >= vocab) {
         bail!("token_logprobs: target {target} is outside a vocabulary of {vocab}");
     }
-    if !fusible(&[hidden, head]) {
-        return composed(hidden, head, targets);
-    }
-    if packed.is_some() && head.track_op() {
-        bail!("token_logprobs: the head is trained, and given packed");
-    }
-    if let Some(packed) = packed
-        && !packed.fits([vocab, width], precision)
-    {
-        bail!(
-            "token_logprobs: the head is {packed:?}, expected [{vocab}, {width}] in {precision:?}"
-        );
-    }
-    let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
-    let packed = packed.cloned();
-    let outputs = {
-        let (hidden, head) = (read_f32(&hidden)?, read_f32(&head)?);
-        let head = HeadTiles {
-            values: &head,
-            width,
-            precision,
-            packed: packed.as_ref(),
-        };
-        forward(&hidden, &head, targets)
+    head.check_packed("token_logprobs: the head", [vocab, width], precision)?;
+    let outputs = match head {
+        WeightMatrix::Tensor(head) if !fusible(&[hidden, &head]) => {
+            return composed(hidden, &head, targets);
+        }
+        WeightMatrix::Tensor(head) => {
+            let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
+            let op = {
+                let values = read_f32(&head)?;
+                let matrix = HeadMatrix::Values(&values);
+                TokenLogprobsOp::new(&hidden, matrix, targets, precision)?
+            };
+            hidden.apply_op2(&head, op)?
+        }
+        WeightMatrix::Packed(head) if fusible(&[hidden]) => {
+            let hidden = hidden.contiguous()?;
+            let matrix = HeadMatrix::Packed(&head);
+            let op = TokenLogprobsOp::new(&hidden, matrix, targets, precision)?;
+            hidden.apply_op1(PackedHeadOp { op, head })?
+        }
+        WeightMatrix::Packed(_) => {
+            let dtype = hidden.dtype();
+            bail!(
+                "token_logprobs: a packed head needs hidden states in f32 on the CPU, not {dtype:?}"
+            );
+        }
     };
-    let op = TokenLogprobsOp {
-        outputs,
-        targets: targets.to_vec(),
-        precision,
-        packed,
-    };
-    let outputs = hidden.apply_op2(&head, op)?;
     Ok(LogprobsOutput {
         logp: outputs.get(0)?,
         entropy: outputs.detach().get(1)?,
@@ -137,7 +115,56 @@ struct TokenLogprobsOp {
     outputs: Vec<f32>,
     targets: Vec<u32>,
     precision: Precision,
-    packed: Option<PackedMatrix>,
+}
+
+impl TokenLogprobsOp {
+    fn new(
+        hidden: &Tensor,
+        matrix: HeadMatrix<'_>,
+        targets: &[u32],
+        precision: Precision,
+    ) -> Result<Self> {
+        let hidden = read_f32(hidden)?;
+        let head = HeadTiles {
+            matrix,
+            width: hidden.len() / targets.len(),
+            precision,
+        };
+        Ok(Self {
+            outputs: forward(&hidden, &head, targets),
+            targets: targets.to_vec(),
+            precision,
+        })
+    }
+
+    fn result(&self) -> (CpuStorage, Shape) {
+        let shape = Shape::from((3, self.targets.len()));
+        (CpuStorage::F32(self.outputs.clone()), shape)
+    }
+
+    /// The gradient of the hidden states; that of the head is added to `dhead`, if it is wanted.
+    fn backward(
+        &self,
+        hidden: &Tensor,
+        matrix: HeadMatrix<'_>,
+        gradient: &Tensor,
+        dhead: Option<&mut [f32]>,
+    ) -> Result<Vec<f32>> {
+        let gradient = gradient.get(0)?.contiguous()?;
+        let (gradient, hidden) = (read_f32(&gradient)?, read_f32(hidden)?);
+        let mut dhidden = vec![0.0; hidden.len()];
+        let inputs = BackwardInputs {
+            hidden: &hidden,
+            head: HeadTiles {
+                matrix,
+                width: hidden.len() / self.targets.len(),
+                precision: self.precision,
+            },
+            gradient: &gradient,
+        };
+        self.differentiate(inputs, &mut dhidden, dhead);
+        Ok(dhidden)
+    }
 }
 
 impl CustomOp2 for TokenLogprobsOp {
@@ -152,8 +179,7 @@ impl CustomOp2 for TokenLogprobsOp {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let shape = Shape::from((3, self.targets.len()));
-        Ok((CpuStorage::F32(self.outputs.clone()), shape))
+        Ok(self.result())
     }
 
     fn bwd(
@@ -163,21 +189,11 @@ impl CustomOp2 for TokenLogprobsOp {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let gradient = gradient.get(0)?.contiguous()?;
-        let (gradient, hidden_, head_) = (read_f32(&gradient)?, read_f32(hidden)?, read_f32(head)?);
-        let mut dhidden = vec![0.0; hidden_.len()];
+        let values = read_f32(head)?;
+        let matrix = HeadMatrix::Values(&values);
+        let mut dhidden = Ok(Vec::new());
         let mut differentiate = |dhead: Option<&mut [f32]>| {
-            let inputs = BackwardInputs {
-                hidden: &hidden_,
-                head: HeadTiles {
-                    values: &head_,
-                    width: hidden_.len() / self.targets.len(),
-                    precision: self.precision,
-                    packed: self.packed.as_ref(),
-                },
-                gradient: &gradient,
-            };
-            self.differentiate(inputs, &mut dhidden, dhead);
+            dhidden = self.backward(hidden, matrix, gradient, dhead);
         };
         let dhead = if head.track_op() {
             accumulate_sparse(head, |dhead| differentiate(Some(dhead)))?
@@ -185,40 +201,81 @@ impl CustomOp2 for TokenLogprobsOp {
             differentiate(None);
             None
         };
-        Ok((accumulate(hidden, dhidden)?, dhead))
+        Ok((accumulate(hidden, dhidden?)?, dhead))
     }
+}
+
+/// The operation with a head that is frozen and packed.
+struct PackedHeadOp {
+    op: TokenLogprobsOp,
+    head: PackedMatrix,
+}
+
+impl CustomOp1 for PackedHeadOp {
+    fn name(&self) -> &'static str {
+        "packed-token-logprobs"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok(self.op.result())
+    }
+
+    fn bwd(&self, hidden: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let matrix = HeadMatrix::Packed(&self.head);
+        accumulate(hidden, self.op.backward(hidden, matrix, gradient, None)?)
+    }
+}
+
+/// The values of a head, `[V, D]`.
+#[derive(Clone, Copy)]
+enum HeadMatrix<'a> {
+    Values(&'a [f32]),
+    Packed(&'a PackedMatrix),
 }
 
 /// A head, one vocabulary tile at a time.
 #[derive(Clone, Copy)]
 struct HeadTiles<'a> {
-    /// `[V, D]`.
-    values: &'a [f32],
+    matrix: HeadMatrix<'a>,
     width: usize,
     precision: Precision,
-    packed: Option<&'a PackedMatrix>,
 }
 
 impl HeadTiles<'_> {
     fn vocab(&self) -> usize {
-        self.values.len() / self.width
-    }
-
-    fn tile(&self, tokens: &Range<usize>) -> MatrixRef<'_> {
-        rows_of(self.values, self.width, tokens)
+        match self.matrix {
+            HeadMatrix::Values(values) => values.len() / self.width,
+            HeadMatrix::Packed(packed) => packed.weight_dims()[0],
+        }
     }
 
     /// The transpose of a tile: for products with hidden states.
     fn forward(&self, tokens: &Range<usize>) -> PackedMatrix {
-        let kept = self
-            .packed
-            .and_then(|packed| packed.columns(tokens.clone()));
-        kept.unwrap_or_else(|| PackedMatrix::pack(self.tile(tokens).transpose(), self.precision))
+        match self.matrix {
+            HeadMatrix::Values(values) => {
+                let tile = rows_of(values, self.width, tokens);
+                PackedMatrix::pack(tile.transpose(), self.precision)
+            }
+            HeadMatrix::Packed(packed) => whole_panels(packed, tokens),
+        }
     }
 
     /// A tile: for products with gradients of logits.
     fn backward(&self, tokens: &Range<usize>) -> PackedMatrix {
-        PackedMatrix::pack(self.tile(tokens), self.precision)
+        match self.matrix {
+            HeadMatrix::Values(values) => {
+                PackedMatrix::pack(rows_of(values, self.width, tokens), self.precision)
+            }
+            HeadMatrix::Packed(packed) => whole_panels(packed, tokens).transposed(),
+        }
+    }
+}
+
+/// These columns of a head. A tile begins with a panel, since its size is a multiple of one.
+fn whole_panels(packed: &PackedMatrix, tokens: &Range<usize>) -> PackedMatrix {
+    match packed.columns(tokens.clone()) {
+        Some(tile) => tile,
+        None => unreachable!("a vocabulary tile begins with a panel"),
     }
 }
 
@@ -571,42 +628,29 @@ mod tests {
     }
 
     #[test]
-    fn a_head_packed_beforehand_changes_no_bit() -> Result<()> {
+    fn a_packed_head_changes_no_bit() -> Result<()> {
         for precision in [Precision::F32, Precision::Bf16] {
             let ([hidden, head], targets) = inputs(70, 1100, 24);
             let values = head.flatten_all()?.to_vec1::<f32>()?;
-            let kept = PackedMatrix::stacked(&[&values], 24, precision);
-            let kept_head = HeadWeights {
-                weight: &head,
-                packed: Some(&kept),
-            };
+            let packed = PackedMatrix::stacked(&[&values], 24, precision);
             let hidden = std::slice::from_ref(&hidden);
-            let differentiated = |head: HeadWeights<'_>| {
+            let differentiated = |head: WeightMatrix| {
                 let (value, gradients) = value_and_gradients(hidden, |t| {
-                    Ok(token_logprobs(&t[0], head, &targets, precision)?.logp)
+                    Ok(token_logprobs(&t[0], &head, &targets, precision)?.logp)
                 });
                 (bits(&value), bits(&gradients[0]))
             };
-            let packed_anew = differentiated((&head).into());
-            assert!(differentiated(kept_head) == packed_anew, "{precision:?}");
-            // What is given is what is multiplied by.
-            let doubled: Vec<f32> = values.iter().map(|value| 2.0 * value).collect();
-            let doubled = PackedMatrix::stacked(&[&doubled], 24, precision);
-            let other_head = HeadWeights {
-                packed: Some(&doubled),
-                ..kept_head
-            };
+            let expected = differentiated((&head).into());
             assert!(
-                differentiated(other_head).0 != packed_anew.0,
+                differentiated((&packed).into()) == expected,
                 "{precision:?}"
             );
-            let trained = Var::from_tensor(&head)?;
-            let trained = HeadWeights {
-                weight: trained.as_tensor(),
-                ..kept_head
-            };
-            assert!(token_logprobs(&hidden[0], trained, &targets, precision).is_err());
-            assert!(token_logprobs(&hidden[0], kept_head, &targets, other(precision)).is_err());
+            let error = token_logprobs(&hidden[0], &packed, &targets, other(precision));
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("expected [1100, 24] in"), "{error}");
+            let double = hidden[0].to_dtype(DType::F64)?;
+            let error = token_logprobs(&double, &packed, &targets, precision);
+            assert!(error.unwrap_err().to_string().contains("in f32 on the CPU"));
         }
         Ok(())
     }
@@ -645,7 +689,7 @@ mod tests {
         assert_close(&found, &double.to_dtype(DType::F32)?, 1e-6);
         assert!(token_logprobs(&hidden, &head, &targets[1..], Precision::F32).is_err());
         assert!(token_logprobs(&hidden, &head, &[0, 1, 2, 3, 7], Precision::F32).is_err());
-        assert!(token_logprobs(&hidden, &noise((7, 4), 1), &targets, Precision::F32).is_err());
+        assert!(token_logprobs(&hidden, noise((7, 4), 1), &targets, Precision::F32).is_err());
         Ok(())
     }
 }

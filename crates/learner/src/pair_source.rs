@@ -677,7 +677,7 @@ mod tests {
         Completion, CompletionCounts, Finish, JudgeVersion, Label, Pair, Probability, Prompt, Seed,
         Stage,
     };
-    use model::DType;
+    use model::{DType, PublishedForm};
     use settings::PairSelection;
     use transport::{Sender, WeightStore};
 
@@ -782,7 +782,12 @@ mod tests {
             let version = WeightsVersion::at(PUBLISHED);
             Self {
                 source,
-                publisher: Publisher::new(WeightStore::default(), DType::F32, 0, version),
+                publisher: Publisher::new(
+                    WeightStore::default(),
+                    PublishedForm::Tensors(DType::F32),
+                    0,
+                    version,
+                ),
                 prompts,
                 labelled,
                 drops,

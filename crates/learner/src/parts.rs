@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use messages::{Dropped, LabelledPair, MessageLimits, Pacing, Pair, Prompt, Seed};
-use model::{DType, LanguageModel, ModelFolder, PublishedWeights};
+use model::{LanguageModel, ModelFolder, PublishedForm, PublishedWeights};
 use settings::{EvaluationSettings, LearnerSettings, ReferenceSettings, TelemetrySettings};
 use telemetry::{RunDirectory, StageCounters, Waits};
 use transport::{Receiver, Sender, WeightStore};
@@ -74,6 +74,8 @@ pub struct InitialPolicy {
     pub folder: Arc<ModelFolder>,
     /// The reference, or the reference with an adapter.
     pub policy: LanguageModel,
+    /// The reference with which the run begins: the policy without its adapter, which may be packed.
+    pub start: LanguageModel,
     /// Update rule of the reference.
     pub reference: ReferenceSettings,
 }
@@ -132,7 +134,7 @@ pub struct LearnerStreams {
     /// Outgoing weights.
     pub weight_store: WeightStore<PublishedWeights>,
     /// Dtype of outgoing weights.
-    pub weights_dtype: DType,
+    pub weights_form: PublishedForm,
     /// Limits of incoming labelled pairs and drop notes.
     pub limits: MessageLimits,
 }

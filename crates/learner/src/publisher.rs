@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use messages::WeightsVersion;
-use model::{DType, PublishedWeights};
+use model::{PublishedForm, PublishedWeights};
 use telemetry::Measurements;
 use tokio::{sync::watch, task::JoinHandle, time::sleep};
 use transport::WeightStore;
@@ -26,8 +26,8 @@ const LAST_UPLOAD: Duration = Duration::from_secs(10);
 /// Publisher of a session's weights.
 pub(crate) struct Publisher {
     weight_store: WeightStore<PublishedWeights>,
-    /// Dtype of published weights.
-    dtype: DType,
+    /// Form of published weights.
+    form: PublishedForm,
     session: u64,
     /// Last published version, of this or an earlier session.
     version: WeightsVersion,
@@ -42,14 +42,14 @@ impl Publisher {
     /// A publisher for `session`, after `version` was published.
     pub(crate) fn new(
         weight_store: WeightStore<PublishedWeights>,
-        dtype: DType,
+        form: PublishedForm,
         session: u64,
         version: WeightsVersion,
     ) -> Self {
         Self {
             shutdown: watch::channel(false).1,
             weight_store,
-            dtype,
+            form,
             session,
             version,
             content: PublishedContent::default(),
@@ -101,7 +101,7 @@ impl Publisher {
         let started = Instant::now();
         // Before they are copied: no copy waits for an upload.
         self.settle().await?;
-        let CopiedWeights { weights, content } = trainer.publish(self.dtype, publication).await?;
+        let CopiedWeights { weights, content } = trainer.publish(self.form, publication).await?;
         let version = self.version_of(step);
         (self.version, self.content) = (version, content);
         let weight_store = self.weight_store.clone();

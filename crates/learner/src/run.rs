@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use messages::{Digest, LabelledPair};
+use messages::{Digest, LabelledPair, Seed};
 use settings::LearnerSettings;
 use telemetry::Waits;
 use tokio::sync::watch;
@@ -21,7 +21,7 @@ use crate::{
     evaluator::{Evaluated, Evaluator},
     pair_selection::LabelSelection,
     pair_source::{BatchLimits, PairSource, PairSourceParts, TrainingBatch},
-    parts::{FilePairsPlan, LearnerParts},
+    parts::{FilePairsPlan, InitialPolicy, LearnerParts},
     progress::RunProgress,
     prompt_scheduler::{PromptScheduler, PromptSchedulerParts, PromptSchedulerState},
     publisher::Publisher,
@@ -88,6 +88,17 @@ struct ResumedPairs {
     buffered: Vec<LabelledPair>,
 }
 
+/// The trainer of a policy before its first step. It has a copy of what it trains; the policy itself is dropped.
+fn initial_trainer(
+    model: InitialPolicy,
+    settings: &LearnerSettings,
+    seed: Seed,
+) -> Result<Trainer, LearnerError> {
+    Trainer::new(model.folder, &model.policy, settings, seed)?
+        .with_start(&model.start)
+        .with_reference(model.reference)
+}
+
 impl Learner {
     /// Builds a learner and starts its trainer thread.
     ///
@@ -97,8 +108,7 @@ impl Learner {
         let (settings, directory) = (parts.settings, parts.directory);
         let (model, streams) = (parts.model, parts.streams);
         let tokenizer = model.folder.tokenizer.clone();
-        let trainer = Trainer::new(model.folder, &model.policy, &settings, parts.seed)?
-            .with_reference(model.reference)?;
+        let trainer = initial_trainer(model, &settings, parts.seed)?;
         let trainer = spawn(trainer, parts.prompts.pairs.as_ref())?;
         let mut reporter = Reporter::open(ReporterParts {
             settings: settings.clone(),
@@ -153,13 +163,13 @@ impl Learner {
             message_limits: streams.limits,
         });
         source.restore_files(snapshot.files);
-        let (weight_store, dtype) = (streams.weight_store, streams.weights_dtype);
+        let (weight_store, form) = (streams.weight_store, streams.weights_form);
         let scheduler = snapshot.scheduler;
         Ok(Self {
             progress: RunProgress::new(snapshot.totals),
             trainer,
             source,
-            publisher: Publisher::new(weight_store, dtype, session, snapshot.version),
+            publisher: Publisher::new(weight_store, form, session, snapshot.version),
             evaluator: Evaluator::new(parts.evaluation, parts.conditions, snapshot.evaluations),
             apo: ApoSampler::new(parts.apo, snapshot.apo_step),
             recovery: Recovery::new(directory, settings.rollback_after, snapshot.recovery),

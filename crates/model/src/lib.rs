@@ -60,7 +60,7 @@ pub use mixture::MixtureInputs;
 pub use moving_average::MovingAverage;
 pub use optimizer::{AdamWSettings, Optimizer};
 pub use precision::{sampling_precision, training_precision};
-pub use published::{Published, PublishedWeights};
+pub use published::{Published, PublishedForm, PublishedWeights};
 pub use ragged::{RaggedBatch, Sequence, SharedPrefix, within_tokens};
 pub use reward::{
     Pooling, RewardArchitecture, RewardConfig, RewardFolder, RewardKind, RewardModel,

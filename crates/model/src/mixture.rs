@@ -37,10 +37,11 @@ impl LanguageModel {
         let of_policy = hidden.broadcast_mul(&m.affine(-1.0, 1.0)?)?;
         let of_reference = ref_hidden.broadcast_mul(&m)?;
         let (head, ref_head) = (&self.head, &inputs.reference.head);
-        let scored = if head.id() == ref_head.id() {
+        let scored = if head.is_same(ref_head) {
             self.token_logprobs(&(of_policy + of_reference)?, inputs.targets)?
         } else {
             let hidden = Tensor::cat(&[of_policy, of_reference], 1)?;
+            let (head, ref_head) = (head.to_tensor()?, ref_head.to_tensor()?);
             let head = Tensor::cat(&[head.detach(), ref_head.detach()], 1)?;
             kernels::token_logprobs(&hidden, &head, inputs.targets, self.precision)?
         };

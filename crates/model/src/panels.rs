@@ -1,16 +1,11 @@
-//! Frozen weights packed in bf16, once for all that multiply inputs by them: decoders, blocks and heads of every model that
-//! shares the weights.
+//! Frozen weights packed once, in the precision of their products, for all that multiply inputs by them: decoders, blocks
+//! and heads of every model that shares the weights.
 //!
-//! They live as long as the weights. Only a decoder keeps them in f32, which are as large as the weights themselves. The
-//! backward packs anew: it needs the transpose.
+//! Promises: the panels are the only copy of a packed matrix; forward products read them, and backward products a transpose
+//! that is made of them for one product. Only an embedding that is the head too is there twice, packed and as a tensor.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
-
-use candle_core::{DType, Result, Tensor, TensorId};
-use kernels::{CpuTensor, PanelStack, Precision};
+use candle_core::{Result, Tensor};
+use kernels::CpuTensor;
 
 /// Names of a block's weights: those that read the same rows are stacked.
 pub(crate) struct BlockStacks {
@@ -31,43 +26,20 @@ impl BlockStacks {
             down: [name("mlp.down_proj")],
         }
     }
+
+    pub(crate) fn all(&self) -> [&[String]; 4] {
+        [
+            &self.projections,
+            &self.output,
+            &self.gate_and_up,
+            &self.down,
+        ]
+    }
 }
 
-/// Packed stacks by the tensors that are in them, which nothing trains in place.
-#[derive(Debug, Default)]
-pub(crate) struct PanelStore(Mutex<HashMap<Vec<TensorId>, PanelStack>>);
-
-impl PanelStore {
-    /// The stack of weights `[out, in]` that read the same rows; `None` in a precision or of tensors whose panels are not
-    /// kept.
-    pub(crate) fn stack(
-        &self,
-        weights: &[Tensor],
-        precision: Precision,
-    ) -> Result<Option<PanelStack>> {
-        let fits = |weight: &Tensor| weight.device().is_cpu() && weight.dtype() == DType::F32;
-        if precision != Precision::Bf16 || !weights.iter().all(fits) {
-            return Ok(None);
-        }
-        let key: Vec<TensorId> = weights.iter().map(Tensor::id).collect();
-        if let Some(stack) = self.stacks().get(&key) {
-            return Ok(Some(stack.clone()));
-        }
-        // Not under the lock: a thread that waits for others of the pool may be given a task that needs it.
-        let stack = pack(weights, |weights, width| {
-            PanelStack::pack(weights, width, precision)
-        })?;
-        Ok(Some(self.keep(key, stack)))
-    }
-
-    /// Keeps a stack, unless another thread has packed the same.
-    fn keep(&self, key: Vec<TensorId>, stack: PanelStack) -> PanelStack {
-        self.stacks().entry(key).or_insert(stack).clone()
-    }
-
-    fn stacks(&self) -> MutexGuard<'_, HashMap<Vec<TensorId>, PanelStack>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Whether a tensor is looked up by token, also where the head is the same.
+pub(crate) fn is_embedding(name: &str) -> bool {
+    name == "model.embed_tokens.weight"
 }
 
 /// Packs weights `[out, in]` that read the same rows by `pack`, which is given their values and their `in`.
@@ -82,95 +54,126 @@ pub(crate) fn pack<P>(weights: &[Tensor], pack: impl FnOnce(&[&[f32]], usize) ->
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+    use kernels::{PackedMatrix, Precision};
+
     use super::*;
     use crate::{
-        decode::Decoder,
+        decode::{Decoder, Prefill},
         fixtures::{adapted, tiny_model},
         ragged::Sequence,
         transformer::LanguageModel,
     };
 
-    /// A model of the same weights, whose panels are kept.
-    fn frozen(model: &LanguageModel) -> LanguageModel {
-        let weights = model.weights().clone().frozen();
-        LanguageModel::new(model.config().clone(), weights).unwrap()
-    }
+    const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
-    /// Number of stacks that are kept.
-    fn kept(model: &LanguageModel) -> usize {
-        let store = model.weights().panels.as_ref().unwrap();
-        store.stacks().len()
-    }
-
-    fn logprobs(model: &LanguageModel, precision: Precision) -> Vec<f32> {
+    fn logprobs(model: &LanguageModel) -> Vec<f32> {
         let sequence = Sequence {
             prompt: &[0, 3, 4],
             completion: &[2, 6, 1],
         };
-        let scored = model.with_precision(precision).logprobs(&[sequence]);
+        let scored = model.logprobs(&[sequence]);
         scored.unwrap().logp.to_vec1().unwrap()
     }
 
+    /// Logits of a decoder after a prompt.
+    fn decoded(model: &LanguageModel, precision: Precision) -> Vec<f32> {
+        let mut decoder = Decoder::new(model.clone(), precision, 1, 8).unwrap();
+        let prompt = Prefill {
+            ids: &[0, 3, 4],
+            slots: &[0],
+        };
+        decoder.prefill(&[prompt]).unwrap().row(0).to_vec()
+    }
+
     #[test]
-    fn frozen_weights_are_packed_once_in_bf16_and_change_no_bit() {
-        let trained = tiny_model(7, 1);
-        let model = frozen(&trained);
+    fn packed_weights_change_no_bit() {
         let plain = adapted(7, 1, &["q_proj", "down_proj"]);
-        let adapter = plain.adapter().unwrap().clone();
-        let adapted = model.with_adapter(adapter).unwrap();
-        for precision in [Precision::F32, Precision::Bf16] {
-            assert_eq!(kept(&model), 0, "before the first pass in bf16");
-            assert_eq!(logprobs(&adapted, precision), logprobs(&plain, precision));
+        for precision in PRECISIONS {
+            for model in [&plain, &plain.without_adapter()] {
+                let packed = model.packed(precision).unwrap();
+                let expected = model.with_precision(precision);
+                assert_eq!(logprobs(&packed), logprobs(&expected), "{precision:?}");
+                assert_eq!(decoded(&packed, precision), decoded(model, precision));
+            }
         }
-        // Four stacks a block, and the head: the same for the model below the adapter, and for a decoder.
-        let stacks = 4 * model.config().layers + 1;
-        assert_eq!(kept(&adapted), stacks);
-        let bits = logprobs(&trained, Precision::Bf16);
-        assert_eq!(logprobs(&model, Precision::Bf16), bits);
-        Decoder::new(model.clone(), Precision::Bf16, 1, 8).unwrap();
-        assert_eq!(kept(&model), stacks);
     }
 
-    /// Kept panels of other values are what a pass multiplies by: nothing is packed anew.
+    /// What is packed is there once, also in a model with another adapter and in a decoder.
     #[test]
-    fn a_pass_and_a_decoder_read_the_kept_panels() {
-        let (model, other) = (frozen(&tiny_model(7, 1)), tiny_model(7, 2));
-        let names = BlockStacks::of(0).down;
-        let values = [other.weights().get(&names[0]).unwrap()];
-        let stack = pack(&values, |weights, width| {
-            PanelStack::pack(weights, width, Precision::Bf16)
-        });
-        let before = logprobs(&tiny_model(7, 1), Precision::Bf16);
-        let id = model.weights().get(&names[0]).unwrap().id();
-        let store = model.weights().panels.as_ref().unwrap();
-        let planted = store.keep(vec![id], stack.unwrap());
-        assert_ne!(logprobs(&model, Precision::Bf16), before);
-        let read = model.weights().packed(&names, Precision::Bf16).unwrap();
-        let row = vec![1.0; model.config().intermediate_size];
-        assert_eq!(read.multiply(&row), planted.all.multiply(&row));
+    fn nothing_is_packed_or_kept_twice() {
+        let model = tiny_model(7, 1).packed(Precision::Bf16).unwrap();
+        let (config, weights) = (model.config(), model.weights());
+        for name in BlockStacks::of(1).all().concat() {
+            assert!(!weights.tensors.contains_key(&name), "{name}");
+            let packed = &weights.packed[&name];
+            let adapter = adapted(7, 1, &["q_proj"]).adapter().unwrap().clone();
+            let other = model.with_adapter(adapter).unwrap();
+            assert!(other.weights().packed[&name].is_same(packed));
+        }
+        for names in BlockStacks::of(1).all() {
+            let parts: Vec<_> = names
+                .iter()
+                .map(|name| weights.packed[name].clone())
+                .collect();
+            let stacked = weights.stacked(names, Precision::Bf16).unwrap();
+            // Some of the tiny matrices do not fill their last panel of 16 columns.
+            match PackedMatrix::joined(&parts) {
+                Some(joined) => assert!(stacked.is_same(&joined)),
+                None => assert!(names.len() > 1),
+            }
+        }
+        assert_eq!(weights.shapes(), tiny_model(7, 1).weights().shapes());
+        assert_eq!(weights.parameter_count(), config.parameter_count());
+    }
+
+    /// In f32 they are the same; in bf16 they are rounded, and what was not packed is not.
+    #[test]
+    fn packed_weights_are_read_as_they_are_held() {
+        let model = tiny_model(7, 1);
+        let exact = model.packed(Precision::F32).unwrap();
+        assert_eq!(
+            exact.weights().to_blob().unwrap(),
+            model.weights().to_blob().unwrap()
+        );
+        let rounded = model.packed(Precision::Bf16).unwrap();
+        for (name, tensor) in &model.weights().tensors {
+            let held = rounded.weights().get(name).unwrap();
+            let expected = match rounded.weights().tensors.contains_key(name) {
+                true => tensor.clone(),
+                false => tensor.to_dtype(DType::BF16).unwrap(),
+            };
+            let expected = expected.to_dtype(DType::F32).unwrap();
+            let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(values(&held), values(&expected), "{name}");
+        }
+        // A decoder in another precision packs them anew.
+        assert_eq!(
+            decoded(&exact, Precision::Bf16),
+            decoded(&model, Precision::Bf16)
+        );
     }
 
     #[test]
-    fn weights_that_may_be_trained_keep_nothing() {
-        let model = frozen(&tiny_model(7, 1));
-        let weights = model.weights();
-        let subset = weights.subset(model.config().tensors()).unwrap();
-        assert!(subset.panels.is_some());
-        assert!(weights.trainable().unwrap().0.panels.is_none());
-        assert!(weights.detached().panels.is_none());
-        assert!(weights.union(weights).panels.is_none());
-        assert!(model.snapshot().unwrap().weights().panels.is_none());
+    fn a_packed_model_keeps_its_precision() {
+        let packed = tiny_model(7, 1).packed(Precision::Bf16).unwrap();
+        let asked = packed.with_precision(Precision::F32);
+        assert_eq!(logprobs(&asked), logprobs(&packed));
     }
 
-    /// A clone in which a tensor was replaced does not read the panels of the one before.
+    /// A frozen model in bf16 below an adapter computes as one in f32 whose matrices are rounded.
     #[test]
-    fn panels_belong_to_tensors_and_not_to_names() {
-        let model = frozen(&tiny_model(7, 1));
-        let before = logprobs(&model, Precision::Bf16);
-        let name = &BlockStacks::of(1).output[0];
-        let changed = model.weights().clone().scaled(name, 2.0);
-        let changed = LanguageModel::new(model.config().clone(), changed).unwrap();
-        assert_ne!(logprobs(&changed, Precision::Bf16), before);
-        assert_eq!(logprobs(&model, Precision::Bf16), before);
+    fn weights_in_bf16_are_packed_too() {
+        let half = tiny_model(7, 1).weights().to_dtype(DType::BF16).unwrap();
+        let rounded = half.to_dtype(DType::F32).unwrap();
+        let config = tiny_model(7, 1).config().clone();
+        let [half, rounded] =
+            [half, rounded].map(|weights| LanguageModel::new(config.clone(), weights).unwrap());
+        for precision in PRECISIONS {
+            let packed = half.packed(precision).unwrap();
+            assert_eq!(packed.dtype(), DType::F32);
+            let expected = rounded.with_precision(precision);
+            assert_eq!(logprobs(&packed), logprobs(&expected), "{precision:?}");
+        }
     }
 }

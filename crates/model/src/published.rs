@@ -6,7 +6,8 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use kernels::Precision;
 use messages::StoredWeights;
 
 use crate::{
@@ -21,6 +22,15 @@ const REFERENCE: &str = "reference/";
 const EARLIER_REFERENCE: &str = "earlier_reference/";
 /// Beginning of the names of an average's tensors.
 const AVERAGE: &str = "average/";
+
+/// Form in which trained weights are published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PublishedForm {
+    /// Tensors of this dtype.
+    Tensors(DType),
+    /// Packed in this precision, as decoders of the same process read them; an adapter's weights are tensors in f32.
+    Packed(Precision),
+}
 
 /// What is published together, of each model: its trained weights, or for a reader the model itself.
 #[derive(Debug, Clone)]
@@ -112,6 +122,24 @@ impl StoredWeights for PublishedWeights {
 }
 
 impl LanguageModel {
+    /// A copy of the trained weights in this form, which changes with no step that changes these weights in place.
+    ///
+    /// # Errors
+    /// When the device cannot hold it.
+    pub fn copied(&self, form: PublishedForm) -> Result<Weights, ModelError> {
+        match (form, self.adapter()) {
+            (PublishedForm::Tensors(dtype), _) => self.trained().copied(dtype),
+            (PublishedForm::Packed(_), Some(_)) => self.trained().copied(DType::F32),
+            (PublishedForm::Packed(precision), None) => {
+                let mut weights = self.weights().packed_in(self.config(), precision)?;
+                for tensor in weights.tensors.values_mut() {
+                    *tensor = tensor.copy()?;
+                }
+                Ok(weights)
+            }
+        }
+    }
+
     /// The models of weights that were published of models like this one. Frozen weights and, on the same device and in the
     /// same dtype, the published ones are shared.
     ///
@@ -126,6 +154,9 @@ impl LanguageModel {
 
     fn published(&self, weights: &Weights) -> Result<Self, ModelError> {
         let shapes = self.trained().shapes().into_iter().collect();
+        if weights.packed_precision().is_some() {
+            return self.with_trained(weights.subset(shapes)?);
+        }
         let tensors = weights.tensors.iter();
         let tensors = tensors
             .map(|(name, tensor)| Ok((name.clone(), tensor.to_device(self.device())?)))
@@ -145,13 +176,13 @@ fn take_prefixed(prefix: &str, tensors: &mut BTreeMap<String, Tensor>) -> Option
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
     use messages::Seed;
 
     use super::*;
     use crate::{
         fixtures::tiny_model,
         lora::{Adapter, LoraConfig},
+        ragged::Sequence,
     };
 
     fn digest(model: &LanguageModel) -> String {
@@ -221,22 +252,50 @@ mod tests {
         );
     }
 
-    /// Steps in place change the policy and not what was copied from it, in any dtype.
+    /// Steps in place change the policy and not what was copied from it, in any form.
     #[test]
     fn a_copy_shares_nothing_with_weights_in_training() {
-        for dtype in [DType::F32, DType::BF16] {
-            let (trained, vars) = tiny_model(7, 1).weights().trainable().unwrap();
-            let copy = trained.copied(dtype).unwrap();
+        for form in [
+            PublishedForm::Tensors(DType::F32),
+            PublishedForm::Tensors(DType::BF16),
+            PublishedForm::Packed(Precision::F32),
+            PublishedForm::Packed(Precision::Bf16),
+        ] {
+            let (trained, vars) = tiny_model(7, 1).trainable().unwrap();
+            let copy = trained.copied(form).unwrap();
             let digest = copy.digest().unwrap();
-            assert_eq!(
-                copy.bytes(),
-                (trained.parameter_count() * dtype.size_in_bytes()) as u64
-            );
+            if let PublishedForm::Tensors(dtype) = form {
+                let count = trained.weights().parameter_count();
+                assert_eq!(copy.bytes(), (count * dtype.size_in_bytes()) as u64);
+            }
             for var in vars.values() {
                 var.set(&var.zeros_like().unwrap()).unwrap();
             }
             assert!(copy.tensors.values().all(|tensor| !tensor.track_op()));
-            assert_eq!(copy.digest().unwrap(), digest);
+            assert_eq!(copy.digest().unwrap(), digest, "{form:?}");
+        }
+    }
+
+    /// A reader of packed weights computes what a reader of the tensors computes in that precision, from the same panels.
+    #[test]
+    fn packed_weights_are_read_as_they_are() {
+        let (policy, reader) = (tiny_model(7, 1), tiny_model(7, 2));
+        let sequence = Sequence {
+            prompt: &[0, 3, 4],
+            completion: &[2, 6, 1],
+        };
+        let logp = |model: &LanguageModel| -> Vec<f32> {
+            model.logprobs(&[sequence]).unwrap().logp.to_vec1().unwrap()
+        };
+        for precision in [Precision::F32, Precision::Bf16] {
+            let weights = policy.copied(PublishedForm::Packed(precision)).unwrap();
+            let read = reader.with_published(&Published::alone(weights.clone()));
+            let read = read.unwrap().policy;
+            assert_eq!(logp(&read), logp(&policy.with_precision(precision)));
+            assert!(read.weights().are_shared_with(&weights));
+            let adapter = adapted(&policy, 4);
+            let weights = adapter.copied(PublishedForm::Packed(precision)).unwrap();
+            assert_eq!(weights.digest().unwrap().to_string(), digest(&adapter));
         }
     }
 

@@ -8,12 +8,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
+    fs::File,
     io::{self, Read, Seek, SeekFrom},
     ops::Range,
     path::{Path, PathBuf},
 };
 
-use candle_core::{DType, Device, Tensor, safetensors::SliceSafetensors};
+use candle_core::{DType, Device, Tensor};
 use messages::FileName;
 use safetensors::Dtype;
 use serde::{
@@ -24,7 +25,6 @@ use serde::{
 use crate::{
     error::ModelError,
     input_file::{self, InputFile, MAX_INDEX_BYTES},
-    weights::not_safetensors,
 };
 
 /// Name of the token embedding.
@@ -163,14 +163,7 @@ impl Shards {
     }
 
     fn same_bytes(&self, a: &TensorEntry, b: &TensorEntry) -> Result<bool, ModelError> {
-        let open = |entry: &TensorEntry| {
-            let path = &self.files[entry.file];
-            let mut file = InputFile::open(path)?.into_file();
-            file.seek(SeekFrom::Start(entry.bytes.start))
-                .map_err(|source| unreadable(path, source))?;
-            Ok::<_, ModelError>(file.take(entry.bytes.end - entry.bytes.start))
-        };
-        let (mut left, mut right) = (open(a)?, open(b)?);
+        let (mut left, mut right) = (self.reader(a)?, self.reader(b)?);
         let (mut left_chunk, mut right_chunk) = (vec![0; CHUNK], vec![0; CHUNK]);
         let mut rest = a.bytes.end - a.bytes.start;
         while rest > 0 {
@@ -290,21 +283,12 @@ impl Shards {
         device: &Device,
     ) -> Result<BTreeMap<String, Tensor>, ModelError> {
         self.check(expected)?;
-        let mut tensors = BTreeMap::new();
-        for (file, path) in self.files.iter().enumerate() {
-            let in_file = expected.tensors.iter().filter_map(|(name, _)| {
-                let source = self.stored_name(name, expected);
-                (self.tensors[source].file == file).then_some((name, source))
-            });
-            let bytes = read_weights(path)?;
-            let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
-            let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
-            for (name, source) in in_file {
-                let tensor = shard.load(source, device).map_err(refused)?;
-                tensors.insert(name.clone(), tensor.to_dtype(dtype)?);
-            }
-        }
-        Ok(tensors)
+        let names = expected.tensors.iter().map(|(name, _)| name);
+        let read = names.map(|name| {
+            let tensor = self.tensor(self.stored_name(name, expected), device)?;
+            Ok((name.clone(), tensor.to_dtype(dtype)?))
+        });
+        read.collect()
     }
 
     /// Loads all tensors except obsolete buffers.
@@ -313,25 +297,44 @@ impl Shards {
     /// When a file cannot be read or the weights are quantised.
     pub fn read_all(&self, device: &Device) -> Result<HashMap<String, Tensor>, ModelError> {
         self.check_unquantised()?;
-        let mut tensors = HashMap::new();
-        for (file, path) in self.files.iter().enumerate() {
-            let bytes = read_weights(path)?;
-            let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
-            let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
-            let in_file = self.tensors.iter().filter(|(_, entry)| entry.file == file);
-            for (name, _) in in_file.filter(|(name, _)| !is_obsolete_buffer(name)) {
-                tensors.insert(name.clone(), shard.load(name, device).map_err(refused)?);
-            }
-        }
-        Ok(tensors)
+        let names = self.names().filter(|name| !is_obsolete_buffer(name));
+        let read = names.map(|name| Ok((name.to_owned(), self.tensor(name, device)?)));
+        read.collect()
     }
 
+    /// Reads one tensor: no more of a file is held at a time.
     fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
-        let path = &self.files[self.tensors[name].file];
-        let refused = |error: candle_core::Error| malformed(path, not_safetensors(&error));
-        let bytes = read_weights(path)?;
-        let shard = SliceSafetensors::new(&bytes).map_err(refused)?;
-        shard.load(name, device).map_err(refused)
+        let entry = &self.tensors[name];
+        let path = &self.files[entry.file];
+        let mut bytes = Vec::new();
+        let expected = entry.bytes.end - entry.bytes.start;
+        self.reader(entry)?
+            .read_to_end(&mut bytes)
+            .map_err(|source| unreadable(path, source))?;
+        if bytes.len() as u64 != expected {
+            return Err(malformed(path, format!("it ends within {name}")));
+        }
+        let unknown = || {
+            let dtype = &entry.dtype;
+            malformed(path, format!("{name} has the unsupported dtype {dtype}"))
+        };
+        let dtype = entry.known_dtype().and_then(|dtype| dtype.try_into().ok());
+        let dtype = dtype.ok_or_else(unknown)?;
+        Ok(Tensor::from_raw_buffer(
+            &bytes,
+            dtype,
+            &entry.shape,
+            device,
+        )?)
+    }
+
+    /// A reader of the bytes of a tensor.
+    fn reader(&self, entry: &TensorEntry) -> Result<io::Take<File>, ModelError> {
+        let path = &self.files[entry.file];
+        let mut file = InputFile::open(path)?.into_file();
+        file.seek(SeekFrom::Start(entry.bytes.start))
+            .map_err(|source| unreadable(path, source))?;
+        Ok(file.take(entry.bytes.end - entry.bytes.start))
     }
 }
 
@@ -500,11 +503,16 @@ impl TensorEntry {
         ["F64", "F32", "F16", "BF16"].contains(&self.dtype.as_str())
     }
 
+    /// The dtype, if it is one of the safetensors library.
+    fn known_dtype(&self) -> Option<Dtype> {
+        let name: StrDeserializer<'_, de::value::Error> = self.dtype.as_str().into_deserializer();
+        Dtype::deserialize(name).ok()
+    }
+
     /// Bytes that dtype and shape need, `Some(None)` for more than a number holds or no whole ones; `None` for a dtype
     /// that is not known.
     fn expected_bytes(&self) -> Option<Option<u64>> {
-        let name: StrDeserializer<'_, de::value::Error> = self.dtype.as_str().into_deserializer();
-        let bits = u64::try_from(Dtype::deserialize(name).ok()?.bitsize()).ok();
+        let bits = u64::try_from(self.known_dtype()?.bitsize()).ok();
         let product = |bits: u64, size: &usize| bits.checked_mul(u64::try_from(*size).ok()?);
         let bits = bits.and_then(|bits| self.shape.iter().try_fold(bits, product));
         Some(

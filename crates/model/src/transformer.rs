@@ -4,13 +4,12 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use kernels::PackedMatrix;
+use kernels::WeightMatrix;
 
 use crate::{
     config::ModelConfig,
     error::ModelError,
     lora::{Adapter, LowRank},
-    panels::BlockStacks,
     rope::{Positions, RopeTable},
     sampling::Precision,
     weights::Weights,
@@ -24,7 +23,7 @@ pub struct LanguageModel {
     embedding: Tensor,
     blocks: Vec<TransformerBlock>,
     final_norm: Tensor,
-    pub(crate) head: Tensor,
+    pub(crate) head: WeightMatrix,
     pub(crate) rope: RopeTable,
     pub(crate) adapter: Option<Adapter>,
     /// Precision of matmuls with weights.
@@ -36,28 +35,10 @@ pub struct LanguageModel {
 /// Inputs and options that all blocks of a forward pass share.
 struct ForwardContext<'a> {
     config: &'a ModelConfig,
-    weights: &'a Weights,
     /// cos and sin of every token's position.
     rotation: (Tensor, Tensor),
     precision: Precision,
     recompute: bool,
-}
-
-impl ForwardContext<'_> {
-    /// The packed weights of a block that are kept: query, key, value, output, gate, up and down projection.
-    fn packed(&self, layer: usize) -> candle_core::Result<[Option<PackedMatrix>; 7]> {
-        let BlockStacks {
-            projections,
-            output,
-            gate_and_up,
-            down,
-        } = BlockStacks::of(layer);
-        let [query, key, value] = self.weights.kept_panels(&projections, self.precision)?;
-        let [output] = self.weights.kept_panels(&output, self.precision)?;
-        let [gate, up] = self.weights.kept_panels(&gate_and_up, self.precision)?;
-        let [down] = self.weights.kept_panels(&down, self.precision)?;
-        Ok([query, key, value, output, gate, up, down])
-    }
 }
 
 /// Attention of one layer: over a ragged batch or through a KV cache.
@@ -89,7 +70,7 @@ pub(crate) struct LayerAttention {
 /// A linear layer with an optional low-rank update.
 #[derive(Debug, Clone)]
 pub(crate) struct LinearLayer {
-    weight: Tensor,
+    weight: WeightMatrix,
     bias: Option<Tensor>,
     /// The adapter's low-rank update.
     pub(crate) low_rank: Option<LowRank>,
@@ -117,7 +98,7 @@ impl LanguageModel {
     /// When a tensor is missing.
     pub fn new(config: ModelConfig, weights: Weights) -> Result<Self, ModelError> {
         let embedding = weights.get("model.embed_tokens.weight")?;
-        let head = weights.get(config.head_name())?;
+        let head = weights.matrix(config.head_name())?;
         let blocks = (0..config.layers)
             .map(|layer| TransformerBlock::new(layer, &config, &weights))
             .collect::<Result<_, _>>()?;
@@ -125,6 +106,7 @@ impl LanguageModel {
         let final_norm = weights.get("model.norm.weight")?;
         Ok(Self {
             config,
+            precision: weights.packed_precision().unwrap_or_default(),
             weights,
             embedding,
             blocks,
@@ -132,18 +114,37 @@ impl LanguageModel {
             head,
             rope,
             adapter: None,
-            precision: Precision::F32,
             recompute: false,
         })
     }
 
     /// The same weights, not copied, with matmuls of [`Self::logprobs`] and [`Self::hidden`] in this precision on the
-    /// CPU. Accumulation and trained parameters stay f32.
+    /// CPU; packed weights stay in theirs. Accumulation and trained parameters stay f32.
     #[must_use]
     pub fn with_precision(&self, precision: Precision) -> Self {
         let mut model = self.clone();
-        model.precision = precision;
+        model.precision = self.weights.packed_precision().unwrap_or(precision);
         model
+    }
+
+    /// The model with its weights, which nothing trains, packed in the precision of its products: there is no other copy once
+    /// this model and its clones are all that is left. An adapter stays as it is. What is not packed becomes f32. On other
+    /// devices than the CPU the model is unchanged.
+    ///
+    /// # Errors
+    /// If a tensor is missing.
+    pub fn packed(&self, precision: Precision) -> Result<Self, ModelError> {
+        let model = self.with_precision(precision);
+        let is_packed = self.weights().packed_precision() == Some(precision);
+        if is_packed || !self.device().is_cpu() || precision == Precision::Int8 {
+            return Ok(model);
+        }
+        let weights = self.weights().packed_in(self.config(), precision)?;
+        let model = Self::new(self.config().clone(), weights)?;
+        match self.adapter() {
+            Some(adapter) => model.with_adapter(adapter.clone()),
+            None => Ok(model),
+        }
     }
 
     /// The same weights, not copied, with gradient checkpointing on or off: [`Self::logprobs`] and [`Self::hidden`]
@@ -210,13 +211,7 @@ impl LanguageModel {
         hidden: &Tensor,
         targets: &[u32],
     ) -> candle_core::Result<kernels::LogprobsOutput> {
-        let name = [self.config.head_name().to_owned()];
-        let [packed] = self.weights.kept_panels(&name, self.precision)?;
-        let head = kernels::HeadWeights {
-            weight: &self.head,
-            packed: packed.as_ref(),
-        };
-        kernels::token_logprobs(hidden, head, targets, self.precision)
+        kernels::token_logprobs(hidden, &self.head, targets, self.precision)
     }
 
     /// Final hidden states, after the last norm, of tokens `ids` `[N]` at `positions` `[N]`: `[N, hidden_size]`.
@@ -228,7 +223,6 @@ impl LanguageModel {
     ) -> candle_core::Result<Tensor> {
         let context = ForwardContext {
             config: &self.config,
-            weights: &self.weights,
             rotation: self.rope.at(positions)?,
             precision: self.precision,
             recompute: self.recompute,
@@ -257,7 +251,10 @@ impl LanguageModel {
 
     /// Logits of hidden states `[N, hidden_size]`, in f32: `[N, vocab_size]`.
     pub(crate) fn logits(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
-        hidden.matmul(&self.head.t()?)?.to_dtype(DType::F32)
+        match &self.head {
+            WeightMatrix::Tensor(head) => hidden.matmul(&head.t()?)?.to_dtype(DType::F32),
+            WeightMatrix::Packed(head) => kernels::packed_linear(hidden, head),
+        }
     }
 }
 
@@ -267,23 +264,25 @@ impl LinearLayer {
             .then(|| weights.get(&format!("{name}.bias")))
             .transpose()?;
         Ok(Self {
-            weight: weights.get(&format!("{name}.weight"))?,
+            weight: weights.matrix(&format!("{name}.weight"))?,
             bias,
             low_rank: None,
         })
     }
 
-    fn params(&self, packed: Option<PackedMatrix>) -> kernels::LinearParams {
+    fn params(&self) -> kernels::LinearParams {
         kernels::LinearParams {
             weight: self.weight.clone(),
             bias: self.bias.clone(),
             low_rank: self.low_rank.as_ref().map(LowRank::params),
-            packed,
         }
     }
 
     fn forward(&self, x: &Tensor, precision: Precision) -> candle_core::Result<Tensor> {
-        let mut y = kernels::linear(x, &self.weight, precision)?;
+        let mut y = match &self.weight {
+            WeightMatrix::Tensor(weight) => kernels::linear(x, weight, precision)?,
+            WeightMatrix::Packed(weight) => kernels::packed_linear(x, weight)?,
+        };
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
         }
@@ -354,9 +353,7 @@ impl TransformerBlock {
         if linears.iter().any(has_dropout) {
             return Ok(None);
         }
-        let mut packed = context.packed(layer.index)?.into_iter();
-        let [query, key, value, output, gate, up, down] =
-            linears.map(|linear| linear.params(packed.next().flatten()));
+        let [query, key, value, output, gate, up, down] = linears.map(LinearLayer::params);
         let weights = kernels::BlockWeights {
             attention_norm: self.attention_norm.clone(),
             query,

@@ -3,11 +3,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::Arc,
 };
 
 use candle_core::{DType, Device, Tensor, Var};
-use kernels::{PackedMatrix, PanelStack, Precision};
+use kernels::{PackedMatrix, Precision, WeightMatrix};
 use messages::{Digest, Seed};
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -15,16 +14,16 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use crate::{
     config::ModelConfig,
     error::ModelError,
-    panels::{self, PanelStore},
+    panels::{BlockStacks, is_embedding, pack},
     shards::{ExpectedTensors, Shards},
 };
 
-/// Tensors of a model by their names on disk, in alphabetical order.
+/// Tensors of a model by their names on disk, in alphabetical order. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Weights {
     pub(crate) tensors: BTreeMap<String, Tensor>,
-    /// Panels of weights that nothing trains in place; clones share them.
-    pub(crate) panels: Option<Arc<PanelStore>>,
+    /// Matrices that nothing trains and that are held packed, in place of a tensor of their name but for an embedding.
+    pub(crate) packed: BTreeMap<String, PackedMatrix>,
 }
 
 impl Weights {
@@ -33,16 +32,29 @@ impl Weights {
         let same = |((name, a), (other, b)): ((&String, &Tensor), (&String, &Tensor))| {
             name == other && a.id() == b.id() && !a.is_variable()
         };
-        self.tensors.len() == other.tensors.len()
-            && self.tensors.iter().zip(&other.tensors).all(same)
+        let tensors = self.tensors.len() == other.tensors.len()
+            && self.tensors.iter().zip(&other.tensors).all(same);
+        let mut packed = self.packed.iter().zip(&other.packed);
+        tensors
+            && self.packed.len() == other.packed.len()
+            && packed.all(|((name, a), (other, b))| name == other && a.is_same(b))
     }
 
     /// Shapes of all tensors by name.
     pub(crate) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let tensors = self.tensors.iter();
-        tensors
-            .map(|(name, tensor)| (name.clone(), tensor.dims().to_vec()))
-            .collect()
+        let tensors = tensors.map(|(name, tensor)| (name.clone(), tensor.dims().to_vec()));
+        let packed = self.packed.iter();
+        let packed = packed.map(|(name, packed)| (name.clone(), packed.weight_dims().to_vec()));
+        tensors.chain(packed).collect()
+    }
+
+    /// All tensors in order, of those that are packed one at a time.
+    pub(crate) fn entries(
+        &self,
+    ) -> impl Iterator<Item = Result<(String, Tensor), ModelError>> + use<'_> {
+        let names = self.shapes().into_keys();
+        names.map(|name| Ok((name.clone(), self.get(&name)?)))
     }
 
     /// Reads the single or sharded safetensors of `folder` as `dtype`.
@@ -67,7 +79,7 @@ impl Weights {
         device: &Device,
     ) -> Result<Self, ModelError> {
         let tensors = Shards::open(folder)?.read(expected, dtype, device)?;
-        Ok(Self::of(tensors).frozen())
+        Ok(Self::of(tensors))
     }
 
     /// Deserialises a blob written by [`Self::to_blob`].
@@ -88,7 +100,7 @@ impl Weights {
     pub fn of(tensors: BTreeMap<String, Tensor>) -> Self {
         Self {
             tensors,
-            panels: None,
+            packed: BTreeMap::new(),
         }
     }
 
@@ -158,7 +170,7 @@ impl Weights {
             let tensor = found.remove(&name).ok_or_else(|| ModelError::Weights {
                 reason: format!("the tensor {name} of shape {shape:?} is missing"),
             })?;
-            check_shape(&name, &tensor, &shape)?;
+            check_shape(&name, tensor.dims(), &shape)?;
             let stored = tensor.dtype();
             if ![DType::F64, DType::F32, DType::F16, DType::BF16].contains(&stored) {
                 let reason = format!(
@@ -184,10 +196,11 @@ impl Weights {
     pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>), ModelError> {
         let mut vars = BTreeMap::new();
         let mut tensors = BTreeMap::new();
-        for (name, tensor) in &self.tensors {
+        for entry in self.entries() {
+            let (name, tensor) = entry?;
             let var = Var::from_tensor(&tensor.copy()?)?;
             tensors.insert(name.clone(), var.as_tensor().clone());
-            vars.insert(name.clone(), var);
+            vars.insert(name, var);
         }
         Ok((Self::of(tensors), vars))
     }
@@ -216,24 +229,26 @@ impl Weights {
         &self,
         convert: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Self, ModelError> {
-        let tensors = self.tensors.iter();
-        let tensors = tensors.map(|(name, tensor)| Ok((name.clone(), convert(tensor)?)));
-        Ok(Self::of(
-            tensors.collect::<Result<_, candle_core::Error>>()?,
-        ))
+        let converted = self.entries().map(|entry| {
+            let (name, tensor) = entry?;
+            Ok((name, convert(&tensor)?))
+        });
+        Ok(Self::of(converted.collect::<Result<_, ModelError>>()?))
     }
 
     /// Size of all tensors in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
-        self.tensors.values().map(bytes).sum::<usize>() as u64
+        let packed: u64 = self.packed.values().map(PackedMatrix::bytes).sum();
+        self.tensors.values().map(bytes).sum::<usize>() as u64 + packed
     }
 
     /// Number of parameters.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        self.tensors.values().map(Tensor::elem_count).sum()
+        let count = |dims: &Vec<usize>| dims.iter().product::<usize>();
+        self.shapes().values().map(count).sum()
     }
 
     /// Serialises the weights as one safetensors file. Equal weights give equal bytes.
@@ -249,11 +264,11 @@ impl Weights {
         &self,
         entries: &[(&str, String)],
     ) -> Result<Vec<u8>, ModelError> {
-        let on_cpu = self
-            .tensors
-            .iter()
-            .map(|(name, tensor)| Ok((name.as_str(), tensor.to_device(&Device::Cpu)?)))
-            .collect::<Result<Vec<_>, candle_core::Error>>()?;
+        let on_cpu = self.entries().map(|entry| {
+            let (name, tensor) = entry?;
+            Ok((name, tensor.to_device(&Device::Cpu)?))
+        });
+        let on_cpu = on_cpu.collect::<Result<Vec<_>, ModelError>>()?;
         // One entry only: with several, the order in the library's hash map would vary between runs.
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         let weights_error = |reason: String| ModelError::Weights { reason };
@@ -278,8 +293,10 @@ impl Weights {
     /// # Errors
     /// When a tensor cannot be read from its device.
     pub fn norm(&self) -> Result<f64, ModelError> {
-        let squares = self.tensors.values().map(kernels::squared_norm);
-        Ok(squares.sum::<Result<f64, _>>()?.sqrt())
+        let squares = self
+            .entries()
+            .map(|entry| Ok(kernels::squared_norm(&entry?.1)?));
+        Ok(squares.sum::<Result<f64, ModelError>>()?.sqrt())
     }
 
     /// Whether all values are finite.
@@ -287,8 +304,8 @@ impl Weights {
     /// # Errors
     /// When a tensor cannot be read from its device.
     pub fn is_finite(&self) -> Result<bool, ModelError> {
-        for tensor in self.tensors.values() {
-            if !kernels::squared_norm(tensor)?.is_finite() {
+        for entry in self.entries() {
+            if !kernels::squared_norm(&entry?.1)?.is_finite() {
                 return Ok(false);
             }
         }
@@ -299,7 +316,10 @@ impl Weights {
     #[must_use]
     pub fn detached(&self) -> Self {
         let detached = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.detach());
-        Self::of(self.tensors.iter().map(detached).collect())
+        Self {
+            tensors: self.tensors.iter().map(detached).collect(),
+            packed: self.packed.clone(),
+        }
     }
 
     /// The subset of tensors with these names and shapes, not copied.
@@ -307,108 +327,136 @@ impl Weights {
     /// # Errors
     /// When one is missing or of another shape.
     pub(crate) fn subset(&self, expected: Vec<(String, Vec<usize>)>) -> Result<Self, ModelError> {
-        let tensor = |(name, shape): (String, Vec<usize>)| {
-            let tensor = self.get(&name)?;
-            check_shape(&name, &tensor, &shape)?;
-            Ok((name, tensor))
-        };
-        Ok(Self {
-            tensors: expected
-                .into_iter()
-                .map(tensor)
-                .collect::<Result<_, ModelError>>()?,
-            panels: self.panels.clone(),
-        })
+        let mut subset = Self::of(BTreeMap::new());
+        let shapes = self.shapes();
+        for (name, shape) in expected {
+            let found = shapes.get(&name).ok_or_else(|| missing(&name))?;
+            check_shape(&name, found, &shape)?;
+            if let Some(packed) = self.packed.get(&name) {
+                subset.packed.insert(name.clone(), packed.clone());
+            }
+            if let Some(tensor) = self.tensors.get(&name) {
+                subset.tensors.insert(name, tensor.clone());
+            }
+        }
+        Ok(subset)
     }
 
     /// Union of two sets of tensors, not copied; `others` take precedence.
     #[must_use]
     pub(crate) fn union(&self, others: &Self) -> Self {
-        let mut both = self.tensors.clone();
-        both.extend(others.tensors.clone());
-        Self::of(both)
+        let mut both = self.clone();
+        for name in others.shapes().keys() {
+            both.tensors.remove(name);
+            both.packed.remove(name);
+        }
+        both.tensors.extend(others.tensors.clone());
+        both.packed.extend(others.packed.clone());
+        both
     }
 
-    /// Whether all tensors have this dtype and device.
+    /// Whether all tensors have this dtype and device; packed ones are f32 on the CPU.
     pub(crate) fn all_on(&self, dtype: DType, device: &Device) -> bool {
         let is = |tensor: &Tensor| tensor.dtype() == dtype && tensor.device().same_device(device);
         self.tensors.values().all(is)
     }
 
-    /// The weights, which nothing trains in place: their panels are kept.
-    #[must_use]
-    pub(crate) fn frozen(mut self) -> Self {
-        self.panels = Some(Arc::default());
-        self
+    /// The weights with all matrices of blocks and the head packed, and the rest in f32, which is shared where it was.
+    pub(crate) fn packed_in(
+        &self,
+        config: &ModelConfig,
+        precision: Precision,
+    ) -> Result<Self, ModelError> {
+        let blocks: Vec<BlockStacks> = (0..config.layers).map(BlockStacks::of).collect();
+        let head = [config.head_name().to_owned()];
+        let stacks = blocks.iter().flat_map(BlockStacks::all);
+        let mut packed = BTreeMap::new();
+        for names in stacks.chain([head.as_slice()]) {
+            let weights = self.matrices(names)?;
+            let parts = pack(&weights, |weights, width| {
+                PackedMatrix::neighbours(weights, width, precision)
+            })?;
+            packed.extend(names.iter().cloned().zip(parts));
+        }
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            if packed.contains_key(name) && !is_embedding(name) {
+                continue;
+            }
+            tensors.insert(name.clone(), tensor.detach().to_dtype(DType::F32)?);
+        }
+        Ok(Self { tensors, packed })
     }
 
     /// Weights `[out, in]` that read the same rows, packed side by side.
     ///
     /// # Errors
     /// When a tensor is missing or not on the CPU.
-    pub(crate) fn packed(
+    pub(crate) fn stacked(
         &self,
         names: &[String],
         precision: Precision,
     ) -> Result<PackedMatrix, ModelError> {
-        if let Some(stack) = self.kept(names, precision)? {
-            return Ok(stack.all);
+        let held: Option<Vec<PackedMatrix>> = names
+            .iter()
+            .map(|name| self.packed.get(name).cloned())
+            .collect();
+        let joined = held.and_then(|parts| PackedMatrix::joined(&parts));
+        if let Some(joined) = joined.filter(|joined| joined.precision() == precision) {
+            return Ok(joined);
         }
-        let weights = self.tensors_of(names)?;
-        Ok(panels::pack(&weights, |weights, width| {
+        let weights = self.matrices(names)?;
+        Ok(pack(&weights, |weights, width| {
             PackedMatrix::stacked(weights, width, precision)
         })?)
     }
 
-    /// Each of these weights, which read the same rows, packed; `None` of each if that is not kept.
-    ///
-    /// # Errors
-    /// When a tensor is missing or not on the CPU.
-    pub(crate) fn kept_panels<const N: usize>(
-        &self,
-        names: &[String; N],
-        precision: Precision,
-    ) -> candle_core::Result<[Option<PackedMatrix>; N]> {
-        let kept = self.kept(names, precision);
-        let kept = kept.map_err(candle_core::Error::wrap)?;
-        let mut parts = kept.map_or(Vec::new(), |stack| stack.parts).into_iter();
-        Ok(std::array::from_fn(|_| parts.next()))
+    fn matrices(&self, names: &[String]) -> Result<Vec<Tensor>, ModelError> {
+        // What is trained is read in place.
+        let matrix = |name: &String| Ok(self.matrix(name)?.to_tensor()?.detach());
+        names.iter().map(matrix).collect()
     }
 
-    fn kept(
-        &self,
-        names: &[String],
-        precision: Precision,
-    ) -> Result<Option<PanelStack>, ModelError> {
-        match &self.panels {
-            Some(store) => Ok(store.stack(&self.tensors_of(names)?, precision)?),
-            None => Ok(None),
+    /// The weight of a linear layer or of the head, packed if it is.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub(crate) fn matrix(&self, name: &str) -> Result<WeightMatrix, ModelError> {
+        match self.packed.get(name) {
+            Some(packed) => Ok(WeightMatrix::Packed(packed.clone())),
+            None => Ok(WeightMatrix::Tensor(self.get(name)?)),
         }
     }
 
-    fn tensors_of(&self, names: &[String]) -> Result<Vec<Tensor>, ModelError> {
-        names.iter().map(|name| self.get(name)).collect()
+    /// Precision in which the matrices are packed, if they are.
+    #[must_use]
+    pub fn packed_precision(&self) -> Option<Precision> {
+        self.packed.values().next().map(PackedMatrix::precision)
     }
 
-    /// The tensor with this name, not copied.
+    /// The tensor with this name, not copied unless it is packed: then as it was rounded.
     ///
     /// # Errors
     /// When there is none.
     pub fn get(&self, name: &str) -> Result<Tensor, ModelError> {
-        self.tensors
-            .get(name)
-            .cloned()
-            .ok_or_else(|| ModelError::Weights {
-                reason: format!("the tensor {name} is missing"),
-            })
+        if let Some(tensor) = self.tensors.get(name) {
+            return Ok(tensor.clone());
+        }
+        let packed = self.packed.get(name).ok_or_else(|| missing(name))?;
+        Ok(WeightMatrix::from(packed).to_tensor()?)
     }
 }
 
-fn check_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<(), ModelError> {
-    if tensor.dims() == shape {
+fn missing(name: &str) -> ModelError {
+    ModelError::Weights {
+        reason: format!("the tensor {name} is missing"),
+    }
+}
+
+fn check_shape(name: &str, found: &[usize], shape: &[usize]) -> Result<(), ModelError> {
+    if found == shape {
         return Ok(());
     }
-    let found = tensor.dims();
     let reason = format!("{name} has shape {found:?}, the configuration says {shape:?}");
     Err(ModelError::Weights { reason })
 }

@@ -26,7 +26,8 @@ pub struct ActorSettings {
     pub min_p: f64,
     /// Weight precision used for sampling; below f32 key-value caches are in bf16.
     pub precision: PrecisionSetting,
-    /// Maximum quantisation error in nats per token before sampling falls back to f32; 0: no check.
+    /// Maximum quantisation error against the learner's precision, in nats per token, before sampling falls back to that; 0:
+    /// no check.
     pub max_quantization_error: f64,
     /// Maximum completion length in tokens.
     pub max_new_tokens: usize,

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context;
 use hub::CancelToken;
 use messages::JudgeVersion;
-use model::{Encoder, ModelFolder, RewardModel};
+use model::{Encoder, ModelFolder, RewardModel, Weights};
 use preference::{
     Composition, EncoderJudge, Ensemble, EnsembleRule, Judge, JudgeReplicas, Matrix, Route,
     RouteRule, Rules,
@@ -16,7 +16,7 @@ use preference::{
 use settings::{Head, JudgeSettings, ModelSource, Settings};
 
 use crate::assembly::{
-    LoadedModel, LoadedRewardModel, ModelLocation,
+    JudgeUse, LoadedModel, LoadedRewardModel, ModelLocation,
     local_chat::{self, LocalChat},
     longest_sequence,
     playground::GoldJudge,
@@ -167,14 +167,24 @@ impl JudgeLoader<'_> {
             }
         };
         let tokens = self.tokens.get_or_insert_with(|| path.clone());
-        let shared = self.policy.map(|policy| &policy.weights);
+        // A backbone that is packed is shared by what multiplies in the same precision.
+        let precision = model::training_precision(settings.preference.precision);
+        let is_shared = |weights: &&Weights| {
+            let packed = weights.packed_precision();
+            packed.is_none_or(|packed| packed == precision)
+        };
+        let shared = self.policy.map(|policy| &policy.weights).filter(is_shared);
         let location = ModelLocation::of_folder(path, self.cancel)?;
         let folder = reward_folder(&location, head)?;
         let (device, dtype) = crate::assembly::device(settings)?;
         let model = folder.model(dtype, &device, shared)?;
         let given = settings.model.chat_template.as_deref();
         let model = LoadedRewardModel::new(folder, model, tokens, given);
-        let model = model.with_precision(settings.preference.precision);
+        let purpose = match settings.preference.apo.refresh_steps {
+            0 => JudgeUse::Judging,
+            _ => JudgeUse::Training,
+        };
+        let model = model.with_precision(settings.preference.precision, purpose)?;
         Ok(JudgeSource::Model(Box::new(model)))
     }
 }
@@ -198,7 +208,7 @@ impl JudgeSource {
         version: JudgeVersion,
     ) -> anyhow::Result<Self> {
         let before = self.model().context("the judge is not a model")?;
-        Ok(Self::Model(Box::new(before.with_model(model, version))))
+        Ok(Self::Model(Box::new(before.with_model(model, version)?)))
     }
 
     /// Whether the judge reads the policy's tokens, rather than messages and text.

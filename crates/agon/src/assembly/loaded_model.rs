@@ -3,8 +3,10 @@
 use std::{path::Path, sync::Arc};
 
 use hub::CancelToken;
-use model::{Adapter, DType, Device, LanguageModel, ModelFolder, Weights};
-use settings::{DtypeSetting, PromptsSettings, Settings};
+use model::{Adapter, DType, Device, LanguageModel, ModelFolder, Precision, Weights};
+use settings::{
+    DtypeSetting, EngineSettings, JudgeSettings, PrecisionSetting, PromptsSettings, Settings,
+};
 
 use crate::assembly::playground;
 
@@ -30,6 +32,39 @@ pub(crate) fn dtype(setting: DtypeSetting) -> DType {
         DtypeSetting::F32 => DType::F32,
         DtypeSetting::Bf16 => DType::BF16,
     }
+}
+
+/// Precision in which a run packs the weights that nothing trains: that of the learner's products. Actors' decoders read
+/// them too, or convert them to a coarser precision. `None` if they stay as they were read:
+/// - on a GPU, and for mistral.rs, which makes files of them;
+/// - if anything exact is made of weights that bf16 would round: samples in f32, or a fitted preference model;
+/// - if models are trained from them: in adversarial preference optimisation, or as a reference that moves;
+/// - beside a policy that is trained in bf16 as a whole, since its reference has all roundings in common with it.
+pub(crate) fn frozen_precision(settings: &Settings, has_adapter: bool) -> Option<Precision> {
+    let precision = model::training_precision(settings.learner.precision);
+    let samples_exactly =
+        settings.needs_samples() && settings.actor.precision == PrecisionSetting::F32;
+    let needs_exact = samples_exactly || fits_preference_model(settings);
+    let stays_at_start =
+        has_adapter || (!settings.reference.moves() && settings.model.dtype == DtypeSetting::F32);
+    let is_packed = settings.model.device == "cpu"
+        && matches!(settings.actor.engine, EngineSettings::Own {})
+        && (precision == Precision::F32 || !needs_exact)
+        && settings.preference.apo.refresh_steps == 0
+        && stays_at_start;
+    is_packed.then_some(precision)
+}
+
+/// Whether a judge is a preference model that is fitted when the run begins.
+fn fits_preference_model(settings: &Settings) -> bool {
+    let is_fitted = |judge: &JudgeSettings| match judge {
+        JudgeSettings::BradleyTerry { path } | JudgeSettings::Pairwise { path } => path.is_empty(),
+        _ => false,
+    };
+    let judges = settings.evaluation.judge.values();
+    std::iter::once(&settings.preference.judge)
+        .chain(judges)
+        .any(|judge| judge.any(&is_fitted))
 }
 
 /// A model's folder and its weights. Clones share both.
@@ -80,6 +115,18 @@ impl LoadedModel {
         let folder = ModelFolder::open(path, settings.model.chat_template.as_deref())?;
         let weights = folder.weights(dtype, &device)?;
         Ok(Self::new(folder, weights))
+    }
+
+    /// The model with its weights, which nothing trains, packed in this precision; unchanged without one.
+    pub(crate) fn packed(&self, precision: Option<Precision>) -> anyhow::Result<Self> {
+        let Some(precision) = precision else {
+            return Ok(self.clone());
+        };
+        let packed = self.language_model()?.packed(precision)?;
+        Ok(Self {
+            weights: packed.weights().clone(),
+            ..self.clone()
+        })
     }
 
     /// A language model that shares the weights.

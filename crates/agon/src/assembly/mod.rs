@@ -41,13 +41,13 @@ pub(crate) use judge::{CompletionOrigin, JudgeSource};
 pub(crate) use judge_digest::judge_digest;
 pub(crate) use judge_pool::{evaluation_judges, judge_replicas, pool, server};
 pub(crate) use loaded_model::{
-    LoadedModel, NO_STOP_TOKENS, device, dtype, warn_without_stop_tokens,
+    LoadedModel, NO_STOP_TOKENS, device, dtype, frozen_precision, warn_without_stop_tokens,
 };
 pub(crate) use model_location::ModelLocation;
 pub(crate) use nats_program::missing_nats_server;
 pub(crate) use playground::{StyleComparison, base_model, gold_judge, style_comparisons};
 pub(crate) use preference_model::{
-    Backbone, LoadedRewardModel, check_fit_adapter, preference_model, reads_tokens_of,
+    Backbone, JudgeUse, LoadedRewardModel, check_fit_adapter, preference_model, reads_tokens_of,
     reward_folder, same_tokenizer,
 };
 pub(crate) use preference_pairs::{
@@ -100,13 +100,28 @@ impl RunInputs {
         check_run_positions(settings, &model.folder.config)?;
         let adapter_folder = saved_adapter(settings, cancel)?;
         let adapter = adapter(settings, &model, adapter_folder.as_deref())?;
+        let precision = frozen_precision(settings, adapter.is_some());
         Ok(Self {
-            model,
+            model: model.packed(precision)?,
             adapter,
             adapter_folder,
             prompts,
             pairs,
         })
+    }
+
+    /// Whether an adapter is trained, and not all weights.
+    pub(crate) fn trains_adapter(&self) -> bool {
+        self.adapter.is_some()
+    }
+
+    /// The policy at the start, for the learner: weights that are all trained are read anew, as they are exactly.
+    pub(crate) fn policy_to_train(&self, settings: &Settings) -> anyhow::Result<LanguageModel> {
+        let is_packed = frozen_precision(settings, self.trains_adapter()).is_some();
+        if self.trains_adapter() || !is_packed {
+            return self.policy();
+        }
+        LoadedModel::read(settings, &self.model.folder.path)?.language_model()
     }
 
     /// The policy at the start: the base model, with the adapter if one is trained. All copies share the weights.

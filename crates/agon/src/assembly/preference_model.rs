@@ -106,7 +106,7 @@ impl Backbone {
         }
         // As it will judge.
         let precision = model::training_precision(settings.preference.precision);
-        let calibration = calibrate(&model.with_precision(precision), &pairs.validation)?
+        let calibration = calibrate(&model.packed(precision)?, &pairs.validation)?
             .context("there are no held-out pairs; see preference.fit.validation")?;
         if let Some(progress) = progress {
             progress.finish(&format!(
@@ -204,8 +204,10 @@ pub(crate) fn reward_folder(location: &ModelLocation, kind: Head) -> anyhow::Res
 
 /// A reward model in memory, with what a judge needs beside it.
 pub(crate) struct LoadedRewardModel {
-    /// The model.
+    /// The model from which others may be trained.
     pub(crate) model: RewardModel,
+    /// The same as it judges, packed for all replicas.
+    judging: RewardModel,
     /// Version as a judge.
     version: JudgeVersion,
     folder: RewardFolder,
@@ -213,6 +215,15 @@ pub(crate) struct LoadedRewardModel {
     shares_tokens: bool,
     /// Precision of matrix products while it judges.
     precision: Precision,
+}
+
+/// What a judge's weights are for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum JudgeUse {
+    /// To judge: no copy is kept but the packed one.
+    Judging,
+    /// To be trained further too.
+    Training,
 }
 
 impl LoadedRewardModel {
@@ -226,6 +237,7 @@ impl LoadedRewardModel {
     ) -> Self {
         let shares_tokens = reads_tokens_of(&folder.folder.path, tokens, given);
         Self {
+            judging: model.clone(),
             model,
             version: JudgeVersion(1),
             folder,
@@ -250,20 +262,33 @@ impl LoadedRewardModel {
     }
 
     /// The same judge with matrix products in this precision.
-    pub(crate) fn with_precision(self, precision: DtypeSetting) -> Self {
-        let precision = model::training_precision(precision);
-        Self { precision, ..self }
+    pub(crate) fn with_precision(
+        mut self,
+        precision: DtypeSetting,
+        purpose: JudgeUse,
+    ) -> anyhow::Result<Self> {
+        self.precision = model::training_precision(precision);
+        self.judging = self.model.packed(self.precision)?;
+        if purpose == JudgeUse::Judging {
+            self.model = self.judging.clone();
+        }
+        Ok(self)
     }
 
     /// The same judge with another model of the same folder layout.
-    pub(crate) fn with_model(&self, model: RewardModel, version: JudgeVersion) -> Self {
-        Self {
+    pub(crate) fn with_model(
+        &self,
+        model: RewardModel,
+        version: JudgeVersion,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            judging: model.packed(self.precision)?,
             model,
             version,
             folder: self.folder.clone(),
             shares_tokens: self.shares_tokens,
             precision: self.precision,
-        }
+        })
     }
 
     /// The model's tokenizer.
@@ -278,8 +303,11 @@ impl LoadedRewardModel {
         } else {
             JudgeTokenizer::Own(Box::new(self.folder.folder.tokenizer.clone()))
         };
-        let model = self.model.with_precision(self.precision);
-        Box::new(RewardModelJudge::new(model, self.version, tokens))
+        Box::new(RewardModelJudge::new(
+            self.judging.clone(),
+            self.version,
+            tokens,
+        ))
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context;
-use model::ModelConfig;
+use model::{ModelConfig, Precision, PublishedForm};
 use settings::{
     DtypeSetting, EngineSettings, ObjectiveSettings, PrecisionSetting, ReferenceSettings, Settings,
     TransportSettings,
@@ -21,6 +21,7 @@ use crate::cli::config_args::Configuration;
 use crate::{
     assembly::{self, Preflight, PreflightFinding, PreflightScope},
     exit_code::{Refused, sentence},
+    run::weights_form,
 };
 
 /// Bytes of the program without a model: code, runtime, threads.
@@ -192,10 +193,7 @@ fn predicted_tokens(settings: &Settings) -> usize {
 
 /// Estimated peak memory of a run of all roles in one process, by contribution.
 fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
-    let bytes = match settings.model.dtype {
-        DtypeSetting::F32 => 4,
-        DtypeSetting::Bf16 => 2,
-    };
+    let bytes = element_bytes(settings);
     let weights = [config.parameter_count(), bytes];
     // An adapter is trained in f32 on weights that policy and reference share.
     let (trained, trained_parameters) = match adapter_parameters(settings, config) {
@@ -203,7 +201,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         None => (weights, config.parameter_count()),
     };
     // Trained bf16 weights have master weights in f32.
-    let is_half = trained == weights && settings.model.dtype == DtypeSetting::Bf16;
+    let is_half = trained == weights && bytes == 2;
     let masters = if is_half { trained_parameters } else { 0 };
     let moments = product(&[&[2, trained_parameters, MOMENT_BYTES]]);
     let of_training = [
@@ -215,7 +213,7 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
             "master weights in f32",
             product(&[&[masters, MASTER_BYTES]]),
         ),
-        ("reference's weights", product(&[&weights])),
+        ("reference's weights", reference_weights(settings, config)),
     ];
     let parts = of_training
         .into_iter()
@@ -241,7 +239,7 @@ fn sampling_memory(
     config: &ModelConfig,
     trained: [usize; 2],
     bytes: usize,
-) -> [(&'static str, u64); 6] {
+) -> [(&'static str, u64); 5] {
     let tables = config.rope_table_elements(longest_sample(settings, config));
     let mistral_copies = match settings.actor.engine {
         EngineSettings::Own {} => 0,
@@ -261,14 +259,63 @@ fn sampling_memory(
             packed_weights(settings, config),
         ),
         (
-            "frozen weights packed for training",
-            learner_panels(settings, config),
-        ),
-        (
             "published weights",
-            product(&[&trained, &[PUBLISHED_COPIES]]),
+            published_weights(settings, config, trained).saturating_mul(PUBLISHED_COPIES as u64),
         ),
     ]
+}
+
+/// Bytes of an element of activations, and of weights that are not packed: frozen weights in bf16 below an adapter are, and
+/// the rest is f32.
+fn element_bytes(settings: &Settings) -> usize {
+    match settings.model.dtype {
+        DtypeSetting::Bf16 if held_precision(settings).is_none() => 2,
+        _ => 4,
+    }
+}
+
+/// Precision in which the weights that nothing trains are packed, if they are.
+fn held_precision(settings: &Settings) -> Option<Precision> {
+    assembly::frozen_precision(settings, trains_adapter(settings))
+}
+
+fn trains_adapter(settings: &Settings) -> bool {
+    assembly::fresh_adapter(settings).is_some()
+}
+
+/// Bytes of all weights packed in this precision: embeddings stay in f32, beside a head that is the same matrix too.
+fn packed_bytes(config: &ModelConfig, precision: Precision) -> u64 {
+    let embedding = config.vocab_size * config.hidden_size;
+    let packed = match config.tied_head {
+        true => config.parameter_count(),
+        false => config.parameter_count() - embedding,
+    };
+    product(&[&[packed, weight_bytes(precision)]])
+        .saturating_add(product(&[&[embedding, weight_bytes(Precision::F32)]]))
+}
+
+fn weight_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::F32 => 4,
+        Precision::Bf16 => 2,
+        Precision::Int8 => 1,
+    }
+}
+
+/// Bytes of the reference, which are also those of the weights below an adapter.
+fn reference_weights(settings: &Settings, config: &ModelConfig) -> u64 {
+    match held_precision(settings) {
+        Some(precision) => packed_bytes(config, precision),
+        None => product(&[&[config.parameter_count(), element_bytes(settings)]]),
+    }
+}
+
+/// Bytes of weights that are published once, of size `trained` unless they are packed.
+fn published_weights(settings: &Settings, config: &ModelConfig, trained: [usize; 2]) -> u64 {
+    match weights_form(settings, trains_adapter(settings)) {
+        PublishedForm::Packed(precision) => packed_bytes(config, precision),
+        PublishedForm::Tensors(_) => product(&[&trained]),
+    }
 }
 
 /// Number of copies of the published weights that actors hold: in one process they share those of the weight store, else
@@ -350,51 +397,27 @@ fn followers(
 }
 
 /// Bytes of the weights that actors pack for the CPU: of the policy and of the reference, which share them where they differ
-/// by an adapter. Frozen weights in bf16 are packed once for all actors.
+/// by an adapter. Weights that are held packed as the actors read them are not packed again.
 fn packed_weights(settings: &Settings, config: &ModelConfig) -> u64 {
     if !packs_for_sampling(settings) {
         return 0;
     }
-    let actors = settings.actor_count();
-    let models = match (
-        adapter_parameters(settings, config).is_some(),
-        actors_keep_panels(settings),
-    ) {
-        (true, true) => 1,
-        (true, false) => actors,
-        // A reference that moves is packed by every actor, and that of the start stays.
-        (false, true) if settings.reference.moves() => 2 * actors + 1,
-        (false, true) => actors + 1,
-        (false, false) => 2 * actors,
+    let precision = model::sampling_precision(settings.actor.precision);
+    let shares_reference = held_precision(settings) == Some(precision);
+    let form = weights_form(settings, trains_adapter(settings));
+    let shares_policy = form == PublishedForm::Packed(precision);
+    let models = match trains_adapter(settings) {
+        true => usize::from(!shares_reference),
+        false => usize::from(!shares_reference) + usize::from(!shares_policy),
     };
-    let bytes = match settings.actor.precision {
-        PrecisionSetting::F32 => 4,
-        PrecisionSetting::Bf16 => 2,
-        PrecisionSetting::Int8 => 1,
-    };
-    product(&[&[models, config.parameter_count(), bytes]])
-}
-
-/// Bytes of the frozen weights that the learner keeps packed for forward passes, unless actors do: of the reference, which
-/// are also those below an adapter.
-fn learner_panels(settings: &Settings, config: &ModelConfig) -> u64 {
-    let is_bf16 = settings.learner.precision == DtypeSetting::Bf16;
-    match is_fused(settings) && is_bf16 && !actors_keep_panels(settings) {
-        true => product(&[&[config.parameter_count(), 2]]),
-        false => 0,
-    }
+    let parts = [settings.actor_count(), models, config.parameter_count()];
+    product(&[&parts, &[weight_bytes(precision)]])
 }
 
 /// Whether there are actors, and they pack weights for the CPU.
 fn packs_for_sampling(settings: &Settings) -> bool {
     let is_own = matches!(settings.actor.engine, EngineSettings::Own {});
     settings.model.device == "cpu" && is_own && settings.actor_count() > 0
-}
-
-/// Whether actors keep the packed weights of frozen models, for all that multiply by them.
-fn actors_keep_panels(settings: &Settings) -> bool {
-    let is_bf16 = settings.actor.precision == PrecisionSetting::Bf16;
-    packs_for_sampling(settings) && is_fused(settings) && is_bf16
 }
 
 /// Bytes of the program itself, measured, and of the tokenizer's tables.
@@ -434,9 +457,9 @@ fn activations(settings: &Settings, config: &ModelConfig) -> usize {
     }
 }
 
-/// Whether a block, and the head with the loss, are one operation each: on the CPU in f32.
+/// Whether a block, and the head with the loss, are one operation each: on the CPU with activations in f32.
 fn is_fused(settings: &Settings) -> bool {
-    settings.model.device == "cpu" && settings.model.dtype == DtypeSetting::F32
+    settings.model.device == "cpu" && element_bytes(settings) == 4
 }
 
 /// Number of parameters of the adapter; `None` if all weights are trained.
@@ -505,37 +528,41 @@ mod tests {
         ModelConfig::from_json(raw, Path::new("[playground]")).unwrap()
     }
 
+    /// A playground whose memory can be computed by hand.
+    const SMALL: [&str; 10] = [
+        "playground.hidden_size=8",
+        "playground.layers=2",
+        "playground.heads=2",
+        "playground.intermediate_size=16",
+        "actor.count=3",
+        "actor.slots=4",
+        "actor.max_prompt_length=10",
+        "actor.max_new_tokens=6",
+        "learner.train_batch_size=6",
+        "learner.gradient_accumulation_steps=2",
+    ];
+
+    /// Parts of the memory of [`SMALL`] with further settings.
+    fn small(more: &[&str]) -> Vec<u64> {
+        let settings = settings(&[&SMALL[..], more].concat());
+        let parts = memory(&settings, &playground(&settings));
+        parts.into_iter().map(|part| part.bytes).collect()
+    }
+
+    /// Embedding and head 200 · 8; a block: 4 · 8² + 3 · 8 · 16 + 2 · 8; the last norm 8.
+    const PARAMETERS: u64 = 2 * 200 * 8 + 2 * (256 + 384 + 16) + 8;
+    /// 2 models · 3 actors · 4 slots · 16 tokens, of 2 · 2 blocks · 2 heads · 4 elements.
+    const CACHED: u64 = 2 * 3 * 4 * 16 * 32;
+
     #[test]
     fn the_memory_of_a_small_playground_by_hand() {
-        let mut sets = vec![
-            "playground.hidden_size=8",
-            "playground.layers=2",
-            "playground.heads=2",
-            "playground.intermediate_size=16",
-            "actor.count=3",
-            "actor.slots=4",
-            "actor.max_prompt_length=10",
-            "actor.max_new_tokens=6",
-            "learner.train_batch_size=6",
-            "learner.gradient_accumulation_steps=2",
-        ];
-        let bytes = |sets: &[&str]| {
-            let settings = settings(sets);
-            let parts = memory(&settings, &playground(&settings));
-            parts.into_iter().map(|part| part.bytes).collect::<Vec<_>>()
-        };
-        // Embedding and head 200 · 8; a block: 4 · 8² + 3 · 8 · 16 + 2 · 8; the last norm 8.
-        let p = 2 * 200 * 8 + 2 * (256 + 384 + 16) + 8;
-        // 2 models · 3 actors · 4 slots · 16 tokens, of 2 · 2 blocks · 2 heads · 4 elements.
-        let cached = 2 * 3 * 4 * 16 * 32;
+        let (p, cached) = (PARAMETERS, CACHED);
         // 2 models · 128 positions · 4 elements.
         let rotary = 2 * 128 * 4;
         // 3 prompts · (10 + 2 · 6 tokens) · 2 blocks · (2·8 + 2·8 + 2·8 + 2 heads + 2·16).
         let active = 3 * 22 * 2 * 82;
         // Composed: 6·8 + 3·8 + 3·8 + 3·16.
         let composed = 3 * 22 * 2 * 144;
-        // 3 actors · 2 models, in f32.
-        let packed = 3 * 2 * 4 * p;
         // 40 MiB, and 1 KiB for each of 200 tokens.
         let program = 40 * 1024 * 1024 + 200 * 1024;
         let head = 2 * 200 * 8 * 4;
@@ -544,30 +571,16 @@ mod tests {
             4 * p,
             4 * p,
             8 * p,
+            // The reference is packed, and so is what is published: actors read both where they are.
             4 * p,
             4 * rotary,
-            packed,
             12 * p,
             4 * cached,
             4 * active,
             head,
         ];
-        assert_eq!(bytes(&sets), fused);
-        // In bf16 the reference is packed once, and its panels serve the learner too.
-        let with = |set: &'static str| bytes(&[&sets[..], &[set]].concat());
-        let mut rounded = fused;
-        (rounded[6], rounded[8]) = ((3 + 1) * 2 * p, 2 * cached);
-        assert_eq!(with("actor.precision=\"bf16\""), rounded);
-        let moving = [
-            "actor.precision=\"bf16\"",
-            "reference.kind=every",
-            "reference.every_steps=5",
-        ];
-        assert_eq!(bytes(&[&sets[..], &moving].concat())[6], 7 * 2 * p);
-        let mut kept = fused.to_vec();
-        kept.insert(7, 2 * p);
-        assert_eq!(with("learner.precision=\"bf16\""), kept);
-        sets.push("model.dtype=\"bf16\"");
+        assert_eq!(small(&[]), fused);
+        let mut sets = vec!["model.dtype=\"bf16\""];
         let logits = 3 * 2 * 6 * 200 * 2 * 4;
         let half = [
             program,
@@ -577,14 +590,15 @@ mod tests {
             4 * p,
             2 * p,
             2 * rotary,
-            packed,
+            // 3 actors · 2 models, which actors on the CPU pack in f32.
+            3 * 2 * 4 * p,
             6 * p,
             // Actors on the CPU compute in f32.
             4 * cached,
             2 * composed,
             logits,
         ];
-        assert_eq!(bytes(&sets), half);
+        assert_eq!(small(&sets), half);
         // An average in f32 and published; a reference that moves, in the learner and published, and its own average in f32.
         sets.extend([
             "learner.ema_decay=0.9",
@@ -592,9 +606,35 @@ mod tests {
             "reference.decay=0.5",
         ]);
         assert_eq!(
-            bytes(&sets),
+            small(&sets),
             [&half[..], &[4 * p + 2 * p, 4 * 2 * p + 4 * p]].concat()
         );
+    }
+
+    #[test]
+    fn weights_are_counted_in_the_form_in_which_they_are_held() {
+        let (p, cached, fused) = (PARAMETERS, CACHED, small(&[]));
+        // 3 actors · 2 models, in bf16 and in f32.
+        let packed = [3 * 2 * 2 * p, 3 * 2 * 4 * p];
+        // Actors in another precision pack both.
+        let mut apart = fused.clone();
+        apart[7] = 2 * cached;
+        apart.insert(6, packed[0]);
+        let sampled = "actor.precision=\"bf16\"";
+        assert_eq!(small(&[sampled]), apart);
+        let moves = ["reference.kind=every", "reference.every_steps=5"];
+        assert_eq!(small(&[&[sampled], &moves[..]].concat())[6], packed[0]);
+        // Samples in f32 need the exact weights.
+        let mut exact = fused.clone();
+        exact.insert(6, packed[1]);
+        let trained = "learner.precision=\"bf16\"";
+        assert_eq!(small(&[trained]), exact);
+        // Embeddings stay in f32.
+        let embedding = 200 * 8;
+        let rounded = 2 * (p - embedding) + 4 * embedding;
+        let mut both = fused;
+        (both[4], both[6], both[7]) = (rounded, 3 * rounded, 2 * cached);
+        assert_eq!(small(&[sampled, trained]), both);
     }
 
     /// Each loads the next ones while the old ones are in use.
@@ -616,7 +656,10 @@ mod tests {
     fn a_cache_is_never_longer_than_the_models_positions() {
         let cache = |sets: &[&str]| {
             let settings = settings(sets);
-            memory(&settings, &playground(&settings))[8].clone()
+            memory(&settings, &playground(&settings))
+                .into_iter()
+                .find(|part| part.name == "key-value caches")
+                .unwrap()
         };
         // The playground's models have 128 positions; the defaults allow for 576.
         let short = cache(&["actor.max_prompt_length=64", "actor.max_new_tokens=64"]);

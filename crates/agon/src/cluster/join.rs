@@ -38,6 +38,7 @@ pub(crate) async fn join_actor(
     };
     let streams = RunStreams::open(&session.transport, settings).await?;
     let model = FetchedModel::fetch(settings, &record, &streams.weight_store).await?;
+    let model = model.packed(settings)?;
     let (finish, finishing) = watch::channel(false);
     let builder = session.role_builder(settings, &streams, finishing);
     let actor_name = |index| match settings.actor.count {

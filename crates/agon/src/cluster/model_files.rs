@@ -119,6 +119,17 @@ impl FetchedModel {
         })
     }
 
+    /// The model as actors hold it.
+    pub(super) fn packed(self, settings: &Settings) -> anyhow::Result<Self> {
+        let saved = self.adapter.as_ref().map(FileFolder::path);
+        let has_adapter = assembly::adapter(settings, &self.base, saved)?.is_some();
+        let precision = assembly::frozen_precision(settings, has_adapter);
+        Ok(Self {
+            base: self.base.packed(precision)?,
+            ..self
+        })
+    }
+
     /// The policy at the start, with an adapter if one is trained.
     pub(super) fn policy(&self, settings: &Settings) -> anyhow::Result<InitialActorPolicy<'_>> {
         let saved = self.adapter.as_ref().map(FileFolder::path);

@@ -28,7 +28,7 @@ use crate::{
         RunContext, RunStreams,
         role_settings::{
             apo_schedule, completion_plan, curriculum_floor, identical_pairs, message_limits,
-            pacing, sampling, sampling_kind, steps, weights_dtype,
+            pacing, sampling, sampling_kind, steps, weights_form,
         },
     },
 };
@@ -122,6 +122,7 @@ impl RoleBuilder<'_> {
         let sampling = sampling(self.settings);
         let precision = PrecisionLimit {
             precision: sampling.precision,
+            learner: model::training_precision(self.settings.learner.precision),
             max_error: settings.max_quantization_error,
         };
         let parts = SamplerParts {
@@ -237,7 +238,8 @@ impl RoleBuilder<'_> {
             seed: Seed(settings.run.seed),
             model: InitialPolicy {
                 folder: Arc::clone(&inputs.model.folder),
-                policy: inputs.policy()?,
+                policy: inputs.policy_to_train(settings)?,
+                start: inputs.model.language_model()?,
                 reference: settings.reference,
             },
             prompts: PromptPlan {
@@ -252,7 +254,7 @@ impl RoleBuilder<'_> {
                 labelled: self.streams.labelled.receiver.clone(),
                 drops: self.streams.drops.receiver.clone(),
                 weight_store: self.streams.weight_store.clone(),
-                weights_dtype: weights_dtype(settings),
+                weights_form: weights_form(settings, inputs.trains_adapter()),
                 limits: message_limits(settings, &inputs.model.folder.config),
             },
             directory: Arc::clone(context.directory),

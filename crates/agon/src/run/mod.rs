@@ -18,7 +18,7 @@ use crate::assembly::{self, RunInputs};
 
 pub(crate) use build::{ApoSession, InitialActorPolicy, Role, RoleBuilder, StageMember};
 pub(crate) use judge_outage::with_judge_outage;
-pub(crate) use role_settings::sampling;
+pub(crate) use role_settings::{sampling, weights_form};
 pub(crate) use single_process::{join_all, run_single_process};
 pub(crate) use streams::{RunStreams, STREAM_NAMES};
 

@@ -3,7 +3,7 @@
 use actor::{CompletionPlan, IdenticalPairs};
 use learner::{ApoSchedule, Sampling, planned_steps};
 use messages::{CompletionCounts, MessageLimits, Pacing, WeightsVersion};
-use model::{DType, ModelConfig, Precision, SamplingSettings};
+use model::{DType, ModelConfig, Precision, PublishedForm, SamplingSettings};
 use settings::{
     CurriculumSetting, ObjectiveSettings, PromptsSettings, Settings, TransportSettings,
 };
@@ -59,11 +59,25 @@ pub(super) fn sampling_kind(settings: &Settings) -> Sampling {
 }
 
 /// Dtype of published weights; within one process that of the model.
-pub(super) fn weights_dtype(settings: &Settings) -> DType {
+fn weights_dtype(settings: &Settings) -> DType {
     assembly::dtype(match &settings.transport {
         TransportSettings::Memory {} => settings.model.dtype,
         TransportSettings::Jetstream(jetstream) => jetstream.weights_dtype,
     })
+}
+
+/// Form of published weights. Within one process actors read them where they are: packed, if all weights are trained and actors
+/// and the learner multiply in the same precision.
+pub(crate) fn weights_form(settings: &Settings, has_adapter: bool) -> PublishedForm {
+    let precision = assembly::frozen_precision(settings, has_adapter);
+    let is_shared = |precision: &Precision| {
+        let is_memory = matches!(settings.transport, TransportSettings::Memory {});
+        is_memory && !has_adapter && *precision == sampling(settings).precision
+    };
+    match precision.filter(is_shared) {
+        Some(precision) => PublishedForm::Packed(precision),
+        None => PublishedForm::Tensors(weights_dtype(settings)),
+    }
 }
 
 /// Steps that the run takes: `learner.steps`, or fewer if `pairs.epochs` passes over its pairs end it earlier.

@@ -10,6 +10,7 @@ use crate::autograd::storage::{F32Guard, read_f32};
 use crate::block::{LinearParams, LowRankParams};
 use crate::matmul::{Accumulate, MatrixRef, PackedMatrix, PackedRows, Precision, Threads};
 use crate::rms_norm;
+use crate::weight::WeightMatrix;
 
 /// Rows per partial column sum: fixed, so that the sum does not depend on the number of threads.
 const SUM_ROWS: usize = 64;
@@ -88,9 +89,32 @@ impl<'a> NormView<'a> {
     }
 }
 
+/// The values of a weight, `[out, in]`.
+enum WeightView<'a> {
+    Values(&'a Tensor, F32Guard<'a>),
+    Packed(&'a PackedMatrix),
+}
+
+impl<'a> WeightView<'a> {
+    fn of(weight: &'a WeightMatrix) -> Result<Self> {
+        Ok(match weight {
+            WeightMatrix::Tensor(tensor) => Self::Values(tensor, read_f32(tensor)?),
+            WeightMatrix::Packed(packed) => Self::Packed(packed),
+        })
+    }
+
+    /// The tensor, if it is trained.
+    fn variable(&self) -> Option<&'a Tensor> {
+        match *self {
+            Self::Values(tensor, _) if tensor.is_variable() => Some(tensor),
+            _ => None,
+        }
+    }
+}
+
 pub(super) struct LinearView<'a> {
     params: &'a LinearParams,
-    weight: F32Guard<'a>,
+    weight: WeightView<'a>,
     bias: Option<F32Guard<'a>>,
     low_rank: Option<LowRankView<'a>>,
     out: usize,
@@ -100,12 +124,12 @@ pub(super) struct LinearView<'a> {
 
 impl<'a> LinearView<'a> {
     pub(super) fn of(params: &'a LinearParams, precision: Precision) -> Result<Self> {
-        let (out, width) = params.weight.dims2()?;
+        let [out, width] = params.weight.dims()?;
         let low_rank = params.low_rank.as_ref();
         let low_rank = low_rank.map(|params| LowRankView::of(params, precision));
         Ok(Self {
             params,
-            weight: read_f32(&params.weight)?,
+            weight: WeightView::of(&params.weight)?,
             bias: params.bias.as_ref().map(read_f32).transpose()?,
             low_rank: low_rank.transpose()?,
             out,
@@ -114,16 +138,31 @@ impl<'a> LinearView<'a> {
         })
     }
 
-    fn weight_matrix(&self) -> MatrixRef<'_> {
-        MatrixRef::new(&self.weight, self.out, self.width)
+    /// Packed for products with inputs.
+    fn forward_weight(&self) -> PackedMatrix {
+        match &self.weight {
+            WeightView::Values(_, values) => {
+                let weight = MatrixRef::new(values, self.out, self.width);
+                PackedMatrix::pack(weight.transpose(), self.precision)
+            }
+            WeightView::Packed(packed) => (*packed).clone(),
+        }
+    }
+
+    /// Packed for products with gradients of outputs.
+    fn backward_weight(&self) -> PackedMatrix {
+        match &self.weight {
+            WeightView::Values(_, values) => {
+                let weight = MatrixRef::new(values, self.out, self.width);
+                PackedMatrix::pack(weight, self.precision)
+            }
+            WeightView::Packed(packed) => packed.transposed(),
+        }
     }
 
     /// `x · weightᵀ + bias`, and the update, `[N, out]`.
     pub(super) fn forward(&self, x: &PackedRows<'_>) -> Vec<f32> {
-        let mut y = match &self.params.packed {
-            Some(packed) => packed.product(x),
-            None => PackedMatrix::pack(self.weight_matrix().transpose(), self.precision).product(x),
-        };
+        let mut y = self.forward_weight().product(x);
         if let Some(bias) = &self.bias {
             let bias: &[f32] = bias;
             y.par_chunks_mut(SUM_ROWS * self.out).for_each(|rows| {
@@ -148,10 +187,10 @@ impl<'a> LinearView<'a> {
     ) -> Vec<f32> {
         let dy = MatrixRef::new(gradient, gradient.len() / self.out, self.out);
         if let Some(packed) = &input.packed
-            && self.params.weight.is_variable()
+            && let Some(weight) = self.weight.variable()
         {
             let dweight = packed.product(&PackedRows::pack(dy.transpose(), self.precision));
-            gradients.push((&self.params.weight, dweight));
+            gradients.push((weight, dweight));
         }
         if let Some(bias) = &self.params.bias
             && bias.is_variable()
@@ -162,7 +201,7 @@ impl<'a> LinearView<'a> {
             values: dy,
             packed: PackedRows::pack(dy, self.precision),
         };
-        let weight = PackedMatrix::pack(self.weight_matrix(), self.precision);
+        let weight = self.backward_weight();
         let mut dx = match sum {
             Some(mut sum) => {
                 weight.product_into(Threads::All, &dy.packed, Accumulate::Add, &mut sum);

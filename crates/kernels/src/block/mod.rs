@@ -18,21 +18,20 @@ use self::layers::{LayerInput, LinearView, NormView, WeightGradients};
 use crate::attention::{AttentionLayer, Heads, Segments};
 use crate::autograd::gradients::{accumulate, par_add_assign, require_accumulator};
 use crate::autograd::storage::{F32Guard, argument, fusible, read_f32, result};
-use crate::matmul::{MatrixRef, PackedMatrix, PackedRows, Precision};
+use crate::matmul::{MatrixRef, PackedRows, Precision};
 use crate::rope::{Direction, rotated};
 use crate::swiglu;
+use crate::weight::WeightMatrix;
 
 /// Parameters of a linear layer.
 #[derive(Clone, Debug)]
 pub struct LinearParams {
-    /// `[out, in]`.
-    pub weight: Tensor,
+    /// `[out, in]`; packed in the precision of the block, if it is.
+    pub weight: WeightMatrix,
     /// `[out]`, if it has one.
     pub bias: Option<Tensor>,
     /// The update of an adapter, if it has one.
     pub low_rank: Option<LowRankParams>,
-    /// `weight` packed in the precision of the block, if that is kept: of a weight that is not trained.
-    pub packed: Option<PackedMatrix>,
 }
 
 /// Low-rank update `s·B·A` of a linear layer (LoRA, Hu et al. 2021, eq. 3).
@@ -132,12 +131,12 @@ pub fn block(
 }
 
 impl LinearParams {
+    /// All tensors.
     fn all(&self) -> impl Iterator<Item = &Tensor> {
         let update = self.low_rank.iter();
         let update = update.flat_map(|update| [&update.a, &update.b]);
-        std::iter::once(&self.weight)
-            .chain(&self.bias)
-            .chain(update)
+        let weight = self.weight.tensor().into_iter();
+        weight.chain(&self.bias).chain(update)
     }
 
     /// Whether its parameters have the shapes of a layer of `from` to `to` values.
@@ -147,7 +146,7 @@ impl LinearParams {
             let rank = update.a.dims().first().copied().unwrap_or_default();
             update.a.dims() == [rank, from] && update.b.dims() == [to, rank]
         });
-        self.weight.dims() == [to, from] && bias && update
+        self.weight.dims().is_ok_and(|dims| dims == [to, from]) && bias && update
     }
 }
 
@@ -183,7 +182,7 @@ impl BlockOptions {
         let Rotation { cos, sin } = rotation;
         let (heads, kv_heads, head) = (self.heads.queries, self.heads.keys, self.heads.width);
         let (tokens, width) = x.dims2()?;
-        let inner = weights.gate.weight.dims2()?.0;
+        let [inner, _] = weights.gate.weight.dims()?;
         let linears = [
             ("query", &weights.query, width, heads * head),
             ("key", &weights.key, width, kv_heads * head),
@@ -195,20 +194,16 @@ impl BlockOptions {
         ];
         for (name, linear, from, to) in linears {
             if !linear.fits(from, to) {
-                let shapes: Vec<_> = linear.all().map(Tensor::dims).collect();
-                bail!("block: the {name} layer has {shapes:?}, expected a weight [{to}, {from}]");
-            }
-            if linear.packed.is_some() && linear.weight.is_variable() {
-                bail!("block: the weight of the {name} layer is trained, and given packed");
-            }
-            if let Some(packed) = &linear.packed
-                && !packed.fits([to, from], self.precision)
-            {
-                let precision = self.precision;
+                let weight = linear.weight.dims()?;
+                let others: Vec<_> = linear.all().map(Tensor::dims).collect();
                 bail!(
-                    "block: the {name} layer has {packed:?}, expected [{to}, {from}] in {precision:?}"
+                    "block: the {name} layer has a weight {weight:?} among {others:?}, expected [{to}, {from}]"
                 );
             }
+            let name = format!("block: the {name} layer");
+            linear
+                .weight
+                .check_packed(&name, [to, from], self.precision)?;
         }
         let norms = [
             (Some(&weights.attention_norm), width),
@@ -532,7 +527,7 @@ mod tests {
     use super::*;
     use crate::attention::AttentionParams;
     use crate::check::{assert_close, bits, noise};
-    use crate::matmul::PanelStack;
+    use crate::matmul::PackedMatrix;
     use crate::{
         attention::causal_attention, autograd::gradients::backward, linear::linear, rms_norm, rope,
     };
@@ -578,7 +573,7 @@ mod tests {
             Var::from_tensor(&tensor).unwrap().into_inner()
         };
         let mut linear = |from: usize, to: usize, biased: bool| LinearParams {
-            weight: tensor(&[to, from], 0.4, 0.0),
+            weight: tensor(&[to, from], 0.4, 0.0).into(),
             bias: (complete && biased).then(|| tensor(&[to], 0.3, 0.0)),
             // An adapter that leaves a module out is one of those that are not complete.
             low_rank: (trained == Trained::Adapter && (complete || biased)).then(|| {
@@ -588,7 +583,6 @@ mod tests {
                     scale: 1.5,
                 }
             }),
-            packed: None,
         };
         let weights = BlockWeights {
             query: linear(WIDTH, QUERIES * HEAD, true),
@@ -630,13 +624,16 @@ mod tests {
 
     /// Packs the weights of these layers.
     fn pack(layers: &mut [&mut LinearParams], precision: Precision) {
-        let flat = |layer: &&mut LinearParams| layer.weight.flatten_all()?.to_vec1::<f32>();
+        let flat = |layer: &&mut LinearParams| {
+            let weight = layer.weight.to_tensor()?;
+            weight.flatten_all()?.to_vec1::<f32>()
+        };
         let weights = layers.iter().map(flat).collect::<Result<Vec<_>>>().unwrap();
         let weights: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();
-        let width = layers[0].weight.dims()[1];
-        let parts = PanelStack::pack(&weights, width, precision).parts;
+        let [_, width] = layers[0].weight.dims().unwrap();
+        let parts = PackedMatrix::neighbours(&weights, width, precision);
         for (layer, packed) in layers.iter_mut().zip(parts) {
-            layer.packed = Some(packed);
+            layer.weight = WeightMatrix::Packed(packed);
         }
     }
 
@@ -657,7 +654,7 @@ mod tests {
             } = self.options;
             let (weights, (cos, sin)) = (&self.weights, &self.rotation);
             let apply = |params: &LinearParams, x: &Tensor| {
-                let mut y = linear(x, &params.weight, precision)?;
+                let mut y = linear(x, &params.weight.to_tensor()?, precision)?;
                 if let Some(bias) = &params.bias {
                     y = y.broadcast_add(bias)?;
                 }
@@ -763,7 +760,7 @@ mod tests {
             pack(&mut [down], precision);
             assert!(packed_anew == found(&case), "{precision:?}");
             // What is given is what is multiplied by.
-            case.weights.up.packed = case.weights.gate.packed.clone();
+            case.weights.up.weight = case.weights.gate.weight.clone();
             assert!(packed_anew.0 != found(&case).0, "{precision:?}");
         }
     }
@@ -779,8 +776,6 @@ mod tests {
         let expected =
             "the gate layer has PackedMatrix(weight [36, 20] in Bf16), expected [36, 20] in F32";
         assert!(error.contains(expected), "{error}");
-        let error = error_of(&mut case(true, Trained::Weights), Precision::F32);
-        assert!(error.contains("the gate layer is trained"), "{error}");
     }
 
     #[test]
@@ -848,12 +843,15 @@ mod tests {
         let error = case.fused(&short).unwrap_err().to_string();
         assert!(error.contains("9 tokens, segments of 102"), "{error}");
         // Only candle can propagate the gradient of a weight that is itself computed.
-        let computed = (&case.weights.up.weight * 2.0)?;
-        case.weights.up.weight = computed;
+        let computed = (case.weights.up.weight.to_tensor()? * 2.0)?;
+        case.weights.up.weight = computed.into();
         assert!(case.fused(&case.x)?.is_none());
-        case.weights.up.weight = noise((INNER, WIDTH + 1), 3);
+        case.weights.up.weight = noise((INNER, WIDTH + 1), 3).into();
         let error = case.fused(&case.x).unwrap_err().to_string();
-        assert!(error.contains("the up layer has [[36, 21]]"), "{error}");
+        assert!(
+            error.contains("the up layer has a weight [36, 21]"),
+            "{error}"
+        );
         Ok(())
     }
 

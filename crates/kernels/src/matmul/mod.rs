@@ -25,7 +25,9 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use self::panels::{ColumnScales, pack_bf16, pack_f32, pack_int8};
+use self::panels::{
+    ColumnScales, PanelsRef, pack_bf16, pack_f32, pack_int8, transpose_bf16, transpose_f32,
+};
 pub(crate) use self::rows::bf16_bits;
 use self::rows::{QuantisedRows, RowLayout, pack_bf16_rows};
 pub(crate) use self::tile::Accumulate;
@@ -204,6 +206,19 @@ enum Panels {
     Int8(Arc<Vec<CacheLine<u32>>>, Arc<Vec<ColumnScales>>),
 }
 
+impl Panels {
+    /// Whether both are the same memory.
+    fn are_those_of(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::F32(a), Self::F32(b)) => Arc::ptr_eq(a, b),
+            (Self::Bf16(a), Self::Bf16(b)) | (Self::Int8(a, _), Self::Int8(b, _)) => {
+                Arc::ptr_eq(a, b)
+            }
+            _ => false,
+        }
+    }
+}
+
 impl fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (weight, precision) = (self.weight_dims(), self.precision());
@@ -242,32 +257,6 @@ struct Granularity {
     panels: usize,
 }
 
-/// Weights that read the same rows, packed once.
-#[derive(Clone, Debug)]
-pub struct PanelStack {
-    /// All of them side by side: their rows are the columns of the result.
-    pub all: PackedMatrix,
-    /// Each of them. The panels are those of `all`, but for a weight whose columns begin within a panel.
-    pub parts: Vec<PackedMatrix>,
-}
-
-impl PanelStack {
-    /// Packs weights `[out, in]`, row-major, whose `in` is `width`.
-    #[must_use]
-    pub fn pack(weights: &[&[f32]], width: usize, precision: Precision) -> Self {
-        let all = PackedMatrix::stacked(weights, width, precision);
-        let mut end = 0;
-        let parts = weights.iter().map(|weight| {
-            let start = end;
-            end += weight.len() / width;
-            let alone = || PackedMatrix::stacked(&[weight], width, precision);
-            all.columns(start..end).unwrap_or_else(alone)
-        });
-        let parts = parts.collect();
-        Self { all, parts }
-    }
-}
-
 impl PackedMatrix {
     /// Packs weights `[out, in]`, row-major, stacked along `out`: their rows are the columns of the result.
     pub fn stacked(weights: &[&[f32]], width: usize, precision: Precision) -> Self {
@@ -300,6 +289,108 @@ impl PackedMatrix {
         }
     }
 
+    /// Each of several weights `[out, in]`, row-major, that read the same rows of `width` values. They share panels, but for a
+    /// weight whose columns begin within a panel.
+    #[must_use]
+    pub fn neighbours(weights: &[&[f32]], width: usize, precision: Precision) -> Vec<Self> {
+        let all = Self::stacked(weights, width, precision);
+        let mut end = 0;
+        let parts = weights.iter().map(|weight| {
+            let start = end;
+            end += weight.len() / width;
+            let alone = || Self::stacked(&[weight], width, precision);
+            all.columns(start..end).unwrap_or_else(alone)
+        });
+        parts.collect()
+    }
+
+    /// Matrices side by side, without a copy; `None` unless they are neighbours in the same panels.
+    #[must_use]
+    pub fn joined(parts: &[Self]) -> Option<Self> {
+        let (first, rest) = parts.split_first()?;
+        rest.iter().try_fold(first.clone(), |mut all, next| {
+            let end = all.first_panel * LANES + all.out;
+            let is_next = next.first_panel * LANES == end && next.panels.are_those_of(&all.panels);
+            all.out += next.out;
+            is_next.then_some(all)
+        })
+    }
+
+    /// Whether both are the same columns of the same panels, not equal ones.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.panels.are_those_of(&other.panels)
+            && (self.first_panel, self.out) == (other.first_panel, other.out)
+    }
+
+    /// The transpose, packed: weights `[in, out]`. It has the bits of the transposed weights packed, but costs no rounding.
+    ///
+    /// # Panics
+    /// In int8, whose scales are those of the columns.
+    pub(crate) fn transposed(&self) -> Self {
+        let depth = depth(self.out, self.precision());
+        let first_line = self.first_panel * self.depth;
+        let panels = match &self.panels {
+            Panels::F32(lines) => Panels::F32(Arc::new(transpose_f32(
+                self.panels_ref(&lines[first_line..]),
+            ))),
+            Panels::Bf16(lines) => {
+                let source = self.panels_ref(&lines[first_line..]);
+                Panels::Bf16(Arc::new(transpose_bf16(source, depth)))
+            }
+            Panels::Int8(..) => panic!("int8 is inference-only"),
+        };
+        Self {
+            out: self.width,
+            width: self.out,
+            depth,
+            panels,
+            first_panel: 0,
+        }
+    }
+
+    fn panels_ref<'a, W>(&self, lines: &'a [CacheLine<W>]) -> PanelsRef<'a, W> {
+        PanelsRef {
+            lines,
+            depth: self.depth,
+            width: self.width,
+            out: self.out,
+        }
+    }
+
+    /// The weights `[out, in]`, row-major, as they were rounded.
+    ///
+    /// # Panics
+    /// In int8, which nothing holds weights in.
+    #[must_use]
+    pub fn unpacked(&self) -> Vec<f32> {
+        let mut rows = vec![0.0; self.out * self.width];
+        let rows_of_panel = rows.par_chunks_mut((LANES * self.width).max(1));
+        rows_of_panel.enumerate().for_each(|(panel, rows)| {
+            let line = |index: usize| (self.first_panel + panel) * self.depth + index;
+            for (lane, row) in rows.chunks_exact_mut(self.width).enumerate() {
+                for (index, value) in row.iter_mut().enumerate() {
+                    *value = match &self.panels {
+                        Panels::F32(lines) => lines[line(index)].0[lane],
+                        Panels::Bf16(lines) => {
+                            let word = lines[line(index / 2)].0[lane];
+                            f32::from_bits((word >> (16 * (index % 2))) << 16)
+                        }
+                        Panels::Int8(..) => panic!("int8 is inference-only"),
+                    };
+                }
+            }
+        });
+        rows
+    }
+
+    /// Size of these columns in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let lines = self.out.div_ceil(LANES) * self.depth;
+        (lines * size_of::<CacheLine<u32>>()) as u64
+    }
+
     /// These columns, in the same panels; `None` if they do not begin with a panel.
     pub(crate) fn columns(&self, columns: Range<usize>) -> Option<Self> {
         assert!(columns.end <= self.out);
@@ -311,7 +402,8 @@ impl PackedMatrix {
     }
 
     /// Dimensions `[out, in]` of the packed weight.
-    fn weight_dims(&self) -> [usize; 2] {
+    #[must_use]
+    pub fn weight_dims(&self) -> [usize; 2] {
         [self.out, self.width]
     }
 
@@ -320,7 +412,9 @@ impl PackedMatrix {
         self.weight_dims() == weight_dims && self.precision() == precision
     }
 
-    fn precision(&self) -> Precision {
+    /// Precision of its products.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
         match self.panels {
             Panels::F32(_) => Precision::F32,
             Panels::Bf16(_) => Precision::Bf16,

@@ -1,4 +1,4 @@
-//! Packing of the right operand into panels of 16 columns.
+//! Packing of the right operand into panels of 16 columns, and their transposition.
 
 use rayon::prelude::*;
 
@@ -182,5 +182,127 @@ impl Kernel for ColumnScale<'_> {
             sum += i32::from(rows::quantise(x, reciprocal));
         }
         (scale, 128 * sum)
+    }
+}
+
+/// Panels of a packed operand `[width, out]`.
+#[derive(Clone, Copy)]
+pub(super) struct PanelsRef<'a, W> {
+    /// From the first column's panel on.
+    pub lines: &'a [CacheLine<W>],
+    /// Cache lines per panel.
+    pub depth: usize,
+    pub width: usize,
+    pub out: usize,
+}
+
+impl<'a, W: Copy + Default + Send + Sync> PanelsRef<'a, W> {
+    /// Panels of `depth` cache lines of the transpose, filled by `fill`.
+    fn transposed(
+        self,
+        depth: usize,
+        fill: impl Fn(TransposedPanel<'_, W>) + Sync,
+    ) -> Vec<CacheLine<W>> {
+        let panels = self.width.div_ceil(LANES);
+        parallel_fill(panels, depth, 1024, |panel, lines| {
+            fill(TransposedPanel {
+                source: self,
+                first: panel * LANES,
+                lines,
+            });
+        })
+    }
+
+    /// Cache line `line` of panel `panel`; `None` beyond the operand.
+    #[inline(always)]
+    fn line(&self, panel: usize, line: usize) -> Option<&'a [W; LANES]> {
+        let is_inside = panel * LANES < self.out && line < self.depth;
+        is_inside.then(|| &self.lines[panel * self.depth + line].0)
+    }
+}
+
+pub(super) fn transpose_f32(source: PanelsRef<'_, f32>) -> Vec<CacheLine<f32>> {
+    source.transposed(source.out, |panel| dispatch(TransposeF32(panel)))
+}
+
+pub(super) fn transpose_bf16(source: PanelsRef<'_, u32>, depth: usize) -> Vec<CacheLine<u32>> {
+    source.transposed(depth, |panel| dispatch(TransposeBf16(panel)))
+}
+
+/// A panel of a transpose, to be filled: the lines of the source from `first` on, as columns.
+struct TransposedPanel<'a, W> {
+    source: PanelsRef<'a, W>,
+    first: usize,
+    lines: &'a mut [CacheLine<W>],
+}
+
+struct TransposeF32<'a>(TransposedPanel<'a, f32>);
+
+impl Kernel for TransposeF32<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let TransposedPanel {
+            source,
+            first,
+            lines,
+        } = self.0;
+        for (panel, lines) in lines.chunks_mut(LANES).enumerate() {
+            let mut square = [[0.0; LANES]; LANES];
+            for (row, square) in square.iter_mut().enumerate() {
+                if let Some(line) = source.line(panel, first + row) {
+                    *square = *line;
+                }
+            }
+            transpose(&mut square);
+            for (line, row) in lines.iter_mut().zip(square) {
+                line.0 = row;
+            }
+        }
+    }
+}
+
+struct TransposeBf16<'a>(TransposedPanel<'a, u32>);
+
+impl Kernel for TransposeBf16<'_> {
+    type Output = ();
+
+    /// Two panels of the source are 32 rows of the transpose, 16 lines of pairs: eight lines of each panel hold 16 columns.
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        const PAIRS: usize = LANES / 2;
+        let TransposedPanel {
+            source,
+            first,
+            lines,
+        } = self.0;
+        for (two, lines) in lines.chunks_mut(LANES).enumerate() {
+            let mut square = [[0; LANES]; LANES];
+            for (row, square) in square.iter_mut().enumerate() {
+                let (panel, line) = (2 * two + row / PAIRS, first / 2 + row % PAIRS);
+                if let Some(line) = source.line(panel, line) {
+                    *square = *line;
+                }
+            }
+            transpose(&mut square);
+            // A row of the square now holds one column of each panel, in pairs of lines.
+            for (lane, row) in square.iter_mut().enumerate() {
+                for (panel, half) in row.chunks_mut(PAIRS).enumerate() {
+                    if (2 * two + panel) * LANES + lane >= source.out {
+                        half.fill(0);
+                    }
+                }
+            }
+            for (index, line) in lines.iter_mut().enumerate() {
+                let (half, pair) = (index / PAIRS * PAIRS, index % PAIRS);
+                let (upper, lower) = (&square[2 * pair], &square[2 * pair + 1]);
+                for k in 0..PAIRS {
+                    let (even, odd) = (upper[half + k], lower[half + k]);
+                    line.0[2 * k] = (even & 0xffff) | (odd << 16);
+                    line.0[2 * k + 1] = (even >> 16) | (odd & 0xffff_0000);
+                }
+            }
+        }
     }
 }

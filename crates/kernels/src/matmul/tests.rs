@@ -256,27 +256,71 @@ fn nan_stays_in_its_row() {
 
 /// 40 columns end within a panel, so that the third part has panels of its own.
 #[test]
-fn a_part_of_a_stack_is_its_columns() {
+fn neighbours_are_their_columns_and_join_within_panels() {
     let (rows, width) = (33, 70);
     let x = values(rows * width, 0.3);
     let parts = [(32, 1.0), (40, 2.0), (50, 3.0)].map(|(out, seed)| values(out * width, seed));
     let weights: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
     for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
-        let stack = PanelStack::pack(&weights, width, precision);
-        let alone = weights.iter().map(|weight| {
-            let packed = PackedMatrix::stacked(&[weight], width, precision);
-            packed.multiply(&x)
-        });
-        let alone: Vec<Vec<f32>> = alone.collect();
-        let all = stack.all.multiply(&x);
-        let mut first = 0;
-        for (part, alone) in stack.parts.iter().zip(&alone) {
-            assert_eq!(part.multiply(&x), *alone, "{precision:?}");
-            let out = alone.len() / rows;
-            for (row, alone) in all.chunks_exact(122).zip(alone.chunks_exact(out)) {
-                assert_eq!(row[first..first + out], *alone, "{precision:?}");
-            }
-            first += out;
+        let packed = PackedMatrix::neighbours(&weights, width, precision);
+        for (part, weight) in packed.iter().zip(&weights) {
+            let alone = PackedMatrix::stacked(&[weight], width, precision);
+            assert_eq!(part.multiply(&x), alone.multiply(&x), "{precision:?}");
+            assert!(part.is_same(&part.clone()) && !part.is_same(&alone));
         }
+        let both = PackedMatrix::joined(&packed[..2]).expect("they are neighbours");
+        let stacked = PackedMatrix::stacked(&weights[..2], width, precision);
+        assert_eq!(both.multiply(&x), stacked.multiply(&x), "{precision:?}");
+        assert!(!both.is_same(&packed[0]));
+        assert!(
+            PackedMatrix::joined(&packed).is_none(),
+            "the third is alone"
+        );
+        let swapped = [packed[1].clone(), packed[0].clone()];
+        assert!(PackedMatrix::joined(&swapped).is_none());
+        let equal = PackedMatrix::neighbours(&weights, width, precision);
+        let mixed = [packed[0].clone(), equal[1].clone()];
+        assert!(
+            PackedMatrix::joined(&mixed).is_none(),
+            "of different panels"
+        );
+    }
+}
+
+/// Also of columns that end within a panel, beside which others are.
+#[test]
+fn a_transpose_and_the_unpacked_weights_are_those_that_were_packed() {
+    for (out, width) in [(1, 1), (17, 5), (48, 32), (100, 33), (130, 70), (96, 64)] {
+        let weight = values(out * width, 1.7);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let all = PackedMatrix::stacked(&[&weight], width, precision);
+            for columns in [0..out, 0..out.min(7), out / 32 * 16..out] {
+                let part = all.columns(columns.clone()).expect("a whole panel");
+                let rows = &weight[columns.start * width..columns.end * width];
+                let matrix = MatrixRef::new(rows, columns.len(), width);
+                let expected = PackedMatrix::pack(matrix, precision);
+                let found = part.transposed();
+                assert_eq!(found.weight_dims(), [width, columns.len()]);
+                assert_eq!(found.depth, expected.depth);
+                assert!(
+                    words(&found) == words(&expected),
+                    "{precision:?} {out} {width} {columns:?}"
+                );
+                let rounded: Vec<f32> = match precision {
+                    Precision::F32 => rows.to_vec(),
+                    _ => rows.iter().map(|&x| bf16(x)).collect(),
+                };
+                assert_eq!(part.unpacked(), rounded);
+            }
+        }
+    }
+}
+
+/// All words of a matrix's panels.
+fn words(matrix: &PackedMatrix) -> Vec<u32> {
+    match &matrix.panels {
+        Panels::F32(lines) => lines.iter().flat_map(|l| l.0.map(f32::to_bits)).collect(),
+        Panels::Bf16(lines) => lines.iter().flat_map(|line| line.0).collect(),
+        Panels::Int8(..) => unreachable!("int8 has no transpose"),
     }
 }

@@ -6,7 +6,7 @@
 use std::{fs, path::Path};
 
 use model::{
-    DType, LanguageModel, ModelError, MovingAverage, Optimizer, Precision, PublishedWeights,
+    LanguageModel, ModelError, MovingAverage, Optimizer, Precision, PublishedForm, PublishedWeights,
 };
 use serde::{Deserialize, Serialize};
 use settings::ReferenceSettings;
@@ -107,6 +107,13 @@ impl Followers {
         })
     }
 
+    /// Takes `start` as the reference at the start of the run, before the rule of its updates is set.
+    pub(crate) fn set_start(&mut self, start: &LanguageModel) {
+        let start = start.with_precision(self.reference.precision);
+        self.reference.model = start.clone();
+        self.reference.start = start;
+    }
+
     /// Lets the reference move as the settings say.
     ///
     /// # Errors
@@ -163,7 +170,7 @@ impl Followers {
         Ok(())
     }
 
-    /// The weights to publish, in this dtype: the policy's, and those that go with them. Those that change in place are
+    /// The weights to publish, in this form: the policy's, and those that go with them. Those that change in place are
     /// copied.
     ///
     /// # Errors
@@ -171,7 +178,7 @@ impl Followers {
     pub(crate) fn publish(
         &self,
         policy: &LanguageModel,
-        dtype: DType,
+        form: PublishedForm,
         publication: Publication,
     ) -> Result<PublishedWeights, LearnerError> {
         let reference = &self.reference;
@@ -179,18 +186,22 @@ impl Followers {
         let average = self.average.as_ref().filter(|_| is_evaluated);
         let earlier = reference.earlier.as_ref().filter(|_| is_evaluated);
         let earlier = earlier.and_then(|earlier| earlier.model.as_ref());
-        let copied = |model: &LanguageModel| model.trained().copied(dtype);
+        let as_it_is = |model: &LanguageModel| match form {
+            PublishedForm::Tensors(dtype) => model.trained().to_dtype(dtype),
+            PublishedForm::Packed(_) => model.copied(form),
+        };
         let moved = reference.has_moved().then_some(&reference.model);
         let moved = moved.map(|model| match reference.rule {
-            ReferenceRule::Ema(_) => copied(model),
-            ReferenceRule::Fixed | ReferenceRule::Every(_) => model.trained().to_dtype(dtype),
+            ReferenceRule::Ema(_) => model.copied(form),
+            ReferenceRule::Fixed | ReferenceRule::Every(_) => as_it_is(model),
         });
-        let earlier = earlier.map(|model| model.trained().to_dtype(dtype));
         Ok(PublishedWeights {
-            policy: copied(policy)?,
+            policy: policy.copied(form)?,
             reference: moved.transpose()?,
-            earlier_reference: earlier.transpose()?,
-            average: average.map(|average| copied(average.model())).transpose()?,
+            earlier_reference: earlier.map(as_it_is).transpose()?,
+            average: average
+                .map(|average| average.model().copied(form))
+                .transpose()?,
         })
     }
 

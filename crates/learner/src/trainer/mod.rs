@@ -7,8 +7,8 @@ use std::{path::Path, sync::Arc, time::Instant};
 
 use messages::{LabelledPair, Seed};
 use model::{
-    AdamWSettings, DType, Gradients, LanguageModel, MixtureInputs, ModelError, ModelFolder,
-    Optimizer, PublishedWeights, Schedule, Sequence, Tensor, TokenLogprobs,
+    AdamWSettings, Gradients, LanguageModel, MixtureInputs, ModelError, ModelFolder, Optimizer,
+    PublishedForm, PublishedWeights, Schedule, Sequence, Tensor, TokenLogprobs,
 };
 use settings::{LearnerSettings, ReferenceSettings};
 use telemetry::Measurements;
@@ -131,6 +131,13 @@ impl Trainer {
             ganpo,
             reference_cache: None,
         })
+    }
+
+    /// The trainer, before its first step, with this model in place of the policy without its adapter, of which it is a copy.
+    #[must_use]
+    pub fn with_start(mut self, start: &LanguageModel) -> Self {
+        self.followers.set_start(start);
+        self
     }
 
     /// The trainer, before its first step, with a reference that moves as the settings say. Without it the reference is
@@ -440,13 +447,13 @@ impl Trainer {
         Ok(self.optimizer.to_blob()?)
     }
 
-    /// The weights to publish, in this dtype, which no later step changes.
+    /// The weights to publish, in this form, which no later step changes.
     pub(crate) fn publish(
         &self,
-        dtype: DType,
+        form: PublishedForm,
         publication: Publication,
     ) -> Result<PublishedWeights, LearnerError> {
-        self.followers.publish(&self.model, dtype, publication)
+        self.followers.publish(&self.model, form, publication)
     }
 
     /// The models that follow the policy.

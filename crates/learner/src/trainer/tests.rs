@@ -554,7 +554,7 @@ fn save(trainer: &Trainer, folder: &Path) {
 
 fn published(trainer: &Trainer) -> Vec<u8> {
     let weights = trainer
-        .publish(DType::F32, Publication::Evaluation)
+        .publish(PublishedForm::Tensors(DType::F32), Publication::Evaluation)
         .unwrap();
     Arc::new(weights).into_blob().unwrap()
 }
@@ -614,7 +614,7 @@ fn moving_averages_have_their_closed_form() {
         }
     }
     let weights = trainer
-        .publish(DType::F32, Publication::Evaluation)
+        .publish(PublishedForm::Tensors(DType::F32), Publication::Evaluation)
         .unwrap();
     let models = tiny.policy.with_published(&weights).unwrap();
     let close = |model: &LanguageModel, expected: &[f64]| {
@@ -681,7 +681,9 @@ fn only_what_has_moved_is_published() {
         let mut trainer = moving(&tiny, &tiny.policy, rule);
         for step in 0..2 {
             let models = |publication| {
-                let weights = trainer.publish(DType::F32, publication).unwrap();
+                let weights = trainer
+                    .publish(PublishedForm::Tensors(DType::F32), publication)
+                    .unwrap();
                 tiny.policy.with_published(&weights).unwrap()
             };
             let has_moved = step > 0 && matches!(rule, ReferenceSettings::Ema { .. });
@@ -703,12 +705,17 @@ fn only_what_has_moved_is_published() {
 fn published_weights_do_not_change_with_a_step() {
     for dtype in [DType::F32, DType::BF16] {
         let tiny = tiny(dtype);
+        let forms = [
+            PublishedForm::Tensors(dtype),
+            PublishedForm::Packed(Precision::F32),
+            PublishedForm::Packed(Precision::Bf16),
+        ];
         for policy in [tiny.policy.clone(), adapted(&tiny)] {
             for rule in RULES {
                 let pairs = sampled(&policy, Precision::F32);
                 let mut trainer = moving(&tiny, &policy, rule);
-                for step in 0..3 {
-                    let weights = trainer.publish(dtype, Publication::Evaluation).unwrap();
+                for (step, form) in (0..).zip(forms) {
+                    let weights = trainer.publish(form, Publication::Evaluation).unwrap();
                     let digest = || {
                         let blob = Arc::new(weights.clone()).into_blob().unwrap();
                         messages::Digest::of(&blob)
@@ -730,7 +737,9 @@ fn an_evaluation_does_not_compare_a_policy_with_its_copy() {
     let every = ReferenceSettings::Every { every_steps: 2 };
     let mut trainer = moving(&tiny, &tiny.policy, every);
     let models = |trainer: &Trainer, publication| {
-        let weights = trainer.publish(DType::F32, publication).unwrap();
+        let weights = trainer
+            .publish(PublishedForm::Tensors(DType::F32), publication)
+            .unwrap();
         tiny.policy.with_published(&weights).unwrap()
     };
     let digest = |model: &LanguageModel| model.trained().digest().unwrap().to_string();

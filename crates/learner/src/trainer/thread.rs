@@ -6,7 +6,7 @@ use std::{path::PathBuf, thread::JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender};
 use messages::LabelledPair;
-use model::{DType, PublishedWeights};
+use model::{DType, PublishedForm, PublishedWeights};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -96,20 +96,20 @@ impl TrainerThread {
             .await
     }
 
-    /// The weights to publish, in this dtype, which no later step changes.
+    /// The weights to publish, in this form, which no later step changes.
     ///
     /// # Errors
     /// If copying fails or the thread has ended.
     pub(crate) async fn publish(
         &self,
-        dtype: DType,
+        form: PublishedForm,
         publication: Publication,
     ) -> Result<CopiedWeights, LearnerError> {
         self.inspect(move |trainer| {
             let followers = trainer.followers();
             let is_evaluated = publication == Publication::Evaluation;
             Ok(CopiedWeights {
-                weights: trainer.publish(dtype, publication)?,
+                weights: trainer.publish(form, publication)?,
                 content: PublishedContent {
                     evaluated_reference: followers.evaluated_reference(),
                     has_average: is_evaluated && followers.has_average(),

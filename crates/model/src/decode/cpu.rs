@@ -433,7 +433,7 @@ fn final_norm(model: &LanguageModel) -> Result<Vec<f32>, ModelError> {
 
 fn packed_head(model: &LanguageModel, precision: Precision) -> Result<PackedMatrix, ModelError> {
     let name = model.config().head_name().to_owned();
-    model.weights().packed(&[name], precision)
+    model.weights().stacked(&[name], precision)
 }
 
 /// Selects the update of one product of a block.
@@ -455,7 +455,7 @@ impl PackedBlock {
             "self_attn.k_proj.bias",
             "self_attn.v_proj.bias",
         ];
-        let packed = |names: &[String]| weights.packed(names, precision);
+        let packed = |names: &[String]| weights.stacked(names, precision);
         let stacks = BlockStacks::of(layer);
         let head_norm = |part: &str| config.qk_norm.then(|| row(part)).transpose();
         Ok(Self {

@@ -367,7 +367,8 @@ fn saved_fingerprint(bytes: &[u8]) -> Option<String> {
 /// does not depend on the dtype.
 fn fingerprint(weights: &Weights) -> Result<String, ModelError> {
     let mut bytes = Vec::new();
-    for (name, tensor) in &weights.tensors {
+    for entry in weights.entries() {
+        let (name, tensor) = entry?;
         let flat = tensor.flatten_all()?;
         let first = flat.narrow(0, 0, flat.dim(0)?.min(FINGERPRINT_VALUES))?;
         let first = first.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;

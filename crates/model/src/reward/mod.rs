@@ -62,6 +62,17 @@ impl RewardModel {
         }
     }
 
+    /// The same model, whose backbone nothing trains but its adapter, with that packed: see [`LanguageModel::packed`].
+    ///
+    /// # Errors
+    /// If a tensor is missing.
+    pub fn packed(&self, precision: Precision) -> Result<Self, ModelError> {
+        Ok(Self {
+            backbone: self.backbone.packed(precision)?,
+            ..self.clone()
+        })
+    }
+
     /// The model in training mode: see [`LanguageModel::with_dropout_seed`].
     #[must_use]
     pub fn with_dropout_seed(&self, seed: Seed) -> Self {

@@ -9,8 +9,8 @@ mod loss;
 
 use messages::Seed;
 use model::{
-    AdamWSettings, Adapter, Gradients, LanguageModel, LoraConfig, Optimizer, Pooling, Precision,
-    RewardConfig, RewardKind, RewardModel, Schedule, Sequence, Tensor, within_tokens,
+    AdamWSettings, Adapter, Gradients, LanguageModel, LoraConfig, Optimizer, Pooling, RewardConfig,
+    RewardKind, RewardModel, Schedule, Sequence, Tensor, within_tokens,
 };
 use settings::{ApoSettings, FitSettings, Head, PoolingSetting};
 
@@ -111,8 +111,13 @@ pub(crate) fn fit_further(
     seed: Seed,
     mut on_step: impl FnMut(StepMetrics) -> bool,
 ) -> Result<RewardModel, PreferenceError> {
-    let (model, vars) = model.trainable()?;
-    let model = model.with_precision(model::training_precision(settings.precision));
+    let (trained, vars) = model.trainable()?;
+    let precision = model::training_precision(settings.precision);
+    // Below an adapter nothing is trained.
+    let model = match trained.backbone().adapter() {
+        Some(_) => trained.packed(precision)?,
+        None => trained.with_precision(precision),
+    };
     let mut optimizer = Optimizer::new(vars, AdamWSettings::from(&settings.optimizer()))?;
     let order = EpochOrder::new(settings, data, seed)?;
     let schedule = Schedule::new(&settings.optimizer(), order.steps());
@@ -145,7 +150,7 @@ pub(crate) fn fit_further(
             return Err(PreferenceError::FitStopped);
         }
     }
-    Ok(model.detached()?.with_precision(Precision::F32))
+    Ok(trained.detached()?)
 }
 
 /// The backbone without the policy's adapter, with a fresh one where the settings train an adapter.

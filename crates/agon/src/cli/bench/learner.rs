@@ -66,9 +66,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     placement.check_precision(precision)?;
     let (folder, policy) = workload.open(placement)?;
     let (config, cost) = (folder.config.clone(), TokenCost::of(&folder.config));
+    let (device, dtype) = (policy.device().clone(), policy.dtype());
     let settings = format!("[learner]\nprecision = \"{precision}\"\n");
     let settings = resolve(&settings, "agon bench", &[])?.settings.learner;
-    let mut trainer = Trainer::new(Arc::new(folder), &policy, &settings, Seed(0))?;
+    let start = policy.packed(model::training_precision(settings.precision))?;
+    let trainer = Trainer::new(Arc::new(folder), &policy, &settings, Seed(0))?;
+    let mut trainer = trainer.with_start(&start);
+    drop(policy);
     let mut pairs: Vec<LabelledPair> = (0..workload.batch / 2)
         .map(|index| pair(workload, &config, index))
         .collect();
@@ -84,18 +88,16 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
         });
     }
     let mut last = Measurements::default();
-    let seconds = timing.measure(policy.device(), |step| {
-        match trainer.step(&pairs, step)? {
-            StepOutcome::Applied(measurements, _) => {
-                last = measurements;
-                Ok(())
-            }
-            StepOutcome::Rejected(_) => anyhow::bail!("a step was not finite"),
+    let seconds = timing.measure(&device, |step| match trainer.step(&pairs, step)? {
+        StepOutcome::Applied(measurements, _) => {
+            last = measurements;
+            Ok(())
         }
+        StepOutcome::Rejected(_) => anyhow::bail!("a step was not finite"),
     })?;
     let phases = ["forward", "backward", "optimizer"];
     let phases = phases.map(|phase| (phase, last.get(&format!("time/{phase}"))));
-    let machine = Roofline::measure(policy.device(), policy.dtype())?;
+    let machine = Roofline::measure(&device, dtype)?;
     let (pairs, new) = (pairs.len() as f64, workload.new_tokens as f64);
     let prompt = workload.prompt as f64;
     let read = pairs * (prompt + 2.0 * (new - 1.0));

@@ -49,6 +49,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     } = arguments;
     placement.check_precision(options.precision.name())?;
     let (folder, base) = workload.open(placement)?;
+    let base = base.packed(Precision::from(options.precision))?;
     let (device, dtype) = (base.device().clone(), base.dtype());
     let config = &folder.config;
     let is_mixture = options.mixture_coef > 0.0;
