@@ -2,6 +2,7 @@
 //!
 //! For every version of the weights, the completions of one prompt are scored again in the learner's precision. If their
 //! log-probabilities differ from the recorded ones by more than the limit, the next version is loaded in that precision.
+//! Samples in the learner's precision, or in f32, are not checked.
 
 use messages::Completion;
 use model::{Finished, LanguageModel, ModelError, Precision, Request, Sequence};
@@ -30,10 +31,8 @@ pub(crate) struct QuantizationCheck {
 pub(crate) struct QuantizationError {
     /// Mean absolute difference of log-probabilities, in nats per token.
     pub(crate) nats: f64,
-    /// Whether it exceeds the limit.
+    /// Whether it exceeds the limit, so that the next version is loaded in the learner's precision.
     pub(crate) is_too_large: bool,
-    /// Whether the next version is therefore loaded in the learner's precision, which is another than this one's.
-    pub(crate) falls_back: bool,
 }
 
 #[derive(Debug)]
@@ -67,7 +66,8 @@ impl QuantizationCheck {
 
     /// Selects the first prompt of a version for the check.
     pub(crate) fn admit(&mut self, request: &Request) {
-        let is_checked = self.limit.precision != Precision::F32 && self.limit.max_error > 0.0;
+        let is_coarser = ![Precision::F32, self.limit.learner].contains(&self.limit.precision);
+        let is_checked = is_coarser && self.limit.max_error > 0.0;
         if is_checked && matches!(self.state, CheckState::Ready) {
             self.state = CheckState::Waiting { key: request.key };
         }
@@ -96,15 +96,10 @@ impl QuantizationCheck {
         let nats = mean_difference(&policy, &finished.prompt, &finished.completions)?;
         self.state = CheckState::Done;
         let is_too_large = nats.is_nan() || nats > self.limit.max_error;
-        let falls_back = is_too_large && self.limit.precision != self.limit.learner;
-        if falls_back {
+        if is_too_large {
             self.limit.precision = self.limit.learner;
         }
-        Ok(Some(QuantizationError {
-            nats,
-            is_too_large,
-            falls_back,
-        }))
+        Ok(Some(QuantizationError { nats, is_too_large }))
     }
 }
 
@@ -128,4 +123,48 @@ fn mean_difference(
         .zip(recorded)
         .map(|(a, b)| f64::from((a - b).abs()));
     Ok(differences.sum::<f64>() / exact.len().max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use messages::Seed;
+
+    use super::*;
+
+    /// Whether the first prompt of a version is selected.
+    fn is_checked(precision: Precision, learner: Precision, max_error: f64) -> bool {
+        let mut check = QuantizationCheck::new(PrecisionLimit {
+            precision,
+            learner,
+            max_error,
+        });
+        check.start_version();
+        check.admit(&Request {
+            key: 7,
+            ids: vec![0],
+            seed: Seed(1),
+            mixture_coefs: vec![0.0],
+            exact: 0,
+            max_new_tokens: 1,
+            records_reference: false,
+        });
+        matches!(check.state, CheckState::Waiting { key: 7 })
+    }
+
+    #[test]
+    fn samples_that_are_coarser_than_the_learner_are_checked() {
+        use Precision::{Bf16, F32, Int8};
+        for (precision, learner, expected) in [
+            (F32, F32, false),
+            (F32, Bf16, false),
+            (Bf16, F32, true),
+            (Bf16, Bf16, false),
+            (Int8, Bf16, true),
+            (Int8, F32, true),
+        ] {
+            let found = is_checked(precision, learner, 0.1);
+            assert_eq!(found, expected, "{precision:?} beside {learner:?}");
+            assert!(!is_checked(precision, learner, 0.0));
+        }
+    }
 }

@@ -341,14 +341,10 @@ impl Actor {
             SamplerEvent::QuantizationError(error) => {
                 self.throughput.publish_quantization_error(error.nats);
                 if error.is_too_large {
-                    let next = match error.falls_back {
-                        true => "the next version is loaded in learner.precision",
-                        false => "sampling is in learner.precision already",
-                    };
                     tracing::warn!(
                         actor = self.publisher.actor,
                         nats_per_token = error.nats,
-                        "the quantisation error exceeds actor.max_quantization_error; {next}"
+                        "the quantisation error exceeds actor.max_quantization_error; the next version is loaded in learner.precision"
                     );
                 }
                 Ok(())

@@ -1,6 +1,10 @@
 //! Tolerant JSON parser: Python's `NaN` and `Infinity` are null. Errors have line and column.
 
-use std::{borrow::Cow, io, path::Path};
+use std::{
+    borrow::Cow,
+    io::{self, BufRead, Read},
+    path::Path,
+};
 
 use serde_json::{Map, Value};
 
@@ -71,12 +75,7 @@ impl Malformed {
                 line,
                 format!("byte {byte:#04x} is not UTF-8: convert the file to UTF-8"),
             ),
-            Self::TooLong { line } => row(
-                line,
-                format!(
-                    "the row is longer than {MAX_ROW_BYTES} bytes: is a quote or a bracket missing?"
-                ),
-            ),
+            Self::TooLong { line } => row(line, too_long()),
             Self::File { reason } => DatasetError::File { path, reason },
             Self::Unreadable(source) => DatasetError::Unreadable { path, source },
         }
@@ -151,6 +150,44 @@ pub(crate) fn parse_value(bytes: &[u8], start: TextPosition) -> Result<Value, Ma
         unmask(&mut value);
     }
     Ok(value)
+}
+
+/// The lines of `input`, none of which is longer than a row may be. After an error there are no more: the rest of a line that
+/// is too long is not read.
+pub fn row_lines(mut input: impl BufRead) -> impl Iterator<Item = Result<String, String>> {
+    let mut has_failed = false;
+    std::iter::from_fn(move || {
+        if has_failed {
+            return None;
+        }
+        let line = next_line(&mut input).transpose()?;
+        has_failed = line.is_err();
+        Some(line)
+    })
+}
+
+/// The next line without its end; `None` at the end of the input.
+fn next_line(input: &mut impl BufRead) -> Result<Option<String>, String> {
+    let mut line = Vec::new();
+    // One byte more than a row and the end of its line.
+    let limit = MAX_ROW_BYTES as u64 + 2;
+    let read = input.take(limit).read_until(b'\n', &mut line);
+    read.map_err(|error| format!("the line cannot be read: {error}"))?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    line.pop_if(|byte| *byte == b'\n');
+    if line.len() > MAX_ROW_BYTES {
+        return Err(too_long());
+    }
+    line.pop_if(|byte| *byte == b'\r');
+    let text = String::from_utf8(line);
+    text.map(Some)
+        .map_err(|_| "the line cannot be read: it is not UTF-8, convert the file to UTF-8".into())
+}
+
+fn too_long() -> String {
+    format!("the row is longer than {MAX_ROW_BYTES} bytes: is a quote or a bracket missing?")
 }
 
 /// Parses one line of JSON Lines.
@@ -236,5 +273,29 @@ mod tests {
             "{error}"
         );
         assert_eq!(parse_row("[1]"), Err(NOT_AN_OBJECT.into()));
+    }
+
+    /// A line without an end takes no more memory than a row.
+    #[test]
+    fn a_line_that_is_too_long_ends_the_lines() {
+        let read = |text: &[u8]| row_lines(text).collect::<Vec<_>>();
+        let lines = |text: &str| read(text.as_bytes());
+        let ok = |line: &str| Ok(line.to_owned());
+        assert_eq!(lines("a\r\n\nb"), [ok("a"), ok(""), ok("b")]);
+        assert_eq!(lines(""), []);
+        let longest = "x".repeat(MAX_ROW_BYTES);
+        assert_eq!(lines(&format!("{longest}\na")), [ok(&longest), ok("a")]);
+        for text in [format!("a\n{longest}x\nb"), format!("a\n{longest}xxx")] {
+            let found = lines(&text);
+            assert_eq!(found.len(), 2);
+            let error = found[1].as_ref().expect_err("it is too long");
+            assert!(error.contains("longer than 16777216 bytes"), "{error}");
+        }
+        let found = read(b"\xff\na");
+        let error = found[0].as_ref().expect_err("it is not UTF-8");
+        assert!(
+            error.contains("not UTF-8") && found.len() == 1,
+            "{found:?}: {error}"
+        );
     }
 }

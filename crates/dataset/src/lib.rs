@@ -26,7 +26,7 @@ pub use columns::{Column, Columns, LabelColumns};
 pub use compression::{open, unpacked};
 pub use error::{DatasetError, RowPosition};
 pub use files::{files, is_part_of};
-pub use json::parse_row;
+pub use json::{parse_row, row_lines};
 pub use limits::FileLimits;
 pub use mix::Mix;
 pub use order::shuffled;

@@ -133,7 +133,7 @@ pub struct LearnerStreams {
     pub drops: Receiver<Dropped>,
     /// Outgoing weights.
     pub weight_store: WeightStore<PublishedWeights>,
-    /// Dtype of outgoing weights.
+    /// Form of outgoing weights.
     pub weights_form: PublishedForm,
     /// Limits of incoming labelled pairs and drop notes.
     pub limits: MessageLimits,

@@ -74,7 +74,7 @@ pub use shards::indexed_files;
 pub use stop_tokens::StopTokens;
 pub use tokenizer::Tokenizer;
 pub use transformer::LanguageModel;
-pub use weights::Weights;
+pub use weights::{HeadForm, Weights};
 
 /// Opens a device by name: `cpu`, `cuda`, `cuda:N` or `metal`.
 ///

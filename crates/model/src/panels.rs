@@ -2,7 +2,7 @@
 //! and heads of every model that shares the weights.
 //!
 //! Promises: the panels are the only copy of a packed matrix; forward products read them, and backward products a transpose
-//! that is made of them for one product. Only an embedding that is the head too is there twice, packed and as a tensor.
+//! that is made of them for one product. Only an embedding that is the head too may be there twice, packed and as a tensor.
 
 use candle_core::{Result, Tensor};
 use kernels::CpuTensor;

@@ -13,7 +13,7 @@ use messages::StoredWeights;
 use crate::{
     error::ModelError,
     transformer::LanguageModel,
-    weights::{Weights, not_safetensors},
+    weights::{HeadForm, Weights, not_safetensors},
 };
 
 /// Beginning of the names of a reference's tensors; names of models have no slash.
@@ -97,9 +97,10 @@ impl StoredWeights for PublishedWeights {
     fn into_blob(self: Arc<Self>) -> Result<Vec<u8>, String> {
         let mut all = self.policy.clone();
         for (prefix, weights) in self.further() {
-            let tensors = weights.into_iter().flat_map(|weights| &weights.tensors);
-            let tensors = tensors.map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone()));
-            all.tensors.extend(tensors);
+            for entry in weights.into_iter().flat_map(Weights::entries) {
+                let (name, tensor) = entry.map_err(|error| error.to_string())?;
+                all.tensors.insert(format!("{prefix}{name}"), tensor);
+            }
         }
         all.to_blob().map_err(|error| error.to_string())
     }
@@ -131,7 +132,8 @@ impl LanguageModel {
             (PublishedForm::Tensors(dtype), _) => self.trained().copied(dtype),
             (PublishedForm::Packed(_), Some(_)) => self.trained().copied(DType::F32),
             (PublishedForm::Packed(precision), None) => {
-                let mut weights = self.weights().packed_in(self.config(), precision)?;
+                let weights = self.weights().clone();
+                let mut weights = weights.packed_in(self.config(), precision, HeadForm::Packed)?;
                 for tensor in weights.tensors.values_mut() {
                     *tensor = tensor.copy()?;
                 }
@@ -293,6 +295,13 @@ mod tests {
             let read = read.unwrap().policy;
             assert_eq!(logp(&read), logp(&policy.with_precision(precision)));
             assert!(read.weights().are_shared_with(&weights));
+            // A blob has all of it, also of further models, as it was rounded.
+            let mut both = Published::alone(weights.clone());
+            both.reference = Some(weights.clone());
+            let sent = PublishedWeights::from_blob(Arc::new(blob(&both))).unwrap();
+            for sent in [Some(&sent.policy), sent.reference.as_ref()] {
+                assert_eq!(sent.unwrap().digest().unwrap(), weights.digest().unwrap());
+            }
             let adapter = adapted(&policy, 4);
             let weights = adapter.copied(PublishedForm::Packed(precision)).unwrap();
             assert_eq!(weights.digest().unwrap().to_string(), digest(&adapter));

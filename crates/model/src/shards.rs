@@ -306,8 +306,9 @@ impl Shards {
     fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
         let entry = &self.tensors[name];
         let path = &self.files[entry.file];
-        let mut bytes = Vec::new();
+        // The file has as many bytes, as its header was checked to say.
         let expected = entry.bytes.end - entry.bytes.start;
+        let mut bytes = Vec::with_capacity(usize::try_from(expected).unwrap_or_default());
         self.reader(entry)?
             .read_to_end(&mut bytes)
             .map_err(|source| unreadable(path, source))?;

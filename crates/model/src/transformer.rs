@@ -12,7 +12,7 @@ use crate::{
     lora::{Adapter, LowRank},
     rope::{Positions, RopeTable},
     sampling::Precision,
-    weights::Weights,
+    weights::{HeadForm, Weights},
 };
 
 /// A decoder-only transformer with its weights and an optional LoRA adapter. Clones share the weights.
@@ -128,19 +128,33 @@ impl LanguageModel {
     }
 
     /// The model with its weights, which nothing trains, packed in the precision of its products: there is no other copy once
-    /// this model and its clones are all that is left. An adapter stays as it is. What is not packed becomes f32. On other
-    /// devices than the CPU the model is unchanged.
+    /// this model and its clones are all that is left. An adapter stays as it is, without dropout; what is not packed becomes
+    /// f32. Packed weights that are packed anew keep the roundings that they have. On other devices than the CPU the model has
+    /// this precision, as by [`Self::with_precision`]; in int8, which only decoders use, it is unchanged.
     ///
     /// # Errors
     /// If a tensor is missing.
     pub fn packed(&self, precision: Precision) -> Result<Self, ModelError> {
-        let model = self.with_precision(precision);
-        let is_packed = self.weights().packed_precision() == Some(precision);
-        if is_packed || !self.device().is_cpu() || precision == Precision::Int8 {
-            return Ok(model);
+        self.packed_with(precision, HeadForm::Packed)
+    }
+
+    /// As [`Self::packed`], with the head in this form.
+    pub(crate) fn packed_with(
+        &self,
+        precision: Precision,
+        head: HeadForm,
+    ) -> Result<Self, ModelError> {
+        let is_packed = self.weights.packed_precision() == Some(precision);
+        if is_packed || precision == Precision::Int8 {
+            return Ok(self.clone());
         }
-        let weights = self.weights().packed_in(self.config(), precision)?;
-        let model = Self::new(self.config().clone(), weights)?;
+        if !self.device().is_cpu() {
+            return Ok(self.with_precision(precision));
+        }
+        let weights = self.weights.clone();
+        let weights = weights.packed_in(&self.config, precision, head)?;
+        let mut model = Self::new(self.config.clone(), weights)?;
+        model.recompute = self.recompute;
         match self.adapter() {
             Some(adapter) => model.with_adapter(adapter.clone()),
             None => Ok(model),

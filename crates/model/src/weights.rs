@@ -18,6 +18,15 @@ use crate::{
     shards::{ExpectedTensors, Shards},
 };
 
+/// Form of a language-model head among packed weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadForm {
+    /// Packed, for models that compute logits or log-probabilities.
+    Packed,
+    /// As it is: a reward model reads its hidden states alone.
+    Tensor,
+}
+
 /// Tensors of a model by their names on disk, in alphabetical order. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Weights {
@@ -355,37 +364,59 @@ impl Weights {
         both
     }
 
-    /// Whether all tensors have this dtype and device; packed ones are f32 on the CPU.
+    /// Whether all tensors have this dtype and device. Packed ones, and what is beside them, stand for weights of any dtype on
+    /// the CPU.
     pub(crate) fn all_on(&self, dtype: DType, device: &Device) -> bool {
         let is = |tensor: &Tensor| tensor.dtype() == dtype && tensor.device().same_device(device);
-        self.tensors.values().all(is)
+        match self.packed.is_empty() {
+            true => self.tensors.values().all(is),
+            false => device.is_cpu(),
+        }
     }
 
-    /// The weights with all matrices of blocks and the head packed, and the rest in f32, which is shared where it was.
-    pub(crate) fn packed_in(
-        &self,
+    /// The weights of a model of this shape with all matrices of blocks packed, the head's too if it is to be, and the rest in
+    /// f32, which is shared where it was. Tensors that nothing else holds are released one after another.
+    ///
+    /// # Errors
+    /// When a tensor is missing or not on the CPU.
+    pub fn packed_in(
+        mut self,
         config: &ModelConfig,
         precision: Precision,
+        head: HeadForm,
     ) -> Result<Self, ModelError> {
-        let blocks: Vec<BlockStacks> = (0..config.layers).map(BlockStacks::of).collect();
-        let head = [config.head_name().to_owned()];
-        let stacks = blocks.iter().flat_map(BlockStacks::all);
+        let mut stacks: Vec<Vec<String>> = (0..config.layers)
+            .flat_map(|layer| BlockStacks::of(layer).all().map(<[String]>::to_vec))
+            .collect();
+        if head == HeadForm::Packed {
+            stacks.push(vec![config.head_name().to_owned()]);
+        }
         let mut packed = BTreeMap::new();
-        for names in stacks.chain([head.as_slice()]) {
-            let weights = self.matrices(names)?;
-            let parts = pack(&weights, |weights, width| {
+        for names in stacks {
+            let parts = pack(&self.matrices(&names)?, |weights, width| {
                 PackedMatrix::neighbours(weights, width, precision)
             })?;
-            packed.extend(names.iter().cloned().zip(parts));
-        }
-        let mut tensors = BTreeMap::new();
-        for (name, tensor) in &self.tensors {
-            if packed.contains_key(name) && !is_embedding(name) {
-                continue;
+            for (name, part) in names.into_iter().zip(parts) {
+                if !is_embedding(&name) {
+                    self.tensors.remove(&name);
+                }
+                self.packed.remove(&name);
+                packed.insert(name, part);
             }
-            tensors.insert(name.clone(), tensor.detach().to_dtype(DType::F32)?);
         }
-        Ok(Self { tensors, packed })
+        // What was packed before and is not any more.
+        for name in self.packed.keys() {
+            if !self.tensors.contains_key(name) {
+                self.tensors.insert(name.clone(), self.get(name)?);
+            }
+        }
+        for tensor in self.tensors.values_mut() {
+            *tensor = tensor.detach().to_dtype(DType::F32)?;
+        }
+        Ok(Self {
+            tensors: self.tensors,
+            packed,
+        })
     }
 
     /// Weights `[out, in]` that read the same rows, packed side by side.
@@ -432,6 +463,24 @@ impl Weights {
     #[must_use]
     pub fn packed_precision(&self) -> Option<Precision> {
         self.packed.values().next().map(PackedMatrix::precision)
+    }
+
+    /// The first values of the tensor with this name in row-major order, at most `count`, in f32.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub(crate) fn leading_values(&self, name: &str, count: usize) -> Result<Vec<f32>, ModelError> {
+        if let (None, Some(packed)) = (self.tensors.get(name), self.packed.get(name)) {
+            let [out, width] = packed.weight_dims();
+            let rows = count.div_ceil(width.max(1)).min(out);
+            let mut values = packed.columns(0..rows).map(|rows| rows.unpacked());
+            let mut values = values.take().unwrap_or_default();
+            values.truncate(count);
+            return Ok(values);
+        }
+        let flat = self.get(name)?.flatten_all()?;
+        let first = flat.narrow(0, 0, flat.dim(0)?.min(count))?;
+        Ok(first.to_dtype(DType::F32)?.to_vec1()?)
     }
 
     /// The tensor with this name, not copied unless it is packed: then as it was rounded.

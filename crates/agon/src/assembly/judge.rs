@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context;
 use hub::CancelToken;
 use messages::JudgeVersion;
-use model::{Encoder, ModelFolder, RewardModel, Weights};
+use model::{Encoder, ModelFolder, RewardModel};
 use preference::{
     Composition, EncoderJudge, Ensemble, EnsembleRule, Judge, JudgeReplicas, Matrix, Route,
     RouteRule, Rules,
@@ -16,7 +16,7 @@ use preference::{
 use settings::{Head, JudgeSettings, ModelSource, Settings};
 
 use crate::assembly::{
-    JudgeUse, LoadedModel, LoadedRewardModel, ModelLocation,
+    JudgeFiles, JudgeUse, LoadedModel, LoadedRewardModel, ModelLocation,
     local_chat::{self, LocalChat},
     longest_sequence,
     playground::GoldJudge,
@@ -167,22 +167,23 @@ impl JudgeLoader<'_> {
             }
         };
         let tokens = self.tokens.get_or_insert_with(|| path.clone());
-        // A backbone that is packed is shared by what multiplies in the same precision.
         let precision = model::training_precision(settings.preference.precision);
-        let is_shared = |weights: &&Weights| {
-            let packed = weights.packed_precision();
-            packed.is_none_or(|packed| packed == precision)
-        };
-        let shared = self.policy.map(|policy| &policy.weights).filter(is_shared);
+        let backbone = |policy: &LoadedModel| policy.judging_backbone(precision);
         let location = ModelLocation::of_folder(path, self.cancel)?;
         let folder = reward_folder(&location, head)?;
         let (device, dtype) = crate::assembly::device(settings)?;
-        let model = folder.model(dtype, &device, shared)?;
+        let trains_further = settings.preference.apo.refresh_steps > 0;
+        let shared = match self.policy {
+            Some(policy) if trains_further => Some(policy.weights.clone()),
+            Some(policy) if folder.is_adapter() => backbone(policy)?,
+            _ => None,
+        };
+        let model = folder.model(dtype, &device, shared.as_ref())?;
         let given = settings.model.chat_template.as_deref();
-        let model = LoadedRewardModel::new(folder, model, tokens, given);
-        let purpose = match settings.preference.apo.refresh_steps {
-            0 => JudgeUse::Judging,
-            _ => JudgeUse::Training,
+        let model = LoadedRewardModel::new(folder, model, tokens, given)?;
+        let purpose = match trains_further {
+            true => JudgeUse::Training,
+            false => JudgeUse::Judging,
         };
         let model = model.with_precision(settings.preference.precision, purpose)?;
         Ok(JudgeSource::Model(Box::new(model)))
@@ -326,16 +327,20 @@ impl<'a> JudgeCheck<'a> {
             let reward = reward_folder(&location, head)?;
             reward.folder.tokenizer.check_chat_template()?;
             reward.check_weights()?;
-            self.positions(&reward.folder)?;
+            self.positions(&reward.folder, JudgeFiles::of(&reward)?)?;
         }
         Ok(())
     }
 
     /// Checks that the preference model in `folder`, or one that is trained from it, reads every pair.
-    pub(crate) fn positions(&mut self, folder: &ModelFolder) -> anyhow::Result<()> {
+    pub(crate) fn positions(
+        &mut self,
+        folder: &ModelFolder,
+        files: JudgeFiles<'_>,
+    ) -> anyhow::Result<()> {
         let positions = folder.config.max_positions;
         let given = self.settings.model.chat_template.as_deref();
-        let is_shared = |policy: &ModelFolder| reads_tokens_of(&folder.path, &policy.path, given);
+        let is_shared = |policy: &ModelFolder| reads_tokens_of(files, &policy.path, given);
         if !self.policy.is_some_and(is_shared) {
             self.own_positions(&folder.path, positions);
             return Ok(());

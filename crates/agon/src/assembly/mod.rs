@@ -47,8 +47,8 @@ pub(crate) use model_location::ModelLocation;
 pub(crate) use nats_program::missing_nats_server;
 pub(crate) use playground::{StyleComparison, base_model, gold_judge, style_comparisons};
 pub(crate) use preference_model::{
-    Backbone, JudgeUse, LoadedRewardModel, check_fit_adapter, preference_model, reads_tokens_of,
-    reward_folder, same_tokenizer,
+    Backbone, JudgeFiles, JudgeUse, LoadedRewardModel, check_fit_adapter, preference_model,
+    reads_tokens_of, reward_folder, same_tokenizer,
 };
 pub(crate) use preference_pairs::{
     AnnotatedPairs, SkippedPairs, annotated_pairs, human_verdict_pairs,
@@ -127,5 +127,55 @@ impl RunInputs {
     /// The policy at the start: the base model, with the adapter if one is trained. All copies share the weights.
     pub(crate) fn policy(&self) -> anyhow::Result<LanguageModel> {
         self.model.policy(self.adapter.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use model::Precision;
+    use settings::Override;
+
+    use super::*;
+
+    /// What is trained as a whole begins with the exact weights, whatever the roles share.
+    #[test]
+    fn rounded_weights_are_not_trained() {
+        let directory = tempfile::tempdir().unwrap();
+        let base = format!("playground.base_dir={:?}", directory.path().join("base"));
+        let sets = [
+            base.as_str(),
+            "prompts.kind=bandit",
+            "model.reference_probabilities=[0.5, 0.3, 0.2]",
+            "preference.judge={ kind = \"matrix\", matrix = [[0.5, 0.8, 0.3], [0.2, 0.5, 0.9], [0.7, 0.1, 0.5]] }",
+            "actor.max_new_tokens=1",
+            "learner.precision=bf16",
+            "actor.precision=bf16",
+        ];
+        let sets: Vec<Override> = sets.iter().map(|set| set.parse().unwrap()).collect();
+        let settings = settings::resolve("", "test", &sets).unwrap().settings;
+        let never = CancelToken::never();
+        let inputs = RunInputs::build(&settings, ReadInputs::default(), &never).unwrap();
+        let held = &inputs.model.weights;
+        assert_eq!(held.packed_precision(), Some(Precision::Bf16));
+        let read = LoadedModel::read(&settings, &inputs.model.folder.path).unwrap();
+        let exact = read.weights.digest().unwrap();
+        assert_ne!(held.digest().unwrap(), exact);
+        let trained = inputs.policy_to_train(&settings).unwrap();
+        assert_eq!(trained.weights().digest().unwrap(), exact);
+        // Judges share what is held in their precision, and read what is not.
+        let judging = inputs.model.judging_backbone(Precision::Bf16).unwrap();
+        assert_eq!(
+            judging.map(|weights| weights.packed_precision()),
+            Some(Some(Precision::Bf16))
+        );
+        assert!(
+            inputs
+                .model
+                .judging_backbone(Precision::F32)
+                .unwrap()
+                .is_none()
+        );
+        let judging = read.judging_backbone(Precision::F32).unwrap();
+        assert_eq!(judging.unwrap().digest().unwrap(), exact);
     }
 }

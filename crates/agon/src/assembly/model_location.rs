@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use hub::{CancelToken, ModelLookup};
 use model::{
-    AdapterFolder, BaseModel, DType, Device, LanguageModel, ModelError, ModelFolder, RewardFolder,
-    open_policy,
+    BaseModel, DType, Device, LanguageModel, ModelError, ModelFolder, RewardFolder, open_policy,
 };
 use settings::ModelSource;
 
@@ -69,14 +68,9 @@ impl ModelLocation {
         }
     }
 
-    /// Opens the folder as a reward model, an adapter with its own `chat_template.jinja`; weights are not read.
+    /// Opens the folder as a reward model; weights are not read.
     pub(crate) fn reward(&self) -> Result<RewardFolder, ModelError> {
-        let base = self.base.as_deref();
-        let template = match base {
-            Some(base) => AdapterFolder::own_template_file(&self.path, base)?,
-            None => None,
-        };
-        RewardFolder::open_with_base(&self.path, base, template.as_deref())
+        RewardFolder::open_with_base(&self.path, self.base.as_deref(), None)
     }
 }
 

@@ -149,17 +149,44 @@ pub(crate) fn preference_model(
     })
 }
 
-/// Whether the model in the folder `judge` can read the tokens of the model in `policy`, whose chat template is `given`
+/// Folders of a judge's tokenizer and of its chat template, which an adapter may have in a folder of its own.
+#[derive(Clone, Copy)]
+pub(crate) struct JudgeFiles<'a> {
+    /// Folder with `tokenizer.json`.
+    pub(crate) tokenizer: &'a Path,
+    /// Folder with the template.
+    pub(crate) template: &'a Path,
+}
+
+impl<'a> JudgeFiles<'a> {
+    /// Files of a model that has all of them in one folder.
+    pub(crate) fn in_one(folder: &'a Path) -> Self {
+        Self {
+            tokenizer: folder,
+            template: folder,
+        }
+    }
+
+    /// Files of the reward model in `folder`.
+    pub(crate) fn of(folder: &'a RewardFolder) -> anyhow::Result<Self> {
+        Ok(Self {
+            tokenizer: &folder.folder.path,
+            template: folder.template_folder()?,
+        })
+    }
+}
+
+/// Whether the judge can read the tokens of the model in `policy`, whose chat template is `given`
 /// unless that is its own: it has the same tokenizer and the same chat template, or no template.
-pub(crate) fn reads_tokens_of(judge: &Path, policy: &Path, given: Option<&Path>) -> bool {
-    let template = chat_template(judge);
+pub(crate) fn reads_tokens_of(judge: JudgeFiles<'_>, policy: &Path, given: Option<&Path>) -> bool {
+    let template = chat_template(judge.template);
     let of_policy = match given {
         // Unreadable, it is refused elsewhere.
         Some(given) => std::fs::read_to_string(given).ok().map(Value::from),
         None => chat_template(policy),
     };
     let same_template = template.is_none() || template == of_policy;
-    same_template && same_tokenizer(judge, policy)
+    same_template && same_tokenizer(judge.tokenizer, policy)
 }
 
 /// Whether two folders hold the same `tokenizer.json`.
@@ -234,16 +261,16 @@ impl LoadedRewardModel {
         model: RewardModel,
         tokens: &Path,
         given: Option<&Path>,
-    ) -> Self {
-        let shares_tokens = reads_tokens_of(&folder.folder.path, tokens, given);
-        Self {
+    ) -> anyhow::Result<Self> {
+        let shares_tokens = reads_tokens_of(JudgeFiles::of(&folder)?, tokens, given);
+        Ok(Self {
             judging: model.clone(),
             model,
             version: JudgeVersion(1),
             folder,
             shares_tokens,
             precision: Precision::F32,
-        }
+        })
     }
 
     /// The model's folder.
@@ -339,10 +366,11 @@ mod tests {
             ("another tokenizer", &[other, template("x")], false),
         ] {
             let judge = folder(name, files);
-            assert_eq!(reads_tokens_of(&judge, &policy, None), reads, "{name}");
+            let judge = JudgeFiles::in_one(&judge);
+            assert_eq!(reads_tokens_of(judge, &policy, None), reads, "{name}");
             let reads_bare = name == "none";
             assert_eq!(
-                reads_tokens_of(&judge, &bare, None),
+                reads_tokens_of(judge, &bare, None),
                 reads_bare,
                 "{name}, without a template"
             );
@@ -351,7 +379,7 @@ mod tests {
             std::fs::write(&given, "y").unwrap();
             let reads_given = ["none", "another template"].contains(&name);
             assert_eq!(
-                reads_tokens_of(&judge, &policy, Some(&given)),
+                reads_tokens_of(judge, &policy, Some(&given)),
                 reads_given,
                 "{name}, with another template of the policy"
             );

@@ -23,7 +23,7 @@ use settings::{
 use tempfile::TempDir;
 
 use crate::assembly::{
-    adapter_shape, check_fit_adapter, check_run_positions, file_pairs::read_pair_files,
+    JudgeFiles, adapter_shape, check_fit_adapter, check_run_positions, file_pairs::read_pair_files,
     judge::JudgeCheck, nats_program::find_nats_server, playground, preference_pairs,
     prompts::prompt_files,
 };
@@ -403,7 +403,8 @@ impl Preflight {
             self.require("", checked.map_err(Into::into));
             if own_backbone.is_some() {
                 let mut check = JudgeCheck::new(settings, policy);
-                let checked = check.positions(backbone);
+                let files = JudgeFiles::in_one(&backbone.path);
+                let checked = check.positions(backbone, files);
                 self.require("preference.fit.path", checked);
                 self.doubtful(check);
             }

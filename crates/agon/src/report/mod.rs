@@ -86,7 +86,7 @@ struct ArmProbabilities {
 
 impl ArmProbabilities {
     fn new(settings: &Settings, inputs: &RunInputs, outcome: &RunOutcome) -> anyhow::Result<Self> {
-        let initial = inputs.policy()?;
+        let initial = inputs.policy_to_train(settings)?;
         let checkpoint = &outcome.summary.checkpoint;
         let policy = initial.with_saved_weights(checkpoint)?;
         let policy = next_token_probabilities(&policy, &[0])?;

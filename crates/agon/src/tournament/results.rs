@@ -297,7 +297,7 @@ impl PolicyResult {
             met.iter()
                 .filter_map(|met| Some(&met.policies[met.index(name)?]))
         };
-        let over = |values: Vec<f64>| SeedMean::of(&values);
+        let over = |values: Vec<f64>| SeedMean::of_amounts(&values);
         let share = |values: Vec<f64>| SeedMean::of_shares(&values);
         let absent = met.iter().filter(|met| met.index(name).is_none());
         Self {
@@ -409,7 +409,7 @@ fn evaluation_means(tournament: &Tournament, results: &[&RunResult]) -> Vec<Eval
             let all = results.iter().flat_map(|result| &result.report.evaluations);
             all.filter(move |evaluation| evaluation.step == step)
         };
-        let over = |values: Vec<f64>| SeedMean::of(&values);
+        let over = |values: Vec<f64>| SeedMean::of_amounts(&values);
         let share = |values: Vec<f64>| SeedMean::of_shares(&values);
         EvaluationMean {
             step,

@@ -27,6 +27,15 @@ impl SeedMean {
         })
     }
 
+    /// As [`Self::of`] for amounts, which are not below 0: neither is the interval, unless an estimate is.
+    pub(super) fn of_amounts(values: &[f64]) -> Option<Self> {
+        let found = Self::of(values)?;
+        Some(Self {
+            low: found.low.map(|low| low.max(found.mean.min(0.0))),
+            ..found
+        })
+    }
+
     /// Mean and interval of one value a seed; `None` without values.
     pub(super) fn of(values: &[f64]) -> Option<Self> {
         let moments = SampleMoments::of(values)?;
@@ -120,6 +129,11 @@ mod tests {
         let single = SeedMean::of(&[0.7]).unwrap();
         assert_eq!((single.mean, single.low, single.high), (0.7, None, None));
         assert_eq!(SeedMean::of(&[]), None);
+        let amount = SeedMean::of_amounts(&[0.1, 9.0]).unwrap();
+        assert_eq!(amount.low, Some(0.0));
+        assert!(amount.high.unwrap() > 50.0);
+        let estimate = SeedMean::of_amounts(&[-0.3, -0.1]).unwrap();
+        assert_eq!(estimate.low, Some(-0.2));
         let share = SeedMean::of_shares(&[0.9, 1.0]).unwrap();
         assert_eq!((share.mean, share.high), (0.95, Some(1.0)));
         assert!(share.low.unwrap() < 0.5);

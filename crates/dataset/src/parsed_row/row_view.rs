@@ -57,11 +57,14 @@ impl<'a> RowView<'a> {
             Value::String(text) => !text.is_empty(),
             _ => true,
         };
-        match self.first(&MEDIA) {
-            Some((name, value)) if is_filled(value) => Err(format!(
+        match MEDIA
+            .into_iter()
+            .find(|name| self.value(name).is_some_and(is_filled))
+        {
+            Some(name) => Err(format!(
                 "column {name:?} is not empty, and only text is supported: remove such rows"
             )),
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 

@@ -923,6 +923,10 @@ fn inconsistent_dialogues_of_a_pair_are_reported() {
             "column \"images\"",
         ),
         (
+            json!({"prompt": "q", "images": [], "videos": ["x.mp4"], "chosen": "a", "rejected": "b"}),
+            "column \"videos\"",
+        ),
+        (
             json!({"prompt": "q", "tools": [{}], "chosen": "a", "rejected": "b"}),
             "column \"tools\" is for a chat template",
         ),

@@ -392,7 +392,8 @@ impl PackedMatrix {
     }
 
     /// These columns, in the same panels; `None` if they do not begin with a panel.
-    pub(crate) fn columns(&self, columns: Range<usize>) -> Option<Self> {
+    #[must_use]
+    pub fn columns(&self, columns: Range<usize>) -> Option<Self> {
         assert!(columns.end <= self.out);
         columns.start.is_multiple_of(LANES).then(|| Self {
             out: columns.len(),

@@ -722,7 +722,7 @@ fn published_weights_do_not_change_with_a_step() {
                     };
                     let before = digest();
                     applied(&mut trainer, &pairs, step);
-                    assert_eq!(digest(), before, "{rule:?} {step}");
+                    assert_eq!(digest(), before, "{rule:?} {form:?}");
                 }
             }
         }

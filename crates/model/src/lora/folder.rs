@@ -122,7 +122,8 @@ impl AdapterFolder {
     /// # Errors
     /// When the file is missing or truncated, or the adapter belongs to another base.
     pub fn adapter(&self, base: &LanguageModel) -> Result<Adapter, ModelError> {
-        Ok(self.adapter_with(Vec::new(), base)?.0)
+        self.check(base.config())?;
+        Ok(self.adapter_from(&self.tensors()?, Vec::new(), base)?.0)
     }
 
     /// As [`Self::adapter`], for the model `base` of `folder`. Warns if nothing shows that the adapter was trained on it:
@@ -135,9 +136,20 @@ impl AdapterFolder {
         folder: &ModelFolder,
         base: &LanguageModel,
     ) -> Result<Adapter, ModelError> {
-        self.check(base.config())?;
+        Ok(self.adapter_with(Vec::new(), folder, base)?.0)
+    }
+
+    /// As [`Self::adapter_of`], with additional full tensors from the file, given by their names in the base model and
+    /// their shapes.
+    pub(crate) fn adapter_with(
+        &self,
+        extra: Vec<(String, Vec<usize>)>,
+        folder: &ModelFolder,
+        base: &LanguageModel,
+    ) -> Result<(Adapter, Weights), ModelError> {
+        self.check_with(&extra, base.config())?;
         let bytes = self.tensors()?;
-        let (adapter, _) = self.adapter_from(&bytes, Vec::new(), base)?;
+        let loaded = self.adapter_from(&bytes, extra, base)?;
         if !self.is_known_for(&bytes, folder) {
             tracing::warn!(
                 adapter = %self.path.display(),
@@ -147,7 +159,7 @@ impl AdapterFolder {
                  verified that it belongs to this base"
             );
         }
-        Ok(adapter)
+        Ok(loaded)
     }
 
     /// Whether the tensors' file has a fingerprint of its base, which was compared, or the adapter names this model or none.
@@ -168,17 +180,6 @@ impl AdapterFolder {
             Some(found.canonicalize().ok()? == folder.path.canonicalize().ok()?)
         };
         named.name.is_empty() || known.iter().any(is_same) || same_folder() == Some(true)
-    }
-
-    /// As [`Self::adapter`], with additional full tensors from the file, given by their names in the base model and
-    /// their shapes.
-    pub(crate) fn adapter_with(
-        &self,
-        extra: Vec<(String, Vec<usize>)>,
-        base: &LanguageModel,
-    ) -> Result<(Adapter, Weights), ModelError> {
-        self.check_with(&extra, base.config())?;
-        self.adapter_from(&self.tensors()?, extra, base)
     }
 
     /// As [`Self::adapter_with`], from the bytes of the tensors' file, whose names and shapes are checked.
@@ -263,7 +264,7 @@ pub fn open_policy(
         None => (path.to_owned(), None),
     };
     let folder = match &adapter {
-        Some(adapter) => adapter.open_base(&base, chat_template)?,
+        Some(adapter) => adapter.open_base(ModelTask::Language, &base, chat_template)?,
         None => ModelFolder::open(&base, chat_template)?,
     };
     let weights = folder.weights(dtype, device)?;
@@ -367,13 +368,11 @@ fn saved_fingerprint(bytes: &[u8]) -> Option<String> {
 /// does not depend on the dtype.
 fn fingerprint(weights: &Weights) -> Result<String, ModelError> {
     let mut bytes = Vec::new();
-    for entry in weights.entries() {
-        let (name, tensor) = entry?;
-        let flat = tensor.flatten_all()?;
-        let first = flat.narrow(0, 0, flat.dim(0)?.min(FINGERPRINT_VALUES))?;
-        let first = first.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
-        bytes.extend_from_slice(format!("{name} {:?} ", tensor.dims()).as_bytes());
-        for value in first.to_vec1::<f32>()? {
+    for (name, shape) in weights.shapes() {
+        bytes.extend_from_slice(format!("{name} {shape:?} ").as_bytes());
+        let first = weights.leading_values(&name, FINGERPRINT_VALUES)?;
+        let first = Tensor::new(first, &Device::Cpu)?.to_dtype(DType::BF16)?;
+        for value in first.to_dtype(DType::F32)?.to_vec1::<f32>()? {
             bytes.extend(value.to_le_bytes());
         }
     }

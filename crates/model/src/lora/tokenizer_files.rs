@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::lora::folder::{AdapterFolder, CONFIG};
 use crate::{
     chat::{CHAT_TEMPLATE, TOOL_USE_TEMPLATE},
-    config::{ModelConfig, tokens},
+    config::{ModelConfig, ModelTask, tokens},
     error::ModelError,
     folder::{GENERATION, ModelFolder, create_folder, generation_config, write},
     input_file::{self, MAX_TOKENIZER_BYTES},
@@ -47,12 +47,13 @@ enum TemplateOrigin {
 
 impl AdapterFolder {
     /// Opens the base in the folder `base` with the chat template and the stop tokens of this folder, where it has its
-    /// own; `chat_template` overrides both templates.
+    /// own; `chat_template` overrides both templates. The base has the head of `task`.
     ///
     /// # Errors
     /// As [`ModelFolder::open`], and when the vocabulary or the template of this folder cannot be used with the base.
-    pub(super) fn open_base(
+    pub(crate) fn open_base(
         &self,
+        task: ModelTask,
         base: &Path,
         chat_template: Option<&Path>,
     ) -> Result<ModelFolder, ModelError> {
@@ -65,7 +66,7 @@ impl AdapterFolder {
             TemplateOrigin::File(file) => Some(file.as_path()),
             TemplateOrigin::Base | TemplateOrigin::Adapter => chat_template,
         };
-        let mut folder = ModelFolder::open(base, given)?;
+        let mut folder = ModelFolder::open_for(task, base, given)?;
         let of_base = optional_json(&base.join(GENERATION))?;
         let generation = match optional_json(&self.path.join(GENERATION))? {
             Value::Null => of_base.clone(),
@@ -126,14 +127,12 @@ impl AdapterFolder {
         })
     }
 
-    /// The file `chat_template.jinja` in the adapter's folder `path`, if it differs from that in the folder `base`.
+    /// Whether the chat template in use is this folder's own, and not the base's.
     ///
     /// # Errors
-    /// When a file cannot be read.
-    pub fn own_template_file(path: &Path, base: &Path) -> Result<Option<PathBuf>, ModelError> {
-        let own = path.join(CHAT_TEMPLATE);
-        let differs = own.exists() && bytes(&own)? != bytes(&base.join(CHAT_TEMPLATE))?;
-        Ok(differs.then_some(own))
+    /// When a file cannot be read, or the template is there without the tokenizer that it needs.
+    pub(crate) fn has_own_template(&self, base: &Path) -> Result<bool, ModelError> {
+        Ok(self.template_source(base)? != TemplateOrigin::Base)
     }
 
     /// The folder or file with the chat template in use.

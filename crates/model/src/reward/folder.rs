@@ -70,7 +70,10 @@ impl RewardFolder {
             Some(_) if !is_classifier(&backbone)? => ModelTask::Language,
             _ => ModelTask::Reward,
         };
-        let mut folder = ModelFolder::open_for(task, &backbone, chat_template)?;
+        let mut folder = match &adapter {
+            Some(adapter) => adapter.open_base(task, &backbone, chat_template)?,
+            None => ModelFolder::open_for(task, &backbone, chat_template)?,
+        };
         let config_path = path.join(CONFIG);
         let config = match task {
             _ if adapter.is_some() && config_path.exists() => RewardConfig::load(&config_path)?,
@@ -112,12 +115,30 @@ impl RewardFolder {
         expected
     }
 
+    /// Whether the model is an adapter of a base.
+    #[must_use]
+    pub fn is_adapter(&self) -> bool {
+        self.adapter.is_some()
+    }
+
     /// Path of the model's folder.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.adapter
             .as_ref()
             .map_or(&self.folder.path, |adapter| &adapter.path)
+    }
+
+    /// Folder with the chat template in use: an adapter's own, or that of the backbone.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn template_folder(&self) -> Result<&Path, ModelError> {
+        let backbone = self.folder.path.as_path();
+        match &self.adapter {
+            Some(adapter) if adapter.has_own_template(backbone)? => Ok(&adapter.path),
+            _ => Ok(backbone),
+        }
     }
 
     /// Loads the model as `dtype` onto `device`. An adapter shares the weights `loaded_base` if it was trained on them;
@@ -145,7 +166,7 @@ impl RewardFolder {
             }
         };
         let base = LanguageModel::new(shape.clone(), base)?;
-        let (adapter, head) = adapter.adapter_with(config.head(shape), &base)?;
+        let (adapter, head) = adapter.adapter_with(config.head(shape), &self.folder, &base)?;
         Ok(RewardModel {
             config,
             backbone: base.with_adapter(adapter)?,

@@ -29,7 +29,7 @@ use crate::{
     error::ModelError,
     sampling::Precision,
     transformer::LanguageModel,
-    weights::{Weights, normal},
+    weights::{HeadForm, Weights, normal},
 };
 
 /// Initial coefficient of the log-likelihood feature.
@@ -67,8 +67,13 @@ impl RewardModel {
     /// # Errors
     /// If a tensor is missing.
     pub fn packed(&self, precision: Precision) -> Result<Self, ModelError> {
+        // Without the log-likelihood feature nothing multiplies by the head.
+        let head = match self.config.likelihood {
+            true => HeadForm::Packed,
+            false => HeadForm::Tensor,
+        };
         Ok(Self {
-            backbone: self.backbone.packed(precision)?,
+            backbone: self.backbone.packed_with(precision, head)?,
             ..self.clone()
         })
     }
@@ -602,6 +607,48 @@ pub(crate) mod tests {
             refused.contains("the base model") && refused.contains("was not found"),
             "{refused}"
         );
+    }
+
+    /// As of a policy's adapter: the dialogues that it has learned.
+    #[test]
+    fn the_chat_template_of_an_adapter_is_its_own() {
+        const OWN: &str = "{% for message in messages %}<{{ message.content }}>{% endfor %}";
+        let (source, target) = (policy_folder(), tempfile::tempdir().unwrap());
+        std::fs::write(source.path().join("chat_template.jinja"), "of the base").unwrap();
+        let given = source.path().join("given.jinja");
+        std::fs::write(&given, OWN).unwrap();
+        let base = ModelFolder::open(source.path(), Some(&given)).unwrap();
+        let (model, _) = with_adapter_on(RewardConfig::default(), &base);
+        model.save(target.path(), &base).unwrap();
+        let check = |case: &str, own: bool| {
+            let opened = RewardFolder::open(target.path(), None).unwrap();
+            let digest = opened.folder.tokenizer.chat_template_digest();
+            let is_own = digest == base.tokenizer.chat_template_digest();
+            assert_eq!(is_own, own, "{case}");
+            let folder = opened.template_folder().unwrap();
+            assert_eq!(folder == target.path(), own, "{case}");
+        };
+        check("in a file", true);
+        std::fs::remove_file(target.path().join("chat_template.jinja")).unwrap();
+        let raw = json!({ "chat_template": OWN }).to_string();
+        let config = target.path().join("tokenizer_config.json");
+        std::fs::write(&config, raw).unwrap();
+        check("in tokenizer_config.json", true);
+        std::fs::remove_file(config).unwrap();
+        check("without one", false);
+        // Another vocabulary is not the base's.
+        let tokenizer = target.path().join("tokenizer.json");
+        let text = std::fs::read_to_string(&tokenizer).unwrap();
+        let mut other: Value = serde_json::from_str(&text).unwrap();
+        let vocabulary = other["model"]["vocab"].as_object_mut().unwrap();
+        let (name, id) = vocabulary.iter().next().unwrap();
+        let (name, id) = (name.clone(), id.clone());
+        vocabulary.remove(&name);
+        vocabulary.insert(format!("{name}-"), id);
+        std::fs::write(tokenizer, other.to_string()).unwrap();
+        let refused = RewardFolder::open(target.path(), None).unwrap_err();
+        let expected = "its tokens are not those of the base's";
+        assert!(refused.to_string().contains(expected), "{refused}");
     }
 
     #[test]

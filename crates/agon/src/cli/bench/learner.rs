@@ -8,8 +8,8 @@ use messages::{
     Completion, Digest, Finish, JudgeVersion, Label, LabelledPair, Pair, Probability, Prompt,
     PromptBatch, PromptId, Purpose, Seed, WeightsVersion,
 };
-use model::ModelConfig;
 use model::roofline::Roofline;
+use model::{DType, ModelConfig};
 use serde_json::{Value, json};
 use settings::resolve;
 use telemetry::Measurements;
@@ -69,7 +69,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let (device, dtype) = (policy.device().clone(), policy.dtype());
     let settings = format!("[learner]\nprecision = \"{precision}\"\n");
     let settings = resolve(&settings, "agon bench", &[])?.settings.learner;
-    let start = policy.packed(model::training_precision(settings.precision))?;
+    // As in a run: beside a policy in bf16 the reference has all roundings in common with it.
+    let start = match dtype {
+        DType::F32 => policy.packed(model::training_precision(settings.precision))?,
+        _ => policy.clone(),
+    };
     let trainer = Trainer::new(Arc::new(folder), &policy, &settings, Seed(0))?;
     let mut trainer = trainer.with_start(&start);
     drop(policy);

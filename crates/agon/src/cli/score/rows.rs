@@ -126,12 +126,13 @@ pub(crate) fn read(
     input: impl BufRead,
     row: impl Fn(usize, RowContent) -> Result<TokenRow, String>,
 ) -> impl Iterator<Item = Result<TokenRow, DatasetError>> {
-    input.lines().enumerate().filter_map(move |(index, text)| {
+    let lines = dataset::row_lines(input);
+    lines.enumerate().filter_map(move |(index, text)| {
         let line = index + 1;
         let row = match text {
             Ok(text) if text.trim().is_empty() => return None,
             Ok(text) => parse(&text, &columns).and_then(|content| row(line, content)),
-            Err(error) => Err(format!("the line cannot be read: {error}")),
+            Err(error) => Err(error),
         };
         Some(row.map_err(|reason| row_error(&name, line, reason)))
     })
