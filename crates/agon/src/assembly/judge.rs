@@ -175,7 +175,7 @@ impl JudgeLoader<'_> {
         let trains_further = settings.preference.apo.refresh_steps > 0;
         let shared = match self.policy {
             Some(policy) if trains_further => Some(policy.weights.clone()),
-            Some(policy) if folder.is_adapter() => backbone(policy)?,
+            Some(policy) if folder.is_adapter_of(&policy.weights)? => backbone(policy)?,
             _ => None,
         };
         let model = folder.model(dtype, &device, shared.as_ref())?;

@@ -115,10 +115,20 @@ impl RewardFolder {
         expected
     }
 
-    /// Whether the model is an adapter of a base.
-    #[must_use]
-    pub fn is_adapter(&self) -> bool {
-        self.adapter.is_some()
+    /// Whether the model is an adapter that was trained on these weights, as its fingerprint of them shows.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn is_adapter_of(&self, weights: &Weights) -> Result<bool, ModelError> {
+        match (&self.adapter, self.backbone_in(weights)) {
+            (Some(adapter), Some(base)) => adapter.matches_fingerprint(&base),
+            _ => Ok(false),
+        }
+    }
+
+    /// The tensors of the backbone among `weights`; `None` if one is missing or of another shape.
+    fn backbone_in(&self, weights: &Weights) -> Option<Weights> {
+        weights.subset(self.folder.config.tensors()).ok()
     }
 
     /// Path of the model's folder.
@@ -159,7 +169,7 @@ impl RewardFolder {
                 Weights::load_expected(&self.folder.path, &self.expected_tensors(), dtype, device)?;
             return RewardModel::new(shape, config, &all);
         };
-        let base = match loaded_base.and_then(|weights| weights.subset(shape.tensors()).ok()) {
+        let base = match loaded_base.and_then(|weights| self.backbone_in(weights)) {
             Some(base) if base.all_on(dtype, device) && adapter.matches_fingerprint(&base)? => base,
             _ => {
                 Weights::load_expected(&self.folder.path, &self.expected_tensors(), dtype, device)?
