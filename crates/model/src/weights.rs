@@ -470,15 +470,17 @@ impl Weights {
     /// # Errors
     /// When there is none of this name.
     pub(crate) fn leading_values(&self, name: &str, count: usize) -> Result<Vec<f32>, ModelError> {
-        if let (None, Some(packed)) = (self.tensors.get(name), self.packed.get(name)) {
+        let packed = self.packed.get(name);
+        let rows = packed.filter(|_| !self.tensors.contains_key(name));
+        let rows = rows.and_then(|packed| {
             let [out, width] = packed.weight_dims();
-            let rows = count.div_ceil(width.max(1)).min(out);
-            let mut values = packed.columns(0..rows).map(|rows| rows.unpacked());
-            let mut values = values.take().unwrap_or_default();
-            values.truncate(count);
-            return Ok(values);
-        }
-        let flat = self.get(name)?.flatten_all()?;
+            packed.columns(0..count.div_ceil(width.max(1)).min(out))
+        });
+        let tensor = match rows {
+            Some(rows) => WeightMatrix::Packed(rows).to_tensor()?,
+            None => self.get(name)?,
+        };
+        let flat = tensor.flatten_all()?;
         let first = flat.narrow(0, 0, flat.dim(0)?.min(count))?;
         Ok(first.to_dtype(DType::F32)?.to_vec1()?)
     }

@@ -168,14 +168,15 @@ impl JudgeLoader<'_> {
         };
         let tokens = self.tokens.get_or_insert_with(|| path.clone());
         let precision = model::training_precision(settings.preference.precision);
-        let backbone = |policy: &LoadedModel| policy.judging_backbone(precision);
         let location = ModelLocation::of_folder(path, self.cancel)?;
         let folder = reward_folder(&location, head)?;
         let (device, dtype) = crate::assembly::device(settings)?;
         let trains_further = settings.preference.apo.refresh_steps > 0;
         let shared = match self.policy {
             Some(policy) if trains_further => Some(policy.weights.clone()),
-            Some(policy) if folder.is_adapter_of(&policy.weights)? => backbone(policy)?,
+            Some(policy) if folder.is_adapter_of(&policy.weights)? => {
+                policy.judging_backbone(precision)?
+            }
             _ => None,
         };
         let model = folder.model(dtype, &device, shared.as_ref())?;

@@ -151,8 +151,7 @@ impl LoadedModel {
         {
             return Ok(Some(weights.clone()));
         }
-        let packed = self.language_model()?.packed(precision)?;
-        let weights = packed.weights().clone();
+        let weights = self.clone().packed(Some(precision))?.weights;
         *kept = Some(weights.clone());
         Ok(Some(weights))
     }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::transpose::transpose;
+use super::transpose::{Square, transpose};
 use super::{MatrixRef, parallel_fill, rows};
 use crate::simd::{Arithmetic, CacheLine, Kernel, LANES, dispatch};
 
@@ -196,7 +196,7 @@ pub(super) struct PanelsRef<'a, W> {
     pub out: usize,
 }
 
-impl<'a, W: Copy + Default + Send + Sync> PanelsRef<'a, W> {
+impl<W: Copy + Default + Send + Sync> PanelsRef<'_, W> {
     /// Panels of `depth` cache lines of the transpose, filled by `fill`.
     fn transposed(
         self,
@@ -213,11 +213,18 @@ impl<'a, W: Copy + Default + Send + Sync> PanelsRef<'a, W> {
         })
     }
 
-    /// Cache line `line` of panel `panel`; `None` beyond the operand.
+    /// The transpose of 16 cache lines, zeros where one is beyond the operand; `place` gives the panel and the line of each.
     #[inline(always)]
-    fn line(&self, panel: usize, line: usize) -> Option<&'a [W; LANES]> {
-        let is_inside = panel * LANES < self.out && line < self.depth;
-        is_inside.then(|| &self.lines[panel * self.depth + line].0)
+    fn transposed_lines(&self, place: impl Fn(usize) -> (usize, usize)) -> Square<W> {
+        let mut square = [[W::default(); LANES]; LANES];
+        for (row, square) in square.iter_mut().enumerate() {
+            let (panel, line) = place(row);
+            if panel * LANES < self.out && line < self.depth {
+                *square = self.lines[panel * self.depth + line].0;
+            }
+        }
+        transpose(&mut square);
+        square
     }
 }
 
@@ -249,13 +256,7 @@ impl Kernel for TransposeF32<'_> {
             lines,
         } = self.0;
         for (panel, lines) in lines.chunks_mut(LANES).enumerate() {
-            let mut square = [[0.0; LANES]; LANES];
-            for (row, square) in square.iter_mut().enumerate() {
-                if let Some(line) = source.line(panel, first + row) {
-                    *square = *line;
-                }
-            }
-            transpose(&mut square);
+            let square = source.transposed_lines(|row| (panel, first + row));
             for (line, row) in lines.iter_mut().zip(square) {
                 line.0 = row;
             }
@@ -278,14 +279,8 @@ impl Kernel for TransposeBf16<'_> {
             lines,
         } = self.0;
         for (two, lines) in lines.chunks_mut(LANES).enumerate() {
-            let mut square = [[0; LANES]; LANES];
-            for (row, square) in square.iter_mut().enumerate() {
-                let (panel, line) = (2 * two + row / PAIRS, first / 2 + row % PAIRS);
-                if let Some(line) = source.line(panel, line) {
-                    *square = *line;
-                }
-            }
-            transpose(&mut square);
+            let place = |row| (2 * two + row / PAIRS, first / 2 + row % PAIRS);
+            let mut square = source.transposed_lines(place);
             // A row of the square now holds one column of each panel, in pairs of lines.
             for (lane, row) in square.iter_mut().enumerate() {
                 for (panel, half) in row.chunks_mut(PAIRS).enumerate() {
