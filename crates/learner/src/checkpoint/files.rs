@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use model::ModelError;
 use telemetry::{create_private_directory, wait_for_descriptor};
 
 use crate::{
@@ -104,19 +105,11 @@ fn write_files(
     remove_if_present(folder).map_err(|error| unwritable(folder, &error))?;
     let create = || create_private_directory(folder);
     wait_for_descriptor(create).map_err(|error| unwritable(folder, &error))?;
-    let mut unwritten = folder.to_owned();
-    let saved = wait_for_descriptor(|| {
-        match model::save_policy(folder, trainer.folder(), trainer.policy()) {
-            Err(model::ModelError::Unwritable { path, source }) => {
-                unwritten = path;
-                Err(source)
-            }
-            other => Ok(other),
-        }
-    });
-    saved
-        .map_err(|error| unwritable(&unwritten, &error))?
-        .map_err(LearnerError::Model)?;
+    let save = || model::save_policy(folder, trainer.folder(), trainer.policy());
+    wait_for_descriptor(save).map_err(|error| match error {
+        ModelError::Unwritable { path, source } => unwritable(&path, &source),
+        other => LearnerError::Model(other),
+    })?;
     let write = |name: &str, bytes: &[u8]| write_synced(&folder.join(name), bytes);
     write("optimizer.safetensors", &trainer.optimizer_blob()?)?;
     for (name, bytes) in trainer.extra_files()? {

@@ -4,6 +4,7 @@
 //! them, and waits if that is not enough: a flood of connections or a lowered limit delays a checkpoint and does not
 //! end a run.
 
+use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -24,19 +25,22 @@ const MAX_WAIT: Duration = Duration::from_secs(600);
 /// Descriptors held in reserve.
 static RESERVED: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
-/// Runs `operation`, which opens a file, again while the table of file descriptors is full, up to ten minutes.
+/// Runs `operation`, which opens files, again while it fails because the table of file descriptors is full, up to ten
+/// minutes. It starts from the beginning every time.
 ///
 /// # Errors
 /// The operation's error.
-pub fn wait_for_descriptor<T>(operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+pub fn wait_for_descriptor<T, E: Error + 'static>(
+    operation: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
     repeat_while_full(operation, RETRY_INTERVAL, MAX_WAIT)
 }
 
-fn repeat_while_full<T>(
-    mut operation: impl FnMut() -> io::Result<T>,
+fn repeat_while_full<T, E: Error + 'static>(
+    mut operation: impl FnMut() -> Result<T, E>,
     interval: Duration,
     max_wait: Duration,
-) -> io::Result<T> {
+) -> Result<T, E> {
     refill();
     let started = Instant::now();
     let mut waits = false;
@@ -72,19 +76,43 @@ fn refill() {
     }
 }
 
-/// Whether the table of the process or of the system is full.
-fn is_full(error: &io::Error) -> bool {
-    [Errno::MFILE, Errno::NFILE]
-        .iter()
-        .any(|full| error.raw_os_error() == Some(full.raw_os_error()))
+/// Whether the error, or one that it was caused by, says that the table of the process or of the system is full.
+fn is_full(error: &(dyn Error + 'static)) -> bool {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    let mut codes = causes.filter_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error());
+    let full = [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error);
+    codes.any(|code| full.contains(&code))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// Error of a crate that reads files: names one, and the operating system's error as its cause.
+    #[derive(Debug, thiserror::Error)]
+    #[error("failed to read {file}")]
+    struct NamedFileError {
+        file: &'static str,
+        source: io::Error,
+    }
+
     fn full() -> io::Error {
         io::Error::from_raw_os_error(Errno::MFILE.raw_os_error())
+    }
+
+    #[test]
+    fn a_full_table_is_recognised_as_the_cause_of_another_error() {
+        let mut causes = vec![io::Error::from(io::ErrorKind::NotFound), full(), full()];
+        let open = || match causes.pop() {
+            Some(source) => Err(NamedFileError {
+                file: "LICENSE",
+                source,
+            }),
+            None => Ok(()),
+        };
+        let error = repeat_while_full(open, Duration::ZERO, MAX_WAIT).unwrap_err();
+        assert_eq!(error.source.kind(), io::ErrorKind::NotFound);
+        assert!(causes.is_empty(), "both full tables were waited for");
     }
 
     #[test]
