@@ -106,6 +106,71 @@ fn greedy_answers_are_those_of_transformers() {
     }
 }
 
+/// Before the first use nothing is unpacked, and `agon check` knows all that does not need the weights.
+#[test]
+fn a_file_is_checked_before_it_is_unpacked() {
+    let Some((model, _)) = smollm2("gguf_check", env!("CARGO_TARGET_TMPDIR")) else {
+        return;
+    };
+    let sandbox = Sandbox::new();
+    let prompts = "{\"prompt\": \"Who are you?\"}\n{\"prompt\": \"Say hello.\"}\n";
+    let prompts = sandbox.write("prompts.jsonl", prompts);
+    let template = sandbox.write("broken.jinja", "{% for m in messages %}{{ m.content }}");
+    let check = |further: &[String]| {
+        let mut command = std::process::Command::new(system_tests::agon_binary());
+        command.env("XDG_CACHE_HOME", sandbox.path("cache"));
+        command
+            .arg("check")
+            .arg(system_tests::config("default.toml"));
+        let sets = [
+            format!("model.path={:?}", model.display().to_string()),
+            "prompts={kind=\"dataset\",path=\"prompts.jsonl\",held_out=1,chat=true}".into(),
+            "preference.judge={kind=\"rule\",rules=[{kind=\"length\",min=0,max=4,weight=1.0}]}"
+                .into(),
+        ];
+        for set in sets.iter().chain(further) {
+            command.args(["--set", set]);
+        }
+        sandbox.start_command(command).wait()
+    };
+    let known = [
+        "will be unpacked into",
+        "Llama of 30 blocks of width 576",
+        "memory: about",
+        "held-out prompts: 1 distinct ones",
+    ];
+    check(&[]).check(0, &known).without_panic();
+    check(&["actor.max_prompt_length=9000".into()])
+        .check(2, &["exceed the model's 8192 positions"])
+        .without_panic();
+    let template = format!("model.chat_template={:?}", template.display().to_string());
+    check(&[template])
+        .check(3, &["model.chat_template", "broken.jinja"])
+        .without_panic();
+    assert!(
+        prompts.exists() && !sandbox.path("cache").exists(),
+        "it wrote nothing"
+    );
+    let model = model.display().to_string();
+    let sizes = [
+        "--batch",
+        "1",
+        "--prompt",
+        "2",
+        "--new-tokens",
+        "2",
+        "--mixture-coef",
+        "0",
+        "--seconds",
+        "0.1",
+    ];
+    let bench = [&["bench", "rollout", "--model", &model], &sizes[..]].concat();
+    sandbox
+        .run(&bench)
+        .check(0, &["tokens_per_second"])
+        .without_panic();
+}
+
 /// An adapter on the model: trained, interrupted, resumed to the same weights, exported and read back.
 #[test]
 fn an_adapter_is_trained_resumed_and_exported() {

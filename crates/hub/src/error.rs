@@ -99,6 +99,9 @@ pub enum HubError {
     /// The environment names no directory for the cache.
     #[error("there is no directory for the cache of the hub: set HF_HOME, or HOME")]
     NoCache,
+    /// The environment names no directory for unpacked GGUF files.
+    #[error("there is no directory to unpack GGUF files into: set XDG_CACHE_HOME, or HOME")]
+    NoGgufCache,
     /// A GGUF file cannot be used.
     #[error(transparent)]
     Gguf(#[from] model::ModelError),

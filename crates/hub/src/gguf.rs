@@ -48,6 +48,6 @@ pub(crate) fn locate(path: &Path) -> Result<ModelLookup, HubError> {
 }
 
 fn place(model: &GgufModel) -> Result<PathBuf, HubError> {
-    let cache = caches(|name| std::env::var(name).ok()).ok_or(HubError::NoCache)?;
+    let cache = caches(|name| std::env::var(name).ok()).ok_or(HubError::NoGgufCache)?;
     Ok(cache.join(FOLDER).join(model.folder_name()))
 }

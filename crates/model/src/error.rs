@@ -31,6 +31,14 @@ pub enum ModelError {
         /// Reason and remedy.
         reason: String,
     },
+    /// A model that was unpacked from a GGUF file.
+    #[error("{source}; the folder was unpacked from {file}")]
+    Unpacked {
+        /// The GGUF file.
+        file: PathBuf,
+        /// What is wrong with the folder.
+        source: Box<ModelError>,
+    },
     /// An unsupported model architecture.
     #[error("the architecture {found} of {path} is not supported; supported are {}", supported.join(", "))]
     Architecture {

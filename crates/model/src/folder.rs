@@ -16,6 +16,7 @@ use crate::{
     chat::{CHAT_TEMPLATE, TOOL_USE_TEMPLATE},
     config::{ModelConfig, ModelTask, tokens},
     error::ModelError,
+    gguf::origin_of,
     input_file::{self, InputFile},
     lora::BaseModel,
     shards::Shards,
@@ -79,12 +80,28 @@ impl ModelFolder {
         path: &Path,
         chat_template: Option<&Path>,
     ) -> Result<Self, ModelError> {
+        // The user has named the GGUF file.
+        Self::open_files(task, path, chat_template).map_err(|error| match origin_of(path) {
+            Some(file) => ModelError::Unpacked {
+                file,
+                source: Box::new(error),
+            },
+            None => error,
+        })
+    }
+
+    fn open_files(
+        task: ModelTask,
+        path: &Path,
+        chat_template: Option<&Path>,
+    ) -> Result<Self, ModelError> {
         let metadata = fs::metadata(path).map_err(|source| ModelError::Unreadable {
             path: path.to_owned(),
             source,
         })?;
         if !metadata.is_dir() {
-            let reason = "it is a file; a model is a folder with config.json, tokenizer.json and model.safetensors";
+            let reason = "it is a file; a model is a folder with config.json, tokenizer.json and model.safetensors, or a \
+                          GGUF file whose name ends in .gguf";
             return Err(ModelError::Malformed {
                 path: path.to_owned(),
                 reason: reason.into(),

@@ -8,6 +8,7 @@
 use std::{
     fs::{self, File, FileType},
     io::{self, Read},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -21,8 +22,10 @@ pub const MAX_INDEX_BYTES: u64 = 1 << 26;
 pub const MAX_TOKENIZER_BYTES: u64 = 1 << 27;
 
 /// A regular file of a model folder, opened for reading.
+#[derive(Debug)]
 pub(crate) struct InputFile {
-    path: PathBuf,
+    /// Its path.
+    pub(crate) path: PathBuf,
     file: File,
     /// Size in bytes.
     pub(crate) length: u64,
@@ -48,6 +51,23 @@ impl InputFile {
     /// The file, positioned at its start.
     pub(crate) fn into_file(self) -> File {
         self.file
+    }
+
+    /// The file, to be read on from where it was read to.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Fills `bytes` from this offset on.
+    ///
+    /// # Errors
+    /// When the file ends before, or cannot be read.
+    pub(crate) fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> Result<(), ModelError> {
+        let read = self.file.read_exact_at(bytes, offset);
+        read.map_err(|source| ModelError::Unreadable {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     /// Reads the whole file, which may have `max_bytes`.

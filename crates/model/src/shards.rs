@@ -8,8 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
-    fs::File,
-    io::{self, Read, Seek, SeekFrom},
+    io::{self, Read},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -90,11 +89,11 @@ struct TensorEntry {
     bytes: Range<u64>,
 }
 
-/// Headers of the safetensors files of a folder.
+/// Headers of the safetensors files of a folder, which stay open: files that replace them meanwhile are not read.
 #[derive(Debug)]
 pub(crate) struct Shards {
     folder: PathBuf,
-    files: Vec<PathBuf>,
+    files: Vec<InputFile>,
     tensors: BTreeMap<String, TensorEntry>,
 }
 
@@ -111,15 +110,17 @@ impl Shards {
     /// # Errors
     /// When a file is missing, truncated or not a safetensors file.
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
-        let files = files(folder)?;
+        let mut files = Vec::new();
         let mut tensors = BTreeMap::new();
-        for (file, path) in files.iter().enumerate() {
-            for (name, entry) in header(path, file)? {
+        for path in file_paths(folder)? {
+            let file = InputFile::open(&path)?;
+            for (name, entry) in header(&file, files.len())? {
                 if tensors.insert(name.clone(), entry).is_some() {
                     let reason = format!("{name} is in another shard too");
-                    return Err(malformed(path, reason));
+                    return Err(malformed(&path, reason));
                 }
             }
+            files.push(file);
         }
         Ok(Self {
             folder: folder.to_owned(),
@@ -163,23 +164,17 @@ impl Shards {
     }
 
     fn same_bytes(&self, a: &TensorEntry, b: &TensorEntry) -> Result<bool, ModelError> {
-        let (mut left, mut right) = (self.reader(a)?, self.reader(b)?);
-        let (mut left_chunk, mut right_chunk) = (vec![0; CHUNK], vec![0; CHUNK]);
-        let mut rest = a.bytes.end - a.bytes.start;
-        while rest > 0 {
-            let count = usize::try_from(rest).unwrap_or(CHUNK).min(CHUNK);
-            for (reader, chunk, entry) in [
-                (&mut left, &mut left_chunk, a),
-                (&mut right, &mut right_chunk, b),
-            ] {
-                reader
-                    .read_exact(&mut chunk[..count])
-                    .map_err(|source| unreadable(&self.files[entry.file], source))?;
+        let (mut left, mut right) = (vec![0; CHUNK], vec![0; CHUNK]);
+        let length = a.bytes.end - a.bytes.start;
+        for offset in (0..length).step_by(CHUNK) {
+            let count = usize::try_from(length - offset).map_or(CHUNK, |rest| rest.min(CHUNK));
+            for (chunk, entry) in [(&mut left, a), (&mut right, b)] {
+                let file = &self.files[entry.file];
+                file.read_exact_at(&mut chunk[..count], entry.bytes.start + offset)?;
             }
-            if left_chunk[..count] != right_chunk[..count] {
+            if left[..count] != right[..count] {
                 return Ok(false);
             }
-            rest -= count as u64;
         }
         Ok(true)
     }
@@ -305,19 +300,15 @@ impl Shards {
     /// Reads one tensor: no more of a file is held at a time.
     fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
         let entry = &self.tensors[name];
-        let path = &self.files[entry.file];
+        let file = &self.files[entry.file];
         // The file has as many bytes, as its header was checked to say.
-        let expected = entry.bytes.end - entry.bytes.start;
-        let mut bytes = Vec::with_capacity(usize::try_from(expected).unwrap_or_default());
-        self.reader(entry)?
-            .read_to_end(&mut bytes)
-            .map_err(|source| unreadable(path, source))?;
-        if bytes.len() as u64 != expected {
-            return Err(malformed(path, format!("it ends within {name}")));
-        }
+        let count = usize::try_from(entry.bytes.end - entry.bytes.start).unwrap_or_default();
+        let mut bytes = vec![0; count];
+        file.read_exact_at(&mut bytes, entry.bytes.start)?;
         let unknown = || {
             let dtype = &entry.dtype;
-            malformed(path, format!("{name} has the unsupported dtype {dtype}"))
+            let reason = format!("{name} has the unsupported dtype {dtype}");
+            malformed(&file.path, reason)
         };
         let dtype = entry.known_dtype().and_then(|dtype| dtype.try_into().ok());
         let dtype = dtype.ok_or_else(unknown)?;
@@ -327,15 +318,6 @@ impl Shards {
             &entry.shape,
             device,
         )?)
-    }
-
-    /// A reader of the bytes of a tensor.
-    fn reader(&self, entry: &TensorEntry) -> Result<io::Take<File>, ModelError> {
-        let path = &self.files[entry.file];
-        let mut file = InputFile::open(path)?.into_file();
-        file.seek(SeekFrom::Start(entry.bytes.start))
-            .map_err(|source| unreadable(path, source))?;
-        Ok(file.take(entry.bytes.end - entry.bytes.start))
     }
 }
 
@@ -386,7 +368,7 @@ pub(crate) fn read_weights(path: &Path) -> Result<Vec<u8>, ModelError> {
 /// # Errors
 /// When the file is missing, its header is invalid, or a tensor is not of floating-point numbers.
 pub(crate) fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>, ModelError> {
-    let tensors = header(path, 0)?.into_iter();
+    let tensors = header(&InputFile::open(path)?, 0)?.into_iter();
     let shape = |(name, entry): (String, TensorEntry)| match entry.is_float() {
         true => Ok((name, entry.shape)),
         false => {
@@ -418,17 +400,17 @@ pub(crate) fn check_not_lfs_pointer(path: &Path, bytes: &[u8]) -> Result<(), Mod
     }
 }
 
-/// Parses the header of the file with index `file`.
-fn header(path: &Path, file: usize) -> Result<Vec<(String, TensorEntry)>, ModelError> {
+/// Parses the header of the file with this index.
+fn header(file: &InputFile, index: usize) -> Result<Vec<(String, TensorEntry)>, ModelError> {
+    let path = &file.path;
     let invalid = |reason: &str| {
         malformed(
             path,
             format!("it is truncated or not a safetensors file ({reason})"),
         )
     };
-    let input = InputFile::open(path)?;
-    let file_length = input.length;
-    let mut opened = input.into_file();
+    let file_length = file.length;
+    let mut opened = file.file();
     let mut length = [0; LENGTH_BYTES as usize];
     opened
         .read_exact(&mut length)
@@ -451,7 +433,7 @@ fn header(path: &Path, file: usize) -> Result<Vec<(String, TensorEntry)>, ModelE
     let entries: Vec<_> = header
         .tensors
         .into_iter()
-        .map(|(name, tensor)| Some((name, tensor.entry(file, start)?)))
+        .map(|(name, tensor)| Some((name, tensor.entry(index, start)?)))
         .collect::<Option<_>>()
         .ok_or_else(|| invalid("a tensor ends before it begins"))?;
     check_extents(&entries, start, file_length).map_err(|reason| invalid(&reason))?;
@@ -604,7 +586,7 @@ pub fn indexed_files(folder: &Path) -> Result<Vec<FileName>, ModelError> {
 }
 
 /// Safetensors files of a folder: the single file, or those of the index.
-fn files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+fn file_paths(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
     if single.exists() || !index.exists() {
         return Ok(vec![single]);
@@ -697,7 +679,7 @@ pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
             "it holds a run and no model: name one of the folders in its checkpoints as the model";
         return malformed(folder, reason.into());
     }
-    if name != SINGLE {
+    if name != SINGLE && name != "config.json" {
         return unreadable(path, source);
     }
     let with_suffix = |suffix: &str| {
@@ -707,9 +689,15 @@ pub(crate) fn missing(path: &Path, source: io::Error) -> ModelError {
         names.filter(fits).min()
     };
     if let Some(gguf) = with_suffix(".gguf") {
-        let reason =
-            format!("it has {gguf} but no {name}: use the folder with the unquantised safetensors");
+        let file = folder.join(&gguf);
+        let reason = format!(
+            "it has {gguf} but no {name}: name the file itself, {}, as the model",
+            file.display()
+        );
         return malformed(folder, reason);
+    }
+    if name != SINGLE {
+        return unreadable(path, source);
     }
     match with_suffix(".safetensors") {
         Some(other) => malformed(
@@ -788,6 +776,30 @@ mod tests {
             let weights = opened.weights(DType::F32, &Device::Cpu).unwrap();
             assert!(weights.get(name).is_err());
         }
+    }
+
+    /// Weights that are read tensor by tensor are those of one file.
+    #[test]
+    fn a_file_that_is_replaced_after_its_header_was_read_is_not_read() {
+        let (directory, file) = (folder(), "model.safetensors");
+        let shards = Shards::open(directory.path()).unwrap();
+        let before = shards.read_all(&Device::Cpu).unwrap();
+        let ones = before
+            .iter()
+            .map(|(name, t)| (name.clone(), t.ones_like().unwrap()));
+        let (replacement, ones) = (
+            directory.path().join("new"),
+            ones.collect::<HashMap<_, _>>(),
+        );
+        candle_core::safetensors::save(&ones, &replacement).unwrap();
+        fs::rename(&replacement, directory.path().join(file)).unwrap();
+        let after = shards.read_all(&Device::Cpu).unwrap();
+        let values = |tensors: &HashMap<String, Tensor>| {
+            let tensor = tensors[EMBEDDING].flatten_all().unwrap();
+            tensor.to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(values(&after), values(&before));
+        assert_ne!(values(&after), values(&ones));
     }
 
     #[test]
@@ -900,7 +912,7 @@ mod tests {
             (
                 "model.safetensors",
                 "model.Q4_K_M.gguf",
-                "unquantised safetensors",
+                "name the file itself",
             ),
             ("tokenizer.json", "tokenizer.model", "AutoTokenizer"),
             (

@@ -15,7 +15,7 @@ use ::playground::Bandit;
 use anyhow::Context;
 use hub::ModelLookup;
 use learner::{BatchShare, LearnerError, PairFiles, PromptSet, planned_steps};
-use model::{LoraConfig, ModelConfig, ModelFolder};
+use model::{GgufModel, LoraConfig, ModelConfig, ModelFolder};
 use settings::{
     DatasetPrompts, JetStreamSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
     TransportSettings,
@@ -72,12 +72,44 @@ pub(crate) struct ReadInputs {
     pub(crate) pairs: Option<Arc<PairFiles>>,
 }
 
-/// The policy at the start, as far as it is known before weights are read or trained.
-struct PolicyLookup {
-    /// `None` if the model is on the Hub and not cached.
+/// A model, as far as it is known before its weights are read, unpacked or trained.
+#[derive(Default)]
+struct KnownModel {
+    /// `None` if the model is unusable, or on the Hub and not cached.
     folder: Option<ModelFolder>,
-    /// Holds the folder of a model that the run will make.
+    /// Holds the folder of a model that the run will make or unpack, without its weights.
     _scratch: Option<TempDir>,
+}
+
+impl KnownModel {
+    /// Opens and checks a model of which this machine has a folder or a GGUF file.
+    fn open(
+        source: &settings::ModelSource,
+        lookup: &ModelLookup,
+        template: Option<&Path>,
+    ) -> anyhow::Result<Self> {
+        let (folder, scratch) = match (&lookup.folder, source) {
+            (Some(path), _) => {
+                let folder = ModelFolder::open(path, template)?;
+                folder.check_weights()?;
+                (folder, None)
+            }
+            (None, settings::ModelSource::Folder(path)) => {
+                let scratch = scratch()?;
+                GgufModel::open(path)?.describe(scratch.path())?;
+                let folder = ModelFolder::open(scratch.path(), template);
+                let named = || format!("{}, as a folder", path.display());
+                (folder.with_context(named)?, Some(scratch))
+            }
+            (None, settings::ModelSource::Hub(_)) => return Ok(Self::default()),
+        };
+        // The tokenizer was opened too, which must fit the model; its chat template must compile.
+        folder.tokenizer.check_chat_template()?;
+        Ok(Self {
+            folder: Some(folder),
+            _scratch: scratch,
+        })
+    }
 }
 
 impl Preflight {
@@ -165,19 +197,16 @@ impl Preflight {
         }
     }
 
-    fn policy(&mut self, settings: &Settings) -> PolicyLookup {
+    fn policy(&mut self, settings: &Settings) -> KnownModel {
         let template = settings.model.chat_template.as_deref();
         let has_template = template.is_none_or(|path| {
             self.require("model.chat_template", check_template(path))
                 .is_some()
         });
         if let Some(source) = &settings.model.path {
-            let folder = self.model("model.path", source, template.filter(|_| has_template));
-            self.config = folder.as_ref().map(|folder| folder.config.clone());
-            return PolicyLookup {
-                folder,
-                _scratch: None,
-            };
+            let model = self.model("model.path", source, template.filter(|_| has_template));
+            self.config = model.folder.as_ref().map(|folder| folder.config.clone());
+            return model;
         }
         self.require(
             "playground.base_dir",
@@ -185,10 +214,7 @@ impl Preflight {
         );
         let generated = self.require("model", generated_model(settings));
         let Some((folder, scratch)) = generated else {
-            return PolicyLookup {
-                folder: None,
-                _scratch: None,
-            };
+            return KnownModel::default();
         };
         if let PromptsSettings::Bandit {} = settings.prompts {
             let arms = folder.config.vocab_size;
@@ -202,29 +228,31 @@ impl Preflight {
             ));
             self.config = Some(folder.config.clone());
         }
-        PolicyLookup {
+        KnownModel {
             folder: Some(folder),
             _scratch: Some(scratch),
         }
     }
 
-    /// The folder of the model that the setting `key` names; `None` if it is unusable or not downloaded yet.
+    /// The model that the setting `key` names.
     fn model(
         &mut self,
         key: &str,
         source: &settings::ModelSource,
         template: Option<&Path>,
-    ) -> Option<ModelFolder> {
+    ) -> KnownModel {
         let opened = hub::locate(source)
             .map_err(anyhow::Error::from)
-            .and_then(|lookup| Ok((open_local(&lookup, template)?, lookup.origin)));
-        let (folder, origin) = self.require(key, opened)?;
-        let shape = match &folder {
+            .and_then(|lookup| Ok((KnownModel::open(source, &lookup, template)?, lookup.origin)));
+        let Some((model, origin)) = self.require(key, opened) else {
+            return KnownModel::default();
+        };
+        let shape = match &model.folder {
             Some(folder) => shape(&folder.config),
             None => "its shape is not known before".into(),
         };
         self.usable(format!("{key}: {origin}, {shape}"));
-        folder
+        model
     }
 
     fn adapter(&mut self, settings: &Settings, policy: &ModelFolder) {
@@ -395,7 +423,7 @@ impl Preflight {
         let own_backbone =
             own_backbone.map(|path| self.model("preference.fit.path", path, template));
         let backbone = match &own_backbone {
-            Some(backbone) => backbone.as_ref(),
+            Some(backbone) => backbone.folder.as_ref(),
             None => policy,
         };
         if let Some(backbone) = backbone {
@@ -498,24 +526,9 @@ fn trains_preference_model(settings: &Settings) -> bool {
     settings.preference.judge.is_trained_by_the_run() || settings.preference.apo.refresh_steps > 0
 }
 
-/// Opens and checks the model's folder; `None` if it is not downloaded yet.
-fn open_local(
-    lookup: &ModelLookup,
-    template: Option<&Path>,
-) -> anyhow::Result<Option<ModelFolder>> {
-    let Some(path) = &lookup.folder else {
-        return Ok(None);
-    };
-    // Opens the tokenizer too: it must fit the model, and its chat template must compile.
-    let folder = ModelFolder::open(path, template)?;
-    folder.tokenizer.check_chat_template()?;
-    folder.check_weights()?;
-    Ok(Some(folder))
-}
-
 /// The bandit or playground base that the run will make, without its weights, in a temporary folder.
 fn generated_model(settings: &Settings) -> anyhow::Result<(ModelFolder, TempDir)> {
-    let scratch = tempfile::tempdir().context("failed to make a temporary folder")?;
+    let scratch = scratch()?;
     let folder = match &settings.model.reference_probabilities {
         Some(probabilities) => {
             Bandit::new(probabilities)?.write_model(scratch.path())?;
@@ -524,6 +537,10 @@ fn generated_model(settings: &Settings) -> anyhow::Result<(ModelFolder, TempDir)
         None => playground::base_folder(settings, scratch.path())?,
     };
     Ok((folder, scratch))
+}
+
+fn scratch() -> anyhow::Result<TempDir> {
+    tempfile::tempdir().context("failed to make a temporary folder")
 }
 
 fn is_folder(source: &settings::ModelSource) -> bool {

@@ -77,9 +77,15 @@ pub(super) fn check_whole(header: &GgufHeader) -> Result<(), String> {
     }
     match header.text("general.type")? {
         None | Some("model") => Ok(()),
-        Some(other) => Err(format!(
-            "its general.type is {other:?}, where a model is needed; adapters are read as PEFT folders"
-        )),
+        Some(other) => {
+            let remedy = match other {
+                "adapter" => "; adapters are read as PEFT folders",
+                _ => "",
+            };
+            Err(format!(
+                "its general.type is {other:?}, where a model is needed{remedy}"
+            ))
+        }
     }
 }
 
@@ -88,12 +94,16 @@ pub(super) fn check_whole(header: &GgufHeader) -> Result<(), String> {
 /// # Errors
 /// The reason why it is not supported.
 pub(super) fn architecture(header: &GgufHeader) -> Result<GgufArchitecture, String> {
-    let found = header.text("general.architecture")?.unwrap_or("none");
+    let names = ARCHITECTURES.map(|known| known.name).join(", ");
+    let Some(found) = header.text("general.architecture")? else {
+        return Err(format!(
+            "it has no general.architecture; supported are {names}"
+        ));
+    };
     let known = ARCHITECTURES.iter().find(|known| known.name == found);
-    known.copied().ok_or_else(|| {
-        let names = ARCHITECTURES.map(|known| known.name).join(", ");
-        format!("its general.architecture is {found:?}; supported are {names}")
-    })
+    known
+        .copied()
+        .ok_or_else(|| format!("its general.architecture is {found:?}; supported are {names}"))
 }
 
 /// Reader of an architecture's keys, which remembers those that were read.
@@ -191,7 +201,7 @@ pub(super) fn config(
             ));
         }
     }
-    // Follows from the embedding; the file may state it.
+    // Read with the embedding.
     keys.get("vocab_size");
     if let Some(key) = keys.unread() {
         return Err(format!(

@@ -13,13 +13,14 @@ mod tests;
 mod tokenizer;
 
 use std::{
-    collections::HashMap,
-    fs,
+    collections::{BTreeMap, HashMap},
+    fs, io,
     path::{Path, PathBuf},
 };
 
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 use messages::Digest;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
@@ -27,7 +28,7 @@ use crate::{
     error::ModelError,
     gguf::{
         config::{GgufArchitecture, ModelShape},
-        header::{GgufHeader, GgufTensor},
+        header::{GgufHeader, GgufTensor, MetadataValue},
         tensors::TensorReader,
         tokenizer::TokenizerFiles,
     },
@@ -38,16 +39,17 @@ use crate::{
 const CPU: Device = Device::Cpu;
 /// Name of the file in an unpacked folder that says what it was unpacked from.
 const ORIGIN: &str = "gguf.json";
-/// Files of an unpacked folder beside the weights'.
-const FILES: [&str; 5] = [
+/// Files of an unpacked folder beside the weights' and [`ORIGIN`].
+const FILES: [&str; 4] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    ORIGIN,
     "config.json",
 ];
 /// Version of what is written; part of the folder's name.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+/// Start of the name of a folder that is being written, which is followed by the id of the process.
+const PARTIAL: &str = ".partial-";
 /// Size of a weights file above which another is begun, in bytes.
 const SHARD_BYTES: u64 = 1 << 30;
 
@@ -58,11 +60,24 @@ pub fn is_gguf(path: &Path) -> bool {
     extension.is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && !path.is_dir()
 }
 
+/// Where a folder was unpacked from, in a file of it that is written last.
+#[derive(Serialize, Deserialize)]
+struct Origin {
+    /// Path of the GGUF file.
+    file: PathBuf,
+    /// Sizes of the folder's other files in bytes, by name.
+    sizes: BTreeMap<String, u64>,
+}
+
+impl Origin {
+    fn read(folder: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(folder.join(ORIGIN)).ok()?).ok()
+    }
+}
+
 /// Path of the GGUF file that the folder was unpacked from.
-pub(crate) fn origin_of(folder: &Path) -> Option<String> {
-    let text = fs::read_to_string(folder.join(ORIGIN)).ok()?;
-    let origin: Value = serde_json::from_str(&text).ok()?;
-    origin["file"].as_str().map(str::to_owned)
+pub(crate) fn origin_of(folder: &Path) -> Option<PathBuf> {
+    Some(Origin::read(folder)?.file)
 }
 
 /// A file of an unpacked model's weights.
@@ -111,10 +126,7 @@ impl GgufModel {
         let (mut config, shape) = read.map_err(malformed)?;
         let special = config::special_ids(&header).map_err(malformed)?;
         let tokenizer = tokenizer::tokenizer(&header, special).map_err(malformed)?;
-        let embedding = header.tensors.iter().find(|t| t.name == tensors::EMBEDDING);
-        let vocabulary = embedding.and_then(|t| t.shape.first().copied());
-        let vocabulary =
-            vocabulary.ok_or_else(|| malformed("it has no token_embd.weight".into()))?;
+        let vocabulary = vocabulary_size(&header, architecture).map_err(malformed)?;
         config["vocab_size"] = vocabulary.into();
         config["bos_token_id"] = special.bos.into();
         config["eos_token_id"] = special.eos.into();
@@ -180,15 +192,31 @@ impl GgufModel {
         tensors.filter(|tensor| tensor.name != tensors::ROPE_FACTORS)
     }
 
-    /// Whether the folder at `folder` has every file that [`Self::unpack`] writes.
+    /// Whether the folder at `folder` has every file that [`Self::unpack`] writes, in its size.
     #[must_use]
     pub fn is_unpacked_in(&self, folder: &Path) -> bool {
-        let weights = self.shards().into_iter().map(|shard| shard.file);
-        let mut files = FILES.into_iter().map(str::to_owned).chain(weights);
-        files.all(|name| folder.join(name).is_file())
+        let size = |name: &str| Some(fs::metadata(folder.join(name)).ok()?.len());
+        let is_whole = |(name, bytes): (&String, &u64)| size(name) == Some(*bytes);
+        let origin = Origin::read(folder);
+        origin.is_some_and(|origin| origin.sizes.iter().all(is_whole))
     }
 
-    /// Writes the model as a Hugging Face folder at `folder`; replaces one from which files are missing.
+    /// Writes all but the weights into the folder `folder`, which opens as a model's.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn describe(&self, folder: &Path) -> Result<(), ModelError> {
+        let contents = [
+            &self.generation,
+            &self.tokenizer.tokenizer,
+            &self.tokenizer.settings,
+            &self.config,
+        ];
+        let mut files = FILES.into_iter().zip(contents);
+        files.try_for_each(|(name, content)| write_json(&folder.join(name), content))
+    }
+
+    /// Writes the model as a Hugging Face folder at `folder`; replaces one that is not whole.
     ///
     /// # Errors
     /// When the file changes meanwhile, or the folder cannot be written.
@@ -199,14 +227,12 @@ impl GgufModel {
         };
         let parent = folder.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(parent).map_err(unwritable)?;
-        let partial = parent.join(format!(
-            ".partial-{}-{}",
-            std::process::id(),
-            self.folder_name()
-        ));
+        remove_abandoned(parent);
+        let partial = format!("{PARTIAL}{}-{}", std::process::id(), self.folder_name());
+        let partial = parent.join(partial);
         let written = self.write_files(&partial);
         let written = written.and_then(|()| {
-            // Files of it may have been deleted since.
+            // Files of it may have been deleted or damaged since.
             if folder.exists() && !self.is_unpacked_in(folder) {
                 fs::remove_dir_all(folder).map_err(unwritable)?;
             }
@@ -229,20 +255,12 @@ impl GgufModel {
             source,
         })?;
         self.write_weights(folder)?;
-        let origin = json!({"file": self.path});
-        let contents = [
-            &self.generation,
-            &self.tokenizer.tokenizer,
-            &self.tokenizer.settings,
-            &origin,
-            &self.config,
-        ];
-        for (name, content) in FILES.into_iter().zip(contents) {
-            let path = folder.join(name);
-            let written = fs::write(&path, format!("{content:#}\n"));
-            written.map_err(|source| ModelError::Unwritable { path, source })?;
-        }
-        Ok(())
+        self.describe(folder)?;
+        let origin = Origin {
+            file: self.path.clone(),
+            sizes: sizes(folder)?,
+        };
+        write_json(&folder.join(ORIGIN), &json!(origin))
     }
 
     /// The files of the weights.
@@ -289,9 +307,7 @@ impl GgufModel {
         }
         if shards.len() > 1 {
             let index = json!({"metadata": {}, "weight_map": index});
-            let path = folder.join("model.safetensors.index.json");
-            let written = fs::write(&path, index.to_string());
-            written.map_err(|source| ModelError::Unwritable { path, source })?;
+            write_json(&folder.join("model.safetensors.index.json"), &index)?;
         }
         Ok(())
     }
@@ -319,6 +335,62 @@ impl GgufModel {
             weight = tensors::unpermuted(&weight, heads)?;
         }
         Ok((target.name, weight))
+    }
+}
+
+/// Number of rows of the embedding.
+fn vocabulary_size(header: &GgufHeader, architecture: GgufArchitecture) -> Result<usize, String> {
+    let embedding = header.tensors.iter().find(|t| t.name == tensors::EMBEDDING);
+    let rows = embedding.and_then(|embedding| embedding.shape.first().copied());
+    let rows = rows.ok_or("it has no token_embd.weight")?;
+    let key = format!("{}.vocab_size", architecture.name);
+    match header.get(&key, "a number", MetadataValue::as_u64)? {
+        Some(stated) if stated != rows as u64 => Err(format!(
+            "its {key} is {stated}, and its embedding has {rows} rows"
+        )),
+        _ => Ok(rows),
+    }
+}
+
+fn write_json(path: &Path, content: &Value) -> Result<(), ModelError> {
+    let written = fs::write(path, format!("{content:#}\n"));
+    written.map_err(|source| ModelError::Unwritable {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Sizes of the files of a folder in bytes, by name.
+fn sizes(folder: &Path) -> Result<BTreeMap<String, u64>, ModelError> {
+    let size = |entry: io::Result<fs::DirEntry>| {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        Ok((name, entry.metadata()?.len()))
+    };
+    let entries = fs::read_dir(folder).and_then(|entries| entries.map(size).collect());
+    entries.map_err(|source| ModelError::Unreadable {
+        path: folder.to_owned(),
+        source,
+    })
+}
+
+/// Removes what killed processes left unfinished in a folder; without `/proc` it is not known which processes live.
+fn remove_abandoned(parent: &Path) {
+    let processes = Path::new("/proc");
+    if !processes.join("self").exists() {
+        return;
+    }
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name
+            .strip_prefix(PARTIAL)
+            .and_then(|rest| rest.split_once('-'));
+        let id = process.and_then(|(id, _)| id.parse::<u32>().ok());
+        if id.is_some_and(|id| !processes.join(id.to_string()).exists()) {
+            tracing::info!(path = %entry.path().display(), "removing what an ended process left unfinished");
+            fs::remove_dir_all(entry.path()).ok();
+        }
     }
 }
 

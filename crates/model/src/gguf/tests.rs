@@ -311,6 +311,16 @@ fn metadata_that_is_not_understood_is_refused_by_name() {
             "rope.dimension_count is 8",
         ),
         ("llama.block_count", None, "llama.block_count"),
+        (
+            "llama.vocab_size",
+            number(9),
+            "its llama.vocab_size is 9, and its embedding has 8 rows",
+        ),
+        (
+            "general.architecture",
+            None,
+            "it has no general.architecture",
+        ),
         ("tokenizer.ggml.model", Some(text("bert")), "\"bert\""),
         ("split.count", number(2), "part 1 of 2 of a model"),
         (
@@ -346,6 +356,26 @@ fn vocabularies_that_are_not_understood_are_refused_by_name() {
             "tokenizer.ggml.eos_token_id",
             number(99),
             "tokenizer.ggml.eos_token_id is 99, and its vocabulary has 8 tokens",
+        ),
+        (
+            "tokenizer.ggml.eos_token_id",
+            number(3),
+            "tokenizer.ggml.eos_token_id is 3, which is a text by tokenizer.ggml.token_type (1)",
+        ),
+        (
+            "tokenizer.ggml.eos_token_id",
+            None,
+            "it has no tokenizer.ggml.eos_token_id",
+        ),
+        (
+            "tokenizer.ggml.token_type",
+            None,
+            "it has no tokenizer.ggml.token_type",
+        ),
+        (
+            "tokenizer.ggml.lowercase",
+            Some(MetadataValue::Bool(true)),
+            "it has tokenizer.ggml.lowercase, which is not supported",
         ),
         (
             "tokenizer.ggml.scores",
@@ -386,6 +416,8 @@ fn vocabularies_that_are_not_understood_are_refused_by_name() {
         .metadata
         .insert("tokenizer.ggml.pre".into(), text("tekken"));
     assert_refused(&other, "\"tekken\"");
+    other.metadata.remove("tokenizer.ggml.pre");
+    assert_refused(&other, "it has no tokenizer.ggml.pre");
 }
 
 #[test]
@@ -428,6 +460,14 @@ fn other_ways_to_write_the_same_are_read() {
         MetadataValue::Unsigned(u64::from(u32::MAX)),
     );
     set("tokenizer.ggml.add_bos_token", MetadataValue::Bool(false));
+    set(
+        "tokenizer.ggml.remove_extra_whitespaces",
+        MetadataValue::Bool(false),
+    );
+    set(
+        "tokenizer.ggml.fim_pre_token_id",
+        MetadataValue::Unsigned(3),
+    );
     small.metadata.remove("tokenizer.ggml.bos_token_id");
     let model = opened(&directory, &small.bytes()).unwrap();
     assert_eq!(model.config["rope_theta"], json!(10_000.0));
@@ -448,21 +488,74 @@ fn arrays_that_are_not_read_are_passed_over() {
 }
 
 #[test]
-fn a_folder_from_which_a_file_is_missing_is_unpacked_again() {
+fn a_folder_that_is_not_whole_is_unpacked_again() {
     let directory = tempfile::tempdir().unwrap();
     let model = opened(&directory, &SmallFile::new().bytes()).unwrap();
     let folder = directory.path().join("unpacked");
     assert!(!model.is_unpacked_in(&folder));
-    for missing in ["model.safetensors", "tokenizer.json", "config.json"] {
-        model.unpack(&folder).unwrap();
-        assert!(model.is_unpacked_in(&folder));
-        fs::remove_file(folder.join(missing)).unwrap();
-        assert!(!model.is_unpacked_in(&folder));
+    let shortened = |path: &Path| {
+        let bytes = fs::read(path).unwrap();
+        fs::write(path, &bytes[..bytes.len() - 1])
+    };
+    for damaged in ["model.safetensors", "tokenizer.json", "config.json"] {
+        let path = folder.join(damaged);
+        for shorten in [false, true] {
+            model.unpack(&folder).unwrap();
+            assert!(model.is_unpacked_in(&folder));
+            match shorten {
+                true => shortened(&path).unwrap(),
+                false => fs::remove_file(&path).unwrap(),
+            }
+            assert!(!model.is_unpacked_in(&folder), "{damaged}");
+        }
     }
     model.unpack(&folder).unwrap();
     ModelFolder::open(&folder, None).unwrap();
     let left = fs::read_dir(directory.path()).unwrap();
     assert_eq!(left.count(), 2, "the file and the folder");
+}
+
+/// What `agon check` reads: no weights are needed, and mistakes are those of the unpacked folder.
+#[test]
+fn a_description_opens_as_a_folder_without_weights() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = opened(&directory, &SmallFile::new().bytes()).unwrap();
+    let folder = directory.path().join("description");
+    fs::create_dir(&folder).unwrap();
+    model.describe(&folder).unwrap();
+    let described = ModelFolder::open(&folder, None).unwrap();
+    assert_eq!(described.config.vocab_size, 8);
+    assert!(described.check_weights().is_err(), "it has none");
+}
+
+#[test]
+fn what_a_killed_process_left_is_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = opened(&directory, &SmallFile::new().bytes()).unwrap();
+    let own = format!(".partial-{}-other", std::process::id());
+    // No process has this id: it is above the largest of Linux.
+    for left in [".partial-4194305-other", &own, ".partial-x"] {
+        fs::create_dir(directory.path().join(left)).unwrap();
+    }
+    model.unpack(&directory.path().join("unpacked")).unwrap();
+    let is_left = |name: &str| directory.path().join(name).exists();
+    assert!(!is_left(".partial-4194305-other"));
+    assert!(is_left(&own) && is_left(".partial-x"));
+}
+
+#[test]
+fn errors_of_an_unpacked_folder_name_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = opened(&directory, &SmallFile::new().bytes()).unwrap();
+    let folder = directory.path().join("unpacked");
+    model.unpack(&folder).unwrap();
+    fs::write(folder.join("config.json"), "{").unwrap();
+    let error = ModelFolder::open(&folder, None).err().unwrap().to_string();
+    let origin = format!("unpacked from {}", model.path.display());
+    assert!(
+        error.contains("config.json") && error.ends_with(&origin),
+        "{error}"
+    );
 }
 
 /// A file that promises more than it has allocates nothing and is refused.

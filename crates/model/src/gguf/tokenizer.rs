@@ -43,7 +43,9 @@ impl<'a> GgufVocabulary<'a> {
         let texts = array(header, TOKENS, MetadataValue::as_text)?;
         let tokens = texts.ok_or_else(|| format!("it has no {TOKENS}"))?;
         let kinds = array(header, TOKEN_TYPES, MetadataValue::as_u64)?;
-        let kinds = kinds.unwrap_or_else(|| vec![1; tokens.len()]);
+        let kinds = kinds.ok_or_else(|| {
+            format!("it has no {TOKEN_TYPES}, which says what tokens are no text: convert the model again")
+        })?;
         let scores = array(header, SCORES, MetadataValue::as_f64)?;
         let count = scores.as_ref().map_or(tokens.len(), Vec::len);
         if kinds.len() != tokens.len() || count != tokens.len() {
@@ -73,7 +75,6 @@ impl<'a> GgufVocabulary<'a> {
     /// Special tokens and those that users have defined, as `tokenizer.json` lists them.
     fn added(&self) -> Vec<Value> {
         let tokens = self.tokens.iter().zip(&self.kinds).zip(0u32..);
-        let is_added = |kind: u64| [UNKNOWN, CONTROL, USER_DEFINED].contains(&kind);
         tokens
             .filter(|((_, kind), _)| is_added(**kind))
             .map(|((text, kind), id)| {
@@ -89,18 +90,64 @@ impl<'a> GgufVocabulary<'a> {
         self.tokens.get(id? as usize).copied()
     }
 
-    /// Checks that the special tokens are in the vocabulary.
+    /// Checks that the special tokens are in the vocabulary, and that those that end a text or a turn are no text.
     fn check_special(&self, special: SpecialIds) -> Result<(), String> {
         let count = self.tokens.len();
         for (name, id) in special.named() {
-            if let Some(id) = id.filter(|&id| id as usize >= count) {
+            let Some(id) = id else { continue };
+            let Some(&kind) = self.kinds.get(id as usize) else {
                 return Err(format!(
                     "tokenizer.ggml.{name}_token_id is {id}, and its vocabulary has {count} tokens"
+                ));
+            };
+            if ["eos", "eot"].contains(&name) && !is_added(kind) {
+                return Err(format!(
+                    "tokenizer.ggml.{name}_token_id is {id}, which is a text by {TOKEN_TYPES} ({kind}): convert the model \
+                     again"
                 ));
             }
         }
         Ok(())
     }
+}
+
+/// Whether a token of this kind is found in a text before the text is split.
+fn is_added(kind: u64) -> bool {
+    [UNKNOWN, CONTROL, USER_DEFINED].contains(&kind)
+}
+
+/// Keys that are read here, after [`TOKENIZER`].
+const READ: [&str; 9] = [
+    "model",
+    "pre",
+    "tokens",
+    "token_type",
+    "scores",
+    "merges",
+    "add_bos_token",
+    "add_eos_token",
+    "add_space_prefix",
+];
+/// What the keys of a tokenizer begin with.
+const TOKENIZER: &str = "tokenizer.ggml.";
+
+/// Checks that every key of the tokenizer is read, or changes nothing: the id of a token, or what is not done.
+fn check_keys(header: &GgufHeader) -> Result<(), String> {
+    for (key, value) in &header.metadata {
+        let Some(name) = key.strip_prefix(TOKENIZER) else {
+            continue;
+        };
+        let is_harmless = name.contains("token_id")
+            || name == "token_type_count"
+            || *value == MetadataValue::Bool(false);
+        if !READ.contains(&name) && !is_harmless {
+            return Err(format!(
+                "it has {key}, which is not supported: it may change how texts are read; use the model's own \
+                 tokenizer.json with its Hugging Face folder"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The elements of an array; `None` if the file does not have it.
@@ -124,9 +171,13 @@ pub(super) fn tokenizer(
 ) -> Result<TokenizerFiles, String> {
     let kind = header.text("tokenizer.ggml.model")?;
     let kind = kind.ok_or("it has no tokenizer.ggml.model")?;
-    let pre = header.text("tokenizer.ggml.pre")?.unwrap_or("default");
+    let pre = header.text("tokenizer.ggml.pre")?;
+    check_keys(header)?;
     let vocabulary = GgufVocabulary::of(header)?;
     vocabulary.check_special(special)?;
+    if special.ends().is_empty() {
+        return Err("it has no tokenizer.ggml.eos_token_id: no completion would end".into());
+    }
     let adds_bos = header.flag("tokenizer.ggml.add_bos_token")?;
     if header.flag("tokenizer.ggml.add_eos_token")? == Some(true) {
         return Err(
@@ -136,7 +187,7 @@ pub(super) fn tokenizer(
     let (parts, adds_bos) = match kind {
         "gpt2" => (
             byte_level(header, &vocabulary, pre)?,
-            adds_bos.unwrap_or(pre == "llama-bpe"),
+            adds_bos.unwrap_or(pre == Some("llama-bpe")),
         ),
         "llama" => {
             let adds_space = header.flag("tokenizer.ggml.add_space_prefix")?;
@@ -196,8 +247,11 @@ fn post_processor(bos: Option<&str>, id: Option<u32>) -> Value {
 fn byte_level(
     header: &GgufHeader,
     vocabulary: &GgufVocabulary<'_>,
-    pre: &str,
+    pre: Option<&str>,
 ) -> Result<TokenizerParts, String> {
+    let supported = "supported are \"gpt-2\", \"llama-bpe\", \"qwen2\" and \"smollm\": use the model's own tokenizer.json with its \
+                     Hugging Face folder";
+    let pre = pre.ok_or_else(|| format!("it has no tokenizer.ggml.pre; {supported}"))?;
     let bytes = |splits: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": splits});
     let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
     let sequence =
@@ -211,10 +265,7 @@ fn byte_level(
         "llama-bpe" => sequence(split(LLAMA3_SPLIT), bytes(false)),
         "qwen2" => sequence(split(QWEN2_SPLIT), bytes(false)),
         other => {
-            return Err(format!(
-                "its tokenizer.ggml.pre is {other:?}; supported are \"gpt-2\", \"llama-bpe\", \"qwen2\" and \"smollm\": \
-                 use the model's own tokenizer.json with its Hugging Face folder"
-            ));
+            return Err(format!("its tokenizer.ggml.pre is {other:?}; {supported}"));
         }
     };
     let merges = array(header, MERGES, MetadataValue::as_text)?;

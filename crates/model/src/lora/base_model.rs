@@ -41,7 +41,11 @@ impl BaseModel {
         let absolute = path.canonicalize();
         let absolute = absolute.as_deref().unwrap_or(path);
         of_snapshot(absolute).unwrap_or_else(|| Self {
-            name: origin_of(absolute).unwrap_or_else(|| absolute.display().to_string()),
+            name: origin_of(absolute)
+                .as_deref()
+                .unwrap_or(absolute)
+                .display()
+                .to_string(),
             revision: None,
         })
     }

@@ -8,14 +8,15 @@ mod train;
 mod transport;
 
 use std::{
-    path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
+use hub::CancelToken;
 use model::{Device, LanguageModel, ModelFolder, Precision, StopTokens};
 use serde_json::Value;
+use settings::ModelSource;
 
 use crate::{cli::model_args::DtypeArgument, exit_code::UsageError};
 
@@ -43,9 +44,9 @@ enum Benchmark {
 // Model and size of the workload. Commands with other defaults or units change them with `mut_arg`.
 #[derive(clap::Args)]
 struct WorkloadOptions {
-    /// The model: a Hugging Face folder.
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    /// The model: a Hugging Face folder, a GGUF file, or hf:ORG/NAME@REVISION.
+    #[arg(long, value_name = "MODEL")]
+    model: ModelSource,
     /// Completions sampled at once, each with its own prompt.
     #[arg(long, default_value_t = 16)]
     batch: usize,
@@ -150,10 +151,16 @@ impl From<SamplingPrecision> for Precision {
 }
 
 impl WorkloadOptions {
+    /// The model's folder; it is downloaded or unpacked first.
+    fn folder(&self) -> anyhow::Result<ModelFolder> {
+        let path = hub::folder(&self.model, &CancelToken::never())?;
+        Ok(ModelFolder::open(&path, None)?)
+    }
+
     /// The model on its device, without stop tokens, so that all completions have the same length.
     fn open(&self, options: &DeviceOptions) -> anyhow::Result<(ModelFolder, LanguageModel)> {
         let device = model::device(&options.device)?;
-        let mut folder = ModelFolder::open(&self.model, None)?;
+        let mut folder = self.folder()?;
         folder.config.stops = StopTokens::default();
         let weights = folder.weights(options.dtype.into(), &device)?;
         let model = LanguageModel::new(folder.config.clone(), weights)?;

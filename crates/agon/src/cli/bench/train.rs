@@ -64,12 +64,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Value> {
     let Arguments {
         workload, sampling, ..
     } = arguments;
-    let folder = ModelFolder::open(&workload.model, None)?;
+    let folder = workload.folder()?;
     let directory = tempfile::tempdir().context("failed to make a folder for the run")?;
     let prompts = directory.path().join("prompts.jsonl");
     std::fs::write(&prompts, rows(workload, &folder)?).context("failed to write the prompts")?;
     let config = directory.path().join("bench.toml");
-    let text = configuration(arguments, &prompts)?;
+    let text = configuration(arguments, &folder.path, &prompts)?;
     let resolved = resolve(&text, "agon bench train", &arguments.overrides.set)?;
     std::fs::write(&config, resolved.toml).context("failed to write the configuration")?;
     let run = directory.path().join("run");
@@ -118,16 +118,16 @@ fn rows(workload: &WorkloadOptions, folder: &ModelFolder) -> anyhow::Result<Stri
     Ok(rows)
 }
 
-fn configuration(arguments: &Arguments, prompts: &Path) -> anyhow::Result<String> {
+fn configuration(arguments: &Arguments, model: &Path, prompts: &Path) -> anyhow::Result<String> {
     let path = |path: &Path| -> anyhow::Result<Value> {
         let path = std::path::absolute(path).context("failed to make the path absolute")?;
         Ok(json!(path.display().to_string()))
     };
     let WorkloadOptions {
-        model,
         batch,
         prompt,
         new_tokens,
+        ..
     } = &arguments.workload;
     let SamplingOptions {
         precision,
