@@ -392,7 +392,7 @@ fn uninformative_pairs_are_rejected_or_counted() {
         ),
         (
             "A27/pf-allsame.jsonl",
-            "0 pairs are left of 40: 40 with two equal responses",
+            "and 0 of 40 are left: 40 with two equal responses",
         ),
     ] {
         fit(rows, "refused").check(3, &[says]).without_panic();

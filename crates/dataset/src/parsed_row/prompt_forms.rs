@@ -256,9 +256,9 @@ impl<'a> RowView<'a> {
         let Columns {
             chosen, rejected, ..
         } = self.columns;
-        let both =
+        let texts =
             [chosen, rejected].map(|column| self.value(&column.name).and_then(Value::as_str));
-        if let [Some(chosen), Some(rejected)] = both {
+        if let [Some(chosen), Some(rejected)] = texts {
             let missing = |reason| format!("{}, and {reason}", self.missing(&self.columns.prompt));
             if self.columns.chat {
                 let (turns, pair) =
@@ -278,8 +278,27 @@ impl<'a> RowView<'a> {
                 shortened(value),
                 as_list(value)
             )),
-            _ => Err(self.missing(&self.columns.prompt)),
+            _ => Err(match texts {
+                [Some(_), None] => self.missing_half(rejected),
+                [None, Some(_)] => self.missing_half(chosen),
+                _ => self.missing(&self.columns.prompt),
+            }),
         }
+    }
+
+    /// Error message for a row without a prompt, of whose two texts only the other one is there.
+    fn missing_half(self, column: &Column) -> String {
+        let reason = match self.value(&column.name) {
+            Some(value) => {
+                let (value, remedy) = (shortened(value), column.remedy());
+                format!("column {:?} is not text but {value}{remedy}", column.name)
+            }
+            None => self.missing(column),
+        };
+        let prompt = &self.columns.prompt.name;
+        format!(
+            "{reason}; a row without a column {prompt:?} needs both texts, which begin with the prompt"
+        )
     }
 
     /// Two texts with an implicit prompt. If the row has another text, which may be a prompt in a column of an unknown

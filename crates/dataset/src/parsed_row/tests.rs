@@ -862,6 +862,22 @@ fn missing_parts_of_a_pair_are_reported() {
         ),
         (json!({"chosen": "a", "rejected": "b"}), "no common prefix"),
         (
+            json!({"chosen": "q a", "rejected": null}),
+            "the value of column \"rejected\" is null",
+        ),
+        (
+            json!({"chosen": "q a", "rejected": 5}),
+            "column \"rejected\" is not text but 5",
+        ),
+        (
+            json!({"chosen": "q a"}),
+            "there is no column \"rejected\" among \"chosen\"; a row without a column \"prompt\" needs both texts",
+        ),
+        (
+            json!({"rejected": "q b", "good": "q a"}),
+            "there is no column \"chosen\" among \"rejected\", \"good\"",
+        ),
+        (
             json!({"query": "q", "chosen": "The a", "rejected": "The b"}),
             "\"query\" may be the prompt",
         ),
