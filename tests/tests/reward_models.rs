@@ -101,6 +101,12 @@ fn policies_and_reward_models_are_not_interchangeable() {
 
 /// Trains a preference model on a two-token base model with these settings and returns its folder.
 fn fit_preference(sandbox: &Sandbox, name: &str, sets: &[&str]) -> PathBuf {
+    fitted(sandbox, name, sets).succeeded();
+    sandbox.path(name).join("model")
+}
+
+/// Output of the fit of a preference model on a two-token base model with these settings, in the run directory `name`.
+fn fitted(sandbox: &Sandbox, name: &str, sets: &[&str]) -> ProcessOutput {
     let backbone = sandbox.path("backbone");
     std::fs::create_dir_all(&backbone).expect("a folder in the sandbox");
     let bandit = Bandit::new(&[0.7, 0.3]).expect("two probabilities");
@@ -130,12 +136,24 @@ fn fit_preference(sandbox: &Sandbox, name: &str, sets: &[&str]) -> PathBuf {
     for set in base.into_iter().chain(sets) {
         arguments.extend(["--set".into(), set]);
     }
-    sandbox.run(&arguments).succeeded();
-    run.join("model")
+    sandbox.run(&arguments)
 }
 
 fn default_config() -> String {
     config("default.toml").display().to_string()
+}
+
+#[test]
+fn a_fit_that_diverges_says_so_by_its_exit_code() {
+    let sandbox = Sandbox::new();
+    let sets = [
+        "preference.fit.learning_rate=1e30",
+        "preference.fit.epochs=40",
+    ];
+    fitted(&sandbox, "diverges", &sets)
+        .check(4, &["not finite", "lower preference.fit.learning_rate"])
+        .without_panic();
+    assert!(!sandbox.path("diverges/model").exists());
 }
 
 fn json_of(path: &Path) -> Value {

@@ -90,9 +90,9 @@ pub enum PreferenceError {
     /// There are neither annotated pairs nor golden answers to train on.
     #[error("failed to fit a preference model: there are no pairs; see preference.fit.pairs")]
     NothingToFit,
-    /// The loss or the gradient norm of a preference model is not finite.
+    /// The loss, the gradient norm or the weights of a preference model are not finite.
     #[error(
-        "failed to fit a preference model: the loss is not finite at step {step}; lower preference.fit.learning_rate"
+        "failed to fit a preference model: the loss, its gradient or the weights are not finite at step {step}; lower preference.fit.learning_rate"
     )]
     FitDiverged {
         /// The step, from 1.
@@ -286,6 +286,7 @@ impl messages::Classified for PreferenceError {
             Self::Key { .. } | Self::Listen { .. } => ErrorClass::Resource,
             Self::Token(error) => error.class(),
             Self::FitStopped => ErrorClass::Interrupted,
+            Self::FitDiverged { .. } => ErrorClass::Diverged,
             _ => ErrorClass::Failed,
         }
     }

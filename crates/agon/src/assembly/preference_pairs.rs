@@ -289,7 +289,8 @@ fn examples(
     };
     if examples.len() < 2 {
         let reason = format!(
-            "{} pairs are left of {}: {skipped} are skipped; a pair has at most {longest} tokens, see preference.fit.max_length",
+            "at least two pairs are needed, to train on and to hold out, and {} of {} are left: {skipped} are skipped; a pair has at \
+             most {longest} tokens, see preference.fit.max_length",
             examples.len(),
             counts.read,
         );

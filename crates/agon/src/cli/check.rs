@@ -106,7 +106,8 @@ impl CheckReport {
             if config.stops.is_empty() {
                 report.line("warn", &format!("model: {}", assembly::NO_STOP_TOKENS));
             }
-            report.memory(&memory(settings, config));
+            let available = telemetry::describe_machine().memory_bytes;
+            report.memory(&memory(settings, config), available);
         }
         if path.join("config.toml").exists() {
             let path = path.display();
@@ -125,11 +126,21 @@ impl CheckReport {
         writeln!(self.text, "{severity:<5}{text}").ok();
     }
 
-    fn memory(&mut self, parts: &[MemoryPart]) {
-        let total = parts
+    /// Lists the parts; warns if they need more than is `available` to a process, in bytes.
+    fn memory(&mut self, parts: &[MemoryPart], available: Option<u64>) {
+        let bytes = parts
             .iter()
             .fold(0u64, |sum, part| sum.saturating_add(part.bytes));
-        let total = mebibytes(total);
+        let total = mebibytes(bytes);
+        if let Some(available) = available.filter(|&available| bytes > available) {
+            let available = mebibytes(available);
+            let reason = format!(
+                "memory: {total} MiB are more than the {available} MiB that this machine, or its cgroup, has: lower what is \
+                 largest below, with actor.slots, actor.max_new_tokens or learner.max_tokens_per_micro_batch, or set \
+                 model.lora_rank"
+            );
+            self.line("warn", &reason);
+        }
         self.line(
             "ok",
             &format!("memory: about {total} MiB with all sequences at maximum length, in MiB:"),
@@ -673,6 +684,26 @@ mod tests {
         assert_eq!(product(&[&[2, 3], &[7]]), 42);
         assert_eq!(product(&[&[usize::MAX, usize::MAX], &[2]]), u64::MAX);
         assert_eq!(mebibytes(3 << 19), "1.5");
+    }
+
+    #[test]
+    fn more_memory_than_the_machine_has_is_warned_of() {
+        let parts = [MemoryPart {
+            name: "weights",
+            bytes: 3 << 20,
+        }];
+        for (available, is_warned) in [(None, false), (Some(3 << 20), false), (Some(2 << 20), true)]
+        {
+            let mut report = CheckReport {
+                text: String::new(),
+                errors: Refused(Vec::new()),
+            };
+            report.memory(&parts, available);
+            let text = report.text;
+            assert!(text.contains("ok   memory: about 3.0 MiB"), "{text}");
+            let warning = "warn memory: 3.0 MiB are more than the 2.0 MiB";
+            assert_eq!(text.contains(warning), is_warned, "{text}");
+        }
     }
 
     #[test]

@@ -235,7 +235,11 @@ fn checkpoint(path: &Path) -> anyhow::Result<PathBuf> {
     if path.join("model.safetensors").exists() || AdapterFolder::is_at(path) {
         return Ok(path.to_owned());
     }
-    let reason = if path.join("config.toml").exists() {
+    let reason = if path.join("model/config.json").exists()
+        || AdapterFolder::is_at(&path.join("model"))
+    {
+        "it holds a preference model and no policy: name its folder `model` where a judge is named"
+    } else if path.join("config.toml").exists() {
         "the run has saved no checkpoint yet; see learner.save_steps"
     } else {
         "it is neither a run directory (with checkpoints/step_N) nor a checkpoint (with model.safetensors or adapter_config.json)"
@@ -344,7 +348,11 @@ mod tests {
         assert_eq!(checkpoint(&newest).unwrap(), newest);
         let (empty, unsaved) = (tempfile::tempdir().unwrap(), run_with(&[]));
         let missing = empty.path().join("missing");
+        let fitted = run_with(&[]);
+        fs::create_dir(fitted.path().join("model")).unwrap();
+        fs::write(fitted.path().join("model/config.json"), "{}").unwrap();
         let cases = [
+            (fitted.path(), "it holds a preference model and no policy"),
             (missing.as_path(), "failed to read"),
             (unsaved.path(), "the run has saved no checkpoint yet"),
             (empty.path(), "neither a run directory"),

@@ -40,6 +40,14 @@ impl FitReport<'_> {
     pub(crate) fn write(&self, head: Head, directory: &RunDirectory) -> anyhow::Result<()> {
         let diagram = directory.root().join("reliability.svg");
         charts::write_reliability(&diagram, self.calibration)?;
+        let accuracy = accuracy(self.calibration);
+        if accuracy.low <= 0.5 {
+            let Interval { mean, low, high } = accuracy;
+            tracing::warn!(
+                "the held-out pairs do not show that the preference model is better than chance: accuracy {mean:.3}, 95 % \
+                 interval {low:.3} to {high:.3}, which must be above 0.5"
+            );
+        }
         let json = json!({
             "head": head,
             "pairs": self.fitting,
@@ -49,7 +57,7 @@ impl FitReport<'_> {
             "seconds": self.seconds,
             "model": self.model,
             "validation": self.calibration,
-            "accuracy": accuracy(self.calibration),
+            "accuracy": accuracy,
             "styles": self.styles,
             "peak_memory_bytes": telemetry::peak_memory_bytes(),
         });

@@ -150,6 +150,10 @@ pub(crate) fn fit_further(
             return Err(PreferenceError::FitStopped);
         }
     }
+    if !trained.trained().is_finite()? {
+        let step = order.steps();
+        return Err(PreferenceError::FitDiverged { step });
+    }
     Ok(trained.detached()?)
 }
 
