@@ -8,6 +8,8 @@
 #[macro_use]
 mod terminal;
 
+#[cfg(target_os = "linux")]
+mod allocator;
 mod assembly;
 mod cli;
 mod cluster;

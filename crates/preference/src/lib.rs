@@ -26,8 +26,8 @@ pub use error::{ComparisonError, JudgeError, JudgeErrorKind, PreferenceError};
 pub use evaluation_judge::EvaluationJudge;
 pub use judge::{
     ChatJudge, ChatModel, ChatReply, ChatRequest, Comparison, EncoderJudge, Ensemble, EnsembleRule,
-    Judge, JudgeTokenizer, Matrix, ReplySettings, RewardModelJudge, Route, RouteRule, Rules,
-    ScoredToken, ScoredVerdict, TopLogprob, Verdict,
+    Judge, JudgeTokenizer, Matrix, PASS_TOKENS, ReplySettings, RewardModelJudge, Route, RouteRule,
+    Rules, ScoredToken, ScoredVerdict, TopLogprob, Verdict,
 };
 pub use label_penalties::LabelPenalties;
 pub use pool::{

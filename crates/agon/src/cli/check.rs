@@ -13,8 +13,8 @@ use std::{
 use anyhow::Context;
 use model::{ModelConfig, Precision, PublishedForm};
 use settings::{
-    DtypeSetting, EngineSettings, ObjectiveSettings, PrecisionSetting, ReferenceSettings, Settings,
-    TransportSettings,
+    DtypeSetting, EngineSettings, JudgeSettings, ObjectiveSettings, PrecisionSetting,
+    ReferenceSettings, Settings, TransportSettings,
 };
 
 use crate::cli::config_args::Configuration;
@@ -36,10 +36,6 @@ const MOMENT_BYTES: usize = 4;
 const ADAPTER_BYTES: usize = 4;
 /// Bytes of a master weight: f32 whatever the dtype.
 const MASTER_BYTES: usize = 4;
-/// Copies of the published weights that are held at a time. In one process: of the newest version, of the one that an actor
-/// still uses, and of the one that is being copied. Over a network the learner holds the blob of the newest, and of the one that
-/// is being published a copy and its blob.
-const PUBLISHED_COPIES: usize = 3;
 /// Bytes of a logit: f32.
 const LOGIT_BYTES: usize = 4;
 
@@ -230,6 +226,10 @@ fn memory(settings: &Settings, config: &ModelConfig) -> Vec<MemoryPart> {
         .into_iter()
         .chain(sampling_memory(settings, config, trained, bytes))
         .chain(pass_memory(settings, config, bytes))
+        .chain([(
+            "preference models but their weights (rough)",
+            judge_memory(settings, config),
+        )])
         .chain(followers(settings, trained, trained_parameters));
     let parts = parts.filter(|&(_, bytes)| bytes > 0);
     parts
@@ -271,7 +271,8 @@ fn sampling_memory(
         ),
         (
             "published weights",
-            published_weights(settings, config, trained).saturating_mul(PUBLISHED_COPIES as u64),
+            product(&[&[published_copies(settings)]])
+                .saturating_mul(published_weights(settings, config, trained)),
         ),
     ]
 }
@@ -329,6 +330,18 @@ fn published_weights(settings: &Settings, config: &ModelConfig, trained: [usize;
     }
 }
 
+/// Copies of the published weights that are held during a pass. In one process: of the newest version, and of one that an
+/// actor may still use where it may be older. Over a network the learner holds the blob of the newest, and of the one that is
+/// being published a copy and its blob.
+fn published_copies(settings: &Settings) -> usize {
+    let learner = &settings.learner;
+    let is_old_used = learner.max_staleness > learner.weight_sync_steps;
+    match settings.transport {
+        TransportSettings::Memory {} => 1 + usize::from(is_old_used),
+        TransportSettings::Jetstream(_) => 3,
+    }
+}
+
 /// Number of copies of the published weights that actors hold: in one process they share those of the weight store, else
 /// each has the old one in use while the new one is loaded.
 fn copies_of_actors(settings: &Settings) -> usize {
@@ -356,11 +369,13 @@ fn pass_memory(
     let slots = [2, settings.actor_count(), settings.actor.slots, longest];
     let pass_tokens = pass_tokens(settings, tokens_per_prompt(settings, config, longest));
     let predicted = predicted_tokens(settings).min(pass_tokens);
+    let replaced = gradients_in_place(settings, config, pass_tokens);
     [
         ("key-value caches", product(&[&slots, &keys_and_values])),
         (
-            "activations of a pass",
-            product(&[&[pass_tokens, activations(settings, config), bytes]]),
+            "activations of a pass, beyond gradients in their place",
+            product(&[&[pass_tokens, activations(settings, config), bytes]])
+                .saturating_sub(replaced),
         ),
         (
             "working memory of a pass (rough)",
@@ -373,6 +388,21 @@ fn pass_memory(
     ]
 }
 
+/// Bytes of the gradients that take the place of activations: where a step is one pass, a block's gradients are computed as
+/// its activations are given up. Those of further passes are added to what is there.
+fn gradients_in_place(settings: &Settings, config: &ModelConfig, pass_tokens: usize) -> u64 {
+    let tokens = tokens_per_prompt(settings, config, longest_sample(settings, config));
+    let prompts = settings.learner.train_batch_size;
+    let has_one_pass = pass_tokens == prompts.saturating_mul(tokens);
+    if !has_one_pass || trains_adapter(settings) {
+        return 0;
+    }
+    let matrices = if config.tied_head { 1 } else { 2 };
+    let outside = matrices * config.vocab_size * config.hidden_size;
+    let blocks = config.parameter_count().saturating_sub(outside);
+    product(&[&[blocks, element_bytes(settings)]])
+}
+
 /// Memory of the models that follow the policy, whose trained weights have these sizes: a moving average of it, which is
 /// published to be evaluated, and a reference that moves, which is published with the policy.
 fn followers(
@@ -383,7 +413,7 @@ fn followers(
     let average = product(&[&[parameters, MASTER_BYTES]]);
     let when = |holds: bool, bytes: u64| if holds { bytes } else { 0 };
     // The learner's, and those that are published with the policy.
-    let copies = 1 + PUBLISHED_COPIES + copies_of_actors(settings);
+    let copies = 1 + published_copies(settings) + copies_of_actors(settings);
     let copies = product(&[&trained, &[copies]]);
     // An average is kept in f32; beside a copy there is the one before it, until the next step.
     let beside = match settings.reference {
@@ -431,15 +461,48 @@ fn packs_for_sampling(settings: &Settings) -> bool {
     settings.model.device == "cpu" && is_own && settings.actor_count() > 0
 }
 
+/// Bytes of preference models that judge in this process, taken to be of the policy's shape: of each a tokenizer, and of a
+/// pass what a block computes, which is given up at its end.
+fn judge_memory(settings: &Settings, config: &ModelConfig) -> u64 {
+    let evaluating = settings.evaluation.judge.values();
+    let models = |judge| {
+        let counted = preference_models(judge);
+        if settings.evaluation.prompts == 0 {
+            0
+        } else {
+            counted
+        }
+    };
+    let labelling = match settings.needs_judge() {
+        true => preference_models(&settings.preference.judge),
+        false => 0,
+    };
+    let count = labelling + evaluating.map(models).sum::<usize>();
+    let queries = config.heads * config.head_dim;
+    let keys = config.kv_heads * config.head_dim;
+    let block = 3 * config.hidden_size + 2 * queries + 2 * keys + 2 * config.intermediate_size;
+    let pass = [preference::PASS_TOKENS, block, 4, count.min(1)];
+    let tokenizers = [count, config.vocab_size, TOKEN_BYTES];
+    product(&[&pass]).saturating_add(product(&[&tokenizers]))
+}
+
+/// Number of preference models of a judge.
+fn preference_models(judge: &JudgeSettings) -> usize {
+    match judge {
+        JudgeSettings::BradleyTerry { .. } | JudgeSettings::Pairwise { .. } => 1,
+        other => other.members().iter().map(preference_models).sum(),
+    }
+}
+
 /// Bytes of the program itself, measured, and of the tokenizer's tables.
 fn program(config: &ModelConfig) -> u64 {
     PROGRAM_BYTES + product(&[&[config.vocab_size, TOKEN_BYTES]])
 }
 
-/// Bytes of a pass's temporary tensors on the CPU, which grow with the head: twice its size, as measured.
+/// Bytes of a pass's temporary tensors on the CPU, which grow with the head: once its size, as measured.
 fn working_memory(settings: &Settings, config: &ModelConfig) -> u64 {
     match is_fused(settings) {
-        true => product(&[&[2, config.vocab_size, config.hidden_size, 4]]),
+        true => product(&[&[config.vocab_size, config.hidden_size, 4]]),
         false => 0,
     }
 }
@@ -576,7 +639,7 @@ mod tests {
         let composed = 3 * 22 * 2 * 144;
         // 40 MiB, and 1 KiB for each of 200 tokens.
         let program = 40 * 1024 * 1024 + 200 * 1024;
-        let head = 2 * 200 * 8 * 4;
+        let head = 200 * 8 * 4;
         let fused = [
             program,
             4 * p,
@@ -585,7 +648,7 @@ mod tests {
             // The reference is packed, and so is what is published: actors read both where they are.
             4 * p,
             4 * rotary,
-            12 * p,
+            4 * p,
             4 * cached,
             4 * active,
             head,
@@ -603,7 +666,7 @@ mod tests {
             2 * rotary,
             // 3 actors · 2 models, which actors on the CPU pack in f32.
             3 * 2 * 4 * p,
-            6 * p,
+            2 * p,
             // Actors on the CPU compute in f32.
             4 * cached,
             2 * composed,
@@ -618,7 +681,7 @@ mod tests {
         ]);
         assert_eq!(
             small(&sets),
-            [&half[..], &[4 * p + 2 * p, 4 * 2 * p + 4 * p]].concat()
+            [&half[..], &[4 * p + 2 * p, 2 * 2 * p + 4 * p]].concat()
         );
     }
 
@@ -644,8 +707,33 @@ mod tests {
         let embedding = 200 * 8;
         let rounded = 2 * (p - embedding) + 4 * embedding;
         let mut both = fused;
-        (both[4], both[6], both[7]) = (rounded, 3 * rounded, 2 * cached);
+        (both[4], both[6], both[7]) = (rounded, rounded, 2 * cached);
         assert_eq!(small(&[sampled, trained]), both);
+        // Actors may still sample with the version before the newest.
+        both[6] += rounded;
+        assert_eq!(small(&[sampled, trained, "learner.max_staleness=2"]), both);
+    }
+
+    #[test]
+    fn gradients_of_one_pass_take_the_place_of_activations() {
+        let passes = small(&[]);
+        let whole = small(&["learner.gradient_accumulation_steps=1"]);
+        // Twice the prompts, less two blocks of 4 · 8² + 3 · 8 · 16 + 2 · 8 and the last norm.
+        let blocks = 2 * (256 + 384 + 16) + 8;
+        assert_eq!(whole[8], 2 * passes[8] - 4 * blocks);
+        let adapter = small(&["learner.gradient_accumulation_steps=1", "model.lora_rank=2"]);
+        assert_eq!(adapter[8], 2 * passes[8]);
+    }
+
+    #[test]
+    fn preference_models_have_a_tokenizer_each_and_one_pass_at_a_time() {
+        let judge = "preference.judge={kind=\"ensemble\",members=[{kind=\"bradley-terry\",path=\"a\"},{kind=\"pairwise\",path=\"b\"}]}";
+        let evaluating = "evaluation.judge.other={kind=\"bradley-terry\",path=\"c\"}";
+        // 2048 tokens of 3·8 + 2·8 + 2·8 + 2·16, and 1 KiB for each of 200 tokens of three models.
+        let expected = 2048 * 88 * 4 + 3 * 200 * 1024;
+        assert_eq!(small(&[judge, evaluating]).last(), Some(&expected));
+        let without = small(&[judge, evaluating, "evaluation.prompts=0"]);
+        assert_eq!(without.last(), Some(&(expected - 200 * 1024)));
     }
 
     /// Each loads the next ones while the old ones are in use.

@@ -28,7 +28,7 @@ pub use encoder::EncoderJudge;
 pub(crate) use ensemble::sum_of_versions;
 pub use ensemble::{Ensemble, EnsembleRule};
 pub use matrix::Matrix;
-pub use reward_model::{JudgeTokenizer, RewardModelJudge};
+pub use reward_model::{JudgeTokenizer, PASS_TOKENS, RewardModelJudge};
 pub use route::{Route, RouteRule};
 pub use rule::Rules;
 pub use verdict_parser::{ScoredToken, TopLogprob};

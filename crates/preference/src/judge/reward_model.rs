@@ -11,8 +11,9 @@ use crate::judge::{Comparison, Judge, ScoredVerdict, Verdict};
 use crate::prompt_encoder::{EosPolicy, plain_if_no_template};
 use crate::reward_training;
 
-/// Maximum number of tokens, prompts and responses, per forward pass.
-const PASS_TOKENS: usize = 16_384;
+/// Maximum number of tokens, prompts and responses, per forward pass: as many as make products efficient, so that a judge
+/// beside the learner takes little memory.
+pub const PASS_TOKENS: usize = 2048;
 
 /// A preference model as a judge.
 pub struct RewardModelJudge {
