@@ -95,6 +95,7 @@ impl HubClient {
         if let Some(folder) = self.cached(model) {
             let commit = commit_of(&folder);
             return Ok(ModelLookup {
+                gguf: None,
                 origin: format!("{model}, commit {commit} in the cache {cache}"),
                 folder: Some(folder),
             });
@@ -105,6 +106,7 @@ impl HubClient {
         let info = self.info(&self.http_client(METADATA_TIMEOUT), model)?;
         files::required(model, &info.files, &self.snapshot(model, &info.commit))?;
         Ok(ModelLookup {
+            gguf: None,
             origin: format!(
                 "{model}, commit {} at {}: will be fetched into {cache} on first use",
                 info.commit, self.endpoint

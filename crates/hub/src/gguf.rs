@@ -36,6 +36,7 @@ pub(crate) fn locate(path: &Path) -> Result<ModelLookup, HubError> {
         true => ModelLookup {
             origin: format!("{path}, unpacked in {}", folder.display()),
             folder: Some(folder),
+            gguf: None,
         },
         false => ModelLookup {
             origin: format!(
@@ -43,6 +44,7 @@ pub(crate) fn locate(path: &Path) -> Result<ModelLookup, HubError> {
                 folder.display()
             ),
             folder: None,
+            gguf: Some(model),
         },
     })
 }

@@ -60,6 +60,7 @@ pub fn locate(source: &ModelSource) -> Result<ModelLookup, HubError> {
         ModelSource::Folder(path) if model::is_gguf(path) => gguf::locate(path),
         ModelSource::Folder(path) => Ok(ModelLookup {
             folder: Some(path.clone()),
+            gguf: None,
             origin: path.display().to_string(),
         }),
         ModelSource::Hub(model) => HubClient::from_environment()?.locate(model),

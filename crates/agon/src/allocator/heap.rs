@@ -113,7 +113,7 @@ impl LargeHeap {
                 return None;
             }
             libc::madvise(start, reserved, libc::MADV_HUGEPAGE);
-            start.addr()
+            start.expose_provenance()
         };
         Some(Self {
             start,
@@ -132,7 +132,7 @@ impl LargeHeap {
         let block = match self.smallest(size) {
             Some(block) => {
                 self.remove(block);
-                self.split(block, size);
+                self.cut(block, size);
                 block
             }
             None => self.extend(size)?,
@@ -146,10 +146,14 @@ impl LargeHeap {
     }
 
     fn free(&mut self, address: *mut u8) {
-        let Some(mut block) = header(address) else {
-            return;
-        };
-        // SAFETY: headers of blocks are valid, and the caller has given the block up.
+        if let Some(block) = header(address) {
+            self.release(block);
+        }
+    }
+
+    /// Joins a block that nobody uses with its free neighbours, and lists it or lowers the top.
+    fn release(&mut self, mut block: Block) {
+        // SAFETY: headers of blocks are valid.
         unsafe {
             if let Some(next) = self.next(block).filter(|next| next.as_ref().is_free) {
                 self.remove(next);
@@ -182,10 +186,7 @@ impl LargeHeap {
         if unsafe { block.as_ref() }.size < size {
             return false;
         }
-        if let Some(rest) = self.split_off(block, size) {
-            // SAFETY: the block begins behind its header.
-            self.free(unsafe { rest.cast::<u8>().add(HEADER) }.as_ptr());
-        }
+        self.cut(block, size);
         true
     }
 
@@ -222,21 +223,13 @@ impl LargeHeap {
         Some(block)
     }
 
-    /// Makes a block as small as `size`; the rest of it is free.
-    fn split(&mut self, block: Block, size: usize) {
-        if let Some(rest) = self.split_off(block, size) {
-            self.insert(rest);
-        }
-    }
-
-    /// The rest of a block beyond `size`, as a block, if it is large enough to be one.
-    fn split_off(&mut self, mut block: Block, size: usize) -> Option<Block> {
+    /// Makes a block as small as `size`, if the rest of it is large enough to be a block, which is free then.
+    fn cut(&mut self, mut block: Block, size: usize) {
         // SAFETY: the rest begins within the block, which has a valid header.
-        unsafe {
-            let header = block.as_mut();
-            let rest_size = header.size - size;
+        let rest = unsafe {
+            let rest_size = block.as_ref().size - size;
             if rest_size < MIN_REST {
-                return None;
+                return;
             }
             let rest = block.byte_add(size);
             rest.write(BlockHeader {
@@ -251,8 +244,9 @@ impl LargeHeap {
                 None => self.last = Some(rest),
             }
             block.as_mut().size = size;
-            Some(rest)
-        }
+            rest
+        };
+        self.release(rest);
     }
 
     /// Makes one block of two side by side, of which neither is in the list.

@@ -15,7 +15,7 @@ use ::playground::Bandit;
 use anyhow::Context;
 use hub::ModelLookup;
 use learner::{BatchShare, LearnerError, PairFiles, PromptSet, planned_steps};
-use model::{GgufModel, LoraConfig, ModelConfig, ModelFolder};
+use model::{LoraConfig, ModelConfig, ModelFolder};
 use settings::{
     DatasetPrompts, JetStreamSettings, PairsSettings, PlaygroundGolden, PromptsSettings, Settings,
     TransportSettings,
@@ -83,25 +83,21 @@ struct KnownModel {
 
 impl KnownModel {
     /// Opens and checks a model of which this machine has a folder or a GGUF file.
-    fn open(
-        source: &settings::ModelSource,
-        lookup: &ModelLookup,
-        template: Option<&Path>,
-    ) -> anyhow::Result<Self> {
-        let (folder, scratch) = match (&lookup.folder, source) {
+    fn open(lookup: &ModelLookup, template: Option<&Path>) -> anyhow::Result<Self> {
+        let (folder, scratch) = match (&lookup.folder, &lookup.gguf) {
             (Some(path), _) => {
                 let folder = ModelFolder::open(path, template)?;
                 folder.check_weights()?;
                 (folder, None)
             }
-            (None, settings::ModelSource::Folder(path)) => {
+            (None, Some(gguf)) => {
                 let scratch = scratch()?;
-                GgufModel::open(path)?.describe(scratch.path())?;
+                gguf.describe(scratch.path())?;
                 let folder = ModelFolder::open(scratch.path(), template);
-                let named = || format!("{}, as a folder", path.display());
-                (folder.with_context(named)?, Some(scratch))
+                let folder = folder.with_context(|| lookup.origin.clone())?;
+                (folder, Some(scratch))
             }
-            (None, settings::ModelSource::Hub(_)) => return Ok(Self::default()),
+            (None, None) => return Ok(Self::default()),
         };
         // The tokenizer was opened too, which must fit the model; its chat template must compile.
         folder.tokenizer.check_chat_template()?;
@@ -243,7 +239,7 @@ impl Preflight {
     ) -> KnownModel {
         let opened = hub::locate(source)
             .map_err(anyhow::Error::from)
-            .and_then(|lookup| Ok((KnownModel::open(source, &lookup, template)?, lookup.origin)));
+            .and_then(|lookup| Ok((KnownModel::open(&lookup, template)?, lookup.origin)));
         let Some((model, origin)) = self.require(key, opened) else {
             return KnownModel::default();
         };

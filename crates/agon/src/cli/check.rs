@@ -271,8 +271,8 @@ fn sampling_memory(
         ),
         (
             "published weights",
-            product(&[&[published_copies(settings)]])
-                .saturating_mul(published_weights(settings, config, trained)),
+            published_weights(settings, config, trained)
+                .saturating_mul(published_copies(settings) as u64),
         ),
     ]
 }
@@ -464,20 +464,16 @@ fn packs_for_sampling(settings: &Settings) -> bool {
 /// Bytes of preference models that judge in this process, taken to be of the policy's shape: of each a tokenizer, and of a
 /// pass what a block computes, which is given up at its end.
 fn judge_memory(settings: &Settings, config: &ModelConfig) -> u64 {
-    let evaluating = settings.evaluation.judge.values();
-    let models = |judge| {
-        let counted = preference_models(judge);
-        if settings.evaluation.prompts == 0 {
-            0
-        } else {
-            counted
-        }
+    let evaluation = &settings.evaluation;
+    let evaluating = match evaluation.prompts {
+        0 => 0,
+        _ => evaluation.judge.values().map(preference_models).sum(),
     };
     let labelling = match settings.needs_judge() {
         true => preference_models(&settings.preference.judge),
         false => 0,
     };
-    let count = labelling + evaluating.map(models).sum::<usize>();
+    let count: usize = labelling + evaluating;
     let queries = config.heads * config.head_dim;
     let keys = config.kv_heads * config.head_dim;
     let block = 3 * config.hidden_size + 2 * queries + 2 * keys + 2 * config.intermediate_size;

@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 use crate::{
     config::ModelConfig,
     error::ModelError,
+    folder::write,
     gguf::{
         config::{GgufArchitecture, ModelShape},
         header::{GgufHeader, GgufTensor, MetadataValue},
@@ -353,11 +354,7 @@ fn vocabulary_size(header: &GgufHeader, architecture: GgufArchitecture) -> Resul
 }
 
 fn write_json(path: &Path, content: &Value) -> Result<(), ModelError> {
-    let written = fs::write(path, format!("{content:#}\n"));
-    written.map_err(|source| ModelError::Unwritable {
-        path: path.to_owned(),
-        source,
-    })
+    write(path, format!("{content:#}\n").as_bytes())
 }
 
 /// Sizes of the files of a folder in bytes, by name.
